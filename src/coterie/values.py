@@ -1,0 +1,106 @@
+"""The values that layers talk in. Shapes: S sequences, N tokens, T = S*N, E experts, k per token."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Literal, Protocol
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Window:
+    """What a forward computes and how far it sees.
+
+    Row b computes positions ``start[b] .. start[b] + width`` and attends to keys at positions
+    ``0 .. visible[b]``. With ``block > 0`` the window is block-causal inside: a query at position p
+    sees keys before ``(p // block + 1) * block`` only (and before ``visible``).
+    """
+
+    start: Tensor  # [B] int64
+    width: int
+    visible: Tensor  # [B] int64
+    block: int = 0
+
+
+@dataclass(frozen=True)
+class RouterSpec:
+    """How a family's gate turns logits into choices and weights."""
+
+    experts: int
+    k: int
+    activation: Literal["softmax", "sigmoid"]
+    renormalise: bool
+    scale: float = 1.0
+    groups: int = 1
+    kept_groups: int = 1
+    biased_weight: bool = False  # LLaDA-MoE with a bias: the biased probability also multiplies
+    epsilon: float = 0.0  # added to the sum when renormalising (LLaDA2: 1e-20)
+
+
+@dataclass(frozen=True)
+class Scores:
+    """What a gate thinks: logits [S, N, E] in fp32, and all that follows from them."""
+
+    logits: Tensor
+    router: RouterSpec
+    bias: Tensor | None = None  # [E], for selection
+    voters: Tensor | None = None  # [S, N] weight of each token's vote, >= 0; None = everybody
+    importance: Tensor | None = None  # [S, N], for policies that ask for it
+    resident: Tensor | None = None  # [E] bool: experts already in fast memory
+    layer: int = 0
+    forward: tuple[int, ...] = ()  # decode-forward number of each row (for seeded controls)
+
+    @cached_property
+    def probability(self) -> Tensor:
+        """p = act(z), [S, N, E]."""
+        if self.router.activation == "softmax":
+            return torch.softmax(self.logits, dim=-1)
+        return torch.sigmoid(self.logits)
+
+    @cached_property
+    def rank(self) -> Tensor:
+        """c = p + bias, what sorts, [S, N, E]."""
+        return self.probability if self.bias is None else self.probability + self.bias
+
+    @cached_property
+    def weight(self) -> Tensor:
+        """What multiplies before renormalising and scaling, [S, N, E]."""
+        return self.rank if self.router.biased_weight else self.probability
+
+
+@dataclass(frozen=True)
+class Routing:
+    """Who computes what."""
+
+    ids: Tensor  # [T, k] int64, -1 = none, best first by rank
+    weights: Tensor  # [T, k] fp32, exactly as multiplied into expert outputs
+    used: Tensor  # [E] bool
+
+
+@dataclass(frozen=True)
+class Slab:
+    """Weights ready to compute with: gate_up [n, 2*I, H] (gate rows first), down [n, H, I]."""
+
+    gate_up: Tensor
+    down: Tensor
+    slot_of: Tensor  # [E] int64, -1 = absent
+
+
+class Policy(Protocol):
+    """Which experts may a token use."""
+
+    def eligible(self, scores: Scores, k: int) -> Tensor:
+        """Bool mask that broadcasts to [S, N, E]."""
+        ...
+
+
+class Store(Protocol):
+    """Where experts live."""
+
+    def serve(self, layer: int, used: Tensor) -> Iterator[Slab]: ...
+
+    def resident(self, layer: int) -> Tensor | None: ...
