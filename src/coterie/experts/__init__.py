@@ -1,0 +1,1 @@
+"""Where experts live. A store knows slots and copies, never who asked."""

@@ -1,0 +1,1 @@
+"""One transformer over a ModelSpec: what it is, how it is loaded, how it runs."""

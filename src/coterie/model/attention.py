@@ -1,0 +1,134 @@
+"""Grouped-query attention over keys written by position, and what its layers share in one forward."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from coterie.model.cache import Cache, positions
+from coterie.model.spec import ModelSpec
+from coterie.values import Window
+
+
+@dataclass(frozen=True)
+class View:
+    """What every layer of one forward sees alike."""
+
+    positions: Tensor  # [B, W] int64
+    reach: int  # keys before this position are looked at
+    mask: Tensor | None  # [B, W, reach] bool, True = may attend; None = all of it
+    cos: Tensor  # [B, W, 1, rotary_dim / 2] fp32
+    sin: Tensor
+
+    @staticmethod
+    def of(window: Window, cache: Cache | None, spec: ModelSpec, device: torch.device) -> View:
+        """Windows come from the host, so their reach is known without asking the device."""
+        where = positions(window, device)
+        length = window.width if cache is None else cache.length
+        reach = length
+        if window.visible.device.type == "cpu":
+            reach = min(length, int(window.visible.max()))
+        turns = where[:, :, None, None].float() * _inverse_frequencies(spec, device)
+        return View(where, reach, _mask(window, where, reach), cos=turns.cos(), sin=turns.sin())
+
+
+@dataclass(frozen=True)
+class Attention:
+    """One layer's attention; weights are stored [out, in]."""
+
+    spec: ModelSpec
+    layer: int
+    qkv: Tensor  # [qkv_rows, H]: query heads, then keys, then values
+    out: Tensor  # [H, heads * head_dim]
+    query_norm: Tensor  # [head_dim]
+    key_norm: Tensor  # [head_dim]
+
+    def __call__(
+        self, x: Tensor, view: View, cache: Cache | None, *, weigh: bool = False
+    ) -> tuple[Tensor, Tensor | None]:
+        """Output [B, W, H] and, when asked to weigh, the mean attention each position receives.
+
+        That mean is over heads and over the window's queries, [B, W] fp32.
+        """
+        query, key, value = self._heads(x, view)
+        if cache is None:
+            keys, values = key.transpose(1, 2), value.transpose(1, 2)
+        else:
+            cache.write(self.layer, view.positions, key, value)
+            keys, values = cache.read(self.layer, view.reach)
+        keys, values = keys[:, :, : view.reach], values[:, :, : view.reach]
+        mixed = _attend(query, keys, values, view.mask)
+        received = _received(query, keys, view) if weigh else None
+        return F.linear(mixed.flatten(2), self.out), received
+
+    def _heads(self, x: Tensor, view: View) -> tuple[Tensor, Tensor, Tensor]:
+        """Query [B, W, heads, D], key and value [B, W, kv_heads, D], normed and turned."""
+        spec = self.spec
+        heads = F.linear(x, self.qkv).unflatten(-1, (-1, spec.head_dim))
+        query, key, value = heads.split([spec.heads, spec.kv_heads, spec.kv_heads], dim=2)
+        query = rms_norm(query, self.query_norm, spec.norm_epsilon)
+        key = rms_norm(key, self.key_norm, spec.norm_epsilon)
+        return rotate(query, view.cos, view.sin), rotate(key, view.cos, view.sin), value
+
+
+def rms_norm(x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
+    """x / rms(x) over the last axis, computed in fp32 and rounded before the weight multiplies."""
+    wide = x.float()
+    wide = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + epsilon)
+    return weight * wide.to(x.dtype)
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Turn the first features of x [B, W, heads, D] by position; halves pair up, not neighbours."""
+    half = cos.shape[-1]
+    cos, sin = cos.to(x.dtype), sin.to(x.dtype)
+    first, second, rest = x[..., :half], x[..., half : 2 * half], x[..., 2 * half :]
+    return torch.cat((first * cos - second * sin, second * cos + first * sin, rest), dim=-1)
+
+
+def _inverse_frequencies(spec: ModelSpec, device: torch.device) -> Tensor:
+    steps = torch.arange(0, spec.rotary_dim, 2, dtype=torch.float32, device=device)
+    return 1.0 / spec.rope_theta ** (steps / spec.rotary_dim)
+
+
+def _mask(window: Window, where: Tensor, reach: int) -> Tensor | None:
+    """True where the query at ``where`` [B, W] may attend to a key, [B, W, reach]."""
+    on_host = window.visible.device.type == "cpu"
+    if window.block == 0 and on_host and bool((window.visible >= reach).all()):
+        return None
+    limit = window.visible.to(where.device, non_blocking=True)[:, None]
+    if window.block:
+        limit = torch.minimum(limit, (where // window.block + 1) * window.block)
+    limit = limit.expand_as(where)
+    return torch.arange(reach, device=where.device) < limit[:, :, None]
+
+
+def _attend(query: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None) -> Tensor:
+    """Mixed values [B, W, heads, D]. Heads that share keys queue as further queries: no copies."""
+    batch, width, heads, dim = query.shape
+    shared = heads // keys.shape[1]
+    query = _by_key_head(query, keys.shape[1])
+    if mask is not None:
+        mask = mask[:, None].repeat(1, 1, shared, 1)
+    mixed = F.scaled_dot_product_attention(query, keys, values, attn_mask=mask)
+    mixed = mixed.reshape(batch, heads, width, dim)
+    return mixed.transpose(1, 2)
+
+
+def _by_key_head(query: Tensor, kv_heads: int) -> Tensor:
+    """[B, W, heads, D] -> [B, kv_heads, heads / kv_heads * W, D]."""
+    return query.transpose(1, 2).unflatten(1, (kv_heads, -1)).flatten(2, 3)
+
+
+def _received(query: Tensor, keys: Tensor, view: View) -> Tensor:
+    """Mean attention that each of the window's positions receives, [B, W] fp32."""
+    batch, width, heads, dim = query.shape
+    scores = _by_key_head(query.float(), keys.shape[1]) @ keys.float().transpose(2, 3)
+    scores = scores.reshape(batch, heads, width, -1) * dim**-0.5
+    if view.mask is not None:
+        scores = scores.masked_fill(~view.mask[:, None], float("-inf"))
+    share = scores.softmax(dim=-1).mean(dim=(1, 2))  # [B, reach]
+    return share.gather(1, view.positions)

@@ -1,0 +1,85 @@
+"""Keys and values by position. A later write wins, so the cache has no modes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from coterie.model.spec import ModelSpec
+from coterie.values import Window
+
+
+@dataclass(frozen=True)
+class Cache:
+    """Keys and values of every layer, each [rows, kv_heads, length, head_dim].
+
+    ``chosen`` ([B] int64) makes this a view of some rows; reading through it copies them, writing
+    lands in the rows themselves. Memory starts at zero: a position nobody wrote is hidden by the
+    window, and zero times hidden is zero where NaN would not be.
+    """
+
+    keys: tuple[Tensor, ...]
+    values: tuple[Tensor, ...]
+    chosen: Tensor | None = None
+
+    @staticmethod
+    def allocate(
+        spec: ModelSpec,
+        rows: int,
+        length: int,
+        *,
+        dtype: torch.dtype,
+        device: torch.device | str = "cpu",
+    ) -> Cache:
+        shape = (rows, spec.kv_heads, length, spec.head_dim)
+        keys = tuple(torch.zeros(shape, dtype=dtype, device=device) for _ in range(spec.layers))
+        values = tuple(torch.zeros(shape, dtype=dtype, device=device) for _ in range(spec.layers))
+        return Cache(keys, values)
+
+    @property
+    def length(self) -> int:
+        return self.keys[0].shape[2]
+
+    def rows(self, indices: Sequence[int]) -> Cache:
+        """These rows in this order: without a copy where they are neighbours."""
+        if self.chosen is not None:
+            raise ValueError("rows() of a gathered view: take them from the whole cache")
+        first = indices[0]
+        if list(indices) == list(range(first, first + len(indices))):
+            span = slice(first, first + len(indices))
+            return Cache(tuple(k[span] for k in self.keys), tuple(v[span] for v in self.values))
+        return Cache(
+            self.keys, self.values, torch.tensor(list(indices), device=self.keys[0].device)
+        )
+
+    def write(self, layer: int, positions: Tensor, key: Tensor, value: Tensor) -> None:
+        """Store key and value [B, W, kv_heads, head_dim] at positions [B, W]."""
+        rows = self._row_numbers(positions)
+        self.keys[layer][rows, :, positions] = key
+        self.values[layer][rows, :, positions] = value
+
+    def read(self, layer: int, reach: int) -> tuple[Tensor, Tensor]:
+        """Keys and values before position ``reach``, each [B, kv_heads, reach, head_dim]."""
+        keys, values = self.keys[layer], self.values[layer]
+        if self.chosen is not None:
+            keys, values = keys[self.chosen], values[self.chosen]
+        return keys[:, :, :reach], values[:, :, :reach]
+
+    def clear(self, indices: Sequence[int]) -> None:
+        """Forget these rows, so that a new request starts as in a fresh cache."""
+        for tensor in (*self.keys, *self.values):
+            tensor[list(indices)] = 0
+
+    def _row_numbers(self, positions: Tensor) -> Tensor:
+        if self.chosen is not None:
+            return self.chosen[:, None]
+        return torch.arange(positions.shape[0], device=positions.device)[:, None]
+
+
+def positions(window: Window, device: torch.device | str) -> Tensor:
+    """Absolute position of everything the window computes, [B, W]."""
+    start = window.start.to(device, non_blocking=True)
+    return start[:, None] + torch.arange(window.width, device=device)

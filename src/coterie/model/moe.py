@@ -1,0 +1,73 @@
+"""The feed-forward half of a layer: one network for all tokens, or experts that a router elects."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from coterie import ops
+from coterie.model.spec import ModelSpec
+from coterie.model.step import Step
+from coterie.routing import route
+from coterie.values import Scores, Store
+
+
+class FeedForward(Protocol):
+    """x [B, W, H] -> [B, W, H]; importance [B, W] only where the policy asked for it."""
+
+    def __call__(self, x: Tensor, step: Step, importance: Tensor | None) -> Tensor: ...
+
+
+@dataclass(frozen=True)
+class Dense:
+    """silu(gate(x)) * up(x), then down: the same weights for every token."""
+
+    gate_up: Tensor  # [2 I, H], gate rows first
+    down: Tensor  # [H, I]
+
+    def __call__(self, x: Tensor, step: Step, importance: Tensor | None) -> Tensor:
+        del step, importance
+        return self.apply(x)
+
+    def apply(self, x: Tensor) -> Tensor:
+        gate, up = F.linear(x, self.gate_up).chunk(2, dim=-1)
+        return F.linear(F.silu(gate) * up, self.down)
+
+
+@dataclass(frozen=True)
+class MoE:
+    """A gate, the experts wherever their store keeps them, and perhaps one that all tokens share."""
+
+    spec: ModelSpec
+    layer: int
+    gate: Tensor  # [E, H] fp32
+    bias: Tensor | None  # [E] fp32, for selection
+    shared: Dense | None
+    store: Store
+
+    def __call__(self, x: Tensor, step: Step, importance: Tensor | None) -> Tensor:
+        scores = self._scores(x, step, importance)
+        routing = route(scores, step.policy)
+        step.recorder.routed(self.layer, scores, routing)
+        flat = x.flatten(0, 1)
+        out = torch.zeros(flat.shape, dtype=torch.float32, device=x.device)
+        for slab in self.store.serve(self.layer, routing.used):
+            out += ops.run_experts(flat, routing, slab)
+        mixed = out.to(x.dtype).view_as(x)
+        return mixed if self.shared is None else mixed + self.shared.apply(x)
+
+    def _scores(self, x: Tensor, step: Step, importance: Tensor | None) -> Scores:
+        return Scores(
+            logits=F.linear(x.float(), self.gate),
+            router=self.spec.router,
+            bias=self.bias,
+            voters=step.voters,
+            importance=importance,
+            resident=self.store.resident(self.layer),
+            layer=self.layer,
+            forward=step.forward,
+        )

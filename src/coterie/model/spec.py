@@ -1,0 +1,44 @@
+"""What a model is, as numbers: everything that the transformer needs and nothing it does not."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from coterie.values import RouterSpec
+
+
+@dataclass(frozen=True)
+class ModelSpec:
+    """Sizes and switches of one model; widths are in features, lengths in tokens."""
+
+    vocabulary: int
+    hidden: int
+    layers: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    rotary_dim: int  # the first features of each head turn with position, the others do not
+    rope_theta: float
+    norm_epsilon: float
+    dense_width: int  # of the layers without experts; 0 = there are none
+    expert_width: int
+    shared_width: int  # of the expert that every token passes through; 0 = none
+    moe: tuple[bool, ...]  # per layer: does it have experts
+    router: RouterSpec
+    expert_bias: bool
+    tied: bool  # the head is the embedding
+    max_length: int
+
+    @property
+    def moe_layers(self) -> tuple[int, ...]:
+        return tuple(layer for layer, has_experts in enumerate(self.moe) if has_experts)
+
+    @property
+    def qkv_rows(self) -> int:
+        """Rows of the fused projection: all query heads, then keys, then values."""
+        return (self.heads + 2 * self.kv_heads) * self.head_dim
+
+    @property
+    def expert_parameters(self) -> int:
+        """Of one routed expert: gate, up and down."""
+        return 3 * self.hidden * self.expert_width

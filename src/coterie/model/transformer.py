@@ -1,0 +1,115 @@
+"""The one transformer of all families: norm, attention, norm, feed-forward; then the head."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from coterie.model.attention import Attention, View, rms_norm
+from coterie.model.moe import Dense, FeedForward, MoE
+from coterie.model.spec import ModelSpec
+from coterie.model.step import Step
+from coterie.values import Store
+
+
+@dataclass(frozen=True)
+class Layer:
+    spec: ModelSpec
+    attention_norm: Tensor  # [H]
+    attention: Attention
+    feed_forward_norm: Tensor  # [H]
+    feed_forward: FeedForward
+
+    def __call__(self, x: Tensor, view: View, step: Step) -> Tensor:
+        """x [B, W, H] -> [B, W, H]."""
+        weigh = step.policy.needs_importance and isinstance(self.feed_forward, MoE)
+        normed = rms_norm(x, self.attention_norm, self.spec.norm_epsilon)
+        mixed, received = self.attention(normed, view, step.cache, weigh=weigh)
+        importance = None if received is None else received * x.float().abs().sum(-1)
+        x = x + mixed
+        normed = rms_norm(x, self.feed_forward_norm, self.spec.norm_epsilon)
+        return x + self.feed_forward(normed, step, importance)
+
+
+@dataclass(frozen=True)
+class Transformer:
+    """Tokens in, logits out; everything that may differ between two calls is in the step."""
+
+    spec: ModelSpec
+    embedding: Tensor  # [vocabulary, H]
+    layers: tuple[Layer, ...]
+    norm: Tensor  # [H]
+    head: Tensor  # [vocabulary, H]
+
+    def __call__(self, tokens: Tensor, step: Step) -> Tensor:
+        """Logits [P, vocabulary] fp32 of the wanted positions of tokens [B, W] int64.
+
+        The recorder hears every layer's output and, as layer ``spec.layers``, the normed hidden
+        states [P, H] that the head reads.
+        """
+        view = View.of(step.window, step.cache, self.spec, self.device)
+        x = self.embed(tokens) if step.embeddings is None else step.embeddings
+        for number, layer in enumerate(self.layers):
+            x = layer(x, view, step)
+            step.recorder.layer_output(number, x)
+        x = x.flatten(0, 1)
+        if step.wanted is not None:
+            x = x[step.wanted]
+        x = rms_norm(x, self.norm, self.spec.norm_epsilon)
+        step.recorder.layer_output(self.spec.layers, x)
+        return F.linear(x, self.head).float()
+
+    def embed(self, tokens: Tensor) -> Tensor:
+        """[B, W] int64 -> [B, W, H]."""
+        return F.embedding(tokens, self.embedding)
+
+    @property
+    def device(self) -> torch.device:
+        return self.embedding.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.embedding.dtype
+
+
+def build(spec: ModelSpec, weights: dict[str, Tensor], store: Store) -> Transformer:
+    """Assemble the transformer from weights named as in ``weights.shapes``; experts stay in the store."""
+    layers = tuple(_layer(spec, layer, weights, store) for layer in range(spec.layers))
+    embedding = weights["embedding"]
+    head = embedding if spec.tied else weights["head"]
+    return Transformer(spec, embedding, layers, weights["norm"], head)
+
+
+def _layer(spec: ModelSpec, layer: int, weights: dict[str, Tensor], store: Store) -> Layer:
+    name = f"layers.{layer}"
+    attention = Attention(
+        spec,
+        layer,
+        qkv=weights[f"{name}.qkv"],
+        out=weights[f"{name}.out"],
+        query_norm=weights[f"{name}.query_norm"],
+        key_norm=weights[f"{name}.key_norm"],
+    )
+    return Layer(
+        spec,
+        attention_norm=weights[f"{name}.attention_norm"],
+        attention=attention,
+        feed_forward_norm=weights[f"{name}.feed_forward_norm"],
+        feed_forward=_feed_forward(spec, layer, weights, store),
+    )
+
+
+def _feed_forward(
+    spec: ModelSpec, layer: int, weights: dict[str, Tensor], store: Store
+) -> FeedForward:
+    name = f"layers.{layer}"
+    if not spec.moe[layer]:
+        return Dense(weights[f"{name}.dense.gate_up"], weights[f"{name}.dense.down"])
+    shared = None
+    if spec.shared_width:
+        shared = Dense(weights[f"{name}.shared.gate_up"], weights[f"{name}.shared.down"])
+    gate, bias = weights[f"{name}.gate"], weights.get(f"{name}.gate_bias")
+    return MoE(spec, layer, gate, bias, shared, store)
