@@ -1,0 +1,120 @@
+"""Chat templates: the checkpoint's own where it has one, else its family's, always in a sandbox."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NoReturn
+
+from jinja2 import TemplateError
+from jinja2.ext import loopcontrols
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+from coterie.text.errors import TextError, read_object
+
+
+@dataclass(frozen=True)
+class ChatTemplate:
+    """Jinja source, where it came from, and the special tokens that it may name (``bos_token`` ...)."""
+
+    source: str
+    origin: str
+    tokens: Mapping[str, str]
+
+    def render(self, messages: Sequence[Mapping[str, str]]) -> str:
+        """The text that asks the model for its next turn; TextError names the template's origin."""
+        try:
+            template = _sandbox().from_string(self.source)
+            return template.render(messages=messages, add_generation_prompt=True, **self.tokens)
+        # A template is the checkpoint's own program: whatever it raises is bad input, not our fault.
+        except (TemplateError, TypeError, ValueError, ArithmeticError, LookupError) as error:
+            raise TextError(f"{self.origin}: the chat template fails: {error}") from None
+
+
+def read_template(folder: Path, family: str) -> ChatTemplate:
+    """``chat_template.jinja``, else ``tokenizer_config.json``, else the default of ``family``.
+
+    Raises TextError for an unreadable file and for a family without a default.
+    """
+    config = folder / "tokenizer_config.json"
+    settings = read_object(config) if config.is_file() else {}
+    tokens = special_tokens(settings)
+    own = folder / "chat_template.jinja"
+    if own.is_file():
+        return ChatTemplate(_read_text(own), str(own), tokens)
+    if settings.get("chat_template") is not None:
+        return ChatTemplate(_source(settings["chat_template"], config), str(config), tokens)
+    if family not in TEMPLATES:
+        raise TextError(
+            f"no chat template in {folder} and none for family {family!r}; "
+            f"known: {', '.join(sorted(TEMPLATES))}"
+        )
+    return ChatTemplate(TEMPLATES[family], f"the default template of {family}", tokens)
+
+
+def special_tokens(settings: Mapping[str, object]) -> dict[str, str]:
+    """``{"eos_token": "<|endoftext|>", ...}`` from a tokenizer_config; both spellings of a token."""
+    found = {}
+    for name, value in settings.items():
+        content = value.get("content") if isinstance(value, dict) else value
+        if name.endswith("_token") and isinstance(content, str):
+            found[name] = content
+    return found
+
+
+def _source(value: object, path: Path) -> str:
+    """One template, from the string or the list of named templates that the file may hold."""
+    if isinstance(value, str):
+        return value
+    named = value if isinstance(value, list) else []
+    for entry in named:
+        if isinstance(entry, dict) and entry.get("name") == "default":
+            return str(entry.get("template"))
+    raise TextError(f"{path}: chat_template is neither a string nor a list with a 'default'")
+
+
+def _read_text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, ValueError) as error:
+        raise TextError(f"{path}: not readable as text ({error})") from None
+
+
+def _sandbox() -> ImmutableSandboxedEnvironment:
+    """What checkpoints expect of their renderer: trimmed blocks, loop controls, raise_exception."""
+    environment = ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols]
+    )
+    environment.globals["raise_exception"] = _refuse
+    return environment
+
+
+def _refuse(message: str) -> NoReturn:
+    raise TemplateError(message)
+
+
+_ROLES = (
+    "{% for message in messages if message['role'] != 'system' %}"
+    "<role>{{ 'HUMAN' if message['role'] == 'user' else 'ASSISTANT' }}</role>"
+    "{{ message['content'] }}<|role_end|>"
+    "{% endfor %}"
+    "{% if add_generation_prompt %}<role>ASSISTANT</role>{% endif %}"
+)
+_SYSTEM = (
+    "<role>SYSTEM</role>"
+    "{% if messages[0]['role'] == 'system' %}{{ messages[0]['content'] + '\\n' }}{% endif %}"
+    "detailed thinking off<|role_end|>"
+)
+_CHATML = (
+    "{% for message in messages %}"
+    "{{ '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>\\n' }}"
+    "{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
+)
+
+TEMPLATES = {
+    "llada2": _SYSTEM + _ROLES,
+    "llada_moe": _ROLES,
+    "sdar_moe": _CHATML,
+}
