@@ -63,7 +63,7 @@ def test_a_folder_without_a_tokenizer_speaks_numbers(tmp_path: Path) -> None:
 
 def test_raw_text_comes_back_unchanged(tmp_path: Path) -> None:
     text = codec(write_tokenizer(tmp_path))
-    for line in ["Tom has 3 boxes.", "def f(x):\n    return x\n", "Grüße – ☕"]:
+    for line in ["Tom has 3 boxes.", "def f(x):\n    return x\n", "Grüße, ☕"]:
         assert text.decode(text.encode(line, raw=True)) == line
 
 
@@ -151,7 +151,7 @@ def test_a_tokenizer_larger_than_the_model_is_refused(tmp_path: Path) -> None:
 
 def test_an_unknown_end_token_is_refused(tmp_path: Path) -> None:
     write_json(write_tokenizer(tmp_path) / "tokenizer_config.json", {"eos_token": "<end>"})
-    with pytest.raises(TextError, match="'<end>' is not in tokenizer.json"):
+    with pytest.raises(TextError, match="'<end>' is not in tokenizer"):
         codec(tmp_path)
 
 

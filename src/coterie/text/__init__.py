@@ -1,4 +1,4 @@
-"""Text in, ids out, and back: a checkpoint's tokenizer and chat template. Never runs remote code."""
+"""Text in, ids out, and back: a checkpoint's tokenizer and chat template, and no remote code."""
 
 from coterie.text.codec import Codec, Numbers, Subwords, TextError, load_codec
 from coterie.text.template import ChatTemplate, read_template

@@ -16,7 +16,7 @@ MASK_TOKEN = "<|mask|>"
 
 
 class Codec(Protocol):
-    """Ids are the model's own; ``mask`` and ``ends`` are what the files say, so they may be missing."""
+    """Text to the model's own ids and back; ``mask`` and ``ends`` are missing where no file tells."""
 
     @property
     def mask(self) -> int | None:
@@ -73,7 +73,7 @@ class Subwords:
 
 @dataclass(frozen=True)
 class Numbers:
-    """For a folder without a tokenizer: prompts are ids ("5 17 33"); other text is its UTF-8 bytes."""
+    """Without a tokenizer: a prompt is ids ("5 17 33"); any other text is its UTF-8 bytes."""
 
     vocabulary: int
     mask: int | None = None
@@ -141,7 +141,7 @@ def _read_tokenizer(path: Path, vocabulary: int) -> Tokenizer:
 
 
 def _ends(folder: Path, tokenizer: Tokenizer) -> tuple[int, ...]:
-    """End ids by ``tokenizer_config.json`` (eos_token) and ``generation_config.json`` (eos_token_id)."""
+    """End ids: eos_token of the tokenizer_config, eos_token_id of the generation_config."""
     ends: set[int] = set()
     config = folder / "tokenizer_config.json"
     if config.is_file():

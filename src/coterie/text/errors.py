@@ -7,7 +7,7 @@ from pathlib import Path
 
 
 class TextError(ValueError):
-    """A tokenizer, template or prompt that cannot be used: one line that names the file or the token."""
+    """An unusable tokenizer, template or prompt: one line that names the file or the token."""
 
 
 def read_object(path: Path) -> dict[str, object]:

@@ -16,7 +16,7 @@ from coterie.text.errors import TextError, read_object
 
 @dataclass(frozen=True)
 class ChatTemplate:
-    """Jinja source, where it came from, and the special tokens that it may name (``bos_token`` ...)."""
+    """Jinja source, where it came from, and the special tokens (``eos_token`` ...) it may name."""
 
     source: str
     origin: str
@@ -27,7 +27,7 @@ class ChatTemplate:
         try:
             template = _sandbox().from_string(self.source)
             return template.render(messages=messages, add_generation_prompt=True, **self.tokens)
-        # A template is the checkpoint's own program: whatever it raises is bad input, not our fault.
+        # A template is the checkpoint's own program: whatever it raises is bad input.
         except (TemplateError, TypeError, ValueError, ArithmeticError, LookupError) as error:
             raise TextError(f"{self.origin}: the chat template fails: {error}") from None
 
@@ -54,7 +54,7 @@ def read_template(folder: Path, family: str) -> ChatTemplate:
 
 
 def special_tokens(settings: Mapping[str, object]) -> dict[str, str]:
-    """``{"eos_token": "<|endoftext|>", ...}`` from a tokenizer_config; both spellings of a token."""
+    """``{"eos_token": "<|endoftext|>", ...}`` from a tokenizer_config, either spelling."""
     found = {}
     for name, value in settings.items():
         content = value.get("content") if isinstance(value, dict) else value

@@ -1,0 +1,140 @@
+"""Records of measurements: what was run, where, on which code, and how far the samples spread."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import re
+import statistics
+import subprocess
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from importlib import metadata
+from pathlib import Path
+
+PACKAGES = ("coterie", "torch", "triton", "numpy", "safetensors", "tokenizers")
+
+
+@dataclass(frozen=True)
+class Measure:
+    """Repeated readings of one quantity, in the order they were taken."""
+
+    name: str
+    unit: str
+    samples: tuple[float, ...]
+
+    def __post_init__(self) -> None:
+        if not self.samples:
+            raise ValueError(f"measure {self.name!r} has no samples")
+
+    @property
+    def median(self) -> float:
+        return statistics.median(self.samples)
+
+    @property
+    def spread(self) -> float:
+        """Distance between the quartiles; of fewer than four samples, between the extremes."""
+        if len(self.samples) < 4:
+            return max(self.samples) - min(self.samples)
+        low, _, high = statistics.quantiles(self.samples, n=4, method="inclusive")
+        return high - low
+
+    def document(self) -> dict[str, object]:
+        return {
+            "name": self.name,
+            "unit": self.unit,
+            "median": self.median,
+            "spread": self.spread,
+            "samples": list(self.samples),
+        }
+
+
+def record(
+    title: str,
+    command: Sequence[str],
+    measures: Sequence[Measure],
+    *,
+    facts: Mapping[str, object] | None = None,
+    device: str = "cpu",
+) -> dict[str, object]:
+    """The whole record as a JSON object; ``facts`` holds what was counted and not timed."""
+    return {
+        "title": title,
+        "command": list(command),
+        "when": datetime.now(UTC).isoformat(timespec="seconds"),
+        "commit": commit(),
+        "machine": {**machine(), "device": device},
+        "versions": versions(),
+        "measures": [measure.document() for measure in measures],
+        "facts": dict(facts or {}),
+    }
+
+
+def write_record(folder: Path, content: Mapping[str, object]) -> Path:
+    """Writes ``<title>.json`` in ``folder``, whole or not at all; returns its path."""
+    name = re.sub(r"[^a-z0-9]+", "-", str(content["title"]).lower()).strip("-")
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"{name}.json"
+    unfinished = path.with_suffix(f".{os.getpid()}.tmp")
+    unfinished.write_text(json.dumps(content, indent=1, allow_nan=False) + "\n", encoding="utf-8")
+    unfinished.replace(path)
+    return path
+
+
+def commit(folder: Path | None = None) -> str:
+    """The commit around ``folder`` (default: this file), "+changes" where files differ from it."""
+    where = folder or Path(__file__).parent
+    head = _git(where, "rev-parse", "HEAD")
+    if head is None:
+        return "unknown"
+    return head + ("+changes" if _git(where, "status", "--porcelain", "-uno") else "")
+
+
+def machine() -> dict[str, object]:
+    """Processor, cores and memory (MiB, where the system tells)."""
+    return {
+        "system": f"{platform.system()} {platform.release()}",
+        "processor": _processor(),
+        "cores": os.cpu_count(),
+        "memory_mib": _memory_mib(),
+        "python": platform.python_version(),
+    }
+
+
+def versions() -> dict[str, str]:
+    """Of the packages that a measurement depends on, as far as they are installed."""
+    found = {}
+    for package in PACKAGES:
+        try:
+            found[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def _git(folder: Path, *words: str) -> str | None:
+    try:
+        done = subprocess.run(
+            ["git", "-C", str(folder), *words], capture_output=True, text=True, check=True
+        )
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return done.stdout.strip()
+
+
+def _processor() -> str:
+    listed = Path("/proc/cpuinfo")
+    if listed.is_file():
+        for line in listed.read_text(encoding="utf-8", errors="replace").splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
+
+
+def _memory_mib() -> int | None:
+    try:
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2**20
+    except (AttributeError, OSError, ValueError):
+        return None
