@@ -16,7 +16,7 @@ MASK_TOKEN = "<|mask|>"
 
 
 class Codec(Protocol):
-    """Text to the model's own ids and back; ``mask`` and ``ends`` are missing where no file tells."""
+    """Text to ids and back; ``mask`` and ``ends`` are missing where no file tells them."""
 
     @property
     def mask(self) -> int | None:

@@ -1,0 +1,20 @@
+# Two commands for a fresh machine with python3: each sets up .venv by itself.
+.PHONY: demo test check format clean
+
+QUESTION = Tom has 3 boxes of 4 pens and gives away 5. How many pens are left?
+
+demo:
+	@scripts/setup core
+	@.venv/bin/coterie generate "$(QUESTION)"
+
+test:
+	@scripts/test
+
+check:
+	@scripts/check
+
+format:
+	@scripts/format
+
+clean:
+	rm -rf .venv .pytest_cache .ruff_cache .hypothesis .import_linter_cache build dist
