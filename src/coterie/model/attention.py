@@ -1,4 +1,4 @@
-"""Grouped-query attention over keys written by position, and what its layers share in one forward."""
+"""Grouped-query attention over keys written by position, and what all layers of a forward share."""
 
 from __future__ import annotations
 

@@ -40,7 +40,7 @@ class Dense:
 
 @dataclass(frozen=True)
 class MoE:
-    """A gate, the experts wherever their store keeps them, and perhaps one that all tokens share."""
+    """A gate, experts wherever their store keeps them, and perhaps one that all tokens share."""
 
     spec: ModelSpec
     layer: int

@@ -28,6 +28,7 @@ class ModelSpec:
     expert_bias: bool
     tied: bool  # the head is the embedding
     max_length: int
+    capacity: int = 0  # experts a block may use together as the model was trained; 0 = all
 
     @property
     def moe_layers(self) -> tuple[int, ...]:

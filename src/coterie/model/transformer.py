@@ -76,7 +76,7 @@ class Transformer:
 
 
 def build(spec: ModelSpec, weights: dict[str, Tensor], store: Store) -> Transformer:
-    """Assemble the transformer from weights named as in ``weights.shapes``; experts stay in the store."""
+    """Assemble it from weights named as in ``weights.shapes``; the experts stay in the store."""
     layers = tuple(_layer(spec, layer, weights, store) for layer in range(spec.layers))
     embedding = weights["embedding"]
     head = embedding if spec.tied else weights["head"]

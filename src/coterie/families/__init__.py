@@ -1,0 +1,62 @@
+"""The families that Coterie knows, and how a config tells which one it is."""
+
+from __future__ import annotations
+
+from coterie.families.config import Config, token_ids
+from coterie.families.family import Defaults, Family
+from coterie.families.llada2 import FAMILY as LLADA2
+from coterie.families.llada_moe import FAMILY as LLADA_MOE
+from coterie.families.sdar_moe import FAMILY as SDAR_MOE
+from coterie.naming import CoterieError
+
+__all__ = ["FAMILIES", "Config", "Defaults", "Family", "eos_ids", "mask_id", "recognise"]
+
+# Dense models that share a model_type with one of ours, or are often tried.
+DENSE = ("LLaDAModelLM", "LLaDAModel", "SDARForCausalLM", "DreamModel")
+
+
+def recognise(config: Config) -> Family:
+    """The family that ``architectures`` names; ``model_type`` alone does not tell.
+
+    Raises CoterieError for a model that is dense, unknown, or at odds with itself.
+    """
+    listed = config.values.get("architectures")
+    if not isinstance(listed, list) or len(listed) != 1 or not isinstance(listed[0], str):
+        raise config.error("architectures", f"is {listed!r}; known: {', '.join(FAMILIES)}")
+    name = listed[0]
+    if name in DENSE:
+        raise config.error("architectures", f"names {name}, a dense model: there are no experts")
+    if name not in FAMILIES:
+        raise config.error("architectures", f"names {name!r}; known: {', '.join(FAMILIES)}")
+    family = FAMILIES[name]
+    model_type = config.values.get("model_type", family.model_types[0])
+    if model_type not in family.model_types:
+        known = " or ".join(family.model_types)
+        raise config.error("model_type", f"is {model_type!r}, but {name} is {known}")
+    return family
+
+
+def mask_id(config: Config, family: Family, vocabulary: int) -> int:
+    """The config's, else the family's, else the last of a small vocabulary."""
+    stated = _inside(config, "mask_token_id", vocabulary)
+    if stated:
+        return stated[0]
+    usual = family.defaults.mask_id
+    return usual if usual < vocabulary else vocabulary - 1
+
+
+def eos_ids(config: Config, family: Family, vocabulary: int) -> tuple[int, ...]:
+    """The config's and the family's, without repeats; a model with neither ends on its padding."""
+    stated = _inside(config, "eos_token_id", vocabulary)
+    usual = tuple(i for i in family.defaults.eos_ids if i < vocabulary)
+    return tuple(dict.fromkeys(stated + usual)) or _inside(config, "pad_token_id", vocabulary)
+
+
+def _inside(config: Config, key: str, vocabulary: int) -> tuple[int, ...]:
+    ids = token_ids(config, key)
+    if any(i >= vocabulary for i in ids):
+        raise CoterieError(f"{config.file}: {key} is {ids}, outside a vocabulary of {vocabulary}")
+    return ids
+
+
+FAMILIES = {family.architecture: family for family in (LLADA_MOE, LLADA2, SDAR_MOE)}

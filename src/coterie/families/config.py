@@ -1,0 +1,176 @@
+"""Reading a config.json strictly: every key is used, known to be without effect, or an error."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from coterie.naming import CoterieError
+
+WITHOUT_EFFECT = frozenset(
+    (
+        *("_attn_implementation_autoset", "_name_or_path", "architectures", "attention_dropout"),
+        *("auto_map", "bos_token_id", "dtype", "embedding_dropout", "eos_token_id"),
+        *("initializer_range", "mask_token_id", "max_window_layers", "model_type"),
+        *("output_attentions", "output_dropout", "output_hidden_states", "output_router_logits"),
+        *("pad_token_id", "return_dict", "router_aux_loss_coef", "sliding_window"),
+        *("torch_dtype", "transformers_version", "use_cache"),
+    )
+)
+"""Keys that say nothing about a forward pass: training, bookkeeping, and token ids (read apart)."""
+
+
+@dataclass(frozen=True)
+class Config:
+    """A config and what has been asked of it; errors name ``file`` and the key."""
+
+    file: Path
+    values: Mapping[str, object]
+    asked: set[str] = field(default_factory=set)  # grows while a family reads
+
+    @staticmethod
+    def of(file: Path) -> Config:
+        try:
+            values = json.loads(file.read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            raise CoterieError(f"{file}: no such file; a model folder has a config.json") from None
+        except (OSError, ValueError) as error:
+            raise CoterieError(f"{file}: not a readable JSON file ({error})") from None
+        if not isinstance(values, dict):
+            raise CoterieError(f"{file}: holds a {type(values).__name__}, not an object of keys")
+        return Config(file, values)
+
+    def get(self, key: str) -> object:
+        """The value, None where absent."""
+        self.asked.add(key)
+        return self.values.get(key)
+
+    def size(self, key: str, *, least: int = 1) -> int:
+        """A required whole number."""
+        value = self.get(key)
+        if value is None:
+            raise self.error(key, "is missing")
+        return self._whole(key, value, least)
+
+    def optional_size(self, key: str, *, least: int = 1) -> int | None:
+        """A whole number, None where the key is absent or null."""
+        value = self.get(key)
+        return None if value is None else self._whole(key, value, least)
+
+    def number(self, key: str, default: float | None = None) -> float:
+        """A finite positive number; required unless it has a default."""
+        value = self.get(key)
+        if value is None:
+            value = default
+        if value is None:
+            raise self.error(key, "is missing")
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            raise self.error(key, f"is {value!r}, not a number")
+        if not math.isfinite(value) or value <= 0:
+            raise self.error(key, f"is {value!r}; it must be finite and positive")
+        return float(value)
+
+    def flag(self, key: str, default: bool) -> bool:
+        """True or false; null and absent mean the default."""
+        value = self.get(key)
+        if value is None:
+            return default
+        if not isinstance(value, bool):
+            raise self.error(key, f"is {value!r}, not true or false")
+        return value
+
+    def only(self, key: str, *supported: bool | int | float | str | None) -> None:
+        """Absent, or one of these: the others would be another model."""
+        if key not in self.values:
+            return
+        value = self.get(key)
+        matches = (v for v in supported if type(v) is type(value) or _numbers(v, value))
+        if not any(v == value for v in matches):
+            known = " or ".join(json.dumps(v) for v in supported)
+            raise self.error(key, f"is {json.dumps(value)}; supported: {known}")
+
+    def finish(self) -> None:
+        """Raise when a key is neither used nor known to be without effect."""
+        if self.values.get("quantization_config") is not None:
+            raise self.error("quantization_config", "is set; quantised checkpoints do not load")
+        known = self.asked | WITHOUT_EFFECT | {"quantization_config"}
+        if unknown := sorted(set(self.values) - known):
+            raise CoterieError(f"{self.file}: unknown key {', '.join(map(repr, unknown))}")
+
+    def error(self, key: str, problem: str) -> CoterieError:
+        return CoterieError(f"{self.file}: {key} {problem}")
+
+    def _whole(self, key: str, value: object, least: int) -> int:
+        if isinstance(value, bool) or not isinstance(value, int):
+            raise self.error(key, f"is {value!r}, not a whole number")
+        if value < least:
+            raise self.error(key, f"is {value}; it must be at least {least}")
+        return value
+
+
+def head_dim(config: Config, hidden: int, heads: int) -> int:
+    """The config's own, else hidden / heads, which must come out even."""
+    stated = config.optional_size("head_dim")
+    if stated is not None:
+        return stated
+    if hidden % heads:
+        raise config.error("num_attention_heads", f"is {heads}, no divisor of hidden_size {hidden}")
+    return hidden // heads
+
+
+def rotary_dim(config: Config, dim: int, *, default: float | None) -> int:
+    """Features of a head that turn: ``rotary_dim`` and ``partial_rotary_factor`` must agree."""
+    stated = config.optional_size("rotary_dim")
+    if stated is not None and config.get("partial_rotary_factor") is None:
+        turning = stated
+    else:
+        turning = int(dim * config.number("partial_rotary_factor", default))
+    if stated not in (None, turning):
+        factor = config.values["partial_rotary_factor"]
+        raise config.error(
+            "rotary_dim", f"is {stated}, but partial_rotary_factor {factor} of {dim} is {turning}"
+        )
+    if not 0 < turning <= dim or turning % 2:
+        name = "partial_rotary_factor" if stated is None else "rotary_dim"
+        raise config.error(name, f"turns {turning} of {dim} features; an even part is needed")
+    return turning
+
+
+def key_value_heads(config: Config, heads: int) -> int:
+    """As many as query heads where not stated; query heads share them evenly."""
+    shared = config.optional_size("num_key_value_heads") or heads
+    if heads % shared:
+        raise config.error(
+            "num_key_value_heads", f"is {shared}, no divisor of num_attention_heads {heads}"
+        )
+    return shared
+
+
+def chosen_experts(config: Config, experts: int) -> int:
+    """Experts per token, no more than there are."""
+    k = config.size("num_experts_per_tok")
+    if k > experts:
+        raise config.error("num_experts_per_tok", f"is {k}, more than num_experts {experts}")
+    return k
+
+
+def token_ids(config: Config, key: str) -> tuple[int, ...]:
+    """The id or ids under ``key``, in order; none where absent."""
+    value = config.values.get(key)
+    if value is None:
+        return ()
+    listed: Iterable[object] = value if isinstance(value, list) else [value]
+    ids = []
+    for item in listed:
+        if isinstance(item, bool) or not isinstance(item, int) or item < 0:
+            raise config.error(key, f"is {value!r}, not a token id")
+        ids.append(item)
+    return tuple(ids)
+
+
+def _numbers(left: object, right: object) -> bool:
+    plain = not isinstance(left, bool) and not isinstance(right, bool)
+    return plain and isinstance(left, int | float) and isinstance(right, int | float)
