@@ -42,17 +42,33 @@ class RouterSpec:
 
 
 @dataclass(frozen=True)
+class Progress:
+    """How far decoding is at each position that routes, for policies that choose who votes."""
+
+    masked: Tensor | None = None  # [S, N] bool: still masked
+    filled: Tensor | None = None  # [S, N] bool: after the row's first end-of-text
+    uncertainty: Tensor | None = None  # [S, N] >= 0: 1 - confidence when last looked at, else 1
+
+
+@dataclass(frozen=True)
 class Scores:
-    """What a gate thinks: logits [S, N, E] in fp32, and all that follows from them."""
+    """What a gate thinks: logits [S, N, E] in fp32, and all that follows from them.
+
+    ``voters`` is the engine's word: the live block (and look-around) of unfinished rows. A policy's
+    ``voters=`` option narrows it with ``progress``. A sequence without a voter elects from all of
+    its tokens: nothing reads what it computes, and nothing may fail on it.
+    """
 
     logits: Tensor
     router: RouterSpec
     bias: Tensor | None = None  # [E], for selection
     voters: Tensor | None = None  # [S, N] weight of each token's vote, >= 0; None = everybody
+    progress: Progress | None = None
     importance: Tensor | None = None  # [S, N], for policies that ask for it
     resident: Tensor | None = None  # [E] bool: experts already in fast memory
     layer: int = 0
     forward: tuple[int, ...] = ()  # decode-forward number of each row (for seeded controls)
+    own: Tensor | None = None  # [S, N, k] the unmodified model's choice; ``route`` fills it in
 
     @cached_property
     def probability(self) -> Tensor:
@@ -74,11 +90,12 @@ class Scores:
 
 @dataclass(frozen=True)
 class Routing:
-    """Who computes what."""
+    """Who computes what. Every position counts, voting or not: all of them are computed."""
 
     ids: Tensor  # [T, k] int64, -1 = none, best first by rank
-    weights: Tensor  # [T, k] fp32, exactly as multiplied into expert outputs
+    weights: Tensor  # [T, k] fp32, exactly as multiplied into expert outputs; 0 where there is none
     used: Tensor  # [E] bool
+    own: Tensor  # [T, k] int64, what the unmodified model would have chosen
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,23 @@
+"""The contracts of every operation that may have a faster twin, and the one place that picks one.
+
+``reference`` is the truth: plain torch, correct on any device. A faster version has the same name
+and signature and is compared with it by value.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from coterie.ops import reference
+from coterie.ops.reference import membership, top_ids, top_mask
+from coterie.values import Routing, Slab
+
+__all__ = ["membership", "run_experts", "top_ids", "top_mask"]
+
+
+def run_experts(x: Tensor, routing: Routing, slab: Slab) -> Tensor:
+    """Weighted sum of the SwiGLU experts that ``slab`` holds: x [T, H] -> [T, H], always fp32.
+
+    Ids of -1 and experts absent from the slab add nothing, so the slabs of one layer add up.
+    """
+    return reference.run_experts(x, routing, slab)

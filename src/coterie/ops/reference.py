@@ -1,0 +1,49 @@
+"""The truth that faster operations are compared with: short, plain, any device."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from coterie.values import Routing, Slab
+
+
+def top_ids(key: Tensor, k: int, tier: Tensor | None = None) -> Tensor:
+    """Indices [..., k] of the largest of key [..., E], best first; ties go to the lower index.
+
+    With ``tier`` [..., E], a lower tier comes first whatever its key. This is the only top-k:
+    ``torch.topk`` leaves ties open and backends would disagree.
+    """
+    order = torch.sort(key, dim=-1, descending=True, stable=True).indices
+    if tier is not None:
+        tier = tier.expand(key.shape).gather(-1, order).to(torch.uint8)
+        order = order.gather(-1, torch.sort(tier, dim=-1, stable=True).indices)
+    return order[..., :k]
+
+
+def membership(ids: Tensor, experts: int) -> Tensor:
+    """Bool mask [..., experts] of the ids [..., k]; -1 is nobody."""
+    mask = torch.zeros(*ids.shape[:-1], experts + 1, dtype=torch.bool, device=ids.device)
+    return mask.scatter_(-1, ids.where(ids >= 0, experts), True)[..., :experts]
+
+
+def top_mask(key: Tensor, k: int) -> Tensor:
+    """Bool mask [..., E] of the k largest of key [..., E]; ties go to the lower index."""
+    return membership(top_ids(key, k), key.shape[-1])
+
+
+def run_experts(x: Tensor, routing: Routing, slab: Slab) -> Tensor:
+    """See ``ops.run_experts``. One expert at a time; asks the host which are there."""
+    out = torch.zeros(x.shape, dtype=torch.float32, device=x.device)
+    slots = slab.slot_of[routing.ids.clamp(min=0)].masked_fill(routing.ids < 0, -1)  # [T, k]
+    for slot in slots[slots >= 0].unique().tolist():
+        token, choice = torch.nonzero(slots == slot, as_tuple=True)
+        y = _swiglu(x[token], slab.gate_up[slot], slab.down[slot])
+        out.index_add_(0, token, y.float() * routing.weights[token, choice, None])
+    return out
+
+
+def _swiglu(x: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
+    gate, up = F.linear(x, gate_up).chunk(2, dim=-1)
+    return F.linear(F.silu(gate) * up, down)

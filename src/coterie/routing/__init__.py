@@ -1,0 +1,39 @@
+"""Which experts each token uses: policies, their spelling, and the one ``route`` they share."""
+
+from coterie.routing.named import (
+    Coreset,
+    DesSeq,
+    DesVote,
+    MassVote,
+    Racing,
+    Random,
+    ResidentVote,
+    UniformVote,
+    XShare,
+)
+from coterie.routing.coreset import Election
+from coterie.routing.policy import POLICIES, needs_importance, parse_policy, spell
+from coterie.routing.select import route
+from coterie.routing.token import McMoe, Naee, TopK, Vanilla
+
+__all__ = [
+    "POLICIES",
+    "Coreset",
+    "DesSeq",
+    "DesVote",
+    "Election",
+    "MassVote",
+    "McMoe",
+    "Naee",
+    "Racing",
+    "Random",
+    "ResidentVote",
+    "TopK",
+    "UniformVote",
+    "Vanilla",
+    "XShare",
+    "needs_importance",
+    "parse_policy",
+    "route",
+    "spell",
+]

@@ -1,0 +1,169 @@
+"""The coreset rules that have a name: points of the grid of vote, size, protection, residency."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Annotated
+
+from torch import Tensor
+
+from coterie.naming import CoterieError
+from coterie.routing.coreset import (
+    Count,
+    Election,
+    Fixed,
+    Fraction,
+    Mass,
+    Share,
+    Size,
+    Union,
+    elect,
+)
+from coterie.routing.option import Offers, check_options
+from coterie.values import Scores
+
+WHOLE = ("voters", "protect", "vote", "scope", "lam", "eps", "seed")
+OPEN = Offers(WHOLE)
+FIXED_VOTE = Offers(("voters", "protect", "scope", "lam", "eps"))
+
+
+@dataclass(frozen=True)
+class DesSeq:
+    """The union of every token's first ``k`` experts (DES-Seq; simplified OEA)."""
+
+    k: Count
+    election: Annotated[Election, Offers(("voters", "scope"))] = Election()
+
+    __post_init__ = check_options
+
+    def eligible(self, scores: Scores, k: int) -> Tensor:
+        return elect(scores, Union(self.k), self.election, k)
+
+
+@dataclass(frozen=True)
+class DesVote:
+    """The share ``beta`` of experts with most votes, each token voting for its own experts with
+    the router's probability (DES-Vote)."""
+
+    beta: Share
+    election: Annotated[Election, OPEN] = Election()
+
+    __post_init__ = check_options
+
+    def eligible(self, scores: Scores, k: int) -> Tensor:
+        return elect(scores, Fraction(self.beta), self.election, k)
+
+
+@dataclass(frozen=True)
+class UniformVote:
+    """As DES-Vote, but each vote counts one (the paper's naive variant)."""
+
+    beta: Share
+    election: Annotated[Election, FIXED_VOTE] = Election(vote="count")
+
+    __post_init__ = check_options
+
+    def eligible(self, scores: Scores, k: int) -> Tensor:
+        return elect(scores, Fraction(self.beta), self.election, k)
+
+
+@dataclass(frozen=True)
+class XShare:
+    """Votes for all experts, every token's best one protected (XShare, arXiv 2602.07265)."""
+
+    beta: Share
+    election: Annotated[Election, FIXED_VOTE] = Election(vote="full", protect="top1")
+
+    __post_init__ = check_options
+
+    def eligible(self, scores: Scores, k: int) -> Tensor:
+        return elect(scores, Fraction(self.beta), self.election, k)
+
+
+@dataclass(frozen=True)
+class Racing:
+    """The ``m`` experts with the best score from any token (LLaDA2.2's block routing)."""
+
+    m: Count
+    election: Annotated[Election, FIXED_VOTE] = Election(vote="max")
+
+    __post_init__ = check_options
+
+    def eligible(self, scores: Scores, k: int) -> Tensor:
+        return elect(scores, Fixed(self.m), self.election, k)
+
+
+@dataclass(frozen=True)
+class MassVote:
+    """The fewest experts that hold the share ``tau`` of votes (dMoE's rule, arXiv 2605.30876);
+    at least ``least``, by default as many as a token uses."""
+
+    tau: Share
+    least: Count | None = None
+    election: Annotated[Election, OPEN] = Election()
+
+    __post_init__ = check_options
+
+    def eligible(self, scores: Scores, k: int) -> Tensor:
+        return elect(scores, Mass(self.tau, self.least), self.election, k)
+
+
+@dataclass(frozen=True)
+class Random:
+    """A seeded random set of the share ``beta``, new in each layer and forward: the control."""
+
+    beta: Share
+    election: Annotated[Election, Offers(("seed", "voters", "protect", "scope"))] = Election(
+        vote="random"
+    )
+
+    __post_init__ = check_options
+
+    def eligible(self, scores: Scores, k: int) -> Tensor:
+        return elect(scores, Fraction(self.beta), self.election, k)
+
+
+@dataclass(frozen=True)
+class ResidentVote:
+    """DES-Vote that prefers experts already in fast memory."""
+
+    beta: Share
+    election: Annotated[Election, Offers(WHOLE, shown=("lam", "eps"))] = Election(lam=1.0)
+
+    __post_init__ = check_options
+
+    def eligible(self, scores: Scores, k: int) -> Tensor:
+        return elect(scores, Fraction(self.beta), self.election, k)
+
+
+@dataclass(frozen=True)
+class Coreset:
+    """Any point of the grid: one of ``beta``, ``m``, ``tau`` or ``k`` says how many are elected."""
+
+    beta: Share | None = None
+    m: Count | None = None
+    tau: Share | None = None
+    least: Count | None = None
+    k: Count | None = None
+    election: Annotated[Election, OPEN] = Election()
+
+    def __post_init__(self) -> None:
+        check_options(self)
+        sizes = {"beta": self.beta, "m": self.m, "tau": self.tau, "k": self.k}
+        given = [name for name, value in sizes.items() if value is not None]
+        if len(given) != 1:
+            raise CoterieError(f"takes exactly one of {', '.join(sizes)}, not {given or 'none'}")
+        if self.least is not None and self.tau is None:
+            raise CoterieError("least goes with tau")
+
+    def eligible(self, scores: Scores, k: int) -> Tensor:
+        return elect(scores, self._size(), self.election, k)
+
+    def _size(self) -> Size | Union:
+        if self.beta is not None:
+            return Fraction(self.beta)
+        if self.m is not None:
+            return Fixed(self.m)
+        if self.tau is not None:
+            return Mass(self.tau, self.least)
+        return Union(self.k or 1)

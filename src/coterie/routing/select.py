@@ -1,0 +1,87 @@
+"""One shared ``route``: constrain, select, weigh, count. Policies differ in the mask they give."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from coterie.naming import CoterieError
+from coterie.ops import membership, top_ids, top_mask
+from coterie.values import Policy, Routing, RouterSpec, Scores
+
+
+def route(scores: Scores, policy: Policy) -> Routing:
+    """Each token's best experts among those ``policy`` lets it use; never an expert outside."""
+    scores = finite(scores)
+    scores = replace(scores, own=own(scores))
+    mask = policy.eligible(scores, scores.router.k)
+    # A mask of one element can only say "everybody": the unmodified model, already chosen.
+    ids = own(scores) if mask.numel() == 1 else choose(scores, mask)
+    return Routing(
+        ids=ids.flatten(0, 1),
+        weights=combine_weights(scores, ids).flatten(0, 1),
+        used=membership(ids.flatten(), scores.router.experts),
+        own=own(scores).flatten(0, 1),
+    )
+
+
+def own(scores: Scores) -> Tensor:
+    """R[n], [S, N, k]: what token n takes in the unmodified model, best first by rank."""
+    return choose(scores, None) if scores.own is None else scores.own
+
+
+def choose(scores: Scores, mask: Tensor | None) -> Tensor:
+    """Ids [S, N, k] of every token's best experts inside ``mask``; -1 where there are too few.
+
+    Groups are chosen from the unrestricted scores, as the model does; then come the best allowed
+    experts inside these groups, then those outside. (Masking before the group step would drop
+    groups, and could then choose experts that the mask forbids.)
+    """
+    outside = _outside_kept_groups(scores)  # [S, N, E] or None
+    if mask is None:
+        return top_ids(scores.rank, scores.router.k, tier=outside)
+    mask = mask.expand(scores.rank.shape)
+    tier = (~mask).to(torch.uint8) * 2
+    if outside is not None:
+        tier = tier + (outside & mask).to(torch.uint8)
+    ids = top_ids(scores.rank, scores.router.k, tier=tier)
+    return ids.where(mask.gather(-1, ids), -1)
+
+
+def combine_weights(scores: Scores, ids: Tensor) -> Tensor:
+    """What multiplies the outputs of ``ids`` [S, N, k]: the family's own rule; 0 where id is -1."""
+    router = scores.router
+    weights = scores.weight.gather(-1, ids.clamp(min=0)).masked_fill(ids < 0, 0.0)
+    if router.renormalise:
+        weights = weights / (weights.sum(dim=-1, keepdim=True) + router.epsilon)
+    return weights if router.scale == 1.0 else weights * router.scale
+
+
+def finite(scores: Scores) -> Scores:
+    """The same scores, or an error that names the layer whose logits are not numbers.
+
+    Asking an accelerator would stall it. There, such a token's logits all become NaN, which its
+    weights and then the model's logits inherit, so that whoever reads these can raise.
+    """
+    if scores.logits.device.type != "cpu":
+        doubt = (scores.logits * 0).sum(dim=-1, keepdim=True)
+        return replace(scores, logits=scores.logits + doubt)
+    if not bool(torch.isfinite(scores.logits).all()):
+        raise CoterieError(
+            f"layer {scores.layer}: router logits are NaN or infinite; "
+            "check the weights, or run in a wider dtype"
+        )
+    return scores
+
+
+def _outside_kept_groups(scores: Scores) -> Tensor | None:
+    """Mask [S, N, E] of the experts whose group the model drops; None without group limits."""
+    router: RouterSpec = scores.router
+    if router.kept_groups >= router.groups:
+        return None
+    grouped = scores.rank.unflatten(-1, (router.groups, -1))  # [S, N, groups, E / groups]
+    best = grouped.gather(-1, top_ids(grouped, 2)).sum(dim=-1)
+    kept = top_mask(best, router.kept_groups)
+    return ~kept.repeat_interleave(router.experts // router.groups, dim=-1)

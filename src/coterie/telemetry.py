@@ -1,0 +1,200 @@
+"""What happened in a forward: a recorder is shown it, keeps tensors, and reads them later."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from coterie.values import Routing, Scores
+
+Row = Hashable
+
+
+class Recorder(Protocol):
+    """Looks on. Nothing here may change what is computed, or wait for the device."""
+
+    def began(self, rows: tuple[Row, ...]) -> None:
+        """A forward over these rows starts; what is shown before the next ``began`` is theirs."""
+        ...
+
+    def routed(self, layer: int, scores: Scores, routing: Routing) -> None: ...
+
+    def served(self, layer: int, hits: int, misses: int, size: int) -> None:
+        """The store found ``hits`` experts ready and moved ``size`` bytes for ``misses`` others."""
+        ...
+
+    def layer_output(self, layer: int, x: Tensor) -> None: ...
+
+
+@dataclass(frozen=True)
+class Null:
+    """Records nothing."""
+
+    def began(self, rows: tuple[Row, ...]) -> None:
+        del rows
+
+    def routed(self, layer: int, scores: Scores, routing: Routing) -> None:
+        del layer, scores, routing
+
+    def served(self, layer: int, hits: int, misses: int, size: int) -> None:
+        del layer, hits, misses, size
+
+    def layer_output(self, layer: int, x: Tensor) -> None:
+        del layer, x
+
+
+@dataclass(frozen=True)
+class Counts:
+    """The experts one row used, over the forwards that were shown; means are over forwards."""
+
+    forwards: int
+    layers: tuple[int, ...]  # those that route
+    per_layer: tuple[float, ...]  # unique experts of each of these layers
+    mean: float
+    max: int
+    vanilla_per_layer: tuple[float, ...]  # what the unmodified model uses on the same scores
+    vanilla_mean: float
+    vote_mass_kept: float  # masked votes for the experts used / all masked votes
+    hit_rate: float  # share of the voters' own choices that they kept
+
+
+@dataclass(frozen=True)
+class Served:
+    """What an expert store did for the forwards that were shown, all rows together."""
+
+    hits: int
+    misses: int
+    size: int  # bytes moved
+
+
+@dataclass  # not frozen: it gathers
+class Counting:
+    """Counts experts row by row. Show it decoding forwards only; reading waits for the device."""
+
+    _rows: tuple[Row, ...] = ()
+    _seen: list[tuple[int, tuple[Row, ...], Tensor]] = field(default_factory=list)
+    _served: list[Served] = field(default_factory=list)
+
+    def began(self, rows: tuple[Row, ...]) -> None:
+        self._rows = rows
+
+    def routed(self, layer: int, scores: Scores, routing: Routing) -> None:
+        rows = self._rows or tuple(range(scores.logits.shape[0]))
+        self._seen.append((layer, rows, figures(scores, routing)))
+
+    def served(self, layer: int, hits: int, misses: int, size: int) -> None:
+        del layer
+        self._served.append(Served(hits, misses, size))
+
+    def layer_output(self, layer: int, x: Tensor) -> None:
+        del layer, x
+
+    def counts(self, row: Row = 0) -> Counts:
+        """The counts of one row; all zero (and vote mass 1) when it was never shown."""
+        layers: dict[int, list[list[float]]] = {}
+        for layer, rows, figure in self._seen:
+            if row in rows:
+                layers.setdefault(layer, []).append(figure[rows.index(row)].tolist())
+        return _summary(layers)
+
+    def latest(self, row: Row = 0) -> tuple[int, ...]:
+        """Unique experts of each layer in the last forward that was shown with this row."""
+        found: dict[int, int] = {}
+        for layer, rows, figure in reversed(self._seen):
+            if row in rows:
+                if layer in found:
+                    break
+                found[layer] = int(figure[rows.index(row), 0])
+        return tuple(found[layer] for layer in sorted(found))
+
+    def stored(self) -> Served:
+        """What the store did, summed."""
+        return Served(
+            hits=sum(s.hits for s in self._served),
+            misses=sum(s.misses for s in self._served),
+            size=sum(s.size for s in self._served),
+        )
+
+
+@dataclass  # not frozen: it gathers
+class Tracing:
+    """Keeps every tensor it is shown, in order. For parity and studies: memory grows."""
+
+    rows: list[tuple[Row, ...]] = field(default_factory=list)
+    routings: list[tuple[int, Scores, Routing]] = field(default_factory=list)
+    outputs: list[tuple[int, Tensor]] = field(default_factory=list)
+    moves: list[tuple[int, Served]] = field(default_factory=list)
+
+    def began(self, rows: tuple[Row, ...]) -> None:
+        self.rows.append(rows)
+
+    def routed(self, layer: int, scores: Scores, routing: Routing) -> None:
+        self.routings.append((layer, scores, routing))
+
+    def served(self, layer: int, hits: int, misses: int, size: int) -> None:
+        self.moves.append((layer, Served(hits, misses, size)))
+
+    def layer_output(self, layer: int, x: Tensor) -> None:
+        self.outputs.append((layer, x))
+
+
+def figures(scores: Scores, routing: Routing) -> Tensor:
+    """[S, 6] float64 of each row: unique experts, vanilla's unique experts, votes for experts
+    used, all votes, choices kept, all choices.
+
+    Every position counts for the unique experts, for all are computed; votes and choices are those
+    of the row's voters. Votes are ``masked`` ones: the router's probability of own experts.
+    """
+    rows, tokens, experts = scores.logits.shape
+    ids, own = (x.view(rows, tokens, -1) for x in (routing.ids, routing.own))
+    used, used_own = (_experts_of(x.flatten(1), experts) for x in (ids, own))
+    voice = torch.ones_like(scores.logits[..., 0]) if scores.voters is None else scores.voters
+    votes = scores.probability.gather(-1, own) * voice.unsqueeze(-1)  # [S, N, k]
+    elected = used.gather(-1, own.flatten(1)).view(own.shape)
+    kept = _experts_of(ids, experts).gather(-1, own) & (voice > 0).unsqueeze(-1)
+    columns = (
+        used.sum(-1),
+        used_own.sum(-1),
+        (votes.double() * elected).sum((1, 2)),
+        votes.double().sum((1, 2)),
+        kept.sum((1, 2)),
+        (voice > 0).sum(1) * own.shape[-1],
+    )
+    return torch.stack([column.double() for column in columns], dim=-1)
+
+
+def _experts_of(ids: Tensor, experts: int) -> Tensor:
+    """Bool mask [..., experts] of the ids [..., k]; -1 is nobody."""
+    mask = torch.zeros(*ids.shape[:-1], experts + 1, dtype=torch.bool, device=ids.device)
+    return mask.scatter_(-1, ids.where(ids >= 0, experts), True)[..., :experts]
+
+
+def _summary(layers: dict[int, list[list[float]]]) -> Counts:
+    ordered = sorted(layers)
+    per_layer, vanilla = (
+        tuple(_mean([figure[column] for figure in layers[layer]]) for layer in ordered)
+        for column in (0, 1)
+    )
+    everything = [figure for layer in ordered for figure in layers[layer]]
+    _, _, elected, votes, kept, choices = (
+        [sum(column) for column in zip(*everything, strict=True)] if everything else [0.0] * 6
+    )
+    return Counts(
+        forwards=max((len(seen) for seen in layers.values()), default=0),
+        layers=tuple(ordered),
+        per_layer=per_layer,
+        mean=_mean([figure[0] for figure in everything]),
+        max=int(max((figure[0] for figure in everything), default=0)),
+        vanilla_per_layer=vanilla,
+        vanilla_mean=_mean([figure[1] for figure in everything]),
+        vote_mass_kept=elected / votes if votes else 1.0,
+        hit_rate=kept / choices if choices else 1.0,
+    )
+
+
+def _mean(values: list[float]) -> float:
+    return sum(values) / len(values) if values else 0.0
