@@ -1,0 +1,16 @@
+"""The four kinds of small problems that the embedded model solves."""
+
+from coterie.problems.algebra import algebra_problem
+from coterie.problems.code import docstring_problem, sentence_problem
+from coterie.problems.facts import LARGEST, fact
+from coterie.problems.problem import Maker, Problem, Split, draw, split_of
+from coterie.problems.words import word_problem
+
+TASKS: dict[str, Maker] = {
+    "words": word_problem,
+    "docstring": docstring_problem,
+    "sentence": sentence_problem,
+    "algebra": algebra_problem,
+}
+
+__all__ = ["LARGEST", "TASKS", "Maker", "Problem", "Split", "draw", "fact", "split_of"]

@@ -1,0 +1,28 @@
+"""The arithmetic that the embedded model knows: every number it computes lies in 0 .. 30."""
+
+from __future__ import annotations
+
+import random
+
+LARGEST = 30
+
+PRODUCTS = [(a, b) for a in range(2, 10) for b in range(2, 10) if a * b <= LARGEST]
+
+
+def product(rng: random.Random, most: int = LARGEST) -> tuple[int, int, int]:
+    """Two factors in 2 .. 9 and their product, at most ``most``."""
+    a, b = rng.choice([pair for pair in PRODUCTS if pair[0] * pair[1] <= most])
+    return a, b, a * b
+
+
+def fact(rng: random.Random) -> str:
+    """One line of the tables, such as ``12 - 5 = 7``; sums and differences are most of them."""
+    kind = rng.choices("+-*/", weights=(5, 5, 1, 1))[0]
+    if kind in "*/":
+        a, b, c = product(rng)
+        return f"{a} * {b} = {c}" if kind == "*" else f"{c} / {a} = {b}"
+    total = rng.randint(1, LARGEST)
+    part = rng.randint(0, total)
+    if kind == "+":
+        return f"{part} + {total - part} = {total}"
+    return f"{total} - {part} = {total - part}"

@@ -1,0 +1,48 @@
+"""A small problem with a checkable answer, and the split that keeps training and test apart."""
+
+from __future__ import annotations
+
+import random
+import zlib
+from dataclasses import dataclass
+from typing import Literal, Protocol
+
+Split = Literal["train", "test"]
+Key = tuple[str | int, ...]
+
+HELD_OUT = 8  # one combination in eight is never trained on
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One question and its worked answer.
+
+    ``gold`` is what the grader compares: the final number as text, or for code the assertions
+    that the function must pass. ``key`` names the combination of kind and numbers, which alone
+    decides the split, so that a test problem is new in more than its names.
+    """
+
+    task: str
+    key: Key
+    prompt: str
+    answer: str
+    gold: str
+
+
+class Maker(Protocol):
+    """Draws one problem of a kind, of either split."""
+
+    def __call__(self, rng: random.Random) -> Problem: ...
+
+
+def split_of(key: Key) -> Split:
+    """The side on which a combination lies: a fixed hash of the key, the same everywhere."""
+    return "test" if zlib.crc32(repr(key).encode()) % HELD_OUT == 0 else "train"
+
+
+def draw(maker: Maker, rng: random.Random, split: Split) -> Problem:
+    """A problem of ``split``: redraws until the combination lies on that side."""
+    while True:
+        problem = maker(rng)
+        if split_of(problem.key) == split:
+            return problem
