@@ -10,8 +10,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
+from coterie.families import FAMILIES
 from coterie.text import Numbers, Subwords, TextError, load_codec, read_template
 
+LLADA2 = FAMILIES["LLaDA2MoeModelLM"].defaults.template
+SDAR = FAMILIES["SDARMoeForCausalLM"].defaults.template
 SPECIAL = ["<|mask|>", "<|endoftext|>", "<role>", "</role>", "<|role_end|>"]
 
 
@@ -30,8 +33,8 @@ def write_json(path: Path, content: object) -> None:
     path.write_text(json.dumps(content), encoding="utf-8")
 
 
-def codec(folder: Path, vocabulary: int = 300, family: str = "llada2") -> Subwords:
-    found = load_codec(folder, family=family, vocabulary=vocabulary)
+def codec(folder: Path, vocabulary: int = 300) -> Subwords:
+    found = load_codec(folder, template=LLADA2, vocabulary=vocabulary)
     assert isinstance(found, Subwords)
     return found
 
@@ -58,7 +61,7 @@ def test_numbers_refuse_what_the_vocabulary_lacks() -> None:
 
 
 def test_a_folder_without_a_tokenizer_speaks_numbers(tmp_path: Path) -> None:
-    assert load_codec(tmp_path, family="llada2", vocabulary=512) == Numbers(512)
+    assert load_codec(tmp_path, template="", vocabulary=512) == Numbers(512)
 
 
 def test_raw_text_comes_back_unchanged(tmp_path: Path) -> None:
@@ -93,7 +96,7 @@ def test_llada2_asks_in_its_own_words(tmp_path: Path) -> None:
 def test_a_system_turn_stands_before_the_thinking_line(tmp_path: Path) -> None:
     messages = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hi"}]
     assert (
-        read_template(tmp_path, "llada2")
+        read_template(tmp_path, LLADA2)
         .render(messages)
         .startswith(
             "<role>SYSTEM</role>Be brief.\ndetailed thinking off<|role_end|><role>HUMAN</role>Hi"
@@ -102,17 +105,17 @@ def test_a_system_turn_stands_before_the_thinking_line(tmp_path: Path) -> None:
 
 
 def test_sdar_speaks_chatml(tmp_path: Path) -> None:
-    rendered = read_template(tmp_path, "sdar_moe").render([{"role": "user", "content": "Hi"}])
+    rendered = read_template(tmp_path, SDAR).render([{"role": "user", "content": "Hi"}])
     assert rendered == "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n"
 
 
 def test_the_checkpoints_own_template_wins(tmp_path: Path) -> None:
     named = [{"name": "tool", "template": "no"}, {"name": "default", "template": "two"}]
     write_json(tmp_path / "tokenizer_config.json", {"chat_template": named})
-    assert read_template(tmp_path, "llada2").render([]) == "two"
+    assert read_template(tmp_path, LLADA2).render([]) == "two"
     (tmp_path / "chat_template.jinja").write_text("one{{ eos_token }}", encoding="utf-8")
     write_json(tmp_path / "tokenizer_config.json", {"chat_template": "x", "eos_token": "!"})
-    assert read_template(tmp_path, "llada2").render([]) == "one!"
+    assert read_template(tmp_path, LLADA2).render([]) == "one!"
 
 
 @pytest.mark.parametrize(
@@ -130,7 +133,7 @@ def test_the_checkpoints_own_template_wins(tmp_path: Path) -> None:
 def test_a_hostile_or_broken_template_is_an_error_not_an_act(tmp_path: Path, source: str) -> None:
     (tmp_path / "chat_template.jinja").write_text(source, encoding="utf-8")
     with pytest.raises(TextError, match=r"chat_template\.jinja"):
-        read_template(tmp_path, "llada2").render([{"role": "user", "content": "Hi"}])
+        read_template(tmp_path, LLADA2).render([{"role": "user", "content": "Hi"}])
 
 
 @pytest.mark.parametrize(
@@ -153,8 +156,3 @@ def test_an_unknown_end_token_is_refused(tmp_path: Path) -> None:
     write_json(write_tokenizer(tmp_path) / "tokenizer_config.json", {"eos_token": "<end>"})
     with pytest.raises(TextError, match="'<end>' is not in tokenizer"):
         codec(tmp_path)
-
-
-def test_an_unknown_family_without_a_template_is_named(tmp_path: Path) -> None:
-    with pytest.raises(TextError, match="none for family 'other'; known: llada2, llada_moe"):
-        read_template(tmp_path, "other")

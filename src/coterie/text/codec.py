@@ -102,11 +102,11 @@ class Numbers:
         return "this model has no tokenizer: the prompt's UTF-8 bytes serve as token ids"
 
 
-def load_codec(folder: Path, *, family: str, vocabulary: int) -> Codec:
+def load_codec(folder: Path, *, template: str, vocabulary: int) -> Codec:
     """The codec of a checkpoint folder: its ``tokenizer.json``, else plain numbers.
 
-    ``family`` names the default chat template. Raises TextError naming the file where the tokenizer
-    is damaged or holds ids that the model lacks.
+    ``template`` (jinja) serves where the folder has none of its own. Raises TextError naming the
+    file where the tokenizer is damaged or holds ids that the model lacks.
     """
     path = folder / "tokenizer.json"
     if not path.is_file():
@@ -114,7 +114,7 @@ def load_codec(folder: Path, *, family: str, vocabulary: int) -> Codec:
     tokenizer = _read_tokenizer(path, vocabulary)
     return Subwords(
         tokenizer=tokenizer,
-        template=read_template(folder, family),
+        template=read_template(folder, template),
         mask=tokenizer.token_to_id(MASK_TOKEN),
         ends=_ends(folder, tokenizer),
     )

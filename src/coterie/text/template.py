@@ -32,10 +32,10 @@ class ChatTemplate:
             raise TextError(f"{self.origin}: the chat template fails: {error}") from None
 
 
-def read_template(folder: Path, family: str) -> ChatTemplate:
-    """``chat_template.jinja``, else ``tokenizer_config.json``, else the default of ``family``.
+def read_template(folder: Path, default: str) -> ChatTemplate:
+    """``chat_template.jinja``, else the one in ``tokenizer_config.json``, else ``default`` (jinja).
 
-    Raises TextError for an unreadable file and for a family without a default.
+    Raises TextError naming a file that cannot be read.
     """
     config = folder / "tokenizer_config.json"
     settings = read_object(config) if config.is_file() else {}
@@ -45,12 +45,7 @@ def read_template(folder: Path, family: str) -> ChatTemplate:
         return ChatTemplate(_read_text(own), str(own), tokens)
     if settings.get("chat_template") is not None:
         return ChatTemplate(_source(settings["chat_template"], config), str(config), tokens)
-    if family not in TEMPLATES:
-        raise TextError(
-            f"no chat template in {folder} and none for family {family!r}; "
-            f"known: {', '.join(sorted(TEMPLATES))}"
-        )
-    return ChatTemplate(TEMPLATES[family], f"the default template of {family}", tokens)
+    return ChatTemplate(default, "the family's default template", tokens)
 
 
 def special_tokens(settings: Mapping[str, object]) -> dict[str, str]:
@@ -92,29 +87,3 @@ def _sandbox() -> ImmutableSandboxedEnvironment:
 
 def _refuse(message: str) -> NoReturn:
     raise TemplateError(message)
-
-
-_ROLES = (
-    "{% for message in messages if message['role'] != 'system' %}"
-    "<role>{{ 'HUMAN' if message['role'] == 'user' else 'ASSISTANT' }}</role>"
-    "{{ message['content'] }}<|role_end|>"
-    "{% endfor %}"
-    "{% if add_generation_prompt %}<role>ASSISTANT</role>{% endif %}"
-)
-_SYSTEM = (
-    "<role>SYSTEM</role>"
-    "{% if messages[0]['role'] == 'system' %}{{ messages[0]['content'] + '\\n' }}{% endif %}"
-    "detailed thinking off<|role_end|>"
-)
-_CHATML = (
-    "{% for message in messages %}"
-    "{{ '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>\\n' }}"
-    "{% endfor %}"
-    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
-)
-
-TEMPLATES = {
-    "llada2": _SYSTEM + _ROLES,
-    "llada_moe": _ROLES,
-    "sdar_moe": _CHATML,
-}
