@@ -1,0 +1,58 @@
+"""What one training step sees. Shapes: B rows, L positions, n = L / block blocks."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields, replace
+
+import numpy as np
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Noised rows and what they should have been."""
+
+    tokens: Tensor  # [B, L] int64, masked inputs
+    positions: Tensor  # [B, L] int64, absolute inside the problem
+    visible: Tensor  # [B, n, n] bool: query block sees key block
+    targets: Tensor  # [B, L] int64, -100 = no loss here
+    weights: Tensor  # [B, L] float32, weight of each target's loss
+    tasks: Tensor | None = None  # [B, L] int64, the task of each position, for the log only
+    total: float = 0.0  # what the weighted loss is divided by; 0 = the batch's own weight
+
+    def weight(self) -> float:
+        """The divisor of the loss: the sum of weights over target positions."""
+        return self.total or float(self.weights[self.targets >= 0].sum())
+
+    def split(self, parts: int) -> list[Batch]:
+        """Equal runs of rows that keep the divisor of the whole, so that gradients add up."""
+        if len(self.tokens) % parts:
+            raise ValueError(f"{len(self.tokens)} rows do not split into {parts} equal parts")
+        rows, total = len(self.tokens) // parts, self.weight()
+        return [self._rows(slice(i * rows, (i + 1) * rows), total) for i in range(parts)]
+
+    def arrays(self) -> dict[str, np.ndarray | float]:
+        """Plain arrays, for a queue between processes."""
+        named = {f.name: getattr(self, f.name) for f in fields(self)}
+        return {k: v.numpy() if isinstance(v, Tensor) else v for k, v in named.items() if v is not None}
+
+    @staticmethod
+    def of(arrays: dict[str, np.ndarray | float]) -> Batch:
+        """The inverse of ``arrays``."""
+        return Batch(
+            **{k: torch.from_numpy(v) if isinstance(v, np.ndarray) else v for k, v in arrays.items()}
+        )
+
+    def _rows(self, rows: slice, total: float) -> Batch:
+        tasks = None if self.tasks is None else self.tasks[rows]
+        return replace(
+            self,
+            tokens=self.tokens[rows],
+            positions=self.positions[rows],
+            visible=self.visible[rows],
+            targets=self.targets[rows],
+            weights=self.weights[rows],
+            tasks=tasks,
+            total=total,
+        )

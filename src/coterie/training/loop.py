@@ -1,0 +1,285 @@
+"""The training run: forked workers over shared weights, one optimiser step after another.
+
+Every worker computes gradients of its own rows on one thread, then updates its own part of the
+shared weights from the sum. Nothing is copied between processes, and a stolen core delays a step
+but never spins. Results depend on the seed and on the number of workers, on nothing else.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from coterie.training.batch import Batch
+from coterie.training.feed import FORK, Feed, Make, fork
+from coterie.training.network import Network, Shape, visibility
+from coterie.training.optim import Flat, Rates, adamw, attach, flatten, muon
+
+Evaluate = Callable[[Network, int], dict[str, float]]
+
+
+@dataclass(frozen=True)
+class Config:
+    """A run, reproducible from these values."""
+
+    steps: int
+    seed: int = 0
+    workers: int = 2
+    precision: Literal["bf16", "fp32"] = "bf16"
+    shape: Shape = field(default_factory=Shape)
+    rates: Rates = field(default_factory=Rates)
+    warm_up: int = 100
+    decay: float = 0.4  # the last part of the run, over which rates fall linearly
+    floor: float = 0.0  # the rate at the end, as a part of the peak
+    momentum_warm_up: int = 300  # steps over which Muon's momentum rises from 0.85
+    clip: float = 1.0
+    balance: float = 1e-3  # the bias update
+    balance_early: float = 3e-3  # ... at the start, falling to ``balance``
+    balance_steps: int = 2000  # ... over so many steps
+    average: float = 0.0  # decay of the averaged weights; 0 = none are kept
+    log_every: int = 20
+    save_every: int = 500
+    evaluate_every: int = 0
+    tasks: tuple[str, ...] = ()  # names of the task ids in batches
+
+    def rate(self, step: int) -> float:
+        """The learning rate as a part of the peak: up, flat, down."""
+        left = (self.steps - step) / max(1, round(self.decay * self.steps))
+        return min(1.0, (step + 1) / self.warm_up) * max(self.floor, min(1.0, left))
+
+    def momentum(self, step: int) -> float:
+        """Muon's momentum."""
+        full = self.rates.momentum
+        return full - (full - 0.85) * max(0.0, 1 - step / self.momentum_warm_up)
+
+    def bias_rate(self, step: int) -> float:
+        """The size of the bias update."""
+        early = max(0.0, 1 - step / self.balance_steps)
+        return self.balance + (self.balance_early - self.balance) * early
+
+
+class State:
+    """All that a run changes, in memory that workers share."""
+
+    def __init__(self, config: Config) -> None:
+        precision = torch.bfloat16 if config.precision == "bf16" else torch.float32
+        self.network = Network(config.shape, seed=config.seed, precision=precision)
+        self.step = 0
+        workers, network = config.workers, self.network
+        self.groups = _groups(network, config.rates)
+        self.flats = [
+            flatten(pairs, workers, 1 if i else 2, matrices=i > 0)
+            for i, pairs in enumerate(self.groups)
+        ]
+        for bias in network.biases():
+            bias.share_memory_()
+        self.loads = torch.zeros(
+            workers, len(network.biases()), config.shape.experts, dtype=torch.int64
+        ).share_memory_()
+        # Per worker: the squared length of each flat gradient part, then (loss, weight) by task.
+        self.squares = torch.zeros(workers, len(self.flats), dtype=torch.float64).share_memory_()
+        tasks = max(1, len(config.tasks))
+        self.losses = torch.zeros(workers, tasks, 2, dtype=torch.float64).share_memory_()
+        self.averages = [f.weights.clone().share_memory_() for f in self.flats if config.average]
+
+    def tensors(self) -> list[Tensor]:
+        """What a checkpoint holds, in a fixed order."""
+        flats = [t for f in self.flats for t in (f.weights, *f.state)]
+        return [*flats, *self.network.biases(), *self.averages]
+
+    def save(self, path: Path) -> None:
+        """Write everything to one file that appears whole or not at all."""
+        partial = path.with_suffix(".partial")
+        torch.save({"step": self.step, "tensors": [t.clone() for t in self.tensors()]}, partial)
+        os.replace(partial, path)
+
+    def load(self, path: Path) -> None:
+        """Read what ``save`` wrote into this state."""
+        saved = torch.load(path, weights_only=True)
+        self.step = saved["step"]
+        for mine, theirs in zip(self.tensors(), saved["tensors"], strict=True):
+            mine.copy_(theirs)
+
+    def swap(self) -> None:
+        """Exchange the weights and their averages, where averages are kept."""
+        for flat, average in zip(self.flats, self.averages, strict=False):
+            held = flat.weights.clone()
+            flat.weights.copy_(average)
+            average.copy_(held)
+
+
+def train(make: Make, config: Config, out: Path, *, evaluate: Evaluate | None = None) -> Network:
+    """Train to the last step, from ``out/state.pt`` if it is there; log to ``out/log.jsonl``.
+
+    ``make(step)`` gives the batch of a step and runs in a process of its own; it must depend on
+    nothing but the step and on what it was built with. Returns the averaged network if one is kept.
+    """
+    out.mkdir(parents=True, exist_ok=True)
+    torch.set_num_threads(1)  # before forking: an OpenMP pool does not survive a fork
+    state = State(config)
+    if (out / "state.pt").exists():
+        state.load(out / "state.pt")
+    feed = Feed(make, state.step, config.steps, lanes=config.workers)
+    barrier = FORK.Barrier(config.workers)
+    workers = [_Worker(i, config, state, feed, barrier.wait) for i in range(config.workers)]
+    others = [fork(_follow, worker, barrier.abort) for worker in workers[1:]]
+    try:
+        _lead(workers[0], out, evaluate)
+    finally:
+        barrier.abort()
+        feed.close()
+        for process in others:
+            process.terminate()
+            process.join()
+    state.save(out / "state.pt")
+    state.swap()
+    return state.network
+
+
+class _Worker:
+    """One process's part of every step."""
+
+    def __init__(
+        self, index: int, config: Config, state: State, feed: Feed, meet: Callable[[], int]
+    ) -> None:
+        self.index, self.config, self.state = index, config, state
+        self.feed, self.meet = feed, meet
+
+    def attach(self) -> None:
+        """Point this process's gradients at its own rows of the shared buffers."""
+        for flat, pairs in zip(self.state.flats, self.state.groups, strict=True):
+            attach(flat, [p for p, _ in pairs], self.index)
+
+    def step(self) -> None:
+        """Gradients of own rows, then the update of own part of the weights."""
+        state, config = self.state, self.config
+        for flat in state.flats:
+            flat.gradients[self.index].zero_()
+        self._differentiate(self.feed.take(self.index))
+        self.meet()
+        for i, flat in enumerate(state.flats):
+            state.squares[self.index, i] = flat.gather(self.index)
+        self.meet()
+        length = math.sqrt(float(state.squares.sum()))
+        clip = min(1.0, config.clip / (length + 1e-6))
+        lr = config.rate(state.step)
+        for i, flat in enumerate(state.flats):
+            self._update(flat, matrices=i > 0, lr=lr, clip=clip)
+        if self.index == 0:
+            _rebalance(state, config.bias_rate(state.step))
+        for flat, average in zip(state.flats, state.averages, strict=False):
+            part = flat.part(self.index)
+            average[part].lerp_(flat.weights[part], 1 - config.average)
+        self.meet()
+        state.step += 1
+
+    def _differentiate(self, batch: Batch) -> None:
+        state = self.state
+        wanted = (batch.targets.flatten() >= 0).nonzero().squeeze(1)
+        mask = visibility(batch.visible, self.config.shape.block)
+        logits, loads = state.network(batch.tokens, batch.positions, mask, wanted)
+        loss = F.cross_entropy(logits, batch.targets.flatten()[wanted], reduction="none")
+        weight = batch.weights.flatten()[wanted]
+        torch.dot(loss, weight).div(batch.weight()).backward()
+        state.loads[self.index] = loads
+        task = torch.zeros_like(wanted) if batch.tasks is None else batch.tasks.flatten()[wanted]
+        sums = torch.stack([loss.detach() * weight, weight], -1).double()
+        state.losses[self.index].zero_().index_add_(0, task, sums)
+
+    def _update(self, flat: Flat, *, matrices: bool, lr: float, clip: float) -> None:
+        part, rates, step = flat.part(self.index), self.config.rates, self.state.step
+        with torch.no_grad():
+            if matrices:
+                muon(flat, part, rates, lr=lr, momentum=self.config.momentum(step), clip=clip)
+            else:
+                adamw(flat, part, rates, lr=lr, step=step, clip=clip)
+
+
+def _lead(worker: _Worker, out: Path, evaluate: Evaluate | None) -> None:
+    config, state = worker.config, worker.state
+    worker.attach()
+    begun, first, since = time.monotonic(), state.step, time.monotonic()
+    positions = 0
+    with (out / "log.jsonl").open("a", buffering=1) as log:
+        log.write(json.dumps({"config": asdict(config), "step": state.step}) + "\n")
+        while state.step < config.steps:
+            worker.step()
+            step = state.step
+            if step % config.log_every == 0 or step == config.steps:
+                now = time.monotonic()
+                positions = int(state.loads.sum()) // (config.shape.k * max(1, state.loads.shape[1]))
+                speed = positions * min(config.log_every, step - first) / (now - since)
+                facts = {"step": step, "elapsed": round(now - begun, 1), "speed": round(speed)}
+                log.write(json.dumps(facts | _facts(state, config)) + "\n")
+                since = now
+            if step % config.save_every == 0:
+                state.save(out / "state.pt")
+            if evaluate is not None and config.evaluate_every and step % config.evaluate_every == 0:
+                state.swap()
+                with torch.no_grad():
+                    found = evaluate(state.network, step)
+                state.swap()
+                log.write(json.dumps({"step": step, "evaluation": found}) + "\n")
+
+
+def _follow(worker: _Worker, abort: Callable[[], None]) -> None:
+    try:
+        worker.attach()
+        while worker.state.step < worker.config.steps:
+            worker.step()
+    except BaseException:
+        abort()
+        raise
+
+
+def _groups(network: Network, rates: Rates) -> list[list[tuple[torch.nn.Parameter, float]]]:
+    """Parameters with their rates: first what AdamW moves, then matrices by their size."""
+    matrices = network.matrices()
+    hidden = network.shape.hidden
+    seen = {id(p) for p in matrices}
+    named = {"embeddings": rates.embedding, "head": rates.head, "gate": rates.router}
+    rest = [
+        (p, named.get(name.rpartition(".")[2], rates.norm))
+        for name, p in network.named_parameters()
+        if id(p) not in seen
+    ]
+    sizes: dict[torch.Size, list[tuple[torch.nn.Parameter, float]]] = {}
+    for p in matrices:
+        # An orthogonal step of r x c has entries of size 1 / sqrt(max(r, c)): make all alike.
+        rate = rates.matrix * math.sqrt(max(p.shape[-2:]) / hidden)
+        sizes.setdefault(p.shape[-2:], []).append((p, rate))
+    return [rest, *sizes.values()]
+
+
+def _rebalance(state: State, rate: float) -> None:
+    """Raise the bias of every expert that got less than its share, lower the others."""
+    loads = state.loads.sum(0).float()  # [moe, E]
+    for bias, load in zip(state.network.biases(), loads, strict=True):
+        bias.add_(torch.sign(load.mean() - load), alpha=rate)
+
+
+def _facts(state: State, config: Config) -> dict[str, object]:
+    loss, weight = state.losses.sum(0).unbind(-1)
+    loads = state.loads.sum(0).double()
+    share = loads / loads.sum(-1, keepdim=True).clamp_min(1)
+    entropy = -(share * share.clamp_min(1e-12).log()).sum(-1)
+    by_task = (loss / weight.clamp_min(1e-9)).tolist()
+    return {
+        "loss": round(float(loss.sum() / weight.sum().clamp_min(1e-9)), 4),
+        "tasks": {n: round(v, 4) for n, v in zip(config.tasks, by_task, strict=False)},
+        "length": round(math.sqrt(float(state.squares.sum())), 4),
+        "rate": round(config.rate(state.step - 1), 4),
+        "crowding": [round(v, 2) for v in (share.amax(-1) * share.shape[-1]).tolist()],
+        "effective": [round(v, 1) for v in entropy.exp().tolist()],
+        "dead": [int(v) for v in (loads == 0).sum(-1).tolist()],
+    }

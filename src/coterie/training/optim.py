@@ -1,0 +1,119 @@
+"""Muon for matrices, AdamW for the rest, each over one flat buffer that workers share and divide.
+
+A worker adds up every worker's gradients for its own part of a buffer, and writes that part of the
+weights. Shapes: W workers, n matrices of r rows and c columns.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+# Quintic iteration of Muon (Jordan et al. 2024): steep at zero, singular values end near one.
+COEFFICIENTS = (3.4445, -4.7750, 2.0315)
+# Matrices of a chunk stay in a core's second-level cache through all passes.
+CHUNK = 64
+
+
+@dataclass(frozen=True)
+class Rates:
+    """Learning rates before the schedule, and the constants beside them."""
+
+    matrix: float = 0.02
+    embedding: float = 0.01
+    head: float = 0.003
+    router: float = 0.002
+    norm: float = 0.003
+    decay: float = 0.01  # of matrices, per unit of learning rate
+    momentum: float = 0.95
+    beta_first: float = 0.9
+    beta_second: float = 0.98
+    iterations: int = 5
+
+
+@dataclass(frozen=True)
+class Flat:
+    """Parameters of one kind side by side, their gradients by worker, and the optimiser's memory."""
+
+    weights: Tensor  # [n, r, c] or [n]
+    gradients: Tensor  # [W, *weights.shape]
+    state: tuple[Tensor, ...]  # each like weights
+    rate: Tensor  # [n], of each matrix or element
+
+    def part(self, worker: int) -> slice:
+        """The share of the leading dimension that a worker updates."""
+        workers, n = len(self.gradients), len(self.weights)
+        return slice(n * worker // workers, n * (worker + 1) // workers)
+
+    def gather(self, worker: int) -> float:
+        """Add the other workers' gradients into the first's, over this worker's part.
+
+        Returns the squared length of the sum.
+        """
+        part = self.part(worker)
+        total = self.gradients[0, part]
+        for other in self.gradients[1:]:
+            total.add_(other[part])
+        return float(torch.linalg.vector_norm(total) ** 2)
+
+
+def flatten(
+    parameters: Iterable[tuple[nn.Parameter, float]], workers: int, memories: int, *, matrices: bool
+) -> Flat:
+    """Move parameters, each with its rate, into one shared buffer; they become views of it."""
+    pairs = list(parameters)
+    size = pairs[0][0].shape[-2:] if matrices else ()
+    shaped = [p.data.reshape(-1, *size) for p, _ in pairs]
+    weights = torch.cat(shaped).share_memory_()
+    counts = [len(s) for s in shaped]
+    for (parameter, _), view in zip(pairs, weights.split(counts), strict=True):
+        parameter.data = view.view_as(parameter)
+    rate = torch.cat([torch.full((n,), r) for n, (_, r) in zip(counts, pairs, strict=True)])
+    gradients = torch.zeros(workers, *weights.shape).share_memory_()
+    state = tuple(torch.zeros_like(weights).share_memory_() for _ in range(memories))
+    return Flat(weights, gradients, state, rate)
+
+
+def attach(flat: Flat, parameters: Iterable[nn.Parameter], worker: int) -> None:
+    """Let backward write this worker's gradients straight into the flat buffer."""
+    own, start = flat.gradients[worker].view(-1), 0
+    for parameter in parameters:
+        parameter.grad = own[start : start + parameter.numel()].view_as(parameter)
+        start += parameter.numel()
+
+
+def muon(flat: Flat, part: slice, rates: Rates, *, lr: float, momentum: float, clip: float) -> None:
+    """Nesterov momentum, made orthogonal, so that every direction of a matrix learns alike."""
+    for start in range(part.start, part.stop, CHUNK):
+        at = slice(start, min(start + CHUNK, part.stop))
+        gradient, memory, weight = flat.gradients[0, at], flat.state[0][at], flat.weights[at]
+        memory.lerp_(gradient.mul_(clip), 1 - momentum)
+        step = orthogonal(gradient.lerp_(memory, momentum), rates.iterations)
+        rate = (lr * flat.rate[at])[:, None, None]
+        weight.mul_(1 - rate * rates.decay).addcmul_(step.to(weight.dtype), rate, value=-1)
+
+
+def orthogonal(matrices: Tensor, iterations: int = 5) -> Tensor:
+    """The nearest matrices [n, r, c] with singular values near one, in bf16, by Newton and Schulz."""
+    a, b, c = COEFFICIENTS
+    tall = matrices.shape[-2] > matrices.shape[-1]
+    x = matrices.mT if tall else matrices
+    x = (x / (torch.linalg.vector_norm(x, dim=(-2, -1), keepdim=True) + 1e-7)).bfloat16()
+    for _ in range(iterations):
+        gram = x @ x.mT
+        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+    return x.mT if tall else x
+
+
+def adamw(flat: Flat, part: slice, rates: Rates, *, lr: float, step: int, clip: float) -> None:
+    """Adam with bias correction; nothing here decays."""
+    gradient, weight = flat.gradients[0, part].mul_(clip), flat.weights[part]
+    first, second = (memory[part] for memory in flat.state)
+    first.lerp_(gradient, 1 - rates.beta_first)
+    second.lerp_(gradient.square_(), 1 - rates.beta_second)
+    root = (second / (1 - rates.beta_second ** (step + 1))).sqrt_().add_(1e-10)
+    scale = lr * flat.rate[part] / (1 - rates.beta_first ** (step + 1))
+    weight.sub_(first / root * scale)
