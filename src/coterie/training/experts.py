@@ -1,6 +1,6 @@
 """Routed experts with a backward written by hand: sort once, gather, multiply by group, gather back.
 
-Shapes: T tokens, k experts each, R = T*k rows sorted by expert, E experts, I width, H hidden.
+Shapes: T tokens, k experts each, R rows sorted by expert, E experts, I width, H hidden.
 """
 
 from __future__ import annotations
@@ -13,24 +13,32 @@ from torch import Tensor
 from torch.autograd.function import FunctionCtx, once_differentiable
 
 
-class Order(NamedTuple):
-    """Rows sorted by expert, and the way back."""
+# Each expert's rows are filled up to a multiple of this: the library that multiplies bf16 keeps a
+# compiled kernel per size, and would otherwise compile new ones at every step.
+GRAIN = 32
 
-    source: Tensor  # [R] int64: the flat (token, choice) that each sorted row came from
-    token: Tensor  # [R] int64
-    place: Tensor  # [T, k] int64: the sorted row of each (token, choice)
+
+class Order(NamedTuple):
+    """Rows sorted by expert, each expert's run filled up to a multiple of ``GRAIN``."""
+
+    source: Tensor  # [R] int64: the flat (token, choice) of each row; T*k where the row is a filler
+    place: Tensor  # [T, k] int64: the row of each (token, choice)
     ends: Tensor  # [E] int32: where each expert's rows end
-    counts: Tensor  # [E] int64
+    counts: Tensor  # [E] int64, without fillers
 
 
 def order(ids: Tensor, experts: int) -> Order:
     """Sort the choices ``ids`` [T, k] by expert."""
-    source = torch.sort(ids.flatten(), stable=True).indices
-    place = torch.empty_like(source)
-    place[source] = torch.arange(len(source), device=ids.device)
-    counts = torch.bincount(ids.flatten(), minlength=experts)
-    ends = counts.cumsum(0).to(torch.int32)
-    return Order(source, source // ids.shape[1], place.view_as(ids), ends, counts)
+    flat = ids.flatten()
+    sources = torch.sort(flat, stable=True).indices
+    counts = torch.bincount(flat, minlength=experts)
+    filled = (counts + GRAIN - 1) // GRAIN * GRAIN
+    ends = filled.cumsum(0)
+    shift = (ends - filled) - (counts.cumsum(0) - counts)  # [E] fillers before each expert
+    rows = torch.arange(len(flat), device=ids.device) + shift.repeat_interleave(counts)
+    place = torch.empty_like(flat).scatter_(0, sources, rows)
+    source = flat.new_full((int(ends[-1]),), len(flat)).scatter_(0, rows, sources)
+    return Order(source, place.view_as(ids), ends.to(torch.int32), counts)
 
 
 def run_experts(x: Tensor, weights: Tensor, ids: Tensor, matrices: Tensor) -> tuple[Tensor, Tensor]:
@@ -40,7 +48,7 @@ def run_experts(x: Tensor, weights: Tensor, ids: Tensor, matrices: Tensor) -> tu
     the sum over experts is returned in that type too.
     """
     rows = order(ids, matrices.shape[0])
-    mixed = _Experts.apply(x, weights, matrices, rows.source, rows.token, rows.place, rows.ends)
+    mixed = _Experts.apply(x, weights, matrices, rows.source, rows.place, rows.ends)
     return mixed, rows.counts
 
 
@@ -52,15 +60,16 @@ class _Experts(torch.autograd.Function):
         weights: Tensor,
         matrices: Tensor,
         source: Tensor,
-        token: Tensor,
         place: Tensor,
         ends: Tensor,
     ) -> Tensor:
         low = matrices.to(x.dtype)  # [E, 3, I, H]
         width = low.shape[2]
+        token = (source // place.shape[1]).clamp_max(len(x) - 1)  # [R]
         gathered = x.index_select(0, token)  # [R, H]
         both = F.grouped_mm(gathered, low[:, :2].flatten(1, 2).mT, offs=ends)  # [R, 2I]
-        scale = weights.flatten().index_select(0, source).to(x.dtype)[:, None]  # [R, 1]
+        # A filler has weight zero, which also keeps it out of every gradient.
+        scale = F.pad(weights.flatten(), (0, 1)).index_select(0, source).to(x.dtype)[:, None]
         hidden = F.silu(both[:, :width]).mul_(both[:, width:]).mul_(scale)  # [R, I]
         rows = F.grouped_mm(hidden, low[:, 2], offs=ends)  # [R, H]
         ctx.save_for_backward(gathered, both, scale, hidden, low, token, place, ends)
@@ -95,5 +104,5 @@ class _Experts(torch.autograd.Function):
             F.embedding_bag(place, back, mode="sum"),
             slope_scale.index_select(0, place.flatten()).view_as(place).to(weight_kind),
             slope_matrices.to(matrix_kind),
-            *[None] * 4,
+            *[None] * 3,
         )

@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from coterie.training.attend import attend
 from coterie.training.experts import run_experts
 
 
@@ -70,7 +71,6 @@ class Network(nn.Module):
         """
         shape = self.shape
         turn = _turns(positions, shape)
-        mask = mask.to(self.precision)
         x = F.embedding(tokens.flatten(), self.embeddings)  # [T, H]
         loads = []
         for layer in self.layers:
@@ -131,13 +131,8 @@ class _Layer(nn.Module):
         q, k, v = qkv.transpose(1, 2).split(heads, 1)  # [B, heads, L, D]
         q = _rotate(F.rms_norm(q.float(), (shape.head,), self.norm_query, shape.epsilon), turn)
         k = _rotate(F.rms_norm(k.float(), (shape.head,), self.norm_key, shape.epsilon), turn)
-        mixed = F.scaled_dot_product_attention(
-            q.to(x.dtype),
-            k.to(x.dtype),
-            v,
-            attn_mask=mask,
-            enable_gqa=shape.heads != shape.kv_heads,
-        )
+        k, v = (t.repeat_interleave(shape.heads // shape.kv_heads, 1) for t in (k, v))
+        mixed = attend(q.to(x.dtype), k.to(x.dtype), v.contiguous(), mask)
         return mixed.transpose(1, 2).reshape(len(x), -1) @ self.out.to(x.dtype).flatten(0, 1)
 
     def matrices(self) -> list[nn.Parameter]:
