@@ -66,6 +66,7 @@ class MoE:
             router=self.spec.router,
             bias=self.bias,
             voters=step.voters,
+            progress=step.progress,
             importance=importance,
             resident=self.store.resident(self.layer),
             layer=self.layer,

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from coterie.model.cache import Cache
 from coterie.telemetry import Recorder
-from coterie.values import Policy, Window
+from coterie.values import Policy, Progress, Window
 
 
 @dataclass(frozen=True)
@@ -24,5 +24,6 @@ class Step:
     recorder: Recorder
     wanted: Tensor | None = None  # [P] int64 into B*width: positions to make logits for; None = all
     voters: Tensor | None = None  # [B, width] weight of each position's vote; None = everybody
+    progress: Progress | None = None  # for policies that choose who votes
     forward: tuple[int, ...] = ()  # decode-forward number of each row
     embeddings: Tensor | None = None  # [B, width, H], in place of the tokens' embeddings

@@ -12,6 +12,7 @@ from coterie.model.attention import Attention, View, rms_norm
 from coterie.model.moe import Dense, FeedForward, MoE
 from coterie.model.spec import ModelSpec
 from coterie.model.step import Step
+from coterie.routing import needs_importance
 from coterie.values import Store
 
 
@@ -25,7 +26,7 @@ class Layer:
 
     def __call__(self, x: Tensor, view: View, step: Step) -> Tensor:
         """x [B, W, H] -> [B, W, H]."""
-        weigh = step.policy.needs_importance and isinstance(self.feed_forward, MoE)
+        weigh = isinstance(self.feed_forward, MoE) and needs_importance(step.policy)
         normed = rms_norm(x, self.attention_norm, self.spec.norm_epsilon)
         mixed, received = self.attention(normed, view, step.cache, weigh=weigh)
         importance = None if received is None else received * x.float().abs().sum(-1)
@@ -47,11 +48,12 @@ class Transformer:
     def __call__(self, tokens: Tensor, step: Step) -> Tensor:
         """Logits [P, vocabulary] fp32 of the wanted positions of tokens [B, W] int64.
 
-        The recorder hears every layer's output and, as layer ``spec.layers``, the normed hidden
-        states [P, H] that the head reads.
+        The recorder is shown every layer's output and, as layer ``spec.layers``, the normed
+        hidden states [P, H] that the head reads.
         """
         view = View.of(step.window, step.cache, self.spec, self.device)
         x = self.embed(tokens) if step.embeddings is None else step.embeddings
+        step.recorder.layer_output(-1, x)
         for number, layer in enumerate(self.layers):
             x = layer(x, view, step)
             step.recorder.layer_output(number, x)
