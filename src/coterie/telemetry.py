@@ -9,7 +9,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from coterie.values import Routing, Scores
+from coterie.values import Routing, Scores, membership
 
 Row = Hashable
 
@@ -151,11 +151,11 @@ def figures(scores: Scores, routing: Routing) -> Tensor:
     """
     rows, tokens, experts = scores.logits.shape
     ids, own = (x.view(rows, tokens, -1) for x in (routing.ids, routing.own))
-    used, used_own = (_experts_of(x.flatten(1), experts) for x in (ids, own))
+    used, used_own = (membership(x.flatten(1), experts) for x in (ids, own))
     voice = torch.ones_like(scores.logits[..., 0]) if scores.voters is None else scores.voters
     votes = scores.probability.gather(-1, own) * voice.unsqueeze(-1)  # [S, N, k]
     elected = used.gather(-1, own.flatten(1)).view(own.shape)
-    kept = _experts_of(ids, experts).gather(-1, own) & (voice > 0).unsqueeze(-1)
+    kept = membership(ids, experts).gather(-1, own) & (voice > 0).unsqueeze(-1)
     columns = (
         used.sum(-1),
         used_own.sum(-1),
@@ -165,12 +165,6 @@ def figures(scores: Scores, routing: Routing) -> Tensor:
         (voice > 0).sum(1) * own.shape[-1],
     )
     return torch.stack([column.double() for column in columns], dim=-1)
-
-
-def _experts_of(ids: Tensor, experts: int) -> Tensor:
-    """Bool mask [..., experts] of the ids [..., k]; -1 is nobody."""
-    mask = torch.zeros(*ids.shape[:-1], experts + 1, dtype=torch.bool, device=ids.device)
-    return mask.scatter_(-1, ids.where(ids >= 0, experts), True)[..., :experts]
 
 
 def _summary(layers: dict[int, list[list[float]]]) -> Counts:

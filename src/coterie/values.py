@@ -1,4 +1,7 @@
-"""The values that layers talk in. Shapes: S sequences, N tokens, T = S*N, E experts, k per token."""
+"""The values that layers talk in.
+
+Shapes: B rows of a batch, S sequences that route, N tokens of each, T = S*N, E experts, k a token.
+"""
 
 from __future__ import annotations
 
@@ -105,6 +108,12 @@ class Slab:
     gate_up: Tensor
     down: Tensor
     slot_of: Tensor  # [E] int64, -1 = absent
+
+
+def membership(ids: Tensor, experts: int) -> Tensor:
+    """Bool mask [..., experts] of the ids [..., k]; -1 is nobody."""
+    mask = torch.zeros(*ids.shape[:-1], experts + 1, dtype=torch.bool, device=ids.device)
+    return mask.scatter_(-1, ids.where(ids >= 0, experts), True)[..., :experts]
 
 
 class Policy(Protocol):

@@ -9,10 +9,10 @@ from __future__ import annotations
 from torch import Tensor
 
 from coterie.ops import reference
-from coterie.ops.reference import membership, top_ids, top_mask
+from coterie.ops.reference import top_ids, top_mask
 from coterie.values import Routing, Slab
 
-__all__ = ["membership", "run_experts", "top_ids", "top_mask"]
+__all__ = ["run_experts", "top_ids", "top_mask"]
 
 
 def run_experts(x: Tensor, routing: Routing, slab: Slab) -> Tensor:

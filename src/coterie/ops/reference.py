@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from coterie.values import Routing, Slab
+from coterie.values import Routing, Slab, membership
 
 
 def top_ids(key: Tensor, k: int, tier: Tensor | None = None) -> Tensor:
@@ -20,12 +20,6 @@ def top_ids(key: Tensor, k: int, tier: Tensor | None = None) -> Tensor:
         tier = tier.expand(key.shape).gather(-1, order).to(torch.uint8)
         order = order.gather(-1, torch.sort(tier, dim=-1, stable=True).indices)
     return order[..., :k]
-
-
-def membership(ids: Tensor, experts: int) -> Tensor:
-    """Bool mask [..., experts] of the ids [..., k]; -1 is nobody."""
-    mask = torch.zeros(*ids.shape[:-1], experts + 1, dtype=torch.bool, device=ids.device)
-    return mask.scatter_(-1, ids.where(ids >= 0, experts), True)[..., :experts]
 
 
 def top_mask(key: Tensor, k: int) -> Tensor:

@@ -1,5 +1,6 @@
 """Which experts each token uses: policies, their spelling, and the one ``route`` they share."""
 
+from coterie.routing.coreset import Election
 from coterie.routing.named import (
     Coreset,
     DesSeq,
@@ -11,7 +12,6 @@ from coterie.routing.named import (
     UniformVote,
     XShare,
 )
-from coterie.routing.coreset import Election
 from coterie.routing.policy import POLICIES, needs_importance, parse_policy, spell
 from coterie.routing.select import route
 from coterie.routing.token import McMoe, Naee, TopK, Vanilla

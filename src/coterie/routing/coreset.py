@@ -1,4 +1,8 @@
-"""Coresets: one set of experts per block. A rule = vote x size x protection x residency x voters."""
+"""Coresets: one set of experts per block.
+
+A rule is a point of a grid: who votes x for whom x how many are elected x who is protected x what
+residency counts. Every published rule is one such point; this file is the grid.
+"""
 
 from __future__ import annotations
 
@@ -9,11 +13,11 @@ from typing import Annotated, Literal, Protocol
 import torch
 from torch import Tensor
 
-from coterie.ops import membership, top_ids
+from coterie.ops import top_ids
 from coterie.routing.option import Within, check_options
 from coterie.routing.select import own
 from coterie.routing.votes import VOTES, Vote, Voters, voices
-from coterie.values import Progress, Scores
+from coterie.values import Progress, Scores, membership
 
 Share = Annotated[float, Within(above=0, most=1)]
 Count = Annotated[int, Within(least=1)]
@@ -68,7 +72,7 @@ class Fixed:
 
 @dataclass(frozen=True)
 class Mass:
-    """The fewest experts that hold a share >= ``tau`` of all votes, at least ``least`` (None: k)."""
+    """The fewest experts that hold the share ``tau`` of all votes, at least ``least`` (None: k)."""
 
     tau: float
     least: int | None = None
@@ -100,7 +104,7 @@ def elect(scores: Scores, size: Size | Union, election: Election, k: int) -> Ten
     protected = first_choices(scores, voice, 1 if election.protect == "top1" else 0)
     coreset = take(votes, protected, size, k)
     if election.lam > 0 and scores.resident is not None:
-        favoured = take(votes * (1 + election.lam * scores.resident), protected, size, k)
+        favoured = take(votes * (1 + election.lam * scores.resident.double()), protected, size, k)
         coreset = repaired(favoured, coreset, votes, election.eps)
     return coreset.unsqueeze(1)
 
@@ -132,16 +136,14 @@ def repaired(favoured: Tensor, plain: Tensor, votes: Tensor, eps: float) -> Tens
     missing, intruders = plain & ~favoured, favoured & ~plain
     size = votes.shape[-1]
     back, out = top_ids(votes, size, tier=~missing), top_ids(-votes, size, tier=~intruders)
-    gain = (votes * missing).gather(-1, back).cumsum(-1) - (votes * intruders).gather(
-        -1, out
-    ).cumsum(-1)
-    held = (votes * favoured).sum(-1, keepdim=True) + gain  # [S, E]: after 1, 2, .. swaps
-    floor = (1 - eps) * (votes * plain).sum(-1, keepdim=True)
-    start = (votes * favoured).sum(-1, keepdim=True)
-    swaps = (start < floor).long() * (1 + (held < floor).long().cumprod(-1).sum(-1, keepdim=True))
-    place = torch.arange(size, device=votes.device)
-    returned = torch.zeros_like(plain).scatter_(-1, back, place < swaps) & missing
-    dismissed = torch.zeros_like(plain).scatter_(-1, out, place < swaps) & intruders
+    swap = (votes * missing).gather(-1, back) - (votes * intruders).gather(-1, out)
+    held = (votes * favoured).sum(-1, keepdim=True)
+    held = torch.cat([held, held + swap.cumsum(-1)], dim=-1)  # [S, 1 + E]: after 0, 1, .. swaps
+    floor = (votes * plain).sum(-1, keepdim=True).double() * (1 - eps)
+    swaps = (held < floor).long().cumprod(-1).sum(-1, keepdim=True)
+    done = torch.arange(size, device=votes.device) < swaps
+    returned = torch.zeros_like(plain).scatter_(-1, back, done) & missing
+    dismissed = torch.zeros_like(plain).scatter_(-1, out, done) & intruders
     return (favoured | returned) & ~dismissed
 
 

@@ -26,13 +26,20 @@ WHOLE = ("voters", "protect", "vote", "scope", "lam", "eps", "seed")
 OPEN = Offers(WHOLE)
 FIXED_VOTE = Offers(("voters", "protect", "scope", "lam", "eps"))
 
+BY_PROBABILITY = Election()
+BY_COUNT = Election(vote="count")
+BY_EVERY_SCORE = Election(vote="full", protect="top1")
+BY_BEST_SCORE = Election(vote="max")
+BY_LOT = Election(vote="random")
+RESIDENT_FIRST = Election(lam=1.0, eps=0.02)
+
 
 @dataclass(frozen=True)
 class DesSeq:
     """The union of every token's first ``k`` experts (DES-Seq; simplified OEA)."""
 
     k: Count
-    election: Annotated[Election, Offers(("voters", "scope"))] = Election()
+    election: Annotated[Election, Offers(("voters", "scope"))] = BY_PROBABILITY
 
     __post_init__ = check_options
 
@@ -46,7 +53,7 @@ class DesVote:
     the router's probability (DES-Vote)."""
 
     beta: Share
-    election: Annotated[Election, OPEN] = Election()
+    election: Annotated[Election, OPEN] = BY_PROBABILITY
 
     __post_init__ = check_options
 
@@ -59,7 +66,7 @@ class UniformVote:
     """As DES-Vote, but each vote counts one (the paper's naive variant)."""
 
     beta: Share
-    election: Annotated[Election, FIXED_VOTE] = Election(vote="count")
+    election: Annotated[Election, FIXED_VOTE] = BY_COUNT
 
     __post_init__ = check_options
 
@@ -72,7 +79,7 @@ class XShare:
     """Votes for all experts, every token's best one protected (XShare, arXiv 2602.07265)."""
 
     beta: Share
-    election: Annotated[Election, FIXED_VOTE] = Election(vote="full", protect="top1")
+    election: Annotated[Election, FIXED_VOTE] = BY_EVERY_SCORE
 
     __post_init__ = check_options
 
@@ -85,7 +92,7 @@ class Racing:
     """The ``m`` experts with the best score from any token (LLaDA2.2's block routing)."""
 
     m: Count
-    election: Annotated[Election, FIXED_VOTE] = Election(vote="max")
+    election: Annotated[Election, FIXED_VOTE] = BY_BEST_SCORE
 
     __post_init__ = check_options
 
@@ -100,7 +107,7 @@ class MassVote:
 
     tau: Share
     least: Count | None = None
-    election: Annotated[Election, OPEN] = Election()
+    election: Annotated[Election, OPEN] = BY_PROBABILITY
 
     __post_init__ = check_options
 
@@ -113,9 +120,7 @@ class Random:
     """A seeded random set of the share ``beta``, new in each layer and forward: the control."""
 
     beta: Share
-    election: Annotated[Election, Offers(("seed", "voters", "protect", "scope"))] = Election(
-        vote="random"
-    )
+    election: Annotated[Election, Offers(("seed", "voters", "protect", "scope"))] = BY_LOT
 
     __post_init__ = check_options
 
@@ -128,7 +133,7 @@ class ResidentVote:
     """DES-Vote that prefers experts already in fast memory."""
 
     beta: Share
-    election: Annotated[Election, Offers(WHOLE, shown=("lam", "eps"))] = Election(lam=1.0)
+    election: Annotated[Election, Offers(WHOLE, shown=("lam", "eps"))] = RESIDENT_FIRST
 
     __post_init__ = check_options
 
@@ -145,7 +150,7 @@ class Coreset:
     tau: Share | None = None
     least: Count | None = None
     k: Count | None = None
-    election: Annotated[Election, OPEN] = Election()
+    election: Annotated[Election, OPEN] = BY_PROBABILITY
 
     def __post_init__(self) -> None:
         check_options(self)

@@ -22,7 +22,7 @@ class Within:
     most: float = math.inf
 
     def __contains__(self, value: float) -> bool:
-        return self.least <= value <= self.most and self.above < value
+        return math.isfinite(value) and self.least <= value <= self.most and self.above < value
 
     def __str__(self) -> str:
         low = f"above {self.above:g}" if self.above > self.least else f"at least {self.least:g}"

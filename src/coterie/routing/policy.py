@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import fields, replace
+from dataclasses import replace
 
 from coterie.naming import CoterieError
 from coterie.routing.named import (
@@ -78,9 +78,8 @@ def _build(cls: type[Policy], offered: dict[str, Option], given: dict[str, Value
     for key, value in given.items():
         parts.setdefault(offered[key].part, {})[key] = value
     arguments: dict[str, object] = dict(parts.pop("", {}))
-    defaults = {field.name: field.default for field in fields(cls)}  # pyright: ignore
     for part, values in parts.items():
-        arguments[part] = replace(defaults[part], **values)
+        arguments[part] = replace(getattr(cls, part), **values)
     return cls(**arguments)
 
 

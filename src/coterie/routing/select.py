@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from coterie.naming import CoterieError
-from coterie.ops import membership, top_ids, top_mask
-from coterie.values import Policy, Routing, RouterSpec, Scores
+from coterie.ops import top_ids, top_mask
+from coterie.values import Policy, RouterSpec, Routing, Scores, membership
 
 
 def route(scores: Scores, policy: Policy) -> Routing:

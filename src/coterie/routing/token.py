@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 
 from coterie.naming import CoterieError
-from coterie.ops import membership, top_ids, top_mask
+from coterie.ops import top_ids, top_mask
 from coterie.routing.option import SHOWN, Within, check_options
 from coterie.routing.select import own
-from coterie.values import Scores
+from coterie.values import Scores, membership
 
 
 @dataclass(frozen=True)

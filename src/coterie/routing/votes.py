@@ -14,9 +14,8 @@ import torch
 from torch import Tensor
 
 from coterie.naming import CoterieError
-from coterie.ops import membership
 from coterie.routing.select import own
-from coterie.values import Progress, Scores
+from coterie.values import Progress, Scores, membership
 
 Voters = Literal["all", "unfilled", "masked", "uncertain"]
 Vote = Literal["masked", "weight", "count", "full", "max", "random"]

@@ -1,0 +1,324 @@
+"""What holds for every router, every policy and every block: the invariants of routing."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from functools import partial
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from coterie.naming import CoterieError
+from coterie.routing import POLICIES, Vanilla, parse_policy, route
+from coterie.values import Policy, Progress, RouterSpec, Routing, Scores
+
+law = partial(settings, max_examples=60, deadline=None, derandomize=True)
+
+ELECTED = (
+    "des-vote:beta=0.15",
+    "des-vote:beta=0.3,protect=top1",
+    "des-vote:beta=0.4,vote=weight,scope=batch",
+    "des-vote:beta=0.3,voters=unfilled",
+    "des-vote:beta=0.3,voters=masked,protect=top1",
+    "des-vote:beta=0.3,voters=uncertain,vote=max",
+    "des-seq:k=1",
+    "des-seq:k=2,voters=masked,scope=batch",
+    "uniform-vote:beta=0.25",
+    "xshare:beta=0.2",
+    "racing:m=5",
+    "mass-vote:tau=0.6",
+    "mass-vote:tau=0.9,least=2,vote=full",
+    "random:beta=0.3,seed=3",
+    "resident-vote:beta=0.3,lam=2,eps=0.05",
+    "coreset:m=3,vote=count,lam=1,scope=batch,protect=top1",
+    "coreset:tau=0.5,least=1,lam=3,eps=0.1",
+)
+PER_TOKEN = ("vanilla", "topk:k=2", "naee:beta=0.6", "mc-moe:beta=0.5,protect=0.1")
+
+
+@st.composite
+def routers(draw: st.DrawFn, *, groups: bool = True) -> RouterSpec:
+    count = draw(st.sampled_from((1, 2, 4, 8) if groups else (1,)))
+    size = draw(st.integers(max(2, math.ceil(4 / count)), 64 // count))
+    kept = draw(st.integers(1, count))
+    renormalise = draw(st.booleans())
+    return RouterSpec(
+        experts=count * size,
+        k=draw(st.integers(1, min(8, kept * size))),
+        activation=draw(st.sampled_from(("softmax", "sigmoid"))),
+        renormalise=renormalise,
+        scale=draw(st.sampled_from((1.0, 2.5))),
+        groups=count,
+        kept_groups=kept,
+        biased_weight=draw(st.booleans()) and not renormalise,
+        epsilon=draw(st.sampled_from((0.0, 1e-20))),
+    )
+
+
+@st.composite
+def blocks(
+    draw: st.DrawFn, *, ties: bool | None = None, groups: bool = True, rows: int | None = None
+) -> Scores:
+    """Scores of a block: any router, 1 - 40 tokens, ties when logits are small whole numbers."""
+    router = draw(routers(groups=groups))
+    generator = torch.Generator().manual_seed(draw(st.integers(0, 2**32 - 1)))
+    shape = (rows or draw(st.integers(1, 3)), draw(st.integers(1, 40)))
+    if draw(st.booleans()) if ties is None else ties:
+        logits = torch.randint(-2, 3, (*shape, router.experts), generator=generator).float()
+        bias = torch.randint(-1, 2, (router.experts,), generator=generator) / 4
+    else:
+        logits = 2 * torch.randn(*shape, router.experts, generator=generator)
+        bias = torch.randn(router.experts, generator=generator) / 4
+    return Scores(
+        logits=logits,
+        router=router,
+        bias=bias if draw(st.booleans()) else None,
+        voters=_coin(shape, generator) if draw(st.booleans()) else None,
+        progress=Progress(
+            masked=_coin(shape, generator),
+            filled=_coin(shape, generator),
+            uncertainty=torch.rand(shape, generator=generator),
+        ),
+        importance=torch.rand(shape, generator=generator),
+        resident=_coin((router.experts,), generator),
+        layer=draw(st.integers(0, 20)),
+        forward=tuple(range(5, 5 + shape[0])),
+    )
+
+
+def elected() -> st.SearchStrategy[Policy]:
+    return st.sampled_from(ELECTED).map(parse_policy)
+
+
+def everything() -> st.SearchStrategy[Policy]:
+    return st.sampled_from(ELECTED + PER_TOKEN).map(parse_policy)
+
+
+@given(blocks())
+@law(max_examples=150)
+def test_vanilla_is_the_unmodified_model_bit_for_bit(scores: Scores):
+    routing = route(scores, Vanilla())
+    ids, weights = _unmodified(scores)
+    assert torch.equal(routing.ids, ids)
+    assert torch.equal(routing.weights, weights)
+    assert torch.equal(routing.own, ids)
+
+
+@given(blocks(), elected())
+@law(max_examples=200)
+def test_every_token_stays_inside_the_coreset(scores: Scores, policy: Policy):
+    coreset = policy.eligible(scores, scores.router.k).expand(scores.logits.shape)
+    routing = route(scores, policy)
+    inside = coreset.flatten(0, 1).gather(-1, routing.ids.clamp(min=0))
+    assert bool((inside | (routing.ids < 0)).all())
+    for row, size in enumerate(coreset[:, 0].sum(-1).tolist()):
+        ids = _of_row(routing.ids, scores, row)
+        assert len(ids[ids >= 0].unique()) <= size
+
+
+@given(blocks(), elected())
+@law(max_examples=100)
+def test_every_token_keeps_as_many_experts_as_the_coreset_allows(scores: Scores, policy: Policy):
+    """Nobody is dropped: min(k, |C|) experts each, and a best-by-rank choice among C."""
+    coreset = policy.eligible(scores, scores.router.k).expand(scores.logits.shape)
+    ids = route(scores, policy).ids.view(*scores.logits.shape[:2], -1)
+    expected = coreset.sum(-1).clamp(max=scores.router.k)
+    assert torch.equal((ids >= 0).sum(-1), expected)
+    assert torch.equal(ids.flatten(0, 1), _choice_inside(scores, coreset))
+
+
+@given(blocks())
+@law()
+def test_a_coreset_of_all_experts_is_vanilla_bit_for_bit(scores: Scores):
+    for text in ("des-vote:beta=1", "xshare:beta=1", "coreset:m=64", "random:beta=1"):
+        _assert_same(route(scores, parse_policy(text)), route(scores, Vanilla()))
+
+
+@given(blocks(), st.integers(0, 3), st.sampled_from(("block", "batch")))
+@law()
+def test_des_seq_with_all_of_a_tokens_experts_is_vanilla(scores: Scores, more: int, scope: str):
+    policy = parse_policy(f"des-seq:k={scores.router.k + more},scope={scope}")
+    _assert_same(route(scores, policy), route(scores, Vanilla()))
+
+
+@given(blocks(), st.floats(0.01, 1), st.sampled_from(("masked", "weight", "count", "full", "max")))
+@law(max_examples=120)
+def test_a_share_of_experts_is_exact_whatever_the_block(scores: Scores, beta: float, vote: str):
+    policy = parse_policy(f"des-vote:beta={beta!r},vote={vote}")
+    size = policy.eligible(scores, scores.router.k).sum(-1)
+    assert size.unique().tolist() == [max(1, math.floor(beta * scores.router.experts + 1e-9))]
+
+
+@pytest.mark.parametrize(
+    ("beta", "experts", "elected"), [(0.15, 256, 38), (0.1, 256, 25), (0.6, 64, 38), (0.4, 64, 25)]
+)
+def test_the_papers_budgets_come_out_exactly(beta: float, experts: int, elected: int):
+    scores = Scores(torch.randn(1, 32, experts), RouterSpec(experts, 8, "softmax", True))
+    for name in ("des-vote", "uniform-vote", "random", "resident-vote"):
+        assert int(parse_policy(f"{name}:beta={beta}").eligible(scores, 8).sum()) == elected
+
+
+@given(blocks(), everything(), st.randoms(use_true_random=False))
+@law(max_examples=120)
+def test_the_order_of_tokens_changes_nothing(scores: Scores, policy: Policy, rng):
+    order = list(range(scores.logits.shape[1]))
+    rng.shuffle(order)
+    if "mc-moe" in POLICIES and type(policy) is POLICIES["mc-moe"]:
+        scores = replace(scores, importance=scores.logits[..., 0])
+    shuffled = _tokens(scores, torch.tensor(order))
+    plain, other = route(scores, policy), route(shuffled, policy)
+    shape = (*scores.logits.shape[:2], -1)
+    assert torch.equal(plain.ids.view(shape)[:, order], other.ids.view(shape))
+    assert torch.equal(plain.weights.view(shape)[:, order], other.weights.view(shape))
+
+
+@given(blocks(ties=False, groups=False), everything(), st.randoms(use_true_random=False))
+@law()
+def test_renaming_experts_renames_the_coreset(scores: Scores, policy: Policy, rng):
+    if type(policy) is POLICIES["random"]:
+        return
+    names = list(range(scores.router.experts))
+    rng.shuffle(names)
+    renamed = replace(
+        scores,
+        logits=scores.logits[..., names],
+        bias=None if scores.bias is None else scores.bias[names],
+        resident=None if scores.resident is None else scores.resident[names],
+    )
+    k = scores.router.k
+    before = policy.eligible(scores, k).expand(scores.logits.shape)
+    assert torch.equal(
+        before[..., names], policy.eligible(renamed, k).expand(scores.logits.shape)
+    )
+
+
+@given(blocks(), everything(), st.sampled_from((math.nan, math.inf, -math.inf)), st.data())
+@law()
+def test_logits_that_are_not_numbers_raise(scores: Scores, policy: Policy, bad: float, data):
+    logits = scores.logits.clone()
+    logits.view(-1)[data.draw(st.integers(0, logits.numel() - 1))] = bad
+    with pytest.raises(CoterieError, match=f"layer {scores.layer}: router logits"):
+        route(replace(scores, logits=logits), policy)
+
+
+@given(blocks(rows=3), everything())
+@law(max_examples=150)
+def test_a_row_in_a_batch_routes_as_it_does_alone(scores: Scores, policy: Policy):
+    if getattr(getattr(policy, "election", None), "scope", "block") == "batch":
+        return
+    together = route(scores, policy)
+    for row in range(3):
+        alone = route(_rows(scores, row), policy)
+        assert torch.equal(_of_row(together.ids, scores, row), alone.ids)
+        assert torch.equal(_of_row(together.weights, scores, row), alone.weights)
+
+
+@given(blocks(rows=3), elected())
+@law()
+def test_a_finished_row_elects_nobody_for_the_others(scores: Scores, policy: Policy):
+    """With one coreset for all rows, what the row without a voter holds is of no account."""
+    voters = torch.ones(scores.logits.shape[:2])
+    voters[1] = 0
+    scores = replace(scores, voters=voters, forward=(5, 5, 5))
+    other = scores.logits.clone()
+    other[1] = other[1].roll(1, dims=-1) + 1
+    k = scores.router.k
+    before = policy.eligible(scores, k).expand(3, -1, -1)
+    after = policy.eligible(replace(scores, logits=other), k).expand(3, -1, -1)
+    assert torch.equal(before[[0, 2]], after[[0, 2]])
+
+
+@given(blocks(), everything())
+@law(max_examples=120)
+def test_weights_follow_the_family_and_nobody_is_counted_for_nothing(scores: Scores, policy):
+    routing = route(scores, policy)
+    absent = routing.ids < 0
+    assert bool((routing.weights[absent] == 0).all())
+    assert routing.used.nonzero().flatten().tolist() == routing.ids[~absent].unique().tolist()
+    for token in range(len(routing.ids)):
+        real = routing.ids[token][~absent[token]]
+        assert len(real) >= 1
+        assert len(set(real.tolist())) == len(real)
+    if scores.router.renormalise:
+        total = routing.weights.sum(-1)
+        torch.testing.assert_close(total, torch.full_like(total, scores.router.scale))
+
+
+def _unmodified(scores: Scores) -> tuple[Tensor, Tensor]:
+    """The model's own routing, one token at a time and without tensors where it decides."""
+    everywhere = torch.ones_like(scores.logits, dtype=torch.bool)
+    ids = _choice_inside(scores, everywhere)
+    router = scores.router
+    weights = []
+    for token, p, c in zip(ids, scores.probability.flatten(0, 1), _rank(scores), strict=True):
+        weight = (torch.tensor(c) if router.biased_weight else p)[token]
+        if router.renormalise:
+            weight = weight / (weight.sum() + router.epsilon)
+        weights.append(weight * router.scale)
+    return ids, torch.stack(weights)
+
+
+def _choice_inside(scores: Scores, coreset: Tensor) -> Tensor:
+    """Best of the coreset inside the model's own groups, then the best of the rest of it."""
+    router, size = scores.router, scores.router.experts // scores.router.groups
+    chosen = []
+    for c, allowed in zip(_rank(scores), coreset.flatten(0, 1).tolist(), strict=True):
+        groups = [sorted(c[g * size : (g + 1) * size])[-2:] for g in range(router.groups)]
+        score = [torch.tensor(best).sum().item() for best in groups]
+        kept = sorted(range(router.groups), key=lambda g: (-score[g], g))[: router.kept_groups]
+        order = sorted(
+            (e for e in range(router.experts) if allowed[e]),
+            key=lambda e: (e // size not in kept, -c[e], e),
+        )
+        chosen.append((order + [-1] * router.k)[: router.k])
+    return torch.tensor(chosen)
+
+
+def _rank(scores: Scores) -> list[list[float]]:
+    p = scores.logits.softmax(-1) if scores.router.activation == "softmax" else scores.logits.sigmoid()
+    return (p if scores.bias is None else p + scores.bias).flatten(0, 1).tolist()
+
+
+def _coin(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
+    return torch.randint(0, 2, shape, generator=generator).bool()
+
+
+def _of_row(flat: Tensor, scores: Scores, row: int) -> Tensor:
+    return flat.view(*scores.logits.shape[:2], -1)[row]
+
+
+def _tokens(scores: Scores, order: Tensor) -> Scores:
+    return _indexed(scores, lambda tensor: tensor[:, order])
+
+
+def _rows(scores: Scores, row: int) -> Scores:
+    alone = _indexed(scores, lambda tensor: tensor[row : row + 1])
+    return replace(alone, forward=(scores.forward[row],))
+
+
+def _indexed(scores: Scores, take) -> Scores:
+    def maybe(tensor: Tensor | None) -> Tensor | None:
+        return None if tensor is None else take(tensor)
+
+    progress = scores.progress or Progress()
+    return replace(
+        scores,
+        logits=take(scores.logits),
+        voters=maybe(scores.voters),
+        importance=maybe(scores.importance),
+        progress=Progress(
+            masked=maybe(progress.masked),
+            filled=maybe(progress.filled),
+            uncertainty=maybe(progress.uncertainty),
+        ),
+    )
+
+
+def _assert_same(one: Routing, other: Routing) -> None:
+    assert torch.equal(one.ids, other.ids)
+    assert torch.equal(one.weights, other.weights)
+    assert torch.equal(one.used, other.used)
