@@ -1,0 +1,86 @@
+"""From logits to one proposed token per position, and how sure the model is of it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from coterie.decoding.spelling import COUNT, SHARE
+from coterie.naming import CoterieError
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """``temperature`` 0 is greedy; ``top_k`` 0 and ``top_p`` 1 keep every token."""
+
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+
+    def __post_init__(self) -> None:
+        COUNT.check("temperature", self.temperature)
+        COUNT.check("top_k", self.top_k)
+        SHARE.check("top_p", self.top_p)
+
+
+@dataclass(frozen=True)
+class Proposal:
+    """What the model would write at each of w positions, on the host."""
+
+    ids: Tensor  # [w] int64
+    confidence: Tensor  # [w] fp32: probability of that id
+    entropy: Tensor  # [w] fp32, nats
+    unmask: Tensor  # [w] int64: the same, but never the mask id
+
+
+def propose(logits: Tensor, sampling: Sampling, mask: int, generator: torch.Generator) -> Proposal:
+    """Proposal from logits [w, V]; equal logits go to the lower id.
+
+    Confidence is the probability at the sampling temperature before top-k and top-p cut. Draws are
+    w uniform numbers from a generator on the host, so that they depend on neither device nor
+    neighbours. NaN raises.
+    """
+    heat = sampling.temperature or 1.0
+    shares = torch.softmax(logits.float() / heat, dim=-1)
+    if sampling.temperature == 0:
+        ids = logits.argmax(dim=-1)
+    else:
+        draws = torch.rand(logits.shape[0], generator=generator).to(logits.device)
+        ids = _draw(shares, sampling, draws)
+    confidence = shares.gather(-1, ids[:, None])[:, 0]
+    entropy = torch.special.entr(shares).sum(dim=-1)
+    facts = torch.stack((confidence, entropy)).cpu()
+    if not bool(torch.isfinite(facts).all()):
+        raise CoterieError("the model's logits are not finite (NaN or inf): nothing was written")
+    ids = ids.cpu()
+    return Proposal(ids, facts[0], facts[1], unmask=_without(mask, ids, logits))
+
+
+def _draw(shares: Tensor, sampling: Sampling, draws: Tensor) -> Tensor:
+    """Ids [w]: where the cumulated shares, best first, pass draws [w] of what top-k and top-p keep."""
+    ranked = shares.sort(dim=-1, descending=True, stable=True)
+    kept = ranked.values
+    if sampling.top_k:
+        kept = kept.clone()
+        kept[:, sampling.top_k :] = 0
+    before = kept.cumsum(dim=-1) - kept
+    limit = sampling.top_p * kept.sum(dim=-1, keepdim=True)
+    kept = torch.where(before < limit, kept, 0)
+    reach = kept.cumsum(dim=-1)
+    place = torch.searchsorted(reach, draws[:, None] * reach[:, -1:], right=True)
+    last = (kept > 0).sum(dim=-1, keepdim=True) - 1
+    return ranked.indices.gather(-1, torch.minimum(place, last))[:, 0]
+
+
+def _without(mask: int, ids: Tensor, logits: Tensor) -> Tensor:
+    """``ids``, with the best other token where the id is the mask's."""
+    bad = ids == mask
+    if not bool(bad.any()):
+        return ids
+    rest = logits[bad.to(logits.device)].clone()
+    rest[:, mask] = float("-inf")
+    ids = ids.clone()
+    ids[bad] = rest.argmax(dim=-1).cpu()
+    return ids
