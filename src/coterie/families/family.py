@@ -16,9 +16,8 @@ class Defaults:
 
     block: int  # tokens denoised together
     block_causal: bool  # attention: True = blocks on an absolute grid, False = all sees all
-    plan: str
+    plan: str  # as decoding spells it
     unmask: str
-    threshold: float
     mask_id: int
     eos_ids: tuple[int, ...]
     template: str  # jinja, for checkpoints that bring none of their own

@@ -106,9 +106,8 @@ FAMILY = Family(
     defaults=Defaults(
         block=32,
         block_causal=False,
-        plan="dual",
-        unmask="threshold",
-        threshold=0.9,
+        plan="dual:before=16,after=16",
+        unmask="threshold:p=0.9",
         mask_id=156895,
         eos_ids=(156892,),
         template=TEMPLATE,

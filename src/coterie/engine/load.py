@@ -1,0 +1,167 @@
+"""A model ready to run, from a name."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from coterie.engine.source import EMBEDDED, find_folder
+from coterie.experts.store import Resident
+from coterie.families import Config, Family, eos_ids, mask_id, recognise
+from coterie.families.names import is_stacked, weight_map
+from coterie.model.checkpoint import Checkpoint
+from coterie.model.spec import ModelSpec
+from coterie.model.transformer import Transformer, build
+from coterie.model.weights import allocate, bytes_kept, slabs
+from coterie.naming import CoterieError
+from coterie.text import Codec, load_codec
+
+DTYPES = {
+    "float32": torch.float32,
+    "fp32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "bf16": torch.bfloat16,
+    "float16": torch.float16,
+    "fp16": torch.float16,
+}
+SMALL = 4 << 30
+"""Models whose fp32 weights stay below this run in fp32 on a CPU, where it costs little."""
+
+
+@dataclass(frozen=True)
+class Model:
+    """What the engine needs to know of a model."""
+
+    name: str
+    folder: Path
+    family: Family
+    transformer: Transformer
+    codec: Codec
+    mask_id: int
+    eos_ids: tuple[int, ...]
+
+    @property
+    def spec(self) -> ModelSpec:
+        return self.transformer.spec
+
+
+def load_model(
+    name_or_path: str | Path | None = None,
+    *,
+    dtype: str | torch.dtype | None = None,
+    device: str | torch.device = "auto",
+    progress: Callable[[int, int], None] | None = None,
+) -> Model:
+    """Load a folder, a hub id, or (None) the embedded model.
+
+    ``device`` "auto" is CUDA where there is one. ``dtype`` None or "auto" is bf16, but fp32 on a
+    CPU for models whose weights then stay below 4 GiB. ``progress`` hears (bytes done, bytes in
+    all). Every bad input raises a CoterieError of one line.
+    """
+    folder = find_folder(name_or_path)
+    config = Config.of(folder / "config.json")
+    family = recognise(config)
+    spec = family.read(config)
+    where = choose_device(device)
+    what = choose_dtype(dtype, spec, where)
+    transformer = _load_weights(folder, family, spec, dtype=what, device=where, progress=progress)
+    codec = load_codec(folder, template=family.defaults.template, vocabulary=spec.vocabulary)
+    usual = mask_id(config, family, spec.vocabulary)
+    return Model(
+        name=EMBEDDED if name_or_path is None else str(name_or_path),
+        folder=folder,
+        family=family,
+        transformer=transformer,
+        codec=codec,
+        mask_id=usual if codec.mask is None else codec.mask,
+        eos_ids=tuple(dict.fromkeys(codec.ends + eos_ids(config, family, spec.vocabulary))),
+    )
+
+
+def choose_device(device: str | torch.device) -> torch.device:
+    """ "auto" is CUDA where there is one; asking for what is not there raises."""
+    if device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        chosen = torch.device(device)
+    except RuntimeError:
+        raise CoterieError(f"unknown device {str(device)!r}; known: auto, cpu, cuda") from None
+    if chosen.type not in ("cpu", "cuda"):
+        raise CoterieError(f"unknown device {str(device)!r}; known: auto, cpu, cuda")
+    if chosen.type == "cuda" and (chosen.index or 0) >= torch.cuda.device_count():
+        raise CoterieError(f"device {str(device)!r} is not there: PyTorch sees no such GPU")
+    return chosen
+
+
+def choose_dtype(
+    dtype: str | torch.dtype | None, spec: ModelSpec, device: torch.device
+) -> torch.dtype:
+    if dtype is None or dtype == "auto":
+        small = bytes_kept(spec, torch.float32) < SMALL
+        return torch.float32 if device.type == "cpu" and small else torch.bfloat16
+    if isinstance(dtype, str):
+        if dtype not in DTYPES:
+            raise CoterieError(f"unknown dtype {dtype!r}; known: auto, {', '.join(DTYPES)}")
+        return DTYPES[dtype]
+    if dtype not in DTYPES.values():
+        raise CoterieError(f"unsupported dtype {dtype}; known: {', '.join(DTYPES)}")
+    return dtype
+
+
+def _load_weights(
+    folder: Path,
+    family: Family,
+    spec: ModelSpec,
+    *,
+    dtype: torch.dtype,
+    device: torch.device,
+    progress: Callable[[int, int], None] | None,
+) -> Transformer:
+    """Everything is checked before the first byte of memory is asked for."""
+    checkpoint = Checkpoint.of(folder)
+    places = weight_map(family.names, spec, stacked=is_stacked(checkpoint.tensors))
+    checkpoint.check(places)
+    _check_room(folder, bytes_kept(spec, dtype), device)
+    weights = allocate(spec, dtype, device)
+    checkpoint.load(places, weights, _running_total(checkpoint.bytes, progress))
+    return build(spec, weights, Resident(slabs(spec, weights)))
+
+
+def _running_total(
+    whole: int, progress: Callable[[int, int], None] | None
+) -> Callable[[int], None] | None:
+    if progress is None:
+        return None
+    done = 0
+
+    def heard(size: int) -> None:
+        nonlocal done
+        done += size
+        progress(done, whole)
+
+    return heard
+
+
+def _check_room(folder: Path, needed: int, device: torch.device) -> None:
+    free = _free_memory(device)
+    if free is not None and needed > free:
+        gib = 1 << 30
+        raise CoterieError(
+            f"{folder}: the weights need {needed / gib:.1f} GiB, {free / gib:.1f} GiB are free "
+            f"on {device}"
+        )
+
+
+def _free_memory(device: torch.device) -> int | None:
+    """Bytes, None where the system does not tell."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    try:
+        found = re.search(r"MemAvailable:\s*(\d+) kB", Path("/proc/meminfo").read_text())
+    except OSError:
+        return None
+    return int(found[1]) * 1024 if found else None

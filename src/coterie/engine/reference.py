@@ -1,0 +1,194 @@
+"""Comparing one forward with a reference folder: config.json, model.safetensors, reference.npz."""
+
+from __future__ import annotations
+
+import zlib
+from dataclasses import dataclass
+from pathlib import Path
+from zipfile import BadZipFile
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from coterie.engine.load import Model, load_model
+from coterie.model.attention import View
+from coterie.model.step import Step
+from coterie.naming import CoterieError
+from coterie.routing import Vanilla
+from coterie.telemetry import Tracing
+from coterie.values import Window
+
+LOGITS = 2e-4
+HIDDEN = 1e-4
+WEIGHTS = 1e-5
+
+
+@dataclass(frozen=True)
+class Deviation:
+    """The largest absolute error of one quantity; not a number is never within tolerance."""
+
+    name: str
+    worst: float
+    tolerance: float
+
+    @property
+    def within(self) -> bool:
+        return self.worst <= self.tolerance
+
+
+@dataclass(frozen=True)
+class Arrays:
+    """A reference.npz whose every array is asked for by name, shape and kind."""
+
+    file: Path
+    held: dict[str, np.ndarray]
+
+    @staticmethod
+    def of(file: Path) -> Arrays:
+        """Raises CoterieError when the file cannot be read whole."""
+        try:
+            with np.load(file, allow_pickle=False) as archive:
+                return Arrays(file, {name: archive[name] for name in archive.files})
+        except FileNotFoundError:
+            raise CoterieError(f"{file}: no such file") from None
+        except (OSError, EOFError, ValueError, BadZipFile, zlib.error, KeyError) as error:
+            raise CoterieError(f"{file}: not a readable npz file ({error})") from None
+
+    def floats(self, name: str, *shape: int) -> Tensor:
+        """Finite numbers of exactly this shape."""
+        array = self._array(name, "f", shape)
+        if not np.isfinite(array).all():
+            raise CoterieError(f"{self.file}: {name} holds numbers that are not finite")
+        return torch.from_numpy(array)
+
+    def whole(self, name: str, *shape: int) -> Tensor:
+        return torch.from_numpy(self._array(name, "iu", shape).astype(np.int64))
+
+    def flags(self, name: str, *shape: int) -> Tensor:
+        return torch.from_numpy(self._array(name, "b", shape))
+
+    def shape(self, name: str, axes: int) -> tuple[int, ...]:
+        found = self._held(name).shape
+        if len(found) != axes or 0 in found:
+            raise CoterieError(f"{self.file}: {name} has shape {list(found)}, expected {axes} axes")
+        return found
+
+    def _array(self, name: str, kinds: str, shape: tuple[int, ...]) -> np.ndarray:
+        array = self._held(name)
+        if array.shape != shape or array.dtype.kind not in kinds:
+            raise CoterieError(
+                f"{self.file}: {name} is {array.dtype}{list(array.shape)}, "
+                f"expected kind {kinds!r} and shape {list(shape)}"
+            )
+        return array
+
+    def _held(self, name: str) -> np.ndarray:
+        if name not in self.held:
+            raise CoterieError(f"{self.file}: {name} is missing")
+        return self.held[name]
+
+
+def forward_deviations(folder: Path) -> tuple[Deviation, ...]:
+    """Run the reference's input once (CPU, fp32) and compare all that it recorded.
+
+    Raises CoterieError when the folder is damaged: a file or array missing, of another shape, not
+    finite, or at odds with config.json.
+    """
+    arrays = Arrays.of(folder / "reference.npz")
+    model = load_model(folder, dtype=torch.float32, device="cpu")
+    tokens = _tokens(arrays, model)
+    causal = model.family.defaults.block_causal
+    block = int(arrays.whole("block_length")) if causal else 0
+    window = _window(tokens, block)
+    _check_mask(arrays, model, window, tokens)
+    trace = Tracing()
+    logits = _forward(model, tokens, window, trace)
+    found = [
+        _deviation("logits", logits, arrays.floats("logits", *logits.shape), LOGITS),
+        *_hidden(arrays, model, tokens, trace),
+        *_routers(arrays, model, tokens, trace),
+    ]
+    if "logits_fullattn" in arrays.held:
+        whole = _forward(model, tokens, _window(tokens, 0), Tracing())
+        expected = arrays.floats("logits_fullattn", *whole.shape)
+        found.append(_deviation("logits, full attention", whole, expected, LOGITS))
+    return tuple(found)
+
+
+def _tokens(arrays: Arrays, model: Model) -> Tensor:
+    """Input ids [B, T], at positions 0 .. T."""
+    batch, length = arrays.shape("input_ids", 2)
+    tokens = arrays.whole("input_ids", batch, length)
+    if not bool(((tokens >= 0) & (tokens < model.spec.vocabulary)).all()):
+        raise CoterieError(f"{arrays.file}: input_ids leave the vocabulary")
+    positions = arrays.whole("position_ids", batch, length)
+    if not bool((positions == torch.arange(length)).all()):
+        raise CoterieError(f"{arrays.file}: position_ids do not count from 0")
+    return tokens
+
+
+def _window(tokens: Tensor, block: int) -> Window:
+    batch, length = tokens.shape
+    start, visible = torch.zeros(batch, dtype=torch.int64), torch.full((batch,), length)
+    return Window(start, length, visible, block)
+
+
+def _check_mask(arrays: Arrays, model: Model, window: Window, tokens: Tensor) -> None:
+    batch, length = tokens.shape
+    stated = arrays.flags("attention_mask_bool", batch, 1, length, length)
+    mask = View.of(window, None, model.spec, torch.device("cpu")).mask
+    ours = torch.ones_like(stated) if mask is None else mask[:, None]
+    if not torch.equal(ours, stated):
+        raise CoterieError(
+            f"{arrays.file}: attention_mask_bool is not {model.family.title}'s, block {window.block}"
+        )
+
+
+@torch.inference_mode()
+def _forward(model: Model, tokens: Tensor, window: Window, trace: Tracing) -> Tensor:
+    """Logits [B, T, V]."""
+    step = Step(window, cache=None, policy=Vanilla(), recorder=trace)
+    return model.transformer(tokens, step).unflatten(0, tuple(tokens.shape))
+
+
+def _hidden(arrays: Arrays, model: Model, tokens: Tensor, trace: Tracing) -> list[Deviation]:
+    layers, shape = model.spec.layers, (*tokens.shape, model.spec.hidden)
+    seen = {layer: x.view(shape) for layer, x in trace.outputs}
+    outputs = torch.stack([seen[layer] for layer in range(layers)])
+    # Before each layer, and after the last one normed.
+    hidden = torch.stack([seen[layer] for layer in (*range(-1, layers - 1), layers)])
+    return [
+        _deviation("hidden_states", hidden, arrays.floats("hidden_states", *hidden.shape), HIDDEN),
+        _deviation(
+            "layer_outputs", outputs, arrays.floats("layer_outputs", *outputs.shape), HIDDEN
+        ),
+    ]
+
+
+def _routers(arrays: Arrays, model: Model, tokens: Tensor, trace: Tracing) -> list[Deviation]:
+    """Router logits, chosen experts as sets, and weights expert by expert."""
+    router, layers = model.spec.router, model.spec.moe_layers
+    shape = (len(layers), *tokens.shape)
+    if arrays.whole("moe_layer_index", len(layers)).tolist() != list(layers):
+        raise CoterieError(f"{arrays.file}: moe_layer_index is not {list(layers)}")
+    ids = torch.stack([routing.ids for _, _, routing in trace.routings]).view(*shape, router.k)
+    weights = torch.stack([routing.weights for _, _, routing in trace.routings]).view_as(ids)
+    logits = torch.stack([scores.logits for _, scores, _ in trace.routings])
+    expected = arrays.whole("topk_ids", *ids.shape)
+    if not bool(((expected >= 0) & (expected < router.experts)).all()):
+        raise CoterieError(f"{arrays.file}: topk_ids names experts that are not there")
+    ours = torch.zeros(*shape, router.experts).scatter(-1, ids, weights)
+    theirs = torch.zeros_like(ours).scatter(
+        -1, expected, arrays.floats("topk_weights", *ids.shape).to(ours.dtype)
+    )
+    differing = (ids.sort(-1).values != expected.sort(-1).values).any(-1).sum()
+    return [
+        _deviation("router_logits", logits, arrays.floats("router_logits", *logits.shape), HIDDEN),
+        Deviation("tokens with other experts", float(differing), 0.0),
+        _deviation("topk_weights", ours, theirs, WEIGHTS),
+    ]
+
+
+def _deviation(name: str, ours: Tensor, theirs: Tensor, tolerance: float) -> Deviation:
+    return Deviation(name, float((ours - theirs).abs().max()), tolerance)

@@ -1,0 +1,165 @@
+"""Tiny random checkpoints on disk and in memory, one per family, in the official layout."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from coterie.experts.store import Resident
+from coterie.families import FAMILIES, Config, Family
+from coterie.families.names import weight_map
+from coterie.model.checkpoint import INDEX, SINGLE
+from coterie.model.spec import ModelSpec
+from coterie.model.transformer import Transformer, build
+from coterie.model.weights import allocate, slabs
+
+Json = bool | int | float | str | None | list[int] | list[str]
+
+COMMON: dict[str, Json] = {
+    "hidden_act": "silu",
+    "rope_scaling": None,
+    "tie_word_embeddings": False,
+    "dtype": "float32",
+    "vocab_size": 96,
+    "hidden_size": 32,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "num_experts": 16,
+    "num_experts_per_tok": 4,
+    "max_position_embeddings": 512,
+    "rms_norm_eps": 1e-6,
+    "rope_theta": 10000.0,
+    "eos_token_id": 94,
+}
+CONFIGS: dict[str, dict[str, Json]] = {
+    "llada2": {
+        "architectures": ["LLaDA2MoeModelLM"],
+        "model_type": "llada2_moe",
+        "head_dim": 8,
+        "partial_rotary_factor": 0.5,
+        "intermediate_size": 48,
+        "first_k_dense_replace": 1,
+        "moe_intermediate_size": 16,
+        "num_shared_experts": 1,
+        "n_group": 4,
+        "topk_group": 2,
+        "norm_topk_prob": True,
+        "score_function": "sigmoid",
+        "moe_router_enable_expert_bias": True,
+        "routed_scaling_factor": 2.5,
+    },
+    "llada-moe": {
+        "architectures": ["LLaDAMoEModelLM"],
+        "model_type": "llada",
+        "expert_intermediate_size": 16,
+        "dense_intermediate_size": 48,
+        "moe_layer_freq": [1, 1, 1],
+        "norm_topk_prob": None,
+        "moe_router_score_function": "softmax",
+    },
+    "sdar-moe": {
+        "architectures": ["SDARMoeForCausalLM"],
+        "model_type": "sdar_moe",
+        "head_dim": 8,
+        "intermediate_size": 48,
+        "moe_intermediate_size": 16,
+        "norm_topk_prob": True,
+        "mlp_only_layers": [],
+        "decoder_sparse_step": 1,
+    },
+}
+
+
+def tiny_config(family: str, **keys: Json) -> dict[str, Json]:
+    """A small config of "llada2", "llada-moe" or "sdar-moe", with some keys set otherwise."""
+    return COMMON | CONFIGS[family] | keys
+
+
+def read_spec(config: Mapping[str, Json]) -> tuple[Family, ModelSpec]:
+    """The family and spec of a config that is not on disk."""
+    listed = config["architectures"]
+    family = FAMILIES[listed[0] if isinstance(listed, list) and isinstance(listed[0], str) else ""]
+    return family, family.read(Config(Path("config.json"), config))
+
+
+def write_checkpoint(
+    folder: Path,
+    family: str,
+    seed: int = 0,
+    *,
+    shards: int = 1,
+    stacked: bool = False,
+    dtype: torch.dtype = torch.float32,
+    **keys: Json,
+) -> Path:
+    """Write config and random weights of a tiny model; ``keys`` replace keys of its config.
+
+    Several shards get an index. ``stacked`` holds each layer's experts as three tensors.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    config = tiny_config(family, **keys)
+    (folder / "config.json").write_text(json.dumps(config, indent=1), encoding="utf-8")
+    tensors = random_tensors(config, seed, stacked=stacked, dtype=dtype)
+    if shards == 1:
+        save_file(tensors, folder / SINGLE)
+        return folder
+    names = list(tensors)
+    files = {name: f"layer-{at % shards}-ep-0-of-1.safetensors" for at, name in enumerate(names)}
+    for file in sorted(set(files.values())):
+        save_file({name: tensors[name] for name in names if files[name] == file}, folder / file)
+    (folder / INDEX).write_text(json.dumps({"metadata": {}, "weight_map": files}))
+    return folder
+
+
+def random_tensors(
+    config: Mapping[str, Json],
+    seed: int,
+    *,
+    stacked: bool = False,
+    dtype: torch.dtype = torch.float32,
+) -> dict[str, Tensor]:
+    """Every tensor of such a checkpoint by its official name; both layouts hold one content."""
+    family, spec = read_spec(config)
+    draw = torch.Generator().manual_seed(seed)
+    tensors = {
+        name: _random(name, place.shape, draw).to(dtype)
+        for name, place in weight_map(family.names, spec, stacked=False).items()
+    }
+    return _stack(tensors, spec) if stacked else tensors
+
+
+def random_transformer(spec: ModelSpec, seed: int = 0) -> Transformer:
+    """A transformer in memory (CPU, fp32) that was never on disk."""
+    draw = torch.Generator().manual_seed(seed)
+    weights = allocate(spec, torch.float32, torch.device("cpu"))
+    for name, weight in weights.items():
+        weight.copy_(_random(name, tuple(weight.shape), draw))
+    return build(spec, weights, Resident(slabs(spec, weights)))
+
+
+def _random(name: str, shape: tuple[int, ...], draw: torch.Generator) -> Tensor:
+    """Numbers that keep the hidden state near unit size and the router undecided."""
+    noise = torch.randn(shape, generator=draw)
+    if "bias" in name:
+        return noise * 0.05
+    if len(shape) == 1:
+        return 1 + 0.1 * noise
+    if "embed" in name:
+        return noise
+    return noise * shape[-1] ** -0.5 * (2.0 if name.endswith((".gate", ".gate.weight")) else 1.0)
+
+
+def _stack(tensors: dict[str, Tensor], spec: ModelSpec) -> dict[str, Tensor]:
+    rest = {name: t for name, t in tensors.items() if ".mlp.experts." not in name}
+    for layer in spec.moe_layers:
+        prefix = f"model.layers.{layer}.mlp.experts"
+        for part in ("gate_proj", "up_proj", "down_proj"):
+            each = [tensors[f"{prefix}.{e}.{part}.weight"] for e in range(spec.router.experts)]
+            rest[f"{prefix}.{part}"] = torch.stack(each)
+    return rest
