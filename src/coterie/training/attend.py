@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.autograd.function import FunctionCtx, once_differentiable
+from torch.autograd.function import BackwardCFunction, once_differentiable
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
@@ -17,7 +17,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
 
 class _Attention(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: FunctionCtx, q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
+    def forward(ctx: BackwardCFunction, q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
         mixed = torch.empty_like(v)
         chances = q.new_empty(*q.shape[:3], q.shape[2])  # [B, h, L, L]
         scale = q.shape[-1] ** -0.5
@@ -30,7 +30,9 @@ class _Attention(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: FunctionCtx, grad: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
+        ctx: BackwardCFunction, grad: Tensor
+    ) -> tuple[Tensor | None, ...]:
         q, k, v, chances = ctx.saved_tensors
         slope_q, slope_k, slope_v = (torch.empty_like(t) for t in (q, k, v))
         scale = q.shape[-1] ** -0.5

@@ -32,17 +32,16 @@ class Batch:
         rows, total = len(self.tokens) // parts, self.weight()
         return [self._rows(slice(i * rows, (i + 1) * rows), total) for i in range(parts)]
 
-    def arrays(self) -> dict[str, np.ndarray | float]:
-        """Plain arrays, for a queue between processes."""
-        named = {f.name: getattr(self, f.name) for f in fields(self)}
-        return {k: v.numpy() if isinstance(v, Tensor) else v for k, v in named.items() if v is not None}
+    def arrays(self) -> tuple[np.ndarray | float | None, ...]:
+        """The fields as plain arrays, for a queue between processes."""
+        values = (getattr(self, f.name) for f in fields(self))
+        return tuple(v.numpy() if isinstance(v, Tensor) else v for v in values)
 
     @staticmethod
-    def of(arrays: dict[str, np.ndarray | float]) -> Batch:
+    def of(arrays: tuple[np.ndarray | float | None, ...]) -> Batch:
         """The inverse of ``arrays``."""
-        return Batch(
-            **{k: torch.from_numpy(v) if isinstance(v, np.ndarray) else v for k, v in arrays.items()}
-        )
+        values = [torch.from_numpy(v) if isinstance(v, np.ndarray) else v for v in arrays]
+        return Batch(*values)  # pyright: ignore[reportArgumentType]
 
     def _rows(self, rows: slice, total: float) -> Batch:
         tasks = None if self.tasks is None else self.tasks[rows]

@@ -1,4 +1,4 @@
-"""Routed experts with a backward written by hand: sort once, gather, multiply by group, gather back.
+"""Routed experts with a backward by hand: sort once, gather, multiply by group, gather back.
 
 Shapes: T tokens, k experts each, R rows sorted by expert, E experts, I width, H hidden.
 """
@@ -10,8 +10,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import FunctionCtx, once_differentiable
-
+from torch.autograd.function import BackwardCFunction, once_differentiable
 
 # Each expert's rows are filled up to a multiple of this: the library that multiplies bf16 keeps a
 # compiled kernel per size, and would otherwise compile new ones at every step.
@@ -54,8 +53,8 @@ def run_experts(x: Tensor, weights: Tensor, ids: Tensor, matrices: Tensor) -> tu
 
 class _Experts(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: FunctionCtx,
+    def forward(  # noqa: PLR0917 (autograd passes by position)
+        ctx: BackwardCFunction,
         x: Tensor,
         weights: Tensor,
         matrices: Tensor,
@@ -72,14 +71,19 @@ class _Experts(torch.autograd.Function):
         scale = F.pad(weights.flatten(), (0, 1)).index_select(0, source).to(x.dtype)[:, None]
         hidden = F.silu(both[:, :width]).mul_(both[:, width:]).mul_(scale)  # [R, I]
         rows = F.grouped_mm(hidden, low[:, 2], offs=ends)  # [R, H]
-        ctx.save_for_backward(gathered, both, scale, hidden, low, token, place, ends)
-        ctx.kinds = weights.dtype, matrices.dtype
+        ctx.save_for_backward(
+            weights, matrices, gathered, both, scale, hidden, low, token, place, ends
+        )
         return F.embedding_bag(place, rows, mode="sum")  # [T, H]
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: FunctionCtx, grad: Tensor) -> tuple[Tensor | None, ...]:
-        gathered, both, scale, hidden, low, token, place, ends = ctx.saved_tensors
+    def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
+        ctx: BackwardCFunction, grad: Tensor
+    ) -> tuple[Tensor | None, ...]:
+        weights, matrices, gathered, both, scale, hidden, low, token, place, ends = (
+            ctx.saved_tensors
+        )
         width = low.shape[2]
         rows = grad.index_select(0, token)  # [R, H]
         slope = F.grouped_mm(rows, low[:, 2].mT, offs=ends)  # [R, I], d / d(scaled hidden)
@@ -99,10 +103,9 @@ class _Experts(torch.autograd.Function):
         )
         slope_matrices[:, 2].copy_(F.grouped_mm(hidden.mT, rows, offs=ends))
         back = F.grouped_mm(slopes, low[:, :2].flatten(1, 2), offs=ends)  # [R, H]
-        weight_kind, matrix_kind = ctx.kinds
         return (
             F.embedding_bag(place, back, mode="sum"),
-            slope_scale.index_select(0, place.flatten()).view_as(place).to(weight_kind),
-            slope_matrices.to(matrix_kind),
+            slope_scale.index_select(0, place.flatten()).view_as(place).to(weights.dtype),
+            slope_matrices.to(matrices.dtype),
             *[None] * 3,
         )

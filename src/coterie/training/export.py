@@ -12,11 +12,12 @@ from coterie.training.network import Network, Shape
 
 
 def save(network: Network, folder: Path, *, pad: int | None = None) -> None:
-    """``config.json`` and ``model.safetensors``: bf16, the selection bias in fp32 as LLaDA2.1 has it."""
+    """``config.json`` and ``model.safetensors``, in bf16 but for the selection bias, in fp32."""
     folder.mkdir(parents=True, exist_ok=True)
     tensors = {
-        name: weight.to(torch.float32 if name.endswith("expert_bias") else torch.bfloat16)
-        .clone(memory_format=torch.contiguous_format)
+        name: weight.to(torch.float32 if name.endswith("expert_bias") else torch.bfloat16).clone(
+            memory_format=torch.contiguous_format
+        )
         for name, weight in network.official().items()
     }
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})

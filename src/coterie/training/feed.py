@@ -1,4 +1,4 @@
-"""Batches made in a forked process: a thread would hold the interpreter and cost 1.6 times as much."""
+"""Batches made in a forked process: a thread would hold the interpreter and cost 1.6 times more."""
 
 from __future__ import annotations
 
@@ -10,13 +10,11 @@ from collections.abc import Callable
 from multiprocessing.process import BaseProcess
 from multiprocessing.queues import Queue
 
-import numpy as np
 import torch
 
 from coterie.training.batch import Batch
 
 Make = Callable[[int], Batch]
-Lane = "Queue[dict[str, np.ndarray | float]]"
 
 PR_SET_PDEATHSIG = 1
 FORK = mp.get_context("fork")
@@ -28,8 +26,10 @@ class Feed:
     Batch ``i`` depends on ``i`` alone, so that a resumed run sees what the first would have seen.
     """
 
-    def __init__(self, make: Make, start: int, stop: int, *, lanes: int = 1, ahead: int = 8) -> None:
-        self.lanes: list[Lane] = [FORK.Queue(ahead) for _ in range(lanes)]
+    def __init__(
+        self, make: Make, start: int, stop: int, *, lanes: int = 1, ahead: int = 8
+    ) -> None:
+        self.lanes: list[Queue] = [FORK.Queue(ahead) for _ in range(lanes)]
         self._process = fork(_produce, make, start, stop, self.lanes)
 
     def take(self, lane: int = 0) -> Batch:
@@ -61,7 +61,7 @@ def _alone(target: Callable[..., None], *args: object) -> None:
     target(*args)
 
 
-def _produce(make: Make, start: int, stop: int, lanes: list[Lane]) -> None:
+def _produce(make: Make, start: int, stop: int, lanes: list[Queue]) -> None:
     for step in range(start, stop):
         for lane, part in zip(lanes, make(step).split(len(lanes)), strict=True):
             lane.put(part.arrays())

@@ -217,7 +217,9 @@ def _lead(worker: _Worker, out: Path, evaluate: Evaluate | None) -> None:
             step = state.step
             if step % config.log_every == 0 or step == config.steps:
                 now = time.monotonic()
-                positions = int(state.loads.sum()) // (config.shape.k * max(1, state.loads.shape[1]))
+                positions = int(state.loads.sum()) // (
+                    config.shape.k * max(1, state.loads.shape[1])
+                )
                 speed = positions * min(config.log_every, step - first) / (now - since)
                 facts = {"step": step, "elapsed": round(now - begun, 1), "speed": round(speed)}
                 log.write(json.dumps(facts | _facts(state, config)) + "\n")

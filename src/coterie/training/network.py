@@ -53,12 +53,15 @@ def visibility(visible: Tensor, block: int) -> Tensor:
 class Network(nn.Module):
     """Tokens to logits, with gradients. ``precision`` is the type that products run in."""
 
-    def __init__(self, shape: Shape, *, seed: int = 0, precision: torch.dtype = torch.float32) -> None:
+    def __init__(
+        self, shape: Shape, *, seed: int = 0, precision: torch.dtype = torch.float32
+    ) -> None:
         super().__init__()
         self.shape, self.precision = shape, precision
         draw = torch.Generator().manual_seed(seed)
         self.embeddings = nn.Parameter(torch.randn(shape.vocabulary, shape.hidden, generator=draw))
-        self.layers = nn.ModuleList(_Layer(shape, i, draw) for i in range(shape.layers))
+        blocks = [_Layer(shape, i, draw) for i in range(shape.layers)]
+        self.layers = nn.ModuleList(blocks)
         self.norm = nn.Parameter(torch.ones(shape.hidden))
         self.head = nn.Parameter(torch.zeros(shape.vocabulary, shape.hidden))
 
@@ -240,7 +243,7 @@ def _uniform(size: tuple[int, ...], inputs: int, draw: torch.Generator) -> Tenso
 
 
 def _expert(size: tuple[int, int], draw: torch.Generator) -> Tensor:
-    """Gate, up, down transposed [3, I, H]; down starts at zero, so that a layer starts as nothing."""
+    """Gate, up, down transposed [3, I, H]; down starts at zero: a layer starts as nothing."""
     matrices = _uniform((3, *size), size[1], draw)
     matrices[2] = 0
     return matrices

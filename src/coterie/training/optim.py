@@ -36,7 +36,7 @@ class Rates:
 
 @dataclass(frozen=True)
 class Flat:
-    """Parameters of one kind side by side, their gradients by worker, and the optimiser's memory."""
+    """Parameters of one kind side by side, gradients by worker, and the optimiser's memory."""
 
     weights: Tensor  # [n, r, c] or [n]
     gradients: Tensor  # [W, *weights.shape]
@@ -97,7 +97,7 @@ def muon(flat: Flat, part: slice, rates: Rates, *, lr: float, momentum: float, c
 
 
 def orthogonal(matrices: Tensor, iterations: int = 5) -> Tensor:
-    """The nearest matrices [n, r, c] with singular values near one, in bf16, by Newton and Schulz."""
+    """The nearest matrices [n, r, c] with singular values near one, by Newton-Schulz in bf16."""
     a, b, c = COEFFICIENTS
     tall = matrices.shape[-2] > matrices.shape[-1]
     x = matrices.mT if tall else matrices
