@@ -103,13 +103,23 @@ class Counting:
 
     def latest(self, row: Row = 0) -> tuple[int, ...]:
         """Unique experts of each layer in the last forward that was shown with this row."""
-        found: dict[int, int] = {}
+        found: dict[int, Tensor] = {}
         for layer, rows, figure in reversed(self._seen):
             if row in rows:
                 if layer in found:
                     break
-                found[layer] = int(figure[rows.index(row), 0])
-        return tuple(found[layer] for layer in sorted(found))
+                found[layer] = figure[rows.index(row), 0]
+        if not found:
+            return ()
+        return tuple(int(used) for used in torch.stack([found[i] for i in sorted(found)]).tolist())
+
+    def forget(self, row: Row) -> None:
+        """Drop one row's counts; what was shown with other rows stays theirs."""
+        named = [
+            (layer, tuple(None if other == row else other for other in rows), figure)
+            for layer, rows, figure in self._seen
+        ]
+        self._seen = [entry for entry in named if any(other is not None for other in entry[1])]
 
     def stored(self) -> Served:
         """What the store did, summed."""

@@ -1,0 +1,176 @@
+"""Rows that can share a forward, and that forward."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from coterie.decoding import Change, Row
+from coterie.decoding.plans import Look
+from coterie.decoding.row import first_of
+from coterie.engine.config import Generation
+from coterie.engine.pool import Pool
+from coterie.model.step import Step
+from coterie.model.transformer import Transformer
+from coterie.naming import CoterieError
+from coterie.routing import Vanilla
+from coterie.telemetry import Counting, Null
+from coterie.values import Policy, Progress, Window
+
+VANILLA = Vanilla()
+
+
+@dataclass  # not frozen: it counts what its row went through
+class Slot:
+    """A row in the engine: its cache row, its policy, and what it has cost."""
+
+    number: int
+    row: Row
+    place: int
+    policy: Policy
+    generation: Generation
+    embeddings: Tensor | None = None  # [length, H], where masks are fed what was last proposed
+    prefills: int = 0
+    commits: int = 0
+    began: float = field(default_factory=time.perf_counter)
+
+    @property
+    def look(self) -> Look:
+        """The forward it waits for."""
+        if self.row.look is None:
+            raise RuntimeError(f"row {self.number} is finished")
+        return self.row.look
+
+    def routes(self) -> Policy:
+        """The policy of the forward it waits for: elsewhere than in decoding, only where asked."""
+        kind = self.look.kind
+        asked = self.generation.commit if kind == "commit" else self.generation.prefill
+        return self.policy if kind == "decode" or asked == "policy" else VANILLA
+
+
+def groups(slots: Iterable[Slot]) -> list[list[Slot]]:
+    """Slots whose next forwards agree in everything but positions, in order of arrival."""
+    found: dict[tuple[object, ...], list[Slot]] = {}
+    for slot in slots:
+        look = slot.look
+        smooth = slot.embeddings is not None
+        key = (look.width, look.kind, look.causal, look.cached, slot.routes(), smooth)
+        found.setdefault(key, []).append(slot)
+    return list(found.values())
+
+
+def forward(
+    transformer: Transformer, pool: Pool, group: Sequence[Slot], counting: Counting
+) -> list[Change]:
+    """One forward of rows that agree (``groups``); every row then moves on to its next.
+
+    Only decoding forwards are counted. If logits are not finite this raises, and no row has moved.
+    """
+    look = group[0].look
+    recorder = counting if look.kind == "decode" else Null()
+    recorder.began(tuple(slot.number for slot in group))
+    step = Step(
+        window=_window(group),
+        cache=pool.rows([slot.place for slot in group]) if look.cached else None,
+        policy=group[0].routes(),
+        recorder=recorder,
+        wanted=_wanted(group).to(transformer.device),
+        voters=_voters(group).to(transformer.device),
+        progress=_progress(group, transformer.device),
+        forward=tuple(slot.row.clock.row for slot in group),
+        embeddings=_embeddings(group),
+    )
+    tokens = torch.stack([slot.row.canvas.tokens[_span(slot)] for slot in group])
+    logits = transformer(tokens.to(transformer.device), step)
+    if not bool(torch.isfinite(logits).all()):
+        raise CoterieError("the model's logits are not finite (NaN or inf): no token was written")
+    return [_move_on(transformer, slot, part) for slot, part in _shares(group, logits)]
+
+
+def _shares(group: Sequence[Slot], logits: Tensor) -> list[tuple[Slot, Tensor]]:
+    sizes = [len(_needed(slot)) for slot in group]
+    return list(zip(group, logits.split(sizes), strict=True))
+
+
+def _move_on(transformer: Transformer, slot: Slot, logits: Tensor) -> Change:
+    """Give a row the logits of its block; refresh what its masks are fed."""
+    look, row = slot.look, slot.row
+    if not look.denoises:
+        slot.prefills += look.kind == "prefill"
+        slot.commits += look.kind == "commit"
+        return row.receive(None)
+    first = row.block.start - _needed(slot).start
+    number, block = row.clock.row, row.block
+    change = row.receive(logits[first : first + block.width])
+    smooth = row.ask.unmask.smooth
+    if smooth is not None and slot.embeddings is not None:
+        tokens = row.canvas.tokens[look.start : look.stop]
+        embedded = transformer.embed(tokens.to(logits.device)[None])[0]
+        expected = torch.softmax(logits, dim=-1).to(embedded.dtype) @ transformer.embedding
+        masked = tokens == row.ask.mask
+        slot.embeddings[look.start : look.stop] = smooth.mix(embedded, expected, masked, number)
+    return change
+
+
+def _span(slot: Slot) -> slice:
+    return slice(slot.look.start, slot.look.stop)
+
+
+def _needed(slot: Slot) -> range:
+    """Positions whose logits are used: the block's, or the window's where masks are fed them."""
+    if not slot.look.denoises:
+        return range(0)
+    if slot.embeddings is not None:
+        return range(slot.look.start, slot.look.stop)
+    return range(slot.row.block.start, slot.row.block.stop)
+
+
+def _wanted(group: Sequence[Slot]) -> Tensor:
+    """[P] int64 into B*width."""
+    width = group[0].look.width
+    return torch.tensor(
+        [b * width + p - slot.look.start for b, slot in enumerate(group) for p in _needed(slot)],
+        dtype=torch.int64,
+    )
+
+
+def _window(group: Sequence[Slot]) -> Window:
+    looks = [slot.look for slot in group]
+    return Window(
+        start=torch.tensor([look.start for look in looks]),
+        width=looks[0].width,
+        visible=torch.tensor([look.visible for look in looks]),
+        block=looks[0].causal,
+    )
+
+
+def _voters(group: Sequence[Slot]) -> Tensor:
+    """[B, width] fp32: the live block and what is computed anew beside it."""
+    rows = []
+    for slot in group:
+        position = torch.arange(slot.look.start, slot.look.stop)
+        first, last = slot.look.voters
+        rows.append((position >= first) & (position < last))
+    return torch.stack(rows).float()
+
+
+def _progress(group: Sequence[Slot], device: torch.device) -> Progress:
+    masked, filled, doubt = [], [], []
+    for slot in group:
+        canvas, span = slot.row.canvas, _span(slot)
+        masked.append(canvas.tokens[span] == canvas.mask)
+        end = first_of(canvas.tokens[canvas.prompt :].tolist(), slot.row.ask.stops)
+        last = canvas.length if end is None else canvas.prompt + end
+        filled.append(torch.arange(span.start, span.stop) > last)
+        doubt.append(1.0 - canvas.confidence[span])
+    parts = (torch.stack(part).to(device) for part in (masked, filled, doubt))
+    return Progress(*parts)
+
+
+def _embeddings(group: Sequence[Slot]) -> Tensor | None:
+    kept = [slot.embeddings[_span(slot)] for slot in group if slot.embeddings is not None]
+    return torch.stack(kept) if kept else None

@@ -1,0 +1,121 @@
+"""What may be asked of one generation, checked where it enters."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields, replace
+from typing import Literal, get_args, get_type_hints
+
+from coterie.decoding import Ask, Sampling, parse_plan, parse_unmask
+from coterie.decoding.row import EarlyStop
+from coterie.families import Defaults
+from coterie.naming import CoterieError
+
+Routed = Literal["vanilla", "policy"]
+
+
+@dataclass(frozen=True)
+class Generation:
+    """How to generate. ``plan`` and ``unmask`` are spelled like policies.
+
+    The policy routes decoding forwards; ``prefill`` and ``commit`` say whether it also routes what
+    computes the prompt's keys (full re-forwards at block entry too) and a finished block's.
+    ``early_stop``: after the block that holds an end-of-text, as soon as everything before one is
+    filled ("token"), or never.
+    """
+
+    max_new_tokens: int = 256
+    block: int = 32
+    plan: str = "block-causal"
+    unmask: str = "threshold"
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+    seed: int = 0
+    early_stop: EarlyStop = "block"
+    commit: Routed = "vanilla"
+    prefill: Routed = "vanilla"
+
+    def __post_init__(self) -> None:
+        hints = get_type_hints(Generation)
+        for field in fields(self):
+            _check_kind(field.name, getattr(self, field.name), hints[field.name])
+        for name in ("max_new_tokens", "block"):
+            if getattr(self, name) < 1:
+                raise CoterieError(f"{name} must be at least 1, not {getattr(self, name)}")
+        if not 0 <= self.seed < 1 << 63:
+            raise CoterieError(f"seed must lie in [0, 2**63), not {self.seed}")
+        parse_plan(self.plan)
+        parse_unmask(self.unmask)
+        self.sampling  # noqa: B018  checks its own range
+
+    @property
+    def sampling(self) -> Sampling:
+        return Sampling(self.temperature, self.top_k, self.top_p)
+
+    def but(self, **options: object) -> Generation:
+        """The same with some options changed; an unknown one raises."""
+        known = [field.name for field in fields(self)]
+        unknown = [name for name in options if name not in known]
+        if unknown:
+            raise CoterieError(f"unknown option {unknown[0]!r}; known: {', '.join(known)}")
+        return replace(self, **options)  # pyright: ignore[reportArgumentType]
+
+    @staticmethod
+    def usual(defaults: Defaults) -> Generation:
+        """As the family's models are meant to be used."""
+        unmask = defaults.unmask
+        if unmask == "threshold":
+            unmask = f"threshold:p={defaults.threshold!r}"
+        return Generation(block=defaults.block, plan=defaults.plan, unmask=unmask)
+
+
+def ask(
+    prompt: Sequence[int],
+    generation: Generation,
+    *,
+    mask: int,
+    stops: tuple[int, ...],
+    vocabulary: int,
+    longest: int,
+) -> Ask:
+    """What a row needs to know, or a CoterieError that names what cannot be done."""
+    _check_prompt(prompt, mask, vocabulary)
+    plan = parse_plan(generation.plan)
+    length = plan.blocks(len(prompt), generation.max_new_tokens, generation.block)[-1].stop
+    if length > longest:
+        raise CoterieError(
+            f"a prompt of {len(prompt)} tokens and max_new_tokens={generation.max_new_tokens} "
+            f"need {length} positions; the model has {longest}"
+        )
+    return Ask(
+        prompt=tuple(prompt),
+        new=generation.max_new_tokens,
+        block=generation.block,
+        plan=plan,
+        unmask=parse_unmask(generation.unmask),
+        sampling=generation.sampling,
+        seed=generation.seed,
+        early_stop=generation.early_stop,
+        stops=stops,
+        mask=mask,
+    )
+
+
+def _check_prompt(prompt: Sequence[int], mask: int, vocabulary: int) -> None:
+    if not prompt:
+        raise CoterieError("the prompt is empty")
+    for token in prompt:
+        if isinstance(token, bool) or not isinstance(token, int) or not 0 <= token < vocabulary:
+            raise CoterieError(f"{token!r} in the prompt is no token id below {vocabulary}")
+        if token == mask:
+            raise CoterieError(f"the prompt holds the mask token ({mask}), which stands for a gap")
+
+
+def _check_kind(name: str, value: object, hint: type) -> None:
+    choices = get_args(hint)
+    if choices:
+        if value not in choices:
+            raise CoterieError(f"{name} must be one of {', '.join(choices)}, not {value!r}")
+    elif isinstance(value, bool) or not isinstance(value, (int, float) if hint is float else hint):
+        raise CoterieError(f"{name} must be of type {hint.__name__}, not {value!r}")

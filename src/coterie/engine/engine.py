@@ -1,0 +1,211 @@
+"""The engine: requests come in as rows, rows share forwards, events come out."""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+import torch
+
+from coterie.decoding import Ask, Change, Row
+from coterie.decoding.canvas import Block
+from coterie.decoding.plans import Kind
+from coterie.engine.batch import Slot, forward, groups
+from coterie.engine.config import Generation, ask
+from coterie.engine.event import Denoised, Event, Experts, Finished, Result
+from coterie.engine.load import Model, load_model
+from coterie.engine.pool import Pool
+from coterie.naming import CoterieError
+from coterie.routing import parse_policy, spell
+from coterie.telemetry import Counting
+from coterie.values import Policy
+
+Prompt = str | Sequence[int]
+
+
+class Engine:
+    """One model, any number of rows at once.
+
+    ``generation`` and ``policy`` are what a request gets where it asks for nothing else. Not safe
+    to call from several threads.
+    """
+
+    def __init__(
+        self,
+        model: Model,
+        *,
+        policy: str | Policy = "vanilla",
+        generation: Generation | None = None,
+    ) -> None:
+        self.model = model
+        self.policy = _policy(policy)
+        self.generation = generation or Generation.usual(model.family.defaults)
+        self._pool = Pool(model.spec, model.transformer.dtype, model.transformer.device)
+        self._counting = Counting()
+        self._slots: dict[int, Slot] = {}
+        self._mail: dict[int, deque[Event]] = {}
+        self._told: list[Event] = []
+        self._next = 0
+
+    def generate(
+        self, prompt: Prompt, *, policy: str | Policy | None = None, **options: object
+    ) -> Result:
+        """The finished text of one prompt: ``stream``, exhausted."""
+        *_, last = self.stream(prompt, policy=policy, **options)
+        if not isinstance(last, Finished):
+            raise RuntimeError("a stream ended without a result")
+        return last.result
+
+    def stream(
+        self, prompt: Prompt, *, policy: str | Policy | None = None, **options: object
+    ) -> Iterator[Event]:
+        """Events of one prompt, the last one ``Finished``. Closing the iterator frees the row."""
+        number = self.submit(prompt, policy=policy, **options)
+        events = self._deliver(number)
+        next(events)  # a generator that has begun frees its row however it ends
+        return events
+
+    def submit(
+        self, prompt: Prompt, *, policy: str | Policy | None = None, **options: object
+    ) -> int:
+        """Add a row; ``step`` works on it. ``options`` are the fields of ``Generation``."""
+        generation = self.generation.but(**options)
+        chosen = self.policy if policy is None else _policy(policy)
+        row = Row(self._ask(prompt, generation))
+        place = self._pool.take(row.canvas.length)
+        slot = Slot(self._next, row, place, chosen, generation)
+        if row.ask.unmask.smooth is not None:
+            whole = row.canvas.tokens[None].to(self.model.transformer.device)
+            slot.embeddings = self.model.transformer.embed(whole)[0].clone()
+        self._slots[slot.number] = slot
+        self._next += 1
+        return slot.number
+
+    @torch.inference_mode()
+    def step(self) -> list[Event]:
+        """One forward for every row; rows of one width and policy share it.
+
+        Returns the events of rows that no ``stream`` reads. Raises CoterieError if a model's logits
+        are not finite; rows of that forward stay as they were, events of others are kept.
+        """
+        for group in groups(self._slots.values()):
+            asked = [(slot, slot.look, slot.row.block) for slot in group]
+            changes = forward(self.model.transformer, self._pool, group, self._counting)
+            for (slot, look, block), change in zip(asked, changes, strict=True):
+                if look.denoises:
+                    self._tell(self._denoised(slot, look.kind, block, change))
+                if slot.row.look is None:
+                    self._tell(Finished(slot.number, self.result(slot.number)))
+                    self.cancel(slot.number)
+        told, self._told = self._told, []
+        return told
+
+    def cancel(self, number: int) -> None:
+        """Forget a row, finished or not."""
+        slot = self._slots.pop(number, None)
+        if slot is None:
+            raise CoterieError(f"there is no row {number}")
+        self._pool.give(slot.place)
+        self._counting.forget(number)
+
+    @property
+    def rows(self) -> tuple[int, ...]:
+        """The rows still being worked on."""
+        return tuple(self._slots)
+
+    def result(self, number: int) -> Result:
+        """What a row has come to so far."""
+        slot, model = self._slots[number], self.model
+        row, counts = slot.row, self._counting.counts(number)
+        answer = row.answer
+        size = model.spec.expert_parameters * model.transformer.dtype.itemsize
+        return Result(
+            text=model.codec.decode(answer),
+            tokens=tuple(answer),
+            finish_reason="stop" if row.stopped else "length",
+            prompt_tokens=len(row.ask.prompt),
+            new_tokens=len(answer),
+            forwards=row.clock.row,
+            prefills=slot.prefills,
+            commits=slot.commits,
+            blocks=row.block.index + 1,
+            seconds=time.perf_counter() - slot.began,
+            policy=spell(slot.policy),
+            plan=str(row.ask.plan),
+            unmask=str(row.ask.unmask),
+            model=model.name,
+            dtype=str(model.transformer.dtype).removeprefix("torch."),
+            device=str(model.transformer.device),
+            experts=Experts(model.spec.router.experts, counts.max, counts.mean, counts.per_layer),
+            expert_bytes=counts.mean * size,
+            expert_bytes_vanilla=counts.vanilla_mean * size,
+            vote_mass_kept=counts.vote_mass_kept,
+        )
+
+    def _ask(self, prompt: Prompt, generation: Generation) -> Ask:
+        ids = self.model.codec.encode(prompt) if isinstance(prompt, str) else list(prompt)
+        return ask(
+            ids,
+            generation,
+            mask=self.model.mask_id,
+            stops=self.model.eos_ids,
+            vocabulary=self.model.spec.vocabulary,
+            longest=self.model.spec.max_length,
+        )
+
+    def _deliver(self, number: int) -> Iterator[Event]:
+        mail = self._mail[number] = deque[Event]()
+        try:
+            yield Denoised(number)
+            while mail or number in self._slots:
+                if mail:
+                    yield mail.popleft()
+                else:
+                    self._told += self.step()
+        finally:
+            del self._mail[number]
+            if number in self._slots:
+                self.cancel(number)
+
+    def _tell(self, event: Event) -> None:
+        self._mail.get(event.row, self._told).append(event)
+
+    def _denoised(self, slot: Slot, kind: Kind, block: Block, change: Change) -> Denoised:
+        prompt = slot.row.canvas.prompt
+        return Denoised(
+            row=slot.number,
+            forward=slot.row.clock.row,
+            kind=kind,
+            block=block.index,
+            start=block.start - prompt,
+            stop=block.stop - prompt,
+            committed=change.committed,
+            edited=change.edited,
+            provisional=change.provisional,
+            experts=self._counting.latest(slot.number) if kind == "decode" else (),
+        )
+
+
+def load(
+    name_or_path: str | Path | None = None,
+    *,
+    policy: str | Policy = "vanilla",
+    dtype: str | torch.dtype | None = None,
+    device: str | torch.device = "auto",
+    progress: Callable[[int, int], None] | None = None,
+    **options: object,
+) -> Engine:
+    """An engine over a folder, a hub id, or (None) the embedded model; see ``load_model``.
+
+    ``options`` are fields of ``Generation``: what a request gets where it asks for nothing else.
+    """
+    chosen = _policy(policy)
+    model = load_model(name_or_path, dtype=dtype, device=device, progress=progress)
+    usual = Generation.usual(model.family.defaults)
+    return Engine(model, policy=chosen, generation=usual.but(**options))
+
+
+def _policy(policy: str | Policy) -> Policy:
+    return parse_policy(policy) if isinstance(policy, str) else policy

@@ -1,0 +1,78 @@
+"""What an engine tells while it works, and what it hands over at the end."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from coterie.decoding import Token
+from coterie.decoding.plans import Kind
+
+
+@dataclass(frozen=True)
+class Denoised:
+    """One forward of one row. Positions count from the row's first new token.
+
+    ``committed`` and ``edited`` stand in the text from now on (later edits aside); ``provisional``
+    is what the model would write at the positions still masked. ``experts``: unique experts of each
+    routing layer in this forward, empty where the policy did not route it.
+    """
+
+    row: int
+    forward: int = 0  # denoising forwards of this row so far, this one included
+    kind: Kind = "decode"
+    block: int = 0
+    start: int = 0  # of the block; the first may begin before 0, inside the prompt
+    stop: int = 0
+    committed: tuple[Token, ...] = ()
+    edited: tuple[Token, ...] = ()
+    provisional: tuple[Token, ...] = ()
+    experts: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True)
+class Experts:
+    """Experts that one row used in its decoding forwards; means are over layers and forwards."""
+
+    total: int  # routed experts of a layer
+    max: int
+    mean: float
+    per_layer: tuple[float, ...]
+
+
+@dataclass(frozen=True)
+class Result:
+    """A finished row. Only ``forwards`` denoise; the passes that write keys are counted apart."""
+
+    text: str
+    tokens: tuple[int, ...]
+    finish_reason: str  # "stop" or "length"
+    prompt_tokens: int
+    new_tokens: int
+    forwards: int
+    prefills: int
+    commits: int
+    blocks: int
+    seconds: float
+    policy: str
+    plan: str
+    unmask: str
+    model: str
+    dtype: str
+    device: str
+    experts: Experts
+    expert_bytes: float  # read per layer and forward: mean experts x bytes of one
+    expert_bytes_vanilla: float  # the same for the unmodified model on the same scores
+    vote_mass_kept: float
+
+    @property
+    def tokens_per_second(self) -> float:
+        return self.new_tokens / self.seconds if self.seconds > 0 else 0.0
+
+
+@dataclass(frozen=True)
+class Finished:
+    row: int
+    result: Result
+
+
+Event = Denoised | Finished
