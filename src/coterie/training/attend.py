@@ -33,14 +33,15 @@ class _Attention(torch.autograd.Function):
     def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
         ctx: BackwardCFunction, grad: Tensor
     ) -> tuple[Tensor | None, ...]:
-        q, k, v, chances = ctx.saved_tensors
+        saved: tuple[Tensor, ...] = ctx.saved_tensors
+        q, k, v, chances = saved
         slope_q, slope_k, slope_v = (torch.empty_like(t) for t in (q, k, v))
         scale = q.shape[-1] ** -0.5
         for row in range(len(q)):
             p = chances[row]
             torch.bmm(p.mT, grad[row], out=slope_v[row])
-            slope = torch._softmax_backward_data(torch.bmm(grad[row], v[row].mT), p, -1, p.dtype)
-            slope.mul_(scale)
+            slope = torch.bmm(grad[row], v[row].mT)
+            slope = torch.ops.aten._softmax_backward_data(slope, p, -1, p.dtype).mul_(scale)
             torch.bmm(slope, k[row], out=slope_q[row])
             torch.bmm(slope.mT, q[row], out=slope_k[row])
         return slope_q, slope_k, slope_v, None

@@ -71,9 +71,8 @@ class _Experts(torch.autograd.Function):
         scale = F.pad(weights.flatten(), (0, 1)).index_select(0, source).to(x.dtype)[:, None]
         hidden = F.silu(both[:, :width]).mul_(both[:, width:]).mul_(scale)  # [R, I]
         rows = F.grouped_mm(hidden, low[:, 2], offs=ends)  # [R, H]
-        ctx.save_for_backward(
-            weights, matrices, gathered, both, scale, hidden, low, token, place, ends
-        )
+        kept = (gathered, both, scale, hidden, low, token, place, ends)
+        ctx.save_for_backward(weights, matrices, *kept)
         return F.embedding_bag(place, rows, mode="sum")  # [T, H]
 
     @staticmethod
@@ -81,9 +80,8 @@ class _Experts(torch.autograd.Function):
     def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
         ctx: BackwardCFunction, grad: Tensor
     ) -> tuple[Tensor | None, ...]:
-        weights, matrices, gathered, both, scale, hidden, low, token, place, ends = (
-            ctx.saved_tensors
-        )
+        saved: tuple[Tensor, ...] = ctx.saved_tensors
+        weights, matrices, gathered, both, scale, hidden, low, token, place, ends = saved
         width = low.shape[2]
         rows = grad.index_select(0, token)  # [R, H]
         slope = F.grouped_mm(rows, low[:, 2].mT, offs=ends)  # [R, I], d / d(scaled hidden)

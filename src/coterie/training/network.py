@@ -60,8 +60,8 @@ class Network(nn.Module):
         self.shape, self.precision = shape, precision
         draw = torch.Generator().manual_seed(seed)
         self.embeddings = nn.Parameter(torch.randn(shape.vocabulary, shape.hidden, generator=draw))
-        blocks = [_Layer(shape, i, draw) for i in range(shape.layers)]
-        self.layers = nn.ModuleList(blocks)
+        self._layers = [_Layer(shape, i, draw) for i in range(shape.layers)]
+        self.layers = nn.ModuleList(self._layers)
         self.norm = nn.Parameter(torch.ones(shape.hidden))
         self.head = nn.Parameter(torch.zeros(shape.vocabulary, shape.hidden))
 
@@ -76,7 +76,7 @@ class Network(nn.Module):
         turn = _turns(positions, shape)
         x = F.embedding(tokens.flatten(), self.embeddings)  # [T, H]
         loads = []
-        for layer in self.layers:
+        for layer in self._layers:
             x, load = layer(x, turn, mask, self.precision)
             loads += [] if load is None else [load]
         x = x if wanted is None else x.index_select(0, wanted)
@@ -87,11 +87,11 @@ class Network(nn.Module):
 
     def biases(self) -> list[Tensor]:
         """The selection bias [E] of each MoE layer, in order."""
-        return [layer.mlp.bias for layer in self.layers if isinstance(layer.mlp, _MoE)]
+        return [layer.mlp.bias for layer in self._layers if isinstance(layer.mlp, _MoE)]
 
     def matrices(self) -> list[nn.Parameter]:
         """The parameters [..., rows, columns] whose last two dimensions are one map each."""
-        return [p for layer in self.layers for p in layer.matrices()]
+        return [p for layer in self._layers for p in layer.matrices()]
 
     def official(self) -> dict[str, Tensor]:
         """Every weight under its name in the checkpoint, as views that can be read and written."""
@@ -100,7 +100,7 @@ class Network(nn.Module):
             "model.norm.weight": self.norm.data,
             "lm_head.weight": self.head.data,
         }
-        for i, layer in enumerate(self.layers):
+        for i, layer in enumerate(self._layers):
             names |= {f"model.layers.{i}.{name}": w for name, w in layer.official().items()}
         return names
 
