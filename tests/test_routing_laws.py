@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from coterie.naming import CoterieError
-from coterie.routing import POLICIES, Vanilla, parse_policy, route
+from coterie.routing import Vanilla, parse_policy, route
 from coterie.values import Policy, Progress, RouterSpec, Routing, Scores
 
 law = partial(settings, max_examples=60, deadline=None, derandomize=True)
@@ -37,13 +37,26 @@ ELECTED = (
     "coreset:m=3,vote=count,lam=1,scope=batch,protect=top1",
     "coreset:tau=0.5,least=1,lam=3,eps=0.1",
 )
+WITHOUT_TIES = (
+    "topk:k=2",
+    "naee:beta=0.6",
+    "des-seq:k=1",
+    "xshare:beta=0.2",
+    "racing:m=5",
+    "coreset:m=1",
+    "coreset:m=4,vote=full,lam=1,protect=top1",
+    "mass-vote:tau=0.6,least=1",
+    "mass-vote:tau=0.9,least=2,vote=full",
+)
 PER_TOKEN = ("vanilla", "topk:k=2", "naee:beta=0.6", "mc-moe:beta=0.5,protect=0.1")
 
 
 @st.composite
-def routers(draw: st.DrawFn, *, groups: bool = True) -> RouterSpec:
+def routers(draw: st.DrawFn, *, groups: bool = True, whole: bool = False) -> RouterSpec:
     count = draw(st.sampled_from((1, 2, 4, 8) if groups else (1,)))
     size = draw(st.integers(max(2, math.ceil(4 / count)), 64 // count))
+    if whole:
+        size = draw(st.sampled_from((16, 32, 64))) // count
     kept = draw(st.integers(1, count))
     renormalise = draw(st.booleans())
     return RouterSpec(
@@ -61,10 +74,19 @@ def routers(draw: st.DrawFn, *, groups: bool = True) -> RouterSpec:
 
 @st.composite
 def blocks(
-    draw: st.DrawFn, *, ties: bool | None = None, groups: bool = True, rows: int | None = None
+    draw: st.DrawFn,
+    *,
+    ties: bool | None = None,
+    groups: bool = True,
+    rows: int | None = None,
+    whole: bool = False,
 ) -> Scores:
-    """Scores of a block: any router, 1 - 40 tokens, ties when logits are small whole numbers."""
-    router = draw(routers(groups=groups))
+    """Scores of a block: any router, 1 - 40 tokens, ties when logits are small whole numbers.
+
+    ``whole`` keeps to multiples of 16 experts, as every model has: elsewhere torch's sigmoid
+    differs in its last bit between the body and the tail of a tensor.
+    """
+    router = draw(routers(groups=groups, whole=whole))
     generator = torch.Generator().manual_seed(draw(st.integers(0, 2**32 - 1)))
     shape = (rows or draw(st.integers(1, 3)), draw(st.integers(1, 40)))
     if draw(st.booleans()) if ties is None else ties:
@@ -162,13 +184,11 @@ def test_the_papers_budgets_come_out_exactly(beta: float, experts: int, elected:
         assert int(parse_policy(f"{name}:beta={beta}").eligible(scores, 8).sum()) == elected
 
 
-@given(blocks(), everything(), st.randoms(use_true_random=False))
+@given(blocks(whole=True), everything(), st.randoms(use_true_random=False))
 @law(max_examples=120)
 def test_the_order_of_tokens_changes_nothing(scores: Scores, policy: Policy, rng):
     order = list(range(scores.logits.shape[1]))
     rng.shuffle(order)
-    if "mc-moe" in POLICIES and type(policy) is POLICIES["mc-moe"]:
-        scores = replace(scores, importance=scores.logits[..., 0])
     shuffled = _tokens(scores, torch.tensor(order))
     plain, other = route(scores, policy), route(shuffled, policy)
     shape = (*scores.logits.shape[:2], -1)
@@ -176,11 +196,13 @@ def test_the_order_of_tokens_changes_nothing(scores: Scores, policy: Policy, rng
     assert torch.equal(plain.weights.view(shape)[:, order], other.weights.view(shape))
 
 
-@given(blocks(ties=False, groups=False), everything(), st.randoms(use_true_random=False))
-@law()
+@given(
+    blocks(ties=False, groups=False, whole=True),
+    st.sampled_from(WITHOUT_TIES).map(parse_policy),
+    st.randoms(use_true_random=False),
+)
+@law(max_examples=120)
 def test_renaming_experts_renames_the_coreset(scores: Scores, policy: Policy, rng):
-    if type(policy) is POLICIES["random"]:
-        return
     names = list(range(scores.router.experts))
     rng.shuffle(names)
     renamed = replace(
@@ -191,9 +213,7 @@ def test_renaming_experts_renames_the_coreset(scores: Scores, policy: Policy, rn
     )
     k = scores.router.k
     before = policy.eligible(scores, k).expand(scores.logits.shape)
-    assert torch.equal(
-        before[..., names], policy.eligible(renamed, k).expand(scores.logits.shape)
-    )
+    assert torch.equal(before[..., names], policy.eligible(renamed, k).expand(scores.logits.shape))
 
 
 @given(blocks(), everything(), st.sampled_from((math.nan, math.inf, -math.inf)), st.data())
@@ -205,7 +225,7 @@ def test_logits_that_are_not_numbers_raise(scores: Scores, policy: Policy, bad: 
         route(replace(scores, logits=logits), policy)
 
 
-@given(blocks(rows=3), everything())
+@given(blocks(rows=3, whole=True), everything())
 @law(max_examples=150)
 def test_a_row_in_a_batch_routes_as_it_does_alone(scores: Scores, policy: Policy):
     if getattr(getattr(policy, "election", None), "scope", "block") == "batch":
@@ -279,7 +299,11 @@ def _choice_inside(scores: Scores, coreset: Tensor) -> Tensor:
 
 
 def _rank(scores: Scores) -> list[list[float]]:
-    p = scores.logits.softmax(-1) if scores.router.activation == "softmax" else scores.logits.sigmoid()
+    p = (
+        scores.logits.softmax(-1)
+        if scores.router.activation == "softmax"
+        else scores.logits.sigmoid()
+    )
     return (p if scores.bias is None else p + scores.bias).flatten(0, 1).tolist()
 
 

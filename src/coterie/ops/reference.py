@@ -19,7 +19,7 @@ def top_ids(key: Tensor, k: int, tier: Tensor | None = None) -> Tensor:
     if tier is not None:
         tier = tier.expand(key.shape).gather(-1, order).to(torch.uint8)
         order = order.gather(-1, torch.sort(tier, dim=-1, stable=True).indices)
-    return order[..., :k]
+    return order[..., :k].contiguous()
 
 
 def top_mask(key: Tensor, k: int) -> Tensor:

@@ -1,0 +1,139 @@
+"""A policy has one spelling: what is printed reads back, and what is wrong is named."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from coterie.naming import CoterieError
+from coterie.routing import POLICIES, DesVote, Election, parse_policy, spell
+from coterie.routing.option import Option, options
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "vanilla",
+        "topk:k=4",
+        "naee:beta=0.6",
+        "mc-moe:beta=0.6,protect=0.02",
+        "des-seq:k=3",
+        "des-vote:beta=0.15",
+        "des-vote:beta=0.15,voters=unfilled,protect=top1,vote=weight",
+        "uniform-vote:beta=0.15",
+        "xshare:beta=0.15",
+        "racing:m=48",
+        "mass-vote:tau=0.8",
+        "mass-vote:tau=0.8,least=16",
+        "random:beta=0.15",
+        "random:beta=0.15,seed=7",
+        "resident-vote:beta=0.15,lam=0.5,eps=0.02",
+        "xshare:beta=0.15,protect=none",
+        "coreset:m=48,vote=full,scope=batch,lam=1,eps=0.1",
+        "coreset:k=2,voters=masked",
+        "des-vote:beta=1",
+        "des-vote:beta=1e-05",
+    ],
+)
+def test_the_usual_spellings_print_as_written(text: str):
+    assert spell(parse_policy(text)) == text
+
+
+@pytest.mark.parametrize(
+    ("text", "printed"),
+    [
+        (" des-vote: vote=weight , beta=.150 ", "des-vote:beta=0.15,vote=weight"),
+        ("des-vote:beta=1.0,voters=all,eps=0.02", "des-vote:beta=1"),
+        ("mc-moe:beta=0.5", "mc-moe:beta=0.5,protect=0.02"),
+        ("resident-vote:beta=0.5", "resident-vote:beta=0.5,lam=1,eps=0.02"),
+        ("xshare:beta=0.5,protect=top1", "xshare:beta=0.5"),
+    ],
+)
+def test_other_spellings_print_as_the_one(text: str, printed: str):
+    assert spell(parse_policy(text)) == printed
+
+
+@given(st.sampled_from(sorted(POLICIES)), st.data())
+@settings(max_examples=300, deadline=None, derandomize=True)
+def test_every_combination_of_options_round_trips(name: str, data: st.DataObject):
+    offered = options(POLICIES[name]).values()
+    said = [
+        f"{option.name}={data.draw(_value_of(option))}"
+        for option in offered
+        if option.default == "required" or (name != "coreset" and data.draw(st.booleans()))
+    ]
+    if name == "coreset":
+        said = [data.draw(st.sampled_from(("beta=0.2", "m=3", "tau=0.5,least=2", "k=2")))]
+    policy = parse_policy(f"{name}:{','.join(said)}" if said else name)
+    assert parse_policy(spell(policy)) == policy
+    assert spell(parse_policy(spell(policy))) == spell(policy)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (
+            "des-vot:beta=1",
+            "unknown policy 'des-vot'; known: coreset, des-seq, des-vote, ",
+        ),
+        ("", "unknown policy ''; known: "),
+        ("vanilla:k=1", "unknown option 'k'; it has: none"),
+        ("topk", "needs k"),
+        ("des-vote:vote=weight", "needs beta"),
+        ("des-vote:beta=0.1,tau=1", "unknown option 'tau'; it has: beta, voters, protect, vote"),
+        ("des-seq:k=3,protect=top1", "unknown option 'protect'; it has: k, voters, scope"),
+        ("uniform-vote:beta=0.1,vote=full", "unknown option 'vote'"),
+        ("des-vote:beta=much", "beta must be a number, not 'much'"),
+        ("des-vote:beta=0", "beta must be above 0 and at most 1, not 0.0"),
+        ("des-vote:beta=1.01", "beta must be above 0 and at most 1"),
+        ("des-vote:beta=nan", "beta must be above 0 and at most 1, not nan"),
+        ("des-vote:beta=0.1,lam=inf", "lam must be at least 0, not inf"),
+        ("des-vote:beta=0.1,lam=-1", "lam must be at least 0, not -1.0"),
+        ("topk:k=1.5", "k must be a whole number, not '1.5'"),
+        ("topk:k=0", "k must be at least 1, not 0"),
+        ("des-vote:beta=0.1,voters=some", "voters must be one of all, unfilled, masked, uncertain"),
+        ("des-vote:beta", "'beta' is not of the form option=value"),
+        ("des-vote:beta=", "'beta=' is not of the form option=value"),
+        ("des-vote:beta=0.1,", "'' is not of the form option=value"),
+        ("des-vote:beta=0.1,beta=0.2", "beta is given twice"),
+        ("coreset:vote=full", "takes exactly one of beta, m, tau, k"),
+        ("coreset:beta=0.1,m=2", "takes exactly one of beta, m, tau, k"),
+        ("coreset:m=2,least=2", "least goes with tau"),
+    ],
+)
+def test_what_is_wrong_is_named(text: str, message: str):
+    with pytest.raises(CoterieError, match=re.escape(message)) as caught:
+        parse_policy(text)
+    assert "\n" not in str(caught.value)
+
+
+def test_policies_made_in_code_are_checked_too():
+    with pytest.raises(CoterieError, match="beta must be above 0"):
+        DesVote(beta=2)
+    with pytest.raises(CoterieError, match="lam must be at least 0"):
+        Election(lam=-1)
+    assert spell(DesVote(beta=1)) == "des-vote:beta=1"
+
+
+def test_a_policy_without_a_name_cannot_be_spelled():
+    class Mine:
+        def eligible(self, scores, k):
+            return scores
+
+    with pytest.raises(CoterieError, match="has no name; known: coreset"):
+        spell(Mine())
+
+
+def test_equal_policies_are_one_key():
+    assert len({parse_policy("des-vote:beta=0.5"), parse_policy("des-vote:beta=.5")}) == 1
+
+
+def _value_of(option: Option) -> st.SearchStrategy[object]:
+    if option.choices:
+        return st.sampled_from(option.choices)
+    if option.kind is int:
+        return st.integers(1, 300)
+    return st.floats(0.001, 1).map(repr)

@@ -1,0 +1,121 @@
+"""Recorders count what was really routed, row by row, and change nothing."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from coterie.routing import parse_policy, route
+from coterie.telemetry import Counting, Null, Recorder, Served, Tracing
+from coterie.values import RouterSpec, Scores
+
+ROUTER = RouterSpec(experts=16, k=4, activation="sigmoid", renormalise=True)
+
+
+def scores(rows: int, seed: int = 0) -> Scores:
+    generator = torch.Generator().manual_seed(seed)
+    return Scores(torch.randn(rows, 6, 16, generator=generator), ROUTER)
+
+
+def watched(policy: str, *forwards: Scores, layers: tuple[int, ...] = (1, 2)) -> Counting:
+    counting = Counting()
+    for seen in forwards:
+        counting.began(tuple("abc"[: len(seen.logits)]))
+        for layer in layers:
+            counting.routed(layer, seen, route(seen, parse_policy(policy)))
+    return counting
+
+
+def test_vanilla_keeps_everything():
+    counts = watched("vanilla", scores(1), scores(1, seed=1)).counts("a")
+    assert (counts.forwards, counts.layers) == (2, (1, 2))
+    assert (counts.vote_mass_kept, counts.hit_rate) == (1.0, 1.0)
+    assert counts.per_layer == counts.vanilla_per_layer
+    assert counts.mean == counts.vanilla_mean
+
+
+def test_unique_experts_are_those_really_routed():
+    first, second = scores(1), scores(1, seed=1)
+    counts = watched("des-vote:beta=0.3,protect=top1", first, second, layers=(3,)).counts("a")
+    policy = parse_policy("des-vote:beta=0.3,protect=top1")
+    unique = [len(route(seen, policy).ids.unique()) for seen in (first, second)]
+    assert counts.per_layer == (sum(unique) / 2,)
+    assert counts.mean == sum(unique) / 2
+    assert counts.max == max(unique)
+
+
+def test_vote_mass_and_hit_rate_by_hand():
+    seen = scores(1)
+    policy = parse_policy("des-vote:beta=0.25")
+    counts = watched("des-vote:beta=0.25", seen).counts("a")
+    coreset = policy.eligible(seen, 4)[0, 0]
+    routing = route(seen, policy)
+    p = seen.logits.sigmoid()[0]
+    votes = torch.zeros(6, 16).scatter(1, routing.own, p.gather(1, routing.own)).sum(0)
+    assert counts.vote_mass_kept == pytest.approx(float(votes[coreset].sum() / votes.sum()))
+    hits = [set(own) & set(ids) for own, ids in _pairs(routing)]
+    assert counts.hit_rate == pytest.approx(sum(map(len, hits)) / 24)
+
+
+def test_rows_are_told_apart_and_count_as_they_would_alone():
+    together = scores(3)
+    batch = watched("mass-vote:tau=0.5", together)
+    for row, name in enumerate("abc"):
+        alone = watched("mass-vote:tau=0.5", replace(together, logits=together.logits[row, None]))
+        assert batch.counts(name) == alone.counts("a")
+
+
+def test_a_row_that_joins_later_has_fewer_forwards():
+    counting = watched("vanilla", scores(1), scores(3, seed=1))
+    assert [counting.counts(row).forwards for row in "abcz"] == [2, 1, 1, 0]
+
+
+def test_positions_without_a_vote_are_computed_but_judge_nothing():
+    seen = scores(1)
+    voters = torch.tensor([[1, 1, 1, 0, 0, 0]])
+    block = watched("des-vote:beta=0.25", replace(seen, logits=seen.logits[:, :3])).counts("a")
+    window = watched("des-vote:beta=0.25", replace(seen, voters=voters)).counts("a")
+    assert window.vote_mass_kept == block.vote_mass_kept
+    assert window.hit_rate == block.hit_rate
+    assert window.vanilla_mean > block.vanilla_mean
+
+
+def test_the_latest_forward_can_be_watched():
+    counting = watched("vanilla", scores(2), scores(2, seed=1))
+    last = route(scores(2, seed=1), parse_policy("vanilla")).ids.view(2, -1)
+    assert counting.latest("b") == (len(last[1].unique()),) * 2
+    assert Counting().latest() == ()
+
+
+def test_nothing_seen_is_nothing_counted():
+    counts = Counting().counts()
+    assert (counts.forwards, counts.mean, counts.max, counts.per_layer) == (0, 0.0, 0, ())
+
+
+def test_what_the_store_did_adds_up():
+    counting = Counting()
+    counting.served(0, 3, 2, 200)
+    counting.served(1, 4, 0, 0)
+    assert counting.stored() == Served(hits=7, misses=2, size=200)
+
+
+def test_tracing_keeps_what_it_was_shown():
+    tracing, seen = Tracing(), scores(1)
+    routing = route(seen, parse_policy("vanilla"))
+    everyone: list[Recorder] = [tracing, Null(), Counting()]
+    for recorder in everyone:
+        recorder.began(("a",))
+        recorder.routed(2, seen, routing)
+        recorder.layer_output(2, seen.logits)
+        recorder.served(2, 1, 1, 10)
+    assert tracing.rows == [("a",)]
+    assert tracing.routings == [(2, seen, routing)]
+    assert tracing.outputs[0][0] == 2
+    assert torch.equal(tracing.outputs[0][1], seen.logits)
+    assert tracing.moves == [(2, Served(1, 1, 10))]
+
+
+def _pairs(routing):
+    return zip(routing.own.tolist(), routing.ids.tolist(), strict=True)
