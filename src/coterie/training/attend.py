@@ -33,7 +33,7 @@ class _Attention(torch.autograd.Function):
     def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
         ctx: BackwardCFunction, grad: Tensor
     ) -> tuple[Tensor | None, ...]:
-        saved: tuple[Tensor, ...] = ctx.saved_tensors
+        saved = list(ctx.saved_tensors)
         q, k, v, chances = saved
         slope_q, slope_k, slope_v = (torch.empty_like(t) for t in (q, k, v))
         scale = q.shape[-1] ** -0.5

@@ -80,7 +80,7 @@ class _Experts(torch.autograd.Function):
     def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
         ctx: BackwardCFunction, grad: Tensor
     ) -> tuple[Tensor | None, ...]:
-        saved: tuple[Tensor, ...] = ctx.saved_tensors
+        saved = list(ctx.saved_tensors)
         weights, matrices, gathered, both, scale, hidden, low, token, place, ends = saved
         width = low.shape[2]
         rows = grad.index_select(0, token)  # [R, H]

@@ -13,6 +13,7 @@ import os
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -24,6 +25,9 @@ from coterie.training.batch import Batch
 from coterie.training.feed import FORK, Feed, Make, fork
 from coterie.training.network import Network, Shape, visibility
 from coterie.training.optim import Flat, Rates, adamw, attach, flatten, muon
+
+# Seconds that the leader waits for a worker before it takes it for dead.
+PATIENCE = 600.0
 
 Evaluate = Callable[[Network, int], dict[str, float]]
 
@@ -131,7 +135,9 @@ def train(make: Make, config: Config, out: Path, *, evaluate: Evaluate | None = 
         state.load(out / "state.pt")
     feed = Feed(make, state.step, config.steps, lanes=config.workers)
     barrier = FORK.Barrier(config.workers)
-    workers = [_Worker(i, config, state, feed, barrier.wait) for i in range(config.workers)]
+    # Only the leader may be late (it evaluates and saves), so only the leader's patience ends.
+    meets = [partial(barrier.wait, None if i else PATIENCE) for i in range(config.workers)]
+    workers = [_Worker(i, config, state, feed, meet) for i, meet in enumerate(meets)]
     others = [fork(_follow, worker, barrier.abort) for worker in workers[1:]]
     try:
         _lead(workers[0], out, evaluate)
@@ -209,7 +215,6 @@ def _lead(worker: _Worker, out: Path, evaluate: Evaluate | None) -> None:
     config, state = worker.config, worker.state
     worker.attach()
     begun, first, since = time.monotonic(), state.step, time.monotonic()
-    positions = 0
     with (out / "log.jsonl").open("a", buffering=1) as log:
         log.write(json.dumps({"config": asdict(config), "step": state.step}) + "\n")
         while state.step < config.steps:
