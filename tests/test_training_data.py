@@ -7,8 +7,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from coterie.problems import TASKS
-from coterie.training.data import DRILL, NO_TARGET, Maker, Mixture
+from coterie.problems import LARGEST, TASKS
+from coterie.training.data import DRILL, NO_TARGET, BatchMaker, Mixture
 from coterie.training.vocabulary import ASSISTANT, END, HUMAN, MASK, ROLE_END, build
 
 TOKENIZER = build(sample=500)
@@ -22,22 +22,22 @@ def test_the_tokenizer_loses_nothing(text):
 
 
 @given(st.sampled_from(list(TASKS)), st.integers(0, 2**32))
-def test_numbers_up_to_thirty_are_one_token_each(task, seed):
+def test_numbers_of_the_tables_are_one_token_each(task, seed):
     made = TASKS[task](random.Random(seed))
-    for n in range(31):
+    for n in range(LARGEST + 1):
         assert len(TOKENIZER.encode(f" {n}").ids) == 1
     assert TOKENIZER.decode(TOKENIZER.encode(made.answer).ids) == made.answer
 
 
 @given(st.integers(0, 1000), st.integers(0, 10**6))
 def test_a_batch_is_a_pure_function_of_seed_and_number(seed, step):
-    first, again = (Maker(TOKENIZER, MIXTURE, seed)(step).arrays() for _ in range(2))
+    first, again = (BatchMaker(TOKENIZER, MIXTURE, seed)(step).arrays() for _ in range(2))
     assert all(np.array_equal(first[name], again[name]) for name in first)
 
 
 @given(st.integers(0, 10**6))
 def test_only_masked_positions_have_targets_and_every_noised_block_has_one(step):
-    batch = Maker(TOKENIZER, MIXTURE, 0)(step)
+    batch = BatchMaker(TOKENIZER, MIXTURE, 0)(step)
     mask = TOKENIZER.token_to_id(MASK)
     assert torch.equal(batch.tokens == mask, batch.targets != NO_TARGET)
     blocks = (batch.targets != NO_TARGET).unflatten(1, (-1, 32)).any(-1)  # [B, n]
@@ -47,7 +47,7 @@ def test_only_masked_positions_have_targets_and_every_noised_block_has_one(step)
 
 @given(st.integers(0, 10**6))
 def test_a_block_sees_itself_and_earlier_clean_blocks_alone(step):
-    batch = Maker(TOKENIZER, MIXTURE, 1)(step)
+    batch = BatchMaker(TOKENIZER, MIXTURE, 1)(step)
     index = batch.positions[:, ::32] // 32
     noised = (batch.targets != NO_TARGET).unflatten(1, (-1, 32)).any(-1)
     seen = batch.visible & ~torch.eye(8, dtype=torch.bool)
@@ -57,7 +57,7 @@ def test_a_block_sees_itself_and_earlier_clean_blocks_alone(step):
 
 
 def test_a_sheet_is_the_chat_template_with_whole_blocks_and_mostly_answer():
-    maker = Maker(TOKENIZER, MIXTURE, 0)
+    maker = BatchMaker(TOKENIZER, MIXTURE, 0)
     rng = random.Random(3)
     filled = answered = 0
     for _ in range(400):
@@ -74,6 +74,6 @@ def test_a_sheet_is_the_chat_template_with_whole_blocks_and_mostly_answer():
 
 
 def test_drills_have_their_own_task_number():
-    batch = Maker(TOKENIZER, Mixture(rows=8, drills=1.0), 0)(0)
+    batch = BatchMaker(TOKENIZER, Mixture(rows=8, drills=1.0), 0)(0)
     assert batch.tasks is not None
     assert (batch.tasks == DRILL).any(1).all()

@@ -86,7 +86,7 @@ def quotient(rng: random.Random, v: str) -> Exercise:
 
 
 def next_term(rng: random.Random, v: str) -> Exercise:
-    first = rng.randint(0, 12)
+    first = rng.randint(0, LARGEST // 2)
     step = rng.randint(1, (LARGEST - first) // 3)
     second, third = first + step, first + 2 * step
     return Exercise(

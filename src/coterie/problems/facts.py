@@ -1,10 +1,10 @@
-"""The arithmetic that the embedded model knows: every number it computes lies in 0 .. 30."""
+"""The arithmetic that the embedded model knows: every number it computes lies in 0 .. 50."""
 
 from __future__ import annotations
 
 import random
 
-LARGEST = 30
+LARGEST = 50
 
 PRODUCTS = [(a, b) for a in range(2, 10) for b in range(2, 10) if a * b <= LARGEST]
 
@@ -21,8 +21,7 @@ def fact(rng: random.Random) -> str:
     if kind in "*/":
         a, b, c = product(rng)
         return f"{a} * {b} = {c}" if kind == "*" else f"{c} / {a} = {b}"
-    total = rng.randint(1, LARGEST)
-    part = rng.randint(0, total)
+    part, total = sorted((rng.randint(0, LARGEST), rng.randint(0, LARGEST)))
     if kind == "+":
         return f"{part} + {total - part} = {total}"
     return f"{total} - {part} = {total - part}"

@@ -83,8 +83,8 @@ def buys_more(rng: random.Random, s: Scene) -> Story:
 
 
 def together(rng: random.Random, s: Scene) -> Story:
-    a = rng.randint(2, 14)
-    b = rng.randint(1, min(a - 1, LARGEST - 2 * a)) if a < 15 else 1
+    a = rng.randint(2, LARGEST // 2 - 1)
+    b = rng.randint(1, min(a - 1, LARGEST - 2 * a))
     if rng.random() < 0.5:
         word, sign, q = "more", "+", a + b
     else:

@@ -58,7 +58,7 @@ class Sheet:
     task: int
 
 
-class Maker:
+class BatchMaker:
     """Makes batch number i as a pure function of (seed, i)."""
 
     def __init__(self, tokenizer: Tokenizer, mixture: Mixture, seed: int) -> None:
