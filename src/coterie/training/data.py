@@ -11,8 +11,9 @@ from __future__ import annotations
 import random
 from dataclasses import dataclass, field
 
-import numpy as np
+import torch
 from tokenizers import Tokenizer
+from torch import Tensor
 
 from coterie.problems import TASKS, Problem, draw, fact
 from coterie.training.batch import Batch
@@ -73,17 +74,21 @@ class BatchMaker:
         rng = random.Random(f"{self.seed}/{step}")
         rows = [self._row(rng) for _ in range(self.mixture.rows)]
         shape = (len(rows), -1)
-        index = np.array([[place[1] for place in row.places] for row in rows])
-        offsets = np.arange(self.mixture.block)
-        return Batch.of(
-            {
-                "tokens": np.array([row.tokens for row in rows]).reshape(shape),
-                "targets": np.array([row.targets for row in rows]).reshape(shape),
-                "weights": np.array([row.weights for row in rows], np.float32).reshape(shape),
-                "positions": (index[..., None] * self.mixture.block + offsets).reshape(shape),
-                "visible": np.stack([_visible(row) for row in rows]),
-                "tasks": np.repeat([row.tasks for row in rows], self.mixture.block, axis=1),
-            }
+        tokens, targets = (
+            torch.tensor([getattr(row, name) for row in rows]).view(shape)
+            for name in ("tokens", "targets")
+        )
+        index = torch.tensor([[place[1] for place in row.places] for row in rows])
+        offsets = torch.arange(self.mixture.block)
+        return Batch(
+            tokens=tokens,
+            positions=(index[..., None] * self.mixture.block + offsets).view(shape),
+            visible=torch.stack([_visible(row) for row in rows]),
+            targets=targets,
+            weights=torch.tensor([row.weights for row in rows]).view(shape),
+            tasks=torch.tensor([row.tasks for row in rows]).repeat_interleave(
+                self.mixture.block, 1
+            ),
         )
 
     def sheet(self, problem: Problem) -> Sheet:
@@ -184,10 +189,10 @@ class BatchMaker:
         return 1.0
 
 
-def _visible(row: Row) -> np.ndarray:
+def _visible(row: Row) -> Tensor:
     """[n, n] bool: a block sees itself and the clean blocks before it in its own problem."""
-    problem = np.array([place[0] for place in row.places])
-    index = np.array([place[1] for place in row.places])
-    clean = np.array([place[2] for place in row.places])
+    problem, index, clean = (torch.tensor(kind) for kind in zip(*row.places, strict=True))
     earlier = clean[None, :] & (index[None, :] < index[:, None])
-    return np.eye(len(problem), dtype=bool) | (problem[:, None] == problem[None, :]) & earlier
+    return torch.eye(len(problem), dtype=torch.bool) | (
+        (problem[:, None] == problem[None, :]) & earlier
+    )

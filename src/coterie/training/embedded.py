@@ -11,7 +11,7 @@ from coterie.training.data import BatchMaker, Mixture
 from coterie.training.loop import Config, Evaluate, train
 from coterie.training.network import Shape
 
-STEPS = 10_000
+STEPS = 12_000
 SHAPE = Shape()  # all but the vocabulary, which the tokenizer decides
 
 
