@@ -141,7 +141,8 @@ def _check_mask(arrays: Arrays, model: Model, window: Window, tokens: Tensor) ->
     ours = torch.ones_like(stated) if mask is None else mask[:, None]
     if not torch.equal(ours, stated):
         raise CoterieError(
-            f"{arrays.file}: attention_mask_bool is not {model.family.title}'s, block {window.block}"
+            f"{arrays.file}: attention_mask_bool is not that of {model.family.title} "
+            f"in blocks of {window.block}"
         )
 
 

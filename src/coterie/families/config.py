@@ -111,52 +111,6 @@ class Config:
         return value
 
 
-def head_dim(config: Config, hidden: int, heads: int) -> int:
-    """The config's own, else hidden / heads, which must come out even."""
-    stated = config.optional_size("head_dim")
-    if stated is not None:
-        return stated
-    if hidden % heads:
-        raise config.error("num_attention_heads", f"is {heads}, no divisor of hidden_size {hidden}")
-    return hidden // heads
-
-
-def rotary_dim(config: Config, dim: int, *, default: float | None) -> int:
-    """Features of a head that turn: ``rotary_dim`` and ``partial_rotary_factor`` must agree."""
-    stated = config.optional_size("rotary_dim")
-    if stated is not None and config.get("partial_rotary_factor") is None:
-        turning = stated
-    else:
-        turning = int(dim * config.number("partial_rotary_factor", default))
-    if stated not in (None, turning):
-        factor = config.values["partial_rotary_factor"]
-        raise config.error(
-            "rotary_dim", f"is {stated}, but partial_rotary_factor {factor} of {dim} is {turning}"
-        )
-    if not 0 < turning <= dim or turning % 2:
-        name = "partial_rotary_factor" if stated is None else "rotary_dim"
-        raise config.error(name, f"turns {turning} of {dim} features; an even part is needed")
-    return turning
-
-
-def key_value_heads(config: Config, heads: int) -> int:
-    """As many as query heads where not stated; query heads share them evenly."""
-    shared = config.optional_size("num_key_value_heads") or heads
-    if heads % shared:
-        raise config.error(
-            "num_key_value_heads", f"is {shared}, no divisor of num_attention_heads {heads}"
-        )
-    return shared
-
-
-def chosen_experts(config: Config, experts: int) -> int:
-    """Experts per token, no more than there are."""
-    k = config.size("num_experts_per_tok")
-    if k > experts:
-        raise config.error("num_experts_per_tok", f"is {k}, more than num_experts {experts}")
-    return k
-
-
 def token_ids(config: Config, key: str) -> tuple[int, ...]:
     """The id or ids under ``key``, in order; none where absent."""
     value = config.values.get(key)

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from coterie.families import config as reading
 from coterie.families.config import Config
 from coterie.families.family import Defaults, Family
 from coterie.families.names import FUSED
+from coterie.families.reading import chosen_experts, model_spec, refuse_other_models
 from coterie.model.spec import ModelSpec
 from coterie.values import RouterSpec
 
@@ -26,55 +26,34 @@ TEMPLATE = (
 def read(config: Config) -> ModelSpec:
     """Raise a CoterieError that names the key when the config is not one this family can be."""
     _refuse_other_models(config)
-    hidden, heads = config.size("hidden_size"), config.size("num_attention_heads")
     layers = config.size("num_hidden_layers")
-    dim = reading.head_dim(config, hidden, heads)
     dense = config.optional_size("first_k_dense_replace", least=0) or 0
     if dense > layers:
         raise config.error("first_k_dense_replace", f"is {dense} of {layers} layers")
-    spec = ModelSpec(
-        vocabulary=config.size("vocab_size"),
-        hidden=hidden,
-        layers=layers,
-        heads=heads,
-        kv_heads=reading.key_value_heads(config, heads),
-        head_dim=dim,
-        rotary_dim=reading.rotary_dim(config, dim, default=None),
-        rope_theta=config.number("rope_theta"),
-        norm_epsilon=config.number("rms_norm_eps"),
-        dense_width=_dense_width(config, dense),
-        expert_width=config.size("moe_intermediate_size"),
-        shared_width=_shared_width(config),
+    return model_spec(
+        config,
+        _router(config),
         moe=tuple(layer >= dense for layer in range(layers)),
-        router=_router(config),
+        dense_width="intermediate_size",
+        expert_width="moe_intermediate_size",
+        shared_width=_shared_width(config),
         expert_bias=config.flag("moe_router_enable_expert_bias", True),
-        tied=config.flag("tie_word_embeddings", False),
-        max_length=config.size("max_position_embeddings"),
+        turning=None,
         capacity=config.optional_size("expert_capacity") or 0,
     )
-    config.finish()
-    return spec
 
 
 def _refuse_other_models(config: Config) -> None:
-    for key in ("use_qkv_bias", "use_bias", "norm_head", "norm_softmax", "use_sliding_window"):
+    refuse_other_models(config)
+    for key in ("use_qkv_bias", "use_bias", "norm_head", "norm_softmax"):
         config.only(key, False)
     config.only("using_split_qkv_in_self_attention", False)
     config.only("use_qk_norm", True)
     config.only("use_rmsnorm", True)
     config.only("norm_topk_prob", True)
-    config.only("hidden_act", "silu")
     config.only("score_function", "sigmoid")
     config.only("router_dtype", "fp32", "float32", None)
-    config.only("rope_scaling", None)
     config.only("num_nextn_predict_layers", 0, None)
-
-
-def _dense_width(config: Config, dense: int) -> int:
-    stated = config.optional_size("intermediate_size")
-    if dense and stated is None:
-        raise config.error("intermediate_size", "is missing, and the first layers are dense")
-    return stated if stated is not None and dense else 0
 
 
 def _shared_width(config: Config) -> int:
@@ -88,7 +67,7 @@ def _shared_width(config: Config) -> int:
 
 def _router(config: Config) -> RouterSpec:
     experts = config.size("num_experts")
-    k = reading.chosen_experts(config, experts)
+    k = chosen_experts(config, experts)
     groups, kept = config.size("n_group"), config.size("topk_group")
     if experts % groups:
         raise config.error("n_group", f"is {groups}, no divisor of num_experts {experts}")

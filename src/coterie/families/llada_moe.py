@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from coterie.families import config as reading
 from coterie.families.config import Config
 from coterie.families.family import Defaults, Family
 from coterie.families.names import SPLIT
+from coterie.families.reading import chosen_experts, model_spec, refuse_other_models
 from coterie.model.spec import ModelSpec
 from coterie.values import RouterSpec
 
@@ -23,46 +23,27 @@ TEMPLATE = (
 def read(config: Config) -> ModelSpec:
     """Raise a CoterieError that names the key when the config is not one this family can be."""
     _refuse_other_models(config)
-    hidden, heads = config.size("hidden_size"), config.size("num_attention_heads")
-    layers = config.size("num_hidden_layers")
-    if hidden % heads:
-        raise config.error("num_attention_heads", f"is {heads}, no divisor of hidden_size {hidden}")
-    dim = hidden // heads
-    moe = _moe_layers(config, layers)
     biased = config.flag("moe_router_enable_expert_bias", False)
-    spec = ModelSpec(
-        vocabulary=config.size("vocab_size"),
-        hidden=hidden,
-        layers=layers,
-        heads=heads,
-        kv_heads=reading.key_value_heads(config, heads),
-        head_dim=dim,
-        rotary_dim=reading.rotary_dim(config, dim, default=1.0),
-        rope_theta=config.number("rope_theta"),
-        norm_epsilon=config.number("rms_norm_eps"),
-        dense_width=_dense_width(config, moe),
-        expert_width=config.size("expert_intermediate_size"),
+    return model_spec(
+        config,
+        _router(config, biased=biased),
+        moe=_moe_layers(config, config.size("num_hidden_layers")),
+        dense_width="dense_intermediate_size",
+        expert_width="expert_intermediate_size",
         shared_width=config.optional_size("shared_expert_intermediate_size", least=0) or 0,
-        moe=moe,
-        router=_router(config, biased=biased),
         expert_bias=biased,
-        tied=config.flag("tie_word_embeddings", False),
-        max_length=config.size("max_position_embeddings"),
+        own_head_dim=False,
     )
-    config.finish()
-    return spec
 
 
 def _refuse_other_models(config: Config) -> None:
-    config.only("attention_bias", False)
-    config.only("use_sliding_window", False)
+    refuse_other_models(config)
     config.only("qk_layernorm", True)
     # The released code never renormalises and never scales, whatever its config says.
     config.only("norm_topk_prob", False, None)
     config.only("routed_scaling_factor", 1, None)
-    config.only("hidden_act", "silu")
     config.only("moe_router_score_function", "softmax")
-    for key in ("rope_scaling", "clip_qkv", "router_num_group", "router_topk_group"):
+    for key in ("clip_qkv", "router_num_group", "router_topk_group"):
         config.only(key, None)
 
 
@@ -78,18 +59,11 @@ def _moe_layers(config: Config, layers: int) -> tuple[bool, ...]:
     return tuple(bool(x) for x in listed)
 
 
-def _dense_width(config: Config, moe: tuple[bool, ...]) -> int:
-    stated = config.optional_size("dense_intermediate_size")
-    if stated is None and not all(moe):
-        raise config.error("dense_intermediate_size", "is missing, and some layers are dense")
-    return stated if stated is not None and not all(moe) else 0
-
-
 def _router(config: Config, *, biased: bool) -> RouterSpec:
     experts = config.size("num_experts")
     return RouterSpec(
         experts=experts,
-        k=reading.chosen_experts(config, experts),
+        k=chosen_experts(config, experts),
         activation="softmax",
         renormalise=False,
         biased_weight=biased,

@@ -151,7 +151,7 @@ def _check_layout(entries: list[Entry], begin: int, whole: int, file: Path) -> N
 
 
 def _fill(descriptor: int, flat: Tensor, start: int) -> None:
-    memory = memoryview(flat.view(torch.uint8).numpy())
+    memory = flat.view(torch.uint8).numpy().data
     while memory:
         read = os.preadv(descriptor, [memory[: 1 << 28]], start)
         if read == 0:

@@ -1,0 +1,122 @@
+"""What the configs of all families say alike, checked against itself."""
+
+from __future__ import annotations
+
+from coterie.families.config import Config
+from coterie.model.spec import ModelSpec
+from coterie.naming import CoterieError
+from coterie.values import RouterSpec
+
+
+def model_spec(
+    config: Config,
+    router: RouterSpec,
+    *,
+    moe: tuple[bool, ...],
+    dense_width: str,
+    expert_width: str,
+    shared_width: int = 0,
+    expert_bias: bool = False,
+    own_head_dim: bool = True,
+    turning: float | None = 1.0,
+    capacity: int = 0,
+) -> ModelSpec:
+    """Read what is left of a config: the keys that every family has; none may be unknown then.
+
+    ``dense_width`` and ``expert_width`` are keys; ``turning`` is the part of a head that turns with
+    position where the config does not say (None: it must). ``own_head_dim``: the family has the
+    key ``head_dim``.
+    """
+    if not any(moe):
+        raise CoterieError(f"{config.file}: no layer has experts")
+    hidden, heads = config.size("hidden_size"), config.size("num_attention_heads")
+    dim = head_dim(config, hidden, heads, own=own_head_dim)
+    spec = ModelSpec(
+        vocabulary=config.size("vocab_size"),
+        hidden=hidden,
+        layers=len(moe),
+        heads=heads,
+        kv_heads=key_value_heads(config, heads),
+        head_dim=dim,
+        rotary_dim=rotary_dim(config, dim, default=turning),
+        rope_theta=config.number("rope_theta"),
+        norm_epsilon=config.number("rms_norm_eps"),
+        dense_width=needed_width(config, dense_width, needed=not all(moe)),
+        expert_width=config.size(expert_width),
+        shared_width=shared_width,
+        moe=moe,
+        router=router,
+        expert_bias=expert_bias,
+        tied=config.flag("tie_word_embeddings", False),
+        max_length=config.size("max_position_embeddings"),
+        capacity=capacity,
+    )
+    config.finish()
+    return spec
+
+
+def refuse_other_models(config: Config) -> None:
+    """What no family here does: other activations, stretched positions, biases, local attention."""
+    config.only("hidden_act", "silu")
+    config.only("rope_scaling", None)
+    config.only("attention_bias", False)
+    config.only("use_sliding_window", False)
+
+
+def needed_width(config: Config, key: str, *, needed: bool) -> int:
+    """The width of dense layers, 0 where there are none."""
+    stated = config.optional_size(key)
+    if stated is None and needed:
+        raise config.error(key, "is missing, and some layers are dense")
+    return stated if stated is not None and needed else 0
+
+
+def head_dim(config: Config, hidden: int, heads: int, *, own: bool) -> int:
+    """The config's own, else hidden / heads, which must come out even.
+
+    Not ``own``: the family's code always divides, and a config that says otherwise contradicts it.
+    """
+    stated = config.optional_size("head_dim")
+    if own and stated is not None:
+        return stated
+    if hidden % heads:
+        raise config.error("num_attention_heads", f"is {heads}, no divisor of hidden_size {hidden}")
+    if stated not in (None, hidden // heads):
+        raise config.error("head_dim", f"is {stated}, but {hidden} in {heads} heads is not")
+    return hidden // heads
+
+
+def rotary_dim(config: Config, dim: int, *, default: float | None) -> int:
+    """Features of a head that turn: ``rotary_dim`` and ``partial_rotary_factor`` must agree."""
+    stated = config.optional_size("rotary_dim")
+    if stated is not None and config.get("partial_rotary_factor") is None:
+        turning = stated
+    else:
+        turning = int(dim * config.number("partial_rotary_factor", default))
+    if stated not in (None, turning):
+        factor = config.values["partial_rotary_factor"]
+        raise config.error(
+            "rotary_dim", f"is {stated}, but partial_rotary_factor {factor} of {dim} is {turning}"
+        )
+    if not 0 < turning <= dim or turning % 2:
+        name = "partial_rotary_factor" if stated is None else "rotary_dim"
+        raise config.error(name, f"turns {turning} of {dim} features; an even part is needed")
+    return turning
+
+
+def key_value_heads(config: Config, heads: int) -> int:
+    """As many as query heads where not stated; query heads share them evenly."""
+    shared = config.optional_size("num_key_value_heads") or heads
+    if heads % shared:
+        raise config.error(
+            "num_key_value_heads", f"is {shared}, no divisor of num_attention_heads {heads}"
+        )
+    return shared
+
+
+def chosen_experts(config: Config, experts: int) -> int:
+    """Experts per token, no more than there are."""
+    k = config.size("num_experts_per_tok")
+    if k > experts:
+        raise config.error("num_experts_per_tok", f"is {k}, more than num_experts {experts}")
+    return k
