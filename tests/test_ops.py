@@ -9,8 +9,11 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from coterie import ops
+from coterie.ops import grouped, reference
 from coterie.routing import parse_policy, route
 from coterie.values import RouterSpec, Routing, Scores, Slab, membership
+
+POLICIES = ("vanilla", "des-vote:beta=0.1", "topk:k=1", "naee:beta=0.5", "random:beta=0.2")
 
 numbers = st.lists(st.integers(-3, 3), min_size=1, max_size=40)
 
@@ -34,6 +37,17 @@ def test_a_lower_tier_comes_first_whatever_its_key(key: list[int], data: st.Data
     assert found.tolist() == expected
 
 
+@given(st.lists(st.floats(width=32, allow_nan=False), min_size=2, max_size=40))
+@settings(max_examples=200, deadline=None, derandomize=True)
+def test_every_float_sorts_where_it_belongs(key: list[float]):
+    expected = sorted(range(len(key)), key=lambda i: (-key[i], i))
+    assert ops.top_ids(torch.tensor(key), len(key)).tolist() == expected
+
+
+def test_zero_is_one_number_whatever_its_sign():
+    assert ops.top_ids(torch.tensor([-0.0, 0.0, -0.0, -1e-45]), 4).tolist() == [0, 1, 2, 3]
+
+
 def test_membership_ignores_nobody():
     assert membership(torch.tensor([[2, -1], [-1, -1]]), 3).tolist() == [
         [False, False, True],
@@ -41,11 +55,34 @@ def test_membership_ignores_nobody():
     ]
 
 
-@pytest.mark.parametrize("policy", ["vanilla", "des-vote:beta=0.1", "topk:k=1", "naee:beta=0.5"])
+@pytest.mark.parametrize("policy", POLICIES)
 def test_experts_weigh_and_add(policy: str):
     x, routing, slab = layer(policy)
     expected = _each_token_by_itself(x, routing, slab)
-    torch.testing.assert_close(ops.run_experts(x, routing, slab), expected)
+    torch.testing.assert_close(reference.run_experts(x, routing, slab), expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@given(seed=st.integers(0, 2**31), parts=st.integers(1, 5), policy=st.sampled_from(POLICIES))
+@settings(max_examples=40, deadline=None, derandomize=True)
+def test_the_grouped_product_equals_the_loop(
+    dtype: torch.dtype, seed: int, parts: int, policy: str
+):
+    x, routing, whole = layer(policy, seed, hidden=8, width=16)
+    whole = Slab(whole.gate_up.to(dtype), whole.down.to(dtype), whole.slot_of)
+    for slab in split(whole, parts):
+        assert grouped.fits(x.to(dtype), slab)
+        torch.testing.assert_close(
+            grouped.run_experts(x.to(dtype), routing, slab),
+            reference.run_experts(x.to(dtype), routing, slab),
+        )
+
+
+def test_shapes_that_the_grouped_product_cannot_take_go_through_the_loop():
+    x, routing, slab = layer("vanilla")
+    assert not grouped.fits(x, slab)
+    assert not grouped.fits(x, Slab(slab.gate_up[:0], slab.down[:0], slab.slot_of))
+    assert torch.equal(ops.run_experts(x, routing, slab), reference.run_experts(x, routing, slab))
 
 
 @given(st.integers(0, 2**31), st.integers(1, 4))
@@ -56,8 +93,9 @@ def test_slabs_of_a_layer_add_up_to_it(seed: int, parts: int):
     torch.testing.assert_close(total, ops.run_experts(x, routing, whole))
 
 
-def test_an_expert_that_nobody_chose_is_never_read():
-    x, routing, slab = layer("des-vote:beta=0.25")
+@pytest.mark.parametrize("hidden", [5, 8])
+def test_an_expert_that_nobody_chose_is_never_read(hidden: int):
+    x, routing, slab = layer("des-vote:beta=0.25", hidden=hidden, width=8)
     expected = ops.run_experts(x, routing, slab)
     slab.gate_up[~routing.used] = torch.nan
     slab.down[~routing.used] = torch.nan
@@ -78,17 +116,19 @@ def test_half_precision_adds_in_full():
     torch.testing.assert_close(out, ops.run_experts(x, routing, slab), atol=0.05, rtol=0.05)
 
 
-def layer(policy: str, seed: int = 0) -> tuple[Tensor, Routing, Slab]:
-    """Ten tokens, 16 experts of width 6, hidden 5; the slab holds them in another order."""
+def layer(
+    policy: str, seed: int = 0, *, hidden: int = 5, width: int = 6
+) -> tuple[Tensor, Routing, Slab]:
+    """Ten tokens and a slab of 16 experts; these sizes keep the grouped product out."""
     generator = torch.Generator().manual_seed(seed)
     router = RouterSpec(16, 4, "sigmoid", True, scale=2.5, groups=4, kept_groups=2)
     scores = Scores(torch.randn(2, 5, 16, generator=generator), router)
     slab = Slab(
-        gate_up=torch.randn(16, 12, 5, generator=generator),
-        down=torch.randn(16, 5, 6, generator=generator),
+        gate_up=torch.randn(16, 2 * width, hidden, generator=generator),
+        down=torch.randn(16, hidden, width, generator=generator),
         slot_of=torch.arange(16),
     )
-    return torch.randn(10, 5, generator=generator), route(scores, parse_policy(policy)), slab
+    return torch.randn(10, hidden, generator=generator), route(scores, parse_policy(policy)), slab
 
 
 def split(slab: Slab, parts: int) -> list[Slab]:

@@ -12,9 +12,11 @@ from coterie.values import Routing, Slab, membership
 def top_ids(key: Tensor, k: int, tier: Tensor | None = None) -> Tensor:
     """Indices [..., k] of the largest of key [..., E], best first; ties go to the lower index.
 
-    With ``tier`` [..., E], a lower tier comes first whatever its key. This is the only top-k:
-    ``torch.topk`` leaves ties open and backends would disagree.
+    With ``tier`` [..., E] of small whole numbers, a lower tier comes first whatever its key. This
+    is the only top-k: ``torch.topk`` leaves ties open, and backends would disagree.
     """
+    if key.dtype == torch.float32:
+        return torch.topk(_distinct(key, tier), min(k, key.shape[-1])).indices
     order = torch.sort(key, dim=-1, descending=True, stable=True).indices
     if tier is not None:
         tier = tier.expand(key.shape).gather(-1, order).to(torch.uint8)
@@ -41,3 +43,15 @@ def run_experts(x: Tensor, routing: Routing, slab: Slab) -> Tensor:
 def _swiglu(x: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
     gate, up = F.linear(x, gate_up).chunk(2, dim=-1)
     return F.linear(F.silu(gate) * up, down)
+
+
+def _distinct(key: Tensor, tier: Tensor | None) -> Tensor:
+    """int64 [..., E] without ties, sorted as (lower tier, larger key, lower index): E < 2**16."""
+    # The bits of an IEEE float sort as integers do once those of the negative ones are flipped;
+    # adding 0 turns -0 into 0.
+    bits = (key + 0.0).view(torch.int32)
+    bits = bits ^ ((bits >> 31) & 0x7FFFFFFF)
+    size = key.shape[-1]
+    place = torch.arange(size - 1, -1, -1, device=key.device)
+    code = (bits.to(torch.int64) << 16) + place
+    return code if tier is None else code - (tier.to(torch.int64) << 49)
