@@ -55,9 +55,7 @@ class Canvas:
         span[where] = ids[where]
 
 
-def lay_out(
-    prompt: int, new: int, width: int, *, aligned: bool, whole: bool
-) -> tuple[Block, ...]:
+def lay_out(prompt: int, new: int, width: int, *, aligned: bool, whole: bool) -> tuple[Block, ...]:
     """The blocks that hold ``new`` tokens after ``prompt``.
 
     ``aligned``: block borders are multiples of the width, so the first block may begin in the

@@ -55,7 +55,8 @@ class Change:
 class Row:
     """The loop over blocks and forwards (``looks``) and what one forward leads to (``receive``).
 
-    Mutable: it is the state of one request. ``look`` is the forward it waits for, None at the end.
+    Mutable: it is the state of one request. ``look`` is the forward it waits for, None at the end;
+    ``cut`` says that an end-of-text ended it inside a block.
     """
 
     def __init__(self, ask: Ask) -> None:
@@ -79,7 +80,7 @@ class Row:
                 masked = int(self.canvas.masked(block.start, block.stop).sum())
                 for _ in range(plan.patience(block, length, self.clock, masked)):
                     yield plan.look(block, length, self.clock)
-                    if self._stop_now:
+                    if self.cut:
                         return
             if block is self.blocks[-1] or (self.ask.early_stop != "off" and self._ended()):
                 return
@@ -151,7 +152,7 @@ class Row:
             self._after += 1
             self._quiet = not bool(where.any())
         self.clock = Clock(self.clock.row + 1, self.clock.block + 1)
-        self._stop_now = self.ask.early_stop == "token" and bool(stopped.any()) and self._ended()
+        self.cut = self.ask.early_stop == "token" and bool(stopped.any()) and self._ended()
 
     def _change(self, moment: Moment, ids: Tensor, commit: Tensor, edit: Tensor) -> Change:
         commit = commit & (ids != moment.mask)
@@ -171,7 +172,7 @@ class Row:
         self._memory: Tensor | None = None  # credit's
         self._after = 0  # forwards that began without a mask
         self._quiet = False  # the last of them edited nothing
-        self._stop_now = False
+        self.cut = False
 
     def _settled(self) -> bool:
         """Whether the block needs no further forward."""

@@ -115,6 +115,10 @@ class Engine:
         """The rows still being worked on."""
         return tuple(self._slots)
 
+    def row(self, number: int) -> Row:
+        """The row itself: its canvas, its block, the forward it waits for."""
+        return self._slots[number].row
+
     def result(self, number: int) -> Result:
         """What a row has come to so far."""
         slot, model = self._slots[number], self.model

@@ -1,0 +1,285 @@
+"""Published generation loops, told as ours: from the parameters of a reference run to options."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+
+from coterie.decoding.plans import (
+    BlockCausal,
+    BlockCausalUncached,
+    Dual,
+    Gaze,
+    Plan,
+    Prefix,
+    Uncached,
+    Unroll,
+)
+from coterie.decoding.refine import Credit, Edit, Smooth, Unmask
+from coterie.decoding.row import EarlyStop
+from coterie.decoding.unmask import (
+    Dynamic,
+    Entropy,
+    Fixed,
+    Hierarchy,
+    Rule,
+    Sequential,
+    Static,
+    Threshold,
+)
+from coterie.engine.config import Generation
+from coterie.naming import CoterieError
+
+
+@dataclass(frozen=True)
+class Parameters:
+    """A run's parameters and which were asked for; one that nobody asks for is an error."""
+
+    where: str
+    values: Mapping[str, object]
+    asked: set[str] = field(default_factory=set)  # grows while a loop is told
+
+    def whole(self, name: str, default: int | None = None) -> int:
+        value = self._get(name, default)
+        if isinstance(value, bool) or not isinstance(value, int):
+            raise CoterieError(f"{self.where}: {name} is {value!r}, not a whole number")
+        return value
+
+    def number(self, name: str, default: float | None = None) -> float:
+        value = self._get(name, default)
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            raise CoterieError(f"{self.where}: {name} is {value!r}, not a number")
+        return float(value)
+
+    def flag(self, name: str, default: bool) -> bool:
+        value = self._get(name, default)
+        if not isinstance(value, bool):
+            raise CoterieError(f"{self.where}: {name} is {value!r}, not true or false")
+        return value
+
+    def word(self, name: str, known: Mapping[str, object], default: str | None = None) -> str:
+        value = self._get(name, default)
+        if not isinstance(value, str) or value not in known:
+            raise CoterieError(f"{self.where}: {name} is {value!r}; known: {', '.join(known)}")
+        return value
+
+    def ids(self, name: str) -> tuple[int, ...]:
+        """None where absent."""
+        value = self._get(name, [])
+        listed = value if isinstance(value, list) else [value]
+        if any(isinstance(i, bool) or not isinstance(i, int) for i in listed):
+            raise CoterieError(f"{self.where}: {name} is {value!r}, not token ids")
+        return tuple(listed)
+
+    def part(self, name: str) -> Parameters:
+        value = self._get(name, {})
+        if not isinstance(value, dict):
+            raise CoterieError(f"{self.where}: {name} is {value!r}, not an object")
+        return Parameters(f"{self.where}: {name}", value)
+
+    def has(self, name: str) -> bool:
+        self.asked.add(name)
+        return self.values.get(name) is not None
+
+    def finish(self) -> None:
+        if unknown := sorted(set(self.values) - self.asked):
+            raise CoterieError(f"{self.where}: unknown parameter {', '.join(map(repr, unknown))}")
+
+    def _get(self, name: str, default: object) -> object:
+        self.asked.add(name)
+        value = self.values.get(name)
+        value = default if value is None else value
+        if value is None:
+            raise CoterieError(f"{self.where}: {name} is missing")
+        return value
+
+
+@dataclass(frozen=True)
+class Loop:
+    """How to run what a published loop runs. Some can be run in more than one way."""
+
+    generations: tuple[Generation, ...]
+    mask: int
+    stops: tuple[int, ...]
+
+
+def tell(algorithm: str, parameters: Parameters, *, mask: int, end: int) -> Loop:
+    """The loop of a reference run; ``mask`` and ``end`` are ids that parameters may overrule.
+
+    ``algorithm`` is the family, or for LLaDA-MoE what the run says of its source.
+    """
+    known = [name for name in LOOPS if name in algorithm]
+    if len(known) != 1:
+        raise CoterieError(
+            f"{parameters.where}: {algorithm!r} is no loop known here; known: {', '.join(LOOPS)}"
+        )
+    loop = LOOPS[known[0]](algorithm, parameters, mask, end)
+    parameters.finish()
+    return loop
+
+
+def _generation(
+    parameters: Parameters, plan: Plan, unmask: Unmask, early_stop: EarlyStop
+) -> Generation:
+    return Generation(
+        max_new_tokens=parameters.whole("gen_length"),
+        block=parameters.whole("block_length"),
+        plan=str(plan),
+        unmask=str(unmask),
+        temperature=parameters.number("temperature", 0.0),
+        top_k=parameters.whole("top_k", 0),
+        top_p=parameters.number("top_p", 1.0),
+        early_stop=early_stop,
+    )
+
+
+def _llada(algorithm: str, parameters: Parameters, mask: int, end: int) -> Loop:
+    """Whole row, fixed schedule; ``steps`` are those of all blocks together."""
+    generation = _generation(parameters, Plan(Uncached()), Unmask(_fixed(parameters)), "off")
+    return Loop((generation,), parameters.whole("mask_id", mask), ())
+
+
+def _fast_dllm(algorithm: str, parameters: Parameters, mask: int, end: int) -> Loop:
+    """With a cache, every block is looked at twice at least: whole, then through the cache."""
+    plans = {
+        "with_prefix_cache": Plan(Prefix(), Unroll(1, 1)),
+        "with_dual_cache": Plan(Dual(), Unroll(1, 1)),
+    }
+    plan = next((plan for name, plan in plans.items() if name in algorithm), Plan(Uncached()))
+    rule: Rule
+    if parameters.has("threshold"):
+        parameters.has("steps")  # without effect beside a threshold
+        rule = Threshold(parameters.number("threshold"), slack=0.0)
+    else:
+        rule = _fixed(parameters)
+    generation = _generation(parameters, plan, Unmask(rule), "off")
+    return Loop((generation,), parameters.whole("mask_id", mask), ())
+
+
+def _fixed(parameters: Parameters) -> Fixed:
+    length, width = parameters.whole("gen_length"), parameters.whole("block_length")
+    return Fixed(max(1, parameters.whole("steps") // max(1, length // max(1, width))))
+
+
+def _dinfer(algorithm: str, parameters: Parameters, mask: int, end: int) -> Loop:
+    """Every run states all parameters of the benchmark; a runner uses those that concern it."""
+    gazes, smooth = _runner(parameters), _smooth(parameters)
+    runner = parameters.word("runner", gazes)
+    unroll = Unroll(parameters.whole("maximum_unroll", 4), parameters.whole("expected_tpf", 8))
+    p = parameters.number("threshold")
+    rules: dict[str, Rule] = {
+        "threshold": Threshold(p),
+        "credit": Threshold(p),
+        "hierarchy": Hierarchy(p, parameters.number("low_threshold", 0.4)),
+    }
+    decoder = parameters.word("decoder", rules)
+    credit = _credit(parameters.part("credit"))
+    unmask = Unmask(
+        rules[decoder],
+        credit=credit if decoder == "credit" else None,
+        smooth=smooth if runner.startswith("itersmooth") else None,
+    )
+    stop: EarlyStop = "block" if parameters.flag("early_stop", True) else "off"
+    generation = _generation(parameters, Plan(gazes[runner], unroll), unmask, stop)
+    mask = parameters.whole("mask_id", mask)
+    return Loop((generation,), mask, (parameters.whole("eos_id", end),))
+
+
+def _runner(parameters: Parameters) -> dict[str, Gaze]:
+    aligned = parameters.flag("start_block_align", False)
+    vicinity = Dual(
+        parameters.whole("prefix_look", 0),
+        parameters.whole("after_look", 0),
+        parameters.whole("warmup_steps", 0),
+        aligned,
+    )
+    plain: dict[str, Gaze] = {
+        "nocache": Uncached(aligned),
+        "prefix": Prefix(aligned),
+        "dual": Dual(aligned=aligned),
+        "vicinity": vicinity,
+    }
+    smoothed = {f"itersmooth_{name}": gaze for name, gaze in plain.items()}
+    return {**plain, **smoothed, "itersmooth": plain["nocache"]}
+
+
+def _smooth(parameters: Parameters) -> Smooth:
+    return Smooth(
+        parameters.number("cont_weight", 0.3),
+        parameters.number("cont_weight_init", 0.15),
+        parameters.number("cont_weight_growth", 0.02),
+        parameters.number("threshold_decay", 0.02),
+    )
+
+
+def _credit(parameters: Parameters) -> Credit:
+    credit = Credit(
+        parameters.number("alpha", 0.7),
+        parameters.number("gamma", 0.2),
+        parameters.number("beta", 0.8),
+    )
+    parameters.finish()
+    return credit
+
+
+def _llada20(algorithm: str, parameters: Parameters, mask: int, end: int) -> Loop:
+    most = parameters.whole("gen_length") // parameters.whole("minimal_topk", 1)
+    steps = max(1, min(parameters.whole("steps", 32), most))
+    rule = Dynamic(parameters.number("threshold", 0.95), steps)
+    stop: EarlyStop = "token" if parameters.flag("eos_early_stop", False) else "block"
+    return _block_causal(parameters, Unmask(rule), stop, mask, end)
+
+
+def _llada21(algorithm: str, parameters: Parameters, mask: int, end: int) -> Loop:
+    parameters.whole("steps", 32)  # without effect: every block runs until it settles
+    parameters.whole("minimal_topk", 1)
+    least = parameters.whole("num_to_transfer", 1)
+    rule = Dynamic(parameters.number("threshold", 0.95), least=least)
+    post = parameters.whole("max_post_steps", 16)
+    edit = Edit(parameters.number("editing_threshold", 0.9), post)
+    stop: EarlyStop = "block" if parameters.flag("eos_early_stop", False) else "off"
+    return _block_causal(parameters, Unmask(rule, edit), stop, mask, end)
+
+
+def _block_causal(
+    parameters: Parameters, unmask: Unmask, stop: EarlyStop, mask: int, end: int
+) -> Loop:
+    """Published without a cache; with one it must come out the same."""
+    generations = tuple(
+        _generation(parameters, Plan(gaze), unmask, stop)
+        for gaze in (BlockCausal(), BlockCausalUncached())
+    )
+    mask = parameters.whole("mask_id", mask)
+    return Loop(generations, mask, (parameters.whole("eos_id", end),))
+
+
+def _sdar(algorithm: str, parameters: Parameters, mask: int, end: int) -> Loop:
+    steps, width = parameters.whole("denoising_steps"), parameters.whole("block_length")
+    if steps < 1 or width % steps:
+        raise CoterieError(
+            f"{parameters.where}: block_length {width} is no multiple of {steps} steps"
+        )
+    p = parameters.number("threshold", 1.0)
+    rules: dict[str, Rule] = {
+        "low_confidence": Dynamic(p, steps) if p < 1 else Static(steps),
+        "low_confidence_dynamic": Dynamic(p, steps),
+        "low_confidence_static": Static(steps),
+        "sequential": Sequential(steps),
+        "entropy_bounded": Entropy(parameters.number("eb_threshold", 0.35)),
+    }
+    name = "remasking_strategy" if parameters.has("remasking_strategy") else "remasking"
+    rule = rules[parameters.word(name, rules, "low_confidence")]
+    stops = parameters.ids("stopping_criteria_idx")
+    stop: EarlyStop = "block" if stops else "off"
+    generation = _generation(parameters, Plan(BlockCausal()), Unmask(rule), stop)
+    return Loop((generation,), parameters.whole("mask_id", mask), stops)
+
+
+LOOPS: dict[str, Callable[[str, Parameters, int, int], Loop]] = {
+    "ML-GSAI/LLaDA": _llada,
+    "NVlabs/Fast-dLLM": _fast_dllm,
+    "inclusionAI/dInfer": _dinfer,
+    "LLaDA2.0": _llada20,
+    "LLaDA2.1": _llada21,
+    "SDAR": _sdar,
+}
