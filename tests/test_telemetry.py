@@ -94,6 +94,15 @@ def test_nothing_seen_is_nothing_counted():
     assert (counts.forwards, counts.mean, counts.max, counts.per_layer) == (0, 0.0, 0, ())
 
 
+def test_a_forgotten_row_leaves_the_others_alone():
+    counting = watched("vanilla", scores(3))
+    before = counting.counts("b")
+    counting.forget("a")
+    counting.forget("nobody")
+    assert counting.counts("a").forwards == 0
+    assert counting.counts("b") == before
+
+
 def test_what_the_store_did_adds_up():
     counting = Counting()
     counting.served(0, 3, 2, 200)

@@ -76,58 +76,49 @@ class Counting:
     """Counts experts row by row. Show it decoding forwards only; reading waits for the device."""
 
     _rows: tuple[Row, ...] = ()
-    _seen: list[tuple[int, tuple[Row, ...], Tensor]] = field(default_factory=list)
-    _served: list[Served] = field(default_factory=list)
+    _seen: dict[Row, list[tuple[int, Tensor]]] = field(default_factory=dict)  # layer, figures [6]
+    _stored: Served = Served(0, 0, 0)
 
     def began(self, rows: tuple[Row, ...]) -> None:
         self._rows = rows
 
     def routed(self, layer: int, scores: Scores, routing: Routing) -> None:
         rows = self._rows or tuple(range(scores.logits.shape[0]))
-        self._seen.append((layer, rows, figures(scores, routing)))
+        for row, figure in zip(rows, figures(scores, routing).unbind(), strict=True):
+            self._seen.setdefault(row, []).append((layer, figure))
 
     def served(self, layer: int, hits: int, misses: int, size: int) -> None:
         del layer
-        self._served.append(Served(hits, misses, size))
+        so_far = self._stored
+        self._stored = Served(so_far.hits + hits, so_far.misses + misses, so_far.size + size)
 
     def layer_output(self, layer: int, x: Tensor) -> None:
         del layer, x
 
     def counts(self, row: Row = 0) -> Counts:
         """The counts of one row; all zero (and vote mass 1) when it was never shown."""
+        seen = self._seen.get(row, [])
         layers: dict[int, list[list[float]]] = {}
-        for layer, rows, figure in self._seen:
-            if row in rows:
-                layers.setdefault(layer, []).append(figure[rows.index(row)].tolist())
+        for (layer, _), figure in zip(seen, _read([figure for _, figure in seen]), strict=True):
+            layers.setdefault(layer, []).append(figure)
         return _summary(layers)
 
     def latest(self, row: Row = 0) -> tuple[int, ...]:
         """Unique experts of each layer in the last forward that was shown with this row."""
         found: dict[int, Tensor] = {}
-        for layer, rows, figure in reversed(self._seen):
-            if row in rows:
-                if layer in found:
-                    break
-                found[layer] = figure[rows.index(row), 0]
-        if not found:
-            return ()
-        return tuple(int(used) for used in torch.stack([found[i] for i in sorted(found)]).tolist())
+        for layer, figure in reversed(self._seen.get(row, [])):
+            if layer in found:
+                break
+            found[layer] = figure
+        return tuple(int(figure[0]) for figure in _read([found[i] for i in sorted(found)]))
 
     def forget(self, row: Row) -> None:
-        """Drop one row's counts; what was shown with other rows stays theirs."""
-        named = [
-            (layer, tuple(None if other == row else other for other in rows), figure)
-            for layer, rows, figure in self._seen
-        ]
-        self._seen = [entry for entry in named if any(other is not None for other in entry[1])]
+        """Drop one row's counts."""
+        self._seen.pop(row, None)
 
     def stored(self) -> Served:
-        """What the store did, summed."""
-        return Served(
-            hits=sum(s.hits for s in self._served),
-            misses=sum(s.misses for s in self._served),
-            size=sum(s.size for s in self._served),
-        )
+        """What the store did, summed over rows and forwards."""
+        return self._stored
 
 
 @dataclass  # not frozen: it gathers
@@ -175,6 +166,11 @@ def figures(scores: Scores, routing: Routing) -> Tensor:
         (voice > 0).sum(1) * own.shape[-1],
     )
     return torch.stack([column.double() for column in columns], dim=-1)
+
+
+def _read(seen: list[Tensor]) -> list[list[float]]:
+    """The numbers of many small tensors, in one wait for the device."""
+    return torch.stack(seen).tolist() if seen else []
 
 
 def _summary(layers: dict[int, list[list[float]]]) -> Counts:
