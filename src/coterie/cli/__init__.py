@@ -1,0 +1,5 @@
+"""The command line: ``coterie generate | compare | inspect | policies | train``."""
+
+from coterie.cli.edge import main
+
+__all__ = ["main"]

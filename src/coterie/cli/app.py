@@ -1,0 +1,220 @@
+"""The commands: each reads its options, asks the engine, and prints."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+import coterie
+from coterie.cli import options as o
+from coterie.cli.document import comparison_document, print_document, result_document
+from coterie.cli.request import generation_options, ids_of, open_engine, read_prompt
+from coterie.cli.tables import (
+    comparison_table,
+    console,
+    facts_document,
+    facts_table,
+    policy_documents,
+    policy_table,
+    print_text,
+    summary,
+)
+from coterie.cli.watch import require_terminal, watch
+from coterie.engine.facts import GIB
+from coterie.engine.facts import inspect as read_facts
+from coterie.engine.load import DTYPES
+from coterie.naming import CoterieError
+from coterie.routing import parse_policy, spell
+from coterie.training import embedded
+
+COMPARED = ("des-vote:beta=0.5", "des-vote:beta=0.3", "des-vote:beta=0.15", "des-seq:k=3")
+
+app = typer.Typer(
+    add_completion=False,
+    rich_markup_mode="rich",
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+@app.callback(invoke_without_command=True)
+def coterie_command(
+    context: typer.Context,
+    version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False,
+) -> None:
+    """Mixture-of-Experts diffusion language models, where every block elects its experts.
+
+    \b
+    coterie generate "Tom has 3 boxes of 4 pens and gives away 5. How many pens are left?"
+    coterie compare "..." --policy des-vote:beta=0.3 --policy random:beta=0.3
+    coterie inspect inclusionAI/LLaDA2.0-mini
+    coterie policies
+
+    \b
+    Without --model, a small model in the package answers. It knows word
+    problems, short Python functions and simple algebra, and nothing else.
+    """
+    if version:
+        typer.echo(f"coterie {coterie.__version__}")
+    elif context.invoked_subcommand is None:
+        typer.echo(context.get_help())
+
+
+@app.command()
+def generate(
+    prompt: o.Prompt,
+    *,
+    policy: o.OnePolicy = "vanilla",
+    max_new_tokens: o.MaxNewTokens = None,
+    block: o.BlockWidth = None,
+    plan: o.Plan = None,
+    unmask: o.UnmaskRule = None,
+    threshold: o.Threshold = None,
+    temperature: o.Temperature = None,
+    top_k: o.TopK = None,
+    top_p: o.TopP = None,
+    seed: o.Seed = None,
+    early_stop: o.EarlyStop = None,
+    commit: o.Commit = None,
+    prefill: o.Prefill = None,
+    raw: o.Raw = False,
+    model: o.Model = None,
+    dtype: o.Dtype = None,
+    device: o.Device = "auto",
+    json: o.Json = False,
+    watching: o.Watch = False,
+) -> None:
+    """Answer a prompt.
+
+    \b
+    coterie generate "Solve for x: 3x + 4 = 19" --policy des-vote:beta=0.3 --watch
+    coterie generate - --model inclusionAI/LLaDA2.0-mini --json < question.txt
+    coterie generate "5 17 33" --model ./checkpoint-without-tokenizer --max-new-tokens 32
+    """
+    if json and watching:
+        raise CoterieError("--json and --watch both want standard output; give one of them")
+    if watching:
+        require_terminal()
+    wanted = generation_options(
+        max_new_tokens=max_new_tokens, block=block, plan=plan, unmask=unmask,
+        threshold=threshold, temperature=temperature, top_k=top_k, top_p=top_p, seed=seed,
+        early_stop=early_stop, commit=commit, prefill=prefill,
+    )  # fmt: skip
+    named = spell(parse_policy(policy))
+    asked = read_prompt(prompt)
+    engine = open_engine(model, dtype=dtype, device=device)
+    ids = ids_of(engine, asked, raw=raw)
+    if watching:
+        result = watch(engine, ids, named, wanted)
+    else:
+        result = engine.generate(ids, policy=named, **wanted)
+    if json:
+        print_document(result_document(result))
+        return
+    if not watching:
+        print_text(result.text)
+    terminal = console(stderr=True)
+    if terminal.is_terminal:
+        terminal.print(summary(result), style="dim")
+
+
+@app.command()
+def compare(
+    prompt: o.Prompt,
+    *,
+    policies: o.Policies = None,
+    max_new_tokens: o.MaxNewTokens = None,
+    block: o.BlockWidth = None,
+    plan: o.Plan = None,
+    unmask: o.UnmaskRule = None,
+    threshold: o.Threshold = None,
+    temperature: o.Temperature = None,
+    top_k: o.TopK = None,
+    top_p: o.TopP = None,
+    seed: o.Seed = None,
+    early_stop: o.EarlyStop = None,
+    commit: o.Commit = None,
+    prefill: o.Prefill = None,
+    raw: o.Raw = False,
+    model: o.Model = None,
+    dtype: o.Dtype = None,
+    device: o.Device = "auto",
+    json: o.Json = False,
+) -> None:
+    """Run several policies on one prompt, in one table; vanilla is always the first.
+
+    \b
+    coterie compare "..." -p des-vote:beta=0.3 -p des-seq:k=3 -p random:beta=0.3
+    """
+    wanted = generation_options(
+        max_new_tokens=max_new_tokens, block=block, plan=plan, unmask=unmask,
+        threshold=threshold, temperature=temperature, top_k=top_k, top_p=top_p, seed=seed,
+        early_stop=early_stop, commit=commit, prefill=prefill,
+    )  # fmt: skip
+    named = dict.fromkeys(["vanilla", *(spell(parse_policy(p)) for p in policies or COMPARED)])
+    asked = read_prompt(prompt)
+    engine = open_engine(model, dtype=dtype, device=device)
+    ids = ids_of(engine, asked, raw=raw)
+    # The first forwards of a process are slow; no policy shall pay for that alone.
+    engine.generate(ids, **{**wanted, "max_new_tokens": 1})
+    results = [engine.generate(ids, policy=name, **wanted) for name in named]
+    if json:
+        print_document(comparison_document(asked, results))
+    else:
+        console().print(comparison_table(results))
+
+
+@app.command()
+def inspect(
+    model: Annotated[
+        str | None,
+        typer.Argument(help="A folder or a hub id. [default: the model in the package]"),
+    ] = None,
+    dtype: Annotated[str, typer.Option("--dtype", help="In which the sizes are given.")] = "bf16",
+    length: Annotated[
+        int, typer.Option("--length", min=1, help="Positions of the row that must fit beside.")
+    ] = 2048,
+    memory: Annotated[
+        list[float] | None,
+        typer.Option("--memory", min=0.0, help="GiB to fit into; may be repeated.  [8 16 24]"),
+    ] = None,
+    json: o.Json = False,
+) -> None:
+    """Tell a model's family, sizes and experts, and what of it fits, from its config alone."""
+    if dtype not in DTYPES:
+        raise CoterieError(f"unknown dtype {dtype!r}; known: {', '.join(DTYPES)}")
+    memories = tuple(round(gib * GIB) for gib in memory or (8, 16, 24))
+    facts = read_facts(model, dtype=DTYPES[dtype], length=length, memories=memories)
+    if json:
+        print_document(facts_document(facts))
+    else:
+        console().print(facts_table(facts))
+
+
+@app.command()
+def policies(json: o.Json = False) -> None:
+    """List every routing policy: its spelling, its meaning, its source."""
+    if json:
+        print_document(policy_documents())
+    else:
+        console().print(policy_table())
+
+
+@app.command()
+def train(
+    out: Annotated[
+        Path, typer.Option("--out", "-o", help="Folder for the run and the checkpoint.")
+    ] = Path("runs/embedded"),
+    steps: Annotated[int, typer.Option("--steps", min=1, help="Optimiser steps.")] = embedded.STEPS,
+    seed: Annotated[int, typer.Option("--seed", min=0, help="Of data and weights.")] = 0,
+    workers: Annotated[int, typer.Option("--workers", min=1, help="Processes.")] = 2,
+) -> None:
+    """Train the model in the package again, from a seed; a stopped run resumes where it was.
+
+    Takes about 90 minutes on two cores. `coterie generate --model OUT/model` runs the result.
+    """
+    config = embedded.configure(steps=steps, seed=seed, workers=workers)
+    typer.echo(f"training {steps} steps; the log is {out / 'run' / 'log.jsonl'}", err=True)
+    print_text(str(embedded.make(out, config)))

@@ -1,0 +1,53 @@
+"""What ``--json`` prints: results as plain JSON values."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Mapping, Sequence
+
+from coterie.engine.event import Result
+
+
+def result_document(result: Result) -> dict[str, object]:
+    """One generation; experts and bytes are per layer and decoding forward."""
+    return {
+        "text": result.text,
+        "finish_reason": result.finish_reason,
+        "prompt_tokens": result.prompt_tokens,
+        "new_tokens": result.new_tokens,
+        "forwards": result.forwards,
+        "blocks": result.blocks,
+        "seconds": result.seconds,
+        "tokens_per_second": result.tokens_per_second,
+        "policy": result.policy,
+        "model": result.model,
+        "dtype": result.dtype,
+        "device": result.device,
+        "experts": {
+            "total": result.experts.total,
+            "max": result.experts.max,
+            "mean": result.experts.mean,
+            "per_layer": list(result.experts.per_layer),
+        },
+        "expert_bytes": result.expert_bytes,
+        "expert_bytes_vanilla": result.expert_bytes_vanilla,
+        "vote_mass_kept": result.vote_mass_kept,
+    }
+
+
+def comparison_document(prompt: str, results: Sequence[Result]) -> dict[str, object]:
+    """Several generations of one prompt; the first of ``results`` is vanilla's."""
+    vanilla = results[0]
+    runs = [
+        {**result_document(result), "equals_vanilla": result.tokens == vanilla.tokens}
+        for result in results
+    ]
+    return {"prompt": prompt, "runs": runs}
+
+
+def print_document(document: Mapping[str, object] | Sequence[object]) -> None:
+    """The one document on standard output; escaped, so that any encoding can carry it."""
+    json.dump(document, sys.stdout, indent=1, allow_nan=False)
+    sys.stdout.write("\n")
+    sys.stdout.flush()

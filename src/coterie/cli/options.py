@@ -1,0 +1,165 @@
+"""The options that commands share, each said once."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+import typer
+
+DECODING = "How to decode"
+RUNNING = "What to run it on"
+SHOWING = "What to show"
+
+Prompt = Annotated[str, typer.Argument(help="The question; - reads it from standard input.")]
+Model = Annotated[
+    str | None,
+    typer.Option(
+        "--model",
+        "-m",
+        help="A folder in the official layout, or a hub id. [default: the model in the package]",
+        rich_help_panel=RUNNING,
+        show_default=False,
+    ),
+]
+OnePolicy = Annotated[
+    str,
+    typer.Option(
+        "--policy",
+        "-p",
+        help="Who may use which experts, as in `coterie policies`.",
+        rich_help_panel=DECODING,
+    ),
+]
+Policies = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--policy",
+        "-p",
+        help="A policy to compare; give it several times. vanilla always runs too.",
+        rich_help_panel=DECODING,
+        show_default=False,
+    ),
+]
+MaxNewTokens = Annotated[
+    int | None,
+    typer.Option(
+        "--max-new-tokens", "-n", min=1, help="Tokens to write at most.", rich_help_panel=DECODING
+    ),
+]
+BlockWidth = Annotated[
+    int | None,
+    typer.Option("--block", min=1, help="Tokens unmasked together.", rich_help_panel=DECODING),
+]
+Plan = Annotated[
+    str | None,
+    typer.Option(
+        "--plan",
+        help="The caching scheme: uncached, prefix, dual[:before=16,after=16], block-causal.",
+        rich_help_panel=DECODING,
+    ),
+]
+UnmaskRule = Annotated[
+    str | None,
+    typer.Option(
+        "--unmask",
+        help="Which proposals to keep, such as threshold:p=0.9, fixed:steps=32, "
+        "threshold:p=0.7+edit:p=0.5.",
+        rich_help_panel=DECODING,
+    ),
+]
+Threshold = Annotated[
+    float | None,
+    typer.Option(
+        "--threshold",
+        min=0.0,
+        max=1.0,
+        help="Short for --unmask threshold:p=...",
+        rich_help_panel=DECODING,
+    ),
+]
+Temperature = Annotated[
+    float | None,
+    typer.Option(
+        "--temperature", "-t", min=0.0, help="0, the default, is greedy.", rich_help_panel=DECODING
+    ),
+]
+TopK = Annotated[
+    int | None,
+    typer.Option(
+        "--top-k",
+        min=1,
+        help="Draw from the k likeliest tokens; needs a temperature.",
+        rich_help_panel=DECODING,
+    ),
+]
+TopP = Annotated[
+    float | None,
+    typer.Option(
+        "--top-p",
+        min=0.0,
+        max=1.0,
+        help="Draw from the likeliest tokens that hold this share; needs a temperature.",
+        rich_help_panel=DECODING,
+    ),
+]
+Seed = Annotated[
+    int | None,
+    typer.Option(
+        "--seed", min=0, help="Of the draws; needs a temperature.", rich_help_panel=DECODING
+    ),
+]
+EarlyStop = Annotated[
+    Literal["block", "token", "off"] | None,
+    typer.Option(
+        "--early-stop",
+        help="After an end-of-text: finish its block, stop at once, or go on.",
+        rich_help_panel=DECODING,
+    ),
+]
+Commit = Annotated[
+    Literal["vanilla", "policy"] | None,
+    typer.Option(
+        "--commit",
+        help="Routing of the pass that stores a finished block.",
+        rich_help_panel=DECODING,
+    ),
+]
+Prefill = Annotated[
+    Literal["vanilla", "policy"] | None,
+    typer.Option(
+        "--prefill",
+        help="Routing of the forwards that store the prompt.",
+        rich_help_panel=DECODING,
+    ),
+]
+Dtype = Annotated[
+    str | None,
+    typer.Option(
+        "--dtype",
+        help="float32, bfloat16 or float16. [default: fits the device]",
+        rich_help_panel=RUNNING,
+        show_default=False,
+    ),
+]
+Device = Annotated[
+    str, typer.Option("--device", help="auto, cpu, cuda, cuda:1.", rich_help_panel=RUNNING)
+]
+Raw = Annotated[
+    bool,
+    typer.Option(
+        "--raw", help="The prompt as it is, without chat template.", rich_help_panel=DECODING
+    ),
+]
+Json = Annotated[
+    bool,
+    typer.Option("--json", help="One JSON document on standard output.", rich_help_panel=SHOWING),
+]
+Watch = Annotated[
+    bool,
+    typer.Option(
+        "--watch",
+        "-w",
+        help="Show the block being unmasked, live, with the experts touched per layer.",
+        rich_help_panel=SHOWING,
+    ),
+]

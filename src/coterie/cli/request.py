@@ -1,0 +1,82 @@
+"""From what was typed to what the engine is asked."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
+
+from coterie.cli.tables import console
+from coterie.engine.engine import Engine, load
+from coterie.naming import CoterieError
+
+LARGE = 256 << 20  # bytes of weights from which loading shows a bar
+Options = dict[str, object]
+
+
+def read_prompt(typed: str) -> str:
+    """The prompt as typed, or standard input for "-", without its last line break."""
+    if typed == "-" and sys.stdin is None:
+        raise CoterieError("standard input is closed, and the prompt was to come from there")
+    prompt = sys.stdin.read().removesuffix("\n") if typed == "-" else typed
+    if not prompt.strip():
+        raise CoterieError("the prompt is empty")
+    return prompt
+
+
+def generation_options(
+    *, unmask: str | None, threshold: float | None, temperature: float | None, **others: object
+) -> Options:
+    """Fields of ``Generation`` for what was typed; nothing that was typed may go unused."""
+    if threshold is not None and unmask is not None:
+        raise CoterieError("--threshold is short for --unmask threshold:p=..; give one of them")
+    if threshold is not None:
+        unmask = f"threshold:p={threshold!r}"
+    if not temperature:
+        drawing = {"top_k": "--top-k", "top_p": "--top-p", "seed": "--seed"}
+        idle = [flag for name, flag in drawing.items() if others.get(name) is not None]
+        if idle:
+            raise CoterieError(f"{idle[0]} needs --temperature above 0: at 0 nothing is drawn")
+    typed = {"unmask": unmask, "temperature": temperature, **others}
+    return {name: value for name, value in typed.items() if value is not None}
+
+
+def open_engine(model: str | None, *, dtype: str | None, device: str) -> Engine:
+    """The engine, with a bar on stderr while large weights load."""
+    with _bar() as heard:
+        return load(model, dtype=dtype, device=device, progress=heard)
+
+
+def ids_of(engine: Engine, prompt: str, *, raw: bool) -> list[int]:
+    """The prompt's token ids; a remark of the codec goes to stderr."""
+    remark = engine.model.codec.remark(prompt)
+    if remark is not None:
+        print(f"coterie: {remark}", file=sys.stderr)
+    return engine.model.codec.encode(prompt, raw=raw)
+
+
+class _Heard:
+    """Moves a bar, from the first large total on."""
+
+    def __init__(self, progress: Progress) -> None:
+        self._progress = progress
+        self._task = None
+
+    def __call__(self, done: int, whole: int) -> None:
+        if whole < LARGE:
+            return
+        if self._task is None:
+            self._task = self._progress.add_task("loading weights", total=whole)
+        self._progress.update(self._task, completed=done)
+
+
+@contextmanager
+def _bar() -> Iterator[_Heard]:
+    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(binary_units=True))
+    to = console(stderr=True)
+    with Progress(
+        *columns, TransferSpeedColumn(), console=to, transient=True, disable=not to.is_terminal
+    ) as progress:
+        yield _Heard(progress)

@@ -1,0 +1,193 @@
+"""Tables for people; the same facts go out as JSON through ``document``."""
+
+from __future__ import annotations
+
+import re
+import sys
+from collections.abc import Sequence
+
+from rich.console import Console
+from rich.table import Table
+
+from coterie.engine.event import Result
+from coterie.engine.facts import Facts, Fit
+from coterie.routing import POLICIES
+from coterie.routing.option import Option, options
+
+PIPED_WIDTH = 200  # columns where nobody's terminal says how many there are
+UNITS = ("B", "KiB", "MiB", "GiB", "TiB")
+
+
+def console(*, stderr: bool = False) -> Console:
+    """Prints at the terminal's width; wide where the output goes to a file or a pipe."""
+    stream = sys.stderr if stderr else sys.stdout
+    return Console(
+        file=stream, width=None if stream.isatty() else PIPED_WIDTH, highlight=False, markup=False
+    )
+
+
+def plain_table(*columns: str, numbers: tuple[str, ...] = ()) -> Table:
+    """A table without frame; the columns named in ``numbers`` are flush right."""
+    table = Table(box=None, pad_edge=False, header_style="bold", padding=(0, 2))
+    for column in columns:
+        table.add_column(column, justify="right" if column in numbers else "left")
+    return table
+
+
+def policy_table() -> Table:
+    """Every policy: how it is spelled, what it means, where it comes from."""
+    table = plain_table("policy", "meaning", "source", "options")
+    for name, cls in POLICIES.items():
+        offered = options(cls).values()
+        meaning, source = split_source(" ".join((cls.__doc__ or "").split()))
+        required = ",".join(f"{o.name}=.." for o in offered if o.default == "required")
+        others = " ".join(option_text(o) for o in offered if o.default != "required")
+        table.add_row(f"{name}:{required}" if required else name, meaning, source, others)
+    return table
+
+
+def policy_documents() -> list[dict[str, object]]:
+    """The same as JSON."""
+    return [
+        {
+            "name": name,
+            "meaning": " ".join((cls.__doc__ or "").split()),
+            "options": {
+                o.name: None if o.default is None else o.default for o in options(cls).values()
+            },
+        }
+        for name, cls in POLICIES.items()
+    ]
+
+
+def split_source(text: str) -> tuple[str, str]:
+    """A docstring without its first parenthesis, which holds the source, and that source."""
+    found = re.search(r" \(([^()]*)\)", text)
+    if found is None:
+        return text.replace("``", ""), ""
+    rest = text[: found.start()] + text[found.end() :]
+    return rest.replace("``", ""), found[1]
+
+
+def option_text(option: Option) -> str:
+    """``voters=all|unfilled|masked``, the default first, or ``eps=0.02``."""
+    if option.choices:
+        others = [choice for choice in option.choices if choice != option.default]
+        return f"{option.name}=" + "|".join([str(option.default), *others])
+    return f"{option.name}={'..' if option.default is None else option.default}"
+
+
+def comparison_table(results: Sequence[Result]) -> Table:
+    """One policy a line; the first is vanilla, which the texts are compared with."""
+    columns = ("experts", "max", "bytes", "votes kept", "forwards", "tokens", "tokens/s")
+    table = plain_table("policy", "text", *columns, numbers=columns)
+    for result in results:
+        same = result.tokens == results[0].tokens
+        table.add_row(
+            result.policy,
+            "as vanilla" if same else "differs",
+            f"{result.experts.mean:.1f} of {result.experts.total}",
+            str(result.experts.max),
+            readable(result.expert_bytes),
+            f"{result.vote_mass_kept:.3f}",
+            str(result.forwards),
+            str(result.new_tokens),
+            f"{result.tokens_per_second:.1f}",
+        )
+    table.caption = "experts (unique) and their bytes are means over layers and decoding forwards"
+    table.caption_justify = "left"
+    return table
+
+
+def summary(result: Result) -> str:
+    """One line under an answer."""
+    return (
+        f"{result.new_tokens} tokens in {result.forwards} forwards, {result.seconds:.2f} s, "
+        f"{result.tokens_per_second:.1f} tokens/s, {result.experts.mean:.1f} of "
+        f"{result.experts.total} experts a layer ({result.policy})"
+    )
+
+
+def print_text(text: str) -> None:
+    """Plain text on standard output, flushed, so that a full disk or a closed pipe is noticed."""
+    print(text, flush=True)
+
+
+def facts_table(facts: Facts) -> Table:
+    """What ``coterie inspect`` says, one fact a line."""
+    table = Table.grid(padding=(0, 2))
+    for name, value in fact_lines(facts):
+        table.add_row(name, value)
+    return table
+
+
+def fact_lines(facts: Facts) -> list[tuple[str, str]]:
+    spec, size, router = facts.spec, facts.size, facts.spec.router
+    named = str(facts.dtype).removeprefix("torch.")
+    lines = [
+        ("model", facts.name),
+        ("family", f"{facts.family.title} ({facts.family.architecture})"),
+        ("parameters", f"{size.parameters:,}, of which a token uses {size.active_parameters:,}"),
+        ("layers", f"{spec.layers}, of which {len(spec.moe_layers)} have experts"),
+        ("experts", f"{router.experts} a layer, {router.k} a token"),
+        ("hidden, expert, shared", f"{spec.hidden}, {spec.expert_width}, {spec.shared_width}"),
+        ("heads", f"{spec.heads} of {spec.head_dim}, {spec.kv_heads} for keys and values"),
+        ("vocabulary", f"{spec.vocabulary:,}"),
+        ("mask id, end ids", f"{facts.mask_id}, {' '.join(map(str, facts.eos_ids)) or 'none'}"),
+        (f"weights in {named}", f"{readable(size.bytes)} ({size.bytes:,} bytes)"),
+        ("one expert", f"{readable(size.expert_bytes)} ({size.expert_bytes:,} bytes)"),
+        ("a layer's experts", readable(size.layer_expert_bytes)),
+        ("keys and values", f"{readable(size.cache_bytes)} a position"),
+    ]
+    return lines + [
+        (f"in {readable(fit.memory)}", fit_text(fit, router.experts, facts.length))
+        for fit in facts.fits
+    ]
+
+
+def fit_text(fit: Fit, total: int, length: int) -> str:
+    """What of a model fits beside one row of ``length`` positions."""
+    if fit.experts < 0:
+        return "does not fit, even without its experts"
+    if fit.experts >= total:
+        return f"all of it, with a row of {length} positions"
+    return f"all but the experts, and {fit.experts} of {total} experts a layer"
+
+
+def facts_document(facts: Facts) -> dict[str, object]:
+    """The same as JSON; sizes in bytes."""
+    spec, size = facts.spec, facts.size
+    return {
+        "model": facts.name,
+        "family": facts.family.name,
+        "architecture": facts.family.architecture,
+        "parameters": size.parameters,
+        "active_parameters": size.active_parameters,
+        "layers": spec.layers,
+        "moe_layers": len(spec.moe_layers),
+        "hidden": spec.hidden,
+        "vocabulary": spec.vocabulary,
+        "experts": spec.router.experts,
+        "experts_per_token": spec.router.k,
+        "expert_width": spec.expert_width,
+        "shared_width": spec.shared_width,
+        "mask_id": facts.mask_id,
+        "eos_ids": list(facts.eos_ids),
+        "dtype": str(facts.dtype).removeprefix("torch."),
+        "bytes": size.bytes,
+        "expert_bytes": size.expert_bytes,
+        "layer_expert_bytes": size.layer_expert_bytes,
+        "cache_bytes_per_position": size.cache_bytes,
+        "fits": [{"memory": fit.memory, "experts_per_layer": fit.experts} for fit in facts.fits],
+    }
+
+
+def readable(size: float) -> str:
+    """Bytes with three figures and a unit: 6291456 -> "6.00 MiB"."""
+    unit = 0
+    while size >= 1024 and unit < len(UNITS) - 1:
+        size, unit = size / 1024, unit + 1
+    if unit == 0:
+        return f"{size:.0f} B"
+    decimals = 2 if size < 10 else 1 if size < 100 else 0
+    return f"{size:.{decimals}f} {UNITS[unit]}"

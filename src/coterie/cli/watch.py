@@ -1,0 +1,59 @@
+"""``--watch``: the view of a generation, redrawn at every forward."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterable, Sequence
+
+from rich.live import Live
+
+from coterie.cli.tables import console
+from coterie.cli.view import View
+from coterie.engine.engine import Engine
+from coterie.engine.event import Denoised, Event, Finished, Result
+from coterie.naming import CoterieError
+
+
+def watch(engine: Engine, prompt: Sequence[int], policy: str, options: dict[str, object]) -> Result:
+    """Generates while the terminal shows it; raises where standard output is no terminal."""
+    require_terminal()
+    screen = view(engine, policy)
+    with Live(screen, console=console(), refresh_per_second=20) as live:
+        result = follow(screen, engine.stream(prompt, policy=policy, **options), live)
+    return result
+
+
+def require_terminal() -> None:
+    if not sys.stdout.isatty():
+        raise CoterieError("--watch needs a terminal, and standard output is none; leave it out")
+
+
+def view(engine: Engine, policy: str) -> View:
+    """An empty view of this engine's model."""
+    return View(
+        title=policy, piece=engine.model.codec.piece, total=engine.model.spec.router.experts
+    )
+
+
+def follow(screen: View, events: Iterable[Event], live: Live | None = None) -> Result:
+    """Shows every event; the result is the last one's."""
+    for event in events:
+        if isinstance(event, Finished):
+            return event.result
+        show(screen, event)
+        if live is not None:
+            live.refresh()
+    raise RuntimeError("a stream ended without a result")
+
+
+def show(screen: View, event: Denoised) -> None:
+    """One forward; the event that opens a stream (forward 0) shows nothing."""
+    if event.forward == 0:
+        return
+    screen.take(
+        committed=event.committed,
+        edited=event.edited,
+        provisional=event.provisional,
+        experts=event.experts,
+        block=event.block,
+    )

@@ -1,0 +1,54 @@
+"""What the documents point at exists: symbols, files, commands and scripts."""
+
+from __future__ import annotations
+
+import re
+from importlib import import_module
+from pathlib import Path
+
+import pytest
+
+from coterie.cli.app import app
+
+ROOT = Path(__file__).parents[1]
+DOCUMENTS = sorted([ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").rglob("*.md")])
+SYMBOL = re.compile(r"`(coterie(?:\.\w+)+):(\w+(?:\.\w+)*)`")
+COMMAND = re.compile(r"`(?:\.venv/bin/)?coterie ([a-z][a-z-]*)")
+PLACE = re.compile(r"`((?:src|scripts|tests|docs|requirements|results)/[\w./-]+)`")
+
+
+def pointers(pattern: re.Pattern[str]) -> list[tuple[str, ...]]:
+    found = set()
+    for document in DOCUMENTS:
+        for line in document.read_text(encoding="utf-8").splitlines():
+            # What a line calls planned is a promise, not a pointer.
+            if "planned" not in line:
+                found |= {match.groups() for match in pattern.finditer(line)}
+    return sorted(found)
+
+
+@pytest.mark.parametrize(("module", "name"), pointers(SYMBOL))
+def test_symbols_exist(module: str, name: str) -> None:
+    found = import_module(module)
+    for part in name.split("."):
+        fields = getattr(found, "__dataclass_fields__", {})
+        assert hasattr(found, part) or part in fields, f"{module}:{name}"
+        found = getattr(found, part, None)
+
+
+def test_commands_exist() -> None:
+    known = {c.name or c.callback.__name__ for c in app.registered_commands if c.callback}
+    assert {command for (command,) in pointers(COMMAND)} <= known
+
+
+@pytest.mark.parametrize(("place",), pointers(PLACE))
+def test_places_exist(place: str) -> None:
+    assert (ROOT / place).exists(), place
+
+
+def test_the_map_names_every_figure_table_and_equation_of_the_paper() -> None:
+    text = (ROOT / "docs" / "paper-map.md").read_text(encoding="utf-8")
+    wanted = [f"Figure {n}" for n in ("1a", "1b", "1c", "1d", "2", "4", "6", "7a", "7b", "8", "9")]
+    wanted += ["Table 1", *(f"Equation {n}" for n in (2, 4, 5, 6))]
+    assert [name for name in wanted if name not in text] == []
+    assert len(pointers(SYMBOL)) > 20
