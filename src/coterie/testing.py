@@ -134,10 +134,12 @@ def random_tensors(
     return _stack(tensors, spec) if stacked else tensors
 
 
-def random_transformer(spec: ModelSpec, seed: int = 0) -> Transformer:
-    """A transformer in memory (CPU, fp32) that was never on disk."""
+def random_transformer(
+    spec: ModelSpec, seed: int = 0, *, dtype: torch.dtype = torch.float32
+) -> Transformer:
+    """A transformer in memory (on the CPU) that was never on disk."""
     draw = torch.Generator().manual_seed(seed)
-    weights = allocate(spec, torch.float32, torch.device("cpu"))
+    weights = allocate(spec, dtype, torch.device("cpu"))
     for name, weight in weights.items():
         weight.copy_(_random(name, tuple(weight.shape), draw))
     return build(spec, weights, Resident(slabs(spec, weights)))

@@ -48,7 +48,7 @@ class Arrays:
     def of(file: Path) -> Arrays:
         """Raises CoterieError when the file cannot be read whole."""
         try:
-            with np.load(file, allow_pickle=False) as archive:
+            with file.open("rb") as handle, np.load(handle, allow_pickle=False) as archive:
                 return Arrays(file, {name: archive[name] for name in archive.files})
         except FileNotFoundError:
             raise CoterieError(f"{file}: no such file") from None
