@@ -179,9 +179,9 @@ def entry(dtype: object = "F32", shape: object = (2,), ends: object = (0, 8)) ->
     ("content", "said"),
     [
         (b"PK\x03\x04garbage that is no header", "not a safetensors file"),
-        (header(b"\xff\xfe"), "its header is not JSON"),
-        (header(b"[" * 100_000), "its header is not JSON"),
-        (header([1]), "its header is no object"),
+        (header(b"\xff\xfe"), "no JSON can be read in it"),
+        (header(b"[" * 100_000), "no JSON can be read in it"),
+        (header([1]), "its JSON is no object"),
         (header({"w": 3}), "w: its header entry"),
         (header({"w": entry() | {"more": 1}}) + bytes(8), "w: its header entry"),
         (header({"w": entry(shape=[-2])}) + bytes(8), "w: shape or data_offsets"),
@@ -272,7 +272,9 @@ def test_an_index_never_leads_out_of_its_folder(tmp_path: Path, file: object) ->
     assert message.startswith(f"{folder / INDEX}: {UP} is said to be in ")
 
 
-@pytest.mark.parametrize("text", ["", "{", "[]", "{}", '{"weight_map": {}}', '{"weight_map": 3}'])
+@pytest.mark.parametrize(
+    "text", ["", "{", "[]", "{}", '{"a": 1, "a": 1}', '{"weight_map": {}}', '{"weight_map": 3}']
+)
 def test_a_damaged_index_is_one_clear_line(tmp_path: Path, text: str) -> None:
     (one(tmp_path, shards=2) / INDEX).write_text(text)
     assert refusal(tmp_path).startswith(f"{tmp_path / INDEX}: ")

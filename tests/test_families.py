@@ -190,6 +190,10 @@ def test_sizes_and_numbers_must_be_what_they_are(family: str, key: str, value: o
         ("llada2", {"num_nextn_predict_layers": 1}, "num_nextn_predict_layers is 1"),
         ("llada2", {"moe_router_enable_expert_bias": 1}, "is 1, not true or false"),
         ("llada2", {"tie_word_embeddings": "no"}, "tie_word_embeddings is 'no'"),
+        ("llada2", {"num_hidden_layers": 10**9}, "between 1 and 4096"),
+        ("llada2", {"vocab_size": 10**12}, "vocab_size is 1000000000000; it must lie between"),
+        ("llada2", {"torch_dtype": "bfloat16"}, "'float32', but torch_dtype is 'bfloat16'"),
+        ("llada2", {"dtype": "int4"}, "dtype is"),
         ("llada2", {"quantization_config": {"bits": 4}}, "quantised checkpoints do not load"),
         ("llada-moe", {"moe_layer_freq": [1, 1]}, "lists 2 of 3 layers"),
         ("llada-moe", {"moe_layer_freq": [1, 2, 1]}, "not a list of 0 and 1"),
@@ -240,7 +244,7 @@ def test_sparse_steps_and_dense_layers_are_read_layer_by_layer() -> None:
     assert layers(decoder_sparse_step=2) == (False, True, False)
 
 
-@pytest.mark.parametrize("text", ["", "{", "[1]", '"x"', "{\x00}"])
+@pytest.mark.parametrize("text", ["", "{", "[1]", '"x"', "{\x00}", '{"a": 1, "a": 2}'])
 def test_a_config_that_is_not_an_object_is_one_clear_line(tmp_path: Path, text: str) -> None:
     (tmp_path / "config.json").write_text(text)
     with pytest.raises(CoterieError, match=r"config\.json: ") as raised:

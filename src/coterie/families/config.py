@@ -8,16 +8,20 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from coterie.model.strictjson import read_object
 from coterie.naming import CoterieError
+
+LARGEST = 1 << 24
+"""No size of a model is larger; what is must be damage, and would take for ever to refuse."""
 
 WITHOUT_EFFECT = frozenset(
     (
         *("_attn_implementation_autoset", "_name_or_path", "architectures", "attention_dropout"),
-        *("auto_map", "bos_token_id", "dtype", "embedding_dropout", "eos_token_id"),
+        *("auto_map", "bos_token_id", "embedding_dropout", "eos_token_id"),
         *("initializer_range", "mask_token_id", "max_window_layers", "model_type"),
         *("output_attentions", "output_dropout", "output_hidden_states", "output_router_logits"),
         *("pad_token_id", "return_dict", "router_aux_loss_coef", "sliding_window"),
-        *("torch_dtype", "transformers_version", "use_cache"),
+        *("transformers_version", "use_cache"),
     )
 )
 """Keys that say nothing about a forward pass: training, bookkeeping, and token ids (read apart)."""
@@ -33,32 +37,26 @@ class Config:
 
     @staticmethod
     def of(file: Path) -> Config:
-        try:
-            values = json.loads(file.read_text(encoding="utf-8"))
-        except FileNotFoundError:
-            raise CoterieError(f"{file}: no such file; a model folder has a config.json") from None
-        except (OSError, ValueError) as error:
-            raise CoterieError(f"{file}: not a readable JSON file ({error})") from None
-        if not isinstance(values, dict):
-            raise CoterieError(f"{file}: holds a {type(values).__name__}, not an object of keys")
-        return Config(file, values)
+        if not file.exists():
+            raise CoterieError(f"{file}: no such file; a model folder has a config.json")
+        return Config(file, read_object(file))
 
     def get(self, key: str) -> object:
         """The value, None where absent."""
         self.asked.add(key)
         return self.values.get(key)
 
-    def size(self, key: str, *, least: int = 1) -> int:
-        """A required whole number."""
+    def size(self, key: str, *, most: int = LARGEST) -> int:
+        """A required whole number, at least 1."""
         value = self.get(key)
         if value is None:
             raise self.error(key, "is missing")
-        return self._whole(key, value, least)
+        return self._whole(key, value, 1, most)
 
     def optional_size(self, key: str, *, least: int = 1) -> int | None:
         """A whole number, None where the key is absent or null."""
         value = self.get(key)
-        return None if value is None else self._whole(key, value, least)
+        return None if value is None else self._whole(key, value, least, LARGEST)
 
     def number(self, key: str, default: float | None = None) -> float:
         """A finite positive number; required unless it has a default."""
@@ -103,11 +101,11 @@ class Config:
     def error(self, key: str, problem: str) -> CoterieError:
         return CoterieError(f"{self.file}: {key} {problem}")
 
-    def _whole(self, key: str, value: object, least: int) -> int:
+    def _whole(self, key: str, value: object, least: int, most: int) -> int:
         if isinstance(value, bool) or not isinstance(value, int):
             raise self.error(key, f"is {value!r}, not a whole number")
-        if value < least:
-            raise self.error(key, f"is {value}; it must be at least {least}")
+        if not least <= value <= most:
+            raise self.error(key, f"is {value}; it must lie between {least} and {most}")
         return value
 
 

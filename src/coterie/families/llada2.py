@@ -5,7 +5,13 @@ from __future__ import annotations
 from coterie.families.config import Config
 from coterie.families.family import Defaults, Family
 from coterie.families.names import FUSED
-from coterie.families.reading import chosen_experts, model_spec, refuse_other_models
+from coterie.families.reading import (
+    chosen_experts,
+    expert_count,
+    layer_count,
+    model_spec,
+    refuse_other_models,
+)
 from coterie.model.spec import ModelSpec
 from coterie.values import RouterSpec
 
@@ -26,7 +32,7 @@ TEMPLATE = (
 def read(config: Config) -> ModelSpec:
     """Raise a CoterieError that names the key when the config is not one this family can be."""
     _refuse_other_models(config)
-    layers = config.size("num_hidden_layers")
+    layers = layer_count(config)
     dense = config.optional_size("first_k_dense_replace", least=0) or 0
     if dense > layers:
         raise config.error("first_k_dense_replace", f"is {dense} of {layers} layers")
@@ -66,7 +72,7 @@ def _shared_width(config: Config) -> int:
 
 
 def _router(config: Config) -> RouterSpec:
-    experts = config.size("num_experts")
+    experts = expert_count(config)
     k = chosen_experts(config, experts)
     groups, kept = config.size("n_group"), config.size("topk_group")
     if experts % groups:

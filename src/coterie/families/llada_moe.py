@@ -5,7 +5,13 @@ from __future__ import annotations
 from coterie.families.config import Config
 from coterie.families.family import Defaults, Family
 from coterie.families.names import SPLIT
-from coterie.families.reading import chosen_experts, model_spec, refuse_other_models
+from coterie.families.reading import (
+    chosen_experts,
+    expert_count,
+    layer_count,
+    model_spec,
+    refuse_other_models,
+)
 from coterie.model.spec import ModelSpec
 from coterie.values import RouterSpec
 
@@ -27,7 +33,7 @@ def read(config: Config) -> ModelSpec:
     return model_spec(
         config,
         _router(config, biased=biased),
-        moe=_moe_layers(config, config.size("num_hidden_layers")),
+        moe=_moe_layers(config, layer_count(config)),
         dense_width="dense_intermediate_size",
         expert_width="expert_intermediate_size",
         shared_width=config.optional_size("shared_expert_intermediate_size", least=0) or 0,
@@ -60,7 +66,7 @@ def _moe_layers(config: Config, layers: int) -> tuple[bool, ...]:
 
 
 def _router(config: Config, *, biased: bool) -> RouterSpec:
-    experts = config.size("num_experts")
+    experts = expert_count(config)
     return RouterSpec(
         experts=experts,
         k=chosen_experts(config, experts),

@@ -57,6 +57,11 @@ def model_spec(
 
 def refuse_other_models(config: Config) -> None:
     """What no family here does: other activations, stretched positions, biases, local attention."""
+    stored = [config.values.get(key) for key in ("dtype", "torch_dtype")]
+    if None not in stored and stored[0] != stored[1]:
+        raise config.error("dtype", f"is {stored[0]!r}, but torch_dtype is {stored[1]!r}")
+    for key in ("dtype", "torch_dtype"):
+        config.only(key, "float32", "bfloat16", "float16", None)
     config.only("hidden_act", "silu")
     config.only("rope_scaling", None)
     config.only("attention_bias", False)
@@ -112,6 +117,15 @@ def key_value_heads(config: Config, heads: int) -> int:
             "num_key_value_heads", f"is {shared}, no divisor of num_attention_heads {heads}"
         )
     return shared
+
+
+def layer_count(config: Config) -> int:
+    return config.size("num_hidden_layers", most=4096)
+
+
+def expert_count(config: Config) -> int:
+    """Routed experts of a layer."""
+    return config.size("num_experts", most=16384)
 
 
 def chosen_experts(config: Config, experts: int) -> int:

@@ -5,7 +5,13 @@ from __future__ import annotations
 from coterie.families.config import Config
 from coterie.families.family import Defaults, Family
 from coterie.families.names import SPLIT
-from coterie.families.reading import chosen_experts, model_spec, refuse_other_models
+from coterie.families.reading import (
+    chosen_experts,
+    expert_count,
+    layer_count,
+    model_spec,
+    refuse_other_models,
+)
 from coterie.model.spec import ModelSpec
 from coterie.values import RouterSpec
 
@@ -20,7 +26,7 @@ TEMPLATE = (
 def read(config: Config) -> ModelSpec:
     """Raise a CoterieError that names the key when the config is not one this family can be."""
     refuse_other_models(config)
-    experts = config.size("num_experts")
+    experts = expert_count(config)
     router = RouterSpec(
         experts=experts,
         k=chosen_experts(config, experts),
@@ -30,7 +36,7 @@ def read(config: Config) -> ModelSpec:
     return model_spec(
         config,
         router,
-        moe=_moe_layers(config, config.size("num_hidden_layers")),
+        moe=_moe_layers(config, layer_count(config)),
         dense_width="intermediate_size",
         expert_width="moe_intermediate_size",
     )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
@@ -11,6 +10,7 @@ from pathlib import Path
 from torch import Tensor
 
 from coterie.model.shard import Entry, read_header, read_into
+from coterie.model.strictjson import read_object
 from coterie.model.weights import Place
 from coterie.naming import CoterieError
 
@@ -123,11 +123,7 @@ def _check_promise(
 
 
 def _weight_map(index: Path) -> dict[str, str]:
-    try:
-        listed = json.loads(index.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise CoterieError(f"{index}: not a readable JSON file ({error})") from None
-    names = listed.get("weight_map") if isinstance(listed, dict) else None
+    names = read_object(index).get("weight_map")
     if not isinstance(names, dict) or not names:
         raise CoterieError(f"{index}: has no weight_map from tensors to files")
     for name, file in names.items():

@@ -6,7 +6,6 @@ small buffer do not. Format: 8 bytes of header length, a JSON header, then the t
 
 from __future__ import annotations
 
-import json
 import os
 from dataclasses import dataclass
 from math import prod
@@ -15,6 +14,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from coterie.model.strictjson import parse_object
 from coterie.naming import CoterieError
 
 DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
@@ -49,7 +49,8 @@ def read_header(file: Path) -> dict[str, Entry]:
             raw = handle.read(header)
     except OSError as error:
         raise CoterieError(f"{file}: cannot be read ({error.strerror})") from None
-    listed = _parse(raw, file)
+    listed = parse_object(raw, str(file), "a safetensors file")
+    listed.pop("__metadata__", None)
     entries = [_entry(name, fields, 8 + header, file) for name, fields in listed.items()]
     entries.sort(key=lambda entry: (entry.start, entry.size))
     _check_layout(entries, 8 + header, whole, file)
@@ -86,27 +87,6 @@ def _header_bytes(prefix: bytes, whole: int, file: Path) -> int:
     if 8 + length > whole:
         raise CoterieError(f"{file}: truncated: its header needs {8 + length} of {whole} bytes")
     return length
-
-
-def _parse(raw: bytes, file: Path) -> dict[str, object]:
-    def unique(pairs: list[tuple[str, object]]) -> dict[str, object]:
-        found = dict(pairs)
-        if len(found) != len(pairs):
-            names = [name for name, _ in pairs]
-            twice = next(name for name in names if names.count(name) > 1)
-            raise CoterieError(f"{file}: {twice} is listed twice in the header")
-        return found
-
-    try:
-        listed = json.loads(raw.decode("utf-8"), object_pairs_hook=unique)
-    except CoterieError:
-        raise
-    except (ValueError, RecursionError):
-        raise CoterieError(f"{file}: not a safetensors file (its header is not JSON)") from None
-    if not isinstance(listed, dict):
-        raise CoterieError(f"{file}: not a safetensors file (its header is no object)")
-    listed.pop("__metadata__", None)
-    return listed
 
 
 def _entry(name: str, fields: object, offset: int, file: Path) -> Entry:
