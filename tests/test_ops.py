@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
+from policies import law
 from torch import Tensor
 
 from coterie import ops
@@ -19,7 +20,7 @@ numbers = st.lists(st.integers(-3, 3), min_size=1, max_size=40)
 
 
 @given(numbers, st.integers(0, 45))
-@settings(max_examples=150, deadline=None, derandomize=True)
+@law(150)
 def test_top_ids_are_sorted_with_ties_to_the_lower_index(key: list[int], k: int):
     expected = sorted(range(len(key)), key=lambda i: (-key[i], i))[:k]
     for dtype in (torch.float32, torch.int64, torch.float64):
@@ -29,7 +30,7 @@ def test_top_ids_are_sorted_with_ties_to_the_lower_index(key: list[int], k: int)
 
 
 @given(numbers, st.data())
-@settings(max_examples=150, deadline=None, derandomize=True)
+@law(150)
 def test_a_lower_tier_comes_first_whatever_its_key(key: list[int], data: st.DataObject):
     tier = data.draw(st.lists(st.integers(0, 2), min_size=len(key), max_size=len(key)))
     expected = sorted(range(len(key)), key=lambda i: (tier[i], -key[i], i))
@@ -38,7 +39,7 @@ def test_a_lower_tier_comes_first_whatever_its_key(key: list[int], data: st.Data
 
 
 @given(st.lists(st.floats(width=32, allow_nan=False), min_size=2, max_size=40))
-@settings(max_examples=200, deadline=None, derandomize=True)
+@law(200)
 def test_every_float_sorts_where_it_belongs(key: list[float]):
     expected = sorted(range(len(key)), key=lambda i: (-key[i], i))
     assert ops.top_ids(torch.tensor(key), len(key)).tolist() == expected
@@ -64,7 +65,7 @@ def test_experts_weigh_and_add(policy: str):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @given(seed=st.integers(0, 2**31), parts=st.integers(1, 5), policy=st.sampled_from(POLICIES))
-@settings(max_examples=40, deadline=None, derandomize=True)
+@law(40)
 def test_the_grouped_product_equals_the_loop(
     dtype: torch.dtype, seed: int, parts: int, policy: str
 ):
@@ -86,7 +87,7 @@ def test_shapes_that_the_grouped_product_cannot_take_go_through_the_loop():
 
 
 @given(st.integers(0, 2**31), st.integers(1, 4))
-@settings(max_examples=30, deadline=None, derandomize=True)
+@law(30)
 def test_slabs_of_a_layer_add_up_to_it(seed: int, parts: int):
     x, routing, whole = layer("vanilla", seed)
     total = sum(ops.run_experts(x, routing, slab) for slab in split(whole, parts))

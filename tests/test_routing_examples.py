@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Literal
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
+from policies import law
 from torch import Tensor
 
 from coterie.naming import CoterieError
@@ -102,6 +104,15 @@ def test_ties_go_to_the_lower_expert():
     flat = Scores(torch.zeros(1, 2, 6), SIGMOID)
     assert ids_of("vanilla", flat) == [[0, 1], [0, 1]]
     assert coreset_of("coreset:m=3,vote=full", flat) == [0, 1, 2]
+
+
+@pytest.mark.parametrize("activation", ["softmax", "sigmoid"])
+def test_equal_logits_tie_wherever_they_stand(activation: Literal["softmax", "sigmoid"]):
+    for experts in range(2, 80):
+        router = RouterSpec(experts, 2, activation, renormalise=False)
+        p = Scores(torch.full((1, 3, experts), 0.3), router).probability
+        assert p.shape == (1, 3, experts)
+        assert len(p.unique()) == 1
 
 
 def test_groups_are_chosen_before_the_coreset_and_filled_from_outside_them():
@@ -234,7 +245,7 @@ def test_residency_repairs_with_the_fewest_swaps():
 
 
 @given(st.lists(st.integers(0, 50), min_size=1, max_size=30), st.data())
-@settings(max_examples=150, deadline=None, derandomize=True)
+@law(150)
 def test_taking_by_budget_is_a_sorted_walk(votes: list[int], data: st.DataObject):
     protected = data.draw(st.lists(st.booleans(), min_size=len(votes), max_size=len(votes)))
     m = data.draw(st.integers(1, 35))
@@ -244,7 +255,7 @@ def test_taking_by_budget_is_a_sorted_walk(votes: list[int], data: st.DataObject
 
 
 @given(st.lists(st.integers(0, 50), min_size=1, max_size=30), st.floats(0.01, 1), st.integers(1, 9))
-@settings(max_examples=150, deadline=None, derandomize=True)
+@law(150)
 def test_taking_by_mass_is_the_shortest_walk_that_holds_it(
     votes: list[int], tau: float, least: int
 ):

@@ -3,22 +3,19 @@
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from safetensors import safe_open
+from shared import golden, golden_sets
 
 from coterie.routing import Vanilla, parse_policy, route
 from coterie.values import RouterSpec, Scores
 
-SHARED = Path(os.environ.get("COTERIE_SHARED", Path(__file__).parents[2] / "shared"))
-SETS = ("lladamoe/a", "lladamoe/a2", "llada2/a", "llada21/a", "sdar_moe/a", "sdar_moe/a2")
 
-
-@pytest.mark.parametrize("name", SETS)
+@pytest.mark.parametrize("name", golden_sets())
 @pytest.mark.parametrize("policy", ["vanilla", "des-vote:beta=1", "des-seq:k=4", "topk:k=4"])
 def test_reference_choices_and_weights(name: str, policy: str):
     for scores, ids, weights in reference(name):
@@ -28,7 +25,7 @@ def test_reference_choices_and_weights(name: str, policy: str):
         assert routing.used.sum() == len(ids.unique())
 
 
-@pytest.mark.parametrize("name", SETS)
+@pytest.mark.parametrize("name", golden_sets())
 def test_every_row_of_the_reference_routes_alone_as_in_its_batch(name: str):
     for scores, ids, _ in reference(name):
         rows = [Scores(row[None], scores.router, bias=scores.bias) for row in scores.logits]
@@ -37,9 +34,7 @@ def test_every_row_of_the_reference_routes_alone_as_in_its_batch(name: str):
 
 def reference(name: str) -> list[tuple[Scores, torch.Tensor, torch.Tensor]]:
     """(scores, ids [T, k], weights [T, k]) of every layer that routes."""
-    folder = SHARED / "golden" / name
-    if not folder.is_dir():
-        pytest.skip(f"NO REFERENCE DATA at {folder}: set COTERIE_SHARED to the folder of golden/")
+    folder = golden(*name.split("/"))
     router = router_of(json.loads((folder / "config.json").read_text()))
     found = np.load(folder / "reference.npz")
     layers = []

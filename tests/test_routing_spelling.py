@@ -5,12 +5,11 @@ from __future__ import annotations
 import re
 
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from hypothesis import given
+from policies import law, spellings
 
 from coterie.naming import CoterieError
-from coterie.routing import POLICIES, DesVote, Election, parse_policy, spell
-from coterie.routing.option import Option, options
+from coterie.routing import DesVote, Election, parse_policy, spell
 
 
 @pytest.mark.parametrize(
@@ -56,18 +55,10 @@ def test_other_spellings_print_as_the_one(text: str, printed: str):
     assert spell(parse_policy(text)) == printed
 
 
-@given(st.sampled_from(sorted(POLICIES)), st.data())
-@settings(max_examples=300, deadline=None, derandomize=True)
-def test_every_combination_of_options_round_trips(name: str, data: st.DataObject):
-    offered = options(POLICIES[name]).values()
-    said = [
-        f"{option.name}={data.draw(_value_of(option))}"
-        for option in offered
-        if option.default == "required" or (name != "coreset" and data.draw(st.booleans()))
-    ]
-    if name == "coreset":
-        said = [data.draw(st.sampled_from(("beta=0.2", "m=3", "tau=0.5,least=2", "k=2")))]
-    policy = parse_policy(f"{name}:{','.join(said)}" if said else name)
+@given(spellings())
+@law(300)
+def test_every_combination_of_options_round_trips(text: str):
+    policy = parse_policy(text)
     assert parse_policy(spell(policy)) == policy
     assert spell(parse_policy(spell(policy))) == spell(policy)
 
@@ -129,11 +120,3 @@ def test_a_policy_without_a_name_cannot_be_spelled():
 
 def test_equal_policies_are_one_key():
     assert len({parse_policy("des-vote:beta=0.5"), parse_policy("des-vote:beta=.5")}) == 1
-
-
-def _value_of(option: Option) -> st.SearchStrategy[object]:
-    if option.choices:
-        return st.sampled_from(option.choices)
-    if option.kind is int:
-        return st.integers(1, 300)
-    return st.floats(0.001, 1).map(repr)

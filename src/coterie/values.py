@@ -12,6 +12,7 @@ from typing import Literal, Protocol
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 
 @dataclass(frozen=True)
@@ -78,7 +79,11 @@ class Scores:
         """p = act(z), [S, N, E]."""
         if self.router.activation == "softmax":
             return torch.softmax(self.logits, dim=-1)
-        return torch.sigmoid(self.logits)
+        # Torch's sigmoid differs in its last bit between whole vectors and the rest of a tensor.
+        # In whole vectors, equal logits tie, and a row does not feel who is beside it.
+        size = self.logits.shape[-1]
+        whole = F.pad(self.logits, (0, -size % 64)) if size % 64 else self.logits
+        return torch.sigmoid(whole)[..., :size]
 
     @cached_property
     def rank(self) -> Tensor:
