@@ -9,6 +9,7 @@ drills: bare lines of arithmetic.
 from __future__ import annotations
 
 import random
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 import torch
@@ -38,15 +39,16 @@ class Mixture:
     result_masked: float = 0.75  # share of drill facts in which the result alone is masked
 
 
-@dataclass
-class Row:
-    """A row under construction; grows by whole blocks."""
+@dataclass(frozen=True)
+class Block:
+    """One block of a row, and where it stands: which problem, which block of it, which task."""
 
-    tokens: list[list[int]] = field(default_factory=list)
-    targets: list[list[int]] = field(default_factory=list)
-    weights: list[list[float]] = field(default_factory=list)
-    places: list[tuple[int, int, bool]] = field(default_factory=list)  # problem, index, clean
-    tasks: list[int] = field(default_factory=list)
+    ids: list[int]
+    problem: int
+    index: int
+    task: int
+    masked: list[bool] | None = None  # None: clean context
+    weights: list[float] = field(default_factory=list)  # of the loss; empty: all one
 
 
 @dataclass(frozen=True)
@@ -72,23 +74,22 @@ class BatchMaker:
 
     def __call__(self, step: int) -> Batch:
         rng = random.Random(f"{self.seed}/{step}")
+        width = self.mixture.block
         rows = [self._row(rng) for _ in range(self.mixture.rows)]
         shape = (len(rows), -1)
-        tokens, targets = (
-            torch.tensor([getattr(row, name) for row in rows]).view(shape)
-            for name in ("tokens", "targets")
-        )
-        index = torch.tensor([[place[1] for place in row.places] for row in rows])
-        offsets = torch.arange(self.mixture.block)
+        ids = torch.tensor([[block.ids for block in row] for row in rows])  # [B, n, width]
+        no, one = [False] * width, [1.0] * width
+        masked = torch.tensor([[block.masked or no for block in row] for row in rows])
+        weights = torch.tensor([[block.weights or one for block in row] for row in rows])
+        index = torch.tensor([[block.index for block in row] for row in rows])
+        tasks = torch.tensor([[block.task for block in row] for row in rows])
         return Batch(
-            tokens=tokens,
-            positions=(index[..., None] * self.mixture.block + offsets).view(shape),
+            tokens=ids.where(~masked, self.mask).view(shape),
+            positions=(index[..., None] * width + torch.arange(width)).view(shape),
             visible=torch.stack([_visible(row) for row in rows]),
-            targets=targets,
-            weights=torch.tensor([row.weights for row in rows]).view(shape),
-            tasks=torch.tensor([row.tasks for row in rows]).repeat_interleave(
-                self.mixture.block, 1
-            ),
+            targets=ids.where(masked, NO_TARGET).view(shape),
+            weights=weights.view(shape),
+            tasks=tasks.repeat_interleave(width, 1),
         )
 
     def sheet(self, problem: Problem) -> Sheet:
@@ -103,48 +104,47 @@ class BatchMaker:
     def _encode(self, text: str) -> list[int]:
         return self.tokenizer.encode(text).ids
 
-    def _row(self, rng: random.Random) -> Row:
-        row, mixture = Row(), self.mixture
-        if rng.random() < mixture.drills:
-            self._add_drill(row, rng)
+    def _row(self, rng: random.Random) -> list[Block]:
+        mixture = self.mixture
+        row = [self._drill(rng, 0)] if rng.random() < mixture.drills else []
         number = 0
-        while len(row.tasks) < mixture.blocks:
-            left = mixture.blocks - len(row.tasks)
+        while len(row) < mixture.blocks:
+            left = mixture.blocks - len(row)
             task = rng.choices(list(TASKS), weights=mixture.shares)[0]
             sheet = self.sheet(draw(TASKS[task], rng, "train"))
-            size = len(sheet.ids) // mixture.block
-            first = sheet.start // mixture.block
-            spare = left - (size - 1) - 1 - (size - 1 - first)  # with one copy of each block
-            copies = 0 if spare < 0 else 1 + (spare >= size - 1 - first)
-            if copies:
+            later = len(sheet.ids) // mixture.block - 1 - sheet.start // mixture.block
+            context = len(sheet.ids) // mixture.block - 1
+            spare = left - context - 1 - later  # with one noised copy of each block
+            if spare >= 0:
                 number += 1
-                self._add_problem(row, rng, sheet, number=number, copies=copies)
+                row += self._noised(rng, sheet, number=number, copies=1 + (spare >= later))
             else:
-                self._add_drill(row, rng)
+                row.append(self._drill(rng, len(row)))
         return row
 
-    def _add_problem(
-        self, row: Row, rng: random.Random, sheet: Sheet, *, number: int, copies: int
-    ) -> None:
-        block = self.mixture.block
-        size, first = len(sheet.ids) // block, sheet.start // block
+    def _noised(
+        self, rng: random.Random, sheet: Sheet, *, number: int, copies: int
+    ) -> Iterator[Block]:
+        """Clean context, the block shared with the prompt once, each later one ``copies`` times."""
+        width = self.mixture.block
+        size, first = len(sheet.ids) // width, sheet.start // width
+        parts = [slice(index * width, (index + 1) * width) for index in range(size)]
         for index in range(size - 1):
-            ids = sheet.ids[index * block : (index + 1) * block]
-            self._add(row, ids, [False] * block, [0.0] * block, (number, index, True), sheet.task)
+            yield Block(sheet.ids[parts[index]], number, index, sheet.task)
         weights = [self._weight(sheet, position) for position in range(len(sheet.ids))]
         for index in range(first, size):
-            for copy in range(1 if index == first else copies):
-                at = slice(index * block, (index + 1) * block)
-                answer = [position >= sheet.start for position in range(at.start, at.stop)]
-                masked = self._masked(rng, answer, copy, copies if index > first else 1)
-                place = (number, index, False)
-                self._add(row, sheet.ids[at], masked, weights[at], place, sheet.task)
+            at = parts[index]
+            answer = [position >= sheet.start for position in range(at.start, at.stop)]
+            wanted = 1 if index == first else copies
+            for copy in range(wanted):
+                masked = self._masked(rng, answer, copy, wanted)
+                yield Block(sheet.ids[at], number, index, sheet.task, masked, weights[at])
 
-    def _add_drill(self, row: Row, rng: random.Random) -> None:
-        block = self.mixture.block
+    def _drill(self, rng: random.Random, place: int) -> Block:
+        width = self.mixture.block
         ids: list[int] = []
         masked: list[bool] = []
-        while len(ids) < 2 * block:
+        while len(ids) < 2 * width:
             line = self._encode(f" {fact(rng)}.")
             ids += line
             if rng.random() < self.mixture.result_masked:
@@ -152,24 +152,8 @@ class BatchMaker:
             else:
                 masked += [rng.random() < 0.5 for _ in line]
         skip = rng.randrange(6)
-        at = slice(skip, skip + block)
-        place = (-1 - len(row.tasks), rng.randrange(3), False)
-        self._add(row, ids[at], masked[at], [1.0] * block, place, DRILL)
-
-    def _add(
-        self,
-        row: Row,
-        ids: list[int],
-        masked: list[bool],
-        weights: list[float],
-        place: tuple[int, int, bool],
-        task: int,
-    ) -> None:
-        row.tokens.append([self.mask if m else i for i, m in zip(ids, masked, strict=True)])
-        row.targets.append([i if m else NO_TARGET for i, m in zip(ids, masked, strict=True)])
-        row.weights.append(weights)
-        row.places.append(place)
-        row.tasks.append(task)
+        at = slice(skip, skip + width)
+        return Block(ids[at], -1 - place, rng.randrange(3), DRILL, masked[at])
 
     def _masked(self, rng: random.Random, answer: list[bool], copy: int, copies: int) -> list[bool]:
         """Mask rates stratified over the copies, and some blocks masked whole."""
@@ -189,10 +173,10 @@ class BatchMaker:
         return 1.0
 
 
-def _visible(row: Row) -> Tensor:
+def _visible(row: list[Block]) -> Tensor:
     """[n, n] bool: a block sees itself and the clean blocks before it in its own problem."""
-    problem, index, clean = (torch.tensor(kind) for kind in zip(*row.places, strict=True))
+    problem = torch.tensor([block.problem for block in row])
+    index = torch.tensor([block.index for block in row])
+    clean = torch.tensor([block.masked is None for block in row])
     earlier = clean[None, :] & (index[None, :] < index[:, None])
-    return torch.eye(len(problem), dtype=torch.bool) | (
-        (problem[:, None] == problem[None, :]) & earlier
-    )
+    return torch.eye(len(row), dtype=torch.bool) | (problem[:, None] == problem[None, :]) & earlier
