@@ -41,7 +41,7 @@ def test_commands_exist() -> None:
     assert {command for (command,) in pointers(COMMAND)} <= known
 
 
-@pytest.mark.parametrize(("place",), pointers(PLACE))
+@pytest.mark.parametrize("place", [place for (place,) in pointers(PLACE)])
 def test_places_exist(place: str) -> None:
     assert (ROOT / place).exists(), place
 

@@ -68,6 +68,20 @@ def test_versions_are_pinned_in_one_place() -> None:
     assert set(re.findall(r"^([\w-]+)==", text, re.M)) == direct
 
 
+def test_every_import_is_a_declared_dependency() -> None:
+    """At module level; inside a function an import may be of an extra."""
+    declared = {re.split(r"[>=<]", d)[0] for d in project()["project"]["dependencies"]}
+    ours = {"coterie", *sys.stdlib_module_names, *(d.replace("-", "_") for d in declared)}
+    strangers = {
+        f"{path.name}: {name}"
+        for path in SOURCES
+        for node in ast.parse(path.read_text(encoding="utf-8")).body
+        for name in imported(node)
+        if name not in ours
+    }
+    assert strangers == set()
+
+
 def test_the_package_and_the_project_agree_on_the_version() -> None:
     assert coterie.__version__ == project()["project"]["version"]
 
@@ -89,8 +103,17 @@ def test_every_script_can_be_run() -> None:
     assert [path.name for path in scripts if not os.access(path, os.X_OK)] == []
 
 
+def imported(node: ast.stmt) -> list[str]:
+    """The top names that a statement imports."""
+    if isinstance(node, ast.Import):
+        return [alias.name.partition(".")[0] for alias in node.names]
+    if isinstance(node, ast.ImportFrom) and node.module is not None:
+        return [node.module.partition(".")[0]]
+    return []
+
+
 def code_lines(path: Path) -> list[tuple[int, str]]:
-    """(number, text) of the lines that say something: no blanks, comments, imports, lone brackets."""
+    """(number, text) of lines that say something: no blanks, comments, imports, brackets."""
     text = path.read_text(encoding="utf-8")
     passed = {
         number
@@ -122,4 +145,7 @@ def duplicated(lines: dict[Path, list[tuple[int, str]]]) -> set[tuple[str, int]]
     }
 
 
-PUBLIC = ["__version__"]
+PUBLIC = [
+    *("CoterieError", "Denoised", "Engine", "Event", "Experts", "Finished", "Generation"),
+    *("POLICIES", "Result", "__version__", "load", "parse_policy", "spell"),
+]

@@ -13,7 +13,7 @@ from rich.text import Text
 
 from coterie.decoding import Token
 
-MASK = "▒"
+MASK, END = "▒", "∎"
 BAR = 24  # cells of a full bar
 # Confidence from 0 to 1 in five steps, readable on dark and on light ground.
 SCALE = ("#d7005f", "#d75f00", "#af8700", "#5f8700", "#008787")
@@ -35,6 +35,8 @@ class View:
     title: str
     piece: Callable[[int], str]
     total: int  # routed experts of a layer
+    layers: tuple[int, ...]  # those that route
+    ends: tuple[int, ...] = ()  # token ids that end a text
     marks: dict[int, Mark] = field(default_factory=dict)
     experts: tuple[int, ...] = ()
     forwards: int = 0
@@ -53,7 +55,8 @@ class View:
         groups = {"committed": committed, "edited": edited, "provisional": provisional}
         for state, tokens in groups.items():
             for token in tokens:
-                self.marks[token.position] = Mark(self.piece(token.id), token.confidence, state)
+                piece = END if token.id in self.ends else self.piece(token.id)
+                self.marks[token.position] = Mark(piece, token.confidence, state)
         self.experts = tuple(experts) or self.experts
         self.forwards += 1
         self.blocks = max(self.blocks, block + 1)
@@ -81,10 +84,10 @@ class View:
     def touched(self) -> RenderableType:
         """One bar a layer: the unique experts of the last forward out of all there are."""
         table = Table.grid(padding=(0, 1))
-        for number, count in enumerate(self.experts):
+        for layer, count in zip(self.layers, self.experts, strict=False):
             filled = round(BAR * count / self.total)
             bar = Text("█" * filled, style="#5f87d7") + Text("░" * (BAR - filled), style="dim")
-            table.add_row(f"layer {number}", bar, f"{count}/{self.total}")
+            table.add_row(f"layer {layer}", bar, f"{count}/{self.total}")
         return Panel(table, title="experts touched", title_align="left", border_style="dim")
 
 

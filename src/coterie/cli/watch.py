@@ -30,8 +30,13 @@ def require_terminal() -> None:
 
 def view(engine: Engine, policy: str) -> View:
     """An empty view of this engine's model."""
+    model = engine.model
     return View(
-        title=policy, piece=engine.model.codec.piece, total=engine.model.spec.router.experts
+        title=policy,
+        piece=model.codec.piece,
+        total=model.spec.router.experts,
+        layers=model.spec.moe_layers,
+        ends=model.eos_ids,
     )
 
 
