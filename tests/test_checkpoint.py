@@ -16,11 +16,13 @@ from torch import Tensor
 
 from coterie.engine.load import Model, load_model
 from coterie.engine.source import ALL_PARTS, find_folder
+from coterie.families.names import weight_map
 from coterie.model.checkpoint import INDEX, SINGLE, Checkpoint
 from coterie.model.shard import read_header
 from coterie.model.transformer import Transformer
+from coterie.model.weights import allocate
 from coterie.naming import CoterieError
-from coterie.testing import CONFIGS, random_tensors, tiny_config, write_checkpoint
+from coterie.testing import CONFIGS, random_tensors, read_spec, tiny_config, write_checkpoint
 
 GATE = "model.layers.1.mlp.gate.weight"
 UP = "model.layers.2.mlp.experts.7.up_proj.weight"
@@ -99,6 +101,28 @@ def test_weights_are_converted_one_by_one(
     gate = narrow.transformer.layers[0].feed_forward.gate  # type: ignore[union-attr]
     assert gate.dtype == torch.float32
     assert narrow.transformer.dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("stacked", [False, True])
+def test_the_size_of_a_read_does_not_matter(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stacked: bool
+) -> None:
+    folder = one(tmp_path, dtype=torch.bfloat16, stacked=stacked)
+    whole = load_model(folder, device="cpu", dtype="fp32")
+    monkeypatch.setattr("coterie.model.shard.CHUNK", 14)
+    bits = load_model(folder, device="cpu", dtype="fp32")
+    pairs = zip(weights(whole), weights(bits), strict=True)
+    assert all(torch.equal(left, right) for left, right in pairs)
+
+
+def test_a_file_that_shrinks_while_it_is_read_is_noticed(tmp_path: Path) -> None:
+    file = one(tmp_path) / SINGLE
+    checkpoint = Checkpoint.of(tmp_path)
+    family, spec = read_spec(tiny_config("llada2"))
+    places = weight_map(family.names, spec, stacked=False)
+    file.write_bytes(file.read_bytes()[:-1])
+    with pytest.raises(CoterieError, match="cannot be read to its end"):
+        checkpoint.load(places, allocate(spec, torch.float32, torch.device("cpu")))
 
 
 def test_a_tied_head_is_the_embedding(tmp_path: Path) -> None:

@@ -51,6 +51,7 @@ def inspect(
     config = Config.of(find_folder(name, CONFIG_ONLY) / "config.json")
     family = recognise(config)
     spec = family.read(config)
+    length = min(length, spec.max_length)
     return Facts(
         name=EMBEDDED if name is None else str(name),
         family=family,
@@ -59,7 +60,7 @@ def inspect(
         dtype=dtype,
         mask_id=mask_id(config, family, spec.vocabulary),
         eos_ids=eos_ids(config, family, spec.vocabulary),
-        length=min(length, spec.max_length),
+        length=length,
         fits=tuple(
             Fit(memory, experts_that_fit(spec, dtype, memory=memory, length=length))
             for memory in memories
