@@ -10,6 +10,7 @@ import typer
 import coterie
 from coterie.cli import options as o
 from coterie.cli.document import comparison_document, print_document, result_document
+from coterie.cli.lab import evaluate
 from coterie.cli.request import generation_options, ids_of, open_engine, read_prompt
 from coterie.cli.tables import (
     comparison_table,
@@ -218,3 +219,6 @@ def train(
     config = embedded.configure(steps=steps, seed=seed, workers=workers)
     typer.echo(f"training {steps} steps; the log is {out / 'run' / 'log.jsonl'}", err=True)
     print_text(str(embedded.make(out, config)))
+
+
+app.command("eval")(evaluate)
