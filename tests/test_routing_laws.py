@@ -86,6 +86,9 @@ def blocks(
 @given(blocks())
 @law(150)
 def test_vanilla_is_the_unmodified_model_bit_for_bit(scores: Scores):
+    softmax = scores.router.activation == "softmax"
+    act = scores.logits.softmax(-1) if softmax else scores.logits.sigmoid()
+    torch.testing.assert_close(scores.probability, act)
     routing = route(scores, Vanilla())
     ids, weights = _unmodified(scores)
     assert torch.equal(routing.ids, ids)
@@ -262,11 +265,7 @@ def _choice_inside(scores: Scores, coreset: Tensor) -> Tensor:
 
 
 def _rank(scores: Scores) -> list[list[float]]:
-    p = (
-        scores.logits.softmax(-1)
-        if scores.router.activation == "softmax"
-        else scores.logits.sigmoid()
-    )
+    p = scores.probability
     return (p if scores.bias is None else p + scores.bias).flatten(0, 1).tolist()
 
 
