@@ -7,7 +7,7 @@ look follows from the block and from how many forwards there were (``Clock``).
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar, Literal, Protocol
+from typing import Literal, Protocol
 
 from coterie.decoding.canvas import Block, lay_out
 from coterie.decoding.spelling import COUNT, POSITIVE, parse, spell
@@ -55,23 +55,20 @@ class Clock:
         return self.row - self.block
 
 
+@dataclass(frozen=True)
+class Terms:
+    """What a scheme needs of the rest of a plan."""
+
+    aligned: bool = False  # block borders are multiples of the width; else they follow the prompt
+    whole: bool = False  # the last block is not cut off at the last new token
+    stores: bool = False  # prompt and finished blocks are computed for their keys alone
+
+
 class Gaze(Protocol):
-    """How a scheme looks at a block; the rest of a plan follows from three facts about it."""
+    """How a caching scheme looks at a block."""
 
     @property
-    def aligned(self) -> bool:
-        """Block borders are multiples of the block's width; else they start at the prompt's end."""
-        ...
-
-    @property
-    def whole(self) -> bool:
-        """The last block is not cut off at the last new token."""
-        ...
-
-    @property
-    def stores(self) -> bool:
-        """The prompt is prefilled and finished blocks are committed, without denoising."""
-        ...
+    def terms(self) -> Terms: ...
 
     def look(self, block: Block, length: int, clock: Clock) -> Look:
         """The next denoising forward of a block on a canvas of this length."""
@@ -83,8 +80,10 @@ class Uncached:
     """The whole row, every time (LLaDA)."""
 
     aligned: bool = False
-    whole: ClassVar[bool] = False
-    stores: ClassVar[bool] = False
+
+    @property
+    def terms(self) -> Terms:
+        return Terms(self.aligned)
 
     def look(self, block: Block, length: int, clock: Clock) -> Look:
         return Look(0, length, length, voters=(block.start, block.stop), cached=False)
@@ -95,8 +94,10 @@ class Prefix:
     """The whole row on entering a block, then from the block to the end (Fast-dLLM)."""
 
     aligned: bool = False
-    whole: ClassVar[bool] = False
-    stores: ClassVar[bool] = False
+
+    @property
+    def terms(self) -> Terms:
+        return Terms(self.aligned)
 
     def look(self, block: Block, length: int, clock: Clock) -> Look:
         if clock.block == 0:
@@ -116,12 +117,14 @@ class Dual:
     after: int = 0
     warmup: int = 0
     aligned: bool = False
-    whole: ClassVar[bool] = False
-    stores: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         for name in ("before", "after", "warmup"):
             COUNT.check(f"dual:{name}", getattr(self, name))
+
+    @property
+    def terms(self) -> Terms:
+        return Terms(self.aligned)
 
     def look(self, block: Block, length: int, clock: Clock) -> Look:
         if clock.row < self.warmup:
@@ -140,9 +143,9 @@ class BlockCausal:
     that later blocks see its keys (counted apart).
     """
 
-    aligned: ClassVar[bool] = True
-    whole: ClassVar[bool] = True
-    stores: ClassVar[bool] = True
+    @property
+    def terms(self) -> Terms:
+        return Terms(aligned=True, whole=True, stores=True)
 
     def look(self, block: Block, length: int, clock: Clock) -> Look:
         return Look(block.start, block.stop, block.stop, voters=(block.start, block.stop))
@@ -152,9 +155,9 @@ class BlockCausal:
 class BlockCausalUncached:
     """The same attention, with everything up to the block computed every time (official LLaDA2)."""
 
-    aligned: ClassVar[bool] = True
-    whole: ClassVar[bool] = True
-    stores: ClassVar[bool] = False
+    @property
+    def terms(self) -> Terms:
+        return Terms(aligned=True, whole=True)
 
     def look(self, block: Block, length: int, clock: Clock) -> Look:
         here = (block.start, block.stop)
@@ -189,11 +192,12 @@ class Plan:
 
     def blocks(self, prompt: int, new: int, width: int) -> tuple[Block, ...]:
         """The blocks to fill, in order; the last one's ``stop`` is the canvas's length."""
-        return lay_out(prompt, new, width, aligned=self.gaze.aligned, whole=self.gaze.whole)
+        terms = self.gaze.terms
+        return lay_out(prompt, new, width, aligned=terms.aligned, whole=terms.whole)
 
     def prefill(self, first: Block) -> tuple[Look, ...]:
         """What is computed before the first block."""
-        if not self.gaze.stores or first.start == 0:
+        if not self.gaze.terms.stores or first.start == 0:
             return ()
         here = (0, first.start)
         return (Look(*here, first.start, "prefill", here, causal=first.width),)
@@ -217,7 +221,7 @@ class Plan:
     def commit(self, block: Block) -> tuple[Look, ...]:
         """What is computed after a block, before the next one."""
         here = (block.start, block.stop)
-        return (Look(*here, block.stop, "commit", here),) if self.gaze.stores else ()
+        return (Look(*here, block.stop, "commit", here),) if self.gaze.terms.stores else ()
 
     def __str__(self) -> str:
         told = spell(self.gaze, PLANS)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from coterie.decoding.spelling import COUNT, UNIT, parse, spell
-from coterie.decoding.unmask import RULES, Moment, Rule, Threshold
+from coterie.decoding.unmask import RULES, Moment, Rule
 from coterie.naming import CoterieError
 
 
@@ -83,7 +83,7 @@ class Smooth:
 class Unmask:
     """A rule and what surrounds it, spelled ``rule:..+edit:..+credit:..+smooth:..``."""
 
-    rule: Rule = Threshold()
+    rule: Rule
     edit: Edit | None = None
     credit: Credit | None = None
     smooth: Smooth | None = None

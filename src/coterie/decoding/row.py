@@ -13,7 +13,7 @@ from coterie.decoding.canvas import Block, Canvas
 from coterie.decoding.plans import Clock, Look, Plan
 from coterie.decoding.refine import Unmask
 from coterie.decoding.sampling import Proposal, Sampling, propose
-from coterie.decoding.unmask import NEVER, Moment, best
+from coterie.decoding.unmask import NEVER, Entropy, Moment, best
 
 EarlyStop = Literal["off", "block", "token"]
 
@@ -102,7 +102,10 @@ class Row:
         memory = self._memory
         if unmask.credit is not None:
             logits, memory = unmask.credit.fuse(logits, masked, memory)
-        proposal = propose(logits, self.ask.sampling, self.ask.mask, self._generator)
+        doubts = isinstance(unmask.rule, Entropy)
+        proposal = propose(
+            logits, self.ask.sampling, self.ask.mask, self._generator, entropy=doubts
+        )
         moment = self._moment(proposal, masked)
         ids, commit = self._commit(moment)
         edit = torch.zeros_like(commit)

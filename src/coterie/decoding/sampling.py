@@ -31,35 +31,46 @@ class Proposal:
 
     ids: Tensor  # [w] int64
     confidence: Tensor  # [w] fp32: probability of that id
-    entropy: Tensor  # [w] fp32, nats
     unmask: Tensor  # [w] int64: the same, but never the mask id
+    entropy: Tensor | None = None  # [w] fp32, nats
 
 
-def propose(logits: Tensor, sampling: Sampling, mask: int, generator: torch.Generator) -> Proposal:
+def propose(
+    logits: Tensor,
+    sampling: Sampling,
+    mask: int,
+    generator: torch.Generator,
+    *,
+    entropy: bool = False,
+) -> Proposal:
     """Proposal from logits [w, V]; equal logits go to the lower id.
 
     Confidence is the probability at the sampling temperature before top-k and top-p cut. Draws are
     w uniform numbers from a generator on the host, so that they depend on neither device nor
     neighbours. NaN raises.
     """
-    heat = sampling.temperature or 1.0
-    shares = torch.softmax(logits.float() / heat, dim=-1)
+    heated = logits.float() / (sampling.temperature or 1.0)
     if sampling.temperature == 0:
         ids = logits.argmax(dim=-1)
     else:
         draws = torch.rand(logits.shape[0], generator=generator).to(logits.device)
-        ids = _draw(shares, sampling, draws)
-    confidence = shares.gather(-1, ids[:, None])[:, 0]
-    entropy = torch.special.entr(shares).sum(dim=-1)
-    facts = torch.stack((confidence, entropy)).cpu()
-    if not bool(torch.isfinite(facts).all()):
+        ids = _draw(torch.softmax(heated, dim=-1), sampling, draws)
+    chosen = heated.gather(-1, ids[:, None])[:, 0]
+    confidence = (chosen - heated.logsumexp(dim=-1)).exp().cpu()
+    if not bool(torch.isfinite(confidence).all()):
         raise CoterieError("the model's logits are not finite (NaN or inf): nothing was written")
+    doubt = torch.special.entr(torch.softmax(heated, dim=-1)).sum(dim=-1) if entropy else None
     ids = ids.cpu()
-    return Proposal(ids, facts[0], facts[1], unmask=_without(mask, ids, logits))
+    return Proposal(
+        ids,
+        confidence,
+        unmask=_without(mask, ids, logits),
+        entropy=None if doubt is None else doubt.cpu(),
+    )
 
 
 def _draw(shares: Tensor, sampling: Sampling, draws: Tensor) -> Tensor:
-    """Ids [w]: where the cumulated shares, best first, pass draws [w] of what top-k and top-p keep."""
+    """Ids [w]: where the shares that top-k and top-p keep, best first, sum past draws [w]."""
     ranked = shares.sort(dim=-1, descending=True, stable=True)
     kept = ranked.values
     if sampling.top_k:

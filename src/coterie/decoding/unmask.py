@@ -42,6 +42,8 @@ class Moment:
 
 
 class Rule(Protocol):
+    """A frozen dataclass of options."""
+
     def choose(self, moment: Moment) -> Tensor:
         """Bool [w]: the masked positions to write now."""
         ...
@@ -146,6 +148,8 @@ class Entropy:
         COUNT.check("entropy:bound", self.bound)
 
     def choose(self, moment: Moment) -> Tensor:
+        if moment.proposal.entropy is None:
+            raise RuntimeError("the entropy rule needs proposals that know their entropy")
         doubt = moment.proposal.entropy.masked_fill(~moment.masked, float("inf"))
         total = doubt.sort().values.cumsum(dim=0)
         return best(-doubt, max(1, int((total < self.bound).sum())))

@@ -64,10 +64,7 @@ class Generation:
     @staticmethod
     def usual(defaults: Defaults) -> Generation:
         """As the family's models are meant to be used."""
-        unmask = defaults.unmask
-        if unmask == "threshold":
-            unmask = f"threshold:p={defaults.threshold!r}"
-        return Generation(block=defaults.block, plan=defaults.plan, unmask=unmask)
+        return Generation(block=defaults.block, plan=defaults.plan, unmask=defaults.unmask)
 
 
 def ask(

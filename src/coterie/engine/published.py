@@ -64,12 +64,13 @@ class Parameters:
         return value
 
     def ids(self, name: str) -> tuple[int, ...]:
-        """None where absent."""
+        """Empty where absent."""
         value = self._get(name, [])
         listed = value if isinstance(value, list) else [value]
-        if any(isinstance(i, bool) or not isinstance(i, int) for i in listed):
+        found = tuple(i for i in listed if isinstance(i, int) and not isinstance(i, bool))
+        if len(found) < len(listed):
             raise CoterieError(f"{self.where}: {name} is {value!r}, not token ids")
-        return tuple(listed)
+        return found
 
     def part(self, name: str) -> Parameters:
         value = self._get(name, {})
