@@ -86,7 +86,7 @@ class View:
         table = Table.grid(padding=(0, 1))
         for layer, count in zip(self.layers, self.experts, strict=False):
             filled = round(BAR * count / self.total)
-            bar = Text("█" * filled, style="#5f87d7") + Text("░" * (BAR - filled), style="dim")
+            bar = Text.assemble(("━" * filled, "#5f87d7"), ("━" * (BAR - filled), "dim"))
             table.add_row(f"layer {layer}", bar, f"{count}/{self.total}")
         return Panel(table, title="experts touched", title_align="left", border_style="dim")
 
@@ -101,7 +101,7 @@ def style(mark: Mark) -> str:
 
 def legend() -> Text:
     """How to read the colours."""
-    text = Text(" confidence  ", style="dim")
+    text = Text.assemble((" confidence  ", "dim"))
     for step, colour in enumerate(SCALE):
         text.append(f"{step / len(SCALE):.1f} ", style=colour)
     text.append("1.0", style=SCALE[-1])
