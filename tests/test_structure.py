@@ -5,11 +5,14 @@ from __future__ import annotations
 import ast
 import os
 import re
+import runpy
 import subprocess
 import sys
 import tomllib
 from collections import defaultdict
 from pathlib import Path
+
+import pytest
 
 import coterie
 
@@ -95,6 +98,14 @@ def test_the_two_commands_exist_and_ci_calls_one_of_them() -> None:
     makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
     assert {"demo", "test"} <= set(re.findall(r"^(\w+):", makefile, re.M))
     assert "exec make test" in (ROOT / ".ci" / "run").read_text(encoding="utf-8")
+
+
+def test_the_figures_of_the_readme_are_the_records() -> None:
+    figures = runpy.run_path(str(ROOT / "scripts" / "figures.py"))
+    if not figures["RECORD"].is_file():
+        pytest.skip("there is no record of a benchmark yet")
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert text == figures["filled"](text)
 
 
 def test_every_script_can_be_run() -> None:

@@ -17,6 +17,7 @@ from coterie.cli.tables import (
     console,
     facts_document,
     facts_table,
+    option_table,
     policy_documents,
     policy_table,
     print_text,
@@ -200,7 +201,8 @@ def policies(json: o.Json = False) -> None:
     if json:
         print_document(policy_documents())
     else:
-        console().print(policy_table())
+        console().print(policy_table(), "", option_table(), sep="\n")
+        console().print("\nSpelled together: des-vote:beta=0.15,voters=unfilled,protect=top1")
 
 
 @app.command()

@@ -12,7 +12,7 @@ from rich.table import Table
 from coterie.engine.event import Result
 from coterie.engine.facts import Facts, Fit
 from coterie.routing import POLICIES
-from coterie.routing.option import Option, options
+from coterie.routing.option import options
 
 PIPED_WIDTH = 200  # columns where nobody's terminal says how many there are
 UNITS = ("B", "KiB", "MiB", "GiB", "TiB")
@@ -35,14 +35,26 @@ def plain_table(*columns: str, numbers: tuple[str, ...] = ()) -> Table:
 
 
 def policy_table() -> Table:
-    """Every policy: how it is spelled, what it means, where it comes from."""
+    """Every policy: how it is spelled, what it means, where it comes from, what else it takes."""
     table = plain_table("policy", "meaning", "source", "options")
     for name, cls in POLICIES.items():
         offered = options(cls).values()
         meaning, source = split_source(" ".join((cls.__doc__ or "").split()))
         required = ",".join(f"{o.name}=.." for o in offered if o.default == "required")
-        others = " ".join(option_text(o) for o in offered if o.default != "required")
+        others = " ".join(o.name for o in offered if o.default != "required")
         table.add_row(f"{name}:{required}" if required else name, meaning, source, others)
+    return table
+
+
+def option_table() -> Table:
+    """Every option of every policy, once, with the values it takes."""
+    table = plain_table("option", "values")
+    taken: dict[str, dict[str, None]] = {}
+    for option in (o for cls in POLICIES.values() for o in options(cls).values()):
+        values = " | ".join(option.choices) or str(option.within or option.kind.__name__)
+        taken.setdefault(option.name, {})[values] = None
+    for name, values in taken.items():
+        table.add_row(name, ", or ".join(values))
     return table
 
 
@@ -67,14 +79,6 @@ def split_source(text: str) -> tuple[str, str]:
         return text.replace("``", ""), ""
     rest = text[: found.start()] + text[found.end() :]
     return rest.replace("``", ""), found[1]
-
-
-def option_text(option: Option) -> str:
-    """``voters=all|unfilled|masked``, the default first, or ``eps=0.02``."""
-    if option.choices:
-        others = [choice for choice in option.choices if choice != option.default]
-        return f"{option.name}=" + "|".join([str(option.default), *others])
-    return f"{option.name}={'..' if option.default is None else option.default}"
 
 
 def comparison_table(results: Sequence[Result]) -> Table:
