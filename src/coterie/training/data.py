@@ -3,7 +3,7 @@
 A row is a run of blocks. A problem brings its clean blocks once, one noised copy of the block that
 prompt and answer share, and one or two of each later block; a noised block sees the clean blocks
 before it and itself, as it will when the model decodes. What is left of a row is filled with
-drills: bare lines of arithmetic.
+drills: bare lines of arithmetic, and words to copy.
 """
 
 from __future__ import annotations
@@ -17,11 +17,14 @@ from tokenizers import Tokenizer
 from torch import Tensor
 
 from coterie.problems import TASKS, Problem, draw, fact
+from coterie.problems.code import NOUNS, VERBS
+from coterie.problems.words import HOLDERS, NAMES, THINGS
 from coterie.training.batch import Batch
 from coterie.training.vocabulary import ASSISTANT, END, HUMAN, MASK, ROLE_END
 
 NO_TARGET = -100
 DRILL = len(TASKS)  # the task number of a drill
+WORDS = {*NAMES, *THINGS, *HOLDERS, *VERBS, *NOUNS}  # what an answer copies from its question
 
 
 @dataclass(frozen=True)
@@ -35,7 +38,8 @@ class Mixture:
     drills: float = 0.6  # share of rows with a block kept for drills
     all_masked: float = 0.2  # share of noised blocks that start from nothing
     fill_weight: float = 0.1  # of the loss on end-of-text after the first
-    number_weight: float = 2.0  # of the loss on numbers in worked answers
+    content_weight: float = 3.0  # of the loss on numbers, names and things in worked answers
+    copying: float = 0.4  # share of drills that repeat words in place of arithmetic
     result_masked: float = 0.75  # share of drill facts in which the result alone is masked
 
 
@@ -70,7 +74,11 @@ class BatchMaker:
         self.seed = seed
         vocabulary = tokenizer.get_vocab()
         self.mask, self.fill = vocabulary[MASK], vocabulary[END]
-        self.numbers = {i for piece, i in vocabulary.items() if piece.lstrip("Ġ").isdigit()}
+        self.content = {  # in the order of ids, with the piece each stands for
+            i: piece
+            for piece, i in sorted(vocabulary.items(), key=lambda item: item[1])
+            if (word := piece.lstrip("Ġ")) in WORDS or word.isdigit()
+        }
 
     def __call__(self, step: int) -> Batch:
         rng = random.Random(f"{self.seed}/{step}")
@@ -141,6 +149,19 @@ class BatchMaker:
                 yield Block(sheet.ids[at], number, index, sheet.task, masked, weights[at])
 
     def _drill(self, rng: random.Random, place: int) -> Block:
+        ids, masked = self._copies(rng) if rng.random() < self.mixture.copying else self._facts(rng)
+        return Block(ids, -1 - place, rng.randrange(3), DRILL, masked)
+
+    def _copies(self, rng: random.Random) -> tuple[list[int], list[bool]]:
+        """A few words over and over: every masked one stands elsewhere in the block."""
+        width = self.mixture.block
+        words = rng.sample(list(self.content), rng.randint(3, 12))
+        ids = (words * width)[:width]
+        masked = [i >= len(words) and rng.random() < 0.6 for i in range(width)]
+        return ids, masked
+
+    def _facts(self, rng: random.Random) -> tuple[list[int], list[bool]]:
+        """Lines of arithmetic, most of them with the result masked."""
         width = self.mixture.block
         ids: list[int] = []
         masked: list[bool] = []
@@ -153,7 +174,7 @@ class BatchMaker:
                 masked += [rng.random() < 0.5 for _ in line]
         skip = rng.randrange(6)
         at = slice(skip, skip + width)
-        return Block(ids[at], -1 - place, rng.randrange(3), DRILL, masked[at])
+        return ids[at], masked[at]
 
     def _masked(self, rng: random.Random, answer: list[bool], copy: int, copies: int) -> list[bool]:
         """Mask rates stratified over the copies, and some blocks masked whole."""
@@ -168,8 +189,8 @@ class BatchMaker:
     def _weight(self, sheet: Sheet, position: int) -> float:
         if position >= sheet.end:
             return self.mixture.fill_weight
-        if sheet.ids[position] in self.numbers:
-            return self.mixture.number_weight
+        if sheet.ids[position] in self.content:
+            return self.mixture.content_weight
         return 1.0
 
 

@@ -11,7 +11,7 @@ from coterie.training.data import BatchMaker, Mixture
 from coterie.training.loop import Config, Evaluate, train
 from coterie.training.network import Shape
 
-STEPS = 12_000
+STEPS = 10_000
 SHAPE = Shape()  # all but the vocabulary, which the tokenizer decides
 
 
@@ -23,6 +23,7 @@ def configure(*, steps: int = STEPS, seed: int = 0, workers: int = 2) -> Config:
         seed=seed,
         workers=workers,
         shape=replace(SHAPE, vocabulary=words),
+        decay=0.5,
         tasks=(*TASKS, "drill"),
     )
 
