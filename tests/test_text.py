@@ -60,6 +60,12 @@ def test_numbers_refuse_what_the_vocabulary_lacks() -> None:
         Numbers(128).encode("Ü")
 
 
+def test_what_was_no_utf8_is_refused(tmp_path: Path) -> None:
+    for text in (Numbers(512), codec(write_tokenizer(tmp_path))):
+        with pytest.raises(TextError, match="not valid UTF-8"):
+            text.encode("a\udcff")
+
+
 def test_a_folder_without_a_tokenizer_speaks_numbers(tmp_path: Path) -> None:
     assert load_codec(tmp_path, template="", vocabulary=512) == Numbers(512)
 

@@ -93,7 +93,7 @@ def generate(
     \b
     coterie generate "Solve for x: 3x + 4 = 19" --policy des-vote:beta=0.3 --watch
     coterie generate - --model inclusionAI/LLaDA2.0-mini --json < question.txt
-    coterie generate "5 17 33" --model ./checkpoint-without-tokenizer --max-new-tokens 32
+    coterie generate "5 17 33" --model ./folder-without-tokenizer -n 32
     """
     if json and watching:
         raise CoterieError("--json and --watch both want standard output; give one of them")
@@ -172,7 +172,7 @@ def compare(
 def inspect(
     model: Annotated[
         str | None,
-        typer.Argument(help="A folder or a hub id. [default: the model in the package]"),
+        typer.Argument(help="A folder or a hub id. Default: the model in the package."),
     ] = None,
     dtype: Annotated[str, typer.Option("--dtype", help="In which the sizes are given.")] = "bf16",
     length: Annotated[
@@ -180,7 +180,9 @@ def inspect(
     ] = 2048,
     memory: Annotated[
         list[float] | None,
-        typer.Option("--memory", min=0.0, help="GiB to fit into; may be repeated.  [8 16 24]"),
+        typer.Option(
+            "--memory", min=0.0, help="GiB to fit into; may be repeated. Default: 8, 16, 24."
+        ),
     ] = None,
     json: o.Json = False,
 ) -> None:

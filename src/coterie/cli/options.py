@@ -16,7 +16,7 @@ Model = Annotated[
     typer.Option(
         "--model",
         "-m",
-        help="A folder in the official layout, or a hub id. [default: the model in the package]",
+        help="A folder in the official layout, or a hub id. Default: the model in the package.",
         rich_help_panel=RUNNING,
         show_default=False,
     ),
@@ -54,7 +54,7 @@ Plan = Annotated[
     str | None,
     typer.Option(
         "--plan",
-        help="The caching scheme: uncached, prefix, dual[:before=16,after=16], block-causal.",
+        help="The caching scheme: uncached, prefix, dual:before=16,after=16, block-causal.",
         rich_help_panel=DECODING,
     ),
 ]
@@ -136,7 +136,7 @@ Dtype = Annotated[
     str | None,
     typer.Option(
         "--dtype",
-        help="float32, bfloat16 or float16. [default: fits the device]",
+        help="float32, bfloat16 or float16. Default: what fits the device.",
         rich_help_panel=RUNNING,
         show_default=False,
     ),

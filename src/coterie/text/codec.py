@@ -55,6 +55,7 @@ class Subwords:
     ends: tuple[int, ...]
 
     def encode(self, prompt: str, *, raw: bool = False) -> list[int]:
+        _utf8(prompt)
         if raw:
             return self.tokenizer.encode(prompt).ids
         text = self.template.render([{"role": "user", "content": prompt}])
@@ -81,7 +82,7 @@ class Numbers:
 
     def encode(self, prompt: str, *, raw: bool = False) -> list[int]:
         ids = _numbers(prompt)
-        found = list(prompt.encode("utf-8", "surrogateescape")) if ids is None else ids
+        found = list(_utf8(prompt)) if ids is None else ids
         beyond = [token for token in found if token >= self.vocabulary]
         if beyond:
             raise TextError(
@@ -118,6 +119,14 @@ def load_codec(folder: Path, *, template: str, vocabulary: int) -> Codec:
         mask=tokenizer.token_to_id(MASK_TOKEN),
         ends=_ends(folder, tokenizer),
     )
+
+
+def _utf8(prompt: str) -> bytes:
+    try:
+        return prompt.encode("utf-8")
+    # Bytes that were no UTF-8 where the prompt came from arrive as lone surrogates.
+    except UnicodeEncodeError:
+        raise TextError("the prompt is not valid UTF-8 text") from None
 
 
 def _numbers(prompt: str) -> list[int] | None:
