@@ -1,4 +1,4 @@
-"""The command line: ``coterie generate | compare | inspect | policies | train``."""
+"""The command line: ``coterie generate | compare | eval | inspect | policies | train``."""
 
 from coterie.cli.edge import main
 

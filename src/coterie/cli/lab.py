@@ -31,7 +31,7 @@ def evaluate(
     policies: o.Policies = None,
     tasks: Annotated[
         list[str] | None,
-        typer.Option("--task", help=f"Of {', '.join(TASKS)}; may be repeated.  [all]"),
+        typer.Option("--task", help=f"Of {', '.join(TASKS)}; may be repeated. Default: all."),
     ] = None,
     count: Annotated[int, typer.Option("--items", min=1, help="Problems of each task.")] = 50,
     seed: Annotated[int, typer.Option("--seed", min=0, help="Of the problems drawn.")] = 1,
