@@ -112,6 +112,13 @@ class Counting:
             found[layer] = figure
         return tuple(int(figure[0]) for figure in _read([found[i] for i in sorted(found)]))
 
+    def absorb(self, other: Counting) -> None:
+        """Add what another was shown, such as a forward that has come out well."""
+        for row, seen in other._seen.items():
+            self._seen.setdefault(row, []).extend(seen)
+        moved = other._stored
+        self.served(0, moved.hits, moved.misses, moved.size)
+
     def forget(self, row: Row) -> None:
         """Drop one row's counts."""
         self._seen.pop(row, None)

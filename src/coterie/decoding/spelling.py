@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import MISSING, dataclass, fields
 from typing import Protocol, TypeVar, get_type_hints
@@ -28,7 +29,7 @@ class Range:
 
     def check(self, name: str, value: float) -> None:
         inside = self.low < value if self.open_low else self.low <= value
-        if not (inside and value <= self.high):
+        if not (inside and value <= self.high and math.isfinite(value)):
             raise CoterieError(f"{name} must lie in {self}, not {value!r}")
 
     def __str__(self) -> str:

@@ -71,7 +71,8 @@ def forward(
     Only decoding forwards are counted. If logits are not finite this raises, and no row has moved.
     """
     look = group[0].look
-    recorder = counting if look.kind == "decode" else Null()
+    counted = Counting()
+    recorder = counted if look.kind == "decode" else Null()
     recorder.began(tuple(slot.number for slot in group))
     step = Step(
         window=_window(group),
@@ -88,6 +89,7 @@ def forward(
     logits = transformer(tokens.to(transformer.device), step)
     if not bool(torch.isfinite(logits).all()):
         raise CoterieError("the model's logits are not finite (NaN or inf): no token was written")
+    counting.absorb(counted)
     return [_move_on(transformer, slot, part) for slot, part in _shares(group, logits)]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
@@ -49,6 +50,8 @@ class Parameters:
         value = self._get(name, default)
         if isinstance(value, bool) or not isinstance(value, int | float):
             raise CoterieError(f"{self.where}: {name} is {value!r}, not a number")
+        if not math.isfinite(value):
+            raise CoterieError(f"{self.where}: {name} is {value!r}; it must be finite")
         return float(value)
 
     def flag(self, name: str, default: bool) -> bool:

@@ -1,0 +1,193 @@
+"""Published generations, id by id and forward by forward; and references damaged on purpose."""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from shared import golden, golden_sets
+
+from coterie.decoding.plans import Dual, parse_plan
+from coterie.decoding.refine import parse_unmask
+from coterie.engine import parity
+from coterie.engine.published import LOOPS, Parameters, tell
+from coterie.engine.replay import generation_verdicts
+from coterie.naming import CoterieError
+
+Meta = dict
+Held = dict[str, np.ndarray]
+
+
+@pytest.mark.parametrize("name", golden_sets())
+def test_every_published_generation_comes_out_the_same(name: str) -> None:
+    verdicts = generation_verdicts(golden(*name.split("/")))
+    assert {v.name: v.problems for v in verdicts if not v.passed} == {}
+    judged = [v for v in verdicts if not v.excused]
+    assert len(judged) >= len(verdicts) / 2
+
+
+@pytest.fixture
+def damaged(tmp_path: Path) -> Callable[[Callable[[Meta, Held], None]], Path]:
+    """A copy of a small set after a function had its way with meta and arrays."""
+
+    def make(harm: Callable[[Meta, Held], None]) -> Path:
+        folder = golden("sdar_moe", "a")
+        for file in folder.iterdir():
+            shutil.copyfile(file, tmp_path / file.name)
+        meta = json.loads((folder / "meta.json").read_text())
+        with np.load(folder / "reference.npz") as archive:
+            held = {name: archive[name].copy() for name in archive.files}
+        harm(meta, held)
+        (tmp_path / "meta.json").write_text(json.dumps(meta))
+        np.savez(tmp_path / "reference.npz", **held)
+        return tmp_path
+
+    return make
+
+
+def entry(meta: Meta) -> dict:
+    return meta["generations"][0]
+
+
+def drop(name: str) -> Callable[[Meta, Held], None]:
+    return lambda meta, held: held.__delitem__(name)
+
+
+def put(key: str, value: object) -> Callable[[Meta, Held], None]:
+    return lambda meta, held: entry(meta).__setitem__(key, value)
+
+
+def ask(key: str, value: object) -> Callable[[Meta, Held], None]:
+    return lambda meta, held: entry(meta)["params"].__setitem__(key, value)
+
+
+def change(name: str, how: Callable[[np.ndarray], np.ndarray]) -> Callable[[Meta, Held], None]:
+    return lambda meta, held: held.__setitem__(name, how(held[name]))
+
+
+def other_id(array: np.ndarray) -> np.ndarray:
+    array[-1] = (array[-1] + 1) % 500
+    return array
+
+
+OUT, PROMPT = "gen_static_b4_out", "gen_static_b4_prompt"
+CALLS = "gen_static_b4_calls_len_pos_store"
+
+
+@pytest.mark.parametrize(
+    ("harm", "told"),
+    [
+        (ask("surprise", 1), "unknown parameter 'surprise'"),
+        (ask("denoising_steps", 3), "no multiple of 3 steps"),
+        (ask("threshold", "high"), "threshold is 'high', not a number"),
+        (ask("threshold", math.nan), "threshold is nan"),
+        (ask("remasking", "random"), "remasking is 'random'; known: low_confidence"),
+        (ask("stopping_criteria_idx", ["x"]), "not token ids"),
+        (put("params", None), "params is None"),
+        (put("nfe", "39"), "nfe is '39', not a whole number"),
+        (put("nfe", 40), "nfe is 40, but 39 calls are recorded"),
+        (put("tag", 3), "without a tag"),
+        (put("tag", "static_b5"), "gen_static_b5_prompt is missing"),
+        (put("n_out", 3), "n_out is 3"),
+        (drop(OUT), f"{OUT} is missing"),
+        (drop(PROMPT), f"{PROMPT} is missing"),
+        (drop(CALLS), f"{CALLS} is missing"),
+        (change(OUT, lambda x: x.astype(np.float32)), f"{OUT} is float32"),
+        (change(OUT, lambda x: x[None, None]), f"{OUT} has shape"),
+        (change(OUT, lambda x: x[:0]), f"{OUT} has shape"),
+        (change(CALLS, lambda x: x[:, :2]), CALLS),
+        (change(PROMPT, lambda x: x + 600), "no token id below 512"),
+        (lambda meta, held: meta.pop("generations"), "lists no generations"),
+        (lambda meta, held: meta["generations"].clear(), "lists no generations"),
+        (lambda meta, held: meta["generations"].pop(), "belongs to no generation"),
+        (lambda meta, held: meta["generations"].append(entry(meta)), "lists a generation twice"),
+        (lambda meta, held: meta.__setitem__("family", "gpt"), "family is 'gpt'; known: "),
+    ],
+)
+def test_a_damaged_reference_is_told(damaged, harm, told: str) -> None:
+    with pytest.raises(CoterieError, match=told):
+        generation_verdicts(damaged(harm))
+
+
+@pytest.mark.parametrize(
+    ("harm", "problem"),
+    [
+        (change(OUT, other_id), "ids of row 0 differ from 39 on"),
+        (change(OUT, lambda x: x[:-1]), "another length"),
+        (change(CALLS, lambda x: np.where(x == 12, 8, x)), "has another input"),
+        (change(PROMPT, other_id), "ids of row 0 differ"),
+        (ask("threshold", 0.2), "forwards, not 30"),
+    ],
+)
+def test_a_reference_that_says_otherwise_fails(damaged, harm, problem: str) -> None:
+    def harm_lengths_too(meta: Meta, held: Held) -> None:
+        harm(meta, held)
+        entry(meta).pop("n_out", None)
+
+    verdicts = {v.name: v for v in generation_verdicts(damaged(harm_lengths_too))}
+    verdict = verdicts["static_b4 [block-causal]"]
+    assert not verdict.passed
+    assert any(problem in line for line in verdict.problems), verdict.problems
+
+
+def test_the_command_fails_where_a_set_does(damaged, capsys: pytest.CaptureFixture[str]) -> None:
+    whole, broken = golden("sdar_moe", "a2"), damaged(change(OUT, other_id))
+    assert parity.main([str(whole)]) == 0
+    assert parity.main([str(whole), str(broken), str(broken / "none")]) == 1
+    told = capsys.readouterr().out
+    assert "FAILED   static_b4" in told
+    assert "DAMAGED" in told
+    assert told.endswith("1 of 3 sets agree\n")
+    assert parity.main([]) == 2
+
+
+DINFER = {
+    "decoder": "credit",
+    "runner": "itersmooth_vicinity",
+    "gen_length": 64,
+    "block_length": 32,
+    "start_block_align": True,
+    "maximum_unroll": 4,
+    "expected_tpf": 8,
+    "threshold": 0.8,
+    "low_threshold": 0.3,
+    "prefix_look": 16,
+    "after_look": 8,
+    "warmup_steps": 4,
+    "cont_weight": 0.4,
+    "cont_weight_init": 0.2,
+    "cont_weight_growth": 0.01,
+    "threshold_decay": 0.05,
+    "credit": {"alpha": 0.6, "gamma": 0.1, "beta": 0.7},
+}
+
+
+def test_every_parameter_of_dinfer_is_honoured() -> None:
+    loop = tell("inclusionAI/dInfer@fce4e32", Parameters("here", DINFER), mask=511, end=508)
+    (generation,) = loop.generations
+    plan, unmask = parse_plan(generation.plan), parse_unmask(generation.unmask)
+    assert plan.gaze == Dual(before=16, after=8, warmup=4, aligned=True)
+    assert (plan.unroll.most, plan.unroll.tokens) == (4, 8)
+    assert str(unmask) == (
+        "threshold:p=0.8+credit:alpha=0.6,gamma=0.1,beta=0.7"
+        "+smooth:weight=0.4,init=0.2,growth=0.01,decay=0.05"
+    )
+    assert (generation.block, generation.max_new_tokens) == (32, 64)
+
+
+@pytest.mark.parametrize("name", [*DINFER, "unheard_of"])
+def test_no_parameter_of_dinfer_may_be_of_another_kind(name: str) -> None:
+    wrong = Parameters("here", DINFER | {name: ["x"]})
+    with pytest.raises(CoterieError, match=name):
+        tell("inclusionAI/dInfer@fce4e32", wrong, mask=511, end=508)
+
+
+def test_an_unknown_loop_is_told_what_is_known() -> None:
+    with pytest.raises(CoterieError, match=r"no loop known here; known: ML-GSAI/LLaDA"):
+        tell("somebody/else", Parameters("here", {}), mask=1, end=2)
+    assert len(LOOPS) == 6
