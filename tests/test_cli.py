@@ -189,6 +189,8 @@ def test_help_and_version_succeed(capsys: Capture) -> None:
         (["generate", "5", "--seed", "1", "-t", "0"], "--seed needs --temperature above 0"),
         (["generate", "5", "--seed", "-1", "-t", "1"], "--seed"),
         (["generate", "5", "--commit", "maybe"], "--commit"),
+        (["generate", "5", "--commit", "policy", "--plan", "uncached"], "commits no blocks"),
+        (["generate", "5", "--prefill", "policy", "--plan", "uncached"], "every forward decodes"),
         (["generate", "5", "--dtype", "int3"], "unknown dtype 'int3'"),
         (["generate", "5", "--device", "tpu"], "unknown device 'tpu'"),
         (["generate", "5", "--device", "cuda:99"], "'cuda:99' is not there"),

@@ -11,7 +11,13 @@ import coterie
 from coterie.cli import options as o
 from coterie.cli.document import comparison_document, print_document, result_document
 from coterie.cli.lab import evaluate
-from coterie.cli.request import generation_options, ids_of, open_engine, read_prompt
+from coterie.cli.request import (
+    check_effect,
+    generation_options,
+    ids_of,
+    open_engine,
+    read_prompt,
+)
 from coterie.cli.tables import (
     comparison_table,
     console,
@@ -107,6 +113,7 @@ def generate(
     named = spell(parse_policy(policy))
     asked = read_prompt(prompt)
     engine = open_engine(model, dtype=dtype, device=device)
+    check_effect(engine, wanted)
     ids = ids_of(engine, asked, raw=raw)
     if watching:
         result = watch(engine, ids, named, wanted)
@@ -119,7 +126,7 @@ def generate(
         print_text(result.text)
     terminal = console(stderr=True)
     if terminal.is_terminal:
-        terminal.print(summary(result), style="dim")
+        terminal.print(summary(result, timed=not watching), style="dim")
 
 
 @app.command()
@@ -158,6 +165,7 @@ def compare(
     named = dict.fromkeys(["vanilla", *(spell(parse_policy(p)) for p in policies or COMPARED)])
     asked = read_prompt(prompt)
     engine = open_engine(model, dtype=dtype, device=device)
+    check_effect(engine, wanted)
     ids = ids_of(engine, asked, raw=raw)
     # The first forwards of a process are slow; no policy shall pay for that alone.
     engine.generate(ids, **{**wanted, "max_new_tokens": 1})

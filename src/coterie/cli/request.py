@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
 
 from coterie.cli.tables import console
+from coterie.decoding.plans import BlockCausalUncached, Uncached, parse_plan
 from coterie.engine.engine import Engine, load
 from coterie.naming import CoterieError
 
@@ -47,6 +48,16 @@ def open_engine(model: str | None, *, dtype: str | None, device: str) -> Engine:
     """The engine, with a bar on stderr while large weights load."""
     with _bar() as heard:
         return load(model, dtype=dtype, device=device, progress=heard)
+
+
+def check_effect(engine: Engine, wanted: Options) -> None:
+    """Raises for an option that this plan has no use for."""
+    text = str(wanted.get("plan", engine.generation.plan))
+    gaze = parse_plan(text).gaze
+    if "commit" in wanted and not gaze.terms.stores:
+        raise CoterieError(f"--commit has no effect with --plan {text}: it commits no blocks")
+    if "prefill" in wanted and isinstance(gaze, Uncached | BlockCausalUncached):
+        raise CoterieError(f"--prefill has no effect with --plan {text}: every forward decodes")
 
 
 def ids_of(engine: Engine, prompt: str, *, raw: bool) -> list[int]:

@@ -103,12 +103,12 @@ def comparison_table(results: Sequence[Result]) -> Table:
     return table
 
 
-def summary(result: Result) -> str:
-    """One line under an answer."""
+def summary(result: Result, *, timed: bool) -> str:
+    """One line under an answer; ``timed`` False where something else took time too."""
+    speed = f"{result.seconds:.2f} s, {result.tokens_per_second:.1f} tokens/s, " if timed else ""
     return (
-        f"{result.new_tokens} tokens in {result.forwards} forwards, {result.seconds:.2f} s, "
-        f"{result.tokens_per_second:.1f} tokens/s, {result.experts.mean:.1f} of "
-        f"{result.experts.total} experts a layer ({result.policy})"
+        f"{result.new_tokens} tokens in {result.forwards} forwards, {speed}"
+        f"{result.experts.mean:.1f} of {result.experts.total} experts a layer ({result.policy})"
     )
 
 

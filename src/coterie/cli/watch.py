@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import time
 from collections.abc import Iterable, Sequence
 
 from rich.live import Live
@@ -13,14 +14,15 @@ from coterie.engine.engine import Engine
 from coterie.engine.event import Denoised, Event, Finished, Result
 from coterie.naming import CoterieError
 
+HOLD = 0.08  # seconds that a frame stays at least: a small model is faster than the eye
+
 
 def watch(engine: Engine, prompt: Sequence[int], policy: str, options: dict[str, object]) -> Result:
-    """Generates while the terminal shows it; raises where standard output is no terminal."""
+    """Generates while the terminal shows it, slowed for the eye; raises where there is none."""
     require_terminal()
     screen = view(engine, policy)
-    with Live(screen, console=console(), refresh_per_second=20) as live:
-        result = follow(screen, engine.stream(prompt, policy=policy, **options), live)
-    return result
+    with Live(screen, console=console(), auto_refresh=False) as live:
+        return follow(screen, engine.stream(prompt, policy=policy, **options), live)
 
 
 def require_terminal() -> None:
@@ -45,9 +47,11 @@ def follow(screen: View, events: Iterable[Event], live: Live | None = None) -> R
     for event in events:
         if isinstance(event, Finished):
             return event.result
+        shown = time.perf_counter()
         show(screen, event)
         if live is not None:
             live.refresh()
+            time.sleep(max(0.0, HOLD - (time.perf_counter() - shown)))
     raise RuntimeError("a stream ended without a result")
 
 
