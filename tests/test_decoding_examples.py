@@ -238,15 +238,15 @@ def test_masks_that_are_proposed_again_do_not_hold_a_row_up() -> None:
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
 def test_numbers_that_are_none_lose_nothing(bad: float) -> None:
-    row = Row(ask())
+    row, untroubled = Row(ask(sampling=Sampling(3.0))), Row(ask(sampling=Sampling(3.0)))
     look, before = row.look, row.canvas.tokens.tolist()
     logits = sure([1, 1, 1])
     logits[1, 2] = bad
     with pytest.raises(CoterieError, match="not finite"):
         row.receive(logits)
     assert (row.look, row.canvas.tokens.tolist(), row.clock) == (look, before, Clock())
-    row.receive(sure([1, 1, 1]))
-    assert row.canvas.tokens.tolist()[2:5] == [1, 1, 1]
+    logits = torch.randn(3, 4, generator=torch.Generator().manual_seed(0))
+    assert row.receive(logits) == untroubled.receive(logits)
 
 
 def test_equal_logits_go_to_the_lower_id() -> None:
@@ -279,6 +279,8 @@ def test_temperature_sharpens() -> None:
         ("thresold:p=0.9", "unknown unmasking rule 'thresold'; known: .*threshold"),
         ("threshold:q=0.9", "unknown option 'q=0.9'.*known: p, slack"),
         ("threshold:p=1.5", "threshold:p must lie in"),
+        ("threshold:p=0.5,p=0.6", "p is given twice"),
+        ("threshold:p=0.5,", "unknown option ''"),
         ("threshold:p=0", "threshold:p must lie in"),
         ("threshold:p=nan", "threshold:p must lie in"),
         ("fixed:steps=0", "fixed:steps must lie in"),

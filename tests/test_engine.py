@@ -77,7 +77,7 @@ requests = st.fixed_dictionaries(
 )  # fmt: skip
 
 
-@settings(max_examples=25)
+@settings(max_examples=15)
 @given(st.lists(requests, min_size=2, max_size=4), st.integers(0, 3))
 def test_rows_in_a_batch_are_the_rows_alone(wanted: list[dict], late: int) -> None:
     host = engine()
@@ -111,7 +111,7 @@ def test_rows_of_one_width_share_a_forward(monkeypatch: pytest.MonkeyPatch) -> N
 
 
 @given(st.sampled_from(["uncached", "prefix", "dual", "block-causal"]), st.integers(0, 20))
-@settings(max_examples=20)
+@settings(max_examples=10)
 def test_the_whole_share_is_the_unmodified_model(plan: str, seed: int) -> None:
     prompt = torch.randint(0, 90, (9,), generator=torch.Generator().manual_seed(seed)).tolist()
     expected = engine(plan=plan).generate(prompt)
@@ -120,7 +120,7 @@ def test_the_whole_share_is_the_unmodified_model(plan: str, seed: int) -> None:
 
 
 @given(st.lists(st.integers(0, 93), min_size=1, max_size=20), st.sampled_from([4, 8]))
-@settings(max_examples=20)
+@settings(max_examples=10)
 def test_a_cache_of_finished_blocks_is_exact(prompt: list[int], block: int) -> None:
     cached = engine(block=block).generate(prompt, plan="block-causal")
     whole = engine(block=block).generate(prompt, plan="block-causal-uncached")

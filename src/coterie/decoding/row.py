@@ -159,8 +159,11 @@ class Row:
 
     def _change(self, moment: Moment, ids: Tensor, commit: Tensor, edit: Tensor) -> Change:
         commit = commit & (ids != moment.mask)
-        waiting = moment.masked & ~commit
-        return Change(*(self._tokens(where, ids, moment) for where in (commit, edit, waiting)))
+        return Change(
+            committed=self._tokens(commit, ids, moment),
+            edited=self._tokens(edit, ids, moment),
+            provisional=self._tokens(moment.masked & ~commit, moment.proposal.unmask, moment),
+        )
 
     def _tokens(self, where: Tensor, ids: Tensor, moment: Moment) -> tuple[Token, ...]:
         first = self.block.start - self.canvas.prompt

@@ -50,15 +50,15 @@ def propose(
     neighbours. NaN raises.
     """
     heated = logits.float() / (sampling.temperature or 1.0)
+    total = heated.logsumexp(dim=-1)
+    if not bool(torch.isfinite(total).all()):
+        raise CoterieError("the model's logits are not finite (NaN or inf): nothing was written")
     if sampling.temperature == 0:
         ids = logits.argmax(dim=-1)
     else:
         draws = torch.rand(logits.shape[0], generator=generator).to(logits.device)
         ids = _draw(torch.softmax(heated, dim=-1), sampling, draws)
-    chosen = heated.gather(-1, ids[:, None])[:, 0]
-    confidence = (chosen - heated.logsumexp(dim=-1)).exp().cpu()
-    if not bool(torch.isfinite(confidence).all()):
-        raise CoterieError("the model's logits are not finite (NaN or inf): nothing was written")
+    confidence = (heated.gather(-1, ids[:, None])[:, 0] - total).exp().cpu()
     doubt = torch.special.entr(torch.softmax(heated, dim=-1)).sum(dim=-1) if entropy else None
     ids = ids.cpu()
     return Proposal(

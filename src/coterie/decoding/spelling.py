@@ -52,11 +52,13 @@ def parse(text: str, table: Mapping[str, type[S]], noun: str) -> S:
     cls = table[name]
     hints = get_type_hints(cls)
     given: dict[str, int | float | str] = {}
-    for part in filter(None, (piece.strip() for piece in tail.split(","))):
+    for part in tail.split(",") if tail else []:
         key, equals, value = (piece.strip() for piece in part.partition("="))
         if not equals or key not in hints:
             known = ", ".join(hints) or "none"
             raise CoterieError(f"unknown option {part!r} of {noun} {name!r}; known: {known}")
+        if key in given:
+            raise CoterieError(f"{key} is given twice in {text!r}")
         given[key] = _read(hints[key], value, f"{name}:{key}")
     missing = [f.name for f in fields(cls) if f.default is MISSING and f.name not in given]  # pyright: ignore[reportArgumentType]
     if missing:

@@ -150,10 +150,8 @@ def _judge(run: Run, model: Model, mask: int, end: int) -> list[Verdict]:
     algorithm = ALGORITHMS.get(run.family) or str(entry.get("algo"))
     loop = tell(algorithm, Parameters(run.where, values), mask=mask, end=end)
     model = replace(model, mask_id=loop.mask, eos_ids=loop.stops)
-    return [
-        _verdict(run, generation, play(model, generation, run.prompts))
-        for generation in loop.generations
-    ]
+    ways = loop.generations[:1] if run.excused else loop.generations
+    return [_verdict(run, way, play(model, way, run.prompts)) for way in ways]
 
 
 def play(model: Model, generation: Generation, prompts: Sequence[Sequence[int]]) -> Played:
