@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 from torch import Tensor
 
+from coterie.naming import CoterieError
 from coterie.training import export
 from coterie.training.attend import attend
 from coterie.training.batch import Batch
@@ -200,14 +201,21 @@ def test_workers_sum_to_what_one_worker_finds(tmp_path: Path) -> None:
 def test_resumed_run_equals_an_uninterrupted_one(tmp_path: Path) -> None:
     whole = train(counting, CONFIG, tmp_path / "whole")
     with pytest.raises(InterruptedError):
-        train(counting, replace(CONFIG, evaluate_every=4), tmp_path / "half", evaluate=_interrupt)
+        train(counting, CONFIG, tmp_path / "half", told=_interrupt)
     again = train(counting, CONFIG, tmp_path / "half")
     for name, weight in whole.official().items():
         assert torch.equal(weight, again.official()[name]), name
 
 
-def _interrupt(network: Network, step: int) -> dict[str, float]:
-    raise InterruptedError(step)
+def _interrupt(line: dict[str, object]) -> None:
+    if line["step"] == 5:
+        raise InterruptedError
+
+
+def test_a_folder_of_another_run_is_refused(tmp_path: Path) -> None:
+    train(counting, replace(CONFIG, steps=1), tmp_path)
+    with pytest.raises(CoterieError, match="other settings"):
+        train(counting, replace(CONFIG, seed=1), tmp_path)
 
 
 def test_balance_moves_load_to_idle_experts(tmp_path: Path) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -10,7 +9,7 @@ import typer
 import coterie
 from coterie.cli import options as o
 from coterie.cli.document import comparison_document, print_document, result_document
-from coterie.cli.lab import evaluate
+from coterie.cli.lab import evaluate, train
 from coterie.cli.request import (
     check_effect,
     generation_options,
@@ -35,7 +34,6 @@ from coterie.engine.facts import inspect as read_facts
 from coterie.engine.load import DTYPES
 from coterie.naming import CoterieError
 from coterie.routing import parse_policy, spell
-from coterie.training import embedded
 
 COMPARED = ("des-vote:beta=0.5", "des-vote:beta=0.3", "des-vote:beta=0.15", "des-seq:k=3")
 
@@ -215,22 +213,5 @@ def policies(json: o.Json = False) -> None:
         console().print("\nSpelled together: des-vote:beta=0.15,voters=unfilled,protect=top1")
 
 
-@app.command()
-def train(
-    out: Annotated[
-        Path, typer.Option("--out", "-o", help="Folder for the run and the checkpoint.")
-    ] = Path("runs/embedded"),
-    steps: Annotated[int, typer.Option("--steps", min=1, help="Optimiser steps.")] = embedded.STEPS,
-    seed: Annotated[int, typer.Option("--seed", min=0, help="Of data and weights.")] = 0,
-    workers: Annotated[int, typer.Option("--workers", min=1, help="Processes.")] = 2,
-) -> None:
-    """Train the model in the package again, from a seed; a stopped run resumes where it was.
-
-    Takes about 90 minutes on two cores. `coterie generate --model OUT/model` runs the result.
-    """
-    config = embedded.configure(steps=steps, seed=seed, workers=workers)
-    typer.echo(f"training {steps} steps; the log is {out / 'run' / 'log.jsonl'}", err=True)
-    print_text(str(embedded.make(out, config)))
-
-
 app.command("eval")(evaluate)
+app.command("train")(train)

@@ -1,12 +1,11 @@
-"""``coterie eval``: what a policy costs, on fresh problems of the model in the package."""
+"""``coterie eval`` and ``coterie train``: the model in the package, examined and made again."""
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, cast
 
 import typer
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -15,13 +14,14 @@ from rich.table import Table
 from coterie.cli import options as o
 from coterie.cli.document import print_document
 from coterie.cli.request import open_engine
-from coterie.cli.tables import console, plain_table, readable
+from coterie.cli.tables import console, plain_table, print_text, readable
 from coterie.evals.exam import Answer, items, sit
-from coterie.evals.report import Line, lines
+from coterie.evals.report import Line, lines, share
 from coterie.naming import CoterieError
 from coterie.problems import TASKS
 from coterie.results import record, write_record
 from coterie.routing import parse_policy, spell
+from coterie.training import embedded
 
 TITLE = "Embedded tasks by policy"
 
@@ -59,7 +59,8 @@ def evaluate(
         raise CoterieError(f"unknown task {unknown[0]!r}; known: {', '.join(TASKS)}")
     asked = items(chosen, count, seed)
     engine = open_engine(model, dtype=dtype, device=device)
-    with _bar(len(asked) * len(named)) as told:
+    with _bar() as bar:
+        told = _live(bar, len(asked) * len(named))
         sheets = [sit(engine, asked, policy, rows=rows, told=told) for policy in named]
     lined = lines(sheets, chosen)
     policies_found = [line.document() for line in lined]
@@ -97,26 +98,54 @@ def exam_table(found: Sequence[Line], tasks: Sequence[str]) -> Table:
     return table
 
 
-class _Told:
-    """Moves the bar and keeps the live accuracy of each policy beside it."""
+def train(
+    out: Annotated[
+        Path, typer.Option("--out", "-o", help="Folder for the run and the checkpoint.")
+    ] = Path("runs/embedded"),
+    steps: Annotated[int, typer.Option("--steps", min=1, help="Optimiser steps.")] = embedded.STEPS,
+    seed: Annotated[int, typer.Option("--seed", min=0, help="Of data and weights.")] = 0,
+    workers: Annotated[int, typer.Option("--workers", min=1, help="Processes.")] = 2,
+) -> None:
+    """Train the model in the package again, from a seed; a stopped run resumes where it was.
 
-    def __init__(self, progress: Progress, total: int) -> None:
-        self._progress = progress
-        self._task = progress.add_task("", total=total)
-        self._right: dict[str, list[bool]] = {}
+    Takes about an hour on two cores. `coterie generate --model OUT/model` runs the result.
+    """
+    config = embedded.configure(steps=steps, seed=seed, workers=workers)
+    print(f"coterie: the log is {out / 'run' / 'log.jsonl'}", file=sys.stderr)
+    with _bar() as bar:
+        task = bar.add_task("training", total=steps)
 
-    def __call__(self, answer: Answer) -> None:
-        right = self._right.setdefault(answer.policy, [])
-        right.append(answer.right)
-        text = f"{answer.policy} {sum(right) / len(right):.1%}"
-        self._progress.update(self._task, advance=1, description=text)
+        def told(line: Mapping[str, object]) -> None:
+            said = f"loss {line['loss']:.3f}, {line['speed']:,} positions/s"
+            bar.update(task, completed=cast("int", line["step"]), description=said)
+
+        folder = embedded.make(out, config, told=told)
+    print_text(str(folder))
 
 
-@contextmanager
-def _bar(total: int) -> Iterator[_Told]:
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
+def _live(bar: Progress, total: int) -> Callable[[Answer], None]:
+    """Moves the bar at every answer, and keeps each policy's accuracy so far beside it."""
+    task = bar.add_task("", total=total)
+    right: dict[str, list[bool]] = {}
+
+    def told(answer: Answer) -> None:
+        so_far = right.setdefault(answer.policy, [])
+        so_far.append(answer.right)
+        said = f"{answer.policy} {share(so_far).value:.1%}"
+        bar.update(task, advance=1, description=said)
+
+    return told
+
+
+def _bar() -> Progress:
+    """On stderr, gone when done; where stderr is no terminal, nothing."""
     to = console(stderr=True)
-    with Progress(
-        *columns, TimeRemainingColumn(), console=to, transient=True, disable=not to.is_terminal
-    ) as progress:
-        yield _Told(progress, total)
+    return Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(),
+        console=to,
+        transient=True,
+        disable=not to.is_terminal,
+    )

@@ -2,42 +2,63 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+import json
+from dataclasses import asdict, replace
 from pathlib import Path
 
+from coterie.naming import CoterieError
 from coterie.problems import TASKS
+from coterie.results import Measure, record, write_record
 from coterie.training import export, vocabulary
 from coterie.training.data import BatchMaker, Mixture
-from coterie.training.loop import Config, Evaluate, train
+from coterie.training.loop import Config, Told, train
 from coterie.training.network import Shape
 
 STEPS = 10_000
-SHAPE = Shape()  # all but the vocabulary, which the tokenizer decides
+TOLD = 500  # steps between the lines of the log that a record keeps
 
 
 def configure(*, steps: int = STEPS, seed: int = 0, workers: int = 2) -> Config:
-    """The run that made the weights in the package, or a shorter one of the same form."""
+    """The run that made the weights in the package, or a shorter one of the same form.
+
+    Raises CoterieError unless the rows of a batch can be shared evenly by ``workers``.
+    """
+    if Mixture().rows % workers:
+        raise CoterieError(f"workers must divide {Mixture().rows} rows evenly; {workers} do not")
     words = vocabulary.build().get_vocab_size()
     return Config(
         steps=steps,
         seed=seed,
         workers=workers,
-        shape=replace(SHAPE, vocabulary=words),
+        shape=replace(Shape(), vocabulary=words),
         decay=0.5,
         tasks=(*TASKS, "drill"),
     )
 
 
-def make(out: Path, config: Config, *, evaluate: Evaluate | None = None) -> Path:
+def make(out: Path, config: Config, *, told: Told | None = None) -> Path:
     """Train into ``out/run`` (resuming what is there) and write the checkpoint to ``out/model``.
 
-    Takes about 90 minutes on two cores for the default number of steps. Batches depend on
-    ``config.seed`` and the step alone. Returns the checkpoint's folder, which ``load`` reads.
+    Takes about an hour on two cores for the default number of steps. Batches depend on
+    ``config.seed`` and the step alone. Returns the checkpoint's folder, which ``load`` reads; a
+    record of the run lies beside it.
     """
     tokenizer = vocabulary.build()
     maker = BatchMaker(tokenizer, Mixture(), config.seed)
-    network = train(maker, config, out / "run", evaluate=evaluate)
+    network = train(maker, config, out / "run", told=told)
     folder = out / "model"
     export.save(network, folder, pad=tokenizer.token_to_id(vocabulary.END))
     vocabulary.save(tokenizer, folder)
+    keep_record(out, config)
     return folder
+
+
+def keep_record(out: Path, config: Config) -> Path:
+    """Write what the log of ``out/run`` tells of speed, losses and balance."""
+    with (out / "run" / "log.jsonl").open(encoding="utf-8") as log:
+        lines = [line for line in map(json.loads, log) if "loss" in line]
+    speed = Measure("speed", "positions/s", tuple(float(line["speed"]) for line in lines))
+    kept = [line for line in lines if line["step"] % TOLD == 0 or line is lines[-1]]
+    facts = {"config": asdict(config), "mixture": asdict(Mixture()), "log": kept}
+    command = ["coterie", "train", "--steps", str(config.steps), "--seed", str(config.seed)]
+    return write_record(out, record("Embedded training", command, [speed], facts=facts))

@@ -19,8 +19,11 @@ from typing import Literal
 
 import torch
 import torch.nn.functional as F
+from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 
+from coterie.naming import CoterieError
 from coterie.training.batch import Batch
 from coterie.training.feed import FORK, Feed, Make, fork
 from coterie.training.network import Network, Shape, visibility
@@ -29,7 +32,8 @@ from coterie.training.optim import Flat, Rates, adamw, attach, flatten, muon
 # Seconds that the leader waits for a worker before it takes it for dead.
 PATIENCE = 600.0
 
-Evaluate = Callable[[Network, int], dict[str, float]]
+STATE = "state.safetensors"
+Told = Callable[[dict[str, object]], None]  # hears each line of the log
 
 
 @dataclass(frozen=True)
@@ -50,10 +54,8 @@ class Config:
     balance: float = 1e-3  # the bias update
     balance_early: float = 3e-3  # ... at the start, falling to ``balance``
     balance_steps: int = 2000  # ... over so many steps
-    average: float = 0.0  # decay of the averaged weights; 0 = none are kept
     log_every: int = 20
     save_every: int = 500
-    evaluate_every: int = 0
     tasks: tuple[str, ...] = ()  # names of the task ids in batches
 
     def rate(self, step: int) -> float:
@@ -79,6 +81,7 @@ class State:
         precision = torch.bfloat16 if config.precision == "bf16" else torch.float32
         self.network = Network(config.shape, seed=config.seed, precision=precision)
         self.step = 0
+        self.run = json.dumps(asdict(config) | {"steps": 0}, sort_keys=True)
         workers, network = config.workers, self.network
         self.groups = _groups(network, config.rates)
         self.flats = [
@@ -94,61 +97,59 @@ class State:
         self.squares = torch.zeros(workers, len(self.flats), dtype=torch.float64).share_memory_()
         tasks = max(1, len(config.tasks))
         self.losses = torch.zeros(workers, tasks, 2, dtype=torch.float64).share_memory_()
-        self.averages = [f.weights.clone().share_memory_() for f in self.flats if config.average]
 
     def tensors(self) -> list[Tensor]:
         """What a checkpoint holds, in a fixed order."""
         flats = [t for f in self.flats for t in (f.weights, *f.state)]
-        return [*flats, *self.network.biases(), *self.averages]
+        return [*flats, *self.network.biases()]
 
     def save(self, path: Path) -> None:
         """Write everything to one file that appears whole or not at all."""
         partial = path.with_suffix(".partial")
-        torch.save({"step": self.step, "tensors": [t.clone() for t in self.tensors()]}, partial)
+        named = {f"{i:03}": tensor.clone() for i, tensor in enumerate(self.tensors())}
+        save_file(named, partial, metadata={"step": str(self.step), "run": self.run})
         os.replace(partial, path)
 
     def load(self, path: Path) -> None:
-        """Read what ``save`` wrote into this state."""
-        saved = torch.load(path, weights_only=True)
-        self.step = saved["step"]
-        for mine, theirs in zip(self.tensors(), saved["tensors"], strict=True):
-            mine.copy_(theirs)
-
-    def swap(self) -> None:
-        """Exchange the weights and their averages, where averages are kept."""
-        for flat, average in zip(self.flats, self.averages, strict=False):
-            held = flat.weights.clone()
-            flat.weights.copy_(average)
-            average.copy_(held)
+        """Read what ``save`` wrote into this state; CoterieError if another run wrote it."""
+        with safe_open(path, framework="pt") as saved:
+            facts = saved.metadata()
+            if facts["run"] != self.run:
+                raise CoterieError(
+                    f"{path}: left by a run of other settings; choose another folder"
+                )
+            self.step = int(facts["step"])
+            for i, mine in enumerate(self.tensors()):
+                mine.copy_(saved.get_tensor(f"{i:03}"))
 
 
-def train(make: Make, config: Config, out: Path, *, evaluate: Evaluate | None = None) -> Network:
-    """Train to the last step, from ``out/state.pt`` if it is there; log to ``out/log.jsonl``.
+def train(make: Make, config: Config, out: Path, *, told: Told | None = None) -> Network:
+    """Train to the last step, from what ``out`` holds of this run; log to ``out/log.jsonl``.
 
     ``make(step)`` gives the batch of a step and runs in a process of its own; it must depend on
-    nothing but the step and on what it was built with. Returns the averaged network if one is kept.
+    nothing but the step and on what it was built with. ``told`` hears each line of the log. A run
+    that is continued may be given another number of steps, which moves its schedule.
     """
     out.mkdir(parents=True, exist_ok=True)
     torch.set_num_threads(1)  # before forking: an OpenMP pool does not survive a fork
     state = State(config)
-    if (out / "state.pt").exists():
-        state.load(out / "state.pt")
+    if (out / STATE).exists():
+        state.load(out / STATE)
     feed = Feed(make, state.step, config.steps, lanes=config.workers)
     barrier = FORK.Barrier(config.workers)
-    # Only the leader may be late (it evaluates and saves), so only the leader's patience ends.
+    # Only the leader may be late (it saves and tells), so only the leader's patience ends.
     meets = [partial(barrier.wait, None if i else PATIENCE) for i in range(config.workers)]
     workers = [_Worker(i, config, state, feed, meet) for i, meet in enumerate(meets)]
     others = [fork(_follow, worker, barrier.abort) for worker in workers[1:]]
     try:
-        _lead(workers[0], out, evaluate)
+        _lead(workers[0], out, told)
     finally:
         barrier.abort()
         feed.close()
         for process in others:
             process.terminate()
             process.join()
-    state.save(out / "state.pt")
-    state.swap()
+    state.save(out / STATE)
     return state.network
 
 
@@ -183,9 +184,6 @@ class _Worker:
             self._update(flat, matrices=i > 0, lr=lr, clip=clip)
         if self.index == 0:
             _rebalance(state, config.bias_rate(state.step))
-        for flat, average in zip(state.flats, state.averages, strict=False):
-            part = flat.part(self.index)
-            average[part].lerp_(flat.weights[part], 1 - config.average)
         self.meet()
         state.step += 1
 
@@ -211,7 +209,7 @@ class _Worker:
                 adamw(flat, part, rates, lr=lr, step=step, clip=clip)
 
 
-def _lead(worker: _Worker, out: Path, evaluate: Evaluate | None) -> None:
+def _lead(worker: _Worker, out: Path, told: Told | None) -> None:
     config, state = worker.config, worker.state
     worker.attach()
     begun, first, since = time.monotonic(), state.step, time.monotonic()
@@ -227,16 +225,13 @@ def _lead(worker: _Worker, out: Path, evaluate: Evaluate | None) -> None:
                 )
                 speed = positions * min(config.log_every, step - first) / (now - since)
                 facts = {"step": step, "elapsed": round(now - begun, 1), "speed": round(speed)}
-                log.write(json.dumps(facts | _facts(state, config)) + "\n")
+                facts |= _facts(state, config)
+                log.write(json.dumps(facts) + "\n")
+                if told is not None:
+                    told(facts)
                 since = now
             if step % config.save_every == 0:
-                state.save(out / "state.pt")
-            if evaluate is not None and config.evaluate_every and step % config.evaluate_every == 0:
-                state.swap()
-                with torch.no_grad():
-                    found = evaluate(state.network, step)
-                state.swap()
-                log.write(json.dumps({"step": step, "evaluation": found}) + "\n")
+                state.save(out / STATE)
 
 
 def _follow(worker: _Worker, abort: Callable[[], None]) -> None:
