@@ -8,7 +8,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 
 from coterie.routing import POLICIES, parse_policy
-from coterie.routing.option import Option, options
+from coterie.spelling import Option, options
 from coterie.values import Policy
 
 SIZES = ("beta=0.2", "beta=0.5", "m=3", "m=9", "tau=0.5", "tau=0.9,least=2", "k=1", "k=2")
@@ -48,5 +48,4 @@ def _value_of(option: Option) -> st.SearchStrategy[object]:
         return st.sampled_from(option.choices)
     if option.kind is int:
         return st.integers(1, 12)
-    most = option.within.most if option.within else 1
-    return st.floats(0.01, min(1, most)).map(lambda value: repr(round(value, 3)))
+    return st.floats(0.01, min(1, option.within.most)).map(lambda value: repr(round(value, 3)))

@@ -179,7 +179,7 @@ def test_help_and_version_succeed(capsys: Capture) -> None:
         (["generate", "5", "--block", "0"], "--block"),
         (["generate", "5", "--plan", "nope"], "unknown plan 'nope'; known: block-causal"),
         (["generate", "5", "--unmask", "nope"], "unknown unmasking rule 'nope'"),
-        (["generate", "5", "--unmask", "threshold:p=7"], "must lie in"),
+        (["generate", "5", "--unmask", "threshold:p=7"], "p must be above 0 and at most 1"),
         (["generate", "5", "--unmask", "threshold", "--threshold", "0.5"], "give one of them"),
         (["generate", "5", "--threshold", "nan"], "threshold"),
         (["generate", "5", "--temperature", "-1"], "--temperature"),

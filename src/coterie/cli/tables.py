@@ -12,7 +12,7 @@ from rich.table import Table
 from coterie.engine.event import Result
 from coterie.engine.facts import Facts, Fit
 from coterie.routing import POLICIES
-from coterie.routing.option import options
+from coterie.spelling import options
 
 PIPED_WIDTH = 200  # columns where nobody's terminal says how many there are
 UNITS = ("B", "KiB", "MiB", "GiB", "TiB")
@@ -51,7 +51,7 @@ def option_table() -> Table:
     table = plain_table("option", "values")
     taken: dict[str, dict[str, None]] = {}
     for option in (o for cls in POLICIES.values() for o in options(cls).values()):
-        values = " | ".join(option.choices) or str(option.within or option.kind.__name__)
+        values = " | ".join(option.choices) or str(option.within)
         taken.setdefault(option.name, {})[values] = None
     for name, values in taken.items():
         table.add_row(name, ", or ".join(values))

@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from typing import Literal, Protocol
 
 from coterie.decoding.canvas import Block, lay_out
-from coterie.decoding.spelling import COUNT, POSITIVE, parse, spell
 from coterie.naming import CoterieError
+from coterie.spelling import Count, Whole, check_options, parse, spelled
 
 Kind = Literal["prefill", "decode", "refresh", "commit"]
 
@@ -113,14 +113,12 @@ class Dual:
     cache, with one dInfer's vicinity. The row's first ``warmup`` forwards are uncached.
     """
 
-    before: int = 0
-    after: int = 0
-    warmup: int = 0
+    before: Whole = 0
+    after: Whole = 0
+    warmup: Whole = 0
     aligned: bool = False
 
-    def __post_init__(self) -> None:
-        for name in ("before", "after", "warmup"):
-            COUNT.check(f"dual:{name}", getattr(self, name))
+    __post_init__ = check_options
 
     @property
     def terms(self) -> Terms:
@@ -172,12 +170,10 @@ class Unroll:
     refresh looks twice. Forwards after the last mask change no token, but they count.
     """
 
-    most: int = 4
-    tokens: int = 8
+    most: Count = 4
+    tokens: Count = 8
 
-    def __post_init__(self) -> None:
-        POSITIVE.check("unroll:most", self.most)
-        POSITIVE.check("unroll:tokens", self.tokens)
+    __post_init__ = check_options
 
     def rounds(self, masked: int) -> int:
         return max(1, min(masked // self.tokens, self.most))
@@ -224,8 +220,8 @@ class Plan:
         return (Look(*here, block.stop, "commit", here),) if self.gaze.terms.stores else ()
 
     def __str__(self) -> str:
-        told = spell(self.gaze, PLANS)
-        return told if self.unroll is None else f"{told}+{spell(self.unroll, AROUND)}"
+        told = spelled(self.gaze, PLANS)
+        return told if self.unroll is None else f"{told}+{spelled(self.unroll, AROUND)}"
 
 
 def parse_plan(text: str) -> Plan:

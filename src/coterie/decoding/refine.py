@@ -7,9 +7,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from coterie.decoding.spelling import COUNT, UNIT, parse, spell
 from coterie.decoding.unmask import RULES, Moment, Rule
 from coterie.naming import CoterieError
+from coterie.spelling import Part, Whole, check_options, parse, spelled
 
 
 @dataclass(frozen=True)
@@ -19,12 +19,10 @@ class Edit:
     Once nothing is masked the block has up to ``post`` more forwards, until one edits nothing.
     """
 
-    p: float = 0.5
-    post: int = 16
+    p: Part = 0.5
+    post: Whole = 16
 
-    def __post_init__(self) -> None:
-        UNIT.check("edit:p", self.p)
-        COUNT.check("edit:post", self.post)
+    __post_init__ = check_options
 
     def choose(self, moment: Moment) -> Tensor:
         """Bool [w]: the answered positions to replace now."""
@@ -43,6 +41,8 @@ class Credit:
     alpha: float = 0.7
     gamma: float = 0.2
     beta: float = 0.8
+
+    __post_init__ = check_options
 
     def fuse(self, logits: Tensor, masked: Tensor, memory: Tensor | None) -> tuple[Tensor, Tensor]:
         """Logits [w, V] with credit, and the memory [w, V] after this forward."""
@@ -67,6 +67,8 @@ class Smooth:
     growth: float = 0.02
     decay: float = 0.02
 
+    __post_init__ = check_options
+
     def share(self, forward: int) -> float:
         return min(self.init + self.growth * forward, self.weight)
 
@@ -90,7 +92,7 @@ class Unmask:
 
     def __str__(self) -> str:
         around = (part for part in (self.edit, self.credit, self.smooth) if part is not None)
-        return "+".join((spell(self.rule, RULES), *(spell(part, AROUND) for part in around)))
+        return "+".join((spelled(self.rule, RULES), *(spelled(part, AROUND) for part in around)))
 
 
 def parse_unmask(text: str) -> Unmask:

@@ -7,22 +7,19 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from coterie.decoding.spelling import COUNT, SHARE
 from coterie.naming import CoterieError
+from coterie.spelling import Amount, Share, Whole, check_options
 
 
 @dataclass(frozen=True)
 class Sampling:
     """``temperature`` 0 is greedy; ``top_k`` 0 and ``top_p`` 1 keep every token."""
 
-    temperature: float = 0.0
-    top_k: int = 0
-    top_p: float = 1.0
+    temperature: Amount = 0.0
+    top_k: Whole = 0
+    top_p: Share = 1.0
 
-    def __post_init__(self) -> None:
-        COUNT.check("temperature", self.temperature)
-        COUNT.check("top_k", self.top_k)
-        SHARE.check("top_p", self.top_p)
+    __post_init__ = check_options
 
 
 @dataclass(frozen=True)

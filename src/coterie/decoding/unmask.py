@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from coterie.decoding.sampling import Proposal
-from coterie.decoding.spelling import COUNT, POSITIVE, SHARE, UNIT
+from coterie.spelling import Amount, Count, Part, Share, Whole, check_options
 
 NEVER = float("-inf")
 
@@ -57,12 +57,10 @@ class Threshold:
     is the mask itself is passed over (dInfer).
     """
 
-    p: float = 0.9
-    slack: float = 1e-5
+    p: Share = 0.9
+    slack: Part = 1e-5
 
-    def __post_init__(self) -> None:
-        SHARE.check("threshold:p", self.p)
-        UNIT.check("threshold:slack", self.slack)
+    __post_init__ = check_options
 
     def choose(self, moment: Moment) -> Tensor:
         able = moment.masked & (moment.proposal.ids != moment.mask)
@@ -79,14 +77,11 @@ class Dynamic:
     where ``steps`` is 0 (LLaDA2.1).
     """
 
-    p: float = 0.9
-    steps: int = 0
-    least: int = 1
+    p: Share = 0.9
+    steps: Whole = 0
+    least: Count = 1
 
-    def __post_init__(self) -> None:
-        SHARE.check("dynamic:p", self.p)
-        COUNT.check("dynamic:steps", self.steps)
-        POSITIVE.check("dynamic:least", self.least)
+    __post_init__ = check_options
 
     def choose(self, moment: Moment) -> Tensor:
         enough = self.least
@@ -100,10 +95,9 @@ class Dynamic:
 class Fixed:
     """The best of what is masked, an even share of it in each of ``steps`` forwards (LLaDA)."""
 
-    steps: int = 32
+    steps: Count = 32
 
-    def __post_init__(self) -> None:
-        POSITIVE.check("fixed:steps", self.steps)
+    __post_init__ = check_options
 
     def choose(self, moment: Moment) -> Tensor:
         return best(moment.confidence, max(1, share(moment.opened, self.steps, moment.step)))
@@ -113,10 +107,9 @@ class Fixed:
 class Static:
     """The best, an even share of the whole block in each of ``steps`` forwards (SDAR)."""
 
-    steps: int = 4
+    steps: Count = 4
 
-    def __post_init__(self) -> None:
-        POSITIVE.check("static:steps", self.steps)
+    __post_init__ = check_options
 
     def choose(self, moment: Moment) -> Tensor:
         return best(moment.confidence, max(1, share(moment.width, self.steps, moment.step)))
@@ -126,10 +119,9 @@ class Static:
 class Sequential:
     """From left to right, an even share of the block in each of ``steps`` forwards (SDAR)."""
 
-    steps: int = 4
+    steps: Count = 4
 
-    def __post_init__(self) -> None:
-        POSITIVE.check("sequential:steps", self.steps)
+    __post_init__ = check_options
 
     def choose(self, moment: Moment) -> Tensor:
         first = int(moment.masked.int().argmax())
@@ -142,10 +134,9 @@ class Sequential:
 class Entropy:
     """The least uncertain, as many as keep their summed entropy under ``bound`` nats (SDAR)."""
 
-    bound: float = 0.35
+    bound: Amount = 0.35
 
-    def __post_init__(self) -> None:
-        COUNT.check("entropy:bound", self.bound)
+    __post_init__ = check_options
 
     def choose(self, moment: Moment) -> Tensor:
         if moment.proposal.entropy is None:
@@ -162,12 +153,10 @@ class Hierarchy:
     Splitting each run in its middle lets few forwards reach everywhere (dInfer).
     """
 
-    p: float = 0.9
-    low: float = 0.4
+    p: Share = 0.9
+    low: Part = 0.4
 
-    def __post_init__(self) -> None:
-        SHARE.check("hierarchy:p", self.p)
-        UNIT.check("hierarchy:low", self.low)
+    __post_init__ = check_options
 
     def choose(self, moment: Moment) -> Tensor:
         masked, confidence = moment.masked, moment.confidence

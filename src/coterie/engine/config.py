@@ -4,14 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
-from typing import Literal, get_args, get_type_hints
+from typing import Annotated, Literal
 
 from coterie.decoding import Ask, Sampling, parse_plan, parse_unmask
 from coterie.decoding.row import EarlyStop
 from coterie.families import Defaults
 from coterie.naming import CoterieError
+from coterie.spelling import Amount, Count, Share, Whole, Within, check_options
 
 Routed = Literal["vanilla", "policy"]
+Seed = Annotated[int, Within(least=0, most=2**63 - 1)]
 
 
 @dataclass(frozen=True)
@@ -24,30 +26,22 @@ class Generation:
     filled ("token"), or never.
     """
 
-    max_new_tokens: int = 256
-    block: int = 32
+    max_new_tokens: Count = 256
+    block: Count = 32
     plan: str = "block-causal"
     unmask: str = "threshold"
-    temperature: float = 0.0
-    top_k: int = 0
-    top_p: float = 1.0
-    seed: int = 0
+    temperature: Amount = 0.0
+    top_k: Whole = 0
+    top_p: Share = 1.0
+    seed: Seed = 0
     early_stop: EarlyStop = "block"
     commit: Routed = "vanilla"
     prefill: Routed = "vanilla"
 
     def __post_init__(self) -> None:
-        hints = get_type_hints(Generation)
-        for field in fields(self):
-            _check_kind(field.name, getattr(self, field.name), hints[field.name])
-        for name in ("max_new_tokens", "block"):
-            if getattr(self, name) < 1:
-                raise CoterieError(f"{name} must be at least 1, not {getattr(self, name)}")
-        if not 0 <= self.seed < 1 << 63:
-            raise CoterieError(f"seed must lie in [0, 2**63), not {self.seed}")
+        check_options(self)
         parse_plan(self.plan)
         parse_unmask(self.unmask)
-        self.sampling  # noqa: B018  checks its own range
 
     @property
     def sampling(self) -> Sampling:
@@ -107,12 +101,3 @@ def _check_prompt(prompt: Sequence[int], mask: int, vocabulary: int) -> None:
             raise CoterieError(f"{token!r} in the prompt is no token id below {vocabulary}")
         if token == mask:
             raise CoterieError(f"the prompt holds the mask token ({mask}), which stands for a gap")
-
-
-def _check_kind(name: str, value: object, hint: type) -> None:
-    choices = get_args(hint)
-    if choices:
-        if value not in choices:
-            raise CoterieError(f"{name} must be one of {', '.join(choices)}, not {value!r}")
-    elif isinstance(value, bool) or not isinstance(value, (int, float) if hint is float else hint):
-        raise CoterieError(f"{name} must be of type {hint.__name__}, not {value!r}")

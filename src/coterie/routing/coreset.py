@@ -8,19 +8,16 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
-from typing import Annotated, Literal, Protocol
+from typing import Literal, Protocol
 
 import torch
 from torch import Tensor
 
 from coterie.ops import top_ids
-from coterie.routing.option import Within, check_options
 from coterie.routing.select import own
 from coterie.routing.votes import VOTES, Vote, Voters, voices
+from coterie.spelling import Amount, Part, Whole, check_options
 from coterie.values import Progress, Scores, membership
-
-Share = Annotated[float, Within(above=0, most=1)]
-Count = Annotated[int, Within(least=1)]
 
 
 @dataclass(frozen=True)
@@ -35,9 +32,9 @@ class Election:
     protect: Literal["none", "top1"] = "none"
     vote: Vote = "masked"
     scope: Literal["block", "batch"] = "block"
-    lam: Annotated[float, Within(least=0)] = 0.0
-    eps: Annotated[float, Within(least=0, most=1)] = 0.02
-    seed: Annotated[int, Within(least=0)] = 0
+    lam: Amount = 0.0
+    eps: Part = 0.02
+    seed: Whole = 0
 
     __post_init__ = check_options
 
@@ -67,7 +64,7 @@ class Fixed:
     m: int
 
     def count(self, votes: Tensor, k: int) -> Tensor:
-        return torch.tensor(self.m)
+        return torch.tensor(min(self.m, votes.shape[-1]))
 
 
 @dataclass(frozen=True)
@@ -80,7 +77,7 @@ class Mass:
     def count(self, votes: Tensor, k: int) -> Tensor:
         held = votes.cumsum(dim=-1)
         enough = (held < self.tau * held[:, -1:].double()).sum(dim=-1, keepdim=True) + 1
-        return enough.clamp(min=k if self.least is None else self.least)
+        return enough.clamp(min=k if self.least is None else min(self.least, votes.shape[-1]))
 
 
 @dataclass(frozen=True)

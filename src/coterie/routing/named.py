@@ -8,18 +8,8 @@ from typing import Annotated
 from torch import Tensor
 
 from coterie.naming import CoterieError
-from coterie.routing.coreset import (
-    Count,
-    Election,
-    Fixed,
-    Fraction,
-    Mass,
-    Share,
-    Size,
-    Union,
-    elect,
-)
-from coterie.routing.option import Offers, check_options
+from coterie.routing.coreset import Election, Fixed, Fraction, Mass, Size, Union, elect
+from coterie.spelling import Count, Offers, Share, check_options
 from coterie.values import Scores
 
 WHOLE = ("voters", "protect", "vote", "scope", "lam", "eps", "seed")

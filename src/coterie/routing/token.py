@@ -11,8 +11,8 @@ from torch import Tensor
 
 from coterie.naming import CoterieError
 from coterie.ops import top_ids, top_mask
-from coterie.routing.option import SHOWN, Within, check_options
 from coterie.routing.select import own
+from coterie.spelling import SHOWN, Count, Part, check_options
 from coterie.values import Scores, membership
 
 
@@ -28,7 +28,7 @@ class Vanilla:
 class TopK:
     """The first ``k`` of every token's own experts."""
 
-    k: Annotated[int, Within(least=1)]
+    k: Count
 
     __post_init__ = check_options
 
@@ -41,7 +41,7 @@ class Naee:
     """Drops the longest tail of a token's experts that holds less than ``beta`` of their
     probability, never the first (NAEE, arXiv 2402.14800)."""
 
-    beta: Annotated[float, Within(least=0, most=1)]
+    beta: Part
 
     __post_init__ = check_options
 
@@ -54,8 +54,8 @@ class McMoe:
     """As NAEE, but the share ``protect`` of tokens with most importance keeps all of its experts
     (MC-MoE, arXiv 2410.06270). The share is rounded up: any ``protect`` > 0 protects a token."""
 
-    beta: Annotated[float, Within(least=0, most=1)]
-    protect: Annotated[float, Within(least=0, most=1), SHOWN] = 0.02
+    beta: Part
+    protect: Annotated[Part, SHOWN] = 0.02
 
     __post_init__ = check_options
 

@@ -1,0 +1,235 @@
+"""One spelling for a choice and its options: ``name:option=value,option=value``.
+
+A choice is a frozen dataclass of numbers and words; the annotations of its fields say what each may
+be (``Share``, ``Literal["all", "masked"]``, ``bool``, ``Count | None``). From them come the options
+with their checks, and the text both ways.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import MISSING, Field, dataclass, fields, is_dataclass, replace
+from functools import cache
+from types import NoneType, UnionType
+from typing import Annotated, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+
+from coterie.naming import CoterieError
+
+Value = str | int | float | None
+Choice = TypeVar("Choice")
+
+
+@dataclass(frozen=True)
+class Within:
+    """A range: ``least <= value <= most`` and ``above < value``; never NaN or infinite."""
+
+    least: float = -math.inf
+    above: float = -math.inf
+    most: float = math.inf
+
+    def __contains__(self, value: float) -> bool:
+        inside = self.least <= value <= self.most and self.above < value
+        return inside and -math.inf < value < math.inf
+
+    def __str__(self) -> str:
+        bounds = {"above": self.above, "at least": self.least, "at most": self.most}
+        told = [f"{word} {bound:g}" for word, bound in bounds.items() if abs(bound) < math.inf]
+        return " and ".join(told) or "finite"
+
+
+Share = Annotated[float, Within(above=0, most=1)]  # something of a whole
+Part = Annotated[float, Within(least=0, most=1)]  # perhaps nothing of it
+Count = Annotated[int, Within(least=1)]
+Whole = Annotated[int, Within(least=0)]  # a count that may be none
+Amount = Annotated[float, Within(least=0)]
+
+
+@dataclass(frozen=True)
+class Shown:
+    """This option is printed even at its default."""
+
+
+@dataclass(frozen=True)
+class Offers:
+    """Which options of a part a choice offers, and which of them it always prints."""
+
+    names: tuple[str, ...]
+    shown: tuple[str, ...] = ()
+
+
+SHOWN = Shown()
+
+
+@dataclass(frozen=True)
+class Option:
+    """One option: where it lives (``part``: the field that holds it, "" = the choice itself)."""
+
+    name: str
+    part: str
+    kind: type  # int, float, bool or str
+    choices: tuple[str, ...]
+    within: Within
+    default: Value | Literal["required"]
+    shown: bool
+
+    def read(self, text: str) -> Value:
+        """The value that ``text`` spells, its range not yet checked."""
+        noun, read = READERS[self.kind]
+        try:
+            return read(text)
+        except (ValueError, KeyError):
+            raise CoterieError(f"{self.name} must be {noun}, not {text!r}") from None
+
+    def check(self, value: Value) -> None:
+        """Raises unless ``value`` is one that this option can take."""
+        if value is None and self.default is None:
+            return
+        if self.choices:
+            if value not in self.choices:
+                known = ", ".join(self.choices)
+                raise CoterieError(f"{self.name} must be one of {known}, not {value!r}")
+        elif isinstance(value, bool) != (self.kind is bool) or not isinstance(
+            value, (int, float) if self.kind is float else self.kind
+        ):
+            raise CoterieError(f"{self.name} must be of type {self.kind.__name__}, not {value!r}")
+        elif isinstance(value, int | float) and value not in self.within:
+            raise CoterieError(f"{self.name} must be {self.within}, not {value!r}")
+
+
+def parse(text: str, table: Mapping[str, type[Choice]], noun: str) -> Choice:
+    """The choice that ``text`` spells, of one of the classes in ``table``.
+
+    Raises CoterieError, which names the ``noun`` ("policy") and what would have worked.
+    """
+    name, _, rest = text.strip().partition(":")
+    if name not in table:
+        raise CoterieError(f"unknown {noun} {name!r}; known: {', '.join(sorted(table))}")
+    offered = options(table[name])
+    try:
+        given = {key: offered[key].read(value) for key, value in _pairs(rest, offered)}
+        required = [option.name for option in offered.values() if option.default == "required"]
+        if missing := [key for key in required if key not in given]:
+            raise CoterieError(f"needs {', '.join(missing)}")
+        return _build(table[name], offered, given)
+    except CoterieError as error:
+        raise CoterieError(f"{noun} {text!r}: {error}") from None
+
+
+def spelled(choice: object, table: Mapping[str, type[object]]) -> str:
+    """The text that ``parse`` reads back as ``choice``; defaults are left out."""
+    name = next((name for name, cls in table.items() if type(choice) is cls), None)
+    if name is None:
+        raise CoterieError(f"{choice!r} has no name; known: {', '.join(sorted(table))}")
+    values = {option: _value(choice, option) for option in options(type(choice)).values()}
+    said = [
+        f"{option.name}={_text(value)}"
+        for option, value in values.items()
+        if value is not None and (option.shown or value != option.default)
+    ]
+    return f"{name}:{','.join(said)}" if said else name
+
+
+@cache
+def options(cls: type) -> Mapping[str, Option]:
+    """Every option of a class by name, in the order of its spelling."""
+    found = {}
+    for field, hint, notes in _fields(cls):
+        offers = next((note for note in notes if isinstance(note, Offers)), None)
+        if offers is None:
+            found[field.name] = _option(field, hint, notes)
+            continue
+        inner = _own(type(field.default))
+        for name in (name for name in inner if name in offers.names):
+            found[name] = replace(
+                inner[name],
+                part=field.name,
+                default=getattr(field.default, name),
+                shown=name in offers.shown,
+            )
+    return found
+
+
+def check_options(value: object) -> None:
+    """Raises for a field that its annotation forbids; a dataclass's ``__post_init__``."""
+    for name, option in _own(type(value)).items():
+        option.check(getattr(value, name))
+
+
+@cache
+def _own(cls: type) -> Mapping[str, Option]:
+    """Options that are fields of the class itself."""
+    plain = (parts for parts in _fields(cls) if not is_dataclass(parts[1]))
+    return {field.name: _option(field, hint, notes) for field, hint, notes in plain}
+
+
+def _fields(cls: type) -> Iterator[tuple[Field[object], type, tuple[object, ...]]]:
+    """(field, plain type or Literal, notes of its ``Annotated``) of a dataclass."""
+    hints = get_type_hints(cls, include_extras=True)
+    for field in fields(cls):
+        hint, notes = hints[field.name], ()
+        if get_origin(hint) in (Union, UnionType):
+            hint = next(arm for arm in get_args(hint) if arm is not NoneType)
+        if get_origin(hint) is Annotated:
+            hint, *notes = get_args(hint)
+        yield field, hint, tuple(notes)
+
+
+def _option(field: Field[object], hint: type, notes: tuple[object, ...]) -> Option:
+    choices = get_args(hint) if get_origin(hint) is Literal else ()
+    return Option(
+        name=field.name,
+        part="",
+        kind=str if choices else hint,
+        choices=choices,
+        within=next((note for note in notes if isinstance(note, Within)), Within()),
+        default="required" if field.default is MISSING else field.default,  # pyright: ignore[reportArgumentType]
+        shown=SHOWN in notes,
+    )
+
+
+def _pairs(rest: str, offered: Mapping[str, Option]) -> list[tuple[str, str]]:
+    pairs = []
+    for item in rest.split(",") if rest.strip() else []:
+        key, equals, value = (part.strip() for part in item.partition("="))
+        if not equals or not value:
+            raise CoterieError(f"{item.strip()!r} is not of the form option=value")
+        if key not in offered:
+            known = ", ".join(offered) or "none"
+            raise CoterieError(f"unknown option {key!r}; it has: {known}")
+        if key in dict(pairs):
+            raise CoterieError(f"{key} is given twice")
+        pairs.append((key, value))
+    return pairs
+
+
+def _build(cls: type[Choice], offered: Mapping[str, Option], given: Mapping[str, Value]) -> Choice:
+    """An instance of ``cls``; options of a part change that part's default."""
+    parts: dict[str, dict[str, Value]] = {}
+    for key, value in given.items():
+        parts.setdefault(offered[key].part, {})[key] = value
+    arguments: dict[str, object] = dict(parts.pop("", {}))
+    for part, values in parts.items():
+        arguments[part] = replace(getattr(cls, part), **values)
+    return cls(**arguments)
+
+
+def _value(choice: object, option: Option) -> Value:
+    holder = getattr(choice, option.part) if option.part else choice
+    return getattr(holder, option.name)
+
+
+def _text(value: Value) -> str:
+    """Shortest text that reads back as the same value: 1 for 1.0."""
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    text = str(value)
+    return text.removesuffix(".0") if isinstance(value, float) else text
+
+
+READERS: dict[type, tuple[str, Callable[[str], Value]]] = {  # what it is called, how it is read
+    int: ("a whole number", int),
+    float: ("a number", float),
+    bool: ("yes or no", {"yes": True, "no": False}.__getitem__),
+    str: ("a word", str),
+}
