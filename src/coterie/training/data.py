@@ -9,7 +9,7 @@ drills: bare lines of arithmetic, and words to copy.
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 
 import torch
@@ -24,6 +24,7 @@ from coterie.training.vocabulary import ASSISTANT, END, HUMAN, MASK, ROLE_END
 
 NO_TARGET = -100
 DRILL = len(TASKS)  # the task number of a drill
+OPERATORS = {"+", "-", "*", "/", "%", "<", ">", "!=", "=="}
 WORDS = {*NAMES, *THINGS, *HOLDERS, *VERBS, *NOUNS}  # what an answer copies from its question
 
 
@@ -39,6 +40,7 @@ class Mixture:
     all_masked: float = 0.2  # share of noised blocks that start from nothing
     fill_weight: float = 0.1  # of the loss on end-of-text after the first
     content_weight: float = 3.0  # of the loss on numbers, names and things in worked answers
+    operator_weight: float = 1.0  # of the loss on operators in worked answers
     copying: float = 0.4  # share of drills that repeat words in place of arithmetic
     result_masked: float = 0.75  # share of drill facts in which the result alone is masked
 
@@ -79,6 +81,7 @@ class BatchMaker:
             for piece, i in sorted(vocabulary.items(), key=lambda item: item[1])
             if (word := piece.lstrip("Ġ")) in WORDS or word.isdigit()
         }
+        self.operators = {i for piece, i in vocabulary.items() if piece.lstrip("Ġ") in OPERATORS}
 
     def __call__(self, step: int) -> Batch:
         rng = random.Random(f"{self.seed}/{step}")
@@ -191,7 +194,21 @@ class BatchMaker:
             return self.mixture.fill_weight
         if sheet.ids[position] in self.content:
             return self.mixture.content_weight
+        if sheet.ids[position] in self.operators:
+            return self.mixture.operator_weight
         return 1.0
+
+
+class Course:
+    """Lessons one after another: each mixture is drawn from its own step on."""
+
+    def __init__(self, tokenizer: Tokenizer, lessons: Mapping[int, Mixture], seed: int) -> None:
+        self.makers = {
+            start: BatchMaker(tokenizer, mixture, seed) for start, mixture in lessons.items()
+        }
+
+    def __call__(self, step: int) -> Batch:
+        return self.makers[max(start for start in self.makers if start <= step)](step)
 
 
 def _visible(row: list[Block]) -> Tensor:

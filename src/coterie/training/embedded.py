@@ -10,11 +10,22 @@ from coterie.naming import CoterieError
 from coterie.problems import TASKS
 from coterie.results import Measure, record, write_record
 from coterie.training import export, vocabulary
-from coterie.training.data import BatchMaker, Mixture
+from coterie.training.data import Course, Mixture
 from coterie.training.loop import Config, Told, train
 from coterie.training.network import Shape
 
 STEPS = 10_000
+# First what is slow to start: tables and copying. Then whole problems, and drills without guessing.
+LESSONS = {
+    0: Mixture(),
+    STEPS // 2: Mixture(
+        shares=(0.36, 0.18, 0.22, 0.24),
+        drills=0.0,
+        copying=0.0,
+        operator_weight=3.0,
+        result_masked=1.0,
+    ),
+}
 TOLD = 500  # steps between the lines of the log that a record keeps
 
 
@@ -23,8 +34,9 @@ def configure(*, steps: int = STEPS, seed: int = 0, workers: int = 2) -> Config:
 
     Raises CoterieError unless the rows of a batch can be shared evenly by ``workers``.
     """
-    if Mixture().rows % workers:
-        raise CoterieError(f"workers must divide {Mixture().rows} rows evenly; {workers} do not")
+    rows = LESSONS[0].rows
+    if rows % workers:
+        raise CoterieError(f"workers must divide {rows} rows evenly; {workers} do not")
     words = vocabulary.build().get_vocab_size()
     return Config(
         steps=steps,
@@ -44,8 +56,8 @@ def make(out: Path, config: Config, *, told: Told | None = None) -> Path:
     record of the run lies beside it.
     """
     tokenizer = vocabulary.build()
-    maker = BatchMaker(tokenizer, Mixture(), config.seed)
-    network = train(maker, config, out / "run", told=told)
+    course = Course(tokenizer, LESSONS, config.seed)
+    network = train(course, config, out / "run", told=told)
     folder = out / "model"
     export.save(network, folder, pad=tokenizer.token_to_id(vocabulary.END))
     vocabulary.save(tokenizer, folder)
@@ -59,6 +71,10 @@ def keep_record(out: Path, config: Config) -> Path:
         lines = [line for line in map(json.loads, log) if "loss" in line]
     speed = Measure("speed", "positions/s", tuple(float(line["speed"]) for line in lines))
     kept = [line for line in lines if line["step"] % TOLD == 0 or line is lines[-1]]
-    facts = {"config": asdict(config), "mixture": asdict(Mixture()), "log": kept}
+    facts = {
+        "config": asdict(config),
+        "lessons": {step: asdict(mixture) for step, mixture in LESSONS.items()},
+        "log": kept,
+    }
     command = ["coterie", "train", "--steps", str(config.steps), "--seed", str(config.seed)]
     return write_record(out, record("Embedded training", command, [speed], facts=facts))
