@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from coterie.problems import LARGEST, TASKS
-from coterie.training.data import DRILL, NO_TARGET, BatchMaker, Mixture
+from coterie.training.data import DRILL, NO_TARGET, BatchMaker, Course, Mixture
 from coterie.training.vocabulary import ASSISTANT, END, HUMAN, MASK, ROLE_END, build
 
 TOKENIZER = build(sample=500)
@@ -77,3 +77,24 @@ def test_drills_have_their_own_task_number():
     batch = BatchMaker(TOKENIZER, Mixture(rows=8, drills=1.0), 0)(0)
     assert batch.tasks is not None
     assert (batch.tasks == DRILL).any(1).all()
+
+
+@given(st.integers(0, 20))
+def test_a_course_draws_each_step_from_its_own_lesson(step):
+    lessons = {0: MIXTURE, 10: Mixture(rows=2, drills=0.0)}
+    drawn = Course(TOKENIZER, lessons, 4)(step)
+    expected = BatchMaker(TOKENIZER, lessons[10 if step >= 10 else 0], 4)(step)
+    assert torch.equal(drawn.tokens, expected.tokens)
+
+
+def test_words_to_copy_and_operators_weigh_more_where_asked():
+    mixture = Mixture(rows=4, content_weight=5.0, operator_weight=7.0, fill_weight=0.0)
+    batch = BatchMaker(TOKENIZER, mixture, 0)(0)
+    assert batch.tasks is not None
+    answers = (batch.targets >= 0) & (batch.tasks != DRILL)
+    for piece, weight in ((" +", 7.0), (" 4", 5.0), (" =", 1.0), (END, 0.0)):
+        (token,) = TOKENIZER.encode(piece).ids
+        found = batch.weights[answers & (batch.targets == token)]
+        assert len(found)
+        assert (found == weight).any()
+        assert ((found == weight) | (piece == END)).all()

@@ -15,17 +15,16 @@ from coterie.training.loop import Config, Told, train
 from coterie.training.network import Shape
 
 STEPS = 10_000
-# First what is slow to start: tables and copying. Then whole problems, and drills without guessing.
-LESSONS = {
-    0: Mixture(),
-    STEPS // 2: Mixture(
-        shares=(0.36, 0.18, 0.22, 0.24),
-        drills=0.0,
-        copying=0.0,
-        operator_weight=3.0,
-        result_masked=1.0,
-    ),
-}
+# What is slow to start: tables and copying ...
+FIRST = Mixture()
+# ... and then whole problems, operators weighted like numbers, and drills without guessing.
+SECOND = Mixture(
+    shares=(0.36, 0.18, 0.22, 0.24),
+    drills=0.0,
+    copying=0.0,
+    operator_weight=3.0,
+    result_masked=1.0,
+)
 TOLD = 500  # steps between the lines of the log that a record keeps
 
 
@@ -34,9 +33,8 @@ def configure(*, steps: int = STEPS, seed: int = 0, workers: int = 2) -> Config:
 
     Raises CoterieError unless the rows of a batch can be shared evenly by ``workers``.
     """
-    rows = LESSONS[0].rows
-    if rows % workers:
-        raise CoterieError(f"workers must divide {rows} rows evenly; {workers} do not")
+    if FIRST.rows % workers:
+        raise CoterieError(f"workers must divide {FIRST.rows} rows evenly; {workers} do not")
     words = vocabulary.build().get_vocab_size()
     return Config(
         steps=steps,
@@ -48,6 +46,11 @@ def configure(*, steps: int = STEPS, seed: int = 0, workers: int = 2) -> Config:
     )
 
 
+def lessons(steps: int) -> dict[int, Mixture]:
+    """From which step on each mixture is drawn."""
+    return {0: FIRST, steps // 2: SECOND}
+
+
 def make(out: Path, config: Config, *, told: Told | None = None) -> Path:
     """Train into ``out/run`` (resuming what is there) and write the checkpoint to ``out/model``.
 
@@ -56,7 +59,7 @@ def make(out: Path, config: Config, *, told: Told | None = None) -> Path:
     record of the run lies beside it.
     """
     tokenizer = vocabulary.build()
-    course = Course(tokenizer, LESSONS, config.seed)
+    course = Course(tokenizer, lessons(config.steps), config.seed)
     network = train(course, config, out / "run", told=told)
     folder = out / "model"
     export.save(network, folder, pad=tokenizer.token_to_id(vocabulary.END))
@@ -73,7 +76,7 @@ def keep_record(out: Path, config: Config) -> Path:
     kept = [line for line in lines if line["step"] % TOLD == 0 or line is lines[-1]]
     facts = {
         "config": asdict(config),
-        "lessons": {step: asdict(mixture) for step, mixture in LESSONS.items()},
+        "lessons": {step: asdict(mixture) for step, mixture in lessons(config.steps).items()},
         "log": kept,
     }
     command = ["coterie", "train", "--steps", str(config.steps), "--seed", str(config.seed)]
