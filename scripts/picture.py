@@ -15,7 +15,7 @@ from rich.text import Text
 
 import coterie
 from coterie.cli.view import View
-from coterie.cli.watch import show, view
+from coterie.cli.watch import view
 
 QUESTION = "Tom has 3 boxes of 4 pens and gives away 5. How many pens are left?"
 POLICY = "des-vote:beta=0.3"
@@ -47,8 +47,8 @@ def unmask(question: str, policy: str) -> list[View]:
     engine = coterie.load()
     screen, moments = view(engine, policy), []
     for event in engine.stream(question, policy=policy):
-        if isinstance(event, coterie.Denoised) and event.forward:
-            show(screen, event)
+        if isinstance(event, coterie.Denoised):
+            screen.take(event)
             moments.append(replace(screen, marks=dict(screen.marks)))
     return moments
 

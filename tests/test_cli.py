@@ -20,6 +20,7 @@ from coterie.cli.edge import run
 from coterie.cli.tables import readable, split_source
 from coterie.cli.view import END, MASK, SCALE, View
 from coterie.decoding import Token
+from coterie.engine.event import Denoised
 from coterie.routing import POLICIES
 from coterie.testing import write_checkpoint
 
@@ -334,22 +335,15 @@ def read_all(descriptor: int) -> str:
 
 def test_a_view_keeps_what_was_written_last() -> None:
     view = View(title="vanilla", piece=str, total=8, layers=(1, 2), ends=(9,))
-    view.take(
-        committed=[Token(0, 5, 0.95)],
-        edited=[],
-        provisional=[Token(2, 7, 0.1)],
-        experts=(4, 8),
-        block=0,
-    )
+    guessed = (Token(2, 7, 0.1),)
+    view.take(Denoised(0, 1, committed=(Token(0, 5, 0.95),), provisional=guessed, experts=(4, 8)))
     assert view.answer().plain == f"5{MASK}7"
     assert [str(span.style) for span in view.answer().spans] == [
         SCALE[-1],
         "dim",
         f"dim italic {SCALE[0]}",
     ]
-    view.take(
-        committed=[Token(2, 9, 1.0)], edited=[Token(0, 6, 0.5)], provisional=[], experts=(), block=0
-    )
+    view.take(Denoised(0, 2, committed=(Token(2, 9, 1.0),), edited=(Token(0, 6, 0.5),)))
     assert view.answer().plain == f"6{MASK}{END}"
     assert str(view.answer().spans[0].style) == f"underline {SCALE[2]}"
     assert (view.forwards, view.blocks, view.experts) == (2, 1, (4, 8))

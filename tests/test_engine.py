@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from dataclasses import replace
 from functools import cache
-from pathlib import Path
 
 import pytest
 import torch
@@ -31,7 +30,6 @@ def tiny(family: str = "llada2", ends: tuple[int, ...] = (94,)) -> Model:
     kind, spec = read_spec(tiny_config(family))
     return Model(
         name=f"tiny {family}",
-        folder=Path("nowhere"),
         family=kind,
         transformer=random_transformer(spec, seed=1),
         codec=Numbers(VOCABULARY),

@@ -8,13 +8,13 @@ from pathlib import Path
 from typing import Annotated, cast
 
 import typer
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import MofNCompleteColumn, Progress, TimeRemainingColumn
 from rich.table import Table
 
 from coterie.cli import options as o
 from coterie.cli.document import print_document
 from coterie.cli.request import open_engine
-from coterie.cli.tables import console, plain_table, print_text, readable
+from coterie.cli.tables import bar, console, plain_table, print_text, readable
 from coterie.evals.exam import Answer, items, sit
 from coterie.evals.report import Line, lines, share
 from coterie.naming import CoterieError
@@ -59,8 +59,8 @@ def evaluate(
         raise CoterieError(f"unknown task {unknown[0]!r}; known: {', '.join(TASKS)}")
     asked = items(chosen, count, seed)
     engine = open_engine(model, dtype=dtype, device=device)
-    with _bar() as bar:
-        told = _live(bar, len(asked) * len(named))
+    with _steps() as shown:
+        told = _live(shown, len(asked) * len(named))
         sheets = [sit(engine, asked, policy, rows=rows, told=told) for policy in named]
     lined = lines(sheets, chosen)
     policies_found = [line.document() for line in lined]
@@ -112,40 +112,30 @@ def train(
     """
     config = embedded.configure(steps=steps, seed=seed, workers=workers)
     print(f"coterie: the log is {out / 'run' / 'log.jsonl'}", file=sys.stderr)
-    with _bar() as bar:
-        task = bar.add_task("training", total=steps)
+    with _steps() as shown:
+        task = shown.add_task("training", total=steps)
 
         def told(line: Mapping[str, object]) -> None:
             said = f"loss {line['loss']:.3f}, {line['speed']:,} positions/s"
-            bar.update(task, completed=cast("int", line["step"]), description=said)
+            shown.update(task, completed=cast("int", line["step"]), description=said)
 
         folder = embedded.make(out, config, told=told)
     print_text(str(folder))
 
 
-def _live(bar: Progress, total: int) -> Callable[[Answer], None]:
+def _live(shown: Progress, total: int) -> Callable[[Answer], None]:
     """Moves the bar at every answer, and keeps each policy's accuracy so far beside it."""
-    task = bar.add_task("", total=total)
+    task = shown.add_task("", total=total)
     right: dict[str, list[bool]] = {}
 
     def told(answer: Answer) -> None:
         so_far = right.setdefault(answer.policy, [])
         so_far.append(answer.right)
         said = f"{answer.policy} {share(so_far).value:.1%}"
-        bar.update(task, advance=1, description=said)
+        shown.update(task, advance=1, description=said)
 
     return told
 
 
-def _bar() -> Progress:
-    """On stderr, gone when done; where stderr is no terminal, nothing."""
-    to = console(stderr=True)
-    return Progress(
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeRemainingColumn(),
-        console=to,
-        transient=True,
-        disable=not to.is_terminal,
-    )
+def _steps() -> Progress:
+    return bar(MofNCompleteColumn(), TimeRemainingColumn())

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 
-from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
+from rich.progress import DownloadColumn, TransferSpeedColumn
 
-from coterie.cli.tables import console
+from coterie.cli.tables import bar
 from coterie.decoding.plans import BlockCausalUncached, Uncached, parse_plan
 from coterie.engine.engine import Engine, load
 from coterie.naming import CoterieError
@@ -46,7 +44,12 @@ def generation_options(
 
 def open_engine(model: str | None, *, dtype: str | None, device: str) -> Engine:
     """The engine, with a bar on stderr while large weights load."""
-    with _bar() as heard:
+    with bar(DownloadColumn(binary_units=True), TransferSpeedColumn()) as shown:
+        task = shown.add_task("loading weights", visible=False)
+
+        def heard(done: int, whole: int) -> None:
+            shown.update(task, completed=done, total=whole, visible=whole >= LARGE)
+
         return load(model, dtype=dtype, device=device, progress=heard)
 
 
@@ -66,28 +69,3 @@ def ids_of(engine: Engine, prompt: str, *, raw: bool) -> list[int]:
     if remark is not None:
         print(f"coterie: {remark}", file=sys.stderr)
     return engine.model.codec.encode(prompt, raw=raw)
-
-
-class _Heard:
-    """Moves a bar, from the first large total on."""
-
-    def __init__(self, progress: Progress) -> None:
-        self._progress = progress
-        self._task = None
-
-    def __call__(self, done: int, whole: int) -> None:
-        if whole < LARGE:
-            return
-        if self._task is None:
-            self._task = self._progress.add_task("loading weights", total=whole)
-        self._progress.update(self._task, completed=done)
-
-
-@contextmanager
-def _bar() -> Iterator[_Heard]:
-    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(binary_units=True))
-    to = console(stderr=True)
-    with Progress(
-        *columns, TransferSpeedColumn(), console=to, transient=True, disable=not to.is_terminal
-    ) as progress:
-        yield _Heard(progress)

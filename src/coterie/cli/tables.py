@@ -1,4 +1,4 @@
-"""Tables for people; the same facts go out as JSON through ``document``."""
+"""Tables and bars for people; the same facts go out as JSON through ``document``."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import sys
 from collections.abc import Sequence
 
 from rich.console import Console
+from rich.progress import BarColumn, Progress, ProgressColumn, TextColumn
 from rich.table import Table
 
 from coterie.engine.event import Result
@@ -23,6 +24,19 @@ def console(*, stderr: bool = False) -> Console:
     stream = sys.stderr if stderr else sys.stdout
     return Console(
         file=stream, width=None if stream.isatty() else PIPED_WIDTH, highlight=False, markup=False
+    )
+
+
+def bar(*columns: ProgressColumn) -> Progress:
+    """A bar on stderr that is gone when done; where stderr is no terminal, nothing."""
+    to = console(stderr=True)
+    return Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        *columns,
+        console=to,
+        transient=True,
+        disable=not to.is_terminal,
     )
 
 

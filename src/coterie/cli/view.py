@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from rich.columns import Columns
@@ -11,7 +11,7 @@ from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
-from coterie.decoding import Token
+from coterie.engine.event import Denoised
 
 MASK, END = "▒", "∎"
 BAR = 24  # cells of a full bar
@@ -42,24 +42,16 @@ class View:
     forwards: int = 0
     blocks: int = 0
 
-    def take(
-        self,
-        *,
-        committed: Iterable[Token],
-        edited: Iterable[Token],
-        provisional: Iterable[Token],
-        experts: Sequence[int],
-        block: int,
-    ) -> None:
-        """One decoding forward: what it wrote, what it still weighs, unique experts by layer."""
-        groups = {"committed": committed, "edited": edited, "provisional": provisional}
-        for state, tokens in groups.items():
+    def take(self, event: Denoised) -> None:
+        """One forward: what it wrote, what it still weighs, unique experts by layer."""
+        written = {"committed": event.committed, "edited": event.edited}
+        for state, tokens in {**written, "provisional": event.provisional}.items():
             for token in tokens:
                 piece = END if token.id in self.ends else self.piece(token.id)
                 self.marks[token.position] = Mark(piece, token.confidence, state)
-        self.experts = tuple(experts) or self.experts
-        self.forwards += 1
-        self.blocks = max(self.blocks, block + 1)
+        self.experts = event.experts or self.experts
+        self.forwards = event.forward
+        self.blocks = event.block + 1
 
     def __rich__(self) -> RenderableType:
         heading = Text.assemble(

@@ -37,7 +37,6 @@ class Model:
     """What the engine needs to know of a model."""
 
     name: str
-    folder: Path
     family: Family
     transformer: Transformer
     codec: Codec
@@ -73,7 +72,6 @@ def load_model(
     usual = mask_id(config, family, spec.vocabulary)
     return Model(
         name=EMBEDDED if name_or_path is None else str(name_or_path),
-        folder=folder,
         family=family,
         transformer=transformer,
         codec=codec,
