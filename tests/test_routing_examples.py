@@ -50,6 +50,8 @@ def ids_of(policy: Policy | str, scores: Scores) -> list[list[int]]:
         ("coreset:m=3", [0, 1, 3]),
         ("coreset:m=6", [0, 1, 2, 3, 4, 5]),
         ("coreset:m=99", [0, 1, 2, 3, 4, 5]),
+        (f"coreset:m={10**30}", [0, 1, 2, 3, 4, 5]),
+        (f"mass-vote:tau=0.5,least={10**30}", [0, 1, 2, 3, 4, 5]),
         ("coreset:m=1,vote=count", [1]),
         ("coreset:m=2,vote=count", [0, 1]),  # 0, 2, 3, 4 have one vote each: the lowest
         ("coreset:m=3,vote=weight", [1, 3, 0]),  # .53, 1.07, .4, .55, .45

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,6 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file
+from shared import golden
 from torch import Tensor
 
 from coterie.naming import CoterieError
@@ -23,8 +23,6 @@ from coterie.training.loop import Config, train
 from coterie.training.network import Network, Shape, choose, visibility
 from coterie.training.optim import orthogonal
 
-ROOT = Path(__file__).parents[1]
-SHARED = Path(os.environ.get("COTERIE_SHARED", ROOT.parent / "shared"))
 SMALL = Shape(
     vocabulary=16,
     hidden=16,
@@ -101,11 +99,8 @@ def gradients(value: Tensor, leaves: list[Tensor]) -> tuple[Tensor, ...]:
     return torch.autograd.grad((value * direction).sum(), leaves)
 
 
-@pytest.mark.parametrize("name", ["a"])
-def test_forward_equals_golden(name: str) -> None:
-    folder = SHARED / "golden" / "llada2" / name
-    if not folder.exists():
-        pytest.skip(f"GOLDEN DATA ABSENT: {folder}; set COTERIE_SHARED")
+def test_forward_equals_golden() -> None:
+    folder = golden("llada2", "a")
     config = json.loads((folder / "config.json").read_text())
     reference = np.load(folder / "reference.npz")
     network = Network(golden_shape(config))
@@ -123,12 +118,9 @@ def test_forward_equals_golden(name: str) -> None:
 
 
 def test_configuration_has_exactly_the_official_keys() -> None:
-    path = SHARED / "golden" / "llada2" / "a" / "config.json"
-    if not path.exists():
-        pytest.skip(f"GOLDEN DATA ABSENT: {path}; set COTERIE_SHARED")
-    golden = json.loads(path.read_text())
-    mine = export.configuration(golden_shape(golden), pad=golden["pad_token_id"])
-    assert mine == golden | {"dtype": "bfloat16"}
+    official = json.loads((golden("llada2", "a") / "config.json").read_text())
+    mine = export.configuration(golden_shape(official), pad=official["pad_token_id"])
+    assert mine == official | {"dtype": "bfloat16"}
 
 
 def test_experts_and_their_gradients_equal_the_definition() -> None:

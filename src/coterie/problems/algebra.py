@@ -4,31 +4,20 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable
-from dataclasses import dataclass
 
 from coterie.problems.facts import LARGEST, product
-from coterie.problems.problem import Problem
+from coterie.problems.problem import Problem, Worked
 
 LETTERS = ["x", "y", "n", "t"]
 
 
-@dataclass(frozen=True)
-class Exercise:
-    """The numbers an exercise is made of, its question, the steps and the result."""
-
-    numbers: tuple[int, ...]
-    question: str
-    steps: str
-    result: int
+Kind = Callable[[random.Random, str], Worked]
 
 
-Kind = Callable[[random.Random, str], Exercise]
-
-
-def linear_plus(rng: random.Random, v: str) -> Exercise:
+def linear_plus(rng: random.Random, v: str) -> Worked:
     a, x, p = product(rng, LARGEST - 1)
     b = rng.randint(1, LARGEST - p)
-    return Exercise(
+    return Worked(
         (a, b, p + b),
         f"Solve {a}{v} + {b} = {p + b} for {v}.",
         f"Subtract {b} from both sides: {a}{v} = {p + b} - {b} = {p}. "
@@ -37,10 +26,10 @@ def linear_plus(rng: random.Random, v: str) -> Exercise:
     )
 
 
-def linear_minus(rng: random.Random, v: str) -> Exercise:
+def linear_minus(rng: random.Random, v: str) -> Worked:
     a, x, p = product(rng)
     b = rng.randint(1, p - 1)
-    return Exercise(
+    return Worked(
         (a, b, p - b),
         f"Solve {a}{v} - {b} = {p - b} for {v}.",
         f"Add {b} to both sides: {a}{v} = {p - b} + {b} = {p}. "
@@ -49,10 +38,10 @@ def linear_minus(rng: random.Random, v: str) -> Exercise:
     )
 
 
-def value_plus(rng: random.Random, v: str) -> Exercise:
+def value_plus(rng: random.Random, v: str) -> Worked:
     a, x, p = product(rng, LARGEST - 1)
     b = rng.randint(1, LARGEST - p)
-    return Exercise(
+    return Worked(
         (a, x, b),
         f"What is the value of {a}{v} + {b} when {v} = {x}?",
         f"Put {v} = {x} into the expression: {a} * {x} + {b}. "
@@ -61,10 +50,10 @@ def value_plus(rng: random.Random, v: str) -> Exercise:
     )
 
 
-def value_minus(rng: random.Random, v: str) -> Exercise:
+def value_minus(rng: random.Random, v: str) -> Worked:
     a, x, p = product(rng)
     b = rng.randint(1, p - 1)
-    return Exercise(
+    return Worked(
         (a, x, b),
         f"What is the value of {a}{v} - {b} when {v} = {x}?",
         f"Put {v} = {x} into the expression: {a} * {x} - {b}. "
@@ -73,10 +62,10 @@ def value_minus(rng: random.Random, v: str) -> Exercise:
     )
 
 
-def quotient(rng: random.Random, v: str) -> Exercise:
+def quotient(rng: random.Random, v: str) -> Worked:
     a, q, p = product(rng)
     b = rng.randint(1, LARGEST - q)
-    return Exercise(
+    return Worked(
         (a, b, q + b),
         f"Solve {v} / {a} + {b} = {q + b} for {v}.",
         f"Subtract {b} from both sides: {v} / {a} = {q + b} - {b} = {q}. "
@@ -85,11 +74,11 @@ def quotient(rng: random.Random, v: str) -> Exercise:
     )
 
 
-def next_term(rng: random.Random, v: str) -> Exercise:
+def next_term(rng: random.Random, v: str) -> Worked:
     first = rng.randint(0, LARGEST // 2)
     step = rng.randint(1, (LARGEST - first) // 3)
     second, third = first + step, first + 2 * step
-    return Exercise(
+    return Worked(
         (first, step),
         f"The sequence {first}, {second}, {third} goes on with equal steps. "
         f"What is its next term {v}?",
@@ -99,11 +88,11 @@ def next_term(rng: random.Random, v: str) -> Exercise:
     )
 
 
-def bracket(rng: random.Random, v: str) -> Exercise:
+def bracket(rng: random.Random, v: str) -> Worked:
     a, s, p = product(rng)
     x = rng.randint(1, s - 1) if s > 2 else 1
     b = s - x
-    return Exercise(
+    return Worked(
         (a, b, p),
         f"Solve {a}({v} + {b}) = {p} for {v}.",
         f"Divide both sides by {a}: {v} + {b} = {p} / {a} = {s}. "
@@ -126,11 +115,5 @@ KINDS: dict[str, Kind] = {
 def algebra_problem(rng: random.Random) -> Problem:
     """One exercise of a random kind."""
     kind = rng.choice(list(KINDS))
-    exercise = KINDS[kind](rng, rng.choice(LETTERS))
-    return Problem(
-        task="algebra",
-        key=(kind, *exercise.numbers),
-        prompt=exercise.question,
-        answer=f"{exercise.steps}\nThe answer is \\boxed{{{exercise.result}}}.",
-        gold=str(exercise.result),
-    )
+    worked = KINDS[kind](rng, rng.choice(LETTERS))
+    return worked.problem("algebra", kind, r"The answer is \boxed{{}}.")

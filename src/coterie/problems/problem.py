@@ -29,6 +29,26 @@ class Problem:
     gold: str
 
 
+@dataclass(frozen=True)
+class Worked:
+    """A question with its steps: the numbers that it is made of, and the number it comes to."""
+
+    numbers: tuple[int, ...]
+    question: str
+    steps: str
+    result: int
+
+    def problem(self, task: str, kind: str, ending: str) -> Problem:
+        """``ending`` ("#### {}") tells the result after the steps."""
+        return Problem(
+            task=task,
+            key=(kind, *self.numbers),
+            prompt=self.question,
+            answer=f"{self.steps}\n{ending.replace('{}', str(self.result))}",
+            gold=str(self.result),
+        )
+
+
 class Maker(Protocol):
     """Draws one problem of a kind, of either split."""
 

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from coterie.problems.facts import LARGEST, product
-from coterie.problems.problem import Problem
+from coterie.problems.problem import Problem, Worked
 
 NAMES = [
     *("Tom", "Anna", "Ben", "Clara", "David", "Emma", "Felix", "Grace", "Henry", "Iris"),
@@ -37,26 +37,16 @@ class Scene:
         return Scene(name, other, things, more_things, rng.choice(HOLDERS))
 
 
-@dataclass(frozen=True)
-class Story:
-    """A told problem: the numbers it is made of, the question, the steps and the result."""
-
-    numbers: tuple[int, ...]
-    question: str
-    steps: str
-    result: int
+Kind = Callable[[random.Random, Scene], Worked]
 
 
-Kind = Callable[[random.Random, Scene], Story]
-
-
-def gives_away(rng: random.Random, s: Scene) -> Story:
+def gives_away(rng: random.Random, s: Scene) -> Worked:
     a, b, p = product(rng)
     c = rng.randint(1, p - 1)
     gone, doing = rng.choice(
         [("gives away", "giving away"), ("loses", "losing"), ("sells", "selling")]
     )
-    return Story(
+    return Worked(
         (a, b, c),
         f"{s.name} has {a} {s.holders} of {b} {s.things} and {gone} {c}. "
         f"How many {s.things} are left?",
@@ -66,13 +56,13 @@ def gives_away(rng: random.Random, s: Scene) -> Story:
     )
 
 
-def buys_more(rng: random.Random, s: Scene) -> Story:
+def buys_more(rng: random.Random, s: Scene) -> Worked:
     a, b, p = product(rng, LARGEST - 1)
     c = rng.randint(1, LARGEST - p)
     gain, doing = rng.choice(
         [("buys", "buying"), ("finds", "finding"), ("gets", "getting"), ("makes", "making")]
     )
-    return Story(
+    return Worked(
         (a, b, c),
         f"{s.name} has {a} {s.holders} of {b} {s.things} and {gain} {c} more. "
         f"How many {s.things} does {s.name} have now?",
@@ -82,14 +72,14 @@ def buys_more(rng: random.Random, s: Scene) -> Story:
     )
 
 
-def together(rng: random.Random, s: Scene) -> Story:
+def together(rng: random.Random, s: Scene) -> Worked:
     a = rng.randint(2, LARGEST // 2 - 1)
     b = rng.randint(1, min(a - 1, LARGEST - 2 * a))
     if rng.random() < 0.5:
         word, sign, q = "more", "+", a + b
     else:
         word, sign, q = "fewer", "-", a - b
-    return Story(
+    return Worked(
         (a, b, q),
         f"{s.name} has {a} {s.things}. {s.other} has {b} {word} than {s.name}. "
         f"How many {s.things} do they have together?",
@@ -99,10 +89,10 @@ def together(rng: random.Random, s: Scene) -> Story:
     )
 
 
-def change(rng: random.Random, s: Scene) -> Story:
+def change(rng: random.Random, s: Scene) -> Worked:
     a, b, p = product(rng, LARGEST - 1)
     c = rng.randint(p + 1, LARGEST)
-    return Story(
+    return Worked(
         (a, b, c),
         f"{s.name} buys {a} {s.things} for {b} dollars each and pays with {c} dollars. "
         f"How many dollars does {s.name} get back?",
@@ -112,10 +102,10 @@ def change(rng: random.Random, s: Scene) -> Story:
     )
 
 
-def two_kinds(rng: random.Random, s: Scene) -> Story:
+def two_kinds(rng: random.Random, s: Scene) -> Worked:
     a, b, p = product(rng, LARGEST - 4)
     c, d, q = product(rng, LARGEST - p)
-    return Story(
+    return Worked(
         (a, b, c, d),
         f"{s.name} buys {a} {s.things} for {b} dollars each and {c} {s.more_things} "
         f"for {d} dollars each. How many dollars does {s.name} pay?",
@@ -125,10 +115,10 @@ def two_kinds(rng: random.Random, s: Scene) -> Story:
     )
 
 
-def shares(rng: random.Random, s: Scene) -> Story:
+def shares(rng: random.Random, s: Scene) -> Worked:
     a, q, p = product(rng)
     c = rng.randint(1, LARGEST - q)
-    return Story(
+    return Worked(
         (p, a, c),
         f"{s.name} shares {p} {s.things} equally among {a} friends. One friend, {s.other}, "
         f"already had {c}. How many {s.things} does {s.other} have now?",
@@ -138,9 +128,9 @@ def shares(rng: random.Random, s: Scene) -> Story:
     )
 
 
-def times_as_many(rng: random.Random, s: Scene) -> Story:
+def times_as_many(rng: random.Random, s: Scene) -> Worked:
     a, b, p = product(rng)
-    return Story(
+    return Worked(
         (a, b),
         f"{s.name} has {a} {s.things}. {s.other} has {b} times as many. "
         f"How many more {s.things} does {s.other} have than {s.name}?",
@@ -150,11 +140,11 @@ def times_as_many(rng: random.Random, s: Scene) -> Story:
     )
 
 
-def there_and_back(rng: random.Random, s: Scene) -> Story:
+def there_and_back(rng: random.Random, s: Scene) -> Worked:
     a = rng.randint(3, LARGEST)
     b = rng.randint(1, a - 1)
     c = rng.randint(1, LARGEST - (a - b))
-    return Story(
+    return Worked(
         (a, b, c),
         f"{s.name} has {a} {s.things}, gives {b} to {s.other} and then finds {c} more. "
         f"How many {s.things} does {s.name} have now?",
@@ -164,11 +154,11 @@ def there_and_back(rng: random.Random, s: Scene) -> Story:
     )
 
 
-def three_steps(rng: random.Random, s: Scene) -> Story:
+def three_steps(rng: random.Random, s: Scene) -> Worked:
     a, b, p = product(rng)
     c = rng.randint(1, p - 1)
     d = rng.randint(1, LARGEST - (p - c))
-    return Story(
+    return Worked(
         (a, b, c, d),
         f"{s.name} has {a} {s.holders} of {b} {s.things}, gives {c} to {s.other} and then buys "
         f"{d} more. How many {s.things} does {s.name} have now?",
@@ -195,11 +185,4 @@ KINDS: dict[str, Kind] = {
 def word_problem(rng: random.Random) -> Problem:
     """One word problem of a random kind."""
     kind = rng.choice(list(KINDS))
-    story = KINDS[kind](rng, Scene.drawn(rng))
-    return Problem(
-        task="words",
-        key=(kind, *story.numbers),
-        prompt=story.question,
-        answer=f"{story.steps}\n#### {story.result}",
-        gold=str(story.result),
-    )
+    return KINDS[kind](rng, Scene.drawn(rng)).problem("words", kind, "#### {}")
