@@ -12,10 +12,11 @@ import numpy as np
 import pytest
 from shared import golden, golden_sets
 
-from coterie.decoding.plans import Dual, parse_plan
+from coterie.decoding.plans import Clock, Dual, parse_plan
 from coterie.decoding.refine import parse_unmask
 from coterie.engine import parity
-from coterie.engine.published import LOOPS, Parameters, tell
+from coterie.engine.parameters import Parameters
+from coterie.engine.published import LOOPS, tell
 from coterie.engine.replay import generation_verdicts
 from coterie.naming import CoterieError
 
@@ -83,7 +84,8 @@ CALLS = "gen_static_b4_calls_len_pos_store"
     ("harm", "told"),
     [
         (ask("surprise", 1), "unknown parameter 'surprise'"),
-        (ask("denoising_steps", 3), "no multiple of 3 steps"),
+        (ask("denoising_steps", 0), "denoising_steps is 0; it must be positive"),
+        (ask("cfg_scale", 1.5), "cfg_scale is 1.5; supported: None or 0"),
         (ask("threshold", "high"), "threshold is 'high', not a number"),
         (ask("threshold", math.nan), "threshold is nan"),
         (ask("remasking", "random"), "remasking is 'random'; known: low_confidence"),
@@ -94,6 +96,15 @@ CALLS = "gen_static_b4_calls_len_pos_store"
         (put("tag", 3), "without a tag"),
         (put("tag", "static_b5"), "gen_static_b5_prompt is missing"),
         (put("n_out", 3), "n_out is 3"),
+        (put("mask_id", 7), "mask_id is 7, not 511"),
+        (ask("mask_id", None), "mask_id is None, not 511"),
+        (put("margins", {"argmax": -1.0}), "argmax is -1.0, not a margin"),
+        (put("margins", {"argmax": math.nan}), "argmax is nan, not a margin"),
+        (put("margins", [1e-7]), "not an object"),
+        (put("route_margin", 1e-7), "margin 1.0e-07 is below the set's worst"),
+        (put("route_margin", "1e-7"), "route_margin is '1e-7', not a margin"),
+        (change("eos_id", lambda x: x - 1), r"eos_id is 507; config.json says \(508,\)"),
+        (change(OUT, lambda x: x[None]), "prompt and out have not the same axes"),
         (drop(OUT), f"{OUT} is missing"),
         (drop(PROMPT), f"{PROMPT} is missing"),
         (drop(CALLS), f"{CALLS} is missing"),
@@ -105,6 +116,8 @@ CALLS = "gen_static_b4_calls_len_pos_store"
         (lambda meta, held: meta.pop("generations"), "lists no generations"),
         (lambda meta, held: meta["generations"].clear(), "lists no generations"),
         (lambda meta, held: meta["generations"].pop(), "belongs to no generation"),
+        (lambda meta, held: held.update(gen_static_b4_twin_out=held[OUT]), "to no generation"),
+        (lambda meta, held: meta.update(family="llada2"), "logits_fullattn is missing"),
         (lambda meta, held: meta["generations"].append(entry(meta)), "lists a generation twice"),
         (lambda meta, held: meta.__setitem__("family", "gpt"), "family is 'gpt'; known: "),
     ],
@@ -122,6 +135,7 @@ def test_a_damaged_reference_is_told(damaged, harm, told: str) -> None:
         (change(CALLS, lambda x: np.where(x == 12, 8, x)), "has another input"),
         (change(PROMPT, other_id), "ids of row 0 differ"),
         (ask("threshold", 0.2), "forwards, not 30"),
+        (ask("denoising_steps", 3), "forwards, not 30"),
     ],
 )
 def test_a_reference_that_says_otherwise_fails(damaged, harm, problem: str) -> None:
@@ -133,6 +147,25 @@ def test_a_reference_that_says_otherwise_fails(damaged, harm, problem: str) -> N
     verdict = verdicts["static_b4 [block-causal]"]
     assert not verdict.passed
     assert any(problem in line for line in verdict.problems), verdict.problems
+
+
+def test_what_says_nothing_of_a_run_is_let_be(damaged) -> None:
+    def add(meta: Meta, held: Held) -> None:
+        meta["note"] = entry(meta)["note"] = "made on a Tuesday"
+        entry(meta)["params"] |= {"cfg_scale": 0.0, "threshold": 1.5}
+        held["gen_static_b4_trace_confidence"] = held["weights"] = np.zeros(3)
+
+    assert all(verdict.passed for verdict in generation_verdicts(damaged(add)))
+
+
+def test_only_known_errors_are_excused_by_their_tag(damaged) -> None:
+    def disguise(meta: Meta, held: Held) -> None:
+        for part in ("prompt", "out", "calls_len_pos_store"):
+            held[f"gen_off_b4_{part}"] = held.pop(f"gen_static_b4_{part}")
+        entry(meta)["tag"] = "off_b4"
+        held["gen_off_b4_out"] = other_id(held["gen_off_b4_out"])
+
+    assert not generation_verdicts(damaged(disguise))[0].passed
 
 
 def test_the_command_fails_where_a_set_does(damaged, capsys: pytest.CaptureFixture[str]) -> None:
@@ -185,6 +218,37 @@ def test_no_parameter_of_dinfer_may_be_of_another_kind(name: str) -> None:
     wrong = Parameters("here", DINFER | {name: ["x"]})
     with pytest.raises(CoterieError, match=name):
         tell("inclusionAI/dInfer@fce4e32", wrong, mask=511, end=508)
+
+
+@pytest.mark.parametrize(
+    ("name", "stated", "spelled"),
+    [("threshold", 7, "threshold:p=1+"), ("threshold", -1.0, "threshold:p=1e-30+")],
+)
+def test_a_threshold_beyond_its_ends_means_what_the_end_means(
+    name: str, stated: float, spelled: str
+) -> None:
+    loop = tell(
+        "inclusionAI/dInfer", Parameters("here", DINFER | {name: stated}), mask=511, end=508
+    )
+    assert loop.generations[0].unmask.startswith(spelled)
+
+
+def test_dinfer_ends_with_a_stop_and_fills_what_follows_only_if_asked() -> None:
+    for early in (True, False):
+        values = DINFER | {"early_stop": early}
+        loop = tell("inclusionAI/dInfer", Parameters("here", values), mask=511, end=508)
+        assert loop.generations[0].early_stop == "block"
+        assert loop.fills == early
+
+
+def test_llada_takes_every_step_of_its_schedule() -> None:
+    values = {"steps": 24, "gen_length": 16, "block_length": 8, "remasking": "low_confidence"}
+    loop = tell("ML-GSAI/LLaDA", Parameters("here", values), mask=511, end=508)
+    plan = parse_plan(loop.generations[0].plan)
+    block = plan.blocks(3, 16, 8)[0]
+    assert plan.patience(block, 19, Clock(), masked=8) == 12
+    with pytest.raises(CoterieError, match="remasking is 'random'"):
+        tell("ML-GSAI/LLaDA", Parameters("here", values | {"remasking": "random"}), mask=1, end=2)
 
 
 def test_an_unknown_loop_is_told_what_is_known() -> None:

@@ -166,17 +166,19 @@ class BlockCausalUncached:
 class Unroll:
     """Ask less often whether a block is finished (dInfer).
 
-    Up to ``most`` rounds are made at once, one per ``tokens`` masks; a round that begins with a
-    refresh looks twice. Forwards after the last mask change no token, but they count.
+    Up to ``most`` rounds are made at once, one per ``tokens`` masks, and never fewer than
+    ``least``; a round that begins with a refresh looks twice. Forwards after the last mask change
+    no token, but they count.
     """
 
     most: Count = 4
     tokens: Count = 8
+    least: Count = 1
 
     __post_init__ = check_options
 
     def rounds(self, masked: int) -> int:
-        return max(1, min(masked // self.tokens, self.most))
+        return max(self.least, min(masked // self.tokens, self.most))
 
 
 @dataclass(frozen=True)

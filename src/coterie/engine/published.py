@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass
 
 from coterie.decoding.plans import (
     BlockCausal,
@@ -29,73 +28,8 @@ from coterie.decoding.unmask import (
     Threshold,
 )
 from coterie.engine.config import Generation
+from coterie.engine.parameters import Parameters
 from coterie.naming import CoterieError
-
-
-@dataclass(frozen=True)
-class Parameters:
-    """A run's parameters and which were asked for; one that nobody asks for is an error."""
-
-    where: str
-    values: Mapping[str, object]
-    asked: set[str] = field(default_factory=set)  # grows while a loop is told
-
-    def whole(self, name: str, default: int | None = None) -> int:
-        value = self._get(name, default)
-        if isinstance(value, bool) or not isinstance(value, int):
-            raise CoterieError(f"{self.where}: {name} is {value!r}, not a whole number")
-        return value
-
-    def number(self, name: str, default: float | None = None) -> float:
-        value = self._get(name, default)
-        if isinstance(value, bool) or not isinstance(value, int | float):
-            raise CoterieError(f"{self.where}: {name} is {value!r}, not a number")
-        if not math.isfinite(value):
-            raise CoterieError(f"{self.where}: {name} is {value!r}; it must be finite")
-        return float(value)
-
-    def flag(self, name: str, default: bool) -> bool:
-        value = self._get(name, default)
-        if not isinstance(value, bool):
-            raise CoterieError(f"{self.where}: {name} is {value!r}, not true or false")
-        return value
-
-    def word(self, name: str, known: Mapping[str, object], default: str | None = None) -> str:
-        value = self._get(name, default)
-        if not isinstance(value, str) or value not in known:
-            raise CoterieError(f"{self.where}: {name} is {value!r}; known: {', '.join(known)}")
-        return value
-
-    def ids(self, name: str) -> tuple[int, ...]:
-        """Empty where absent."""
-        value = self._get(name, [])
-        listed = value if isinstance(value, list) else [value]
-        found = tuple(i for i in listed if isinstance(i, int) and not isinstance(i, bool))
-        if len(found) < len(listed):
-            raise CoterieError(f"{self.where}: {name} is {value!r}, not token ids")
-        return found
-
-    def part(self, name: str) -> Parameters:
-        value = self._get(name, {})
-        if not isinstance(value, dict):
-            raise CoterieError(f"{self.where}: {name} is {value!r}, not an object")
-        return Parameters(f"{self.where}: {name}", value)
-
-    def has(self, name: str) -> bool:
-        self.asked.add(name)
-        return self.values.get(name) is not None
-
-    def finish(self) -> None:
-        if unknown := sorted(set(self.values) - self.asked):
-            raise CoterieError(f"{self.where}: unknown parameter {', '.join(map(repr, unknown))}")
-
-    def _get(self, name: str, default: object) -> object:
-        self.asked.add(name)
-        value = self.values.get(name)
-        value = default if value is None else value
-        if value is None:
-            raise CoterieError(f"{self.where}: {name} is missing")
-        return value
 
 
 @dataclass(frozen=True)
@@ -105,6 +39,7 @@ class Loop:
     generations: tuple[Generation, ...]
     mask: int
     stops: tuple[int, ...]
+    fills: bool = False  # what follows a stop is filled with end-of-text
 
 
 def tell(algorithm: str, parameters: Parameters, *, mask: int, end: int) -> Loop:
@@ -118,6 +53,10 @@ def tell(algorithm: str, parameters: Parameters, *, mask: int, end: int) -> Loop
             f"{parameters.where}: {algorithm!r} is no loop known here; known: {', '.join(LOOPS)}"
         )
     loop = LOOPS[known[0]](algorithm, parameters, mask, end)
+    if known[0] != "SDAR":
+        parameters.only("remasking", "low_confidence")
+    for name in ("cfg_scale", "factor"):
+        parameters.only(name, None, 0)
     parameters.finish()
     return loop
 
@@ -138,8 +77,12 @@ def _generation(
 
 
 def _llada(algorithm: str, parameters: Parameters, mask: int, end: int) -> Loop:
-    """Whole row, fixed schedule; ``steps`` are those of all blocks together."""
-    generation = _generation(parameters, Plan(Uncached()), Unmask(_fixed(parameters)), "off")
+    """Whole row; every block takes all its steps, even where nothing is left to do."""
+    rule = _fixed(parameters)
+    plan = Plan(Uncached(), Unroll(most=1, least=rule.steps))
+    for name in ("logits_eos_inf", "confidence_eos_eot_inf"):
+        parameters.only(name, False)
+    generation = _generation(parameters, plan, Unmask(rule), "off")
     return Loop((generation,), parameters.whole("mask_id", mask), ())
 
 
@@ -153,7 +96,7 @@ def _fast_dllm(algorithm: str, parameters: Parameters, mask: int, end: int) -> L
     rule: Rule
     if parameters.has("threshold"):
         parameters.has("steps")  # without effect beside a threshold
-        rule = Threshold(parameters.number("threshold"), slack=0.0)
+        rule = Threshold(parameters.bar("threshold"), slack=0.0)
     else:
         rule = _fixed(parameters)
     generation = _generation(parameters, plan, Unmask(rule), "off")
@@ -161,6 +104,7 @@ def _fast_dllm(algorithm: str, parameters: Parameters, mask: int, end: int) -> L
 
 
 def _fixed(parameters: Parameters) -> Fixed:
+    """``steps`` are those of all blocks together."""
     length, width = parameters.whole("gen_length"), parameters.whole("block_length")
     return Fixed(max(1, parameters.whole("steps") // max(1, length // max(1, width))))
 
@@ -169,12 +113,12 @@ def _dinfer(algorithm: str, parameters: Parameters, mask: int, end: int) -> Loop
     """Every run states all parameters of the benchmark; a runner uses those that concern it."""
     gazes, smooth = _runner(parameters), _smooth(parameters)
     runner = parameters.word("runner", gazes)
-    unroll = Unroll(parameters.whole("maximum_unroll", 4), parameters.whole("expected_tpf", 8))
-    p = parameters.number("threshold")
+    most, tokens = parameters.whole("maximum_unroll", 4), parameters.whole("expected_tpf", 8)
+    p = parameters.bar("threshold")
     rules: dict[str, Rule] = {
         "threshold": Threshold(p),
         "credit": Threshold(p),
-        "hierarchy": Hierarchy(p, parameters.number("low_threshold", 0.4)),
+        "hierarchy": Hierarchy(p, parameters.bar("low_threshold", 0.4)),
     }
     decoder = parameters.word("decoder", rules)
     credit = _credit(parameters.part("credit"))
@@ -183,10 +127,11 @@ def _dinfer(algorithm: str, parameters: Parameters, mask: int, end: int) -> Loop
         credit=credit if decoder == "credit" else None,
         smooth=smooth if runner.startswith("itersmooth") else None,
     )
-    stop: EarlyStop = "block" if parameters.flag("early_stop", True) else "off"
-    generation = _generation(parameters, Plan(gazes[runner], unroll), unmask, stop)
+    plan = Plan(gazes[runner], Unroll(max(1, most), tokens))
+    fills = parameters.flag("early_stop", True)  # without it the row ends there too
+    generation = _generation(parameters, plan, unmask, "block")
     mask = parameters.whole("mask_id", mask)
-    return Loop((generation,), mask, (parameters.whole("eos_id", end),))
+    return Loop((generation,), mask, (parameters.whole("eos_id", end),), fills)
 
 
 def _runner(parameters: Parameters) -> dict[str, Gaze]:
@@ -229,7 +174,7 @@ def _credit(parameters: Parameters) -> Credit:
 def _llada20(algorithm: str, parameters: Parameters, mask: int, end: int) -> Loop:
     most = parameters.whole("gen_length") // parameters.whole("minimal_topk", 1)
     steps = max(1, min(parameters.whole("steps", 32), most))
-    rule = Dynamic(parameters.number("threshold", 0.95), steps)
+    rule = Dynamic(parameters.bar("threshold", 0.95), steps)
     stop: EarlyStop = "token" if parameters.flag("eos_early_stop", False) else "block"
     return _block_causal(parameters, Unmask(rule), stop, mask, end)
 
@@ -238,9 +183,9 @@ def _llada21(algorithm: str, parameters: Parameters, mask: int, end: int) -> Loo
     parameters.whole("steps", 32)  # without effect: every block runs until it settles
     parameters.whole("minimal_topk", 1)
     least = parameters.whole("num_to_transfer", 1)
-    rule = Dynamic(parameters.number("threshold", 0.95), least=least)
+    rule = Dynamic(parameters.bar("threshold", 0.95), least=least)
     post = parameters.whole("max_post_steps", 16)
-    edit = Edit(parameters.number("editing_threshold", 0.9), post)
+    edit = Edit(parameters.bar("editing_threshold", 0.9), post)
     stop: EarlyStop = "block" if parameters.flag("eos_early_stop", False) else "off"
     return _block_causal(parameters, Unmask(rule, edit), stop, mask, end)
 
@@ -258,12 +203,9 @@ def _block_causal(
 
 
 def _sdar(algorithm: str, parameters: Parameters, mask: int, end: int) -> Loop:
-    steps, width = parameters.whole("denoising_steps"), parameters.whole("block_length")
-    if steps < 1 or width % steps:
-        raise CoterieError(
-            f"{parameters.where}: block_length {width} is no multiple of {steps} steps"
-        )
-    p = parameters.number("threshold", 1.0)
+    steps, p = parameters.whole("denoising_steps"), parameters.bar("threshold", 1.0)
+    if steps < 1:
+        raise CoterieError(f"{parameters.where}: denoising_steps is {steps}; it must be positive")
     rules: dict[str, Rule] = {
         "low_confidence": Dynamic(p, steps) if p < 1 else Static(steps),
         "low_confidence_dynamic": Dynamic(p, steps),
