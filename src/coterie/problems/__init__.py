@@ -1,7 +1,7 @@
 """The four kinds of small problems that the embedded model solves."""
 
 from coterie.problems.algebra import algebra_problem
-from coterie.problems.code import docstring_problem, sentence_problem
+from coterie.problems.code import docstring_problem, phrase, sentence_problem
 from coterie.problems.facts import LARGEST, fact
 from coterie.problems.problem import Maker, Problem, Split, draw, split_of
 from coterie.problems.words import word_problem
@@ -13,4 +13,4 @@ TASKS: dict[str, Maker] = {
     "algebra": algebra_problem,
 }
 
-__all__ = ["LARGEST", "TASKS", "Maker", "Problem", "Split", "draw", "fact", "split_of"]
+__all__ = ["LARGEST", "TASKS", "Maker", "Problem", "Split", "draw", "fact", "phrase", "split_of"]

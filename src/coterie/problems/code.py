@@ -115,6 +115,22 @@ def sentence_problem(rng: random.Random) -> Problem:
     return _problem("sentence", recipe, name, prompt=prompt, rng=rng)
 
 
+def phrase(rng: random.Random) -> tuple[str, str, str]:
+    """Words of a recipe with the line of code they become: shown, hidden, shown again."""
+    recipe = _recipe(rng)
+    test = KEEPS[recipe.keep][1].format(c=recipe.keep_by)
+    if test and rng.random() < 0.5:
+        return f" {KEEPS[recipe.keep][0].format(c=recipe.keep_by)}\n        if", f" {test}", ":"
+    change = rng.choice([name for name in CHANGES if name != "none"])
+    by = 0 if change in BARE else rng.randint(2, 9)
+    words, value = (text.format(c=by) for text in CHANGES[change])
+    before, after = rng.choice([step for _, step in BODIES.values() if "{" in step]).split(
+        "{value}"
+    )
+    gap = " " if before.endswith(" ") else ""
+    return f"{words}\n            {before.rstrip()}", f"{gap}{value}", after
+
+
 def _problem(task: str, recipe: Recipe, name: str, *, prompt: str, rng: random.Random) -> Problem:
     return Problem(
         task=task,

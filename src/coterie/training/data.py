@@ -3,7 +3,7 @@
 A row is a run of blocks. A problem brings its clean blocks once, one noised copy of the block that
 prompt and answer share, and one or two of each later block; a noised block sees the clean blocks
 before it and itself, as it will when the model decodes. What is left of a row is filled with
-drills: bare lines of arithmetic, and words to copy.
+drills: bare lines of arithmetic, words to copy, and words to put into code.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import torch
 from tokenizers import Tokenizer
 from torch import Tensor
 
-from coterie.problems import TASKS, Problem, draw, fact
+from coterie.problems import TASKS, Problem, draw, fact, phrase
 from coterie.problems.code import NOUNS, VERBS
 from coterie.problems.words import HOLDERS, NAMES, THINGS
 from coterie.training.batch import Batch
@@ -42,6 +42,7 @@ class Mixture:
     content_weight: float = 3.0  # of the loss on numbers, names and things in worked answers
     operator_weight: float = 1.0  # of the loss on operators in worked answers
     copying: float = 0.4  # share of drills that repeat words in place of arithmetic
+    phrases: float = 0.0  # share of the other drills that put words into code
     result_masked: float = 0.75  # share of drill facts in which the result alone is masked
 
 
@@ -152,7 +153,12 @@ class BatchMaker:
                 yield Block(sheet.ids[at], number, index, sheet.task, masked, weights[at])
 
     def _drill(self, rng: random.Random, place: int) -> Block:
-        ids, masked = self._copies(rng) if rng.random() < self.mixture.copying else self._facts(rng)
+        if rng.random() < self.mixture.copying:
+            ids, masked = self._copies(rng)
+        elif self.mixture.phrases and rng.random() < self.mixture.phrases:
+            ids, masked = self._phrases(rng)
+        else:
+            ids, masked = self._facts(rng)
         return Block(ids, -1 - place, rng.randrange(3), DRILL, masked)
 
     def _copies(self, rng: random.Random) -> tuple[list[int], list[bool]]:
@@ -162,6 +168,20 @@ class BatchMaker:
         ids = (words * width)[:width]
         masked = [i >= len(words) and rng.random() < 0.6 for i in range(width)]
         return ids, masked
+
+    def _phrases(self, rng: random.Random) -> tuple[list[int], list[bool]]:
+        """What is asked for in words, and the code that does it, with that code masked."""
+        width = self.mixture.block
+        ids: list[int] = []
+        masked: list[bool] = []
+        while len(ids) < 2 * width:
+            for place, text in enumerate(phrase(rng)):
+                part = self._encode(text)
+                ids += part
+                masked += [place == 1 and rng.random() < 0.7 for _ in part]
+        skip = rng.randrange(12)
+        at = slice(skip, skip + width)
+        return ids[at], masked[at]
 
     def _facts(self, rng: random.Random) -> tuple[list[int], list[bool]]:
         """Lines of arithmetic, most of them with the result masked."""

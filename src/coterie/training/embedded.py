@@ -20,8 +20,9 @@ FIRST = Mixture()
 # ... and then whole problems, operators weighted like numbers, and drills without guessing.
 SECOND = Mixture(
     shares=(0.36, 0.18, 0.22, 0.24),
-    drills=0.0,
+    drills=0.75,
     copying=0.0,
+    phrases=0.6,
     operator_weight=3.0,
     result_masked=1.0,
 )
