@@ -21,13 +21,17 @@ class Recorder(Protocol):
         """A forward over these rows starts; what is shown before the next ``began`` is theirs."""
         ...
 
-    def routed(self, layer: int, scores: Scores, routing: Routing) -> None: ...
+    def routed(self, layer: int, scores: Scores, routing: Routing) -> None:
+        """What a layer's gate thought of S rows, and what came of it."""
+        ...
 
     def served(self, layer: int, hits: int, misses: int, size: int) -> None:
         """The store found ``hits`` experts ready and moved ``size`` bytes for ``misses`` others."""
         ...
 
-    def layer_output(self, layer: int, x: Tensor) -> None: ...
+    def layer_output(self, layer: int, x: Tensor) -> None:
+        """x [B, W, H] after a layer; before the first (-1), and [P, H] as the head reads it."""
+        ...
 
 
 @dataclass(frozen=True)

@@ -132,6 +132,13 @@ class Policy(Protocol):
 class Store(Protocol):
     """Where experts live."""
 
-    def serve(self, layer: int, used: Tensor) -> Iterator[Slab]: ...
+    def serve(self, layer: int, used: Tensor) -> Iterator[Slab]:
+        """Slabs that together hold every expert of ``used`` (bool [E]) once, maybe others too.
 
-    def resident(self, layer: int) -> Tensor | None: ...
+        What a slab holds stands until the next one is asked for.
+        """
+        ...
+
+    def resident(self, layer: int) -> Tensor | None:
+        """Experts already in fast memory, bool [E]; None where all of them always are."""
+        ...

@@ -71,6 +71,8 @@ class Result:
 
 @dataclass(frozen=True)
 class Finished:
+    """A row is done; nothing more is told of it."""
+
     row: int
     result: Result
 

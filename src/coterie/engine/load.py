@@ -98,6 +98,7 @@ def choose_device(device: str | torch.device) -> torch.device:
 def choose_dtype(
     dtype: str | torch.dtype | None, spec: ModelSpec, device: torch.device
 ) -> torch.dtype:
+    """None and "auto" are bf16, or fp32 on a CPU where the weights stay small; others by name."""
     if dtype is None or dtype == "auto":
         small = bytes_kept(spec, torch.float32) < SMALL
         return torch.float32 if device.type == "cpu" and small else torch.bfloat16

@@ -34,6 +34,7 @@ class Cache:
         dtype: torch.dtype,
         device: torch.device | str = "cpu",
     ) -> Cache:
+        """An empty cache of so many rows, each with ``length`` positions."""
         shape = (rows, spec.kv_heads, length, spec.head_dim)
         keys = tuple(torch.zeros(shape, dtype=dtype, device=device) for _ in range(spec.layers))
         values = tuple(torch.zeros(shape, dtype=dtype, device=device) for _ in range(spec.layers))

@@ -34,6 +34,7 @@ class Dense:
         return self.apply(x)
 
     def apply(self, x: Tensor) -> Tensor:
+        """[..., H] -> [..., H], whatever the step."""
         gate, up = F.linear(x, self.gate_up).chunk(2, dim=-1)
         return F.linear(F.silu(gate) * up, self.down)
 

@@ -24,6 +24,7 @@ class Size:
 
 
 def size(spec: ModelSpec, dtype: torch.dtype) -> Size:
+    """What a model of this spec weighs in ``dtype``."""
     parameters = sum(prod(shape) for shape in shapes(spec).values())
     idle = spec.router.experts - spec.router.k
     expert = spec.expert_parameters * dtype.itemsize

@@ -18,6 +18,8 @@ from coterie.values import Store
 
 @dataclass(frozen=True)
 class Layer:
+    """Attention, then a feed-forward half, each behind a norm and added to what came in."""
+
     spec: ModelSpec
     attention_norm: Tensor  # [H]
     attention: Attention

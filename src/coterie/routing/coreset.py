@@ -82,7 +82,7 @@ class Mass:
 
 @dataclass(frozen=True)
 class Union:
-    """Every voter's first ``k`` own experts (DES-Seq); nothing is counted."""
+    """Every voter's first ``k`` own experts (DES, Eq. 5); nothing is counted."""
 
     k: int
 

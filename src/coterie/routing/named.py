@@ -26,7 +26,7 @@ RESIDENT_FIRST = Election(lam=1.0, eps=0.02)
 
 @dataclass(frozen=True)
 class DesSeq:
-    """The union of every token's first ``k`` experts (DES-Seq; simplified OEA)."""
+    """The union of every token's first ``k`` experts (DES, Eq. 5; simplified OEA)."""
 
     k: Count
     election: Annotated[Election, Offers(("voters", "scope"))] = BY_PROBABILITY
@@ -40,7 +40,7 @@ class DesSeq:
 @dataclass(frozen=True)
 class DesVote:
     """The share ``beta`` of experts with most votes, each token voting for its own experts with
-    the router's probability (DES-Vote)."""
+    the router's probability (DES, Eq. 6)."""
 
     beta: Share
     election: Annotated[Election, OPEN] = BY_PROBABILITY
@@ -53,7 +53,7 @@ class DesVote:
 
 @dataclass(frozen=True)
 class UniformVote:
-    """As DES-Vote, but each vote counts one (the paper's naive variant)."""
+    """As DES-Vote, but each vote counts one (DES, the naive variant)."""
 
     beta: Share
     election: Annotated[Election, FIXED_VOTE] = BY_COUNT
