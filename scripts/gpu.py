@@ -54,7 +54,7 @@ def steps(out: Path) -> dict[str, list[str]]:
     if not sets:
         print("scripts/gpu: no reference folders here (COTERIE_SHARED): parity is not checked")
         return found
-    return {"parity": [python, "-m", "coterie.engine.parity", *sets], **found}
+    return {"parity": [python, "-m", "coterie.parity", *sets], **found}
 
 
 def done(command: Sequence[str]) -> bool:

@@ -11,7 +11,7 @@ import pytest
 from safetensors.torch import load_file, save_file
 from shared import golden, golden_sets
 
-from coterie.engine.reference import Deviation, forward_deviations
+from coterie.parity.forward import Deviation, forward_deviations
 
 Arrays = dict[str, np.ndarray]
 

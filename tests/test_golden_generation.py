@@ -12,13 +12,13 @@ import numpy as np
 import pytest
 from shared import golden, golden_sets
 
-from coterie.decoding.plans import Clock, Dual, parse_plan
+from coterie.decoding.plans import Clock, Dual, Unroll, parse_plan
 from coterie.decoding.refine import parse_unmask
-from coterie.engine import parity
-from coterie.engine.parameters import Parameters
-from coterie.engine.published import LOOPS, tell
-from coterie.engine.replay import generation_verdicts
 from coterie.naming import CoterieError
+from coterie.parity import __main__ as parity
+from coterie.parity.generation import generation_verdicts
+from coterie.parity.parameters import Parameters
+from coterie.parity.published import LOOPS, tell
 
 Meta = dict
 Held = dict[str, np.ndarray]
@@ -205,7 +205,7 @@ def test_every_parameter_of_dinfer_is_honoured() -> None:
     (generation,) = loop.generations
     plan, unmask = parse_plan(generation.plan), parse_unmask(generation.unmask)
     assert plan.gaze == Dual(before=16, after=8, warmup=4, aligned=True)
-    assert (plan.unroll.most, plan.unroll.tokens) == (4, 8)
+    assert plan.unroll == Unroll(4, 8)
     assert str(unmask) == (
         "threshold:p=0.8+credit:alpha=0.6,gamma=0.1,beta=0.7"
         "+smooth:weight=0.4,init=0.2,growth=0.01,decay=0.05"

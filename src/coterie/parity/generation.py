@@ -14,11 +14,11 @@ from coterie.decoding.row import first_of
 from coterie.engine.config import Generation
 from coterie.engine.engine import Engine
 from coterie.engine.load import Model, load_model
-from coterie.engine.parameters import Parameters
-from coterie.engine.published import Loop, tell
-from coterie.engine.recorded import Run, read_runs
-from coterie.engine.reference import Arrays
 from coterie.naming import CoterieError
+from coterie.parity.arrays import Arrays
+from coterie.parity.parameters import Parameters
+from coterie.parity.published import Loop, tell
+from coterie.parity.recorded import Run, read_runs
 
 
 @dataclass(frozen=True)

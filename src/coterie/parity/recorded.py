@@ -9,9 +9,9 @@ from pathlib import Path
 
 import numpy as np
 
-from coterie.engine.reference import Arrays
 from coterie.model.strictjson import read_object
 from coterie.naming import CoterieError
+from coterie.parity.arrays import Arrays
 
 CLOSE = 2e-6
 """Runs whose own decisions are nearer than this to a tie are reported, not judged."""

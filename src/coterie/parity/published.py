@@ -28,8 +28,8 @@ from coterie.decoding.unmask import (
     Threshold,
 )
 from coterie.engine.config import Generation
-from coterie.engine.parameters import Parameters
 from coterie.naming import CoterieError
+from coterie.parity.parameters import Parameters
 
 
 @dataclass(frozen=True)

@@ -6,9 +6,9 @@ import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from coterie.engine.reference import Deviation, forward_deviations
-from coterie.engine.replay import Verdict, generation_verdicts
 from coterie.naming import CoterieError
+from coterie.parity.forward import Deviation, forward_deviations
+from coterie.parity.generation import Verdict, generation_verdicts
 
 
 def main(arguments: Sequence[str]) -> int:

@@ -1,0 +1,1 @@
+"""Parity with published code: its recorded forwards and generations, run again and compared."""
