@@ -49,6 +49,8 @@ class Forward:
 
 @dataclass(frozen=True)
 class Played:
+    """What became of a run's prompts."""
+
     rows: list[Row]
     forwards: list[Forward]
     unpublished: int
@@ -64,7 +66,7 @@ def generation_verdicts(folder: Path) -> tuple[Verdict, ...]:
     runs = read_runs(folder, arrays)
     model = load_model(folder, dtype=torch.float32, device="cpu")
     mask, end = int(arrays.whole("mask_id")), int(arrays.whole("eos_id"))
-    if end not in model.eos_ids:
+    if model.eos_ids and end not in model.eos_ids:
         raise CoterieError(f"{arrays.file}: eos_id is {end}; config.json says {model.eos_ids}")
     return tuple(verdict for run in runs for verdict in _judge(run, model, mask, end))
 
@@ -119,7 +121,7 @@ def _verdict(run: Run, loop: Loop, generation: Generation, played: Played) -> Ve
 
 def _expected_forwards(run: Run) -> int:
     """Denoising forwards; SDAR's count holds the passes that store keys."""
-    stated = _whole(run, "nfe", None)
+    stated = _stated_forwards(run)
     if run.family != "sdar_moe":
         return stated
     calls = _calls(run)
@@ -142,7 +144,7 @@ def _trace_problems(run: Run, generation: Generation, played: Played) -> list[st
             raise CoterieError(f"{run.where}: calls is {type(listed).__name__}, not a list")
         theirs = listed
     else:
-        count, width = _whole(run, "nfe", None), generation.block
+        count, width = _stated_forwards(run), generation.block
         inputs = run.arrays.whole(f"gen_{run.tag}_trace_block_inputs", count, width)
         ends = run.arrays.whole(f"gen_{run.tag}_trace_window_end", count)
         ours = [(f.blocks[0], f.stop) for f in played.forwards]
@@ -153,16 +155,14 @@ def _trace_problems(run: Run, generation: Generation, played: Played) -> list[st
 
 
 def _calls(run: Run) -> list[list[int]]:
+    """(width, start, stores keys) of every forward."""
     name = f"gen_{run.tag}_calls_len_pos_store"
-    count, axes = run.arrays.shape(name, 2)
-    return run.arrays.whole(name, count, 3 if axes != 3 else axes).tolist()
+    count, _ = run.arrays.shape(name, 2)
+    return run.arrays.whole(name, count, 3).tolist()
 
 
-def _whole(run: Run, name: str, default: int | None) -> int:
-    value = run.entry.get(name, default)
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise CoterieError(f"{run.where}: {name} is {value!r}, not a whole number")
-    return value
+def _stated_forwards(run: Run) -> int:
+    return Parameters(run.where, run.entry).whole("nfe")
 
 
 def _whole_canvas(row: Row, loop: Loop, alone: bool) -> list[int]:
