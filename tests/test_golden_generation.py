@@ -6,17 +6,20 @@ import json
 import math
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from shared import golden, golden_sets
 
 from coterie.decoding.plans import Clock, Dual, Unroll, parse_plan
 from coterie.decoding.refine import parse_unmask
+from coterie.engine.load import load_model
 from coterie.naming import CoterieError
 from coterie.parity import __main__ as parity
-from coterie.parity.generation import generation_verdicts
+from coterie.parity.generation import SHOWN, generation_verdicts, play
 from coterie.parity.parameters import Parameters
 from coterie.parity.published import LOOPS, tell
 
@@ -33,11 +36,11 @@ def test_every_published_generation_comes_out_the_same(name: str) -> None:
 
 
 @pytest.fixture
-def damaged(tmp_path: Path) -> Callable[[Callable[[Meta, Held], None]], Path]:
+def damaged(tmp_path: Path) -> Callable[..., Path]:
     """A copy of a small set after a function had its way with meta and arrays."""
 
-    def make(harm: Callable[[Meta, Held], None]) -> Path:
-        folder = golden("sdar_moe", "a")
+    def make(harm: Callable[[Meta, Held], None], family: str = "sdar_moe") -> Path:
+        folder = golden(family, "a")
         for file in folder.iterdir():
             shutil.copyfile(file, tmp_path / file.name)
         meta = json.loads((folder / "meta.json").read_text())
@@ -166,6 +169,30 @@ def test_only_known_errors_are_excused_by_their_tag(damaged) -> None:
         held["gen_off_b4_out"] = other_id(held["gen_off_b4_out"])
 
     assert not generation_verdicts(damaged(disguise))[0].passed
+
+
+def test_calls_left_out_are_missed(damaged) -> None:
+    def shorten(meta: Meta, held: Held) -> None:
+        kept = meta["generations"] = [g for g in meta["generations"] if g["tag"] == "llada_s8_b8"]
+        for name in [name for name in held if name.startswith("gen_")]:
+            if not name.startswith("gen_llada_s8_b8_"):
+                held.pop(name)
+        kept[0]["calls"].pop()
+
+    (verdict,) = generation_verdicts(damaged(shorten, "lladamoe"))
+    assert verdict.problems == ("forward 7 has another input",)
+
+
+def test_a_stop_inside_a_block_may_lie_beyond_the_length_asked_for() -> None:
+    values = {"gen_length": 2, "block_length": 16, "steps": 16, "threshold": 0.5}
+    stated = Parameters("here", values | {"eos_early_stop": True})
+    loop = tell("LLaDA2.0", stated, mask=511, end=223)
+    model = load_model(golden("llada2", "a"), dtype=torch.float32, device="cpu")
+    model = replace(model, mask_id=511, eos_ids=loop.stops)
+    for way in loop.generations:
+        (row,) = play(model, way, [[5, 17, 33, 40]]).rows
+        # The published loop cuts at the stop, wherever it is, and keeps the prompt.
+        assert SHOWN["llada2"](row, loop, True) == [5, 17, 33, 40, 249, 249, 223]
 
 
 def test_the_command_fails_where_a_set_does(damaged, capsys: pytest.CaptureFixture[str]) -> None:
