@@ -136,6 +136,7 @@ def test_a_damaged_reference_is_told(damaged, harm, told: str) -> None:
         (change(OUT, other_id), "ids of row 0 differ from 39 on"),
         (change(OUT, lambda x: x[:-1]), "another length"),
         (change(CALLS, lambda x: np.where(x == 12, 8, x)), "has another input"),
+        (change(CALLS, lambda x: x + np.eye(*x.shape, dtype=int)), "forward 0 has another input"),
         (change(PROMPT, other_id), "ids of row 0 differ"),
         (ask("threshold", 0.2), "forwards, not 30"),
         (ask("denoising_steps", 3), "forwards, not 30"),

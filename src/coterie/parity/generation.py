@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import zip_longest
 from pathlib import Path
@@ -135,8 +135,7 @@ def _trace_problems(run: Run, generation: Generation, played: Played) -> list[st
     ours: list[object]
     theirs: list[object]
     if run.family == "sdar_moe":
-        ours = [(f.width, f.start) for f in played.forwards]
-        theirs = [(length, start) for length, start, stored in _calls(run) if not stored]
+        ours, theirs = [*_with_stores(played)], [*_calls(run)]
     elif run.family == "lladamoe":
         ours = [[f.rows, f.width] for f in played.forwards]
         listed = run.entry.get("calls")
@@ -152,6 +151,16 @@ def _trace_problems(run: Run, generation: Generation, played: Played) -> list[st
     pairs = enumerate(zip_longest(ours, theirs))
     first = next((i for i, (a, b) in pairs if a != b), None)
     return [] if first is None else [f"forward {first} has another input"]
+
+
+def _with_stores(played: Played) -> Iterator[list[int]]:
+    """(length, start, stores keys) of SDAR's calls: it stores prompt and blocks, the last too."""
+    if prefilled := played.rows[0].blocks[0].start:
+        yield [prefilled, 0, 1]
+    for this, following in zip_longest(played.forwards, played.forwards[1:]):
+        yield [this.width, this.start, 0]
+        if following is None or following.start != this.start:
+            yield [this.width, this.start, 1]
 
 
 def _calls(run: Run) -> list[list[int]]:
