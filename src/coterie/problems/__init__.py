@@ -2,7 +2,7 @@
 
 from coterie.problems.algebra import algebra_problem
 from coterie.problems.code import docstring_problem, phrase, sentence_problem
-from coterie.problems.facts import LARGEST, fact
+from coterie.problems.facts import LARGEST, fact, with_other_facts
 from coterie.problems.problem import Maker, Problem, Split, draw, split_of
 from coterie.problems.words import word_problem
 
@@ -13,4 +13,15 @@ TASKS: dict[str, Maker] = {
     "algebra": algebra_problem,
 }
 
-__all__ = ["LARGEST", "TASKS", "Maker", "Problem", "Split", "draw", "fact", "phrase", "split_of"]
+__all__ = [
+    "LARGEST",
+    "TASKS",
+    "Maker",
+    "Problem",
+    "Split",
+    "draw",
+    "fact",
+    "phrase",
+    "split_of",
+    "with_other_facts",
+]

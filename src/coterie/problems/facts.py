@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import random
+import re
+from collections.abc import Iterator
 
 LARGEST = 50
 
+EQUATION = re.compile(r"\d+ ([-+*/]) \d+ = \d+")
 PRODUCTS = [(a, b) for a in range(2, 10) for b in range(2, 10) if a * b <= LARGEST]
 
 
@@ -15,9 +18,9 @@ def product(rng: random.Random, most: int = LARGEST) -> tuple[int, int, int]:
     return a, b, a * b
 
 
-def fact(rng: random.Random) -> str:
+def fact(rng: random.Random, sign: str | None = None) -> str:
     """One line of the tables, such as ``12 - 5 = 7``; sums and differences are most of them."""
-    kind = rng.choices("+-*/", weights=(5, 5, 1, 1))[0]
+    kind = sign or rng.choices("+-*/", weights=(5, 5, 1, 1))[0]
     if kind in "*/":
         a, b, c = product(rng)
         return f"{a} * {b} = {c}" if kind == "*" else f"{c} / {a} = {b}"
@@ -25,3 +28,17 @@ def fact(rng: random.Random) -> str:
     if kind == "+":
         return f"{part} + {total - part} = {total}"
     return f"{total} - {part} = {total - part}"
+
+
+def with_other_facts(steps: str, rng: random.Random) -> Iterator[tuple[str, bool]]:
+    """Worked steps with each fact replaced by any of its sign, in parts: text, and is it a result?
+
+    What is left is the wording: no question goes with these numbers.
+    """
+    end = 0
+    for found in EQUATION.finditer(steps):
+        left, result = fact(rng, found[1]).split(" = ")
+        yield f"{steps[end : found.start()]}{left} =", False
+        yield f" {result}", True
+        end = found.end()
+    yield steps[end:], False

@@ -16,7 +16,7 @@ import torch
 from tokenizers import Tokenizer
 from torch import Tensor
 
-from coterie.problems import TASKS, Problem, draw, fact, phrase
+from coterie.problems import TASKS, Problem, draw, fact, phrase, with_other_facts
 from coterie.problems.code import NOUNS, VERBS
 from coterie.problems.words import HOLDERS, NAMES, THINGS
 from coterie.training.batch import Batch
@@ -42,7 +42,8 @@ class Mixture:
     content_weight: float = 3.0  # of the loss on numbers, names and things in worked answers
     operator_weight: float = 1.0  # of the loss on operators in worked answers
     copying: float = 0.4  # share of drills that repeat words in place of arithmetic
-    phrases: float = 0.0  # share of the other drills that put words into code
+    steps: float = 0.0  # share of the other drills that are worked steps with any facts in them
+    phrases: float = 0.0  # share of the rest that put words into code
     result_masked: float = 0.75  # share of drill facts in which the result alone is masked
 
 
@@ -155,6 +156,8 @@ class BatchMaker:
     def _drill(self, rng: random.Random, place: int) -> Block:
         if rng.random() < self.mixture.copying:
             ids, masked = self._copies(rng)
+        elif self.mixture.steps and rng.random() < self.mixture.steps:
+            ids, masked = self._steps(rng)
         elif self.mixture.phrases and rng.random() < self.mixture.phrases:
             ids, masked = self._phrases(rng)
         else:
@@ -168,6 +171,22 @@ class BatchMaker:
         ids = (words * width)[:width]
         masked = [i >= len(words) and rng.random() < 0.6 for i in range(width)]
         return ids, masked
+
+    def _steps(self, rng: random.Random) -> tuple[list[int], list[bool]]:
+        """Worked steps with facts that no question asks for, every result masked."""
+        width = self.mixture.block
+        ids: list[int] = []
+        masked: list[bool] = []
+        while len(ids) < 2 * width:
+            task = rng.choice(("words", "algebra"))
+            steps, _, _ = draw(TASKS[task], rng, "train").answer.rpartition("\n")
+            for text, is_result in with_other_facts(f" {steps}", rng):
+                part = self._encode(text)
+                ids += part
+                masked += [is_result] * len(part)
+        skip = rng.randrange(width // 2)
+        at = slice(skip, skip + width)
+        return ids[at], masked[at]
 
     def _phrases(self, rng: random.Random) -> tuple[list[int], list[bool]]:
         """What is asked for in words, and the code that does it, with that code masked."""
