@@ -153,6 +153,18 @@ def test_a_damaged_file_is_named(tmp_path: Path, name: str, content: bytes) -> N
         codec(tmp_path)
 
 
+@pytest.mark.parametrize(
+    "name",
+    ["tokenizer.json", "tokenizer_config.json", "generation_config.json", "chat_template.jinja"],
+)
+def test_a_link_that_leads_nowhere_is_named(tmp_path: Path, name: str) -> None:
+    write_tokenizer(tmp_path)
+    (tmp_path / name).unlink(missing_ok=True)
+    (tmp_path / name).symlink_to("nowhere")
+    with pytest.raises(TextError, match=name.replace(".", r"\.")):
+        codec(tmp_path)
+
+
 def test_a_tokenizer_larger_than_the_model_is_refused(tmp_path: Path) -> None:
     with pytest.raises(TextError, match="holds token id 260, but the model knows 200 ids"):
         codec(write_tokenizer(tmp_path), vocabulary=200)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import math
+import os
+import sys
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -37,7 +39,7 @@ class Config:
 
     @staticmethod
     def of(file: Path) -> Config:
-        if not file.exists():
+        if not os.path.lexists(file):
             raise CoterieError(f"{file}: no such file; a model folder has a config.json")
         return Config(file, read_object(file))
 
@@ -67,8 +69,10 @@ class Config:
             raise self.error(key, "is missing")
         if isinstance(value, bool) or not isinstance(value, int | float):
             raise self.error(key, f"is {value!r}, not a number")
-        if not math.isfinite(value) or value <= 0:
+        if not 0 < value < math.inf:
             raise self.error(key, f"is {value!r}; it must be finite and positive")
+        if value > sys.float_info.max:
+            raise self.error(key, "is a number too large to calculate with")
         return float(value)
 
     def flag(self, key: str, default: bool) -> bool:

@@ -7,6 +7,9 @@ from coterie.model.spec import ModelSpec
 from coterie.naming import CoterieError
 from coterie.values import RouterSpec
 
+MOST_EXPERTS = 1 << 17
+"""Of all layers together; each has tensors to look for, and a damaged config asks for millions."""
+
 
 def model_spec(
     config: Config,
@@ -29,6 +32,8 @@ def model_spec(
     """
     if not any(moe):
         raise CoterieError(f"{config.file}: no layer has experts")
+    if sum(moe) * router.experts > MOST_EXPERTS:
+        raise config.error("num_experts", f"is {router.experts} in {sum(moe)} layers, too many")
     hidden, heads = config.size("hidden_size"), config.size("num_attention_heads")
     dim = head_dim(config, hidden, heads, own=own_head_dim)
     spec = ModelSpec(

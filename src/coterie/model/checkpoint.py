@@ -7,11 +7,12 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
 from coterie.model.shard import Entry, read_header, read_into
 from coterie.model.strictjson import read_object
-from coterie.model.weights import Place
+from coterie.model.weights import Place, kept_wide
 from coterie.naming import CoterieError
 
 INDEX = "model.safetensors.index.json"
@@ -29,9 +30,9 @@ class Checkpoint:
     def of(folder: Path) -> Checkpoint:
         """Raises CoterieError when there are no safetensors, or index and files disagree."""
         index, single = folder / INDEX, folder / SINGLE
-        if index.exists():
+        if os.path.lexists(index):
             return Checkpoint(folder, _indexed(index))
-        if single.exists():
+        if os.path.lexists(single):
             return Checkpoint(folder, {single: read_header(single)})
         raise _nothing_to_load(folder)
 
@@ -68,7 +69,8 @@ class Checkpoint:
     ) -> None:
         """Stream every tensor into its region of ``weights``; progress hears bytes as they land.
 
-        Beyond the weights themselves this needs a few megabytes, however the shards are cut.
+        Beyond the weights themselves this needs a few megabytes, however the shards are cut. What
+        routes must be finite: a NaN there would elect experts without a trace in the logits.
         """
         self.check(places)
         for file, entries in self.files.items():
@@ -76,11 +78,16 @@ class Checkpoint:
             try:
                 for entry in entries.values():
                     place = places[entry.name]
-                    read_into(descriptor, entry, weights[place.target][place.region])
+                    view = weights[place.target][place.region]
+                    read_into(descriptor, entry, view)
+                    if kept_wide(place.target) and not bool(torch.isfinite(view).all()):
+                        raise CoterieError(f"{entry.name} holds NaN or infinity")
                     if progress is not None:
                         progress(entry.size)
-            except (OSError, CoterieError) as error:
-                raise CoterieError(f"{file}: cannot be read to its end ({error})") from None
+            except OSError as error:
+                raise CoterieError(f"{file}: cannot be read ({error.strerror})") from None
+            except CoterieError as error:
+                raise CoterieError(f"{file}: {error}") from None
             finally:
                 os.close(descriptor)
 

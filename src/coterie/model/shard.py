@@ -135,5 +135,5 @@ def _fill(descriptor: int, flat: Tensor, start: int) -> None:
     while memory:
         read = os.preadv(descriptor, [memory[: 1 << 28]], start)
         if read == 0:
-            raise CoterieError("the file became shorter while it was read")
+            raise CoterieError("cannot be read to its end: it became shorter meanwhile")
         memory, start = memory[read:], start + read

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -110,7 +111,7 @@ def load_codec(folder: Path, *, template: str, vocabulary: int) -> Codec:
     file where the tokenizer is damaged or holds ids that the model lacks.
     """
     path = folder / "tokenizer.json"
-    if not path.is_file():
+    if not os.path.lexists(path):
         return Numbers(vocabulary)
     tokenizer = _read_tokenizer(path, vocabulary)
     return Subwords(
@@ -153,14 +154,14 @@ def _ends(folder: Path, tokenizer: Tokenizer) -> tuple[int, ...]:
     """End ids: eos_token of the tokenizer_config, eos_token_id of the generation_config."""
     ends: set[int] = set()
     config = folder / "tokenizer_config.json"
-    if config.is_file():
+    if os.path.lexists(config):
         token = special_tokens(read_object(config)).get("eos_token")
         identity = None if token is None else tokenizer.token_to_id(token)
         if token is not None and identity is None:
             raise TextError(f"{config}: eos_token {token!r} is not in tokenizer.json")
         ends |= set() if identity is None else {identity}
     generation = folder / "generation_config.json"
-    if generation.is_file():
+    if os.path.lexists(generation):
         listed = read_object(generation).get("eos_token_id")
         for value in listed if isinstance(listed, list) else [listed]:
             ends |= {value} if isinstance(value, int) else set()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -38,10 +39,10 @@ def read_template(folder: Path, default: str) -> ChatTemplate:
     Raises TextError naming a file that cannot be read.
     """
     config = folder / "tokenizer_config.json"
-    settings = read_object(config) if config.is_file() else {}
+    settings = read_object(config) if os.path.lexists(config) else {}
     tokens = special_tokens(settings)
     own = folder / "chat_template.jinja"
-    if own.is_file():
+    if os.path.lexists(own):
         return ChatTemplate(_read_text(own), str(own), tokens)
     if settings.get("chat_template") is not None:
         return ChatTemplate(_source(settings["chat_template"], config), str(config), tokens)
