@@ -240,7 +240,7 @@ def test_numbers_that_are_none_raise_and_other_rows_go_on() -> None:
     tokens = host.row(number).canvas.tokens.tolist()
     kept = broken.transformer.head.clone()
     broken.transformer.head[3] = math.nan
-    with pytest.raises(CoterieError, match="not finite"):
+    with pytest.raises(CoterieError, match="the head gives NaN"):
         host.step()
     assert host.row(number).canvas.tokens.tolist() == tokens
     broken.transformer.head.copy_(kept)
@@ -254,7 +254,7 @@ def test_numbers_that_are_none_raise_and_other_rows_go_on() -> None:
         ({"prompt": [1, MASK]}, "the prompt holds the mask token"),
         ({"prompt": [96]}, "96 in the prompt is no token id below 96"),
         ({"prompt": [-1]}, "-1 in the prompt"),
-        ({"prompt": [1] * 510}, "need 528 positions; the model has 512"),
+        ({"prompt": [1] * 510}, "need at least 522 positions; the model has 512"),
         ({"max_new_tokens": 0}, "max_new_tokens must be at least 1"),
         ({"max_new_tokens": 2.5}, "max_new_tokens must be of type int"),
         ({"block": 0}, "block must be at least 1"),

@@ -10,6 +10,8 @@ from torch import Tensor
 from coterie.naming import CoterieError
 from coterie.spelling import Amount, Share, Whole, check_options
 
+COLDEST = 1e-3  # logits divided by less may leave fp32
+
 
 @dataclass(frozen=True)
 class Sampling:
@@ -19,7 +21,12 @@ class Sampling:
     top_k: Whole = 0
     top_p: Share = 1.0
 
-    __post_init__ = check_options
+    def __post_init__(self) -> None:
+        check_options(self)
+        if 0 < self.temperature < COLDEST:
+            raise CoterieError(
+                f"temperature must be 0 (greedy) or at least {COLDEST}, not {self.temperature:g}"
+            )
 
 
 @dataclass(frozen=True)

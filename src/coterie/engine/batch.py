@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -18,7 +18,7 @@ from coterie.model.step import Step
 from coterie.model.transformer import Transformer
 from coterie.naming import CoterieError
 from coterie.routing import Vanilla
-from coterie.telemetry import Counting, Null
+from coterie.telemetry import Counting, Null, Tracing
 from coterie.values import Policy, Progress, Window
 
 VANILLA = Vanilla()
@@ -86,11 +86,24 @@ def forward(
         embeddings=_embeddings(group),
     )
     tokens = torch.stack([slot.row.canvas.tokens[_span(slot)] for slot in group])
-    logits = transformer(tokens.to(transformer.device), step)
+    tokens = tokens.to(transformer.device)
+    logits = transformer(tokens, step)
     if not bool(torch.isfinite(logits).all()):
-        raise CoterieError("the model's logits are not finite (NaN or inf): no token was written")
+        where = _first_broken(transformer, tokens, step)
+        raise CoterieError(f"{where} NaN or infinite numbers: no token was written")
     counting.absorb(counted)
     return [_move_on(transformer, slot, part) for slot, part in _shares(group, logits)]
+
+
+def _first_broken(transformer: Transformer, tokens: Tensor, step: Step) -> str:
+    """Where numbers stop being finite: the same forward once more, watched."""
+    trace, last = Tracing(), transformer.spec.layers
+    transformer(tokens, replace(step, recorder=trace))
+    for layer, x in trace.outputs:
+        if not bool(torch.isfinite(x).all()):
+            names = {-1: "the embedding gives", last: "the last norm gives"}
+            return names.get(layer, f"layer {layer} gives")
+    return "the head gives"
 
 
 def _shares(group: Sequence[Slot], logits: Tensor) -> list[tuple[Slot, Tensor]]:

@@ -73,11 +73,13 @@ def ask(
     """What a row needs to know, or a CoterieError that names what cannot be done."""
     _check_prompt(prompt, mask, vocabulary)
     plan = parse_plan(generation.plan)
-    length = plan.blocks(len(prompt), generation.max_new_tokens, generation.block)[-1].stop
+    length = len(prompt) + generation.max_new_tokens
+    if length <= longest:  # else there may be more blocks than memory
+        length = plan.blocks(len(prompt), generation.max_new_tokens, generation.block)[-1].stop
     if length > longest:
         raise CoterieError(
             f"a prompt of {len(prompt)} tokens and max_new_tokens={generation.max_new_tokens} "
-            f"need {length} positions; the model has {longest}"
+            f"need at least {length} positions; the model has {longest}"
         )
     return Ask(
         prompt=tuple(prompt),

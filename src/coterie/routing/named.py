@@ -147,7 +147,9 @@ class Coreset:
         sizes = {"beta": self.beta, "m": self.m, "tau": self.tau, "k": self.k}
         given = [name for name, value in sizes.items() if value is not None]
         if len(given) != 1:
-            raise CoterieError(f"takes exactly one of {', '.join(sizes)}, not {given or 'none'}")
+            raise CoterieError(
+                f"takes exactly one of {', '.join(sizes)}, not {' and '.join(given) or 'none'}"
+            )
         if self.least is not None and self.tau is None:
             raise CoterieError("least goes with tau")
 
