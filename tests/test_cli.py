@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import pty
 import re
@@ -120,6 +121,12 @@ def test_a_seed_decides_what_is_drawn(capsys: Capture, model: str) -> None:
     assert first == again != other
 
 
+def test_a_greedy_answer_is_the_same_under_every_seed(capsys: Capture, model: str) -> None:
+    words = ["generate", "5 17 33", "-m", model, "-n", "20"]
+    found = [document(capsys, *words, *seed)["text"] for seed in ([], ["--seed", "7"])]
+    assert found[0] == found[1]
+
+
 def test_compare_runs_vanilla_first_and_each_policy_once(capsys: Capture, model: str) -> None:
     named = ["-p", "des-vote:beta=1", "-p", "racing:m=3", "-p", "racing:m=3", "-p", "vanilla"]
     found = document(capsys, "compare", "5 17 33", "-m", model, "-n", "20", *named)
@@ -187,7 +194,12 @@ def test_help_and_version_succeed(capsys: Capture) -> None:
         (["generate", "5", "--temperature", "nan"], "temperature"),
         (["generate", "5", "--top-k", "3"], "--top-k needs --temperature above 0"),
         (["generate", "5", "--top-p", "0.5"], "--top-p needs --temperature above 0"),
-        (["generate", "5", "--seed", "1", "-t", "0"], "--seed needs --temperature above 0"),
+        (["generate", "5", "--temperature", "1e-9"], "temperature must be 0 (greedy) or at least"),
+        (["generate", "5", "-n", "1" + "0" * 20], "the model has 512"),
+        (["inspect", "--memory", "inf"], "--memory"),
+        (["eval", "--items", "1", "--out", "/dev/null/x"], "/dev/null/x: Not a directory"),
+        (["train", "--out", "/dev/null/x"], "/dev/null/x: Not a directory"),
+        (["generate", "5", "-p", "coreset:m=4,beta=0.3"], "not beta and m"),
         (["generate", "5", "--seed", "-1", "-t", "1"], "--seed"),
         (["generate", "5", "--commit", "maybe"], "--commit"),
         (["generate", "5", "--commit", "policy", "--plan", "uncached"], "commits no blocks"),
@@ -234,7 +246,19 @@ def rewrite(name: str, change: Callable[[bytes], bytes]) -> Edit:
     return lambda folder: (folder / name).write_bytes(change((folder / name).read_bytes()))
 
 
+def loop(name: str) -> Edit:
+    """A link that leads nowhere, as a cache leaves it whose files were deleted."""
+
+    def edit(folder: Path) -> None:
+        (folder / name).unlink(missing_ok=True)
+        (folder / name).symlink_to(name)
+
+    return edit
+
+
 GATE = "model.layers.1.mlp.gate.weight"
+BIAS = "model.layers.2.mlp.gate.expert_bias"
+UP = "model.layers.2.mlp.experts.7.up_proj.weight"
 
 
 @pytest.mark.parametrize(
@@ -245,6 +269,16 @@ GATE = "model.layers.1.mlp.gate.weight"
         (change_config(architectures=["LlamaForCausalLM"]), "LlamaForCausalLM"),
         (change_config(num_experts_per_tok=99), "num_experts_per_tok"),
         (change_config(hidden_size=64), "model.safetensors"),
+        (change_config(rope_theta=10**400), "rope_theta is a number too large"),
+        (change_config(num_experts=16384, num_hidden_layers=4096), "num_experts is 16384 in 4095"),
+        (change_tensors(lambda t: t[GATE][0].fill_(math.nan)), f"{GATE} holds NaN"),
+        (change_tensors(lambda t: t[BIAS][:1].fill_(math.nan)), f"{BIAS} holds NaN"),
+        (change_tensors(lambda t: t[UP][0].fill_(math.nan)), "layer 2 gives NaN"),
+        (change_tensors(lambda t: t["lm_head.weight"].fill_(math.inf)), "the head gives NaN"),
+        (loop("config.json"), "config.json: cannot be read"),
+        (loop("model.safetensors"), "model.safetensors: cannot be read"),
+        (loop("model.safetensors.index.json"), "index.json: cannot be read"),
+        (loop("tokenizer.json"), "tokenizer.json: "),
         (rewrite("config.json", lambda b: b[:-9]), "config.json"),
         (rewrite("config.json", lambda _: b"[]"), "config.json"),
         (change_tensors(lambda t: t.pop(GATE)), GATE),
@@ -288,6 +322,30 @@ def test_a_full_disk_is_one_line(model: str) -> None:
     with Path("/dev/full").open("w") as full, command("inspect", model, stdout=full) as process:
         assert "No space left" in process.communicate(timeout=60)[1]
     assert process.returncode == 2
+
+
+def test_a_closed_stderr_costs_no_answer(
+    capsys: Capture, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    model = str(write_checkpoint(tmp_path, "llada2", vocab_size=300, eos_token_id=299))
+    monkeypatch.setattr(sys, "stderr", None)
+    assert run(["generate", "Hi!", "-m", model, "-n", "4"]) == 0
+    assert re.fullmatch(r"(\d+ )*\d+\n", capsys.readouterr().out)  # the remark is not on stdout
+    assert run(["bogus"]) == 2
+
+
+def test_an_interrupt_during_imports_leaves_no_traceback() -> None:
+    words = [sys.executable, "-X", "importtime", "-m", "_coterie", "policies"]
+    with subprocess.Popen(
+        words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        env={**os.environ, "PYTHONPATH": "src"}, cwd=Path(__file__).parents[1],
+    ) as process:  # fmt: skip
+        assert process.stderr is not None
+        next(line for line in process.stderr if "torch" in line)
+        process.send_signal(signal.SIGINT)
+        said = process.communicate(timeout=60)
+    assert (said[0], "Traceback" in said[1]) == ("", False)
+    assert process.returncode == -signal.SIGINT
 
 
 def test_a_closed_pipe_ends_quietly() -> None:

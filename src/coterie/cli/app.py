@@ -64,7 +64,8 @@ def coterie_command(
     """
     if version:
         typer.echo(f"coterie {coterie.__version__}")
-    elif context.invoked_subcommand is None:
+        raise typer.Exit
+    if context.invoked_subcommand is None:
         typer.echo(context.get_help())
 
 
@@ -187,7 +188,10 @@ def inspect(
     memory: Annotated[
         list[float] | None,
         typer.Option(
-            "--memory", min=0.0, help="GiB to fit into; may be repeated. Default: 8, 16, 24."
+            "--memory",
+            min=0.0,
+            max=float(1 << 30),
+            help="GiB to fit into; may be repeated. Default: 8, 16, 24.",
         ),
     ] = None,
     json: o.Json = False,

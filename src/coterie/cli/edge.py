@@ -5,11 +5,13 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 
 import torch
 import typer
 
 from coterie.cli.app import app
+from coterie.cli.tables import remark
 
 BAD_INPUT, BROKEN_PIPE = 2, 1
 
@@ -34,13 +36,21 @@ def run(arguments: Sequence[str]) -> int:
     except (ValueError, OSError, torch.OutOfMemoryError) as error:
         if os.environ.get("COTERIE_DEBUG"):
             raise
-        return _complain(str(error))
+        return _complain(_told(error))
+
+
+def _told(error: Exception) -> str:
+    """The system's errors as people say them: ``results: Not a directory``."""
+    if not isinstance(error, OSError) or error.strerror is None:
+        return str(error)
+    return error.strerror if error.filename is None else f"{error.filename}: {error.strerror}"
 
 
 def _complain(message: str) -> int:
     line = " ".join(message.split())
-    if sys.stderr is not None:
-        print(f"coterie: {line}", file=sys.stderr)
+    # Where the complaint cannot be written either, the status has to say it.
+    with suppress(OSError):
+        remark(line)
     return BAD_INPUT
 
 

@@ -14,7 +14,7 @@ from rich.table import Table
 from coterie.cli import options as o
 from coterie.cli.document import print_document
 from coterie.cli.request import open_engine
-from coterie.cli.tables import bar, console, plain_table, print_text, readable
+from coterie.cli.tables import bar, console, plain_table, print_text, readable, remark
 from coterie.evals.exam import Answer, items, sit
 from coterie.evals.report import Line, lines, share
 from coterie.naming import CoterieError
@@ -57,6 +57,8 @@ def evaluate(
     unknown = [task for task in chosen if task not in TASKS]
     if unknown:
         raise CoterieError(f"unknown task {unknown[0]!r}; known: {', '.join(TASKS)}")
+    if out is not None:
+        out.mkdir(parents=True, exist_ok=True)  # or fail now, before hours of measuring
     asked = items(chosen, count, seed)
     engine = open_engine(model, dtype=dtype, device=device)
     with _steps() as shown:
@@ -68,7 +70,7 @@ def evaluate(
     if out is not None:
         where = str(engine.model.transformer.device)
         content = record(TITLE, ["coterie", *sys.argv[1:]], [], facts=found, device=where)
-        print(f"coterie: {write_record(out, content)}", file=sys.stderr)
+        remark(str(write_record(out, content)))
     if json:
         print_document(found)
     else:
@@ -110,8 +112,9 @@ def train(
 
     Takes about an hour on two cores. `coterie generate --model OUT/model` runs the result.
     """
+    out.mkdir(parents=True, exist_ok=True)
     config = embedded.configure(steps=steps, seed=seed, workers=workers)
-    print(f"coterie: the log is {out / 'run' / 'log.jsonl'}", file=sys.stderr)
+    remark(f"the log is {out / 'run' / 'log.jsonl'}")
     with _steps() as shown:
         task = shown.add_task("training", total=steps)
 

@@ -6,6 +6,9 @@ from typing import Annotated, Literal
 
 import typer
 
+from coterie.decoding.plans import PLANS
+from coterie.decoding.unmask import RULES
+
 DECODING = "How to decode"
 RUNNING = "What to run it on"
 SHOWING = "What to show"
@@ -43,18 +46,28 @@ Policies = Annotated[
 MaxNewTokens = Annotated[
     int | None,
     typer.Option(
-        "--max-new-tokens", "-n", min=1, help="Tokens to write at most.", rich_help_panel=DECODING
+        "--max-new-tokens",
+        "-n",
+        min=1,
+        help="Tokens to write at most; default 256.",
+        rich_help_panel=DECODING,
     ),
 ]
 BlockWidth = Annotated[
     int | None,
-    typer.Option("--block", min=1, help="Tokens unmasked together.", rich_help_panel=DECODING),
+    typer.Option(
+        "--block",
+        min=1,
+        help="Tokens unmasked together; default as the model's family is meant to be used, "
+        "and so for --plan and --unmask.",
+        rich_help_panel=DECODING,
+    ),
 ]
 Plan = Annotated[
     str | None,
     typer.Option(
         "--plan",
-        help="The caching scheme: uncached, prefix, dual:before=16,after=16, block-causal.",
+        help=f"The caching scheme, such as dual:before=16,after=16; of {', '.join(PLANS)}.",
         rich_help_panel=DECODING,
     ),
 ]
@@ -62,8 +75,8 @@ UnmaskRule = Annotated[
     str | None,
     typer.Option(
         "--unmask",
-        help="Which proposals to keep, such as threshold:p=0.9, fixed:steps=32, "
-        "threshold:p=0.7+edit:p=0.5.",
+        help="Which proposals to keep, such as fixed:steps=32 or threshold:p=0.7+edit:p=0.5; "
+        f"of {', '.join(RULES)}.",
         rich_help_panel=DECODING,
     ),
 ]
@@ -105,14 +118,17 @@ TopP = Annotated[
 Seed = Annotated[
     int | None,
     typer.Option(
-        "--seed", min=0, help="Of the draws; needs a temperature.", rich_help_panel=DECODING
+        "--seed",
+        min=0,
+        help="Of the draws, default 0; at temperature 0 nothing is drawn.",
+        rich_help_panel=DECODING,
     ),
 ]
 EarlyStop = Annotated[
     Literal["block", "token", "off"] | None,
     typer.Option(
         "--early-stop",
-        help="After an end-of-text: finish its block, stop at once, or go on.",
+        help="After an end-of-text: finish its block (the default), stop at once, or go on.",
         rich_help_panel=DECODING,
     ),
 ]
@@ -120,7 +136,7 @@ Commit = Annotated[
     Literal["vanilla", "policy"] | None,
     typer.Option(
         "--commit",
-        help="Routing of the pass that stores a finished block.",
+        help="Routing of the pass that stores a finished block; default vanilla.",
         rich_help_panel=DECODING,
     ),
 ]
@@ -128,7 +144,7 @@ Prefill = Annotated[
     Literal["vanilla", "policy"] | None,
     typer.Option(
         "--prefill",
-        help="Routing of the forwards that store the prompt.",
+        help="Routing of the forwards that store the prompt; default vanilla.",
         rich_help_panel=DECODING,
     ),
 ]

@@ -6,7 +6,7 @@ import sys
 
 from rich.progress import DownloadColumn, TransferSpeedColumn
 
-from coterie.cli.tables import bar
+from coterie.cli.tables import bar, remark
 from coterie.decoding.plans import BlockCausalUncached, Uncached, parse_plan
 from coterie.engine.engine import Engine, load
 from coterie.naming import CoterieError
@@ -28,13 +28,16 @@ def read_prompt(typed: str) -> str:
 def generation_options(
     *, unmask: str | None, threshold: float | None, temperature: float | None, **others: object
 ) -> Options:
-    """Fields of ``Generation`` for what was typed; nothing that was typed may go unused."""
+    """Fields of ``Generation`` for what was typed; raises for what would have no effect.
+
+    A seed may always be given: scripts do, and a greedy answer is the same under each.
+    """
     if threshold is not None and unmask is not None:
         raise CoterieError("--threshold is short for --unmask threshold:p=..; give one of them")
     if threshold is not None:
         unmask = f"threshold:p={threshold!r}"
     if not temperature:
-        drawing = {"top_k": "--top-k", "top_p": "--top-p", "seed": "--seed"}
+        drawing = {"top_k": "--top-k", "top_p": "--top-p"}
         idle = [flag for name, flag in drawing.items() if others.get(name) is not None]
         if idle:
             raise CoterieError(f"{idle[0]} needs --temperature above 0: at 0 nothing is drawn")
@@ -65,7 +68,7 @@ def check_effect(engine: Engine, wanted: Options) -> None:
 
 def ids_of(engine: Engine, prompt: str, *, raw: bool) -> list[int]:
     """The prompt's token ids; a remark of the codec goes to stderr."""
-    remark = engine.model.codec.remark(prompt)
-    if remark is not None:
-        print(f"coterie: {remark}", file=sys.stderr)
+    note = engine.model.codec.remark(prompt)
+    if note is not None:
+        remark(note)
     return engine.model.codec.encode(prompt, raw=raw)

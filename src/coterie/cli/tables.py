@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import re
 import sys
 from collections.abc import Sequence
@@ -22,8 +23,12 @@ UNITS = ("B", "KiB", "MiB", "GiB", "TiB")
 def console(*, stderr: bool = False) -> Console:
     """Prints at the terminal's width; wide where the output goes to a file or a pipe."""
     stream = sys.stderr if stderr else sys.stdout
+    seen = stream is not None and stream.isatty()  # None: the shell closed it
     return Console(
-        file=stream, width=None if stream.isatty() else PIPED_WIDTH, highlight=False, markup=False
+        file=stream if stream is not None else io.StringIO(),
+        width=None if seen else PIPED_WIDTH,
+        highlight=False,
+        markup=False,
     )
 
 
@@ -129,6 +134,12 @@ def summary(result: Result, *, timed: bool) -> str:
 def print_text(text: str) -> None:
     """Plain text on standard output, flushed, so that a full disk or a closed pipe is noticed."""
     print(text, flush=True)
+
+
+def remark(line: str) -> None:
+    """One line beside the output: on stderr, where the shell left it open."""
+    if sys.stderr is not None:
+        print(f"coterie: {line}", file=sys.stderr, flush=True)
 
 
 def facts_table(facts: Facts) -> Table:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from itertools import repeat
 
-from rich.columns import Columns
-from rich.console import Group, RenderableType
+from rich.console import Console, ConsoleOptions, RenderResult
 from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
@@ -14,7 +14,9 @@ from rich.text import Text
 from coterie.engine.event import Denoised
 
 MASK, END = "▒", "∎"
-BAR = 24  # cells of a full bar
+ANSWER, BAR = 64, 24  # columns of the answer and of a full bar, where there is room for both
+SHORT = 12  # columns of a bar that leaves room for the answer beside it
+NARROW = 72  # columns below which the experts stand under the answer
 # Confidence from 0 to 1 in five steps, readable on dark and on light ground.
 SCALE = ("#d7005f", "#d75f00", "#af8700", "#5f8700", "#008787")
 
@@ -53,14 +55,30 @@ class View:
         self.forwards = event.forward
         self.blocks = event.block + 1
 
-    def __rich__(self) -> RenderableType:
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        width, frame = options.max_width, self._frame()
+        if width < NARROW:
+            yield self._panel(min(width, ANSWER))
+            yield self.touched(max(0, min(width, ANSWER, frame + BAR) - frame))
+        else:
+            bar = min(BAR, max(SHORT, width - ANSWER - frame - 1))
+            beside = Table.grid(padding=(0, 1, 0, 0))
+            answer = self._panel(min(ANSWER, width - bar - frame - 1))
+            beside.add_row(answer, self.touched(bar))
+            yield beside
+        yield legend()
+
+    def _panel(self, width: int) -> Panel:
         heading = Text.assemble(
             (self.title, "bold"), f"  block {self.blocks}, forward {self.forwards}"
         )
-        answer = Panel(
-            self.answer(), title=heading, title_align="left", border_style="dim", width=64
+        return Panel(
+            self.answer(), title=heading, title_align="left", border_style="dim", width=width
         )
-        return Group(Columns([answer, self.touched()], padding=(0, 1)), legend())
+
+    def _frame(self) -> int:
+        """Columns of the experts' panel beside its bars."""
+        return len(f"layer {max(self.layers)} ") + len(f" {self.total}/{self.total}") + 4
 
     def answer(self) -> Text:
         """The answer so far: firm words in the colour of their confidence, guesses in italics."""
@@ -73,14 +91,23 @@ class View:
                 text.append(mark.piece, style=style(mark))
         return text
 
-    def touched(self) -> RenderableType:
+    def touched(self, width: int = BAR) -> Panel:
         """One bar a layer: the unique experts of the last forward out of all there are."""
         table = Table.grid(padding=(0, 1))
-        for layer, count in zip(self.layers, self.experts, strict=False):
-            filled = round(BAR * count / self.total)
-            bar = Text.assemble(("━" * filled, "#5f87d7"), ("━" * (BAR - filled), "dim"))
+        table.add_column(no_wrap=True)
+        table.add_column(no_wrap=True)
+        table.add_column(justify="right", no_wrap=True)
+        for layer, count in zip(self.layers, self.experts or repeat(0), strict=False):
+            filled = round(width * count / self.total)
+            bar = Text.assemble(("━" * filled, "#5f87d7"), ("─" * (width - filled), "dim"))
             table.add_row(f"layer {layer}", bar, f"{count}/{self.total}")
-        return Panel(table, title="experts touched", title_align="left", border_style="dim")
+        return Panel(
+            table,
+            title="experts touched",
+            title_align="left",
+            border_style="dim",
+            width=self._frame() + width,
+        )
 
 
 def style(mark: Mark) -> str:
