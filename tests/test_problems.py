@@ -1,5 +1,6 @@
 """The problem generators, their split and their grader."""
 
+import ast
 import random
 import re
 
@@ -7,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from coterie.problems import LARGEST, TASKS, Problem, draw, fact, split_of
+from coterie.problems import LARGEST, TASKS, Problem, draw, fact, phrase, split_of, with_other_facts
 from coterie.problems.code import Recipe
 from coterie.problems.grading import grade, runs
 from coterie.problems.words import HOLDERS, NAMES, THINGS, Scene, gives_away
@@ -112,3 +113,23 @@ def test_the_question_of_the_demo_lies_inside_what_is_learned():
     scene, rng = Scene("Tom", "Anna", "pens", "books", "boxes"), random.Random(0)
     told = {made.question: made.result for made in (gives_away(rng, scene) for _ in range(20_000))}
     assert told[asked] == 7
+
+
+@given(st.sampled_from(["words", "algebra"]), seeds, seeds)
+def test_worked_steps_with_other_facts_keep_their_wording_and_hold(task, seed, other):
+    steps = problem(task, seed).answer
+    parts = list(with_other_facts(steps, random.Random(other)))
+    loosened = "".join(text for text, _ in parts)
+    blank = re.compile(r"\d+ ([-+*/]) \d+ = \d+")
+    assert blank.sub(r"\1", loosened) == blank.sub(r"\1", steps)
+    found = re.findall(r"(\d+ [-+*/] \d+) = (\d+)", loosened)
+    assert all(eval(left) == int(result) for left, result in found)
+    assert [text for text, is_result in parts if is_result] == [f" {result}" for _, result in found]
+
+
+@given(seeds)
+def test_a_phrase_shows_the_words_and_hides_code_that_python_reads(seed):
+    shown, hidden, after = phrase(random.Random(seed))
+    assert "\n" in shown
+    assert ast.parse(hidden.strip(), mode="eval")
+    assert not any(sign in after for sign in "<>%*/")
