@@ -87,7 +87,8 @@ CALLS = "gen_static_b4_calls_len_pos_store"
     ("harm", "told"),
     [
         (ask("surprise", 1), "unknown parameter 'surprise'"),
-        (ask("denoising_steps", 0), "denoising_steps is 0; it must be positive"),
+        (ask("denoising_steps", 0), "0 denoising_steps in a block of 4"),
+        (ask("denoising_steps", 5), "5 denoising_steps in a block of 4"),
         (ask("cfg_scale", 1.5), "cfg_scale is 1.5; supported: None or 0"),
         (ask("threshold", "high"), "threshold is 'high', not a number"),
         (ask("threshold", math.nan), "threshold is nan"),
@@ -275,6 +276,8 @@ def test_llada_takes_every_step_of_its_schedule() -> None:
     plan = parse_plan(loop.generations[0].plan)
     block = plan.blocks(3, 16, 8)[0]
     assert plan.patience(block, 19, Clock(), masked=8) == 12
+    with pytest.raises(CoterieError, match="25 steps, 16 ids, blocks of 8: no even shares"):
+        tell("ML-GSAI/LLaDA", Parameters("here", values | {"steps": 25}), mask=1, end=2)
     with pytest.raises(CoterieError, match="remasking is 'random'"):
         tell("ML-GSAI/LLaDA", Parameters("here", values | {"remasking": "random"}), mask=1, end=2)
 

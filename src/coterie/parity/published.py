@@ -105,8 +105,13 @@ def _fast_dllm(algorithm: str, parameters: Parameters, mask: int, end: int) -> L
 
 def _fixed(parameters: Parameters) -> Fixed:
     """``steps`` are those of all blocks together."""
-    length, width = parameters.whole("gen_length"), parameters.whole("block_length")
-    return Fixed(max(1, parameters.whole("steps") // max(1, length // max(1, width))))
+    length, width = parameters.whole("gen_length"), max(1, parameters.whole("block_length"))
+    steps, blocks = parameters.whole("steps"), max(1, length // width)
+    if steps < blocks or steps % blocks or length % width:
+        raise CoterieError(
+            f"{parameters.where}: {steps} steps, {length} ids, blocks of {width}: no even shares"
+        )
+    return Fixed(steps // blocks)
 
 
 def _dinfer(algorithm: str, parameters: Parameters, mask: int, end: int) -> Loop:
@@ -204,8 +209,9 @@ def _block_causal(
 
 def _sdar(algorithm: str, parameters: Parameters, mask: int, end: int) -> Loop:
     steps, p = parameters.whole("denoising_steps"), parameters.bar("threshold", 1.0)
-    if steps < 1:
-        raise CoterieError(f"{parameters.where}: denoising_steps is {steps}; it must be positive")
+    width = parameters.whole("block_length")
+    if not 1 <= steps <= width:
+        raise CoterieError(f"{parameters.where}: {steps} denoising_steps in a block of {width}")
     rules: dict[str, Rule] = {
         "low_confidence": Dynamic(p, steps) if p < 1 else Static(steps),
         "low_confidence_dynamic": Dynamic(p, steps),
