@@ -213,8 +213,9 @@ def test_closing_a_stream_frees_its_row() -> None:
     begun.close()
     unbegun.close()
     assert host.rows == ()
-    with pytest.raises(CoterieError, match="there is no row 0"):
-        host.cancel(0)
+    for ask in (host.cancel, host.row, host.result):
+        with pytest.raises(CoterieError, match="there is no row 0"):
+            ask(0)
 
 
 def test_streams_beside_each_other_get_their_own_events() -> None:

@@ -104,9 +104,8 @@ class Engine:
 
     def cancel(self, number: int) -> None:
         """Forget a row, finished or not."""
-        slot = self._slots.pop(number, None)
-        if slot is None:
-            raise CoterieError(f"there is no row {number}")
+        slot = self._slot(number)
+        del self._slots[number]
         self._pool.give(slot.place)
         self._counting.forget(number)
 
@@ -117,11 +116,11 @@ class Engine:
 
     def row(self, number: int) -> Row:
         """The row itself: its canvas, its block, the forward it waits for."""
-        return self._slots[number].row
+        return self._slot(number).row
 
     def result(self, number: int) -> Result:
         """What a row has come to so far."""
-        slot, model = self._slots[number], self.model
+        slot, model = self._slot(number), self.model
         row, counts = slot.row, self._counting.counts(number)
         answer = row.answer
         size = model.spec.expert_parameters * model.transformer.dtype.itemsize
@@ -147,6 +146,11 @@ class Engine:
             expert_bytes_vanilla=counts.vanilla_mean * size,
             vote_mass_kept=counts.vote_mass_kept,
         )
+
+    def _slot(self, number: int) -> Slot:
+        if number not in self._slots:
+            raise CoterieError(f"there is no row {number}")
+        return self._slots[number]
 
     def _ask(self, prompt: Prompt, generation: Generation) -> Ask:
         ids = self.model.codec.encode(prompt) if isinstance(prompt, str) else list(prompt)

@@ -42,7 +42,7 @@ def find_folder(name: str | Path | None, parts: tuple[str, ...] = ALL_PARTS) -> 
 def _embedded() -> Path:
     folder = Path(str(resources.files("coterie") / EMBEDDED))
     if not (folder / "config.json").is_file():
-        raise CoterieError(f"{folder}: the embedded model is not in this installation")
+        raise CoterieError(f"{folder}: the embedded model is not installed; name another")
     return folder
 
 
