@@ -8,7 +8,17 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from coterie.problems import LARGEST, TASKS, Problem, draw, fact, phrase, split_of, with_other_facts
+from coterie.problems import (
+    LARGEST,
+    TASKS,
+    TAUGHT,
+    Problem,
+    draw,
+    fact,
+    phrase,
+    split_of,
+    with_other_facts,
+)
 from coterie.problems.code import Recipe
 from coterie.problems.grading import grade, runs
 from coterie.problems.words import HOLDERS, NAMES, THINGS, Scene, gives_away
@@ -133,3 +143,19 @@ def test_a_phrase_shows_the_words_and_hides_code_that_python_reads(seed):
     assert "\n" in shown
     assert ast.parse(hidden.strip(), mode="eval")
     assert not any(sign in after for sign in "<>%*/")
+
+
+def test_what_is_asked_is_no_lookup_every_kind_has_many_combinations():
+    rng = random.Random(0)
+    combinations: dict[str, set[tuple[str | int, ...]]] = {}
+    for maker in (TASKS["words"], TASKS["algebra"]):
+        for _ in range(20_000):
+            key = maker(rng).key
+            combinations.setdefault(str(key[0]), set()).add(key)
+    assert "times-as-many" not in combinations
+    assert {kind: len(keys) for kind, keys in combinations.items() if len(keys) < 200} == {}
+
+
+def test_training_also_draws_what_is_not_asked():
+    rng = random.Random(0)
+    assert "times-as-many" in {TAUGHT["words"](rng).key[0] for _ in range(200)}

@@ -16,7 +16,7 @@ import torch
 from tokenizers import Tokenizer
 from torch import Tensor
 
-from coterie.problems import TASKS, Problem, draw, fact, phrase, with_other_facts
+from coterie.problems import TASKS, TAUGHT, Problem, draw, fact, phrase, with_other_facts
 from coterie.problems.code import NOUNS, VERBS
 from coterie.problems.words import HOLDERS, NAMES, THINGS
 from coterie.training.batch import Batch
@@ -124,7 +124,7 @@ class BatchMaker:
         while len(row) < mixture.blocks:
             left = mixture.blocks - len(row)
             task = rng.choices(list(TASKS), weights=mixture.shares)[0]
-            sheet = self.sheet(draw(TASKS[task], rng, "train"))
+            sheet = self.sheet(draw(TAUGHT[task], rng, "train"))
             later = len(sheet.ids) // mixture.block - 1 - sheet.start // mixture.block
             context = len(sheet.ids) // mixture.block - 1
             spare = left - context - 1 - later  # with one noised copy of each block
@@ -179,7 +179,7 @@ class BatchMaker:
         masked: list[bool] = []
         while len(ids) < 2 * width:
             task = rng.choice(("words", "algebra"))
-            steps, _, _ = draw(TASKS[task], rng, "train").answer.rpartition("\n")
+            steps, _, _ = draw(TAUGHT[task], rng, "train").answer.rpartition("\n")
             for text, is_result in with_other_facts(f" {steps}", rng):
                 part = self._encode(text)
                 ids += part

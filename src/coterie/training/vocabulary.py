@@ -12,7 +12,7 @@ from tokenizers.decoders import ByteLevel as ByteLevelDecoder
 from tokenizers.models import Unigram
 from tokenizers.pre_tokenizers import ByteLevel, Sequence, Split
 
-from coterie.problems import LARGEST, TASKS, fact
+from coterie.problems import LARGEST, TAUGHT, fact
 
 END = "<|endoftext|>"
 MASK = "<|mask|>"
@@ -67,7 +67,7 @@ def save(tokenizer: Tokenizer, folder: Path) -> None:
 def _pieces(splitter: Sequence, sample: int, seed: int) -> list[str]:
     rng = random.Random(seed)
     texts = [f" {n}{n}" for n in range(LARGEST + 1)]
-    for maker in TASKS.values():
+    for maker in TAUGHT.values():
         for _ in range(sample):
             problem = maker(rng)
             texts.append(f"{problem.prompt}\n{problem.answer}")
