@@ -107,6 +107,7 @@ def test_the_source_of_a_recipe_does_what_its_meaning_says(xs, seed):
         "1 / 0",
         "this is not python",
         "raise SystemExit",
+        "x = 3and 4; assert not x",
     ],
 )
 def test_a_program_that_fails_or_reaches_out_does_not_pass(program):
