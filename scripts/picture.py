@@ -19,6 +19,7 @@ from coterie.cli.watch import view
 
 QUESTION = "Tom has 3 boxes of 4 pens and gives away 5. How many pens are left?"
 POLICY = "des-vote:beta=0.3"
+UNMASK = "fixed:steps=6"  # slow enough to see: by its threshold the model needs a forward or two
 WIDTH = 112
 
 
@@ -27,10 +28,12 @@ def main(words: Sequence[str]) -> int:
     parser.add_argument("--out", type=Path, default=Path("docs/picture.svg"))
     parser.add_argument("--question", default=QUESTION)
     parser.add_argument("--policy", default=POLICY)
+    parser.add_argument("--unmask", default=UNMASK)
     asked = parser.parse_args(words)
-    moments = unmask(asked.question, asked.policy)
+    moments = unmasked(asked.question, asked.policy, asked.unmask)
     console = Console(record=True, width=WIDTH, file=io.StringIO(), color_system="truecolor")
-    typed = f'coterie generate "{asked.question}" \\\n    --policy {asked.policy} --watch'
+    chosen = f"--policy {asked.policy} --unmask {asked.unmask} --watch"
+    typed = f'coterie generate "{asked.question}" \\\n    {chosen}'
     console.print(Text.assemble(("$ ", "dim"), typed))
     for moment in (half_way(moments), moments[-1]):
         console.print()
@@ -42,11 +45,11 @@ def main(words: Sequence[str]) -> int:
     return 0
 
 
-def unmask(question: str, policy: str) -> list[View]:
+def unmasked(question: str, policy: str, unmask: str) -> list[View]:
     """The view after every forward."""
     engine = coterie.load()
     screen, moments = view(engine, policy), []
-    for event in engine.stream(question, policy=policy):
+    for event in engine.stream(question, policy=policy, unmask=unmask):
         if isinstance(event, coterie.Denoised):
             screen.take(event)
             moments.append(replace(screen, marks=dict(screen.marks)))

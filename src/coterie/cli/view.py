@@ -125,6 +125,7 @@ def legend() -> Text:
         text.append(f"{step / len(SCALE):.1f} ", style=colour)
     text.append("1.0", style=SCALE[-1])
     text.append("   guess", style="dim italic")
-    text.append("  edited", style="underline dim")
+    text.append("  ")
+    text.append("edited", style="underline dim")
     text.append(f"  {MASK} still masked", style="dim")
     return text
