@@ -318,9 +318,13 @@ def test_text_without_a_tokenizer_is_bytes_with_one_remark(capsys: Capture, tmp_
     )
 
 
-def test_a_full_disk_is_one_line(model: str) -> None:
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+def test_a_full_disk_is_one_line(
+    model: str, unbuffered: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PYTHONUNBUFFERED", unbuffered)
     with Path("/dev/full").open("w") as full, command("inspect", model, stdout=full) as process:
-        assert "No space left" in process.communicate(timeout=60)[1]
+        assert process.communicate(timeout=60)[1] == "coterie: No space left on device\n"
     assert process.returncode == 2
 
 

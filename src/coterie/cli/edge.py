@@ -19,8 +19,12 @@ BAD_INPUT, BROKEN_PIPE = 2, 1
 def main() -> None:
     """Runs the command that the shell asked for; never returns."""
     status = run(sys.argv[1:])
-    # What is still buffered goes to a pipe that may be closed: that is no failure of ours.
-    sys.exit(status if _flushed() else BROKEN_PIPE)
+    failure = _flush()
+    if status == 0 and failure is not None:
+        # A closed pipe is somebody's wish, not worth a line.
+        closed = isinstance(failure, BrokenPipeError)
+        status = BROKEN_PIPE if closed else _complain(_told(failure))
+    sys.exit(status)
 
 
 def run(arguments: Sequence[str]) -> int:
@@ -54,13 +58,14 @@ def _complain(message: str) -> int:
     return BAD_INPUT
 
 
-def _flushed() -> bool:
+def _flush() -> OSError | None:
+    """Write what is still buffered; what cannot be written is let go, and why is returned."""
     if sys.stdout is None:
-        return True
+        return None
     try:
         sys.stdout.flush()
-        return True
-    except OSError:
+    except OSError as error:
         # The interpreter flushes once more on its way out: let that go nowhere.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return False
+        return error
+    return None
