@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, cast
 
@@ -13,8 +14,9 @@ from rich.table import Table
 
 from coterie.cli import options as o
 from coterie.cli.document import print_document
-from coterie.cli.request import open_engine
+from coterie.cli.request import check_effect, generation_options, open_engine
 from coterie.cli.tables import bar, console, plain_table, print_text, readable, remark
+from coterie.engine.engine import Engine
 from coterie.evals.exam import Answer, items, sit
 from coterie.evals.report import Line, lines, share
 from coterie.naming import CoterieError
@@ -39,6 +41,12 @@ def evaluate(
     out: Annotated[
         Path | None, typer.Option("--out", "-o", help="Folder for a record of the measurement.")
     ] = None,
+    block: o.BlockWidth = None,
+    plan: o.Plan = None,
+    unmask: o.UnmaskRule = None,
+    threshold: o.Threshold = None,
+    commit: o.Commit = None,
+    prefill: o.Prefill = None,
     model: o.Model = None,
     dtype: o.Dtype = None,
     device: o.Device = "auto",
@@ -53,20 +61,22 @@ def evaluate(
     coterie eval --items 50 --seed 7 -p des-vote:beta=0.3 -p random:beta=0.3
     """
     named = list(dict.fromkeys(["vanilla", *(spell(parse_policy(p)) for p in policies or [])]))
-    chosen = list(dict.fromkeys(tasks or TASKS))
-    unknown = [task for task in chosen if task not in TASKS]
-    if unknown:
-        raise CoterieError(f"unknown task {unknown[0]!r}; known: {', '.join(TASKS)}")
+    chosen = known_tasks(tasks)
+    wanted = generation_options(
+        block=block, plan=plan, unmask=unmask, threshold=threshold, temperature=None,
+        commit=commit, prefill=prefill,
+    )  # fmt: skip
     if out is not None:
         out.mkdir(parents=True, exist_ok=True)  # or fail now, before hours of measuring
     asked = items(chosen, count, seed)
     engine = open_engine(model, dtype=dtype, device=device)
+    check_effect(engine, wanted)
+    engine.generation = engine.generation.but(**wanted)
     with _steps() as shown:
         told = _live(shown, len(asked) * len(named))
         sheets = [sit(engine, asked, policy, rows=rows, told=told) for policy in named]
     lined = lines(sheets, chosen)
-    policies_found = [line.document() for line in lined]
-    found = {"model": engine.model.name, "seed": seed, "policies": policies_found}
+    found = exam_document(engine, lined, seed)
     if out is not None:
         where = str(engine.model.transformer.device)
         content = record(TITLE, ["coterie", *sys.argv[1:]], [], facts=found, device=where)
@@ -75,6 +85,25 @@ def evaluate(
         print_document(found)
     else:
         console().print(exam_table(lined, chosen))
+
+
+def known_tasks(tasks: Sequence[str] | None) -> list[str]:
+    """The tasks as typed, each once; all where none was."""
+    chosen = list(dict.fromkeys(tasks or TASKS))
+    unknown = [task for task in chosen if task not in TASKS]
+    if unknown:
+        raise CoterieError(f"unknown task {unknown[0]!r}; known: {', '.join(TASKS)}")
+    return chosen
+
+
+def exam_document(engine: Engine, found: Sequence[Line], seed: int) -> dict[str, object]:
+    """What was asked of which model, and what came of it, as JSON values."""
+    return {
+        "model": engine.model.name,
+        "seed": seed,
+        "generation": asdict(engine.generation),
+        "policies": [line.document() for line in found],
+    }
 
 
 def exam_table(found: Sequence[Line], tasks: Sequence[str]) -> Table:
