@@ -1,6 +1,7 @@
 """The model in the package: what it can do, and that it needs its router to do it."""
 
 import json
+import shutil
 from collections.abc import Iterator
 from functools import cache
 from importlib.resources import files
@@ -10,6 +11,7 @@ import pytest
 import torch
 
 import coterie
+from coterie.engine.facts import inspect
 from coterie.evals.exam import Sheet, items, sit
 from coterie.evals.report import lines
 from coterie.model.step import Step
@@ -38,6 +40,16 @@ def test_the_weights_are_small_and_whole():
     config = json.loads((FOLDER / "config.json").read_text())
     assert config["architectures"] == ["LLaDA2MoeModelLM"]
     assert engine().model.spec.router.experts == 128
+
+
+def test_what_its_config_alone_tells_is_what_runs(tmp_path):
+    facts = inspect()
+    assert (facts.mask_id, facts.eos_ids) == (engine().model.mask_id, engine().model.eos_ids)
+    shutil.copytree(FOLDER, tmp_path / "model")
+    file = tmp_path / "model" / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"mask_token_id": 5}))
+    with pytest.raises(coterie.CoterieError, match="mask_token_id is 5, but tokenizer"):
+        coterie.load(tmp_path / "model")
 
 
 def test_the_question_of_the_demo_is_answered_with_its_work():

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import cache
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import Tensor
 
 from coterie.engine.batch import groups
 from coterie.engine.config import Generation
@@ -20,6 +21,7 @@ from coterie.naming import CoterieError
 from coterie.routing import Vanilla, parse_policy
 from coterie.testing import random_transformer, read_spec, tiny_config
 from coterie.text import Numbers
+from coterie.values import Scores
 
 VOCABULARY, MASK = 96, 95
 PROMPT = [5, 17, 33, 2, 9]
@@ -160,6 +162,22 @@ def test_only_decoding_forwards_are_counted() -> None:
     events = [e for e in host.stream(PROMPT) if isinstance(e, Denoised)]
     assert {e.kind for e in events} == {"refresh", "decode"}
     assert all(bool(e.experts) == (e.kind == "decode") for e in events)
+
+
+@dataclass(frozen=True)
+class Lowest:
+    """A caller's own policy, in no table."""
+
+    m: int
+
+    def eligible(self, scores: Scores, k: int) -> Tensor:
+        return (torch.arange(scores.router.experts) < self.m).view(1, 1, -1)
+
+
+def test_a_policy_of_the_callers_own_runs_without_a_name() -> None:
+    result = engine().generate(PROMPT, policy=Lowest(5))
+    assert result.experts.max <= 5
+    assert result.policy == "Lowest(m=5)"
 
 
 def test_a_seed_draws_the_same_and_another_does_not() -> None:

@@ -74,3 +74,18 @@ def test_rows_decoded_together_answer_as_rows_alone_do(tmp_path):
     assert second.change is not None
     assert second.change.difference == 0
     assert first.whole.n == 4
+
+
+def test_only_forwards_that_were_counted_weigh(tmp_path):
+    write_checkpoint(tmp_path / "tiny", "llada-moe", seed=3, vocab_size=300)
+    engine = coterie.load(tmp_path / "tiny", max_new_tokens=16, block=8, plan="dual")
+    asked = items(["words", "docstring", "algebra"], 2, seed=0)
+    sheet = sit(engine, asked, "des-vote:beta=0.25", rows=4, told=lambda _: None)
+    results = [answer.result for answer in sheet.answers]
+    assert all(0 < r.experts.forwards < r.forwards for r in results)  # a re-forward at each block
+    assert min(r.experts.mean for r in results) <= sheet.experts <= 4
+    weighed = sum(r.experts.mean * r.experts.forwards for r in results)
+    assert sheet.experts == pytest.approx(weighed / sum(r.experts.forwards for r in results))
+    engine.generation = engine.generation.but(unmask="threshold:p=1e-9")
+    at_once = sit(engine, asked, "des-vote:beta=0.25", rows=4, told=lambda _: None)
+    assert (at_once.experts, at_once.vote_mass_kept, at_once.forwards_per_block) == (0.0, 1.0, 1.0)

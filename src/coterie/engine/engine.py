@@ -18,7 +18,7 @@ from coterie.engine.event import Denoised, Event, Experts, Finished, Result
 from coterie.engine.load import Model, load_model
 from coterie.engine.pool import Pool
 from coterie.naming import CoterieError
-from coterie.routing import parse_policy, spell
+from coterie.routing import POLICIES, parse_policy, spell
 from coterie.telemetry import Counting
 from coterie.values import Policy
 
@@ -135,13 +135,19 @@ class Engine:
             commits=slot.commits,
             blocks=row.block.index + 1,
             seconds=time.perf_counter() - slot.began,
-            policy=spell(slot.policy),
+            policy=_told(slot.policy),
             plan=str(row.ask.plan),
             unmask=str(row.ask.unmask),
             model=model.name,
             dtype=str(model.transformer.dtype).removeprefix("torch."),
             device=str(model.transformer.device),
-            experts=Experts(model.spec.router.experts, counts.max, counts.mean, counts.per_layer),
+            experts=Experts(
+                total=model.spec.router.experts,
+                forwards=counts.forwards,
+                max=counts.max,
+                mean=counts.mean,
+                per_layer=counts.per_layer,
+            ),
             expert_bytes=counts.mean * size,
             expert_bytes_vanilla=counts.vanilla_mean * size,
             vote_mass_kept=counts.vote_mass_kept,
@@ -217,3 +223,8 @@ def load(
 
 def _policy(policy: str | Policy) -> Policy:
     return parse_policy(policy) if isinstance(policy, str) else policy
+
+
+def _told(policy: Policy) -> str:
+    """Its spelling; a policy of the caller's own, outside the table, tells of itself."""
+    return spell(policy) if type(policy) in POLICIES.values() else repr(policy)

@@ -14,7 +14,7 @@ class Denoised:
 
     ``committed`` and ``edited`` stand in the text from now on (later edits aside); ``provisional``
     is what the model would write at the positions still masked. ``experts``: unique experts of each
-    routing layer in this forward, empty where the policy did not route it.
+    routing layer in this forward, empty where it is no decoding forward (``kind``).
     """
 
     row: int
@@ -34,6 +34,7 @@ class Experts:
     """Experts that one row used in its decoding forwards; means are over layers and forwards."""
 
     total: int  # routed experts of a layer
+    forwards: int  # those that were counted: re-forwards of a whole row are not
     max: int
     mean: float
     per_layer: tuple[float, ...]

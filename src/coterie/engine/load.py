@@ -69,15 +69,23 @@ def load_model(
     what = choose_dtype(dtype, spec, where)
     transformer = _load_weights(folder, family, spec, dtype=what, device=where, progress=progress)
     codec = load_codec(folder, template=family.defaults.template, vocabulary=spec.vocabulary)
-    usual = mask_id(config, family, spec.vocabulary)
     return Model(
         name=EMBEDDED if name_or_path is None else str(name_or_path),
         family=family,
         transformer=transformer,
         codec=codec,
-        mask_id=usual if codec.mask is None else codec.mask,
+        mask_id=_agreed_mask(config, codec, mask_id(config, family, spec.vocabulary)),
         eos_ids=tuple(dict.fromkeys(codec.ends + eos_ids(config, family, spec.vocabulary))),
     )
+
+
+def _agreed_mask(config: Config, codec: Codec, usual: int) -> int:
+    """The tokenizer's, which a config that states one must agree with; else the ``usual`` one."""
+    if codec.mask is None:
+        return usual
+    if config.values.get("mask_token_id") is not None and usual != codec.mask:
+        raise config.error("mask_token_id", f"is {usual}, but tokenizer.json has {codec.mask}")
+    return codec.mask
 
 
 def choose_device(device: str | torch.device) -> torch.device:

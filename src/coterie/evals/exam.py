@@ -70,8 +70,10 @@ class Sheet:
 
     def _by_forward(self, figure: Callable[[Result], float]) -> float:
         results = [answer.result for answer in self.answers]
-        weighed = sum(figure(result) * result.forwards for result in results)
-        return weighed / sum(result.forwards for result in results)
+        counted = [result.experts.forwards for result in results]
+        # Where a plan looks at each block once, in a re-forward, no forward was the policy's.
+        weights = counted if any(counted) else [1] * len(results)
+        return fmean(map(figure, results), weights)
 
 
 def items(tasks: Sequence[str], count: int, seed: int) -> list[Item]:

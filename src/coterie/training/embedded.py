@@ -65,7 +65,8 @@ def make(out: Path, config: Config, *, told: Told | None = None) -> Path:
     course = Course(tokenizer, lessons(config.steps), config.seed)
     network = train(course, config, out / "run", told=told)
     folder = out / "model"
-    export.save(network, folder, pad=tokenizer.token_to_id(vocabulary.END))
+    special = [tokenizer.token_to_id(name) for name in (vocabulary.END, vocabulary.MASK)]
+    export.save(network, folder, pad=special[0], mask=special[1])
     vocabulary.save(tokenizer, folder)
     keep_record(out, config)
     return folder

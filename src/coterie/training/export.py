@@ -11,7 +11,9 @@ from safetensors.torch import load_file, save_file
 from coterie.training.network import Network, Shape
 
 
-def save(network: Network, folder: Path, *, pad: int | None = None) -> None:
+def save(
+    network: Network, folder: Path, *, pad: int | None = None, mask: int | None = None
+) -> None:
     """``config.json`` and ``model.safetensors``, in bf16 but for the selection bias, in fp32."""
     folder.mkdir(parents=True, exist_ok=True)
     tensors = {
@@ -21,7 +23,7 @@ def save(network: Network, folder: Path, *, pad: int | None = None) -> None:
         for name, weight in network.official().items()
     }
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-    text = json.dumps(configuration(network.shape, pad=pad), indent=1)
+    text = json.dumps(configuration(network.shape, pad=pad, mask=mask), indent=1)
     (folder / "config.json").write_text(text + "\n")
 
 
@@ -35,8 +37,11 @@ def load(network: Network, folder: Path) -> None:
         view.copy_(tensors[name])
 
 
-def configuration(shape: Shape, *, pad: int | None = None) -> dict[str, object]:
-    """The official keys of ``config.json``."""
+def configuration(
+    shape: Shape, *, pad: int | None = None, mask: int | None = None
+) -> dict[str, object]:
+    """The official keys of ``config.json``, and the mask's id, which official ones leave out."""
+    stated = {} if mask is None else {"mask_token_id": mask}
     return {
         "architectures": ["LLaDA2MoeModelLM"],
         "model_type": "llada2_moe",
@@ -85,4 +90,5 @@ def configuration(shape: Shape, *, pad: int | None = None) -> dict[str, object]:
         "rms_norm_eps": shape.epsilon,
         "max_position_embeddings": shape.length,
         "pad_token_id": shape.vocabulary - 1 if pad is None else pad,
+        **stated,
     }
