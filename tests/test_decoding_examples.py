@@ -37,6 +37,7 @@ def moment(
             proposed,
             torch.tensor(confidence),
             proposed,
+            torch.tensor(confidence),
             entropy=None if entropy is None else torch.tensor(entropy),
         ),
         tokens=torch.where(hidden, MASK, 0),
@@ -309,3 +310,12 @@ def test_a_wrong_unmasking_is_told_what_would_be_right(text: str, told: str) -> 
 def test_a_wrong_plan_is_told_what_would_be_right(text: str, told: str) -> None:
     with pytest.raises(CoterieError, match=told):
         parse_plan(text)
+
+
+def test_a_token_written_for_a_proposed_mask_has_its_own_confidence() -> None:
+    shares = torch.tensor([[0.1, 0.3, 0.6], [0.2, 0.7, 0.1]])
+    found = propose(shares.log(), Sampling(), 2, torch.Generator())
+    assert (found.ids.tolist(), found.unmask.tolist()) == ([2, 1], [1, 1])
+    torch.testing.assert_close(found.confidence, torch.tensor([0.6, 0.7]))
+    torch.testing.assert_close(found.sure(found.ids), found.confidence)
+    torch.testing.assert_close(found.sure(found.unmask), torch.tensor([0.3, 0.7]))

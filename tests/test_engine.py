@@ -250,6 +250,25 @@ def test_streams_beside_each_other_get_their_own_events() -> None:
     assert all(event.row == loose for event in left if isinstance(event, Denoised))
 
 
+@dataclass(frozen=True)
+class Refusing:
+    """A policy that cannot route."""
+
+    def eligible(self, scores: Scores, k: int) -> Tensor:
+        raise CoterieError("not today")
+
+
+def test_rows_whose_forward_fails_do_not_hold_others_up() -> None:
+    host = Engine(tiny(), generation=Generation().but(block=8, max_new_tokens=12))
+    stuck, well = host.submit(PROMPT, policy=Refusing()), host.submit(PROMPT)
+    while well in host.rows:
+        with pytest.raises(CoterieError, match="not today"):
+            host.step()
+    host.cancel(stuck)
+    (finished,) = [event for event in host.step() if isinstance(event, Finished)]
+    assert known(finished.result) == known(engine().generate(PROMPT))
+
+
 def test_numbers_that_are_none_raise_and_other_rows_go_on() -> None:
     model = tiny()
     broken = replace(model, transformer=replace(model.transformer, head=model.transformer.head * 1))

@@ -13,6 +13,7 @@ from rich.table import Table
 
 from coterie.engine.event import Result
 from coterie.engine.facts import Facts, Fit
+from coterie.model.spec import ModelSpec
 from coterie.routing import POLICIES
 from coterie.spelling import options
 
@@ -158,7 +159,7 @@ def fact_lines(facts: Facts) -> list[tuple[str, str]]:
         ("family", f"{facts.family.title} ({facts.family.architecture})"),
         ("parameters", f"{size.parameters:,}, of which a token uses {size.active_parameters:,}"),
         ("layers", f"{spec.layers}, of which {len(spec.moe_layers)} have experts"),
-        ("experts", f"{router.experts} a layer, {router.k} a token"),
+        ("experts", f"{router.experts} a layer, {router.k} a token{_capacity(spec)}"),
         ("hidden, expert, shared", f"{spec.hidden}, {spec.expert_width}, {spec.shared_width}"),
         ("heads", f"{spec.heads} of {spec.head_dim}, {spec.kv_heads} for keys and values"),
         ("vocabulary", f"{spec.vocabulary:,}"),
@@ -172,6 +173,13 @@ def fact_lines(facts: Facts) -> list[tuple[str, str]]:
         (f"in {readable(fit.memory)}", fit_text(fit, router.experts, facts.length))
         for fit in facts.fits
     ]
+
+
+def _capacity(spec: ModelSpec) -> str:
+    """Of a model trained to route by block (LLaDA2.2); nothing chooses its policy by itself."""
+    if not spec.capacity:
+        return ""
+    return f", trained with {spec.capacity} a block (--policy racing:m={spec.capacity})"
 
 
 def fit_text(fit: Fit, total: int, length: int) -> str:

@@ -150,7 +150,7 @@ class Row:
         canvas.write(block, where, ids)
         seen = where | moment.masked
         span = canvas.confidence[block.start : block.stop]
-        span[seen] = moment.proposal.confidence[seen]
+        span[seen] = moment.proposal.sure(ids)[seen]
         if not bool(moment.masked.any()):
             self._after += 1
             self._quiet = not bool(where.any())
@@ -168,7 +168,7 @@ class Row:
     def _tokens(self, where: Tensor, ids: Tensor, moment: Moment) -> tuple[Token, ...]:
         first = self.block.start - self.canvas.prompt
         places = where.nonzero()[:, 0].tolist()
-        sure = moment.proposal.confidence
+        sure = moment.proposal.sure(ids)
         return tuple(Token(first + i, int(ids[i]), float(sure[i])) for i in places)
 
     def _enter(self, block: Block) -> None:

@@ -36,7 +36,12 @@ class Proposal:
     ids: Tensor  # [w] int64
     confidence: Tensor  # [w] fp32: probability of that id
     unmask: Tensor  # [w] int64: the same, but never the mask id
+    unmask_confidence: Tensor  # [w] fp32: probability of that one
     entropy: Tensor | None = None  # [w] fp32, nats
+
+    def sure(self, ids: Tensor) -> Tensor:
+        """Probability of ``ids`` [w], each of which is proposed here, as it is or unmasked."""
+        return self.confidence.where(ids == self.ids, self.unmask_confidence)
 
 
 def propose(
@@ -62,13 +67,15 @@ def propose(
     else:
         draws = torch.rand(logits.shape[0], generator=generator).to(logits.device)
         ids = _draw(torch.softmax(heated, dim=-1), sampling, draws)
-    confidence = (heated.gather(-1, ids[:, None])[:, 0] - total).exp().cpu()
+    unmask = _without(mask, ids, logits)
+    both = heated.gather(-1, torch.stack([ids, unmask], dim=-1))  # [w, 2]
+    confidence, unmask_confidence = (both - total[:, None]).exp().cpu().unbind(-1)
     doubt = torch.special.entr(torch.softmax(heated, dim=-1)).sum(dim=-1) if entropy else None
-    ids = ids.cpu()
     return Proposal(
-        ids,
+        ids.cpu(),
         confidence,
-        unmask=_without(mask, ids, logits),
+        unmask=unmask.cpu(),
+        unmask_confidence=unmask_confidence,
         entropy=None if doubt is None else doubt.cpu(),
     )
 
@@ -94,8 +101,8 @@ def _without(mask: int, ids: Tensor, logits: Tensor) -> Tensor:
     bad = ids == mask
     if not bool(bad.any()):
         return ids
-    rest = logits[bad.to(logits.device)].clone()
+    rest = logits[bad].clone()
     rest[:, mask] = float("-inf")
     ids = ids.clone()
-    ids[bad] = rest.argmax(dim=-1).cpu()
+    ids[bad] = rest.argmax(dim=-1)
     return ids

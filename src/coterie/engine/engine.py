@@ -87,20 +87,30 @@ class Engine:
     def step(self) -> list[Event]:
         """One forward for every row; rows of one width and policy share it.
 
-        Returns the events of rows that no ``stream`` reads. Raises CoterieError if a model's logits
-        are not finite; rows of that forward stay as they were, events of others are kept.
+        Returns the events of rows that no ``stream`` reads. Raises CoterieError, once all rows have
+        had their turn, if the logits of some are not finite: these stay as they were, and events
+        of the others are kept.
         """
+        broken: CoterieError | None = None
         for group in groups(self._slots.values()):
-            asked = [(slot, slot.look, slot.row.block) for slot in group]
-            changes = forward(self.model.transformer, self._pool, group, self._counting)
-            for (slot, look, block), change in zip(asked, changes, strict=True):
-                if look.denoises:
-                    self._tell(self._denoised(slot, look.kind, block, change))
-                if slot.row.look is None:
-                    self._tell(Finished(slot.number, self.result(slot.number)))
-                    self.cancel(slot.number)
+            try:
+                self._advance(group)
+            except CoterieError as error:
+                broken = broken or error
+        if broken is not None:
+            raise broken
         told, self._told = self._told, []
         return told
+
+    def _advance(self, group: list[Slot]) -> None:
+        asked = [(slot, slot.look, slot.row.block) for slot in group]
+        changes = forward(self.model.transformer, self._pool, group, self._counting)
+        for (slot, look, block), change in zip(asked, changes, strict=True):
+            if look.denoises:
+                self._tell(self._denoised(slot, look.kind, block, change))
+            if slot.row.look is None:
+                self._tell(Finished(slot.number, self.result(slot.number)))
+                self.cancel(slot.number)
 
     def cancel(self, number: int) -> None:
         """Forget a row, finished or not."""
