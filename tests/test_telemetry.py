@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from coterie.routing import parse_policy, route
-from coterie.telemetry import Counting, Null, Recorder, Served, Tracing
+from coterie.telemetry import Counting, Null, Recorder, Tracing
 from coterie.values import RouterSpec, Scores
 
 ROUTER = RouterSpec(experts=16, k=4, activation="sigmoid", renormalise=True)
@@ -103,13 +103,6 @@ def test_a_forgotten_row_leaves_the_others_alone():
     assert counting.counts("b") == before
 
 
-def test_what_the_store_did_adds_up():
-    counting = Counting()
-    counting.served(0, 3, 2, 200)
-    counting.served(1, 4, 0, 0)
-    assert counting.stored() == Served(hits=7, misses=2, size=200)
-
-
 def test_tracing_keeps_what_it_was_shown():
     tracing, seen = Tracing(), scores(1)
     routing = route(seen, parse_policy("vanilla"))
@@ -118,12 +111,10 @@ def test_tracing_keeps_what_it_was_shown():
         recorder.began(("a",))
         recorder.routed(2, seen, routing)
         recorder.layer_output(2, seen.logits)
-        recorder.served(2, 1, 1, 10)
     assert tracing.rows == [("a",)]
     assert tracing.routings == [(2, seen, routing)]
     assert tracing.outputs[0][0] == 2
     assert torch.equal(tracing.outputs[0][1], seen.logits)
-    assert tracing.moves == [(2, Served(1, 1, 10))]
 
 
 def _pairs(routing):

@@ -25,10 +25,6 @@ class Recorder(Protocol):
         """What a layer's gate thought of S rows, and what came of it."""
         ...
 
-    def served(self, layer: int, hits: int, misses: int, size: int) -> None:
-        """The store found ``hits`` experts ready and moved ``size`` bytes for ``misses`` others."""
-        ...
-
     def layer_output(self, layer: int, x: Tensor) -> None:
         """x [B, W, H] after a layer; before the first (-1), and [P, H] as the head reads it."""
         ...
@@ -43,9 +39,6 @@ class Null:
 
     def routed(self, layer: int, scores: Scores, routing: Routing) -> None:
         del layer, scores, routing
-
-    def served(self, layer: int, hits: int, misses: int, size: int) -> None:
-        del layer, hits, misses, size
 
     def layer_output(self, layer: int, x: Tensor) -> None:
         del layer, x
@@ -66,22 +59,12 @@ class Counts:
     hit_rate: float  # share of the voters' own choices that they kept
 
 
-@dataclass(frozen=True)
-class Served:
-    """What an expert store did for the forwards that were shown, all rows together."""
-
-    hits: int
-    misses: int
-    size: int  # bytes moved
-
-
 @dataclass  # not frozen: it gathers
 class Counting:
     """Counts experts row by row. Show it decoding forwards only; reading waits for the device."""
 
     _rows: tuple[Row, ...] = ()
     _seen: dict[Row, list[tuple[int, Tensor]]] = field(default_factory=dict)  # layer, figures [6]
-    _stored: Served = Served(0, 0, 0)
 
     def began(self, rows: tuple[Row, ...]) -> None:
         self._rows = rows
@@ -90,11 +73,6 @@ class Counting:
         rows = self._rows or tuple(range(scores.logits.shape[0]))
         for row, figure in zip(rows, figures(scores, routing).unbind(), strict=True):
             self._seen.setdefault(row, []).append((layer, figure))
-
-    def served(self, layer: int, hits: int, misses: int, size: int) -> None:
-        del layer
-        so_far = self._stored
-        self._stored = Served(so_far.hits + hits, so_far.misses + misses, so_far.size + size)
 
     def layer_output(self, layer: int, x: Tensor) -> None:
         del layer, x
@@ -120,16 +98,10 @@ class Counting:
         """Add what another was shown, such as a forward that has come out well."""
         for row, seen in other._seen.items():
             self._seen.setdefault(row, []).extend(seen)
-        moved = other._stored
-        self.served(0, moved.hits, moved.misses, moved.size)
 
     def forget(self, row: Row) -> None:
         """Drop one row's counts."""
         self._seen.pop(row, None)
-
-    def stored(self) -> Served:
-        """What the store did, summed over rows and forwards."""
-        return self._stored
 
 
 @dataclass  # not frozen: it gathers
@@ -139,16 +111,12 @@ class Tracing:
     rows: list[tuple[Row, ...]] = field(default_factory=list)
     routings: list[tuple[int, Scores, Routing]] = field(default_factory=list)
     outputs: list[tuple[int, Tensor]] = field(default_factory=list)
-    moves: list[tuple[int, Served]] = field(default_factory=list)
 
     def began(self, rows: tuple[Row, ...]) -> None:
         self.rows.append(rows)
 
     def routed(self, layer: int, scores: Scores, routing: Routing) -> None:
         self.routings.append((layer, scores, routing))
-
-    def served(self, layer: int, hits: int, misses: int, size: int) -> None:
-        self.moves.append((layer, Served(hits, misses, size)))
 
     def layer_output(self, layer: int, x: Tensor) -> None:
         self.outputs.append((layer, x))
