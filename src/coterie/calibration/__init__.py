@@ -1,0 +1,1 @@
+"""The parameter of a policy that meets a target: a search over given prompts."""

@@ -1,0 +1,59 @@
+"""A chapter of the study: measured once, kept as a record, drawn and told as often as wanted."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from matplotlib.figure import Figure
+
+from coterie.study.lab import Lab
+
+Facts = Mapping[str, object]  # JSON values, as they come back from the record
+
+
+@dataclass(frozen=True)
+class Drawing:
+    """One figure. ``draw`` makes it anew under the style that is in force (light or dark)."""
+
+    name: str  # the file's, such as "explosion"
+    caption: str
+    draw: Callable[[], Figure]
+
+
+@dataclass(frozen=True)
+class Table:
+    """Rows of text under their heads; ``numbers`` are the columns that stand flush right."""
+
+    heads: Sequence[str]
+    rows: Sequence[Sequence[str]]
+    caption: str = ""
+    numbers: Sequence[int] = ()
+
+
+class Chapter(Protocol):
+    """One question of the study. Everything but ``measure`` works from the record alone."""
+
+    @property
+    def name(self) -> str:
+        """Of the record's file and the report's anchor: "explosion"."""
+        ...
+
+    @property
+    def title(self) -> str:
+        """With the paper's place: "The expert explosion (Fig. 1a)"."""
+        ...
+
+    def measure(self, lab: Lab) -> Facts:
+        """Runs what must be run; ``lab.tell(share done, doing)`` moves the bar."""
+        ...
+
+    def drawings(self, facts: Facts) -> Sequence[Drawing]: ...
+
+    def tables(self, facts: Facts) -> Sequence[Table]: ...
+
+    def findings(self, facts: Facts) -> Sequence[str]:
+        """Sentences that say what was found, with the paper's claim beside it: numbers come from
+        ``facts``, and so does whether the claim holds."""
+        ...
