@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Literal, Protocol
 
 from matplotlib.figure import Figure
 
 from coterie.study.lab import Lab
 
 Facts = Mapping[str, object]  # JSON values, as they come back from the record
+Verdict = Literal["holds", "does not hold", "cannot be told here"]
 
 
 @dataclass(frozen=True)
@@ -32,6 +33,15 @@ class Table:
     numbers: Sequence[int] = ()
 
 
+@dataclass(frozen=True)
+class Finding:
+    """What was found, beside the paper's ``claim`` where it makes one, which then has a verdict."""
+
+    text: str
+    claim: str = ""
+    verdict: Verdict | None = None
+
+
 class Chapter(Protocol):
     """One question of the study. Everything but ``measure`` works from the record alone."""
 
@@ -45,6 +55,11 @@ class Chapter(Protocol):
         """With the paper's place: "The expert explosion (Fig. 1a)"."""
         ...
 
+    @property
+    def question(self) -> str:
+        """What the chapter asks, in a sentence for somebody who has not read the paper."""
+        ...
+
     def measure(self, lab: Lab) -> Facts:
         """Runs what must be run; ``lab.tell(share done, doing)`` moves the bar."""
         ...
@@ -53,7 +68,7 @@ class Chapter(Protocol):
 
     def tables(self, facts: Facts) -> Sequence[Table]: ...
 
-    def findings(self, facts: Facts) -> Sequence[str]:
+    def findings(self, facts: Facts) -> Sequence[Finding | str]:
         """Sentences that say what was found, with the paper's claim beside it: numbers come from
         ``facts``, and so does whether the claim holds."""
         ...
