@@ -3,12 +3,16 @@
 A choice is a frozen dataclass of numbers and words; the annotations of its fields say what each may
 be (``Share``, ``Literal["all", "masked"]``, ``bool``, ``Count | None``). From them come the options
 with their checks, and the text both ways.
+
+An option annotated ``Shares``, or ``X | tuple[X, ...]`` for any other X, also takes a list:
+``beta=0.3/0.2/0.25`` is the tuple (0.3, 0.2, 0.25). One number stays a number, ``beta=0.3`` is 0.3,
+so a tuple holds at least two entries and every value has one spelling.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import MISSING, Field, dataclass, fields, is_dataclass, replace
 from functools import cache
 from types import NoneType, UnionType
@@ -16,7 +20,8 @@ from typing import Annotated, Literal, TypeVar, Union, get_args, get_origin, get
 
 from coterie.naming import CoterieError
 
-Value = str | int | float | None
+Single = str | int | float
+Value = Single | tuple[Single, ...] | None
 Choice = TypeVar("Choice")
 
 
@@ -43,6 +48,9 @@ Part = Annotated[float, Within(least=0, most=1)]  # perhaps nothing of it
 Count = Annotated[int, Within(least=1)]
 Whole = Annotated[int, Within(least=0)]  # a count that may be none
 Amount = Annotated[float, Within(least=0)]
+Shares = Share | tuple[Share, ...]  # one for all, or one each: 0.3/0.2/0.25
+
+BETWEEN = "/"  # the entries of a list
 
 
 @dataclass(frozen=True)
@@ -59,6 +67,7 @@ class Offers:
 
 
 SHOWN = Shown()
+LIST = object()  # a note: this option also takes a list
 
 
 @dataclass(frozen=True)
@@ -67,34 +76,60 @@ class Option:
 
     name: str
     part: str
-    kind: type  # int, float, bool or str
+    kind: type  # int, float, bool or str; of each entry, where it takes a list
     choices: tuple[str, ...]
     within: Within
     default: Value | Literal["required"]
     shown: bool
+    many: bool = False  # it also takes a list, as a tuple of at least two entries
 
     def read(self, text: str) -> Value:
         """The value that ``text`` spells, its range not yet checked."""
-        noun, read = READERS[self.kind]
-        try:
-            return read(text)
-        except (ValueError, KeyError):
-            raise CoterieError(f"{self.name} must be {noun}, not {text!r}") from None
+        entries = [entry.strip() for entry in text.split(BETWEEN)] if self.many else [text]
+        first, *others = [self._single(entry, told) for entry, told in self._told(entries)]
+        return (first, *others) if others else first
 
     def check(self, value: Value) -> None:
-        """Raises unless ``value`` is one that this option can take."""
+        """Raises unless ``value`` is one that this option can take; names the entry of a list."""
         if value is None and self.default is None:
             return
+        if not (self.many and isinstance(value, tuple)):
+            self._check_single(value, self.name)
+            return
+        if len(value) < 2:
+            raise CoterieError(f"{self.name} as a list needs two entries or more, not {value!r}")
+        for entry, told in self._told(value):
+            self._check_single(entry, told)
+
+    def _told(self, entries: Sequence[Single]) -> list[tuple[Single, str]]:
+        """Each entry with what a complaint calls it: "beta", or "entry 2 of 4 of beta"."""
+        n = len(entries)
+        places = [
+            f"entry {i} of {n} of {self.name}" if n > 1 else self.name for i in range(1, n + 1)
+        ]
+        return list(zip(entries, places, strict=True))
+
+    def _single(self, text: Single, told: str) -> Single:
+        noun, read = READERS[self.kind]
+        if not text:
+            raise CoterieError(f"{told} is empty")
+        try:
+            return read(str(text))
+        except (ValueError, KeyError):
+            raise CoterieError(f"{told} must be {noun}, not {text!r}") from None
+
+    def _check_single(self, value: Value, told: str) -> None:
         if self.choices:
             if value not in self.choices:
                 known = ", ".join(self.choices)
-                raise CoterieError(f"{self.name} must be one of {known}, not {value!r}")
+                raise CoterieError(f"{told} must be one of {known}, not {value!r}")
         elif isinstance(value, bool) != (self.kind is bool) or not isinstance(
             value, (int, float) if self.kind is float else self.kind
         ):
-            raise CoterieError(f"{self.name} must be of type {self.kind.__name__}, not {value!r}")
+            lists = " or a tuple of it" if self.many and told == self.name else ""
+            raise CoterieError(f"{told} must be of type {self.kind.__name__}{lists}, not {value!r}")
         elif isinstance(value, int | float) and value not in self.within:
-            raise CoterieError(f"{self.name} must be {self.within}, not {value!r}")
+            raise CoterieError(f"{told} must be {self.within}, not {value!r}")
 
 
 def parse(text: str, table: Mapping[str, type[Choice]], noun: str) -> Choice:
@@ -164,15 +199,19 @@ def _own(cls: type) -> Mapping[str, Option]:
 
 
 def _fields(cls: type) -> Iterator[tuple[Field[object], type, tuple[object, ...]]]:
-    """(field, plain type or Literal, notes of its ``Annotated``) of a dataclass."""
+    """(field, plain type or Literal, notes of its ``Annotated``) of a dataclass; of a field that
+    takes a list, the type of an entry, and LIST among the notes."""
     hints = get_type_hints(cls, include_extras=True)
     for field in fields(cls):
         hint, notes = hints[field.name], ()
         if get_origin(hint) in (Union, UnionType):
-            hint = next(arm for arm in get_args(hint) if arm is not NoneType)
+            arms = [arm for arm in get_args(hint) if arm is not NoneType]
+            notes = (LIST,) if any(get_origin(arm) is tuple for arm in arms) else ()
+            hint = next(arm for arm in arms if get_origin(arm) is not tuple)
         if get_origin(hint) is Annotated:
-            hint, *notes = get_args(hint)
-        yield field, hint, tuple(notes)
+            hint, *more = get_args(hint)
+            notes = (*notes, *more)
+        yield field, hint, notes
 
 
 def _option(field: Field[object], hint: type, notes: tuple[object, ...]) -> Option:
@@ -185,6 +224,7 @@ def _option(field: Field[object], hint: type, notes: tuple[object, ...]) -> Opti
         within=next((note for note in notes if isinstance(note, Within)), Within()),
         default="required" if field.default is MISSING else field.default,  # pyright: ignore[reportArgumentType]
         shown=SHOWN in notes,
+        many=LIST in notes,
     )
 
 
@@ -221,13 +261,15 @@ def _value(choice: object, option: Option) -> Value:
 
 def _text(value: Value) -> str:
     """Shortest text that reads back as the same value: 1 for 1.0."""
+    if isinstance(value, tuple):
+        return BETWEEN.join(map(_text, value))
     if isinstance(value, bool):
         return "yes" if value else "no"
     text = str(value)
     return text.removesuffix(".0") if isinstance(value, float) else text
 
 
-READERS: dict[type, tuple[str, Callable[[str], Value]]] = {  # what it is called, how it is read
+READERS: dict[type, tuple[str, Callable[[str], Single]]] = {  # what it is called, how it is read
     int: ("a whole number", int),
     float: ("a number", float),
     bool: ("yes or no", {"yes": True, "no": False}.__getitem__),

@@ -72,6 +72,7 @@ def option_table() -> Table:
     taken: dict[str, dict[str, None]] = {}
     for option in (o for cls in POLICIES.values() for o in options(cls).values()):
         values = " | ".join(option.choices) or str(option.within)
+        values += " (or one for each layer: 0.3/0.2/0.25)" if option.many else ""
         taken.setdefault(option.name, {})[values] = None
     for name, values in taken.items():
         table.add_row(name, ", or ".join(values))
