@@ -154,7 +154,7 @@ def _running_total(
 
 
 def _check_room(folder: Path, needed: int, device: torch.device) -> None:
-    free = _free_memory(device)
+    free = free_memory(device)
     if free is not None and needed > free:
         gib = 1 << 30
         raise CoterieError(
@@ -163,8 +163,8 @@ def _check_room(folder: Path, needed: int, device: torch.device) -> None:
         )
 
 
-def _free_memory(device: torch.device) -> int | None:
-    """Bytes, None where the system does not tell."""
+def free_memory(device: torch.device) -> int | None:
+    """Bytes that can still be had there; None where the system does not tell."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
     try:
