@@ -64,7 +64,7 @@ class Wish:
     """What a person may ask of a task; None is the benchmark's usual choice for the family.
 
     ``data`` is a file, or a folder laid out as the benchmark publishes it; ``family`` decides
-    what is usual ("llada_moe": few shots, "llada2": none); ``count`` and ``seed`` are for tasks
+    what is usual ("llada-moe": few shots, "llada2": none); ``count`` and ``seed`` are for tasks
     that draw their items. ``trust`` lets generated code run where no sandbox can be had.
     """
 

@@ -1,1 +1,28 @@
 """The benchmarks by name."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+from coterie.evals.task import Task, Wish
+from coterie.evals.tasks import embedded
+from coterie.naming import CoterieError
+
+TASKS: dict[str, Callable[[Wish], Task]] = {
+    "words": embedded.opener("words"),
+    "docstring": embedded.opener("docstring"),
+    "sentence": embedded.opener("sentence"),
+    "algebra": embedded.opener("algebra"),
+}
+
+
+def open_tasks(names: Sequence[str], wish: Wish) -> list[Task]:
+    """Each once, in the order of ``names``; fails here, not after hours, when data are missing.
+
+    Raises CoterieError for an unknown name, for data that cannot be read, and for a task that runs
+    generated code where nothing can fence it in (unless ``wish.trust``).
+    """
+    for name in names:
+        if name not in TASKS:
+            raise CoterieError(f"unknown task {name!r}; known: {', '.join(TASKS)}")
+    return [TASKS[name](wish) for name in dict.fromkeys(names)]

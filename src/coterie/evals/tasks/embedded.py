@@ -1,0 +1,85 @@
+r"""The four kinds of small problems that the model in the package solves, as benchmarks."""
+
+from __future__ import annotations
+
+import random
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache, partial
+
+from coterie.evals.task import Grade, Item, Task, Wish
+from coterie.naming import CoterieError
+from coterie.problems import TASKS as MAKERS
+from coterie.problems import Problem, draw
+from coterie.problems.grading import runs
+
+NUMBERED = {  # the last of these in the output is its answer
+    "words": re.compile(r"####\s*(-?\d+)"),
+    "algebra": re.compile(r"\\boxed\{\s*(-?\d+)\s*\}"),
+}
+
+
+@dataclass(frozen=True)
+class Embedded:
+    """``count`` held-out problems of one kind, drawn from ``seed``; code runs in the sandbox.
+
+    A longer draw begins with the shorter one's items. ``id`` is "words/<seed>/<n>".
+    """
+
+    name: str
+    count: int
+    seed: int
+
+    def settings(self) -> Mapping[str, object]:
+        return {
+            "split": "test",
+            "seed": self.seed,
+            "count": self.count,
+            "shots": 0,
+            "template": "{question}",
+            "counts": NUMBERED[self.name].pattern if self.name in NUMBERED else "asserts pass",
+        }
+
+    def generation(self) -> Mapping[str, object]:
+        """The model's own defaults: it was trained with them."""
+        return {}
+
+    def items(self) -> Sequence[Item]:
+        return [
+            Item(f"{self.name}/{self.seed}/{number}", problem.prompt, problem.gold)
+            for number, problem in enumerate(_drawn(self.name, self.seed, self.count))
+        ]
+
+    def prompt(self, item: Item) -> str:
+        return item.question
+
+    def grade(self, output: str, item: Item) -> Grade:
+        return grade(self.name, output, item.gold)
+
+
+def opener(name: str) -> Callable[[Wish], Task]:
+    """What opens the kind ``name``."""
+    return partial(_open, name)
+
+
+def grade(name: str, output: str, gold: str) -> Grade:
+    """Of an output of the kind ``name``; ``gold`` is a number, or asserts that follow the code."""
+    if name in NUMBERED:
+        found = NUMBERED[name].findall(output)
+        return Grade(bool(found) and found[-1] == gold, found[-1] if found else None)
+    return Grade(runs(f"{output}\n{gold}\n"), output)
+
+
+def _open(name: str, wish: Wish) -> Embedded:
+    if wish.count < 1:
+        raise CoterieError(f"{name}: {wish.count} items; at least 1")
+    if wish.shots:
+        raise CoterieError(f"{name} is asked without examples; {wish.shots} shots were wanted")
+    return Embedded(name, wish.count, wish.seed)
+
+
+@cache
+def _drawn(name: str, seed: int, count: int) -> tuple[Problem, ...]:
+    rng = random.Random(f"{name}/{seed}")
+    return tuple(draw(MAKERS[name], rng, "test") for _ in range(count))
