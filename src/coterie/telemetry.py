@@ -21,6 +21,10 @@ class Recorder(Protocol):
         """A forward over these rows starts; what is shown before the next ``began`` is theirs."""
         ...
 
+    def fed(self, layer: int, x: Tensor) -> None:
+        """x [S, N, H] that a layer's gate and experts read; ``routed`` follows."""
+        ...
+
     def routed(self, layer: int, scores: Scores, routing: Routing) -> None:
         """What a layer's gate thought of S rows, and what came of it."""
         ...
@@ -37,11 +41,37 @@ class Null:
     def began(self, rows: tuple[Row, ...]) -> None:
         del rows
 
+    def fed(self, layer: int, x: Tensor) -> None:
+        del layer, x
+
     def routed(self, layer: int, scores: Scores, routing: Routing) -> None:
         del layer, scores, routing
 
     def layer_output(self, layer: int, x: Tensor) -> None:
         del layer, x
+
+
+@dataclass(frozen=True)
+class Together:
+    """Shows each recorder everything, in order."""
+
+    recorders: tuple[Recorder, ...]
+
+    def began(self, rows: tuple[Row, ...]) -> None:
+        for recorder in self.recorders:
+            recorder.began(rows)
+
+    def fed(self, layer: int, x: Tensor) -> None:
+        for recorder in self.recorders:
+            recorder.fed(layer, x)
+
+    def routed(self, layer: int, scores: Scores, routing: Routing) -> None:
+        for recorder in self.recorders:
+            recorder.routed(layer, scores, routing)
+
+    def layer_output(self, layer: int, x: Tensor) -> None:
+        for recorder in self.recorders:
+            recorder.layer_output(layer, x)
 
 
 @dataclass(frozen=True)
@@ -68,6 +98,9 @@ class Counting:
 
     def began(self, rows: tuple[Row, ...]) -> None:
         self._rows = rows
+
+    def fed(self, layer: int, x: Tensor) -> None:
+        del layer, x
 
     def routed(self, layer: int, scores: Scores, routing: Routing) -> None:
         rows = self._rows or tuple(range(scores.logits.shape[0]))
@@ -111,9 +144,13 @@ class Tracing:
     rows: list[tuple[Row, ...]] = field(default_factory=list)
     routings: list[tuple[int, Scores, Routing]] = field(default_factory=list)
     outputs: list[tuple[int, Tensor]] = field(default_factory=list)
+    inputs: list[tuple[int, Tensor]] = field(default_factory=list)  # of the layers that route
 
     def began(self, rows: tuple[Row, ...]) -> None:
         self.rows.append(rows)
+
+    def fed(self, layer: int, x: Tensor) -> None:
+        self.inputs.append((layer, x))
 
     def routed(self, layer: int, scores: Scores, routing: Routing) -> None:
         self.routings.append((layer, scores, routing))

@@ -18,10 +18,11 @@ from coterie.model.step import Step
 from coterie.model.transformer import Transformer
 from coterie.naming import CoterieError
 from coterie.routing import Vanilla
-from coterie.telemetry import Counting, Null, Tracing
+from coterie.telemetry import Counting, Null, Recorder, Together, Tracing
 from coterie.values import Policy, Progress, Window
 
 VANILLA = Vanilla()
+NOBODY = Null()
 
 
 @dataclass  # not frozen: it counts what its row went through
@@ -64,15 +65,20 @@ def groups(slots: Iterable[Slot]) -> list[list[Slot]]:
 
 
 def forward(
-    transformer: Transformer, pool: Pool, group: Sequence[Slot], counting: Counting
+    transformer: Transformer,
+    pool: Pool,
+    group: Sequence[Slot],
+    counting: Counting,
+    watcher: Recorder = NOBODY,
 ) -> list[Change]:
     """One forward of rows that agree (``groups``); every row then moves on to its next.
 
-    Only decoding forwards are counted. If logits are not finite this raises, and no row has moved.
+    Only decoding forwards are counted, and shown to the watcher. If logits are not finite this
+    raises, and no row has moved.
     """
     look = group[0].look
     counted = Counting()
-    recorder = counted if look.kind == "decode" else Null()
+    recorder = Together((counted, watcher)) if look.kind == "decode" else NOBODY
     recorder.began(tuple(slot.number for slot in group))
     step = Step(
         window=_window(group),

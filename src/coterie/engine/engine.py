@@ -12,14 +12,14 @@ import torch
 from coterie.decoding import Ask, Change, Row
 from coterie.decoding.canvas import Block
 from coterie.decoding.plans import Kind
-from coterie.engine.batch import Slot, forward, groups
+from coterie.engine.batch import NOBODY, Slot, forward, groups
 from coterie.engine.config import Generation, ask
-from coterie.engine.event import Denoised, Event, Experts, Finished, Result
+from coterie.engine.event import Denoised, Event, Experts, Finished, Result, Stuck
 from coterie.engine.load import Model, load_model
 from coterie.engine.pool import Pool
 from coterie.naming import CoterieError
 from coterie.routing import POLICIES, parse_policy, spell
-from coterie.telemetry import Counting
+from coterie.telemetry import Counting, Recorder
 from coterie.values import Policy
 
 Prompt = str | Sequence[int]
@@ -28,8 +28,8 @@ Prompt = str | Sequence[int]
 class Engine:
     """One model, any number of rows at once.
 
-    ``generation`` and ``policy`` are what a request gets where it asks for nothing else. Not safe
-    to call from several threads.
+    ``generation`` and ``policy`` are what a request gets where it asks for nothing else. A
+    ``watcher`` is shown every decoding forward. Not safe to call from several threads.
     """
 
     def __init__(
@@ -38,12 +38,14 @@ class Engine:
         *,
         policy: str | Policy = "vanilla",
         generation: Generation | None = None,
+        watcher: Recorder = NOBODY,
     ) -> None:
         self.model = model
         self.policy = _policy(policy)
         self.generation = generation or Generation.usual(model.family.defaults)
         self._pool = Pool(model.spec, model.transformer.dtype, model.transformer.device)
         self._counting = Counting()
+        self._watcher = watcher
         self._slots: dict[int, Slot] = {}
         self._mail: dict[int, deque[Event]] = {}
         self._told: list[Event] = []
@@ -87,24 +89,24 @@ class Engine:
     def step(self) -> list[Event]:
         """One forward for every row; rows of one width and policy share it.
 
-        Returns the events of rows that no ``stream`` reads. Raises CoterieError, once all rows have
-        had their turn, if the logits of some are not finite: these stay as they were, and events
-        of the others are kept.
+        Returns the events of rows that no ``stream`` reads. Raises Stuck, once all rows have had
+        their turn, if the logits of some are not finite: rows that shared a forward with these stay
+        as they were, and events of the others are kept.
         """
-        broken: CoterieError | None = None
+        reason, stuck = "", []
         for group in groups(self._slots.values()):
             try:
                 self._advance(group)
             except CoterieError as error:
-                broken = broken or error
-        if broken is not None:
-            raise broken
+                reason, stuck = reason or str(error), stuck + [slot.number for slot in group]
+        if stuck:
+            raise Stuck(reason, tuple(stuck))
         told, self._told = self._told, []
         return told
 
     def _advance(self, group: list[Slot]) -> None:
         asked = [(slot, slot.look, slot.row.block) for slot in group]
-        changes = forward(self.model.transformer, self._pool, group, self._counting)
+        changes = forward(self.model.transformer, self._pool, group, self._counting, self._watcher)
         for (slot, look, block), change in zip(asked, changes, strict=True):
             if look.denoises:
                 self._tell(self._denoised(slot, look.kind, block, change))

@@ -13,7 +13,7 @@ from coterie import ops
 from coterie.model.spec import ModelSpec
 from coterie.model.step import Step
 from coterie.routing import route
-from coterie.values import Scores, Store
+from coterie.values import Routing, Scores, Store
 
 
 class FeedForward(Protocol):
@@ -53,7 +53,12 @@ class MoE:
     def __call__(self, x: Tensor, step: Step, importance: Tensor | None) -> Tensor:
         scores = self._scores(x, step, importance)
         routing = route(scores, step.policy)
+        step.recorder.fed(self.layer, x)
         step.recorder.routed(self.layer, scores, routing)
+        return self.apply(x, routing)
+
+    def apply(self, x: Tensor, routing: Routing) -> Tensor:
+        """[B, W, H] -> [B, W, H] under any routing; the shared expert is part of it."""
         flat = x.flatten(0, 1)
         out = torch.zeros(flat.shape, dtype=torch.float32, device=x.device)
         for slab in self.store.serve(self.layer, routing.used):
