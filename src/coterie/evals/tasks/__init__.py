@@ -6,9 +6,11 @@ from collections.abc import Callable, Sequence
 
 from coterie.evals.task import Task, Wish
 from coterie.evals.tasks import embedded
+from coterie.evals.tasks.gsm8k import open_gsm8k
 from coterie.naming import CoterieError
 
 TASKS: dict[str, Callable[[Wish], Task]] = {
+    "gsm8k": open_gsm8k,
     "words": embedded.opener("words"),
     "docstring": embedded.opener("docstring"),
     "sentence": embedded.opener("sentence"),
