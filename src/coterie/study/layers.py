@@ -1,0 +1,217 @@
+"""Layers of experts that are timed: the model's own, and ones of a large model's true shape."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from coterie import ops
+from coterie.engine.engine import Engine
+from coterie.engine.load import free_memory
+from coterie.model.moe import MoE
+from coterie.model.transformer import Transformer
+from coterie.naming import CoterieError
+from coterie.routing import Vanilla, route
+from coterie.study.timing import name
+from coterie.values import Policy, RouterSpec, Routing, Scores, Slab, membership
+
+MARGIN = 2 << 30  # bytes left free beside a large layer
+SEEDED = 8  # random experts that a large layer is filled with, over and over
+BLOCK = 32  # at which the paper counted unique experts
+
+
+@dataclass(frozen=True)
+class Shape:
+    """A published model's layer of experts, and the unique experts a block of 32 uses in it."""
+
+    name: str
+    router: RouterSpec
+    hidden: int
+    width: int
+    unique: int
+    dtype: torch.dtype = torch.bfloat16
+
+    @property
+    def bytes(self) -> int:
+        """Of all its experts."""
+        return self.router.experts * 3 * self.hidden * self.width * self.dtype.itemsize
+
+
+LARGE = (
+    Shape(
+        "LLaDA2.0-mini",
+        RouterSpec(256, 8, "sigmoid", True, 2.5, groups=8, kept_groups=4, epsilon=1e-20),
+        hidden=2048,
+        width=512,
+        unique=84,
+    ),
+    Shape("LLaDA-MoE", RouterSpec(64, 8, "softmax", False), hidden=2048, width=1024, unique=59),
+)
+
+
+@dataclass(frozen=True)
+class Bench:
+    """Experts ready to be timed. Several slabs of one shape take turns, so that no layer stays in
+    the cache only because it is timed again and again."""
+
+    name: str
+    router: RouterSpec
+    slabs: tuple[Slab, ...]
+    random: bool  # weights are, and so is what the router thinks
+
+    @property
+    def hidden(self) -> int:
+        return self.slabs[0].gate_up.shape[2]
+
+    @property
+    def width(self) -> int:
+        return self.slabs[0].down.shape[2]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.slabs[0].down.dtype
+
+    @property
+    def device(self) -> torch.device:
+        return self.slabs[0].down.device
+
+    @property
+    def expert_bytes(self) -> int:
+        return 3 * self.hidden * self.width * self.dtype.itemsize
+
+    def flops(self, pairs: float) -> float:
+        """Of so many token-expert pairs: three products, a multiplication and a sum each."""
+        return 6.0 * self.hidden * self.width * pairs
+
+    def facts(self) -> dict[str, object]:
+        return {
+            "name": self.name,
+            "random": self.random,
+            "experts": self.router.experts,
+            "k": self.router.k,
+            "hidden": self.hidden,
+            "width": self.width,
+            "dtype": name(self.dtype),
+            "expert_bytes": self.expert_bytes,
+            "bytes": self.expert_bytes * self.router.experts,
+        }
+
+    def inputs(self, tokens: int, draw: torch.Generator) -> Tensor:
+        """Random hidden states [tokens, H]."""
+        return torch.randn(tokens, self.hidden, generator=draw).to(self.device, self.dtype)
+
+
+def own_bench(engine: Engine) -> Bench:
+    """All of the model's own layers that route."""
+    model = engine.model
+    everybody = torch.ones(model.spec.router.experts, dtype=torch.bool)
+    slabs = [
+        slab
+        for layer in moe_layers(model.transformer)
+        for slab in layer.store.serve(layer.layer, everybody)
+    ]
+    return Bench(model.name, model.spec.router, tuple(slabs), random=False)
+
+
+def moe_layers(transformer: Transformer) -> list[MoE]:
+    """The layers that route; raises CoterieError where there are none."""
+    halves = [layer.feed_forward for layer in transformer.layers]
+    found = [half for half in halves if isinstance(half, MoE)]
+    if not found:
+        raise CoterieError("no layer of this model has experts: there is nothing to time")
+    return found
+
+
+def large_bench(shape: Shape, device: torch.device) -> Bench | str:
+    """A random layer of that shape, or a sentence that says why there is none."""
+    free = free_memory(device)
+    if free is not None and free < shape.bytes + MARGIN:
+        return (
+            f"A layer of {shape.name}'s shape was left out: it needs {shape.bytes / 2**30:.1f} GiB "
+            f"and {MARGIN / 2**30:.0f} to spare, and {free / 2**30:.1f} GiB were free."
+        )
+    return Bench(shape.name, shape.router, (random_slab(shape, device),), random=True)
+
+
+def random_slab(shape: Shape, device: torch.device) -> Slab:
+    """Few random experts, over and over: every copy is read from its own memory all the same."""
+    experts, hidden, width = shape.router.experts, shape.hidden, shape.width
+    draw = torch.Generator().manual_seed(0)
+
+    def filled(*size: int) -> Tensor:
+        few = torch.randn(SEEDED, *size, generator=draw) * size[-1] ** -0.5
+        few = few.to(device, shape.dtype)
+        return few.repeat(-(-experts // SEEDED), 1, 1)[:experts]
+
+    return Slab(
+        gate_up=filled(2 * width, hidden),
+        down=filled(hidden, width),
+        slot_of=torch.arange(experts, device=device),
+    )
+
+
+def controlled(
+    router: RouterSpec, tokens: int, used: int, draw: torch.Generator, device: torch.device
+) -> Routing:
+    """Every token takes k of exactly ``used`` random experts, all of them equally often.
+
+    Raises ValueError unless k <= used <= tokens * k.
+    """
+    if not router.k <= used <= min(tokens * router.k, router.experts):
+        raise ValueError(f"{tokens} tokens of {router.k} experts cannot use {used} together")
+    pool = torch.randperm(router.experts, generator=draw)[:used]
+    ids = pool[torch.arange(tokens * router.k) % used].view(tokens, router.k).to(device)
+    return Routing(
+        ids=ids,
+        weights=torch.full(ids.shape, 1 / router.k, device=device),
+        used=membership(ids.flatten(), router.experts),
+        own=ids,
+    )
+
+
+def skewed(router: RouterSpec, tokens: int, bend: float, draw: torch.Generator) -> Scores:
+    """What a gate could think of one block: experts differ in how wanted they are, by ``bend``
+    times as much as two tokens differ about one of them. [1, tokens, E]."""
+    wanted = torch.randn(router.experts, generator=draw) * bend
+    logits = wanted + torch.randn(1, tokens, router.experts, generator=draw)
+    return Scores(logits=logits, router=router)
+
+
+def bend_for(router: RouterSpec, unique: float, *, tokens: int = BLOCK, draws: int = 8) -> float:
+    """The ``bend`` under which a block uses ``unique`` experts on average: bisection."""
+    low, high = 0.0, 16.0
+    for _ in range(20):
+        middle = (low + high) / 2
+        if mean_unique(router, tokens, middle, draws) > unique:
+            low = middle
+        else:
+            high = middle
+    return (low + high) / 2
+
+
+def mean_unique(router: RouterSpec, tokens: int, bend: float, draws: int) -> float:
+    """Unique experts of skewed blocks, always the same draws."""
+    draw = torch.Generator().manual_seed(0)
+    blocks = (route(skewed(router, tokens, bend, draw), Vanilla()) for _ in range(draws))
+    return sum(float(routing.used.sum()) for routing in blocks) / draws
+
+
+def routed(scores: Scores, policy: Policy, device: torch.device) -> Routing:
+    """The routing of skewed scores, on the device where the experts are."""
+    found = route(scores, policy)
+    return Routing(*(part.to(device) for part in (found.ids, found.weights, found.used, found.own)))
+
+
+def turning(bench: Bench, xs: list[Tensor], routings: list[Routing]) -> Callable[[], Tensor]:
+    """Runs the experts; every call takes the next input and routing, and the next slab."""
+    calls = iter(range(1 << 62))
+
+    def work() -> Tensor:
+        call = next(calls)
+        at, slab = call % len(routings), bench.slabs[call % len(bench.slabs)]
+        return ops.run_experts(xs[at], routings[at], slab)
+
+    return work
