@@ -1,0 +1,233 @@
+"""One evaluation: every item under every arm, paired, kept answer by answer.
+
+``run`` works through chunks of items and lets the arms take turns on each, so that whatever is
+there after an interrupt is paired. A folder that holds a part of the same run is gone on with.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import random
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+
+from coterie.engine.config import Generation
+from coterie.engine.engine import Engine
+from coterie.evals.asking import Outcome, Question, outcomes
+from coterie.evals.fingerprint import fingerprint
+from coterie.evals.journal import Answer, Journal
+from coterie.evals.sheet import Arm, Sheet
+from coterie.evals.task import Grade, Item, Task
+from coterie.naming import CoterieError
+
+__all__ = ["Answer", "Arm", "Sheet", "Told", "run"]
+
+CHUNK = 4  # times ``rows``: items that one arm answers before the next has its turn
+GRADERS = 8
+NOTHING: Mapping[str, object] = {}
+
+Told = Callable[[Answer], None]
+Graded = tuple[Outcome, Future[Grade]]
+
+
+def run(
+    engine: Engine,
+    tasks: Sequence[Task],
+    arms: Sequence[Arm],
+    folder: Path | None,
+    *,
+    limit: int | None = None,
+    shuffle_seed: int | None = None,
+    rows: int = 16,
+    told: Told = lambda _: None,
+    asked: Mapping[str, object] = NOTHING,
+) -> list[Sheet]:
+    """Answers every item of every task under every arm; one sheet an arm, in their order.
+
+    ``limit`` items of each task: its first ones, or the first after a shuffle by ``shuffle_seed``.
+    Generation: the engine's, then the task's usual, then ``asked``, then the arm's own. ``told``
+    hears of every answer, first of those found in ``folder``. An item that fails (NaN logits, a
+    prompt that does not fit) is an answer with an ``error``, and the run goes on. Raises
+    CoterieError for an arm that this model cannot run, before anything is written, and for a folder
+    that holds another run. Arms may be added to a folder later; what it holds of others stays.
+    """
+    named = {arm.name: arm for arm in arms}
+    questions = _questions(engine, tasks, limit, shuffle_seed, asked)
+    _check(engine, questions, named.values(), folder)
+    told_apart = about(engine, tasks, limit=limit, shuffle_seed=shuffle_seed, asked=asked)
+    with Journal(folder, told_apart) as journal, _graders() as graders:
+        for name in named:
+            for question in questions:
+                if (found := journal.answers.get(_key(name, question))) is not None:
+                    told(found)
+        for start in range(0, len(questions), CHUNK * rows):
+            chunk = questions[start : start + CHUNK * rows]
+            for name, arm in named.items():
+                left = [q for q in chunk if _key(name, q) not in journal.answers]
+                for answers in _answers(engine, arm, left, rows, graders):
+                    journal.add(answers)
+                    for answer in answers:
+                        told(answer)
+        return [
+            Sheet(arm, tuple(journal.answers[_key(name, question)] for question in questions))
+            for name, arm in named.items()
+        ]
+
+
+def about(
+    engine: Engine,
+    tasks: Sequence[Task],
+    *,
+    limit: int | None = None,
+    shuffle_seed: int | None = None,
+    asked: Mapping[str, object] = NOTHING,
+) -> dict[str, object]:
+    """What makes two runs the same run, as JSON values; arms and ``rows`` do not."""
+    model = engine.model
+    return {
+        "model": None if model.folder is None else fingerprint(model.folder),
+        "dtype": str(model.transformer.dtype).removeprefix("torch."),
+        "device": model.transformer.device.type,
+        "limit": limit,
+        "shuffle_seed": shuffle_seed,
+        "tasks": {
+            task.name: {
+                "settings": dict(task.settings()),
+                "generation": asdict(_usual(engine, task, asked)),
+                "items": len(items := _chosen(task, limit, shuffle_seed)),
+                "questions": _digest(task, items),
+            }
+            for task in tasks
+        },
+    }
+
+
+def _questions(
+    engine: Engine,
+    tasks: Sequence[Task],
+    limit: int | None,
+    shuffle_seed: int | None,
+    asked: Mapping[str, object],
+) -> list[Question]:
+    return [
+        Question(task, item, generation)
+        for task in tasks
+        for generation in [_usual(engine, task, asked)]
+        for item in _chosen(task, limit, shuffle_seed)
+    ]
+
+
+def _chosen(task: Task, limit: int | None, shuffle_seed: int | None) -> list[Item]:
+    """The items of a run, in its order; a task's do not depend on the other tasks."""
+    items = list(task.items())
+    if shuffle_seed is not None:
+        random.Random(f"{task.name}/{shuffle_seed}").shuffle(items)
+    return items[:limit]
+
+
+def _answers(
+    engine: Engine, arm: Arm, questions: Sequence[Question], rows: int, graders: ThreadPoolExecutor
+) -> Iterator[list[Answer]]:
+    """As they come. On a GPU, grading runs beside generation; on a CPU it would be in its way."""
+    name, beside = arm.name, engine.model.transformer.device.type != "cpu"
+    grading: list[Graded] = []
+    asked = [question.but(arm.generation) for question in questions]
+    for ended in outcomes(engine, asked, arm.policy, rows=rows):
+        grading += [(outcome, graders.submit(_grade, outcome)) for outcome in ended]
+        done, grading = _split(grading, wait_for_all=not beside)
+        yield [_answer(name, outcome, future.result()) for outcome, future in done]
+    done, _ = _split(grading, wait_for_all=True)
+    yield [_answer(name, outcome, future.result()) for outcome, future in done]
+
+
+def _split(grading: list[Graded], *, wait_for_all: bool) -> tuple[list[Graded], list[Graded]]:
+    """Those that are graded, and those that are not."""
+    if wait_for_all:
+        wait([future for _, future in grading])
+    done, others = [], []
+    for graded in grading:
+        (done if graded[1].done() else others).append(graded)
+    return done, others
+
+
+def _grade(outcome: Outcome) -> Grade:
+    if outcome.result is None:
+        return Grade(correct=False, extracted=None)
+    return outcome.question.task.grade(outcome.result.text, outcome.question.item)
+
+
+def _answer(arm: str, outcome: Outcome, grade: Grade) -> Answer:
+    result, question = outcome.result, outcome.question
+    return Answer(
+        arm=arm,
+        task=question.task.name,
+        id=question.item.id,
+        correct=grade.correct,
+        extracted=grade.extracted,
+        also=dict(grade.also),
+        output="" if result is None else result.text,
+        finish="error" if result is None else result.finish_reason,
+        new_tokens=0 if result is None else result.new_tokens,
+        forwards=0 if result is None else result.forwards,
+        blocks=0 if result is None else result.blocks,
+        prefills=0 if result is None else result.prefills,
+        commits=0 if result is None else result.commits,
+        experts=0.0 if result is None else result.experts.mean,
+        expert_forwards=0 if result is None else result.experts.forwards,
+        expert_bytes=0.0 if result is None else result.expert_bytes,
+        vote_mass_kept=0.0 if result is None else result.vote_mass_kept,
+        seconds=outcome.seconds,
+        error=outcome.error,
+    )
+
+
+def _key(arm: str, question: Question) -> tuple[str, str, str]:
+    return arm, question.task.name, question.item.id
+
+
+def _usual(engine: Engine, task: Task, asked: Mapping[str, object]) -> Generation:
+    return engine.generation.but(**task.generation()).but(**asked)
+
+
+def _check(
+    engine: Engine, questions: Sequence[Question], arms: Collection[Arm], folder: Path | None
+) -> None:
+    """Raises for what would fail at every item, or could not be gone on with."""
+    if not questions:
+        raise CoterieError("there are no items to answer")
+    if folder is not None and engine.model.folder is None:
+        raise CoterieError(f"{engine.model.name}: made in memory, so no folder can know it again")
+    seen: set[tuple[str, str]] = set()
+    for question in questions:
+        task, item = question.task.name, question.item.id
+        if (task, item) in seen:
+            raise CoterieError(f"task {task}: two items have the id {item!r}")
+        seen.add((task, item))
+    anything = next(id for id in range(2) if id != engine.model.mask_id)
+    for generation in {question.generation for question in questions}:
+        for arm in arms:
+            options = asdict(generation.but(**arm.generation))
+            engine.cancel(engine.submit([anything], policy=arm.policy, **options))
+
+
+def _digest(task: Task, items: Iterable[Item]) -> str:
+    """Of prompts and golds: a changed file of questions is another run."""
+    digest = hashlib.sha256()
+    for item in items:
+        digest.update(json.dumps([item.id, task.prompt(item), item.gold]).encode() + b"\n")
+    return digest.hexdigest()[:16]
+
+
+@contextmanager
+def _graders() -> Iterator[ThreadPoolExecutor]:
+    """Threads, for what grading waits for are mostly children; an interrupt does not wait."""
+    pool = ThreadPoolExecutor(min(GRADERS, os.cpu_count() or 1), thread_name_prefix="grader")
+    try:
+        yield pool
+    finally:
+        pool.shutdown(wait=False, cancel_futures=True)
