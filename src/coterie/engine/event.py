@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from coterie.decoding import Token
 from coterie.decoding.plans import Kind
+from coterie.naming import CoterieError
 
 
 @dataclass(frozen=True)
@@ -76,6 +77,14 @@ class Finished:
 
     row: int
     result: Result
+
+
+class Stuck(CoterieError):
+    """A forward whose logits are not finite. ``rows`` shared it: at least one is at fault."""
+
+    def __init__(self, reason: str, rows: tuple[int, ...]) -> None:
+        super().__init__(reason)
+        self.rows = rows
 
 
 Event = Denoised | Finished

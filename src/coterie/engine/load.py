@@ -42,6 +42,7 @@ class Model:
     codec: Codec
     mask_id: int
     eos_ids: tuple[int, ...]
+    folder: Path | None = None  # None: made in memory
 
     @property
     def spec(self) -> ModelSpec:
@@ -76,6 +77,7 @@ def load_model(
         codec=codec,
         mask_id=_agreed_mask(config, codec, mask_id(config, family, spec.vocabulary)),
         eos_ids=tuple(dict.fromkeys(codec.ends + eos_ids(config, family, spec.vocabulary))),
+        folder=folder,
     )
 
 
