@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import TypedDict
 
 import torch
 from torch import Tensor
@@ -52,6 +53,19 @@ LARGE = (
 )
 
 
+class BenchFacts(TypedDict):
+    """What a record keeps of a bench."""
+
+    name: str
+    random: bool
+    experts: int
+    k: int
+    hidden: int
+    width: int
+    dtype: str
+    expert_bytes: int
+
+
 @dataclass(frozen=True)
 class Bench:
     """Experts ready to be timed. Several slabs of one shape take turns, so that no layer stays in
@@ -86,22 +100,31 @@ class Bench:
         """Of so many token-expert pairs: three products, a multiplication and a sum each."""
         return 6.0 * self.hidden * self.width * pairs
 
-    def facts(self) -> dict[str, object]:
-        return {
-            "name": self.name,
-            "random": self.random,
-            "experts": self.router.experts,
-            "k": self.router.k,
-            "hidden": self.hidden,
-            "width": self.width,
-            "dtype": name(self.dtype),
-            "expert_bytes": self.expert_bytes,
-            "bytes": self.expert_bytes * self.router.experts,
-        }
+    def facts(self) -> BenchFacts:
+        return BenchFacts(
+            name=self.name,
+            random=self.random,
+            experts=self.router.experts,
+            k=self.router.k,
+            hidden=self.hidden,
+            width=self.width,
+            dtype=name(self.dtype),
+            expert_bytes=self.expert_bytes,
+        )
 
     def inputs(self, tokens: int, draw: torch.Generator) -> Tensor:
         """Random hidden states [tokens, H]."""
         return torch.randn(tokens, self.hidden, generator=draw).to(self.device, self.dtype)
+
+
+def benches(engine: Engine) -> Iterator[Bench | str]:
+    """The model's own layers, then one large layer at a time, or why it was left out.
+
+    Whoever takes the next one lets the last one go, for two may not fit.
+    """
+    yield own_bench(engine)
+    for shape in LARGE:
+        yield large_bench(shape, engine.model.transformer.device)
 
 
 def own_bench(engine: Engine) -> Bench:
