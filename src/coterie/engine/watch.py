@@ -13,7 +13,7 @@ from coterie.engine.event import Finished, Result
 from coterie.engine.load import Model
 from coterie.model.moe import MoE
 from coterie.naming import CoterieError
-from coterie.telemetry import Row
+from coterie.telemetry import Row, Tracing
 from coterie.values import Policy, Routing, Scores
 
 
@@ -42,6 +42,7 @@ def watch(
     rows: int = 16,
     layers: Collection[int] | None = None,
     forwards: int | None = None,
+    heard: Callable[[Result], object] | None = None,
     **options: object,
 ) -> list[Result]:
     """Answer the prompts, ``rows`` at a time, showing ``see`` every decoding forward as it goes.
@@ -49,7 +50,7 @@ def watch(
     Nothing is kept, so memory does not grow. Only ``layers`` are shown (None: all that route), and
     a row is given up after so many ``forwards``. ``engine`` lends its model and its generation,
     of which ``options`` change fields; its own rows are left alone. Returns what became of each
-    prompt.
+    prompt; ``heard`` is told of those that end by themselves as they do.
     """
 
     def start(row: int) -> int:
@@ -69,6 +70,8 @@ def watch(
         for event in own.step():
             if isinstance(event, Finished):
                 found[event.row] = event.result
+                if heard is not None:
+                    heard(event.result)
             elif forwards is not None and event.forward >= forwards and event.row in own.rows:
                 found[event.row] = own.result(event.row)
                 own.cancel(event.row)
@@ -94,9 +97,34 @@ def collect(
         rows=rows,
         layers=layers,
         forwards=forwards,
+        heard=None,
         **options,
     )
     return seen
+
+
+def first_forward(
+    engine: Engine,
+    prompts: Sequence[Prompt],
+    *,
+    policy: str | Policy = "vanilla",
+    **options: object,
+) -> Tracing:
+    """Everything about the first decoding forward of these prompts, kept; then they are given up.
+
+    ``policy`` sees the rows in the order of the prompts. Raises CoterieError where the prompts do
+    not come to one forward together: equal lengths do.
+    """
+    trace = Tracing()
+    generation = engine.generation.but(**options)
+    own = Engine(engine.model, policy=policy, generation=generation, watcher=trace)
+    for prompt in prompts:
+        own.submit(prompt)
+    while own.rows and not trace.rows:
+        own.step()
+    if trace.rows != [tuple(range(len(prompts)))]:
+        raise CoterieError("these prompts do not share their first decoding forward")
+    return trace
 
 
 @torch.inference_mode()
