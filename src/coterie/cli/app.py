@@ -17,6 +17,7 @@ from coterie.cli.request import (
     open_engine,
     read_prompt,
 )
+from coterie.cli.study import study
 from coterie.cli.tables import (
     comparison_table,
     console,
@@ -219,3 +220,4 @@ def policies(json: o.Json = False) -> None:
 
 app.command("eval")(evaluate)
 app.command("train")(train)
+app.command("study")(study)

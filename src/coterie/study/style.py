@@ -22,6 +22,7 @@ from matplotlib.rcsetup import cycler
 Scheme = Literal["light", "dark"]
 
 WIDTH, HEIGHT = 5.2, 3.5  # inches: what a phone shows at four fifths of its size
+STROKES = 'style="stroke-linejoin: round; stroke-linecap: butt"'  # in place of a style sheet
 FONTS = ["DejaVu Sans", "Verdana", "Arial"]  # laid out by the first, which is the widest
 
 PAPER: Mapping[Scheme, str] = {"light": "#ffffff", "dark": "#14171c"}
@@ -179,8 +180,9 @@ def drawn(draw: Callable[[], Figure], *, name: str, scheme: Scheme) -> str:
     written = io.StringIO()
     with dressed(scheme, salt=name):
         draw().savefig(written, format="svg", metadata={"Date": None})
-    text = re.sub(r"<metadata>.*?</metadata>", "", written.getvalue(), flags=re.S)
-    return _own_ids(text[text.index("<svg") :].strip(), f"{name}-{scheme}")
+    text = re.sub(r"<(metadata|style)\b.*?</\1>", "", written.getvalue(), flags=re.S)
+    text = text[text.index("<svg") :].strip().replace("<svg ", f"<svg {STROKES} ", 1)
+    return _own_ids(text, f"{name}-{scheme}")
 
 
 def _own_ids(svg: str, prefix: str) -> str:
