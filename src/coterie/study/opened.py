@@ -1,0 +1,81 @@
+"""Blocks at the moment they are opened: every position masked, all of them part of the answer."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from coterie.engine.engine import Engine
+from coterie.engine.watch import Watched, first_forward, watch
+from coterie.naming import CoterieError
+from coterie.telemetry import Tracing
+from coterie.values import Policy
+
+Prompt = tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Opened:
+    """One block's first forward under one policy, which S rows share."""
+
+    trace: Tracing
+    log_probabilities: Tensor  # [S, N, vocabulary]
+
+    @property
+    def ids(self) -> Tensor:
+        """[S, N] what would be written."""
+        return self.log_probabilities.argmax(-1)
+
+
+def opened_prompts(engine: Engine, prompts: Sequence[str]) -> list[Prompt]:
+    """Each prompt, and vanilla's answer as far as it shares a block with the prompt.
+
+    A block that begins inside the prompt is mostly read, not written; the one after it is all
+    answer. An answer that ends before it is left out; where all do, CoterieError.
+    """
+    firsts: dict[int, tuple[int, int]] = {}
+
+    def see(watched: Watched) -> None:
+        for row, start in zip(watched.rows, watched.starts, strict=True):
+            firsts.setdefault(row, (start, watched.x.shape[1]))
+
+    layer = engine.model.spec.moe_layers[0]
+    watch(engine, prompts, see, layers=[layer], forwards=1)
+    results = watch(engine, prompts, lambda _: None, max_new_tokens=engine.generation.block)
+    found = []
+    for row, (prompt, result) in enumerate(zip(prompts, results, strict=True)):
+        start, width = firsts[row]
+        shared = start + width if start < 0 else 0
+        if shared < result.new_tokens or (
+            shared == result.new_tokens and result.finish_reason == "length"
+        ):
+            ids = engine.model.codec.encode(prompt)
+            found.append((*ids, *result.tokens[:shared]))
+    if not found:
+        raise CoterieError("every answer ended in the block of its prompt: nothing to look at")
+    return found
+
+
+@torch.inference_mode()
+def open_block(engine: Engine, prompt: Prompt, policy: str | Policy, rows: int = 1) -> Opened:
+    """The prompt's first block under the policy, ``rows`` times side by side."""
+    trace = first_forward(engine, [prompt] * rows, policy=policy)
+    transformer = engine.model.transformer
+    _, hidden = trace.outputs[-1]  # [S * N, H], as the head reads it
+    logits = F.linear(hidden, transformer.head).float().view(rows, -1, transformer.spec.vocabulary)
+    return Opened(trace, torch.log_softmax(logits, dim=-1))
+
+
+def words_of(engine: Engine, ids: Tensor) -> Tensor:
+    """Bool [S, N] of proposals [S, N]: up to the first end-of-text, which is a word too."""
+    ends = torch.isin(ids, torch.tensor(engine.model.eos_ids, device=ids.device)).long()
+    return ends.cumsum(-1) - ends == 0
+
+
+def divergence(vanilla: Tensor, other: Tensor) -> Tensor:
+    """Kullback and Leibler's, [.., N] nats, of log probabilities [.., N, vocabulary]."""
+    return (vanilla.exp() * (vanilla - other)).sum(-1).clamp(min=0.0)
