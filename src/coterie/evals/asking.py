@@ -11,6 +11,7 @@ from coterie.engine.config import Generation
 from coterie.engine.engine import Engine
 from coterie.engine.event import Finished, Result, Stuck
 from coterie.evals.task import Item, Task
+from coterie.values import Policy
 
 
 @dataclass(frozen=True)
@@ -36,7 +37,7 @@ class Outcome:
 
 
 def outcomes(
-    engine: Engine, questions: Sequence[Question], policy: str, *, rows: int
+    engine: Engine, questions: Sequence[Question], policy: str | Policy, *, rows: int
 ) -> Iterator[list[Outcome]]:
     """The outcomes of each step that had any; what the caller does meanwhile costs no ``seconds``.
 
@@ -59,7 +60,7 @@ def outcomes(
 @dataclass  # not frozen: it is the state of questions on their way
 class _Asking:
     engine: Engine
-    policy: str
+    policy: str | Policy
     rows: int
     waiting: deque[Question]
     alone: list[Question] = field(default_factory=list)
