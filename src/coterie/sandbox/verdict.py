@@ -1,0 +1,39 @@
+"""What a program may use, and what came of it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+Outcome = Literal["passed", "failed", "timeout"]
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What one program and all that it starts may use.
+
+    ``processor`` is seconds of processor time, so that a busy machine fails nobody; ``seconds``
+    is the wall clock's, for programs that sleep. ``memory`` holds for the address space of each
+    process and for what all of them keep resident; ``disk`` is what the private folder holds,
+    and the largest file; ``output`` what may be printed. Bytes, all four.
+    """
+
+    processor: int = 5
+    seconds: float = 20.0
+    memory: int = 1 << 30
+    disk: int = 8 << 20
+    output: int = 16 << 20
+    processes: int = 8
+    files: int = 32
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """``reason`` is one short printable line, such as "AssertionError()"; empty when passed."""
+
+    outcome: Outcome
+    reason: str = ""
+
+    @property
+    def passed(self) -> bool:
+        return self.outcome == "passed"
