@@ -25,7 +25,7 @@ from coterie.study.parts import (
     timed,
 )
 from coterie.study.style import SERIES, axes
-from coterie.study.timing import Spread, spread
+from coterie.study.timing import Spread, counted, spread
 
 POLICIES = ("vanilla", "des-seq:k=3", "des-vote:beta=0.3")
 ROUNDS = 5
@@ -90,7 +90,8 @@ class Parts:
             Drawing(
                 self.name,
                 f"A decoding forward's time by part; one row, blocks of {found['block']}, "
-                f"{_times(found['threads'], 'thread')}. The rest: embedding, head, choosing words.",
+                f"{counted(found['threads'], 'thread')}. The rest is the embedding, the head and the "
+                "choice of words.",
                 lambda: _draw(found),
             )
         ]
@@ -192,8 +193,8 @@ def _saving(plain: Breakdown, other: Breakdown) -> Finding:
     ratio = plain["forward"]["median"] / other["forward"]["median"]
     return Finding(
         f"{other['policy']} uses {other['experts']:.0f} experts of a layer in place of "
-        f"{plain['experts']:.0f}: a forward saves {saved * 1e3:+.2f} ms in the experts and pays "
-        f"{routing * 1e3:+.2f} ms for election and constrained routing. It is {ratio:.2f} times as "
+        f"{plain['experts']:.0f}: a forward saves {saved * 1e3:.2f} ms in the experts and pays "
+        f"{routing * 1e3:.2f} ms for election and constrained routing. It is {ratio:.2f} times as "
         "fast as vanilla.",
         claim="A coreset makes the forward faster.",
         verdict="holds" if other["forward"]["high"] < plain["forward"]["low"] else "does not hold",
@@ -209,7 +210,3 @@ def _cell(each: Breakdown, part: str) -> str:
 def _milliseconds(taken: Spread) -> str:
     low, high = taken["low"] * 1e3, taken["high"] * 1e3
     return f"{taken['median'] * 1e3:.2f} [{low:.2f} to {high:.2f}]"
-
-
-def _times(count: int, noun: str) -> str:
-    return f"{count} {noun}" + ("" if count == 1 else "s")

@@ -21,13 +21,14 @@ from coterie.study.layers import (
     BenchFacts,
     benches,
     bend_for,
+    called,
     controlled,
     routed,
     skewed,
     turning,
 )
 from coterie.study.style import SERIES, axes, ink, legend
-from coterie.study.timing import Fit, Limits, Spread, fit, in_turns, limits, predicted
+from coterie.study.timing import Fit, Limits, Spread, counted, fit, in_turns, limits, predicted
 
 TOKENS = (8, 16, 32, 64)
 SIZES = (8, 12, 19, 25, 38, 51, 64, 84, 112, 128, 163, 200, 256)  # unique experts that are tried
@@ -111,9 +112,9 @@ class Latency:
         return [
             Drawing(
                 f"{self.name}-{number}",
-                f"Seconds of the experts of {_called(one)} against the unique experts they read, "
-                "for different numbers of tokens; lines are the fit of Equation 2. Bars span the "
-                "quartiles.",
+                f"The experts of {called(one['bench'])}: time against the unique experts that are "
+                "read, for different numbers of tokens. Lines are the fit of Equation 2, bars span "
+                "the quartiles.",
                 lambda one=one: _draw(one),
             )
             for number, one in enumerate(found["lines"])
@@ -250,13 +251,13 @@ def _fits(found: Found) -> Table:
                 "" if one["read"] is None else f"{one['read'] / 1e9:.1f}",
             ]
         )
-    roof, threads = found["limits"], found["limits"]["threads"]
+    roof = found["limits"]
     return Table(
         heads=["layer", "experts", "t0, ms", "b, us", "a, us", "R2", "median error", "GB/s by b"],
         rows=rows,
         caption="t = t0 + b T + a N K, least squares over the medians of all points. "
         f"This machine reads {roof['bytes_per_second'] / 1e9:.1f} GB/s ({roof['reader']}, "
-        f"{threads} thread{'' if threads == 1 else 's'}).",
+        f"{counted(roof['threads'], 'thread')}).",
         numbers=list(range(2, 8)),
     )
 
@@ -274,19 +275,20 @@ def _checks(one: Line) -> Table:
             ]
             for check in one["checks"]
         ],
-        caption=f"Blocks of {BLOCK} as a skewed router routes them through {_called(one)}; the fit "
-        "saw none of these.",
+        caption=f"Blocks of {BLOCK} as a skewed router routes them through "
+        f"{called(one['bench'])}; the fit saw none of these.",
         numbers=[1, 2, 3, 4],
     )
 
 
 def _straight(one: Line) -> Finding:
     line = one["fit"]
-    called = _called(one)
+    name = called(one["bench"])
     return Finding(
-        f"{called[0].upper()}{called[1:]}: each unique expert costs {line['b'] * 1e6:.1f} us, "
+        f"{name[0].upper()}{name[1:]}: each unique expert costs {line['b'] * 1e6:.1f} us, "
         f"each token's use of one {line['a'] * 1e6:.2f} us, and {line['t0'] * 1e3:.2f} ms go "
-        f"whatever is read; R2 is {line['r2']:.3f}, the fit is off by {line['error']:.1%} at the median.",
+        f"whatever is read; R2 is {line['r2']:.3f}, the fit is off by {line['error']:.1%} at the "
+        "median.",
         claim="Equation 2: the latency of a MoE layer is linear in its unique experts.",
         verdict="holds" if line["r2"] >= STRAIGHT and line["b"] > 0 else "does not hold",
     )
@@ -301,15 +303,8 @@ def _reading(one: Line, read: float) -> Finding:
         rate = f" b amounts to {one['read'] / 1e9:.1f} GB/s, {one['read'] / read:.0%} of what this"
         rate += " machine reads at best."
     return Finding(
-        f"With {BLOCK} tokens and {used} experts of {_called(one)}, {share:.0%} of the time "
-        f"goes with the experts.{rate}",
+        f"With {BLOCK} tokens and {used} experts of {called(one['bench'])}, {share:.0%} of the "
+        f"time goes with the number of experts.{rate}",
         claim="Reading experts is what a MoE layer's time goes into.",
         verdict="holds" if share >= 0.5 else "does not hold",
     )
-
-
-def _called(one: Line) -> str:
-    bench = one["bench"]
-    if bench["random"]:
-        return f"a random layer of {bench['name']}'s shape"
-    return f"the {bench['name']} model's own layer"

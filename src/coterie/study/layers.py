@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TypedDict
 
 import torch
@@ -12,12 +13,15 @@ from torch import Tensor
 from coterie import ops
 from coterie.engine.engine import Engine
 from coterie.engine.load import free_memory
+from coterie.engine.watch import Watched
 from coterie.model.moe import MoE
+from coterie.model.step import Step
 from coterie.model.transformer import Transformer
 from coterie.naming import CoterieError
 from coterie.routing import Vanilla, route
 from coterie.study.timing import name
-from coterie.values import Policy, RouterSpec, Routing, Scores, Slab, membership
+from coterie.telemetry import Null
+from coterie.values import Policy, RouterSpec, Routing, Scores, Slab, Window, membership
 
 MARGIN = 2 << 30  # bytes left free beside a large layer
 SEEDED = 8  # random experts that a large layer is filled with, over and over
@@ -64,6 +68,13 @@ class BenchFacts(TypedDict):
     width: int
     dtype: str
     expert_bytes: int
+
+
+def called(bench: BenchFacts) -> str:
+    """As a sentence speaks of it."""
+    if bench["random"]:
+        return f"a random layer of {bench['name']}'s shape"
+    return f"the {bench['name']} model's own layer"
 
 
 @dataclass(frozen=True)
@@ -136,7 +147,7 @@ def own_bench(engine: Engine) -> Bench:
         for layer in moe_layers(model.transformer)
         for slab in layer.store.serve(layer.layer, everybody)
     ]
-    return Bench(model.name, model.spec.router, tuple(slabs), random=False)
+    return Bench(Path(model.name).name, model.spec.router, tuple(slabs), random=False)
 
 
 def moe_layers(transformer: Transformer) -> list[MoE]:
@@ -238,3 +249,20 @@ def turning(bench: Bench, xs: list[Tensor], routings: list[Routing]) -> Callable
         return ops.run_experts(xs[at], routings[at], slab)
 
     return work
+
+
+def whole_layer(moe: MoE, watched: Watched, policy: Policy) -> Callable[[], Tensor]:
+    """Runs a watched forward's layer again under any policy: gate, selection, experts, shared."""
+    scores = watched.scores
+    rows, tokens, _ = watched.x.shape
+    span = torch.full((rows,), tokens)
+    step = Step(
+        window=Window(torch.zeros_like(span), tokens, span),
+        cache=None,
+        policy=policy,
+        recorder=Null(),
+        voters=scores.voters,
+        progress=scores.progress,
+        forward=scores.forward,
+    )
+    return lambda: moe(watched.x, step, scores.importance)

@@ -159,3 +159,8 @@ def fit(experts: Sequence[float], pairs: Sequence[float], seconds: Sequence[floa
 def predicted(line: Fit, experts: float, pairs: float) -> float:
     """Seconds (DES, Eq. 2)."""
     return line["t0"] + line["b"] * experts + line["a"] * pairs
+
+
+def counted(count: int, noun: str) -> str:
+    """As in "1 thread", "2 threads"."""
+    return f"{count} {noun}" + ("" if count == 1 else "s")

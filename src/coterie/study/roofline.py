@@ -1,0 +1,332 @@
+"""The roofline of the MoE layer (Fig. 1b): what it does for each byte it reads."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from itertools import chain
+from typing import TypedDict, cast
+
+import torch
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from torch import Tensor
+
+from coterie.engine.watch import collect
+from coterie.naming import CoterieError
+from coterie.routing import parse_policy
+from coterie.study.chapter import Drawing, Facts, Finding, Table
+from coterie.study.lab import Lab
+from coterie.study.layers import (
+    BLOCK,
+    LARGE,
+    Bench,
+    BenchFacts,
+    benches,
+    bend_for,
+    called,
+    routed,
+    skewed,
+    turning,
+)
+from coterie.study.style import axes, ink, legend, look
+from coterie.study.timing import Limits, Spread, counted, in_turns, limits
+from coterie.values import Routing, Scores
+
+TOKENS = (1, 8, 16, 32, 64)
+VANILLA = "vanilla"
+POLICIES = (VANILLA, "des-seq:k=3", "des-vote:beta=0.3", "des-vote:beta=0.15")
+SHADES = (1.0, 1.0, 0.55, 1.0)  # the two sizes of one policy
+PROMPTS = 4
+TURNS = 4  # skewed blocks of one width
+ROUNDS = {False: 30, True: 6}  # for the model's own small layer, for a large one
+FIXED = 1 / 3  # of the time: from there on overhead binds a layer, and not what it reads
+
+
+class Point(TypedDict):
+    """The experts of one forward: ``tokens`` positions, ``used`` unique experts on average.
+
+    ``intensity``: floating-point operations for each byte of experts read.
+    """
+
+    policy: str
+    tokens: int
+    used: float
+    intensity: float
+    flops: float
+    seconds: Spread
+
+
+class Roof(TypedDict):
+    """One layer under its roof: ``peak`` in operations a second, in the layer's dtype."""
+
+    bench: BenchFacts
+    peak: float
+    points: list[Point]
+
+
+class Found(TypedDict):
+    limits: Limits
+    roofs: list[Roof]
+    skipped: list[str]
+
+
+@dataclass(frozen=True)
+class Block:
+    """One block's way through a layer, to be routed under any policy."""
+
+    x: Tensor  # [N, H]
+    scores: Scores
+
+
+@dataclass(frozen=True)
+class Roofline:
+    """Bytes are counted from the experts used, operations from the token-expert pairs; both roofs
+    and every point's rate are measured."""
+
+    name: str = "roofline"
+    title: str = "The roofline of the MoE layer (Fig. 1b)"
+    question: str = (
+        "A processor can read so many bytes and make so many operations a second. "
+        "Which of the two holds a layer of experts back, and what does a coreset change?"
+    )
+
+    def measure(self, lab: Lab) -> Facts:
+        lab.tell(0.0, "how fast this machine reads and multiplies")
+        own = lab.engine.model.transformer
+        found = limits(own.device, {own.dtype, *(shape.dtype for shape in LARGE)})
+        roofs: list[Roof] = []
+        skipped: list[str] = []
+        for number, bench in enumerate(benches(lab.engine)):
+            if isinstance(bench, str):
+                skipped.append(bench)
+                continue
+            base, said = number / (len(LARGE) + 1), f"{bench.name}'s layer"
+
+            def tell(share: float, base: float = base, said: str = said) -> None:
+                lab.tell(base + share / (len(LARGE) + 1), said)
+
+            blocks = _random_blocks(bench) if bench.random else _own_blocks(lab)
+            roofs.append(roof(bench, blocks, found, tell=tell))
+        return cast("Facts", Found(limits=found, roofs=roofs, skipped=skipped))
+
+    def drawings(self, facts: Facts) -> Sequence[Drawing]:
+        found = cast("Found", facts)
+        return [
+            Drawing(
+                f"{self.name}-{number}",
+                f"The experts of {called(one['bench'])}: operations a second against operations "
+                f"per byte of experts read, with {_listed(one)} tokens from left to right. The "
+                "line is what this machine could do at best.",
+                lambda one=one: _draw(one, found["limits"]),
+            )
+            for number, one in enumerate(found["roofs"])
+        ]
+
+    def tables(self, facts: Facts) -> Sequence[Table]:
+        found = cast("Found", facts)
+        return [_table(one, found["limits"]) for one in found["roofs"]]
+
+    def findings(self, facts: Facts) -> Sequence[Finding | str]:
+        found = cast("Found", facts)
+        told = [_told(one, found["limits"]) for one in found["roofs"]]
+        return [*chain.from_iterable(told), *found["skipped"]]
+
+
+def roof(
+    bench: Bench,
+    blocks: Iterator[tuple[int, list[Block]]],
+    found: Limits,
+    *,
+    tell: Callable[[float], None],
+    rounds: int | None = None,
+) -> Roof:
+    """Route every block under every policy, time the experts, count what they do and read."""
+    sizes: dict[tuple[str, int], tuple[float, float]] = {}
+    works: dict[tuple[str, int], Callable[[], object]] = {}
+    for tokens, here in blocks:
+        for policy in POLICIES:
+            routings = [_fresh(block.scores, policy, bench) for block in here]
+            works[policy, tokens] = turning(bench, [block.x for block in here], routings)
+            sizes[policy, tokens] = _mean_size(routings)
+    taken = in_turns(works, rounds or ROUNDS[bench.random], device=bench.device, tell=tell)
+    points = [
+        Point(
+            policy=policy,
+            tokens=tokens,
+            used=used,
+            intensity=bench.flops(pairs) / (used * bench.expert_bytes),
+            flops=bench.flops(pairs),
+            seconds=taken[policy, tokens],
+        )
+        for (policy, tokens), (used, pairs) in sizes.items()
+    ]
+    facts = bench.facts()
+    return Roof(bench=facts, peak=found["flops_per_second"][facts["dtype"]], points=points)
+
+
+def attainable(intensity: float, peak: float, bytes_per_second: float) -> float:
+    """Operations a second under the roof."""
+    return min(peak, intensity * bytes_per_second)
+
+
+def _own_blocks(lab: Lab) -> Iterator[tuple[int, list[Block]]]:
+    """Real decoding forwards of one row, as they come at each block size: layer after layer."""
+    for tokens in TOKENS:
+        try:
+            seen = collect(lab.engine, lab.questions()[:PROMPTS], rows=1, forwards=2, block=tokens)
+        except CoterieError:  # a width that this plan or model does not take
+            continue
+        if seen:
+            yield tokens, [Block(each.x.flatten(0, 1), each.scores) for each in seen]
+
+
+def _random_blocks(bench: Bench) -> Iterator[tuple[int, list[Block]]]:
+    """Blocks of a skewed router: one that uses as many experts as the paper saw at 32 tokens."""
+    shape = next(shape for shape in LARGE if shape.name == bench.name)
+    bend = bend_for(bench.router, shape.unique)
+    draw = torch.Generator().manual_seed(0)
+    for tokens in TOKENS:
+        yield (
+            tokens,
+            [
+                Block(bench.inputs(tokens, draw), skewed(bench.router, tokens, bend, draw))
+                for _ in range(TURNS)
+            ],
+        )
+
+
+def _fresh(scores: Scores, policy: str, bench: Bench) -> Routing:
+    return routed(replace(scores), parse_policy(policy), bench.device)
+
+
+def _mean_size(routings: Sequence[Routing]) -> tuple[float, float]:
+    """Mean unique experts, mean token-expert pairs."""
+    used = sum(int(routing.used.sum()) for routing in routings) / len(routings)
+    pairs = sum(int((routing.ids >= 0).sum()) for routing in routings) / len(routings)
+    return used, pairs
+
+
+def _draw(one: Roof, found: Limits) -> Figure:
+    figure, plot = axes("operations per byte read", "billion operations a second")
+    read, peak = found["bytes_per_second"], one["peak"]
+    intensities = [point["intensity"] for point in one["points"]]
+    left, right = min(intensities) / 2, max(4 * peak / read, 2 * max(intensities))
+    bend = peak / read
+    roofline = [attainable(at, peak, read) / 1e9 for at in (left, bend, right)]
+    plot.plot((left, bend, right), roofline, color=ink(), linewidth=1.2)
+    for policy, shade in zip(POLICIES, SHADES, strict=True):
+        points = [point for point in one["points"] if point["policy"] == policy]
+        _draw_policy(plot, policy, points, shade)
+    plot.set(xscale="log", yscale="log", xlim=(left, right))
+    plot.grid(which="minor", visible=False)
+    plot.xaxis.set_major_formatter("{x:g}")
+    plot.yaxis.set_major_formatter("{x:g}")
+    legend(plot)
+    return figure
+
+
+def _draw_policy(plot: Axes, policy: str, points: Sequence[Point], shade: float) -> None:
+    xs = [point["intensity"] for point in points]
+    ys = [point["flops"] / point["seconds"]["median"] / 1e9 for point in points]
+    plot.plot(
+        xs,
+        ys,
+        color=look(policy).colour,
+        marker=look(policy).marker,
+        alpha=shade,
+        linewidth=0.8,
+        label=policy,
+    )
+    if policy == VANILLA:
+        for x, y, point in zip(xs, ys, points, strict=True):
+            plot.annotate(
+                f"{point['tokens']}",
+                (x, y),
+                xytext=(-5, 4),
+                textcoords="offset points",
+                ha="right",
+                fontsize=8.5,
+            )
+
+
+def _table(one: Roof, found: Limits) -> Table:
+    rows = []
+    for point in one["points"]:
+        rate = point["flops"] / point["seconds"]["median"]
+        best = attainable(point["intensity"], one["peak"], found["bytes_per_second"])
+        rows.append(
+            [
+                point["policy"],
+                f"{point['tokens']}",
+                f"{point['used']:.1f}",
+                f"{point['used'] * one['bench']['expert_bytes'] / 1e6:.2f}",
+                f"{point['intensity']:.2f}",
+                f"{point['seconds']['median'] * 1e3:.2f}",
+                f"{rate / 1e9:.1f}",
+                f"{rate / best:.0%}",
+            ]
+        )
+    heads = ["policy", "tokens", "experts", "MB read", "per byte", "ms", "Gop/s", "of attainable"]
+    return Table(
+        heads=heads,
+        rows=rows,
+        caption=f"{called(one['bench'])}, {one['bench']['dtype']}: this machine reads "
+        f"{found['bytes_per_second'] / 1e9:.1f} GB/s and makes {one['peak'] / 1e9:.0f} billion "
+        f"operations a second at best, with {counted(found['threads'], 'thread')}.",
+        numbers=list(range(1, len(heads))),
+    )
+
+
+def fixed_share(few: Point, many: Point) -> float:
+    """Share of the time of ``many`` that would be left if no expert were read: t = fixed + c T
+    through both points. Between 0 and 1."""
+    if many["used"] <= few["used"]:
+        return 0.0
+    fast, slow = few["seconds"]["median"], many["seconds"]["median"]
+    each = (slow - fast) / (many["used"] - few["used"])
+    return min(1.0, max(0.0, 1 - each * many["used"] / slow))
+
+
+def _told(one: Roof, found: Limits) -> list[Finding]:
+    at = {point["policy"]: point for point in one["points"] if point["tokens"] == BLOCK}
+    if VANILLA not in at:
+        return []
+    plain, ridge = at[VANILLA], one["peak"] / found["bytes_per_second"]
+    best = attainable(plain["intensity"], one["peak"], found["bytes_per_second"])
+    share = plain["flops"] / plain["seconds"]["median"] / best
+    fewest = min((p for p in one["points"] if p["policy"] == VANILLA), key=lambda p: p["used"])
+    fixed = fixed_share(fewest, plain)
+    name = called(one["bench"])
+    text = (
+        f"With {BLOCK} tokens, {name} makes {plain['intensity']:.1f} operations per byte; this "
+        f"machine needs {ridge:.1f} before arithmetic holds it back. It reaches {share:.0%} of "
+        f"what its reading rate would allow, and {fixed:.0%} of its time goes whatever is read"
+    )
+    if fixed >= FIXED:
+        text += ": it is bound by the overhead of many small operations, not by memory"
+    low = plain["intensity"] < ridge
+    return [
+        Finding(
+            f"{text}.",
+            claim="The MoE layer of a parallel decoder is bound by memory, not by arithmetic.",
+            verdict="holds" if low and fixed < FIXED else "does not hold",
+        ),
+        _moved(plain, at["des-vote:beta=0.15"], name),
+    ]
+
+
+def _moved(plain: Point, small: Point, name: str) -> Finding:
+    before, after = (p["flops"] / p["seconds"]["median"] for p in (plain, small))
+    return Finding(
+        f"Under {small['policy']} {name} reads {small['used']:.0f} experts in place of "
+        f"{plain['used']:.0f}: {small['intensity']:.1f} operations per byte in place of "
+        f"{plain['intensity']:.1f}, and {after / before:.2f} times as many a second.",
+        claim="A coreset makes more of every byte read, so the layer runs faster.",
+        verdict="holds" if small["seconds"]["high"] < plain["seconds"]["low"] else "does not hold",
+    )
+
+
+def _listed(one: Roof) -> str:
+    tokens = sorted({point["tokens"] for point in one["points"]})
+    return ", ".join(map(str, tokens))

@@ -1,0 +1,313 @@
+"""The time of the selection itself (Fig. 6): scores in, experts and weights out."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import TypedDict, cast
+
+import torch
+from matplotlib.figure import Figure
+
+from coterie.engine.engine import Engine
+from coterie.engine.watch import collect
+from coterie.routing import parse_policy, route
+from coterie.study.chapter import Drawing, Facts, Finding, Table
+from coterie.study.lab import Lab
+from coterie.study.layers import BLOCK, bend_for, moe_layers, skewed, whole_layer
+from coterie.study.style import axes, legend, look
+from coterie.study.timing import Spread, counted, in_turns
+from coterie.values import Policy, Progress, RouterSpec, Routing, Scores
+
+EXPERTS = (64, 128, 256)
+TOKENS = (8, 16, 32, 64)
+VANILLA = "vanilla"
+POLICIES = (
+    VANILLA,
+    "topk:k=4",
+    "naee:beta=0.6",
+    "des-seq:k=3",
+    "des-vote:beta=0.15",
+    "xshare:beta=0.15",
+    "mass-vote:tau=0.8",
+    "des-vote:beta=0.15,voters=unfilled,protect=top1",
+)
+DRAWN = (VANILLA, "topk:k=4", "des-seq:k=3", "des-vote:beta=0.15", "xshare:beta=0.15")
+ROUNDS = 12
+PROMPTS = 4
+SPREAD_OUT = 0.5  # of what a block would use by lot: how skewed the scores are that are drawn
+SMALL = 0.1  # of the layer's time, up to which a selection is said to cost next to nothing
+
+Select = Callable[[Scores, Policy], Routing]
+
+# Every version of the selection there is, by name; a kernel takes its place here when it is built.
+VERSIONS: dict[str, Select] = {"eager": route}
+
+
+class Point(TypedDict):
+    """One selection for a block of ``tokens`` among ``experts``."""
+
+    version: str
+    policy: str
+    experts: int
+    tokens: int
+    seconds: Spread
+
+
+class Layer(TypedDict):
+    """The model's own MoE layer and the selection in it, on real blocks of ``tokens``."""
+
+    policy: str
+    tokens: int
+    layer: Spread
+    selection: Spread
+
+
+class Found(TypedDict):
+    activation: str
+    threads: int
+    device: str
+    points: list[Point]
+    layers: list[Layer]
+
+
+@dataclass(frozen=True)
+class Selection:
+    """Scores drawn for every number of experts, then the model's own, each policy in turn."""
+
+    name: str = "selection"
+    title: str = "What the selection costs (Fig. 6)"
+    question: str = (
+        "Electing a coreset and routing inside it is work as well. "
+        "How long does it take beside the layer whose bytes it saves?"
+    )
+
+    def measure(self, lab: Lab) -> Facts:
+        spec, device = lab.engine.model.spec, lab.engine.model.transformer.device
+        points: list[Point] = []
+        for number, experts in enumerate(EXPERTS):
+            share, said = number / (len(EXPERTS) + 1), f"selections among {experts} experts"
+
+            def tell(part: float, share: float = share, said: str = said) -> None:
+                lab.tell(share + part / (len(EXPERTS) + 1), said)
+
+            points += selections(scaled(spec.router, experts), device, tell=tell)
+        lab.tell(len(EXPERTS) / (len(EXPERTS) + 1), "the model's own layers")
+        found = Found(
+            activation=spec.router.activation,
+            threads=torch.get_num_threads(),
+            device=device.type,
+            points=points,
+            layers=own_layers(lab.engine, lab.questions()[:PROMPTS]),
+        )
+        return cast("Facts", found)
+
+    def drawings(self, facts: Facts) -> Sequence[Drawing]:
+        found = cast("Found", facts)
+        versions = list(dict.fromkeys(point["version"] for point in found["points"]))
+        return [
+            Drawing(
+                f"{self.name}-{version}",
+                f"Time of one {version} selection for a block of {BLOCK} against the experts to "
+                f"choose from ({found['activation']} router, {found['device']}, "
+                f"{counted(found['threads'], 'thread')}).",
+                lambda version=version: _draw(found, version),
+            )
+            for version in versions
+        ]
+
+    def tables(self, facts: Facts) -> Sequence[Table]:
+        found = cast("Found", facts)
+        return [*_by_version(found), _beside_layer(found)]
+
+    def findings(self, facts: Facts) -> Sequence[Finding | str]:
+        found = cast("Found", facts)
+        versions = {point["version"] for point in found["points"]}
+        alone = (
+            ["There is no fused selection yet: every time here is that of eager torch operations."]
+            if versions == {"eager"}
+            else []
+        )
+        plain = next(each for each in found["layers"] if each["policy"] == VANILLA)
+        told = [_cost(each, plain) for each in found["layers"] if each["policy"] != VANILLA]
+        return [*told, _width(found), *alone]
+
+
+def scaled(router: RouterSpec, experts: int) -> RouterSpec:
+    """The same router over another number of experts; without groups where these do not divide."""
+    grouped = experts % router.groups == 0 and experts // router.groups >= 2
+    return replace(
+        router,
+        experts=experts,
+        k=min(router.k, experts),
+        groups=router.groups if grouped else 1,
+        kept_groups=router.kept_groups if grouped else 1,
+    )
+
+
+def selections(
+    router: RouterSpec,
+    device: torch.device,
+    *,
+    tell: Callable[[float], None],
+    rounds: int = ROUNDS,
+    tokens: Sequence[int] = TOKENS,
+) -> list[Point]:
+    """Every version and policy at every block size, on scores drawn once."""
+    draw = torch.Generator().manual_seed(0)
+    by_lot = router.experts * (1 - (1 - router.k / router.experts) ** BLOCK)
+    bend = bend_for(router, SPREAD_OUT * by_lot)
+    blocks = {count: _moved(skewed(router, count, bend, draw), device) for count in tokens}
+    works = {
+        (version, policy, count): selecting(select, scores, parse_policy(policy))
+        for count, scores in blocks.items()
+        for policy in POLICIES
+        for version, select in VERSIONS.items()
+    }
+    taken = in_turns(works, rounds, device=device, tell=tell)
+    return [
+        Point(version=version, policy=policy, experts=router.experts, tokens=count, seconds=seconds)
+        for (version, policy, count), seconds in taken.items()
+    ]
+
+
+def own_layers(engine: Engine, prompts: Sequence[str], *, rounds: int = ROUNDS) -> list[Layer]:
+    """Layer and selection in turns, over the real decoding forwards of one row at a time."""
+    seen = collect(engine, prompts, rows=1, forwards=1)
+    moes = {moe.layer: moe for moe in moe_layers(engine.model.transformer)}
+    works: dict[tuple[str, str, int], Callable[[], object]] = {}
+    for spelling in POLICIES:
+        for at, watched in enumerate(seen):
+            policy, scores = parse_policy(spelling), replace(watched.scores, own=None)
+            works["layer", spelling, at] = whole_layer(moes[watched.layer], watched, policy)
+            works["selection", spelling, at] = selecting(VERSIONS["eager"], scores, policy)
+    taken = in_turns(works, rounds, device=engine.model.transformer.device)
+    return [
+        Layer(
+            policy=policy,
+            tokens=seen[0].x.shape[1],
+            layer=mean([taken["layer", policy, at] for at in range(len(seen))]),
+            selection=mean([taken["selection", policy, at] for at in range(len(seen))]),
+        )
+        for policy in POLICIES
+    ]
+
+
+def selecting(select: Select, scores: Scores, policy: Policy) -> Callable[[], Routing]:
+    """Every time from the logits on: what scores remember of themselves is forgotten."""
+    return lambda: select(replace(scores), policy)
+
+
+def mean(spreads: Sequence[Spread]) -> Spread:
+    """Of medians and of quartiles: a mean layer's."""
+    count = len(spreads)
+    return Spread(
+        median=sum(each["median"] for each in spreads) / count,
+        low=sum(each["low"] for each in spreads) / count,
+        high=sum(each["high"] for each in spreads) / count,
+        samples=sum(each["samples"] for each in spreads),
+    )
+
+
+def _moved(scores: Scores, device: torch.device) -> Scores:
+    """On the device, with a canvas on which nothing but the last quarter is fill."""
+    tokens = scores.logits.shape[1]
+    filled = (torch.arange(tokens, device=device) >= tokens - tokens // 4).unsqueeze(0)
+    masked = torch.ones_like(filled)
+    return replace(
+        scores, logits=scores.logits.to(device), progress=Progress(masked=masked, filled=filled)
+    )
+
+
+def _draw(found: Found, version: str) -> Figure:
+    figure, one = axes("experts to choose from", "milliseconds")
+    for policy in DRAWN:
+        here = [
+            point
+            for point in found["points"]
+            if (point["version"], point["policy"], point["tokens"]) == (version, policy, BLOCK)
+        ]
+        middle = [point["seconds"]["median"] for point in here]
+        below = [point["seconds"]["median"] - point["seconds"]["low"] for point in here]
+        above = [point["seconds"]["high"] - point["seconds"]["median"] for point in here]
+        one.errorbar(
+            [point["experts"] for point in here],
+            [seconds * 1e3 for seconds in middle],
+            yerr=[[seconds * 1e3 for seconds in side] for side in (below, above)],
+            color=look(policy).colour,
+            marker=look(policy).marker,
+            elinewidth=1,
+            label=policy,
+        )
+    slowest = max(p["seconds"]["median"] for p in found["points"] if p["policy"] in DRAWN)
+    one.set(xticks=EXPERTS, ylim=(0, 1.3e3 * slowest))
+    legend(one)
+    return figure
+
+
+def _by_version(found: Found) -> list[Table]:
+    """A table for each version: policies against experts and tokens."""
+    tables = []
+    for version in dict.fromkeys(point["version"] for point in found["points"]):
+        mine = [point for point in found["points"] if point["version"] == version]
+        sizes = list(dict.fromkeys((p["experts"], p["tokens"]) for p in mine if p["tokens"] >= 32))
+        taken = {(p["policy"], p["experts"], p["tokens"]): p["seconds"]["median"] for p in mine}
+        tables.append(
+            Table(
+                heads=["policy", *(f"{experts}, N = {tokens}" for experts, tokens in sizes)],
+                rows=[
+                    [policy, *(f"{taken[policy, *size] * 1e3:.2f}" for size in sizes)]
+                    for policy in POLICIES
+                ],
+                caption=f"Median milliseconds of one {version} selection, from the logits to "
+                "experts and weights: by experts to choose from and tokens of the block.",
+                numbers=list(range(1, len(sizes) + 1)),
+            )
+        )
+    return tables
+
+
+def _beside_layer(found: Found) -> Table:
+    rows = [
+        [
+            each["policy"],
+            f"{each['selection']['median'] * 1e3:.3f}",
+            f"{each['layer']['median'] * 1e3:.3f}",
+            f"{each['layer']['low'] * 1e3:.3f} to {each['layer']['high'] * 1e3:.3f}",
+            f"{each['selection']['median'] / each['layer']['median']:.0%}",
+        ]
+        for each in found["layers"]
+    ]
+    return Table(
+        heads=["policy", "selection, ms", "whole layer, ms", "quartiles", "selection's share"],
+        rows=rows,
+        caption=f"The model's own MoE layer on real blocks of {found['layers'][0]['tokens']}; the "
+        "whole layer is gate, selection, experts and shared expert.",
+        numbers=[1, 2, 3, 4],
+    )
+
+
+def _cost(each: Layer, plain: Layer) -> Finding:
+    more = each["selection"]["median"] - plain["selection"]["median"]
+    share = more / plain["layer"]["median"]
+    return Finding(
+        f"{each['policy']} selects in {each['selection']['median'] * 1e3:.2f} ms, "
+        f"{abs(more) * 1e3:.2f} ms {'more' if more > 0 else 'less'} than vanilla: "
+        f"{abs(share):.0%} of vanilla's layer.",
+        claim="The selection costs next to nothing beside the layer.",
+        verdict="holds" if share <= SMALL else "does not hold",
+    )
+
+
+def _width(found: Found) -> str:
+    taken = {
+        (p["policy"], p["tokens"]): p["seconds"]["median"]
+        for p in found["points"]
+        if p["experts"] == EXPERTS[-1] and p["version"] == "eager"
+    }
+    policy, (least, most) = "des-vote:beta=0.15", (TOKENS[0], TOKENS[-1])
+    ratio = taken[policy, most] / taken[policy, least]
+    return (
+        f"Among {EXPERTS[-1]} experts, a selection by {policy} for {most} tokens takes {ratio:.1f} "
+        f"times as long as one for {least}."
+    )
