@@ -7,10 +7,12 @@ from collections.abc import Callable, Sequence
 from coterie.evals.task import Task, Wish
 from coterie.evals.tasks import embedded
 from coterie.evals.tasks.gsm8k import open_gsm8k
+from coterie.evals.tasks.math500 import open_math500
 from coterie.naming import CoterieError
 
 TASKS: dict[str, Callable[[Wish], Task]] = {
     "gsm8k": open_gsm8k,
+    "math500": open_math500,
     "words": embedded.opener("words"),
     "docstring": embedded.opener("docstring"),
     "sentence": embedded.opener("sentence"),

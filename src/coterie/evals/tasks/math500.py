@@ -1,0 +1,152 @@
+r"""MATH500: competition problems whose answer is a number, a formula, an interval or a word.
+
+The 500 test problems of MATH (Hendrycks et al., arXiv 2103.03874) that PRM800K holds out (Lightman
+et al., arXiv 2305.20050), asked without examples for a boxed answer. Answers are compared by
+math-verify; what is done before it is asked stands in ``latex``.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+
+from coterie.evals.task import Grade, Item, Wish
+from coterie.evals.tasks.boxes import Box, answered, boxes
+from coterie.evals.tasks.latex import same
+from coterie.evals.tasks.source import Published, Source, read
+from coterie.evals.tasks.verify import require_math_verify
+from coterie.naming import CoterieError
+
+TEST = Published(
+    "math500/test.jsonl",
+    "HuggingFaceH4/MATH-500",
+    ("test.jsonl",),
+    {"problem": str, "answer": str, "unique_id": str},
+    unique="unique_id",
+)
+LONGEST = {"llada-moe": 1024}  # tokens, as dInfer lets it write; others: 2048
+
+ZERO_SHOT = "{question}\nPlease reason step by step, and put your final answer within \\boxed{{}}."
+
+FENCE = re.compile(r"^[ \t]*```[^\n]*$", re.MULTILINE)
+MATH = re.compile(
+    r"\$\$(.+?)\$\$|\\\[(.+?)\\\]|\\\((.+?)\\\)|(?<!\\)\$((?:[^$\n\\]|\\.)+?)\$", re.DOTALL
+)
+PHRASE = re.compile(
+    r"(?:^[ \t>*_#]*(?:(?:so|thus|therefore|hence),?\s+)?(?:(?:the|my)\s+)?(?:final\s+|correct\s+)?"
+    r"answer[ \t*_]*:|\banswer\b[^.\n:=]{0,80}?\b(?:is|are|equals)\b[ \t*_]*:?)[\s*_`]*",
+    re.IGNORECASE | re.MULTILINE,
+)
+SENTENCE_END = re.compile(r"(?<!\\)[.!?](?=\s|$)|\n")
+BETWEEN_BOXES = re.compile(
+    r"[\s$.,;]*(?:(?:and|or|,|\\q?quad|\\text\s*\{\s*(?:and|or)\s*\}|[a-zA-Z](?:_\w)?\s*=)[\s$.,;]*)*"
+)
+NUMBER = re.compile(r"(?<![\w.])-?\$?\d[\d,]*(?:\.\d+)?(?:/\d+)?")
+
+
+@dataclass(frozen=True)
+class Math500:
+    """The problems with their bare answers as gold; the worked solutions are not used."""
+
+    source: Source
+    family: str
+    name: str = field(default="math500", init=False)
+
+    def settings(self) -> Mapping[str, object]:
+        return {
+            **self.source.settings(),
+            "shots": 0,
+            "template": ZERO_SHOT.format(question="{question}"),
+            "counts": "the last closed box, else the answer as said; compared by math-verify",
+        }
+
+    def generation(self) -> Mapping[str, object]:
+        return {"max_new_tokens": LONGEST.get(self.family, 2048)}
+
+    def items(self) -> Sequence[Item]:
+        return [
+            Item(f"math500/{row['unique_id']}", str(row["problem"]), str(row["answer"]))
+            for row in self.source.rows
+        ]
+
+    def prompt(self, item: Item) -> str:
+        return ZERO_SHOT.format(question=item.question)
+
+    def grade(self, output: str, item: Item) -> Grade:
+        return grade(output, item.gold)
+
+
+def open_math500(wish: Wish) -> Math500:
+    """Raises without math-verify: before anything is generated."""
+    if wish.shots:
+        raise CoterieError(f"math500 is asked without examples; {wish.shots} shots were wanted")
+    require_math_verify()
+    return Math500(read(TEST, wish.data), wish.family)
+
+
+def grade(output: str, gold: str) -> Grade:
+    r"""``gold`` is the bare answer, with or without dollars, or a text that ends in its box."""
+    text = answered(output)
+    boxed = boxes(gold)
+    right = boxed[-1].content if boxed else gold
+    candidates = list(_candidates(text))
+    for candidate in candidates:
+        if same(candidate, right):
+            return Grade(True, candidate)
+    return Grade(False, candidates[0] if candidates else None)
+
+
+def extract(text: str) -> str | None:
+    """The answer in an output, as LaTeX without its dollars; None: there is none."""
+    return next(_candidates(text), None)
+
+
+def _candidates(text: str) -> Iterator[str]:
+    """The answer, and where several boxes stand side by side, all of them as one list."""
+    found = boxes(text)
+    if found:
+        yield found[-1].content
+        side_by_side = _neighbours(text, found)
+        if len(side_by_side) > 1:
+            yield ", ".join(box.content for box in side_by_side)
+        return
+    unboxed = _unboxed(FENCE.sub("", text).strip())
+    if unboxed:
+        yield unboxed
+
+
+def _neighbours(text: str, found: Sequence[Box]) -> list[Box]:
+    """The last boxes that only commas, "and" and "or" keep apart."""
+    run = [found[-1]]
+    for box in reversed(found[:-1]):
+        if not BETWEEN_BOXES.fullmatch(text, box.stop, max(box.stop, run[0].start)):
+            break
+        run.insert(0, box)
+    return run
+
+
+def _unboxed(text: str) -> str | None:
+    """After "the answer is"; or all there is, if that is one line; or the last formula, number."""
+    phrases = list(PHRASE.finditer(text))
+    for phrase in reversed(phrases):
+        rest = text[phrase.end() :]
+        formula = MATH.match(rest)
+        if formula is not None:
+            return _inside(formula)
+        end = SENTENCE_END.search(rest)
+        said = (rest if end is None else rest[: end.start()]).strip(" *_`")
+        if said:
+            inner = MATH.search(said)
+            return said if inner is None else _inside(inner)
+    if text and "\n" not in text and not SENTENCE_END.search(text[:-1]) and not MATH.search(text):
+        return text.strip("`* ")
+    formulas = list(MATH.finditer(text))
+    if formulas:
+        return _inside(formulas[-1])
+    written = NUMBER.findall(text)
+    return written[-1] if written else None
+
+
+def _inside(formula: re.Match[str]) -> str:
+    return next(group for group in formula.groups() if group is not None).strip()
