@@ -90,8 +90,8 @@ class Parts:
             Drawing(
                 self.name,
                 f"A decoding forward's time by part; one row, blocks of {found['block']}, "
-                f"{counted(found['threads'], 'thread')}. The rest is the embedding, the head and the "
-                "choice of words.",
+                f"{counted(found['threads'], 'thread')}. The rest is the embedding, the head and "
+                "the choice of words.",
                 lambda: _draw(found),
             )
         ]

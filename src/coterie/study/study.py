@@ -15,10 +15,15 @@ from coterie.evals.fingerprint import fingerprint
 from coterie.evals.task import Task
 from coterie.naming import CoterieError
 from coterie.results import record, write_record
+from coterie.study.breakdown import Parts
 from coterie.study.chapter import Chapter
+from coterie.study.explosion import Explosion
 from coterie.study.lab import Lab
+from coterie.study.latency import Latency
 from coterie.study.remembering import Remembering
 from coterie.study.report import Section, page, section
+from coterie.study.roofline import Roofline
+from coterie.study.selection import Selection
 
 REPORT = "report.html"
 
@@ -196,4 +201,10 @@ def _said(error: Exception) -> str:
     return str(error) if isinstance(error, CoterieError) else f"{type(error).__name__}: {error}"
 
 
-CHAPTERS: dict[str, Chapter] = {}
+CHAPTERS: dict[str, Chapter] = {
+    "explosion": Explosion(),
+    "roofline": Roofline(),
+    "breakdown": Parts(),
+    "latency": Latency(),
+    "selection": Selection(),
+}
