@@ -8,6 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from coterie.evals.tasks import embedded
 from coterie.problems import (
     LARGEST,
     TASKS,
@@ -20,11 +21,14 @@ from coterie.problems import (
     with_other_facts,
 )
 from coterie.problems.code import Recipe
-from coterie.problems.grading import grade, runs
 from coterie.problems.words import HOLDERS, NAMES, THINGS, Scene, gives_away
 
 tasks = st.sampled_from(list(TASKS))
 seeds = st.integers(0, 2**32)
+
+
+def grade(made: Problem, output: str) -> bool:
+    return embedded.grade(made.task, output, made.gold).correct
 
 
 def problem(task: str, seed: int) -> Problem:
@@ -99,9 +103,6 @@ def test_the_source_of_a_recipe_does_what_its_meaning_says(xs, seed):
 @pytest.mark.parametrize(
     "program",
     [
-        "import os",
-        "open('/etc/passwd')",
-        "x = ().__class__",
         "x = [0] * 10**10",
         "def f(): return f()\nf()",
         "1 / 0",
@@ -110,12 +111,12 @@ def test_the_source_of_a_recipe_does_what_its_meaning_says(xs, seed):
         "x = 3and 4; assert not x",
     ],
 )
-def test_a_program_that_fails_or_reaches_out_does_not_pass(program):
-    assert not runs(program)
+def test_a_program_that_fails_does_not_pass(program):
+    assert not embedded.grade("docstring", program, "").correct
 
 
-def test_a_harmless_program_passes():
-    assert runs("x = [1]\nx.append(2)\nassert sum(x) == 3")
+def test_a_right_program_passes():
+    assert embedded.grade("docstring", "x = [1]\nx.append(2)", "assert sum(x) == 3").correct
 
 
 def test_the_question_of_the_demo_lies_inside_what_is_learned():

@@ -12,7 +12,7 @@ from coterie.evals.task import Grade, Item, Task, Wish
 from coterie.naming import CoterieError
 from coterie.problems import TASKS as MAKERS
 from coterie.problems import Problem, draw
-from coterie.problems.grading import runs
+from coterie.sandbox import require_fence, run
 
 NUMBERED = {  # the last of these in the output is its answer
     "words": re.compile(r"####\s*(-?\d+)"),
@@ -30,6 +30,7 @@ class Embedded:
     name: str
     count: int
     seed: int
+    trust: bool = False
 
     def settings(self) -> Mapping[str, object]:
         return {
@@ -55,7 +56,7 @@ class Embedded:
         return item.question
 
     def grade(self, output: str, item: Item) -> Grade:
-        return grade(self.name, output, item.gold)
+        return grade(self.name, output, item.gold, trust=self.trust)
 
 
 def opener(name: str) -> Callable[[Wish], Task]:
@@ -63,12 +64,15 @@ def opener(name: str) -> Callable[[Wish], Task]:
     return partial(_open, name)
 
 
-def grade(name: str, output: str, gold: str) -> Grade:
-    """Of an output of the kind ``name``; ``gold`` is a number, or asserts that follow the code."""
+def grade(name: str, output: str, gold: str, *, trust: bool = False) -> Grade:
+    """Of an output of the kind ``name``; ``gold`` is a number, or asserts that follow the code.
+
+    Raises CoterieError for code, where nothing can keep it in and it is not trusted.
+    """
     if name in NUMBERED:
         found = NUMBERED[name].findall(output)
         return Grade(bool(found) and found[-1] == gold, found[-1] if found else None)
-    return Grade(runs(f"{output}\n{gold}\n"), output)
+    return Grade(run(f"{output}\n{gold}\n", trust=trust).passed, output)
 
 
 def _open(name: str, wish: Wish) -> Embedded:
@@ -76,7 +80,9 @@ def _open(name: str, wish: Wish) -> Embedded:
         raise CoterieError(f"{name}: {wish.count} items; at least 1")
     if wish.shots:
         raise CoterieError(f"{name} is asked without examples; {wish.shots} shots were wanted")
-    return Embedded(name, wish.count, wish.seed)
+    if name not in NUMBERED:
+        require_fence(wish.trust)
+    return Embedded(name, wish.count, wish.seed, wish.trust)
 
 
 @cache
