@@ -1,132 +1,186 @@
-"""``coterie eval`` and ``coterie train``: the model in the package, examined and made again."""
+"""``coterie eval`` and ``coterie train``: models examined, the one in the package made again."""
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, cast
 
 import typer
-from rich.progress import MofNCompleteColumn, Progress, TimeRemainingColumn
-from rich.table import Table
+from rich.progress import MofNCompleteColumn, TimeRemainingColumn
 
+from coterie.cli import eval_options as e
 from coterie.cli import options as o
+from coterie.cli.accuracy import accuracy_csv, accuracy_document, accuracy_table, traffic_table
 from coterie.cli.document import print_document
-from coterie.cli.request import check_effect, generation_options, open_engine
-from coterie.cli.tables import bar, console, plain_table, print_text, readable, remark
+from coterie.cli.request import (
+    Options,
+    check_effect,
+    check_kept,
+    generation_options,
+    open_engine,
+    policy_of,
+)
+from coterie.cli.standing import Standing, shown
+from coterie.cli.tables import bar, console, print_text, remark
 from coterie.engine.engine import Engine
-from coterie.evals.exam import Answer, items, sit
-from coterie.evals.report import Line, lines, share
+from coterie.engine.facts import inspect
+from coterie.engine.source import EMBEDDED
+from coterie.evals.report import Line, lines
+from coterie.evals.run import Answer, Arm, Told, about, run
+from coterie.evals.task import Task, Wish
+from coterie.evals.tasks import TASKS, open_tasks
 from coterie.naming import CoterieError
-from coterie.problems import TASKS
+from coterie.problems import TASKS as OWN
 from coterie.results import record, write_record
-from coterie.routing import parse_policy, spell
 from coterie.training import embedded
 
-TITLE = "Embedded tasks by policy"
+TITLE, OWN_TITLE = "Accuracy by policy", "Embedded tasks by policy"
+
+
+@dataclass(frozen=True)
+class Examination:
+    """What was asked for; ``wanted`` are options of the generation."""
+
+    tasks: Sequence[Task]
+    arms: Sequence[Arm]
+    wanted: Options
+    limit: int | None
+    shuffle_seed: int | None
+    rows: int
+    out: Path | None
+
+    @property
+    def total(self) -> int:
+        return len(self.arms) * sum(len(task.items()[: self.limit]) for task in self.tasks)
 
 
 def evaluate(
     *,
     policies: o.Policies = None,
-    tasks: Annotated[
-        list[str] | None,
-        typer.Option("--task", help=f"Of {', '.join(TASKS)}; may be repeated. Default: all."),
-    ] = None,
-    count: Annotated[int, typer.Option("--items", min=1, help="Problems of each task.")] = 50,
-    seed: Annotated[int, typer.Option("--seed", min=0, help="Of the problems drawn.")] = 1,
-    rows: Annotated[int, typer.Option("--rows", min=1, help="Rows decoded together.")] = 8,
-    out: Annotated[
-        Path | None, typer.Option("--out", "-o", help="Folder for a record of the measurement.")
-    ] = None,
+    task: e.Tasks = None,
+    data: e.Data = None,
+    shots: e.Shots = None,
+    items: e.Items = None,
+    seed: e.Seed = 1,
+    limit: e.Limit = None,
+    shuffle_seed: e.Shuffle = None,
+    max_new_tokens: o.MaxNewTokens = None,
     block: o.BlockWidth = None,
     plan: o.Plan = None,
     unmask: o.UnmaskRule = None,
     threshold: o.Threshold = None,
+    temperature: o.Temperature = None,
+    top_k: o.TopK = None,
+    top_p: o.TopP = None,
+    early_stop: o.EarlyStop = None,
     commit: o.Commit = None,
     prefill: o.Prefill = None,
     model: o.Model = None,
     dtype: o.Dtype = None,
     device: o.Device = "auto",
+    rows: e.Rows = 16,
+    trust: e.Trust = False,
+    out: e.Out = None,
     json: o.Json = False,
+    csv: e.Csv = False,
 ) -> None:
-    """Answer held-out problems under several policies: accuracy, paired, beside the traffic.
+    """Answer a benchmark's items under several policies: accuracy, paired, beside the traffic.
 
-    The problems are combinations that training never saw. vanilla always runs, first; the others
-    are compared with it item by item. Generated code runs in a fenced child process.
+    vanilla always runs, first; the others are compared with it item by item. Given a folder, the
+    run keeps every answer there, and the same command goes on where it was stopped.
 
     \b
-    coterie eval --items 50 --seed 7 -p des-vote:beta=0.3 -p random:beta=0.3
+    coterie eval --items 50 -p des-vote:beta=0.3 -p random:beta=0.3
+    coterie eval -m inclusionAI/LLaDA2.0-mini --task gsm8k -p des-vote:beta=0.15 -o runs/gsm8k
     """
-    named = list(dict.fromkeys(["vanilla", *(spell(parse_policy(p)) for p in policies or [])]))
-    chosen = known_tasks(tasks)
+    if json and csv:
+        raise CoterieError("--json and --csv both want standard output; give one of them")
+    arms = arms_of(policies)
     wanted = generation_options(
-        block=block, plan=plan, unmask=unmask, threshold=threshold, temperature=None,
-        commit=commit, prefill=prefill,
+        max_new_tokens=max_new_tokens, block=block, plan=plan, unmask=unmask,
+        threshold=threshold, temperature=temperature, top_k=top_k, top_p=top_p,
+        seed=seed if temperature else None, early_stop=early_stop, commit=commit, prefill=prefill,
     )  # fmt: skip
-    if out is not None:
-        out.mkdir(parents=True, exist_ok=True)  # or fail now, before hours of measuring
-    asked = items(chosen, count, seed)
+    names = task_names(task, own=model in (None, EMBEDDED), drawn=items is not None)
+    wish = Wish(inspect(model).family.name, data, shots, items or e.COUNT, seed, trust)
+    tasks = open_tasks(names, wish)  # fails here, before weights are loaded
+    asked = Examination(tasks, arms, wanted, limit, shuffle_seed, rows, out)
     engine = open_engine(model, dtype=dtype, device=device)
     check_effect(engine, wanted)
-    engine.generation = engine.generation.but(**wanted)
-    with _steps() as shown:
-        told = _live(shown, len(asked) * len(named))
-        sheets = [sit(engine, asked, policy, rows=rows, told=told) for policy in named]
-    lined = lines(sheets, chosen)
-    found = exam_document(engine, lined, seed)
+    check_kept(engine, policies or (), wanted)
+    found = examine(engine, asked)
+    document = document_of(engine, asked, found)
     if out is not None:
-        where = str(engine.model.transformer.device)
-        content = record(TITLE, ["coterie", *sys.argv[1:]], [], facts=found, device=where)
-        remark(str(write_record(out, content)))
-    if json:
-        print_document(found)
-    else:
-        console().print(exam_table(lined, chosen))
+        keep(out, engine, document, found)
+    tell(found, document, json=json, csv=csv)
 
 
-def known_tasks(tasks: Sequence[str] | None) -> list[str]:
-    """The tasks as typed, each once; all where none was."""
-    chosen = list(dict.fromkeys(tasks or TASKS))
-    unknown = [task for task in chosen if task not in TASKS]
-    if unknown:
-        raise CoterieError(f"unknown task {unknown[0]!r}; known: {', '.join(TASKS)}")
-    return chosen
+def arms_of(policies: Sequence[str] | None) -> list[Arm]:
+    """vanilla, then the policies as typed, each once."""
+    return [Arm(policy) for policy in dict.fromkeys(["vanilla", *map(policy_of, policies or [])])]
 
 
-def exam_document(engine: Engine, found: Sequence[Line], seed: int) -> dict[str, object]:
-    """What was asked of which model, and what came of it, as JSON values."""
-    return {
-        "model": engine.model.name,
-        "seed": seed,
-        "generation": asdict(engine.generation),
-        "policies": [line.document() for line in found],
-    }
-
-
-def exam_table(found: Sequence[Line], tasks: Sequence[str]) -> Table:
-    """One policy a line; the change is against the first, on the same items."""
-    traffic = ("experts", "bytes", "votes kept", "forwards/block")
-    numbers = ("right", "95 %", *tasks, "change", "p", *traffic)
-    table = plain_table("policy", *numbers, numbers=numbers)
-    for line in found:
-        low, high = line.whole.interval
-        change, sheet = line.change, line.sheet
-        table.add_row(
-            sheet.policy,
-            f"{line.whole.value:.1%} of {line.whole.n}",
-            f"{low:.1%} - {high:.1%}",
-            *(f"{line.by_task[task].value:.1%}" for task in tasks),
-            "" if change is None else f"{change.difference:+.1%}",
-            "" if change is None else f"{change.p:.2g}",
-            f"{sheet.experts:.1f}",
-            readable(sheet.expert_bytes),
-            f"{sheet.vote_mass_kept:.3f}",
-            f"{sheet.forwards_per_block:.1f}",
+def task_names(typed: Sequence[str] | None, *, own: bool, drawn: bool) -> list[str]:
+    """The tasks as typed, each once; the package's own where none was, for its own model."""
+    if not typed and not own:
+        raise CoterieError(f"--task is needed with --model; of {', '.join(TASKS)}")
+    names = list(dict.fromkeys(typed or OWN))
+    if drawn and not set(names) & set(OWN):
+        raise CoterieError(
+            f"--items is how many problems {', '.join(OWN)} draw; for {names[0]} give --limit"
         )
-    return table
+    return names
+
+
+def examine(engine: Engine, asked: Examination) -> list[Line]:
+    """The run, with its standing shown meanwhile; where it ends early, says what is left of it."""
+    standing = Standing([arm.name for arm in asked.arms], asked.total)
+    with _told_how_to_go_on(standing, asked.out), shown(standing):
+        sheets = run(
+            engine, asked.tasks, asked.arms, asked.out, limit=asked.limit,
+            shuffle_seed=asked.shuffle_seed, rows=asked.rows, told=_hearing(standing),
+            asked=asked.wanted,
+        )  # fmt: skip
+    if standing.found == standing.total:
+        remark(f"all {standing.total} answers were there already")
+    if standing.failed:
+        remark(f"{standing.failed} items failed and count as wrong; their error says why")
+    return lines(sheets, [task.name for task in asked.tasks])
+
+
+def document_of(engine: Engine, asked: Examination, found: Sequence[Line]) -> dict[str, object]:
+    """With what makes this run this run: the model's fingerprint, every choice of the tasks."""
+    apart = about(
+        engine, asked.tasks, limit=asked.limit, shuffle_seed=asked.shuffle_seed, asked=asked.wanted
+    )
+    return accuracy_document(engine.model.name, {**apart, "rows": asked.rows}, found)
+
+
+def keep(out: Path, engine: Engine, document: Mapping[str, object], found: Sequence[Line]) -> None:
+    """The record and the CSV beside the answers."""
+    title = OWN_TITLE if engine.model.name == EMBEDDED else TITLE
+    where = str(engine.model.transformer.device)
+    content = record(title, ["coterie", *sys.argv[1:]], [], facts=document, device=where)
+    path = write_record(out, content)
+    table = path.with_suffix(".csv")
+    table.write_text(accuracy_csv(found), encoding="utf-8")
+    remark(f"{path}, {table.name}")
+
+
+def tell(found: Sequence[Line], document: Mapping[str, object], *, json: bool, csv: bool) -> None:
+    """On standard output, for people or for programs."""
+    if json:
+        print_document(document)
+    elif csv:
+        sys.stdout.write(accuracy_csv(found))
+    else:
+        console().print(accuracy_table(found))
+        console().print()
+        console().print(traffic_table(found))
 
 
 def train(
@@ -144,30 +198,38 @@ def train(
     out.mkdir(parents=True, exist_ok=True)
     config = embedded.configure(steps=steps, seed=seed, workers=workers)
     remark(f"the log is {out / 'run' / 'log.jsonl'}")
-    with _steps() as shown:
-        task = shown.add_task("training", total=steps)
+    with bar(MofNCompleteColumn(), TimeRemainingColumn()) as seen:
+        task = seen.add_task("training", total=steps)
 
         def told(line: Mapping[str, object]) -> None:
             said = f"loss {line['loss']:.3f}, {line['speed']:,} positions/s"
-            shown.update(task, completed=cast("int", line["step"]), description=said)
+            seen.update(task, completed=cast("int", line["step"]), description=said)
 
         folder = embedded.make(out, config, told=told)
     print_text(str(folder))
 
 
-def _live(shown: Progress, total: int) -> Callable[[Answer], None]:
-    """Moves the bar at every answer, and keeps each policy's accuracy so far beside it."""
-    task = shown.add_task("", total=total)
-    right: dict[str, list[bool]] = {}
+def _hearing(standing: Standing) -> Told:
+    """Takes every answer; once, how many were found before the first new one is said."""
 
     def told(answer: Answer) -> None:
-        so_far = right.setdefault(answer.policy, [])
-        so_far.append(answer.right)
-        said = f"{answer.policy} {share(so_far).value:.1%}"
-        shown.update(task, advance=1, description=said)
+        if not answer.found and standing.count == standing.found > 0:
+            remark(f"{standing.found} of {standing.total} answers were there already")
+        standing.take(answer)
 
     return told
 
 
-def _steps() -> Progress:
-    return bar(MofNCompleteColumn(), TimeRemainingColumn())
+@contextmanager
+def _told_how_to_go_on(standing: Standing, out: Path | None) -> Iterator[None]:
+    try:
+        yield
+    except BaseException:
+        if standing.count and out is None:
+            remark(f"{standing.count} of {standing.total} answers are lost; -o DIR keeps them")
+        elif standing.count:
+            remark(
+                f"{standing.count} of {standing.total} answers are in {out}; "
+                "the same command goes on from there"
+            )
+        raise

@@ -1,22 +1,29 @@
-"""What an exam found, one line a policy, for a table or a document."""
+"""What a run found, one line a policy, for a table or a document."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-from coterie.evals.exam import Sheet
-from coterie.evals.stats import Paired, Share, paired
+from coterie.evals.sheet import Sheet
+from coterie.evals.stats import Paired, Share, holm, paired
 
 
 @dataclass(frozen=True)
 class Line:
-    """One policy: accuracy whole and by task; the change against the first policy, item by item."""
+    """One policy: accuracy whole and by task; the change against the first policy, item by item.
+
+    ``p_holm`` is the change's p raised for the number of policies that were compared; ``relative``
+    is the accuracy as a share of the first one's, None where that is 0.
+    """
 
     sheet: Sheet
     whole: Share
     by_task: dict[str, Share]
-    change: Paired | None  # None: this is the first
+    also: dict[str, Share]  # a task's other measures: "gsm8k flexible"
+    change: Paired | None = None  # None: this is the first
+    p_holm: float | None = None
+    relative: float | None = None
 
     def document(self) -> dict[str, object]:
         """As JSON values; experts and bytes are per layer and decoding forward."""
@@ -24,27 +31,49 @@ class Line:
             "policy": self.sheet.policy,
             "accuracy": _share(self.whole),
             "by_task": {task: _share(share) for task, share in self.by_task.items()},
-            "change": None if self.change is None else _change(self.change),
+            "also": {name: _share(share) for name, share in self.also.items()},
+            "change": None if self.change is None else _change(self.change, self.p_holm),
+            "relative_accuracy": self.relative,
+            "failed": self.sheet.failed,
             "experts": self.sheet.experts,
             "expert_bytes": self.sheet.expert_bytes,
             "vote_mass_kept": self.sheet.vote_mass_kept,
             "forwards_per_block": self.sheet.forwards_per_block,
             "new_tokens": self.sheet.new_tokens,
+            "tokens_per_second": self.sheet.tokens_per_second,
+            "seconds": self.sheet.seconds,
         }
 
 
 def lines(sheets: Sequence[Sheet], tasks: Sequence[str]) -> list[Line]:
     """The first sheet is the one that the others are compared with."""
-    first = sheets[0].right()
-    return [
-        Line(
-            sheet=sheet,
-            whole=share(sheet.right()),
-            by_task={task: share(sheet.right(task)) for task in tasks},
-            change=None if sheet is sheets[0] else paired(first, sheet.right()),
+    first, others = sheets[0], sheets[1:]
+    base = share(first.right()).value
+    changes = [paired(first.right(), sheet.right()) for sheet in others]
+    raised = holm([change.p for change in changes])
+    compared = [
+        replace(
+            _line(sheet, tasks),
+            change=change,
+            p_holm=p,
+            relative=share(sheet.right()).value / base if base else None,
         )
-        for sheet in sheets
+        for sheet, change, p in zip(others, changes, raised, strict=True)
     ]
+    return [_line(first, tasks), *compared]
+
+
+def _line(sheet: Sheet, tasks: Sequence[str]) -> Line:
+    return Line(
+        sheet=sheet,
+        whole=share(sheet.right()),
+        by_task={task: share(sheet.right(task)) for task in tasks},
+        also={
+            f"{task} {name}": share(right)
+            for task in tasks
+            for name, right in sheet.also(task).items()
+        },
+    )
 
 
 def share(right: Sequence[bool]) -> Share:
@@ -56,11 +85,12 @@ def _share(share: Share) -> dict[str, object]:
     return {"value": share.value, "n": share.n, "interval": list(share.interval)}
 
 
-def _change(change: Paired) -> dict[str, object]:
+def _change(change: Paired, p_holm: float | None) -> dict[str, object]:
     return {
         "value": change.difference,
         "gained": change.gained,
         "lost": change.lost,
         "interval": list(change.interval),
         "p": change.p,
+        "p_holm": p_holm,
     }

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
-import random
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
+
 Z = 1.959963984540054  # of a two-sided 95 % interval
+DRAWS = 10_000
 
 
 @dataclass(frozen=True)
@@ -38,7 +40,7 @@ class Paired:
     gained: int  # wrong before, right now
     lost: int  # right before, wrong now
     n: int
-    interval: tuple[float, float]  # bootstrap, 95 %
+    interval: tuple[float, float]  # bootstrap over items, 95 %, between percentiles
 
     @property
     def difference(self) -> float:
@@ -53,7 +55,7 @@ class Paired:
 
 
 def paired(
-    first: Sequence[bool], second: Sequence[bool], *, draws: int = 2000, seed: int = 0
+    first: Sequence[bool], second: Sequence[bool], *, draws: int = DRAWS, seed: int = 0
 ) -> Paired:
     """Compare two lists of right answers, item by item.
 
@@ -61,9 +63,21 @@ def paired(
     """
     if len(first) != len(second) or not first:
         raise ValueError(f"paired lists of {len(first)} and {len(second)} items")
-    changes = [int(b) - int(a) for a, b in zip(first, second, strict=True)]
-    n = len(changes)
-    rng = random.Random(seed)
-    means = sorted(sum(rng.choices(changes, k=n)) / n for _ in range(draws))
-    interval = means[int(0.025 * draws)], means[int(0.975 * draws) - 1]
-    return Paired(changes.count(1), changes.count(-1), n, interval)
+    n = len(first)
+    gained = sum(b and not a for a, b in zip(first, second, strict=True))
+    lost = sum(a and not b for a, b in zip(first, second, strict=True))
+    # Items drawn with replacement count as often as a multinomial says: three kinds, one draw.
+    counts = np.random.default_rng(seed).multinomial(
+        n, [gained / n, lost / n, (n - gained - lost) / n], size=draws
+    )
+    low, high = np.quantile((counts[:, 0] - counts[:, 1]) / n, [0.025, 0.975])
+    return Paired(gained, lost, n, (float(low), float(high)))
+
+
+def holm(ps: Sequence[float]) -> list[float]:
+    """p values of several comparisons, each raised so that all hold together (Holm 1979)."""
+    raised, least = [0.0] * len(ps), 0.0
+    for rank, index in enumerate(sorted(range(len(ps)), key=lambda index: ps[index])):
+        least = max(least, min(1.0, (len(ps) - rank) * ps[index]))
+        raised[index] = least
+    return raised

@@ -1,0 +1,101 @@
+"""The options of ``coterie eval`` alone."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from coterie.cli.options import RUNNING, SHOWING
+from coterie.evals.tasks import TASKS
+from coterie.problems import TASKS as OWN
+
+ASKING = "What to ask"
+COUNT = 50  # problems of each of the package's own tasks
+
+Tasks = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--task",
+        help=f"Of {', '.join(TASKS)}; may be repeated. Default, for the model in the package: "
+        f"{', '.join(OWN)}.",
+        rich_help_panel=ASKING,
+        show_default=False,
+    ),
+]
+Data = Annotated[
+    Path | None,
+    typer.Option(
+        "--data",
+        help="The benchmark's file, its folder, or the folder above. Default: from the hub.",
+        rich_help_panel=ASKING,
+        show_default=False,
+    ),
+]
+Shots = Annotated[
+    int | None,
+    typer.Option(
+        "--shots",
+        min=0,
+        help="Worked examples before each question. Default: as is usual for the model's family.",
+        rich_help_panel=ASKING,
+    ),
+]
+Items = Annotated[
+    int | None,
+    typer.Option(
+        "--items",
+        min=1,
+        help=f"Problems to draw of each of {', '.join(OWN)}; default {COUNT}.",
+        rich_help_panel=ASKING,
+    ),
+]
+Seed = Annotated[
+    int,
+    typer.Option(
+        "--seed",
+        min=0,
+        help="Of the problems drawn; with a temperature, of the tokens too.",
+        rich_help_panel=ASKING,
+    ),
+]
+Limit = Annotated[
+    int | None,
+    typer.Option(
+        "--limit", min=1, help="Ask only so many items of each task.", rich_help_panel=ASKING
+    ),
+]
+Shuffle = Annotated[
+    int | None,
+    typer.Option(
+        "--shuffle-seed",
+        min=0,
+        help="Ask in an order drawn from this seed; with --limit, a sample.",
+        rich_help_panel=ASKING,
+    ),
+]
+Trust = Annotated[
+    bool,
+    typer.Option(
+        "--trust-generated-code",
+        help="Run what the model writes even where no sandbox can be had.",
+        rich_help_panel=RUNNING,
+    ),
+]
+Rows = Annotated[
+    int, typer.Option("--rows", min=1, help="Rows decoded together.", rich_help_panel=RUNNING)
+]
+Out = Annotated[
+    Path | None,
+    typer.Option(
+        "--out",
+        "-o",
+        help="Folder for every answer, the record and a CSV; a run that stopped goes on there.",
+        rich_help_panel=SHOWING,
+        show_default=False,
+    ),
+]
+Csv = Annotated[
+    bool, typer.Option("--csv", help="CSV on standard output.", rich_help_panel=SHOWING)
+]
