@@ -16,7 +16,7 @@ from coterie.study.chapter import Drawing, Facts, Finding, Table
 from coterie.study.lab import Lab
 from coterie.study.layers import BLOCK, bend_for, moe_layers, skewed, whole_layer
 from coterie.study.style import axes, legend, look
-from coterie.study.timing import Spread, counted, in_turns
+from coterie.study.timing import Spread, counted, in_turns, mean_spread
 from coterie.values import Policy, Progress, RouterSpec, Routing, Scores
 
 EXPERTS = (64, 128, 256)
@@ -186,8 +186,8 @@ def own_layers(engine: Engine, prompts: Sequence[str], *, rounds: int = ROUNDS) 
         Layer(
             policy=policy,
             tokens=seen[0].x.shape[1],
-            layer=mean([taken["layer", policy, at] for at in range(len(seen))]),
-            selection=mean([taken["selection", policy, at] for at in range(len(seen))]),
+            layer=mean_spread([taken["layer", policy, at] for at in range(len(seen))]),
+            selection=mean_spread([taken["selection", policy, at] for at in range(len(seen))]),
         )
         for policy in POLICIES
     ]
@@ -196,17 +196,6 @@ def own_layers(engine: Engine, prompts: Sequence[str], *, rounds: int = ROUNDS) 
 def selecting(select: Select, scores: Scores, policy: Policy) -> Callable[[], Routing]:
     """Every time from the logits on: what scores remember of themselves is forgotten."""
     return lambda: select(replace(scores), policy)
-
-
-def mean(spreads: Sequence[Spread]) -> Spread:
-    """Of medians and of quartiles: a mean layer's."""
-    count = len(spreads)
-    return Spread(
-        median=sum(each["median"] for each in spreads) / count,
-        low=sum(each["low"] for each in spreads) / count,
-        high=sum(each["high"] for each in spreads) / count,
-        samples=sum(each["samples"] for each in spreads),
-    )
 
 
 def _moved(scores: Scores, device: torch.device) -> Scores:

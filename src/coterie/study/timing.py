@@ -60,6 +60,16 @@ def spread(samples: Sequence[float]) -> Spread:
     return Spread(median=statistics.median(samples), low=low, high=high, samples=len(samples))
 
 
+def mean_spread(spreads: Sequence[Spread]) -> Spread:
+    """Of several works' medians and quartiles: what a mean work takes."""
+    return Spread(
+        median=statistics.fmean(each["median"] for each in spreads),
+        low=statistics.fmean(each["low"] for each in spreads),
+        high=statistics.fmean(each["high"] for each in spreads),
+        samples=sum(each["samples"] for each in spreads),
+    )
+
+
 def in_turns(
     works: Mapping[Key, Work],
     rounds: int,
