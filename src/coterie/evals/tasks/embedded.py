@@ -71,8 +71,21 @@ def grade(name: str, output: str, gold: str, *, trust: bool = False) -> Grade:
     """
     if name in NUMBERED:
         found = NUMBERED[name].findall(output)
-        return Grade(bool(found) and found[-1] == gold, found[-1] if found else None)
+        right = bare(name, gold)
+        return Grade(bool(found) and found[-1] == right, found[-1] if found else None)
     return Grade(run(f"{output}\n{gold}\n", trust=trust).passed, output)
+
+
+def bare(name: str, gold: str) -> str:
+    """The number of a gold answer, bare or as the answers of ``name`` end ("... #### 18").
+
+    Raises CoterieError where there is none.
+    """
+    marked = NUMBERED[name].findall(gold)
+    number = marked[-1] if marked else gold.strip()
+    if not re.fullmatch(r"-?\d+", number):
+        raise CoterieError(f"{gold!r} is no whole number, nor does one stand at its end as usual")
+    return number
 
 
 def _open(name: str, wish: Wish) -> Embedded:

@@ -9,7 +9,7 @@ prompt asked for a box, the other when a sentence follows.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from fractions import Fraction
 from itertools import islice
@@ -60,6 +60,7 @@ class Gsm8k:
     """The 1,319 test problems, asked with ``examples`` or, without any, for a boxed answer."""
 
     source: Source
+    questions: tuple[Item, ...]
     family: str
     examples: tuple[Item, ...] = ()
     name: str = field(default="gsm8k", init=False)
@@ -81,7 +82,7 @@ class Gsm8k:
         return {"max_new_tokens": LONGEST.get(self.family, 2048)}
 
     def items(self) -> Sequence[Item]:
-        return _items(self.source)
+        return self.questions
 
     def prompt(self, item: Item) -> str:
         if not self.examples:
@@ -97,7 +98,8 @@ def open_gsm8k(wish: Wish) -> Gsm8k:
     """With as many examples as wished, or as is usual for the family."""
     source = read(TEST, wish.data)
     shots = SHOTS.get(wish.family, 0) if wish.shots is None else wish.shots
-    return Gsm8k(source, wish.family, _examples(source.beside, shots) if shots else ())
+    examples = _examples(source.beside, shots) if shots else ()
+    return Gsm8k(source, tuple(_items(source)), wish.family, examples)
 
 
 def grade(output: str, gold: str) -> Grade:
@@ -144,15 +146,13 @@ def _examples(folder: Path | None, shots: int) -> tuple[Item, ...]:
     )
 
 
-def _items(source: Source) -> list[Item]:
-    items: list[Item] = []
+def _items(source: Source) -> Iterator[Item]:
     for number, row in enumerate(source.rows):
         try:
             gold_value(str(row["answer"]))
         except CoterieError as error:
             raise CoterieError(f"{source.name}, row {number + 1}: {error}") from None
-        items.append(Item(f"gsm8k/{number}", str(row["question"]), str(row["answer"])))
-    return items
+        yield Item(f"gsm8k/{number}", str(row["question"]), str(row["answer"]))
 
 
 def _first_problem(text: str) -> str:

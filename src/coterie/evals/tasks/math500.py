@@ -50,6 +50,7 @@ class Math500:
     """The problems with their bare answers as gold; the worked solutions are not used."""
 
     source: Source
+    questions: tuple[Item, ...]
     family: str
     name: str = field(default="math500", init=False)
 
@@ -65,10 +66,7 @@ class Math500:
         return {"max_new_tokens": LONGEST.get(self.family, 2048)}
 
     def items(self) -> Sequence[Item]:
-        return [
-            Item(f"math500/{row['unique_id']}", str(row["problem"]), str(row["answer"]))
-            for row in self.source.rows
-        ]
+        return self.questions
 
     def prompt(self, item: Item) -> str:
         return ZERO_SHOT.format(question=item.question)
@@ -82,7 +80,12 @@ def open_math500(wish: Wish) -> Math500:
     if wish.shots:
         raise CoterieError(f"math500 is asked without examples; {wish.shots} shots were wanted")
     require_math_verify()
-    return Math500(read(TEST, wish.data), wish.family)
+    source = read(TEST, wish.data)
+    questions = (
+        Item(f"math500/{row['unique_id']}", str(row["problem"]), str(row["answer"]))
+        for row in source.rows
+    )
+    return Math500(source, tuple(questions), wish.family)
 
 
 def grade(output: str, gold: str) -> Grade:

@@ -1,0 +1,136 @@
+"""``coterie grade``: right or wrong, for outputs that were made elsewhere."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from tempfile import NamedTemporaryFile
+from typing import Annotated
+
+import typer
+from rich.progress import MofNCompleteColumn, TimeRemainingColumn
+
+from coterie.cli.tables import bar, print_text, remark
+from coterie.evals.grading import Paper, prepare, read_lines
+from coterie.evals.report import share
+from coterie.evals.task import Wish
+from coterie.evals.tasks import TASKS
+from coterie.naming import CoterieError
+
+
+def grade_command(
+    task: Annotated[str, typer.Argument(help=f"Of {', '.join(TASKS)}.", show_default=False)],
+    file: Annotated[
+        str, typer.Argument(help="JSONL of outputs; - reads standard input.", show_default=False)
+    ],
+    *,
+    out: Annotated[
+        Path | None,
+        typer.Option("--out", "-o", help="File for the grades. Default: standard output."),
+    ] = None,
+    data: Annotated[
+        Path | None,
+        typer.Option(
+            "--data",
+            help="Where ids are looked up: the benchmark's file, its folder, or the folder above. "
+            "Default: the folder that $COTERIE_DATA names, else the hub.",
+        ),
+    ] = None,
+    trust: Annotated[
+        bool,
+        typer.Option(
+            "--trust-generated-code",
+            help="Run generated code even where no sandbox can be had.",
+        ),
+    ] = False,
+) -> None:
+    """Grade outputs that were made elsewhere, as `coterie eval` grades its own.
+
+    \b
+    coterie grade gsm8k outputs.jsonl > grades.jsonl
+    coterie grade humaneval outputs.jsonl --data data/ -o grades.jsonl
+
+    \b
+    A line of the input   {"id": "gsm8k/17", "output": "... so 9 * 2 = 18.", "gold": "18"}
+    A line of the grades  {"id": "gsm8k/17", "correct": true, "extracted": "18"}
+
+    \b
+    gold       gsm8k, math500, words, algebra: the bare answer, or as the data set has it
+               ("... #### 1,234", "$\\frac12$", "\\boxed{12}"). Left out, the id is looked up.
+    id         Code tasks look it up: HumanEval/0, mbpp/2, docstring/<seed>/<n>. Others: any.
+    extracted  What was read out of the output; null where there was nothing.
+
+    The grades come in the order of the lines; how many are right is told on standard error.
+    Nothing is graded before every line has been read and found good.
+    """
+    where = "standard input" if file == "-" else file
+    lines = read_lines(_text(file), where)
+    if out is not None:
+        _check_out(out, file)
+    paper = prepare(task, lines, Wish("", data=data, trust=trust), where)
+    right: list[bool] = []
+    if out is None:
+        for written in _graded(paper, task, right):
+            print_text(written)
+    else:
+        _write(out, _graded(paper, task, right))
+    found = share(right)
+    low, high = found.interval
+    remark(
+        f"{task}: {found.right} of {found.n} right, {found.value:.1%} "
+        f"(95 % interval {low:.1%} to {high:.1%})"
+    )
+
+
+def _text(file: str) -> str:
+    try:
+        content = sys.stdin.buffer.read() if file == "-" else Path(file).read_bytes()
+        return content.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = error.object.count(b"\n", 0, error.start) + 1
+        raise CoterieError(f"{file}, line {line}: not UTF-8") from None
+
+
+def _graded(paper: Paper, task: str, right: list[bool]) -> Iterator[str]:
+    """Every grade as it is written, while ``right`` grows and the bar moves."""
+    with bar(MofNCompleteColumn(), TimeRemainingColumn()) as shown:
+        moved = shown.add_task(task, total=len(paper.lines))
+        for line, grade in zip(paper.lines, paper.grades(), strict=True):
+            right.append(grade.correct)
+            shown.update(moved, advance=1, description=f"{task} {share(right).value:.1%}")
+            told = {"id": line.id, "correct": grade.correct, "extracted": grade.extracted}
+            yield json.dumps(told)
+
+
+def _check_out(out: Path, file: str) -> None:
+    """Fails now, not after an hour of running code."""
+    if not out.parent.is_dir():
+        raise CoterieError(f"{out.parent}: no such folder")
+    if out.is_dir():
+        raise CoterieError(f"{out}: a folder; -o names a file")
+    if file != "-" and out.exists() and out.samefile(file):
+        raise CoterieError(f"-o {out} would overwrite the outputs")
+
+
+def _write(out: Path, lines: Iterator[str]) -> None:
+    """All or nothing: what ``out`` held before stays until the last line is there."""
+    with NamedTemporaryFile("w", dir=out.parent, prefix=f".{out.name}.", delete=False) as file:
+        try:
+            for line in lines:
+                file.write(line + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+        except BaseException:
+            Path(file.name).unlink()
+            raise
+    Path(file.name).chmod(0o666 & ~_umask())
+    Path(file.name).replace(out)
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
