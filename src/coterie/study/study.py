@@ -15,15 +15,21 @@ from coterie.evals.fingerprint import fingerprint
 from coterie.evals.task import Task
 from coterie.naming import CoterieError
 from coterie.results import record, write_record
+from coterie.study.accuracy import ACCURACY, SIZE
+from coterie.study.blocks import Blocks
 from coterie.study.breakdown import Parts
 from coterie.study.chapter import Chapter
 from coterie.study.explosion import Explosion
 from coterie.study.lab import Lab
 from coterie.study.latency import Latency
+from coterie.study.narrow import ExpertsPerToken
 from coterie.study.remembering import Remembering
 from coterie.study.report import Section, page, section
 from coterie.study.roofline import Roofline
 from coterie.study.selection import Selection
+from coterie.study.speed import Forwards, Speed
+from coterie.study.table import TableOne
+from coterie.study.variants import CONTROL, MASS, PROTECTION, VOTERS, VOTES
 
 REPORT = "report.html"
 
@@ -204,7 +210,19 @@ def _said(error: Exception) -> str:
 CHAPTERS: dict[str, Chapter] = {
     "explosion": Explosion(),
     "roofline": Roofline(),
+    "accuracy": ACCURACY,
     "breakdown": Parts(),
     "latency": Latency(),
     "selection": Selection(),
+    "coreset-size": SIZE,
+    "block-size": Blocks(),
+    "experts-per-token": ExpertsPerToken(),
+    "table-1": TableOne(),
+    "random-control": CONTROL,
+    "votes": VOTES,
+    "voters": VOTERS,
+    "protection": PROTECTION,
+    "mass": MASS,
+    "forwards": Forwards(),
+    "speed": Speed(),
 }

@@ -1,0 +1,49 @@
+"""A chapter that is a comparison of arms: which ones, and what is to be said of them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from coterie.evals.run import Arm
+from coterie.study.arms import Groups, compare
+from coterie.study.chapter import Drawing, Facts, Finding, Table
+from coterie.study.curves import Looks, arm_table, draw
+from coterie.study.lab import Lab
+from coterie.study.tally import Arms
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Accuracy against experts for groups of arms; ``groups`` and ``matched`` depend on the
+    experts of a token, K. What ``matched`` gives is also met by DES-Vote at equal experts."""
+
+    name: str
+    title: str
+    question: str
+    caption: str
+    groups: Callable[[int], Groups]
+    found: Callable[[Arms], Sequence[Finding | str]]
+    matched: Callable[[int], Sequence[Arm]] = lambda _: ()
+    looks: Looks = "family"
+    front: bool = False
+    tabulate: Callable[[Arms], Sequence[Table]] = lambda _: ()
+
+    def measure(self, lab: Lab) -> Facts:
+        k = lab.engine.model.spec.router.k
+        return compare(lab, self.groups(k), matched=self.matched(k))
+
+    def drawings(self, facts: Facts) -> Sequence[Drawing]:
+        arms = Arms.of(facts)
+        return [
+            Drawing(self.name, self.caption, lambda: draw(arms, front=self.front, looks=self.looks))
+        ]
+
+    def tables(self, facts: Facts) -> Sequence[Table]:
+        arms = Arms.of(facts)
+        n = len(arms.vanilla.bits())
+        caption = f"Each policy on the same {n} questions; forwards are per block."
+        return [arm_table(arms.groups, arms.vanilla, caption), *self.tabulate(arms)]
+
+    def findings(self, facts: Facts) -> Sequence[Finding | str]:
+        return self.found(Arms.of(facts))
