@@ -2,7 +2,7 @@
 
 Every number is a mean over looks; a look is one row in one layer in one decoding forward of
 vanilla. *Words* are the positions of the answer up to its end-of-text, without the prompt before
-and the fill behind. Intervals are bootstraps over prompts.
+and the fill behind; *open* ones are still masked. Intervals are bootstraps over prompts.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ SLOW = 8  # forwards a block where steps are to be told apart: a sure model take
 DRAWS = 1000
 COLUMNS = (
     *("looks", "unique", "squared", "held", "votes", "hits", "choices", "loss", "cosine"),
-    *("word_looks", "word_hits", "word_choices", "word_loss"),
+    *("word_looks", "word_hits", "word_choices", "word_loss", "open_looks", "open_loss"),
 )
 AT = {name: place for place, name in enumerate(COLUMNS)}
 
@@ -55,6 +55,7 @@ class Reading(TypedDict):
     cosine: float
     word_recall: float
     word_loss: float
+    open_loss: float
     recall_interval: list[float]
     loss_interval: list[float]
 
@@ -167,8 +168,8 @@ def measured(
     missed = (other.double() - vanilla.double()).square().sum(-1)  # [S, N]
     whole = vanilla.double().square().sum(-1)
     cosine = F.cosine_similarity(other.double(), vanilla.double(), dim=-1).mean(-1)
-    some = words.any(-1)
     own = kept(watched, routing)
+    ahead = words & masked(watched)
     columns = {
         "looks": torch.ones_like(unique),
         "unique": unique,
@@ -179,12 +180,22 @@ def measured(
         "choices": choices,
         "loss": missed.sum(-1) / whole.sum(-1),
         "cosine": cosine,
-        "word_looks": some.double(),
+        "word_looks": words.any(-1).double(),
         "word_hits": (own * words).sum(-1).double(),
         "word_choices": (words.sum(-1) * watched.scores.router.k).double(),
-        "word_loss": (missed * words).sum(-1) / (whole * words).sum(-1).where(some, 1.0),
+        "word_loss": _share(missed, whole, words),
+        "open_looks": ahead.any(-1).double(),
+        "open_loss": _share(missed, whole, ahead),
     }
     return torch.stack([columns[name] for name in COLUMNS], dim=-1)
+
+
+def masked(watched: Watched) -> Tensor:
+    """Bool [S, N]: positions still masked."""
+    progress = watched.scores.progress
+    if progress is None or progress.masked is None:
+        raise RuntimeError("the engine tells how far decoding is")
+    return progress.masked
 
 
 def kept(watched: Watched, routing: Routing) -> Tensor:
@@ -202,6 +213,7 @@ FIGURES: Mapping[str, Callable[[Sums], Sums]] = {  # each from sums [.., columns
     "cosine": lambda sums: _ratio(sums, "cosine", "looks"),
     "word_recall": lambda sums: _ratio(sums, "word_hits", "word_choices"),
     "word_loss": lambda sums: _ratio(sums, "word_loss", "word_looks"),
+    "open_loss": lambda sums: _ratio(sums, "open_loss", "open_looks"),
 }
 
 
@@ -271,6 +283,11 @@ def _beside(sums: Sums, place: int, line: Sequence[int], figure: str) -> tuple[S
         order = np.argsort(ends)
         there.append(np.interp(size, ends[order], heights[order]))
     return values[:, place], np.array(there)
+
+
+def _share(missed: Tensor, whole: Tensor, where: Tensor) -> Tensor:
+    """[S]: missed of whole [S, N] at some positions; 0 where there are none."""
+    return (missed * where).sum(-1) / (whole * where).sum(-1).where(where.any(-1), 1.0)
 
 
 def _ratio(sums: Sums, over: str, under: str) -> Sums:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TypedDict, cast
+from typing import Literal, TypedDict, cast
 
 import numpy as np
 import torch
@@ -18,13 +18,26 @@ from coterie.routing.votes import VOTES
 from coterie.study.chapter import Drawing, Facts, Finding, Table
 from coterie.study.fidelity import some_layers
 from coterie.study.lab import Lab
-from coterie.study.opened import Prompt, divergence, open_block, opened_prompts, words_of
+from coterie.study.opened import (
+    Prompt,
+    divergence,
+    moved,
+    open_block,
+    opened_prompts,
+    words_of,
+)
 from coterie.study.ranks import mean_interval, spearman
 from coterie.study.style import axes, faint, ink, legend, look, percent
 from coterie.values import Scores, membership
 
 BLOCKS = 12  # blocks that are taken apart, one a prompt
 ROWS = 32  # experts that are removed side by side
+Measure = Literal["output", "words", "hidden"]
+MEASURES: Mapping[Measure, str] = {
+    "output": "output",
+    "words": "output, words",
+    "hidden": "hidden state",
+}
 DEFINITIONS = ("weight", "masked", "count", "full", "max")
 SHARES = ("0.03125", "0.0625", "0.1", "0.15", "0.2", "0.3", "0.4", "0.5", "0.75")
 CURVES = {
@@ -81,8 +94,7 @@ class Found(TypedDict):
     used: float
     flips: float
     shown: list[Block]
-    correlations: list[Correlation]
-    words: list[Correlation]
+    correlations: dict[Measure, list[Correlation]]
     curves: dict[str, list[Covered]]
 
 
@@ -102,14 +114,17 @@ class Without:
 
 @dataclass(frozen=True)
 class Taken:
-    """One layer of one block, taken apart; importance [E] over all positions, and over words."""
+    """One layer of one block, taken apart. ``importance`` is by measure, [E] float64."""
 
     layer: int
     scores: Scores
     used: Tensor  # [E] bool
-    importance: Tensor
-    words: Tensor
+    importances: Mapping[Measure, Tensor]
     flips: float
+
+    @property
+    def importance(self) -> Tensor:
+        return self.importances["output"]
 
     def votes(self, definition: str) -> NDArray[np.float64]:
         """[E] of the block's positions."""
@@ -149,8 +164,10 @@ class Importance:
             used=float(np.mean([int(one.used.sum()) for one in everything])),
             flips=float(np.mean(flips)),
             shown=[shown(one) for one in taken[0]],
-            correlations=[correlation(taken, vote, words=False) for vote in DEFINITIONS],
-            words=[correlation(taken, vote, words=True) for vote in DEFINITIONS],
+            correlations={
+                measure: [correlation(taken, vote, measure) for vote in DEFINITIONS]
+                for measure in MEASURES
+            },
             curves={
                 name: [covered(taken, policy) for policy in family]
                 for name, family in CURVES.items()
@@ -184,22 +201,21 @@ class Importance:
 
     def tables(self, facts: Facts) -> Sequence[Table]:
         found = cast("Found", facts)
-        rows = [
-            [every["vote"], *map(_with_interval, (every, words))]
-            for every, words in zip(found["correlations"], found["words"], strict=True)
-        ]
-        layers = [f"layer {layer}" for layer in found["layers"]]
+        by_measure = list(found["correlations"].values())
+        heads = [f"{name}: {which}" for name in MEASURES.values() for which in ("all", "in use")]
         return [
             Table(
-                heads=["vote", "among all", "in use", "all, words", "in use, words", *layers],
+                heads=["vote", *heads],
                 rows=[
-                    [vote, *every, *words, *(f"{rho:.2f}" for rho in one["layers"])]
-                    for (vote, every, words), one in zip(rows, found["correlations"], strict=True)
+                    [same[0]["vote"], *(cell for one in same for cell in _with_interval(one))]
+                    for same in zip(*by_measure, strict=True)
                 ],
                 caption="Rank correlation (Spearman) of an expert's votes in a block with its "
-                f"importance, mean over {found['blocks']} blocks and {len(found['layers'])} "
-                "layers, with 95 % intervals over blocks; by layer: among experts in use.",
-                numbers=list(range(1, 5 + len(layers))),
+                "importance among all experts and among those in use, mean over "
+                f"{found['blocks']} blocks and {len(found['layers'])} layers, with 95 % intervals "
+                "over blocks. Importance is measured at the output (divergence, over all "
+                "positions or over words), or by how far the last hidden states move.",
+                numbers=list(range(1, 1 + len(heads))),
             ),
             Table(
                 heads=["policy", "experts elected", "importance held", "best of that size"],
@@ -224,17 +240,21 @@ def take_apart(engine: Engine, prompt: Prompt, layer: int) -> Taken:
     scores, routing = next((s, r) for at, s, r in plain.trace.routings if at == layer)
     used = routing.used.nonzero()[:, 0].tolist()
     words = words_of(engine, plain.ids)[0].double().cpu()
-    importance, of_words = torch.zeros(2, len(routing.used), dtype=torch.float64)
+    size = len(routing.used)
+    measured: dict[Measure, Tensor] = {
+        measure: torch.zeros(size, dtype=torch.float64) for measure in MEASURES
+    }
     flipped = 0.0
     for first in range(0, len(used), ROWS):
         gone = tuple(used[first : first + ROWS])
         # One row more goes without nobody: what it differs by is arithmetic, not importance.
         other = open_block(engine, prompt, Without(layer, (*gone, -1)), rows=len(gone) + 1)
-        moved = divergence(other.log_probabilities[-1:], other.log_probabilities).double().cpu()
-        importance[list(gone)] = moved[:-1].mean(-1)
-        of_words[list(gone)] = (moved[:-1] * words).sum(-1) / words.sum()
+        apart = divergence(other.logits[-1:], other.logits)[:-1].cpu()
+        measured["output"][list(gone)] = apart.mean(-1)
+        measured["words"][list(gone)] = (apart * words).sum(-1) / words.sum()
+        measured["hidden"][list(gone)] = moved(other.hidden[-1:], other.hidden)[:-1].cpu()
         flipped += float((other.ids[:-1] != plain.ids).double().mean(-1).sum())
-    return Taken(layer, scores, routing.used, importance, of_words, flipped / len(used))
+    return Taken(layer, scores, routing.used, measured, flipped / len(used))
 
 
 def shown(taken: Taken) -> Block:
@@ -252,13 +272,11 @@ def elected(taken: Taken, policy: str) -> NDArray[np.int64]:
     return mask.nonzero()[:, 0].cpu().numpy()
 
 
-def correlation(taken: Sequence[Sequence[Taken]], vote: str, *, words: bool) -> Correlation:
+def correlation(taken: Sequence[Sequence[Taken]], vote: str, measure: Measure) -> Correlation:
     """Of ``taken`` [blocks][layers]."""
     every, used = [], []
     for block in taken:
-        pairs = [
-            (one.votes(vote), (one.words if words else one.importance).numpy()) for one in block
-        ]
+        pairs = [(one.votes(vote), one.importances[measure].numpy()) for one in block]
         every.append([spearman(votes, importance) for votes, importance in pairs])
         masks = [one.used.cpu().numpy() for one in block]
         used.append([spearman(v[m], i[m]) for (v, i), m in zip(pairs, masks, strict=True)])
@@ -374,20 +392,23 @@ def _with_interval(one: Correlation) -> tuple[str, str]:
 
 
 def _predicts(found: Found) -> Finding:
-    weight = found["correlations"][0]
+    weight, hidden = (found["correlations"][measure][0] for measure in ("output", "hidden"))
     low, high = weight["used_interval"]
     return Finding(
         f"Total router weight and importance correlate by {weight['used']:.2f} ({low:.2f} to "
         f"{high:.2f}) in rank among the experts in use, by {weight['every']:.2f} among all "
-        f"{found['experts']}.",
+        f"{found['experts']}. Where importance is how far the last hidden states move, among those "
+        f"in use: {hidden['used']:.2f}.",
         claim="Router weight predicts how much an expert matters to a block.",
         verdict="holds" if low > 0.5 else "does not hold" if high < 0.5 else "cannot be told here",
     )
 
 
 def _definitions(found: Found) -> str:
-    best = max(found["correlations"], key=lambda one: one["used"])
-    said = ", ".join(f"`{one['vote']}` {one['used']:.2f}" for one in found["correlations"])
+    best = max(found["correlations"]["output"], key=lambda one: one["used"])
+    said = ", ".join(
+        f"`{one['vote']}` {one['used']:.2f}" for one in found["correlations"]["output"]
+    )
     return f"Among experts in use, the votes rank importance so: {said}; best is `{best['vote']}`."
 
 

@@ -23,12 +23,13 @@ class Opened:
     """One block's first forward under one policy, which S rows share."""
 
     trace: Tracing
-    log_probabilities: Tensor  # [S, N, vocabulary]
+    hidden: Tensor  # [S, N, H], as the head reads it
+    logits: Tensor  # [S, N, vocabulary]
 
     @property
     def ids(self) -> Tensor:
         """[S, N] what would be written."""
-        return self.log_probabilities.argmax(-1)
+        return self.logits.argmax(-1)
 
 
 def opened_prompts(engine: Engine, prompts: Sequence[str]) -> list[Prompt]:
@@ -65,9 +66,8 @@ def open_block(engine: Engine, prompt: Prompt, policy: str | Policy, rows: int =
     """The prompt's first block under the policy, ``rows`` times side by side."""
     trace = first_forward(engine, [prompt] * rows, policy=policy)
     transformer = engine.model.transformer
-    _, hidden = trace.outputs[-1]  # [S * N, H], as the head reads it
-    logits = F.linear(hidden, transformer.head).float().view(rows, -1, transformer.spec.vocabulary)
-    return Opened(trace, torch.log_softmax(logits, dim=-1))
+    hidden = trace.outputs[-1][1].view(rows, -1, transformer.spec.hidden)
+    return Opened(trace, hidden, F.linear(hidden, transformer.head).float())
 
 
 def words_of(engine: Engine, ids: Tensor) -> Tensor:
@@ -77,5 +77,18 @@ def words_of(engine: Engine, ids: Tensor) -> Tensor:
 
 
 def divergence(vanilla: Tensor, other: Tensor) -> Tensor:
-    """Kullback and Leibler's, [.., N] nats, of log probabilities [.., N, vocabulary]."""
-    return (vanilla.exp() * (vanilla - other)).sum(-1).clamp(min=0.0)
+    """Kullback and Leibler's, [S, N] float64 nats, of logits [1 or S, N, vocabulary].
+
+    In float64 and row by row: in float32 the logarithms' last digits would pass for small changes.
+    """
+    vanilla, rows = vanilla.expand(other.shape), []
+    for plain, changed in zip(vanilla, other, strict=True):
+        p, q = (torch.log_softmax(logits.double(), dim=-1) for logits in (plain, changed))
+        rows.append((p.exp() * (p - q)).sum(-1).clamp(min=0.0))
+    return torch.stack(rows)
+
+
+def moved(vanilla: Tensor, other: Tensor) -> Tensor:
+    """[S]: how far hidden states [1 or S, N, H] lie from vanilla's, squared, relative to these."""
+    far = (other.double() - vanilla.double()).square().sum((1, 2))
+    return far / vanilla.double().square().sum((1, 2))

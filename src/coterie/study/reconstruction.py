@@ -6,7 +6,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TypedDict, cast
 
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, NullFormatter
 
 from coterie.study.chapter import Drawing, Facts, Finding, Table
 from coterie.study.fidelity import Gap, Reading, compared, gaps, readings, traced
@@ -20,11 +22,16 @@ SHARES = (
 FEWER = ("0.0625", "0.15", "0.3", "0.5", "0.75")
 SEQ, VOTE, GUARDED, LOT, TOPK = "DES-Seq", "DES-Vote", "words vote, top-1", "random", "top-k"
 JUDGED = ("recall", "word_recall", "loss", "word_loss")
+HEADS = (
+    *("policy", "experts", "votes kept", "recall", "of words"),
+    *("loss", "of words", "of words still masked"),
+)
 NAMES: Mapping[str, str] = {
     "recall": "top-K recall",
     "word_recall": "top-K recall, words only",
     "loss": "reconstruction loss",
     "word_loss": "reconstruction loss, words only",
+    "open_loss": "reconstruction loss, words still masked",
 }
 
 
@@ -119,11 +126,11 @@ class Reconstruction:
         found = cast("Found", facts)
         return [
             Table(
-                heads=["policy", "experts", "votes kept", "recall", "of words", "loss", "of words"],
+                heads=HEADS,
                 rows=[row(reading) for curve in found["curves"] for reading in curve["readings"]],
                 caption=f"On {found['looks']} looks (a row in a layer in a forward) at vanilla's "
                 f"decoding; {found['experts']} experts, {found['k']} a token.",
-                numbers=[1, 2, 3, 4, 5, 6],
+                numbers=list(range(1, len(HEADS))),
             ),
             Table(
                 heads=["DES-Seq", "experts", *(NAMES[figure] for figure in JUDGED)],
@@ -142,6 +149,7 @@ class Reconstruction:
                 found,
                 "recall",
                 "Vote keeps a higher top-K recall than Seq at the same coreset size.",
+                " A set of the most wanted experts nearly maximises recall by its definition.",
             ),
             _verdict(
                 found, "loss", "Vote has a lower reconstruction loss than Seq at the same size."
@@ -165,7 +173,7 @@ def policies(k: int) -> dict[str, list[str]]:
 def row(reading: Reading) -> list[str]:
     """A line of the table."""
     shares = [f"{reading[name]:.1%}" for name in ("mass", "recall", "word_recall")]
-    losses = [f"{reading[name]:.3f}" for name in ("loss", "word_loss")]
+    losses = [f"{reading[name]:.3f}" for name in ("loss", "word_loss", "open_loss")]
     return [reading["policy"], f"{reading['experts']:.1f}", *shares, *losses]
 
 
@@ -213,7 +221,7 @@ def draw(found: Found, figure: str) -> Figure:
             label=curve["name"],
         )
     if figure.endswith("loss"):
-        one.set_yscale("log")
+        log_axis(one)
         one.set_ylim(bottom=1e-3)
     else:
         one.axhline(1.0, color=ink(), linewidth=0.7)
@@ -224,22 +232,31 @@ def draw(found: Found, figure: str) -> Figure:
     return drawn
 
 
+def log_axis(one: Axes) -> None:
+    """Upwards in powers, labelled 0.01, 0.02, 0.05, 0.1 ..."""
+    one.set_yscale("log")
+    one.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+    one.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
+    one.yaxis.set_minor_formatter(NullFormatter())
+
+
 def _tallied(gaps_of_figure: Sequence[Gap], figure: str) -> tuple[int, int, int]:
     """In how many sizes the curve is better, worse, and neither beyond its interval."""
     marks = [better(gap, figure) for gap in gaps_of_figure]
     return marks.count(-1), marks.count(1), marks.count(0)
 
 
-def _verdict(found: Found, figure: str, claim: str) -> Finding:
+def _verdict(found: Found, figure: str, claim: str, remark: str = "") -> Finding:
     here = found["against"][figure]
     if not here:
         return Finding("No size of DES-Seq lies among DES-Vote's.", claim, "cannot be told here")
     wins, losses, ties = _tallied(here, figure)
     widest = max(here, key=lambda gap: abs(gap["gap"]))
     return Finding(
-        f"{NAMES[figure][0].upper()}{NAMES[figure][1:]}: of {len(here)} sizes, Vote is better than Seq at {wins}, "
-        f"worse at {losses}, and not told apart at {ties}. Furthest apart at "
-        f"{widest['experts']:.0f} experts: Vote {widest['curve']:.3f}, Seq {widest['value']:.3f}.",
+        f"In {NAMES[figure]}, of {len(here)} sizes, Vote is better than Seq at {wins}, worse at "
+        f"{losses}, and not told apart at {ties}. Furthest apart at "
+        f"{widest['experts']:.0f} experts: Vote {widest['curve']:.3f}, Seq {widest['value']:.3f}."
+        f"{remark}",
         claim,
         "holds" if wins > len(here) / 2 and not losses else "does not hold",
     )
