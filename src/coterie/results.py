@@ -77,10 +77,15 @@ def write_record(folder: Path, content: Mapping[str, object]) -> Path:
     name = re.sub(r"[^a-z0-9]+", "-", str(content["title"]).lower()).strip("-")
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{name}.json"
+    write_json(path, content)
+    return path
+
+
+def write_json(path: Path, content: Mapping[str, object]) -> None:
+    """The file, whole or not at all."""
     unfinished = path.with_suffix(f".{os.getpid()}.tmp")
     unfinished.write_text(json.dumps(content, indent=1, allow_nan=False) + "\n", encoding="utf-8")
     unfinished.replace(path)
-    return path
 
 
 def commit(folder: Path | None = None) -> str:

@@ -8,13 +8,17 @@ import typer
 
 import coterie
 from coterie.cli import options as o
+from coterie.cli.calibrate import calibrate_command
 from coterie.cli.document import comparison_document, print_document, result_document
+from coterie.cli.grade import grade_command
 from coterie.cli.lab import evaluate, train
 from coterie.cli.request import (
     check_effect,
+    check_kept,
     generation_options,
     ids_of,
     open_engine,
+    policy_of,
     read_prompt,
 )
 from coterie.cli.study import study
@@ -34,7 +38,6 @@ from coterie.engine.facts import GIB
 from coterie.engine.facts import inspect as read_facts
 from coterie.engine.load import DTYPES
 from coterie.naming import CoterieError
-from coterie.routing import parse_policy, spell
 
 COMPARED = ("des-vote:beta=0.5", "des-vote:beta=0.3", "des-vote:beta=0.15", "des-seq:k=3")
 
@@ -110,10 +113,11 @@ def generate(
         threshold=threshold, temperature=temperature, top_k=top_k, top_p=top_p, seed=seed,
         early_stop=early_stop, commit=commit, prefill=prefill,
     )  # fmt: skip
-    named = spell(parse_policy(policy))
+    named = policy_of(policy)
     asked = read_prompt(prompt)
     engine = open_engine(model, dtype=dtype, device=device)
     check_effect(engine, wanted)
+    check_kept(engine, [policy], wanted)
     ids = ids_of(engine, asked, raw=raw)
     if watching:
         result = watch(engine, ids, named, wanted)
@@ -162,10 +166,11 @@ def compare(
         threshold=threshold, temperature=temperature, top_k=top_k, top_p=top_p, seed=seed,
         early_stop=early_stop, commit=commit, prefill=prefill,
     )  # fmt: skip
-    named = dict.fromkeys(["vanilla", *(spell(parse_policy(p)) for p in policies or COMPARED)])
+    named = dict.fromkeys(["vanilla", *(policy_of(p) for p in policies or COMPARED)])
     asked = read_prompt(prompt)
     engine = open_engine(model, dtype=dtype, device=device)
     check_effect(engine, wanted)
+    check_kept(engine, policies or (), wanted)
     ids = ids_of(engine, asked, raw=raw)
     # The first forwards of a process are slow; no policy shall pay for that alone.
     engine.generate(ids, **{**wanted, "max_new_tokens": 1})
@@ -219,5 +224,7 @@ def policies(json: o.Json = False) -> None:
 
 
 app.command("eval")(evaluate)
+app.command("grade")(grade_command)
+app.command("calibrate")(calibrate_command)
 app.command("train")(train)
 app.command("study")(study)

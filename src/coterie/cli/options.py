@@ -29,7 +29,7 @@ OnePolicy = Annotated[
     typer.Option(
         "--policy",
         "-p",
-        help="Who may use which experts, as in `coterie policies`.",
+        help="Who may use which experts, as in `coterie policies`; @FILE: as calibrated.",
         rich_help_panel=DECODING,
     ),
 ]
@@ -38,7 +38,8 @@ Policies = Annotated[
     typer.Option(
         "--policy",
         "-p",
-        help="A policy to compare; give it several times. vanilla always runs too.",
+        help="A policy to compare, or @FILE as calibrated; give it several times. vanilla "
+        "always runs too.",
         rich_help_panel=DECODING,
         show_default=False,
     ),

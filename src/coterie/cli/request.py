@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 
 from rich.progress import DownloadColumn, TransferSpeedColumn
 
+from coterie.calibration import read_kept
 from coterie.cli.tables import bar, remark
 from coterie.decoding.plans import BlockCausalUncached, Uncached, parse_plan
 from coterie.engine.engine import Engine, load
 from coterie.naming import CoterieError
+from coterie.routing import parse_policy, spell
 
 LARGE = 256 << 20  # bytes of weights from which loading shows a bar
+FROM_FILE = "@"
 Options = dict[str, object]
 
 
@@ -43,6 +47,23 @@ def generation_options(
             raise CoterieError(f"{idle[0]} needs --temperature above 0: at 0 nothing is drawn")
     typed = {"unmask": unmask, "temperature": temperature, **others}
     return {name: value for name, value in typed.items() if value is not None}
+
+
+def policy_of(typed: str) -> str:
+    """The policy as it is spelled; of ``@file``, the one that was calibrated there."""
+    if typed.startswith(FROM_FILE):
+        return read_kept(typed.removeprefix(FROM_FILE)).policy
+    return spell(parse_policy(typed))
+
+
+def check_kept(engine: Engine, typed: Sequence[str], wanted: Options) -> None:
+    """Raises for an ``@file`` made for a model of other sizes; remarks on what else differs."""
+    generation = engine.generation.but(**wanted)
+    for text in typed:
+        if text.startswith(FROM_FILE):
+            kept = read_kept(text.removeprefix(FROM_FILE))
+            for line in kept.check(engine.model, generation):
+                remark(line)
 
 
 def open_engine(model: str | None, *, dtype: str | None, device: str) -> Engine:

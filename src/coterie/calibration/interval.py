@@ -1,0 +1,52 @@
+"""How far a reading would move with other prompts: 95 % intervals of sums and of paired shares."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import numpy as np
+
+from coterie.evals.stats import Share
+
+DRAWS, SEED = 2000, 0
+CELLS = 1 << 22  # numbers drawn at once
+
+
+def ratio_interval(parts: Sequence[float], wholes: Sequence[float]) -> tuple[float, float]:
+    """Of sum(parts) / sum(wholes), prompt by prompt: bootstrap over prompts, seeded."""
+    rng, n = np.random.default_rng(SEED), len(parts)
+    part, whole = np.asarray(parts, dtype=float), np.asarray(wholes, dtype=float)
+    found: list[float] = []
+    while len(found) < DRAWS:
+        drawn = rng.integers(0, n, (min(DRAWS - len(found), max(1, CELLS // n)), n))
+        sums = whole[drawn].sum(1)
+        found += (part[drawn].sum(1) / np.where(sums > 0, sums, 1.0)).tolist()
+    low, high = np.quantile(found, [0.025, 0.975])
+    return float(low), float(high)
+
+
+def drop_interval(before: Sequence[bool], after: Sequence[bool]) -> tuple[float, float]:
+    """Of the share right before minus the share right after, on the same items.
+
+    The score interval for paired shares (Newcombe, Statistics in Medicine 17, 1998, method 10):
+    unlike a bootstrap, it does not shrink to nothing where no item changed.
+    """
+    n = len(before)
+    first, second = Share(sum(before), n), Share(sum(after), n)
+    p, q = first.value, second.value
+    (p_low, p_high), (q_low, q_high) = first.interval, second.interval
+    r = _correlation(before, after)
+    down, up = p - p_low, p_high - p
+    below, above = q - q_low, q_high - q
+    low = math.sqrt(max(0.0, down**2 - 2 * r * down * above + above**2))
+    high = math.sqrt(max(0.0, up**2 - 2 * r * up * below + below**2))
+    return max(-1.0, p - q - low), min(1.0, p - q + high)
+
+
+def _correlation(before: Sequence[bool], after: Sequence[bool]) -> float:
+    """Phi of two lists, 0 where one of them never varies."""
+    n, both = len(before), sum(a and b for a, b in zip(before, after, strict=True))
+    right, kept = sum(before), sum(after)
+    spread = right * (n - right) * kept * (n - kept)
+    return (n * both - right * kept) / math.sqrt(spread) if spread else 0.0
