@@ -20,16 +20,22 @@ from coterie.study.blocks import Blocks
 from coterie.study.breakdown import Parts
 from coterie.study.chapter import Chapter
 from coterie.study.explosion import Explosion
+from coterie.study.importance import Importance
 from coterie.study.lab import Lab
 from coterie.study.latency import Latency
+from coterie.study.maps import Maps
 from coterie.study.narrow import ExpertsPerToken
+from coterie.study.reconstruction import Reconstruction
 from coterie.study.remembering import Remembering
 from coterie.study.report import Section, page, section
 from coterie.study.roofline import Roofline
 from coterie.study.selection import Selection
 from coterie.study.speed import Forwards, Speed
+from coterie.study.steps import Steps
 from coterie.study.table import TableOne
+from coterie.study.tradeoff import Tradeoff
 from coterie.study.variants import CONTROL, MASS, PROTECTION, VOTERS, VOTES
+from coterie.study.votes import Votes
 
 REPORT = "report.html"
 
@@ -213,16 +219,22 @@ CHAPTERS: dict[str, Chapter] = {
     "accuracy": ACCURACY,
     "breakdown": Parts(),
     "latency": Latency(),
+    "latency-accuracy": Tradeoff(),  # reads the records of accuracy and latency
+    "importance": Importance(),
+    "reconstruction": Reconstruction(),
     "selection": Selection(),
     "coreset-size": SIZE,
     "block-size": Blocks(),
     "experts-per-token": ExpertsPerToken(),
+    "maps": Maps(),
     "table-1": TableOne(),
     "random-control": CONTROL,
     "votes": VOTES,
     "voters": VOTERS,
     "protection": PROTECTION,
     "mass": MASS,
+    "votes-fidelity": Votes(),
+    "steps": Steps(),
     "forwards": Forwards(),
     "speed": Speed(),
 }

@@ -71,8 +71,8 @@ class Votes:
     """Votes, protection and size on vanilla's usual forwards; voters on slow ones, for where a
     block takes one forward, nothing is written yet and everybody is a word."""
 
-    name: str = "votes"
-    title: str = "How votes are weighed, who is protected, how many are elected, who votes"
+    name: str = "votes-fidelity"
+    title: str = "Votes, protection, size and voters: what they do to one layer"
     question: str = (
         "The paper sums the router's probabilities of every position. Would other votes, other "
         "voters, a protected best expert or a share of the votes in place of a fixed size keep "
