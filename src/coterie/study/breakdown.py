@@ -63,6 +63,8 @@ class Parts:
         "How large a part of its time are the experts, so how much can a coreset save?"
     )
 
+    rounds: int = ROUNDS
+
     def measure(self, lab: Lab) -> Facts:
         prompts = lab.questions()[:PROMPTS]
         watch = Stopwatch(lab.engine.model.transformer.device)
@@ -70,14 +72,14 @@ class Parts:
         taken: dict[str, list[tuple[dict[str, float], float]]] = {p: [] for p in POLICIES}
         turns = [(prompt, policy) for prompt in prompts for policy in POLICIES]
         answer_timed(engine, watch, prompts[0], POLICIES[0])  # warms up
-        for number in range(ROUNDS):
+        for number in range(self.rounds):
             for at, (prompt, policy) in enumerate(turns):
-                done = (number + at / len(turns)) / ROUNDS
+                done = (number + at / len(turns)) / self.rounds
                 lab.tell(done, f"forwards under {policy}, part by part")
                 taken[policy] += answer_timed(engine, watch, prompt, policy)
         found = Found(
             prompts=len(prompts),
-            rounds=ROUNDS,
+            rounds=self.rounds,
             block=lab.engine.generation.block,
             threads=torch.get_num_threads(),
             policies=[broken_down(policy, forwards) for policy, forwards in taken.items()],

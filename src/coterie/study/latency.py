@@ -19,7 +19,9 @@ from coterie.study.layers import (
     LARGE,
     Bench,
     BenchFacts,
-    benches,
+    Shape,
+    Tell,
+    at_each,
     bend_for,
     called,
     controlled,
@@ -28,7 +30,18 @@ from coterie.study.layers import (
     turning,
 )
 from coterie.study.style import SERIES, axes, ink, legend
-from coterie.study.timing import Fit, Limits, Spread, counted, fit, in_turns, limits, predicted
+from coterie.study.timing import (
+    FULL,
+    Fit,
+    Limits,
+    Pace,
+    Spread,
+    counted,
+    fit,
+    in_turns,
+    limits,
+    predicted,
+)
 
 TOKENS = (8, 16, 32, 64)
 SIZES = (8, 12, 19, 25, 38, 51, 64, 84, 112, 128, 163, 200, 256)  # unique experts that are tried
@@ -88,23 +101,17 @@ class Latency:
         "or by how many words pass through it?"
     )
 
+    shapes: Sequence[Shape] = LARGE
+    pace: Pace = FULL
+
     def measure(self, lab: Lab) -> Facts:
         lab.tell(0.0, "how fast this machine reads and multiplies")
         device = lab.engine.model.transformer.device
-        dtypes = {lab.engine.model.transformer.dtype, *(shape.dtype for shape in LARGE)}
-        roof = limits(device, dtypes)
-        lines: list[Line] = []
-        skipped: list[str] = []
-        for number, bench in enumerate(benches(lab.engine)):
-            if isinstance(bench, str):
-                skipped.append(bench)
-                continue
-            base, said = number / (len(LARGE) + 1), f"{bench.name}'s layer"
-
-            def tell(share: float, base: float = base, said: str = said) -> None:
-                lab.tell(base + share / (len(LARGE) + 1), said)
-
-            lines.append(line(bench, tell=tell))
+        dtypes = {lab.engine.model.transformer.dtype, *(shape.dtype for shape in self.shapes)}
+        roof = limits(device, dtypes, self.pace)
+        lines, skipped = at_each(
+            lab, self.shapes, lambda bench, tell: line(bench, tell=tell, pace=self.pace)
+        )
         return cast("Facts", Found(limits=roof, lines=lines, skipped=skipped))
 
     def drawings(self, facts: Facts) -> Sequence[Drawing]:
@@ -131,9 +138,9 @@ class Latency:
         return [*chain.from_iterable(told), *found["skipped"]]
 
 
-def line(bench: Bench, *, tell: Callable[[float], None], rounds: int | None = None) -> Line:
+def line(bench: Bench, *, tell: Tell, pace: Pace = FULL) -> Line:
     """Measure a layer over a grid of tokens and experts, and fit it."""
-    rounds = rounds or ROUNDS[bench.random]
+    rounds = pace.rounds or ROUNDS[bench.random]
     draw = torch.Generator().manual_seed(0)
     grid = {
         (tokens, used): _set(bench, tokens, used, draw)
@@ -141,7 +148,7 @@ def line(bench: Bench, *, tell: Callable[[float], None], rounds: int | None = No
         for used in SIZES
         if bench.router.k <= used <= min(tokens * bench.router.k, bench.router.experts)
     }
-    checks = _blocks(bench, draw) if bench.random else {}
+    checks = {} if bench.unique is None else _blocks(bench, bench.unique, draw)
     works = {**grid, **{policy: work for policy, (work, _, _) in checks.items()}}
     taken = in_turns(works, rounds, device=bench.device, tell=tell)
     points = [
@@ -185,11 +192,10 @@ def _set(bench: Bench, tokens: int, used: int, draw: torch.Generator) -> Callabl
 
 
 def _blocks(
-    bench: Bench, draw: torch.Generator
+    bench: Bench, unique: float, draw: torch.Generator
 ) -> dict[str, tuple[Callable[[], object], float, float]]:
     """Policy -> a work over skewed blocks, and its mean unique experts and pairs."""
-    shape = next(shape for shape in LARGE if shape.name == bench.name)
-    bend = bend_for(bench.router, shape.unique)
+    bend = bend_for(bench.router, unique)
     scores = [skewed(bench.router, BLOCK, bend, draw) for _ in range(TURNS)]
     found = {}
     for policy in CHECKED:

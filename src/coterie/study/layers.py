@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypedDict
+from typing import TypedDict, TypeVar
 
 import torch
 from torch import Tensor
@@ -19,9 +19,13 @@ from coterie.model.step import Step
 from coterie.model.transformer import Transformer
 from coterie.naming import CoterieError
 from coterie.routing import Vanilla, route
+from coterie.study.lab import Lab
 from coterie.study.timing import name
 from coterie.telemetry import Null
 from coterie.values import Policy, RouterSpec, Routing, Scores, Slab, Window, membership
+
+Tell = Callable[[float], None]  # the share that is done
+Out = TypeVar("Out")
 
 MARGIN = 2 << 30  # bytes left free beside a large layer
 SEEDED = 8  # random experts that a large layer is filled with, over and over
@@ -85,7 +89,12 @@ class Bench:
     name: str
     router: RouterSpec
     slabs: tuple[Slab, ...]
-    random: bool  # weights are, and so is what the router thinks
+    unique: float | None = None  # of random layers: what a block of 32 uses, as their router routes
+
+    @property
+    def random(self) -> bool:
+        """Whether the weights are, and so what the router thinks."""
+        return self.unique is not None
 
     @property
     def hidden(self) -> int:
@@ -128,14 +137,33 @@ class Bench:
         return torch.randn(tokens, self.hidden, generator=draw).to(self.device, self.dtype)
 
 
-def benches(engine: Engine) -> Iterator[Bench | str]:
-    """The model's own layers, then one large layer at a time, or why it was left out.
+def benches(engine: Engine, shapes: Sequence[Shape]) -> Iterator[Bench | str]:
+    """The model's own layers, then one layer of each shape, or why it was left out.
 
     Whoever takes the next one lets the last one go, for two may not fit.
     """
     yield own_bench(engine)
-    for shape in LARGE:
+    for shape in shapes:
         yield large_bench(shape, engine.model.transformer.device)
+
+
+def at_each(
+    lab: Lab, shapes: Sequence[Shape], work: Callable[[Bench, Tell], Out]
+) -> tuple[list[Out], list[str]]:
+    """What ``work`` makes of every bench, and sentences about those that were left out."""
+    found: list[Out] = []
+    skipped: list[str] = []
+    for number, bench in enumerate(benches(lab.engine, shapes)):
+        if isinstance(bench, str):
+            skipped.append(bench)
+            continue
+        first, said = number / (len(shapes) + 1), f"{bench.name}'s layer"
+
+        def tell(share: float, first: float = first, said: str = said) -> None:
+            lab.tell(first + share / (len(shapes) + 1), said)
+
+        found.append(work(bench, tell))
+    return found, skipped
 
 
 def own_bench(engine: Engine) -> Bench:
@@ -147,7 +175,7 @@ def own_bench(engine: Engine) -> Bench:
         for layer in moe_layers(model.transformer)
         for slab in layer.store.serve(layer.layer, everybody)
     ]
-    return Bench(Path(model.name).name, model.spec.router, tuple(slabs), random=False)
+    return Bench(Path(model.name).name, model.spec.router, tuple(slabs))
 
 
 def moe_layers(transformer: Transformer) -> list[MoE]:
@@ -167,7 +195,7 @@ def large_bench(shape: Shape, device: torch.device) -> Bench | str:
             f"A layer of {shape.name}'s shape was left out: it needs {shape.bytes / 2**30:.1f} GiB "
             f"and {MARGIN / 2**30:.0f} to spare, and {free / 2**30:.1f} GiB were free."
         )
-    return Bench(shape.name, shape.router, (random_slab(shape, device),), random=True)
+    return Bench(shape.name, shape.router, (random_slab(shape, device),), shape.unique)
 
 
 def random_slab(shape: Shape, device: torch.device) -> Slab:

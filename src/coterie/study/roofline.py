@@ -22,7 +22,9 @@ from coterie.study.layers import (
     LARGE,
     Bench,
     BenchFacts,
-    benches,
+    Shape,
+    Tell,
+    at_each,
     bend_for,
     called,
     routed,
@@ -30,7 +32,7 @@ from coterie.study.layers import (
     turning,
 )
 from coterie.study.style import axes, ink, legend, look
-from coterie.study.timing import Limits, Spread, counted, in_turns, limits
+from coterie.study.timing import FULL, Limits, Pace, Spread, counted, in_turns, limits
 from coterie.values import Routing, Scores
 
 TOKENS = (1, 8, 16, 32, 64)
@@ -91,23 +93,21 @@ class Roofline:
         "Which of the two holds a layer of experts back, and what does a coreset change?"
     )
 
+    shapes: Sequence[Shape] = LARGE
+    pace: Pace = FULL
+
     def measure(self, lab: Lab) -> Facts:
         lab.tell(0.0, "how fast this machine reads and multiplies")
         own = lab.engine.model.transformer
-        found = limits(own.device, {own.dtype, *(shape.dtype for shape in LARGE)})
-        roofs: list[Roof] = []
-        skipped: list[str] = []
-        for number, bench in enumerate(benches(lab.engine)):
-            if isinstance(bench, str):
-                skipped.append(bench)
-                continue
-            base, said = number / (len(LARGE) + 1), f"{bench.name}'s layer"
+        dtypes = {own.dtype, *(shape.dtype for shape in self.shapes)}
+        found = limits(own.device, dtypes, self.pace)
 
-            def tell(share: float, base: float = base, said: str = said) -> None:
-                lab.tell(base + share / (len(LARGE) + 1), said)
+        def under(bench: Bench, tell: Tell) -> Roof:
+            unique = bench.unique
+            blocks = _own_blocks(lab) if unique is None else _random_blocks(bench, unique)
+            return roof(bench, blocks, found, tell=tell, pace=self.pace)
 
-            blocks = _random_blocks(bench) if bench.random else _own_blocks(lab)
-            roofs.append(roof(bench, blocks, found, tell=tell))
+        roofs, skipped = at_each(lab, self.shapes, under)
         return cast("Facts", Found(limits=found, roofs=roofs, skipped=skipped))
 
     def drawings(self, facts: Facts) -> Sequence[Drawing]:
@@ -138,8 +138,8 @@ def roof(
     blocks: Iterator[tuple[int, list[Block]]],
     found: Limits,
     *,
-    tell: Callable[[float], None],
-    rounds: int | None = None,
+    tell: Tell,
+    pace: Pace = FULL,
 ) -> Roof:
     """Route every block under every policy, time the experts, count what they do and read."""
     sizes: dict[tuple[str, int], tuple[float, float]] = {}
@@ -149,7 +149,7 @@ def roof(
             routings = [_fresh(block.scores, policy, bench) for block in here]
             works[policy, tokens] = turning(bench, [block.x for block in here], routings)
             sizes[policy, tokens] = _mean_size(routings)
-    taken = in_turns(works, rounds or ROUNDS[bench.random], device=bench.device, tell=tell)
+    taken = in_turns(works, pace.rounds or ROUNDS[bench.random], device=bench.device, tell=tell)
     points = [
         Point(
             policy=policy,
@@ -181,10 +181,9 @@ def _own_blocks(lab: Lab) -> Iterator[tuple[int, list[Block]]]:
             yield tokens, [Block(each.x.flatten(0, 1), each.scores) for each in seen]
 
 
-def _random_blocks(bench: Bench) -> Iterator[tuple[int, list[Block]]]:
+def _random_blocks(bench: Bench, unique: float) -> Iterator[tuple[int, list[Block]]]:
     """Blocks of a skewed router: one that uses as many experts as the paper saw at 32 tokens."""
-    shape = next(shape for shape in LARGE if shape.name == bench.name)
-    bend = bend_for(bench.router, shape.unique)
+    bend = bend_for(bench.router, unique)
     draw = torch.Generator().manual_seed(0)
     for tokens in TOKENS:
         yield (

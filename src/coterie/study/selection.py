@@ -82,6 +82,8 @@ class Selection:
         "How long does it take beside the layer whose bytes it saves?"
     )
 
+    rounds: int = ROUNDS
+
     def measure(self, lab: Lab) -> Facts:
         spec, device = lab.engine.model.spec, lab.engine.model.transformer.device
         points: list[Point] = []
@@ -91,14 +93,16 @@ class Selection:
             def tell(part: float, share: float = share, said: str = said) -> None:
                 lab.tell(share + part / (len(EXPERTS) + 1), said)
 
-            points += selections(scaled(spec.router, experts), device, tell=tell)
+            points += selections(
+                scaled(spec.router, experts), device, tell=tell, rounds=self.rounds
+            )
         lab.tell(len(EXPERTS) / (len(EXPERTS) + 1), "the model's own layers")
         found = Found(
             activation=spec.router.activation,
             threads=torch.get_num_threads(),
             device=device.type,
             points=points,
-            layers=own_layers(lab.engine, lab.questions()[:PROMPTS]),
+            layers=own_layers(lab.engine, lab.questions()[:PROMPTS], rounds=self.rounds),
         )
         return cast("Facts", found)
 
@@ -150,14 +154,13 @@ def selections(
     device: torch.device,
     *,
     tell: Callable[[float], None],
-    rounds: int = ROUNDS,
-    tokens: Sequence[int] = TOKENS,
+    rounds: int,
 ) -> list[Point]:
     """Every version and policy at every block size, on scores drawn once."""
     draw = torch.Generator().manual_seed(0)
     by_lot = router.experts * (1 - (1 - router.k / router.experts) ** BLOCK)
     bend = bend_for(router, SPREAD_OUT * by_lot)
-    blocks = {count: _moved(skewed(router, count, bend, draw), device) for count in tokens}
+    blocks = {count: _moved(skewed(router, count, bend, draw), device) for count in TOKENS}
     works = {
         (version, policy, count): selecting(select, scores, parse_policy(policy))
         for count, scores in blocks.items()
@@ -171,7 +174,7 @@ def selections(
     ]
 
 
-def own_layers(engine: Engine, prompts: Sequence[str], *, rounds: int = ROUNDS) -> list[Layer]:
+def own_layers(engine: Engine, prompts: Sequence[str], *, rounds: int) -> list[Layer]:
     """Layer and selection in turns, over the real decoding forwards of one row at a time."""
     seen = collect(engine, prompts, rows=1, forwards=1)
     moes = {moe.layer: moe for moe in moe_layers(engine.model.transformer)}

@@ -6,6 +6,7 @@ import random
 import statistics
 import time
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import TypedDict, TypeVar
 
 import numpy as np
@@ -15,7 +16,20 @@ Key = TypeVar("Key", bound=Hashable)
 Work = Callable[[], object]
 
 READ = 256 << 20  # bytes: several times the largest cache of most processors
+PROBES = 9  # readings of each
 SQUARE = 1024  # rows of the product that stands for peak arithmetic
+
+
+@dataclass(frozen=True)
+class Pace:
+    """How much is done to time a work; less of it to try a chapter out."""
+
+    rounds: int | None = None  # None: as many as the work needs
+    read: int = READ
+    square: int = SQUARE
+
+
+FULL = Pace()
 
 
 class Spread(TypedDict):
@@ -113,13 +127,11 @@ def settle(device: torch.device) -> None:
 def limits(
     device: torch.device,
     dtypes: Iterable[torch.dtype],
-    *,
-    read: int = READ,
-    square: int = SQUARE,
-    rounds: int = 9,
+    pace: Pace = FULL,
 ) -> Limits:
-    """Read ``read`` bytes with whatever torch reads fastest; multiply square matrices."""
-    much = torch.ones(read // 4, device=device)
+    """Read much memory with whatever torch reads fastest; multiply square matrices."""
+    square = pace.square
+    much = torch.ones(pace.read // 4, device=device)
     rows = much.view(-1, min(4096, len(much)))
     readers: dict[str, Work] = {
         "sum": much.sum,
@@ -130,7 +142,7 @@ def limits(
         name(dtype): torch.ones(square, square, dtype=dtype, device=device) for dtype in dtypes
     }
     products: dict[str, Work] = {said: (lambda a=a: a @ a) for said, a in factors.items()}
-    taken = in_turns(readers | products, rounds, device=device)
+    taken = in_turns(readers | products, pace.rounds or PROBES, device=device)
     reader = min(readers, key=lambda said: taken[said]["median"])
     return Limits(
         bytes_per_second=much.nbytes / taken[reader]["median"],

@@ -66,6 +66,8 @@ class Tradeoff:
     title: str = "Latency of the MoE layer against accuracy (Fig. 1d)"
     question: str = "Which policies make the layers of experts faster, and what do they cost?"
 
+    rounds: int = ROUNDS
+
     def measure(self, lab: Lab) -> Facts:
         record = lab.record("accuracy")
         if record is None:
@@ -76,7 +78,7 @@ class Tradeoff:
         seen = collect(
             lab.engine, lab.questions()[:PROMPTS], policy=WATCHED, rows=1, forwards=FORWARDS
         )
-        points = timed_policies(lab, seen, tallies, arms.vanilla)
+        points = timed_policies(lab, seen, tallies, arms.vanilla, rounds=self.rounds)
         latency = lab.record("latency")
         lines = cast("list[Line]", latency["lines"]) if latency is not None else []
         others = [
@@ -143,7 +145,7 @@ class Tradeoff:
 
 
 def timed_policies(
-    lab: Lab, seen: Sequence[Watched], tallies: Sequence[Tally], vanilla: Tally
+    lab: Lab, seen: Sequence[Watched], tallies: Sequence[Tally], vanilla: Tally, *, rounds: int
 ) -> list[Point]:
     """The whole layer of every watched input under every policy, in turns."""
     moes = {moe.layer: moe for moe in moe_layers(lab.engine.model.transformer)}
@@ -154,7 +156,7 @@ def timed_policies(
     }
     taken = in_turns(
         works,
-        ROUNDS,
+        rounds,
         device=lab.engine.model.transformer.device,
         tell=lambda share: lab.tell(share, "the layer under every policy"),
     )
