@@ -10,7 +10,7 @@ import subprocess
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from functools import cache
+from functools import cache, lru_cache
 
 from coterie.naming import CoterieError
 from coterie.sandbox.fences import ENVIRONMENT, Fence, Open, Start, candidates
@@ -28,9 +28,10 @@ def run(program: str, limits: Limits = LIMITS, trust: bool = False) -> Verdict:
     """Whether ``program``, a whole Python text, runs to its end without an error.
 
     An exit on the way, of whatever status, is no pass. CoterieError where nothing can keep it in
-    and it is not trusted, or where no sandbox starts any more.
+    and it is not trusted, or where no sandbox starts any more. Policies often write the same
+    program: its verdict is remembered.
     """
-    return _run_in(require_fence(trust), program, limits)
+    return _remembered(require_fence(trust), program, limits)
 
 
 def run_many(
@@ -43,7 +44,7 @@ def run_many(
     """Every program's verdict, in order; ``workers`` at a time (one for each core)."""
     fence = require_fence(trust)
     with ThreadPoolExecutor(workers or len(os.sched_getaffinity(0))) as pool:
-        return list(pool.map(lambda program: _run_in(fence, program, limits), programs))
+        return list(pool.map(lambda program: _remembered(fence, program, limits), programs))
 
 
 def fence() -> str | None:
@@ -80,6 +81,11 @@ def _trouble(fence: Fence) -> str | None:
     except CoterieError as error:
         return str(error)
     return None
+
+
+@lru_cache(maxsize=4096)
+def _remembered(fence: Fence, program: str, limits: Limits) -> Verdict:
+    return _run_in(fence, program, limits)
 
 
 def _run_in(fence: Fence, program: str, limits: Limits) -> Verdict:

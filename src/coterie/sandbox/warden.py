@@ -103,10 +103,10 @@ def _launch(
 ) -> None:
     """Never returns. Whatever it calls is its own before the program could put another there."""
     sys.modules["__main__"] = module
-    scope, link, word = vars(module), WAIT, TELL
+    room, ask, say = vars(module), WAIT, TELL
     try:
         # One line: both reads stand equally deep, and no trace can jump between them.
-        (read(link, 1), run(build(text, "program", "exec"), scope), tell(word, b"."), read(link, 2))
+        _ = read(ask, 1), run(build(text, "program", "exec"), room), tell(say, b"."), read(ask, 2)
     except BaseException as error:
         try:
             tell(2, b"\n" + encode(spell(error), "utf-8", "replace")[:LAST_WORDS])

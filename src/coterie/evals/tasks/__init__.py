@@ -7,11 +7,15 @@ from collections.abc import Callable, Sequence
 from coterie.evals.task import Task, Wish
 from coterie.evals.tasks import embedded
 from coterie.evals.tasks.gsm8k import open_gsm8k
+from coterie.evals.tasks.humaneval import open_humaneval
 from coterie.evals.tasks.math500 import open_math500
+from coterie.evals.tasks.mbpp import open_mbpp
 from coterie.naming import CoterieError
 
 TASKS: dict[str, Callable[[Wish], Task]] = {
     "gsm8k": open_gsm8k,
+    "humaneval": open_humaneval,
+    "mbpp": open_mbpp,
     "math500": open_math500,
     "words": embedded.opener("words"),
     "docstring": embedded.opener("docstring"),
