@@ -13,7 +13,7 @@ from coterie.study.duel import claimed, duel_table, duels, sentence
 from coterie.study.tally import Arms, Tally
 
 VOTE, SEQ, TOP, LOT = "DES-Vote", "DES-Seq", "top-k", "random"
-GUARDED = "DES-Vote, words vote, top-1 kept"
+GUARDED = "DES-Vote, guarded"  # words vote, not fill; every voter's best expert is kept
 KEPT, FEWER = 0.99, 0.55  # the paper's headline: of the accuracy, fewer experts
 
 
@@ -147,7 +147,10 @@ ACCURACY = Comparison(
     title="Accuracy against experts (Fig. 1c)",
     question="What does each way of touching fewer experts cost in right answers?",
     caption="Right answers against unique experts, with 95 % Wilson intervals; each marker is one "
-    "policy at one size. Dotted: vanilla's accuracy, and the Pareto front.",
+    "policy at one size. Dotted: vanilla's accuracy, and the Pareto front over all policies. "
+    "Guarded: only words vote, not the fill after the end of the text, and every voter's best "
+    "expert is kept.",
+    views={"accuracy": (), "accuracy-few": (VOTE, SEQ, TOP, LOT, GUARDED)},
     groups=published,
     matched=met_by_vote,
     found=main_findings,

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 
 from coterie.evals.run import Arm
 from coterie.study.arms import Groups, compare
@@ -27,6 +27,7 @@ class Comparison:
     matched: Callable[[int], Sequence[Arm]] = lambda _: ()
     looks: Looks = "family"
     front: bool = False
+    views: Mapping[str, Sequence[str]] = field(default_factory=dict)  # figure -> its groups
     tabulate: Callable[[Arms], Sequence[Table]] = lambda _: ()
 
     def measure(self, lab: Lab) -> Facts:
@@ -35,9 +36,17 @@ class Comparison:
 
     def drawings(self, facts: Facts) -> Sequence[Drawing]:
         arms = Arms.of(facts)
-        return [
-            Drawing(self.name, self.caption, lambda: draw(arms, front=self.front, looks=self.looks))
-        ]
+
+        def drawing(name: str, labels: Sequence[str]) -> Drawing:
+            """``labels``: the groups of one figure; none: all."""
+            return Drawing(
+                name,
+                self.caption,
+                lambda: draw(arms, labels=labels, front=self.front, looks=self.looks),
+            )
+
+        views = self.views or {self.name: ()}
+        return [drawing(name, labels) for name, labels in views.items()]
 
     def tables(self, facts: Facts) -> Sequence[Table]:
         arms = Arms.of(facts)

@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 
 from coterie.study.chapter import Table
 from coterie.study.duel import p_value
-from coterie.study.style import SERIES, Look, axes, ink, legend, look, percent
+from coterie.study.style import HEIGHT, SERIES, Look, axes, ink, legend, look, percent
 from coterie.study.tally import Arms, Tally
 
 MARKERS = "oDs^vPXp*"
@@ -23,16 +23,19 @@ def draw(
 ) -> Figure:
     """A line for each group, Wilson intervals on its points, vanilla as a star and a dotted line.
 
-    ``front``: the Pareto front over everything drawn.
+    ``front``: the Pareto front over all groups, drawn or not.
     """
     shown = {label: arms.groups[label] for label in labels or arms.groups}
-    figure, one = axes(f"unique experts of {arms.experts}, a layer and forward", "right answers")
+    height = HEIGHT + 0.15 * len(shown)
+    figure, one = axes(
+        f"unique experts of {arms.experts}, a layer and forward", "right answers", height=height
+    )
     for place, (label, tallies) in enumerate(shown.items()):
         dress = look(tallies[-1].policy) if looks == "family" else by_place(place)
         curve(one, tallies, label, dress)
     mark_vanilla(one, arms.vanilla)
     if front:
-        every = pareto([arms.vanilla, *(t for tallies in shown.values() for t in tallies)])
+        every = pareto([arms.vanilla, *(t for group in arms.groups.values() for t in group)])
         xs, ys = [t.experts for t in every], [t.accuracy for t in every]
         one.step(xs, ys, where="post", color=ink(), lw=0.9, ls=(0, (1, 2)), label="Pareto front")
     one.set(ylim=(-0.02, 1.03), xlim=(0, None))
@@ -47,7 +50,7 @@ def curve(one: Axes, tallies: Iterable[Tally], label: str, dress: Look) -> None:
     xs, ys = [tally.experts for tally in tallies], [tally.accuracy for tally in tallies]
     one.errorbar(
         xs, ys, yerr=wilson(tallies), label=label, color=dress.colour, marker=dress.marker,
-        elinewidth=0.8, capsize=0,
+        elinewidth=0.7, capsize=0,
     )  # fmt: skip
 
 

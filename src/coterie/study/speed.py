@@ -193,7 +193,14 @@ def _draw(arms: Arms) -> Figure:
     whole = _per_block(arms.vanilla)
     most = max(t.forwards_per_block for group in arms.groups.values() for t in group)
     xs = [whole / (1 + (most - 1) * step / 50) for step in range(51)]
-    one.plot(xs, [whole / x for x in xs], color=ink(), lw=0.9, ls="--", label="vanilla's reading")
+    one.plot(
+        xs,
+        [whole / x for x in xs],
+        color=ink(),
+        lw=0.9,
+        ls="--",
+        label="as much read as by vanilla",
+    )
     for label, tallies in arms.groups.items():
         dress = look(tallies[-1].policy)
         ordered = sorted(tallies, key=lambda tally: tally.experts)

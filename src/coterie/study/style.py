@@ -32,6 +32,7 @@ FAINT: Mapping[Scheme, str] = {"light": "#d5d9df", "dark": "#363c45"}
 # Every colour stands out from both papers by 3 : 1, so that a policy has one colour in both.
 BLUE, RED, GREEN, ORANGE = "#2477c9", "#d1495b", "#2a9165", "#c07a00"
 PURPLE, TEAL, BROWN, PINK, GREY = "#8b62c9", "#1f919b", "#a0673c", "#c659a5", "#7d848e"
+OLIVE = "#7d8a1f"
 SERIES = (BLUE, ORANGE, GREEN, RED, PURPLE, TEAL, PINK, BROWN, GREY)
 
 
@@ -54,12 +55,12 @@ LOOKS: Mapping[str, Look] = {
     "uniform-vote": Look(TEAL, "p", "uniform vote"),
     "xshare": Look(PURPLE, "h", "XShare"),
     "racing": Look(BROWN, ">", "racing"),
-    "mass-vote": Look(TEAL, "^", "mass vote"),
+    "mass-vote": Look(OLIVE, "^", "mass vote"),
     "random": Look(GREY, "x", "random"),
     "resident-vote": Look(PINK, "d", "resident vote"),
     "coreset": Look(RED, "P", "other coreset"),
 }
-GUARDED = Look(RED, "P", "DES-Vote, words vote, top-1 kept")
+GUARDED = Look(RED, "P", "DES-Vote, guarded")
 OTHER = Look(PURPLE, "8", "other")
 
 
