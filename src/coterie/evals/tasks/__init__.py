@@ -11,6 +11,7 @@ from coterie.evals.tasks.humaneval import open_humaneval
 from coterie.evals.tasks.math500 import open_math500
 from coterie.evals.tasks.mbpp import open_mbpp
 from coterie.naming import CoterieError
+from coterie.problems import TASKS as DRAWN
 
 TASKS: dict[str, Callable[[Wish], Task]] = {
     "gsm8k": open_gsm8k,
@@ -33,4 +34,7 @@ def open_tasks(names: Sequence[str], wish: Wish) -> list[Task]:
     for name in names:
         if name not in TASKS:
             raise CoterieError(f"unknown task {name!r}; known: {', '.join(TASKS)}")
+    published = [name for name in dict.fromkeys(names) if name not in DRAWN]
+    if len(published) > 1 and wish.data is not None and wish.data.is_file():
+        raise CoterieError(f"{wish.data} is one file, for {' and '.join(published)}; give a folder")
     return [TASKS[name](wish) for name in dict.fromkeys(names)]

@@ -17,7 +17,7 @@ from pathlib import Path
 
 from coterie.evals.task import Grade, Item, Wish
 from coterie.evals.tasks.boxes import answered, boxes
-from coterie.evals.tasks.numbers import Number, numbers, plain
+from coterie.evals.tasks.numbers import Number, grouped, numbers, plain
 from coterie.evals.tasks.source import Published, Source, read
 from coterie.naming import CoterieError
 
@@ -35,6 +35,7 @@ ASKED = "Question: {question}\nLet's think step by step\nAnswer:"
 ZERO_SHOT = "{question}\nPlease reason step by step, and put your final answer within \\boxed{{}}."
 
 GOLD = re.compile(r"####\s*(\S[^\n]*)")
+BOLD = re.compile(r"\*\*([^\w*\n]{0,4}\d[\d,./ ]*[A-Za-z %/]{0,40}[.!]?)\*\*")
 DIGIT = re.compile(r"\d")
 BARE_NEXT = re.compile(r"^Question:", re.MULTILINE)
 LONGEST_SENTENCE = 500  # characters after "the answer is" that are looked at
@@ -71,7 +72,7 @@ class Gsm8k:
             "shots": len(self.examples),
             "examples": "the first of train.jsonl, without calculator annotations",
             "template": ASKED if self.examples else ZERO_SHOT.format(question="{question}"),
-            "counts": "the last box or ####, else the answer as said, else the last number",
+            "counts": "the last box or ####, else as said, else in bold at the end, else the last",
             "also": {
                 "strict": HARNESS_STRICT.pattern + " (first)",
                 "flexible": HARNESS_FLEXIBLE.pattern + " (last)",
@@ -109,7 +110,7 @@ def grade(output: str, gold: str) -> Grade:
     found = extract(_first_problem(text))
     until = text.partition("Question:")[0]  # where the harness stops generating
     return Grade(
-        found is not None and found.value == right,
+        found is not None and right in (found.value, found.value * found.scale),
         None if found is None else found.text,
         {"strict": _strict(until) == right, "flexible": _flexible(until) == right},
     )
@@ -121,12 +122,14 @@ def gold_value(gold: str) -> Fraction:
     found = extract(marked[-1] if marked else gold)
     if found is None:
         raise CoterieError(f"{gold!r} holds no number; a gold answer is 1234 or '... #### 1,234'")
-    return found.value
+    return found.value * found.scale
 
 
 def extract(text: str) -> Number | None:
-    """The answer: the last box or ``####`` that holds a number, else as said, else the last."""
-    return _marked(text) or _said(plain(text)) or _last(plain(text))
+    """The answer: the last box or ``####`` that holds a number; else as said, as set in bold at
+    the end, or the last of all."""
+    bare = plain(text)
+    return _marked(text) or _said(bare) or _bold(bare) or _last(bare)
 
 
 def _examples(folder: Path | None, shots: int) -> tuple[Item, ...]:
@@ -173,7 +176,7 @@ def _marked(text: str) -> Number | None:
     for hashes in HASHES.finditer(text):
         places.append((hashes.start(), text[hashes.end() :].split("\n", 1)[0]))
     for _, content in sorted(places, reverse=True):
-        found = _result(plain(content))
+        found = _result(grouped(plain(content)))
         if found is not None:
             return found
     return None
@@ -194,6 +197,14 @@ def _result(text: str) -> Number | None:
     """Of "9 * 2 = 18 dollars" the 18, of "42 apples in 3 bags" the 42."""
     after = next(numbers(text.rpartition("=")[2]), None)
     return after or next(numbers(text), None)
+
+
+def _bold(text: str) -> Number | None:
+    """The last number set in bold, alone or with its unit, after which nothing is worked out."""
+    *_, last = (None, *BOLD.finditer(text))
+    if last is None or "=" in text[last.end() :]:
+        return None
+    return _result(last[1])
 
 
 def _last(text: str) -> Number | None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from fractions import Fraction
 
-from coterie.evals.tasks.numbers import SIGNS, numbers, plain
+from coterie.evals.tasks.numbers import SIGNS, grouped, numbers, plain
 from coterie.evals.tasks.verify import mean_the_same
 
 LONGEST = 1000  # characters: beyond, an answer is none
@@ -24,6 +24,9 @@ SYMBOLS = {
     "θ": r"\theta ", "²": "^2", "³": "^3",
 }  # fmt: skip
 LOOKS = [
+    (re.compile(r"\\\\\s*\[[^\]]*\]"), r"\\\\ "),  # "\\[4pt]"
+    (re.compile(r"\\(?:text)?color\s*\{[^{}]*\}|\\(?:underline|underset\{[^{}]*\})(?![a-z])"), ""),
+    (re.compile(r"\\(?:mathrm|text|operatorname)\s*\{\s*([ie])\s*\}"), r"\1"),
     (re.compile(r"\\(?:left|right|[bB]igg?[lrm]?|(?:display|text)style|limits)(?![a-zA-Z])"), ""),
     (re.compile(r"\\[dtc]frac(?![a-zA-Z])"), r"\\frac"),
     (re.compile(r"\\(?:leq|leqslant)(?![a-zA-Z])"), r"\\le"),
@@ -54,6 +57,7 @@ NAME = (
     r"|\(\s*[a-zA-Z](?:\s*,\s*[a-zA-Z])*\s*\))"
 )
 NAMED = re.compile(rf"^\s*{NAME}\s*(?:=|:|\\(?:in|approx)(?![a-z]))\s*(?=[^=])")
+NAMED_LAST = re.compile(r"^([^=]*[^=<>!])=\s*[a-zA-Z]$")
 EACH_NAMED = re.compile(r"(^|,)\s*[a-zA-Z](?:_\{?\w+\}?)?\s*=\s*")
 SUMS = re.compile(
     r"^(?:[\s\d.,+*/()^{}-]|\\(?:times|cdot|div|frac|sqrt|pi)(?![a-z])|"
@@ -63,10 +67,11 @@ SUMS = re.compile(
 
 FUNCTION = r"(?:sin|cos|tan|cot|sec|csc|log|ln|exp|sqrt|max|min|mod|gcd|lcm|not?|arc\w+)\b"
 LEADING = re.compile(rf"^(?:(?!{FUNCTION})[A-Za-z]{{2,}}:?\s+)+", re.IGNORECASE)
-SHORT = r"(?:[ckmn]?m|k?g|m?l|lbs?|oz|ft|yd|mi|in|hr?s?|min|secs?|mph|k?m/hr?|[ap]m)"
-TRAILING = re.compile(
-    rf"(?:(?<=[\d)}}A-Za-z])(?:\s+(?!{FUNCTION})[A-Za-z]{{3,}}\.?|(?<=\d)\s*{SHORT}\b|\s+{SHORT}\b"
-    r"|(?<=\d)\s+[sgLNJWV]\b)(?:\s*\^\s*\{?[23]\}?)?(?:\s*/\s*[A-Za-z]+(?:\^\{?\d\}?)?)?)+$"
+SHORT = r"(?:[ckmn]?m|kg?|g|m?l|lb|oz|ft|yd|mi|in|hr?|[ap]m|[sLNJWV])"
+ATTACHED = r"(?:[ckmn]m|kg|ml|lbs?|oz|ft|yd|mi|in|hrs?|mins?|mph|km/hr?|[ap]m)"
+TRAILING = re.compile(  # alternatives that exclude each other, or a long text takes for ever
+    rf"(?:(?:(?<=\d){ATTACHED}\b|(?<=[\d)}}A-Za-z.])\s+(?:(?!{FUNCTION})[A-Za-z]{{3,}}\.?|{SHORT}\b))"
+    r"(?:\s*\^\s*\{?[23]\}?)?(?:\s*/\s*[A-Za-z]+(?:\^\{?\d\}?)?)?)+$"
 )
 
 BASED = re.compile(r"^([0-9A-Fa-f]+)\s*(?:_\s*\{?\s*\(?(\w+)\)?\s*\}?|\(?base (\w+)\)?)?$")
@@ -77,6 +82,7 @@ NOISE = re.compile(r"^(?:the|a|an)\s+|[\s.\"'`]+$|^[\s\"'`]+", re.IGNORECASE)
 
 BOUND = r"([^<>,=]+?)"
 SIGN = r"(<|>|\\lt|\\gt|\\le|\\ge|<=|>=)(?![a-zA-Z])"
+BUILT = re.compile(r"^\\\{\s*[a-zA-Z]\s*(?:\\mid|\\vert|:|\|)\s*(.*)\\\}$")
 BETWEEN = re.compile(rf"^\s*{BOUND}\s*{SIGN}\s*([a-zA-Z])\s*{SIGN}\s*{BOUND}\s*$")
 ABOVE = re.compile(rf"^\s*([a-zA-Z])\s*{SIGN}\s*{BOUND}\s*$")
 BELOW = re.compile(rf"^\s*{BOUND}\s*{SIGN}\s*([a-zA-Z])\s*$")
@@ -113,11 +119,11 @@ def amounts(text: str) -> set[Fraction]:
     """What a text that is one number, with or without a unit, may mean; 15% is 15, or 0.15."""
     bare = LEADING.sub("", unitless(text)).replace(r"\%", "%").strip()
     percent = bare.endswith("%")
-    spelled = plain(bare.removesuffix("%")).strip().removesuffix(".").strip()
+    spelled = grouped(plain(bare.removesuffix("%")).strip().removesuffix(".").strip())
     found = list(numbers(spelled))
     if len(found) != 1 or (found[0].start, found[0].stop) != (0, len(spelled)):
         return set()
-    value = found[0].value
+    value = found[0].value * found[0].scale
     return {value, value / 100} if percent else {value}
 
 
@@ -177,6 +183,8 @@ def _same_digits(answer: str, gold: re.Match[str]) -> bool:
 def _unnamed(text: str) -> str:
     r"""The 5 of ``x = 5``, the ``[-2, 7]`` of ``x \in [-2, 7]``, the 18 of ``9 * 2 = 18``."""
     bare = NAMED.sub("", text, count=1)
+    named_last = NAMED_LAST.match(bare)
+    bare = named_last[1].strip() if named_last else bare
     sums = SUMS.match(bare)
     return bare if sums is None else bare[sums.end() :].strip()
 
@@ -209,8 +217,9 @@ def _is_interval(text: str) -> bool:
 
 
 def as_interval(text: str) -> str:
-    r"""``2 < x \le 5`` as ``(2, 5]``; anything else as it is."""
-    parts = [_interval(part) for part in re.split(r"\\cup(?![a-z])|,", text)]
+    r"""``2 < x \le 5`` and ``\{x \mid 2 < x \le 5\}`` as ``(2, 5]``; anything else as it is."""
+    built = BUILT.match(text)
+    parts = [_interval(p) for p in re.split(r"\\cup(?![a-z])|,", built[1] if built else text)]
     return r" \cup ".join(part for part in parts if part) if all(parts) else text
 
 

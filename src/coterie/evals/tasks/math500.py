@@ -38,10 +38,13 @@ PHRASE = re.compile(
     r"answer[ \t*_]*:|\banswer\b[^.\n:=]{0,80}?\b(?:is|are|equals)\b[ \t*_]*:?)[\s*_`]*",
     re.IGNORECASE | re.MULTILINE,
 )
+TAGGED = re.compile(r"<answer>(.+?)</answer>", re.DOTALL | re.IGNORECASE)
 SENTENCE_END = re.compile(r"(?<!\\)[.!?](?=\s|$)|\n")
 BETWEEN_BOXES = re.compile(
-    r"[\s$.,;]*(?:(?:and|or|,|\\q?quad|\\text\s*\{\s*(?:and|or)\s*\}|[a-zA-Z](?:_\w)?\s*=)[\s$.,;]*)*"
+    r"[\s$.,;]*(?:(?:and|or|\\q?quad|\\text\s*\{\s*(?:and|or)\s*\}|[a-zA-Z](?:_\w)?\s*=)[\s$.,;]*)*"
 )
+LAST = 10_000  # characters of an output without a box that are looked at
+BARE_LINE = re.compile(r"\W*(?:[a-zA-Z]\s*=\s*)?[-\d.,/\\$]+(?:\s*[a-z]+)?\W*")
 NUMBER = re.compile(r"(?<![\w.])-?\$?\d[\d,]*(?:\.\d+)?(?:/\d+)?")
 
 
@@ -114,7 +117,7 @@ def _candidates(text: str) -> Iterator[str]:
         if len(side_by_side) > 1:
             yield ", ".join(box.content for box in side_by_side)
         return
-    unboxed = _unboxed(FENCE.sub("", text).strip())
+    unboxed = _unboxed(FENCE.sub("", text).strip()[-LAST:])
     if unboxed:
         yield unboxed
 
@@ -131,8 +134,10 @@ def _neighbours(text: str, found: Sequence[Box]) -> list[Box]:
 
 def _unboxed(text: str) -> str | None:
     """After "the answer is"; or all there is, if that is one line; or the last formula, number."""
-    phrases = list(PHRASE.finditer(text))
-    for phrase in reversed(phrases):
+    tagged = TAGGED.findall(text)
+    if tagged:
+        return tagged[-1].strip().strip("$")
+    for phrase in reversed(list(PHRASE.finditer(text))):
         rest = text[phrase.end() :]
         formula = MATH.match(rest)
         if formula is not None:
@@ -142,8 +147,11 @@ def _unboxed(text: str) -> str | None:
         if said:
             inner = MATH.search(said)
             return said if inner is None else _inside(inner)
-    if text and "\n" not in text and not SENTENCE_END.search(text[:-1]) and not MATH.search(text):
-        return text.strip("`* ")
+    first, _, last = text.rpartition("\n")
+    # Of a longer text only a last line that is no prose.
+    short = (not first or BARE_LINE.fullmatch(last)) and not SENTENCE_END.search(last[:-1])
+    if short and last and not MATH.search(last):
+        return last.strip("`* ")
     formulas = list(MATH.finditer(text))
     if formulas:
         return _inside(formulas[-1])

@@ -19,34 +19,42 @@ VULGAR = {
 
 COMMA = re.compile(r"\{,\}|,\\!\s*")
 GAP = re.compile(r"(?<=\d)(?:\\[,;:! ]|[~\u00a0\u2009\u202f])(?=\d{3}(?!\d))")
+GROUP = re.compile(r"(?<=\d) (?=\d{3}(?!\d))")
 SPACE = re.compile(r"\\[,;:! ]|[~\u00a0\u2009\u202f]|\\q?quad\b")
 FRACTION = re.compile(
-    r"(?P<before>\d?)\s*\\[dtc]?frac\s*"
+    r"(?P<before>\d?)\s{0,3}\\[dtc]?frac\s*"
     r"(?:\{\s*(?P<over>-?[\d.,]+)\s*\}|\s*(?P<digit>\d))\s*"
     r"(?:\{\s*(?P<under>-?[\d.,]+)\s*\}|(?P<other>\d))"
 )
 WRAPPED = re.compile(r"\\(?:text|textbf|mathrm|mathbf|mbox|bf|rm)\s*\{([^{}]*)\}")
+POWER = re.compile(r"(?<=[A-Za-z])\s*\^\s*(?:\{\s*[23]\s*\}|[23])")  # of a unit: cm^2
 EMPTY = re.compile(r"\\(?:left|right|displaystyle)\b|\\(?=[$%#])|\\[()\[\]]")
 
 CURRENCY = r"(?:US|A|C)?[$€£¥₹]"
 WHOLE = r"\d{1,3}(?:,\d{3})+(?!\d)|\d+"
 NUMBER = re.compile(
-    rf"(?P<sign>-\s*)?(?:{CURRENCY}\s*)?(?P<inner>-)?"
+    rf"(?<![A-Za-z_])(?P<sign>-\s*)?(?:{CURRENCY}\s*)?(?P<inner>-)?"
     rf"(?:(?P<mixed>\d+)\s+(?=\d+\s?/\s?\d))?"
     rf"(?P<core>(?:{WHOLE})(?:\.\d+)?|(?<![\d.])\.\d+)"
-    rf"(?:\s?/\s?(?P<under>(?:{WHOLE})(?:\.\d+)?))?"
+    rf"(?:\s?/\s?(?P<under>(?:{WHOLE})(?:\.\d+)?)|[eE](?P<ten>[+-]?\d{{1,2}})(?!\w))?"
+    r"(?P<scale>\s*(?:thousand|million|billion)\b)?"
 )
+SCALES = {"thousand": 10**3, "million": 10**6, "billion": 10**9}
 LONGEST = 300  # digits: beyond, nothing is a count of apples, and Python refuses thousands
 
 
 @dataclass(frozen=True)
 class Number:
-    """A number in a text: as written, less commas and currency; ``start .. stop`` is its place."""
+    """A number in a text: as written, less commas and currency; ``start .. stop`` is its place.
+
+    ``scale`` is the million of "1.5 million", which may also be no more than a unit.
+    """
 
     text: str
     value: Fraction
     start: int
     stop: int
+    scale: int = 1
 
 
 def plain(text: str) -> str:
@@ -54,7 +62,12 @@ def plain(text: str) -> str:
     text = text.translate(SIGNS | VULGAR)
     text = SPACE.sub(" ", GAP.sub("", COMMA.sub(",", text)))
     text = text.replace(r"\times", "*").replace(r"\cdot", "*").replace(r"\div", "/")
-    return EMPTY.sub("", WRAPPED.sub(r" \1", FRACTION.sub(_divided, text)))
+    return POWER.sub("", EMPTY.sub("", WRAPPED.sub(r" \1", FRACTION.sub(_divided, text))))
+
+
+def grouped(text: str) -> str:
+    """Without the spaces of "1 234 567": only where the text is an answer, not prose."""
+    return GROUP.sub("", text)
 
 
 def numbers(text: str) -> Iterator[Number]:
@@ -70,8 +83,8 @@ def _number(found: re.Match[str], text: str) -> Number | None:
     under = (found["under"] or "").replace(",", "")
     if max(len(core), len(under), len(found["mixed"] or "")) > LONGEST:
         return None
-    value = Fraction(core)
-    written = core
+    value = Fraction(core) * Fraction(10) ** int(found["ten"] or 0)
+    written = core + (f"e{found['ten']}" if found["ten"] else "")
     if under and Fraction(under):
         value, written = value / Fraction(under), f"{core}/{under}"
         if found["mixed"]:
@@ -81,7 +94,8 @@ def _number(found: re.Match[str], text: str) -> Number | None:
     negative = bool(found["inner"]) or (bool(found["sign"]) and _is_sign(found, text))
     if negative:
         value, written = -value, f"-{written}"
-    return Number(written, value, found.start(), found.end())
+    scale = SCALES[found["scale"].strip()] if found["scale"] else 1
+    return Number(written, value, found.start(), found.end(), scale)
 
 
 def _is_sign(found: re.Match[str], text: str) -> bool:
