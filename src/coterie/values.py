@@ -71,6 +71,7 @@ class Scores:
     importance: Tensor | None = None  # [S, N], for policies that ask for it
     resident: Tensor | None = None  # [E] bool: experts already in fast memory
     layer: int = 0
+    ordinal: int = 0  # of the layer among those that route: 0, 1, ..
     forward: tuple[int, ...] = ()  # decode-forward number of each row (for seeded controls)
     own: Tensor | None = None  # [S, N, k] the unmodified model's choice; ``route`` fills it in
 

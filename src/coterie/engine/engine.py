@@ -18,7 +18,7 @@ from coterie.engine.event import Denoised, Event, Experts, Finished, Result, Stu
 from coterie.engine.load import Model, load_model
 from coterie.engine.pool import Pool
 from coterie.naming import CoterieError
-from coterie.routing import POLICIES, parse_policy, spell
+from coterie.routing import POLICIES, check_layers, parse_policy, spell
 from coterie.telemetry import Counting, Recorder
 from coterie.values import Policy
 
@@ -75,6 +75,7 @@ class Engine:
         """Add a row; ``step`` works on it. ``options`` are the fields of ``Generation``."""
         generation = self.generation.but(**options)
         chosen = self.policy if policy is None else _policy(policy)
+        check_layers(chosen, len(self.model.spec.moe_layers))
         row = Row(self._ask(prompt, generation))
         place = self._pool.take(row.canvas.length)
         slot = Slot(self._next, row, place, chosen, generation)

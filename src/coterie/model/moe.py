@@ -76,5 +76,6 @@ class MoE:
             importance=importance,
             resident=self.store.resident(self.layer),
             layer=self.layer,
+            ordinal=sum(self.spec.moe[: self.layer]),
             forward=step.forward,
         )

@@ -12,7 +12,7 @@ from coterie.routing.named import (
     UniformVote,
     XShare,
 )
-from coterie.routing.policy import POLICIES, needs_importance, parse_policy, spell
+from coterie.routing.policy import POLICIES, check_layers, needs_importance, parse_policy, spell
 from coterie.routing.select import route
 from coterie.routing.token import McMoe, Naee, TopK, Vanilla
 
@@ -32,6 +32,7 @@ __all__ = [
     "UniformVote",
     "Vanilla",
     "XShare",
+    "check_layers",
     "needs_importance",
     "parse_policy",
     "route",

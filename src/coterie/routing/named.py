@@ -1,4 +1,7 @@
-"""The coreset rules that have a name: points of the grid of vote, size, protection, residency."""
+"""The coreset rules that have a name: points of the grid of vote, size, protection, residency.
+
+A ``beta`` is one share for all layers, or a list with one for each layer that routes.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +12,7 @@ from torch import Tensor
 
 from coterie.naming import CoterieError
 from coterie.routing.coreset import Election, Fixed, Fraction, Mass, Size, Union, elect
-from coterie.spelling import Count, Offers, Share, check_options
+from coterie.spelling import Count, Offers, Share, Shares, check_options
 from coterie.values import Scores
 
 WHOLE = ("voters", "protect", "vote", "scope", "lam", "eps", "seed")
@@ -42,39 +45,39 @@ class DesVote:
     """The share ``beta`` of experts with most votes, each token voting for its own experts with
     the router's probability (DES, Eq. 6)."""
 
-    beta: Share
+    beta: Shares
     election: Annotated[Election, OPEN] = BY_PROBABILITY
 
     __post_init__ = check_options
 
     def eligible(self, scores: Scores, k: int) -> Tensor:
-        return elect(scores, Fraction(self.beta), self.election, k)
+        return elect(scores, share(self.beta, scores), self.election, k)
 
 
 @dataclass(frozen=True)
 class UniformVote:
     """As DES-Vote, but each vote counts one (DES, the naive variant)."""
 
-    beta: Share
+    beta: Shares
     election: Annotated[Election, FIXED_VOTE] = BY_COUNT
 
     __post_init__ = check_options
 
     def eligible(self, scores: Scores, k: int) -> Tensor:
-        return elect(scores, Fraction(self.beta), self.election, k)
+        return elect(scores, share(self.beta, scores), self.election, k)
 
 
 @dataclass(frozen=True)
 class XShare:
     """Votes for all experts, every token's best one protected (XShare, arXiv 2602.07265)."""
 
-    beta: Share
+    beta: Shares
     election: Annotated[Election, FIXED_VOTE] = BY_EVERY_SCORE
 
     __post_init__ = check_options
 
     def eligible(self, scores: Scores, k: int) -> Tensor:
-        return elect(scores, Fraction(self.beta), self.election, k)
+        return elect(scores, share(self.beta, scores), self.election, k)
 
 
 @dataclass(frozen=True)
@@ -109,33 +112,33 @@ class MassVote:
 class Random:
     """A seeded random set of the share ``beta``, new in each layer and forward: the control."""
 
-    beta: Share
+    beta: Shares
     election: Annotated[Election, Offers(("seed", "voters", "protect", "scope"))] = BY_LOT
 
     __post_init__ = check_options
 
     def eligible(self, scores: Scores, k: int) -> Tensor:
-        return elect(scores, Fraction(self.beta), self.election, k)
+        return elect(scores, share(self.beta, scores), self.election, k)
 
 
 @dataclass(frozen=True)
 class ResidentVote:
     """DES-Vote that prefers experts already in fast memory."""
 
-    beta: Share
+    beta: Shares
     election: Annotated[Election, Offers(WHOLE, shown=("lam", "eps"))] = RESIDENT_FIRST
 
     __post_init__ = check_options
 
     def eligible(self, scores: Scores, k: int) -> Tensor:
-        return elect(scores, Fraction(self.beta), self.election, k)
+        return elect(scores, share(self.beta, scores), self.election, k)
 
 
 @dataclass(frozen=True)
 class Coreset:
     """Any point of the grid: one of ``beta``, ``m``, ``tau`` or ``k`` says how many are elected."""
 
-    beta: Share | None = None
+    beta: Shares | None = None
     m: Count | None = None
     tau: Share | None = None
     least: Count | None = None
@@ -154,13 +157,18 @@ class Coreset:
             raise CoterieError("least goes with tau")
 
     def eligible(self, scores: Scores, k: int) -> Tensor:
-        return elect(scores, self._size(), self.election, k)
+        return elect(scores, self._size(scores), self.election, k)
 
-    def _size(self) -> Size | Union:
+    def _size(self, scores: Scores) -> Size | Union:
         if self.beta is not None:
-            return Fraction(self.beta)
+            return share(self.beta, scores)
         if self.m is not None:
             return Fixed(self.m)
         if self.tau is not None:
             return Mass(self.tau, self.least)
         return Union(self.k or 1)
+
+
+def share(beta: Shares, scores: Scores) -> Fraction:
+    """The budget of the layer whose scores these are."""
+    return Fraction(beta[scores.ordinal] if isinstance(beta, tuple) else beta)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from coterie.naming import CoterieError
 from coterie.routing.named import (
     Coreset,
     DesSeq,
@@ -26,6 +27,17 @@ def parse_policy(text: str) -> Policy:
 def spell(policy: Policy) -> str:
     """The text that ``parse_policy`` reads back as ``policy``; defaults are left out."""
     return spelled(policy, POLICIES)
+
+
+def check_layers(policy: Policy, layers: int) -> None:
+    """Raises CoterieError for a list of budgets that is not one for each of the ``layers`` that
+    route; what it checks is ``beta``, of the policies in the table."""
+    beta = getattr(policy, "beta", None)
+    if isinstance(beta, tuple) and len(beta) != layers and type(policy) in POLICIES.values():
+        raise CoterieError(
+            f"policy {spell(policy)!r}: beta lists {len(beta)} shares, and the model has {layers} "
+            f"layers that route; give one share for all, or {layers}"
+        )
 
 
 def needs_importance(policy: Policy) -> bool:
