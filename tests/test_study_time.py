@@ -22,7 +22,7 @@ from coterie.engine.watch import collect, moe_output
 from coterie.evals.task import Grade, Item
 from coterie.naming import CoterieError
 from coterie.routing import parse_policy, route
-from coterie.study import explosion, layers, roofline, selection, timing, tradeoff
+from coterie.study import layers, roofline, selection, timing, tradeoff
 from coterie.study.breakdown import Parts
 from coterie.study.chapter import Chapter, Finding
 from coterie.study.explosion import Explosion, budget, by_masked, point, uniform
@@ -41,8 +41,8 @@ from coterie.testing import write_checkpoint
 from coterie.values import RouterSpec
 
 CPU = torch.device("cpu")
-ROUTER = RouterSpec(experts=24, k=3, activation="softmax", renormalise=True)
-SMALL = Shape("Small", ROUTER, hidden=32, width=16, unique=18)
+ROUTER = RouterSpec(experts=64, k=3, activation="softmax", renormalise=True)
+SMALL = Shape("Small", ROUTER, hidden=32, width=16, unique=40)
 QUICK = Pace(rounds=1, read=1 << 12, square=8)
 QUESTIONS = ("3 5 7 11", "2 4 6 8 10 12", "1 9 9 1", "5 5 5 5 5 5 5 5 5")
 positive = st.floats(1e-6, 1e-2)
@@ -187,7 +187,7 @@ def test_a_controlled_routing_uses_exactly_as_many_experts(
     assert load[load > 0].max() - load[load > 0].min() <= 1
 
 
-@pytest.mark.parametrize("used", [2, 13, 25])
+@pytest.mark.parametrize("used", [2, 13, 65])
 def test_a_routing_that_cannot_be_is_refused(used: int) -> None:
     with pytest.raises(ValueError, match="cannot use"):
         layers.controlled(ROUTER, 4, used, torch.Generator(), CPU)
@@ -272,7 +272,7 @@ def test_forwards_are_put_together_by_how_many_positions_are_masked() -> None:
 
 def test_experts_are_counted_as_the_engine_counts_them(tmp_path: Path) -> None:
     engine = tiny(tmp_path)
-    facts = Explosion().measure(lab(tmp_path, engine))
+    facts = Explosion(blocks=(8, 32)).measure(lab(tmp_path, engine))
     curves = {curve["policy"]: curve for curve in facts["curves"]}  # type: ignore[attr-defined]
     for policy, curve in curves.items():
         for there in curve["points"]:
@@ -284,7 +284,7 @@ def test_experts_are_counted_as_the_engine_counts_them(tmp_path: Path) -> None:
             whole = sum(each.mean * n for each, n in zip(told, forwards, strict=True))
             assert there["forwards"] == sum(forwards)
             assert there["mean"] == pytest.approx(whole / sum(forwards))
-    assert [p["block"] for p in curves["vanilla"]["points"]] == list(explosion.BLOCKS)
+    assert [p["block"] for p in curves["vanilla"]["points"]] == [8, 32]
     for policy in ("des-vote:beta=0.3", "des-vote:beta=0.15"):
         coreset = budget(policy, 16)
         assert coreset == curves[policy]["budget"] == int(float(policy[-4:].strip("=")) * 16)
@@ -293,7 +293,7 @@ def test_experts_are_counted_as_the_engine_counts_them(tmp_path: Path) -> None:
 
 def test_blocks_that_do_not_fit_are_left_out_and_said_to_be(tmp_path: Path) -> None:
     engine = tiny(tmp_path, longest=60)
-    found = Explosion()
+    found = Explosion(blocks=(8, 64))
     facts = found.measure(lab(tmp_path, engine))
     told = [each for each in found.findings(facts) if isinstance(each, str)]
     assert [each.split(" were")[0] for each in told] == ["Blocks of 64"]
@@ -436,7 +436,7 @@ def test_without_an_accuracy_record_the_chapter_says_what_it_needs(tmp_path: Pat
 def chapters() -> list[Chapter]:
     """Latency comes before what reads its record."""
     return [
-        Explosion(),
+        Explosion(blocks=(8, 16)),
         Roofline(shapes=(SMALL,), pace=QUICK),
         Parts(rounds=1),
         Latency(shapes=(SMALL,), pace=QUICK),

@@ -77,11 +77,13 @@ class Explosion:
         "How many different experts does the whole block ask for, as blocks grow?"
     )
 
+    blocks: Sequence[int] = BLOCKS
+
     def measure(self, lab: Lab) -> Facts:
         prompts = lab.questions()
         curves: dict[str, list[Point]] = {policy: [] for policy in POLICIES}
         skipped: dict[int, str] = {}
-        runs = [(block, policy) for block in BLOCKS for policy in POLICIES]
+        runs = [(block, policy) for block in self.blocks for policy in POLICIES]
         for number, (block, policy) in enumerate(runs):
             lab.tell(number / (len(runs) + 1), f"blocks of {block}, {policy}")
             if block in skipped:
@@ -235,7 +237,8 @@ def _counted(
 
 def _draw_blocks(found: Found) -> Figure:
     figure, one = axes("block size (positions)", f"unique experts of {found['experts']}")
-    span = range(1, BLOCKS[-1] + 1)
+    sizes = [point["block"] for point in found["curves"][0]["points"]]
+    span = range(1, sizes[-1] + 1)
     lot = [uniform(found["experts"], found["k"], tokens) for tokens in span]
     one.plot(span, lot, color=ink(), linestyle="--", linewidth=1, label="by lot")
     for curve, dashes in zip(found["curves"], DASHES, strict=True):
@@ -252,7 +255,7 @@ def _draw_blocks(found: Found) -> Figure:
             linestyle=dashes,
             label=policy,
         )
-    one.set(xticks=BLOCKS, xlim=(4, BLOCKS[-1] + 2), ylim=(0, found["experts"]))
+    one.set(xticks=sizes, xlim=(4, sizes[-1] + 2), ylim=(0, found["experts"]))
     legend(one)
     return figure
 

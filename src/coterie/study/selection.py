@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import TypedDict, cast
+from typing import Literal, TypedDict, cast
 
 import torch
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from coterie.engine.engine import Engine
@@ -14,8 +15,9 @@ from coterie.engine.watch import collect
 from coterie.routing import parse_policy, route
 from coterie.study.chapter import Drawing, Facts, Finding, Table
 from coterie.study.lab import Lab
+from coterie.study.latency import Line
 from coterie.study.layers import BLOCK, bend_for, moe_layers, skewed, whole_layer
-from coterie.study.style import axes, legend, look
+from coterie.study.style import look, panels
 from coterie.study.timing import Spread, counted, in_turns, mean_spread
 from coterie.values import Policy, Progress, RouterSpec, Routing, Scores
 
@@ -63,12 +65,21 @@ class Layer(TypedDict):
     selection: Spread
 
 
+class Large(TypedDict):
+    """A large layer's experts on a vanilla block of 32, as the latency chapter timed them."""
+
+    name: str
+    experts: int
+    seconds: Spread
+
+
 class Found(TypedDict):
     activation: str
     threads: int
     device: str
     points: list[Point]
     layers: list[Layer]
+    large: list[Large]
 
 
 @dataclass(frozen=True)
@@ -103,18 +114,21 @@ class Selection:
             device=device.type,
             points=points,
             layers=own_layers(lab.engine, lab.questions()[:PROMPTS], rounds=self.rounds),
+            large=large_layers(lab),
         )
         return cast("Facts", found)
 
     def drawings(self, facts: Facts) -> Sequence[Drawing]:
         found = cast("Found", facts)
         versions = list(dict.fromkeys(point["version"] for point in found["points"]))
+        where = f"{found['activation']} router, {found['device']}, "
+        where += counted(found["threads"], "thread")
         return [
             Drawing(
                 f"{self.name}-{version}",
-                f"Time of one {version} selection for a block of {BLOCK} against the experts to "
-                f"choose from ({found['activation']} router, {found['device']}, "
-                f"{counted(found['threads'], 'thread')}).",
+                f"Time of one {version} selection against the experts to choose from, for a block "
+                f"of {BLOCK} (left), and against the tokens of the block, among {EXPERTS[-1]} "
+                f"experts (right); {where}. Bars span the quartiles.",
                 lambda version=version: _draw(found, version),
             )
             for version in versions
@@ -133,8 +147,9 @@ class Selection:
             else []
         )
         plain = next(each for each in found["layers"] if each["policy"] == VANILLA)
-        told = [_cost(each, plain) for each in found["layers"] if each["policy"] != VANILLA]
-        return [*told, _width(found), *alone]
+        told = [_cost(e, plain) for e in found["layers"] if e["policy"].startswith("des-")]
+        large = [_beside_large(found, each) for each in found["large"]]
+        return [*told, *large, _width(found), *alone]
 
 
 def scaled(router: RouterSpec, experts: int) -> RouterSpec:
@@ -196,6 +211,20 @@ def own_layers(engine: Engine, prompts: Sequence[str], *, rounds: int) -> list[L
     ]
 
 
+def large_layers(lab: Lab) -> list[Large]:
+    """Those of the latency chapter whose experts are as many as here; none where it has not run."""
+    record = lab.record("latency")
+    lines = cast("list[Line]", record["lines"]) if record is not None else []
+    return [
+        Large(
+            name=line["bench"]["name"], experts=line["bench"]["experts"], seconds=check["seconds"]
+        )
+        for line in lines
+        for check in line["checks"]
+        if check["policy"] == VANILLA and line["bench"]["experts"] in EXPERTS
+    ]
+
+
 def selecting(select: Select, scores: Scores, policy: Policy) -> Callable[[], Routing]:
     """Every time from the logits on: what scores remember of themselves is forgotten."""
     return lambda: select(replace(scores), policy)
@@ -212,29 +241,36 @@ def _moved(scores: Scores, device: torch.device) -> Scores:
 
 
 def _draw(found: Found, version: str) -> Figure:
-    figure, one = axes("experts to choose from", "milliseconds")
+    mine = [p for p in found["points"] if p["version"] == version and p["policy"] in DRAWN]
+    figure, (left, right) = panels(2, height=3.4)
+    left.set(xlabel="experts to choose from", ylabel="milliseconds", xticks=EXPERTS)
+    right.set(xlabel="tokens of the block", xticks=TOKENS)
+    _draw_against(left, "experts", [point for point in mine if point["tokens"] == BLOCK])
+    _draw_against(right, "tokens", [point for point in mine if point["experts"] == EXPERTS[-1]])
+    slowest = max(point["seconds"]["median"] for point in mine)
+    for one in (left, right):
+        one.set(ylim=(0, 1.3e3 * slowest))
+    right.tick_params(labelleft=False)
+    handles, labels = left.get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside upper left", ncols=2)
+    return figure
+
+
+def _draw_against(one: Axes, what: Literal["experts", "tokens"], points: Sequence[Point]) -> None:
     for policy in DRAWN:
-        here = [
-            point
-            for point in found["points"]
-            if (point["version"], point["policy"], point["tokens"]) == (version, policy, BLOCK)
-        ]
-        middle = [point["seconds"]["median"] for point in here]
-        below = [point["seconds"]["median"] - point["seconds"]["low"] for point in here]
-        above = [point["seconds"]["high"] - point["seconds"]["median"] for point in here]
+        here = [point for point in points if point["policy"] == policy]
+        taken = [point["seconds"] for point in here]
+        below = [(each["median"] - each["low"]) * 1e3 for each in taken]
+        above = [(each["high"] - each["median"]) * 1e3 for each in taken]
         one.errorbar(
-            [point["experts"] for point in here],
-            [seconds * 1e3 for seconds in middle],
-            yerr=[[seconds * 1e3 for seconds in side] for side in (below, above)],
+            [point[what] for point in here],
+            [each["median"] * 1e3 for each in taken],
+            yerr=[below, above],
             color=look(policy).colour,
             marker=look(policy).marker,
             elinewidth=1,
             label=policy,
         )
-    slowest = max(p["seconds"]["median"] for p in found["points"] if p["policy"] in DRAWN)
-    one.set(xticks=EXPERTS, ylim=(0, 1.3e3 * slowest))
-    legend(one)
-    return figure
 
 
 def _by_version(found: Found) -> list[Table]:
@@ -288,6 +324,23 @@ def _cost(each: Layer, plain: Layer) -> Finding:
         f"{abs(share):.0%} of vanilla's layer.",
         claim="The selection costs next to nothing beside the layer.",
         verdict="holds" if share <= SMALL else "does not hold",
+    )
+
+
+def _beside_large(found: Found, large: Large) -> Finding:
+    policy = "des-vote:beta=0.15"
+    taken = {
+        p["policy"]: p["seconds"]["median"]
+        for p in found["points"]
+        if (p["version"], p["experts"], p["tokens"]) == ("eager", large["experts"], BLOCK)
+    }
+    more, whole = taken[policy] - taken[VANILLA], large["seconds"]["median"]
+    return Finding(
+        f"Beside the experts of a random layer of {large['name']}'s shape, {whole * 1e3:.0f} ms "
+        f"under vanilla, the {more * 1e3:.2f} ms more that {policy} takes to select among "
+        f"{large['experts']} are {more / whole:.1%}.",
+        claim="The selection costs next to nothing beside the layer.",
+        verdict="holds" if more <= SMALL * whole else "does not hold",
     )
 
 
