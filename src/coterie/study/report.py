@@ -56,9 +56,13 @@ class Section:
 
 
 def section(
-    chapter: Chapter, record: Mapping[str, object] | None, failure: str | None = None
+    chapter: Chapter,
+    record: Mapping[str, object] | None,
+    failure: str | None = None,
+    *,
+    schemes: Sequence[Scheme] = SCHEMES,
 ) -> Section:
-    """The chapter as it is told and drawn from its record."""
+    """The chapter as it is told and drawn from its record; without ``schemes`` it is only told."""
     bare = Section(chapter.name, chapter.title, chapter.question, failure=failure)
     if record is None:
         return bare
@@ -69,7 +73,7 @@ def section(
             name=chapter.name,
             title=chapter.title,
             question=chapter.question,
-            figures=tuple(map(shown, chapter.drawings(facts))),
+            figures=tuple(shown(drawing, schemes) for drawing in chapter.drawings(facts)),
             tables=tuple(chapter.tables(facts)),
             findings=tuple(map(_finding, chapter.findings(facts))),
             source=source(chapter.name, record),
@@ -86,10 +90,10 @@ def section(
         )
 
 
-def shown(drawing: Drawing) -> Shown:
-    """A figure drawn in both dresses."""
+def shown(drawing: Drawing, schemes: Sequence[Scheme] = SCHEMES) -> Shown:
+    """A figure drawn in its dresses."""
     svg: dict[Scheme, str] = {
-        scheme: drawn(drawing.draw, name=drawing.name, scheme=scheme) for scheme in SCHEMES
+        scheme: drawn(drawing.draw, name=drawing.name, scheme=scheme) for scheme in schemes
     }
     return Shown(drawing.name, drawing.caption, svg)
 
