@@ -17,7 +17,7 @@ from coterie.cli.tables import bar, print_text, remark
 from coterie.evals.grading import Paper, prepare, read_lines
 from coterie.evals.report import share
 from coterie.evals.task import Wish
-from coterie.evals.tasks import TASKS
+from coterie.evals.tasks import TASKS, check_name
 from coterie.naming import CoterieError
 
 
@@ -66,6 +66,7 @@ def grade_command(
     The grades come in the order of the lines; how many are right is told on standard error.
     Nothing is graded before every line has been read and found good.
     """
+    check_name(task)
     where = "standard input" if file == "-" else file
     lines = read_lines(_text(file), where)
     if out is not None:

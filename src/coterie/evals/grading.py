@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from functools import partial
 
 from coterie.evals.task import Grade, Item, Task, Wish
-from coterie.evals.tasks import TASKS, embedded, gsm8k, math500, open_tasks
+from coterie.evals.tasks import check_name, embedded, gsm8k, math500, open_tasks
 from coterie.evals.tasks.verify import require_math_verify
 from coterie.naming import CoterieError
 from coterie.problems import TASKS as DRAWN
@@ -84,8 +84,7 @@ def prepare(task: str, lines: Sequence[Line], wish: Wish, where: str) -> Paper:
     A line's own gold comes first, where the task has one that can be told; else its id is looked
     up. Raises CoterieError by line for a gold that is none, and names unknown ids.
     """
-    if task not in TASKS:
-        raise CoterieError(f"unknown task {task!r}; known: {', '.join(TASKS)}")
+    check_name(task)
     golden = GOLDEN.get(task)
     asked = [line for line in lines if golden is None or line.gold is None]
     known = _known(task, asked, wish) if asked else {}

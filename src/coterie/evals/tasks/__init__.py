@@ -32,9 +32,14 @@ def open_tasks(names: Sequence[str], wish: Wish) -> list[Task]:
     generated code where nothing can fence it in (unless ``wish.trust``).
     """
     for name in names:
-        if name not in TASKS:
-            raise CoterieError(f"unknown task {name!r}; known: {', '.join(TASKS)}")
+        check_name(name)
     published = [name for name in dict.fromkeys(names) if name not in DRAWN]
     if len(published) > 1 and wish.data is not None and wish.data.is_file():
         raise CoterieError(f"{wish.data} is one file, for {' and '.join(published)}; give a folder")
     return [TASKS[name](wish) for name in dict.fromkeys(names)]
+
+
+def check_name(name: str) -> None:
+    """Raises for a name that no task has."""
+    if name not in TASKS:
+        raise CoterieError(f"unknown task {name!r}; known: {', '.join(TASKS)}")

@@ -109,7 +109,7 @@ def _downloaded(published: Published, file: str) -> Path:
         return Path(hf_hub_download(published.repository, file, repo_type="dataset"))
     # The hub's library raises its own, the network library's and the system's errors.
     except Exception as error:
-        reason = " ".join(str(error).split("\n")[0].split())[:200]
+        reason = " ".join(str(error).split("\n")[0].split()).split(". ")[0][:120]
         raise CoterieError(
             f"the hub did not deliver {file} of {published.repository} "
             f"({type(error).__name__}: {reason}); give the data with --data, or a folder "
