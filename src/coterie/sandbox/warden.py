@@ -20,8 +20,11 @@ from contextlib import suppress
 from types import ModuleType
 
 TICK = 0.05  # seconds between looks at memory, and at a child that asked
+MOST_FILES = 5000  # empty ones too take memory, which nobody else counts
+ROUNDS = 1000
 LAST_WORDS = 2000  # bytes of what was written to stderr
 SLACK = 160  # bytes: a read is 40 deeper once there were threads, one from inside exec 700
+PAGE = 4096
 WAIT, TELL = 3, 4  # file descriptors of the child
 
 
@@ -37,15 +40,18 @@ def main() -> None:
         _launch(order["program"], ModuleType("__main__"))
     for end in (printing, erring, waiting, telling):
         os.close(end)
+    if not order["alone"]:
+        _control(36, 1)  # PR_SET_CHILD_SUBREAPER: daemons become our children
     start = _stand(child, 1)
     if start == ():
         raise TimeoutError("the program's process does not get ready")
     if not order["apart"]:
-        _close_our_memory()
+        # PR_SET_DUMPABLE: nobody of the same user may look into us or write to our descriptors.
+        _control(4, 0)
     os.write(1, b"begun\n")
     os.write(going, b".")
     outcome, reason = Watch(order, child, start, told=told, output=output, errors=errors).result()
-    _end_all(child)
+    _end_all(order, child)
     os.write(1, f"{outcome}\n{reason}\n".encode("utf-8", "replace"))
     os._exit(0)
 
@@ -78,6 +84,8 @@ def _become(order: dict, ends: tuple[int, ...]) -> None:
         os.dup2(end, number)
     os.closerange(TELL + 1, 256)
     os.chdir(order["folder"])
+    with suppress(OSError), open("/proc/self/oom_score_adj", "w", encoding="ascii") as file:
+        file.write("1000")  # should memory run out before a limit holds
     for name, soft, hard in order["limits"]:
         limit = getattr(resource, name)
         most = resource.getrlimit(limit)[1]
@@ -128,22 +136,29 @@ def _stand(child: int, size: int, patience: float = 2.0) -> tuple[str, ...] | No
         except OSError:
             return None
         if len(call) == 9 and call[1:4:2] == [hex(WAIT), hex(size)]:
-            return call[0], call[-2]
+            return call[0], call[-2], call[-1]
         if time.monotonic() > until:
             return ()
         time.sleep(0.0003)
 
 
-def _as_deep(stand: tuple[str, ...], start: tuple[str, ...]) -> bool:
-    """The same call from the same depth, as near as two ways through one C function can be."""
-    return stand[0] == start[0] and abs(int(stand[1], 16) - int(start[1], 16)) <= SLACK
+def _is_there(stand: tuple[str, ...], start: tuple[str, ...]) -> bool:
+    """The same call, from the same depth and the same place in memory.
+
+    A little apart, as two ways through one C function are; a process that has replaced itself by
+    another is far from there, for the kernel gave that other addresses.
+    """
+    call, stack, place = stand
+    near = abs(int(stack, 16) - int(start[1], 16)) <= SLACK
+    return call == start[0] and near and abs(int(place, 16) - int(start[2], 16)) <= PAGE
 
 
-def _close_our_memory() -> None:
-    """Nobody of the same user may look into this process or write to its descriptors."""
+def _control(option: int, value: int) -> None:
+    """prctl(2), where there is one."""
     import ctypes
 
-    ctypes.CDLL(None).prctl(4, 0, 0, 0, 0)  # PR_SET_DUMPABLE
+    with suppress(AttributeError):
+        ctypes.CDLL(None).prctl(option, value, 0, 0, 0)
 
 
 class Watch:
@@ -185,12 +200,12 @@ class Watch:
         if self.start is None:
             return True
         stand = _stand(self.child, 2, TICK / 10)
-        return stand is not None and len(stand) == 2 and _as_deep(stand, self.start)
+        return bool(stand) and _is_there(stand, self.start)
 
     def _hear(self, end: int) -> None:
         part = os.read(end, 65536)
         if end == 0:  # whoever asked is gone
-            _end_all(self.child)
+            _end_all(self.order, self.child)
             os._exit(3)
         if not part:
             self.open.discard(end)
@@ -230,6 +245,9 @@ def _excess(order: dict) -> str:
             processes += name != "1"
         except (OSError, IndexError):
             continue  # it ended while it was looked at
+    room = os.statvfs(order["folder"])
+    if room.f_files - room.f_ffree > MOST_FILES:
+        return f"made more than {MOST_FILES} files"
     if pages * resource.getpagesize() > order["memory"]:
         return f"used more than {order['memory'] >> 20} MB of memory"
     if processes > order["processes"]:
@@ -237,10 +255,18 @@ def _excess(order: dict) -> str:
     return ""
 
 
-def _end_all(child: int) -> None:
-    """The child's process group; a process 1 needs no more, for its own end takes all along."""
+def _end_all(order: dict, child: int) -> None:
+    """All that was started; where we are process 1, our own end takes it along."""
+    if order["alone"]:
+        return
     with suppress(OSError):
         os.killpg(child, 9)
+    with suppress(OSError, ValueError):
+        for _ in range(ROUNDS):  # what loses its parent becomes our child only then
+            with open(f"/proc/self/task/{os.getpid()}/children", encoding="ascii") as file:
+                for one in file.read().split():
+                    os.kill(int(one), 9)
+            os.waitpid(-1, 0)
 
 
 if __name__ == "__main__":
