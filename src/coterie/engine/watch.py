@@ -103,28 +103,35 @@ def collect(
     return seen
 
 
+@dataclass(frozen=True)
+class First:
+    """A first decoding forward, whole; ``block`` is where the live block lies in its window."""
+
+    trace: Tracing
+    block: slice
+
+
 def first_forward(
-    engine: Engine,
-    prompts: Sequence[Prompt],
-    *,
-    policy: str | Policy = "vanilla",
-    **options: object,
-) -> Tracing:
+    engine: Engine, prompts: Sequence[Prompt], *, policy: str | Policy = "vanilla"
+) -> First:
     """Everything about the first decoding forward of these prompts, kept; then they are given up.
 
     ``policy`` sees the rows in the order of the prompts. Raises CoterieError where the prompts do
     not come to one forward together: equal lengths do.
     """
     trace = Tracing()
-    generation = engine.generation.but(**options)
-    own = Engine(engine.model, policy=policy, generation=generation, watcher=trace)
+    own = Engine(engine.model, policy=policy, generation=engine.generation, watcher=trace)
     for prompt in prompts:
         own.submit(prompt)
+    block = slice(0)
     while own.rows and not trace.rows:
+        row = own.row(own.rows[0])
+        first = row.block.start - (row.look.start if row.look else 0)
+        block = slice(first, first + row.block.width)
         own.step()
     if trace.rows != [tuple(range(len(prompts)))]:
         raise CoterieError("these prompts do not share their first decoding forward")
-    return trace
+    return First(trace, block)
 
 
 @torch.inference_mode()

@@ -278,11 +278,21 @@ def resampled(sums: Tensor, *, draws: int = DRAWS, seed: int = 0) -> Sums:
 def _beside(sums: Sums, place: int, line: Sequence[int], figure: str) -> tuple[Sums, Sums]:
     """[draws] twice: the policy's figure, and the curve's at the policy's number of experts."""
     sizes, values = FIGURES["experts"](sums), FIGURES[figure](sums)
-    there = []
-    for size, ends, heights in zip(sizes[:, place], sizes[:, line], values[:, line], strict=True):
-        order = np.argsort(ends)
-        there.append(np.interp(size, ends[order], heights[order]))
-    return values[:, place], np.array(there)
+    order = np.argsort(sizes[:, line], axis=1, kind="stable")
+    ends, heights = (np.take_along_axis(of[:, line], order, axis=1) for of in (sizes, values))
+    return values[:, place], interpolated(sizes[:, place], ends, heights)
+
+
+def interpolated(size: Sums, ends: Sums, heights: Sums) -> Sums:
+    """[draws]: at size [draws] on lines through (ends, heights) [draws, points], from left to
+    right; the ends' heights go on beyond them."""
+    right = (ends < size[:, None]).sum(axis=1).clip(1, ends.shape[1] - 1)[:, None]
+    (x0, x1), (y0, y1) = (
+        [np.take_along_axis(of, at, axis=1)[:, 0] for at in (right - 1, right)]
+        for of in (ends, heights)
+    )
+    share = np.where(x1 > x0, (size - x0) / np.where(x1 > x0, x1 - x0, 1.0), 1.0)
+    return y0 + share.clip(0.0, 1.0) * (y1 - y0)
 
 
 def _share(missed: Tensor, whole: Tensor, where: Tensor) -> Tensor:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from coterie.engine.engine import Engine
 from coterie.routing import parse_policy
-from coterie.routing.votes import VOTES
+from coterie.routing.votes import VOTES, Vote, voices
 from coterie.study.chapter import Drawing, Facts, Finding, Table
 from coterie.study.fidelity import some_layers
 from coterie.study.lab import Lab
@@ -38,7 +38,7 @@ MEASURES: Mapping[Measure, str] = {
     "words": "output, words",
     "hidden": "hidden state",
 }
-DEFINITIONS = ("weight", "masked", "count", "full", "max")
+DEFINITIONS: tuple[Vote, ...] = ("weight", "masked", "count", "full", "max")
 SHARES = ("0.03125", "0.0625", "0.1", "0.15", "0.2", "0.3", "0.4", "0.5", "0.75")
 CURVES = {
     "DES-Vote": [f"des-vote:beta={share}" for share in SHARES],
@@ -126,10 +126,10 @@ class Taken:
     def importance(self) -> Tensor:
         return self.importances["output"]
 
-    def votes(self, definition: str) -> NDArray[np.float64]:
-        """[E] of the block's positions."""
-        voice = torch.ones_like(self.scores.logits[..., 0])
-        return VOTES[definition](self.scores, voice, 0)[0].double().cpu().numpy()  # pyright: ignore[reportArgumentType]
+    def votes(self, definition: Vote) -> NDArray[np.float64]:
+        """[E], of everybody."""
+        votes = VOTES[definition](self.scores, voices(self.scores, "all"), 0)
+        return votes[0].double().cpu().numpy()
 
 
 @dataclass(frozen=True)
@@ -272,7 +272,7 @@ def elected(taken: Taken, policy: str) -> NDArray[np.int64]:
     return mask.nonzero()[:, 0].cpu().numpy()
 
 
-def correlation(taken: Sequence[Sequence[Taken]], vote: str, measure: Measure) -> Correlation:
+def correlation(taken: Sequence[Sequence[Taken]], vote: Vote, measure: Measure) -> Correlation:
     """Of ``taken`` [blocks][layers]."""
     every, used = [], []
     for block in taken:

@@ -17,7 +17,7 @@ from coterie.routing import parse_policy, route
 from coterie.study.chapter import Drawing, Facts, Finding, Table
 from coterie.study.fidelity import SLOW, kept, look_again, traced
 from coterie.study.lab import Lab
-from coterie.study.opened import open_block, opened_prompts, words_of
+from coterie.study.opened import Opened, open_block, opened_prompts, words_of
 from coterie.study.style import SERIES, axes, ink, legend, look, panels
 from coterie.values import Policy
 
@@ -288,11 +288,10 @@ def followed(lab: Lab, prompts: Sequence[tuple[int, ...]], policy: str) -> Depth
     every, of_words, last, same, sizes = [], [], [], [], []
     for prompt in prompts:
         plain, other = (open_block(lab.engine, prompt, each) for each in ("vanilla", policy))
-        pairs = zip(plain.trace.outputs, other.trace.outputs, strict=True)
         cosines = torch.stack(
             [
-                F.cosine_similarity(a.double(), b.double(), dim=-1).flatten()
-                for (_, a), (_, b) in pairs
+                F.cosine_similarity(a.double(), b.double(), dim=-1)
+                for a, b in zip(_states(plain), _states(other), strict=True)
             ]
         )  # [2 + layers, N]
         words = words_of(lab.engine, plain.ids)[0]
@@ -309,6 +308,12 @@ def followed(lab: Lab, prompts: Sequence[tuple[int, ...]], policy: str) -> Depth
         low=float(torch.quantile(torch.cat(last), 0.1)),
         same=float(torch.stack(same).mean()),
     )
+
+
+def _states(opened: Opened) -> list[Tensor]:
+    """Hidden states [N, H] of the block after the embedding, after each layer, before the head."""
+    *layers, _ = opened.trace.outputs
+    return [*(x[0, opened.block] for _, x in layers), opened.hidden[0]]
 
 
 def draw_maps(found: Found, which: str, label: str) -> Figure:

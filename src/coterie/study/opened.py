@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from coterie.engine.engine import Engine
-from coterie.engine.watch import Watched, first_forward, watch
+from coterie.engine.watch import first_forward, watch
 from coterie.naming import CoterieError
 from coterie.telemetry import Tracing
 from coterie.values import Policy
@@ -23,6 +23,7 @@ class Opened:
     """One block's first forward under one policy, which S rows share."""
 
     trace: Tracing
+    block: slice  # where it lies in the window
     hidden: Tensor  # [S, N, H], as the head reads it
     logits: Tensor  # [S, N, vocabulary]
 
@@ -38,24 +39,15 @@ def opened_prompts(engine: Engine, prompts: Sequence[str]) -> list[Prompt]:
     A block that begins inside the prompt is mostly read, not written; the one after it is all
     answer. An answer that ends before it is left out; where all do, CoterieError.
     """
-    firsts: dict[int, tuple[int, int]] = {}
-
-    def see(watched: Watched) -> None:
-        for row, start in zip(watched.rows, watched.starts, strict=True):
-            firsts.setdefault(row, (start, watched.x.shape[1]))
-
-    layer = engine.model.spec.moe_layers[0]
-    watch(engine, prompts, see, layers=[layer], forwards=1)
+    blocks = [_first_block(engine, prompt) for prompt in prompts]
     results = watch(engine, prompts, lambda _: None, max_new_tokens=engine.generation.block)
     found = []
-    for row, (prompt, result) in enumerate(zip(prompts, results, strict=True)):
-        start, width = firsts[row]
-        shared = start + width if start < 0 else 0
+    for prompt, (start, stop), result in zip(prompts, blocks, results, strict=True):
+        shared = stop if start < 0 else 0
         if shared < result.new_tokens or (
             shared == result.new_tokens and result.finish_reason == "length"
         ):
-            ids = engine.model.codec.encode(prompt)
-            found.append((*ids, *result.tokens[:shared]))
+            found.append((*engine.model.codec.encode(prompt), *result.tokens[:shared]))
     if not found:
         raise CoterieError("every answer ended in the block of its prompt: nothing to look at")
     return found
@@ -64,10 +56,17 @@ def opened_prompts(engine: Engine, prompts: Sequence[str]) -> list[Prompt]:
 @torch.inference_mode()
 def open_block(engine: Engine, prompt: Prompt, policy: str | Policy, rows: int = 1) -> Opened:
     """The prompt's first block under the policy, ``rows`` times side by side."""
-    trace = first_forward(engine, [prompt] * rows, policy=policy)
+    first = first_forward(engine, [prompt] * rows, policy=policy)
     transformer = engine.model.transformer
-    hidden = trace.outputs[-1][1].view(rows, -1, transformer.spec.hidden)
-    return Opened(trace, hidden, F.linear(hidden, transformer.head).float())
+    hidden = first.trace.outputs[-1][1].view(rows, -1, transformer.spec.hidden)
+    return Opened(first.trace, first.block, hidden, F.linear(hidden, transformer.head).float())
+
+
+def _first_block(engine: Engine, prompt: str) -> tuple[int, int]:
+    """Its start and stop, counted from the first new token."""
+    own = Engine(engine.model, generation=engine.generation)
+    row = own.row(own.submit(prompt))
+    return row.block.start - row.canvas.prompt, row.block.stop - row.canvas.prompt
 
 
 def words_of(engine: Engine, ids: Tensor) -> Tensor:

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from coterie.engine.watch import Watched
 from coterie.naming import CoterieError
 from coterie.routing import parse_policy
-from coterie.routing.votes import VOTES
+from coterie.routing.votes import VOTES, voices
 from coterie.study.chapter import Drawing, Facts, Finding, Table
 from coterie.study.fidelity import SLOW, look_again, traced
 from coterie.study.lab import Lab
@@ -196,8 +196,7 @@ def elected(watched: Watched, policy: Policy) -> Tensor:
 
 def summed_votes(scores: Scores) -> Tensor:
     """[S, E] float64: everybody's probability for their own experts."""
-    voice = torch.ones_like(scores.logits[..., 0])
-    return VOTES["masked"](scores, voice, 0).double()
+    return VOTES["masked"](scores, voices(scores, "all"), 0).double()
 
 
 def compared(before: Elected, now: Elected) -> Tensor:

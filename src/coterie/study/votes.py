@@ -289,8 +289,8 @@ def _uniform(found: Found) -> Finding:
     wins, losses, sizes = _counted(here["loss"], "loss")
     clear = "does not hold" if wins else "cannot be told here"
     return Finding(
-        f"Counting votes instead of summing probabilities (`count`): {_said(here)}. (Recall is "
-        "what counting maximises, by definition.)",
+        f"Counting votes instead of summing probabilities (`count`): {_said(here)}. "
+        "Recall is what counting maximises, by definition.",
         claim="Votes weighted by the router's probability lose less than uniform votes.",
         verdict="holds" if losses > sizes / 2 and not wins else clear,
     )
