@@ -8,6 +8,7 @@ absent; the header and the summary of the run then say so.
 from __future__ import annotations
 
 import os
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -34,11 +35,14 @@ def benchmark(*parts: str) -> Path:
 def missing() -> list[str]:
     """What the run cannot check, one line each."""
     wanted = {"golden": "parity with the golden vectors", "data": "the published benchmark files"}
-    return [
+    absent = [
         f"NOT TESTED: {what} (no folder {SHARED / name}; set COTERIE_SHARED)"
         for name, what in wanted.items()
         if not (SHARED / name).is_dir()
     ]
+    if find_spec("lm_eval") is None:
+        absent.append("NOT TESTED: the harness's adapter (pip install 'coterie[harness]')")
+    return absent
 
 
 def _present(*parts: str) -> Path:

@@ -19,7 +19,7 @@ SOURCES = sorted((ROOT / "src").rglob("*.py"))
 KERNELS = ("ops/triton/", "ops/cpu/")
 FILE_LINES, FUNCTION_LINES = 500, 60
 RUN, DUPLICATED = 6, 0.03
-WHOLE_PARTS_OF_EXTRAS = {("study", "matplotlib")}
+WHOLE_PARTS_OF_EXTRAS = {("study", "matplotlib"), ("harness", "lm_eval"), ("harness", "tqdm")}
 
 
 def project() -> dict:

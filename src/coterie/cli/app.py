@@ -11,6 +11,7 @@ from coterie.cli import options as o
 from coterie.cli.calibrate import calibrate_command
 from coterie.cli.document import comparison_document, print_document, result_document
 from coterie.cli.grade import grade_command
+from coterie.cli.harness import PASSED_ON, lm_eval
 from coterie.cli.lab import evaluate, train
 from coterie.cli.request import (
     check_effect,
@@ -226,5 +227,6 @@ def policies(json: o.Json = False) -> None:
 app.command("eval")(evaluate)
 app.command("grade")(grade_command)
 app.command("calibrate")(calibrate_command)
+app.command("lm-eval", context_settings=PASSED_ON, add_help_option=False)(lm_eval)
 app.command("train")(train)
 app.command("study")(study)

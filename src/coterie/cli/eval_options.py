@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from coterie.cli.options import RUNNING, SHOWING
+from coterie.cli.options import DECODING, RUNNING, SHOWING
 from coterie.evals.tasks import TASKS
 from coterie.problems import TASKS as OWN
 
@@ -40,6 +40,16 @@ Shots = Annotated[
         min=0,
         help="Worked examples before each question. Default: as is usual for the model's family.",
         rich_help_panel=ASKING,
+    ),
+]
+MaxNewTokens = Annotated[
+    int | None,
+    typer.Option(
+        "--max-new-tokens",
+        "-n",
+        min=1,
+        help="Tokens to write at most. Default: as is usual for the task.",
+        rich_help_panel=DECODING,
     ),
 ]
 Items = Annotated[

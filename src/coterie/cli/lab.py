@@ -60,7 +60,6 @@ class Examination:
 
 def evaluate(
     *,
-    policies: o.Policies = None,
     task: e.Tasks = None,
     data: e.Data = None,
     shots: e.Shots = None,
@@ -68,7 +67,8 @@ def evaluate(
     seed: e.Seed = 1,
     limit: e.Limit = None,
     shuffle_seed: e.Shuffle = None,
-    max_new_tokens: o.MaxNewTokens = None,
+    policies: o.Policies = None,
+    max_new_tokens: e.MaxNewTokens = None,
     block: o.BlockWidth = None,
     plan: o.Plan = None,
     unmask: o.UnmaskRule = None,
@@ -90,8 +90,9 @@ def evaluate(
 ) -> None:
     """Answer a benchmark's items under several policies: accuracy, paired, beside the traffic.
 
-    vanilla always runs, first; the others are compared with it item by item. Given a folder, the
-    run keeps every answer there, and the same command goes on where it was stopped.
+    vanilla always runs, first; the others are compared with it item by item.
+
+    With -o every answer is kept, and the same command goes on where a run was stopped.
 
     \b
     coterie eval --items 50 -p des-vote:beta=0.3 -p random:beta=0.3
@@ -105,7 +106,8 @@ def evaluate(
         threshold=threshold, temperature=temperature, top_k=top_k, top_p=top_p,
         seed=seed if temperature else None, early_stop=early_stop, commit=commit, prefill=prefill,
     )  # fmt: skip
-    names = task_names(task, own=model in (None, EMBEDDED), drawn=items is not None)
+    names = task_names(task, own=model in (None, EMBEDDED))
+    check_tasks(names, items=items, data=data)
     wish = Wish(inspect(model).family.name, data, shots, items or e.COUNT, seed, trust)
     tasks = open_tasks(names, wish)  # fails here, before weights are loaded
     asked = Examination(tasks, arms, wanted, limit, shuffle_seed, rows, out)
@@ -124,16 +126,24 @@ def arms_of(policies: Sequence[str] | None) -> list[Arm]:
     return [Arm(policy) for policy in dict.fromkeys(["vanilla", *map(policy_of, policies or [])])]
 
 
-def task_names(typed: Sequence[str] | None, *, own: bool, drawn: bool) -> list[str]:
+def task_names(typed: Sequence[str] | None, *, own: bool) -> list[str]:
     """The tasks as typed, each once; the package's own where none was, for its own model."""
     if not typed and not own:
         raise CoterieError(f"--task is needed with --model; of {', '.join(TASKS)}")
     names = list(dict.fromkeys(typed or OWN))
-    if drawn and not set(names) & set(OWN):
-        raise CoterieError(
-            f"--items is how many problems {', '.join(OWN)} draw; for {names[0]} give --limit"
-        )
+    unknown = [name for name in names if name not in TASKS]
+    if unknown:
+        raise CoterieError(f"unknown task {unknown[0]!r}; known: {', '.join(TASKS)}")
     return names
+
+
+def check_tasks(names: Sequence[str], *, items: int | None, data: Path | None) -> None:
+    """Raises for an option that none of these tasks has a use for."""
+    own = [name for name in names if name in OWN]
+    if items is not None and not own:
+        raise CoterieError(f"--items has no effect on {', '.join(names)}; --limit asks fewer")
+    if data is not None and len(own) == len(names):
+        raise CoterieError(f"--data has no effect on {', '.join(names)}: their problems are drawn")
 
 
 def examine(engine: Engine, asked: Examination) -> list[Line]:

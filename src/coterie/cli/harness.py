@@ -1,0 +1,31 @@
+"""``coterie lm-eval``: lm-evaluation-harness with ``--model coterie`` in its table."""
+
+from __future__ import annotations
+
+import typer
+
+from coterie.naming import CoterieError
+
+PASSED_ON = {
+    "ignore_unknown_options": True,
+    "allow_extra_args": True,
+    "help_option_names": [],
+}
+
+
+def lm_eval(context: typer.Context) -> None:
+    r"""Run lm-evaluation-harness, which then knows `--model coterie`; its own options follow.
+
+    \b
+    coterie lm-eval --model coterie --model_args pretrained=FOLDER,policy=des-vote:beta=0.3
+      --tasks gsm8k --apply_chat_template
+    """
+    try:
+        from coterie.evals.harness.adapter import hand_over
+    except ModuleNotFoundError as error:
+        if (error.name or "").partition(".")[0] not in ("lm_eval", "tqdm"):
+            raise
+        raise CoterieError(
+            "lm-evaluation-harness is not installed: pip install 'coterie[harness]'"
+        ) from None
+    hand_over(context.args)

@@ -1,0 +1,1 @@
+"""Coterie as a model of lm-evaluation-harness; needs the extra ``harness``."""
