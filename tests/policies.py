@@ -11,7 +11,9 @@ from coterie.routing import POLICIES, parse_policy
 from coterie.spelling import Option, options
 from coterie.values import Policy
 
-SIZES = ("beta=0.2", "beta=0.5", "m=3", "m=9", "tau=0.5", "tau=0.9,least=2", "k=1", "k=2")
+SIZES = ("beta=0.2", "beta=0.5", "m=3", "m=9", "tau=0.5", "tau=0.9,least=2", "price=0.3", "k=2")
+
+NO_BALLOT = ("vote=max", "vote=random")  # which no token casts
 
 
 def law(examples: int = 60) -> settings:
@@ -24,12 +26,14 @@ def spellings(draw: st.DrawFn, names: Iterable[str] = tuple(POLICIES)) -> str:
     """``name:option=value,..``: what is required, and some of the rest."""
     name = draw(st.sampled_from(sorted(names)))
     said = [draw(st.sampled_from(SIZES))] if name == "coreset" else []
-    taken = {"beta", "m", "tau", "least", "k"} if name == "coreset" else set()
+    taken = {"beta", "m", "tau", "least", "price", "k"} if name == "coreset" else set()
     for option in options(POLICIES[name]).values():
         if option.name in taken:
             continue
         if option.default == "required" or draw(st.integers(0, 3)) == 0:
             said.append(f"{option.name}={draw(_value_of(option))}")
+    if "tally=proportional" in said:
+        said = [word for word in said if not word.startswith(("lam=", *NO_BALLOT))]
     return f"{name}:{','.join(said)}" if said else name
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from typing import get_args
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from torch import Tensor
 
 from coterie.naming import CoterieError
 from coterie.routing import Vanilla, parse_policy, route
+from coterie.routing.votes import Vote
 from coterie.values import Policy, Progress, RouterSpec, Routing, Scores
 
 WITHOUT_TIES = (
@@ -22,6 +24,8 @@ WITHOUT_TIES = (
     "des-seq:k=1",
     "xshare:beta=0.2",
     "racing:m=5",
+    "priced-vote:price=0.3",
+    "coreset:m=4,vote=full,tally=proportional",
     "coreset:m=1",
     "coreset:m=4,vote=full,lam=1,protect=top1",
     "mass-vote:tau=0.6,least=1",
@@ -122,7 +126,13 @@ def test_every_token_keeps_as_many_experts_as_the_coreset_allows(scores: Scores,
 @given(blocks())
 @law()
 def test_a_coreset_of_all_experts_is_vanilla_bit_for_bit(scores: Scores):
-    for text in ("des-vote:beta=1", "xshare:beta=1", "coreset:m=64", "random:beta=1"):
+    for text in (
+        "des-vote:beta=1",
+        "xshare:beta=1",
+        "coreset:m=64",
+        "random:beta=1",
+        "proportional-vote:beta=1",
+    ):
         _assert_same(route(scores, parse_policy(text)), route(scores, Vanilla()))
 
 
@@ -133,7 +143,11 @@ def test_des_seq_with_all_of_a_tokens_experts_is_vanilla(scores: Scores, more: i
     _assert_same(route(scores, policy), route(scores, Vanilla()))
 
 
-@given(blocks(), st.floats(0.01, 1), st.sampled_from(("masked", "weight", "count", "full", "max")))
+@given(
+    blocks(),
+    st.floats(0.01, 1),
+    st.sampled_from(("masked", "weight", "count", "full", "margin", "max")),
+)
 @law(120)
 def test_a_share_of_experts_is_exact_whatever_the_block(scores: Scores, beta: float, vote: str):
     policy = parse_policy(f"des-vote:beta={beta!r},vote={vote}")

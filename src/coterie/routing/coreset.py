@@ -1,7 +1,7 @@
 """Coresets: one set of experts per block.
 
-A rule is a point of a grid: who votes x for whom x how many are elected x who is protected x what
-residency counts. Every published rule is one such point; this file is the grid.
+A rule is a point of a grid: who votes x for whom x how it is tallied x how many are elected x who
+is protected x what residency counts. Every published rule is one such point; this file is the grid.
 """
 
 from __future__ import annotations
@@ -12,10 +12,13 @@ from typing import Literal, Protocol
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
+from coterie.naming import CoterieError
 from coterie.ops import top_ids
+from coterie.routing.proportional import seats
 from coterie.routing.select import own
-from coterie.routing.votes import VOTES, Vote, Voters, voices
+from coterie.routing.votes import BALLOTS, UNIT, VOTES, Vote, Voters, voices
 from coterie.spelling import Amount, Part, Whole, check_options
 from coterie.values import Progress, Scores, membership
 
@@ -25,7 +28,9 @@ class Election:
     """How a coreset is elected, whatever its size.
 
     ``lam`` favours experts already in fast memory, V' = V * (1 + lam * resident), as long as the
-    coreset still holds 1 - ``eps`` of the votes that the plain one would hold.
+    coreset still holds 1 - ``eps`` of the votes that the plain one would hold. The tally is
+    ``plain``: most votes first; or ``proportional``: one by one, each token's weight falling with
+    the part of its vote that is seated (see ``proportional``).
     """
 
     voters: Voters = "all"
@@ -35,15 +40,28 @@ class Election:
     lam: Amount = 0.0
     eps: Part = 0.02
     seed: Whole = 0
+    tally: Literal["plain", "proportional"] = "plain"
 
-    __post_init__ = check_options
+    def __post_init__(self) -> None:
+        check_options(self)
+        if self.tally == "proportional" and self.vote not in BALLOTS:
+            raise CoterieError(
+                f"tally=proportional needs a vote that each token casts: one of "
+                f"{', '.join(BALLOTS)}, not {self.vote}"
+            )
+        if self.tally == "proportional" and self.lam > 0:
+            raise CoterieError("tally=proportional knows no residents: it goes with lam=0")
 
 
 class Size(Protocol):
     """How many experts to elect."""
 
     def count(self, votes: Tensor, k: int) -> Tensor:
-        """[S, 1] or a scalar, from votes [S, E] in the order in which experts are taken."""
+        """[S, 1] or a scalar, from votes [S, m] in the order in which experts are taken."""
+        ...
+
+    def reach(self, experts: int) -> tuple[int, float]:
+        """How far a walk down the votes needs to go: so many experts, and down to such votes."""
         ...
 
 
@@ -54,7 +72,13 @@ class Fraction:
     beta: float
 
     def count(self, votes: Tensor, k: int) -> Tensor:
-        return torch.tensor(max(1, math.floor(self.beta * votes.shape[-1] + 1e-9)))
+        return torch.tensor(self.of(votes.shape[-1]))
+
+    def reach(self, experts: int) -> tuple[int, float]:
+        return self.of(experts), 0.0
+
+    def of(self, experts: int) -> int:
+        return max(1, math.floor(self.beta * experts + 1e-9))
 
 
 @dataclass(frozen=True)
@@ -65,6 +89,9 @@ class Fixed:
 
     def count(self, votes: Tensor, k: int) -> Tensor:
         return torch.tensor(min(self.m, votes.shape[-1]))
+
+    def reach(self, experts: int) -> tuple[int, float]:
+        return min(self.m, experts), 0.0
 
 
 @dataclass(frozen=True)
@@ -78,6 +105,25 @@ class Mass:
         held = votes.cumsum(dim=-1)
         enough = (held < self.tau * held[:, -1:].double()).sum(dim=-1, keepdim=True) + 1
         return enough.clamp(min=k if self.least is None else min(self.least, votes.shape[-1]))
+
+    def reach(self, experts: int) -> tuple[int, float]:
+        return experts, 0.0
+
+
+@dataclass(frozen=True)
+class Priced:
+    """Every expert with at least ``price`` votes, a full vote being 1; at least k experts."""
+
+    price: float
+
+    def count(self, votes: Tensor, k: int) -> Tensor:
+        place = torch.arange(1, votes.shape[-1] + 1, device=votes.device)
+        worthy = votes >= self.price * UNIT
+        # Those behind a protected expert with few votes may have more: up to the last worthy one.
+        return (worthy * place).amax(dim=-1, keepdim=True).clamp(min=k)
+
+    def reach(self, experts: int) -> tuple[int, float]:
+        return experts, self.price * UNIT
 
 
 @dataclass(frozen=True)
@@ -97,8 +143,11 @@ def elect(scores: Scores, size: Size | Union, election: Election, k: int) -> Ten
     voice = voices(scores, election.voters)
     if isinstance(size, Union):
         return first_choices(scores, voice, size.k).unsqueeze(1)
-    votes = VOTES[election.vote](scores, voice, election.seed)  # [S, E]
     protected = first_choices(scores, voice, 1 if election.protect == "top1" else 0)
+    if election.tally == "proportional":
+        ballots = BALLOTS[election.vote](scores)  # [S, N, E]
+        return take_in_turn(ballots, voice, protected, size, k).unsqueeze(1)
+    votes = VOTES[election.vote](scores, voice, election.seed)  # [S, E]
     coreset = take(votes, protected, size, k)
     if election.lam > 0 and scores.resident is not None:
         favoured = take(votes * (1 + election.lam * scores.resident.double()), protected, size, k)
@@ -118,9 +167,23 @@ def take(votes: Tensor, protected: Tensor, size: Size, k: int) -> Tensor:
     Protected experts use up the budget; when they alone exceed it, they are the coreset.
     """
     order = top_ids(votes, votes.shape[-1], tier=~protected)
-    budget = size.count(votes.gather(-1, order), k).to(votes.device)
+    return seated(order, votes.gather(-1, order), protected, size, k)
+
+
+def take_in_turn(ballots: Tensor, voice: Tensor, protected: Tensor, size: Size, k: int) -> Tensor:
+    """Mask [S, E]: the protected experts, then one by one, votes being tallied again for each."""
+    most, worth = size.reach(protected.shape[-1])
+    most = max(most, int(protected.sum(-1).max()))
+    order, gains = seats(ballots, voice, protected, most=most, k=k, worth=worth)
+    return seated(order, gains, protected, size, k)
+
+
+def seated(order: Tensor, votes: Tensor, protected: Tensor, size: Size, k: int) -> Tensor:
+    """Mask [S, E]: as many of ``order`` [S, m] as ``size`` says of their votes [S, m]."""
+    experts, walked = protected.shape[-1], order.shape[-1]
+    budget = size.count(F.pad(votes, (0, experts - walked)), k).to(votes.device)
     budget = budget.maximum(protected.sum(dim=-1, keepdim=True))  # [S, 1]
-    place = torch.arange(votes.shape[-1], device=votes.device)
+    place = torch.arange(walked, device=votes.device)
     return torch.zeros_like(protected).scatter_(-1, order, place < budget)
 
 

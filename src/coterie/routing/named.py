@@ -11,12 +11,15 @@ from typing import Annotated
 from torch import Tensor
 
 from coterie.naming import CoterieError
-from coterie.routing.coreset import Election, Fixed, Fraction, Mass, Size, Union, elect
-from coterie.spelling import Count, Offers, Share, Shares, check_options
+from coterie.routing.coreset import Election, Fixed, Fraction, Mass, Priced, Size, Union, elect
+from coterie.spelling import Count, Offers, Share, Shares, Within, check_options
 from coterie.values import Scores
 
+Price = Annotated[float, Within(above=0)]
+
 WHOLE = ("voters", "protect", "vote", "scope", "lam", "eps", "seed")
-OPEN = Offers(WHOLE)
+OPEN = Offers((*WHOLE, "tally"))
+BY_MARGIN = Offers(("voters", "protect", "scope"))
 FIXED_VOTE = Offers(("voters", "protect", "scope", "lam", "eps"))
 
 BY_PROBABILITY = Election()
@@ -24,6 +27,7 @@ BY_COUNT = Election(vote="count")
 BY_EVERY_SCORE = Election(vote="full", protect="top1")
 BY_BEST_SCORE = Election(vote="max")
 BY_LOT = Election(vote="random")
+IN_PROPORTION = Election(vote="margin", tally="proportional")
 RESIDENT_FIRST = Election(lam=1.0, eps=0.02)
 
 
@@ -109,6 +113,34 @@ class MassVote:
 
 
 @dataclass(frozen=True)
+class ProportionalVote:
+    """The share ``beta`` of experts, elected one by one: each token splits one vote by its margins,
+    and weighs less the more of its vote is seated (ours; see ``proportional``)."""
+
+    beta: Shares
+    election: Annotated[Election, BY_MARGIN] = IN_PROPORTION
+
+    __post_init__ = check_options
+
+    def eligible(self, scores: Scores, k: int) -> Tensor:
+        return elect(scores, share(self.beta, scores), self.election, k)
+
+
+@dataclass(frozen=True)
+class PricedVote:
+    """As ``proportional-vote``, but as long as the next expert is worth ``price`` to the block,
+    1 being a whole token's vote: blocks and layers of like tokens elect fewer (ours)."""
+
+    price: Price
+    election: Annotated[Election, BY_MARGIN] = IN_PROPORTION
+
+    __post_init__ = check_options
+
+    def eligible(self, scores: Scores, k: int) -> Tensor:
+        return elect(scores, Priced(self.price), self.election, k)
+
+
+@dataclass(frozen=True)
 class Random:
     """A seeded random set of the share ``beta``, new in each layer and forward: the control."""
 
@@ -136,18 +168,19 @@ class ResidentVote:
 
 @dataclass(frozen=True)
 class Coreset:
-    """Any point of the grid: one of ``beta``, ``m``, ``tau`` or ``k`` says how many are elected."""
+    """Any point of the grid: one of ``beta``, ``m``, ``tau``, ``price`` or ``k`` says how many."""
 
     beta: Shares | None = None
     m: Count | None = None
     tau: Share | None = None
     least: Count | None = None
+    price: Price | None = None
     k: Count | None = None
     election: Annotated[Election, OPEN] = BY_PROBABILITY
 
     def __post_init__(self) -> None:
         check_options(self)
-        sizes = {"beta": self.beta, "m": self.m, "tau": self.tau, "k": self.k}
+        sizes = {name: getattr(self, name) for name in ("beta", "m", "tau", "price", "k")}
         given = [name for name, value in sizes.items() if value is not None]
         if len(given) != 1:
             raise CoterieError(
@@ -166,6 +199,8 @@ class Coreset:
             return Fixed(self.m)
         if self.tau is not None:
             return Mass(self.tau, self.least)
+        if self.price is not None:
+            return Priced(self.price)
         return Union(self.k or 1)
 
 

@@ -32,21 +32,24 @@ def own(scores: Scores) -> Tensor:
     return choose(scores, None) if scores.own is None else scores.own
 
 
-def choose(scores: Scores, mask: Tensor | None) -> Tensor:
+def choose(scores: Scores, mask: Tensor | None, k: int | None = None) -> Tensor:
     """Ids [S, N, k] of every token's best experts inside ``mask``; -1 where there are too few.
+
+    Without ``k``, as many as the router takes.
 
     Groups are chosen from the unrestricted scores, as the model does; then come the best allowed
     experts inside these groups, then those outside. (Masking before the group step would drop
     groups, and could then choose experts that the mask forbids.)
     """
+    k = scores.router.k if k is None else k
     outside = _outside_kept_groups(scores)  # [S, N, E] or None
     if mask is None:
-        return top_ids(scores.rank, scores.router.k, tier=outside)
+        return top_ids(scores.rank, k, tier=outside)
     mask = mask.expand(scores.rank.shape)
     tier = (~mask).to(torch.uint8) * 2
     if outside is not None:
         tier = tier + (outside & mask).to(torch.uint8)
-    ids = top_ids(scores.rank, scores.router.k, tier=tier)
+    ids = top_ids(scores.rank, k, tier=tier)
     return ids.where(mask.gather(-1, ids), -1)
 
 

@@ -14,13 +14,14 @@ import torch
 from torch import Tensor
 
 from coterie.naming import CoterieError
-from coterie.routing.select import own
+from coterie.routing.select import choose, own
 from coterie.values import Progress, Scores, membership
 
 Voters = Literal["all", "unfilled", "masked", "uncertain"]
-Vote = Literal["masked", "weight", "count", "full", "max", "random"]
+Vote = Literal["masked", "weight", "count", "full", "margin", "max", "random"]
 
 UNIT = 2.0**40
+FLOOR = 2.0**-10
 
 
 def voices(scores: Scores, voters: Voters) -> Tensor:
@@ -36,26 +37,38 @@ def voices(scores: Scores, voters: Voters) -> Tensor:
     return narrowed.where((narrowed > 0).any(dim=1, keepdim=True), allowed)
 
 
-def masked(scores: Scores, voice: Tensor, seed: int) -> Tensor:
+def masked(scores: Scores) -> Tensor:
     """The router's probability of each token's own experts (DES-Vote)."""
-    return _sum(scores.probability * _own_mask(scores), voice)
+    return scores.probability * _own_mask(scores)
 
 
-def weight(scores: Scores, voice: Tensor, seed: int) -> Tensor:
+def weight(scores: Scores) -> Tensor:
     """Combine weights, renormalised whatever the family does: every token has one vote to split."""
-    weights = scores.weight * _own_mask(scores)
-    total = weights.sum(dim=-1, keepdim=True)
-    return _sum(weights / total.where(total != 0, 1.0), voice)
+    return _split(scores.weight * _own_mask(scores))
 
 
-def count(scores: Scores, voice: Tensor, seed: int) -> Tensor:
+def count(scores: Scores) -> Tensor:
     """One vote for each of a token's own experts (the paper's naive variant)."""
-    return _sum(_own_mask(scores).float(), voice)
+    return _own_mask(scores).float()
 
 
-def full(scores: Scores, voice: Tensor, seed: int) -> Tensor:
+def full(scores: Scores) -> Tensor:
     """The router's probability of every expert (XShare)."""
-    return _sum(scores.probability, voice)
+    return scores.probability
+
+
+def margin(scores: Scores) -> Tensor:
+    """How far each own expert ranks above the one that the token would take next, as a share.
+
+    A trained gate's weights are nearly even among a token's own experts, while what these add to
+    the output is not: the first adds several times what the last does. The margin tells them apart.
+    """
+    k = scores.router.k
+    ids = choose(scores, None, k + 1)
+    c = scores.rank.gather(-1, ids)
+    # Above a small floor, so that a token whose margins are all nothing has a vote all the same.
+    above = (c[..., :k] - c[..., -1:]).clamp(min=0) + FLOOR
+    return _split(torch.zeros_like(scores.rank).scatter(-1, ids[..., :k], above))
 
 
 def greatest(scores: Scores, voice: Tensor, seed: int) -> Tensor:
@@ -77,11 +90,20 @@ def drawn(scores: Scores, voice: Tensor, seed: int) -> Tensor:
     return torch.tensor(lots, device=scores.logits.device)
 
 
-VOTES: dict[Vote, Callable[[Scores, Tensor, int], Tensor]] = {  # each gives [S, E] int64
+def _added_up(ballot: Callable[[Scores], Tensor]) -> Callable[[Scores, Tensor, int], Tensor]:
+    return lambda scores, voice, seed: _units(ballot(scores) * voice.unsqueeze(-1)).sum(dim=1)
+
+
+BALLOTS: dict[Vote, Callable[[Scores], Tensor]] = {  # v[n, i]: each gives [S, N, E]
     "masked": masked,
     "weight": weight,
     "count": count,
     "full": full,
+    "margin": margin,
+}
+
+VOTES: dict[Vote, Callable[[Scores, Tensor, int], Tensor]] = {  # each gives [S, E] int64
+    **{vote: _added_up(ballot) for vote, ballot in BALLOTS.items()},
     "max": greatest,
     "random": drawn,
 }
@@ -103,8 +125,10 @@ def _own_mask(scores: Scores) -> Tensor:
     return membership(own(scores), scores.router.experts)
 
 
-def _sum(values: Tensor, voice: Tensor) -> Tensor:
-    return _units(values * voice.unsqueeze(-1)).sum(dim=1)
+def _split(values: Tensor) -> Tensor:
+    """[..., E] >= 0 as shares of one vote; nothing stays nothing."""
+    total = values.sum(dim=-1, keepdim=True)
+    return values / total.where(total != 0, 1.0)
 
 
 def _units(values: Tensor) -> Tensor:
