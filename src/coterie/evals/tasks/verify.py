@@ -19,6 +19,7 @@ from pathlib import Path
 
 from coterie.naming import CoterieError
 
+SECONDS = 4.0  # of processor time for one pair
 SCRIPT = Path(__file__).with_name("verifier.py")
 
 
@@ -51,7 +52,7 @@ class _Verifier:
     def __init__(self) -> None:
         # -P: a module beside the script must not pass for one of the standard library.
         self.process = subprocess.Popen(
-            [sys.executable, "-P", str(SCRIPT)],
+            [sys.executable, "-P", str(SCRIPT), str(SECONDS)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
