@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from coterie.evals.run import Arm
-from coterie.study.arms import BETAS, FEW, GUARD, Groups, by_beta, by_count
+from coterie.study.arms import BETAS, FEW, GUARD, Groups, Matched, by_beta, by_count
 from coterie.study.chapter import Finding, Table
 from coterie.study.comparison import Comparison
 from coterie.study.curves import pareto
@@ -14,11 +14,12 @@ from coterie.study.tally import Arms, Tally
 
 VOTE, SEQ, TOP, LOT = "DES-Vote", "DES-Seq", "top-k", "random"
 GUARDED = "DES-Vote, guarded"  # words vote, not fill; every voter's best expert is kept
+PROPORTIONAL, PRICED = "proportional vote", "priced vote"
 KEPT, FEWER = 0.99, 0.55  # the paper's headline: of the accuracy, fewer experts
 
 
-def published(k: int) -> Groups:
-    """Every published rule over its range, for a model whose tokens use ``k`` experts."""
+def every_rule(k: int) -> Groups:
+    """Every rule over its range, for a model whose tokens use ``k`` experts."""
     return {
         VOTE: by_beta("des-vote", BETAS),
         SEQ: by_count("des-seq", range(1, min(k, 7))),
@@ -30,14 +31,23 @@ def published(k: int) -> Groups:
         "mass vote": [Arm(f"mass-vote:tau={tau}") for tau in (0.5, 0.7, 0.9)],
         LOT: by_beta("random"),
         GUARDED: by_beta("des-vote", (0.1, 0.15, 0.2, 0.3, 0.5), GUARD),
+        **ours(),
     }
 
 
-def met_by_vote(k: int) -> list[Arm]:
+def ours() -> dict[str, list[Arm]]:
+    """The rules that no paper has."""
+    return {
+        PROPORTIONAL: by_beta("proportional-vote", (0.1, 0.15, 0.2, 0.3, 0.4)),
+        PRICED: [Arm(f"priced-vote:price={price}") for price in (0.3, 0.17, 0.07, 0.03)],
+    }
+
+
+def met_by_vote(k: int) -> Matched:
     """What DES-Vote is held against at equal experts."""
-    rivals = published(k)
+    rivals = every_rule(k)
     few = [*rivals[SEQ][:3], *rivals[TOP][: k // 2]]
-    return few + [arm for label in ("NAEE", "MC-MoE", LOT) for arm in rivals[label]]
+    return {"des-vote": few + [a for label in ("NAEE", "MC-MoE", LOT) for a in rivals[label]]}
 
 
 def matched_pairs(arms: Arms, label: str) -> list[tuple[Tally, Tally]]:
@@ -150,8 +160,8 @@ ACCURACY = Comparison(
     "policy at one size. Dotted: vanilla's accuracy, and the Pareto front over all policies. "
     "Guarded: only words vote, not the fill after the end of the text, and every voter's best "
     "expert is kept.",
-    views={"accuracy": (), "accuracy-few": (VOTE, SEQ, TOP, LOT, GUARDED)},
-    groups=published,
+    views={"accuracy": (), "accuracy-few": (VOTE, SEQ, TOP, LOT, GUARDED, PROPORTIONAL)},
+    groups=every_rule,
     matched=met_by_vote,
     found=main_findings,
     front=True,

@@ -21,6 +21,8 @@ GUARD = "voters=unfilled,protect=top1"
 NEAR = 0.75  # experts: two arms this close are at equal experts
 
 Groups = Mapping[str, Sequence[Arm]]  # what a line is called -> its arms, smallest first
+Matched = Mapping[str, Sequence[Arm]]  # a family of votes -> what it is met with at equal experts
+NOTHING: Matched = {}
 
 
 def by_beta(family: str, betas: Iterable[float] = FEW, options: str = "") -> list[Arm]:
@@ -34,9 +36,9 @@ def by_count(family: str, counts: Iterable[int]) -> list[Arm]:
     return [Arm(f"{family}:k={count}") for count in counts]
 
 
-def vote_of_size(size: int, total: int) -> Arm:
-    """DES-Vote with a coreset of exactly so many experts."""
-    return by_beta("des-vote", [math.ceil(size / total * 10_000) / 10_000])[0]
+def vote_of_size(size: int, total: int, family: str = "des-vote") -> Arm:
+    """A vote that elects exactly so many experts."""
+    return by_beta(family, [math.ceil(size / total * 10_000) / 10_000])[0]
 
 
 def size_of(policy: str, total: int) -> int:
@@ -46,16 +48,19 @@ def size_of(policy: str, total: int) -> int:
 
 
 def compare(
-    lab: Lab, groups: Groups, *, matched: Sequence[Arm] = (), extra: Sequence[Tally] = ()
+    lab: Lab, groups: Groups, *, matched: Matched = NOTHING, extra: Sequence[Tally] = ()
 ) -> Facts:
-    """Runs vanilla and every arm of the groups, and DES-Vote at the experts that each of
-    ``matched``, which are among them, comes to. ``extra`` are tallies made elsewhere."""
+    """Runs vanilla and every arm of the groups, which those of ``matched`` are among. ``extra``
+    are tallies made elsewhere."""
     share = 0.7 if matched else 1.0
     every = [VANILLA, *(arm for of in groups.values() for arm in of)]
     arms = list({arm.name: arm for arm in every}.values())
     known = {sheet.policy: Tally.of_sheet(sheet) for sheet in lab.sheets(arms, (0.0, share))}
-    others = [known[arm.name] for arm in matched]
-    pairs = Matching(lab, known).pairs(others, (share, 1.0)) if others else []
+    pairs = [
+        pair
+        for family, arms in matched.items()
+        for pair in Matching(lab, known, family).pairs([known[a.name] for a in arms], (share, 1.0))
+    ]
     vanilla, spec = known[VANILLA.name], lab.engine.model.spec
     found = ArmsFacts(
         experts=spec.router.experts,
@@ -70,13 +75,14 @@ def compare(
 
 @dataclass(frozen=True)
 class Matching:
-    """DES-Vote at the experts of other arms: for each, the coreset that comes nearest to it."""
+    """A vote at the experts of other arms: for each, the coreset that comes nearest to it."""
 
     lab: Lab
     known: dict[str, Tally]  # grows
+    family: str = "des-vote"
 
     def pairs(self, others: Sequence[Tally], part: tuple[float, float]) -> list[list[str]]:
-        """(other's name, DES-Vote's name) for each that is met within ``NEAR`` experts.
+        """(other's name, the vote's name) for each that is met within ``NEAR`` experts.
 
         Two rounds: what a coreset of m comes to is read off the arms that are known, measured, and
         once corrected.
@@ -85,7 +91,7 @@ class Matching:
         middle = first + 0.6 * (last - first)
         for span in ((first, middle), (middle, last)):
             sizes = {self._size(other.experts) for other in others if self._met(other) is None}
-            arms = [vote_of_size(size, self._total) for size in sorted(sizes)]
+            arms = [self._vote(size) for size in sorted(sizes)]
             fresh = [arm for arm in arms if arm.name not in self.known]
             for sheet in self.lab.sheets(fresh, span) if fresh else ():
                 self.known[sheet.policy] = Tally.of_sheet(sheet)
@@ -96,10 +102,13 @@ class Matching:
     def _total(self) -> int:
         return self.lab.engine.model.spec.router.experts
 
+    def _vote(self, size: int) -> Arm:
+        return vote_of_size(size, self._total, self.family)
+
     def _votes(self) -> list[Tally]:
-        """DES-Vote as the paper has it, at every size that was run."""
-        sizes = (vote_of_size(size, self._total) for size in range(1, self._total + 1))
-        exact = {arm.name for arm in (*sizes, *by_beta("des-vote", BETAS))}
+        """The plain vote, at every size that was run."""
+        sizes = (self._vote(size) for size in range(1, self._total + 1))
+        exact = {arm.name for arm in (*sizes, *by_beta(self.family, BETAS))}
         return [tally for name, tally in self.known.items() if name in exact]
 
     def _met(self, other: Tally) -> Tally | None:

@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from coterie.evals.run import Arm
-from coterie.study.arms import Groups, compare
+from coterie.study.arms import NOTHING, Groups, Matched, compare
 from coterie.study.chapter import Drawing, Facts, Finding, Table
 from coterie.study.curves import Looks, arm_table, draw
 from coterie.study.lab import Lab
@@ -16,7 +15,7 @@ from coterie.study.tally import Arms
 @dataclass(frozen=True)
 class Comparison:
     """Accuracy against experts for groups of arms; ``groups`` and ``matched`` depend on the
-    experts of a token, K. What ``matched`` gives is also met by DES-Vote at equal experts."""
+    experts of a token, K."""
 
     name: str
     title: str
@@ -24,7 +23,7 @@ class Comparison:
     caption: str
     groups: Callable[[int], Groups]
     found: Callable[[Arms], Sequence[Finding | str]]
-    matched: Callable[[int], Sequence[Arm]] = lambda _: ()
+    matched: Callable[[int], Matched] = lambda _: NOTHING
     looks: Looks = "family"
     front: bool = False
     views: Mapping[str, Sequence[str]] = field(default_factory=dict)  # figure -> its groups

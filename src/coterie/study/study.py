@@ -16,6 +16,7 @@ from coterie.evals.task import Task
 from coterie.naming import CoterieError
 from coterie.results import record, write_record
 from coterie.study.accuracy import ACCURACY, SIZE
+from coterie.study.beyond import BEYOND
 from coterie.study.blocks import Blocks
 from coterie.study.breakdown import Parts
 from coterie.study.chapter import Chapter
@@ -235,6 +236,7 @@ CHAPTERS: dict[str, Chapter] = {
     "mass": MASS,
     "votes-fidelity": Votes(),
     "steps": Steps(),
+    "beyond": BEYOND,
     "forwards": Forwards(),
     "speed": Speed(),
 }
