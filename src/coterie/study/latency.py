@@ -145,7 +145,7 @@ def line(bench: Bench, *, tell: Tell, pace: Pace = FULL) -> Line:
     grid = {
         (tokens, used): _set(bench, tokens, used, draw)
         for tokens in TOKENS
-        for used in SIZES
+        for used in sorted({bench.router.k, *SIZES, bench.router.experts})
         if bench.router.k <= used <= min(tokens * bench.router.k, bench.router.experts)
     }
     checks = {} if bench.unique is None else _blocks(bench, bench.unique, draw)

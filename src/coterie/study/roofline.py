@@ -125,7 +125,24 @@ class Roofline:
 
     def tables(self, facts: Facts) -> Sequence[Table]:
         found = cast("Found", facts)
-        return [_table(one, found["limits"]) for one in found["roofs"]]
+        best = found["limits"]
+        heads = ["layer", "policy", "experts", "MB read", "op/byte", "ms", "Gop/s", "of attainable"]
+        peaks = ", ".join(f"{of / 1e9:.0f} in {dtype}" for dtype, of in peaks)
+        return [
+            Table(
+                heads=heads,
+                rows=[
+                    _row(one, point, best)
+                    for one in found["roofs"]
+                    for point in one["points"]
+                    if point["tokens"] == BLOCK
+                ],
+                caption=f"With {BLOCK} tokens. At best, with {counted(best['threads'], 'thread')}, "
+                f"this machine reads {best['bytes_per_second'] / 1e9:.1f} GB/s ({best['reader']}) "
+                f"and makes so many billion operations a second: {told}.",
+                numbers=list(range(2, len(heads))),
+            )
+        ]
 
     def findings(self, facts: Facts) -> Sequence[Finding | str]:
         found = cast("Found", facts)
@@ -249,32 +266,19 @@ def _draw_policy(plot: Axes, policy: str, points: Sequence[Point], shade: float)
             )
 
 
-def _table(one: Roof, found: Limits) -> Table:
-    rows = []
-    for point in one["points"]:
-        rate = point["flops"] / point["seconds"]["median"]
-        best = attainable(point["intensity"], one["peak"], found["bytes_per_second"])
-        rows.append(
-            [
-                point["policy"],
-                f"{point['tokens']}",
-                f"{point['used']:.1f}",
-                f"{point['used'] * one['bench']['expert_bytes'] / 1e6:.2f}",
-                f"{point['intensity']:.2f}",
-                f"{point['seconds']['median'] * 1e3:.2f}",
-                f"{rate / 1e9:.1f}",
-                f"{rate / best:.0%}",
-            ]
-        )
-    heads = ["policy", "tokens", "experts", "MB read", "per byte", "ms", "Gop/s", "of attainable"]
-    return Table(
-        heads=heads,
-        rows=rows,
-        caption=f"{called(one['bench'])}, {one['bench']['dtype']}: this machine reads "
-        f"{found['bytes_per_second'] / 1e9:.1f} GB/s and makes {one['peak'] / 1e9:.0f} billion "
-        f"operations a second at best, with {counted(found['threads'], 'thread')}.",
-        numbers=list(range(1, len(heads))),
-    )
+def _row(one: Roof, point: Point, found: Limits) -> list[str]:
+    bench, rate = one["bench"], point["flops"] / point["seconds"]["median"]
+    best = attainable(point["intensity"], one["peak"], found["bytes_per_second"])
+    return [
+        bench["name"] + (" (random)" if bench["random"] else ""),
+        point["policy"],
+        f"{point['used']:.1f}",
+        f"{point['used'] * bench['expert_bytes'] / 1e6:.2f}",
+        f"{point['intensity']:.2f}",
+        f"{point['seconds']['median'] * 1e3:.2f}",
+        f"{rate / 1e9:.1f}",
+        f"{rate / best:.0%}",
+    ]
 
 
 def fixed_share(few: Point, many: Point) -> float:
