@@ -104,7 +104,6 @@ def test_another_items_answer_of_math500_is_wrong():
     assert right(task, others) == []
 
 
-@pytest.mark.slow
 def test_altered_formulas_of_math500_are_wrong():
     """One more, less, or twice as much, of everything that has no plain value."""
     task = opened("math500")
@@ -115,5 +114,5 @@ def test_altered_formulas_of_math500_are_wrong():
         if not any(sign in item.gold for sign in (",", "=", r"\begin", r"\in", r"\pm")):
             altered += [(rf"\boxed{{{item.gold} + 1}}", item),
                         (rf"\boxed{{2({item.gold})}}", item)]  # fmt: skip
-    assert len(altered) > 150
+    assert len(altered) > 90
     assert right(task, altered) == []

@@ -20,32 +20,38 @@ from coterie.evals.task import Wish
 from coterie.evals.tasks import TASKS, check_name
 from coterie.naming import CoterieError
 
+TaskName = Annotated[
+    str, typer.Argument(metavar="TASK", help=f"Of {', '.join(TASKS)}.", show_default=False)
+]
+Outputs = Annotated[
+    str,
+    typer.Argument(
+        metavar="FILE", help="JSONL of outputs; - reads standard input.", show_default=False
+    ),
+]
+Out = Annotated[
+    Path | None,
+    typer.Option("--out", "-o", help="File for the grades. Default: standard output."),
+]
+Data = Annotated[
+    Path | None,
+    typer.Option(
+        "--data",
+        help="Where ids are looked up: the benchmark's file, its folder, or the folder above. "
+        "Default: the folder that $COTERIE_DATA names, else the hub.",
+    ),
+]
+Trust = Annotated[
+    bool,
+    typer.Option(
+        "--trust-generated-code",
+        help="Run generated code even where no sandbox can be had.",
+    ),
+]
+
 
 def grade_command(
-    task: Annotated[str, typer.Argument(help=f"Of {', '.join(TASKS)}.", show_default=False)],
-    file: Annotated[
-        str, typer.Argument(help="JSONL of outputs; - reads standard input.", show_default=False)
-    ],
-    *,
-    out: Annotated[
-        Path | None,
-        typer.Option("--out", "-o", help="File for the grades. Default: standard output."),
-    ] = None,
-    data: Annotated[
-        Path | None,
-        typer.Option(
-            "--data",
-            help="Where ids are looked up: the benchmark's file, its folder, or the folder above. "
-            "Default: the folder that $COTERIE_DATA names, else the hub.",
-        ),
-    ] = None,
-    trust: Annotated[
-        bool,
-        typer.Option(
-            "--trust-generated-code",
-            help="Run generated code even where no sandbox can be had.",
-        ),
-    ] = False,
+    task: TaskName, file: Outputs, *, out: Out = None, data: Data = None, trust: Trust = False
 ) -> None:
     """Grade outputs that were made elsewhere, as `coterie eval` grades its own.
 
@@ -54,17 +60,19 @@ def grade_command(
     coterie grade humaneval outputs.jsonl --data data/ -o grades.jsonl
 
     \b
-    A line of the input   {"id": "gsm8k/17", "output": "... so 9 * 2 = 18.", "gold": "18"}
-    A line of the grades  {"id": "gsm8k/17", "correct": true, "extracted": "18"}
+    in    {"id": "gsm8k/17", "output": "... 9 * 2 = 18.", "gold": "18"}
+    out   {"id": "gsm8k/17", "correct": true, "extracted": "18"}
 
     \b
-    gold       gsm8k, math500, words, algebra: the bare answer, or as the data set has it
-               ("... #### 1,234", "$\\frac12$", "\\boxed{12}"). Left out, the id is looked up.
-    id         Code tasks look it up: HumanEval/0, mbpp/2, docstring/<seed>/<n>. Others: any.
-    extracted  What was read out of the output; null where there was nothing.
+    gold       gsm8k, math500, words, algebra: the bare answer, or as the
+               data set has it ("... #### 1,234", "$\\frac12$",
+               "\\boxed{12}"). Without one, the id is looked up.
+    id         Code tasks look it up: HumanEval/0, mbpp/2,
+               docstring/<seed>/<n>. Otherwise any text or number.
+    extracted  What was read out of the output; null: nothing.
 
-    The grades come in the order of the lines; how many are right is told on standard error.
-    Nothing is graded before every line has been read and found good.
+    Every line is read, and each id found, before the first is graded. The grades come in the order
+    of the lines; how many are right is told on standard error.
     """
     check_name(task)
     where = "standard input" if file == "-" else file
