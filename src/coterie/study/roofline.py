@@ -127,7 +127,8 @@ class Roofline:
         found = cast("Found", facts)
         best = found["limits"]
         heads = ["layer", "policy", "experts", "MB read", "op/byte", "ms", "Gop/s", "of attainable"]
-        peaks = ", ".join(f"{of / 1e9:.0f} in {dtype}" for dtype, of in peaks)
+        peaks = sorted(best["flops_per_second"].items())
+        told = ", ".join(f"{peak / 1e9:.0f} in {dtype}" for dtype, peak in peaks)
         return [
             Table(
                 heads=heads,
