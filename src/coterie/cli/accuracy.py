@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import csv
 import io
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 
+from rich.console import Console
 from rich.table import Table
 
 from coterie.cli.tables import plain_table, readable
 from coterie.evals.report import Line
+
+Columns = dict[str, Callable[[Line], str]]
 
 
 def accuracy_document(
@@ -24,48 +28,48 @@ def accuracy_document(
     }
 
 
-def accuracy_table(found: Sequence[Line]) -> Table:
-    """Right answers, one policy a line; the change is against the first, on the same items."""
+def accuracy_tables(found: Sequence[Line], to: Console) -> list[Table]:
+    """One policy a line: what was right and how it changed, then what that cost.
+
+    Experts and bytes are a layer's in one decoding forward. Where a line is too long for the
+    terminal there are more and narrower tables.
+    """
+    parts = _by_part(found)
+    wide = [_table(found, RIGHT | parts | CHANGE), _table(found, TRAFFIC | PACE)]
+    if max(_width(table, to) for table in wide) <= to.width:
+        return wide
+    return [_table(found, part) for part in (RIGHT, parts, CHANGE, TRAFFIC, PACE) if part]
+
+
+def _by_part(found: Sequence[Line]) -> Columns:
+    """By task, where there are several, and a task's other measures."""
     tasks = list(found[0].by_task)
-    # Of one task the whole says it all.
-    parts = (*(tasks if len(tasks) > 1 else ()), *found[0].also)
-    numbers = ("right", "95 %", *parts, "change", "change, 95 %", "p", "relative")
-    table = plain_table("policy", *numbers, numbers=numbers)
+    parts = [*(tasks if len(tasks) > 1 else ()), *found[0].also]
+    return {part: partial(_part, part) for part in parts}
+
+
+def _part(name: str, line: Line) -> str:
+    share = {**line.by_task, **line.also}.get(name)
+    return "" if share is None else f"{share.value:.1%}"
+
+
+def _table(found: Sequence[Line], columns: Columns) -> Table:
+    table = plain_table("policy", *columns, numbers=tuple(columns))
+    table.columns[0].overflow = "fold"
+    for column in table.columns[1:]:
+        column.no_wrap = True
     for line in found:
-        low, high = line.whole.interval
-        change = line.change
-        told = ("", "", "") if change is None else (
-            f"{change.difference:+.1%}",
-            f"{change.interval[0]:+.1%} to {change.interval[1]:+.1%}",
-            f"{change.p:.2g}",
-        )  # fmt: skip
-        shares = {**line.by_task, **line.also}
-        table.add_row(
-            line.sheet.policy,
-            f"{line.whole.value:.1%} of {line.whole.n}",
-            f"{low:.1%} to {high:.1%}",
-            *(f"{shares[part].value:.1%}" if part in shares else "" for part in parts),
-            *told,
-            "" if line.relative is None else f"{line.relative:.1%}",
-        )
+        table.add_row(line.sheet.policy, *(told(line) for told in columns.values()))
     return table
 
 
-def traffic_table(found: Sequence[Line]) -> Table:
-    """What the same answers cost; experts and bytes are a layer's, in one decoding forward."""
-    numbers = ("experts", "bytes", "votes kept", "forwards/block", "tokens/s")
-    table = plain_table("policy", *numbers, numbers=numbers)
-    for line in found:
-        sheet = line.sheet
-        table.add_row(
-            sheet.policy,
-            f"{sheet.experts:.1f}",
-            readable(sheet.expert_bytes),
-            f"{sheet.vote_mass_kept:.3f}",
-            f"{sheet.forwards_per_block:.2f}",
-            f"{sheet.tokens_per_second:.1f}",
-        )
-    return table
+def _width(table: Table, to: Console) -> int:
+    """Columns that it takes where nothing wraps."""
+    return to.measure(table, options=to.options.update(max_width=10_000)).maximum
+
+
+def _interval(low: float, high: float, sign: str = "") -> str:
+    return f"{low:{sign}.1%} to {high:{sign}.1%}"
 
 
 def accuracy_csv(found: Sequence[Line]) -> str:
@@ -107,3 +111,26 @@ def _row(line: Line) -> dict[str, object]:
         "tokens_per_second": sheet.tokens_per_second,
         "seconds": sheet.seconds,
     }
+
+
+RIGHT: Columns = {
+    "right": lambda line: f"{line.whole.value:.1%} of {line.whole.n}",
+    "95 %": lambda line: _interval(*line.whole.interval),
+}
+CHANGE: Columns = {
+    "change": lambda line: "" if line.change is None else f"{line.change.difference:+.1%}",
+    "change, 95 %": lambda line: (
+        "" if line.change is None else _interval(*line.change.interval, sign="+")
+    ),
+    "p": lambda line: "" if line.change is None else f"{line.change.p:.2g}",
+    "relative": lambda line: "" if line.relative is None else f"{line.relative:.1%}",
+}
+TRAFFIC: Columns = {
+    "experts": lambda line: f"{line.sheet.experts:.1f}",
+    "bytes": lambda line: readable(line.sheet.expert_bytes),
+    "votes kept": lambda line: f"{line.sheet.vote_mass_kept:.3f}",
+}
+PACE: Columns = {
+    "forwards/block": lambda line: f"{line.sheet.forwards_per_block:.2f}",
+    "tokens/s": lambda line: f"{line.sheet.tokens_per_second:.1f}",
+}

@@ -14,7 +14,7 @@ from rich.progress import MofNCompleteColumn, TimeRemainingColumn
 
 from coterie.cli import eval_options as e
 from coterie.cli import options as o
-from coterie.cli.accuracy import accuracy_csv, accuracy_document, accuracy_table, traffic_table
+from coterie.cli.accuracy import accuracy_csv, accuracy_document, accuracy_tables
 from coterie.cli.document import print_document
 from coterie.cli.request import (
     Options,
@@ -32,7 +32,7 @@ from coterie.engine.source import EMBEDDED
 from coterie.evals.report import Line, lines
 from coterie.evals.run import Answer, Arm, Told, about, run
 from coterie.evals.task import Task, Wish
-from coterie.evals.tasks import TASKS, open_tasks
+from coterie.evals.tasks import TASKS, check_name, open_tasks
 from coterie.naming import CoterieError
 from coterie.problems import TASKS as OWN
 from coterie.results import record, write_record
@@ -131,9 +131,8 @@ def task_names(typed: Sequence[str] | None, *, own: bool) -> list[str]:
     if not typed and not own:
         raise CoterieError(f"--task is needed with --model; of {', '.join(TASKS)}")
     names = list(dict.fromkeys(typed or OWN))
-    unknown = [name for name in names if name not in TASKS]
-    if unknown:
-        raise CoterieError(f"unknown task {unknown[0]!r}; known: {', '.join(TASKS)}")
+    for name in names:
+        check_name(name)
     return names
 
 
@@ -188,9 +187,9 @@ def tell(found: Sequence[Line], document: Mapping[str, object], *, json: bool, c
     elif csv:
         sys.stdout.write(accuracy_csv(found))
     else:
-        console().print(accuracy_table(found))
-        console().print()
-        console().print(traffic_table(found))
+        to = console()
+        for number, table in enumerate(accuracy_tables(found, to)):
+            to.print(*([""] if number else []), table, sep="\n")
 
 
 def train(

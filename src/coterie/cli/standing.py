@@ -52,6 +52,7 @@ class Standing:
     def _scores(self) -> Table:
         numbers = ("right so far", "against the first")
         table = plain_table("policy", *numbers, numbers=numbers)
+        table.columns[0].overflow = "fold"
         for arm in self.arms:
             answers = self.right.get(arm, {})
             if answers:
