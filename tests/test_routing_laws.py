@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
-from typing import get_args
 
 import pytest
 import torch
@@ -15,7 +14,6 @@ from torch import Tensor
 
 from coterie.naming import CoterieError
 from coterie.routing import Vanilla, parse_policy, route
-from coterie.routing.votes import Vote
 from coterie.values import Policy, Progress, RouterSpec, Routing, Scores
 
 WITHOUT_TIES = (
