@@ -71,8 +71,9 @@ def grade_command(
                docstring/<seed>/<n>. Otherwise any text or number.
     extracted  What was read out of the output; null: nothing.
 
-    Every line is read, and each id found, before the first is graded. The grades come in the order
-    of the lines; how many are right is told on standard error.
+    Every line is read, and each id found, before the first is graded.
+    The grades come in the order of the lines; how many are right is told
+    on standard error.
     """
     check_name(task)
     where = "standard input" if file == "-" else file

@@ -30,10 +30,10 @@ WRAPPED = re.compile(r"\\(?:text|textbf|mathrm|mathbf|mbox|bf|rm)\s*\{([^{}]*)\}
 POWER = re.compile(r"(?<=[A-Za-z])\s*\^\s*(?:\{\s*[23]\s*\}|[23])")  # of a unit: cm^2
 EMPTY = re.compile(r"\\(?:left|right|displaystyle)\b|\\(?=[$%#])|\\[()\[\]]")
 
-CURRENCY = r"(?:US|A|C)?[$€£¥₹]"
+CURRENCY = r"(?:(?:US|A|C)?[$€£¥₹]|USD|EUR|GBP|INR|Rs\.)"
 WHOLE = r"\d{1,3}(?:,\d{3})+(?!\d)|\d+"
 NUMBER = re.compile(
-    rf"(?<![A-Za-z_])(?P<sign>-\s*)?(?:{CURRENCY}\s*)?(?P<inner>-)?"
+    rf"(?<![A-Za-z_\d])(?P<sign>-\s*)?(?:{CURRENCY}\s*)?(?P<inner>-)?"
     rf"(?:(?P<mixed>\d+)\s+(?=\d+\s?/\s?\d))?"
     rf"(?P<core>(?:{WHOLE})(?:\.\d+)?|(?<![\d.])\.\d+)"
     rf"(?:\s?/\s?(?P<under>(?:{WHOLE})(?:\.\d+)?)|[eE](?P<ten>[+-]?\d{{1,2}})(?!\w))?"
