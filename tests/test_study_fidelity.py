@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from functools import cache
 from pathlib import Path
 
@@ -39,6 +39,7 @@ from coterie.study.fidelity import (
     traced,
     words,
 )
+from coterie.study.foretelling import Foretelling
 from coterie.study.importance import Importance, Without, covered, take_apart
 from coterie.study.lab import Lab
 from coterie.study.maps import Hits, Maps, Used, kinds_of
@@ -47,6 +48,7 @@ from coterie.study.ranks import mean_interval, ranks, spearman
 from coterie.study.reconstruction import Reconstruction, better
 from coterie.study.steps import Pairs, Steps, elected
 from coterie.study.style import drawn
+from coterie.study.tally import Tally as Arm
 from coterie.study.votes import Votes
 from coterie.telemetry import Counting
 from coterie.testing import random_transformer, read_spec, tiny_config
@@ -410,6 +412,41 @@ def test_a_chapter_tells_how_far_it_is(chapter: Chapter) -> None:
     assert list(shares) == sorted(shares)
     assert shares[0] >= 0
     assert 0.5 < shares[-1] <= 1
+
+
+def test_what_foretells_accuracy_is_read_beside_its_record(tmp_path: Path) -> None:
+    here = replace(lab(), folder=tmp_path)
+    with pytest.raises(CoterieError, match="needs the record of the chapter accuracy"):
+        Foretelling().measure(here)
+    right = {"vanilla": "1111", "des-vote:beta=0.5": "1110", "random:beta=0.5": "0000"}
+    leave_accuracy(tmp_path, right)
+    kept = json.loads(json.dumps(Foretelling().measure(here), allow_nan=False))
+    accuracies = {point["policy"]: point["accuracy"] for point in kept["points"]}
+    assert accuracies == {"vanilla": 1.0, "des-vote:beta=0.5": 0.75, "random:beta=0.5": 0.0}
+    assert kept["agreement"]["usual"]["recall"] == {"rho": 1.0, "interval": [1.0, 1.0]}
+    assert kept["agreement"]["usual"]["loss"]["rho"] == 1.0  # the least loss, the most right
+    assert len(Foretelling().findings(kept)) == 2
+    (drawing,) = Foretelling().drawings(kept)
+    assert drawn(drawing.draw, name=drawing.name, scheme="dark").startswith("<svg")
+    (table,) = Foretelling().tables(kept)
+    assert {len(row) for row in table.rows} == {3}
+
+
+def leave_accuracy(folder: Path, right: dict[str, str]) -> None:
+    """A record of the chapter on accuracy: policy -> "1010", an item a digit; one is mc-moe's."""
+    arms = [
+        {
+            **dict.fromkeys([field.name for field in fields(Arm)], 0.0),
+            "name": policy,
+            "policy": policy,
+            "generation": {},
+            "right": {"words": digits},
+        }
+        for policy, digits in {**right, "mc-moe:beta=0.5": "1111"}.items()
+    ]
+    record = {"experts": 16, "k": 4, "block": 8, "arms": arms, "groups": {}, "pairs": []}
+    (folder / "records").mkdir()
+    (folder / "records" / "accuracy.json").write_text(json.dumps({"when": "now", "facts": record}))
 
 
 def test_a_bidirectional_model_can_be_studied_too() -> None:

@@ -44,6 +44,7 @@ CURVES = {
     "DES-Vote": [f"des-vote:beta={share}" for share in SHARES],
     "DES-Seq": [f"des-seq:k={m}" for m in range(1, 8)],
     "words vote, top-1": [f"des-vote:beta={s},voters=unfilled,protect=top1" for s in SHARES],
+    "proportional": [f"proportional-vote:beta={share}" for share in SHARES],
     "random": [f"random:beta={share}" for share in SHARES],
 }
 SHOWN = (

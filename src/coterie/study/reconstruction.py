@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TypedDict, cast
+from typing import Literal, TypedDict, cast
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -21,6 +21,7 @@ SHARES = (
 )
 FEWER = ("0.0625", "0.15", "0.3", "0.5", "0.75")
 SEQ, VOTE, GUARDED, LOT, TOPK = "DES-Seq", "DES-Vote", "words vote, top-1", "random", "top-k"
+OURS = "proportional"
 JUDGED = ("recall", "word_recall", "loss", "word_loss")
 HEADS = (
     *("policy", "experts", "votes kept", "recall", "of words"),
@@ -54,6 +55,7 @@ class Found(TypedDict):
     curves: list[Curve]
     against: dict[str, list[Gap]]
     guarded: dict[str, list[Gap]]
+    ours: dict[str, list[Gap]]
     control: dict[str, list[Gap]]
 
 
@@ -94,6 +96,7 @@ class Reconstruction:
             ],
             against=against(seq),
             guarded=against(families[GUARDED]),
+            ours=against(families[OURS]),
             control=against(families[LOT]),
         )
         return cast("Facts", found)
@@ -155,7 +158,8 @@ class Reconstruction:
                 found, "loss", "Vote has a lower reconstruction loss than Seq at the same size."
             ),
             _words(found),
-            _guarded(found),
+            _beside_plain(found["guarded"], "With only words voting and top-1 kept"),
+            _beside_plain(found["ours"], "Elected in proportion (`proportional-vote`)"),
         ]
 
 
@@ -164,6 +168,7 @@ def policies(k: int) -> dict[str, list[str]]:
     return {
         VOTE: [f"des-vote:beta={share}" for share in SHARES],
         SEQ: [f"des-seq:k={m}" for m in range(1, k + 1)],
+        OURS: [f"proportional-vote:beta={share}" for share in FEWER],
         GUARDED: [f"des-vote:beta={share},voters=unfilled,protect=top1" for share in FEWER],
         TOPK: [f"topk:k={m}" for m in range(1, k)],
         LOT: [f"random:beta={share}" for share in FEWER],
@@ -232,12 +237,13 @@ def draw(found: Found, figure: str) -> Figure:
     return drawn
 
 
-def log_axis(one: Axes) -> None:
-    """Upwards in powers, labelled 0.01, 0.02, 0.05, 0.1 ..."""
-    one.set_yscale("log")
-    one.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
-    one.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
-    one.yaxis.set_minor_formatter(NullFormatter())
+def log_axis(one: Axes, axis: Literal["x", "y"] = "y") -> None:
+    """In powers, labelled 0.01, 0.02, 0.05, 0.1 ..."""
+    (one.set_yscale if axis == "y" else one.set_xscale)("log")
+    chosen = one.yaxis if axis == "y" else one.xaxis
+    chosen.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+    chosen.set_major_formatter(lambda value, _: f"{value:g}")
+    chosen.set_minor_formatter(NullFormatter())
 
 
 def _tallied(gaps_of_figure: Sequence[Gap], figure: str) -> tuple[int, int, int]:
@@ -272,14 +278,13 @@ def _words(found: Found) -> str:
     )
 
 
-def _guarded(found: Found) -> str:
+def _beside_plain(gaps_of: Mapping[str, Sequence[Gap]], called: str) -> str:
     said = []
-    for figure in ("loss", "word_loss"):
-        here = found["guarded"][figure]
-        wins = sum(better(gap, figure) > 0 for gap in here)
-        losses = sum(better(gap, figure) < 0 for gap in here)
-        said.append(f"{NAMES[figure]} lower at {wins} and higher at {losses} of {len(here)} sizes")
-    return f"With only words voting and top-1 kept, against plain Vote: {'; '.join(said)}."
+    for figure, here in gaps_of.items():
+        wins, losses, ties = _tallied(here, figure)
+        said.append(f"{NAMES[figure]} better at {losses}, worse at {wins}, alike at {ties}")
+    sizes = max(map(len, gaps_of.values()))
+    return f"{called}, against plain Vote of the same size ({sizes} sizes): {'; '.join(said)}."
 
 
 def _control(found: Found) -> Finding:

@@ -21,6 +21,7 @@ from coterie.study.blocks import Blocks
 from coterie.study.breakdown import Parts
 from coterie.study.chapter import Chapter
 from coterie.study.explosion import Explosion
+from coterie.study.foretelling import Foretelling
 from coterie.study.importance import Importance
 from coterie.study.lab import Lab
 from coterie.study.latency import Latency
@@ -235,6 +236,7 @@ CHAPTERS: dict[str, Chapter] = {
     "protection": PROTECTION,
     "mass": MASS,
     "votes-fidelity": Votes(),
+    "foretelling": Foretelling(),  # reads the record of accuracy
     "steps": Steps(),
     "beyond": BEYOND,
     "forwards": Forwards(),
