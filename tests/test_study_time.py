@@ -169,6 +169,14 @@ def test_works_take_turns_and_the_first_round_is_not_kept() -> None:
     assert rounds == [["a", "b", "c"]] * 5
 
 
+@pytest.mark.parametrize(("load", "quiet"), [(None, True), (2.4, True), (9.1, False)])
+def test_times_taken_on_a_busy_machine_are_said_to_be(load: float | None, quiet: bool) -> None:
+    there = timing.Conditions(device="cpu", threads=2, cores=2, load=load)
+    told = timing.crowded(there)
+    assert (told == []) == quiet
+    assert all("9.1 processes wanted its 2 cores" in each for each in told)
+
+
 # Routings that are timed
 
 

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from statistics import fmean
 from typing import TypedDict, cast
 
-import torch
 from matplotlib.figure import Figure
 
 from coterie.engine.engine import Engine
@@ -25,7 +24,7 @@ from coterie.study.parts import (
     timed,
 )
 from coterie.study.style import SERIES, axes
-from coterie.study.timing import Spread, counted, spread
+from coterie.study.timing import Conditions, Spread, conditions, crowded, on, spread
 
 POLICIES = ("vanilla", "des-seq:k=3", "des-vote:beta=0.3")
 ROUNDS = 5
@@ -48,7 +47,7 @@ class Found(TypedDict):
     prompts: int
     rounds: int
     block: int
-    threads: int
+    machine: Conditions
     policies: list[Breakdown]
 
 
@@ -81,7 +80,7 @@ class Parts:
             prompts=len(prompts),
             rounds=self.rounds,
             block=lab.engine.generation.block,
-            threads=torch.get_num_threads(),
+            machine=conditions(lab.engine.model.transformer.device),
             policies=[broken_down(policy, forwards) for policy, forwards in taken.items()],
         )
         return cast("Facts", found)
@@ -92,7 +91,7 @@ class Parts:
             Drawing(
                 self.name,
                 f"A decoding forward's time by part; one row, blocks of {found['block']}, "
-                f"{counted(found['threads'], 'thread')}. The rest is the embedding, the head and "
+                f"{on(found['machine'])}. The rest is the embedding, the head and "
                 "the choice of words.",
                 lambda: _draw(found),
             )
@@ -130,6 +129,7 @@ class Parts:
                 verdict="holds" if inside > 0.5 else "does not hold",
             ),
             *(_saving(plain, other) for other in found["policies"][1:]),
+            *crowded(found["machine"]),
         ]
 
 

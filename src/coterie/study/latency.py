@@ -32,14 +32,17 @@ from coterie.study.layers import (
 from coterie.study.style import SERIES, axes, ink, legend
 from coterie.study.timing import (
     FULL,
+    Conditions,
     Fit,
     Limits,
     Pace,
     Spread,
-    counted,
+    conditions,
+    crowded,
     fit,
     in_turns,
     limits,
+    on,
     predicted,
 )
 
@@ -85,6 +88,7 @@ class Line(TypedDict):
 
 
 class Found(TypedDict):
+    machine: Conditions
     limits: Limits
     lines: list[Line]
     skipped: list[str]
@@ -112,7 +116,9 @@ class Latency:
         lines, skipped = at_each(
             lab, self.shapes, lambda bench, tell: line(bench, tell=tell, pace=self.pace)
         )
-        return cast("Facts", Found(limits=roof, lines=lines, skipped=skipped))
+        return cast(
+            "Facts", Found(machine=conditions(device), limits=roof, lines=lines, skipped=skipped)
+        )
 
     def drawings(self, facts: Facts) -> Sequence[Drawing]:
         found = cast("Found", facts)
@@ -135,7 +141,7 @@ class Latency:
         found = cast("Found", facts)
         read = found["limits"]["bytes_per_second"]
         told = [(_straight(one), _reading(one, read)) for one in found["lines"]]
-        return [*chain.from_iterable(told), *found["skipped"]]
+        return [*chain.from_iterable(told), *found["skipped"], *crowded(found["machine"])]
 
 
 def line(bench: Bench, *, tell: Tell, pace: Pace = FULL) -> Line:
@@ -263,7 +269,7 @@ def _fits(found: Found) -> Table:
         rows=rows,
         caption="t = t0 + b T + a N K, least squares over the medians of all points. "
         f"This machine reads {roof['bytes_per_second'] / 1e9:.1f} GB/s ({roof['reader']}, "
-        f"{counted(roof['threads'], 'thread')}).",
+        f"{on(found['machine'])}).",
         numbers=list(range(2, 8)),
     )
 

@@ -32,7 +32,18 @@ from coterie.study.layers import (
     turning,
 )
 from coterie.study.style import axes, ink, legend, look
-from coterie.study.timing import FULL, Limits, Pace, Spread, counted, in_turns, limits
+from coterie.study.timing import (
+    FULL,
+    Conditions,
+    Limits,
+    Pace,
+    Spread,
+    conditions,
+    crowded,
+    in_turns,
+    limits,
+    on,
+)
 from coterie.values import Routing, Scores
 
 TOKENS = (1, 8, 16, 32, 64)
@@ -68,6 +79,7 @@ class Roof(TypedDict):
 
 
 class Found(TypedDict):
+    machine: Conditions
     limits: Limits
     roofs: list[Roof]
     skipped: list[str]
@@ -108,7 +120,10 @@ class Roofline:
             return roof(bench, blocks, found, tell=tell, pace=self.pace)
 
         roofs, skipped = at_each(lab, self.shapes, under)
-        return cast("Facts", Found(limits=found, roofs=roofs, skipped=skipped))
+        return cast(
+            "Facts",
+            Found(machine=conditions(own.device), limits=found, roofs=roofs, skipped=skipped),
+        )
 
     def drawings(self, facts: Facts) -> Sequence[Drawing]:
         found = cast("Found", facts)
@@ -138,8 +153,8 @@ class Roofline:
                     for point in one["points"]
                     if point["tokens"] == BLOCK
                 ],
-                caption=f"With {BLOCK} tokens. At best, with {counted(best['threads'], 'thread')}, "
-                f"this machine reads {best['bytes_per_second'] / 1e9:.1f} GB/s ({best['reader']}) "
+                caption=f"With {BLOCK} tokens. At best ({on(found['machine'])}) this "
+                f"machine reads {best['bytes_per_second'] / 1e9:.1f} GB/s ({best['reader']}) "
                 f"and makes so many billion operations a second: {told}.",
                 numbers=list(range(2, len(heads))),
             )
@@ -148,7 +163,7 @@ class Roofline:
     def findings(self, facts: Facts) -> Sequence[Finding | str]:
         found = cast("Found", facts)
         told = [_told(one, found["limits"]) for one in found["roofs"]]
-        return [*chain.from_iterable(told), *found["skipped"]]
+        return [*chain.from_iterable(told), *found["skipped"], *crowded(found["machine"])]
 
 
 def roof(

@@ -18,7 +18,7 @@ from coterie.study.lab import Lab
 from coterie.study.latency import Line
 from coterie.study.layers import BLOCK, bend_for, moe_layers, skewed, whole_layer
 from coterie.study.style import look, panels
-from coterie.study.timing import Spread, counted, in_turns, mean_spread
+from coterie.study.timing import Conditions, Spread, conditions, crowded, in_turns, mean_spread, on
 from coterie.values import Policy, Progress, RouterSpec, Routing, Scores
 
 EXPERTS = (64, 128, 256)
@@ -75,8 +75,7 @@ class Large(TypedDict):
 
 class Found(TypedDict):
     activation: str
-    threads: int
-    device: str
+    machine: Conditions
     points: list[Point]
     layers: list[Layer]
     large: list[Large]
@@ -110,8 +109,7 @@ class Selection:
         lab.tell(len(EXPERTS) / (len(EXPERTS) + 1), "the model's own layers")
         found = Found(
             activation=spec.router.activation,
-            threads=torch.get_num_threads(),
-            device=device.type,
+            machine=conditions(device),
             points=points,
             layers=own_layers(lab.engine, lab.questions()[:PROMPTS], rounds=self.rounds),
             large=large_layers(lab),
@@ -121,8 +119,7 @@ class Selection:
     def drawings(self, facts: Facts) -> Sequence[Drawing]:
         found = cast("Found", facts)
         versions = list(dict.fromkeys(point["version"] for point in found["points"]))
-        where = f"{found['activation']} router, {found['device']}, "
-        where += counted(found["threads"], "thread")
+        where = f"{found['activation']} router, {on(found['machine'])}"
         return [
             Drawing(
                 f"{self.name}-{version}",
@@ -149,7 +146,7 @@ class Selection:
         plain = next(each for each in found["layers"] if each["policy"] == VANILLA)
         told = [_cost(e, plain) for e in found["layers"] if e["policy"].startswith("des-")]
         large = [_beside_large(found, each) for each in found["large"]]
-        return [*told, *large, _width(found), *alone]
+        return [*told, *large, _width(found), *alone, *crowded(found["machine"])]
 
 
 def scaled(router: RouterSpec, experts: int) -> RouterSpec:

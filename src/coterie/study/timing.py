@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import random
 import statistics
 import time
@@ -41,6 +42,16 @@ class Spread(TypedDict):
     samples: int
 
 
+class Conditions(TypedDict):
+    """Under which something was timed; ``load`` is how many processes wanted a core over the last
+    minute, this one's own threads among them (None where the system does not tell)."""
+
+    device: str
+    threads: int
+    cores: int
+    load: float | None
+
+
 class Limits(TypedDict):
     """What the device does at best, as measured: a roof for everything else.
 
@@ -51,7 +62,6 @@ class Limits(TypedDict):
     reader: str
     flops_per_second: dict[str, float]
     seconds: dict[str, Spread]
-    threads: int
 
 
 class Fit(TypedDict):
@@ -149,8 +159,33 @@ def limits(
         reader=reader,
         flops_per_second={said: 2 * square**3 / taken[said]["median"] for said in products},
         seconds=taken,
-        threads=torch.get_num_threads(),
     )
+
+
+def conditions(device: torch.device) -> Conditions:
+    """Of the minute that has passed: ask at the end of the work."""
+    try:
+        load = os.getloadavg()[0]
+    except (AttributeError, OSError):
+        load = None
+    cores = os.cpu_count() or 1
+    return Conditions(device=device.type, threads=torch.get_num_threads(), cores=cores, load=load)
+
+
+def on(there: Conditions) -> str:
+    """As in "cpu, 2 threads"."""
+    return f"{there['device']}, {counted(there['threads'], 'thread')}"
+
+
+def crowded(there: Conditions) -> list[str]:
+    """A sentence for whoever reads the times, where others worked on the machine as well."""
+    load = there["load"]
+    if load is None or load <= max(there["cores"], there["threads"]) + 0.5:
+        return []
+    return [
+        f"The machine was not quiet: {load:.1f} processes wanted its "
+        f"{counted(there['cores'], 'core')} while these times were taken, so they are too long."
+    ]
 
 
 def name(dtype: torch.dtype) -> str:

@@ -17,7 +17,16 @@ from coterie.study.latency import Line
 from coterie.study.layers import BLOCK, moe_layers, whole_layer
 from coterie.study.style import axes, ink, legend, look, percent
 from coterie.study.tally import Arms, Tally
-from coterie.study.timing import Fit, Spread, in_turns, mean_spread, predicted
+from coterie.study.timing import (
+    Conditions,
+    Fit,
+    Spread,
+    conditions,
+    crowded,
+    in_turns,
+    mean_spread,
+    predicted,
+)
 
 VANILLA = "vanilla"
 # Routes as vanilla does, but has the importance of tokens worked out, which mc-moe asks for.
@@ -52,6 +61,7 @@ class Other(TypedDict):
 
 class Found(TypedDict):
     experts: int
+    machine: Conditions
     forwards: int
     points: list[Point]
     others: list[Other]
@@ -86,7 +96,13 @@ class Tradeoff:
             for one in lines
             if one["bench"]["random"]
         ]
-        found = Found(experts=arms.experts, forwards=len(seen), points=points, others=others)
+        found = Found(
+            experts=arms.experts,
+            machine=conditions(lab.engine.model.transformer.device),
+            forwards=len(seen),
+            points=points,
+            others=others,
+        )
         return cast("Facts", found)
 
     def drawings(self, facts: Facts) -> Sequence[Drawing]:
@@ -141,7 +157,8 @@ class Tradeoff:
 
     def findings(self, facts: Facts) -> Sequence[Finding | str]:
         found = cast("Found", facts)
-        return [_own(found), *(_there(found, other) for other in found["others"])]
+        told = [_there(found, other) for other in found["others"]]
+        return [_own(found), *told, *crowded(found["machine"])]
 
 
 def timed_policies(
