@@ -114,7 +114,7 @@ GSM8K: list[tuple[str, str, bool]] = [
     # mixed
     (
         "18",
-        "Let's solve this.\n\n**Step 1**: 16-3-4=9\n\n**Step 2**: 9 * $2 = $18\n\n**Answer**: Janet makes $18 every day.",
+        "**Step 1**: 16-3-4=9\n\n**Step 2**: 9 * $2 = $18\n\n**Answer**: She makes $18 every day.",
         True,
     ),
     ("18", "Answer: Janet sells 9 eggs, so she makes $18.", True),

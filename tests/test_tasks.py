@@ -302,6 +302,10 @@ def test_gsm8k_shows_the_first_examples_without_calculator_notes(tmp_path):
     )
     assert asked.endswith("Question: How many?\nLet's think step by step\nAnswer:")
     assert (task.settings()["shots"], task.generation()) == (4, {"max_new_tokens": 1024})
+    content = (tmp_path / "gsm8k" / "train.jsonl").read_bytes()
+    assert task.settings()["examples"] == {
+        "data": "train.jsonl", "sha256": hashlib.sha256(content).hexdigest(), "rows": 5,
+    }  # fmt: skip
 
 
 def test_other_families_are_asked_without_examples_unless_wished(tmp_path):

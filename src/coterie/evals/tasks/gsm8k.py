@@ -58,11 +58,12 @@ HARNESS_FLEXIBLE = re.compile(r"-?[$0-9.,]{2,}|-?[0-9]+")
 
 @dataclass(frozen=True)
 class Gsm8k:
-    """The 1,319 test problems, asked with ``examples`` or, without any, for a boxed answer."""
+    """The 1,319 test problems, asked after ``examples`` (of ``train``) or, without, for a box."""
 
     source: Source
     questions: tuple[Item, ...]
     family: str
+    train: Source | None = None
     examples: tuple[Item, ...] = ()
     name: str = field(default="gsm8k", init=False)
 
@@ -70,7 +71,7 @@ class Gsm8k:
         return {
             **self.source.settings(),
             "shots": len(self.examples),
-            "examples": "the first of train.jsonl, without calculator annotations",
+            "examples": None if self.train is None else self.train.settings(),
             "template": ASKED if self.examples else ZERO_SHOT.format(question="{question}"),
             "counts": "the last box or ####, else as said, else in bold at the end, else the last",
             "also": {
@@ -99,8 +100,9 @@ def open_gsm8k(wish: Wish) -> Gsm8k:
     """With as many examples as wished, or as is usual for the family."""
     source = read(TEST, wish.data)
     shots = SHOTS.get(wish.family, 0) if wish.shots is None else wish.shots
-    examples = _examples(source.beside, shots) if shots else ()
-    return Gsm8k(source, tuple(_items(source)), wish.family, examples)
+    train = _train(source.beside, shots) if shots else None
+    examples = () if train is None else _examples(train, shots)
+    return Gsm8k(source, tuple(_items(source)), wish.family, train, examples)
 
 
 def grade(output: str, gold: str) -> Grade:
@@ -132,20 +134,25 @@ def extract(text: str) -> Number | None:
     return _marked(text) or _said(bare) or _bold(bare) or _last(bare)
 
 
-def _examples(folder: Path | None, shots: int) -> tuple[Item, ...]:
-    beside = None if folder is None else folder / "train.jsonl"
+def _train(folder: Path | None, shots: int) -> Source:
+    """Where examples come from: beside the test problems, or the hub as these do."""
     if shots < 0:
         raise CoterieError(f"gsm8k: {shots} shots; 0 or more")
+    beside = None if folder is None else folder / "train.jsonl"
     if beside is not None and not beside.is_file():
         raise CoterieError(
             f"{beside}: not there, and {shots} shots are taken from it; or --shots 0"
         )
-    source = read(TRAIN, beside)
-    if len(source.rows) < shots:
-        raise CoterieError(f"{source.name} holds {len(source.rows)} examples, not {shots}")
+    return read(TRAIN, beside)
+
+
+def _examples(train: Source, shots: int) -> tuple[Item, ...]:
+    """The first ones, without the calculator's annotations."""
+    if len(train.rows) < shots:
+        raise CoterieError(f"{train.name} holds {len(train.rows)} examples, not {shots}")
     return tuple(
         Item(f"gsm8k/train/{n}", str(row["question"]), ANNOTATION.sub("", str(row["answer"])))
-        for n, row in enumerate(source.rows[:shots])
+        for n, row in enumerate(train.rows[:shots])
     )
 
 
