@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -18,6 +19,7 @@ class Quiz:
     tokens: int = 12
     odd: Mapping[int, str] | None = None
     note: str = ""
+    pause: float = 0.0  # seconds that grading takes
 
     def settings(self) -> Mapping[str, object]:
         return {"note": self.note}
@@ -34,5 +36,6 @@ class Quiz:
         return item.question
 
     def grade(self, output: str, item: Item) -> Grade:
+        time.sleep(self.pause)
         whim = zlib.crc32(f"{item.id} {output}".encode())
         return Grade(whim % 3 > 0, output[:4], {"even": whim % 2 == 0})

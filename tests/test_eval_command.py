@@ -7,6 +7,7 @@ import io
 import json
 import os
 import re
+import runpy
 import signal
 import subprocess
 import sys
@@ -17,7 +18,7 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from coterie.cli.accuracy import accuracy_csv, accuracy_tables
+from coterie.cli.accuracy import accuracy_csv, accuracy_document, accuracy_tables
 from coterie.cli.edge import run
 from coterie.cli.standing import Standing
 from coterie.evals.journal import Answer
@@ -175,6 +176,18 @@ def test_csv_has_a_line_a_policy_with_numbers_in_full() -> None:
     assert (float(second["relative_accuracy"]), float(second["p"])) == (1.0, 1.0)
     assert float(first["accuracy"]) == 2 / 3
     assert float(first["tokens_per_second"]) == 20.0
+
+
+def test_the_readmes_table_can_be_drawn_from_a_record() -> None:
+    right = [True, True, False]
+    found = lines([sheet("vanilla", right), sheet("des-seq:k=3", [False, True, True])], ["quiz"])
+    figures = runpy.run_path(str(Path(__file__).parents[1] / "scripts" / "figures.py"))
+    head, _, first, second = figures["accuracy"](
+        {"facts": accuracy_document("embedded", {}, found)}
+    ).splitlines()
+    assert "| quiz |" in head
+    assert first.startswith("| `vanilla` | 66.7% of 3, 20.8% to 93.9% | 66.7% |")
+    assert second.endswith("| +0.0%, 1 | 8.0 | 2.0 |")
 
 
 def test_the_standing_counts_found_answers_and_compares_what_both_answered() -> None:

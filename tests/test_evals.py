@@ -319,6 +319,22 @@ def test_only_forwards_that_were_counted_weigh() -> None:
     assert (once.experts, once.vote_mass_kept, once.forwards_per_block) == (0.0, 1.0, 1.0)
 
 
+def test_grading_beside_generation_changes_no_answer(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    slow, heard = Quiz(count=9, pause=0.02), []
+    expected = run(engine(), [Quiz(count=9)], [VANILLA, VOTE], None, rows=3)
+    monkeypatch.setattr("coterie.evals.run._grades_beside", lambda _: True)
+    sheets = run(engine(), [slow], [VANILLA, VOTE], tmp_path, rows=3, told=heard.append)
+    assert sheets_of(sheets) == sheets_of(expected) == answered(tmp_path)
+    assert len(heard) == 18
+
+
+def test_a_task_without_items_is_refused_at_once() -> None:
+    with pytest.raises(CoterieError, match="task other has no items"):
+        run(engine(), [Quiz(), Quiz("other", 0)], [VANILLA], None)
+
+
 def test_seconds_add_up_to_the_arms_time() -> None:
     sheets: list[Sheet] = run(engine(), [Quiz(count=9)], [VANILLA, VOTE], None, rows=2)
     for sheet in sheets:

@@ -171,7 +171,7 @@ def document_of(engine: Engine, asked: Examination, found: Sequence[Line]) -> di
 
 def keep(out: Path, engine: Engine, document: Mapping[str, object], found: Sequence[Line]) -> None:
     """The record and the CSV beside the answers."""
-    title = OWN_TITLE if engine.model.name == EMBEDDED else TITLE
+    title = OWN_TITLE if set(found[0].by_task) <= set(OWN) else TITLE
     where = str(engine.model.transformer.device)
     content = record(title, ["coterie", *sys.argv[1:]], [], facts=document, device=where)
     path = write_record(out, content)

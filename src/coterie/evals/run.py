@@ -58,7 +58,7 @@ def run(
     """
     named = {arm.name: arm for arm in arms}
     questions = _questions(engine, tasks, limit, shuffle_seed, asked)
-    _check(engine, questions, named.values(), folder)
+    _check(engine, tasks, questions, named.values(), folder)
     told_apart = about(engine, tasks, limit=limit, shuffle_seed=shuffle_seed, asked=asked)
     with Journal(folder, told_apart) as journal, _graders() as graders:
         for name in named:
@@ -133,8 +133,8 @@ def _chosen(task: Task, limit: int | None, shuffle_seed: int | None) -> list[Ite
 def _answers(
     engine: Engine, arm: Arm, questions: Sequence[Question], rows: int, graders: ThreadPoolExecutor
 ) -> Iterator[list[Answer]]:
-    """As they come. On a GPU, grading runs beside generation; on a CPU it would be in its way."""
-    name, beside = arm.name, engine.model.transformer.device.type != "cpu"
+    """As they come."""
+    name, beside = arm.name, _grades_beside(engine)
     grading: list[Graded] = []
     asked = [question.but(arm.generation) for question in questions]
     for ended in outcomes(engine, asked, arm.policy, rows=rows):
@@ -143,6 +143,11 @@ def _answers(
         yield [_answer(name, outcome, future.result()) for outcome, future in done]
     done, _ = _split(grading, wait_for_all=True)
     yield [_answer(name, outcome, future.result()) for outcome, future in done]
+
+
+def _grades_beside(engine: Engine) -> bool:
+    """Whether grading runs beside generation, as on a GPU; on a CPU it would be in its way."""
+    return engine.model.transformer.device.type != "cpu"
 
 
 def _split(grading: list[Graded], *, wait_for_all: bool) -> tuple[list[Graded], list[Graded]]:
@@ -195,11 +200,18 @@ def _usual(engine: Engine, task: Task, asked: Mapping[str, object]) -> Generatio
 
 
 def _check(
-    engine: Engine, questions: Sequence[Question], arms: Collection[Arm], folder: Path | None
+    engine: Engine,
+    tasks: Sequence[Task],
+    questions: Sequence[Question],
+    arms: Collection[Arm],
+    folder: Path | None,
 ) -> None:
     """Raises for what would fail at every item, or could not be gone on with."""
-    if not questions:
-        raise CoterieError("there are no items to answer")
+    if not tasks or not arms:
+        raise CoterieError("an evaluation needs at least one task and one arm")
+    asked = {question.task.name for question in questions}
+    if empty := [task.name for task in tasks if task.name not in asked]:
+        raise CoterieError(f"task {empty[0]} has no items")
     if folder is not None and engine.model.folder is None:
         raise CoterieError(f"{engine.model.name}: made in memory, so no folder can know it again")
     seen: set[tuple[str, str]] = set()
