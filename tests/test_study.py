@@ -97,9 +97,8 @@ class Looking:
     done: list[Done] = field(default_factory=list)
     moves: list[float] = field(default_factory=list)
 
-    def began(self, chapter: Chapter, number: int, of: int) -> None:
-        assert 0 <= number < of
-        assert chapter.title
+    def began(self, chapter: Chapter, wanted: Sequence[Chapter]) -> None:
+        assert chapter in wanted
 
     def moved(self, share: float, doing: str) -> None:
         assert doing

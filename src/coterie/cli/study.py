@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -49,7 +49,7 @@ def study(
     ] = None,
     items: Annotated[
         int | None,
-        typer.Option("--items", min=1, help="Questions for each policy, all tasks; default 512."),
+        typer.Option("--items", min=1, help="Questions for each policy, all tasks; default 500."),
     ] = None,
     prompts: Annotated[
         int | None,
@@ -112,7 +112,7 @@ def study(
             opened,
             out,
             effort=effort,
-            watch=Bar(shown),
+            watch=Bar(shown, room.USUAL_SECONDS),
             names=chapters or (),
             again=again or (),
             command=["coterie", *sys.argv[1:]],
@@ -161,30 +161,36 @@ def findings_table(sections: Sequence[Section]) -> Table:
 
 
 class Bar:
-    """Moves one bar over all chapters; where there is none, a line for each chapter's end."""
+    """Moves one bar over all chapters, each as long as it usually takes; where there is none, a
+    line for each chapter's end."""
 
-    def __init__(self, shown: Progress) -> None:
-        self._shown = shown
+    def __init__(self, shown: Progress, usual: Mapping[str, int]) -> None:
+        self._shown, self._usual = shown, usual
         self._line: TaskID | None = None
-        self._place, self._began = 0, 0.0
+        self._before, self._whole, self._began = 0.0, 0.0, 0.0
         self._said = ""
 
-    def began(self, chapter: Chapter, number: int, of: int) -> None:
+    def began(self, chapter: Chapter, wanted: Sequence[Chapter]) -> None:
+        place, sizes = wanted.index(chapter), [self._size(one) for one in wanted]
         if self._line is None:
-            self._line = self._shown.add_task("", total=of)
-        self._place, self._said = number, f"{number + 1} of {of}, {chapter.name}"
+            self._line = self._shown.add_task("", total=sum(sizes))
+        self._before, self._whole = sum(sizes[:place]), sizes[place]
+        self._said = f"{place + 1} of {len(wanted)}, {chapter.name}"
         self._began = time.perf_counter()
-        self._shown.update(self._line, completed=number, description=self._said)
+        self._shown.update(self._line, completed=self._before, description=self._said)
 
     def moved(self, share: float, doing: str) -> None:
         if self._line is not None:
-            said = f"{self._said}: {doing}"
-            self._shown.update(self._line, completed=self._place + share, description=said)
+            done = self._before + share * self._whole
+            self._shown.update(self._line, completed=done, description=f"{self._said}: {doing}")
 
     def ended(self, done: Done) -> None:
         if self._line is not None:
-            self._shown.update(self._line, completed=self._place + 1)
+            self._shown.update(self._line, completed=self._before + self._whole)
         seconds = time.perf_counter() - self._began
         how = "measured" if done.measured else "kept"
         outcome = f"{how}, {seconds:.0f} s" if done.failure is None else f"failed: {done.failure}"
         remark(f"{self._said}: {outcome}")
+
+    def _size(self, chapter: Chapter) -> int:
+        return self._usual.get(chapter.name, 30)

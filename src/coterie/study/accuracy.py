@@ -22,24 +22,29 @@ def every_rule(k: int) -> Groups:
     """Every rule over its range, for a model whose tokens use ``k`` experts."""
     return {
         VOTE: by_beta("des-vote", BETAS),
-        SEQ: by_count("des-seq", range(1, min(k, 7))),
-        TOP: by_count("topk", range(1, k)),
-        "NAEE": by_beta("naee", (0.2, 0.4, 0.6)),
-        "MC-MoE": by_beta("mc-moe", (0.2, 0.4, 0.6)),
+        SEQ: by_count("des-seq", fewer(k)),
+        TOP: by_count("topk", fewer(k)),
+        "NAEE": by_beta("naee", (0.4, 0.6)),
+        "MC-MoE": by_beta("mc-moe", (0.4, 0.6)),
         "uniform vote": by_beta("uniform-vote"),
         "XShare": by_beta("xshare"),
         "mass vote": [Arm(f"mass-vote:tau={tau}") for tau in (0.5, 0.7, 0.9)],
         LOT: by_beta("random"),
-        GUARDED: by_beta("des-vote", (0.1, 0.15, 0.2, 0.3, 0.5), GUARD),
+        GUARDED: by_beta("des-vote", (0.15, 0.2, 0.3, 0.5), GUARD),
         **ours(),
     }
+
+
+def fewer(k: int) -> list[int]:
+    """Experts for each token, where the model uses ``k``."""
+    return [count for count in (1, 2, 3, 4, 6) if count < k]
 
 
 def ours() -> dict[str, list[Arm]]:
     """The rules that no paper has."""
     return {
-        PROPORTIONAL: by_beta("proportional-vote", (0.1, 0.15, 0.2, 0.3, 0.4)),
-        PRICED: [Arm(f"priced-vote:price={price}") for price in (0.3, 0.17, 0.07, 0.03)],
+        PROPORTIONAL: by_beta("proportional-vote", (0.1, 0.15, 0.2, 0.3)),
+        PRICED: [Arm(f"priced-vote:price={price}") for price in (0.17, 0.07, 0.03)],
     }
 
 

@@ -19,12 +19,7 @@ from coterie.study.style import axes, legend, look, percent
 from coterie.study.tally import Document, Tally
 
 SIZES = (8, 16, 32, 64)
-VANILLA, VOTE, LESS, GUARDED = (
-    "vanilla",
-    "des-vote:beta=0.3",
-    "des-vote:beta=0.5",
-    f"des-vote:beta=0.3,{GUARD}",
-)
+VANILLA, VOTE, GUARDED = "vanilla", "des-vote:beta=0.3", f"des-vote:beta=0.3,{GUARD}"
 
 
 @dataclass(frozen=True)
@@ -39,7 +34,7 @@ class Blocks:
     )
 
     def measure(self, lab: Lab) -> Facts:
-        policies = [VANILLA, VOTE, LESS, GUARDED, f"topk:k={_half(lab)}"]
+        policies = [VANILLA, VOTE, GUARDED, f"topk:k={_half(lab)}"]
         found: list[Document] = []
         skipped: list[str] = []
         for place, size in enumerate(SIZES):
@@ -97,7 +92,7 @@ class Blocks:
         sizes = sorted(by_policy[VANILLA])
         small, large = sizes[0], sizes[-1]
         told: list[Finding | str] = []
-        for policy in (VOTE, LESS, GUARDED):
+        for policy in (VOTE, GUARDED):
             votes, vanilla = by_policy[policy], by_policy[VANILLA]
             relative = {s: votes[s].accuracy / max(vanilla[s].accuracy, 1e-9) for s in sizes}
             said = ", ".join(f"{relative[size]:.1%} at {size}" for size in sizes)

@@ -10,7 +10,7 @@ from typing import TypedDict, cast
 
 from matplotlib.figure import Figure
 
-from coterie.study.accuracy import GUARDED, LOT, SEQ, TOP, VOTE
+from coterie.study.accuracy import GUARDED, LOT, SEQ, TOP, VOTE, fewer
 from coterie.study.arms import BETAS, FEW, GUARD, by_beta, by_count, compare
 from coterie.study.chapter import Drawing, Facts, Finding, Table
 from coterie.study.lab import Lab
@@ -37,8 +37,8 @@ class Forwards:
         groups = {
             VOTE: by_beta("des-vote", BETAS),
             GUARDED: by_beta("des-vote", FEW, GUARD),
-            SEQ: by_count("des-seq", range(1, min(k, 7))),
-            TOP: by_count("topk", range(1, k)),
+            SEQ: by_count("des-seq", fewer(k)),
+            TOP: by_count("topk", fewer(k)),
             LOT: by_beta("random"),
         }
         return compare(lab, groups)

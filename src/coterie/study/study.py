@@ -46,7 +46,7 @@ REPORT = "report.html"
 class Effort:
     """``items``: questions for each policy; ``prompts``: where single forwards are watched."""
 
-    items: int = 512
+    items: int = 500
     prompts: int = 32
     seed: int = 1
 
@@ -54,9 +54,13 @@ class Effort:
 class Watch(Protocol):
     """Somebody who looks on while a study runs."""
 
-    def began(self, chapter: Chapter, number: int, of: int) -> None: ...
+    def began(self, chapter: Chapter, wanted: Sequence[Chapter]) -> None:
+        """One of the ``wanted``, which come in their order."""
+        ...
 
-    def moved(self, share: float, doing: str) -> None: ...
+    def moved(self, share: float, doing: str) -> None:
+        """How far the chapter is, 0 .. 1."""
+        ...
 
     def ended(self, done: Done) -> None: ...
 
@@ -110,7 +114,7 @@ def study(
             kept = _kept(folder / "records", chapter.name, settings)
             sections += [] if kept is None else [section(chapter, kept)]
             continue
-        watch.began(chapter, wanted.index(chapter), len(wanted))
+        watch.began(chapter, wanted)
         fresh = replace(lab, read={})
         done = _chapter(fresh, chapter, settings, command, again=chapter.name in again)
         sections.append(section(chapter, done.record, done.failure))
@@ -214,6 +218,16 @@ def _read(path: Path) -> dict[str, object] | None:
 def _said(error: Exception) -> str:
     return str(error) if isinstance(error, CoterieError) else f"{type(error).__name__}: {error}"
 
+
+USUAL_SECONDS: Mapping[str, int] = {  # where it is not about half a minute; only a bar asks
+    "accuracy": 550,
+    "latency-accuracy": 100,
+    "block-size": 120,
+    "voters": 80,
+    "table-1": 5,
+    "coreset-size": 5,
+    "forwards": 5,
+}
 
 CHAPTERS: dict[str, Chapter] = {
     "explosion": Explosion(),

@@ -11,7 +11,8 @@ from coterie.study.comparison import Comparison
 from coterie.study.duel import claimed, duels, sentence
 from coterie.study.tally import Arms, Tally
 
-TAUS = (0.5, 0.6, 0.7, 0.8, 0.9)
+TAUS = (0.5, 0.7, 0.9)
+TWO = (0.3, 0.5)
 
 Found = Callable[[Arms], Sequence[Finding | str]]
 
@@ -54,11 +55,11 @@ def spread_told(label: str, base: str, arms: Arms) -> str:
 
 def vote_groups(_: int) -> Groups:
     return {
-        "own experts, by probability": by_beta("des-vote"),
-        "by combine weight": by_beta("des-vote", FEW, "vote=weight"),
-        "counting one each": by_beta("uniform-vote"),
-        "for all experts": by_beta("des-vote", FEW, "vote=full"),
-        "by the best score": by_beta("des-vote", FEW, "vote=max"),
+        "own experts, by probability": by_beta("des-vote", TWO),
+        "by combine weight": by_beta("des-vote", TWO, "vote=weight"),
+        "counting one each": by_beta("uniform-vote", TWO),
+        "for all experts": by_beta("des-vote", TWO, "vote=full"),
+        "by the best score": by_beta("des-vote", TWO, "vote=max"),
     }
 
 
