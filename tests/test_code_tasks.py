@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import json
 import textwrap
+import time
 import warnings
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -202,6 +203,14 @@ OUTPUTS = {
     "an import from the future": f"```py\nfrom __future__ import annotations\n\n{FUNCTION}\n```",
     "a decorator": "```python\nfrom functools import cache\n\n@cache\n" + FUNCTION + "\n```",
     "a warning": "def add(a, b):\n    '\\d'\n    return a + b",
+    "a session": "```pycon\n>>> def add(a, b):\n...     return a + b\n...\n>>> add(1, 2)\n3\n```",
+    "in the middle of a line": "Answer: def add(a, b): return a + b",
+    "in single ticks": "Use `add = lambda a, b: a + b` for that.",
+    "a tick before a fence": f"This is `add`: ```python\n{FUNCTION}\n```",
+    "a mark of byte order": f"\ufeff{FUNCTION}",
+    "a fence in its docstring": '```py\ndef add(a, b):\n    """\n    ```\n    add(1, 2)\n    ```\n'
+    '    """\n    return a + b\n```',
+    "after a fence that was the prompt's": f"{FUNCTION}\n```\nTry it:\n```python\nadd(1, 2)\n```",
     "an inline fence": "`add` is ```add = lambda a, b: a + b```",
 }
 WRONG = {
@@ -262,6 +271,23 @@ def test_code_comes_back_as_it_was_written(lines, fence, before, after):
 def test_no_output_breaks_the_reading(text):
     found = code.extract(text, ["add"], HEADER)
     assert (found is None) == (not text.strip())
+
+
+@pytest.mark.parametrize(
+    "piece", ["```x", "`", "'", " ", "(", "def add(", "from x ", "[BEGIN]", "~~~\n"]
+)
+def test_reading_a_long_output_takes_no_time(piece):
+    began = time.process_time()
+    code.extract(f"[BEGIN]'{piece * (40_000 // len(piece))}x", ["add"], HEADER)
+    code.extract("\n".join([piece] * 4000), ["add"], HEADER)
+    assert time.process_time() - began < 4
+
+
+def test_threads_leave_warnings_as_they_were():
+    before = list(warnings.filters)
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(lambda _: code.extract("def add(): '\\d'; return 1", ["add"]), range(200)))
+    assert list(warnings.filters) == before
 
 
 def test_what_is_tested_is_read_off_the_tests():

@@ -9,24 +9,31 @@ import textwrap
 import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from threading import Lock
 
 from coterie.evals.task import Grade
 from coterie.evals.tasks.boxes import answered
 from coterie.sandbox import run
 
 PYTHON = ("", "python", "python3", "py", "py3", "python-repl", "pycon")
+LONGEST_FENCE = 500  # characters of a line that may open one
+MOST_BLOCKS = 100  # from the last
 TRIES = 60  # cuts of an unfenced text at its next error
 
 OPENING = re.compile(
     r"(?P<before>.*?)(?P<fence>`{3,}|~{3,})[ \t]*\{?\.?(?P<language>[\w+-]*)[^`~]*$"
 )
-INLINE = re.compile(r"`{3,}(?:python3?|py)?[ \t]*(?P<code>[^`\n]+)`{3,}")
+INLINE = re.compile(r"(?P<ticks>`{1,4})(?:python3?[ \t]|py[ \t])?(?P<code>[^`\n]+)(?P=ticks)(?!`)")
 STARTS = re.compile(
     r"(?:import|from|def|class|async def)\b|@|[A-Za-z_]\w*(?: *: *[\w\[\], ]+)? *=[^=]"
 )
 STOPS = re.compile(r"^(?:def|class|@|if|print|assert|#|```|~~~|\[DONE\]|<)", re.MULTILINE)
 FUTURE = re.compile(r"^from __future__ import .*$", re.MULTILINE)
+ODD = {0xA0: " ", 0xFEFF: None, 0x200B: None}  # what editors put between: hard and no spaces
+SESSION = re.compile(r"^(?:>>>|\.\.\.)(?: |$)", re.MULTILINE)
 TRIALS = ("doctest", "unittest")  # modules whose calls at top level only try the answer out
+
+PARSING = Lock()  # warnings are silenced for the whole process: one thread at a time
 
 Function = ast.FunctionDef | ast.AsyncFunctionDef
 
@@ -60,7 +67,7 @@ def extract(output: str, wanted: Sequence[str], header: str = "") -> str | None:
     said = _said(output)
     if not said.strip():
         return None
-    for text in dict.fromkeys([said, said.replace("\\_", "_").replace("\u00a0", " ")]):
+    for text in dict.fromkeys([said, said.translate(ODD).replace("\\_", "_")]):
         for code in (*_whole(text, wanted), *_bodies(text, header, wanted)):
             return code
     blocks = _blocks(said)
@@ -102,8 +109,9 @@ def _said(output: str) -> str:
     text = answered(output).replace("\r\n", "\n").rpartition("</think>")[2]
     before, begun, after = text.partition("[DONE]")[0].rpartition("[BEGIN]")
     text = (after if begun else before + after).strip("\n")
-    quoted = re.fullmatch(r"\s*'\s*(.*?)\s*'\s*", text, re.DOTALL)  # as OpenCompass shows it
-    return quoted[1] if quoted and begun else text
+    bare = text.strip()
+    quoted = begun and len(bare) > 1 and bare[0] == bare[-1] == "'"  # as OpenCompass shows it
+    return bare[1:-1] if quoted else text
 
 
 def _whole(text: str, wanted: Sequence[str]) -> Iterator[str]:
@@ -152,9 +160,11 @@ def _blocks(text: str) -> list[Block]:
     fence, language, inside = "", "", list[str]()
     for line in lines:
         if not fence:
-            if inline := INLINE.search(line):
-                found.append(Block(inline["code"], ""))
-            elif opening := OPENING.fullmatch(line):
+            if len(line) > LONGEST_FENCE:
+                continue
+            inline = [Block(one["code"].strip(), "inline") for one in INLINE.finditer(line)]
+            found += inline
+            if opening := OPENING.fullmatch(INLINE.sub("", line)):
                 fence, language, inside = opening["fence"], opening["language"].lower(), []
             continue
         before, closed = _closed(line, fence)
@@ -163,7 +173,9 @@ def _blocks(text: str) -> list[Block]:
         if closed:
             found.append(Block(textwrap.dedent("\n".join(inside)), language))
             fence = ""
-    return [*found, Block(textwrap.dedent("\n".join(inside)), language)] if fence else found
+    if fence:
+        found.append(Block(textwrap.dedent("\n".join(inside)), language))
+    return found[-MOST_BLOCKS:]
 
 
 def _closed(line: str, fence: str) -> tuple[str, bool]:
@@ -177,6 +189,8 @@ def _closed(line: str, fence: str) -> tuple[str, bool]:
 
 def _readings(code: str) -> Iterator[str]:
     """A block as it stands, else up to its first error (it was cut off, or prose follows)."""
+    if code.lstrip().startswith(">>>"):
+        code = "\n".join(SESSION.sub("", line) for line in code.split("\n") if SESSION.match(line))
     if _parsed(code) is not None:
         yield code
     elif (trimmed := _trimmed(code)) is not None:
@@ -185,13 +199,17 @@ def _readings(code: str) -> Iterator[str]:
 
 def _unfenced(text: str, wanted: Sequence[str]) -> Iterator[str]:
     """Readings that begin where code may begin: the first such line, and the wanted function's."""
-    lines = text.split("\n")
-    starts = [n for n, line in enumerate(lines) if STARTS.match(line.lstrip())]
-    named = [n for n in starts if re.match(rf"\s*def\s+({'|'.join(wanted) or '$'})\b", lines[n])]
     if _parsed(text) is not None:
         yield text
-    for start in dict.fromkeys([*starts[:8], *named]):
-        trimmed = _trimmed(textwrap.dedent("\n".join(lines[start:])))
+    lines = text.split("\n")
+    starts = [n for n, line in enumerate(lines) if STARTS.match(line.lstrip())][:8]
+    tails = [lines[start:] for start in starts]
+    # Also in the middle of a line: "Answer: def add(a, b): ..."
+    for match in re.finditer(rf"def\s+(?:{'|'.join(wanted) or '$'})\b", text):
+        column = match.start() - text.rfind("\n", 0, match.start()) - 1
+        tails.append((" " * column + text[match.start() :]).split("\n"))
+    for tail in tails[:16]:
+        trimmed = _trimmed(textwrap.dedent("\n".join(tail)))
         if trimmed is not None:
             yield trimmed
 
@@ -211,7 +229,7 @@ def _trimmed(code: str, *, keep: int = 0) -> str | None:
 
 def _parsed(code: str) -> ast.Module | None:
     try:
-        with warnings.catch_warnings(action="ignore"):
+        with PARSING, warnings.catch_warnings(action="ignore"):
             return ast.parse(code)
     except (SyntaxError, ValueError, RecursionError, MemoryError):
         return None
@@ -220,7 +238,7 @@ def _parsed(code: str) -> ast.Module | None:
 def _error_line(code: str) -> int | None:
     """The line, from 1, of the first error; None where all can be read."""
     try:
-        with warnings.catch_warnings(action="ignore"):
+        with PARSING, warnings.catch_warnings(action="ignore"):
             ast.parse(code)
     except SyntaxError as error:
         return error.lineno or 1
