@@ -5,7 +5,8 @@ take every seat, and what an odd token needs is lost. Here a token's weight fall
 the share of its vote that is seated, as weights fall in Thiele's and Phragmen's rules of 1895 (see
 Lackner and Skowron, "Multi-Winner Voting with Approval Preferences", arXiv 2007.01795).
 
-All numbers are whole, and no sum passes 2**53: it is exact in any order, on any device.
+All numbers are whole and no sum passes 2**53, so float64 holds them: exact in any order, on any
+device, and the same as in integers.
 """
 
 from __future__ import annotations
@@ -15,7 +16,9 @@ from torch import Tensor
 
 SHARE = 2**16  # what each token's vote is split into
 VOICE = 2**20  # units of a token's say
-DOWN = 28  # bits: VOICE * SHARE**2 shrinks to 2**24, so that a gain is in the votes' 2**-40
+DOWN = (
+    2**28
+)  # VOICE * SHARE**2 / DOWN is 2**24, so that a full vote's gain is 2**40, the votes' unit
 FIRST = 2.0**52  # above any gain
 
 
@@ -29,15 +32,17 @@ def seats(
     ``worth`` (in units of 2**-40) of every row, but not before k seats.
     """
     split = shares(ballots)
-    say = (voice * VOICE).round().to(torch.int64)
+    say = (voice.double() * VOICE).round()
     lacking = torch.full_like(say, SHARE)  # [S, N]: the part of each vote that is not seated
     seated = torch.zeros_like(first)
     order, gains = [], []
     for place in range(most):
-        gain = _gain(split, say, lacking).masked_fill(seated, -1.0)  # [S, E]
-        chosen = (gain + FIRST * (first & ~seated)).argmax(-1, keepdim=True)  # the lower of ties
+        weight = torch.floor(say * lacking * lacking / DOWN)
+        gain = (weight.unsqueeze(1) @ split).squeeze(1).masked_fill(seated, -1.0)  # [S, E]
+        waiting = first & ~seated
+        chosen = (gain + FIRST * waiting).argmax(-1, keepdim=True)  # of ties, the lower
         gain = gain.gather(-1, chosen)
-        if place >= k and _nobody(gain < worth, first & ~seated):
+        if place >= k and _nobody(gain < worth, waiting):
             break
         order.append(chosen)
         gains.append(gain)
@@ -48,15 +53,9 @@ def seats(
 
 
 def shares(ballots: Tensor) -> Tensor:
-    """int64 [S, N, E]: each ballot as parts of SHARE, rounded down; nothing where it is empty."""
-    units = (ballots * SHARE).round().to(torch.int64)
-    return units * SHARE // units.sum(-1, keepdim=True).clamp(min=1)
-
-
-def _gain(split: Tensor, say: Tensor, lacking: Tensor) -> Tensor:
-    """float64 [S, E], whole numbers: sum over tokens of say * lacking**2 * share."""
-    weight = say * lacking * lacking >> DOWN
-    return (weight.double().unsqueeze(1) @ split.double()).squeeze(1)
+    """[S, N, E]: each ballot as parts of SHARE, rounded down; nothing where it is empty."""
+    units = (ballots.double() * SHARE).round()
+    return torch.floor(units * SHARE / units.sum(-1, keepdim=True).clamp(min=1))
 
 
 def _nobody(poor: Tensor, waiting: Tensor) -> bool:
