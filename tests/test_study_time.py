@@ -22,7 +22,7 @@ from coterie.engine.watch import collect, moe_output
 from coterie.evals.task import Grade, Item
 from coterie.naming import CoterieError
 from coterie.routing import parse_policy, route
-from coterie.study import layers, roofline, selection, timing, tradeoff
+from coterie.study import layers, roofline, routings, selection, timing, tradeoff
 from coterie.study.breakdown import Parts
 from coterie.study.chapter import Chapter, Finding
 from coterie.study.explosion import Explosion, budget, by_masked, point, uniform
@@ -187,7 +187,7 @@ def test_a_controlled_routing_uses_exactly_as_many_experts(
     most = min(tokens * ROUTER.k, ROUTER.experts)
     used = ROUTER.k + round(share * (most - ROUTER.k))
     draw = torch.Generator().manual_seed(seed)
-    routing = layers.controlled(ROUTER, tokens, used, draw, CPU)
+    routing = routings.controlled(ROUTER, tokens, used, draw, CPU)
     load = torch.bincount(routing.ids.flatten(), minlength=ROUTER.experts)
     assert int(routing.used.sum()) == int((load > 0).sum()) == used
     assert routing.ids.shape == (tokens, ROUTER.k)
@@ -198,14 +198,14 @@ def test_a_controlled_routing_uses_exactly_as_many_experts(
 @pytest.mark.parametrize("used", [2, 13, 65])
 def test_a_routing_that_cannot_be_is_refused(used: int) -> None:
     with pytest.raises(ValueError, match="cannot use"):
-        layers.controlled(ROUTER, 4, used, torch.Generator(), CPU)
+        routings.controlled(ROUTER, 4, used, torch.Generator(), CPU)
 
 
 @pytest.mark.parametrize("shape", layers.LARGE, ids=lambda shape: shape.name)
 def test_a_skewed_router_uses_the_experts_that_the_paper_saw(shape: Shape) -> None:
-    bend = layers.bend_for(shape.router, shape.unique)
-    assert layers.mean_unique(shape.router, 32, bend, 8) == pytest.approx(shape.unique, abs=2)
-    assert layers.mean_unique(shape.router, 1, bend, 8) == shape.router.k
+    bend = routings.bend_for(shape.router, shape.unique)
+    assert routings.mean_unique(shape.router, 32, bend, 8) == pytest.approx(shape.unique, abs=2)
+    assert routings.mean_unique(shape.router, 1, bend, 8) == shape.router.k
 
 
 def test_the_large_shapes_are_the_published_ones() -> None:
@@ -334,17 +334,19 @@ def test_bytes_come_from_experts_and_operations_from_pairs(tmp_path: Path) -> No
         assert plain[0]["used"] == k
 
 
-@given(fixed=positive, each=positive)
-def test_the_fixed_share_is_what_is_left_without_experts(fixed: float, each: float) -> None:
-    few, many = (
+@given(fixed=positive, each=positive, pair=positive)
+def test_the_reading_share_is_what_goes_with_experts(
+    fixed: float, each: float, pair: float
+) -> None:
+    points = [
         roofline.Point(
-            policy="vanilla", tokens=1, used=used, intensity=1, flops=1,
-            seconds=timing.spread([fixed + each * used]),
+            policy="vanilla", tokens=1, used=used, pairs=pairs, intensity=1, flops=1,
+            seconds=timing.spread([fixed + each * used + pair * pairs]),
         )
-        for used in (8.0, 80.0)
-    )  # fmt: skip
-    share = fixed / (fixed + each * 80)
-    assert roofline.fixed_share(few, many) == pytest.approx(share, rel=1e-3, abs=1e-6)
+        for used, pairs in ((8.0, 8.0), (80.0, 256.0), (38.0, 256.0), (100.0, 512.0))
+    ]  # fmt: skip
+    share = each * 80 / (fixed + each * 80 + pair * 256)
+    assert roofline.reading_share(points, points[1]) == pytest.approx(share, rel=1e-3, abs=1e-6)
 
 
 # Parts of a forward
@@ -389,7 +391,7 @@ def test_the_parts_add_up_to_the_forward(tmp_path: Path) -> None:
 def test_every_version_selects_what_routing_selects() -> None:
     router = selection.scaled(RouterSpec(16, 4, "sigmoid", True, groups=4, kept_groups=2), 64)
     assert (router.groups, router.kept_groups, router.experts) == (4, 2, 64)
-    scores = layers.skewed(router, 16, 1.0, torch.Generator().manual_seed(3))
+    scores = routings.skewed(router, 16, 1.0, torch.Generator().manual_seed(3))
     for select in VERSIONS.values():
         for spelling in ("vanilla", "des-seq:k=2", "des-vote:beta=0.2", "xshare:beta=0.3"):
             policy = parse_policy(spelling)
@@ -424,7 +426,7 @@ def test_every_policy_of_the_accuracy_record_is_timed_and_counted(tmp_path: Path
     facts = Tradeoff(rounds=1).measure(here)
     found = {point["policy"]: point for point in facts["points"]}  # type: ignore[attr-defined]
     asked = here.questions()
-    seen = collect(here.engine, asked, rows=1, forwards=tradeoff.FORWARDS)
+    seen = collect(here.engine, asked, rows=1, forwards=routings.FORWARDS)
     used = [float(watched.routing.used.sum()) for watched in seen]
     assert found["vanilla"]["used"] == pytest.approx(sum(used) / len(used))
     assert found["vanilla"]["pairs"] == found["des-seq:k=2"]["pairs"] == 4

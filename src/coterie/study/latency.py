@@ -4,31 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from itertools import chain
 from typing import TypedDict, cast
 
 import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from coterie.routing import parse_policy
 from coterie.study.chapter import Drawing, Facts, Finding, Table
 from coterie.study.lab import Lab
-from coterie.study.layers import (
-    BLOCK,
-    LARGE,
-    Bench,
-    BenchFacts,
-    Shape,
-    Tell,
-    at_each,
-    bend_for,
-    called,
-    controlled,
-    routed,
-    skewed,
-    turning,
-)
+from coterie.study.layers import LARGE, Bench, BenchFacts, Shape, Tell, at_each, called
+from coterie.study.routings import BLOCK, TURNS, blocks, controlled, turning, under
 from coterie.study.style import SERIES, axes, ink, legend
 from coterie.study.timing import (
     FULL,
@@ -48,7 +33,6 @@ from coterie.study.timing import (
 
 TOKENS = (8, 16, 32, 64)
 SIZES = (8, 12, 19, 25, 38, 51, 64, 84, 112, 128, 163, 200, 256)  # unique experts that are tried
-TURNS = 4  # different routings of one size, taken in turns
 ROUNDS = {False: 40, True: 8}  # of the model's own small layer, of a large one
 CHECKED = ("vanilla", "des-seq:k=3", "des-vote:beta=0.3", "des-vote:beta=0.15")
 MARKERS = ("o", "s", "D", "^")
@@ -114,7 +98,7 @@ class Latency:
         dtypes = {lab.engine.model.transformer.dtype, *(shape.dtype for shape in self.shapes)}
         roof = limits(device, dtypes, self.pace)
         lines, skipped = at_each(
-            lab, self.shapes, lambda bench, tell: line(bench, tell=tell, pace=self.pace)
+            lab, self.shapes, lambda bench, tell: line(lab, bench, tell=tell, pace=self.pace)
         )
         return cast(
             "Facts", Found(machine=conditions(device), limits=roof, lines=lines, skipped=skipped)
@@ -140,11 +124,12 @@ class Latency:
     def findings(self, facts: Facts) -> Sequence[Finding | str]:
         found = cast("Found", facts)
         read = found["limits"]["bytes_per_second"]
-        told = [(_straight(one), _reading(one, read)) for one in found["lines"]]
-        return [*chain.from_iterable(told), *found["skipped"], *crowded(found["machine"])]
+        lines = found["lines"]
+        told = [*map(_straight, lines), *(_reading(one, read) for one in lines if one["checks"])]
+        return [*told, *found["skipped"], *crowded(found["machine"])]
 
 
-def line(bench: Bench, *, tell: Tell, pace: Pace = FULL) -> Line:
+def line(lab: Lab, bench: Bench, *, tell: Tell, pace: Pace = FULL) -> Line:
     """Measure a layer over a grid of tokens and experts, and fit it."""
     rounds = pace.rounds or ROUNDS[bench.random]
     draw = torch.Generator().manual_seed(0)
@@ -154,8 +139,9 @@ def line(bench: Bench, *, tell: Tell, pace: Pace = FULL) -> Line:
         for used in sorted({bench.router.k, *SIZES, bench.router.experts})
         if bench.router.k <= used <= min(tokens * bench.router.k, bench.router.experts)
     }
-    checks = {} if bench.unique is None else _blocks(bench, bench.unique, draw)
-    works = {**grid, **{policy: work for policy, (work, _, _) in checks.items()}}
+    here = blocks(lab, bench, BLOCK)
+    checks = {policy: under(bench, here, policy) for policy in CHECKED} if here else {}
+    works = {**grid, **{policy: routed.work for policy, routed in checks.items()}}
     taken = in_turns(works, rounds, device=bench.device, tell=tell)
     points = [
         Point(tokens=tokens, used=used, pairs=tokens * bench.router.k, seconds=taken[tokens, used])
@@ -170,12 +156,12 @@ def line(bench: Bench, *, tell: Tell, pace: Pace = FULL) -> Line:
         checks=[
             Check(
                 policy=policy,
-                used=used,
-                pairs=pairs,
+                used=routed.used,
+                pairs=routed.pairs,
                 seconds=taken[policy],
-                predicted=predicted(found, used, pairs),
+                predicted=predicted(found, routed.used, routed.pairs),
             )
-            for policy, (_, used, pairs) in checks.items()
+            for policy, routed in checks.items()
         ],
     )
 
@@ -195,22 +181,6 @@ def _set(bench: Bench, tokens: int, used: int, draw: torch.Generator) -> Callabl
         for _ in range(max(TURNS, len(bench.slabs)))
     ]
     return turning(bench, [bench.inputs(tokens, draw) for _ in routings], routings)
-
-
-def _blocks(
-    bench: Bench, unique: float, draw: torch.Generator
-) -> dict[str, tuple[Callable[[], object], float, float]]:
-    """Policy -> a work over skewed blocks, and its mean unique experts and pairs."""
-    bend = bend_for(bench.router, unique)
-    scores = [skewed(bench.router, BLOCK, bend, draw) for _ in range(TURNS)]
-    found = {}
-    for policy in CHECKED:
-        routings = [routed(one, parse_policy(policy), bench.device) for one in scores]
-        work = turning(bench, [bench.inputs(BLOCK, draw) for _ in routings], routings)
-        used = sum(int(routing.used.sum()) for routing in routings) / TURNS
-        pairs = sum(int((routing.ids >= 0).sum()) for routing in routings) / TURNS
-        found[policy] = (work, used, pairs)
-    return found
 
 
 def _draw(one: Line) -> Figure:
@@ -275,6 +245,7 @@ def _fits(found: Found) -> Table:
 
 
 def _checks(one: Line) -> Table:
+    how = "routed by a skewed router" if one["bench"]["random"] else "as they come in decoding"
     return Table(
         heads=["policy", "unique experts", "measured, ms", "by the fit, ms", "off by"],
         rows=[
@@ -287,8 +258,8 @@ def _checks(one: Line) -> Table:
             ]
             for check in one["checks"]
         ],
-        caption=f"Blocks of {BLOCK} as a skewed router routes them through "
-        f"{called(one['bench'])}; the fit saw none of these.",
+        caption=f"Blocks of {BLOCK}, {how}, through the experts of {called(one['bench'])}; the "
+        "fit saw none of these.",
         numbers=[1, 2, 3, 4],
     )
 
@@ -307,16 +278,15 @@ def _straight(one: Line) -> Finding:
 
 
 def _reading(one: Line, read: float) -> Finding:
-    line, k = one["fit"], one["bench"]["k"]
-    used = max(point["used"] for point in one["points"] if point["tokens"] == BLOCK)
-    share = line["b"] * used / predicted(line, used, BLOCK * k)
+    plain = next(check for check in one["checks"] if check["policy"] == CHECKED[0])
+    share = one["fit"]["b"] * plain["used"] / plain["predicted"]
     rate = ""
     if one["read"] is not None:
         rate = f" b amounts to {one['read'] / 1e9:.1f} GB/s, {one['read'] / read:.0%} of what this"
         rate += " machine reads at best."
     return Finding(
-        f"With {BLOCK} tokens and {used} experts of {called(one['bench'])}, {share:.0%} of the "
-        f"time goes with the number of experts.{rate}",
+        f"Of a vanilla block of {BLOCK}, which uses {plain['used']:.0f} experts of "
+        f"{called(one['bench'])}, {share:.0%} of the time goes with the experts read.{rate}",
         claim="Reading experts is what a MoE layer's time goes into.",
         verdict="holds" if share >= 0.5 else "does not hold",
     )

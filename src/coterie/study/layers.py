@@ -10,7 +10,6 @@ from typing import TypedDict, TypeVar
 import torch
 from torch import Tensor
 
-from coterie import ops
 from coterie.engine.engine import Engine
 from coterie.engine.load import free_memory
 from coterie.engine.watch import Watched
@@ -18,18 +17,16 @@ from coterie.model.moe import MoE
 from coterie.model.step import Step
 from coterie.model.transformer import Transformer
 from coterie.naming import CoterieError
-from coterie.routing import Vanilla, route
 from coterie.study.lab import Lab
 from coterie.study.timing import name
 from coterie.telemetry import Null
-from coterie.values import Policy, RouterSpec, Routing, Scores, Slab, Window, membership
+from coterie.values import Policy, RouterSpec, Slab, Window
 
 Tell = Callable[[float], None]  # the share that is done
 Out = TypeVar("Out")
 
 MARGIN = 2 << 30  # bytes left free beside a large layer
 SEEDED = 8  # random experts that a large layer is filled with, over and over
-BLOCK = 32  # at which the paper counted unique experts
 
 
 @dataclass(frozen=True)
@@ -213,70 +210,6 @@ def random_slab(shape: Shape, device: torch.device) -> Slab:
         down=filled(hidden, width),
         slot_of=torch.arange(experts, device=device),
     )
-
-
-def controlled(
-    router: RouterSpec, tokens: int, used: int, draw: torch.Generator, device: torch.device
-) -> Routing:
-    """Every token takes k of exactly ``used`` random experts, all of them equally often.
-
-    Raises ValueError unless k <= used <= tokens * k.
-    """
-    if not router.k <= used <= min(tokens * router.k, router.experts):
-        raise ValueError(f"{tokens} tokens of {router.k} experts cannot use {used} together")
-    pool = torch.randperm(router.experts, generator=draw)[:used]
-    ids = pool[torch.arange(tokens * router.k) % used].view(tokens, router.k).to(device)
-    return Routing(
-        ids=ids,
-        weights=torch.full(ids.shape, 1 / router.k, device=device),
-        used=membership(ids.flatten(), router.experts),
-        own=ids,
-    )
-
-
-def skewed(router: RouterSpec, tokens: int, bend: float, draw: torch.Generator) -> Scores:
-    """What a gate could think of one block: experts differ in how wanted they are, by ``bend``
-    times as much as two tokens differ about one of them. [1, tokens, E]."""
-    wanted = torch.randn(router.experts, generator=draw) * bend
-    logits = wanted + torch.randn(1, tokens, router.experts, generator=draw)
-    return Scores(logits=logits, router=router)
-
-
-def bend_for(router: RouterSpec, unique: float, *, tokens: int = BLOCK, draws: int = 8) -> float:
-    """The ``bend`` under which a block uses ``unique`` experts on average: bisection."""
-    low, high = 0.0, 16.0
-    for _ in range(20):
-        middle = (low + high) / 2
-        if mean_unique(router, tokens, middle, draws) > unique:
-            low = middle
-        else:
-            high = middle
-    return (low + high) / 2
-
-
-def mean_unique(router: RouterSpec, tokens: int, bend: float, draws: int) -> float:
-    """Unique experts of skewed blocks, always the same draws."""
-    draw = torch.Generator().manual_seed(0)
-    blocks = (route(skewed(router, tokens, bend, draw), Vanilla()) for _ in range(draws))
-    return sum(float(routing.used.sum()) for routing in blocks) / draws
-
-
-def routed(scores: Scores, policy: Policy, device: torch.device) -> Routing:
-    """The routing of skewed scores, on the device where the experts are."""
-    found = route(scores, policy)
-    return Routing(*(part.to(device) for part in (found.ids, found.weights, found.used, found.own)))
-
-
-def turning(bench: Bench, xs: list[Tensor], routings: list[Routing]) -> Callable[[], Tensor]:
-    """Runs the experts; every call takes the next input and routing, and the next slab."""
-    calls = iter(range(1 << 62))
-
-    def work() -> Tensor:
-        call = next(calls)
-        at, slab = call % len(routings), bench.slabs[call % len(bench.slabs)]
-        return ops.run_experts(xs[at], routings[at], slab)
-
-    return work
 
 
 def whole_layer(moe: MoE, watched: Watched, policy: Policy) -> Callable[[], Tensor]:

@@ -2,35 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import dataclass
 from itertools import chain
 from typing import TypedDict, cast
 
-import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from torch import Tensor
 
-from coterie.engine.watch import collect
-from coterie.naming import CoterieError
-from coterie.routing import parse_policy
 from coterie.study.chapter import Drawing, Facts, Finding, Table
 from coterie.study.lab import Lab
-from coterie.study.layers import (
-    BLOCK,
-    LARGE,
-    Bench,
-    BenchFacts,
-    Shape,
-    Tell,
-    at_each,
-    bend_for,
-    called,
-    routed,
-    skewed,
-    turning,
-)
+from coterie.study.layers import LARGE, Bench, BenchFacts, Shape, Tell, at_each, called
+from coterie.study.routings import BLOCK, Routed, blocks, under
 from coterie.study.style import axes, ink, legend, look
 from coterie.study.timing import (
     FULL,
@@ -40,31 +23,30 @@ from coterie.study.timing import (
     Spread,
     conditions,
     crowded,
+    fit,
     in_turns,
     limits,
     on,
+    predicted,
 )
-from coterie.values import Routing, Scores
 
 TOKENS = (1, 8, 16, 32, 64)
 VANILLA = "vanilla"
 POLICIES = (VANILLA, "des-seq:k=3", "des-vote:beta=0.3", "des-vote:beta=0.15")
 SHADES = (1.0, 1.0, 0.55, 1.0)  # the two sizes of one policy
-PROMPTS = 4
-TURNS = 4  # skewed blocks of one width
 ROUNDS = {False: 30, True: 6}  # for the model's own small layer, for a large one
-FIXED = 1 / 3  # of the time: from there on overhead binds a layer, and not what it reads
+MOST = 0.5  # of the time: below it, what is read does not bind a layer
 
 
 class Point(TypedDict):
-    """The experts of one forward: ``tokens`` positions, ``used`` unique experts on average.
-
-    ``intensity``: floating-point operations for each byte of experts read.
+    """The experts of one forward: ``tokens`` positions, ``used`` unique experts on average,
+    ``pairs`` of a token and an expert. ``intensity``: operations for each byte of experts read.
     """
 
     policy: str
     tokens: int
     used: float
+    pairs: float
     intensity: float
     flops: float
     seconds: Spread
@@ -83,14 +65,6 @@ class Found(TypedDict):
     limits: Limits
     roofs: list[Roof]
     skipped: list[str]
-
-
-@dataclass(frozen=True)
-class Block:
-    """One block's way through a layer, to be routed under any policy."""
-
-    x: Tensor  # [N, H]
-    scores: Scores
 
 
 @dataclass(frozen=True)
@@ -114,12 +88,11 @@ class Roofline:
         dtypes = {own.dtype, *(shape.dtype for shape in self.shapes)}
         found = limits(own.device, dtypes, self.pace)
 
-        def under(bench: Bench, tell: Tell) -> Roof:
-            unique = bench.unique
-            blocks = _own_blocks(lab) if unique is None else _random_blocks(bench, unique)
-            return roof(bench, blocks, found, tell=tell, pace=self.pace)
-
-        roofs, skipped = at_each(lab, self.shapes, under)
+        roofs, skipped = at_each(
+            lab,
+            self.shapes,
+            lambda bench, tell: roof(lab, bench, found, tell=tell, pace=self.pace),
+        )
         return cast(
             "Facts",
             Found(machine=conditions(own.device), limits=found, roofs=roofs, skipped=skipped),
@@ -166,33 +139,27 @@ class Roofline:
         return [*chain.from_iterable(told), *found["skipped"], *crowded(found["machine"])]
 
 
-def roof(
-    bench: Bench,
-    blocks: Iterator[tuple[int, list[Block]]],
-    found: Limits,
-    *,
-    tell: Tell,
-    pace: Pace = FULL,
-) -> Roof:
-    """Route every block under every policy, time the experts, count what they do and read."""
-    sizes: dict[tuple[str, int], tuple[float, float]] = {}
-    works: dict[tuple[str, int], Callable[[], object]] = {}
-    for tokens, here in blocks:
-        for policy in POLICIES:
-            routings = [_fresh(block.scores, policy, bench) for block in here]
-            works[policy, tokens] = turning(bench, [block.x for block in here], routings)
-            sizes[policy, tokens] = _mean_size(routings)
-    taken = in_turns(works, pace.rounds or ROUNDS[bench.random], device=bench.device, tell=tell)
+def roof(lab: Lab, bench: Bench, found: Limits, *, tell: Tell, pace: Pace = FULL) -> Roof:
+    """Route blocks of every size under every policy, time the experts, count what they do."""
+    works: dict[tuple[str, int], Routed] = {}
+    for tokens in TOKENS:
+        here = blocks(lab, bench, tokens)
+        for policy in POLICIES if here else ():
+            works[policy, tokens] = under(bench, here, policy)
+    rounds = pace.rounds or ROUNDS[bench.random]
+    each = {key: routed.work for key, routed in works.items()}
+    taken = in_turns(each, rounds, device=bench.device, tell=tell)
     points = [
         Point(
             policy=policy,
             tokens=tokens,
-            used=used,
-            intensity=bench.flops(pairs) / (used * bench.expert_bytes),
-            flops=bench.flops(pairs),
+            used=routed.used,
+            pairs=routed.pairs,
+            intensity=bench.flops(routed.pairs) / (routed.used * bench.expert_bytes),
+            flops=bench.flops(routed.pairs),
             seconds=taken[policy, tokens],
         )
-        for (policy, tokens), (used, pairs) in sizes.items()
+        for (policy, tokens), routed in works.items()
     ]
     facts = bench.facts()
     return Roof(bench=facts, peak=found["flops_per_second"][facts["dtype"]], points=points)
@@ -201,42 +168,6 @@ def roof(
 def attainable(intensity: float, peak: float, bytes_per_second: float) -> float:
     """Operations a second under the roof."""
     return min(peak, intensity * bytes_per_second)
-
-
-def _own_blocks(lab: Lab) -> Iterator[tuple[int, list[Block]]]:
-    """Real decoding forwards of one row, as they come at each block size: layer after layer."""
-    for tokens in TOKENS:
-        try:
-            seen = collect(lab.engine, lab.questions()[:PROMPTS], rows=1, forwards=2, block=tokens)
-        except CoterieError:  # a width that this plan or model does not take
-            continue
-        if seen:
-            yield tokens, [Block(each.x.flatten(0, 1), each.scores) for each in seen]
-
-
-def _random_blocks(bench: Bench, unique: float) -> Iterator[tuple[int, list[Block]]]:
-    """Blocks of a skewed router: one that uses as many experts as the paper saw at 32 tokens."""
-    bend = bend_for(bench.router, unique)
-    draw = torch.Generator().manual_seed(0)
-    for tokens in TOKENS:
-        yield (
-            tokens,
-            [
-                Block(bench.inputs(tokens, draw), skewed(bench.router, tokens, bend, draw))
-                for _ in range(TURNS)
-            ],
-        )
-
-
-def _fresh(scores: Scores, policy: str, bench: Bench) -> Routing:
-    return routed(replace(scores), parse_policy(policy), bench.device)
-
-
-def _mean_size(routings: Sequence[Routing]) -> tuple[float, float]:
-    """Mean unique experts, mean token-expert pairs."""
-    used = sum(int(routing.used.sum()) for routing in routings) / len(routings)
-    pairs = sum(int((routing.ids >= 0).sum()) for routing in routings) / len(routings)
-    return used, pairs
 
 
 def _draw(one: Roof, found: Limits) -> Figure:
@@ -297,14 +228,16 @@ def _row(one: Roof, point: Point, found: Limits) -> list[str]:
     ]
 
 
-def fixed_share(few: Point, many: Point) -> float:
-    """Share of the time of ``many`` that would be left if no expert were read: t = fixed + c T
-    through both points. Between 0 and 1."""
-    if many["used"] <= few["used"]:
-        return 0.0
-    fast, slow = few["seconds"]["median"], many["seconds"]["median"]
-    each = (slow - fast) / (many["used"] - few["used"])
-    return min(1.0, max(0.0, 1 - each * many["used"] / slow))
+def reading_share(points: Sequence[Point], point: Point) -> float:
+    """Share of a point's time that goes with its unique experts, by the fit of Equation 2 through
+    all points of its layer."""
+    line = fit(
+        [each["used"] for each in points],
+        [each["pairs"] for each in points],
+        [each["seconds"]["median"] for each in points],
+    )
+    whole = predicted(line, point["used"], point["pairs"])
+    return min(1.0, max(0.0, line["b"] * point["used"] / whole))
 
 
 def _told(one: Roof, found: Limits) -> list[Finding]:
@@ -314,22 +247,22 @@ def _told(one: Roof, found: Limits) -> list[Finding]:
     plain, ridge = at[VANILLA], one["peak"] / found["bytes_per_second"]
     best = attainable(plain["intensity"], one["peak"], found["bytes_per_second"])
     share = plain["flops"] / plain["seconds"]["median"] / best
-    fewest = min((p for p in one["points"] if p["policy"] == VANILLA), key=lambda p: p["used"])
-    fixed = fixed_share(fewest, plain)
+    reading = reading_share(one["points"], plain)
     name = called(one["bench"])
     text = (
         f"With {BLOCK} tokens, {name} makes {plain['intensity']:.1f} operations per byte; this "
         f"machine needs {ridge:.1f} before arithmetic holds it back. It reaches {share:.0%} of "
-        f"what its reading rate would allow, and {fixed:.0%} of its time goes whatever is read"
+        f"what its reading rate would allow, and {reading:.0%} of the time goes with the experts "
+        "that are read"
     )
-    if fixed >= FIXED:
+    if reading < MOST:
         text += ": it is bound by the overhead of many small operations, not by memory"
     low = plain["intensity"] < ridge
     return [
         Finding(
             f"{text}.",
             claim="The MoE layer of a parallel decoder is bound by memory, not by arithmetic.",
-            verdict="holds" if low and fixed < FIXED else "does not hold",
+            verdict="holds" if low and reading >= MOST else "does not hold",
         ),
         _moved(plain, at["des-vote:beta=0.15"], name),
     ]

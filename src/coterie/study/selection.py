@@ -16,7 +16,8 @@ from coterie.routing import parse_policy, route
 from coterie.study.chapter import Drawing, Facts, Finding, Table
 from coterie.study.lab import Lab
 from coterie.study.latency import Line
-from coterie.study.layers import BLOCK, bend_for, moe_layers, skewed, whole_layer
+from coterie.study.layers import moe_layers, whole_layer
+from coterie.study.routings import BLOCK, bend_for, skewed
 from coterie.study.style import look, panels
 from coterie.study.timing import Conditions, Spread, conditions, crowded, in_turns, mean_spread, on
 from coterie.values import Policy, Progress, RouterSpec, Routing, Scores
@@ -66,7 +67,7 @@ class Layer(TypedDict):
 
 
 class Large(TypedDict):
-    """A large layer's experts on a vanilla block of 32, as the latency chapter timed them."""
+    """A random layer's experts on a vanilla block of 32, as the latency chapter timed them."""
 
     name: str
     experts: int
@@ -218,7 +219,9 @@ def large_layers(lab: Lab) -> list[Large]:
         )
         for line in lines
         for check in line["checks"]
-        if check["policy"] == VANILLA and line["bench"]["experts"] in EXPERTS
+        if check["policy"] == VANILLA
+        and line["bench"]["random"]
+        and line["bench"]["experts"] in EXPERTS
     ]
 
 

@@ -14,7 +14,8 @@ from coterie.routing import parse_policy, route
 from coterie.study.chapter import Drawing, Facts, Finding, Table
 from coterie.study.lab import Lab
 from coterie.study.latency import Line
-from coterie.study.layers import BLOCK, moe_layers, whole_layer
+from coterie.study.layers import moe_layers, whole_layer
+from coterie.study.routings import BLOCK, FORWARDS, PROMPTS
 from coterie.study.style import axes, ink, legend, look, percent
 from coterie.study.tally import Arms, Tally
 from coterie.study.timing import (
@@ -31,8 +32,6 @@ from coterie.study.timing import (
 VANILLA = "vanilla"
 # Routes as vanilla does, but has the importance of tokens worked out, which mc-moe asks for.
 WATCHED = "mc-moe:beta=0,protect=0"
-PROMPTS = 4
-FORWARDS = 2  # of each prompt
 ROUNDS = 8
 LIKELY = 0.05  # p from which an accuracy cannot be told from vanilla's
 
