@@ -22,7 +22,11 @@ CONFIGURED = ("/etc/ld.so.cache", "/etc/alternatives")
 DEVICES = ("/dev/null", "/dev/zero", "/dev/full", "/dev/random", "/dev/urandom")
 # What the warden keeps of root's: to give the program another user, and to see where it stands.
 RIGHTS = {"CAP_SETGID": 6, "CAP_SETUID": 7, "CAP_SYS_PTRACE": 19}
-ENVIRONMENT = {"PYTHONHASHSEED": "0"}  # the same program gets the same verdict
+# All that a program sees of the environment: a fixed order of sets, so that the same program gets
+# the same verdict, and where the interpreter's own libraries lie.
+ENVIRONMENT = {"PYTHONHASHSEED": "0"} | {
+    name: os.environ[name] for name in ("LD_LIBRARY_PATH",) if name in os.environ
+}
 
 
 @dataclass(frozen=True)

@@ -50,7 +50,7 @@ def run_many(
 ) -> list[Verdict]:
     """Every program's verdict, in order; ``workers`` at a time (one for each core)."""
     fence = require_fence(trust)
-    with ThreadPoolExecutor(workers or len(os.sched_getaffinity(0))) as pool:
+    with ThreadPoolExecutor(workers or os.cpu_count()) as pool:
         return list(pool.map(lambda program: _remembered(fence, program, limits), programs))
 
 
@@ -85,7 +85,7 @@ def _trouble(fence: Fence) -> str | None:
             return f"a right program ends with {right.reason}"
         if _run_in(fence, CLAIMED, PROBE).passed:
             return "a program that only claims to have ended passes"
-    except CoterieError as error:
+    except (CoterieError, OSError) as error:
         return str(error)
     return None
 

@@ -90,7 +90,11 @@ def _become(order: dict, ends: tuple[int, ...]) -> None:
         limit = getattr(resource, name)
         most = resource.getrlimit(limit)[1]
         ceiling = hard if most == resource.RLIM_INFINITY else min(hard, most)
-        resource.setrlimit(limit, (min(soft, ceiling), ceiling))
+        try:
+            resource.setrlimit(limit, (min(soft, ceiling), ceiling))
+        except ValueError:  # macOS knows no limit of the address space
+            if order["alone"]:
+                raise
     if order["uid"]:
         os.setgroups([])
         os.setresgid(order["uid"], order["uid"], order["uid"])
