@@ -80,7 +80,7 @@ def main_findings(arms: Arms) -> list[Finding | str]:
             pruning, second=VOTE, first="NAEE or MC-MoE",
         ),
         claimed(
-            "DES-Vote is at least as good as DES-Seq at equal experts.",
+            "At equal experts, DES-Vote is more accurate than DES-Seq.",
             against[SEQ], second=VOTE, first=SEQ,
         ),
         headline(arms, [VOTE, SEQ]),

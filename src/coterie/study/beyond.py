@@ -58,9 +58,9 @@ def beyond_findings(arms: Arms) -> list[Finding | str]:
             seq, second=PROPORTIONAL, first=SEQ,
         ),
         claimed(
-            "Beyond the paper: it beats the guarded vote at the same budget, though that may "
-            "exceed it.",
-            guarded, second=PROPORTIONAL, first="the guarded vote",
+            "Beyond the paper: it beats the guarded DES-Vote of the same beta, which may hold more "
+            "(protected experts come first).",
+            guarded, second=PROPORTIONAL, first="the guarded vote", at="at the same beta",
         ),
         "The rules were chosen on other draws of questions than these.",
     ]  # fmt: skip

@@ -45,15 +45,17 @@ def verdict(fought: Sequence[Duel]) -> Verdict:
     return "holds" if 1 in signs else "cannot be told here"
 
 
-def claimed(claim: str, fought: Sequence[Duel], *, second: str, first: str) -> Finding:
+def claimed(
+    claim: str, fought: Sequence[Duel], *, second: str, first: str, at: str = "at equal experts"
+) -> Finding:
     """One sentence over all duels: how many were won, and the widest of each kind."""
     if not fought:
-        text = f"{second} was not met with {first} at equal experts on this model."
+        text = f"{second} was not met with {first} {at} on this model."
         return Finding(text, claim, "cannot be told here")
     won, lost = ([d for d in fought if d.sign == sign] for sign in (1, -1))
     even = len(fought) - len(won) - len(lost)
     text = (
-        f"Of {len(fought)} comparisons at equal experts, {second} is above {first} in {len(won)}, "
+        f"Of {len(fought)} comparisons {at}, {second} is above {first} in {len(won)}, "
         f"below in {len(lost)}, and not to be told apart in {even}."
     )
     widest = [max(found, key=lambda d: abs(d.change.difference)) for found in (won, lost) if found]

@@ -34,7 +34,10 @@ def against_first(claims: dict[str, str]) -> Found:
         for label in others:
             if label in claims:
                 pairs = [(other, one) for one, other in in_step(arms, base, label)]
-                told.append(claimed(claims[label], duels(pairs), second=base, first=label))
+                fought = duels(pairs)
+                told.append(
+                    claimed(claims[label], fought, second=base, first=label, at="at the same size")
+                )
             else:
                 told.append(spread_told(label, base, arms))
         return told
