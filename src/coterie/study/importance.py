@@ -164,7 +164,7 @@ class Importance:
             layers=list(layers),
             used=float(np.mean([int(one.used.sum()) for one in everything])),
             flips=float(np.mean(flips)),
-            shown=[shown(one) for one in taken[0]],
+            shown=[shown(one) for one in max(taken, key=_weight)],
             correlations={
                 measure: [correlation(taken, vote, measure) for vote in DEFINITIONS]
                 for measure in MEASURES
@@ -183,7 +183,8 @@ class Importance:
             *(
                 Drawing(
                     f"importance-layer-{found['shown'][place]['layer']}",
-                    f"One block in layer {found['shown'][place]['layer']}: the experts in use by "
+                    f"Of {found['blocks']} blocks the one that depends most on single experts, "
+                    f"in layer {found['shown'][place]['layer']}: the experts in use by "
                     "their total router weight (above), how far the output moves when each is "
                     "removed (middle, logarithmic, mean over positions), and who elects it (below; "
                     "*: only words vote, top-1 kept).",
@@ -231,7 +232,7 @@ class Importance:
 
     def findings(self, facts: Facts) -> Sequence[Finding | str]:
         found = cast("Found", facts)
-        return [_predicts(found), _definitions(found), _covers(found), _small(found)]
+        return [_predicts(found), _definitions(found), _covers(found), _ours(found), _small(found)]
 
 
 def take_apart(engine: Engine, prompt: Prompt, layer: int) -> Taken:
@@ -256,6 +257,11 @@ def take_apart(engine: Engine, prompt: Prompt, layer: int) -> Taken:
         measured["hidden"][list(gone)] = moved(other.hidden[-1:], other.hidden)[:-1].cpu()
         flipped += float((other.ids[:-1] != plain.ids).double().mean(-1).sum())
     return Taken(layer, scores, routing.used, measured, flipped / len(used))
+
+
+def _weight(block: Sequence[Taken]) -> float:
+    """How much depends on the block's single experts, over all layers."""
+    return sum(float(one.importance.sum()) for one in block)
 
 
 def shown(taken: Taken) -> Block:
@@ -425,6 +431,18 @@ def _covers(found: Found) -> Finding:
         f"{sum(wins)} of {len(wins)}.",
         claim="A voted coreset keeps the experts that matter, more of them than Seq of its size.",
         verdict="holds" if all(wins) else "cannot be told here" if any(wins) else "does not hold",
+    )
+
+
+def _ours(found: Found) -> str:
+    vote, ours = found["curves"]["DES-Vote"], found["curves"]["proportional"]
+    pairs = list(zip(vote, ours, strict=True))
+    more = sum(b["share"] > a["share"] for a, b in pairs)
+    plain, other = pairs[3]
+    return (
+        "`proportional-vote` holds more of the importance than DES-Vote of the same size at "
+        f"{more} of {len(pairs)} sizes; at {other['experts']:.0f} experts {other['share']:.0%} "
+        f"against {plain['share']:.0%}."
     )
 
 

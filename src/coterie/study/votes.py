@@ -336,9 +336,7 @@ def _voters(found: Found) -> list[str]:
             middle = {who: same[1] for who, same in group["readings"].items()}
             best = min(middle, key=lambda who: cast("float", middle[who][figure]))
             value, plain = (cast("float", middle[who][figure]) for who in (best, "all"))
-            clauses.append(f"{of}: `{best}` with {value:.3f} (`all` {plain:.3f})")
-        lines.append(
-            f"{name}, who votes best at {FEWER[1]} of the experts depends on what is looked at. "
-            f"{'; '.join(clauses)}.".replace("loss: ", "loss over all positions: ")
-        )
+            beside = "" if best == "all" else f"; `all`: {plain:.3f}"
+            clauses.append(f"{of} is least with `{best}` ({value:.3f}{beside})")
+        lines.append(f"{name}, by who votes at {FEWER[1]} of the experts: {', '.join(clauses)}.")
     return lines
