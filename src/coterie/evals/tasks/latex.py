@@ -39,7 +39,8 @@ LOOKS = [
     (re.compile(r"(?<!\\)\\!"), ""),
     (re.compile(r"(?<=\d)\\[,;: ](?=\d{3}(?!\d))"), ""),
     (re.compile(r"(?<!\\)\\[,;:> ]|~|\\q?quad(?![a-zA-Z])|\\hspace\{[^{}]*\}"), " "),
-    (re.compile(r"\^\s*\{?\s*\\(?:circ|degree)\s*\}?|\\degree(?![a-zA-Z])|\bdegrees?\b"), ""),
+    (re.compile(r"\^\s*\{?\s*\\(?:circ|degree)\s*\}?(?:\s*[CF]\b)?|\\degree(?![a-zA-Z])"), ""),
+    (re.compile(r"\bdegrees?\b"), ""),
     (re.compile(r"(?<=\d)\s*\^\s*(?:\{\s*o\s*\}|o\b)"), ""),  # degrees, by hand
     (re.compile(r"(?<![a-zA-Z\\])pi(?![a-zA-Z])"), r"\\pi"),
     (re.compile(r"\\?[$€£¥₹]|(?<!\\)\\[()\[\]]"), ""),
