@@ -283,7 +283,8 @@ def _reading(one: Line, read: float) -> Finding:
     rate = ""
     if one["read"] is not None:
         rate = f" b amounts to {one['read'] / 1e9:.1f} GB/s, {one['read'] / read:.0%} of what this"
-        rate += " machine reads at best."
+        rate += " machine reads at best"
+        rate += ": they come out of its caches." if one["read"] > read else "."
     return Finding(
         f"Of a vanilla block of {BLOCK}, which uses {plain['used']:.0f} experts of "
         f"{called(one['bench'])}, {share:.0%} of the time goes with the experts read.{rate}",

@@ -35,7 +35,7 @@ VANILLA = "vanilla"
 POLICIES = (VANILLA, "des-seq:k=3", "des-vote:beta=0.3", "des-vote:beta=0.15")
 SHADES = (1.0, 1.0, 0.55, 1.0)  # the two sizes of one policy
 ROUNDS = {False: 30, True: 6}  # for the model's own small layer, for a large one
-MOST = 0.5  # of the time: below it, what is read does not bind a layer
+MOST = 2 / 3  # of the time: below it, what is read does not bind a layer
 
 
 class Point(TypedDict):
