@@ -28,7 +28,7 @@ seeds = st.integers(0, 2**32)
 
 
 def grade(made: Problem, output: str) -> bool:
-    return embedded.grade(made.task, output, made.gold).correct
+    return embedded.grade(made.task, output, made.gold, trust=True).correct
 
 
 def problem(task: str, seed: int) -> Problem:
@@ -112,11 +112,12 @@ def test_the_source_of_a_recipe_does_what_its_meaning_says(xs, seed):
     ],
 )
 def test_a_program_that_fails_does_not_pass(program):
-    assert not embedded.grade("docstring", program, "").correct
+    assert not embedded.grade("docstring", program, "", trust=True).correct
 
 
 def test_a_right_program_passes():
-    assert embedded.grade("docstring", "x = [1]\nx.append(2)", "assert sum(x) == 3").correct
+    right = embedded.grade("docstring", "x = [1]\nx.append(2)", "assert sum(x) == 3", trust=True)
+    assert right.correct
 
 
 def test_the_question_of_the_demo_lies_inside_what_is_learned():

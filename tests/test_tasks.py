@@ -329,7 +329,7 @@ def test_examples_that_are_not_there_are_named(tmp_path):
 
 @given(st.integers(0, 2**32), st.integers(1, 6))
 def test_embedded_items_are_held_out_and_a_longer_draw_begins_with_the_shorter(seed, count):
-    for task in open_tasks(list(MAKERS), Wish("llada2", count=count, seed=seed)):
+    for task in open_tasks(list(MAKERS), Wish("llada2", count=count, seed=seed, trust=True)):
         items = task.items()
         longer = embedded.Embedded(task.name, count + 2, seed).items()
         assert items == longer[:count]
@@ -340,7 +340,7 @@ def test_embedded_items_are_held_out_and_a_longer_draw_begins_with_the_shorter(s
 
 @pytest.mark.parametrize("name", list(MAKERS))
 def test_embedded_answers_are_right_and_others_wrong(name):
-    [task] = open_tasks([name], Wish("llada2", count=3, seed=5))
+    [task] = open_tasks([name], Wish("llada2", count=3, seed=5, trust=True))
     for item, problem in zip(task.items(), embedded._drawn(name, 5, 3), strict=True):
         assert task.prompt(item) == problem.prompt
         assert task.grade(problem.answer, item).correct
@@ -348,7 +348,8 @@ def test_embedded_answers_are_right_and_others_wrong(name):
 
 
 def test_settings_of_every_task_are_json(tmp_path):
-    for task in open_tasks(["gsm8k", *MAKERS], Wish("llada2", data=folder(tmp_path))):
+    wish = Wish("llada2", data=folder(tmp_path), trust=True)
+    for task in open_tasks(["gsm8k", *MAKERS], wish):
         assert json.loads(json.dumps(dict(task.settings()))) == dict(task.settings())
 
 
@@ -430,7 +431,8 @@ def test_an_embedded_function_is_looked_up_by_its_id(tmp_path, capsys):
         {"id": "docstring/3/1", "output": problem.answer},
         {"id": "docstring/3/0", "output": problem.answer},
     ]
-    assert run(["grade", "docstring", str(written(tmp_path / "o.jsonl", rows))]) == 0
+    path = str(written(tmp_path / "o.jsonl", rows))
+    assert run(["grade", "docstring", path, "--trust-generated-code"]) == 0
     assert [line["correct"] for line in graded(capsys)] == [True, False]
 
 
