@@ -45,7 +45,8 @@ class Searcher:
         edge = self._edge(rungs, past)
         rung = edge if target.grows_with_thrift else edge - 1
         if not 0 <= rung < rungs:
-            past([rung for rung in dict.fromkeys((0, rungs - 1)) if rung not in taken])
+            for end in {0, rungs - 1} - set(taken):
+                past([end])
             raise CoterieError(unreachable(target, [taken[0], taken[rungs - 1]]))
         return Found(rung, taken, in_order(target, taken))
 
