@@ -100,25 +100,19 @@ def evaluate(
     """
     if json and csv:
         raise CoterieError("--json and --csv both want standard output; give one of them")
-    arms = arms_of(policies)
     wanted = generation_options(
         max_new_tokens=max_new_tokens, block=block, plan=plan, unmask=unmask,
         threshold=threshold, temperature=temperature, top_k=top_k, top_p=top_p,
         seed=seed if temperature else None, early_stop=early_stop, commit=commit, prefill=prefill,
     )  # fmt: skip
-    names = task_names(task, own=model in (None, EMBEDDED))
-    check_tasks(names, items=items, data=data)
+    names = task_names(task, own=model in (None, EMBEDDED), items=items, data=data)
     wish = Wish(inspect(model).family.name, data, shots, items or e.COUNT, seed, trust)
     tasks = open_tasks(names, wish)  # fails here, before weights are loaded
-    asked = Examination(tasks, arms, wanted, limit, shuffle_seed, rows, out)
+    asked = Examination(tasks, arms_of(policies), wanted, limit, shuffle_seed, rows, out)
     engine = open_engine(model, dtype=dtype, device=device)
     check_effect(engine, wanted)
     check_kept(engine, policies or (), wanted)
-    found = examine(engine, asked)
-    document = document_of(engine, asked, found)
-    if out is not None:
-        keep(out, engine, document, found)
-    tell(found, document, json=json, csv=csv)
+    tell(engine, asked, examine(engine, asked), json=json, csv=csv)
 
 
 def arms_of(policies: Sequence[str] | None) -> list[Arm]:
@@ -126,23 +120,24 @@ def arms_of(policies: Sequence[str] | None) -> list[Arm]:
     return [Arm(policy) for policy in dict.fromkeys(["vanilla", *map(policy_of, policies or [])])]
 
 
-def task_names(typed: Sequence[str] | None, *, own: bool) -> list[str]:
-    """The tasks as typed, each once; the package's own where none was, for its own model."""
+def task_names(
+    typed: Sequence[str] | None, *, own: bool, items: int | None, data: Path | None
+) -> list[str]:
+    """The tasks as typed, each once; the package's own where none was, for its own model.
+
+    Raises for an option that none of them has a use for.
+    """
     if not typed and not own:
         raise CoterieError(f"--task is needed with --model; of {', '.join(TASKS)}")
     names = list(dict.fromkeys(typed or OWN))
     for name in names:
         check_name(name)
-    return names
-
-
-def check_tasks(names: Sequence[str], *, items: int | None, data: Path | None) -> None:
-    """Raises for an option that none of these tasks has a use for."""
-    own = [name for name in names if name in OWN]
-    if items is not None and not own:
+    drawn = [name for name in names if name in OWN]
+    if items is not None and not drawn:
         raise CoterieError(f"--items has no effect on {', '.join(names)}; --limit asks fewer")
-    if data is not None and len(own) == len(names):
+    if data is not None and len(drawn) == len(names):
         raise CoterieError(f"--data has no effect on {', '.join(names)}: their problems are drawn")
+    return names
 
 
 def examine(engine: Engine, asked: Examination) -> list[Line]:
@@ -180,8 +175,13 @@ def keep(out: Path, engine: Engine, document: Mapping[str, object], found: Seque
     remark(f"{path}, {table.name}")
 
 
-def tell(found: Sequence[Line], document: Mapping[str, object], *, json: bool, csv: bool) -> None:
-    """On standard output, for people or for programs."""
+def tell(
+    engine: Engine, asked: Examination, found: Sequence[Line], *, json: bool, csv: bool
+) -> None:
+    """On standard output, for people or for programs; in the folder, where there is one."""
+    document = document_of(engine, asked, found)
+    if asked.out is not None:
+        keep(asked.out, engine, document, found)
     if json:
         print_document(document)
     elif csv:
