@@ -115,7 +115,7 @@ class MassVote:
 @dataclass(frozen=True)
 class ProportionalVote:
     """The share ``beta`` of experts, elected one by one: each token splits one vote by its margins,
-    and weighs less the more of its vote is seated (ours; see ``proportional``)."""
+    and weighs less the more of its vote is seated (ours)."""
 
     beta: Shares
     election: Annotated[Election, BY_MARGIN] = IN_PROPORTION

@@ -16,9 +16,7 @@ from torch import Tensor
 
 SHARE = 2**16  # what each token's vote is split into
 VOICE = 2**20  # units of a token's say
-DOWN = (
-    2**28
-)  # VOICE * SHARE**2 / DOWN is 2**24, so that a full vote's gain is 2**40, the votes' unit
+DOWN = 2**28  # takes VOICE * SHARE**2 to 2**24: a whole vote's gain is 2**40, the unit of votes
 FIRST = 2.0**52  # above any gain
 
 
