@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -130,8 +131,7 @@ def calibrate_command(
         max_new_tokens=max_new_tokens, block=block, plan=plan, unmask=unmask,
         threshold=threshold, temperature=None, commit=commit, prefill=prefill,
     )  # fmt: skip
-    if out is not None and not out.absolute().parent.is_dir():
-        raise CoterieError(f"{out}: its folder is not there")  # now, not after the search
+    check_place(out)
     drawn = Wish(inspect(model).family.name, data, shots, items, seed, trust)
     asked = questions(task, prompts, drawn, own=model in (None, EMBEDDED))
     engine = open_engine(model, dtype=dtype, device=device)
@@ -148,6 +148,19 @@ def calibrate_command(
         print_document(content)
     else:
         console().print(calibration_table(found), *conclusions(found), sep="\n")
+
+
+def check_place(out: Path | None) -> None:
+    """Raises for a file that could not be written, now and not after the search."""
+    if out is None:
+        return
+    if out.is_dir():
+        raise CoterieError(f"{out}: is a folder; give a file in it, such as {out / 'found.json'}")
+    folder = out.absolute().parent
+    if not folder.is_dir():
+        raise CoterieError(f"{out}: its folder is not there")
+    if not os.access(folder, os.W_OK):
+        raise CoterieError(f"{out}: its folder cannot be written to")
 
 
 def questions(
