@@ -5,7 +5,9 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Mapping, Sequence
+from importlib import import_module
 from pathlib import Path
+from types import ModuleType
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -13,13 +15,15 @@ from rich.progress import Progress, TaskID, TimeElapsedColumn, TimeRemainingColu
 from rich.table import Table
 
 from coterie.cli import options as o
+from coterie.cli.eval_options import Data, Seed, Tasks, Trust
+from coterie.cli.lab import task_names
 from coterie.cli.request import open_engine
 from coterie.cli.tables import bar, console, plain_table, print_text, remark
-from coterie.engine.engine import Engine
-from coterie.evals.task import Task, Wish
+from coterie.engine.facts import inspect
+from coterie.engine.source import EMBEDDED
+from coterie.evals.task import Wish
 from coterie.evals.tasks import TASKS, open_tasks
 from coterie.naming import CoterieError
-from coterie.problems import TASKS as EMBEDDED
 
 if TYPE_CHECKING:
     from coterie.study.chapter import Chapter
@@ -29,52 +33,50 @@ if TYPE_CHECKING:
 QUICK_ITEMS, QUICK_PROMPTS = 64, 8
 FAILED = 1
 
+Studied = Annotated[
+    str | None,
+    typer.Argument(help="A folder or a hub id. Default: the model in the package."),
+]
+Folder = Annotated[
+    Path, typer.Option("--out", "-o", help="Folder for report, records, figures and answers.")
+]
+Chapters = Annotated[
+    list[str] | None,
+    typer.Option("--chapter", help="Only this one; may be repeated. Default: all."),
+]
+Again = Annotated[
+    list[str] | None,
+    typer.Option("--again", help="Measure this chapter although its record is there."),
+]
+Items = Annotated[
+    int | None,
+    typer.Option("--items", min=1, help="Questions for each policy, of all tasks; default 500."),
+]
+Prompts = Annotated[
+    int | None,
+    typer.Option(
+        "--prompts", min=1, help="Questions where single forwards are watched; default 32."
+    ),
+]
+Quick = Annotated[
+    bool,
+    typer.Option("--quick", help=f"A first look: {QUICK_ITEMS} and {QUICK_PROMPTS} questions."),
+]
+
 
 def study(
-    model: Annotated[
-        str | None,
-        typer.Argument(help="A folder or a hub id. Default: the model in the package."),
-    ] = None,
+    model: Studied = None,
     *,
-    out: Annotated[
-        Path, typer.Option("--out", "-o", help="Folder for report, records, figures and answers.")
-    ],
-    chapters: Annotated[
-        list[str] | None,
-        typer.Option("--chapter", help="Only this one; may be repeated. Default: all."),
-    ] = None,
-    again: Annotated[
-        list[str] | None,
-        typer.Option("--again", help="Measure this chapter although its record is there."),
-    ] = None,
-    items: Annotated[
-        int | None,
-        typer.Option("--items", min=1, help="Questions for each policy, all tasks; default 500."),
-    ] = None,
-    prompts: Annotated[
-        int | None,
-        typer.Option(
-            "--prompts", min=1, help="Questions where single forwards are watched; default 32."
-        ),
-    ] = None,
-    tasks: Annotated[
-        list[str] | None,
-        typer.Option("--task", help=f"Of {', '.join(TASKS)}; may be repeated."),
-    ] = None,
-    data: Annotated[
-        Path | None, typer.Option("--data", help="The tasks' file, or the folder they lie in.")
-    ] = None,
-    seed: Annotated[int, typer.Option("--seed", min=0, help="Of the questions drawn.")] = 1,
-    trust: Annotated[
-        bool,
-        typer.Option(
-            "--trust-generated-code", help="Run what the model writes even where nothing fences it."
-        ),
-    ] = False,
-    quick: Annotated[
-        bool,
-        typer.Option("--quick", help=f"A first look: {QUICK_ITEMS} and {QUICK_PROMPTS} questions."),
-    ] = False,
+    out: Folder,
+    chapters: Chapters = None,
+    again: Again = None,
+    items: Items = None,
+    prompts: Prompts = None,
+    tasks: Tasks = None,
+    data: Data = None,
+    seed: Seed = 1,
+    trust: Trust = False,
+    quick: Quick = False,
     dtype: o.Dtype = None,
     device: o.Device = "auto",
 ) -> int:
@@ -89,23 +91,19 @@ def study(
     coterie study inclusionAI/LLaDA2.0-mini --task gsm8k --items 200 -o runs/mini
     coterie study -o runs/study --chapter explosion --again explosion
     """
-    # Here and not above: matplotlib comes with an extra.
-    try:
-        from coterie.study import study as room
-    except ModuleNotFoundError as error:
-        raise CoterieError(
-            f"the study needs {error.name}, which is not installed: pip install 'coterie[lab]'"
-        ) from None
+    room = studying()
     room.chosen([*(chapters or []), *(again or [])], room.CHAPTERS)
     effort = room.Effort(
         items=items or (QUICK_ITEMS if quick else room.Effort.items),
         prompts=prompts or (QUICK_PROMPTS if quick else room.Effort.prompts),
         seed=seed,
     )
+    names = known_tasks(model, tasks, data)
+    each = -(-effort.items // len(names))
+    wish = Wish(inspect(model).family.name, data, count=each, seed=seed, trust=trust)
+    opened = open_tasks(names, wish)  # fails here, before weights are loaded
     out.mkdir(parents=True, exist_ok=True)
-    known_tasks(model, tasks)
     engine = open_engine(model, dtype=dtype, device=device)
-    opened = opened_tasks(engine, model, tasks, effort.items, data=data, seed=seed, trust=trust)
     with bar(TimeElapsedColumn(), TimeRemainingColumn()) as shown:
         sections = room.study(
             engine,
@@ -122,31 +120,22 @@ def study(
     return FAILED if any(section.failure for section in sections) else 0
 
 
-def known_tasks(model: str | None, tasks: Sequence[str] | None) -> list[str]:
-    """The tasks as typed; the embedded model has its own. Raises before a model is loaded."""
-    if not tasks and model is not None:
-        raise CoterieError(f"which questions shall {model} answer? give --task: {', '.join(TASKS)}")
-    unknown = [task for task in tasks or () if task not in TASKS]
-    if unknown:
-        raise CoterieError(f"unknown task {unknown[0]!r}; known: {', '.join(TASKS)}")
-    return list(dict.fromkeys(tasks or EMBEDDED))
+def studying() -> ModuleType:
+    """The module ``coterie.study.study``; here and not above, for matplotlib is of an extra."""
+    try:
+        return import_module("coterie.study.study")
+    except ModuleNotFoundError as error:
+        raise CoterieError(
+            f"the study needs {error.name}, which is not installed: pip install 'coterie[lab]'"
+        ) from None
 
 
-def opened_tasks(
-    engine: Engine,
-    model: str | None,
-    tasks: Sequence[str] | None,
-    items: int,
-    *,
-    data: Path | None,
-    seed: int,
-    trust: bool,
-) -> list[Task]:
-    """The tasks, with ``items`` between them."""
-    names = known_tasks(model, tasks)
-    each = -(-items // len(names))
-    family = engine.model.family.name
-    return open_tasks(names, Wish(family, data=data, count=each, seed=seed, trust=trust))
+def known_tasks(model: str | None, tasks: Sequence[str] | None, data: Path | None) -> list[str]:
+    """The tasks as typed; the model in the package has its own."""
+    own = model in (None, EMBEDDED)
+    if not tasks and not own:
+        raise CoterieError(f"which questions shall {model} answer? Give --task: {', '.join(TASKS)}")
+    return task_names(tasks, own=own, items=None, data=data)
 
 
 def findings_table(sections: Sequence[Section]) -> Table:

@@ -40,7 +40,7 @@ def draw(
         one.step(xs, ys, where="post", color=ink(), lw=0.9, ls=(0, (1, 2)), label="Pareto front")
     one.set(ylim=(-0.02, 1.03), xlim=(0, None))
     percent(one)
-    legend(one, columns=3 if len(shown) > 4 else 2)
+    legend(one, columns=3 if looks == "family" and len(shown) > 4 else 2)
     return figure
 
 
