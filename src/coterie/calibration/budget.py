@@ -31,7 +31,7 @@ def layered_ladder(bench: Bench, family: Family) -> Ladder:
         )
     router = bench.engine.model.spec.router
     election = getattr(parse_policy(family.spelling(1.0)), "election", Election())
-    order = order_of_taking(mean_votes(bench, election))
+    order = order_of_taking(falling_votes(bench, election))
     shares = [
         tuple(share_of(count, router.experts) for count in shared_out(order, total))
         for total in range(len(order), max(order), -1)
@@ -39,9 +39,10 @@ def layered_ladder(bench: Bench, family: Family) -> Ladder:
     return Ladder(str(family), family.parameter, shares, lambda rung: family.spelling(shares[rung]))
 
 
-def mean_votes(bench: Bench, election: Election) -> Tensor:
+def falling_votes(bench: Bench, election: Election) -> Tensor:
     """[layers, E] float64: votes of the expert elected first, second, .. of each layer that routes,
-    added up over vanilla's decoding forwards. Nothing else of a forward is kept."""
+    added up over vanilla's decoding forwards. Nothing else of a forward is kept. They are plain
+    votes, whatever is protected and however they are tallied."""
     spec = bench.engine.model.spec
     place = {layer: number for number, layer in enumerate(spec.moe_layers)}
     sums = torch.zeros(len(place), spec.router.experts, dtype=torch.float64)

@@ -7,12 +7,13 @@ from dataclasses import dataclass
 
 from coterie.naming import CoterieError
 from coterie.routing import POLICIES, McMoe, Naee, parse_policy, spell
-from coterie.spelling import BETWEEN, Option, options
+from coterie.spelling import BETWEEN, options
 from coterie.values import RouterSpec
 
 FREE = "?"  # in place of a value: this is what is searched for
 THOUSAND = 1000  # steps of a parameter that is a real number
-SIZES = ("beta", "m", "tau", "k")  # one of which ``coreset`` needs
+PRICES = range(-300, 201)  # of a vote, in hundredths of a power of ten: 0.001 to 100
+SIZES = ("beta", "m", "tau", "price", "k")  # one of which ``coreset`` needs
 
 
 @dataclass(frozen=True)
@@ -108,15 +109,21 @@ def share_of(count: int, experts: int) -> float:
 
 
 def _values(cls: type, parameter: str, router: RouterSpec) -> Sequence[float]:
-    option: Option = options(cls)[parameter]
-    if option.kind is int:
-        most = router.k if parameter == "k" else router.experts
-        return range(most, 0, -1)
-    if issubclass(cls, Naee | McMoe):  # the larger, the more is dropped
-        return [step / THOUSAND for step in range(THOUSAND + 1)]
-    if parameter == "tau":
-        return [step / THOUSAND for step in range(THOUSAND, 0, -1)]
-    return [share_of(count, router.experts) for count in range(router.experts, 0, -1)]
+    drops = issubclass(cls, Naee | McMoe)  # the larger their beta, the more they drop
+    match parameter:
+        case "k":
+            return range(router.k, 0, -1)
+        case "m":
+            return range(router.experts, 0, -1)
+        case "tau":
+            return [step / THOUSAND for step in range(THOUSAND, 0, -1)]
+        case "price":
+            return [float(f"{10 ** (step / 100):.4g}") for step in PRICES]
+        case "beta" if drops:
+            return [step / THOUSAND for step in range(THOUSAND + 1)]
+        case "beta":
+            return [share_of(count, router.experts) for count in range(router.experts, 0, -1)]
+    raise CoterieError(f"{parameter} has no ladder; {', '.join(SIZES)} have")
 
 
 def _which(name: str, free: Sequence[str]) -> str:
