@@ -14,6 +14,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from coterie.quant import QTensor
+
 
 @dataclass(frozen=True)
 class Window:
@@ -111,8 +113,22 @@ class Routing:
 class Slab:
     """Weights ready to compute with: gate_up [n, 2*I, H] (gate rows first), down [n, H, I]."""
 
-    gate_up: Tensor
-    down: Tensor
+    gate_up: Tensor | QTensor
+    down: Tensor | QTensor
+    slot_of: Tensor  # [E] int64, -1 = absent
+
+
+@dataclass(frozen=True)
+class PackedSlab:
+    """Weights as the kernels of a CPU read them: panels [n, bytes of an expert] uint8.
+
+    ``int8`` and ``int4`` are quantised weights; ``ops.cpu`` packs and reads all three.
+    """
+
+    panels: Tensor
+    format: Literal["bf16", "int8", "int4"]
+    hidden: int
+    width: int
     slot_of: Tensor  # [E] int64, -1 = absent
 
 
@@ -133,7 +149,7 @@ class Policy(Protocol):
 class Store(Protocol):
     """Where experts live."""
 
-    def serve(self, layer: int, used: Tensor) -> Iterator[Slab]:
+    def serve(self, layer: int, used: Tensor) -> Iterator[Slab | PackedSlab]:
         """Slabs that together hold every expert of ``used`` (bool [E]) once, maybe others too.
 
         What a slab holds stands until the next one is asked for.

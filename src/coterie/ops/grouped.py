@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from coterie.quant import QTensor
 from coterie.values import Routing, Slab
 
 ALIGNMENT = 16  # bytes that every row must be a multiple of
@@ -13,6 +14,8 @@ ALIGNMENT = 16  # bytes that every row must be a multiple of
 
 def fits(x: Tensor, slab: Slab) -> bool:
     """Whether the grouped product takes these shapes and types."""
+    if isinstance(slab.gate_up, QTensor) or isinstance(slab.down, QTensor):
+        return False
     widths = (slab.gate_up.shape[-1], slab.down.shape[-1])
     aligned = all(width * x.element_size() % ALIGNMENT == 0 for width in widths)
     return aligned and len(slab.gate_up) > 0 and x.dtype in (torch.float32, torch.bfloat16)
@@ -20,14 +23,17 @@ def fits(x: Tensor, slab: Slab) -> bool:
 
 def run_experts(x: Tensor, routing: Routing, slab: Slab) -> Tensor:
     """See ``ops.run_experts``. Does not ask the host anything."""
-    experts = len(slab.gate_up)
+    gate_up, down = slab.gate_up, slab.down
+    assert isinstance(gate_up, Tensor)  # as ``fits`` found them
+    assert isinstance(down, Tensor)
+    experts = len(gate_up)
     slots = slab.slot_of[routing.ids.clamp(min=0)].where(routing.ids >= 0, -1).flatten()  # [T k]
     slots = slots.where(slots >= 0, experts)  # nobody sorts last, past the end of every group
     order = slots.argsort(stable=True)
     token = order // routing.ids.shape[-1]
     ends = F.one_hot(slots, experts + 1).sum(0)[:experts].cumsum(0).to(torch.int32)
-    gate, up = F.grouped_mm(x[token], slab.gate_up.mT, offs=ends).chunk(2, dim=-1)
-    y = F.grouped_mm(F.silu(gate) * up, slab.down.mT, offs=ends)
+    gate, up = F.grouped_mm(x[token], gate_up.mT, offs=ends).chunk(2, dim=-1)
+    y = F.grouped_mm(F.silu(gate) * up, down.mT, offs=ends)
     # Rows past the last group were never written.
     real = (torch.arange(len(token), device=x.device) < ends[-1]).unsqueeze(-1)
     y = y.float().where(real, 0.0) * routing.weights.flatten()[order].unsqueeze(-1)

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from coterie.quant import QTensor, dequantise
 from coterie.values import Routing, Slab, membership
 
 
@@ -30,12 +31,17 @@ def top_mask(key: Tensor, k: int) -> Tensor:
 
 
 def run_experts(x: Tensor, routing: Routing, slab: Slab) -> Tensor:
-    """See ``ops.run_experts``. One expert at a time; asks the host which are there."""
+    """See ``ops.run_experts``. One expert at a time; asks the host which are there.
+
+    Quantised experts are computed with in fp32.
+    """
+    if isinstance(slab.gate_up, QTensor):
+        x = x.float()
     out = torch.zeros(x.shape, dtype=torch.float32, device=x.device)
     slots = slab.slot_of[routing.ids.clamp(min=0)].masked_fill(routing.ids < 0, -1)  # [T, k]
     for slot in slots[slots >= 0].unique().tolist():
         token, choice = torch.nonzero(slots == slot, as_tuple=True)
-        y = _swiglu(x[token], slab.gate_up[slot], slab.down[slot])
+        y = _swiglu(x[token], _plain(slab.gate_up[slot]), _plain(slab.down[slot]))
         out.index_add_(0, token, y.float() * routing.weights[token, choice, None])
     return out
 
@@ -43,6 +49,10 @@ def run_experts(x: Tensor, routing: Routing, slab: Slab) -> Tensor:
 def _swiglu(x: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
     gate, up = F.linear(x, gate_up).chunk(2, dim=-1)
     return F.linear(F.silu(gate) * up, down)
+
+
+def _plain(weight: Tensor | QTensor) -> Tensor:
+    return dequantise(weight) if isinstance(weight, QTensor) else weight
 
 
 def _distinct(key: Tensor, tier: Tensor | None) -> Tensor:

@@ -1,0 +1,186 @@
+"""Weights in 8 or 4 bits: whole numbers in groups along k, one bf16 scale for each group.
+
+A weight is ``q * scale``. The whole numbers run from -8 to 7 (int4) or -128 to 127 (int8); a scale
+may be negative, so that the longer side always serves the largest weight of its group. It is chosen
+by squared error, after rounding to bf16, among candidates around the one that fits the largest.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from coterie.naming import CoterieError
+
+CHUNK = 1 << 18
+"""Weights looked at together: what a core's cache holds, so that the search stays in it."""
+
+SMALLEST = 2.0**-100
+"""A group whose largest weight is smaller becomes zero: its scale would leave bf16."""
+
+
+@dataclass(frozen=True)
+class Format:
+    """How experts are kept: whole numbers of ``bits``, a scale for every ``group`` along k."""
+
+    bits: int
+    group: int
+
+    def __post_init__(self) -> None:
+        if self.bits not in RATIOS:
+            raise CoterieError(f"{self.bits} bits; known: {', '.join(map(str, RATIOS))}")
+        if not 8 <= self.group <= 1024 or self.group % 8:
+            raise CoterieError(f"a group of {self.group}; it must be a multiple of 8 up to 1024")
+
+    @property
+    def name(self) -> str:
+        return f"int{self.bits}"
+
+    @property
+    def lowest(self) -> int:
+        return -(1 << (self.bits - 1))
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the stored numbers: one int8 each, or two of 4 bits in a byte."""
+        return torch.int8 if self.bits == 8 else torch.uint8
+
+    def stored(self, shape: tuple[int, ...]) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """Shapes of the numbers and of the scales for a weight [.., rows, k]."""
+        *rows, k = shape
+        held = k if self.bits == 8 else -(-k // 2)
+        return (*rows, held), (*rows, -(-k // self.group))
+
+
+@dataclass(frozen=True)
+class QTensor:
+    """A weight [.., rows, k]. Two numbers a byte in int4: the first low, each with 8 added."""
+
+    q: Tensor  # int8 [.., rows, k], or uint8 [.., rows, ceil(k / 2)]
+    scales: Tensor  # bf16 [.., rows, ceil(k / group)]
+    format: Format
+    k: int
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """As the weight it stands for."""
+        return (*self.q.shape[:-1], self.k)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of what is stored."""
+        return self.q.dtype
+
+    @property
+    def device(self) -> torch.device:
+        return self.q.device
+
+    @property
+    def nbytes(self) -> int:
+        return self.q.nbytes + self.scales.nbytes
+
+    def __len__(self) -> int:
+        return len(self.q)
+
+    def __getitem__(self, slot: int | slice) -> QTensor:
+        return QTensor(self.q[slot], self.scales[slot], self.format, self.k)
+
+    def numbers(self) -> Tensor:
+        """The whole numbers, int8 [.., rows, k], whatever their bits."""
+        if self.format.bits == 8:
+            return self.q
+        pairs = torch.stack((self.q & 15, self.q >> 4), dim=-1).flatten(-2)[..., : self.k]
+        return pairs.to(torch.int8) - 8
+
+
+def quantise(weight: Tensor, form: Format) -> QTensor:
+    """The nearest of its kind to a float weight [.., rows, k]; rows do not feel each other.
+
+    Beyond the result this needs a few megabytes. Raises CoterieError for NaN and infinity.
+    """
+    *outer, k = weight.shape
+    rows = weight.reshape(-1, k)
+    numbers, scales = (
+        torch.empty(shape, dtype=dtype, device=weight.device)
+        for shape, dtype in zip(
+            form.stored((len(rows), k)), (form.dtype, torch.bfloat16), strict=True
+        )
+    )
+    step = max(1, CHUNK // max(1, k))
+    for first in range(0, len(rows), step):
+        part = slice(first, first + step)
+        numbers[part], scales[part] = _quantise_rows(rows[part].float(), form)
+    held, groups = form.stored((*outer, k))
+    return QTensor(numbers.view(held), scales.view(groups), form, k)
+
+
+def dequantise(weight: QTensor) -> Tensor:
+    """fp32 [.., rows, k]; every product is exact."""
+    scales = weight.scales.float().repeat_interleave(weight.format.group, dim=-1)
+    return weight.numbers().float() * scales[..., : weight.k]
+
+
+def _quantise_rows(rows: Tensor, form: Format) -> tuple[Tensor, Tensor]:
+    """Numbers as stored and scales [rows, groups] of fp32 rows [rows, k]."""
+    k = rows.shape[-1]
+    padded = torch.nn.functional.pad(rows, (0, -k % form.group))
+    numbers, scales = _quantise_groups(padded.view(-1, form.group), form)
+    numbers = numbers.view(padded.shape)[:, :k].to(torch.int8)
+    if form.bits == 4:
+        pairs = torch.nn.functional.pad(numbers, (0, k % 2)).to(torch.uint8).add_(8) & 15
+        numbers = pairs[:, ::2] | (pairs[:, 1::2] << 4)
+    return numbers, scales.view(len(rows), -1)
+
+
+def _quantise_groups(x: Tensor, form: Format) -> tuple[Tensor, Tensor]:
+    """Whole numbers in fp32 and bf16 scales [n, 1] of the groups x [n, group]."""
+    largest = x.gather(1, x.abs().argmax(dim=1, keepdim=True))
+    if not bool(torch.isfinite(largest).all()):
+        raise CoterieError("holds NaN or infinity")
+    # Turned so that its largest weight is negative, a group and its mirror image are one problem.
+    # The turn goes into the scale.
+    fitting = torch.where(largest.abs() < SMALLEST, 0.0, largest / form.lowest)  # [n, 1]
+    scale = torch.ones_like(fitting)
+    least = torch.full_like(fitting, torch.inf)
+    steps, rounded = torch.empty_like(x), torch.empty_like(x)
+    for ratio in RATIOS[form.bits]:
+        candidate = (fitting * ratio).bfloat16().float()
+        _round(x, candidate, form, steps, rounded)
+        # In units of the fitting scale, lest the squares of small weights vanish.
+        error = steps.sub_(rounded).square_().sum(dim=1, keepdim=True) * (candidate / fitting) ** 2
+        better = error < least
+        least = torch.where(better, error, least)
+        scale = torch.where(better, candidate, scale)
+    _round(x, scale, form, steps, rounded)
+    empty = fitting == 0
+    return rounded.masked_fill_(empty, 0.0), scale.masked_fill(empty, 0.0).bfloat16()
+
+
+def _round(x: Tensor, scale: Tensor, form: Format, steps: Tensor, rounded: Tensor) -> None:
+    """Write ``x / scale``, and the nearest whole number that the format has."""
+    torch.div(x, scale, out=steps)
+    torch.round(steps, out=rounded).clamp_(form.lowest, -form.lowest - 1)
+
+
+def _ratios(low: float, count: int, lowest: int) -> tuple[float, ...]:
+    """From ``low`` to the scale that serves both sides alike; its end and 1 make it idempotent."""
+    high = lowest / (lowest + 1)
+    spread = (low + (high - low) * step / count for step in range(count))
+    return (1.0, high, *(ratio for ratio in spread if ratio != 1.0))
+
+
+RATIOS = {8: _ratios(0.92, 8, -128), 4: _ratios(0.72, 28, -8)}
+"""By bits: candidates for a scale, in units of the one that fits the largest weight exactly."""
+
+FORMATS = {"int8": Format(8, 64), "int4": Format(4, 32)}
+"""What the fast kernels take."""
+
+
+def parse_format(name: str, group: int | None = None) -> Format:
+    """ "int8" or "int4", in the kernels' groups where none is said."""
+    if name not in FORMATS:
+        raise CoterieError(f"unknown format {name!r} for experts; known: {', '.join(FORMATS)}")
+    usual = FORMATS[name]
+    return usual if group is None else Format(usual.bits, group)
