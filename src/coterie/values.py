@@ -110,25 +110,41 @@ class Routing:
 
 
 @dataclass(frozen=True)
-class Slab:
-    """Weights ready to compute with: gate_up [n, 2*I, H] (gate rows first), down [n, H, I]."""
+class Panels:
+    """A weight [n, rows, k] as the kernels of a CPU read it; what a byte says is their affair.
 
-    gate_up: Tensor | QTensor
-    down: Tensor | QTensor
-    slot_of: Tensor  # [E] int64, -1 = absent
+    Gate, up and down of an expert are one run of bytes: a slab's two weights share the tensor.
+    """
+
+    packed: Tensor  # [n, bytes of an expert] uint8
+    format: Literal["bf16", "int8", "int4"]
+    shape: tuple[int, int, int]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of what is stored."""
+        whole = {"bf16": torch.bfloat16, "int8": torch.int8, "int4": torch.uint8}
+        return whole[self.format]
+
+    @property
+    def device(self) -> torch.device:
+        return self.packed.device
+
+    @property
+    def nbytes(self) -> int:
+        """Of the whole slab."""
+        return self.packed.nbytes
+
+    def __len__(self) -> int:
+        return len(self.packed)
 
 
 @dataclass(frozen=True)
-class PackedSlab:
-    """Weights as the kernels of a CPU read them: panels [n, bytes of an expert] uint8.
+class Slab:
+    """Weights ready to compute with: gate_up [n, 2*I, H] (gate rows first), down [n, H, I]."""
 
-    ``int8`` and ``int4`` are quantised weights; ``ops.cpu`` packs and reads all three.
-    """
-
-    panels: Tensor
-    format: Literal["bf16", "int8", "int4"]
-    hidden: int
-    width: int
+    gate_up: Tensor | QTensor | Panels
+    down: Tensor | QTensor | Panels
     slot_of: Tensor  # [E] int64, -1 = absent
 
 
@@ -149,7 +165,7 @@ class Policy(Protocol):
 class Store(Protocol):
     """Where experts live."""
 
-    def serve(self, layer: int, used: Tensor) -> Iterator[Slab | PackedSlab]:
+    def serve(self, layer: int, used: Tensor) -> Iterator[Slab]:
         """Slabs that together hold every expert of ``used`` (bool [E]) once, maybe others too.
 
         What a slab holds stands until the next one is asked for.

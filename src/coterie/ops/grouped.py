@@ -6,7 +6,6 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from coterie.quant import QTensor
 from coterie.values import Routing, Slab
 
 ALIGNMENT = 16  # bytes that every row must be a multiple of
@@ -14,7 +13,7 @@ ALIGNMENT = 16  # bytes that every row must be a multiple of
 
 def fits(x: Tensor, slab: Slab) -> bool:
     """Whether the grouped product takes these shapes and types."""
-    if isinstance(slab.gate_up, QTensor) or isinstance(slab.down, QTensor):
+    if not isinstance(slab.gate_up, Tensor) or not isinstance(slab.down, Tensor):
         return False
     widths = (slab.gate_up.shape[-1], slab.down.shape[-1])
     aligned = all(width * x.element_size() % ALIGNMENT == 0 for width in widths)

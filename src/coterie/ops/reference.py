@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from coterie.quant import QTensor, dequantise
-from coterie.values import Routing, Slab, membership
+from coterie.values import Panels, Routing, Slab, membership
 
 
 def top_ids(key: Tensor, k: int, tier: Tensor | None = None) -> Tensor:
@@ -37,11 +37,15 @@ def run_experts(x: Tensor, routing: Routing, slab: Slab) -> Tensor:
     """
     if isinstance(slab.gate_up, QTensor):
         x = x.float()
+    gate_up, down = slab.gate_up, slab.down
+    # Panels cannot be read a matrix at a time: only the kernels that packed them take them.
+    assert not isinstance(gate_up, Panels)
+    assert not isinstance(down, Panels)
     out = torch.zeros(x.shape, dtype=torch.float32, device=x.device)
     slots = slab.slot_of[routing.ids.clamp(min=0)].masked_fill(routing.ids < 0, -1)  # [T, k]
     for slot in slots[slots >= 0].unique().tolist():
         token, choice = torch.nonzero(slots == slot, as_tuple=True)
-        y = _swiglu(x[token], _plain(slab.gate_up[slot]), _plain(slab.down[slot]))
+        y = _swiglu(x[token], _plain(gate_up[slot]), _plain(down[slot]))
         out.index_add_(0, token, y.float() * routing.weights[token, choice, None])
     return out
 

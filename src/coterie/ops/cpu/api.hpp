@@ -1,0 +1,51 @@
+// What crosses the border: plain C, no torch, no Python. `library.py` writes it down a second time.
+#pragma once
+#include <stddef.h>
+#include <stdint.h>
+
+#define COTERIE_ABI 1
+#define COTERIE_API extern "C" __attribute__((visibility("default")))
+
+enum Format : int32_t { BF16 = 0, INT8 = 1, INT4 = 2 };
+
+// One layer's experts over the tokens routed to them.
+struct Call {
+  const void* x;           // [tokens, hidden], float or bf16
+  const int64_t* ids;      // [tokens, k] experts, -1 = none
+  const int64_t* slot_of;  // [experts], -1 = absent
+  const float* weights;    // [tokens, k]
+  float* out;              // [tokens, hidden], written whole
+  const uint8_t* panels;   // slots, `stride` bytes apart
+  size_t stride;
+  int32_t tokens, k, experts, slots, hidden, width, threads, format, x_is_bf16;
+};
+
+// The bytes of some experts, read and nothing else: the limit that a kernel is held against.
+struct Reading {
+  const uint8_t* panels;
+  const int64_t* slots;  // [count]
+  size_t stride, bytes;  // `bytes` of each
+  int32_t count, threads;
+};
+
+// Experts from rows as checkpoints have them to panels as the kernels read them.
+struct Packing {
+  const void* gate_up;             // [experts, 2 width, hidden]: bf16, or whole numbers in int8
+  const void* down;                // [experts, hidden, width]
+  const uint16_t* gate_up_scales;  // [experts, 2 width, groups of hidden] in bf16; null for bf16
+  const uint16_t* down_scales;     // [experts, hidden, groups of width]
+  uint8_t* panels;                 // the first expert's; the next ones lie `stride` bytes apart
+  size_t stride;
+  int32_t experts, hidden, width, threads, format;
+};
+
+enum Outcome : int32_t { DONE = 0, NO_SUCH_ISA = 1, NO_MEMORY = 2, NO_SUCH_EXPERT = 3 };
+
+COTERIE_API int32_t coterie_abi();
+COTERIE_API const char* coterie_isa(int32_t index);     // from plainest to best; null past the last
+COTERIE_API int32_t coterie_isa_runs(int32_t index);    // whether this machine has it
+COTERIE_API int32_t coterie_group(int32_t format);      // columns that share a scale
+COTERIE_API size_t coterie_expert_bytes(int32_t format, int32_t hidden, int32_t width);
+COTERIE_API void coterie_pack(const Packing* packing);
+COTERIE_API uint64_t coterie_read(const Reading* reading);  // of which something is made
+COTERIE_API int32_t coterie_run_experts(int32_t isa, const Call* call);

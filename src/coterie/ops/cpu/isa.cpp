@@ -1,0 +1,14 @@
+// Compiled once per instruction set, under its flags and with COTERIE_ISA naming it.
+#include "experts.hpp"
+
+#define JOINED(a, b) a##b
+#define NAMED(a, b) JOINED(a, b)
+
+extern "C" int32_t NAMED(run_, COTERIE_ISA)(const Call& call) {
+  using namespace COTERIE_ISA;
+  switch (call.format) {
+    case BF16: return run<Bf16>(call);
+    case INT8: return run<Int8>(call);
+    default: return run<Int4>(call);
+  }
+}

@@ -1,0 +1,169 @@
+"""Packing experts, and calling the kernels on them."""
+
+from __future__ import annotations
+
+import ctypes
+import mmap
+from collections.abc import Mapping, Sequence
+from typing import Literal, TypeAlias
+
+import torch
+from torch import Tensor
+
+from coterie.naming import CoterieError
+from coterie.ops.cpu.library import FORMATS, Call, Library, Packing, Reading, library
+from coterie.quant import QTensor
+from coterie.values import Panels, Routing, Slab
+
+Format: TypeAlias = Literal["bf16", "int8", "int4"]
+
+_QUANTISED: Mapping[tuple[str, int], Format] = {("int8", 64): "int8", ("int4", 32): "int4"}
+"""By bits and group, as ``formats.hpp`` has them."""
+
+LINE = 64  # bytes that every expert begins at a multiple of
+OUTCOMES = {
+    1: "this instruction set is not there",
+    2: "no memory is left for it",
+    3: "the routing names an expert or a slot that is not there",
+}
+
+
+def ready() -> bool:
+    """Whether the kernels were built and fit this package; if not, why is said once."""
+    return library() is not None
+
+
+def isas() -> tuple[str, ...]:
+    """The instruction sets that run here, from the plainest to the best."""
+    return tuple(_library().isas)
+
+
+def packed_format(slab: Slab) -> Format | None:
+    """What ``pack`` makes of a slab: None where its weights are none that the kernels take."""
+    gate_up, down = slab.gate_up, slab.down
+    if isinstance(gate_up, QTensor) and isinstance(down, QTensor):
+        same = gate_up.format == down.format and gate_up.device.type == "cpu"
+        return _QUANTISED.get((gate_up.format.name, gate_up.format.group)) if same else None
+    plain = isinstance(gate_up, Tensor) and isinstance(down, Tensor)
+    half = gate_up.dtype == down.dtype == torch.bfloat16
+    return "bf16" if plain and half and gate_up.device.type == "cpu" else None
+
+
+def pack(slab: Slab) -> Slab:
+    """The same experts in panels, in memory of their own; ``packed_format`` says which slabs can.
+
+    Whole numbers are unpacked an expert at a time: beyond the result this needs a few megabytes.
+    """
+    kind, (experts, hidden, width) = packed_format(slab), slab.down.shape
+    if kind is None:
+        raise ValueError(f"no kernel takes experts in {slab.gate_up.dtype}")
+    packed = _memory(experts, expert_bytes(kind, hidden=hidden, width=width))
+    gate_up, down = slab.gate_up, slab.down
+    if isinstance(gate_up, QTensor) and isinstance(down, QTensor):
+        for slot in range(experts):
+            some = slice(slot, slot + 1)
+            whole = (gate_up[some], down[some])
+            numbers, scales = [q.numbers() for q in whole], [q.scales for q in whole]
+            _pack_into(packed[some], kind, numbers, scales)
+    elif isinstance(gate_up, Tensor) and isinstance(down, Tensor):
+        _pack_into(packed, kind, [gate_up, down], [])
+    return Slab(
+        Panels(packed, kind, (experts, 2 * width, hidden)),
+        Panels(packed, kind, (experts, hidden, width)),
+        slab.slot_of,
+    )
+
+
+def expert_bytes(kind: Format, *, hidden: int, width: int) -> int:
+    """Bytes from one packed expert to the next."""
+    size = _library().handle.coterie_expert_bytes(FORMATS[kind], hidden, width)
+    return -(-size // LINE) * LINE
+
+
+def run_experts(x: Tensor, routing: Routing, slab: Slab) -> Tensor:
+    """See ``ops.run_experts``. Bit for bit the same whatever the number of threads."""
+    panels, (tokens, hidden) = slab.gate_up, x.shape
+    assert isinstance(panels, Panels)
+    slots, double, wanted = panels.shape
+    if hidden != wanted:
+        raise ValueError(f"tokens of {hidden} numbers meet experts of {wanted}")
+    x = x.detach() if x.dtype in (torch.float32, torch.bfloat16) else x.detach().float()
+    x, ids, weights = x.contiguous(), routing.ids.contiguous(), routing.weights.contiguous()
+    out = torch.empty(tokens, hidden)
+    found = _library()
+    call = Call(
+        x=x.data_ptr(),
+        ids=ids.data_ptr(),
+        slot_of=slab.slot_of.data_ptr(),
+        weights=weights.data_ptr(),
+        out=out.data_ptr(),
+        panels=panels.packed.data_ptr(),
+        stride=panels.packed.stride(0),
+        tokens=tokens,
+        k=ids.shape[1],
+        experts=len(slab.slot_of),
+        slots=slots,
+        hidden=hidden,
+        width=double // 2,
+        threads=torch.get_num_threads(),
+        format=FORMATS[panels.format],
+        x_is_bf16=x.dtype == torch.bfloat16,
+    )
+    if outcome := found.handle.coterie_run_experts(found.isa(), ctypes.byref(call)):
+        raise RuntimeError(f"the experts could not run: {OUTCOMES[outcome]}")
+    return out
+
+
+def read(slab: Slab, used: Tensor) -> int:
+    """Read the bytes of the experts ``used`` (bool [E]) and do nothing else: what memory allows."""
+    panels = slab.gate_up
+    assert isinstance(panels, Panels)
+    slots = slab.slot_of[used]
+    call = Reading(
+        panels=panels.packed.data_ptr(),
+        slots=slots.data_ptr(),
+        stride=panels.packed.stride(0),
+        bytes=panels.packed.shape[1],
+        count=len(slots),
+        threads=torch.get_num_threads(),
+    )
+    return _library().handle.coterie_read(ctypes.byref(call))
+
+
+def _memory(experts: int, size: int) -> Tensor:
+    """Uninitialised [experts, size] uint8, in huge pages where the system has them."""
+    if not experts:
+        return torch.empty(0, size, dtype=torch.uint8)
+    memory = mmap.mmap(-1, experts * size)
+    if hasattr(mmap, "MADV_HUGEPAGE"):
+        memory.madvise(mmap.MADV_HUGEPAGE)
+    return torch.frombuffer(memory, dtype=torch.uint8).view(experts, size)
+
+
+def _pack_into(
+    to: Tensor, kind: Format, weights: Sequence[Tensor], scales: Sequence[Tensor]
+) -> None:
+    """Weights are gate_up [n, 2 I, H] and down [n, H, I]; scales theirs, or none for bf16."""
+    experts, hidden, width = weights[1].shape
+    if weights[0].shape != (experts, 2 * width, hidden):
+        raise ValueError(f"gate_up {tuple(weights[0].shape)} and down {tuple(weights[1].shape)}")
+    held = [tensor.contiguous() for tensor in (*weights, *scales)]
+    pointers = [tensor.data_ptr() for tensor in held] + [None] * (4 - len(held))
+    call = Packing(
+        *pointers,
+        to.data_ptr(),
+        to.stride(0),
+        experts,
+        hidden,
+        width,
+        torch.get_num_threads(),
+        FORMATS[kind],
+    )
+    _library().handle.coterie_pack(ctypes.byref(call))
+
+
+def _library() -> Library:
+    found = library()
+    if found is None:
+        raise CoterieError("the kernels for CPUs are not built; with a C++ compiler, install again")
+    return found

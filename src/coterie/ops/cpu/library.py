@@ -1,0 +1,109 @@
+"""The compiled kernels as Python sees them: ``api.hpp`` written down a second time."""
+
+from __future__ import annotations
+
+import ctypes
+import logging
+import os
+from collections.abc import Mapping
+from ctypes import POINTER, Structure, c_char_p, c_int32, c_size_t, c_uint64, c_void_p
+from dataclasses import dataclass
+from functools import cache
+
+from coterie.naming import CoterieError
+from coterie.ops.cpu.build import LIBRARY
+
+ABI = 1
+FORMATS: Mapping[str, int] = {"bf16": 0, "int8": 1, "int4": 2}
+OVERRIDE = "COTERIE_ISA"
+
+
+class Call(Structure):
+    """See ``api.hpp``."""
+
+    _fields_ = (
+        *((name, c_void_p) for name in ("x", "ids", "slot_of", "weights", "out", "panels")),
+        ("stride", c_size_t),
+        *((name, c_int32) for name in ("tokens", "k", "experts", "slots", "hidden", "width")),
+        *((name, c_int32) for name in ("threads", "format", "x_is_bf16")),
+    )
+
+
+class Reading(Structure):
+    """See ``api.hpp``."""
+
+    _fields_ = (
+        *((name, c_void_p) for name in ("panels", "slots")),
+        *((name, c_size_t) for name in ("stride", "bytes")),
+        *((name, c_int32) for name in ("count", "threads")),
+    )
+
+
+class Packing(Structure):
+    """See ``api.hpp``."""
+
+    _fields_ = (
+        *((name, c_void_p) for name in ("gate_up", "down")),
+        *((name, c_void_p) for name in ("gate_up_scales", "down_scales", "panels")),
+        ("stride", c_size_t),
+        *((name, c_int32) for name in ("experts", "hidden", "width", "threads", "format")),
+    )
+
+
+@dataclass(frozen=True)
+class Library:
+    """The loaded library, and which of its instruction sets run here: name -> its number."""
+
+    handle: ctypes.CDLL
+    isas: Mapping[str, int]
+
+    def isa(self) -> int:
+        """The best one, or what COTERIE_ISA asks for."""
+        wish = os.environ.get(OVERRIDE)
+        if not wish:
+            return max(self.isas.values())
+        if wish not in self.isas:
+            raise CoterieError(
+                f"{OVERRIDE}={wish}: no such instruction set here; known: {', '.join(self.isas)}"
+            )
+        return self.isas[wish]
+
+
+@cache
+def library() -> Library | None:
+    """The kernels, or None where they were not built; why is said once."""
+    try:
+        handle = ctypes.CDLL(str(LIBRARY))
+        handle.coterie_abi.argtypes = ()
+        found = handle.coterie_abi()
+    except (OSError, AttributeError):
+        return _without("no compiler was found when it was installed")
+    if found != ABI:
+        return _without("they were built for another version; install it again")
+    handle.coterie_isa.argtypes = (c_int32,)
+    handle.coterie_isa.restype = c_char_p
+    handle.coterie_isa_runs.argtypes = (c_int32,)
+    handle.coterie_group.argtypes = (c_int32,)
+    handle.coterie_expert_bytes.argtypes = (c_int32, c_int32, c_int32)
+    handle.coterie_expert_bytes.restype = c_size_t
+    handle.coterie_pack.argtypes = (POINTER(Packing),)
+    handle.coterie_pack.restype = None
+    handle.coterie_read.argtypes = (POINTER(Reading),)
+    handle.coterie_read.restype = c_uint64
+    handle.coterie_run_experts.argtypes = (c_int32, POINTER(Call))
+    return Library(handle, _isas(handle))
+
+
+def _isas(handle: ctypes.CDLL) -> dict[str, int]:
+    found, index = {}, 0
+    while (name := handle.coterie_isa(index)) is not None:
+        if handle.coterie_isa_runs(index):
+            found[name.decode()] = index
+        index += 1
+    return found
+
+
+def _without(reason: str) -> None:
+    logging.getLogger("coterie").warning(
+        "Coterie runs on PyTorch alone, without its own kernels for CPUs: %s", reason
+    )

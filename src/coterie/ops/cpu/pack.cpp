@@ -1,0 +1,154 @@
+// From rows as checkpoints have them to panels as the kernels read them: one layout for every
+// instruction set.
+#define COTERIE_ISA layout
+#include "api.hpp"
+#include "formats.hpp"
+
+using namespace layout;
+
+namespace {
+
+// Rows of one matrix [rows, k], four bytes of a row at a time; columns past the end weigh nothing.
+struct Bf16Rows {
+  using Format = Bf16;
+  static constexpr bool SCALED = false;
+  static constexpr int STEPS = 32;
+  const uint16_t* row;
+  int k;
+
+  static size_t step_at(int step) { return size_t(step) * STEP; }
+  static int steps(int k) { return padded(k, 2) / 2; }
+  static uint32_t nothing() { return 0; }
+  Bf16Rows at(int64_t n) const { return {row + n * k, k}; }
+  uint32_t word(int step) const {
+    uint32_t low = row[2 * step], high = 2 * step + 1 < k ? row[2 * step + 1] : 0;
+    return low | high << 16;
+  }
+};
+
+template <class Whole, int BITS>
+struct WholeRows {
+  using Format = Whole;
+  static constexpr bool SCALED = true;
+  static constexpr int STEPS = Whole::STEPS;
+  const int8_t* row;
+  int k;
+
+  static size_t step_at(int step) {
+    return size_t(step / STEPS) * Whole::PANEL_GROUP + Whole::SCALES + size_t(step % STEPS) * STEP;
+  }
+  static int steps(int k) { return padded(k, Whole::GROUP) / Whole::GROUP * STEPS; }
+  static uint32_t nothing() { return Whole::ZERO * 0x01010101u * (BITS == 4 ? 17 : 1); }
+  WholeRows at(int64_t n) const { return {row + n * k, k}; }
+  uint32_t word(int step) const {
+    uint32_t all = nothing();
+    for (int part = 0; part < 8 / BITS; part++)
+      for (int j = 0; j < 4; j++) {
+        int i = step * Whole::PER_STEP + part * 4 + j;
+        uint32_t stored = uint8_t(i < k ? row[i] : 0) & ((1u << BITS) - 1);
+        // Adding the zero to a number of BITS bits turns its sign bit over.
+        all ^= stored << (8 * j + 4 * part);
+      }
+    return all;
+  }
+};
+
+// Sixteen rows from `first` that end before `last`, into one of the two panels of a couple.
+template <class Rows>
+void pack_panel(const Rows& rows, int first, int last, uint8_t* panel) {
+  int steps = Rows::steps(rows.k);
+  // A block of steps at a time stays in the first cache while sixteen rows are written across it.
+  for (int block = 0; block < steps; block += Rows::STEPS)
+    for (int lane = 0; lane < LANES; lane++) {
+      bool there = first + lane < last;
+      Rows row = rows.at(there ? first + lane : 0);
+      for (int s = block; s < smaller(block + Rows::STEPS, steps); s++)
+        store(panel + Rows::step_at(s) + 4 * lane, there ? row.word(s) : Rows::nothing());
+    }
+}
+
+template <class Whole>
+void pack_scales(const uint16_t* scales, int groups, int first, int last, uint8_t* panel) {
+  for (int g = 0; g < groups; g++)
+    for (int lane = 0; lane < LANES; lane++) {
+      int row = first + lane;
+      uint16_t scale = row < last ? scales[int64_t(row) * groups + g] : 0;
+      store(panel + g * Whole::PANEL_GROUP + 2 * lane, scale);
+    }
+}
+
+// One expert's couples are counted through: gate and up first, then down.
+template <class Rows>
+void pack_couple(const Packing& p, int64_t couple) {
+  using Format = typename Rows::Format;
+  int ups = padded(p.width, LANES) / LANES, downs = padded(p.hidden, 2 * LANES) / (2 * LANES);
+  int64_t expert = couple / (ups + downs);
+  int at = int(couple % (ups + downs));
+  bool up = at < ups;
+  int row = up ? at * LANES : (at - ups) * 2 * LANES, k = up ? p.hidden : p.width;
+  size_t offset = up ? at * Format::panel_bytes(k)
+                     : ups * Format::panel_bytes(p.hidden) + (at - ups) * Format::panel_bytes(k);
+  uint8_t* to = p.panels + size_t(expert) * p.stride + offset;
+  int height = up ? 2 * p.width : p.hidden, second = row + (up ? p.width : LANES);
+  int first_last = up ? p.width : p.hidden;
+  Rows rows{static_cast<decltype(Rows::row)>(up ? p.gate_up : p.down) + expert * height * k, k};
+  pack_panel(rows, row, first_last, to);
+  pack_panel(rows, second, height, to + 64);
+  if constexpr (Rows::SCALED) {
+    int groups = padded(k, Format::GROUP) / Format::GROUP;
+    const uint16_t* scales = (up ? p.gate_up_scales : p.down_scales) + expert * height * groups;
+    pack_scales<Format>(scales, groups, row, first_last, to);
+    pack_scales<Format>(scales, groups, second, height, to + 2 * LANES);
+  }
+}
+
+template <class Rows>
+void pack_all(const Packing& p) {
+  int64_t each = padded(p.width, LANES) / LANES + padded(p.hidden, 2 * LANES) / (2 * LANES);
+#pragma omp parallel for num_threads(p.threads) schedule(static)
+  for (int64_t couple = 0; couple < p.experts * each; couple++) pack_couple<Rows>(p, couple);
+}
+
+template <class Format>
+size_t bytes(int hidden, int width) {
+  return padded(width, LANES) / LANES * Format::panel_bytes(hidden) +
+         padded(hidden, 2 * LANES) / (2 * LANES) * Format::panel_bytes(width);
+}
+
+}  // namespace
+
+int32_t coterie_group(int32_t format) {
+  return format == BF16 ? Bf16::GROUP : format == INT8 ? Int8::GROUP : Int4::GROUP;
+}
+
+size_t coterie_expert_bytes(int32_t format, int32_t hidden, int32_t width) {
+  if (format == BF16) return bytes<Bf16>(hidden, width);
+  return format == INT8 ? bytes<Int8>(hidden, width) : bytes<Int4>(hidden, width);
+}
+
+void coterie_pack(const Packing* p) {
+  if (p->format == BF16) return pack_all<Bf16Rows>(*p);
+  if (p->format == INT8) return pack_all<WholeRows<Int8, 8>>(*p);
+  pack_all<WholeRows<Int4, 4>>(*p);
+}
+
+uint64_t coterie_read(const Reading* r) {
+  uint64_t found = 0;
+  int64_t runs = int64_t(r->count) * r->threads;
+  size_t share = r->bytes / size_t(r->threads) / 256 * 256;
+#pragma omp parallel for num_threads(r->threads) schedule(static) reduction(^ : found)
+  for (int64_t run = 0; run < runs; run++) {
+    // Each thread reads its part of every expert, as the kernels do.
+    const uint8_t* from = r->panels + size_t(r->slots[run % r->count]) * r->stride;
+    from += size_t(run / r->count) * share;
+    U mixed[4] = {};
+    for (size_t at = 0; at < share; at += 256)
+      for (int i = 0; i < 4; i++) {
+        prefetch(from + at + 2 * AHEAD + 64 * i);
+        mixed[i] ^= load<U>(from + at + 64 * i);
+      }
+    U all = mixed[0] ^ mixed[1] ^ mixed[2] ^ mixed[3];
+    for (int i = 0; i < LANES; i++) found ^= all[i];
+  }
+  return found;
+}

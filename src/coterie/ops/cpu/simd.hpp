@@ -1,0 +1,84 @@
+// Sixteen lanes at a time, in the vector extensions that gcc and clang share; what an instruction set
+// does better is written out beside the plain version. Included once per instruction set, and nothing
+// here is a template of the standard library: the linker would keep one copy for all of them.
+#pragma once
+#include <stddef.h>
+#include <stdint.h>
+#include <string.h>
+#if defined(__AVX512F__) || defined(__AVX2__)
+#include <immintrin.h>
+#endif
+
+namespace COTERIE_ISA {
+
+constexpr int LANES = 16;
+
+using F = float __attribute__((vector_size(64), may_alias));
+using I = int32_t __attribute__((vector_size(64), may_alias));
+using U = uint32_t __attribute__((vector_size(64), may_alias));
+using Half = uint16_t __attribute__((vector_size(32), may_alias));
+
+static inline int smaller(int a, int b) { return a < b ? a : b; }
+
+template <class V>
+static inline V load(const void* p) {
+  V v;
+  memcpy(&v, p, sizeof v);
+  return v;
+}
+
+template <class V>
+static inline void store(void* p, V v) {
+  memcpy(p, &v, sizeof v);
+}
+
+static inline F bits(U v) { return reinterpret_cast<F>(v); }
+static inline U bits(F v) { return reinterpret_cast<U>(v); }
+static inline F to_float(I v) { return __builtin_convertvector(v, F); }
+static inline F widen(Half v) { return bits(__builtin_convertvector(v, U) << 16); }
+
+static inline float widen(uint16_t x) {
+  uint32_t wide = uint32_t(x) << 16;
+  return load<float>(&wide);
+}
+
+// To the nearest, ties to even; NaN stays NaN.
+static inline uint16_t narrow(float x) {
+  uint32_t wide = load<uint32_t>(&x);
+  if ((wide & 0x7fffffff) > 0x7f800000) return uint16_t((wide >> 16) | 64);
+  return uint16_t((wide + 0x7fff + ((wide >> 16) & 1)) >> 16);
+}
+
+// To the nearest whole number, for |x| < 2**22: the float's own rounding at this size.
+constexpr float NEAREST = 12582912.0f;  // 1.5 * 2**23
+static inline F nearest(F x) { return (x + NEAREST) - NEAREST; }
+
+// e**x to two units in the last place; what overflows stays at e**88, NaN stays NaN.
+static inline F exponential(F x) {
+  F low = F{} - 87.0f, high = F{} + 88.0f;
+  x = x < low ? low : x;
+  x = x > high ? high : x;
+  F n = nearest(x * 1.44269504f);
+  F r = (x - n * 0.693359375f) + n * 2.12194440e-4f;  // ln 2 in two parts (Cody and Waite)
+  F p = r * 1.9875691500e-4f + 1.3981999507e-3f;      // Cephes, expf
+  p = p * r + 8.3334519073e-3f;
+  p = p * r + 4.1665795894e-2f;
+  p = p * r + 1.6666665459e-1f;
+  p = p * r + 5.0000001201e-1f;
+  p = p * r * r + r + 1.0f;
+  U power = (bits(n + NEAREST) - (0x4b400000u - 127u)) << 23;
+  return p * bits(power);
+}
+
+static inline F silu_times(F gate, F up) { return gate * up / (exponential(-gate) + 1.0f); }
+
+// The largest of sixteen magnitudes, told by their bits: NaN is above infinity, and does not vanish.
+static inline float largest(U v) {
+  uint32_t most = 0;
+  for (int i = 0; i < LANES; i++) most = v[i] > most ? v[i] : most;
+  return load<float>(&most);
+}
+
+static inline void prefetch(const void* p) { __builtin_prefetch(p, 0, 3); }
+
+}  // namespace COTERIE_ISA
