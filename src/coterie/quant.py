@@ -34,6 +34,9 @@ class Format:
         if not 8 <= self.group <= 1024 or self.group % 8:
             raise CoterieError(f"a group of {self.group}; it must be a multiple of 8 up to 1024")
 
+    def __str__(self) -> str:
+        return f"{self.name} in groups of {self.group}"
+
     @property
     def name(self) -> str:
         return f"int{self.bits}"

@@ -13,6 +13,7 @@ from coterie.cli.document import comparison_document, print_document, result_doc
 from coterie.cli.grade import grade_command
 from coterie.cli.harness import PASSED_ON, lm_eval
 from coterie.cli.lab import evaluate, train
+from coterie.cli.quantize import quantize
 from coterie.cli.request import (
     check_effect,
     check_kept,
@@ -95,6 +96,7 @@ def generate(
     model: o.Model = None,
     dtype: o.Dtype = None,
     device: o.Device = "auto",
+    experts: o.Experts = None,
     json: o.Json = False,
     watching: o.Watch = False,
 ) -> None:
@@ -116,7 +118,7 @@ def generate(
     )  # fmt: skip
     named = policy_of(policy)
     asked = read_prompt(prompt)
-    engine = open_engine(model, dtype=dtype, device=device)
+    engine = open_engine(model, dtype=dtype, device=device, experts=experts)
     check_effect(engine, wanted)
     check_kept(engine, [policy], wanted)
     ids = ids_of(engine, asked, raw=raw)
@@ -155,6 +157,7 @@ def compare(
     model: o.Model = None,
     dtype: o.Dtype = None,
     device: o.Device = "auto",
+    experts: o.Experts = None,
     json: o.Json = False,
 ) -> None:
     """Run several policies on one prompt, in one table; vanilla is always the first.
@@ -169,7 +172,7 @@ def compare(
     )  # fmt: skip
     named = dict.fromkeys(["vanilla", *(policy_of(p) for p in policies or COMPARED)])
     asked = read_prompt(prompt)
-    engine = open_engine(model, dtype=dtype, device=device)
+    engine = open_engine(model, dtype=dtype, device=device, experts=experts)
     check_effect(engine, wanted)
     check_kept(engine, policies or (), wanted)
     ids = ids_of(engine, asked, raw=raw)
@@ -228,5 +231,6 @@ app.command("eval")(evaluate)
 app.command("grade")(grade_command)
 app.command("calibrate")(calibrate_command)
 app.command("lm-eval", context_settings=PASSED_ON, add_help_option=False)(lm_eval)
+app.command("quantize")(quantize)
 app.command("train")(train)
 app.command("study")(study)

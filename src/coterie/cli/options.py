@@ -161,6 +161,15 @@ Dtype = Annotated[
 Device = Annotated[
     str, typer.Option("--device", help="auto, cpu, cuda, cuda:1.", rich_help_panel=RUNNING)
 ]
+Experts = Annotated[
+    str | None,
+    typer.Option(
+        "--experts",
+        help="int8 or int4: quantise the routed experts while loading. Default: as stored.",
+        rich_help_panel=RUNNING,
+        show_default=False,
+    ),
+]
 Raw = Annotated[
     bool,
     typer.Option(

@@ -66,7 +66,9 @@ def check_kept(engine: Engine, typed: Sequence[str], wanted: Options) -> None:
                 remark(line)
 
 
-def open_engine(model: str | None, *, dtype: str | None, device: str) -> Engine:
+def open_engine(
+    model: str | None, *, dtype: str | None, device: str, experts: str | None = None
+) -> Engine:
     """The engine, with a bar on stderr while large weights load."""
     with bar(DownloadColumn(binary_units=True), TransferSpeedColumn()) as shown:
         task = shown.add_task("loading weights", visible=False)
@@ -74,7 +76,7 @@ def open_engine(model: str | None, *, dtype: str | None, device: str) -> Engine:
         def heard(done: int, whole: int) -> None:
             shown.update(task, completed=done, total=whole, visible=whole >= LARGE)
 
-        return load(model, dtype=dtype, device=device, progress=heard)
+        return load(model, dtype=dtype, device=device, experts=experts, progress=heard)
 
 
 def check_effect(engine: Engine, wanted: Options) -> None:

@@ -17,6 +17,7 @@ from coterie.engine.config import Generation, ask
 from coterie.engine.event import Denoised, Event, Experts, Finished, Result, Stuck
 from coterie.engine.load import Model, load_model
 from coterie.engine.pool import Pool
+from coterie.model.weights import expert_bytes
 from coterie.naming import CoterieError
 from coterie.routing import POLICIES, check_layers, parse_policy, spell
 from coterie.telemetry import Counting, Recorder
@@ -136,7 +137,7 @@ class Engine:
         slot, model = self._slot(number), self.model
         row, counts = slot.row, self._counting.counts(number)
         answer = row.answer
-        size = model.spec.expert_parameters * model.transformer.dtype.itemsize
+        size = expert_bytes(model.spec, model.transformer.dtype)
         return Result(
             text=model.codec.decode(answer),
             tokens=tuple(answer),
@@ -221,6 +222,7 @@ def load(
     policy: str | Policy = "vanilla",
     dtype: str | torch.dtype | None = None,
     device: str | torch.device = "auto",
+    experts: str | None = None,
     progress: Callable[[int, int], None] | None = None,
     **options: object,
 ) -> Engine:
@@ -229,7 +231,7 @@ def load(
     ``options`` are fields of ``Generation``: what a request gets where it asks for nothing else.
     """
     chosen = _policy(policy)
-    model = load_model(name_or_path, dtype=dtype, device=device, progress=progress)
+    model = load_model(name_or_path, dtype=dtype, device=device, experts=experts, progress=progress)
     usual = Generation.usual(model.family.defaults)
     return Engine(model, policy=chosen, generation=usual.but(**options))
 

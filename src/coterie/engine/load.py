@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -16,8 +16,9 @@ from coterie.families.names import is_stacked, weight_map
 from coterie.model.checkpoint import Checkpoint
 from coterie.model.spec import ModelSpec
 from coterie.model.transformer import Transformer, build
-from coterie.model.weights import allocate, bytes_kept, slabs
+from coterie.model.weights import allocate, bytes_kept, take_slab
 from coterie.naming import CoterieError
+from coterie.quant import Format, parse_format
 from coterie.text import Codec, load_codec
 
 DTYPES = {
@@ -54,13 +55,15 @@ def load_model(
     *,
     dtype: str | torch.dtype | None = None,
     device: str | torch.device = "auto",
+    experts: str | Format | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> Model:
     """Load a folder, a hub id, or (None) the embedded model.
 
     ``device`` "auto" is CUDA where there is one. ``dtype`` None or "auto" is bf16, but fp32 on a
-    CPU for models whose weights then stay below 4 GiB. ``progress`` hears (bytes done, bytes in
-    all). Every bad input raises a CoterieError of one line.
+    CPU for models whose weights then stay below 4 GiB. ``experts`` "int8" or "int4" quantises the
+    routed experts as they are read. ``progress`` hears (bytes done, bytes in all). Every bad input
+    raises a CoterieError of one line.
     """
     folder = find_folder(name_or_path)
     config = Config.of(folder / "config.json")
@@ -68,7 +71,10 @@ def load_model(
     spec = family.read(config)
     where = choose_device(device)
     what = choose_dtype(dtype, spec, where)
-    transformer = _load_weights(folder, family, spec, dtype=what, device=where, progress=progress)
+    form = _agreed_format(folder, spec.expert_format, experts)
+    transformer = _load_weights(
+        folder, family, spec, form, dtype=what, device=where, progress=progress
+    )
     codec = load_codec(folder, template=family.defaults.template, vocabulary=spec.vocabulary)
     return Model(
         name=EMBEDDED if name_or_path is None else str(name_or_path),
@@ -79,6 +85,20 @@ def load_model(
         eos_ids=tuple(dict.fromkeys(codec.ends + eos_ids(config, family, spec.vocabulary))),
         folder=folder,
     )
+
+
+def _agreed_format(
+    folder: Path, stored: Format | None, asked: str | Format | None
+) -> Format | None:
+    """What the experts are kept in: as stored, or as asked where they are stored whole."""
+    wanted = parse_format(asked) if isinstance(asked, str) else asked
+    if wanted in (None, stored):
+        return stored
+    if stored is not None:
+        raise CoterieError(
+            f"{folder}: its experts are {stored} already; {wanted} can be made of the original only"
+        )
+    return wanted
 
 
 def _agreed_mask(config: Config, codec: Codec, usual: int) -> int:
@@ -125,6 +145,7 @@ def _load_weights(
     folder: Path,
     family: Family,
     spec: ModelSpec,
+    form: Format | None,
     *,
     dtype: torch.dtype,
     device: torch.device,
@@ -134,10 +155,13 @@ def _load_weights(
     checkpoint = Checkpoint.of(folder)
     places = weight_map(family.names, spec, stacked=is_stacked(checkpoint.tensors))
     checkpoint.check(places)
-    _check_room(folder, bytes_kept(spec, dtype), device)
-    weights = allocate(spec, dtype, device)
-    checkpoint.load(places, weights, _running_total(checkpoint.bytes, progress))
-    return build(spec, weights, Resident(slabs(spec, weights)))
+    kept = replace(spec, expert_format=form)
+    _check_room(folder, bytes_kept(kept, dtype), device)
+    weights = allocate(kept, dtype, device)
+    told = _running_total(checkpoint.bytes, progress)
+    checkpoint.load(places, weights, told, experts=None if form == spec.expert_format else form)
+    slabs = {layer: take_slab(kept, layer, weights) for layer in kept.moe_layers}
+    return build(kept, weights, Resident(slabs))
 
 
 def _running_total(

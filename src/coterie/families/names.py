@@ -6,7 +6,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from coterie.model.spec import ModelSpec
-from coterie.model.weights import Place
+from coterie.model.weights import Place, parts
+from coterie.quant import Format
 
 Mapping = Iterator[tuple[str, Place]]
 
@@ -54,18 +55,37 @@ def weight_map(names: TensorNames, spec: ModelSpec, *, stacked: bool) -> dict[st
     """Official name -> place, for every tensor a checkpoint of this model must hold.
 
     ``stacked`` checkpoints hold a layer's experts as three tensors [E, ...], the others as three
-    for each expert.
+    for each expert; of a quantised weight, its two parts.
     """
     places = dict(_around(names, spec))
     for layer in range(spec.layers):
         places |= dict(_attention(names, spec, layer))
         places |= dict(_feed_forward(names, spec, layer, stacked=stacked))
-    return places
+    form = spec.expert_format
+    if form is None:
+        return places
+    return {
+        stored: at
+        for name, place in places.items()
+        for stored, at in (quantised(form, name, place) if is_expert(place) else [(name, place)])
+    }
 
 
 def is_stacked(tensors: set[str]) -> bool:
     """Does a checkpoint with these tensor names hold its experts stacked."""
-    return any(name.endswith(".mlp.experts.gate_proj") for name in tensors)
+    ends = (".mlp.experts.gate_proj", ".mlp.experts.gate_proj.q")
+    return any(name.endswith(ends) for name in tensors)
+
+
+def quantised(form: Format, name: str, place: Place) -> Mapping:
+    """What a quantised checkpoint holds in place of the expert's weight of this name."""
+    for part, (shape, dtype) in parts(form, place.shape).items():
+        yield f"{name}.{part}", Place(f"{place.target}.{part}", shape, place.region, dtype)
+
+
+def is_expert(place: Place) -> bool:
+    """Does a routed expert's weight go here."""
+    return ".experts." in place.target
 
 
 def _around(names: TensorNames, spec: ModelSpec) -> Mapping:

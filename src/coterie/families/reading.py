@@ -5,7 +5,11 @@ from __future__ import annotations
 from coterie.families.config import Config
 from coterie.model.spec import ModelSpec
 from coterie.naming import CoterieError
+from coterie.quant import Format, parse_format
 from coterie.values import RouterSpec
+
+EXPERT_FORMAT = "coterie_experts"
+"""The key under which a quantised checkpoint says so; ``quantization_config`` is others' word."""
 
 MOST_EXPERTS = 1 << 17
 """Of all layers together; each has tensors to look for, and a damaged config asks for millions."""
@@ -55,9 +59,26 @@ def model_spec(
         tied=config.flag("tie_word_embeddings", False),
         max_length=config.size("max_position_embeddings"),
         capacity=capacity,
+        expert_format=expert_format(config),
     )
     config.finish()
     return spec
+
+
+def expert_format(config: Config) -> Format | None:
+    """Of the experts in the checkpoint, such as ``{"format": "int8", "group": 64}``."""
+    stated = config.get(EXPERT_FORMAT)
+    if stated is None:
+        return None
+    if not isinstance(stated, dict) or set(stated) != {"format", "group"}:
+        raise config.error(EXPERT_FORMAT, f"is {stated!r}, not a format and a group")
+    name, group = stated["format"], stated["group"]
+    if not isinstance(name, str) or type(group) is not int:
+        raise config.error(EXPERT_FORMAT, f"is {stated!r}, not a name and a whole number")
+    try:
+        return parse_format(name, group)
+    except CoterieError as error:
+        raise config.error(EXPERT_FORMAT, f"is {stated!r}: {error}") from None
 
 
 def refuse_other_models(config: Config) -> None:

@@ -10,10 +10,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from coterie.model.shard import Entry, read_header, read_into
+from coterie.model.shard import DTYPES, Entry, no_float, read_header, read_into, rows_of
 from coterie.model.strictjson import read_object
 from coterie.model.weights import Place, kept_wide
 from coterie.naming import CoterieError
+from coterie.quant import Format, quantise
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
@@ -54,7 +55,10 @@ class Checkpoint:
                 f"{where[extra[0]]}: {_first(extra)} not part of the model that config.json tells"
             )
         for name, place in places.items():
-            shape = self.files[where[name]][name].shape
+            entry = self.files[where[name]][name]
+            if problem := _wrong_dtype(entry, place):
+                raise CoterieError(f"{where[name]}: {problem}")
+            shape = entry.shape
             if shape != place.shape:
                 raise CoterieError(
                     f"{where[name]}: {name} has shape {list(shape)}, "
@@ -66,9 +70,12 @@ class Checkpoint:
         places: Mapping[str, Place],
         weights: Mapping[str, Tensor],
         progress: Callable[[int], None] | None = None,
+        *,
+        experts: Format | None = None,
     ) -> None:
         """Stream every tensor into its region of ``weights``; progress hears bytes as they land.
 
+        With ``experts``, a weight whose two parts are in ``weights`` is quantised on its way.
         Beyond the weights themselves this needs a few megabytes, however the shards are cut. What
         routes must be finite: a NaN there would elect experts without a trace in the logits.
         """
@@ -78,10 +85,10 @@ class Checkpoint:
             try:
                 for entry in entries.values():
                     place = places[entry.name]
-                    view = weights[place.target][place.region]
-                    read_into(descriptor, entry, view)
-                    if kept_wide(place.target) and not bool(torch.isfinite(view).all()):
-                        raise CoterieError(f"{entry.name} holds NaN or infinity")
+                    if experts is not None and place.target not in weights:
+                        _quantise_into(descriptor, entry, place, weights, experts)
+                    else:
+                        _read_into(descriptor, entry, place, weights)
                     if progress is not None:
                         progress(entry.size)
             except OSError as error:
@@ -95,6 +102,42 @@ class Checkpoint:
         """The file that should have named every tensor."""
         index = self.folder / INDEX
         return index if index.exists() else self.folder / SINGLE
+
+
+def _read_into(descriptor: int, entry: Entry, place: Place, weights: Mapping[str, Tensor]) -> None:
+    view = weights[place.target][place.region]
+    read_into(descriptor, entry, view)
+    decides = kept_wide(place.target) or place.target.endswith(".scales")
+    if decides and not bool(torch.isfinite(view).all()):
+        raise CoterieError(f"{entry.name} holds NaN or infinity")
+
+
+def _quantise_into(
+    descriptor: int,
+    entry: Entry,
+    place: Place,
+    weights: Mapping[str, Tensor],
+    form: Format,
+) -> None:
+    numbers = weights[f"{place.target}.q"][place.region]
+    scales = weights[f"{place.target}.scales"][place.region]
+    for at, rows in rows_of(descriptor, entry):
+        try:
+            found = quantise(rows, form)
+        except CoterieError as error:
+            raise CoterieError(f"{entry.name} {error}") from None
+        numbers[at].copy_(found.q)
+        scales[at].copy_(found.scales)
+
+
+def _wrong_dtype(entry: Entry, place: Place) -> str | None:
+    called = {dtype: name for name, dtype in DTYPES.items()}
+    if place.dtype is None and not entry.dtype.is_floating_point:
+        return no_float(entry.name, called[entry.dtype])
+    if place.dtype not in (None, entry.dtype):
+        wanted = called[place.dtype]
+        return f"{entry.name} is {called[entry.dtype]}, config.json makes it {wanted}"
+    return None
 
 
 def _indexed(index: Path) -> dict[Path, dict[str, Entry]]:

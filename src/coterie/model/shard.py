@@ -7,6 +7,7 @@ small buffer do not. Format: 8 bytes of header length, a JSON header, then the t
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -17,7 +18,8 @@ from torch import Tensor
 from coterie.model.strictjson import parse_object
 from coterie.naming import CoterieError
 
-DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
+FLOATS = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
+DTYPES = FLOATS | {"I8": torch.int8, "U8": torch.uint8}  # these two only as parts of quantised ones
 LONGEST_HEADER = 100_000_000
 CHUNK = 4 << 20  # bytes read at once where dtype or device differ
 
@@ -78,6 +80,39 @@ def read_into(descriptor: int, entry: Entry, view: Tensor) -> None:
         part.copy_(read)
 
 
+def rows_of(descriptor: int, entry: Entry) -> Iterator[tuple[tuple[int | slice, ...], Tensor]]:
+    """A float tensor's rows in fp32, a few megabytes at a time, each with its place in it."""
+    deep = len(entry.shape) > 2
+    if deep:
+        part = entry.size // entry.shape[0]
+        for number in range(entry.shape[0]):
+            start = entry.start + number * part
+            inner = Entry(entry.name, entry.dtype, entry.shape[1:], start)
+            for place, rows in rows_of(descriptor, inner):
+                yield (number, *place), rows
+        return
+    count, k = entry.shape
+    step = max(1, CHUNK // 4 // k)
+    for first in range(0, count, step):
+        rows = torch.empty(min(step, count - first), k)
+        start = entry.start + first * k * entry.dtype.itemsize
+        read_into(descriptor, Entry(entry.name, entry.dtype, tuple(rows.shape), start), rows)
+        yield (slice(first, first + len(rows)),), rows
+
+
+def bytes_of(descriptor: int, entry: Entry) -> Iterator[Tensor]:
+    """A tensor's bytes as they are, a few megabytes at a time."""
+    for first in range(0, entry.size, CHUNK):
+        piece = torch.empty(min(CHUNK, entry.size - first), dtype=torch.uint8)
+        _fill(descriptor, piece, entry.start + first)
+        yield piece
+
+
+def no_float(name: str, dtype: str) -> str:
+    """Why a tensor of this safetensors dtype is no weight."""
+    return f"{name} is {dtype}; weights load from {', '.join(FLOATS)}, quantised ones do not"
+
+
 def _header_bytes(prefix: bytes, whole: int, file: Path) -> int:
     if len(prefix) < 8:
         raise CoterieError(f"{file}: truncated: {whole} bytes, too short for a safetensors file")
@@ -93,10 +128,7 @@ def _entry(name: str, fields: object, offset: int, file: Path) -> Entry:
     if not isinstance(fields, dict) or set(fields) != {"dtype", "shape", "data_offsets"}:
         raise CoterieError(f"{file}: {name}: its header entry is not dtype, shape, data_offsets")
     if fields["dtype"] not in DTYPES:
-        known = ", ".join(DTYPES)
-        raise CoterieError(
-            f"{file}: {name} is {fields['dtype']}; weights load from {known}, quantised ones do not"
-        )
+        raise CoterieError(f"{file}: {no_float(name, str(fields['dtype']))}")
     shape, ends = _whole(fields["shape"]), _whole(fields["data_offsets"])
     if shape is None or ends is None or len(ends) != 2:
         raise CoterieError(f"{file}: {name}: shape or data_offsets are not whole numbers")

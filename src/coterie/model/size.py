@@ -8,12 +8,14 @@ from math import prod
 import torch
 
 from coterie.model.spec import ModelSpec
-from coterie.model.weights import bytes_kept, shapes
+from coterie.model.weights import bytes_kept, expert_bytes, shapes
 
 
 @dataclass(frozen=True)
 class Size:
-    """Parameters are counts; bytes are in the dtype that was asked for, the router's in fp32."""
+    """Parameters are counts; bytes are in the dtype that was asked for, the router's in fp32,
+    quantised experts as they are.
+    """
 
     parameters: int
     active_parameters: int  # that one token passes through
@@ -27,7 +29,7 @@ def size(spec: ModelSpec, dtype: torch.dtype) -> Size:
     """What a model of this spec weighs in ``dtype``."""
     parameters = sum(prod(shape) for shape in shapes(spec).values())
     idle = spec.router.experts - spec.router.k
-    expert = spec.expert_parameters * dtype.itemsize
+    expert = expert_bytes(spec, dtype)
     return Size(
         parameters=parameters,
         active_parameters=parameters - len(spec.moe_layers) * idle * spec.expert_parameters,

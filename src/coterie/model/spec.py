@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from coterie.quant import Format
 from coterie.values import RouterSpec
 
 
@@ -29,6 +30,7 @@ class ModelSpec:
     tied: bool  # the head is the embedding
     max_length: int
     capacity: int = 0  # experts a block may use together as the model was trained; 0 = all
+    expert_format: Format | None = None  # of the routed experts' weights; None: as all others
 
     @property
     def moe_layers(self) -> tuple[int, ...]:

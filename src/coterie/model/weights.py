@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from math import prod
 
@@ -9,6 +10,7 @@ import torch
 from torch import Tensor
 
 from coterie.model.spec import ModelSpec
+from coterie.quant import Format, QTensor
 from coterie.values import Slab
 
 
@@ -19,10 +21,14 @@ class Place:
     target: str
     shape: tuple[int, ...]
     region: tuple[int | slice, ...] = ()
+    dtype: torch.dtype | None = None  # that the checkpoint must have; None: any float
 
 
 def shapes(spec: ModelSpec) -> dict[str, tuple[int, ...]]:
-    """Every weight by name; ``layers.3.experts.gate_up`` and ``.down`` become the layer's slab."""
+    """Every weight by name; ``layers.3.experts.gate_up`` and ``.down`` become the layer's slab.
+
+    Where experts are quantised, this is what their weights stand for; see ``kept``.
+    """
     found = {"embedding": (spec.vocabulary, spec.hidden), "norm": (spec.hidden,)}
     if not spec.tied:
         found["head"] = (spec.vocabulary, spec.hidden)
@@ -38,29 +44,62 @@ def kept_wide(name: str) -> bool:
 
 
 def bytes_kept(spec: ModelSpec, dtype: torch.dtype) -> int:
-    """Memory of all weights in this dtype."""
-    return sum(
-        prod(shape) * (4 if kept_wide(name) else dtype.itemsize)
-        for name, shape in shapes(spec).items()
+    """Memory of all weights; those that are not quantised are in this dtype."""
+    return sum(prod(shape) * what.itemsize for _, shape, what in kept(spec, dtype))
+
+
+def expert_bytes(spec: ModelSpec, dtype: torch.dtype) -> int:
+    """Memory of one routed expert."""
+    whole = (
+        prod(shape) * what.itemsize
+        for name, shape, what in kept(spec, dtype)
+        if name.startswith(f"layers.{spec.moe_layers[0]}.experts.")
     )
+    return sum(whole) // spec.router.experts if spec.moe_layers else 0
+
+
+def kept(spec: ModelSpec, dtype: torch.dtype) -> Iterator[tuple[str, tuple[int, ...], torch.dtype]]:
+    """Name, shape and dtype of all that is in memory: of a quantised weight its two parts."""
+    for name, shape in shapes(spec).items():
+        if spec.expert_format is not None and ".experts." in name:
+            for part, (held, what) in parts(spec.expert_format, shape).items():
+                yield f"{name}.{part}", held, what
+        else:
+            yield name, shape, torch.float32 if kept_wide(name) else dtype
+
+
+def parts(form: Format, shape: tuple[int, ...]) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+    """What a quantised weight of this shape consists of: numbers ``q``, and ``scales``."""
+    numbers, scales = form.stored(shape)
+    return {"q": (numbers, form.dtype), "scales": (scales, torch.bfloat16)}
 
 
 def allocate(spec: ModelSpec, dtype: torch.dtype, device: torch.device) -> dict[str, Tensor]:
     """Uninitialised memory for every weight."""
     return {
-        name: torch.empty(shape, dtype=torch.float32 if kept_wide(name) else dtype, device=device)
-        for name, shape in shapes(spec).items()
+        name: torch.empty(shape, dtype=what, device=device)
+        for name, shape, what in kept(spec, dtype)
     }
 
 
 def slabs(spec: ModelSpec, weights: dict[str, Tensor]) -> dict[int, Slab]:
     """One slab per layer with experts, over the weights' own memory: expert e sits in slot e."""
-    found = {}
-    for layer in spec.moe_layers:
-        gate_up = weights[f"layers.{layer}.experts.gate_up"]
-        slot_of = torch.arange(spec.router.experts, device=gate_up.device)
-        found[layer] = Slab(gate_up, weights[f"layers.{layer}.experts.down"], slot_of)
-    return found
+    return {layer: take_slab(spec, layer, dict(weights)) for layer in spec.moe_layers}
+
+
+def take_slab(spec: ModelSpec, layer: int, weights: dict[str, Tensor]) -> Slab:
+    """The layer's slab; its experts are taken out of ``weights``, and live as long as it does."""
+    gate_up, down = (
+        _take(f"layers.{layer}.experts.{name}", k, spec.expert_format, weights)
+        for name, k in (("gate_up", spec.hidden), ("down", spec.expert_width))
+    )
+    return Slab(gate_up, down, torch.arange(spec.router.experts, device=gate_up.device))
+
+
+def _take(name: str, k: int, form: Format | None, weights: dict[str, Tensor]) -> Tensor | QTensor:
+    if form is None:
+        return weights.pop(name)
+    return QTensor(weights.pop(f"{name}.q"), weights.pop(f"{name}.scales"), form, k)
 
 
 def _attention(spec: ModelSpec) -> dict[str, tuple[int, ...]]:
