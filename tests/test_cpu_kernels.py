@@ -25,7 +25,11 @@ from coterie.values import Panels, Routing, Slab
 HERE = Path(__file__).parent
 KINDS = ("bf16", "int8", "int4")
 TOGETHER = {"int8": 16, "int4": 32}  # activations that share a scale
-CLOSE = {"bf16": 1e-5, "int8": 2e-3, "int4": 2e-3}  # a rounding that falls the other way
+CLOSE = 1e-2
+"""Of a small case, where one rounding of an activation that falls the other way is felt."""
+TIGHT = 2e-3
+EXACT = 1e-4
+"""Where activations are not rounded."""
 
 if not cpu.ready():
     pytest.skip(
@@ -49,19 +53,20 @@ def test_kernels_equal_plain_arithmetic(
     *, seed: int, kind: str, isa: str, tokens: int, hidden: int, width: int, threads: int
 ):
     case = Case(kind, tokens=tokens, hidden=hidden, width=width, seed=seed)
-    assert case.error(isa, threads=threads) < CLOSE[kind]
+    rounds = kind != "bf16" or isa == "avx512bf16"
+    assert case.error(isa, threads=threads) < (CLOSE if rounds else EXACT)
 
 
 @pytest.mark.parametrize("isa", ISAS)
 @pytest.mark.parametrize("kind", KINDS)
 def test_kernels_take_many_tokens(kind: str, isa: str):
-    assert Case(kind, tokens=512, hidden=96, width=80, experts=3, k=2).error(isa) < CLOSE[kind]
+    assert Case(kind, tokens=512, hidden=96, width=80, experts=3, k=2).error(isa) < TIGHT
 
 
 @pytest.mark.parametrize("isa", ISAS)
 @pytest.mark.parametrize("kind", KINDS)
 def test_kernels_take_the_true_shape(kind: str, isa: str):
-    assert Case(kind, tokens=9, hidden=2048, width=512, experts=4, k=2).error(isa) < CLOSE[kind]
+    assert Case(kind, tokens=9, hidden=2048, width=512, experts=4, k=2).error(isa) < TIGHT
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -87,7 +92,7 @@ def test_every_number_of_the_output_is_written(kind: str, isa: str):
     torch.use_deterministic_algorithms(True)  # new memory is then full of NaN
     try:
         assert torch.empty(3).isnan().all()
-        assert case.error(isa) < CLOSE[kind]
+        assert case.error(isa) < TIGHT
     finally:
         torch.use_deterministic_algorithms(False)
 
@@ -253,8 +258,9 @@ class Case:
                 os.environ["COTERIE_ISA"] = found
 
     def error(self, isa: str, *, threads: int = 2) -> float:
-        """Of the whole output, in units of it; activations are rounded as this kernel rounds."""
+        """Of the output, in units of what adds up to it; activations rounded as the kernel does."""
         expected = torch.zeros(self.x.shape, dtype=torch.float64)
+        size = torch.zeros_like(expected)
         gate_up, down = self.plain.gate_up, self.plain.down
         assert isinstance(gate_up, Tensor)
         assert isinstance(down, Tensor)
@@ -263,10 +269,11 @@ class Case:
             slot = self.plain.slot_of[self.routing.ids[token, choice]]
             gate, up = (gate_up[slot].double() @ x[token].double()).chunk(2)
             h = _rounded((F.silu(gate) * up).float(), self.kind, isa)
-            weight = self.routing.weights[token, choice].double()
-            expected[token] += weight * (down[slot].double() @ h.double())
+            parts = down[slot].double() * h.double() * self.routing.weights[token, choice]
+            expected[token] += parts.sum(dim=1)
+            size[token] += parts.abs().sum(dim=1)
         found = self.run(isa, threads=threads).double()
-        return float((found - expected).norm() / expected.norm().clamp(min=1e-30))
+        return float((found - expected).norm() / size.norm().clamp(min=1e-30))
 
 
 def _kept(weight: Tensor, kind: str) -> Tensor | QTensor:
