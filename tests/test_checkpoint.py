@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from coterie import ops
 from coterie.engine.load import Model, load_model
 from coterie.engine.source import ALL_PARTS, find_folder
 from coterie.families.names import weight_map
@@ -23,6 +24,7 @@ from coterie.model.transformer import Transformer
 from coterie.model.weights import allocate
 from coterie.naming import CoterieError
 from coterie.testing import CONFIGS, random_tensors, read_spec, tiny_config, write_checkpoint
+from coterie.values import Panels, Slab
 
 GATE = "model.layers.1.mlp.gate.weight"
 UP = "model.layers.2.mlp.experts.7.up_proj.weight"
@@ -48,8 +50,8 @@ def one(folder: Path, **keys: object) -> Path:
     return write_checkpoint(folder, "llada2", 1, **keys)  # type: ignore[arg-type]
 
 
-def weights(model: Model | Transformer) -> list[Tensor]:
-    """All tensors of a model in a fixed order."""
+def weights(model: Model | Transformer, dtype: torch.dtype | None = None) -> list[Tensor]:
+    """All tensors of a model in a fixed order; with ``dtype``, experts as they run in that."""
     transformer = model.transformer if isinstance(model, Model) else model
     found = [transformer.embedding, transformer.head, transformer.norm]
     for layer in transformer.layers:
@@ -58,7 +60,11 @@ def weights(model: Model | Transformer) -> list[Tensor]:
         found += [attention.query_norm, attention.key_norm]
         found += [t for t in vars(forward).values() if isinstance(t, Tensor)]
     for slab in transformer.layers[-1].feed_forward.store.slabs.values():  # type: ignore[union-attr]
-        found += [slab.gate_up, slab.down]
+        kept = slab
+        if dtype is not None:
+            kept = ops.prepare(Slab(slab.gate_up.to(dtype), slab.down.to(dtype), slab.slot_of))
+        packed = isinstance(kept.gate_up, Panels)
+        found += [kept.gate_up.packed] if packed else [kept.gate_up, kept.down]
     return found
 
 
@@ -95,8 +101,8 @@ def test_weights_are_converted_one_by_one(
     write_checkpoint(folder, "sdar-moe", seed, dtype=stored, num_hidden_layers=1)
     wide = load_model(folder, device="cpu", dtype="fp32")
     narrow = load_model(folder, device="cpu", dtype="bf16")
-    for left, right in zip(weights(wide), weights(narrow), strict=True):
-        assert left.dtype == torch.float32
+    assert {weight.dtype for weight in weights(wide)} == {torch.float32}
+    for left, right in zip(weights(wide, torch.bfloat16), weights(narrow), strict=True):
         assert torch.equal(left.to(right.dtype), right)
     gate = narrow.transformer.layers[0].feed_forward.gate  # type: ignore[union-attr]
     assert gate.dtype == torch.float32

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import torch
 
+from coterie import ops
 from coterie.engine.source import EMBEDDED, find_folder
 from coterie.experts.store import Resident
 from coterie.families import Config, Family, eos_ids, mask_id, recognise
@@ -160,7 +161,9 @@ def _load_weights(
     weights = allocate(kept, dtype, device)
     told = _running_total(checkpoint.bytes, progress)
     checkpoint.load(places, weights, told, experts=None if form == spec.expert_format else form)
-    slabs = {layer: take_slab(kept, layer, weights) for layer in kept.moe_layers}
+    slabs = {
+        layer: ops.prepare(take_slab(kept, layer, weights), spend=True) for layer in kept.moe_layers
+    }
     return build(kept, weights, Resident(slabs))
 
 

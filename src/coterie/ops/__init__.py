@@ -27,8 +27,11 @@ def run_experts(x: Tensor, routing: Routing, slab: Slab) -> Tensor:
     return reference.run_experts(x, routing, slab)
 
 
-def prepare(slab: Slab) -> Slab:
-    """The same experts as they run fastest here; their old memory is not needed any more."""
+def prepare(slab: Slab, *, spend: bool = False) -> Slab:
+    """The same experts as they run fastest here; their old memory is not needed any more.
+
+    ``spend``: nobody else has that memory, and it may be given back expert by expert meanwhile.
+    """
     if cpu.packed_format(slab) is not None and cpu.ready():
-        return cpu.pack(slab)
+        return cpu.pack(slab, spend=spend)
     return slab

@@ -49,24 +49,30 @@ def packed_format(slab: Slab) -> Format | None:
     return "bf16" if plain and half and gate_up.device.type == "cpu" else None
 
 
-def pack(slab: Slab) -> Slab:
+def pack(slab: Slab, *, spend: bool = False) -> Slab:
     """The same experts in panels, in memory of their own; ``packed_format`` says which slabs can.
 
-    Whole numbers are unpacked an expert at a time: beyond the result this needs a few megabytes.
+    One expert a thread: beyond the result this needs a few megabytes. With ``spend`` the pages of
+    what is packed go back to the system, and the slab that was given is rubble.
     """
     kind, (experts, hidden, width) = packed_format(slab), slab.down.shape
     if kind is None:
         raise ValueError(f"no kernel takes experts in {slab.gate_up.dtype}")
     packed = _memory(experts, expert_bytes(kind, hidden=hidden, width=width))
     gate_up, down = slab.gate_up, slab.down
-    if isinstance(gate_up, QTensor) and isinstance(down, QTensor):
-        for slot in range(experts):
-            some = slice(slot, slot + 1)
+    together = torch.get_num_threads()
+    for first in range(0, experts, together):
+        some = slice(first, first + together)
+        if isinstance(gate_up, QTensor) and isinstance(down, QTensor):
             whole = (gate_up[some], down[some])
             numbers, scales = [q.numbers() for q in whole], [q.scales for q in whole]
             _pack_into(packed[some], kind, numbers, scales)
-    elif isinstance(gate_up, Tensor) and isinstance(down, Tensor):
-        _pack_into(packed, kind, [gate_up, down], [])
+            spent = [q.q for q in whole] + scales
+        else:
+            spent = [weight[some] for weight in (gate_up, down) if isinstance(weight, Tensor)]
+            _pack_into(packed[some], kind, spent, [])
+        if spend:
+            _give_back(spent)
     return Slab(
         Panels(packed, kind, (experts, 2 * width, hidden)),
         Panels(packed, kind, (experts, hidden, width)),
@@ -138,6 +144,19 @@ def _memory(experts: int, size: int) -> Tensor:
     if hasattr(mmap, "MADV_HUGEPAGE"):
         memory.madvise(mmap.MADV_HUGEPAGE)
     return torch.frombuffer(memory, dtype=torch.uint8).view(experts, size)
+
+
+def _give_back(spent: Sequence[Tensor]) -> None:
+    """Hand the pages inside these tensors to the system; whoever reads them now finds zeros."""
+    if not hasattr(mmap, "MADV_DONTNEED"):
+        return
+    for tensor in spent:
+        start = -(-tensor.data_ptr() // mmap.PAGESIZE) * mmap.PAGESIZE
+        stop = (tensor.data_ptr() + tensor.nbytes) // mmap.PAGESIZE * mmap.PAGESIZE
+        if stop > start:
+            ctypes.CDLL(None).madvise(
+                ctypes.c_void_p(start), ctypes.c_size_t(stop - start), mmap.MADV_DONTNEED
+            )
 
 
 def _pack_into(
