@@ -17,7 +17,7 @@ from pathlib import Path
 HERE = Path(__file__).parent
 LIBRARY = HERE / "libcoterie.so"
 COMPILERS = ("c++", "g++", "clang++")
-# -O3 takes sixty times as long and is no faster: the loops that count are unrolled by templates.
+# -O3 takes many times as long and is no faster: the loops that count are written out by pragmas.
 FLAGS = "-O2 -std=c++17 -fPIC -fvisibility=hidden -ffp-contract=fast -Wall -Wextra -Wno-psabi"
 AVX512 = "-mavx2 -mfma -mavx512f -mavx512bw -mavx512dq -mavx512vl -mprefer-vector-width=512"
 LINUX = ("-static-libstdc++", "-static-libgcc", "-Wl,--exclude-libs,ALL")

@@ -52,12 +52,14 @@ struct Bf16 {
 
   template <int M>
   static void dot(const uint8_t* w, const uint8_t* const* rows, int k, F (&sum)[2][M]) {
+    WRITTEN_OUT
     for (int m = 0; m < M; m++) sum[0][m] = sum[1][m] = F{};
     for (int i = 0; i < padded(k, GROUP) / 2; i++, w += STEP) {
       prefetch(w + AHEAD);
       prefetch(w + AHEAD + 64);
       U first = load<U>(w), second = load<U>(w + 64);
 #ifdef __AVX512BF16__
+      WRITTEN_OUT
       for (int m = 0; m < M; m++) {
         auto pair = (__m512bh)_mm512_set1_epi32(load<int32_t>(rows[m] + 4 * i));
         sum[0][m] = (F)_mm512_dpbf16_ps((__m512)sum[0][m], (__m512bh)first, pair);
@@ -66,9 +68,12 @@ struct Bf16 {
 #else
       F low[2] = {bits(first << 16), bits(second << 16)};
       F high[2] = {bits(first & 0xffff0000u), bits(second & 0xffff0000u)};
+      WRITTEN_OUT
       for (int m = 0; m < M; m++) {
         float even = load<float>(rows[m] + 8 * i), odd = load<float>(rows[m] + 8 * i + 4);
+        WRITTEN_OUT
         for (int p = 0; p < 2; p++) sum[p][m] += low[p] * even;
+        WRITTEN_OUT
         for (int p = 0; p < 2; p++) sum[p][m] += high[p] * odd;
       }
 #endif
@@ -157,6 +162,7 @@ struct Whole {
 
   template <int M>
   static void dot(const uint8_t* w, const uint8_t* const* rows, int k, F (&sum)[2][M]) {
+    WRITTEN_OUT
     for (int m = 0; m < M; m++) sum[0][m] = sum[1][m] = F{};
     size_t at = 0;
     for (int g = 0; g < padded(k, G) / G; g++) {
@@ -165,12 +171,16 @@ struct Whole {
       w += SCALES;
       for (int a = 0; a < G / A; a++, at += ROW_GROUP) {
         I acc[2][M];
+        WRITTEN_OUT
         for (int m = 0; m < M; m++)
           acc[0][m] = acc[1][m] = I{} + load<int32_t>(rows[m] + at + A + 4);
+        WRITTEN_OUT
         for (int s = 0; s < A / PER_STEP; s++, w += STEP)
           step<M>(w, rows, at + PER_STEP * s, acc);
+        WRITTEN_OUT
         for (int m = 0; m < M; m++) {
           float own = load<float>(rows[m] + at + A);
+          WRITTEN_OUT
           for (int p = 0; p < 2; p++) sum[p][m] += to_float(acc[p][m]) * (scale[p] * own);
         }
       }
@@ -182,12 +192,16 @@ struct Whole {
     prefetch(w + AHEAD);
     prefetch(w + AHEAD + 64);
     U panel[2] = {load<U>(w), load<U>(w + 64)};
+    WRITTEN_OUT
     for (int part = 0; part < 8 / BITS; part++) {
       U four[2] = {panel[0], panel[1]};
       if (BITS == 4)
+        WRITTEN_OUT
         for (int p = 0; p < 2; p++) four[p] = (panel[p] >> (4 * part)) & 0x0f0f0f0fu;
+      WRITTEN_OUT
       for (int m = 0; m < M; m++) {
         int32_t x = load<int32_t>(rows[m] + at + 4 * part);
+        WRITTEN_OUT
         for (int p = 0; p < 2; p++) acc[p][m] = dot4(acc[p][m], four[p], x);
       }
     }

@@ -142,11 +142,13 @@ uint64_t coterie_read(const Reading* r) {
     const uint8_t* from = r->panels + size_t(r->slots[run % r->count]) * r->stride;
     from += size_t(run / r->count) * share;
     U mixed[4] = {};
-    for (size_t at = 0; at < share; at += 256)
+    for (size_t at = 0; at < share; at += 256) {
+      WRITTEN_OUT
       for (int i = 0; i < 4; i++) {
-        prefetch(from + at + 2 * AHEAD + 64 * i);
+        prefetch(from + at + AHEAD + 64 * i);
         mixed[i] ^= load<U>(from + at + 64 * i);
       }
+    }
     U all = mixed[0] ^ mixed[1] ^ mixed[2] ^ mixed[3];
     for (int i = 0; i < LANES; i++) found ^= all[i];
   }

@@ -9,6 +9,13 @@
 #include <immintrin.h>
 #endif
 
+// Sums stay in registers only where every loop over them is written out.
+#ifdef __clang__
+#define WRITTEN_OUT _Pragma("unroll")
+#else
+#define WRITTEN_OUT _Pragma("GCC unroll 32")
+#endif
+
 namespace COTERIE_ISA {
 
 constexpr int LANES = 16;
