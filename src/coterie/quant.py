@@ -7,6 +7,8 @@ by squared error, after rounding to bf16, among candidates around the one that f
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -112,9 +114,10 @@ def quantise(weight: Tensor, form: Format) -> QTensor:
         )
     )
     step = max(1, CHUNK // max(1, k))
-    for first in range(0, len(rows), step):
-        part = slice(first, first + step)
-        numbers[part], scales[part] = _quantise_rows(rows[part].float(), form)
+    with _one_thread():
+        for first in range(0, len(rows), step):
+            part = slice(first, first + step)
+            numbers[part], scales[part] = _quantise_rows(rows[part].float(), form)
     held, groups = form.stored((*outer, k))
     return QTensor(numbers.view(held), scales.view(groups), form, k)
 
@@ -123,6 +126,17 @@ def dequantise(weight: QTensor) -> Tensor:
     """fp32 [.., rows, k]; every product is exact."""
     scales = weight.scales.float().repeat_interleave(weight.format.group, dim=-1)
     return weight.numbers().float() * scales[..., : weight.k]
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """Many short parallel regions cost more than they save: twenty times, beside a busy thread."""
+    usual = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(usual)
 
 
 def _quantise_rows(rows: Tensor, form: Format) -> tuple[Tensor, Tensor]:
