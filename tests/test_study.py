@@ -37,7 +37,7 @@ from coterie.study.duel import claimed, duels, verdict
 from coterie.study.lab import Lab
 from coterie.study.narrow import ExpertsPerToken, Narrow, answered
 from coterie.study.remembering import Remembering
-from coterie.study.report import Section, page, section
+from coterie.study.report import Section, claims, page, section
 from coterie.study.speed import Forwards
 from coterie.study.study import CHAPTERS, Done, Effort, study
 from coterie.study.table import TableOne, readable
@@ -319,6 +319,17 @@ def test_the_page_is_whole_in_itself_and_has_every_figure_in_both_dresses(tmp_pa
     assert "prefers-color-scheme: dark" in html
     assert "@media print" in html
     assert len(sections) == 2
+
+
+def test_a_claim_stands_once_for_each_chapter_with_all_its_verdicts() -> None:
+    said = [Finding("a", "Big", "holds"), Finding("b", "Big", "does not hold"), Finding("c")]
+    one = Section("one", "One", "?", findings=(*said, Finding("d", "Big", "holds")))
+    other = Section("other", "Other", "?", findings=(Finding("e", "Big", "cannot be told here"),))
+    told = [(claim.section.name, claim.told) for claim in claims([one, other])]
+    assert told == [
+        ("one", [("holds", "holds (2)"), ("does not hold", "does not hold (1)")]),
+        ("other", [("cannot be told here", "cannot be told here")]),
+    ]
 
 
 def test_numbers_of_the_page_are_those_of_the_record(tmp_path: Path) -> None:
