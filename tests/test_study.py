@@ -552,6 +552,8 @@ def test_the_headline_claim_is_judged_by_the_smallest_policy_that_keeps_the_accu
     assert judged(35.0, int(KEPT * n)).verdict == "holds"
     assert judged(37.0, int(KEPT * n)).verdict == "does not hold"
     assert judged(35.0, int(KEPT * n) - 1).verdict == "does not hold"
+    arms = replace(arms, tallies={"vanilla": tally("vanilla", "0" * n, 80.0)})
+    assert judged(35.0, 0).verdict == "cannot be told here"
 
 
 def test_every_chapter_stands_under_its_own_name_and_asks_a_question() -> None:
