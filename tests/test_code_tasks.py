@@ -219,6 +219,9 @@ OUTPUTS = {
     "a fence in its docstring": '```py\ndef add(a, b):\n    """\n    ```\n    add(1, 2)\n    ```\n'
     '    """\n    return a + b\n```',
     "after a fence that was the prompt's": f"{FUNCTION}\n```\nTry it:\n```python\nadd(1, 2)\n```",
+    "a table filled above": "T = {}\n\ndef fill():\n    T[0] = 0\n\nfill()\n\ndef add(a, b):\n"
+    "    return a + b + T[0]",
+    "a test of its own that fails": f"{FUNCTION}\n\ndef test():\n    assert 1 == 3\n\ntest()",
     "an inline fence": "`add` is ```add = lambda a, b: a + b```",
 }
 WRONG = {

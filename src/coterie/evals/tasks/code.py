@@ -313,10 +313,35 @@ def _without_trials(code: str) -> str:
     """Without what only tries the answer out at top level, or does nothing: prints, asserts,
     what is typed in, a main part, a word of prose that happens to be an expression."""
     tree = _parsed(code)
-    if tree is None or not any(map(_is_trial, tree.body)):
+    if tree is None:
         return code
-    tree.body = [node for node in tree.body if not _is_trial(node)]
+    kept = [node for node in tree.body if not _is_trial(node) or _prepares(node, tree)]
+    if len(kept) == len(tree.body):
+        return code
+    tree.body = kept
     return ast.unparse(tree)
+
+
+def _prepares(node: ast.stmt, tree: ast.Module) -> bool:
+    """Whether it calls, for its effect alone, a function of the answer's own: ``fill_table()``."""
+    if not (isinstance(node, ast.Expr) and isinstance(node.value, ast.Call)):
+        return False
+    called = node.value.func
+    return any(
+        isinstance(called, ast.Name) and called.id == one.name and not _gives(one)
+        for one in tree.body
+        if isinstance(one, ast.FunctionDef)
+        if one.name != "main" and not one.name.startswith("test") and not _asks(one)
+    )
+
+
+def _gives(function: ast.FunctionDef) -> bool:
+    """Whether it returns or prints something: then a call at top level only shows it."""
+    return any(
+        (isinstance(one, ast.Return) and one.value is not None)
+        or (isinstance(one, ast.Name) and one.id == "print")
+        for one in ast.walk(function)
+    )
 
 
 def _is_trial(node: ast.stmt) -> bool:
