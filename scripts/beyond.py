@@ -48,8 +48,7 @@ SIZES = tuple(
     for beta, price in zip(BETAS, PRICES, strict=True)
 )
 SEQUENTIAL = ("des-seq:k=1", "des-seq:k=2", "des-seq:k=3")
-# What each union is held against: the largest priced election that uses no more experts than it.
-BESIDE_UNION = (PRICES[0], PRICES[1], PRICES[2])
+BESIDE_UNION = (0.18, 0.04, 0.0102)  # priced elections of about as many experts as each union
 
 
 def main(words: Sequence[str]) -> int:
@@ -58,7 +57,8 @@ def main(words: Sequence[str]) -> int:
     wish = Wish(engine.model.family.name, count=asked.items, seed=asked.seed)
     tasks = open_tasks(list(TASKS), wish)
     rules = [rule for size in SIZES for rule in vars(size).values()]
-    arms = [Arm(policy) for policy in ("vanilla", *rules, *SEQUENTIAL)]
+    beside = [f"priced-vote:price={price}" for price in BESIDE_UNION]
+    arms = [Arm(policy) for policy in dict.fromkeys(("vanilla", *rules, *SEQUENTIAL, *beside))]
     sheets = run(engine, tasks, arms, asked.folder, rows=asked.rows)
     by_policy = {sheet.policy: sheet for sheet in sheets}
     facts = {

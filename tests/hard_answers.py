@@ -192,6 +192,12 @@ GSM8K: list[tuple[str, str, bool]] = [
     ("200", "USD200", True),
     ("15", "15 (fifteen)", True),
     ("15", "15th", True),
+    ("26", "<answer> 26 </answer> That took 3 steps.", True),
+    ("26", "<answer>25</answer> of 26", False),
+    ("26", "There are __26__ of them.", True),
+    ("125000", "\\boxed{1.25 \\times 10^5}", True),
+    ("125000", "\\boxed{1.25 \\times 10^{6}}", False),
+    ("125000", "\\boxed{125\\text{,}000}", True),
 ]
 
 # gold, output, right?
@@ -556,4 +562,6 @@ MATH500: list[tuple[str, str, bool]] = [
     ("9!", "\\boxed{362880}", True),
     ("9!", "\\boxed{362,880}", True),
     ("\\lfloor 3.5\\rfloor", "\\boxed{3}", True),
+    ("1000", "\\boxed{1\\text{,}000}", True),
+    ("\\frac{3}{4}", "$\\boxed{\\large \\frac{3}{4}}$", True),
 ]

@@ -164,11 +164,19 @@ OUTPUTS = {
     "a fence, then a shell": f"```python\n{FUNCTION}\n```\n```bash\npython add.py\n```",
     "a helper in an earlier fence": "```python\ndef plus(x, y):\n    return x + y\n```\nand\n"
     "```python\ndef add(a, b):\n    return plus(a, b)\n```",
+    "a helper in a later fence": "```python\ndef add(a, b):\n    return plus(a, b)\n```\nwhere\n"
+    "```python\nimport operator\n\ndef plus(x, y):\n    return operator.add(x, y)\n```",
+    "a later fence that tests": f"```python\n{FUNCTION}\n```\nTests:\n"
+    "```python\nfrom solution import add\n\ndef test():\n    assert add(1, 1) == 2\n```",
+    "a constant in an earlier fence": "```python\nZERO = 0\n```\nthen\n"
+    "```python\ndef add(a, b):\n    return a + b + ZERO\n```",
     "imports in an earlier fence": "```python\nimport operator\n```\n"
     "```python\ndef add(a, b):\n    return operator.add(a, b)\n```",
     "with its own wrong trial": f"```python\n{FUNCTION}\n\nassert add(1, 1) == 3\n```",
     "with a main part that asks": f"```python\n{FUNCTION}\n\n"
     'if __name__ == "__main__":\n    print(add(int(input()), 2))\n```',
+    "with a question at the top": f"```python\n{FUNCTION}\n\n"
+    'a = int(input("a: "))\nwhile a < 3:\n    a = int(input())\nprint(add(a, 1))\n```',
     "with prints": f"{FUNCTION}\n\nprint(add('1', '2'))\nprint(undefined)",
     "with a docstring that shows": 'def add(a, b):\n    """\n    >>> add(1, 2)\n    3\n    """\n'
     "    return a + b",
@@ -211,6 +219,9 @@ OUTPUTS = {
     "a fence in its docstring": '```py\ndef add(a, b):\n    """\n    ```\n    add(1, 2)\n    ```\n'
     '    """\n    return a + b\n```',
     "after a fence that was the prompt's": f"{FUNCTION}\n```\nTry it:\n```python\nadd(1, 2)\n```",
+    "a table filled above": "T = {}\n\ndef fill():\n    T[0] = 0\n\nfill()\n\ndef add(a, b):\n"
+    "    return a + b + T[0]",
+    "a test of its own that fails": f"{FUNCTION}\n\ndef test():\n    assert 1 == 3\n\ntest()",
     "an inline fence": "`add` is ```add = lambda a, b: a + b```",
 }
 WRONG = {

@@ -107,6 +107,7 @@ ATTACKS = {
     "files without end": "n = 0\nwhile True: open(f'/tmp/{n}', 'w').close(); n += 1",
     "10 GB in many files": "for n in range(10**5): open(f'/tmp/{n}', 'wb').write(b'x' * (1 << 20))",
     "reading the home folder": f"import os\nassert not os.listdir({str(Path.home())!r}) and 0",
+    "looking around in the home folder": f"import os\nos.listdir({str(Path.home())!r})",
     "reading a file of the home folder": f"open({str(OUTSIDE)!r}).read()",
     "reading the checkout": f"open({__file__!r}).read()",
     "reading the users": "open('/etc/passwd').read()",
@@ -256,6 +257,15 @@ def test_only_what_python_needs_is_seen(walls):
     roots = {Path(path).parts[1] for path in fences.shown()}
     assert seen <= roots | {"dev", "proc", "tmp", "lib", "lib32", "lib64"}
     assert not seen & {"home", "work", "mnt", "var", "run", "sys", "srv", "opt"} - roots
+
+
+def test_a_tight_mask_of_ours_shuts_nobody_out(walls):
+    program = "import decimal\nopen('/dev/null', 'w').write('x')\nopen('/tmp/x', 'w').write('x')"
+    before = os.umask(0o077)
+    try:
+        assert _run_in(walls, program, AMPLE) == Verdict("passed")
+    finally:
+        os.umask(before)
 
 
 def test_nobody_is_root_inside_and_the_environment_is_empty(walls):

@@ -37,7 +37,7 @@ from coterie.study.duel import claimed, duels, verdict
 from coterie.study.lab import Lab
 from coterie.study.narrow import ExpertsPerToken, Narrow, answered
 from coterie.study.remembering import Remembering
-from coterie.study.report import Section, page, section
+from coterie.study.report import Section, claims, page, section
 from coterie.study.speed import Forwards
 from coterie.study.study import CHAPTERS, Done, Effort, study
 from coterie.study.table import TableOne, readable
@@ -321,6 +321,17 @@ def test_the_page_is_whole_in_itself_and_has_every_figure_in_both_dresses(tmp_pa
     assert len(sections) == 2
 
 
+def test_a_claim_stands_once_for_each_chapter_with_all_its_verdicts() -> None:
+    said = [Finding("a", "Big", "holds"), Finding("b", "Big", "does not hold"), Finding("c")]
+    one = Section("one", "One", "?", findings=(*said, Finding("d", "Big", "holds")))
+    other = Section("other", "Other", "?", findings=(Finding("e", "Big", "cannot be told here"),))
+    told = [(claim.section.name, claim.told) for claim in claims([one, other])]
+    assert told == [
+        ("one", [("holds", "holds (2)"), ("does not hold", "does not hold (1)")]),
+        ("other", [("cannot be told here", "cannot be told here")]),
+    ]
+
+
 def test_numbers_of_the_page_are_those_of_the_record(tmp_path: Path) -> None:
     studied(tiny(tmp_path), tmp_path, [Counted("a", [])])
     value = json.loads((tmp_path / "records" / "a.json").read_text())["facts"]["value"]
@@ -541,6 +552,8 @@ def test_the_headline_claim_is_judged_by_the_smallest_policy_that_keeps_the_accu
     assert judged(35.0, int(KEPT * n)).verdict == "holds"
     assert judged(37.0, int(KEPT * n)).verdict == "does not hold"
     assert judged(35.0, int(KEPT * n) - 1).verdict == "does not hold"
+    arms = replace(arms, tallies={"vanilla": tally("vanilla", "0" * n, 80.0)})
+    assert judged(35.0, 0).verdict == "cannot be told here"
 
 
 def test_every_chapter_stands_under_its_own_name_and_asks_a_question() -> None:

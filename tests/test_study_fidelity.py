@@ -425,7 +425,19 @@ def test_what_foretells_accuracy_is_read_beside_its_record(tmp_path: Path) -> No
     assert accuracies == {"vanilla": 1.0, "des-vote:beta=0.5": 0.75, "random:beta=0.5": 0.0}
     assert kept["agreement"]["usual"]["recall"] == {"rho": 1.0, "interval": [1.0, 1.0]}
     assert kept["agreement"]["usual"]["loss"]["rho"] == 1.0  # the least loss, the most right
-    assert len(Foretelling().findings(kept)) == 2
+    by_recall, by_loss, nearest = Foretelling().findings(kept)
+    assert isinstance(by_recall, Finding)
+    assert by_recall.claim.startswith("Top-K recall tells")
+    assert isinstance(by_loss, Finding)
+    assert by_loss.claim.startswith("Reconstruction loss tells")
+    assert isinstance(nearest, str)
+    assert nearest.startswith("Over 3 policies")
+    kept["agreement"]["usual"]["experts"]["rho"] = 0.9
+    kept["agreement"]["usual"]["loss"]["interval"] = [0.8, 1.0]
+    assert [f.verdict for f in Foretelling().findings(kept) if isinstance(f, Finding)] == [
+        "holds",
+        "cannot be told here",
+    ]
     (drawing,) = Foretelling().drawings(kept)
     assert drawn(drawing.draw, name=drawing.name, scheme="dark").startswith("<svg")
     (table,) = Foretelling().tables(kept)

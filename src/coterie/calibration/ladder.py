@@ -12,7 +12,7 @@ from coterie.values import RouterSpec
 
 FREE = "?"  # in place of a value: this is what is searched for
 THOUSAND = 1000  # steps of a parameter that is a real number
-PRICES = range(-300, 201)  # of a vote, in hundredths of a power of ten: 0.001 to 100
+PRICES = range(-600, 201)  # of a vote, in hundredths of a power of ten: 0.000001 to 100
 SIZES = ("beta", "m", "tau", "price", "k")  # one of which ``coreset`` needs
 
 

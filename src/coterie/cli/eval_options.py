@@ -28,7 +28,8 @@ Data = Annotated[
     Path | None,
     typer.Option(
         "--data",
-        help="The benchmark's file, its folder, or the folder above. Default: from the hub.",
+        help="The benchmark's file, its folder, or the folder above. "
+        "Default: the folder that $COTERIE_DATA names, else the hub.",
         rich_help_panel=ASKING,
         show_default=False,
     ),

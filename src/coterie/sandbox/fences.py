@@ -70,8 +70,8 @@ class Bubblewrap:
             options += [word for right in RIGHTS for word in ("--cap-add", right)]
         else:
             options += ["--unshare-user", "--uid", "1000", "--gid", "1000"]
-        for path in above(shown()):
-            options += ["--perms", "755", "--dir", path]  # or only their owner could pass
+        for path in above():
+            options += ["--perms", "111", "--dir", path]
         for path in shown():
             options += ["--ro-bind", path, path]
         for path, aim in links():
@@ -101,6 +101,7 @@ class Namespaces:
         plan = {
             "apart": self.apart,
             "shown": shown(),
+            "above": above(),
             "links": links(),
             "devices": devices(),
             "disk": limits.disk,
@@ -155,9 +156,12 @@ def links() -> tuple[tuple[str, str], ...]:
     return tuple((path, os.readlink(path)) for path in SYSTEM if os.path.islink(path))
 
 
-def above(paths: Sequence[str]) -> list[str]:
-    """The folders on the way to them, highest first."""
-    parents = {str(parent) for path in paths for parent in Path(path).parents}
+def above() -> list[str]:
+    """The folders on the way to all that is there, highest first.
+
+    To pass through, not to look around in: the interpreter may lie in somebody's home.
+    """
+    parents = {str(parent) for path in (*shown(), *devices()) for parent in Path(path).parents}
     return sorted(parents - {"/"})
 
 

@@ -67,6 +67,8 @@ def _enter_room(plan: dict) -> None:
         _place(path, folder=False)
     for name in ("proc", "tmp"):
         os.mkdir(f"/new/{name}", 0o755)
+    for path in plan["above"]:
+        os.chmod(f"/new{path}", 0o111)  # whatever mask we inherit: others must pass
     _make_read_only("/new")
     for path in plan["devices"]:
         _mount(f"/old{path}", f"/new{path}", None, BIND)

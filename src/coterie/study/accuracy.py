@@ -94,6 +94,9 @@ def headline(arms: Arms, labels: Sequence[str]) -> Finding:
     tallies = [tally for label in labels for tally in arms.groups[label]]
     keeping = [t for t in tallies if t.accuracy >= KEPT * arms.vanilla.accuracy]
     claim = "DES cuts unique experts by over 55 % and keeps 99 % of vanilla's accuracy."
+    if not arms.vanilla.accuracy:
+        text = "Vanilla itself answers nothing right: there is no accuracy to keep."
+        return Finding(text, claim, "cannot be told here")
     if not keeping:
         text = f"No DES policy that was run keeps {KEPT:.0%} of vanilla's accuracy."
         return Finding(text, claim, "does not hold")
@@ -138,8 +141,10 @@ def size_findings(arms: Arms) -> list[Finding | str]:
     smallest = min(even, key=lambda vote: vote.experts, default=None)
     small = next((vote for vote in votes if "beta=0.15" in vote.name), None)
     found: list[Finding | str] = []
+    if not vanilla.accuracy:
+        return ["Vanilla itself answers nothing right: there is no accuracy to keep."]
     if small is not None:
-        kept = small.accuracy / vanilla.accuracy if vanilla.accuracy else 0.0
+        kept = small.accuracy / vanilla.accuracy
         found.append(
             Finding(
                 f"{sentence(fought[small.name])} It keeps {kept:.1%} of vanilla's accuracy.",

@@ -128,18 +128,11 @@ class Foretelling:
         found = cast("Found", facts)
         usual = found["agreement"]["usual"]
         best = max(JUDGED, key=lambda figure: usual[figure]["rho"])
-        recall, loss, size = usual["recall"], usual["loss"], usual["experts"]
-        tells = min(recall["interval"][0], loss["interval"][0]) > size["rho"]
+        size = usual["experts"]
         return [
-            Finding(
-                f"Over {len(found['points'])} policies, top-K recall ranks them as accuracy does "
-                f"by {_told(recall)}, reconstruction loss by {_told(loss)}; counting unique "
-                f"experts does by {_told(size)}.",
-                claim="Top-K recall and reconstruction loss tell how well a policy will do "
-                "(better than its size does).",
-                verdict="holds" if tells else "does not hold",
-            ),
-            f"Nearest to the order of accuracy comes {JUDGED[best]}, by {_told(usual[best])}.",
+            *(_foretold(JUDGED[figure], usual[figure], size) for figure in ("recall", "loss")),
+            f"Over {len(found['points'])} policies, nearest to the order of accuracy comes "
+            f"{JUDGED[best]}, by {_told(usual[best])}.",
         ]
 
 
@@ -191,6 +184,18 @@ def _accuracies(lab: Lab) -> dict[str, float]:
     if len(found) < 3:
         raise CoterieError("the chapter accuracy has fewer than three policies to put in order")
     return found
+
+
+def _foretold(said: str, one: Agreement, size: Agreement) -> Finding:
+    """Whether a figure orders policies better than the experts that they use do."""
+    (low, high), rho = one["interval"], size["rho"]
+    return Finding(
+        f"{said[0].upper()}{said[1:]} ranks policies as accuracy does by {_told(one)}; counting "
+        f"unique experts does by {_told(size)}.",
+        claim=f"{said[0].upper()}{said[1:]} tells how well a policy will do (better than its size "
+        "does).",
+        verdict="holds" if low > rho else "does not hold" if high < rho else "cannot be told here",
+    )
 
 
 def _told(one: Agreement) -> str:

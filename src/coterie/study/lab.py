@@ -11,6 +11,7 @@ from pathlib import Path
 from coterie.engine.engine import Engine
 from coterie.evals.run import Answer, Arm, Sheet, run
 from coterie.evals.task import Task
+from coterie.naming import CoterieError
 
 ROWS = 64  # decoded together in accuracy runs
 
@@ -65,7 +66,7 @@ class Lab:
             first, last = part
             self.tell(first + (last - first) * min(1.0, seen / total), answer.arm)
 
-        return run(
+        sheets = run(
             self.engine,
             self.tasks,
             arms,
@@ -74,3 +75,9 @@ class Lab:
             rows=ROWS,
             told=told,
         )
+        for sheet in sheets:
+            if sheet.failed == len(sheet.answers):
+                raise CoterieError(
+                    f"{sheet.policy}: no item got an answer: {sheet.answers[0].error}"
+                )
+        return sheets

@@ -15,7 +15,7 @@ from coterie.routing.select import choose
 from coterie.study.arms import FEW, by_beta, compare
 from coterie.study.chapter import Drawing, Facts, Finding, Table
 from coterie.study.curves import arm_table, draw
-from coterie.study.duel import duels, sentence, verdict
+from coterie.study.duel import claimed, duels
 from coterie.study.lab import ROWS, Lab
 from coterie.study.tally import Arms, Tally
 from coterie.values import Policy, Scores, membership
@@ -77,14 +77,14 @@ class ExpertsPerToken:
         arms = _grouped(facts)
         narrow, wide = (arms.groups[label] for label in (_half(facts), WIDE))
         fought = duels(zip(narrow, wide, strict=True))
+        half, k = f"K = {facts['half']}", f"K = {arms.k}"
         return [
-            Finding(
-                " ".join(map(sentence, fought)),
-                f"At the same coreset, K = {arms.k} is more accurate than K = {facts['half']}: "
-                "experts already loaded should be used.",
-                verdict(fought),
+            claimed(
+                f"At the same coreset, {k} is more accurate than {half}: experts already loaded "
+                "should be used.",
+                fought, second=k, first=half, at="at the same coreset",
             )
-        ]
+        ]  # fmt: skip
 
 
 def answered(lab: Lab, policy: Policy, name: str, spelled: str) -> Tally:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Sequence
 
 from coterie.study.chapter import Finding, Table
-from coterie.study.report import MARKS, Section
+from coterie.study.report import MARKS, Section, claims
 
 INTRODUCTION = """\
 # Results
@@ -27,25 +27,22 @@ def document(
     """The whole page; ``figures`` are those that lie beside it, in ``figures/``."""
     parts = [
         INTRODUCTION.format(records=records, experts=experts),
-        claims(sections),
+        claims_told(sections),
         *(chapter(one, records, figures) for one in sections),
     ]
     return "\n".join(parts).rstrip() + "\n"
 
 
-def claims(sections: Sequence[Section]) -> str:
+def claims_told(sections: Sequence[Section]) -> str:
     """Where the paper's claims hold, and where they do not."""
     rows = [
         [
-            finding.claim,
-            f"{MARKS[finding.verdict]} {finding.verdict}",
-            f"[{one.title}](#{anchor(one)})",
+            f"[{claim.text}](#{anchor(claim.section)})",
+            ", ".join(f"{MARKS[verdict]} {said}" for verdict, said in claim.told),
         ]
-        for one in sections
-        for finding in one.findings
-        if finding.verdict is not None
+        for claim in claims(sections)
     ]
-    table = Table(["the paper's claim", "here", "chapter"], rows)
+    table = Table(["the claim, and the chapter that looked", "here"], rows)
     return f"## The claims, at this scale\n\n{table_lines(table)}"
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -53,6 +54,34 @@ class Section:
     findings: tuple[Finding, ...] = ()
     source: Source | None = None
     failure: str | None = None
+
+
+@dataclass(frozen=True)
+class Claim:
+    """Something the paper says, the chapter that looked, and what each finding came to."""
+
+    text: str
+    section: Section
+    verdicts: tuple[Verdict, ...]
+
+    @property
+    def told(self) -> list[tuple[Verdict, str]]:
+        """Each verdict once, in words, with how often it was found where they differ."""
+        counts = Counter(self.verdicts)
+        several = len(counts) > 1
+        return [(v, f"{v} ({counts[v]})" if several else v) for v in MARKS if counts[v]]
+
+
+def claims(sections: Sequence[Section]) -> list[Claim]:
+    """Every claim once for each chapter, in the order of the page."""
+    found: dict[tuple[str, str], Claim] = {}
+    for one in sections:
+        for finding in one.findings:
+            if finding.verdict is not None:
+                key = one.name, finding.claim
+                known = found[key].verdicts if key in found else ()
+                found[key] = Claim(finding.claim, one, (*known, finding.verdict))
+    return list(found.values())
 
 
 def section(
@@ -130,14 +159,13 @@ def page(sections: Sequence[Section]) -> str:
         autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
     sources = [one.source for one in sections if one.source is not None]
-    told = [(one, finding) for one in sections for finding in one.findings]
     return room.from_string(TEMPLATE.read_text(encoding="utf-8")).render(
         sections=sections,
         schemes=SCHEMES,
         marks=MARKS,
         model=sources[0].model if sources else "nothing yet",
         sources=sources,
-        claims=[(one, finding) for one, finding in told if finding.verdict is not None],
+        claims=claims(sections),
         failures=[one for one in sections if one.failure is not None],
     )
 

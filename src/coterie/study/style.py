@@ -32,7 +32,7 @@ FAINT: Mapping[Scheme, str] = {"light": "#d5d9df", "dark": "#363c45"}
 # Every colour stands out from both papers by 3 : 1, so that a policy has one colour in both.
 BLUE, RED, GREEN, ORANGE = "#2477c9", "#d1495b", "#2a9165", "#c07a00"
 PURPLE, TEAL, BROWN, PINK, GREY = "#8b62c9", "#1f919b", "#a0673c", "#c659a5", "#7d848e"
-OLIVE, INDIGO = "#7d8a1f", "#5b6ee1"
+OLIVE, INDIGO, FUCHSIA = "#7d8a1f", "#5b6ee1", "#c026d3"
 SERIES = (BLUE, ORANGE, GREEN, RED, PURPLE, TEAL, PINK, BROWN, GREY)
 
 
@@ -57,7 +57,7 @@ LOOKS: Mapping[str, Look] = {
     "racing": Look(BROWN, ">", "racing"),
     "mass-vote": Look(OLIVE, "^", "mass vote"),
     "proportional-vote": Look(RED, "P", "proportional vote"),
-    "priced-vote": Look(RED, "X", "priced vote"),
+    "priced-vote": Look(FUCHSIA, "X", "priced vote"),
     "random": Look(GREY, "x", "random"),
     "resident-vote": Look(PINK, "d", "resident vote"),
     "coreset": Look(GREY, "H", "other coreset"),

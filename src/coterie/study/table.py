@@ -128,27 +128,28 @@ def _traffic(tallies: Sequence[Tally]) -> Table:
             f"{tally.vote_mass_kept:.3f}",
             f"{tally.forwards_per_block:.2f}",
             f"{tally.experts * tally.forwards_per_block:.0f}",
-            f"{tally.tokens_per_second:.0f}",
         ]
         for tally in tallies
     ]
-    heads = ["policy", "experts", "bytes", "votes kept", "forwards", "experts a block", "tokens/s"]
+    heads = ["policy", "experts", "bytes", "votes kept", "forwards", "experts a block"]
     return Table(
         heads,
         rows,
         "Unique experts and their bytes for each layer and forward; denoising forwards for each "
-        "block, and the product of the two; tokens a second of all rows decoded together.",
+        "block, and the product of the two. Speed has a chapter of its own, where policies take "
+        "turns.",
         numbers=range(1, len(heads)),
     )
 
 
 def _spread(tally: Tally, vanilla: Tally) -> str:
-    """On which tasks a policy loses least and most."""
-    lost = {t: vanilla.share(t).value - tally.share(t).value for t in vanilla.right}
-    least, most = min(lost, key=lambda t: lost[t]), max(lost, key=lambda t: lost[t])
+    """On which tasks a policy loses most and least."""
+    gained = {t: tally.share(t).value - vanilla.share(t).value for t in vanilla.right}
+    worst, best = min(gained, key=lambda t: gained[t]), max(gained, key=lambda t: gained[t])
     return (
-        f"{tally.name} keeps {relative(tally, vanilla)} of vanilla's accuracy: it loses "
-        f"{lost[least]:.1%} on {least} and {lost[most]:.1%} on {most}."
+        f"{tally.name} keeps {relative(tally, vanilla)} of vanilla's accuracy: its "
+        f"answers suffer most on {worst} ({gained[worst]:+.1%}), least on {best} "
+        f"({gained[best]:+.1%})."
     )
 
 

@@ -63,6 +63,8 @@ class Coterie(LM):
         self.engine.generation = self.engine.generation.but(**length, **options)
         # "auto" would try out what fits in memory; rows of one canvas each need little of it.
         self.rows = int(str(batch_size)) if str(batch_size).isdigit() else max_batch_size or ROWS
+        if self.rows < 1:
+            raise CoterieError(f"batch_size must be at least 1, not {batch_size!r}")
         self.policy, self.templated = policy, False
 
     @property

@@ -120,8 +120,10 @@ def _whole(text: str, wanted: Sequence[str]) -> Iterator[str]:
     for place in reversed(range(len(blocks))):
         for code in _readings(blocks[place].code):
             if _is_answer(code, wanted):
-                earlier = [_definitions(block.code) for block in blocks[:place]]
-                yield "\n".join([*filter(None, earlier), _without_trials(code)])
+                beside = [block.code for block in blocks[:place]]
+                beside += [b.code for b in blocks[place + 1 :] if _helps(b.code, code)]
+                found = filter(None, map(_definitions, beside))
+                yield "\n".join([*found, _without_trials(code)])
     for code in _unfenced(text, wanted):
         if _is_answer(code, wanted):
             yield _without_trials(code)
@@ -282,21 +284,64 @@ def _says_nothing(line: ast.stmt) -> bool:
     )
 
 
+def _helps(later: str, code: str) -> bool:
+    """Whether a block below the answer defines what the answer uses and does not define."""
+    lower, upper = _parsed(later), _parsed(code)
+    if lower is None or upper is None:
+        return False
+    names = [node for node in ast.walk(upper) if isinstance(node, ast.Name)]
+    used = {name.id for name in names if isinstance(name.ctx, ast.Load)}
+    return bool(_defined(lower) & used - _defined(upper))
+
+
+def _defined(tree: ast.Module) -> set[str]:
+    return {node.name for node in tree.body if isinstance(node, Function | ast.ClassDef)}
+
+
 def _definitions(code: str) -> str:
-    """Only what an earlier block imports and defines: what it runs belongs to the prose."""
+    """Only what another block imports and defines: what it runs belongs to the prose."""
     tree = _parsed(code)
-    kinds = ast.Import | ast.ImportFrom | ast.ClassDef | Function
-    return "\n".join(ast.unparse(n) for n in (tree.body if tree else []) if isinstance(n, kinds))
+    return "\n".join(map(ast.unparse, filter(_is_definition, tree.body if tree else [])))
+
+
+def _is_definition(node: ast.stmt) -> bool:
+    constant = isinstance(node, ast.Assign) and isinstance(node.value, ast.Constant)
+    return constant or isinstance(node, ast.Import | ast.ImportFrom | ast.ClassDef | Function)
 
 
 def _without_trials(code: str) -> str:
     """Without what only tries the answer out at top level, or does nothing: prints, asserts,
-    a main part, a word of prose that happens to be an expression."""
+    what is typed in, a main part, a word of prose that happens to be an expression."""
     tree = _parsed(code)
-    if tree is None or not any(map(_is_trial, tree.body)):
+    if tree is None:
         return code
-    tree.body = [node for node in tree.body if not _is_trial(node)]
+    kept = [node for node in tree.body if not _is_trial(node) or _prepares(node, tree)]
+    if len(kept) == len(tree.body):
+        return code
+    tree.body = kept
     return ast.unparse(tree)
+
+
+def _prepares(node: ast.stmt, tree: ast.Module) -> bool:
+    """Whether it calls, for its effect alone, a function of the answer's own: ``fill_table()``."""
+    if not (isinstance(node, ast.Expr) and isinstance(node.value, ast.Call)):
+        return False
+    called = node.value.func
+    return any(
+        isinstance(called, ast.Name) and called.id == one.name and not _gives(one)
+        for one in tree.body
+        if isinstance(one, ast.FunctionDef)
+        if one.name != "main" and not one.name.startswith("test") and not _asks(one)
+    )
+
+
+def _gives(function: ast.FunctionDef) -> bool:
+    """Whether it returns or prints something: then a call at top level only shows it."""
+    return any(
+        (isinstance(one, ast.Return) and one.value is not None)
+        or (isinstance(one, ast.Name) and one.id == "print")
+        for one in ast.walk(function)
+    )
 
 
 def _is_trial(node: ast.stmt) -> bool:
@@ -307,5 +352,13 @@ def _is_trial(node: ast.stmt) -> bool:
         if isinstance(function, ast.Attribute) and isinstance(function.value, ast.Name):
             return function.value.id in TRIALS
         return isinstance(function, ast.Name)
+    if isinstance(node, ast.Assign | ast.For | ast.While) and _asks(node):
+        return True
     silent = isinstance(node, ast.Expr) or (isinstance(node, ast.AnnAssign) and not node.value)
     return silent or isinstance(node, ast.Assert)
+
+
+def _asks(node: ast.stmt) -> bool:
+    """Whether it waits for somebody to type: nobody does."""
+    calls = [one.func for one in ast.walk(node) if isinstance(one, ast.Call)]
+    return any(isinstance(call, ast.Name) and call.id == "input" for call in calls)

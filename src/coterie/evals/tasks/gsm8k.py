@@ -37,6 +37,7 @@ ZERO_SHOT = "{question}\nPlease reason step by step, and put your final answer w
 GOLD = re.compile(r"####\s*(\S[^\n]*)")
 BOLD = re.compile(r"\*\*([^\w*\n]{0,4}\d[\d,./ ]*[A-Za-z %/]{0,40}[.!]?)\*\*")
 DIGIT = re.compile(r"\d")
+TAGGED = re.compile(r"<answer>([^<>]*)</answer>", re.IGNORECASE)
 BARE_NEXT = re.compile(r"^Question:", re.MULTILINE)
 LONGEST_SENTENCE = 500  # characters after "the answer is" that are looked at
 ANNOTATION = re.compile(r"<<[^<>\n]*>>")  # the data's own calculator: "2*3=<<2*3=6>>6"
@@ -73,7 +74,7 @@ class Gsm8k:
             "shots": len(self.examples),
             "examples": None if self.train is None else self.train.settings(),
             "template": ASKED if self.examples else ZERO_SHOT.format(question="{question}"),
-            "counts": "the last box or ####, else as said, else in bold at the end, else the last",
+            "counts": "the last box, <answer>, ####; else as said, in bold at the end, or the last",
             "also": {
                 "strict": HARNESS_STRICT.pattern + " (first)",
                 "flexible": HARNESS_FLEXIBLE.pattern + " (last)",
@@ -128,8 +129,8 @@ def gold_value(gold: str) -> Fraction:
 
 
 def extract(text: str) -> Number | None:
-    """The answer: the last box or ``####`` that holds a number; else as said, as set in bold at
-    the end, or the last of all."""
+    """The answer: the last box, ``<answer>`` or ``####`` that holds a number; else as said, as set
+    in bold at the end, or the last of all."""
     bare = plain(text)
     return _marked(text) or _said(bare) or _bold(bare) or _last(bare)
 
@@ -178,8 +179,9 @@ def _first_problem(text: str) -> str:
 
 
 def _marked(text: str) -> Number | None:
-    """From the last box or ``####``, wherever either holds a number."""
+    """From the last box, tag or ``####`` that holds a number, wherever it stands."""
     places = [(box.start, box.content) for box in boxes(text)]
+    places += [(tagged.start(), tagged[1]) for tagged in TAGGED.finditer(text)]
     for hashes in HASHES.finditer(text):
         places.append((hashes.start(), text[hashes.end() :].split("\n", 1)[0]))
     for _, content in sorted(places, reverse=True):

@@ -27,7 +27,12 @@ LOOKS = [
     (re.compile(r"\\\\\s*\[[^\]]*\]"), r"\\\\ "),  # "\\[4pt]"
     (re.compile(r"\\(?:text)?color\s*\{[^{}]*\}|\\(?:underline|underset\{[^{}]*\})(?![a-z])"), ""),
     (re.compile(r"\\(?:mathrm|text|operatorname)\s*\{\s*([ie])\s*\}"), r"\1"),
-    (re.compile(r"\\(?:left|right|[bB]igg?[lrm]?|(?:display|text)style|limits)(?![a-zA-Z])"), ""),
+    (
+        re.compile(
+            r"\\(?:left|right|[bB]igg?[lrm]?|(?:display|text)style|limits|[lL]arge|LARGE|[hH]uge)(?![a-zA-Z])"
+        ),
+        "",
+    ),
     (re.compile(r"\\[dtc]frac(?![a-zA-Z])"), r"\\frac"),
     (re.compile(r"\\(?:leq|leqslant)(?![a-zA-Z])"), r"\\le"),
     (re.compile(r"\\(?:geq|geqslant)(?![a-zA-Z])"), r"\\ge"),
@@ -35,7 +40,7 @@ LOOKS = [
     (re.compile(r"\\langle(?![a-zA-Z])"), "("),
     (re.compile(r"\\rangle(?![a-zA-Z])"), ")"),
     (re.compile(r"\\sqrt\s*(\d+)"), r"\\sqrt{\1}"),
-    (re.compile(r"\{,\}|(?<!\\),\\!\s*"), ","),
+    (re.compile(r"(?:\\text\s*)?\{,\}|(?<!\\),\\!\s*"), ","),
     (re.compile(r"(?<!\\)\\!"), ""),
     (re.compile(r"(?<=\d)\\[,;: ](?=\d{3}(?!\d))"), ""),
     (re.compile(r"(?<!\\)\\[,;:> ]|~|\\q?quad(?![a-zA-Z])|\\hspace\{[^{}]*\}"), " "),

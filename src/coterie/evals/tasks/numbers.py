@@ -17,7 +17,7 @@ VULGAR = {
     }.items()
 }  # fmt: skip
 
-COMMA = re.compile(r"\{,\}|,\\!\s*")
+COMMA = re.compile(r"(?:\\text\s*)?\{,\}|,\\!\s*")
 GAP = re.compile(r"(?<=\d)(?:\\[,;:! ]|[~\u00a0\u2009\u202f])(?=\d{3}(?!\d))")
 GROUP = re.compile(r"(?<=\d) (?=\d{3}(?!\d))")
 SPACE = re.compile(r"\\[,;:! ]|[~\u00a0\u2009\u202f]|\\q?quad\b")
@@ -27,8 +27,9 @@ FRACTION = re.compile(
     r"(?:\{\s*(?P<under>-?[\d.,]+)\s*\}|(?P<other>\d))"
 )
 WRAPPED = re.compile(r"\\(?:text|textbf|mathrm|mathbf|mbox|bf|rm)\s*\{([^{}]*)\}")
+TENS = re.compile(r"(?<=\d)\s*\*\s*10\s*\^\s*(?:\{\s*(-?\d{1,2})\s*\}|(\d))(?!\d)")
 POWER = re.compile(r"(?<=[A-Za-z])\s*\^\s*(?:\{\s*[23]\s*\}|[23])")  # of a unit: cm^2
-EMPTY = re.compile(r"\\(?:left|right|displaystyle)\b|\\(?=[$%#])|\\[()\[\]]")
+EMPTY = re.compile(r"\\(?:left|right|displaystyle)\b|\\(?=[$%#])|\\[()\[\]]|__")
 
 CURRENCY = r"(?:(?:US|A|C)?[$€£¥₹]|USD|EUR|GBP|INR|Rs\.)"
 WHOLE = r"\d{1,3}(?:,\d{3})+(?!\d)|\d+"
@@ -62,6 +63,7 @@ def plain(text: str) -> str:
     text = text.translate(SIGNS | VULGAR)
     text = SPACE.sub(" ", GAP.sub("", COMMA.sub(",", text)))
     text = text.replace(r"\times", "*").replace(r"\cdot", "*").replace(r"\div", "/")
+    text = TENS.sub(lambda found: f"e{found[1] or found[2]}", text)
     return POWER.sub("", EMPTY.sub("", WRAPPED.sub(r" \1", FRACTION.sub(_divided, text))))
 
 
