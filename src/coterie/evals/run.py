@@ -92,6 +92,7 @@ def about(
     return {
         "model": None if model.folder is None else fingerprint(model.folder),
         "dtype": str(model.transformer.dtype).removeprefix("torch."),
+        "experts": None if (form := model.spec.expert_format) is None else str(form),
         "device": model.transformer.device.type,
         "limit": limit,
         "shuffle_seed": shuffle_seed,
