@@ -1,6 +1,7 @@
 """How every test runs: Triton interpreted where there is no GPU, few threads, poisoned memory."""
 
 import os
+import signal
 
 # Before anything imports torch or triton; a GPU shows by its device file.
 if not os.path.exists("/dev/nvidiactl"):
@@ -17,6 +18,10 @@ from torch import Tensor
 settings.register_profile("default", deadline=None, max_examples=40, derandomize=True)
 settings.register_profile("thorough", deadline=None, max_examples=1000)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "default"))
+
+# Who runs the tests in the background may have them ignore interrupts, and children inherit that.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "2")))
 
