@@ -103,7 +103,7 @@ def generate(
     """Answer a prompt.
 
     \b
-    coterie generate "Solve for x: 3x + 4 = 19" --policy des-vote:beta=0.3 --watch
+    coterie generate "Solve 3x + 4 = 19 for x." --policy des-vote:beta=0.3 --watch
     coterie generate - --model inclusionAI/LLaDA2.0-mini --json < question.txt
     coterie generate "5 17 33" --model ./folder-without-tokenizer -n 32
     """
