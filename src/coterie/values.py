@@ -100,6 +100,26 @@ class Scores:
 
 
 @dataclass(frozen=True)
+class Rule:
+    """A coreset rule in plain numbers, as kernels take it; exactly one of the three sizes is given.
+
+    ``union``: every voter's first so many own experts; nothing is counted. ``count``: so many
+    experts with most votes. ``mass``: the fewest that hold this share of all votes, ``least`` at
+    least. Of every voter the first ``protect`` own experts are in before votes are counted. Where
+    some experts are in fast memory, ``lam`` favours them, within ``eps`` of the votes.
+    """
+
+    vote: Literal["masked", "weight", "count", "full", "margin", "max"] = "masked"
+    union: int = 0
+    count: int = 0
+    mass: float = 0.0
+    least: int = 1
+    protect: int = 0
+    lam: float = 0.0
+    eps: float = 0.0
+
+
+@dataclass(frozen=True)
 class Routing:
     """Who computes what. Every position counts, voting or not: all of them are computed."""
 
