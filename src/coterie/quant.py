@@ -128,6 +128,15 @@ def dequantise(weight: QTensor) -> Tensor:
     return weight.numbers().float() * scales[..., : weight.k]
 
 
+def stored(numbers: Tensor, form: Format) -> Tensor:
+    """int8 numbers [.., rows, k] as a ``QTensor`` keeps them."""
+    if form.bits == 8:
+        return numbers.contiguous()
+    pairs = torch.nn.functional.pad(numbers, (0, numbers.shape[-1] % 2)).to(torch.uint8).add_(8)
+    pairs = pairs & 15
+    return pairs[..., ::2] | (pairs[..., 1::2] << 4)
+
+
 @contextmanager
 def _one_thread() -> Iterator[None]:
     """Many short parallel regions cost more than they save: twenty times, beside a busy thread."""
@@ -145,10 +154,7 @@ def _quantise_rows(rows: Tensor, form: Format) -> tuple[Tensor, Tensor]:
     padded = torch.nn.functional.pad(rows, (0, -k % form.group))
     numbers, scales = _quantise_groups(padded.view(-1, form.group), form)
     numbers = numbers.view(padded.shape)[:, :k].to(torch.int8)
-    if form.bits == 4:
-        pairs = torch.nn.functional.pad(numbers, (0, k % 2)).to(torch.uint8).add_(8) & 15
-        numbers = pairs[:, ::2] | (pairs[:, 1::2] << 4)
-    return numbers, scales.view(len(rows), -1)
+    return stored(numbers, form), scales.view(len(rows), -1)
 
 
 def _quantise_groups(x: Tensor, form: Format) -> tuple[Tensor, Tensor]:

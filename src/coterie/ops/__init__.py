@@ -6,13 +6,18 @@ and signature and is compared with it by value.
 
 from __future__ import annotations
 
+import logging
+from functools import cache
+
 from torch import Tensor
 
-from coterie.ops import cpu, grouped, reference
+from coterie.ops import cpu, grouped, panels, reference
+from coterie.ops.panels import unpack
 from coterie.ops.reference import top_ids, top_mask
+from coterie.quant import FORMATS, QTensor
 from coterie.values import Panels, Routing, Rule, Scores, Slab
 
-__all__ = ["prepare", "route", "run_experts", "top_ids", "top_mask"]
+__all__ = ["pack", "prepare", "route", "run_experts", "top_ids", "top_mask", "unpack"]
 
 
 def route(scores: Scores, rule: Rule | None, voice: Tensor | None) -> Routing | None:
@@ -46,4 +51,27 @@ def prepare(slab: Slab, *, spend: bool = False) -> Slab:
     """
     if cpu.packed_format(slab) is not None and cpu.ready():
         return cpu.pack(slab, spend=spend)
+    if slab.gate_up.device.type == "cpu" and isinstance(slab.gate_up, QTensor) and cpu.ready():
+        _regret(str(slab.gate_up.format))
     return slab
+
+
+def pack(slab: Slab) -> Slab:
+    """The same experts in panels, byte for byte alike with and without kernels; see ``panels``.
+
+    Raises ValueError for experts that no panels hold: floats other than bf16, other groups.
+    """
+    if cpu.packed_format(slab) is not None and cpu.ready():
+        return cpu.pack(slab)
+    return panels.pack(slab)
+
+
+@cache
+def _regret(form: str) -> None:
+    """Says, once for each form of experts, that they are slow."""
+    logging.getLogger("coterie").warning(
+        "Experts in %s run on PyTorch alone, many times slower than need be: the kernels for CPUs "
+        "take %s",
+        form,
+        " and ".join(str(known) for known in FORMATS.values()),
+    )

@@ -4,6 +4,7 @@
 #include <stdint.h>
 
 #define COTERIE_ABI 1
+#define COTERIE_LAYOUT 1  // of panels; `panels.py` has it too, and says what the bytes are
 #define COTERIE_API extern "C" __attribute__((visibility("default")))
 
 enum Format : int32_t { BF16 = 0, INT8 = 1, INT4 = 2 };
@@ -42,6 +43,7 @@ struct Packing {
 enum Outcome : int32_t { DONE = 0, NO_SUCH_ISA = 1, NO_MEMORY = 2, NO_SUCH_EXPERT = 3 };
 
 COTERIE_API int32_t coterie_abi();
+COTERIE_API int32_t coterie_layout();
 COTERIE_API const char* coterie_isa(int32_t index);     // from plainest to best; null past the last
 COTERIE_API int32_t coterie_isa_runs(int32_t index);    // whether this machine has it
 COTERIE_API int32_t coterie_group(int32_t format);      // columns that share a scale

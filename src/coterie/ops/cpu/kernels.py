@@ -4,23 +4,17 @@ from __future__ import annotations
 
 import ctypes
 import mmap
-from collections.abc import Mapping, Sequence
-from typing import Literal, TypeAlias
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from coterie.naming import CoterieError
 from coterie.ops.cpu.library import FORMATS, Call, Library, Packing, Reading, library
+from coterie.ops.panels import LINE, Kind, in_panels, kind_of
 from coterie.quant import QTensor
 from coterie.values import Panels, Routing, Slab
 
-Format: TypeAlias = Literal["bf16", "int8", "int4"]
-
-_QUANTISED: Mapping[tuple[str, int], Format] = {("int8", 64): "int8", ("int4", 32): "int4"}
-"""By bits and group, as ``formats.hpp`` has them."""
-
-LINE = 64  # bytes that every expert begins at a multiple of
 OUTCOMES = {
     1: "this instruction set is not there",
     2: "no memory is left for it",
@@ -38,15 +32,9 @@ def isas() -> tuple[str, ...]:
     return tuple(_library().isas)
 
 
-def packed_format(slab: Slab) -> Format | None:
+def packed_format(slab: Slab) -> Kind | None:
     """What ``pack`` makes of a slab: None where its weights are none that the kernels take."""
-    gate_up, down = slab.gate_up, slab.down
-    if isinstance(gate_up, QTensor) and isinstance(down, QTensor):
-        same = gate_up.format == down.format and gate_up.device.type == "cpu"
-        return _QUANTISED.get((gate_up.format.name, gate_up.format.group)) if same else None
-    plain = isinstance(gate_up, Tensor) and isinstance(down, Tensor)
-    half = gate_up.dtype == down.dtype == torch.bfloat16
-    return "bf16" if plain and half and gate_up.device.type == "cpu" else None
+    return kind_of(slab.gate_up, slab.down) if slab.gate_up.device.type == "cpu" else None
 
 
 def pack(slab: Slab, *, spend: bool = False) -> Slab:
@@ -73,14 +61,10 @@ def pack(slab: Slab, *, spend: bool = False) -> Slab:
             _pack_into(packed[some], kind, spent, [])
         if spend:
             _give_back(spent)
-    return Slab(
-        Panels(packed, kind, (experts, 2 * width, hidden)),
-        Panels(packed, kind, (experts, hidden, width)),
-        slab.slot_of,
-    )
+    return in_panels(packed, kind, slab.slot_of, hidden=hidden, width=width)
 
 
-def expert_bytes(kind: Format, *, hidden: int, width: int) -> int:
+def expert_bytes(kind: Kind, *, hidden: int, width: int) -> int:
     """Bytes from one packed expert to the next."""
     size = _library().handle.coterie_expert_bytes(FORMATS[kind], hidden, width)
     return -(-size // LINE) * LINE
@@ -140,7 +124,8 @@ def _memory(experts: int, size: int) -> Tensor:
     """Uninitialised [experts, size] uint8, in huge pages where the system has them."""
     if not experts:
         return torch.empty(0, size, dtype=torch.uint8)
-    memory = mmap.mmap(-1, experts * size)
+    # Shared memory, which is what mmap makes unless told, gets huge pages on few systems.
+    memory = mmap.mmap(-1, experts * size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     if hasattr(mmap, "MADV_HUGEPAGE"):
         memory.madvise(mmap.MADV_HUGEPAGE)
     return torch.frombuffer(memory, dtype=torch.uint8).view(experts, size)
@@ -159,9 +144,7 @@ def _give_back(spent: Sequence[Tensor]) -> None:
             )
 
 
-def _pack_into(
-    to: Tensor, kind: Format, weights: Sequence[Tensor], scales: Sequence[Tensor]
-) -> None:
+def _pack_into(to: Tensor, kind: Kind, weights: Sequence[Tensor], scales: Sequence[Tensor]) -> None:
     """Weights are gate_up [n, 2 I, H] and down [n, H, I]; scales theirs, or none for bf16."""
     experts, hidden, width = weights[1].shape
     if weights[0].shape != (experts, 2 * width, hidden):

@@ -12,6 +12,7 @@ from functools import cache
 
 from coterie.naming import CoterieError
 from coterie.ops.cpu.build import LIBRARY
+from coterie.ops.panels import LAYOUT
 
 ABI = 1
 FORMATS: Mapping[str, int] = {"bf16": 0, "int8": 1, "int4": 2}
@@ -74,11 +75,11 @@ def library() -> Library | None:
     """The kernels, or None where they were not built; why is said once."""
     try:
         handle = ctypes.CDLL(str(LIBRARY))
-        handle.coterie_abi.argtypes = ()
-        found = handle.coterie_abi()
+        handle.coterie_abi.argtypes = handle.coterie_layout.argtypes = ()
+        found = handle.coterie_abi(), handle.coterie_layout()
     except (OSError, AttributeError):
         return _without("no compiler was found when it was installed")
-    if found != ABI:
+    if found != (ABI, LAYOUT):
         return _without("they were built for another version; install it again")
     handle.coterie_isa.argtypes = (c_int32,)
     handle.coterie_isa.restype = c_char_p

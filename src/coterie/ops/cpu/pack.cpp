@@ -117,6 +117,8 @@ size_t bytes(int hidden, int width) {
 
 }  // namespace
 
+int32_t coterie_layout() { return COTERIE_LAYOUT; }
+
 int32_t coterie_group(int32_t format) {
   return format == BF16 ? Bf16::GROUP : format == INT8 ? Int8::GROUP : Int4::GROUP;
 }
