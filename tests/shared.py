@@ -42,6 +42,8 @@ def missing() -> list[str]:
     ]
     if find_spec("lm_eval") is None:
         absent.append("NOT TESTED: the harness's adapter (pip install 'coterie[harness]')")
+    if find_spec("triton") is None:
+        absent.append("NOT TESTED: kernels for a GPU (triton is not installed)")
     return absent
 
 

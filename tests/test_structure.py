@@ -19,7 +19,12 @@ SOURCES = sorted((ROOT / "src").rglob("*.py"))
 KERNELS = ("ops/triton/", "ops/cpu/")
 FILE_LINES, FUNCTION_LINES = 500, 60
 RUN, DUPLICATED = 6, 0.03
-WHOLE_PARTS_OF_EXTRAS = {("study", "matplotlib"), ("harness", "lm_eval"), ("harness", "tqdm")}
+WHOLE_PARTS_OF_EXTRAS = {
+    ("study", "matplotlib"),
+    ("triton", "triton"),
+    ("harness", "lm_eval"),
+    ("harness", "tqdm"),
+}
 
 
 def project() -> dict:
@@ -36,6 +41,11 @@ def test_imports_go_down_only() -> None:
         check=False,
     )
     assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_what_only_a_gpu_needs_is_not_imported() -> None:
+    code = "import sys, coterie.cli; assert 'triton' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT / "src", check=True)
 
 
 def test_no_file_is_over_budget() -> None:

@@ -2,12 +2,28 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from coterie.quant import QTensor, dequantise
 from coterie.values import Panels, Routing, Slab, membership
+
+
+@dataclass(frozen=True)
+class Dispatch:
+    """Pairs of a token and one of its choices, sorted by the slot of the expert, then by token.
+
+    ``begin[s] .. begin[s + 1]`` are the pairs of slot s. From ``begin[-1]`` on, where the expert is
+    absent or the id -1, there is nothing to compute, and ``token`` and ``pair`` are -1.
+    """
+
+    begin: Tensor  # [slots + 1] int32
+    token: Tensor  # [T * k] int32
+    pair: Tensor  # [T * k] int32: token * k + choice, the place in the flat ids and weights
+    active: Tensor  # [slots] int32: the slots that have pairs, ascending; then -1
 
 
 def top_ids(key: Tensor, k: int, tier: Tensor | None = None) -> Tensor:
@@ -48,6 +64,26 @@ def run_experts(x: Tensor, routing: Routing, slab: Slab) -> Tensor:
         y = _swiglu(x[token], _plain(gate_up[slot]), _plain(down[slot]))
         out.index_add_(0, token, y.float() * routing.weights[token, choice, None])
     return out
+
+
+def dispatch(routing: Routing, slot_of: Tensor, slots: int) -> Dispatch:
+    """The pairs of ``routing`` by slot, where ``slot_of`` [E] of each expert is -1 if absent.
+
+    Does not ask the host anything. ``routing.used`` must be the experts of ``routing.ids``.
+    """
+    slot = slot_of[routing.ids.clamp(min=0)].where(routing.ids >= 0, -1).flatten()  # [T * k]
+    slot = slot.where(slot >= 0, slots)
+    order = slot.argsort(stable=True)
+    order = order.where(slot[order] < slots, -1)
+    count = F.one_hot(slot, slots + 1).sum(0)[:slots]
+    place = torch.arange(slots, device=slot.device)
+    active = place.where(count > 0, slots).sort().values
+    return Dispatch(
+        begin=F.pad(count.cumsum(0), (1, 0)).to(torch.int32),
+        token=order.div(routing.ids.shape[-1], rounding_mode="floor").to(torch.int32),
+        pair=order.to(torch.int32),
+        active=active.where(active < slots, -1).to(torch.int32),
+    )
 
 
 def _swiglu(x: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:

@@ -1,0 +1,8 @@
+"""Kernels for a GPU; imported only when a tensor that lives on one arrives.
+
+Without a GPU they run in Triton's interpreter, where TRITON_INTERPRET=1 was set before any import.
+"""
+
+from coterie.ops.triton.dispatch import dispatch
+
+__all__ = ["dispatch"]
