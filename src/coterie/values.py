@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Literal, Protocol
+from typing import Literal, Protocol, TypeAlias
 
 import torch
 from torch import Tensor
@@ -157,6 +157,26 @@ class Panels:
 
     def __len__(self) -> int:
         return len(self.packed)
+
+
+@dataclass(frozen=True)
+class PackedMatrix:
+    """A weight [rows, k] of one product, in bf16 or fp32, as the kernels of a CPU read it."""
+
+    packed: Tensor  # [bytes] uint8
+    dtype: torch.dtype
+    shape: tuple[int, int]
+
+    @property
+    def device(self) -> torch.device:
+        return self.packed.device
+
+    @property
+    def nbytes(self) -> int:
+        return self.packed.nbytes
+
+
+Matrix: TypeAlias = Tensor | PackedMatrix
 
 
 @dataclass(frozen=True)

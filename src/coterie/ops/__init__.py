@@ -9,15 +9,26 @@ from __future__ import annotations
 import logging
 from functools import cache
 
+import torch
 from torch import Tensor
 
 from coterie.ops import cpu, grouped, panels, reference
 from coterie.ops.panels import unpack
 from coterie.ops.reference import top_ids, top_mask
 from coterie.quant import FORMATS, QTensor
-from coterie.values import Panels, Routing, Rule, Scores, Slab
+from coterie.values import Matrix, PackedMatrix, Panels, Routing, Rule, Scores, Slab
 
-__all__ = ["pack", "prepare", "route", "run_experts", "top_ids", "top_mask", "unpack"]
+__all__ = [
+    "linear",
+    "pack",
+    "prepare",
+    "prepare_matrix",
+    "route",
+    "run_experts",
+    "top_ids",
+    "top_mask",
+    "unpack",
+]
 
 
 def route(scores: Scores, rule: Rule | None, voice: Tensor | None) -> Routing | None:
@@ -42,6 +53,22 @@ def run_experts(x: Tensor, routing: Routing, slab: Slab) -> Tensor:
     if x.device.type == "cpu" and grouped.fits(x, slab):
         return grouped.run_experts(x, routing, slab)
     return reference.run_experts(x, routing, slab)
+
+
+def linear(x: Tensor, weight: Matrix, *, dtype: torch.dtype | None = None) -> Tensor:
+    """x [..., k] times the transpose of weight [rows, k] -> [..., rows], in ``dtype`` or x's own.
+
+    Sums are fp32 at least, in x's precision or the weight's, whichever has fewer bits.
+    """
+    dtype = x.dtype if dtype is None else dtype
+    if isinstance(weight, PackedMatrix):
+        return cpu.linear(x, weight, dtype)
+    return reference.linear(x, weight, dtype)
+
+
+def prepare_matrix(weight: Tensor, *, spend: bool = False) -> Matrix:
+    """The same matrix as ``linear`` reads it fastest here; see ``prepare``."""
+    return cpu.pack_matrix(weight, spend=spend) if cpu.packs(weight) and cpu.ready() else weight
 
 
 def prepare(slab: Slab, *, spend: bool = False) -> Slab:

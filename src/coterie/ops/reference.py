@@ -46,6 +46,11 @@ def top_mask(key: Tensor, k: int) -> Tensor:
     return membership(top_ids(key, k), key.shape[-1])
 
 
+def linear(x: Tensor, weight: Tensor, dtype: torch.dtype) -> Tensor:
+    """See ``ops.linear``: in the weight's own precision."""
+    return F.linear(x.to(weight.dtype), weight).to(dtype)
+
+
 def run_experts(x: Tensor, routing: Routing, slab: Slab) -> Tensor:
     """See ``ops.run_experts``. One expert at a time; asks the host which are there.
 

@@ -13,5 +13,17 @@ from coterie.ops.cpu.kernels import (
     ready,
     run_experts,
 )
+from coterie.ops.cpu.linear import linear, pack_matrix, packs
 
-__all__ = ["expert_bytes", "isas", "pack", "packed_format", "read", "ready", "run_experts"]
+__all__ = [
+    "expert_bytes",
+    "isas",
+    "linear",
+    "pack",
+    "pack_matrix",
+    "packed_format",
+    "packs",
+    "read",
+    "ready",
+    "run_experts",
+]

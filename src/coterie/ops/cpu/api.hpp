@@ -3,11 +3,11 @@
 #include <stddef.h>
 #include <stdint.h>
 
-#define COTERIE_ABI 1
+#define COTERIE_ABI 2
 #define COTERIE_LAYOUT 1  // of panels; `panels.py` has it too, and says what the bytes are
 #define COTERIE_API extern "C" __attribute__((visibility("default")))
 
-enum Format : int32_t { BF16 = 0, INT8 = 1, INT4 = 2 };
+enum Format : int32_t { BF16 = 0, INT8 = 1, INT4 = 2, FP32 = 3 };
 
 // One layer's experts over the tokens routed to them.
 struct Call {
@@ -40,6 +40,21 @@ struct Packing {
   int32_t experts, hidden, width, threads, format;
 };
 
+// A matrix from rows to panels: couples of 2 x 16 rows, one after the other.
+struct MatrixPacking {
+  const void* rows;  // [count, k], bf16 or float as the format says
+  uint8_t* panels;
+  int32_t count, k, threads, format;  // BF16 or FP32
+};
+
+// All tokens times one matrix.
+struct Product {
+  const void* x;          // [tokens, k], float or bf16
+  const uint8_t* panels;  // of [rows, k]
+  void* out;              // [tokens, rows], float or bf16, written whole
+  int32_t tokens, k, rows, threads, format, x_is_bf16, out_is_bf16;
+};
+
 enum Outcome : int32_t { DONE = 0, NO_SUCH_ISA = 1, NO_MEMORY = 2, NO_SUCH_EXPERT = 3 };
 
 COTERIE_API int32_t coterie_abi();
@@ -51,3 +66,6 @@ COTERIE_API size_t coterie_expert_bytes(int32_t format, int32_t hidden, int32_t 
 COTERIE_API void coterie_pack(const Packing* packing);
 COTERIE_API uint64_t coterie_read(const Reading* reading);  // of which something is made
 COTERIE_API int32_t coterie_run_experts(int32_t isa, const Call* call);
+COTERIE_API size_t coterie_matrix_bytes(int32_t format, int32_t rows, int32_t k);
+COTERIE_API void coterie_pack_matrix(const MatrixPacking* packing);
+COTERIE_API int32_t coterie_multiply(int32_t isa, const Product* product);

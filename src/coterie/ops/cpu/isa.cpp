@@ -1,5 +1,6 @@
 // Compiled once per instruction set, under its flags and with COTERIE_ISA naming it.
 #include "experts.hpp"
+#include "linear.hpp"
 
 #define JOINED(a, b) a##b
 #define NAMED(a, b) JOINED(a, b)
@@ -11,4 +12,8 @@ extern "C" int32_t NAMED(run_, COTERIE_ISA)(const Call& call) {
     case INT8: return run<Int8>(call);
     default: return run<Int4>(call);
   }
+}
+
+extern "C" int32_t NAMED(multiply_, COTERIE_ISA)(const Product& product) {
+  return COTERIE_ISA::multiply(product);
 }

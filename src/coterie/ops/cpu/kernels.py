@@ -29,7 +29,7 @@ def ready() -> bool:
 
 def isas() -> tuple[str, ...]:
     """The instruction sets that run here, from the plainest to the best."""
-    return tuple(_library().isas)
+    return tuple(built().isas)
 
 
 def packed_format(slab: Slab) -> Kind | None:
@@ -46,7 +46,7 @@ def pack(slab: Slab, *, spend: bool = False) -> Slab:
     kind, (experts, hidden, width) = packed_format(slab), slab.down.shape
     if kind is None:
         raise ValueError(f"no kernel takes experts in {slab.gate_up.dtype}")
-    packed = _memory(experts, expert_bytes(kind, hidden=hidden, width=width))
+    packed = memory(experts, expert_bytes(kind, hidden=hidden, width=width))
     gate_up, down = slab.gate_up, slab.down
     together = torch.get_num_threads()
     for first in range(0, experts, together):
@@ -60,13 +60,13 @@ def pack(slab: Slab, *, spend: bool = False) -> Slab:
             spent = [weight[some] for weight in (gate_up, down) if isinstance(weight, Tensor)]
             _pack_into(packed[some], kind, spent, [])
         if spend:
-            _give_back(spent)
+            give_back(spent)
     return in_panels(packed, kind, slab.slot_of, hidden=hidden, width=width)
 
 
 def expert_bytes(kind: Kind, *, hidden: int, width: int) -> int:
     """Bytes from one packed expert to the next."""
-    size = _library().handle.coterie_expert_bytes(FORMATS[kind], hidden, width)
+    size = built().handle.coterie_expert_bytes(FORMATS[kind], hidden, width)
     return -(-size // LINE) * LINE
 
 
@@ -80,7 +80,7 @@ def run_experts(x: Tensor, routing: Routing, slab: Slab) -> Tensor:
     x = x.detach() if x.dtype in (torch.float32, torch.bfloat16) else x.detach().float()
     x, ids, weights = x.contiguous(), routing.ids.contiguous(), routing.weights.contiguous()
     out = torch.empty(tokens, hidden)
-    found = _library()
+    found = built()
     call = Call(
         x=x.data_ptr(),
         ids=ids.data_ptr(),
@@ -117,10 +117,10 @@ def read(slab: Slab, used: Tensor) -> int:
         count=len(slots),
         threads=torch.get_num_threads(),
     )
-    return _library().handle.coterie_read(ctypes.byref(call))
+    return built().handle.coterie_read(ctypes.byref(call))
 
 
-def _memory(experts: int, size: int) -> Tensor:
+def memory(experts: int, size: int) -> Tensor:
     """Uninitialised [experts, size] uint8, in huge pages where the system has them."""
     if not experts:
         return torch.empty(0, size, dtype=torch.uint8)
@@ -131,7 +131,7 @@ def _memory(experts: int, size: int) -> Tensor:
     return torch.frombuffer(memory, dtype=torch.uint8).view(experts, size)
 
 
-def _give_back(spent: Sequence[Tensor]) -> None:
+def give_back(spent: Sequence[Tensor]) -> None:
     """Hand the pages inside these tensors to the system; whoever reads them now finds zeros."""
     if not hasattr(mmap, "MADV_DONTNEED"):
         return
@@ -161,10 +161,11 @@ def _pack_into(to: Tensor, kind: Kind, weights: Sequence[Tensor], scales: Sequen
         torch.get_num_threads(),
         FORMATS[kind],
     )
-    _library().handle.coterie_pack(ctypes.byref(call))
+    built().handle.coterie_pack(ctypes.byref(call))
 
 
-def _library() -> Library:
+def built() -> Library:
+    """The kernels; raises CoterieError where there are none."""
     found = library()
     if found is None:
         raise CoterieError("the kernels for CPUs are not built; with a C++ compiler, install again")

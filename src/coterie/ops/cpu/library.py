@@ -14,7 +14,7 @@ from coterie.naming import CoterieError
 from coterie.ops.cpu.build import LIBRARY
 from coterie.ops.panels import LAYOUT
 
-ABI = 1
+ABI = 2
 FORMATS: Mapping[str, int] = {"bf16": 0, "int8": 1, "int4": 2}
 OVERRIDE = "COTERIE_ISA"
 
@@ -48,6 +48,25 @@ class Packing(Structure):
         *((name, c_void_p) for name in ("gate_up_scales", "down_scales", "panels")),
         ("stride", c_size_t),
         *((name, c_int32) for name in ("experts", "hidden", "width", "threads", "format")),
+    )
+
+
+class MatrixPacking(Structure):
+    """See ``api.hpp``."""
+
+    _fields_ = (
+        *((name, c_void_p) for name in ("rows", "panels")),
+        *((name, c_int32) for name in ("count", "k", "threads", "format")),
+    )
+
+
+class Product(Structure):
+    """See ``api.hpp``."""
+
+    _fields_ = (
+        *((name, c_void_p) for name in ("x", "panels", "out")),
+        *((name, c_int32) for name in ("tokens", "k", "rows", "threads", "format")),
+        *((name, c_int32) for name in ("x_is_bf16", "out_is_bf16")),
     )
 
 
@@ -92,6 +111,11 @@ def library() -> Library | None:
     handle.coterie_read.argtypes = (POINTER(Reading),)
     handle.coterie_read.restype = c_uint64
     handle.coterie_run_experts.argtypes = (c_int32, POINTER(Call))
+    handle.coterie_matrix_bytes.argtypes = (c_int32, c_int32, c_int32)
+    handle.coterie_matrix_bytes.restype = c_size_t
+    handle.coterie_pack_matrix.argtypes = (POINTER(MatrixPacking),)
+    handle.coterie_pack_matrix.restype = None
+    handle.coterie_multiply.argtypes = (c_int32, POINTER(Product))
     return Library(handle, _isas(handle))
 
 

@@ -26,6 +26,18 @@ struct Bf16Rows {
   }
 };
 
+struct Fp32Rows {
+  static constexpr int STEPS = 32;
+  const float* row;
+  int k;
+
+  static size_t step_at(int step) { return size_t(step) * STEP; }
+  static int steps(int k) { return k; }
+  static uint32_t nothing() { return 0; }
+  Fp32Rows at(int64_t n) const { return {row + n * k, k}; }
+  uint32_t word(int step) const { return load<uint32_t>(row + step); }
+};
+
 template <class Whole, int BITS>
 struct WholeRows {
   using Format = Whole;
@@ -109,6 +121,18 @@ void pack_all(const Packing& p) {
   for (int64_t couple = 0; couple < p.experts * each; couple++) pack_couple<Rows>(p, couple);
 }
 
+template <class Rows>
+void pack_matrix(const MatrixPacking& p) {
+  int couples = padded(p.count, 2 * LANES) / (2 * LANES);
+  Rows rows{static_cast<decltype(Rows::row)>(p.rows), p.k};
+  size_t bytes = size_t(Rows::steps(p.k)) * STEP;
+#pragma omp parallel for num_threads(p.threads) schedule(static)
+  for (int c = 0; c < couples; c++) {
+    pack_panel(rows, 2 * LANES * c, p.count, p.panels + c * bytes);
+    pack_panel(rows, 2 * LANES * c + LANES, p.count, p.panels + c * bytes + 64);
+  }
+}
+
 template <class Format>
 size_t bytes(int hidden, int width) {
   return padded(width, LANES) / LANES * Format::panel_bytes(hidden) +
@@ -132,6 +156,16 @@ void coterie_pack(const Packing* p) {
   if (p->format == BF16) return pack_all<Bf16Rows>(*p);
   if (p->format == INT8) return pack_all<WholeRows<Int8, 8>>(*p);
   pack_all<WholeRows<Int4, 4>>(*p);
+}
+
+size_t coterie_matrix_bytes(int32_t format, int32_t rows, int32_t k) {
+  size_t steps = size_t(format == FP32 ? Fp32Rows::steps(k) : Bf16Rows::steps(k));
+  return size_t(padded(rows, 2 * LANES) / (2 * LANES)) * steps * STEP;
+}
+
+void coterie_pack_matrix(const MatrixPacking* p) {
+  if (p->format == FP32) return pack_matrix<Fp32Rows>(*p);
+  pack_matrix<Bf16Rows>(*p);
 }
 
 uint64_t coterie_read(const Reading* r) {
