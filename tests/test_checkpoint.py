@@ -19,12 +19,13 @@ from coterie.engine.load import Model, load_model
 from coterie.engine.source import ALL_PARTS, find_folder
 from coterie.families.names import weight_map
 from coterie.model.checkpoint import INDEX, SINGLE, Checkpoint
+from coterie.model.moe import MoE
 from coterie.model.shard import read_header
 from coterie.model.transformer import Transformer
 from coterie.model.weights import allocate
 from coterie.naming import CoterieError
 from coterie.testing import CONFIGS, random_tensors, read_spec, tiny_config, write_checkpoint
-from coterie.values import Panels, Slab
+from coterie.values import Matrix, PackedMatrix, Panels, Slab
 
 GATE = "model.layers.1.mlp.gate.weight"
 UP = "model.layers.2.mlp.experts.7.up_proj.weight"
@@ -50,15 +51,25 @@ def one(folder: Path, **keys: object) -> Path:
     return write_checkpoint(folder, "llada2", 1, **keys)  # type: ignore[arg-type]
 
 
+def held(weight: Matrix, dtype: torch.dtype | None) -> Tensor:
+    """What a matrix consists of, with ``dtype`` as it is multiplied by in a model of that."""
+    if isinstance(weight, Tensor) and dtype is not None and weight.dim() == 2:
+        weight = ops.prepare_matrix(weight.to(dtype))
+    return weight.packed if isinstance(weight, PackedMatrix) else weight
+
+
 def weights(model: Model | Transformer, dtype: torch.dtype | None = None) -> list[Tensor]:
-    """All tensors of a model in a fixed order; with ``dtype``, experts as they run in that."""
+    """All tensors of a model in a fixed order; with ``dtype``, as they run in that."""
     transformer = model.transformer if isinstance(model, Model) else model
-    found = [transformer.embedding, transformer.head, transformer.norm]
+    found = [transformer.embedding, held(transformer.head, dtype), transformer.norm]
     for layer in transformer.layers:
         attention, forward = layer.attention, layer.feed_forward
-        found += [layer.attention_norm, layer.feed_forward_norm, attention.qkv, attention.out]
+        found += [layer.attention_norm, layer.feed_forward_norm]
+        found += [held(attention.qkv, dtype), held(attention.out, dtype)]
         found += [attention.query_norm, attention.key_norm]
-        found += [t for t in vars(forward).values() if isinstance(t, Tensor)]
+        wide = torch.float32 if dtype and isinstance(forward, MoE) else dtype
+        kept = [t for t in vars(forward).values() if isinstance(t, Tensor | PackedMatrix)]
+        found += [held(weight, wide) for weight in kept]
     for slab in transformer.layers[-1].feed_forward.store.slabs.values():  # type: ignore[union-attr]
         kept = slab
         if dtype is not None:

@@ -8,9 +8,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from coterie import ops
 from coterie.model.cache import Cache, positions
 from coterie.model.spec import ModelSpec
-from coterie.values import Window
+from coterie.values import Matrix, Window
 
 
 @dataclass(frozen=True)
@@ -41,8 +42,8 @@ class Attention:
 
     spec: ModelSpec
     layer: int
-    qkv: Tensor  # [qkv_rows, H]: query heads, then keys, then values
-    out: Tensor  # [H, heads * head_dim]
+    qkv: Matrix  # [qkv_rows, H]: query heads, then keys, then values
+    out: Matrix  # [H, heads * head_dim]
     query_norm: Tensor  # [head_dim]
     key_norm: Tensor  # [head_dim]
 
@@ -62,12 +63,12 @@ class Attention:
         keys, values = keys[:, :, : view.reach], values[:, :, : view.reach]
         mixed = _attend(query, keys, values, view.mask)
         received = _received(query, keys, view) if weigh else None
-        return F.linear(mixed.flatten(2), self.out), received
+        return ops.linear(mixed.flatten(2), self.out), received
 
     def _heads(self, x: Tensor, view: View) -> tuple[Tensor, Tensor, Tensor]:
         """Query [B, W, heads, D], key and value [B, W, kv_heads, D], normed and turned."""
         spec = self.spec
-        heads = F.linear(x, self.qkv).unflatten(-1, (-1, spec.head_dim))
+        heads = ops.linear(x, self.qkv).unflatten(-1, (-1, spec.head_dim))
         query, key, value = heads.split([spec.heads, spec.kv_heads, spec.kv_heads], dim=2)
         query = rms_norm(query, self.query_norm, spec.norm_epsilon)
         key = rms_norm(key, self.key_norm, spec.norm_epsilon)

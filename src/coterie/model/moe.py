@@ -13,7 +13,7 @@ from coterie import ops
 from coterie.model.spec import ModelSpec
 from coterie.model.step import Step
 from coterie.routing import route
-from coterie.values import Routing, Scores, Store
+from coterie.values import Matrix, Routing, Scores, Store
 
 
 class FeedForward(Protocol):
@@ -26,8 +26,8 @@ class FeedForward(Protocol):
 class Dense:
     """silu(gate(x)) * up(x), then down: the same weights for every token."""
 
-    gate_up: Tensor  # [2 I, H], gate rows first
-    down: Tensor  # [H, I]
+    gate_up: Matrix  # [2 I, H], gate rows first
+    down: Matrix  # [H, I]
 
     def __call__(self, x: Tensor, step: Step, importance: Tensor | None) -> Tensor:
         del step, importance
@@ -35,8 +35,8 @@ class Dense:
 
     def apply(self, x: Tensor) -> Tensor:
         """[..., H] -> [..., H], whatever the step."""
-        gate, up = F.linear(x, self.gate_up).chunk(2, dim=-1)
-        return F.linear(F.silu(gate) * up, self.down)
+        gate, up = ops.linear(x, self.gate_up).chunk(2, dim=-1)
+        return ops.linear(F.silu(gate) * up, self.down)
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,7 @@ class MoE:
 
     spec: ModelSpec
     layer: int
-    gate: Tensor  # [E, H] fp32
+    gate: Matrix  # [E, H] fp32
     bias: Tensor | None  # [E] fp32, for selection
     shared: Dense | None
     store: Store
@@ -68,7 +68,7 @@ class MoE:
 
     def _scores(self, x: Tensor, step: Step, importance: Tensor | None) -> Scores:
         return Scores(
-            logits=F.linear(x.float(), self.gate),
+            logits=ops.linear(x, self.gate, dtype=torch.float32),
             router=self.spec.router,
             bias=self.bias,
             voters=step.voters,

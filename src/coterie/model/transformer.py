@@ -8,12 +8,13 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from coterie import ops
 from coterie.model.attention import Attention, View, rms_norm
 from coterie.model.moe import Dense, FeedForward, MoE
 from coterie.model.spec import ModelSpec
 from coterie.model.step import Step
 from coterie.routing import needs_importance
-from coterie.values import Store
+from coterie.values import Matrix, Store
 
 
 @dataclass(frozen=True)
@@ -45,7 +46,7 @@ class Transformer:
     embedding: Tensor  # [vocabulary, H]
     layers: tuple[Layer, ...]
     norm: Tensor  # [H]
-    head: Tensor  # [vocabulary, H]
+    head: Matrix  # [vocabulary, H]
 
     def __call__(self, tokens: Tensor, step: Step) -> Tensor:
         """Logits [P, vocabulary] fp32 of the wanted positions of tokens [B, W] int64.
@@ -64,7 +65,7 @@ class Transformer:
             x = x[step.wanted]
         x = rms_norm(x, self.norm, self.spec.norm_epsilon)
         step.recorder.layer_output(self.spec.layers, x)
-        return F.linear(x, self.head).float()
+        return ops.linear(x, self.head, dtype=torch.float32)
 
     def embed(self, tokens: Tensor) -> Tensor:
         """[B, W] int64 -> [B, W, H]."""
@@ -80,10 +81,13 @@ class Transformer:
 
 
 def build(spec: ModelSpec, weights: dict[str, Tensor], store: Store) -> Transformer:
-    """Assemble it from weights named as in ``weights.shapes``; the experts stay in the store."""
+    """Assemble it from weights named as in ``weights.shapes``; the experts stay in the store.
+
+    In bf16 on a CPU the matrices are packed, and those in ``weights`` spent: they leave it.
+    """
     layers = tuple(_layer(spec, layer, weights, store) for layer in range(spec.layers))
     embedding = weights["embedding"]
-    head = embedding if spec.tied else weights["head"]
+    head = embedding if spec.tied else _matrix(weights, "head")
     return Transformer(spec, embedding, layers, weights["norm"], head)
 
 
@@ -92,8 +96,8 @@ def _layer(spec: ModelSpec, layer: int, weights: dict[str, Tensor], store: Store
     attention = Attention(
         spec,
         layer,
-        qkv=weights[f"{name}.qkv"],
-        out=weights[f"{name}.out"],
+        qkv=_matrix(weights, f"{name}.qkv"),
+        out=_matrix(weights, f"{name}.out"),
         query_norm=weights[f"{name}.query_norm"],
         key_norm=weights[f"{name}.key_norm"],
     )
@@ -111,9 +115,17 @@ def _feed_forward(
 ) -> FeedForward:
     name = f"layers.{layer}"
     if not spec.moe[layer]:
-        return Dense(weights[f"{name}.dense.gate_up"], weights[f"{name}.dense.down"])
-    shared = None
-    if spec.shared_width:
-        shared = Dense(weights[f"{name}.shared.gate_up"], weights[f"{name}.shared.down"])
-    gate, bias = weights[f"{name}.gate"], weights.get(f"{name}.gate_bias")
+        return _dense(weights, f"{name}.dense")
+    shared = _dense(weights, f"{name}.shared") if spec.shared_width else None
+    gate, bias = _matrix(weights, f"{name}.gate"), weights.get(f"{name}.gate_bias")
     return MoE(spec, layer, gate, bias, shared, store)
+
+
+def _dense(weights: dict[str, Tensor], name: str) -> Dense:
+    return Dense(_matrix(weights, f"{name}.gate_up"), _matrix(weights, f"{name}.down"))
+
+
+def _matrix(weights: dict[str, Tensor], name: str) -> Matrix:
+    if weights["embedding"].dtype != torch.bfloat16:
+        return weights[name]
+    return ops.prepare_matrix(weights.pop(name), spend=True)

@@ -58,7 +58,7 @@ def run_experts(x: Tensor, routing: Routing, slab: Slab) -> Tensor:
 def linear(x: Tensor, weight: Matrix, *, dtype: torch.dtype | None = None) -> Tensor:
     """x [..., k] times the transpose of weight [rows, k] -> [..., rows], in ``dtype`` or x's own.
 
-    Sums are fp32 at least, in x's precision or the weight's, whichever has fewer bits.
+    Computed in the weight's precision, whatever that of x; sums are fp32.
     """
     dtype = x.dtype if dtype is None else dtype
     if isinstance(weight, PackedMatrix):

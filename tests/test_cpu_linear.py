@@ -1,0 +1,144 @@
+"""A matrix in panels against plain arithmetic: every instruction set of this machine, forced."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from policies import law
+from torch import Tensor
+
+from coterie import ops
+from coterie.ops import cpu
+from coterie.values import Matrix, PackedMatrix
+
+HALF, FULL = torch.bfloat16, torch.float32
+NEAR = {HALF: 4e-3, FULL: 1e-5}
+"""By the dtype of the output: of its norm."""
+
+if not cpu.ready():
+    pytest.skip("NOT TESTED: the kernels for CPUs are not built", allow_module_level=True)
+
+ISAS = cpu.isas()
+DTYPES = st.sampled_from((HALF, FULL))
+
+
+@given(
+    seed=st.integers(0, 999),
+    isa=st.sampled_from(ISAS),
+    tokens=st.integers(1, 70),
+    k=st.integers(1, 200),
+    rows=st.integers(1, 200),
+    threads=st.integers(1, 3),
+    kinds=st.tuples(DTYPES, DTYPES, DTYPES),
+)
+@law(200)
+def test_a_packed_matrix_multiplies_as_its_rows_do(
+    *,
+    seed: int,
+    isa: str,
+    tokens: int,
+    k: int,
+    rows: int,
+    threads: int,
+    kinds: tuple[torch.dtype, torch.dtype, torch.dtype],
+):
+    x, weight = drawn(tokens, k, kinds[0], seed), drawn(rows, k, kinds[1], seed + 1)
+    assert error(x, weight, kinds[2], isa, threads) < NEAR[kinds[2]]
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("tokens", [1, 13, 32, 512])
+def test_true_sizes(isa: str, tokens: int):
+    assert error(drawn(tokens, 2048, HALF), drawn(48, 2048, HALF), FULL, isa) < NEAR[FULL]
+
+
+@pytest.mark.parametrize("isa", ISAS)
+def test_threads_do_not_change_a_bit(isa: str):
+    x, packed = drawn(33, 150, HALF), ops.prepare_matrix(drawn(170, 150, HALF))
+    first = product(x, packed, FULL, isa, threads=1)
+    assert all(torch.equal(product(x, packed, FULL, isa, threads=n), first) for n in (2, 3, 7))
+
+
+@pytest.mark.parametrize("dtype", [HALF, FULL])
+def test_a_token_does_not_feel_who_is_beside_it(dtype: torch.dtype):
+    x, packed = drawn(40, 90, dtype), ops.prepare_matrix(drawn(70, 90, dtype))
+    together = product(x, packed, FULL)
+    assert all(torch.equal(product(x[i : i + 1], packed, FULL)[0], together[i]) for i in range(40))
+
+
+def test_sums_are_rounded_to_nearest_even():
+    x = torch.tensor([[1.0, 2.0**-9], [1.0, 2.0**-9 + 2.0**-17], [1.0, 3 * 2.0**-9]])
+    packed = ops.prepare_matrix(torch.ones(1, 2))
+    for isa in ISAS:
+        found = product(x, packed, HALF, isa)
+        assert torch.equal(found, x.sum(dim=1, keepdim=True).to(HALF))
+
+
+def test_not_a_number_does_not_vanish():
+    x, packed = drawn(3, 40, HALF), ops.prepare_matrix(drawn(50, 40, HALF))
+    x[1, 7] = torch.nan
+    for isa in ISAS:
+        for dtype in (HALF, FULL):
+            found = product(x, packed, dtype, isa)
+            assert found[1].isnan().all()
+            assert found[::2].isfinite().all()
+
+
+def test_shapes_stay():
+    packed = ops.prepare_matrix(drawn(50, 40, HALF))
+    assert ops.linear(drawn(6, 40, HALF).view(2, 3, 40), packed).shape == (2, 3, 50)
+    assert ops.linear(torch.zeros(0, 40), packed).shape == (0, 50)
+    with pytest.raises(ValueError, match="tokens of 41 numbers meet a matrix of 40 columns"):
+        ops.linear(torch.zeros(2, 41), packed)
+
+
+def test_rows_multiply_in_their_own_precision():
+    x, weight = drawn(4, 30, HALF), drawn(5, 30, FULL)
+    assert torch.equal(ops.linear(x, weight, dtype=FULL), x.float() @ weight.T)
+    assert ops.linear(x, weight).dtype == HALF
+
+
+def test_what_is_spent_is_packed_all_the_same():
+    weight = drawn(9000, 64, HALF)
+    kept = ops.prepare_matrix(weight)
+    spent = ops.prepare_matrix(weight.clone(), spend=True)
+    assert isinstance(kept, PackedMatrix)
+    assert isinstance(spent, PackedMatrix)
+    assert torch.equal(kept.packed, spent.packed)
+
+
+def test_other_types_stay_as_they_are():
+    weight = torch.zeros(3, 4, dtype=torch.float16)
+    assert ops.prepare_matrix(weight) is weight
+
+
+def drawn(rows: int, k: int, dtype: torch.dtype, seed: int = 0) -> Tensor:
+    return torch.randn(rows, k, generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+
+def product(
+    x: Tensor, packed: Matrix, dtype: torch.dtype, isa: str = ISAS[-1], threads: int = 2
+) -> Tensor:
+    before, found = torch.get_num_threads(), os.environ.get("COTERIE_ISA")
+    torch.set_num_threads(threads)
+    os.environ["COTERIE_ISA"] = isa
+    try:
+        return ops.linear(x, packed, dtype=dtype)
+    finally:
+        torch.set_num_threads(before)
+        os.environ.pop("COTERIE_ISA")
+        if found is not None:
+            os.environ["COTERIE_ISA"] = found
+
+
+def error(x: Tensor, weight: Tensor, dtype: torch.dtype, isa: str, threads: int = 2) -> float:
+    """Of the product, in units of what adds up to it; tokens rounded as the kernel does."""
+    rounds = weight.dtype == HALF and isa == "avx512bf16"
+    wide = (x.to(HALF) if rounds else x).double()
+    expected, size = wide @ weight.double().T, wide.abs() @ weight.double().abs().T
+    found = product(x, ops.prepare_matrix(weight), dtype, isa, threads).double()
+    return float((found - expected).norm() / size.norm())
