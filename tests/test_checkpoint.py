@@ -19,6 +19,7 @@ from coterie.engine.load import Model, load_model
 from coterie.engine.source import ALL_PARTS, find_folder
 from coterie.families.names import weight_map
 from coterie.model.checkpoint import INDEX, SINGLE, Checkpoint
+from coterie.model.filling import Filling
 from coterie.model.moe import MoE
 from coterie.model.shard import read_header
 from coterie.model.transformer import Transformer
@@ -138,8 +139,9 @@ def test_a_file_that_shrinks_while_it_is_read_is_noticed(tmp_path: Path) -> None
     family, spec = read_spec(tiny_config("llada2"))
     places = weight_map(family.names, spec, stacked=False)
     file.write_bytes(file.read_bytes()[:-1])
+    weights = allocate(spec, torch.float32, torch.device("cpu"))
     with pytest.raises(CoterieError, match="cannot be read to its end"):
-        checkpoint.load(places, allocate(spec, torch.float32, torch.device("cpu")))
+        checkpoint.load(places, Filling(spec, spec, weights))
 
 
 def test_a_tied_head_is_the_embedding(tmp_path: Path) -> None:

@@ -19,8 +19,9 @@ from torch import Tensor
 
 import coterie
 from coterie.cli.edge import run
-from coterie.engine.convert import CONFIG, JOURNAL, MANIFEST, convert
+from coterie.engine.convert import CONFIG, Aim, convert
 from coterie.engine.facts import inspect
+from coterie.engine.journal import JOURNAL, MANIFEST
 from coterie.engine.load import Model, load_model
 from coterie.model.checkpoint import INDEX, SINGLE, Checkpoint
 from coterie.model.moe import MoE
@@ -29,6 +30,7 @@ from coterie.quant import FORMATS, Format, dequantise, parse_format, quantise
 from coterie.testing import write_checkpoint
 
 FAMILIES = ("llada2", "llada-moe", "sdar-moe")
+INT8, INT4 = Aim(Format(8, 64), panels=False), Aim(Format(4, 32), panels=False)
 GATE = "model.layers.1.mlp.experts.3.gate_proj.weight"
 
 
@@ -72,7 +74,7 @@ def test_it_loads_as_what_is_quantised_while_loading(
     tmp_path: Path, family: str, stacked: bool, name: str
 ) -> None:
     source = write_checkpoint(tmp_path / "whole", family, stacked=stacked, dtype=torch.bfloat16)
-    convert(source, tmp_path / "small", FORMATS[name])
+    convert(source, tmp_path / "small", Aim(FORMATS[name], panels=False))
     stored, there = load_model(tmp_path / "small"), load_model(source, experts=name)
     assert len(experts(stored)) > 0
     for ours, theirs in zip(experts(stored), experts(there), strict=True):
@@ -87,7 +89,7 @@ def test_it_loads_as_what_is_quantised_while_loading(
 @pytest.mark.parametrize("family", FAMILIES)
 def test_experts_are_quantised_and_nothing_else_is_touched(tmp_path: Path, family: str) -> None:
     source = write_checkpoint(tmp_path / "whole", family, shards=3)
-    convert(source, tmp_path / "small", Format(4, 8))
+    convert(source, tmp_path / "small", Aim(Format(4, 8), panels=False))
     whole, small = tensors(source), tensors(tmp_path / "small")
     for name, tensor in whole.items():
         if ".mlp.experts." in name:
@@ -102,7 +104,7 @@ def test_experts_are_quantised_and_nothing_else_is_touched(tmp_path: Path, famil
 
 def test_the_manifest_tells_the_truth(tmp_path: Path) -> None:
     source = write_checkpoint(tmp_path / "whole", "llada2", shards=2)
-    made = convert(source, tmp_path / "small", Format(8, 64))
+    made = convert(source, tmp_path / "small", INT8)
     manifest = json.loads((tmp_path / "small" / MANIFEST).read_text())
     assert manifest["experts"] == {"format": "int8", "group": 64}
     assert manifest["source"]["bytes"] == Checkpoint.of(source).bytes == made.bytes_before
@@ -118,7 +120,7 @@ def test_the_manifest_tells_the_truth(tmp_path: Path) -> None:
 def test_inspect_tells_the_sizes_of_what_is_stored(tmp_path: Path) -> None:
     source = write_checkpoint(tmp_path / "whole", "llada2")
     before = inspect(source, dtype=torch.float32)
-    convert(source, tmp_path / "small", Format(4, 32))
+    convert(source, tmp_path / "small", INT4)
     after = inspect(tmp_path / "small", dtype=torch.float32)
     assert after.size.bytes == Checkpoint.of(tmp_path / "small").bytes
     assert after.size.parameters == before.size.parameters
@@ -138,7 +140,7 @@ def test_what_a_row_reads_is_counted_in_quantised_bytes(tmp_path: Path) -> None:
 KILLED = """
 import os, sys
 from pathlib import Path
-from coterie.engine.convert import convert
+from coterie.engine.convert import Aim, convert
 from coterie.quant import Format
 
 source, out = Path(sys.argv[1]), Path(sys.argv[2])
@@ -151,16 +153,16 @@ for moment in map(int, sys.argv[3:]):
             heard += 1
             if heard == moment:
                 os._exit(9)
-        convert(source, out, Format(8, 64), told)
+        convert(source, out, Aim(Format(8, 64), panels=False), told)
         os._exit(0)
     print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), len(list(out.glob("*.part"))))
-print(convert(source, out, Format(8, 64)).found)
+print(convert(source, out, Aim(Format(8, 64), panels=False)).found)
 """
 
 
 def test_what_was_killed_goes_on_and_comes_out_the_same(tmp_path: Path) -> None:
     source = write_checkpoint(tmp_path / "whole", "llada2", shards=4)
-    convert(source, tmp_path / "at once", Format(8, 64))
+    convert(source, tmp_path / "at once", INT8)
     entries = [len(held) for held in Checkpoint.of(source).files.values()]
     # In the first file; in the second, which a shard finished before counts once in; in the last.
     moments = [entries[0] // 2, entries[0] + 3, 1 + entries[1] + 2, 1 + 1 + entries[2] + 5]
@@ -184,21 +186,21 @@ def test_a_folder_in_the_making_is_no_model(tmp_path: Path) -> None:
 
 def test_a_torn_line_of_the_journal_is_cut_off(tmp_path: Path) -> None:
     source = write_checkpoint(tmp_path / "whole", "llada2", shards=2)
-    convert(source, tmp_path / "at once", Format(8, 64))
+    convert(source, tmp_path / "at once", INT8)
     out = cut_off(source, tmp_path / "small", after=100)
     with (out / JOURNAL).open("a") as journal:
         journal.write('{"file": "layer-1-ep')
-    convert(source, out, Format(8, 64))
+    convert(source, out, INT8)
     assert files(out) == files(tmp_path / "at once")
 
 
 def test_a_finished_shard_that_has_lost_its_end_is_written_again(tmp_path: Path) -> None:
     source = write_checkpoint(tmp_path / "whole", "llada2", shards=2)
-    convert(source, tmp_path / "at once", Format(8, 64))
+    convert(source, tmp_path / "at once", INT8)
     out = cut_off(source, tmp_path / "small", after=100)
     [shard] = out.glob("*.safetensors")
     os.truncate(shard, shard.stat().st_size - 1)
-    convert(source, out, Format(8, 64))
+    convert(source, out, INT8)
     assert files(out) == files(tmp_path / "at once")
 
 
@@ -208,11 +210,11 @@ def test_a_full_disk_is_told_and_the_same_command_goes_on(tmp_path: Path) -> Non
     resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, usual[1]))
     try:
         with pytest.raises(CoterieError, match=r"cannot be written .* goes on with it"):
-            convert(source, out, Format(8, 64))
+            convert(source, out, INT8)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, usual)
     assert list(out.glob("*.part")) == []
-    convert(source, out, Format(8, 64))
+    convert(source, out, INT8)
     assert len(experts(load_model(out))) > 0
 
 
@@ -223,7 +225,7 @@ def test_too_small_a_disk_is_told_before_anything_is_written(
     free = os.statvfs_result((4096, 4096, 9, 1, 1, 0, 0, 0, 0, 255))
     monkeypatch.setattr(os, "statvfs", lambda _: free)
     with pytest.raises(CoterieError, match=r"needs .* GiB, .* GiB are free"):
-        convert(source, tmp_path / "small", Format(8, 64))
+        convert(source, tmp_path / "small", INT8)
     assert list((tmp_path / "small").glob("*.safetensors*")) == []
 
 
@@ -241,7 +243,7 @@ def cut_off(source: Path, out: Path, *, after: int) -> Path:
             raise Left
 
     with pytest.raises(Left):
-        convert(source, out, Format(8, 64), told)
+        convert(source, out, INT8, told)
     return out
 
 
@@ -251,19 +253,19 @@ def test_a_folder_that_is_in_use_is_left_alone(tmp_path: Path) -> None:
     other.mkdir()
     (other / "thesis.txt").write_text("years")
     with pytest.raises(CoterieError, match="is not empty"):
-        convert(source, other, Format(8, 64))
+        convert(source, other, INT8)
     assert files(other) == {"thesis.txt": b"years"}
     with pytest.raises(CoterieError, match="not a folder"):
-        convert(source, other / "thesis.txt", Format(8, 64))
+        convert(source, other / "thesis.txt", INT8)
     with pytest.raises(CoterieError, match="is not empty"):
-        convert(source, source, Format(8, 64))
+        convert(source, source, INT8)
 
 
 def test_a_finished_folder_is_not_written_again(tmp_path: Path) -> None:
     source = write_checkpoint(tmp_path / "whole", "llada2")
-    convert(source, tmp_path / "small", Format(8, 64))
+    convert(source, tmp_path / "small", INT8)
     with pytest.raises(CoterieError, match="holds a finished model already"):
-        convert(source, tmp_path / "small", Format(8, 64))
+        convert(source, tmp_path / "small", INT8)
 
 
 def test_another_model_or_format_does_not_go_on_with_a_folder(tmp_path: Path) -> None:
@@ -271,7 +273,7 @@ def test_another_model_or_format_does_not_go_on_with_a_folder(tmp_path: Path) ->
     other = write_checkpoint(tmp_path / "other", "llada2", shards=2, seed=1)
     out = cut_off(source, tmp_path / "small", after=40)
     begun = files(out)
-    for model, form in ((source, Format(4, 32)), (other, Format(8, 64))):
+    for model, form in ((source, INT4), (other, INT8)):
         with pytest.raises(CoterieError, match=r"beginning of another model \(int8 in groups of"):
             convert(model, out, form)
     assert files(out) == begun
@@ -283,14 +285,14 @@ def test_two_processes_do_not_write_one_folder(tmp_path: Path) -> None:
     with (out / JOURNAL).open() as held:
         fcntl.flock(held, fcntl.LOCK_EX)
         with pytest.raises(CoterieError, match="another process is writing it"):
-            convert(source, out, Format(8, 64))
+            convert(source, out, INT8)
 
 
 def test_a_quantised_model_is_not_quantised_again(tmp_path: Path) -> None:
     source = write_checkpoint(tmp_path / "whole", "llada2")
-    convert(source, tmp_path / "small", Format(8, 64))
+    convert(source, tmp_path / "small", INT8)
     with pytest.raises(CoterieError, match="its experts are int8 in groups of 64 already"):
-        convert(tmp_path / "small", tmp_path / "smaller", Format(4, 32))
+        convert(tmp_path / "small", tmp_path / "smaller", INT4)
     assert not (tmp_path / "smaller").exists()
     with pytest.raises(CoterieError, match="are int8 in groups of 64 already; int4"):
         load_model(tmp_path / "small", experts="int4")
@@ -304,7 +306,7 @@ def test_an_expert_that_is_not_finite_is_named(tmp_path: Path) -> None:
     save_file(broken, source / SINGLE)
     expected = f"{GATE} holds NaN or infinity"
     with pytest.raises(CoterieError, match=expected):
-        convert(source, tmp_path / "small", Format(8, 64))
+        convert(source, tmp_path / "small", INT8)
     with pytest.raises(CoterieError, match=expected):
         load_model(source, experts="int4")
 
@@ -330,7 +332,7 @@ def test_a_config_that_misstates_its_format_is_refused(
 
 def test_a_config_and_its_weights_must_agree(tmp_path: Path) -> None:
     source = write_checkpoint(tmp_path / "whole", "llada2")
-    convert(source, tmp_path / "small", Format(8, 64))
+    convert(source, tmp_path / "small", INT8)
     restate(source, {"format": "int8", "group": 64})
     with pytest.raises(CoterieError, match=r"\.q and \d+ more are missing"):
         load_model(source)
@@ -383,7 +385,7 @@ def test_the_command_complains_in_one_line(
 
 def test_the_layer_of_a_stored_model_is_near_the_whole_one(tmp_path: Path) -> None:
     source = write_checkpoint(tmp_path / "whole", "sdar-moe")
-    convert(source, tmp_path / "small", parse_format("int8"))
+    convert(source, tmp_path / "small", INT8)
     whole = tensors(source)[GATE]
     small = tensors(tmp_path / "small")
     numbers, scales = small[f"{GATE}.q"].float(), small[f"{GATE}.scales"].float()
@@ -394,7 +396,7 @@ def test_the_layer_of_a_stored_model_is_near_the_whole_one(tmp_path: Path) -> No
 MEMORY = """
 import re, sys
 from pathlib import Path
-from coterie.engine.convert import convert
+from coterie.engine.convert import Aim, convert
 from coterie.engine.load import load_model
 from coterie.quant import Format, quantise
 import torch
@@ -404,7 +406,7 @@ def memory(name):
 
 quantise(torch.ones(1, 64), Format(8, 64))
 before = memory("VmRSS")
-convert(sys.argv[1], Path(sys.argv[2]), Format(8, 64))
+convert(sys.argv[1], Path(sys.argv[2]), Aim(Format(8, 64), panels=False))
 print(memory("VmHWM") - before)
 load_model(sys.argv[1], dtype="bf16", device="cpu", experts="int8")
 print(memory("VmHWM") - before)

@@ -52,6 +52,10 @@ class Format:
         """Of the stored numbers: one int8 each, or two of 4 bits in a byte."""
         return torch.int8 if self.bits == 8 else torch.uint8
 
+    def document(self) -> dict[str, object]:
+        """As JSON values."""
+        return {"format": self.name, "group": self.group}
+
     def stored(self, shape: tuple[int, ...]) -> tuple[tuple[int, ...], tuple[int, ...]]:
         """Shapes of the numbers and of the scales for a weight [.., rows, k]."""
         *rows, k = shape

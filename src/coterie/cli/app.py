@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from typing import Annotated
 
 import typer
@@ -13,7 +14,7 @@ from coterie.cli.document import comparison_document, print_document, result_doc
 from coterie.cli.grade import grade_command
 from coterie.cli.harness import PASSED_ON, lm_eval
 from coterie.cli.lab import evaluate, train
-from coterie.cli.quantize import quantize
+from coterie.cli.quantize import quantize, verified_line, verify_shown
 from coterie.cli.request import (
     check_effect,
     check_kept,
@@ -39,6 +40,7 @@ from coterie.cli.watch import require_terminal, watch
 from coterie.engine.facts import GIB
 from coterie.engine.facts import inspect as read_facts
 from coterie.engine.load import DTYPES
+from coterie.engine.source import find_folder
 from coterie.naming import CoterieError
 
 COMPARED = ("des-vote:beta=0.5", "des-vote:beta=0.3", "des-vote:beta=0.15", "des-seq:k=3")
@@ -191,6 +193,7 @@ def inspect(
         str | None,
         typer.Argument(help="A folder or a hub id. Default: the model in the package."),
     ] = None,
+    *,
     dtype: Annotated[str, typer.Option("--dtype", help="In which the sizes are given.")] = "bf16",
     length: Annotated[
         int, typer.Option("--length", min=1, help="Positions of the row that must fit beside.")
@@ -204,17 +207,29 @@ def inspect(
             help="GiB to fit into; may be repeated. Default: 8, 16, 24.",
         ),
     ] = None,
+    verified: Annotated[
+        bool,
+        typer.Option("--verify", help="Read the weights too, and compare them with the manifest."),
+    ] = False,
     json: o.Json = False,
 ) -> None:
-    """Tell a model's family, sizes and experts, and what of it fits, from its config alone."""
+    """Tell a model's family, sizes and experts, and what of it fits, from its config alone.
+
+    --verify is for what `coterie quantize` wrote: it says which expert or
+    tensor is not what was written, and ends in 2.
+    """
     if dtype not in DTYPES:
         raise CoterieError(f"unknown dtype {dtype!r}; known: {', '.join(DTYPES)}")
     memories = tuple(round(gib * GIB) for gib in memory or (8, 16, 24))
     facts = read_facts(model, dtype=DTYPES[dtype], length=length, memories=memories)
+    found = verify_shown(find_folder(model)) if verified else None
     if json:
-        print_document(facts_document(facts))
-    else:
-        console().print(facts_table(facts))
+        checked = {} if found is None else {"verified": asdict(found)}
+        print_document({**facts_document(facts), **checked})
+        return
+    console().print(facts_table(facts))
+    if found is not None:
+        console().print(verified_line(found))
 
 
 @app.command()

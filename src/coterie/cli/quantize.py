@@ -1,4 +1,4 @@
-"""``coterie quantize``: a smaller checkpoint, its routed experts in 8 or 4 bits."""
+"""``coterie quantize``: a checkpoint with its routed experts in 8 or 4 bits, or packed only."""
 
 from __future__ import annotations
 
@@ -11,15 +11,20 @@ from rich.progress import DownloadColumn, TimeRemainingColumn
 from coterie.cli import options as o
 from coterie.cli.document import print_document
 from coterie.cli.tables import bar, console, readable
-from coterie.engine.convert import Converted, convert
-from coterie.quant import FORMATS, parse_format
+from coterie.engine.convert import LAYOUTS, PANELS, PLAIN, WHOLE, Aim, Converted, convert
+from coterie.engine.verify import Verified, verify
+from coterie.quant import FORMATS
 
 Source = Annotated[
     str, typer.Argument(metavar="MODEL", help="A folder in the official layout, or a hub id.")
 ]
 Out = Annotated[Path, typer.Argument(help="A folder that is new, or was begun by this command.")]
 Kept = Annotated[
-    str, typer.Option("--experts", help=f"What the experts become: {' or '.join(FORMATS)}.")
+    str,
+    typer.Option(
+        "--experts",
+        help=f"What the experts become: {', '.join(FORMATS)}, or {WHOLE} to pack them only.",
+    ),
 ]
 Group = Annotated[
     int | None,
@@ -31,10 +36,25 @@ Group = Annotated[
         show_default=False,
     ),
 ]
+Layout = Annotated[
+    str | None,
+    typer.Option(
+        "--layout",
+        help=f"{' or '.join(LAYOUTS)}: experts packed as the kernels of a CPU read them, which "
+        "load by mapping the file; or as matrices. Default: panels, plain for other groups.",
+        show_default=False,
+    ),
+]
 
 
 def quantize(
-    model: Source, out: Out, *, experts: Kept, group: Group = None, json: o.Json = False
+    model: Source,
+    out: Out,
+    *,
+    experts: Kept,
+    group: Group = None,
+    layout: Layout = None,
+    json: o.Json = False,
 ) -> None:
     """Make a smaller model: its routed experts in 8 or 4 bits, all else as it is.
 
@@ -44,12 +64,14 @@ def quantize(
 
     \b
     Killed or interrupted, the same command goes on where it stopped.
+    `coterie inspect ./mini-int8 --verify` reads all of it and says
+    whether it still is what was written.
     """
-    form = parse_format(experts, group)
+    aim = Aim.of(experts, group, layout)
     with bar(DownloadColumn(binary_units=True), TimeRemainingColumn()) as shown:
-        task = shown.add_task(f"quantising to {form.name}", total=None)
+        task = shown.add_task(f"experts to {aim}", total=None)
         made = convert(
-            model, out, form, lambda done, whole: shown.update(task, completed=done, total=whole)
+            model, out, aim, lambda done, whole: shown.update(task, completed=done, total=whole)
         )
     if json:
         print_document(document(made))
@@ -61,7 +83,7 @@ def told(made: Converted) -> str:
     """One line of what came of it."""
     kept = f", {made.found} of them finished before" if made.found else ""
     return (
-        f"{made.folder}: experts in {made.form}; {readable(made.bytes_before)} became "
+        f"{made.folder}: experts in {made.aim}; {readable(made.bytes_before)} became "
         f"{readable(made.bytes_after)} in {made.files} files{kept}"
     )
 
@@ -70,10 +92,25 @@ def document(made: Converted) -> dict[str, object]:
     """The same as JSON."""
     return {
         "folder": str(made.folder),
-        "experts": made.form.name,
-        "group": made.form.group,
+        "experts": made.aim.stated["format"],
+        "group": made.aim.stated["group"],
+        "layout": PANELS if made.aim.panels else PLAIN,
         "bytes_before": made.bytes_before,
         "bytes_after": made.bytes_after,
         "files": made.files,
         "found": made.found,
     }
+
+
+def verify_shown(folder: Path) -> Verified:
+    """Compares a folder with its manifest, with a bar meanwhile."""
+    with bar(DownloadColumn(binary_units=True), TimeRemainingColumn()) as shown:
+        task = shown.add_task("verifying", total=None)
+        return verify(folder, lambda done, whole: shown.update(task, completed=done, total=whole))
+
+
+def verified_line(found: Verified) -> str:
+    experts = f", among them {found.experts} packed experts" if found.experts else ""
+    return (
+        f"verified: {found.tensors} tensors{experts} ({readable(found.bytes)}) are what was written"
+    )

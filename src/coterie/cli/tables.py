@@ -13,7 +13,7 @@ from rich.table import Table
 
 from coterie.engine.event import Result
 from coterie.engine.facts import Facts, Fit
-from coterie.model.spec import ModelSpec
+from coterie.model.spec import WHOLE, ModelSpec
 from coterie.routing import POLICIES
 from coterie.spelling import options
 
@@ -165,7 +165,7 @@ def fact_lines(facts: Facts) -> list[tuple[str, str]]:
         ("heads", f"{spec.heads} of {spec.head_dim}, {spec.kv_heads} for keys and values"),
         ("vocabulary", f"{spec.vocabulary:,}"),
         ("mask id, end ids", f"{facts.mask_id}, {' '.join(map(str, facts.eos_ids)) or 'none'}"),
-        ("experts kept in", str(spec.expert_format or named)),
+        ("experts kept in", spec.experts_as if spec.experts_as != WHOLE else named),
         (f"weights in {named}", f"{readable(size.bytes)} ({size.bytes:,} bytes)"),
         ("one expert", f"{readable(size.expert_bytes)} ({size.expert_bytes:,} bytes)"),
         ("a layer's experts", readable(size.layer_expert_bytes)),
@@ -214,6 +214,7 @@ def facts_document(facts: Facts) -> dict[str, object]:
         "eos_ids": list(facts.eos_ids),
         "dtype": str(facts.dtype).removeprefix("torch."),
         "expert_format": None if spec.expert_format is None else vars(spec.expert_format),
+        "experts_packed": spec.panels,
         "bytes": size.bytes,
         "expert_bytes": size.expert_bytes,
         "layer_expert_bytes": size.layer_expert_bytes,

@@ -15,10 +15,12 @@ from coterie.experts.store import Resident
 from coterie.families import Config, Family, eos_ids, mask_id, recognise
 from coterie.families.names import is_stacked, weight_map
 from coterie.model.checkpoint import Checkpoint
+from coterie.model.filling import Filling
 from coterie.model.spec import ModelSpec
 from coterie.model.transformer import Transformer, build
 from coterie.model.weights import allocate, bytes_kept, take_slab
 from coterie.naming import CoterieError
+from coterie.ops import cpu
 from coterie.quant import Format, parse_format
 from coterie.text import Codec, load_codec
 
@@ -63,8 +65,9 @@ def load_model(
 
     ``device`` "auto" is CUDA where there is one. ``dtype`` None or "auto" is bf16, but fp32 on a
     CPU for models whose weights then stay below 4 GiB. ``experts`` "int8" or "int4" quantises the
-    routed experts as they are read. ``progress`` hears (bytes done, bytes in all). Every bad input
-    raises a CoterieError of one line.
+    routed experts as they are read. Packed experts are mapped and stay in their file where kernels
+    of a CPU read them, and are unpacked elsewhere. ``progress`` hears (bytes done, bytes in all).
+    Every bad input raises a CoterieError of one line.
     """
     folder = find_folder(name_or_path)
     config = Config.of(folder / "config.json")
@@ -72,9 +75,9 @@ def load_model(
     spec = family.read(config)
     where = choose_device(device)
     what = choose_dtype(dtype, spec, where)
-    form = _agreed_format(folder, spec.expert_format, experts)
+    kept = _kept_as(folder, spec, experts, where)
     transformer = _load_weights(
-        folder, family, spec, form, dtype=what, device=where, progress=progress
+        folder, family, spec, kept, dtype=what, device=where, progress=progress
     )
     codec = load_codec(folder, template=family.defaults.template, vocabulary=spec.vocabulary)
     return Model(
@@ -88,18 +91,19 @@ def load_model(
     )
 
 
-def _agreed_format(
-    folder: Path, stored: Format | None, asked: str | Format | None
-) -> Format | None:
-    """What the experts are kept in: as stored, or as asked where they are stored whole."""
+def _kept_as(
+    folder: Path, stored: ModelSpec, asked: str | Format | None, device: torch.device
+) -> ModelSpec:
+    """The model in memory: its experts as stored, or as asked where they are stored whole."""
     wanted = parse_format(asked) if isinstance(asked, str) else asked
-    if wanted in (None, stored):
-        return stored
-    if stored is not None:
-        raise CoterieError(
-            f"{folder}: its experts are {stored} already; {wanted} can be made of the original only"
-        )
-    return wanted
+    if wanted not in (None, stored.expert_format):
+        if stored.expert_format is not None or stored.panels:
+            raise CoterieError(
+                f"{folder}: its experts are {stored.experts_as} already; "
+                f"{wanted} can be made of the original only"
+            )
+        return replace(stored, expert_format=wanted)
+    return replace(stored, panels=stored.panels and device.type == "cpu" and cpu.ready())
 
 
 def _agreed_mask(config: Config, codec: Codec, usual: int) -> int:
@@ -146,7 +150,7 @@ def _load_weights(
     folder: Path,
     family: Family,
     spec: ModelSpec,
-    form: Format | None,
+    kept: ModelSpec,
     *,
     dtype: torch.dtype,
     device: torch.device,
@@ -156,11 +160,10 @@ def _load_weights(
     checkpoint = Checkpoint.of(folder)
     places = weight_map(family.names, spec, stacked=is_stacked(checkpoint.tensors))
     checkpoint.check(places)
-    kept = replace(spec, expert_format=form)
     _check_room(folder, bytes_kept(kept, dtype), device)
     weights = allocate(kept, dtype, device)
     told = _running_total(checkpoint.bytes, progress)
-    checkpoint.load(places, weights, told, experts=None if form == spec.expert_format else form)
+    checkpoint.load(places, Filling(spec, kept, weights), told)
     slabs = {
         layer: ops.prepare(take_slab(kept, layer, weights), spend=True) for layer in kept.moe_layers
     }

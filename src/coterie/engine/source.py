@@ -15,7 +15,7 @@ CONFIG_ONLY = ("config.json",)
 # No code and no pickles: nothing else of a repository is ever asked for.
 ALL_PARTS = (
     *("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json"),
-    *("special_tokens_map.json", "chat_template.jinja", "chat_template.json"),
+    *("special_tokens_map.json", "chat_template.jinja", "chat_template.json", "manifest.json"),
     *("*.safetensors", "model.safetensors.index.json"),
 )
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*(@[\w./-]+)?")

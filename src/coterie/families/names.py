@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+import torch
+
 from coterie.model.spec import ModelSpec
-from coterie.model.weights import Place, parts
+from coterie.model.weights import PACKED, Place, packed_shape, parts
 from coterie.quant import Format
 
 Mapping = Iterator[tuple[str, Place]]
@@ -55,14 +57,14 @@ def weight_map(names: TensorNames, spec: ModelSpec, *, stacked: bool) -> dict[st
     """Official name -> place, for every tensor a checkpoint of this model must hold.
 
     ``stacked`` checkpoints hold a layer's experts as three tensors [E, ...], the others as three
-    for each expert; of a quantised weight, its two parts.
+    for each expert; of a quantised weight, its two parts. Packed experts are one tensor a layer.
     """
     places = dict(_around(names, spec))
     for layer in range(spec.layers):
         places |= dict(_attention(names, spec, layer))
         places |= dict(_feed_forward(names, spec, layer, stacked=stacked))
     form = spec.expert_format
-    if form is None:
+    if form is None or spec.panels:
         return places
     return {
         stored: at
@@ -81,6 +83,16 @@ def quantised(form: Format, name: str, place: Place) -> Mapping:
     """What a quantised checkpoint holds in place of the expert's weight of this name."""
     for part, (shape, dtype) in parts(form, place.shape).items():
         yield f"{name}.{part}", Place(f"{place.target}.{part}", shape, place.region, dtype)
+
+
+def packed_name(layer: int) -> str:
+    """The tensor that holds all packed experts of a layer."""
+    return f"model.layers.{layer}.mlp.experts.{PACKED}"
+
+
+def layer_of(place: Place) -> int:
+    """Whose weight goes here, where it is a layer's."""
+    return int(place.target.split(".")[1])
 
 
 def is_expert(place: Place) -> bool:
@@ -131,6 +143,10 @@ def _feed_forward(names: TensorNames, spec: ModelSpec, layer: int, *, stacked: b
         yield f"{theirs}.{names.gate_bias}", Place(f"{ours}.gate_bias", (experts,))
     if spec.shared_width:
         yield from _network(f"{theirs}.{names.shared}", f"{ours}.shared", hidden, spec.shared_width)
+    if spec.panels:
+        at = Place(f"{ours}.experts.{PACKED}", packed_shape(spec), dtype=torch.uint8)
+        yield packed_name(layer), at
+        return
     if stacked:
         yield from _stack(f"{theirs}.mlp.experts", f"{ours}.experts", spec)
         return

@@ -5,11 +5,18 @@ from __future__ import annotations
 from coterie.families.config import Config
 from coterie.model.spec import ModelSpec
 from coterie.naming import CoterieError
-from coterie.quant import Format, parse_format
+from coterie.ops.panels import LAYOUT
+from coterie.quant import FORMATS, Format, parse_format
 from coterie.values import RouterSpec
 
 EXPERT_FORMAT = "coterie_experts"
 """The key under which a quantised checkpoint says so; ``quantization_config`` is others' word."""
+
+EXPERT_LAYOUT = "coterie_layout"
+"""The key under which a packed checkpoint says that it is, and in which layout."""
+
+PANELS = "panels"
+"""The only layout that has a name: without one, experts are stored as matrices."""
 
 MOST_EXPERTS = 1 << 17
 """Of all layers together; each has tensors to look for, and a damaged config asks for millions."""
@@ -40,6 +47,7 @@ def model_spec(
         raise config.error("num_experts", f"is {router.experts} in {sum(moe)} layers, too many")
     hidden, heads = config.size("hidden_size"), config.size("num_attention_heads")
     dim = head_dim(config, hidden, heads, own=own_head_dim)
+    form = expert_format(config)
     spec = ModelSpec(
         vocabulary=config.size("vocab_size"),
         hidden=hidden,
@@ -59,7 +67,8 @@ def model_spec(
         tied=config.flag("tie_word_embeddings", False),
         max_length=config.size("max_position_embeddings"),
         capacity=capacity,
-        expert_format=expert_format(config),
+        expert_format=form,
+        panels=packed(config, form),
     )
     config.finish()
     return spec
@@ -79,6 +88,32 @@ def expert_format(config: Config) -> Format | None:
         return parse_format(name, group)
     except CoterieError as error:
         raise config.error(EXPERT_FORMAT, f"is {stated!r}: {error}") from None
+
+
+def packed(config: Config, form: Format | None) -> bool:
+    """Whether the checkpoint's experts are packed: ``{"name": "panels", "version": 1}``."""
+    stated = config.get(EXPERT_LAYOUT)
+    if stated is None:
+        return False
+    if not isinstance(stated, dict) or set(stated) != {"name", "version"}:
+        raise config.error(EXPERT_LAYOUT, f"is {stated!r}, not a name and a version")
+    name, version = stated["name"], stated["version"]
+    if name != PANELS or type(version) is not int or version > LAYOUT:
+        raise config.error(
+            EXPERT_LAYOUT,
+            f"is {stated!r}, which this version of Coterie does not know (it reads {PANELS!r} up "
+            f"to version {LAYOUT}): a newer one reads it, or pack the original again with "
+            "`coterie quantize`",
+        )
+    if version < LAYOUT:
+        raise config.error(
+            EXPERT_LAYOUT,
+            f"has version {version}, packed by an older Coterie; this one reads version {LAYOUT}: "
+            "pack the original again with `coterie quantize`",
+        )
+    if form is not None and FORMATS[form.name] != form:
+        raise config.error(EXPERT_LAYOUT, f"is {PANELS!r}, which do not hold experts in {form}")
+    return True
 
 
 def refuse_other_models(config: Config) -> None:

@@ -7,14 +7,13 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
-from torch import Tensor
-
-from coterie.model.shard import DTYPES, Entry, no_float, read_header, read_into, rows_of
+from coterie.model.shard import DTYPES, Entry, no_float, read_header
 from coterie.model.strictjson import read_object
-from coterie.model.weights import Place, kept_wide
+from coterie.model.weights import Place
 from coterie.naming import CoterieError
-from coterie.quant import Format, quantise
+
+Fill = Callable[[int, Entry, Place], None]
+"""Takes an open file, one of its tensors, and where that goes."""
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
@@ -68,27 +67,19 @@ class Checkpoint:
     def load(
         self,
         places: Mapping[str, Place],
-        weights: Mapping[str, Tensor],
+        fill: Fill,
         progress: Callable[[int], None] | None = None,
-        *,
-        experts: Format | None = None,
     ) -> None:
-        """Stream every tensor into its region of ``weights``; progress hears bytes as they land.
+        """Hand every tensor with its place to ``fill``; progress hears bytes as they land.
 
-        With ``experts``, a weight whose two parts are in ``weights`` is quantised on its way.
-        Beyond the weights themselves this needs a few megabytes, however the shards are cut. What
-        routes must be finite: a NaN there would elect experts without a trace in the logits.
+        One pass over each file, a few megabytes beside the weights, however the shards are cut.
         """
         self.check(places)
         for file, entries in self.files.items():
             descriptor = os.open(file, os.O_RDONLY)
             try:
                 for entry in entries.values():
-                    place = places[entry.name]
-                    if experts is not None and place.target not in weights:
-                        _quantise_into(descriptor, entry, place, weights, experts)
-                    else:
-                        _read_into(descriptor, entry, place, weights)
+                    fill(descriptor, entry, places[entry.name])
                     if progress is not None:
                         progress(entry.size)
             except OSError as error:
@@ -102,32 +93,6 @@ class Checkpoint:
         """The file that should have named every tensor."""
         index = self.folder / INDEX
         return index if index.exists() else self.folder / SINGLE
-
-
-def _read_into(descriptor: int, entry: Entry, place: Place, weights: Mapping[str, Tensor]) -> None:
-    view = weights[place.target][place.region]
-    read_into(descriptor, entry, view)
-    decides = kept_wide(place.target) or place.target.endswith(".scales")
-    if decides and not bool(torch.isfinite(view).all()):
-        raise CoterieError(f"{entry.name} holds NaN or infinity")
-
-
-def _quantise_into(
-    descriptor: int,
-    entry: Entry,
-    place: Place,
-    weights: Mapping[str, Tensor],
-    form: Format,
-) -> None:
-    numbers = weights[f"{place.target}.q"][place.region]
-    scales = weights[f"{place.target}.scales"][place.region]
-    for at, rows in rows_of(descriptor, entry):
-        try:
-            found = quantise(rows, form)
-        except CoterieError as error:
-            raise CoterieError(f"{entry.name} {error}") from None
-        numbers[at].copy_(found.q)
-        scales[at].copy_(found.scales)
 
 
 def _wrong_dtype(entry: Entry, place: Place) -> str | None:

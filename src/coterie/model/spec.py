@@ -4,8 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from coterie.ops.panels import Kind, expert_bytes
 from coterie.quant import Format
 from coterie.values import RouterSpec
+
+WHOLE = "whole"
 
 
 @dataclass(frozen=True)
@@ -31,10 +34,30 @@ class ModelSpec:
     max_length: int
     capacity: int = 0  # experts a block may use together as the model was trained; 0 = all
     expert_format: Format | None = None  # of the routed experts' weights; None: as all others
+    panels: bool = False  # the routed experts are packed as the kernels of a CPU read them
 
     @property
     def moe_layers(self) -> tuple[int, ...]:
         return tuple(layer for layer, has_experts in enumerate(self.moe) if has_experts)
+
+    @property
+    def experts_as(self) -> str:
+        """How the experts are stored, in words."""
+        if self.panels:
+            return f"{self.expert_format or 'bf16'}, packed"
+        return str(self.expert_format or WHOLE)
+
+    @property
+    def panel_kind(self) -> Kind:
+        """Of the experts where they are packed: those that are not quantised are bf16."""
+        if self.expert_format is None:
+            return "bf16"
+        return "int8" if self.expert_format.bits == 8 else "int4"
+
+    @property
+    def expert_stride(self) -> int:
+        """Bytes from one packed expert to the next."""
+        return expert_bytes(self.panel_kind, hidden=self.hidden, width=self.expert_width)
 
     @property
     def qkv_rows(self) -> int:

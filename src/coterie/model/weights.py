@@ -10,8 +10,11 @@ import torch
 from torch import Tensor
 
 from coterie.model.spec import ModelSpec
+from coterie.ops.panels import in_panels
 from coterie.quant import Format, QTensor
 from coterie.values import Slab
+
+PACKED = "packed"
 
 
 @dataclass(frozen=True)
@@ -59,13 +62,30 @@ def expert_bytes(spec: ModelSpec, dtype: torch.dtype) -> int:
 
 
 def kept(spec: ModelSpec, dtype: torch.dtype) -> Iterator[tuple[str, tuple[int, ...], torch.dtype]]:
-    """Name, shape and dtype of all that is in memory: of a quantised weight its two parts."""
+    """Name, shape and dtype of all that is in memory: of a quantised weight its two parts.
+
+    Of a layer's packed experts, the one tensor that holds them.
+    """
     for name, shape in shapes(spec).items():
-        if spec.expert_format is not None and ".experts." in name:
+        if spec.panels and ".experts." in name:
+            if name.endswith(".gate_up"):
+                layer = name.removesuffix(".gate_up")
+                yield f"{layer}.{PACKED}", packed_shape(spec), torch.uint8
+        elif spec.expert_format is not None and ".experts." in name:
             for part, (held, what) in parts(spec.expert_format, shape).items():
                 yield f"{name}.{part}", held, what
         else:
             yield name, shape, torch.float32 if kept_wide(name) else dtype
+
+
+def packed_shape(spec: ModelSpec) -> tuple[int, int]:
+    """Of a layer's packed experts: one row an expert."""
+    return spec.router.experts, spec.expert_stride
+
+
+def is_packed(target: str) -> bool:
+    """Whether all packed experts of a layer go there."""
+    return target.endswith(f".experts.{PACKED}")
 
 
 def parts(form: Format, shape: tuple[int, ...]) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
@@ -75,10 +95,11 @@ def parts(form: Format, shape: tuple[int, ...]) -> dict[str, tuple[tuple[int, ..
 
 
 def allocate(spec: ModelSpec, dtype: torch.dtype, device: torch.device) -> dict[str, Tensor]:
-    """Uninitialised memory for every weight."""
+    """Uninitialised memory for every weight; for packed experts none, for a file holds them."""
     return {
         name: torch.empty(shape, dtype=what, device=device)
         for name, shape, what in kept(spec, dtype)
+        if not is_packed(name)
     }
 
 
@@ -89,6 +110,11 @@ def slabs(spec: ModelSpec, weights: dict[str, Tensor]) -> dict[int, Slab]:
 
 def take_slab(spec: ModelSpec, layer: int, weights: dict[str, Tensor]) -> Slab:
     """The layer's slab; its experts are taken out of ``weights``, and live as long as it does."""
+    if spec.panels:
+        packed = weights.pop(f"layers.{layer}.experts.{PACKED}")
+        everyone = torch.arange(spec.router.experts, device=packed.device)
+        sizes = {"hidden": spec.hidden, "width": spec.expert_width}
+        return in_panels(packed, spec.panel_kind, everyone, **sizes)
     gate_up, down = (
         _take(f"layers.{layer}.experts.{name}", k, spec.expert_format, weights)
         for name, k in (("gate_up", spec.hidden), ("down", spec.expert_width))
