@@ -17,12 +17,12 @@ from pathlib import Path
 
 import torch
 
+from coterie.bench.routings import bend_for, skewed
+from coterie.bench.shapes import LARGE, Shape
 from coterie.ops import cpu, grouped
 from coterie.quant import FORMATS, QTensor, quantise
 from coterie.results import Measure, record, write_record
 from coterie.routing import parse_policy, route
-from coterie.study.layers import LARGE, Shape
-from coterie.study.routings import bend_for, skewed
 from coterie.values import Routing, Slab
 
 POLICIES = {

@@ -11,10 +11,10 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from coterie.figures.style import Scheme
 from coterie.study.prose import document
 from coterie.study.report import SCHEMES, Section, section
 from coterie.study.study import CHAPTERS
-from coterie.study.style import Scheme
 
 ROOT = Path(__file__).parents[1]
 RECORDS = ROOT / "results" / "study"

@@ -22,6 +22,7 @@ RUN, DUPLICATED = 6, 0.03
 WHOLE_PARTS_OF_EXTRAS = {
     ("study", "matplotlib"),
     ("triton", "triton"),
+    ("figures", "matplotlib"),
     ("harness", "lm_eval"),
     ("harness", "tqdm"),
 }

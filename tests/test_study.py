@@ -23,9 +23,10 @@ import coterie
 from coterie.cli.edge import run
 from coterie.engine.engine import Engine
 from coterie.evals.run import Arm
+from coterie.figures import style
 from coterie.naming import CoterieError
 from coterie.routing import POLICIES, Vanilla, parse_policy, route
-from coterie.study import prose, style
+from coterie.study import prose
 from coterie.study import study as room
 from coterie.study.accuracy import ACCURACY, KEPT, every_rule, main_findings
 from coterie.study.arms import NEAR, compare, size_of, vote_of_size
@@ -590,9 +591,11 @@ def test_an_unknown_name_is_refused_with_those_that_are_known(
 def test_without_matplotlib_the_command_says_what_to_install(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    for name in [name for name in sys.modules if name.startswith("coterie.study")]:
+    rooms = ("coterie.study", "coterie.figures")
+    for name in [name for name in sys.modules if name.startswith(rooms)]:
         monkeypatch.delitem(sys.modules, name)
-    monkeypatch.delattr("coterie.study", raising=False)
+    for room_name in rooms:
+        monkeypatch.delattr(room_name, raising=False)
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     assert run(["study", "-o", str(tmp_path)]) == 2
     assert "pip install 'coterie[lab]'" in capsys.readouterr().err

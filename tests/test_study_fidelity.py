@@ -22,6 +22,7 @@ from coterie.engine.engine import Engine
 from coterie.engine.load import Model
 from coterie.engine.watch import Watched, collect, moe_output
 from coterie.evals.task import Grade, Item
+from coterie.figures.style import drawn
 from coterie.naming import CoterieError
 from coterie.routing import POLICIES, parse_policy, route
 from coterie.study.chapter import Chapter, Finding
@@ -47,7 +48,6 @@ from coterie.study.opened import divergence, moved, open_block, opened_prompts, 
 from coterie.study.ranks import mean_interval, ranks, spearman
 from coterie.study.reconstruction import Reconstruction, better
 from coterie.study.steps import Pairs, Steps, elected
-from coterie.study.style import drawn
 from coterie.study.tally import Tally as Arm
 from coterie.study.votes import Votes
 from coterie.telemetry import Counting

@@ -17,25 +17,27 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import coterie
+from coterie.bench import routings, timing
+from coterie.bench.shapes import LARGE, Shape
+from coterie.bench.timing import Pace, Spread
 from coterie.engine.engine import Engine
 from coterie.engine.watch import collect, moe_output
 from coterie.evals.task import Grade, Item
+from coterie.figures.style import drawn
 from coterie.naming import CoterieError
 from coterie.routing import parse_policy, route
-from coterie.study import layers, roofline, routings, selection, timing, tradeoff
+from coterie.study import layers, roofline, selection, tradeoff
 from coterie.study.breakdown import Parts
 from coterie.study.chapter import Chapter, Finding
 from coterie.study.explosion import Explosion, budget, by_masked, point, uniform
 from coterie.study.lab import Lab
 from coterie.study.latency import Latency
-from coterie.study.layers import Shape
 from coterie.study.parts import PARTS, REST, Stopwatch, timed
 from coterie.study.roofline import Roofline
+from coterie.study.routings import FORWARDS
 from coterie.study.selection import VERSIONS, Selection
 from coterie.study.study import CHAPTERS
-from coterie.study.style import drawn
 from coterie.study.tally import Tally
-from coterie.study.timing import Pace, Spread
 from coterie.study.tradeoff import Tradeoff
 from coterie.testing import write_checkpoint
 from coterie.values import RouterSpec
@@ -201,7 +203,7 @@ def test_a_routing_that_cannot_be_is_refused(used: int) -> None:
         routings.controlled(ROUTER, 4, used, torch.Generator(), CPU)
 
 
-@pytest.mark.parametrize("shape", layers.LARGE, ids=lambda shape: shape.name)
+@pytest.mark.parametrize("shape", LARGE, ids=lambda shape: shape.name)
 def test_a_skewed_router_uses_the_experts_that_the_paper_saw(shape: Shape) -> None:
     bend = routings.bend_for(shape.router, shape.unique)
     assert routings.mean_unique(shape.router, 32, bend, 8) == pytest.approx(shape.unique, abs=2)
@@ -209,7 +211,7 @@ def test_a_skewed_router_uses_the_experts_that_the_paper_saw(shape: Shape) -> No
 
 
 def test_the_large_shapes_are_the_published_ones() -> None:
-    sizes = {shape.name: shape.bytes // shape.router.experts for shape in layers.LARGE}
+    sizes = {shape.name: shape.bytes // shape.router.experts for shape in LARGE}
     assert sizes == {"LLaDA2.0-mini": 6_291_456, "LLaDA-MoE": 12_582_912}
 
 
@@ -217,7 +219,7 @@ def test_a_layer_that_does_not_fit_is_left_out_and_said_to_be(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(layers, "free_memory", lambda _device: layers.MARGIN)
-    said = layers.large_bench(layers.LARGE[0], CPU)
+    said = layers.large_bench(LARGE[0], CPU)
     assert isinstance(said, str)
     assert "LLaDA2.0-mini's shape was left out: it needs 1.5 GiB" in said
 
@@ -426,7 +428,7 @@ def test_every_policy_of_the_accuracy_record_is_timed_and_counted(tmp_path: Path
     facts = Tradeoff(rounds=1).measure(here)
     found = {point["policy"]: point for point in facts["points"]}  # type: ignore[attr-defined]
     asked = here.questions()
-    seen = collect(here.engine, asked, rows=1, forwards=routings.FORWARDS)
+    seen = collect(here.engine, asked, rows=1, forwards=FORWARDS)
     used = [float(watched.routing.used.sum()) for watched in seen]
     assert found["vanilla"]["used"] == pytest.approx(sum(used) / len(used))
     assert found["vanilla"]["pairs"] == found["des-seq:k=2"]["pairs"] == 4

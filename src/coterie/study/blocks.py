@@ -9,13 +9,13 @@ from typing import cast
 from matplotlib.figure import Figure
 
 from coterie.evals.run import Arm
+from coterie.figures.style import axes, legend, look, percent
 from coterie.naming import CoterieError
 from coterie.study.arms import GUARD
 from coterie.study.chapter import Drawing, Facts, Finding, Table
 from coterie.study.curves import wilson
 from coterie.study.duel import duels
 from coterie.study.lab import Lab
-from coterie.study.style import axes, legend, look, percent
 from coterie.study.tally import Document, Tally
 
 SIZES = (8, 16, 32, 64)

@@ -9,8 +9,10 @@ from typing import TypedDict, cast
 
 from matplotlib.figure import Figure
 
+from coterie.bench.timing import Conditions, Spread, conditions, crowded, on, spread
 from coterie.engine.engine import Engine
 from coterie.engine.event import Denoised
+from coterie.figures.style import SERIES, axes
 from coterie.study.chapter import Drawing, Facts, Finding, Table
 from coterie.study.lab import Lab
 from coterie.study.parts import (
@@ -23,8 +25,6 @@ from coterie.study.parts import (
     Stopwatch,
     timed,
 )
-from coterie.study.style import SERIES, axes
-from coterie.study.timing import Conditions, Spread, conditions, crowded, on, spread
 
 POLICIES = ("vanilla", "des-seq:k=3", "des-vote:beta=0.3")
 ROUNDS = 5

@@ -8,9 +8,9 @@ from typing import Literal
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from coterie.figures.style import HEIGHT, SERIES, Look, axes, ink, legend, look, percent
 from coterie.study.chapter import Table
 from coterie.study.duel import p_value
-from coterie.study.style import HEIGHT, SERIES, Look, axes, ink, legend, look, percent
 from coterie.study.tally import Arms, Tally
 
 MARKERS = "oDs^vPXp*"

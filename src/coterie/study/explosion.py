@@ -12,10 +12,10 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from coterie.engine.watch import Watched, watch
+from coterie.figures.style import axes, colour, ink, legend, look
 from coterie.naming import CoterieError
 from coterie.study.chapter import Drawing, Facts, Finding, Table
 from coterie.study.lab import Lab
-from coterie.study.style import axes, colour, ink, legend, look
 from coterie.telemetry import figures
 
 BLOCKS = (8, 16, 24, 32, 48, 64)

@@ -9,6 +9,7 @@ from typing import TypedDict, cast
 import numpy as np
 from matplotlib.figure import Figure
 
+from coterie.figures.style import legend, look, panels, percent
 from coterie.naming import CoterieError
 from coterie.routing import needs_importance, parse_policy
 from coterie.study.chapter import Drawing, Facts, Finding, Table
@@ -16,7 +17,6 @@ from coterie.study.fidelity import FIGURES, SLOW, Tally, compared, resampled, tr
 from coterie.study.lab import Lab
 from coterie.study.ranks import spearman
 from coterie.study.reconstruction import log_axis
-from coterie.study.style import legend, look, panels, percent
 from coterie.study.tally import Arms
 
 JUDGED: Mapping[str, str] = {

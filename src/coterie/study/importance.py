@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from coterie.engine.engine import Engine
+from coterie.figures.style import axes, faint, ink, legend, look, percent
 from coterie.routing import parse_policy
 from coterie.routing.votes import VOTES, Vote, voices
 from coterie.study.chapter import Drawing, Facts, Finding, Table
@@ -27,7 +28,6 @@ from coterie.study.opened import (
     words_of,
 )
 from coterie.study.ranks import mean_interval, spearman
-from coterie.study.style import axes, faint, ink, legend, look, percent
 from coterie.values import Scores, membership
 
 BLOCKS = 12  # blocks that are taken apart, one a prompt

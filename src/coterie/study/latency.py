@@ -10,12 +10,9 @@ import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from coterie.study.chapter import Drawing, Facts, Finding, Table
-from coterie.study.lab import Lab
-from coterie.study.layers import LARGE, Bench, BenchFacts, Shape, Tell, at_each, called
-from coterie.study.routings import BLOCK, TURNS, blocks, controlled, turning, under
-from coterie.study.style import SERIES, axes, ink, legend
-from coterie.study.timing import (
+from coterie.bench.routings import BLOCK, controlled
+from coterie.bench.shapes import LARGE, Shape
+from coterie.bench.timing import (
     FULL,
     Conditions,
     Fit,
@@ -30,6 +27,11 @@ from coterie.study.timing import (
     on,
     predicted,
 )
+from coterie.figures.style import SERIES, axes, ink, legend
+from coterie.study.chapter import Drawing, Facts, Finding, Table
+from coterie.study.lab import Lab
+from coterie.study.layers import Bench, BenchFacts, Tell, at_each, called
+from coterie.study.routings import TURNS, blocks, turning, under
 
 TOKENS = (8, 16, 32, 64)
 SIZES = (8, 12, 19, 25, 38, 51, 64, 84, 112, 128, 163, 200, 256)  # unique experts that are tried

@@ -10,6 +10,8 @@ from typing import TypedDict, TypeVar
 import torch
 from torch import Tensor
 
+from coterie.bench.shapes import Shape, random_slab
+from coterie.bench.timing import name
 from coterie.engine.engine import Engine
 from coterie.engine.load import free_memory
 from coterie.engine.watch import Watched
@@ -18,7 +20,6 @@ from coterie.model.step import Step
 from coterie.model.transformer import Transformer
 from coterie.naming import CoterieError
 from coterie.study.lab import Lab
-from coterie.study.timing import name
 from coterie.telemetry import Null
 from coterie.values import Policy, RouterSpec, Slab, Window
 
@@ -26,36 +27,6 @@ Tell = Callable[[float], None]  # the share that is done
 Out = TypeVar("Out")
 
 MARGIN = 2 << 30  # bytes left free beside a large layer
-SEEDED = 8  # random experts that a large layer is filled with, over and over
-
-
-@dataclass(frozen=True)
-class Shape:
-    """A published model's layer of experts, and the unique experts a block of 32 uses in it."""
-
-    name: str
-    router: RouterSpec
-    hidden: int
-    width: int
-    unique: int
-    dtype: torch.dtype = torch.bfloat16
-
-    @property
-    def bytes(self) -> int:
-        """Of all its experts."""
-        return self.router.experts * 3 * self.hidden * self.width * self.dtype.itemsize
-
-
-LARGE = (
-    Shape(
-        "LLaDA2.0-mini",
-        RouterSpec(256, 8, "sigmoid", True, 2.5, groups=8, kept_groups=4, epsilon=1e-20),
-        hidden=2048,
-        width=512,
-        unique=84,
-    ),
-    Shape("LLaDA-MoE", RouterSpec(64, 8, "softmax", False), hidden=2048, width=1024, unique=59),
-)
 
 
 class BenchFacts(TypedDict):
@@ -193,23 +164,6 @@ def large_bench(shape: Shape, device: torch.device) -> Bench | str:
             f"and {MARGIN / 2**30:.0f} to spare, and {free / 2**30:.1f} GiB were free."
         )
     return Bench(shape.name, shape.router, (random_slab(shape, device),), shape.unique)
-
-
-def random_slab(shape: Shape, device: torch.device) -> Slab:
-    """Few random experts, over and over: every copy is read from its own memory all the same."""
-    experts, hidden, width = shape.router.experts, shape.hidden, shape.width
-    draw = torch.Generator().manual_seed(0)
-
-    def filled(*size: int) -> Tensor:
-        few = torch.randn(SEEDED, *size, generator=draw) * size[-1] ** -0.5
-        few = few.to(device, shape.dtype)
-        return few.repeat(-(-experts // SEEDED), 1, 1)[:experts]
-
-    return Slab(
-        gate_up=filled(2 * width, hidden),
-        down=filled(hidden, width),
-        slot_of=torch.arange(experts, device=device),
-    )
 
 
 def whole_layer(moe: MoE, watched: Watched, policy: Policy) -> Callable[[], Tensor]:

@@ -13,12 +13,12 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from coterie.engine.watch import Watched
+from coterie.figures.style import SERIES, axes, ink, legend, look, panels
 from coterie.routing import parse_policy, route
 from coterie.study.chapter import Drawing, Facts, Finding, Table
 from coterie.study.fidelity import SLOW, kept, look_again, traced
 from coterie.study.lab import Lab
 from coterie.study.opened import Opened, open_block, opened_prompts, words_of
-from coterie.study.style import SERIES, axes, ink, legend, look, panels
 from coterie.values import Policy
 
 GUARDED = "voters=unfilled,protect=top1"

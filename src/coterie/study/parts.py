@@ -15,13 +15,13 @@ from typing import cast
 import torch
 from torch import Tensor
 
+from coterie.bench.timing import settle
 from coterie.engine.load import Model
 from coterie.model.attention import Attention, View
 from coterie.model.cache import Cache
 from coterie.model.moe import Dense, FeedForward, MoE
 from coterie.model.step import Step
 from coterie.model.transformer import Layer
-from coterie.study.timing import settle
 from coterie.telemetry import Recorder, Row
 from coterie.values import Policy, Routing, Scores, Slab, Store
 

@@ -10,10 +10,10 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullFormatter
 
+from coterie.figures.style import axes, ink, legend, look, percent
 from coterie.study.chapter import Drawing, Facts, Finding, Table
 from coterie.study.fidelity import Gap, Reading, compared, gaps, readings, traced
 from coterie.study.lab import Lab
-from coterie.study.style import axes, ink, legend, look, percent
 
 SHARES = (
     *("0.03125", "0.0625", "0.1", "0.15", "0.2", "0.25", "0.3", "0.35", "0.4", "0.45", "0.5"),

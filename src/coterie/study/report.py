@@ -9,8 +9,8 @@ from pathlib import Path
 
 import jinja2
 
+from coterie.figures.style import Scheme, drawn
 from coterie.study.chapter import Chapter, Drawing, Finding, Table, Verdict
-from coterie.study.style import Scheme, drawn
 
 SCHEMES: tuple[Scheme, ...] = ("light", "dark")
 MARKS: Mapping[Verdict, str] = {"holds": "✓", "does not hold": "✗", "cannot be told here": "?"}

@@ -10,12 +10,9 @@ from typing import TypedDict, cast
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from coterie.study.chapter import Drawing, Facts, Finding, Table
-from coterie.study.lab import Lab
-from coterie.study.layers import LARGE, Bench, BenchFacts, Shape, Tell, at_each, called
-from coterie.study.routings import BLOCK, Routed, blocks, under
-from coterie.study.style import axes, ink, legend, look
-from coterie.study.timing import (
+from coterie.bench.routings import BLOCK
+from coterie.bench.shapes import LARGE, Shape
+from coterie.bench.timing import (
     FULL,
     Conditions,
     Limits,
@@ -29,6 +26,11 @@ from coterie.study.timing import (
     on,
     predicted,
 )
+from coterie.figures.style import axes, ink, legend, look
+from coterie.study.chapter import Drawing, Facts, Finding, Table
+from coterie.study.lab import Lab
+from coterie.study.layers import Bench, BenchFacts, Tell, at_each, called
+from coterie.study.routings import Routed, blocks, under
 
 TOKENS = (1, 8, 16, 32, 64)
 VANILLA = "vanilla"

@@ -10,16 +10,16 @@ import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from coterie.bench.routings import BLOCK, bend_for, skewed
+from coterie.bench.timing import Conditions, Spread, conditions, crowded, in_turns, mean_spread, on
 from coterie.engine.engine import Engine
 from coterie.engine.watch import collect
+from coterie.figures.style import look, panels
 from coterie.routing import parse_policy, route
 from coterie.study.chapter import Drawing, Facts, Finding, Table
 from coterie.study.lab import Lab
 from coterie.study.latency import Line
 from coterie.study.layers import moe_layers, whole_layer
-from coterie.study.routings import BLOCK, bend_for, skewed
-from coterie.study.style import look, panels
-from coterie.study.timing import Conditions, Spread, conditions, crowded, in_turns, mean_spread, on
 from coterie.values import Policy, Progress, RouterSpec, Routing, Scores
 
 EXPERTS = (64, 128, 256)

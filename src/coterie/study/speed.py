@@ -10,11 +10,11 @@ from typing import TypedDict, cast
 
 from matplotlib.figure import Figure
 
+from coterie.figures.style import axes, colour, ink, legend, look
 from coterie.study.accuracy import GUARDED, LOT, SEQ, TOP, VOTE, fewer
 from coterie.study.arms import BETAS, FEW, GUARD, by_beta, by_count, compare
 from coterie.study.chapter import Drawing, Facts, Finding, Table
 from coterie.study.lab import Lab
-from coterie.study.style import axes, colour, ink, legend, look
 from coterie.study.tally import Arms, Tally
 
 ROUNDS = 5

@@ -12,13 +12,13 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from coterie.engine.watch import Watched
+from coterie.figures.style import axes, legend, look, percent
 from coterie.naming import CoterieError
 from coterie.routing import parse_policy
 from coterie.routing.votes import VOTES, voices
 from coterie.study.chapter import Drawing, Facts, Finding, Table
 from coterie.study.fidelity import SLOW, look_again, traced
 from coterie.study.lab import Lab
-from coterie.study.style import axes, legend, look, percent
 from coterie.values import Policy, Scores, membership
 
 VANILLA = "vanilla"

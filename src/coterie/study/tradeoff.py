@@ -8,17 +8,8 @@ from typing import TypedDict, cast
 
 from matplotlib.figure import Figure
 
-from coterie.engine.watch import Watched, collect
-from coterie.naming import CoterieError
-from coterie.routing import parse_policy, route
-from coterie.study.chapter import Drawing, Facts, Finding, Table
-from coterie.study.lab import Lab
-from coterie.study.latency import Line
-from coterie.study.layers import moe_layers, whole_layer
-from coterie.study.routings import BLOCK, FORWARDS, PROMPTS
-from coterie.study.style import axes, ink, legend, look, percent
-from coterie.study.tally import Arms, Tally
-from coterie.study.timing import (
+from coterie.bench.routings import BLOCK
+from coterie.bench.timing import (
     Conditions,
     Fit,
     Spread,
@@ -28,6 +19,16 @@ from coterie.study.timing import (
     mean_spread,
     predicted,
 )
+from coterie.engine.watch import Watched, collect
+from coterie.figures.style import axes, ink, legend, look, percent
+from coterie.naming import CoterieError
+from coterie.routing import parse_policy, route
+from coterie.study.chapter import Drawing, Facts, Finding, Table
+from coterie.study.lab import Lab
+from coterie.study.latency import Line
+from coterie.study.layers import moe_layers, whole_layer
+from coterie.study.routings import FORWARDS, PROMPTS
+from coterie.study.tally import Arms, Tally
 
 VANILLA = "vanilla"
 # Routes as vanilla does, but has the importance of tokens worked out, which mc-moe asks for.

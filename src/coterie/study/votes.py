@@ -9,11 +9,7 @@ from typing import TypedDict, cast
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from coterie.study.chapter import Drawing, Facts, Finding, Table
-from coterie.study.fidelity import SLOW, Gap, Reading, compared, gaps, readings, traced
-from coterie.study.lab import Lab
-from coterie.study.reconstruction import HEADS, better, log_axis, row, versus_rows
-from coterie.study.style import (
+from coterie.figures.style import (
     BLUE,
     BROWN,
     GREEN,
@@ -24,6 +20,10 @@ from coterie.study.style import (
     legend,
     panels,
 )
+from coterie.study.chapter import Drawing, Facts, Finding, Table
+from coterie.study.fidelity import SLOW, Gap, Reading, compared, gaps, readings, traced
+from coterie.study.lab import Lab
+from coterie.study.reconstruction import HEADS, better, log_axis, row, versus_rows
 
 SHARES = ("0.1", "0.15", "0.2", "0.3", "0.4", "0.5")
 FEWER = ("0.15", "0.3", "0.5")

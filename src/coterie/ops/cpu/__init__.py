@@ -7,6 +7,7 @@ PyTorch does the work.
 from coterie.ops.cpu.kernels import (
     expert_bytes,
     isas,
+    memory,
     pack,
     packed_format,
     read,
@@ -19,6 +20,7 @@ __all__ = [
     "expert_bytes",
     "isas",
     "linear",
+    "memory",
     "pack",
     "pack_matrix",
     "packed_format",

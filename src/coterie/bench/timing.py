@@ -1,4 +1,4 @@
-"""How the study takes time: works in turns, medians with quartiles, and what the machine can do."""
+"""How time is taken: works in turns, medians with quartiles, and what the machine can do."""
 
 from __future__ import annotations
 

@@ -1,0 +1,1 @@
+"""What is timed, of which shape, and against whom."""

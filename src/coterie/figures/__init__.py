@@ -1,0 +1,1 @@
+"""How every figure looks, whoever draws it."""
