@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from policies import law
 from torch import Tensor
 
 from coterie import ops
-from coterie.routing import parse_policy, route
+from coterie.naming import CoterieError
+from coterie.ops import cpu
+from coterie.routing import Vanilla, parse_policy, route, select
 from coterie.routing.select import Ruled, Ruling, route_by_mask
 from coterie.values import Policy, Progress, RouterSpec, Routing, Rule, Scores
 
@@ -18,6 +24,11 @@ SCORES = Scores(
     torch.linspace(-2, 2, 2 * 6 * 32).sin().view(2, 6, 32),
     ROUTER,
     progress=Progress(filled=torch.zeros(2, 6, dtype=torch.bool)),
+)
+VANILLA = Vanilla()
+ISAS = cpu.isas() if cpu.ready() else ("none",)
+needs_kernels = pytest.mark.skipif(
+    not cpu.ready(), reason="NOT TESTED: the kernels for CPUs are not built"
 )
 
 
@@ -110,3 +121,108 @@ def test_a_policy_of_a_callers_own_needs_no_ruling():
     policy: Policy = Evens()
     ids = route(SCORES, policy).ids
     assert bool((ids % 2 == 0).all())
+
+
+@st.composite
+def odd_blocks(draw: st.DrawFn) -> Scores:
+    """Scores of every shape: 1 - 300 experts, 1 - 64 tokens of 1 - 4 rows, mostly ties."""
+    groups = draw(st.sampled_from((1, 1, 2, 4, 8)))
+    size = draw(st.integers(1, 300 // groups))
+    experts, renormalise = groups * size, draw(st.booleans())
+    router = RouterSpec(
+        experts=experts,
+        k=draw(st.integers(1, min(20, experts))),
+        activation=draw(st.sampled_from(("softmax", "sigmoid"))),
+        renormalise=renormalise,
+        scale=draw(st.sampled_from((1.0, 2.5))),
+        groups=groups,
+        kept_groups=draw(st.integers(1, groups)),
+        biased_weight=draw(st.booleans()) and not renormalise,
+        epsilon=draw(st.sampled_from((0.0, 1e-20))),
+    )
+    shape = (draw(st.integers(1, 4)), draw(st.integers(1, 64)))
+    generator = torch.Generator().manual_seed(draw(st.integers(0, 2**32 - 1)))
+    coarse = draw(st.sampled_from((0.0, 1.0, 4.0)))
+    logits = 2 * torch.randn(*shape, experts, generator=generator)
+    bias = torch.randn(experts, generator=generator) / 4
+    if coarse:
+        logits, bias = (logits * coarse).round() / coarse, (bias * 4).round() / 4
+    voters = torch.rand(shape, generator=generator) * 2 - 1
+    return Scores(
+        logits=logits,
+        router=router,
+        bias=draw(st.sampled_from((None, bias))),
+        voters=draw(st.sampled_from((None, voters > 0, voters.clamp(min=0)))),
+        progress=Progress(
+            masked=torch.rand(shape, generator=generator) < 0.7,
+            filled=torch.rand(shape, generator=generator) < 0.3,
+            uncertainty=torch.rand(shape, generator=generator),
+        ),
+        resident=draw(st.sampled_from((None, torch.rand(experts, generator=generator) < 0.4))),
+        forward=(1,) * shape[0],
+    )
+
+
+@st.composite
+def ruled(draw: st.DrawFn) -> str:
+    """A policy that has a rule: every vote, size, protection, residency, voters and scope."""
+    size = draw(st.sampled_from(("beta=0.15", "beta=0.6", "m=5", "tau=0.8", "tau=0.5,least=9")))
+    said = {
+        "vote": draw(st.sampled_from(("masked", "weight", "count", "full", "margin", "max"))),
+        "protect": draw(st.sampled_from(("none", "top1"))),
+        "voters": draw(st.sampled_from(("all", "unfilled", "masked", "uncertain"))),
+        "scope": draw(st.sampled_from(("block", "batch"))),
+        "lam": draw(st.sampled_from((0, 0.5, 2))),
+        "eps": draw(st.sampled_from((0, 0.02, 0.3))),
+    }
+    point = f"coreset:{size},{','.join(f'{name}={value}' for name, value in said.items())}"
+    first = f"des-seq:k={draw(st.integers(1, 9))},voters={said['voters']},scope={said['scope']}"
+    return draw(st.sampled_from((point, point, first, "vanilla")))
+
+
+def with_isa(isa: str, told: Ruling) -> Routing | None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("COTERIE_ISA", isa)
+        return ops.route(told.scores, told.rule, told.voice)
+
+
+@needs_kernels
+@given(odd_blocks(), ruled(), st.sampled_from(ISAS))
+@law(400)
+def test_one_call_routes_as_plain_torch_does(scores: Scores, text: str, isa: str):
+    told, expected = ruling(text, scores), route_by_mask(scores, parse_policy(text))
+    assert told is not None
+    found = with_isa(isa, told)
+    assert found is not None
+    for one, other in ((found.ids, expected.ids), (found.own, expected.own)):
+        assert torch.equal(one, other)
+    assert torch.equal(found.used, expected.used)
+    torch.testing.assert_close(found.weights, expected.weights, rtol=2e-6, atol=0, equal_nan=True)
+
+
+@needs_kernels
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("at", [0, 100, 2 * 6 * 32 - 1])
+def test_logits_that_are_not_numbers_are_left_to_torch(isa: str, bad: float, at: int):
+    logits = SCORES.logits.clone()
+    logits.view(-1)[at] = bad
+    assert with_isa(isa, Ruling(replace(SCORES, logits=logits))) is None
+    with pytest.raises(CoterieError, match="layer 0: router logits are NaN"):
+        route(replace(SCORES, logits=logits), parse_policy("vanilla"))
+
+
+@needs_kernels
+def test_what_lies_otherwise_in_memory_is_left_to_torch():
+    turned = replace(SCORES, logits=SCORES.logits.transpose(0, 1).contiguous().transpose(0, 1))
+    learning = replace(SCORES, logits=SCORES.logits.clone().requires_grad_())
+    for scores in (turned, learning, replace(SCORES, logits=SCORES.logits.double())):
+        assert ops.route(scores, None, None) is None
+    assert torch.equal(route(turned, parse_policy("vanilla")).ids, route(SCORES, VANILLA).ids)
+    assert route(learning, VANILLA).weights.requires_grad
+
+
+@needs_kernels
+def test_routing_takes_the_kernel(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(select, "route_by_mask", None)
+    assert route(SCORES, VANILLA).ids.shape == (12, 4)

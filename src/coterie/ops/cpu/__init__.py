@@ -15,6 +15,7 @@ from coterie.ops.cpu.kernels import (
     run_experts,
 )
 from coterie.ops.cpu.linear import linear, pack_matrix, packs
+from coterie.ops.cpu.route import route
 
 __all__ = [
     "expert_bytes",
@@ -27,5 +28,6 @@ __all__ = [
     "packs",
     "read",
     "ready",
+    "route",
     "run_experts",
 ]

@@ -3,7 +3,7 @@
 #include <stddef.h>
 #include <stdint.h>
 
-#define COTERIE_ABI 2
+#define COTERIE_ABI 3
 #define COTERIE_LAYOUT 1  // of panels; `panels.py` has it too, and says what the bytes are
 #define COTERIE_API extern "C" __attribute__((visibility("default")))
 
@@ -55,7 +55,39 @@ struct Product {
   int32_t tokens, k, rows, threads, format, x_is_bf16, out_is_bf16;
 };
 
-enum Outcome : int32_t { DONE = 0, NO_SUCH_ISA = 1, NO_MEMORY = 2, NO_SUCH_EXPERT = 3 };
+enum Vote : int32_t { MASKED = 0, WEIGHT = 1, COUNT = 2, FULL = 3, MARGIN = 4, MAX = 5 };
+
+// One layer's selection, from probabilities to weights; T = sequences * tokens.
+struct Election {
+  const float* logits;      // [T, experts]
+  const float* p;           // [T, experts], rows `stride` floats apart
+  const float* bias;        // [experts], or null
+  const float* voice;       // [T], or null: everybody 1
+  const uint8_t* resident;  // [experts], or null
+  int64_t* ids;             // [T, k], -1 = none; the same as `own`: the unmodified model
+  int64_t* own;             // [T, k]
+  float* weights;           // [T, k]
+  uint8_t* used;            // [experts]
+  // Of a vote that is split (WEIGHT, MARGIN) the caller adds up the shares: without `sums` a call
+  // writes `ballots` and `own` and no more, with them it goes on from there.
+  float* ballots;     // [T, experts], or null
+  const float* sums;  // [T], or null
+  double mass, lam, eps;
+  float scale, epsilon;
+  int32_t stride, sequences, tokens, experts, k, groups, kept, renormalise, biased;
+  int32_t vote, first, count, least, protect;
+};
+
+constexpr int MOST_GROUPS = 64;
+
+enum Outcome : int32_t {
+  DONE = 0,
+  NO_SUCH_ISA = 1,
+  NO_MEMORY = 2,
+  NO_SUCH_EXPERT = 3,
+  NO_SUCH_ROUTER = 4,
+  NOT_FINITE = 5
+};
 
 COTERIE_API int32_t coterie_abi();
 COTERIE_API int32_t coterie_layout();
@@ -69,3 +101,4 @@ COTERIE_API int32_t coterie_run_experts(int32_t isa, const Call* call);
 COTERIE_API size_t coterie_matrix_bytes(int32_t format, int32_t rows, int32_t k);
 COTERIE_API void coterie_pack_matrix(const MatrixPacking* packing);
 COTERIE_API int32_t coterie_multiply(int32_t isa, const Product* product);
+COTERIE_API int32_t coterie_route(int32_t isa, const Election* election);

@@ -1,6 +1,7 @@
 // Compiled once per instruction set, under its flags and with COTERIE_ISA naming it.
 #include "experts.hpp"
 #include "linear.hpp"
+#include "route.hpp"
 
 #define JOINED(a, b) a##b
 #define NAMED(a, b) JOINED(a, b)
@@ -16,4 +17,8 @@ extern "C" int32_t NAMED(run_, COTERIE_ISA)(const Call& call) {
 
 extern "C" int32_t NAMED(multiply_, COTERIE_ISA)(const Product& product) {
   return COTERIE_ISA::multiply(product);
+}
+
+extern "C" int32_t NAMED(route_, COTERIE_ISA)(const Election& election) {
+  return COTERIE_ISA::routing::run(election);
 }

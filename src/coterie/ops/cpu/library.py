@@ -6,7 +6,17 @@ import ctypes
 import logging
 import os
 from collections.abc import Mapping
-from ctypes import POINTER, Structure, c_char_p, c_int32, c_size_t, c_uint64, c_void_p
+from ctypes import (
+    POINTER,
+    Structure,
+    c_char_p,
+    c_double,
+    c_float,
+    c_int32,
+    c_size_t,
+    c_uint64,
+    c_void_p,
+)
 from dataclasses import dataclass
 from functools import cache
 
@@ -14,8 +24,9 @@ from coterie.naming import CoterieError
 from coterie.ops.cpu.build import LIBRARY
 from coterie.ops.panels import LAYOUT
 
-ABI = 2
+ABI = 3
 FORMATS: Mapping[str, int] = {"bf16": 0, "int8": 1, "int4": 2}
+VOTES = ("masked", "weight", "count", "full", "margin", "max")  # by their numbers
 OVERRIDE = "COTERIE_ISA"
 
 
@@ -70,6 +81,20 @@ class Product(Structure):
     )
 
 
+class Election(Structure):
+    """See ``api.hpp``."""
+
+    _fields_ = (
+        *((name, c_void_p) for name in ("logits", "p", "bias", "voice", "resident")),
+        *((name, c_void_p) for name in ("ids", "own", "weights", "used", "ballots", "sums")),
+        *((name, c_double) for name in ("mass", "lam", "eps")),
+        *((name, c_float) for name in ("scale", "epsilon")),
+        *((name, c_int32) for name in ("stride", "sequences", "tokens", "experts", "k")),
+        *((name, c_int32) for name in ("groups", "kept", "renormalise", "biased")),
+        *((name, c_int32) for name in ("vote", "first", "count", "least", "protect")),
+    )
+
+
 @dataclass(frozen=True)
 class Library:
     """The loaded library, and which of its instruction sets run here: name -> its number."""
@@ -116,6 +141,7 @@ def library() -> Library | None:
     handle.coterie_pack_matrix.argtypes = (POINTER(MatrixPacking),)
     handle.coterie_pack_matrix.restype = None
     handle.coterie_multiply.argtypes = (c_int32, POINTER(Product))
+    handle.coterie_route.argtypes = (c_int32, POINTER(Election))
     return Library(handle, _isas(handle))
 
 

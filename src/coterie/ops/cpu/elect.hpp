@@ -1,0 +1,172 @@
+// A coreset from votes. Included once per instruction set. See `routing/coreset.py: elect`.
+#pragma once
+#include "choose.hpp"
+
+namespace COTERIE_ISA::routing {
+
+// What a token gives each of its own experts before its vote is split: [experts], nothing else.
+static void write_ballot(const Election& e, const Hall& hall, size_t token, int chosen) {
+  const int64_t* own = e.own + token * e.k;
+  float* ballot = e.ballots + token * e.experts;
+  float last = score_of(hall.best[chosen - 1]);
+  memset(ballot, 0, size_t(e.experts) * sizeof(float));
+  for (int j = 0; j < e.k; j++) {
+    float above = score_of(hall.best[j]) - last;
+    float p = e.p[token * e.stride + own[j]];
+    float weight = e.biased && e.bias ? p + e.bias[own[j]] : p;
+    ballot[own[j]] = e.vote == MARGIN ? (above > 0 ? above : 0) + FLOOR : weight;
+  }
+}
+
+// One token's votes, of those that it casts for its own experts alone.
+static void vote_for_own(const Election& e, size_t token, float voice, Code* votes) {
+  const int64_t* own = e.own + token * e.k;
+  const float* given = e.sums ? e.ballots + token * e.experts : e.p + token * e.stride;
+  float sum = e.sums && e.sums[token] != 0 ? e.sums[token] : 1;
+  for (int j = 0; j < e.k; j++)
+    votes[own[j]] += units((e.vote == COUNT ? 1 : given[own[j]] / sum) * voice);
+}
+
+static void vote_for_all(const Election& e, size_t token, float voice, Code* votes) {
+  const float* p = e.p + token * e.stride;
+  int i = 0;
+  if (voice <= 256) {
+    for (; i + WIDTH <= e.experts; i += WIDTH) {
+      Scores x = load<Scores>(p + i) * voice * UNIT;
+      Wide rounded = __builtin_convertvector(x, Wide) + MAGIC;
+      Codes whole = load<Codes>(&rounded) - load<Code>(&MAGIC);
+      store(votes + i, load<Codes>(votes + i) + whole);
+    }
+  }
+  for (; i < e.experts; i++) votes[i] += units(p[i] * voice);
+}
+
+// The votes of one sequence.
+static void count_votes(const Election& e, int row, Code* votes) {
+  for (int i = 0; i < e.experts; i++) votes[i] = e.vote == MAX ? INT64_MIN : 0;
+  for (size_t t = size_t(row) * e.tokens; t < size_t(row + 1) * e.tokens; t++) {
+    float voice = e.voice ? e.voice[t] : 1;
+    if (e.vote == FULL) {
+      vote_for_all(e, t, voice, votes);
+    } else if (e.vote != MAX) {
+      vote_for_own(e, t, voice, votes);
+    } else if (voice > 0) {
+      for (int i = 0; i < e.experts; i++) {
+        float p = e.p[t * e.stride + i];
+        Code best = units(e.bias ? p + e.bias[i] : p);
+        votes[i] = best > votes[i] ? best : votes[i];
+      }
+    }
+  }
+}
+
+// Every voter's first so many own experts.
+static void mark_first(const Election& e, int row, int many, uint8_t* mask) {
+  memset(mask, 0, size_t(e.experts));
+  for (size_t t = size_t(row) * e.tokens; t < size_t(row + 1) * e.tokens; t++) {
+    if (e.voice && !(e.voice[t] > 0)) continue;
+    for (int j = 0; j < smaller(many, e.k); j++) mask[e.own[t * e.k + j]] = 1;
+  }
+}
+
+// Experts by their key, largest first and the lower index first of equals: a merge sort.
+static void sort_down(const Election& e, const Hall& hall, const Code* key) {
+  int32_t *from = hall.order, *to = hall.swap;
+  for (int i = 0; i < e.experts; i++) from[i] = i;
+  for (int run = 1; run < e.experts; run *= 2) {
+    for (int at = 0; at < e.experts; at += 2 * run) {
+      int i = at, middle = smaller(at + run, e.experts), j = middle;
+      int end = smaller(at + 2 * run, e.experts);
+      for (int o = at; o < end; o++) {
+        bool right = i == middle || (j < end && key[from[j]] > key[from[i]]);
+        to[o] = right ? from[j++] : from[i++];
+      }
+    }
+    int32_t* done = from;
+    from = to, to = done;
+  }
+  // The protected before the others.
+  int count = 0;
+  for (int wanted = 1; wanted >= 0; wanted--)
+    for (int i = 0; i < e.experts; i++)
+      if (hall.first[from[i]] == wanted) to[count++] = from[i];
+  if (to != hall.order) memcpy(hall.order, to, size_t(e.experts) * sizeof *to);
+}
+
+// The fewest of the order that hold the share of all votes: as `routing/coreset.py: Mass`.
+template <class Vote>
+static int fewest(const Election& e, const Hall& hall, const Vote* votes) {
+  Vote all = 0, held = 0;
+  for (int i = 0; i < e.experts; i++) all += votes[hall.order[i]];
+  int count = 1;
+  for (int i = 0; i < e.experts; i++) {
+    held += votes[hall.order[i]];
+    count += double(held) < e.mass * double(all);
+  }
+  return count > e.least ? count : e.least;
+}
+
+// The coreset by these votes, which `key` sorts.
+template <class Vote>
+static void take(const Election& e, const Hall& hall, const Code* key, const Vote* votes,
+                 uint8_t* coreset) {
+  sort_down(e, hall, key);
+  int protect = 0, size = e.mass > 0 ? fewest(e, hall, votes) : e.count;
+  for (int i = 0; i < e.experts; i++) protect += hall.first[i];
+  size = smaller(size > protect ? size : protect, e.experts);
+  memset(coreset, 0, size_t(e.experts));
+  for (int i = 0; i < size; i++) coreset[hall.order[i]] = 1;
+}
+
+// Those of one set that are not in the other, by votes: most first, or fewest first.
+static int missing(const Election& e, const Hall& hall, const uint8_t* of, const uint8_t* in,
+                   bool most, int32_t* to) {
+  int count = 0;
+  for (int i = 0; i < e.experts; i++) {
+    if (!of[i] || in[i]) continue;
+    int at = count++;
+    Code mine = hall.votes[i];
+    for (; at > 0; at--) {
+      Code before = hall.votes[to[at - 1]];
+      if (most ? before >= mine : before <= mine) break;
+      to[at] = to[at - 1];
+    }
+    to[at] = i;
+  }
+  return count;
+}
+
+// Favour the experts in fast memory, then bring back the votes that this may not cost.
+static void favour_residents(const Election& e, const Hall& hall) {
+  double* votes = reinterpret_cast<double*>(hall.other);
+  for (int i = 0; i < e.experts; i++) {
+    double x = double(hall.votes[i]) * (e.resident[i] ? 1 + e.lam : 1.0) + 0.0;
+    Code bits = load<Code>(&x);
+    store(votes + i, x);
+    hall.key[i] = bits ^ ((bits >> 63) & INT64_MAX);
+  }
+  take(e, hall, hall.key, votes, hall.coreset);
+  int come = missing(e, hall, hall.plain, hall.coreset, true, hall.back);
+  int go = missing(e, hall, hall.coreset, hall.plain, false, hall.out);
+  Code held = 0, all = 0;
+  for (int i = 0; i < e.experts; i++) {
+    held += hall.coreset[i] ? hall.votes[i] : 0;
+    all += hall.plain[i] ? hall.votes[i] : 0;
+  }
+  double floor = double(all) * (1 - e.eps);
+  for (int i = 0; (i < come || i < go) && double(held) < floor; i++) {
+    if (i < come) held += hall.votes[hall.back[i]], hall.coreset[hall.back[i]] = 1;
+    if (i < go) held -= hall.votes[hall.out[i]], hall.coreset[hall.out[i]] = 0;
+  }
+}
+
+static void elect(const Election& e, const Hall& hall, int row) {
+  if (e.first > 0) return mark_first(e, row, e.first, hall.coreset);
+  mark_first(e, row, e.protect, hall.first);
+  count_votes(e, row, hall.votes);
+  bool favours = e.lam > 0 && e.resident;
+  take(e, hall, hall.votes, hall.votes, favours ? hall.plain : hall.coreset);
+  if (favours) favour_residents(e, hall);
+}
+
+}  // namespace COTERIE_ISA::routing

@@ -1,0 +1,83 @@
+"""Routing by one call. The activation is torch's own, so that every bit that votes is."""
+
+from __future__ import annotations
+
+import ctypes
+
+import torch
+from torch import Tensor
+
+from coterie.ops.cpu.library import VOTES, Election, library
+from coterie.values import Routing, Rule, Scores
+
+DONE = 0
+SPLIT = ("weight", "margin")
+"""Votes that each token splits: torch adds up the parts, whose order decides the last bit."""
+VANILLA = Rule()
+
+
+def route(scores: Scores, rule: Rule | None, voice: Tensor | None) -> Routing | None:
+    """See ``ops.route``."""
+    found = library()
+    if found is None or not _fits(scores, voice):
+        return None
+    (rows, tokens, experts), router = scores.logits.shape, scores.router
+    own = torch.empty(rows * tokens, router.k, dtype=torch.int64)
+    ids = own if rule is None else torch.empty_like(own)
+    weights, used = torch.empty(own.shape), torch.empty(experts, dtype=torch.bool)
+    p, asked = scores.probability, rule or VANILLA
+    call = Election(
+        logits=scores.logits.data_ptr(),
+        p=p.data_ptr(),
+        bias=_address(scores.bias),
+        voice=_address(voice),
+        resident=_address(scores.resident),
+        ids=ids.data_ptr(),
+        own=own.data_ptr(),
+        weights=weights.data_ptr(),
+        used=used.data_ptr(),
+        mass=asked.mass,
+        lam=asked.lam,
+        eps=asked.eps,
+        scale=router.scale,
+        epsilon=router.epsilon,
+        stride=p.stride(1) if tokens > 1 else p.stride(0),
+        sequences=rows,
+        tokens=tokens,
+        experts=experts,
+        k=router.k,
+        groups=router.groups,
+        kept=min(router.kept_groups, router.groups),
+        renormalise=router.renormalise,
+        biased=router.biased_weight,
+        vote=VOTES.index(asked.vote),
+        first=asked.union,
+        count=asked.count,
+        least=asked.least,
+        protect=asked.protect,
+    )
+    run, isa = found.handle.coterie_route, found.isa()
+    if rule is not None and not rule.union and rule.vote in SPLIT:
+        ballots = torch.empty(scores.logits.shape)
+        call.ballots = ballots.data_ptr()
+        if run(isa, ctypes.byref(call)) != DONE:
+            return None
+        sums = ballots.sum(dim=-1)
+        call.sums = sums.data_ptr()
+    return Routing(ids, weights, used, own) if run(isa, ctypes.byref(call)) == DONE else None
+
+
+def _fits(scores: Scores, voice: Tensor | None) -> bool:
+    """Whether all of it lies in memory as the kernel reads it, and nobody asks for a gradient."""
+    whole = (scores.logits, scores.bias, voice)
+    plain = all(x is None or (x.dtype == torch.float32 and x.is_contiguous()) for x in whole)
+    resident = scores.resident
+    listed = resident is None or (resident.dtype == torch.bool and resident.is_contiguous())
+    p = scores.probability
+    rows, tokens, _ = p.shape
+    apart = rows == 1 or p.stride(0) == tokens * p.stride(1)
+    return plain and listed and apart and p.stride(2) == 1 and not scores.logits.requires_grad
+
+
+def _address(tensor: Tensor | None) -> int | None:
+    return None if tensor is None else tensor.data_ptr()
