@@ -184,8 +184,9 @@ def _stream(
     """fp32 [TOKENS, ROWS]: ``real`` rows of x times rows of weights, each beginning at its _at."""
     kind = x.dtype.element_ty
     groups: tl.constexpr = (K + GROUP - 1) // GROUP
-    shape = (ROWS, TOKENS) if TURNED else (TOKENS, ROWS)
-    total = tl.zeros(shape, tl.float32)
+    tall: tl.constexpr = ROWS if TURNED else TOKENS
+    broad: tl.constexpr = TOKENS if TURNED else ROWS
+    total = tl.zeros((tall, broad), tl.float32)
     if BITS == 16:
         for first in range(0, K, STEP):
             tokens = _token_tile(x, x_at, real, first, K, STEP)
