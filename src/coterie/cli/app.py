@@ -36,6 +36,7 @@ from coterie.cli.tables import (
     print_text,
     summary,
 )
+from coterie.cli.trace import trace
 from coterie.cli.watch import require_terminal, watch
 from coterie.engine.facts import GIB
 from coterie.engine.facts import inspect as read_facts
@@ -249,3 +250,4 @@ app.command("lm-eval", context_settings=PASSED_ON, add_help_option=False)(lm_eva
 app.command("quantize")(quantize)
 app.command("train")(train)
 app.command("study")(study)
+app.command("trace")(trace)

@@ -1,0 +1,1 @@
+"""What a machine would do, told without it: routing traced in real runs, and replayed."""

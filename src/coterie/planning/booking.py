@@ -1,0 +1,226 @@
+"""A policy replayed over a trace: whom each forward uses, and what must be moved for it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from itertools import groupby
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from coterie.experts.eviction import Belady, Eviction
+from coterie.experts.slots import Slots
+from coterie.naming import CoterieError
+from coterie.planning.coding import Mask
+from coterie.planning.elections import elected, election_of, prefers_residents, votes_of
+from coterie.planning.trace import Forward, Trace
+from coterie.routing import spell
+from coterie.routing.persistent import persisted
+from coterie.values import Policy
+
+Counts = NDArray[np.int64]
+Votes = NDArray[np.float64]
+Starts = Callable[[int], Eviction]
+
+BATCH = 64  # forwards that elect together where they do not depend on each other
+
+
+@dataclass(frozen=True)
+class Memory:
+    """What is not the policy's: votes of each forward, and which forwards were one."""
+
+    trace: Trace
+    votes: tuple[Votes, ...]  # of each forward, [L, E]
+    passes: tuple[tuple[int, ...], ...]  # places of the rows that shared a forward
+
+    @staticmethod
+    def of(trace: Trace) -> Memory:
+        """Raises CoterieError for a trace without a forward."""
+        if not trace.forwards:
+            raise CoterieError("the trace holds no forward")
+        places = range(len(trace.forwards))
+        shared = groupby(places, key=lambda place: trace.forwards[place].number)
+        votes = tuple(votes_of(trace, forward) for forward in trace.forwards)
+        return Memory(trace, votes, tuple(tuple(members) for _, members in shared))
+
+    @property
+    def mean_votes(self) -> Votes:
+        """[L, E] of a forward: what a warm start begins with."""
+        return np.mean(self.votes, axis=0)
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """Whom each row of each forward uses: [F, L, E]; and of how many (row, layer) it was kept from
+    the step before, where there was one."""
+
+    used: Mask
+    kept: int = 0
+    steps: int = 0
+
+
+@dataclass(frozen=True)
+class Booked:
+    """What one cache moves for one policy: experts used and loaded, [P, L], of each forward of all
+    rows together."""
+
+    chosen: Chosen
+    used: Counts
+    loads: Counts
+
+    @property
+    def hit_rate(self) -> float:
+        return 1 - self.loads.sum() / max(1, self.used.sum())
+
+
+@dataclass(frozen=True)
+class Play:
+    """A policy, and how much of its votes a coreset may lose before a block moves on from it."""
+
+    policy: Policy
+    drift: float | None = None
+
+    def __str__(self) -> str:
+        return spell(self.policy) + ("" if self.drift is None else f" --drift {self.drift:g}")
+
+
+def choose(memory: Memory, play: Play) -> Chosen:
+    """Whom a policy uses that does not ask what is in fast memory."""
+    trace = memory.trace
+    layers, experts = len(trace.about.layers), trace.about.experts
+    used = np.zeros((len(trace.forwards), layers, experts), dtype=bool)
+    for places in _elections(memory, joint=election_of(play.policy).scope == "batch"):
+        forwards = [trace.forwards[place] for place in places]
+        for ordinal in range(layers):
+            used[list(places), ordinal] = elected(trace, play.policy, forwards, ordinal)
+    last, kept, steps = Remembered(play.drift), 0, 0
+    for place, forward in enumerate(trace.forwards):
+        used[place], stayed, came = last.settle(forward, used[place], memory.votes[place])
+        kept, steps = kept + stayed, steps + came
+    return Chosen(used, kept, steps)
+
+
+@dataclass(frozen=True)
+class Cache:
+    """Slots of each layer and who leaves them; ``rule`` None is Belady's optimum.
+
+    ``warm`` [L, E]: votes of earlier runs, whose best are there from the start.
+    """
+
+    rule: Eviction | None
+    slots: int
+    warm: Votes | None = None
+
+    def over(self, experts: int, used: Sequence[Sequence[Mask]]) -> list[Slots]:
+        """Of every layer; ``used`` tells of each what its forwards will use, for Belady alone."""
+        rules = [self.rule or Belady.of(future) for future in used]
+        warm = [None] * len(used) if self.warm is None else list(self.warm)
+        return [
+            Slots(experts, self.slots, rule, votes) for rule, votes in zip(rules, warm, strict=True)
+        ]
+
+
+def book(memory: Memory, play: Play, chosen: Chosen | None, cache: Cache) -> Booked:
+    """Serve a policy's experts out of a cache.
+
+    ``chosen`` is what ``choose`` gave, or None where a policy asks what is in fast memory.
+    """
+    if chosen is None:
+        if cache.rule is None:
+            raise CoterieError(
+                f"{play} elects by what is in fast memory, so that nobody can know whom it will "
+                "use: belady cannot be replayed with it"
+            )
+        return _book_residents(memory, play, cache)
+    together = [_either(chosen.used, places) for places in memory.passes]
+    layers, experts = len(memory.trace.about.layers), memory.trace.about.experts
+    slots = cache.over(experts, [[used[layer] for used in together] for layer in range(layers)])
+    loads = [
+        _served(slots, used, _sum(memory, places))
+        for places, used in zip(memory.passes, together, strict=True)
+    ]
+    return Booked(chosen, np.stack(together).sum(-1), np.array(loads))
+
+
+@dataclass  # not frozen: it remembers
+class Remembered:
+    """The last coreset of every row, while its block lasts."""
+
+    drift: float | None
+    last: dict[int, tuple[int, Mask]] = field(default_factory=dict)
+
+    def settle(self, forward: Forward, fresh: Mask, votes: Votes) -> tuple[Mask, int, int]:
+        """[L, E] that is used in place of ``fresh``; layers that stayed, and layers that could."""
+        block, before = self.last.get(forward.row, (None, fresh))
+        if self.drift is None or block != forward.block:
+            self.last[forward.row] = (forward.block, fresh)
+            return fresh, 0, 0
+        arrays = (torch.from_numpy(np.ascontiguousarray(x)) for x in (before, fresh, votes))
+        used = persisted(*arrays, drift=self.drift).numpy()
+        self.last[forward.row] = (forward.block, used)
+        return used, int((used == before).all(-1).sum()), len(used)
+
+
+def _book_residents(memory: Memory, play: Play, cache: Cache) -> Booked:
+    """As ``book``, forward by forward, each electing by what the one before has left."""
+    trace = memory.trace
+    layers, experts = len(trace.about.layers), trace.about.experts
+    slots = cache.over(experts, [()] * layers)
+    chosen = np.zeros((len(trace.forwards), layers, experts), dtype=bool)
+    loads, used = [], []
+    last, kept, steps = Remembered(play.drift), 0, 0
+    for places in memory.passes:
+        forwards = [trace.forwards[place] for place in places]
+        for ours in _of_one_width(forwards, places):
+            rows = [trace.forwards[place] for place in ours]
+            for layer, here in enumerate(slots):
+                chosen[ours, layer] = elected(trace, play.policy, rows, layer, here.resident)
+        for place, forward in zip(places, forwards, strict=True):
+            votes = memory.votes[place]
+            chosen[place], stayed, came = last.settle(forward, chosen[place], votes)
+            kept, steps = kept + stayed, steps + came
+        together = _either(chosen, places)
+        used.append(together.sum(-1))
+        loads.append(_served(slots, together, _sum(memory, places)))
+    return Booked(Chosen(chosen, kept, steps), np.array(used), np.array(loads))
+
+
+def _served(slots: Sequence[Slots], used: Mask, votes: Votes) -> list[int]:
+    """Experts that must come, of each layer, for these [L, E] to be used."""
+    return [
+        sum(len(wave.loads) for wave in here.serve(used[layer], votes[layer]))
+        for layer, here in enumerate(slots)
+    ]
+
+
+def asks_residents(play: Play) -> bool:
+    return prefers_residents(play.policy)
+
+
+def _either(used: Mask, places: Sequence[int]) -> Mask:
+    """[L, E]: who is used by any of these rows."""
+    return np.logical_or.reduce(used[list(places)], axis=0)
+
+
+def _sum(memory: Memory, places: Sequence[int]) -> Votes:
+    return np.sum([memory.votes[place] for place in places], axis=0)
+
+
+def _elections(memory: Memory, *, joint: bool) -> Iterator[Sequence[int]]:
+    """Places of forwards that may elect in one call: of one width; where rows elect jointly, those
+    that shared a forward."""
+    if joint:
+        yield from memory.passes
+        return
+    forwards = memory.trace.forwards
+    for ours in _of_one_width(forwards, range(len(forwards))):
+        yield from (ours[at : at + BATCH] for at in range(0, len(ours), BATCH))
+
+
+def _of_one_width(forwards: Sequence[Forward], places: Sequence[int]) -> list[list[int]]:
+    found: dict[int, list[int]] = {}
+    for place, forward in zip(places, forwards, strict=True):
+        found.setdefault(forward.tokens, []).append(place)
+    return list(found.values())

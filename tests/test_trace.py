@@ -1,0 +1,282 @@
+"""Traces: small, exact where they say so, near where they say so, and never wrong when damaged."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from functools import cache
+from pathlib import Path
+from tempfile import mkdtemp
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from policies import law
+from test_watch import PROMPTS, engine
+
+from coterie.cli.edge import run
+from coterie.engine.watch import Watched, collect
+from coterie.naming import CoterieError
+from coterie.planning import coding
+from coterie.planning.elections import elected, fidelity, votes_of
+from coterie.planning.recording import about, bias_of, record_trace
+from coterie.planning.trace import About, Forward, Trace, Writer, encoded, framed, read
+from coterie.routing import parse_policy
+from coterie.testing import write_checkpoint
+from coterie.values import membership
+
+Capture = pytest.CaptureFixture[str]
+FAMILIES = ("llada2", "llada-moe", "sdar-moe")
+EXACT = (
+    *("vanilla", "topk:k=2", "des-seq:k=1", "des-seq:k=2", "des-seq:k=2,voters=masked"),
+    *("uniform-vote:beta=0.4", "uniform-vote:beta=0.3,voters=unfilled,protect=top1"),
+    *("random:beta=0.4", "random:beta=0.3,seed=7,protect=top1", "des-seq:k=1,scope=batch"),
+    *("coreset:tau=0.6,vote=count", "uniform-vote:beta=0.2/0.6,lam=1", "coreset:k=2"),
+    "coreset:m=5,vote=random,scope=batch",
+)
+NEARLY = (
+    *("des-vote:beta=0.4", "resident-vote:beta=0.4", "mass-vote:tau=0.7", "naee:beta=0.6"),
+    *("des-vote:beta=0.4,vote=weight", "proportional-vote:beta=0.4", "priced-vote:price=0.1"),
+    "des-vote:beta=0.4,vote=margin,scope=batch",
+)
+REFUSED = {
+    "xshare:beta=0.3": "vote=full",
+    "racing:m=4": "vote=max",
+    "coreset:m=3,vote=full": "vote=full",
+    "des-vote:beta=0.3,voters=uncertain": "uncertainty",
+    "des-seq:k=1,voters=uncertain": "uncertainty",
+    "mc-moe:beta=0.6": "importance",
+}
+
+
+@cache
+def made(family: str = "llada2", policy: str = "vanilla") -> tuple[Trace, tuple[Watched, ...]]:
+    """A trace through a file, and the same run watched."""
+    own = engine(family)
+    path = Path(mkdtemp()) / "made.trace"
+    said = about(own, policy=policy, generation=own.generation, prompts={}, made={})
+    with Writer(path, said, bias_of(own.model)) as writer:
+        record_trace(own, PROMPTS, writer, policy=policy, rows=3)
+    return read(path), tuple(collect(own, PROMPTS, policy=policy, rows=3))
+
+
+@st.composite
+def drawn_forwards(draw: st.DrawFn) -> tuple[Forward, About]:
+    """Any numbers at all, in any sizes."""
+    rng = np.random.default_rng(draw(st.integers(0, 2**32)))
+    layers, tokens = draw(st.integers(1, 3)), draw(st.integers(1, 40))
+    k = draw(st.integers(1, 8))
+    experts = draw(st.integers(k + 1, 300))
+    ids = np.argsort(rng.random((layers, tokens, experts)), axis=-1)[..., :k].astype(np.int16)
+    rank = -np.sort(-(rng.random((layers, tokens, k)) ** 4), axis=-1).astype(np.float32)
+    following = (rank[..., -1] * rng.random((layers, tokens))).astype(np.float32)
+    marks = (rng.random((3, tokens)) < draw(st.sampled_from((0, 0.5, 1)))).astype(bool)
+    numbers = [int(n) for n in rng.integers(0, 2**31, size=5)]
+    used = np.zeros((layers, experts), dtype=bool)
+    made = Forward(*numbers, *marks, ids, rank, following, used)
+    made = replace(made, used=made.own if draw(st.booleans()) else rng.random(used.shape) < 0.3)
+    sizes = {"bf16": 6}
+    return made, About("m", "p", "", "", tuple(range(layers)), experts, k, sizes)
+
+
+@given(drawn_forwards())
+@law(80)
+def test_a_forward_comes_back_as_near_as_the_format_says(tmp_path_factory, drawn) -> None:
+    forward, said = drawn
+    path = tmp_path_factory.mktemp("trace") / "one"
+    with Writer(path, said) as writer:
+        writer.write(forward)
+    (found,) = read(path).forwards
+    for name in ("number", "row", "forward", "block", "start"):
+        assert getattr(found, name) == getattr(forward, name)
+    for name in ("voters", "masked", "filled", "ids", "used"):
+        assert np.array_equal(getattr(found, name), getattr(forward, name))
+    for layer in range(len(said.layers)):
+        margins = forward.rank[layer] - forward.following[layer][:, None]
+        kept = found.rank[layer] - found.following[layer][:, None]
+        top, span = margins.max(), np.ptp(forward.following[layer])
+        assert np.abs(found.following[layer] - forward.following[layer]).max() <= span / 500 + 1e-6
+        assert np.abs(kept - margins).max() <= top / 16 + 1e-6
+        near = np.maximum(np.sqrt(margins / top) / 16 + 1 / 1024, 1 / 256) if top > 0 else 0
+        assert (np.abs(kept - margins) <= top * near + 1e-6).all()
+        assert (np.diff(found.rank[layer], axis=-1) <= 0).all()
+
+
+def test_the_largest_record_of_a_large_model_takes_eight_kib() -> None:
+    """Numbers as disordered as can be, which no compression makes smaller."""
+    rng = np.random.default_rng(1)
+    ids = np.argsort(rng.random((19, 32, 256)), axis=-1)[..., :8].astype(np.int16)
+    rank = -np.sort(-rng.random((19, 32, 8)), axis=-1).astype(np.float32)
+    following = (rank[..., -1] * rng.random((19, 32))).astype(np.float32)
+    marks = rng.random((3, 32)) < 0.5
+    forward = Forward(1, 1, 1, 0, 0, *marks, ids, rank, following, np.zeros((19, 256), bool))
+    vanilla = replace(forward, used=forward.own)
+    assert len(encoded(vanilla, 256)) + 9 == 8177
+    assert len(framed(encoded(vanilla, 256))) <= 8177 <= 8 * 1024
+    assert len(encoded(forward, 256)) - len(encoded(vanilla, 256)) == 608
+
+
+@given(st.integers(1, 400), st.integers(0, 90), st.integers(0, 2**32))
+@law(80)
+def test_packed_numbers_are_those_that_were_packed(experts: int, count: int, seed: int) -> None:
+    ids = np.random.default_rng(seed).integers(0, experts, size=count).astype(np.int16)
+    packed = coding.packed_ids(ids, experts)
+    assert len(packed) == coding.ids_size(count, experts)
+    assert np.array_equal(coding.ids_of(packed, count, experts), ids)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_trace_holds_what_was_watched(family: str) -> None:
+    for policy in ("vanilla", "des-vote:beta=0.3,voters=masked"):
+        trace, seen = made(family, policy)
+        layers = trace.about.layers
+        assert len(seen) == len(layers) * len({f.number for f in trace.forwards})
+        for forward in trace.forwards:
+            ours = seen[forward.number * len(layers) :][: len(layers)]
+            place = ours[0].rows.index(forward.row)
+            assert [one.layer for one in ours] == list(layers)
+            assert forward.forward == ours[0].scores.forward[place]
+            assert np.array_equal(forward.voters, ours[0].scores.voters[place].bool().numpy())
+            for ordinal, one in enumerate(ours):
+                rows, _, experts = one.scores.logits.shape
+                used = membership(one.routing.ids.view(rows, -1), experts)[place]
+                assert np.array_equal(forward.used[ordinal], used.numpy())
+                assert np.array_equal(forward.ids[ordinal], one.scores.own[place].numpy())
+                true = one.scores.rank.gather(-1, one.scores.own)[place].numpy()
+                span = np.ptp(true) + np.ptp(forward.following[ordinal])
+                assert np.abs(forward.rank[ordinal] - true).max() <= span / 8
+
+
+@pytest.mark.parametrize("policy", EXACT)
+def test_exact_policies_elect_whom_they_would_have(policy: str) -> None:
+    """As many as the eligible ones are, whom nobody takes among them."""
+    assert fidelity(parse_policy(policy)) == "exact"
+    trace, seen = made()
+    layers = len(trace.about.layers)
+    for at, one in enumerate(seen):
+        places = [f for f in trace.forwards if f.number == at // layers]
+        mask = parse_policy(policy).eligible(one.scores, one.scores.router.k)
+        found = elected(trace, parse_policy(policy), places, at % layers)
+        assert np.array_equal(found, expected(one, mask)), (policy, at)
+
+
+def expected(one: Watched, mask: torch.Tensor) -> np.ndarray:
+    """A coreset whole; of a policy that lets every token decide, what its tokens take."""
+    rows, _, experts = one.scores.logits.shape
+    if mask.shape[1] == 1 and mask.numel() > 1:
+        return mask[:, 0].expand(rows, experts).numpy()
+    own = one.scores.own
+    allowed = mask.expand(one.scores.logits.shape).gather(-1, own)
+    return membership(own.where(allowed, -1).flatten(1), experts).numpy()
+
+
+@pytest.mark.parametrize("policy", NEARLY)
+def test_others_elect_nearly_whom_they_would_have(policy: str) -> None:
+    assert fidelity(parse_policy(policy)) == "nearly"
+    alike = []
+    for family in FAMILIES:
+        trace, seen = made(family)
+        layers = len(trace.about.layers)
+        for at, one in enumerate(seen):
+            places = [f for f in trace.forwards if f.number == at // layers]
+            mask = parse_policy(policy).eligible(one.scores, one.scores.router.k)
+            found, true = (
+                elected(trace, parse_policy(policy), places, at % layers),
+                expected(one, mask),
+            )
+            alike.append((found & true).sum() / (found | true).sum())
+    # Sixteen experts with random gates are as near to ties as can be.
+    assert np.mean(alike) > 0.9
+
+
+def test_votes_are_nearly_the_routers_probabilities() -> None:
+    for family in FAMILIES:
+        trace, seen = made(family)
+        for forward in trace.forwards:
+            ours = seen[forward.number * len(trace.about.layers) :]
+            for votes, one in zip(votes_of(trace, forward), ours, strict=False):
+                place, own = one.rows.index(forward.row), one.scores.own
+                voices = one.scores.voters[place].bool()
+                p = one.scores.probability.gather(-1, own)[place][voices].flatten()
+                true = torch.zeros(len(votes)).index_add(0, own[place][voices].flatten(), p)
+                assert np.abs(votes - true.numpy()).max() < 0.12 * float(true.max())
+
+
+@pytest.mark.parametrize("policy", REFUSED)
+def test_what_a_trace_lacks_is_an_error(policy: str) -> None:
+    with pytest.raises(CoterieError, match=REFUSED[policy]):
+        fidelity(parse_policy(policy))
+
+
+def test_watching_for_a_trace_changes_no_token(tmp_path: Path) -> None:
+    own = engine()
+    said = about(own, policy="vanilla", generation=own.generation, prompts={}, made={})
+    path = tmp_path / "x"
+    with Writer(path, said) as writer:
+        traced = record_trace(own, PROMPTS, writer, rows=2)
+    assert [r.tokens for r in traced] == [own.generate(p).tokens for p in PROMPTS]
+    decoded = sum(result.experts.forwards for result in traced)
+    assert len(read(path).forwards) == decoded == writer.records
+
+
+@given(st.integers(0, 10_000))
+@law(40)
+def test_a_torn_tail_costs_the_last_forward_alone(tmp_path_factory, cut: int) -> None:
+    trace, _ = made()
+    path = tmp_path_factory.mktemp("torn") / "t"
+    ends = []
+    with Writer(path, trace.about, trace.bias) as writer:
+        ends.append(path.stat().st_size)
+        for forward in trace.forwards[:4]:
+            writer.write(forward)
+            ends.append(path.stat().st_size)
+    ends[0] = ends[1] - len(framed(encoded(trace.forwards[0], trace.about.experts)))
+    size = ends[0] + cut % (ends[-1] - ends[0] + 1)
+    path.write_bytes(path.read_bytes()[:size])
+    found = read(path)
+    whole = sum(end <= size for end in ends[1:])
+    assert len(found.forwards) == whole
+    assert found.torn == (size not in ends)
+
+
+def test_damage_is_an_error_and_not_another_trace(tmp_path: Path) -> None:
+    trace, _ = made()
+    path = tmp_path / "t"
+    with Writer(path, trace.about, trace.bias) as writer:
+        for forward in trace.forwards[:2]:
+            writer.write(forward)
+    good = path.read_bytes()
+    header = good.index(b"\n") + 1
+    for at, told in ((len(good) - 9, "record 1 is damaged"), (header + 3, "bias")):
+        path.write_bytes(good[:at] + bytes([good[at] ^ 1]) + good[at + 1 :])
+        with pytest.raises(CoterieError, match=told):
+            read(path)
+    path.write_bytes(good.replace(b'"version": 1', b'"version": 9', 1))
+    with pytest.raises(CoterieError, match="version 9; this reads version 1"):
+        read(path)
+    for other in (b"", b"{}\n", b"\x80\x03 no text", b'{"format": "coterie trace"'):
+        path.write_bytes(other)
+        with pytest.raises(CoterieError, match="no trace"):
+            read(path)
+
+
+def test_the_command_traces_and_says_what(tmp_path: Path, capsys: Capture) -> None:
+    model = str(write_checkpoint(tmp_path / "tiny", "llada2", seed=3))
+    (tmp_path / "prompts").write_text("5 17 33\n6 2 9\n")
+    words = ["trace", "-m", model, "--prompts", str(tmp_path / "prompts"), "-n", "16"]
+    words += ["--block", "8", "--unmask", "fixed:steps=3", "-p", "des-vote:beta=0.3"]
+    path = tmp_path / "a.trace"
+    assert run([*words, "-o", str(path), "--json"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    trace = read(path)
+    assert (told["forwards"], told["rows"]) == (len(trace.forwards), 2)
+    assert told["bytes"] == path.stat().st_size
+    assert trace.about.policy == "des-vote:beta=0.3"
+    assert (trace.about.model, trace.about.unmask) == (model, "fixed:steps=3")
+    assert trace.about.expert_bytes["bf16"] == 3 * 32 * 16 * 2
+    assert all(forward.used.sum(-1).max() <= 4 for forward in trace.forwards)
+    assert run([*words, "-o", str(tmp_path / "nowhere" / "a.trace")]) == 2
+    assert run([*words, "--forwards", "1", "-o", str(path)]) == 0
+    assert [forward.forward for forward in read(path).forwards] == [0, 0]
