@@ -15,6 +15,7 @@ from coterie.cli.grade import grade_command
 from coterie.cli.harness import PASSED_ON, lm_eval
 from coterie.cli.lab import evaluate, train
 from coterie.cli.quantize import quantize, verified_line, verify_shown
+from coterie.cli.replay import replay_command
 from coterie.cli.request import (
     check_effect,
     check_kept,
@@ -251,3 +252,4 @@ app.command("quantize")(quantize)
 app.command("train")(train)
 app.command("study")(study)
 app.command("trace")(trace)
+app.command("replay")(replay_command)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
@@ -16,6 +16,7 @@ from coterie.cli import options as o
 from coterie.cli.calibrate import Drawn, Items, Prompts, check_place, questions
 from coterie.cli.document import print_document
 from coterie.cli.request import (
+    Options,
     check_effect,
     check_kept,
     generation_options,
@@ -23,6 +24,7 @@ from coterie.cli.request import (
     policy_of,
 )
 from coterie.cli.tables import bar, console, readable
+from coterie.engine.engine import Engine
 from coterie.engine.facts import inspect
 from coterie.engine.source import EMBEDDED
 from coterie.evals.task import Wish
@@ -69,7 +71,7 @@ def trace(
     plan: o.Plan = None,
     unmask: o.UnmaskRule = None,
     threshold: o.Threshold = None,
-    commit_by: o.Commit = None,
+    commits: o.Commit = None,
     prefill: o.Prefill = None,
     model: o.Model = None,
     dtype: o.Dtype = None,
@@ -90,7 +92,7 @@ def trace(
     """
     wanted = generation_options(
         max_new_tokens=max_new_tokens, block=block, plan=plan, unmask=unmask,
-        threshold=threshold, temperature=None, commit=commit_by, prefill=prefill,
+        threshold=threshold, temperature=None, commit=commits, prefill=prefill,
     )  # fmt: skip
     named = policy_of(policy)
     check_place(out)
@@ -99,18 +101,8 @@ def trace(
     engine = open_engine(model, dtype=dtype, device=device, experts=experts)
     check_effect(engine, wanted)
     check_kept(engine, [policy], wanted)
-    made = {"command": ["coterie", *sys.argv[1:]], "commit": commit(), "rows": rows}
-    said = about(
-        engine, policy=named, generation=engine.generation.but(**wanted),
-        prompts=asked.document(), made=made,
-    )  # fmt: skip
-    with bar(MofNCompleteColumn(), TimeElapsedColumn()) as shown:
-        done = shown.add_task("tracing", total=len(asked.asked))
-        with Writer(out, said, bias_of(engine.model)) as writer:
-            record_trace(
-                engine, prompts_of(asked), writer, policy=named, rows=rows, forwards=forwards,
-                heard=lambda _: shown.advance(done), **wanted,
-            )  # fmt: skip
+    run = Run(engine, asked, named, rows, forwards, wanted)
+    write(out, run)
     found = document(out, read(out))
     if json:
         print_document(found)
@@ -118,8 +110,36 @@ def trace(
         console().print(told(found))
 
 
-def prompts_of(asked: Questions) -> Sequence[str]:
-    return [question.prompt for question in asked.asked]
+@dataclass(frozen=True)
+class Run:
+    """What is run for a trace; ``wanted`` are options of the generation."""
+
+    engine: Engine
+    asked: Questions
+    policy: str
+    rows: int
+    forwards: int | None
+    wanted: Options
+
+
+def write(out: Path, run: Run) -> None:
+    """The run, each forward in the file as soon as it is done."""
+    engine = run.engine
+    said = about(
+        engine,
+        policy=run.policy,
+        generation=engine.generation.but(**run.wanted),
+        prompts=run.asked.document(),
+        made={"command": ["coterie", *sys.argv[1:]], "commit": commit(), "rows": run.rows},
+    )
+    prompts = [question.prompt for question in run.asked.asked]
+    with bar(MofNCompleteColumn(), TimeElapsedColumn()) as shown:
+        done = shown.add_task("tracing", total=len(prompts))
+        with Writer(out, said, bias_of(engine.model)) as writer:
+            record_trace(
+                engine, prompts, writer, policy=run.policy, rows=run.rows, forwards=run.forwards,
+                heard=lambda _: shown.advance(done), **run.wanted,
+            )  # fmt: skip
 
 
 def document(path: Path, made: Trace) -> dict[str, object]:

@@ -125,14 +125,10 @@ class Cache:
 def book(memory: Memory, play: Play, chosen: Chosen | None, cache: Cache) -> Booked:
     """Serve a policy's experts out of a cache.
 
-    ``chosen`` is what ``choose`` gave, or None where a policy asks what is in fast memory.
+    ``chosen`` is what ``choose`` gave, or None where a policy asks what is in fast memory; then
+    the optimum is not defined, for nobody knows what will be used.
     """
     if chosen is None:
-        if cache.rule is None:
-            raise CoterieError(
-                f"{play} elects by what is in fast memory, so that nobody can know whom it will "
-                "use: belady cannot be replayed with it"
-            )
         return _book_residents(memory, play, cache)
     together = [_either(chosen.used, places) for places in memory.passes]
     layers, experts = len(memory.trace.about.layers), memory.trace.about.experts

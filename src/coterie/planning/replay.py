@@ -8,6 +8,7 @@ from itertools import product
 
 from coterie.experts.eviction import EVICTIONS, Eviction, parse_eviction
 from coterie.experts.traffic import Traffic
+from coterie.naming import CoterieError
 from coterie.planning.booking import (
     Booked,
     Cache,
@@ -114,6 +115,7 @@ def replay(trace: Trace, grid: Grid, told: Told | None = None) -> Replay:
 
     Raises CoterieError, before anything is replayed, for what the trace cannot say.
     """
+    check(grid)
     faiths: dict[str, Fidelity] = {str(play): fidelity(play.policy) for play in grid.plays}
     rules = {cache: eviction_of(cache) for cache in (*grid.caches, YARDSTICK)}
     slots = {case: slots_of(trace, grid, case) for case in grid.cases()}
@@ -141,6 +143,16 @@ def replay(trace: Trace, grid: Grid, told: Told | None = None) -> Replay:
             told(len(points), len(slots))
     overlaps = {name: overlap(books.memory, chosen.used) for name, chosen in seen.items()}
     return Replay(tuple(points), overlaps, steps_per_block(trace))
+
+
+def check(grid: Grid) -> None:
+    """Raises for what nobody could replay: an optimum over what is not known beforehand."""
+    for play in grid.plays:
+        if BELADY in grid.caches and asks_residents(play):
+            raise CoterieError(
+                f"{play} elects by what is in fast memory, so that nobody can know whom it will "
+                f"use: {BELADY} cannot be replayed with it"
+            )
 
 
 @dataclass  # not frozen: it keeps what was played

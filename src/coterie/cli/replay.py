@@ -1,0 +1,315 @@
+"""``coterie replay``: what a machine with little fast memory would move, from a trace alone."""
+
+from __future__ import annotations
+
+import csv as writing
+import io
+import sys
+from collections.abc import Mapping, Sequence
+from importlib import import_module
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.progress import MofNCompleteColumn, TimeElapsedColumn
+from rich.table import Table
+
+from coterie.cli import options as o
+from coterie.cli.document import print_document
+from coterie.cli.request import policy_of
+from coterie.cli.tables import bar, console, plain_table, readable, remark
+from coterie.naming import CoterieError
+from coterie.planning.booking import Memory, Play
+from coterie.planning.machine import Capacity, Machine, rate_of, sizes
+from coterie.planning.overlap import Overlap
+from coterie.planning.replay import CACHES, Grid, Replay, Replayed, replay
+from coterie.planning.trace import Trace, read
+from coterie.results import record, write_record
+from coterie.routing import check_layers, parse_policy
+
+TITLE = "Replay"
+ASKED = "What to replay"
+MACHINE = "On what machine"
+
+Traced = Annotated[Path, typer.Argument(metavar="TRACE", help="A file of `coterie trace`.")]
+Caches = Annotated[
+    str,
+    typer.Option("--cache", help=f"Who leaves: of {', '.join(CACHES)}.", rich_help_panel=ASKED),
+]
+Capacities = Annotated[
+    str,
+    typer.Option(
+        "--capacity",
+        help="Fast memory for experts: a share of them (35%), slots a layer (47) or bytes (6GiB).",
+        rich_help_panel=ASKED,
+    ),
+]
+Drifts = Annotated[
+    str | None,
+    typer.Option(
+        "--drift",
+        help="A block keeps its coreset until that has lost this share of the votes: 0.05,0.1.",
+        rich_help_panel=ASKED,
+        show_default=False,
+    ),
+]
+Warm = Annotated[
+    Path | None,
+    typer.Option(
+        "--warm",
+        help="Another trace: slots start with the experts most voted for there.",
+        rich_help_panel=ASKED,
+        show_default=False,
+    ),
+]
+Precisions = Annotated[
+    str, typer.Option("--precision", help="bf16, int8, int4.", rich_help_panel=MACHINE)
+]
+Links = Annotated[
+    str,
+    typer.Option("--link", help="To where all experts lie: 25GB/s.", rich_help_panel=MACHINE),
+]
+Reads = Annotated[
+    str | None,
+    typer.Option(
+        "--memory",
+        help="At which experts in fast memory are read: 60GB/s. Default: computing takes no time.",
+        rich_help_panel=MACHINE,
+        show_default=False,
+    ),
+]
+Rest = Annotated[
+    float,
+    typer.Option(
+        "--rest", min=0.0, help="Milliseconds of a forward for all else.", rich_help_panel=MACHINE
+    ),
+]
+Weight = Annotated[
+    str,
+    typer.Option(
+        "--expert-bytes", help="Of one expert; auto: as the trace knows.", rich_help_panel=MACHINE
+    ),
+]
+Out = Annotated[
+    Path | None,
+    typer.Option(
+        "--out",
+        "-o",
+        help="Folder for the record, a CSV and the figures.",
+        rich_help_panel=o.SHOWING,
+        show_default=False,
+    ),
+]
+Csv = Annotated[
+    bool, typer.Option("--csv", help="CSV on standard output.", rich_help_panel=o.SHOWING)
+]
+
+
+def replay_command(
+    trace: Traced,
+    *,
+    policies: o.Policies = None,
+    cache: Caches = "lru",
+    capacity: Capacities = "25%,35%,50%",
+    drift: Drifts = None,
+    warm: Warm = None,
+    precision: Precisions = "bf16",
+    link: Links = "25GB/s",
+    memory: Reads = None,
+    rest: Rest = 0.0,
+    expert_bytes: Weight = "auto",
+    out: Out = None,
+    json: o.Json = False,
+    csv: Csv = False,
+) -> None:
+    """Predict hits, bytes and milliseconds where not all experts fit, without weights or GPU.
+
+    Every policy with every cache, capacity, precision and link; lists are separated by commas. How
+    alike the experts of one step and the next are is told beside it.
+
+    A layer takes as long as what is there is computed, or as the copies take if that is longer,
+    and then as long as computing what has come: max(hits / memory, misses / link) + misses /
+    memory, in bytes.
+
+    \b
+    coterie replay mini.trace -p des-vote:beta=0.15 -p resident-vote:beta=0.15
+    coterie replay mini.trace --cache lru,votes,belady --capacity 47 --link 12GB/s,25GB/s
+    """
+    if json and csv:
+        raise CoterieError("--json and --csv both want standard output; give one of them")
+    found = read(trace)
+    if found.torn:
+        remark(f"{trace}: its last forward was cut off and is left out")
+    grid = Grid(
+        plays(found, policies or (), drift),
+        _listed(cache),
+        [Capacity.parse(text) for text in _listed(capacity)],
+        sizes(found.about.expert_bytes, _listed(precision), expert_bytes),
+        machines(link, memory, rest),
+        None if warm is None else Memory.of(alike(read(warm), found, warm)).mean_votes,
+    )
+    with bar(MofNCompleteColumn(), TimeElapsedColumn()) as shown:
+        task = shown.add_task("replaying", total=None)
+        made = replay(
+            found, grid, lambda done, whole: shown.update(task, completed=done, total=whole)
+        )
+    tell(found, trace, made, out=out, json=json, csv=csv)
+
+
+def plays(trace: Trace, typed: Sequence[str], drift: str | None) -> list[Play]:
+    """vanilla, then the policies, each once, and each again with every drift."""
+    bounds = [_share(text) for text in _listed(drift)] if drift is not None else []
+    named = list(dict.fromkeys(policy_of(text) for text in typed if policy_of(text) != "vanilla"))
+    made = [Play(parse_policy("vanilla"))]
+    for name in named:
+        policy = parse_policy(name)
+        check_layers(policy, len(trace.about.layers))
+        made.append(Play(policy))
+        if bounds and not hasattr(policy, "election"):
+            raise CoterieError(f"--drift keeps coresets, and {name} elects none")
+        made += [Play(policy, bound) for bound in bounds]
+    if bounds and not named:
+        raise CoterieError("--drift keeps coresets: give a --policy that elects one")
+    return made
+
+
+def machines(link: str, memory: str | None, rest: float) -> dict[str, Machine]:
+    """One for each link, by what was typed."""
+    pace = None if memory is None else rate_of(memory, "--memory")
+    return {text: Machine(rate_of(text, "--link"), pace, rest / 1e3) for text in _listed(link)}
+
+
+def alike(warm: Trace, trace: Trace, path: Path) -> Trace:
+    """``warm``, if it is of a model of the same sizes; else a CoterieError."""
+    one, other = warm.about, trace.about
+    if (one.layers, one.experts) != (other.layers, other.experts):
+        raise CoterieError(
+            f"{path}: of {one.model}, with {len(one.layers)} layers of {one.experts} experts; "
+            f"the trace is of {other.model}, with {len(other.layers)} of {other.experts}"
+        )
+    return warm
+
+
+def tell(
+    trace: Trace, path: Path, made: Replay, *, out: Path | None, json: bool, csv: bool
+) -> None:
+    """On standard output, for people or for programs; in the folder, where there is one."""
+    content = document(trace, path, made)
+    if out is not None:
+        keep(out, content, made)
+    if json:
+        print_document(content)
+    elif csv:
+        sys.stdout.write(table_csv(made.points))
+    else:
+        console().print(points_table(made.points), "", overlap_table(made.overlaps), sep="\n")
+
+
+def document(trace: Trace, path: Path, made: Replay) -> dict[str, object]:
+    """All of it as JSON."""
+    about = trace.about
+    return {
+        "trace": str(path),
+        "torn": trace.torn,
+        "model": about.model,
+        "traced_under": about.policy,
+        "plan": about.plan,
+        "unmask": about.unmask,
+        "layers": list(about.layers),
+        "experts": about.experts,
+        "prompts": dict(about.prompts),
+        "made": dict(about.made),
+        "steps_per_block": made.steps_per_block,
+        "points": [point.document() for point in made.points],
+        "overlap": {name: vars(found) for name, found in made.overlaps.items()},
+    }
+
+
+def keep(out: Path, content: dict[str, object], made: Replay) -> None:
+    """The record, the CSV and the figures beside each other."""
+    path = write_record(out, record(TITLE, ["coterie", *sys.argv[1:]], [], facts=content))
+    path.with_suffix(".csv").write_text(table_csv(made.points), encoding="utf-8")
+    try:
+        figures = import_module("coterie.planning.figures")
+    except ModuleNotFoundError as error:
+        remark(f"no figures without {error.name}: pip install 'coterie[lab]'")
+        return
+    drawn = figures.write(out, made)
+    remark(", ".join(str(file) for file in (path, *drawn)))
+
+
+def points_table(points: Sequence[Replayed]) -> Table:
+    """One point a line."""
+    numbers = ("slots", "experts", "loads", "hits", "moved", "saved", "ms", "stall", "votes kept")
+    table = plain_table("policy", "cache", "precision", "link", *numbers, numbers=numbers)
+    for point in points:
+        told, traffic = point.document(), point.traffic
+        each = traffic.forwards * point.layers
+        table.add_row(
+            *(str(told[name]) for name in ("policy", "cache", "precision", "link")),
+            f"{point.slots} ({point.case.capacity.text})",
+            f"{traffic.used / each:.1f}",
+            f"{traffic.moved / each:.2f}",
+            f"{traffic.hit_rate:.1%}",
+            readable(traffic.bytes_moved / traffic.forwards),
+            "" if traffic.saved is None else f"{traffic.saved:.1%}",
+            f"{1e3 * point.clock.forward:.3g}",
+            f"{1e3 * point.clock.stall:.3g}",
+            f"{point.votes_kept:.3f}" + ("" if point.fidelity == "exact" else " ~"),
+        )
+    table.caption = (
+        "experts and loads: means of a layer; moved, ms, stall: of a forward; saved: against "
+        "vanilla under lru in the same slots; ~: from votes in few bits"
+    )
+    table.caption_justify = "left"
+    return table
+
+
+def overlap_table(overlaps: Mapping[str, Overlap]) -> Table:
+    """How alike consecutive forwards are, one policy a line."""
+    columns = ("steps", "experts alike", "votes alike", "blocks", "experts", "votes")
+    table = plain_table("policy", *columns, numbers=columns)
+    for name, one in overlaps.items():
+        table.add_row(
+            name,
+            *(str(one.steps), _told(one.mean("step_jaccard")), _told(one.mean("step_cosine"))),
+            *(str(one.blocks), _told(one.mean("block_jaccard")), _told(one.mean("block_cosine"))),
+        )
+    table.caption = (
+        "alike from one step of a block to the next, and from a block's last step to the next "
+        "block's first: experts by Jaccard's index, votes by their cosine"
+    )
+    table.caption_justify = "left"
+    return table
+
+
+def table_csv(points: Sequence[Replayed]) -> str:
+    """The points as CSV, with the names of the JSON."""
+    rows = [point.document() for point in points]
+    text = io.StringIO()
+    table = writing.DictWriter(text, list(rows[0]), lineterminator="\n")
+    table.writeheader()
+    table.writerows(rows)
+    return text.getvalue()
+
+
+def _listed(text: str) -> list[str]:
+    """What commas separate, each once."""
+    found = list(dict.fromkeys(part.strip() for part in text.split(",") if part.strip()))
+    if not found:
+        raise CoterieError(f"{text!r} lists nothing")
+    return found
+
+
+def _share(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = -1.0
+    if not 0 <= value <= 1:
+        raise CoterieError(f"--drift {text!r}: say a share of the votes, such as 0.05")
+    return value
+
+
+def _told(value: float | None) -> str:
+    return "" if value is None else f"{value:.3f}"

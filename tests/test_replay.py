@@ -1,0 +1,328 @@
+"""Replays: what is counted is what happened, what is predicted follows from it as told."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+from collections import OrderedDict
+from dataclasses import replace
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from policies import law
+from test_trace import made as traced
+
+from coterie.cli.edge import run
+from coterie.experts.eviction import Lru
+from coterie.experts.traffic import Traffic
+from coterie.naming import CoterieError
+from coterie.planning.booking import Cache, Memory, Play, book, choose
+from coterie.planning.machine import Capacity, Machine, bytes_of, clock, rate_of, sizes
+from coterie.planning.overlap import cosine, jaccard, overlap
+from coterie.planning.replay import CACHES, Grid, Replay, replay, steps_per_block
+from coterie.planning.synthetic import Law, Look, Shape, calibrated, carried, looked, synthetic
+from coterie.planning.trace import Trace, Writer
+from coterie.routing import parse_policy
+from coterie.routing.persistent import persisted
+
+Capture = pytest.CaptureFixture[str]
+SHAPE = Shape(layers=2, experts=24, k=3, tokens=6, steps=4, expert_bytes=(("bf16", 100),))
+LAW = Law(always=0.2, block=0.3, steady=0.9)
+LINK = {"1KB/s": Machine(1000.0)}
+
+
+@cache
+def drawn(seed: int = 0) -> Trace:
+    return synthetic(SHAPE, LAW, blocks=5, seed=seed)
+
+
+def play(text: str, drift: float | None = None) -> Play:
+    return Play(parse_policy(text), drift)
+
+
+def grid(*plays: Play, caches: str = "lru", capacity: str = "50%", **more: object) -> Grid:
+    usual = {"sizes": {"bf16": 100}, "links": LINK}
+    capacities = [Capacity.parse(text) for text in capacity.split(",")]
+    return Grid(plays, caches.split(","), capacities, **{**usual, **more})  # type: ignore[arg-type]
+
+
+@given(st.integers(0, 2**20), st.sampled_from(("vanilla", "des-vote:beta=0.2", "des-seq:k=1")))
+@law(10)
+def test_loads_are_those_of_a_cache_written_out(seed: int, policy: str) -> None:
+    """Least recently used, in plain Python, where every forward fits."""
+    trace = synthetic(SHAPE, LAW, blocks=3, seed=seed)
+    memory = Memory.of(trace)
+    chosen = choose(memory, play(policy))
+    booked = book(memory, play(policy), chosen, Cache(Lru(), 20))
+    for layer in range(SHAPE.layers):
+        here: OrderedDict[int, None] = OrderedDict()
+        for number in range(len(trace.forwards)):
+            used = np.flatnonzero(chosen.used[number, layer]).tolist()
+            misses = [expert for expert in used if expert not in here]
+            for expert in reversed(used):  # of equals the higher index leaves first
+                here.pop(expert, None)
+                here[expert] = None
+            while len(here) > 20:
+                here.popitem(last=False)
+            assert booked.loads[number, layer] == len(misses)
+            assert booked.used[number, layer] == len(used)
+
+
+def test_rows_of_one_forward_share_what_is_moved() -> None:
+    """Two rows at a time: a forward moves what either needs, once."""
+    trace, seen = traced()
+    memory = Memory.of(trace)
+    assert max(len(places) for places in memory.passes) > 1
+    booked = book(memory, play("vanilla"), choose(memory, play("vanilla")), Cache(Lru(), 16))
+    layers = len(trace.about.layers)
+    used = [int(one.routing.used.sum()) for one in seen]
+    assert booked.used.flatten().tolist() == used
+    everybody = np.logical_or.reduce(np.stack([one.routing.used.numpy() for one in seen[::layers]]))
+    assert booked.loads[:, 0].sum() == everybody.sum()
+
+
+@pytest.mark.parametrize("policy", ["des-seq:k=2", "topk:k=2", "uniform-vote:beta=0.5"])
+def test_a_run_is_foretold_from_its_own_trace(policy: str) -> None:
+    """Traced under itself, an exact policy uses what was used, and a coreset little beside."""
+    trace, _ = traced("llada2", policy)
+    chosen = choose(Memory.of(trace), play(policy)).used
+    true = np.stack([forward.used for forward in trace.forwards])
+    assert not (true & ~chosen).any() if policy != "topk:k=2" else (true == chosen).all()
+    assert chosen.sum() <= 1.1 * true.sum()
+
+
+def test_belady_moves_least_and_room_for_all_moves_each_once() -> None:
+    trace = drawn()
+    plays = [play("vanilla"), play("des-vote:beta=0.25")]
+    made = replay(trace, grid(*plays, caches=",".join(CACHES), capacity="10%,30%,60%,100%"))
+    points = {(str(p.case.play), p.case.cache, p.slots): p.traffic.moved for p in made.points}
+    for (name, _, slots), moved in points.items():
+        assert moved >= points[name, "belady", slots]
+    used = np.stack([forward.own for forward in trace.forwards]).any(0).sum()
+    assert {points["vanilla", cache, 24] for cache in CACHES} == {used}
+
+
+def test_residency_without_loss_keeps_the_votes_and_moves_less() -> None:
+    plays = [play("des-vote:beta=0.25"), play("resident-vote:beta=0.25,lam=4,eps=0")]
+    plays.append(play("resident-vote:beta=0.25,lam=4,eps=0.1"))
+    plain, same, free = replay(drawn(), grid(*plays, capacity="9")).points
+    assert same.votes_kept == pytest.approx(plain.votes_kept, abs=1e-4)
+    assert free.traffic.moved < plain.traffic.moved
+    assert plain.votes_kept * 0.9 <= free.votes_kept < plain.votes_kept
+
+
+@given(st.integers(0, 2**32), st.floats(0, 1))
+@law()
+def test_a_coreset_stays_until_it_has_lost_its_votes(seed: int, drift: float) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    before, fresh = torch.rand(2, 5, 9, generator=generator) < 0.4
+    votes = torch.randint(0, 9, (5, 9), generator=generator)
+    used = persisted(before, fresh, votes, drift=drift)
+    for row in range(5):
+        held, best = (int((votes[row] * mask[row]).sum()) for mask in (before, fresh))
+        expected = before if held >= (1 - drift) * best else fresh
+        assert torch.equal(used[row], expected[row])
+
+
+def test_drift_ranges_from_always_to_never() -> None:
+    trace, policy = drawn(), "des-vote:beta=0.25"
+    memory = Memory.of(trace)
+    fresh, never, bound = (choose(memory, play(policy, d)) for d in (None, 1.0, 0.1))
+    first = {forward.block: place for place, forward in reversed([*enumerate(trace.forwards)])}
+    for place, forward in enumerate(trace.forwards):
+        assert np.array_equal(never.used[place], fresh.used[first[forward.block]])
+    assert never.kept == never.steps == 2 * 5 * 3 > bound.kept > 0
+    for place, votes in enumerate(memory.votes):
+        held, best = ((votes * chosen.used[place]).sum(-1) for chosen in (bound, fresh))
+        assert (held >= 0.9 * best - 1e-9).all()
+    both = replay(trace, grid(play(policy), play(policy, 0.1), capacity="8"))
+    assert both.points[1].traffic.moved < both.points[0].traffic.moved
+    assert both.points[1].coresets_kept == bound.kept / bound.steps
+    assert both.points[0].coresets_kept is None
+
+
+def test_drift_and_residency_go_together() -> None:
+    one = replay(drawn(), grid(play("resident-vote:beta=0.25", 0.05), capacity="8")).points[0]
+    other = replay(drawn(), grid(play("resident-vote:beta=0.25"), capacity="8")).points[0]
+    assert one.traffic.moved < other.traffic.moved
+    assert one.coresets_kept is not None
+
+
+def test_a_warm_start_saves_the_first_loads() -> None:
+    votes = Memory.of(drawn(1)).mean_votes
+    cold = replay(drawn(1), grid(play("vanilla"), capacity="100%")).points[0].traffic
+    warm = replay(drawn(1), grid(play("vanilla"), capacity="100%", warm=votes)).points[0].traffic
+    assert (cold.moved > 0, warm.moved) == (True, 0)
+
+
+def test_the_clock_by_hand() -> None:
+    """Two layers: 6 hits and 2 misses, then 1 hit and 4 misses; 100 bytes each."""
+    used, loads = np.array([[8, 5]]), np.array([[2, 4]])
+    alone = clock(Machine(link=1000.0), used, loads, 100)
+    assert (alone.forward, alone.stall) == pytest.approx((0.6, 0.6))
+    whole = clock(Machine(link=1000.0, memory=2000.0, rest=0.5), used, loads, 100)
+    # Hits take .3 and .05 s, copies .2 and .4 s, what was copied .1 and .2 s.
+    assert (whole.forward, whole.stall) == pytest.approx((0.5 + 0.3 + 0.1 + 0.4 + 0.2, 0.35))
+
+
+def test_traffic_adds_up() -> None:
+    traffic = Traffic(forwards=4, expert_bytes=10, used=100, moved=25, vanilla=200)
+    assert (traffic.hit_rate, traffic.bytes_moved, traffic.bytes_avoided) == (0.75, 250, 750)
+    assert (traffic.bytes_avoided_against_vanilla, traffic.saved) == (1750, 0.875)
+    assert replace(traffic, vanilla=None).saved is None
+
+
+def test_overlap_by_hand() -> None:
+    one, other = (
+        np.array([[1, 1, 1, 0], [0, 0, 0, 0]], bool),
+        np.array([[0, 1, 1, 1], [0] * 4], bool),
+    )
+    assert jaccard(one, other).tolist() == [0.5, 1.0]
+    assert cosine(one.astype(float), other.astype(float)).tolist() == pytest.approx([2 / 3, 0])
+    trace = drawn()
+    memory = Memory.of(trace)
+    found = overlap(memory, np.stack([forward.used for forward in trace.forwards]))
+    assert (found.steps, found.blocks, steps_per_block(trace)) == (15, 4, 4.0)
+    first, second = trace.forwards[3:5]  # the only pair of forwards 3 and 4 crosses a block
+    assert first.block != second.block
+    assert min(found.step_jaccard) > max(found.block_jaccard)
+    assert found.mean("step_cosine") == pytest.approx(np.mean(found.step_cosine))
+
+
+@pytest.mark.parametrize(
+    ("text", "slots"),
+    [("35%", 89), ("100%", 256), ("47", 47), ("999", 256), ("6GiB", 53), ("0.4%", 1)],
+)
+def test_capacities_in_slots(text: str, slots: int) -> None:
+    assert Capacity.parse(text).slots(layers=19, experts=256, size=6_291_456) == slots
+
+
+def test_refusals_say_what_would_have_worked() -> None:
+    for text in ("", "half", "0", "0%", "101%", "1.5", "5GB/s", "-3"):
+        with pytest.raises(CoterieError, match=r"35%"):
+            Capacity.parse(text)
+    with pytest.raises(CoterieError, match="less than one expert in each of 19 layers"):
+        Capacity.parse("100MB").slots(layers=19, experts=256, size=6_291_456)
+    for text in ("25", "25GB", "fast"):
+        with pytest.raises(CoterieError, match="25GB/s"):
+            rate_of(text, "--link")
+    assert (rate_of("1.5 MiB/s", "--link"), bytes_of("6MiB", "--expert-bytes")) == (
+        1572864,
+        6291456,
+    )
+    with pytest.raises(CoterieError, match="the trace knows bf16"):
+        sizes({"bf16": 1}, ["int3"], "auto")
+    with pytest.raises(CoterieError, match="not several"):
+        sizes({"bf16": 1}, ["bf16", "int8"], "6MiB")
+    with pytest.raises(CoterieError, match="belady cannot be replayed"):
+        replay(drawn(), grid(play("resident-vote:beta=0.2"), caches="lru,belady"))
+    with pytest.raises(CoterieError, match="holds no forward"):
+        replay(Trace(drawn().about, None, ()), grid(play("vanilla")))
+    with pytest.raises(CoterieError, match="blocks of several forwards"):
+        looked(Trace(drawn().about, None, drawn().forwards[:1]))
+
+
+def test_drawn_routing_looks_as_it_was_asked_to() -> None:
+    shape = Shape(layers=4, experts=64, k=4, tokens=16, steps=4)
+    wanted = Look(unique=30.0, step_overlap=0.85, block_overlap=0.6)
+    found = looked(synthetic(shape, calibrated(shape, wanted), blocks=12, seed=5))
+    assert found.unique == pytest.approx(wanted.unique, rel=0.06)
+    assert found.step_overlap == pytest.approx(wanted.step_overlap, abs=0.04)
+    assert found.block_overlap == pytest.approx(wanted.block_overlap, abs=0.06)
+
+
+def test_an_overlap_carried_over_keeps_its_place_above_chance() -> None:
+    chance = carried(Look(64, 0.5, 1.0), 128, 84, 256)
+    assert (chance.unique, chance.block_overlap) == (84, 1.0)
+    assert chance.step_overlap == pytest.approx(84 / 256)
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> str:
+    path = tmp_path / "drawn.trace"
+    with Writer(path, drawn().about) as writer:
+        for forward in drawn().forwards:
+            writer.write(forward)
+    return str(path)
+
+
+def test_the_command_replays_a_grid(file: str, tmp_path: Path, capsys: Capture) -> None:
+    words = ["replay", file, "-p", "des-vote:beta=0.25", "--drift", "0.1", "--cache", "lru,belady"]
+    words += ["--capacity", "25%,12", "--link", "1KB/s,1MB/s", "--memory", "10KB/s", "--rest", "2"]
+    assert run([*words, "--json", "-o", str(tmp_path / "out")]) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert len(told["points"]) == 3 * 2 * 2 * 2
+    assert {p["policy"] for p in told["points"]} == set(told["overlap"]) == {
+        *("vanilla", "des-vote:beta=0.25", "des-vote:beta=0.25 --drift 0.1")
+    }  # fmt: skip
+    first = told["points"][0]
+    assert (first["saved_against_vanilla"], first["slots"], first["capacity"]) == (0.0, 6, "25%")
+    assert first["bytes_a_forward"] == pytest.approx(first["loads"] * 2 * 100)
+    assert all(p["ms"] >= p["stall_ms"] + 2 for p in told["points"])
+    kept = json.loads((tmp_path / "out" / "replay.json").read_text())
+    assert kept["facts"]["points"] == told["points"]
+    rows = list(csv.DictReader(io.StringIO((tmp_path / "out" / "replay.csv").read_text())))
+    assert [row["policy"] for row in rows] == [p["policy"] for p in told["points"]]
+    assert run([*words, "--csv"]) == 0
+    assert capsys.readouterr().out == (tmp_path / "out" / "replay.csv").read_text()
+    assert run(words) == 0
+    assert "des-vote:beta=0.25 --drift 0.1" in capsys.readouterr().out
+
+
+def test_figures_stand_beside_the_record(file: str, tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    out = tmp_path / "out"
+    assert run(["replay", file, "-p", "des-seq:k=1", "--cache", "lru,lfu", "-o", str(out)]) == 0
+    drawn_files = sorted(path.name for path in out.glob("*.svg"))
+    assert drawn_files == [
+        f"replay-{name}-{scheme}.svg"
+        for name in ("bytes", "overlap")
+        for scheme in ("dark", "light")
+    ]
+    assert "des-seq:k=1, lfu" in (out / "replay-bytes-dark.svg").read_text()
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (["-p", "xshare:beta=0.3"], "vote=full"),
+        (["--cache", "fifo"], "known"),
+        (["--capacity", "lots"], "35%"),
+        (["--link", "fast"], "25GB/s"),
+        (["--precision", "int3"], "the trace knows bf16"),
+        (["--drift", "0.1"], "give a --policy"),
+        (["-p", "topk:k=2", "--drift", "0.1"], "elects none"),
+        (["-p", "des-seq:k=2", "--drift", "2"], "share of the votes"),
+        (["-p", "des-vote:beta=0.2/0.3/0.4"], "3 shares"),
+        (["--json", "--csv"], "one of them"),
+    ],
+)
+def test_what_cannot_be_replayed_is_one_line(file: str, capsys: Capture, words, told: str) -> None:
+    assert run(["replay", file, *words]) == 2
+    said = capsys.readouterr()
+    assert (said.out, said.err.count("\n")) == ("", 1)
+    assert told in said.err
+
+
+def test_a_warm_start_needs_the_same_sizes(file: str, tmp_path: Path, capsys: Capture) -> None:
+    other = tmp_path / "other.trace"
+    with Writer(other, replace(drawn().about, experts=25)):
+        pass
+    assert run(["replay", file, "--warm", str(other)]) == 2
+    assert "with 2 of 24" in capsys.readouterr().err
+    assert run(["replay", file, "--warm", file, "--json"]) == 0
+    made = json.loads(capsys.readouterr().out)
+    assert made["points"][0]["loads"] >= 0
+
+
+def test_a_replay_is_the_same_every_time() -> None:
+    asked = grid(play("vanilla"), play("resident-vote:beta=0.2"), caches="lru,lfu,votes")
+    one, other = replay(drawn(), asked), replay(drawn(), asked)
+    assert isinstance(one, Replay)
+    assert [p.document() for p in one.points] == [p.document() for p in other.points]
