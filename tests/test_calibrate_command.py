@@ -124,6 +124,20 @@ def test_another_way_of_decoding_is_remarked(capsys: Capture, kept: Path, model:
     assert capsys.readouterr().err == f"coterie: {kept}: calibrated with block=8 (now 4)\n"
 
 
+def test_experts_of_another_kind_are_remarked(capsys: Capture, kept: Path, model: str) -> None:
+    words = ("generate", "5 17 33", "-m", model, *DECODING, "-p", f"@{kept}")
+    assert run([*words, "--experts", "int8"]) == 0
+    told = capsys.readouterr().err
+    assert told == f"coterie: {kept}: calibrated with experts whole (now int8 in groups of 64)\n"
+
+
+def test_experts_are_quantised_for_a_calibration(tmp_path: Path, model: str, prompts: str) -> None:
+    path = tmp_path / "eight.json"
+    words = ("calibrate", "des-vote:vote=weight", "--target", "experts=6", "--prompts", prompts)
+    assert run([*words, "-m", model, *DECODING, "--experts", "int8", "-o", str(path)]) == 0
+    assert json.loads(path.read_text())["model"]["expert_format"] == "int8 in groups of 64"
+
+
 def test_other_weights_are_remarked(capsys: Capture, kept: Path, tmp_path: Path) -> None:
     other = str(write_checkpoint(tmp_path, "llada2", seed=4))
     assert run(["generate", "5 17 33", "-m", other, *DECODING, "-p", f"@{kept}"]) == 0

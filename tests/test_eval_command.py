@@ -94,6 +94,8 @@ def test_a_stopped_run_goes_on_and_another_is_refused(capsys: Capture, tmp_path:
         k: v for k, v in after.items() if k in ("policy", "right", "n", "accuracy_low")
     }
     assert "limit is not set there and 2 here" in refusal(capsys, *words, "--limit", "2")
+    few = refusal(capsys, *words, "--experts", "int8")
+    assert 'experts is not set there and "int8 in groups of 64" here' in few
     assert run(words) == 0
     assert "all 6 answers were there already" in capsys.readouterr().err
 

@@ -256,6 +256,19 @@ def test_a_record_says_how_it_was_made(tmp_path: Path) -> None:
     assert len(record["settings"]["fingerprint"]) == 16
 
 
+def test_experts_in_few_bits_are_another_study(tmp_path: Path) -> None:
+    studied(tiny(tmp_path), tmp_path, [Counted("a", (measured := []))])
+    few = coterie.load(
+        tmp_path / "model", unmask="fixed:steps=2", block=8, device="cpu", experts="int4"
+    )
+    studied(few, tmp_path, [Counted("a", measured)])
+    assert measured == ["a", "a"]
+    record = json.loads((tmp_path / "records" / "a.json").read_text())
+    assert record["settings"]["experts"] == "int4 in groups of 32"
+    studied(few, tmp_path, [Counted("a", measured)])
+    assert measured == ["a", "a"]
+
+
 # The page
 
 

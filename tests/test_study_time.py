@@ -32,6 +32,7 @@ from coterie.study.chapter import Chapter, Finding
 from coterie.study.explosion import Explosion, budget, by_masked, point, uniform
 from coterie.study.lab import Lab
 from coterie.study.latency import Latency
+from coterie.study.layers import own_bench
 from coterie.study.parts import PARTS, REST, Stopwatch, timed
 from coterie.study.roofline import Roofline
 from coterie.study.routings import FORWARDS
@@ -334,6 +335,20 @@ def test_bytes_come_from_experts_and_operations_from_pairs(tmp_path: Path) -> No
             assert each["flops"] == 6 * 32 * 16 * pairs
             assert each["intensity"] == pytest.approx(2 * pairs / (each["used"] * size))
         assert plain[0]["used"] == k
+
+
+@pytest.mark.parametrize("experts", ["int8", "int4"])
+def test_experts_in_few_bits_are_timed_with_the_models_tokens(tmp_path: Path, experts: str) -> None:
+    tiny(tmp_path)
+    engine = coterie.load(
+        tmp_path / "model", max_new_tokens=20, unmask="fixed:steps=2", device="cpu", experts=experts
+    )
+    bench = own_bench(engine)
+    assert bench.inputs(3, torch.Generator().manual_seed(0)).dtype == torch.float32
+    facts = Roofline(shapes=(), pace=QUICK).measure(lab(tmp_path, engine))
+    [own] = facts["roofs"]  # type: ignore[misc]
+    assert own["bench"]["expert_bytes"] == bench.expert_bytes < 3 * 32 * 16 * 4
+    assert own["peak"] == facts["limits"]["flops_per_second"]["float32"]  # type: ignore[index]
 
 
 @given(fixed=positive, each=positive, pair=positive)

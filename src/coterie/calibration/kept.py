@@ -33,6 +33,7 @@ class Kept:
     layers: int  # those that route
     experts: int
     generation: Mapping[str, object] = field(default_factory=dict)
+    form: str | None = None  # of the experts, where they were quantised
 
     def check(self, model: Model, generation: Generation) -> list[str]:
         """Remarks on other weights of the same sizes, and on another way of decoding.
@@ -51,6 +52,9 @@ class Kept:
         remarks = []
         if self.fingerprint != theirs["fingerprint"]:
             remarks.append(f"{self.path}: calibrated on other weights ({self.name})")
+        if self.form != theirs["expert_format"]:
+            was, now_is = self.form or "whole", theirs["expert_format"] or "whole"
+            remarks.append(f"{self.path}: calibrated with experts {was} (now {now_is})")
         now = asdict(generation)
         others = {
             key: was for key in DECODED if (was := self.generation.get(key, now[key])) != now[key]
@@ -127,6 +131,7 @@ def identity(model: Model) -> dict[str, object]:
         "layers": len(model.spec.moe_layers),
         "experts": model.spec.router.experts,
         "dtype": str(model.transformer.dtype).removeprefix("torch."),
+        "expert_format": None if (form := model.spec.expert_format) is None else str(form),
     }
 
 
@@ -150,7 +155,9 @@ def _with_model(path: Path, policy: str, content: Mapping[str, object]) -> Kept:
             f"give the policy itself: {policy}"
         )
     decoded = generation if isinstance(generation, dict) else {}
-    return Kept(path, policy, name, digest, layers, experts, decoded)
+    form = fields.get("expert_format")
+    form = form if isinstance(form, str) else None
+    return Kept(path, policy, name, digest, layers, experts, decoded, form)
 
 
 def _reading(reading: Reading) -> dict[str, object]:

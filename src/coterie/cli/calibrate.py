@@ -113,6 +113,7 @@ def calibrate_command(
     model: o.Model = None,
     dtype: o.Dtype = None,
     device: o.Device = "auto",
+    experts: o.Experts = None,
     rows: e.Rows = 16,
     trust: e.Trust = False,
     out: Out = None,
@@ -134,7 +135,7 @@ def calibrate_command(
     check_place(out)
     drawn = Wish(inspect(model).family.name, data, shots, items, seed, trust)
     asked = questions(task, prompts, drawn, own=model in (None, EMBEDDED))
-    engine = open_engine(model, dtype=dtype, device=device)
+    engine = open_engine(model, dtype=dtype, device=device, experts=experts)
     check_effect(engine, wanted)
     with bar(MofNCompleteColumn(), TimeElapsedColumn()) as shown:
         bench = Bench(engine, asked, wanted, rows, _live(shown))

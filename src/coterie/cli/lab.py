@@ -82,6 +82,7 @@ def evaluate(
     model: o.Model = None,
     dtype: o.Dtype = None,
     device: o.Device = "auto",
+    experts: o.Experts = None,
     rows: e.Rows = 16,
     trust: e.Trust = False,
     out: e.Out = None,
@@ -109,7 +110,7 @@ def evaluate(
     wish = Wish(inspect(model).family.name, data, shots, items or e.COUNT, seed, trust)
     tasks = open_tasks(names, wish)  # fails here, before weights are loaded
     asked = Examination(tasks, arms_of(policies), wanted, limit, shuffle_seed, rows, out)
-    engine = open_engine(model, dtype=dtype, device=device)
+    engine = open_engine(model, dtype=dtype, device=device, experts=experts)
     check_effect(engine, wanted)
     check_kept(engine, policies or (), wanted)
     tell(engine, asked, examine(engine, asked), json=json, csv=csv)

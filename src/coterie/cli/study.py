@@ -79,6 +79,7 @@ def study(
     quick: Quick = False,
     dtype: o.Dtype = None,
     device: o.Device = "auto",
+    experts: o.Experts = None,
 ) -> int:
     """Measure every table and figure of the paper on a model, and report what holds.
 
@@ -103,7 +104,7 @@ def study(
     wish = Wish(inspect(model).family.name, data, count=each, seed=seed, trust=trust)
     opened = open_tasks(names, wish)  # fails here, before weights are loaded
     out.mkdir(parents=True, exist_ok=True)
-    engine = open_engine(model, dtype=dtype, device=device)
+    engine = open_engine(model, dtype=dtype, device=device, experts=experts)
     with bar(TimeElapsedColumn(), TimeRemainingColumn()) as shown:
         sections = room.study(
             engine,

@@ -21,7 +21,7 @@ from coterie.model.transformer import Transformer
 from coterie.naming import CoterieError
 from coterie.study.lab import Lab
 from coterie.telemetry import Null
-from coterie.values import Policy, RouterSpec, Slab, Window
+from coterie.values import Panels, Policy, RouterSpec, Slab, Window
 
 Tell = Callable[[float], None]  # the share that is done
 Out = TypeVar("Out")
@@ -58,6 +58,7 @@ class Bench:
     router: RouterSpec
     slabs: tuple[Slab, ...]
     unique: float | None = None  # of random layers: what a block of 32 uses, as their router routes
+    computing: torch.dtype | None = None  # of the tokens; None: as the weights
 
     @property
     def random(self) -> bool:
@@ -81,8 +82,15 @@ class Bench:
         return self.slabs[0].down.device
 
     @property
+    def tokens_dtype(self) -> torch.dtype:
+        return self.computing or self.dtype
+
+    @property
     def expert_bytes(self) -> int:
-        return 3 * self.hidden * self.width * self.dtype.itemsize
+        slab = self.slabs[0]
+        # In panels the two weights of a slab are one tensor.
+        packed = isinstance(slab.gate_up, Panels)
+        return (slab.gate_up.nbytes + (0 if packed else slab.down.nbytes)) // len(slab.gate_up)
 
     def flops(self, pairs: float) -> float:
         """Of so many token-expert pairs: three products, a multiplication and a sum each."""
@@ -102,7 +110,7 @@ class Bench:
 
     def inputs(self, tokens: int, draw: torch.Generator) -> Tensor:
         """Random hidden states [tokens, H]."""
-        return torch.randn(tokens, self.hidden, generator=draw).to(self.device, self.dtype)
+        return torch.randn(tokens, self.hidden, generator=draw).to(self.device, self.tokens_dtype)
 
 
 def benches(engine: Engine, shapes: Sequence[Shape]) -> Iterator[Bench | str]:
@@ -143,7 +151,8 @@ def own_bench(engine: Engine) -> Bench:
         for layer in moe_layers(model.transformer)
         for slab in layer.store.serve(layer.layer, everybody)
     ]
-    return Bench(Path(model.name).name, model.spec.router, tuple(slabs))
+    tokens = model.transformer.dtype
+    return Bench(Path(model.name).name, model.spec.router, tuple(slabs), computing=tokens)
 
 
 def moe_layers(transformer: Transformer) -> list[MoE]:

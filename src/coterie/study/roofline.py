@@ -23,6 +23,7 @@ from coterie.bench.timing import (
     fit,
     in_turns,
     limits,
+    name,
     on,
     predicted,
 )
@@ -163,8 +164,8 @@ def roof(lab: Lab, bench: Bench, found: Limits, *, tell: Tell, pace: Pace = FULL
         )
         for (policy, tokens), routed in works.items()
     ]
-    facts = bench.facts()
-    return Roof(bench=facts, peak=found["flops_per_second"][facts["dtype"]], points=points)
+    peak = found["flops_per_second"][name(bench.tokens_dtype)]
+    return Roof(bench=bench.facts(), peak=peak, points=points)
 
 
 def attainable(intensity: float, peak: float, bytes_per_second: float) -> float:

@@ -148,8 +148,12 @@ def settings_of(engine: Engine, tasks: Sequence[Task], effort: Effort) -> dict[s
     model = engine.model
     if model.folder is None:
         raise CoterieError(f"{model.name}: a model without a folder cannot be known again")
+    # Only where it says something: records from before it was said still stand.
+    form = model.spec.expert_format
+    few = {} if form is None else {"experts": str(form)}
     return {
         "model": model.name,
+        **few,
         "fingerprint": fingerprint(model.folder),
         "dtype": str(model.transformer.dtype).removeprefix("torch."),
         "device": model.transformer.device.type,

@@ -50,13 +50,16 @@ class Coterie(LM):
         *,
         dtype: str | None = None,
         device: str | None = None,
+        experts: str | None = None,
         batch_size: int | str | None = None,
         max_batch_size: int | None = None,
         **options: object,
     ) -> None:
         super().__init__()
         _check_options(options)
-        self.engine = load(pretrained, policy=policy, dtype=dtype, device=_device(device))
+        self.engine = load(
+            pretrained, policy=policy, dtype=dtype, device=_device(device), experts=experts
+        )
         length = (
             {"max_new_tokens": options.pop("max_gen_toks")} if "max_gen_toks" in options else {}
         )
@@ -96,6 +99,7 @@ class Coterie(LM):
         return {
             "policy": self.policy,
             "model_dtype": str(model.transformer.dtype),
+            "experts": model.spec.experts_as,
             "generation": {
                 f.name: getattr(self.engine.generation, f.name) for f in fields(Generation)
             },
@@ -179,7 +183,7 @@ def _check_options(options: Mapping[str, object]) -> None:
     if unknown:
         raise CoterieError(
             f"unknown model_args {unknown[0]!r}; known: pretrained, policy, dtype, device, "
-            f"batch_size, {', '.join(known)}; a policy with commas needs JSON: "
+            f"experts, batch_size, {', '.join(known)}; a policy with commas needs JSON: "
             '--model_args \'{"policy": "des-vote:beta=0.3,voters=unfilled"}\''
         )
 
