@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from coterie.routing import parse_policy, route
-from coterie.telemetry import Counting, Null, Recorder, Tracing
+from coterie.telemetry import Counting, Null, Recorder, Tracing, figures
 from coterie.values import RouterSpec, Scores
 
 ROUTER = RouterSpec(experts=16, k=4, activation="sigmoid", renormalise=True)
@@ -65,6 +65,35 @@ def test_rows_are_told_apart_and_count_as_they_would_alone():
     for row, name in enumerate("abc"):
         alone = watched("mass-vote:tau=0.5", replace(together, logits=together.logits[row, None]))
         assert batch.counts(name) == alone.counts("a")
+
+
+def test_layers_are_counted_together_as_they_would_be_alone():
+    """Of a forward in which one layer has other experts, and its voters are told apart."""
+    voters = torch.tensor([[1.0, 1, 0, 1, 0, 0], [1, 1, 1, 1, 1, 1]])
+    first, second = replace(scores(2), voters=voters), replace(scores(2, seed=1), voters=voters)
+    wide = Scores(second.logits[..., :8], replace(ROUTER, experts=8), voters=voters)
+    policy = parse_policy("des-vote:beta=0.25")
+    counting = Counting()
+    counting.began(("a", "b"))
+    alone = []
+    for layer, seen in enumerate((first, second, wide)):
+        routing = route(seen, policy)
+        counting.routed(layer, seen, routing)
+        alone.append(figures(seen, routing))
+    for row, name in enumerate("ab"):
+        counts, each = counting.counts(name), torch.stack(alone)[:, row]
+        assert counts.per_layer == tuple(each[:, 0].tolist())
+        assert counts.vanilla_per_layer == tuple(each[:, 1].tolist())
+        assert counts.vote_mass_kept == pytest.approx(float(each[:, 2].sum() / each[:, 3].sum()))
+        assert counts.hit_rate == float(each[:, 4].sum() / each[:, 5].sum())
+
+
+def test_what_was_shown_is_counted_when_the_next_forward_begins():
+    """Memory holds one forward, however many nobody asks about."""
+    counting = watched("vanilla", *(scores(1, seed=seed) for seed in range(5)), layers=(1, 2, 3))
+    assert len(counting._shown) == 3
+    assert counting.counts("a").forwards == 5
+    assert len(counting._shown) == 0
 
 
 def test_a_row_that_joins_later_has_fewer_forwards():

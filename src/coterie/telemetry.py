@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable
+from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import groupby
 from typing import Protocol
 
 import torch
@@ -89,52 +90,91 @@ class Counts:
     hit_rate: float  # share of the voters' own choices that they kept
 
 
+@dataclass(frozen=True)
+class _Shown:
+    """What a layer leaves behind of a forward until it is counted: small, whatever it scored."""
+
+    layer: int
+    experts: int
+    ids: Tensor  # [S, N, k]
+    own: Tensor  # [S, N, k]
+    votes: Tensor  # [S, N, k]: the router's probability of ``own``
+    voters: Tensor | None  # [S, N]
+
+    def alike(self) -> tuple[object, ...]:
+        """Equal for layers that can be counted together."""
+        return self.ids.shape, self.own.shape, self.experts, self.voters is None
+
+
+Figures = tuple[tuple[int, ...], Tensor]
+"""Layers of one forward, and their figures [L, 6]."""
+
+
 @dataclass  # not frozen: it gathers
 class Counting:
-    """Counts experts row by row. Show it decoding forwards only; reading waits for the device."""
+    """Counts experts row by row. Show it decoding forwards only; reading waits for the device.
+
+    A forward's layers are counted together, once it is over or somebody asks.
+    """
 
     _rows: tuple[Row, ...] = ()
-    _seen: dict[Row, list[tuple[int, Tensor]]] = field(default_factory=dict)  # layer, figures [6]
+    _shown: list[_Shown] = field(default_factory=list)
+    _seen: dict[Row, list[Figures]] = field(default_factory=dict)
 
     def began(self, rows: tuple[Row, ...]) -> None:
+        self._settle()
         self._rows = rows
 
     def fed(self, layer: int, x: Tensor) -> None:
         del layer, x
 
     def routed(self, layer: int, scores: Scores, routing: Routing) -> None:
-        rows = self._rows or tuple(range(scores.logits.shape[0]))
-        for row, figure in zip(rows, figures(scores, routing).unbind(), strict=True):
-            self._seen.setdefault(row, []).append((layer, figure))
+        if self._shown and layer <= self._shown[-1].layer:
+            self._settle()
+        self._shown.append(_shown(layer, scores, routing))
 
     def layer_output(self, layer: int, x: Tensor) -> None:
         del layer, x
 
     def counts(self, row: Row = 0) -> Counts:
         """The counts of one row; all zero (and vote mass 1) when it was never shown."""
-        seen = self._seen.get(row, [])
+        self._settle()
         layers: dict[int, list[list[float]]] = {}
-        for (layer, _), figure in zip(seen, _read([figure for _, figure in seen]), strict=True):
+        for layer, figure in _read(self._seen.get(row, [])):
             layers.setdefault(layer, []).append(figure)
         return _summary(layers)
 
     def latest(self, row: Row = 0) -> tuple[int, ...]:
         """Unique experts of each layer in the last forward that was shown with this row."""
-        found: dict[int, Tensor] = {}
-        for layer, figure in reversed(self._seen.get(row, [])):
-            if layer in found:
+        self._settle()
+        found: dict[int, int] = {}
+        for seen in reversed(self._seen.get(row, [])):
+            if not found.keys().isdisjoint(seen[0]):
                 break
-            found[layer] = figure
-        return tuple(int(figure[0]) for figure in _read([found[i] for i in sorted(found)]))
+            found |= {layer: int(figure[0]) for layer, figure in _read([seen])}
+        return tuple(found[layer] for layer in sorted(found))
 
     def absorb(self, other: Counting) -> None:
         """Add what another was shown, such as a forward that has come out well."""
+        self._settle()
+        other._settle()
         for row, seen in other._seen.items():
             self._seen.setdefault(row, []).extend(seen)
 
     def forget(self, row: Row) -> None:
         """Drop one row's counts."""
+        self._settle()
         self._seen.pop(row, None)
+
+    def _settle(self) -> None:
+        for _, group in groupby(self._shown, _Shown.alike):
+            layers = list(group)
+            each = _figures(layers).unflatten(0, (len(layers), -1))  # [L, S, 6]
+            rows = self._rows or tuple(range(each.shape[1]))
+            told = tuple(one.layer for one in layers)
+            for row, figure in zip(rows, each.unbind(1), strict=True):
+                self._seen.setdefault(row, []).append((told, figure))
+        self._shown.clear()
 
 
 @dataclass  # not frozen: it gathers
@@ -166,27 +206,49 @@ def figures(scores: Scores, routing: Routing) -> Tensor:
     Every position counts for the unique experts, for all are computed; votes and choices are those
     of the row's voters. Votes are ``masked`` ones: the router's probability of own experts.
     """
+    return _figures([_shown(scores.layer, scores, routing)])
+
+
+def _shown(layer: int, scores: Scores, routing: Routing) -> _Shown:
     rows, tokens, experts = scores.logits.shape
     ids, own = (x.view(rows, tokens, -1) for x in (routing.ids, routing.own))
+    votes = scores.probability.gather(-1, own)
+    return _Shown(layer, experts, ids, own, votes, scores.voters)
+
+
+def _figures(shown: Sequence[_Shown]) -> Tensor:
+    """[L * S, 6] of layers that are alike; see ``figures``."""
+    experts = shown[0].experts
+    ids, own, votes = (
+        torch.cat(parts)
+        for parts in zip(*((each.ids, each.own, each.votes) for each in shown), strict=True)
+    )
     used, used_own = (membership(x.flatten(1), experts) for x in (ids, own))
-    voice = torch.ones_like(scores.logits[..., 0]) if scores.voters is None else scores.voters
-    votes = scores.probability.gather(-1, own) * voice.unsqueeze(-1)  # [S, N, k]
     elected = used.gather(-1, own.flatten(1)).view(own.shape)
-    kept = membership(ids, experts).gather(-1, own) & (voice > 0).unsqueeze(-1)
+    kept = (own.unsqueeze(-1) == ids.unsqueeze(-2)).any(-1)
+    voters = [each.voters for each in shown if each.voters is not None]
+    if voters:
+        voice = torch.cat(voters)
+        votes, kept = votes * voice.unsqueeze(-1), kept & (voice > 0).unsqueeze(-1)
+        choices = (voice > 0).sum(1) * own.shape[-1]
+    else:
+        choices = torch.full((len(own),), own.shape[1] * own.shape[2], device=own.device)
     columns = (
         used.sum(-1),
         used_own.sum(-1),
         (votes.double() * elected).sum((1, 2)),
         votes.double().sum((1, 2)),
         kept.sum((1, 2)),
-        (voice > 0).sum(1) * own.shape[-1],
+        choices,
     )
     return torch.stack([column.double() for column in columns], dim=-1)
 
 
-def _read(seen: list[Tensor]) -> list[list[float]]:
-    """The numbers of many small tensors, in one wait for the device."""
-    return torch.stack(seen).tolist() if seen else []
+def _read(seen: Sequence[Figures]) -> Iterator[tuple[int, list[float]]]:
+    """The layers and numbers of many small tensors, in one wait for the device."""
+    layers = [layer for told, _ in seen for layer in told]
+    numbers = torch.cat([figure for _, figure in seen]).tolist() if seen else []
+    return zip(layers, numbers, strict=True)
 
 
 def _summary(layers: dict[int, list[list[float]]]) -> Counts:

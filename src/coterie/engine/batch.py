@@ -86,7 +86,7 @@ def forward(
         policy=group[0].routes(),
         recorder=recorder,
         wanted=_wanted(group).to(transformer.device),
-        voters=_voters(group).to(transformer.device),
+        voters=_voters(group, transformer.device),
         progress=_progress(group, transformer.device),
         forward=tuple(slot.row.clock.row for slot in group),
         embeddings=_embeddings(group),
@@ -169,14 +169,17 @@ def _window(group: Sequence[Slot]) -> Window:
     )
 
 
-def _voters(group: Sequence[Slot]) -> Tensor:
-    """[B, width] fp32: the live block and what is computed anew beside it."""
+def _voters(group: Sequence[Slot], device: torch.device) -> Tensor | None:
+    """[B, width] fp32: the live block and what is computed anew beside it; None: all there is."""
+    looks = [slot.look for slot in group]
+    if all(look.voters == (look.start, look.stop) for look in looks):
+        return None
     rows = []
-    for slot in group:
-        position = torch.arange(slot.look.start, slot.look.stop)
-        first, last = slot.look.voters
+    for look in looks:
+        position = torch.arange(look.start, look.stop)
+        first, last = look.voters
         rows.append((position >= first) & (position < last))
-    return torch.stack(rows).float()
+    return torch.stack(rows).float().to(device)
 
 
 def _progress(group: Sequence[Slot], device: torch.device) -> Progress:

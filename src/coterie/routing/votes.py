@@ -31,10 +31,13 @@ def voices(scores: Scores, voters: Voters) -> Tensor:
     finished row), everybody votes, so that an election always has a result.
     """
     everybody = torch.ones(scores.logits.shape[:2], device=scores.logits.device)
-    allowed = everybody if scores.voters is None else scores.voters.to(everybody.dtype)
-    narrowed = allowed if voters == "all" else allowed * _narrowing(scores.progress, voters)
-    allowed = allowed.where((allowed > 0).any(dim=1, keepdim=True), everybody)
-    return narrowed.where((narrowed > 0).any(dim=1, keepdim=True), allowed)
+    asked, allowed = everybody, everybody
+    if scores.voters is not None:
+        asked = scores.voters.to(everybody.dtype)
+        allowed = _unless_silent(asked, everybody)
+    if voters == "all":
+        return allowed
+    return _unless_silent(asked * _narrowing(scores.progress, voters), allowed)
 
 
 def masked(scores: Scores) -> Tensor:
@@ -107,6 +110,10 @@ VOTES: dict[Vote, Callable[[Scores, Tensor, int], Tensor]] = {  # each gives [S,
     "max": greatest,
     "random": drawn,
 }
+
+
+def _unless_silent(voice: Tensor, otherwise: Tensor) -> Tensor:
+    return voice.where((voice > 0).any(dim=1, keepdim=True), otherwise)
 
 
 def _narrowing(progress: Progress | None, voters: Voters) -> Tensor:
