@@ -13,7 +13,7 @@ from importlib.util import find_spec
 import torch
 from torch import Tensor
 
-from coterie.ops import cpu, grouped, panels, reference
+from coterie.ops import cpu, gpu, grouped, panels, reference
 from coterie.ops.panels import unpack
 from coterie.ops.reference import top_ids, top_mask
 from coterie.quant import FORMATS, QTensor
@@ -38,9 +38,13 @@ def route(scores: Scores, rule: Rule | None, voice: Tensor | None) -> Routing | 
     Without a ``rule``, the unmodified model. ``voice`` [S, N] fp32 >= 0 is what each token's vote
     weighs, with a voter in every row (None: everybody 1). What it gives equals what
     ``routing.route`` makes of the same rule in plain torch: ids, used and own exactly, weights to
-    rounding. Also None for logits on a CPU that are no numbers: who asks then finds out which.
+    rounding. Also None for logits on a CPU that are no numbers: who asks then finds out which. A
+    GPU computes probabilities itself: what differs in the last bits there may decide otherwise.
     """
-    return cpu.route(scores, rule, voice) if scores.logits.device.type == "cpu" else None
+    device = scores.logits.device.type
+    if device == "cuda" and gpu.ready():
+        return gpu.route(scores, rule, voice)
+    return cpu.route(scores, rule, voice) if device == "cpu" else None
 
 
 def run_experts(x: Tensor, routing: Routing, slab: Slab) -> Tensor:

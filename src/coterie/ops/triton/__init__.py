@@ -4,5 +4,6 @@ Without a GPU they run in Triton's interpreter, where TRITON_INTERPRET=1 was set
 """
 
 from coterie.ops.triton.dispatch import dispatch
+from coterie.ops.triton.routing import route
 
-__all__ = ["dispatch"]
+__all__ = ["dispatch", "route"]

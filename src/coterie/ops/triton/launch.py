@@ -8,7 +8,10 @@ from torch import Tensor
 
 
 def launch(
-    kernel: Callable[..., object], grid: tuple[int, ...], *args: Tensor | int | None, **sizes: int
+    kernel: Callable[..., object],
+    grid: tuple[int, ...],
+    *args: Tensor | int | None,
+    **constants: int | float | str,
 ) -> None:
     """Queues ``kernel`` on the device of its tensors; waits for nothing."""
-    kernel[grid](*args, **sizes)  # pyright: ignore[reportIndexIssue]
+    kernel[grid](*args, **constants)  # pyright: ignore[reportIndexIssue]

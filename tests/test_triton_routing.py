@@ -1,0 +1,371 @@
+"""Routing by kernels for a GPU equals plain torch by value; interpreted where there is no GPU."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Literal
+
+import pytest
+import torch
+from gpu_compiling import compiled
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from interpreting import quicken
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from coterie.routing.coreset import Fixed, Mass, first_choices, repaired, take
+from coterie.routing.select import choose, combine_weights, own
+from coterie.routing.votes import VOTES
+from coterie.values import RouterSpec, Routing, Rule, Scores, membership
+
+pytest.importorskip("triton", reason="NOT TESTED: kernels for a GPU (triton is not installed)")
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+Vote = Literal["masked", "weight", "count", "full", "margin", "max"]
+VOTE_NAMES: tuple[Vote, ...] = ("masked", "weight", "count", "full", "margin", "max")
+Activation = Literal["softmax", "sigmoid"]
+Block = tuple[Scores, Rule | None, Tensor | None]
+
+
+@pytest.fixture(autouse=True)
+def quick_interpreter() -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        quicken(patch)
+        yield
+
+
+def by_kernel(scores: Scores, rule: Rule | None, voice: Tensor | None) -> Routing:
+    from coterie.ops.triton import route
+
+    found = route(scores, rule, voice)
+    assert found is not None
+    return found
+
+
+def by_torch(scores: Scores, rule: Rule | None, voice: Tensor | None) -> Routing:
+    """The rule in plain torch, from the parts that policies are made of."""
+    scores = replace(scores, own=own(scores))
+    mask = None if rule is None else coreset(scores, rule, voice).unsqueeze(1)
+    ids = choose(scores, mask)
+    return Routing(
+        ids=ids.flatten(0, 1),
+        weights=combine_weights(scores, ids).flatten(0, 1),
+        used=membership(ids.flatten(), scores.router.experts),
+        own=own(scores).flatten(0, 1),
+    )
+
+
+def coreset(scores: Scores, rule: Rule, voice: Tensor | None) -> Tensor:
+    voice = torch.ones_like(scores.logits[..., 0]) if voice is None else voice
+    if rule.union:
+        return first_choices(scores, voice, rule.union)
+    size = Mass(rule.mass, rule.least) if rule.mass else Fixed(rule.count)
+    safe = first_choices(scores, voice, rule.protect)
+    votes = VOTES[rule.vote](scores, voice, 0)
+    plain = take(votes, safe, size, rule.least)
+    if not rule.lam or scores.resident is None:
+        return plain
+    liked = take(votes * (1 + rule.lam * scores.resident.double()), safe, size, rule.least)
+    return repaired(liked, plain, votes, rule.eps)
+
+
+@st.composite
+def routers(draw: st.DrawFn) -> RouterSpec:
+    experts, groups = draw(
+        st.sampled_from([(8, 1), (8, 2), (64, 1), (64, 8), (96, 8), (96, 1), (128, 1), (128, 4)])
+        | st.sampled_from([(256, 8), (256, 1), (5, 1), (12, 4)])
+    )
+    renormalise = draw(st.booleans())
+    return RouterSpec(
+        experts=experts,
+        k=draw(st.integers(1, min(8, experts))),
+        activation=draw(st.sampled_from(("softmax", "sigmoid"))),
+        renormalise=renormalise,
+        scale=draw(st.sampled_from((1.0, 2.5))),
+        groups=groups,
+        kept_groups=draw(st.integers(1, groups)),
+        biased_weight=draw(st.booleans()) and not renormalise,
+        epsilon=draw(st.sampled_from((0.0, 1e-20))),
+    )
+
+
+@st.composite
+def rules(draw: st.DrawFn, router: RouterSpec) -> Rule | None:
+    kind = draw(st.sampled_from(("none", "union", "count", "count", "count", "mass")))
+    if kind == "none":
+        return None
+    if kind == "union":
+        return Rule(union=draw(st.integers(1, router.k)))
+    vote = draw(st.sampled_from(VOTE_NAMES))
+    rule = Rule(
+        vote=vote,
+        protect=draw(st.integers(0, min(2, router.k))),
+        # Halves keep every product exact, so that sums in another order are the same.
+        lam=draw(st.sampled_from((0.0, 0.0, 0.5, 2.0))),
+        eps=draw(st.sampled_from((0.0, 0.02, 0.3, 1.0))),
+    )
+    if kind == "count" or vote == "max":
+        return replace(rule, count=draw(st.integers(1, router.experts)))
+    return replace(
+        rule,
+        mass=draw(st.sampled_from((0.3, 0.8, 1.0))),
+        least=draw(st.integers(1, router.experts)),
+    )
+
+
+@st.composite
+def blocks(draw: st.DrawFn, *, most: int) -> Block:
+    """Logits of which no two are close (ties there are, but equal), so that the last bits of an
+    exponential decide nothing; or few of them, whatever the bias."""
+    router = draw(routers())
+    generator = torch.Generator().manual_seed(draw(st.integers(0, 2**32 - 1)))
+    shape = (draw(st.integers(1, 2)), draw(st.integers(1, most)))
+    experts = router.experts
+    logits, bias = spread(shape, experts, generator), None
+    if draw(st.booleans()):
+        bias = torch.randn(experts, generator=generator) / 4
+    chance = torch.rand(shape, generator=generator)
+    voice = draw(st.sampled_from([None, (chance > 0.4).float(), chance]))
+    if voice is not None:
+        voice[:, 0] = 1.0
+    scores = Scores(
+        logits,
+        router,
+        bias=bias,
+        resident=torch.rand(experts, generator=generator) < 0.4 if draw(st.booleans()) else None,
+    )
+    return on_device(scores), draw(rules(router)), None if voice is None else voice.to(DEVICE)
+
+
+def spread(shape: tuple[int, int], experts: int, generator: torch.Generator) -> Tensor:
+    """[*shape, E]: each token's logits are a shuffled grid, drawn out at random."""
+    order = torch.rand(*shape, experts, generator=generator).argsort(-1)
+    width = 1 + 3 * torch.rand(*shape, 1, generator=generator)
+    return (order / experts - 0.5) * 2 * width
+
+
+def on_device(scores: Scores) -> Scores:
+    moved = {
+        name: value.to(DEVICE)
+        for name in ("logits", "bias", "resident")
+        if (value := getattr(scores, name)) is not None
+    }
+    return replace(scores, **moved)
+
+
+def agree(scores: Scores, rule: Rule | None, voice: Tensor | None) -> None:
+    found, expected = by_kernel(scores, rule, voice), by_torch(scores, rule, voice)
+    assert torch.equal(found.own, expected.own)
+    assert torch.equal(found.ids, expected.ids)
+    assert torch.equal(found.used, expected.used)
+    assert found.used.dtype == torch.bool
+    torch.testing.assert_close(found.weights, expected.weights, rtol=2e-5, atol=1e-9)
+
+
+LAW = settings(max_examples=24, suppress_health_check=[HealthCheck.too_slow])
+
+
+@LAW
+@given(blocks(most=12))
+def test_kernels_route_as_torch_does(drawn: Block) -> None:
+    agree(*drawn)
+
+
+@pytest.mark.slow
+@settings(max_examples=300, suppress_health_check=[HealthCheck.too_slow])
+@given(blocks(most=100))
+def test_kernels_route_as_torch_does_on_many_blocks(drawn: Block) -> None:
+    agree(*drawn)
+
+
+@pytest.mark.parametrize("vote", VOTE_NAMES)
+def test_every_vote_and_what_goes_with_it(vote: Vote) -> None:
+    generator = torch.Generator().manual_seed(sum(map(ord, vote)))
+    router = RouterSpec(12, 3, "sigmoid", True, groups=4, kept_groups=2, epsilon=1e-20)
+    scores = on_device(
+        Scores(
+            spread((2, 5), 12, generator),
+            router,
+            bias=torch.randn(12, generator=generator) / 4,
+            resident=torch.rand(12, generator=generator) < 0.5,
+        )
+    )
+    voice = torch.tensor([[1.0, 0.0, 0.3, 0.7, 0.0], [0.0, 0.5, 0.0, 0.0, 0.0]], device=DEVICE)
+    plain = Rule(vote, count=5)
+    agree(scores, plain, None)
+    agree(scores, replace(plain, protect=2), voice)
+    agree(scores, replace(plain, protect=1, lam=2.0, eps=0.02), voice)
+    if vote != "max":
+        agree(scores, Rule(vote, mass=0.7, least=2, protect=1), voice)
+        agree(scores, Rule(vote, mass=0.7, least=2, lam=0.5, eps=0.3), voice)
+
+
+@pytest.mark.parametrize(("experts", "groups"), [(8, 1), (64, 1), (96, 8), (128, 1), (256, 8)])
+@pytest.mark.parametrize("activation", ["softmax", "sigmoid"])
+def test_published_shapes(experts: int, groups: int, activation: Activation) -> None:
+    """With 70 tokens, programs are of another shape and have a whole chunk of parts to add up."""
+    generator = torch.Generator().manual_seed(experts)
+    router = RouterSpec(
+        experts, min(8, experts - 1), activation, True, 2.5, groups, max(1, groups // 2)
+    )
+    tokens = 70 if experts == 64 else 9
+    scores = on_device(Scores(spread((1, tokens), experts, generator), router))
+    for rule in (None, Rule(count=math.ceil(0.15 * experts), protect=1)):
+        agree(scores, rule, None)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("tokens", [1, 2, 63, 64, 65, 200, 512])
+@pytest.mark.parametrize("experts", [64, 256])
+def test_blocks_of_any_size(tokens: int, experts: int) -> None:
+    generator = torch.Generator().manual_seed(tokens)
+    router = RouterSpec(experts, 8, "softmax", True)
+    scores = on_device(Scores(spread((1, tokens), experts, generator), router))
+    agree(scores, Rule(count=experts // 6), None)
+    agree(scores, Rule("weight", mass=0.8, least=8, protect=1), None)
+    agree(scores, None, None)
+
+
+@pytest.mark.parametrize("activation", ["softmax", "sigmoid"])
+def test_ties_go_to_the_lower_expert(activation: Activation) -> None:
+    """Equal logits are equal however they are computed: three values, and nothing else decides."""
+    generator = torch.Generator().manual_seed(3)
+    for groups, kept in ((1, 1), (4, 2), (4, 1)):
+        router = RouterSpec(24, 7, activation, False, groups=groups, kept_groups=kept)
+        logits = torch.randint(0, 3, (1, 6, 24), generator=generator).float()
+        scores = on_device(Scores(logits, router))
+        agree(scores, None, None)
+        agree(scores, Rule("count", count=9, protect=1), None)
+        agree(scores, Rule("count", mass=0.5), None)
+        agree(scores, Rule(union=2), None)
+        if activation == "sigmoid":  # a softmax adds up a token's other logits, in some order
+            agree(scores, Rule("max", count=4), None)
+
+
+def test_a_coreset_of_everybody_is_the_unmodified_model() -> None:
+    generator = torch.Generator().manual_seed(4)
+    router = RouterSpec(64, 8, "sigmoid", True, 2.5, 8, 4, epsilon=1e-20)
+    bias = torch.randn(64, generator=generator) / 4
+    scores = on_device(Scores(torch.randn(1, 6, 64, generator=generator), router, bias=bias))
+    plain, everybody = by_kernel(scores, None, None), by_kernel(scores, Rule(count=64), None)
+    for name, value in vars(plain).items():
+        assert torch.equal(value, getattr(everybody, name)), name
+
+
+def test_votes_add_up_alike_in_any_order_and_are_rounded_to_the_even() -> None:
+    """Tokens may come in any order; and tiny votes, which fp32 holds with halves, are rounded as
+    torch rounds them: a vote more or less would break the ties between these experts."""
+    generator = torch.Generator().manual_seed(5)
+    logits = -12 - 2 * torch.rand(1, 9, 16, generator=generator)
+    logits[..., 8:] = logits[..., :8]
+    scores = on_device(Scores(logits, RouterSpec(16, 16, "sigmoid", False)))
+    order = torch.randperm(9, generator=generator)
+    moved = replace(scores, logits=scores.logits[:, order])
+    for m in (1, 6, 11):
+        found = by_kernel(scores, Rule(count=m), None)
+        assert torch.equal(found.used, by_kernel(moved, Rule(count=m), None).used)
+        assert int(found.used.sum()) == m
+    if DEVICE == "cpu":  # where both take the same exponential
+        agree(scores, Rule(count=5), None)
+
+
+@pytest.mark.parametrize("strange", [math.nan, math.inf, -math.inf])
+def test_what_is_no_number_shows_in_the_weights_and_has_no_vote(strange: float) -> None:
+    generator = torch.Generator().manual_seed(6)
+    logits = spread((1, 6), 16, generator)
+    logits[0, 2, 5] = strange
+    for activation in ("softmax", "sigmoid"):
+        scores = on_device(Scores(logits, RouterSpec(16, 3, activation, True)))
+        sane = torch.tensor([[1.0, 1.0, 0.0, 1.0, 1.0, 1.0]], device=DEVICE)
+        for rule in (None, Rule(count=4, protect=1), Rule("max", count=4), Rule(union=3)):
+            found = by_kernel(scores, rule, None)
+            assert bool(found.weights[2].isnan().all())
+            others = [0, 1, 3, 4, 5]
+            clean = replace(scores, logits=scores.logits.nan_to_num(0.0, 0.0, 0.0))
+            expected = by_torch(clean, rule, sane)
+            assert torch.equal(found.ids[others], expected.ids[others])
+            assert 0 <= int(found.ids.min()) <= int(found.ids.max()) < 16
+
+
+def test_what_the_kernels_do_not_take_is_left_to_torch() -> None:
+    from coterie.ops.triton import route
+
+    scores = Scores(torch.zeros(1, 3, 8), RouterSpec(8, 2, "softmax", False))
+    assert route(replace(scores, logits=scores.logits.double()), None, None) is None
+    assert route(replace(scores, logits=scores.logits[:, :0]), None, None) is None
+    assert route(scores, Rule("max", mass=0.5, protect=1), None) is None
+    wide = RouterSpec(2048, 2, "softmax", False)
+    assert route(Scores(torch.zeros(1, 3, 2048), wide), None, None) is None
+
+
+class Queued(TorchDispatchMode):
+    """Every operation of torch that would queue work or wait for it; views and memory do not."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[str] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func.overloadpacket.__name__
+        if name not in ("empty", "empty_like", "new_empty", "view", "detach"):
+            self.seen.append(name)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize(
+    "rule", [None, Rule(count=5), Rule("full", mass=0.7, protect=1, lam=1.0), Rule(union=2)]
+)
+def test_two_launches_and_nothing_else(rule: Rule | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With kernels that do nothing: whatever torch itself is asked then is all there is besides."""
+    from coterie.ops.triton import routing
+
+    monkeypatch.undo()  # poisoning memory is an operation too
+    launches: list[object] = []
+    monkeypatch.setattr(routing, "launch", lambda kernel, *rest, **sizes: launches.append(kernel))
+    scores = Scores(
+        torch.zeros(1, 6, 16),
+        RouterSpec(16, 3, "sigmoid", True),
+        bias=torch.zeros(16),
+        resident=torch.zeros(16, dtype=torch.bool),
+    )
+    voice = torch.ones(1, 6)
+    with Queued() as queued:
+        routing.route(scores, rule, voice)
+    assert len(launches) == 2
+    assert queued.seen == []
+
+
+LAUNCHES = """
+import torch
+from coterie.ops.triton import route
+from coterie.values import RouterSpec, Rule, Scores
+
+mini = RouterSpec(256, 8, "sigmoid", True, 2.5, 8, 4, False, 1e-20)
+moe = RouterSpec(64, 8, "softmax", False)
+
+def go(router, tokens, rule):
+    experts = torch.zeros(router.experts)
+    scores = Scores(torch.zeros(1, tokens, router.experts), router, experts, resident=experts > 0)
+    assert route(scores, rule, torch.ones(1, tokens)) is not None
+"""
+
+
+def test_they_compile_for_a_gpu() -> None:
+    kernels = compiled(LAUNCHES + "go(mini, 32, None); go(mini, 32, Rule(count=38))")
+    assert [kernel.name for kernel in kernels] == ["vote", "serve"] * 2
+    assert all(kernel.stack <= 16 for kernel in kernels), kernels
+
+
+@pytest.mark.slow
+def test_every_rule_compiles_for_a_gpu() -> None:
+    rules = [Rule(union=3), Rule(union=8), Rule(count=9)]
+    for vote in VOTE_NAMES:
+        rules += [Rule(vote, count=9, protect=1, lam=1.0), Rule(vote, count=9)]
+        rules += [] if vote == "max" else [Rule(vote, mass=0.8, protect=1, lam=1.0)]
+    calls = [f"go({router}, 32, {rule})" for rule in rules for router in ("mini", "moe")]
+    calls += [f"go({router}, 512, Rule(count=9))" for router in ("mini", "moe")]
+    kernels = compiled("\n".join([LAUNCHES, *calls]))
+    assert {kernel.name for kernel in kernels} == {"vote", "serve"}
+    assert all(kernel.stack <= 16 for kernel in kernels), kernels
