@@ -233,7 +233,8 @@ def attention_received(
     norm = transformer.layers[layer].attention_norm
     normed = x * torch.rsqrt(x.square().mean(-1, keepdim=True) + spec.norm_epsilon) * norm
     seen = View.of(view, cache, spec, x.device)
-    query, _, _ = attention._heads(normed, seen)
+    heads = (normed @ attention.qkv.T).unflatten(-1, (-1, spec.head_dim))
+    query, _, _ = attention._heads(heads, seen)
     received = torch.zeros(x.shape[:2])
     for row in range(x.shape[0]):
         for at in range(view.width):

@@ -33,6 +33,26 @@ class Window:
 
 
 @dataclass(frozen=True)
+class Sight:
+    """Where the tokens of a forward stand, and how far each of them sees."""
+
+    positions: Tensor  # [B, W] int64
+    limits: Tensor  # [B, W] int64: keys before that position are seen
+    reach: int  # nobody's limit is beyond
+    cos: Tensor  # [B, W, 1, turning / 2] fp32: the first features of a head turn by these
+    sin: Tensor
+
+
+@dataclass(frozen=True)
+class KeyValues:
+    """One layer's keys and values by position, [rows, kv_heads, length, head_dim] each."""
+
+    keys: Tensor
+    values: Tensor
+    places: Tensor  # [B] int64: the rows that a batch's are
+
+
+@dataclass(frozen=True)
 class RouterSpec:
     """How a family's gate turns logits into choices and weights."""
 

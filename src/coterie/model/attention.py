@@ -11,18 +11,23 @@ from torch.nn import functional as F
 from coterie import ops
 from coterie.model.cache import Cache, positions
 from coterie.model.spec import ModelSpec
-from coterie.values import Matrix, Window
+from coterie.values import KeyValues, Matrix, Sight, Window
 
 
 @dataclass(frozen=True)
 class View:
     """What every layer of one forward sees alike."""
 
-    positions: Tensor  # [B, W] int64
-    reach: int  # keys before this position are looked at
+    sight: Sight
     mask: Tensor | None  # [B, W, reach] bool, True = may attend; None = all of it
-    cos: Tensor  # [B, W, 1, rotary_dim / 2] fp32
-    sin: Tensor
+
+    @property
+    def positions(self) -> Tensor:
+        return self.sight.positions
+
+    @property
+    def reach(self) -> int:
+        return self.sight.reach
 
     @staticmethod
     def of(window: Window, cache: Cache | None, spec: ModelSpec, device: torch.device) -> View:
@@ -33,7 +38,9 @@ class View:
         if window.visible.device.type == "cpu":
             reach = min(length, int(window.visible.max()))
         turns = where[:, :, None, None].float() * _inverse_frequencies(spec, device)
-        return View(where, reach, _mask(window, where, reach), cos=turns.cos(), sin=turns.sin())
+        limits = _limits(window, where)
+        sight = Sight(where, limits, reach, cos=turns.cos(), sin=turns.sin())
+        return View(sight, _mask(window, limits, reach))
 
 
 @dataclass(frozen=True)
@@ -54,7 +61,10 @@ class Attention:
 
         That mean is over heads and over the window's queries, [B, W] fp32.
         """
-        query, key, value = self._heads(x, view)
+        heads = ops.linear(x, self.qkv).unflatten(-1, (-1, self.spec.head_dim))
+        if not weigh and (mixed := self._fused(heads, view, cache)) is not None:
+            return ops.linear(mixed.flatten(2), self.out), None
+        query, key, value = self._heads(heads, view)
         if cache is None:
             keys, values = key.transpose(1, 2), value.transpose(1, 2)
         else:
@@ -65,14 +75,20 @@ class Attention:
         received = _received(query, keys, view) if weigh else None
         return ops.linear(mixed.flatten(2), self.out), received
 
-    def _heads(self, x: Tensor, view: View) -> tuple[Tensor, Tensor, Tensor]:
+    def _fused(self, heads: Tensor, view: View, cache: Cache | None) -> Tensor | None:
+        """Mixed values [B, W, heads, D] by one kernel, where there is one."""
+        norms = (self.query_norm, self.key_norm)
+        held = _fleeting(heads, self.spec) if cache is None else cache.held(self.layer, len(heads))
+        return ops.attend(heads, norms, view.sight, held, self.spec.norm_epsilon)
+
+    def _heads(self, heads: Tensor, view: View) -> tuple[Tensor, Tensor, Tensor]:
         """Query [B, W, heads, D], key and value [B, W, kv_heads, D], normed and turned."""
-        spec = self.spec
-        heads = ops.linear(x, self.qkv).unflatten(-1, (-1, spec.head_dim))
+        spec, sight = self.spec, view.sight
         query, key, value = heads.split([spec.heads, spec.kv_heads, spec.kv_heads], dim=2)
         query = rms_norm(query, self.query_norm, spec.norm_epsilon)
         key = rms_norm(key, self.key_norm, spec.norm_epsilon)
-        return rotate(query, view.cos, view.sin), rotate(key, view.cos, view.sin), value
+        turns = (sight.cos, sight.sin)
+        return rotate(query, *turns), rotate(key, *turns), value
 
 
 def rms_norm(x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
@@ -95,16 +111,27 @@ def _inverse_frequencies(spec: ModelSpec, device: torch.device) -> Tensor:
     return 1.0 / spec.rope_theta ** (steps / spec.rotary_dim)
 
 
-def _mask(window: Window, where: Tensor, reach: int) -> Tensor | None:
-    """True where the query at ``where`` [B, W] may attend to a key, [B, W, reach]."""
-    on_host = window.visible.device.type == "cpu"
-    if window.block == 0 and on_host and bool((window.visible >= reach).all()):
-        return None
+def _limits(window: Window, where: Tensor) -> Tensor:
+    """[B, W]: the query at ``where`` [B, W] may attend to keys before that position."""
     limit = window.visible.to(where.device, non_blocking=True)[:, None]
     if window.block:
         limit = torch.minimum(limit, (where // window.block + 1) * window.block)
-    limit = limit.expand_as(where)
-    return torch.arange(reach, device=where.device) < limit[:, :, None]
+    return limit.expand_as(where)
+
+
+def _mask(window: Window, limits: Tensor, reach: int) -> Tensor | None:
+    """True where a query with these limits [B, W] may attend to a key, [B, W, reach]."""
+    on_host = window.visible.device.type == "cpu"
+    if window.block == 0 and on_host and bool((window.visible >= reach).all()):
+        return None
+    return torch.arange(reach, device=limits.device) < limits[:, :, None]
+
+
+def _fleeting(heads: Tensor, spec: ModelSpec) -> KeyValues:
+    """Room for the window's own keys and values alone."""
+    rows, width, _, dim = heads.shape
+    keys, values = heads.new_zeros(2, rows, spec.kv_heads, width, dim)
+    return KeyValues(keys, values, torch.arange(rows, device=heads.device))
 
 
 def _attend(query: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None) -> Tensor:

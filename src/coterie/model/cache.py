@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from coterie.model.spec import ModelSpec
-from coterie.values import Window
+from coterie.values import KeyValues, Window
 
 
 @dataclass(frozen=True)
@@ -56,9 +56,13 @@ class Cache:
             self.keys, self.values, torch.tensor(list(indices), device=self.keys[0].device)
         )
 
+    def held(self, layer: int, rows: int) -> KeyValues:
+        """The layer's keys and values, to be written and read in place for so many rows."""
+        return KeyValues(self.keys[layer], self.values[layer], self._places(rows))
+
     def write(self, layer: int, positions: Tensor, key: Tensor, value: Tensor) -> None:
         """Store key and value [B, W, kv_heads, head_dim] at positions [B, W]."""
-        rows = self._row_numbers(positions)
+        rows = self._places(len(positions))[:, None]
         self.keys[layer][rows, :, positions] = key
         self.values[layer][rows, :, positions] = value
 
@@ -74,10 +78,11 @@ class Cache:
         for tensor in (*self.keys, *self.values):
             tensor[list(indices)] = 0
 
-    def _row_numbers(self, positions: Tensor) -> Tensor:
+    def _places(self, rows: int) -> Tensor:
+        """[rows] int64: which of the cache's rows they are."""
         if self.chosen is not None:
-            return self.chosen[:, None]
-        return torch.arange(positions.shape[0], device=positions.device)[:, None]
+            return self.chosen
+        return torch.arange(rows, device=self.keys[0].device)
 
 
 def positions(window: Window, device: torch.device | str) -> Tensor:

@@ -17,9 +17,20 @@ from coterie.ops import cpu, gpu, grouped, panels, reference
 from coterie.ops.panels import unpack
 from coterie.ops.reference import top_ids, top_mask
 from coterie.quant import FORMATS, QTensor
-from coterie.values import Matrix, PackedMatrix, Panels, Routing, Rule, Scores, Slab
+from coterie.values import (
+    KeyValues,
+    Matrix,
+    PackedMatrix,
+    Panels,
+    Routing,
+    Rule,
+    Scores,
+    Sight,
+    Slab,
+)
 
 __all__ = [
+    "attend",
     "linear",
     "pack",
     "prepare",
@@ -73,6 +84,18 @@ def linear(x: Tensor, weight: Matrix, *, dtype: torch.dtype | None = None) -> Te
     if isinstance(weight, PackedMatrix):
         return cpu.linear(x, weight, dtype)
     return reference.linear(x, weight, dtype)
+
+
+def attend(
+    qkv: Tensor, norms: tuple[Tensor, Tensor], sight: Sight, held: KeyValues, epsilon: float
+) -> Tensor | None:
+    """Attention from projections to mixed values by one kernel; None where there is none.
+
+    qkv [B, W, heads + 2 kv_heads, D]: queries and keys are normed (``norms`` [D] each), turned by
+    position, keys and values written into ``held``, and what every query sees is mixed, [B, W,
+    heads, D]. What it equals is in ``model.attention``, in plain torch.
+    """
+    return cpu.attend(qkv, norms, sight, held, epsilon) if cpu.attends(qkv) else None
 
 
 def prepare_matrix(weight: Tensor, *, spend: bool = False) -> Matrix:

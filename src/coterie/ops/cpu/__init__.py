@@ -4,6 +4,7 @@ The kernels are C++ behind a plain C interface. Where they were not built nothin
 PyTorch does the work.
 """
 
+from coterie.ops.cpu.attend import attend, attends
 from coterie.ops.cpu.kernels import (
     expert_bytes,
     isas,
@@ -18,6 +19,8 @@ from coterie.ops.cpu.linear import linear, pack_matrix, packs
 from coterie.ops.cpu.route import route
 
 __all__ = [
+    "attend",
+    "attends",
     "expert_bytes",
     "isas",
     "linear",

@@ -55,6 +55,21 @@ struct Product {
   int32_t tokens, k, rows, threads, format, x_is_bf16, out_is_bf16;
 };
 
+// Attention of a window: queries, keys and values of all its tokens, normed and turned here; keys and
+// values are written by position first.
+struct Attending {
+  const uint16_t* qkv;                      // [rows, width, heads + 2 kv_heads, dim], bf16 as all here
+  const uint16_t *query_norm, *key_norm;    // [dim]
+  const float *cos, *sin;                   // [rows, width, half]
+  const int64_t *positions, *places;        // [rows, width]; [rows]: which rows of the cache
+  const int32_t* limits;                    // [rows, width]: keys before that position are seen
+  uint16_t *keys, *values;                  // [.., kv_heads, length, dim], strides in numbers
+  uint16_t* out;                            // [rows, width, heads, dim]
+  size_t row_stride, head_stride;
+  float epsilon, scale;
+  int32_t rows, width, heads, kv_heads, dim, half, reach, threads;
+};
+
 enum Vote : int32_t { MASKED = 0, WEIGHT = 1, COUNT = 2, FULL = 3, MARGIN = 4, MAX = 5 };
 
 // One layer's selection, from probabilities to weights; T = sequences * tokens.
@@ -102,3 +117,4 @@ COTERIE_API size_t coterie_matrix_bytes(int32_t format, int32_t rows, int32_t k)
 COTERIE_API void coterie_pack_matrix(const MatrixPacking* packing);
 COTERIE_API int32_t coterie_multiply(int32_t isa, const Product* product);
 COTERIE_API int32_t coterie_route(int32_t isa, const Election* election);
+COTERIE_API int32_t coterie_attend(int32_t isa, const Attending* attending);

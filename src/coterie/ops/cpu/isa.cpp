@@ -1,4 +1,5 @@
 // Compiled once per instruction set, under its flags and with COTERIE_ISA naming it.
+#include "attend.hpp"
 #include "experts.hpp"
 #include "linear.hpp"
 #include "route.hpp"
@@ -21,4 +22,8 @@ extern "C" int32_t NAMED(multiply_, COTERIE_ISA)(const Product& product) {
 
 extern "C" int32_t NAMED(route_, COTERIE_ISA)(const Election& election) {
   return COTERIE_ISA::routing::run(election);
+}
+
+extern "C" int32_t NAMED(attend_, COTERIE_ISA)(const Attending& attending) {
+  return COTERIE_ISA::attend(attending);
 }

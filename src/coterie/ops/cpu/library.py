@@ -95,6 +95,19 @@ class Election(Structure):
     )
 
 
+class Attending(Structure):
+    """See ``api.hpp``."""
+
+    _fields_ = (
+        *((name, c_void_p) for name in ("qkv", "query_norm", "key_norm", "cos", "sin")),
+        *((name, c_void_p) for name in ("positions", "places", "limits", "keys", "values", "out")),
+        *((name, c_size_t) for name in ("row_stride", "head_stride")),
+        *((name, c_float) for name in ("epsilon", "scale")),
+        *((name, c_int32) for name in ("rows", "width", "heads", "kv_heads", "dim", "half")),
+        *((name, c_int32) for name in ("reach", "threads")),
+    )
+
+
 @dataclass(frozen=True)
 class Library:
     """The loaded library, and which of its instruction sets run here: name -> its number."""
@@ -142,6 +155,7 @@ def library() -> Library | None:
     handle.coterie_pack_matrix.restype = None
     handle.coterie_multiply.argtypes = (c_int32, POINTER(Product))
     handle.coterie_route.argtypes = (c_int32, POINTER(Election))
+    handle.coterie_attend.argtypes = (c_int32, POINTER(Attending))
     return Library(handle, _isas(handle))
 
 

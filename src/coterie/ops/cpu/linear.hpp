@@ -76,13 +76,12 @@ static inline size_t tile_at(int first, int steps) {
   return size_t(first) * steps * 4 * Kind::WORDS;
 }
 
-// Lays a tile of tokens out as its steps will meet it; each thread takes its part of the steps.
+// Lays a tile of tokens out as its steps will meet it.
 template <class Kind>
 struct Taken {
   const Product& p;
   uint8_t* x;  // all tiles
   int steps;
-  Part part;
 
   float number(int token, int i) const {
     if (i >= p.k) return 0;
@@ -100,8 +99,8 @@ struct Taken {
   template <int M>
   void run(int first) const {
     constexpr size_t EACH = 4 * M * Kind::WORDS;
-    uint8_t* to = x + tile_at<Kind>(first, steps) + part.first * EACH;
-    for (int s = part.first; s < part.last; s++, to += EACH) {
+    uint8_t* to = x + tile_at<Kind>(first, steps);
+    for (int s = 0; s < steps; s++, to += EACH) {
       int i = s * Kind::PER_STEP;
       size_t size = p.x_is_bf16 ? 2 : 4, at = (size_t(first) * p.k + i) * size;
       const uint8_t* from = static_cast<const uint8_t*>(p.x) + at;
@@ -162,14 +161,19 @@ static int32_t multiply(const Product& p) {
   constexpr int TILE = tile_of(2);
   static thread_local Room room;
   int steps = padded(p.k, Kind::PER_STEP) / Kind::PER_STEP;
-  uint8_t* x = room.of(tile_at<Kind>(p.tokens, steps) + 64);
-  if (!x) return NO_MEMORY;
+  // Each thread has a copy of its own: lines that another one wrote come slower than they are made.
+  size_t each = (tile_at<Kind>(p.tokens, steps) + 64 + 4095) / 4096 * 4096;
+  uint8_t* memory = room.of(each * size_t(p.threads));
+  if (!memory) return NO_MEMORY;
   size_t couple = size_t(steps) * STEP;
 #pragma omp parallel num_threads(p.threads)
   {
-    tiles<TILE>(p.tokens, Taken<Kind>{p, x, steps, Part(steps)});
-#pragma omp barrier
+    uint8_t* x = memory;
+#ifdef _OPENMP
+    x += each * size_t(omp_get_thread_num());
+#endif
     Part part(padded(p.rows, COUPLE) / COUPLE);
+    if (part.first < part.last) tiles<TILE>(p.tokens, Taken<Kind>{p, x, steps});
     for (int c = part.first; c < part.last; c++) {
       const uint8_t* w = p.panels + c * couple;
       const uint8_t* next = c + 1 < part.last ? w + couple : w;

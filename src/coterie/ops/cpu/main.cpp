@@ -1,19 +1,18 @@
 // Which instruction sets there are, and the way to each.
 #include "api.hpp"
 
+#define DECLARED(isa)                     \
+  int32_t run_##isa(const Call&);         \
+  int32_t multiply_##isa(const Product&); \
+  int32_t route_##isa(const Election&);   \
+  int32_t attend_##isa(const Attending&);
+#define NAMED(isa) run_##isa, multiply_##isa, route_##isa, attend_##isa
+
 extern "C" {
-int32_t run_portable(const Call&);
-int32_t multiply_portable(const Product&);
-int32_t route_portable(const Election&);
-int32_t run_avx2(const Call&);
-int32_t multiply_avx2(const Product&);
-int32_t route_avx2(const Election&);
-int32_t run_avx512(const Call&);
-int32_t multiply_avx512(const Product&);
-int32_t route_avx512(const Election&);
-int32_t run_avx512bf16(const Call&);
-int32_t multiply_avx512bf16(const Product&);
-int32_t route_avx512bf16(const Election&);
+DECLARED(portable)
+DECLARED(avx2)
+DECLARED(avx512)
+DECLARED(avx512bf16)
 }
 
 namespace {
@@ -24,6 +23,7 @@ struct Isa {
   int32_t (*run)(const Call&);
   int32_t (*multiply)(const Product&);
   int32_t (*route)(const Election&);
+  int32_t (*attend)(const Attending&);
 };
 
 #ifdef __x86_64__
@@ -39,11 +39,11 @@ bool has_avx512bf16() {
 #endif
 
 const Isa ISAS[] = {
-    {"portable", [] { return true; }, run_portable, multiply_portable, route_portable},
+    {"portable", [] { return true; }, NAMED(portable)},
 #ifdef __x86_64__
-    {"avx2", has_avx2, run_avx2, multiply_avx2, route_avx2},
-    {"avx512", has_avx512, run_avx512, multiply_avx512, route_avx512},
-    {"avx512bf16", has_avx512bf16, run_avx512bf16, multiply_avx512bf16, route_avx512bf16},
+    {"avx2", has_avx2, NAMED(avx2)},
+    {"avx512", has_avx512, NAMED(avx512)},
+    {"avx512bf16", has_avx512bf16, NAMED(avx512bf16)},
 #endif
 };
 constexpr int32_t COUNT = sizeof ISAS / sizeof *ISAS;
@@ -68,4 +68,8 @@ int32_t coterie_multiply(int32_t isa, const Product* product) {
 
 int32_t coterie_route(int32_t isa, const Election* election) {
   return coterie_isa_runs(isa) ? ISAS[isa].route(*election) : NO_SUCH_ISA;
+}
+
+int32_t coterie_attend(int32_t isa, const Attending* attending) {
+  return coterie_isa_runs(isa) ? ISAS[isa].attend(*attending) : NO_SUCH_ISA;
 }
