@@ -161,6 +161,15 @@ class Counting:
         for row, seen in other._seen.items():
             self._seen.setdefault(row, []).extend(seen)
 
+    def renewed(self, rows: tuple[Row, ...]) -> Counting:
+        """What was shown of rows 0, 1, .. as if of these, in memory of its own."""
+        self._settle()
+        fresh = Counting()
+        for number, row in enumerate(rows):
+            seen = self._seen.get(number, [])
+            fresh._seen[row] = [(layers, figures.clone()) for layers, figures in seen]
+        return fresh
+
     def forget(self, row: Row) -> None:
         """Drop one row's counts."""
         self._settle()

@@ -10,6 +10,12 @@ from torch import Tensor
 from coterie.naming import CoterieError
 from coterie.spelling import Amount, Share, Whole, check_options
 
+
+class NotFinite(CoterieError):
+    """The model's logits are no numbers."""
+
+
+BROKEN = "the model's logits are not finite (NaN or inf): nothing was written"
 COLDEST = 1e-3  # logits divided by less may leave fp32
 
 
@@ -60,8 +66,10 @@ def propose(
     """
     heated = logits.float() / (sampling.temperature or 1.0)
     total = heated.logsumexp(dim=-1)
-    if not bool(torch.isfinite(total).all()):
-        raise CoterieError("the model's logits are not finite (NaN or inf): nothing was written")
+    real = torch.isfinite(total)
+    if not _far(logits) and not bool(real.all()):
+        raise NotFinite(BROKEN)
+    before = generator.get_state()
     if sampling.temperature == 0:
         ids = logits.argmax(dim=-1)
     else:
@@ -69,15 +77,31 @@ def propose(
         ids = _draw(torch.softmax(heated, dim=-1), sampling, draws)
     unmask = _without(mask, ids, logits)
     both = heated.gather(-1, torch.stack([ids, unmask], dim=-1))  # [w, 2]
-    confidence, unmask_confidence = (both - total[:, None]).exp().cpu().unbind(-1)
+    sure = (both - total[:, None]).exp()
     doubt = torch.special.entr(torch.softmax(heated, dim=-1)).sum(dim=-1) if entropy else None
+    if _far(logits):
+        # One read: whole numbers and fp32 fit into fp64 as they are.
+        columns = [ids, unmask, torch.isfinite(logits).all(-1) & real, *sure.unbind(-1)]
+        columns += [] if doubt is None else [doubt]
+        read = torch.stack([column.double() for column in columns]).cpu()
+        ids, unmask, real = (column.long() for column in read[:3])
+        sure, doubt = read[3:5].T.float(), read[5].float() if entropy else None
+        if not bool(real.all()):
+            generator.set_state(before)
+            raise NotFinite(BROKEN)
+    confidence, unmask_confidence = sure.unbind(-1)
     return Proposal(
-        ids.cpu(),
+        ids,
         confidence,
-        unmask=unmask.cpu(),
+        unmask=unmask,
         unmask_confidence=unmask_confidence,
-        entropy=None if doubt is None else doubt.cpu(),
+        entropy=doubt,
     )
+
+
+def _far(tensor: Tensor) -> bool:
+    """Whether the host waits for whatever it reads of it."""
+    return tensor.device.type != "cpu"
 
 
 def _draw(shares: Tensor, sampling: Sampling, draws: Tensor) -> Tensor:
@@ -93,12 +117,15 @@ def _draw(shares: Tensor, sampling: Sampling, draws: Tensor) -> Tensor:
     reach = kept.cumsum(dim=-1)
     place = torch.searchsorted(reach, draws[:, None] * reach[:, -1:], right=True)
     last = (kept > 0).sum(dim=-1, keepdim=True) - 1
-    return ranked.indices.gather(-1, torch.minimum(place, last))[:, 0]
+    # Of NaN nothing is kept; who asked for it finds out, but not by an index of -1.
+    return ranked.indices.gather(-1, torch.minimum(place, last).clamp(min=0))[:, 0]
 
 
 def _without(mask: int, ids: Tensor, logits: Tensor) -> Tensor:
     """``ids``, with the best other token where the id is the mask's."""
     bad = ids == mask
+    if _far(logits):
+        return torch.where(bad, _best_but(mask, logits), ids)
     if not bool(bad.any()):
         return ids
     rest = logits[bad].clone()
@@ -106,3 +133,14 @@ def _without(mask: int, ids: Tensor, logits: Tensor) -> Tensor:
     ids = ids.clone()
     ids[bad] = rest.argmax(dim=-1)
     return ids
+
+
+def _best_but(mask: int, logits: Tensor) -> Tensor:
+    """Ids [w] of the best token that is not the mask, in two looks and without a copy."""
+    before, after = logits[:, :mask], logits[:, mask + 1 :]
+    found = [side.max(dim=-1) for side in (before, after) if side.shape[1]]
+    if len(found) == 1:
+        return found[0].indices + (0 if mask else 1)
+    first, second = found
+    later = second.indices + mask + 1
+    return torch.where(second.values > first.values, later, first.indices)

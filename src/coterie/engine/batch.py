@@ -12,7 +12,9 @@ from torch import Tensor
 from coterie.decoding import Change, Row
 from coterie.decoding.plans import Look
 from coterie.decoding.row import first_of
+from coterie.decoding.sampling import NotFinite
 from coterie.engine.config import Generation
+from coterie.engine.graph import Graphs
 from coterie.engine.pool import Pool
 from coterie.model.step import Step
 from coterie.model.transformer import Transformer
@@ -70,35 +72,66 @@ def forward(
     group: Sequence[Slot],
     counting: Counting,
     watcher: Recorder = NOBODY,
+    *,
+    graphs: Graphs | None = None,
 ) -> list[Change]:
     """One forward of rows that agree (``groups``); every row then moves on to its next.
 
-    Only decoding forwards are counted, and shown to the watcher. If logits are not finite this
-    raises, and no row has moved.
+    Decoding forwards that nobody watches are played from ``graphs``, where they take them. Only
+    decoding forwards are counted, and shown to the watcher. If logits are not finite this raises,
+    and no row has moved.
     """
-    look = group[0].look
-    counted = Counting()
-    recorder = Together((counted, watcher)) if look.kind == "decode" else NOBODY
-    recorder.began(tuple(slot.number for slot in group))
+    look, device = group[0].look, transformer.device
+    rows, places = tuple(slot.number for slot in group), [slot.place for slot in group]
     step = Step(
         window=_window(group),
-        cache=pool.rows([slot.place for slot in group]) if look.cached else None,
+        cache=pool.rows(places) if look.cached else None,
         policy=group[0].routes(),
-        recorder=recorder,
-        wanted=_wanted(group).to(transformer.device),
-        voters=_voters(group, transformer.device),
-        progress=_progress(group, transformer.device),
+        recorder=NOBODY,
+        wanted=_wanted(group),
+        voters=_voters(group),
+        progress=_progress(group),
         forward=tuple(slot.row.clock.row for slot in group),
         embeddings=_embeddings(group),
     )
     tokens = torch.stack([slot.row.canvas.tokens[_span(slot)] for slot in group])
-    tokens = tokens.to(transformer.device)
-    logits = transformer(tokens, step)
-    if not bool(torch.isfinite(logits).all()):
-        where = _first_broken(transformer, tokens, step)
-        raise CoterieError(f"{where} NaN or infinite numbers: no token was written")
+    alone = look.kind == "decode" and isinstance(watcher, Null)
+    if graphs is not None and alone and graphs.takes(step):
+        logits, counted = graphs.run(tokens, step, places, rows)
+    else:
+        counted = Counting()
+        recorder = Together((counted, watcher)) if look.kind == "decode" else NOBODY
+        recorder.began(rows)
+        logits = transformer(tokens.to(device), _moved(replace(step, recorder=recorder), device))
+    # A row that is alone says by itself, in the one read that it needs, that logits are broken.
+    checked = device.type == "cpu" or len(group) > 1 or not look.denoises
+    if checked and not bool(torch.isfinite(logits).all()):
+        raise _broken(transformer, tokens, step)
+    try:
+        changes = [_move_on(transformer, slot, part) for slot, part in _shares(group, logits)]
+    except NotFinite as error:
+        raise _broken(transformer, tokens, step) from error
     counting.absorb(counted)
-    return [_move_on(transformer, slot, part) for slot, part in _shares(group, logits)]
+    return changes
+
+
+def _broken(transformer: Transformer, tokens: Tensor, step: Step) -> CoterieError:
+    """What to raise over such a forward."""
+    device = transformer.device
+    where = _first_broken(transformer, tokens.to(device), _moved(step, device))
+    return CoterieError(f"{where} NaN or infinite numbers: no token was written")
+
+
+def _moved(step: Step, device: torch.device) -> Step:
+    """The same step with what routing reads on the device. Windows stay: their reach is asked."""
+
+    def there(tensor: Tensor | None) -> Tensor | None:
+        return None if tensor is None else tensor.to(device)
+
+    progress = step.progress
+    if progress is not None:
+        progress = Progress(**{name: there(value) for name, value in vars(progress).items()})
+    return replace(step, wanted=there(step.wanted), voters=there(step.voters), progress=progress)
 
 
 def _first_broken(transformer: Transformer, tokens: Tensor, step: Step) -> str:
@@ -169,7 +202,7 @@ def _window(group: Sequence[Slot]) -> Window:
     )
 
 
-def _voters(group: Sequence[Slot], device: torch.device) -> Tensor | None:
+def _voters(group: Sequence[Slot]) -> Tensor | None:
     """[B, width] fp32: the live block and what is computed anew beside it; None: all there is."""
     looks = [slot.look for slot in group]
     if all(look.voters == (look.start, look.stop) for look in looks):
@@ -179,10 +212,10 @@ def _voters(group: Sequence[Slot], device: torch.device) -> Tensor | None:
         position = torch.arange(look.start, look.stop)
         first, last = look.voters
         rows.append((position >= first) & (position < last))
-    return torch.stack(rows).float().to(device)
+    return torch.stack(rows).float()
 
 
-def _progress(group: Sequence[Slot], device: torch.device) -> Progress:
+def _progress(group: Sequence[Slot]) -> Progress:
     masked, filled, doubt = [], [], []
     for slot in group:
         canvas, span = slot.row.canvas, _span(slot)
@@ -191,8 +224,7 @@ def _progress(group: Sequence[Slot], device: torch.device) -> Progress:
         last = canvas.length if end is None else canvas.prompt + end
         filled.append(torch.arange(span.start, span.stop) > last)
         doubt.append(1.0 - canvas.confidence[span])
-    parts = (torch.stack(part).to(device) for part in (masked, filled, doubt))
-    return Progress(*parts)
+    return Progress(*(torch.stack(part) for part in (masked, filled, doubt)))
 
 
 def _embeddings(group: Sequence[Slot]) -> Tensor | None:

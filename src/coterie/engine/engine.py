@@ -15,6 +15,7 @@ from coterie.decoding.plans import Kind
 from coterie.engine.batch import NOBODY, Slot, forward, groups
 from coterie.engine.config import Generation, ask
 from coterie.engine.event import Denoised, Event, Experts, Finished, Result, Stuck
+from coterie.engine.graph import Graphs
 from coterie.engine.load import Model, load_model
 from coterie.engine.pool import Pool
 from coterie.model.weights import expert_bytes
@@ -30,7 +31,8 @@ class Engine:
     """One model, any number of rows at once.
 
     ``generation`` and ``policy`` are what a request gets where it asks for nothing else. A
-    ``watcher`` is shown every decoding forward. Not safe to call from several threads.
+    ``watcher`` is shown every decoding forward. With ``graphs``, a GPU keeps the forwards that
+    nobody watches and plays them again. Not safe to call from several threads.
     """
 
     def __init__(
@@ -40,11 +42,14 @@ class Engine:
         policy: str | Policy = "vanilla",
         generation: Generation | None = None,
         watcher: Recorder = NOBODY,
+        graphs: bool = True,
     ) -> None:
         self.model = model
         self.policy = _policy(policy)
         self.generation = generation or Generation.usual(model.family.defaults)
         self._pool = Pool(model.spec, model.transformer.dtype, model.transformer.device)
+        on_gpu = model.transformer.device.type == "cuda"
+        self._graphs = Graphs(model.transformer) if graphs and on_gpu else None
         self._counting = Counting()
         self._watcher = watcher
         self._slots: dict[int, Slot] = {}
@@ -108,7 +113,14 @@ class Engine:
 
     def _advance(self, group: list[Slot]) -> None:
         asked = [(slot, slot.look, slot.row.block) for slot in group]
-        changes = forward(self.model.transformer, self._pool, group, self._counting, self._watcher)
+        changes = forward(
+            self.model.transformer,
+            self._pool,
+            group,
+            self._counting,
+            self._watcher,
+            graphs=self._graphs,
+        )
         for (slot, look, block), change in zip(asked, changes, strict=True):
             if look.denoises:
                 self._tell(self._denoised(slot, look.kind, block, change))
@@ -224,16 +236,18 @@ def load(
     device: str | torch.device = "auto",
     experts: str | None = None,
     progress: Callable[[int, int], None] | None = None,
+    graphs: bool = True,
     **options: object,
 ) -> Engine:
     """An engine over a folder, a hub id, or (None) the embedded model; see ``load_model``.
 
+    ``graphs``: a GPU keeps decoding forwards and plays them again (on a CPU this says nothing).
     ``options`` are fields of ``Generation``: what a request gets where it asks for nothing else.
     """
     chosen = _policy(policy)
     model = load_model(name_or_path, dtype=dtype, device=device, experts=experts, progress=progress)
     usual = Generation.usual(model.family.defaults)
-    return Engine(model, policy=chosen, generation=usual.but(**options))
+    return Engine(model, policy=chosen, generation=usual.but(**options), graphs=graphs)
 
 
 def _policy(policy: str | Policy) -> Policy:

@@ -9,9 +9,15 @@ import torch
 from coterie.model.cache import Cache
 from coterie.model.spec import ModelSpec
 
+SPARE = 256  # positions by which a GPU's cache grows
+
 
 class Pool:
-    """One cache for all rows of an engine; it grows, by copying, when rows or positions run out."""
+    """One cache for all rows of an engine; it grows, by copying, when rows or positions run out.
+
+    On a GPU it stays for the next request, with some positions to spare: forwards kept there know
+    its addresses.
+    """
 
     def __init__(self, spec: ModelSpec, dtype: torch.dtype, device: torch.device) -> None:
         self._spec, self._dtype, self._device = spec, dtype, device
@@ -30,7 +36,9 @@ class Pool:
 
     def give(self, row: int) -> None:
         self._free = sorted((*self._free, row))
-        if len(self._free) == self._count:  # nobody is left: the next request sets the size
+        if (
+            self._device.type == "cpu" and len(self._free) == self._count
+        ):  # nobody is left: the next request sets the size
             self._cache, self._free, self._count = None, [], 0
 
     def rows(self, indices: Sequence[int]) -> Cache:
@@ -42,6 +50,8 @@ class Pool:
         old = self._cache
         count = self._count if self._free else max(1, 2 * self._count)
         length = max(length, old.length if old else 0)
+        if self._device.type != "cpu":
+            length = -(-length // SPARE) * SPARE
         new = Cache.allocate(self._spec, count, length, dtype=self._dtype, device=self._device)
         if old is not None:
             for before, after in zip(old.keys + old.values, new.keys + new.values, strict=True):

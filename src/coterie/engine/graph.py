@@ -1,0 +1,224 @@
+"""Forwards that a GPU keeps and plays again: between two layers nothing waits for Python.
+
+Of a kind of forward (its rows, width, policy, how far it sees) the first is run as usual, the
+second is captured, and from then on what changes is copied into place and the capture replayed.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from coterie.experts.store import Resident
+from coterie.model.cache import Cache
+from coterie.model.moe import MoE
+from coterie.model.step import Step
+from coterie.model.transformer import Transformer
+from coterie.routing import POLICIES, Election, needs_importance
+from coterie.telemetry import Counting, Row
+from coterie.values import Policy, Progress, Window
+
+Outcome = tuple[Tensor, Counting]
+Capture = Callable[[Callable[[], Outcome]], tuple[Outcome, Callable[[], object]]]
+"""Of work whose inputs stay in place: what it gives, in place too, and what does it again."""
+
+REACH = 256  # keys are looked at in multiples of this, so that a longer row is rarely a new kind
+MOST = 32  # kinds kept at once
+ALIGNED = 64  # bytes that every input begins at a multiple of
+
+
+def captured(work: Callable[[], Outcome]) -> tuple[Outcome, Callable[[], object]]:
+    """By a CUDA graph; raises RuntimeError where something in ``work`` asks the host."""
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+        outcome = work()
+    return outcome, graph.replay
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """Named tensors in one run of memory, on the host and on the device: one copy moves them."""
+
+    host: Tensor  # [bytes] uint8, where the device can fetch it by itself
+    device: Tensor
+    shown: Mapping[str, Tensor]  # views of the host's
+    placed: Mapping[str, Tensor]  # views of the device's
+
+    @staticmethod
+    def like(tensors: Mapping[str, Tensor], device: torch.device) -> Inputs:
+        starts, size = {}, 0
+        for name, tensor in tensors.items():
+            starts[name] = size
+            size += -(-tensor.nbytes // ALIGNED) * ALIGNED
+        host = torch.zeros(size, dtype=torch.uint8, pin_memory=device.type == "cuda")
+        there = torch.zeros(size, dtype=torch.uint8, device=device)
+
+        def views(memory: Tensor) -> dict[str, Tensor]:
+            return {
+                name: memory[starts[name] : starts[name] + tensor.nbytes]
+                .view(tensor.dtype)
+                .view(tensor.shape)
+                for name, tensor in tensors.items()
+            }
+
+        return Inputs(host, there, views(host), views(there))
+
+    def fill(self, tensors: Mapping[str, Tensor]) -> None:
+        """Take new values. The last ones must have been used: who read a result knows that."""
+        for name, tensor in tensors.items():
+            self.shown[name].copy_(tensor)
+        self.device.copy_(self.host, non_blocking=True)
+
+
+@dataclass  # not frozen: the second time it is captured
+class Kept:
+    """One kind of forward."""
+
+    inputs: Inputs
+    work: Callable[[], Outcome]
+    outcome: Outcome | None = None
+    replay: Callable[[], object] | None = None
+
+
+class Graphs:
+    """The kinds of forward of one transformer. What ``run`` gives stands until it is called again.
+
+    A capture that fails is said once; everything then runs as if there were no graphs.
+    """
+
+    def __init__(self, transformer: Transformer, capture: Capture = captured) -> None:
+        self._transformer = transformer
+        self._capture = capture
+        self._kept: dict[tuple[object, ...], Kept] = {}
+        self._memory: tuple[int, ...] = ()
+        self._able = _resident(transformer)
+
+    def takes(self, step: Step) -> bool:
+        """Whether such a forward can be played again: nothing in it asks or follows the host."""
+        return self._able and step.embeddings is None and follows_no_host(step.policy)
+
+    def run(
+        self, tokens: Tensor, step: Step, places: Sequence[int], rows: tuple[Row, ...]
+    ) -> Outcome:
+        """Logits of a step whose tensors, but for the cache's, are on the host; and its counts.
+
+        ``places`` are the rows of the cache, ``rows`` the names that the counts go by.
+        """
+        cache = None if step.cache is None else _trimmed(step.cache, step.window)
+        changing = _changing(tokens, step)
+        kept = self._kind(changing, step, cache, tuple(places))
+        kept.inputs.fill(changing)
+        if kept.replay is None and kept.outcome is None:
+            kept.outcome = logits, counted = kept.work()
+            return logits, counted.renewed(rows)
+        if kept.replay is None and self._able:
+            self._keep(kept)
+        if kept.replay is None:
+            logits, counted = kept.work()
+            return logits, counted.renewed(rows)
+        kept.replay()
+        assert kept.outcome is not None  # since it was captured
+        logits, counted = kept.outcome
+        return logits, counted.renewed(rows)
+
+    def _kind(
+        self,
+        changing: Mapping[str, Tensor],
+        step: Step,
+        cache: Cache | None,
+        places: tuple[int, ...],
+    ) -> Kept:
+        tensors = () if cache is None else (*cache.keys, *cache.values)
+        memory = tuple(tensor.untyped_storage().data_ptr() for tensor in tensors)
+        if memory and memory != self._memory:  # the old cache is gone; let its memory go too
+            self._kept.clear()
+            self._memory = memory
+        shapes = tuple((name, tuple(tensor.shape)) for name, tensor in changing.items())
+        reach = 0 if cache is None else cache.length
+        key = (step.policy, step.window.block, reach, places, shapes)
+        if key not in self._kept:
+            while len(self._kept) >= MOST:
+                del self._kept[next(iter(self._kept))]
+            self._kept[key] = self._new(changing, step, cache)
+        return self._kept[key]
+
+    def _new(self, changing: Mapping[str, Tensor], step: Step, cache: Cache | None) -> Kept:
+        inputs = Inputs.like(changing, self._transformer.device)
+        tokens, placed = _placed(inputs.placed, replace(step, cache=cache))
+
+        def work() -> Outcome:
+            counted = Counting()
+            counted.began(tuple(range(len(tokens))))
+            logits = self._transformer(tokens, replace(placed, recorder=counted))
+            counted.began(())
+            return logits, counted
+
+        return Kept(inputs, work)
+
+    def _keep(self, kept: Kept) -> None:
+        try:
+            kept.outcome, kept.replay = self._capture(kept.work)
+        except RuntimeError as error:
+            self._able = False
+            reason = (str(error).splitlines() or [type(error).__name__])[0]
+            logging.getLogger("coterie").warning(
+                "No CUDA graphs: a forward could not be captured (%s); forwards run one by one",
+                reason,
+            )
+
+
+def follows_no_host(policy: Policy) -> bool:
+    """Whether a policy is ours and its choices follow from tensors alone, without weighing keys."""
+    election = vars(policy).get("election")
+    by_lot = isinstance(election, Election) and election.vote == "random"
+    return type(policy) in POLICIES.values() and not by_lot and not needs_importance(policy)
+
+
+def _resident(transformer: Transformer) -> bool:
+    stores = (
+        layer.feed_forward.store
+        for layer in transformer.layers
+        if isinstance(layer.feed_forward, MoE)
+    )
+    return all(isinstance(store, Resident) for store in stores)
+
+
+def _trimmed(cache: Cache, window: Window) -> Cache:
+    """As far as the window sees, rounded up."""
+    reach = min(cache.length, -(-int(window.visible.max()) // REACH) * REACH)
+    keys, values = (tuple(t[:, :, :reach] for t in held) for held in (cache.keys, cache.values))
+    return Cache(keys, values, cache.chosen)
+
+
+def _changing(tokens: Tensor, step: Step) -> dict[str, Tensor]:
+    """By name, the tensors that change from forward to forward."""
+    progress = step.progress or Progress()
+    found = {
+        "tokens": tokens,
+        "start": step.window.start,
+        "visible": step.window.visible,
+        "wanted": step.wanted,
+        "voters": step.voters,
+        **{f"progress {name}": value for name, value in vars(progress).items()},
+    }
+    return {name: tensor for name, tensor in found.items() if tensor is not None}
+
+
+def _placed(placed: Mapping[str, Tensor], step: Step) -> tuple[Tensor, Step]:
+    """The tokens and the step again, reading the tensors in their places."""
+    window = Window(placed["start"], step.window.width, placed["visible"], step.window.block)
+    progress = None
+    if step.progress is not None:
+        names = vars(step.progress)
+        progress = Progress(**{name: placed.get(f"progress {name}") for name in names})
+    return placed["tokens"], replace(
+        step,
+        window=window,
+        wanted=placed.get("wanted"),
+        voters=placed.get("voters"),
+        progress=progress,
+    )
