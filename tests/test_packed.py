@@ -8,6 +8,7 @@ import re
 import subprocess
 import sys
 import zlib
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -213,6 +214,28 @@ def test_what_was_killed_goes_on_and_comes_out_the_same(tmp_path: Path) -> None:
     made = convert(tmp_path / "whole", tmp_path / "killed", Aim.of("int8"))
     assert 0 < made.found < made.files
     assert contents(tmp_path / "killed") == contents(folder)
+
+
+@pytest.mark.parametrize("layout", ["panels", "plain"])
+@pytest.mark.parametrize(
+    ("harm", "problem"),
+    [
+        (Path.unlink, r"cannot be read \(No such file"),
+        (lambda file: os.truncate(file, 4000), "cannot be read to its end"),
+    ],
+)
+def test_a_source_that_goes_away_meanwhile_is_named(
+    tmp_path: Path, layout: str, harm: Callable[[Path], None], problem: str
+) -> None:
+    last = sorted(source(tmp_path, shards=3).glob("*.safetensors"))[-1]
+
+    def told(done: int, whole: int) -> None:
+        if last.exists() and last.stat().st_size > 4000:
+            harm(last)
+
+    with pytest.raises(CoterieError, match=f"whole/{last.name}: .*{problem}"):
+        convert(tmp_path / "whole", tmp_path / "out", Aim.of("int8", layout=layout), told)
+    assert list((tmp_path / "out").glob("*.part")) == []
 
 
 def test_progress_tells_every_byte_of_the_source(tmp_path: Path) -> None:

@@ -23,7 +23,8 @@ Kept = Annotated[
     str,
     typer.Option(
         "--experts",
-        help=f"What the experts become: {', '.join(FORMATS)}, or {WHOLE} to pack them only.",
+        help=f"What the experts become: {', '.join(FORMATS)}, or {WHOLE} to pack them only "
+        "(wider ones are rounded to it).",
     ),
 ]
 Group = Annotated[

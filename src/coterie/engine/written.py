@@ -125,20 +125,17 @@ class Shard:
         sums: Sums = {}
         for entry in self.entries.values():
             digests = {name: hashlib.sha256() for name in self.held[entry.name]}
-            try:
-                for name, piece in self._pieces(sources.descriptor(self.source), entry):
-                    content = as_bytes(piece)
-                    digests[name].update(content)
-                    sink.write(content)
-            except CoterieError as error:
-                raise CoterieError(f"{self.source}: {entry.name} {error}") from None
+            for name, piece in _of_file(self.source, entry, self._pieces(sources, entry)):
+                content = as_bytes(piece)
+                digests[name].update(content)
+                sink.write(content)
             sums |= {name: {"sha256": found.hexdigest()} for name, found in digests.items()}
             heard(entry.size)
         return sums
 
-    def _pieces(self, source: int, entry: Entry) -> Iterator[tuple[str, Tensor]]:
+    def _pieces(self, sources: Sources, entry: Entry) -> Iterator[tuple[str, Tensor]]:
         """A tensor's bytes, or all its numbers and then all its scales."""
-        names = tuple(self.held[entry.name])
+        names, source = tuple(self.held[entry.name]), sources.descriptor(self.source)
         if self.form is None or len(names) == 1:
             yield from ((names[0], piece) for piece in bytes_of(source, entry))
             return
@@ -201,6 +198,8 @@ class PackedLayer:
                     read_tensor(sources.descriptor(file), *part, weights)
                 elif form is not None:
                     quantise_tensor(sources.descriptor(file), *part, weights, form)
+            except OSError as error:
+                raise CoterieError(f"{file}: cannot be read ({error.strerror})") from None
             except CoterieError as error:
                 raise CoterieError(f"{file}: {error}") from None
         nobody = torch.zeros(1, dtype=torch.int64)
@@ -223,6 +222,18 @@ def header(kinds: Mapping[str, Kind], to: int = 8) -> bytes:
     text = json.dumps(listed, separators=(",", ":")).encode()
     text += b" " * (-(8 + len(text)) % to)
     return len(text).to_bytes(8, "little") + text
+
+
+def _of_file(
+    file: Path, entry: Entry, pieces: Iterator[tuple[str, Tensor]]
+) -> Iterator[tuple[str, Tensor]]:
+    """What goes wrong while reading names what is read, lest it pass for an error of writing."""
+    try:
+        yield from pieces
+    except OSError as error:
+        raise CoterieError(f"{file}: cannot be read ({error.strerror})") from None
+    except CoterieError as error:
+        raise CoterieError(f"{file}: {entry.name} {error}") from None
 
 
 def as_bytes(tensor: Tensor) -> memoryview:
