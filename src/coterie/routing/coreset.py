@@ -72,7 +72,7 @@ class Fraction:
     beta: float
 
     def count(self, votes: Tensor, k: int) -> Tensor:
-        return torch.tensor(self.of(votes.shape[-1]))
+        return torch.full((), self.of(votes.shape[-1]), device=votes.device)
 
     def reach(self, experts: int) -> tuple[int, float]:
         return self.of(experts), 0.0
@@ -88,7 +88,7 @@ class Fixed:
     m: int
 
     def count(self, votes: Tensor, k: int) -> Tensor:
-        return torch.tensor(min(self.m, votes.shape[-1]))
+        return torch.full((), min(self.m, votes.shape[-1]), device=votes.device)
 
     def reach(self, experts: int) -> tuple[int, float]:
         return min(self.m, experts), 0.0
@@ -235,7 +235,7 @@ def take_in_turn(ballots: Tensor, voice: Tensor, protected: Tensor, size: Size, 
 def seated(order: Tensor, votes: Tensor, protected: Tensor, size: Size, k: int) -> Tensor:
     """Mask [S, E]: as many of ``order`` [S, m] as ``size`` says of their votes [S, m]."""
     experts, walked = protected.shape[-1], order.shape[-1]
-    budget = size.count(F.pad(votes, (0, experts - walked)), k).to(votes.device)
+    budget = size.count(F.pad(votes, (0, experts - walked)), k)
     budget = budget.maximum(protected.sum(dim=-1, keepdim=True))  # [S, 1]
     place = torch.arange(walked, device=votes.device)
     return torch.zeros_like(protected).scatter_(-1, order, place < budget)

@@ -35,7 +35,7 @@ def route(scores: Scores, rule: Rule | None, voice: Tensor | None) -> Routing | 
     parts = new((rows, plan.tiles, experts), dtype=torch.int64) if counts else None
     marks = new((rows, plan.tiles, experts), dtype=torch.int32) if marked else None
     ids = own if rule is None else torch.empty_like(own)
-    bias = scores.bias
+    bias = None if scores.bias is None else scores.bias.contiguous()
     launch(
         vote,
         (plan.tiles, rows),
@@ -89,8 +89,9 @@ def route(scores: Scores, rule: Rule | None, voice: Tensor | None) -> Routing | 
 def fits(scores: Scores, rule: Rule | None) -> bool:
     """Whether the kernels take these scores and this rule."""
     router, logits = scores.router, scores.logits
-    plain = [x for x in (logits, scores.bias) if x is not None]
-    if any(x.dtype != torch.float32 for x in plain) or logits.numel() == 0:
+    if logits.numel() == 0 or logits.requires_grad:
+        return False
+    if any(x is not None and x.dtype != torch.float32 for x in (logits, scores.bias)):
         return False
     if logits.numel() >= 2**31 or router.k > router.experts or router.experts % router.groups:
         return False
