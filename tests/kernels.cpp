@@ -76,9 +76,67 @@ bool agree(int format) {
   return true;
 }
 
+// What a selection writes: the same numbers under every instruction set, or the first one's name.
+struct Chosen {
+  std::vector<int64_t> ids, own;
+  std::vector<float> weights;
+  std::vector<uint8_t> used;
+  bool operator==(const Chosen& other) const {
+    return ids == other.ids && own == other.own && used == other.used && weights == other.weights;
+  }
+};
+
+bool routes_agree() {
+  int groups = 1 << between(0, 3), experts = groups * between(1, 40), k = between(1, experts < 20 ? experts : 20);
+  int rows = between(1, 3), tokens = between(1, 40), all = rows * tokens;
+  std::vector<float> logits, p, bias, voice;
+  std::vector<uint8_t> resident;
+  for (int i = 0; i < all * experts; i++) logits.push_back(float(between(-4, 4)));
+  for (float z : logits) p.push_back(1 / (1 + std::exp(-z)));
+  for (int e = 0; e < experts; e++) bias.push_back(float(between(-2, 2)) / 4);
+  for (int e = 0; e < experts; e++) resident.push_back(uint8_t(between(0, 1)));
+  for (int i = 0; i < all; i++) voice.push_back(i % tokens ? float(between(0, 2)) / 2 : 1);
+  Election e{};
+  e.logits = logits.data(), e.p = p.data(), e.stride = experts, e.sequences = rows, e.tokens = tokens;
+  e.bias = between(0, 1) ? bias.data() : nullptr, e.voice = between(0, 1) ? voice.data() : nullptr;
+  e.resident = between(0, 1) ? resident.data() : nullptr, e.lam = between(0, 2), e.eps = 0.1;
+  e.experts = experts, e.k = k, e.groups = groups, e.kept = between(1, groups), e.scale = 1;
+  e.vote = between(MASKED, MAX), e.protect = between(0, 1), e.renormalise = between(0, 1);
+  e.first = between(0, 3) ? 0 : between(1, k), e.count = between(1, experts), e.least = 1;
+  e.mass = between(0, 1) ? 0.8 : 0;
+  bool vanilla = !between(0, 4), splits = e.vote == WEIGHT || e.vote == MARGIN;
+  Chosen first;
+  for (int isa = 0; coterie_isa(isa); isa++) {
+    if (!coterie_isa_runs(isa)) continue;
+    size_t pairs = size_t(all) * k;
+    Chosen c{std::vector<int64_t>(pairs), std::vector<int64_t>(pairs), std::vector<float>(pairs),
+             std::vector<uint8_t>(experts)};
+    std::vector<float> ballots(logits.size()), sums(all);
+    e.own = c.own.data(), e.ids = vanilla ? e.own : c.ids.data();
+    e.weights = c.weights.data(), e.used = c.used.data(), e.ballots = nullptr, e.sums = nullptr;
+    if (splits && !vanilla) {
+      e.ballots = ballots.data();
+      if (coterie_route(isa, &e) != DONE) return false;
+      for (int t = 0; t < all; t++)
+        for (int i = 0; i < experts; i++) sums[t] += ballots[size_t(t) * experts + i];
+      e.sums = sums.data();
+    }
+    if (coterie_route(isa, &e) != DONE) return false;
+    if (isa == 0) first = c;
+    if (!(c == first)) {
+      std::printf("routing, %s\n", coterie_isa(isa));
+      return false;
+    }
+  }
+  logits[between(0, all * experts - 1)] = INFINITY;
+  return coterie_route(0, &e) == NOT_FINITE;
+}
+
 }  // namespace
 
 int main() {
+  for (int i = 0; i < 1000; i++)
+    if (!routes_agree()) return 1;
   for (int i = 0; i < 300; i++)
     if (!agree(i % 3)) return 1;
   return 0;

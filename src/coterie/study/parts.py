@@ -22,6 +22,7 @@ from coterie.model.cache import Cache
 from coterie.model.moe import Dense, FeedForward, MoE
 from coterie.model.step import Step
 from coterie.model.transformer import Layer
+from coterie.routing.select import Ruled, Ruling
 from coterie.telemetry import Recorder, Row
 from coterie.values import Policy, Routing, Scores, Slab, Store
 
@@ -170,6 +171,11 @@ class _TimedPolicy:
     def eligible(self, scores: Scores, k: int) -> Tensor:
         with self.watch(ELECTION):
             return self.inner.eligible(scores, k)
+
+    def ruling(self, scores: Scores, k: int) -> Ruling | None:
+        # What a kernel elects by is told here; that it elects is part of gate and routing.
+        with self.watch(ELECTION):
+            return self.inner.ruling(scores, k) if isinstance(self.inner, Ruled) else None
 
 
 @dataclass(frozen=True)
