@@ -2,18 +2,30 @@
 
 from __future__ import annotations
 
+import importlib
 import logging
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_flatten
 
 import coterie
+from coterie import ops
 from coterie.decoding import sampling
 from coterie.decoding.sampling import NotFinite, Sampling, propose
 from coterie.engine.graph import Graphs, Inputs, Outcome, follows_no_host
-from coterie.testing import write_checkpoint
+from coterie.experts.store import Resident
+from coterie.model.cache import Cache
+from coterie.model.step import Step
+from coterie.model.transformer import build
+from coterie.model.weights import allocate, slabs
+from coterie.ops import gpu
+from coterie.telemetry import Counting
+from coterie.testing import CONFIGS, read_spec, tiny_config, write_checkpoint
+from coterie.values import Progress, Window
 
 PROMPTS = (list(range(3, 20)), list(range(5, 12)), list(range(40, 53)))
 
@@ -110,6 +122,7 @@ def test_a_capture_that_fails_is_said_once(
     with caplog.at_level(logging.WARNING, logger="coterie"):
         assert told(engine, max_new_tokens=24, block=8) == expected
     (record,) = caplog.records
+    assert "under vanilla" in record.getMessage()
     assert "not permitted when stream is capturing)" in record.getMessage()
 
 
@@ -123,8 +136,8 @@ def test_what_follows_the_host_is_not_played(tmp_path: Path) -> None:
     engine.generate(PROMPTS[0], unmask=smooth, max_new_tokens=16, block=8)
     assert capture.captures == 0
     assert follows_no_host(coterie.parse_policy("des-vote:beta=0.15"))
-    assert not follows_no_host(coterie.parse_policy("mc-moe:beta=0.6"))
-    assert not follows_no_host(coterie.parse_policy("coreset:vote=random,m=4"))
+    for asking in ("mc-moe:beta=0.6", "coreset:vote=random,m=4", "priced-vote:price=0.07"):
+        assert not follows_no_host(coterie.parse_policy(asking))
 
 
 def test_broken_weights_are_told_of_and_nothing_is_written(tmp_path: Path) -> None:
@@ -139,6 +152,70 @@ def test_broken_weights_are_told_of_and_nothing_is_written(tmp_path: Path) -> No
     with pytest.raises(coterie.CoterieError, match="the last norm gives NaN"):
         engine.step()
     assert torch.equal(engine.row(row).canvas.tokens, before)
+
+
+class Asking(TorchDispatchMode):
+    """Collects what would make the host wait for a device, or the device for the host's memory."""
+
+    ASKS = frozenset(("nonzero", "_local_scalar_dense", "masked_select", "equal", "is_nonzero"))
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: list[str] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        leaves = tree_flatten((args, kwargs, out))[0]
+        devices = {leaf.device.type for leaf in leaves if isinstance(leaf, torch.Tensor)}
+        if len(devices) > 1 or func._schema.name.removeprefix("aten::") in self.ASKS:
+            self.found.append(func._schema.name)
+        return out
+
+
+@pytest.mark.parametrize("kernels", [True, False])
+@pytest.mark.parametrize("family", sorted(CONFIGS))
+def test_between_layers_nothing_asks_the_host(
+    monkeypatch: pytest.MonkeyPatch, family: str, kernels: bool
+) -> None:
+    """A device that holds no numbers at all: whoever asks for one finds out."""
+    pytest.importorskip("triton", reason="NOT TESTED: kernels for a GPU (triton is not installed)")
+    for name in ("dispatch", "experts", "routing"):
+        module = importlib.import_module(f"coterie.ops.triton.{name}")
+        monkeypatch.setattr(module, "launch", lambda *args, **constants: None)
+    monkeypatch.setattr(ops, "run_experts", gpu.run_experts)
+    monkeypatch.setattr(ops, "route", gpu.route if kernels else lambda *asked: None)
+    _, spec = read_spec(tiny_config(family))
+    weights = allocate(spec, torch.bfloat16, torch.device("meta"))
+    transformer = build(spec, weights, Resident(slabs(spec, weights)))
+    cache = Cache.allocate(spec, 2, 64, dtype=torch.bfloat16, device="meta")
+
+    def there(*shape: int, dtype: torch.dtype = torch.int64) -> torch.Tensor:
+        return torch.empty(shape, dtype=dtype, device="meta")
+
+    bools = [there(2, 8, dtype=torch.bool) for _ in range(2)]
+    for policy in filter(follows_no_host, map(coterie.parse_policy, EVERY)):
+        counting = Counting()
+        step = Step(
+            Window(there(2), 8, there(2)),
+            cache,
+            policy,
+            counting,
+            wanted=there(16),
+            voters=there(2, 8, dtype=torch.float32),
+            progress=Progress(*bools, there(2, 8, dtype=torch.float32)),
+        )
+        with torch.inference_mode(), Asking() as asking:
+            logits = transformer(there(2, 8), step)
+            counting.began(())
+        assert (policy, asking.found) == (policy, [])
+        assert logits.shape == (16, spec.vocabulary)
+
+
+EVERY = (
+    *("vanilla", "topk:k=2", "naee:beta=0.2", "des-seq:k=2", "des-vote:beta=0.3", "racing:m=4"),
+    *("uniform-vote:beta=0.3", "xshare:beta=0.3", "mass-vote:tau=0.8", "resident-vote:beta=0.3"),
+    *("des-vote:beta=0.3,voters=unfilled,protect=top1", "des-vote:beta=0.3,voters=masked"),
+)
 
 
 def test_inputs_move_together() -> None:

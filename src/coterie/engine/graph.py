@@ -18,7 +18,7 @@ from coterie.model.cache import Cache
 from coterie.model.moe import MoE
 from coterie.model.step import Step
 from coterie.model.transformer import Transformer
-from coterie.routing import POLICIES, Election, needs_importance
+from coterie.routing import POLICIES, Election, needs_importance, spell
 from coterie.telemetry import Counting, Row
 from coterie.values import Policy, Progress, Window
 
@@ -87,7 +87,7 @@ class Kept:
 class Graphs:
     """The kinds of forward of one transformer. What ``run`` gives stands until it is called again.
 
-    A capture that fails is said once; everything then runs as if there were no graphs.
+    A capture that fails is said once; forwards of its policy then run as if there were no graphs.
     """
 
     def __init__(self, transformer: Transformer, capture: Capture = captured) -> None:
@@ -96,6 +96,7 @@ class Graphs:
         self._kept: dict[tuple[object, ...], Kept] = {}
         self._memory: tuple[int, ...] = ()
         self._able = _resident(transformer)
+        self._failed: set[Policy] = set()
 
     def takes(self, step: Step) -> bool:
         """Whether such a forward can be played again: nothing in it asks or follows the host."""
@@ -115,8 +116,8 @@ class Graphs:
         if kept.replay is None and kept.outcome is None:
             kept.outcome = logits, counted = kept.work()
             return logits, counted.renewed(rows)
-        if kept.replay is None and self._able:
-            self._keep(kept)
+        if kept.replay is None and step.policy not in self._failed:
+            self._keep(kept, step.policy)
         if kept.replay is None:
             logits, counted = kept.work()
             return logits, counted.renewed(rows)
@@ -159,23 +160,31 @@ class Graphs:
 
         return Kept(inputs, work)
 
-    def _keep(self, kept: Kept) -> None:
+    def _keep(self, kept: Kept, policy: Policy) -> None:
         try:
             kept.outcome, kept.replay = self._capture(kept.work)
         except RuntimeError as error:
-            self._able = False
+            self._failed.add(policy)
             reason = (str(error).splitlines() or [type(error).__name__])[0]
             logging.getLogger("coterie").warning(
-                "No CUDA graphs: a forward could not be captured (%s); forwards run one by one",
+                "No CUDA graph: a forward under %s could not be captured (%s); its layers are "
+                "launched one by one",
+                spell(policy),
                 reason,
             )
 
 
 def follows_no_host(policy: Policy) -> bool:
-    """Whether a policy is ours and its choices follow from tensors alone, without weighing keys."""
+    """Whether a policy is ours and its choices follow from tensors alone, without weighing keys.
+
+    Lots are drawn by the host, and where seats are taken one by one the host is asked how many.
+    """
     election = vars(policy).get("election")
-    by_lot = isinstance(election, Election) and election.vote == "random"
-    return type(policy) in POLICIES.values() and not by_lot and not needs_importance(policy)
+    if isinstance(election, Election) and (
+        election.vote == "random" or election.tally == "proportional"
+    ):
+        return False
+    return type(policy) in POLICIES.values() and not needs_importance(policy)
 
 
 def _resident(transformer: Transformer) -> bool:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import logging
 from functools import cache
-from importlib.util import find_spec
 
 import torch
 from torch import Tensor
@@ -67,11 +66,8 @@ def run_experts(x: Tensor, routing: Routing, slab: Slab) -> Tensor:
         return cpu.run_experts(x, routing, slab)
     if x.device.type == "cpu" and grouped.fits(x, slab):
         return grouped.run_experts(x, routing, slab)
-    if x.is_cuda and _has_triton():
-        from coterie.ops.triton import experts
-
-        if experts.fits(x, slab):
-            return experts.run_experts(x, routing, slab)
+    if x.is_cuda and gpu.ready() and (out := gpu.run_experts(x, routing, slab)) is not None:
+        return out
     return reference.run_experts(x, routing, slab)
 
 
@@ -123,11 +119,6 @@ def pack(slab: Slab) -> Slab:
     if cpu.packed_format(slab) is not None and cpu.ready():
         return cpu.pack(slab)
     return panels.pack(slab)
-
-
-@cache
-def _has_triton() -> bool:
-    return find_spec("triton") is not None
 
 
 @cache

@@ -8,7 +8,7 @@ from importlib.util import find_spec
 
 from torch import Tensor
 
-from coterie.values import Routing, Rule, Scores
+from coterie.values import Routing, Rule, Scores, Slab
 
 
 @cache
@@ -27,3 +27,10 @@ def route(scores: Scores, rule: Rule | None, voice: Tensor | None) -> Routing | 
     from coterie.ops.triton import route as by_kernel
 
     return by_kernel(scores, rule, voice)
+
+
+def run_experts(x: Tensor, routing: Routing, slab: Slab) -> Tensor | None:
+    """See ``ops.run_experts``; None for types that no kernel takes."""
+    from coterie.ops.triton import experts
+
+    return experts.run_experts(x, routing, slab) if experts.fits(x, slab) else None
