@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import mmap
 import os
 import re
 import subprocess
@@ -24,6 +25,7 @@ from coterie.engine.journal import MANIFEST
 from coterie.engine.load import Model, load_model
 from coterie.engine.verify import verify
 from coterie.experts.store import Resident
+from coterie.model import filling
 from coterie.model.checkpoint import SINGLE, Checkpoint
 from coterie.model.moe import MoE
 from coterie.naming import CoterieError
@@ -187,6 +189,34 @@ def test_nothing_writes_into_the_map(tmp_path: Path) -> None:
     assert isinstance(panels, Panels)
     panels.packed.fill_(7)
     assert contents(folder) == before
+
+
+def test_a_system_without_the_advice_reads_the_map_all_the_same(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = packed(tmp_path, "int8")
+    usual = load_model(folder)
+    monkeypatch.setattr(filling, "POPULATE_READ", 9999)
+    assert same(load_model(folder), usual)
+
+
+def test_a_file_that_shrinks_before_it_is_mapped_is_noticed(tmp_path: Path) -> None:
+    file = packed(tmp_path, "int8") / LAYER
+    entry = Checkpoint.of(file.parent).files[file][PACKED]
+    os.truncate(file, entry.start + entry.size - 1)
+    with file.open("rb") as opened, pytest.raises(CoterieError, match="it became shorter"):
+        filling.mapped(opened.fileno(), entry)
+
+
+@needs_kernels
+def test_a_file_that_shrinks_while_it_is_mapped_is_noticed(tmp_path: Path) -> None:
+    file = tmp_path / "file"
+    file.write_bytes(bytes(1 << 16))
+    with file.open("rb") as opened:
+        memory = mmap.mmap(opened.fileno(), 1 << 16, prot=mmap.PROT_READ)
+        os.truncate(file, 1 << 13)
+        with pytest.raises(CoterieError, match="it became shorter"):
+            filling.make_present(memory, 1 << 16)
 
 
 def test_what_was_killed_goes_on_and_comes_out_the_same(tmp_path: Path) -> None:

@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 from policies import law, spellings
 from scipy import stats
 
+import coterie
 from coterie.engine.config import Generation
 from coterie.engine.engine import Engine
 from coterie.engine.load import Model
@@ -51,7 +52,7 @@ from coterie.study.steps import Pairs, Steps, elected
 from coterie.study.tally import Tally as Arm
 from coterie.study.votes import Votes
 from coterie.telemetry import Counting
-from coterie.testing import random_transformer, read_spec, tiny_config
+from coterie.testing import random_transformer, read_spec, tiny_config, write_checkpoint
 from coterie.text import Numbers
 
 FAMILIES = ("llada2", "llada-moe", "sdar-moe")
@@ -286,6 +287,15 @@ def test_an_opened_block_is_all_answer(family: str) -> None:
         masked = scores.progress.masked[0, opened.block]
         # Where a first forward of everything has written already, some are not masked any more.
         assert int(masked.sum()) == 8 or family == "llada-moe"
+
+
+def test_a_block_of_a_model_in_few_bits_is_opened_too(tmp_path: Path) -> None:
+    """In bf16 its head is packed where kernels are, and has no rows to multiply by."""
+    folder = write_checkpoint(tmp_path, "llada2", seed=3)
+    wide, narrow = (coterie.load(folder, block=8, dtype=dtype) for dtype in ("fp32", "bf16"))
+    one, other = (open_block(host, [5, 17, 33], "vanilla").logits for host in (wide, narrow))
+    assert other.dtype == torch.float32
+    assert float((one - other).norm() / one.norm()) < 0.1
 
 
 def test_words_end_with_the_first_end_of_text() -> None:

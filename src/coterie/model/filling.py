@@ -19,6 +19,7 @@ from coterie.ops.panels import unpack_expert
 from coterie.quant import Format, QTensor, quantise
 
 POPULATE_READ = 22  # madvise's, which Python does not name everywhere
+CUT = "cannot be read to its end: it became shorter meanwhile, or the disk failed"
 AT_ONCE = 64 << 20  # bytes of a mapped file made present in one call
 
 
@@ -92,26 +93,27 @@ def mapped(descriptor: int, entry: Entry) -> Tensor:
     while it is mapped ends the process (SIGBUS) when what is gone is read.
     """
     end = entry.start + entry.size
-    memory = mmap.mmap(
-        descriptor, end, flags=mmap.MAP_PRIVATE, prot=mmap.PROT_READ | mmap.PROT_WRITE
-    )
+    try:
+        memory = mmap.mmap(
+            descriptor, end, flags=mmap.MAP_PRIVATE, prot=mmap.PROT_READ | mmap.PROT_WRITE
+        )
+    except ValueError:  # the file ends before
+        raise CoterieError(CUT) from None
     # Where the system's cache keeps files in large pieces this finds huge pages; elsewhere nothing.
     with suppress(OSError, AttributeError):
         memory.madvise(mmap.MADV_HUGEPAGE)
-    _make_present(memory, end)
+    make_present(memory, end)
     whole = torch.frombuffer(memory, dtype=torch.uint8, offset=entry.start, count=entry.size)
     return whole.view(entry.shape)
 
 
-def _make_present(memory: mmap.mmap, end: int) -> None:
+def make_present(memory: mmap.mmap, end: int) -> None:
     """Read in what is not in the system's cache, and enter all of it into the page table."""
     try:
         for start in range(0, end, AT_ONCE):
             memory.madvise(POPULATE_READ, start, min(AT_ONCE, end - start))
     except OSError as error:
         if error.errno in (errno.EFAULT, errno.EIO):
-            raise CoterieError(
-                "cannot be read to its end: it became shorter, or the disk failed"
-            ) from None
+            raise CoterieError(CUT) from None
         # A system without that advice: touching each page does the same, less quickly.
         torch.frombuffer(memory, dtype=torch.uint8)[:: mmap.PAGESIZE].sum()

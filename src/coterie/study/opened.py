@@ -7,8 +7,8 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
+from coterie import ops
 from coterie.engine.engine import Engine
 from coterie.engine.watch import first_forward, watch
 from coterie.naming import CoterieError
@@ -59,7 +59,8 @@ def open_block(engine: Engine, prompt: Prompt, policy: str | Policy, rows: int =
     first = first_forward(engine, [prompt] * rows, policy=policy)
     transformer = engine.model.transformer
     hidden = first.trace.outputs[-1][1].view(rows, -1, transformer.spec.hidden)
-    return Opened(first.trace, first.block, hidden, F.linear(hidden, transformer.head).float())
+    logits = ops.linear(hidden, transformer.head, dtype=torch.float32)
+    return Opened(first.trace, first.block, hidden, logits)
 
 
 def _first_block(engine: Engine, prompt: str) -> tuple[int, int]:
