@@ -15,7 +15,7 @@ from torch import Tensor
 
 from coterie.naming import CoterieError
 from coterie.routing import parse_policy
-from coterie.routing.proportional import SHARE, seats, shares
+from coterie.routing.proportional import SHARE, Favour, seats, shares
 from coterie.routing.votes import BALLOTS, UNIT, margin
 from coterie.values import RouterSpec, Scores
 
@@ -63,6 +63,73 @@ def test_a_shorter_walk_is_the_beginning_of_a_longer_one(drawn, most: int):
     whole, _ = seats(ballots, voice, first, most=first.shape[-1], k=1, worth=0.0)
     part, _ = seats(ballots, voice, first, most=most, k=1, worth=0.0)
     assert torch.equal(part, whole[:, :most])
+
+
+@given(elections(), st.sampled_from((0.0, 0.25, 1.0, 7.0)), st.sampled_from((0.0, 0.02, 0.3, 1.0)))
+@law(150)
+def test_residents_are_favoured_within_the_bound(drawn, lam: float, eps: float):
+    """The rule once more, seat by seat; what was lost is never more than the bound."""
+    ballots, voice, first = drawn
+    resident = torch.rand(first.shape, generator=torch.Generator().manual_seed(5)) < 0.4
+    favour = Favour(resident, lam, eps)
+    experts = first.shape[-1]
+    order, gains = seats(ballots, voice, first, most=experts, k=1, worth=0.0, favour=favour)
+    for row in range(2):
+        alone = Favour(resident[row], lam, eps)
+        walk, could, lost = _favoured(ballots[row], voice[row].tolist(), first[row].tolist(), alone)
+        assert list(zip(order[row].tolist(), gains[row].tolist(), strict=True)) == walk
+        assert lost <= eps * could
+
+
+@given(elections(), st.sampled_from((0.5, 3.0)), st.booleans())
+@law()
+def test_favouring_all_or_nobody_elects_the_same(drawn, lam: float, everybody: bool):
+    ballots, voice, first = drawn
+    favour = Favour(torch.full_like(first, everybody), lam, 1.0)
+    experts = first.shape[-1]
+    plain, gains = seats(ballots, voice, first, most=experts, k=1, worth=0.0)
+    order, taken = seats(ballots, voice, first, most=experts, k=1, worth=0.0, favour=favour)
+    assert torch.equal(order, plain)
+    assert torch.equal(taken, (gains.double() * (1 + lam * everybody)).long())
+
+
+@given(blocks(), st.floats(0.01, 1), st.sampled_from(("beta=0.5", "m=3", "price=0.2", "tau=0.8")))
+@law(80)
+def test_without_a_loss_residency_only_breaks_ties(scores: Scores, lam: float, size: str):
+    """At eps=0 each seat gains what the best there was gains."""
+    options = f"coreset:{size},tally=proportional,vote=margin"
+    k, experts = scores.router.k, scores.router.experts
+    same = replace(scores, resident=torch.zeros(experts, dtype=torch.bool))
+    plain, alike = (parse_policy(f"{options}{more}") for more in ("", f",lam={lam!r},eps=0"))
+    assert torch.equal(plain.eligible(scores, k), plain.eligible(same, k))
+    assert torch.equal(plain.eligible(same, k), alike.eligible(same, k))
+    if not size.startswith(("price", "tau")):  # there residents come cheaper, so that more do
+        before, after = (p.eligible(scores, k)[:, 0].sum(-1) for p in (plain, alike))
+        assert torch.equal(before, after)
+
+
+def test_a_resident_takes_the_seat_of_one_that_is_hardly_better():
+    """Two tokens, one vote each for an expert of its own; the second is worth a tenth less."""
+    ballots, voice = torch.eye(2)[None], torch.tensor([[1.0, 0.9]])
+    here = torch.tensor([False, True])
+    nobody = torch.zeros(1, 2, dtype=torch.bool)
+    seated = {
+        (lam, eps): seats(
+            ballots, voice, nobody, most=1, k=1, worth=0.0, favour=Favour(here, lam, eps)
+        )[0].item()
+        for lam in (0.1, 0.2)
+        for eps in (0.09, 0.11)
+    }
+    assert seated == {(0.1, 0.09): 0, (0.1, 0.11): 0, (0.2, 0.09): 0, (0.2, 0.11): 1}
+
+
+def test_who_is_here_comes_cheaper():
+    """The third seat is worth .08: not the price, but a quarter of it."""
+    block = Scores(_logits((0.9, 0.1, 0.1, 0.1, 0.1, 0.1), (0.1, 0.5, 0.4, 0.1, 0.1, 0.1)), SIGMOID)
+    here = replace(block, resident=torch.tensor([False, False, True, False, False, False]))
+    assert _elected("priced-vote:price=0.2", here) == [0, 1]
+    assert _elected("priced-vote:price=0.2,lam=3,eps=0", block) == [0, 1]
+    assert _elected("priced-vote:price=0.2,lam=3,eps=0", here) == [0, 1, 2]
 
 
 @given(elections())
@@ -153,7 +220,6 @@ def test_every_token_splits_one_vote_by_margin_among_its_own(scores: Scores):
     [
         ("coreset:m=2,vote=max,tally=proportional", "needs a vote that each token casts: one of "),
         ("des-vote:beta=0.2,vote=random,tally=proportional", ", ".join(BALLOTS)),
-        ("coreset:m=2,lam=1,tally=proportional", "it goes with lam=0"),
         ("priced-vote:price=0", "price must be above 0, not 0"),
     ],
 )
@@ -181,6 +247,32 @@ def _walk(ballots: Tensor, voice: list[float], first: list[bool]) -> list[tuple[
         lacking = [part - p[best] for part, p in zip(lacking, parts, strict=True)]
         left.remove(best)
     return walk
+
+
+def _favoured(ballots: Tensor, voice: list[float], first: list[bool], favour: Favour):
+    """The walk, the best gains there were, and what of them was lost."""
+    parts = []
+    for ballot in ballots.tolist():
+        units = [round(share * SHARE) for share in ballot]
+        parts.append([unit * SHARE // max(1, sum(units)) for unit in units])
+    here, lam, eps = favour.resident.tolist(), favour.lam, favour.eps
+    lacking, left, walk, could, lost = [SHARE] * len(parts), set(range(len(first))), [], 0, 0
+    while left:
+        weight = [
+            round(say * 2**20) * part * part >> 28 for say, part in zip(voice, lacking, strict=True)
+        ]
+        gain = {e: sum(w * p[e] for w, p in zip(weight, parts, strict=True)) for e in left}
+        taken = {e: gain[e] * (1 + lam) if here[e] else float(gain[e]) for e in left}
+        plain = min(left, key=lambda e: (not first[e], -gain[e], e))
+        liked = min(left, key=lambda e: (not first[e], -taken[e] / (1 + lam), e))
+        loss = gain[plain] - gain[liked]
+        could += gain[plain]
+        best = liked if lost + loss <= eps * could else plain
+        lost += loss if best == liked else 0
+        walk.append((best, int(taken[best])))
+        lacking = [part - p[best] for part, p in zip(lacking, parts, strict=True)]
+        left.remove(best)
+    return walk, could, lost
 
 
 def _elected(text: str, scores: Scores) -> list[int]:

@@ -16,7 +16,7 @@ from torch.nn import functional as F
 
 from coterie.naming import CoterieError
 from coterie.ops import top_ids
-from coterie.routing.proportional import seats
+from coterie.routing.proportional import Favour, seats
 from coterie.routing.select import Ruling, own
 from coterie.routing.votes import BALLOTS, UNIT, VOTES, Vote, Voters, voices
 from coterie.spelling import Amount, Part, Whole, check_options
@@ -30,7 +30,8 @@ class Election:
     ``lam`` favours experts already in fast memory, V' = V * (1 + lam * resident), as long as the
     coreset still holds 1 - ``eps`` of the votes that the plain one would hold. The tally is
     ``plain``: most votes first; or ``proportional``: one by one, each token's weight falling with
-    the part of its vote that is seated (see ``proportional``).
+    the part of its vote that is seated (see ``proportional``); there gains are favoured, and the
+    seats keep 1 - ``eps`` of what they could gain.
     """
 
     voters: Voters = "all"
@@ -49,8 +50,6 @@ class Election:
                 f"tally=proportional needs a vote that each token casts: one of "
                 f"{', '.join(BALLOTS)}, not {self.vote}"
             )
-        if self.tally == "proportional" and self.lam > 0:
-            raise CoterieError("tally=proportional knows no residents: it goes with lam=0")
 
 
 class Size(Protocol):
@@ -200,7 +199,8 @@ def elect(scores: Scores, size: Size | Union, election: Election, k: int) -> Ten
     protected = first_choices(scores, voice, 1 if election.protect == "top1" else 0)
     if election.tally == "proportional":
         ballots = BALLOTS[election.vote](scores)  # [S, N, E]
-        return take_in_turn(ballots, voice, protected, size, k).unsqueeze(1)
+        favour = favour_of(scores, election)
+        return take_in_turn(ballots, voice, protected, size, k, favour=favour).unsqueeze(1)
     votes = VOTES[election.vote](scores, voice, election.seed)  # [S, E]
     coreset = take(votes, protected, size, k)
     if election.lam > 0 and scores.resident is not None:
@@ -224,11 +224,26 @@ def take(votes: Tensor, protected: Tensor, size: Size, k: int) -> Tensor:
     return seated(order, votes.gather(-1, order), protected, size, k)
 
 
-def take_in_turn(ballots: Tensor, voice: Tensor, protected: Tensor, size: Size, k: int) -> Tensor:
+def favour_of(scores: Scores, election: Election) -> Favour | None:
+    """What residency counts where seats are taken in turn; None where it counts nothing."""
+    if election.lam == 0 or scores.resident is None:
+        return None
+    return Favour(scores.resident, election.lam, election.eps)
+
+
+def take_in_turn(
+    ballots: Tensor,
+    voice: Tensor,
+    protected: Tensor,
+    size: Size,
+    k: int,
+    *,
+    favour: Favour | None = None,
+) -> Tensor:
     """Mask [S, E]: the protected experts, then one by one, votes being tallied again for each."""
     most, worth = size.reach(protected.shape[-1])
     most = max(most, int(protected.sum(-1).max()))
-    order, gains = seats(ballots, voice, protected, most=most, k=k, worth=worth)
+    order, gains = seats(ballots, voice, protected, most=most, k=k, worth=worth, favour=favour)
     return seated(order, gains, protected, size, k)
 
 

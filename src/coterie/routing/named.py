@@ -27,7 +27,7 @@ Price = Annotated[float, Within(above=0)]
 
 WHOLE = ("voters", "protect", "vote", "scope", "lam", "eps", "seed")
 OPEN = Offers((*WHOLE, "tally"))
-BY_MARGIN = Offers(("voters", "protect", "scope"))
+BY_MARGIN = Offers(("voters", "protect", "scope", "lam", "eps"))
 FIXED_VOTE = Offers(("voters", "protect", "scope", "lam", "eps"))
 
 BY_PROBABILITY = Election()
