@@ -9,6 +9,7 @@ from collections import OrderedDict
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
+from tempfile import mkdtemp
 
 import numpy as np
 import pytest
@@ -17,17 +18,23 @@ from hypothesis import given
 from hypothesis import strategies as st
 from policies import law
 from test_trace import made as traced
+from test_watch import PROMPTS, engine
 
 from coterie.cli.edge import run
+from coterie.engine.event import Result
 from coterie.experts.eviction import Lru
+from coterie.experts.imagined import Imagined
+from coterie.experts.store import Resident
 from coterie.experts.traffic import Traffic
+from coterie.model.moe import MoE
 from coterie.naming import CoterieError
 from coterie.planning.booking import Cache, Memory, Play, book, choose
 from coterie.planning.machine import Capacity, Machine, bytes_of, clock, rate_of, sizes
 from coterie.planning.overlap import cosine, jaccard, overlap
-from coterie.planning.replay import CACHES, Grid, Replay, replay, steps_per_block
+from coterie.planning.recording import about, bias_of, record_trace
+from coterie.planning.replay import CACHES, Grid, Replay, decoding_only, replay, steps_per_block
 from coterie.planning.synthetic import Law, Look, Shape, calibrated, carried, looked, synthetic
-from coterie.planning.trace import Trace, Writer
+from coterie.planning.trace import Trace, Writer, read
 from coterie.routing import parse_policy
 from coterie.routing.persistent import persisted
 
@@ -164,11 +171,72 @@ def test_a_warm_start_saves_the_first_loads() -> None:
 def test_the_clock_by_hand() -> None:
     """Two layers: 6 hits and 2 misses, then 1 hit and 4 misses; 100 bytes each."""
     used, loads = np.array([[8, 5]]), np.array([[2, 4]])
-    alone = clock(Machine(link=1000.0), used, loads, 100)
+    alone = clock(Machine(link=1000.0), used, loads, 100, decoding=1)
     assert (alone.forward, alone.stall) == pytest.approx((0.6, 0.6))
-    whole = clock(Machine(link=1000.0, memory=2000.0, rest=0.5), used, loads, 100)
+    whole = clock(Machine(1000.0, 2000.0, rest=0.5), used, loads, 100, decoding=1)
     # Hits take .3 and .05 s, copies .2 and .4 s, what was copied .1 and .2 s.
     assert (whole.forward, whole.stall) == pytest.approx((0.5 + 0.3 + 0.1 + 0.4 + 0.2, 0.35))
+
+
+def test_a_forward_that_decodes_carries_those_that_only_write_keys() -> None:
+    used, loads = np.array([[8, 5]] * 4), np.array([[2, 4]] * 4)
+    one, all_four = (
+        clock(Machine(1000.0, 2000.0, 0.5), used[:count], loads[:count], 100, decoding=1)
+        for count in (1, 4)
+    )
+    assert all_four.forward == pytest.approx(4 * one.forward)
+
+
+def imagined(policy: str, capacity: int, **options: object) -> tuple[Imagined, list[Result], Trace]:
+    """A run under an imagined memory, and its trace."""
+    own = engine("llada2", unmask="fixed:steps=3", **options)
+    transformer = own.model.transformer
+    store = Imagined(Resident({}), own.model.spec.router.experts, capacity)
+    layers = []
+    for layer in transformer.layers:
+        network = layer.feed_forward
+        if isinstance(network, MoE):
+            store.store = network.store
+            network = replace(network, store=store)
+        layers.append(replace(layer, feed_forward=network))
+    own.model = replace(own.model, transformer=replace(transformer, layers=tuple(layers)))
+    said = about(own, policy=policy, generation=own.generation, prompts={}, made={})
+    path = Path(mkdtemp()) / "imagined"
+    with Writer(path, said, bias_of(own.model)) as writer:
+        results = record_trace(own, PROMPTS, writer, policy=policy)
+    return store, results, read(path)
+
+
+@pytest.mark.parametrize("commit", ["vanilla", "policy"])
+@pytest.mark.parametrize("policy", ["vanilla", "des-seq:k=1", "uniform-vote:beta=0.3"])
+def test_a_replay_foretells_a_run(policy: str, commit: str) -> None:
+    """Of its own trace: what a memory of six slots moves, prompts and commits among it."""
+    store, _, trace = imagined(policy, 6, commit=commit)
+    assert trace.about.commit == commit
+    asked = Play(parse_policy(policy), commits=commit == "policy")
+    traffic = replay(trace, grid(asked, capacity="6")).points[0].traffic
+    if policy == "vanilla":
+        assert (traffic.used, traffic.moved) == (store.used, store.moved)
+    assert traffic.moved == pytest.approx(store.moved, rel=0.1)
+    assert traffic.used == pytest.approx(store.used, rel=0.1)
+
+
+def test_an_imagined_memory_changes_answers_only_where_residents_are_preferred() -> None:
+    plain = [engine("llada2", unmask="fixed:steps=3").generate(p).tokens for p in PROMPTS]
+    assert [result.tokens for result in imagined("vanilla", 3)[1]] == plain
+    own = imagined("uniform-vote:beta=0.3", 5)[0]
+    preferred = imagined("uniform-vote:beta=0.3,lam=8,eps=0.5", 5)[0]
+    assert preferred.moved / preferred.used < own.moved / own.used
+
+
+def test_without_forwards_that_write_keys_less_moves() -> None:
+    trace = imagined("vanilla", 6)[2]
+    whole, part = (
+        replay(one, grid(play("vanilla"), capacity="6")).points[0]
+        for one in (trace, decoding_only(trace))
+    )
+    assert part.traffic.moved < whole.traffic.moved
+    assert (part.traffic.forwards, part.experts) == (whole.traffic.forwards, whole.experts)
 
 
 def test_traffic_adds_up() -> None:
@@ -222,7 +290,7 @@ def test_refusals_say_what_would_have_worked() -> None:
         sizes({"bf16": 1}, ["bf16", "int8"], "6MiB")
     with pytest.raises(CoterieError, match="belady cannot be replayed"):
         replay(drawn(), grid(play("resident-vote:beta=0.2"), caches="lru,belady"))
-    with pytest.raises(CoterieError, match="holds no forward"):
+    with pytest.raises(CoterieError, match="holds no forward that decodes"):
         replay(Trace(drawn().about, None, ()), grid(play("vanilla")))
     with pytest.raises(CoterieError, match="blocks of several forwards"):
         looked(Trace(drawn().about, None, drawn().forwards[:1]))
@@ -264,6 +332,7 @@ def test_the_command_replays_a_grid(file: str, tmp_path: Path, capsys: Capture) 
     first = told["points"][0]
     assert (first["saved_against_vanilla"], first["slots"], first["capacity"]) == (0.0, 6, "25%")
     assert first["bytes_a_forward"] == pytest.approx(first["loads"] * 2 * 100)
+    assert told["forwards"] == {"decode": 20, "commit": 0, "prefill": 0, "refresh": 0}
     assert all(p["ms"] >= p["stall_ms"] + 2 for p in told["points"])
     kept = json.loads((tmp_path / "out" / "replay.json").read_text())
     assert kept["facts"]["points"] == told["points"]

@@ -22,7 +22,8 @@ from coterie.naming import CoterieError
 from coterie.planning import coding
 from coterie.planning.elections import elected, fidelity, votes_of
 from coterie.planning.recording import about, bias_of, record_trace
-from coterie.planning.trace import About, Forward, Trace, Writer, encoded, framed, read
+from coterie.planning.replay import decoding_only
+from coterie.planning.trace import KINDS, About, Forward, Trace, Writer, encoded, framed, read
 from coterie.routing import parse_policy
 from coterie.testing import write_checkpoint
 from coterie.values import membership
@@ -59,7 +60,7 @@ def made(family: str = "llada2", policy: str = "vanilla") -> tuple[Trace, tuple[
     said = about(own, policy=policy, generation=own.generation, prompts={}, made={})
     with Writer(path, said, bias_of(own.model)) as writer:
         record_trace(own, PROMPTS, writer, policy=policy, rows=3)
-    return read(path), tuple(collect(own, PROMPTS, policy=policy, rows=3))
+    return decoding_only(read(path)), tuple(collect(own, PROMPTS, policy=policy, rows=3))
 
 
 @st.composite
@@ -77,6 +78,10 @@ def drawn_forwards(draw: st.DrawFn) -> tuple[Forward, About]:
     used = np.zeros((layers, experts), dtype=bool)
     made = Forward(*numbers, *marks, ids, rank, following, used)
     made = replace(made, used=made.own if draw(st.booleans()) else rng.random(used.shape) < 0.3)
+    made = replace(made, kind=draw(st.sampled_from(KINDS)))
+    if draw(st.integers(0, 4)) == 0:
+        none = {name: getattr(made, name)[:, :0] for name in ("ids", "rank", "following")}
+        made = replace(made, **none, **dict.fromkeys(("voters", "masked", "filled"), marks[0][:0]))
     sizes = {"bf16": 6}
     return made, About("m", "p", "", "", tuple(range(layers)), experts, k, sizes)
 
@@ -89,11 +94,11 @@ def test_a_forward_comes_back_as_near_as_the_format_says(tmp_path_factory, drawn
     with Writer(path, said) as writer:
         writer.write(forward)
     (found,) = read(path).forwards
-    for name in ("number", "row", "forward", "block", "start"):
+    for name in ("number", "row", "forward", "block", "start", "kind", "tokens"):
         assert getattr(found, name) == getattr(forward, name)
     for name in ("voters", "masked", "filled", "ids", "used"):
         assert np.array_equal(getattr(found, name), getattr(forward, name))
-    for layer in range(len(said.layers)):
+    for layer in range(len(said.layers) if forward.tokens else 0):
         margins = forward.rank[layer] - forward.following[layer][:, None]
         kept = found.rank[layer] - found.following[layer][:, None]
         top, span = margins.max(), np.ptp(forward.following[layer])
@@ -132,13 +137,17 @@ def test_a_trace_holds_what_was_watched(family: str) -> None:
     for policy in ("vanilla", "des-vote:beta=0.3,voters=masked"):
         trace, seen = made(family, policy)
         layers = trace.about.layers
-        assert len(seen) == len(layers) * len({f.number for f in trace.forwards})
+        numbers = sorted({forward.number for forward in trace.forwards})
+        assert len(seen) == len(layers) * len(numbers)
         for forward in trace.forwards:
-            ours = seen[forward.number * len(layers) :][: len(layers)]
+            ours = seen[numbers.index(forward.number) * len(layers) :][: len(layers)]
             place = ours[0].rows.index(forward.row)
             assert [one.layer for one in ours] == list(layers)
             assert forward.forward == ours[0].scores.forward[place]
-            assert np.array_equal(forward.voters, ours[0].scores.voters[place].bool().numpy())
+            voters = ours[0].scores.voters  # None: everybody votes
+            everybody = torch.ones(forward.tokens, dtype=torch.bool)
+            voices = everybody if voters is None else voters[place].bool()
+            assert np.array_equal(forward.voters, voices.numpy())
             for ordinal, one in enumerate(ours):
                 rows, _, experts = one.scores.logits.shape
                 used = membership(one.routing.ids.view(rows, -1), experts)[place]
@@ -156,10 +165,16 @@ def test_exact_policies_elect_whom_they_would_have(policy: str) -> None:
     trace, seen = made()
     layers = len(trace.about.layers)
     for at, one in enumerate(seen):
-        places = [f for f in trace.forwards if f.number == at // layers]
+        places = shared(trace, at // layers)
         mask = parse_policy(policy).eligible(one.scores, one.scores.router.k)
         found = elected(trace, parse_policy(policy), places, at % layers)
         assert np.array_equal(found, expected(one, mask)), (policy, at)
+
+
+def shared(trace: Trace, place: int) -> list[Forward]:
+    """The rows of the forward at this place among those that decode."""
+    numbers = sorted({forward.number for forward in trace.forwards})
+    return [forward for forward in trace.forwards if forward.number == numbers[place]]
 
 
 def expected(one: Watched, mask: torch.Tensor) -> np.ndarray:
@@ -180,7 +195,7 @@ def test_others_elect_nearly_whom_they_would_have(policy: str) -> None:
         trace, seen = made(family)
         layers = len(trace.about.layers)
         for at, one in enumerate(seen):
-            places = [f for f in trace.forwards if f.number == at // layers]
+            places = shared(trace, at // layers)
             mask = parse_policy(policy).eligible(one.scores, one.scores.router.k)
             found, true = (
                 elected(trace, parse_policy(policy), places, at % layers),
@@ -195,10 +210,11 @@ def test_votes_are_nearly_the_routers_probabilities() -> None:
     for family in FAMILIES:
         trace, seen = made(family)
         for forward in trace.forwards:
-            ours = seen[forward.number * len(trace.about.layers) :]
+            numbers = sorted({one.number for one in trace.forwards})
+            ours = seen[numbers.index(forward.number) * len(trace.about.layers) :]
             for votes, one in zip(votes_of(trace, forward), ours, strict=False):
                 place, own = one.rows.index(forward.row), one.scores.own
-                voices = one.scores.voters[place].bool()
+                voices = torch.from_numpy(forward.voters)
                 p = one.scores.probability.gather(-1, own)[place][voices].flatten()
                 true = torch.zeros(len(votes)).index_add(0, own[place][voices].flatten(), p)
                 assert np.abs(votes - true.numpy()).max() < 0.12 * float(true.max())
@@ -218,7 +234,10 @@ def test_watching_for_a_trace_changes_no_token(tmp_path: Path) -> None:
         traced = record_trace(own, PROMPTS, writer, rows=2)
     assert [r.tokens for r in traced] == [own.generate(p).tokens for p in PROMPTS]
     decoded = sum(result.experts.forwards for result in traced)
-    assert len(read(path).forwards) == decoded == writer.records
+    kinds = [forward.kind for forward in read(path).forwards]
+    assert (kinds.count("decode"), len(kinds)) == (decoded, writer.records)
+    assert kinds.count("prefill") == sum(result.prefills for result in traced)
+    assert kinds.count("commit") == sum(result.commits for result in traced) > 0
 
 
 @given(st.integers(0, 10_000))
@@ -276,7 +295,10 @@ def test_the_command_traces_and_says_what(tmp_path: Path, capsys: Capture) -> No
     assert trace.about.policy == "des-vote:beta=0.3"
     assert (trace.about.model, trace.about.unmask) == (model, "fixed:steps=3")
     assert trace.about.expert_bytes["bf16"] == 3 * 32 * 16 * 2
-    assert all(forward.used.sum(-1).max() <= 4 for forward in trace.forwards)
+    assert told["kinds"]["decode"] + told["kinds"]["prefill"] <= told["forwards"]
+    decode = [forward for forward in trace.forwards if forward.kind == "decode"]
+    assert all(forward.used.sum(-1).max() <= 4 for forward in decode)
     assert run([*words, "-o", str(tmp_path / "nowhere" / "a.trace")]) == 2
     assert run([*words, "--forwards", "1", "-o", str(path)]) == 0
-    assert [forward.forward for forward in read(path).forwards] == [0, 0]
+    kinds = [(forward.kind, forward.forward) for forward in read(path).forwards]
+    assert [kind for kind in kinds if kind[0] == "decode"] == [("decode", 0)] * 2

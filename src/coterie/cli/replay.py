@@ -8,7 +8,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from importlib import import_module
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 from rich.progress import MofNCompleteColumn, TimeElapsedColumn
@@ -23,7 +23,8 @@ from coterie.planning.booking import Memory, Play
 from coterie.planning.machine import Capacity, Machine, rate_of, sizes
 from coterie.planning.overlap import Overlap
 from coterie.planning.replay import CACHES, Grid, Replay, Replayed, replay
-from coterie.planning.trace import Trace, read
+from coterie.planning.replay import decoding_only as only_decoding
+from coterie.planning.trace import KINDS, Trace, read
 from coterie.results import record, write_record
 from coterie.routing import check_layers, parse_policy
 
@@ -90,6 +91,23 @@ Weight = Annotated[
         "--expert-bytes", help="Of one expert; auto: as the trace knows.", rich_help_panel=MACHINE
     ),
 ]
+Decoding = Annotated[
+    bool,
+    typer.Option(
+        "--decoding-only",
+        help="Leave out the forwards that only write keys: the prompt's, a finished block's.",
+        rich_help_panel=ASKED,
+    ),
+]
+Commits = Annotated[
+    Literal["vanilla", "policy"] | None,
+    typer.Option(
+        "--commit",
+        help="Routing of the pass that stores a finished block; default as it was traced.",
+        rich_help_panel=ASKED,
+        show_default=False,
+    ),
+]
 Out = Annotated[
     Path | None,
     typer.Option(
@@ -113,6 +131,8 @@ def replay_command(
     capacity: Capacities = "25%,35%,50%",
     drift: Drifts = None,
     warm: Warm = None,
+    commits: Commits = None,
+    decoding_only: Decoding = False,
     precision: Precisions = "bf16",
     link: Links = "25GB/s",
     memory: Reads = None,
@@ -140,8 +160,10 @@ def replay_command(
     found = read(trace)
     if found.torn:
         remark(f"{trace}: its last forward was cut off and is left out")
+    found = only_decoding(found) if decoding_only else found
+    routed = (commits or found.about.commit) == "policy"
     grid = Grid(
-        plays(found, policies or (), drift),
+        plays(found, policies or (), drift, commits=routed),
         _listed(cache),
         [Capacity.parse(text) for text in _listed(capacity)],
         sizes(found.about.expert_bytes, _listed(precision), expert_bytes),
@@ -156,7 +178,7 @@ def replay_command(
     tell(found, trace, made, out=out, json=json, csv=csv)
 
 
-def plays(trace: Trace, typed: Sequence[str], drift: str | None) -> list[Play]:
+def plays(trace: Trace, typed: Sequence[str], drift: str | None, *, commits: bool) -> list[Play]:
     """vanilla, then the policies, each once, and each again with every drift."""
     bounds = [_share(text) for text in _listed(drift)] if drift is not None else []
     named = list(dict.fromkeys(policy_of(text) for text in typed if policy_of(text) != "vanilla"))
@@ -164,10 +186,10 @@ def plays(trace: Trace, typed: Sequence[str], drift: str | None) -> list[Play]:
     for name in named:
         policy = parse_policy(name)
         check_layers(policy, len(trace.about.layers))
-        made.append(Play(policy))
+        made.append(Play(policy, commits=commits))
         if bounds and not hasattr(policy, "election"):
             raise CoterieError(f"--drift keeps coresets, and {name} elects none")
-        made += [Play(policy, bound) for bound in bounds]
+        made += [Play(policy, bound, commits) for bound in bounds]
     if bounds and not named:
         raise CoterieError("--drift keeps coresets: give a --policy that elects one")
     return made
@@ -219,6 +241,7 @@ def document(trace: Trace, path: Path, made: Replay) -> dict[str, object]:
         "experts": about.experts,
         "prompts": dict(about.prompts),
         "made": dict(about.made),
+        "forwards": {kind: sum(one.kind == kind for one in trace.forwards) for kind in KINDS},
         "steps_per_block": made.steps_per_block,
         "points": [point.document() for point in made.points],
         "overlap": {name: vars(found) for name, found in made.overlaps.items()},
@@ -244,12 +267,11 @@ def points_table(points: Sequence[Replayed]) -> Table:
     table = plain_table("policy", "cache", "precision", "link", *numbers, numbers=numbers)
     for point in points:
         told, traffic = point.document(), point.traffic
-        each = traffic.forwards * point.layers
         table.add_row(
             *(str(told[name]) for name in ("policy", "cache", "precision", "link")),
             f"{point.slots} ({point.case.capacity.text})",
-            f"{traffic.used / each:.1f}",
-            f"{traffic.moved / each:.2f}",
+            f"{point.experts:.1f}",
+            f"{point.loads:.2f}",
             f"{traffic.hit_rate:.1%}",
             readable(traffic.bytes_moved / traffic.forwards),
             "" if traffic.saved is None else f"{traffic.saved:.1%}",
@@ -258,8 +280,9 @@ def points_table(points: Sequence[Replayed]) -> Table:
             f"{point.votes_kept:.3f}" + ("" if point.fidelity == "exact" else " ~"),
         )
     table.caption = (
-        "experts and loads: means of a layer; moved, ms, stall: of a forward; saved: against "
-        "vanilla under lru in the same slots; ~: from votes in few bits"
+        "experts and loads: of a layer in a forward that decodes; moved, ms, stall: of all "
+        "forwards, laid on these; saved: against vanilla under lru in the same slots; ~: from "
+        "votes in few bits"
     )
     table.caption_justify = "left"
     return table

@@ -30,7 +30,7 @@ from coterie.engine.source import EMBEDDED
 from coterie.evals.task import Wish
 from coterie.planning.recording import about, bias_of, record_trace
 from coterie.planning.replay import steps_per_block
-from coterie.planning.trace import Trace, Writer, read
+from coterie.planning.trace import KINDS, Trace, Writer, read
 from coterie.results import commit
 
 ITEMS = 20  # of each task
@@ -151,6 +151,7 @@ def document(path: Path, made: Trace) -> dict[str, object]:
         "policy": made.about.policy,
         "forwards": count,
         "rows": len({forward.row for forward in made.forwards}),
+        "kinds": {kind: sum(one.kind == kind for one in made.forwards) for kind in KINDS},
         "steps_per_block": steps_per_block(made) if count else None,
         "bytes": path.stat().st_size,
         "bytes_a_forward": path.stat().st_size / count if count else None,

@@ -74,12 +74,13 @@ def forward(
     watcher: Recorder = NOBODY,
     *,
     graphs: Graphs | None = None,
+    every: bool = False,
 ) -> list[Change]:
     """One forward of rows that agree (``groups``); every row then moves on to its next.
 
     Decoding forwards that nobody watches are played from ``graphs``, where they take them. Only
-    decoding forwards are counted, and shown to the watcher. If logits are not finite this raises,
-    and no row has moved.
+    decoding forwards are counted, and shown to the watcher unless it is to see ``every`` one. If
+    logits are not finite this raises, and no row has moved.
     """
     look, device = group[0].look, transformer.device
     rows, places = tuple(slot.number for slot in group), [slot.place for slot in group]
@@ -100,7 +101,8 @@ def forward(
         logits, counted = graphs.run(tokens, step, places, rows)
     else:
         counted = Counting()
-        recorder = Together((counted, watcher)) if look.kind == "decode" else NOBODY
+        others = watcher if every else NOBODY
+        recorder = Together((counted, watcher)) if look.kind == "decode" else others
         recorder.began(rows)
         logits = transformer(tokens.to(device), _moved(replace(step, recorder=recorder), device))
     # A row that is alone says by itself, in the one read that it needs, that logits are broken.

@@ -31,8 +31,8 @@ class Engine:
     """One model, any number of rows at once.
 
     ``generation`` and ``policy`` are what a request gets where it asks for nothing else. A
-    ``watcher`` is shown every decoding forward. With ``graphs``, a GPU keeps the forwards that
-    nobody watches and plays them again. Not safe to call from several threads.
+    ``watcher`` is shown every decoding forward, or ``every`` forward. With ``graphs``, a GPU keeps
+    the forwards that nobody watches and plays them again. Not safe to call from several threads.
     """
 
     def __init__(
@@ -43,6 +43,7 @@ class Engine:
         generation: Generation | None = None,
         watcher: Recorder = NOBODY,
         graphs: bool = True,
+        every: bool = False,
     ) -> None:
         self.model = model
         self.policy = _policy(policy)
@@ -51,7 +52,7 @@ class Engine:
         on_gpu = model.transformer.device.type == "cuda"
         self._graphs = Graphs(model.transformer) if graphs and on_gpu else None
         self._counting = Counting()
-        self._watcher = watcher
+        self._watcher, self._every = watcher, every
         self._slots: dict[int, Slot] = {}
         self._mail: dict[int, deque[Event]] = {}
         self._told: list[Event] = []
@@ -120,6 +121,7 @@ class Engine:
             self._counting,
             self._watcher,
             graphs=self._graphs,
+            every=self._every,
         )
         for (slot, look, block), change in zip(asked, changes, strict=True):
             if look.denoises:

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
+from coterie.decoding.plans import Kind
 from coterie.engine.engine import Engine, Prompt
 from coterie.engine.event import Finished, Result
 from coterie.engine.load import Model
@@ -19,7 +20,7 @@ from coterie.values import Policy, Routing, Scores
 
 @dataclass(frozen=True)
 class Watched:
-    """One layer that routes, in one decoding forward of the S rows that shared it.
+    """One layer that routes, in one forward of the S rows that shared it.
 
     ``rows`` are the places of their prompts in what was asked. Row s computed the N positions from
     ``starts[s]`` on, counted from its first new token. ``scores.forward`` numbers the forwards.
@@ -31,6 +32,7 @@ class Watched:
     x: Tensor  # [S, N, H], what the gate and the experts read
     scores: Scores
     routing: Routing
+    kind: Kind = "decode"
 
 
 def watch(
@@ -43,23 +45,27 @@ def watch(
     layers: Collection[int] | None = None,
     forwards: int | None = None,
     heard: Callable[[Result], object] | None = None,
+    every: bool = False,
     **options: object,
 ) -> list[Result]:
     """Answer the prompts, ``rows`` at a time, showing ``see`` every decoding forward as it goes.
 
-    Nothing is kept, so memory does not grow. Only ``layers`` are shown (None: all that route), and
+    With ``every``, those too that compute the prompt's keys or a finished block's. Nothing is kept,
+    so memory does not grow. Only ``layers`` are shown (None: all that route), and
     a row is given up after so many ``forwards``. ``engine`` lends its model and its generation,
     of which ``options`` change fields; its own rows are left alone. Returns what became of each
     prompt; ``heard`` is told of those that end by themselves as they do.
     """
 
-    def start(row: int) -> int:
+    def place(row: int) -> tuple[int, Kind]:
         asked = own.row(row)
-        return 0 if asked.look is None else asked.look.start - asked.canvas.prompt
+        if asked.look is None:
+            return 0, "decode"
+        return asked.look.start - asked.canvas.prompt, asked.look.kind
 
-    eye = _Eye(see, start, _routing_layers(engine.model, layers))
+    eye = _Eye(see, place, _routing_layers(engine.model, layers))
     generation = engine.generation.but(**options)
-    own = Engine(engine.model, policy=policy, generation=generation, watcher=eye)
+    own = Engine(engine.model, policy=policy, generation=generation, watcher=eye, every=every)
     found: dict[int, Result] = {}
     waiting = iter(prompts)
     while True:
@@ -98,6 +104,7 @@ def collect(
         layers=layers,
         forwards=forwards,
         heard=None,
+        every=False,
         **options,
     )
     return seen
@@ -151,7 +158,7 @@ class _Eye:
     """The recorder that turns what it is shown into ``Watched``."""
 
     see: Callable[[Watched], None]
-    start: Callable[[int], int]  # of a row's window
+    place: Callable[[int], tuple[int, Kind]]  # where a row's window starts, and what for
     layers: frozenset[int]
     _rows: tuple[int, ...] = ()
     _fed: dict[int, Tensor] = field(default_factory=dict)
@@ -169,9 +176,9 @@ class _Eye:
             return
         # Whoever routes these scores again need not find the model's own choice again.
         own = routing.own.view(*scores.logits.shape[:2], -1)
-        starts = tuple(map(self.start, self._rows))
-        x = self._fed.pop(layer)
-        self.see(Watched(layer, self._rows, starts, x, replace(scores, own=own), routing))
+        starts, kinds = zip(*map(self.place, self._rows), strict=True)
+        x, scores = self._fed.pop(layer), replace(scores, own=own)
+        self.see(Watched(layer, self._rows, starts, x, scores, routing, kinds[0]))
 
     def layer_output(self, layer: int, x: Tensor) -> None:
         del layer, x

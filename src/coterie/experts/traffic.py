@@ -7,8 +7,9 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Traffic:
-    """Experts used and moved, over ``forwards`` of all layers; ``vanilla`` is what the unmodified
-    model would have moved under LRU in the same slots, None where nobody knows."""
+    """Experts used and moved, of all layers; ``forwards`` of the run decode, and only these are
+    counted so. ``vanilla`` is what the unmodified model would have moved under LRU in the same
+    slots, None where nobody knows."""
 
     forwards: int
     expert_bytes: int  # of one expert as it is moved

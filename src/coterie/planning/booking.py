@@ -37,9 +37,9 @@ class Memory:
 
     @staticmethod
     def of(trace: Trace) -> Memory:
-        """Raises CoterieError for a trace without a forward."""
-        if not trace.forwards:
-            raise CoterieError("the trace holds no forward")
+        """Raises CoterieError for a trace without a forward that decodes."""
+        if not any(forward.kind == "decode" for forward in trace.forwards):
+            raise CoterieError("the trace holds no forward that decodes")
         places = range(len(trace.forwards))
         shared = groupby(places, key=lambda place: trace.forwards[place].number)
         votes = tuple(votes_of(trace, forward) for forward in trace.forwards)
@@ -49,6 +49,12 @@ class Memory:
     def mean_votes(self) -> Votes:
         """[L, E] of a forward: what a warm start begins with."""
         return np.mean(self.votes, axis=0)
+
+    @property
+    def decoding(self) -> Mask:
+        """[P]: which forwards decode."""
+        first = [self.trace.forwards[places[0]] for places in self.passes]
+        return np.array([forward.kind == "decode" for forward in first])
 
 
 @dataclass(frozen=True)
@@ -77,10 +83,16 @@ class Booked:
 
 @dataclass(frozen=True)
 class Play:
-    """A policy, and how much of its votes a coreset may lose before a block moves on from it."""
+    """A policy, how much of its votes a coreset may lose before a block moves on from it, and
+    whether forwards that commit are routed by it too; the prompt's are as they were."""
 
     policy: Policy
     drift: float | None = None
+    commits: bool = False
+
+    def routes(self, forward: Forward) -> bool:
+        """Whether this forward is the policy's to route."""
+        return forward.kind == "decode" or (self.commits and forward.kind == "commit")
 
     def __str__(self) -> str:
         return spell(self.policy) + ("" if self.drift is None else f" --drift {self.drift:g}")
@@ -88,10 +100,9 @@ class Play:
 
 def choose(memory: Memory, play: Play) -> Chosen:
     """Whom a policy uses that does not ask what is in fast memory."""
-    trace = memory.trace
-    layers, experts = len(trace.about.layers), trace.about.experts
-    used = np.zeros((len(trace.forwards), layers, experts), dtype=bool)
-    for places in _elections(memory, joint=election_of(play.policy).scope == "batch"):
+    trace, layers = memory.trace, len(memory.trace.about.layers)
+    used = np.stack([unrouted(forward) for forward in trace.forwards])
+    for places in _elections(memory, play):
         forwards = [trace.forwards[place] for place in places]
         for ordinal in range(layers):
             used[list(places), ordinal] = elected(trace, play.policy, forwards, ordinal)
@@ -100,6 +111,11 @@ def choose(memory: Memory, play: Play) -> Chosen:
         used[place], stayed, came = last.settle(forward, used[place], memory.votes[place])
         kept, steps = kept + stayed, steps + came
     return Chosen(used, kept, steps)
+
+
+def unrouted(forward: Forward) -> Mask:
+    """[L, E]: who is used where the policy has no say."""
+    return forward.own if forward.kind == "commit" else forward.used
 
 
 @dataclass(frozen=True)
@@ -150,6 +166,8 @@ class Remembered:
     def settle(self, forward: Forward, fresh: Mask, votes: Votes) -> tuple[Mask, int, int]:
         """[L, E] that is used in place of ``fresh``; layers that stayed, and layers that could."""
         block, before = self.last.get(forward.row, (None, fresh))
+        if forward.kind != "decode":
+            return fresh, 0, 0
         if self.drift is None or block != forward.block:
             self.last[forward.row] = (forward.block, fresh)
             return fresh, 0, 0
@@ -162,14 +180,14 @@ class Remembered:
 def _book_residents(memory: Memory, play: Play, cache: Cache) -> Booked:
     """As ``book``, forward by forward, each electing by what the one before has left."""
     trace = memory.trace
-    layers, experts = len(trace.about.layers), trace.about.experts
-    slots = cache.over(experts, [()] * layers)
-    chosen = np.zeros((len(trace.forwards), layers, experts), dtype=bool)
+    slots = cache.over(trace.about.experts, [()] * len(trace.about.layers))
+    chosen = np.stack([unrouted(forward) for forward in trace.forwards])
     loads, used = [], []
     last, kept, steps = Remembered(play.drift), 0, 0
     for places in memory.passes:
         forwards = [trace.forwards[place] for place in places]
-        for ours in _of_one_width(forwards, places):
+        routed = [place for place in places if play.routes(trace.forwards[place])]
+        for ours in _of_one_width(memory, routed):
             rows = [trace.forwards[place] for place in ours]
             for layer, here in enumerate(slots):
                 chosen[ours, layer] = elected(trace, play.policy, rows, layer, here.resident)
@@ -204,19 +222,20 @@ def _sum(memory: Memory, places: Sequence[int]) -> Votes:
     return np.sum([memory.votes[place] for place in places], axis=0)
 
 
-def _elections(memory: Memory, *, joint: bool) -> Iterator[Sequence[int]]:
+def _elections(memory: Memory, play: Play) -> Iterator[Sequence[int]]:
     """Places of forwards that may elect in one call: of one width; where rows elect jointly, those
     that shared a forward."""
-    if joint:
-        yield from memory.passes
-        return
     forwards = memory.trace.forwards
-    for ours in _of_one_width(forwards, range(len(forwards))):
+    if election_of(play.policy).scope == "batch":
+        yield from (places for places in memory.passes if play.routes(forwards[places[0]]))
+        return
+    routed = [place for place, forward in enumerate(forwards) if play.routes(forward)]
+    for ours in _of_one_width(memory, routed):
         yield from (ours[at : at + BATCH] for at in range(0, len(ours), BATCH))
 
 
-def _of_one_width(forwards: Sequence[Forward], places: Sequence[int]) -> list[list[int]]:
+def _of_one_width(memory: Memory, places: Sequence[int]) -> list[list[int]]:
     found: dict[int, list[int]] = {}
-    for place, forward in zip(places, forwards, strict=True):
-        found.setdefault(forward.tokens, []).append(place)
+    for place in places:
+        found.setdefault(memory.trace.forwards[place].tokens, []).append(place)
     return list(found.values())

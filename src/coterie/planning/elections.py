@@ -135,8 +135,11 @@ def taken(scores: Scores) -> Tensor:
 
 
 def votes_of(trace: Trace, forward: Forward) -> np.ndarray:
-    """[L, E] float64: the router's probability of own experts, summed over voters (DES-Vote's)."""
+    """[L, E] float64: the router's probability of own experts, summed over voters (DES-Vote's);
+    nothing where scores were not kept."""
     votes = np.zeros(forward.used.shape)
+    if not forward.tokens:
+        return votes
     bias = np.zeros_like(votes) if trace.bias is None else trace.bias
     voices = forward.voters if forward.voters.any() else np.ones_like(forward.voters)
     for layer, ids in enumerate(forward.ids):

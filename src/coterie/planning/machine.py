@@ -76,19 +76,22 @@ class Machine:
 
 @dataclass(frozen=True)
 class Clock:
-    """Mean seconds of a forward, and how much of them nothing was computed."""
+    """Seconds of a forward that decodes, and how much of them nothing was computed; forwards that
+    only write keys are laid on those that decode."""
 
     forward: float
     stall: float
 
 
-def clock(machine: Machine, used: Counts, loads: Counts, size: int) -> Clock:
-    """What forwards take that use and load so many experts [P, L] of ``size`` bytes."""
+def clock(machine: Machine, used: Counts, loads: Counts, size: int, *, decoding: int) -> Clock:
+    """What forwards take that use and load so many experts [P, L] of ``size`` bytes; of these
+    forwards, ``decoding`` decode."""
     pace = 0.0 if machine.memory is None else size / machine.memory
     hits, copies, late = (used - loads) * pace, loads * (size / machine.link), loads * pace
     layers = np.maximum(hits, copies) + late  # [P, L] s
     idle = np.maximum(copies - hits, 0)
-    return Clock(machine.rest + float(layers.sum(1).mean()), float(idle.sum(1).mean()))
+    rest = machine.rest * len(used)
+    return Clock((rest + float(layers.sum())) / decoding, float(idle.sum()) / decoding)
 
 
 def bytes_of(text: str, what: str) -> float:

@@ -16,7 +16,7 @@ Means = tuple[float, ...]  # of each layer
 
 @dataclass(frozen=True)
 class Overlap:
-    """Means over consecutive forwards of a row; empty where there are none.
+    """Means over consecutive decoding forwards of a row; empty where there are none.
 
     ``steps``: within one block; ``blocks``: the last of one block and the first of the next.
     Jaccard: experts in both over experts in either. Cosine: of the votes.
@@ -59,6 +59,8 @@ def pairs(memory: Memory) -> Iterator[tuple[int, int, bool]]:
     last: dict[int, int] = {}
     forwards = memory.trace.forwards
     for place, forward in enumerate(forwards):
+        if forward.kind != "decode":
+            continue
         before = last.get(forward.row)
         if before is not None:
             yield before, place, forwards[before].block == forward.block

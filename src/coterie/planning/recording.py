@@ -1,4 +1,4 @@
-"""Traces made: real runs watched, forward by forward."""
+"""Traces made: real runs watched, forward by forward, those too that only write keys."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from coterie.model.moe import MoE
 from coterie.model.spec import ModelSpec
 from coterie.model.weights import expert_bytes
 from coterie.planning.coding import Floats, Mask
-from coterie.planning.trace import About, Forward, Writer
+from coterie.planning.trace import WHOLE, About, Forward, Writer
 from coterie.quant import FORMATS
 from coterie.routing.select import choose
 from coterie.values import Scores
@@ -52,39 +52,39 @@ def record_trace(
     heard: Callable[[Result], object] | None = None,
     **options: object,
 ) -> list[Result]:
-    """Answer the prompts, ``rows`` at a time, each decoding forward into ``writer``.
+    """Answer the prompts, ``rows`` at a time, each forward into ``writer``.
 
     A row is given up after so many ``forwards``; ``options`` are fields of ``Generation``.
     """
     see = Recording(writer).see
     return watch(
         *(engine, prompts, see),
-        policy=policy, rows=rows, layers=None, forwards=forwards, heard=heard, **options,
+        policy=policy, rows=rows, layers=None, forwards=forwards, heard=heard, every=True,
+        **options,
     )  # fmt: skip
 
 
 def row_of(layers: Sequence[Watched], place: int, number: int) -> Forward:
     """One row of a forward as a trace keeps it, from all its layers in order."""
     first = layers[0]
-    scores, tokens = first.scores, first.scores.logits.shape[1]
+    scores, progress = first.scores, first.scores.progress
+    tokens = scores.logits.shape[1] if first.kind in WHOLE else 0
     voters = _marks(scores.voters, place, tokens, default=True)
-    progress = scores.progress
-    masked = _marks(progress and progress.masked, place, tokens)
-    filled = _marks(progress and progress.filled, place, tokens)
-    ranked = [_ranked(seen.scores, place) for seen in layers]
+    ranked = [_ranked(seen.scores, place, tokens) for seen in layers]
     return Forward(
         number=number,
         row=first.rows[place],
         forward=scores.forward[place],
-        block=first.starts[place] + int(voters.argmax()),
+        block=first.starts[place] + (int(voters.argmax()) if tokens else 0),
         start=first.starts[place],
         voters=voters,
-        masked=masked,
-        filled=filled,
+        masked=_marks(progress and progress.masked, place, tokens),
+        filled=_marks(progress and progress.filled, place, tokens),
         ids=np.stack([ids for ids, _, _ in ranked]),
         rank=np.stack([rank for _, rank, _ in ranked]),
         following=np.stack([following for _, _, following in ranked]),
         used=np.stack([_used(seen, place) for seen in layers]),
+        kind=first.kind,
     )
 
 
@@ -108,6 +108,7 @@ def about(
         k=spec.router.k,
         expert_bytes=bytes_by_precision(spec),
         biased_weight=spec.router.biased_weight,
+        commit=generation.commit,
         prompts=prompts,
         made=made,
     )
@@ -127,8 +128,11 @@ def bytes_by_precision(spec: ModelSpec) -> dict[str, int]:
     return {name: expert_bytes(one, torch.bfloat16) for name, one in kept.items()}
 
 
-def _ranked(scores: Scores, place: int) -> tuple[np.ndarray, Floats, Floats]:
-    """Own ids [N, k], what they score, and what the next would score, of one row."""
+def _ranked(scores: Scores, place: int, tokens: int) -> tuple[np.ndarray, Floats, Floats]:
+    """Own ids [N, k], what they score, and what the next would score, of one row; N is 0 or all."""
+    if not tokens:
+        none = np.zeros((0, scores.router.k), np.float32)
+        return none.astype(np.int16), none, none[:, 0]
     one = replace(
         scores,
         logits=scores.logits[place : place + 1],
@@ -152,7 +156,7 @@ def _used(seen: Watched, place: int) -> Mask:
 def _marks(tensor: Tensor | None, place: int, tokens: int, *, default: bool = False) -> Mask:
     if tensor is None:
         return np.full(tokens, default)
-    return (tensor[place] > 0).cpu().numpy()
+    return (tensor[place, :tokens] > 0).cpu().numpy()
 
 
 def _floats(tensor: Tensor) -> Floats:

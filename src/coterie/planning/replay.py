@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import product
 
 from coterie.experts.eviction import EVICTIONS, Eviction, parse_eviction
@@ -67,16 +67,16 @@ class Replayed:
     case: Case
     fidelity: Fidelity
     slots: int
-    layers: int
-    traffic: Traffic
+    experts: float  # used of a layer, in a forward that decodes
+    loads: float  # of these, those that had to come
+    traffic: Traffic  # of all forwards, those that decode and those that only write keys
     clock: Clock
     votes_kept: float
     coresets_kept: float | None  # with drift: of a block's later steps, how many kept theirs
 
     def document(self) -> dict[str, object]:
-        """Flat; bytes are of all forwards, or of one where the name says so."""
+        """Flat; bytes are of all forwards, or laid on each one that decodes."""
         case, traffic = self.case, self.traffic
-        each = traffic.forwards * self.layers
         return {
             "policy": str(case.play),
             "replayed": self.fidelity,
@@ -86,8 +86,8 @@ class Replayed:
             "precision": case.precision,
             "link": case.link,
             "forwards": traffic.forwards,
-            "experts": traffic.used / each,
-            "loads": traffic.moved / each,
+            "experts": self.experts,
+            "loads": self.loads,
             "hit_rate": traffic.hit_rate,
             "bytes_moved": traffic.bytes_moved,
             "bytes_a_forward": traffic.bytes_moved / traffic.forwards,
@@ -127,16 +127,18 @@ def replay(trace: Trace, grid: Grid, told: Told | None = None) -> Replay:
         vanilla = books.of(Play(Vanilla()), YARDSTICK, many)
         # Where what is in fast memory changes a coreset, the first cache's stands for the policy's.
         seen.setdefault(str(case.play), booked.chosen)
-        size, steps = grid.sizes[case.precision], booked.chosen.steps
+        size, decoding = grid.sizes[case.precision], books.memory.decoding
+        machine, steps = grid.links[case.link], booked.chosen.steps
         point = Replayed(
             case,
             faiths[str(case.play)],
             many,
-            len(trace.about.layers),
-            traffic(booked, vanilla, size),
-            clock(grid.links[case.link], booked.used, booked.loads, size),
-            votes_kept(books.memory, booked.chosen),
-            booked.chosen.kept / steps if steps else None,
+            experts=float(booked.used[decoding].mean()),
+            loads=float(booked.loads[decoding].mean()),
+            traffic=traffic(booked, vanilla, size, forwards=int(decoding.sum())),
+            clock=clock(machine, booked.used, booked.loads, size, decoding=int(decoding.sum())),
+            votes_kept=votes_kept(books.memory, booked.chosen),
+            coresets_kept=booked.chosen.kept / steps if steps else None,
         )
         points.append(point)
         if told is not None:
@@ -187,18 +189,26 @@ def slots_of(trace: Trace, grid: Grid, case: Case) -> int:
     return case.capacity.slots(layers=layers, experts=experts, size=grid.sizes[case.precision])
 
 
-def traffic(booked: Booked, vanilla: Booked, size: int) -> Traffic:
-    """Of all forwards and layers, where an expert weighs ``size``."""
+def traffic(booked: Booked, vanilla: Booked, size: int, *, forwards: int) -> Traffic:
+    """Of all forwards and layers, where an expert weighs ``size`` and so many forwards decode."""
     used, moved, usual = (int(x.sum()) for x in (booked.used, booked.loads, vanilla.loads))
-    return Traffic(len(booked.used), size, used, moved, usual)
+    return Traffic(forwards, size, used, moved, usual)
 
 
 def votes_kept(memory: Memory, chosen: Chosen) -> float:
-    """Share of all votes that are for experts used."""
-    held = sum((votes * used).sum() for votes, used in zip(memory.votes, chosen.used, strict=True))
-    return float(held / sum(votes.sum() for votes in memory.votes))
+    """Share of all votes, of forwards that decode, that are for experts used."""
+    decode = [at for at, one in enumerate(memory.trace.forwards) if one.kind == "decode"]
+    held = sum((memory.votes[at] * chosen.used[at]).sum() for at in decode)
+    return float(held / sum(memory.votes[at].sum() for at in decode))
 
 
 def steps_per_block(trace: Trace) -> float:
     """Decoding forwards that a block took in the run."""
-    return len(trace.forwards) / len({(one.row, one.block) for one in trace.forwards})
+    decode = [forward for forward in trace.forwards if forward.kind == "decode"]
+    return len(decode) / len({(forward.row, forward.block) for forward in decode})
+
+
+def decoding_only(trace: Trace) -> Trace:
+    """Without the forwards that only write keys."""
+    kept = tuple(forward for forward in trace.forwards if forward.kind == "decode")
+    return replace(trace, forwards=kept)

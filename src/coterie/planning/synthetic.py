@@ -87,9 +87,11 @@ def looked(trace: Trace) -> Look:
     Raises CoterieError where no block has two forwards, or no row two blocks.
     """
     own = [forward.own for forward in trace.forwards]
+    decode = [place for place, one in enumerate(trace.forwards) if one.kind == "decode"]
     last: dict[int, int] = {}
     shares: dict[bool, list[float]] = {True: [], False: []}
-    for place, forward in enumerate(trace.forwards):
+    for place in decode:
+        forward = trace.forwards[place]
         before = last.get(forward.row)
         if before is not None:
             same = trace.forwards[before].block == forward.block
@@ -100,7 +102,7 @@ def looked(trace: Trace) -> Look:
     if not shares[True] or not shares[False]:
         raise CoterieError("a trace needs blocks of several forwards and rows of several blocks")
     return Look(
-        float(np.mean([mask.sum(-1).mean() for mask in own])),
+        float(np.mean([own[place].sum(-1).mean() for place in decode])),
         float(np.mean(shares[True])),
         float(np.mean(shares[False])),
     )

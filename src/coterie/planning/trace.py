@@ -1,4 +1,4 @@
-"""Traces: what gates thought in real decoding forwards, small enough to keep, on disk.
+"""Traces: what gates thought in real forwards, small enough to keep, on disk.
 
 A file is one line of JSON (``About``), the selection bias where the model has one ([L, E] float32),
 and records, one for each row of each forward. All is little-endian; numpy alone reads it. A record:
@@ -8,6 +8,9 @@ and records, one for each row of each forward. All is little-endian; numpy alone
     voters, masked, filled: a bit a token each;
     of each layer: scores (``coding.packed_scores``), own ids (``coding.packed_ids``);
     used: a bit an expert and layer, where these are not just the own ids' (flag 1).
+
+The next two bits of the flags say what a forward was for: to decode, commit, prefill or refresh.
+Of the last two only what they used is kept: tokens is 0.
 
 With 32 tokens, 19 layers, 256 experts and 8 a token that is at most 8,177 bytes, and 608 more
 before compression where a policy chose other experts than the tokens' own.
@@ -27,10 +30,10 @@ import json
 import struct
 import zlib
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from types import TracebackType
-from typing import BinaryIO
+from typing import BinaryIO, Literal
 
 import numpy as np
 
@@ -39,6 +42,9 @@ from coterie.planning import coding
 from coterie.planning.coding import Floats, Ids, Mask
 
 FORMAT, VERSION = "coterie trace", 1
+Kind = Literal["decode", "commit", "prefill", "refresh"]
+KINDS: tuple[Kind, ...] = ("decode", "commit", "prefill", "refresh")
+WHOLE = ("decode", "commit")  # whose scores are kept: they compute a block, the others a row
 FRAME = struct.Struct("<II")
 HEAD = struct.Struct("<IIIiiHH")
 OTHERS_USED = 1
@@ -58,13 +64,17 @@ class About:
     k: int
     expert_bytes: Mapping[str, int]
     biased_weight: bool = False
+    commit: str = "vanilla"  # what routed the forwards that commit
     prompts: Mapping[str, object] = field(default_factory=dict)
     made: Mapping[str, object] = field(default_factory=dict)  # command, commit, parameters ..
 
 
 @dataclass(frozen=True)
 class Forward:
-    """One row in one decoding forward: N tokens, L layers that route, E experts, k a token."""
+    """One row in one forward: N tokens, L layers that route, E experts, k a token.
+
+    N is 0 where only ``used`` was kept.
+    """
 
     number: int  # of the forward; rows that shared it have one number
     row: int
@@ -78,6 +88,7 @@ class Forward:
     rank: Floats  # [L, N, k] what these score
     following: Floats  # [L, N] what the next one would score
     used: Mask  # [L, E] what was computed with
+    kind: Kind = "decode"
 
     @property
     def tokens(self) -> int:
@@ -85,7 +96,9 @@ class Forward:
 
     @property
     def own(self) -> Mask:
-        """[L, E]: what the unmodified model would have computed with."""
+        """[L, E]: what the unmodified model would have computed with, where that was kept."""
+        if not self.tokens:
+            return self.used
         mask = np.zeros(self.used.shape, dtype=bool)
         np.put_along_axis(mask, self.ids.reshape(len(mask), -1).astype(np.int64), True, axis=1)
         return mask
@@ -149,15 +162,16 @@ def read(path: Path) -> Trace:
 
 def encoded(forward: Forward, experts: int) -> bytes:
     """A record's content."""
-    others = not np.array_equal(forward.used, forward.own)
+    others = not forward.tokens or not np.array_equal(forward.used, forward.own)
     parts = [
         HEAD.pack(
             *(forward.number, forward.row, forward.forward, forward.block, forward.start),
-            *(forward.tokens, OTHERS_USED * others),
+            *(forward.tokens, OTHERS_USED * others | KINDS.index(forward.kind) << 1),
         ),
         *map(coding.packed_mask, (forward.voters, forward.masked, forward.filled)),
     ]
-    for ids, rank, following in zip(forward.ids, forward.rank, forward.following, strict=True):
+    kept = zip(forward.ids, forward.rank, forward.following, strict=True)
+    for ids, rank, following in kept if forward.tokens else ():
         parts += [coding.packed_scores(rank, following), coding.packed_ids(ids, experts)]
     if others:
         parts.append(coding.packed_mask(forward.used))
@@ -175,7 +189,7 @@ def decoded(body: bytes, about: About) -> Forward:
     """The record of this content."""
     number, row, forward, block, start, tokens, flags = HEAD.unpack_from(body)
     layers, experts, k = len(about.layers), about.experts, about.k
-    at = HEAD.size
+    kind, at = KINDS[flags >> 1 & 3], HEAD.size
 
     def take(size: int) -> bytes:
         nonlocal at
@@ -187,6 +201,10 @@ def decoded(body: bytes, about: About) -> Forward:
     )
     scores, ids = [], []
     for _ in range(layers):
+        if not tokens:
+            scores.append((np.zeros((0, k), np.float32), np.zeros(0, np.float32)))
+            ids.append(np.zeros((0, k), np.int16))
+            continue
         scores.append(coding.scores_of(take(coding.scores_size(tokens, k)), tokens, k))
         packed = take(coding.ids_size(tokens * k, experts))
         ids.append(coding.ids_of(packed, tokens * k, experts).reshape(tokens, k))
@@ -196,13 +214,14 @@ def decoded(body: bytes, about: About) -> Forward:
         rank=np.stack([rank for rank, _ in scores]),
         following=np.stack([following for _, following in scores]),
         used=np.zeros((layers, experts), dtype=bool),
+        kind=kind,
     )
-    used = found.own
     if flags & OTHERS_USED:
-        shape = used.shape
-        used = coding.mask_of(take(coding.mask_size(used.size)), used.size).reshape(shape)
-    found.used[:] = used
-    return found
+        count = layers * experts
+        used = coding.mask_of(take(coding.mask_size(count)), count).reshape(layers, experts)
+    else:
+        used = found.own
+    return replace(found, used=used)
 
 
 def _header(file: BinaryIO, path: Path) -> tuple[About, Floats | None]:
