@@ -24,7 +24,8 @@ from coterie.values import Panels, Routing, Slab
 
 HERE = Path(__file__).parent
 KINDS = ("bf16", "int8", "int4")
-TOGETHER = {"int8": 16, "int4": 32}  # activations that share a scale
+TOGETHER = 32  # activations of a token that share a scale, in int8 and int4
+OF_H = 16  # of those between the two matrices
 CLOSE = 1e-2
 """Of a small case, where one rounding of an activation that falls the other way is felt."""
 TIGHT = 2e-3
@@ -262,11 +263,11 @@ class Case:
         gate_up, down = self.plain.gate_up, self.plain.down
         assert isinstance(gate_up, Tensor)
         assert isinstance(down, Tensor)
-        x = _rounded(self.x, self.kind, isa)
+        x = _rounded(self.x, self.kind, isa, TOGETHER)
         for token, choice in (self.routing.ids >= 0).nonzero().tolist():
             slot = self.plain.slot_of[self.routing.ids[token, choice]]
             gate, up = (gate_up[slot].double() @ x[token].double()).chunk(2)
-            h = _rounded((F.silu(gate) * up).float(), self.kind, isa)
+            h = _rounded((F.silu(gate) * up).float(), self.kind, isa, OF_H)
             parts = down[slot].double() * h.double() * self.routing.weights[token, choice]
             expected[token] += parts.sum(dim=1)
             size[token] += parts.abs().sum(dim=1)
@@ -283,11 +284,10 @@ def _whole(weight: Tensor | QTensor | Panels) -> Tensor:
     return dequantise(weight) if isinstance(weight, QTensor) else weight.float()
 
 
-def _rounded(x: Tensor, kind: str, isa: str) -> Tensor:
-    """Activations as the kernel sees them."""
+def _rounded(x: Tensor, kind: str, isa: str, size: int) -> Tensor:
+    """Activations as the kernel sees them; ``size`` of them share a scale."""
     if kind == "bf16":
         return x.bfloat16().float() if isa == "avx512bf16" else x
-    size = TOGETHER[kind]
     groups = F.pad(x, (0, -x.shape[-1] % size)).unflatten(-1, (-1, size))
     scale = groups.abs().amax(dim=-1, keepdim=True) / 127
     whole = (groups / scale.clamp(min=1e-37)).round() * scale

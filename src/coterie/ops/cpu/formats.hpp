@@ -7,11 +7,24 @@
 
 namespace COTERIE_ISA {
 
-#ifndef COTERIE_AHEAD
-#define COTERIE_AHEAD 2048
-#endif
-constexpr int AHEAD = COTERIE_AHEAD;  // bytes that memory is asked for before they are needed
-constexpr int STEP = 128;             // bytes of both panels in one step: four of each row
+constexpr int STEP = 128;          // bytes of both panels in one step: four of each row
+constexpr int COUPLE = 2 * LANES;  // columns of the output that a couple of panels of down makes
+
+// What is asked of memory while panels are met: so many bytes each time, of panels that are met later.
+struct Ahead {
+  static constexpr int MOST = 192;  // bytes at a time
+  const uint8_t *at, *end, *next;   // from `end` on it goes on at `next`
+  size_t pace;
+  inline void ask() {
+    prefetch(at);
+    prefetch(at + 64);
+    if (pace > 128) prefetch(at + 128);
+    at += pace;
+    if (at < end) return;
+    at = next;
+    end = reinterpret_cast<const uint8_t*>(UINTPTR_MAX);
+  }
+};
 
 // Tokens in a tile, each with so many vectors of sums that stay in registers.
 static constexpr int tile_of(int vectors) {
@@ -30,33 +43,36 @@ static inline int padded(int n, int to) { return (n + to - 1) / to * to; }
 struct Bf16 {
   static constexpr int GROUP = 2;
   static constexpr int TILE = tile_of(2);
+  static constexpr int ROW = LANES;                 // activations are kept in multiples of it
+  static constexpr int OF_X = LANES, OF_H = LANES;  // no activations share a scale
 #ifdef __AVX512BF16__
   using Activation = uint16_t;
 #else
   using Activation = float;
 #endif
-  static size_t row_bytes(int k) { return size_t(padded(k, GROUP)) * sizeof(Activation); }
-  static size_t panel_bytes(int k) { return size_t(padded(k, GROUP)) / 2 * STEP; }
+  static int steps(int k) { return padded(k, GROUP) / 2; }
+  static size_t panel_bytes(int k) { return size_t(steps(k)) * STEP; }
+  template <int>
+  static size_t row_bytes(int k) { return size_t(padded(k, ROW)) * sizeof(Activation); }
 
-  static void take(const float* x, int k, uint8_t* row) {
+  // Sixteen activations from k on.
+  template <int>
+  static void take(const F (&x)[1], int k, uint8_t* row) {
 #ifdef __AVX512BF16__
-    int i = 0;
-    for (; i + LANES <= k; i += LANES)
-      store(row + 2 * i, _mm512_cvtneps_pbh(load<__m512>(x + i)));
-    for (; i < padded(k, GROUP); i++) store(row + 2 * i, i < k ? narrow(x[i]) : uint16_t(0));
+    store(row + 2 * k, _mm512_cvtneps_pbh((__m512)x[0]));
 #else
-    memcpy(row, x, size_t(k) * 4);
-    if (k % GROUP) store(row + size_t(k) * 4, 0.0f);
+    store(row + 4 * k, x[0]);
 #endif
   }
 
-  template <int M>
-  static void dot(const uint8_t* w, const uint8_t* const* rows, int k, F (&sum)[2][M]) {
+  template <int, int M>
+  static void dot(const uint8_t* w, const uint8_t* const (&rows)[M], int k, Ahead ahead,
+                  F (&found)[2][M]) {
+    F sum[2][M];
     WRITTEN_OUT
     for (int m = 0; m < M; m++) sum[0][m] = sum[1][m] = F{};
-    for (int i = 0; i < padded(k, GROUP) / 2; i++, w += STEP) {
-      prefetch(w + AHEAD);
-      prefetch(w + AHEAD + 64);
+    for (int i = 0; i < steps(k); i++, w += STEP) {
+      ahead.ask();
       U first = load<U>(w), second = load<U>(w + 64);
 #ifdef __AVX512BF16__
       WRITTEN_OUT
@@ -78,6 +94,8 @@ struct Bf16 {
       }
 #endif
     }
+    WRITTEN_OUT
+    for (int i = 0; i < 2 * M; i++) found[i / M][i % M] = sum[i / M][i % M];
   }
 };
 
@@ -112,85 +130,87 @@ static inline I dot4(I acc, U w, int32_t x) {
 #endif
 }
 
-// Whole-number weights, G k's of a row to a scale, against whole-number activations, A k's to a scale.
-// A group in memory: 2 x 16 scales in bf16, then its steps for both panels. Weights are stored
-// unsigned, `ZERO` more than they are.
-// An activation's group in memory: A bytes, its scale, and minus the weights' zero times its sum.
-template <int BITS, int G, int A>
+// Whole-number weights, G k's of a row to a scale, against whole-number activations: X of a token's to
+// a scale, and sixteen of h. A weight is kept without its sign: a zero is added, and taken off again
+// through the sums of activations.
+// A panel's group in memory: scales [2 panels][16 rows] in bf16, then [G / PER_STEP][2][16][PER_STEP].
+// An activation's group of A in memory: A bytes, its scale, and minus the weights' zero times its sum.
+template <int BITS, int G, int X>
 struct Whole {
   static constexpr int GROUP = G;
+  static constexpr int ROW = G;
+  static constexpr int OF_X = X, OF_H = LANES;
   static constexpr int PER_STEP = 32 / BITS;  // k's of one row in a step
   static constexpr int STEPS = G / PER_STEP;
   static constexpr int ZERO = 1 << (BITS - 1);
-  static constexpr int TILE = tile_of(4);  // the group's whole sums and the scaled ones
-  static constexpr size_t ROW_GROUP = A + 8, SCALES = 64, PANEL_GROUP = SCALES + STEPS * STEP;
-  static size_t row_bytes(int k) { return padded(k, G) / A * ROW_GROUP; }
+  static constexpr int TILE = tile_of(4);  // sums of an activation's group and of a weight's
+  static constexpr size_t SCALES = 64, PANEL_GROUP = SCALES + STEPS * STEP;
+  static int steps(int k) { return padded(k, G) / PER_STEP; }
   static size_t panel_bytes(int k) { return padded(k, G) / G * PANEL_GROUP; }
+  template <int A>
+  static size_t row_bytes(int k) { return padded(k, ROW) / A * size_t(A + 8); }
 
-  static void take(const float* x, int k, uint8_t* row) {
-    for (int start = 0; start < padded(k, G); start += A, row += ROW_GROUP) {
-      int there = k - start;
-      if (there >= A) {
-        take_group(x + start, row);
-        continue;
-      }
-      float padding[A] = {};
-      if (there > 0) memcpy(padding, x + start, there * 4);
-      take_group(padding, row);
-    }
-  }
-
-  static inline void take_group(const float* x, uint8_t* row) {
+  // Activations from k on, as many as share a scale.
+  template <int A>
+  static void take(const F (&x)[A / LANES], int k, uint8_t* row) {
+    row += k / A * (A + 8);
     U most = {};
-    for (int i = 0; i < A; i += LANES) {
-      U here = load<U>(x + i) & 0x7fffffffu;
+    for (F part : x) {
+      U here = bits(part) & 0x7fffffffu;
       most = here > most ? here : most;
     }
     float scale = largest(most) / 127, inverse = scale > 1e-30f ? 1 / scale : 0;
-    I sum = {};
-    for (int i = 0; i < A; i += LANES) {
-      I q = __builtin_convertvector(nearest(load<F>(x + i) * inverse), I);
-      sum += q;
+    I sums = {};
+    for (int i = 0; i < A / LANES; i++) {
+      I q = __builtin_convertvector(nearest(x[i] * inverse), I);
+      sums += q;
       using Bytes = int8_t __attribute__((vector_size(16), may_alias));
-      store(row + i, __builtin_convertvector(q, Bytes));
+      store(row + i * LANES, __builtin_convertvector(q, Bytes));
     }
-    int32_t total = 0;
-    for (int i = 0; i < LANES; i++) total += sum[i];
+    int32_t sum = 0;
+    for (int i = 0; i < LANES; i++) sum += sums[i];
     store(row + A, scale);
-    store(row + A + 4, -ZERO * total);
+    store(row + A + 4, -ZERO * sum);
   }
 
-  template <int M>
-  static void dot(const uint8_t* w, const uint8_t* const* rows, int k, F (&sum)[2][M]) {
+  template <int A, int M>
+  static void dot(const uint8_t* w, const uint8_t* const (&rows)[M], int k, Ahead ahead,
+                  F (&found)[2][M]) {
+    F sum[2][M];
     WRITTEN_OUT
-    for (int m = 0; m < M; m++) sum[0][m] = sum[1][m] = F{};
+    for (int i = 0; i < 2 * M; i++) sum[i / M][i % M] = F{};
     size_t at = 0;
     for (int g = 0; g < padded(k, G) / G; g++) {
-      prefetch(w + AHEAD);
-      F scale[2] = {widen(load<Half>(w)), widen(load<Half>(w + 2 * LANES))};
+      F scale[2] = {widen(load<Half>(w)), widen(load<Half>(w + 2 * LANES))}, scaled[2][M];
       w += SCALES;
-      for (int a = 0; a < G / A; a++, at += ROW_GROUP) {
+      WRITTEN_OUT
+      for (int i = 0; i < 2 * M; i++) scaled[i / M][i % M] = F{};
+      for (int a = 0; a < G / A; a++, at += A + 8) {
         I acc[2][M];
         WRITTEN_OUT
         for (int m = 0; m < M; m++)
           acc[0][m] = acc[1][m] = I{} + load<int32_t>(rows[m] + at + A + 4);
         WRITTEN_OUT
-        for (int s = 0; s < A / PER_STEP; s++, w += STEP)
+        for (int s = 0; s < A / PER_STEP; s++, w += STEP) {
+          ahead.ask();
           step<M>(w, rows, at + PER_STEP * s, acc);
+        }
         WRITTEN_OUT
         for (int m = 0; m < M; m++) {
           float own = load<float>(rows[m] + at + A);
           WRITTEN_OUT
-          for (int p = 0; p < 2; p++) sum[p][m] += to_float(acc[p][m]) * (scale[p] * own);
+          for (int p = 0; p < 2; p++) scaled[p][m] += to_float(acc[p][m]) * own;
         }
       }
+      WRITTEN_OUT
+      for (int i = 0; i < 2 * M; i++) sum[i / M][i % M] += scaled[i / M][i % M] * scale[i / M];
     }
+    WRITTEN_OUT
+    for (int i = 0; i < 2 * M; i++) found[i / M][i % M] = sum[i / M][i % M];
   }
 
   template <int M>
-  static inline void step(const uint8_t* w, const uint8_t* const* rows, size_t at, I (&acc)[2][M]) {
-    prefetch(w + AHEAD);
-    prefetch(w + AHEAD + 64);
+  static inline void step(const uint8_t* w, const uint8_t* const (&rows)[M], size_t at, I (&acc)[2][M]) {
     U panel[2] = {load<U>(w), load<U>(w + 64)};
     WRITTEN_OUT
     for (int part = 0; part < 8 / BITS; part++) {
@@ -208,7 +228,7 @@ struct Whole {
   }
 };
 
-using Int8 = Whole<8, 64, 16>;
+using Int8 = Whole<8, 64, 32>;
 using Int4 = Whole<4, 32, 32>;
 
 }  // namespace COTERIE_ISA

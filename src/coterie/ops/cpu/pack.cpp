@@ -169,6 +169,7 @@ void coterie_pack_matrix(const MatrixPacking* p) {
 }
 
 uint64_t coterie_read(const Reading* r) {
+  constexpr int AHEAD = 2048;  // bytes
   uint64_t found = 0;
   int64_t runs = int64_t(r->count) * r->threads;
   size_t share = r->bytes / size_t(r->threads) / 256 * 256;

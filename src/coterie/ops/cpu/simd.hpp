@@ -81,11 +81,23 @@ static inline F silu_times(F gate, F up) { return gate * up / (exponential(-gate
 
 // The largest of sixteen magnitudes, told by their bits: NaN is above infinity, and does not vanish.
 static inline float largest(U v) {
-  uint32_t most = 0;
-  for (int i = 0; i < LANES; i++) most = v[i] > most ? v[i] : most;
-  return load<float>(&most);
+  using Eight = uint32_t __attribute__((vector_size(32), may_alias));
+  using Four = uint32_t __attribute__((vector_size(16), may_alias));
+  Eight halves[2] = {load<Eight>(&v), load<Eight>(reinterpret_cast<char*>(&v) + 32)};
+  Eight most = halves[0] > halves[1] ? halves[0] : halves[1];
+  Four quarters[2] = {load<Four>(&most), load<Four>(reinterpret_cast<char*>(&most) + 16)};
+  Four four = quarters[0] > quarters[1] ? quarters[0] : quarters[1];
+  uint32_t found = 0;
+  for (int i = 0; i < 4; i++) found = four[i] > found ? four[i] : found;
+  return load<float>(&found);
 }
 
 static inline void prefetch(const void* p) { __builtin_prefetch(p, 0, 3); }
+
+static inline void pause() {
+#ifdef __x86_64__
+  __builtin_ia32_pause();
+#endif
+}
 
 }  // namespace COTERIE_ISA
