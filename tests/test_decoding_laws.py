@@ -13,6 +13,7 @@ from coterie.decoding.canvas import lay_out
 from coterie.decoding.plans import PLANS, Clock
 from coterie.decoding.sampling import propose
 from coterie.decoding.unmask import RULES, Moment
+from coterie.values import Survey
 
 VOCABULARY, MASK, END = 11, 10, 9
 
@@ -119,6 +120,22 @@ def test_changes_tell_what_the_canvas_holds(ask: Ask, seed: int) -> None:
     assert {i: token for i, token in enumerate(answer) if token != MASK} == {
         i: token for i, token in told.items() if token != MASK
     }
+
+
+@given(asks(), st.integers(0, 99))
+def test_wanted_logits_decide_what_all_of_the_block_do(ask: Ask, seed: int) -> None:
+    whole, part = Row(ask), Row(ask)
+    while whole.look is not None:
+        if not whole.look.denoises:
+            assert whole.receive(None) == part.receive(None)
+            continue
+        logits, at = noise(whole, seed), part.wanted()
+        total = logits[at].logsumexp(dim=-1)
+        rest = logits[at].index_fill(1, torch.tensor([MASK]), -torch.inf)
+        survey = Survey(logits[at].argmax(dim=-1), rest.argmax(dim=-1), total)
+        assert whole.receive(logits) == part.receive(logits[at], survey, at)
+        assert torch.equal(whole.canvas.tokens, part.canvas.tokens)
+    assert part.look is None
 
 
 @given(asks())

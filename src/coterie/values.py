@@ -53,6 +53,18 @@ class KeyValues:
 
 
 @dataclass(frozen=True)
+class Survey:
+    """What w rows of logits say; -1 is no token."""
+
+    best: Tensor  # [w] int64: the token with the greatest logit, the lower id of equals
+    unmasked: Tensor  # [w] int64: the same, but never the mask
+    total: Tensor  # [w] fp32: the log of the sum of e**logits; finite where all of them are
+
+    def __getitem__(self, rows: slice) -> Survey:
+        return Survey(self.best[rows], self.unmasked[rows], self.total[rows])
+
+
+@dataclass(frozen=True)
 class RouterSpec:
     """How a family's gate turns logits into choices and weights."""
 

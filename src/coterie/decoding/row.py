@@ -14,6 +14,7 @@ from coterie.decoding.plans import Clock, Look, Plan
 from coterie.decoding.refine import Unmask
 from coterie.decoding.sampling import Proposal, Sampling, propose
 from coterie.decoding.unmask import NEVER, Entropy, Moment, best
+from coterie.values import Survey
 
 EarlyStop = Literal["off", "block", "token"]
 
@@ -86,26 +87,43 @@ class Row:
                 return
             yield from plan.commit(block)
 
-    def receive(self, logits: Tensor | None) -> Change:
+    def wanted(self) -> Tensor:
+        """Positions [n] of the block whose logits can change something, int64.
+
+        Those that are masked; all where others are edited, remembered, or given a share of luck.
+        """
+        unmask, block = self.ask.unmask, self.block
+        masked = self.canvas.masked(block.start, block.stop)
+        others = unmask.edit or unmask.credit or unmask.smooth or self.ask.sampling.temperature
+        if others or not bool(masked.any()):
+            return torch.arange(block.width)
+        return masked.nonzero()[:, 0]
+
+    def receive(
+        self, logits: Tensor | None, survey: Survey | None = None, at: Tensor | None = None
+    ) -> Change:
         """Take the answer of the forward waited for and move on to the next.
 
-        logits [block width, V] where the look denoises, else None. If they are not finite this
-        raises, and the row is as it was.
+        logits [n, V] where the look denoises, else None: those ``at`` positions that are wanted, or
+        of the whole block. ``survey`` says what they say, if that is known. If they are not finite
+        this raises, and the row is as it was.
         """
-        change = Change() if logits is None else self._denoise(logits)
+        change = Change() if logits is None else self._denoise(logits, survey, at)
         self.look = next(self._looks, None)
         return change
 
-    def _denoise(self, logits: Tensor) -> Change:
+    def _denoise(self, logits: Tensor, survey: Survey | None, at: Tensor | None) -> Change:
         unmask, block = self.ask.unmask, self.block
         masked = self.canvas.masked(block.start, block.stop)
         memory = self._memory
         if unmask.credit is not None:
             logits, memory = unmask.credit.fuse(logits, masked, memory)
+            survey = None
         doubts = isinstance(unmask.rule, Entropy)
-        proposal = propose(
-            logits, self.ask.sampling, self.ask.mask, self._generator, entropy=doubts
-        )
+        sampling, mask = self.ask.sampling, self.ask.mask
+        proposal = propose(logits, sampling, mask, self._generator, entropy=doubts, survey=survey)
+        if at is not None:
+            proposal = proposal.spread(at, block.width)
         moment = self._moment(proposal, masked)
         ids, commit = self._commit(moment)
         edit = torch.zeros_like(commit)

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from coterie.naming import CoterieError
 from coterie.spelling import Amount, Share, Whole, check_options
+from coterie.values import Survey
 
 
 class NotFinite(CoterieError):
@@ -49,6 +50,17 @@ class Proposal:
         """Probability of ``ids`` [w], each of which is proposed here, as it is or unmasked."""
         return self.confidence.where(ids == self.ids, self.unmask_confidence)
 
+    def spread(self, at: Tensor, width: int) -> Proposal:
+        """The same at positions ``at`` of so many; elsewhere no token, of no confidence."""
+        ids = torch.full((2, width), -1)
+        ids[:, at] = torch.stack((self.ids, self.unmask))
+        parts = [self.confidence, self.unmask_confidence]
+        parts += [] if self.entropy is None else [self.entropy]
+        wide = torch.zeros(len(parts), width)
+        wide[:, at] = torch.stack(parts)
+        entropy = None if self.entropy is None else wide[2]
+        return Proposal(ids[0], wide[0], ids[1], wide[1], entropy)
+
 
 def propose(
     logits: Tensor,
@@ -57,25 +69,27 @@ def propose(
     generator: torch.Generator,
     *,
     entropy: bool = False,
+    survey: Survey | None = None,
 ) -> Proposal:
-    """Proposal from logits [w, V]; equal logits go to the lower id.
+    """Proposal from logits [w, V]; equal logits go to the lower id. ``survey`` is theirs, if known.
 
     Confidence is the probability at the sampling temperature before top-k and top-p cut. Draws are
     w uniform numbers from a generator on the host, so that they depend on neither device nor
     neighbours. NaN raises.
     """
-    heated = logits.float() / (sampling.temperature or 1.0)
-    total = heated.logsumexp(dim=-1)
+    survey = None if sampling.temperature else survey
+    heated = logits.float() if survey else logits.float() / (sampling.temperature or 1.0)
+    total = survey.total if survey else heated.logsumexp(dim=-1)
     real = torch.isfinite(total)
     if not _far(logits) and not bool(real.all()):
         raise NotFinite(BROKEN)
     before = generator.get_state()
     if sampling.temperature == 0:
-        ids = logits.argmax(dim=-1)
+        ids = survey.best if survey else logits.argmax(dim=-1)
     else:
         draws = torch.rand(logits.shape[0], generator=generator).to(logits.device)
         ids = _draw(torch.softmax(heated, dim=-1), sampling, draws)
-    unmask = _without(mask, ids, logits)
+    unmask = survey.unmasked if survey else _without(mask, ids, logits)
     both = heated.gather(-1, torch.stack([ids, unmask], dim=-1))  # [w, 2]
     sure = (both - total[:, None]).exp()
     doubt = torch.special.entr(torch.softmax(heated, dim=-1)).sum(dim=-1) if entropy else None

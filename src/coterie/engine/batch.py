@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
 
+from coterie import ops
 from coterie.decoding import Change, Row
 from coterie.decoding.plans import Look
 from coterie.decoding.row import first_of
@@ -21,7 +22,7 @@ from coterie.model.transformer import Transformer
 from coterie.naming import CoterieError
 from coterie.routing import Vanilla
 from coterie.telemetry import Counting, Null, Recorder, Together, Tracing
-from coterie.values import Policy, Progress, Window
+from coterie.values import Policy, Progress, Survey, Window
 
 VANILLA = Vanilla()
 NOBODY = Null()
@@ -84,12 +85,14 @@ def forward(
     """
     look, device = group[0].look, transformer.device
     rows, places = tuple(slot.number for slot in group), [slot.place for slot in group]
+    # What is played again shall not change in shape.
+    sparing = device.type == "cpu" and graphs is None
     step = Step(
         window=_window(group),
         cache=pool.rows(places) if look.cached else None,
         policy=group[0].routes(),
         recorder=NOBODY,
-        wanted=_wanted(group),
+        wanted=_wanted(group, sparing=sparing),
         voters=_voters(group),
         progress=_progress(group),
         forward=tuple(slot.row.clock.row for slot in group),
@@ -105,12 +108,17 @@ def forward(
         recorder = Together((counted, watcher)) if look.kind == "decode" else others
         recorder.began(rows)
         logits = transformer(tokens.to(device), _moved(replace(step, recorder=recorder), device))
+    survey = ops.survey(logits, group[0].row.ask.mask) if device.type == "cpu" else None
     # A row that is alone says by itself, in the one read that it needs, that logits are broken.
-    checked = device.type == "cpu" or len(group) > 1 or not look.denoises
-    if checked and not bool(torch.isfinite(logits).all()):
+    checked = survey is not None or len(group) > 1 or not look.denoises
+    if checked and not bool(torch.isfinite(logits if survey is None else survey.total).all()):
         raise _broken(transformer, tokens, step)
     try:
-        changes = [_move_on(transformer, slot, part) for slot, part in _shares(group, logits)]
+        at = [_needed(slot, sparing=sparing) for slot in group]
+        changes = [
+            _move_on(transformer, slot, where, *share)
+            for slot, where, share in zip(group, at, _shares(at, logits, survey), strict=True)
+        ]
     except NotFinite as error:
         raise _broken(transformer, tokens, step) from error
     counting.absorb(counted)
@@ -147,28 +155,36 @@ def _first_broken(transformer: Transformer, tokens: Tensor, step: Step) -> str:
     return "the head gives"
 
 
-def _shares(group: Sequence[Slot], logits: Tensor) -> list[tuple[Slot, Tensor]]:
-    sizes = [len(_needed(slot)) for slot in group]
-    return list(zip(group, logits.split(sizes), strict=True))
+def _shares(
+    at: Sequence[Tensor], logits: Tensor, survey: Survey | None
+) -> Iterator[tuple[Tensor, Survey | None]]:
+    first = 0
+    for where in at:
+        rows = slice(first, first + len(where))
+        yield logits[rows], None if survey is None else survey[rows]
+        first = rows.stop
 
 
-def _move_on(transformer: Transformer, slot: Slot, logits: Tensor) -> Change:
-    """Give a row the logits of its block; refresh what its masks are fed."""
+def _move_on(
+    transformer: Transformer, slot: Slot, at: Tensor, logits: Tensor, survey: Survey | None
+) -> Change:
+    """Give a row its logits ``at`` these positions; refresh what its masks are fed."""
     look, row = slot.look, slot.row
     if not look.denoises:
         slot.prefills += look.kind == "prefill"
         slot.commits += look.kind == "commit"
         return row.receive(None)
-    first = row.block.start - _needed(slot).start
-    number, block = row.clock.row, row.block
-    change = row.receive(logits[first : first + block.width])
     smooth = row.ask.unmask.smooth
-    if smooth is not None and slot.embeddings is not None:
-        tokens = row.canvas.tokens[look.start : look.stop]
-        embedded = transformer.embed(tokens.to(logits.device)[None])[0]
-        expected = torch.softmax(logits, dim=-1).to(embedded.dtype) @ transformer.embedding
-        masked = tokens == row.ask.mask
-        slot.embeddings[look.start : look.stop] = smooth.mix(embedded, expected, masked, number)
+    if smooth is None or slot.embeddings is None:
+        return row.receive(logits, survey, at - row.block.start)
+    number, block = row.clock.row, row.block
+    here = slice(block.start - look.start, block.stop - look.start)
+    change = row.receive(logits[here], None if survey is None else survey[here])
+    tokens = row.canvas.tokens[look.start : look.stop]
+    embedded = transformer.embed(tokens.to(logits.device)[None])[0]
+    expected = torch.softmax(logits, dim=-1).to(embedded.dtype) @ transformer.embedding
+    masked = tokens == row.ask.mask
+    slot.embeddings[look.start : look.stop] = smooth.mix(embedded, expected, masked, number)
     return change
 
 
@@ -176,22 +192,22 @@ def _span(slot: Slot) -> slice:
     return slice(slot.look.start, slot.look.stop)
 
 
-def _needed(slot: Slot) -> range:
-    """Positions whose logits are used: the block's, or the window's where masks are fed them."""
-    if not slot.look.denoises:
-        return range(0)
+def _needed(slot: Slot, *, sparing: bool) -> Tensor:
+    """Positions [n] whose logits are used: of the block (``sparing``: those that can change
+    something), or the window's where masks are fed them."""
+    look, block = slot.look, slot.row.block
+    if not look.denoises:
+        return torch.arange(0)
     if slot.embeddings is not None:
-        return range(slot.look.start, slot.look.stop)
-    return range(slot.row.block.start, slot.row.block.stop)
+        return torch.arange(look.start, look.stop)
+    return block.start + slot.row.wanted() if sparing else torch.arange(block.start, block.stop)
 
 
-def _wanted(group: Sequence[Slot]) -> Tensor:
+def _wanted(group: Sequence[Slot], *, sparing: bool) -> Tensor:
     """[P] int64 into B*width."""
     width = group[0].look.width
-    return torch.tensor(
-        [b * width + p - slot.look.start for b, slot in enumerate(group) for p in _needed(slot)],
-        dtype=torch.int64,
-    )
+    needed = (_needed(slot, sparing=sparing) - slot.look.start for slot in group)
+    return torch.cat([b * width + at for b, at in enumerate(needed)])
 
 
 def _window(group: Sequence[Slot]) -> Window:

@@ -85,17 +85,10 @@ class Attention:
         """Query [B, W, heads, D], key and value [B, W, kv_heads, D], normed and turned."""
         spec, sight = self.spec, view.sight
         query, key, value = heads.split([spec.heads, spec.kv_heads, spec.kv_heads], dim=2)
-        query = rms_norm(query, self.query_norm, spec.norm_epsilon)
-        key = rms_norm(key, self.key_norm, spec.norm_epsilon)
+        query = ops.rms_norm(query, self.query_norm, spec.norm_epsilon)
+        key = ops.rms_norm(key, self.key_norm, spec.norm_epsilon)
         turns = (sight.cos, sight.sin)
         return rotate(query, *turns), rotate(key, *turns), value
-
-
-def rms_norm(x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
-    """x / rms(x) over the last axis, computed in fp32 and rounded before the weight multiplies."""
-    wide = x.float()
-    wide = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + epsilon)
-    return weight * wide.to(x.dtype)
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

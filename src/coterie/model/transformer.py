@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from coterie import ops
-from coterie.model.attention import Attention, View, rms_norm
+from coterie.model.attention import Attention, View
 from coterie.model.moe import Dense, FeedForward, MoE
 from coterie.model.spec import ModelSpec
 from coterie.model.step import Step
@@ -30,11 +30,11 @@ class Layer:
     def __call__(self, x: Tensor, view: View, step: Step) -> Tensor:
         """x [B, W, H] -> [B, W, H]."""
         weigh = isinstance(self.feed_forward, MoE) and needs_importance(step.policy)
-        normed = rms_norm(x, self.attention_norm, self.spec.norm_epsilon)
+        normed = ops.rms_norm(x, self.attention_norm, self.spec.norm_epsilon)
         mixed, received = self.attention(normed, view, step.cache, weigh=weigh)
         importance = None if received is None else received * x.float().abs().sum(-1)
         x = x + mixed
-        normed = rms_norm(x, self.feed_forward_norm, self.spec.norm_epsilon)
+        normed = ops.rms_norm(x, self.feed_forward_norm, self.spec.norm_epsilon)
         return x + self.feed_forward(normed, step, importance)
 
 
@@ -63,7 +63,7 @@ class Transformer:
         x = x.flatten(0, 1)
         if step.wanted is not None:
             x = x[step.wanted]
-        x = rms_norm(x, self.norm, self.spec.norm_epsilon)
+        x = ops.rms_norm(x, self.norm, self.spec.norm_epsilon)
         step.recorder.layer_output(self.spec.layers, x)
         return ops.linear(x, self.head, dtype=torch.float32)
 

@@ -26,6 +26,7 @@ from coterie.values import (
     Scores,
     Sight,
     Slab,
+    Survey,
 )
 
 __all__ = [
@@ -34,8 +35,10 @@ __all__ = [
     "pack",
     "prepare",
     "prepare_matrix",
+    "rms_norm",
     "route",
     "run_experts",
+    "survey",
     "top_ids",
     "top_mask",
     "unpack",
@@ -92,6 +95,20 @@ def attend(
     heads, D]. What it equals is in ``model.attention``, in plain torch.
     """
     return cpu.attend(qkv, norms, sight, held, epsilon) if cpu.attends(qkv) else None
+
+
+def rms_norm(x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
+    """x / rms(x) over the last axis, computed in fp32 and rounded before the weight multiplies."""
+    if cpu.norms(x, weight):
+        return cpu.rms_norm(x, weight, epsilon)
+    return reference.rms_norm(x, weight, epsilon)
+
+
+def survey(logits: Tensor, mask: int) -> Survey:
+    """What each row of logits [w, V] says, where ``mask`` is no answer."""
+    if cpu.surveys(logits):
+        return cpu.survey(logits, mask)
+    return reference.survey(logits, mask)
 
 
 def prepare_matrix(weight: Tensor, *, spend: bool = False) -> Matrix:

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from coterie.quant import QTensor, dequantise
-from coterie.values import Panels, Routing, Slab, membership
+from coterie.values import Panels, Routing, Slab, Survey, membership
 
 
 @dataclass(frozen=True)
@@ -44,6 +44,21 @@ def top_ids(key: Tensor, k: int, tier: Tensor | None = None) -> Tensor:
 def top_mask(key: Tensor, k: int) -> Tensor:
     """Bool mask [..., E] of the k largest of key [..., E]; ties go to the lower index."""
     return membership(top_ids(key, k), key.shape[-1])
+
+
+def rms_norm(x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
+    """See ``ops.rms_norm``."""
+    wide = x.float()
+    wide = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + epsilon)
+    return weight * wide.to(x.dtype)
+
+
+def survey(logits: Tensor, mask: int) -> Survey:
+    """See ``ops.survey``."""
+    best = logits.argmax(dim=-1)
+    rest = logits.clone()
+    rest[:, mask] = float("-inf")
+    return Survey(best, rest.argmax(dim=-1), logits.logsumexp(dim=-1))
 
 
 def linear(x: Tensor, weight: Tensor, dtype: torch.dtype) -> Tensor:

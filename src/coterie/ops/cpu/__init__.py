@@ -17,6 +17,7 @@ from coterie.ops.cpu.kernels import (
 )
 from coterie.ops.cpu.linear import linear, pack_matrix, packs
 from coterie.ops.cpu.route import route
+from coterie.ops.cpu.rows import norms, rms_norm, survey, surveys
 
 __all__ = [
     "attend",
@@ -25,12 +26,16 @@ __all__ = [
     "isas",
     "linear",
     "memory",
+    "norms",
     "pack",
     "pack_matrix",
     "packed_format",
     "packs",
     "read",
     "ready",
+    "rms_norm",
     "route",
     "run_experts",
+    "survey",
+    "surveys",
 ]

@@ -95,6 +95,23 @@ struct Election {
 
 constexpr int MOST_GROUPS = 64;
 
+// Rows of bf16, each over its root mean square, times a weight.
+struct Norming {
+  const uint16_t *x, *weight;  // [rows, width], [width]
+  uint16_t* out;
+  float epsilon;
+  int32_t rows, width, threads;
+};
+
+// What rows of logits say: the place of the greatest, the first of equals; the same without place
+// `mask`; the log of the sum of e**logits. -1 is no place.
+struct Surveying {
+  const float* logits;  // [rows, width]
+  int64_t *best, *unmasked;
+  float* total;
+  int32_t rows, width, mask, threads;
+};
+
 enum Outcome : int32_t {
   DONE = 0,
   NO_SUCH_ISA = 1,
@@ -118,3 +135,5 @@ COTERIE_API void coterie_pack_matrix(const MatrixPacking* packing);
 COTERIE_API int32_t coterie_multiply(int32_t isa, const Product* product);
 COTERIE_API int32_t coterie_route(int32_t isa, const Election* election);
 COTERIE_API int32_t coterie_attend(int32_t isa, const Attending* attending);
+COTERIE_API int32_t coterie_norm(int32_t isa, const Norming* norming);
+COTERIE_API int32_t coterie_survey(int32_t isa, const Surveying* surveying);

@@ -3,7 +3,7 @@
 // Queries are the weights here: 2 x 16 of them side by side in panels, so that a key, as it lies in the
 // cache, is a token that meets them, and neither scores nor shares are ever added across lanes.
 #pragma once
-#include "linear.hpp"
+#include "rows.hpp"
 
 namespace COTERIE_ISA {
 
@@ -120,36 +120,12 @@ struct Stand {
   }
 };
 
-// Up to a vector of what is there, and nothing after it.
-template <class V, class T>
-static inline V some(const T* from, int there) {
-  V v = {};
-  if (there >= LANES) return load<V>(from);
-  memcpy(&v, from, size_t(there) * sizeof(T));
-  return v;
-}
-
-template <class V, class T>
-static inline void put_some(T* to, V v, int there) {
-  memcpy(to, &v, there >= LANES ? sizeof v : size_t(there) * sizeof(T));
-}
-
 // A head's numbers, normed and turned by position; `room` holds as many floats.
 static void turn(const Attending& a, int64_t token, const uint16_t* x, const uint16_t* norm,
                  float* room, uint16_t* to) {
-  F squares = {};
-  for (int i = 0; i < a.dim; i += LANES) {
-    F wide = widen(some<Half>(x + i, a.dim - i));
-    squares += wide * wide;
-  }
-  float square = 0;
-  for (int lane = 0; lane < LANES; lane++) square += squares[lane];
-  float scale = 1 / sqrtf(square / a.dim + a.epsilon);
-  for (int i = 0; i < a.dim; i += LANES) {
-    // As the weight multiplies elsewhere: what was normed is rounded before.
-    F normed = widen(narrow(widen(some<Half>(x + i, a.dim - i)) * scale));
-    put_some(room + i, normed * widen(some<Half>(norm + i, a.dim - i)), a.dim - i);
-  }
+  float scale = inverse_root(x, a.dim, a.epsilon);
+  for (int i = 0; i < a.dim; i += LANES)
+    put_some(room + i, normed(x + i, norm + i, scale, a.dim - i), a.dim - i);
   const float *cos = a.cos + token * a.half, *sin = a.sin + token * a.half;
   for (int i = 0; i < a.half; i += LANES) {
     int there = a.half - i;

@@ -3,6 +3,7 @@
 #include "experts.hpp"
 #include "linear.hpp"
 #include "route.hpp"
+#include "rows.hpp"
 
 #define JOINED(a, b) a##b
 #define NAMED(a, b) JOINED(a, b)
@@ -26,4 +27,12 @@ extern "C" int32_t NAMED(route_, COTERIE_ISA)(const Election& election) {
 
 extern "C" int32_t NAMED(attend_, COTERIE_ISA)(const Attending& attending) {
   return COTERIE_ISA::attend(attending);
+}
+
+extern "C" int32_t NAMED(norm_, COTERIE_ISA)(const Norming& norming) {
+  return COTERIE_ISA::norm(norming);
+}
+
+extern "C" int32_t NAMED(survey_, COTERIE_ISA)(const Surveying& surveying) {
+  return COTERIE_ISA::survey(surveying);
 }

@@ -108,6 +108,25 @@ class Attending(Structure):
     )
 
 
+class Norming(Structure):
+    """See ``api.hpp``."""
+
+    _fields_ = (
+        *((name, c_void_p) for name in ("x", "weight", "out")),
+        ("epsilon", c_float),
+        *((name, c_int32) for name in ("rows", "width", "threads")),
+    )
+
+
+class Surveying(Structure):
+    """See ``api.hpp``."""
+
+    _fields_ = (
+        *((name, c_void_p) for name in ("logits", "best", "unmasked", "total")),
+        *((name, c_int32) for name in ("rows", "width", "mask", "threads")),
+    )
+
+
 @dataclass(frozen=True)
 class Library:
     """The loaded library, and which of its instruction sets run here: name -> its number."""
@@ -156,6 +175,8 @@ def library() -> Library | None:
     handle.coterie_multiply.argtypes = (c_int32, POINTER(Product))
     handle.coterie_route.argtypes = (c_int32, POINTER(Election))
     handle.coterie_attend.argtypes = (c_int32, POINTER(Attending))
+    handle.coterie_norm.argtypes = (c_int32, POINTER(Norming))
+    handle.coterie_survey.argtypes = (c_int32, POINTER(Surveying))
     return Library(handle, _isas(handle))
 
 

@@ -5,8 +5,11 @@
   int32_t run_##isa(const Call&);         \
   int32_t multiply_##isa(const Product&); \
   int32_t route_##isa(const Election&);   \
-  int32_t attend_##isa(const Attending&);
-#define NAMED(isa) run_##isa, multiply_##isa, route_##isa, attend_##isa
+  int32_t attend_##isa(const Attending&); \
+  int32_t norm_##isa(const Norming&);     \
+  int32_t survey_##isa(const Surveying&);
+#define NAMED(isa) \
+  run_##isa, multiply_##isa, route_##isa, attend_##isa, norm_##isa, survey_##isa
 
 extern "C" {
 DECLARED(portable)
@@ -24,6 +27,8 @@ struct Isa {
   int32_t (*multiply)(const Product&);
   int32_t (*route)(const Election&);
   int32_t (*attend)(const Attending&);
+  int32_t (*norm)(const Norming&);
+  int32_t (*survey)(const Surveying&);
 };
 
 #ifdef __x86_64__
@@ -72,4 +77,12 @@ int32_t coterie_route(int32_t isa, const Election* election) {
 
 int32_t coterie_attend(int32_t isa, const Attending* attending) {
   return coterie_isa_runs(isa) ? ISAS[isa].attend(*attending) : NO_SUCH_ISA;
+}
+
+int32_t coterie_norm(int32_t isa, const Norming* norming) {
+  return coterie_isa_runs(isa) ? ISAS[isa].norm(*norming) : NO_SUCH_ISA;
+}
+
+int32_t coterie_survey(int32_t isa, const Surveying* surveying) {
+  return coterie_isa_runs(isa) ? ISAS[isa].survey(*surveying) : NO_SUCH_ISA;
 }
