@@ -45,9 +45,10 @@ def main(words: Sequence[str]) -> int:
 def steps(out: Path) -> dict[str, list[str]]:
     """What is run, by name; parity only where reference folders are."""
     python = sys.executable
+    coterie = [python, "-m", "coterie"]
     found = {
         "devices agree": [python, "-m", "pytest", "tests/test_devices.py"],
-        "bench": [python, "scripts/bench.py", "--device", "cuda", "--out", str(out)],
+        "bench": [*coterie, "bench", "generate", "--device", "cuda", "--out", str(out)],
     }
     shared = Path(os.environ.get("COTERIE_SHARED") or ROOT.parent / "shared")
     sets = sorted(str(path.parent) for path in (shared / "golden").glob("*/*/reference.npz"))

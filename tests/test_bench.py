@@ -5,25 +5,42 @@ No test here asserts how long anything took.
 
 from __future__ import annotations
 
+import json
+import sys
 from dataclasses import replace
+from functools import partial
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from released import LLADA2_FLASH, LLADA2_MINI, LLADA_MOE
 
+from coterie.bench import llama, turns, worker
+from coterie.bench.forward import needs_of, random_blocks, time_forward
+from coterie.bench.generate import random_prompts, time_generation
+from coterie.bench.layer import draw_cases, our_slab, sittings, time_layer
 from coterie.bench.model import random_model, repeated, some_experts
+from coterie.bench.peers import PEERS, Chosen, Peer, PeerError, Worker, chosen
+from coterie.bench.plots import chart_of, plot
+from coterie.bench.reading import memory_of, read_rows, rows_of
 from coterie.bench.routings import bend_for
 from coterie.bench.shapes import SHAPES, published
+from coterie.bench.turns import LIMITS, Asked
+from coterie.cli.edge import run
 from coterie.engine.config import Generation
 from coterie.engine.engine import Engine
 from coterie.model.step import Step
+from coterie.model.weights import bytes_kept
 from coterie.naming import CoterieError
 from coterie.ops import run_experts
+from coterie.results import record, write_record
 from coterie.routing import Vanilla
 from coterie.telemetry import Counting
 from coterie.testing import read_spec
 from coterie.values import Panels, Routing, Window, membership
 
+FAKE = Path(__file__).parent / "fake_peer.py"
 TINY = SHAPES["tiny"]
 
 
@@ -122,3 +139,274 @@ def test_a_model_that_does_not_fit_says_what_would(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr("coterie.bench.model.free_memory", lambda _device: 1 << 10)
     with pytest.raises(CoterieError, match="GiB are free; --layers cuts it, --dtype int8"):
         random_model(TINY)
+
+
+# One layer, and peers
+
+
+def asked(dtype: str = "bf16", **others: object) -> Asked:
+    return Asked(TINY, dtype, ("vanilla", "des-vote:beta=0.25"), tokens=9, turns=2, **others)
+
+
+def fake(mood: str, *, named: bool = False) -> Chosen:
+    """A peer of these tests. Its name is its mood."""
+    peer = Peer(mood, ("graze",), ("fp32", "bf16"), script=str(FAKE))
+    return Chosen(peer, Path(sys.executable), named)
+
+
+def test_ours_and_the_read_take_their_turns_and_count_their_bytes() -> None:
+    found = time_layer(asked("int8"), [], budget=0)
+    slab = our_slab(TINY.layer, asked("int8"))
+    whole = sum(each.nbytes for each in memory_of([slab.gate_up, slab.down]))
+    for line in found.lines:
+        assert {work: len(taken) for work, taken in line.samples.items()} == {"ours": 2, "read": 2}
+        assert line.bytes == pytest.approx(line.experts * whole / 32)
+    assert found.lines[1].experts == 8
+    assert found.lines[0].experts > 8
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_torch_computes_what_we_do_in_a_process_of_its_own(dtype: str) -> None:
+    who, skipped = chosen(["torch"], {"torch": Path(sys.executable)}, dtype)
+    found = time_layer(asked(dtype), who, budget=0)
+    assert skipped == found.skipped == {}
+    assert set(found.errors) == {"torch loop", "torch grouped_mm"}
+    assert all(0 <= error < LIMITS[dtype] for error in found.errors.values())
+    assert found.versions["torch"]["torch"] == torch.__version__
+    for line in found.lines:
+        assert {len(taken) for taken in line.samples.values()} == {2}
+        times = line.facts()["times_ours"]
+        assert times["torch loop"] == line.ratio("torch loop") > 0
+
+
+def test_peers_take_turns_and_their_own_seconds_count() -> None:
+    found = time_layer(asked(), [fake("grazes")], budget=0)
+    assert found.sittings == [["grazes"]]
+    assert found.versions == {"grazes": {"sheep": "1.0"}}
+    assert found.errors["grazes graze"] < LIMITS["bf16"]
+    assert [line.samples["grazes graze"] for line in found.lines] == [[0.25, 0.25]] * 2
+
+
+@pytest.mark.parametrize(
+    ("mood", "why"),
+    [
+        ("lies", "lies graze computes something else: off by 50.0%"),
+        ("shrinks", "shrinks graze computes something else: off by inf%"),
+        ("dies", "dies ended with status 3: out of sheep"),
+        ("babbles", "babbles answered 'nonsense'"),
+        ("fails", "fails: ImportError: no sheep"),
+        ("hangs", "hangs said nothing for 0.3 s"),
+    ],
+)
+def test_a_peer_that_fails_is_left_out_and_why_is_told(
+    mood: str, why: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if mood == "hangs":
+        monkeypatch.setattr(turns, "Worker", partial(Worker, working=0.3))
+    found = time_layer(asked(), [fake(mood)], budget=0)
+    assert found.skipped[mood].startswith(why)
+    assert all(set(line.samples) == {"ours", "read"} for line in found.lines)
+    if mood == "dies":
+        with pytest.raises(PeerError, match=why):
+            time_layer(asked(), [fake(mood, named=True)], budget=0)
+
+
+def test_peers_sit_together_as_far_as_memory_holds_them() -> None:
+    torch_, hf, zen, llama = (Chosen(peer, Path(), False) for peer in PEERS.values())
+    assert sittings([torch_, hf, zen, llama], 1.0, 3.0) == [[torch_, hf], [zen], [llama]]
+    assert sittings([torch_, hf, zen, llama], 1.0, 0.5) == [[torch_], [hf], [zen], [llama]]
+    assert sittings([torch_, hf, zen, llama], 1.0, 9.0) == [[torch_, hf, zen, llama]]
+    assert sittings([], 1.0, 9.0) == []
+
+
+def test_a_slow_work_rests_once_it_has_had_its_share(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(turns, "ENOUGH", 0.5)
+    found = time_layer(replace(asked(), turns=9), [fake("grazes")], budget=0)
+    line = found.lines[0]
+    assert len(line.samples["grazes graze"]) == len(line.beside["grazes graze"]) == turns.LEAST
+    assert len(line.samples["ours"]) == 9
+
+
+def test_a_peer_that_is_not_there_is_skipped_unless_it_was_asked_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    who, skipped = chosen([], {}, "bf16")
+    assert [each.peer.name for each in who] == ["torch"]
+    assert set(skipped) == {"transformers", "zentorch", "llama.cpp"}
+    with pytest.raises(CoterieError, match=r"zentorch: not installed; `scripts/peers zentorch`"):
+        chosen(["zentorch"], {}, "bf16")
+    with pytest.raises(CoterieError, match="torch: has no experts in int8; it has fp32, bf16"):
+        chosen(["torch"], {}, "int8")
+    with pytest.raises(CoterieError, match=r"unknown peer 'onnx'; known: torch, .*llama.cpp"):
+        chosen([], {"onnx": Path("python")}, "bf16")
+    with pytest.raises(CoterieError, match="zentorch: nowhere is no program"):
+        chosen([], {"zentorch": Path("nowhere")}, "bf16")
+
+
+def test_a_policy_that_takes_experts_away_is_timed_alone() -> None:
+    naee = replace(asked(), policies=("naee:beta=0.6",))
+    assert time_layer(naee, [], budget=0).lines[0].experts > 0
+    with pytest.raises(CoterieError, match="no peer does; --peer none"):
+        time_layer(naee, [fake("grazes")], budget=0)
+
+
+def test_llama_cpps_gates_choose_what_a_case_asks_for() -> None:
+    cases = draw_cases(asked())
+    work = worker.Work(32, 4, 64, 32, "bf16", 1, 1)
+    some = [
+        worker.Case(x.float().numpy(), routing.ids.numpy(), routing.weights.numpy())
+        for x, routing in cases["vanilla"][:2]
+    ]
+    rows = llama.embeddings(work, 18)
+    logits = rows @ llama.gate_for(rows, some, 32).T
+    ids = np.concatenate([case.ids for case in some])
+    weights = np.concatenate([case.weights for case in some])
+    assert (np.sort(np.argsort(-logits)[:, :4]) == np.sort(ids)).all()
+    shares = np.exp(np.take_along_axis(logits, ids, axis=1))
+    expected = weights / weights.sum(axis=1, keepdims=True)
+    assert np.allclose(shares / shares.sum(axis=1, keepdims=True), expected, atol=1e-3)
+
+
+def test_llama_cpps_error_is_a_part_of_what_a_layer_adds() -> None:
+    draw = np.random.default_rng(2)
+    rows = llama.embeddings(worker.Work(4, 2, 64, 8, "bf16", 1, 1), 12)
+    added = draw.standard_normal(64).astype(np.float32) * 0.1
+    x = rows[3] + added
+    right = rows @ (x / np.sqrt((x**2).mean())) * (8 / 64)
+    assert llama.relative_error(right + 5, rows, 3, added) < 1e-4
+    without = rows @ rows[3] * (8 / 64)
+    assert llama.relative_error(without, rows, 3, added) == pytest.approx(1, abs=1e-4)
+
+
+# Whole forwards and answers
+
+
+@pytest.mark.parametrize("experts", ["fp32", "bf16", "int4"])
+def test_a_forward_needs_every_weight_once_and_of_the_experts_those_it_uses(experts: str) -> None:
+    model = random_model(TINY, experts)
+    blocks = random_blocks(model, 32, 33, 1)
+    needs = needs_of(model.transformer, blocks)
+    assert int(blocks.window.start) == 64
+    spec, dtype = model.spec, model.transformer.dtype
+    all_of_them = {layer: torch.ones(32, dtype=torch.bool) for layer in spec.moe_layers}
+    keys = needs.parts["keys and values"]
+    assert keys == 2 * spec.layers * spec.kv_heads * spec.head_dim * 96 * dtype.itemsize
+    whole = needs.experts(all_of_them) + sum(needs.parts.values()) - keys
+    looked_up = spec.vocabulary * spec.hidden * dtype.itemsize
+    assert whole == pytest.approx(bytes_kept(spec, dtype) - looked_up, rel=0.06)
+    none = {layer: torch.zeros(32, dtype=torch.bool) for layer in spec.moe_layers}
+    assert needs.experts(none) == 0
+
+
+def test_forwards_are_timed_beside_their_reads() -> None:
+    model = random_model(TINY, "int8")
+    heard: list[float] = []
+    lines = time_forward(
+        model,
+        ["vanilla", "des-vote:beta=0.25"],
+        turns=3,
+        context=40,
+        tell=lambda share, _doing: heard.append(share),
+    )
+    assert [len(line.seconds) for line in lines] == [len(line.limit) for line in lines] == [3, 3]
+    assert lines[1].experts == 8 < lines[0].experts
+    assert lines[0].bytes > lines[1].bytes > sum(lines[1].parts.values()) - 1
+    assert heard[-1] == 1.0
+    with pytest.raises(CoterieError, match="need 576 positions; the model has 512"):
+        time_forward(model, ["vanilla"], context=543)
+
+
+def test_bytes_are_read_without_kernels_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("coterie.bench.reading.cpu.ready", lambda: False)
+    rows = rows_of([torch.ones(3, 4, 5)])
+    assert isinstance(rows[0], torch.Tensor)
+    read_rows(rows, torch.tensor([True, False, True]))
+
+
+def test_answers_are_timed_policy_beside_policy_vanilla_first() -> None:
+    engine = Engine(
+        random_model(TINY, "fp32"),
+        generation=Generation.usual(TINY.family.defaults).but(early_stop="off"),
+    )
+    prompts = random_prompts(2, 5, 100)
+    lines = time_generation(
+        engine, prompts, ["des-vote:beta=0.25", "vanilla"], turns=2, options={"max_new_tokens": 27}
+    )
+    assert [line.policy for line in lines] == ["vanilla", "des-vote:beta=0.25"]
+    counted = lines[1].facts(lines[0])
+    assert counted["new_tokens"] == 54
+    assert counted["experts_mean"] <= 8
+    assert counted["forwards_per_block"] == counted["forwards"] / 2
+    assert lines[0].facts(lines[0])["texts_as_vanilla"] == 2
+    assert len(lines[0].measure().samples) == 2
+
+
+# The command, its records and their figures
+
+
+def test_the_command_leaves_a_record_and_figures_drawn_from_it(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["bench", "layer", "--shape", "tiny", "--peer", "none", "--turns", "2", "--json"]
+    assert run([*words, "-p", "vanilla", "-p", "des-vote:beta=0.25", "-o", str(tmp_path)]) == 0
+    said = json.loads(capsys.readouterr().out)
+    kept = json.loads((tmp_path / "bench-layer-tiny-bf16.json").read_text())
+    assert said == kept
+    assert [each["policy"] for each in kept["facts"]["policies"]] == [
+        "vanilla",
+        "des-vote:beta=0.25",
+    ]
+    chart = chart_of(kept)
+    assert set(chart.rows) == {"read", "ours"}
+    samples = {each["name"]: each["samples"] for each in kept["measures"]}
+    assert chart.samples["ours", "vanilla"] == samples["vanilla ours"]
+    drawn = tmp_path / "bench-layer-tiny-bf16-dark.svg"
+    before = drawn.read_text()
+    drawn.unlink()
+    assert run(["bench", "plot", str(tmp_path / "bench-layer-tiny-bf16.json")]) == 0
+    assert drawn.read_text() == before
+    assert "des-vote:beta=0.25" in before
+
+
+def test_forward_and_generate_leave_records_that_can_be_drawn(tmp_path: Path) -> None:
+    usual = ["--shape", "tiny", "--turns", "1", "-o", str(tmp_path), "-p", "des-vote:beta=0.25"]
+    assert run(["bench", "forward", *usual, "--layers", "2", "--context", "0"]) == 0
+    assert run(["bench", "generate", *usual, "--prompts", "1", "--tokens", "8"]) == 0
+    forward = json.loads((tmp_path / "bench-forward-tiny-int8-2-layers.json").read_text())
+    assert chart_of(forward).rows == ["read", "forward"]
+    generate = json.loads((tmp_path / "generate-random-tiny-cpu.json").read_text())
+    assert chart_of(generate).rows == ["vanilla", "des-vote:beta=0.25"]
+    assert len(list(tmp_path.glob("*.svg"))) == 4
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["layer", "--shape", "llada3"], "unknown shape 'llada3'"),
+        (["layer", "--peer", "none", "--peer", "torch"], "--peer none leaves no peer"),
+        (["layer", "--peer-python", "zentorch"], "not NAME=PATH"),
+        (["layer", "--peer", "torch", "--peer-python", "zentorch=x"], "not among --peer torch"),
+        (["layer", "-p", "des-votes"], "unknown policy"),
+        (["forward", "--shape", "tiny", "--layers", "1"], "it takes 2 to 3"),
+        (["generate", "--layers", "2"], "--layers needs --shape"),
+        (["generate", "--shape", "tiny", "--experts", "int8"], "--experts has no effect"),
+        (["generate", "--shape", "tiny", "--dtype", "fp8"], "known: fp32, bf16, int8, int4"),
+        (["generate", "--prompt", "a", "--prompts", "3"], "--prompts has no effect"),
+        (["generate", "--model", "some/where"], "--model needs --prompt"),
+        (["plot", "pyproject.toml"], "no record of a bench"),
+    ],
+)
+def test_what_cannot_be_timed_is_said_in_one_line(
+    words: list[str], said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(["bench", *words]) == 2
+    told = capsys.readouterr().err
+    assert said in told
+    assert told.count("\n") == 1
+
+
+def test_a_record_of_something_else_has_no_figure(tmp_path: Path) -> None:
+    path = write_record(tmp_path, record("embedded training", [], []))
+    with pytest.raises(CoterieError, match="'embedded training' has no figure; known: bench layer"):
+        plot(path)

@@ -38,6 +38,7 @@ def test_symbols_exist(module: str, name: str) -> None:
 
 def test_commands_exist() -> None:
     known = {c.name or c.callback.__name__ for c in app.registered_commands if c.callback}
+    known |= {group.name for group in app.registered_groups}
     assert {command for (command,) in pointers(COMMAND)} <= known
 
 

@@ -9,6 +9,7 @@ import typer
 
 import coterie
 from coterie.cli import options as o
+from coterie.cli.bench import bench
 from coterie.cli.calibrate import calibrate_command
 from coterie.cli.document import comparison_document, print_document, result_document
 from coterie.cli.grade import grade_command
@@ -245,6 +246,7 @@ def policies(json: o.Json = False) -> None:
 
 
 app.command("eval")(evaluate)
+app.add_typer(bench, name="bench")
 app.command("grade")(grade_command)
 app.command("calibrate")(calibrate_command)
 app.command("lm-eval", context_settings=PASSED_ON, add_help_option=False)(lm_eval)

@@ -1,0 +1,117 @@
+"""The options of ``coterie bench``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+
+from coterie.bench.peers import PEERS
+from coterie.bench.shapes import SHAPES
+from coterie.cli import options as o
+
+NOBODY = "none"
+USUAL = ("vanilla", "des-vote:beta=0.15", "des-vote:beta=0.1")
+COMPARED = ("des-vote:beta=0.5", "des-vote:beta=0.3", "des-vote:beta=0.15", "des-seq:k=3")
+
+ShapeName = Annotated[
+    str,
+    typer.Option(
+        "--shape", help=f"Of a published model: {', '.join(SHAPES)}.", rich_help_panel=o.RUNNING
+    ),
+]
+Kept = Annotated[
+    Literal["fp32", "bf16", "int8", "int4"],
+    typer.Option("--dtype", help="What the experts are kept in.", rich_help_panel=o.RUNNING),
+]
+Policies = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--policy",
+        "-p",
+        help=f"May be repeated; default {', '.join(USUAL)}.",
+        rich_help_panel=o.DECODING,
+        show_default=False,
+    ),
+]
+Turns = Annotated[int, typer.Option("--turns", min=1, help="Samples of each work.")]
+Threads = Annotated[
+    int | None,
+    typer.Option("--threads", min=1, help="Of ours and of each peer; default as PyTorch's."),
+]
+Tokens = Annotated[int, typer.Option("--tokens", min=1, help="Of the block.")]
+Layers = Annotated[
+    int | None,
+    typer.Option("--layers", min=1, help="The model's first so many layers; default all."),
+]
+Out = Annotated[Path, typer.Option("--out", "-o", help="Folder of the record and its figures.")]
+PeerNames = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--peer",
+        help=f"Only this one, of {', '.join(PEERS)}, or {NOBODY}; may be repeated. "
+        "Default: those that are installed.",
+        show_default=False,
+    ),
+]
+PeerPythons = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--peer-python",
+        metavar="NAME=PATH",
+        help="The Python that has a peer; default .peers/NAME, which scripts/peers makes.",
+    ),
+]
+Even = Annotated[
+    bool, typer.Option("--even", help="A router that prefers nobody, in place of a skewed one.")
+]
+Slow = Annotated[bool, typer.Option("--slow", help="Works that take a second a turn, too.")]
+Memory = Annotated[
+    float | None,
+    typer.Option("--memory", min=0.1, help="GiB for peers that sit together; default: free."),
+]
+Context = Annotated[int, typer.Option("--context", min=0, help="Positions before the block.")]
+Seed = Annotated[int, typer.Option("--seed", min=0, help="Of weights and tokens.")]
+RandomShape = Annotated[
+    str | None,
+    typer.Option(
+        "--shape",
+        help=f"A random model in place of --model: {', '.join(SHAPES)}.",
+        rich_help_panel=o.RUNNING,
+    ),
+]
+AnyDtype = Annotated[
+    str | None,
+    typer.Option(
+        "--dtype",
+        help="As elsewhere; with --shape what the experts are kept in: fp32, bf16, int8, int4.",
+        rich_help_panel=o.RUNNING,
+        show_default=False,
+    ),
+]
+Compared = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--policy",
+        "-p",
+        help=f"May be repeated; vanilla always runs too. Default {', '.join(COMPARED)}.",
+        rich_help_panel=o.DECODING,
+        show_default=False,
+    ),
+]
+NewTokens = Annotated[
+    int, typer.Option("--tokens", min=1, help="Tokens to write at most, for each prompt.")
+]
+Prompt = Annotated[
+    list[str] | None,
+    typer.Option("--prompt", help="May be repeated, in place of held-out problems."),
+]
+Prompts = Annotated[
+    int | None, typer.Option("--prompts", min=1, help="How many prompts; default 8.")
+]
+Length = Annotated[
+    int | None,
+    typer.Option("--length", min=1, help="Tokens of a random model's prompts; default 64."),
+]
+Records = Annotated[list[Path], typer.Argument(help="Records that a bench has written.")]
