@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from typing import Literal, Protocol
 
 import torch
@@ -163,6 +164,7 @@ def ruled(policy: Elective, scores: Scores, k: int) -> Ruling | None:
     return Ruling(scores, rule, None if everybody else voices(scores, election.voters))
 
 
+@lru_cache(maxsize=256)  # the same few for every layer of every forward
 def rule_of(size: Size | Union, election: Election, k: int, experts: int) -> Rule | None:
     """What ``elect`` does, in plain numbers; None for lots, other tallies and other sizes."""
     if isinstance(size, Union):

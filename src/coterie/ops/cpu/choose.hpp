@@ -9,12 +9,19 @@ namespace COTERIE_ISA::routing {
 
 // What sorts an expert, largest first: inside the kept groups, its score's bits, the lower index.
 using Code = int64_t;
-using Codes = Code __attribute__((vector_size(64), may_alias));
-using Scores = float __attribute__((vector_size(32), may_alias));
-using Bits = int32_t __attribute__((vector_size(32), may_alias));
-using Wide = double __attribute__((vector_size(64), may_alias));
-constexpr int WIDTH = 8;            // codes at a time
-constexpr int STRIDE = 2 * WIDTH;   // what arrays of codes are filled up to
+#if defined(__AVX512F__)
+constexpr int WIDTH = 8;  // codes at a time: what a register holds
+#elif defined(__AVX2__)
+constexpr int WIDTH = 4;
+#else
+constexpr int WIDTH = 2;
+#endif
+using Codes = Code __attribute__((vector_size(8 * WIDTH), may_alias));
+using Scores = float __attribute__((vector_size(4 * WIDTH), may_alias));
+using Bits = int32_t __attribute__((vector_size(4 * WIDTH), may_alias));
+using Wide = double __attribute__((vector_size(8 * WIDTH), may_alias));
+constexpr int STRIDE = 16;  // what arrays of codes are filled up to
+constexpr int PARTS = STRIDE / WIDTH;
 constexpr Code NOBODY = INT64_MIN;  // below every code
 constexpr Code OUTSIDE = Code(1) << 49;
 constexpr float UNIT = 1099511627776.0f;      // 2**40
@@ -26,18 +33,23 @@ static inline int filled_up(int n) { return (n + STRIDE - 1) / STRIDE * STRIDE; 
 // Working memory of one call; every array but the last is one of all experts, filled up.
 struct Hall {
   Code *code, *some, *best, *key, *votes, *other;
+  Code *place, *seat;  // what tells experts of one score apart: of all of them, of the coreset's
+  Code* group;         // the coreset's
   int32_t *order, *swap, *back, *out, *member;
+  float *score, *bias;  // the coreset's
   uint8_t *first, *plain, *coreset;
-  uint8_t* kept;  // [T, groups]
+  Code* dropped;  // [T]: the groups that the model does not look into, as bits
 
   explicit Hall(const Election& e) : wide_(size_t(filled_up(e.experts)) + STRIDE) {
-    size_t each = 6 * sizeof(Code) + 5 * sizeof(int32_t) + 3;
-    memory_ = malloc(wide_ * each + size_t(e.sequences) * e.tokens * e.groups);
+    size_t all = wide_ * (9 * sizeof(Code) + 5 * sizeof(int32_t) + 2 * sizeof(float) + 3);
+    all += size_t(e.sequences) * e.tokens * sizeof(Code);
+    memory_ = aligned_alloc(64, (all + 63) / 64 * 64);
     at_ = static_cast<uint8_t*>(memory_);
     if (!memory_) return;
-    place(code), place(some), place(best), place(key), place(votes), place(other);
-    place(order), place(swap), place(back), place(out), place(member);
-    place(first), place(plain), place(coreset), place(kept);
+    lay(code), lay(some), lay(best), lay(key), lay(votes), lay(other), lay(place), lay(seat);
+    lay(group), lay(order), lay(swap), lay(back), lay(out), lay(member), lay(score), lay(bias);
+    lay(first), lay(plain), lay(coreset), lay(dropped);
+    for (int i = 0; i < e.experts; i++) place[i] = e.experts - 1 - i;
   }
   Hall(const Hall&) = delete;
   ~Hall() { free(memory_); }
@@ -49,13 +61,13 @@ struct Hall {
   uint8_t* at_;
 
   template <class T>
-  void place(T*& array) {
+  void lay(T*& array) {
     array = reinterpret_cast<T*>(at_);
     at_ += wide_ * sizeof(T);
   }
 };
 
-static inline Code code_of(float score, int place) {
+static inline Code code_of(float score, Code place) {
   float x = score + 0.0f;  // -0 is 0
   int32_t bits = load<int32_t>(&x);
   return Code(bits ^ ((bits >> 31) & 0x7fffffff)) * 65536 + place;
@@ -81,42 +93,48 @@ static inline int64_t units(float vote) {
   return x > -9.2e18 && x < 9.2e18 ? int64_t(x) : INT64_MIN;  // whole already, or too much
 }
 
-// The codes of a token's experts, filled up with nobody.
-static void write_codes(const float* p, const float* bias, int n, Code* to) {
+// The codes of n experts by their scores, filled up with nobody.
+static void write_codes(const float* p, const float* bias, const Code* place, int n, Code* to) {
   int i = 0;
-  for (; i + WIDTH <= n; i += WIDTH) {
+  for (; WIDTH > 2 && i + WIDTH <= n; i += WIDTH) {
     Scores x = load<Scores>(p + i);
     if (bias) x += load<Scores>(bias + i);
     x += 0.0f;
     Bits bits = load<Bits>(&x);
     bits ^= (bits >> 31) & 0x7fffffff;
-    Codes places = n - 1 - i - Codes{0, 1, 2, 3, 4, 5, 6, 7};
-    store(to + i, __builtin_convertvector(bits, Codes) * 65536 + places);
+    store(to + i, __builtin_convertvector(bits, Codes) * 65536 + load<Codes>(place + i));
   }
-  for (; i < n; i++) to[i] = code_of(bias ? p[i] + bias[i] : p[i], n - 1 - i);
+  for (; i < n; i++) to[i] = code_of(bias ? p[i] + bias[i] : p[i], place[i]);
   for (; i < filled_up(n); i++) to[i] = NOBODY;
 }
 
 static inline Codes larger(Codes a, Codes b) { return a > b ? a : b; }
+static inline Codes lower(Codes a, Codes b) { return a > b ? b : a; }
 
 // A bound that at least k codes reach and, as a rule, few more: the k-th of sixteen lanes' largest.
 static Code bound_of(const Code* code, int n, int k) {
   if (k > STRIDE) return NOBODY + 1;
-  Codes a = load<Codes>(code), b = load<Codes>(code + WIDTH), above_a = {}, above_b = {};
-  for (int i = STRIDE; i < n; i += STRIDE) {
-    a = larger(a, load<Codes>(code + i));
-    b = larger(b, load<Codes>(code + i + WIDTH));
-  }
+  Codes most[PARTS], above[PARTS] = {}, least = Codes{} + INT64_MAX;
   Code lane[STRIDE];
-  store(lane, a);
-  store(lane + WIDTH, b);
-  for (Code each : lane) above_a -= each > a, above_b -= each > b;
-  a = above_a < k ? a : Codes{} + INT64_MAX;
-  b = above_b < k ? b : Codes{} + INT64_MAX;
-  a = larger(-1 - a, -1 - b);
-  Code least = NOBODY;
-  for (int i = 0; i < WIDTH; i++) least = a[i] > least ? a[i] : least;
-  return -1 - least > NOBODY ? -1 - least : NOBODY + 1;
+  WRITTEN_OUT
+  for (int p = 0; p < PARTS; p++) most[p] = load<Codes>(code + p * WIDTH);
+  for (int i = STRIDE; i < n; i += STRIDE) {
+    WRITTEN_OUT
+    for (int p = 0; p < PARTS; p++) most[p] = larger(most[p], load<Codes>(code + i + p * WIDTH));
+  }
+  WRITTEN_OUT
+  for (int p = 0; p < PARTS; p++) store(lane + p * WIDTH, most[p]);
+  for (int i = 0; i < STRIDE; i++) {
+    WRITTEN_OUT
+    for (int p = 0; p < PARTS; p++) above[p] -= lane[i] > most[p];
+  }
+  WRITTEN_OUT
+  for (int p = 0; p < PARTS; p++)
+    least = lower(least, above[p] < k ? most[p] : Codes{} + INT64_MAX);
+  store(lane, least);
+  Code bound = lane[0];
+  for (int i = 1; i < WIDTH; i++) bound = lane[i] < bound ? lane[i] : bound;
+  return bound > NOBODY ? bound : NOBODY + 1;
 }
 
 // The k largest of n codes (filled up), best first, into `found`; how many there are.
@@ -140,67 +158,94 @@ static int choose(const Code* code, int n, int k, Code* spare, Code* found) {
   for (int i = 0; i < count; i += WIDTH) {
     Codes mine = load<Codes>(spare + i), above = {};
     for (int j = 0; j < count; j++) above -= spare[j] > mine;
+    Code rank[WIDTH];
+    store(rank, above);
     for (int j = 0; j < smaller(WIDTH, count - i); j++)
-      if (above[j] < taken) found[above[j]] = mine[j];
+      if (rank[j] < taken) found[rank[j]] = spare[i + j];
   }
   return taken;
 }
 
-// Which groups the model keeps for a token: those whose two best add up to most.
-static void keep_groups(const Election& e, const Code* code, uint8_t* kept) {
-  int size = e.experts / e.groups;
-  float sums[MOST_GROUPS];
-  for (int g = 0; g < e.groups; g++) {
-    const Code* here = code + g * size;
-    Code best = here[0], second = NOBODY;
-    int i = 1;
-    if (size % WIDTH == 0) {
-      Codes high = load<Codes>(here), low = Codes{} + NOBODY;
-      for (i = WIDTH; i < size; i += WIDTH) {
-        Codes next = load<Codes>(here + i);
-        low = larger(low, next > high ? high : next);
-        high = larger(high, next);
-      }
-      best = NOBODY;
-      for (int j = 0; j < WIDTH; j++) {
-        Code loser = high[j] > best ? best : high[j];
-        best = high[j] > best ? high[j] : best;
-        second = loser > second ? loser : second;
-        second = low[j] > second ? low[j] : second;
-      }
+// The two best codes of a run.
+static void two_best(const Code* code, int n, Code* best, Code* second) {
+  Code high = NOBODY, low = NOBODY;
+  int i = 0;
+  if (n % WIDTH == 0) {
+    Codes highs = load<Codes>(code), lows = Codes{} + NOBODY;
+    for (i = WIDTH; i < n; i += WIDTH) {
+      Codes next = load<Codes>(code + i);
+      lows = larger(lows, lower(highs, next));
+      highs = larger(highs, next);
     }
-    for (; i < size; i++) {
-      Code loser = here[i] > best ? best : here[i];
-      best = here[i] > best ? here[i] : best;
-      second = loser > second ? loser : second;
+#ifdef __AVX512F__
+    auto fold = [&highs, &lows](__m512i h, __m512i l) {
+      lows = larger(larger(lows, Codes(l)), lower(highs, Codes(h)));
+      highs = larger(highs, Codes(h));
+    };
+    fold(_mm512_shuffle_i64x2(__m512i(highs), __m512i(highs), 0x4e),
+         _mm512_shuffle_i64x2(__m512i(lows), __m512i(lows), 0x4e));
+    fold(_mm512_permutex_epi64(__m512i(highs), 0x4e), _mm512_permutex_epi64(__m512i(lows), 0x4e));
+    fold(_mm512_permutex_epi64(__m512i(highs), 0xb1), _mm512_permutex_epi64(__m512i(lows), 0xb1));
+    high = highs[0], low = lows[0];
+#else
+    for (int j = 0; j < WIDTH; j++) {
+      Code loser = highs[j] > high ? high : highs[j];
+      high = highs[j] > high ? highs[j] : high;
+      low = loser > low ? loser : low;
+      low = lows[j] > low ? lows[j] : low;
     }
-    sums[g] = size > 1 ? score_of(best) + score_of(second) : score_of(best);
+#endif
   }
-  for (int g = 0; g < e.groups; g++) {
-    int before = 0;
-    for (int h = 0; h < e.groups; h++) before += sums[h] > sums[g] || (sums[h] == sums[g] && h < g);
-    kept[g] = before < e.kept;
+  for (; i < n; i++) {
+    Code loser = code[i] > high ? high : code[i];
+    high = code[i] > high ? code[i] : high;
+    low = loser > low ? loser : low;
   }
+  *best = high, *second = low;
 }
+
+// The groups that the model drops for a token: all but those whose two best add up to most.
+static Code drop_groups(const Election& e, const Code* code) {
+  int size = e.experts / e.groups;
+  Code sums[MOST_GROUPS], dropped = 0;
+  for (int g = 0; g < filled_up(e.groups); g++) {
+    Code best = NOBODY, second = NOBODY;
+    if (g < e.groups) two_best(code + g * size, size, &best, &second);
+    float sum = size > 1 ? score_of(best) + score_of(second) : score_of(best);
+    sums[g] = g < e.groups ? code_of(sum, e.groups - g) : NOBODY;
+  }
+  for (int g = 0; g < e.groups; g += WIDTH) {
+    Codes mine = load<Codes>(sums + g), above = {};
+    for (int h = 0; h < e.groups; h++) above -= sums[h] > mine;
+    Code rank[WIDTH];
+    store(rank, above);
+    for (int i = 0; i < smaller(WIDTH, e.groups - g); i++)
+      dropped |= Code(rank[i] >= e.kept) << (g + i);
+  }
+  return dropped;
+}
+
+static inline bool in(Code groups, int g) { return (groups >> g) & 1; }
 
 // A token's best experts in the unmodified model, as codes into `hall.best`.
 static void choose_own(const Election& e, const Hall& hall, size_t token, int k) {
-  write_codes(e.p + token * e.stride, e.bias, e.experts, hall.code);
+  write_codes(e.p + token * e.stride, e.bias, hall.place, e.experts, hall.code);
   if (e.kept == e.groups) {
     choose(hall.code, e.experts, k, hall.some, hall.best);
     return;
   }
-  uint8_t* kept = hall.kept + token * e.groups;
   int size = e.experts / e.groups, inside = size * e.kept, count = 0;
-  keep_groups(e, hall.code, kept);
+  Code dropped = hall.dropped[token] = drop_groups(e, hall.code);
   if (inside < k) {
-    for (int i = 0; i < e.experts; i++) hall.code[i] -= kept[i / size] ? 0 : OUTSIDE;
+    for (int i = 0; i < e.experts; i++) hall.code[i] -= in(dropped, i / size) ? OUTSIDE : 0;
     choose(hall.code, e.experts, k, hall.some, hall.best);
     return;
   }
   for (int g = 0; g < e.groups; g++) {
-    if (!kept[g]) continue;
-    memcpy(hall.key + count, hall.code + g * size, size_t(size) * sizeof(Code));
+    if (in(dropped, g)) continue;
+    // Up to a register more than there is: what comes next is written over it.
+    for (int i = 0; i < size; i += WIDTH)
+      store(hall.key + count + i, load<Codes>(hall.code + g * size + i));
     count += size;
   }
   for (; count < filled_up(inside); count++) hall.key[count] = NOBODY;

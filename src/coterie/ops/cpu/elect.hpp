@@ -1,5 +1,6 @@
 // A coreset from votes. Included once per instruction set. See `routing/coreset.py: elect`.
 #pragma once
+#include <math.h>
 #include "choose.hpp"
 
 namespace COTERIE_ISA::routing {
@@ -30,7 +31,7 @@ static void vote_for_own(const Election& e, size_t token, float voice, Code* vot
 static void vote_for_all(const Election& e, size_t token, float voice, Code* votes) {
   const float* p = e.p + token * e.stride;
   int i = 0;
-  if (voice <= 256) {
+  if (WIDTH > 2 && voice <= 256) {
     for (; i + WIDTH <= e.experts; i += WIDTH) {
       Scores x = load<Scores>(p + i) * voice * UNIT;
       Wide rounded = __builtin_convertvector(x, Wide) + MAGIC;
@@ -41,21 +42,37 @@ static void vote_for_all(const Election& e, size_t token, float voice, Code* vot
   for (; i < e.experts; i++) votes[i] += units(p[i] * voice);
 }
 
+// The best score that any voter gives each expert.
+static void vote_by_best(const Election& e, const Hall& hall, int row) {
+  float* best = hall.score;
+  for (int i = 0; i < e.experts; i++) best[i] = -INFINITY;
+  for (size_t t = size_t(row) * e.tokens; t < size_t(row + 1) * e.tokens; t++) {
+    const float* p = e.p + t * e.stride;
+    if (e.voice && !(e.voice[t] > 0)) continue;
+    int i = 0;
+    for (; WIDTH > 2 && i + WIDTH <= e.experts; i += WIDTH) {
+      Scores mine = load<Scores>(p + i), old = load<Scores>(best + i);
+      if (e.bias) mine += load<Scores>(e.bias + i);
+      store(best + i, mine > old ? mine : old);
+    }
+    for (; i < e.experts; i++) {
+      float mine = e.bias ? p[i] + e.bias[i] : p[i];
+      best[i] = mine > best[i] ? mine : best[i];
+    }
+  }
+  for (int i = 0; i < e.experts; i++) hall.votes[i] = units(best[i]);
+}
+
 // The votes of one sequence.
-static void count_votes(const Election& e, int row, Code* votes) {
-  for (int i = 0; i < e.experts; i++) votes[i] = e.vote == MAX ? INT64_MIN : 0;
+static void count_votes(const Election& e, const Hall& hall, int row) {
+  if (e.vote == MAX) return vote_by_best(e, hall, row);
+  memset(hall.votes, 0, size_t(e.experts) * sizeof(Code));
   for (size_t t = size_t(row) * e.tokens; t < size_t(row + 1) * e.tokens; t++) {
     float voice = e.voice ? e.voice[t] : 1;
     if (e.vote == FULL) {
-      vote_for_all(e, t, voice, votes);
-    } else if (e.vote != MAX) {
-      vote_for_own(e, t, voice, votes);
-    } else if (voice > 0) {
-      for (int i = 0; i < e.experts; i++) {
-        float p = e.p[t * e.stride + i];
-        Code best = units(e.bias ? p + e.bias[i] : p);
-        votes[i] = best > votes[i] ? best : votes[i];
-      }
+      vote_for_all(e, t, voice, hall.votes);
+    } else {
+      vote_for_own(e, t, voice, hall.votes);
     }
   }
 }
@@ -106,16 +123,49 @@ static int fewest(const Election& e, const Hall& hall, const Vote* votes) {
   return count > e.least ? count : e.least;
 }
 
+// The `size` experts with the largest keys: bisection for the least of them, then the lower index.
+static void take_most(const Election& e, const Hall& hall, const Code* key, int size, uint8_t* coreset) {
+  Code low = INT64_MAX, high = NOBODY;
+  for (int i = 0; i < e.experts; i++) {
+    low = key[i] < low ? key[i] : low;
+    high = key[i] > high ? key[i] : high;
+  }
+  for (int i = 0; i < filled_up(e.experts); i++)
+    hall.some[i] = i >= e.experts ? NOBODY : hall.first[i] ? high + 1 : key[i];
+  high++;
+  int count = e.experts;  // how many reach `low`
+  while (low < high && count != size) {
+    Code middle = low + Code((uint64_t(high) - uint64_t(low) + 1) / 2);
+    Codes reach = {};
+    for (int i = 0; i < filled_up(e.experts); i += WIDTH)
+      reach -= load<Codes>(hall.some + i) >= middle;
+    Code lanes[WIDTH], reached = 0;
+    store(lanes, reach);
+    for (Code each : lanes) reached += each;
+    if (reached >= size) {
+      low = middle;
+      count = int(reached);
+    } else {
+      high = middle - 1;
+    }
+  }
+  for (int i = e.experts - 1; i >= 0; i--) {
+    coreset[i] = hall.some[i] >= low;
+    if (hall.some[i] == low && count > size) coreset[i] = 0, count--;
+  }
+}
+
 // The coreset by these votes, which `key` sorts.
 template <class Vote>
-static void take(const Election& e, const Hall& hall, const Code* key, const Vote* votes,
-                 uint8_t* coreset) {
-  sort_down(e, hall, key);
-  int protect = 0, size = e.mass > 0 ? fewest(e, hall, votes) : e.count;
+static void take(const Election& e, const Hall& hall, const Code* key, const Vote* votes, uint8_t* coreset) {
+  int protect = 0, size = e.count;
   for (int i = 0; i < e.experts; i++) protect += hall.first[i];
+  if (e.mass > 0) {
+    sort_down(e, hall, key);
+    size = fewest(e, hall, votes);
+  }
   size = smaller(size > protect ? size : protect, e.experts);
-  memset(coreset, 0, size_t(e.experts));
-  for (int i = 0; i < size; i++) coreset[hall.order[i]] = 1;
+  take_most(e, hall, key, size, coreset);
 }
 
 // Those of one set that are not in the other, by votes: most first, or fewest first.
@@ -163,7 +213,7 @@ static void favour_residents(const Election& e, const Hall& hall) {
 static void elect(const Election& e, const Hall& hall, int row) {
   if (e.first > 0) return mark_first(e, row, e.first, hall.coreset);
   mark_first(e, row, e.protect, hall.first);
-  count_votes(e, row, hall.votes);
+  count_votes(e, hall, row);
   bool favours = e.lam > 0 && e.resident;
   take(e, hall, hall.votes, hall.votes, favours ? hall.plain : hall.coreset);
   if (favours) favour_residents(e, hall);

@@ -4,23 +4,32 @@
 
 namespace COTERIE_ISA::routing {
 
+// Experts of dropped groups come behind all others.
+static void push_outside(Code dropped, const Code* group, int n, Code* code) {
+  int i = 0;
+  for (; i + WIDTH <= n; i += WIDTH) {
+    Codes out = ((Codes{} + dropped) >> load<Codes>(group + i)) & 1;
+    store(code + i, load<Codes>(code + i) - out * OUTSIDE);
+  }
+  for (; i < n; i++) code[i] -= in(dropped, int(group[i])) ? OUTSIDE : 0;
+}
+
 // Each token's best of the coreset: inside the groups that the model keeps, then of the rest.
 static void choose_inside(const Election& e, const Hall& hall, int row) {
   int count = 0, size = e.experts / e.groups;
   for (int i = 0; i < e.experts; i++) {
     if (!hall.coreset[i]) continue;
-    hall.back[count] = i / size;
+    hall.group[count] = i / size;
+    hall.bias[count] = e.bias ? e.bias[i] : 0;
+    hall.seat[count] = hall.place[i];
     hall.member[count++] = i;
   }
-  for (int i = count; i < filled_up(count); i++) hall.code[i] = NOBODY;
+  const float* bias = e.bias ? hall.bias : nullptr;
   for (size_t t = size_t(row) * e.tokens; t < size_t(row + 1) * e.tokens; t++) {
     const float* p = e.p + t * e.stride;
-    const uint8_t* kept = hall.kept + t * e.groups;
-    for (int i = 0; i < count; i++) {
-      int id = hall.member[i];
-      Code code = code_of(e.bias ? p[id] + e.bias[id] : p[id], e.experts - 1 - id);
-      hall.code[i] = e.kept == e.groups || kept[hall.back[i]] ? code : code - OUTSIDE;
-    }
+    for (int i = 0; i < count; i++) hall.score[i] = p[hall.member[i]];
+    write_codes(hall.score, bias, hall.seat, count, hall.code);
+    if (e.kept < e.groups) push_outside(hall.dropped[t], hall.group, count, hall.code);
     int taken = choose(hall.code, count, e.k, hall.some, hall.best);
     for (int j = 0; j < e.k; j++)
       e.ids[t * e.k + j] = j < taken ? expert_of(e, hall.best[j]) : -1;

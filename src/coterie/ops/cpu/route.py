@@ -69,14 +69,21 @@ def route(scores: Scores, rule: Rule | None, voice: Tensor | None) -> Routing | 
 
 def _fits(scores: Scores, voice: Tensor | None) -> bool:
     """Whether all of it lies in memory as the kernel reads it, and nobody asks for a gradient."""
-    whole = (scores.logits, scores.bias, voice)
-    plain = all(x is None or (x.dtype == torch.float32 and x.is_contiguous()) for x in whole)
-    resident = scores.resident
-    listed = resident is None or (resident.dtype == torch.bool and resident.is_contiguous())
-    p = scores.probability
-    rows, tokens, _ = p.shape
-    apart = rows == 1 or p.stride(0) == tokens * p.stride(1)
-    return plain and listed and apart and p.stride(2) == 1 and not scores.logits.requires_grad
+    logits, resident, p = scores.logits, scores.resident, scores.probability
+    rows, tokens, _ = logits.shape
+    return (
+        _plain(logits)
+        and not logits.requires_grad
+        and (scores.bias is None or _plain(scores.bias))
+        and (voice is None or _plain(voice))
+        and (resident is None or (resident.dtype == torch.bool and resident.is_contiguous()))
+        and p.stride(2) == 1
+        and (rows == 1 or p.stride(0) == tokens * p.stride(1))
+    )
+
+
+def _plain(tensor: Tensor) -> bool:
+    return tensor.dtype == torch.float32 and tensor.is_contiguous()
 
 
 def _address(tensor: Tensor | None) -> int | None:
