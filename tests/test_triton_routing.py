@@ -19,7 +19,7 @@ from torch._subclasses import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from coterie import ops
-from coterie.ops import gpu
+from coterie.ops import gpu, reference
 from coterie.routing.coreset import Fixed, Mass, first_choices, repaired, take
 from coterie.routing.select import choose, combine_weights, own
 from coterie.routing.votes import VOTES
@@ -206,7 +206,7 @@ def test_kernels_route_as_torch_does(drawn: Block) -> None:
 
 
 @pytest.mark.slow
-@settings(max_examples=300, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=60, suppress_health_check=[HealthCheck.too_slow])
 @drawing(blocks(most=100))
 def test_kernels_route_as_torch_does_on_many_blocks(drawn: Block) -> None:
     agree(*drawn)
@@ -396,8 +396,18 @@ def go(router, tokens, rule):
 
 
 def test_they_compile_for_a_gpu() -> None:
-    kernels = compiled(LAUNCHES + "go(mini, 32, None); go(mini, 32, Rule(count=38))")
-    assert [kernel.name for kernel in kernels] == ["vote", "serve"] * 2
+    kernels = compiled(
+        LAUNCHES
+        + """
+from coterie.ops.triton import voices
+
+go(mini, 32, None)
+go(mini, 32, Rule(count=38))
+voices(torch.ones(1, 32), torch.ones(1, 32, dtype=torch.bool), opposite=True)
+voices(None, torch.ones(1, 256))
+"""
+    )
+    assert [kernel.name for kernel in kernels] == [*["vote", "serve"] * 2, "_hear", "_hear"]
     assert all(kernel.stack <= 16 for kernel in kernels), kernels
 
 
@@ -412,3 +422,32 @@ def test_every_rule_compiles_for_a_gpu() -> None:
     kernels = compiled("\n".join([LAUNCHES, *calls]))
     assert {kernel.name for kernel in kernels} == {"vote", "serve"}
     assert all(kernel.stack <= 16 for kernel in kernels), kernels
+
+
+@settings(max_examples=25)
+@drawing(
+    rows=st.integers(1, 3),
+    tokens=st.integers(1, 40),
+    seed=st.integers(0, 2**32 - 1),
+    asked=st.sampled_from(("nobody says", "some", "few", "none", "bool")),
+    narrowing=st.sampled_from(("nobody says", "some", "few", "none", "bool", "opposite")),
+)
+def test_voices_are_what_torch_makes_of_them(
+    rows: int, tokens: int, seed: int, asked: str, narrowing: str
+) -> None:
+    from coterie.ops.triton import voices
+
+    generator = torch.Generator().manual_seed(seed)
+
+    def drawn(how: str) -> Tensor | None:
+        chance = torch.rand(rows, tokens, generator=generator).to(DEVICE)
+        few = chance * (chance > 1 - 1 / tokens)
+        masks = {"bool": chance > 0.5, "opposite": few == 0}
+        return {"some": chance, "few": few, "none": chance * 0, **masks}.get(how)
+
+    told, less = drawn(asked), drawn(narrowing)
+    if told is None and less is None:
+        told = torch.zeros(rows, tokens, device=DEVICE)
+    opposite = narrowing == "opposite"
+    expected = reference.voices(told, less, opposite=opposite)
+    assert torch.equal(voices(told, less, opposite=opposite), expected)

@@ -42,6 +42,7 @@ __all__ = [
     "top_ids",
     "top_mask",
     "unpack",
+    "voices",
 ]
 
 
@@ -58,6 +59,19 @@ def route(scores: Scores, rule: Rule | None, voice: Tensor | None) -> Routing | 
     if device == "cuda" and gpu.ready():
         return gpu.route(scores, rule, voice)
     return cpu.route(scores, rule, voice) if device == "cpu" else None
+
+
+def voices(asked: Tensor | None, narrowing: Tensor | None, *, opposite: bool = False) -> Tensor:
+    """What each token's vote weighs, [S, N] fp32: ``asked``, times ``narrowing``, both >= 0.
+
+    A row that narrowing leaves without a voter keeps those asked; a row without these has all of
+    its tokens vote. At least one of the two is given. ``opposite``: narrowing, a mask, names those
+    who do not vote.
+    """
+    known = asked if narrowing is None else narrowing
+    if known is not None and known.device.type == "cuda" and gpu.ready():
+        return gpu.voices(asked, narrowing, opposite)
+    return reference.voices(asked, narrowing, opposite=opposite)
 
 
 def run_experts(x: Tensor, routing: Routing, slab: Slab) -> Tensor:

@@ -29,6 +29,13 @@ def route(scores: Scores, rule: Rule | None, voice: Tensor | None) -> Routing | 
     return by_kernel(scores, rule, voice)
 
 
+def voices(asked: Tensor | None, narrowing: Tensor | None, opposite: bool) -> Tensor:
+    """See ``ops.voices``."""
+    from coterie.ops.triton import voices as by_kernel
+
+    return by_kernel(asked, narrowing, opposite=opposite)
+
+
 def run_experts(x: Tensor, routing: Routing, slab: Slab) -> Tensor | None:
     """See ``ops.run_experts``; None for types that no kernel takes."""
     from coterie.ops.triton import experts

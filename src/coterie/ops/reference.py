@@ -86,6 +86,20 @@ def run_experts(x: Tensor, routing: Routing, slab: Slab) -> Tensor:
     return out
 
 
+def voices(asked: Tensor | None, narrowing: Tensor | None, *, opposite: bool = False) -> Tensor:
+    """See ``ops.voices``."""
+    known = asked if narrowing is None else narrowing
+    assert known is not None  # or there is nothing to say of anybody
+    everybody = torch.ones(known.shape, device=known.device)
+    told, allowed = everybody, everybody
+    if asked is not None:
+        told = asked.to(everybody.dtype)
+        allowed = _unless_silent(told, everybody)
+    if narrowing is None:
+        return allowed
+    return _unless_silent(told * (~narrowing if opposite else narrowing), allowed)
+
+
 def dispatch(routing: Routing, slot_of: Tensor, slots: int) -> Dispatch:
     """The pairs of ``routing`` by slot, where ``slot_of`` [E] of each expert is -1 if absent.
 
@@ -104,6 +118,10 @@ def dispatch(routing: Routing, slot_of: Tensor, slots: int) -> Dispatch:
         pair=order.to(torch.int32),
         active=active.where(active < slots, -1).to(torch.int32),
     )
+
+
+def _unless_silent(voice: Tensor, otherwise: Tensor) -> Tensor:
+    return voice.where((voice > 0).any(dim=1, keepdim=True), otherwise)
 
 
 def _swiglu(x: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:

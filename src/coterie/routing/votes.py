@@ -13,6 +13,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from coterie import ops
 from coterie.naming import CoterieError
 from coterie.routing.select import choose, own
 from coterie.values import Progress, Scores, membership
@@ -30,14 +31,10 @@ def voices(scores: Scores, voters: Voters) -> Tensor:
     Where that leaves a sequence without a voter, the engine's voters stand; without these too (a
     finished row), everybody votes, so that an election always has a result.
     """
-    everybody = torch.ones(scores.logits.shape[:2], device=scores.logits.device)
-    asked, allowed = everybody, everybody
-    if scores.voters is not None:
-        asked = scores.voters.to(everybody.dtype)
-        allowed = _unless_silent(asked, everybody)
-    if voters == "all":
-        return allowed
-    return _unless_silent(asked * _narrowing(scores.progress, voters), allowed)
+    narrowing = None if voters == "all" else _narrowing(scores.progress, voters)
+    if scores.voters is None and narrowing is None:
+        return torch.ones(scores.logits.shape[:2], device=scores.logits.device)
+    return ops.voices(scores.voters, narrowing, opposite=voters == "unfilled")
 
 
 def masked(scores: Scores) -> Tensor:
@@ -112,14 +109,11 @@ VOTES: dict[Vote, Callable[[Scores, Tensor, int], Tensor]] = {  # each gives [S,
 }
 
 
-def _unless_silent(voice: Tensor, otherwise: Tensor) -> Tensor:
-    return voice.where((voice > 0).any(dim=1, keepdim=True), otherwise)
-
-
 def _narrowing(progress: Progress | None, voters: Voters) -> Tensor:
+    """Whom it leaves a voice; of ``unfilled`` the opposite, as progress has it."""
     progress = progress or Progress()
     known = {
-        "unfilled": None if progress.filled is None else ~progress.filled,
+        "unfilled": progress.filled,
         "masked": progress.masked,
         "uncertain": progress.uncertainty,
     }[voters]
