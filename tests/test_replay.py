@@ -22,6 +22,7 @@ from test_watch import PROMPTS, engine
 
 from coterie.cli.edge import run
 from coterie.engine.event import Result
+from coterie.experts.capacity import Capacity
 from coterie.experts.eviction import Lru
 from coterie.experts.imagined import Imagined
 from coterie.experts.store import Resident
@@ -29,7 +30,7 @@ from coterie.experts.traffic import Traffic
 from coterie.model.moe import MoE
 from coterie.naming import CoterieError
 from coterie.planning.booking import Cache, Memory, Play, book, choose
-from coterie.planning.machine import Capacity, Machine, bytes_of, clock, rate_of, sizes
+from coterie.planning.machine import Machine, bytes_of, clock, rate_of, sizes
 from coterie.planning.overlap import cosine, jaccard, overlap
 from coterie.planning.recording import about, bias_of, record_trace
 from coterie.planning.replay import CACHES, Grid, Replay, decoding_only, replay, steps_per_block

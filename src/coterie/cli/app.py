@@ -11,7 +11,12 @@ import coterie
 from coterie.cli import options as o
 from coterie.cli.bench import bench
 from coterie.cli.calibrate import calibrate_command
-from coterie.cli.document import comparison_document, print_document, result_document
+from coterie.cli.document import (
+    comparison_document,
+    print_document,
+    result_document,
+    traffic_document,
+)
 from coterie.cli.grade import grade_command
 from coterie.cli.harness import PASSED_ON, lm_eval
 from coterie.cli.lab import evaluate, train
@@ -102,6 +107,7 @@ def generate(
     dtype: o.Dtype = None,
     device: o.Device = "auto",
     experts: o.Experts = None,
+    expert_memory: o.ExpertMemory = None,
     json: o.Json = False,
     watching: o.Watch = False,
 ) -> None:
@@ -112,10 +118,7 @@ def generate(
     coterie generate - --model inclusionAI/LLaDA2.0-mini --json < question.txt
     coterie generate "5 17 33" --model ./folder-without-tokenizer -n 32
     """
-    if json and watching:
-        raise CoterieError("--json and --watch both want standard output; give one of them")
-    if watching:
-        require_terminal()
+    check_shown(json=json, watching=watching)
     wanted = generation_options(
         max_new_tokens=max_new_tokens, block=block, plan=plan, unmask=unmask,
         threshold=threshold, temperature=temperature, top_k=top_k, top_p=top_p, seed=seed,
@@ -123,7 +126,9 @@ def generate(
     )  # fmt: skip
     named = policy_of(policy)
     asked = read_prompt(prompt)
-    engine = open_engine(model, dtype=dtype, device=device, experts=experts)
+    engine = open_engine(
+        model, dtype=dtype, device=device, experts=experts, expert_memory=expert_memory
+    )
     check_effect(engine, wanted)
     check_kept(engine, [policy], wanted)
     ids = ids_of(engine, asked, raw=raw)
@@ -132,13 +137,21 @@ def generate(
     else:
         result = engine.generate(ids, policy=named, **wanted)
     if json:
-        print_document(result_document(result))
+        print_document(result_document(result) | traffic_document(engine))
         return
     if not watching:
         print_text(result.text)
     terminal = console(stderr=True)
     if terminal.is_terminal:
         terminal.print(summary(result, timed=not watching), style="dim")
+
+
+def check_shown(*, json: bool, watching: bool) -> None:
+    """Raises where nobody could watch."""
+    if json and watching:
+        raise CoterieError("--json and --watch both want standard output; give one of them")
+    if watching:
+        require_terminal()
 
 
 @app.command()

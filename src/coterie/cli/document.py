@@ -6,6 +6,7 @@ import json
 import sys
 from collections.abc import Mapping, Sequence
 
+from coterie.engine.engine import Engine
 from coterie.engine.event import Result
 
 
@@ -34,6 +35,25 @@ def result_document(result: Result) -> dict[str, object]:
         "expert_bytes_vanilla": result.expert_bytes_vanilla,
         "vote_mass_kept": result.vote_mass_kept,
     }
+
+
+def traffic_document(engine: Engine) -> dict[str, object]:
+    """What was moved from disk since the model was loaded; empty where all experts are there."""
+    store = engine.model.offloaded
+    if store is None:
+        return {}
+    traffic = store.traffic(len(engine.model.spec.moe_layers))
+    moved = {
+        "slots": store.capacity,
+        "forwards": traffic.forwards,
+        "experts_used": traffic.used,
+        "experts_moved": traffic.moved,
+        "hit_rate": traffic.hit_rate,
+        "bytes_moved": traffic.bytes_moved,
+        "bytes_avoided": traffic.bytes_avoided,
+        "stall_seconds": store.waited,
+    }
+    return {"expert_traffic": moved}
 
 
 def comparison_document(prompt: str, results: Sequence[Result]) -> dict[str, object]:

@@ -170,6 +170,16 @@ Experts = Annotated[
         show_default=False,
     ),
 ]
+ExpertMemory = Annotated[
+    str | None,
+    typer.Option(
+        "--expert-memory",
+        help="Keep only so many routed experts in memory: a share (35%), slots a layer (47) or "
+        "bytes (6GiB); the others are read from a packed checkpoint. Default: all.",
+        rich_help_panel=RUNNING,
+        show_default=False,
+    ),
+]
 Raw = Annotated[
     bool,
     typer.Option(

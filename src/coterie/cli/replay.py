@@ -18,9 +18,10 @@ from coterie.cli import options as o
 from coterie.cli.document import print_document
 from coterie.cli.request import policy_of
 from coterie.cli.tables import bar, console, plain_table, readable, remark
+from coterie.experts.capacity import Capacity
 from coterie.naming import CoterieError
 from coterie.planning.booking import Memory, Play
-from coterie.planning.machine import Capacity, Machine, rate_of, sizes
+from coterie.planning.machine import Machine, rate_of, sizes
 from coterie.planning.overlap import Overlap
 from coterie.planning.replay import CACHES, Grid, Replay, Replayed, replay
 from coterie.planning.replay import decoding_only as only_decoding

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from rich.progress import DownloadColumn, TransferSpeedColumn
 
 from coterie.calibration import read_kept
-from coterie.cli.tables import bar, remark
+from coterie.cli.tables import bar, readable, remark
 from coterie.decoding.plans import BlockCausalUncached, Uncached, parse_plan
 from coterie.engine.engine import Engine, load
 from coterie.naming import CoterieError
@@ -67,16 +67,33 @@ def check_kept(engine: Engine, typed: Sequence[str], wanted: Options) -> None:
 
 
 def open_engine(
-    model: str | None, *, dtype: str | None, device: str, experts: str | None = None
+    model: str | None,
+    *,
+    dtype: str | None,
+    device: str,
+    experts: str | None = None,
+    expert_memory: str | None = None,
 ) -> Engine:
-    """The engine, with a bar on stderr while large weights load."""
+    """The engine, with a bar on stderr while large weights load; where experts stay in their files,
+    a remark says how many slots were made for them."""
     with bar(DownloadColumn(binary_units=True), TransferSpeedColumn()) as shown:
         task = shown.add_task("loading weights", visible=False)
 
         def heard(done: int, whole: int) -> None:
             shown.update(task, completed=done, total=whole, visible=whole >= LARGE)
 
-        return load(model, dtype=dtype, device=device, experts=experts, progress=heard)
+        engine = load(
+            model, dtype=dtype, device=device, experts=experts, expert_memory=expert_memory,
+            progress=heard,
+        )  # fmt: skip
+    store = engine.model.offloaded
+    if store is not None:
+        size = store.capacity * store.expert_bytes * len(engine.model.spec.moe_layers)
+        remark(
+            f"{store.capacity} of {store.experts} experts a layer in memory ({readable(size)}), "
+            "the others on disk"
+        )
+    return engine
 
 
 def check_effect(engine: Engine, wanted: Options) -> None:

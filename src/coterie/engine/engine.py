@@ -237,6 +237,7 @@ def load(
     dtype: str | torch.dtype | None = None,
     device: str | torch.device = "auto",
     experts: str | None = None,
+    expert_memory: str | None = None,
     progress: Callable[[int, int], None] | None = None,
     graphs: bool = True,
     **options: object,
@@ -247,7 +248,14 @@ def load(
     ``options`` are fields of ``Generation``: what a request gets where it asks for nothing else.
     """
     chosen = _policy(policy)
-    model = load_model(name_or_path, dtype=dtype, device=device, experts=experts, progress=progress)
+    model = load_model(
+        name_or_path,
+        dtype=dtype,
+        device=device,
+        experts=experts,
+        expert_memory=expert_memory,
+        progress=progress,
+    )
     usual = Generation.usual(model.family.defaults)
     return Engine(model, policy=chosen, generation=usual.but(**options), graphs=graphs)
 

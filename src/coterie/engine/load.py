@@ -10,7 +10,10 @@ from pathlib import Path
 import torch
 
 from coterie import ops
+from coterie.engine.offloaded import offloaded, slots_of
 from coterie.engine.source import EMBEDDED, find_folder
+from coterie.experts.capacity import Capacity
+from coterie.experts.offload import Offloaded
 from coterie.experts.store import Resident
 from coterie.families import Config, Family, eos_ids, mask_id, recognise
 from coterie.families.names import is_stacked, weight_map
@@ -23,6 +26,7 @@ from coterie.naming import CoterieError
 from coterie.ops import cpu
 from coterie.quant import Format, parse_format
 from coterie.text import Codec, load_codec
+from coterie.values import Store
 
 DTYPES = {
     "float32": torch.float32,
@@ -47,6 +51,7 @@ class Model:
     mask_id: int
     eos_ids: tuple[int, ...]
     folder: Path | None = None  # None: made in memory
+    offloaded: Offloaded | None = None  # its experts, where they are not all in memory
 
     @property
     def spec(self) -> ModelSpec:
@@ -59,6 +64,7 @@ def load_model(
     dtype: str | torch.dtype | None = None,
     device: str | torch.device = "auto",
     experts: str | Format | None = None,
+    expert_memory: str | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> Model:
     """Load a folder, a hub id, or (None) the embedded model.
@@ -66,7 +72,9 @@ def load_model(
     ``device`` "auto" is CUDA where there is one. ``dtype`` None or "auto" is bf16, but fp32 on a
     CPU for models whose weights then stay below 4 GiB. ``experts`` "int8" or "int4" quantises the
     routed experts as they are read. Packed experts are mapped and stay in their file where kernels
-    of a CPU read them, and are unpacked elsewhere. ``progress`` hears (bytes done, bytes in all).
+    of a CPU read them, and are unpacked elsewhere. With ``expert_memory`` ("35%", "47" a layer,
+    "6GiB") only so many are in memory, and the others are read when they are needed; a policy's
+    votes may then prefer those that are there. ``progress`` hears (bytes done, bytes in all).
     Every bad input raises a CoterieError of one line.
     """
     folder = find_folder(name_or_path)
@@ -76,8 +84,9 @@ def load_model(
     where = choose_device(device)
     what = choose_dtype(dtype, spec, where)
     kept = _kept_as(folder, spec, experts, where)
-    transformer = _load_weights(
-        folder, family, spec, kept, dtype=what, device=where, progress=progress
+    capacity = None if expert_memory is None else _capacity(folder, kept, expert_memory)
+    transformer, store = _load_weights(
+        folder, family, spec, kept, dtype=what, device=where, capacity=capacity, progress=progress
     )
     codec = load_codec(folder, template=family.defaults.template, vocabulary=spec.vocabulary)
     return Model(
@@ -88,7 +97,20 @@ def load_model(
         mask_id=_agreed_mask(config, codec, mask_id(config, family, spec.vocabulary)),
         eos_ids=tuple(dict.fromkeys(codec.ends + eos_ids(config, family, spec.vocabulary))),
         folder=folder,
+        offloaded=store if isinstance(store, Offloaded) else None,
     )
+
+
+def _capacity(folder: Path, kept: ModelSpec, text: str) -> Capacity:
+    """Raises CoterieError where experts cannot be read one by one, or not even one fits."""
+    if not kept.panels:
+        raise CoterieError(
+            f"{folder}: --expert-memory reads experts from a packed checkpoint, for a CPU's "
+            "kernels; `coterie quantize MODEL OUT --experts int8` makes one"
+        )
+    capacity = Capacity.parse(text)
+    slots_of(kept, capacity)
+    return capacity
 
 
 def _kept_as(
@@ -154,20 +176,29 @@ def _load_weights(
     *,
     dtype: torch.dtype,
     device: torch.device,
+    capacity: Capacity | None,
     progress: Callable[[int, int], None] | None,
-) -> Transformer:
+) -> tuple[Transformer, Store]:
     """Everything is checked before the first byte of memory is asked for."""
     checkpoint = Checkpoint.of(folder)
     places = weight_map(family.names, spec, stacked=is_stacked(checkpoint.tensors))
     checkpoint.check(places)
-    _check_room(folder, bytes_kept(kept, dtype), device)
+    away = 0
+    if capacity is not None:
+        missing = kept.router.experts - slots_of(kept, capacity)
+        away = len(kept.moe_layers) * missing * kept.expert_stride
+    _check_room(folder, bytes_kept(kept, dtype) - away, device)
     weights = allocate(kept, dtype, device)
     told = _running_total(checkpoint.bytes, progress)
-    checkpoint.load(places, Filling(spec, kept, weights), told)
+    checkpoint.load(places, Filling(spec, kept, weights, left=capacity is not None), told)
+    if capacity is not None:
+        store = offloaded(checkpoint, places, kept, capacity)
+        return build(kept, weights, store), store
     slabs = {
         layer: ops.prepare(take_slab(kept, layer, weights), spend=True) for layer in kept.moe_layers
     }
-    return build(kept, weights, Resident(slabs))
+    store = Resident(slabs)
+    return build(kept, weights, store), store
 
 
 def _running_total(

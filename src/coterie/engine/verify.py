@@ -31,7 +31,7 @@ def verify(folder: Path, told: Callable[[int, int], None] | None = None) -> Veri
     Raises CoterieError that names what differs, the first where there is more; also for a folder
     without a manifest, as published ones are.
     """
-    sums = _sums(folder)
+    sums = sums_of(folder)
     checkpoint = Checkpoint.of(folder)
     if strangers := sorted(checkpoint.tensors ^ set(sums)):
         raise CoterieError(f"{folder / MANIFEST}: {strangers[0]} is in it or in a file, not both")
@@ -84,7 +84,8 @@ def expert_sum(descriptor: int, row: Entry) -> int:
     return found
 
 
-def _sums(folder: Path) -> dict[str, Mapping[str, object]]:
+def sums_of(folder: Path) -> dict[str, Mapping[str, object]]:
+    """Of every tensor, as the manifest has them; raises CoterieError where there is none."""
     path = folder / MANIFEST
     if not path.is_file():
         raise CoterieError(f"{path}: no such file; `coterie quantize` writes it with its models")

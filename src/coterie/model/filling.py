@@ -30,9 +30,12 @@ class Filling:
     stored: ModelSpec
     kept: ModelSpec
     weights: dict[str, Tensor]  # grows by what is mapped
+    left: bool = False  # packed experts stay in their file, and nothing is read of them
 
     def __call__(self, descriptor: int, entry: Entry, place: Place) -> None:
         """Raises CoterieError, naming the tensor where that helps."""
+        if is_packed(place.target) and self.left:
+            return
         if is_packed(place.target) and self.kept.panels:
             self.weights[place.target] = mapped(descriptor, entry)
         elif is_packed(place.target):

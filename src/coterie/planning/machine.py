@@ -12,57 +12,16 @@ computing takes no time, and what remains is what the link alone takes.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
+from coterie.experts.capacity import UNITS, read_amount
 from coterie.naming import CoterieError
 
 Counts = NDArray[np.int64]
-UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
-NUMBER = re.compile(r"\s*([0-9]*\.?[0-9]+(?:e-?[0-9]+)?)\s*([A-Za-z%]*)(/s)?\s*", re.I)
-
-
-@dataclass(frozen=True)
-class Capacity:
-    """Fast memory for experts: a share of them all, slots of each layer, or bytes."""
-
-    amount: float
-    unit: Literal["share", "slots", "bytes"]
-    text: str
-
-    @staticmethod
-    def parse(text: str) -> Capacity:
-        """ "35%", "47" or "6GiB"; raises CoterieError."""
-        amount, unit, rate = _read(text)
-        if not rate and unit == "%" and 0 < amount <= 100:
-            return Capacity(amount / 100, "share", text.strip())
-        if not rate and unit == "" and amount >= 1 and amount.is_integer():
-            return Capacity(amount, "slots", text.strip())
-        if not rate and unit.upper() in UNITS and amount > 0:
-            return Capacity(amount * UNITS[unit.upper()], "bytes", text.strip())
-        raise CoterieError(
-            f"capacity {text!r}: say a share of the experts (35%), slots of each layer (47) "
-            "or bytes (6GiB)"
-        )
-
-    def slots(self, *, layers: int, experts: int, size: int) -> int:
-        """Of each layer, where an expert weighs ``size``; raises for a budget below one."""
-        each = {
-            "share": self.amount * experts + 1e-9,
-            "slots": self.amount,
-            "bytes": self.amount / (layers * size),
-        }[self.unit]
-        if each < 1:
-            raise CoterieError(
-                f"capacity {self.text}: less than one expert in each of {layers} layers, "
-                f"which takes {layers * size:,} bytes or {100 / experts:.3g}%"
-            )
-        return min(experts, int(each))
 
 
 @dataclass(frozen=True)
@@ -96,7 +55,7 @@ def clock(machine: Machine, used: Counts, loads: Counts, size: int, *, decoding:
 
 def bytes_of(text: str, what: str) -> float:
     """ "6291456" or "6MiB" in bytes."""
-    amount, unit, rate = _read(text)
+    amount, unit, rate = read_amount(text)
     if rate or unit.upper() not in ("", *UNITS) or amount <= 0:
         raise CoterieError(f"{what} {text!r}: say bytes, such as 6291456 or 6MiB")
     return amount * UNITS[unit.upper() or "B"]
@@ -104,7 +63,7 @@ def bytes_of(text: str, what: str) -> float:
 
 def rate_of(text: str, what: str) -> float:
     """ "25GB/s" in bytes a second."""
-    amount, unit, rate = _read(text)
+    amount, unit, rate = read_amount(text)
     if not rate or unit.upper() not in UNITS or amount <= 0:
         raise CoterieError(f"{what} {text!r}: say bytes a second, such as 25GB/s")
     return amount * UNITS[unit.upper()]
@@ -122,10 +81,3 @@ def sizes(known: Mapping[str, int], precisions: list[str], typed: str) -> dict[s
             "--expert-bytes says what an expert weighs in another"
         )
     return {name: known[name] for name in precisions}
-
-
-def _read(text: str) -> tuple[float, str, bool]:
-    found = NUMBER.fullmatch(text)
-    if found is None:
-        raise CoterieError(f"{text!r} is no amount; 35%, 47, 6GiB and 25GB/s are")
-    return float(found[1]), found[2], found[3] is not None

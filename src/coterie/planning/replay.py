@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import product
 
+from coterie.experts.capacity import Capacity
 from coterie.experts.eviction import EVICTIONS, Eviction, parse_eviction
 from coterie.experts.traffic import Traffic
 from coterie.naming import CoterieError
@@ -21,7 +22,7 @@ from coterie.planning.booking import (
     choose,
 )
 from coterie.planning.elections import Fidelity, fidelity
-from coterie.planning.machine import Capacity, Clock, Machine, clock
+from coterie.planning.machine import Clock, Machine, clock
 from coterie.planning.overlap import Overlap, overlap
 from coterie.planning.trace import Trace
 from coterie.routing import Vanilla

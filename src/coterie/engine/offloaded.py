@@ -1,0 +1,65 @@
+"""Experts that stay in the files of a packed checkpoint, behind memory for some of them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from torch import Tensor
+
+from coterie.engine.journal import MANIFEST
+from coterie.engine.verify import sums_of
+from coterie.experts.capacity import Capacity
+from coterie.experts.offload import Offloaded
+from coterie.experts.tiers import Blobs, OnDisk
+from coterie.model.checkpoint import Checkpoint
+from coterie.model.spec import ModelSpec
+from coterie.model.weights import Place, is_packed
+from coterie.naming import CoterieError
+from coterie.ops.cpu.kernels import memory
+from coterie.ops.panels import in_panels
+from coterie.values import Slab
+
+
+def offloaded(
+    checkpoint: Checkpoint, places: Mapping[str, Place], spec: ModelSpec, capacity: Capacity
+) -> Offloaded:
+    """The store; raises CoterieError for a budget below one expert a layer, and for a checkpoint
+    whose experts have no checksums."""
+
+    def shown(held: Tensor, slot_of: Tensor) -> Slab:
+        return in_panels(
+            held, spec.panel_kind, slot_of, hidden=spec.hidden, width=spec.expert_width
+        )
+
+    return Offloaded(
+        OnDisk(blobs(checkpoint, places)),
+        shown,
+        memory,
+        experts=spec.router.experts,
+        expert_bytes=spec.expert_stride,
+        capacity=slots_of(spec, capacity),
+    )
+
+
+def slots_of(spec: ModelSpec, capacity: Capacity) -> int:
+    """Of each layer of a model whose experts are packed."""
+    layers, experts = len(spec.moe_layers), spec.router.experts
+    return capacity.slots(layers=layers, experts=experts, size=spec.expert_stride)
+
+
+def blobs(checkpoint: Checkpoint, places: Mapping[str, Place]) -> dict[int, Blobs]:
+    """Of each layer: where its packed experts lie, and their checksums."""
+    sums, found = sums_of(checkpoint.folder), {}
+    for file, entries in checkpoint.files.items():
+        for name, entry in entries.items():
+            target = places[name].target
+            if not is_packed(target):
+                continue
+            listed = sums.get(name, {}).get("crc32")
+            if not isinstance(listed, list) or len(listed) != entry.shape[0]:
+                raise CoterieError(
+                    f"{checkpoint.folder / MANIFEST}: has no checksums of the experts in {name}"
+                )
+            checksums = tuple(int(str(one), 16) for one in listed)
+            found[int(target.split(".")[1])] = Blobs(file, entry.start, entry.shape[1], checksums)
+    return found

@@ -1,0 +1,129 @@
+"""The store that keeps some experts of each layer and fetches the others, wave by wave."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from coterie.experts.eviction import Eviction, Lru
+from coterie.experts.slots import Slots
+from coterie.experts.tiers import Tier
+from coterie.experts.traffic import Traffic
+from coterie.values import Slab
+
+READERS = 4  # fetches in flight
+
+Shown = Callable[[Tensor, Tensor], Slab]
+"""A slab over slots [n, bytes of an expert] uint8 and ``slot_of`` [E]."""
+
+Allocate = Callable[[int, int], Tensor]
+"""Memory for (slots, bytes of an expert), uint8."""
+
+
+@dataclass(frozen=True)
+class Shelf:
+    """A layer's slots: the book of them, and their bytes."""
+
+    slots: Slots
+    memory: Tensor  # [capacity, bytes of an expert] uint8
+
+    def slab(self, shown: Shown, where: dict[int, int], experts: Sequence[int]) -> Slab:
+        """Of these experts alone."""
+        slot_of = torch.full((self.slots.experts,), -1)
+        slot_of[list(experts)] = torch.tensor([where[expert] for expert in experts])
+        return shown(self.memory, slot_of)
+
+
+@dataclass  # not frozen: it holds what changes with every forward
+class Offloaded:
+    """``capacity`` slots for the experts of each layer, over a tier that holds them all.
+
+    Experts that are here are computed while the others come; a coreset larger than the slots comes
+    in waves. Nothing that a slab was made of is overwritten before the next slab is asked for.
+    ``serve`` reads on the host who is used, and waits for fetches. Where one fails, the layer
+    forgets all that it held, and the error says which expert it was.
+    """
+
+    tier: Tier
+    shown: Shown
+    allocate: Allocate
+    experts: int
+    expert_bytes: int
+    capacity: int
+    rule: Eviction = field(default_factory=Lru)
+    forwards: int = 0  # of a layer
+    used: int = 0
+    moved: int = 0
+    waited: float = 0.0  # seconds in which nothing was computed
+    _shelves: dict[int, Shelf] = field(default_factory=dict)
+    _readers: ThreadPoolExecutor = field(
+        default_factory=lambda: ThreadPoolExecutor(READERS, "coterie-experts")
+    )
+
+    def serve(self, layer: int, used: Tensor) -> Iterator[Slab]:
+        shelf = self._shelf(layer)
+        where = dict(shelf.slots.slot_of)
+        waves = shelf.slots.serve(used.cpu().numpy())
+        self.forwards, self.used = self.forwards + 1, self.used + int(used.sum())
+        fetching: dict[int, Future[None]] = {}
+        try:
+            for place, wave in enumerate(waves):
+                self._fetch(layer, shelf, wave.loads, fetching)
+                self._wait(fetching)
+                where = _moved_in(where, wave.loads)
+                reads = {where[expert] for expert in wave.experts}
+                coming = waves[place + 1].loads if place + 1 < len(waves) else ()
+                free = [(expert, slot) for expert, slot in coming if slot not in reads]
+                self._fetch(layer, shelf, free, fetching)
+                yield shelf.slab(self.shown, where, wave.experts)
+        except BaseException:
+            wait(fetching.values())
+            self._shelves.pop(layer, None)
+            raise
+
+    def resident(self, layer: int) -> Tensor | None:
+        return torch.from_numpy(self._shelf(layer).slots.resident)
+
+    def traffic(self, layers: int) -> Traffic:
+        """So far, of a model with so many layers that have experts."""
+        return Traffic(self.forwards // layers, self.expert_bytes, self.used, self.moved)
+
+    def _shelf(self, layer: int) -> Shelf:
+        if layer not in self._shelves:
+            slots = Slots(self.experts, self.capacity, self.rule)
+            memory = self.allocate(slots.capacity, self.expert_bytes)
+            self._shelves[layer] = Shelf(slots, memory)
+        return self._shelves[layer]
+
+    def _fetch(
+        self,
+        layer: int,
+        shelf: Shelf,
+        loads: Sequence[tuple[int, int]],
+        fetching: dict[int, Future[None]],
+    ) -> None:
+        """Begin those of these loads that have not begun."""
+        for expert, slot in loads:
+            if expert not in fetching:
+                self.moved += 1
+                into = shelf.memory[slot]
+                fetching[expert] = self._readers.submit(self.tier.fetch, layer, expert, into)
+
+    def _wait(self, fetching: dict[int, Future[None]]) -> None:
+        """Until all that has begun is there; raises what a fetch raised."""
+        began = time.perf_counter()
+        for one in fetching.values():
+            one.result()
+        self.waited += time.perf_counter() - began
+
+
+def _moved_in(where: dict[int, int], loads: Sequence[tuple[int, int]]) -> dict[int, int]:
+    """Who lies in which slot once these loads are done."""
+    overwritten = {slot for _, slot in loads}
+    kept = {expert: slot for expert, slot in where.items() if slot not in overwritten}
+    return kept | dict(loads)

@@ -1,0 +1,303 @@
+"""A store that fetches: the same numbers as one that holds all, whatever comes and goes."""
+
+from __future__ import annotations
+
+import json
+import threading
+import time
+import zlib
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from policies import law
+from torch import Tensor
+
+import coterie
+from coterie import ops
+from coterie.cli.edge import run
+from coterie.engine.convert import Aim, convert
+from coterie.engine.engine import Engine
+from coterie.engine.journal import MANIFEST
+from coterie.experts.eviction import Eviction, Lfu, Lru
+from coterie.experts.offload import Offloaded
+from coterie.experts.store import Resident
+from coterie.experts.tiers import Blobs, InMemory, OnDisk, Tier
+from coterie.naming import CoterieError
+from coterie.ops import cpu
+from coterie.testing import write_checkpoint
+from coterie.values import Routing, Slab, membership
+
+HIDDEN, WIDTH, LAYERS = 8, 4, (1, 2)
+PART = 2 * WIDTH * HIDDEN  # numbers of gate and up
+SIZE = 4 * (PART + HIDDEN * WIDTH)
+
+
+def shown(memory: Tensor, slot_of: Tensor) -> Slab:
+    """fp32 experts, gate and up before down."""
+    numbers = memory.view(torch.float32)
+    return Slab(
+        numbers[:, :PART].reshape(-1, 2 * WIDTH, HIDDEN),
+        numbers[:, PART:].reshape(-1, HIDDEN, WIDTH),
+        slot_of,
+    )
+
+
+def blobs(experts: int, seed: int = 0) -> dict[int, Tensor]:
+    draw = torch.Generator().manual_seed(seed)
+    numbers = {layer: torch.randn(experts, SIZE // 4, generator=draw) for layer in LAYERS}
+    return {layer: one.view(torch.uint8) for layer, one in numbers.items()}
+
+
+def store(tier: Tier, experts: int, capacity: int, rule: Eviction | None = None) -> Offloaded:
+    def allocate(slots: int, size: int) -> Tensor:
+        return torch.full((slots, size), 255, dtype=torch.uint8)  # NaN
+
+    return Offloaded(tier, shown, allocate, experts, SIZE, capacity, rule or Lru())
+
+
+def routings(experts: int, seed: int, *, count: int, tokens: int = 5, k: int = 3) -> list[Routing]:
+    draw = torch.Generator().manual_seed(seed)
+    made = []
+    for _ in range(count):
+        ids = torch.rand(tokens, experts, generator=draw).argsort(-1)[:, : min(k, experts)]
+        weights = torch.rand(ids.shape, generator=draw)
+        made.append(Routing(ids, weights, membership(ids.flatten(), experts), ids))
+    return made
+
+
+def computed(served: Offloaded | Resident, layer: int, routing: Routing, x: Tensor) -> Tensor:
+    out = torch.zeros(len(x), HIDDEN)
+    for slab in served.serve(layer, routing.used):
+        out += ops.run_experts(x, routing, slab)
+    return out
+
+
+@given(
+    st.integers(1, 12), st.integers(1, 14), st.integers(0, 2**20), st.sampled_from((Lru(), Lfu()))
+)
+@law(40)
+def test_offloaded_equals_resident(experts: int, capacity: int, seed: int, rule: Eviction) -> None:
+    """Layers take turns; equal to rounding, for waves add in another order."""
+    whole = blobs(experts, seed)
+    everyone = torch.arange(experts)
+    resident = Resident({layer: shown(one, everyone) for layer, one in whole.items()})
+    own = store(InMemory(whole), experts, capacity, rule)
+    for place, routing in enumerate(routings(experts, seed, count=6)):
+        layer = LAYERS[place % 2]
+        x = torch.randn(5, HIDDEN, generator=torch.Generator().manual_seed(place))
+        found, true = (computed(one, layer, routing, x) for one in (own, resident))
+        torch.testing.assert_close(found, true, atol=1e-5, rtol=1e-5)
+    traffic = own.traffic(len(LAYERS))
+    assert traffic.forwards == 3
+    assert traffic.used == sum(int(r.used.sum()) for r in routings(experts, seed, count=6))
+    if capacity >= experts:
+        seen = [r.used for r in routings(experts, seed, count=6)]
+        assert own.moved == sum(
+            int((seen[at] | seen[at + 2] | seen[at + 4]).sum()) for at in (0, 1)
+        )
+
+
+@dataclass
+class Slow:
+    """A tier that counts who reads at once, and what it is asked to overwrite."""
+
+    tier: Tier
+    seen: Callable[[Tensor], None] = lambda into: None
+    reading: int = 0
+    most: int = 0
+    lock: threading.Lock = field(default_factory=threading.Lock)
+
+    def fetch(self, layer: int, expert: int, into: Tensor) -> None:
+        with self.lock:
+            self.reading += 1
+            self.most = max(self.most, self.reading)
+            self.seen(into)
+        time.sleep(0.002)
+        self.tier.fetch(layer, expert, into)
+        with self.lock:
+            self.reading -= 1
+
+
+def test_what_is_being_computed_with_is_not_overwritten() -> None:
+    """Twelve experts through five slots: while a slab is out, its bytes stand."""
+    slow = Slow(InMemory(blobs(12)))
+    own = store(slow, 12, 5)
+    for _ in range(3):
+        served = 0
+        for slab in own.serve(1, torch.ones(12, dtype=torch.bool)):
+            slots = slab.slot_of[slab.slot_of >= 0]
+            before = slab.down[slots].clone()
+            time.sleep(0.004)
+            assert torch.equal(slab.down[slots], before)
+            assert not bool(before.isnan().any())
+            served += len(slots)
+        assert served == 12
+    assert slow.most > 1
+    assert own.waited > 0
+
+
+def test_who_is_here_is_computed_while_others_come() -> None:
+    slow = Slow(InMemory(blobs(8)))
+    own = store(slow, 8, 6)
+    first, both = torch.zeros(8, dtype=torch.bool), torch.zeros(8, dtype=torch.bool)
+    first[:3] = True
+    both[:5] = True
+    list(own.serve(1, first))
+    waves = own.serve(1, both)
+    slab = next(waves)
+    assert (slab.slot_of >= 0).tolist() == first.tolist()
+    with slow.lock:
+        assert own.moved == 5  # the two that are missing have been asked for already
+    (rest,) = waves
+    assert (rest.slot_of >= 0).tolist() == (both & ~first).tolist()
+
+
+def test_a_store_that_was_left_in_the_middle_fetches_anew() -> None:
+    whole = blobs(9)
+    own = store(InMemory(whole), 9, 3)
+    served = own.serve(1, torch.ones(9, dtype=torch.bool))
+    next(served)
+    served.close()
+    resident = own.resident(1)
+    assert resident is not None
+    assert not bool(resident.any())
+    x, (routing,) = torch.randn(5, HIDDEN), routings(9, 4, count=1)
+    true = Resident({1: shown(whole[1], torch.arange(9))})
+    torch.testing.assert_close(computed(own, 1, routing, x), computed(true, 1, routing, x))
+
+
+def on_disk(folder: Path, experts: int = 6) -> tuple[OnDisk, dict[int, Tensor]]:
+    whole, layers = blobs(experts), {}
+    for layer, one in whole.items():
+        path = folder / f"layer-{layer}"
+        path.write_bytes(b"before " + one.numpy().tobytes() + b" behind")
+        sums = tuple(zlib.crc32(blob.numpy().tobytes()) for blob in one)
+        layers[layer] = Blobs(path, 7, SIZE, sums)
+    return OnDisk(layers), whole
+
+
+def test_a_disk_gives_what_was_written(tmp_path: Path) -> None:
+    tier, whole = on_disk(tmp_path)
+    into = torch.zeros(SIZE, dtype=torch.uint8)
+    for layer, one in whole.items():
+        for expert in range(6):
+            tier.fetch(layer, expert, into)
+            assert torch.equal(into, one[expert])
+
+
+@pytest.mark.parametrize(
+    ("harm", "told"),
+    [
+        (lambda path: path.unlink(), "cannot be read"),
+        (lambda path: path.write_bytes(path.read_bytes()[: 7 + 4 * SIZE + 3]), "ends after 3 of"),
+        (lambda path: path.write_bytes(b"x" * path.stat().st_size), "is not what was written"),
+    ],
+)
+def test_a_disk_that_fails_gives_an_error_and_never_other_weights(
+    tmp_path: Path, harm: Callable[[Path], object], told: str
+) -> None:
+    """Experts 0 and 1 were read before the file was harmed; then 4 is asked for, and again."""
+    tier, whole = on_disk(tmp_path)
+    own = store(tier, 6, 3)
+    list(own.serve(1, torch.tensor([True, True, False, False, False, False])))
+    path = tier.layers[1].path
+    good = path.read_bytes()
+    harm(path)
+    for _ in range(2):
+        with pytest.raises(CoterieError, match=f"expert 4 of layer 1.*{told}"):
+            list(own.serve(1, torch.tensor([False, False, False, False, True, False])))
+    path.write_bytes(good)
+    (slab,) = own.serve(1, torch.tensor([False, False, False, False, True, False]))
+    assert torch.equal(slab.down[slab.slot_of[4]], shown(whole[1], torch.arange(6)).down[4])
+
+
+needs_kernels = pytest.mark.skipif(not cpu.ready(), reason="the kernels for CPUs are not built")
+PROMPT = [5, 17, 33, 2, 9]
+ASKED = {"max_new_tokens": 24, "block": 8, "unmask": "fixed:steps=3"}
+
+
+def packed(folder: Path, family: str = "llada2", kind: str = "int8") -> Path:
+    """A tiny checkpoint of 16 experts a layer, packed."""
+    whole = write_checkpoint(folder / "whole", family, dtype=torch.bfloat16)
+    convert(whole, folder / "packed", Aim.of(kind))
+    return folder / "packed"
+
+
+def opened(folder: Path, memory: str | None = None, **options: object) -> Engine:
+    return coterie.load(folder, dtype="float32", device="cpu", expert_memory=memory, **options)
+
+
+@needs_kernels
+@pytest.mark.parametrize("kind", ["bf16", "int8", "int4"])
+@pytest.mark.parametrize("family", ["llada2", "llada-moe", "sdar-moe"])
+def test_a_model_answers_the_same_with_few_experts_in_memory(
+    tmp_path: Path, family: str, kind: str
+) -> None:
+    folder = packed(tmp_path, family, kind)
+    whole = opened(folder)
+    for memory in ("1", "35%", "100%"):
+        few = opened(folder, memory)
+        for policy in ("vanilla", "des-vote:beta=0.3"):
+            found, true = (one.generate(PROMPT, policy=policy, **ASKED) for one in (few, whole))
+            assert found.tokens == true.tokens
+        store = few.model.offloaded
+        assert store is not None
+        assert (store.capacity, store.moved > 0) == ({"1": 1, "35%": 5, "100%": 16}[memory], True)
+        assert (store.moved <= 16 * len(few.model.spec.moe_layers)) == (memory == "100%")
+
+
+@needs_kernels
+def test_an_election_prefers_who_is_in_memory(tmp_path: Path) -> None:
+    folder = packed(tmp_path)
+    moved = []
+    for lam in (0, 8):
+        engine = opened(folder, "35%")
+        engine.generate(PROMPT, policy=f"resident-vote:beta=0.3,lam={lam},eps=0.5", **ASKED)
+        store = engine.model.offloaded
+        assert store is not None
+        moved.append(store.moved / store.used)
+    assert moved[1] < moved[0]
+
+
+@needs_kernels
+def test_the_command_says_what_is_in_memory_and_what_was_moved(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = str(packed(tmp_path))
+    words = ["generate", "5 17 33", "-m", folder, "-n", "8", "--block", "8", "--json"]
+    assert run([*words, "--expert-memory", "5"]) == 0
+    said = capsys.readouterr()
+    assert "5 of 16 experts a layer in memory" in said.err
+    told = json.loads(said.out)["expert_traffic"]
+    assert (told["slots"], told["experts_moved"] <= told["experts_used"]) == (5, True)
+    assert told["bytes_moved"] % told["experts_moved"] == 0
+    assert run(words) == 0
+    assert "expert_traffic" not in json.loads(capsys.readouterr().out)
+
+
+@needs_kernels
+def test_what_cannot_be_kept_outside_memory_is_one_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = packed(tmp_path)
+    whole = str(tmp_path / "whole")
+    for model, memory, told in (
+        (whole, "35%", "packed checkpoint"),
+        (str(folder), "0.1%", "less than one expert in each of 2 layers"),
+        (str(folder), "lots", "35%"),
+    ):
+        assert run(["generate", "5 17", "-m", model, "--expert-memory", memory]) == 2
+        said = capsys.readouterr()
+        assert (said.out, said.err.count("\n")) == ("", 1)
+        assert told in said.err
+    listed = json.loads((folder / MANIFEST).read_text())
+    for tensor in listed["tensors"].values():
+        tensor.pop("crc32", None)
+    (folder / MANIFEST).write_text(json.dumps(listed))
+    with pytest.raises(CoterieError, match="no checksums of the experts"):
+        opened(folder, "35%")
