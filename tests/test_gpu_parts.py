@@ -2,20 +2,29 @@
 
 from __future__ import annotations
 
+import json
+import runpy
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
+from gpu_compiling import compiled
 from interpreting import quicken
 
 pytest.importorskip("triton", reason="NOT TESTED: kernels for a GPU (triton is not installed)")
 
 
 @pytest.fixture(autouse=True)
-def parts(monkeypatch: pytest.MonkeyPatch) -> None:
+def parts(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """The scripts can be imported, and torch uses one thread: what is done here is tiny."""
     monkeypatch.setattr(sys, "path", [str(Path(__file__).parents[1] / "scripts"), *sys.path])
     quicken(monkeypatch)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 def test_routing_is_compared_and_timed_for_every_policy() -> None:
@@ -25,3 +34,57 @@ def test_routing_is_compared_and_timed_for_every_policy() -> None:
     assert len(found.facts) == len(routing.TINY) * (len(routing.POLICIES) + 1)
     assert all(facts["agrees"] for facts in found.facts.values())
     assert len(found.measures) == 4 * len(found.facts)
+
+
+def test_everything_is_walked_through(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    gpu = runpy.run_path(str(Path(__file__).parents[1] / "scripts" / "gpu.py"))
+    assert gpu["main"](["--dry-run", "--out", str(tmp_path)]) == 0
+    table = capsys.readouterr().out
+    records = {path.stem: json.loads(path.read_text()) for path in tmp_path.glob("*.json")}
+    assert len(records) == len(gpu["PARTS"])
+    for record in records.values():
+        assert "failed" not in record["facts"]
+        assert all(figure["name"] in table for figure in record["facts"]["figures"])
+    checked = records["gpu-experts-checked-dry-run"]["facts"]["expert kernels"]
+    assert (checked["cases"], checked["failures"]) == (4, [])
+    layer = records["gpu-experts-dry-run"]["facts"]
+    large = [facts for name, facts in layer.items() if name.endswith("fused for large batches")]
+    assert len(large) == 3
+    assert all(facts["distance from ours"] < 2e-2 for facts in large)
+    forwards = records["gpu-forward-dry-run"]["facts"]
+    assert all(forwards[name]["finite"] for name in forwards if name.startswith("forward "))
+
+
+def test_what_ours_is_compared_with_compiles_for_a_gpu() -> None:
+    kernels = compiled(
+        """
+import sys, torch
+sys.path.insert(0, "scripts")
+from gpu_parts import large_batches
+from coterie.values import Routing
+
+x = torch.zeros(32, 2048, dtype=torch.bfloat16)
+ids = torch.zeros(32, 8, dtype=torch.int64)
+weight = [torch.zeros(4, *shape, dtype=torch.bfloat16) for shape in ((1024, 2048), (2048, 512))]
+large_batches.run_experts(x, Routing(ids, ids.float(), ids[0] > 0, ids), *weight)
+"""
+    )
+    assert len(kernels) == 2
+    assert all(kernel.stack == 0 for kernel in kernels)
+
+
+def test_a_part_that_breaks_is_recorded_and_the_next_one_runs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from gpu_parts import limits
+
+    def broken(*asked: object, **how: object) -> None:
+        raise RuntimeError("an illegal memory access was encountered")
+
+    monkeypatch.setattr(limits, "measure", broken)
+    gpu = runpy.run_path(str(Path(__file__).parents[1] / "scripts" / "gpu.py"))
+    words = ["--dry-run", "--out", str(tmp_path), "--only", "limits", "--only", "tests"]
+    assert gpu["main"](words) == 1
+    record = json.loads((tmp_path / "gpu-limits-dry-run.json").read_text())
+    assert record["facts"]["failed"] == "RuntimeError: an illegal memory access was encountered"
+    assert (tmp_path / "gpu-tests-dry-run.json").is_file()

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import torch
 from gpu_parts.clock import Work, kernels, launched, replayed
+from gpu_parts.found import Figure, Found
 
 from coterie.ops import gpu, reference
 from coterie.results import Measure
@@ -28,13 +29,8 @@ ROUTERS = {
 TINY = {"M=16": RouterSpec(16, 3, "sigmoid", True, 2.5, 4, 2)}
 
 
-@dataclass(frozen=True)
-class Found:
-    """Times in microseconds; facts, by router and policy, are counts, ratios of medians, and
-    whether the kernels and torch agree."""
-
-    measures: list[Measure]
-    facts: dict[str, dict[str, object]]
+ELECTED = "des-vote:beta=0.15"  # what is judged
+TARGETS = {"torch / ours, device": 8.0, "torch / ours, launched": 6.0}
 
 
 def measure(device: torch.device, *, tokens: int = 32, dry: bool = False) -> Found:
@@ -47,7 +43,17 @@ def measure(device: torch.device, *, tokens: int = 32, dry: bool = False) -> Fou
             for text in POLICIES:
                 _compare(f"{size}, {text}", scores, parse_policy(text), found)
             _compare_dispatch(f"{size}, lists of tokens", scores, found)
+            _judge(f"{size}, {ELECTED}", found)
     return found
+
+
+def _judge(name: str, found: Found) -> None:
+    facts = found.facts[name]
+    for what, target in TARGETS.items():
+        if what in facts:
+            found.figures.append(Figure(f"routing {name}: {what}", facts[what], target))
+    launches = facts["kernels run by ours"]
+    found.figures.append(Figure(f"routing {name}: launches", launches, 2, most=True))
 
 
 def block(router: RouterSpec, tokens: int, device: torch.device) -> Scores:

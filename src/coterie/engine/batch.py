@@ -17,6 +17,7 @@ from coterie.decoding.sampling import NotFinite
 from coterie.engine.config import Generation
 from coterie.engine.graph import Graphs
 from coterie.engine.pool import Pool
+from coterie.model.cache import Cache
 from coterie.model.step import Step
 from coterie.model.transformer import Transformer
 from coterie.naming import CoterieError
@@ -87,9 +88,44 @@ def forward(
     rows, places = tuple(slot.number for slot in group), [slot.place for slot in group]
     # What is played again shall not change in shape.
     sparing = device.type == "cpu" and graphs is None
+    tokens, step = _asked(group, sparing=sparing)
+
+    def cache() -> Cache | None:
+        return pool.rows(places) if look.cached else None
+
+    alone = look.kind == "decode" and isinstance(watcher, Null) and step.embeddings is None
+    if graphs is not None and alone and graphs.takes(step.policy):
+        whole = replace(step, cache=pool.whole() if look.cached else None)
+        logits, counted = graphs.run(tokens, whole, places, rows)
+    else:
+        counted = Counting()
+        others = watcher if every else NOBODY
+        recorder = Together((counted, watcher)) if look.kind == "decode" else others
+        recorder.began(rows)
+        moved = _moved(replace(step, cache=cache(), recorder=recorder), device)
+        logits = transformer(tokens.to(device), moved)
+    survey = ops.survey(logits, group[0].row.ask.mask) if device.type == "cpu" else None
+    # A row that is alone says by itself, in the one read that it needs, that logits are broken.
+    checked = survey is not None or len(group) > 1 or not look.denoises
+    if checked and not bool(torch.isfinite(logits if survey is None else survey.total).all()):
+        raise _broken(transformer, tokens, replace(step, cache=cache()))
+    try:
+        at = [_needed(slot, sparing=sparing) for slot in group]
+        changes = [
+            _move_on(transformer, slot, where, *share)
+            for slot, where, share in zip(group, at, _shares(at, logits, survey), strict=True)
+        ]
+    except NotFinite as error:
+        raise _broken(transformer, tokens, replace(step, cache=cache())) from error
+    counting.absorb(counted)
+    return changes
+
+
+def _asked(group: Sequence[Slot], *, sparing: bool) -> tuple[Tensor, Step]:
+    """The tokens [B, W] and the step of a forward, on the host, without cache and recorder."""
     step = Step(
         window=_window(group),
-        cache=pool.rows(places) if look.cached else None,
+        cache=None,
         policy=group[0].routes(),
         recorder=NOBODY,
         wanted=_wanted(group, sparing=sparing),
@@ -98,31 +134,7 @@ def forward(
         forward=tuple(slot.row.clock.row for slot in group),
         embeddings=_embeddings(group),
     )
-    tokens = torch.stack([slot.row.canvas.tokens[_span(slot)] for slot in group])
-    alone = look.kind == "decode" and isinstance(watcher, Null)
-    if graphs is not None and alone and graphs.takes(step):
-        logits, counted = graphs.run(tokens, step, places, rows)
-    else:
-        counted = Counting()
-        others = watcher if every else NOBODY
-        recorder = Together((counted, watcher)) if look.kind == "decode" else others
-        recorder.began(rows)
-        logits = transformer(tokens.to(device), _moved(replace(step, recorder=recorder), device))
-    survey = ops.survey(logits, group[0].row.ask.mask) if device.type == "cpu" else None
-    # A row that is alone says by itself, in the one read that it needs, that logits are broken.
-    checked = survey is not None or len(group) > 1 or not look.denoises
-    if checked and not bool(torch.isfinite(logits if survey is None else survey.total).all()):
-        raise _broken(transformer, tokens, step)
-    try:
-        at = [_needed(slot, sparing=sparing) for slot in group]
-        changes = [
-            _move_on(transformer, slot, where, *share)
-            for slot, where, share in zip(group, at, _shares(at, logits, survey), strict=True)
-        ]
-    except NotFinite as error:
-        raise _broken(transformer, tokens, step) from error
-    counting.absorb(counted)
-    return changes
+    return torch.stack([slot.row.canvas.tokens[_span(slot)] for slot in group]), step
 
 
 def _broken(transformer: Transformer, tokens: Tensor, step: Step) -> CoterieError:

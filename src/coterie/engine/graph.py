@@ -98,22 +98,25 @@ class Graphs:
         self._able = _resident(transformer)
         self._failed: set[Policy] = set()
 
-    def takes(self, step: Step) -> bool:
-        """Whether such a forward can be played again: nothing in it asks or follows the host."""
-        return self._able and step.embeddings is None and follows_no_host(step.policy)
+    def takes(self, policy: Policy) -> bool:
+        """Whether forwards under it can be played again: nothing in them follows the host."""
+        return self._able and follows_no_host(policy)
 
     def run(
         self, tokens: Tensor, step: Step, places: Sequence[int], rows: tuple[Row, ...]
     ) -> Outcome:
-        """Logits of a step whose tensors, but for the cache's, are on the host; and its counts.
+        """Logits of a step whose tensors are on the host, but for a cache of all rows; its counts.
 
-        ``places`` are the rows of the cache, ``rows`` the names that the counts go by.
+        ``places`` are this step's rows of the cache, ``rows`` the names that the counts go by.
         """
-        cache = None if step.cache is None else _trimmed(step.cache, step.window)
         changing = _changing(tokens, step)
-        kept = self._kind(changing, step, cache, tuple(places))
+        if step.cache is not None and len(places) > 1:  # which rows they are, is no kind
+            changing["places"] = torch.tensor(places)
+        elif step.cache is not None:
+            step = replace(step, cache=step.cache.rows(places))
+        kept = self._kind(changing, step, places[0] if len(places) == 1 else -1)
         kept.inputs.fill(changing)
-        if kept.replay is None and kept.outcome is None:
+        if kept.outcome is None:
             kept.outcome = logits, counted = kept.work()
             return logits, counted.renewed(rows)
         if kept.replay is None and step.policy not in self._failed:
@@ -122,17 +125,11 @@ class Graphs:
             logits, counted = kept.work()
             return logits, counted.renewed(rows)
         kept.replay()
-        assert kept.outcome is not None  # since it was captured
         logits, counted = kept.outcome
         return logits, counted.renewed(rows)
 
-    def _kind(
-        self,
-        changing: Mapping[str, Tensor],
-        step: Step,
-        cache: Cache | None,
-        places: tuple[int, ...],
-    ) -> Kept:
+    def _kind(self, changing: Mapping[str, Tensor], step: Step, place: int) -> Kept:
+        cache = None if step.cache is None else _trimmed(step.cache, step.window)
         tensors = () if cache is None else (*cache.keys, *cache.values)
         memory = tuple(tensor.untyped_storage().data_ptr() for tensor in tensors)
         if memory and memory != self._memory:  # the old cache is gone; let its memory go too
@@ -140,16 +137,16 @@ class Graphs:
             self._memory = memory
         shapes = tuple((name, tuple(tensor.shape)) for name, tensor in changing.items())
         reach = 0 if cache is None else cache.length
-        key = (step.policy, step.window.block, reach, places, shapes)
+        key = (step.policy, step.window.block, reach, place, shapes)
         if key not in self._kept:
             while len(self._kept) >= MOST:
                 del self._kept[next(iter(self._kept))]
-            self._kept[key] = self._new(changing, step, cache)
+            self._kept[key] = self._new(changing, replace(step, cache=cache))
         return self._kept[key]
 
-    def _new(self, changing: Mapping[str, Tensor], step: Step, cache: Cache | None) -> Kept:
+    def _new(self, changing: Mapping[str, Tensor], step: Step) -> Kept:
         inputs = Inputs.like(changing, self._transformer.device)
-        tokens, placed = _placed(inputs.placed, replace(step, cache=cache))
+        tokens, placed = _placed(inputs.placed, step)
 
         def work() -> Outcome:
             counted = Counting()
@@ -224,9 +221,13 @@ def _placed(placed: Mapping[str, Tensor], step: Step) -> tuple[Tensor, Step]:
     if step.progress is not None:
         names = vars(step.progress)
         progress = Progress(**{name: placed.get(f"progress {name}") for name in names})
+    cache = step.cache
+    if cache is not None and "places" in placed:
+        cache = replace(cache, chosen=placed["places"])
     return placed["tokens"], replace(
         step,
         window=window,
+        cache=cache,
         wanted=placed.get("wanted"),
         voters=placed.get("voters"),
         progress=progress,

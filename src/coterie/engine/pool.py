@@ -42,9 +42,13 @@ class Pool:
             self._cache, self._free, self._count = None, [], 0
 
     def rows(self, indices: Sequence[int]) -> Cache:
+        return self.whole().rows(indices)
+
+    def whole(self) -> Cache:
+        """All rows, taken or not."""
         if self._cache is None:
             raise RuntimeError("no row was taken")
-        return self._cache.rows(indices)
+        return self._cache
 
     def _grow(self, length: int) -> None:
         old = self._cache
