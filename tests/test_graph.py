@@ -179,10 +179,13 @@ def test_between_layers_nothing_asks_the_host(
 ) -> None:
     """A device that holds no numbers at all: whoever asks for one finds out."""
     pytest.importorskip("triton", reason="NOT TESTED: kernels for a GPU (triton is not installed)")
-    for name in ("dispatch", "experts", "routing"):
+    for name in ("attention", "dispatch", "experts", "routing", "rows"):
         module = importlib.import_module(f"coterie.ops.triton.{name}")
         monkeypatch.setattr(module, "launch", lambda *args, **constants: None)
     monkeypatch.setattr(ops, "run_experts", gpu.run_experts)
+    if kernels:
+        for name in ("attend", "gated", "rms_norm"):
+            monkeypatch.setattr(ops, name, getattr(gpu, name))
     monkeypatch.setattr(ops, "route", gpu.route if kernels else lambda *asked: None)
     _, spec = read_spec(tiny_config(family))
     weights = allocate(spec, torch.bfloat16, torch.device("meta"))

@@ -110,11 +110,9 @@ class Graphs:
         ``places`` are this step's rows of the cache, ``rows`` the names that the counts go by.
         """
         changing = _changing(tokens, step)
-        if step.cache is not None and len(places) > 1:  # which rows they are, is no kind
+        if step.cache is not None:
             changing["places"] = torch.tensor(places)
-        elif step.cache is not None:
-            step = replace(step, cache=step.cache.rows(places))
-        kept = self._kind(changing, step, places[0] if len(places) == 1 else -1)
+        kept = self._kind(changing, step)
         kept.inputs.fill(changing)
         if kept.outcome is None:
             kept.outcome = logits, counted = kept.work()
@@ -128,7 +126,7 @@ class Graphs:
         logits, counted = kept.outcome
         return logits, counted.renewed(rows)
 
-    def _kind(self, changing: Mapping[str, Tensor], step: Step, place: int) -> Kept:
+    def _kind(self, changing: Mapping[str, Tensor], step: Step) -> Kept:
         cache = None if step.cache is None else _trimmed(step.cache, step.window)
         tensors = () if cache is None else (*cache.keys, *cache.values)
         memory = tuple(tensor.untyped_storage().data_ptr() for tensor in tensors)
@@ -137,7 +135,7 @@ class Graphs:
             self._memory = memory
         shapes = tuple((name, tuple(tensor.shape)) for name, tensor in changing.items())
         reach = 0 if cache is None else cache.length
-        key = (step.policy, step.window.block, reach, place, shapes)
+        key = (step.policy, step.window.block, reach, shapes)
         if key not in self._kept:
             while len(self._kept) >= MOST:
                 del self._kept[next(iter(self._kept))]
@@ -221,9 +219,7 @@ def _placed(placed: Mapping[str, Tensor], step: Step) -> tuple[Tensor, Step]:
     if step.progress is not None:
         names = vars(step.progress)
         progress = Progress(**{name: placed.get(f"progress {name}") for name in names})
-    cache = step.cache
-    if cache is not None and "places" in placed:
-        cache = replace(cache, chosen=placed["places"])
+    cache = None if step.cache is None else replace(step.cache, chosen=placed["places"])
     return placed["tokens"], replace(
         step,
         window=window,

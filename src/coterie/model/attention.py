@@ -109,7 +109,7 @@ def _limits(window: Window, where: Tensor) -> Tensor:
     limit = window.visible.to(where.device, non_blocking=True)[:, None]
     if window.block:
         limit = torch.minimum(limit, (where // window.block + 1) * window.block)
-    return limit.expand_as(where)
+    return limit.expand_as(where).contiguous()
 
 
 def _mask(window: Window, limits: Tensor, reach: int) -> Tensor | None:

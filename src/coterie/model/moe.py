@@ -7,7 +7,6 @@ from typing import Protocol
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from coterie import ops
 from coterie.model.spec import ModelSpec
@@ -35,8 +34,7 @@ class Dense:
 
     def apply(self, x: Tensor) -> Tensor:
         """[..., H] -> [..., H], whatever the step."""
-        gate, up = ops.linear(x, self.gate_up).chunk(2, dim=-1)
-        return ops.linear(F.silu(gate) * up, self.down)
+        return ops.linear(ops.gated(ops.linear(x, self.gate_up)), self.down)
 
 
 @dataclass(frozen=True)
@@ -60,9 +58,12 @@ class MoE:
     def apply(self, x: Tensor, routing: Routing) -> Tensor:
         """[B, W, H] -> [B, W, H] under any routing; the shared expert is part of it."""
         flat = x.flatten(0, 1)
-        out = torch.zeros(flat.shape, dtype=torch.float32, device=x.device)
+        out: Tensor | None = None
         for slab in self.store.serve(self.layer, routing.used):
-            out += ops.run_experts(flat, routing, slab)
+            part = ops.run_experts(flat, routing, slab)
+            out = part if out is None else out.add_(part)
+        if out is None:  # nobody was needed
+            out = torch.zeros(flat.shape, dtype=torch.float32, device=x.device)
         mixed = out.to(x.dtype).view_as(x)
         return mixed if self.shared is None else mixed + self.shared.apply(x)
 

@@ -31,6 +31,7 @@ from coterie.values import (
 
 __all__ = [
     "attend",
+    "gated",
     "linear",
     "pack",
     "prepare",
@@ -108,6 +109,8 @@ def attend(
     position, keys and values written into ``held``, and what every query sees is mixed, [B, W,
     heads, D]. What it equals is in ``model.attention``, in plain torch.
     """
+    if qkv.is_cuda and gpu.ready():
+        return gpu.attend(qkv, norms, sight, held, epsilon)
     return cpu.attend(qkv, norms, sight, held, epsilon) if cpu.attends(qkv) else None
 
 
@@ -115,7 +118,16 @@ def rms_norm(x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
     """x / rms(x) over the last axis, computed in fp32 and rounded before the weight multiplies."""
     if cpu.norms(x, weight):
         return cpu.rms_norm(x, weight, epsilon)
+    if x.is_cuda and gpu.ready() and (out := gpu.rms_norm(x, weight, epsilon)) is not None:
+        return out
     return reference.rms_norm(x, weight, epsilon)
+
+
+def gated(both: Tensor) -> Tensor:
+    """silu of the first half of [..., 2 I] times the second, [..., I]."""
+    if both.is_cuda and gpu.ready():
+        return gpu.gated(both)
+    return reference.gated(both)
 
 
 def survey(logits: Tensor, mask: int) -> Survey:

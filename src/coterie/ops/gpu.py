@@ -8,7 +8,7 @@ from importlib.util import find_spec
 
 from torch import Tensor
 
-from coterie.values import Routing, Rule, Scores, Slab
+from coterie.values import KeyValues, Routing, Rule, Scores, Sight, Slab
 
 
 @cache
@@ -41,3 +41,27 @@ def run_experts(x: Tensor, routing: Routing, slab: Slab) -> Tensor | None:
     from coterie.ops.triton import experts
 
     return experts.run_experts(x, routing, slab) if experts.fits(x, slab) else None
+
+
+def attend(
+    qkv: Tensor, norms: tuple[Tensor, Tensor], sight: Sight, held: KeyValues, epsilon: float
+) -> Tensor | None:
+    """See ``ops.attend``."""
+    from coterie.ops.triton import attention
+
+    able = attention.attends(qkv, held)
+    return attention.attend(qkv, norms, sight, held, epsilon) if able else None
+
+
+def rms_norm(x: Tensor, weight: Tensor, epsilon: float) -> Tensor | None:
+    """See ``ops.rms_norm``; None for types that no kernel takes."""
+    from coterie.ops.triton import rows
+
+    return rows.rms_norm(x, weight, epsilon) if rows.norms(x, weight) else None
+
+
+def gated(both: Tensor) -> Tensor:
+    """See ``ops.gated``."""
+    from coterie.ops.triton import rows
+
+    return rows.gated(both)

@@ -53,6 +53,12 @@ def rms_norm(x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
     return weight * wide.to(x.dtype)
 
 
+def gated(both: Tensor) -> Tensor:
+    """See ``ops.gated``."""
+    gate, up = both.chunk(2, dim=-1)
+    return F.silu(gate) * up
+
+
 def survey(logits: Tensor, mask: int) -> Survey:
     """See ``ops.survey``."""
     best = logits.argmax(dim=-1)
