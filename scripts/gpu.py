@@ -30,7 +30,7 @@ PARTS = {
     "experts": 200,
     "forward": 150,
     "answers": 100,
-    "tests": 90,
+    "tests": 185,
 }
 
 

@@ -248,6 +248,10 @@ def test_a_measured_plan_is_kept_and_used(tmp_path: Path, monkeypatch: pytest.Mo
     best = plans.chosen(work)
     assert best == min(tried, key=tried.__getitem__) != usual
     assert list(json.loads((tmp_path / "plans.json").read_text())) == [work.key()]
+    monkeypatch.setattr(plans, "SHIPPED", tmp_path / "plans.json")
+    monkeypatch.setenv("COTERIE_CACHE", str(tmp_path / "nothing"))
+    plans._measured.cache_clear()
+    assert plans.chosen(work) == best
     (tmp_path / "plans.json").write_text("{broken")
     plans._measured.cache_clear()
     assert plans.chosen(work) == usual

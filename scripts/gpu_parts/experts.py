@@ -11,7 +11,7 @@ from importlib import import_module
 
 import torch
 from gpu_parts import large_batches
-from gpu_parts.clock import kernels, replayed
+from gpu_parts.clock import kernels, launched, replayed
 from gpu_parts.found import Figure, Found
 from gpu_parts.limits import copy_bandwidth
 from torch import Tensor
@@ -106,10 +106,13 @@ class Layer:
         return experts.run_experts(self.x, routing, self.slab)
 
     def timed(
-        self, work: Callable[[Routing], object], routings: Sequence[Routing]
+        self,
+        work: Callable[[Routing], object],
+        routings: Sequence[Routing],
+        clock: Callable[..., list[float]] = replayed,
     ) -> tuple[list[float], int]:
         """Samples of the device's time, and the calls that each of them spans."""
-        return replayed(lambda: [work(routing) for routing in routings], self.device), len(routings)
+        return clock(lambda: [work(routing) for routing in routings], self.device), len(routings)
 
     def tuned(self, sizes: Sequence[int], seconds: float) -> dict[str, object]:
         """Measures plans for both products, each beside the other's chosen one; keeps the best."""
@@ -147,8 +150,13 @@ def _race(layer: Layer, label: str, routings: list[Routing], ours: float, found:
             out = work(routings[0]).float()
             facts["distance from ours"] = float((out - expected).norm() / expected.norm())
             facts["kernels"] = len(kernels(lambda work=work: work(routings[0]), layer.device))
-            taken = found.took(f"layer {label}: {name}", *layer.timed(work, routings))
-        except Exception as error:  # a peer that is absent, or that a graph cannot hold
+            try:
+                samples = layer.timed(work, routings)
+            except RuntimeError as error:  # what a graph cannot hold is timed as it is launched
+                facts["no graph"] = str(error)[:200]
+                samples = layer.timed(work, routings, clock=launched)
+            taken = found.took(f"layer {label}: {name}", *samples)
+        except Exception as error:  # a peer that is absent, or does not work here
             facts["not measured"] = f"{type(error).__name__}: {error}"[:300]
             continue
         facts["times as long as ours"] = taken / ours

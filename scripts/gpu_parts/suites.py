@@ -1,4 +1,4 @@
-"""The tests that compare devices, and the reference folders where these are at hand."""
+"""The tests of kernels and devices, and the reference folders where these are at hand."""
 
 from __future__ import annotations
 
@@ -11,15 +11,19 @@ import torch
 from gpu_parts.found import Figure, Found
 
 ROOT = Path(__file__).parents[2]
-LIMIT = 60  # seconds for each
+LIMITS = {"devices agree": 60, "parity": 45, "kernels": 75}  # seconds
 
 
 def measure(device: torch.device, *, dry: bool = False) -> Found:
     """Each in a process of its own. ``dry``: pytest is only found."""
     del device
     found = Found()
-    what = "--version" if dry else "tests/test_devices.py"
-    commands = {"devices agree": ["-m", "pytest", "-q", what]}
+    pytest = ["-m", "pytest", "-q"]
+    kernels = sorted(str(path) for path in (ROOT / "tests").glob("test_triton_*.py"))
+    commands = {
+        "devices agree": [*pytest, "--version" if dry else "tests/test_devices.py"],
+        "kernels": [*pytest, *(["--version"] if dry else kernels)],
+    }
     shared = Path(os.environ.get("COTERIE_SHARED") or ROOT.parent / "shared")
     sets = sorted(str(path.parent) for path in (shared / "golden").glob("*/*/reference.npz"))
     if sets and not dry:
@@ -30,13 +34,13 @@ def measure(device: torch.device, *, dry: bool = False) -> Found:
                 [sys.executable, *command],
                 cwd=ROOT,
                 check=False,
-                timeout=LIMIT,
+                timeout=LIMITS[name],
                 capture_output=True,
                 text=True,
             )
             status, told = done.returncode, done.stdout + done.stderr
         except subprocess.TimeoutExpired:
-            status, told = -1, f"not over after {LIMIT} s"
+            status, told = -1, f"not over after {LIMITS[name]} s"
         found.facts[name] = {"status": status, "end": told[-2000:]}
         found.figures.append(Figure(f"{name}: exit status", abs(status), 0, most=True))
     return found

@@ -94,7 +94,7 @@ class Graphs:
         self._transformer = transformer
         self._capture = capture
         self._kept: dict[tuple[object, ...], Kept] = {}
-        self._memory: tuple[int, ...] = ()
+        self._cache: Cache | None = None
         self._able = _resident(transformer)
         self._failed: set[Policy] = set()
 
@@ -127,22 +127,21 @@ class Graphs:
         return logits, counted.renewed(rows)
 
     def _kind(self, changing: Mapping[str, Tensor], step: Step) -> Kept:
-        cache = None if step.cache is None else _trimmed(step.cache, step.window)
-        tensors = () if cache is None else (*cache.keys, *cache.values)
-        memory = tuple(tensor.untyped_storage().data_ptr() for tensor in tensors)
-        if memory and memory != self._memory:  # the old cache is gone; let its memory go too
-            self._kept.clear()
-            self._memory = memory
-        shapes = tuple((name, tuple(tensor.shape)) for name, tensor in changing.items())
-        reach = 0 if cache is None else cache.length
+        if step.cache is not None and step.cache is not self._cache:
+            self._kept.clear()  # they know where the old one lies; let its memory go too
+            self._cache = step.cache
+        shapes = tuple((name, tensor.shape) for name, tensor in changing.items())
+        reach = 0 if step.cache is None else _reach(step.cache, step.window)
         key = (step.policy, step.window.block, reach, shapes)
         if key not in self._kept:
             while len(self._kept) >= MOST:
                 del self._kept[next(iter(self._kept))]
-            self._kept[key] = self._new(changing, replace(step, cache=cache))
+            self._kept[key] = self._new(changing, step, reach)
         return self._kept[key]
 
-    def _new(self, changing: Mapping[str, Tensor], step: Step) -> Kept:
+    def _new(self, changing: Mapping[str, Tensor], step: Step, reach: int) -> Kept:
+        if step.cache is not None:
+            step = replace(step, cache=_trimmed(step.cache, reach))
         inputs = Inputs.like(changing, self._transformer.device)
         tokens, placed = _placed(inputs.placed, step)
 
@@ -191,9 +190,13 @@ def _resident(transformer: Transformer) -> bool:
     return all(isinstance(store, Resident) for store in stores)
 
 
-def _trimmed(cache: Cache, window: Window) -> Cache:
-    """As far as the window sees, rounded up."""
-    reach = min(cache.length, -(-int(window.visible.max()) // REACH) * REACH)
+def _reach(cache: Cache, window: Window) -> int:
+    """How far the window sees, rounded up."""
+    return min(cache.length, -(-int(window.visible.max()) // REACH) * REACH)
+
+
+def _trimmed(cache: Cache, reach: int) -> Cache:
+    """Its first positions."""
     keys, values = (tuple(t[:, :, :reach] for t in held) for held in (cache.keys, cache.values))
     return Cache(keys, values, cache.chosen)
 

@@ -1,7 +1,8 @@
 """How a product of experts is cut up: plans that are good without measuring, and measured ones.
 
 What was measured on a device is kept in a file (``$COTERIE_CACHE``, else ``~/.cache/coterie``) and
-used from then on; without it a plan follows from the shape alone.
+used from then on; so is what lies beside this module as ``plans.json``, measured before. Without
+either a plan follows from the shape alone.
 """
 
 from __future__ import annotations
@@ -18,6 +19,9 @@ import triton
 
 LARGEST = 220 << 10
 """Bytes of shared memory that a program may plan to take: what Hopper has, less a little."""
+
+
+SHIPPED = Path(__file__).with_name("plans.json")
 
 
 @dataclass(frozen=True)
@@ -164,11 +168,14 @@ def device_name() -> str:
 @cache
 def _measured() -> dict[str, Plan]:
     """By key; a file that cannot be read is as good as none."""
-    try:
-        told = json.loads(kept_in().read_text(encoding="utf-8"))
-        return {key: Plan(**plan) for key, plan in told.items()}
-    except (OSError, ValueError, TypeError, AttributeError):
-        return {}
+    found: dict[str, Plan] = {}
+    for path in (SHIPPED, kept_in()):
+        try:
+            told = json.loads(path.read_text(encoding="utf-8"))
+            found |= {key: Plan(**plan) for key, plan in told.items()}
+        except (OSError, ValueError, TypeError, AttributeError):
+            continue
+    return found
 
 
 def _fitting(plan: Plan, work: Work) -> Plan:
