@@ -410,3 +410,16 @@ def test_a_record_of_something_else_has_no_figure(tmp_path: Path) -> None:
     path = write_record(tmp_path, record("embedded training", [], []))
     with pytest.raises(CoterieError, match="'embedded training' has no figure; known: bench layer"):
         plot(path)
+
+
+def test_a_peer_that_was_left_out_leaves_nothing_but_the_reason() -> None:
+    found = time_layer(asked(), [fake("dies"), fake("grazes")], budget=9e9)
+    assert set(found.skipped) == {"dies"}
+    assert found.sittings == [["grazes"]]
+    assert set(found.versions) == {"grazes"}
+    assert set(found.errors) == {"grazes graze"}
+
+
+def test_each_shape_is_timed_at_the_papers_sizes() -> None:
+    assert SHAPES["llada2-mini"].policies == ("vanilla", "des-vote:beta=0.15", "des-vote:beta=0.1")
+    assert SHAPES["llada-moe"].policies == ("vanilla", "des-vote:beta=0.6", "des-vote:beta=0.4")

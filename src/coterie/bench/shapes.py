@@ -37,12 +37,19 @@ class Shape:
 
 @dataclass(frozen=True)
 class Published:
-    """A whole model's shape. ``unique``: experts of a layer that a block of 32 uses together."""
+    """A whole model's shape. ``unique``: experts of a layer that a block of 32 uses together;
+    ``betas``: shares of the experts at which the paper reports it."""
 
     title: str
     family: Family
     spec: ModelSpec
     unique: int
+    betas: tuple[float, ...] = (0.15, 0.1)
+
+    @property
+    def policies(self) -> tuple[str, ...]:
+        """What is timed where nothing else is asked."""
+        return ("vanilla", *(f"des-vote:beta={beta:g}" for beta in self.betas))
 
     @property
     def layer(self) -> Shape:
@@ -164,9 +171,9 @@ _TINY = replace(
 SHAPES = {
     "llada2-mini": Published("LLaDA2.0-mini", LLADA2, _MINI, unique=84),
     "llada2-flash": Published("LLaDA2.0-flash", LLADA2, _FLASH, unique=84),
-    "llada-moe": Published("LLaDA-MoE", LLADA_MOE, _MOE, unique=59),
+    "llada-moe": Published("LLaDA-MoE", LLADA_MOE, _MOE, unique=59, betas=(0.6, 0.4)),
     "sdar-moe": Published("SDAR-MoE", SDAR_MOE, _SDAR, unique=63),
-    "tiny": Published("Tiny", LLADA2, _TINY, unique=18),  # to try a command out
+    "tiny": Published("Tiny", LLADA2, _TINY, unique=18, betas=(0.25,)),  # to try a command out
 }
 LARGE = (SHAPES["llada2-mini"].layer, SHAPES["llada-moe"].layer)
 """The layers that the paper measures."""

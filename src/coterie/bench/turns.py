@@ -207,8 +207,13 @@ class Sitting:
         if who.asked:
             raise error
         self.found.skipped[who.peer.name] = str(error)
+        self.found.versions.pop(who.peer.name, None)
+        for names in self.found.sittings:
+            if who.peer.name in names:
+                names.remove(who.peer.name)
         for label in [label for label, (other, _, _) in self.works.items() if other is who]:
             del self.works[label]
+            del self.found.errors[label]
             for line in self.found.lines:
                 line.samples.pop(label, None)
                 line.beside.pop(label, None)

@@ -35,6 +35,7 @@ from coterie.engine.config import Generation
 from coterie.engine.engine import Engine
 from coterie.engine.load import free_memory
 from coterie.engine.source import EMBEDDED
+from coterie.model.weights import bytes_kept
 from coterie.naming import CoterieError
 
 SPARE = 2 << 30  # bytes left free where --memory says nothing
@@ -86,7 +87,9 @@ def layer_command(
     coterie bench layer --peer zentorch --peer-python zentorch=/opt/zen/bin/python
     coterie bench layer --dtype int8 --peer none --threads 2
     """
-    named = tuple(dict.fromkeys(policy_of(policy) for policy in policies or b.USUAL))
+    named = tuple(
+        dict.fromkeys(policy_of(policy) for policy in policies or published(shape).policies)
+    )
     asked = Asked(
         published(shape), dtype, named, tokens, turns, threads or torch.get_num_threads(), even
     )
@@ -135,7 +138,9 @@ def forward_command(
     coterie bench forward --shape llada2-mini --dtype int8 --context 1024
     coterie bench forward --shape llada2-flash --layers 4 -p vanilla
     """
-    named = list(dict.fromkeys(policy_of(policy) for policy in policies or b.USUAL))
+    named = list(
+        dict.fromkeys(policy_of(policy) for policy in policies or published(shape).policies)
+    )
     cut = published(shape).cut(layers)
     with _telling() as tell:
         tell(0.0, "making weights")
@@ -152,6 +157,7 @@ def forward_command(
         "tokens": tokens,
         "context": context,
         "threads": using,
+        "weights": bytes_kept(model.spec, model.transformer.dtype),
         "peak_memory": _peak(),
         "policies": [line.facts() for line in lines],
     }

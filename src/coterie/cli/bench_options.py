@@ -12,7 +12,6 @@ from coterie.bench.shapes import SHAPES
 from coterie.cli import options as o
 
 NOBODY = "none"
-USUAL = ("vanilla", "des-vote:beta=0.15", "des-vote:beta=0.1")
 COMPARED = ("des-vote:beta=0.5", "des-vote:beta=0.3", "des-vote:beta=0.15", "des-seq:k=3")
 
 ShapeName = Annotated[
@@ -30,7 +29,7 @@ Policies = Annotated[
     typer.Option(
         "--policy",
         "-p",
-        help=f"May be repeated; default {', '.join(USUAL)}.",
+        help="May be repeated; default vanilla and des-vote at the paper's sizes.",
         rich_help_panel=o.DECODING,
         show_default=False,
     ),
