@@ -132,9 +132,121 @@ bool routes_agree() {
   return coterie_route(0, &e) == NOT_FINITE;
 }
 
+// Whether numbers that every instruction set makes are those of the first, to rounding.
+template <class Make>
+bool alike(const char* what, Make make) {
+  std::vector<float> first;
+  for (int isa = 0; coterie_isa(isa); isa++) {
+    if (!coterie_isa_runs(isa)) continue;
+    std::vector<float> found = make(isa);
+    if (isa == 0) first = found;
+    double error = 0, size = 1e-30;
+    for (size_t i = 0; i < found.size(); i++) {
+      error += std::pow(found[i] - first[i], 2);
+      size += std::pow(first[i], 2);
+    }
+    if (!(error <= 1e-3 * size)) {
+      std::printf("%s, %s: %g\n", what, coterie_isa(isa), std::sqrt(error / size));
+      return false;
+    }
+  }
+  return true;
+}
+
+std::vector<uint16_t> halves(size_t count) {
+  std::vector<uint16_t> found(count);
+  for (auto& x : found) x = half(noise());
+  return found;
+}
+
+std::vector<float> widened(const std::vector<uint16_t>& halves) {
+  std::vector<float> found;
+  for (uint32_t x : halves) {
+    x <<= 16;
+    float wide;
+    __builtin_memcpy(&wide, &x, 4);
+    found.push_back(wide);
+  }
+  return found;
+}
+
+bool products_agree() {
+  int tokens = between(0, 40), k = between(1, 90), rows = between(1, 100), threads = between(1, 3);
+  bool wide = between(0, 1), x_is_bf16 = between(0, 1);
+  std::vector<uint16_t> weight = halves(size_t(rows) * k), x = halves(size_t(tokens) * k);
+  std::vector<float> wide_weight = widened(weight), wide_x = widened(x);
+  int format = wide ? FP32 : BF16;
+  std::vector<uint8_t> panels(coterie_matrix_bytes(format, rows, k));
+  const void* from = wide ? static_cast<void*>(wide_weight.data()) : weight.data();
+  MatrixPacking packing{from, panels.data(), rows, k, threads, format};
+  coterie_pack_matrix(&packing);
+  const void* taken = x_is_bf16 ? static_cast<void*>(x.data()) : wide_x.data();
+  return alike("product", [&](int isa) {
+    std::vector<float> out(size_t(tokens) * rows, NAN);
+    std::vector<uint16_t> narrow(out.size());
+    for (int out_is_bf16 : {1, 0}) {
+      void* to = out_is_bf16 ? static_cast<void*>(narrow.data()) : out.data();
+      Product product{taken, panels.data(), to, tokens, k, rows, threads, format, x_is_bf16, out_is_bf16};
+      if (coterie_multiply(isa, &product) != DONE) out.assign(out.size(), NAN);
+    }
+    return out;
+  });
+}
+
+bool attention_agrees() {
+  int rows = between(1, 2), width = between(1, 35), kv_heads = between(1, 3), dim = 2 * between(1, 40);
+  int heads = kv_heads * between(1, 3), turning = between(1, dim / 2), length = width + between(0, 60);
+  int threads = between(1, 3);
+  size_t tokens = size_t(rows) * width, held = size_t(kv_heads) * length * dim;
+  std::vector<uint16_t> qkv = halves(tokens * (heads + 2 * kv_heads) * dim), norm = halves(dim);
+  std::vector<uint16_t> keys = halves(rows * held), values = halves(rows * held);
+  std::vector<float> cos(tokens * turning), sin(cos.size());
+  for (size_t i = 0; i < cos.size(); i++) cos[i] = std::cos(float(i)), sin[i] = std::sin(float(i));
+  std::vector<int64_t> positions, places;
+  std::vector<int32_t> limits;
+  for (int row = 0; row < rows; row++) {
+    int start = between(0, length - width);
+    places.push_back(rows - 1 - row);
+    for (int i = 0; i < width; i++) {
+      positions.push_back(start + i);
+      limits.push_back(between(1, length));
+    }
+  }
+  return alike("attention", [&](int isa) {
+    std::vector<uint16_t> out(tokens * heads * dim);
+    Attending call{qkv.data(), norm.data(), norm.data(), cos.data(), sin.data(), positions.data(),
+                   places.data(), limits.data(), keys.data(), values.data(), out.data(), held,
+                   size_t(length) * dim, 1e-6f, 0.2f, rows, width, heads, kv_heads, dim, turning,
+                   length, threads};
+    if (coterie_attend(isa, &call) != DONE) return std::vector<float>{NAN};
+    return widened(out);
+  });
+}
+
+bool rows_agree() {
+  int rows = between(0, 9), width = between(1, 100), threads = between(1, 3);
+  std::vector<uint16_t> x = halves(size_t(rows) * width), weight = halves(width);
+  std::vector<float> logits = widened(x);
+  return alike("rows", [&](int isa) {
+    std::vector<uint16_t> out(x.size());
+    std::vector<int64_t> best(rows), unmasked(rows);
+    std::vector<float> total(rows);
+    Norming norming{x.data(), weight.data(), out.data(), 1e-6f, rows, width, threads};
+    Surveying surveying{logits.data(), best.data(), unmasked.data(), total.data(), rows, width,
+                        between(0, width - 1), threads};
+    if (coterie_norm(isa, &norming) || coterie_survey(isa, &surveying)) return std::vector<float>{NAN};
+    std::vector<float> found = widened(out);
+    found.insert(found.end(), total.begin(), total.end());
+    found.insert(found.end(), best.begin(), best.end());
+    return found;
+  });
+}
+
 }  // namespace
 
 int main() {
+  for (int i = 0; i < 200; i++)
+    if (!products_agree() || !attention_agrees() || !rows_agree()) return 1;
   for (int i = 0; i < 1000; i++)
     if (!routes_agree()) return 1;
   for (int i = 0; i < 300; i++)

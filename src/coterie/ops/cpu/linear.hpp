@@ -104,10 +104,12 @@ struct Taken {
       int i = s * Kind::PER_STEP;
       size_t size = p.x_is_bf16 ? 2 : 4, at = (size_t(first) * p.k + i) * size;
       const uint8_t* from = static_cast<const uint8_t*>(p.x) + at;
-      bool simple = as_it_is(s);
-      for (int m = 0; m < M; m++) {
+      bool simple = as_it_is(s), widened = Kind::PER_STEP == 1 && p.x_is_bf16;
+      for (int m = 0; m < M; m++, from += size_t(p.k) * size) {
         if (simple)
-          store(to + 4 * m, load<uint32_t>(from + m * size_t(p.k) * size));
+          store(to + 4 * m, load<uint32_t>(from));
+        else if (widened)
+          store(to + 4 * m, uint32_t(load<uint16_t>(from)) << 16);
         else
           Kind::take(number(first + m, i), number(first + m, i + 1), to + 4 * m, 4 * M);
       }
