@@ -56,17 +56,16 @@ class OnDisk:
         what = f"{blobs.path}: expert {expert} of layer {layer}"
         view, at = into.numpy().data, blobs.start + expert * blobs.size
         try:
-            descriptor = os.open(blobs.path, os.O_RDONLY)
-            try:
+            with blobs.path.open("rb", buffering=0) as file:
+                file.seek(at)
                 done = 0
                 while done < blobs.size:
-                    got = os.preadv(descriptor, [view[done:]], at + done)
-                    if got == 0:
+                    got = file.readinto(view[done:])
+                    if not got:
                         raise CoterieError(f"{what} ends after {done} of {blobs.size} bytes")
                     done += got
-                os.posix_fadvise(descriptor, at, blobs.size, os.POSIX_FADV_DONTNEED)
-            finally:
-                os.close(descriptor)
+                if hasattr(os, "posix_fadvise"):
+                    os.posix_fadvise(file.fileno(), at, blobs.size, os.POSIX_FADV_DONTNEED)
         except OSError as error:
             raise CoterieError(f"{what} cannot be read ({error.strerror})") from None
         if zlib.crc32(view) != blobs.checksums[expert]:

@@ -62,6 +62,7 @@ def alike(made: Replay) -> Figure:
         places = range(1, len(values) + 1)
         one.plot(places, values, color=style.colour(name), marker=style.marker(name), label=name)
     one.set_ylim(0, 1)
+    one.locator_params(axis="x", integer=True)
     style.legend(one, columns=1)
     return figure
 
