@@ -406,6 +406,11 @@ def test_what_cannot_be_timed_is_said_in_one_line(
     assert told.count("\n") == 1
 
 
+def test_the_command_alone_tells_what_it_can_do(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["bench"]) == 0
+    assert "generate" in capsys.readouterr().out
+
+
 def test_a_record_of_something_else_has_no_figure(tmp_path: Path) -> None:
     path = write_record(tmp_path, record("embedded training", [], []))
     with pytest.raises(CoterieError, match="'embedded training' has no figure; known: bench layer"):

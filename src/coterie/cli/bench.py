@@ -43,12 +43,11 @@ SPARE = 2 << 30  # bytes left free where --memory says nothing
 bench = typer.Typer(
     rich_markup_mode="rich",
     context_settings={"help_option_names": ["-h", "--help"]},
-    no_args_is_help=True,
 )
 
 
-@bench.callback()
-def bench_command() -> None:
+@bench.callback(invoke_without_command=True)
+def bench_command(context: typer.Context) -> None:
     """Time a layer of experts, a whole forward, or answers; write a record and its figures.
 
     Whatever is compared takes turns, so that a machine that slows down slows all of it.
@@ -58,6 +57,8 @@ def bench_command() -> None:
     coterie bench forward --shape llada2-mini --dtype int8
     coterie bench generate -p des-vote:beta=0.3
     """
+    if context.invoked_subcommand is None:
+        typer.echo(context.get_help())
 
 
 @bench.command("layer")
