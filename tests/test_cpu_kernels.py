@@ -201,16 +201,21 @@ def test_without_a_compiler_the_reason_is_named(monkeypatch: pytest.MonkeyPatch,
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.slow
 def test_sanitizers_find_nothing(tmp_path: Path):
-    checks = (
-        "-fsanitize=address,undefined",
-        "-fno-sanitize-recover=all",
-        "-g",
-        "-fno-omit-frame-pointer",
-    )
-    program = build.build(tmp_path / "driver", program=HERE / "kernels.cpp", extra=checks)
-    done = subprocess.run([program], capture_output=True, text=True, check=False)
+    watched(tmp_path, 30, "-O0", "-DCOTERIE_SMALL")
+
+
+@pytest.mark.slow
+def test_sanitizers_find_nothing_in_what_is_shipped(tmp_path: Path):
+    watched(tmp_path, 300, "-g")
+
+
+def watched(folder: Path, rounds: int, *flags: str) -> None:
+    """So many random cases under every instruction set, with addresses and arithmetic checked."""
+    checks = ("-fsanitize=address,undefined", "-fno-sanitize-recover=all")
+    extra = (*checks, "-fno-omit-frame-pointer", *flags)
+    program = build.build(folder / "driver", program=HERE / "kernels.cpp", extra=extra)
+    done = subprocess.run([program, str(rounds)], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
 
 
