@@ -96,6 +96,40 @@ def test_rows_equal_plain_torch(seed: int, dtype: torch.dtype, rows: int, size: 
     close(kernels.gated(both), reference.gated(both))
 
 
+@settings(max_examples=20, phases=[Phase.explicit, Phase.reuse, Phase.generate])
+@given(
+    seed=st.integers(0, 999),
+    rows=st.integers(1, 3),
+    size=st.sampled_from((2, 96, 4096, 4097, 9000)),
+    ties=st.booleans(),
+)
+def test_a_survey_equals_plain_torch(seed: int, rows: int, size: int, ties: bool) -> None:
+    from coterie.ops.triton import rows as kernels
+
+    draw = torch.Generator().manual_seed(seed)
+    logits = (torch.randn(rows, size, generator=draw) * 3).to(DEVICE)
+    logits = logits.round() if ties else logits
+    mask = int(torch.randint(0, size, (), generator=draw))
+    logits[0, mask] = 50.0
+    found, expected = kernels.survey(logits, mask), reference.survey(logits.cpu(), mask)
+    assert found.best.tolist() == expected.best.tolist()
+    assert found.unmasked.tolist() == expected.unmasked.tolist()
+    assert torch.allclose(found.total.cpu(), expected.total, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")  # the interpreter's NumPy
+def test_a_survey_says_which_logits_are_no_numbers() -> None:
+    from coterie.ops.triton import rows as kernels
+
+    logits = torch.zeros(5, 5000, device=DEVICE)
+    logits[1, 7], logits[2, 4990], logits[3, 0] = torch.nan, torch.inf, -torch.inf
+    logits[4] = torch.nan
+    found = kernels.survey(logits, 3)
+    assert found.total.isfinite().tolist() == [True, False, False, False, False]
+    for ids in (found.best, found.unmasked):
+        assert bool(((ids >= 0) & (ids < 5000)).all())
+
+
 def test_they_compile_for_a_gpu() -> None:
     kernels = compiled(
         """
@@ -120,6 +154,7 @@ for dtype in (torch.bfloat16, torch.float32):
         )
 rows.rms_norm(meta(32, 2048), meta(2048), 1e-6)
 rows.gated(meta(32, 1024))
+rows.survey(meta(32, 157184, dtype=torch.float32), 3)
 """
     )
     assert len(kernels) >= 8

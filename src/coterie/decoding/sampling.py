@@ -95,7 +95,8 @@ def propose(
     doubt = torch.special.entr(torch.softmax(heated, dim=-1)).sum(dim=-1) if entropy else None
     if _far(logits):
         # One read: whole numbers and fp32 fit into fp64 as they are.
-        columns = [ids, unmask, torch.isfinite(logits).all(-1) & real, *sure.unbind(-1)]
+        real = real if survey else real & torch.isfinite(logits).all(-1)
+        columns = [ids, unmask, real, *sure.unbind(-1)]
         columns += [] if doubt is None else [doubt]
         read = torch.stack([column.double() for column in columns]).cpu()
         ids, unmask, real = (column.long() for column in read[:3])

@@ -104,10 +104,10 @@ def forward(
         recorder.began(rows)
         moved = _moved(replace(step, cache=cache(), recorder=recorder), device)
         logits = transformer(tokens.to(device), moved)
-    survey = ops.survey(logits, group[0].row.ask.mask) if device.type == "cpu" else None
+    survey = ops.survey(logits, group[0].row.ask.mask)
     # A row that is alone says by itself, in the one read that it needs, that logits are broken.
-    checked = survey is not None or len(group) > 1 or not look.denoises
-    if checked and not bool(torch.isfinite(logits if survey is None else survey.total).all()):
+    checked = device.type == "cpu" or len(group) > 1 or not look.denoises
+    if checked and not bool(torch.isfinite(survey.total).all()):
         raise _broken(transformer, tokens, replace(step, cache=cache()))
     try:
         at = [_needed(slot, sparing=sparing) for slot in group]

@@ -134,6 +134,8 @@ def survey(logits: Tensor, mask: int) -> Survey:
     """What each row of logits [w, V] says, where ``mask`` is no answer."""
     if cpu.surveys(logits):
         return cpu.survey(logits, mask)
+    if logits.is_cuda and logits.dtype == torch.float32 and gpu.ready():
+        return gpu.survey(logits, mask)
     return reference.survey(logits, mask)
 
 

@@ -8,7 +8,7 @@ from importlib.util import find_spec
 
 from torch import Tensor
 
-from coterie.values import KeyValues, Routing, Rule, Scores, Sight, Slab
+from coterie.values import KeyValues, Routing, Rule, Scores, Sight, Slab, Survey
 
 
 @cache
@@ -58,6 +58,13 @@ def rms_norm(x: Tensor, weight: Tensor, epsilon: float) -> Tensor | None:
     from coterie.ops.triton import rows
 
     return rows.rms_norm(x, weight, epsilon) if rows.norms(x, weight) else None
+
+
+def survey(logits: Tensor, mask: int) -> Survey:
+    """See ``ops.survey``: logits in fp32."""
+    from coterie.ops.triton import rows
+
+    return rows.survey(logits, mask)
 
 
 def gated(both: Tensor) -> Tensor:
