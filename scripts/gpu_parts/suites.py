@@ -33,6 +33,7 @@ def measure(device: torch.device, *, dry: bool = False) -> Found:
             done = subprocess.run(
                 [sys.executable, *command],
                 cwd=ROOT,
+                env=os.environ if dry else {**os.environ, "TRITON_INTERPRET": "0"},
                 check=False,
                 timeout=LIMITS[name],
                 capture_output=True,
