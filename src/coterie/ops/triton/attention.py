@@ -17,7 +17,7 @@ from coterie.values import KeyValues, Sight
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 INTERPRETED = bool(knobs.runtime.interpret)
-TILE = {2: (64, 64), 4: (16, 32)}
+TILE = {2: (64, 64), 4: (16, 16)}
 """By bytes of a number: queries and keys that a program looks at together, at most. Heads that
 share keys queue as further queries; fp32 is multiplied in registers, of which there are few."""
 PROGRAMS = 264  # that shall share the work: two for each processor of a large GPU
