@@ -12,7 +12,7 @@ import triton.language as tl
 from torch import Tensor
 from triton import knobs
 
-from coterie.ops.triton.launch import launch
+from coterie.ops.triton.launch import launch, pieces, power_of_two
 from coterie.values import KeyValues, Sight
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
@@ -64,12 +64,12 @@ def attend(
     )
     count = width * heads // kv_heads  # queries that share a head's keys
     most, keys = TILE[qkv.element_size()]
-    tile = min(most, max(16, triton.next_power_of_2(count)))
-    tiles = triton.cdiv(count, tile)
-    blocks = max(1, triton.cdiv(sight.reach, keys))
+    tile = min(most, max(16, power_of_two(count)))
+    tiles = pieces(count, tile)
+    blocks = max(1, pieces(sight.reach, keys))
     parts = max(1, min(blocks, PARTS, PROGRAMS // (tiles * rows * kv_heads)))
-    each = triton.cdiv(blocks, parts) * keys
-    parts = triton.cdiv(blocks * keys, each)
+    each = pieces(blocks, parts) * keys
+    parts = pieces(blocks * keys, each)
     shape = (parts, rows, width, heads)
     sums = torch.empty(*shape, dim, dtype=torch.float32, device=qkv.device)
     peaks = torch.empty(*shape, dtype=torch.float32, device=qkv.device)
@@ -115,7 +115,7 @@ def attend(
 
 
 def _padded(dim: int) -> int:
-    return max(16, triton.next_power_of_2(dim))
+    return max(16, power_of_two(dim))
 
 
 @triton.jit

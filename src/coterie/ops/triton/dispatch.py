@@ -8,7 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from coterie.ops.reference import Dispatch
-from coterie.ops.triton.launch import launch
+from coterie.ops.triton.launch import launch, power_of_two
 from coterie.values import Routing
 
 CHUNK = 1024  # pairs that a program looks at together
@@ -38,9 +38,9 @@ def dispatch(routing: Routing, slot_of: Tensor, slots: int) -> Dispatch:
         len(slot_of),
         slots,
         K=k,
-        PAIRS=min(CHUNK, triton.next_power_of_2(max(pairs, 1))),
-        EXPERTS=triton.next_power_of_2(len(slot_of)),
-        SLOTS=triton.next_power_of_2(max(slots, 1)),
+        PAIRS=min(CHUNK, power_of_two(max(pairs, 1))),
+        EXPERTS=power_of_two(len(slot_of)),
+        SLOTS=power_of_two(max(slots, 1)),
         num_warps=4,
     )
     return found

@@ -8,13 +8,12 @@ choice by choice.
 from __future__ import annotations
 
 import torch
-import triton
 from torch import Tensor
 from triton import knobs
 
 from coterie.ops.triton import expert_kernels as kernels
 from coterie.ops.triton.dispatch import dispatch
-from coterie.ops.triton.launch import launch
+from coterie.ops.triton.launch import launch, pieces
 from coterie.ops.triton.plans import Plan, Work, chosen
 from coterie.quant import QTensor
 from coterie.values import Routing, Slab
@@ -54,7 +53,7 @@ def run_experts(
     shape = {"HIDDEN": hidden, "WIDTH": width, "WIDE": INTERPRETED}
     launch(
         kernels.gate_up_kernel,
-        (places * triton.cdiv(width, first.columns),),
+        (places * pieces(width, first.columns),),
         x.contiguous(),
         *_stored(slab.gate_up),
         lists.token,
@@ -67,7 +66,7 @@ def run_experts(
     )
     launch(
         kernels.down_kernel,
-        (places * triton.cdiv(hidden, second.columns),),
+        (places * pieces(hidden, second.columns),),
         h,
         *_stored(slab.down),
         lists.pair,
@@ -80,7 +79,7 @@ def run_experts(
     )
     launch(
         kernels.sum_kernel,
-        (tokens, triton.cdiv(hidden, SUMMED)),
+        (tokens, pieces(hidden, SUMMED)),
         y,
         routing.ids.contiguous(),
         slab.slot_of.contiguous(),

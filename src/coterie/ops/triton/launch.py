@@ -15,3 +15,13 @@ def launch(
 ) -> None:
     """Queues ``kernel`` on the device of its tensors; waits for nothing."""
     kernel[grid](*args, **constants)  # pyright: ignore[reportIndexIssue]
+
+
+def pieces(whole: int, part: int) -> int:
+    """How many parts cover the whole."""
+    return -(-whole // part)
+
+
+def power_of_two(least: int) -> int:
+    """The smallest that is not less, as kernels' ranges are; 1 for 0."""
+    return 1 << max(0, least - 1).bit_length()

@@ -17,6 +17,8 @@ from pathlib import Path
 import torch
 import triton
 
+from coterie.ops.triton.launch import power_of_two
+
 LARGEST = 220 << 10
 """Bytes of shared memory that a program may plan to take: what Hopper has, less a little."""
 
@@ -180,8 +182,8 @@ def _measured() -> dict[str, Plan]:
 
 def _fitting(plan: Plan, work: Work) -> Plan:
     """The same for small shapes: no tile much larger than what there is; whole groups of scales."""
-    step = max(min(plan.step, triton.next_power_of_2(work.k)), 32, work.group)
-    columns = max(min(plan.columns, triton.next_power_of_2(work.rows)), 16)
+    step = max(min(plan.step, power_of_two(work.k)), 32, work.group)
+    columns = max(min(plan.columns, power_of_two(work.rows)), 16)
     return replace(plan, step=step, columns=columns)
 
 

@@ -7,11 +7,10 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 import torch
-import triton
 from torch import Tensor
 
 from coterie.ops.triton.election import serve, vote
-from coterie.ops.triton.launch import launch
+from coterie.ops.triton.launch import launch, pieces, power_of_two
 from coterie.values import RouterSpec, Routing, Rule, Scores
 
 WIDEST = 1024  # columns that a program holds, and so experts
@@ -59,7 +58,7 @@ def route(scores: Scores, rule: Rule | None, voice: Tensor | None) -> Routing | 
     resident = scores.resident if rule is not None and rule.lam > 0 else None
     launch(
         serve,
-        (triton.cdiv(tokens, plan.serving), rows),
+        (pieces(tokens, plan.serving), rows),
         bits,
         own,
         parts,
@@ -123,7 +122,7 @@ def plan_of(router: RouterSpec, tokens: int, elects: bool) -> Plan:
         casting=casting,
         warps=warps,
         serving=4 if elects else 32,
-        tiles=triton.cdiv(tokens, casting),
+        tiles=pieces(tokens, casting),
         columns=columns,
     )
 
@@ -138,10 +137,10 @@ def _columns(router: RouterSpec) -> dict[str, int]:
         "K": router.k,
         "GROUPS": groups,
         "KEPT": router.kept_groups if limited else 1,
-        "MANY": triton.next_power_of_2(groups),
+        "MANY": power_of_two(groups),
         "SIZE": size,
-        "WIDE": triton.next_power_of_2(size),
-        "CHOICES": triton.next_power_of_2(router.k),
+        "WIDE": power_of_two(size),
+        "CHOICES": power_of_two(router.k),
     }
 
 

@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from coterie.ops.triton.launch import launch
+from coterie.ops.triton.launch import launch, pieces, power_of_two
 from coterie.values import Survey
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
@@ -25,7 +25,7 @@ def rms_norm(x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
     """See ``ops.rms_norm``."""
     x = x.contiguous()
     out, size = torch.empty_like(x), x.shape[-1]
-    padded = triton.next_power_of_2(size)
+    padded = power_of_two(size)
     launch(
         _norm,
         (x.numel() // size,),
@@ -45,7 +45,7 @@ def gated(both: Tensor) -> Tensor:
     both = both.contiguous()
     width = both.shape[-1] // 2
     out = both.new_empty(*both.shape[:-1], width)
-    grid = (out.numel() // width, triton.cdiv(width, PIECE))
+    grid = (out.numel() // width, pieces(width, PIECE))
     launch(_gate, grid, both, out, WIDTH=width, PIECE=PIECE, num_warps=4)
     return out
 
@@ -54,13 +54,13 @@ def survey(logits: Tensor, mask: int) -> Survey:
     """See ``ops.survey``: logits [w, V] in fp32; infinite ones make a total NaN as well."""
     logits = logits.contiguous()
     (rows, size), device = logits.shape, logits.device
-    parts = triton.cdiv(size, CHUNK)
+    parts = pieces(size, CHUNK)
     values = torch.empty(4, rows, parts, dtype=torch.float32, device=device)
     ids = torch.empty(2, rows, parts, dtype=torch.int32, device=device)
     launch(_look, (rows, parts), logits, values, ids, rows, size, mask, CHUNK=CHUNK, num_warps=8)
     best = torch.empty(2, rows, dtype=torch.int64, device=device)
     total = torch.empty(rows, dtype=torch.float32, device=device)
-    padded = triton.next_power_of_2(parts)
+    padded = power_of_two(parts)
     launch(_settle, (rows,), values, ids, best, total, rows, parts, PADDED=padded, num_warps=1)
     return Survey(best[0], best[1], total)
 

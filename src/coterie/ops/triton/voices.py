@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from coterie.ops.triton.launch import launch
+from coterie.ops.triton.launch import launch, power_of_two
 
 
 def voices(asked: Tensor | None, narrowing: Tensor | None, *, opposite: bool = False) -> Tensor:
@@ -27,7 +27,7 @@ def voices(asked: Tensor | None, narrowing: Tensor | None, *, opposite: bool = F
         voice,
         tokens,
         OPPOSITE=opposite,
-        TOKENS=triton.next_power_of_2(tokens),
+        TOKENS=power_of_two(tokens),
         num_warps=4 if tokens > 128 else 1,
     )
     return voice
