@@ -15,6 +15,7 @@ from torch import Tensor
 
 from coterie.naming import CoterieError
 from coterie.routing import parse_policy
+from coterie.routing.coreset import Priced
 from coterie.routing.proportional import SHARE, Favour, seats, shares
 from coterie.routing.votes import BALLOTS, UNIT, margin
 from coterie.values import RouterSpec, Scores
@@ -283,3 +284,9 @@ def _elected(text: str, scores: Scores) -> list[int]:
 def _logits(*probabilities: tuple[float, ...]) -> Tensor:
     """[1, N, E] whose sigmoid these are."""
     return torch.tensor([[[math.log(p / (1 - p)) for p in row] for row in probabilities]])
+
+
+def test_a_price_is_held_against_votes_to_the_last_unit():
+    """Votes are whole numbers up to 2**46: float32, torch's own choice, would lose their end."""
+    votes = torch.tensor([[2**40, 2**39 + 1, 2**39 - 1, 5]])
+    assert Priced(0.5).count(votes, 1).tolist() == [[2]]

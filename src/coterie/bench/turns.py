@@ -22,7 +22,8 @@ from coterie.bench.shapes import Published
 from coterie.results import Measure
 from coterie.values import Routing, Slab
 
-DRAWS = 4  # routings that take turns, so that no expert stays in a cache
+DRAWS = 4  # routings that take turns
+SWEPT = 128 << 20  # bytes read before each work, so that it finds nothing of its own in a cache
 LEAST, ENOUGH = 3, 4.0  # turns at least, and seconds in all after which a slow work rests
 LIMITS = {"fp32": 1e-4, "bf16": 0.03, "int8": 0.06, "int4": 0.3}
 """Relative error from which a peer computes something else."""
@@ -116,6 +117,7 @@ class Sitting:
 
     def __post_init__(self) -> None:
         self.rows = rows_of(memory_of([self.slab.gate_up, self.slab.down]))
+        self.broom = rows_of([torch.ones(1, SWEPT, dtype=torch.uint8)])
 
     def open(self, group: Sequence[Chosen], stack: ExitStack, tell: Tell) -> None:
         """Start the peers, one after the other, and compare what they compute."""
@@ -147,6 +149,7 @@ class Sitting:
         draw.shuffle(order)
         taken: dict[str, float] = {}
         for work in order:
+            read_rows(self.broom, torch.tensor([True]))
             if work in (READ, OURS):
                 taken[work] = self._ours(work, x, routing)
             elif work in self.works:  # its peer may have gone meanwhile

@@ -121,7 +121,8 @@ class Priced:
 
     def count(self, votes: Tensor, k: int) -> Tensor:
         place = torch.arange(1, votes.shape[-1] + 1, device=votes.device)
-        worthy = votes >= self.price * UNIT
+        # In float64: compared with a Python number, whole ones would be rounded to float32.
+        worthy = votes.double() >= self.price * UNIT
         # Those behind a protected expert with few votes may have more: up to the last worthy one.
         return (worthy * place).amax(dim=-1, keepdim=True).clamp(min=k)
 
