@@ -17,10 +17,11 @@ import torch
 from released import LLADA2_FLASH, LLADA2_MINI, LLADA_MOE
 
 from coterie.bench import llama, turns, worker
-from coterie.bench.forward import needs_of, random_blocks, time_forward
+from coterie.bench.forward import fillings, random_blocks, time_forward
 from coterie.bench.generate import random_prompts, time_generation
 from coterie.bench.layer import draw_cases, our_slab, sittings, time_layer
 from coterie.bench.model import random_model, repeated, some_experts
+from coterie.bench.needs import cached, floor, needs_of
 from coterie.bench.peers import PEERS, Chosen, Peer, PeerError, Worker, chosen
 from coterie.bench.plots import chart_of, plot
 from coterie.bench.reading import memory_of, read_rows, rows_of
@@ -302,19 +303,59 @@ def test_a_forward_needs_every_weight_once_and_of_the_experts_those_it_uses(expe
 def test_forwards_are_timed_beside_their_reads() -> None:
     model = random_model(TINY, "int8")
     heard: list[float] = []
-    lines = time_forward(
+    found = time_forward(
         model,
         ["vanilla", "des-vote:beta=0.25"],
         turns=3,
         context=40,
         tell=lambda share, _doing: heard.append(share),
     )
+    lines = found.lines
     assert [len(line.seconds) for line in lines] == [len(line.limit) for line in lines] == [3, 3]
+    assert all(a >= b for line in lines for a, b in zip(line.floor, line.limit, strict=True))
+    assert lines[0].flops == lines[1].flops
+    assert found.logits == (32, 28, 24, 20, 16, 12, 8, 4)
+    assert [len(taken) for taken in found.rates.values()] == [6, 6, 6]
     assert lines[1].experts == 8 < lines[0].experts
     assert lines[0].bytes > lines[1].bytes > sum(lines[1].parts.values()) - 1
     assert heard[-1] == 1.0
     with pytest.raises(CoterieError, match="need 576 positions; the model has 512"):
         time_forward(model, ["vanilla"], context=543)
+
+
+@pytest.mark.parametrize("experts", ["fp32", "bf16", "int8"])
+def test_operations_are_two_for_every_number_and_token_that_meet(experts: str) -> None:
+    model = random_model(TINY, experts)
+    spec, transformer = model.spec, model.transformer
+    needs = needs_of(transformer, random_blocks(model, 32, 64, 1))
+    flops = needs.operations(pairs=32 * 4 * 2, wanted=5)
+    assert set(flops) == {"experts", *needs.parts}
+    size = transformer.dtype.itemsize
+    for part in ("attention", "shared", "dense"):
+        assert flops[part] == 2 * 32 * needs.parts[part] // size
+    assert flops["router"] == 2 * 32 * needs.parts["router"] // 4
+    assert flops["head"] == 2 * 5 * spec.vocabulary * spec.hidden
+    assert flops["experts"] == 2 * (32 * 4 * 2) * spec.expert_parameters
+    assert flops["keys and values"] == 4 * 32 * 96 * spec.heads * spec.head_dim * spec.layers
+    assert all(rate > 0 for rate in cached(transformer, 32).rates().values())
+
+
+def test_a_floor_takes_of_every_part_what_takes_longer() -> None:
+    found = floor(
+        {"experts": 60.0, "head": 20.0, "router": 10.0},
+        {"experts": 100.0, "head": 90.0, "router": 8.0},
+        bandwidth=10.0,
+        rates={"experts": 50.0, "matrix": 30.0, "router": 4.0},
+    )
+    assert found == 6 + 3 + 2
+
+
+def test_a_block_is_filled_evenly() -> None:
+    assert fillings(7, 32) == (7,)
+    assert fillings("block", 4) == (4, 3, 2, 1)
+    assert fillings("block", 12) == (12, 11, 9, 8, 6, 5, 3, 2)
+    with pytest.raises(CoterieError, match="33 logits of a block of 32; it has 1 to 32"):
+        fillings(33, 32)
 
 
 def test_bytes_are_read_without_kernels_too(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -374,7 +415,8 @@ def test_forward_and_generate_leave_records_that_can_be_drawn(tmp_path: Path) ->
     assert run(["bench", "forward", *usual, "--layers", "2", "--context", "0"]) == 0
     assert run(["bench", "generate", *usual, "--prompts", "1", "--tokens", "8"]) == 0
     forward = json.loads((tmp_path / "bench-forward-tiny-int8-2-layers.json").read_text())
-    assert chart_of(forward).rows == ["read", "forward"]
+    assert chart_of(forward).rows == ["read", "floor", "forward"]
+    assert forward["facts"]["wanted"] == "block"
     generate = json.loads((tmp_path / "generate-random-tiny-cpu.json").read_text())
     assert chart_of(generate).rows == ["vanilla", "des-vote:beta=0.25"]
     assert len(list(tmp_path.glob("*.svg"))) == 4
@@ -389,6 +431,8 @@ def test_forward_and_generate_leave_records_that_can_be_drawn(tmp_path: Path) ->
         (["layer", "--peer", "torch", "--peer-python", "zentorch=x"], "not among --peer torch"),
         (["layer", "-p", "des-votes"], "unknown policy"),
         (["forward", "--shape", "tiny", "--layers", "1"], "it takes 2 to 3"),
+        (["forward", "--wanted", "most"], "neither a number nor block"),
+        (["forward", "--wanted", "0"], "it has 1 to 32"),
         (["generate", "--layers", "2"], "--layers needs --shape"),
         (["generate", "--shape", "tiny", "--experts", "int8"], "--experts has no effect"),
         (["generate", "--shape", "tiny", "--dtype", "fp8"], "known: fp32, bf16, int8, int4"),

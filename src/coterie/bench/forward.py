@@ -12,73 +12,57 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from coterie.bench.reading import Weight, memory_of, read_rows, rows_of
+from coterie.bench.needs import Blocks, Cached, Needs, Part, cached, floor, needs_of
 from coterie.bench.timing import once
 from coterie.engine.load import Model
 from coterie.model.cache import Cache
-from coterie.model.moe import Dense, MoE
 from coterie.model.step import Step
 from coterie.model.transformer import Transformer
 from coterie.naming import CoterieError
 from coterie.results import Measure
 from coterie.routing import check_layers, parse_policy
 from coterie.telemetry import Null, Tracing
-from coterie.values import Slab, Window
+from coterie.values import Window
 
 DRAWS = 4  # blocks that take turns
+STEPS = 8  # forwards that fill a block
 READ = "read"
-ONE = torch.ones(1, dtype=torch.bool)
-Part = Literal["experts", "attention", "shared", "dense", "router", "head", "keys and values"]
 Tell = Callable[[float, str], None]
-
-
-@dataclass(frozen=True)
-class Needs:
-    """The bytes of one forward by part, and the memory in which they lie.
-
-    ``slabs``: each layer's experts, of which a forward reads those it uses; ``whole``: all that is
-    read whatever the routing.
-    """
-
-    slabs: dict[int, list[Slab | Tensor]]
-    sizes: dict[int, int]  # bytes of one expert, by layer
-    whole: list[Slab | Tensor]
-    parts: Mapping[Part, int]  # of all but the experts
-
-    def experts(self, used: dict[int, Tensor]) -> int:
-        """Bytes of the experts used (by layer, bool [E])."""
-        return sum(size * int(used[layer].sum()) for layer, size in self.sizes.items())
-
-    def read(self, used: dict[int, Tensor]) -> None:
-        """Read all of it once."""
-        for layer, rows in self.slabs.items():
-            read_rows(rows, used[layer])
-        read_rows(self.whole, ONE)
+Wanted = int | Literal["block"]
 
 
 @dataclass(frozen=True)
 class Line:
     """One policy: what a forward uses (means over blocks), and samples in seconds.
 
-    ``limit`` are seconds of the plain read in the same turns.
+    ``limit`` are seconds of the plain read in the same turns, ``floor`` of reading or arithmetic,
+    part by part whichever takes longer.
     """
 
     policy: str
     experts: float
     bytes: float
-    parts: dict[str, float]
+    parts: Mapping[Part, float]
+    flops: Mapping[Part, float]
     seconds: list[float] = field(default_factory=list)
     limit: list[float] = field(default_factory=list)
+    floor: list[float] = field(default_factory=list)
 
     @property
     def times_limit(self) -> float:
         """How many times as long as the read a forward takes: the median over turns."""
         return statistics.median(a / b for a, b in zip(self.seconds, self.limit, strict=True))
 
+    @property
+    def times_floor(self) -> float:
+        """How many times as long as the floor a forward takes: the median over turns."""
+        return statistics.median(a / b for a, b in zip(self.seconds, self.floor, strict=True))
+
     def measures(self) -> list[Measure]:
+        works = ((READ, self.limit), ("floor", self.floor), ("forward", self.seconds))
         return [
             Measure(f"{self.policy} {name}", "ms", tuple(second * 1e3 for second in taken))
-            for name, taken in ((READ, self.limit), ("forward", self.seconds))
+            for name, taken in works
         ]
 
     def facts(self) -> dict[str, object]:
@@ -87,21 +71,42 @@ class Line:
             "policy": self.policy,
             "experts_per_layer": self.experts,
             "bytes": self.bytes,
-            "bytes_of_parts": self.parts,
+            "bytes_of_parts": dict(self.parts),
+            "flops_of_parts": dict(self.flops),
             "read_gb_per_s": self.bytes / limit / 1e9,
             "read_ms": limit * 1e3,
+            "floor_ms": statistics.median(self.floor) * 1e3,
             "forward_ms": statistics.median(self.seconds) * 1e3,
             "times_read_limit": self.times_limit,
+            "times_floor": self.times_floor,
         }
 
 
 @dataclass(frozen=True)
-class Blocks:
-    """Random blocks behind a context of random keys; ``visible`` positions are looked at."""
+class Found:
+    """All policies, and what the arithmetic ran at meanwhile: operations a second, by kind."""
 
-    tokens: list[Tensor]  # each [1, N]
-    window: Window
-    cache: Cache
+    lines: list[Line]
+    logits: tuple[int, ...]  # that the forwards of a turn made
+    rates: dict[str, list[float]]
+
+    def measures(self) -> list[Measure]:
+        arithmetic = [
+            Measure(f"arithmetic of {kind}", "GFLOP/s", tuple(rate / 1e9 for rate in taken))
+            for kind, taken in self.rates.items()
+        ]
+        return [measure for line in self.lines for measure in line.measures()] + arithmetic
+
+
+@dataclass(frozen=True)
+class _Drawn:
+    """A block under a policy: the experts it uses by layer, bool [E], its bytes and pairs."""
+
+    tokens: Tensor
+    step: Step
+    used: dict[int, Tensor]
+    parts: dict[Part, float]
+    pairs: int  # of a token and an expert
 
 
 @torch.inference_mode()
@@ -111,39 +116,76 @@ def time_forward(
     *,
     tokens: int = 32,
     context: int = 512,
-    turns: int = 20,
+    wanted: Wanted = "block",
+    turns: int = 10,
     threads: int = 1,
     seed: int = 7,
     tell: Tell = lambda share, doing: None,
-) -> list[Line]:
-    """Policies take turns, each with a read of just the bytes that its forward needs."""
+) -> Found:
+    """Policies take turns, each with reads of just the bytes that its forwards need.
+
+    A sample is the mean over the forwards of a turn: one that makes ``wanted`` logits, or those
+    that fill a block.
+    """
     torch.set_num_threads(threads)
     transformer = model.transformer
     blocks = random_blocks(model, tokens, context, seed)
     needs = needs_of(transformer, blocks)
-    works = []
+    clock = _Clock(transformer, needs, cached(transformer, tokens))
+    logits = fillings(wanted, tokens)
+    works: list[tuple[Line, list[_Drawn]]] = []
     for policy in policies:
         tell(0.0, f"a first forward of {policy}")
-        steps = [_step(blocks, policy, transformer) for _ in blocks.tokens]
-        used = [
-            _used(transformer, block, step)
-            for block, step in zip(blocks.tokens, steps, strict=True)
-        ]
-        works.append((_line(policy, needs, used), steps, used))
-    draw, device = random.Random(0), transformer.device
-    for turn in range(turns + 1):
+        drawn = [_drawn(transformer, needs, blocks, number, policy) for number in range(DRAWS)]
+        works.append((_line(policy, needs, drawn, statistics.fmean(logits)), drawn))
+    found = Found([line for line, _ in works], logits, {kind: [] for kind in clock.alone.works})
+    draw = random.Random(0)
+    for turn in range(turns):
         draw.shuffle(works)
-        for line, steps, used in works:
-            number = turn % DRAWS
-            block, step = blocks.tokens[number], steps[number]
-            limit = once(partial(needs.read, used[number]), device)
-            taken = once(partial(transformer, block, step), device)
-            if turn:
-                line.limit.append(limit)
-                line.seconds.append(taken)
-        tell((turn + 1) / (turns + 1), "taking turns")
-    found = {line.policy: line for line, _, _ in works}
-    return [found[policy] for policy in policies]
+        for line, drawn in works:
+            clock.take(found, line, drawn[turn % DRAWS :] + drawn)
+            tell(turn / turns, "taking turns")
+    tell(1.0, "taking turns")
+    return found
+
+
+def fillings(wanted: Wanted, tokens: int) -> tuple[int, ...]:
+    """How many positions each forward answers: of a block, those that are masked still."""
+    if wanted != "block":
+        if not 1 <= wanted <= tokens:
+            raise CoterieError(f"{wanted} logits of a block of {tokens}; it has 1 to {tokens}")
+        return (wanted,)
+    steps = min(STEPS, tokens)
+    return tuple(tokens - number * tokens // steps for number in range(steps))
+
+
+@dataclass(frozen=True)
+class _Clock:
+    """What all samples are taken with."""
+
+    transformer: Transformer
+    needs: Needs
+    alone: Cached
+
+    def take(self, found: Found, line: Line, drawn: Sequence[_Drawn]) -> None:
+        """One sample: a read and a forward for every count of logits, block after block."""
+        rates, device = self.alone.rates(), self.transformer.device
+        for kind, rate in rates.items():
+            found.rates[kind].append(rate)
+        limits, floors, taken = [], [], []
+        for number, count in enumerate(found.logits):
+            block = drawn[number % DRAWS]
+            step = replace(block.step, wanted=torch.arange(count, device=device))
+            limit = once(partial(self.needs.read, block.used), device)
+            taken.append(once(partial(self.transformer, block.tokens, step), device))
+            limits.append(limit)
+            operations = self.needs.operations(block.pairs, count)
+            bandwidth = sum(block.parts.values()) / limit
+            least = floor(block.parts, operations, bandwidth=bandwidth, rates=rates)
+            floors.append(max(limit, least))  # equal but for rounding where nothing multiplies long
+        line.limit.append(statistics.fmean(limits))
+        line.floor.append(statistics.fmean(floors))
+        line.seconds.append(statistics.fmean(taken))
 
 
 def random_blocks(model: Model, tokens: int, context: int, seed: int) -> Blocks:
@@ -172,53 +214,27 @@ def random_blocks(model: Model, tokens: int, context: int, seed: int) -> Blocks:
     return Blocks([each.to(transformer.device) for each in ids], window, cache)
 
 
-def needs_of(transformer: Transformer, blocks: Blocks) -> Needs:
-    """Everything that a forward reads; of the embedding, only the rows it looks up, left out."""
-    spec = transformer.spec
-    slabs: dict[int, list[Slab | Tensor]] = {}
-    expert: dict[int, int] = {}
-    everybody = torch.ones(spec.router.experts, dtype=torch.bool, device=transformer.device)
-    parts: dict[Part, list[Weight]] = {
-        name: [] for name in ("attention", "shared", "dense", "router")
-    }
-    for number, layer in enumerate(transformer.layers):
-        parts["attention"] += [layer.attention.qkv, layer.attention.out]
-        half = layer.feed_forward
-        if isinstance(half, MoE):
-            (slab,) = half.store.serve(number, everybody)
-            held = memory_of([slab.gate_up, slab.down])
-            slabs[number] = rows_of(held)
-            expert[number] = sum(each.nbytes // len(each) for each in held)
-            parts["router"].append(half.gate)
-            if half.shared is not None:
-                parts["shared"] += [half.shared.gate_up, half.shared.down]
-        elif isinstance(half, Dense):
-            parts["dense"] += [half.gate_up, half.down]
-    parts["head"] = [transformer.head]
-    parts["keys and values"] = [*blocks.cache.keys, *blocks.cache.values]
-    memory: dict[Part, list[Tensor]] = {name: memory_of(held) for name, held in parts.items()}
-    sizes: dict[Part, int] = {
-        name: sum(each.nbytes for each in held) for name, held in memory.items() if held
-    }
-    flat = [each.view(1, -1) for held in memory.values() for each in held]
-    return Needs(slabs, expert, rows_of(flat), sizes)
-
-
-def _step(blocks: Blocks, policy: str, transformer: Transformer) -> Step:
+def _drawn(
+    transformer: Transformer, needs: Needs, blocks: Blocks, number: int, policy: str
+) -> _Drawn:
+    """Runs the block once, which also wakes what the first forward needs."""
     chosen = parse_policy(policy)
     check_layers(chosen, len(transformer.spec.moe_layers))
-    return Step(blocks.window, blocks.cache, chosen, Null(), forward=(0,))
-
-
-def _used(transformer: Transformer, tokens: Tensor, step: Step) -> dict[int, Tensor]:
-    """By layer, the experts that this block uses, bool [E]."""
+    step = Step(blocks.window, blocks.cache, chosen, Null(), forward=(0,))
     trace = Tracing()
-    transformer(tokens, replace(step, recorder=trace))
-    return {layer: routing.used.cpu() for layer, _, routing in trace.routings}
+    transformer(blocks.tokens[number], replace(step, recorder=trace))
+    used = {layer: routing.used.cpu() for layer, _, routing in trace.routings}
+    pairs = sum(int((routing.ids >= 0).sum()) for _, _, routing in trace.routings)
+    parts: dict[Part, float] = {"experts": needs.experts(used), **needs.parts}
+    return _Drawn(blocks.tokens[number], step, used, parts, pairs)
 
 
-def _line(policy: str, needs: Needs, used: Sequence[dict[int, Tensor]]) -> Line:
-    experts = statistics.fmean(needs.experts(each) for each in used)
-    counts = statistics.fmean(float(mask.sum()) for each in used for mask in each.values())
-    rest = sum(needs.parts.values())
-    return Line(policy, counts, experts + rest, {"experts": experts, **needs.parts})
+def _line(policy: str, needs: Needs, drawn: Sequence[_Drawn], logits: float) -> Line:
+    counts = statistics.fmean(float(mask.sum()) for each in drawn for mask in each.used.values())
+    parts: dict[Part, float] = {
+        **drawn[0].parts,
+        "experts": statistics.fmean(d.parts["experts"] for d in drawn),
+    }
+    pairs = statistics.fmean(each.pairs for each in drawn)
+    flops = needs.operations(pairs, logits)
+    return Line(policy, counts, sum(parts.values()), parts, flops)

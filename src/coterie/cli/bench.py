@@ -123,8 +123,9 @@ def forward_command(
     policies: b.Policies = None,
     tokens: b.Tokens = 32,
     context: b.Context = 512,
+    wanted: b.Wanted = "block",
     layers: b.Layers = None,
-    turns: b.Turns = 20,
+    turns: b.Turns = 10,
     threads: b.Threads = None,
     seed: b.Seed = 0,
     out: b.Out = Path("results"),
@@ -134,6 +135,8 @@ def forward_command(
 
     Its gates are bent until a block uses as many experts as the published model's does. What a
     forward reads are the experts it uses, attention, shared and dense networks, router, head, keys.
+    Its floor: of each of these, whatever takes longer of reading at the bandwidth of this run, and
+    of multiplying at the rate of the same kernels on weights that stay in a cache.
 
     \b
     coterie bench forward --shape llada2-mini --dtype int8 --context 1024
@@ -143,29 +146,33 @@ def forward_command(
         dict.fromkeys(policy_of(policy) for policy in policies or published(shape).policies)
     )
     cut = published(shape).cut(layers)
+    logits = _logits(wanted, tokens)
     with _telling() as tell:
         tell(0.0, "making weights")
         model = random_model(cut, dtype, seed=seed)
         using = threads or torch.get_num_threads()
-        lines = forwards.time_forward(
-            model, named, tokens=tokens, context=context, turns=turns, threads=using,
-            seed=seed + 1, tell=tell,
+        found = forwards.time_forward(
+            model, named, tokens=tokens, context=context, wanted=logits, turns=turns,
+            threads=using, seed=seed + 1, tell=tell,
         )  # fmt: skip
+    weights, peak = bytes_kept(model.spec, model.transformer.dtype), _peak()
     facts: Content = {
         "shape": shape,
         "dtype": dtype,
         "layers": cut.spec.layers,
         "tokens": tokens,
         "context": context,
+        "wanted": logits,
+        "logits": found.logits,
         "threads": using,
-        "weights": bytes_kept(model.spec, model.transformer.dtype),
-        "peak_memory": _peak(),
-        "policies": [line.facts() for line in lines],
+        "weights": weights,
+        "peak_memory": peak,
+        "peak_times_weights": None if peak is None else peak / weights,
+        "policies": [line.facts() for line in found.lines],
     }
     cut_to = "" if layers is None else f" {layers} layers"
     title = f"bench forward {shape} {dtype}{cut_to}"
-    measures = [measure for line in lines for measure in line.measures()]
-    show(keep(out, title, measures, facts), forward_table(lines), json=json)
+    show(keep(out, title, found.measures(), facts), forward_table(found.lines), json=json)
 
 
 @bench.command("generate")
@@ -303,6 +310,15 @@ def _tell_generation(
     title = f"generate {Path(model.name).name} {device.partition(':')[0]}"
     kept = keep(out, title, [line.measure() for line in lines], facts, device=where)
     show(kept, generation_table(lines), json=json)
+
+
+def _logits(wanted: str, tokens: int) -> forwards.Wanted:
+    """``--wanted``, checked before a model is made."""
+    if wanted != "block" and not wanted.isdecimal():
+        raise CoterieError(f"--wanted {wanted}: neither a number nor block")
+    logits = "block" if wanted == "block" else int(wanted)
+    forwards.fillings(logits, tokens)
+    return logits
 
 
 def _peak() -> int | None:

@@ -71,6 +71,15 @@ Memory = Annotated[
     typer.Option("--memory", min=0.1, help="GiB for peers that sit together; default: free."),
 ]
 Context = Annotated[int, typer.Option("--context", min=0, help="Positions before the block.")]
+Wanted = Annotated[
+    str,
+    typer.Option(
+        "--wanted",
+        metavar="N|block",
+        help="Positions whose logits a forward makes; block: those still masked, as 8 forwards "
+        "fill a block evenly, and a sample is their mean.",
+    ),
+]
 Seed = Annotated[int, typer.Option("--seed", min=0, help="Of weights and tokens.")]
 RandomShape = Annotated[
     str | None,

@@ -76,18 +76,23 @@ def layer_table(found: Found) -> Table:
 
 
 def forward_table(lines: Sequence[forwards.Line]) -> Table:
-    numbers = ("experts a layer", "read", "GB/s", "read, ms", "forward, ms", "times the read")
+    numbers = (
+        "experts a layer", "bytes", "GB/s", "read, ms", "floor, ms", "forward, ms",
+        "times the read", "times the floor",
+    )  # fmt: skip
     table = plain_table("policy", *numbers, numbers=numbers)
     for line in lines:
-        read, whole = line.measures()
+        read, least, whole = line.measures()
         table.add_row(
             line.policy,
             f"{line.experts:.1f}",
             readable(round(line.bytes)),
             f"{line.bytes / read.median / 1e6:.1f}",
             f"{read.median:.1f}",
+            f"{least.median:.1f}",
             f"{whole.median:.1f}",
             f"{line.times_limit:.2f}",
+            f"{line.times_floor:.2f}",
         )
     return table
 
