@@ -2,8 +2,9 @@
 
 Every part runs in a process of its own, so that one that breaks the device breaks nothing else, and
 within its share of the time. What it found is in ``gpu-PART.json``; at the end stands a table. The
-exit status is 1 if a part failed, 3 where there is no CUDA device. ``--dry-run`` walks every path
-on a CPU: tiny sizes, kernels interpreted, times that mean nothing.
+exit status is 1 if a part failed, was stopped or left out, or found something that is wrong (not if
+it is slow), 3 where there is no CUDA device. ``--dry-run`` walks every path on a CPU: tiny sizes,
+kernels interpreted, times that mean nothing.
 """
 
 from __future__ import annotations
@@ -11,27 +12,29 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
-import traceback
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from importlib import import_module
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 NO_DEVICE = 3
 MINUTES = 9.5
-# What runs, in this order, and the most seconds it may take.
+# What runs, in this order: the most seconds it may take, and those kept free for it until then.
 PARTS = {
-    "limits": 40,
-    "experts checked": 90,
-    "routing": 75,
-    "experts": 200,
-    "forward": 150,
-    "answers": 100,
-    "tests": 185,
+    "limits": (40, 20),
+    "experts checked": (90, 40),
+    "routing": (75, 40),
+    "experts": (190, 100),
+    "forward": (150, 70),
+    "answers": (100, 40),
+    "tests": (185, 60),
 }
+KEEPING = 2.0  # seconds after which a part writes down again what it has found
 
 
 def main(words: Sequence[str]) -> int:
@@ -52,12 +55,14 @@ def main(words: Sequence[str]) -> int:
     told = "dry run" if asked.dry_run else torch.cuda.get_device_name()
     print(f"{told}, CUDA {torch.version.cuda}, torch {torch.__version__}", flush=True)
     last, outcomes = time.monotonic() + 60 * asked.minutes, {}
-    for part in asked.only or PARTS:
+    parts = list(asked.only or PARTS)
+    for number, part in enumerate(parts):
         began = time.monotonic()
         if asked.dry_run:
             outcome = "done" if ran(part, asked, words) else "failed"
         else:
-            outcome = apart(part, asked, min(PARTS[part], last - began))
+            kept = sum(PARTS[later][1] for later in parts[number + 1 :])
+            outcome = apart(part, asked, min(PARTS[part][0], last - began - kept))
         outcomes[part] = outcome
         print(f"-- {part}: {outcome} in {time.monotonic() - began:.0f} s", flush=True)
     show(asked, outcomes)
@@ -83,32 +88,47 @@ def apart(part: str, asked: argparse.Namespace, seconds: float) -> str:
     if seconds < 10:
         return "left out: no time"
     command = [sys.executable, __file__, "--part", part, "--out", str(asked.out)]
+    file_of(part, asked).unlink(missing_ok=True)
+    running = subprocess.Popen(command, cwd=ROOT, start_new_session=True)
     try:
-        done = subprocess.run(command, cwd=ROOT, check=False, timeout=seconds)
+        return "done" if running.wait(seconds) == 0 else "failed"
     except subprocess.TimeoutExpired:
         return f"stopped after {seconds:.0f} s"
-    return "done" if done.returncode == 0 else "failed"
+    finally:  # and whatever it has started
+        with suppress(ProcessLookupError):
+            os.killpg(running.pid, signal.SIGKILL)
+        running.wait()
 
 
 def ran(part: str, asked: argparse.Namespace, words: Sequence[str]) -> bool:
-    """Run a part here and write its record, also of what was found before it failed."""
+    """Run a part here and write its record as it goes; whether all that must be right is."""
     import torch
+    from gpu_parts.found import Found
 
     from coterie.results import record, write_record
 
     device = torch.device("cpu" if asked.dry_run else "cuda")
-    measures, facts, good = [], {}, True
-    try:
-        found = makers()[part](device, asked.dry_run)
-        measures, facts = found.measures, dict(found.document())
-    except Exception as error:
-        traceback.print_exc()
-        facts, good = {"failed": f"{type(error).__name__}: {error}"[:2000]}, False
-    title = title_of(part, dry=asked.dry_run)
     named = "cpu" if asked.dry_run else torch.cuda.get_device_name()
-    content = record(title, ["scripts/gpu", *words], measures, facts=facts, device=named)
-    write_record(asked.out, content)
-    return good
+    title, written = title_of(part, dry=asked.dry_run), float("-inf")
+
+    def write(found: Found) -> None:
+        command, facts = ["scripts/gpu", *words], dict(found.document())
+        write_record(asked.out, record(title, command, found.measures, facts=facts, device=named))
+
+    def keep(found: Found) -> None:
+        nonlocal written
+        if time.monotonic() - written > KEEPING:
+            write(found)
+            written = time.monotonic()
+
+    found = Found(keep=keep)
+    found.facts["unfinished"] = True
+    with found.trying(part):
+        found.keep(found)
+        makers()[part](device, asked.dry_run, found)
+    del found.facts["unfinished"]
+    write(found)
+    return not found.wrong
 
 
 def title_of(part: str, *, dry: bool) -> str:
@@ -116,12 +136,17 @@ def title_of(part: str, *, dry: bool) -> str:
     return f"gpu {part}" + (" dry run" if dry else "")
 
 
+def file_of(part: str, asked: argparse.Namespace) -> Path:
+    return asked.out / f"{title_of(part, dry=asked.dry_run).replace(' ', '-')}.json"
+
+
 def makers() -> dict[str, Callable[..., object]]:
-    """By part, what measures it: (device, dry) -> Found."""
+    """By part, what measures it: (device, dry, found) -> found."""
 
     def of(module: str, function: str = "measure") -> Callable[..., object]:
-        def make(device: object, dry: bool) -> object:
-            return getattr(import_module(f"gpu_parts.{module}"), function)(device, dry=dry)
+        def make(device: object, dry: bool, found: object) -> object:
+            part = getattr(import_module(f"gpu_parts.{module}"), function)
+            return part(device, dry=dry, found=found)
 
         return make
 
@@ -139,14 +164,14 @@ def makers() -> dict[str, Callable[..., object]]:
 def show(asked: argparse.Namespace, outcomes: dict[str, str]) -> None:
     """The figures of the records that this run wrote."""
     for part, outcome in outcomes.items():
-        path = asked.out / f"{title_of(part, dry=asked.dry_run).replace(' ', '-')}.json"
-        written = outcome in ("done", "failed") and path.is_file()
+        path = file_of(part, asked)
+        written = path.is_file() and not outcome.startswith("left out")
         facts = json.loads(path.read_text(encoding="utf-8"))["facts"] if written else {}
         figures = facts.get("figures", [])
         for figure in figures:
             target, met = figure["target"], {True: "ok", False: "MISSED", None: ""}[figure["met"]]
             sign = "" if target is None else f"{'<=' if figure['most'] else '>='} {target:g}"
-            print(f"{figure['name']:64} {figure['value']:10.3f}  {sign:9} {met}")
+            print(f"{figure['name']:64} {float(figure['value']):10.3f}  {sign:9} {met}")
         if outcome != "done":
             print(f"{part:64} {outcome}")
 

@@ -205,7 +205,10 @@ def test_the_command_fails_where_a_set_does(damaged, capsys: pytest.CaptureFixtu
     assert "FAILED   static_b4" in told
     assert "DAMAGED" in told
     assert told.endswith("1 of 3 sets agree\n")
+    assert parity.main(["--device=cpu", str(whole)]) == 0
     assert parity.main([]) == 2
+    assert parity.main(["--device=abacus", str(whole)]) == 2
+    assert "unknown device 'abacus'" in capsys.readouterr().err
 
 
 DINFER = {

@@ -272,3 +272,48 @@ def test_a_plan_that_fails_is_passed_over(tmp_path: Path, monkeypatch: pytest.Mo
 
     assert all(plan.warps < 8 for plan in plans.tune(work, time))
     plans._measured.cache_clear()
+
+
+def test_plans_are_used_where_nothing_can_be_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    from coterie.ops.triton import plans
+
+    (tmp_path / "file").write_text("no folder")
+    monkeypatch.setenv("COTERIE_CACHE", str(tmp_path / "file"))
+    plans._measured.cache_clear()
+    work = plans.Work("down", 32, rows=2048, k=512, dtype="bfloat16", kind="", group=1)
+    tried = plans.tune(work, lambda plan: abs(plan.step - 128) + plan.stages + plan.warps)
+    assert plans.chosen(work) == min(tried, key=tried.__getitem__) != plans.usual(work)
+    assert "not kept for later runs" in caplog.text
+    plans._measured.cache_clear()
+
+
+def test_kernels_start_where_their_tensors_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    from coterie.ops.triton.launch import launch
+
+    class Far(torch.Tensor):
+        is_cuda = True
+
+        def get_device(self) -> int:
+            return 1
+
+    current = [0]
+
+    class Device:
+        def __init__(self, device: torch.device) -> None:
+            del device
+
+        def __enter__(self) -> None:
+            current.append(1)
+
+        def __exit__(self, *error: object) -> None:
+            current.pop()
+
+    seen: list[int] = []
+    kernel = {(1,): lambda *args: seen.append(current[-1])}
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: current[-1])
+    monkeypatch.setattr(torch.cuda, "device", Device)
+    launch(kernel, (1,), torch.ones(1))
+    launch(kernel, (1,), None, torch.ones(1).as_subclass(Far))
+    assert seen == [0, 1]

@@ -18,25 +18,21 @@ SEED = 7001
 EQUAL = 0.97  # of the answers; bf16 decides near-ties otherwise
 
 
-def measure(device: torch.device, *, dry: bool = False) -> Found:
+def measure(device: torch.device, *, dry: bool = False, found: Found | None = None) -> Found:
     """fp32 with and without graphs, then bf16, each against fp32 on the CPU."""
-    found = Found()
+    found = found or Found()
     prompts = _prompts(1)[:1] if dry else _prompts(100)
     for policy in POLICIES[:1] if dry else POLICIES:
         expected = _told(coterie.load(device="cpu", dtype="float32"), prompts, policy)
         for dtype, graphs in (("float32", False), ("float32", True), ("bfloat16", True)):
             name = f"{dtype} {'with' if graphs else 'without'} graphs, {policy}"
-            try:
+            with found.trying(f"answers, {name}"):  # the others are worth knowing
                 engine = coterie.load(device=device, dtype=dtype, graphs=graphs)
                 answers = _told(engine, prompts, policy)
-            except Exception as error:  # the others are worth knowing
-                found.facts[f"answers, {name}"] = f"{type(error).__name__}: {error}"[:400]
-                found.figures.append(Figure(f"answers as on a CPU, {name}", 0.0, EQUAL))
-                continue
-            same = sum(a == b for a, b in zip(answers, expected, strict=True))
-            found.facts[f"answers, {name}"] = {"equal": same, "of": len(prompts)}
-            share = same / len(prompts)
-            found.figures.append(Figure(f"answers as on a CPU, {name}", share, EQUAL))
+                same = sum(a == b for a, b in zip(answers, expected, strict=True))
+                found.facts[f"answers, {name}"] = {"equal": same, "of": len(prompts)}
+                share = same / len(prompts)
+                found.judge(Figure(f"answers as on a CPU, {name}", share, EQUAL, must=True))
     return found
 
 

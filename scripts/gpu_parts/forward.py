@@ -19,7 +19,7 @@ from coterie.bench.model import Experts, random_model
 from coterie.bench.shapes import SHAPES
 from coterie.engine.config import Generation
 from coterie.engine.engine import Engine
-from coterie.engine.graph import Graphs, Outcome, captured
+from coterie.engine.graph import Captured, Graphs, Outcome
 from coterie.engine.load import Model
 from coterie.model.cache import Cache
 from coterie.model.spec import ModelSpec
@@ -35,22 +35,30 @@ KINDS: tuple[Experts, ...] = ("bf16", "int8", "int4")
 WIDTH, BEFORE = 32, 1024  # positions of a block, and those before it
 
 
-def measure(device: torch.device, *, dry: bool = False) -> Found:
+def measure(device: torch.device, *, dry: bool = False, found: Found | None = None) -> Found:
     """Every policy and format by replay; in bf16 also generations, with and without graphs."""
-    found = Found()
+    found = found or Found()
     bandwidth = copy_bandwidth(device, found, dry=dry)
     found.facts["copy bandwidth"] = bandwidth
     shape = SHAPES["tiny" if dry else "llada2-mini"]
     for kind in KINDS[::2] if dry else KINDS:
-        model = random_model(shape, kind, device=device)
-        times = {text: _policy(model, kind, text, bandwidth, found, dry=dry) for text in POLICIES}
+        with found.trying(f"forward {kind}"):
+            _format(random_model(shape, kind, device=device), kind, bandwidth, found, dry=dry)
+    return found
+
+
+def _format(model: Model, kind: str, bandwidth: float, found: Found, *, dry: bool) -> None:
+    times: dict[str, float] = {}
+    for text in POLICIES:
+        with found.trying(f"forward {kind}, {text}"):
+            times[text] = _policy(model, kind, text, bandwidth, found, dry=dry)
+    if len(times) == len(POLICIES):
         gain = 1 - times["des-vote:beta=0.15"] / times["vanilla"]
         goal = 0.30 if kind == "bf16" else None
-        found.figures.append(Figure(f"forward {kind}: saved by des-vote 0.15", gain, goal))
-        if kind == "bf16":
+        found.judge(Figure(f"forward {kind}: saved by des-vote 0.15", gain, goal))
+    if kind == "bf16":
+        with found.trying("steps of the engine"):
             _generations(model, found, dry=dry)
-        del model
-    return found
 
 
 def _policy(
@@ -69,8 +77,10 @@ def _policy(
         "over the copy limit": ratio,
         "finite": forward.finite(),
     }
+    sound = Figure(f"forward {kind}, {text}: finite", float(forward.finite()), 1.0, must=True)
+    found.judge(sound)
     goal = POLICIES[text] if kind == "bf16" else None
-    found.figures.append(Figure(f"forward {kind}, {text}: over copy limit", ratio, goal, most=True))
+    found.judge(Figure(f"forward {kind}, {text}: over copy limit", ratio, goal, most=True))
     return taken
 
 
@@ -135,7 +145,7 @@ class Forward:
         if self.device.type != "cuda":
             self._replay = work
             return work(), work
-        outcome, replay = captured(work)
+        outcome, replay = Captured()(work)
         self._replay = replay
         return outcome, replay
 
@@ -179,7 +189,7 @@ def _generations(model: Model, found: Found, *, dry: bool) -> None:
     for graphs, how in ((True, "graphs"), (False, "launch by launch")):
         gain = 1 - medians["des-vote:beta=0.15", graphs] / medians["vanilla", graphs]
         goal = 0.30 if graphs else None
-        found.figures.append(Figure(f"step bf16, {how}: saved by des-vote 0.15", gain, goal))
+        found.judge(Figure(f"step bf16, {how}: saved by des-vote 0.15", gain, goal))
 
 
 def _steps(engine: Engine, prompt: list[int]) -> list[float]:

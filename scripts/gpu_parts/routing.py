@@ -33,17 +33,22 @@ ELECTED = "des-vote:beta=0.15"  # what is judged
 TARGETS = {"torch / ours, device": 8.0, "torch / ours, launched": 6.0}
 
 
-def measure(device: torch.device, *, tokens: int = 32, dry: bool = False) -> Found:
+def measure(
+    device: torch.device, *, tokens: int = 32, dry: bool = False, found: Found | None = None
+) -> Found:
     """Some policies and the lists of tokens, for one block. ``dry``: everything, tiny sizes."""
     routers = TINY if dry else ROUTERS
-    found = Found([], {})
+    found = found or Found()
     with torch.inference_mode():
         for size, router in routers.items():
             scores = block(router, 3 if dry else tokens, device)
-            for text in POLICIES:
-                _compare(f"{size}, {text}", scores, parse_policy(text), found)
-            _compare_dispatch(f"{size}, lists of tokens", scores, found)
-            _judge(f"{size}, {ELECTED}", found)
+            for text in sorted(POLICIES, key=lambda text: text != ELECTED):
+                with found.trying(f"routing {size}, {text}"):
+                    _compare(f"{size}, {text}", scores, parse_policy(text), found)
+                    if text == ELECTED:
+                        _judge(f"{size}, {text}", found)
+            with found.trying(f"routing {size}, lists of tokens"):
+                _compare_dispatch(f"{size}, lists of tokens", scores, found)
     return found
 
 
@@ -51,9 +56,9 @@ def _judge(name: str, found: Found) -> None:
     facts = found.facts[name]
     for what, target in TARGETS.items():
         if what in facts:
-            found.figures.append(Figure(f"routing {name}: {what}", facts[what], target))
+            found.judge(Figure(f"routing {name}: {what}", facts[what], target))
     launches = facts["kernels run by ours"]
-    found.figures.append(Figure(f"routing {name}: launches", launches, 2, most=True))
+    found.judge(Figure(f"routing {name}: launches", launches, 2, most=True, must=True))
 
 
 def block(router: RouterSpec, tokens: int, device: torch.device) -> Scores:
@@ -73,7 +78,7 @@ def _compare(name: str, scores: Scores, policy: Policy, found: Found) -> None:
     )
     routing, expected = vars(ours()), vars(torchs())
     close = torch.allclose(routing.pop("weights"), expected["weights"], rtol=1e-4, atol=1e-7)
-    found.facts[name] = {"agrees": close and _same(routing, expected)}
+    _agree(name, close and _same(routing, expected), found)
     _race(name, ours, torchs, scores.logits.device, found)
 
 
@@ -87,8 +92,13 @@ def _compare_dispatch(name: str, scores: Scores, found: Found) -> None:
         (lambda: dispatch(routing, slot_of, experts)),
         (lambda: reference.dispatch(routing, slot_of, experts)),
     )
-    found.facts[name] = {"agrees": _same(vars(ours()), vars(torchs()))}
+    _agree(name, _same(vars(ours()), vars(torchs())), found)
     _race(name, ours, torchs, scores.logits.device, found)
+
+
+def _agree(name: str, agrees: bool, found: Found) -> None:
+    found.facts[name] = {"agrees": agrees}
+    found.judge(Figure(f"routing {name}: as plain torch", float(agrees), 1.0, must=True))
 
 
 def _race(name: str, ours: Work, torchs: Work, device: torch.device, found: Found) -> None:
@@ -104,6 +114,7 @@ def _race(name: str, ours: Work, torchs: Work, device: torch.device, found: Foun
                 facts[f"{who}, {how}: not measured"] = str(error)[:300]
                 continue
             found.measures.append(taken)
+            found.keep(found)
             medians.append(taken.median)
         if len(medians) == 2:
             facts[f"torch / ours, {how}"] = round(medians[0] / medians[1], 2)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 
 import torch
@@ -31,12 +32,21 @@ MOST = 32  # kinds kept at once
 ALIGNED = 64  # bytes that every input begins at a multiple of
 
 
-def captured(work: Callable[[], Outcome]) -> tuple[Outcome, Callable[[], object]]:
-    """By a CUDA graph; raises RuntimeError where something in ``work`` asks the host."""
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, capture_error_mode="thread_local"):
-        outcome = work()
-    return outcome, graph.replay
+class Captured:
+    """By CUDA graphs, which share the memory in which they work.
+
+    So one at a time may be played, and what it gave stands until then.
+    """
+
+    def __init__(self) -> None:
+        self._pool = torch.cuda.graph_pool_handle()
+
+    def __call__(self, work: Callable[[], Outcome]) -> tuple[Outcome, Callable[[], object]]:
+        """Raises RuntimeError where something in ``work`` asks the host."""
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
+            outcome = work()
+        return outcome, graph.replay
 
 
 @dataclass(frozen=True)
@@ -90,9 +100,9 @@ class Graphs:
     A capture that fails is said once; forwards of its policy then run as if there were no graphs.
     """
 
-    def __init__(self, transformer: Transformer, capture: Capture = captured) -> None:
+    def __init__(self, transformer: Transformer, capture: Capture | None = None) -> None:
         self._transformer = transformer
-        self._capture = capture
+        self._capture = capture or Captured()
         self._kept: dict[tuple[object, ...], Kept] = {}
         self._cache: Cache | None = None
         self._able = _resident(transformer)
@@ -155,8 +165,11 @@ class Graphs:
         return Kept(inputs, work)
 
     def _keep(self, kept: Kept, policy: Policy) -> None:
+        device = self._transformer.device
+        current = torch.cuda.device(device) if device.type == "cuda" else nullcontext()
         try:
-            kept.outcome, kept.replay = self._capture(kept.work)
+            with current:
+                kept.outcome, kept.replay = self._capture(kept.work)
         except RuntimeError as error:
             self._failed.add(policy)
             reason = (str(error).splitlines() or [type(error).__name__])[0]

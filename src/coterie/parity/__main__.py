@@ -6,28 +6,41 @@ import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+from coterie.engine.load import choose_device
 from coterie.naming import CoterieError
 from coterie.parity.forward import Deviation, forward_deviations
 from coterie.parity.generation import Verdict, generation_verdicts
 
+DEVICE = "--device="
+
 
 def main(arguments: Sequence[str]) -> int:
     """Exit status: 0 when every folder agrees, 1 when one does not or is damaged, 2 for usage."""
-    if not arguments or any(word.startswith("-") for word in arguments):
-        print("usage: scripts/parity SET [SET ...]   (folders with reference.npz)", file=sys.stderr)
+    folders = [word for word in arguments if not word.startswith(DEVICE)]
+    devices = [word.removeprefix(DEVICE) for word in arguments if word.startswith(DEVICE)]
+    if not folders or any(word.startswith("-") for word in folders):
+        print(
+            f"usage: scripts/parity [{DEVICE}cuda] SET [SET ...]   (folders with reference.npz)",
+            file=sys.stderr,
+        )
         return 0 if "--help" in arguments or "-h" in arguments else 2
-    good = [_compare(Path(folder)) for folder in arguments]
+    try:
+        device = str(choose_device(devices[-1] if devices else "cpu"))
+    except CoterieError as error:
+        print(error, file=sys.stderr)
+        return 2
+    good = [_compare(Path(folder), device) for folder in folders]
     if len(good) > 1:
         print(f"{sum(good)} of {len(good)} sets agree")
     return 0 if all(good) else 1
 
 
-def _compare(folder: Path) -> bool:
+def _compare(folder: Path, device: str) -> bool:
     """Print one folder's comparison; whether it agrees."""
     print(f"{folder}", flush=True)
     agrees = True
     try:
-        for passed, line in _lines(folder):
+        for passed, line in _lines(folder, device):
             print(f"  {line}", flush=True)
             agrees = agrees and passed
     except CoterieError as error:
@@ -41,10 +54,10 @@ def _compare(folder: Path) -> bool:
     return agrees
 
 
-def _lines(folder: Path) -> Iterator[tuple[bool, str]]:
-    for deviation in forward_deviations(folder):
+def _lines(folder: Path, device: str) -> Iterator[tuple[bool, str]]:
+    for deviation in forward_deviations(folder, device):
         yield deviation.within, _forward_line(deviation)
-    for verdict in generation_verdicts(folder):
+    for verdict in generation_verdicts(folder, device):
         yield verdict.passed, _generation_line(verdict)
 
 

@@ -35,14 +35,14 @@ class Deviation:
         return self.worst <= self.tolerance
 
 
-def forward_deviations(folder: Path) -> tuple[Deviation, ...]:
-    """Run the reference's input once (CPU, fp32) and compare all that it recorded.
+def forward_deviations(folder: Path, device: str = "cpu") -> tuple[Deviation, ...]:
+    """Run the reference's input once in fp32 and compare all that it recorded.
 
     Raises CoterieError when the folder is damaged: a file or array missing, of another shape, not
     finite, or at odds with config.json.
     """
     arrays = Arrays.of(folder / "reference.npz")
-    model = load_model(folder, dtype=torch.float32, device="cpu")
+    model = load_model(folder, dtype=torch.float32, device=device)
     tokens = _tokens(arrays, model)
     causal = model.family.defaults.block_causal
     block = int(arrays.whole("block_length")) if causal else 0
@@ -94,14 +94,15 @@ def _check_mask(arrays: Arrays, model: Model, window: Window, tokens: Tensor) ->
 
 @torch.inference_mode()
 def _forward(model: Model, tokens: Tensor, window: Window, trace: Tracing) -> Tensor:
-    """Logits [B, T, V]."""
+    """Logits [B, T, V], on the host."""
     step = Step(window, cache=None, policy=Vanilla(), recorder=trace)
-    return model.transformer(tokens, step).unflatten(0, tuple(tokens.shape))
+    there = tokens.to(model.transformer.device)
+    return model.transformer(there, step).unflatten(0, tuple(tokens.shape)).cpu()
 
 
 def _hidden(arrays: Arrays, model: Model, tokens: Tensor, trace: Tracing) -> list[Deviation]:
     layers, shape = model.spec.layers, (*tokens.shape, model.spec.hidden)
-    seen = {layer: x.view(shape) for layer, x in trace.outputs}
+    seen = {layer: x.cpu().view(shape) for layer, x in trace.outputs}
     outputs = torch.stack([seen[layer] for layer in range(layers)])
     # Before each layer, and after the last one normed.
     hidden = torch.stack([seen[layer] for layer in (*range(-1, layers - 1), layers)])
@@ -119,9 +120,10 @@ def _routers(arrays: Arrays, model: Model, tokens: Tensor, trace: Tracing) -> li
     shape = (len(layers), *tokens.shape)
     if arrays.whole("moe_layer_index", len(layers)).tolist() != list(layers):
         raise CoterieError(f"{arrays.file}: moe_layer_index is not {list(layers)}")
-    ids = torch.stack([routing.ids for _, _, routing in trace.routings]).view(*shape, router.k)
-    weights = torch.stack([routing.weights for _, _, routing in trace.routings]).view_as(ids)
-    logits = torch.stack([scores.logits for _, scores, _ in trace.routings])
+    routings = [routing for _, _, routing in trace.routings]
+    ids = torch.stack([routing.ids for routing in routings]).cpu().view(*shape, router.k)
+    weights = torch.stack([routing.weights for routing in routings]).cpu().view_as(ids)
+    logits = torch.stack([scores.logits for _, scores, _ in trace.routings]).cpu()
     expected = arrays.whole("topk_ids", *ids.shape)
     if not bool(((expected >= 0) & (expected < router.experts)).all()):
         raise CoterieError(f"{arrays.file}: topk_ids names experts that are not there")

@@ -56,15 +56,15 @@ class Played:
     unpublished: int
 
 
-def generation_verdicts(folder: Path) -> tuple[Verdict, ...]:
-    """Run everything the folder names (CPU, fp32).
+def generation_verdicts(folder: Path, device: str = "cpu") -> tuple[Verdict, ...]:
+    """Run everything the folder names, in fp32.
 
     Raises CoterieError when the folder is damaged: an entry, an array or a parameter missing,
     unknown or malformed.
     """
     arrays = Arrays.of(folder / "reference.npz")
     runs = read_runs(folder, arrays)
-    model = load_model(folder, dtype=torch.float32, device="cpu")
+    model = load_model(folder, dtype=torch.float32, device=device)
     mask, end = int(arrays.whole("mask_id")), int(arrays.whole("eos_id"))
     if model.eos_ids and end not in model.eos_ids:
         raise CoterieError(f"{arrays.file}: eos_id is {end}; config.json says {model.eos_ids}")

@@ -106,9 +106,9 @@ def attend(
         totals,
         out,
         rows * width * heads,
+        parts,
         DIM=dim,
         PADDED=sizes["PADDED"],
-        PARTS=parts,
         num_warps=1,
     )
     return out
@@ -254,27 +254,27 @@ def _mix(
     tl.store(totals + part + spot, total, mask=real)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["parts"])
 def _add_up(
     sums,
     peaks,
     totals,
     out,  # [B, W, HEADS, DIM]
     count,
+    parts,
     DIM: tl.constexpr,
     PADDED: tl.constexpr,
-    PARTS: tl.constexpr,
 ):
     """What all parts found for one query."""
     spot = tl.program_id(0)
     d = tl.arange(0, PADDED)
     inside = d < DIM
     peak = tl.load(peaks + spot)
-    for part in range(1, PARTS):
+    for part in range(1, parts):
         peak = tl.maximum(peak, tl.load(peaks + part * count + spot))
     total = peak * 0.0
     mixed = tl.zeros((PADDED,), tl.float32)
-    for part in range(PARTS):
+    for part in range(parts):
         at = part * count + spot
         weight = tl.exp(tl.load(peaks + at) - peak)
         total += weight * tl.load(totals + at)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import torch
 from torch import Tensor
 
 
@@ -14,7 +15,12 @@ def launch(
     **constants: int | float | str,
 ) -> None:
     """Queues ``kernel`` on the device of its tensors; waits for nothing."""
-    kernel[grid](*args, **constants)  # pyright: ignore[reportIndexIssue]
+    first = next(arg for arg in args if isinstance(arg, Tensor))
+    if first.is_cuda and first.get_device() != torch.cuda.current_device():
+        with torch.cuda.device(first.device):  # Triton asks which one is current
+            kernel[grid](*args, **constants)  # pyright: ignore[reportIndexIssue]
+    else:
+        kernel[grid](*args, **constants)  # pyright: ignore[reportIndexIssue]
 
 
 def pieces(whole: int, part: int) -> int:

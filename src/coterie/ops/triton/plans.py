@@ -8,6 +8,7 @@ either a plan follows from the shape alone.
 from __future__ import annotations
 
 import json
+import logging
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
@@ -146,20 +147,26 @@ def tune(work: Work, time: Callable[[Plan], float]) -> dict[Plan, float]:
 
 def keep(work: Work, plan: Plan) -> None:
     """Use ``plan`` for such work from now on, here and in later runs."""
-    plans = {**_measured(), work.key(): plan}
+    _measured()[work.key()] = plan
+    told = {key: asdict(plan) for key, plan in sorted(_measured().items())}
     path = kept_in()
-    path.parent.mkdir(parents=True, exist_ok=True)
     unfinished = path.with_suffix(f".{os.getpid()}.tmp")
-    told = {key: asdict(plan) for key, plan in sorted(plans.items())}
-    unfinished.write_text(json.dumps(told, indent=1) + "\n", encoding="utf-8")
-    unfinished.replace(path)
-    _measured.cache_clear()
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        unfinished.write_text(json.dumps(told, indent=1) + "\n", encoding="utf-8")
+        unfinished.replace(path)
+    except OSError as error:
+        logging.getLogger("coterie").warning(
+            "Measured plans are not kept for later runs: %s (COTERIE_CACHE names another folder)",
+            error,
+        )
 
 
 def kept_in() -> Path:
     """The file of measured plans."""
     folder = os.environ.get("COTERIE_CACHE")
-    return (Path(folder) if folder else Path.home() / ".cache" / "coterie") / "plans.json"
+    usual = os.path.expanduser("~/.cache/coterie")  # as it is where nobody is at home
+    return Path(folder or usual) / "plans.json"
 
 
 @cache
