@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import mmap
+import os
 import threading
 import time
 import zlib
@@ -26,7 +29,7 @@ from coterie.engine.journal import MANIFEST
 from coterie.experts.eviction import Eviction, Lfu, Lru
 from coterie.experts.offload import Offloaded
 from coterie.experts.store import Resident
-from coterie.experts.tiers import Blobs, InMemory, OnDisk, Tier
+from coterie.experts.tiers import PAGE, Blobs, InMemory, OnDisk, Tier
 from coterie.naming import CoterieError
 from coterie.ops import cpu
 from coterie.testing import write_checkpoint
@@ -214,6 +217,51 @@ def test_a_disk_that_fails_gives_an_error_and_never_other_weights(
     path.write_bytes(good)
     (slab,) = own.serve(1, torch.tensor([False, False, False, False, True, False]))
     assert torch.equal(slab.down[slab.slot_of[4]], shown(whole[1], torch.arange(6)).down[4])
+
+
+PAGES = 2  # of an expert, below
+
+
+def paged(folder: Path) -> tuple[OnDisk, Tensor, Tensor]:
+    """A layer of six experts in whole pages, and memory for one that begins where a page does."""
+    whole = torch.randint(256, (6, PAGES * PAGE), dtype=torch.uint8)
+    (folder / "layer").write_bytes(bytes(PAGE) + whole.numpy().tobytes())
+    sums = tuple(zlib.crc32(one.numpy().tobytes()) for one in whole)
+    into = torch.frombuffer(mmap.mmap(-1, PAGES * PAGE), dtype=torch.uint8)
+    return OnDisk({1: Blobs(folder / "layer", PAGE, PAGES * PAGE, sums)}), whole, into
+
+
+@pytest.mark.parametrize("past", [True, False])
+def test_whole_pages_are_read_past_the_cache_where_the_system_can(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, past: bool
+) -> None:
+    tier, whole, into = paged(tmp_path)
+    opened = os.open
+    flags: list[int] = []
+
+    def counted(path: Path, flag: int) -> int:
+        flags.append(flag)
+        if not past:
+            raise OSError(errno.EINVAL, "Invalid argument")
+        return opened(path, flag)
+
+    monkeypatch.setattr(os, "open", counted)
+    for expert, one in enumerate(whole):
+        tier.fetch(1, expert, into)
+        assert torch.equal(into, one)
+    tried = 6 if hasattr(os, "O_DIRECT") else 0
+    assert len([flag for flag in flags if flag != os.O_RDONLY]) == tried
+
+
+@pytest.mark.parametrize("left", [0, 1, PAGE - 1, PAGE, PAGE + 7, 2 * PAGE - 1])
+def test_a_file_that_ends_inside_an_expert_is_an_error_in_pages_too(
+    tmp_path: Path, left: int
+) -> None:
+    tier, _, into = paged(tmp_path)
+    os.truncate(tmp_path / "layer", PAGE + 3 * PAGES * PAGE + left)
+    tier.fetch(1, 2, into)
+    with pytest.raises(CoterieError, match=f"expert 3 of layer 1 ends after {left} of {2 * PAGE}"):
+        tier.fetch(1, 3, into)
 
 
 needs_kernels = pytest.mark.skipif(not cpu.ready(), reason="the kernels for CPUs are not built")

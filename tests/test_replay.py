@@ -21,6 +21,7 @@ from test_trace import made as traced
 from test_watch import PROMPTS, engine
 
 from coterie.cli.edge import run
+from coterie.cli.replay import machines
 from coterie.engine.event import Result
 from coterie.experts.capacity import Capacity
 from coterie.experts.eviction import Lru
@@ -177,6 +178,12 @@ def test_the_clock_by_hand() -> None:
     whole = clock(Machine(1000.0, 2000.0, rest=0.5), used, loads, 100, decoding=1)
     # Hits take .3 and .05 s, copies .2 and .4 s, what was copied .1 and .2 s.
     assert (whole.forward, whole.stall) == pytest.approx((0.5 + 0.3 + 0.1 + 0.4 + 0.2, 0.35))
+    bare = clock(Machine(1000.0, 2000.0, overlap=False), used, loads, 100, decoding=1)
+    assert (bare.forward, bare.stall) == pytest.approx((0.3 + 0.2 + 0.1 + 0.05 + 0.4 + 0.2, 0.6))
+    late = clock(Machine(1000.0, 2000.0, latency=0.2), used, loads, 100, decoding=1)
+    assert (late.forward, late.stall) == pytest.approx((0.4 + 0.1 + 0.6 + 0.2, 0.1 + 0.55))
+    none = clock(Machine(1000.0, latency=0.2), used, 0 * loads, 100, decoding=1)
+    assert (none.forward, none.stall) == (0, 0)
 
 
 def test_a_forward_that_decodes_carries_those_that_only_write_keys() -> None:
@@ -324,6 +331,7 @@ def file(tmp_path: Path) -> str:
 def test_the_command_replays_a_grid(file: str, tmp_path: Path, capsys: Capture) -> None:
     words = ["replay", file, "-p", "des-vote:beta=0.25", "--drift", "0.1", "--cache", "lru,belady"]
     words += ["--capacity", "25%,12", "--link", "1KB/s,1MB/s", "--memory", "10KB/s", "--rest", "2"]
+    words += ["--latency", "1", "--no-overlap"]
     assert run([*words, "--json", "-o", str(tmp_path / "out")]) == 0
     told = json.loads(capsys.readouterr().out)
     assert len(told["points"]) == 3 * 2 * 2 * 2
@@ -343,6 +351,14 @@ def test_the_command_replays_a_grid(file: str, tmp_path: Path, capsys: Capture) 
     assert capsys.readouterr().out == (tmp_path / "out" / "replay.csv").read_text()
     assert run(words) == 0
     assert "des-vote:beta=0.25 --drift 0.1" in capsys.readouterr().out
+
+
+def test_the_machine_is_as_typed() -> None:
+    made = machines("1KB/s,2KB/s", "9KB/s", 3.0, latency=5.0, overlap=False)
+    assert made == {
+        text: Machine(link, 9000.0, 0.003, overlap=False, latency=0.005)
+        for text, link in (("1KB/s", 1000.0), ("2KB/s", 2000.0))
+    }
 
 
 def test_figures_stand_beside_the_record(file: str, tmp_path: Path) -> None:

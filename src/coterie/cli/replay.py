@@ -86,6 +86,23 @@ Rest = Annotated[
         "--rest", min=0.0, help="Milliseconds of a forward for all else.", rich_help_panel=MACHINE
     ),
 ]
+Latency = Annotated[
+    float,
+    typer.Option(
+        "--latency",
+        min=0.0,
+        help="Milliseconds that a layer's copies take beyond their bytes.",
+        rich_help_panel=MACHINE,
+    ),
+]
+Beside = Annotated[
+    bool,
+    typer.Option(
+        "--overlap/--no-overlap",
+        help="Whether experts are computed while others come; not where the same cores do both.",
+        rich_help_panel=MACHINE,
+    ),
+]
 Weight = Annotated[
     str,
     typer.Option(
@@ -138,6 +155,8 @@ def replay_command(
     link: Links = "25GB/s",
     memory: Reads = None,
     rest: Rest = 0.0,
+    latency: Latency = 0.0,
+    overlap: Beside = True,
     expert_bytes: Weight = "auto",
     out: Out = None,
     json: o.Json = False,
@@ -150,7 +169,7 @@ def replay_command(
 
     A layer takes as long as what is there is computed, or as the copies take if that is longer,
     and then as long as computing what has come: max(hits / memory, misses / link) + misses /
-    memory, in bytes.
+    memory, in bytes. With --no-overlap it takes the sum of all three.
 
     \b
     coterie replay mini.trace -p des-vote:beta=0.15 -p resident-vote:beta=0.15
@@ -168,7 +187,7 @@ def replay_command(
         _listed(cache),
         [Capacity.parse(text) for text in _listed(capacity)],
         sizes(found.about.expert_bytes, _listed(precision), expert_bytes),
-        machines(link, memory, rest),
+        machines(link, memory, rest, latency=latency, overlap=overlap),
         None if warm is None else Memory.of(alike(read(warm), found, warm)).mean_votes,
     )
     with bar(MofNCompleteColumn(), TimeElapsedColumn()) as shown:
@@ -196,10 +215,15 @@ def plays(trace: Trace, typed: Sequence[str], drift: str | None, *, commits: boo
     return made
 
 
-def machines(link: str, memory: str | None, rest: float) -> dict[str, Machine]:
-    """One for each link, by what was typed."""
+def machines(
+    link: str, memory: str | None, rest: float, *, latency: float, overlap: bool
+) -> dict[str, Machine]:
+    """One for each link, by what was typed; milliseconds."""
     pace = None if memory is None else rate_of(memory, "--memory")
-    return {text: Machine(rate_of(text, "--link"), pace, rest / 1e3) for text in _listed(link)}
+    return {
+        text: Machine(rate_of(text, "--link"), pace, rest / 1e3, overlap, latency / 1e3)
+        for text in _listed(link)
+    }
 
 
 def alike(warm: Trace, trace: Trace, path: Path) -> Trace:

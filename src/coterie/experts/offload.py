@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from coterie.experts.eviction import Eviction, Lru
-from coterie.experts.slots import Slots
+from coterie.experts.slots import NOBODY, Places, Slots
 from coterie.experts.tiers import Tier
 from coterie.experts.traffic import Traffic
 from coterie.values import Slab
@@ -32,11 +33,12 @@ class Shelf:
     slots: Slots
     memory: Tensor  # [capacity, bytes of an expert] uint8
 
-    def slab(self, shown: Shown, where: dict[int, int], experts: Sequence[int]) -> Slab:
+    def slab(self, shown: Shown, where: Places, experts: Sequence[int]) -> Slab:
         """Of these experts alone."""
-        slot_of = torch.full((self.slots.experts,), -1)
-        slot_of[list(experts)] = torch.tensor([where[expert] for expert in experts])
-        return shown(self.memory, slot_of)
+        slot_of = np.full(self.slots.experts, NOBODY, dtype=np.int64)
+        chosen = list(experts)
+        slot_of[chosen] = where[chosen]
+        return shown(self.memory, torch.from_numpy(slot_of))
 
 
 @dataclass  # not frozen: it holds what changes with every forward
@@ -67,19 +69,20 @@ class Offloaded:
 
     def serve(self, layer: int, used: Tensor) -> Iterator[Slab]:
         shelf = self._shelf(layer)
-        where = dict(shelf.slots.slot_of)
-        waves = shelf.slots.serve(used.cpu().numpy())
-        self.forwards, self.used = self.forwards + 1, self.used + int(used.sum())
+        where = shelf.slots.slot_of.copy()
+        mask = used.cpu().numpy()
+        waves = shelf.slots.serve(mask)
+        self.forwards, self.used = self.forwards + 1, self.used + int(mask.sum())
         fetching: dict[int, Future[None]] = {}
         try:
             for place, wave in enumerate(waves):
                 self._fetch(layer, shelf, wave.loads, fetching)
                 self._wait(fetching)
                 where = _moved_in(where, wave.loads)
-                reads = {where[expert] for expert in wave.experts}
-                coming = waves[place + 1].loads if place + 1 < len(waves) else ()
-                free = [(expert, slot) for expert, slot in coming if slot not in reads]
-                self._fetch(layer, shelf, free, fetching)
+                if coming := waves[place + 1].loads if place + 1 < len(waves) else ():
+                    reads = set(where[list(wave.experts)].tolist())
+                    free = [(expert, slot) for expert, slot in coming if slot not in reads]
+                    self._fetch(layer, shelf, free, fetching)
                 yield shelf.slab(self.shown, where, wave.experts)
         except BaseException:
             wait(fetching.values())
@@ -114,16 +117,20 @@ class Offloaded:
                 into = shelf.memory[slot]
                 fetching[expert] = self._readers.submit(self.tier.fetch, layer, expert, into)
 
-    def _wait(self, fetching: dict[int, Future[None]]) -> None:
+    def _wait(self, fetching: Mapping[int, Future[None]]) -> None:
         """Until all that has begun is there; raises what a fetch raised."""
+        if not fetching:
+            return
         began = time.perf_counter()
         for one in fetching.values():
             one.result()
         self.waited += time.perf_counter() - began
 
 
-def _moved_in(where: dict[int, int], loads: Sequence[tuple[int, int]]) -> dict[int, int]:
+def _moved_in(where: Places, loads: Sequence[tuple[int, int]]) -> Places:
     """Who lies in which slot once these loads are done."""
-    overwritten = {slot for _, slot in loads}
-    kept = {expert: slot for expert, slot in where.items() if slot not in overwritten}
-    return kept | dict(loads)
+    where = where.copy()
+    for expert, slot in loads:
+        where[where == slot] = NOBODY
+        where[expert] = slot
+    return where

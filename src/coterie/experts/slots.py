@@ -8,9 +8,12 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 import numpy as np
+from numpy.typing import NDArray
 
 from coterie.experts.eviction import Eviction, Mask, Numbers, Seen
 from coterie.naming import CoterieError
+
+Places = NDArray[np.int64]
 
 NOBODY = -1
 
@@ -39,7 +42,7 @@ class Slots:
     rule: Eviction
     warm: Numbers | None = None  # [E] votes of earlier runs: the most voted are here from the start
     holds: list[int] = field(init=False)  # of each slot, its expert or NOBODY
-    slot_of: dict[int, int] = field(init=False)
+    slot_of: Places = field(init=False)  # [E], NOBODY where an expert is not here
     clock: int = field(init=False, default=0)
 
     def __post_init__(self) -> None:
@@ -51,14 +54,13 @@ class Slots:
         best = np.lexsort((np.arange(self.experts), -votes))[: self.capacity]
         known = [int(expert) for expert in best if votes[expert] > 0]
         self.holds = known + [NOBODY] * (self.capacity - len(known))
-        self.slot_of = {expert: slot for slot, expert in enumerate(known)}
+        self.slot_of = np.full(self.experts, NOBODY, dtype=np.int64)
+        self.slot_of[known] = np.arange(len(known))
 
     @property
     def resident(self) -> Mask:
         """[E]: who is here."""
-        mask = np.zeros(self.experts, dtype=bool)
-        mask[list(self.slot_of)] = True
-        return mask
+        return self.slot_of != NOBODY
 
     def serve(self, used: Mask, votes: Numbers | None = None) -> list[Wave]:
         """Make every expert of ``used`` be here once, and say how; at least one wave if any is."""
@@ -67,6 +69,8 @@ class Slots:
         self.clock += 1
         here = self.resident
         hits, misses = used & here, used & ~here
+        if not misses.any():
+            return [Wave(_listed(hits))] if hits.any() else []
         kept = self._kept(used, misses)
         leaving = self._leaving(kept, used)
         waves = [Wave(_listed(hits))] if hits.any() else []
@@ -103,7 +107,8 @@ class Slots:
     def _load(self, experts: tuple[int, ...], into: list[int]) -> Wave:
         loads = tuple(zip(experts, into, strict=False))
         for expert, slot in loads:
-            self.slot_of.pop(self.holds[slot], None)
+            if (left := self.holds[slot]) != NOBODY:
+                self.slot_of[left] = NOBODY
             self.holds[slot] = expert
             self.slot_of[expert] = slot
         return Wave(experts, loads)

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass
+from io import FileIO
 from pathlib import Path
 from typing import Protocol
 
 from torch import Tensor
 
 from coterie.naming import CoterieError
+
+PAGE = 4096  # what the address, the place and the size of a read past the cache are multiples of
 
 
 class Tier(Protocol):
@@ -45,8 +49,8 @@ class Blobs:
 
 @dataclass(frozen=True)
 class OnDisk:
-    """Every expert in files. What was read is let go from the system's cache: there is one cache
-    of experts, the store's own, and its budget is what was asked for."""
+    """Every expert in files, read past the system's cache, or else let go from it: there is one
+    cache of experts, the store's own, and its budget is what was asked for."""
 
     layers: Mapping[int, Blobs]
 
@@ -56,17 +60,43 @@ class OnDisk:
         what = f"{blobs.path}: expert {expert} of layer {layer}"
         view, at = into.numpy().data, blobs.start + expert * blobs.size
         try:
-            with blobs.path.open("rb", buffering=0) as file:
-                file.seek(at)
-                done = 0
-                while done < blobs.size:
-                    got = file.readinto(view[done:])
-                    if not got:
-                        raise CoterieError(f"{what} ends after {done} of {blobs.size} bytes")
-                    done += got
-                if hasattr(os, "posix_fadvise"):
-                    os.posix_fadvise(file.fileno(), at, blobs.size, os.POSIX_FADV_DONTNEED)
+            done = _read(blobs.path, at, view, unit=_unit(at, blobs.size, into.data_ptr()))
         except OSError as error:
             raise CoterieError(f"{what} cannot be read ({error.strerror})") from None
+        if done < blobs.size:
+            raise CoterieError(f"{what} ends after {done} of {blobs.size} bytes")
         if zlib.crc32(view) != blobs.checksums[expert]:
             raise CoterieError(f"{what} is not what was written; copy or convert the model again")
+
+
+def _unit(*places: int) -> int:
+    """What a read comes in whole numbers of: a page where it can go past the cache, else a byte."""
+    past = hasattr(os, "O_DIRECT") and not any(place % PAGE for place in places)
+    return PAGE if past else 1
+
+
+def _read(path: Path, at: int, view: memoryview, *, unit: int) -> int:
+    """How many bytes from ``at`` on are in ``view``; fewer than it holds where the file ends."""
+    done = 0
+    with _opened(path, past=unit == PAGE) as file:
+        file.seek(at)
+        while done < len(view):
+            got = file.readinto(view[done:])
+            done += got or 0
+            # Past the cache, what is no whole page is the end, and nothing can be asked behind it.
+            if not got or done % unit:
+                break
+        if hasattr(os, "posix_fadvise"):
+            os.posix_fadvise(file.fileno(), at, len(view), os.POSIX_FADV_DONTNEED)
+    return done
+
+
+def _opened(path: Path, *, past: bool) -> FileIO:
+    """To be read past the system's cache where that is asked for and its file system can."""
+    if past:
+        try:
+            return FileIO(os.open(path, os.O_RDONLY | os.O_DIRECT), "rb")
+        except OSError as error:
+            if error.errno != errno.EINVAL:
+                raise
+    return FileIO(path, "rb")

@@ -5,8 +5,10 @@ the link, and these are computed when they are there,
 
     layer = max(hits / memory, misses / link) + misses / memory,
 
-in bytes over bytes a second. What it leaves out: attention, router, shared experts (``rest`` adds a
-constant for these), a cost per copy, and any copy begun before its layer. With ``memory`` unknown
+in bytes over bytes a second; where anything is missing, misses / link takes ``latency`` more. Where
+nothing is hidden (``overlap`` False), as on a CPU whose cores check what they read from a disk, the
+sum of the first two stands for the greater. What it leaves out: attention, router, shared experts
+(``rest`` adds a constant for these), and any copy begun before its layer. With ``memory`` unknown
 computing takes no time, and what remains is what the link alone takes.
 """
 
@@ -26,11 +28,17 @@ Counts = NDArray[np.int64]
 
 @dataclass(frozen=True)
 class Machine:
-    """Rates in bytes a second; ``memory`` None: computing takes no time. ``rest`` in seconds."""
+    """Rates in bytes a second; ``memory`` None: computing takes no time. ``rest`` in seconds, and
+    ``latency``, which a layer's copies take together beyond their bytes.
+
+    ``overlap``: whether experts are computed while others come.
+    """
 
     link: float
     memory: float | None = None
     rest: float = 0.0
+    overlap: bool = True
+    latency: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -46,9 +54,11 @@ def clock(machine: Machine, used: Counts, loads: Counts, size: int, *, decoding:
     """What forwards take that use and load so many experts [P, L] of ``size`` bytes; of these
     forwards, ``decoding`` decode."""
     pace = 0.0 if machine.memory is None else size / machine.memory
-    hits, copies, late = (used - loads) * pace, loads * (size / machine.link), loads * pace
-    layers = np.maximum(hits, copies) + late  # [P, L] s
-    idle = np.maximum(copies - hits, 0)
+    hits, late = (used - loads) * pace, loads * pace
+    copies = loads * (size / machine.link) + (loads > 0) * machine.latency
+    hidden = np.minimum(hits, copies) if machine.overlap else np.zeros_like(hits)
+    layers = hits + copies - hidden + late  # [P, L] s
+    idle = copies - hidden
     rest = machine.rest * len(used)
     return Clock((rest + float(layers.sum())) / decoding, float(idle.sum()) / decoding)
 
