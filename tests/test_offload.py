@@ -160,6 +160,20 @@ def test_who_is_here_is_computed_while_others_come() -> None:
     assert (rest.slot_of >= 0).tolist() == (both & ~first).tolist()
 
 
+def test_a_slab_of_all_that_are_here_is_made_anew_when_others_came() -> None:
+    whole = blobs(6)
+    own, true = store(InMemory(whole), 6, 3), shown(whole[1], torch.arange(6))
+    for wanted in ({0, 1, 2}, {0, 1}, {1, 2}, {1, 4}, {4}, {1, 4}, {0, 1}, {0}):
+        used = membership(torch.tensor(sorted(wanted)), 6)
+        seen: set[int] = set()
+        for slab in own.serve(1, used):
+            here = [one for one in range(6) if int(slab.slot_of[one]) >= 0]
+            assert torch.equal(slab.down[slab.slot_of[here]], true.down[here])
+            seen |= set(here)
+        assert seen >= wanted
+    assert own.moved == 5
+
+
 def test_a_store_that_was_left_in_the_middle_fetches_anew() -> None:
     whole = blobs(9)
     own = store(InMemory(whole), 9, 3)

@@ -32,6 +32,13 @@ class Shelf:
 
     slots: Slots
     memory: Tensor  # [capacity, bytes of an expert] uint8
+    whole: list[Slab] = field(default_factory=list)  # of everybody here, once it was asked for
+
+    def everybody(self, shown: Shown) -> Slab:
+        """Of all that are here, made once for as long as nobody comes."""
+        if not self.whole:
+            self.whole.append(shown(self.memory, torch.from_numpy(self.slots.slot_of.copy())))
+        return self.whole[0]
 
     def slab(self, shown: Shown, where: Places, experts: Sequence[int]) -> Slab:
         """Of these experts alone."""
@@ -69,10 +76,15 @@ class Offloaded:
 
     def serve(self, layer: int, used: Tensor) -> Iterator[Slab]:
         shelf = self._shelf(layer)
-        where = shelf.slots.slot_of.copy()
         mask = used.cpu().numpy()
+        self.forwards, self.used = self.forwards + 1, self.used + int(np.count_nonzero(mask))
+        if shelf.slots.holds_all(mask):
+            shelf.slots.note(mask)
+            yield shelf.everybody(self.shown)
+            return
+        where = shelf.slots.slot_of.copy()
+        shelf.whole.clear()
         waves = shelf.slots.serve(mask)
-        self.forwards, self.used = self.forwards + 1, self.used + int(mask.sum())
         fetching: dict[int, Future[None]] = {}
         try:
             for place, wave in enumerate(waves):

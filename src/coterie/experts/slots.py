@@ -62,11 +62,19 @@ class Slots:
         """[E]: who is here."""
         return self.slot_of != NOBODY
 
-    def serve(self, used: Mask, votes: Numbers | None = None) -> list[Wave]:
-        """Make every expert of ``used`` be here once, and say how; at least one wave if any is."""
+    def holds_all(self, used: Mask) -> bool:
+        """Whether all of these are here; then serving them moves nobody."""
+        return not (used & (self.slot_of == NOBODY)).any()
+
+    def note(self, used: Mask, votes: Numbers | None = None) -> None:
+        """Learn what a forward uses; ``serve`` does so itself."""
         seen = Seen(self.clock, used, np.zeros(self.experts) if votes is None else votes)
         self._worth = self.rule.after(self._worth, seen)
         self.clock += 1
+
+    def serve(self, used: Mask, votes: Numbers | None = None) -> list[Wave]:
+        """Make every expert of ``used`` be here once, and say how; at least one wave if any is."""
+        self.note(used, votes)
         here = self.resident
         hits, misses = used & here, used & ~here
         if not misses.any():
