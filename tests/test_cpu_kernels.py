@@ -143,6 +143,21 @@ def test_a_routing_that_names_what_is_not_there_raises():
         cpu.run_experts(torch.zeros(2, 41), case.routing, case.packed)
 
 
+@pytest.mark.parametrize(
+    ("ids", "weights"),
+    [
+        (torch.zeros(2, 1, dtype=torch.int64), torch.ones(2, 1)),
+        (torch.zeros(3, 1, dtype=torch.int64), torch.ones(3, 2)),
+        (torch.zeros(3, 1, dtype=torch.int32), torch.ones(3, 1)),
+        (torch.zeros(3, 1, dtype=torch.int64), torch.ones(3, 1).bfloat16()),
+    ],
+)
+def test_a_routing_that_memory_does_not_hold_so_raises(ids: Tensor, weights: Tensor):
+    case = Case("bf16", tokens=3, hidden=40, width=24)
+    with pytest.raises(ValueError, match=r"ids .* and weights"):
+        cpu.run_experts(case.x, Routing(ids, weights, case.routing.used, ids), case.packed)
+
+
 def test_an_unknown_instruction_set_is_refused(monkeypatch: pytest.MonkeyPatch):
     case = Case("bf16", tokens=2, hidden=40, width=24)
     monkeypatch.setenv("COTERIE_ISA", "abacus")
@@ -192,6 +207,17 @@ def test_without_the_library_it_is_said_once(tmp_path: Path):
         check=True,
     )
     assert done.stderr.count("without its own kernels") == 1
+
+
+def test_a_library_that_does_not_load_is_not_a_missing_compiler(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, caplog: pytest.LogCaptureFixture
+):
+    broken = tmp_path / "libcoterie.so"
+    broken.write_bytes(b"of another machine")
+    monkeypatch.setattr(library, "LIBRARY", broken)
+    assert library.library.__wrapped__() is None
+    assert "they do not load here" in caplog.text
+    assert "compiler" not in caplog.text
 
 
 def test_without_a_compiler_the_reason_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):

@@ -62,7 +62,7 @@ struct Attending {
   const uint16_t *query_norm, *key_norm;    // [dim]
   const float *cos, *sin;                   // [rows, width, half]
   const int64_t *positions, *places;        // [rows, width]; [rows]: which rows of the cache
-  const int32_t* limits;                    // [rows, width]: keys before that position are seen
+  const int32_t* limits;                    // [rows, width]: keys before that position and `reach`
   uint16_t *keys, *values;                  // [.., kv_heads, length, dim], strides in numbers
   uint16_t* out;                            // [rows, width, heads, dim]
   size_t row_stride, head_stride;

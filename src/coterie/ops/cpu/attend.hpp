@@ -209,7 +209,7 @@ struct Look {
         turn(a, token(lane), head_of(a, token(lane), query_head(lane)), a.query_norm, own.head, own.turned);
       for (int s = 0; s < a.dim / 2; s++)
         store(own.queries + s * STEP + lane * 4, here ? load<uint32_t>(own.turned + 2 * s) : 0u);
-      int limits = here ? a.limits[token(lane)] : 1;
+      int limits = here ? smaller(a.limits[token(lane)], a.reach) : 1;
       limit[lane / LANES][lane % LANES] = limits;
       if (here) least = smaller(least, limits), reach = limits > reach ? limits : reach;
     }

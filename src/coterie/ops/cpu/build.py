@@ -18,7 +18,10 @@ HERE = Path(__file__).parent
 LIBRARY = HERE / "libcoterie.so"
 COMPILERS = ("c++", "g++", "clang++")
 # -O3 takes many times as long and is no faster: the loops that count are written out by pragmas.
-FLAGS = "-O2 -std=c++17 -fPIC -fvisibility=hidden -ffp-contract=fast -Wall -Wextra -Wno-psabi"
+FLAGS = (
+    "-O2 -std=c++17 -fPIC -fvisibility=hidden -fno-exceptions -ffp-contract=fast "
+    "-Wall -Wextra -Wno-psabi"
+)
 AVX512 = "-mavx2 -mfma -mavx512f -mavx512bw -mavx512dq -mavx512vl -mprefer-vector-width=512"
 LINUX = ("-static-libstdc++", "-static-libgcc", "-Wl,--exclude-libs,ALL")
 ISAS: Mapping[str, str] = {"portable": ""}

@@ -23,8 +23,10 @@ struct Part {
   }
 };
 
-// Working memory that a thread keeps from call to call.
+// Working memory that a thread keeps from call to call; what a long prompt took, a short call gives
+// back.
 struct Room {
+  static constexpr size_t KEPT = 64 << 20;  // bytes, whatever was needed once
   uint8_t* begin = nullptr;
   size_t size = 0;
   Room() = default;
@@ -32,7 +34,7 @@ struct Room {
   Room& operator=(const Room&) = delete;
   ~Room() { free(begin); }
   uint8_t* of(size_t wanted) {
-    if (wanted > size) {
+    if (wanted > size || (size > KEPT && wanted <= KEPT)) {
       free(begin);
       begin = static_cast<uint8_t*>(aligned_alloc(64, (wanted + 63) / 64 * 64));
       size = begin ? wanted : 0;

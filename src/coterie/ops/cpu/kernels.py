@@ -79,6 +79,12 @@ def run_experts(x: Tensor, routing: Routing, slab: Slab) -> Tensor:
         raise ValueError(f"tokens of {hidden} numbers meet experts of {wanted}")
     x = x.detach() if x.dtype in (torch.float32, torch.bfloat16) else x.detach().float()
     x, ids, weights = x.contiguous(), routing.ids.contiguous(), routing.weights.contiguous()
+    if ids.shape != weights.shape or len(ids) != tokens:
+        raise ValueError(
+            f"{tokens} tokens, ids {tuple(ids.shape)} and weights {tuple(weights.shape)}"
+        )
+    if ids.dtype != torch.int64 or weights.dtype != torch.float32:
+        raise ValueError(f"ids in {ids.dtype} and weights in {weights.dtype}: int64 and float32")
     out = torch.empty(tokens, hidden)
     found = built()
     call = Call(

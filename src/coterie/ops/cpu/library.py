@@ -153,7 +153,9 @@ def library() -> Library | None:
         handle = ctypes.CDLL(str(LIBRARY))
         handle.coterie_abi.argtypes = handle.coterie_layout.argtypes = ()
         found = handle.coterie_abi(), handle.coterie_layout()
-    except (OSError, AttributeError):
+    except (OSError, AttributeError) as error:
+        if LIBRARY.exists():
+            return _without(f"they do not load here ({error})")
         return _without("no compiler was found when it was installed")
     if found != (ABI, LAYOUT):
         return _without("they were built for another version; install it again")

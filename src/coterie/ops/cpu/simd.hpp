@@ -6,6 +6,9 @@
 #include <stdint.h>
 #include <string.h>
 #if defined(__AVX512F__) || defined(__AVX2__)
+#if defined(__GNUC__) && !defined(__clang__)
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"  // gcc 12's own headers, wherever inlined
+#endif
 #include <immintrin.h>
 #endif
 
