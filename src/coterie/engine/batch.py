@@ -87,7 +87,8 @@ def forward(
     look, device = group[0].look, transformer.device
     rows, places = tuple(slot.number for slot in group), [slot.place for slot in group]
     # What is played again shall not change in shape.
-    sparing = device.type == "cpu" and graphs is None
+    # Who watches is shown the whole block as the head reads it.
+    sparing = device.type == "cpu" and graphs is None and isinstance(watcher, Null)
     tokens, step = _asked(group, sparing=sparing)
 
     def cache() -> Cache | None:
