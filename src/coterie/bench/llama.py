@@ -13,13 +13,14 @@ import sys
 from collections.abc import Iterator
 from importlib import import_module
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
-if __name__ == "__main__":
-    import worker
-else:
+if TYPE_CHECKING or __name__ != "__main__":
     from coterie.bench import worker
+else:  # under a peer's Python, with its folder on the path and nothing of ours installed
+    import worker
 
 HEAD = 64  # features of the one head
 CERTAIN = 24.0  # logit of a chosen expert's weight 1; of experts that are not chosen it is 0
