@@ -132,7 +132,7 @@ def test_wanted_logits_decide_what_all_of_the_block_do(ask: Ask, seed: int) -> N
         logits, at = noise(whole, seed), part.wanted()
         total = logits[at].logsumexp(dim=-1)
         rest = logits[at].index_fill(1, torch.tensor([MASK]), -torch.inf)
-        survey = Survey(logits[at].argmax(dim=-1), rest.argmax(dim=-1), total)
+        survey = Survey.of(logits[at], logits[at].argmax(dim=-1), rest.argmax(dim=-1), total)
         assert whole.receive(logits) == part.receive(logits[at], survey, at)
         assert torch.equal(whole.canvas.tokens, part.canvas.tokens)
     assert part.look is None

@@ -59,9 +59,25 @@ class Survey:
     best: Tensor  # [w] int64: the token with the greatest logit, the lower id of equals
     unmasked: Tensor  # [w] int64: the same, but never the mask
     total: Tensor  # [w] fp32: the log of the sum of e**logits; finite where all of them are
+    sure: Tensor  # [w, 2] fp32: the probabilities of these two tokens
+
+    @staticmethod
+    def of(logits: Tensor, best: Tensor, unmasked: Tensor, total: Tensor) -> Survey:
+        """With the probabilities that follow, of logits [w, V]; no numbers where these are none."""
+        both = logits.gather(-1, torch.stack([best, unmasked], dim=-1).clamp(min=0))
+        return Survey(best, unmasked, total, (both - total[:, None]).exp())
 
     def __getitem__(self, rows: slice) -> Survey:
-        return Survey(self.best[rows], self.unmasked[rows], self.total[rows])
+        return Survey(self.best[rows], self.unmasked[rows], self.total[rows], self.sure[rows])
+
+    def on_host(self) -> Survey:
+        """The same, in one read of five numbers a row."""
+        if self.total.device.type == "cpu":
+            return self
+        # Whole numbers and fp32 fit into fp64 as they are.
+        columns = (self.best, self.unmasked, self.total, *self.sure.unbind(-1))
+        read = torch.stack([column.double() for column in columns]).cpu()
+        return Survey(read[0].long(), read[1].long(), read[2].float(), read[3:].T.float())
 
 
 @dataclass(frozen=True)

@@ -71,31 +71,34 @@ def propose(
     entropy: bool = False,
     survey: Survey | None = None,
 ) -> Proposal:
-    """Proposal from logits [w, V]; equal logits go to the lower id. ``survey`` is theirs, if known.
+    """Proposal from logits [w, V]; equal logits go to the lower id.
+
+    ``survey`` is theirs and on the host, if it is known.
 
     Confidence is the probability at the sampling temperature before top-k and top-p cut. Draws are
     w uniform numbers from a generator on the host, so that they depend on neither device nor
     neighbours. NaN raises.
     """
-    survey = None if sampling.temperature else survey
-    heated = logits.float() if survey else logits.float() / (sampling.temperature or 1.0)
-    total = survey.total if survey else heated.logsumexp(dim=-1)
+    if survey is not None and sampling.temperature == 0:
+        return _surveyed(logits, survey, entropy=entropy)
+    heated = logits.float() / (sampling.temperature or 1.0)
+    total = heated.logsumexp(dim=-1)
     real = torch.isfinite(total)
     if not _far(logits) and not bool(real.all()):
         raise NotFinite(BROKEN)
     before = generator.get_state()
     if sampling.temperature == 0:
-        ids = survey.best if survey else logits.argmax(dim=-1)
+        ids = logits.argmax(dim=-1)
     else:
         draws = torch.rand(logits.shape[0], generator=generator).to(logits.device)
         ids = _draw(torch.softmax(heated, dim=-1), sampling, draws)
-    unmask = survey.unmasked if survey else _without(mask, ids, logits)
+    unmask = _without(mask, ids, logits)
     both = heated.gather(-1, torch.stack([ids, unmask], dim=-1))  # [w, 2]
     sure = (both - total[:, None]).exp()
-    doubt = torch.special.entr(torch.softmax(heated, dim=-1)).sum(dim=-1) if entropy else None
+    doubt = _doubt(heated) if entropy else None
     if _far(logits):
         # One read: whole numbers and fp32 fit into fp64 as they are.
-        real = real if survey else real & torch.isfinite(logits).all(-1)
+        real = real & torch.isfinite(logits).all(-1)
         columns = [ids, unmask, real, *sure.unbind(-1)]
         columns += [] if doubt is None else [doubt]
         read = torch.stack([column.double() for column in columns]).cpu()
@@ -105,13 +108,20 @@ def propose(
             generator.set_state(before)
             raise NotFinite(BROKEN)
     confidence, unmask_confidence = sure.unbind(-1)
-    return Proposal(
-        ids,
-        confidence,
-        unmask=unmask,
-        unmask_confidence=unmask_confidence,
-        entropy=doubt,
-    )
+    return Proposal(ids, confidence, unmask, unmask_confidence, doubt)
+
+
+def _surveyed(logits: Tensor, survey: Survey, *, entropy: bool) -> Proposal:
+    """The greedy proposal, of which all but the entropy is on the host already."""
+    if not bool(torch.isfinite(survey.total).all()):
+        raise NotFinite(BROKEN)
+    confidence, unmask_confidence = survey.sure.unbind(-1)
+    doubt = _doubt(logits.float()).cpu() if entropy else None
+    return Proposal(survey.best, confidence, survey.unmasked, unmask_confidence, doubt)
+
+
+def _doubt(logits: Tensor) -> Tensor:
+    return torch.special.entr(torch.softmax(logits, dim=-1)).sum(dim=-1)
 
 
 def _far(tensor: Tensor) -> bool:

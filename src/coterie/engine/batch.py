@@ -86,8 +86,7 @@ def forward(
     """
     look, device = group[0].look, transformer.device
     rows, places = tuple(slot.number for slot in group), [slot.place for slot in group]
-    # What is played again shall not change in shape.
-    # Who watches is shown the whole block as the head reads it.
+    # What is played again shall not change in shape, and who watches is shown whole blocks.
     sparing = device.type == "cpu" and graphs is None and isinstance(watcher, Null)
     tokens, step = _asked(group, sparing=sparing)
 
@@ -105,10 +104,9 @@ def forward(
         recorder.began(rows)
         moved = _moved(replace(step, cache=cache(), recorder=recorder), device)
         logits = transformer(tokens.to(device), moved)
-    survey = ops.survey(logits, group[0].row.ask.mask)
-    # A row that is alone says by itself, in the one read that it needs, that logits are broken.
-    checked = device.type == "cpu" or len(group) > 1 or not look.denoises
-    if checked and not bool(torch.isfinite(survey.total).all()):
+    # The one read that ends a step, whatever the number of rows.
+    survey = ops.survey(logits, group[0].row.ask.mask).on_host()
+    if not bool(torch.isfinite(survey.total).all()):
         raise _broken(transformer, tokens, replace(step, cache=cache()))
     try:
         at = [_needed(slot, sparing=sparing) for slot in group]

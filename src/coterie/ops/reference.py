@@ -64,7 +64,7 @@ def survey(logits: Tensor, mask: int) -> Survey:
     best = logits.argmax(dim=-1)
     rest = logits.clone()
     rest[:, mask] = float("-inf")
-    return Survey(best, rest.argmax(dim=-1), logits.logsumexp(dim=-1))
+    return Survey.of(logits, best, rest.argmax(dim=-1), logits.logsumexp(dim=-1))
 
 
 def linear(x: Tensor, weight: Tensor, dtype: torch.dtype) -> Tensor:

@@ -61,4 +61,4 @@ def survey(logits: Tensor, mask: int) -> Survey:
     found = built()
     if outcome := found.handle.coterie_survey(found.isa(), ctypes.byref(call)):
         raise RuntimeError(f"the logits could not be surveyed: {OUTCOMES[outcome]}")
-    return Survey(best, unmasked, total)
+    return Survey.of(logits, best, unmasked, total)

@@ -62,7 +62,7 @@ def survey(logits: Tensor, mask: int) -> Survey:
     total = torch.empty(rows, dtype=torch.float32, device=device)
     padded = power_of_two(parts)
     launch(_settle, (rows,), values, ids, best, total, rows, parts, PADDED=padded, num_warps=1)
-    return Survey(best[0], best[1], total)
+    return Survey.of(logits, best[0], best[1], total)
 
 
 @triton.jit
