@@ -427,6 +427,8 @@ def test_forward_and_generate_leave_records_that_can_be_drawn(tmp_path: Path) ->
     [
         (["layer", "--shape", "llada3"], "unknown shape 'llada3'"),
         (["layer", "--peer", "none", "--peer", "torch"], "--peer none leaves no peer"),
+        (["layer", "--peer", "none", "--slow"], "--slow has no effect with --peer none"),
+        (["layer", "--peer", "none", "--memory", "2"], "--memory has no effect with --peer none"),
         (["layer", "--peer-python", "zentorch"], "not NAME=PATH"),
         (["layer", "--peer", "torch", "--peer-python", "zentorch=x"], "not among --peer torch"),
         (["layer", "-p", "des-votes"], "unknown policy"),

@@ -387,7 +387,7 @@ def test_the_command_complains_in_one_line(
         (["int8", "--layout", "rows"], "unknown layout 'rows'; known: panels, plain"),
         (["int8", "--group", "128", "--layout", "panels"], "panels hold int8 in groups of 64 and"),
         (["bf16", "--group", "64"], "--group has no effect with --experts bf16"),
-        (["bf16", "--layout", "plain"], "are what there is"),
+        (["bf16", "--layout", "plain"], "--layout plain leaves nothing to do for bf16 experts"),
         (["fp8"], "unknown format 'fp8' for experts; known: int8, int4, bf16"),
     ):
         assert run(["quantize", "embedded", out, "--experts", *options]) == 2

@@ -7,10 +7,12 @@ import hashlib
 import json
 import os
 import resource
+import shutil
 import subprocess
 import sys
 from dataclasses import fields, is_dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -227,6 +229,29 @@ def test_too_small_a_disk_is_told_before_anything_is_written(
     with pytest.raises(CoterieError, match=r"needs .* GiB, .* GiB are free"):
         convert(source, tmp_path / "small", INT8)
     assert list((tmp_path / "small").glob("*.safetensors*")) == []
+
+
+def test_what_a_kill_left_does_not_count_as_room_that_is_taken(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = write_checkpoint(tmp_path / "whole", "llada2", shards=2)
+    needed = convert(source, tmp_path / "at once", INT8).bytes_after
+    out = cut_off(source, tmp_path / "small", after=40)
+    (out / "layer-0-ep-0-of-1.safetensors.part").write_bytes(bytes(5000))
+
+    def usage(folder: Path) -> Usage:
+        taken = sum(file.stat().st_size for file in folder.glob("*.safetensors*"))
+        return Usage(needed, taken, needed - taken)
+
+    monkeypatch.setattr(shutil, "disk_usage", usage)
+    convert(source, out, INT8)
+    assert files(out) == files(tmp_path / "at once")
+
+
+class Usage(NamedTuple):
+    total: int
+    used: int
+    free: int
 
 
 def cut_off(source: Path, out: Path, *, after: int) -> Path:

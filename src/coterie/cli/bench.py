@@ -94,6 +94,8 @@ def layer_command(
     asked = Asked(
         published(shape), dtype, named, tokens, turns, threads or torch.get_num_threads(), even
     )
+    idle = {"--slow": slow, "--memory": memory is not None}
+    _check_peers(peers, [flag for flag, given in idle.items() if given])
     who, skipped = _peers(peers, pythons, dtype)
     with _telling() as tell:
         found = time_layer(asked, who, slow=slow, budget=_budget(asked, memory), tell=tell)
@@ -233,6 +235,12 @@ def plot_command(
     for path in records:
         for file in plot(path):
             print_text(str(file))
+
+
+def _check_peers(names: Sequence[str] | None, flags: Sequence[str]) -> None:
+    """Raises for options of peers where there are none."""
+    if names and b.NOBODY in names and flags:
+        raise CoterieError(f"{flags[0]} has no effect with --peer {b.NOBODY}: it is for peers")
 
 
 def _peers(names: Sequence[str] | None, pythons: Sequence[str] | None, dtype: str):

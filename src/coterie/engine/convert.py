@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from coterie.engine.journal import MANIFEST, Journal, Sums
-from coterie.engine.rising import put, put_json, rising
+from coterie.engine.rising import put, put_json, rising, sweep
 from coterie.engine.source import ALL_PARTS, find_folder
 from coterie.engine.written import OutFile, PackedLayer, Shard, Sources
 from coterie.families import Config, recognise
@@ -60,7 +60,10 @@ class Aim:
 
     def __post_init__(self) -> None:
         if self.form is None and not self.panels:
-            raise CoterieError(f"{WHOLE} experts in a plain layout are what there is; copy it")
+            raise CoterieError(
+                f"--layout {PLAIN} leaves nothing to do for {WHOLE} experts; "
+                f"--layout {PANELS} packs them"
+            )
         if self.panels and self.form is not None and FORMATS[self.form.name] != self.form:
             held = " and ".join(map(str, FORMATS.values()))
             raise CoterieError(f"panels hold {held}, not {self.form}; --layout plain keeps any")
@@ -105,6 +108,9 @@ def convert(name: str | Path, out: Path, aim: Aim, told: Told | None = None) -> 
     fingerprint = _fingerprint(config, checkpoint)
     identity = {"source": fingerprint, "experts": str(aim), "layout": aim.panels and LAYOUT}
     with Journal.open(out, identity) as journal:
+        # What a kill left would count as room that is taken.
+        for file in files:
+            sweep(out / file.name)
         _check_room(out, files, journal.finished)
         found = len(journal.finished)
         _write(out, files, journal, told)

@@ -15,7 +15,7 @@ from coterie.naming import CoterieError
 @contextmanager
 def rising(path: Path) -> Iterator[BufferedWriter]:
     """A file that gets its name when it is whole and on the disk, or leaves nothing."""
-    part = path.with_name(path.name + ".part")
+    part = _part(path)
     try:
         with part.open("wb") as sink:
             yield sink
@@ -31,6 +31,11 @@ def rising(path: Path) -> Iterator[BufferedWriter]:
         part.unlink(missing_ok=True)
 
 
+def sweep(path: Path) -> None:
+    """Remove what a killed process left of a file that had no name yet."""
+    _part(path).unlink(missing_ok=True)
+
+
 def put(path: Path, content: bytes) -> None:
     with rising(path) as sink:
         sink.write(content)
@@ -38,3 +43,7 @@ def put(path: Path, content: bytes) -> None:
 
 def put_json(path: Path, content: Mapping[str, object]) -> None:
     put(path, json.dumps(content, indent=1, ensure_ascii=False).encode() + b"\n")
+
+
+def _part(path: Path) -> Path:
+    return path.with_name(path.name + ".part")
