@@ -41,7 +41,7 @@ from coterie.ops.panels import LAYOUT
 from coterie.quant import FORMATS, quantise
 from coterie.results import Measure, record, write_record
 from coterie.testing import read_spec, tiny_config
-from coterie.values import Panels, Slab
+from coterie.values import Demand, Panels, Slab
 
 MINI: Mapping[str, int] = {
     "hidden_size": 2048,
@@ -189,7 +189,7 @@ def bandwidths(folder: Path, rounds: int) -> list[Measure]:
     feed_forward = model.transformer.layers[layer].feed_forward
     assert isinstance(feed_forward, MoE)
     everybody = torch.ones(model.spec.router.experts, dtype=torch.bool)
-    [mapped] = feed_forward.store.serve(layer, everybody)
+    [mapped] = feed_forward.store.serve(layer, Demand(everybody))
     panels = mapped.gate_up
     assert isinstance(panels, Panels)
     memory = cpu.memory(*panels.packed.shape)

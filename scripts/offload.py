@@ -43,7 +43,7 @@ from coterie.planning.trace import Trace
 from coterie.quant import FORMATS, quantise
 from coterie.results import Measure, record, write_record
 from coterie.routing import parse_policy
-from coterie.values import Panels, Slab, Store
+from coterie.values import Demand, Panels, Slab, Store
 
 HIDDEN, WIDTH, KIND = 2048, 512, "int8"
 MINI_BYTES = dict(MINI.expert_bytes)[KIND]
@@ -174,8 +174,8 @@ class Bench:
         ample, slabs = self.store(MINI.experts), {}
         for layer in self.trace.about.layers:
             everybody = torch.ones(MINI.experts, dtype=torch.bool)
-            list(ample.serve(layer, everybody))
-            (slabs[layer],) = ample.serve(layer, everybody)
+            list(ample.serve(layer, Demand(everybody)))
+            (slabs[layer],) = ample.serve(layer, Demand(everybody))
         stores: dict[str, Store] = {ALL: Resident(slabs), AMPLE: ample}
         self.serve(PLAYS[1], ample)  # the first forwards of a process are slow
         found: dict[str, list[Served]] = {}

@@ -26,7 +26,7 @@ from coterie.model.transformer import Transformer
 from coterie.model.weights import allocate
 from coterie.naming import CoterieError
 from coterie.testing import CONFIGS, random_tensors, read_spec, tiny_config, write_checkpoint
-from coterie.values import Matrix, PackedMatrix, Panels, Slab
+from coterie.values import Demand, Matrix, PackedMatrix, Panels, Slab
 
 GATE = "model.layers.1.mlp.gate.weight"
 UP = "model.layers.2.mlp.experts.7.up_proj.weight"
@@ -95,7 +95,7 @@ def test_every_tensor_lands_where_its_name_says(tmp_path: Path) -> None:
     transformer = load_model(one(tmp_path), device="cpu").transformer
     held = random_tensors(tiny_config("llada2"), 1)
     moe = transformer.layers[2].feed_forward
-    slab = next(moe.store.serve(2, torch.ones(16)))  # type: ignore[union-attr]
+    slab = next(moe.store.serve(2, Demand(torch.ones(16))))  # type: ignore[union-attr]
     expert = "model.layers.2.mlp.experts.7."
     assert torch.equal(slab.gate_up[7, :16], held[f"{expert}gate_proj.weight"])
     assert torch.equal(slab.gate_up[7, 16:], held[f"{expert}up_proj.weight"])

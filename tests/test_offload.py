@@ -33,7 +33,7 @@ from coterie.experts.tiers import PAGE, Blobs, InMemory, OnDisk, Tier
 from coterie.naming import CoterieError
 from coterie.ops import cpu
 from coterie.testing import write_checkpoint
-from coterie.values import Routing, Slab, membership
+from coterie.values import Demand, Routing, Slab, membership
 
 HIDDEN, WIDTH, LAYERS = 8, 4, (1, 2)
 PART = 2 * WIDTH * HIDDEN  # numbers of gate and up
@@ -75,7 +75,7 @@ def routings(experts: int, seed: int, *, count: int, tokens: int = 5, k: int = 3
 
 def computed(served: Offloaded | Resident, layer: int, routing: Routing, x: Tensor) -> Tensor:
     out = torch.zeros(len(x), HIDDEN)
-    for slab in served.serve(layer, routing.used):
+    for slab in served.serve(layer, Demand(routing.used)):
         out += ops.run_experts(x, routing, slab)
     return out
 
@@ -132,7 +132,7 @@ def test_what_is_being_computed_with_is_not_overwritten() -> None:
     own = store(slow, 12, 5)
     for _ in range(3):
         served = 0
-        for slab in own.serve(1, torch.ones(12, dtype=torch.bool)):
+        for slab in own.serve(1, Demand(torch.ones(12, dtype=torch.bool))):
             slots = slab.slot_of[slab.slot_of >= 0]
             before = slab.down[slots].clone()
             time.sleep(0.004)
@@ -150,8 +150,8 @@ def test_who_is_here_is_computed_while_others_come() -> None:
     first, both = torch.zeros(8, dtype=torch.bool), torch.zeros(8, dtype=torch.bool)
     first[:3] = True
     both[:5] = True
-    list(own.serve(1, first))
-    waves = own.serve(1, both)
+    list(own.serve(1, Demand(first)))
+    waves = own.serve(1, Demand(both))
     slab = next(waves)
     assert (slab.slot_of >= 0).tolist() == first.tolist()
     with slow.lock:
@@ -166,7 +166,7 @@ def test_a_slab_of_all_that_are_here_is_made_anew_when_others_came() -> None:
     for wanted in ({0, 1, 2}, {0, 1}, {1, 2}, {1, 4}, {4}, {1, 4}, {0, 1}, {0}):
         used = membership(torch.tensor(sorted(wanted)), 6)
         seen: set[int] = set()
-        for slab in own.serve(1, used):
+        for slab in own.serve(1, Demand(used)):
             here = [one for one in range(6) if int(slab.slot_of[one]) >= 0]
             assert torch.equal(slab.down[slab.slot_of[here]], true.down[here])
             seen |= set(here)
@@ -177,7 +177,7 @@ def test_a_slab_of_all_that_are_here_is_made_anew_when_others_came() -> None:
 def test_a_store_that_was_left_in_the_middle_fetches_anew() -> None:
     whole = blobs(9)
     own = store(InMemory(whole), 9, 3)
-    served = own.serve(1, torch.ones(9, dtype=torch.bool))
+    served = own.serve(1, Demand(torch.ones(9, dtype=torch.bool)))
     next(served)
     served.close()
     resident = own.resident(1)
@@ -221,15 +221,15 @@ def test_a_disk_that_fails_gives_an_error_and_never_other_weights(
     """Experts 0 and 1 were read before the file was harmed; then 4 is asked for, and again."""
     tier, whole = on_disk(tmp_path)
     own = store(tier, 6, 3)
-    list(own.serve(1, torch.tensor([True, True, False, False, False, False])))
+    list(own.serve(1, Demand(torch.tensor([True, True, False, False, False, False]))))
     path = tier.layers[1].path
     good = path.read_bytes()
     harm(path)
     for _ in range(2):
         with pytest.raises(CoterieError, match=f"expert 4 of layer 1.*{told}"):
-            list(own.serve(1, torch.tensor([False, False, False, False, True, False])))
+            list(own.serve(1, Demand(torch.tensor([False, False, False, False, True, False]))))
     path.write_bytes(good)
-    (slab,) = own.serve(1, torch.tensor([False, False, False, False, True, False]))
+    (slab,) = own.serve(1, Demand(torch.tensor([False, False, False, False, True, False])))
     assert torch.equal(slab.down[slab.slot_of[4]], shown(whole[1], torch.arange(6)).down[4])
 
 

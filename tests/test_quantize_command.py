@@ -30,6 +30,7 @@ from coterie.model.moe import MoE
 from coterie.naming import CoterieError
 from coterie.quant import FORMATS, Format, dequantise, parse_format, quantise
 from coterie.testing import write_checkpoint
+from coterie.values import Demand
 
 FAMILIES = ("llada2", "llada-moe", "sdar-moe")
 INT8, INT4 = Aim(Format(8, 64), panels=False), Aim(Format(4, 32), panels=False)
@@ -60,7 +61,7 @@ def experts(model: Model) -> list[Tensor]:
     for number, layer in enumerate(model.transformer.layers):
         if isinstance(layer.feed_forward, MoE):
             used = torch.ones(model.spec.router.experts, dtype=torch.bool)
-            for slab in layer.feed_forward.store.serve(number, used):
+            for slab in layer.feed_forward.store.serve(number, Demand(used)):
                 found += contents(slab)
     return found
 

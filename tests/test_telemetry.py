@@ -9,7 +9,7 @@ import torch
 
 from coterie.routing import parse_policy, route
 from coterie.telemetry import Counting, Null, Recorder, Tracing, figures
-from coterie.values import RouterSpec, Scores
+from coterie.values import Demand, RouterSpec, Scores
 
 ROUTER = RouterSpec(experts=16, k=4, activation="sigmoid", renormalise=True)
 
@@ -148,3 +148,25 @@ def test_tracing_keeps_what_it_was_shown():
 
 def _pairs(routing):
     return zip(routing.own.tolist(), routing.ids.tolist(), strict=True)
+
+
+@pytest.mark.parametrize("voters", [None, [[1.0, 0, 0.5, 1, 0, 0], [0, 0, 0, 0, 0, 0]]])
+def test_a_demand_tells_tokens_and_votes_as_counted_by_hand(voters: list[list[float]] | None):
+    """The second row has no voter: all of its tokens vote."""
+    seen = replace(scores(2), voters=None if voters is None else torch.tensor(voters))
+    routing = route(seen, parse_policy("des-vote:beta=0.25"))
+    demand = Demand(routing.used, routing, seen)
+    tokens, votes = [0] * 16, [0.0] * 16
+    own, voice = routing.own.view(2, 6, 4), voters or [[1.0] * 6] * 2
+    for row in range(2):
+        for token in range(6):
+            said = voice[row][token] if any(voice[row]) else 1.0
+            for expert in own[row, token].tolist():
+                votes[expert] += said * float(seen.logits[row, token, expert].sigmoid())
+    for expert in routing.ids[routing.ids >= 0].tolist():
+        tokens[expert] += 1
+    assert demand.tokens is not None
+    assert demand.votes is not None
+    assert demand.tokens.tolist() == tokens
+    assert demand.votes.tolist() == pytest.approx(votes)
+    assert (Demand(routing.used).tokens, Demand(routing.used, routing).votes) == (None, None)

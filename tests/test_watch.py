@@ -24,6 +24,7 @@ from coterie.routing import parse_policy, route
 from coterie.telemetry import Counting, Null, Recorder, Together, Tracing
 from coterie.testing import random_transformer, read_spec, tiny_config
 from coterie.text import Numbers
+from coterie.values import Demand
 
 VOCABULARY, MASK = 96, 95
 PROMPTS = [[5, 17, 33, 2, 9], [7, 7, 1], [40, 41, 42, 43, 44, 45, 46], [3, 60, 8, 11]]
@@ -79,7 +80,7 @@ def test_the_output_under_the_same_routing_is_the_layers_own(family: str) -> Non
 
 def _alone(moe: MoE, seen: Watched, flat: torch.Tensor, token: int) -> torch.Tensor:
     """One token through its experts one by one, and the shared one."""
-    (slab,) = moe.store.serve(moe.layer, seen.routing.used)
+    (slab,) = moe.store.serve(moe.layer, Demand(seen.routing.used))
     out = torch.zeros_like(flat[token])
     ids, weights = seen.routing.ids[token].tolist(), seen.routing.weights[token].tolist()
     for expert, weight in zip(ids, weights, strict=True):

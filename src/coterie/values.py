@@ -236,6 +236,38 @@ class Slab:
     slot_of: Tensor  # [E] int64, -1 = absent
 
 
+@dataclass(frozen=True)
+class Demand:
+    """One forward's call on the experts of a layer; what each is worth only where it is asked."""
+
+    used: Tensor  # [E] bool
+    routing: Routing | None = None
+    scores: Scores | None = None
+
+    @property
+    def tokens(self) -> Tensor | None:
+        """[E] int64: how many tokens each expert computes; None where nobody said."""
+        if self.routing is None:
+            return None
+        taken = self.routing.ids.flatten()
+        return torch.bincount(taken[taken >= 0], minlength=len(self.used))
+
+    @property
+    def votes(self) -> Tensor | None:
+        """[E] fp64: the voters' probability of own experts (DES, Eq. 6), for those too that are not
+        used; None where nobody said. Of a sequence without voters, everybody's."""
+        if self.routing is None or self.scores is None:
+            return None
+        scores = self.scores
+        own = self.routing.own.view(*scores.logits.shape[:2], -1)
+        votes = scores.probability.gather(-1, own).double()
+        if scores.voters is not None:
+            silent = (scores.voters <= 0).all(-1, keepdim=True)
+            votes = votes * scores.voters.masked_fill(silent, 1.0).unsqueeze(-1)
+        empty = torch.zeros(len(self.used), dtype=torch.float64, device=votes.device)
+        return empty.index_add_(0, own.flatten(), votes.flatten())
+
+
 def membership(ids: Tensor, experts: int) -> Tensor:
     """Bool mask [..., experts] of the ids [..., k]; -1 is nobody."""
     mask = torch.zeros(*ids.shape[:-1], experts + 1, dtype=torch.bool, device=ids.device)
@@ -253,8 +285,8 @@ class Policy(Protocol):
 class Store(Protocol):
     """Where experts live."""
 
-    def serve(self, layer: int, used: Tensor) -> Iterator[Slab]:
-        """Slabs that together hold every expert of ``used`` (bool [E]) once, maybe others too.
+    def serve(self, layer: int, demand: Demand) -> Iterator[Slab]:
+        """Slabs that together hold every expert of ``demand.used`` once, maybe others too.
 
         What a slab holds stands until the next one is asked for.
         """

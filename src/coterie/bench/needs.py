@@ -17,7 +17,7 @@ from coterie.model.cache import Cache
 from coterie.model.moe import Dense, MoE
 from coterie.model.transformer import Transformer
 from coterie.quant import QTensor
-from coterie.values import Panels, Routing, Slab, Window
+from coterie.values import Demand, Panels, Routing, Slab, Window
 
 Part = Literal["experts", "attention", "shared", "dense", "router", "head", "keys and values"]
 Kind = Literal["matrix", "router", "experts"]
@@ -133,7 +133,7 @@ def needs_of(transformer: Transformer, blocks: Blocks) -> Needs:
         parts["attention"] += [layer.attention.qkv, layer.attention.out]
         half = layer.feed_forward
         if isinstance(half, MoE):
-            (slab,) = half.store.serve(number, everybody)
+            (slab,) = half.store.serve(number, Demand(everybody))
             held = memory_of([slab.gate_up, slab.down])
             slabs[number] = rows_of(held)
             expert[number] = sum(each.nbytes // len(each) for each in held)
@@ -189,7 +189,7 @@ def _first_slab(transformer: Transformer) -> Slab:
     everybody = torch.ones(
         transformer.spec.router.experts, dtype=torch.bool, device=transformer.device
     )
-    return next(iter(half.store.serve(number, everybody)))
+    return next(iter(half.store.serve(number, Demand(everybody))))
 
 
 def _first(weight: Tensor | QTensor | Panels, few: int) -> Tensor | QTensor | Panels:

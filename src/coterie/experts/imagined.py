@@ -10,7 +10,7 @@ from torch import Tensor
 
 from coterie.experts.eviction import Eviction, Lru
 from coterie.experts.slots import Slots
-from coterie.values import Slab, Store
+from coterie.values import Demand, Slab, Store
 
 
 @dataclass  # not frozen: it keeps book
@@ -29,12 +29,12 @@ class Imagined:
     moved: int = 0
     slots: dict[int, Slots] = field(default_factory=dict)
 
-    def serve(self, layer: int, used: Tensor) -> Iterator[Slab]:
-        mask = used.cpu().numpy()
+    def serve(self, layer: int, demand: Demand) -> Iterator[Slab]:
+        mask = demand.used.cpu().numpy()
         waves = self._layer(layer).serve(mask)
         self.used += int(mask.sum())
         self.moved += sum(len(wave.loads) for wave in waves)
-        yield from self.store.serve(layer, used)
+        yield from self.store.serve(layer, demand)
 
     def resident(self, layer: int) -> Tensor | None:
         return torch.from_numpy(self._layer(layer).resident)

@@ -15,7 +15,7 @@ from coterie.experts.eviction import Eviction, Lru
 from coterie.experts.slots import NOBODY, Places, Slots
 from coterie.experts.tiers import Tier
 from coterie.experts.traffic import Traffic
-from coterie.values import Slab
+from coterie.values import Demand, Slab
 
 READERS = 4  # fetches in flight
 
@@ -74,9 +74,9 @@ class Offloaded:
         default_factory=lambda: ThreadPoolExecutor(READERS, "coterie-experts")
     )
 
-    def serve(self, layer: int, used: Tensor) -> Iterator[Slab]:
+    def serve(self, layer: int, demand: Demand) -> Iterator[Slab]:
         shelf = self._shelf(layer)
-        mask = used.cpu().numpy()
+        mask = demand.used.cpu().numpy()
         self.forwards, self.used = self.forwards + 1, self.used + int(np.count_nonzero(mask))
         if shelf.slots.holds_all(mask):
             shelf.slots.note(mask)

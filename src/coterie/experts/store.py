@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from coterie.values import Slab
+from coterie.values import Demand, Slab
 
 
 @dataclass(frozen=True)
@@ -16,8 +16,8 @@ class Resident:
 
     slabs: Mapping[int, Slab]
 
-    def serve(self, layer: int, used: Tensor) -> Iterator[Slab]:
-        del used
+    def serve(self, layer: int, demand: Demand) -> Iterator[Slab]:
+        del demand
         yield self.slabs[layer]
 
     def resident(self, layer: int) -> Tensor | None:

@@ -12,7 +12,7 @@ from coterie import ops
 from coterie.model.spec import ModelSpec
 from coterie.model.step import Step
 from coterie.routing import route
-from coterie.values import Matrix, Routing, Scores, Store
+from coterie.values import Demand, Matrix, Routing, Scores, Store
 
 
 class FeedForward(Protocol):
@@ -53,13 +53,14 @@ class MoE:
         routing = route(scores, step.policy)
         step.recorder.fed(self.layer, x)
         step.recorder.routed(self.layer, scores, routing)
-        return self.apply(x, routing)
+        return self.apply(x, routing, scores)
 
-    def apply(self, x: Tensor, routing: Routing) -> Tensor:
-        """[B, W, H] -> [B, W, H] under any routing; the shared expert is part of it."""
+    def apply(self, x: Tensor, routing: Routing, scores: Scores | None = None) -> Tensor:
+        """[B, W, H] -> [B, W, H] under any routing; the shared expert is part of it. A store may
+        ask the ``scores`` for votes."""
         flat = x.flatten(0, 1)
         out: Tensor | None = None
-        for slab in self.store.serve(self.layer, routing.used):
+        for slab in self.store.serve(self.layer, Demand(routing.used, routing, scores)):
             part = ops.run_experts(flat, routing, slab)
             out = part if out is None else out.add_(part)
         if out is None:  # nobody was needed

@@ -24,7 +24,7 @@ from coterie.planning.coding import Mask
 from coterie.planning.elections import elected
 from coterie.planning.machine import Counts
 from coterie.planning.trace import Forward, Trace
-from coterie.values import Routing, Store
+from coterie.values import Demand, Routing, Store
 
 Tell = Callable[[int], None]
 
@@ -64,7 +64,7 @@ def serve_trace(
         for ordinal, layer in enumerate(trace.about.layers):
             routing = routed(forward, ordinal, coresets[ordinal], draw)
             moved, began = _moved(store), time.perf_counter()
-            for slab in store.serve(layer, routing.used):
+            for slab in store.serve(layer, Demand(routing.used, routing)):
                 ops.run_experts(x, routing, slab)
             seconds[place, ordinal] = time.perf_counter() - began
             loads[place, ordinal] = _moved(store) - moved

@@ -21,7 +21,7 @@ from coterie.model.transformer import Transformer
 from coterie.naming import CoterieError
 from coterie.study.lab import Lab
 from coterie.telemetry import Null
-from coterie.values import Panels, Policy, RouterSpec, Slab, Window
+from coterie.values import Demand, Panels, Policy, RouterSpec, Slab, Window
 
 Tell = Callable[[float], None]  # the share that is done
 Out = TypeVar("Out")
@@ -149,7 +149,7 @@ def own_bench(engine: Engine) -> Bench:
     slabs = [
         slab
         for layer in moe_layers(model.transformer)
-        for slab in layer.store.serve(layer.layer, everybody)
+        for slab in layer.store.serve(layer.layer, Demand(everybody))
     ]
     tokens = model.transformer.dtype
     return Bench(Path(model.name).name, model.spec.router, tuple(slabs), computing=tokens)

@@ -24,7 +24,7 @@ from coterie.model.step import Step
 from coterie.model.transformer import Layer
 from coterie.routing.select import Ruled, Ruling
 from coterie.telemetry import Recorder, Row
-from coterie.values import Policy, Routing, Scores, Slab, Store
+from coterie.values import Demand, Policy, Routing, Scores, Slab, Store
 
 ATTENTION = "attention"
 EXPERTS = "experts"
@@ -154,8 +154,8 @@ class _TimedStore:
     inner: Store
     watch: Stopwatch
 
-    def serve(self, layer: int, used: Tensor) -> Iterator[Slab]:
-        for slab in self.inner.serve(layer, used):
+    def serve(self, layer: int, demand: Demand) -> Iterator[Slab]:
+        for slab in self.inner.serve(layer, demand):
             with self.watch(EXPERTS):
                 yield slab
 
