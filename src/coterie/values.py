@@ -295,3 +295,7 @@ class Store(Protocol):
     def resident(self, layer: int) -> Tensor | None:
         """Experts already in fast memory, bool [E]; None where all of them always are."""
         ...
+
+    def slots(self, layer: int) -> int | None:
+        """Of how many experts fast memory has room at once; None where it has room for all."""
+        ...

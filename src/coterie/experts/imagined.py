@@ -27,7 +27,7 @@ class Imagined:
     rule: Eviction = field(default_factory=Lru)
     used: int = 0  # of all forwards and layers so far
     moved: int = 0
-    slots: dict[int, Slots] = field(default_factory=dict)
+    books: dict[int, Slots] = field(default_factory=dict)
 
     def serve(self, layer: int, demand: Demand) -> Iterator[Slab]:
         mask = demand.used.cpu().numpy()
@@ -39,5 +39,9 @@ class Imagined:
     def resident(self, layer: int) -> Tensor | None:
         return torch.from_numpy(self._layer(layer).resident)
 
+    def slots(self, layer: int) -> int | None:
+        del layer
+        return self.capacity
+
     def _layer(self, layer: int) -> Slots:
-        return self.slots.setdefault(layer, Slots(self.experts, self.capacity, self.rule))
+        return self.books.setdefault(layer, Slots(self.experts, self.capacity, self.rule))

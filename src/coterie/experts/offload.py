@@ -104,6 +104,10 @@ class Offloaded:
     def resident(self, layer: int) -> Tensor | None:
         return torch.from_numpy(self._shelf(layer).slots.resident)
 
+    def slots(self, layer: int) -> int | None:
+        del layer
+        return self.capacity
+
     def traffic(self, layers: int) -> Traffic:
         """So far, of a model with so many layers that have experts."""
         return Traffic(self.forwards // layers, self.expert_bytes, self.used, self.moved)

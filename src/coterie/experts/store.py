@@ -23,3 +23,7 @@ class Resident:
     def resident(self, layer: int) -> Tensor | None:
         del layer
         return None
+
+    def slots(self, layer: int) -> int | None:
+        del layer
+        return None

@@ -162,6 +162,9 @@ class _TimedStore:
     def resident(self, layer: int) -> Tensor | None:
         return self.inner.resident(layer)
 
+    def slots(self, layer: int) -> int | None:
+        return self.inner.slots(layer)
+
 
 @dataclass(frozen=True)
 class _TimedPolicy:
