@@ -29,8 +29,9 @@ import torch
 from torch import Tensor
 
 from coterie import ops
+from coterie.experts.couriers import READERS, Readers
 from coterie.experts.eviction import Lru
-from coterie.experts.offload import READERS, Offloaded
+from coterie.experts.offload import Offloaded
 from coterie.experts.store import Resident
 from coterie.experts.tiers import Blobs, OnDisk
 from coterie.ops.cpu.kernels import memory
@@ -209,7 +210,7 @@ class Bench:
         return serve_trace(self.trace, play, store, self.x)
 
     def store(self, slots: int) -> Offloaded:
-        return Offloaded(self.disk, shown, memory, MINI.experts, MINI_BYTES, slots, Lru())
+        return Offloaded(Readers(self.disk), shown, memory, MINI.experts, MINI_BYTES, slots, Lru())
 
     def ratios(self, found: Mapping[str, Sequence[Served]], play: Play) -> Measure:
         """What slots for all cost, turn by turn."""

@@ -26,6 +26,7 @@ from coterie.cli.edge import run
 from coterie.engine.convert import Aim, convert
 from coterie.engine.engine import Engine
 from coterie.engine.journal import MANIFEST
+from coterie.experts.couriers import Readers
 from coterie.experts.eviction import Eviction, Lfu, Lru
 from coterie.experts.offload import Offloaded
 from coterie.experts.store import Resident
@@ -60,7 +61,7 @@ def store(tier: Tier, experts: int, capacity: int, rule: Eviction | None = None)
     def allocate(slots: int, size: int) -> Tensor:
         return torch.full((slots, size), 255, dtype=torch.uint8)  # NaN
 
-    return Offloaded(tier, shown, allocate, experts, SIZE, capacity, rule or Lru())
+    return Offloaded(Readers(tier), shown, allocate, experts, SIZE, capacity, rule or Lru())
 
 
 def routings(experts: int, seed: int, *, count: int, tokens: int = 5, k: int = 3) -> list[Routing]:

@@ -13,6 +13,7 @@ from policies import law
 from test_offload import HIDDEN, SIZE, shown
 from torch import Tensor
 
+from coterie.experts.couriers import Readers
 from coterie.experts.eviction import Eviction, Lfu, Lru
 from coterie.experts.offload import Offloaded
 from coterie.experts.store import Resident
@@ -50,7 +51,8 @@ def store(trace: Trace, capacity: int, rule: Eviction) -> Offloaded:
     def allocate(slots: int, size: int) -> Tensor:
         return torch.zeros(slots, size, dtype=torch.uint8)
 
-    return Offloaded(InMemory(blobs(trace)), shown, allocate, SHAPE.experts, SIZE, capacity, rule)
+    courier = Readers(InMemory(blobs(trace)))
+    return Offloaded(courier, shown, allocate, SHAPE.experts, SIZE, capacity, rule)
 
 
 @given(

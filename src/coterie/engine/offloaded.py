@@ -9,6 +9,7 @@ from torch import Tensor
 from coterie.engine.journal import MANIFEST
 from coterie.engine.verify import sums_of
 from coterie.experts.capacity import Capacity
+from coterie.experts.couriers import Readers
 from coterie.experts.offload import Offloaded
 from coterie.experts.tiers import Blobs, OnDisk
 from coterie.model.checkpoint import Checkpoint
@@ -32,7 +33,7 @@ def offloaded(
         )
 
     return Offloaded(
-        OnDisk(blobs(checkpoint, places)),
+        Readers(OnDisk(blobs(checkpoint, places))),
         shown,
         memory,
         experts=spec.router.experts,

@@ -2,22 +2,18 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor, wait
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass, field
 
 import numpy as np
-import torch
 from torch import Tensor
 
+from coterie.experts.couriers import Courier
 from coterie.experts.eviction import Eviction, Lru
 from coterie.experts.slots import NOBODY, Places, Slots
-from coterie.experts.tiers import Tier
 from coterie.experts.traffic import Traffic
 from coterie.values import Demand, Slab
-
-READERS = 4  # fetches in flight
 
 Shown = Callable[[Tensor, Tensor], Slab]
 """A slab over slots [n, bytes of an expert] uint8 and ``slot_of`` [E]."""
@@ -34,31 +30,19 @@ class Shelf:
     memory: Tensor  # [capacity, bytes of an expert] uint8
     whole: list[Slab] = field(default_factory=list)  # of everybody here, once it was asked for
 
-    def everybody(self, shown: Shown) -> Slab:
-        """Of all that are here, made once for as long as nobody comes."""
-        if not self.whole:
-            self.whole.append(shown(self.memory, torch.from_numpy(self.slots.slot_of.copy())))
-        return self.whole[0]
-
-    def slab(self, shown: Shown, where: Places, experts: Sequence[int]) -> Slab:
-        """Of these experts alone."""
-        slot_of = np.full(self.slots.experts, NOBODY, dtype=np.int64)
-        chosen = list(experts)
-        slot_of[chosen] = where[chosen]
-        return shown(self.memory, torch.from_numpy(slot_of))
-
 
 @dataclass  # not frozen: it holds what changes with every forward
 class Offloaded:
-    """``capacity`` slots for the experts of each layer, over a tier that holds them all.
+    """``capacity`` slots for the experts of each layer, and a courier to where they all are.
 
     Experts that are here are computed while the others come; a coreset larger than the slots comes
-    in waves. Nothing that a slab was made of is overwritten before the next slab is asked for.
-    ``serve`` reads on the host who is used, and waits for fetches. Where one fails, the layer
-    forgets all that it held, and the error says which expert it was.
+    in waves. Nothing that a slab was made of is overwritten before it was computed with, which is
+    asked for by the time the next slab is. ``serve`` reads on the host who is used: on a GPU, the
+    one time that it waits for computing. Where bringing fails, the layer forgets all that it held,
+    and the error says which expert it was.
     """
 
-    tier: Tier
+    courier: Courier
     shown: Shown
     allocate: Allocate
     experts: int
@@ -68,11 +52,8 @@ class Offloaded:
     forwards: int = 0  # of a layer
     used: int = 0
     moved: int = 0
-    waited: float = 0.0  # seconds in which nothing was computed
     _shelves: dict[int, Shelf] = field(default_factory=dict)
-    _readers: ThreadPoolExecutor = field(
-        default_factory=lambda: ThreadPoolExecutor(READERS, "coterie-experts")
-    )
+    _memory: dict[int, Tensor] = field(default_factory=dict)  # outlives what a layer forgets
 
     def serve(self, layer: int, demand: Demand) -> Iterator[Slab]:
         shelf = self._shelf(layer)
@@ -80,29 +61,36 @@ class Offloaded:
         self.forwards, self.used = self.forwards + 1, self.used + int(np.count_nonzero(mask))
         if shelf.slots.holds_all(mask):
             shelf.slots.note(mask)
-            yield shelf.everybody(self.shown)
+            yield from self._lent(self._everybody(shelf))
             return
         where = shelf.slots.slot_of.copy()
         shelf.whole.clear()
         waves = shelf.slots.serve(mask)
-        fetching: dict[int, Future[None]] = {}
+        coming: dict[int, Future[None]] = {}
         try:
             for place, wave in enumerate(waves):
-                self._fetch(layer, shelf, wave.loads, fetching)
-                self._wait(fetching)
+                self._bring(layer, shelf, wave.loads, coming)
+                if coming:
+                    self.courier.join(coming.values())
+                    coming.clear()
                 where = _moved_in(where, wave.loads)
-                if coming := waves[place + 1].loads if place + 1 < len(waves) else ():
+                if later := waves[place + 1].loads if place + 1 < len(waves) else ():
                     reads = set(where[list(wave.experts)].tolist())
-                    free = [(expert, slot) for expert, slot in coming if slot not in reads]
-                    self._fetch(layer, shelf, free, fetching)
-                yield shelf.slab(self.shown, where, wave.experts)
+                    free = [(expert, slot) for expert, slot in later if slot not in reads]
+                    self._bring(layer, shelf, free, coming)
+                yield from self._lent(self._slab(shelf, where, wave.experts))
         except BaseException:
-            wait(fetching.values())
+            self.courier.settle(coming.values())
             self._shelves.pop(layer, None)
             raise
 
     def resident(self, layer: int) -> Tensor | None:
-        return torch.from_numpy(self._shelf(layer).slots.resident)
+        return self.courier.there(self._shelf(layer).slots.resident)
+
+    @property
+    def waited(self) -> float:
+        """Seconds in which nothing was computed."""
+        return self.courier.waited
 
     def slots(self, layer: int) -> int | None:
         del layer
@@ -115,32 +103,44 @@ class Offloaded:
     def _shelf(self, layer: int) -> Shelf:
         if layer not in self._shelves:
             slots = Slots(self.experts, self.capacity, self.rule)
-            memory = self.allocate(slots.capacity, self.expert_bytes)
-            self._shelves[layer] = Shelf(slots, memory)
+            if layer not in self._memory:
+                self._memory[layer] = self.allocate(slots.capacity, self.expert_bytes)
+                self.courier.computed()  # with what lay there before
+            self._shelves[layer] = Shelf(slots, self._memory[layer])
         return self._shelves[layer]
 
-    def _fetch(
+    def _bring(
         self,
         layer: int,
         shelf: Shelf,
         loads: Sequence[tuple[int, int]],
-        fetching: dict[int, Future[None]],
+        coming: dict[int, Future[None]],
     ) -> None:
         """Begin those of these loads that have not begun."""
         for expert, slot in loads:
-            if expert not in fetching:
+            if expert not in coming:
                 self.moved += 1
-                into = shelf.memory[slot]
-                fetching[expert] = self._readers.submit(self.tier.fetch, layer, expert, into)
+                coming[expert] = self.courier.bring(layer, expert, shelf.memory[slot])
 
-    def _wait(self, fetching: Mapping[int, Future[None]]) -> None:
-        """Until all that has begun is there; raises what a fetch raised."""
-        if not fetching:
-            return
-        began = time.perf_counter()
-        for one in fetching.values():
-            one.result()
-        self.waited += time.perf_counter() - began
+    def _lent(self, slab: Slab) -> Iterator[Slab]:
+        """Nothing that comes later overwrites what was asked to be computed with it."""
+        try:
+            yield slab
+        finally:
+            self.courier.computed()
+
+    def _everybody(self, shelf: Shelf) -> Slab:
+        """Of all that are here, made once for as long as nobody comes."""
+        if not shelf.whole:
+            shelf.whole.append(self.shown(shelf.memory, self.courier.there(shelf.slots.slot_of)))
+        return shelf.whole[0]
+
+    def _slab(self, shelf: Shelf, where: Places, experts: Sequence[int]) -> Slab:
+        """Of these experts alone."""
+        slot_of = np.full(self.experts, NOBODY, dtype=np.int64)
+        chosen = list(experts)
+        slot_of[chosen] = where[chosen]
+        return self.shown(shelf.memory, self.courier.there(slot_of))
 
 
 def _moved_in(where: Places, loads: Sequence[tuple[int, int]]) -> Places:
