@@ -13,6 +13,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
@@ -364,3 +365,44 @@ def test_what_cannot_be_kept_outside_memory_is_one_line(
     (folder / MANIFEST).write_text(json.dumps(listed))
     with pytest.raises(CoterieError, match="no checksums of the experts"):
         opened(folder, "35%")
+
+
+@pytest.mark.parametrize("error", [OSError(errno.ENOMEM, "Cannot allocate"), RuntimeError("no")])
+def test_memory_that_is_not_to_be_had_is_said_and_may_be_had_later(error: Exception) -> None:
+    own, left = store(InMemory(blobs(4)), 4, 2), [error]
+    allocate = own.allocate
+
+    def grudging(slots: int, size: int) -> Tensor:
+        if left:
+            raise left.pop()
+        return allocate(slots, size)
+
+    own.allocate = grudging
+    with pytest.raises(CoterieError, match=f"no memory for 2 experts of {SIZE} bytes"):
+        own.resident(1)
+    assert own.resident(1) is not None
+
+
+def test_an_expert_that_was_to_be_here_from_the_start_is_said_and_not_asked_for_again() -> None:
+    tier = Failing(InMemory(blobs(4)), {2})
+    own = store(tier, 4, 3)
+    own.warm = {1: np.array([0.0, 1.0, 2.0, 0.5])}
+    with pytest.raises(CoterieError, match="expert 2"):
+        own.resident(1)
+    here = own.resident(1)
+    assert here is not None
+    assert not bool(here.any())
+    list(own.serve(1, Demand(torch.tensor([True, True, False, False]))))
+
+
+@dataclass(frozen=True)
+class Failing:
+    """A tier that cannot read some experts."""
+
+    tier: Tier
+    harmed: set[int]
+
+    def fetch(self, layer: int, expert: int, into: Tensor) -> None:
+        if expert in self.harmed:
+            raise CoterieError(f"expert {expert} cannot be read")
+        self.tier.fetch(layer, expert, into)

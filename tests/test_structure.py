@@ -167,5 +167,5 @@ def duplicated(lines: dict[Path, list[tuple[int, str]]]) -> set[tuple[str, int]]
 
 PUBLIC = [
     *("CoterieError", "Denoised", "Engine", "Event", "Experts", "Finished", "Generation"),
-    *("POLICIES", "Result", "__version__", "load", "parse_policy", "spell"),
+    *("Memory", "POLICIES", "Result", "__version__", "load", "parse_policy", "spell"),
 ]

@@ -8,6 +8,7 @@
 from coterie.engine.config import Generation
 from coterie.engine.engine import Engine, load
 from coterie.engine.event import Denoised, Event, Experts, Finished, Result
+from coterie.engine.memory import Memory
 from coterie.naming import CoterieError
 from coterie.routing import POLICIES, parse_policy, spell
 
@@ -22,6 +23,7 @@ __all__ = [
     "Experts",
     "Finished",
     "Generation",
+    "Memory",
     "Result",
     "__version__",
     "load",

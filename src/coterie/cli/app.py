@@ -19,6 +19,7 @@ from coterie.cli.document import (
 )
 from coterie.cli.grade import grade_command
 from coterie.cli.harness import PASSED_ON, lm_eval
+from coterie.cli.keeping import memory_of
 from coterie.cli.lab import evaluate, train
 from coterie.cli.quantize import quantize, verified_line, verify_shown
 from coterie.cli.replay import replay_command
@@ -108,6 +109,9 @@ def generate(
     device: o.Device = "auto",
     experts: o.Experts = None,
     expert_memory: o.ExpertMemory = None,
+    host_memory: o.HostMemory = None,
+    eviction: o.Evicting = None,
+    warm: o.Warm = None,
     json: o.Json = False,
     watching: o.Watch = False,
 ) -> None:
@@ -125,10 +129,9 @@ def generate(
         early_stop=early_stop, commit=commit, prefill=prefill,
     )  # fmt: skip
     named = policy_of(policy)
+    memory = memory_of(expert_memory, host_memory=host_memory, eviction=eviction, warm=warm)
     asked = read_prompt(prompt)
-    engine = open_engine(
-        model, dtype=dtype, device=device, experts=experts, expert_memory=expert_memory
-    )
+    engine = open_engine(model, dtype=dtype, device=device, experts=experts, memory=memory)
     check_effect(engine, wanted)
     check_kept(engine, [policy], wanted)
     ids = ids_of(engine, asked, raw=raw)

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated, Literal
 
 import typer
 
 from coterie.decoding.plans import PLANS
 from coterie.decoding.unmask import RULES
+from coterie.experts.eviction import EVICTIONS
 
 DECODING = "How to decode"
 RUNNING = "What to run it on"
+KEEPING = "Which experts to keep in memory"
 SHOWING = "What to show"
 
 Prompt = Annotated[str, typer.Argument(help="The question; - reads it from standard input.")]
@@ -174,9 +177,39 @@ ExpertMemory = Annotated[
     str | None,
     typer.Option(
         "--expert-memory",
-        help="Keep only so many routed experts in memory: a share (35%), slots a layer (47) or "
-        "bytes (6GiB); the others are read from a packed checkpoint. Default: all.",
-        rich_help_panel=RUNNING,
+        help="Keep only so many routed experts in memory: a share (35%), slots a layer (47), "
+        "bytes (6GiB), or auto, as many as fit into what is free; the others are read from a "
+        "packed checkpoint. Default: all.",
+        rich_help_panel=KEEPING,
+        show_default=False,
+    ),
+]
+HostMemory = Annotated[
+    str | None,
+    typer.Option(
+        "--host-memory",
+        help="Of the host, for experts between a GPU's slots and the disk: bytes (20GiB) or auto.",
+        rich_help_panel=KEEPING,
+        show_default=False,
+    ),
+]
+Evicting = Annotated[
+    str | None,
+    typer.Option(
+        "--eviction",
+        help=f"Who leaves a slot, such as votes:decay=0.9; of {', '.join(EVICTIONS)}. Default: "
+        "lru.",
+        rich_help_panel=KEEPING,
+        show_default=False,
+    ),
+]
+Warm = Annotated[
+    Path | None,
+    typer.Option(
+        "--warm",
+        help="Fill the slots with the experts most voted for before: a file of `coterie trace "
+        "--votes`, or a trace.",
+        rich_help_panel=KEEPING,
         show_default=False,
     ),
 ]

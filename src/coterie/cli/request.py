@@ -8,9 +8,11 @@ from collections.abc import Sequence
 from rich.progress import DownloadColumn, TransferSpeedColumn
 
 from coterie.calibration import read_kept
-from coterie.cli.tables import bar, readable, remark
+from coterie.cli.keeping import settled_line
+from coterie.cli.tables import bar, remark
 from coterie.decoding.plans import BlockCausalUncached, Uncached, parse_plan
 from coterie.engine.engine import Engine, load
+from coterie.engine.memory import Memory
 from coterie.naming import CoterieError
 from coterie.routing import parse_policy, spell
 
@@ -72,10 +74,10 @@ def open_engine(
     dtype: str | None,
     device: str,
     experts: str | None = None,
-    expert_memory: str | None = None,
+    memory: Memory | None = None,
 ) -> Engine:
-    """The engine, with a bar on stderr while large weights load; where experts stay in their files,
-    a remark says how many slots were made for them."""
+    """The engine, with a bar on stderr while large weights load; where memory for experts was asked
+    for, a remark says what it came to."""
     with bar(DownloadColumn(binary_units=True), TransferSpeedColumn()) as shown:
         task = shown.add_task("loading weights", visible=False)
 
@@ -83,16 +85,11 @@ def open_engine(
             shown.update(task, completed=done, total=whole, visible=whole >= LARGE)
 
         engine = load(
-            model, dtype=dtype, device=device, experts=experts, expert_memory=expert_memory,
+            model, dtype=dtype, device=device, experts=experts, expert_memory=memory,
             progress=heard,
         )  # fmt: skip
-    store = engine.model.offloaded
-    if store is not None:
-        size = store.capacity * store.expert_bytes * len(engine.model.spec.moe_layers)
-        remark(
-            f"{store.capacity} of {store.experts} experts a layer in memory ({readable(size)}), "
-            "the others on disk"
-        )
+    if engine.model.memory is not None:
+        remark(settled_line(engine.model.memory))
     return engine
 
 

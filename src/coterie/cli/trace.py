@@ -26,8 +26,11 @@ from coterie.cli.request import (
 from coterie.cli.tables import bar, console, readable
 from coterie.engine.engine import Engine
 from coterie.engine.facts import inspect
+from coterie.engine.load import Model
 from coterie.engine.source import EMBEDDED
+from coterie.engine.warm import SavedVotes, routers_of, write_votes
 from coterie.evals.task import Wish
+from coterie.planning.booking import Memory
 from coterie.planning.recording import about, bias_of, record_trace
 from coterie.planning.replay import steps_per_block
 from coterie.planning.trace import KINDS, Trace, Writer, read
@@ -37,6 +40,15 @@ ITEMS = 20  # of each task
 
 Out = Annotated[
     Path, typer.Option("--out", "-o", help="The trace, one file.", rich_help_panel=o.SHOWING)
+]
+Saved = Annotated[
+    Path | None,
+    typer.Option(
+        "--votes",
+        help="Save the votes too, on average: a small file for --warm.",
+        rich_help_panel=o.SHOWING,
+        show_default=False,
+    ),
 ]
 Forwards = Annotated[
     int | None,
@@ -78,6 +90,7 @@ def trace(
     device: o.Device = "auto",
     experts: o.Experts = None,
     rows: Rows = 1,
+    votes: Saved = None,
     json: o.Json = False,
 ) -> None:
     """Record votes, routing and steps of real runs, for `coterie replay`.
@@ -96,6 +109,7 @@ def trace(
     )  # fmt: skip
     named = policy_of(policy)
     check_place(out)
+    check_place(votes)
     drawn = Wish(inspect(model).family.name, data, shots, items, seed)
     asked = questions(task, prompts, drawn, own=model in (None, EMBEDDED))
     engine = open_engine(model, dtype=dtype, device=device, experts=experts)
@@ -103,7 +117,10 @@ def trace(
     check_kept(engine, [policy], wanted)
     run = Run(engine, asked, named, rows, forwards, wanted)
     write(out, run)
-    found = document(out, read(out))
+    made = read(out)
+    if votes is not None:
+        save_votes(votes, made, engine.model)
+    found = document(out, made)
     if json:
         print_document(found)
     else:
@@ -140,6 +157,13 @@ def write(out: Path, run: Run) -> None:
                 engine, prompts, writer, policy=run.policy, rows=run.rows, forwards=run.forwards,
                 heard=lambda _: shown.advance(done), **run.wanted,
             )  # fmt: skip
+
+
+def save_votes(path: Path, made: Trace, model: Model) -> None:
+    """Of every forward of the trace, on average."""
+    routers = "" if model.folder is None else routers_of(model.folder)
+    mean = Memory.of(made).mean_votes
+    write_votes(path, SavedVotes.of(model.name, made.about.layers, mean, routers))
 
 
 def document(path: Path, made: Trace) -> dict[str, object]:

@@ -17,6 +17,7 @@ from coterie.engine.config import Generation, ask
 from coterie.engine.event import Denoised, Event, Experts, Finished, Result, Stuck
 from coterie.engine.graph import Graphs
 from coterie.engine.load import Model, load_model
+from coterie.engine.memory import Memory
 from coterie.engine.pool import Pool
 from coterie.model.weights import expert_bytes
 from coterie.naming import CoterieError
@@ -237,7 +238,7 @@ def load(
     dtype: str | torch.dtype | None = None,
     device: str | torch.device = "auto",
     experts: str | None = None,
-    expert_memory: str | None = None,
+    expert_memory: str | Memory | None = None,
     progress: Callable[[int, int], None] | None = None,
     graphs: bool = True,
     **options: object,

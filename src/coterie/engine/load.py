@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -10,9 +9,10 @@ from pathlib import Path
 import torch
 
 from coterie import ops
-from coterie.engine.offloaded import offloaded, slots_of
+from coterie.engine.memory import Memory, Settled, settle
+from coterie.engine.offloaded import offloaded
+from coterie.engine.room import free_memory
 from coterie.engine.source import EMBEDDED, find_folder
-from coterie.experts.capacity import Capacity
 from coterie.experts.offload import Offloaded
 from coterie.experts.store import Resident
 from coterie.families import Config, Family, eos_ids, mask_id, recognise
@@ -52,6 +52,7 @@ class Model:
     eos_ids: tuple[int, ...]
     folder: Path | None = None  # None: made in memory
     offloaded: Offloaded | None = None  # its experts, where they are not all in memory
+    memory: Settled | None = None  # what the memory that was asked for experts came to
 
     @property
     def spec(self) -> ModelSpec:
@@ -64,7 +65,7 @@ def load_model(
     dtype: str | torch.dtype | None = None,
     device: str | torch.device = "auto",
     experts: str | Format | None = None,
-    expert_memory: str | None = None,
+    expert_memory: str | Memory | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> Model:
     """Load a folder, a hub id, or (None) the embedded model.
@@ -73,8 +74,9 @@ def load_model(
     CPU for models whose weights then stay below 4 GiB. ``experts`` "int8" or "int4" quantises the
     routed experts as they are read. Packed experts are mapped and stay in their file where kernels
     of a CPU read them, and are unpacked elsewhere. With ``expert_memory`` ("35%", "47" a layer,
-    "6GiB") only so many are in memory, and the others are read when they are needed; a policy's
-    votes may then prefer those that are there. ``progress`` hears (bytes done, bytes in all).
+    "6GiB", "auto": as many as are free, or a ``Memory``) only so many are in memory, and the others
+    are read when they are needed; a policy's votes may then prefer those that are there.
+    ``progress`` hears (bytes done, bytes in all).
     Every bad input raises a CoterieError of one line.
     """
     folder = find_folder(name_or_path)
@@ -84,9 +86,9 @@ def load_model(
     where = choose_device(device)
     what = choose_dtype(dtype, spec, where)
     kept = _kept_as(folder, spec, experts, where)
-    capacity = None if expert_memory is None else _capacity(folder, kept, expert_memory)
+    memory = _settled(folder, kept, expert_memory, dtype=what, device=where)
     transformer, store = _load_weights(
-        folder, family, spec, kept, dtype=what, device=where, capacity=capacity, progress=progress
+        folder, family, spec, kept, dtype=what, device=where, memory=memory, progress=progress
     )
     codec = load_codec(folder, template=family.defaults.template, vocabulary=spec.vocabulary)
     return Model(
@@ -98,19 +100,36 @@ def load_model(
         eos_ids=tuple(dict.fromkeys(codec.ends + eos_ids(config, family, spec.vocabulary))),
         folder=folder,
         offloaded=store if isinstance(store, Offloaded) else None,
+        memory=memory,
     )
 
 
-def _capacity(folder: Path, kept: ModelSpec, text: str) -> Capacity:
+def _settled(
+    folder: Path,
+    kept: ModelSpec,
+    asked: str | Memory | None,
+    *,
+    dtype: torch.dtype,
+    device: torch.device,
+) -> Settled | None:
     """Raises CoterieError where experts cannot be read one by one, or not even one fits."""
+    if asked is None:
+        return None
     if not kept.panels:
         raise CoterieError(
             f"{folder}: --expert-memory reads experts from a packed checkpoint, for a CPU's "
             "kernels; `coterie quantize MODEL OUT --experts int8` makes one"
         )
-    capacity = Capacity.parse(text)
-    slots_of(kept, capacity)
-    return capacity
+    wanted = Memory.parse(asked) if isinstance(asked, str) else asked
+    if wanted.host is not None:
+        raise CoterieError(
+            "--host-memory has no effect on a CPU: --expert-memory is memory of the host there; "
+            "with --device cuda it stands between the GPU's memory and the disk"
+        )
+    if wanted.warm is not None:
+        wanted.warm.check(kept, folder)
+    free, size = free_memory(device), kept.expert_stride
+    return settle(wanted, kept, dtype, expert_bytes=size, free=free)
 
 
 def _kept_as(
@@ -176,23 +195,21 @@ def _load_weights(
     *,
     dtype: torch.dtype,
     device: torch.device,
-    capacity: Capacity | None,
+    memory: Settled | None,
     progress: Callable[[int, int], None] | None,
 ) -> tuple[Transformer, Store]:
     """Everything is checked before the first byte of memory is asked for."""
     checkpoint = Checkpoint.of(folder)
     places = weight_map(family.names, spec, stacked=is_stacked(checkpoint.tensors))
     checkpoint.check(places)
-    away = 0
-    if capacity is not None:
-        missing = kept.router.experts - slots_of(kept, capacity)
-        away = len(kept.moe_layers) * missing * kept.expert_stride
+    memory = None if memory is None or memory.whole else memory
+    away = 0 if memory is None else memory.absent
     _check_room(folder, bytes_kept(kept, dtype) - away, device)
     weights = allocate(kept, dtype, device)
     told = _running_total(checkpoint.bytes, progress)
-    checkpoint.load(places, Filling(spec, kept, weights, left=capacity is not None), told)
-    if capacity is not None:
-        store = offloaded(checkpoint, places, kept, capacity)
+    checkpoint.load(places, Filling(spec, kept, weights, left=memory is not None), told)
+    if memory is not None:
+        store = offloaded(checkpoint, places, kept, memory)
         return build(kept, weights, store), store
     slabs = {
         layer: ops.prepare(take_slab(kept, layer, weights), spend=True) for layer in kept.moe_layers
@@ -224,14 +241,3 @@ def _check_room(folder: Path, needed: int, device: torch.device) -> None:
             f"{folder}: the weights need {needed / gib:.1f} GiB, {free / gib:.1f} GiB are free "
             f"on {device}"
         )
-
-
-def free_memory(device: torch.device) -> int | None:
-    """Bytes that can still be had there; None where the system does not tell."""
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
-    try:
-        found = re.search(r"MemAvailable:\s*(\d+) kB", Path("/proc/meminfo").read_text())
-    except OSError:
-        return None
-    return int(found[1]) * 1024 if found else None

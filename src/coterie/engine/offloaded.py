@@ -7,8 +7,8 @@ from collections.abc import Mapping
 from torch import Tensor
 
 from coterie.engine.journal import MANIFEST
+from coterie.engine.memory import Settled
 from coterie.engine.verify import sums_of
-from coterie.experts.capacity import Capacity
 from coterie.experts.couriers import Readers
 from coterie.experts.offload import Offloaded
 from coterie.experts.tiers import Blobs, OnDisk
@@ -16,36 +16,38 @@ from coterie.model.checkpoint import Checkpoint
 from coterie.model.spec import ModelSpec
 from coterie.model.weights import Place, is_packed
 from coterie.naming import CoterieError
-from coterie.ops.cpu.kernels import memory
+from coterie.ops.cpu.kernels import memory as allocate
 from coterie.ops.panels import in_panels
 from coterie.values import Slab
 
 
 def offloaded(
-    checkpoint: Checkpoint, places: Mapping[str, Place], spec: ModelSpec, capacity: Capacity
+    checkpoint: Checkpoint, places: Mapping[str, Place], spec: ModelSpec, memory: Settled
 ) -> Offloaded:
-    """The store; raises CoterieError for a budget below one expert a layer, and for a checkpoint
-    whose experts have no checksums."""
+    """The store, with memory for its slots and those in them who are there from the start.
+
+    Raises CoterieError where that memory is not to be had, and for a checkpoint whose experts have
+    no checksums.
+    """
 
     def shown(held: Tensor, slot_of: Tensor) -> Slab:
         return in_panels(
             held, spec.panel_kind, slot_of, hidden=spec.hidden, width=spec.expert_width
         )
 
-    return Offloaded(
+    store = Offloaded(
         Readers(OnDisk(blobs(checkpoint, places))),
         shown,
-        memory,
-        experts=spec.router.experts,
-        expert_bytes=spec.expert_stride,
-        capacity=slots_of(spec, capacity),
+        allocate,
+        experts=memory.experts,
+        expert_bytes=memory.expert_bytes,
+        capacity=memory.slots,
+        rule=memory.asked.eviction,
+        warm={} if memory.asked.warm is None else memory.asked.warm.by_layer(),
     )
-
-
-def slots_of(spec: ModelSpec, capacity: Capacity) -> int:
-    """Of each layer of a model whose experts are packed."""
-    layers, experts = len(spec.moe_layers), spec.router.experts
-    return capacity.slots(layers=layers, experts=experts, size=spec.expert_stride)
+    for layer in spec.moe_layers:
+        store.resident(layer)
+    return store
 
 
 def blobs(checkpoint: Checkpoint, places: Mapping[str, Place]) -> dict[int, Blobs]:

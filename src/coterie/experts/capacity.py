@@ -50,6 +50,14 @@ class Capacity:
         return min(experts, int(each))
 
 
+def parse_bytes(text: str, what: str) -> int:
+    """ "20GiB"; raises CoterieError that says ``what`` was to be so many bytes."""
+    amount, unit, rate = read_amount(text)
+    if rate or unit.upper() not in UNITS or amount <= 0:
+        raise CoterieError(f"{what} {text!r}: say bytes, such as 20GiB")
+    return int(amount * UNITS[unit.upper()])
+
+
 def read_amount(text: str) -> tuple[float, str, bool]:
     """The number, its unit, and whether it is a rate."""
     found = NUMBER.fullmatch(text)

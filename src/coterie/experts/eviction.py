@@ -35,6 +35,11 @@ class Seen:
 class Eviction(Protocol):
     """A rule: what places in fast memory are worth, as numbers [E] that it carries along."""
 
+    @property
+    def asks_votes(self) -> bool:
+        """Whether it reads ``Seen.votes``; counting them takes time."""
+        ...
+
     def first(self, votes: Numbers) -> Numbers:
         """Before any forward, from votes [E] that earlier runs have counted; zeros if none did."""
         ...
@@ -48,6 +53,8 @@ class Eviction(Protocol):
 class Lru:
     """Who was used longest ago leaves."""
 
+    asks_votes = False
+
     def first(self, votes: Numbers) -> Numbers:
         return ranks(votes) - len(votes)  # all before the first forward, in the order of votes
 
@@ -58,6 +65,8 @@ class Lru:
 @dataclass(frozen=True)
 class Lfu:
     """Who was used in the fewest forwards leaves."""
+
+    asks_votes = False
 
     def first(self, votes: Numbers) -> Numbers:
         return ranks(votes) / len(votes)  # less than one use, in the order of votes
@@ -72,6 +81,7 @@ class ByVotes:
 
     decay: Share = 0.8
 
+    asks_votes = True
     __post_init__ = check_options
 
     def first(self, votes: Numbers) -> Numbers:
@@ -90,6 +100,8 @@ class Belady:
     """
 
     nexts: Numbers
+
+    asks_votes = False
 
     @staticmethod
     def of(used: Sequence[Mask]) -> Belady:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 
@@ -10,9 +10,10 @@ import numpy as np
 from torch import Tensor
 
 from coterie.experts.couriers import Courier
-from coterie.experts.eviction import Eviction, Lru
+from coterie.experts.eviction import Eviction, Lru, Numbers
 from coterie.experts.slots import NOBODY, Places, Slots
 from coterie.experts.traffic import Traffic
+from coterie.naming import CoterieError
 from coterie.values import Demand, Slab
 
 Shown = Callable[[Tensor, Tensor], Slab]
@@ -39,7 +40,8 @@ class Offloaded:
     in waves. Nothing that a slab was made of is overwritten before it was computed with, which is
     asked for by the time the next slab is. ``serve`` reads on the host who is used: on a GPU, the
     one time that it waits for computing. Where bringing fails, the layer forgets all that it held,
-    and the error says which expert it was.
+    and the error says which expert it was. A layer's slots are made, and filled with the best of
+    ``warm``, when it is first asked what it holds.
     """
 
     courier: Courier
@@ -49,6 +51,7 @@ class Offloaded:
     expert_bytes: int
     capacity: int
     rule: Eviction = field(default_factory=Lru)
+    warm: Mapping[int, Numbers] = field(default_factory=dict)  # votes [E] of earlier runs, by layer
     forwards: int = 0  # of a layer
     used: int = 0
     moved: int = 0
@@ -59,13 +62,14 @@ class Offloaded:
         shelf = self._shelf(layer)
         mask = demand.used.cpu().numpy()
         self.forwards, self.used = self.forwards + 1, self.used + int(np.count_nonzero(mask))
+        votes = self._votes(demand)
         if shelf.slots.holds_all(mask):
-            shelf.slots.note(mask)
+            shelf.slots.note(mask, votes)
             yield from self._lent(self._everybody(shelf))
             return
         where = shelf.slots.slot_of.copy()
         shelf.whole.clear()
-        waves = shelf.slots.serve(mask)
+        waves = shelf.slots.serve(mask, votes)
         coming: dict[int, Future[None]] = {}
         try:
             for place, wave in enumerate(waves):
@@ -80,8 +84,7 @@ class Offloaded:
                     self._bring(layer, shelf, free, coming)
                 yield from self._lent(self._slab(shelf, where, wave.experts))
         except BaseException:
-            self.courier.settle(coming.values())
-            self._shelves.pop(layer, None)
+            self._forget(layer, coming)
             raise
 
     def resident(self, layer: int) -> Tensor | None:
@@ -100,14 +103,42 @@ class Offloaded:
         """So far, of a model with so many layers that have experts."""
         return Traffic(self.forwards // layers, self.expert_bytes, self.used, self.moved)
 
+    def _votes(self, demand: Demand) -> Numbers | None:
+        votes = demand.votes if self.rule.asks_votes else None
+        return None if votes is None else votes.cpu().numpy()
+
     def _shelf(self, layer: int) -> Shelf:
         if layer not in self._shelves:
-            slots = Slots(self.experts, self.capacity, self.rule)
+            # Only the first time: an expert that cannot be read and that nobody needs is no reason
+            # to fail again.
+            warm = None if layer in self._memory else self.warm.get(layer)
+            slots = Slots(self.experts, self.capacity, self.rule, warm)
             if layer not in self._memory:
-                self._memory[layer] = self.allocate(slots.capacity, self.expert_bytes)
+                self._memory[layer] = allocated(self.allocate, slots.capacity, self.expert_bytes)
                 self.courier.computed()  # with what lay there before
-            self._shelves[layer] = Shelf(slots, self._memory[layer])
+            shelf = Shelf(slots, self._memory[layer])
+            self._fill(layer, shelf)
+            self._shelves[layer] = shelf
         return self._shelves[layer]
+
+    def _fill(self, layer: int, shelf: Shelf) -> None:
+        """Those that are to be there from the start."""
+        there = [(expert, at) for at, expert in enumerate(shelf.slots.holds) if expert != NOBODY]
+        coming: dict[int, Future[None]] = {}
+        try:
+            self._bring(layer, shelf, there, coming)
+            self.courier.join(coming.values())
+        except BaseException:
+            self._forget(layer, coming)
+            raise
+
+    def _forget(self, layer: int, coming: Mapping[int, Future[None]]) -> None:
+        """Nobody is here any more, once nothing is on its way."""
+        # Whoever interrupts this wait leaves no slots into which something still comes.
+        memory = self._memory.pop(layer)
+        self._shelves.pop(layer, None)
+        self.courier.settle(coming.values())
+        self._memory[layer] = memory
 
     def _bring(
         self,
@@ -141,6 +172,17 @@ class Offloaded:
         chosen = list(experts)
         slot_of[chosen] = where[chosen]
         return self.shown(shelf.memory, self.courier.there(slot_of))
+
+
+def allocated(allocate: Allocate, slots: int, size: int) -> Tensor:
+    """That memory; raises CoterieError where the system has none."""
+    try:
+        return allocate(slots, size)
+    except (OSError, MemoryError, RuntimeError) as error:
+        raise CoterieError(
+            f"no memory for {slots} experts of {size:,} bytes ({str(error).splitlines()[0]}); "
+            "give --expert-memory less"
+        ) from None
 
 
 def _moved_in(where: Places, loads: Sequence[tuple[int, int]]) -> Places:

@@ -43,6 +43,7 @@ from coterie.planning.coding import Floats, Ids, Mask
 
 FORMAT, VERSION = "coterie trace", 1
 Kind = Literal["decode", "commit", "prefill", "refresh"]
+BEGINNING = json.dumps({"format": FORMAT})[:-1].encode() + b","
 KINDS: tuple[Kind, ...] = ("decode", "commit", "prefill", "refresh")
 WHOLE = ("decode", "commit")  # whose scores are kept: they compute a block, the others a row
 FRAME = struct.Struct("<II")
@@ -158,6 +159,15 @@ def read(path: Path) -> Trace:
             else:
                 forwards.append(decoded(body, about))
     return Trace(about, bias, tuple(forwards), torn)
+
+
+def is_trace(path: Path) -> bool:
+    """Whether a file begins as traces do; raises CoterieError where it cannot be read."""
+    try:
+        with path.open("rb") as file:
+            return file.read(len(BEGINNING)) == BEGINNING
+    except OSError as error:
+        raise CoterieError(f"{path}: cannot be read ({error.strerror})") from None
 
 
 def encoded(forward: Forward, experts: int) -> bytes:

@@ -1,0 +1,170 @@
+"""Memory for experts: what is asked for, what it comes to, and who is there from the start."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from test_offload import ASKED, PROMPT, needs_kernels, opened, packed
+
+import coterie
+from coterie.cli.edge import run
+from coterie.engine import load
+from coterie.engine.memory import MARGIN, Memory, all_else, settle
+from coterie.engine.room import FIRST, SECOND, group_room
+from coterie.engine.warm import SavedVotes, read_votes, routers_of, write_votes
+from coterie.experts.capacity import parse_bytes
+from coterie.experts.eviction import ByVotes, Lfu, Lru
+from coterie.naming import CoterieError
+from coterie.testing import read_spec, tiny_config, write_checkpoint
+
+WORDS = ["generate", "5 17 33", "-n", "8", "--block", "8"]
+
+
+def test_memory_is_read_from_what_is_typed() -> None:
+    found = Memory.parse("35%", host="20GiB", eviction="votes:decay=0.9")
+    assert (found.host, found.eviction) == (20 << 30, ByVotes(0.9))
+    assert Memory.parse("auto").fast == Memory.parse("1", host="auto").host == "auto"
+    assert found.document() == {
+        "expert_memory": "35%",
+        "host_memory": 20 << 30,
+        "eviction": "votes:decay=0.9",
+        "warm": None,
+    }
+    assert Memory.parse("47").eviction == Lru()
+    for text in ("20", "20GB/s", "0GiB", "-1GiB", "many"):
+        with pytest.raises(CoterieError):
+            parse_bytes(text, "--host-memory")
+
+
+def test_auto_takes_what_is_left_beside_all_else() -> None:
+    _, spec = read_spec(tiny_config("llada2"))
+    layers, dtype, size = len(spec.moe_layers), torch.float32, 1 << 20
+
+    def slots(free: int | None) -> int:
+        return settle(Memory.parse("auto"), spec, dtype, expert_bytes=size, free=free).slots
+
+    free = 4 * MARGIN
+    while slots(free) == spec.router.experts:
+        free = free * 99 // 100
+    for less in (0, 2, 5):
+        rest = all_else(spec, dtype, free - less * layers * size)
+        assert slots(free - less * layers * size) == (free - rest) // (layers * size) - less
+    settled = settle(Memory.parse("auto"), spec, dtype, expert_bytes=size, free=1 << 40)
+    assert settled.whole
+    assert settled.absent == 0
+    with pytest.raises(CoterieError, match="one expert in each of 2 layers"):
+        slots(MARGIN)
+    with pytest.raises(CoterieError, match="does not tell how much"):
+        slots(None)
+
+
+@needs_kernels
+def test_auto_says_what_was_free_and_what_it_took(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = packed(tmp_path)
+    words = [*WORDS, "-m", str(folder), "--dtype", "float32", "--expert-memory", "auto"]
+    assert run(words) == 0
+    assert "kept for all else: all 16 experts a layer fit" in capsys.readouterr().err
+    spec = opened(folder).model.spec
+    each = len(spec.moe_layers) * spec.expert_stride
+    free = next(
+        free
+        for free in range(MARGIN, 2 * MARGIN, each // 4)
+        if free - all_else(spec, torch.float32, free) >= 6 * each
+    )
+    monkeypatch.setattr(load, "free_memory", lambda _device: free)
+    assert run(words) == 0
+    assert "kept for all else: 6 of 16 experts a layer in memory" in capsys.readouterr().err
+    monkeypatch.setattr(load, "free_memory", lambda _device: None)
+    assert run(words) == 2
+    assert "does not tell how much memory is free" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("names", "controllers"), [(FIRST, "memory"), (SECOND, "")], ids=["first", "second"]
+)
+def test_a_group_that_may_take_less_than_the_machine_has_is_believed(
+    tmp_path: Path, names, controllers: str
+) -> None:
+    groups = tmp_path / "cgroup"
+    groups.write_text(f"3:cpu:/x\n0:{controllers}:/outer/inner\n")
+    folder = tmp_path / "mounted" / controllers
+    for at, limit in ((folder / "outer", "9000"), (folder / "outer" / "inner", "max")):
+        at.mkdir(parents=True)
+        (at / names.limit).write_text(f"{limit}\n")
+        (at / names.usage).write_text("5000\n")
+        kind = "" if names is SECOND else "total_"
+        (at / "memory.stat").write_text(f"{kind}inactive_file 300\nanon 1\n{kind}active_file 40\n")
+    assert group_room(groups, tmp_path / "mounted") == 9000 - 5000 + 340
+    assert group_room(tmp_path / "none", tmp_path / "mounted") is None
+
+
+@needs_kernels
+def test_an_option_without_effect_says_what_would_give_it_one(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = str(packed(tmp_path))
+    for more, told in (
+        (["--eviction", "lfu"], "--eviction has no effect where all experts are in memory"),
+        (["--host-memory", "1GiB"], "--expert-memory 35% keeps"),
+        (["--warm", folder], "--warm has no effect"),
+        (["--expert-memory", "3", "--host-memory", "1GiB"], "no effect on a CPU"),
+        (["--expert-memory", "3", "--eviction", "fifo"], "known: lfu, lru, votes"),
+        (["--expert-memory", "3", "--warm", folder], "cannot be read"),
+        (["--expert-memory", "3", "--warm", f"{folder}/config.json"], "holds no votes"),
+    ):
+        assert run([*WORDS, "-m", folder, *more]) == 2
+        said = capsys.readouterr()
+        assert (said.out, said.err.count("\n")) == ("", 1)
+        assert told in said.err
+
+
+@needs_kernels
+@pytest.mark.parametrize("rule", [Lru(), Lfu(), ByVotes(0.5)])
+def test_votes_saved_by_a_trace_fill_the_slots(tmp_path: Path, rule) -> None:
+    """Nothing is left to fetch that a warm start has brought; tokens are the same."""
+    folder = packed(tmp_path)
+    prompts, votes = tmp_path / "prompts", tmp_path / "votes.json"
+    prompts.write_text(json.dumps({"prompt": "5 17 33"}) + "\n")
+    words = ["trace", "-m", str(folder), "--prompts", str(prompts), "-n", "16", "--block", "8"]
+    traced = tmp_path / "trace"
+    assert run([*words, "-o", str(traced), "--votes", str(votes)]) == 0
+    saved = read_votes(votes)
+    assert saved.routers == routers_of(folder)
+    true = opened(folder).generate(PROMPT, **ASKED).tokens
+    first = Memory(Memory.parse("6").fast, eviction=rule, warm=saved)
+    engine = coterie.load(folder, dtype="float32", device="cpu", expert_memory=first)
+    store = engine.model.offloaded
+    assert store is not None
+    assert store.moved == 6 * len(engine.model.spec.moe_layers)
+    for layer, row in saved.by_layer().items():
+        resident = store.resident(layer)
+        assert resident is not None
+        assert resident.numpy().tolist() == np.isin(np.arange(16), np.argsort(-row)[:6]).tolist()
+    assert engine.generate(PROMPT, **ASKED).tokens == true
+    assert run([*WORDS, "-m", str(folder), "--expert-memory", "6", "--warm", str(traced)]) == 0
+
+
+def test_votes_of_another_model_are_refused(tmp_path: Path) -> None:
+    one, other = (write_checkpoint(tmp_path / str(seed), "llada2", seed) for seed in (0, 1))
+    _, spec = read_spec(tiny_config("llada2"))
+    votes = np.ones((len(spec.moe_layers), spec.router.experts))
+    saved = SavedVotes.of("one", spec.moe_layers, votes, routers_of(one))
+    write_votes(tmp_path / "votes", saved)
+    read = read_votes(tmp_path / "votes")
+    assert (read, read.name) == (saved, saved.name)
+    read.check(spec, one)
+    with pytest.raises(CoterieError, match="whose routers are not those of"):
+        read.check(spec, other)
+    with pytest.raises(CoterieError, match="2 layers of 15 experts"):
+        SavedVotes.of("less", spec.moe_layers, votes[:, 1:]).check(spec, one)
+    for harm in ('"votes": [[1]]', '"votes": [[NaN], [1]]', '"votes": "many"'):
+        text = f'{{"format": "coterie votes", "version": 1, "layers": [1, 2], {harm}}}'
+        (tmp_path / "votes").write_text(text)
+        with pytest.raises(CoterieError, match="not a row of numbers"):
+            read_votes(tmp_path / "votes")
