@@ -16,6 +16,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from torch.nn import functional as F
 
 import coterie
 from coterie.cli.edge import run
@@ -31,7 +32,7 @@ from coterie.model.moe import MoE
 from coterie.naming import CoterieError
 from coterie.ops import cpu
 from coterie.ops.panels import KINDS, LAYOUT, unpack
-from coterie.quant import QTensor
+from coterie.quant import FORMATS, QTensor, dequantise, quantise
 from coterie.testing import write_checkpoint
 from coterie.values import Panels, Slab
 
@@ -167,9 +168,34 @@ def test_every_expert_has_a_checksum(tmp_path: Path) -> None:
     assert set(listed) == Checkpoint.of(folder).tensors
     blobs = load_file(folder / LAYER)[PACKED]
     expected = [f"{zlib.crc32(blob.numpy().tobytes()):08x}" for blob in blobs]
-    assert listed[PACKED] == {"file": LAYER, "crc32": expected}
+    assert (listed[PACKED]["file"], listed[PACKED]["crc32"]) == (LAYER, expected)
     found = verify(folder)
     assert (found.tensors, found.experts) == (len(listed), 2 * 16)
+
+
+@pytest.mark.parametrize("kind", ["int8", "int4"])
+def test_every_expert_tells_what_it_lost(tmp_path: Path, kind: str) -> None:
+    """By what it gives for Gaussian tokens; drawn once more here, so equal but for the draw."""
+    whole = write_checkpoint(tmp_path / "whole", "llada2", dtype=torch.bfloat16)
+    convert(whole, tmp_path / kind, Aim.of(kind))
+    listed = json.loads((tmp_path / kind / MANIFEST).read_text())["tensors"]
+    told = listed[PACKED]["error"]
+    x = torch.randn(4096, 32)
+
+    def given(weights: Callable[[str], Tensor]) -> Tensor:
+        gate, up, down = (weights(f"{part}_proj") for part in ("gate", "up", "down"))
+        return F.linear(F.silu(F.linear(x, gate)) * F.linear(x, up), down)
+
+    held = load_file(whole / "model.safetensors")
+    for expert in (0, 7):
+
+        def true(part: str, expert: int = expert) -> Tensor:
+            return held[f"model.layers.1.mlp.experts.{expert}.{part}.weight"].float()
+
+        best = given(true)
+        found = given(lambda part, true=true: dequantise(quantise(true(part), FORMATS[kind])))
+        error = float((found - best).norm() / best.norm())
+        assert told[expert] == pytest.approx(error, rel=0.2)
 
 
 @needs_kernels

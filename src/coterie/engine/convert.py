@@ -92,9 +92,9 @@ class Converted:
 def convert(name: str | Path, out: Path, aim: Aim, told: Told | None = None) -> Converted:
     """Write the model ``name`` with its experts as the ``aim`` has them into the folder ``out``.
 
-    Needs a few megabytes beside one shard's header and, to pack, two experts. ``told`` hears
-    (bytes read, bytes in all). Raises CoterieError for what cannot be converted, a folder in use,
-    and a full disk.
+    Needs a few megabytes beside one shard's header and, to pack, a few experts in fp32. ``told``
+    hears (bytes read, bytes in all). Raises CoterieError for what cannot be converted, a folder in
+    use, and a full disk.
     """
     folder = find_folder(name)
     config = Config.of(folder / CONFIG)

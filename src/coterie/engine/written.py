@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from coterie import ops
+from coterie.engine.distance import ERROR, distance
 from coterie.engine.journal import Sums
 from coterie.families.names import is_expert, quantised
 from coterie.model.filling import quantise_tensor, read_tensor
@@ -174,20 +175,25 @@ class PackedLayer:
         return sum(entry.size for _, entry, _ in self.sources)
 
     def write(self, sink: BufferedWriter, sources: Sources, heard: Heard) -> Sums:
-        """Sums the bytes of each expert alone: so one that is read alone can be checked."""
-        found = []
+        """Sums the bytes of each expert alone: so one that is read alone can be checked. Of those
+        that lose something here, it also tells how much."""
+        found, errors, form = [], [], self.kept.expert_format
+        loses = form is not None and all(is_whole(place) for _, _, place in self.sources)
         for expert in range(self.kept.router.experts):
-            packed = ops.pack(self._read(expert, sources)).gate_up
+            slab = self._read(expert, sources, form)
+            packed = ops.pack(slab).gate_up
             assert isinstance(packed, Panels)
             content = as_bytes(packed.packed)
             found.append(f"{zlib.crc32(content):08x}")
             sink.write(content)
+            if loses:
+                errors.append(float(f"{distance(self._read(expert, sources, None), slab):.4g}"))
             heard(self.reads // self.kept.router.experts)
-        return {self.tensor: {"crc32": found}}
+        return {self.tensor: {"crc32": found, **({ERROR: errors} if loses else {})}}
 
-    def _read(self, expert: int, sources: Sources) -> Slab:
+    def _read(self, expert: int, sources: Sources, form: Format | None) -> Slab:
         """A slab of one, in memory of its own."""
-        hidden, width, form = self.kept.hidden, self.kept.expert_width, self.kept.expert_format
+        hidden, width = self.kept.hidden, self.kept.expert_width
         shapes = {"gate_up": (2 * width, hidden), "down": (hidden, width)}
         weights = dict(_allocated(shapes, form))
         for file, entry, place in self.sources:
@@ -249,6 +255,11 @@ def _allocated(
         else:
             for part, (held, dtype) in parts(form, shape).items():
                 yield f"{name}.{part}", torch.empty(held, dtype=dtype)
+
+
+def is_whole(place: Place) -> bool:
+    """Whether this is a weight itself, and not the numbers or the scales of one in few bits."""
+    return not place.target.endswith((".q", ".scales"))
 
 
 def _of_expert(entry: Entry, place: Place, expert: int) -> tuple[Entry, Place] | None:

@@ -1,0 +1,184 @@
+"""The store with two precisions: finer experts where they are, coarse ones where they are not."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from concurrent.futures import Future
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+from torch import Tensor
+
+from coterie.experts.couriers import Courier
+from coterie.experts.eviction import ByVotes, Eviction, Mask, Numbers
+from coterie.experts.offload import Allocate, Offloaded, Shown
+from coterie.experts.slots import NOBODY
+from coterie.experts.upgrades import Finer
+from coterie.values import Demand, Slab
+
+
+@dataclass(frozen=True)
+class Errors:
+    """Relative errors of a layer's experts, [E] each: of what they give for Gaussian input."""
+
+    fine: Numbers
+    coarse: Numbers
+
+
+@dataclass  # not frozen: it keeps book
+class Precision:
+    """In which precision votes were served; sums over layers and forwards.
+
+    The loss bound of a forward's layer is the sum over used experts of vote share x relative error
+    of the precision in which the expert was served. ``bound`` stays 0 without ``errors``.
+    """
+
+    forwards: int = 0  # of a layer
+    fine: float = 0.0  # vote shares
+    bound: float = 0.0
+    upgrades: int = 0
+
+    def note(self, votes: Numbers, finely: Mask, coarsely: Mask, errors: Errors | None) -> None:
+        """One forward of a layer; who is in neither mask was not used."""
+        share = shares(votes, finely | coarsely)
+        self.forwards += 1
+        self.fine += float(share[finely].sum())
+        if errors is not None:
+            self.bound += float((share * np.where(finely, errors.fine, errors.coarse)).sum())
+
+
+def shares(votes: Numbers, used: Mask) -> Numbers:
+    """Of the votes [E] for those used, the part of each; equal parts where they have none."""
+    counted = np.where(used, votes, 0.0)
+    whole = counted.sum()
+    return counted / whole if whole > 0 else used / max(1, int(np.count_nonzero(used)))
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where finer experts come from and how they are shown: slots for ``capacity`` of each
+    layer."""
+
+    courier: Courier
+    shown: Shown
+    allocate: Allocate
+    expert_bytes: int
+    capacity: int
+
+
+@dataclass(frozen=True)
+class Shelf:
+    """A layer's finer experts: the book, their bytes, and who is on the way."""
+
+    book: Finer
+    memory: Tensor  # [capacity, bytes of an expert] uint8
+    coming: list[Future[None]] = field(default_factory=list)
+
+
+@dataclass  # not frozen: it holds what changes with every forward
+class Mixed:
+    """Slots with experts in a finer precision beside a store that has all of them coarse.
+
+    An expert is fine from the forward of its layer on that follows the one after which its upgrade
+    began: that forward waits for it. So what is computed follows from what was asked for before,
+    and from nothing that a clock decides. Without ``upgrades`` who is fine never changes.
+    """
+
+    fine: Source
+    coarse: Offloaded
+    upgrades: int  # begun after a forward of a layer, at most
+    rule: Eviction = field(default_factory=ByVotes)
+    warm: Mapping[int, Numbers] = field(default_factory=dict)  # by layer, votes of earlier runs
+    errors: Mapping[int, Errors] = field(default_factory=dict)  # by layer, where they are known
+    precision: Precision = field(default_factory=Precision)
+    moved: int = 0  # finer experts; the coarse store counts its own
+    _shelves: dict[int, Shelf] = field(default_factory=dict)
+    _memory: dict[int, Tensor] = field(default_factory=dict)  # outlives what a layer forgets
+
+    def serve(self, layer: int, demand: Demand) -> Iterator[Slab]:
+        shelf = self._arrived(layer)
+        used, votes = demand.used.cpu().numpy(), voted(demand)
+        finely = used & shelf.book.resident
+        coarsely = used & ~finely
+        self.precision.note(votes, finely, coarsely, self.errors.get(layer))
+        shelf.book.note(used, votes)
+        fine = self._lent(shelf) if finely.any() else iter(())
+        if coarsely.any():
+            yield from self._both(layer, demand, coarsely, fine)
+        yield from fine
+        loads = shelf.book.upgrade(coarsely, self.upgrades)
+        self.precision.upgrades += len(loads)
+        self._bring(layer, shelf, loads)
+
+    def resident(self, layer: int) -> Tensor | None:
+        """Those too that are here coarse only: nobody waits for them either."""
+        coarse = self.coarse.resident(layer)
+        fine = self.fine.courier.there(self._shelf(layer).book.resident)
+        return None if coarse is None else coarse | fine
+
+    def slots(self, layer: int) -> int | None:
+        """Of both precisions; an expert may stand in both."""
+        del layer
+        return min(self.coarse.experts, self.fine.capacity + self.coarse.capacity)
+
+    @property
+    def waited(self) -> float:
+        """Seconds in which nothing was computed, for whichever precision."""
+        return self.fine.courier.waited + self.coarse.waited
+
+    def _both(
+        self, layer: int, demand: Demand, coarsely: Mask, fine: Iterator[Slab]
+    ) -> Iterator[Slab]:
+        """Coarse experts that are here go first where there are any: while they and the ``fine``
+        ones are computed, the others come."""
+        asked = self.fine.courier.there(coarsely)
+        here = self.coarse.resident(layer)
+        if here is None or not bool((here & asked).any()):
+            yield from fine
+        for slab in self.coarse.serve(layer, replace(demand, used=asked)):
+            # A coarse slab may hold more than was asked for: who is fine shall not count twice.
+            yield replace(slab, slot_of=slab.slot_of.where(asked, NOBODY))
+            yield from fine
+
+    def _lent(self, shelf: Shelf) -> Iterator[Slab]:
+        """All that are fine, once; nothing that comes later overwrites them before that."""
+        courier = self.fine.courier
+        try:
+            yield self.fine.shown(shelf.memory, courier.there(shelf.book.slot_of))
+        finally:
+            courier.computed()
+
+    def _arrived(self, layer: int) -> Shelf:
+        """The layer's shelf, once all that was begun for it is there."""
+        shelf = self._shelf(layer)
+        try:
+            self.fine.courier.join(shelf.coming)
+        except BaseException:
+            self.fine.courier.settle(shelf.coming)
+            self._shelves.pop(layer, None)
+            raise
+        shelf.coming.clear()
+        return shelf
+
+    def _shelf(self, layer: int) -> Shelf:
+        if layer not in self._shelves:
+            source = self.fine
+            book = Finer(self.coarse.experts, source.capacity, self.rule, self.warm.get(layer))
+            if layer not in self._memory:
+                self._memory[layer] = source.allocate(book.capacity, source.expert_bytes)
+                source.courier.computed()  # with what lay there before
+            self._shelves[layer] = shelf = Shelf(book, self._memory[layer])
+            known = enumerate(book.holds)
+            self._bring(layer, shelf, [(one, place) for place, one in known if one != NOBODY])
+        return self._shelves[layer]
+
+    def _bring(self, layer: int, shelf: Shelf, loads: Iterable[tuple[int, int]]) -> None:
+        for expert, place in loads:
+            self.moved += 1
+            shelf.coming.append(self.fine.courier.bring(layer, expert, shelf.memory[place]))
+
+
+def voted(demand: Demand) -> Numbers:
+    """Votes [E] of a demand; one for each expert that is used where nobody said."""
+    votes = demand.votes
+    return (demand.used.double() if votes is None else votes).cpu().numpy()

@@ -1,0 +1,202 @@
+"""Experts in two precisions: each is computed in the one that its placement says."""
+
+from __future__ import annotations
+
+import random
+import time
+from dataclasses import dataclass, field
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from policies import law
+from test_offload import HIDDEN, LAYERS, SIZE, blobs, computed, routings, shown, store
+from torch import Tensor
+
+from coterie.experts.couriers import Readers
+from coterie.experts.eviction import ByVotes, Lru
+from coterie.experts.mixed import Errors, Mixed, Source, shares
+from coterie.experts.store import Resident
+from coterie.experts.tiers import InMemory, Tier
+from coterie.naming import CoterieError
+from coterie.values import Demand, Routing, Slab
+
+DECAY = 0.8
+
+
+@dataclass
+class Whimsical:
+    """A tier that takes as long as it likes, and fails where it is told to."""
+
+    tier: Tier
+    draw: random.Random
+    broken: set[int] = field(default_factory=set)
+
+    def fetch(self, layer: int, expert: int, into: Tensor) -> None:
+        time.sleep(self.draw.random() * 1e-3)
+        if expert in self.broken:
+            raise CoterieError(f"expert {expert} of layer {layer} is broken")
+        self.tier.fetch(layer, expert, into)
+
+
+@dataclass(frozen=True)
+class Room:
+    """Places in either precision, and upgrades a forward."""
+
+    fine: int
+    coarse: int
+    upgrades: int
+
+
+ROOMS = st.builds(Room, st.integers(1, 11), st.integers(1, 11), st.integers(0, 4))
+
+
+def mixed(fine: Tier, coarse: Tier, experts: int, room: Room, **more: object) -> Mixed:
+    def allocate(slots: int, size: int) -> Tensor:
+        return torch.full((slots, size), 255, dtype=torch.uint8)  # NaN
+
+    source = Source(Readers(fine), shown, allocate, SIZE, room.fine)
+    return Mixed(source, store(coarse, experts, room.coarse), room.upgrades, **more)
+
+
+@dataclass
+class Plainly:
+    """The same rule for one layer, told with a set and a list: who is fine, and who comes next."""
+
+    capacity: int
+    upgrades: int
+    fine: set[int]
+    worth: list[float]
+
+    def took(self, used: list[bool], votes: list[float]) -> None:
+        self.worth = [DECAY * own + vote for own, vote in zip(self.worth, votes, strict=True)]
+        missed = [e for e, asked in enumerate(used) if asked and e not in self.fine]
+        for expert in sorted(missed, key=lambda e: (-self.worth[e], e))[: self.upgrades]:
+            if len(self.fine) >= self.capacity:
+                least = min(self.fine, key=lambda e: (self.worth[e], -e))
+                if self.worth[least] >= self.worth[expert]:
+                    return
+                self.fine.remove(least)
+            self.fine.add(expert)
+
+
+def blended(fine: Slab, coarse: Slab, who: set[int]) -> Resident:
+    """All experts in memory, these in the finer precision."""
+    chosen = torch.tensor([expert in who for expert in range(len(fine.slot_of))])[:, None, None]
+    gate_up, down = (
+        torch.where(chosen, getattr(fine, part), getattr(coarse, part))
+        for part in ("gate_up", "down")
+    )
+    return Resident({layer: Slab(gate_up, down, fine.slot_of) for layer in LAYERS})
+
+
+@given(st.integers(1, 10), ROOMS, st.booleans(), st.integers(0, 2**20))
+@law(40)
+def test_each_expert_is_computed_in_the_precision_of_its_placement(
+    experts: int, room: Room, warmed: bool, seed: int
+) -> None:
+    """Whatever the sizes, the places, the upgrades a forward, and when they come."""
+    draw, numbers = random.Random(seed), np.random.default_rng(seed)
+    best, rough = blobs(experts, seed), blobs(experts, seed + 1)
+    warm = {layer: numbers.integers(0, 4, experts) / 1.0 for layer in LAYERS if warmed}
+    own = mixed(
+        Whimsical(InMemory(best), draw),
+        Whimsical(InMemory(rough), draw),
+        experts, room, warm=warm, rule=ByVotes(DECAY),
+    )  # fmt: skip
+    everyone, plain = torch.arange(experts), {}
+    for layer in LAYERS:
+        votes = [float(vote) for vote in warm.get(layer, np.zeros(experts))]
+        order = sorted(range(experts), key=lambda e: (-votes[e], e))
+        plain[layer] = Plainly(
+            room.fine, room.upgrades, {e for e in order[: room.fine] if votes[e]}, list(votes)
+        )
+    for place, routing in enumerate(routings(experts, seed, count=8)):
+        layer = LAYERS[draw.randrange(2)]
+        x = torch.randn(5, HIDDEN, generator=torch.Generator().manual_seed(place))
+        true = blended(
+            shown(best[layer], everyone), shown(rough[layer], everyone), plain[layer].fine
+        )
+        torch.testing.assert_close(
+            computed(own, layer, routing, x), computed(true, layer, routing, x),
+            atol=1e-5, rtol=1e-5,
+        )  # fmt: skip
+        used = routing.used.tolist()
+        plain[layer].took(used, [float(asked) for asked in used])
+
+
+def only(experts: int, *wanted: int) -> Demand:
+    used = torch.zeros(experts, dtype=torch.bool)
+    used[list(wanted)] = True
+    return Demand(used)
+
+
+def test_who_is_worth_more_is_never_evicted() -> None:
+    own = mixed(InMemory(blobs(6)), InMemory(blobs(6)), 6, Room(2, 6, 2), rule=ByVotes(DECAY))
+    for wanted in ((0, 1), (0, 1), (0, 1, 2), (3,), (4, 5)):
+        list(own.serve(1, only(6, *wanted)))
+        assert own._shelf(1).book.resident.tolist() == [True, True, *[False] * 4]
+    assert own.precision.upgrades == own.moved == 2
+    for _ in range(4):
+        list(own.serve(1, only(6, 5)))
+    assert own._shelf(1).book.resident.tolist() == [True, *[False] * 4, True]
+
+
+def test_without_upgrades_the_placement_stays() -> None:
+    votes = np.array([0.0, 3.0, 1.0, 2.0, 0.0])
+    own = mixed(InMemory(blobs(5)), InMemory(blobs(5)), 5, Room(2, 5, 0), warm={1: votes})
+    for routing in routings(5, 3, count=6):
+        list(own.serve(1, Demand(routing.used)))
+        assert own._shelf(1).book.resident.tolist() == [False, True, False, True, False]
+    assert (own.moved, own.coarse.moved) == (2, 3)
+
+
+def test_the_loss_bound_is_vote_share_times_error() -> None:
+    errors = {1: Errors(np.full(4, 0.01), np.array([0.1, 0.2, 0.3, 0.4]))}
+    own = mixed(
+        InMemory(blobs(4)), InMemory(blobs(4)), 4, Room(1, 4, 0),
+        warm={1: np.array([0.0, 0.0, 0.0, 1.0])}, errors=errors,
+    )  # fmt: skip
+    list(own.serve(1, only(4, 1, 3)))
+    assert own.precision.forwards == 1
+    assert own.precision.fine == pytest.approx(0.5)
+    assert own.precision.bound == pytest.approx(0.5 * 0.2 + 0.5 * 0.01)
+
+
+def test_votes_of_the_unused_are_nobodys_share() -> None:
+    votes, used = np.array([3.0, 1.0, 4.0, 0.0]), np.array([True, True, False, True])
+    assert shares(votes, used).tolist() == [0.75, 0.25, 0.0, 0.0]
+    assert shares(np.zeros(4), used).tolist() == pytest.approx([1 / 3, 1 / 3, 0.0, 1 / 3])
+
+
+def test_an_upgrade_that_fails_is_an_error_of_the_next_forward_and_nothing_stays() -> None:
+    best, rough = blobs(6), blobs(6, 1)
+    flaky = Whimsical(InMemory(best), random.Random(0), {2})
+    own = mixed(flaky, InMemory(rough), 6, Room(3, 6, 3), rule=Lru())
+    list(own.serve(1, only(6, 1, 2)))
+    with pytest.raises(CoterieError, match="expert 2 of layer 1 is broken"):
+        list(own.serve(1, only(6, 1, 2)))
+    flaky.broken.clear()
+    x = torch.randn(5, HIDDEN)
+    routing = Routing(
+        torch.tensor([[1, 2]] * 5), torch.ones(5, 2), only(6, 1, 2).used, torch.tensor([[1, 2]] * 5)
+    )
+    everyone = torch.arange(6)
+    for who in (set(), {1, 2}):
+        true = blended(shown(best[1], everyone), shown(rough[1], everyone), who)
+        torch.testing.assert_close(
+            computed(own, 1, routing, x), computed(true, 1, routing, x), atol=1e-5, rtol=1e-5
+        )
+
+
+def test_who_is_here_in_either_precision_is_resident() -> None:
+    own = mixed(InMemory(blobs(6)), InMemory(blobs(6)), 6, Room(1, 2, 1))
+    for _ in range(2):
+        list(own.serve(1, only(6, 4)))
+    list(own.serve(1, only(6, 2, 5)))
+    here = own.resident(1)
+    assert here is not None
+    assert here.tolist() == [False, False, True, False, True, True]
+    assert own.slots(1) == 3
