@@ -28,6 +28,7 @@ from typing import TypedDict
 import torch
 
 from coterie import ops
+from coterie.engine.journal import MANIFEST, Sums
 from coterie.engine.load import load_model
 from coterie.engine.written import PAGE, header
 from coterie.families.names import is_expert, layer_of, weight_map
@@ -124,22 +125,35 @@ def make(folder: Path, name: str, *, layers: int, vocabulary: int) -> None:
         at: f"experts-{layer_of(place)}.safetensors" if is_expert(place) else "rest.safetensors"
         for at, place in places.items()
     }
+    sums: dict[str, dict[str, object]] = {}
     for file in dict.fromkeys(owner.values()):
         held = {at: place for at, place in places.items() if owner[at] == file}
-        write(folder / file, held, spec)
+        sums |= {at: {"file": file, **of} for at, of in write(folder / file, held, spec).items()}
     (folder / INDEX).write_text(json.dumps({"metadata": {}, "weight_map": owner}))
+    (folder / MANIFEST).write_text(json.dumps({"tensors": sums}))
     (folder / "config.json").write_text(json.dumps(config))
 
 
-def write(path: Path, held: Mapping[str, Place], spec: ModelSpec) -> None:
+def write(path: Path, held: Mapping[str, Place], spec: ModelSpec) -> Sums:
+    """The file, and the checksums of what is in it, as a conversion would list them."""
     kinds = {name: (place.shape, place.dtype or torch.bfloat16) for name, place in held.items()}
+    sums: Sums = {}
     with path.open("wb") as sink:
         sink.write(header(kinds, PAGE))
         for name, place in held.items():
+            digest, each = hashlib.sha256(), []
             for piece in contents(place, prod(kinds[name][0]) * kinds[name][1].itemsize, spec):
                 sink.write(piece)
+                if is_packed(place.target):
+                    stride = spec.expert_stride
+                    blobs = (piece[at : at + stride] for at in range(0, len(piece), stride))
+                    each += [f"{zlib.crc32(blob):08x}" for blob in blobs]
+                else:
+                    digest.update(piece)
+            sums[name] = {"crc32": each} if each else {"sha256": digest.hexdigest()}
         sink.flush()
         os.fsync(sink.fileno())
+    return sums
 
 
 def contents(place: Place, size: int, spec: ModelSpec) -> Iterator[memoryview]:

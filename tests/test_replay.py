@@ -178,8 +178,10 @@ def test_the_clock_by_hand() -> None:
     whole = clock(Machine(1000.0, 2000.0, rest=0.5), used, loads, 100, decoding=1)
     # Hits take .3 and .05 s, copies .2 and .4 s, what was copied .1 and .2 s.
     assert (whole.forward, whole.stall) == pytest.approx((0.5 + 0.3 + 0.1 + 0.4 + 0.2, 0.35))
-    bare = clock(Machine(1000.0, 2000.0, overlap=False), used, loads, 100, decoding=1)
+    bare = clock(Machine(1000.0, 2000.0, overlap=0.0), used, loads, 100, decoding=1)
     assert (bare.forward, bare.stall) == pytest.approx((0.3 + 0.2 + 0.1 + 0.05 + 0.4 + 0.2, 0.6))
+    half = clock(Machine(1000.0, 2000.0, overlap=0.5), used, loads, 100, decoding=1)
+    assert (half.forward, half.stall) == pytest.approx((0.4 + 0.1 + 0.425 + 0.2, 0.1 + 0.375))
     late = clock(Machine(1000.0, 2000.0, latency=0.2), used, loads, 100, decoding=1)
     assert (late.forward, late.stall) == pytest.approx((0.4 + 0.1 + 0.6 + 0.2, 0.1 + 0.55))
     none = clock(Machine(1000.0, latency=0.2), used, 0 * loads, 100, decoding=1)
@@ -331,7 +333,7 @@ def file(tmp_path: Path) -> str:
 def test_the_command_replays_a_grid(file: str, tmp_path: Path, capsys: Capture) -> None:
     words = ["replay", file, "-p", "des-vote:beta=0.25", "--drift", "0.1", "--cache", "lru,belady"]
     words += ["--capacity", "25%,12", "--link", "1KB/s,1MB/s", "--memory", "10KB/s", "--rest", "2"]
-    words += ["--latency", "1", "--no-overlap"]
+    words += ["--latency", "1", "--overlap", "0.5"]
     assert run([*words, "--json", "-o", str(tmp_path / "out")]) == 0
     told = json.loads(capsys.readouterr().out)
     assert len(told["points"]) == 3 * 2 * 2 * 2
@@ -354,9 +356,9 @@ def test_the_command_replays_a_grid(file: str, tmp_path: Path, capsys: Capture) 
 
 
 def test_the_machine_is_as_typed() -> None:
-    made = machines("1KB/s,2KB/s", "9KB/s", 3.0, latency=5.0, overlap=False)
+    made = machines("1KB/s,2KB/s", "9KB/s", 3.0, latency=5.0, overlap=0.5)
     assert made == {
-        text: Machine(link, 9000.0, 0.003, overlap=False, latency=0.005)
+        text: Machine(link, 9000.0, 0.003, overlap=0.5, latency=0.005)
         for text, link in (("1KB/s", 1000.0), ("2KB/s", 2000.0))
     }
 

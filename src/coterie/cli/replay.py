@@ -83,7 +83,10 @@ Reads = Annotated[
 Rest = Annotated[
     float,
     typer.Option(
-        "--rest", min=0.0, help="Milliseconds of a forward for all else.", rich_help_panel=MACHINE
+        "--rest",
+        min=0.0,
+        help="Milliseconds of a forward for all else: attention, router, shared experts, logits.",
+        rich_help_panel=MACHINE,
     ),
 ]
 Latency = Annotated[
@@ -91,15 +94,18 @@ Latency = Annotated[
     typer.Option(
         "--latency",
         min=0.0,
-        help="Milliseconds that a layer's copies take beyond their bytes.",
+        help="Milliseconds that a layer's copies take beyond their bytes, where it has any.",
         rich_help_panel=MACHINE,
     ),
 ]
 Beside = Annotated[
-    bool,
+    float,
     typer.Option(
-        "--overlap/--no-overlap",
-        help="Whether experts are computed while others come; not where the same cores do both.",
+        "--overlap",
+        min=0.0,
+        max=1.0,
+        help="How much of the shorter of computing and copying the longer hides: 1 beside a GPU's "
+        "copy engine, less where the same cores check what comes.",
         rich_help_panel=MACHINE,
     ),
 ]
@@ -156,7 +162,7 @@ def replay_command(
     memory: Reads = None,
     rest: Rest = 0.0,
     latency: Latency = 0.0,
-    overlap: Beside = True,
+    overlap: Beside = 1.0,
     expert_bytes: Weight = "auto",
     out: Out = None,
     json: o.Json = False,
@@ -168,8 +174,10 @@ def replay_command(
     alike the experts of one step and the next are is told beside it.
 
     A layer takes as long as what is there is computed, or as the copies take if that is longer,
-    and then as long as computing what has come: max(hits / memory, misses / link) + misses /
-    memory, in bytes. With --no-overlap it takes the sum of all three.
+    and then as long as computing what has come: max(hits / memory, latency + misses / link) +
+    misses / memory, in bytes. With --overlap 0 it takes the sum of all three. The defaults are a
+    PCIe 4 link and arithmetic that takes no time: ms are then the copies' alone. On a machine at
+    hand `scripts/offload` learns all five.
 
     \b
     coterie replay mini.trace -p des-vote:beta=0.15 -p resident-vote:beta=0.15
@@ -216,7 +224,7 @@ def plays(trace: Trace, typed: Sequence[str], drift: str | None, *, commits: boo
 
 
 def machines(
-    link: str, memory: str | None, rest: float, *, latency: float, overlap: bool
+    link: str, memory: str | None, rest: float, *, latency: float, overlap: float
 ) -> dict[str, Machine]:
     """One for each link, by what was typed; milliseconds."""
     pace = None if memory is None else rate_of(memory, "--memory")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -47,6 +48,7 @@ class MoE:
     bias: Tensor | None  # [E] fp32, for selection
     shared: Dense | None
     store: Store
+    told: Callable[[Scores], Scores] | None = None  # says it in the gate's place, for a replay
 
     def __call__(self, x: Tensor, step: Step, importance: Tensor | None) -> Tensor:
         scores = self._scores(x, step, importance)
@@ -69,7 +71,7 @@ class MoE:
         return mixed if self.shared is None else mixed + self.shared.apply(x)
 
     def _scores(self, x: Tensor, step: Step, importance: Tensor | None) -> Scores:
-        return Scores(
+        scores = Scores(
             logits=ops.linear(x, self.gate, dtype=torch.float32),
             router=self.spec.router,
             bias=self.bias,
@@ -81,3 +83,4 @@ class MoE:
             ordinal=sum(self.spec.moe[: self.layer]),
             forward=step.forward,
         )
+        return scores if self.told is None else self.told(scores)

@@ -1,15 +1,18 @@
 """The machine that a replay imagines: how much fast memory, over which link; and its clock.
 
-The clock, layer by layer: experts that are in fast memory are computed while the others come over
-the link, and these are computed when they are there,
+The clock, layer by layer. Experts that are in fast memory (hits) are computed while the others
+(misses) come over the link, and these are computed when they are there:
 
-    layer = max(hits / memory, misses / link) + misses / memory,
+    here = hits / memory                        in bytes over bytes a second
+    copies = latency + misses / link            0 where nothing is missing
+    layer = here + copies - overlap * min(here, copies) + misses / memory
 
-in bytes over bytes a second; where anything is missing, misses / link takes ``latency`` more. Where
-nothing is hidden (``overlap`` False), as on a CPU whose cores check what they read from a disk, the
-sum of the first two stands for the greater. What it leaves out: attention, router, shared experts
-(``rest`` adds a constant for these), and any copy begun before its layer. With ``memory`` unknown
-computing takes no time, and what remains is what the link alone takes.
+``overlap`` is the share of the shorter of the two that the longer hides: 1 where a link works
+beside those who compute, less where the same cores check what comes. ``rest`` is a forward's time
+for all else: attention, router, shared experts, and what each layer's experts cost whatever their
+number. What it leaves out: any copy begun before its layer, waves of a coreset beyond the slots,
+and how many tokens each expert has. With ``memory`` unknown computing takes no time, and what
+remains is what the link alone takes.
 """
 
 from __future__ import annotations
@@ -24,20 +27,18 @@ from coterie.experts.capacity import UNITS, read_amount
 from coterie.naming import CoterieError
 
 Counts = NDArray[np.int64]
+Seconds = NDArray[np.float64]
 
 
 @dataclass(frozen=True)
 class Machine:
-    """Rates in bytes a second; ``memory`` None: computing takes no time. ``rest`` in seconds, and
-    ``latency``, which a layer's copies take together beyond their bytes.
-
-    ``overlap``: whether experts are computed while others come.
-    """
+    """Rates in bytes a second; ``memory`` None: computing takes no time. ``rest`` in seconds of a
+    forward, ``latency`` in seconds of a layer that misses anybody, ``overlap`` a share."""
 
     link: float
     memory: float | None = None
     rest: float = 0.0
-    overlap: bool = True
+    overlap: float = 1.0
     latency: float = 0.0
 
 
@@ -53,14 +54,17 @@ class Clock:
 def clock(machine: Machine, used: Counts, loads: Counts, size: int, *, decoding: int) -> Clock:
     """What forwards take that use and load so many experts [P, L] of ``size`` bytes; of these
     forwards, ``decoding`` decode."""
+    whole, idle = seconds(machine, used, loads, size)
+    return Clock(float(whole.sum()) / decoding, float(idle.sum()) / decoding)
+
+
+def seconds(machine: Machine, used: Counts, loads: Counts, size: int) -> tuple[Seconds, Seconds]:
+    """[P] of each forward, and [P] in which nothing is computed."""
     pace = 0.0 if machine.memory is None else size / machine.memory
-    hits, late = (used - loads) * pace, loads * pace
+    here, late = (used - loads) * pace, loads * pace
     copies = loads * (size / machine.link) + (loads > 0) * machine.latency
-    hidden = np.minimum(hits, copies) if machine.overlap else np.zeros_like(hits)
-    layers = hits + copies - hidden + late  # [P, L] s
-    idle = copies - hidden
-    rest = machine.rest * len(used)
-    return Clock((rest + float(layers.sum())) / decoding, float(idle.sum()) / decoding)
+    idle = copies - machine.overlap * np.minimum(here, copies)  # [P, L]
+    return machine.rest + (here + idle + late).sum(-1), idle.sum(-1)
 
 
 def bytes_of(text: str, what: str) -> float:
