@@ -1,0 +1,152 @@
+"""A GPU's couriers: copies queue beside computing, and events alone keep the order.
+
+Copies stand in one queue, in the order in which they were asked for. What the current stream was
+asked before ``computed`` comes before every copy asked for after it; ``join`` holds the current
+stream, not the host, until the copies so far are done.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import deque
+from collections.abc import Callable, Collection
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from coterie.experts.couriers import READERS, Table
+from coterie.experts.tiers import InMemory, Tier
+
+DONE: Future[None] = Future()
+DONE.set_result(None)
+
+
+class Lane:
+    """The queue of copies of one device, and how long its computing stood still for them."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._copies = torch.cuda.Stream(device)
+        self._over = 0.0  # seconds
+        self._stalls: deque[tuple[torch.cuda.Event, torch.cuda.Event]] = deque()
+
+    def copy(self, source: Tensor, into: Tensor) -> torch.cuda.Event:
+        """Ask for a copy out of pinned memory, which must stand until the event is over."""
+        with torch.cuda.stream(self._copies):
+            into.copy_(source, non_blocking=True)
+        done = torch.cuda.Event()
+        done.record(self._copies)
+        return done
+
+    def after_computing(self) -> None:
+        """Copies asked for from now on wait for what computing was asked until now."""
+        self._copies.wait_stream(torch.cuda.current_stream(self._device))
+
+    def before_computing(self, wait_on_host: Callable[[], None] = lambda: None) -> None:
+        """Computing asked for from now on waits for the copies so far, and for the host's part."""
+        current = torch.cuda.current_stream(self._device)
+        first, last = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        # This one comes to pass as soon as there is nothing left to compute.
+        first.record(current)
+        wait_on_host()
+        current.wait_stream(self._copies)
+        last.record(current)
+        self._stalls.append((first, last))
+        self._add_up()
+
+    def rest(self) -> None:
+        """The host waits until no copy is left."""
+        self._copies.synchronize()
+
+    @property
+    def stalled(self) -> float:
+        """Seconds of stalls that are over."""
+        self._add_up()
+        return self._over
+
+    def there(self, table: Table) -> Tensor:
+        """Pinned memory is kept by its allocator until the copy out of it is done."""
+        pinned = torch.from_numpy(table).pin_memory()
+        return pinned.to(self._device, non_blocking=True)
+
+    def _add_up(self) -> None:
+        while self._stalls and self._stalls[0][1].query():
+            first, last = self._stalls.popleft()
+            self._over += first.elapsed_time(last) / 1e3
+
+
+@dataclass(frozen=True)
+class Copies:
+    """Straight out of pinned host memory that holds every expert: the host only asks."""
+
+    source: InMemory
+    lane: Lane
+
+    @property
+    def waited(self) -> float:
+        return self.lane.stalled
+
+    def bring(self, layer: int, expert: int, into: Tensor) -> Future[None]:
+        self.lane.copy(self.source.blobs[layer][expert], into)
+        return DONE
+
+    def join(self, coming: Collection[Future[None]]) -> None:
+        del coming
+        self.lane.before_computing()
+
+    def computed(self) -> None:
+        self.lane.after_computing()
+
+    def settle(self, coming: Collection[Future[None]]) -> None:
+        del coming
+        self.lane.rest()
+
+    def there(self, table: Table) -> Tensor:
+        return self.lane.there(table)
+
+
+@dataclass(frozen=True)
+class Relays:
+    """Out of any tier: threads fetch into pinned buffers, one each, and copy from there."""
+
+    tier: Tier
+    lane: Lane
+    allocate: Callable[[int, int], Tensor]  # pinned memory for (buffers, bytes of an expert)
+    _buffers: threading.local = field(default_factory=threading.local)
+    _threads: ThreadPoolExecutor = field(
+        default_factory=lambda: ThreadPoolExecutor(READERS, "coterie-experts")
+    )
+
+    @property
+    def waited(self) -> float:
+        return self.lane.stalled
+
+    def bring(self, layer: int, expert: int, into: Tensor) -> Future[None]:
+        return self._threads.submit(self._relay, layer, expert, into)
+
+    def join(self, coming: Collection[Future[None]]) -> None:
+        def wait_on_host() -> None:
+            for one in coming:
+                one.result()
+
+        self.lane.before_computing(wait_on_host)
+
+    def computed(self) -> None:
+        self.lane.after_computing()
+
+    def settle(self, coming: Collection[Future[None]]) -> None:
+        wait(coming)
+        self.lane.rest()
+
+    def there(self, table: Table) -> Tensor:
+        return self.lane.there(table)
+
+    def _relay(self, layer: int, expert: int, into: Tensor) -> None:
+        # Threads do not inherit the mode, and slots may be made inside it.
+        with torch.inference_mode():
+            if not hasattr(self._buffers, "own"):
+                (self._buffers.own,) = self.allocate(1, into.nbytes)
+            self.tier.fetch(layer, expert, self._buffers.own)
+            self.lane.copy(self._buffers.own, into).synchronize()
