@@ -127,7 +127,8 @@ class Offloaded:
         coming: dict[int, Future[None]] = {}
         try:
             self._bring(layer, shelf, there, coming)
-            self.courier.join(coming.values())
+            if coming:
+                self.courier.join(coming.values())
         except BaseException:
             self._forget(layer, coming)
             raise
