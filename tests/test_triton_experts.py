@@ -118,6 +118,7 @@ def test_many_tokens(form: Format | None) -> None:
 
 LAUNCHES = """
 import torch
+from coterie.ops.blobs import Layout
 from coterie.ops.triton import experts, plans
 from coterie.quant import FORMATS, QTensor
 from coterie.values import Routing, Slab
@@ -133,6 +134,10 @@ def weight(rows, k, form):
 def layer(hidden, width, form):
     slot_of = torch.empty(256, dtype=torch.int64, device="meta")
     return Slab(weight(2 * width, hidden, form), weight(hidden, width, form), slot_of)
+
+def in_blobs(slots, layout):
+    slot_of = torch.empty(256, dtype=torch.int64, device="meta")
+    return layout.shown(torch.empty(slots, layout.size, dtype=torch.uint8, device="meta"), slot_of)
 
 def run(tokens, slab, **how):
     x = torch.empty(tokens, slab.down.shape[1], dtype=DTYPE, device="meta")
@@ -150,11 +155,13 @@ def test_it_compiles_for_a_gpu() -> None:
 few = ((form, 32) for form in FORMATS.values())
 for form, tokens in ((None, 16), (None, 32), (None, 64), *few):
     run(tokens, layer(2048, 512, form))
+for kept in (torch.bfloat16, *FORMATS.values()):
+    run(32, in_blobs(47, Layout(2048, 512, kept)))
 """
     )
     assert (
         len([kernel for kernel in kernels if kernel.name in ("gate_up_kernel", "down_kernel")])
-        == 10
+        == 16
     )
     assert [kernel for kernel in kernels if kernel.stack > 0] == []
     assert max(kernel.shared for kernel in kernels) < 114 << 10  # two programs a processor

@@ -14,8 +14,8 @@ import triton.language as tl
 @triton.jit
 def gate_up_kernel(
     x,  # [tokens, HIDDEN]
-    weight,  # [slots, 2 * WIDTH, STORED] of numbers as they are stored
-    scales,  # [slots, 2 * WIDTH, SCALED] bf16; not read where BITS is 16
+    weight,  # [slots, 2 * WIDTH, STORED] of numbers as they are stored, slots APART
+    scales,  # [slots, 2 * WIDTH, SCALED] bf16, SCALES_APART; not read where BITS is 16
     token,  # [pairs] int32, sorted by slot; see ``reference.Dispatch``
     begin,  # [slots + 1] int32
     active,  # [slots] int32
@@ -23,7 +23,9 @@ def gate_up_kernel(
     HIDDEN: tl.constexpr,
     WIDTH: tl.constexpr,
     STORED: tl.constexpr,
+    APART: tl.constexpr,
     SCALED: tl.constexpr,
+    SCALES_APART: tl.constexpr,
     BITS: tl.constexpr,
     GROUP: tl.constexpr,
     TOKENS: tl.constexpr,
@@ -43,11 +45,9 @@ def gate_up_kernel(
         # Rows of gate and up take turns, so that two neighbours are one column of both. Rows past
         # the end are the last one again: nobody stores what comes of them.
         turn = tl.arange(0, 2 * COLUMNS)
-        row = (
-            slot.to(tl.int64) * (2 * WIDTH)
-            + (turn % 2) * WIDTH
-            + tl.minimum(left + turn // 2, WIDTH - 1)
-        )
+        row = (turn % 2) * WIDTH + tl.minimum(left + turn // 2, WIDTH - 1)
+        at = slot.to(tl.int64) * APART
+        scales_at = slot.to(tl.int64) * SCALES_APART
         to = left + tl.arange(0, COLUMNS)
         for first in range(start, stop, TOKENS):
             spot = first + tl.arange(0, TOKENS)
@@ -58,9 +58,9 @@ def gate_up_kernel(
                 who * HIDDEN,
                 real,
                 weight,
-                row * STORED,
+                at + row * STORED,
                 scales,
-                row * SCALED,
+                scales_at + row * SCALED,
                 HIDDEN,
                 TOKENS,
                 2 * COLUMNS,
@@ -82,8 +82,8 @@ def gate_up_kernel(
 @triton.jit
 def down_kernel(
     h,  # [pairs, WIDTH], sorted as ``pair`` is
-    weight,  # [slots, HIDDEN, STORED]
-    scales,  # [slots, HIDDEN, SCALED]
+    weight,  # [slots, HIDDEN, STORED], APART
+    scales,  # [slots, HIDDEN, SCALED], SCALES_APART
     pair,  # [pairs] int32
     begin,
     active,
@@ -91,7 +91,9 @@ def down_kernel(
     HIDDEN: tl.constexpr,
     WIDTH: tl.constexpr,
     STORED: tl.constexpr,
+    APART: tl.constexpr,
     SCALED: tl.constexpr,
+    SCALES_APART: tl.constexpr,
     BITS: tl.constexpr,
     GROUP: tl.constexpr,
     TOKENS: tl.constexpr,
@@ -108,7 +110,9 @@ def down_kernel(
     if slot >= 0:
         start = tl.load(begin + slot)
         stop = tl.load(begin + slot + 1)
-        row = slot.to(tl.int64) * HIDDEN + tl.minimum(to, HIDDEN - 1)
+        row = tl.minimum(to, HIDDEN - 1)
+        at = slot.to(tl.int64) * APART
+        scales_at = slot.to(tl.int64) * SCALES_APART
         for first in range(start, stop, TOKENS):
             spot = first + tl.arange(0, TOKENS)
             real = spot < stop
@@ -118,9 +122,9 @@ def down_kernel(
                 spot * WIDTH,
                 real,
                 weight,
-                row * STORED,
+                at + row * STORED,
                 scales,
-                row * SCALED,
+                scales_at + row * SCALED,
                 WIDTH,
                 TOKENS,
                 COLUMNS,

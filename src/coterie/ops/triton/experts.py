@@ -51,30 +51,31 @@ def run_experts(
     y = torch.empty(tokens * choices, hidden, dtype=torch.float32, device=x.device)
     out = torch.empty(tokens, hidden, dtype=torch.float32, device=x.device)
     shape = {"HIDDEN": hidden, "WIDTH": width, "WIDE": INTERPRETED}
+    ups, downs = _stored(slab.gate_up), _stored(slab.down)
     launch(
         kernels.gate_up_kernel,
         (places * pieces(width, first.columns),),
         x.contiguous(),
-        *_stored(slab.gate_up),
+        *ups,
         lists.token,
         lists.begin,
         lists.active,
         h,
         **shape,
-        **_layout(slab.gate_up),
+        **_layout(*ups, slab.gate_up),
         **first.sizes(),
     )
     launch(
         kernels.down_kernel,
         (places * pieces(hidden, second.columns),),
         h,
-        *_stored(slab.down),
+        *downs,
         lists.pair,
         lists.begin,
         lists.active,
         y,
         **shape,
-        **_layout(slab.down),
+        **_layout(*downs, slab.down),
         **second.sizes(),
     )
     launch(
@@ -108,19 +109,25 @@ def works(x: Tensor, slab: Slab) -> tuple[Work, Work]:
 def _stored(weight: object) -> tuple[Tensor, Tensor]:
     """What is read of a weight: numbers and scales, or the weight twice where it has none."""
     if isinstance(weight, QTensor):
-        return weight.q.contiguous(), weight.scales.contiguous()
+        return in_rows(weight.q), in_rows(weight.scales)
     assert isinstance(weight, Tensor)  # as ``fits`` found it
-    return weight.contiguous(), weight
+    return in_rows(weight), weight
 
 
-def _layout(weight: object) -> dict[str, int]:
-    """How far apart rows are, and how their numbers are kept."""
+def in_rows(weight: Tensor) -> Tensor:
+    """The same [n, rows, columns] with each of the n in one run; these may be any way apart."""
+    return weight if weight[:1].is_contiguous() else weight.contiguous()
+
+
+def _layout(numbers: Tensor, scales: Tensor, weight: object) -> dict[str, int]:
+    """How far apart rows and experts are, and how their numbers are kept."""
+    apart = {"STORED": numbers.shape[-1], "APART": numbers.stride(0)}
     if isinstance(weight, QTensor):
         return {
-            "STORED": weight.q.shape[-1],
-            "SCALED": weight.scales.shape[-1],
+            **apart,
+            "SCALED": scales.shape[-1],
+            "SCALES_APART": scales.stride(0),
             "BITS": weight.format.bits,
             "GROUP": weight.format.group,
         }
-    assert isinstance(weight, Tensor)
-    return {"STORED": weight.shape[-1], "SCALED": 0, "BITS": 16, "GROUP": 1}
+    return {**apart, "SCALED": 0, "SCALES_APART": 0, "BITS": 16, "GROUP": 1}
