@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import random
 import time
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,15 +15,36 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from policies import law
-from test_offload import HIDDEN, LAYERS, SIZE, blobs, computed, routings, shown, store
+from test_offload import (
+    ASKED,
+    HIDDEN,
+    LAYERS,
+    PROMPT,
+    SIZE,
+    blobs,
+    computed,
+    needs_kernels,
+    routings,
+    shown,
+    store,
+)
 from torch import Tensor
 
+import coterie
+from coterie.engine.coarse import Coarse, Split
+from coterie.engine.convert import Aim, convert
+from coterie.engine.engine import Engine
+from coterie.engine.journal import MANIFEST
+from coterie.engine.memory import Memory
+from coterie.engine.warm import SavedVotes
 from coterie.experts.couriers import Readers
 from coterie.experts.eviction import ByVotes, Lru
 from coterie.experts.mixed import Errors, Mixed, Source, shares
 from coterie.experts.store import Resident
 from coterie.experts.tiers import InMemory, Tier
+from coterie.model.moe import MoE
 from coterie.naming import CoterieError
+from coterie.testing import write_checkpoint
 from coterie.values import Demand, Routing, Slab
 
 DECAY = 0.8
@@ -200,3 +224,190 @@ def test_who_is_here_in_either_precision_is_resident() -> None:
     assert here is not None
     assert here.tolist() == [False, False, True, False, True, True]
     assert own.slots(1) == 3
+
+
+@dataclass
+class Plain:
+    """All experts of two folders in memory; of each layer a plain rule says which one serves."""
+
+    fine: Resident
+    coarse: Resident
+    rules: dict[int, Plainly]
+
+    def serve(self, layer: int, demand: Demand) -> Iterator[Slab]:
+        rule, everyone = self.rules[layer], range(len(demand.used))
+        who = torch.tensor([expert in rule.fine for expert in everyone])
+        for held, mask in ((self.fine, who), (self.coarse, ~who)):
+            slab = held.slabs[layer]
+            yield replace(slab, slot_of=slab.slot_of.where(mask, -1))
+        votes = demand.votes
+        assert votes is not None
+        rule.took(demand.used.tolist(), votes.tolist())
+
+    def resident(self, layer: int) -> Tensor | None:
+        del layer
+        return None
+
+    def slots(self, layer: int) -> int | None:
+        del layer
+        return None
+
+
+def folders(folder: Path, kinds: tuple[str, str], family: str = "llada2") -> tuple[Path, Path]:
+    """One tiny model of 16 experts a layer, packed twice."""
+    whole = write_checkpoint(folder / "whole", family, dtype=torch.bfloat16)
+    for kind in kinds:
+        convert(whole, folder / kind, Aim.of(kind))
+    return folder / kinds[0], folder / kinds[1]
+
+
+def opened(folder: Path, memory: Memory | None = None) -> Engine:
+    return coterie.load(folder, dtype="float32", device="cpu", expert_memory=memory)
+
+
+def plainly(fine: Path, coarse: Path, own: Mixed) -> tuple[Engine, Plain]:
+    """An engine that answers by the plain rule, begun where ``own`` begins."""
+    model, rough = opened(fine).model, opened(coarse).model
+    networks = [one.feed_forward for one in model.transformer.layers]
+    held = next(one.store for one in networks if isinstance(one, MoE))
+    others = next(
+        one.feed_forward.store
+        for one in rough.transformer.layers
+        if isinstance(one.feed_forward, MoE)
+    )
+    assert isinstance(held, Resident)
+    assert isinstance(others, Resident)
+    rules = {}
+    for layer in model.spec.moe_layers:
+        votes = [float(vote) for vote in own.warm.get(layer, np.zeros(16))]
+        order = sorted(range(16), key=lambda e: (-votes[e], e))[: own.fine.capacity]
+        fine_first = {e for e in order if votes[e]}
+        rules[layer] = Plainly(own.fine.capacity, own.upgrades, fine_first, votes)
+    store = Plain(held, others, rules)
+    layers = tuple(
+        replace(one, feed_forward=replace(one.feed_forward, store=store))
+        if isinstance(one.feed_forward, MoE)
+        else one
+        for one in model.transformer.layers
+    )
+    transformer = replace(model.transformer, layers=layers)
+    return Engine(replace(model, transformer=transformer)), store
+
+
+def drawn_votes(layers: Sequence[int]) -> SavedVotes:
+    draw = np.random.default_rng(1)
+    return SavedVotes.of("drawn", layers, draw.integers(0, 9, (len(layers), 16)) / 1.0)
+
+
+@needs_kernels
+@pytest.mark.parametrize(
+    ("family", "kinds", "memory", "upgrades"),
+    [
+        ("llada2", ("int8", "int4"), "35%", 1),
+        ("llada2", ("bf16", "int4"), "20%", 3),
+        ("llada-moe", ("int8", "int4"), "70%", 2),
+        ("sdar-moe", ("bf16", "int4"), "35%", 0),
+        ("llada2", ("int8", "int4"), "75%", 0),
+    ],
+)
+def test_a_model_answers_as_if_each_expert_had_the_precision_of_its_placement(
+    tmp_path: Path, family: str, kinds: tuple[str, str], memory: str, upgrades: int
+) -> None:
+    fine, coarse = folders(tmp_path, kinds, family)
+    layers = opened(fine).model.spec.moe_layers
+    warm = drawn_votes(layers) if not upgrades else None
+    asked = Memory.parse(memory, warm=warm, coarse=Coarse(coarse, upgrades=upgrades))
+    own = opened(fine, asked)
+    store = mixed_of(own)
+    reference, plain = plainly(fine, coarse, store)
+    for policy in ("vanilla", "des-vote:beta=0.3"):
+        found, true = (one.generate(PROMPT, policy=policy, **ASKED) for one in (own, reference))
+        assert found.tokens == true.tokens
+    for layer in layers:
+        here = set(np.flatnonzero(store._shelf(layer).book.resident).tolist())
+        assert here == plain.rules[layer].fine
+    assert (store.precision.upgrades > 0) == (upgrades > 0)
+    assert 0 < store.precision.fine < store.precision.forwards
+    assert store.precision.bound > 0
+
+
+def mixed_of(engine: Engine) -> Mixed:
+    network = next(
+        one.feed_forward
+        for one in engine.model.transformer.layers
+        if isinstance(one.feed_forward, MoE)
+    )
+    assert isinstance(network.store, Mixed)
+    return network.store
+
+
+@needs_kernels
+def test_a_whole_model_in_two_precisions_reads_each_expert_once(tmp_path: Path) -> None:
+    fine, coarse = folders(tmp_path, ("int8", "int4"))
+    warm = drawn_votes(opened(fine).model.spec.moe_layers)
+    engine = opened(fine, Memory.parse("75%", warm=warm, coarse=Coarse(coarse, upgrades=0)))
+    store = mixed_of(engine)
+    assert store.fine.capacity + store.coarse.capacity == 16
+    engine.generate(PROMPT, **ASKED)
+    assert (store.moved, store.coarse.moved) == (2 * store.fine.capacity, 2 * store.coarse.capacity)
+
+
+@needs_kernels
+def test_two_folders_that_are_not_one_model_are_refused(tmp_path: Path) -> None:
+    fine, coarse = folders(tmp_path / "a", ("int8", "int4"))
+    other = write_checkpoint(tmp_path / "seed", "llada2", seed=1, dtype=torch.bfloat16)
+    wider = write_checkpoint(tmp_path / "b", "llada2", vocab_size=100, dtype=torch.bfloat16)
+    convert(other, tmp_path / "seed-int4", Aim.of("int4"))
+    convert(wider, tmp_path / "wider-int4", Aim.of("int4"))
+    for first, second, told in (
+        (fine, tmp_path / "seed-int4", "not made of the same weights"),
+        (fine, tmp_path / "wider-int4", "vocab_size is 100, not 96"),
+        (coarse, fine, "are not smaller"),
+        (fine, other, "packed checkpoint"),
+    ):
+        with pytest.raises(CoterieError, match=told):
+            opened(first, Memory.parse("35%", coarse=Coarse(second)))
+    for folder in (tmp_path / "seed-int4", coarse):  # where no source is told, weights decide
+        listed = json.loads((folder / MANIFEST).read_text())
+        (folder / MANIFEST).write_text(json.dumps({**listed, "source": None}))
+    with pytest.raises(CoterieError, match="not made of the same weights"):
+        opened(fine, Memory.parse("35%", coarse=Coarse(tmp_path / "seed-int4")))
+    assert mixed_of(opened(fine, Memory.parse("35%", coarse=Coarse(coarse))))
+
+
+@needs_kernels
+@pytest.mark.parametrize(
+    ("memory", "coarse", "told"),
+    [
+        ("35%", {"upgrades": 0}, "--upgrades 0 leaves nobody fine"),
+        ("100%", {}, "--coarse has no effect"),
+        ("1", {}, "less than one expert"),
+        ("35%", {"share": 1.0}, "--fine-share 1"),
+        ("35%", {"upgrades": -1}, "--upgrades -1"),
+    ],
+)
+def test_two_precisions_that_cannot_be_had_are_refused(
+    tmp_path: Path, memory: str, coarse: dict[str, float], told: str
+) -> None:
+    fine, few = folders(tmp_path, ("int8", "int4"))
+    with pytest.raises(CoterieError, match=told):
+        opened(fine, Memory.parse(memory, coarse=Coarse(few, **coarse)))
+
+
+@given(st.integers(1, 300), st.floats(0.01, 0.99), st.integers(2, 40), st.integers(1, 39))
+@law(100)
+def test_a_split_stays_inside_its_memory(
+    room: int, share: float, experts: int, coarse: int
+) -> None:
+    fine = 40
+    try:
+        split = Split.of(room * 10, share, experts=experts, fine=fine, coarse=coarse)
+    except CoterieError:
+        return
+    assert split.fine * fine + split.coarse * coarse <= room * 10
+    assert split.fine >= 1
+    assert split.coarse >= 1
+    assert split.fine + split.coarse <= experts
+    assert split.fine >= min(experts - 1, int(share * room * 10) // fine) or (
+        split.fine + split.coarse == experts
+    )

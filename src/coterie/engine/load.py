@@ -10,6 +10,7 @@ import torch
 
 from coterie import ops
 from coterie.engine.memory import Memory, Settled, settle
+from coterie.engine.mixing import Packed, mixed
 from coterie.engine.offloaded import offloaded
 from coterie.engine.room import free_memory
 from coterie.engine.source import EMBEDDED, find_folder
@@ -129,7 +130,10 @@ def _settled(
     if wanted.warm is not None:
         wanted.warm.check(kept, folder)
     free, size = free_memory(device), kept.expert_stride
-    return settle(wanted, kept, dtype, expert_bytes=size, free=free)
+    found = settle(wanted, kept, dtype, expert_bytes=size, free=free)
+    if found.whole and wanted.coarse is not None:
+        raise CoterieError("--coarse has no effect: all experts fit into what is free as they are")
+    return found
 
 
 def _kept_as(
@@ -209,7 +213,11 @@ def _load_weights(
     told = _running_total(checkpoint.bytes, progress)
     checkpoint.load(places, Filling(spec, kept, weights, left=memory is not None), told)
     if memory is not None:
-        store = offloaded(checkpoint, places, kept, memory)
+        store = (
+            offloaded(checkpoint, places, kept, memory)
+            if memory.asked.coarse is None
+            else mixed(Packed(checkpoint, places, kept), memory, memory.asked.coarse)
+        )
         return build(kept, weights, store), store
     slabs = {
         layer: ops.prepare(take_slab(kept, layer, weights), spend=True) for layer in kept.moe_layers

@@ -7,6 +7,7 @@ from typing import Literal
 
 import torch
 
+from coterie.engine.coarse import Coarse
 from coterie.engine.warm import SavedVotes
 from coterie.experts.capacity import Capacity, parse_bytes
 from coterie.experts.eviction import EVICTIONS, Eviction, Lru, parse_eviction
@@ -29,13 +30,15 @@ class Memory:
 
     ``fast`` is where they are computed from. On a GPU, ``host`` bytes of the machine's own memory
     stand between that and the disk; None leaves it to what the machine needs. ``eviction`` says who
-    leaves fast memory, ``warm`` who is there from the start.
+    leaves fast memory, ``warm`` who is there from the start. With ``coarse`` a part of that memory
+    is for experts in fewer bits.
     """
 
     fast: Capacity | Auto
     host: int | Auto | None = None
     eviction: Eviction = field(default_factory=Lru)
     warm: SavedVotes | None = None
+    coarse: Coarse | None = None
 
     @staticmethod
     def parse(
@@ -44,6 +47,7 @@ class Memory:
         host: str | None = None,
         eviction: str | None = None,
         warm: SavedVotes | None = None,
+        coarse: Coarse | None = None,
     ) -> Memory:
         """From what is typed: "35%", "47" a layer, "6GiB" or "auto"; "20GiB" or "auto"; "lru"."""
         return Memory(
@@ -51,6 +55,7 @@ class Memory:
             AUTO if host == AUTO else None if host is None else parse_bytes(host, "--host-memory"),
             Lru() if eviction is None else parse_eviction(eviction),
             warm,
+            coarse,
         )
 
     def document(self) -> dict[str, object]:
@@ -60,6 +65,7 @@ class Memory:
             "host_memory": self.host,
             "eviction": spelled(self.eviction, EVICTIONS),
             "warm": None if self.warm is None else self.warm.name,
+            **({} if self.coarse is None else self.coarse.document()),
         }
 
 
