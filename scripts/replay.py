@@ -26,6 +26,7 @@ from coterie.evals.stats import holm, paired
 from coterie.evals.task import Task, Wish
 from coterie.evals.tasks import open_tasks
 from coterie.experts.imagined import Imagined
+from coterie.experts.traffic import Traffic
 from coterie.model.moe import MoE
 from coterie.planning.booking import Play
 from coterie.planning.machine import Capacity, Machine, rate_of
@@ -195,12 +196,12 @@ def held(engine: Engine, tasks: Sequence[Task], trace: Trace) -> dict[str, objec
     report = lines([one.sheet for one in answered], [task.name for task in tasks])
     for one, line in zip(answered, report, strict=True):
         right = one.sheet.right()
-        saved = 1 - one.store.moved / vanilla.store.moved
+        saved = 1 - one.traffic.moved / vanilla.traffic.moved
         point = foretold[one.rule].traffic.saved
         each = {
             "rule": one.rule,
-            "used": one.store.used,
-            "moved": one.store.moved,
+            "used": one.traffic.used,
+            "moved": one.traffic.moved,
             "saved": saved,
         }
         told.append({**each, "saved_foretold": point, "exam": line.document()})
@@ -218,11 +219,11 @@ def held(engine: Engine, tasks: Sequence[Task], trace: Trace) -> dict[str, objec
 
 @dataclass(frozen=True)
 class Answered:
-    """One policy's answers, and the book of its memory."""
+    """One policy's answers, and what they moved."""
 
     rule: str
     sheet: Sheet
-    store: Imagined
+    traffic: Traffic
 
 
 def answer(engine: Engine, tasks: Sequence[Task], rule: str, slots: int) -> Answered:
@@ -230,7 +231,7 @@ def answer(engine: Engine, tasks: Sequence[Task], rule: str, slots: int) -> Answ
     own = Engine(model, generation=engine.generation)
     commit = "vanilla" if rule == "vanilla" else "policy"
     (sheet,) = run(own, tasks, [Arm(rule)], None, rows=1, asked={"commit": commit})
-    return Answered(rule, sheet, store)
+    return Answered(rule, sheet, store.ledger.traffic())
 
 
 def imagining(model: Model, slots: int) -> tuple[Model, Imagined]:

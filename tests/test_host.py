@@ -35,7 +35,7 @@ class Counted:
     reads: list[Asked] = field(default_factory=list)
     lock: threading.Lock = field(default_factory=threading.Lock)
 
-    def fetch(self, layer: int, expert: int, into: Tensor) -> None:
+    def fetch(self, layer: int, expert: int, into: Tensor) -> str:
         with self.lock:
             self.reads.append((layer, expert))
             failing = len(self.reads) - 1 in self.fail
@@ -43,7 +43,7 @@ class Counted:
         time.sleep(self.slow)
         if failing:
             raise CoterieError(f"expert {expert} of layer {layer} cannot be read")
-        InMemory(WHOLE).fetch(layer, expert, into)
+        return InMemory(WHOLE).fetch(layer, expert, into)
 
 
 def host(below: Tier, slots: int, rule: Eviction | None = None) -> Host:
@@ -96,7 +96,7 @@ def test_from_many_threads_nobody_sees_other_bytes(
 
     def wish(one: Asked) -> bool:
         try:
-            with tier.lent(*one) as blob:
+            with tier.lent(*one) as (blob, _):
                 for _ in range(3):
                     assert torch.equal(blob, WHOLE[one[0]][one[1]])
                     time.sleep(1e-4)

@@ -58,11 +58,11 @@ class Whimsical:
     draw: random.Random
     broken: set[int] = field(default_factory=set)
 
-    def fetch(self, layer: int, expert: int, into: Tensor) -> None:
+    def fetch(self, layer: int, expert: int, into: Tensor) -> str:
         time.sleep(self.draw.random() * 1e-3)
         if expert in self.broken:
             raise CoterieError(f"expert {expert} of layer {layer} is broken")
-        self.tier.fetch(layer, expert, into)
+        return self.tier.fetch(layer, expert, into)
 
 
 @dataclass(frozen=True)
@@ -174,7 +174,7 @@ def test_without_upgrades_the_placement_stays() -> None:
     for routing in routings(5, 3, count=6):
         list(own.serve(1, Demand(routing.used)))
         assert own._shelf(1).book.resident.tolist() == [False, True, False, True, False]
-    assert (own.moved, own.coarse.moved) == (2, 3)
+    assert (own.moved, own.coarse.ledger.traffic().moved) == (2, 3)
 
 
 def test_the_loss_bound_is_vote_share_times_error() -> None:

@@ -225,18 +225,21 @@ def test_a_replay_foretells_a_run(policy: str, commit: str) -> None:
     assert trace.about.commit == commit
     asked = Play(parse_policy(policy), commits=commit == "policy")
     traffic = replay(trace, grid(asked, capacity="6")).points[0].traffic
+    run = store.ledger.traffic()
     if policy == "vanilla":
-        assert (traffic.used, traffic.moved) == (store.used, store.moved)
-    assert traffic.moved == pytest.approx(store.moved, rel=0.1)
-    assert traffic.used == pytest.approx(store.used, rel=0.1)
+        assert (traffic.used, traffic.moved) == (run.used, run.moved)
+    assert traffic.moved == pytest.approx(run.moved, rel=0.1)
+    assert traffic.used == pytest.approx(run.used, rel=0.1)
 
 
 def test_an_imagined_memory_changes_answers_only_where_residents_are_preferred() -> None:
     plain = [engine("llada2", unmask="fixed:steps=3").generate(p).tokens for p in PROMPTS]
     assert [result.tokens for result in imagined("vanilla", 3)[1]] == plain
-    own = imagined("uniform-vote:beta=0.3", 5)[0]
-    preferred = imagined("uniform-vote:beta=0.3,lam=8,eps=0.5", 5)[0]
-    assert preferred.moved / preferred.used < own.moved / own.used
+    own, preferred = (
+        imagined(f"uniform-vote:beta=0.3{preferring}", 5)[0].ledger.traffic()
+        for preferring in ("", ",lam=8,eps=0.5")
+    )
+    assert preferred.hit_rate > own.hit_rate
 
 
 def test_without_forwards_that_write_keys_less_moves() -> None:
@@ -250,7 +253,7 @@ def test_without_forwards_that_write_keys_less_moves() -> None:
 
 
 def test_traffic_adds_up() -> None:
-    traffic = Traffic(forwards=4, expert_bytes=10, used=100, moved=25, vanilla=200)
+    traffic = Traffic.counted(4, 10, used=100, moved=25, vanilla=200)
     assert (traffic.hit_rate, traffic.bytes_moved, traffic.bytes_avoided) == (0.75, 250, 750)
     assert (traffic.bytes_avoided_against_vanilla, traffic.saved) == (1750, 0.875)
     assert replace(traffic, vanilla=None).saved is None

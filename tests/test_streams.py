@@ -233,10 +233,10 @@ def test_a_tier_that_fails_is_an_error_and_the_next_forward_is_right() -> None:
         def __init__(self, tier: InMemory) -> None:
             self.tier, self.broken, self.lock = tier, True, threading.Lock()
 
-        def fetch(self, layer: int, expert: int, into: Tensor) -> None:
+        def fetch(self, layer: int, expert: int, into: Tensor) -> str:
             if self.broken and expert == 5:
                 raise CoterieError("expert 5 cannot be read")
-            self.tier.fetch(layer, expert, into)
+            return self.tier.fetch(layer, expert, into)
 
     failing = Failing(InMemory(blobs(9)))
     with pytest.MonkeyPatch.context() as patch:

@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 
 from coterie.engine.engine import Engine
 from coterie.engine.event import Result
+from coterie.experts.traffic import Traffic
 
 
 def result_document(result: Result) -> dict[str, object]:
@@ -38,22 +39,28 @@ def result_document(result: Result) -> dict[str, object]:
 
 
 def traffic_document(engine: Engine) -> dict[str, object]:
-    """What was moved from disk since the model was loaded; empty where all experts are there."""
-    store = engine.model.offloaded
+    """What was moved since the model was loaded; empty where all experts are in memory."""
+    store = engine.model.rationed
     if store is None:
         return {}
-    traffic = store.traffic(len(engine.model.spec.moe_layers))
-    moved = {
-        "slots": store.capacity,
+    return {"expert_traffic": {"slots": store.capacity, **moved_document(store.ledger.traffic())}}
+
+
+def moved_document(traffic: Traffic) -> dict[str, object]:
+    """All of it; what vanilla would have moved is None where nobody asked."""
+    return {
         "forwards": traffic.forwards,
         "experts_used": traffic.used,
         "experts_moved": traffic.moved,
         "hit_rate": traffic.hit_rate,
         "bytes_moved": traffic.bytes_moved,
+        "bytes_moved_from": {tier: one.bytes for tier, one in traffic.sources.items()},
         "bytes_avoided": traffic.bytes_avoided,
-        "stall_seconds": store.waited,
+        "bytes_avoided_against_vanilla": traffic.bytes_avoided_against_vanilla,
+        "saved_against_vanilla": traffic.saved,
+        "stall_seconds": traffic.waited,
+        "stalled": traffic.stalled,
     }
-    return {"expert_traffic": moved}
 
 
 def comparison_document(prompt: str, results: Sequence[Result]) -> dict[str, object]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -115,21 +116,35 @@ class Engine:
 
     def _advance(self, group: list[Slot]) -> None:
         asked = [(slot, slot.look, slot.row.block) for slot in group]
-        changes = forward(
-            self.model.transformer,
-            self._pool,
-            group,
-            self._counting,
-            self._watcher,
-            graphs=self._graphs,
-            every=self._every,
-        )
+        with self._booked(group):
+            changes = forward(
+                self.model.transformer,
+                self._pool,
+                group,
+                self._counting,
+                self._watcher,
+                graphs=self._graphs,
+                every=self._every,
+            )
         for (slot, look, block), change in zip(asked, changes, strict=True):
             if look.denoises:
                 self._tell(self._denoised(slot, look.kind, block, change))
             if slot.row.look is None:
                 self._tell(Finished(slot.number, self.result(slot.number)))
                 self.cancel(slot.number)
+
+    @contextmanager
+    def _booked(self, group: Sequence[Slot]) -> Iterator[None]:
+        """A forward in the ledger of a memory that does not hold all experts."""
+        if (store := self.model.rationed) is None:
+            yield
+            return
+        rows, blocks = ((s.number for s in group), (s.row.block.index for s in group))
+        store.ledger.began(group[0].look.kind, tuple(rows), tuple(blocks))
+        try:
+            yield
+        finally:
+            store.ledger.ended()
 
     def cancel(self, number: int) -> None:
         """Forget a row, finished or not."""

@@ -14,6 +14,7 @@ from coterie.engine.mixing import Packed, mixed
 from coterie.engine.offloaded import offloaded
 from coterie.engine.room import free_memory
 from coterie.engine.source import EMBEDDED, find_folder
+from coterie.experts.ledger import Reporting
 from coterie.experts.offload import Offloaded
 from coterie.experts.store import Resident
 from coterie.families import Config, Family, eos_ids, mask_id, recognise
@@ -54,6 +55,7 @@ class Model:
     folder: Path | None = None  # None: made in memory
     offloaded: Offloaded | None = None  # its experts, where they are not all in memory
     memory: Settled | None = None  # what the memory that was asked for experts came to
+    rationed: Reporting | None = None  # the store, where memory is short or imagined to be
 
     @property
     def spec(self) -> ModelSpec:
@@ -102,6 +104,7 @@ def load_model(
         folder=folder,
         offloaded=store if isinstance(store, Offloaded) else None,
         memory=memory,
+        rationed=store if isinstance(store, Offloaded) else None,
     )
 
 

@@ -33,12 +33,13 @@ class Courier(Protocol):
         and leaves out what is not over yet."""
         ...
 
-    def bring(self, layer: int, expert: int, into: Tensor) -> Future[None]:
+    def bring(self, layer: int, expert: int, into: Tensor) -> Future[str]:
         """Begin to fill a slot [bytes] uint8, which nothing asked for before the last ``computed``
-        may read afterwards. The future is done as soon as the host has no part in it any more."""
+        may read afterwards. The future is done as soon as the host has no part in it any more, and
+        names the tier that the expert was found in."""
         ...
 
-    def join(self, coming: Collection[Future[None]]) -> None:
+    def join(self, coming: Collection[Future[str]]) -> None:
         """What is computed from now on finds these in their slots, or raises what went wrong."""
         ...
 
@@ -46,7 +47,7 @@ class Courier(Protocol):
         """What was asked to compute until now is to be done before what is brought from now on."""
         ...
 
-    def settle(self, coming: Collection[Future[None]]) -> None:
+    def settle(self, coming: Collection[Future[str]]) -> None:
         """Wait until nothing is on its way any more, whatever became of it."""
         ...
 
@@ -65,10 +66,10 @@ class Readers:
         default_factory=lambda: ThreadPoolExecutor(READERS, "coterie-experts")
     )
 
-    def bring(self, layer: int, expert: int, into: Tensor) -> Future[None]:
+    def bring(self, layer: int, expert: int, into: Tensor) -> Future[str]:
         return self._threads.submit(self.tier.fetch, layer, expert, into)
 
-    def join(self, coming: Collection[Future[None]]) -> None:
+    def join(self, coming: Collection[Future[str]]) -> None:
         began = time.perf_counter()
         for one in coming:
             one.result()
@@ -77,7 +78,7 @@ class Readers:
     def computed(self) -> None:
         """Nothing to say: whoever asks for the next slab has computed with the last."""
 
-    def settle(self, coming: Collection[Future[None]]) -> None:
+    def settle(self, coming: Collection[Future[str]]) -> None:
         wait(coming)
 
     def there(self, table: Table) -> Tensor:

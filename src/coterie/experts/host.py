@@ -11,7 +11,7 @@ import numpy as np
 from torch import Tensor
 
 from coterie.experts.eviction import Eviction, Lru, Numbers, Seen
-from coterie.experts.tiers import Tier
+from coterie.experts.tiers import HOST, Tier
 from coterie.naming import CoterieError
 
 
@@ -54,13 +54,15 @@ class Host:
         self._free = list(range(len(self.memory)))
         self._worth = self.rule.first(np.zeros(len(self.layers) * self.experts))
 
-    def fetch(self, layer: int, expert: int, into: Tensor) -> None:
-        with self.lent(layer, expert) as blob:
+    def fetch(self, layer: int, expert: int, into: Tensor) -> str:
+        with self.lent(layer, expert) as (blob, found):
             into.copy_(blob)
+        return found
 
     @contextmanager
-    def lent(self, layer: int, expert: int) -> Iterator[Tensor]:
-        """An expert's bytes, read in if need be, which stay where they are until this is left.
+    def lent(self, layer: int, expert: int) -> Iterator[tuple[Tensor, str]]:
+        """An expert's bytes, read in if need be, which stay where they are until this is left; and
+        the tier that they were found in.
 
         Who takes one more while holding as many as there are slots waits for ever.
         """
@@ -68,10 +70,11 @@ class Host:
         place = self._taken(number)
         try:
             blob = self.memory[place.slot]
+            found = HOST
             if not place.ready:
-                self.below.fetch(layer, expert, blob)
+                found = self.below.fetch(layer, expert, blob)
                 self._tell_ready(place)
-            yield blob
+            yield blob, found
         finally:
             self._give_back(number, place)
 

@@ -5,12 +5,16 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from coterie.experts.eviction import Eviction, Lru
+from coterie.experts.ledger import Ledger
 from coterie.experts.slots import Slots
 from coterie.values import Demand, Slab, Store
+
+IMAGINED = "imagined"  # what nobody moved comes from there
 
 
 @dataclass  # not frozen: it keeps book
@@ -25,16 +29,34 @@ class Imagined:
     experts: int
     capacity: int
     rule: Eviction = field(default_factory=Lru)
-    used: int = 0  # of all forwards and layers so far
-    moved: int = 0
+    expert_bytes: int = 1
+    ledger: Ledger = field(init=False)
     books: dict[int, Slots] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.ledger = Ledger(self.expert_bytes, lambda _: Slots(self.experts, self.capacity, Lru()))
 
     def serve(self, layer: int, demand: Demand) -> Iterator[Slab]:
         mask = demand.used.cpu().numpy()
-        waves = self._layer(layer).serve(mask)
-        self.used += int(mask.sum())
-        self.moved += sum(len(wave.loads) for wave in waves)
+        book = self._layer(layer)
+        used, hits = np.count_nonzero(mask), np.count_nonzero(mask & book.resident)
+        self.ledger.served(layer, demand, used=int(used), hits=int(hits))
+        self.ledger.moved(IMAGINED, sum(len(wave.loads) for wave in book.serve(mask)))
         yield from self.store.serve(layer, demand)
+
+    @property
+    def used(self) -> int:
+        """Experts asked for so far."""
+        return self.ledger.traffic().used
+
+    @property
+    def moved(self) -> int:
+        """Experts that would have come so far."""
+        return self.ledger.traffic().moved
+
+    def empty(self) -> None:
+        self.books.clear()
+        self.ledger.emptied()
 
     def resident(self, layer: int) -> Tensor | None:
         return torch.from_numpy(self._layer(layer).resident)

@@ -72,7 +72,7 @@ class Shelf:
 
     book: Finer
     memory: Tensor  # [capacity, bytes of an expert] uint8
-    coming: list[Future[None]] = field(default_factory=list)
+    coming: list[Future[str]] = field(default_factory=list)
 
 
 @dataclass  # not frozen: it holds what changes with every forward

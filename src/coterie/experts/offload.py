@@ -11,8 +11,8 @@ from torch import Tensor
 
 from coterie.experts.couriers import Courier
 from coterie.experts.eviction import Eviction, Lru, Numbers
+from coterie.experts.ledger import Ledger
 from coterie.experts.slots import NOBODY, Places, Slots
-from coterie.experts.traffic import Traffic
 from coterie.naming import CoterieError
 from coterie.values import Demand, Slab
 
@@ -52,31 +52,36 @@ class Offloaded:
     capacity: int
     rule: Eviction = field(default_factory=Lru)
     warm: Mapping[int, Numbers] = field(default_factory=dict)  # votes [E] of earlier runs, by layer
-    forwards: int = 0  # of a layer
-    used: int = 0
-    moved: int = 0
+    ledger: Ledger = field(init=False)
     _shelves: dict[int, Shelf] = field(default_factory=dict)
     _memory: dict[int, Tensor] = field(default_factory=dict)  # outlives what a layer forgets
+    _forgot: set[int] = field(default_factory=set)  # layers for which bringing failed
+
+    def __post_init__(self) -> None:
+        self.ledger = Ledger(
+            self.expert_bytes,
+            lambda layer: Slots(self.experts, self.capacity, Lru(), self.warm.get(layer)),
+            lambda: self.courier.waited,
+        )
 
     def serve(self, layer: int, demand: Demand) -> Iterator[Slab]:
         shelf = self._shelf(layer)
         mask = demand.used.cpu().numpy()
-        self.forwards, self.used = self.forwards + 1, self.used + int(np.count_nonzero(mask))
+        used, hits = np.count_nonzero(mask), np.count_nonzero(mask & shelf.slots.resident)
+        self.ledger.served(layer, demand, used=int(used), hits=int(hits))
         votes = self._votes(demand)
-        if shelf.slots.holds_all(mask):
+        if used == hits:
             shelf.slots.note(mask, votes)
             yield from self._lent(self._everybody(shelf))
             return
         where = shelf.slots.slot_of.copy()
         shelf.whole.clear()
         waves = shelf.slots.serve(mask, votes)
-        coming: dict[int, Future[None]] = {}
+        coming: dict[int, Future[str]] = {}
         try:
             for place, wave in enumerate(waves):
                 self._bring(layer, shelf, wave.loads, coming)
-                if coming:
-                    self.courier.join(coming.values())
-                    coming.clear()
+                self._join(coming)
                 where = _moved_in(where, wave.loads)
                 if later := waves[place + 1].loads if place + 1 < len(waves) else ():
                     reads = set(where[list(wave.experts)].tolist())
@@ -87,21 +92,36 @@ class Offloaded:
             self._forget(layer, coming)
             raise
 
-    def resident(self, layer: int) -> Tensor | None:
-        return self.courier.there(self._shelf(layer).slots.resident)
+    @property
+    def used(self) -> int:
+        """Experts asked for so far."""
+        return self.ledger.traffic().used
+
+    @property
+    def moved(self) -> int:
+        """Experts that came so far."""
+        return self.ledger.traffic().moved
 
     @property
     def waited(self) -> float:
         """Seconds in which nothing was computed."""
         return self.courier.waited
 
+    def resident(self, layer: int) -> Tensor | None:
+        return self.courier.there(self._shelf(layer).slots.resident)
+
     def slots(self, layer: int) -> int | None:
         del layer
         return self.capacity
 
-    def traffic(self, layers: int) -> Traffic:
-        """So far, of a model with so many layers that have experts."""
-        return Traffic(self.forwards // layers, self.expert_bytes, self.used, self.moved)
+    def empty(self) -> None:
+        """Forget who is here; the memory itself is kept, and those of the start come back."""
+        self.ledger.emptied()
+        layers = tuple(self._shelves)
+        self._shelves.clear()
+        self._forgot.clear()
+        for layer in layers:
+            self._shelf(layer)
 
     def _votes(self, demand: Demand) -> Numbers | None:
         votes = demand.votes if self.rule.asks_votes else None
@@ -111,7 +131,7 @@ class Offloaded:
         if layer not in self._shelves:
             # Only the first time: an expert that cannot be read and that nobody needs is no reason
             # to fail again.
-            warm = None if layer in self._memory else self.warm.get(layer)
+            warm = None if layer in self._forgot else self.warm.get(layer)
             slots = Slots(self.experts, self.capacity, self.rule, warm)
             if layer not in self._memory:
                 self._memory[layer] = allocated(self.allocate, slots.capacity, self.expert_bytes)
@@ -124,20 +144,20 @@ class Offloaded:
     def _fill(self, layer: int, shelf: Shelf) -> None:
         """Those that are to be there from the start."""
         there = [(expert, at) for at, expert in enumerate(shelf.slots.holds) if expert != NOBODY]
-        coming: dict[int, Future[None]] = {}
+        coming: dict[int, Future[str]] = {}
         try:
             self._bring(layer, shelf, there, coming)
-            if coming:
-                self.courier.join(coming.values())
+            self._join(coming)
         except BaseException:
             self._forget(layer, coming)
             raise
 
-    def _forget(self, layer: int, coming: Mapping[int, Future[None]]) -> None:
+    def _forget(self, layer: int, coming: Mapping[int, Future[str]]) -> None:
         """Nobody is here any more, once nothing is on its way."""
         # Whoever interrupts this wait leaves no slots into which something still comes.
         memory = self._memory.pop(layer)
         self._shelves.pop(layer, None)
+        self._forgot.add(layer)
         self.courier.settle(coming.values())
         self._memory[layer] = memory
 
@@ -146,13 +166,23 @@ class Offloaded:
         layer: int,
         shelf: Shelf,
         loads: Sequence[tuple[int, int]],
-        coming: dict[int, Future[None]],
+        coming: dict[int, Future[str]],
     ) -> None:
         """Begin those of these loads that have not begun."""
         for expert, slot in loads:
             if expert not in coming:
-                self.moved += 1
                 coming[expert] = self.courier.bring(layer, expert, shelf.memory[slot])
+
+    def _join(self, coming: dict[int, Future[str]]) -> None:
+        """Those that were begun are there, or this raises; nobody is on the way then."""
+        if not coming:
+            return
+        self.courier.join(coming.values())
+        # All are done, as the courier has promised; counting them shall not wait in its stead.
+        for one in coming.values():
+            if one.done():
+                self.ledger.moved(one.result())
+        coming.clear()
 
     def _lent(self, slab: Slab) -> Iterator[Slab]:
         """Nothing that comes later overwrites what was asked to be computed with it."""

@@ -17,10 +17,10 @@ import torch
 from torch import Tensor
 
 from coterie.experts.couriers import READERS, Table
-from coterie.experts.tiers import InMemory, Tier
+from coterie.experts.tiers import HOST, InMemory, Tier
 
-DONE: Future[None] = Future()
-DONE.set_result(None)
+DONE: Future[str] = Future()
+DONE.set_result(HOST)
 
 
 class Lane:
@@ -88,18 +88,18 @@ class Copies:
     def waited(self) -> float:
         return self.lane.stalled
 
-    def bring(self, layer: int, expert: int, into: Tensor) -> Future[None]:
+    def bring(self, layer: int, expert: int, into: Tensor) -> Future[str]:
         self.lane.copy(self.source.blobs[layer][expert], into)
         return DONE
 
-    def join(self, coming: Collection[Future[None]]) -> None:
+    def join(self, coming: Collection[Future[str]]) -> None:
         del coming
         self.lane.before_computing()
 
     def computed(self) -> None:
         self.lane.after_computing()
 
-    def settle(self, coming: Collection[Future[None]]) -> None:
+    def settle(self, coming: Collection[Future[str]]) -> None:
         del coming
         self.lane.rest()
 
@@ -123,10 +123,10 @@ class Relays:
     def waited(self) -> float:
         return self.lane.stalled
 
-    def bring(self, layer: int, expert: int, into: Tensor) -> Future[None]:
+    def bring(self, layer: int, expert: int, into: Tensor) -> Future[str]:
         return self._threads.submit(self._relay, layer, expert, into)
 
-    def join(self, coming: Collection[Future[None]]) -> None:
+    def join(self, coming: Collection[Future[str]]) -> None:
         def wait_on_host() -> None:
             for one in coming:
                 one.result()
@@ -136,17 +136,18 @@ class Relays:
     def computed(self) -> None:
         self.lane.after_computing()
 
-    def settle(self, coming: Collection[Future[None]]) -> None:
+    def settle(self, coming: Collection[Future[str]]) -> None:
         wait(coming)
         self.lane.rest()
 
     def there(self, table: Table) -> Tensor:
         return self.lane.there(table)
 
-    def _relay(self, layer: int, expert: int, into: Tensor) -> None:
+    def _relay(self, layer: int, expert: int, into: Tensor) -> str:
         # Threads do not inherit the mode, and slots may be made inside it.
         with torch.inference_mode():
             if not hasattr(self._buffers, "own"):
                 (self._buffers.own,) = self.allocate(1, into.nbytes)
-            self.tier.fetch(layer, expert, self._buffers.own)
+            found = self.tier.fetch(layer, expert, self._buffers.own)
             self.lane.copy(self._buffers.own, into).synchronize()
+            return found

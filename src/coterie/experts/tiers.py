@@ -15,15 +15,16 @@ from torch import Tensor
 
 from coterie.naming import CoterieError
 
+HOST, DISK = "host", "disk"
 PAGE = 4096  # what the address, the place and the size of a read past the cache are multiples of
 
 
 class Tier(Protocol):
     """A memory that holds every expert of every layer."""
 
-    def fetch(self, layer: int, expert: int, into: Tensor) -> None:
+    def fetch(self, layer: int, expert: int, into: Tensor) -> str:
         """All bytes of an expert into ``into`` [bytes] uint8, or a CoterieError; from any thread,
-        several at once."""
+        several at once. The name of the memory that it was found in."""
         ...
 
 
@@ -33,8 +34,9 @@ class InMemory:
 
     blobs: Mapping[int, Tensor]
 
-    def fetch(self, layer: int, expert: int, into: Tensor) -> None:
+    def fetch(self, layer: int, expert: int, into: Tensor) -> str:
         into.copy_(self.blobs[layer][expert])
+        return HOST
 
 
 @dataclass(frozen=True)
@@ -54,7 +56,7 @@ class OnDisk:
 
     layers: Mapping[int, Blobs]
 
-    def fetch(self, layer: int, expert: int, into: Tensor) -> None:
+    def fetch(self, layer: int, expert: int, into: Tensor) -> str:
         """Raises CoterieError for a file that is gone, cut off, or not what was written."""
         blobs = self.layers[layer]
         what = f"{blobs.path}: expert {expert} of layer {layer}"
@@ -67,6 +69,7 @@ class OnDisk:
             raise CoterieError(f"{what} ends after {done} of {blobs.size} bytes")
         if zlib.crc32(view) != blobs.checksums[expert]:
             raise CoterieError(f"{what} is not what was written; copy or convert the model again")
+        return DISK
 
 
 def _unit(*places: int) -> int:

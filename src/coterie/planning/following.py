@@ -175,5 +175,5 @@ def _counted(store: Store) -> tuple[int, int, float]:
     """Experts used and moved, and seconds waited, so far."""
     if not isinstance(store, Offloaded):
         return 0, 0, 0.0
-    traffic = store.traffic(1)
+    traffic = store.ledger.traffic()
     return traffic.used, traffic.moved, store.courier.waited

@@ -193,7 +193,7 @@ def slots_of(trace: Trace, grid: Grid, case: Case) -> int:
 def traffic(booked: Booked, vanilla: Booked, size: int, *, forwards: int) -> Traffic:
     """Of all forwards and layers, where an expert weighs ``size`` and so many forwards decode."""
     used, moved, usual = (int(x.sum()) for x in (booked.used, booked.loads, vanilla.loads))
-    return Traffic(forwards, size, used, moved, usual)
+    return Traffic.counted(forwards, size, used=used, moved=moved, vanilla=usual)
 
 
 def votes_kept(memory: Memory, chosen: Chosen) -> float:
