@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 from coterie.naming import CoterieError
 from coterie.spelling import Share, check_options, parse
+from coterie.values import Demand
 
 Mask = NDArray[np.bool_]
 Numbers = NDArray[np.float64]
@@ -129,6 +130,12 @@ def ranks(votes: Numbers) -> Numbers:
     places = np.empty(len(votes))
     places[order] = np.arange(len(votes))
     return np.where(votes > 0, places, 0.0)
+
+
+def asked_votes(rule: Eviction, demand: Demand) -> Numbers | None:
+    """[E] of a forward, for a rule that goes by them; None for others, or where nobody voted."""
+    votes = demand.votes if rule.asks_votes else None
+    return None if votes is None else votes.cpu().numpy()
 
 
 EVICTIONS: dict[str, type[Eviction]] = {"lru": Lru, "lfu": Lfu, "votes": ByVotes}

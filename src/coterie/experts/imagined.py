@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from coterie.experts.eviction import Eviction, Lru
+from coterie.experts.eviction import Eviction, Lru, asked_votes
 from coterie.experts.ledger import Ledger
 from coterie.experts.slots import Slots
 from coterie.values import Demand, Slab, Store
@@ -41,7 +41,8 @@ class Imagined:
         book = self._layer(layer)
         used, hits = np.count_nonzero(mask), np.count_nonzero(mask & book.resident)
         self.ledger.served(layer, demand, used=int(used), hits=int(hits))
-        self.ledger.moved(IMAGINED, sum(len(wave.loads) for wave in book.serve(mask)))
+        waves = book.serve(mask, asked_votes(self.rule, demand))
+        self.ledger.moved(IMAGINED, sum(len(wave.loads) for wave in waves))
         yield from self.store.serve(layer, demand)
 
     @property

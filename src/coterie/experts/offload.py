@@ -7,10 +7,11 @@ from concurrent.futures import Future
 from dataclasses import dataclass, field
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from coterie.experts.couriers import Courier
-from coterie.experts.eviction import Eviction, Lru, Numbers
+from coterie.experts.eviction import Eviction, Lru, Numbers, asked_votes
 from coterie.experts.ledger import Ledger
 from coterie.experts.slots import NOBODY, Places, Slots
 from coterie.naming import CoterieError
@@ -69,7 +70,7 @@ class Offloaded:
         mask = demand.used.cpu().numpy()
         used, hits = np.count_nonzero(mask), np.count_nonzero(mask & shelf.slots.resident)
         self.ledger.served(layer, demand, used=int(used), hits=int(hits))
-        votes = self._votes(demand)
+        votes = asked_votes(self.rule, demand)
         if used == hits:
             shelf.slots.note(mask, votes)
             yield from self._lent(self._everybody(shelf))
@@ -122,10 +123,6 @@ class Offloaded:
         self._forgot.clear()
         for layer in layers:
             self._shelf(layer)
-
-    def _votes(self, demand: Demand) -> Numbers | None:
-        votes = demand.votes if self.rule.asks_votes else None
-        return None if votes is None else votes.cpu().numpy()
 
     def _shelf(self, layer: int) -> Shelf:
         if layer not in self._shelves:
@@ -208,7 +205,9 @@ class Offloaded:
 def allocated(allocate: Allocate, slots: int, size: int) -> Tensor:
     """That memory; raises CoterieError where the system has none."""
     try:
-        return allocate(slots, size)
+        # Threads write into it, and none of them is in the mode that a forward may be in.
+        with torch.inference_mode(False):
+            return allocate(slots, size)
     except (OSError, MemoryError, RuntimeError) as error:
         raise CoterieError(
             f"no memory for {slots} experts of {size:,} bytes ({str(error).splitlines()[0]}); "
