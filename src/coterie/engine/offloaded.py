@@ -11,7 +11,7 @@ from coterie.engine.memory import Settled
 from coterie.engine.verify import sums_of
 from coterie.experts.couriers import Readers
 from coterie.experts.offload import Offloaded
-from coterie.experts.tiers import Blobs, OnDisk
+from coterie.experts.tiers import Blobs, OnDisk, Stamp
 from coterie.model.checkpoint import Checkpoint
 from coterie.model.spec import ModelSpec
 from coterie.model.weights import Place, is_packed
@@ -64,5 +64,6 @@ def blobs(checkpoint: Checkpoint, places: Mapping[str, Place]) -> dict[int, Blob
                     f"{checkpoint.folder / MANIFEST}: has no checksums of the experts in {name}"
                 )
             checksums = tuple(int(str(one), 16) for one in listed)
-            found[int(target.split(".")[1])] = Blobs(file, entry.start, entry.shape[1], checksums)
+            layer, (_, size) = int(target.split(".")[1]), entry.shape
+            found[layer] = Blobs(file, entry.start, size, checksums, Stamp.of(file))
     return found

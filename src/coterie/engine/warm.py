@@ -68,7 +68,7 @@ class SavedVotes:
 
 
 def write_votes(path: Path, saved: SavedVotes) -> None:
-    """One JSON object; raises CoterieError where it cannot be written."""
+    """One JSON object, whole or not at all; raises CoterieError where it cannot be written."""
     content = {
         "format": FORMAT,
         "version": VERSION,
@@ -77,9 +77,12 @@ def write_votes(path: Path, saved: SavedVotes) -> None:
         "layers": list(saved.layers),
         "votes": [list(row) for row in saved.votes],
     }
+    beside = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        path.write_text(json.dumps(content) + "\n", encoding="utf-8")
+        beside.write_text(json.dumps(content) + "\n", encoding="utf-8")
+        beside.replace(path)
     except OSError as error:
+        beside.unlink(missing_ok=True)
         raise CoterieError(f"{path}: cannot be written ({error.strerror})") from None
 
 

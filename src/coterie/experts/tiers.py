@@ -40,6 +40,24 @@ class InMemory:
 
 
 @dataclass(frozen=True)
+class Stamp:
+    """What shows that a file is another than it was, or has been written to."""
+
+    inode: int
+    size: int
+    written: int  # when, in nanoseconds
+
+    @staticmethod
+    def of(path: Path) -> Stamp | None:
+        """None where there is no such file, or nobody may look."""
+        try:
+            found = path.stat()
+        except OSError:
+            return None
+        return Stamp(found.st_ino, found.st_size, found.st_mtime_ns)
+
+
+@dataclass(frozen=True)
 class Blobs:
     """A layer's experts in a file, one after the other from ``start`` on."""
 
@@ -47,12 +65,21 @@ class Blobs:
     start: int
     size: int  # bytes from one expert to the next
     checksums: tuple[int, ...]  # CRC-32 of each expert
+    stamp: Stamp | None = None  # of the file when the model was loaded
+
+    @property
+    def remedy(self) -> str:
+        """What to do where an expert is not as it was written."""
+        if self.stamp in (None, Stamp.of(self.path)):
+            return "copy or convert the model again"
+        return "the file was changed after the model was loaded: load it again"
 
 
 @dataclass(frozen=True)
 class OnDisk:
     """Every expert in files, read past the system's cache, or else let go from it: there is one
-    cache of experts, the store's own, and its budget is what was asked for."""
+    cache of experts, the store's own, and its budget is what was asked for. Checksums decide
+    whether an expert is what it was; that a file was changed only explains why not."""
 
     layers: Mapping[int, Blobs]
 
@@ -66,9 +93,10 @@ class OnDisk:
         except OSError as error:
             raise CoterieError(f"{what} cannot be read ({error.strerror})") from None
         if done < blobs.size:
-            raise CoterieError(f"{what} ends after {done} of {blobs.size} bytes")
+            told = f"{what} ends after {done} of {blobs.size} bytes"
+            raise CoterieError(f"{told}; {blobs.remedy}")
         if zlib.crc32(view) != blobs.checksums[expert]:
-            raise CoterieError(f"{what} is not what was written; copy or convert the model again")
+            raise CoterieError(f"{what} is not what was written; {blobs.remedy}")
         return DISK
 
 
