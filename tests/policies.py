@@ -51,5 +51,5 @@ def _value_of(option: Option) -> st.SearchStrategy[object]:
     if option.choices:
         return st.sampled_from(option.choices)
     if option.kind is int:
-        return st.integers(1, 12)
+        return st.integers(1, 12) | st.sampled_from(option.words or (1,))
     return st.floats(0.01, min(1, option.within.most)).map(lambda value: repr(round(value, 3)))

@@ -17,7 +17,7 @@ from coterie.naming import CoterieError
 from coterie.ops import cpu
 from coterie.routing import Vanilla, parse_policy, route, select
 from coterie.routing.select import Ruled, Ruling, route_by_mask
-from coterie.values import Policy, Progress, RouterSpec, Routing, Rule, Scores
+from coterie.values import Incumbents, Policy, Progress, RouterSpec, Routing, Rule, Scores
 
 ROUTER = RouterSpec(experts=32, k=4, activation="sigmoid", renormalise=True)
 SCORES = Scores(
@@ -53,6 +53,10 @@ def ruling(text: str, scores: Scores = SCORES) -> Ruling | None:
         ("mass-vote:tau=0.8,least=40", Rule(mass=0.8, least=32, eps=0.02)),
         ("resident-vote:beta=0.5,lam=2,eps=0.1", Rule(count=16, lam=2.0, eps=0.1)),
         ("coreset:m=3,vote=margin", Rule("margin", count=3, eps=0.02)),
+        ("des-vote:beta=0.5,most=7", Rule(count=7, eps=0.02)),
+        ("xshare:beta=0.5,most=7", Rule("full", count=7, protect=1, eps=0.02, most=7)),
+        ("des-seq:k=4,most=7", Rule(union=4, eps=0.02, most=7)),
+        ("des-vote:beta=0.5,most=slots", Rule(count=16, eps=0.02)),
     ],
 )
 def test_a_policy_tells_its_rule_in_plain_numbers(text: str, rule: Rule | None):
@@ -159,8 +163,19 @@ def odd_blocks(draw: st.DrawFn) -> Scores:
             uncertainty=torch.rand(shape, generator=generator),
         ),
         resident=draw(st.sampled_from((None, torch.rand(experts, generator=generator) < 0.4))),
+        slots=draw(st.sampled_from((None, 1 + experts // 3, experts))),
+        incumbents=draw(st.sampled_from((None, incumbents(shape[0], experts, generator)))),
         forward=(1,) * shape[0],
     )
+
+
+def incumbents(rows: int, experts: int, generator: torch.Generator) -> Incumbents:
+    """Coresets of any size; of some rows none."""
+    there = torch.rand(rows, experts, generator=generator) < torch.rand(
+        rows, 1, generator=generator
+    )
+    drift = float(torch.rand((), generator=generator))
+    return Incumbents(drift, there & (torch.rand(rows, 1, generator=generator) < 0.8))
 
 
 @st.composite
@@ -175,8 +190,12 @@ def ruled(draw: st.DrawFn) -> str:
         "lam": draw(st.sampled_from((0, 0.5, 2))),
         "eps": draw(st.sampled_from((0, 0.02, 0.3))),
     }
+    if draw(st.booleans()):
+        said["most"] = draw(st.sampled_from((1, 7, "slots")))
     point = f"coreset:{size},{','.join(f'{name}={value}' for name, value in said.items())}"
-    first = f"des-seq:k={draw(st.integers(1, 9))},voters={said['voters']},scope={said['scope']}"
+    union = ("voters", "scope", "most")
+    kept = ",".join(f"{name}={said[name]}" for name in union if name in said)
+    first = f"des-seq:k={draw(st.integers(1, 9))},{kept}"
     return draw(st.sampled_from((point, point, first, "vanilla")))
 
 
@@ -190,6 +209,8 @@ def with_isa(isa: str, told: Ruling) -> Routing | None:
 @given(odd_blocks(), ruled(), st.sampled_from(ISAS))
 @law(400)
 def test_one_call_routes_as_plain_torch_does(scores: Scores, text: str, isa: str):
+    if text == "vanilla" or "scope=batch" in text:  # these keep no coresets
+        scores = replace(scores, incumbents=None)
     told, expected = ruling(text, scores), route_by_mask(scores, parse_policy(text))
     assert told is not None
     found = with_isa(isa, told)
@@ -198,6 +219,10 @@ def test_one_call_routes_as_plain_torch_does(scores: Scores, text: str, isa: str
         assert torch.equal(one, other)
     assert torch.equal(found.used, expected.used)
     torch.testing.assert_close(found.weights, expected.weights, rtol=2e-6, atol=0, equal_nan=True)
+    assert (found.settled is None) == (expected.settled is None) == (scores.incumbents is None)
+    if found.settled is not None and expected.settled is not None:
+        for one, other in zip(vars(found.settled), vars(expected.settled), strict=True):
+            assert torch.equal(getattr(found.settled, one), getattr(expected.settled, other))
 
 
 @needs_kernels

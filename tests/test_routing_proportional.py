@@ -15,8 +15,8 @@ from torch import Tensor
 
 from coterie.naming import CoterieError
 from coterie.routing import parse_policy
-from coterie.routing.coreset import Priced
 from coterie.routing.proportional import SHARE, Favour, seats, shares
+from coterie.routing.size import Priced
 from coterie.routing.votes import BALLOTS, UNIT, margin
 from coterie.values import RouterSpec, Scores
 

@@ -1,7 +1,8 @@
 """One spelling for a choice and its options: ``name:option=value,option=value``.
 
 A choice is a frozen dataclass of numbers and words; the annotations of its fields say what each may
-be (``Share``, ``Literal["all", "masked"]``, ``bool``, ``Count | None``). From them come the options
+be (``Share``, ``Literal["all", "masked"]``, ``bool``, ``Count | None``, ``Count |
+Literal["slots"]``: a number or that word). From them come the options
 with their checks, and the text both ways.
 
 An option annotated ``Shares``, or ``X | tuple[X, ...]`` for any other X, also takes a list:
@@ -27,18 +28,20 @@ Choice = TypeVar("Choice")
 
 @dataclass(frozen=True)
 class Within:
-    """A range: ``least <= value <= most`` and ``above < value``; never NaN or infinite."""
+    """A range: ``least <= value <= most`` and ``above < value < below``; never NaN or infinite."""
 
     least: float = -math.inf
     above: float = -math.inf
     most: float = math.inf
+    below: float = math.inf
 
     def __contains__(self, value: float) -> bool:
-        inside = self.least <= value <= self.most and self.above < value
+        inside = self.least <= value <= self.most and self.above < value < self.below
         return inside and -math.inf < value < math.inf
 
     def __str__(self) -> str:
-        bounds = {"above": self.above, "at least": self.least, "at most": self.most}
+        bounds = {"above": self.above, "at least": self.least}
+        bounds |= {"at most": self.most, "below": self.below}
         told = [f"{word} {bound:g}" for word, bound in bounds.items() if abs(bound) < math.inf]
         return " and ".join(told) or "finite"
 
@@ -82,6 +85,7 @@ class Option:
     default: Value | Literal["required"]
     shown: bool
     many: bool = False  # it also takes a list, as a tuple of at least two entries
+    words: tuple[str, ...] = ()  # which it takes beside numbers
 
     def read(self, text: str) -> Value:
         """The value that ``text`` spells, its range not yet checked."""
@@ -113,12 +117,17 @@ class Option:
         noun, read = READERS[self.kind]
         if not text:
             raise CoterieError(f"{told} is empty")
+        if text in self.words:
+            return text
         try:
             return read(str(text))
         except (ValueError, KeyError):
-            raise CoterieError(f"{told} must be {noun}, not {text!r}") from None
+            known = " or ".join((noun, *self.words))
+            raise CoterieError(f"{told} must be {known}, not {text!r}") from None
 
     def _check_single(self, value: Value, told: str) -> None:
+        if value in self.words:
+            return
         if self.choices:
             if value not in self.choices:
                 known = ", ".join(self.choices)
@@ -207,7 +216,10 @@ def _fields(cls: type) -> Iterator[tuple[Field[object], type, tuple[object, ...]
         if get_origin(hint) in (Union, UnionType):
             arms = [arm for arm in get_args(hint) if arm is not NoneType]
             notes = (LIST,) if any(get_origin(arm) is tuple for arm in arms) else ()
-            hint = next(arm for arm in arms if get_origin(arm) is not tuple)
+            single = [arm for arm in arms if get_origin(arm) is not tuple]
+            numbers = [arm for arm in single if get_origin(arm) is not Literal]
+            hint = (numbers or single)[0]
+            notes = (*notes, *(arm for arm in single if arm is not hint))
         if get_origin(hint) is Annotated:
             hint, *more = get_args(hint)
             notes = (*notes, *more)
@@ -225,6 +237,9 @@ def _option(field: Field[object], hint: type, notes: tuple[object, ...]) -> Opti
         default="required" if field.default is MISSING else field.default,  # pyright: ignore[reportArgumentType]
         shown=SHOWN in notes,
         many=LIST in notes,
+        words=tuple(
+            word for note in notes if get_origin(note) is Literal for word in get_args(note)
+        ),
     )
 
 

@@ -88,6 +88,9 @@ class Counts:
     vanilla_mean: float
     vote_mass_kept: float  # masked votes for the experts used / all masked votes
     hit_rate: float  # share of the voters' own choices that they kept
+    coreset_steps: int  # layers of a block's later steps, which could keep a coreset
+    coresets_kept: float | None  # of these, the share that did; None where none could
+    drift: float | None  # mean share of a fresh coreset's votes lost by that; 0 where it moved
 
 
 @dataclass(frozen=True)
@@ -100,14 +103,21 @@ class _Shown:
     own: Tensor  # [S, N, k]
     votes: Tensor  # [S, N, k]: the router's probability of ``own``
     voters: Tensor | None  # [S, N]
+    settled: Tensor | None  # [S, 3] fp64: whether a coreset could stay, whether it did, votes lost
 
     def alike(self) -> tuple[object, ...]:
         """Equal for layers that can be counted together."""
-        return self.ids.shape, self.own.shape, self.experts, self.voters is None
+        return (
+            self.ids.shape,
+            self.own.shape,
+            self.experts,
+            self.voters is None,
+            self.settled is None,
+        )
 
 
 Figures = tuple[tuple[int, ...], Tensor]
-"""Layers of one forward, and their figures [L, 6]."""
+"""Layers of one forward, and their figures [L, 9]."""
 
 
 @dataclass  # not frozen: it gathers
@@ -178,7 +188,7 @@ class Counting:
     def _settle(self) -> None:
         for _, group in groupby(self._shown, _Shown.alike):
             layers = list(group)
-            each = _figures(layers).unflatten(0, (len(layers), -1))  # [L, S, 6]
+            each = _figures(layers).unflatten(0, (len(layers), -1))  # [L, S, 9]
             rows = self._rows or tuple(range(each.shape[1]))
             told = tuple(one.layer for one in layers)
             for row, figure in zip(rows, each.unbind(1), strict=True):
@@ -215,18 +225,27 @@ def figures(scores: Scores, routing: Routing) -> Tensor:
     Every position counts for the unique experts, for all are computed; votes and choices are those
     of the row's voters. Votes are ``masked`` ones: the router's probability of own experts.
     """
-    return _figures([_shown(scores.layer, scores, routing)])
+    return _figures([_shown(scores.layer, scores, routing)])[:, :6]
 
 
 def _shown(layer: int, scores: Scores, routing: Routing) -> _Shown:
     rows, tokens, experts = scores.logits.shape
     ids, own = (x.view(rows, tokens, -1) for x in (routing.ids, routing.own))
     votes = scores.probability.gather(-1, own)
-    return _Shown(layer, experts, ids, own, votes, scores.voters)
+    return _Shown(layer, experts, ids, own, votes, scores.voters, _settled(scores, routing))
+
+
+def _settled(scores: Scores, routing: Routing) -> Tensor | None:
+    """See ``_Shown``; None where coresets are not kept."""
+    settled, incumbents = routing.settled, scores.incumbents
+    if settled is None or incumbents is None:
+        return None
+    could = incumbents.coresets.any(-1)
+    return torch.stack([could.double(), settled.kept.double(), settled.lost], dim=-1)
 
 
 def _figures(shown: Sequence[_Shown]) -> Tensor:
-    """[L * S, 6] of layers that are alike; see ``figures``."""
+    """[L * S, 9] of layers that are alike: see ``figures``, then ``_Shown.settled``."""
     experts = shown[0].experts
     ids, own, votes = (
         torch.cat(parts)
@@ -250,7 +269,10 @@ def _figures(shown: Sequence[_Shown]) -> Tensor:
         kept.sum((1, 2)),
         choices,
     )
-    return torch.stack([column.double() for column in columns], dim=-1)
+    counted = torch.stack([column.double() for column in columns], dim=-1)
+    settled = [each.settled for each in shown if each.settled is not None]
+    stayed = torch.cat(settled) if settled else counted.new_zeros(len(counted), 3)
+    return torch.cat([counted, stayed], dim=-1)
 
 
 def _read(seen: Sequence[Figures]) -> Iterator[tuple[int, list[float]]]:
@@ -267,8 +289,8 @@ def _summary(layers: dict[int, list[list[float]]]) -> Counts:
         for column in (0, 1)
     )
     everything = [figure for layer in ordered for figure in layers[layer]]
-    _, _, elected, votes, kept, choices = (
-        [sum(column) for column in zip(*everything, strict=True)] if everything else [0.0] * 6
+    _, _, elected, votes, kept, choices, could, stayed, lost = (
+        [sum(column) for column in zip(*everything, strict=True)] if everything else [0.0] * 9
     )
     return Counts(
         forwards=max((len(seen) for seen in layers.values()), default=0),
@@ -280,6 +302,9 @@ def _summary(layers: dict[int, list[list[float]]]) -> Counts:
         vanilla_mean=_mean([figure[1] for figure in everything]),
         vote_mass_kept=elected / votes if votes else 1.0,
         hit_rate=kept / choices if choices else 1.0,
+        coreset_steps=int(could),
+        coresets_kept=stayed / could if could else None,
+        drift=lost / could if could else None,
     )
 
 

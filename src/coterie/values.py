@@ -105,6 +105,24 @@ class Progress:
 
 
 @dataclass(frozen=True)
+class Incumbents:
+    """The coresets of the step before: each stays as long as it holds 1 - ``drift`` of the votes
+    that a fresh one holds. A row without any elects anew."""
+
+    drift: float
+    coresets: Tensor  # [S, E] bool
+
+
+@dataclass(frozen=True)
+class Settled:
+    """Who may be used in the place of a fresh coreset."""
+
+    coresets: Tensor  # [S, E] bool
+    kept: Tensor  # [S] bool: whether it is that of the step before
+    lost: Tensor  # [S] fp64: of the fresh one's votes, the share lost by that; 0 where it moved
+
+
+@dataclass(frozen=True)
 class Scores:
     """What a gate thinks: logits [S, N, E] in fp32, and all that follows from them.
 
@@ -120,6 +138,8 @@ class Scores:
     progress: Progress | None = None
     importance: Tensor | None = None  # [S, N], for policies that ask for it
     resident: Tensor | None = None  # [E] bool: experts already in fast memory
+    slots: int | None = None  # of how many experts fast memory has room; None = of all
+    incumbents: Incumbents | None = None  # what a block does not leave without need
     layer: int = 0
     ordinal: int = 0  # of the layer among those that route: 0, 1, ..
     forward: tuple[int, ...] = ()  # decode-forward number of each row (for seeded controls)
@@ -154,7 +174,8 @@ class Rule:
     ``union``: every voter's first so many own experts; nothing is counted. ``count``: so many
     experts with most votes. ``mass``: the fewest that hold this share of all votes, ``least`` at
     least. Of every voter the first ``protect`` own experts are in before votes are counted. Where
-    some experts are in fast memory, ``lam`` favours them, within ``eps`` of the votes.
+    some experts are in fast memory, ``lam`` favours them, within ``eps`` of the votes. With
+    ``most`` never more than so many: of a union, or of protected experts, those with most votes.
     """
 
     vote: Literal["masked", "weight", "count", "full", "margin", "max"] = "masked"
@@ -165,6 +186,7 @@ class Rule:
     protect: int = 0
     lam: float = 0.0
     eps: float = 0.0
+    most: int = 0
 
 
 @dataclass(frozen=True)
@@ -175,6 +197,7 @@ class Routing:
     weights: Tensor  # [T, k] fp32, exactly as multiplied into expert outputs; 0 where there is none
     used: Tensor  # [E] bool
     own: Tensor  # [T, k] int64, what the unmodified model would have chosen
+    settled: Settled | None = None  # where there were incumbents, or could have been
 
 
 @dataclass(frozen=True)

@@ -71,7 +71,7 @@ def option_table() -> Table:
     table = plain_table("option", "values")
     taken: dict[str, dict[str, None]] = {}
     for option in (o for cls in POLICIES.values() for o in options(cls).values()):
-        values = " | ".join(option.choices) or str(option.within)
+        values = " | ".join(option.choices) or " | ".join((str(option.within), *option.words))
         values += " (or one for each layer: 0.3/0.2/0.25)" if option.many else ""
         taken.setdefault(option.name, {})[values] = None
     for name, values in taken.items():

@@ -18,7 +18,7 @@ from coterie.engine.config import Generation
 from coterie.engine.graph import Graphs
 from coterie.engine.pool import Pool
 from coterie.model.cache import Cache
-from coterie.model.step import Step
+from coterie.model.step import Coresets, Step
 from coterie.model.transformer import Transformer
 from coterie.naming import CoterieError
 from coterie.routing import Vanilla
@@ -39,6 +39,7 @@ class Slot:
     policy: Policy
     generation: Generation
     embeddings: Tensor | None = None  # [length, H], where masks are fed what was last proposed
+    coresets: tuple[int, Tensor] | None = None  # a block, and its [L, E] of the step before
     prefills: int = 0
     commits: int = 0
     began: float = field(default_factory=time.perf_counter)
@@ -56,6 +57,16 @@ class Slot:
         asked = self.generation.commit if kind == "commit" else self.generation.prefill
         return self.policy if kind == "decode" or asked == "policy" else VANILLA
 
+    def drift(self) -> float | None:
+        """How much of its votes a coreset may lose before the block leaves it; None where each
+        forward elects anew, as all do that do not decode."""
+        return self.generation.drift if self.look.kind == "decode" else None
+
+    def kept(self) -> Tensor | None:
+        """[L, E]: the coresets of the block's step before, if it had one."""
+        block, coresets = self.coresets or (None, None)
+        return coresets if block == self.row.block.index else None
+
 
 def groups(slots: Iterable[Slot]) -> list[list[Slot]]:
     """Slots whose next forwards agree in everything but positions, in order of arrival."""
@@ -63,7 +74,10 @@ def groups(slots: Iterable[Slot]) -> list[list[Slot]]:
     for slot in slots:
         look = slot.look
         smooth = slot.embeddings is not None
-        key = (look.width, look.kind, look.causal, look.cached, slot.routes(), smooth)
+        key = (
+            *(look.width, look.kind, look.causal, look.cached),
+            *(slot.routes(), slot.drift(), smooth),
+        )
         found.setdefault(key, []).append(slot)
     return list(found.values())
 
@@ -80,20 +94,23 @@ def forward(
 ) -> list[Change]:
     """One forward of rows that agree (``groups``); every row then moves on to its next.
 
-    Decoding forwards that nobody watches are played from ``graphs``, where they take them. Only
-    decoding forwards are counted, and shown to the watcher unless it is to see ``every`` one. If
-    logits are not finite this raises, and no row has moved.
+    Decoding forwards that nobody watches are played from ``graphs``, where they take them and no
+    coreset is kept from step to step. Only decoding forwards are counted, and shown to the watcher
+    unless it is to see ``every`` one. If logits are not finite this raises, and no row has moved.
     """
     look, device = group[0].look, transformer.device
     rows, places = tuple(slot.number for slot in group), [slot.place for slot in group]
     # What is played again shall not change in shape, and who watches is shown whole blocks.
     sparing = device.type == "cpu" and graphs is None and isinstance(watcher, Null)
     tokens, step = _asked(group, sparing=sparing)
+    step = replace(step, coresets=_coresets(group, transformer))
+    blocks = [slot.row.block.index for slot in group]
 
     def cache() -> Cache | None:
         return pool.rows(places) if look.cached else None
 
     alone = look.kind == "decode" and isinstance(watcher, Null) and step.embeddings is None
+    alone = alone and step.coresets is None
     if graphs is not None and alone and graphs.takes(step.policy):
         whole = replace(step, cache=pool.whole() if look.cached else None)
         logits, counted = graphs.run(tokens, whole, places, rows)
@@ -116,6 +133,9 @@ def forward(
         ]
     except NotFinite as error:
         raise _broken(transformer, tokens, replace(step, cache=cache())) from error
+    if step.coresets is not None:
+        for slot, block, used in zip(group, blocks, step.coresets.after.unbind(1), strict=True):
+            slot.coresets = block, used
     counting.absorb(counted)
     return changes
 
@@ -134,6 +154,17 @@ def _asked(group: Sequence[Slot], *, sparing: bool) -> tuple[Tensor, Step]:
         embeddings=_embeddings(group),
     )
     return torch.stack([slot.row.canvas.tokens[_span(slot)] for slot in group]), step
+
+
+def _coresets(group: Sequence[Slot], transformer: Transformer) -> Coresets | None:
+    """What the rows' blocks had in the step before, on the device: it is never read here."""
+    drift, spec = group[0].drift(), transformer.spec
+    if drift is None:
+        return None
+    shape = (len(spec.moe_layers), spec.router.experts)
+    nobody = torch.zeros(shape, dtype=torch.bool, device=transformer.device)
+    before = [nobody if (kept := slot.kept()) is None else kept for slot in group]
+    return Coresets.of(drift, torch.stack(before, dim=1))
 
 
 def _broken(transformer: Transformer, tokens: Tensor, step: Step) -> CoterieError:

@@ -13,6 +13,7 @@ from coterie.naming import CoterieError
 from coterie.spelling import Amount, Count, Share, Whole, Within, check_options
 
 Routed = Literal["vanilla", "policy"]
+Drift = Annotated[float, Within(least=0, below=1)]
 Seed = Annotated[int, Within(least=0, most=2**63 - 1)]
 
 
@@ -23,7 +24,8 @@ class Generation:
     The policy routes decoding forwards; ``prefill`` and ``commit`` say whether it also routes what
     computes the prompt's keys (full re-forwards at block entry too) and a finished block's.
     ``early_stop``: after the block that holds an end-of-text, as soon as everything before one is
-    filled ("token"), or never.
+    filled ("token"), or never. ``drift``: a block keeps its coresets from step to step, each until
+    it has lost more than this share of the votes that a fresh one holds (None: elect every step).
     """
 
     max_new_tokens: Count = 256
@@ -37,6 +39,7 @@ class Generation:
     early_stop: EarlyStop = "block"
     commit: Routed = "vanilla"
     prefill: Routed = "vanilla"
+    drift: Drift | None = None
 
     def __post_init__(self) -> None:
         check_options(self)

@@ -22,7 +22,7 @@ from coterie.engine.memory import Memory
 from coterie.engine.pool import Pool
 from coterie.model.weights import expert_bytes
 from coterie.naming import CoterieError
-from coterie.routing import POLICIES, check_layers, parse_policy, spell
+from coterie.routing import POLICIES, check_keeps, check_layers, parse_policy, spell
 from coterie.telemetry import Counting, Recorder
 from coterie.values import Policy
 
@@ -85,6 +85,8 @@ class Engine:
         generation = self.generation.but(**options)
         chosen = self.policy if policy is None else _policy(policy)
         check_layers(chosen, len(self.model.spec.moe_layers))
+        if generation.drift is not None:
+            check_keeps(chosen)
         row = Row(self._ask(prompt, generation))
         place = self._pool.take(row.canvas.length)
         slot = Slot(self._next, row, place, chosen, generation)
@@ -195,6 +197,8 @@ class Engine:
             expert_bytes=counts.mean * size,
             expert_bytes_vanilla=counts.vanilla_mean * size,
             vote_mass_kept=counts.vote_mass_kept,
+            coresets_kept=counts.coresets_kept,
+            drift=counts.drift,
         )
 
     def _slot(self, number: int) -> Slot:

@@ -65,6 +65,8 @@ class Result:
     expert_bytes: float  # read per layer and forward: mean experts x bytes of one
     expert_bytes_vanilla: float  # the same for the unmodified model on the same scores
     vote_mass_kept: float
+    coresets_kept: float | None = None  # with drift: of a block's later steps, the share kept
+    drift: float | None = None  # and the mean share of votes lost by it
 
     @property
     def tokens_per_second(self) -> float:

@@ -53,6 +53,8 @@ class MoE:
     def __call__(self, x: Tensor, step: Step, importance: Tensor | None) -> Tensor:
         scores = self._scores(x, step, importance)
         routing = route(scores, step.policy)
+        if step.coresets is not None and routing.settled is not None:
+            step.coresets.keep(scores.ordinal, routing.settled)
         step.recorder.fed(self.layer, x)
         step.recorder.routed(self.layer, scores, routing)
         return self.apply(x, routing, scores)
@@ -71,6 +73,7 @@ class MoE:
         return mixed if self.shared is None else mixed + self.shared.apply(x)
 
     def _scores(self, x: Tensor, step: Step, importance: Tensor | None) -> Scores:
+        ordinal, coresets = sum(self.spec.moe[: self.layer]), step.coresets
         scores = Scores(
             logits=ops.linear(x, self.gate, dtype=torch.float32),
             router=self.spec.router,
@@ -79,8 +82,10 @@ class MoE:
             progress=step.progress,
             importance=importance,
             resident=self.store.resident(self.layer),
+            slots=self.store.slots(self.layer),
+            incumbents=None if coresets is None else coresets.incumbents(ordinal),
             layer=self.layer,
-            ordinal=sum(self.spec.moe[: self.layer]),
+            ordinal=ordinal,
             forward=step.forward,
         )
         return scores if self.told is None else self.told(scores)

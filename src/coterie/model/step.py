@@ -4,11 +4,33 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from coterie.model.cache import Cache
 from coterie.telemetry import Recorder
-from coterie.values import Policy, Progress, Window
+from coterie.values import Incumbents, Policy, Progress, Settled, Window
+
+
+@dataclass(frozen=True)
+class Coresets:
+    """What a block's last step elected, and what this one does: [L, B, E] bool of the layers that
+    route. A row that has none yet elects anew."""
+
+    drift: float
+    before: Tensor
+    after: Tensor  # written layer by layer, as a cache is; before that, nobody
+
+    @staticmethod
+    def of(drift: float, before: Tensor) -> Coresets:
+        return Coresets(drift, before, torch.zeros_like(before))
+
+    def incumbents(self, ordinal: int) -> Incumbents:
+        """Those of a layer, by its place among the layers that route."""
+        return Incumbents(self.drift, self.before[ordinal])
+
+    def keep(self, ordinal: int, settled: Settled) -> None:
+        self.after[ordinal] = settled.coresets
 
 
 @dataclass(frozen=True)
@@ -26,4 +48,5 @@ class Step:
     voters: Tensor | None = None  # [B, width] weight of each position's vote; None = everybody
     progress: Progress | None = None  # for policies that choose who votes
     forward: tuple[int, ...] = ()  # decode-forward number of each row
+    coresets: Coresets | None = None  # where a block keeps its own from step to step
     embeddings: Tensor | None = None  # [B, width, H], in place of the tokens' embeddings

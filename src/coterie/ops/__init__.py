@@ -52,9 +52,10 @@ def route(scores: Scores, rule: Rule | None, voice: Tensor | None) -> Routing | 
 
     Without a ``rule``, the unmodified model. ``voice`` [S, N] fp32 >= 0 is what each token's vote
     weighs, with a voter in every row (None: everybody 1). What it gives equals what
-    ``routing.route`` makes of the same rule in plain torch: ids, used and own exactly, weights to
-    rounding. Also None for logits on a CPU that are no numbers: who asks then finds out which. A
-    GPU computes probabilities itself: what differs in the last bits there may decide otherwise.
+    ``routing.route`` makes of the same rule in plain torch: ids, used, own and what came of
+    incumbents exactly, weights to rounding. Also None for logits on a CPU that are no numbers: who
+    asks then finds out which. A GPU computes probabilities itself: what differs in the last bits
+    there may decide otherwise; of incumbents its kernel knows nothing (None).
     """
     device = scores.logits.device.type
     if device == "cuda" and gpu.ready():

@@ -14,7 +14,14 @@ from coterie.routing.named import (
     UniformVote,
     XShare,
 )
-from coterie.routing.policy import POLICIES, check_layers, needs_importance, parse_policy, spell
+from coterie.routing.policy import (
+    POLICIES,
+    check_keeps,
+    check_layers,
+    needs_importance,
+    parse_policy,
+    spell,
+)
 from coterie.routing.select import route
 from coterie.routing.token import McMoe, Naee, TopK, Vanilla
 
@@ -36,6 +43,7 @@ __all__ = [
     "UniformVote",
     "Vanilla",
     "XShare",
+    "check_keeps",
     "check_layers",
     "needs_importance",
     "parse_policy",

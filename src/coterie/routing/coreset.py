@@ -6,7 +6,6 @@ is protected x what residency counts. Every published rule is one such point; th
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Literal, Protocol
@@ -19,9 +18,12 @@ from coterie.naming import CoterieError
 from coterie.ops import top_ids
 from coterie.routing.proportional import Favour, seats
 from coterie.routing.select import Ruling, own
-from coterie.routing.votes import BALLOTS, UNIT, VOTES, Vote, Voters, voices
-from coterie.spelling import Amount, Part, Whole, check_options
+from coterie.routing.size import Fixed, Fraction, Mass, Size, Union
+from coterie.routing.votes import BALLOTS, VOTES, Vote, Voters, voices
+from coterie.spelling import Amount, Count, Part, Whole, check_options
 from coterie.values import Progress, Rule, Scores, membership
+
+Most = Literal["slots"] | Count
 
 
 @dataclass(frozen=True)
@@ -32,7 +34,9 @@ class Election:
     coreset still holds 1 - ``eps`` of the votes that the plain one would hold. The tally is
     ``plain``: most votes first; or ``proportional``: one by one, each token's weight falling with
     the part of its vote that is seated (see ``proportional``); there gains are favoured, and the
-    seats keep 1 - ``eps`` of what they could gain.
+    seats keep 1 - ``eps`` of what they could gain. No coreset has more than ``most``: a number, or
+    "slots", as many as the layer has in fast memory (where all experts are there, any number). Of a
+    union, or of protected experts, too many of them, those with most votes stay.
     """
 
     voters: Voters = "all"
@@ -43,6 +47,7 @@ class Election:
     eps: Part = 0.02
     seed: Whole = 0
     tally: Literal["plain", "proportional"] = "plain"
+    most: Most | None = None
 
     def __post_init__(self) -> None:
         check_options(self)
@@ -52,89 +57,9 @@ class Election:
                 f"{', '.join(BALLOTS)}, not {self.vote}"
             )
 
-
-class Size(Protocol):
-    """How many experts to elect."""
-
-    def count(self, votes: Tensor, k: int) -> Tensor:
-        """[S, 1] or a scalar, from votes [S, m] in the order in which experts are taken."""
-        ...
-
-    def reach(self, experts: int) -> tuple[int, float]:
-        """How far a walk down the votes needs to go: so many experts, and down to such votes."""
-        ...
-
-
-@dataclass(frozen=True)
-class Fraction:
-    """The floor(beta * E) experts with most votes, at least one."""
-
-    beta: float
-
-    def count(self, votes: Tensor, k: int) -> Tensor:
-        return torch.full((), self.of(votes.shape[-1]), device=votes.device)
-
-    def reach(self, experts: int) -> tuple[int, float]:
-        return self.of(experts), 0.0
-
-    def of(self, experts: int) -> int:
-        return max(1, math.floor(self.beta * experts + 1e-9))
-
-
-@dataclass(frozen=True)
-class Fixed:
-    """The ``m`` experts with most votes."""
-
-    m: int
-
-    def count(self, votes: Tensor, k: int) -> Tensor:
-        return torch.full((), min(self.m, votes.shape[-1]), device=votes.device)
-
-    def reach(self, experts: int) -> tuple[int, float]:
-        return min(self.m, experts), 0.0
-
-
-@dataclass(frozen=True)
-class Mass:
-    """The fewest experts that hold the share ``tau`` of all votes, at least ``least`` (None: k)."""
-
-    tau: float
-    least: int | None = None
-
-    def count(self, votes: Tensor, k: int) -> Tensor:
-        held = votes.cumsum(dim=-1)
-        enough = (held < self.tau * held[:, -1:].double()).sum(dim=-1, keepdim=True) + 1
-        return enough.clamp(min=self.floor(votes.shape[-1], k))
-
-    def reach(self, experts: int) -> tuple[int, float]:
-        return experts, 0.0
-
-    def floor(self, experts: int, k: int) -> int:
-        return k if self.least is None else min(self.least, experts)
-
-
-@dataclass(frozen=True)
-class Priced:
-    """Every expert with at least ``price`` votes, a full vote being 1; at least k experts."""
-
-    price: float
-
-    def count(self, votes: Tensor, k: int) -> Tensor:
-        place = torch.arange(1, votes.shape[-1] + 1, device=votes.device)
-        # In float64: compared with a Python number, whole ones would be rounded to float32.
-        worthy = votes.double() >= self.price * UNIT
-        # Those behind a protected expert with few votes may have more: up to the last worthy one.
-        return (worthy * place).amax(dim=-1, keepdim=True).clamp(min=k)
-
-    def reach(self, experts: int) -> tuple[int, float]:
-        return experts, self.price * UNIT
-
-
-@dataclass(frozen=True)
-class Union:
-    """Every voter's first ``k`` own experts (DES, Eq. 5); nothing is counted."""
-
-    k: int
+    def cap(self, slots: int | None) -> int | None:
+        """How many a coreset has at most, in a layer with so many slots."""
+        return slots if self.most == "slots" else self.most
 
 
 class Elective(Protocol):
@@ -154,21 +79,27 @@ def elected(policy: Elective, scores: Scores, k: int) -> Tensor:
 def ruled(policy: Elective, scores: Scores, k: int) -> Ruling | None:
     """The policy's ``ruling``: the same election in plain numbers, where these can say it."""
     size, election = policy.size(scores), policy.election
-    if spares_nobody(size, election, k):
+    cap = election.cap(scores.slots)
+    if scores.incumbents is None and spares_nobody(size, election, k, cap):
         return Ruling(scores)
-    rule = rule_of(size, election, k, scores.router.experts)
+    rule = rule_of(size, election, k, scores.router.experts, cap)
     if rule is None:
         return None
     if election.scope == "batch":
+        if scores.incumbents is not None:
+            return None
         scores = as_one_sequence(scores)
     everybody = election.voters == "all" and scores.voters is None
+    everybody |= spares_nobody(size, election, k, cap)
     return Ruling(scores, rule, None if everybody else voices(scores, election.voters))
 
 
 @lru_cache(maxsize=256)  # the same few for every layer of every forward
-def rule_of(size: Size | Union, election: Election, k: int, experts: int) -> Rule | None:
+def rule_of(
+    size: Size | Union, election: Election, k: int, experts: int, cap: int | None = None
+) -> Rule | None:
     """What ``elect`` does, in plain numbers; None for lots, other tallies and other sizes."""
-    if isinstance(size, Union):
+    if isinstance(size, Union) and cap is None:
         return Rule(union=size.k)
     if election.tally != "plain" or election.vote == "random":
         return None
@@ -177,37 +108,50 @@ def rule_of(size: Size | Union, election: Election, k: int, experts: int) -> Rul
         protect=1 if election.protect == "top1" else 0,
         lam=election.lam,
         eps=election.eps,
+        most=cap or 0,
     )
-    if isinstance(size, Fraction | Fixed):
-        return replace(rule, count=size.reach(experts)[0])
-    if isinstance(size, Mass):
-        return replace(rule, mass=size.tau, least=size.floor(experts, k))
-    return None
+    match size:
+        case Union():
+            return replace(rule, union=size.k, protect=0)
+        case Fraction() | Fixed():
+            count = min(size.reach(experts)[0], cap or experts)
+            # Where nobody is protected, a smaller count says it all.
+            return replace(rule, count=count, most=rule.most if rule.protect else 0)
+        case Mass():
+            return replace(rule, mass=size.tau, least=size.floor(experts, k))
+        case _:
+            return None
 
 
-def spares_nobody(size: Size | Union, election: Election, k: int) -> bool:
+def spares_nobody(size: Size | Union, election: Election, k: int, cap: int | None) -> bool:
     """Whether every token keeps all it has, those the engine does not let vote too."""
-    return isinstance(size, Union) and size.k >= k and election.voters == "all"
+    return isinstance(size, Union) and size.k >= k and election.voters == "all" and cap is None
 
 
 def elect(scores: Scores, size: Size | Union, election: Election, k: int) -> Tensor:
     """The coreset as a mask [S, 1, E]; [1, 1, E] when all rows share one."""
-    if spares_nobody(size, election, k):
+    cap = election.cap(scores.slots)
+    if spares_nobody(size, election, k, cap):
         return scores.logits.new_ones((1, 1, 1), dtype=torch.bool)
     if election.scope == "batch":
         scores = as_one_sequence(scores)
     voice = voices(scores, election.voters)
     if isinstance(size, Union):
-        return first_choices(scores, voice, size.k).unsqueeze(1)
-    protected = first_choices(scores, voice, 1 if election.protect == "top1" else 0)
+        protected = first_choices(scores, voice, size.k)
+        if cap is None:
+            return protected.unsqueeze(1)
+        size = Fixed(0)
+    else:
+        protected = first_choices(scores, voice, 1 if election.protect == "top1" else 0)
     if election.tally == "proportional":
         ballots = BALLOTS[election.vote](scores)  # [S, N, E]
         favour = favour_of(scores, election)
-        return take_in_turn(ballots, voice, protected, size, k, favour=favour).unsqueeze(1)
+        return take_in_turn(ballots, voice, protected, size, k, cap=cap, favour=favour).unsqueeze(1)
     votes = VOTES[election.vote](scores, voice, election.seed)  # [S, E]
-    coreset = take(votes, protected, size, k)
+    coreset = take(votes, protected, size, k, cap=cap)
     if election.lam > 0 and scores.resident is not None:
-        favoured = take(votes * (1 + election.lam * scores.resident.double()), protected, size, k)
+        liked = votes * (1 + election.lam * scores.resident.double())
+        favoured = take(liked, protected, size, k, cap=cap)
         coreset = repaired(favoured, coreset, votes, election.eps)
     return coreset.unsqueeze(1)
 
@@ -218,13 +162,14 @@ def first_choices(scores: Scores, voice: Tensor, m: int) -> Tensor:
     return membership(ids.flatten(1), scores.router.experts)
 
 
-def take(votes: Tensor, protected: Tensor, size: Size, k: int) -> Tensor:
+def take(votes: Tensor, protected: Tensor, size: Size, k: int, *, cap: int | None = None) -> Tensor:
     """Mask [S, E]: the protected experts, then those with most votes until ``size`` is reached.
 
-    Protected experts use up the budget; when they alone exceed it, they are the coreset.
+    Protected experts use up the budget; when they alone exceed it, they are the coreset, as
+    far as the ``cap`` lets them.
     """
     order = top_ids(votes, votes.shape[-1], tier=~protected)
-    return seated(order, votes.gather(-1, order), protected, size, k)
+    return seated(order, votes.gather(-1, order), protected, size, k, cap=cap)
 
 
 def favour_of(scores: Scores, election: Election) -> Favour | None:
@@ -241,20 +186,25 @@ def take_in_turn(
     size: Size,
     k: int,
     *,
+    cap: int | None = None,
     favour: Favour | None = None,
 ) -> Tensor:
     """Mask [S, E]: the protected experts, then one by one, votes being tallied again for each."""
     most, worth = size.reach(protected.shape[-1])
     most = max(most, int(protected.sum(-1).max()))
+    most = most if cap is None else min(most, cap)
     order, gains = seats(ballots, voice, protected, most=most, k=k, worth=worth, favour=favour)
-    return seated(order, gains, protected, size, k)
+    return seated(order, gains, protected, size, k, cap=cap)
 
 
-def seated(order: Tensor, votes: Tensor, protected: Tensor, size: Size, k: int) -> Tensor:
+def seated(
+    order: Tensor, votes: Tensor, protected: Tensor, size: Size, k: int, *, cap: int | None = None
+) -> Tensor:
     """Mask [S, E]: as many of ``order`` [S, m] as ``size`` says of their votes [S, m]."""
     experts, walked = protected.shape[-1], order.shape[-1]
     budget = size.count(F.pad(votes, (0, experts - walked)), k)
     budget = budget.maximum(protected.sum(dim=-1, keepdim=True))  # [S, 1]
+    budget = budget if cap is None else budget.clamp(max=cap)
     place = torch.arange(walked, device=votes.device)
     return torch.zeros_like(protected).scatter_(-1, order, place < budget)
 

@@ -9,26 +9,17 @@ from dataclasses import dataclass
 from typing import Annotated
 
 from coterie.naming import CoterieError
-from coterie.routing.coreset import (
-    Election,
-    Fixed,
-    Fraction,
-    Mass,
-    Priced,
-    Size,
-    Union,
-    elected,
-    ruled,
-)
+from coterie.routing.coreset import Election, elected, ruled
+from coterie.routing.size import Fixed, Fraction, Mass, Priced, Size, Union
 from coterie.spelling import Count, Offers, Share, Shares, Within, check_options
 from coterie.values import Scores
 
 Price = Annotated[float, Within(above=0)]
 
-WHOLE = ("voters", "protect", "vote", "scope", "lam", "eps", "seed")
+WHOLE = ("voters", "protect", "vote", "scope", "lam", "eps", "seed", "most")
 OPEN = Offers((*WHOLE, "tally"))
-BY_MARGIN = Offers(("voters", "protect", "scope", "lam", "eps"))
-FIXED_VOTE = Offers(("voters", "protect", "scope", "lam", "eps"))
+BY_MARGIN = Offers(("voters", "protect", "scope", "lam", "eps", "most"))
+FIXED_VOTE = Offers(("voters", "protect", "scope", "lam", "eps", "most"))
 
 BY_PROBABILITY = Election()
 BY_COUNT = Election(vote="count")
@@ -44,7 +35,7 @@ class DesSeq:
     """The union of every token's first ``k`` experts (DES, Eq. 5; simplified OEA)."""
 
     k: Count
-    election: Annotated[Election, Offers(("voters", "scope"))] = BY_PROBABILITY
+    election: Annotated[Election, Offers(("voters", "scope", "most"))] = BY_PROBABILITY
 
     __post_init__ = check_options
     eligible, ruling = elected, ruled
@@ -161,7 +152,7 @@ class Random:
     """A seeded random set of the share ``beta``, new in each layer and forward: the control."""
 
     beta: Shares
-    election: Annotated[Election, Offers(("seed", "voters", "protect", "scope"))] = BY_LOT
+    election: Annotated[Election, Offers(("seed", "voters", "protect", "scope", "most"))] = BY_LOT
 
     __post_init__ = check_options
     eligible, ruling = elected, ruled

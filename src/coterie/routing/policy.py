@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from coterie.naming import CoterieError
+from coterie.routing.coreset import Election
 from coterie.routing.named import (
     Coreset,
     DesSeq,
@@ -39,6 +40,23 @@ def check_layers(policy: Policy, layers: int) -> None:
         raise CoterieError(
             f"policy {spell(policy)!r}: beta lists {len(beta)} shares, and the model has {layers} "
             f"layers that route; give one share for all, or {layers}"
+        )
+
+
+def check_keeps(policy: Policy) -> None:
+    """Raises CoterieError for a policy of the table whose blocks cannot keep a coreset."""
+    if type(policy) not in POLICIES.values():
+        return
+    election = vars(policy).get("election")
+    if not isinstance(election, Election):
+        raise CoterieError(
+            f"drift keeps coresets, and {spell(policy)} elects none; use it with one that does, "
+            "such as des-vote:beta=0.3"
+        )
+    if election.scope == "batch":
+        raise CoterieError(
+            f"drift keeps the coresets of a row's block, and {spell(policy)} elects one for the "
+            "rows that happen to share a forward; use it with scope=block"
         )
 
 

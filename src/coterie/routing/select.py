@@ -12,7 +12,12 @@ from torch import Tensor
 from coterie import ops
 from coterie.naming import CoterieError
 from coterie.ops import top_ids, top_mask
+from coterie.routing.persistent import settle
 from coterie.values import Policy, RouterSpec, Routing, Rule, Scores, membership
+
+UNIT = 2.0**40
+"""Of a vote: votes are counted in whole numbers of its parts, so that any order of them adds up
+to the same."""
 
 
 @dataclass(frozen=True)
@@ -43,6 +48,10 @@ def route_by_mask(scores: Scores, policy: Policy) -> Routing:
     scores = finite(scores)
     scores = replace(scores, own=own(scores))
     mask = policy.eligible(scores, scores.router.k)
+    settled = None
+    if scores.incumbents is not None:
+        settled = settle(scores.incumbents, coreset_of(scores, mask), own_votes(scores))
+        mask = settled.coresets.unsqueeze(1)
     # A mask of one element can only say "everybody": the unmodified model, already chosen.
     ids = own(scores) if mask.numel() == 1 else choose(scores, mask)
     return Routing(
@@ -50,7 +59,34 @@ def route_by_mask(scores: Scores, policy: Policy) -> Routing:
         weights=combine_weights(scores, ids).flatten(0, 1),
         used=membership(ids.flatten(), scores.router.experts),
         own=own(scores).flatten(0, 1),
+        settled=settled,
     )
+
+
+def coreset_of(scores: Scores, mask: Tensor) -> Tensor:
+    """[S, E]: whom a policy's ``mask`` lets every token of a row use; of "everybody", all that the
+    tokens take."""
+    rows, _, experts = scores.logits.shape
+    if mask.numel() == 1:
+        return membership(own(scores).flatten(1), experts)
+    if mask.shape[1] != 1:
+        raise CoterieError(
+            f"layer {scores.layer}: drift keeps coresets, and this policy elects none: each token "
+            "has a mask of its own"
+        )
+    return mask[:, 0].expand(rows, experts)
+
+
+def own_votes(scores: Scores) -> Tensor:
+    """[S, E] int64: the router's probability of the engine's voters' own experts, in UNITs of a
+    vote (DES, Eq. 6), whatever a policy's own votes are; by these a coreset stays or goes."""
+    votes = scores.probability.gather(-1, own(scores))
+    if scores.voters is not None:
+        votes = votes * ops.voices(scores.voters, None).unsqueeze(-1)
+    units = (votes * UNIT).round().to(torch.int64).flatten(1)
+    rows, _, experts = scores.logits.shape
+    empty = torch.zeros(rows, experts, dtype=torch.int64, device=votes.device)
+    return empty.scatter_add_(-1, own(scores).flatten(1), units)
 
 
 def own(scores: Scores) -> Tensor:

@@ -15,13 +15,12 @@ from torch import Tensor
 
 from coterie import ops
 from coterie.naming import CoterieError
-from coterie.routing.select import choose, own
+from coterie.routing.select import UNIT, choose, own
 from coterie.values import Progress, Scores, membership
 
 Voters = Literal["all", "unfilled", "masked", "uncertain"]
 Vote = Literal["masked", "weight", "count", "full", "margin", "max", "random"]
 
-UNIT = 2.0**40
 FLOOR = 2.0**-10
 
 

@@ -3,7 +3,7 @@
 #include <stddef.h>
 #include <stdint.h>
 
-#define COTERIE_ABI 3
+#define COTERIE_ABI 4
 #define COTERIE_LAYOUT 1  // of panels; `panels.py` has it too, and says what the bytes are
 #define COTERIE_API extern "C" __attribute__((visibility("default")))
 
@@ -87,10 +87,18 @@ struct Election {
   // writes `ballots` and `own` and no more, with them it goes on from there.
   float* ballots;     // [T, experts], or null
   const float* sums;  // [T], or null
-  double mass, lam, eps;
+  // Of coresets that rows had before (none: no expert), each stays while it holds 1 - `drift` of what a
+  // fresh one holds of the plain votes, in which a token's say is `say`, and everybody's 1 in a row of
+  // silent ones. Without `before` nothing is asked or written.
+  const uint8_t* before;  // [sequences, experts], or null
+  const float* say;       // [T], or null: everybody 1
+  uint8_t* coresets;      // [sequences, experts]
+  uint8_t* stayed;        // [sequences]
+  double* lost;           // [sequences]
+  double mass, lam, eps, drift;
   float scale, epsilon;
   int32_t stride, sequences, tokens, experts, k, groups, kept, renormalise, biased;
-  int32_t vote, first, count, least, protect;
+  int32_t vote, first, count, least, protect, most;
 };
 
 constexpr int MOST_GROUPS = 64;

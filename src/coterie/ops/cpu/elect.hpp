@@ -123,17 +123,23 @@ static int fewest(const Election& e, const Hall& hall, const Vote* votes) {
   return count > e.least ? count : e.least;
 }
 
-// The `size` experts with the largest keys: bisection for the least of them, then the lower index.
-static void take_most(const Election& e, const Hall& hall, const Code* key, int size, uint8_t* coreset) {
+// The `size` experts with the largest keys, the protected before the others: bisection for the least
+// of them, then the lower index. Where the protected alone are too many, it is among them.
+static void take_most(const Election& e, const Hall& hall, const Code* key, int size, bool crowded,
+                      uint8_t* coreset) {
   Code low = INT64_MAX, high = NOBODY;
+  int count = 0;  // how many reach `low`
   for (int i = 0; i < e.experts; i++) {
+    if (crowded && !hall.first[i]) continue;
     low = key[i] < low ? key[i] : low;
     high = key[i] > high ? key[i] : high;
+    count++;
   }
-  for (int i = 0; i < filled_up(e.experts); i++)
-    hall.some[i] = i >= e.experts ? NOBODY : hall.first[i] ? high + 1 : key[i];
+  for (int i = 0; i < filled_up(e.experts); i++) {
+    bool there = i < e.experts && (!crowded || hall.first[i]);
+    hall.some[i] = !there ? NOBODY : hall.first[i] && !crowded ? high + 1 : key[i];
+  }
   high++;
-  int count = e.experts;  // how many reach `low`
   while (low < high && count != size) {
     Code middle = low + Code((uint64_t(high) - uint64_t(low) + 1) / 2);
     Codes reach = {};
@@ -165,7 +171,8 @@ static void take(const Election& e, const Hall& hall, const Code* key, const Vot
     size = fewest(e, hall, votes);
   }
   size = smaller(size > protect ? size : protect, e.experts);
-  take_most(e, hall, key, size, coreset);
+  if (e.most > 0) size = smaller(size, e.most);
+  take_most(e, hall, key, size, protect > size, coreset);
 }
 
 // Those of one set that are not in the other, by votes: most first, or fewest first.
@@ -211,12 +218,46 @@ static void favour_residents(const Election& e, const Hall& hall) {
 }
 
 static void elect(const Election& e, const Hall& hall, int row) {
-  if (e.first > 0) return mark_first(e, row, e.first, hall.coreset);
-  mark_first(e, row, e.protect, hall.first);
+  if (e.first > 0 && e.most == 0) return mark_first(e, row, e.first, hall.coreset);
+  mark_first(e, row, e.first > 0 ? e.first : e.protect, hall.first);
   count_votes(e, hall, row);
   bool favours = e.lam > 0 && e.resident;
   take(e, hall, hall.votes, hall.votes, favours ? hall.plain : hall.coreset);
   if (favours) favour_residents(e, hall);
+}
+
+// The votes by which a coreset stays or goes, whatever elected it: see `routing/select.py: own_votes`.
+static void count_own_votes(const Election& e, int row, Code* votes) {
+  size_t begin = size_t(row) * e.tokens, end = begin + e.tokens;
+  bool silent = true;
+  for (size_t t = begin; t < end && e.say; t++) silent &= !(e.say[t] > 0);
+  memset(votes, 0, size_t(e.experts) * sizeof(Code));
+  for (size_t t = begin; t < end; t++)
+    for (int j = 0; j < e.k; j++) {
+      int64_t expert = e.own[t * e.k + j];
+      votes[expert] += units(e.p[t * e.stride + expert] * (silent ? 1.0f : e.say[t]));
+    }
+}
+
+// The coreset of before in the place of the fresh one, if it still holds enough: as
+// `routing/persistent.py: settle`.
+static void settle(const Election& e, const Hall& hall, int row) {
+  const uint8_t* before = e.before + size_t(row) * e.experts;
+  uint8_t* coreset = e.coresets + size_t(row) * e.experts;
+  Code held = 0, best = 0;
+  bool there = false;
+  count_own_votes(e, row, hall.other);
+  for (int i = 0; i < e.experts; i++) {
+    there |= before[i] != 0;
+    held += before[i] ? hall.other[i] : 0;
+    best += hall.coreset[i] ? hall.other[i] : 0;
+  }
+  bool stays = there && double(held) >= (1 - e.drift) * double(best);
+  double lost = stays && best > 0 ? 1 - double(held) / double(best) : 0;
+  e.stayed[row] = stays;
+  e.lost[row] = lost > 0 ? lost : 0;
+  if (stays) memcpy(hall.coreset, before, size_t(e.experts));
+  memcpy(coreset, hall.coreset, size_t(e.experts));
 }
 
 }  // namespace COTERIE_ISA::routing

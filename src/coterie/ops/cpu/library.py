@@ -24,7 +24,7 @@ from coterie.naming import CoterieError
 from coterie.ops.cpu.build import LIBRARY
 from coterie.ops.panels import LAYOUT
 
-ABI = 3
+ABI = 4
 FORMATS: Mapping[str, int] = {"bf16": 0, "int8": 1, "int4": 2}
 VOTES = ("masked", "weight", "count", "full", "margin", "max")  # by their numbers
 OVERRIDE = "COTERIE_ISA"
@@ -87,11 +87,12 @@ class Election(Structure):
     _fields_ = (
         *((name, c_void_p) for name in ("logits", "p", "bias", "voice", "resident")),
         *((name, c_void_p) for name in ("ids", "own", "weights", "used", "ballots", "sums")),
-        *((name, c_double) for name in ("mass", "lam", "eps")),
+        *((name, c_void_p) for name in ("before", "say", "coresets", "stayed", "lost")),
+        *((name, c_double) for name in ("mass", "lam", "eps", "drift")),
         *((name, c_float) for name in ("scale", "epsilon")),
         *((name, c_int32) for name in ("stride", "sequences", "tokens", "experts", "k")),
         *((name, c_int32) for name in ("groups", "kept", "renormalise", "biased")),
-        *((name, c_int32) for name in ("vote", "first", "count", "least", "protect")),
+        *((name, c_int32) for name in ("vote", "first", "count", "least", "protect", "most")),
     )
 
 

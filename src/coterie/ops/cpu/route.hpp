@@ -83,6 +83,7 @@ static int32_t run(const Election& e) {
   if (splits) return DONE;
   for (int row = 0; row < e.sequences && e.own != e.ids; row++) {
     elect(e, hall, row);
+    if (e.before) settle(e, hall, row);
     choose_inside(e, hall, row);
   }
   memset(e.used, 0, size_t(e.experts));

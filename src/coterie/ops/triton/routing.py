@@ -88,6 +88,8 @@ def route(scores: Scores, rule: Rule | None, voice: Tensor | None) -> Routing | 
 def fits(scores: Scores, rule: Rule | None) -> bool:
     """Whether the kernels take these scores and this rule."""
     router, logits = scores.router, scores.logits
+    if scores.incumbents is not None or (rule is not None and rule.most > 0):
+        return False
     if logits.numel() == 0 or logits.requires_grad:
         return False
     if any(x is not None and x.dtype != torch.float32 for x in (logits, scores.bias)):
