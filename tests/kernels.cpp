@@ -242,13 +242,27 @@ bool rows_agree() {
   });
 }
 
+bool sums_agree() {
+  std::vector<uint8_t> bytes(size_t(between(0, 3000)));  // as many as are summed, and no more
+  for (auto& byte : bytes) byte = uint8_t(draw());
+  uint32_t before = draw(), true_sum = ~before, sum = before;
+  for (uint8_t byte : bytes)
+    for (int bit = 0; bit < 8; bit++) {
+      bool odd = (true_sum ^ byte >> bit) & 1;
+      true_sum = odd ? true_sum >> 1 ^ 0xEDB88320 : true_sum >> 1;
+    }
+  bool alike = coterie_crc32(bytes.data(), bytes.size(), &sum) != DONE || sum == ~true_sum;
+  if (!alike) std::printf("the checksum of %zu bytes differs\n", bytes.size());
+  return alike;
+}
+
 }  // namespace
 
 // So many rounds, or 300.
 int main(int count, char** words) {
   int rounds = count > 1 ? std::atoi(words[1]) : 300;
   for (int i = 0; i < rounds; i++)
-    if (!products_agree() || !attention_agrees() || !rows_agree()) return 1;
+    if (!products_agree() || !attention_agrees() || !rows_agree() || !sums_agree()) return 1;
   for (int i = 0; i < 3 * rounds; i++)
     if (!routes_agree()) return 1;
   for (int i = 0; i < rounds; i++)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import os
-import zlib
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +13,7 @@ from coterie.model.checkpoint import Checkpoint
 from coterie.model.shard import Entry, bytes_of
 from coterie.model.strictjson import read_object
 from coterie.naming import CoterieError
+from coterie.ops import cpu
 
 
 @dataclass(frozen=True)
@@ -80,7 +80,7 @@ def expert_sum(descriptor: int, row: Entry) -> int:
     """The checksum of one packed expert."""
     found = 0
     for piece in bytes_of(descriptor, row):
-        found = zlib.crc32(piece.numpy().data, found)
+        found = cpu.crc32(piece, found)
     return found
 
 

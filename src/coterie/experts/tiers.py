@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import errno
 import os
-import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from io import FileIO
@@ -14,6 +13,7 @@ from typing import Protocol
 from torch import Tensor
 
 from coterie.naming import CoterieError
+from coterie.ops import cpu
 
 HOST, DISK = "host", "disk"
 PAGE = 4096  # what the address, the place and the size of a read past the cache are multiples of
@@ -95,7 +95,7 @@ class OnDisk:
         if done < blobs.size:
             told = f"{what} ends after {done} of {blobs.size} bytes"
             raise CoterieError(f"{told}; {blobs.remedy}")
-        if zlib.crc32(view) != blobs.checksums[expert]:
+        if cpu.crc32(into) != blobs.checksums[expert]:
             raise CoterieError(f"{what} is not what was written; {blobs.remedy}")
         return DISK
 

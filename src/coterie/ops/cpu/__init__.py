@@ -5,6 +5,7 @@ PyTorch does the work.
 """
 
 from coterie.ops.cpu.attend import attend, attends
+from coterie.ops.cpu.checksum import crc32
 from coterie.ops.cpu.kernels import (
     expert_bytes,
     isas,
@@ -22,6 +23,7 @@ from coterie.ops.cpu.rows import norms, rms_norm, survey, surveys
 __all__ = [
     "attend",
     "attends",
+    "crc32",
     "expert_bytes",
     "isas",
     "linear",

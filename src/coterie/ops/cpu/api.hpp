@@ -145,3 +145,5 @@ COTERIE_API int32_t coterie_route(int32_t isa, const Election* election);
 COTERIE_API int32_t coterie_attend(int32_t isa, const Attending* attending);
 COTERIE_API int32_t coterie_norm(int32_t isa, const Norming* norming);
 COTERIE_API int32_t coterie_survey(int32_t isa, const Surveying* surveying);
+// zlib's CRC-32, going on from `sum`; NO_SUCH_ISA without AVX512 and products without carries.
+COTERIE_API int32_t coterie_crc32(const uint8_t* bytes, size_t size, uint32_t* sum);

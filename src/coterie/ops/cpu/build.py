@@ -74,7 +74,7 @@ def sources(program: Path | None = None) -> dict[str, list[str]]:
         isa: [str(HERE / "isa.cpp"), f"-DCOTERIE_ISA={isa}", *flags.split()]
         for isa, flags in ISAS.items()
     }
-    found |= {name: [str(HERE / f"{name}.cpp")] for name in ("main", "pack")}
+    found |= {name: [str(HERE / f"{name}.cpp")] for name in ("main", "pack", "checksum")}
     return found if program is None else found | {"program": [str(program), f"-I{HERE}"]}
 
 

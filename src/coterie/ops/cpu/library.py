@@ -14,6 +14,7 @@ from ctypes import (
     c_float,
     c_int32,
     c_size_t,
+    c_uint32,
     c_uint64,
     c_void_p,
 )
@@ -146,6 +147,10 @@ class Library:
             )
         return self.isas[wish]
 
+    def wide(self) -> bool:
+        """Whether that one has the widest registers."""
+        return self.isa() >= self.isas.get("avx512", len(self.isas))
+
 
 @cache
 def library() -> Library | None:
@@ -180,6 +185,7 @@ def library() -> Library | None:
     handle.coterie_attend.argtypes = (c_int32, POINTER(Attending))
     handle.coterie_norm.argtypes = (c_int32, POINTER(Norming))
     handle.coterie_survey.argtypes = (c_int32, POINTER(Surveying))
+    handle.coterie_crc32.argtypes = (c_void_p, c_size_t, POINTER(c_uint32))
     return Library(handle, _isas(handle))
 
 
