@@ -31,7 +31,8 @@ from test_offload import (
 from torch import Tensor
 
 import coterie
-from coterie.engine.coarse import Coarse, Split
+from coterie.cli.edge import run
+from coterie.engine.coarse import Coarse, Split, Upgrades, Votes
 from coterie.engine.convert import Aim, convert
 from coterie.engine.engine import Engine
 from coterie.engine.journal import MANIFEST
@@ -157,12 +158,17 @@ def only(experts: int, *wanted: int) -> Demand:
     return Demand(used)
 
 
+def moved(store: Mixed) -> dict[str, int]:
+    """Experts, by tier and precision."""
+    return {name: one.experts for name, one in store.ledger.traffic().sources.items()}
+
+
 def test_who_is_worth_more_is_never_evicted() -> None:
     own = mixed(InMemory(blobs(6)), InMemory(blobs(6)), 6, Room(2, 6, 2), rule=ByVotes(DECAY))
     for wanted in ((0, 1), (0, 1), (0, 1, 2), (3,), (4, 5)):
         list(own.serve(1, only(6, *wanted)))
         assert own._shelf(1).book.resident.tolist() == [True, True, *[False] * 4]
-    assert own.precision.upgrades == own.moved == 2
+    assert own.precision.upgrades == moved(own)["host, fine"] == 2
     for _ in range(4):
         list(own.serve(1, only(6, 5)))
     assert own._shelf(1).book.resident.tolist() == [True, *[False] * 4, True]
@@ -174,7 +180,7 @@ def test_without_upgrades_the_placement_stays() -> None:
     for routing in routings(5, 3, count=6):
         list(own.serve(1, Demand(routing.used)))
         assert own._shelf(1).book.resident.tolist() == [False, True, False, True, False]
-    assert (own.moved, own.coarse.ledger.traffic().moved) == (2, 3)
+    assert moved(own) == {"host, fine": 2, "host, coarse": 3}
 
 
 def test_the_loss_bound_is_vote_share_times_error() -> None:
@@ -213,6 +219,22 @@ def test_an_upgrade_that_fails_is_an_error_of_the_next_forward_and_nothing_stays
         torch.testing.assert_close(
             computed(own, 1, routing, x), computed(true, 1, routing, x), atol=1e-5, rtol=1e-5
         )
+
+
+def test_emptied_it_is_as_at_the_start() -> None:
+    votes = np.array([0.0, 3.0, 1.0, 2.0, 0.0, 0.0])
+    best, rough = InMemory(blobs(6)), InMemory(blobs(6, 1))
+    own, new = (mixed(best, rough, 6, Room(2, 3, 2), warm={1: votes}) for _ in range(2))
+    before = [Demand(r.used) for r in routings(6, 5, count=5)]
+    for demand in before:
+        list(own.serve(1, demand))
+    own.empty()
+    x = torch.randn(5, HIDDEN)
+    for routing in routings(6, 7, count=5):
+        assert torch.equal(computed(own, 1, routing, x), computed(new, 1, routing, x))
+    assert own.ledger.traffic().used == new.ledger.traffic().used + sum(
+        int(demand.used.sum()) for demand in before
+    )
 
 
 def test_who_is_here_in_either_precision_is_resident() -> None:
@@ -316,7 +338,8 @@ def test_a_model_answers_as_if_each_expert_had_the_precision_of_its_placement(
     fine, coarse = folders(tmp_path, kinds, family)
     layers = opened(fine).model.spec.moe_layers
     warm = drawn_votes(layers) if not upgrades else None
-    asked = Memory.parse(memory, warm=warm, coarse=Coarse(coarse, upgrades=upgrades))
+    placement = Upgrades(upgrades) if upgrades else Votes()
+    asked = Memory.parse(memory, warm=warm, coarse=Coarse(coarse, placement))
     own = opened(fine, asked)
     store = mixed_of(own)
     reference, plain = plainly(fine, coarse, store)
@@ -345,11 +368,16 @@ def mixed_of(engine: Engine) -> Mixed:
 def test_a_whole_model_in_two_precisions_reads_each_expert_once(tmp_path: Path) -> None:
     fine, coarse = folders(tmp_path, ("int8", "int4"))
     warm = drawn_votes(opened(fine).model.spec.moe_layers)
-    engine = opened(fine, Memory.parse("75%", warm=warm, coarse=Coarse(coarse, upgrades=0)))
+    engine = opened(fine, Memory.parse("75%", warm=warm, coarse=Coarse(coarse, Votes())))
     store = mixed_of(engine)
     assert store.fine.capacity + store.coarse.capacity == 16
     engine.generate(PROMPT, **ASKED)
-    assert (store.moved, store.coarse.moved) == (2 * store.fine.capacity, 2 * store.coarse.capacity)
+    traffic = store.ledger.traffic()
+    places = (store.fine.capacity, store.coarse.capacity)
+    assert moved(store) == {"disk, int8": 2 * places[0], "disk, int4": 2 * places[1]}
+    assert traffic.hit_rate == 1
+    sizes = (store.fine.expert_bytes, store.coarse.expert_bytes)
+    assert traffic.bytes_moved == 2 * sum(a * b for a, b in zip(places, sizes, strict=True))
 
 
 @needs_kernels
@@ -377,21 +405,22 @@ def test_two_folders_that_are_not_one_model_are_refused(tmp_path: Path) -> None:
 
 @needs_kernels
 @pytest.mark.parametrize(
-    ("memory", "coarse", "told"),
+    ("memory", "placement", "told"),
     [
-        ("35%", {"upgrades": 0}, "--upgrades 0 leaves nobody fine"),
-        ("100%", {}, "--coarse has no effect"),
-        ("1", {}, "less than one expert"),
-        ("35%", {"share": 1.0}, "--fine-share 1"),
-        ("35%", {"upgrades": -1}, "--upgrades -1"),
+        ("35%", "votes", "--warm FILE"),
+        ("100%", "upgrades", "--coarse has no effect"),
+        ("1", "upgrades:share=0.5", "less than one of each"),
+        ("35%", "upgrades:share=1", "share must be at least 0.01"),
+        ("35%", "upgrades:most=0", "most must be at least 1"),
+        ("35%", "best", "unknown placement 'best'; known: upgrades, votes"),
     ],
 )
 def test_two_precisions_that_cannot_be_had_are_refused(
-    tmp_path: Path, memory: str, coarse: dict[str, float], told: str
+    tmp_path: Path, memory: str, placement: str, told: str
 ) -> None:
     fine, few = folders(tmp_path, ("int8", "int4"))
     with pytest.raises(CoterieError, match=told):
-        opened(fine, Memory.parse(memory, coarse=Coarse(few, **coarse)))
+        opened(fine, Memory.parse(memory, coarse=Coarse.parse(str(few), placement)))
 
 
 @given(st.integers(1, 300), st.floats(0.01, 0.99), st.integers(2, 40), st.integers(1, 39))
@@ -411,3 +440,46 @@ def test_a_split_stays_inside_its_memory(
     assert split.fine >= min(experts - 1, int(share * room * 10) // fine) or (
         split.fine + split.coarse == experts
     )
+
+
+@needs_kernels
+def test_the_command_says_which_precision_served(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    fine, coarse = folders(tmp_path, ("int8", "int4"))
+    words = ["generate", "5 17 33", "-m", str(fine), "-n", "8", "--block", "8", "--json"]
+    words += ["--expert-memory", "50%", "--coarse", str(coarse), "--placement", "upgrades:most=1"]
+    assert run(words) == 0
+    said = capsys.readouterr()
+    told = json.loads(said.out)
+    precision, traffic = told["expert_precision"], told["expert_traffic"]
+    slots = precision["fine_slots"], precision["coarse_slots"]
+    assert f"{slots[0]} of 16 experts a layer in int8 and {slots[1]} in int4" in said.err
+    assert traffic["slots"] == sum(slots)
+    assert set(traffic["bytes_moved_from"]) == {"disk, int8", "disk, int4"}
+    assert (precision["fine"], precision["coarse"]) == ("int8", "int4")
+    assert precision["votes_fine"] + precision["votes_coarse"] == pytest.approx(1)
+    assert 0 < precision["loss_bound"] < 1
+    listed = json.loads((coarse / MANIFEST).read_text())
+    for tensor in listed["tensors"].values():
+        tensor.pop("error", None)
+    (coarse / MANIFEST).write_text(json.dumps(listed))
+    assert run(words) == 0
+    said = capsys.readouterr()
+    assert json.loads(said.out)["expert_precision"]["loss_bound"] is None
+    assert "does not tell what its experts lost" in said.err
+
+
+@needs_kernels
+def test_an_option_of_two_precisions_without_them_is_an_error(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    fine, coarse = folders(tmp_path, ("int8", "int4"))
+    for options, told in (
+        (["--coarse", str(coarse)], "--coarse has no effect"),
+        (["--expert-memory", "35%", "--placement", "votes"], "--placement has no effect without"),
+    ):
+        assert run(["generate", "5 17", "-m", str(fine), *options]) == 2
+        said = capsys.readouterr()
+        assert told in said.err
+        assert said.err.count("\n") == 1

@@ -46,6 +46,8 @@ from coterie.cli.tables import (
 )
 from coterie.cli.trace import trace
 from coterie.cli.watch import require_terminal, watch
+from coterie.engine.engine import Engine
+from coterie.engine.event import Result
 from coterie.engine.facts import GIB
 from coterie.engine.facts import inspect as read_facts
 from coterie.engine.load import DTYPES
@@ -112,6 +114,8 @@ def generate(
     host_memory: o.HostMemory = None,
     eviction: o.Evicting = None,
     warm: o.Warm = None,
+    coarse: o.CoarseModel = None,
+    placement: o.Placing = None,
     json: o.Json = False,
     watching: o.Watch = False,
 ) -> None:
@@ -129,7 +133,10 @@ def generate(
         early_stop=early_stop, commit=commit, prefill=prefill,
     )  # fmt: skip
     named = policy_of(policy)
-    memory = memory_of(expert_memory, host_memory=host_memory, eviction=eviction, warm=warm)
+    memory = memory_of(
+        expert_memory, host_memory=host_memory, eviction=eviction, warm=warm, coarse=coarse,
+        placement=placement,
+    )  # fmt: skip
     asked = read_prompt(prompt)
     engine = open_engine(model, dtype=dtype, device=device, experts=experts, memory=memory)
     check_effect(engine, wanted)
@@ -139,6 +146,11 @@ def generate(
         result = watch(engine, ids, named, wanted)
     else:
         result = engine.generate(ids, policy=named, **wanted)
+    show(engine, result, json=json, watching=watching)
+
+
+def show(engine: Engine, result: Result, *, json: bool, watching: bool) -> None:
+    """The answer, and to a terminal what it took."""
     if json:
         print_document(result_document(result) | traffic_document(engine))
         return

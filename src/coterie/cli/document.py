@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 
 from coterie.engine.engine import Engine
 from coterie.engine.event import Result
+from coterie.experts.mixed import Mixed
 from coterie.experts.traffic import Traffic
 
 
@@ -43,7 +44,26 @@ def traffic_document(engine: Engine) -> dict[str, object]:
     store = engine.model.rationed
     if store is None:
         return {}
-    return {"expert_traffic": {"slots": store.capacity, **moved_document(store.ledger.traffic())}}
+    traffic = {"slots": store.capacity, **moved_document(store.ledger.traffic())}
+    mixed = precision_document(store) if isinstance(store, Mixed) else {}
+    return {"expert_traffic": traffic, **mixed}
+
+
+def precision_document(store: Mixed) -> dict[str, object]:
+    """Which precision served, in shares of votes; means over layers and forwards. The bound is None
+    where a manifest does not tell what experts lost."""
+    served = store.precision
+    told = {
+        "fine": store.kinds[0],
+        "coarse": store.kinds[1],
+        "fine_slots": store.fine.capacity,
+        "coarse_slots": store.coarse.capacity,
+        "votes_fine": served.votes_fine,
+        "votes_coarse": 1 - served.votes_fine,
+        "upgrades": served.upgrades,
+        "loss_bound": served.loss_bound if store.errors else None,
+    }
+    return {"expert_precision": told}
 
 
 def moved_document(traffic: Traffic) -> dict[str, object]:

@@ -5,8 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 
 from coterie.cli.tables import readable
+from coterie.engine.coarse import Coarse
 from coterie.engine.memory import Memory, Settled
 from coterie.engine.warm import SavedVotes, read_votes
+from coterie.experts.mixed import Mixed
 from coterie.naming import CoterieError
 from coterie.planning.booking import Memory as Remembered
 from coterie.planning.trace import is_trace, read
@@ -18,18 +20,37 @@ def memory_of(
     host_memory: str | None,
     eviction: str | None,
     warm: Path | None,
+    coarse: str | None = None,
+    placement: str | None = None,
 ) -> Memory | None:
     """What the group of options asks for; None where all experts are to be in memory. Raises for
     what would have no effect."""
     if expert_memory is not None:
         votes = None if warm is None else votes_of(warm)
-        return Memory.parse(expert_memory, host=host_memory, eviction=eviction, warm=votes)
-    typed = {"--host-memory": host_memory, "--eviction": eviction, "--warm": warm}
+        rough = coarse_of(coarse, placement)
+        return Memory.parse(
+            expert_memory, host=host_memory, eviction=eviction, warm=votes, coarse=rough
+        )
+    typed = {
+        "--host-memory": host_memory, "--eviction": eviction, "--warm": warm, "--coarse": coarse,
+        "--placement": placement,
+    }  # fmt: skip
     idle = [flag for flag, value in typed.items() if value is not None]
     if idle:
         raise CoterieError(
             f"{idle[0]} has no effect where all experts are in memory; --expert-memory 35% keeps "
             "fewer there"
+        )
+    return None
+
+
+def coarse_of(folder: str | None, placement: str | None) -> Coarse | None:
+    """Raises for a placement that would have no effect."""
+    if folder is not None:
+        return Coarse.parse(folder, placement)
+    if placement is not None:
+        raise CoterieError(
+            "--placement has no effect without --coarse FOLDER, the same model in fewer bits"
         )
     return None
 
@@ -40,6 +61,19 @@ def votes_of(path: Path) -> SavedVotes:
         return read_votes(path)
     trace = read(path)
     return SavedVotes.of(trace.about.model, trace.about.layers, Remembered.of(trace).mean_votes)
+
+
+def mixed_line(store: Mixed, layers: int) -> str:
+    """How many experts are in memory in either precision; and what its manifests do not tell."""
+    fine, coarse = store.fine, store.coarse
+    sizes = (fine.capacity * fine.expert_bytes, coarse.capacity * coarse.expert_bytes)
+    away = "" if store.capacity >= coarse.experts else f", the others on disk in {store.kinds[1]}"
+    untold = "" if store.errors else "; a manifest does not tell what its experts lost: no bound"
+    return (
+        f"{fine.capacity} of {coarse.experts} experts a layer in {store.kinds[0]} and "
+        f"{coarse.capacity} in {store.kinds[1]} in memory ({readable(sum(sizes) * layers)})"
+        f"{away}{untold}"
+    )
 
 
 def settled_line(found: Settled) -> str:

@@ -9,6 +9,7 @@ import typer
 
 from coterie.decoding.plans import PLANS
 from coterie.decoding.unmask import RULES
+from coterie.engine.coarse import PLACEMENTS
 from coterie.experts.eviction import EVICTIONS
 
 DECODING = "How to decode"
@@ -209,6 +210,27 @@ Warm = Annotated[
         "--warm",
         help="Fill the slots with the experts most voted for before: a file of `coterie trace "
         "--votes`, or a trace.",
+        rich_help_panel=KEEPING,
+        show_default=False,
+    ),
+]
+CoarseModel = Annotated[
+    str | None,
+    typer.Option(
+        "--coarse",
+        help="The same model packed in fewer bits: it serves experts that are not in memory as "
+        "they are, until they are there.",
+        rich_help_panel=KEEPING,
+        show_default=False,
+    ),
+]
+Placing = Annotated[
+    str | None,
+    typer.Option(
+        "--placement",
+        help="With --coarse, who has a place as it is, such as upgrades:most=2,share=0.5 (most "
+        "after each forward of a layer; a share of --expert-memory; the default) or "
+        f"votes:share=0.3 (those of --warm, for good); of {', '.join(PLACEMENTS)}.",
         rich_help_panel=KEEPING,
         show_default=False,
     ),

@@ -8,11 +8,12 @@ from collections.abc import Sequence
 from rich.progress import DownloadColumn, TransferSpeedColumn
 
 from coterie.calibration import read_kept
-from coterie.cli.keeping import settled_line
+from coterie.cli.keeping import mixed_line, settled_line
 from coterie.cli.tables import bar, remark
 from coterie.decoding.plans import BlockCausalUncached, Uncached, parse_plan
 from coterie.engine.engine import Engine, load
 from coterie.engine.memory import Memory
+from coterie.experts.mixed import Mixed
 from coterie.naming import CoterieError
 from coterie.routing import parse_policy, spell
 
@@ -88,7 +89,9 @@ def open_engine(
             model, dtype=dtype, device=device, experts=experts, expert_memory=memory,
             progress=heard,
         )  # fmt: skip
-    if engine.model.memory is not None:
+    if isinstance(store := engine.model.rationed, Mixed):
+        remark(mixed_line(store, len(engine.model.spec.moe_layers)))
+    elif engine.model.memory is not None:
         remark(settled_line(engine.model.memory))
     return engine
 

@@ -1,41 +1,75 @@
-"""Two precisions asked for: where the coarse experts are, and how memory is shared between both."""
+"""Two precisions asked for: where coarse experts are, who is fine, and how both share memory."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Annotated, Protocol
 
 from coterie.naming import CoterieError
+from coterie.spelling import Count, Within, check_options, parse, spelled
 
-SHARE = 0.5
-UPGRADES = 2
+Divided = Annotated[float, Within(least=0.01, most=0.99)]  # something of it, but not all
+
+
+class Placement(Protocol):
+    """Who is fine. Experts that have a place in neither precision come coarse when needed."""
+
+    @property
+    def share(self) -> float:
+        """Of the memory for experts, the part for fine ones; more where that leaves no coarse
+        expert out."""
+        ...
+
+    @property
+    def most(self) -> int:
+        """Who become fine after a forward of a layer, at most; 0: nobody ever."""
+        ...
+
+
+@dataclass(frozen=True)
+class Upgrades:
+    """The most voted lately: after each forward of a layer at most so many become fine."""
+
+    most: Count = 2
+    share: Divided = 0.5
+
+    __post_init__ = check_options
+
+
+@dataclass(frozen=True)
+class Votes:
+    """The most voted of earlier runs stay fine, all others coarse."""
+
+    share: Divided = 0.5
+
+    __post_init__ = check_options
+
+    @property
+    def most(self) -> int:
+        return 0
+
+
+PLACEMENTS: dict[str, type[Placement]] = {"upgrades": Upgrades, "votes": Votes}
 
 
 @dataclass(frozen=True)
 class Coarse:
-    """A second folder of the same model, its experts in fewer bits.
-
-    ``share`` of the memory for experts is for finer ones, if they are not all there in either
-    precision; ``upgrades`` at most come to be fine after a forward of a layer.
-    """
+    """A second folder of the same model, its experts in fewer bits, and who is not served so."""
 
     folder: str | Path
-    share: float = SHARE
-    upgrades: int = UPGRADES
+    placement: Placement = field(default_factory=Upgrades)
 
-    def __post_init__(self) -> None:
-        if not 0 < self.share < 1:
-            raise CoterieError(f"--fine-share {self.share:g}: say a share above 0 and below 1")
-        if self.upgrades < 0:
-            raise CoterieError(f"--upgrades {self.upgrades}: say 0 or more")
+    @staticmethod
+    def parse(folder: str, placement: str | None = None) -> Coarse:
+        """ "votes:share=0.3"; upgrades where nothing is said."""
+        if placement is None:
+            return Coarse(folder)
+        return Coarse(folder, parse(placement, PLACEMENTS, "placement"))
 
     def document(self) -> dict[str, object]:
         """As plain values, by the names of the options."""
-        return {
-            "coarse": str(self.folder),
-            "fine_share": self.share,
-            "upgrades": self.upgrades,
-        }
+        return {"coarse": str(self.folder), "placement": spelled(self.placement, PLACEMENTS)}
 
 
 @dataclass(frozen=True)
@@ -52,16 +86,16 @@ class Split:
         Where all experts are there in one precision or the other, what is left over makes more of
         them fine. Raises CoterieError where one of the two has no place.
         """
-        many = min(experts, int(share * room) // fine)
-        few = (room - many * fine) // coarse
-        if many + few >= experts:
-            many = min(experts, (room - experts * coarse) // (fine - coarse))
-            few = experts - many
-        if few < 1:
+        if room >= experts * fine:
             raise CoterieError("--coarse has no effect: all experts fit into memory as they are")
-        if many < 1:
+        many = int(share * room) // fine
+        few = (room - many * fine) // coarse
+        if many + few > experts:
+            many = (room - experts * coarse) // (fine - coarse)
+            few = experts - many
+        if many < 1 or few < 1:
             raise CoterieError(
-                f"--fine-share {share:g}: of {room:,} bytes a layer that is less than one expert "
-                f"of {fine:,}"
+                f"--expert-memory: {room:,} bytes a layer, {share:.0%} of them for experts of "
+                f"{fine:,} bytes and the others for experts of {coarse:,}: less than one of each"
             )
         return Split(many, few)

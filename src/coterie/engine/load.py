@@ -15,6 +15,7 @@ from coterie.engine.offloaded import offloaded
 from coterie.engine.room import free_memory
 from coterie.engine.source import EMBEDDED, find_folder
 from coterie.experts.ledger import Reporting
+from coterie.experts.mixed import Mixed
 from coterie.experts.offload import Offloaded
 from coterie.experts.store import Resident
 from coterie.families import Config, Family, eos_ids, mask_id, recognise
@@ -104,7 +105,7 @@ def load_model(
         folder=folder,
         offloaded=store if isinstance(store, Offloaded) else None,
         memory=memory,
-        rationed=store if isinstance(store, Offloaded) else None,
+        rationed=store if isinstance(store, Offloaded | Mixed) else None,
     )
 
 

@@ -73,14 +73,14 @@ def mixed(fine: Packed, memory: Settled, asked: Coarse) -> Mixed:
     coarse = Packed.of(find_folder(asked.folder))
     check_same(fine, coarse)
     warm = {} if memory.asked.warm is None else memory.asked.warm.by_layer()
-    if not (warm or asked.upgrades):
+    if not (warm or asked.placement.most):
         raise CoterieError(
-            "--upgrades 0 leaves nobody fine; --warm FILE says who is from the start"
+            "--placement votes: --warm FILE says whose; `coterie trace --votes FILE` saves them"
         )
     spec = fine.spec
     split = Split.of(
         memory.slots * memory.expert_bytes,
-        asked.share,
+        asked.placement.share,
         experts=memory.experts,
         fine=spec.expert_stride,
         coarse=coarse.spec.expert_stride,
@@ -97,9 +97,10 @@ def mixed(fine: Packed, memory: Settled, asked: Coarse) -> Mixed:
     store = Mixed(
         source,
         offloaded(coarse.checkpoint, coarse.places, coarse.spec, room),
-        asked.upgrades,
+        asked.placement.most,
         warm=warm,
         errors=errors_of(fine, coarse) or {},
+        kinds=(spec.panel_kind, coarse.spec.panel_kind),
     )
     for layer in spec.moe_layers:
         store.resident(layer)

@@ -10,9 +10,11 @@ import numpy as np
 from torch import Tensor
 
 from coterie.experts.couriers import Courier
-from coterie.experts.eviction import ByVotes, Eviction, Mask, Numbers
-from coterie.experts.offload import Allocate, Offloaded, Shown
-from coterie.experts.slots import NOBODY
+from coterie.experts.eviction import ByVotes, Eviction, Lru, Mask, Numbers
+from coterie.experts.ledger import Ledger
+from coterie.experts.offload import Allocate, Offloaded, Shown, allocated
+from coterie.experts.slots import NOBODY, Slots
+from coterie.experts.traffic import Moved
 from coterie.experts.upgrades import Finer
 from coterie.values import Demand, Slab
 
@@ -37,6 +39,16 @@ class Precision:
     fine: float = 0.0  # vote shares
     bound: float = 0.0
     upgrades: int = 0
+
+    @property
+    def votes_fine(self) -> float:
+        """Share of the votes that was served fine; of a layer and forward, on average."""
+        return self.fine / max(1, self.forwards)
+
+    @property
+    def loss_bound(self) -> float:
+        """Of a layer and forward, on average."""
+        return self.bound / max(1, self.forwards)
 
     def note(self, votes: Numbers, finely: Mask, coarsely: Mask, errors: Errors | None) -> None:
         """One forward of a layer; who is in neither mask was not used."""
@@ -90,22 +102,36 @@ class Mixed:
     rule: Eviction = field(default_factory=ByVotes)
     warm: Mapping[int, Numbers] = field(default_factory=dict)  # by layer, votes of earlier runs
     errors: Mapping[int, Errors] = field(default_factory=dict)  # by layer, where they are known
+    kinds: tuple[str, str] = ("fine", "coarse")  # what both are called
     precision: Precision = field(default_factory=Precision)
-    moved: int = 0  # finer experts; the coarse store counts its own
+    ledger: Ledger = field(init=False)  # of both; "vanilla" is one of fine experts in all memory
     _shelves: dict[int, Shelf] = field(default_factory=dict)
     _memory: dict[int, Tensor] = field(default_factory=dict)  # outlives what a layer forgets
+    _noted: dict[str, Moved] = field(default_factory=dict)  # what came of the coarse, by its tier
+
+    def __post_init__(self) -> None:
+        fine, coarse = self.fine, self.coarse
+        room = fine.capacity * fine.expert_bytes + coarse.capacity * coarse.expert_bytes
+        like = room // fine.expert_bytes
+        self.ledger = Ledger(
+            fine.expert_bytes,
+            lambda layer: Slots(coarse.experts, like, Lru(), self.warm.get(layer)),
+            lambda: self.waited,
+        )
 
     def serve(self, layer: int, demand: Demand) -> Iterator[Slab]:
         shelf = self._arrived(layer)
         used, votes = demand.used.cpu().numpy(), voted(demand)
         finely = used & shelf.book.resident
         coarsely = used & ~finely
+        self._note(layer, demand, used=used, finely=finely)
         self.precision.note(votes, finely, coarsely, self.errors.get(layer))
         shelf.book.note(used, votes)
         fine = self._lent(shelf) if finely.any() else iter(())
         if coarsely.any():
             yield from self._both(layer, demand, coarsely, fine)
         yield from fine
+        self._note_coarse()
         loads = shelf.book.upgrade(coarsely, self.upgrades)
         self.precision.upgrades += len(loads)
         self._bring(layer, shelf, loads)
@@ -117,14 +143,43 @@ class Mixed:
         return None if coarse is None else coarse | fine
 
     def slots(self, layer: int) -> int | None:
-        """Of both precisions; an expert may stand in both."""
         del layer
-        return min(self.coarse.experts, self.fine.capacity + self.coarse.capacity)
+        return min(self.coarse.experts, self.capacity)
+
+    @property
+    def capacity(self) -> int:
+        """Slots of both precisions; an expert may stand in both."""
+        return self.fine.capacity + self.coarse.capacity
+
+    def empty(self) -> None:
+        """Forget who is here, once nobody is on the way; those of the start come back."""
+        self.ledger.emptied()
+        for shelf in self._shelves.values():
+            self.fine.courier.settle(shelf.coming)
+        layers = tuple(self._shelves)
+        self._shelves.clear()
+        self.coarse.empty()
+        for layer in layers:
+            self._shelf(layer)
 
     @property
     def waited(self) -> float:
         """Seconds in which nothing was computed, for whichever precision."""
         return self.fine.courier.waited + self.coarse.waited
+
+    def _note(self, layer: int, demand: Demand, *, used: Mask, finely: Mask) -> None:
+        """In the ledger; nobody waits for who is here in either precision."""
+        coarse = self.coarse.resident(layer)
+        here = finely if coarse is None else finely | (used & coarse.cpu().numpy())
+        hits = int(np.count_nonzero(here))
+        self.ledger.served(layer, demand, used=int(np.count_nonzero(used)), hits=hits)
+
+    def _note_coarse(self) -> None:
+        """Which coarse experts came since this was last asked."""
+        for tier, moved in self.coarse.ledger.traffic().sources.items():
+            new = moved.joined(self._noted.get(tier, Moved()), -1)
+            self.ledger.moved(f"{tier}, {self.kinds[1]}", new.experts, new.bytes)
+            self._noted[tier] = moved
 
     def _both(
         self, layer: int, demand: Demand, coarsely: Mask, fine: Iterator[Slab]
@@ -157,6 +212,8 @@ class Mixed:
             self.fine.courier.settle(shelf.coming)
             self._shelves.pop(layer, None)
             raise
+        for one in shelf.coming:
+            self.ledger.moved(f"{one.result()}, {self.kinds[0]}")
         shelf.coming.clear()
         return shelf
 
@@ -165,7 +222,7 @@ class Mixed:
             source = self.fine
             book = Finer(self.coarse.experts, source.capacity, self.rule, self.warm.get(layer))
             if layer not in self._memory:
-                self._memory[layer] = source.allocate(book.capacity, source.expert_bytes)
+                self._memory[layer] = allocated(source.allocate, book.capacity, source.expert_bytes)
                 source.courier.computed()  # with what lay there before
             self._shelves[layer] = shelf = Shelf(book, self._memory[layer])
             known = enumerate(book.holds)
@@ -174,7 +231,6 @@ class Mixed:
 
     def _bring(self, layer: int, shelf: Shelf, loads: Iterable[tuple[int, int]]) -> None:
         for expert, place in loads:
-            self.moved += 1
             shelf.coming.append(self.fine.courier.bring(layer, expert, shelf.memory[place]))
 
 
