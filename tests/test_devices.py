@@ -8,6 +8,8 @@ import pytest
 import torch
 
 import coterie
+from coterie.engine.convert import Aim, convert
+from coterie.engine.memory import Memory
 from coterie.testing import CONFIGS, write_checkpoint
 
 PROMPT = list(range(3, 20))
@@ -54,3 +56,30 @@ def test_a_seed_draws_the_same_on_both(tmp_path: Path) -> None:
         for device in ("cpu", "cuda")
     )
     assert there.tokens == here.tokens
+
+
+@needs_cuda
+@pytest.mark.parametrize("kept", ["plain", "int8", "int4", "bf16"])
+@pytest.mark.parametrize("host", [None, "30KB"])
+def test_few_experts_on_the_device_answer_like_all(
+    tmp_path: Path, kept: str, host: str | None
+) -> None:
+    """Behind few slots stands host memory for all, or for some before a packed checkpoint."""
+    dtype = torch.float32 if kept == "plain" else torch.bfloat16
+    folder = write_checkpoint(tmp_path / "whole", "llada2", seed=8, dtype=dtype)
+    if kept != "plain":
+        convert(folder, tmp_path / "packed", Aim.of(kept))
+        folder = tmp_path / "packed"
+    elif host is not None:
+        pytest.skip("whole checkpoints are not read expert by expert")
+    asked = {"max_new_tokens": 24, "block": 8, "unmask": "fixed:steps=3"}
+    whole = coterie.load(folder, device="cuda", dtype="float32")
+    for memory in ("1", "5", "100%"):
+        told = Memory.parse(memory, host=host)
+        few = coterie.load(folder, device="cuda", dtype="float32", expert_memory=told)
+        for policy in ("vanilla", "des-vote:beta=0.3"):
+            found, true = (one.generate(PROMPT, policy=policy, **asked) for one in (few, whole))
+            assert found.tokens == true.tokens
+        assert few.model.offloaded is not None
+        assert few.model.offloaded.moved > 0
+        assert few.model.offloaded.waited >= 0

@@ -16,13 +16,14 @@ from torch import Tensor
 
 from coterie.experts.couriers import Courier
 from coterie.experts.eviction import Lfu, Lru
+from coterie.experts.host import Host
 from coterie.experts.offload import Offloaded
 from coterie.experts.streams import Copies, Lane, Relays
-from coterie.experts.tiers import InMemory
+from coterie.experts.tiers import InMemory, Tier
 from coterie.naming import CoterieError
 from coterie.values import Demand, Slab
 
-LAYERS, SIZE = (1, 2), 6
+LAYERS, EXPERTS, SIZE = (1, 2), 12, 6
 DEVICE = torch.device("cpu")
 OLD = 250  # what lay where the slots are, and is still being read
 
@@ -43,8 +44,9 @@ def by_copies(tier: InMemory) -> Courier:
     return Copies(tier, Lane(DEVICE))
 
 
-def by_relays(tier: InMemory) -> Courier:
-    return Relays(tier, Lane(DEVICE), lambda count, size: torch.zeros(count, size).byte())
+def by_relays(tier: Tier) -> Courier:
+    """Through memory for five experts of any layer: who comes there later takes others' places."""
+    return Relays(Host(tier, torch.zeros(5, SIZE).byte(), LAYERS, EXPERTS), Lane(DEVICE))
 
 
 @dataclass
@@ -244,9 +246,7 @@ def test_a_tier_that_fails_is_an_error_and_the_next_forward_is_right() -> None:
         world.install(patch)
         run = Run.of(
             world,
-            lambda tier: Relays(
-                failing, Lane(DEVICE), lambda count, size: torch.zeros(count, size).byte()
-            ),
+            lambda tier: by_relays(failing),
             9,
             4,
             lru=True,

@@ -83,7 +83,10 @@ def settled_line(found: Settled) -> str:
         chosen = f"{readable(found.free)} are free, {readable(found.rest)} kept for all else: "
     if found.whole:
         return f"{chosen}all {found.experts} experts a layer fit ({readable(found.bytes)})"
-    return (
-        f"{chosen}{found.slots} of {found.experts} experts a layer in memory "
-        f"({readable(found.bytes)}), the others on disk"
-    )
+    here = f"{chosen}{found.slots} of {found.experts} experts a layer in memory "
+    if found.host is None:
+        return f"{here}({readable(found.bytes)}), the others on disk"
+    whole = found.layers * found.experts * found.expert_bytes
+    others = "all" if found.host >= whole else "some before the disk"
+    held = f"{others} in {readable(found.host)} of the host"
+    return f"{here}of the GPU ({readable(found.bytes)}), {held}"

@@ -9,6 +9,8 @@ from pathlib import Path
 import torch
 
 from coterie import ops
+from coterie.engine import behind
+from coterie.engine.behind import Behind
 from coterie.engine.memory import Memory, Settled, settle
 from coterie.engine.mixing import Packed, mixed
 from coterie.engine.offloaded import offloaded
@@ -90,7 +92,7 @@ def load_model(
     where = choose_device(device)
     what = choose_dtype(dtype, spec, where)
     kept = _kept_as(folder, spec, experts, where)
-    memory = _settled(folder, kept, expert_memory, dtype=what, device=where)
+    memory = _settled(folder, spec, kept, expert_memory, dtype=what, device=where)
     transformer, store = _load_weights(
         folder, family, spec, kept, dtype=what, device=where, memory=memory, progress=progress
     )
@@ -111,6 +113,7 @@ def load_model(
 
 def _settled(
     folder: Path,
+    stored: ModelSpec,
     kept: ModelSpec,
     asked: str | Memory | None,
     *,
@@ -120,19 +123,21 @@ def _settled(
     """Raises CoterieError where experts cannot be read one by one, or not even one fits."""
     if asked is None:
         return None
+    wanted = Memory.parse(asked) if isinstance(asked, str) else asked
+    if wanted.warm is not None:
+        wanted.warm.check(kept, folder)
+    if behind.far(device):
+        return behind.settle_behind(wanted, stored, kept, dtype, device=device)
     if not kept.panels:
         raise CoterieError(
             f"{folder}: --expert-memory reads experts from a packed checkpoint, for a CPU's "
             "kernels; `coterie quantize MODEL OUT --experts int8` makes one"
         )
-    wanted = Memory.parse(asked) if isinstance(asked, str) else asked
     if wanted.host is not None:
         raise CoterieError(
             "--host-memory has no effect on a CPU: --expert-memory is memory of the host there; "
             "with --device cuda it stands between the GPU's memory and the disk"
         )
-    if wanted.warm is not None:
-        wanted.warm.check(kept, folder)
     free, size = free_memory(device), kept.expert_stride
     found = settle(wanted, kept, dtype, expert_bytes=size, free=free)
     if found.whole and wanted.coarse is not None:
@@ -152,7 +157,8 @@ def _kept_as(
                 f"{wanted} can be made of the original only"
             )
         return replace(stored, expert_format=wanted)
-    return replace(stored, panels=stored.panels and device.type == "cpu" and cpu.ready())
+    panels = stored.panels and not behind.far(device) and cpu.ready()
+    return replace(stored, panels=panels)
 
 
 def _agreed_mask(config: Config, codec: Codec, usual: int) -> int:
@@ -213,9 +219,16 @@ def _load_weights(
     memory = None if memory is None or memory.whole else memory
     away = 0 if memory is None else memory.absent
     _check_room(folder, bytes_kept(kept, dtype) - away, device)
-    weights = allocate(kept, dtype, device)
+    weights = allocate(kept, dtype, device, experts=memory is None)
+    host = Behind(kept, dtype, memory, device) if memory and behind.far(device) else None
+    if host is not None and host.holds_all:
+        weights |= host.weights()
+    left = memory is not None and not (host is not None and host.holds_all)
     told = _running_total(checkpoint.bytes, progress)
-    checkpoint.load(places, Filling(spec, kept, weights, left=memory is not None), told)
+    checkpoint.load(places, Filling(spec, kept, weights, left=left), told)
+    if host is not None:
+        store = host.store(checkpoint, places, spec)
+        return build(kept, weights, store), store
     if memory is not None:
         store = (
             offloaded(checkpoint, places, kept, memory)

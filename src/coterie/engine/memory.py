@@ -74,7 +74,7 @@ class Settled:
     """What a ``Memory`` came to: ``slots`` for the experts of each layer.
 
     ``free`` bytes were there and ``rest`` of them left for all else, where it was "auto" that
-    chose.
+    chose. Behind a GPU's slots, ``host`` bytes of the machine's own memory are for experts.
     """
 
     asked: Memory
@@ -84,6 +84,7 @@ class Settled:
     expert_bytes: int
     free: int | None = None
     rest: int | None = None
+    host: int | None = None
 
     @property
     def whole(self) -> bool:

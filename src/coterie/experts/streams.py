@@ -7,17 +7,18 @@ stream, not the host, until the copies so far are done.
 
 from __future__ import annotations
 
-import threading
 from collections import deque
 from collections.abc import Callable, Collection
 from concurrent.futures import Future, ThreadPoolExecutor, wait
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from coterie.experts.couriers import READERS, Table
-from coterie.experts.tiers import HOST, InMemory, Tier
+from coterie.experts.tiers import HOST, InMemory
 
 DONE: Future[str] = Future()
 DONE.set_result(HOST)
@@ -107,14 +108,21 @@ class Copies:
         return self.lane.there(table)
 
 
+class Lender(Protocol):
+    """Pinned host memory for some experts, which finds the others."""
+
+    def lent(self, layer: int, expert: int) -> AbstractContextManager[tuple[Tensor, str]]:
+        """An expert's bytes, which stay where they are until this is left, and the tier that they
+        were found in; from any thread."""
+        ...
+
+
 @dataclass(frozen=True)
 class Relays:
-    """Out of any tier: threads fetch into pinned buffers, one each, and copy from there."""
+    """Out of pinned memory that holds some experts: threads wait for the others, and copy."""
 
-    tier: Tier
+    source: Lender
     lane: Lane
-    allocate: Callable[[int, int], Tensor]  # pinned memory for (buffers, bytes of an expert)
-    _buffers: threading.local = field(default_factory=threading.local)
     _threads: ThreadPoolExecutor = field(
         default_factory=lambda: ThreadPoolExecutor(READERS, "coterie-experts")
     )
@@ -145,9 +153,6 @@ class Relays:
 
     def _relay(self, layer: int, expert: int, into: Tensor) -> str:
         # Threads do not inherit the mode, and slots may be made inside it.
-        with torch.inference_mode():
-            if not hasattr(self._buffers, "own"):
-                (self._buffers.own,) = self.allocate(1, into.nbytes)
-            found = self.tier.fetch(layer, expert, self._buffers.own)
-            self.lane.copy(self._buffers.own, into).synchronize()
+        with torch.inference_mode(), self.source.lent(layer, expert) as (blob, found):
+            self.lane.copy(blob, into).synchronize()
             return found

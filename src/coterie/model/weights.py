@@ -94,12 +94,15 @@ def parts(form: Format, shape: tuple[int, ...]) -> dict[str, tuple[tuple[int, ..
     return {"q": (numbers, form.dtype), "scales": (scales, torch.bfloat16)}
 
 
-def allocate(spec: ModelSpec, dtype: torch.dtype, device: torch.device) -> dict[str, Tensor]:
-    """Uninitialised memory for every weight; for packed experts none, for a file holds them."""
+def allocate(
+    spec: ModelSpec, dtype: torch.dtype, device: torch.device, *, experts: bool = True
+) -> dict[str, Tensor]:
+    """Uninitialised memory for every weight, perhaps without ``experts``; for packed ones none, for
+    a file holds them."""
     return {
         name: torch.empty(shape, dtype=what, device=device)
         for name, shape, what in kept(spec, dtype)
-        if not is_packed(name)
+        if not is_packed(name) and (experts or ".experts." not in name)
     }
 
 
