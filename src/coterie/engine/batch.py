@@ -17,6 +17,7 @@ from coterie.decoding.sampling import NotFinite
 from coterie.engine.config import Generation
 from coterie.engine.graph import Graphs
 from coterie.engine.pool import Pool
+from coterie.experts.traffic import Traffic
 from coterie.model.cache import Cache
 from coterie.model.step import Coresets, Step
 from coterie.model.transformer import Transformer
@@ -42,6 +43,7 @@ class Slot:
     coresets: tuple[int, Tensor] | None = None  # a block, and its [L, E] of the step before
     prefills: int = 0
     commits: int = 0
+    moved: Traffic | None = None  # by everybody, before it
     began: float = field(default_factory=time.perf_counter)
 
     @property

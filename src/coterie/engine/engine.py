@@ -20,6 +20,7 @@ from coterie.engine.graph import Graphs
 from coterie.engine.load import Model, load_model
 from coterie.engine.memory import Memory
 from coterie.engine.pool import Pool
+from coterie.experts.traffic import Traffic
 from coterie.model.weights import expert_bytes
 from coterie.naming import CoterieError
 from coterie.routing import POLICIES, check_keeps, check_layers, parse_policy, spell
@@ -89,7 +90,7 @@ class Engine:
             check_keeps(chosen)
         row = Row(self._ask(prompt, generation))
         place = self._pool.take(row.canvas.length)
-        slot = Slot(self._next, row, place, chosen, generation)
+        slot = Slot(self._next, row, place, chosen, generation, moved=self.traffic())
         if row.ask.unmask.smooth is not None:
             whole = row.canvas.tokens[None].to(self.model.transformer.device)
             slot.embeddings = self.model.transformer.embed(whole)[0].clone()
@@ -199,7 +200,24 @@ class Engine:
             vote_mass_kept=counts.vote_mass_kept,
             coresets_kept=counts.coresets_kept,
             drift=counts.drift,
+            traffic=self.traffic(slot.moved),
         )
+
+    def traffic(self, since: Traffic | None = None) -> Traffic | None:
+        """What all rows' forwards moved, ``since`` an earlier reading or ever; None where all
+        experts are in memory."""
+        if (store := self.model.rationed) is None:
+            return None
+        now = store.ledger.traffic()
+        return now if since is None else now - since
+
+    def empty(self) -> None:
+        """Let the experts' memory be as it was at first, so that what comes depends on nothing
+        before. Raises RuntimeError while a row is on its way."""
+        if self._slots:
+            raise RuntimeError("a row on its way may need what is in memory")
+        if self.model.rationed is not None:
+            self.model.rationed.empty()
 
     def _slot(self, number: int) -> Slot:
         if number not in self._slots:

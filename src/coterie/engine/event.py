@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from coterie.decoding import Token
 from coterie.decoding.plans import Kind
+from coterie.experts.traffic import Traffic
 from coterie.naming import CoterieError
 
 
@@ -67,6 +68,8 @@ class Result:
     vote_mass_kept: float
     coresets_kept: float | None = None  # with drift: of a block's later steps, the share kept
     drift: float | None = None  # and the mean share of votes lost by it
+    # Of all rows' forwards since this one began; None where all experts are in memory.
+    traffic: Traffic | None = None
 
     @property
     def tokens_per_second(self) -> float:

@@ -11,6 +11,7 @@ import torch
 from coterie import ops
 from coterie.engine import behind
 from coterie.engine.behind import Behind
+from coterie.engine.imagining import imagine, imagined_room
 from coterie.engine.memory import Memory, Settled, settle
 from coterie.engine.mixing import Packed, mixed
 from coterie.engine.offloaded import offloaded
@@ -64,6 +65,17 @@ class Model:
     def spec(self) -> ModelSpec:
         return self.transformer.spec
 
+    def imagining(self, asked: Memory) -> Model:
+        """The same in a smaller memory that is imagined; raises CoterieError for none, and for a
+        model whose memory is short already."""
+        if self.rationed is not None:
+            raise CoterieError("a memory can be imagined only where all experts are in memory")
+        settled = imagined_room(asked, self.spec, self.transformer.dtype)
+        if asked.warm is not None and self.folder is not None:
+            asked.warm.check(self.spec, self.folder)
+        transformer, store = imagine(self.transformer, settled)
+        return replace(self, transformer=transformer, memory=settled, rationed=store)
+
 
 def load_model(
     name_or_path: str | Path | None = None,
@@ -81,7 +93,8 @@ def load_model(
     routed experts as they are read. Packed experts are mapped and stay in their file where kernels
     of a CPU read them, and are unpacked elsewhere. With ``expert_memory`` ("35%", "47" a layer,
     "6GiB", "auto": as many as are free, or a ``Memory``) only so many are in memory, and the others
-    are read when they are needed; a policy's votes may then prefer those that are there.
+    are read when they are needed; a policy's votes may then prefer those that are there. Of a
+    memory that is only imagined nothing is read: all are there, and book is kept.
     ``progress`` hears (bytes done, bytes in all).
     Every bad input raises a CoterieError of one line.
     """
@@ -92,12 +105,16 @@ def load_model(
     where = choose_device(device)
     what = choose_dtype(dtype, spec, where)
     kept = _kept_as(folder, spec, experts, where)
-    memory = _settled(folder, spec, kept, expert_memory, dtype=what, device=where)
+    asked = Memory.parse(expert_memory) if isinstance(expert_memory, str) else expert_memory
+    imagined = asked if asked is not None and asked.imagined else None
+    if imagined is not None:
+        imagined_room(imagined, kept, what)  # fails here, before weights are loaded
+    memory = None if imagined else _settled(folder, spec, kept, asked, dtype=what, device=where)
     transformer, store = _load_weights(
         folder, family, spec, kept, dtype=what, device=where, memory=memory, progress=progress
     )
     codec = load_codec(folder, template=family.defaults.template, vocabulary=spec.vocabulary)
-    return Model(
+    model = Model(
         name=EMBEDDED if name_or_path is None else str(name_or_path),
         family=family,
         transformer=transformer,
@@ -109,21 +126,21 @@ def load_model(
         memory=memory,
         rationed=store if isinstance(store, Offloaded | Mixed) else None,
     )
+    return model if imagined is None else model.imagining(imagined)
 
 
 def _settled(
     folder: Path,
     stored: ModelSpec,
     kept: ModelSpec,
-    asked: str | Memory | None,
+    wanted: Memory | None,
     *,
     dtype: torch.dtype,
     device: torch.device,
 ) -> Settled | None:
     """Raises CoterieError where experts cannot be read one by one, or not even one fits."""
-    if asked is None:
+    if wanted is None:
         return None
-    wanted = Memory.parse(asked) if isinstance(asked, str) else asked
     if wanted.warm is not None:
         wanted.warm.check(kept, folder)
     if behind.far(device):

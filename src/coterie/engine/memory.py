@@ -39,6 +39,7 @@ class Memory:
     eviction: Eviction = field(default_factory=Lru)
     warm: SavedVotes | None = None
     coarse: Coarse | None = None
+    imagined: bool = False  # all experts are there, and book is kept of what would have moved
 
     @staticmethod
     def parse(
@@ -48,6 +49,7 @@ class Memory:
         eviction: str | None = None,
         warm: SavedVotes | None = None,
         coarse: Coarse | None = None,
+        imagined: bool = False,
     ) -> Memory:
         """From what is typed: "35%", "47" a layer, "6GiB" or "auto"; "20GiB" or "auto"; "lru"."""
         return Memory(
@@ -56,6 +58,7 @@ class Memory:
             Lru() if eviction is None else parse_eviction(eviction),
             warm,
             coarse,
+            imagined,
         )
 
     def document(self) -> dict[str, object]:
@@ -66,6 +69,7 @@ class Memory:
             "eviction": spelled(self.eviction, EVICTIONS),
             "warm": None if self.warm is None else self.warm.name,
             **({} if self.coarse is None else self.coarse.document()),
+            **({"imagined": True} if self.imagined else {}),
         }
 
 

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from coterie.experts.eviction import Eviction, Lru, asked_votes
+from coterie.experts.eviction import Eviction, Lru, Numbers, asked_votes
 from coterie.experts.ledger import Ledger
 from coterie.experts.slots import Slots
 from coterie.values import Demand, Slab, Store
@@ -29,12 +29,13 @@ class Imagined:
     experts: int
     capacity: int
     rule: Eviction = field(default_factory=Lru)
+    warm: Mapping[int, Numbers] = field(default_factory=dict)  # votes [E] of earlier runs, by layer
     expert_bytes: int = 1
     ledger: Ledger = field(init=False)
     books: dict[int, Slots] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        self.ledger = Ledger(self.expert_bytes, lambda _: Slots(self.experts, self.capacity, Lru()))
+        self.ledger = Ledger(self.expert_bytes, lambda layer: self._book(layer, Lru()))
 
     def serve(self, layer: int, demand: Demand) -> Iterator[Slab]:
         mask = demand.used.cpu().numpy()
@@ -56,8 +57,12 @@ class Imagined:
         return self.ledger.traffic().moved
 
     def empty(self) -> None:
-        self.books.clear()
+        """Forget who is here; those of the start come back."""
         self.ledger.emptied()
+        layers = tuple(self.books)
+        self.books.clear()
+        for layer in layers:
+            self._layer(layer)
 
     def resident(self, layer: int) -> Tensor | None:
         return torch.from_numpy(self._layer(layer).resident)
@@ -67,4 +72,10 @@ class Imagined:
         return self.capacity
 
     def _layer(self, layer: int) -> Slots:
-        return self.books.setdefault(layer, Slots(self.experts, self.capacity, self.rule))
+        if layer not in self.books:
+            self.books[layer] = book = self._book(layer, self.rule)
+            self.ledger.moved(IMAGINED, int(book.resident.sum()))
+        return self.books[layer]
+
+    def _book(self, layer: int, rule: Eviction) -> Slots:
+        return Slots(self.experts, self.capacity, rule, self.warm.get(layer))

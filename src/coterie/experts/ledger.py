@@ -91,8 +91,9 @@ class Ledger:
     """What a store did, forward by forward, ``LINES`` of them; totals are of all.
 
     A store tells of each layer that it serves, who asks for a forward when one begins and ends.
-    Where nobody does, a layer that is not above the last begins the next. Everything is told in
-    the thread that serves. What vanilla would have moved is worked out when somebody reads: until
+    Where nobody does, a layer that is not above the last begins the next. What fills the memory
+    before a forward is in the totals, and in no forward. Everything is told in the thread that
+    serves. What vanilla would have moved is worked out when somebody reads: until
     then a forward leaves its tokens' own choices behind, and no time is spent.
     """
 
@@ -179,9 +180,10 @@ class Ledger:
             return
         line.forwards, line.waited = line.counts, self.waiting() - self._before.waited
         self._before.take(line)
-        self._closed.append(line)
+        if line.layer >= 0:
+            self._closed.append(line)
         # A store that nobody tells of forwards counts them itself; their kind stays unknown.
-        self._open = Tally(line.number + 1, line.kind, line.rows, line.blocks)
+        self._open = Tally(line.number + (line.layer >= 0), line.kind, line.rows, line.blocks)
 
     def _settle(self) -> None:
         """Let vanilla's memory go through what has waited."""
@@ -190,12 +192,10 @@ class Ledger:
                 self._shadow.clear()
                 continue
             line, layer, own, experts = entry
-            loads = 0
             if layer not in self._shadow:
                 self._shadow[layer] = self.book(layer)
-                loads = int(self._shadow[layer].resident.sum())  # they had to come as well
             used = membership(own.flatten(), experts).cpu().numpy()
-            loads += sum(len(wave.loads) for wave in self._shadow[layer].serve(used))
+            loads = sum(len(wave.loads) for wave in self._shadow[layer].serve(used))
             line.vanilla += loads
             self._before.vanilla += loads
         self._pending.clear()

@@ -1,0 +1,136 @@
+"""An engine whose memory for experts is short, or imagined to be: what its results tell of it."""
+
+from __future__ import annotations
+
+from functools import cache
+from pathlib import Path
+from tempfile import mkdtemp
+
+import pytest
+import torch
+
+import coterie
+from coterie.engine.engine import Engine
+from coterie.engine.event import Result
+from coterie.engine.memory import Memory
+from coterie.engine.warm import SavedVotes
+from coterie.experts.traffic import Traffic
+from coterie.naming import CoterieError
+from coterie.testing import write_checkpoint
+
+ASKED = {"max_new_tokens": 24, "block": 8, "unmask": "fixed:steps=3"}
+PREFERRING = "resident-vote:beta=0.3,lam=8,eps=0.5"
+PROMPTS = (list(range(5, 17)), [7, 7, 1], [3, 60, 4, 41])
+
+
+@cache
+def folder() -> Path:
+    """16 experts in each of two layers."""
+    return write_checkpoint(Path(mkdtemp()) / "whole", "llada2", dtype=torch.float32)
+
+
+def engine(memory: str | None = "35%", *, compared: bool = True, **more: object) -> Engine:
+    asked = None if memory is None else Memory.parse(memory, imagined=True, **more)
+    own = coterie.load(folder(), dtype="float32", device="cpu", expert_memory=asked)
+    if own.model.rationed is not None and compared:
+        own.model.rationed.ledger.compare()
+    return own
+
+
+def traffic(result: Result) -> Traffic:
+    assert result.traffic is not None
+    return result.traffic
+
+
+def test_where_all_experts_are_in_memory_nothing_is_told() -> None:
+    own = engine(None)
+    assert own.generate(PROMPTS[0], **ASKED).traffic is None
+    own.empty()
+
+
+def test_a_result_tells_what_its_forwards_moved() -> None:
+    own, whole = engine(), engine(None)
+    for prompt in PROMPTS:
+        found, true = (one.generate(prompt, **ASKED) for one in (own, whole))
+        assert found.tokens == true.tokens
+        moved = traffic(found)
+        assert moved.forwards == found.forwards
+        assert moved.vanilla == moved.moved  # it is vanilla's
+        assert 0 < moved.hits < moved.used
+        assert 0 < moved.seconds < found.seconds
+    assert own.traffic() is not None
+    store = own.model.rationed
+    assert store is not None
+    kinds = [line.kind for line in store.ledger.lines]
+    assert (kinds.count("prefill"), kinds.count("commit") > 0) == (1, True)
+    blocks = [line.blocks for line in store.ledger.lines if line.rows == (0,)]
+    assert sorted(set(blocks)) == [(0,), (1,), (2,), (3,)]
+    assert blocks == sorted(blocks)
+
+
+def test_in_an_emptied_memory_an_answer_depends_on_nothing_before() -> None:
+    """Under a policy that prefers who is there, it does otherwise."""
+    fresh = [engine().generate(prompt, policy=PREFERRING, **ASKED) for prompt in PROMPTS]
+    for between in (True, False):
+        own, found = engine(), []
+        for prompt in PROMPTS:
+            if between:
+                own.empty()
+            found.append(own.generate(prompt, policy=PREFERRING, **ASKED))
+        same = [
+            one.tokens == other.tokens and traffic(one).sources == traffic(other).sources
+            for one, other in zip(found, fresh, strict=True)
+        ]
+        assert all(same) == between
+
+
+def test_a_memory_is_not_emptied_under_a_row() -> None:
+    own = engine()
+    row = own.submit(PROMPTS[0], **ASKED)
+    with pytest.raises(RuntimeError, match="on its way"):
+        own.empty()
+    own.cancel(row)
+    own.empty()
+
+
+def test_rows_that_share_forwards_tell_of_all_of_them() -> None:
+    own = engine()
+    for prompt in PROMPTS[:2]:
+        own.submit(prompt, **ASKED)
+    found = []
+    while own.rows:
+        found += [event.result for event in own.step() if isinstance(event, coterie.Finished)]
+    assert traffic(found[-1]) == own.traffic()
+    assert traffic(found[0]).moved <= traffic(found[1]).moved
+
+
+def test_a_warm_memory_is_warm_again_when_it_was_emptied() -> None:
+    """Votes for the same six experts of each layer: they are there before anybody asks."""
+    votes = torch.zeros(2, 16)
+    votes[:, :6] = 1.0
+    layers = engine(None).model.spec.moe_layers
+    warm = SavedVotes.of("tiny", layers, votes.double().numpy())
+    own = engine("6", warm=warm)
+    for _ in range(2):
+        store = own.model.rationed
+        assert store is not None
+        assert not any(line.traffic.moved > line.traffic.used for line in store.ledger.lines)
+        here = own.model.transformer.layers[layers[0]].feed_forward.store.resident(layers[0])
+        assert here.tolist() == [True] * 6 + [False] * 10
+        own.generate(PROMPTS[0], **ASKED)
+        own.empty()
+    found = traffic(own.generate(PROMPTS[0], **ASKED))
+    assert found.vanilla == found.moved
+
+
+@pytest.mark.parametrize(
+    ("asked", "told"),
+    [
+        (Memory.parse("auto", imagined=True), "auto has no effect"),
+        (Memory.parse("35%", host="1GiB", imagined=True), "--host-memory has no effect"),
+        (Memory.parse("1%", imagined=True), "less than one expert"),
+    ],
+)
+def test_what_nobody_can_imagine_is_an_error(asked: Memory, told: str) -> None:
+    with pytest.raises(CoterieError, match=told):
+        coterie.load(folder(), expert_memory=asked)
