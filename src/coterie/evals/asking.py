@@ -28,12 +28,14 @@ class Question:
 
 @dataclass(frozen=True)
 class Outcome:
-    """A result, or why there is none; ``seconds`` of generation since the outcome before."""
+    """A result, or why there is none; ``seconds`` of generation since the outcome before, ``row``
+    the engine's, which a refused question has not."""
 
     question: Question
     result: Result | None
     error: str | None
     seconds: float = 0.0
+    row: int | None = None
 
 
 def outcomes(
@@ -91,7 +93,7 @@ class _Asking:
             return
         for event in events:
             if isinstance(event, Finished) and event.row in self.open:
-                yield Outcome(self.open.pop(event.row), event.result, None)
+                yield Outcome(self.open.pop(event.row), event.result, None, row=event.row)
 
     def leave(self) -> None:
         for number in set(self.open) & set(self.engine.rows):
@@ -112,6 +114,6 @@ class _Asking:
             self.engine.cancel(number)
             question = self.open.pop(number)
             if len(stuck.rows) == 1:
-                yield Outcome(question, None, str(stuck))
+                yield Outcome(question, None, str(stuck), row=number)
             else:
                 self.alone.append(question)

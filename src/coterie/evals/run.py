@@ -141,9 +141,9 @@ def _answers(
     for ended in outcomes(engine, asked, arm.policy, rows=rows):
         grading += [(outcome, graders.submit(_grade, outcome)) for outcome in ended]
         done, grading = _split(grading, wait_for_all=not beside)
-        yield [_answer(name, outcome, future.result()) for outcome, future in done]
+        yield [answer_of(name, outcome, future.result()) for outcome, future in done]
     done, _ = _split(grading, wait_for_all=True)
-    yield [_answer(name, outcome, future.result()) for outcome, future in done]
+    yield [answer_of(name, outcome, future.result()) for outcome, future in done]
 
 
 def _grades_beside(engine: Engine) -> bool:
@@ -167,7 +167,8 @@ def _grade(outcome: Outcome) -> Grade:
     return outcome.question.task.grade(outcome.result.text, outcome.question.item)
 
 
-def _answer(arm: str, outcome: Outcome, grade: Grade) -> Answer:
+def answer_of(arm: str, outcome: Outcome, grade: Grade) -> Answer:
+    """As it is kept."""
     result, question = outcome.result, outcome.question
     return Answer(
         arm=arm,

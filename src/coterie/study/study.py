@@ -20,6 +20,7 @@ from coterie.study.beyond import BEYOND
 from coterie.study.blocks import Blocks
 from coterie.study.breakdown import Parts
 from coterie.study.chapter import Chapter
+from coterie.study.experts import Experts
 from coterie.study.explosion import Explosion
 from coterie.study.foretelling import Foretelling
 from coterie.study.importance import Importance
@@ -231,6 +232,7 @@ USUAL_SECONDS: Mapping[str, int] = {  # where it is not about half a minute; onl
     "table-1": 5,
     "coreset-size": 5,
     "forwards": 5,
+    "experts": 2400,
 }
 
 CHAPTERS: dict[str, Chapter] = {
@@ -259,4 +261,5 @@ CHAPTERS: dict[str, Chapter] = {
     "beyond": BEYOND,
     "forwards": Forwards(),
     "speed": Speed(),
+    "experts": Experts(),
 }
