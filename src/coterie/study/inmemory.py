@@ -101,7 +101,7 @@ def answered(
     with Logbook(folder / asked.file, shape) as book:
         left = [q.but(asked.arm.generation) for q in wanted if _key(q) not in book.entries]
         told = _alone if asked.slots is not None else _together
-        for entries in told(engine, asked, left, book):
+        for entries in told(engine, asked, left, book) if left else ():
             book.add(entries)
             tell(len(book.entries) / len(wanted))
         found = [book.entries[_key(question)] for question in wanted]
@@ -120,7 +120,8 @@ def sheet(asked: Asked, entries: Sequence[Entry]) -> Sheet:
 def imagining(model: Model, store: Callable[[Store], Store]) -> Model:
     """The same model, its experts behind another store."""
     networks = [layer.feed_forward for layer in model.transformer.layers]
-    behind = {id(one.store): store(one.store) for one in networks if isinstance(one, MoE)}
+    own = {id(one.store): one.store for one in networks if isinstance(one, MoE)}
+    behind = {name: store(one) for name, one in own.items()}
     layers = tuple(
         replace(layer, feed_forward=replace(one, store=behind[id(one.store)]))
         if isinstance(one := layer.feed_forward, MoE)
