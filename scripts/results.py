@@ -23,6 +23,7 @@ FIGURES = ROOT / "docs" / "figures"
 SHOWN = (  # the figures that the page has beside it; the report has all
     *("explosion", "accuracy", "accuracy-few", "latency-accuracy", "reconstruction-loss"),
     *("block-size", "voters", "protection", "random-control", "forwards"),
+    *("experts-bytes", "experts-commits"),
 )
 
 

@@ -6,6 +6,7 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import numpy as np
 import pytest
@@ -123,7 +124,7 @@ def test_a_logbook_says_what_a_memory_of_any_size_has_moved(tmp_path: Path, capa
                 book.enter(layer, used)
     real = [sorted(np.flatnonzero(one.resident)) for _, one in sorted(memories[0].books.items())]
     assert real == [sorted(np.flatnonzero(one.resident)) for _, one in sorted(book.slots.items())]
-    assert made.by_answer(made.loads, 6).sum() == made.loads.sum()
+    assert made.by_answer(made.loads, 6).sum() == made.loads.sum() == memories[0].moved
     assert made.used.sum() == sum(int(entry.used.sum()) for entry in entries)
 
 
@@ -187,8 +188,6 @@ def test_an_entry_comes_back_from_its_line(forwards: int, seed: int) -> None:
         0.5, None,
     )  # fmt: skip
     entry = Entry(answer, "pdc"[:forwards], used)
-    from tempfile import TemporaryDirectory
-
     with TemporaryDirectory() as folder:
         with Logbook(Path(folder) / "one", (2, 11)) as book:
             book.add([entry])

@@ -18,9 +18,7 @@ from coterie.evals.run import Arm
 from coterie.experts.capacity import Capacity
 from coterie.model.weights import expert_bytes
 from coterie.naming import CoterieError
-from coterie.planning.elections import prefers_residents
 from coterie.planning.machine import Machine, clock, rate_of
-from coterie.routing import parse_policy
 from coterie.study.chapter import Drawing, Facts, Finding, Table
 from coterie.study.experts_drawn import drawings
 from coterie.study.experts_facts import LINKS, MAIN, SHARES, Found, Kept, Precision, Ratio, Run
@@ -39,6 +37,7 @@ PREFERRING = ("resident-vote:beta=0.3", "priced-vote:price=0.022,lam=1,eps=0.1")
 PREFERRING_AT_MAIN = (
     *("proportional-vote:beta=0.3,lam=3,eps=0.2", "priced-vote:price=0.04,lam=1,eps=0.1"),
 )
+DRIFTING, DRIFT = PREFERRING[1], 0.05  # a block's coresets kept while they lose no more votes
 FEWER = 2  # where residents are preferred, other runs than the main ones ask one in so many
 
 Numbers = NDArray[np.int64]
@@ -175,6 +174,7 @@ def wanted(engine: Engine, lab: Lab, *, commits: bool, whole: bool) -> list[Aske
         rules = (*PREFERRING, *(PREFERRING_AT_MAIN if main else ()))
         many = lab.items if main else few
         asked += [Asked(Arm(rule, usual), many, here) for rule in rules]
+        asked += [Asked(Arm(DRIFTING, {**usual, "drift": DRIFT}), many, here)] if main else []
     if whole and commits:
         other = {"commit": "vanilla"}
         asked += [Asked(Arm(rule, other), lab.items) for rule in RULES if rule != "vanilla"]
@@ -248,9 +248,9 @@ def told_of(
         before = same.get((one.asked.arm.name, one.asked.slots))
         yield Run(
             precision=precision["name"],
-            policy=one.tally.policy,
+            policy=label_of(one.asked.arm),
             commit=str(one.asked.arm.generation.get("commit", "")),
-            looks=prefers_residents(parse_policy(one.asked.arm.policy)),
+            looks=one.asked.slots is not None,
             items=len(one.decoding),
             tally=fields_of(one.tally),
             passes=one.passes / len(one.decoding),
@@ -263,6 +263,12 @@ def told_of(
                 for share, kept in one.kept.items()
             ],
         )  # fmt: skip
+
+
+def label_of(arm: Arm) -> str:
+    """As tables call it: without who routes commits."""
+    drift = arm.generation.get("drift")
+    return arm.policy if drift is None else f"{arm.policy} --drift {drift}"
 
 
 def fields_of(tally: Tally) -> Document:
