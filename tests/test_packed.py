@@ -261,7 +261,7 @@ def test_what_was_killed_goes_on_and_comes_out_the_same(tmp_path: Path) -> None:
 
         with pytest.raises(Left):
             convert(tmp_path / "whole", tmp_path / "killed", Aim.of("int8"), told)
-        with pytest.raises(CoterieError, match=r"config\.json: no such file"):
+        with pytest.raises(CoterieError, match="conversion was not finished"):
             load_model(tmp_path / "killed")
     with pytest.raises(CoterieError, match=r"beginning of another model \(int8 .*, packed,"):
         convert(tmp_path / "whole", tmp_path / "killed", Aim.of("int4"))

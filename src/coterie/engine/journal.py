@@ -74,7 +74,7 @@ class Journal:
         elif lines[0] != identity:
             raise CoterieError(
                 f"{self.file.parent}: holds the beginning of another model "
-                f"({lines[0].get('experts')}, of a source {lines[0].get('source')}); "
+                f"({lines[0].get('experts')}, of a source {str(lines[0].get('source'))[:12]}..); "
                 "name another folder, or remove this one"
             )
         self.finished.update({line["file"]: line["tensors"] for line in lines[1:]})

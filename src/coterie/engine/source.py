@@ -8,6 +8,7 @@ from pathlib import Path
 
 from huggingface_hub import snapshot_download
 
+from coterie.engine.journal import JOURNAL
 from coterie.naming import CoterieError
 
 EMBEDDED = "embedded"
@@ -30,6 +31,10 @@ def find_folder(name: str | Path | None, parts: tuple[str, ...] = ALL_PARTS) -> 
     if name is None or str(name) == EMBEDDED:
         return _embedded()
     path = Path(name).expanduser()
+    if (path / JOURNAL).exists():
+        raise CoterieError(
+            f"{name}: its conversion was not finished; the same `coterie quantize` goes on with it"
+        )
     if path.is_dir():
         return path
     if path.exists():
