@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from dataclasses import dataclass, field, replace
 
@@ -16,6 +17,8 @@ from test_watch import PROMPTS, engine, tiny, untimed
 from torch import Tensor
 
 from coterie import ops
+from coterie.cli.edge import run as command
+from coterie.cli.lab import arms_of
 from coterie.engine.config import Generation
 from coterie.engine.engine import Engine
 from coterie.engine.event import Result
@@ -333,3 +336,43 @@ def test_a_broken_forward_leaves_the_memory_as_it_was() -> None:
         own_engine.step()
     assert had is not None
     assert slot.coresets is had
+
+
+# Commands
+
+
+def test_arms_are_told_apart_by_their_drift() -> None:
+    vanilla, arm = arms_of(["des-vote:beta=0.3"], 0.05)
+    assert (vanilla.name, arm.name) == ("vanilla", "des-vote:beta=0.3 drift=0.05")
+    assert [one.name for one in arms_of(["des-vote:beta=0.3"])] == ["vanilla", "des-vote:beta=0.3"]
+
+
+def test_compare_tells_what_each_policy_kept(capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["compare", "Solve 3x + 4 = 19 for x.", "-p", "des-vote:beta=0.3", "-n", "16"]
+    words += ["--unmask", "fixed:steps=4", "--drift", "0.1"]
+    assert command([*words, "--json"]) == 0
+    vanilla, elected = json.loads(capsys.readouterr().out)["runs"]
+    assert (vanilla["coresets_kept"], vanilla["drift"]) == (None, None)
+    assert 0 < elected["coresets_kept"] <= 1
+    assert 0 <= elected["drift"] <= 0.1
+    assert command(words) == 0
+    assert "votes lost" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("words", "why"),
+    [
+        (["generate", "x", "--drift", "0.1"], "give a --policy that elects one"),
+        (["eval", "--drift", "0.1", "--items", "1"], "give a --policy that elects one"),
+        (["compare", "x", "-p", "topk:k=2", "--drift", "0.1"], "topk:k=2 elects none"),
+        (["bench", "generate", "-p", "vanilla", "--drift", "0.1"], "that elects one"),
+        (["trace", "-o", "x.trace", "-p", "naee:beta=0.5", "--drift", "0.1"], "elects none"),
+        (["generate", "x", "-p", "des-vote:beta=0.3", "--drift", "1"], "at least 0 and below 1"),
+        (["generate", "x", "-p", "des-seq:k=2,scope=batch", "--drift", "0"], "scope=block"),
+    ],
+)
+def test_a_drift_without_effect_is_an_error(
+    words: list[str], why: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert command(words) == 2
+    assert why in capsys.readouterr().err

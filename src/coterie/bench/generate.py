@@ -28,6 +28,7 @@ class Counted(TypedDict):
     forwards_per_block: float
     new_tokens: int
     texts_as_vanilla: int
+    coresets_kept: float | None  # of later steps' layers, mean over prompts; None without drift
 
 
 @dataclass(frozen=True)
@@ -46,6 +47,7 @@ class Line:
 
     def facts(self, vanilla: Line) -> Counted:
         done = self.turns[0]
+        kept = [r.coresets_kept for r in done if r.coresets_kept is not None]
         pairs = zip(done, vanilla.turns[0], strict=True)
         return Counted(
             experts_mean=sum(r.experts.mean for r in done) / len(done),
@@ -56,6 +58,7 @@ class Line:
             forwards_per_block=sum(r.forwards for r in done) / sum(r.blocks for r in done),
             new_tokens=sum(r.new_tokens for r in done),
             texts_as_vanilla=sum(a.tokens == b.tokens for a, b in pairs),
+            coresets_kept=sum(kept) / len(kept) if kept else None,
         )
 
 
@@ -79,16 +82,18 @@ def time_generation(
     *,
     turns: int = 5,
     options: Mapping[str, object] | None = None,
+    apart: Mapping[str, Mapping[str, object]] | None = None,
     tell: Tell = lambda share, doing: None,
 ) -> list[Line]:
-    """Policies take turns, vanilla first; one turn before the first is not kept."""
+    """Policies take turns, vanilla first; one turn before the first is not kept. ``apart``: of some
+    policies, options of their own."""
     lines = [Line(policy, []) for policy in dict.fromkeys([VANILLA, *policies])]
     whole, done = (turns + 1) * len(lines) * len(prompts), 0
     for turn in range(turns + 1):
         for line in lines:
-            results = []
+            results, own = [], {**(options or {}), **(apart or {}).get(line.policy, {})}
             for prompt in prompts:
-                results.append(engine.generate(prompt, policy=line.policy, **(options or {})))
+                results.append(engine.generate(prompt, policy=line.policy, **own))
                 done += 1
                 tell(done / whole, line.policy)
             if turn:

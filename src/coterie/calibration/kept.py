@@ -19,7 +19,8 @@ from coterie.routing import parse_policy, spell
 
 TITLE = "Calibrated policy"
 ROUTED = ("layers", "experts")  # of a model, which a policy's budgets are made for
-DECODED = ("block", "plan", "unmask", "commit", "prefill")  # of a generation: what routing feels
+DECODED = ("block", "plan", "unmask", "commit", "prefill", "drift")
+"""Of a generation: what routing feels."""
 
 
 @dataclass(frozen=True)

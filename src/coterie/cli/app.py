@@ -26,6 +26,7 @@ from coterie.cli.replay import replay_command
 from coterie.cli.request import (
     check_effect,
     check_kept,
+    drifting,
     generation_options,
     ids_of,
     open_engine,
@@ -116,6 +117,7 @@ def generate(
     warm: o.Warm = None,
     coarse: o.CoarseModel = None,
     placement: o.Placing = None,
+    drift: o.Drift = None,
     json: o.Json = False,
     watching: o.Watch = False,
 ) -> None:
@@ -133,6 +135,7 @@ def generate(
         early_stop=early_stop, commit=commit, prefill=prefill,
     )  # fmt: skip
     named = policy_of(policy)
+    wanted |= drifting([named], drift)[named]
     memory = memory_of(
         expert_memory, host_memory=host_memory, eviction=eviction, warm=warm, coarse=coarse,
         placement=placement,
@@ -191,6 +194,7 @@ def compare(
     dtype: o.Dtype = None,
     device: o.Device = "auto",
     experts: o.Experts = None,
+    drift: o.Drift = None,
     json: o.Json = False,
 ) -> None:
     """Run several policies on one prompt, in one table; vanilla is always the first.
@@ -204,6 +208,7 @@ def compare(
         early_stop=early_stop, commit=commit, prefill=prefill,
     )  # fmt: skip
     named = dict.fromkeys(["vanilla", *(policy_of(p) for p in policies or COMPARED)])
+    apart = drifting(list(named), drift)
     asked = read_prompt(prompt)
     engine = open_engine(model, dtype=dtype, device=device, experts=experts)
     check_effect(engine, wanted)
@@ -211,7 +216,7 @@ def compare(
     ids = ids_of(engine, asked, raw=raw)
     # The first forwards of a process are slow; no policy shall pay for that alone.
     engine.generate(ids, **{**wanted, "max_new_tokens": 1})
-    results = [engine.generate(ids, policy=name, **wanted) for name in named]
+    results = [engine.generate(ids, policy=name, **wanted, **apart[name]) for name in named]
     if json:
         print_document(comparison_document(asked, results))
     else:

@@ -29,7 +29,7 @@ from coterie.cli.bench_tables import (
     plot,
     show,
 )
-from coterie.cli.request import open_engine, policy_of
+from coterie.cli.request import drifting, open_engine, policy_of
 from coterie.cli.tables import bar, print_text, remark
 from coterie.engine.config import Generation
 from coterie.engine.engine import Engine
@@ -187,6 +187,7 @@ def generate_command(
     experts: o.Experts = None,
     layers: b.Layers = None,
     policies: b.Compared = None,
+    drift: o.Drift = None,
     tokens: b.NewTokens = 256,
     prompt: b.Prompt = None,
     prompts: b.Prompts = None,
@@ -212,6 +213,7 @@ def generate_command(
         experts=experts, prompt=prompt, prompts=prompts,
     )  # fmt: skip
     named = [policy_of(policy) for policy in policies or b.COMPARED]
+    apart = drifting(named, drift)
     if threads is not None:
         torch.set_num_threads(threads)
     if shape is None:
@@ -222,8 +224,9 @@ def generate_command(
         asked = answers.random_prompts(prompts or 8, length or 64, engine.model.mask_id)
     with _telling() as tell:
         lines = answers.time_generation(
-            engine, asked, named, turns=turns, options={"max_new_tokens": tokens}, tell=tell
-        )
+            engine, asked, named, turns=turns, options={"max_new_tokens": tokens}, apart=apart,
+            tell=tell,
+        )  # fmt: skip
     _tell_generation(engine, lines, len(asked), out, json=json)
 
 

@@ -36,6 +36,8 @@ def result_document(result: Result) -> dict[str, object]:
         "expert_bytes": result.expert_bytes,
         "expert_bytes_vanilla": result.expert_bytes_vanilla,
         "vote_mass_kept": result.vote_mass_kept,
+        "coresets_kept": result.coresets_kept,
+        "drift": result.drift,
     }
 
 

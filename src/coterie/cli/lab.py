@@ -17,9 +17,11 @@ from coterie.cli import options as o
 from coterie.cli.accuracy import accuracy_csv, accuracy_document, accuracy_tables
 from coterie.cli.document import print_document
 from coterie.cli.request import (
+    VANILLA,
     Options,
     check_effect,
     check_kept,
+    drifting,
     generation_options,
     open_engine,
     policy_of,
@@ -83,6 +85,7 @@ def evaluate(
     dtype: o.Dtype = None,
     device: o.Device = "auto",
     experts: o.Experts = None,
+    drift: o.Drift = None,
     rows: e.Rows = 16,
     trust: e.Trust = False,
     out: e.Out = None,
@@ -109,16 +112,17 @@ def evaluate(
     names = task_names(task, own=model in (None, EMBEDDED), items=items, data=data)
     wish = Wish(inspect(model).family.name, data, shots, items or e.COUNT, seed, trust)
     tasks = open_tasks(names, wish)  # fails here, before weights are loaded
-    asked = Examination(tasks, arms_of(policies), wanted, limit, shuffle_seed, rows, out)
+    asked = Examination(tasks, arms_of(policies, drift), wanted, limit, shuffle_seed, rows, out)
     engine = open_engine(model, dtype=dtype, device=device, experts=experts)
     check_effect(engine, wanted)
     check_kept(engine, policies or (), wanted)
     tell(engine, asked, examine(engine, asked), json=json, csv=csv)
 
 
-def arms_of(policies: Sequence[str] | None) -> list[Arm]:
-    """vanilla, then the policies as typed, each once."""
-    return [Arm(policy) for policy in dict.fromkeys(["vanilla", *map(policy_of, policies or [])])]
+def arms_of(policies: Sequence[str] | None, drift: float | None = None) -> list[Arm]:
+    """vanilla, then the policies as typed, each once; with ``drift`` these keep their coresets."""
+    named = list(dict.fromkeys([VANILLA, *map(policy_of, policies or [])]))
+    return [Arm(policy, own) for policy, own in drifting(named, drift).items()]
 
 
 def task_names(

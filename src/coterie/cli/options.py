@@ -235,6 +235,16 @@ Placing = Annotated[
         show_default=False,
     ),
 ]
+Drift = Annotated[
+    float | None,
+    typer.Option(
+        "--drift",
+        help="A block keeps its coreset of a layer from step to step, until that holds less than "
+        "1 - DRIFT of the votes that a fresh one would hold. Default: a fresh one every step.",
+        rich_help_panel=KEEPING,
+        show_default=False,
+    ),
+]
 Raw = Annotated[
     bool,
     typer.Option(

@@ -15,10 +15,11 @@ from coterie.engine.engine import Engine, load
 from coterie.engine.memory import Memory
 from coterie.experts.mixed import Mixed
 from coterie.naming import CoterieError
-from coterie.routing import parse_policy, spell
+from coterie.routing import check_keeps, parse_policy, spell
 
 LARGE = 256 << 20  # bytes of weights from which loading shows a bar
 FROM_FILE = "@"
+VANILLA = "vanilla"
 Options = dict[str, object]
 
 
@@ -57,6 +58,21 @@ def policy_of(typed: str) -> str:
     if typed.startswith(FROM_FILE):
         return read_kept(typed.removeprefix(FROM_FILE)).policy
     return spell(parse_policy(typed))
+
+
+def drifting(named: Sequence[str], drift: float | None) -> dict[str, Options]:
+    """Of each policy, what it gets of ``--drift``: vanilla, beside others, has no coreset to keep.
+
+    Raises where nobody has one, and for a policy that cannot keep its own.
+    """
+    if drift is None:
+        return {name: {} for name in named}
+    keeping = [name for name in named if name != VANILLA]
+    if not keeping:
+        raise CoterieError("--drift keeps coresets: give a --policy that elects one")
+    for name in keeping:
+        check_keeps(parse_policy(name))
+    return {name: {"drift": drift} if name in keeping else {} for name in named}
 
 
 def check_kept(engine: Engine, typed: Sequence[str], wanted: Options) -> None:

@@ -105,6 +105,8 @@ def split_source(text: str) -> tuple[str, str]:
 def comparison_table(results: Sequence[Result]) -> Table:
     """One policy a line; the first is vanilla, which the texts are compared with."""
     columns = ("experts", "max", "bytes", "votes kept", "forwards", "tokens", "tokens/s")
+    keeping = any(result.coresets_kept is not None for result in results)
+    columns += ("coresets kept", "votes lost") if keeping else ()
     table = plain_table("policy", "text", *columns, numbers=columns)
     for result in results:
         same = result.tokens == results[0].tokens
@@ -118,10 +120,18 @@ def comparison_table(results: Sequence[Result]) -> Table:
             str(result.forwards),
             str(result.new_tokens),
             f"{result.tokens_per_second:.1f}",
+            *(_kept(result) if keeping else ()),
         )
     table.caption = "experts (unique) and their bytes are means over layers and decoding forwards"
     table.caption_justify = "left"
     return table
+
+
+def _kept(result: Result) -> tuple[str, str]:
+    """What a policy that keeps coresets kept and lost; of others nothing."""
+    if result.coresets_kept is None or result.drift is None:
+        return "", ""
+    return f"{result.coresets_kept:.1%}", f"{result.drift:.2%}"
 
 
 def summary(result: Result, *, timed: bool) -> str:

@@ -19,6 +19,7 @@ from coterie.cli.request import (
     Options,
     check_effect,
     check_kept,
+    drifting,
     generation_options,
     open_engine,
     policy_of,
@@ -89,6 +90,7 @@ def trace(
     dtype: o.Dtype = None,
     device: o.Device = "auto",
     experts: o.Experts = None,
+    drift: o.Drift = None,
     rows: Rows = 1,
     votes: Saved = None,
     json: o.Json = False,
@@ -108,6 +110,7 @@ def trace(
         threshold=threshold, temperature=None, commit=commits, prefill=prefill,
     )  # fmt: skip
     named = policy_of(policy)
+    wanted |= drifting([named], drift)[named]
     check_place(out)
     check_place(votes)
     drawn = Wish(inspect(model).family.name, data, shots, items, seed)
