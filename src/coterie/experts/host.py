@@ -10,7 +10,7 @@ from threading import Condition
 import numpy as np
 from torch import Tensor
 
-from coterie.experts.eviction import Eviction, Lru, Numbers, Seen
+from coterie.experts.eviction import Eviction, Lfu, Numbers, Seen
 from coterie.experts.tiers import HOST, Tier
 from coterie.naming import CoterieError
 
@@ -29,16 +29,18 @@ class Host:
     """``memory`` for some experts of any layer, over a tier that holds them all.
 
     What is fetched is read into it, in place of who is worth least of those whom nobody copies at
-    the moment; who is there already is copied. The rule is told of fetches, not of votes. From any
-    thread, several at once: of those who want the same expert one reads it, the others wait. A read
-    that fails leaves nothing behind, and every other expert where it is.
+    the moment; who is there already is copied. The rule is told of fetches, not of votes: by who is
+    fetched most, for those fetched last are in the slots that asked for them
+    (`results/prefetch-replayed.json`). From any thread, several at once: of those who want the same
+    expert one reads it, the others wait. A read that fails leaves nothing behind, and every other
+    expert where it is.
     """
 
     below: Tier
     memory: Tensor  # [n, bytes of an expert] uint8
     layers: Sequence[int]
     experts: int  # of a layer
-    rule: Eviction = field(default_factory=Lru)
+    rule: Eviction = field(default_factory=Lfu)
     hits: int = 0
     misses: int = 0
     _places: dict[int, Place] = field(init=False, default_factory=dict)  # by number
