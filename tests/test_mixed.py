@@ -192,7 +192,8 @@ def test_the_loss_bound_is_vote_share_times_error() -> None:
     list(own.serve(1, only(4, 1, 3)))
     assert own.precision.forwards == 1
     assert own.precision.fine == pytest.approx(0.5)
-    assert own.precision.bound == pytest.approx(0.5 * 0.2 + 0.5 * 0.01)
+    assert own.precision.loss_bound == pytest.approx(0.5 * 0.2 + 0.5 * 0.01)
+    assert own.precision.loss_rms == pytest.approx((0.5 * 0.2**2 + 0.5 * 0.01**2) ** 0.5)
 
 
 def test_votes_of_the_unused_are_nobodys_share() -> None:

@@ -166,6 +166,6 @@ def duplicated(lines: dict[Path, list[tuple[int, str]]]) -> set[tuple[str, int]]
 
 
 PUBLIC = [
-    *("CoterieError", "Denoised", "Engine", "Event", "Experts", "Finished", "Generation"),
+    *("Coarse", "CoterieError", "Denoised", "Engine", "Event", "Experts", "Finished", "Generation"),
     *("Memory", "POLICIES", "Result", "__version__", "load", "parse_policy", "spell"),
 ]

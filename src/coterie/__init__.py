@@ -5,6 +5,7 @@
 >>> engine.generate("Tom has 3 boxes of 4 pens and gives away 5. How many pens are left?").text
 """
 
+from coterie.engine.coarse import Coarse
 from coterie.engine.config import Generation
 from coterie.engine.engine import Engine, load
 from coterie.engine.event import Denoised, Event, Experts, Finished, Result
@@ -16,6 +17,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "POLICIES",
+    "Coarse",
     "CoterieError",
     "Denoised",
     "Engine",

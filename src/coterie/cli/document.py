@@ -52,8 +52,8 @@ def traffic_document(engine: Engine) -> dict[str, object]:
 
 
 def precision_document(store: Mixed) -> dict[str, object]:
-    """Which precision served, in shares of votes; means over layers and forwards. The bound is None
-    where a manifest does not tell what experts lost."""
+    """Which precision served, in shares of votes; means over layers and forwards. Both losses are
+    None where a manifest does not tell what experts lost."""
     served = store.precision
     told = {
         "fine": store.kinds[0],
@@ -64,6 +64,7 @@ def precision_document(store: Mixed) -> dict[str, object]:
         "votes_coarse": 1 - served.votes_fine,
         "upgrades": served.upgrades,
         "loss_bound": served.loss_bound if store.errors else None,
+        "loss_rms": served.loss_rms if store.errors else None,
     }
     return {"expert_precision": told}
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import Future
 from dataclasses import dataclass, field, replace
@@ -32,12 +33,15 @@ class Precision:
     """In which precision votes were served; sums over layers and forwards.
 
     The loss bound of a forward's layer is the sum over used experts of vote share x relative error
-    of the precision in which the expert was served. ``bound`` stays 0 without ``errors``.
+    of the precision in which the expert was served: what errors come to that all point one way. The
+    squares of errors in place of errors tell what they come to where each points its own way. Both
+    stay 0 without ``errors``.
     """
 
     forwards: int = 0  # of a layer
     fine: float = 0.0  # vote shares
     bound: float = 0.0
+    squares: float = 0.0
     upgrades: int = 0
 
     @property
@@ -50,13 +54,20 @@ class Precision:
         """Of a layer and forward, on average."""
         return self.bound / max(1, self.forwards)
 
+    @property
+    def loss_rms(self) -> float:
+        """The root of the mean square: near the relative error of a layer's output."""
+        return math.sqrt(self.squares / max(1, self.forwards))
+
     def note(self, votes: Numbers, finely: Mask, coarsely: Mask, errors: Errors | None) -> None:
         """One forward of a layer; who is in neither mask was not used."""
         share = shares(votes, finely | coarsely)
         self.forwards += 1
         self.fine += float(share[finely].sum())
         if errors is not None:
-            self.bound += float((share * np.where(finely, errors.fine, errors.coarse)).sum())
+            error = np.where(finely, errors.fine, errors.coarse)
+            self.bound += float((share * error).sum())
+            self.squares += float((share * error**2).sum())
 
 
 def shares(votes: Numbers, used: Mask) -> Numbers:
