@@ -67,6 +67,15 @@ def seconds(machine: Machine, used: Counts, loads: Counts, size: int) -> tuple[S
     return machine.rest + (here + idle + late).sum(-1), idle.sum(-1)
 
 
+def typed(machine: Machine) -> str:
+    """As `coterie replay` takes it."""
+    memory = "" if machine.memory is None else f" --memory {machine.memory / 1e9:.3g}GB/s"
+    return (
+        f"--link {machine.link / 1e9:.3g}GB/s{memory} --rest {1e3 * machine.rest:.3g} "
+        f"--latency {1e3 * machine.latency:.3g} --overlap {machine.overlap:.3g}"
+    )
+
+
 def bytes_of(text: str, what: str) -> float:
     """ "6291456" or "6MiB" in bytes."""
     amount, unit, rate = read_amount(text)
