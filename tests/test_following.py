@@ -35,8 +35,8 @@ def drawn() -> Trace:
     return with_commits(synthetic(SHAPE, LAW, blocks=3, seed=4))
 
 
-def play(policy: str, commits: bool = True) -> Play:
-    return Play(parse_policy(policy), commits=commits)
+def play(policy: str, commits: bool = True, drift: float | None = None) -> Play:
+    return Play(parse_policy(policy), drift, commits)
 
 
 def store_of(model: Model) -> Store:
@@ -53,12 +53,15 @@ def test_blocks_but_the_last_are_committed_as_their_last_forward_was() -> None:
 
 
 @pytest.mark.parametrize("commits", [True, False])
-@pytest.mark.parametrize("policy", POLICIES)
+@pytest.mark.parametrize(
+    ("policy", "drift"),
+    [(policy, None) for policy in POLICIES] + [(policy, 0.1) for policy in POLICIES[1:]],
+)
 def test_a_model_that_follows_a_trace_moves_what_its_replay_says(
-    policy: str, commits: bool
+    policy: str, drift: float | None, commits: bool
 ) -> None:
     """Of every forward and all its layers; the store keeps all, and book of five slots."""
-    memory, asked = Memory.of(drawn()), play(policy, commits)
+    memory, asked = Memory.of(drawn()), play(policy, commits, drift)
     chosen = None if asks_residents(asked) else choose(memory, asked)
     foretold = book(memory, asked, chosen, Cache(Lru(), 5))
     store = Imagined(store_of(tiny()), SHAPE.experts, 5)

@@ -8,9 +8,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from policies import law
 
+from coterie.cli.replay import machines as as_typed
 from coterie.naming import CoterieError
+from coterie.planning.judging import judge, together
 from coterie.planning.learning import Timed, learnt, off_by
-from coterie.planning.machine import Machine, seconds
+from coterie.planning.machine import Machine, seconds, typed
 
 SIZE, LAYERS = 3_000_000, 3
 
@@ -63,3 +65,28 @@ def test_runs_that_tell_nothing_are_refused() -> None:
     used, loads = np.full((9, 2), 25), np.ones((9, 2), int)
     with pytest.raises(CoterieError, match="nothing of the memory"):
         learnt([Timed(used, loads, np.full(9, 1e-3))], SIZE)
+
+
+def test_runs_that_were_not_learnt_from_are_judged() -> None:
+    machine = Machine(4e9, 4e10, rest=1e-3, overlap=0.6, latency=5e-4)
+    runs = {name: timed(machine, seed, 80, 0.2) for seed, name in enumerate("abc")}
+    runs["a"] = together([runs["a"], timed(machine, 9, 30, 0.1)])
+    slow = runs["c"]
+    runs["c"] = Timed(slow.used, slow.loads, 2 * slow.seconds)
+    found = judge(runs, ["a"], SIZE)
+    assert [run.taught for run in found.runs] == [True, False, False]
+    assert len(runs["a"].seconds) == 80
+    b, c = found.held_out
+    assert (b < 0.01, c) == (True, pytest.approx(0.5, abs=0.01))
+    told = found.document()
+    assert (told["worst"], told["median"]) == (c, pytest.approx((b + c) / 2))
+
+
+def test_a_machine_is_told_as_a_replay_takes_it() -> None:
+    machine = Machine(4e9, 4e10, rest=1e-3, overlap=0.6, latency=5e-4)
+    names, values = typed(machine).split()[::2], typed(machine).split()[1::2]
+    assert names == ["--link", "--memory", "--rest", "--latency", "--overlap"]
+    link, memory, *numbers = values
+    rest, latency, overlap = map(float, numbers)
+    assert as_typed(link, memory, rest, latency=latency, overlap=overlap) == {link: machine}
+    assert typed(Machine(25e9)) == "--link 25GB/s --rest 0 --latency 0 --overlap 1"
