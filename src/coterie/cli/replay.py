@@ -27,7 +27,7 @@ from coterie.planning.replay import CACHES, Grid, Replay, Replayed, replay
 from coterie.planning.replay import decoding_only as only_decoding
 from coterie.planning.trace import KINDS, Trace, read
 from coterie.results import record, write_record
-from coterie.routing import check_layers, parse_policy
+from coterie.routing import check_keeps, check_layers, parse_policy
 
 TITLE = "Replay"
 ASKED = "What to replay"
@@ -215,8 +215,8 @@ def plays(trace: Trace, typed: Sequence[str], drift: str | None, *, commits: boo
         policy = parse_policy(name)
         check_layers(policy, len(trace.about.layers))
         made.append(Play(policy, commits=commits))
-        if bounds and not hasattr(policy, "election"):
-            raise CoterieError(f"--drift keeps coresets, and {name} elects none")
+        if bounds:
+            check_keeps(policy)
         made += [Play(policy, bound, commits) for bound in bounds]
     if bounds and not named:
         raise CoterieError("--drift keeps coresets: give a --policy that elects one")

@@ -96,9 +96,9 @@ def forward(
 ) -> list[Change]:
     """One forward of rows that agree (``groups``); every row then moves on to its next.
 
-    Decoding forwards that nobody watches are played from ``graphs``, where they take them and no
-    coreset is kept from step to step. Only decoding forwards are counted, and shown to the watcher
-    unless it is to see ``every`` one. If logits are not finite this raises, and no row has moved.
+    Decoding forwards that nobody watches are played from ``graphs``, where they take them. Only
+    decoding forwards are counted, and shown to the watcher unless it is to see ``every`` one. If
+    logits are not finite this raises, and no row has moved.
     """
     look, device = group[0].look, transformer.device
     rows, places = tuple(slot.number for slot in group), [slot.place for slot in group]
@@ -112,8 +112,7 @@ def forward(
         return pool.rows(places) if look.cached else None
 
     alone = look.kind == "decode" and isinstance(watcher, Null) and step.embeddings is None
-    alone = alone and step.coresets is None
-    if graphs is not None and alone and graphs.takes(step.policy):
+    if graphs is not None and alone and graphs.takes(step):
         whole = replace(step, cache=pool.whole() if look.cached else None)
         logits, counted = graphs.run(tokens, whole, places, rows)
     else:

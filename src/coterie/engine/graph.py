@@ -108,9 +108,10 @@ class Graphs:
         self._able = _resident(transformer)
         self._failed: set[Policy] = set()
 
-    def takes(self, policy: Policy) -> bool:
-        """Whether forwards under it can be played again: nothing in them follows the host."""
-        return self._able and follows_no_host(policy)
+    def takes(self, step: Step) -> bool:
+        """Whether such forwards can be played again: nothing in them follows the host, and no
+        coreset is kept from one to the next."""
+        return self._able and step.coresets is None and follows_no_host(step.policy)
 
     def run(
         self, tokens: Tensor, step: Step, places: Sequence[int], rows: tuple[Row, ...]

@@ -98,14 +98,16 @@ class Play:
         return spell(self.policy) + ("" if self.drift is None else f" --drift {self.drift:g}")
 
 
-def choose(memory: Memory, play: Play) -> Chosen:
-    """Whom a policy uses that does not ask what is in fast memory."""
+def choose(memory: Memory, play: Play, slots: int | None = None) -> Chosen:
+    """Whom a policy uses that does not ask what is in fast memory, of which each layer has so many
+    ``slots`` (None: for all)."""
     trace, layers = memory.trace, len(memory.trace.about.layers)
     used = np.stack([unrouted(forward) for forward in trace.forwards])
     for places in _elections(memory, play):
         forwards = [trace.forwards[place] for place in places]
         for ordinal in range(layers):
-            used[list(places), ordinal] = elected(trace, play.policy, forwards, ordinal)
+            found = elected(trace, play.policy, forwards, ordinal, slots=slots)
+            used[list(places), ordinal] = found
     last, kept, steps = Remembered(play.drift), 0, 0
     for place, forward in enumerate(trace.forwards):
         used[place], stayed, came = last.settle(forward, used[place], memory.votes[place])
@@ -190,7 +192,9 @@ def _book_residents(memory: Memory, play: Play, cache: Cache) -> Booked:
         for ours in _of_one_width(memory, routed):
             rows = [trace.forwards[place] for place in ours]
             for layer, here in enumerate(slots):
-                chosen[ours, layer] = elected(trace, play.policy, rows, layer, here.resident)
+                chosen[ours, layer] = elected(
+                    trace, play.policy, rows, layer, here.resident, slots=here.capacity
+                )
         for place, forward in zip(places, forwards, strict=True):
             votes = memory.votes[place]
             chosen[place], stayed, came = last.settle(forward, chosen[place], votes)
@@ -211,6 +215,11 @@ def _served(slots: Sequence[Slots], used: Mask, votes: Votes) -> list[int]:
 
 def asks_residents(play: Play) -> bool:
     return prefers_residents(play.policy)
+
+
+def asks_slots(play: Play) -> bool:
+    """Whether it elects otherwise where fast memory has room for others."""
+    return election_of(play.policy).most == "slots"
 
 
 def _either(used: Mask, places: Sequence[int]) -> Mask:

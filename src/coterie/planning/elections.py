@@ -35,6 +35,7 @@ def fidelity(policy: Policy) -> Fidelity:
     if election.voters == "uncertain":
         raise CoterieError(f"{spell(policy)}: a trace keeps no uncertainty of its voters")
     united = isinstance(policy, DesSeq) or (isinstance(policy, Coreset) and policy.k is not None)
+    united = united and election.most is None  # else votes say who of the union stays
     if election.vote in ("full", "max") and not united:
         raise CoterieError(
             f"{spell(policy)}: vote={election.vote} asks for scores of experts that no token "
@@ -60,15 +61,17 @@ def elected(
     forwards: Sequence[Forward],
     ordinal: int,
     resident: Mask | None = None,
+    *,
+    slots: int | None = None,
 ) -> Mask:
     """[F, E]: whom each of these forwards (of one width) would use in a layer; ``ordinal`` is its
-    place among those that route.
+    place among those that route, ``slots`` what it has of fast memory.
 
     A coreset counts as used whole: what tokens take in it beside their own is not in a trace.
     """
     own = np.stack([forward.own[ordinal] for forward in forwards])
     joint = election_of(policy).scope == "batch"
-    scores = scores_of(trace, forwards, ordinal, resident, joint=joint)
+    scores = scores_of(trace, forwards, ordinal, resident, slots=slots, joint=joint)
     mask = policy.eligible(scores, trace.about.k)
     if mask.numel() == 1:
         return own
@@ -86,6 +89,7 @@ def scores_of(
     ordinal: int,
     resident: Mask | None = None,
     *,
+    slots: int | None = None,
     joint: bool = False,
 ) -> Scores:
     """What a gate thought, as far as it was kept: own experts, their scores, the next one's score.
@@ -120,6 +124,7 @@ def scores_of(
         voters=voters.float(),
         progress=Progress(masked=masked, filled=filled),
         resident=None if resident is None else torch.from_numpy(resident),
+        slots=slots,
         layer=about.layers[ordinal],
         ordinal=ordinal,
         forward=tuple(forward.forward for forward in forwards),

@@ -18,6 +18,7 @@ from coterie.planning.booking import (
     Play,
     Votes,
     asks_residents,
+    asks_slots,
     book,
     choose,
 )
@@ -165,17 +166,18 @@ class Books:
     memory: Memory
     warm: Votes | None
     rules: Mapping[str, Eviction | None]
-    _chosen: dict[str, Chosen | None] = field(default_factory=dict)
+    _chosen: dict[tuple[str, int | None], Chosen | None] = field(default_factory=dict)
     _booked: dict[tuple[str, str, int], Booked] = field(default_factory=dict)
 
     def of(self, play: Play, cache: str, slots: int) -> Booked:
-        name = str(play)
-        if name not in self._chosen:
-            self._chosen[name] = None if asks_residents(play) else choose(self.memory, play)
+        name, room = str(play), slots if asks_slots(play) else None
+        if (name, room) not in self._chosen:
+            chosen = None if asks_residents(play) else choose(self.memory, play, room)
+            self._chosen[name, room] = chosen
         key = (name, cache, slots)
         if key not in self._booked:
             held = Cache(self.rules[cache], slots, self.warm)
-            self._booked[key] = book(self.memory, play, self._chosen[name], held)
+            self._booked[key] = book(self.memory, play, self._chosen[name, room], held)
         return self._booked[key]
 
 

@@ -92,7 +92,8 @@ def _elected(trace: Trace, play: Play, forward: Forward, store: Store) -> Mask:
     for ordinal, layer in enumerate(trace.about.layers):
         here = store.resident(layer)
         resident = None if here is None else here.numpy()
-        found.append(elected(trace, play.policy, [forward], ordinal, resident)[0])
+        slots = store.slots(layer)
+        found.append(elected(trace, play.policy, [forward], ordinal, resident, slots=slots)[0])
     return np.stack(found)
 
 
