@@ -23,7 +23,7 @@ from coterie.ops import gpu, reference
 from coterie.routing.coreset import Fixed, Mass, first_choices, repaired, take
 from coterie.routing.select import choose, combine_weights, own
 from coterie.routing.votes import VOTES
-from coterie.values import RouterSpec, Routing, Rule, Scores, membership
+from coterie.values import Incumbents, RouterSpec, Routing, Rule, Scores, membership
 
 pytest.importorskip("triton", reason="NOT TESTED: kernels for a GPU (triton is not installed)")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -329,6 +329,9 @@ def test_what_the_kernels_do_not_take_is_left_to_torch() -> None:
     assert route(replace(scores, logits=learning), None, None) is None
     assert route(replace(scores, logits=scores.logits[:, :0]), None, None) is None
     assert route(scores, Rule("max", mass=0.5, protect=1), None) is None
+    assert route(scores, Rule("full", count=4, protect=1, most=3), None) is None
+    had = Incumbents(0.1, torch.ones(1, 8, dtype=torch.bool))
+    assert route(replace(scores, incumbents=had), Rule(count=4), None) is None
     wide = RouterSpec(2048, 2, "softmax", False)
     assert route(Scores(torch.zeros(1, 3, 2048), wide), None, None) is None
 
