@@ -19,18 +19,19 @@ from coterie.cli.keeping import settled_line
 from coterie.engine import behind
 from coterie.engine.convert import Aim, convert
 from coterie.engine.engine import Engine
-from coterie.engine.memory import all_else
+from coterie.engine.memory import Memory, all_else
 from coterie.experts import pinned
 from coterie.experts.streams import Copies, Relays
 from coterie.naming import CoterieError
 from coterie.testing import write_checkpoint
 
+pytestmark = pytest.mark.usefixtures("far")
 PROMPT = [5, 17, 33, 2, 9]
 ASKED = {"max_new_tokens": 24, "block": 8, "unmask": "fixed:steps=3"}
 EXPERTS = 16
 
 
-@pytest.fixture(autouse=True)
+@pytest.fixture
 def far(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Every device has memory of its own, and computes with experts as they lie."""
 
@@ -55,8 +56,10 @@ def made(folder: Path, kept: str, family: str = "llada2") -> Path:
     return folder / "packed"
 
 
-def opened(folder: Path, memory: str | None = None, host: str | None = None, **options) -> Engine:
-    asked = None if memory is None else behind.Memory.parse(memory, host=host)
+def opened(
+    folder: Path, memory: str | Memory | None = None, host: str | None = None, **options: object
+) -> Engine:
+    asked = Memory.parse(memory, host=host) if isinstance(memory, str) else memory
     return coterie.load(folder, dtype="float32", device="cpu", expert_memory=asked, **options)
 
 

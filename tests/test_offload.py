@@ -77,7 +77,7 @@ def routings(experts: int, seed: int, *, count: int, tokens: int = 5, k: int = 3
 
 def computed(served: Offloaded | Resident, layer: int, routing: Routing, x: Tensor) -> Tensor:
     out = torch.zeros(len(x), HIDDEN)
-    for slab in served.serve(layer, Demand(routing.used)):
+    for slab in served.serve(layer, Demand(routing.used, routing)):
         out += ops.run_experts(x, routing, slab)
     return out
 

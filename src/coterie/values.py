@@ -272,8 +272,10 @@ class Demand:
         """[E] int64: how many tokens each expert computes; None where nobody said."""
         if self.routing is None:
             return None
-        taken = self.routing.ids.flatten()
-        return torch.bincount(taken[taken >= 0], minlength=len(self.used))
+        # Nobody counts behind the last expert: looking for the others would wait for a device.
+        taken, experts = self.routing.ids.flatten(), len(self.used)
+        counted = torch.zeros(experts + 1, dtype=torch.int64, device=taken.device)
+        return counted.index_add_(0, taken.where(taken >= 0, experts), torch.ones_like(taken))[:-1]
 
     @property
     def votes(self) -> Tensor | None:

@@ -113,6 +113,7 @@ def generate(
     experts: o.Experts = None,
     expert_memory: o.ExpertMemory = None,
     host_memory: o.HostMemory = None,
+    cpu_experts: o.CpuExperts = None,
     eviction: o.Evicting = None,
     warm: o.Warm = None,
     coarse: o.CoarseModel = None,
@@ -138,7 +139,7 @@ def generate(
     wanted |= drifting([named], drift)[named]
     memory = memory_of(
         expert_memory, host_memory=host_memory, eviction=eviction, warm=warm, coarse=coarse,
-        placement=placement,
+        placement=placement, cpu_experts=cpu_experts,
     )  # fmt: skip
     asked = read_prompt(prompt)
     engine = open_engine(model, dtype=dtype, device=device, experts=experts, memory=memory)
@@ -146,10 +147,8 @@ def generate(
     check_kept(engine, [policy], wanted)
     ids = ids_of(engine, asked, raw=raw)
     if watching:
-        result = watch(engine, ids, named, wanted)
-    else:
-        result = engine.generate(ids, policy=named, **wanted)
-    show(engine, result, json=json, watching=watching)
+        return show(engine, watch(engine, ids, named, wanted), json=json, watching=True)
+    show(engine, engine.generate(ids, policy=named, **wanted), json=json, watching=False)
 
 
 def show(engine: Engine, result: Result, *, json: bool, watching: bool) -> None:

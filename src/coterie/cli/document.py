@@ -75,6 +75,7 @@ def moved_document(traffic: Traffic) -> dict[str, object]:
         "forwards": traffic.forwards,
         "experts_used": traffic.used,
         "experts_moved": traffic.moved,
+        "experts_on_cpu": traffic.aside,
         "hit_rate": traffic.hit_rate,
         "bytes_moved": traffic.bytes_moved,
         "bytes_moved_from": {tier: one.bytes for tier, one in traffic.sources.items()},

@@ -22,6 +22,7 @@ def memory_of(
     warm: Path | None,
     coarse: str | None = None,
     placement: str | None = None,
+    cpu_experts: str | None = None,
 ) -> Memory | None:
     """What the group of options asks for; None where all experts are to be in memory. Raises for
     what would have no effect."""
@@ -29,11 +30,12 @@ def memory_of(
         votes = None if warm is None else votes_of(warm)
         rough = coarse_of(coarse, placement)
         return Memory.parse(
-            expert_memory, host=host_memory, eviction=eviction, warm=votes, coarse=rough
-        )
+            expert_memory, host=host_memory, eviction=eviction, warm=votes, coarse=rough,
+            aside=cpu_experts,
+        )  # fmt: skip
     typed = {
         "--host-memory": host_memory, "--eviction": eviction, "--warm": warm, "--coarse": coarse,
-        "--placement": placement,
+        "--placement": placement, "--cpu-experts": cpu_experts,
     }  # fmt: skip
     idle = [flag for flag, value in typed.items() if value is not None]
     if idle:

@@ -194,6 +194,16 @@ HostMemory = Annotated[
         show_default=False,
     ),
 ]
+CpuExperts = Annotated[
+    str | None,
+    typer.Option(
+        "--cpu-experts",
+        help="Of experts that a GPU misses, compute on the CPU: those of at most so many tokens (4)"
+        ", auto: those that a measurement at the start says it has done sooner, or off.",
+        rich_help_panel=KEEPING,
+        show_default="off",
+    ),
+]
 Evicting = Annotated[
     str | None,
     typer.Option(

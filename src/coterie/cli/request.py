@@ -11,9 +11,11 @@ from coterie.calibration import read_kept
 from coterie.cli.keeping import mixed_line, settled_line
 from coterie.cli.tables import bar, remark
 from coterie.decoding.plans import BlockCausalUncached, Uncached, parse_plan
+from coterie.engine.beside import aside_line
 from coterie.engine.engine import Engine, load
 from coterie.engine.memory import Memory
 from coterie.experts.mixed import Mixed
+from coterie.experts.offload import Offloaded
 from coterie.naming import CoterieError
 from coterie.routing import check_keeps, parse_policy, spell
 
@@ -109,6 +111,8 @@ def open_engine(
         remark(mixed_line(store, len(engine.model.spec.moe_layers)))
     elif engine.model.memory is not None:
         remark(settled_line(engine.model.memory))
+    if isinstance(store, Offloaded) and store.aside is not None:
+        remark(aside_line(store.aside))
     return engine
 
 

@@ -11,9 +11,11 @@ import torch
 from torch import Tensor
 
 from coterie import ops
+from coterie.engine.beside import host_slabs, measured
 from coterie.engine.memory import AUTO, Memory, Settled, settle
 from coterie.engine.offloaded import blobs
 from coterie.engine.room import free_memory
+from coterie.experts.aside import Aside
 from coterie.experts.couriers import Courier
 from coterie.experts.host import Host, host_slots
 from coterie.experts.offload import Offloaded
@@ -46,7 +48,17 @@ def settle_behind(
         raise CoterieError("--coarse serves two precisions on a CPU only; leave it out here")
     size = layout_of(kept, dtype).size
     found = settle(asked, kept, dtype, expert_bytes=size, free=free_memory(device))
-    return found if found.whole else replace(found, host=_host_bytes(found, packed=stored.panels))
+    if found.whole:
+        if asked.aside is not None:
+            raise CoterieError("--cpu-experts has no effect: all experts fit into the GPU's memory")
+        return found
+    host = _host_bytes(found, packed=stored.panels)
+    if asked.aside is not None and host < found.layers * found.experts * size:
+        raise CoterieError(
+            "--cpu-experts computes experts out of host memory, which must hold all of them; "
+            "leave out --host-memory"
+        )
+    return replace(found, host=host)
 
 
 def _host_bytes(found: Settled, *, packed: bool) -> int:
@@ -113,8 +125,9 @@ class Behind:
     ) -> Offloaded:
         """With slots on the device, and in them who is there from the start."""
         asked = self.memory.asked
+        courier = self._courier(checkpoint, places, stored)
         store = Offloaded(
-            self._courier(checkpoint, places, stored),
+            courier,
             self.layout.shown,
             lambda slots, size: torch.empty(slots, size, dtype=torch.uint8, device=self.device),
             experts=self.memory.experts,
@@ -122,6 +135,7 @@ class Behind:
             capacity=self.memory.slots,
             rule=asked.eviction,
             warm={} if asked.warm is None else asked.warm.by_layer(),
+            aside=self._aside(courier, checkpoint, places, stored),
         )
         for layer in self.spec.moe_layers:
             store.resident(layer)
@@ -137,6 +151,22 @@ class Behind:
         below = Unpacked(OnDisk(blobs(checkpoint, places)), stored, self.layout)
         slots = host_slots(self._host, layers=len(layers), experts=experts, size=size)
         return Relays(Host(below, pinned(slots, size), layers, experts), lane)
+
+    def _aside(
+        self,
+        courier: Courier,
+        checkpoint: Checkpoint,
+        places: Mapping[str, Place],
+        stored: ModelSpec,
+    ) -> Aside | None:
+        """The CPU's part, where one was asked for."""
+        choice = self.memory.asked.aside
+        if choice is None or not isinstance(courier, Copies):
+            return None
+        slabs = host_slabs(self.layout, self._blobs, checkpoint, places, stored)
+        if choice == AUTO:
+            choice = measured(courier, slabs, dtype=self.dtype, device=self.device)
+        return Aside(choice, slabs)
 
     @property
     def _host(self) -> int:

@@ -25,6 +25,7 @@ def imagined_room(asked: Memory, spec: ModelSpec, dtype: torch.dtype) -> Settled
         ("auto", asked.fast == AUTO),
         ("--host-memory", asked.host is not None),
         ("--coarse", asked.coarse is not None),
+        ("--cpu-experts", asked.aside is not None),
     ):
         if there:
             raise CoterieError(

@@ -155,6 +155,8 @@ def _settled(
             "--host-memory has no effect on a CPU: --expert-memory is memory of the host there; "
             "with --device cuda it stands between the GPU's memory and the disk"
         )
+    if wanted.aside is not None:
+        raise CoterieError("--cpu-experts has no effect where a CPU computes all experts anyway")
     free, size = free_memory(device), kept.expert_stride
     found = settle(wanted, kept, dtype, expert_bytes=size, free=free)
     if found.whole and wanted.coarse is not None:

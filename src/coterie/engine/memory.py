@@ -9,6 +9,7 @@ import torch
 
 from coterie.engine.coarse import Coarse
 from coterie.engine.warm import SavedVotes
+from coterie.experts.aside import AtMost, parse_aside
 from coterie.experts.capacity import Capacity, parse_bytes
 from coterie.experts.eviction import EVICTIONS, Eviction, Lru, parse_eviction
 from coterie.model.size import size
@@ -39,6 +40,7 @@ class Memory:
     eviction: Eviction = field(default_factory=Lru)
     warm: SavedVotes | None = None
     coarse: Coarse | None = None
+    aside: AtMost | Auto | None = None  # whom a CPU beside a GPU computes; None: nobody
     imagined: bool = False  # all experts are there, and book is kept of what would have moved
 
     @staticmethod
@@ -49,15 +51,18 @@ class Memory:
         eviction: str | None = None,
         warm: SavedVotes | None = None,
         coarse: Coarse | None = None,
+        aside: str | None = None,
         imagined: bool = False,
     ) -> Memory:
-        """From what is typed: "35%", "47" a layer, "6GiB" or "auto"; "20GiB" or "auto"; "lru"."""
+        """From what is typed: "35%", "47" a layer, "6GiB" or "auto"; "20GiB" or "auto"; "lru";
+        "off", "auto" or the most tokens of an expert."""
         return Memory(
             AUTO if fast.strip() == AUTO else Capacity.parse(fast),
             AUTO if host == AUTO else None if host is None else parse_bytes(host, "--host-memory"),
             Lru() if eviction is None else parse_eviction(eviction),
             warm,
             coarse,
+            None if aside is None else parse_aside(aside),
             imagined,
         )
 
@@ -69,6 +74,11 @@ class Memory:
             "eviction": spelled(self.eviction, EVICTIONS),
             "warm": None if self.warm is None else self.warm.name,
             **({} if self.coarse is None else self.coarse.document()),
+            **(
+                {}
+                if self.aside is None
+                else {"cpu_experts": AUTO if self.aside == AUTO else self.aside.tokens}
+            ),
             **({"imagined": True} if self.imagined else {}),
         }
 

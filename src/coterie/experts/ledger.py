@@ -63,6 +63,7 @@ class Tally:
     forwards: int = 0
     used: int = 0
     hits: int = 0
+    aside: int = 0
     vanilla: int = 0
     waited: float = 0.0
     seconds: float = 0.0
@@ -80,6 +81,7 @@ class Tally:
         self.forwards += other.forwards
         self.used += other.used
         self.hits += other.hits
+        self.aside += other.aside
         self.waited += other.waited
         self.seconds += other.seconds
         for tier, moved in other.sources.items():
@@ -125,8 +127,9 @@ class Ledger:
             self._open.seconds = time.perf_counter() - self._open.began
         self._close()
 
-    def served(self, layer: int, demand: Demand, *, used: int, hits: int) -> None:
-        """A layer is asked for so many experts, of whom ``hits`` are there."""
+    def served(self, layer: int, demand: Demand, *, used: int, hits: int, aside: int = 0) -> None:
+        """A layer is asked for so many experts, of whom ``hits`` are there, and ``aside`` are
+        computed where they lie."""
         line = self._open
         if layer <= line.layer:
             self._close()
@@ -134,6 +137,7 @@ class Ledger:
         line.layer = layer
         line.used += used
         line.hits += hits
+        line.aside += aside
         if self._compared and demand.routing is not None:
             own = demand.routing.own
             self._pending.append((line, layer, own, len(demand.used)))
@@ -211,4 +215,5 @@ class Ledger:
             tally.vanilla if self._compared else None,
             tally.waited,
             tally.seconds,
+            tally.aside,
         )

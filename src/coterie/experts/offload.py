@@ -5,15 +5,17 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
+from itertools import pairwise
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from coterie.experts.aside import Aside, Counts
 from coterie.experts.couriers import Courier
-from coterie.experts.eviction import Eviction, Lru, Numbers, asked_votes
+from coterie.experts.eviction import Eviction, Lru, Mask, Numbers, asked_votes
 from coterie.experts.ledger import Ledger
-from coterie.experts.slots import NOBODY, Places, Slots
+from coterie.experts.slots import NOBODY, Places, Slots, Wave
 from coterie.naming import CoterieError
 from coterie.values import Demand, Slab
 
@@ -53,6 +55,7 @@ class Offloaded:
     capacity: int
     rule: Eviction = field(default_factory=Lru)
     warm: Mapping[int, Numbers] = field(default_factory=dict)  # votes [E] of earlier runs, by layer
+    aside: Aside | None = None  # experts that do not come, for they are computed where they lie
     ledger: Ledger = field(init=False)
     _shelves: dict[int, Shelf] = field(default_factory=dict)
     _memory: dict[int, Tensor] = field(default_factory=dict)  # outlives what a layer forgets
@@ -67,9 +70,11 @@ class Offloaded:
 
     def serve(self, layer: int, demand: Demand) -> Iterator[Slab]:
         shelf = self._shelf(layer)
-        mask = demand.used.cpu().numpy()
-        used, hits = np.count_nonzero(mask), np.count_nonzero(mask & shelf.slots.resident)
-        self.ledger.served(layer, demand, used=int(used), hits=int(hits))
+        mask, tokens = self._asked(demand)
+        missed = mask & ~shelf.slots.resident
+        left = self._left_aside(missed, tokens)
+        used, hits, aside = (int(np.count_nonzero(one)) for one in (mask, mask & ~missed, left))
+        self.ledger.served(layer, demand, used=used, hits=hits, aside=aside)
         votes = asked_votes(self.rule, demand)
         if used == hits:
             shelf.slots.note(mask, votes)
@@ -77,21 +82,44 @@ class Offloaded:
             return
         where = shelf.slots.slot_of.copy()
         shelf.whole.clear()
-        waves = shelf.slots.serve(mask, votes)
+        waves = shelf.slots.serve(mask & ~left, votes)
+        if aside:  # first: what it computes with is there, and copies are asked for before it is
+            waves.insert(0, Wave(tuple(np.flatnonzero(left).tolist())))
+        yield from self._in_waves(layer, shelf, waves, where, aside=aside > 0)
+
+    def _in_waves(
+        self, layer: int, shelf: Shelf, waves: Sequence[Wave], where: Places, *, aside: bool
+    ) -> Iterator[Slab]:
+        """A slab for each; the first one's lies outside the slots where it is computed aside."""
         coming: dict[int, Future[str]] = {}
         try:
             for place, wave in enumerate(waves):
                 self._bring(layer, shelf, wave.loads, coming)
-                self._join(coming)
+                if wave.loads:
+                    self._join(coming)
                 where = _moved_in(where, wave.loads)
-                if later := waves[place + 1].loads if place + 1 < len(waves) else ():
-                    reads = set(where[list(wave.experts)].tolist())
-                    free = [(expert, slot) for expert, slot in later if slot not in reads]
-                    self._bring(layer, shelf, free, coming)
-                yield from self._lent(self._slab(shelf, where, wave.experts))
+                self._bring(layer, shelf, _early(waves[place:], where), coming)
+                if aside and self.aside and not place:
+                    yield self.aside.slab(layer, wave.experts)
+                else:
+                    yield from self._lent(self._slab(shelf, where, wave.experts))
         except BaseException:
             self._forget(layer, coming)
             raise
+
+    def _asked(self, demand: Demand) -> tuple[Mask, Counts | None]:
+        """Who is used, and for how many tokens where that matters: one read of the device."""
+        tokens = None if self.aside is None else demand.tokens
+        if tokens is None:
+            return demand.used.cpu().numpy(), None
+        both = torch.stack([demand.used.to(tokens.dtype), tokens]).cpu().numpy()
+        return both[0] > 0, both[1]
+
+    def _left_aside(self, missed: Mask, tokens: Counts | None) -> Mask:
+        """[E]: who is computed where it lies."""
+        if self.aside is None or tokens is None:
+            return np.zeros_like(missed)
+        return self.aside.choice.chosen(missed, tokens)
 
     @property
     def used(self) -> int:
@@ -213,6 +241,16 @@ def allocated(allocate: Allocate, slots: int, size: int) -> Tensor:
             f"no memory for {slots} experts of {size:,} bytes ({str(error).splitlines()[0]}); "
             "give --expert-memory less"
         ) from None
+
+
+def _early(waves: Sequence[Wave], where: Places) -> list[tuple[int, int]]:
+    """Of the loads that come next, those into slots that no wave before them reads."""
+    reads: set[int] = set()
+    for before, wave in pairwise(waves):
+        reads |= set(where[list(before.experts)].tolist())
+        if wave.loads:
+            return [(expert, slot) for expert, slot in wave.loads if slot not in reads]
+    return []
 
 
 def _moved_in(where: Places, loads: Sequence[tuple[int, int]]) -> Places:

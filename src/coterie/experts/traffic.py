@@ -35,6 +35,7 @@ class Traffic:
     vanilla: int | None = None
     waited: float = 0.0  # seconds in which nothing was computed because somebody was on the way
     seconds: float = 0.0  # of the forwards, where they were timed
+    aside: int = 0  # of those used, computed on a CPU where they lay: neither hits nor moved
 
     @staticmethod
     def counted(
@@ -113,4 +114,5 @@ class Traffic:
             vanilla=None if mine is None or theirs is None else mine + sign * theirs,
             waited=self.waited + sign * other.waited,
             seconds=self.seconds + sign * other.seconds,
+            aside=self.aside + sign * other.aside,
         )

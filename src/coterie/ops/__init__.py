@@ -79,8 +79,13 @@ def voices(asked: Tensor | None, narrowing: Tensor | None, *, opposite: bool = F
 def run_experts(x: Tensor, routing: Routing, slab: Slab) -> Tensor:
     """Weighted sum of the SwiGLU experts that ``slab`` holds: x [T, H] -> [T, H], always fp32.
 
-    Ids of -1 and experts absent from the slab add nothing, so the slabs of one layer add up.
+    Ids of -1 and experts absent from the slab add nothing, so the slabs of one layer add up. A slab
+    on another device than x is computed there: what it needs goes once, and waits for x.
     """
+    if (there := slab.gate_up.device) != x.device:
+        ids, weights = routing.ids.to(there), routing.weights.to(there)
+        moved = Routing(ids, weights, routing.used.to(there), ids)
+        return run_experts(x.to(there), moved, slab).to(x.device)
     if isinstance(slab.gate_up, Panels):
         return cpu.run_experts(x, routing, slab)
     if x.device.type == "cpu" and grouped.fits(x, slab):

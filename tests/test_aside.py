@@ -1,0 +1,185 @@
+"""Experts computed on a CPU beside a GPU: any split gives the same sum; the best one is taken."""
+
+from __future__ import annotations
+
+from itertools import combinations
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from policies import law
+from test_behind import ASKED, PROMPT, far, made, opened
+from test_offload import HIDDEN, LAYERS, blobs, computed, routings, shown, store
+
+from coterie.cli.edge import run
+from coterie.engine import behind, beside
+from coterie.engine.memory import Memory
+from coterie.experts.aside import Aside, AtMost, BreakEven, parse_aside
+from coterie.experts.store import Resident
+from coterie.experts.tiers import InMemory
+from coterie.naming import CoterieError
+from coterie.ops import cpu
+from coterie.values import Demand
+
+imagined_gpu = pytest.mark.usefixtures(far.__name__)
+seconds = st.floats(0, 1e-2, allow_subnormal=False)
+
+
+@given(st.integers(1, 12), st.integers(1, 14), st.integers(0, 2**20), st.integers(0, 6))
+@law(60)
+def test_any_split_equals_resident(experts: int, capacity: int, seed: int, most: int) -> None:
+    """To rounding; who was computed aside is neither moved nor a hit, and takes no slot."""
+    whole = blobs(experts, seed)
+    everyone = {layer: shown(one, torch.arange(experts)) for layer, one in whole.items()}
+    resident, own = Resident(everyone), store(InMemory(whole), experts, capacity)
+    own.aside = Aside(AtMost(most), everyone)
+    aside = 0
+    for place, routing in enumerate(routings(experts, seed, count=6)):
+        layer, tokens = LAYERS[place % 2], Demand(routing.used, routing).tokens
+        assert tokens is not None
+        here = own.resident(layer)
+        assert here is not None
+        left = routing.used & ~here & (tokens <= most)
+        aside += int(left.sum())
+        x = torch.randn(5, HIDDEN, generator=torch.Generator().manual_seed(place))
+        found, true = (computed(one, layer, routing, x) for one in (own, resident))
+        torch.testing.assert_close(found, true, atol=1e-5, rtol=1e-5)
+        now = own.resident(layer)
+        assert now is not None
+        assert not bool((now & left).any())
+    traffic = own.ledger.traffic()
+    assert traffic.aside == aside
+    assert traffic.used == traffic.hits + traffic.moved + traffic.aside
+    assert traffic.bytes_avoided == (traffic.hits + traffic.aside) * traffic.expert_bytes
+
+
+@given(
+    st.lists(st.tuples(st.booleans(), st.integers(0, 40)), min_size=1, max_size=8),
+    st.tuples(seconds, seconds, seconds, seconds),
+)
+@law(200)
+def test_no_split_ends_sooner(
+    experts: list[tuple[bool, int]], prices: tuple[float, float, float, float]
+) -> None:
+    missed, tokens = np.array([one for one, _ in experts]), np.array([many for _, many in experts])
+    even = BreakEven(*prices)
+
+    def end(aside: tuple[int, ...]) -> float:
+        alone = [even.each + even.token * int(tokens[one]) for one in aside]
+        copied = int(missed.sum()) - len(aside)
+        return max(even.copy * copied, even.begin + sum(alone) if aside else 0.0)
+
+    chosen = even.chosen(missed, tokens)
+    assert not (chosen & ~missed).any()
+    who = np.flatnonzero(missed).tolist()
+    best = min(end(some) for count in range(len(who) + 1) for some in combinations(who, count))
+    assert end(tuple(np.flatnonzero(chosen).tolist())) <= best * (1 + 1e-9)
+
+
+@given(st.tuples(seconds, seconds, seconds, seconds))
+@law(60)
+def test_prices_are_read_off_three_layers(prices: tuple[float, float, float, float]) -> None:
+    true = BreakEven(*prices)
+
+    def took(experts: int, tokens: int) -> float:
+        return true.begin + experts * (true.each + true.token * tokens)
+
+    found = BreakEven.through(
+        true.copy, one=took(1, 1), many=took(8, 1), full=took(8, 8), experts=8, tokens=8
+    )
+    for name, price in vars(true).items():
+        assert getattr(found, name) == pytest.approx(price, abs=1e-9)
+
+
+def test_a_slow_cpu_computes_nobody_and_a_fast_one_everybody() -> None:
+    missed, tokens = np.ones(5, dtype=bool), np.array([1, 9, 2, 4, 3])
+    slow, fast = BreakEven(1e-4, 1.0, 0.0, 0.0), BreakEven(1e-2, 0.0, 1e-6, 1e-6)
+    assert slow.chosen(missed, tokens).tolist() == [False] * 5
+    assert fast.chosen(missed, tokens).tolist() == [True] * 5
+    even = BreakEven(1.0, 0.0, 0.5, 0.25)
+    assert even.chosen(missed, tokens).tolist() == [True, False, True, False, False]
+
+
+@pytest.mark.parametrize("text", ["", "0", "-1", "some", "4.5"])
+def test_what_is_no_choice_is_refused(text: str) -> None:
+    with pytest.raises(CoterieError, match="--cpu-experts"):
+        parse_aside(text)
+
+
+def test_a_choice_is_read() -> None:
+    assert (parse_aside("off"), parse_aside("auto"), parse_aside("4")) == (None, "auto", AtMost(4))
+
+
+@imagined_gpu
+@pytest.mark.parametrize("kept", ["plain", "bf16", "int8"])
+@pytest.mark.parametrize("asked", ["auto", "3"])
+def test_a_model_answers_with_some_experts_on_the_cpu(
+    tmp_path: Path, kept: str, asked: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Few of its experts are in the slots; those that are missed by few tokens do not come."""
+    folder = made(tmp_path, kept)
+    fast = BreakEven(copy=1e-3, begin=0.0, each=1e-3, token=1e-5)
+    monkeypatch.setattr(behind, "measured", lambda *known, **how: fast)
+    few = opened(folder, Memory.parse("35%", aside=asked))
+    store = few.model.offloaded
+    assert store is not None
+    assert store.aside is not None
+    assert store.aside.choice == (fast if asked == "auto" else AtMost(3))
+    true = opened(folder).generate(PROMPT, **ASKED)
+    found = few.generate(PROMPT, **ASKED)
+    traffic = store.ledger.traffic()
+    assert traffic.aside > 0
+    assert traffic.moved > 0
+    if kept == "plain":  # the others' kernels round activations
+        assert found.tokens == true.tokens
+    else:
+        same = sum(a == b for a, b in zip(found.tokens, true.tokens, strict=True))
+        assert same >= len(true.tokens) // 2
+
+
+@imagined_gpu
+def test_prices_are_measured_on_the_machine(tmp_path: Path) -> None:
+    few = opened(made(tmp_path, "int8"), Memory.parse("35%", aside="auto"))
+    store = few.model.offloaded
+    assert store is not None
+    assert store.aside is not None
+    choice = store.aside.choice
+    assert isinstance(choice, BreakEven)
+    assert choice.copy > 0
+    assert choice.begin + choice.each > 0
+    assert "a copy takes" in beside.aside_line(store.aside)
+    assert few.generate(PROMPT, **ASKED).tokens
+
+
+@imagined_gpu
+def test_kernels_need_memory_of_their_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    if not cpu.ready():
+        pytest.skip("the kernels for CPUs are not built")
+    folder = made(tmp_path, "int8")
+    monkeypatch.setattr(beside, "free_memory", lambda device: 5)
+    with pytest.raises(CoterieError, match="more of host memory are needed, and 5 are free"):
+        opened(folder, Memory.parse("35%", aside="auto"))
+
+
+@imagined_gpu
+def test_where_it_has_no_effect_it_is_an_error(tmp_path: Path) -> None:
+    folder = made(tmp_path, "int8")
+    for memory, told in (
+        (Memory.parse("auto", aside="auto"), "all experts fit into the GPU's memory"),
+        (Memory.parse("35%", host="30KB", aside="4"), "which must hold all of them"),
+    ):
+        with pytest.raises(CoterieError, match=told):
+            opened(folder, memory)
+
+
+def test_a_cpu_has_no_cpu_beside_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = str(made(tmp_path, "int8"))
+    words = ["generate", "5 17", "-m", folder, "--device", "cpu", "--cpu-experts", "auto"]
+    assert run(words) == 2
+    assert "--cpu-experts has no effect where all experts are in memory" in capsys.readouterr().err
+    if cpu.ready():
+        assert run([*words, "--expert-memory", "5"]) == 2
+        assert "where a CPU computes all experts anyway" in capsys.readouterr().err
