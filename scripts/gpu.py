@@ -31,6 +31,7 @@ PARTS = {
     "routing": (75, 40),
     "experts": (190, 100),
     "forward": (150, 70),
+    "offload": (150, 60),
     "answers": (100, 40),
     "tests": (185, 60),
 }
@@ -156,6 +157,7 @@ def makers() -> dict[str, Callable[..., object]]:
         "routing": of("routing"),
         "experts": of("experts"),
         "forward": of("forward"),
+        "offload": of("offload"),
         "answers": of("answers"),
         "tests": of("suites"),
     }

@@ -83,7 +83,7 @@ class World:
         """Until ``patch`` is undone, this is what torch.cuda says; a CPU's tensors are there."""
         for name, value in (
             ("Stream", self.stream),
-            ("Event", lambda enable_timing=False: Event(self)),
+            ("Event", lambda enable_timing=False, blocking=False: Event(self)),
             ("stream", self.on),
             ("current_stream", self.current),
         ):

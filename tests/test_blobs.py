@@ -130,7 +130,7 @@ def test_a_cpu_computes_over_blobs_too(kept: torch.dtype | Format) -> None:
     dtype = FP32 if isinstance(kept, Format) else kept
     x, routing = (
         inputs(5, 64, dtype, 5).cpu(),
-        Routing(*map(Tensor.cpu, vars(routed(5, 2, 6, 6, 5)).values())),
+        Routing(*(one.cpu() for one in vars(routed(5, 2, 6, 6, 5)).values() if one is not None)),
     )
     true = reference.run_experts(x, routing, slab)
     found = ops.run_experts(x, routing, apart)

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from asynchronous import World
 from gpu_compiling import compiled
 from interpreting import quicken
 
@@ -172,3 +173,25 @@ def test_who_is_stopped_leaves_what_was_found(tmp_path: Path) -> None:
     assert record["facts"]["unfinished"] is True
     process = Path("/proc") / str(record["facts"]["other"]) / "stat"
     assert not process.is_file() or ") Z " in process.read_text()
+
+
+def test_copies_into_slots_are_watched(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a GPU that is imagined: every copy is done as soon as it is asked for."""
+    from gpu_parts import offload
+
+    World(0, eager=1.0).install(monkeypatch)
+    monkeypatch.setattr(offload, "far", lambda device: True)
+    monkeypatch.setattr(offload, "pinned", lambda *sizes: torch.empty(sizes, dtype=torch.uint8))
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    found = offload.measure(torch.device("cpu"), dry=True)
+    assert found.wrong == []
+    values = {figure.name: figure.value for figure in found.figures}
+    for kind in offload.SLOTS:
+        assert values[f"{kind}: slots against resident, distance"] < offload.NEAR
+        for play in offload.PLAYS:
+            assert values[f"{kind}, {play}, slots: share of the link"] > 0
+            facts = found.facts[f"{kind}, {play}, slots"]
+            assert facts["bytes a forward"] > 0
+            assert facts["ms stalled a forward"] > 0
+        assert found.facts[f"{kind}, vanilla, slots and CPU"]["hit_rate"] <= 1
+        assert set(found.facts[f"{kind}, CPU or copy"]["ms"]) == {"copy", "begin", "each", "token"}

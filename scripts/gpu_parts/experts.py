@@ -181,7 +181,7 @@ def others(layer: Layer) -> dict[str, Callable[[Routing], Tensor]]:
 
     def published(name: str) -> Callable[[Routing], Tensor]:
         def forward(routing: Routing) -> Tensor:
-            module = _transformers_layer(layer.router, gate_up, down)
+            module = transformers_layer(layer.router, gate_up, down)
             module.config._experts_implementation = name
             return module(layer.x, routing.ids, routing.weights.to(layer.x.dtype))
 
@@ -198,7 +198,7 @@ def others(layer: Layer) -> dict[str, Callable[[Routing], Tensor]]:
 _MADE: dict[int, torch.nn.Module] = {}
 
 
-def _transformers_layer(router: RouterSpec, gate_up: Tensor, down: Tensor) -> torch.nn.Module:
+def transformers_layer(router: RouterSpec, gate_up: Tensor, down: Tensor) -> torch.nn.Module:
     if gate_up.data_ptr() not in _MADE:
         config = import_module("transformers").Qwen3MoeConfig(
             hidden_size=gate_up.shape[2],

@@ -165,7 +165,9 @@ class Behind:
             return None
         slabs = host_slabs(self.layout, self._blobs, checkpoint, places, stored)
         if choice == AUTO:
-            choice = measured(courier, slabs, dtype=self.dtype, device=self.device)
+            choice = measured(
+                courier, slabs, self.layout.size, dtype=self.dtype, device=self.device
+            )
         return Aside(choice, slabs)
 
     @property

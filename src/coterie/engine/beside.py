@@ -13,7 +13,7 @@ from torch import Tensor
 from coterie import ops
 from coterie.engine.room import free_memory
 from coterie.experts.aside import Aside, AtMost, BreakEven
-from coterie.experts.streams import Copies
+from coterie.experts.couriers import Courier
 from coterie.model.checkpoint import Checkpoint
 from coterie.model.filling import mapped
 from coterie.model.spec import ModelSpec
@@ -79,9 +79,15 @@ def _mapped(
 
 
 def measured(
-    courier: Copies, slabs: Mapping[int, Slab], *, dtype: torch.dtype, device: torch.device
+    courier: Courier,
+    slabs: Mapping[int, Slab],
+    size: int,
+    *,
+    dtype: torch.dtype,
+    device: torch.device,
 ) -> BreakEven:
-    """What copies and computing take on this machine, each alone; medians of a few rounds."""
+    """What copies of so many bytes and computing take on this machine, each alone; medians of a few
+    rounds."""
     layer, slab = next(iter(slabs.items()))
     experts, hidden = len(slab.slot_of), slab.down.shape[1]
     few = min(EXPERTS, experts)
@@ -96,25 +102,25 @@ def measured(
 
         return work
 
-    copy = _copying(courier, layer, experts, device) if experts > 1 else 0.0
+    into = torch.empty(min(COPIED, experts), size, dtype=torch.uint8, device=device)
+    copy = _copying(courier, layer, experts, into)
     if few < 2:
         return BreakEven(copy, _seconds(layer_of(1, 1)), 0.0, 0.0)
     one, many, full = (_seconds(layer_of(*of)) for of in ((1, 1), (few, 1), (few, TOKENS)))
     return BreakEven.through(copy, one=one, many=many, full=full, experts=few, tokens=TOKENS)
 
 
-def _copying(courier: Copies, layer: int, experts: int, device: torch.device) -> float:
+def _copying(courier: Courier, layer: int, experts: int, into: Tensor) -> float:
     """Seconds to copy an expert while others wait to be."""
-    size, many = courier.source.blobs[layer].shape[1], min(COPIED, experts)
-    into = torch.empty(many, size, dtype=torch.uint8, device=device)
     courier.computed()  # with what lay there before
 
     def work(turn: int) -> None:
-        for at in range(many):
-            courier.bring(layer, (turn * many + at) % experts, into[at])
-        courier.settle(())
+        first = turn * len(into)
+        courier.settle(
+            [courier.bring(layer, (first + at) % experts, slot) for at, slot in enumerate(into)]
+        )
 
-    return _seconds(work) / many
+    return _seconds(work) / len(into)
 
 
 def _routing(ids: Tensor, experts: int) -> Routing:

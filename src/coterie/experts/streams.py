@@ -25,25 +25,28 @@ DONE.set_result(HOST)
 
 
 class Lane:
-    """The queue of copies of one device, and how long its computing stood still for them."""
+    """The ``queue`` of copies of one device, and how long its computing stood still for them."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
-        self._copies = torch.cuda.Stream(device)
+        self.queue = torch.cuda.Stream(device)
         self._over = 0.0  # seconds
         self._stalls: deque[tuple[torch.cuda.Event, torch.cuda.Event]] = deque()
 
-    def copy(self, source: Tensor, into: Tensor) -> torch.cuda.Event:
-        """Ask for a copy out of pinned memory, which must stand until the event is over."""
-        with torch.cuda.stream(self._copies):
+    def copy(self, source: Tensor, into: Tensor) -> None:
+        """Ask for a copy out of pinned memory, which must stand until the copy is done."""
+        with torch.cuda.stream(self.queue):
             into.copy_(source, non_blocking=True)
-        done = torch.cuda.Event()
-        done.record(self._copies)
-        return done
+
+    def arrive(self) -> None:
+        """The host waits, at rest, until the copies so far are done."""
+        done = torch.cuda.Event(blocking=True)
+        done.record(self.queue)
+        done.synchronize()
 
     def after_computing(self) -> None:
         """Copies asked for from now on wait for what computing was asked until now."""
-        self._copies.wait_stream(torch.cuda.current_stream(self._device))
+        self.queue.wait_stream(torch.cuda.current_stream(self._device))
 
     def before_computing(self, wait_on_host: Callable[[], None] = lambda: None) -> None:
         """Computing asked for from now on waits for the copies so far, and for the host's part."""
@@ -52,14 +55,14 @@ class Lane:
         # This one comes to pass as soon as there is nothing left to compute.
         first.record(current)
         wait_on_host()
-        current.wait_stream(self._copies)
+        current.wait_stream(self.queue)
         last.record(current)
         self._stalls.append((first, last))
         self._add_up()
 
     def rest(self) -> None:
         """The host waits until no copy is left."""
-        self._copies.synchronize()
+        self.queue.synchronize()
 
     @property
     def stalled(self) -> float:
@@ -154,5 +157,6 @@ class Relays:
     def _relay(self, layer: int, expert: int, into: Tensor) -> str:
         # Threads do not inherit the mode, and slots may be made inside it.
         with torch.inference_mode(), self.source.lent(layer, expert) as (blob, found):
-            self.lane.copy(blob, into).synchronize()
+            self.lane.copy(blob, into)
+            self.lane.arrive()
             return found
