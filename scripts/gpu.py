@@ -33,7 +33,7 @@ PARTS = {
     "forward": (150, 70),
     "offload": (150, 60),
     "answers": (100, 40),
-    "tests": (185, 60),
+    "tests": (200, 60),
 }
 KEEPING = 2.0  # seconds after which a part writes down again what it has found
 

@@ -83,3 +83,16 @@ def test_few_experts_on_the_device_answer_like_all(
         assert few.model.offloaded is not None
         assert few.model.offloaded.moved > 0
         assert few.model.offloaded.waited >= 0
+
+
+@needs_cuda
+def test_a_cpu_beside_the_device_changes_no_answer(tmp_path: Path) -> None:
+    folder = write_checkpoint(tmp_path, "llada2", seed=9)
+    asked = {"max_new_tokens": 24, "block": 8, "unmask": "fixed:steps=3"}
+    whole = coterie.load(folder, device="cuda", dtype="float32").generate(PROMPT, **asked)
+    for aside in ("2", "auto", "100"):
+        memory = Memory.parse("35%", aside=aside)
+        few = coterie.load(folder, device="cuda", dtype="float32", expert_memory=memory)
+        assert few.generate(PROMPT, **asked).tokens == whole.tokens
+        assert few.model.offloaded is not None
+        assert aside == "auto" or few.model.offloaded.ledger.traffic().aside > 0
