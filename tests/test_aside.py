@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from itertools import combinations
 from pathlib import Path
 
@@ -183,3 +184,23 @@ def test_a_cpu_has_no_cpu_beside_it(tmp_path: Path, capsys: pytest.CaptureFixtur
     if cpu.ready():
         assert run([*words, "--expert-memory", "5"]) == 2
         assert "where a CPU computes all experts anyway" in capsys.readouterr().err
+
+
+@imagined_gpu
+def test_the_command_says_whom_a_cpu_computes(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["generate", "5 17 33", "-m", str(made(tmp_path, "plain")), "--device", "cpu"]
+    words += ["-n", "8", "--block", "8", "--json", "--expert-memory", "5", "--cpu-experts"]
+    assert run([*words, "3"]) == 0
+    said = capsys.readouterr()
+    assert "the CPU computes experts that at most 3 tokens miss" in said.err
+    assert "5 of 16 experts a layer in memory of the GPU" in said.err
+    told = json.loads(said.out)["expert_traffic"]
+    assert told["experts_on_cpu"] > 0
+    assert run([*words, "auto"]) == 0
+    assert "where it is done sooner: a copy takes" in capsys.readouterr().err
+    assert run([*words, "off"]) == 0
+    said = capsys.readouterr()
+    assert "the CPU computes" not in said.err
+    assert json.loads(said.out)["expert_traffic"]["experts_on_cpu"] == 0

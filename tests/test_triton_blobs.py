@@ -14,7 +14,7 @@ from coterie import ops
 from coterie.ops import reference
 from coterie.ops.blobs import LINE, Layout
 from coterie.quant import FORMATS, Format, QTensor
-from coterie.values import Routing, Slab
+from coterie.values import Slab
 
 BF16, FP32 = torch.bfloat16, torch.float32
 KEPT = (FP32, BF16, torch.float16, FORMATS["int8"], FORMATS["int4"], Format(4, 16))
