@@ -129,5 +129,10 @@ def _by_kernel(scores: Scores, policy: Policy) -> Routing:
     return found
 
 
-def _same(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> bool:
-    return all(torch.equal(value, expected[name]) for name, value in found.items())
+def _same(found: dict[str, torch.Tensor | None], expected: dict[str, torch.Tensor | None]) -> bool:
+    """Whether the same is said, and the same is left unsaid."""
+    pairs = [(value, expected[name]) for name, value in found.items()]
+    return all(
+        one is other if one is None or other is None else torch.equal(one, other)
+        for one, other in pairs
+    )
