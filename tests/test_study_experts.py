@@ -313,6 +313,21 @@ def test_caching_is_judged_by_what_is_saved_and_what_is_lost(
     assert (told[CACHED], told[HALVED]) == ([caching], [half])
 
 
+def test_where_vanilla_answers_nothing_right_nothing_is_said_to_be_kept() -> None:
+    facts = record(made_up("vanilla", 0), made_up("priced-vote:price=1", 0, saved=0.6, looks=True))
+    assert verdicts(facts) == {CACHED: ["cannot be told here"]}
+
+
+def test_a_task_that_was_not_reached_leaves_its_column_empty() -> None:
+    one, other = made_up("vanilla", 9, n=10), made_up("vanilla", 9, n=10, few=0.5, precision="int8")
+    rule, few = (made_up("topk:k=1", 9, n=10, saved=0.5) for _ in range(2))
+    for run in (one, other):
+        run["tally"]["right"] = {"words": "1" * 9 + "0", "late": "1"}
+    few["precision"] = "int8"
+    table = tables(record(one, rule, other, few))[-1]
+    assert [row[-1] for row in table.rows] == ["+0.0%", ""]
+
+
 @pytest.mark.parametrize(
     ("right", "n", "few", "verdict"),
     [

@@ -77,9 +77,14 @@ class Experts:
                 lab.tell((place + share) / len(names), doing)
 
             try:
-                measured.append(measure_in(lab, name, tell, commits=commits, whole=not measured))
+                engine = opened(lab.engine, name)
             except CoterieError as error:
                 left_out.append({"name": name, "why": str(error)})
+                continue
+            precision = said_of(engine, name)
+            asked = wanted(engine, lab, commits=commits, whole=not measured)
+            measured.append((precision, count(lab, engine, precision, asked, tell)))
+            del engine  # the next one may need its room
         if not measured:
             raise CoterieError("; ".join(one["why"] for one in left_out))
         found = Found(
@@ -127,16 +132,6 @@ def opened(engine: Engine, name: str) -> Engine:
         experts=name if name in FEW_BITS else None,
     )
     return Engine(made, generation=engine.generation)
-
-
-def measure_in(
-    lab: Lab, name: str, tell: Callable[[float, str], None], *, commits: bool, whole: bool
-) -> tuple[Precision, list[Counted]]:
-    """One precision; the model that was loaded for it goes with the call."""
-    engine = opened(lab.engine, name)
-    precision = said_of(engine, name)
-    asked = wanted(engine, lab, commits=commits, whole=whole)
-    return precision, count(lab, engine, precision, asked, tell)
 
 
 def said_of(engine: Engine, name: str) -> Precision:

@@ -176,5 +176,5 @@ def keyed(one: Axes, looks: Mapping[str, str], marks: Mapping[str, str]) -> None
         Line2D([], [], color=ink(), marker=marker, ls="", label=share_said(share))
         for share, marker in marks.items()
     ]
-    shown = one.legend(handles=handles, ncols=2, loc="lower left", fontsize=7.5)
+    shown = one.legend(handles=handles, ncols=2, loc="lower left", fontsize=6.5)
     shown.set_bbox_to_anchor((0, 1.0), transform=one.transAxes)

@@ -65,6 +65,11 @@ def changes(pairs: Sequence[tuple[Tally, Tally]]) -> list[Change]:
 def conclusions(facts: Mapping[str, object]) -> list[Finding | str]:
     """Both questions, and what each answer rests on."""
     grid = Grid.of(facts)
+    vanilla = next(point for point in grid.points if point.policy == "vanilla")
+    if not vanilla.tally.accuracy:
+        text = "Vanilla itself answers nothing right: there is no accuracy to keep."
+        nothing = Finding(text, CACHED, "cannot be told here")
+        return [alone(grid), nothing, *same_memory(grid), definitions(grid)]
     caching = [finding for commit in commits_of(grid) for finding in cached(grid, commit)]
     names = [one["name"] for one in grid.found["precisions"][1:]]
     coarse = [finding for name in names for finding in few_bits(grid, name)]
@@ -80,7 +85,7 @@ def commits_of(grid: Grid) -> list[str]:
 def alone(grid: Grid) -> str:
     """A cache and nothing else: the same answers."""
     told = [
-        f"{point.hit_rate:.0%} with {point.kept['share'].replace('%', ' %')} in memory"
+        f"{point.hit_rate:.0%} with {share_said(point.kept['share'])} in memory"
         for point in grid.at(grid.first)
         if point.policy == "vanilla"
     ]
@@ -140,13 +145,12 @@ class Judged:
 
 def judge(grid: Grid, commit: str) -> list[Judged]:
     """Every policy at the main share but vanilla, tested together."""
-    vanilla, *others = grid.at(grid.first, grid.found["main"], commit) or [None]
-    found = [(point, point.saved) for point in others if point is not None]
+    main = grid.at(grid.first, grid.found["main"], commit)
+    found = [(point, saved) for point in main[1:] if (saved := point.saved) is not None]
     tested = changes([(point.vanilla, point.tally) for point, _ in found])
     return [
-        Judged(point, vanilla, change, saved)
+        Judged(point, main[0], change, saved)
         for (point, saved), change in zip(found, tested, strict=True)
-        if vanilla is not None and saved is not None
     ]
 
 
@@ -198,10 +202,7 @@ def coarser(before: Point, after: Point, change: Change, claim: str) -> Finding:
     bytes_ = "" if to is None else f"{to[0]:.2f} times the bytes ({to[1]:.2f} to {to[2]:.2f}), "
     many, low, high = after.run["to_whole"] or [1.0, 1.0, 1.0]
     first = head(before.tally, after.tally)
-    tasks = ", ".join(
-        f"{task} {paired(first.bits(task), after.tally.bits(task)).difference:+.1%}"
-        for task in after.tally.right
-    )
+    tasks = ", ".join(f"{t} {by_task(first, after.tally, t)}" for t in after.tally.right)
     text = (
         f"{before.policy}, {after.run['precision']} against {before.run['precision']}, "
         f"{share_said(after.kept['share'])} in memory: {bytes_}{many:.2f} times the forwards "
@@ -214,6 +215,13 @@ def coarser(before: Point, after: Point, change: Change, claim: str) -> Finding:
     return Finding(
         text, claim, "does not hold" if change.worse or not fewer else "cannot be told here"
     )
+
+
+def by_task(first: Tally, second: Tally, task: str) -> str:
+    """The difference; nothing where so few questions were asked that none was of this task."""
+    if task not in second.right:
+        return ""
+    return f"{paired(first.bits(task), second.bits(task)).difference:+.1%}"
 
 
 def same_memory(grid: Grid) -> list[str]:
@@ -246,11 +254,11 @@ def definitions(grid: Grid) -> str:
     return (
         f"All but the experts is in {first['dtype']} in every precision. Memories are imagined: "
         "book is kept of real runs, one answer after the other, tasks in turn, a memory living on "
-        "from answer to answer; LRU. Bytes are of all forwards, those for the prompt and those "
-        "that commit among them. No throughput was measured: forwards were, and milliseconds are "
-        "predicted by the replay's clock, bytes over the link's rate with computing taken as free "
-        "(`results/offload-on-a-cpu.json` says how far that clock was off where a disk was the "
-        f"link).{standing}"
+        "from answer to answer; LRU (`results/replay-drawn-mini.json` has other rules). Bytes are "
+        "of all forwards, those for the prompt and those that commit among them. No throughput was "
+        "measured: forwards were, and milliseconds are predicted by the replay's clock, bytes over "
+        "the link's rate with computing taken as free (`results/offload-on-a-cpu.json` says how "
+        f"far that clock was off where a disk was the link).{standing}"
     )
 
 
@@ -368,7 +376,7 @@ def paired_table(grid: Grid, name: str) -> Table:
             p_value(change.p, bare=True),
             "" if to is None else "{:.3f}, {:.3f} to {:.3f}".format(*to),
             "" if many is None else "{:.3f}, {:.3f} to {:.3f}".format(*many),
-            *(f"{paired(first.bits(t), after.tally.bits(t)).difference:+.1%}" for t in tasks),
+            *(by_task(first, after.tally, task) for task in tasks),
         ])  # fmt: skip
     return Table(
         heads,
