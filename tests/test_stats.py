@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy import stats
 
-from coterie.evals.stats import Share, holm, paired
+from coterie.evals.stats import Paired, Share, Z, holm, paired
 
 pairs = st.lists(st.tuples(st.booleans(), st.booleans()), min_size=1, max_size=60)
 counts = st.integers(1, 2000).flatmap(lambda n: st.tuples(st.integers(0, n), st.just(n)))
@@ -114,6 +114,32 @@ def test_the_order_of_the_items_does_not_matter(
     assert paired(*map(list, zip(*answers, strict=True))) == paired(
         *map(list, zip(*shuffled, strict=True))
     )
+
+
+@given(st.integers(0, 40), st.integers(0, 40), st.integers(80, 500))
+def test_the_score_interval_holds_the_difference_and_mirrors(a: int, b: int, n: int) -> None:
+    one, other = (Paired(*changed, n, (0.0, 0.0)) for changed in ((a, b), (b, a)))
+    low, high = one.score_interval
+    assert -1 <= low < one.difference < high <= 1
+    assert other.score_interval == (-high, -low)
+    wider = Paired(a, b, n, (0.0, 0.0)), Paired(2 * a, 2 * b, 2 * n, (0.0, 0.0))
+    assert np.diff(wider[0].score_interval) > np.diff(wider[1].score_interval)
+
+
+@pytest.mark.parametrize("n", [4, 50, 1000])
+def test_the_score_interval_of_no_change_is_known(n: int) -> None:
+    """Its ends solve n d / (1 - d) = Z^2."""
+    end = Z**2 / (n + Z**2)
+    assert Paired(0, 0, n, (0.0, 0.0)).score_interval == pytest.approx((-end, end), abs=1e-9)
+
+
+def test_the_score_interval_covers_the_truth_about_as_often_as_it_says() -> None:
+    draw, n = np.random.default_rng(3), 120
+    held = 0
+    for gained, lost, _ in draw.multinomial(n, [0.02, 0.06, 0.92], size=800):
+        low, high = Paired(int(gained), int(lost), n, (0.0, 0.0)).score_interval
+        held += low <= -0.04 <= high
+    assert 0.92 < held / 800 < 0.98
 
 
 def test_lists_that_do_not_pair_raise() -> None:

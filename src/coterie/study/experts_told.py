@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from coterie.calibration.interval import drop_interval
 from coterie.evals.stats import Paired, holm, paired
 from coterie.study.chapter import Finding, Table, Verdict
 from coterie.study.duel import LEVEL, p_value
@@ -30,36 +29,27 @@ class Change:
 
     paired: Paired
     p: float
-    drop: tuple[float, float]  # what is lost, 95 % (Newcombe): no point where nothing changed
-
-    @property
-    def gain(self) -> tuple[float, float]:
-        """The same the other way round."""
-        return 0.0 - self.drop[1], 0.0 - self.drop[0]
+    interval: tuple[float, float]
 
     @property
     def kept(self) -> bool:
-        """Whether no more than ``WITHIN`` is lost, beyond doubt."""
-        return self.drop[1] <= WITHIN
+        """Whether no more than ``WITHIN`` is lost, by the whole interval."""
+        return self.interval[0] >= -WITHIN
 
     @property
     def worse(self) -> bool:
         return self.p < LEVEL and self.paired.difference < 0
 
     def __str__(self) -> str:
-        low, high = self.gain
+        low, high = self.interval
         return f"{self.paired.difference:+.1%} ({low:+.1%} to {high:+.1%}, {p_value(self.p)})"
 
 
 def changes(pairs: Sequence[tuple[Tally, Tally]]) -> list[Change]:
     """The second of each against the first, on the same items; tested together."""
-    found = [(first.bits(), second.bits()) for first, second in pairs]
-    tests = [paired(*bits) for bits in found]
+    tests = [paired(first.bits(), second.bits()) for first, second in pairs]
     raised = holm([test.p for test in tests])
-    return [
-        Change(test, p, drop_interval(*bits))
-        for test, p, bits in zip(tests, raised, found, strict=True)
-    ]
+    return [Change(test, p, test.score_interval) for test, p in zip(tests, raised, strict=True)]
 
 
 def conclusions(facts: Mapping[str, object]) -> list[Finding | str]:
@@ -106,9 +96,12 @@ def cached(grid: Grid, commit: str) -> list[Finding]:
     keeping = [one for one in judged if one.change.kept]
     text = (
         f"{share_said(grid.found['main'])} of the experts in memory, {grid.first}.{how} "
-        f"{len(keeping)} of {len(judged)} policies stay within a point of vanilla beyond doubt. "
+        f"{len(keeping)} of {len(judged)} policies stay within a point of vanilla by their whole "
+        "interval. "
     )
-    best = max(keeping or judged, key=lambda one: one.saved[0] if keeping else -one.change.drop[1])
+    best = max(
+        keeping or judged, key=lambda one: one.saved[0] if keeping else one.change.interval[0]
+    )
     text += f"{'Of these, least is moved by' if keeping else 'The nearest is'} {best}"
     looking = [one for one in judged if one.point.run["looks"]]
     return [
@@ -330,7 +323,7 @@ def commit_table(grid: Grid) -> Table:
     for commit in commits_of(grid):
         for one in judge(grid, commit):
             run, change = one.point.run, one.change
-            low, high = change.gain
+            low, high = change.interval
             decoding = one.point.kept["moved_decoding"] / max(1, one.point.kept["moved"])
             rows.append([
                 one.point.policy, "the policy" if commit == "policy" else "vanilla",
@@ -345,7 +338,7 @@ def commit_table(grid: Grid) -> Table:
         f"{share_said(grid.found['main'])} in memory, {grid.first}: accuracy against bytes for "
         "both kinds of commits. Saved is of vanilla's bytes, by a bootstrap over answers; p is "
         "McNemar's, exact, raised for those of the same kind (Holm); the change's interval is "
-        "Newcombe's. In decoding: which part of the bytes decoding forwards move.",
+        "Tango's. In decoding: which part of the bytes decoding forwards move.",
         numbers=range(2, len(heads)),
     )
 
@@ -368,7 +361,7 @@ def paired_table(grid: Grid, name: str) -> Table:
             after.kept["to_whole"],
             after.run["to_whole"],
         )
-        low, high = change.gain
+        low, high = change.interval
         rows.append([
             before.policy, str(after.run["items"]), f"{first.accuracy:.1%}",
             f"{after.tally.accuracy:.1%}",
