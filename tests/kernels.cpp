@@ -170,11 +170,20 @@ std::vector<float> widened(const std::vector<uint16_t>& halves) {
   return found;
 }
 
+// One after the other, in a call that may not fail.
+template <class... Works>
+bool followed(int isa, int threads, const Works&... links) {
+  const Link chain[] = {links...};
+  Chain call{chain, int32_t(sizeof...(links)), threads};
+  return coterie_follow(isa, &call) == DONE;
+}
+
 bool products_agree() {
   int tokens = between(0, 40), k = between(1, 90), rows = between(1, 100), threads = between(1, 3);
   bool wide = between(0, 1), x_is_bf16 = between(0, 1);
   std::vector<uint16_t> weight = halves(size_t(rows) * k), x = halves(size_t(tokens) * k);
   std::vector<float> wide_weight = widened(weight), wide_x = widened(x);
+  std::vector<float> beside = widened(halves(size_t(tokens) * rows));
   int format = wide ? FP32 : BF16;
   std::vector<uint8_t> panels(coterie_matrix_bytes(format, rows, k));
   const void* from = wide ? static_cast<void*>(wide_weight.data()) : weight.data();
@@ -186,8 +195,9 @@ bool products_agree() {
     std::vector<uint16_t> narrow(out.size());
     for (int out_is_bf16 : {1, 0}) {
       void* to = out_is_bf16 ? static_cast<void*>(narrow.data()) : out.data();
-      Product product{taken, panels.data(), to, tokens, k, rows, threads, format, x_is_bf16, out_is_bf16};
-      if (coterie_multiply(isa, &product) != DONE) out.assign(out.size(), NAN);
+      const float* more = out_is_bf16 ? nullptr : beside.data();
+      Product product{taken, panels.data(), more, to, tokens, k, rows, format, x_is_bf16, out_is_bf16};
+      if (!followed(isa, threads, Link{&product, PRODUCT})) out.assign(out.size(), NAN);
     }
     return out;
   });
@@ -217,8 +227,8 @@ bool attention_agrees() {
     Attending call{qkv.data(), norm.data(), norm.data(), cos.data(), sin.data(), positions.data(),
                    places.data(), limits.data(), keys.data(), values.data(), out.data(), held,
                    size_t(length) * dim, 1e-6f, 0.2f, rows, width, heads, kv_heads, dim, turning,
-                   length, threads};
-    if (coterie_attend(isa, &call) != DONE) return std::vector<float>{NAN};
+                   length};
+    if (!followed(isa, threads, Link{&call, ATTENTION})) return std::vector<float>{NAN};
     return widened(out);
   });
 }
@@ -228,13 +238,18 @@ bool rows_agree() {
   std::vector<uint16_t> x = halves(size_t(rows) * width), weight = halves(width);
   std::vector<float> logits = widened(x);
   return alike("rows", [&](int isa) {
-    std::vector<uint16_t> out(x.size());
+    std::vector<uint16_t> sum(x.size()), both(2 * x.size()), out(x.size());
     std::vector<int64_t> best(rows), unmasked(rows);
     std::vector<float> total(rows);
-    Norming norming{x.data(), weight.data(), out.data(), 1e-6f, rows, width, threads};
+    Norming norming{x.data(), nullptr, weight.data(), nullptr, both.data(), 1e-6f, rows, width};
+    Norming second{x.data(), both.data(), weight.data(), sum.data(), both.data() + x.size(), 1e-6f, rows,
+                   width};
+    Gating gating{both.data(), out.data(), rows, width};
     Surveying surveying{logits.data(), best.data(), unmasked.data(), total.data(), rows, width,
                         between(0, width - 1), threads};
-    if (coterie_norm(isa, &norming) || coterie_survey(isa, &surveying)) return std::vector<float>{NAN};
+    Link links[] = {{&norming, NORM}, {&second, NORM}, {&gating, GATE}};
+    if (!followed(isa, threads, links[0], links[1], links[2]) || coterie_survey(isa, &surveying))
+      return std::vector<float>{NAN};
     std::vector<float> found = widened(out);
     found.insert(found.end(), total.begin(), total.end());
     found.insert(found.end(), best.begin(), best.end());

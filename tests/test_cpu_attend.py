@@ -45,8 +45,9 @@ ISAS = cpu.isas()
     causal=st.integers(0, 8),
     cached=st.sampled_from(("rows", "gathered", "nothing")),
     threads=st.integers(1, 3),
+    packed=st.booleans(),
 )
-@law(120)
+@law(150)
 def test_it_equals_plain_attention(
     *,
     seed: int,
@@ -61,6 +62,7 @@ def test_it_equals_plain_attention(
     causal: int,
     cached: str,
     threads: int,
+    packed: bool,
 ):
     case = Case(seed, kv_heads, shared, dim=2 * half)
     if cached == "nothing":
@@ -70,6 +72,8 @@ def test_it_equals_plain_attention(
         seen = start + width + torch.randint(0, after + 1, (rows,), generator=case.draw)
         window = Window(start, width, seen, causal)
     length = None if cached == "nothing" else before + width + after
+    if packed:  # then the products before and after it are of the same call
+        case.pack()
     assert case.error(window, length, isa, gathered=cached == "gathered", threads=threads) < ALONE
 
 
@@ -89,6 +93,7 @@ def test_a_long_prompt_is_seen_block_by_block():
 
 def test_threads_do_not_change_a_bit():
     case = Case(2, kv_heads=3, shared=2, dim=48)
+    case.pack()
     window = Window(torch.tensor([5, 9]), 33, torch.tensor([38, 60]), block=4)
     first, cache = case.run(window, 60, ISAS[-1], threads=1)
     for threads in (2, 3, 7):
@@ -142,7 +147,7 @@ class Case:
         )
         self.norm = torch.ones(dim).bfloat16()
         self.x: Tensor | None = None
-        self.attention = Attention(
+        self.plain = self.attention = Attention(
             self.spec,
             0,
             qkv=self._half(self.spec.qkv_rows, HIDDEN) * 0.3,
@@ -150,6 +155,14 @@ class Case:
             query_norm=self.norm + self._half(dim) * 0.1,
             key_norm=self.norm + self._half(dim) * 0.1,
         )
+
+    def pack(self) -> None:
+        """From now on its matrices are packed."""
+        qkv, out = self.plain.qkv, self.plain.out
+        assert isinstance(qkv, Tensor)
+        assert isinstance(out, Tensor)
+        packed = {"qkv": ops.prepare_matrix(qkv), "out": ops.prepare_matrix(out)}
+        self.attention = replace(self.plain, **packed)
 
     def _half(self, *shape: int) -> Tensor:
         return torch.randn(shape, generator=self.draw).bfloat16()
@@ -197,9 +210,9 @@ class Case:
             full = Cache((whole.keys[0].float(),), (whole.values[0].float(),)).rows(order)
         found = forced(self.attention, x, window, half, isa=isa, threads=threads)
         parts = ("qkv", "out", "query_norm", "key_norm")
-        wide = {part: getattr(self.attention, part).float() for part in parts}
+        wide = {part: getattr(self.plain, part).float() for part in parts}
         view = View.of(window, full, self.spec, torch.device("cpu"))
-        expected, _ = replace(self.attention, **wide)(x.float(), view, full)
+        expected, _ = replace(self.plain, **wide)(x.float(), view, full)
         pairs = [(found, expected)]
         if half is not None and full is not None:
             pairs += [(half.keys[0], full.keys[0]), (half.values[0], full.values[0])]

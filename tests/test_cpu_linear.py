@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import pytest
 import torch
@@ -10,9 +12,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from policies import law
 from torch import Tensor
+from torch.nn import functional as F
 
 from coterie import ops
 from coterie.ops import cpu
+from coterie.ops.cpu.chain import follow
+from coterie.ops.cpu.library import Gating
 from coterie.values import Matrix, PackedMatrix
 
 HALF, FULL = torch.bfloat16, torch.float32
@@ -48,6 +53,58 @@ def test_a_packed_matrix_multiplies_as_its_rows_do(
 ):
     x, weight = drawn(tokens, k, kinds[0], seed), drawn(rows, k, kinds[1], seed + 1)
     assert error(x, weight, kinds[2], isa, threads) < NEAR[kinds[2]]
+
+
+@given(
+    seed=st.integers(0, 999),
+    isa=st.sampled_from(ISAS),
+    tokens=st.integers(0, 40),
+    hidden=st.integers(1, 150),
+    width=st.integers(1, 100),
+    beside=st.booleans(),
+    threads=st.integers(1, 3),
+)
+@law(100)
+def test_swiglu_is_two_products_and_what_is_between(
+    *, seed: int, isa: str, tokens: int, hidden: int, width: int, beside: bool, threads: int
+):
+    x = drawn(tokens, hidden, HALF, seed)
+    gate_up = drawn(2 * width, hidden, HALF, seed + 1) * hidden**-0.5
+    down = drawn(hidden, width, HALF, seed + 2) * width**-0.5
+    more = drawn(tokens, hidden, FULL, seed + 3) if beside else None
+    gate, up = (x.double() @ gate_up.double().T).chunk(2, dim=1)
+    expected = (F.silu(gate) * up) @ down.double().T
+    expected = expected if more is None else expected + more.double()
+    packed = (ops.prepare_matrix(gate_up), ops.prepare_matrix(down))
+    with forced(isa, threads):
+        found = ops.swiglu(x, *packed, more)
+    assert found.dtype == HALF
+    # The activation and the sum are rounded to bf16 several times.
+    assert float((found.double() - expected).norm()) <= 2e-2 * float(expected.norm())
+
+
+def test_swiglu_of_rows_is_the_same():
+    x, gate_up, down = drawn(5, 40, HALF), drawn(60, 40, HALF, 1), drawn(40, 30, HALF, 2)
+    more = drawn(5, 40, FULL, 3)
+    plain = ops.linear(ops.gated(ops.linear(x, gate_up)), down)
+    assert torch.equal(ops.swiglu(x, gate_up, down), plain)
+    assert torch.equal(ops.swiglu(x, gate_up, down, more), more.to(HALF) + plain)
+    packed = (ops.prepare_matrix(gate_up), ops.prepare_matrix(down))
+    found = ops.swiglu(x, *packed, more)
+    assert torch.allclose(found, more.to(HALF) + plain, rtol=0.05, atol=0.5)
+    with pytest.raises(ValueError, match="beside"):
+        ops.swiglu(x, *packed, more[:4])
+    with pytest.raises(ValueError, match="gate and up"):
+        ops.swiglu(x, packed[0], packed[0])
+
+
+def test_a_chain_has_an_end():
+    x, out = drawn(2, 8, HALF), torch.empty(2, 4, dtype=HALF)
+    work = Gating(x.data_ptr(), out.data_ptr(), 2, 4)
+    follow(*[work] * 8)
+    assert torch.allclose(out.float(), ops.gated(x).float(), rtol=2**-6)
+    with pytest.raises(RuntimeError, match="more works than one call takes"):
+        follow(*[work] * 9)
 
 
 @pytest.mark.parametrize("isa", ISAS)
@@ -123,11 +180,17 @@ def drawn(rows: int, k: int, dtype: torch.dtype, seed: int = 0) -> Tensor:
 def product(
     x: Tensor, packed: Matrix, dtype: torch.dtype, isa: str = ISAS[-1], threads: int = 2
 ) -> Tensor:
+    with forced(isa, threads):
+        return ops.linear(x, packed, dtype=dtype)
+
+
+@contextmanager
+def forced(isa: str, threads: int) -> Iterator[None]:
     before, found = torch.get_num_threads(), os.environ.get("COTERIE_ISA")
     torch.set_num_threads(threads)
     os.environ["COTERIE_ISA"] = isa
     try:
-        return ops.linear(x, packed, dtype=dtype)
+        yield
     finally:
         torch.set_num_threads(before)
         os.environ.pop("COTERIE_ISA")

@@ -37,6 +37,35 @@ def test_norms_are_those_of_plain_torch(*, seed: int, isa: str, rows: int, width
     assert torch.allclose(found.float(), reference.rms_norm(x, weight, 1e-6).float(), rtol=2**-6)
 
 
+@given(
+    seed=st.integers(0, 999),
+    isa=st.sampled_from(ISAS),
+    rows=st.integers(0, 40),
+    width=st.integers(1, 150),
+)
+@law(60)
+def test_norms_of_sums_are_those_of_plain_torch(*, seed: int, isa: str, rows: int, width: int):
+    draw = torch.Generator().manual_seed(seed)
+    x, more = torch.randn(2, rows, width, generator=draw).bfloat16()
+    weight = torch.randn(width, generator=draw).bfloat16()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("COTERIE_ISA", isa)
+        total, found = ops.add_norm(x, more, weight, 1e-6)
+    assert torch.equal(total, x + more)
+    expected = reference.rms_norm(total, weight, 1e-6)
+    assert torch.allclose(found.float(), expected.float(), rtol=2**-6)
+
+
+def test_sums_of_other_types_are_normed_too():
+    x, more, weight = torch.randn(3, 5), torch.randn(3, 5), torch.randn(5)
+    total, found = ops.add_norm(x, more, weight, 1e-6)
+    assert torch.equal(total, x + more)
+    assert torch.equal(found, reference.rms_norm(total, weight, 1e-6))
+    half = more.bfloat16().T.contiguous().T
+    total, _ = ops.add_norm(x.bfloat16(), half, weight.bfloat16(), 1e-6)
+    assert torch.equal(total, x.bfloat16() + half)
+
+
 def test_norms_keep_shapes_and_other_types():
     x, weight = torch.randn(2, 3, 5), torch.randn(5)
     assert torch.equal(ops.rms_norm(x, weight, 1e-6), reference.rms_norm(x, weight, 1e-6))

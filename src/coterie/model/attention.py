@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from coterie import ops
 from coterie.model.cache import Cache, positions
 from coterie.model.spec import ModelSpec
-from coterie.values import KeyValues, Matrix, Sight, Window
+from coterie.values import KeyValues, Matrix, PackedMatrix, Sight, Window
 
 
 @dataclass(frozen=True)
@@ -61,6 +61,8 @@ class Attention:
 
         That mean is over heads and over the window's queries, [B, W] fp32.
         """
+        if not weigh and (whole := self._whole(x, view, cache)) is not None:
+            return whole, None
         heads = ops.linear(x, self.qkv).unflatten(-1, (-1, self.spec.head_dim))
         if not weigh and (mixed := self._fused(heads, view, cache)) is not None:
             return ops.linear(mixed.flatten(2), self.out), None
@@ -74,6 +76,15 @@ class Attention:
         mixed = _attend(query, keys, values, view.mask)
         received = _received(query, keys, view) if weigh else None
         return ops.linear(mixed.flatten(2), self.out), received
+
+    def _whole(self, x: Tensor, view: View, cache: Cache | None) -> Tensor | None:
+        """[B, W, H] by one kernel from x on, where there is one."""
+        if not isinstance(self.qkv, PackedMatrix):
+            return None
+        weights, norms = (self.qkv, self.out), (self.query_norm, self.key_norm)
+        held = _fleeting(x, self.spec) if cache is None else cache.held(self.layer, len(x))
+        epsilon = self.spec.norm_epsilon
+        return ops.attention(x, weights, norms, sight=view.sight, held=held, epsilon=epsilon)
 
     def _fused(self, heads: Tensor, view: View, cache: Cache | None) -> Tensor | None:
         """Mixed values [B, W, heads, D] by one kernel, where there is one."""
@@ -120,11 +131,11 @@ def _mask(window: Window, limits: Tensor, reach: int) -> Tensor | None:
     return torch.arange(reach, device=limits.device) < limits[:, :, None]
 
 
-def _fleeting(heads: Tensor, spec: ModelSpec) -> KeyValues:
-    """Room for the window's own keys and values alone."""
-    rows, width, _, dim = heads.shape
-    keys, values = heads.new_zeros(2, rows, spec.kv_heads, width, dim)
-    return KeyValues(keys, values, torch.arange(rows, device=heads.device))
+def _fleeting(x: Tensor, spec: ModelSpec) -> KeyValues:
+    """Room for the keys and values of the window x [B, W, ..] alone."""
+    rows, width = x.shape[:2]
+    keys, values = x.new_zeros(2, rows, spec.kv_heads, width, spec.head_dim)
+    return KeyValues(keys, values, torch.arange(rows, device=x.device))
 
 
 def _attend(query: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None) -> Tensor:

@@ -33,9 +33,9 @@ class Dense:
         del step, importance
         return self.apply(x)
 
-    def apply(self, x: Tensor) -> Tensor:
-        """[..., H] -> [..., H], whatever the step."""
-        return ops.linear(ops.gated(ops.linear(x, self.gate_up)), self.down)
+    def apply(self, x: Tensor, beside: Tensor | None = None) -> Tensor:
+        """[..., H] -> [..., H], whatever the step; added to ``beside``, as many numbers in fp32."""
+        return ops.swiglu(x, self.gate_up, self.down, beside)
 
 
 @dataclass(frozen=True)
@@ -69,8 +69,9 @@ class MoE:
             out = part if out is None else out.add_(part)
         if out is None:  # nobody was needed
             out = torch.zeros(flat.shape, dtype=torch.float32, device=x.device)
-        mixed = out.to(x.dtype).view_as(x)
-        return mixed if self.shared is None else mixed + self.shared.apply(x)
+        if self.shared is None:
+            return out.to(x.dtype).view_as(x)
+        return self.shared.apply(x, out)
 
     def _scores(self, x: Tensor, step: Step, importance: Tensor | None) -> Scores:
         ordinal, coresets = sum(self.spec.moe[: self.layer]), step.coresets

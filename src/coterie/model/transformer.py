@@ -33,8 +33,7 @@ class Layer:
         normed = ops.rms_norm(x, self.attention_norm, self.spec.norm_epsilon)
         mixed, received = self.attention(normed, view, step.cache, weigh=weigh)
         importance = None if received is None else received * x.float().abs().sum(-1)
-        x = x + mixed
-        normed = ops.rms_norm(x, self.feed_forward_norm, self.spec.norm_epsilon)
+        x, normed = ops.add_norm(x, mixed, self.feed_forward_norm, self.spec.norm_epsilon)
         return x + self.feed_forward(normed, step, importance)
 
 

@@ -30,7 +30,9 @@ from coterie.values import (
 )
 
 __all__ = [
+    "add_norm",
     "attend",
+    "attention",
     "gated",
     "linear",
     "pack",
@@ -40,6 +42,7 @@ __all__ = [
     "route",
     "run_experts",
     "survey",
+    "swiglu",
     "top_ids",
     "top_mask",
     "unpack",
@@ -120,6 +123,26 @@ def attend(
     return cpu.attend(qkv, norms, sight, held, epsilon) if cpu.attends(qkv) else None
 
 
+def attention(
+    x: Tensor,
+    weights: tuple[Matrix, Matrix],
+    norms: tuple[Tensor, Tensor],
+    *,
+    sight: Sight,
+    held: KeyValues,
+    epsilon: float,
+) -> Tensor | None:
+    """``attend`` between the products before and after it, x [B, W, H] -> [B, W, H], by one call;
+    None where there is none. ``weights`` are those of queries, keys and values, and of the output.
+    """
+    before, after = weights
+    if not isinstance(before, PackedMatrix) or not isinstance(after, PackedMatrix):
+        return None
+    if not cpu.attends(x) or held.keys.shape[-1] % 2:
+        return None
+    return cpu.attention(x, (before, after), norms, sight=sight, held=held, epsilon=epsilon)
+
+
 def rms_norm(x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
     """x / rms(x) over the last axis, computed in fp32 and rounded before the weight multiplies."""
     if cpu.norms(x, weight):
@@ -129,11 +152,29 @@ def rms_norm(x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
     return reference.rms_norm(x, weight, epsilon)
 
 
+def add_norm(x: Tensor, more: Tensor, weight: Tensor, epsilon: float) -> tuple[Tensor, Tensor]:
+    """x + more, both of one shape and type, and its ``rms_norm``."""
+    if cpu.norms(x, weight) and more.dtype == x.dtype and more.shape == x.shape:
+        return cpu.add_norm(x, more, weight, epsilon)
+    total = x + more
+    return total, rms_norm(total, weight, epsilon)
+
+
 def gated(both: Tensor) -> Tensor:
     """silu of the first half of [..., 2 I] times the second, [..., I]."""
     if both.is_cuda and gpu.ready():
         return gpu.gated(both)
     return reference.gated(both)
+
+
+def swiglu(x: Tensor, gate_up: Matrix, down: Matrix, beside: Tensor | None = None) -> Tensor:
+    """``gated`` between two products: x [..., H] -> [..., H], added to ``beside`` (fp32, as many
+    numbers) where that is given, which one rounding may do or two."""
+    half = x.dtype == torch.bfloat16
+    if half and isinstance(gate_up, PackedMatrix) and isinstance(down, PackedMatrix):
+        return cpu.swiglu(x, gate_up, down, beside)
+    out = linear(gated(linear(x, gate_up)), down)
+    return out if beside is None else beside.to(x.dtype).view_as(out) + out
 
 
 def survey(logits: Tensor, mask: int) -> Survey:

@@ -142,9 +142,9 @@ class _TimedShared:
     inner: Dense
     watch: Stopwatch
 
-    def apply(self, x: Tensor) -> Tensor:
+    def apply(self, x: Tensor, beside: Tensor | None = None) -> Tensor:
         with self.watch(SHARED):
-            return self.inner.apply(x)
+            return self.inner.apply(x, beside)
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,7 @@ The kernels are C++ behind a plain C interface. Where they were not built nothin
 PyTorch does the work.
 """
 
-from coterie.ops.cpu.attend import attend, attends
+from coterie.ops.cpu.attend import attend, attends, attention
 from coterie.ops.cpu.checksum import crc32
 from coterie.ops.cpu.kernels import (
     expert_bytes,
@@ -16,13 +16,15 @@ from coterie.ops.cpu.kernels import (
     ready,
     run_experts,
 )
-from coterie.ops.cpu.linear import linear, pack_matrix, packs
+from coterie.ops.cpu.linear import linear, pack_matrix, packs, swiglu
 from coterie.ops.cpu.route import route
-from coterie.ops.cpu.rows import norms, rms_norm, survey, surveys
+from coterie.ops.cpu.rows import add_norm, norms, rms_norm, survey, surveys
 
 __all__ = [
+    "add_norm",
     "attend",
     "attends",
+    "attention",
     "crc32",
     "expert_bytes",
     "isas",
@@ -40,4 +42,5 @@ __all__ = [
     "run_experts",
     "survey",
     "surveys",
+    "swiglu",
 ]

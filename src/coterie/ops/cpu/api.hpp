@@ -3,7 +3,7 @@
 #include <stddef.h>
 #include <stdint.h>
 
-#define COTERIE_ABI 4
+#define COTERIE_ABI 5
 #define COTERIE_LAYOUT 1  // of panels; `panels.py` has it too, and says what the bytes are
 #define COTERIE_API extern "C" __attribute__((visibility("default")))
 
@@ -51,8 +51,9 @@ struct MatrixPacking {
 struct Product {
   const void* x;          // [tokens, k], float or bf16
   const uint8_t* panels;  // of [rows, k]
+  const float* beside;    // [tokens, rows], added to it before it is rounded; or null
   void* out;              // [tokens, rows], float or bf16, written whole
-  int32_t tokens, k, rows, threads, format, x_is_bf16, out_is_bf16;
+  int32_t tokens, k, rows, format, x_is_bf16, out_is_bf16;
 };
 
 // Attention of a window: queries, keys and values of all its tokens, normed and turned here; keys and
@@ -67,7 +68,7 @@ struct Attending {
   uint16_t* out;                            // [rows, width, heads, dim]
   size_t row_stride, head_stride;
   float epsilon, scale;
-  int32_t rows, width, heads, kv_heads, dim, half, reach, threads;
+  int32_t rows, width, heads, kv_heads, dim, half, reach;
 };
 
 enum Vote : int32_t { MASKED = 0, WEIGHT = 1, COUNT = 2, FULL = 3, MARGIN = 4, MAX = 5 };
@@ -103,12 +104,35 @@ struct Election {
 
 constexpr int MOST_GROUPS = 64;
 
-// Rows of bf16, each over its root mean square, times a weight.
+// Rows of bf16, each over its root mean square, times a weight. With `more`, rows of x + more are.
 struct Norming {
-  const uint16_t *x, *weight;  // [rows, width], [width]
-  uint16_t* out;
+  const uint16_t *x, *more, *weight;  // [rows, width]; the same, or null; [width]
+  uint16_t *sum, *out;                // [rows, width]: x + more, rounded, or null; its norm
   float epsilon;
-  int32_t rows, width, threads;
+  int32_t rows, width;
+};
+
+// silu of the first half of rows of bf16 times the second.
+struct Gating {
+  const uint16_t* both;  // [rows, 2 width]
+  uint16_t* out;         // [rows, width]
+  int32_t rows, width;
+};
+
+enum Kind : int32_t { PRODUCT = 0, ATTENTION = 1, NORM = 2, GATE = 3 };
+
+// A work and what it is.
+struct Link {
+  const void* work;
+  int32_t kind;
+};
+
+constexpr int MOST_LINKS = 8;
+
+// Works one after the other: what one writes, the next ones may read.
+struct Chain {
+  const Link* links;
+  int32_t count, threads;
 };
 
 // What rows of logits say: the place of the greatest, the first of equals; the same without place
@@ -126,7 +150,8 @@ enum Outcome : int32_t {
   NO_MEMORY = 2,
   NO_SUCH_EXPERT = 3,
   NO_SUCH_ROUTER = 4,
-  NOT_FINITE = 5
+  NOT_FINITE = 5,
+  TOO_LONG = 6
 };
 
 COTERIE_API int32_t coterie_abi();
@@ -140,10 +165,8 @@ COTERIE_API uint64_t coterie_read(const Reading* reading);  // of which somethin
 COTERIE_API int32_t coterie_run_experts(int32_t isa, const Call* call);
 COTERIE_API size_t coterie_matrix_bytes(int32_t format, int32_t rows, int32_t k);
 COTERIE_API void coterie_pack_matrix(const MatrixPacking* packing);
-COTERIE_API int32_t coterie_multiply(int32_t isa, const Product* product);
+COTERIE_API int32_t coterie_follow(int32_t isa, const Chain* chain);
 COTERIE_API int32_t coterie_route(int32_t isa, const Election* election);
-COTERIE_API int32_t coterie_attend(int32_t isa, const Attending* attending);
-COTERIE_API int32_t coterie_norm(int32_t isa, const Norming* norming);
 COTERIE_API int32_t coterie_survey(int32_t isa, const Surveying* surveying);
 // zlib's CRC-32, going on from `sum`; NO_SUCH_ISA without AVX512 and products without carries.
 COTERIE_API int32_t coterie_crc32(const uint8_t* bytes, size_t size, uint32_t* sum);

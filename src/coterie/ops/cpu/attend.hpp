@@ -108,7 +108,6 @@ struct Stand {
     values = place<uint8_t>(room, size_t(parts(a.reach, 2)) * a.dim * 4);
     head = place<float>(room, dim);
     turned = place<uint16_t>(room, dim);
-    bytes += 4096;  // the next thread's things begin in another page
   }
 
  private:
@@ -275,30 +274,21 @@ struct Look {
   }
 };
 
-static int32_t attend(const Attending& a) {
-  static thread_local Room room;
-  size_t each = Stand(a, nullptr).bytes;
-  uint8_t* memory = room.of(each * size_t(a.threads));
-  if (!memory) return NO_MEMORY;
+static size_t room_of(const Attending& a) { return Stand(a, nullptr).bytes; }
+
+// This thread's part: of the keys and values first, then, when all are there, of the queries.
+static void attend(const Attending& a, uint8_t* room, int* arrived) {
+  Stand own(a, room);
+  Part tokens(a.rows * a.width);
+  for (int i = tokens.first; i < tokens.last; i++) keep(a, own, i);
+  meet(arrived);
   int couples = parts(a.heads / a.kv_heads * a.width, ABREAST);
-#pragma omp parallel num_threads(a.threads)
-  {
-    size_t me = 0;
-#ifdef _OPENMP
-    me = size_t(omp_get_thread_num());
-#endif
-    Stand own(a, memory + me * each);
-    Part tokens(a.rows * a.width);
-    for (int i = tokens.first; i < tokens.last; i++) keep(a, own, i);
-#pragma omp barrier
-    Part part(a.rows * a.kv_heads * couples);
-    for (int i = part.first; i < part.last;) {
-      Look look(a, own, i / couples);
-      do look.run(i % couples);
-      while (++i < part.last && i % couples);
-    }
+  Part part(a.rows * a.kv_heads * couples);
+  for (int i = part.first; i < part.last;) {
+    Look look(a, own, i / couples);
+    do look.run(i % couples);
+    while (++i < part.last && i % couples);
   }
-  return DONE;
 }
 
 }  // namespace COTERIE_ISA

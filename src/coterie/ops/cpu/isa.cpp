@@ -1,7 +1,6 @@
 // Compiled once per instruction set, under its flags and with COTERIE_ISA naming it.
-#include "attend.hpp"
+#include "chain.hpp"
 #include "experts.hpp"
-#include "linear.hpp"
 #include "route.hpp"
 #include "rows.hpp"
 
@@ -17,20 +16,12 @@ extern "C" int32_t NAMED(run_, COTERIE_ISA)(const Call& call) {
   }
 }
 
-extern "C" int32_t NAMED(multiply_, COTERIE_ISA)(const Product& product) {
-  return COTERIE_ISA::multiply(product);
+extern "C" int32_t NAMED(follow_, COTERIE_ISA)(const Chain& chain) {
+  return COTERIE_ISA::follow(chain);
 }
 
 extern "C" int32_t NAMED(route_, COTERIE_ISA)(const Election& election) {
   return COTERIE_ISA::routing::run(election);
-}
-
-extern "C" int32_t NAMED(attend_, COTERIE_ISA)(const Attending& attending) {
-  return COTERIE_ISA::attend(attending);
-}
-
-extern "C" int32_t NAMED(norm_, COTERIE_ISA)(const Norming& norming) {
-  return COTERIE_ISA::norm(norming);
 }
 
 extern "C" int32_t NAMED(survey_, COTERIE_ISA)(const Surveying& surveying) {

@@ -19,6 +19,7 @@ OUTCOMES = {
     1: "this instruction set is not there",
     2: "no memory is left for it",
     3: "the routing names an expert or a slot that is not there",
+    6: "these are more works than one call takes",
 }
 
 

@@ -25,7 +25,7 @@ from coterie.naming import CoterieError
 from coterie.ops.cpu.build import LIBRARY
 from coterie.ops.panels import LAYOUT
 
-ABI = 4
+ABI = 5
 FORMATS: Mapping[str, int] = {"bf16": 0, "int8": 1, "int4": 2}
 VOTES = ("masked", "weight", "count", "full", "margin", "max")  # by their numbers
 OVERRIDE = "COTERIE_ISA"
@@ -76,8 +76,8 @@ class Product(Structure):
     """See ``api.hpp``."""
 
     _fields_ = (
-        *((name, c_void_p) for name in ("x", "panels", "out")),
-        *((name, c_int32) for name in ("tokens", "k", "rows", "threads", "format")),
+        *((name, c_void_p) for name in ("x", "panels", "beside", "out")),
+        *((name, c_int32) for name in ("tokens", "k", "rows", "format")),
         *((name, c_int32) for name in ("x_is_bf16", "out_is_bf16")),
     )
 
@@ -106,7 +106,7 @@ class Attending(Structure):
         *((name, c_size_t) for name in ("row_stride", "head_stride")),
         *((name, c_float) for name in ("epsilon", "scale")),
         *((name, c_int32) for name in ("rows", "width", "heads", "kv_heads", "dim", "half")),
-        *((name, c_int32) for name in ("reach", "threads")),
+        ("reach", c_int32),
     )
 
 
@@ -114,10 +114,31 @@ class Norming(Structure):
     """See ``api.hpp``."""
 
     _fields_ = (
-        *((name, c_void_p) for name in ("x", "weight", "out")),
+        *((name, c_void_p) for name in ("x", "more", "weight", "sum", "out")),
         ("epsilon", c_float),
-        *((name, c_int32) for name in ("rows", "width", "threads")),
+        *((name, c_int32) for name in ("rows", "width")),
     )
+
+
+class Gating(Structure):
+    """See ``api.hpp``."""
+
+    _fields_ = (
+        *((name, c_void_p) for name in ("both", "out")),
+        *((name, c_int32) for name in ("rows", "width")),
+    )
+
+
+class Link(Structure):
+    """See ``api.hpp``."""
+
+    _fields_ = (("work", c_void_p), ("kind", c_int32))
+
+
+class Chain(Structure):
+    """See ``api.hpp``."""
+
+    _fields_ = (("links", c_void_p), ("count", c_int32), ("threads", c_int32))
 
 
 class Surveying(Structure):
@@ -180,10 +201,8 @@ def library() -> Library | None:
     handle.coterie_matrix_bytes.restype = c_size_t
     handle.coterie_pack_matrix.argtypes = (POINTER(MatrixPacking),)
     handle.coterie_pack_matrix.restype = None
-    handle.coterie_multiply.argtypes = (c_int32, POINTER(Product))
+    handle.coterie_follow.argtypes = (c_int32, POINTER(Chain))
     handle.coterie_route.argtypes = (c_int32, POINTER(Election))
-    handle.coterie_attend.argtypes = (c_int32, POINTER(Attending))
-    handle.coterie_norm.argtypes = (c_int32, POINTER(Norming))
     handle.coterie_survey.argtypes = (c_int32, POINTER(Surveying))
     handle.coterie_crc32.argtypes = (c_void_p, c_size_t, POINTER(c_uint32))
     return Library(handle, _isas(handle))

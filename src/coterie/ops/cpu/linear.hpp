@@ -4,12 +4,6 @@
 
 namespace COTERIE_ISA {
 
-static inline Half narrow(F x) {
-  U wide = bits(x), rounded = (wide + 0x7fffu + ((wide >> 16) & 1u)) >> 16;
-  U nan = (wide >> 16) | 64u;
-  return __builtin_convertvector((wide & 0x7fffffffu) > 0x7f800000u ? nan : rounded, Half);
-}
-
 // A step is 128 bytes of weight: of 2 x 16 rows two k's in bf16, or one in fp32. The activations that
 // it meets lie together, those of all tokens of a tile: `WORDS` times four bytes for each.
 struct Narrow {
@@ -71,6 +65,37 @@ struct Wide {
   }
 };
 
+#ifdef __AVX512F__
+// Sixteen rows of sixteen words become columns.
+static inline void turn_over(__m512i (&row)[LANES]) {
+  __m512i two[LANES];
+  WRITTEN_OUT
+  for (int i = 0; i < LANES; i += 2) {
+    two[i] = _mm512_unpacklo_epi32(row[i], row[i + 1]);
+    two[i + 1] = _mm512_unpackhi_epi32(row[i], row[i + 1]);
+  }
+  WRITTEN_OUT
+  for (int i = 0; i < LANES; i += 4) {
+    row[i] = _mm512_unpacklo_epi64(two[i], two[i + 2]);
+    row[i + 1] = _mm512_unpackhi_epi64(two[i], two[i + 2]);
+    row[i + 2] = _mm512_unpacklo_epi64(two[i + 1], two[i + 3]);
+    row[i + 3] = _mm512_unpackhi_epi64(two[i + 1], two[i + 3]);
+  }
+  WRITTEN_OUT
+  for (int i = 0; i < 4; i++) {  // of four rows' quarters: the even ones, then the odd ones
+    two[i] = _mm512_shuffle_i32x4(row[i], row[i + 4], 0x88);
+    two[i + 4] = _mm512_shuffle_i32x4(row[i], row[i + 4], 0xdd);
+    two[i + 8] = _mm512_shuffle_i32x4(row[i + 8], row[i + 12], 0x88);
+    two[i + 12] = _mm512_shuffle_i32x4(row[i + 8], row[i + 12], 0xdd);
+  }
+  WRITTEN_OUT
+  for (int i = 0; i < 8; i++) {
+    row[i] = _mm512_shuffle_i32x4(two[i], two[i + 8], 0x88);
+    row[i + 8] = _mm512_shuffle_i32x4(two[i], two[i + 8], 0xdd);
+  }
+}
+#endif
+
 template <class Kind>
 static inline size_t tile_at(int first, int steps) {
   return size_t(first) * steps * 4 * Kind::WORDS;
@@ -82,6 +107,7 @@ struct Taken {
   const Product& p;
   uint8_t* x;  // all tiles
   int steps;
+  const uint8_t* first_couple;  // comes to the second cache meanwhile
 
   float number(int token, int i) const {
     if (i >= p.k) return 0;
@@ -90,37 +116,56 @@ struct Taken {
                        : static_cast<const float*>(p.x)[at];
   }
 
-  // A word that is in memory as it is needed: four bytes of x.
-  bool as_it_is(int s) const {
-    bool fits = Kind::WORDS == 1 && bool(p.x_is_bf16) == (Kind::PER_STEP == 2);
-    return fits && (s + 1) * Kind::PER_STEP <= p.k;
-  }
-
   template <int M>
   void run(int first) const {
     constexpr size_t EACH = 4 * M * Kind::WORDS;
     uint8_t* to = x + tile_at<Kind>(first, steps);
-    for (int s = 0; s < steps; s++, to += EACH) {
-      int i = s * Kind::PER_STEP;
-      size_t size = p.x_is_bf16 ? 2 : 4, at = (size_t(first) * p.k + i) * size;
-      const uint8_t* from = static_cast<const uint8_t*>(p.x) + at;
-      bool simple = as_it_is(s), widened = Kind::PER_STEP == 1 && p.x_is_bf16;
-      for (int m = 0; m < M; m++, from += size_t(p.k) * size) {
-        if (simple)
-          store(to + 4 * m, load<uint32_t>(from));
-        else if (widened)
-          store(to + 4 * m, uint32_t(load<uint16_t>(from)) << 16);
-        else
-          Kind::take(number(first + m, i), number(first + m, i + 1), to + 4 * m, 4 * M);
+    int s = 0;
+#ifdef __AVX512F__
+    if (Kind::WORDS == 1 && (Kind::PER_STEP == 1 || p.x_is_bf16))
+      for (; s + LANES <= p.k / Kind::PER_STEP; s += LANES, to += LANES * EACH) {
+        size_t share = size_t(LANES) * STEP * M / p.tokens;
+        const uint8_t* soon = first_couple + size_t(steps) * STEP * first / p.tokens;
+        soon += share * (s / LANES);
+        for (size_t at = 0; at < share; at += 64) __builtin_prefetch(soon + at, 0, 2);
+        turn<M>(first, s, to);
       }
+#endif
+    for (; s < steps; s++, to += EACH) {
+      int i = s * Kind::PER_STEP;
+      for (int m = 0; m < M; m++)
+        Kind::take(number(first + m, i), number(first + m, i + 1), to + 4 * m, 4 * M);
     }
   }
+
+#ifdef __AVX512F__
+  // Sixteen steps of a tile. Each writes sixteen words, of which the next one, or the next tile, keeps
+  // as many as there are tokens.
+  template <int M>
+  void turn(int first, int s, uint8_t* to) const {
+    static_assert(M <= LANES, "a tile is no wider than a register");
+    __m512i row[LANES] = {};
+    size_t at = size_t(first) * p.k + size_t(s) * Kind::PER_STEP;
+    WRITTEN_OUT
+    for (int m = 0; m < M; m++, at += size_t(p.k)) {
+      if (!p.x_is_bf16 || Kind::PER_STEP == 2)
+        row[m] = load<__m512i>(static_cast<const uint8_t*>(p.x) + at * (p.x_is_bf16 ? 2 : 4));
+      else
+        row[m] = (__m512i)widen(load<Half>(static_cast<const uint16_t*>(p.x) + at));
+    }
+    turn_over(row);
+    WRITTEN_OUT
+    for (int i = 0; i < LANES; i++) store(to + 4 * M * i, row[i]);
+  }
+#endif
 };
 
 // A tile of tokens against a couple of panels. Arithmetic takes longer than reading once tokens are
-// many: meanwhile the tile's share of the next couple comes nearer.
+// many: meanwhile the tile's share of the next couple comes to the second cache, and what is met soon
+// from there to the first.
 template <class Kind>
 struct Multiplied {
+  static constexpr size_t NEAR = 16 << 10;  // bytes
   const Product& p;
   const uint8_t *w, *x, *next;
   int steps, column;
@@ -136,6 +181,8 @@ struct Multiplied {
     for (int s = 0; s < steps; s++, panel += STEP, words += 4 * M * Kind::WORDS, ahead += pace) {
       __builtin_prefetch(soon + (ahead >> 8), 0, 2);
       if (2 * M > p.tokens) __builtin_prefetch(soon + (ahead >> 8) + 64, 0, 2);
+      prefetch(panel + NEAR);
+      prefetch(panel + NEAR + 64);
       Kind::template step<M>(panel, words, sum);
     }
     WRITTEN_OUT
@@ -149,6 +196,7 @@ struct Multiplied {
     int columns = smaller(LANES, p.rows - at);
     if (columns <= 0) return;
     size_t place = size_t(token) * p.rows + at;
+    if (p.beside) sum += some<F>(p.beside + place, columns);
     if (p.out_is_bf16) {
       Half half = narrow(sum);
       memcpy(static_cast<uint16_t*>(p.out) + place, &half, size_t(columns) * 2);
@@ -158,35 +206,31 @@ struct Multiplied {
   }
 };
 
-template <class Kind>
-static int32_t multiply(const Product& p) {
-  constexpr int TILE = tile_of(2);
-  static thread_local Room room;
-  int steps = padded(p.k, Kind::PER_STEP) / Kind::PER_STEP;
-  // Each thread has a copy of its own: lines that another one wrote come slower than they are made.
-  size_t each = (tile_at<Kind>(p.tokens, steps) + 64 + 4095) / 4096 * 4096;
-  uint8_t* memory = room.of(each * size_t(p.threads));
-  if (!memory) return NO_MEMORY;
-  size_t couple = size_t(steps) * STEP;
-#pragma omp parallel num_threads(p.threads)
-  {
-    uint8_t* x = memory;
-#ifdef _OPENMP
-    x += each * size_t(omp_get_thread_num());
-#endif
-    Part part(padded(p.rows, COUPLE) / COUPLE);
-    if (part.first < part.last) tiles<TILE>(p.tokens, Taken<Kind>{p, x, steps});
-    for (int c = part.first; c < part.last; c++) {
-      const uint8_t* w = p.panels + c * couple;
-      const uint8_t* next = c + 1 < part.last ? w + couple : w;
-      tiles<TILE>(p.tokens, Multiplied<Kind>{p, w, x, next, steps, c * COUPLE});
-    }
-  }
-  return DONE;
+// What a thread needs for itself: lines that another one wrote come slower than they are made.
+static size_t room_of(const Product& p) {
+  bool wide = p.format == FP32;
+  int steps = wide ? p.k : padded(p.k, Narrow::PER_STEP) / Narrow::PER_STEP;
+  return (wide ? tile_at<Wide>(p.tokens, steps) : tile_at<Narrow>(p.tokens, steps)) + 64;
 }
 
-static int32_t multiply(const Product& p) {
-  return p.format == FP32 ? multiply<Wide>(p) : multiply<Narrow>(p);
+template <class Kind>
+static void multiply(const Product& p, uint8_t* x) {
+  constexpr int TILE = tile_of(2);
+  int steps = padded(p.k, Kind::PER_STEP) / Kind::PER_STEP;
+  size_t couple = size_t(steps) * STEP;
+  Part part(padded(p.rows, COUPLE) / COUPLE);
+  const uint8_t* first = p.panels + part.first * couple;
+  if (part.first < part.last) tiles<TILE>(p.tokens, Taken<Kind>{p, x, steps, first});
+  for (int c = part.first; c < part.last; c++) {
+    const uint8_t* w = p.panels + c * couple;
+    const uint8_t* next = c + 1 < part.last ? w + couple : w;
+    tiles<TILE>(p.tokens, Multiplied<Kind>{p, w, x, next, steps, c * COUPLE});
+  }
+}
+
+// This thread's part of the columns.
+static void multiply(const Product& p, uint8_t* room) {
+  p.format == FP32 ? multiply<Wide>(p, room) : multiply<Narrow>(p, room);
 }
 
 }  // namespace COTERIE_ISA

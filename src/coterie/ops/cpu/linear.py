@@ -8,8 +8,9 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from coterie.ops.cpu.kernels import OUTCOMES, built, give_back, memory
-from coterie.ops.cpu.library import MatrixPacking, Product
+from coterie.ops.cpu.chain import follow
+from coterie.ops.cpu.kernels import built, give_back, memory
+from coterie.ops.cpu.library import Gating, MatrixPacking, Product
 from coterie.values import PackedMatrix
 
 _FORMATS: Mapping[torch.dtype, int] = {torch.bfloat16: 0, torch.float32: 3}
@@ -49,27 +50,52 @@ def pack_matrix(weight: Tensor, *, spend: bool = False) -> PackedMatrix:
 
 def linear(x: Tensor, weight: PackedMatrix, dtype: torch.dtype) -> Tensor:
     """See ``ops.linear``. Bit for bit the same whatever the number of threads."""
+    x = (x if x.dtype in _FORMATS else x.float()).detach().contiguous()
+    out = product_of(x, weight, dtype if dtype in _FORMATS else torch.float32)
+    follow(product(x, weight, out))
+    return out.to(dtype)
+
+
+def swiglu(x: Tensor, gate_up: PackedMatrix, down: PackedMatrix, beside: Tensor | None) -> Tensor:
+    """See ``ops.swiglu``."""
+    x = x.detach().contiguous()
+    both, width = product_of(x, gate_up, x.dtype), down.shape[1]
+    if gate_up.shape[0] != 2 * width:
+        raise ValueError(f"gate and up {gate_up.shape} and down {down.shape}")
+    hidden, rows = both.new_empty(*x.shape[:-1], width), x.numel() // x.shape[-1]
+    out = product_of(hidden, down, x.dtype)
+    gating = Gating(both.data_ptr(), hidden.data_ptr(), rows, width)
+    last = product(hidden, down, out)
+    if beside is not None:
+        beside = beside.contiguous()
+        if beside.dtype != torch.float32 or beside.numel() != out.numel():
+            raise ValueError(f"{tuple(beside.shape)} in {beside.dtype} beside {tuple(out.shape)}")
+        last.beside = beside.data_ptr()
+    follow(product(x, gate_up, both), gating, last)
+    return out
+
+
+def product_of(x: Tensor, weight: PackedMatrix, dtype: torch.dtype) -> Tensor:
+    """Memory for the product of x with a matrix."""
+    return torch.empty(*x.shape[:-1], weight.shape[0], dtype=dtype)
+
+
+def product(x: Tensor, weight: PackedMatrix, out: Tensor) -> Product:
+    """The work of a product; both dtypes are those of matrices."""
     rows, k = weight.shape
     if x.shape[-1] != k:
         raise ValueError(f"tokens of {x.shape[-1]} numbers meet a matrix of {k} columns")
-    x = (x if x.dtype in _FORMATS else x.float()).detach().contiguous()
-    out = torch.empty(*x.shape[:-1], rows, dtype=dtype if dtype in _FORMATS else torch.float32)
-    found = built()
-    call = Product(
+    return Product(
         x=x.data_ptr(),
         panels=weight.packed.data_ptr(),
         out=out.data_ptr(),
         tokens=x.numel() // k,
         k=k,
         rows=rows,
-        threads=torch.get_num_threads(),
         format=_FORMATS[weight.dtype],
         x_is_bf16=x.dtype == torch.bfloat16,
         out_is_bf16=out.dtype == torch.bfloat16,
     )
-    if outcome := found.handle.coterie_multiply(found.isa(), ctypes.byref(call)):
-        raise RuntimeError(f"the product could not be made: {OUTCOMES[outcome]}")
-    return out.to(dtype)
 
 
 def _bytes(dtype: torch.dtype, rows: int, k: int) -> int:

@@ -1,15 +1,13 @@
 // Which instruction sets there are, and the way to each.
 #include "api.hpp"
 
-#define DECLARED(isa)                     \
-  int32_t run_##isa(const Call&);         \
-  int32_t multiply_##isa(const Product&); \
-  int32_t route_##isa(const Election&);   \
-  int32_t attend_##isa(const Attending&); \
-  int32_t norm_##isa(const Norming&);     \
+#define DECLARED(isa)                   \
+  int32_t run_##isa(const Call&);       \
+  int32_t follow_##isa(const Chain&);   \
+  int32_t route_##isa(const Election&); \
   int32_t survey_##isa(const Surveying&);
 #define NAMED(isa) \
-  run_##isa, multiply_##isa, route_##isa, attend_##isa, norm_##isa, survey_##isa
+  run_##isa, follow_##isa, route_##isa, survey_##isa
 
 extern "C" {
 DECLARED(portable)
@@ -24,10 +22,8 @@ struct Isa {
   const char* name;
   bool (*runs)();
   int32_t (*run)(const Call&);
-  int32_t (*multiply)(const Product&);
+  int32_t (*follow)(const Chain&);
   int32_t (*route)(const Election&);
-  int32_t (*attend)(const Attending&);
-  int32_t (*norm)(const Norming&);
   int32_t (*survey)(const Surveying&);
 };
 
@@ -67,20 +63,12 @@ int32_t coterie_run_experts(int32_t isa, const Call* call) {
   return coterie_isa_runs(isa) ? ISAS[isa].run(*call) : NO_SUCH_ISA;
 }
 
-int32_t coterie_multiply(int32_t isa, const Product* product) {
-  return coterie_isa_runs(isa) ? ISAS[isa].multiply(*product) : NO_SUCH_ISA;
+int32_t coterie_follow(int32_t isa, const Chain* chain) {
+  return coterie_isa_runs(isa) ? ISAS[isa].follow(*chain) : NO_SUCH_ISA;
 }
 
 int32_t coterie_route(int32_t isa, const Election* election) {
   return coterie_isa_runs(isa) ? ISAS[isa].route(*election) : NO_SUCH_ISA;
-}
-
-int32_t coterie_attend(int32_t isa, const Attending* attending) {
-  return coterie_isa_runs(isa) ? ISAS[isa].attend(*attending) : NO_SUCH_ISA;
-}
-
-int32_t coterie_norm(int32_t isa, const Norming* norming) {
-  return coterie_isa_runs(isa) ? ISAS[isa].norm(*norming) : NO_SUCH_ISA;
 }
 
 int32_t coterie_survey(int32_t isa, const Surveying* surveying) {

@@ -1,23 +1,9 @@
-// What is done to every row by itself: norms, and what a row of logits says. Included once per
+// What is done to every row by itself: norms, gates, and what a row of logits says. Included once per
 // instruction set.
 #pragma once
 #include "linear.hpp"
 
 namespace COTERIE_ISA {
-
-// Up to a vector of what is there, and nothing after it.
-template <class V, class T>
-static inline V some(const T* from, int there) {
-  V v = {};
-  if (there >= LANES) return load<V>(from);
-  memcpy(&v, from, size_t(there) * sizeof(T));
-  return v;
-}
-
-template <class V, class T>
-static inline void put_some(T* to, V v, int there) {
-  memcpy(to, &v, there >= LANES ? sizeof v : size_t(there) * sizeof(T));
-}
 
 // 1 / the root mean square of a row of bf16.
 static inline float inverse_root(const uint16_t* x, int width, float epsilon) {
@@ -36,16 +22,39 @@ static inline F normed(const uint16_t* x, const uint16_t* weight, float scale, i
   return widen(narrow(widen(some<Half>(x, there)) * scale)) * widen(some<Half>(weight, there));
 }
 
-static int32_t norm(const Norming& n) {
-#pragma omp parallel for num_threads(n.threads) schedule(static)
-  for (int64_t row = 0; row < n.rows; row++) {
+// This thread's part of the rows.
+static void norm(const Norming& n) {
+  Part part(n.rows);
+  for (int64_t row = part.first; row < part.last; row++) {
     const uint16_t* x = n.x + row * n.width;
+    if (n.more) {
+      const uint16_t* more = n.more + row * n.width;
+      uint16_t* sum = n.sum + row * n.width;
+      for (int i = 0; i < n.width; i += LANES) {
+        int there = n.width - i;
+        F both = widen(some<Half>(x + i, there)) + widen(some<Half>(more + i, there));
+        put_some(sum + i, narrow(both), there);
+      }
+      x = sum;
+    }
     float scale = inverse_root(x, n.width, n.epsilon);
     for (int i = 0; i < n.width; i += LANES)
       put_some(n.out + row * n.width + i, narrow(normed(x + i, n.weight + i, scale, n.width - i)),
                n.width - i);
   }
-  return DONE;
+}
+
+// silu of the first half of a row times the second: this thread's part of the rows.
+static void gate(const Gating& g) {
+  Part part(g.rows);
+  for (int64_t row = part.first; row < part.last; row++) {
+    const uint16_t *first = g.both + 2 * row * g.width, *second = first + g.width;
+    for (int i = 0; i < g.width; i += LANES) {
+      int there = g.width - i;
+      F y = silu_times(widen(some<Half>(first + i, there)), widen(some<Half>(second + i, there)));
+      put_some(g.out + row * g.width + i, narrow(y), there);
+    }
+  }
 }
 
 constexpr float LOWEST = -__builtin_inff();

@@ -7,6 +7,7 @@ import ctypes
 import torch
 from torch import Tensor
 
+from coterie.ops.cpu.chain import follow
 from coterie.ops.cpu.kernels import OUTCOMES, built, ready
 from coterie.ops.cpu.library import Norming, Surveying
 from coterie.values import Survey
@@ -21,20 +22,30 @@ def norms(x: Tensor, weight: Tensor) -> bool:
 def rms_norm(x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
     """See ``ops.rms_norm``."""
     out = torch.empty_like(x)
+    follow(norming(x, weight, epsilon, out))
+    return out
+
+
+def add_norm(x: Tensor, more: Tensor, weight: Tensor, epsilon: float) -> tuple[Tensor, Tensor]:
+    """See ``ops.add_norm``."""
+    more, total, out = more.contiguous(), torch.empty_like(x), torch.empty_like(x)
+    work = norming(x, weight, epsilon, out)
+    work.more, work.sum = more.data_ptr(), total.data_ptr()
+    follow(work)
+    return total, out
+
+
+def norming(x: Tensor, weight: Tensor, epsilon: float, out: Tensor) -> Norming:
+    """The work of a norm; ``norms`` says of what."""
     width = x.shape[-1]
-    call = Norming(
+    return Norming(
         x=x.data_ptr(),
         weight=weight.data_ptr(),
         out=out.data_ptr(),
         epsilon=epsilon,
         rows=x.numel() // width,
         width=width,
-        threads=torch.get_num_threads(),
     )
-    found = built()
-    if outcome := found.handle.coterie_norm(found.isa(), ctypes.byref(call)):
-        raise RuntimeError(f"the norm could not run: {OUTCOMES[outcome]}")
-    return out
 
 
 def surveys(logits: Tensor) -> bool:

@@ -47,6 +47,20 @@ static inline U bits(F v) { return reinterpret_cast<U>(v); }
 static inline F to_float(I v) { return __builtin_convertvector(v, F); }
 static inline F widen(Half v) { return bits(__builtin_convertvector(v, U) << 16); }
 
+// Up to a vector of what is there, and nothing after it.
+template <class V, class T>
+static inline V some(const T* from, int there) {
+  V v = {};
+  if (there >= LANES) return load<V>(from);
+  memcpy(&v, from, size_t(there) * sizeof(T));
+  return v;
+}
+
+template <class V, class T>
+static inline void put_some(T* to, V v, int there) {
+  memcpy(to, &v, there >= LANES ? sizeof v : size_t(there) * sizeof(T));
+}
+
 static inline float widen(uint16_t x) {
   uint32_t wide = uint32_t(x) << 16;
   return load<float>(&wide);
@@ -57,6 +71,12 @@ static inline uint16_t narrow(float x) {
   uint32_t wide = load<uint32_t>(&x);
   if ((wide & 0x7fffffff) > 0x7f800000) return uint16_t((wide >> 16) | 64);
   return uint16_t((wide + 0x7fff + ((wide >> 16) & 1)) >> 16);
+}
+
+static inline Half narrow(F x) {
+  U wide = bits(x), rounded = (wide + 0x7fffu + ((wide >> 16) & 1u)) >> 16;
+  U nan = (wide >> 16) | 64u;
+  return __builtin_convertvector((wide & 0x7fffffffu) > 0x7f800000u ? nan : rounded, Half);
 }
 
 // To the nearest whole number, for |x| < 2**22: the float's own rounding at this size.
