@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from policies import coresets, law
+from test_offload import needs_kernels, opened, packed
 from test_routing_laws import blocks
 from test_watch import PROMPTS, engine, tiny, untimed
 from torch import Tensor
@@ -336,6 +338,17 @@ def test_a_broken_forward_leaves_the_memory_as_it_was() -> None:
         own_engine.step()
     assert had is not None
     assert slot.coresets is had
+
+
+@needs_kernels
+def test_few_experts_in_memory_change_nothing_of_what_is_kept(tmp_path: Path) -> None:
+    folder, policy = packed(tmp_path), "des-vote:beta=0.3,protect=top1"
+    found = []
+    for memory in (None, "35%"):
+        own_engine = opened(folder, memory, **STEPS, drift=0.1)
+        results = [own_engine.generate(p, policy=policy) for p in PROMPTS]
+        found.append([(r.tokens, r.coresets_kept) for r in results])
+    assert found[0] == found[1]
 
 
 # Commands

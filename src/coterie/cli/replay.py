@@ -362,8 +362,8 @@ def _share(text: str) -> float:
         value = float(text)
     except ValueError:
         value = -1.0
-    if not 0 <= value <= 1:
-        raise CoterieError(f"--drift {text!r}: say a share of the votes, such as 0.05")
+    if not 0 <= value < 1:
+        raise CoterieError(f"--drift {text!r}: say a share of the votes below 1, such as 0.05")
     return value
 
 
