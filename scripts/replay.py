@@ -4,7 +4,8 @@ Three records. "Replay drawn mini": routing drawn in LLaDA2.0-mini's sizes, its 
 to step taken from the model in the package. "Replay embedded": that model's own traces over the
 grid of policy x capacity x precision. "Replay against runs": the same policies answering problems
 under an imagined memory, accuracy paired with vanilla's, and how far the replay was off. The
-policies' options were chosen on problems of seed 101; these are others.
+policies' options were chosen on problems of seed 101; these are others. ``--dry-run`` walks every
+path on few problems and small sizes: its numbers mean nothing.
 """
 
 from __future__ import annotations
@@ -18,19 +19,18 @@ from tempfile import TemporaryDirectory
 
 import coterie
 from coterie.engine.engine import Engine
-from coterie.engine.load import Model
+from coterie.engine.imagining import imagine, imagined_room
+from coterie.engine.memory import Memory
 from coterie.evals.report import lines
 from coterie.evals.run import Arm, run
 from coterie.evals.sheet import Sheet
 from coterie.evals.stats import holm, paired
 from coterie.evals.task import Task, Wish
 from coterie.evals.tasks import open_tasks
-from coterie.experts.imagined import Imagined
+from coterie.experts.capacity import Capacity
 from coterie.experts.traffic import Traffic
-from coterie.model.moe import MoE
 from coterie.planning.booking import Play
-from coterie.planning.machine import Capacity, Machine, rate_of
-from coterie.planning.overlap import Overlap
+from coterie.planning.machine import Machine, rate_of
 from coterie.planning.recording import about, bias_of, record_trace
 from coterie.planning.replay import (
     Grid,
@@ -43,6 +43,7 @@ from coterie.planning.replay import (
 from coterie.planning.synthetic import (
     MINI,
     Look,
+    Shape,
     calibrated,
     carried,
     looked,
@@ -75,24 +76,42 @@ RULES = (
 EXAMINED = tuple(rule for rule in RULES if rule.startswith("priced-vote"))
 
 
+@dataclass(frozen=True)
+class Extent:
+    """How much is replayed; ``unique`` experts of a layer are what a drawn forward uses."""
+
+    shape: Shape = MINI
+    unique: float = UNIQUE
+    blocks: int = DRAWN_BLOCKS
+    shares: Sequence[str] = SHARES
+    rules: Sequence[str] = RULES
+    examined: Sequence[str] = EXAMINED
+    drifting: str = RULES[3]
+    variants: int = 4  # of the law that is drawn by
+
+
+FULL = Extent()
+DRY = Extent(
+    Shape(layers=2, experts=32, k=4, tokens=8, steps=4, expert_bytes=MINI.expert_bytes),
+    *(20.0, 3, (SHARE,), RULES[:1], EXAMINED[:1], RULES[0], 1),
+)
+
+
 def main(words: Sequence[str]) -> int:
     asked = options().parse_args(words)
-    command = ["scripts/replay", *words]
+    command, extent = ["scripts/replay", *words], DRY if asked.dry_run else FULL
     engine = coterie.load()
     wish = Wish(engine.model.family.name, count=asked.items, seed=asked.seed)
     tasks = open_tasks(list(TASKS), wish)
     traces = {steps: traced(engine, tasks, asked.prompts, steps) for steps in (False, True)}
     if "drawn" in asked.parts:
-        keep(asked.out, "Replay drawn mini", command, drawn(looked(traces[True])))
+        keep(asked.out, "Replay drawn mini", command, drawn(looked(traces[True]), extent))
     if "embedded" in asked.parts:
-        keep(asked.out, "Replay embedded", command, embedded(traces[False], traces[True]))
+        found = embedded(traces[False], traces[True], extent)
+        keep(asked.out, "Replay embedded", command, found)
     if "runs" in asked.parts:
-        keep(
-            asked.out,
-            "Replay against runs",
-            command,
-            held(engine, tasks, traces[False]),
-        )
+        found = held(engine, tasks, traces[False], extent)
+        keep(asked.out, "Replay against runs", command, found)
     return 0
 
 
@@ -102,6 +121,7 @@ def options() -> argparse.ArgumentParser:
     parser.add_argument("--prompts", type=int, default=20, help="of these, how many are traced")
     parser.add_argument("--seed", type=int, default=SEED)
     parser.add_argument("--parts", nargs="*", default=["drawn", "embedded", "runs"])
+    parser.add_argument("--dry-run", action="store_true", help="small sizes, to try it out")
     parser.add_argument("--out", type=Path, default=Path("results"))
     return parser
 
@@ -123,22 +143,23 @@ def traced(engine: Engine, tasks: Sequence[Task], count: int, slow: bool) -> Tra
         return read(path)
 
 
-def drawn(seen: Look) -> dict[str, object]:
+def drawn(seen: Look, extent: Extent) -> dict[str, object]:
     """LLaDA2.0-mini's sizes at 35 %; then with tokens that remember more and less."""
-    wanted = carried(seen, 128, UNIQUE, MINI.experts)
+    shape = extent.shape
+    wanted = carried(seen, 128, extent.unique, shape.experts)
     told: dict[str, object] = {
         "read_off": vars(seen),
-        "blocks": DRAWN_BLOCKS,
-        "steps": MINI.steps,
+        "blocks": extent.blocks,
+        "steps": shape.steps,
     }
-    for name, look in variants(wanted).items():
-        law = calibrated(MINI, look)
-        trace = synthetic(MINI, law, blocks=DRAWN_BLOCKS, seed=7)
+    for name, look in [*variants(wanted, shape.experts).items()][: extent.variants]:
+        law = calibrated(shape, look)
+        trace = synthetic(shape, law, blocks=extent.blocks, seed=7)
         plays = [Play(parse_policy(policy)) for policy in DRAWN]
         plays.append(Play(parse_policy("resident-vote:beta=0.1"), drift=0.05))
         caches = ["lru", "lfu", "votes"] if name == "as read off" else ["lru"]
-        shares = SHARES if name == "as read off" else (SHARE,)
-        kept = {name: size for name, size in MINI.expert_bytes if name != "int4"}
+        shares = extent.shares if name == "as read off" else (SHARE,)
+        kept = {name: size for name, size in shape.expert_bytes if name != "int4"}
         made = replay(trace, grid(plays, caches, shares, kept))
         found = {"wanted": vars(look), "law": vars(law), "came_to": vars(looked(trace))}
         told[name] = {**found, **document(made)}
@@ -146,9 +167,9 @@ def drawn(seen: Look) -> dict[str, object]:
     return told
 
 
-def variants(wanted: Look) -> dict[str, Look]:
+def variants(wanted: Look, experts: int) -> dict[str, Look]:
     """The overlap from step to step as it was read off, halfway to chance, and halfway to all."""
-    chance = wanted.unique / MINI.experts
+    chance = wanted.unique / experts
     return {
         "as read off": wanted,
         "steps less alike": replace(wanted, step_overlap=(wanted.step_overlap + chance) / 2),
@@ -157,7 +178,7 @@ def variants(wanted: Look) -> dict[str, Look]:
     }
 
 
-def embedded(quick: Trace, slow: Trace) -> dict[str, object]:
+def embedded(quick: Trace, slow: Trace, extent: Extent) -> dict[str, object]:
     """The grid over the model's own traces: with commits routed by the policy, without, and of
     decoding forwards alone; and in eight steps a block."""
     told: dict[str, object] = {}
@@ -168,12 +189,12 @@ def embedded(quick: Trace, slow: Trace) -> dict[str, object]:
         ("eight steps a block, commit=policy", slow, True),
     ):
         plays = [Play(parse_policy("vanilla"))]
-        plays += [Play(parse_policy(rule), commits=commits) for rule in RULES]
-        plays += [Play(parse_policy(RULES[3]), 0.05, commits)] if trace is slow else []
+        plays += [Play(parse_policy(rule), commits=commits) for rule in extent.rules]
+        plays += [Play(parse_policy(extent.drifting), 0.05, commits)] if trace is slow else []
         whole = name == "commit=policy"
         sizes = dict(trace.about.expert_bytes)
         sizes = sizes if whole else {"bf16": sizes["bf16"]}
-        made = replay(trace, grid(plays, ["lru"], SHARES if whole else (SHARE,), sizes))
+        made = replay(trace, grid(plays, ["lru"], extent.shares if whole else (SHARE,), sizes))
         kinds = {kind: sum(one.kind == kind for one in trace.forwards) for kind in KINDS}
         told[name] = {"forwards": kinds, "steps_per_block": steps_per_block(trace)}
         told[name] = {**told[name], **document(made)}  # type: ignore[dict-item]
@@ -181,14 +202,14 @@ def embedded(quick: Trace, slow: Trace) -> dict[str, object]:
     return told
 
 
-def held(engine: Engine, tasks: Sequence[Task], trace: Trace) -> dict[str, object]:
+def held(engine: Engine, tasks: Sequence[Task], trace: Trace, extent: Extent) -> dict[str, object]:
     """Every policy asked each problem under an imagined memory of 35 %, prompts and commits in."""
     plays = [Play(parse_policy("vanilla"))]
-    plays += [Play(parse_policy(rule), commits=True) for rule in EXAMINED]
+    plays += [Play(parse_policy(rule), commits=True) for rule in extent.examined]
     asked = grid(plays, ["lru"], (SHARE,), {"bf16": trace.about.expert_bytes["bf16"]})
     foretold = {str(p.case.play): p for p in replay(trace, asked).points}
     slots = slots_of(trace, asked, asked.cases()[0])
-    answered = [answer(engine, tasks, rule, slots) for rule in ("vanilla", *EXAMINED)]
+    answered = [answer(engine, tasks, rule) for rule in ("vanilla", *extent.examined)]
     vanilla, *others = answered
     duels = [paired(vanilla.sheet.right(), one.sheet.right()) for one in others]
     raised = iter(holm([duel.p for duel in duels]))
@@ -226,31 +247,14 @@ class Answered:
     traffic: Traffic
 
 
-def answer(engine: Engine, tasks: Sequence[Task], rule: str, slots: int) -> Answered:
-    model, store = imagining(engine.model, slots)
-    own = Engine(model, generation=engine.generation)
+def answer(engine: Engine, tasks: Sequence[Task], rule: str) -> Answered:
+    model = engine.model
+    room = imagined_room(Memory.parse(SHARE), model.spec, model.transformer.dtype)
+    transformer, store = imagine(model.transformer, room)
+    own = Engine(replace(model, transformer=transformer), generation=engine.generation)
     commit = "vanilla" if rule == "vanilla" else "policy"
     (sheet,) = run(own, tasks, [Arm(rule)], None, rows=1, asked={"commit": commit})
     return Answered(rule, sheet, store.ledger.traffic())
-
-
-def imagining(model: Model, slots: int) -> tuple[Model, Imagined]:
-    """The same model, its experts behind a memory of so many slots a layer that is imagined."""
-    stores = [
-        one.feed_forward.store for one in model.transformer.layers if is_moe(one.feed_forward)
-    ]
-    store = Imagined(stores[0], model.spec.router.experts, slots)
-    layers = tuple(
-        replace(one, feed_forward=replace(one.feed_forward, store=store))
-        if is_moe(one.feed_forward)
-        else one
-        for one in model.transformer.layers
-    )
-    return replace(model, transformer=replace(model.transformer, layers=layers)), store
-
-
-def is_moe(network: object) -> bool:
-    return isinstance(network, MoE)
 
 
 def grid(
@@ -265,13 +269,8 @@ def grid(
 def document(made: Replay) -> dict[str, object]:
     return {
         "points": [point.document() for point in made.points],
-        "overlap": {name: summary(found) for name, found in made.overlaps.items()},
+        "overlap": {name: found.document() for name, found in made.overlaps.items()},
     }
-
-
-def summary(found: Overlap) -> dict[str, object]:
-    names = ("step_jaccard", "block_jaccard", "step_cosine", "block_cosine")
-    return {**vars(found), "means": {name: found.mean(name) for name in names}}
 
 
 def tell(title: str, made: Replay) -> None:

@@ -343,6 +343,8 @@ def test_the_command_replays_a_grid(file: str, tmp_path: Path, capsys: Capture) 
     assert {p["policy"] for p in told["points"]} == set(told["overlap"]) == {
         *("vanilla", "des-vote:beta=0.25", "des-vote:beta=0.25 --drift 0.1")
     }  # fmt: skip
+    alike = told["overlap"]["vanilla"]
+    assert alike["means"]["step_jaccard"] == pytest.approx(np.mean(alike["step_jaccard"]))
     first = told["points"][0]
     assert (first["saved_against_vanilla"], first["slots"], first["capacity"]) == (0.0, 6, "25%")
     assert first["bytes_a_forward"] == pytest.approx(first["loads"] * 2 * 100)
@@ -392,6 +394,10 @@ def test_figures_stand_beside_the_record(file: str, tmp_path: Path) -> None:
         (["-p", "des-seq:k=2", "--drift", "2"], "share of the votes"),
         (["-p", "des-vote:beta=0.2/0.3/0.4"], "3 shares"),
         (["--json", "--csv"], "one of them"),
+        (["--overlap", "0.5"], "give --memory as well"),
+        (["--overlap", "1.5"], "--overlap"),
+        (["--commit", "policy"], "with a --policy only"),
+        (["-p", "des-seq:k=2", "--commit", "policy", "--decoding-only"], "without --decoding-only"),
     ],
 )
 def test_what_cannot_be_replayed_is_one_line(file: str, capsys: Capture, words, told: str) -> None:

@@ -188,6 +188,9 @@ def replay_command(
     found = read(trace)
     if found.torn:
         remark(f"{trace}: its last forward was cut off and is left out")
+    if commits is not None and (decoding_only or not policies):
+        wanted = "without --decoding-only" if decoding_only else "with a --policy"
+        raise CoterieError(f"--commit has an effect {wanted} only")
     found = only_decoding(found) if decoding_only else found
     routed = (commits or found.about.commit) == "policy"
     grid = Grid(
@@ -226,7 +229,12 @@ def plays(trace: Trace, typed: Sequence[str], drift: str | None, *, commits: boo
 def machines(
     link: str, memory: str | None, rest: float, *, latency: float, overlap: float
 ) -> dict[str, Machine]:
-    """One for each link, by what was typed; milliseconds."""
+    """One for each link, by what was typed; milliseconds. Raises CoterieError for an overlap of
+    copies with what takes no time."""
+    if memory is None and overlap != 1:
+        raise CoterieError(
+            "--overlap has no effect where computing takes no time; give --memory as well"
+        )
     pace = None if memory is None else rate_of(memory, "--memory")
     return {
         text: Machine(rate_of(text, "--link"), pace, rest / 1e3, overlap, latency / 1e3)
@@ -277,7 +285,7 @@ def document(trace: Trace, path: Path, made: Replay) -> dict[str, object]:
         "forwards": {kind: sum(one.kind == kind for one in trace.forwards) for kind in KINDS},
         "steps_per_block": made.steps_per_block,
         "points": [point.document() for point in made.points],
-        "overlap": {name: vars(found) for name, found in made.overlaps.items()},
+        "overlap": {name: found.document() for name, found in made.overlaps.items()},
     }
 
 

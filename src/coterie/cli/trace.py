@@ -190,7 +190,8 @@ def told(found: dict[str, object]) -> str:
     each, size = found["bytes_a_forward"], found["bytes"]
     weight = readable(float(each)) if isinstance(each, float) else "nothing"
     whole = readable(float(size)) if isinstance(size, int) else ""
+    rows = "row" if found["rows"] == 1 else "rows"
     return (
-        f"{found['trace']}: {found['forwards']} forwards of {found['rows']} rows under "
+        f"{found['trace']}: {found['forwards']} forwards of {found['rows']} {rows} under "
         f"{found['policy']}, {weight} each, {whole} in all"
     )

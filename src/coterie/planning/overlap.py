@@ -12,6 +12,7 @@ from coterie.planning.booking import Memory
 from coterie.planning.coding import Mask
 
 Means = tuple[float, ...]  # of each layer
+FOUR = ("step_jaccard", "block_jaccard", "step_cosine", "block_cosine")
 
 
 @dataclass(frozen=True)
@@ -33,6 +34,10 @@ class Overlap:
         """Over layers, of one of the four."""
         values = getattr(self, name)
         return sum(values) / len(values) if values else None
+
+    def document(self) -> dict[str, object]:
+        """Of each layer, and the means."""
+        return {**vars(self), "means": {name: self.mean(name) for name in FOUR}}
 
 
 def overlap(memory: Memory, used: Mask) -> Overlap:
