@@ -20,7 +20,11 @@ from coterie.planning.trace import Trace
 from coterie.results import Measure
 from coterie.values import Store
 
-TEACHERS: tuple[Arm, ...] = tuple((one, "25%") for one in POLICIES[:3])
+# Room for all that vanilla uses, for what comes in waves is not in the clock; and three numbers of
+# experts, for one alone does not tell computing them from all else.
+TEACHERS: tuple[Arm, ...] = tuple(
+    (one, "40%") for one in (*POLICIES[:2], play("des-vote:beta=0.2"))
+)
 ARMS: tuple[Arm, ...] = (
     *((one, SHARE) for one in POLICIES),
     (play(RESIDENT, commits=False), SHARE),
