@@ -128,7 +128,7 @@ def written(bench: Bench, ran: Sequence[Ran], vanilla: Sequence[Ran]) -> dict[st
     return {
         "blocks": ran[0].kinds.count("commit") + 1,
         "forwards": {kind: ran[0].kinds.count(kind) for kind in first},
-        "experts_of_a_layer": used / passes / len(bench.spec.moe_layers),
+        "experts_of_a_layer": used / passes / len(bench.spec.moe_layers) if used else None,
         "bytes_moved_a_forward": moved / decoding,
         "bytes_moved_against_vanilla": moved / usual if usual else None,
         "hit_rate": 1 - moved / bench.size / used if used else None,
