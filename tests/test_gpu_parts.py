@@ -181,7 +181,7 @@ def test_copies_into_slots_are_watched(monkeypatch: pytest.MonkeyPatch) -> None:
 
     World(0, eager=1.0).install(monkeypatch)
     monkeypatch.setattr(offload, "far", lambda device: True)
-    monkeypatch.setattr(offload, "pinned", lambda *sizes: torch.empty(sizes, dtype=torch.uint8))
+    monkeypatch.setattr(offload, "pinned", lambda *known: torch.empty(known[:2], dtype=torch.uint8))
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
     found = offload.measure(torch.device("cpu"), dry=True)
     assert found.wrong == []

@@ -100,7 +100,7 @@ class Bench:
         layout = Layout(spec.hidden, spec.expert_width, FORMATS.get(kind, torch.bfloat16))
         slab = ops.unpack(next(slabs_of(model.transformer)))
         make = pinned if far(device) else _unpinned
-        host = make(spec.router.experts, layout.size)
+        host = make(spec.router.experts, layout.size, device)
         layout.fill(host, slab)
         sizes = MINI if not dry else replace(FEW, experts=spec.router.experts, k=spec.router.k)
         sizes = replace(sizes, layers=len(spec.moe_layers))
@@ -382,7 +382,8 @@ def _stalled(store: Store) -> float:
     return store.waited if isinstance(store, Offloaded) else 0.0
 
 
-def _unpinned(count: int, size: int) -> Tensor:
+def _unpinned(count: int, size: int, device: torch.device) -> Tensor:
+    del device
     return torch.empty(count, size, dtype=torch.uint8)
 
 

@@ -48,10 +48,15 @@ def settle_behind(
         raise CoterieError("--coarse serves two precisions on a CPU only; leave it out here")
     size = layout_of(kept, dtype).size
     found = settle(asked, kept, dtype, expert_bytes=size, free=free_memory(device))
-    if found.whole:
-        if asked.aside is not None:
-            raise CoterieError("--cpu-experts has no effect: all experts fit into the GPU's memory")
-        return found
+    if found.slots == found.experts:
+        asked_for = {
+            "--cpu-experts": asked.aside is not None,
+            "--host-memory": asked.host is not None and asked.fast != AUTO,
+        }
+        for name, there in asked_for.items():
+            if there:
+                raise CoterieError(f"{name} has no effect: all experts fit into the GPU's memory")
+        return replace(found, host=0)
     host = _host_bytes(found, packed=stored.panels)
     if asked.aside is not None and host < found.layers * found.experts * size:
         raise CoterieError(
@@ -110,7 +115,7 @@ class Behind:
     def _blobs(self) -> Mapping[int, Tensor]:
         """Of each layer [E, bytes of an expert], pinned, to be filled."""
         experts, size = self.memory.experts, self.layout.size
-        return {layer: pinned(experts, size) for layer in self.spec.moe_layers}
+        return {layer: pinned(experts, size, self.device) for layer in self.spec.moe_layers}
 
     def weights(self) -> dict[str, Tensor]:
         """Where all experts lie, by the names of a checkpoint's places."""
@@ -150,7 +155,7 @@ class Behind:
         layers, experts, size = self.spec.moe_layers, self.memory.experts, self.layout.size
         below = Unpacked(OnDisk(blobs(checkpoint, places)), stored, self.layout)
         slots = host_slots(self._host, layers=len(layers), experts=experts, size=size)
-        return Relays(Host(below, pinned(slots, size), layers, experts), lane)
+        return Relays(Host(below, pinned(slots, size, self.device), layers, experts), lane)
 
     def _aside(
         self,

@@ -88,7 +88,8 @@ class Settled:
     """What a ``Memory`` came to: ``slots`` for the experts of each layer.
 
     ``free`` bytes were there and ``rest`` of them left for all else, where it was "auto" that
-    chose. Behind a GPU's slots, ``host`` bytes of the machine's own memory are for experts.
+    chose. Behind a GPU's slots, ``host`` bytes of the machine's own memory are for experts; none
+    where the slots hold all of them.
     """
 
     asked: Memory
@@ -102,8 +103,9 @@ class Settled:
 
     @property
     def whole(self) -> bool:
-        """Whether "auto" found that all of them fit: then there is nothing to fetch."""
-        return self.asked.fast == AUTO and self.slots == self.experts
+        """Whether "auto" found that all of them fit, or a GPU was given room for all: then there is
+        nothing to fetch."""
+        return self.slots == self.experts and (self.asked.fast == AUTO or self.host == 0)
 
     @property
     def bytes(self) -> int:

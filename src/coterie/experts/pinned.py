@@ -15,8 +15,9 @@ from coterie.naming import CoterieError
 PORTABLE = 1  # cudaHostRegisterPortable: for every GPU of the machine
 
 
-def pinned(count: int, size: int) -> Tensor:
-    """Uninitialised [count, size] uint8, given back to the system when nobody has it any more.
+def pinned(count: int, size: int, device: torch.device) -> Tensor:
+    """Uninitialised [count, size] uint8, given back to the system when nobody has it any more and
+    the device, which copies out of it, has come to rest.
 
     Raises CoterieError where so much cannot be pinned. PyTorch's own pinned memory comes in powers
     of two and is never given back.
@@ -34,15 +35,15 @@ def pinned(count: int, size: int) -> Tensor:
     if outcome:
         # CUDA would tell of this error once more, to whoever asks next.
         with suppress(RuntimeError):
-            torch.zeros(1, device="cuda")
+            torch.zeros(1, device=device)
         raise CoterieError(f"{told} (CUDA error {outcome}); give --host-memory less")
     # The array goes before the memory under it does.
-    weakref.finalize(held, _let_go, address).atexit = False
+    weakref.finalize(held, _let_go, address, device).atexit = False
     return torch.from_numpy(held).view(count, size)
 
 
-def _let_go(address: int) -> None:
-    torch.cuda.synchronize()  # somebody may still be copying out of it
+def _let_go(address: int, device: torch.device) -> None:
+    torch.cuda.synchronize(device)
     _cuda().cudaHostUnregister(address)
 
 
