@@ -14,6 +14,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import numpy as np
+from precision_drawn import drawn
 from precision_layers import layers
 
 import coterie
@@ -40,8 +41,8 @@ SEED, VOTING_SEED = 7013, 7014
 SHARES = (0.25, 0.5, 0.75)
 PLACEMENTS = (
     *(f"upgrades:most=2,share={share}" for share in SHARES),
-    "upgrades:most=8,share=0.5",
-    *(f"votes:share={share}" for share in SHARES),
+    *(f"ballot:mass={mass},share=0.5" for mass in (0.5, 0.7, 0.85)),
+    "votes:share=0.5",
 )
 WHOLE = 0.7  # of int8's bytes: room for every expert in one precision or the other
 
@@ -51,8 +52,11 @@ def main(words: Sequence[str]) -> int:
     command = ["scripts/precision", *words]
     if "layers" in asked.parts:
         print(write_record(asked.out, record("Precision layers", command, [], facts=layers())))
+    if "drawn" in asked.parts:
+        facts = drawn(asked.share)
+        print(write_record(asked.out, record("Precision drawn mini", command, [], facts=facts)))
     if "embedded" in asked.parts:
-        facts: dict[str, object] = {"seed": asked.seed, "items_a_task": asked.items}
+        facts = {"seed": asked.seed, "items_a_task": asked.items}
         with TemporaryDirectory() as folder:
             bench = Bench.of(Path(folder), asked)
             facts |= {"share": asked.share, "policy": asked.policy, **bench.facts()}
@@ -69,7 +73,7 @@ def options() -> argparse.ArgumentParser:
     parser.add_argument("--share", type=float, default=0.35, help="of int8's bytes, for experts")
     parser.add_argument("--seed", type=int, default=SEED)
     parser.add_argument("--policy", default="vanilla")
-    parser.add_argument("--parts", nargs="*", default=["layers", "embedded"])
+    parser.add_argument("--parts", nargs="*", default=["layers", "drawn", "embedded"])
     parser.add_argument("--out", type=Path, default=Path("results"))
     return parser
 

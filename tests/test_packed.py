@@ -180,7 +180,7 @@ def test_every_expert_tells_what_it_lost(tmp_path: Path, kind: str) -> None:
     convert(whole, tmp_path / kind, Aim.of(kind))
     listed = json.loads((tmp_path / kind / MANIFEST).read_text())["tensors"]
     told = listed[PACKED]["error"]
-    x = torch.randn(4096, 32)
+    x = torch.randn(4096, 32, generator=torch.Generator().manual_seed(3))
 
     def given(weights: Callable[[str], Tensor]) -> Tensor:
         gate, up, down = (weights(f"{part}_proj") for part in ("gate", "up", "down"))
@@ -195,7 +195,7 @@ def test_every_expert_tells_what_it_lost(tmp_path: Path, kind: str) -> None:
         best = given(true)
         found = given(lambda part, true=true: dequantise(quantise(true(part), FORMATS[kind])))
         error = float((found - best).norm() / best.norm())
-        assert told[expert] == pytest.approx(error, rel=0.2)
+        assert told[expert] == pytest.approx(error, rel=0.1)
 
 
 @needs_kernels

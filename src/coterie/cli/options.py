@@ -238,9 +238,10 @@ Placing = Annotated[
     str | None,
     typer.Option(
         "--placement",
-        help="With --coarse, who has a place as it is, such as upgrades:most=2,share=0.5 (most "
-        "after each forward of a layer; a share of --expert-memory; the default) or "
-        f"votes:share=0.3 (those of --warm, for good); of {', '.join(PLACEMENTS)}.",
+        help="With --coarse, who is served as it is: upgrades:most=2,share=0.5 (those voted for "
+        "lately; most come after each forward of a layer; a share of --expert-memory; the "
+        "default), ballot:mass=0.7 (who holds so much of a forward's votes, at once) or votes "
+        f"(those of --warm, for good); of {', '.join(PLACEMENTS)}.",
         rich_help_panel=KEEPING,
         show_default=False,
     ),

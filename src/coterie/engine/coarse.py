@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Annotated, Protocol
 
 from coterie.naming import CoterieError
-from coterie.spelling import Count, Within, check_options, parse, spelled
+from coterie.spelling import Count, Share, Within, check_options, parse, spelled
 
 Divided = Annotated[float, Within(least=0.01, most=0.99)]  # something of it, but not all
 
@@ -23,7 +23,12 @@ class Placement(Protocol):
 
     @property
     def most(self) -> int:
-        """Who become fine after a forward of a layer, at most; 0: nobody ever."""
+        """Who become fine after a forward of a layer, at most."""
+        ...
+
+    @property
+    def mass(self) -> float:
+        """Share of a forward's votes whose experts become fine before they serve it."""
         ...
 
 
@@ -35,6 +40,25 @@ class Upgrades:
     share: Divided = 0.5
 
     __post_init__ = check_options
+
+    @property
+    def mass(self) -> float:
+        return 0.0
+
+
+@dataclass(frozen=True)
+class Ballot:
+    """Those who hold this share of a forward's votes are fine in it: nobody loses more than the
+    others' votes, and a forward waits for whole experts too."""
+
+    mass: Share = 0.7
+    share: Divided = 0.5
+
+    __post_init__ = check_options
+
+    @property
+    def most(self) -> int:
+        return 0
 
 
 @dataclass(frozen=True)
@@ -49,8 +73,16 @@ class Votes:
     def most(self) -> int:
         return 0
 
+    @property
+    def mass(self) -> float:
+        return 0.0
 
-PLACEMENTS: dict[str, type[Placement]] = {"upgrades": Upgrades, "votes": Votes}
+
+PLACEMENTS: dict[str, type[Placement]] = {
+    "upgrades": Upgrades,
+    "ballot": Ballot,
+    "votes": Votes,
+}
 
 
 @dataclass(frozen=True)

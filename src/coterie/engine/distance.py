@@ -18,15 +18,18 @@ from coterie.quant import QTensor, dequantise
 from coterie.values import Panels, Slab
 
 ERROR = "error"
-TOKENS = 32  # of Gaussian input that an expert is tried with
+INPUT = 1 << 16  # Gaussian numbers that an expert is tried with: more tokens for smaller ones
+
+SEED = 2718  # not one that somebody draws weights with: tokens like an expert's rows are no tokens
 
 Numbers = NDArray[np.float64]
 
 
 def distance(true: Slab, found: Slab) -> float:
     """Relative error of what one expert gives, in a slab of one each, for unit Gaussian tokens."""
-    draw = torch.Generator().manual_seed(0)
-    x = torch.randn(TOKENS, true.down.shape[1], generator=draw)
+    draw = torch.Generator().manual_seed(SEED)
+    hidden = true.down.shape[1]
+    x = torch.randn(-(-INPUT // hidden), hidden, generator=draw)
     best, given = given_by(true, x), given_by(found, x)
     norm = float(best.norm())
     return float((given - best).norm()) / norm if norm else 0.0

@@ -73,7 +73,7 @@ def mixed(fine: Packed, memory: Settled, asked: Coarse) -> Mixed:
     coarse = Packed.of(find_folder(asked.folder))
     check_same(fine, coarse)
     warm = {} if memory.asked.warm is None else memory.asked.warm.by_layer()
-    if not (warm or asked.placement.most):
+    if not (warm or asked.placement.most or asked.placement.mass):
         raise CoterieError(
             "--placement votes: --warm FILE says whose; `coterie trace --votes FILE` saves them"
         )
@@ -98,6 +98,7 @@ def mixed(fine: Packed, memory: Settled, asked: Coarse) -> Mixed:
         source,
         offloaded(coarse.checkpoint, coarse.places, coarse.spec, room),
         asked.placement.most,
+        asked.placement.mass,
         warm=warm,
         errors=errors_of(fine, coarse) or {},
         kinds=(spec.panel_kind, coarse.spec.panel_kind),

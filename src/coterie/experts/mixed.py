@@ -19,6 +19,8 @@ from coterie.experts.traffic import Moved
 from coterie.experts.upgrades import Finer
 from coterie.values import Demand, Slab
 
+TINY = 1e-12  # of a share: what adding in another order may change
+
 
 @dataclass(frozen=True)
 class Errors:
@@ -102,14 +104,17 @@ class Shelf:
 class Mixed:
     """Slots with experts in a finer precision beside a store that has all of them coarse.
 
-    An expert is fine from the forward of its layer on that follows the one after which its upgrade
-    began: that forward waits for it. So what is computed follows from what was asked for before,
-    and from nothing that a clock decides. Without ``upgrades`` who is fine never changes.
+    The most voted experts that together hold ``mass`` of a forward's votes become fine before they
+    serve it, where others that are fine are worth less. Of the coarse that served, ``upgrades`` at
+    most become fine afterwards: from the next forward of their layer on, which waits for them. So
+    what is computed follows from what was asked for before, and from nothing that a clock decides.
+    With neither, who is fine never changes.
     """
 
     fine: Source
     coarse: Offloaded
-    upgrades: int  # begun after a forward of a layer, at most
+    upgrades: int = 0  # begun after a forward of a layer, at most
+    mass: float = 0.0  # share of a forward's votes whose experts are fine at once
     rule: Eviction = field(default_factory=ByVotes)
     warm: Mapping[int, Numbers] = field(default_factory=dict)  # by layer, votes of earlier runs
     errors: Mapping[int, Errors] = field(default_factory=dict)  # by layer, where they are known
@@ -132,20 +137,19 @@ class Mixed:
 
     def serve(self, layer: int, demand: Demand) -> Iterator[Slab]:
         shelf = self._arrived(layer)
-        used, votes = demand.used.cpu().numpy(), voted(demand)
+        used, votes, before = demand.used.cpu().numpy(), voted(demand), shelf.book.resident
+        shelf.book.note(used, votes)
+        self._upgrade(layer, shelf, leading(votes, used, self.mass) & ~before, len(used))
         finely = used & shelf.book.resident
         coarsely = used & ~finely
-        self._note(layer, demand, used=used, finely=finely)
+        self._note(layer, demand, before=before, finely=finely, coarsely=coarsely)
         self.precision.note(votes, finely, coarsely, self.errors.get(layer))
-        shelf.book.note(used, votes)
-        fine = self._lent(shelf) if finely.any() else iter(())
+        fine = self._lent(layer) if finely.any() else iter(())
         if coarsely.any():
             yield from self._both(layer, demand, coarsely, fine)
         yield from fine
         self._note_coarse()
-        loads = shelf.book.upgrade(coarsely, self.upgrades)
-        self.precision.upgrades += len(loads)
-        self._bring(layer, shelf, loads)
+        self._upgrade(layer, shelf, coarsely, self.upgrades)
 
     def resident(self, layer: int) -> Tensor | None:
         """Those too that are here coarse only: nobody waits for them either."""
@@ -178,12 +182,21 @@ class Mixed:
         """Seconds in which nothing was computed, for whichever precision."""
         return self.fine.courier.waited + self.coarse.waited
 
-    def _note(self, layer: int, demand: Demand, *, used: Mask, finely: Mask) -> None:
-        """In the ledger; nobody waits for who is here in either precision."""
+    def _upgrade(self, layer: int, shelf: Shelf, missed: Mask, most: int) -> None:
+        """Begin to bring these, as far as others are worth less."""
+        loads = shelf.book.upgrade(missed, most)
+        self.precision.upgrades += len(loads)
+        self._bring(layer, shelf, loads)
+
+    def _note(
+        self, layer: int, demand: Demand, *, before: Mask, finely: Mask, coarsely: Mask
+    ) -> None:
+        """In the ledger; nobody waits for who is here in the precision that serves."""
         coarse = self.coarse.resident(layer)
-        here = finely if coarse is None else finely | (used & coarse.cpu().numpy())
-        hits = int(np.count_nonzero(here))
-        self.ledger.served(layer, demand, used=int(np.count_nonzero(used)), hits=hits)
+        assert coarse is not None
+        hits = np.count_nonzero(finely & before | coarsely & coarse.cpu().numpy())
+        used = np.count_nonzero(finely | coarsely)
+        self.ledger.served(layer, demand, used=int(used), hits=int(hits))
 
     def _note_coarse(self) -> None:
         """Which coarse experts came since this was last asked."""
@@ -206,9 +219,10 @@ class Mixed:
             yield replace(slab, slot_of=slab.slot_of.where(asked, NOBODY))
             yield from fine
 
-    def _lent(self, shelf: Shelf) -> Iterator[Slab]:
-        """All that are fine, once; nothing that comes later overwrites them before that."""
-        courier = self.fine.courier
+    def _lent(self, layer: int) -> Iterator[Slab]:
+        """All that are fine, once they are there; nothing that comes later overwrites them before
+        they were computed with."""
+        courier, shelf = self.fine.courier, self._arrived(layer)
         try:
             yield self.fine.shown(shelf.memory, courier.there(shelf.book.slot_of))
         finally:
@@ -243,6 +257,16 @@ class Mixed:
     def _bring(self, layer: int, shelf: Shelf, loads: Iterable[tuple[int, int]]) -> None:
         for expert, place in loads:
             shelf.coming.append(self.fine.courier.bring(layer, expert, shelf.memory[place]))
+
+
+def leading(votes: Numbers, used: Mask, mass: float) -> Mask:
+    """[E]: the fewest of those used that hold such a share of their votes, most voted first."""
+    share = shares(votes, used)
+    order = np.argsort(-share, kind="stable")
+    before = np.cumsum(share[order]) - share[order]
+    chosen = np.zeros_like(used)
+    chosen[order[before < mass - TINY]] = True
+    return chosen & used
 
 
 def voted(demand: Demand) -> Numbers:
