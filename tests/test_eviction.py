@@ -77,6 +77,8 @@ def test_every_needed_expert_is_served_once_and_from_where_it_lies(drawn, capaci
                 served += wave.experts
             assert sorted(served) == sorted(used)
             assert [held[slot] for slot in range(min(capacity, size))] == slots.holds
+            assert slots.present == slots.resident.sum()
+            assert slots.complete == bool(slots.resident.all())
 
 
 @given(histories(), st.integers(1, 14))

@@ -221,6 +221,7 @@ def hold_same_election(sizes: Sizes, chain: Chain, requests: list[dict[str, obje
     model, store = tiny(sizes), chain.store(sizes)
     imagined = Imagined(resident(model), sizes[1], chain.capacity, chain.rule)
     assert answers(over(model, store), requests) == answers(over(model, imagined), requests)
+    assert (store.used, store.moved) == (imagined.used, imagined.moved)
 
 
 @given(models, chains(faults=True), rows(FIXED))

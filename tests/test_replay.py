@@ -23,6 +23,7 @@ from test_watch import PROMPTS, engine
 from coterie.cli.edge import run
 from coterie.cli.replay import machines
 from coterie.engine.event import Result
+from coterie.engine.warm import SavedVotes, write_votes
 from coterie.experts.capacity import Capacity
 from coterie.experts.eviction import Lru
 from coterie.experts.imagined import Imagined
@@ -416,6 +417,10 @@ def test_a_warm_start_needs_the_same_sizes(file: str, tmp_path: Path, capsys: Ca
     assert run(["replay", file, "--warm", file, "--json"]) == 0
     made = json.loads(capsys.readouterr().out)
     assert made["points"][0]["loads"] >= 0
+    votes, about = tmp_path / "votes", drawn().about
+    for model, layers in (("tiny", about.layers), ("other", (*about.layers, 9))):
+        write_votes(votes, SavedVotes.of(model, layers, np.ones((len(layers), about.experts))))
+        assert run(["replay", file, "--warm", str(votes), "--json"]) == 2 * (model == "other")
 
 
 def test_a_replay_is_the_same_every_time() -> None:

@@ -10,6 +10,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Annotated, Literal
 
+import numpy as np
 import typer
 from rich.progress import MofNCompleteColumn, TimeElapsedColumn
 from rich.table import Table
@@ -18,14 +19,15 @@ from coterie.cli import options as o
 from coterie.cli.document import print_document
 from coterie.cli.request import policy_of
 from coterie.cli.tables import bar, console, plain_table, readable, remark
+from coterie.engine.warm import read_votes
 from coterie.experts.capacity import Capacity
 from coterie.naming import CoterieError
-from coterie.planning.booking import Memory, Play
+from coterie.planning.booking import Memory, Play, Votes
 from coterie.planning.machine import Machine, rate_of, sizes
 from coterie.planning.overlap import Overlap
 from coterie.planning.replay import CACHES, Grid, Replay, Replayed, replay
 from coterie.planning.replay import decoding_only as only_decoding
-from coterie.planning.trace import KINDS, Trace, read
+from coterie.planning.trace import KINDS, Trace, is_trace, read
 from coterie.results import record, write_record
 from coterie.routing import check_keeps, check_layers, parse_policy
 
@@ -59,7 +61,8 @@ Warm = Annotated[
     Path | None,
     typer.Option(
         "--warm",
-        help="Another trace: slots start with the experts most voted for there.",
+        help="Another trace, or a file of `coterie trace --votes`: slots start with the experts "
+        "most voted for there.",
         rich_help_panel=ASKED,
         show_default=False,
     ),
@@ -199,7 +202,7 @@ def replay_command(
         [Capacity.parse(text) for text in _listed(capacity)],
         sizes(found.about.expert_bytes, _listed(precision), expert_bytes),
         machines(link, memory, rest, latency=latency, overlap=overlap),
-        None if warm is None else Memory.of(alike(read(warm), found, warm)).mean_votes,
+        None if warm is None else warm_votes(warm, found),
     )
     with bar(MofNCompleteColumn(), TimeElapsedColumn()) as shown:
         task = shown.add_task("replaying", total=None)
@@ -242,15 +245,25 @@ def machines(
     }
 
 
-def alike(warm: Trace, trace: Trace, path: Path) -> Trace:
-    """``warm``, if it is of a model of the same sizes; else a CoterieError."""
-    one, other = warm.about, trace.about
-    if (one.layers, one.experts) != (other.layers, other.experts):
+def warm_votes(path: Path, trace: Trace) -> Votes:
+    """[L, E] of another trace, or of a file of votes; raises CoterieError for other sizes."""
+    if is_trace(path):
+        other = read(path)
+        check_alike(path, other.about.model, (other.about.layers, other.about.experts), trace)
+        return Memory.of(other).mean_votes
+    saved = read_votes(path)
+    check_alike(path, saved.model, (saved.layers, len(saved.votes[0])), trace)
+    return np.array(saved.votes)
+
+
+def check_alike(path: Path, model: str, size: tuple[tuple[int, ...], int], trace: Trace) -> None:
+    """Raises unless layers and experts are those of the trace."""
+    about = trace.about
+    if size != (about.layers, about.experts):
         raise CoterieError(
-            f"{path}: of {one.model}, with {len(one.layers)} layers of {one.experts} experts; "
-            f"the trace is of {other.model}, with {len(other.layers)} of {other.experts}"
+            f"{path}: of {model}, with {len(size[0])} layers of {size[1]} experts; "
+            f"the trace is of {about.model}, with {len(about.layers)} of {about.experts}"
         )
-    return warm
 
 
 def tell(

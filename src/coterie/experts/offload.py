@@ -33,6 +33,12 @@ class Shelf:
     slots: Slots
     memory: Tensor  # [capacity, bytes of an expert] uint8
     whole: list[Slab] = field(default_factory=list)  # of everybody here, once it was asked for
+    here: list[Tensor] = field(default_factory=list)  # [E] bool, who that is, once asked for
+
+    def changes(self) -> None:
+        """Others will be here."""
+        self.whole.clear()
+        self.here.clear()
 
 
 @dataclass  # not frozen: it holds what changes with every forward
@@ -71,17 +77,21 @@ class Offloaded:
     def serve(self, layer: int, demand: Demand) -> Iterator[Slab]:
         shelf = self._shelf(layer)
         mask, tokens = self._asked(demand)
+        # Where nobody ever leaves, no rule has a say.
+        votes = asked_votes(self.rule, demand) if self.capacity < self.experts else None
+        if shelf.slots.holds_all(mask):
+            used = int(np.count_nonzero(mask))
+            self.ledger.served(layer, demand, used=used, hits=used)
+            if self.capacity < self.experts:
+                shelf.slots.note(mask, votes)
+            yield from self._lent(self._everybody(shelf))
+            return
         missed = mask & ~shelf.slots.resident
         left = self._left_aside(missed, tokens)
         used, hits, aside = (int(np.count_nonzero(one)) for one in (mask, mask & ~missed, left))
         self.ledger.served(layer, demand, used=used, hits=hits, aside=aside)
-        votes = asked_votes(self.rule, demand)
-        if used == hits:
-            shelf.slots.note(mask, votes)
-            yield from self._lent(self._everybody(shelf))
-            return
         where = shelf.slots.slot_of.copy()
-        shelf.whole.clear()
+        shelf.changes()
         waves = shelf.slots.serve(mask & ~left, votes)
         if aside:  # first: what it computes with is there, and copies are asked for before it is
             waves.insert(0, Wave(tuple(np.flatnonzero(left).tolist())))
@@ -137,7 +147,10 @@ class Offloaded:
         return self.courier.waited
 
     def resident(self, layer: int) -> Tensor | None:
-        return self.courier.there(self._shelf(layer).slots.resident)
+        shelf = self._shelf(layer)
+        if not shelf.here:
+            shelf.here.append(self.courier.there(shelf.slots.resident))
+        return shelf.here[0]
 
     def slots(self, layer: int) -> int | None:
         del layer

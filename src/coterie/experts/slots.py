@@ -44,6 +44,7 @@ class Slots:
     holds: list[int] = field(init=False)  # of each slot, its expert or NOBODY
     slot_of: Places = field(init=False)  # [E], NOBODY where an expert is not here
     clock: int = field(init=False, default=0)
+    present: int = field(init=False)  # how many are here
 
     def __post_init__(self) -> None:
         if self.capacity < 1:
@@ -56,15 +57,21 @@ class Slots:
         self.holds = known + [NOBODY] * (self.capacity - len(known))
         self.slot_of = np.full(self.experts, NOBODY, dtype=np.int64)
         self.slot_of[known] = np.arange(len(known))
+        self.present = len(known)
 
     @property
     def resident(self) -> Mask:
         """[E]: who is here."""
         return self.slot_of != NOBODY
 
+    @property
+    def complete(self) -> bool:
+        """Whether every expert of the layer is here."""
+        return self.present == self.experts
+
     def holds_all(self, used: Mask) -> bool:
         """Whether all of these are here; then serving them moves nobody."""
-        return not (used & (self.slot_of == NOBODY)).any()
+        return self.complete or not (used & (self.slot_of == NOBODY)).any()
 
     def note(self, used: Mask, votes: Numbers | None = None) -> None:
         """Learn what a forward uses; ``serve`` does so itself."""
@@ -117,6 +124,8 @@ class Slots:
         for expert, slot in loads:
             if (left := self.holds[slot]) != NOBODY:
                 self.slot_of[left] = NOBODY
+            else:
+                self.present += 1
             self.holds[slot] = expert
             self.slot_of[expert] = slot
         return Wave(experts, loads)
