@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from functools import cache
 from pathlib import Path
 from tempfile import mkdtemp
@@ -10,6 +11,7 @@ import pytest
 import torch
 
 import coterie
+from coterie.cli.edge import run
 from coterie.engine.engine import Engine
 from coterie.engine.event import Result
 from coterie.engine.memory import Memory
@@ -134,3 +136,55 @@ def test_a_warm_memory_is_warm_again_when_it_was_emptied() -> None:
 def test_what_nobody_can_imagine_is_an_error(asked: Memory, told: str) -> None:
     with pytest.raises(CoterieError, match=told):
         coterie.load(folder(), expert_memory=asked)
+
+
+Capture = pytest.CaptureFixture[str]
+WORDS = ["5 17 33 9", "-m", str(folder()), "-n", "16", "--block", "8", "--imagine-memory", "35%"]
+
+
+def told(words: list[str], capsys: Capture) -> dict:
+    assert run([*words, "--json"]) == 0
+    return json.loads(capsys.readouterr().out)
+
+
+def test_each_policy_that_is_compared_begins_in_an_empty_memory(capsys: Capture) -> None:
+    """So that it moves what it moves alone."""
+    policies = ["-p", "des-vote:beta=0.3", "-p", PREFERRING]
+    runs = told(["compare", *WORDS, *policies], capsys)["runs"]
+    for one in runs:
+        alone = told(["generate", *WORDS, "-p", one["policy"]], capsys)
+        assert alone["text"] == one["text"]
+        for figure in ("experts_moved", "hit_rate", "bytes_moved_from", "saved_against_vanilla"):
+            assert alone["expert_traffic"][figure] == one["expert_traffic"][figure]
+    assert runs[0]["expert_traffic"]["saved_against_vanilla"] == 0
+    assert runs[0]["expert_traffic"]["slots"] == 5
+    assert runs[2]["expert_traffic"]["hit_rate"] > runs[1]["expert_traffic"]["hit_rate"]
+
+
+def test_compare_shows_what_was_moved_where_memory_is_short(capsys: Capture) -> None:
+    assert run(["compare", *WORDS, "-p", "des-vote:beta=0.3"]) == 0
+    said = capsys.readouterr()
+    assert "5 of 16 experts a layer in memory" in said.err
+    assert "is imagined" in said.err
+    header, vanilla, other = (line.split() for line in said.out.splitlines()[:3])
+    assert header[-3:] == ["hits", "moved", "saved"]
+    assert (other[-1][-1], vanilla[-1]) == ("%", "KiB")
+    assert run(["compare", *WORDS[:-2], "-p", "des-vote:beta=0.3"]) == 0
+    assert "saved" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("typed", "said"),
+    [
+        (["--expert-memory", "5"], "--imagine-memory stands in place of --expert-memory"),
+        (["--host-memory", "1GiB"], "--host-memory has no effect"),
+        (["--coarse", "elsewhere"], "--coarse has no effect"),
+    ],
+)
+def test_what_would_have_no_effect_beside_an_imagined_memory_is_one_line(
+    typed: list[str], said: str, capsys: Capture
+) -> None:
+    assert run(["generate", *WORDS, *typed]) == 2
+    told = capsys.readouterr()
+    assert (told.out, told.err.count("\n")) == ("", 1)
+    assert said in told.err

@@ -13,11 +13,13 @@ from coterie.cli.bench import bench
 from coterie.cli.calibrate import calibrate_command
 from coterie.cli.document import (
     comparison_document,
+    precision_document,
     print_document,
     result_document,
     traffic_document,
 )
 from coterie.cli.grade import grade_command
+from coterie.cli.grouping import takes
 from coterie.cli.harness import PASSED_ON, lm_eval
 from coterie.cli.keeping import memory_of
 from coterie.cli.lab import evaluate, train
@@ -52,6 +54,7 @@ from coterie.engine.event import Result
 from coterie.engine.facts import GIB
 from coterie.engine.facts import inspect as read_facts
 from coterie.engine.load import DTYPES
+from coterie.engine.memory import Memory
 from coterie.engine.source import find_folder
 from coterie.naming import CoterieError
 
@@ -90,6 +93,7 @@ def coterie_command(
 
 
 @app.command()
+@takes(memory=memory_of)
 def generate(
     prompt: o.Prompt,
     *,
@@ -111,13 +115,7 @@ def generate(
     dtype: o.Dtype = None,
     device: o.Device = "auto",
     experts: o.Experts = None,
-    expert_memory: o.ExpertMemory = None,
-    host_memory: o.HostMemory = None,
-    cpu_experts: o.CpuExperts = None,
-    eviction: o.Evicting = None,
-    warm: o.Warm = None,
-    coarse: o.CoarseModel = None,
-    placement: o.Placing = None,
+    memory: Memory | None = None,
     drift: o.Drift = None,
     json: o.Json = False,
     watching: o.Watch = False,
@@ -137,12 +135,10 @@ def generate(
     )  # fmt: skip
     named = policy_of(policy)
     wanted |= drifting([named], drift)[named]
-    memory = memory_of(
-        expert_memory, host_memory=host_memory, eviction=eviction, warm=warm, coarse=coarse,
-        placement=placement, cpu_experts=cpu_experts,
-    )  # fmt: skip
     asked = read_prompt(prompt)
-    engine = open_engine(model, dtype=dtype, device=device, experts=experts, memory=memory)
+    engine = open_engine(
+        model, dtype=dtype, device=device, experts=experts, memory=memory, compared=json
+    )
     check_effect(engine, wanted)
     check_kept(engine, [policy], wanted)
     ids = ids_of(engine, asked, raw=raw)
@@ -154,7 +150,8 @@ def generate(
 def show(engine: Engine, result: Result, *, json: bool, watching: bool) -> None:
     """The answer, and to a terminal what it took."""
     if json:
-        print_document(result_document(result) | traffic_document(engine))
+        moved = traffic_document(engine, result) | precision_document(engine)
+        print_document(result_document(result) | moved)
         return
     if not watching:
         print_text(result.text)
@@ -172,6 +169,7 @@ def check_shown(*, json: bool, watching: bool) -> None:
 
 
 @app.command()
+@takes(memory=memory_of)
 def compare(
     prompt: o.Prompt,
     *,
@@ -193,10 +191,14 @@ def compare(
     dtype: o.Dtype = None,
     device: o.Device = "auto",
     experts: o.Experts = None,
+    memory: Memory | None = None,
     drift: o.Drift = None,
     json: o.Json = False,
 ) -> None:
     """Run several policies on one prompt, in one table; vanilla is always the first.
+
+    Where only some experts are in memory, each policy begins as the first did: with none there, or
+    with those of --warm.
 
     \b
     coterie compare "..." -p des-vote:beta=0.3 -p des-seq:k=3 -p random:beta=0.3
@@ -209,15 +211,20 @@ def compare(
     named = dict.fromkeys(["vanilla", *(policy_of(p) for p in policies or COMPARED)])
     apart = drifting(list(named), drift)
     asked = read_prompt(prompt)
-    engine = open_engine(model, dtype=dtype, device=device, experts=experts)
+    engine = open_engine(
+        model, dtype=dtype, device=device, experts=experts, memory=memory, compared=True
+    )
     check_effect(engine, wanted)
     check_kept(engine, policies or (), wanted)
     ids = ids_of(engine, asked, raw=raw)
     # The first forwards of a process are slow; no policy shall pay for that alone.
     engine.generate(ids, **{**wanted, "max_new_tokens": 1})
-    results = [engine.generate(ids, policy=name, **wanted, **apart[name]) for name in named]
+    results = []
+    for name in named:
+        engine.empty()
+        results.append(engine.generate(ids, policy=name, **wanted, **apart[name]))
     if json:
-        print_document(comparison_document(asked, results))
+        print_document(comparison_document(engine, asked, results))
     else:
         console().print(comparison_table(results))
 

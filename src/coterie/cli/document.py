@@ -41,19 +41,20 @@ def result_document(result: Result) -> dict[str, object]:
     }
 
 
-def traffic_document(engine: Engine) -> dict[str, object]:
-    """What was moved since the model was loaded; empty where all experts are in memory."""
+def traffic_document(engine: Engine, result: Result) -> dict[str, object]:
+    """What its forwards moved; empty where all experts are in memory."""
     store = engine.model.rationed
-    if store is None:
+    if store is None or result.traffic is None:
         return {}
-    traffic = {"slots": store.capacity, **moved_document(store.ledger.traffic())}
-    mixed = precision_document(store) if isinstance(store, Mixed) else {}
-    return {"expert_traffic": traffic, **mixed}
+    return {"expert_traffic": {"slots": store.capacity, **moved_document(result.traffic)}}
 
 
-def precision_document(store: Mixed) -> dict[str, object]:
-    """Which precision served, in shares of votes; means over layers and forwards. Both losses are
-    None where a manifest does not tell what experts lost."""
+def precision_document(engine: Engine) -> dict[str, object]:
+    """Which precision served, in shares of votes; means over layers and all forwards so far. Empty
+    where there is one; both losses are None where a manifest does not tell what experts lost."""
+    store = engine.model.rationed
+    if not isinstance(store, Mixed):
+        return {}
     served = store.precision
     told = {
         "fine": store.kinds[0],
@@ -70,7 +71,8 @@ def precision_document(store: Mixed) -> dict[str, object]:
 
 
 def moved_document(traffic: Traffic) -> dict[str, object]:
-    """All of it; what vanilla would have moved is None where nobody asked."""
+    """All of it. "Vanilla" is what the unmodified model would have moved under LRU in the same
+    slots on the same forwards, None where nobody asked; left to itself it might make others."""
     return {
         "forwards": traffic.forwards,
         "experts_used": traffic.used,
@@ -87,11 +89,17 @@ def moved_document(traffic: Traffic) -> dict[str, object]:
     }
 
 
-def comparison_document(prompt: str, results: Sequence[Result]) -> dict[str, object]:
+def comparison_document(
+    engine: Engine, prompt: str, results: Sequence[Result]
+) -> dict[str, object]:
     """Several generations of one prompt; the first of ``results`` is vanilla's."""
     vanilla = results[0]
     runs = [
-        {**result_document(result), "equals_vanilla": result.tokens == vanilla.tokens}
+        {
+            **result_document(result),
+            "equals_vanilla": result.tokens == vanilla.tokens,
+            **traffic_document(engine, result),
+        }
         for result in results
     ]
     return {"prompt": prompt, "runs": runs}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from coterie.cli import options as o
 from coterie.cli.tables import readable
 from coterie.engine.coarse import Coarse
 from coterie.engine.memory import Memory, Settled
@@ -15,24 +16,31 @@ from coterie.planning.trace import is_trace, read
 
 
 def memory_of(
-    expert_memory: str | None,
     *,
-    host_memory: str | None,
-    eviction: str | None,
-    warm: Path | None,
-    coarse: str | None = None,
-    placement: str | None = None,
-    cpu_experts: str | None = None,
+    expert_memory: o.ExpertMemory = None,
+    imagine_memory: o.ImagineMemory = None,
+    host_memory: o.HostMemory = None,
+    eviction: o.Evicting = None,
+    warm: o.Warm = None,
+    coarse: o.CoarseModel = None,
+    placement: o.Placing = None,
+    cpu_experts: o.CpuExperts = None,
 ) -> Memory | None:
     """What the group of options asks for; None where all experts are to be in memory. Raises for
     what would have no effect."""
-    if expert_memory is not None:
-        votes = None if warm is None else votes_of(warm)
-        rough = coarse_of(coarse, placement)
+    if expert_memory is not None and imagine_memory is not None:
+        raise CoterieError("--imagine-memory stands in place of --expert-memory; give one of them")
+    fast = imagine_memory if expert_memory is None else expert_memory
+    if fast is not None:
         return Memory.parse(
-            expert_memory, host=host_memory, eviction=eviction, warm=votes, coarse=rough,
+            fast,
+            host=host_memory,
+            eviction=eviction,
+            warm=None if warm is None else votes_of(warm),
+            coarse=coarse_of(coarse, placement),
             aside=cpu_experts,
-        )  # fmt: skip
+            imagined=imagine_memory is not None,
+        )
     typed = {
         "--host-memory": host_memory, "--eviction": eviction, "--warm": warm, "--coarse": coarse,
         "--placement": placement, "--cpu-experts": cpu_experts,
@@ -41,7 +49,7 @@ def memory_of(
     if idle:
         raise CoterieError(
             f"{idle[0]} has no effect where all experts are in memory; --expert-memory 35% keeps "
-            "fewer there"
+            "fewer there, --imagine-memory 35% acts as if"
         )
     return None
 
@@ -86,6 +94,8 @@ def settled_line(found: Settled) -> str:
     if found.whole:
         return f"{chosen}all {found.experts} experts a layer fit ({readable(found.bytes)})"
     here = f"{chosen}{found.slots} of {found.experts} experts a layer in memory "
+    if found.asked.imagined:
+        return f"{here}({readable(found.bytes)}), as is imagined: all are there"
     if found.host is None:
         return f"{here}({readable(found.bytes)}), the others on disk"
     whole = found.layers * found.experts * found.expert_bytes

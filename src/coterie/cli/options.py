@@ -185,6 +185,16 @@ ExpertMemory = Annotated[
         show_default=False,
     ),
 ]
+ImagineMemory = Annotated[
+    str | None,
+    typer.Option(
+        "--imagine-memory",
+        help="Act as if only so many experts were in memory (35%, 47 or 6GiB), though all are: "
+        "policies elect, and traffic is counted, as it would be. For any model.",
+        rich_help_panel=KEEPING,
+        show_default=False,
+    ),
+]
 HostMemory = Annotated[
     str | None,
     typer.Option(

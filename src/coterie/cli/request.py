@@ -94,9 +94,10 @@ def open_engine(
     device: str,
     experts: str | None = None,
     memory: Memory | None = None,
+    compared: bool = False,
 ) -> Engine:
     """The engine, with a bar on stderr while large weights load; where memory for experts was asked
-    for, a remark says what it came to."""
+    for, a remark says what it came to. ``compared``: traffic is held against vanilla's."""
     with bar(DownloadColumn(binary_units=True), TransferSpeedColumn()) as shown:
         task = shown.add_task("loading weights", visible=False)
 
@@ -107,6 +108,8 @@ def open_engine(
             model, dtype=dtype, device=device, experts=experts, expert_memory=memory,
             progress=heard,
         )  # fmt: skip
+    if compared and engine.model.rationed is not None:
+        engine.model.rationed.ledger.compare()
     if isinstance(store := engine.model.rationed, Mixed):
         remark(mixed_line(store, len(engine.model.spec.moe_layers)))
     elif engine.model.memory is not None:

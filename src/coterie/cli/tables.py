@@ -13,6 +13,7 @@ from rich.table import Table
 
 from coterie.engine.event import Result
 from coterie.engine.facts import Facts, Fit
+from coterie.experts.traffic import Traffic
 from coterie.model.spec import WHOLE, ModelSpec
 from coterie.routing import POLICIES
 from coterie.spelling import options
@@ -103,10 +104,11 @@ def split_source(text: str) -> tuple[str, str]:
 
 
 def comparison_table(results: Sequence[Result]) -> Table:
-    """One policy a line; the first is vanilla, which the texts are compared with."""
+    """One policy a line; the first is vanilla, which texts and traffic are compared with."""
     columns = ("experts", "max", "bytes", "votes kept", "forwards", "tokens", "tokens/s")
     keeping = any(result.coresets_kept is not None for result in results)
     columns += ("coresets kept", "votes lost") if keeping else ()
+    columns += () if results[0].traffic is None else ("hits", "moved", "saved")
     table = plain_table("policy", "text", *columns, numbers=columns)
     for result in results:
         same = result.tokens == results[0].tokens
@@ -121,8 +123,11 @@ def comparison_table(results: Sequence[Result]) -> Table:
             str(result.new_tokens),
             f"{result.tokens_per_second:.1f}",
             *(_kept(result) if keeping else ()),
+            *_moved(result, results[0]),
         )
     table.caption = "experts (unique) and their bytes are means over layers and decoding forwards"
+    if results[0].traffic is not None:
+        table.caption += "; moved: by all forwards, and the share of vanilla's saved by it"
     table.caption_justify = "left"
     return table
 
@@ -134,13 +139,30 @@ def _kept(result: Result) -> tuple[str, str]:
     return f"{result.coresets_kept:.1%}", f"{result.drift:.2%}"
 
 
+def _moved(result: Result, vanilla: Result) -> tuple[str, ...]:
+    """Hits, bytes, and the share of vanilla's that was saved; nothing where all are in memory."""
+    mine, usual = result.traffic, vanilla.traffic
+    if mine is None or usual is None:
+        return ()
+    saved = f"{1 - mine.bytes_moved / usual.bytes_moved:.1%}" if usual.bytes_moved else ""
+    return f"{mine.hit_rate:.1%}", readable(mine.bytes_moved), saved if result != vanilla else ""
+
+
 def summary(result: Result, *, timed: bool) -> str:
     """One line under an answer; ``timed`` False where something else took time too."""
     speed = f"{result.seconds:.2f} s, {result.tokens_per_second:.1f} tokens/s, " if timed else ""
     return (
         f"{result.new_tokens} tokens in {result.forwards} forwards, {speed}"
         f"{result.experts.mean:.1f} of {result.experts.total} experts a layer ({result.policy})"
+        f"{'' if result.traffic is None else told_traffic(result.traffic)}"
     )
+
+
+def told_traffic(traffic: Traffic) -> str:
+    """What was there, what came from where, and what was waited for it."""
+    tiers = (f"{readable(one.bytes)} from {tier}" for tier, one in traffic.sources.items())
+    waited = f", {traffic.waited:.2f} s waited" if traffic.waited else ""
+    return f"; {traffic.hit_rate:.1%} were there, {' and '.join(tiers) or 'none moved'}{waited}"
 
 
 def print_text(text: str) -> None:
