@@ -1,8 +1,9 @@
 """Runs an evaluation in children that are killed at random moments, then once to its end.
 
-    python killing.py MODEL FOLDER KILLS
+    python killing.py MODEL FOLDER KILLS [short]
 
-In a process of its own, so that torch is imported once and its children can be forked.
+In a process of its own, so that torch is imported once and its children can be forked; "short":
+where memory for experts is.
 """
 
 from __future__ import annotations
@@ -17,21 +18,34 @@ from pathlib import Path
 from quiz import Quiz
 
 import coterie
+from coterie.engine.engine import Engine
+from coterie.engine.memory import Memory
 from coterie.evals.run import Arm, run
 
 ARMS = [Arm("vanilla"), Arm("des-vote:beta=0.25"), Arm("vanilla", {"block": 4})]
+PREFERRING = [Arm("vanilla"), Arm("resident-vote:beta=0.3,lam=8,eps=0.5")]
 QUIZ = Quiz(count=24)
+SHORT = {"rows": 1, "lasts": 5}
 
 
-def main(model: str, folder: Path, kills: int) -> None:
+def short(model: str) -> Engine:
+    """Behind a memory that is imagined."""
+    engine = coterie.load(model, expert_memory=Memory.parse("35%", imagined=True))
+    assert engine.model.rationed is not None
+    engine.model.rationed.ledger.compare()
+    return engine
+
+
+def main(model: str, folder: Path, kills: int, *, rationed: bool) -> None:
     rng = random.Random(kills)
-    engine = coterie.load(model)
+    engine = short(model) if rationed else coterie.load(model)
+    arms, how = (PREFERRING, SHORT) if rationed else (ARMS, {"rows": 4})
     lines = folder / "items.jsonl"
     for _ in range(kills):
         size = lines.stat().st_size if lines.exists() else 0
         child = os.fork()
         if not child:
-            run(engine, [QUIZ], ARMS, folder, rows=4)
+            run(engine, [QUIZ], arms, folder, **how)
             os._exit(3)  # it was to be killed before
         while not lines.exists() or lines.stat().st_size == size:
             time.sleep(0.001)
@@ -39,8 +53,8 @@ def main(model: str, folder: Path, kills: int) -> None:
         os.kill(child, signal.SIGKILL)
         _, status = os.waitpid(child, 0)
         print("killed" if os.WIFSIGNALED(status) else "ended", flush=True)
-    run(engine, [QUIZ], ARMS, folder, rows=4)
+    run(engine, [QUIZ], arms, folder, **how)
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], Path(sys.argv[2]), int(sys.argv[3]))
+    main(sys.argv[1], Path(sys.argv[2]), int(sys.argv[3]), rationed=sys.argv[4:] == ["short"])

@@ -28,10 +28,11 @@ from coterie.calibration.bench import VANILLA
 from coterie.calibration.budget import order_of_taking, shared_out
 from coterie.calibration.calibration import readings
 from coterie.calibration.frontier import best
-from coterie.calibration.interval import drop_interval, ratio_interval
+from coterie.calibration.interval import drop_interval
 from coterie.calibration.ladder import Family, families
 from coterie.calibration.search import Searcher
 from coterie.calibration.target import Reading
+from coterie.evals.stats import ratio_interval
 from coterie.naming import CoterieError
 from coterie.problems import TASKS, draw, split_of
 from coterie.routing import parse_policy, route, spell

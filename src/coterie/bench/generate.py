@@ -29,6 +29,8 @@ class Counted(TypedDict):
     new_tokens: int
     texts_as_vanilla: int
     coresets_kept: float | None  # of later steps' layers, mean over prompts; None without drift
+    hit_rate: float | None  # of experts used; None where all are in memory, and so below
+    bytes_moved: float | None  # an answer, prompt and commits among it
 
 
 @dataclass(frozen=True)
@@ -49,6 +51,8 @@ class Line:
         done = self.turns[0]
         kept = [r.coresets_kept for r in done if r.coresets_kept is not None]
         pairs = zip(done, vanilla.turns[0], strict=True)
+        traffic = [r.traffic for r in done if r.traffic is not None]
+        moved = sum(traffic[1:], start=traffic[0]) if traffic else None
         return Counted(
             experts_mean=sum(r.experts.mean for r in done) / len(done),
             experts_total=done[0].experts.total,
@@ -59,6 +63,8 @@ class Line:
             new_tokens=sum(r.new_tokens for r in done),
             texts_as_vanilla=sum(a.tokens == b.tokens for a, b in pairs),
             coresets_kept=sum(kept) / len(kept) if kept else None,
+            hit_rate=None if moved is None else moved.hit_rate,
+            bytes_moved=None if moved is None else moved.bytes_moved / len(done),
         )
 
 
@@ -86,13 +92,15 @@ def time_generation(
     tell: Tell = lambda share, doing: None,
 ) -> list[Line]:
     """Policies take turns, vanilla first; one turn before the first is not kept. ``apart``: of some
-    policies, options of their own."""
+    policies, options of their own. A memory that does not hold all experts is emptied before every
+    answer."""
     lines = [Line(policy, []) for policy in dict.fromkeys([VANILLA, *policies])]
     whole, done = (turns + 1) * len(lines) * len(prompts), 0
     for turn in range(turns + 1):
         for line in lines:
             results, own = [], {**(options or {}), **(apart or {}).get(line.policy, {})}
             for prompt in prompts:
+                engine.empty()
                 results.append(engine.generate(prompt, policy=line.policy, **own))
                 done += 1
                 tell(done / whole, line.policy)

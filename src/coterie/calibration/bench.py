@@ -9,12 +9,14 @@ from itertools import groupby
 import torch
 from torch import Tensor
 
-from coterie.calibration.interval import drop_interval, ratio_interval
+from coterie.calibration.interval import drop_interval
 from coterie.calibration.prompts import Question, Questions
 from coterie.calibration.target import Kind, Reading
 from coterie.engine.engine import Engine
 from coterie.engine.event import Result
 from coterie.engine.watch import Watched, moe_output, watch
+from coterie.evals.stats import ratio_interval
+from coterie.naming import CoterieError
 from coterie.routing import needs_importance, parse_policy, route
 from coterie.telemetry import figures
 from coterie.values import Policy
@@ -71,6 +73,7 @@ class Bench:
 
     Nothing of a forward is kept: figures of each prompt are added up as it is watched.
     ``options`` are fields of ``Generation`` that were asked for, over what a task usually wants.
+    Where not all experts are in memory, ``rows`` is 1, and that memory is emptied before each.
     """
 
     engine: Engine
@@ -93,7 +96,16 @@ class Bench:
         return self._runs[policy]
 
     def on_trace(self, policies: Sequence[str], *, losses: bool) -> list[OnTrace]:
-        """Several policies in one pass over vanilla's decoding; ``losses`` runs their experts."""
+        """Several policies in one pass over vanilla's decoding; ``losses`` runs their experts.
+
+        Policies that prefer who is in memory are told who is there under vanilla. Raises where a
+        loss would bring others there.
+        """
+        if losses and self.engine.model.rationed is not None:
+            raise CoterieError(
+                "a loss is computed with experts that the run does not use, so that all must be in "
+                "memory; leave --expert-memory or --imagine-memory out"
+            )
         parsed = [parse_policy(policy) for policy in policies]
         sums = torch.zeros(len(parsed), len(self.questions.asked), 5, dtype=torch.float64)
 
@@ -145,6 +157,7 @@ class Bench:
                 lambda watched, first=first: see and see(watched, first),
                 policy=policy,
                 rows=self.rows,
+                fresh=model.rationed is not None,
                 layers=() if see is None else None,
                 heard=heard,
             )

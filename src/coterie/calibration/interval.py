@@ -1,29 +1,11 @@
-"""How far a reading would move with other prompts: 95 % intervals of sums and of paired shares."""
+"""How far a reading would move with other prompts: 95 % intervals of paired shares."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
 
-import numpy as np
-
 from coterie.evals.stats import Share
-
-DRAWS, SEED = 2000, 0
-CELLS = 1 << 22  # numbers drawn at once
-
-
-def ratio_interval(parts: Sequence[float], wholes: Sequence[float]) -> tuple[float, float]:
-    """Of sum(parts) / sum(wholes), prompt by prompt: bootstrap over prompts, seeded."""
-    rng, n = np.random.default_rng(SEED), len(parts)
-    part, whole = np.asarray(parts, dtype=float), np.asarray(wholes, dtype=float)
-    found: list[float] = []
-    while len(found) < DRAWS:
-        drawn = rng.integers(0, n, (min(DRAWS - len(found), max(1, CELLS // n)), n))
-        sums = whole[drawn].sum(1)
-        found += (part[drawn].sum(1) / np.where(sums > 0, sums, 1.0)).tolist()
-    low, high = np.quantile(found, [0.025, 0.975])
-    return float(low), float(high)
 
 
 def drop_interval(before: Sequence[bool], after: Sequence[bool]) -> tuple[float, float]:

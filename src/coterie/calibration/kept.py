@@ -110,6 +110,7 @@ def document(bench: Bench, found: Calibration, command: Sequence[str]) -> dict[s
         "prompts": bench.questions.document(),
         "generation": {**asdict(bench.engine.generation), **bench.options},
         "rows": bench.rows,
+        "memory": None if model.memory is None else model.memory.asked.document(),
         "search": [_step(step) for step in found.steps],
         "frontier": [
             {"policy": p.policy, "experts": _reading(p.experts), "loss": _reading(p.loss)}

@@ -31,14 +31,16 @@ def accuracy_document(
 def accuracy_tables(found: Sequence[Line], to: Console) -> list[Table]:
     """One policy a line: what was right and how it changed, then what that cost.
 
-    Experts and bytes are a layer's in one decoding forward. Where a line is too long for the
-    terminal there are more and narrower tables.
+    Experts and bytes are a layer's in one decoding forward. What was moved, where not all experts
+    are in memory, is all layers'; saved is a share of what the first policy moved for the same
+    items. Where a line is too long for the terminal there are more and narrower tables.
     """
     parts = _by_part(found)
-    wide = [_table(found, RIGHT | parts | CHANGE), _table(found, TRAFFIC | PACE)]
+    moved = {} if found[0].sheet.served is None else MOVED
+    wide = [_table(found, RIGHT | parts | CHANGE), _table(found, TRAFFIC | moved | PACE)]
     if max(_width(table, to) for table in wide) <= to.width:
         return wide
-    return [_table(found, part) for part in (RIGHT, parts, CHANGE, TRAFFIC, PACE) if part]
+    return [_table(found, part) for part in (RIGHT, parts, CHANGE, TRAFFIC, moved, PACE) if part]
 
 
 def _by_part(found: Sequence[Line]) -> Columns:
@@ -110,6 +112,27 @@ def _row(line: Line) -> dict[str, object]:
         "new_tokens": sheet.new_tokens,
         "tokens_per_second": sheet.tokens_per_second,
         "seconds": sheet.seconds,
+        **_moved(line),
+    }
+
+
+def _moved(line: Line) -> dict[str, object]:
+    """Nothing where all experts are in memory."""
+    served, saved = line.sheet.served, line.saved
+    if served is None:
+        return {}
+    low, high = (None, None) if saved is None else saved.interval
+    return {
+        "experts_used": served.used,
+        "hit_rate": served.hit_rate,
+        "bytes_moved": served.moved,
+        "bytes_without_cache": served.without_cache,
+        "bytes_of_vanilla_on_same_forwards": served.vanilla,
+        "moved_a_forward": line.sheet.moved_a_forward,
+        "saved": None if saved is None else saved.value,
+        "saved_low": low,
+        "saved_high": high,
+        "stall_seconds": served.waited,
     }
 
 
@@ -129,6 +152,12 @@ TRAFFIC: Columns = {
     "experts": lambda line: f"{line.sheet.experts:.1f}",
     "bytes": lambda line: readable(line.sheet.expert_bytes),
     "votes kept": lambda line: f"{line.sheet.vote_mass_kept:.3f}",
+}
+MOVED: Columns = {
+    "hits": lambda line: "" if (one := line.sheet.served) is None else f"{one.hit_rate:.1%}",
+    "moved/forward": lambda line: readable(line.sheet.moved_a_forward),
+    "saved": lambda line: "" if line.saved is None else f"{line.saved.value:.1%}",
+    "saved, 95 %": lambda line: "" if line.saved is None else _interval(*line.saved.interval),
 }
 PACE: Columns = {
     "forwards/block": lambda line: f"{line.sheet.forwards_per_block:.2f}",

@@ -29,11 +29,14 @@ from coterie.cli.bench_tables import (
     plot,
     show,
 )
+from coterie.cli.grouping import takes
+from coterie.cli.keeping import memory_of
 from coterie.cli.request import drifting, open_engine, policy_of
 from coterie.cli.tables import bar, print_text, remark
 from coterie.engine.config import Generation
 from coterie.engine.engine import Engine
 from coterie.engine.load import free_memory
+from coterie.engine.memory import Memory
 from coterie.engine.source import EMBEDDED
 from coterie.model.weights import bytes_kept
 from coterie.naming import CoterieError
@@ -178,6 +181,7 @@ def forward_command(
 
 
 @bench.command("generate")
+@takes(memory=memory_of)
 def generate_command(
     *,
     model: o.Model = None,
@@ -185,6 +189,7 @@ def generate_command(
     dtype: b.AnyDtype = None,
     device: o.Device = "auto",
     experts: o.Experts = None,
+    memory: Memory | None = None,
     layers: b.Layers = None,
     policies: b.Compared = None,
     drift: o.Drift = None,
@@ -210,14 +215,14 @@ def generate_command(
     """
     _check_generate(
         shape=shape, needs_shape={"--layers": layers, "--length": length}, model=model,
-        experts=experts, prompt=prompt, prompts=prompts,
+        experts=experts, prompt=prompt, prompts=prompts, memory=memory,
     )  # fmt: skip
     named = [policy_of(policy) for policy in policies or b.COMPARED]
     apart = drifting(named, drift)
     if threads is not None:
         torch.set_num_threads(threads)
     if shape is None:
-        engine = open_engine(model, dtype=dtype, device=device, experts=experts)
+        engine = open_engine(model, dtype=dtype, device=device, experts=experts, memory=memory)
         asked = list(prompt or answers.problems(prompts or 8))
     else:
         engine = _random_engine(shape, dtype or "bf16", layers, device)
@@ -280,10 +285,18 @@ def _check_generate(
     experts: str | None,
     prompt: Sequence[str] | None,
     prompts: int | None,
+    memory: Memory | None,
 ) -> None:
     """Raises for options that would have no effect together."""
+    if memory is not None and memory.imagined:
+        raise CoterieError("--imagine-memory: nothing moves, so times would be another machine's")
     if shape is not None:
-        idle = {"--model": model, "--experts": experts, "--prompt": prompt}
+        idle = {
+            "--model": model,
+            "--experts": experts,
+            "--prompt": prompt,
+            "--expert-memory": memory,
+        }
         for flag, value in idle.items():
             if value is not None:
                 raise CoterieError(f"{flag} has no effect with --shape: its model is random")

@@ -30,9 +30,12 @@ from coterie.calibration.target import Reading
 from coterie.cli import eval_options as e
 from coterie.cli import options as o
 from coterie.cli.document import print_document
+from coterie.cli.grouping import takes
+from coterie.cli.keeping import memory_of, rows_of
 from coterie.cli.request import check_effect, generation_options, open_engine
 from coterie.cli.tables import bar, console, plain_table, remark
 from coterie.engine.facts import inspect
+from coterie.engine.memory import Memory
 from coterie.engine.source import EMBEDDED
 from coterie.evals.task import Wish
 from coterie.evals.tasks import TASKS
@@ -91,6 +94,7 @@ Out = Annotated[
 ]
 
 
+@takes(memory=memory_of)
 def calibrate_command(
     family: FamilyName,
     *,
@@ -114,14 +118,16 @@ def calibrate_command(
     dtype: o.Dtype = None,
     device: o.Device = "auto",
     experts: o.Experts = None,
-    rows: e.Rows = 16,
+    memory: Memory | None = None,
+    rows: e.Rows = None,
     trust: e.Trust = False,
     out: Out = None,
     json: o.Json = False,
 ) -> None:
     """Find the parameter of a policy family that meets a target and saves as much as it can.
 
-    The prompts are problems that no exam draws, a benchmark's items, or your own.
+    The prompts are problems that no exam draws, a benchmark's items, or your own. Where not all
+    experts are in memory, that is emptied before each.
 
     \b
     coterie calibrate des-vote:voters=unfilled,protect=top1 --target drop=0.01 -o found.json
@@ -135,10 +141,11 @@ def calibrate_command(
     check_place(out)
     drawn = Wish(inspect(model).family.name, data, shots, items, seed, trust)
     asked = questions(task, prompts, drawn, own=model in (None, EMBEDDED))
-    engine = open_engine(model, dtype=dtype, device=device, experts=experts)
+    together = rows_of(rows, memory, e.ROWS)
+    engine = open_engine(model, dtype=dtype, device=device, experts=experts, memory=memory)
     check_effect(engine, wanted)
     with bar(MofNCompleteColumn(), TimeElapsedColumn()) as shown:
-        bench = Bench(engine, asked, wanted, rows, _live(shown))
+        bench = Bench(engine, asked, wanted, together, _live(shown))
         check(bench, sought, wish)
         found = calibrate(bench, sought, wish, per_layer=per_layer)
     content = document(bench, found, ["coterie", *sys.argv[1:]])

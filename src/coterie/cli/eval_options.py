@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from coterie.cli.options import DECODING, RUNNING, SHOWING
+from coterie.cli.options import DECODING, KEEPING, RUNNING, SHOWING
 from coterie.evals.tasks import TASKS
 from coterie.problems import TASKS as OWN
 
@@ -94,8 +94,25 @@ Trust = Annotated[
         rich_help_panel=RUNNING,
     ),
 ]
+ROWS = 16  # decoded together
 Rows = Annotated[
-    int, typer.Option("--rows", min=1, help="Rows decoded together.", rich_help_panel=RUNNING)
+    int | None,
+    typer.Option(
+        "--rows",
+        min=1,
+        help=f"Rows decoded together; default {ROWS}, and 1 where not all experts are in memory.",
+        rich_help_panel=RUNNING,
+    ),
+]
+Lasts = Annotated[
+    int | None,
+    typer.Option(
+        "--memory-lasts",
+        min=1,
+        help="Empty that memory before every so many questions, and for each policy anew; default "
+        "1: no answer depends on what was asked before.",
+        rich_help_panel=KEEPING,
+    ),
 ]
 Out = Annotated[
     Path | None,

@@ -54,6 +54,18 @@ def memory_of(
     return None
 
 
+def rows_of(rows: int | None, memory: Memory | None, usual: int) -> int:
+    """Together as many as were asked for, or the ``usual``; one by one where memory is short."""
+    if memory is None:
+        return usual if rows is None else rows
+    if rows not in (None, 1):
+        raise CoterieError(
+            f"--rows {rows}: where not all experts are in memory, prompts run one by one, so that "
+            "no answer depends on who is beside it; leave --rows out"
+        )
+    return 1
+
+
 def coarse_of(folder: str | None, placement: str | None) -> Coarse | None:
     """Raises for a placement that would have no effect."""
     if folder is not None:

@@ -16,6 +16,8 @@ from coterie.cli import eval_options as e
 from coterie.cli import options as o
 from coterie.cli.accuracy import accuracy_csv, accuracy_document, accuracy_tables
 from coterie.cli.document import print_document
+from coterie.cli.grouping import takes
+from coterie.cli.keeping import memory_of, rows_of
 from coterie.cli.request import (
     VANILLA,
     Options,
@@ -30,6 +32,7 @@ from coterie.cli.standing import Standing, shown
 from coterie.cli.tables import bar, console, print_text, remark
 from coterie.engine.engine import Engine
 from coterie.engine.facts import inspect
+from coterie.engine.memory import Memory
 from coterie.engine.source import EMBEDDED
 from coterie.evals.report import Line, lines
 from coterie.evals.run import Answer, Arm, Told, about, run
@@ -53,6 +56,7 @@ class Examination:
     limit: int | None
     shuffle_seed: int | None
     rows: int
+    lasts: int  # questions, until a memory that is short is emptied
     out: Path | None
 
     @property
@@ -60,16 +64,8 @@ class Examination:
         return len(self.arms) * sum(len(task.items()[: self.limit]) for task in self.tasks)
 
 
-def evaluate(
+def decoding_of(
     *,
-    task: e.Tasks = None,
-    data: e.Data = None,
-    shots: e.Shots = None,
-    items: e.Items = None,
-    seed: e.Seed = 1,
-    limit: e.Limit = None,
-    shuffle_seed: e.Shuffle = None,
-    policies: o.Policies = None,
     max_new_tokens: e.MaxNewTokens = None,
     block: o.BlockWidth = None,
     plan: o.Plan = None,
@@ -81,12 +77,35 @@ def evaluate(
     early_stop: o.EarlyStop = None,
     commit: o.Commit = None,
     prefill: o.Prefill = None,
+) -> Options:
+    """Options of the generation; the seed is the problems' too."""
+    return generation_options(
+        max_new_tokens=max_new_tokens, block=block, plan=plan, unmask=unmask,
+        threshold=threshold, temperature=temperature, top_k=top_k, top_p=top_p,
+        early_stop=early_stop, commit=commit, prefill=prefill,
+    )  # fmt: skip
+
+
+@takes(memory=memory_of, wanted=decoding_of)
+def evaluate(
+    *,
+    task: e.Tasks = None,
+    data: e.Data = None,
+    shots: e.Shots = None,
+    items: e.Items = None,
+    seed: e.Seed = 1,
+    limit: e.Limit = None,
+    shuffle_seed: e.Shuffle = None,
+    policies: o.Policies = None,
+    wanted: Options,
     model: o.Model = None,
     dtype: o.Dtype = None,
     device: o.Device = "auto",
     experts: o.Experts = None,
+    memory: Memory | None = None,
+    lasts: e.Lasts = None,
     drift: o.Drift = None,
-    rows: e.Rows = 16,
+    rows: e.Rows = None,
     trust: e.Trust = False,
     out: e.Out = None,
     json: o.Json = False,
@@ -98,22 +117,28 @@ def evaluate(
 
     With -o every answer is kept, and the same command goes on where a run was stopped.
 
+    Where not all experts are in memory (--expert-memory, --imagine-memory), questions are asked one
+    by one, and what was moved for them is told beside.
+
     \b
     coterie eval --items 50 -p des-vote:beta=0.3 -p random:beta=0.3
+    coterie eval --items 50 -p resident-vote:beta=0.3 --imagine-memory 35% --commit policy
     coterie eval -m inclusionAI/LLaDA2.0-mini --task gsm8k -p des-vote:beta=0.15 -o runs/gsm8k
     """
     if json and csv:
         raise CoterieError("--json and --csv both want standard output; give one of them")
-    wanted = generation_options(
-        max_new_tokens=max_new_tokens, block=block, plan=plan, unmask=unmask,
-        threshold=threshold, temperature=temperature, top_k=top_k, top_p=top_p,
-        seed=seed if temperature else None, early_stop=early_stop, commit=commit, prefill=prefill,
-    )  # fmt: skip
+    if wanted.get("temperature"):
+        wanted |= {"seed": seed}
+    if lasts is not None and memory is None:
+        raise CoterieError("--memory-lasts has no effect where all experts are in memory")
     names = task_names(task, own=model in (None, EMBEDDED), items=items, data=data)
     wish = Wish(inspect(model).family.name, data, shots, items or e.COUNT, seed, trust)
     tasks = open_tasks(names, wish)  # fails here, before weights are loaded
-    asked = Examination(tasks, arms_of(policies, drift), wanted, limit, shuffle_seed, rows, out)
-    engine = open_engine(model, dtype=dtype, device=device, experts=experts)
+    arms, together = arms_of(policies, drift), rows_of(rows, memory, e.ROWS)
+    asked = Examination(tasks, arms, wanted, limit, shuffle_seed, together, lasts or 1, out)
+    engine = open_engine(
+        model, dtype=dtype, device=device, experts=experts, memory=memory, compared=True
+    )
     check_effect(engine, wanted)
     check_kept(engine, policies or (), wanted)
     tell(engine, asked, examine(engine, asked), json=json, csv=csv)
@@ -151,8 +176,8 @@ def examine(engine: Engine, asked: Examination) -> list[Line]:
     with _told_how_to_go_on(standing, asked.out), shown(standing):
         sheets = run(
             engine, asked.tasks, asked.arms, asked.out, limit=asked.limit,
-            shuffle_seed=asked.shuffle_seed, rows=asked.rows, told=_hearing(standing),
-            asked=asked.wanted,
+            shuffle_seed=asked.shuffle_seed, rows=asked.rows, lasts=asked.lasts,
+            told=_hearing(standing), asked=asked.wanted,
         )  # fmt: skip
     if standing.found == standing.total:
         remark(f"all {standing.total} answers were there already")
@@ -164,8 +189,9 @@ def examine(engine: Engine, asked: Examination) -> list[Line]:
 def document_of(engine: Engine, asked: Examination, found: Sequence[Line]) -> dict[str, object]:
     """With what makes this run this run: the model's fingerprint, every choice of the tasks."""
     apart = about(
-        engine, asked.tasks, limit=asked.limit, shuffle_seed=asked.shuffle_seed, asked=asked.wanted
-    )
+        engine, asked.tasks, limit=asked.limit, shuffle_seed=asked.shuffle_seed, lasts=asked.lasts,
+        asked=asked.wanted,
+    )  # fmt: skip
     return accuracy_document(engine.model.name, {**apart, "rows": asked.rows}, found)
 
 

@@ -15,6 +15,8 @@ from coterie.cli import eval_options as e
 from coterie.cli import options as o
 from coterie.cli.calibrate import Drawn, Items, Prompts, check_place, questions
 from coterie.cli.document import print_document
+from coterie.cli.grouping import takes
+from coterie.cli.keeping import memory_of, rows_of
 from coterie.cli.request import (
     Options,
     check_effect,
@@ -28,6 +30,7 @@ from coterie.cli.tables import bar, console, readable
 from coterie.engine.engine import Engine
 from coterie.engine.facts import inspect
 from coterie.engine.load import Model
+from coterie.engine.memory import Memory as Asked
 from coterie.engine.source import EMBEDDED
 from coterie.engine.warm import SavedVotes, routers_of, write_votes
 from coterie.evals.task import Wish
@@ -61,13 +64,14 @@ Forwards = Annotated[
     ),
 ]
 Rows = Annotated[
-    int,
+    int | None,
     typer.Option(
         "--rows", min=1, help="Rows decoded together, 1 by default.", rich_help_panel=o.RUNNING
     ),
 ]
 
 
+@takes(memory=memory_of)
 def trace(
     *,
     out: Out,
@@ -90,8 +94,9 @@ def trace(
     dtype: o.Dtype = None,
     device: o.Device = "auto",
     experts: o.Experts = None,
+    memory: Asked | None = None,
     drift: o.Drift = None,
-    rows: Rows = 1,
+    rows: Rows = None,
     votes: Saved = None,
     json: o.Json = False,
 ) -> None:
@@ -115,10 +120,11 @@ def trace(
     check_place(votes)
     drawn = Wish(inspect(model).family.name, data, shots, items, seed)
     asked = questions(task, prompts, drawn, own=model in (None, EMBEDDED))
-    engine = open_engine(model, dtype=dtype, device=device, experts=experts)
+    together = rows_of(rows, memory, 1)
+    engine = open_engine(model, dtype=dtype, device=device, experts=experts, memory=memory)
     check_effect(engine, wanted)
     check_kept(engine, [policy], wanted)
-    run = Run(engine, asked, named, rows, forwards, wanted)
+    run = Run(engine, asked, named, together, forwards, wanted)
     write(out, run)
     made = read(out)
     if votes is not None:

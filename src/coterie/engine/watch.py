@@ -46,6 +46,7 @@ def watch(
     forwards: int | None = None,
     heard: Callable[[Result], object] | None = None,
     every: bool = False,
+    fresh: bool = False,
     **options: object,
 ) -> list[Result]:
     """Answer the prompts, ``rows`` at a time, showing ``see`` every decoding forward as it goes.
@@ -53,9 +54,12 @@ def watch(
     With ``every``, those too that compute the prompt's keys or a finished block's. Nothing is kept,
     so memory does not grow. Only ``layers`` are shown (None: all that route), and
     a row is given up after so many ``forwards``. ``engine`` lends its model and its generation,
-    of which ``options`` change fields; its own rows are left alone. Returns what became of each
-    prompt; ``heard`` is told of those that end by themselves as they do.
+    of which ``options`` change fields; its own rows are left alone. ``fresh``: one row at a time,
+    and the experts' memory is emptied before each. Returns what became of each prompt; ``heard`` is
+    told of those that end by themselves as they do.
     """
+    if fresh and rows != 1:
+        raise ValueError(f"{rows} rows share a memory, which cannot be emptied for one of them")
 
     def place(row: int) -> tuple[int, Kind]:
         asked = own.row(row)
@@ -70,6 +74,8 @@ def watch(
     waiting = iter(prompts)
     while True:
         for _, prompt in zip(range(rows - len(own.rows)), waiting, strict=False):
+            if fresh:
+                own.empty()
             own.submit(prompt)  # a new engine numbers its rows from 0
         if not own.rows:
             return [found[row] for row in sorted(found)]

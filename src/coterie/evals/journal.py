@@ -9,6 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 
+from coterie.evals.served import Served
 from coterie.naming import CoterieError
 
 ITEMS, RUN = "items.jsonl", "run.json"
@@ -44,6 +45,7 @@ class Answer:
     vote_mass_kept: float
     seconds: float
     error: str | None = None
+    served: Served | None = None  # where not all experts are in memory
     found: bool = field(default=False, compare=False)
 
     @property
@@ -153,8 +155,12 @@ def _line(answer: Answer) -> bytes:
 
 def _parsed(line: bytes) -> Answer | None:
     try:
-        stored = json.loads(line)
-        return Answer(**stored, found=True) if set(stored) == set(STORED) else None
+        stored = {"served": None, **json.loads(line)}
+        if set(stored) != set(STORED):
+            return None
+        if stored["served"] is not None:
+            stored["served"] = Served(**stored["served"])
+        return Answer(**stored, found=True)
     except (ValueError, TypeError):
         return None
 

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 
+from coterie.evals.served import Saved, saved
 from coterie.evals.sheet import Sheet
 from coterie.evals.stats import Paired, Share, holm, paired
 
@@ -14,7 +15,8 @@ class Line:
     """One policy: accuracy whole and by task; the change against the first policy, item by item.
 
     ``p_holm`` is the change's p raised for the number of policies that were compared; ``relative``
-    is the accuracy as a share of the first one's, None where that is 0.
+    is the accuracy as a share of the first one's, None where that is 0; ``saved`` are bytes moved,
+    where not all experts are in memory.
     """
 
     sheet: Sheet
@@ -24,6 +26,7 @@ class Line:
     change: Paired | None = None  # None: this is the first
     p_holm: float | None = None
     relative: float | None = None
+    saved: Saved | None = None
 
     def document(self) -> dict[str, object]:
         """As JSON values; experts and bytes are per layer and decoding forward."""
@@ -42,6 +45,7 @@ class Line:
             "new_tokens": self.sheet.new_tokens,
             "tokens_per_second": self.sheet.tokens_per_second,
             "seconds": self.sheet.seconds,
+            **_traffic(self),
         }
 
 
@@ -57,6 +61,7 @@ def lines(sheets: Sequence[Sheet], tasks: Sequence[str]) -> list[Line]:
             change=change,
             p_holm=p,
             relative=share(sheet.right()).value / base if base else None,
+            saved=saved(*([one.served for one in two.answers] for two in (first, sheet))),
         )
         for sheet, change, p in zip(others, changes, raised, strict=True)
     ]
@@ -79,6 +84,22 @@ def _line(sheet: Sheet, tasks: Sequence[str]) -> Line:
 def share(right: Sequence[bool]) -> Share:
     """How many are right of how many."""
     return Share(sum(right), len(right))
+
+
+def _traffic(line: Line) -> dict[str, object]:
+    """Nothing where all experts are in memory."""
+    served, saved = line.sheet.served, line.saved
+    if served is None:
+        return {}
+    told = {
+        **asdict(served),
+        "hit_rate": served.hit_rate,
+        "moved_a_forward": line.sheet.moved_a_forward,
+        "saved_on_same_forwards": served.saved_on_same_forwards,
+        "saved": None if saved is None else saved.value,
+        "saved_interval": None if saved is None else list(saved.interval),
+    }
+    return {"expert_traffic": told}
 
 
 def _share(share: Share) -> dict[str, object]:

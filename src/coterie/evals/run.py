@@ -2,6 +2,11 @@
 
 ``run`` works through chunks of items and lets the arms take turns on each, so that whatever is
 there after an interrupt is paired. A folder that holds a part of the same run is gone on with.
+
+Where not all experts are in memory, an answer may depend on what is there, and so on what was asked
+before. There questions are asked one by one, and the memory is emptied before every ``lasts`` of
+them: nothing that was asked before such a stretch, by whichever arm, is felt in it. A run that
+stopped inside one answers it again from its start, and holds the answers against those it has.
 """
 
 from __future__ import annotations
@@ -13,14 +18,15 @@ import random
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from coterie.engine.config import Generation
 from coterie.engine.engine import Engine
 from coterie.evals.asking import Outcome, Question, outcomes
 from coterie.evals.fingerprint import fingerprint
-from coterie.evals.journal import Answer, Journal
+from coterie.evals.journal import Answer, Journal, Key
+from coterie.evals.served import Served
 from coterie.evals.sheet import Arm, Sheet
 from coterie.evals.task import Grade, Item, Task
 from coterie.naming import CoterieError
@@ -44,6 +50,7 @@ def run(
     limit: int | None = None,
     shuffle_seed: int | None = None,
     rows: int = 16,
+    lasts: int = 1,
     told: Told = lambda _: None,
     asked: Mapping[str, object] = NOTHING,
 ) -> list[Sheet]:
@@ -55,21 +62,24 @@ def run(
     prompt that does not fit) is an answer with an ``error``, and the run goes on. Raises
     CoterieError for an arm that this model cannot run, before anything is written, and for a folder
     that holds another run. Arms may be added to a folder later; what it holds of others stays.
+    ``rows`` is 1, and ``lasts`` is heard, where the model's memory for experts is short or imagined
+    to be.
     """
     named = {arm.name: arm for arm in arms}
     questions = _questions(engine, tasks, limit, shuffle_seed, asked)
-    _check(engine, tasks, questions, named.values(), folder)
-    told_apart = about(engine, tasks, limit=limit, shuffle_seed=shuffle_seed, asked=asked)
+    _check(engine, tasks, questions, named.values(), folder, rows=rows)
+    told_apart = about(
+        engine, tasks, limit=limit, shuffle_seed=shuffle_seed, lasts=lasts, asked=asked
+    )
+    turn = _Turn(engine, rows, lasts)
     with Journal(folder, told_apart) as journal, _graders() as graders:
         for name in named:
             for question in questions:
                 if (found := journal.answers.get(_key(name, question))) is not None:
                     told(found)
-        for start in range(0, len(questions), CHUNK * rows):
-            chunk = questions[start : start + CHUNK * rows]
-            for name, arm in named.items():
-                left = [q for q in chunk if _key(name, q) not in journal.answers]
-                for answers in _answers(engine, arm, left, rows, graders):
+        for chunk in turn.chunks(questions):
+            for arm in named.values():
+                for answers in turn.answers(arm, chunk, journal.answers, graders):
                     journal.add(answers)
                     for answer in answers:
                         told(answer)
@@ -85,15 +95,19 @@ def about(
     *,
     limit: int | None = None,
     shuffle_seed: int | None = None,
+    lasts: int = 1,
     asked: Mapping[str, object] = NOTHING,
 ) -> dict[str, object]:
     """What makes two runs the same run, as JSON values; arms and ``rows`` do not."""
-    model = engine.model
+    model, memory = engine.model, None
+    if model.rationed is not None and model.memory is not None:
+        memory = {**model.memory.asked.document(), "slots": model.memory.slots, "lasts": lasts}
     return {
         "model": None if model.folder is None else fingerprint(model.folder),
         "dtype": str(model.transformer.dtype).removeprefix("torch."),
         "experts": None if (form := model.spec.expert_format) is None else str(form),
         "device": model.transformer.device.type,
+        "memory": memory,
         "limit": limit,
         "shuffle_seed": shuffle_seed,
         "tasks": {
@@ -129,6 +143,53 @@ def _chosen(task: Task, limit: int | None, shuffle_seed: int | None) -> list[Ite
     if shuffle_seed is not None:
         random.Random(f"{task.name}/{shuffle_seed}").shuffle(items)
     return items[:limit]
+
+
+@dataclass(frozen=True)
+class _Turn:
+    """How arms take turns: what is asked together, and what is in memory when it is."""
+
+    engine: Engine
+    rows: int
+    lasts: int
+
+    def chunks(self, questions: Sequence[Question]) -> Iterator[Sequence[Question]]:
+        """What one arm answers before the next has its turn; stretches of memory are whole."""
+        size = CHUNK * self.rows
+        if self.engine.model.rationed is not None:
+            size = self.lasts * -(-CHUNK // self.lasts)
+        return (questions[start : start + size] for start in range(0, len(questions), size))
+
+    def answers(
+        self,
+        arm: Arm,
+        chunk: Sequence[Question],
+        known: Mapping[Key, Answer],
+        graders: ThreadPoolExecutor,
+    ) -> Iterator[list[Answer]]:
+        """An arm's to what nobody knows yet, as they come."""
+        if self.engine.model.rationed is None:
+            left = [question for question in chunk if _key(arm.name, question) not in known]
+            yield from _answers(self.engine, arm, left, self.rows, graders)
+            return
+        for start in range(0, len(chunk), self.lasts):
+            stretch = chunk[start : start + self.lasts]
+            unknown = [n for n, one in enumerate(stretch) if _key(arm.name, one) not in known]
+            if not unknown:
+                continue
+            self.engine.empty()
+            for found in _answers(self.engine, arm, stretch[: unknown[-1] + 1], 1, graders):
+                yield [answer for answer in found if not _known(answer, known.get(answer.key))]
+
+
+def _known(again: Answer, before: Answer | None) -> bool:
+    """Raises where a question was answered otherwise before."""
+    if before is not None and before.output != again.output:
+        raise CoterieError(
+            f"{again.arm}: {again.id} was answered otherwise before, so what it leaves in memory "
+            "for the next is not known; name another folder"
+        )
+    return before is not None
 
 
 def _answers(
@@ -190,6 +251,7 @@ def answer_of(arm: str, outcome: Outcome, grade: Grade) -> Answer:
         vote_mass_kept=0.0 if result is None else result.vote_mass_kept,
         seconds=outcome.seconds,
         error=outcome.error,
+        served=None if result is None else Served.of(result.traffic),
     )
 
 
@@ -207,10 +269,17 @@ def _check(
     questions: Sequence[Question],
     arms: Collection[Arm],
     folder: Path | None,
+    *,
+    rows: int,
 ) -> None:
     """Raises for what would fail at every item, or could not be gone on with."""
     if not tasks or not arms:
         raise CoterieError("an evaluation needs at least one task and one arm")
+    if rows != 1 and engine.model.rationed is not None:
+        raise CoterieError(
+            f"{rows} rows together: where not all experts are in memory, an answer may depend on "
+            "who is beside it; ask one by one"
+        )
     asked = {question.task.name for question in questions}
     if empty := [task.name for task in tasks if task.name not in asked]:
         raise CoterieError(f"task {empty[0]} has no items")

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from statistics import fmean
 
 from coterie.evals.journal import Answer
+from coterie.evals.served import Served
 from coterie.routing import parse_policy, spell
 
 
@@ -72,6 +73,18 @@ class Sheet:
     def expert_bytes(self) -> float:
         """Bytes of experts a layer and forward."""
         return self._by_forward(lambda answer: answer.expert_bytes)
+
+    @property
+    def served(self) -> Served | None:
+        """Of all answers together; None where all experts are in memory."""
+        each = [answer.served for answer in self.answers if answer.served is not None]
+        return sum(each[1:], start=each[0]) if each else None
+
+    @property
+    def moved_a_forward(self) -> float:
+        """Bytes, laid on the forwards that denoise; those that only write keys move some too."""
+        moved = sum(answer.served.moved for answer in self.answers if answer.served is not None)
+        return moved / max(1, sum(answer.forwards for answer in self.answers))
 
     @property
     def forwards_per_block(self) -> float:

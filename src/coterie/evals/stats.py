@@ -10,6 +10,8 @@ import numpy as np
 
 Z = 1.959963984540054  # of a two-sided 95 % interval
 DRAWS = 10_000
+RATIO_DRAWS, SEED = 2000, 0
+CELLS = 1 << 22  # numbers drawn at once
 
 
 @dataclass(frozen=True)
@@ -98,6 +100,19 @@ def _distance(difference: float, gained: int, lost: int, n: int) -> float:
     likely = (math.sqrt(max(0.0, b * b + 8 * n * lost * spare)) - b) / (4 * n)  # of being lost
     spread = n * (2 * likely + spare)
     return (n * difference - gained + lost) / math.sqrt(spread) if spread > 0 else 0.0
+
+
+def ratio_interval(parts: Sequence[float], wholes: Sequence[float]) -> tuple[float, float]:
+    """Of sum(parts) / sum(wholes), prompt by prompt: bootstrap over prompts, seeded."""
+    rng, n = np.random.default_rng(SEED), len(parts)
+    part, whole = np.asarray(parts, dtype=float), np.asarray(wholes, dtype=float)
+    found: list[float] = []
+    while len(found) < RATIO_DRAWS:
+        drawn = rng.integers(0, n, (min(RATIO_DRAWS - len(found), max(1, CELLS // n)), n))
+        sums = whole[drawn].sum(1)
+        found += (part[drawn].sum(1) / np.where(sums > 0, sums, 1.0)).tolist()
+    low, high = np.quantile(found, [0.025, 0.975])
+    return float(low), float(high)
 
 
 def holm(ps: Sequence[float]) -> list[float]:

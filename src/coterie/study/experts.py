@@ -10,11 +10,11 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from coterie.calibration.interval import ratio_interval
 from coterie.decoding.plans import parse_plan
 from coterie.engine.engine import Engine
 from coterie.engine.load import load_model
 from coterie.evals.run import Arm
+from coterie.evals.stats import ratio_interval
 from coterie.experts.capacity import Capacity
 from coterie.model.weights import expert_bytes
 from coterie.naming import CoterieError

@@ -20,6 +20,7 @@ from tqdm import tqdm
 from coterie.engine.config import Generation
 from coterie.engine.engine import load
 from coterie.engine.event import Denoised, Finished
+from coterie.engine.memory import Memory
 from coterie.naming import CoterieError
 from coterie.text.codec import Subwords
 
@@ -51,21 +52,32 @@ class Coterie(LM):
         dtype: str | None = None,
         device: str | None = None,
         experts: str | None = None,
+        expert_memory: str | None = None,
+        imagine_memory: str | None = None,
+        eviction: str | None = None,
         batch_size: int | str | None = None,
         max_batch_size: int | None = None,
         **options: object,
     ) -> None:
         super().__init__()
         _check_options(options)
+        memory = _memory(expert_memory, imagine_memory, eviction)
         self.engine = load(
-            pretrained, policy=policy, dtype=dtype, device=_device(device), experts=experts
-        )
+            pretrained, policy=policy, dtype=dtype, device=_device(device), experts=experts,
+            expert_memory=memory,
+        )  # fmt: skip
         length = (
             {"max_new_tokens": options.pop("max_gen_toks")} if "max_gen_toks" in options else {}
         )
         self.engine.generation = self.engine.generation.but(**length, **options)
         # "auto" would try out what fits in memory; rows of one canvas each need little of it.
-        self.rows = int(str(batch_size)) if str(batch_size).isdigit() else max_batch_size or ROWS
+        usual = 1 if memory is not None else max_batch_size or ROWS
+        self.rows = int(str(batch_size)) if str(batch_size).isdigit() else usual
+        if memory is not None and self.rows != 1:
+            raise CoterieError(
+                f"batch_size {batch_size}: where not all experts are in memory, an answer may "
+                "depend on who is beside it; leave it out, or give 1"
+            )
         if self.rows < 1:
             raise CoterieError(f"batch_size must be at least 1, not {batch_size!r}")
         self.policy, self.templated = policy, False
@@ -100,6 +112,7 @@ class Coterie(LM):
             "policy": self.policy,
             "model_dtype": str(model.transformer.dtype),
             "experts": model.spec.experts_as,
+            "memory": None if model.memory is None else model.memory.asked.document(),
             "generation": {
                 f.name: getattr(self.engine.generation, f.name) for f in fields(Generation)
             },
@@ -113,6 +126,8 @@ class Coterie(LM):
         with tqdm(total=len(requests), desc="coterie") as bar:
             while waiting or open_:
                 while waiting and len(open_) < self.rows:
+                    if not open_:
+                        self.engine.empty()
                     index, request = waiting.pop()
                     open_[self._submit(*request.args, seed=index)] = index, _until(request.args[1])
                 for row, text in self._step({row: until for row, (_, until) in open_.items()}):
@@ -183,9 +198,22 @@ def _check_options(options: Mapping[str, object]) -> None:
     if unknown:
         raise CoterieError(
             f"unknown model_args {unknown[0]!r}; known: pretrained, policy, dtype, device, "
-            f"experts, batch_size, {', '.join(known)}; a policy with commas needs JSON: "
+            f"experts, expert_memory, imagine_memory, eviction, batch_size, {', '.join(known)}; "
+            "a policy with commas needs JSON: "
             '--model_args \'{"policy": "des-vote:beta=0.3,voters=unfilled"}\''
         )
+
+
+def _memory(expert: str | None, imagined: str | None, eviction: str | None) -> Memory | None:
+    """As the commands' options of these names; raises for what would have no effect."""
+    if expert is not None and imagined is not None:
+        raise CoterieError("imagine_memory stands in place of expert_memory; give one of them")
+    fast = imagined if expert is None else expert
+    if fast is not None:
+        return Memory.parse(str(fast), eviction=eviction, imagined=imagined is not None)
+    if eviction is not None:
+        raise CoterieError("eviction has no effect without expert_memory or imagine_memory")
+    return None
 
 
 def _device(asked: str | None) -> str:
