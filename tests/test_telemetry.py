@@ -114,8 +114,8 @@ def test_positions_without_a_vote_are_computed_but_judge_nothing():
 def test_the_latest_forward_can_be_watched():
     counting = watched("vanilla", scores(2), scores(2, seed=1))
     last = route(scores(2, seed=1), parse_policy("vanilla")).ids.view(2, -1)
-    assert counting.latest("b") == (len(last[1].unique()),) * 2
-    assert Counting().latest() == ()
+    assert counting.latest("b").per_layer == (len(last[1].unique()),) * 2
+    assert Counting().latest().per_layer == ()
 
 
 def test_nothing_seen_is_nothing_counted():

@@ -154,15 +154,15 @@ class Counting:
             layers.setdefault(layer, []).append(figure)
         return _summary(layers)
 
-    def latest(self, row: Row = 0) -> tuple[int, ...]:
-        """Unique experts of each layer in the last forward that was shown with this row."""
+    def latest(self, row: Row = 0) -> Counts:
+        """The counts of the last forward that was shown with this row."""
         self._settle()
-        found: dict[int, int] = {}
+        found: dict[int, list[list[float]]] = {}
         for seen in reversed(self._seen.get(row, [])):
             if not found.keys().isdisjoint(seen[0]):
                 break
-            found |= {layer: int(figure[0]) for layer, figure in _read([seen])}
-        return tuple(found[layer] for layer in sorted(found))
+            found |= {layer: [figure] for layer, figure in _read([seen])}
+        return _summary(found)
 
     def absorb(self, other: Counting) -> None:
         """Add what another was shown, such as a forward that has come out well."""

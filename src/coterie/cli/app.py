@@ -26,10 +26,11 @@ from coterie.cli.lab import evaluate, train
 from coterie.cli.quantize import quantize, verified_line, verify_shown
 from coterie.cli.replay import replay_command
 from coterie.cli.request import (
+    Options,
     check_effect,
     check_kept,
+    decoding_of,
     drifting,
-    generation_options,
     ids_of,
     open_engine,
     policy_of,
@@ -48,6 +49,7 @@ from coterie.cli.tables import (
     summary,
 )
 from coterie.cli.trace import trace
+from coterie.cli.traffic import Noted, check_traffic, draw, finished
 from coterie.cli.watch import require_terminal, watch
 from coterie.engine.engine import Engine
 from coterie.engine.event import Result
@@ -93,23 +95,12 @@ def coterie_command(
 
 
 @app.command()
-@takes(memory=memory_of)
+@takes(memory=memory_of, wanted=decoding_of)
 def generate(
     prompt: o.Prompt,
     *,
     policy: o.OnePolicy = "vanilla",
-    max_new_tokens: o.MaxNewTokens = None,
-    block: o.BlockWidth = None,
-    plan: o.Plan = None,
-    unmask: o.UnmaskRule = None,
-    threshold: o.Threshold = None,
-    temperature: o.Temperature = None,
-    top_k: o.TopK = None,
-    top_p: o.TopP = None,
-    seed: o.Seed = None,
-    early_stop: o.EarlyStop = None,
-    commit: o.Commit = None,
-    prefill: o.Prefill = None,
+    wanted: Options,
     raw: o.Raw = False,
     model: o.Model = None,
     dtype: o.Dtype = None,
@@ -119,6 +110,7 @@ def generate(
     drift: o.Drift = None,
     json: o.Json = False,
     watching: o.Watch = False,
+    traffic: o.Traffic = None,
 ) -> None:
     """Answer a prompt.
 
@@ -126,25 +118,26 @@ def generate(
     coterie generate "Solve 3x + 4 = 19 for x." --policy des-vote:beta=0.3 --watch
     coterie generate - --model inclusionAI/LLaDA2.0-mini --json < question.txt
     coterie generate "5 17 33" --model ./folder-without-tokenizer -n 32
+    coterie generate "..." -p resident-vote:beta=0.3 --imagine-memory 35% --traffic moved
     """
     check_shown(json=json, watching=watching)
-    wanted = generation_options(
-        max_new_tokens=max_new_tokens, block=block, plan=plan, unmask=unmask,
-        threshold=threshold, temperature=temperature, top_k=top_k, top_p=top_p, seed=seed,
-        early_stop=early_stop, commit=commit, prefill=prefill,
-    )  # fmt: skip
+    check_traffic(traffic, memory)
     named = policy_of(policy)
     wanted |= drifting([named], drift)[named]
     asked = read_prompt(prompt)
     engine = open_engine(
-        model, dtype=dtype, device=device, experts=experts, memory=memory, compared=json
-    )
+        model, dtype=dtype, device=device, experts=experts, memory=memory,
+        compared=json or traffic is not None,
+    )  # fmt: skip
     check_effect(engine, wanted)
     check_kept(engine, [policy], wanted)
     ids = ids_of(engine, asked, raw=raw)
-    if watching:
-        return show(engine, watch(engine, ids, named, wanted), json=json, watching=True)
-    show(engine, engine.generate(ids, policy=named, **wanted), json=json, watching=False)
+    noted = Noted()
+    events = noted.passing(engine.stream(ids, policy=named, **wanted))
+    result = watch(engine, events, named) if watching else finished(events)
+    show(engine, result, json=json, watching=watching)
+    if traffic is not None:
+        draw(engine, traffic, result, noted)
 
 
 def show(engine: Engine, result: Result, *, json: bool, watching: bool) -> None:
@@ -169,23 +162,12 @@ def check_shown(*, json: bool, watching: bool) -> None:
 
 
 @app.command()
-@takes(memory=memory_of)
+@takes(memory=memory_of, wanted=decoding_of)
 def compare(
     prompt: o.Prompt,
     *,
     policies: o.Policies = None,
-    max_new_tokens: o.MaxNewTokens = None,
-    block: o.BlockWidth = None,
-    plan: o.Plan = None,
-    unmask: o.UnmaskRule = None,
-    threshold: o.Threshold = None,
-    temperature: o.Temperature = None,
-    top_k: o.TopK = None,
-    top_p: o.TopP = None,
-    seed: o.Seed = None,
-    early_stop: o.EarlyStop = None,
-    commit: o.Commit = None,
-    prefill: o.Prefill = None,
+    wanted: Options,
     raw: o.Raw = False,
     model: o.Model = None,
     dtype: o.Dtype = None,
@@ -203,11 +185,6 @@ def compare(
     \b
     coterie compare "..." -p des-vote:beta=0.3 -p des-seq:k=3 -p random:beta=0.3
     """
-    wanted = generation_options(
-        max_new_tokens=max_new_tokens, block=block, plan=plan, unmask=unmask,
-        threshold=threshold, temperature=temperature, top_k=top_k, top_p=top_p, seed=seed,
-        early_stop=early_stop, commit=commit, prefill=prefill,
-    )  # fmt: skip
     named = dict.fromkeys(["vanilla", *(policy_of(p) for p in policies or COMPARED)])
     apart = drifting(list(named), drift)
     asked = read_prompt(prompt)

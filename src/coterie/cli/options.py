@@ -276,6 +276,17 @@ Json = Annotated[
     bool,
     typer.Option("--json", help="One JSON document on standard output.", rich_help_panel=SHOWING),
 ]
+Traffic = Annotated[
+    Path | None,
+    typer.Option(
+        "--traffic",
+        metavar="NAME",
+        help="Draw what every forward moved where not all experts are in memory: NAME-light.svg, "
+        "NAME-dark.svg, and the numbers in NAME.json.",
+        rich_help_panel=SHOWING,
+        show_default=False,
+    ),
+]
 Watch = Annotated[
     bool,
     typer.Option(

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from rich.progress import DownloadColumn, TransferSpeedColumn
 
 from coterie.calibration import read_kept
+from coterie.cli import options as o
 from coterie.cli.keeping import mixed_line, settled_line
 from coterie.cli.tables import bar, remark
 from coterie.decoding.plans import BlockCausalUncached, Uncached, parse_plan
@@ -53,6 +54,29 @@ def generation_options(
             raise CoterieError(f"{idle[0]} needs --temperature above 0: at 0 nothing is drawn")
     typed = {"unmask": unmask, "temperature": temperature, **others}
     return {name: value for name, value in typed.items() if value is not None}
+
+
+def decoding_of(
+    *,
+    max_new_tokens: o.MaxNewTokens = None,
+    block: o.BlockWidth = None,
+    plan: o.Plan = None,
+    unmask: o.UnmaskRule = None,
+    threshold: o.Threshold = None,
+    temperature: o.Temperature = None,
+    top_k: o.TopK = None,
+    top_p: o.TopP = None,
+    seed: o.Seed = None,
+    early_stop: o.EarlyStop = None,
+    commit: o.Commit = None,
+    prefill: o.Prefill = None,
+) -> Options:
+    """Fields of ``Generation`` that a prompt may be answered with."""
+    return generation_options(
+        max_new_tokens=max_new_tokens, block=block, plan=plan, unmask=unmask,
+        threshold=threshold, temperature=temperature, top_k=top_k, top_p=top_p, seed=seed,
+        early_stop=early_stop, commit=commit, prefill=prefill,
+    )  # fmt: skip
 
 
 def policy_of(typed: str) -> str:

@@ -4,24 +4,24 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator
 
 from rich.live import Live
 
 from coterie.cli.tables import console
 from coterie.cli.view import View
 from coterie.engine.engine import Engine
-from coterie.engine.event import Finished, Result
+from coterie.engine.event import Event, Finished, Result
 from coterie.naming import CoterieError
 
 HOLD = 0.08  # seconds that a frame stays at least: a small model is faster than the eye
 
 
-def watch(engine: Engine, prompt: Sequence[int], policy: str, options: dict[str, object]) -> Result:
-    """Generates while the terminal shows it, slowed for the eye."""
+def watch(engine: Engine, events: Iterator[Event], policy: str) -> Result:
+    """What a stream ends in; meanwhile the terminal shows it, slowed for the eye."""
     screen = view(engine, policy)
     with Live(screen, console=console(), auto_refresh=False) as live:
-        for event in engine.stream(prompt, policy=policy, **options):
+        for event in events:
             if isinstance(event, Finished):
                 return event.result
             shown = time.perf_counter()

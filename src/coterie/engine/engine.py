@@ -254,6 +254,7 @@ class Engine:
 
     def _denoised(self, slot: Slot, kind: Kind, block: Block, change: Change) -> Denoised:
         prompt = slot.row.canvas.prompt
+        counts = self._counting.latest(slot.number) if kind == "decode" else None
         return Denoised(
             row=slot.number,
             forward=slot.row.clock.row,
@@ -264,7 +265,9 @@ class Engine:
             committed=change.committed,
             edited=change.edited,
             provisional=change.provisional,
-            experts=self._counting.latest(slot.number) if kind == "decode" else (),
+            experts=() if counts is None else tuple(map(int, counts.per_layer)),
+            vote_mass_kept=None if counts is None else counts.vote_mass_kept,
+            drift=None if counts is None else counts.drift,
         )
 
 

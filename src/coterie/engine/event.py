@@ -16,7 +16,8 @@ class Denoised:
 
     ``committed`` and ``edited`` stand in the text from now on (later edits aside); ``provisional``
     is what the model would write at the positions still masked. ``experts``: unique experts of each
-    routing layer in this forward, empty where it is no decoding forward (``kind``).
+    routing layer in this forward, empty where it is no decoding forward (``kind``), and the votes
+    kept are None there; so is the share of them lost to ``drift`` where no coreset could stay.
     """
 
     row: int
@@ -29,6 +30,8 @@ class Denoised:
     edited: tuple[Token, ...] = ()
     provisional: tuple[Token, ...] = ()
     experts: tuple[int, ...] = ()
+    vote_mass_kept: float | None = None
+    drift: float | None = None
 
 
 @dataclass(frozen=True)
