@@ -188,3 +188,39 @@ def test_what_would_have_no_effect_beside_an_imagined_memory_is_one_line(
     told = capsys.readouterr()
     assert (told.out, told.err.count("\n")) == ("", 1)
     assert said in told.err
+
+
+def test_what_every_forward_moved_is_drawn_and_told(tmp_path: Path, capsys: Capture) -> None:
+    pytest.importorskip("matplotlib")
+    asked = [*WORDS, "-p", "uniform-vote:beta=0.3", "--unmask", "fixed:steps=3", "--drift", "0.2"]
+    found = told(["generate", *asked, "--traffic", str(tmp_path / "moved")], capsys)
+    for dress in ("light", "dark"):
+        drawn = (tmp_path / f"moved-{dress}.svg").read_text()
+        for said in ("would come", "vanilla with LRU", "without a cache", "votes kept", "block 0"):
+            assert said in drawn
+    forwards = json.loads((tmp_path / "moved.json").read_text())["forwards"]
+    moved = found["expert_traffic"]
+    assert (
+        sum(one["bytes_moved_from"].get("imagined", 0) for one in forwards)
+        == (moved["bytes_moved"])
+    )
+    avoided = sum(one["bytes_of_vanilla"] for one in forwards) - moved["bytes_moved"]
+    assert avoided == moved["bytes_avoided_against_vanilla"]
+    decoding = [one for one in forwards if one["kind"] == "decode"]
+    assert len(decoding) == found["forwards"] < len(forwards)
+    kept = [one["vote_mass_kept"] for one in decoding]
+    assert sum(kept) / len(kept) == pytest.approx(found["vote_mass_kept"], abs=0.05)
+    steps = [one["drift"] is None for one in decoding]
+    assert steps == [place % 3 == 0 for place in range(len(steps))]  # a block's first elects anew
+    assert {one["vote_mass_kept"] for one in forwards if one not in decoding} == {None}
+
+
+def test_nothing_is_drawn_where_nothing_moves(tmp_path: Path, capsys: Capture) -> None:
+    for words, said in (
+        ([*WORDS[:-2], "--traffic", str(tmp_path / "moved")], "--imagine-memory 35% acts as if"),
+        ([*WORDS, "--traffic", str(tmp_path / "no" / "moved")], "its folder is not there"),
+    ):
+        assert run(["generate", *words]) == 2
+        told = capsys.readouterr()
+        assert (told.out, told.err.count("\n")) == ("", 1)
+        assert said in told.err
