@@ -111,6 +111,7 @@ def collect(
         forwards=forwards,
         heard=None,
         every=False,
+        fresh=False,
         **options,
     )
     return seen

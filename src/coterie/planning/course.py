@@ -121,15 +121,18 @@ def _hits(one: Axes, moved: Sequence[Traffic]) -> None:
 
 def _votes(one: Axes, course: Sequence[Passed]) -> None:
     """Of forwards that decode; the others are routed by nobody's votes, or say nothing of it."""
-    told = [(place, each) for place, each in enumerate(course) if each.votes_kept is not None]
-    places = [place for place, _ in told]
-    kept = [each.votes_kept for _, each in told]
-    one.plot(places, kept, color=style.BLUE, marker=_dot(course), label="votes kept")
-    lost = [(place, each.drift) for place, each in told if each.drift is not None]
+    told = [(at, each.votes_kept) for at, each in enumerate(course) if each.votes_kept is not None]
+    one.plot(*_columns(told), color=style.BLUE, marker=_dot(course), label="votes kept")
+    lost = [(at, each.drift) for at, each in enumerate(course) if each.drift is not None]
     if lost:
-        at, shares = zip(*lost, strict=True)
-        one.plot(at, shares, color=style.ORANGE, marker=_dot(course), label="votes lost to drift")
+        one.plot(
+            *_columns(lost), color=style.ORANGE, marker=_dot(course), label="votes lost to drift"
+        )
     _shares(one)
+
+
+def _columns(told: Sequence[tuple[int, float]]) -> tuple[list[int], list[float]]:
+    return [at for at, _ in told], [share for _, share in told]
 
 
 def _shares(one: Axes) -> None:

@@ -60,7 +60,7 @@ def record_trace(
     return watch(
         *(engine, prompts, see),
         policy=policy, rows=rows, layers=None, forwards=forwards, heard=heard, every=True,
-        **options,
+        fresh=False, **options,
     )  # fmt: skip
 
 
