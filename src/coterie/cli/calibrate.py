@@ -32,7 +32,7 @@ from coterie.cli import options as o
 from coterie.cli.document import print_document
 from coterie.cli.grouping import takes
 from coterie.cli.keeping import memory_of, rows_of
-from coterie.cli.request import check_effect, generation_options, open_engine
+from coterie.cli.request import Options, check_effect, greedy_of, open_engine
 from coterie.cli.tables import bar, console, plain_table, remark
 from coterie.engine.facts import inspect
 from coterie.engine.memory import Memory
@@ -94,7 +94,7 @@ Out = Annotated[
 ]
 
 
-@takes(memory=memory_of)
+@takes(memory=memory_of, wanted=greedy_of)
 def calibrate_command(
     family: FamilyName,
     *,
@@ -107,13 +107,7 @@ def calibrate_command(
     seed: Drawn = 1,
     data: e.Data = None,
     shots: e.Shots = None,
-    max_new_tokens: o.MaxNewTokens = None,
-    block: o.BlockWidth = None,
-    plan: o.Plan = None,
-    unmask: o.UnmaskRule = None,
-    threshold: o.Threshold = None,
-    commit: o.Commit = None,
-    prefill: o.Prefill = None,
+    wanted: Options,
     model: o.Model = None,
     dtype: o.Dtype = None,
     device: o.Device = "auto",
@@ -127,17 +121,13 @@ def calibrate_command(
     """Find the parameter of a policy family that meets a target and saves as much as it can.
 
     The prompts are problems that no exam draws, a benchmark's items, or your own. Where not all
-    experts are in memory, that is emptied before each.
+    experts are in memory, the memory is emptied before each.
 
     \b
     coterie calibrate des-vote:voters=unfilled,protect=top1 --target drop=0.01 -o found.json
     coterie generate "..." --policy @found.json
     """
     sought, wish = Family.of(family), Target.of(target, sure=sure)
-    wanted = generation_options(
-        max_new_tokens=max_new_tokens, block=block, plan=plan, unmask=unmask,
-        threshold=threshold, temperature=None, commit=commit, prefill=prefill,
-    )  # fmt: skip
     check_place(out)
     drawn = Wish(inspect(model).family.name, data, shots, items, seed, trust)
     asked = questions(task, prompts, drawn, own=model in (None, EMBEDDED))

@@ -79,6 +79,23 @@ def decoding_of(
     )  # fmt: skip
 
 
+def greedy_of(
+    *,
+    max_new_tokens: o.MaxNewTokens = None,
+    block: o.BlockWidth = None,
+    plan: o.Plan = None,
+    unmask: o.UnmaskRule = None,
+    threshold: o.Threshold = None,
+    commit: o.Commit = None,
+    prefill: o.Prefill = None,
+) -> Options:
+    """The same where nothing is drawn and prompts are answered to their ends."""
+    return generation_options(
+        max_new_tokens=max_new_tokens, block=block, plan=plan, unmask=unmask,
+        threshold=threshold, temperature=None, commit=commit, prefill=prefill,
+    )  # fmt: skip
+
+
 def policy_of(typed: str) -> str:
     """The policy as it is spelled; of ``@file``, the one that was calibrated there."""
     if typed.startswith(FROM_FILE):

@@ -22,7 +22,7 @@ from coterie.cli.request import (
     check_effect,
     check_kept,
     drifting,
-    generation_options,
+    greedy_of,
     open_engine,
     policy_of,
 )
@@ -71,7 +71,7 @@ Rows = Annotated[
 ]
 
 
-@takes(memory=memory_of)
+@takes(memory=memory_of, wanted=greedy_of)
 def trace(
     *,
     out: Out,
@@ -83,13 +83,7 @@ def trace(
     shots: e.Shots = None,
     policy: o.OnePolicy = "vanilla",
     forwards: Forwards = None,
-    max_new_tokens: o.MaxNewTokens = None,
-    block: o.BlockWidth = None,
-    plan: o.Plan = None,
-    unmask: o.UnmaskRule = None,
-    threshold: o.Threshold = None,
-    commits: o.Commit = None,
-    prefill: o.Prefill = None,
+    wanted: Options,
     model: o.Model = None,
     dtype: o.Dtype = None,
     device: o.Device = "auto",
@@ -110,10 +104,6 @@ def trace(
     coterie trace -m inclusionAI/LLaDA2.0-mini --task gsm8k -o mini.trace
     coterie replay vanilla.trace -p des-vote:beta=0.3 --cache lru --capacity 35%
     """
-    wanted = generation_options(
-        max_new_tokens=max_new_tokens, block=block, plan=plan, unmask=unmask,
-        threshold=threshold, temperature=None, commit=commits, prefill=prefill,
-    )  # fmt: skip
     named = policy_of(policy)
     wanted |= drifting([named], drift)[named]
     check_place(out)

@@ -148,7 +148,8 @@ def _settled(
     if not kept.panels:
         raise CoterieError(
             f"{folder}: --expert-memory reads experts from a packed checkpoint, for a CPU's "
-            "kernels; `coterie quantize MODEL OUT --experts int8` makes one"
+            "kernels; `coterie quantize MODEL OUT --experts int8` makes one, "
+            "and --imagine-memory acts as if"
         )
     if wanted.host is not None:
         raise CoterieError(
