@@ -140,7 +140,10 @@ def outcome(
             everybody = torch.arange(experts)
             slabs = {layer: shown(blob, everybody) for layer, blob in run.true.items()}
             run.own.aside = Aside(ByLot(seed), slabs)
-        return run.all_of(*wishes(experts, seed, count))
+        wrong = run.all_of(*wishes(experts, seed, count))
+        if isinstance(run.own.courier, Relays):  # who waited for nobody leaves threads at work
+            run.own.courier._threads.shutdown()
+        return wrong
 
 
 @dataclass
