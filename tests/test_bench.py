@@ -415,11 +415,26 @@ def test_forward_and_generate_leave_records_that_can_be_drawn(tmp_path: Path) ->
     assert run(["bench", "forward", *usual, "--layers", "2", "--context", "0"]) == 0
     assert run(["bench", "generate", *usual, "--prompts", "1", "--tokens", "8"]) == 0
     forward = json.loads((tmp_path / "bench-forward-tiny-int8-2-layers.json").read_text())
-    assert chart_of(forward).rows == ["read", "floor", "forward"]
+    assert set(chart_of(forward).rows) == {"read", "floor", "forward"}
     assert forward["facts"]["wanted"] == "block"
     generate = json.loads((tmp_path / "generate-random-tiny-cpu.json").read_text())
     assert chart_of(generate).rows == ["vanilla", "des-vote:beta=0.25"]
     assert len(list(tmp_path.glob("*.svg"))) == 4
+
+
+def test_other_sizes_leave_records_of_other_names(tmp_path: Path) -> None:
+    usual = ["--shape", "tiny", "--turns", "1", "-o", str(tmp_path), "-p", "vanilla"]
+    assert run(["bench", "layer", *usual, "--peer", "none", "--tokens", "8"]) == 0
+    assert run(["bench", "forward", *usual, "--tokens", "8", "--context", "0"]) == 0
+    few = [*usual, "--prompts", "1", "--tokens", "8"]
+    assert run(["bench", "generate", *few, "--dtype", "int8", "--layers", "2"]) == 0
+    assert run(["bench", "generate", *few, "--dtype", "bf16"]) == 0
+    assert {path.stem for path in tmp_path.glob("*.json")} == {
+        "bench-layer-tiny-bf16-8-tokens",
+        "bench-forward-tiny-int8-8-tokens",
+        "generate-random-tiny-cpu-int8-2-layers",
+        "generate-random-tiny-cpu",
+    }
 
 
 @pytest.mark.parametrize(

@@ -42,6 +42,7 @@ from coterie.model.weights import bytes_kept
 from coterie.naming import CoterieError
 
 SPARE = 2 << 30  # bytes left free where --memory says nothing
+USUAL = 32  # tokens of a block, which records do not name
 
 bench = typer.Typer(
     rich_markup_mode="rich",
@@ -115,7 +116,7 @@ def layer_command(
     }
     for name, why in found.skipped.items():
         remark(f"without {name}: {why.removeprefix(f'{name}: ')}")
-    title = f"bench layer {shape} {dtype}" + (" even" if even else "")
+    title = f"bench layer {shape} {dtype}" + (" even" if even else "") + _many(tokens)
     measures = [measure for line in found.lines for measure in line.measures()]
     show(keep(out, title, measures, facts), layer_table(found), json=json)
 
@@ -176,7 +177,7 @@ def forward_command(
         "policies": [line.facts() for line in found.lines],
     }
     cut_to = "" if layers is None else f" {layers} layers"
-    title = f"bench forward {shape} {dtype}{cut_to}"
+    title = f"bench forward {shape} {dtype}{cut_to}{_many(tokens)}"
     show(keep(out, title, found.measures(), facts), forward_table(found.lines), json=json)
 
 
@@ -232,7 +233,8 @@ def generate_command(
             engine, asked, named, turns=turns, options={"max_new_tokens": tokens}, apart=apart,
             tell=tell,
         )  # fmt: skip
-    _tell_generation(engine, lines, len(asked), out, json=json)
+    kinds = [None if shape and dtype == "bf16" else dtype, experts, layers and f"{layers} layers"]
+    _tell_generation(engine, lines, len(asked), out, kinds=kinds, json=json)
 
 
 @bench.command("plot")
@@ -321,8 +323,15 @@ def _random_engine(shape: str, dtype: str, layers: int | None, device: str) -> E
 
 
 def _tell_generation(
-    engine: Engine, lines: Sequence[answers.Line], prompts: int, out: Path, *, json: bool
+    engine: Engine,
+    lines: Sequence[answers.Line],
+    prompts: int,
+    out: Path,
+    *,
+    kinds: Sequence[str | int | None],
+    json: bool,
 ) -> None:
+    """``kinds``: what else its name tells it apart by."""
     model, device = engine.model, str(engine.model.transformer.device)
     facts: Content = {
         "model": model.name,
@@ -331,9 +340,19 @@ def _tell_generation(
         "policies": {line.policy: line.facts(lines[0]) for line in lines},
     }
     where = torch.cuda.get_device_name(device) if device.startswith("cuda") else device
-    title = f"generate {Path(model.name).name} {device.partition(':')[0]}"
+    named = [
+        Path(model.name).name,
+        device.partition(":")[0],
+        *(str(kind) for kind in kinds if kind),
+    ]
+    title = f"generate {' '.join(named)}"
     kept = keep(out, title, [line.measure() for line in lines], facts, device=where)
     show(kept, generation_table(lines), json=json)
+
+
+def _many(tokens: int) -> str:
+    """What tells a record apart from that of a usual block."""
+    return "" if tokens == USUAL else f" {tokens} tokens"
 
 
 def _logits(wanted: str, tokens: int) -> forwards.Wanted:
