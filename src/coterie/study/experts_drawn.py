@@ -9,7 +9,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
-from matplotlib.ticker import NullLocator
+from matplotlib.ticker import MaxNLocator, NullLocator
 
 from coterie.figures.style import (
     BLUE,
@@ -166,6 +166,7 @@ def by_wrong(one: Axes) -> None:
 
 def in_bytes(one: Axes) -> None:
     one.set_xlim(0, None)
+    one.xaxis.set_major_locator(MaxNLocator(6))
     one.xaxis.set_major_formatter(lambda value, _: readable(value))
 
 

@@ -20,7 +20,7 @@ HALVED = (
     "At 35 % of the experts in memory, a coreset rule that prefers residents moves at least 50 % "
     "fewer bytes than vanilla with LRU and stays within a point of its accuracy."
 )
-COARSE = "Experts in {name} move fewer bytes than in 16 bits and cost no accuracy."
+COARSE = "Experts in {name} move fewer bytes than in 16 bits and stay within a point of accuracy."
 
 
 @dataclass(frozen=True)
