@@ -145,6 +145,7 @@ def test_rows_do_not_share_a_memory() -> None:
         run(engine(), [Quiz()], ARMS, None, rows=2)
 
 
+@pytest.mark.slow
 def test_a_run_that_is_killed_in_a_stretch_goes_on_in_the_same_memory(tmp_path: Path) -> None:
     done = subprocess.run(
         [sys.executable, str(TESTS / "killing.py"), str(model()), str(tmp_path), "3", "short"],
