@@ -10,6 +10,7 @@ from concurrent.futures import Future
 from dataclasses import dataclass, field
 from io import FileIO
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -23,6 +24,7 @@ from test_offload import (
     opened,
     packed,
     shown,
+    store,
 )
 from torch import Tensor
 
@@ -30,6 +32,7 @@ from coterie.engine.warm import SavedVotes, write_votes
 from coterie.experts import tiers
 from coterie.experts.couriers import Readers
 from coterie.experts.offload import Offloaded
+from coterie.experts.slots import Slots, Wave
 from coterie.experts.tiers import InMemory
 from coterie.naming import CoterieError
 from coterie.values import Demand
@@ -168,6 +171,28 @@ def test_ctrl_c_while_experts_come_leaves_a_store_that_works(times: int) -> None
             assert torch.equal(slab.down[slab.slot_of[here]], true.down[here])  # type: ignore[index]
             seen += len(here)
         assert seen == int(wanted.sum())
+
+
+def test_ctrl_c_between_the_book_and_the_reads_leaves_no_wrong_weights(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The book tells of experts that nobody has begun to bring."""
+    whole, booked, pressed = blobs(9), Slots.serve, [True]
+
+    def interrupted(self: Slots, *asked: Any) -> list[Wave]:
+        waves = booked(self, *asked)
+        if pressed:
+            pressed.clear()
+            raise KeyboardInterrupt
+        return waves
+
+    monkeypatch.setattr(Slots, "serve", interrupted)
+    own, used = store(InMemory(whole), 9, 4), torch.arange(9) < 3
+    with pytest.raises(KeyboardInterrupt):
+        list(own.serve(1, Demand(used)))
+    (slab,) = own.serve(1, Demand(used))
+    true = shown(whole[1], torch.arange(9))
+    assert torch.equal(slab.down[slab.slot_of[:3]], true.down[:3])  # type: ignore[index]
 
 
 def test_votes_are_written_whole_or_not_at_all(

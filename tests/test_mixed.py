@@ -312,6 +312,62 @@ def test_what_fails_or_is_left_in_the_middle_leaves_no_wrong_weights(part: str) 
     assert failed > 2
 
 
+def test_who_cannot_even_be_begun_is_not_taken_to_be_fine(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The book has given out places by then."""
+    best, rough, begun, left = blobs(6), blobs(6, 1), Readers.bring, [None, None]
+
+    def bring(self: Readers, layer: int, expert: int, into: Tensor):
+        if self is own.fine.courier and left and left.pop() is None and not left:
+            raise RuntimeError("can't start new thread")
+        return begun(self, layer, expert, into)
+
+    own = mixed(InMemory(best), InMemory(rough), 6, Room(3, 6, 3), rule=Lru())
+    monkeypatch.setattr(Readers, "bring", bring)
+    with pytest.raises(RuntimeError, match="new thread"):
+        list(own.serve(1, only(6, 0, 1, 2)))
+    ids = torch.tensor([[0, 1, 2]] * 5)
+    routing = Routing(ids, torch.ones(5, 3), only(6, 0, 1, 2).used, ids)
+    x, everyone = torch.randn(5, HIDDEN), torch.arange(6)
+    true = blended(shown(best[1], everyone), shown(rough[1], everyone), set())
+    torch.testing.assert_close(
+        computed(own, 1, routing, x), computed(true, 1, routing, x), atol=1e-5, rtol=1e-5
+    )
+
+
+def test_who_was_to_be_fine_from_the_start_is_said_and_not_asked_for_again() -> None:
+    flaky = Whimsical(InMemory(blobs(6)), random.Random(0), {1})
+    own = mixed(
+        flaky,
+        InMemory(blobs(6, 1)),
+        6,
+        Room(2, 3, 0),
+        warm={1: np.array([0.0, 3.0, 1.0, 2.0, 0.0, 0.0])},
+    )
+    with pytest.raises(CoterieError, match="expert 1 of layer 1 is broken"):
+        own.fill([1])
+    for _ in range(2):
+        list(own.serve(1, only(6, 0, 1)))
+    flaky.broken.clear()
+    own.empty()
+    assert np.flatnonzero(own._shelf(1).book.resident).tolist() == [1, 3]
+
+
+def test_what_fills_the_memory_is_in_no_forward_and_nothing_that_came_is_lost() -> None:
+    votes = np.array([0.0, 3.0, 1.0, 2.0, 0.0, 0.0])
+    own = mixed(InMemory(blobs(6)), InMemory(blobs(6, 1)), 6, Room(2, 3, 1), warm={1: votes})
+    own.fill([1])
+    assert moved(own) == {"host, fine": 2}
+    own.ledger.began("decode")
+    list(own.serve(1, only(6, 1, 3)))
+    own.ledger.ended()
+    list(own.serve(1, only(6, 0)))  # comes coarse, and begins to come fine
+    own.empty()
+    upgraded = own.precision.upgrades
+    assert moved(own) == {"host, fine": 2 + upgraded + 2, "host, coarse": 1}
+    first, *_ = own.ledger.lines
+    assert first.traffic.moved == 0
+
+
 def test_emptied_it_is_as_at_the_start() -> None:
     votes = np.array([0.0, 3.0, 1.0, 2.0, 0.0, 0.0])
     best, rough = InMemory(blobs(6)), InMemory(blobs(6, 1))

@@ -10,6 +10,7 @@ from tempfile import TemporaryDirectory
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from quiz import Quiz
@@ -19,6 +20,7 @@ from coterie.engine.engine import Engine
 from coterie.evals.run import Answer, Arm
 from coterie.experts.book import Book
 from coterie.experts.imagined import Imagined
+from coterie.experts.store import Resident
 from coterie.figures import style
 from coterie.model.moe import MoE
 from coterie.naming import CoterieError
@@ -344,3 +346,9 @@ def test_few_bits_are_judged_by_bytes_and_answers(
     facts = record(VANILLA, coarse)
     assert verdicts(facts)[COARSE.format(name="int8")] == [verdict]
     assert any("int4 was not measured: no room" in str(one) for one in conclusions(facts))
+
+
+def test_policies_are_told_who_is_in_an_imagined_memory_where_votes_are() -> None:
+    there = Imagined(Resident({}), 8, 5, device=torch.device("meta")).resident(0)
+    assert there is not None
+    assert there.device.type == "meta"

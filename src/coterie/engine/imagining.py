@@ -44,6 +44,7 @@ def imagine(transformer: Transformer, memory: Settled) -> tuple[Transformer, Ima
         memory.asked.eviction,
         warm={} if memory.asked.warm is None else memory.asked.warm.by_layer(),
         expert_bytes=memory.expert_bytes,
+        device=transformer.device,
     )
     for layer in transformer.spec.moe_layers:
         store.resident(layer)

@@ -103,8 +103,7 @@ def mixed(fine: Packed, memory: Settled, asked: Coarse) -> Mixed:
         errors=errors_of(fine, coarse) or {},
         kinds=(spec.panel_kind, coarse.spec.panel_kind),
     )
-    for layer in spec.moe_layers:
-        store.resident(layer)
+    store.fill(spec.moe_layers)
     return store
 
 

@@ -31,6 +31,7 @@ class Imagined:
     rule: Eviction = field(default_factory=Lru)
     warm: Mapping[int, Numbers] = field(default_factory=dict)  # votes [E] of earlier runs, by layer
     expert_bytes: int = 1
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))  # where votes are
     ledger: Ledger = field(init=False)
     books: dict[int, Slots] = field(default_factory=dict)
 
@@ -65,7 +66,7 @@ class Imagined:
             self._layer(layer)
 
     def resident(self, layer: int) -> Tensor | None:
-        return torch.from_numpy(self._layer(layer).resident)
+        return torch.from_numpy(self._layer(layer).resident).to(self.device)
 
     def slots(self, layer: int) -> int | None:
         del layer

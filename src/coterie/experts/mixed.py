@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -123,6 +124,7 @@ class Mixed:
     ledger: Ledger = field(init=False)  # of both; "vanilla" is one of fine experts in all memory
     _shelves: dict[int, Shelf] = field(default_factory=dict)
     _memory: dict[int, Tensor] = field(default_factory=dict)  # outlives what a layer forgets
+    _forgot: set[int] = field(default_factory=set)  # layers for which bringing failed
     _noted: dict[str, Moved] = field(default_factory=dict)  # what came of the coarse, by its tier
 
     def __post_init__(self) -> None:
@@ -171,11 +173,21 @@ class Mixed:
         self.ledger.emptied()
         for shelf in self._shelves.values():
             self.fine.courier.settle(shelf.coming)
+            self._count(shelf)
         layers = tuple(self._shelves)
         self._shelves.clear()
+        self._forgot.clear()
         self.coarse.empty()
+        self.fill(layers)
+
+    def fill(self, layers: Sequence[int]) -> None:
+        """Those of the start are there, in both precisions, before any forward counts them."""
         for layer in layers:
+            self.coarse.resident(layer)
             self._shelf(layer)
+        for layer in layers:
+            self._arrived(layer)
+        self._note_coarse()
 
     @property
     def waited(self) -> float:
@@ -184,9 +196,10 @@ class Mixed:
 
     def _upgrade(self, layer: int, shelf: Shelf, missed: Mask, most: int) -> None:
         """Begin to bring these, as far as others are worth less."""
-        loads = shelf.book.upgrade(missed, most)
-        self.precision.upgrades += len(loads)
-        self._bring(layer, shelf, loads)
+        with self._sure(layer, shelf):
+            loads = shelf.book.upgrade(missed, most)
+            self.precision.upgrades += len(loads)
+            self._bring(layer, shelf, loads)
 
     def _note(
         self, layer: int, demand: Demand, *, before: Mask, finely: Mask, coarsely: Mask
@@ -231,27 +244,46 @@ class Mixed:
     def _arrived(self, layer: int) -> Shelf:
         """The layer's shelf, once all that was begun for it is there."""
         shelf = self._shelf(layer)
-        try:
+        with self._sure(layer, shelf):
             self.fine.courier.join(shelf.coming)
-        except BaseException:
-            self.fine.courier.settle(shelf.coming)
-            self._shelves.pop(layer, None)
-            raise
-        for one in shelf.coming:
-            self.ledger.moved(f"{one.result()}, {self.kinds[0]}")
-        shelf.coming.clear()
+        self._count(shelf)
         return shelf
+
+    def _count(self, shelf: Shelf) -> None:
+        """Those that have come."""
+        for one in shelf.coming:
+            if one.done() and one.exception() is None:
+                self.ledger.moved(f"{one.result()}, {self.kinds[0]}")
+        shelf.coming.clear()
+
+    @contextmanager
+    def _sure(self, layer: int, shelf: Shelf) -> Iterator[None]:
+        """Where this fails nobody is fine any more, once nothing is on its way: the book may tell
+        of experts that never came."""
+        try:
+            yield
+        except BaseException:
+            # Whoever interrupts this wait leaves no places into which something still comes.
+            memory = self._memory.pop(layer)
+            self._shelves.pop(layer, None)
+            self._forgot.add(layer)
+            self.fine.courier.settle(shelf.coming)
+            self._memory[layer] = memory
+            raise
 
     def _shelf(self, layer: int) -> Shelf:
         if layer not in self._shelves:
             source = self.fine
-            book = Finer(self.coarse.experts, source.capacity, self.rule, self.warm.get(layer))
+            # Only the first time: who cannot be read and is not needed is no reason to fail again.
+            warm = None if layer in self._forgot else self.warm.get(layer)
+            book = Finer(self.coarse.experts, source.capacity, self.rule, warm)
             if layer not in self._memory:
                 self._memory[layer] = allocated(source.allocate, book.capacity, source.expert_bytes)
                 source.courier.computed()  # with what lay there before
             self._shelves[layer] = shelf = Shelf(book, self._memory[layer])
             known = enumerate(book.holds)
-            self._bring(layer, shelf, [(one, place) for place, one in known if one != NOBODY])
+            with self._sure(layer, shelf):
+                self._bring(layer, shelf, [(one, place) for place, one in known if one != NOBODY])
         return self._shelves[layer]
 
     def _bring(self, layer: int, shelf: Shelf, loads: Iterable[tuple[int, int]]) -> None:

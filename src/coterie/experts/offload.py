@@ -92,30 +92,37 @@ class Offloaded:
         self.ledger.served(layer, demand, used=used, hits=hits, aside=aside)
         where = shelf.slots.slot_of.copy()
         shelf.changes()
-        waves = shelf.slots.serve(mask & ~left, votes)
-        if aside:  # first: what it computes with is there, and copies are asked for before it is
-            waves.insert(0, Wave(tuple(np.flatnonzero(left).tolist())))
-        yield from self._in_waves(layer, shelf, waves, where, aside=aside > 0)
-
-    def _in_waves(
-        self, layer: int, shelf: Shelf, waves: Sequence[Wave], where: Places, *, aside: bool
-    ) -> Iterator[Slab]:
-        """A slab for each; the first one's lies outside the slots where it is computed aside."""
         coming: dict[int, Future[str]] = {}
-        try:
-            for place, wave in enumerate(waves):
-                self._bring(layer, shelf, wave.loads, coming)
-                if wave.loads:
-                    self._join(coming)
-                where = _moved_in(where, wave.loads)
-                self._bring(layer, shelf, _early(waves[place:], where), coming)
-                if aside and self.aside and not place:
-                    yield self.aside.slab(layer, wave.experts)
-                else:
-                    yield from self._lent(self._slab(shelf, where, wave.experts))
+        try:  # from before the book tells of experts that have yet to come
+            waves = shelf.slots.serve(mask & ~left, votes)
+            if aside:  # first: what it computes with is there; copies are asked for before it is
+                waves.insert(0, Wave(tuple(np.flatnonzero(left).tolist())))
+            yield from self._in_waves(layer, shelf, waves, where, coming, aside=aside > 0)
         except BaseException:
             self._forget(layer, coming)
             raise
+
+    def _in_waves(
+        self,
+        layer: int,
+        shelf: Shelf,
+        waves: Sequence[Wave],
+        where: Places,
+        coming: dict[int, Future[str]],
+        *,
+        aside: bool,
+    ) -> Iterator[Slab]:
+        """A slab for each; the first one's lies outside the slots where it is computed aside."""
+        for place, wave in enumerate(waves):
+            self._bring(layer, shelf, wave.loads, coming)
+            if wave.loads:
+                self._join(coming)
+            where = _moved_in(where, wave.loads)
+            self._bring(layer, shelf, _early(waves[place:], where), coming)
+            if aside and self.aside and not place:
+                yield self.aside.slab(layer, wave.experts)
+            else:
+                yield from self._lent(self._slab(shelf, where, wave.experts))
 
     def _asked(self, demand: Demand) -> tuple[Mask, Counts | None]:
         """Who is used, and for how many tokens where that matters: one read of the device."""

@@ -159,7 +159,7 @@ def _as_left(model: Model, asked: Asked, book: Logbook) -> Model:
     slots, layers = asked.slots or 1, model.spec.moe_layers
 
     def store(own: Store) -> Store:
-        memory = Imagined(own, model.spec.router.experts, slots)
+        memory = Imagined(own, model.spec.router.experts, slots, device=model.transformer.device)
         for entry in book.entries.values():
             for forward in entry.used:
                 for layer, used in zip(layers, forward, strict=True):
