@@ -31,6 +31,8 @@ from torch import Tensor
 from coterie.engine.warm import SavedVotes, write_votes
 from coterie.experts import tiers
 from coterie.experts.couriers import Readers
+from coterie.experts.eviction import Lru
+from coterie.experts.mixed import Mixed, Source
 from coterie.experts.offload import Offloaded
 from coterie.experts.slots import Slots, Wave
 from coterie.experts.tiers import InMemory
@@ -193,6 +195,52 @@ def test_ctrl_c_between_the_book_and_the_reads_leaves_no_wrong_weights(
     (slab,) = own.serve(1, Demand(used))
     true = shown(whole[1], torch.arange(9))
     assert torch.equal(slab.down[slab.slot_of[:3]], true.down[:3])  # type: ignore[index]
+
+
+@dataclass(frozen=True)
+class Late:
+    """A tier that takes its time for the first expert."""
+
+    tier: InMemory
+    first: list[bool] = field(default_factory=lambda: [True])
+
+    def fetch(self, layer: int, expert: int, into: Tensor) -> str:
+        if self.first:
+            self.first.clear()
+            time.sleep(0.1)
+        return self.tier.fetch(layer, expert, into)
+
+
+@pytest.mark.parametrize("mixed", [False, True])
+def test_ctrl_c_while_a_read_is_begun_leaves_it_no_slot_to_come_into(
+    monkeypatch: pytest.MonkeyPatch, mixed: bool
+) -> None:
+    """Nobody knows of that read, so nobody can wait for it."""
+    whole, begin, pressed = blobs(9), Readers.bring, [True]
+
+    def bring(self: Readers, layer: int, expert: int, into: Tensor) -> Future[str]:
+        begun = begin(self, layer, expert, into)
+        if pressed:
+            pressed.clear()
+            raise KeyboardInterrupt
+        return begun
+
+    monkeypatch.setattr(Readers, "bring", bring)
+
+    def allocate(slots: int, size: int) -> Tensor:
+        return torch.zeros(slots, size, dtype=torch.uint8)
+
+    own: Offloaded | Mixed = store(Late(InMemory(whole)), 9, 2)
+    if mixed:
+        fine = Source(Readers(Late(InMemory(whole))), shown, allocate, SIZE, 2)
+        own = Mixed(fine, store(InMemory(whole), 9, 2), mass=1.0, rule=Lru())
+    everyone, true = torch.arange(9), shown(whole[1], torch.arange(9))
+    with pytest.raises(KeyboardInterrupt):
+        list(own.serve(1, Demand(everyone < 2)))
+    list(own.serve(1, Demand((everyone > 4) & (everyone < 7))))
+    time.sleep(0.15)
+    (slab,) = own.serve(1, Demand((everyone > 4) & (everyone < 7)))
+    assert torch.equal(slab.down[slab.slot_of[5:7]], true.down[5:7])  # type: ignore[index]
 
 
 def test_votes_are_written_whole_or_not_at_all(

@@ -262,13 +262,14 @@ class Mixed:
         of experts that never came."""
         try:
             yield
-        except BaseException:
-            # Whoever interrupts this wait leaves no places into which something still comes.
+        except BaseException as error:
+            # As in ``Offloaded``: no places are kept into which something may still come.
             memory = self._memory.pop(layer)
             self._shelves.pop(layer, None)
             self._forgot.add(layer)
             self.fine.courier.settle(shelf.coming)
-            self._memory[layer] = memory
+            if not isinstance(error, KeyboardInterrupt):
+                self._memory[layer] = memory
             raise
 
     def _shelf(self, layer: int) -> Shelf:

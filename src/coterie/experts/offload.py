@@ -98,8 +98,8 @@ class Offloaded:
             if aside:  # first: what it computes with is there; copies are asked for before it is
                 waves.insert(0, Wave(tuple(np.flatnonzero(left).tolist())))
             yield from self._in_waves(layer, shelf, waves, where, coming, aside=aside > 0)
-        except BaseException:
-            self._forget(layer, coming)
+        except BaseException as error:
+            self._forget(layer, coming, error)
             raise
 
     def _in_waves(
@@ -193,18 +193,20 @@ class Offloaded:
         try:
             self._bring(layer, shelf, there, coming)
             self._join(coming)
-        except BaseException:
-            self._forget(layer, coming)
+        except BaseException as error:
+            self._forget(layer, coming, error)
             raise
 
-    def _forget(self, layer: int, coming: Mapping[int, Future[str]]) -> None:
+    def _forget(self, layer: int, coming: Mapping[int, Future[str]], error: BaseException) -> None:
         """Nobody is here any more, once nothing is on its way."""
         # Whoever interrupts this wait leaves no slots into which something still comes.
         memory = self._memory.pop(layer)
         self._shelves.pop(layer, None)
         self._forgot.add(layer)
         self.courier.settle(coming.values())
-        self._memory[layer] = memory
+        # Ctrl-C between asking for an expert and noting it leaves one on its way unknown to all.
+        if not isinstance(error, KeyboardInterrupt):
+            self._memory[layer] = memory
 
     def _bring(
         self,
