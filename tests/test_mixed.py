@@ -38,6 +38,7 @@ from coterie.engine.engine import Engine
 from coterie.engine.journal import MANIFEST
 from coterie.engine.memory import Memory
 from coterie.engine.warm import SavedVotes
+from coterie.evals.run import about
 from coterie.experts.couriers import Readers
 from coterie.experts.eviction import ByVotes, Lru
 from coterie.experts.mixed import Errors, Mixed, Source, shares
@@ -527,6 +528,20 @@ def test_a_whole_model_in_two_precisions_reads_each_expert_once(tmp_path: Path) 
     assert traffic.hit_rate == 1
     sizes = (store.fine.expert_bytes, store.coarse.expert_bytes)
     assert traffic.bytes_moved == 2 * sum(a * b for a, b in zip(places, sizes, strict=True))
+
+
+@needs_kernels
+def test_an_evaluation_knows_its_coarse_experts_wherever_they_lie(tmp_path: Path) -> None:
+    fine, coarse = folders(tmp_path, ("int8", "int4"))
+    asked = [Memory.parse("75%", coarse=Coarse(coarse))]
+    moved_to = coarse.rename(tmp_path / "elsewhere")
+    asked.append(Memory.parse("75%", coarse=Coarse(moved_to)))
+    coarse.symlink_to(moved_to)
+    found = [about(opened(fine, memory), [])["memory"] for memory in asked]
+    assert found[0] == found[1]
+    config = moved_to / "config.json"
+    config.write_text(config.read_text() + "\n")
+    assert about(opened(fine, asked[0]), [])["memory"] != found[0]
 
 
 @needs_kernels

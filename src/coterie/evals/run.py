@@ -23,6 +23,7 @@ from pathlib import Path
 
 from coterie.engine.config import Generation
 from coterie.engine.engine import Engine
+from coterie.engine.source import find_folder
 from coterie.evals.asking import Outcome, Question, outcomes
 from coterie.evals.fingerprint import fingerprint
 from coterie.evals.journal import Answer, Journal, Key
@@ -102,6 +103,8 @@ def about(
     model, memory = engine.model, None
     if model.rationed is not None and model.memory is not None:
         memory = {**model.memory.asked.document(), "slots": model.memory.slots, "lasts": lasts}
+        if (coarse := model.memory.asked.coarse) is not None:
+            memory["coarse"] = fingerprint(find_folder(coarse.folder))
     return {
         "model": None if model.folder is None else fingerprint(model.folder),
         "dtype": str(model.transformer.dtype).removeprefix("torch."),
