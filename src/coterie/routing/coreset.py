@@ -80,7 +80,7 @@ def ruled(policy: Elective, scores: Scores, k: int) -> Ruling | None:
     """The policy's ``ruling``: the same election in plain numbers, where these can say it."""
     size, election = policy.size(scores), policy.election
     cap = election.cap(scores.slots)
-    if scores.incumbents is None and spares_nobody(size, election, k, cap):
+    if scores.incumbents is None and cap is None and spares_nobody(size, election, k):
         return Ruling(scores)
     rule = rule_of(size, election, k, scores.router.experts, cap)
     if rule is None:
@@ -90,7 +90,10 @@ def ruled(policy: Elective, scores: Scores, k: int) -> Ruling | None:
             return None
         scores = as_one_sequence(scores)
     everybody = election.voters == "all" and scores.voters is None
-    everybody |= spares_nobody(size, election, k, cap)
+    if spares_nobody(size, election, k) and not everybody:
+        if cap is not None:
+            return None  # kernels have one voice for the union and the votes
+        everybody = True
     return Ruling(scores, rule, None if everybody else voices(scores, election.voters))
 
 
@@ -123,21 +126,22 @@ def rule_of(
             return None
 
 
-def spares_nobody(size: Size | Union, election: Election, k: int, cap: int | None) -> bool:
-    """Whether every token keeps all it has, those the engine does not let vote too."""
-    return isinstance(size, Union) and size.k >= k and election.voters == "all" and cap is None
+def spares_nobody(size: Size | Union, election: Election, k: int) -> bool:
+    """Whether the union is of all that tokens have, those the engine does not let vote too."""
+    return isinstance(size, Union) and size.k >= k and election.voters == "all"
 
 
 def elect(scores: Scores, size: Size | Union, election: Election, k: int) -> Tensor:
     """The coreset as a mask [S, 1, E]; [1, 1, E] when all rows share one."""
     cap = election.cap(scores.slots)
-    if spares_nobody(size, election, k, cap):
+    spared = spares_nobody(size, election, k)
+    if spared and cap is None:
         return scores.logits.new_ones((1, 1, 1), dtype=torch.bool)
     if election.scope == "batch":
         scores = as_one_sequence(scores)
     voice = voices(scores, election.voters)
     if isinstance(size, Union):
-        protected = first_choices(scores, voice, size.k)
+        protected = first_choices(scores, torch.ones_like(voice) if spared else voice, size.k)
         if cap is None:
             return protected.unsqueeze(1)
         size = Fixed(0)
