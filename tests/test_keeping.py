@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +20,8 @@ from coterie.engine.warm import SavedVotes, read_votes, routers_of, write_votes
 from coterie.experts.capacity import parse_bytes
 from coterie.experts.eviction import ByVotes, Lfu, Lru
 from coterie.naming import CoterieError
+from coterie.ops.panels import Kind
+from coterie.planning.recording import bytes_by_precision
 from coterie.testing import read_spec, tiny_config, write_checkpoint
 
 WORDS = ["generate", "5 17 33", "-n", "8", "--block", "8"]
@@ -116,12 +119,51 @@ def test_an_option_without_effect_says_what_would_give_it_one(
         (["--expert-memory", "3", "--host-memory", "1GiB"], "no effect on a CPU"),
         (["--expert-memory", "3", "--eviction", "fifo"], "known: lfu, lru, votes"),
         (["--expert-memory", "3", "--warm", folder], "cannot be read"),
+        (["--expert-memory", "3", "--warm", __file__], "`coterie trace --votes FILE` saves votes"),
+        (["--expert-memory", "nonsense"], "--expert-memory 'nonsense': say a share of the experts"),
+        (["--expert-memory", "0.35"], "or bytes (6GiB), or auto"),
+        (["--imagine-memory", "25GB/s"], "--imagine-memory '25GB/s': say a share of the experts"),
         (["--expert-memory", "3", "--warm", f"{folder}/config.json"], "holds no votes"),
     ):
         assert run([*WORDS, "-m", folder, *more]) == 2
         said = capsys.readouterr()
         assert (said.out, said.err.count("\n")) == ("", 1)
         assert told in said.err
+
+
+@needs_kernels
+@pytest.mark.parametrize("kind", ["bf16", "int8", "int4"])
+def test_a_trace_of_a_packed_model_knows_what_its_experts_weigh(tmp_path: Path, kind: Kind) -> None:
+    """So that as many bytes are as many slots to the replay as to the engine."""
+    spec = opened(packed(tmp_path, kind=kind)).model.spec
+    assert bytes_by_precision(spec)[kind] == spec.expert_stride
+    plain = bytes_by_precision(replace(spec, panels=False))
+    assert plain["bf16"] == 2 * spec.expert_parameters
+
+
+@needs_kernels
+def test_nobody_is_on_disk_where_there_are_slots_for_all(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = [*WORDS, "-m", str(packed(tmp_path)), "--expert-memory"]
+    assert run([*words, "100%"]) == 0
+    said = capsys.readouterr().err
+    assert "all 16 experts a layer in memory" in said
+    assert "on disk" not in said
+    assert run([*words, "15"]) == 0
+    assert "15 of 16 experts a layer in memory" in capsys.readouterr().err
+
+
+@needs_kernels
+def test_a_drawing_of_nothing_is_refused_before_anybody_is_asked(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("matplotlib")
+    words = [*WORDS, "-m", str(packed(tmp_path)), "--expert-memory", "auto"]
+    assert run([*words, "--traffic", str(tmp_path / "moved")]) == 2
+    told = capsys.readouterr()
+    assert (told.out, list(tmp_path.glob("moved*"))) == ("", [])
+    assert "nothing moves; --expert-memory 35% keeps fewer there" in told.err
 
 
 @needs_kernels

@@ -158,6 +158,9 @@ def test_each_policy_that_is_compared_begins_in_an_empty_memory(capsys: Capture)
             assert alone["expert_traffic"][figure] == one["expert_traffic"][figure]
     assert runs[0]["expert_traffic"]["saved_against_vanilla"] == 0
     assert runs[0]["expert_traffic"]["slots"] == 5
+    own = [one["expert_traffic"]["bytes_moved"] for one in runs]
+    assert [one["saved"] for one in runs] == [None, *(1 - moved / own[0] for moved in own[1:])]
+    assert {one["expert_traffic"]["stalled"] for one in runs} == {None}  # nobody waits for a book
     assert runs[2]["expert_traffic"]["hit_rate"] > runs[1]["expert_traffic"]["hit_rate"]
 
 
@@ -208,6 +211,7 @@ def test_what_every_forward_moved_is_drawn_and_told(tmp_path: Path, capsys: Capt
     assert avoided == moved["bytes_avoided_against_vanilla"]
     decoding = [one for one in forwards if one["kind"] == "decode"]
     assert len(decoding) == found["forwards"] < len(forwards)
+    assert len(forwards) == found["forwards"] + found["prefills"] + found["commits"]
     kept = [one["vote_mass_kept"] for one in decoding]
     assert sum(kept) / len(kept) == pytest.approx(found["vote_mass_kept"], abs=0.05)
     steps = [one["drift"] is None for one in decoding]

@@ -49,7 +49,7 @@ from coterie.cli.tables import (
     summary,
 )
 from coterie.cli.trace import trace
-from coterie.cli.traffic import Noted, check_traffic, draw, finished
+from coterie.cli.traffic import Noted, check_moves, check_traffic, draw, finished
 from coterie.cli.watch import require_terminal, watch
 from coterie.engine.engine import Engine
 from coterie.engine.event import Result
@@ -129,6 +129,7 @@ def generate(
         model, dtype=dtype, device=device, experts=experts, memory=memory,
         compared=json or traffic is not None,
     )  # fmt: skip
+    check_moves(traffic, engine)
     check_effect(engine, wanted)
     check_kept(engine, [policy], wanted)
     ids = ids_of(engine, asked, raw=raw)

@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 
 from coterie.engine.engine import Engine
 from coterie.engine.event import Result
+from coterie.experts.imagined import Imagined
 from coterie.experts.mixed import Mixed
 from coterie.experts.traffic import Traffic
 
@@ -20,6 +21,8 @@ def result_document(result: Result) -> dict[str, object]:
         "prompt_tokens": result.prompt_tokens,
         "new_tokens": result.new_tokens,
         "forwards": result.forwards,
+        "prefills": result.prefills,
+        "commits": result.commits,
         "blocks": result.blocks,
         "seconds": result.seconds,
         "tokens_per_second": result.tokens_per_second,
@@ -42,11 +45,15 @@ def result_document(result: Result) -> dict[str, object]:
 
 
 def traffic_document(engine: Engine, result: Result) -> dict[str, object]:
-    """What its forwards moved; empty where all experts are in memory."""
+    """What its forwards moved; empty where all experts are in memory. Nobody waits for what is
+    imagined to come, so both stalls are None there."""
     store = engine.model.rationed
     if store is None or result.traffic is None:
         return {}
-    return {"expert_traffic": {"slots": store.capacity, **moved_document(result.traffic)}}
+    moved = {"slots": store.capacity, **moved_document(result.traffic)}
+    if isinstance(store, Imagined):
+        moved |= {"stall_seconds": None, "stalled": None}
+    return {"expert_traffic": moved}
 
 
 def precision_document(engine: Engine) -> dict[str, object]:
@@ -71,8 +78,11 @@ def precision_document(engine: Engine) -> dict[str, object]:
 
 
 def moved_document(traffic: Traffic) -> dict[str, object]:
-    """All of it. "Vanilla" is what the unmodified model would have moved under LRU in the same
-    slots on the same forwards, None where nobody asked; left to itself it might make others."""
+    """All of it: by the forwards that denoise, which are counted, and those that only write keys.
+
+    "Vanilla" is what the unmodified model would have moved under LRU in the same slots on the same
+    forwards, None where nobody asked; left to itself it might make others.
+    """
     return {
         "forwards": traffic.forwards,
         "experts_used": traffic.used,
@@ -92,17 +102,30 @@ def moved_document(traffic: Traffic) -> dict[str, object]:
 def comparison_document(
     engine: Engine, prompt: str, results: Sequence[Result]
 ) -> dict[str, object]:
-    """Several generations of one prompt; the first of ``results`` is vanilla's."""
+    """Several generations of one prompt; the first of ``results`` is vanilla's.
+
+    ``saved`` is the share of the bytes that vanilla's own run moved, as in the table.
+    """
     vanilla = results[0]
     runs = [
         {
             **result_document(result),
             "equals_vanilla": result.tokens == vanilla.tokens,
+            **({} if result.traffic is None else {"saved": saved_of(result, vanilla)}),
             **traffic_document(engine, result),
         }
         for result in results
     ]
     return {"prompt": prompt, "runs": runs}
+
+
+def saved_of(result: Result, vanilla: Result) -> float | None:
+    """Of the bytes that vanilla moved in a run of its own; None for vanilla, and where it moved
+    none."""
+    mine, usual = result.traffic, vanilla.traffic
+    if result == vanilla or mine is None or usual is None or not usual.bytes_moved:
+        return None
+    return 1 - mine.bytes_moved / usual.bytes_moved
 
 
 def print_document(document: Mapping[str, object] | Sequence[object]) -> None:

@@ -105,11 +105,12 @@ def settled_line(found: Settled) -> str:
         chosen = f"{readable(found.free)} are free, {readable(found.rest)} kept for all else: "
     if found.whole:
         return f"{chosen}all {found.experts} experts a layer fit ({readable(found.bytes)})"
-    here = f"{chosen}{found.slots} of {found.experts} experts a layer in memory "
+    many = f"{found.slots} of" if found.absent else "all"
+    here = f"{chosen}{many} {found.experts} experts a layer in memory "
     if found.asked.imagined:
         return f"{here}({readable(found.bytes)}), as is imagined: all are there"
     if found.host is None:
-        return f"{here}({readable(found.bytes)}), the others on disk"
+        return f"{here}({readable(found.bytes)})" + ", the others on disk" * bool(found.absent)
     whole = found.layers * found.experts * found.expert_bytes
     others = "all" if found.host >= whole else "some before the disk"
     held = f"{others} in {readable(found.host)} of the host"

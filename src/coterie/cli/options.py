@@ -209,9 +209,10 @@ CpuExperts = Annotated[
     typer.Option(
         "--cpu-experts",
         help="Of experts that a GPU misses, compute on the CPU: those of at most so many tokens (4)"
-        ", auto: those that a measurement at the start says it has done sooner, or off.",
+        ", auto: those that a measurement at the start says it has done sooner, or off, the "
+        "default.",
         rich_help_panel=KEEPING,
-        show_default="off",
+        show_default=False,
     ),
 ]
 Evicting = Annotated[

@@ -199,7 +199,7 @@ def replay_command(
     grid = Grid(
         plays(found, policies or (), drift, commits=routed),
         _listed(cache),
-        [Capacity.parse(text) for text in _listed(capacity)],
+        [Capacity.parse(text, "--capacity") for text in _listed(capacity)],
         sizes(found.about.expert_bytes, _listed(precision), expert_bytes),
         machines(link, memory, rest, latency=latency, overlap=overlap),
         None if warm is None else warm_votes(warm, found),

@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, ProgressColumn, TextColumn
 from rich.table import Table
 
+from coterie.cli.document import saved_of
 from coterie.engine.event import Result
 from coterie.engine.facts import Facts, Fit
 from coterie.experts.traffic import Traffic
@@ -141,11 +142,12 @@ def _kept(result: Result) -> tuple[str, str]:
 
 def _moved(result: Result, vanilla: Result) -> tuple[str, ...]:
     """Hits, bytes, and the share of vanilla's that was saved; nothing where all are in memory."""
-    mine, usual = result.traffic, vanilla.traffic
-    if mine is None or usual is None:
+    mine = result.traffic
+    if mine is None:
         return ()
-    saved = f"{1 - mine.bytes_moved / usual.bytes_moved:.1%}" if usual.bytes_moved else ""
-    return f"{mine.hit_rate:.1%}", readable(mine.bytes_moved), saved if result != vanilla else ""
+    saved = saved_of(result, vanilla)
+    told = "" if saved is None else f"{saved:.1%}"
+    return f"{mine.hit_rate:.1%}", readable(mine.bytes_moved), told
 
 
 def summary(result: Result, *, timed: bool) -> str:

@@ -53,6 +53,16 @@ def check_traffic(name: Path | None, memory: Memory | None) -> None:
     drawing()
 
 
+def check_moves(name: Path | None, engine: Engine) -> None:
+    """Raises for a drawing of nothing, before anybody is asked: "auto" may have found room for
+    all."""
+    if name is not None and engine.model.rationed is None:
+        raise CoterieError(
+            "--traffic: all experts are in memory, and nothing moves; --expert-memory 35% keeps "
+            "fewer there"
+        )
+
+
 def drawing() -> ModuleType:
     """The room that draws; here and not above, for matplotlib is of an extra."""
     try:
@@ -83,9 +93,10 @@ def draw(engine: Engine, name: Path, result: Result, noted: Noted) -> None:
 
 
 def sums(traffic: Traffic) -> str:
-    """In a line: what came in all, beside what would have."""
+    """In a line: what came in all and would have without a cache, beside vanilla's."""
     usual, saved = traffic.bytes_of_vanilla, traffic.saved
-    told = [f"{readable(traffic.bytes_moved)} moved"]
-    if usual is not None and saved is not None:
-        told.append(f"vanilla with LRU {readable(usual)} ({saved:.0%} saved)")
-    return ", ".join([*told, f"without a cache {readable(traffic.bytes_without_cache)}"])
+    came, uncached = readable(traffic.bytes_moved), readable(traffic.bytes_without_cache)
+    told = f"{came} moved, without a cache {uncached}"
+    if usual is None or saved is None:
+        return told
+    return f"{told}; vanilla with LRU {readable(usual)} ({saved:.0%} saved)"

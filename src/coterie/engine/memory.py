@@ -56,8 +56,9 @@ class Memory:
     ) -> Memory:
         """From what is typed: "35%", "47" a layer, "6GiB" or "auto"; "20GiB" or "auto"; "lru";
         "off", "auto" or the most tokens of an expert."""
+        option, or_else = ("--imagine-memory", "") if imagined else ("--expert-memory", ", or auto")
         return Memory(
-            AUTO if fast.strip() == AUTO else Capacity.parse(fast),
+            AUTO if fast.strip() == AUTO else Capacity.parse(fast, option, or_else),
             AUTO if host == AUTO else None if host is None else parse_bytes(host, "--host-memory"),
             Lru() if eviction is None else parse_eviction(eviction),
             warm,

@@ -88,7 +88,12 @@ def write_votes(path: Path, saved: SavedVotes) -> None:
 
 def read_votes(path: Path) -> SavedVotes:
     """What ``write_votes`` wrote; raises CoterieError for anything else."""
-    found = read_object(path)
+    try:
+        found = read_object(path)
+    except CoterieError as error:
+        raise CoterieError(
+            f"--warm: {error}; `coterie trace --votes FILE` saves votes, and a trace holds them too"
+        ) from None
     if found.get("format") != FORMAT or found.get("version") != VERSION:
         raise CoterieError(
             f"{path}: holds no votes (version {VERSION}); `coterie trace --votes FILE` saves them"

@@ -21,8 +21,9 @@ class Capacity:
     text: str
 
     @staticmethod
-    def parse(text: str) -> Capacity:
-        """ "35%", "47" or "6GiB"; raises CoterieError."""
+    def parse(text: str, what: str = "capacity", or_else: str = "") -> Capacity:
+        """ "35%", "47" or "6GiB"; raises CoterieError that says ``what`` it was to be, and what
+        would do beside these."""
         amount, unit, rate = read_amount(text)
         if not rate and unit == "%" and 0 < amount <= 100:
             return Capacity(amount / 100, "share", text.strip())
@@ -31,8 +32,8 @@ class Capacity:
         if not rate and unit.upper() in UNITS and amount > 0:
             return Capacity(amount * UNITS[unit.upper()], "bytes", text.strip())
         raise CoterieError(
-            f"capacity {text!r}: say a share of the experts (35%), slots of each layer (47) "
-            "or bytes (6GiB)"
+            f"{what} {text!r}: say a share of the experts (35%), slots of each layer (47) "
+            f"or bytes (6GiB){or_else}"
         )
 
     def slots(self, *, layers: int, experts: int, size: int) -> int:
@@ -59,8 +60,9 @@ def parse_bytes(text: str, what: str) -> int:
 
 
 def read_amount(text: str) -> tuple[float, str, bool]:
-    """The number, its unit, and whether it is a rate."""
+    """The number, its unit, and whether it is a rate; 0 of nothing where there is none, for who
+    asks knows what would have done."""
     found = NUMBER.fullmatch(text)
     if found is None:
-        raise CoterieError(f"{text!r} is no amount; 35%, 47, 6GiB and 25GB/s are")
+        return 0.0, "", False
     return float(found[1]), found[2], found[3] is not None

@@ -122,9 +122,10 @@ def bias_of(model: Model) -> Floats | None:
 
 
 def bytes_by_precision(spec: ModelSpec) -> dict[str, int]:
-    """Of one routed expert, in 16 bits and in every format of ``quant``."""
+    """Of one routed expert, in 16 bits and in every format of ``quant``; packed, with what that
+    adds, where this model's are."""
     forms = {"bf16": None, **FORMATS}
-    kept = {name: replace(spec, expert_format=form, panels=False) for name, form in forms.items()}
+    kept = {name: replace(spec, expert_format=form) for name, form in forms.items()}
     return {name: expert_bytes(one, torch.bfloat16) for name, one in kept.items()}
 
 

@@ -155,7 +155,7 @@ def check(grid: Grid) -> None:
         if BELADY in grid.caches and asks_residents(play):
             raise CoterieError(
                 f"{play} elects by what is in fast memory, so that nobody can know whom it will "
-                f"use: {BELADY} cannot be replayed with it"
+                f"use: {BELADY} cannot be replayed with it; leave one of the two out"
             )
 
 
