@@ -26,8 +26,9 @@ from coterie.routing import POLICIES
 from coterie.testing import write_checkpoint
 
 FIELDS = [
-    *("text", "finish_reason", "prompt_tokens", "new_tokens", "forwards", "blocks", "seconds"),
-    *("tokens_per_second", "policy", "model", "dtype", "device", "experts", "expert_bytes"),
+    *("text", "finish_reason", "prompt_tokens", "new_tokens", "forwards", "prefills", "commits"),
+    *("blocks", "seconds", "tokens_per_second"),
+    *("policy", "model", "dtype", "device", "experts", "expert_bytes"),
     *("expert_bytes_vanilla", "vote_mass_kept", "coresets_kept", "drift"),
 ]
 Capture = pytest.CaptureFixture[str]

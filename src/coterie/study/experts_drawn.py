@@ -141,6 +141,7 @@ def mark(one: Axes, point: Point, marker: str, colour: str, *, hollow: bool = Fa
         [point.bytes], [point.tally.accuracy], yerr=wilson([point.tally]), color=colour,
         marker=marker, ms=5, elinewidth=0.7, capsize=0, ls="",
         markerfacecolor="none" if hollow else colour,
+        clip_on=False,  # who errs nowhere sits on the upper edge
     )  # fmt: skip
 
 
