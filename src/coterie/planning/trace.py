@@ -242,7 +242,7 @@ def _header(file: BinaryIO, path: Path) -> tuple[About, Floats | None]:
     except ValueError:
         head, known = {}, False
     if not known or not line.endswith(b"\n"):
-        raise CoterieError(f"{path}: no trace; `coterie trace -o {path}` makes one")
+        raise CoterieError(f"{path}: no trace; `coterie trace -o NEW` makes one")
     if (version := head.pop("version", None)) != VERSION:
         raise CoterieError(f"{path}: a trace of version {version}; this reads version {VERSION}")
     shape, checksum = head.pop("bias_shape"), head.pop("bias_crc32")
