@@ -63,7 +63,7 @@ class Experts:
     title: str = "Experts that do not fit: caching, election and few bits"
     question: str = (
         "Where only some of the experts are in fast memory, can a cache cut what is moved and keep "
-        "answers and throughput, and what do experts in few bits add, at what cost?"
+        "answers and forwards, and what do experts in few bits add, at what cost?"
     )
 
     def measure(self, lab: Lab) -> Facts:
