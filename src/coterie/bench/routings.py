@@ -59,4 +59,7 @@ def mean_unique(router: RouterSpec, tokens: int, bend: float, draws: int) -> flo
 def routed(scores: Scores, policy: Policy, device: torch.device) -> Routing:
     """The routing of skewed scores, on the device where the experts are."""
     found = route(scores, policy)
-    return Routing(*(part.to(device) for part in (found.ids, found.weights, found.used, found.own)))
+    ids, weights, used, own = (
+        part.to(device) for part in (found.ids, found.weights, found.used, found.own)
+    )
+    return Routing(ids, weights, used, own)

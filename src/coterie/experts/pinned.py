@@ -27,7 +27,7 @@ def pinned(count: int, size: int, device: torch.device) -> Tensor:
         memory = mmap.mmap(-1, count * size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     except OSError as error:
         raise CoterieError(f"{told} ({error.strerror})") from None
-    if hasattr(mmap, "MADV_HUGEPAGE"):
+    with suppress(OSError, AttributeError):  # a system without huge pages
         memory.madvise(mmap.MADV_HUGEPAGE)
     held = np.frombuffer(memory, dtype=np.uint8)
     address = held.ctypes.data
