@@ -52,12 +52,8 @@ class Slots:
         self.capacity = min(self.capacity, self.experts)
         votes = np.zeros(self.experts) if self.warm is None else self.warm
         self._worth = self.rule.first(votes)
-        best = np.lexsort((np.arange(self.experts), -votes))[: self.capacity]
-        known = [int(expert) for expert in best if votes[expert] > 0]
-        self.holds = known + [NOBODY] * (self.capacity - len(known))
-        self.slot_of = np.full(self.experts, NOBODY, dtype=np.int64)
-        self.slot_of[known] = np.arange(len(known))
-        self.present = len(known)
+        self.holds, self.slot_of = begun(votes, self.capacity)
+        self.present = int(np.count_nonzero(self.resident))
 
     @property
     def resident(self) -> Mask:
@@ -129,6 +125,15 @@ class Slots:
             self.holds[slot] = expert
             self.slot_of[expert] = slot
         return Wave(experts, loads)
+
+
+def begun(votes: Numbers, capacity: int) -> tuple[list[int], Places]:
+    """Who holds each slot before any forward, and the slots [E] of all: the most voted, if any."""
+    best = np.lexsort((np.arange(len(votes)), -votes))[:capacity]
+    known = [int(expert) for expert in best if votes[expert] > 0]
+    slot_of = np.full(len(votes), NOBODY, dtype=np.int64)
+    slot_of[known] = np.arange(len(known))
+    return known + [NOBODY] * (capacity - len(known)), slot_of
 
 
 def _listed(mask: Mask) -> tuple[int, ...]:

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from coterie.experts.eviction import Eviction, Mask, Numbers, Seen
-from coterie.experts.slots import NOBODY, Places
+from coterie.experts.slots import NOBODY, Places, begun
 from coterie.naming import CoterieError
 
 
@@ -36,11 +36,7 @@ class Finer:
         self.capacity = min(self.capacity, self.experts)
         votes = np.zeros(self.experts) if self.warm is None else self.warm
         self._worth = self.rule.first(votes)
-        best = np.lexsort((np.arange(self.experts), -votes))[: self.capacity]
-        known = [int(expert) for expert in best if votes[expert] > 0]
-        self.holds = known + [NOBODY] * (self.capacity - len(known))
-        self.slot_of = np.full(self.experts, NOBODY, dtype=np.int64)
-        self.slot_of[known] = np.arange(len(known))
+        self.holds, self.slot_of = begun(votes, self.capacity)
 
     @property
     def resident(self) -> Mask:
