@@ -13,14 +13,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import coterie
-from coterie.evals.report import lines
-from coterie.evals.run import Arm, run
-from coterie.evals.sheet import Sheet
-from coterie.evals.stats import holm, paired
-from coterie.evals.task import Wish
+from coterie.evals.report import summarize
+from coterie.evals.run import Variant, run_eval
+from coterie.evals.sheet import EvalResult
+from coterie.evals.stats import holm_adjust, paired_difference
+from coterie.evals.task import TaskOptions
 from coterie.evals.tasks import open_tasks
-from coterie.problems import TASKS
-from coterie.results import record, write_record
+from coterie.problems import PROBLEM_MAKERS
+from coterie.results import make_record, write_record
 
 SEED = 9001
 BETAS = (0.15, 0.22, 0.3, 0.4)
@@ -54,21 +54,21 @@ BESIDE_UNION = (0.18, 0.04, 0.0102)  # priced elections of about as many experts
 def main(words: Sequence[str]) -> int:
     asked = options().parse_args(words)
     engine = coterie.load()
-    wish = Wish(engine.model.family.name, count=asked.items, seed=asked.seed)
-    tasks = open_tasks(list(TASKS), wish)
+    wish = TaskOptions(engine.model.family.name, count=asked.items, seed=asked.seed)
+    tasks = open_tasks(list(PROBLEM_MAKERS), wish)
     rules = [rule for size in SIZES for rule in vars(size).values()]
     beside = [f"priced-vote:price={price}" for price in BESIDE_UNION]
-    arms = [Arm(policy) for policy in dict.fromkeys(("vanilla", *rules, *SEQUENTIAL, *beside))]
-    sheets = run(engine, tasks, arms, asked.folder, rows=asked.rows)
+    arms = [Variant(policy) for policy in dict.fromkeys(("vanilla", *rules, *SEQUENTIAL, *beside))]
+    sheets = run_eval(engine, tasks, arms, asked.folder, batch_size=asked.rows)
     by_policy = {sheet.policy: sheet for sheet in sheets}
     facts = {
         "model": engine.model.name,
         "seed": asked.seed,
         "items_a_task": asked.items,
-        "policies": [line.document() for line in lines(sheets, [task.name for task in tasks])],
+        "policies": [line.to_dict() for line in summarize(sheets, [task.name for task in tasks])],
         "duels": duels(by_policy),
     }
-    content = record("Beyond DES-Vote", ["scripts/beyond", *words], [], facts=facts)
+    content = make_record("Beyond DES-Vote", ["scripts/beyond", *words], [], facts=facts)
     tell(sheets, facts["duels"])
     print(write_record(asked.out, content))
     return 0
@@ -84,7 +84,7 @@ def options() -> argparse.ArgumentParser:
     return parser
 
 
-def duels(sheets: Mapping[str, Sheet]) -> list[dict[str, object]]:
+def duels(sheets: Mapping[str, EvalResult]) -> list[dict[str, object]]:
     """Pairs on the same items, first the one to beat; Holm over the pairs of each question."""
     unions = zip(SEQUENTIAL, BESIDE_UNION, strict=True)
     questions = {
@@ -96,8 +96,8 @@ def duels(sheets: Mapping[str, Sheet]) -> list[dict[str, object]]:
     }
     told: list[dict[str, object]] = []
     for question, pairs in questions.items():
-        found = [paired(sheets[a].right(), sheets[b].right()) for a, b in pairs]
-        raised = holm([duel.p for duel in found])
+        found = [paired_difference(sheets[a].correct(), sheets[b].correct()) for a, b in pairs]
+        raised = holm_adjust([duel.p_value for duel in found])
         for (a, b), duel, p in zip(pairs, found, raised, strict=True):
             told.append(
                 {
@@ -109,16 +109,16 @@ def duels(sheets: Mapping[str, Sheet]) -> list[dict[str, object]]:
                     "interval": list(duel.interval),
                     "gained": duel.gained,
                     "lost": duel.lost,
-                    "p": duel.p,
+                    "p": duel.p_value,
                     "p_holm": p,
                 }
             )
     return told
 
 
-def tell(sheets: Sequence[Sheet], found: Sequence[Mapping[str, object]]) -> None:
+def tell(sheets: Sequence[EvalResult], found: Sequence[Mapping[str, object]]) -> None:
     for sheet in sheets:
-        right = sheet.right()
+        right = sheet.correct()
         print(
             f"{sheet.policy:48} {sum(right) / len(right):6.1%} of {len(right)}"
             f" {sheet.experts:6.1f} experts {sheet.forwards_per_block:5.2f} forwards a block"

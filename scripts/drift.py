@@ -20,22 +20,22 @@ from tempfile import TemporaryDirectory
 import coterie
 from coterie.engine.engine import Engine
 from coterie.engine.event import Result
-from coterie.engine.memory import Memory
-from coterie.evals.asking import Question, outcomes
-from coterie.evals.stats import Share, paired
-from coterie.evals.task import Task, Wish
+from coterie.engine.memory import ExpertMemoryConfig
+from coterie.evals.asking import EvalRequest, generate_outcomes
+from coterie.evals.stats import Proportion, paired_difference
+from coterie.evals.task import Task, TaskOptions
 from coterie.evals.tasks import open_tasks
 from coterie.experts.capacity import Capacity
 from coterie.keys import to_json
-from coterie.planning.booking import Play
-from coterie.planning.machine import Machine
-from coterie.planning.recording import about, bias_of, record_trace
-from coterie.planning.replay import Grid, Replayed, replay
-from coterie.planning.trace import Writer, read
-from coterie.problems import TASKS
-from coterie.results import record, write_record
+from coterie.planning.booking import ReplayPolicy
+from coterie.planning.machine import HardwareModel
+from coterie.planning.recording import trace_header, bias_of, record_trace
+from coterie.planning.replay import ReplayGrid, ReplayPoint, replay
+from coterie.planning.trace import TraceWriter, read_trace
+from coterie.problems import PROBLEM_MAKERS
+from coterie.results import make_record, write_record
 from coterie.routing import parse_policy
-from coterie.study.remembering import Remembering
+from coterie.study.remembering import CachedGradesTask
 
 SEED = 9301
 MEMORY = "35%"
@@ -54,7 +54,7 @@ WAYS: Mapping[str, Mapping[str, object]] = {
 class Run:
     """One policy's answers in one way of decoding, and what they moved."""
 
-    play: Play
+    play: ReplayPolicy
     right: list[bool]
     results: list[Result]
     used: int
@@ -65,9 +65,9 @@ class Run:
     def kept(self) -> tuple[float | None, float | None]:
         """The share of later steps' coresets that stayed, and the votes lost by it."""
         told = [
-            (one.forwards - one.blocks, one.coresets_kept, one.drift)
+            (one.forwards - one.blocks, one.coreset_reuse_rate, one.reuse_vote_loss)
             for one in self.results
-            if one.coresets_kept is not None and one.drift is not None
+            if one.coreset_reuse_rate is not None and one.reuse_vote_loss is not None
         ]
         steps = sum(weight for weight, _, _ in told)
         if not steps:
@@ -79,11 +79,11 @@ class Run:
 def main(words: Sequence[str]) -> int:
     asked = options().parse_args(words)
     engine = coterie.load()
-    wish = Wish(engine.model.family.name, count=asked.items, seed=asked.seed)
-    tasks: list[Task] = [Remembering(task) for task in open_tasks(list(TASKS), wish)]
+    wish = TaskOptions(engine.model.family.name, count=asked.items, seed=asked.seed)
+    tasks: list[Task] = [CachedGradesTask(task) for task in open_tasks(list(PROBLEM_MAKERS), wish)]
     for way in asked.ways:
         facts = measured(engine, tasks, WAYS[way], asked.prompts)
-        content = record(f"Drift {way}", ["scripts/drift", *words], [], facts=facts)
+        content = make_record(f"Drift {way}", ["scripts/drift", *words], [], facts=facts)
         print(write_record(asked.out, content), flush=True)
     return 0
 
@@ -101,11 +101,13 @@ def options() -> argparse.ArgumentParser:
 def measured(
     engine: Engine, tasks: Sequence[Task], way: Mapping[str, object], prompts: int
 ) -> dict[str, object]:
-    plays = [Play(parse_policy("vanilla"))]
-    plays += [Play(parse_policy(name), bound, True) for name in POLICIES for bound in BOUNDS]
+    plays = [ReplayPolicy(parse_policy("vanilla"))]
+    plays += [
+        ReplayPolicy(parse_policy(name), bound, True) for name in POLICIES for bound in BOUNDS
+    ]
     told = foretold(engine, tasks, plays, way, prompts)
     runs = [answered(engine, tasks, play, way) for play in plays]
-    fresh = {str(run.play.policy): run for run in runs if run.play.drift is None}
+    fresh = {str(run.play.policy): run for run in runs if run.play.reuse_tolerance is None}
     rows = [
         row(run, runs[0], fresh[str(run.play.policy)], point)
         for run, point in zip(runs, told, strict=True)
@@ -113,81 +115,85 @@ def measured(
     return {"memory": MEMORY, "commit": "policy", "decoding": dict(way), "policies": rows}
 
 
-def answered(engine: Engine, tasks: Sequence[Task], play: Play, way: Mapping[str, object]) -> Run:
+def answered(
+    engine: Engine, tasks: Sequence[Task], play: ReplayPolicy, way: Mapping[str, object]
+) -> Run:
     """Every problem of every task, with an empty memory at first."""
-    model = engine.model.imagining(Memory.parse(MEMORY, imagined=True))
+    model = engine.model.with_simulated_cache(ExpertMemoryConfig.parse(MEMORY, simulated=True))
     own = Engine(model, generation=engine.generation)
-    asked: dict[str, object] = {**way, "commit": "policy" if play.commits else "vanilla"}
-    asked |= {} if play.drift is None else {"drift": play.drift}
+    asked: dict[str, object] = {**way, "commit": "policy" if play.routes_commits else "vanilla"}
+    asked |= {} if play.reuse_tolerance is None else {"drift": play.reuse_tolerance}
     questions = [
-        Question(task, item, engine.generation.but(**task.generation()).but(**asked))
+        EvalRequest(task, item, engine.generation.replace(**task.generation()).replace(**asked))
         for task in tasks
         for item in task.items()
     ]
     right, results = [], []
-    for ended in outcomes(own, questions, play.policy, rows=1):
+    for ended in generate_outcomes(own, questions, play.policy, batch_size=1):
         for one in ended:
             if one.result is None:
                 raise RuntimeError(one.error)
             results.append(one.result)
-            right.append(one.question.task.grade(one.result.text, one.question.item).correct)
-    store = model.rationed
-    traffic = store.ledger.traffic()
-    run = Run(play, right, results, traffic.used, traffic.moved, store.expert_bytes)
-    print(f"{play!s:70} {sum(right)} of {len(right)}, {traffic.moved} moved", flush=True)
+            right.append(one.request.task.grade(one.result.text, one.request.item).correct)
+    store = model.cached_store
+    traffic = store.traffic_log.traffic()
+    run = Run(play, right, results, traffic.experts_used, traffic.experts_moved, store.expert_bytes)
+    print(f"{play!s:70} {sum(right)} of {len(right)}, {traffic.experts_moved} moved", flush=True)
     return run
 
 
 def foretold(
     engine: Engine,
     tasks: Sequence[Task],
-    plays: Sequence[Play],
+    plays: Sequence[ReplayPolicy],
     way: Mapping[str, object],
     prompts: int,
-) -> list[Replayed]:
+) -> list[ReplayPoint]:
     """By vanilla's trace of each task's first problems, one row at a time."""
     asked = [task.prompt(item) for task in tasks for item in task.items()[:prompts]]
-    said = about(engine, policy="vanilla", generation=engine.generation, prompts={}, made={})
+    said = trace_header(
+        engine, policy="vanilla", generation=engine.generation, prompts={}, provenance={}
+    )
     with TemporaryDirectory() as folder:
         path = Path(folder) / "trace"
-        with Writer(path, said, bias_of(engine.model)) as writer:
+        with TraceWriter(path, said, bias_of(engine.model)) as writer:
             record_trace(engine, asked, writer, **way)
-        trace = read(path)
-    sizes, links = {"bf16": trace.about.expert_bytes["bf16"]}, {"": Machine(1e9)}
-    grid = Grid(plays, ["lru"], [Capacity.parse(MEMORY)], sizes, links)
+        trace = read_trace(path)
+    sizes, links = {"bf16": trace.header.expert_bytes["bf16"]}, {"": HardwareModel(1e9)}
+    grid = ReplayGrid(plays, ["lru"], [Capacity.parse(MEMORY)], sizes, links)
     return list(replay(trace, grid).points)
 
 
-def row(run: Run, vanilla: Run, fresh: Run, point: Replayed) -> dict[str, object]:
+def row(run: Run, vanilla: Run, fresh: Run, point: ReplayPoint) -> dict[str, object]:
     """As the record has it."""
-    share, (kept, lost) = Share(sum(run.right), len(run.right)), run.kept
+    share, (kept, lost) = Proportion(sum(run.right), len(run.right)), run.kept
     forwards = sum(one.forwards for one in run.results)
     against = {"vanilla": vanilla, "electing anew": fresh}
     return {
         "policy": str(run.play.policy if run is vanilla else run.play),
-        "drift": run.play.drift,
-        "right": share.right,
+        "drift": run.play.reuse_tolerance,
+        "right": share.successes,
         "n": share.n,
         "interval": share.interval,
         "against": {
-            name: {"difference": duel.difference, "p": duel.p, **to_json(duel)}
+            name: {"difference": duel.difference, "p": duel.p_value, **to_json(duel)}
             for name, other in against.items()
             if other is not run
-            for duel in [paired(other.right, run.right)]
+            for duel in [paired_difference(other.right, run.right)]
         },
         "forwards": forwards,
         "blocks": sum(one.blocks for one in run.results),
         "experts": sum(one.experts.mean * one.forwards for one in run.results) / forwards,
         "vote_mass_kept": sum(one.vote_mass_kept * one.forwards for one in run.results) / forwards,
         "coresets_kept": kept,
-        "coresets_kept_foretold": point.coresets_kept,
+        "coresets_kept_foretold": point.coresets_reused,
         "votes_lost": lost,
         "experts_used": run.used,
         "experts_moved": run.moved,
         "bytes_moved": run.moved * run.expert_bytes,
         "bytes_a_forward": run.moved * run.expert_bytes / forwards,
         "saved_against_vanilla": 1 - run.moved / vanilla.moved,
-        "saved_foretold": point.traffic.saved,
+        "saved_foretold": point.traffic.fraction_saved,
         "saved_against_electing_anew": 1 - run.moved / fresh.moved,
     }
 

@@ -106,7 +106,7 @@ def ran(part: str, asked: argparse.Namespace, words: Sequence[str]) -> bool:
     import torch
     from gpu_parts.found import Found
 
-    from coterie.results import record, write_record
+    from coterie.results import make_record, write_record
 
     device = torch.device("cpu" if asked.dry_run else "cuda")
     named = "cpu" if asked.dry_run else torch.cuda.get_device_name()
@@ -114,7 +114,9 @@ def ran(part: str, asked: argparse.Namespace, words: Sequence[str]) -> bool:
 
     def write(found: Found) -> None:
         command, facts = ["scripts/gpu", *words], dict(found.document())
-        write_record(asked.out, record(title, command, found.measures, facts=facts, device=named))
+        write_record(
+            asked.out, make_record(title, command, found.measures, facts=facts, device=named)
+        )
 
     def keep(found: Found) -> None:
         nonlocal written

@@ -28,21 +28,21 @@ from typing import TypedDict
 import torch
 
 from coterie import ops
-from coterie.engine.journal import MANIFEST, Sums
+from coterie.engine.journal import MANIFEST, Checksums
 from coterie.engine.load import load_model
-from coterie.engine.written import PAGE, header
+from coterie.engine.written import PAGE_BYTES, safetensors_header
 from coterie.families.names import is_expert, layer_of, weight_map
-from coterie.families.reading import EXPERT_FORMAT, EXPERT_LAYOUT, PANELS
-from coterie.model.checkpoint import INDEX
+from coterie.families.reading import EXPERT_FORMAT_KEY, EXPERT_LAYOUT_KEY, PANEL_LAYOUT
+from coterie.model.checkpoint import INDEX_FILE
 from coterie.model.moe import MoE
 from coterie.model.spec import ModelSpec
-from coterie.model.weights import Place, is_packed
+from coterie.model.weights import TensorTarget, is_packed
 from coterie.ops import cpu
-from coterie.ops.panels import LAYOUT
-from coterie.quant import FORMATS, quantise
-from coterie.results import Measure, record, write_record
+from coterie.ops.panels import LAYOUT_VERSION
+from coterie.quant import FORMATS, quantize
+from coterie.results import Measurement, make_record, write_record
 from coterie.testing import read_spec, tiny_config
-from coterie.values import Demand, Panels, Slab
+from coterie.values import ExpertRequest, PackedExperts, Slab
 
 MINI: Mapping[str, int] = {
     "hidden_size": 2048,
@@ -84,7 +84,7 @@ def main(words: Sequence[str]) -> int:
     for name, facts in found.items():
         print(name, json.dumps(facts))
     measures = [
-        Measure(f"{name}, {state}", "s", tuple(facts["seconds"][state]))
+        Measurement(f"{name}, {state}", "s", tuple(facts["seconds"][state]))
         for name, facts in found.items()
         for state in STATES
     ]
@@ -93,7 +93,7 @@ def main(words: Sequence[str]) -> int:
     measures += checksums()
     facts = {"layers": asked.layers, "vocabulary": asked.vocabulary, "kinds": found}
     told = [asked.folder.name if word == str(asked.folder) else word for word in words]
-    content = record(asked.title, ["scripts/loading", *told], measures, facts=facts)
+    content = make_record(asked.title, ["scripts/loading", *told], measures, facts=facts)
     print(write_record(asked.out, content))
     return 0
 
@@ -117,12 +117,14 @@ def make(folder: Path, name: str, *, layers: int, vocabulary: int) -> None:
     kind, panels = KINDS[name]
     sizes = {**MINI, "num_hidden_layers": layers, "vocab_size": vocabulary}
     config = {**tiny_config("llada2"), **sizes, "dtype": "bfloat16"}
-    config |= {} if kind == "bf16" else {EXPERT_FORMAT: FORMATS[kind].document()}
-    config |= {EXPERT_LAYOUT: {"name": PANELS, "version": LAYOUT}} if panels else {}
+    config |= {} if kind == "bf16" else {EXPERT_FORMAT_KEY: FORMATS[kind].to_dict()}
+    config |= (
+        {EXPERT_LAYOUT_KEY: {"name": PANEL_LAYOUT, "version": LAYOUT_VERSION}} if panels else {}
+    )
     family, spec = read_spec(config)
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
-    places = weight_map(family.names, spec, stacked=False)
+    places = weight_map(family.tensor_names, spec, stacked=False)
     owner = {
         at: f"experts-{layer_of(place)}.safetensors" if is_expert(place) else "rest.safetensors"
         for at, place in places.items()
@@ -131,22 +133,22 @@ def make(folder: Path, name: str, *, layers: int, vocabulary: int) -> None:
     for file in dict.fromkeys(owner.values()):
         held = {at: place for at, place in places.items() if owner[at] == file}
         sums |= {at: {"file": file, **of} for at, of in write(folder / file, held, spec).items()}
-    (folder / INDEX).write_text(json.dumps({"metadata": {}, "weight_map": owner}))
+    (folder / INDEX_FILE).write_text(json.dumps({"metadata": {}, "weight_map": owner}))
     (folder / MANIFEST).write_text(json.dumps({"tensors": sums}))
     (folder / "config.json").write_text(json.dumps(config))
 
 
-def write(path: Path, held: Mapping[str, Place], spec: ModelSpec) -> Sums:
+def write(path: Path, held: Mapping[str, TensorTarget], spec: ModelSpec) -> Checksums:
     """The file, and the checksums of what is in it, as a conversion would list them."""
     kinds = {name: (place.shape, place.dtype or torch.bfloat16) for name, place in held.items()}
-    sums: Sums = {}
+    sums: Checksums = {}
     with path.open("wb") as sink:
-        sink.write(header(kinds, PAGE))
+        sink.write(safetensors_header(kinds, PAGE_BYTES))
         for name, place in held.items():
             digest, each = hashlib.sha256(), []
             for piece in contents(place, prod(kinds[name][0]) * kinds[name][1].itemsize, spec):
                 sink.write(piece)
-                if is_packed(place.target):
+                if is_packed(place.weight):
                     stride = spec.expert_stride
                     blobs = (piece[at : at + stride] for at in range(0, len(piece), stride))
                     each += [f"{zlib.crc32(blob):08x}" for blob in blobs]
@@ -158,10 +160,10 @@ def write(path: Path, held: Mapping[str, Place], spec: ModelSpec) -> Sums:
     return sums
 
 
-def contents(place: Place, size: int, spec: ModelSpec) -> Iterator[memoryview]:
+def contents(place: TensorTarget, size: int, spec: ModelSpec) -> Iterator[memoryview]:
     """So many bytes that may stand for weights: finite, small, and not all alike."""
     draw = torch.Generator().manual_seed(size)
-    if is_packed(place.target):
+    if is_packed(place.weight):
         pool = torch.cat([blob(spec, draw) for _ in range(DISTINCT)])
     elif place.dtype in (torch.int8, torch.uint8):
         pool = torch.randint(0, 256, (1 << 22,), dtype=torch.uint8, generator=draw)
@@ -179,9 +181,9 @@ def blob(spec: ModelSpec, draw: torch.Generator) -> torch.Tensor:
         torch.randn(1, *shape, generator=draw) * 0.02
         for shape in ((2 * width, hidden), (hidden, width))
     ]
-    kept = [w.bfloat16() if form is None else quantise(w, form) for w in whole]
+    kept = [w.bfloat16() if form is None else quantize(w, form) for w in whole]
     packed = ops.pack(Slab(*kept, torch.zeros(1, dtype=torch.int64))).gate_up
-    assert isinstance(packed, Panels)
+    assert isinstance(packed, PackedExperts)
     return packed.packed[0]
 
 
@@ -198,17 +200,17 @@ def timed(folder: Path, rounds: int) -> Facts:
     )
 
 
-def bandwidths(folder: Path, rounds: int) -> list[Measure]:
+def bandwidths(folder: Path, rounds: int) -> list[Measurement]:
     """A layer's experts read as the kernels read: mapped, and copied to huge pages; in turns."""
     model = load_model(folder, dtype="bf16", device="cpu")
     layer = model.spec.moe_layers[0]
     feed_forward = model.transformer.layers[layer].feed_forward
     assert isinstance(feed_forward, MoE)
     everybody = torch.ones(model.spec.router.experts, dtype=torch.bool)
-    [mapped] = feed_forward.store.serve(layer, Demand(everybody))
+    [mapped] = feed_forward.store.serve(layer, ExpertRequest(everybody))
     panels = mapped.gate_up
-    assert isinstance(panels, Panels)
-    memory = cpu.memory(*panels.packed.shape)
+    assert isinstance(panels, PackedExperts)
+    memory = cpu.allocate(*panels.packed.shape)
     memory.copy_(panels.packed)
     copy = replace(panels, packed=memory)
     slabs = {"map": mapped, "huge pages": Slab(copy, copy, mapped.slot_of)}
@@ -216,16 +218,16 @@ def bandwidths(folder: Path, rounds: int) -> list[Measure]:
     for turn in range(4 * rounds + 1):
         for name, slab in slabs.items():
             began = time.perf_counter()
-            cpu.read(slab, everybody)
+            cpu.read_experts(slab, everybody)
             if turn:
                 taken[name].append(panels.nbytes / (time.perf_counter() - began) / GB)
     return [
-        Measure(f"{folder.name}, read from {name}", "GB/s", tuple(found))
+        Measurement(f"{folder.name}, read from {name}", "GB/s", tuple(found))
         for name, found in taken.items()
     ]
 
 
-def checksums() -> list[Measure]:
+def checksums() -> list[Measurement]:
     """How fast bytes are summed up on one thread: an expert's at a time, each by every sum."""
     content = torch.randint(256, (1 << 28,), dtype=torch.uint8)
     sums: dict[str, Callable[[torch.Tensor], object]] = {
@@ -241,7 +243,7 @@ def checksums() -> list[Measure]:
             for blob in piece.split(1 << 22):
                 sum_(blob)
             found[name].append(len(piece) / (time.perf_counter() - began) / GB)
-    return [Measure(name, "GB/s", tuple(rates)) for name, rates in found.items()]
+    return [Measurement(name, "GB/s", tuple(rates)) for name, rates in found.items()]
 
 
 def child(folder: Path, state: str) -> dict[str, float]:

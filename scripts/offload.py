@@ -30,7 +30,7 @@ import torch
 from offload_parts import layers, whole
 from offload_parts.bench import Bench, law_of, spec_of
 
-from coterie.results import record, write_record
+from coterie.results import make_record, write_record
 
 DRAWN = Path("results/replay-drawn-mini.json")
 PARTS = ("layers", "whole", "resident")
@@ -49,7 +49,7 @@ def main(words: Sequence[str]) -> int:
     }
     for part in asked.parts:
         title, measures, facts = measured[part]()
-        content = record(title, ["scripts/offload", *told], measures, facts=facts)
+        content = make_record(title, ["scripts/offload", *told], measures, facts=facts)
         print(write_record(asked.out, content), flush=True)
     return 0
 

@@ -14,8 +14,8 @@ from rich.console import Console
 from rich.text import Text
 
 import coterie
-from coterie.cli.view import View
-from coterie.cli.watch import view
+from coterie.cli.view import LiveView
+from coterie.cli.watch import make_view
 
 QUESTION = "Tom has 3 boxes of 4 pens and gives away 5. How many pens are left?"
 POLICY = "des-vote:beta=0.3"
@@ -45,21 +45,21 @@ def main(words: Sequence[str]) -> int:
     return 0
 
 
-def unmasked(question: str, policy: str, unmask: str) -> list[View]:
+def unmasked(question: str, policy: str, unmask: str) -> list[LiveView]:
     """The view after every forward."""
     engine = coterie.load()
-    screen, moments = view(engine, policy), []
+    screen, moments = make_view(engine, policy), []
     for event in engine.stream(question, policy=policy, unmask=unmask):
         if isinstance(event, coterie.Denoised):
-            screen.take(event)
-            moments.append(replace(screen, marks=dict(screen.marks)))
+            screen.update(event)
+            moments.append(replace(screen, tokens=dict(screen.tokens)))
     return moments
 
 
-def half_way(moments: Sequence[View]) -> View:
+def half_way(moments: Sequence[LiveView]) -> LiveView:
     """The moment at which most nearly half of the fullest block is still a guess."""
     waiting = [
-        sum(mark.state == "provisional" for mark in moment.marks.values()) for moment in moments
+        sum(mark.state == "provisional" for mark in moment.tokens.values()) for moment in moments
     ]
     middle = max(waiting) / 2
     return min(zip(waiting, moments, strict=True), key=lambda pair: abs(pair[0] - middle))[1]

@@ -8,15 +8,21 @@ from pathlib import Path
 
 import torch
 
-from coterie.engine.coarse import Coarse, Split
-from coterie.engine.distance import distance
+from coterie.engine.coarse import LowPrecisionExperts, PrecisionSplit
+from coterie.engine.distance import quantization_error
 from coterie.experts.eviction import Lru
 from coterie.keys import from_json, to_json
 from coterie.ops.panels import expert_bytes
-from coterie.planning.booking import Cache, Memory, Play, book, choose
+from coterie.planning.booking import (
+    CacheConfig,
+    TraceVotes,
+    ReplayPolicy,
+    replay_cache,
+    select_experts,
+)
 from coterie.planning.precisions import CAME, Mixture, mix
-from coterie.planning.synthetic import MINI, Law, synthetic
-from coterie.quant import FORMATS, quantise
+from coterie.planning.synthetic import LLADA2_MINI, RoutingLaw, synthetic_trace
+from coterie.quant import FORMATS, quantize
 from coterie.routing import parse_policy
 from coterie.values import Slab
 
@@ -32,18 +38,20 @@ PLACEMENTS = (
 
 def drawn(share: float) -> dict[str, object]:
     """Bytes a forward, and the loss bound, of each precision alone and of both."""
-    law = from_json(Law, json.loads(LAW.read_text())["facts"]["as read off"]["law"])
-    trace = synthetic(MINI, law, blocks=BLOCKS, seed=7)
-    memory = Memory.of(trace)
+    law = from_json(RoutingLaw, json.loads(LAW.read_text())["facts"]["as read off"]["law"])
+    trace = synthetic_trace(LLADA2_MINI, law, blocks=BLOCKS, seed=7)
+    memory = TraceVotes.of(trace)
     sizes = {kind: expert_bytes(kind, hidden=HIDDEN, width=WIDTH) for kind in ("int8", "int4")}
     errors = {kind: gaussian_error(kind) for kind in sizes}
-    room = int(share * MINI.experts) * sizes["int8"]
+    room = int(share * LLADA2_MINI.experts) * sizes["int8"]
     lines = []
     for policy in POLICIES:
-        chosen = choose(memory, Play(parse_policy(policy)))
+        chosen = select_experts(memory, ReplayPolicy(parse_policy(policy)))
         forwards = len(memory.passes)
         for kind, size in sizes.items():
-            held = book(memory, Play(parse_policy(policy)), chosen, Cache(Lru(), room // size))
+            held = replay_cache(
+                memory, ReplayPolicy(parse_policy(policy)), chosen, CacheConfig(Lru(), room // size)
+            )
             lines.append(
                 {
                     "policy": policy,
@@ -56,17 +64,17 @@ def drawn(share: float) -> dict[str, object]:
                 }
             )
         for spelling in PLACEMENTS:
-            placement = Coarse.parse("", spelling).placement
-            split = Split.of(
-                room, placement.share, experts=MINI.experts, fine=sizes["int8"],
-                coarse=sizes["int4"],
+            placement = LowPrecisionExperts.parse("", spelling).precision_policy
+            split = PrecisionSplit.of(
+                room, placement.share, experts=LLADA2_MINI.experts, high_bytes=sizes["int8"],
+                low_bytes=sizes["int4"],
             )  # fmt: skip
             books = mix(memory, chosen.used, split, placement)
             lines.append(
                 {
                     "policy": policy,
                     "memory": spelling,
-                    "slots": [split.fine, split.coarse],
+                    "slots": [split.high_slots, split.low_slots],
                     **summed(books, sizes, errors, forwards),
                 }
             )
@@ -104,5 +112,5 @@ def gaussian_error(kind: str) -> float:
     gate_up = torch.randn(1, 2 * WIDTH, HIDDEN, generator=draw) * HIDDEN**-0.5
     down = torch.randn(1, HIDDEN, WIDTH, generator=draw) * WIDTH**-0.5
     nobody = torch.zeros(1, dtype=torch.int64)
-    few = Slab(quantise(gate_up, FORMATS[kind]), quantise(down, FORMATS[kind]), nobody)
-    return distance(Slab(gate_up, down, nobody), few)
+    few = Slab(quantize(gate_up, FORMATS[kind]), quantize(down, FORMATS[kind]), nobody)
+    return quantization_error(Slab(gate_up, down, nobody), few)

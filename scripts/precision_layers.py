@@ -10,12 +10,12 @@ import torch
 from torch import Tensor
 
 from coterie import ops
-from coterie.engine.distance import distance
-from coterie.experts.mixed import shares
-from coterie.quant import FORMATS, dequantise, quantise
+from coterie.engine.distance import quantization_error
+from coterie.experts.mixed import vote_shares
+from coterie.quant import FORMATS, dequantize, quantize
 from coterie.routing import route
 from coterie.routing.token import Vanilla
-from coterie.values import Demand, RouterSpec, Routing, Scores, Slab
+from coterie.values import ExpertRequest, RouterSpec, Routing, Scores, Slab
 
 DRAWS, TOKENS, EXPERTS, K, HIDDEN, WIDTH = 60, 32, 64, 8, 128, 64
 
@@ -36,12 +36,14 @@ class Layer:
         whole = Slab(gate_up.bfloat16().float(), down.bfloat16().float(), everyone)
         kinds = {
             name: Slab(
-                *(dequantise(quantise(w, form)) for w in (whole.gate_up, whole.down)), everyone
+                *(dequantize(quantize(w, form)) for w in (whole.gate_up, whole.down)), everyone
             )
             for name, form in FORMATS.items()
         }
         errors = {
-            name: np.array([distance(one(whole, e), one(slab, e)) for e in range(EXPERTS)])
+            name: np.array(
+                [quantization_error(one(whole, e), one(slab, e)) for e in range(EXPERTS)]
+            )
             for name, slab in kinds.items()
         }
         return Layer(whole, kinds, errors)
@@ -69,7 +71,7 @@ def layers() -> dict[str, object]:
         logits = (torch.randn(1, TOKENS, EXPERTS, generator=draw) + bias).float()
         scores = Scores(logits, RouterSpec(EXPERTS, K, "softmax", renormalise=True))
         routing = route(scores, Vanilla())
-        demand = Demand(routing.used, routing, scores)
+        demand = ExpertRequest(routing.used, routing, scores)
         assert demand.votes is not None
         votes, used = demand.votes.numpy(), routing.used.numpy()
         x = torch.randn(TOKENS, HIDDEN, generator=draw)
@@ -78,7 +80,7 @@ def layers() -> dict[str, object]:
             fine = np.zeros(EXPERTS, dtype=bool)
             fine[np.argsort(order, kind="stable")[:count]] = True
             error = np.where(fine, layer.errors["int8"], layer.errors["int4"])
-            share = shares(votes, used)
+            share = vote_shares(votes, used)
             points.append(
                 {
                     "fine": name,
@@ -102,11 +104,11 @@ def losses(layer: Layer, routing: Routing, x: Tensor, fine: np.ndarray) -> dict[
     lost = found - true
     sums = torch.zeros(TOKENS)
     for expert in range(EXPERTS):
-        alone = routing.ids == expert
-        weight = (routing.weights * alone).sum(-1)
+        alone = routing.topk_ids == expert
+        weight = (routing.topk_weights * alone).sum(-1)
         if bool(alone.any()):
             gate_up, down = layer.whole.gate_up[expert], layer.whole.down[expert]
-            given = ops.linear(ops.gated(ops.linear(x, gate_up)), down)
+            given = ops.linear(ops.silu_and_mul(ops.linear(x, gate_up)), down)
             sums += weight * given.norm(dim=-1)
     return {
         "of_sums": float(lost.norm(dim=-1).sum() / sums.sum()),

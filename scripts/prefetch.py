@@ -29,34 +29,46 @@ import torch
 import coterie
 from coterie import ops
 from coterie.engine.engine import Engine
-from coterie.engine.watch import Watched, watch
-from coterie.evals.task import Wish
+from coterie.engine.watch import LayerObservation, observe_forwards
+from coterie.evals.task import TaskOptions
 from coterie.evals.tasks import open_tasks
 from coterie.experts.eviction import Lfu, Lru
-from coterie.experts.host import Host
+from coterie.experts.host import HostCache
 from coterie.experts.slots import Slots
-from coterie.experts.tiers import InMemory
+from coterie.experts.tiers import HostTier
 from coterie.keys import from_json, to_json
 from coterie.model.moe import MoE
-from coterie.planning.booking import Cache, Chosen, Memory, Play, asks_residents, book, choose
-from coterie.planning.machine import Machine
+from coterie.planning.booking import (
+    CacheConfig,
+    SelectedExperts,
+    TraceVotes,
+    ReplayPolicy,
+    depends_on_residents,
+    replay_cache,
+    select_experts,
+)
+from coterie.planning.machine import HardwareModel
 from coterie.planning.prefetch import Guess, Nobody, Numbers, Together, Told, Voted, play_ahead
-from coterie.planning.recording import Recording, about, bias_of
-from coterie.planning.synthetic import MINI, Law, synthetic
-from coterie.planning.trace import Trace, Writer, read
-from coterie.problems import TASKS
-from coterie.results import record, write_record
+from coterie.planning.recording import TraceRecorder, trace_header, bias_of
+from coterie.planning.synthetic import LLADA2_MINI, RoutingLaw, synthetic_trace
+from coterie.planning.trace import Trace, TraceWriter, read_trace
+from coterie.problems import PROBLEM_MAKERS
+from coterie.results import make_record, write_record
 from coterie.routing import parse_policy
-from coterie.routing.select import choose as choose_own
-from coterie.values import Demand, Routing
+from coterie.routing.select import select_topk as choose_own
+from coterie.values import ExpertRequest, Routing
 
 SEED = 9201
 SHARE = 0.35
-SIZE = dict(MINI.expert_bytes)["int8"]
+SIZE = dict(LLADA2_MINI.expert_bytes)["int8"]
 DRAWN = Path("results/replay-drawn-mini.json")
 MACHINES = {
-    "CPU, experts on a disk": Machine(link=4e9, memory=31e9, rest=25e-3),
-    "8 GB GPU, experts in host memory": Machine(link=25e9, memory=450e9, rest=10e-3),
+    "CPU, experts on a disk": HardwareModel(
+        link_bandwidth=4e9, memory_bandwidth=31e9, other_seconds=25e-3
+    ),
+    "8 GB GPU, experts in host memory": HardwareModel(
+        link_bandwidth=25e9, memory_bandwidth=450e9, other_seconds=10e-3
+    ),
 }
 POLICIES = {
     "embedded": ("vanilla", "des-vote:beta=0.3", "resident-vote:beta=0.3"),
@@ -69,8 +81,8 @@ HOSTED = (0.35, 0.6)
 
 def main(words: Sequence[str]) -> int:
     asked = options().parse_args(words)
-    law = from_json(Law, json.loads(DRAWN.read_text())["facts"]["as read off"]["law"])
-    drawn = synthetic(MINI, law, blocks=asked.blocks, seed=7)
+    law = from_json(RoutingLaw, json.loads(DRAWN.read_text())["facts"]["as read off"]["law"])
+    drawn = synthetic_trace(LLADA2_MINI, law, blocks=asked.blocks, seed=7)
     trace, gates = looked_ahead(coterie.load(), asked.items, asked.seed)
     facts = {
         "expert_bytes": SIZE,
@@ -80,7 +92,7 @@ def main(words: Sequence[str]) -> int:
         "warm start": {"embedded": warm(trace), "drawn": warm(drawn)},
         "host memory": {"embedded": hosted(trace), "drawn": hosted(drawn)},
     }
-    content = record("Prefetch replayed", ["scripts/prefetch", *words], [], facts=facts)
+    content = make_record("Prefetch replayed", ["scripts/prefetch", *words], [], facts=facts)
     print(write_record(asked.out, content))
     return 0
 
@@ -97,48 +109,52 @@ def options() -> argparse.ArgumentParser:
 def looked_ahead(engine: Engine, items: int, seed: int) -> tuple[Trace, Numbers]:
     """The model in the package at work in eight steps a block; and [F, L, E], of each layer the
     votes that its gate casts when it is shown the input of the layer before."""
-    tasks = open_tasks(list(TASKS), Wish(engine.model.family.name, count=items, seed=seed))
-    generation = engine.generation.but(unmask="fixed:steps=8")
+    tasks = open_tasks(
+        list(PROBLEM_MAKERS), TaskOptions(engine.model.family.name, count=items, seed=seed)
+    )
+    generation = engine.generation.replace(unmask="fixed:steps=8")
     prompts = [task.prompt(item) for task in tasks for item in task.items()]
-    said = about(engine, policy="vanilla", generation=generation, prompts={}, made={})
+    said = trace_header(engine, policy="vanilla", generation=generation, prompts={}, provenance={})
     votes: list[Numbers] = []
     networks = [layer.feed_forward for layer in engine.model.transformer.layers]
     gates = [one for one in networks if isinstance(one, MoE)]
 
-    def ahead(watched: Watched) -> None:
+    def ahead(watched: LayerObservation) -> None:
         votes.append(votes_ahead(watched, gates))
 
     with TemporaryDirectory() as folder:
         path = Path(folder) / "trace"
-        with Writer(path, said, bias_of(engine.model)) as writer:
-            keep = Recording(writer).see
+        with TraceWriter(path, said, bias_of(engine.model)) as writer:
+            keep = TraceRecorder(writer).on_layer
             see = both(ahead, keep)
-            watch(engine, prompts, see, rows=1, every=True, unmask=generation.unmask)
-        trace = read(path)
-    layers = len(trace.about.layers)
+            observe_forwards(
+                engine, prompts, see, batch_size=1, record_all=True, unmask=generation.unmask
+            )
+        trace = read_trace(path)
+    layers = len(trace.header.layers)
     table = np.stack(votes).reshape(len(trace.forwards), layers, -1)
     # What a layer's input says is of the next one; nobody has told of the first.
     return trace, np.concatenate([np.zeros_like(table[:, :1]), table[:, :-1]], axis=1)
 
 
-def both(*see: Callable[[Watched], None]) -> Callable[[Watched], None]:
-    def seen(watched: Watched) -> None:
+def both(*see: Callable[[LayerObservation], None]) -> Callable[[LayerObservation], None]:
+    def seen(watched: LayerObservation) -> None:
         for one in see:
             one(watched)
 
     return seen
 
 
-def votes_ahead(watched: Watched, gates: Sequence[MoE]) -> Numbers:
+def votes_ahead(watched: LayerObservation, gates: Sequence[MoE]) -> Numbers:
     """[E]: what the gate of the next layer makes of this one's input; nothing after the last."""
     at = [gate.layer for gate in gates].index(watched.layer)
     if at + 1 == len(gates):
         return np.zeros(watched.scores.router.experts)
     gate = gates[at + 1]
     logits = ops.linear(watched.x, gate.gate, dtype=watched.scores.logits.dtype)
-    scores = replace(watched.scores, logits=logits, bias=gate.bias, own=None)
+    scores = replace(watched.scores, logits=logits, bias=gate.bias, vanilla_ids=None)
     own = choose_own(scores, None).flatten(0, 1)
-    demand = Demand(
+    demand = ExpertRequest(
         watched.routing.used, Routing(own, own.float(), watched.routing.used, own), scores
     )
     found = demand.votes
@@ -147,11 +163,11 @@ def votes_ahead(watched: Watched, gates: Sequence[MoE]) -> Numbers:
 
 def told(trace: Trace, policies: Sequence[str], gates: Numbers | None) -> dict[str, object]:
     """Every policy and guess on both machines."""
-    memory, slots = Memory.of(trace), int(SHARE * trace.about.experts)
+    memory, slots = TraceVotes.of(trace), int(SHARE * trace.header.experts)
     found: list[dict[str, object]] = []
     for policy in policies:
-        play = Play(parse_policy(policy), commits=policy != "vanilla")
-        chosen = None if asks_residents(play) else choose(memory, play)
+        play = ReplayPolicy(parse_policy(policy), routes_commits=policy != "vanilla")
+        chosen = None if depends_on_residents(play) else select_experts(memory, play)
         for name, machine in MACHINES.items():
             base = None
             for guess, shelf in cases(chosen, gates):
@@ -175,7 +191,7 @@ def told(trace: Trace, policies: Sequence[str], gates: Numbers | None) -> dict[s
                     "early": float(made.early.mean()),
                     "useful": float(made.useful.sum() / max(1, made.early.sum())),
                     "moved": made.moved,
-                    "ms": 1e3 * made.seconds / int(memory.decoding.sum()),
+                    "ms": 1e3 * made.seconds / int(memory.is_decode.sum()),
                 }
                 base = base or each
                 each["moved_against_none"] = made.moved / base["moved"] - 1
@@ -196,17 +212,17 @@ def warm(trace: Trace) -> dict[str, object]:
     earlier half: experts that came, of all layers, by the end of so many forwards."""
     half = len(trace.forwards) // 2
     seen, rest = (
-        Memory.of(replace(trace, forwards=part))
+        TraceVotes.of(replace(trace, forwards=part))
         for part in (trace.forwards[:half], trace.forwards[half:])
     )
-    slots, play = int(SHARE * trace.about.experts), Play(parse_policy("vanilla"))
-    chosen = choose(rest, play)
+    slots, play = int(SHARE * trace.header.experts), ReplayPolicy(parse_policy("vanilla"))
+    chosen = select_experts(rest, play)
     cold, filled = (
-        book(rest, play, chosen, Cache(Lru(), slots, votes)).loads.sum(-1).cumsum()
+        replay_cache(rest, play, chosen, CacheConfig(Lru(), slots, votes)).loads.sum(-1).cumsum()
         for votes in (None, seen.mean_votes)
     )
     return {
-        "filled": int(slots * len(trace.about.layers)),
+        "filled": int(slots * len(trace.header.layers)),
         "came": {
             str(many): {"cold": int(cold[many - 1]), "warm": int(filled[many - 1])}
             for many in AFTER
@@ -218,8 +234,8 @@ def warm(trace: Trace) -> dict[str, object]:
 def hosted(trace: Trace) -> dict[str, object]:
     """Of the experts that slots for 35 % miss under vanilla, the share found in memory of the host
     that holds so large a share of all, whatever their layer."""
-    memory, play = Memory.of(trace), Play(parse_policy("vanilla"))
-    chosen, about = choose(memory, play), trace.about
+    memory, play = TraceVotes.of(trace), ReplayPolicy(parse_policy("vanilla"))
+    chosen, about = select_experts(memory, play), trace.header
     books = [Slots(about.experts, int(SHARE * about.experts), Lru()) for _ in about.layers]
     misses = [
         (layer, expert)
@@ -234,14 +250,16 @@ def hosted(trace: Trace) -> dict[str, object]:
         for name, rule in (("lru", Lru()), ("lfu", Lfu())):
             many = int(share * about.experts * len(about.layers))
             held = torch.zeros(many, 1, dtype=torch.uint8)
-            host = Host(InMemory(none), held, about.layers, about.experts, rule)
+            host = HostCache(HostTier(none), held, about.layers, about.experts, rule)
             for layer, expert in misses:
                 host.fetch(layer, expert, torch.zeros(1, dtype=torch.uint8))
             found[f"{name}, {share:.0%} of all"] = host.hits / len(misses)
     return found
 
 
-def cases(chosen: Chosen | None, gates: Numbers | None) -> list[tuple[Callable[[], Guess], int]]:
+def cases(
+    chosen: SelectedExperts | None, gates: Numbers | None
+) -> list[tuple[Callable[[], Guess], int]]:
     """Guesses with the slots they are given; first none, which the others are compared with."""
 
     def nobody() -> Guess:

@@ -16,14 +16,14 @@ from torch import Tensor
 from torch.nn import functional as F
 
 import coterie
-from coterie.evals.run import Arm, run
-from coterie.evals.sheet import Sheet
-from coterie.evals.stats import Share, holm, paired
-from coterie.evals.task import Wish
+from coterie.evals.run import Variant, run_eval
+from coterie.evals.sheet import EvalResult
+from coterie.evals.stats import Proportion, holm_adjust, paired_difference
+from coterie.evals.task import TaskOptions
 from coterie.evals.tasks import open_tasks
-from coterie.problems import TASKS
-from coterie.quant import Format, dequantise, quantise
-from coterie.results import record, write_record
+from coterie.problems import PROBLEM_MAKERS
+from coterie.quant import QuantFormat, dequantize, quantize
+from coterie.results import make_record, write_record
 
 SEED = 7001
 POLICIES = ("vanilla", "des-vote:beta=0.3")
@@ -34,7 +34,13 @@ KEPT: Mapping[str, tuple[str, str | None]] = {
     "int8": ("float32", "int8"),
     "int4": ("float32", "int4"),
 }
-GAUSSIAN = (Format(8, 64), Format(8, 128), Format(4, 32), Format(4, 64), Format(4, 128))
+GAUSSIAN = (
+    QuantFormat(8, 64),
+    QuantFormat(8, 128),
+    QuantFormat(4, 32),
+    QuantFormat(4, 64),
+    QuantFormat(4, 128),
+)
 HIDDEN, WIDTH, TOKENS = 2048, 512, 64
 
 
@@ -48,7 +54,7 @@ def main(words: Sequence[str]) -> int:
         "duels": duels(sheets),
         "gaussian_expert": [gaussian(form) for form in GAUSSIAN],
     }
-    content = record("Quantised embedded", ["scripts/quantised", *words], [], facts=facts)
+    content = make_record("Quantised embedded", ["scripts/quantised", *words], [], facts=facts)
     for line in (*facts["arms"], *facts["duels"], *facts["gaussian_expert"]):
         print("  ".join(f"{key} {value}" for key, value in line.items()))
     print(write_record(asked.out, content))
@@ -64,22 +70,24 @@ def options() -> argparse.ArgumentParser:
     return parser
 
 
-def sheets_of(name: str, asked: argparse.Namespace) -> list[Sheet]:
+def sheets_of(name: str, asked: argparse.Namespace) -> list[EvalResult]:
     """One sheet a policy."""
     dtype, experts = KEPT[name]
     engine = coterie.load(dtype=dtype, device="cpu", experts=experts)
-    wish = Wish(engine.model.family.name, count=asked.items, seed=asked.seed)
-    arms = [Arm(policy) for policy in POLICIES]
-    return run(engine, open_tasks(list(TASKS), wish), arms, None, rows=asked.rows)
+    wish = TaskOptions(engine.model.family.name, count=asked.items, seed=asked.seed)
+    arms = [Variant(policy) for policy in POLICIES]
+    return run_eval(
+        engine, open_tasks(list(PROBLEM_MAKERS), wish), arms, None, batch_size=asked.rows
+    )
 
 
-def arm(name: str, policy: int, sheets: Mapping[str, Sequence[Sheet]]) -> dict[str, object]:
+def arm(name: str, policy: int, sheets: Mapping[str, Sequence[EvalResult]]) -> dict[str, object]:
     sheet = sheets[name][policy]
-    share = Share(sum(sheet.right()), len(sheet.right()))
+    share = Proportion(sum(sheet.correct()), len(sheet.correct()))
     return {
         "experts": name,
         "policy": sheet.policy,
-        "right": share.right,
+        "right": share.successes,
         "n": share.n,
         "accuracy": share.value,
         "interval": list(share.interval),
@@ -88,7 +96,7 @@ def arm(name: str, policy: int, sheets: Mapping[str, Sequence[Sheet]]) -> dict[s
     }
 
 
-def duels(sheets: Mapping[str, Sequence[Sheet]]) -> list[dict[str, object]]:
+def duels(sheets: Mapping[str, Sequence[EvalResult]]) -> list[dict[str, object]]:
     """Each format against the first under the same policy; Holm over all of them."""
     first, *others = KEPT
     pairs = [
@@ -96,8 +104,8 @@ def duels(sheets: Mapping[str, Sequence[Sheet]]) -> list[dict[str, object]]:
         for name in others
         for policy in range(len(POLICIES))
     ]
-    found = [paired(a.right(), b.right()) for _, a, b in pairs]
-    raised = holm([duel.p for duel in found])
+    found = [paired_difference(a.correct(), b.correct()) for _, a, b in pairs]
+    raised = holm_adjust([duel.p_value for duel in found])
     return [
         {
             "experts": name,
@@ -113,13 +121,13 @@ def duels(sheets: Mapping[str, Sequence[Sheet]]) -> list[dict[str, object]]:
     ]
 
 
-def gaussian(form: Format) -> dict[str, object]:
+def gaussian(form: QuantFormat) -> dict[str, object]:
     """Relative errors of one matrix, and of a whole SwiGLU expert of LLaDA2.0-mini's shape."""
     draw = torch.Generator().manual_seed(0)
     x = torch.randn(TOKENS, HIDDEN, generator=draw)
     gate, up = (torch.randn(WIDTH, HIDDEN, generator=draw) * HIDDEN**-0.5 for _ in range(2))
     down = torch.randn(HIDDEN, WIDTH, generator=draw) * WIDTH**-0.5
-    coarse = [dequantise(quantise(weight, form)) for weight in (gate, up, down)]
+    coarse = [dequantize(quantize(weight, form)) for weight in (gate, up, down)]
     return {
         "experts": form.name,
         "group": form.group,

@@ -19,46 +19,46 @@ from tempfile import TemporaryDirectory
 
 import coterie
 from coterie.engine.engine import Engine
-from coterie.engine.imagining import imagine, imagined_room
-from coterie.engine.memory import Memory
-from coterie.evals.report import lines
-from coterie.evals.run import Arm, run
-from coterie.evals.sheet import Sheet
-from coterie.evals.stats import holm, paired
-from coterie.evals.task import Task, Wish
+from coterie.engine.imagining import simulate_cache, plan_simulated_cache
+from coterie.engine.memory import ExpertMemoryConfig
+from coterie.evals.report import summarize
+from coterie.evals.run import Variant, run_eval
+from coterie.evals.sheet import EvalResult
+from coterie.evals.stats import holm_adjust, paired_difference
+from coterie.evals.task import Task, TaskOptions
 from coterie.evals.tasks import open_tasks
 from coterie.experts.capacity import Capacity
 from coterie.experts.traffic import Traffic
 from coterie.keys import to_json
-from coterie.planning.booking import Play
-from coterie.planning.machine import Machine, rate_of
-from coterie.planning.recording import about, bias_of, record_trace
+from coterie.planning.booking import ReplayPolicy
+from coterie.planning.machine import HardwareModel, parse_bandwidth
+from coterie.planning.recording import trace_header, bias_of, record_trace
 from coterie.planning.replay import (
-    Grid,
-    Replay,
+    ReplayGrid,
+    ReplayResult,
     decoding_only,
     replay,
     slots_of,
     steps_per_block,
 )
 from coterie.planning.synthetic import (
-    MINI,
-    Look,
-    Shape,
-    calibrated,
-    carried,
-    looked,
-    synthetic,
+    LLADA2_MINI,
+    RoutingStats,
+    SyntheticShape,
+    calibrate_law,
+    rescale_stats,
+    routing_stats,
+    synthetic_trace,
 )
-from coterie.planning.trace import KINDS, Trace, Writer, read
-from coterie.problems import TASKS
-from coterie.results import record, write_record
+from coterie.planning.trace import KINDS, Trace, TraceWriter, read_trace
+from coterie.problems import PROBLEM_MAKERS
+from coterie.results import make_record, write_record
 from coterie.routing import parse_policy
 
 SEED = 9101
 SHARE = "35%"
 SHARES = ("12%", "25%", SHARE, "50%", "100%")
-LINKS = {"25GB/s": Machine(rate_of("25GB/s", "link"))}
+LINKS = {"25GB/s": HardwareModel(parse_bandwidth("25GB/s", "link"))}
 UNIQUE = 84.0  # of 256 experts, what a forward of 32 tokens uses of LLaDA2.0-mini (DES, Table 1)
 DRAWN_BLOCKS = 16
 DRAWN = (
@@ -82,7 +82,7 @@ EXAMINED = tuple(rule for rule in RULES if rule.startswith("priced-vote"))
 class Extent:
     """How much is replayed; ``unique`` experts of a layer are what a drawn forward uses."""
 
-    shape: Shape = MINI
+    shape: SyntheticShape = LLADA2_MINI
     unique: float = UNIQUE
     blocks: int = DRAWN_BLOCKS
     shares: Sequence[str] = SHARES
@@ -94,7 +94,9 @@ class Extent:
 
 FULL = Extent()
 DRY = Extent(
-    Shape(layers=2, experts=32, k=4, tokens=8, steps=4, expert_bytes=MINI.expert_bytes),
+    SyntheticShape(
+        layers=2, experts=32, k=4, tokens=8, steps=4, expert_bytes=LLADA2_MINI.expert_bytes
+    ),
     *(20.0, 3, (SHARE,), RULES[:1], EXAMINED[:1], RULES[0], 1),
 )
 
@@ -103,11 +105,11 @@ def main(words: Sequence[str]) -> int:
     asked = options().parse_args(words)
     command, extent = ["scripts/replay", *words], DRY if asked.dry_run else FULL
     engine = coterie.load()
-    wish = Wish(engine.model.family.name, count=asked.items, seed=asked.seed)
-    tasks = open_tasks(list(TASKS), wish)
+    wish = TaskOptions(engine.model.family.name, count=asked.items, seed=asked.seed)
+    tasks = open_tasks(list(PROBLEM_MAKERS), wish)
     traces = {steps: traced(engine, tasks, asked.prompts, steps) for steps in (False, True)}
     if "drawn" in asked.parts:
-        keep(asked.out, "Replay drawn mini", command, drawn(looked(traces[True]), extent))
+        keep(asked.out, "Replay drawn mini", command, drawn(routing_stats(traces[True]), extent))
     if "embedded" in asked.parts:
         found = embedded(traces[False], traces[True], extent)
         keep(asked.out, "Replay embedded", command, found)
@@ -129,47 +131,51 @@ def options() -> argparse.ArgumentParser:
 
 
 def keep(out: Path, title: str, command: Sequence[str], facts: dict[str, object]) -> None:
-    print(write_record(out, record(title, command, [], facts=facts)), flush=True)
+    print(write_record(out, make_record(title, command, [], facts=facts)), flush=True)
 
 
 def traced(engine: Engine, tasks: Sequence[Task], count: int, slow: bool) -> Trace:
     """The first problems of each task, one row at a time; ``slow``: in eight steps a block, as a
     large model decodes."""
-    generation = engine.generation.but(**({"unmask": "fixed:steps=8"} if slow else {}))
+    generation = engine.generation.replace(**({"unmask": "fixed:steps=8"} if slow else {}))
     prompts = [task.prompt(item) for task in tasks for item in task.items()[:count]]
-    said = about(engine, policy="vanilla", generation=generation, prompts={}, made={})
+    said = trace_header(engine, policy="vanilla", generation=generation, prompts={}, provenance={})
     with TemporaryDirectory() as folder:
         path = Path(folder) / "trace"
-        with Writer(path, said, bias_of(engine.model)) as writer:
+        with TraceWriter(path, said, bias_of(engine.model)) as writer:
             record_trace(engine, prompts, writer, unmask=generation.unmask)
-        return read(path)
+        return read_trace(path)
 
 
-def drawn(seen: Look, extent: Extent) -> dict[str, object]:
+def drawn(seen: RoutingStats, extent: Extent) -> dict[str, object]:
     """LLaDA2.0-mini's sizes at 35 %; then with tokens that remember more and less."""
     shape = extent.shape
-    wanted = carried(seen, 128, extent.unique, shape.experts)
+    wanted = rescale_stats(seen, 128, extent.unique, shape.experts)
     told: dict[str, object] = {
         "read_off": to_json(seen),
         "blocks": extent.blocks,
         "steps": shape.steps,
     }
     for name, look in [*variants(wanted, shape.experts).items()][: extent.variants]:
-        law = calibrated(shape, look)
-        trace = synthetic(shape, law, blocks=extent.blocks, seed=7)
-        plays = [Play(parse_policy(policy)) for policy in DRAWN]
-        plays.append(Play(parse_policy("resident-vote:beta=0.1"), drift=0.05))
+        law = calibrate_law(shape, look)
+        trace = synthetic_trace(shape, law, blocks=extent.blocks, seed=7)
+        plays = [ReplayPolicy(parse_policy(policy)) for policy in DRAWN]
+        plays.append(ReplayPolicy(parse_policy("resident-vote:beta=0.1"), reuse_tolerance=0.05))
         caches = ["lru", "lfu", "votes"] if name == "as read off" else ["lru"]
         shares = extent.shares if name == "as read off" else (SHARE,)
         kept = {name: size for name, size in shape.expert_bytes if name != "int4"}
         made = replay(trace, grid(plays, caches, shares, kept))
-        found = {"wanted": to_json(look), "law": to_json(law), "came_to": to_json(looked(trace))}
+        found = {
+            "wanted": to_json(look),
+            "law": to_json(law),
+            "came_to": to_json(routing_stats(trace)),
+        }
         told[name] = {**found, **document(made)}
         tell(f"drawn, {name}", made)
     return told
 
 
-def variants(wanted: Look, experts: int) -> dict[str, Look]:
+def variants(wanted: RoutingStats, experts: int) -> dict[str, RoutingStats]:
     """The overlap from step to step as it was read off, halfway to chance, and halfway to all."""
     chance = wanted.unique / experts
     return {
@@ -190,11 +196,13 @@ def embedded(quick: Trace, slow: Trace, extent: Extent) -> dict[str, object]:
         ("decoding only", decoding_only(quick), False),
         ("eight steps a block, commit=policy", slow, True),
     ):
-        plays = [Play(parse_policy("vanilla"))]
-        plays += [Play(parse_policy(rule), commits=commits) for rule in extent.rules]
-        plays += [Play(parse_policy(extent.drifting), 0.05, commits)] if trace is slow else []
+        plays = [ReplayPolicy(parse_policy("vanilla"))]
+        plays += [ReplayPolicy(parse_policy(rule), routes_commits=commits) for rule in extent.rules]
+        plays += (
+            [ReplayPolicy(parse_policy(extent.drifting), 0.05, commits)] if trace is slow else []
+        )
         whole = name == "commit=policy"
-        sizes = dict(trace.about.expert_bytes)
+        sizes = dict(trace.header.expert_bytes)
         sizes = sizes if whole else {"bf16": sizes["bf16"]}
         made = replay(trace, grid(plays, ["lru"], extent.shares if whole else (SHARE,), sizes))
         kinds = {kind: sum(one.kind == kind for one in trace.forwards) for kind in KINDS}
@@ -206,28 +214,28 @@ def embedded(quick: Trace, slow: Trace, extent: Extent) -> dict[str, object]:
 
 def held(engine: Engine, tasks: Sequence[Task], trace: Trace, extent: Extent) -> dict[str, object]:
     """Every policy asked each problem under an imagined memory of 35 %, prompts and commits in."""
-    plays = [Play(parse_policy("vanilla"))]
-    plays += [Play(parse_policy(rule), commits=True) for rule in extent.examined]
-    asked = grid(plays, ["lru"], (SHARE,), {"bf16": trace.about.expert_bytes["bf16"]})
-    foretold = {str(p.case.play): p for p in replay(trace, asked).points}
+    plays = [ReplayPolicy(parse_policy("vanilla"))]
+    plays += [ReplayPolicy(parse_policy(rule), routes_commits=True) for rule in extent.examined]
+    asked = grid(plays, ["lru"], (SHARE,), {"bf16": trace.header.expert_bytes["bf16"]})
+    foretold = {str(p.case.replay_policy): p for p in replay(trace, asked).points}
     slots = slots_of(trace, asked, asked.cases()[0])
     answered = [answer(engine, tasks, rule) for rule in ("vanilla", *extent.examined)]
     vanilla, *others = answered
-    duels = [paired(vanilla.sheet.right(), one.sheet.right()) for one in others]
-    raised = iter(holm([duel.p for duel in duels]))
+    duels = [paired_difference(vanilla.sheet.correct(), one.sheet.correct()) for one in others]
+    raised = iter(holm_adjust([duel.p_value for duel in duels]))
     told = []
-    report = lines([one.sheet for one in answered], [task.name for task in tasks])
+    report = summarize([one.sheet for one in answered], [task.name for task in tasks])
     for one, line in zip(answered, report, strict=True):
-        right = one.sheet.right()
-        saved = 1 - one.traffic.moved / vanilla.traffic.moved
-        point = foretold[one.rule].traffic.saved
+        right = one.sheet.correct()
+        saved = 1 - one.traffic.experts_moved / vanilla.traffic.experts_moved
+        point = foretold[one.rule].traffic.fraction_saved
         each = {
             "rule": one.rule,
-            "used": one.traffic.used,
-            "moved": one.traffic.moved,
+            "used": one.traffic.experts_used,
+            "moved": one.traffic.experts_moved,
             "saved": saved,
         }
-        told.append({**each, "saved_foretold": point, "exam": line.document()})
+        told.append({**each, "saved_foretold": point, "exam": line.to_dict()})
         print(f"{one.rule:42} {sum(right) / len(right):.1%} saved {saved:.1%} foretold {point:.1%}")
     return {
         "items": len(vanilla.sheet.answers),
@@ -245,45 +253,47 @@ class Answered:
     """One policy's answers, and what they moved."""
 
     rule: str
-    sheet: Sheet
+    sheet: EvalResult
     traffic: Traffic
 
 
 def answer(engine: Engine, tasks: Sequence[Task], rule: str) -> Answered:
     model = engine.model
-    room = imagined_room(Memory.parse(SHARE), model.spec, model.transformer.dtype)
-    transformer, store = imagine(model.transformer, room)
+    room = plan_simulated_cache(
+        ExpertMemoryConfig.parse(SHARE), model.spec, model.transformer.dtype
+    )
+    transformer, store = simulate_cache(model.transformer, room)
     own = Engine(replace(model, transformer=transformer), generation=engine.generation)
     commit = "vanilla" if rule == "vanilla" else "policy"
-    (sheet,) = run(own, tasks, [Arm(rule)], None, rows=1, asked={"commit": commit})
-    return Answered(rule, sheet, store.ledger.traffic())
+    (sheet,) = run_eval(own, tasks, [Variant(rule)], None, batch_size=1, options={"commit": commit})
+    return Answered(rule, sheet, store.traffic_log.traffic())
 
 
 def grid(
-    plays: Sequence[Play],
+    plays: Sequence[ReplayPolicy],
     caches: Sequence[str],
     shares: Sequence[str],
     sizes: dict[str, int],
-) -> Grid:
-    return Grid(plays, caches, [Capacity.parse(share) for share in shares], sizes, LINKS)
+) -> ReplayGrid:
+    return ReplayGrid(plays, caches, [Capacity.parse(share) for share in shares], sizes, LINKS)
 
 
-def document(made: Replay) -> dict[str, object]:
+def document(made: ReplayResult) -> dict[str, object]:
     return {
-        "points": [point.document() for point in made.points],
-        "overlap": {name: found.document() for name, found in made.overlaps.items()},
+        "points": [point.to_dict() for point in made.points],
+        "overlap": {name: found.to_dict() for name, found in made.overlaps.items()},
     }
 
 
-def tell(title: str, made: Replay) -> None:
+def tell(title: str, made: ReplayResult) -> None:
     print(title)
     for point in made.points:
         case = point.case
         if case.precision == "bf16" and case.link == "25GB/s" and case.capacity.text == SHARE:
-            saved = point.traffic.saved
+            saved = point.traffic.fraction_saved
             print(
-                f"  {case.play!s:52} {case.cache:6} {point.experts:5.1f} experts "
-                f"{point.loads:5.1f} loads, saved {saved:.1%}, votes {point.votes_kept:.3f}"
+                f"  {case.replay_policy!s:52} {case.eviction:6} {point.experts:5.1f} experts "
+                f"{point.loads:5.1f} loads, saved {saved:.1%}, votes {point.vote_share:.3f}"
             )
     for name, found in made.overlaps.items():
         steps, blocks = found.mean("step_jaccard"), found.mean("block_jaccard")

@@ -11,10 +11,10 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from coterie.figures.style import Scheme
-from coterie.study.prose import document
-from coterie.study.report import SCHEMES, Section, section
-from coterie.study.study import CHAPTERS, renewed
+from coterie.figures.style import ColourScheme
+from coterie.study.prose import render_markdown
+from coterie.study.report import SCHEMES, ReportSection, make_section
+from coterie.study.study import EXPERIMENTS, renewed
 
 ROOT = Path(__file__).parents[1]
 RECORDS = ROOT / "results" / "study"
@@ -39,36 +39,36 @@ def main() -> int:
 def take_over(records: Path) -> None:
     """Copies the records of chapters that there are; others stay as they are."""
     RECORDS.mkdir(parents=True, exist_ok=True)
-    for name in CHAPTERS:
+    for name in EXPERIMENTS:
         if (records / f"{name}.json").is_file():
             shutil.copyfile(records / f"{name}.json", RECORDS / f"{name}.json")
 
 
-def sections(schemes: Sequence[Scheme] = SCHEMES) -> list[Section]:
+def sections(schemes: Sequence[ColourScheme] = SCHEMES) -> list[ReportSection]:
     """Every chapter with a record, in the study's order; drawn in these schemes."""
-    paths = {name: RECORDS / f"{name}.json" for name in CHAPTERS}
+    paths = {name: RECORDS / f"{name}.json" for name in EXPERIMENTS}
     records = {
         name: renewed(json.loads(path.read_text(encoding="utf-8")))
         for name, path in paths.items()
         if path.is_file()
     }
-    told = [section(CHAPTERS[name], one, schemes=schemes) for name, one in records.items()]
+    told = [make_section(EXPERIMENTS[name], one, schemes=schemes) for name, one in records.items()]
     failed = [f"{one.name}: {one.failure}" for one in told if one.failure]
     if failed:
         raise SystemExit("\n".join(failed))
     return told
 
 
-def written(found: list[Section]) -> str:
+def written(found: list[ReportSection]) -> str:
     """The page as the records have it."""
     drawn = {figure.name for one in found for figure in one.figures} & set(SHOWN)
     accuracy = json.loads((RECORDS / "accuracy.json").read_text(encoding="utf-8"))["facts"]
     experts = f"{accuracy['experts']} experts in a layer, of which a token uses {accuracy['k']},"
     records = RECORDS.relative_to(ROOT).as_posix()
-    return document(found, records=records, experts=experts, figures=drawn)
+    return render_markdown(found, records=records, experts=experts, figures=drawn)
 
 
-def draw(found: list[Section]) -> None:
+def draw(found: list[ReportSection]) -> None:
     """The page's figures, light and dark."""
     FIGURES.mkdir(parents=True, exist_ok=True)
     for figure in (figure for one in found for figure in one.figures if figure.name in SHOWN):

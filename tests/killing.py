@@ -19,20 +19,23 @@ from quiz import Quiz
 
 import coterie
 from coterie.engine.engine import Engine
-from coterie.engine.memory import Memory
-from coterie.evals.run import Arm, run
+from coterie.engine.memory import ExpertMemoryConfig
+from coterie.evals.run import Variant, run_eval
 
-ARMS = [Arm("vanilla"), Arm("des-vote:beta=0.25"), Arm("vanilla", {"block": 4})]
-PREFERRING = [Arm("vanilla"), Arm("resident-vote:beta=0.3,resident_bonus=8,max_vote_loss=0.5")]
+ARMS = [Variant("vanilla"), Variant("des-vote:beta=0.25"), Variant("vanilla", {"block": 4})]
+PREFERRING = [
+    Variant("vanilla"),
+    Variant("resident-vote:beta=0.3,resident_bonus=8,max_vote_loss=0.5"),
+]
 QUIZ = Quiz(count=24)
 SHORT = {"rows": 1, "lasts": 5}
 
 
 def short(model: str) -> Engine:
     """Behind a memory that is imagined."""
-    engine = coterie.load(model, expert_memory=Memory.parse("35%", imagined=True))
-    assert engine.model.rationed is not None
-    engine.model.rationed.ledger.compare()
+    engine = coterie.load(model, expert_memory=ExpertMemoryConfig.parse("35%", simulated=True))
+    assert engine.model.cached_store is not None
+    engine.model.cached_store.traffic_log.track_vanilla()
     return engine
 
 
@@ -45,7 +48,7 @@ def main(model: str, folder: Path, kills: int, *, rationed: bool) -> None:
         size = lines.stat().st_size if lines.exists() else 0
         child = os.fork()
         if not child:
-            run(engine, [QUIZ], arms, folder, **how)
+            run_eval(engine, [QUIZ], arms, folder, **how)
             os._exit(3)  # it was to be killed before
         while not lines.exists() or lines.stat().st_size == size:
             time.sleep(0.001)
@@ -53,7 +56,7 @@ def main(model: str, folder: Path, kills: int, *, rationed: bool) -> None:
         os.kill(child, signal.SIGKILL)
         _, status = os.waitpid(child, 0)
         print("killed" if os.WIFSIGNALED(status) else "ended", flush=True)
-    run(engine, [QUIZ], arms, folder, **how)
+    run_eval(engine, [QUIZ], arms, folder, **how)
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 
 from coterie.routing import POLICIES, parse_policy
-from coterie.spelling import Option, options
+from coterie.spelling import Option, spec_options
 from coterie.values import Policy
 
 SIZES = ("beta=0.2", "beta=0.5", "m=3", "m=9", "tau=0.5", "tau=0.9,least=2", "price=0.3", "k=2")
@@ -27,7 +27,7 @@ def spellings(draw: st.DrawFn, names: Iterable[str] = tuple(POLICIES)) -> str:
     name = draw(st.sampled_from(sorted(names)))
     said = [draw(st.sampled_from(SIZES))] if name == "coreset" else []
     taken = {"beta", "m", "tau", "least", "price", "k"} if name == "coreset" else set()
-    for option in options(POLICIES[name]).values():
+    for option in spec_options(POLICIES[name]).values():
         if option.name in taken:
             continue
         if option.default == "required" or draw(st.integers(0, 3)) == 0:
@@ -43,13 +43,13 @@ def policies() -> st.SearchStrategy[Policy]:
 
 def coresets() -> st.SearchStrategy[Policy]:
     """Those that elect one set for a block."""
-    names = [name for name, cls in POLICIES.items() if "voters" in options(cls)]
+    names = [name for name, cls in POLICIES.items() if "voters" in spec_options(cls)]
     return spellings(names).map(parse_policy)
 
 
 def _value_of(option: Option) -> st.SearchStrategy[object]:
     if option.choices:
         return st.sampled_from(option.choices)
-    if option.kind is int:
-        return st.integers(1, 12) | st.sampled_from(option.words or (1,))
-    return st.floats(0.01, min(1, option.within.most)).map(lambda value: repr(round(value, 3)))
+    if option.value_type is int:
+        return st.integers(1, 12) | st.sampled_from(option.keywords or (1,))
+    return st.floats(0.01, min(1, option.bounds.le)).map(lambda value: repr(round(value, 3)))

@@ -17,13 +17,13 @@ from test_offload import HIDDEN, LAYERS, blobs, computed, routings, shown, store
 
 from coterie.cli.edge import run
 from coterie.engine import behind, beside
-from coterie.engine.memory import Memory
-from coterie.experts.aside import Aside, AtMost, BreakEven, parse_aside
-from coterie.experts.store import Resident
-from coterie.experts.tiers import InMemory
+from coterie.engine.memory import ExpertMemoryConfig
+from coterie.experts.aside import CpuExperts, TokenLimit, BreakEven, parse_cpu_experts
+from coterie.experts.store import ResidentExpertStore
+from coterie.experts.tiers import HostTier
 from coterie.naming import CoterieError
 from coterie.ops import cpu
-from coterie.values import Demand
+from coterie.values import ExpertRequest
 
 imagined_gpu = pytest.mark.usefixtures(far.__name__)
 seconds = st.floats(0, 1e-2, allow_subnormal=False)
@@ -35,11 +35,11 @@ def test_any_split_equals_resident(experts: int, capacity: int, seed: int, most:
     """To rounding; who was computed aside is neither moved nor a hit, and takes no slot."""
     whole = blobs(experts, seed)
     everyone = {layer: shown(one, torch.arange(experts)) for layer, one in whole.items()}
-    resident, own = Resident(everyone), store(InMemory(whole), experts, capacity)
-    own.aside = Aside(AtMost(most), everyone)
+    resident, own = ResidentExpertStore(everyone), store(HostTier(whole), experts, capacity)
+    own.cpu_experts = CpuExperts(TokenLimit(most), everyone)
     aside = 0
     for place, routing in enumerate(routings(experts, seed, count=6)):
-        layer, tokens = LAYERS[place % 2], Demand(routing.used, routing).tokens
+        layer, tokens = LAYERS[place % 2], ExpertRequest(routing.used, routing).token_counts
         assert tokens is not None
         here = own.resident(layer)
         assert here is not None
@@ -51,10 +51,10 @@ def test_any_split_equals_resident(experts: int, capacity: int, seed: int, most:
         now = own.resident(layer)
         assert now is not None
         assert not bool((now & left).any())
-    traffic = own.ledger.traffic()
-    assert traffic.aside == aside
-    assert traffic.used == traffic.hits + traffic.moved + traffic.aside
-    assert traffic.bytes_avoided == (traffic.hits + traffic.aside) * traffic.expert_bytes
+    traffic = own.traffic_log.traffic()
+    assert traffic.on_cpu == aside
+    assert traffic.experts_used == traffic.hits + traffic.experts_moved + traffic.on_cpu
+    assert traffic.bytes_saved == (traffic.hits + traffic.on_cpu) * traffic.expert_bytes
 
 
 @given(
@@ -69,11 +69,11 @@ def test_no_split_ends_sooner(
     even = BreakEven(*prices)
 
     def end(aside: tuple[int, ...]) -> float:
-        alone = [even.each + even.token * int(tokens[one]) for one in aside]
+        alone = [even.expert_seconds + even.token_seconds * int(tokens[one]) for one in aside]
         copied = int(missed.sum()) - len(aside)
-        return max(even.copy * copied, even.begin + sum(alone) if aside else 0.0)
+        return max(even.copy_seconds * copied, even.layer_seconds + sum(alone) if aside else 0.0)
 
-    chosen = even.chosen(missed, tokens)
+    chosen = even.select(missed, tokens)
     assert not (chosen & ~missed).any()
     who = np.flatnonzero(missed).tolist()
     best = min(end(some) for count in range(len(who) + 1) for some in combinations(who, count))
@@ -86,10 +86,15 @@ def test_prices_are_read_off_three_layers(prices: tuple[float, float, float, flo
     true = BreakEven(*prices)
 
     def took(experts: int, tokens: int) -> float:
-        return true.begin + experts * (true.each + true.token * tokens)
+        return true.layer_seconds + experts * (true.expert_seconds + true.token_seconds * tokens)
 
-    found = BreakEven.through(
-        true.copy, one=took(1, 1), many=took(8, 1), full=took(8, 8), experts=8, tokens=8
+    found = BreakEven.from_timings(
+        true.copy_seconds,
+        one_expert=took(1, 1),
+        many_experts=took(8, 1),
+        full_experts=took(8, 8),
+        experts=8,
+        tokens=8,
     )
     for name, price in vars(true).items():
         assert getattr(found, name) == pytest.approx(price, abs=1e-9)
@@ -98,20 +103,24 @@ def test_prices_are_read_off_three_layers(prices: tuple[float, float, float, flo
 def test_a_slow_cpu_computes_nobody_and_a_fast_one_everybody() -> None:
     missed, tokens = np.ones(5, dtype=bool), np.array([1, 9, 2, 4, 3])
     slow, fast = BreakEven(1e-4, 1.0, 0.0, 0.0), BreakEven(1e-2, 0.0, 1e-6, 1e-6)
-    assert slow.chosen(missed, tokens).tolist() == [False] * 5
-    assert fast.chosen(missed, tokens).tolist() == [True] * 5
+    assert slow.select(missed, tokens).tolist() == [False] * 5
+    assert fast.select(missed, tokens).tolist() == [True] * 5
     even = BreakEven(1.0, 0.0, 0.5, 0.25)
-    assert even.chosen(missed, tokens).tolist() == [True, False, True, False, False]
+    assert even.select(missed, tokens).tolist() == [True, False, True, False, False]
 
 
 @pytest.mark.parametrize("text", ["", "0", "-1", "some", "4.5"])
 def test_what_is_no_choice_is_refused(text: str) -> None:
     with pytest.raises(CoterieError, match="--cpu-experts"):
-        parse_aside(text)
+        parse_cpu_experts(text)
 
 
 def test_a_choice_is_read() -> None:
-    assert (parse_aside("off"), parse_aside("auto"), parse_aside("4")) == (None, "auto", AtMost(4))
+    assert (parse_cpu_experts("off"), parse_cpu_experts("auto"), parse_cpu_experts("4")) == (
+        None,
+        "auto",
+        TokenLimit(4),
+    )
 
 
 @imagined_gpu
@@ -122,18 +131,18 @@ def test_a_model_answers_with_some_experts_on_the_cpu(
 ) -> None:
     """Few of its experts are in the slots; those that are missed by few tokens do not come."""
     folder = made(tmp_path, kept)
-    fast = BreakEven(copy=1e-3, begin=0.0, each=1e-3, token=1e-5)
-    monkeypatch.setattr(behind, "measured", lambda *known, **how: fast)
-    few = opened(folder, Memory.parse("35%", aside=asked))
-    store = few.model.offloaded
+    fast = BreakEven(copy_seconds=1e-3, layer_seconds=0.0, expert_seconds=1e-3, token_seconds=1e-5)
+    monkeypatch.setattr(behind, "measure_break_even", lambda *known, **how: fast)
+    few = opened(folder, ExpertMemoryConfig.parse("35%", cpu_experts=asked))
+    store = few.model.offload_store
     assert store is not None
-    assert store.aside is not None
-    assert store.aside.choice == (fast if asked == "auto" else AtMost(3))
+    assert store.cpu_experts is not None
+    assert store.cpu_experts.selection == (fast if asked == "auto" else TokenLimit(3))
     true = opened(folder).generate(PROMPT, **ASKED)
     found = few.generate(PROMPT, **ASKED)
-    traffic = store.ledger.traffic()
-    assert traffic.aside > 0
-    assert traffic.moved > 0
+    traffic = store.traffic_log.traffic()
+    assert traffic.on_cpu > 0
+    assert traffic.experts_moved > 0
     if kept == "plain":  # the others' kernels round activations
         assert found.tokens == true.tokens
     else:
@@ -143,34 +152,40 @@ def test_a_model_answers_with_some_experts_on_the_cpu(
 
 @imagined_gpu
 def test_prices_are_measured_on_the_machine(tmp_path: Path) -> None:
-    few = opened(made(tmp_path, "int8"), Memory.parse("35%", aside="auto"))
-    store = few.model.offloaded
+    few = opened(made(tmp_path, "int8"), ExpertMemoryConfig.parse("35%", cpu_experts="auto"))
+    store = few.model.offload_store
     assert store is not None
-    assert store.aside is not None
-    choice = store.aside.choice
+    assert store.cpu_experts is not None
+    choice = store.cpu_experts.selection
     assert isinstance(choice, BreakEven)
-    assert choice.copy > 0
-    assert choice.begin + choice.each > 0
-    assert "a copy takes" in beside.aside_line(store.aside)
+    assert choice.copy_seconds > 0
+    assert choice.layer_seconds + choice.expert_seconds > 0
+    assert "a copy takes" in beside.describe_cpu_experts(store.cpu_experts)
     assert few.generate(PROMPT, **ASKED).tokens
 
 
 @imagined_gpu
 def test_kernels_need_memory_of_their_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    if not cpu.ready():
+    if not cpu.is_available():
         pytest.skip("the kernels for CPUs are not built")
     folder = made(tmp_path, "int8")
     monkeypatch.setattr(beside, "free_memory", lambda device: 5)
     with pytest.raises(CoterieError, match="more of host memory are needed, and 5 are free"):
-        opened(folder, Memory.parse("35%", aside="auto"))
+        opened(folder, ExpertMemoryConfig.parse("35%", cpu_experts="auto"))
 
 
 @imagined_gpu
 def test_where_it_has_no_effect_it_is_an_error(tmp_path: Path) -> None:
     folder = made(tmp_path, "int8")
     for memory, told in (
-        (Memory.parse("auto", aside="auto"), "all experts fit into the GPU's memory"),
-        (Memory.parse("35%", host="30KB", aside="4"), "which must hold all of them"),
+        (
+            ExpertMemoryConfig.parse("auto", cpu_experts="auto"),
+            "all experts fit into the GPU's memory",
+        ),
+        (
+            ExpertMemoryConfig.parse("35%", host_memory="30KB", cpu_experts="4"),
+            "which must hold all of them",
+        ),
     ):
         with pytest.raises(CoterieError, match=told):
             opened(folder, memory)
@@ -181,7 +196,7 @@ def test_a_cpu_has_no_cpu_beside_it(tmp_path: Path, capsys: pytest.CaptureFixtur
     words = ["generate", "5 17", "-m", folder, "--device", "cpu", "--cpu-experts", "auto"]
     assert run(words) == 2
     assert "--cpu-experts has no effect where all experts are in memory" in capsys.readouterr().err
-    if cpu.ready():
+    if cpu.is_available():
         assert run([*words, "--expert-memory", "5"]) == 2
         assert "where a CPU computes all experts anyway" in capsys.readouterr().err
 

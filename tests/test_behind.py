@@ -15,13 +15,13 @@ from torch import Tensor
 
 import coterie
 from coterie import ops
-from coterie.cli.keeping import settled_line
+from coterie.cli.keeping import describe_memory_plan
 from coterie.engine import behind
-from coterie.engine.convert import Aim, convert
+from coterie.engine.convert import ConversionTarget, convert
 from coterie.engine.engine import Engine
-from coterie.engine.memory import Memory, all_else
+from coterie.engine.memory import ExpertMemoryConfig, non_expert_bytes
 from coterie.experts import pinned
-from coterie.experts.streams import Copies, Relays
+from coterie.experts.streams import PinnedCopyFetcher, StagedFetcher
 from coterie.naming import CoterieError
 from coterie.testing import write_checkpoint
 
@@ -40,8 +40,8 @@ def far(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
     with monkeypatch.context() as patch:
         World(0, eager=1.0).install(patch)
-        patch.setattr(behind, "far", lambda device: True)
-        patch.setattr(behind, "pinned", allocate)
+        patch.setattr(behind, "has_device_memory", lambda device: True)
+        patch.setattr(behind, "allocate_pinned", allocate)
         patch.setattr(ops, "prepare", lambda slab, spend=False: slab)
         yield
 
@@ -52,14 +52,19 @@ def made(folder: Path, kept: str, family: str = "llada2") -> Path:
     whole = write_checkpoint(folder / "whole", family, dtype=dtype)
     if kept == "plain":
         return whole
-    convert(whole, folder / "packed", Aim.of(kept))
+    convert(whole, folder / "packed", ConversionTarget.parse(kept))
     return folder / "packed"
 
 
 def opened(
-    folder: Path, memory: str | Memory | None = None, host: str | None = None, **options: object
+    folder: Path,
+    memory: str | ExpertMemoryConfig | None = None,
+    host: str | None = None,
+    **options: object,
 ) -> Engine:
-    asked = Memory.parse(memory, host=host) if isinstance(memory, str) else memory
+    asked = (
+        ExpertMemoryConfig.parse(memory, host_memory=host) if isinstance(memory, str) else memory
+    )
     return coterie.load(folder, dtype="float32", device="cpu", expert_memory=asked, **options)
 
 
@@ -71,18 +76,21 @@ def opened(
 def test_few_slots_answer_like_all_experts_resident(tmp_path: Path, family: str, kept: str) -> None:
     folder = made(tmp_path, kept, family)
     whole = opened(folder)
-    assert whole.model.offloaded is None
+    assert whole.model.offload_store is None
     for memory in ("1", "35%", "15"):
         few = opened(folder, memory)
         for policy in ("vanilla", "resident-vote:beta=0.3,resident_bonus=0"):
             found, true = (one.generate(PROMPT, policy=policy, **ASKED) for one in (few, whole))
             assert found.tokens == true.tokens
-        store, settled = few.model.offloaded, few.model.memory
+        store, settled = few.model.offload_store, few.model.memory_plan
         assert store is not None
         assert settled is not None
-        assert isinstance(store.courier, Copies)
-        assert (store.capacity, store.moved > 0) == ({"1": 1, "35%": 5, "15": 15}[memory], True)
-        assert settled.host == settled.layers * EXPERTS * store.expert_bytes
+        assert isinstance(store.fetcher, PinnedCopyFetcher)
+        assert (store.capacity, store.experts_moved > 0) == (
+            {"1": 1, "35%": 5, "15": 15}[memory],
+            True,
+        )
+        assert settled.host_bytes == settled.layers * EXPERTS * store.expert_bytes
 
 
 @pytest.mark.parametrize("stacked", [False, True])
@@ -97,11 +105,11 @@ def test_less_host_memory_stands_before_a_packed_checkpoint(tmp_path: Path, kept
     folder = made(tmp_path, kept)
     whole = opened(folder)
     few = opened(folder, "25%", "30KB")
-    store, settled = few.model.offloaded, few.model.memory
+    store, settled = few.model.offload_store, few.model.memory_plan
     assert store is not None
     assert settled is not None
-    assert isinstance(store.courier, Relays)
-    assert "some before the disk" in settled_line(settled)
+    assert isinstance(store.fetcher, StagedFetcher)
+    assert "some before the disk" in describe_memory_plan(settled)
     assert few.generate(PROMPT, **ASKED).tokens == whole.generate(PROMPT, **ASKED).tokens
 
 
@@ -123,25 +131,25 @@ def test_auto_takes_what_is_free_and_all_where_that_is_enough(
 ) -> None:
     folder = made(tmp_path, "plain")
     engine = opened(folder, "auto")
-    assert engine.model.offloaded is None
-    assert engine.model.memory is not None
-    assert engine.model.memory.host == 0
+    assert engine.model.offload_store is None
+    assert engine.model.memory_plan is not None
+    assert engine.model.memory_plan.host_bytes == 0
     spec = engine.model.spec
-    size = behind.layout_of(spec, torch.float32).size * len(spec.moe_layers)
-    rest = all_else(spec, torch.float32, 0)
+    size = behind.expert_layout(spec, torch.float32).size * len(spec.moe_layers)
+    rest = non_expert_bytes(spec, torch.float32, 0)
     monkeypatch.setattr(behind, "free_memory", lambda device: int((rest + 8.5 * size) / 0.95))
     few = opened(folder, "auto")
-    assert few.model.offloaded is not None
-    assert few.model.offloaded.capacity == 8
+    assert few.model.offload_store is not None
+    assert few.model.offload_store.capacity == 8
 
 
 def test_room_for_all_is_all_of_them_resident(tmp_path: Path) -> None:
     """Nothing is read by the host then, so that forwards can be kept as graphs."""
     folder = made(tmp_path, "int8")
     engine = opened(folder, "100%")
-    assert engine.model.offloaded is None
-    assert engine.model.memory is not None
-    assert "all 16 experts a layer fit" in settled_line(engine.model.memory)
+    assert engine.model.offload_store is None
+    assert engine.model.memory_plan is not None
+    assert "all 16 experts a layer fit" in describe_memory_plan(engine.model.memory_plan)
     with pytest.raises(CoterieError, match="--host-memory has no effect"):
         opened(folder, "100%", "30KB")
 
@@ -166,7 +174,7 @@ def test_pinned_memory_is_given_back(monkeypatch: pytest.MonkeyPatch) -> None:
     cuda = Cudart(0)
     monkeypatch.setattr(torch.cuda, "cudart", lambda: cuda)
     monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
-    memory = pinned.pinned(3, 4096, torch.device("cuda"))
+    memory = pinned.allocate_pinned(3, 4096, torch.device("cuda"))
     assert (memory.shape, memory.dtype) == ((3, 4096), torch.uint8)
     assert cuda.pinned == {memory.data_ptr(): 3 * 4096}
     part = memory[1, 5:]
@@ -185,4 +193,4 @@ def test_memory_that_cannot_be_pinned_is_an_error(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(torch.cuda, "cudart", lambda: Cudart(2))
     monkeypatch.setattr(torch, "zeros", tells_once_more)
     with pytest.raises(CoterieError, match=r"3 experts of 4,096 bytes.*CUDA error 2"):
-        pinned.pinned(3, 4096, torch.device("cuda"))
+        pinned.allocate_pinned(3, 4096, torch.device("cuda"))

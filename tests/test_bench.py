@@ -17,29 +17,36 @@ import torch
 from released import LLADA2_FLASH, LLADA2_MINI, LLADA_MOE
 
 from coterie.bench import llama, turns, worker
-from coterie.bench.forward import fillings, random_blocks, time_forward
+from coterie.bench.forward import logits_per_forward, random_blocks, time_forward
 from coterie.bench.generate import random_prompts, time_generation
-from coterie.bench.layer import draw_cases, our_slab, sittings, time_layer
-from coterie.bench.model import random_model, repeated, some_experts
-from coterie.bench.needs import cached, floor, needs_of
-from coterie.bench.peers import PEERS, Chosen, Peer, PeerError, Worker, chosen
-from coterie.bench.plots import chart_of, plot
-from coterie.bench.reading import memory_of, read_rows, rows_of
-from coterie.bench.routings import bend_for
-from coterie.bench.shapes import SHAPES, published
-from coterie.bench.turns import LIMITS, Asked
+from coterie.bench.layer import draw_cases, make_slab, group_by_memory, time_layer
+from coterie.bench.model import random_model, repeat_experts, random_experts
+from coterie.bench.needs import compute_probe, roofline_seconds, forward_cost
+from coterie.bench.peers import (
+    BASELINES,
+    ResolvedBaseline,
+    Baseline,
+    BaselineError,
+    BaselineProcess,
+    resolve_baselines,
+)
+from coterie.bench.plots import make_chart, plot_record
+from coterie.bench.reading import weight_buffers, read_rows, readable_rows
+from coterie.bench.routings import find_skew
+from coterie.bench.shapes import SHAPES, find_shape
+from coterie.bench.turns import MAX_RELATIVE_ERROR, BenchConfig
 from coterie.cli.edge import run
-from coterie.engine.config import Generation
+from coterie.engine.config import GenerationConfig
 from coterie.engine.engine import Engine
-from coterie.model.step import Step
-from coterie.model.weights import bytes_kept
+from coterie.model.step import ForwardContext
+from coterie.model.weights import weight_bytes
 from coterie.naming import CoterieError
 from coterie.ops import run_experts
-from coterie.results import record, write_record
+from coterie.results import make_record, write_record
 from coterie.routing import Vanilla
-from coterie.telemetry import Counting
+from coterie.telemetry import ExpertCounter
 from coterie.testing import read_spec
-from coterie.values import Panels, Routing, Window, membership
+from coterie.values import PackedExperts, Routing, Window, expert_mask
 
 FAKE = Path(__file__).parent / "fake_peer.py"
 TINY = SHAPES["tiny"]
@@ -60,22 +67,22 @@ def test_a_shape_is_what_the_released_config_says(name: str, config: dict) -> No
 
 def test_an_unknown_shape_names_those_that_are_known() -> None:
     with pytest.raises(CoterieError, match=r"unknown shape 'llada3'; known: llada2-mini, .*tiny"):
-        published("llada3")
+        find_shape("llada3")
 
 
 def test_a_shape_is_cut_to_layers_that_route() -> None:
-    assert TINY.cut(2).spec.moe == (False, True)
-    assert TINY.cut(None) is TINY
+    assert TINY.truncate(2).spec.moe == (False, True)
+    assert TINY.truncate(None) is TINY
     for layers in (0, 1, 4):
         with pytest.raises(CoterieError, match=f"{layers} layers of Tiny; it takes 2 to 3"):
-            TINY.cut(layers)
+            TINY.truncate(layers)
 
 
 def test_routers_that_nobody_counted_are_as_skewed_as_minis() -> None:
-    bend = bend_for(SHAPES["llada2-mini"].spec.router, SHAPES["llada2-mini"].unique)
-    assert bend_for(SHAPES["sdar-moe"].spec.router, SHAPES["sdar-moe"].unique) == pytest.approx(
-        bend, abs=0.05
-    )
+    bend = find_skew(SHAPES["llada2-mini"].spec.router, SHAPES["llada2-mini"].unique_experts)
+    assert find_skew(
+        SHAPES["sdar-moe"].spec.router, SHAPES["sdar-moe"].unique_experts
+    ) == pytest.approx(bend, abs=0.05)
 
 
 # Random models
@@ -85,15 +92,15 @@ def test_routers_that_nobody_counted_are_as_skewed_as_minis() -> None:
 def test_a_random_models_experts_are_a_few_over_and_over(experts: str) -> None:
     draw = torch.Generator().manual_seed(3)
     spec = TINY.spec
-    few = some_experts(spec, experts, draw, torch.device("cpu"))
-    many = repeated(few, 7)
+    few = random_experts(spec, experts, draw, torch.device("cpu"))
+    many = repeat_experts(few, 7)
     x = torch.randn(9, spec.hidden, generator=draw)
     x = x if experts == "fp32" else x.bfloat16()
     ids = torch.randint(0, 7, (9, 3), generator=draw)
     weights = torch.rand(9, 3, generator=draw)
 
     def routing(ids: torch.Tensor, count: int) -> Routing:
-        return Routing(ids, weights, membership(ids.flatten(), count), ids)
+        return Routing(ids, weights, expert_mask(ids.flatten(), count), ids)
 
     y = run_experts(x, routing(ids, 7), many)
     assert torch.allclose(y, run_experts(x, routing(ids % 2, 2), few), rtol=1e-5, atol=1e-7)
@@ -101,9 +108,9 @@ def test_a_random_models_experts_are_a_few_over_and_over(experts: str) -> None:
 
 
 def test_each_copy_of_an_expert_is_in_memory_of_its_own() -> None:
-    few = some_experts(TINY.spec, "bf16", torch.Generator(), torch.device("cpu"))
-    many = repeated(few, 32)
-    whole = many.gate_up.packed if isinstance(many.gate_up, Panels) else many.gate_up
+    few = random_experts(TINY.spec, "bf16", torch.Generator(), torch.device("cpu"))
+    many = repeat_experts(few, 32)
+    whole = many.gate_up.packed if isinstance(many.gate_up, PackedExperts) else many.gate_up
     assert len(whole) == 32
     assert whole.stride(0) == whole[0].numel()
 
@@ -114,22 +121,22 @@ def test_gates_are_bent_until_a_block_uses_as_many_experts_as_the_model_does(nam
     if name != "tiny":
         few = {"heads": 2, "kv_heads": 2, "head_dim": 16, "rotary_dim": 8}
         small = {"vocabulary": 512, "hidden": 256, "expert_width": 16, **few}
-        shape = replace(shape, spec=replace(shape.spec, **small)).cut(4)
+        shape = replace(shape, spec=replace(shape.spec, **small)).truncate(4)
     model = random_model(shape, "bf16")
-    counting, draw = Counting(), torch.Generator().manual_seed(1)
+    counting, draw = ExpertCounter(), torch.Generator().manual_seed(1)
     for number in range(6):
         ids = torch.randint(0, model.mask_id, (1, 32), generator=draw)
-        counting.began((number,))
+        counting.on_forward((number,))
         span = torch.tensor([32])
-        step = Step(Window(span * 0, 32, span), None, Vanilla(), counting)
+        step = ForwardContext(Window(span * 0, 32, span), None, Vanilla(), counting)
         model.transformer(ids, step)
     seen = sum(counting.counts(number).mean for number in range(6)) / 6
-    assert seen == pytest.approx(shape.unique, rel=0.12)
+    assert seen == pytest.approx(shape.unique_experts, rel=0.12)
 
 
 def test_a_random_model_is_the_same_for_the_same_seed_and_generates() -> None:
     first, again, other = (random_model(TINY, "int8", layers=2, seed=s) for s in (1, 1, 2))
-    options = Generation.usual(TINY.family.defaults).but(max_new_tokens=8, block=8)
+    options = GenerationConfig.for_family(TINY.family.defaults).replace(max_new_tokens=8, block=8)
     texts = [
         Engine(m, generation=options).generate("5 17 33").tokens for m in (first, again, other)
     ]
@@ -145,47 +152,49 @@ def test_a_model_that_does_not_fit_says_what_would(monkeypatch: pytest.MonkeyPat
 # One layer, and peers
 
 
-def asked(dtype: str = "bf16", **others: object) -> Asked:
-    return Asked(TINY, dtype, ("vanilla", "des-vote:beta=0.25"), tokens=9, turns=2, **others)
+def asked(dtype: str = "bf16", **others: object) -> BenchConfig:
+    return BenchConfig(
+        TINY, dtype, ("vanilla", "des-vote:beta=0.25"), tokens=9, repeats=2, **others
+    )
 
 
-def fake(mood: str, *, named: bool = False) -> Chosen:
+def fake(mood: str, *, named: bool = False) -> ResolvedBaseline:
     """A peer of these tests. Its name is its mood."""
-    peer = Peer(mood, ("graze",), ("fp32", "bf16"), script=str(FAKE))
-    return Chosen(peer, Path(sys.executable), named)
+    peer = Baseline(mood, ("graze",), ("fp32", "bf16"), script=str(FAKE))
+    return ResolvedBaseline(peer, Path(sys.executable), named)
 
 
 def test_ours_and_the_read_take_their_turns_and_count_their_bytes() -> None:
     found = time_layer(asked("int8"), [], budget=0)
-    slab = our_slab(TINY.layer, asked("int8"))
-    whole = sum(each.nbytes for each in memory_of([slab.gate_up, slab.down]))
-    for line in found.lines:
+    slab = make_slab(TINY.layer, asked("int8"))
+    whole = sum(each.nbytes for each in weight_buffers([slab.gate_up, slab.down]))
+    for line in found.timings:
         assert {work: len(taken) for work, taken in line.samples.items()} == {"ours": 2, "read": 2}
         assert line.bytes == pytest.approx(line.experts * whole / 32)
-    assert found.lines[1].experts == 8
-    assert found.lines[0].experts > 8
+    assert found.timings[1].experts == 8
+    assert found.timings[0].experts > 8
 
 
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
 def test_torch_computes_what_we_do_in_a_process_of_its_own(dtype: str) -> None:
-    who, skipped = chosen(["torch"], {"torch": Path(sys.executable)}, dtype)
+    who, skipped = resolve_baselines(["torch"], {"torch": Path(sys.executable)}, dtype)
     found = time_layer(asked(dtype), who, budget=0)
     assert skipped == found.skipped == {}
     assert set(found.errors) == {"torch loop", "torch grouped_mm"}
-    assert all(0 <= error < LIMITS[dtype] for error in found.errors.values())
+    assert all(0 <= error < MAX_RELATIVE_ERROR[dtype] for error in found.errors.values())
     assert found.versions["torch"]["torch"] == torch.__version__
-    for line in found.lines:
+    for line in found.timings:
         assert {len(taken) for taken in line.samples.values()} == {2}
         times = line.facts()["times_ours"]
-        assert times["torch loop"] == line.ratio("torch loop") > 0
+        assert times["torch loop"] == line.ratio_to_ours("torch loop") > 0
 
 
 def test_peers_take_turns_and_their_own_seconds_count() -> None:
     found = time_layer(asked(), [fake("grazes")], budget=0)
-    assert found.sittings == [["grazes"]]
+    assert found.sessions == [["grazes"]]
     assert found.versions == {"grazes": {"sheep": "1.0"}}
-    assert found.errors["grazes graze"] < LIMITS["bf16"]
-    assert [line.samples["grazes graze"] for line in found.lines] == [[0.25, 0.25]] * 2
+    assert found.errors["grazes graze"] < MAX_RELATIVE_ERROR["bf16"]
+    assert [line.samples["grazes graze"] for line in found.timings] == [[0.25, 0.25]] * 2
 
 
 @pytest.mark.parametrize(
@@ -203,28 +212,32 @@ def test_a_peer_that_fails_is_left_out_and_why_is_told(
     mood: str, why: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if mood == "hangs":
-        monkeypatch.setattr(turns, "Worker", partial(Worker, working=0.3))
+        monkeypatch.setattr(turns, "BaselineProcess", partial(BaselineProcess, answer_timeout=0.3))
     found = time_layer(asked(), [fake(mood)], budget=0)
     assert found.skipped[mood].startswith(why)
-    assert all(set(line.samples) == {"ours", "read"} for line in found.lines)
+    assert all(set(line.samples) == {"ours", "read"} for line in found.timings)
     if mood == "dies":
-        with pytest.raises(PeerError, match=why):
+        with pytest.raises(BaselineError, match=why):
             time_layer(asked(), [fake(mood, named=True)], budget=0)
 
 
 def test_peers_sit_together_as_far_as_memory_holds_them() -> None:
-    torch_, hf, zen, llama = (Chosen(peer, Path(), False) for peer in PEERS.values())
-    assert sittings([torch_, hf, zen, llama], 1.0, 3.0) == [[torch_, hf], [zen], [llama]]
-    assert sittings([torch_, hf, zen, llama], 1.0, 0.5) == [[torch_], [hf], [zen], [llama]]
-    assert sittings([torch_, hf, zen, llama], 1.0, 9.0) == [[torch_, hf, zen, llama]]
-    assert sittings([], 1.0, 9.0) == []
+    torch_, hf, zen, llama = (ResolvedBaseline(peer, Path(), False) for peer in BASELINES.values())
+    assert group_by_memory([torch_, hf, zen, llama], 1.0, 3.0) == [[torch_, hf], [zen], [llama]]
+    assert group_by_memory([torch_, hf, zen, llama], 1.0, 0.5) == [[torch_], [hf], [zen], [llama]]
+    assert group_by_memory([torch_, hf, zen, llama], 1.0, 9.0) == [[torch_, hf, zen, llama]]
+    assert group_by_memory([], 1.0, 9.0) == []
 
 
 def test_a_slow_work_rests_once_it_has_had_its_share(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(turns, "ENOUGH", 0.5)
+    monkeypatch.setattr(turns, "MAX_SECONDS", 0.5)
     found = time_layer(replace(asked(), turns=9), [fake("grazes")], budget=0)
-    line = found.lines[0]
-    assert len(line.samples["grazes graze"]) == len(line.beside["grazes graze"]) == turns.LEAST
+    line = found.timings[0]
+    assert (
+        len(line.samples["grazes graze"])
+        == len(line.paired_samples["grazes graze"])
+        == turns.MIN_REPEATS
+    )
     assert len(line.samples["ours"]) == 9
 
 
@@ -232,35 +245,35 @@ def test_a_peer_that_is_not_there_is_skipped_unless_it_was_asked_for(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    who, skipped = chosen([], {}, "bf16")
-    assert [each.peer.name for each in who] == ["torch"]
+    who, skipped = resolve_baselines([], {}, "bf16")
+    assert [each.baseline.name for each in who] == ["torch"]
     assert set(skipped) == {"transformers", "zentorch", "llama.cpp"}
     with pytest.raises(CoterieError, match=r"zentorch: not installed; `scripts/peers zentorch`"):
-        chosen(["zentorch"], {}, "bf16")
+        resolve_baselines(["zentorch"], {}, "bf16")
     with pytest.raises(CoterieError, match="torch: has no experts in int8; it has fp32, bf16"):
-        chosen(["torch"], {}, "int8")
+        resolve_baselines(["torch"], {}, "int8")
     with pytest.raises(CoterieError, match=r"unknown peer 'onnx'; known: torch, .*llama.cpp"):
-        chosen([], {"onnx": Path("python")}, "bf16")
+        resolve_baselines([], {"onnx": Path("python")}, "bf16")
     with pytest.raises(CoterieError, match="zentorch: nowhere is no program"):
-        chosen([], {"zentorch": Path("nowhere")}, "bf16")
+        resolve_baselines([], {"zentorch": Path("nowhere")}, "bf16")
 
 
 def test_a_policy_that_takes_experts_away_is_timed_alone() -> None:
     naee = replace(asked(), policies=("naee:beta=0.6",))
-    assert time_layer(naee, [], budget=0).lines[0].experts > 0
+    assert time_layer(naee, [], budget=0).timings[0].experts > 0
     with pytest.raises(CoterieError, match="no peer does; --peer none"):
         time_layer(naee, [fake("grazes")], budget=0)
 
 
 def test_llama_cpps_gates_choose_what_a_case_asks_for() -> None:
     cases = draw_cases(asked())
-    work = worker.Work(32, 4, 64, 32, "bf16", 1, 1)
+    work = worker.LayerWorkload(32, 4, 64, 32, "bf16", 1, 1)
     some = [
-        worker.Case(x.float().numpy(), routing.ids.numpy(), routing.weights.numpy())
+        worker.TimedCase(x.float().numpy(), routing.topk_ids.numpy(), routing.topk_weights.numpy())
         for x, routing in cases["vanilla"][:2]
     ]
-    rows = llama.embeddings(work, 18)
-    logits = rows @ llama.gate_for(rows, some, 32).T
+    rows = llama.make_embeddings(work, 18)
+    logits = rows @ llama.make_gate(rows, some, 32).T
     ids = np.concatenate([case.ids for case in some])
     weights = np.concatenate([case.weights for case in some])
     assert (np.sort(np.argsort(-logits)[:, :4]) == np.sort(ids)).all()
@@ -271,7 +284,7 @@ def test_llama_cpps_gates_choose_what_a_case_asks_for() -> None:
 
 def test_llama_cpps_error_is_a_part_of_what_a_layer_adds() -> None:
     draw = np.random.default_rng(2)
-    rows = llama.embeddings(worker.Work(4, 2, 64, 8, "bf16", 1, 1), 12)
+    rows = llama.make_embeddings(worker.LayerWorkload(4, 2, 64, 8, "bf16", 1, 1), 12)
     added = draw.standard_normal(64).astype(np.float32) * 0.1
     x = rows[3] + added
     right = rows @ (x / np.sqrt((x**2).mean())) * (8 / 64)
@@ -287,17 +300,17 @@ def test_llama_cpps_error_is_a_part_of_what_a_layer_adds() -> None:
 def test_a_forward_needs_every_weight_once_and_of_the_experts_those_it_uses(experts: str) -> None:
     model = random_model(TINY, experts)
     blocks = random_blocks(model, 32, 33, 1)
-    needs = needs_of(model.transformer, blocks)
+    needs = forward_cost(model.transformer, blocks)
     assert int(blocks.window.start) == 64
     spec, dtype = model.spec, model.transformer.dtype
     all_of_them = {layer: torch.ones(32, dtype=torch.bool) for layer in spec.moe_layers}
-    keys = needs.parts["keys and values"]
+    keys = needs.part_bytes["keys and values"]
     assert keys == 2 * spec.layers * spec.kv_heads * spec.head_dim * 96 * dtype.itemsize
-    whole = needs.experts(all_of_them) + sum(needs.parts.values()) - keys
+    whole = needs.used_expert_bytes(all_of_them) + sum(needs.part_bytes.values()) - keys
     looked_up = spec.vocabulary * spec.hidden * dtype.itemsize
-    assert whole == pytest.approx(bytes_kept(spec, dtype) - looked_up, rel=0.06)
+    assert whole == pytest.approx(weight_bytes(spec, dtype) - looked_up, rel=0.06)
     none = {layer: torch.zeros(32, dtype=torch.bool) for layer in spec.moe_layers}
-    assert needs.experts(none) == 0
+    assert needs.used_expert_bytes(none) == 0
 
 
 def test_forwards_are_timed_beside_their_reads() -> None:
@@ -306,18 +319,26 @@ def test_forwards_are_timed_beside_their_reads() -> None:
     found = time_forward(
         model,
         ["vanilla", "des-vote:beta=0.25"],
-        turns=3,
+        repeats=3,
         context=40,
-        tell=lambda share, _doing: heard.append(share),
+        on_progress=lambda share, _doing: heard.append(share),
     )
-    lines = found.lines
-    assert [len(line.seconds) for line in lines] == [len(line.limit) for line in lines] == [3, 3]
-    assert all(a >= b for line in lines for a, b in zip(line.floor, line.limit, strict=True))
-    assert lines[0].flops == lines[1].flops
-    assert found.logits == (32, 28, 24, 20, 16, 12, 8, 4)
+    lines = found.timings
+    assert (
+        [len(line.seconds) for line in lines]
+        == [len(line.read_seconds) for line in lines]
+        == [3, 3]
+    )
+    assert all(
+        a >= b
+        for line in lines
+        for a, b in zip(line.roofline_seconds, line.read_seconds, strict=True)
+    )
+    assert lines[0].part_flops == lines[1].part_flops
+    assert found.logit_counts == (32, 28, 24, 20, 16, 12, 8, 4)
     assert [len(taken) for taken in found.rates.values()] == [6, 6, 6]
     assert lines[1].experts == 8 < lines[0].experts
-    assert lines[0].bytes > lines[1].bytes > sum(lines[1].parts.values()) - 1
+    assert lines[0].bytes > lines[1].bytes > sum(lines[1].part_bytes.values()) - 1
     assert heard[-1] == 1.0
     with pytest.raises(CoterieError, match="need 576 positions; the model has 512"):
         time_forward(model, ["vanilla"], context=543)
@@ -327,21 +348,21 @@ def test_forwards_are_timed_beside_their_reads() -> None:
 def test_operations_are_two_for_every_number_and_token_that_meet(experts: str) -> None:
     model = random_model(TINY, experts)
     spec, transformer = model.spec, model.transformer
-    needs = needs_of(transformer, random_blocks(model, 32, 64, 1))
-    flops = needs.operations(pairs=32 * 4 * 2, wanted=5)
-    assert set(flops) == {"experts", *needs.parts}
+    needs = forward_cost(transformer, random_blocks(model, 32, 64, 1))
+    flops = needs.flops_by_part(pairs=32 * 4 * 2, num_logits=5)
+    assert set(flops) == {"experts", *needs.part_bytes}
     size = transformer.dtype.itemsize
     for part in ("attention", "shared", "dense"):
-        assert flops[part] == 2 * 32 * needs.parts[part] // size
-    assert flops["router"] == 2 * 32 * needs.parts["router"] // 4
+        assert flops[part] == 2 * 32 * needs.part_bytes[part] // size
+    assert flops["router"] == 2 * 32 * needs.part_bytes["router"] // 4
     assert flops["head"] == 2 * 5 * spec.vocabulary * spec.hidden
     assert flops["experts"] == 2 * (32 * 4 * 2) * spec.expert_parameters
     assert flops["keys and values"] == 4 * 32 * 96 * spec.heads * spec.head_dim * spec.layers
-    assert all(rate > 0 for rate in cached(transformer, 32).rates().values())
+    assert all(rate > 0 for rate in compute_probe(transformer, 32).measure_rates().values())
 
 
 def test_a_floor_takes_of_every_part_what_takes_longer() -> None:
-    found = floor(
+    found = roofline_seconds(
         {"experts": 60.0, "head": 20.0, "router": 10.0},
         {"experts": 100.0, "head": 90.0, "router": 8.0},
         bandwidth=10.0,
@@ -351,16 +372,16 @@ def test_a_floor_takes_of_every_part_what_takes_longer() -> None:
 
 
 def test_a_block_is_filled_evenly() -> None:
-    assert fillings(7, 32) == (7,)
-    assert fillings("block", 4) == (4, 3, 2, 1)
-    assert fillings("block", 12) == (12, 11, 9, 8, 6, 5, 3, 2)
+    assert logits_per_forward(7, 32) == (7,)
+    assert logits_per_forward("block", 4) == (4, 3, 2, 1)
+    assert logits_per_forward("block", 12) == (12, 11, 9, 8, 6, 5, 3, 2)
     with pytest.raises(CoterieError, match="33 logits of a block of 32; it has 1 to 32"):
-        fillings(33, 32)
+        logits_per_forward(33, 32)
 
 
 def test_bytes_are_read_without_kernels_too(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("coterie.bench.reading.cpu.ready", lambda: False)
-    rows = rows_of([torch.ones(3, 4, 5)])
+    rows = readable_rows([torch.ones(3, 4, 5)])
     assert isinstance(rows[0], torch.Tensor)
     read_rows(rows, torch.tensor([True, False, True]))
 
@@ -368,11 +389,15 @@ def test_bytes_are_read_without_kernels_too(monkeypatch: pytest.MonkeyPatch) -> 
 def test_answers_are_timed_policy_beside_policy_vanilla_first() -> None:
     engine = Engine(
         random_model(TINY, "fp32"),
-        generation=Generation.usual(TINY.family.defaults).but(early_stop="off"),
+        generation=GenerationConfig.for_family(TINY.family.defaults).replace(early_stop="off"),
     )
     prompts = random_prompts(2, 5, 100)
     lines = time_generation(
-        engine, prompts, ["des-vote:beta=0.25", "vanilla"], turns=2, options={"max_new_tokens": 27}
+        engine,
+        prompts,
+        ["des-vote:beta=0.25", "vanilla"],
+        num_repeats=2,
+        options={"max_new_tokens": 27},
     )
     assert [line.policy for line in lines] == ["vanilla", "des-vote:beta=0.25"]
     counted = lines[1].facts(lines[0])
@@ -398,7 +423,7 @@ def test_the_command_leaves_a_record_and_figures_drawn_from_it(
         "vanilla",
         "des-vote:beta=0.25",
     ]
-    chart = chart_of(kept)
+    chart = make_chart(kept)
     assert set(chart.rows) == {"read", "ours"}
     samples = {each["name"]: each["samples"] for each in kept["measures"]}
     assert chart.samples["ours", "vanilla"] == samples["vanilla ours"]
@@ -415,10 +440,10 @@ def test_forward_and_generate_leave_records_that_can_be_drawn(tmp_path: Path) ->
     assert run(["bench", "forward", *usual, "--layers", "2", "--context", "0"]) == 0
     assert run(["bench", "generate", *usual, "--prompts", "1", "--tokens", "8"]) == 0
     forward = json.loads((tmp_path / "bench-forward-tiny-int8-2-layers.json").read_text())
-    assert set(chart_of(forward).rows) == {"read", "floor", "forward"}
+    assert set(make_chart(forward).rows) == {"read", "floor", "forward"}
     assert forward["facts"]["wanted"] == "block"
     generate = json.loads((tmp_path / "generate-random-tiny-cpu.json").read_text())
-    assert chart_of(generate).rows == ["vanilla", "des-vote:beta=0.25"]
+    assert make_chart(generate).rows == ["vanilla", "des-vote:beta=0.25"]
     assert len(list(tmp_path.glob("*.svg"))) == 4
 
 
@@ -473,15 +498,15 @@ def test_the_command_alone_tells_what_it_can_do(capsys: pytest.CaptureFixture[st
 
 
 def test_a_record_of_something_else_has_no_figure(tmp_path: Path) -> None:
-    path = write_record(tmp_path, record("embedded training", [], []))
+    path = write_record(tmp_path, make_record("embedded training", [], []))
     with pytest.raises(CoterieError, match="'embedded training' has no figure; known: bench layer"):
-        plot(path)
+        plot_record(path)
 
 
 def test_a_peer_that_was_left_out_leaves_nothing_but_the_reason() -> None:
     found = time_layer(asked(), [fake("dies"), fake("grazes")], budget=9e9)
     assert set(found.skipped) == {"dies"}
-    assert found.sittings == [["grazes"]]
+    assert found.sessions == [["grazes"]]
     assert set(found.versions) == {"grazes"}
     assert set(found.errors) == {"grazes graze"}
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 import coterie
-from coterie.calibration import read_kept
+from coterie.calibration import read_calibrated_policy
 from coterie.cli.edge import run
 from coterie.naming import CoterieError
 from coterie.testing import write_checkpoint
@@ -112,9 +112,9 @@ def test_people_see_what_was_found(capsys: Capture, model: str, prompts: str) ->
 
 
 def test_the_policy_is_for_python_too(kept: Path, model: str) -> None:
-    found = read_kept(kept)
+    found = read_calibrated_policy(kept)
     engine = coterie.load(model, max_new_tokens=8, block=8, unmask="fixed:steps=3")
-    assert found.check(engine.model, engine.generation) == []
+    assert found.check_model(engine.model, engine.generation) == []
     assert engine.generate("5 17 33", policy=found.policy).policy == found.policy
 
 
@@ -185,7 +185,7 @@ def test_a_file_that_is_not_there_is_named(capsys: Capture, model: str, tmp_path
         said = refusal(capsys, command, "5 17 33", "-m", model, "-p", f"@{path}")
         assert said == f"coterie: {path}: no such file; `coterie calibrate -o` writes one\n"
     with pytest.raises(CoterieError, match=f"{tmp_path}: Is a directory"):
-        read_kept(tmp_path)
+        read_calibrated_policy(tmp_path)
 
 
 @pytest.mark.parametrize(

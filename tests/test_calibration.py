@@ -15,44 +15,44 @@ from hypothesis import strategies as st
 
 import coterie
 from coterie.calibration import (
-    Bench,
-    Question,
-    Questions,
+    PolicyEvaluator,
+    CalibrationPrompt,
+    PromptSet,
     Target,
-    Wish,
+    TaskOptions,
     calibrate,
-    from_file,
-    from_tasks,
+    prompts_from_file,
+    prompts_from_tasks,
 )
 from coterie.calibration.bench import VANILLA
-from coterie.calibration.budget import order_of_taking, shared_out
-from coterie.calibration.calibration import readings
-from coterie.calibration.frontier import best
+from coterie.calibration.budget import allocation_order, experts_per_layer
+from coterie.calibration.calibration import measure_policies
+from coterie.calibration.frontier import best_point
 from coterie.calibration.interval import drop_interval
-from coterie.calibration.ladder import Family, families
-from coterie.calibration.search import Searcher
-from coterie.calibration.target import Reading
+from coterie.calibration.ladder import SearchFamily, searchable_families
+from coterie.calibration.search import BoundarySearch
+from coterie.calibration.target import Estimate
 from coterie.evals.stats import ratio_interval
 from coterie.naming import CoterieError
-from coterie.problems import TASKS, draw, split_of
-from coterie.routing import parse_policy, route, spell
+from coterie.problems import PROBLEM_MAKERS, draw_problem, split_of
+from coterie.routing import parse_policy, route, format_policy
 from coterie.testing import write_checkpoint
 from coterie.values import RouterSpec
 
 ROUTER = RouterSpec(experts=16, k=4, activation="sigmoid", renormalise=True)
 
 
-def reading(value: float) -> Reading:
-    return Reading(value, (value, value), 1)
+def reading(value: float) -> Estimate:
+    return Estimate(value, (value, value), 1)
 
 
-def looking(values: Sequence[float], target: Target, searcher: Searcher):
+def looking(values: Sequence[float], target: Target, searcher: BoundarySearch):
     """What a search finds on a ladder of these values, and the rungs that it measured."""
     measured: list[int] = []
 
-    def measure(rungs: Sequence[int]) -> list[Reading]:
+    def measure(rungs: Sequence[int]) -> list[Estimate]:
         assert list(rungs) == sorted(rungs)
-        assert 1 <= len(rungs) <= max(1, searcher.together)
+        assert 1 <= len(rungs) <= max(1, searcher.batch_size)
         measured.extend(rungs)
         return [reading(values[rung]) for rung in rungs]
 
@@ -60,7 +60,7 @@ def looking(values: Sequence[float], target: Target, searcher: Searcher):
 
 
 ladders = st.lists(st.integers(1, 40), min_size=1, max_size=200)
-searchers = st.builds(Searcher, together=st.integers(1, 9), coarse=st.integers(1, 9))
+searchers = st.builds(BoundarySearch, together=st.integers(1, 9), coarse=st.integers(1, 9))
 kinds = st.sampled_from(["experts", "mass", "loss", "drop"])
 
 
@@ -70,11 +70,11 @@ def test_on_an_ordered_ladder_the_search_finds_what_a_scan_does(numbers, kind, s
     values = [n / 40 for n in sorted(numbers, reverse=falls)]
     target = Target(kind, data.draw(st.sampled_from(values)))
     found, measured = looking(values, target, searcher)
-    meeting = [rung for rung, value in enumerate(values) if target.met(reading(value))]
-    assert found.rung == (meeting[0] if kind == "experts" else meeting[-1])
-    assert found.ordered
+    meeting = [rung for rung, value in enumerate(values) if target.is_met(reading(value))]
+    assert found.index == (meeting[0] if kind == "experts" else meeting[-1])
+    assert found.is_monotonic
     assert len(measured) == len(set(measured))
-    if searcher == Searcher():
+    if searcher == BoundarySearch():
         assert len(measured) <= math.ceil(math.log2(len(values) + 1))
 
 
@@ -83,16 +83,16 @@ def test_on_any_ladder_what_is_found_meets_the_target_and_its_neighbour_fails(
     numbers, kind, searcher, wanted
 ):
     values, target = [n / 40 for n in numbers], Target(kind, wanted / 40)
-    assume(target.met(reading(values[-1 if kind == "experts" else 0])))
+    assume(target.is_met(reading(values[-1 if kind == "experts" else 0])))
     found, measured = looking(values, target, searcher)
-    assert target.met(reading(values[found.rung]))
-    beside = found.rung - 1 if kind == "experts" else found.rung + 1
+    assert target.is_met(reading(values[found.index]))
+    beside = found.index - 1 if kind == "experts" else found.index + 1
     if 0 <= beside < len(values):
         assert beside in measured
-        assert not target.met(reading(values[beside]))
+        assert not target.is_met(reading(values[beside]))
     falls = kind in ("experts", "mass")
     seen = [values[rung] for rung in sorted(set(measured))]
-    assert found.ordered == (seen == sorted(seen, reverse=falls))
+    assert found.is_monotonic == (seen == sorted(seen, reverse=falls))
 
 
 @given(ladders, kinds, searchers)
@@ -108,26 +108,26 @@ def test_a_target_that_no_rung_meets_is_told_with_the_range(numbers, kind, searc
 
 def test_a_coarse_look_stays_on_the_gentle_side_of_the_first_failure():
     drops = [0.0] * 30 + [0.5] * 3 + [0.0] * 67  # it fails, and then seems to recover
-    blind, _ = looking(drops, Target("drop", 0.01), Searcher())
-    coarse, measured = looking(drops, Target("drop", 0.01), Searcher(coarse=31))
-    assert (blind.rung, coarse.rung) == (99, 29)
-    assert not coarse.ordered
+    blind, _ = looking(drops, Target("drop", 0.01), BoundarySearch())
+    coarse, measured = looking(drops, Target("drop", 0.01), BoundarySearch(initial_points=31))
+    assert (blind.index, coarse.index) == (99, 29)
+    assert not coarse.is_monotonic
     assert len(measured) < 40
 
 
 def test_a_coarse_look_ends_where_it_has_failed_twice():
     drops = [0.0] * 30 + [0.5] * 70  # answers take longest at the thrifty end
-    found, measured = looking(drops, Target("drop", 0.01), Searcher(coarse=31))
-    assert (found.rung, found.ordered) == (29, True)
+    found, measured = looking(drops, Target("drop", 0.01), BoundarySearch(initial_points=31))
+    assert (found.index, found.is_monotonic) == (29, True)
     assert max(measured) < 40
 
 
 def test_a_sure_target_is_met_by_the_far_end_of_the_interval():
-    doubtful = Reading(0.5, (0.4, 0.6), 10)
+    doubtful = Estimate(0.5, (0.4, 0.6), 10)
     for kind, near, far in [("experts", 0.5, 0.6), ("mass", 0.5, 0.4), ("drop", 0.5, 0.6)]:
-        assert Target.of(f"{kind}={near}").met(doubtful)
-        assert not Target.of(f"{kind}={near}", sure=True).met(doubtful)
-        assert Target.of(f"{kind}={far}", sure=True).met(doubtful)
+        assert Target.parse(f"{kind}={near}").is_met(doubtful)
+        assert not Target.parse(f"{kind}={near}", confident=True).is_met(doubtful)
+        assert Target.parse(f"{kind}={far}", confident=True).is_met(doubtful)
 
 
 @pytest.mark.parametrize(
@@ -144,25 +144,25 @@ def test_a_sure_target_is_met_by_the_far_end_of_the_interval():
 )
 def test_a_wrong_target_is_named(text: str, message: str):
     with pytest.raises(CoterieError) as caught:
-        Target.of(text)
+        Target.parse(text)
     assert str(caught.value).startswith(message)
 
 
 @given(st.integers(1, 600), st.data())
 def test_a_rung_elects_exactly_its_count(experts: int, data):
     router = RouterSpec(experts=experts, k=1, activation="softmax", renormalise=False)
-    ladder = Family.of("des-vote").ladder(router)
+    ladder = SearchFamily.parse("des-vote").search_space(router)
     rung = data.draw(st.integers(0, experts - 1))
-    beta = getattr(parse_policy(ladder.spelling(rung)), "beta")  # noqa: B009
+    beta = getattr(parse_policy(ladder.policy_at(rung)), "beta")  # noqa: B009
     assert math.floor(beta * experts + 1e-9) == experts - rung
 
 
-@pytest.mark.parametrize("name", [name for name in families() if name != "coreset"])
+@pytest.mark.parametrize("name", [name for name in searchable_families() if name != "coreset"])
 def test_every_rung_of_every_family_is_a_policy(name: str):
-    ladder = Family.of(name).ladder(ROUTER)
-    spelled = [ladder.spelling(rung) for rung in range(len(ladder))]
+    ladder = SearchFamily.parse(name).search_space(ROUTER)
+    spelled = [ladder.policy_at(rung) for rung in range(len(ladder))]
     assert len(set(spelled)) == len(ladder) >= ROUTER.k
-    assert all(spell(parse_policy(text)) == text for text in spelled)
+    assert all(format_policy(parse_policy(text)) == text for text in spelled)
 
 
 @pytest.mark.parametrize(
@@ -179,8 +179,8 @@ def test_every_rung_of_every_family_is_a_policy(name: str):
     ],
 )  # fmt: skip
 def test_a_ladder_goes_from_gentle_to_thrifty(text: str, first: str, last: str):
-    ladder = Family.of(text).ladder(ROUTER)
-    assert (ladder.spelling(0), ladder.spelling(len(ladder) - 1)) == (first, last)
+    ladder = SearchFamily.parse(text).search_space(ROUTER)
+    assert (ladder.policy_at(0), ladder.policy_at(len(ladder) - 1)) == (first, last)
 
 
 @pytest.mark.parametrize(
@@ -197,7 +197,7 @@ def test_a_ladder_goes_from_gentle_to_thrifty(text: str, first: str, last: str):
 )
 def test_a_family_that_cannot_be_searched_is_named(text: str, message: str):
     with pytest.raises(CoterieError) as caught:
-        Family.of(text).ladder(ROUTER)
+        SearchFamily.parse(text).search_space(ROUTER)
     assert str(caught.value).startswith(message)
 
 
@@ -216,14 +216,14 @@ votes = st.integers(1, 3).flatmap(
 def test_budgets_by_marginal_votes_hold_the_most_votes_there_are(found):
     falling = [sorted(layer, reverse=True) for layer in found]
     layers, experts = len(falling), len(falling[0])
-    order = order_of_taking(torch.tensor(falling, dtype=torch.float64))
+    order = allocation_order(torch.tensor(falling, dtype=torch.float64))
     assert sorted(order) == sorted(list(range(layers)) * experts)
 
     def held(counts: Sequence[int]) -> int:
         return sum(sum(layer[:count]) for layer, count in zip(falling, counts, strict=True))
 
     for total in range(layers, layers * experts + 1):
-        counts = shared_out(order, total)
+        counts = experts_per_layer(order, total)
         assert sum(counts) == total
         assert min(counts) >= 1
         every = product(range(1, experts + 1), repeat=layers)
@@ -270,38 +270,40 @@ def test_the_interval_of_a_ratio_lies_between_its_extremes(items):
 
 
 @pytest.fixture(scope="module")
-def tiny(tmp_path_factory: pytest.TempPathFactory) -> Bench:
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> PolicyEvaluator:
     """A tiny LLaDA2 with 16 experts and top-4, and four prompts."""
     folder = write_checkpoint(tmp_path_factory.mktemp("tiny"), "llada2", seed=3)
     engine = coterie.load(folder, max_new_tokens=8, block=8, unmask="fixed:steps=3")
-    asked = [Question(str(n), f"{n + 3} {5 * n + 1} 7") for n in range(4)]
-    return Bench(engine, Questions(tuple(asked)), rows=4)
+    asked = [CalibrationPrompt(str(n), f"{n + 3} {5 * n + 1} 7") for n in range(4)]
+    return PolicyEvaluator(engine, PromptSet(tuple(asked)), batch_size=4)
 
 
-def every(bench: Bench, family: str) -> list[str]:
-    ladder = Family.of(family).ladder(bench.engine.model.spec.router)
-    return [ladder.spelling(rung) for rung in range(len(ladder))]
+def every(bench: PolicyEvaluator, family: str) -> list[str]:
+    ladder = SearchFamily.parse(family).search_space(bench.engine.model.spec.router)
+    return [ladder.policy_at(rung) for rung in range(len(ladder))]
 
 
 @pytest.mark.parametrize("family", ["des-vote", "uniform-vote", "des-seq", "topk", "naee"])
-def test_experts_fall_along_a_ladder_on_equal_inputs(tiny: Bench, family: str):
+def test_experts_fall_along_a_ladder_on_equal_inputs(tiny: PolicyEvaluator, family: str):
     policies = every(tiny, family)[:: 50 if family == "naee" else 1]
-    experts = [seen.experts.value for seen in tiny.on_trace(policies, losses=False)]
+    experts = [seen.experts.value for seen in tiny.estimate_on_trace(policies, with_loss=False)]
     assert all(after <= before for before, after in pairwise(experts))
     assert experts[0] > experts[-1]
 
 
 @pytest.mark.parametrize("protect", ["none", "top1"])
-def test_the_mass_falls_along_a_ladder_and_the_experts_are_the_budget(tiny: Bench, protect: str):
+def test_the_mass_falls_along_a_ladder_and_the_experts_are_the_budget(
+    tiny: PolicyEvaluator, protect: str
+):
     policies = every(tiny, f"des-vote:protect={protect}")
-    seen = tiny.on_trace(policies, losses=True)
+    seen = tiny.estimate_on_trace(policies, with_loss=True)
     mass = [one.mass.value for one in seen]
     assert all(after <= before for before, after in pairwise(mass))
     assert mass[0] == 1
-    assert seen[0].reading("loss").value == 0
+    assert seen[0].estimate("loss").value == 0
 
 
-def test_votes_for_own_experts_elect_only_used_ones(tiny: Bench):
+def test_votes_for_own_experts_elect_only_used_ones(tiny: PolicyEvaluator):
     """Of a set elected by votes for own experts each is used, until all that vanilla uses are."""
     every_share = [parse_policy(text) for text in every(tiny, "des-vote")]
     looks = 0
@@ -311,20 +313,20 @@ def test_votes_for_own_experts_elect_only_used_ones(tiny: Bench):
         for row in range(len(watched.rows)):
             own = watched.routing.own.view(*watched.scores.logits.shape[:2], -1)[row]
             for elected, policy in zip(range(16, 0, -1), every_share, strict=True):
-                ids = route(watched.scores, policy).ids.view(len(watched.rows), -1)[row]
+                ids = route(watched.scores, policy).topk_ids.view(len(watched.rows), -1)[row]
                 used = len(set(ids.tolist()) - {-1})
                 assert used == min(elected, len(own.unique()))
                 looks += 1
 
-    tiny.trace(see, "")
-    assert looks > 16 * len(tiny.questions.asked)
+    tiny.observe_vanilla(see, "")
+    assert looks > 16 * len(tiny.prompt_set.prompts)
 
 
-def test_what_is_read_on_the_trace_is_what_decoding_vanilla_tells(tiny: Bench):
-    (seen,) = tiny.on_trace([VANILLA], losses=True)
+def test_what_is_read_on_the_trace_is_what_decoding_vanilla_tells(tiny: PolicyEvaluator):
+    (seen,) = tiny.estimate_on_trace([VANILLA], with_loss=True)
     run = tiny.run(VANILLA)
-    assert seen.experts.value == pytest.approx(run.experts_reading().value)
-    assert (seen.mass.value, seen.reading("loss").value) == (1, 0)
+    assert seen.experts.value == pytest.approx(run.experts_estimate().value)
+    assert (seen.mass.value, seen.estimate("loss").value) == (1, 0)
 
 
 @pytest.mark.parametrize(
@@ -340,46 +342,46 @@ def test_what_is_read_on_the_trace_is_what_decoding_vanilla_tells(tiny: Bench):
         ("mass-vote:least=1", "experts=7"),
     ],
 )
-def test_the_found_policy_is_what_an_exhaustive_search_finds(tiny: Bench, family, target):
+def test_the_found_policy_is_what_an_exhaustive_search_finds(tiny: PolicyEvaluator, family, target):
     found = calibrate(tiny, family, target)
     policies = every(tiny, family)
     if family.startswith("mass-vote"):
         near = policies.index(found.policy)
         policies = policies[near - 3 : near + 3]
-    wanted = Target.of(target)
-    met = [wanted.met(one) for one in readings(tiny, wanted.kind, policies)]
+    wanted = Target.parse(target)
+    met = [wanted.is_met(one) for one in measure_policies(tiny, wanted.kind, policies)]
     expected = met.index(True) if wanted.kind == "experts" else met.index(False) - 1
     assert found.policy == policies[expected]
-    assert wanted.met(found.achieved)
-    assert found.beyond is not None
-    assert not wanted.met(found.beyond.reading)
-    assert found.ordered
+    assert wanted.is_met(found.achieved)
+    assert found.neighbor is not None
+    assert not wanted.is_met(found.neighbor.estimate)
+    assert found.is_monotonic
 
 
-def test_the_same_prompts_find_the_same(tiny: Bench):
-    again = Bench(tiny.engine, tiny.questions, rows=2)
+def test_the_same_prompts_find_the_same(tiny: PolicyEvaluator):
+    again = PolicyEvaluator(tiny.engine, tiny.prompt_set, batch_size=2)
     first, second = (calibrate(bench, "des-vote", "experts=5") for bench in (tiny, again))
     assert first.policy == second.policy
     assert first.achieved.value == pytest.approx(second.achieved.value)
 
 
-def test_what_cannot_be_reached_is_told_with_what_can(tiny: Bench):
+def test_what_cannot_be_reached_is_told_with_what_can(tiny: PolicyEvaluator):
     low, high = (
-        tiny.run(policy).experts_reading().value for policy in ("des-seq:k=1", "des-seq:k=4")
+        tiny.run(policy).experts_estimate().value for policy in ("des-seq:k=1", "des-seq:k=4")
     )
     told = f"no rung meets experts=1: .* unique experts a layer goes {low:.4g} to {high:.4g}"
     with pytest.raises(CoterieError, match=told):
         calibrate(tiny, "des-seq", "experts=1")
 
 
-def test_ungraded_prompts_cannot_meet_an_accuracy(tiny: Bench):
+def test_ungraded_prompts_cannot_meet_an_accuracy(tiny: PolicyEvaluator):
     with pytest.raises(CoterieError, match="drop needs graded prompts"):
         calibrate(tiny, "des-vote", "drop=0.1")
 
 
-def test_two_thresholds_are_searched_along_their_frontier(tiny: Bench):
-    target, found = Target.of("experts=8"), calibrate(tiny, "mc-moe", "experts=8")
-    points = found.points
+def test_two_thresholds_are_searched_along_their_frontier(tiny: PolicyEvaluator):
+    target, found = Target.parse("experts=8"), calibrate(tiny, "mc-moe", "experts=8")
+    points = found.frontier_points
     assert len(points) >= 2
     betas = [float(point.policy.partition("beta=")[2].partition(",")[0]) for point in points]
     assert betas == sorted(betas)
@@ -387,36 +389,38 @@ def test_two_thresholds_are_searched_along_their_frontier(tiny: Bench):
         f"mc-moe:beta={beta - 0.001:.3f},protect={point.protect!r}"
         for beta, point in zip(betas, points, strict=True)
     ]
-    for point, gentler in zip(points, tiny.on_trace(before, losses=False), strict=True):
+    for point, gentler in zip(points, tiny.estimate_on_trace(before, with_loss=False), strict=True):
         assert point.experts.value <= 8 < gentler.experts.value
-    chosen = best(points, target)
+    chosen = best_point(points, target)
     assert chosen.loss.value == min(point.loss.value for point in points)
     assert f"protect={chosen.protect:g}" in found.policy
     assert found.achieved.value <= 8
 
 
-def test_accuracy_does_not_choose_between_two_thresholds(tiny: Bench):
-    graded = Questions(tuple(Question(q.id, q.prompt, bool) for q in tiny.questions.asked))
+def test_accuracy_does_not_choose_between_two_thresholds(tiny: PolicyEvaluator):
+    graded = PromptSet(
+        tuple(CalibrationPrompt(q.id, q.text, bool) for q in tiny.prompt_set.prompts)
+    )
     with pytest.raises(CoterieError, match=r"fix one, such as mc-moe:protect=0\.02"):
-        calibrate(Bench(tiny.engine, graded), "mc-moe", "drop=0.1")
+        calibrate(PolicyEvaluator(tiny.engine, graded), "mc-moe", "drop=0.1")
 
 
-def test_budgets_of_layers_are_searched_as_one_ladder(tiny: Bench):
+def test_budgets_of_layers_are_searched_as_one_ladder(tiny: PolicyEvaluator):
     """Of 32 experts in two layers down to two; the shares are exact in counts."""
     found = calibrate(tiny, "des-vote", "mass=0.8", per_layer=True)
     shares = parse_policy(found.policy).beta  # type: ignore[attr-defined]
     counts = [math.floor(share * 16 + 1e-9) for share in shares]
     assert [count / 16 for count in counts] == list(shares)
-    assert found.achieved.value >= 0.8 > found.beyond.reading.value  # type: ignore[union-attr]
-    assert found.ordered
+    assert found.achieved.value >= 0.8 > found.neighbor.estimate.value  # type: ignore[union-attr]
+    assert found.is_monotonic
     total = sum(counts)
     others = [(m, total - m) for m in range(max(1, total - 16), min(16, total - 1) + 1)]
     spelled = [f"des-vote:beta={a / 16}/{b / 16}" for a, b in others]
-    held = [one.mass.value for one in tiny.on_trace(spelled, losses=False)]
+    held = [one.mass.value for one in tiny.estimate_on_trace(spelled, with_loss=False)]
     assert found.achieved.value == pytest.approx(max(held))  # no other split of as many holds more
 
 
-def test_a_family_without_budgets_of_layers_is_named(tiny: Bench):
+def test_a_family_without_budgets_of_layers_is_named(tiny: PolicyEvaluator):
     with pytest.raises(CoterieError, match=r"racing has no budget for each layer; .*: des-vote"):
         calibrate(tiny, "racing", "mass=0.8", per_layer=True)
 
@@ -424,42 +428,42 @@ def test_a_family_without_budgets_of_layers_is_named(tiny: Bench):
 @given(st.integers(0, 2**32))
 def test_calibration_asks_nothing_that_an_exam_can_ask(seed: int):
     names = ["words", "algebra"]  # the others look for a sandbox each time
-    asked = from_tasks(names, 3, Wish("llada2", seed=seed)).asked
+    asked = prompts_from_tasks(names, 3, TaskOptions("llada2", seed=seed)).prompts
     assert len(asked) == 3 * len(names)
     for name, n in product(names, range(3)):
         rng = random.Random(f"calibration/{name}/{seed}")
-        drawn = [draw(TASKS[name], rng, "train") for _ in range(n + 1)][n]
+        drawn = [draw_problem(PROBLEM_MAKERS[name], rng, "train") for _ in range(n + 1)][n]
         assert split_of(drawn.key) == "train"
-        assert drawn.prompt in {question.prompt for question in asked}
+        assert drawn.prompt in {question.text for question in asked}
 
 
 def test_a_right_answer_is_right_and_another_is_wrong():
     rng = random.Random("calibration/words/4")
-    problem = draw(TASKS["words"], rng, "train")
-    (question,) = from_tasks(["words"], 1, Wish("llada2", seed=4)).asked
-    assert question.right is not None
-    assert (question.prompt, question.right(problem.answer)) == (problem.prompt, True)
-    assert not question.right(problem.answer + "7")
+    problem = draw_problem(PROBLEM_MAKERS["words"], rng, "train")
+    (question,) = prompts_from_tasks(["words"], 1, TaskOptions("llada2", seed=4)).prompts
+    assert question.is_correct is not None
+    assert (question.text, question.is_correct(problem.answer)) == (problem.prompt, True)
+    assert not question.is_correct(problem.answer + "7")
 
 
 @pytest.mark.parametrize("target", ["drop=0.1", "experts=38"])
 def test_accuracy_and_experts_are_met_on_the_embedded_model(target: str):
-    asked = from_tasks(["words", "algebra"], 3, Wish("llada2", seed=3))
-    bench = Bench(coterie.load(), asked, rows=12)
+    asked = prompts_from_tasks(["words", "algebra"], 3, TaskOptions("llada2", seed=3))
+    bench = PolicyEvaluator(coterie.load(), asked, batch_size=12)
     found = calibrate(bench, "des-seq" if target == "drop=0.1" else "uniform-vote", target)
-    assert Target.of(target).met(found.achieved)
-    assert found.beyond is None or not Target.of(target).met(found.beyond.reading)
-    assert found.achieved.n == len(found.vanilla.right) == 6
-    assert found.run.experts_reading().value < found.vanilla.experts_reading().value
+    assert Target.parse(target).is_met(found.achieved)
+    assert found.neighbor is None or not Target.parse(target).is_met(found.neighbor.estimate)
+    assert found.achieved.n == len(found.vanilla.correct) == 6
+    assert found.run.experts_estimate().value < found.vanilla.experts_estimate().value
 
 
 def test_prompts_come_from_a_file(tmp_path: Path):
     plain, lines = tmp_path / "plain.txt", tmp_path / "some.jsonl"
     plain.write_text("first one\n\nsecond\n")
     lines.write_text('{"prompt": "first one", "id": 3}\n{"prompt": "a\\nb"}\n')
-    assert [q.prompt for q in from_file(plain).asked] == ["first one", "second"]
-    assert [q.prompt for q in from_file(lines).asked] == ["first one", "a\nb"]
-    assert not from_file(plain).graded
+    assert [q.text for q in prompts_from_file(plain).prompts] == ["first one", "second"]
+    assert [q.text for q in prompts_from_file(lines).prompts] == ["first one", "a\nb"]
+    assert not prompts_from_file(plain).is_graded
 
 
 @pytest.mark.parametrize(
@@ -477,6 +481,6 @@ def test_a_broken_file_of_prompts_is_named(tmp_path: Path, content: bytes, messa
     path = tmp_path / "prompts.txt"
     path.write_bytes(content)
     with pytest.raises(CoterieError) as caught:
-        from_file(path)
+        prompts_from_file(path)
     assert str(caught.value).startswith(f"{path}")
     assert message in str(caught.value)

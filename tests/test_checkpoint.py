@@ -16,17 +16,17 @@ from torch import Tensor
 
 from coterie import ops
 from coterie.engine.load import Model, load_model
-from coterie.engine.source import ALL_PARTS, find_folder
+from coterie.engine.source import MODEL_FILES, find_folder
 from coterie.families.names import weight_map
-from coterie.model.checkpoint import INDEX, SINGLE, Checkpoint
-from coterie.model.filling import Filling
+from coterie.model.checkpoint import INDEX_FILE, SINGLE_FILE, Checkpoint
+from coterie.model.filling import WeightLoader
 from coterie.model.moe import MoE
 from coterie.model.shard import read_header
 from coterie.model.transformer import Transformer
 from coterie.model.weights import allocate
 from coterie.naming import CoterieError
-from coterie.testing import CONFIGS, random_tensors, read_spec, tiny_config, write_checkpoint
-from coterie.values import Demand, Matrix, PackedMatrix, Panels, Slab
+from coterie.testing import FAMILY_CONFIGS, random_tensors, read_spec, tiny_config, write_checkpoint
+from coterie.values import ExpertRequest, Matrix, PackedMatrix, PackedExperts, Slab
 
 GATE = "model.layers.1.mlp.gate.weight"
 UP = "model.layers.2.mlp.experts.7.up_proj.weight"
@@ -42,9 +42,9 @@ def refusal(folder: Path, *, device: str = "cpu", dtype: str = "auto") -> str:
 
 def rewritten(folder: Path, change: Callable[[dict[str, Tensor]], None]) -> Path:
     """The same folder with one tensor file changed."""
-    tensors = load_file(folder / SINGLE)
+    tensors = load_file(folder / SINGLE_FILE)
     change(tensors)
-    save_file(tensors, folder / SINGLE)
+    save_file(tensors, folder / SINGLE_FILE)
     return folder
 
 
@@ -75,12 +75,12 @@ def weights(model: Model | Transformer, dtype: torch.dtype | None = None) -> lis
         kept = slab
         if dtype is not None:
             kept = ops.prepare(Slab(slab.gate_up.to(dtype), slab.down.to(dtype), slab.slot_of))
-        packed = isinstance(kept.gate_up, Panels)
+        packed = isinstance(kept.gate_up, PackedExperts)
         found += [kept.gate_up.packed] if packed else [kept.gate_up, kept.down]
     return found
 
 
-@pytest.mark.parametrize("family", CONFIGS)
+@pytest.mark.parametrize("family", FAMILY_CONFIGS)
 @pytest.mark.parametrize(("shards", "stacked"), [(1, True), (3, False), (3, True), (50, False)])
 def test_every_layout_loads_to_the_same_weights(
     tmp_path: Path, family: str, shards: int, stacked: bool
@@ -95,7 +95,7 @@ def test_every_tensor_lands_where_its_name_says(tmp_path: Path) -> None:
     transformer = load_model(one(tmp_path), device="cpu").transformer
     held = random_tensors(tiny_config("llada2"), 1)
     moe = transformer.layers[2].feed_forward
-    slab = next(moe.store.serve(2, Demand(torch.ones(16))))  # type: ignore[union-attr]
+    slab = next(moe.store.serve(2, ExpertRequest(torch.ones(16))))  # type: ignore[union-attr]
     expert = "model.layers.2.mlp.experts.7."
     assert torch.equal(slab.gate_up[7, :16], held[f"{expert}gate_proj.weight"])
     assert torch.equal(slab.gate_up[7, 16:], held[f"{expert}up_proj.weight"])
@@ -134,14 +134,14 @@ def test_the_size_of_a_read_does_not_matter(
 
 
 def test_a_file_that_shrinks_while_it_is_read_is_noticed(tmp_path: Path) -> None:
-    file = one(tmp_path) / SINGLE
+    file = one(tmp_path) / SINGLE_FILE
     checkpoint = Checkpoint.of(tmp_path)
     family, spec = read_spec(tiny_config("llada2"))
-    places = weight_map(family.names, spec, stacked=False)
+    places = weight_map(family.tensor_names, spec, stacked=False)
     file.write_bytes(file.read_bytes()[:-1])
     weights = allocate(spec, torch.float32, torch.device("cpu"))
     with pytest.raises(CoterieError, match="cannot be read to its end"):
-        checkpoint.load(places, Filling(spec, spec, weights))
+        checkpoint.load(places, WeightLoader(spec, spec, weights))
 
 
 def test_a_tied_head_is_the_embedding(tmp_path: Path) -> None:
@@ -152,7 +152,7 @@ def test_a_tied_head_is_the_embedding(tmp_path: Path) -> None:
 def test_progress_hears_every_byte_once(tmp_path: Path) -> None:
     heard: list[tuple[int, int]] = []
     load_model(
-        one(tmp_path), device="cpu", progress=lambda done, whole: heard.append((done, whole))
+        one(tmp_path), device="cpu", on_progress=lambda done, whole: heard.append((done, whole))
     )
     sizes = [t.nbytes for t in random_tensors(tiny_config("llada2"), 1).values()]
     assert heard[-1] == (sum(sizes), sum(sizes))
@@ -161,25 +161,25 @@ def test_progress_hears_every_byte_once(tmp_path: Path) -> None:
 
 def test_a_missing_tensor_is_named(tmp_path: Path) -> None:
     message = refusal(rewritten(one(tmp_path), lambda t: t.pop(UP)))
-    assert message == f"{tmp_path / SINGLE}: {UP} is missing"
+    assert message == f"{tmp_path / SINGLE_FILE}: {UP} is missing"
 
 
 def test_an_extra_tensor_is_named(tmp_path: Path) -> None:
     message = refusal(rewritten(one(tmp_path), lambda t: t.update({"extra": torch.zeros(1)})))
-    assert message.startswith(f"{tmp_path / SINGLE}: extra is not part of the model")
+    assert message.startswith(f"{tmp_path / SINGLE_FILE}: extra is not part of the model")
 
 
 def test_a_misshapen_tensor_is_named_with_both_shapes(tmp_path: Path) -> None:
     message = refusal(rewritten(one(tmp_path), lambda t: t.update({GATE: torch.zeros(16, 31)})))
     assert message == (
-        f"{tmp_path / SINGLE}: {GATE} has shape [16, 31], config.json makes it [16, 32]"
+        f"{tmp_path / SINGLE_FILE}: {GATE} has shape [16, 31], config.json makes it [16, 32]"
     )
 
 
 @pytest.mark.parametrize("dtype", [torch.int8, torch.float8_e4m3fn, torch.float64, torch.bool])
 def test_a_dtype_that_is_no_plain_float_is_refused(tmp_path: Path, dtype: torch.dtype) -> None:
     message = refusal(rewritten(one(tmp_path), lambda t: t.update({UP: t[UP].to(dtype)})))
-    assert message.startswith(f"{tmp_path / SINGLE}: {UP} is ")
+    assert message.startswith(f"{tmp_path / SINGLE_FILE}: {UP} is ")
     assert "quantised ones do not" in message
 
 
@@ -193,7 +193,7 @@ def test_two_layouts_in_one_checkpoint_are_refused(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("cut", [1, 1000, 100_000])
 def test_a_truncated_file_names_itself_and_the_tensor(tmp_path: Path, cut: int) -> None:
-    file = one(tmp_path) / SINGLE
+    file = one(tmp_path) / SINGLE_FILE
     file.write_bytes(file.read_bytes()[:-cut])
     assert refusal(tmp_path).startswith(f"{file}: truncated: ")
 
@@ -202,8 +202,8 @@ def test_a_truncated_file_names_itself_and_the_tensor(tmp_path: Path, cut: int) 
 def test_no_cut_of_a_file_is_ever_read_as_whole(
     tmp_path_factory: pytest.TempPathFactory, keep: int
 ) -> None:
-    whole = one(tmp_path_factory.mktemp("whole")) / SINGLE
-    file = tmp_path_factory.mktemp("cut") / SINGLE
+    whole = one(tmp_path_factory.mktemp("whole")) / SINGLE_FILE
+    file = tmp_path_factory.mktemp("cut") / SINGLE_FILE
     file.write_bytes(whole.read_bytes()[:keep])
     with pytest.raises(CoterieError, match="truncated"):
         read_header(file)
@@ -244,7 +244,7 @@ def entry(dtype: object = "F32", shape: object = (2,), ends: object = (0, 8)) ->
     ],
 )
 def test_a_damaged_header_is_one_clear_line(tmp_path: Path, content: bytes, said: str) -> None:
-    file = tmp_path / SINGLE
+    file = tmp_path / SINGLE_FILE
     file.write_bytes(content)
     with pytest.raises(CoterieError) as raised:
         read_header(file)
@@ -256,45 +256,45 @@ def test_a_damaged_header_is_one_clear_line(tmp_path: Path, content: bytes, said
 def test_random_bytes_are_never_read_as_a_checkpoint(
     tmp_path_factory: pytest.TempPathFactory, content: bytes
 ) -> None:
-    file = tmp_path_factory.mktemp("random") / SINGLE
+    file = tmp_path_factory.mktemp("random") / SINGLE_FILE
     file.write_bytes(content)
     with pytest.raises(CoterieError):
         read_header(file)
 
 
 def edited_index(folder: Path, change: Callable[[dict[str, str]], None]) -> Path:
-    index = json.loads((folder / INDEX).read_text())
+    index = json.loads((folder / INDEX_FILE).read_text())
     change(index["weight_map"])
-    (folder / INDEX).write_text(json.dumps(index))
+    (folder / INDEX_FILE).write_text(json.dumps(index))
     return folder
 
 
 def test_an_index_that_names_a_missing_file_is_refused(tmp_path: Path) -> None:
     (one(tmp_path, shards=3) / "layer-1-ep-0-of-1.safetensors").unlink()
     message = refusal(tmp_path)
-    assert message.startswith(f"{tmp_path / INDEX}: names layer-1-ep-0-of-1.safetensors for ")
+    assert message.startswith(f"{tmp_path / INDEX_FILE}: names layer-1-ep-0-of-1.safetensors for ")
     assert message.endswith("no such file")
 
 
 def test_an_index_that_names_the_wrong_shard_is_refused(tmp_path: Path) -> None:
     folder = one(tmp_path, shards=3)
-    right = json.loads((folder / INDEX).read_text())["weight_map"][UP]
+    right = json.loads((folder / INDEX_FILE).read_text())["weight_map"][UP]
     wrong = next(f"layer-{i}-ep-0-of-1.safetensors" for i in range(3) if f"-{i}-" not in right)
     message = refusal(edited_index(folder, lambda names: names.update({UP: wrong})))
-    assert message == f"{folder / INDEX}: says {UP} is in {wrong}, but it is in {right}"
+    assert message == f"{folder / INDEX_FILE}: says {UP} is in {wrong}, but it is in {right}"
 
 
 def test_an_index_that_names_a_tensor_nobody_holds_is_refused(tmp_path: Path) -> None:
     folder = one(tmp_path, shards=2)
     shard = "layer-0-ep-0-of-1.safetensors"
     message = refusal(edited_index(folder, lambda names: names.update({"ghost": shard})))
-    assert message == f"{folder / INDEX}: says ghost is in {shard}, but it is in no file"
+    assert message == f"{folder / INDEX_FILE}: says ghost is in {shard}, but it is in no file"
 
 
 def test_a_shard_that_holds_what_the_index_omits_is_refused(tmp_path: Path) -> None:
     folder = one(tmp_path, shards=2)
     message = refusal(edited_index(folder, lambda names: names.pop(UP)))
-    assert message.startswith(f"{folder / INDEX}: does not list {UP}")
+    assert message.startswith(f"{folder / INDEX_FILE}: does not list {UP}")
 
 
 def test_a_tensor_in_two_shards_is_refused(tmp_path: Path) -> None:
@@ -312,27 +312,27 @@ def test_a_tensor_in_two_shards_is_refused(tmp_path: Path) -> None:
 def test_an_index_never_leads_out_of_its_folder(tmp_path: Path, file: object) -> None:
     folder = one(tmp_path, shards=2)
     message = refusal(edited_index(folder, lambda names: names.update({UP: file})))  # type: ignore[dict-item]
-    assert message.startswith(f"{folder / INDEX}: {UP} is said to be in ")
+    assert message.startswith(f"{folder / INDEX_FILE}: {UP} is said to be in ")
 
 
 @pytest.mark.parametrize(
     "text", ["", "{", "[]", "{}", '{"a": 1, "a": 1}', '{"weight_map": {}}', '{"weight_map": 3}']
 )
 def test_a_damaged_index_is_one_clear_line(tmp_path: Path, text: str) -> None:
-    (one(tmp_path, shards=2) / INDEX).write_text(text)
-    assert refusal(tmp_path).startswith(f"{tmp_path / INDEX}: ")
+    (one(tmp_path, shards=2) / INDEX_FILE).write_text(text)
+    assert refusal(tmp_path).startswith(f"{tmp_path / INDEX_FILE}: ")
 
 
 def test_pickles_are_never_opened(tmp_path: Path) -> None:
-    (one(tmp_path) / SINGLE).rename(tmp_path / "pytorch_model.bin")
+    (one(tmp_path) / SINGLE_FILE).rename(tmp_path / "pytorch_model.bin")
     message = refusal(tmp_path)
-    assert message.startswith(f"{tmp_path}: has pytorch_model.bin but no {SINGLE}; pickled")
-    assert not any(part.endswith((".bin", ".py", ".pt", "*")) for part in ALL_PARTS)
+    assert message.startswith(f"{tmp_path}: has pytorch_model.bin but no {SINGLE_FILE}; pickled")
+    assert not any(part.endswith((".bin", ".py", ".pt", "*")) for part in MODEL_FILES)
 
 
 def test_shards_without_an_index_are_refused(tmp_path: Path) -> None:
-    (one(tmp_path, shards=2) / INDEX).unlink()
-    assert f"but neither {SINGLE} nor {INDEX}" in refusal(tmp_path)
+    (one(tmp_path, shards=2) / INDEX_FILE).unlink()
+    assert f"but neither {SINGLE_FILE} nor {INDEX_FILE}" in refusal(tmp_path)
 
 
 def test_an_empty_folder_has_nothing_to_load(tmp_path: Path) -> None:
@@ -375,7 +375,7 @@ def test_a_hub_is_asked_for_weights_and_texts_only(
 
     monkeypatch.setattr("coterie.engine.source.snapshot_download", deliver)
     assert find_folder("inclusionAI/LLaDA2.0-mini@v1") == tmp_path
-    assert asked == ["inclusionAI/LLaDA2.0-mini", "v1", list(ALL_PARTS)]
+    assert asked == ["inclusionAI/LLaDA2.0-mini", "v1", list(MODEL_FILES)]
 
 
 def test_devices_and_dtypes_are_known_by_name(tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ from policies import law
 
 from coterie.ops import cpu
 
-ISAS = cpu.isas() if cpu.ready() else ("",)
+ISAS = cpu.available_isas() if cpu.is_available() else ("",)
 CONTENT = torch.randint(256, (70_000,), dtype=torch.uint8)
 
 

@@ -18,8 +18,8 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 from coterie.cli.edge import run
-from coterie.cli.tables import readable, split_source
-from coterie.cli.view import END, MASK, SCALE, View
+from coterie.cli.tables import format_bytes, split_source
+from coterie.cli.view import END_GLYPH, MASK_GLYPH, CONFIDENCE_COLOURS, LiveView
 from coterie.decoding import Token
 from coterie.engine.event import Denoised
 from coterie.routing import POLICIES
@@ -405,23 +405,25 @@ def read_all(descriptor: int) -> str:
 
 
 def test_a_view_keeps_what_was_written_last() -> None:
-    view = View(title="vanilla", piece=str, total=8, layers=(1, 2), ends=(9,))
+    view = LiveView(
+        title="vanilla", decode_token=str, num_experts=8, moe_layers=(1, 2), eos_ids=(9,)
+    )
     guessed = (Token(2, 7, 0.1),)
-    view.take(Denoised(0, 1, committed=(Token(0, 5, 0.95),), provisional=guessed, experts=(4, 8)))
-    assert view.answer().plain == f"5{MASK}7"
-    assert [str(span.style) for span in view.answer().spans] == [
-        SCALE[-1],
+    view.update(Denoised(0, 1, committed=(Token(0, 5, 0.95),), provisional=guessed, experts=(4, 8)))
+    assert view.answer_text().plain == f"5{MASK_GLYPH}7"
+    assert [str(span.style) for span in view.answer_text().spans] == [
+        CONFIDENCE_COLOURS[-1],
         "dim",
-        f"dim italic {SCALE[0]}",
+        f"dim italic {CONFIDENCE_COLOURS[0]}",
     ]
-    view.take(Denoised(0, 2, committed=(Token(2, 9, 1.0),), edited=(Token(0, 6, 0.5),)))
-    assert view.answer().plain == f"6{MASK}{END}"
-    assert str(view.answer().spans[0].style) == f"underline {SCALE[2]}"
+    view.update(Denoised(0, 2, committed=(Token(2, 9, 1.0),), edited=(Token(0, 6, 0.5),)))
+    assert view.answer_text().plain == f"6{MASK_GLYPH}{END_GLYPH}"
+    assert str(view.answer_text().spans[0].style) == f"underline {CONFIDENCE_COLOURS[2]}"
     assert (view.forwards, view.blocks, view.experts) == (2, 1, (4, 8))
 
 
 def test_bytes_are_readable() -> None:
-    assert [readable(n) for n in (0, 1023, 6_291_456, 32_511_286_784)] == [
+    assert [format_bytes(n) for n in (0, 1023, 6_291_456, 32_511_286_784)] == [
         "0 B",
         "1023 B",
         "6.00 MiB",

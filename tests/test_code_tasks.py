@@ -16,12 +16,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from shared import benchmark
 
-from coterie.evals.task import Grade, Item, Wish
+from coterie.evals.task import Grade, Item, TaskOptions
 from coterie.evals.tasks import TASKS, code
 from coterie.evals.tasks.humaneval import HumanEval, open_humaneval
 from coterie.evals.tasks.mbpp import Mbpp, open_mbpp
 from coterie.naming import CoterieError
-from coterie.sandbox import fence
+from coterie.sandbox import available_backend
 
 HEADER = """\
 from math import sqrt
@@ -44,16 +44,16 @@ check(add)
 FUNCTION = "def add(a, b):\n    return a + b"
 
 needs_a_fence = pytest.mark.skipif(
-    fence() is None, reason="NOT TESTED: nothing here can keep generated code in"
+    available_backend() is None, reason="NOT TESTED: nothing here can keep generated code in"
 )
 
 
 def humaneval(family: str = "llada2") -> HumanEval:
-    return open_humaneval(Wish(family, data=benchmark("humaneval", "HumanEval.jsonl.gz")))
+    return open_humaneval(TaskOptions(family, data=benchmark("humaneval", "HumanEval.jsonl.gz")))
 
 
 def mbpp(family: str = "llada2", file: str = "sanitized-mbpp.json", **wish: int) -> Mbpp:
-    return open_mbpp(Wish(family, data=benchmark("mbpp", file), **wish))
+    return open_mbpp(TaskOptions(family, data=benchmark("mbpp", file), **wish))
 
 
 def right(task: HumanEval | Mbpp) -> list[str]:
@@ -243,7 +243,7 @@ WRONG = {
 @needs_a_fence
 @pytest.mark.parametrize("kind", OUTPUTS)
 def test_the_right_code_is_found_in(kind):
-    assert code.grade(OUTPUTS[kind], TESTS, header=HEADER).correct, code.extract(
+    assert code.grade(OUTPUTS[kind], TESTS, header=HEADER).correct, code.extract_code(
         OUTPUTS[kind], ["add"], HEADER
     )
 
@@ -272,7 +272,7 @@ def test_code_comes_back_as_it_was_written(lines, fence, before, after):
     function = "def add(a, b):\n" + textwrap.indent("\n".join([*lines, "return a + b"]), "    ")
     if fence == "```py\n{}":
         after = ""
-    found = code.extract(before + fence.format(function) + after, ["add"])
+    found = code.extract_code(before + fence.format(function) + after, ["add"])
     assert found is not None
     assert found.strip() == function.strip()
 
@@ -280,7 +280,7 @@ def test_code_comes_back_as_it_was_written(lines, fence, before, after):
 @given(st.text(alphabet=st.sampled_from("`~\n #defreturn:()[]'\"\\\0\u00a0é"), max_size=80))
 @settings(deadline=None)
 def test_no_output_breaks_the_reading(text):
-    found = code.extract(text, ["add"], HEADER)
+    found = code.extract_code(text, ["add"], HEADER)
     assert (found is None) == (not text.strip())
 
 
@@ -289,22 +289,27 @@ def test_no_output_breaks_the_reading(text):
 )
 def test_reading_a_long_output_takes_no_time(piece):
     began = time.process_time()
-    code.extract(f"[BEGIN]'{piece * (40_000 // len(piece))}x", ["add"], HEADER)
-    code.extract("\n".join([piece] * 4000), ["add"], HEADER)
+    code.extract_code(f"[BEGIN]'{piece * (40_000 // len(piece))}x", ["add"], HEADER)
+    code.extract_code("\n".join([piece] * 4000), ["add"], HEADER)
     assert time.process_time() - began < 4
 
 
 def test_threads_leave_warnings_as_they_were():
     before = list(warnings.filters)
     with ThreadPoolExecutor(8) as pool:
-        list(pool.map(lambda _: code.extract("def add(): '\\d'; return 1", ["add"]), range(200)))
+        list(
+            pool.map(lambda _: code.extract_code("def add(): '\\d'; return 1", ["add"]), range(200))
+        )
     assert list(warnings.filters) == before
 
 
 def test_what_is_tested_is_read_off_the_tests():
-    assert code.called(TESTS) == ("add",)
-    assert code.called("import math\nassert math.isclose(set(f(1)), g(len([])))") == ("f", "g")
-    assert code.called("not python (") == ()
+    assert code.called_functions(TESTS) == ("add",)
+    assert code.called_functions("import math\nassert math.isclose(set(f(1)), g(len([])))") == (
+        "f",
+        "g",
+    )
+    assert code.called_functions("not python (") == ()
 
 
 def test_of_a_header_what_stands_above_the_function_is_kept():
@@ -366,13 +371,13 @@ def test_settings_say_what_decides_and_are_json():
 
 def test_what_cannot_be_asked_is_refused_by_name(tmp_path: Path):
     with pytest.raises(CoterieError, match="without examples; 2 shots"):
-        open_humaneval(Wish("llada2", shots=2))
+        open_humaneval(TaskOptions("llada2", shots=2))
     with pytest.raises(CoterieError, match=r"7 shots.*at most 6"):
         mbpp(shots=7)
     file = tmp_path / "mbpp.jsonl"
     file.write_text('{"task_id": 1, "code": "", "test_list": []}')
     with pytest.raises(CoterieError, match="problem 1 has neither 'prompt' nor 'text'"):
-        open_mbpp(Wish("llada2", data=file))
+        open_mbpp(TaskOptions("llada2", data=file))
 
 
 @pytest.mark.parametrize("name", ["humaneval", "mbpp", "docstring", "sentence"])
@@ -380,5 +385,5 @@ def test_without_a_fence_a_code_task_does_not_open_unless_trusted(name, monkeypa
     data = {"humaneval": ("humaneval",), "mbpp": ("mbpp",)}.get(name, ())
     monkeypatch.setattr("coterie.sandbox.judge.candidates", list)
     with pytest.raises(CoterieError, match=r"install bubblewrap.*--trust-generated-code"):
-        TASKS[name](Wish("llada2", data=benchmark(*data)))
-    assert TASKS[name](Wish("llada2", data=benchmark(*data), trust=True)).name == name
+        TASKS[name](TaskOptions("llada2", data=benchmark(*data)))
+    assert TASKS[name](TaskOptions("llada2", data=benchmark(*data), trust=True)).name == name

@@ -13,8 +13,8 @@ from policies import law
 from torch import Tensor
 
 from coterie import ops
-from coterie.model.attention import Attention, View
-from coterie.model.cache import Cache
+from coterie.model.attention import Attention, AttentionMetadata
+from coterie.model.cache import KVCache
 from coterie.ops import cpu
 from coterie.testing import read_spec, tiny_config
 from coterie.values import Window
@@ -26,10 +26,10 @@ ALONE = 4e-2
 HIDDEN = 24
 SPEC = read_spec(tiny_config("llada2"))[1]
 
-if not cpu.ready():
+if not cpu.is_available():
     pytest.skip("NOT TESTED: the kernels for CPUs are not built", allow_module_level=True)
 
-ISAS = cpu.isas()
+ISAS = cpu.available_isas()
 
 
 @given(
@@ -126,9 +126,12 @@ def test_other_types_go_another_way():
     case = Case(5, kv_heads=1, shared=1, dim=8)
     window = Window(torch.tensor([0]), 4, torch.tensor([4]))
     heads = torch.zeros(1, 4, 3, 8)
-    cache = Cache.allocate(case.spec, 1, 4, dtype=torch.float32)
-    sight = View.of(window, cache, case.spec, torch.device("cpu")).sight
-    assert ops.attend(heads, (case.norm, case.norm), sight, cache.held(0, 1), 1e-6) is None
+    cache = KVCache.allocate(case.spec, 1, 4, dtype=torch.float32)
+    sight = AttentionMetadata.of(window, cache, case.spec, torch.device("cpu")).queries
+    assert (
+        ops.fused_attention(heads, (case.norm, case.norm), sight, cache.layer_kv(0, 1), 1e-6)
+        is None
+    )
 
 
 class Case:
@@ -172,19 +175,19 @@ class Case:
             self.x = self._half(len(window.start), window.width, HIDDEN)
         return self.x
 
-    def cache(self, rows: int, length: int) -> Cache:
+    def cache(self, rows: int, length: int) -> KVCache:
         shape = (rows, self.spec.kv_heads, length, self.spec.head_dim)
-        return Cache((self._half(*shape),), (self._half(*shape),))
+        return KVCache((self._half(*shape),), (self._half(*shape),))
 
     def run(
         self,
         window: Window,
         length: int,
         isa: str,
-        cache: Cache | None = None,
+        cache: KVCache | None = None,
         *,
         threads: int = 2,
-    ) -> tuple[Tensor, Cache]:
+    ) -> tuple[Tensor, KVCache]:
         """The output, and the cache afterwards."""
         cache = cache or self.cache(len(window.start), length)
         return forced(
@@ -206,12 +209,12 @@ class Case:
         if length is not None:
             whole = self.cache(rows + 1, length)
             order = [rows, *range(rows - 1)] if gathered else list(range(rows))
-            half = whole.rows(order)
-            full = Cache((whole.keys[0].float(),), (whole.values[0].float(),)).rows(order)
+            half = whole.select_rows(order)
+            full = KVCache((whole.keys[0].float(),), (whole.values[0].float(),)).select_rows(order)
         found = forced(self.attention, x, window, half, isa=isa, threads=threads)
         parts = ("qkv", "out", "query_norm", "key_norm")
         wide = {part: getattr(self.plain, part).float() for part in parts}
-        view = View.of(window, full, self.spec, torch.device("cpu"))
+        view = AttentionMetadata.of(window, full, self.spec, torch.device("cpu"))
         expected, _ = replace(self.plain, **wide)(x.float(), view, full)
         pairs = [(found, expected)]
         if half is not None and full is not None:
@@ -223,7 +226,7 @@ def forced(
     attention: Attention,
     x: Tensor,
     window: Window,
-    cache: Cache | None,
+    cache: KVCache | None,
     *,
     isa: str,
     threads: int,
@@ -232,7 +235,7 @@ def forced(
     torch.set_num_threads(threads)
     os.environ["COTERIE_ISA"] = isa
     try:
-        return attention(x, View.of(window, cache, attention.spec, x.device), cache)[0]
+        return attention(x, AttentionMetadata.of(window, cache, attention.spec, x.device), cache)[0]
     finally:
         torch.set_num_threads(before)
         os.environ.pop("COTERIE_ISA")

@@ -19,8 +19,8 @@ from coterie import ops
 from coterie.naming import CoterieError
 from coterie.ops import cpu
 from coterie.ops.cpu import build, library
-from coterie.quant import FORMATS, Format, QTensor, dequantise, quantise
-from coterie.values import Panels, Routing, Slab
+from coterie.quant import FORMATS, QuantFormat, QTensor, dequantize, quantize
+from coterie.values import PackedExperts, Routing, Slab
 
 HERE = Path(__file__).parent
 KINDS = ("bf16", "int8", "int4")
@@ -32,10 +32,10 @@ TIGHT = 2e-3
 EXACT = 1e-4
 """Where activations are not rounded."""
 
-if not cpu.ready():
+if not cpu.is_available():
     pytest.skip("NOT TESTED: the kernels for CPUs are not built", allow_module_level=True)
 
-ISAS = cpu.isas()
+ISAS = cpu.available_isas()
 
 
 @given(
@@ -100,7 +100,7 @@ def test_every_number_of_the_output_is_written(kind: str, isa: str):
 def test_what_nobody_chose_is_not_read(kind: str):
     case = Case(kind, tokens=3, hidden=64, width=32, experts=12, k=2)
     panels = case.packed.gate_up
-    assert isinstance(panels, Panels)
+    assert isinstance(panels, PackedExperts)
     before = case.run()
     panels.packed[case.packed.slot_of[~case.routing.used]] = 255  # NaN, as weight or as scale
     assert torch.equal(case.run(), before)
@@ -109,7 +109,10 @@ def test_what_nobody_chose_is_not_read(kind: str):
 def test_nobody_and_the_absent_add_nothing():
     case = Case("bf16", tokens=4, hidden=40, width=24, experts=3, k=2)
     nobody = Routing(
-        torch.full((4, 2), -1), case.routing.weights, case.routing.used, case.routing.own
+        torch.full((4, 2), -1),
+        case.routing.topk_weights,
+        case.routing.used,
+        case.routing.vanilla_ids,
     )
     assert not cpu.run_experts(case.x, nobody, case.packed).any()
     absent = Slab(case.packed.gate_up, case.packed.down, torch.full((3,), -1))
@@ -168,18 +171,18 @@ def test_an_unknown_instruction_set_is_refused(monkeypatch: pytest.MonkeyPatch):
 def test_what_no_kernel_takes_stays_as_it_is():
     plain = Slab(torch.zeros(2, 8, 4), torch.zeros(2, 4, 4), torch.arange(2))
     assert ops.prepare(plain) is plain
-    odd = quantise(torch.ones(2, 8, 24), Format(8, 24))
-    slab = Slab(odd, quantise(torch.ones(2, 24, 4), Format(8, 24)), torch.arange(2))
+    odd = quantize(torch.ones(2, 8, 24), QuantFormat(8, 24))
+    slab = Slab(odd, quantize(torch.ones(2, 24, 4), QuantFormat(8, 24)), torch.arange(2))
     assert ops.prepare(slab) is slab
     with pytest.raises(ValueError, match="no kernel takes"):
         cpu.pack(plain)
 
 
 def test_both_sides_agree_on_the_groups():
-    found = library.library()
+    found = library.load_library()
     assert found is not None
     for name, form in FORMATS.items():
-        assert found.handle.coterie_group(library.FORMATS[name]) == form.group
+        assert found.handle.coterie_group(library.FORMAT_IDS[name]) == form.group
 
 
 def test_packed_experts_weigh_what_their_numbers_do():
@@ -214,8 +217,8 @@ def test_a_library_that_does_not_load_is_not_a_missing_compiler(
 ):
     broken = tmp_path / "libcoterie.so"
     broken.write_bytes(b"of another machine")
-    monkeypatch.setattr(library, "LIBRARY", broken)
-    assert library.library.__wrapped__() is None
+    monkeypatch.setattr(library, "LIBRARY_PATH", broken)
+    assert library.load_library.__wrapped__() is None
     assert "they do not load here" in caplog.text
     assert "compiler" not in caplog.text
 
@@ -240,7 +243,7 @@ def watched(folder: Path, rounds: int, *flags: str) -> None:
     """So many random cases under every instruction set, with addresses and arithmetic checked."""
     checks = ("-fsanitize=address,undefined", "-fno-sanitize-recover=all")
     extra = (*checks, "-fno-omit-frame-pointer", *flags)
-    program = build.build(folder / "driver", program=HERE / "kernels.cpp", extra=extra)
+    program = build.build(folder / "driver", program=HERE / "kernels.cpp", extra_flags=extra)
     done = subprocess.run([program, str(rounds)], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
 
@@ -295,11 +298,11 @@ class Case:
         assert isinstance(gate_up, Tensor)
         assert isinstance(down, Tensor)
         x = _rounded(self.x, self.kind, isa, TOGETHER)
-        for token, choice in (self.routing.ids >= 0).nonzero().tolist():
-            slot = self.plain.slot_of[self.routing.ids[token, choice]]
+        for token, choice in (self.routing.topk_ids >= 0).nonzero().tolist():
+            slot = self.plain.slot_of[self.routing.topk_ids[token, choice]]
             gate, up = (gate_up[slot].double() @ x[token].double()).chunk(2)
             h = _rounded((F.silu(gate) * up).float(), self.kind, isa, OF_H)
-            parts = down[slot].double() * h.double() * self.routing.weights[token, choice]
+            parts = down[slot].double() * h.double() * self.routing.topk_weights[token, choice]
             expected[token] += parts.sum(dim=1)
             size[token] += parts.abs().sum(dim=1)
         found = self.run(isa, threads=threads).double()
@@ -307,12 +310,12 @@ class Case:
 
 
 def _kept(weight: Tensor, kind: str) -> Tensor | QTensor:
-    return weight.bfloat16() if kind == "bf16" else quantise(weight, FORMATS[kind])
+    return weight.bfloat16() if kind == "bf16" else quantize(weight, FORMATS[kind])
 
 
-def _whole(weight: Tensor | QTensor | Panels) -> Tensor:
-    assert not isinstance(weight, Panels)
-    return dequantise(weight) if isinstance(weight, QTensor) else weight.float()
+def _whole(weight: Tensor | QTensor | PackedExperts) -> Tensor:
+    assert not isinstance(weight, PackedExperts)
+    return dequantize(weight) if isinstance(weight, QTensor) else weight.float()
 
 
 def _rounded(x: Tensor, kind: str, isa: str, size: int) -> Tensor:

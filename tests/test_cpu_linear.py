@@ -16,18 +16,18 @@ from torch.nn import functional as F
 
 from coterie import ops
 from coterie.ops import cpu
-from coterie.ops.cpu.chain import follow
-from coterie.ops.cpu.library import Gating
+from coterie.ops.cpu.chain import run_ops
+from coterie.ops.cpu.library import SiluMulArgs
 from coterie.values import Matrix, PackedMatrix
 
 HALF, FULL = torch.bfloat16, torch.float32
 NEAR = {HALF: 4e-3, FULL: 1e-5}
 """By the dtype of the output: of its norm."""
 
-if not cpu.ready():
+if not cpu.is_available():
     pytest.skip("NOT TESTED: the kernels for CPUs are not built", allow_module_level=True)
 
-ISAS = cpu.isas()
+ISAS = cpu.available_isas()
 DTYPES = st.sampled_from((HALF, FULL))
 
 
@@ -86,7 +86,7 @@ def test_swiglu_is_two_products_and_what_is_between(
 def test_swiglu_of_rows_is_the_same():
     x, gate_up, down = drawn(5, 40, HALF), drawn(60, 40, HALF, 1), drawn(40, 30, HALF, 2)
     more = drawn(5, 40, FULL, 3)
-    plain = ops.linear(ops.gated(ops.linear(x, gate_up)), down)
+    plain = ops.linear(ops.silu_and_mul(ops.linear(x, gate_up)), down)
     assert torch.equal(ops.swiglu(x, gate_up, down), plain)
     assert torch.equal(ops.swiglu(x, gate_up, down, more), more.to(HALF) + plain)
     packed = (ops.prepare_matrix(gate_up), ops.prepare_matrix(down))
@@ -100,11 +100,11 @@ def test_swiglu_of_rows_is_the_same():
 
 def test_a_chain_has_an_end():
     x, out = drawn(2, 8, HALF), torch.empty(2, 4, dtype=HALF)
-    work = Gating(x.data_ptr(), out.data_ptr(), 2, 4)
-    follow(*[work] * 8)
-    assert torch.allclose(out.float(), ops.gated(x).float(), rtol=2**-6)
+    work = SiluMulArgs(x.data_ptr(), out.data_ptr(), 2, 4)
+    run_ops(*[work] * 8)
+    assert torch.allclose(out.float(), ops.silu_and_mul(x).float(), rtol=2**-6)
     with pytest.raises(RuntimeError, match="more works than one call takes"):
-        follow(*[work] * 9)
+        run_ops(*[work] * 9)
 
 
 @pytest.mark.parametrize("isa", ISAS)
@@ -162,7 +162,7 @@ def test_rows_multiply_in_their_own_precision():
 def test_what_is_spent_is_packed_all_the_same():
     weight = drawn(9000, 64, HALF)
     kept = ops.prepare_matrix(weight)
-    spent = ops.prepare_matrix(weight.clone(), spend=True)
+    spent = ops.prepare_matrix(weight.clone(), release_source=True)
     assert isinstance(kept, PackedMatrix)
     assert isinstance(spent, PackedMatrix)
     assert torch.equal(kept.packed, spent.packed)

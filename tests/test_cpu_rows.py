@@ -12,10 +12,10 @@ from torch import Tensor
 from coterie import ops
 from coterie.ops import cpu, reference
 
-if not cpu.ready():
+if not cpu.is_available():
     pytest.skip("NOT TESTED: the kernels for CPUs are not built", allow_module_level=True)
 
-ISAS = cpu.isas()
+ISAS = cpu.available_isas()
 
 
 @given(
@@ -50,7 +50,7 @@ def test_norms_of_sums_are_those_of_plain_torch(*, seed: int, isa: str, rows: in
     weight = torch.randn(width, generator=draw).bfloat16()
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("COTERIE_ISA", isa)
-        total, found = ops.add_norm(x, more, weight, 1e-6)
+        total, found = ops.add_rms_norm(x, more, weight, 1e-6)
     assert torch.equal(total, x + more)
     expected = reference.rms_norm(total, weight, 1e-6)
     assert torch.allclose(found.float(), expected.float(), rtol=2**-6)
@@ -58,11 +58,11 @@ def test_norms_of_sums_are_those_of_plain_torch(*, seed: int, isa: str, rows: in
 
 def test_sums_of_other_types_are_normed_too():
     x, more, weight = torch.randn(3, 5), torch.randn(3, 5), torch.randn(5)
-    total, found = ops.add_norm(x, more, weight, 1e-6)
+    total, found = ops.add_rms_norm(x, more, weight, 1e-6)
     assert torch.equal(total, x + more)
     assert torch.equal(found, reference.rms_norm(total, weight, 1e-6))
     half = more.bfloat16().T.contiguous().T
-    total, _ = ops.add_norm(x.bfloat16(), half, weight.bfloat16(), 1e-6)
+    total, _ = ops.add_rms_norm(x.bfloat16(), half, weight.bfloat16(), 1e-6)
     assert torch.equal(total, x.bfloat16() + half)
 
 
@@ -92,11 +92,11 @@ def test_surveys_say_what_plain_torch_does(
     mask = data.draw(st.integers(0, width - 1))
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("COTERIE_ISA", isa)
-        found = ops.survey(logits, mask)
-    expected = reference.survey(logits, mask)
-    assert torch.equal(found.best, expected.best)
-    assert torch.equal(found.unmasked, expected.unmasked)
-    assert torch.allclose(found.total, expected.total, rtol=1e-6)
+        found = ops.summarize_logits(logits, mask)
+    expected = reference.summarize_logits(logits, mask)
+    assert torch.equal(found.argmax, expected.argmax)
+    assert torch.equal(found.unmasked_argmax, expected.unmasked_argmax)
+    assert torch.allclose(found.logsumexp, expected.logsumexp, rtol=1e-6)
 
 
 @pytest.mark.parametrize("isa", ISAS)
@@ -104,11 +104,11 @@ def test_a_whole_vocabulary(isa: str, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("COTERIE_ISA", isa)
     logits = torch.randn(4, 157_184, generator=torch.Generator().manual_seed(0)) * 4
     logits[0, 156_895] = logits[1, 0] = logits[2, 157_183] = 30.0
-    found = ops.survey(logits, 156_895)
-    expected = reference.survey(logits, 156_895)
-    assert torch.equal(found.best, expected.best)
-    assert torch.equal(found.unmasked, expected.unmasked)
-    assert torch.allclose(found.total, expected.total, rtol=1e-6)
+    found = ops.summarize_logits(logits, 156_895)
+    expected = reference.summarize_logits(logits, 156_895)
+    assert torch.equal(found.argmax, expected.argmax)
+    assert torch.equal(found.unmasked_argmax, expected.unmasked_argmax)
+    assert torch.allclose(found.logsumexp, expected.logsumexp, rtol=1e-6)
 
 
 @pytest.mark.parametrize("isa", ISAS)
@@ -118,9 +118,9 @@ def test_what_is_no_number_does_not_vanish(bad: float, isa: str, monkeypatch: py
     logits: Tensor = torch.zeros(3, 50)
     logits[1, 17] = bad
     logits[2] = torch.nan
-    assert ops.survey(logits, 3).total.isfinite().tolist() == [True, False, False]
+    assert ops.summarize_logits(logits, 3).logsumexp.isfinite().tolist() == [True, False, False]
     logits = torch.full((1, 40), -torch.inf)
     logits[0, 39] = 2.0
-    found = ops.survey(logits, 3)
-    assert found.best.tolist() == [39]
-    assert torch.allclose(found.total, torch.tensor([2.0]))
+    found = ops.summarize_logits(logits, 3)
+    assert found.argmax.tolist() == [39]
+    assert torch.allclose(found.logsumexp, torch.tensor([2.0]))

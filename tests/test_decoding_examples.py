@@ -8,12 +8,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from coterie.decoding import Ask, Row, Sampling, parse_plan, parse_unmask
+from coterie.decoding import DecodeRequest, SequenceState, Sampling, parse_plan, parse_unmask
 from coterie.decoding.canvas import Block
-from coterie.decoding.plans import Clock
+from coterie.decoding.plans import StepCounter
 from coterie.decoding.refine import Credit, Smooth
 from coterie.decoding.sampling import Proposal, propose
-from coterie.decoding.unmask import Moment
+from coterie.decoding.unmask import BlockState
 from coterie.naming import CoterieError
 
 MASK = 3
@@ -27,12 +27,12 @@ def moment(
     entropy: list[float] | None = None,
     step: int = 0,
     floor: float = -math.inf,
-) -> Moment:
+) -> BlockState:
     """``masked``: one letter a position, "m" = masked; all of them by default."""
     width = len(confidence)
     hidden = torch.tensor([letter == "m" for letter in masked or "m" * width])
     proposed = torch.tensor(ids or [1] * width)
-    return Moment(
+    return BlockState(
         Proposal(
             proposed,
             torch.tensor(confidence),
@@ -42,15 +42,15 @@ def moment(
         ),
         tokens=torch.where(hidden, MASK, 0),
         masked=hidden,
-        answered=~hidden,
-        mask=MASK,
+        generated=~hidden,
+        mask_id=MASK,
         step=step,
-        opened=int(hidden.sum()),
-        floor=floor,
+        initial_masked=int(hidden.sum()),
+        threshold_floor=floor,
     )
 
 
-def chosen(rule: str, seen: Moment) -> list[int]:
+def chosen(rule: str, seen: BlockState) -> list[int]:
     return parse_unmask(rule).rule.choose(seen).nonzero()[:, 0].tolist()
 
 
@@ -111,20 +111,20 @@ def test_editing_replaces_sure_answers_only() -> None:
 def test_credit_favours_what_was_proposed_before() -> None:
     credit = Credit(alpha=0.7, gamma=0.2, beta=0.8)
     logits = torch.tensor([[2.0, 1.0], [0.0, 1.0]])
-    first, memory = credit.fuse(logits, torch.tensor([True, False]), None)
+    first, memory = credit.add_credit(logits, torch.tensor([True, False]), None)
     top = math.e / (1 + math.e)  # softmax of the first row's best
     assert memory[0, 0].item() == pytest.approx(top**0.2)
     assert memory[1].tolist() == [0, 0]
     assert first[0, 0].item() == pytest.approx(2 + 0.7 * math.log(1 + top**0.2), rel=1e-6)
-    _, later = credit.fuse(logits, torch.tensor([False, False]), memory)
+    _, later = credit.add_credit(logits, torch.tensor([False, False]), memory)
     assert later[0, 0].item() == pytest.approx(0.8 * top**0.2)
 
 
 def test_smoothing_grows_and_its_threshold_falls() -> None:
     smooth = Smooth(weight=0.3, init=0.15, growth=0.1, decay=0.25)
-    assert [round(smooth.share(n), 3) for n in range(3)] == [0.15, 0.25, 0.3]
-    assert [smooth.floor(n) for n in range(3)] == [1.0, 0.75, 0.5]
-    mixed = smooth.mix(
+    assert [round(smooth.mix_weight(n), 3) for n in range(3)] == [0.15, 0.25, 0.3]
+    assert [smooth.threshold_floor(n) for n in range(3)] == [1.0, 0.75, 0.5]
+    mixed = smooth.mix_embeddings(
         torch.ones(2, 1), torch.full((2, 1), 10.0), torch.tensor([True, False]), forward=2
     )
     assert mixed.tolist() == [[4.0], [1.0]]
@@ -133,7 +133,7 @@ def test_smoothing_grows_and_its_threshold_falls() -> None:
 def test_dual_refreshes_then_looks_around() -> None:
     plan = parse_plan("dual:before=4,after=6")
     block = Block(1, 16, 24)
-    first, second = (plan.look(block, 27, Clock(5 + n, n)) for n in range(2))
+    first, second = (plan.next_pass(block, 27, StepCounter(5 + n, n)) for n in range(2))
     assert (first.kind, first.start, first.stop, first.voters) == ("refresh", 0, 27, (16, 24))
     assert (second.kind, second.start, second.stop, second.visible) == ("decode", 12, 27, 27)
     assert second.voters == (12, 27)
@@ -141,31 +141,31 @@ def test_dual_refreshes_then_looks_around() -> None:
 
 def test_warm_up_is_uncached() -> None:
     plan = parse_plan("dual:warmup=2")
-    looks = [plan.look(Block(0, 0, 8), 16, Clock(n, n)) for n in range(4)]
-    assert [look.cached for look in looks] == [False, False, True, True]
+    looks = [plan.next_pass(Block(0, 0, 8), 16, StepCounter(n, n)) for n in range(4)]
+    assert [look.use_cache for look in looks] == [False, False, True, True]
     assert [look.kind for look in looks] == ["decode", "decode", "refresh", "decode"]
 
 
 def test_unrolling_counts_a_refreshing_round_twice() -> None:
     plan = parse_plan("dual+unroll:most=4,tokens=8")
     block = Block(0, 0, 32)
-    assert plan.patience(block, 64, Clock(), masked=32) == 5
-    assert plan.patience(block, 64, Clock(3, 3), masked=17) == 2
-    assert plan.patience(block, 64, Clock(3, 3), masked=7) == 1
+    assert plan.steps_until_check(block, 64, StepCounter(), num_masked=32) == 5
+    assert plan.steps_until_check(block, 64, StepCounter(3, 3), num_masked=17) == 2
+    assert plan.steps_until_check(block, 64, StepCounter(3, 3), num_masked=7) == 1
 
 
 def test_block_causal_prefills_whole_blocks_and_commits() -> None:
     plan = parse_plan("block-causal")
     blocks = plan.blocks(21, 20, 8)
     assert [(b.start, b.stop) for b in blocks] == [(16, 24), (24, 32), (32, 40), (40, 48)]
-    (prefill,) = plan.prefill(blocks[0])
-    assert (prefill.stop, prefill.causal, prefill.kind) == (16, 8, "prefill")
-    (commit,) = plan.commit(blocks[0])
+    (prefill,) = plan.prefill_passes(blocks[0])
+    assert (prefill.stop, prefill.causal_block, prefill.kind) == (16, 8, "prefill")
+    (commit,) = plan.commit_passes(blocks[0])
     assert (commit.start, commit.visible, commit.kind) == (16, 24, "commit")
-    assert plan.prefill(Block(0, 0, 8)) == ()
+    assert plan.prefill_passes(Block(0, 0, 8)) == ()
 
 
-def ask(**changes: object) -> Ask:
+def ask(**changes: object) -> DecodeRequest:
     values: dict[str, object] = {
         "prompt": (1, 2),
         "new": 6,
@@ -178,7 +178,7 @@ def ask(**changes: object) -> Ask:
         "stops": (0,),
         "mask": MASK,
     }
-    return Ask(**(values | changes))  # type: ignore[arg-type]
+    return DecodeRequest(**(values | changes))  # type: ignore[arg-type]
 
 
 def sure(ids: list[int]) -> Tensor:
@@ -187,65 +187,68 @@ def sure(ids: list[int]) -> Tensor:
 
 
 def test_a_row_stops_after_the_block_that_ends_the_text() -> None:
-    row = Row(ask())
+    row = SequenceState(ask())
     row.receive(sure([1, 0, 2]))
-    assert row.look is None
-    assert (row.answer, row.stopped) == ([1], True)
+    assert row.next_pass is None
+    assert (row.answer, row.ended_by_eos) == ([1], True)
 
 
 def test_a_row_that_may_not_stop_goes_on() -> None:
-    row = Row(ask(early_stop="off"))
+    row = SequenceState(ask(early_stop="off"))
     row.receive(sure([1, 0, 2]))
-    assert row.look is not None
+    assert row.next_pass is not None
     row.receive(sure([2, 2, 2]))
-    assert (row.answer, row.stopped) == ([1, 0, 2, 2, 2, 2], False)
+    assert (row.answer, row.ended_by_eos) == ([1, 0, 2, 2, 2, 2], False)
 
 
 def test_a_token_stop_waits_for_what_comes_before() -> None:
-    row = Row(ask(early_stop="token", unmask=parse_unmask("sequential:steps=3")))
+    row = SequenceState(ask(early_stop="token", unmask=parse_unmask("sequential:steps=3")))
     row.receive(sure([1, 0, 2]))
-    assert row.look is not None
+    assert row.next_pass is not None
     row.receive(sure([1, 0, 2]))
-    assert row.look is None
-    assert row.cut
+    assert row.next_pass is None
+    assert row.stopped_early
     assert row.answer == [1]
     assert row.canvas.tokens.tolist() == [1, 2, 1, 0, MASK, MASK, MASK, MASK]
 
 
 def test_editing_goes_on_until_nothing_changes() -> None:
-    row = Row(ask(new=3, unmask=parse_unmask("threshold:p=0.9+edit:p=0.5,post=16")))
+    row = SequenceState(ask(new=3, unmask=parse_unmask("threshold:p=0.9+edit:p=0.5,post=16")))
     row.receive(sure([1, 1, 1]))
     change = row.receive(sure([1, 2, 1]))
     assert [(t.position, t.id) for t in change.edited] == [(1, 2)]
     row.receive(sure([1, 2, 1]))
-    assert row.look is None
-    assert row.clock.row == 3
+    assert row.next_pass is None
+    assert row.steps.total == 3
 
 
 def test_editing_ends_after_its_post_steps() -> None:
-    row = Row(ask(new=3, unmask=parse_unmask("threshold:p=0.9+edit:p=0.5,post=2")))
+    row = SequenceState(ask(new=3, unmask=parse_unmask("threshold:p=0.9+edit:p=0.5,post=2")))
     for number in range(3):
         row.receive(sure([1, 1 + number % 2, 1]))
-    assert row.look is None
+    assert row.next_pass is None
 
 
 def test_masks_that_are_proposed_again_do_not_hold_a_row_up() -> None:
-    row = Row(ask(new=3, unmask=parse_unmask("fixed:steps=3")))
+    row = SequenceState(ask(new=3, unmask=parse_unmask("fixed:steps=3")))
     for _ in range(3):
         row.receive(sure([MASK, MASK, MASK]))
-    assert row.look is None
+    assert row.next_pass is None
     assert MASK not in row.canvas.tokens.tolist()
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
 def test_numbers_that_are_none_lose_nothing(bad: float) -> None:
-    row, untroubled = Row(ask(sampling=Sampling(3.0))), Row(ask(sampling=Sampling(3.0)))
-    look, before = row.look, row.canvas.tokens.tolist()
+    row, untroubled = (
+        SequenceState(ask(sampling=Sampling(3.0))),
+        SequenceState(ask(sampling=Sampling(3.0))),
+    )
+    look, before = row.next_pass, row.canvas.tokens.tolist()
     logits = sure([1, 1, 1])
     logits[1, 2] = bad
     with pytest.raises(CoterieError, match="not finite"):
         row.receive(logits)
-    assert (row.look, row.canvas.tokens.tolist(), row.clock) == (look, before, Clock())
+    assert (row.next_pass, row.canvas.tokens.tolist(), row.steps) == (look, before, StepCounter())
     logits = torch.randn(3, 4, generator=torch.Generator().manual_seed(0))
     assert row.receive(logits) == untroubled.receive(logits)
 
@@ -315,7 +318,7 @@ def test_a_wrong_plan_is_told_what_would_be_right(text: str, told: str) -> None:
 def test_a_token_written_for_a_proposed_mask_has_its_own_confidence() -> None:
     shares = torch.tensor([[0.1, 0.3, 0.6], [0.2, 0.7, 0.1]])
     found = propose(shares.log(), Sampling(), 2, torch.Generator())
-    assert (found.ids.tolist(), found.unmask.tolist()) == ([2, 1], [1, 1])
+    assert (found.ids.tolist(), found.unmasked_ids.tolist()) == ([2, 1], [1, 1])
     torch.testing.assert_close(found.confidence, torch.tensor([0.6, 0.7]))
-    torch.testing.assert_close(found.sure(found.ids), found.confidence)
-    torch.testing.assert_close(found.sure(found.unmask), torch.tensor([0.3, 0.7]))
+    torch.testing.assert_close(found.confidence_of(found.ids), found.confidence)
+    torch.testing.assert_close(found.confidence_of(found.unmasked_ids), torch.tensor([0.3, 0.7]))

@@ -8,12 +8,12 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from coterie.decoding import Ask, Row, Sampling, parse_plan, parse_unmask
-from coterie.decoding.canvas import lay_out
-from coterie.decoding.plans import PLANS, Clock
+from coterie.decoding import DecodeRequest, SequenceState, Sampling, parse_plan, parse_unmask
+from coterie.decoding.canvas import split_into_blocks
+from coterie.decoding.plans import PLANS, StepCounter
 from coterie.decoding.sampling import propose
-from coterie.decoding.unmask import RULES, Moment
-from coterie.values import Survey
+from coterie.decoding.unmask import RULES, BlockState
+from coterie.values import LogitsSummary
 
 VOCABULARY, MASK, END = 11, 10, 9
 
@@ -47,112 +47,114 @@ around = st.sampled_from(["", "+edit:p=0.3,post=3", "+credit", "+smooth"])
 
 
 @st.composite
-def asks(draw: st.DrawFn) -> Ask:
+def asks(draw: st.DrawFn) -> DecodeRequest:
     tokens = st.integers(0, VOCABULARY - 2)
-    return Ask(
-        prompt=tuple(draw(st.lists(tokens, min_size=1, max_size=9))),
-        new=draw(st.integers(1, 14)),
-        block=draw(st.integers(1, 6)),
+    return DecodeRequest(
+        prompt_ids=tuple(draw(st.lists(tokens, min_size=1, max_size=9))),
+        max_new_tokens=draw(st.integers(1, 14)),
+        block_length=draw(st.integers(1, 6)),
         plan=parse_plan(draw(plans)),
         unmask=parse_unmask(draw(rules) + draw(around)),
         sampling=Sampling(draw(st.sampled_from([0.0, 1.0]))),
         seed=draw(st.integers(0, 99)),
         early_stop=draw(st.sampled_from(["off", "block", "token"])),
-        stops=(END,),
-        mask=MASK,
+        eos_ids=(END,),
+        mask_id=MASK,
     )
 
 
-def noise(row: Row, seed: int) -> torch.Tensor:
+def noise(row: SequenceState, seed: int) -> torch.Tensor:
     """Logits that follow from the canvas, as a model's would; the mask is as likely as any."""
-    number = hash((seed, tuple(row.canvas.tokens.tolist()), row.clock.row))
+    number = hash((seed, tuple(row.canvas.tokens.tolist()), row.steps.total))
     draw = torch.Generator().manual_seed(number % (1 << 62))
     return 3 * torch.randn(row.block.width, VOCABULARY, generator=draw)
 
 
-def run(row: Row, seed: int, most: int) -> int:
+def run(row: SequenceState, seed: int, most: int) -> int:
     """Forwards until the row is finished."""
     forwards = 0
-    while row.look is not None:
-        row.receive(noise(row, seed) if row.look.denoises else None)
+    while row.next_pass is not None:
+        row.receive(noise(row, seed) if row.next_pass.is_denoising else None)
         forwards += 1
         assert forwards <= most, "the row does not end"
     return forwards
 
 
 @given(asks(), st.integers(0, 99))
-def test_every_row_ends_with_its_prompt_untouched(ask: Ask, seed: int) -> None:
-    row = Row(ask)
+def test_every_row_ends_with_its_prompt_untouched(ask: DecodeRequest, seed: int) -> None:
+    row = SequenceState(ask)
     edit = ask.unmask.edit
-    per_block = ask.block + 2 if edit is None else 8 * ask.block + 2 * edit.post + 2
+    per_block = ask.block_length + 2 if edit is None else 8 * ask.block_length + 2 * edit.post + 2
     unrolled = 2 * (ask.plan.unroll.most if ask.plan.unroll else 1)
     run(row, seed, most=len(row.blocks) * (per_block + unrolled) + 3)
-    assert row.canvas.tokens[: len(ask.prompt)].tolist() == list(ask.prompt)
-    answer = row.canvas.tokens[len(ask.prompt) :][: ask.new].tolist()
+    assert row.canvas.tokens[: len(ask.prompt_ids)].tolist() == list(ask.prompt_ids)
+    answer = row.canvas.tokens[len(ask.prompt_ids) :][: ask.max_new_tokens].tolist()
     if ask.early_stop == "off" or END not in answer:
         assert MASK not in answer
-    assert len(row.answer) <= ask.new
+    assert len(row.answer) <= ask.max_new_tokens
     assert MASK not in row.answer
 
 
 @given(asks(), st.integers(0, 99))
-def test_every_forward_at_masks_fills_one_at_least(ask: Ask, seed: int) -> None:
-    row = Row(ask)
+def test_every_forward_at_masks_fills_one_at_least(ask: DecodeRequest, seed: int) -> None:
+    row = SequenceState(ask)
     for _ in range(400):
-        look, block = row.look, row.block
+        look, block = row.next_pass, row.block
         if look is None:
             return
-        before = int(row.canvas.masked(block.start, block.stop).sum())
-        change = row.receive(noise(row, seed) if look.denoises else None)
-        if look.denoises and before:
+        before = int(row.canvas.is_masked(block.start, block.stop).sum())
+        change = row.receive(noise(row, seed) if look.is_denoising else None)
+        if look.is_denoising and before:
             assert change.committed
-        assert not (look.denoises and not before and change.committed)
+        assert not (look.is_denoising and not before and change.committed)
 
 
 @given(asks(), st.integers(0, 99))
-def test_changes_tell_what_the_canvas_holds(ask: Ask, seed: int) -> None:
-    row, told = Row(ask), {}
-    while row.look is not None:
-        change = row.receive(noise(row, seed) if row.look.denoises else None)
+def test_changes_tell_what_the_canvas_holds(ask: DecodeRequest, seed: int) -> None:
+    row, told = SequenceState(ask), {}
+    while row.next_pass is not None:
+        change = row.receive(noise(row, seed) if row.next_pass.is_denoising else None)
         told |= {t.position: t.id for t in (*change.committed, *change.edited)}
         assert all(0 <= t.confidence <= 1.0001 for t in (*change.committed, *change.provisional))
-    answer = row.canvas.tokens[len(ask.prompt) :].tolist()
+    answer = row.canvas.tokens[len(ask.prompt_ids) :].tolist()
     assert {i: token for i, token in enumerate(answer) if token != MASK} == {
         i: token for i, token in told.items() if token != MASK
     }
 
 
 @given(asks(), st.integers(0, 99))
-def test_wanted_logits_decide_what_all_of_the_block_do(ask: Ask, seed: int) -> None:
-    whole, part = Row(ask), Row(ask)
-    while whole.look is not None:
-        if not whole.look.denoises:
+def test_wanted_logits_decide_what_all_of_the_block_do(ask: DecodeRequest, seed: int) -> None:
+    whole, part = SequenceState(ask), SequenceState(ask)
+    while whole.next_pass is not None:
+        if not whole.next_pass.is_denoising:
             assert whole.receive(None) == part.receive(None)
             continue
-        logits, at = noise(whole, seed), part.wanted()
+        logits, at = noise(whole, seed), part.logits_indices()
         total = logits[at].logsumexp(dim=-1)
         rest = logits[at].index_fill(1, torch.tensor([MASK]), -torch.inf)
-        survey = Survey.of(logits[at], logits[at].argmax(dim=-1), rest.argmax(dim=-1), total)
+        survey = LogitsSummary.from_logits(
+            logits[at], logits[at].argmax(dim=-1), rest.argmax(dim=-1), total
+        )
         assert whole.receive(logits) == part.receive(logits[at], survey, at)
         assert torch.equal(whole.canvas.tokens, part.canvas.tokens)
-    assert part.look is None
+    assert part.next_pass is None
 
 
 @given(asks())
-def test_looks_cover_the_block_and_stay_on_the_canvas(ask: Ask) -> None:
-    row = Row(ask)
-    while (look := row.look) is not None:
+def test_looks_cover_the_block_and_stay_on_the_canvas(ask: DecodeRequest) -> None:
+    row = SequenceState(ask)
+    while (look := row.next_pass) is not None:
         assert 0 <= look.start < look.stop <= look.visible <= row.canvas.length
-        assert look.cached or (look.start, look.stop) == (0, look.visible)
+        assert look.use_cache or (look.start, look.stop) == (0, look.visible)
         assert look.start <= look.voters[0] < look.voters[1] <= look.stop
-        if look.denoises:
+        if look.is_denoising:
             assert look.start <= row.block.start < row.block.stop <= look.stop
-        row.receive(noise(row, 0) if look.denoises else None)
+        row.receive(noise(row, 0) if look.is_denoising else None)
 
 
 @given(asks(), st.integers(0, 99))
-def test_the_same_seed_draws_the_same_row(ask: Ask, seed: int) -> None:
-    first, second = Row(ask), Row(ask)
+def test_the_same_seed_draws_the_same_row(ask: DecodeRequest, seed: int) -> None:
+    first, second = SequenceState(ask), SequenceState(ask)
     run(first, seed, 2000)
     run(second, seed, 2000)
     assert first.canvas.tokens.tolist() == second.canvas.tokens.tolist()
@@ -162,7 +164,7 @@ def test_the_same_seed_draws_the_same_row(ask: Ask, seed: int) -> None:
 def test_blocks_tile_what_is_new(
     prompt: int, new: int, width: int, aligned: bool, whole: bool
 ) -> None:
-    blocks = lay_out(prompt, new, width, aligned=aligned, whole=whole)
+    blocks = split_into_blocks(prompt, new, width, aligned=aligned, whole_blocks=whole)
     assert blocks[0].start <= prompt < blocks[0].stop
     assert all(a.stop == b.start for a, b in itertools.pairwise(blocks))
     assert blocks[-1].start < prompt + new <= blocks[-1].stop
@@ -182,14 +184,14 @@ def test_a_rule_chooses_masked_positions_only(
     draw = torch.Generator().manual_seed(seed)
     logits = torch.randn(width, VOCABULARY, generator=draw)
     proposal = propose(logits, Sampling(), MASK, draw, entropy=True)
-    moment = Moment(
+    moment = BlockState(
         proposal,
         tokens=torch.where(masked, MASK, 1),
         masked=masked,
-        answered=~masked,
-        mask=MASK,
+        generated=~masked,
+        mask_id=MASK,
         step=step,
-        opened=int(masked.sum()),
+        initial_masked=int(masked.sum()),
     )
     chosen = parse_unmask(text).rule.choose(moment)
     assert chosen.dtype == torch.bool
@@ -244,6 +246,8 @@ def test_patience_makes_one_forward_at_least(text: str, masked: int, new: int) -
     plan = parse_plan(text)
     blocks = plan.blocks(5, new, 4)
     for block in blocks:
-        forwards = plan.patience(block, blocks[-1].stop, Clock(block.index * 3, 0), masked)
+        forwards = plan.steps_until_check(
+            block, blocks[-1].stop, StepCounter(block.index * 3, 0), masked
+        )
         assert forwards >= 1
         assert plan.unroll is not None or forwards == 1

@@ -8,16 +8,16 @@ import pytest
 import torch
 
 import coterie
-from coterie.engine.convert import Aim, convert
-from coterie.engine.memory import Memory
-from coterie.testing import CONFIGS, write_checkpoint
+from coterie.engine.convert import ConversionTarget, convert
+from coterie.engine.memory import ExpertMemoryConfig
+from coterie.testing import FAMILY_CONFIGS, write_checkpoint
 
 PROMPT = list(range(3, 20))
 needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 
 
 @needs_cuda
-@pytest.mark.parametrize("family", sorted(CONFIGS))
+@pytest.mark.parametrize("family", sorted(FAMILY_CONFIGS))
 @pytest.mark.parametrize("policy", ["vanilla", "des-vote:beta=0.3", "des-seq:k=2", "naee:beta=0.2"])
 def test_cuda_writes_what_the_cpu_writes(tmp_path: Path, family: str, policy: str) -> None:
     folder = write_checkpoint(tmp_path, family, seed=5)
@@ -68,21 +68,21 @@ def test_few_experts_on_the_device_answer_like_all(
     dtype = torch.float32 if kept == "plain" else torch.bfloat16
     folder = write_checkpoint(tmp_path / "whole", "llada2", seed=8, dtype=dtype)
     if kept != "plain":
-        convert(folder, tmp_path / "packed", Aim.of(kept))
+        convert(folder, tmp_path / "packed", ConversionTarget.parse(kept))
         folder = tmp_path / "packed"
     elif host is not None:
         pytest.skip("whole checkpoints are not read expert by expert")
     asked = {"max_new_tokens": 24, "block": 8, "unmask": "fixed:steps=3"}
     whole = coterie.load(folder, device="cuda", dtype="float32")
     for memory in ("1", "5", "15"):
-        told = Memory.parse(memory, host=host)
+        told = ExpertMemoryConfig.parse(memory, host_memory=host)
         few = coterie.load(folder, device="cuda", dtype="float32", expert_memory=told)
         for policy in ("vanilla", "des-vote:beta=0.3"):
             found, true = (one.generate(PROMPT, policy=policy, **asked) for one in (few, whole))
             assert found.tokens == true.tokens
-        assert few.model.offloaded is not None
-        assert few.model.offloaded.moved > 0
-        assert few.model.offloaded.waited >= 0
+        assert few.model.offload_store is not None
+        assert few.model.offload_store.experts_moved > 0
+        assert few.model.offload_store.stall_seconds >= 0
 
 
 @needs_cuda
@@ -91,8 +91,8 @@ def test_a_cpu_beside_the_device_changes_no_answer(tmp_path: Path) -> None:
     asked = {"max_new_tokens": 24, "block": 8, "unmask": "fixed:steps=3"}
     whole = coterie.load(folder, device="cuda", dtype="float32").generate(PROMPT, **asked)
     for aside in ("2", "auto", "100"):
-        memory = Memory.parse("35%", aside=aside)
+        memory = ExpertMemoryConfig.parse("35%", cpu_experts=aside)
         few = coterie.load(folder, device="cuda", dtype="float32", expert_memory=memory)
         assert few.generate(PROMPT, **asked).tokens == whole.tokens
-        assert few.model.offloaded is not None
-        assert aside == "auto" or few.model.offloaded.ledger.traffic().aside > 0
+        assert few.model.offload_store is not None
+        assert aside == "auto" or few.model.offload_store.traffic_log.traffic().on_cpu > 0

@@ -13,14 +13,14 @@ import torch
 
 import coterie
 from coterie.engine.facts import inspect
-from coterie.evals.report import lines
-from coterie.evals.run import Arm, Sheet, run
-from coterie.evals.task import Wish
+from coterie.evals.report import summarize
+from coterie.evals.run import Variant, EvalResult, run_eval
+from coterie.evals.task import TaskOptions
 from coterie.evals.tasks import open_tasks
-from coterie.model.step import Step
-from coterie.problems import TASKS, draw
+from coterie.model.step import ForwardContext
+from coterie.problems import PROBLEM_MAKERS, draw_problem
 from coterie.routing import Vanilla
-from coterie.telemetry import Tracing
+from coterie.telemetry import TensorRecorder
 from coterie.values import Window
 
 FOLDER = Path(str(files("coterie") / "embedded"))
@@ -34,9 +34,9 @@ def engine() -> coterie.Engine:
     return coterie.load()
 
 
-def exam(policy: str, count: int) -> Sheet:
-    tasks = open_tasks(list(TASKS), Wish("llada2", count=count, seed=SEED))
-    (sheet,) = run(engine(), tasks, [Arm(policy)], None, rows=8)
+def exam(policy: str, count: int) -> EvalResult:
+    tasks = open_tasks(list(PROBLEM_MAKERS), TaskOptions("llada2", count=count, seed=SEED))
+    (sheet,) = run_eval(engine(), tasks, [Variant(policy)], None, batch_size=8)
     return sheet
 
 
@@ -78,10 +78,10 @@ def test_no_expert_of_any_layer_is_idle():
     model = engine().model
     used = {layer: torch.zeros(128, dtype=torch.bool) for layer in model.spec.moe_layers}
     for ids in blocks_to_fill(20):
-        trace = Tracing()
+        trace = TensorRecorder()
         window = Window(torch.tensor([0]), len(ids), torch.tensor([len(ids)]), block=32)
         with torch.inference_mode():
-            model.transformer(torch.tensor([ids]), Step(window, None, Vanilla(), trace))
+            model.transformer(torch.tensor([ids]), ForwardContext(window, None, Vanilla(), trace))
         for layer, _, routing in trace.routings:
             used[layer] |= routing.used
     assert all(bool(layer.all()) for layer in used.values())
@@ -91,7 +91,9 @@ def blocks_to_fill(count: int) -> Iterator[list[int]]:
     """Held-out problems of every task as decoding meets them: text so far, then a masked block."""
     model, codec = engine().model, engine().model.codec
     rng = random.Random(SEED)
-    for problem in [draw(maker, rng, "test") for maker in TASKS.values() for _ in range(count)]:
+    for problem in [
+        draw_problem(maker, rng, "test") for maker in PROBLEM_MAKERS.values() for _ in range(count)
+    ]:
         prompt = codec.encode(problem.prompt)
         ids = prompt + codec.encode(problem.answer, raw=True)
         for start in range(len(prompt) // 32 * 32, len(ids), 32):
@@ -106,12 +108,12 @@ def test_a_policy_that_leaves_everything_open_is_vanilla(policy):
 
 
 def test_a_sample_of_held_out_problems_is_answered():
-    (line,) = lines([exam("vanilla", 10)], list(TASKS))
-    assert line.whole.value >= 0.8
+    (line,) = summarize([exam("vanilla", 10)], list(PROBLEM_MAKERS))
+    assert line.accuracy.value >= 0.8
 
 
 @pytest.mark.slow
 def test_two_hundred_held_out_problems_a_task_are_answered_as_claimed():
-    (line,) = lines([exam("vanilla", 200)], list(TASKS))
+    (line,) = summarize([exam("vanilla", 200)], list(PROBLEM_MAKERS))
     for task, share in line.by_task.items():
         assert share.value >= LEAST[task], (task, share)

@@ -12,15 +12,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from coterie.engine.batch import groups
-from coterie.engine.config import Generation
+from coterie.engine.batch import group_sequences
+from coterie.engine.config import GenerationConfig
 from coterie.engine.engine import Engine
 from coterie.engine.event import Denoised, Finished, Result
 from coterie.engine.load import Model
 from coterie.naming import CoterieError
 from coterie.routing import Vanilla, parse_policy
 from coterie.testing import random_transformer, read_spec, tiny_config
-from coterie.text import Numbers
+from coterie.text import IdTokenizer
 from coterie.values import Scores
 
 VOCABULARY, MASK = 96, 95
@@ -34,7 +34,7 @@ def tiny(family: str = "llada2", ends: tuple[int, ...] = (94,)) -> Model:
         name=f"tiny {family}",
         family=kind,
         transformer=random_transformer(spec, seed=1),
-        codec=Numbers(VOCABULARY),
+        codec=IdTokenizer(VOCABULARY),
         mask_id=MASK,
         eos_ids=ends,
     )
@@ -42,7 +42,7 @@ def tiny(family: str = "llada2", ends: tuple[int, ...] = (94,)) -> Model:
 
 def engine(family: str = "llada2", ends: tuple[int, ...] = (94,), **options: object) -> Engine:
     usual = {"block": 8, "max_new_tokens": 12} | options
-    return Engine(tiny(family, ends), generation=Generation().but(**usual))
+    return Engine(tiny(family, ends), generation=GenerationConfig().replace(**usual))
 
 
 def known(result: Result) -> Result:
@@ -105,9 +105,13 @@ def test_rows_of_one_width_share_a_forward(monkeypatch: pytest.MonkeyPatch) -> N
     host = engine()
     for prompt in ([1, 2, 3], [4] * 13, [7] * 30):
         host.submit(prompt)
-    assert [len(group) for group in groups(host._slots.values())] == [1, 1, 1]  # two prefills
+    assert [len(group) for group in group_sequences(host._active.values())] == [
+        1,
+        1,
+        1,
+    ]  # two prefills
     host.step()
-    assert [len(group) for group in groups(host._slots.values())] == [3]
+    assert [len(group) for group in group_sequences(host._active.values())] == [3]
 
 
 @given(st.sampled_from(["uncached", "prefix", "dual", "block-causal"]), st.integers(0, 20))
@@ -148,10 +152,10 @@ def test_a_policy_routes_decoding_only_unless_asked(plan: str) -> None:
         number = host.submit([3] * 20, policy=policy)
         kinds = set()
         while host.rows:
-            slot = host._slots[number]
-            expected = policy if slot.look.kind == "decode" or asked == "policy" else Vanilla()
-            assert slot.routes() == expected
-            kinds.add(slot.look.kind)
+            slot = host._active[number]
+            expected = policy if slot.next_pass.kind == "decode" or asked == "policy" else Vanilla()
+            assert slot.next_policy() == expected
+            kinds.add(slot.next_pass.kind)
             host.step()
         others = {"prefill", "commit"} if plan == "block-causal" else {"refresh"}
         assert kinds == {"decode"} | others
@@ -231,7 +235,7 @@ def test_closing_a_stream_frees_its_row() -> None:
     begun.close()
     unbegun.close()
     assert host.rows == ()
-    for ask in (host.cancel, host.row, host.result):
+    for ask in (host.cancel, host.sequence, host.result):
         with pytest.raises(CoterieError, match="there is no row 0"):
             ask(0)
 
@@ -259,7 +263,7 @@ class Refusing:
 
 
 def test_rows_whose_forward_fails_do_not_hold_others_up() -> None:
-    host = Engine(tiny(), generation=Generation().but(block=8, max_new_tokens=12))
+    host = Engine(tiny(), generation=GenerationConfig().replace(block=8, max_new_tokens=12))
     stuck, well = host.submit(PROMPT, policy=Refusing()), host.submit(PROMPT)
     while well in host.rows:
         with pytest.raises(CoterieError, match="not today"):
@@ -272,15 +276,15 @@ def test_rows_whose_forward_fails_do_not_hold_others_up() -> None:
 def test_numbers_that_are_none_raise_and_other_rows_go_on() -> None:
     model = tiny()
     broken = replace(model, transformer=replace(model.transformer, head=model.transformer.head * 1))
-    host = Engine(broken, generation=Generation().but(block=8, max_new_tokens=12))
+    host = Engine(broken, generation=GenerationConfig().replace(block=8, max_new_tokens=12))
     number = host.submit(PROMPT)
     host.step()
-    tokens = host.row(number).canvas.tokens.tolist()
+    tokens = host.sequence(number).canvas.tokens.tolist()
     kept = broken.transformer.head.clone()
     broken.transformer.head[3] = math.nan
     with pytest.raises(CoterieError, match="the head gives NaN"):
         host.step()
-    assert host.row(number).canvas.tokens.tolist() == tokens
+    assert host.sequence(number).canvas.tokens.tolist() == tokens
     broken.transformer.head.copy_(kept)
     assert known(finish(host, [number])[0]) == known(engine().generate(PROMPT))
 

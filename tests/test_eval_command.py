@@ -20,10 +20,10 @@ from rich.console import Console
 
 from coterie.cli.accuracy import accuracy_csv, accuracy_document, accuracy_tables
 from coterie.cli.edge import run
-from coterie.cli.standing import Standing
+from coterie.cli.standing import EvalProgress
 from coterie.evals.journal import Answer
-from coterie.evals.report import lines
-from coterie.evals.run import Arm, Sheet
+from coterie.evals.report import summarize
+from coterie.evals.run import Variant, EvalResult
 
 Capture = pytest.CaptureFixture[str]
 
@@ -41,9 +41,9 @@ def answer(arm: str, number: int, correct: bool, **others: object) -> Answer:
     return Answer(**told)  # type: ignore[arg-type]
 
 
-def sheet(policy: str, right: Sequence[bool]) -> Sheet:
-    arm = Arm(policy)
-    return Sheet(arm, tuple(answer(arm.name, i, correct) for i, correct in enumerate(right)))
+def sheet(policy: str, right: Sequence[bool]) -> EvalResult:
+    arm = Variant(policy)
+    return EvalResult(arm, tuple(answer(arm.name, i, correct) for i, correct in enumerate(right)))
 
 
 def refusal(capsys: Capture, *words: str) -> str:
@@ -148,7 +148,7 @@ def test_an_interrupt_keeps_answers_and_says_how_to_go_on(tmp_path: Path) -> Non
 
 def test_tables_fit_the_terminal_and_lose_no_number() -> None:
     right = [True, True, False, True] * 5
-    found = lines([sheet("vanilla", right), sheet(LONG, right[1:] + right[:1])], ["quiz"])
+    found = summarize([sheet("vanilla", right), sheet(LONG, right[1:] + right[:1])], ["quiz"])
     texts = {}
     for width in (200, 80, 60):
         to = Console(file=io.StringIO(), width=width)
@@ -166,7 +166,9 @@ def test_tables_fit_the_terminal_and_lose_no_number() -> None:
 
 def test_csv_has_a_line_a_policy_with_numbers_in_full() -> None:
     right = [True, True, False]
-    found = lines([sheet("vanilla", right), sheet("des-seq:k=3", [False, True, True])], ["quiz"])
+    found = summarize(
+        [sheet("vanilla", right), sheet("des-seq:k=3", [False, True, True])], ["quiz"]
+    )
     first, second = csv.DictReader(io.StringIO(accuracy_csv(found)))
     assert (first["policy"], first["right"], first["n"], first["change"]) == (
         "vanilla",
@@ -182,7 +184,9 @@ def test_csv_has_a_line_a_policy_with_numbers_in_full() -> None:
 
 def test_the_readmes_table_can_be_drawn_from_a_record() -> None:
     right = [True, True, False]
-    found = lines([sheet("vanilla", right), sheet("des-seq:k=3", [False, True, True])], ["quiz"])
+    found = summarize(
+        [sheet("vanilla", right), sheet("des-seq:k=3", [False, True, True])], ["quiz"]
+    )
     figures = runpy.run_path(str(Path(__file__).parents[1] / "scripts" / "figures.py"))
     head, _, first, second = figures["accuracy"](
         {"facts": accuracy_document("embedded", {}, found)}
@@ -193,15 +197,15 @@ def test_the_readmes_table_can_be_drawn_from_a_record() -> None:
 
 
 def test_the_standing_counts_found_answers_and_compares_what_both_answered() -> None:
-    standing = Standing(["vanilla", "des-seq:k=3"], 8)
+    standing = EvalProgress(["vanilla", "des-seq:k=3"], 8)
     for number, correct in enumerate([True, True, False]):
-        standing.take(answer("vanilla", number, correct, found=True))
+        standing.add(answer("vanilla", number, correct, found=True))
     for number, correct in enumerate([True, False]):
-        standing.take(answer("des-seq:k=3", number, correct))
+        standing.add(answer("des-seq:k=3", number, correct))
     to = Console(file=io.StringIO(), width=100)
     to.print(standing)
     told = to.file.getvalue()  # type: ignore[attr-defined]
-    assert (standing.count, standing.found) == (5, 3)
+    assert (standing.count, standing.resumed) == (5, 3)
     assert "5/8" in told
     assert re.search(r"vanilla +66.7% of 3", told)
     assert re.search(r"des-seq:k=3 +50.0% of 2 +-50.0%", told)

@@ -23,17 +23,17 @@ from quiz import Quiz
 import coterie
 from coterie.cli.edge import run as command
 from coterie.engine.engine import Engine
-from coterie.engine.memory import Memory
+from coterie.engine.memory import ExpertMemoryConfig
 from coterie.evals.journal import Answer
-from coterie.evals.run import Arm, run
-from coterie.evals.served import Saved, Served, saved
-from coterie.evals.sheet import Sheet
+from coterie.evals.run import Variant, run_eval
+from coterie.evals.served import TrafficSavings, AnswerTraffic, traffic_savings
+from coterie.evals.sheet import EvalResult
 from coterie.naming import CoterieError
 from coterie.testing import write_checkpoint
 
 TESTS = Path(__file__).parent
-VANILLA = Arm("vanilla")
-PREFERRING = Arm("resident-vote:beta=0.3,resident_bonus=8,max_vote_loss=0.5")
+VANILLA = Variant("vanilla")
+PREFERRING = Variant("resident-vote:beta=0.3,resident_bonus=8,max_vote_loss=0.5")
 ARMS = [VANILLA, PREFERRING]
 TIMED = ("seconds", "found", "served")
 
@@ -44,19 +44,19 @@ def model() -> Path:
 
 
 def engine(memory: str | None = "35%") -> Engine:
-    asked = None if memory is None else Memory.parse(memory, imagined=True)
+    asked = None if memory is None else ExpertMemoryConfig.parse(memory, simulated=True)
     own = coterie.load(model(), block=8, unmask="fixed:steps=2", expert_memory=asked)
-    if own.model.rationed is not None:
-        own.model.rationed.ledger.compare()
+    if own.model.cached_store is not None:
+        own.model.cached_store.traffic_log.track_vanilla()
     return own
 
 
-def told(sheets: list[Sheet]) -> list[dict[str, object]]:
+def told(sheets: list[EvalResult]) -> list[dict[str, object]]:
     """All but what a clock says."""
     answers: Iterator[Answer] = (answer for sheet in sheets for answer in sheet.answers)
     return [
         {name: value for name, value in vars(one).items() if name not in TIMED}
-        | {"served": None if one.served is None else vars(one.served) | {"waited": 0.0}}
+        | {"served": None if one.traffic is None else vars(one.traffic) | {"waited": 0.0}}
         for one in answers
     ]
 
@@ -64,7 +64,7 @@ def told(sheets: list[Sheet]) -> list[dict[str, object]]:
 @cache
 def whole(lasts: int) -> tuple[bytes, bytes, list[dict[str, object]]]:
     with TemporaryDirectory() as name:
-        sheets = run(engine(), [Quiz()], ARMS, Path(name), rows=1, lasts=lasts)
+        sheets = run_eval(engine(), [Quiz()], ARMS, Path(name), batch_size=1, reset_every=lasts)
         files = (Path(name) / file for file in ("items.jsonl", "run.json"))
         return *(file.read_bytes() for file in files), told(sheets)  # type: ignore[return-value]
 
@@ -78,7 +78,10 @@ def test_a_run_that_stopped_goes_on_with_the_memory_that_it_had(lines: int, last
         folder = Path(name)
         (folder / "items.jsonl").write_bytes(left)
         (folder / "run.json").write_bytes(about)
-        assert told(run(engine(), [Quiz()], ARMS, folder, rows=1, lasts=lasts)) == true
+        assert (
+            told(run_eval(engine(), [Quiz()], ARMS, folder, batch_size=1, reset_every=lasts))
+            == true
+        )
         assert (folder / "items.jsonl").read_bytes().startswith(left)
 
 
@@ -89,16 +92,18 @@ def test_what_is_asked_alone_is_answered_the_same(tmp_path: Path) -> None:
     for arm in reversed(ARMS):
         for number in range(6):
             one = Quiz(count=0, odd={number: Quiz().items()[number].question})
-            found += told(run(engine(), [one], [arm], None, rows=1))
+            found += told(run_eval(engine(), [one], [arm], None, batch_size=1))
     assert sorted(map(str, found)) == sorted(map(str, true))
 
 
 def test_a_memory_that_lasts_is_hit_more_often() -> None:
     hits = []
     for lasts in (1, 3, 6):
-        served = run(engine(), [Quiz()], [VANILLA], None, rows=1, lasts=lasts)[0].served
+        served = run_eval(engine(), [Quiz()], [VANILLA], None, batch_size=1, reset_every=lasts)[
+            0
+        ].traffic
         assert served is not None
-        assert served.vanilla == served.moved
+        assert served.bytes_vanilla == served.bytes_moved
         hits.append(served.hit_rate)
     assert sorted(set(hits)) == hits
 
@@ -109,7 +114,7 @@ def test_a_question_that_was_answered_otherwise_stops_the_run(tmp_path: Path) ->
     (tmp_path / "items.jsonl").write_text(json.dumps({**first, "output": "else"}) + "\n")
     (tmp_path / "run.json").write_bytes(about)
     with pytest.raises(CoterieError, match="quiz/0 was answered otherwise before"):
-        run(engine(), [Quiz()], ARMS, tmp_path, rows=1, lasts=6)
+        run_eval(engine(), [Quiz()], ARMS, tmp_path, batch_size=1, reset_every=6)
 
 
 @pytest.mark.parametrize(
@@ -126,24 +131,24 @@ def test_answers_in_another_memory_are_another_run(
     for name, content in zip(("items.jsonl", "run.json"), whole(1)[:2], strict=True):
         (tmp_path / name).write_bytes(content)
     with pytest.raises(CoterieError, match="holds another run") as raised:
-        run(engine(memory), [Quiz()], ARMS, tmp_path, rows=1, lasts=lasts)
+        run_eval(engine(memory), [Quiz()], ARMS, tmp_path, batch_size=1, reset_every=lasts)
     assert said in str(raised.value)
 
 
 def test_answers_of_before_there_were_memories_are_read(tmp_path: Path) -> None:
-    run(engine(None), [Quiz()], [VANILLA], tmp_path, rows=1)
+    run_eval(engine(None), [Quiz()], [VANILLA], tmp_path, batch_size=1)
     path = tmp_path / "items.jsonl"
     lines = [json.loads(line) for line in path.read_text().splitlines()]
     assert {line.pop("served") for line in lines} == {None}
     path.write_text("".join(json.dumps(line) + "\n" for line in lines))
-    (sheet,) = run(engine(None), [Quiz()], [VANILLA], tmp_path, rows=1)
-    assert all(answer.found for answer in sheet.answers)
-    assert sheet.served is None
+    (sheet,) = run_eval(engine(None), [Quiz()], [VANILLA], tmp_path, batch_size=1)
+    assert all(answer.from_disk for answer in sheet.answers)
+    assert sheet.traffic is None
 
 
 def test_rows_do_not_share_a_memory() -> None:
     with pytest.raises(CoterieError, match="ask one by one"):
-        run(engine(), [Quiz()], ARMS, None, rows=2)
+        run_eval(engine(), [Quiz()], ARMS, None, batch_size=2)
 
 
 @pytest.mark.slow
@@ -157,19 +162,21 @@ def test_a_run_that_is_killed_in_a_stretch_goes_on_in_the_same_memory(tmp_path: 
     )
     assert done.returncode == 0, done.stderr
     assert "killed" in done.stdout
-    true = told(run(short(str(model())), [QUIZ], ARMS, None, **SHORT))
-    found = run(short(str(model())), [QUIZ], ARMS, tmp_path, **SHORT)
-    assert all(answer.found for sheet in found for answer in sheet.answers)
+    true = told(run_eval(short(str(model())), [QUIZ], ARMS, None, **SHORT))
+    found = run_eval(short(str(model())), [QUIZ], ARMS, tmp_path, **SHORT)
+    assert all(answer.from_disk for sheet in found for answer in sheet.answers)
     assert told(found) == true
 
 
 def test_saved_is_of_the_first_arms_bytes_item_by_item() -> None:
-    first = [Served(10, 5, moved, 100) for moved in (100, 200, 300)]
-    other = [Served(10, 5, moved, 100) for moved in (50, 100, 150)]
-    assert saved(first, other) == Saved(0.5, (0.5, 0.5))
-    assert saved([first[0], None, first[2]], [None, other[1], other[2]]) == Saved(0.5, (0.5, 0.5))
-    assert saved([None], [first[0]]) is None
-    uneven = saved(first, [Served(10, 5, moved, 100) for moved in (100, 100, 100)])
+    first = [AnswerTraffic(10, 5, moved, 100) for moved in (100, 200, 300)]
+    other = [AnswerTraffic(10, 5, moved, 100) for moved in (50, 100, 150)]
+    assert traffic_savings(first, other) == TrafficSavings(0.5, (0.5, 0.5))
+    assert traffic_savings(
+        [first[0], None, first[2]], [None, other[1], other[2]]
+    ) == TrafficSavings(0.5, (0.5, 0.5))
+    assert traffic_savings([None], [first[0]]) is None
+    uneven = traffic_savings(first, [AnswerTraffic(10, 5, moved, 100) for moved in (100, 100, 100)])
     assert uneven is not None
     assert uneven.interval[0] < uneven.value == 0.5 < uneven.interval[1]
 

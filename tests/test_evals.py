@@ -22,14 +22,14 @@ from quiz import Quiz
 
 import coterie
 from coterie.evals.fingerprint import fingerprint
-from coterie.evals.journal import Answer, Journal
-from coterie.evals.report import lines
-from coterie.evals.run import Arm, Sheet, run
+from coterie.evals.journal import Answer, AnswerLog
+from coterie.evals.report import summarize
+from coterie.evals.run import Variant, EvalResult, run_eval
 from coterie.naming import CoterieError
 from coterie.testing import write_checkpoint
 
 TESTS = Path(__file__).parent
-VANILLA, VOTE = Arm("vanilla"), Arm("des-vote:beta=0.25")
+VANILLA, VOTE = Variant("vanilla"), Variant("des-vote:beta=0.25")
 KEEP = TemporaryDirectory()
 
 
@@ -49,7 +49,7 @@ def engine() -> coterie.Engine:
 def whole() -> tuple[bytes, bytes]:
     """The two files of an uninterrupted run."""
     with TemporaryDirectory() as folder:
-        run(engine(), [Quiz()], [VANILLA, VOTE], Path(folder), rows=3)
+        run_eval(engine(), [Quiz()], [VANILLA, VOTE], Path(folder), batch_size=3)
         return tuple((Path(folder) / name).read_bytes() for name in ("items.jsonl", "run.json"))  # type: ignore[return-value]
 
 
@@ -86,19 +86,21 @@ def test_a_run_cut_off_at_any_byte_goes_on_as_if_it_never_had(share: float) -> N
         (folder / "items.jsonl").write_bytes(left)
         (folder / "run.json").write_bytes(about)
         heard: list[Answer] = []
-        sheets = run(engine(), [Quiz()], [VANILLA, VOTE], folder, rows=3, told=heard.append)
+        sheets = run_eval(
+            engine(), [Quiz()], [VANILLA, VOTE], folder, batch_size=3, on_answer=heard.append
+        )
         assert answered(folder) == parsed(items)
         assert (folder / "items.jsonl").read_bytes().startswith(left[: left.rfind(b"\n") + 1])
-    assert [a.found for a in heard] == [True] * left.count(b"\n") + [False] * (
+    assert [a.from_disk for a in heard] == [True] * left.count(b"\n") + [False] * (
         12 - left.count(b"\n")
     )
-    expected = run(engine(), [Quiz()], [VANILLA, VOTE], None, rows=3)
+    expected = run_eval(engine(), [Quiz()], [VANILLA, VOTE], None, batch_size=3)
     assert sheets_of(sheets) == sheets_of(expected)
 
 
-def sheets_of(sheets: Sequence[Sheet]) -> dict[tuple[str, str], dict[str, object]]:
+def sheets_of(sheets: Sequence[EvalResult]) -> dict[tuple[str, str], dict[str, object]]:
     answers = [answer for sheet in sheets for answer in sheet.answers]
-    return {(answer.arm, answer.id): comparable(vars(answer)) for answer in answers}
+    return {(answer.variant, answer.id): comparable(vars(answer)) for answer in answers}
 
 
 def kill(folder: Path, kills: int) -> None:
@@ -111,7 +113,7 @@ def kill(folder: Path, kills: int) -> None:
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout.split().count("killed") >= kills // 2, done.stdout
-    expected = run(coterie.load(model()), [QUIZ], ARMS, None, rows=4)
+    expected = run_eval(coterie.load(model()), [QUIZ], ARMS, None, batch_size=4)
     assert answered(folder) == sheets_of(expected)
 
 
@@ -144,23 +146,23 @@ def test_another_run_is_refused_by_what_differs(change: str, tmp_path: Path) -> 
     changed, told = CHANGES[change]
     asked = {"engine": engine(), "tasks": [Quiz()], **changed()}  # type: ignore[dict-item]
     with pytest.raises(CoterieError, match="holds another run") as raised:
-        run(asked.pop("engine"), asked.pop("tasks"), [VANILLA], tmp_path, **asked)
+        run_eval(asked.pop("engine"), asked.pop("tasks"), [VANILLA], tmp_path, **asked)
     assert told in str(raised.value)
     assert (tmp_path / "items.jsonl").read_bytes() == whole()[0]
 
 
 def test_an_arm_may_come_later_and_asks_only_for_itself(tmp_path: Path) -> None:
-    first = run(engine(), [Quiz()], [VANILLA, VOTE], tmp_path)
+    first = run_eval(engine(), [Quiz()], [VANILLA, VOTE], tmp_path)
     before = (tmp_path / "items.jsonl").read_bytes()
-    own = Arm("des-vote:beta=0.25", {"block": 4})
+    own = Variant("des-vote:beta=0.25", {"block": 4})
     heard: list[Answer] = []
-    sheets = run(engine(), [Quiz()], [VANILLA, own], tmp_path, told=heard.append)
+    sheets = run_eval(engine(), [Quiz()], [VANILLA, own], tmp_path, on_answer=heard.append)
     assert own.name == "des-vote:beta=0.25 block=4"
-    assert [a.arm for a in heard if not a.found] == [own.name] * 6
-    assert [a.arm for a in heard if a.found] == ["vanilla"] * 6
+    assert [a.variant for a in heard if not a.from_disk] == [own.name] * 6
+    assert [a.variant for a in heard if a.from_disk] == ["vanilla"] * 6
     assert (tmp_path / "items.jsonl").read_bytes().startswith(before)
     assert sheets[0] == first[0]
-    alone = run(coterie.load(model(), block=4), [Quiz()], [VOTE], None)
+    alone = run_eval(coterie.load(model(), block=4), [Quiz()], [VOTE], None)
     assert [a.output for a in sheets[1].answers] == [a.output for a in alone[0].answers]
 
 
@@ -170,7 +172,7 @@ def test_a_limit_takes_the_first_of_an_order_that_its_seed_alone_decides(
     seed: int, limit: int
 ) -> None:
     def ids(*tasks: Quiz, **asked: int) -> list[str]:
-        (sheet,) = run(engine(), tasks, [VANILLA], None, **asked)
+        (sheet,) = run_eval(engine(), tasks, [VANILLA], None, **asked)
         return [answer.id for answer in sheet.answers]
 
     quiz, other = Quiz(count=8, tokens=1), Quiz("other", 2, tokens=1)
@@ -185,7 +187,9 @@ def test_some_seeds_shuffle_differently() -> None:
     orders = {
         tuple(
             a.id
-            for a in run(engine(), [Quiz(tokens=1)], [VANILLA], None, shuffle_seed=s)[0].answers
+            for a in run_eval(engine(), [Quiz(tokens=1)], [VANILLA], None, shuffle_seed=s)[
+                0
+            ].answers
         )
         for s in range(4)
     }
@@ -193,24 +197,24 @@ def test_some_seeds_shuffle_differently() -> None:
 
 
 def test_a_folder_serves_one_process_at_a_time(tmp_path: Path) -> None:
-    with Journal(tmp_path, {}), pytest.raises(CoterieError, match="another process is at work"):
-        run(engine(), [Quiz()], [VANILLA], tmp_path)
-    run(engine(), [Quiz()], [VANILLA], tmp_path)
+    with AnswerLog(tmp_path, {}), pytest.raises(CoterieError, match="another process is at work"):
+        run_eval(engine(), [Quiz()], [VANILLA], tmp_path)
+    run_eval(engine(), [Quiz()], [VANILLA], tmp_path)
 
 
 def test_a_full_disk_is_told_and_what_was_written_stays(tmp_path: Path) -> None:
-    run(engine(), [Quiz()], [VANILLA], tmp_path / "whole")
+    run_eval(engine(), [Quiz()], [VANILLA], tmp_path / "whole")
     size = (tmp_path / "whole" / "items.jsonl").stat().st_size
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (size * 3 // 4, hard))
     try:
         with pytest.raises(CoterieError, match="File too large; the 4 answers before are kept"):
-            run(engine(), [Quiz()], [VANILLA], tmp_path / "full")
+            run_eval(engine(), [Quiz()], [VANILLA], tmp_path / "full")
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert len(answered(tmp_path / "full")) == 4
     assert (tmp_path / "full" / "items.jsonl").read_bytes().endswith(b"}\n")
-    run(engine(), [Quiz()], [VANILLA], tmp_path / "full")
+    run_eval(engine(), [Quiz()], [VANILLA], tmp_path / "full")
     assert answered(tmp_path / "full") == answered(tmp_path / "whole")
 
 
@@ -229,20 +233,20 @@ def test_a_spoilt_file_is_refused_by_the_line(
     (tmp_path / "run.json").write_bytes(about)
     (tmp_path / "items.jsonl").write_bytes(b"\n".join(spoil(items.splitlines())) + b"\n")
     with pytest.raises(CoterieError, match=told):
-        run(engine(), [Quiz()], [VANILLA], tmp_path)
+        run_eval(engine(), [Quiz()], [VANILLA], tmp_path)
 
 
 def test_answers_without_their_run_are_refused(tmp_path: Path) -> None:
     (tmp_path / "items.jsonl").write_bytes(whole()[0])
     with pytest.raises(CoterieError, match="does not say whose answers"):
-        run(engine(), [Quiz()], [VANILLA], tmp_path)
+        run_eval(engine(), [Quiz()], [VANILLA], tmp_path)
 
 
 def test_blocks_that_a_power_cut_left_empty_are_cut_off(tmp_path: Path) -> None:
     items, about = whole()
     (tmp_path / "run.json").write_bytes(about)
     (tmp_path / "items.jsonl").write_bytes(items + bytes(100) + b"\n")
-    run(engine(), [Quiz()], [VANILLA, VOTE], tmp_path)
+    run_eval(engine(), [Quiz()], [VANILLA, VOTE], tmp_path)
     assert (tmp_path / "items.jsonl").read_bytes() == items
 
 
@@ -250,15 +254,15 @@ def test_numbers_that_break_fail_their_own_item_and_no_other() -> None:
     broken = coterie.load(model(), block=8)
     broken.model.transformer.embedding[77] = torch.nan
     quiz, heard = Quiz(odd={2: "5 77 3", 4: "77"}), []
-    (sheet,) = run(broken, [quiz], [VANILLA], None, rows=4, told=heard.append)
+    (sheet,) = run_eval(broken, [quiz], [VANILLA], None, batch_size=4, on_answer=heard.append)
     failed = [answer for answer in sheet.answers if answer.error]
     assert [answer.id for answer in failed] == ["quiz/2", "quiz/4"]
     assert all("NaN" in (a.error or "") and not a.correct and not a.output for a in failed)
     assert len(heard) == len(sheet.answers) == 6
-    (sound,) = run(engine(), [Quiz()], [VANILLA], None, rows=4)
+    (sound,) = run_eval(engine(), [Quiz()], [VANILLA], None, batch_size=4)
     others = [i for i in range(6) if i not in (2, 4)]
     assert [sheet.answers[i].output for i in others] == [sound.answers[i].output for i in others]
-    assert (sheet.failed, sound.failed, broken.rows) == (2, 0, ())
+    assert (sheet.num_failed, sound.num_failed, broken.rows) == (2, 0, ())
     assert sheet.experts == pytest.approx(
         sum(sound.answers[i].experts * sound.answers[i].expert_forwards for i in others)
         / sum(sound.answers[i].expert_forwards for i in others)
@@ -267,7 +271,7 @@ def test_numbers_that_break_fail_their_own_item_and_no_other() -> None:
 
 def test_prompts_that_do_not_fit_fail_alone() -> None:
     quiz = Quiz(odd={1: " ".join(["5"] * 510), 3: "95", 5: "7 500"})
-    (sheet,) = run(engine(), [quiz], [VANILLA], None, rows=4)
+    (sheet,) = run_eval(engine(), [quiz], [VANILLA], None, batch_size=4)
     errors = {answer.id: answer.error for answer in sheet.answers if answer.error}
     assert list(errors) == ["quiz/1", "quiz/3", "quiz/5"]
     assert "the model has 512" in str(errors["quiz/1"])
@@ -275,24 +279,33 @@ def test_prompts_that_do_not_fit_fail_alone() -> None:
 
 
 def test_a_model_that_answers_nothing_still_has_a_line() -> None:
-    (sheet,) = run(engine(), [Quiz(count=1, odd={0: "900"})], [VANILLA], None)
-    (line,) = lines([sheet], ["quiz"])
-    assert (line.whole.right, sheet.failed, sheet.experts, sheet.forwards_per_block) == (0, 1, 0, 0)
-    json.dumps(line.document(), allow_nan=False)
+    (sheet,) = run_eval(engine(), [Quiz(count=1, odd={0: "900"})], [VANILLA], None)
+    (line,) = summarize([sheet], ["quiz"])
+    assert (line.accuracy.successes, sheet.num_failed, sheet.experts, sheet.forwards_per_block) == (
+        0,
+        1,
+        0,
+        0,
+    )
+    json.dumps(line.to_dict(), allow_nan=False)
 
 
 def test_an_arm_that_cannot_run_is_refused_before_anything_is_written(tmp_path: Path) -> None:
-    for arm in (Arm("chess"), Arm("vanilla", {"blok": 3}), Arm("vanilla", {"max_new_tokens": 999})):
+    for arm in (
+        Variant("chess"),
+        Variant("vanilla", {"blok": 3}),
+        Variant("vanilla", {"max_new_tokens": 999}),
+    ):
         with pytest.raises(CoterieError):
-            run(engine(), [Quiz()], [VANILLA, arm], tmp_path / "run")
+            run_eval(engine(), [Quiz()], [VANILLA, arm], tmp_path / "run")
     assert not (tmp_path / "run").exists()
     assert engine().rows == ()
 
 
 def test_what_is_asked_beats_the_task_and_an_arm_beats_both() -> None:
-    eight, four = run(
-        engine(), [Quiz(count=2)], [VANILLA, Arm("vanilla", {"max_new_tokens": 4})], None,
-        asked={"max_new_tokens": 8, "early_stop": "off"},
+    eight, four = run_eval(
+        engine(), [Quiz(count=2)], [VANILLA, Variant("vanilla", {"max_new_tokens": 4})], None,
+        options={"max_new_tokens": 8, "early_stop": "off"},
     )  # fmt: skip
     assert [a.new_tokens for a in eight.answers] == [8, 8]
     assert [a.new_tokens for a in four.answers] == [4, 4]
@@ -300,22 +313,30 @@ def test_what_is_asked_beats_the_task_and_an_arm_beats_both() -> None:
 
 def test_rows_decoded_together_answer_as_rows_alone_do() -> None:
     quiz, other = Quiz(count=4), Quiz("other", 2)
-    alone, together = (run(engine(), [quiz, other], [VOTE], None, rows=rows)[0] for rows in (1, 6))
+    alone, together = (
+        run_eval(engine(), [quiz, other], [VOTE], None, batch_size=rows)[0] for rows in (1, 6)
+    )
     assert [a.output for a in alone.answers] == [a.output for a in together.answers]
     assert alone.experts == pytest.approx(together.experts)
-    assert (len(alone.right("quiz")), len(alone.right("other")), len(alone.right())) == (4, 2, 6)
-    assert alone.also("quiz")["even"] == [a.also["even"] for a in alone.of("quiz")]
+    assert (len(alone.correct("quiz")), len(alone.correct("other")), len(alone.correct())) == (
+        4,
+        2,
+        6,
+    )
+    assert alone.other_metrics("quiz")["even"] == [
+        a.other_metrics["even"] for a in alone.for_task("quiz")
+    ]
 
 
 def test_only_forwards_that_were_counted_weigh() -> None:
     dual = coterie.load(model("llada-moe"), block=8, plan="dual")
-    (sheet,) = run(dual, [Quiz(tokens=16)], [VOTE], None, rows=4)
+    (sheet,) = run_eval(dual, [Quiz(tokens=16)], [VOTE], None, batch_size=4)
     answers = sheet.answers
     assert all(0 < a.expert_forwards < a.forwards for a in answers)  # a re-forward at each block
     assert min(a.experts for a in answers) <= sheet.experts <= 4
     weighed = sum(a.experts * a.expert_forwards for a in answers)
     assert sheet.experts == pytest.approx(weighed / sum(a.expert_forwards for a in answers))
-    (once,) = run(dual, [Quiz()], [Arm(VOTE.policy, {"unmask": "threshold:p=1e-9"})], None)
+    (once,) = run_eval(dual, [Quiz()], [Variant(VOTE.policy, {"unmask": "threshold:p=1e-9"})], None)
     assert (once.experts, once.vote_mass_kept, once.forwards_per_block) == (0.0, 1.0, 1.0)
 
 
@@ -323,20 +344,24 @@ def test_grading_beside_generation_changes_no_answer(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     slow, heard = Quiz(count=9, pause=0.02), []
-    expected = run(engine(), [Quiz(count=9)], [VANILLA, VOTE], None, rows=3)
+    expected = run_eval(engine(), [Quiz(count=9)], [VANILLA, VOTE], None, batch_size=3)
     monkeypatch.setattr("coterie.evals.run._grades_beside", lambda _: True)
-    sheets = run(engine(), [slow], [VANILLA, VOTE], tmp_path, rows=3, told=heard.append)
+    sheets = run_eval(
+        engine(), [slow], [VANILLA, VOTE], tmp_path, batch_size=3, on_answer=heard.append
+    )
     assert sheets_of(sheets) == sheets_of(expected) == answered(tmp_path)
     assert len(heard) == 18
 
 
 def test_a_task_without_items_is_refused_at_once() -> None:
     with pytest.raises(CoterieError, match="task other has no items"):
-        run(engine(), [Quiz(), Quiz("other", 0)], [VANILLA], None)
+        run_eval(engine(), [Quiz(), Quiz("other", 0)], [VANILLA], None)
 
 
 def test_seconds_add_up_to_the_arms_time() -> None:
-    sheets: list[Sheet] = run(engine(), [Quiz(count=9)], [VANILLA, VOTE], None, rows=2)
+    sheets: list[EvalResult] = run_eval(
+        engine(), [Quiz(count=9)], [VANILLA, VOTE], None, batch_size=2
+    )
     for sheet in sheets:
         assert sheet.seconds > 0
         tokens = sum(a.new_tokens for a in sheet.answers)

@@ -13,17 +13,17 @@ from policies import law
 
 from coterie.experts.eviction import (
     EVICTIONS,
-    NEVER,
+    NEVER_USED,
     Belady,
     ByVotes,
     Eviction,
     Lfu,
     Lru,
     Mask,
-    Seen,
+    CacheAccess,
     parse_eviction,
 )
-from coterie.experts.slots import NOBODY, Slots
+from coterie.experts.slots import EMPTY, Slots
 from coterie.naming import CoterieError
 
 Sets = list[frozenset[int]]
@@ -45,7 +45,7 @@ def mask(size: int, members: frozenset[int]) -> Mask:
 
 def rules(size: int, sets: Sets) -> list[Eviction]:
     future = [mask(size, members) for members in sets]
-    return [Lru(), Lfu(), ByVotes(), ByVotes(decay=0.3), Belady.of(future)]
+    return [Lru(), Lfu(), ByVotes(), ByVotes(decay=0.3), Belady.from_uses(future)]
 
 
 def loads(size: int, capacity: int, rule: Eviction, sets: Sets) -> int:
@@ -66,7 +66,7 @@ def test_every_needed_expert_is_served_once_and_from_where_it_lies(drawn, capaci
     size, sets = drawn
     for rule in rules(size, sets):
         slots = Slots(size, capacity, rule, votes(size, frozenset()) if warm else None)
-        held = dict(enumerate(slots.holds))
+        held = dict(enumerate(slots.expert_of))
         for used in sets:
             served = []
             for wave in slots.serve(mask(size, used), votes(size, used)):
@@ -76,9 +76,9 @@ def test_every_needed_expert_is_served_once_and_from_where_it_lies(drawn, capaci
                 assert set(wave.experts) <= set(held.values())
                 served += wave.experts
             assert sorted(served) == sorted(used)
-            assert [held[slot] for slot in range(min(capacity, size))] == slots.holds
-            assert slots.present == slots.resident.sum()
-            assert slots.complete == bool(slots.resident.all())
+            assert [held[slot] for slot in range(min(capacity, size))] == slots.expert_of
+            assert slots.num_resident == slots.resident.sum()
+            assert slots.holds_every_expert == bool(slots.resident.all())
 
 
 @given(histories(), st.integers(1, 14))
@@ -88,9 +88,9 @@ def test_capacity_is_never_exceeded_and_what_fits_stays(drawn, capacity: int):
     for rule in rules(size, sets):
         slots = Slots(size, capacity, rule)
         for used in sets:
-            before = {e for e in slots.holds if e != NOBODY}
+            before = {e for e in slots.expert_of if e != EMPTY}
             waves = slots.serve(mask(size, used), votes(size, used))
-            after = [e for e in slots.holds if e != NOBODY]
+            after = [e for e in slots.expert_of if e != EMPTY]
             assert len(after) == len(set(after)) == min(len(before | used), capacity, size)
             assert set(np.flatnonzero(slots.resident).tolist()) == set(after)
             if len(used) <= capacity:
@@ -107,7 +107,7 @@ def test_who_is_here_is_not_loaded(drawn, capacity: int):
     for rule in rules(size, sets):
         slots = Slots(size, capacity, rule)
         for used in sets:
-            missing = used - {e for e in slots.holds if e != NOBODY}
+            missing = used - {e for e in slots.expert_of if e != EMPTY}
             moved = [e for wave in slots.serve(mask(size, used)) for e, _ in wave.loads]
             assert sorted(moved) == sorted(missing)
 
@@ -135,7 +135,7 @@ def test_belady_is_the_least_of_all_that_could_be_kept(drawn, capacity: int):
         moved = len(used - here)
         return moved + min(least(clock + 1, kept) for kept in stays(here, used, capacity))
 
-    best = Belady.of([mask(size, members) for members in sets])
+    best = Belady.from_uses([mask(size, members) for members in sets])
     assert loads(size, capacity, best, sets) == least(0, frozenset())
 
 
@@ -182,7 +182,7 @@ def test_who_leaves_by_hand() -> None:
         for used, ballot in zip(sets, [*ballots, np.array([0, 1, 9, 0.0])], strict=True):
             slots.serve(mask(4, used), ballot)
         slots.serve(mask(4, frozenset({3})), np.array([0, 0, 9, 1.0]))
-        (gone[name],) = {0, 1, 2} - set(slots.holds)
+        (gone[name],) = {0, 1, 2} - set(slots.expert_of)
     assert gone == {"lru": 2, "lfu": 2, "votes": 1}
 
 
@@ -200,22 +200,22 @@ def test_five_experts_pass_through_three_slots() -> None:
     waves = slots.serve(mask(6, frozenset({0, 1, 2, 3, 4})))
     assert [wave.experts for wave in waves] == [(0, 1), (3,), (4,), (2,)]
     assert [wave.loads for wave in waves] == [(), ((3, 2),), ((4, 2),), ((2, 2),)]
-    assert slots.holds == [0, 1, 2]
+    assert slots.expert_of == [0, 1, 2]
 
 
 def test_slots_start_with_the_most_voted() -> None:
     known = np.array([0.0, 3, 0, 5, 5, 1])
-    assert Slots(6, 3, Lru(), known).holds == [3, 4, 1]
-    assert Slots(6, 6, Lru(), known).holds == [3, 4, 1, 5, NOBODY, NOBODY]
+    assert Slots(6, 3, Lru(), known).expert_of == [3, 4, 1]
+    assert Slots(6, 6, Lru(), known).expert_of == [3, 4, 1, 5, EMPTY, EMPTY]
     slots = Slots(6, 3, Lru(), known)
     assert slots.serve(mask(6, frozenset({0})))[0].loads == ((0, 2),)  # 1 had the fewest votes
 
 
 def test_belady_knows_only_what_it_was_told() -> None:
-    rule = Belady.of([mask(2, frozenset({0})), mask(2, frozenset({1}))])
-    assert rule.nexts.tolist() == [[NEVER, 1.0], [NEVER, NEVER]]
+    rule = Belady.from_uses([mask(2, frozenset({0})), mask(2, frozenset({1}))])
+    assert rule.next_uses.tolist() == [[NEVER_USED, 1.0], [NEVER_USED, NEVER_USED]]
     with pytest.raises(CoterieError, match="beyond the 2 foreseen"):
-        rule.after(np.zeros(2), Seen(2, mask(2, frozenset()), np.zeros(2)))
+        rule.updated_scores(np.zeros(2), CacheAccess(2, mask(2, frozenset()), np.zeros(2)))
 
 
 def test_refusals_say_what_would_have_worked() -> None:

@@ -17,22 +17,22 @@ from hypothesis import strategies as st
 from policies import law
 from torch import Tensor
 
-from coterie.engine.config import Generation
+from coterie.engine.config import GenerationConfig
 from coterie.engine.engine import Engine
-from coterie.engine.event import Finished, Stuck
+from coterie.engine.event import Finished, NonFiniteLogitsError
 from coterie.engine.load import Model
-from coterie.experts.couriers import Readers
+from coterie.experts.couriers import ThreadedFetcher
 from coterie.experts.eviction import ByVotes, Eviction, Lfu, Lru
-from coterie.experts.host import Host
-from coterie.experts.imagined import Imagined
-from coterie.experts.offload import Offloaded
-from coterie.experts.store import Resident
-from coterie.experts.tiers import Blobs, InMemory, OnDisk, Tier
+from coterie.experts.host import HostCache
+from coterie.experts.imagined import SimulatedCacheStore
+from coterie.experts.offload import CachedExpertStore
+from coterie.experts.store import ResidentExpertStore
+from coterie.experts.tiers import ExpertFileSpan, HostTier, DiskTier, Tier
 from coterie.model.moe import MoE
 from coterie.naming import CoterieError
 from coterie.testing import random_transformer, read_spec, tiny_config
-from coterie.text import Numbers
-from coterie.values import Slab, Store
+from coterie.text import IdTokenizer
+from coterie.values import Slab, ExpertStore
 
 VOCABULARY, MASK = 96, 95
 Sizes = tuple[str, int]  # family, experts
@@ -49,10 +49,10 @@ def tiny(sizes: Sizes) -> Model:
     family, experts = sizes
     kind, spec = read_spec(tiny_config(family, num_experts=experts))
     weights = random_transformer(spec, seed=experts)
-    return Model(f"tiny {family}", kind, weights, Numbers(VOCABULARY), MASK, (94,))
+    return Model(f"tiny {family}", kind, weights, IdTokenizer(VOCABULARY), MASK, (94,))
 
 
-def over(model: Model, store: Store) -> Model:
+def over(model: Model, store: ExpertStore) -> Model:
     """The same with other shelves."""
     layers = tuple(
         replace(layer, feed_forward=replace(layer.feed_forward, store=store))
@@ -63,10 +63,10 @@ def over(model: Model, store: Store) -> Model:
     return replace(model, transformer=replace(model.transformer, layers=layers))
 
 
-def resident(model: Model) -> Resident:
+def resident(model: Model) -> ResidentExpertStore:
     networks = (layer.feed_forward for layer in model.transformer.layers)
     store = next(network.store for network in networks if isinstance(network, MoE))
-    assert isinstance(store, Resident)
+    assert isinstance(store, ResidentExpertStore)
     return store
 
 
@@ -83,14 +83,14 @@ def blobs(sizes: Sizes) -> dict[int, Tensor]:
 
 
 @cache
-def files(sizes: Sizes) -> OnDisk:
+def files(sizes: Sizes) -> DiskTier:
     """The same, written."""
     layers, folder = {}, Path(tempfile.mkdtemp())
     for layer, whole in blobs(sizes).items():
         (folder / str(layer)).write_bytes(b"header" + whole.numpy().tobytes())
         sums = tuple(zlib.crc32(one.numpy().tobytes()) for one in whole)
-        layers[layer] = Blobs(folder / str(layer), 6, whole.shape[1], sums)
-    return OnDisk(layers)
+        layers[layer] = ExpertFileSpan(folder / str(layer), 6, whole.shape[1], sums)
+    return DiskTier(layers)
 
 
 @dataclass(frozen=True)
@@ -105,15 +105,15 @@ class Chain:
     fail: frozenset[int] = frozenset()  # reads
     stop: frozenset[int] = frozenset()  # slabs that Ctrl-C comes with
 
-    def store(self, sizes: Sizes) -> Offloaded:
+    def store(self, sizes: Sizes) -> CachedExpertStore:
         layers, experts, size = list(blobs(sizes)), sizes[1], blobs(sizes)[1].shape[1]
-        tier: Tier = Faulty(files(sizes) if self.disk else InMemory(blobs(sizes)), self.fail)
+        tier: Tier = Faulty(files(sizes) if self.disk else HostTier(blobs(sizes)), self.fail)
         if self.host is not None:
             memory = torch.full((self.host, size), 255, dtype=torch.uint8)
-            tier = Host(tier, memory, layers, experts)
+            tier = HostCache(tier, memory, layers, experts)
         votes = [] if self.warm is None else [(one * self.warm) % 7 / 7 for one in range(experts)]
-        return Offloaded(
-            Readers(tier),
+        return CachedExpertStore(
+            ThreadedFetcher(tier),
             Shown(sizes, self.stop),
             lambda slots, size: torch.full((slots, size), 255, dtype=torch.uint8),  # NaN
             experts,
@@ -161,14 +161,14 @@ class Shown:
 
 def answers(model: Model, requests: Sequence[dict[str, object]]) -> list[tuple[int, ...]]:
     """Tokens of rows that are decoded together; whatever goes wrong is tried again."""
-    engine = Engine(model, generation=Generation(max_new_tokens=10, block=4))
+    engine = Engine(model, generation=GenerationConfig(max_new_tokens=10, block=4))
     with torch.inference_mode():
         numbers = [engine.submit(**request) for request in requests]  # type: ignore[arg-type]
         found: dict[int, tuple[int, ...]] = {}
         for _ in range(200):
             try:
                 told = engine.step()
-            except (Stuck, KeyboardInterrupt):
+            except (NonFiniteLogitsError, KeyboardInterrupt):
                 continue
             found |= {one.row: one.result.tokens for one in told if isinstance(one, Finished)}
             if not engine.rows:
@@ -222,9 +222,12 @@ def hold_same_tokens(sizes: Sizes, chain: Chain, requests: list[dict[str, object
 def hold_same_election(sizes: Sizes, chain: Chain, requests: list[dict[str, object]]) -> None:
     """The same votes, the same preference: whoever prefers residents sees the same ones."""
     model, store = tiny(sizes), chain.store(sizes)
-    imagined = Imagined(resident(model), sizes[1], chain.capacity, chain.rule)
+    imagined = SimulatedCacheStore(resident(model), sizes[1], chain.capacity, chain.rule)
     assert answers(over(model, store), requests) == answers(over(model, imagined), requests)
-    assert (store.used, store.moved) == (imagined.used, imagined.moved)
+    assert (store.experts_used, store.experts_moved) == (
+        imagined.experts_used,
+        imagined.experts_moved,
+    )
 
 
 @given(models, chains(faults=True), rows(FIXED))

@@ -30,14 +30,14 @@ from torch import Tensor
 
 from coterie.engine.warm import SavedVotes, write_votes
 from coterie.experts import tiers
-from coterie.experts.couriers import Readers
+from coterie.experts.couriers import ThreadedFetcher
 from coterie.experts.eviction import Lru
-from coterie.experts.mixed import Mixed, Source
-from coterie.experts.offload import Offloaded
+from coterie.experts.mixed import MixedPrecisionStore, HighPrecisionSource
+from coterie.experts.offload import CachedExpertStore
 from coterie.experts.slots import Slots, Wave
-from coterie.experts.tiers import InMemory
+from coterie.experts.tiers import HostTier
 from coterie.naming import CoterieError
-from coterie.values import Demand
+from coterie.values import ExpertRequest
 
 Harm = Callable[[Path], object]
 CHANGED = "the file was changed after the model was loaded: load it again"
@@ -99,15 +99,15 @@ def test_a_read_that_fails_now_and_works_later(
 ) -> None:
     folder = packed(tmp_path)
     true, engine = opened(folder).generate(PROMPT, **ASKED).tokens, opened(folder, "3")
-    left, open_ = [None] * 3, tiers._opened
+    left, open_ = [None] * 3, tiers._open_file
 
     def failing(path: Path, *, past: bool) -> FileIO:
         if left:
             left.pop()
             raise OSError(number, os.strerror(number))
-        return open_(path, past=past)
+        return open_(path, direct=past)
 
-    monkeypatch.setattr(tiers, "_opened", failing)
+    monkeypatch.setattr(tiers, "_open_file", failing)
     with pytest.raises(CoterieError, match=os.strerror(number)):
         engine.generate(PROMPT, **ASKED)
     left.clear()
@@ -118,7 +118,7 @@ def test_a_read_that_fails_now_and_works_later(
 class Slow:
     """A tier that has half an expert there long before the rest."""
 
-    tier: InMemory
+    tier: HostTier
 
     def fetch(self, layer: int, expert: int, into: Tensor):
         into.fill_(255)
@@ -130,20 +130,20 @@ class Slow:
 class Interrupted:
     """A courier that Ctrl-C comes to while somebody waits, so many times one after the other."""
 
-    courier: Readers
+    courier: ThreadedFetcher
     times: int = 0
     waits: list[str] = field(default_factory=list)
 
     def __getattr__(self, name: str):
         return getattr(self.courier, name)
 
-    def join(self, coming: Collection[Future]) -> None:
+    def wait(self, coming: Collection[Future]) -> None:
         self._pressed("join")
-        self.courier.join(coming)
+        self.courier.wait(coming)
 
     def settle(self, coming: Collection[Future]) -> None:
         self._pressed("settle")
-        self.courier.settle(coming)
+        self.courier.drain(coming)
 
     def _pressed(self, wait: str) -> None:
         self.waits.append(wait)
@@ -156,18 +156,18 @@ class Interrupted:
 def test_ctrl_c_while_experts_come_leaves_a_store_that_works(times: int) -> None:
     """Twice too: then reads are still on their way when the layer is asked again."""
     whole = blobs(9)
-    courier = Interrupted(Readers(Slow(InMemory(whole))))
-    own = Offloaded(
+    courier = Interrupted(ThreadedFetcher(Slow(HostTier(whole))))
+    own = CachedExpertStore(
         courier, shown, lambda n, size: torch.zeros(n, size, dtype=torch.uint8), 9, SIZE, 4
     )
     true = shown(whole[1], torch.arange(9))
     courier.times = times
     with pytest.raises(KeyboardInterrupt):
-        list(own.serve(1, Demand(torch.arange(9) < 3)))
+        list(own.serve(1, ExpertRequest(torch.arange(9) < 3)))
     assert courier.waits[:2] == ["join", "settle"]
     for wanted in (torch.arange(9) >= 5, torch.ones(9, dtype=torch.bool)):
         seen = 0
-        for slab in own.serve(1, Demand(wanted)):
+        for slab in own.serve(1, ExpertRequest(wanted)):
             time.sleep(0.03)  # what was on its way lands
             here = torch.nonzero(slab.slot_of >= 0).flatten()
             assert torch.equal(slab.down[slab.slot_of[here]], true.down[here])  # type: ignore[index]
@@ -189,10 +189,10 @@ def test_ctrl_c_between_the_book_and_the_reads_leaves_no_wrong_weights(
         return waves
 
     monkeypatch.setattr(Slots, "serve", interrupted)
-    own, used = store(InMemory(whole), 9, 4), torch.arange(9) < 3
+    own, used = store(HostTier(whole), 9, 4), torch.arange(9) < 3
     with pytest.raises(KeyboardInterrupt):
-        list(own.serve(1, Demand(used)))
-    (slab,) = own.serve(1, Demand(used))
+        list(own.serve(1, ExpertRequest(used)))
+    (slab,) = own.serve(1, ExpertRequest(used))
     true = shown(whole[1], torch.arange(9))
     assert torch.equal(slab.down[slab.slot_of[:3]], true.down[:3])  # type: ignore[index]
 
@@ -201,7 +201,7 @@ def test_ctrl_c_between_the_book_and_the_reads_leaves_no_wrong_weights(
 class Late:
     """A tier that takes its time for the first expert."""
 
-    tier: InMemory
+    tier: HostTier
     first: list[bool] = field(default_factory=lambda: [True])
 
     def fetch(self, layer: int, expert: int, into: Tensor) -> str:
@@ -216,30 +216,30 @@ def test_ctrl_c_while_a_read_is_begun_leaves_it_no_slot_to_come_into(
     monkeypatch: pytest.MonkeyPatch, mixed: bool
 ) -> None:
     """Nobody knows of that read, so nobody can wait for it."""
-    whole, begin, pressed = blobs(9), Readers.bring, [True]
+    whole, begin, pressed = blobs(9), ThreadedFetcher.fetch_async, [True]
 
-    def bring(self: Readers, layer: int, expert: int, into: Tensor) -> Future[str]:
+    def bring(self: ThreadedFetcher, layer: int, expert: int, into: Tensor) -> Future[str]:
         begun = begin(self, layer, expert, into)
         if pressed:
             pressed.clear()
             raise KeyboardInterrupt
         return begun
 
-    monkeypatch.setattr(Readers, "bring", bring)
+    monkeypatch.setattr(ThreadedFetcher, "fetch_async", bring)
 
     def allocate(slots: int, size: int) -> Tensor:
         return torch.zeros(slots, size, dtype=torch.uint8)
 
-    own: Offloaded | Mixed = store(Late(InMemory(whole)), 9, 2)
+    own: CachedExpertStore | MixedPrecisionStore = store(Late(HostTier(whole)), 9, 2)
     if mixed:
-        fine = Source(Readers(Late(InMemory(whole))), shown, allocate, SIZE, 2)
-        own = Mixed(fine, store(InMemory(whole), 9, 2), mass=1.0, rule=Lru())
+        fine = HighPrecisionSource(ThreadedFetcher(Late(HostTier(whole))), shown, allocate, SIZE, 2)
+        own = MixedPrecisionStore(fine, store(HostTier(whole), 9, 2), vote_mass=1.0, eviction=Lru())
     everyone, true = torch.arange(9), shown(whole[1], torch.arange(9))
     with pytest.raises(KeyboardInterrupt):
-        list(own.serve(1, Demand(everyone < 2)))
-    list(own.serve(1, Demand((everyone > 4) & (everyone < 7))))
+        list(own.serve(1, ExpertRequest(everyone < 2)))
+    list(own.serve(1, ExpertRequest((everyone > 4) & (everyone < 7))))
     time.sleep(0.15)
-    (slab,) = own.serve(1, Demand((everyone > 4) & (everyone < 7)))
+    (slab,) = own.serve(1, ExpertRequest((everyone > 4) & (everyone < 7)))
     assert torch.equal(slab.down[slab.slot_of[5:7]], true.down[5:7])  # type: ignore[index]
 
 

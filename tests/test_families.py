@@ -13,21 +13,21 @@ from hypothesis import strategies as st
 from released import LLADA2_FLASH, LLADA2_MINI, LLADA22_MINI, LLADA_MOE, RELEASED, SDAR
 
 from coterie.engine.facts import GIB, inspect
-from coterie.families import FAMILIES, Config, eos_ids, mask_id, recognise
+from coterie.families import FAMILIES, ModelConfig, eos_ids, mask_id, detect_family
 from coterie.families.names import weight_map
-from coterie.model.size import experts_that_fit, size
+from coterie.model.size import experts_that_fit, model_size
 from coterie.model.spec import ModelSpec
-from coterie.model.weights import shapes
+from coterie.model.weights import weight_shapes
 from coterie.naming import CoterieError
-from coterie.testing import CONFIGS, random_tensors, read_spec, tiny_config
+from coterie.testing import FAMILY_CONFIGS, random_tensors, read_spec, tiny_config
 
 BF16 = torch.bfloat16
 FILE = Path("config.json")
 
 
 def spec_of(values: dict) -> ModelSpec:
-    config = Config(FILE, values)
-    return recognise(config).read(config)
+    config = ModelConfig(FILE, values)
+    return detect_family(config).read_spec(config)
 
 
 def refusal(family: str, without: str = "", **keys: object) -> str:
@@ -49,7 +49,7 @@ def test_released_configs_are_read_whole(name: str) -> None:
 def test_released_models_weigh_what_their_checkpoints_weigh() -> None:
     # The checkpoints hold the router in bf16 where it is kept in fp32 here.
     def as_stored(values: dict) -> int:
-        return sum(2 * prod(shape) for shape in shapes(spec_of(values)).values())
+        return sum(2 * prod(shape) for shape in weight_shapes(spec_of(values)).values())
 
     biases = 19 * 256 * 2  # LLaDA2.1 stores them in fp32, 2.0 in bf16
     assert as_stored(LLADA2_MINI) in (32_511_286_784, 32_511_286_784 - biases)
@@ -60,7 +60,7 @@ def test_released_models_weigh_what_their_checkpoints_weigh() -> None:
 
 def test_one_expert_weighs_what_the_paper_counts() -> None:
     experts = [
-        size(spec_of(config), BF16).expert_bytes
+        model_size(spec_of(config), BF16).expert_bytes
         for config in (LLADA_MOE, LLADA2_MINI, LLADA2_FLASH, SDAR)
     ]
     assert experts == [12_582_912, 6_291_456, 25_165_824, 9_437_184]
@@ -72,7 +72,7 @@ def test_the_mini_model_is_read_as_it_is() -> None:
     assert (spec.heads, spec.kv_heads, spec.head_dim, spec.rotary_dim) == (16, 4, 128, 64)
     assert (spec.dense_width, spec.expert_width, spec.shared_width) == (5120, 512, 512)
     router = spec.router
-    assert (router.experts, router.k, router.groups, router.kept_groups) == (256, 8, 8, 4)
+    assert (router.experts, router.k, router.groups, router.topk_groups) == (256, 8, 8, 4)
     assert (router.activation, router.renormalise, router.scale) == ("sigmoid", True, 2.5)
     assert spec.expert_bias
     assert spec.capacity == 0
@@ -84,8 +84,8 @@ def test_block_routed_checkpoints_tell_their_capacity() -> None:
 
 def test_mask_and_end_ids_follow_config_then_family_then_vocabulary() -> None:
     def ids(values: dict, vocabulary: int) -> tuple[int, tuple[int, ...]]:
-        config = Config(FILE, values)
-        family = recognise(config)
+        config = ModelConfig(FILE, values)
+        family = detect_family(config)
         return mask_id(config, family, vocabulary), eos_ids(config, family, vocabulary)
 
     assert ids(LLADA2_MINI, 157184) == (156895, (156892,))
@@ -96,26 +96,26 @@ def test_mask_and_end_ids_follow_config_then_family_then_vocabulary() -> None:
 
 
 @pytest.mark.parametrize("stacked", [False, True])
-@pytest.mark.parametrize("family", CONFIGS)
+@pytest.mark.parametrize("family", FAMILY_CONFIGS)
 def test_a_weight_map_fills_every_weight_once(family: str, stacked: bool) -> None:
     known, spec = read_spec(tiny_config(family))
-    filled = {name: torch.zeros(shape) for name, shape in shapes(spec).items()}
-    for place in weight_map(known.names, spec, stacked=stacked).values():
-        region = filled[place.target][place.region]
+    filled = {name: torch.zeros(shape) for name, shape in weight_shapes(spec).items()}
+    for place in weight_map(known.tensor_names, spec, stacked=stacked).values():
+        region = filled[place.weight][place.region]
         assert tuple(region.shape) == place.shape
         region += 1
     assert all(bool((weight == 1).all()) for weight in filled.values())
 
 
-@pytest.mark.parametrize("family", CONFIGS)
+@pytest.mark.parametrize("family", FAMILY_CONFIGS)
 def test_both_layouts_hold_the_same_numbers(family: str) -> None:
     known, spec = read_spec(tiny_config(family))
     found = []
     for stacked in (False, True):
         tensors = random_tensors(tiny_config(family), 3, stacked=stacked)
-        weights = {name: torch.zeros(shape) for name, shape in shapes(spec).items()}
-        for name, place in weight_map(known.names, spec, stacked=stacked).items():
-            weights[place.target][place.region] = tensors[name]
+        weights = {name: torch.zeros(shape) for name, shape in weight_shapes(spec).items()}
+        for name, place in weight_map(known.tensor_names, spec, stacked=stacked).items():
+            weights[place.weight][place.region] = tensors[name]
         found.append(weights)
     assert all(torch.equal(found[0][name], found[1][name]) for name in found[0])
 
@@ -130,18 +130,18 @@ def test_unknown_architectures_are_refused_with_the_known_ones(listed: object) -
     assert ", ".join(FAMILIES) in refusal("llada2", architectures=listed)
 
 
-@pytest.mark.parametrize("family", CONFIGS)
+@pytest.mark.parametrize("family", FAMILY_CONFIGS)
 def test_architecture_and_model_type_must_agree(family: str) -> None:
     assert "model_type is 'bert'" in refusal(family, model_type="bert")
 
 
-@pytest.mark.parametrize("family", CONFIGS)
+@pytest.mark.parametrize("family", FAMILY_CONFIGS)
 @given(key=st.text(st.characters(codec="ascii", categories=["Ll"])).map("new_{}".format))
 def test_an_unknown_key_is_an_error_that_names_it(family: str, key: str) -> None:
     assert f"unknown key '{key}'" in refusal(family, **{key: 1})
 
 
-@pytest.mark.parametrize("family", CONFIGS)
+@pytest.mark.parametrize("family", FAMILY_CONFIGS)
 @pytest.mark.parametrize(
     "key",
     [
@@ -266,9 +266,9 @@ def test_facts_need_the_config_alone(tmp_path: Path) -> None:
 @given(memory=st.integers(0, 40 * GIB), length=st.integers(1, 8192))
 def test_what_is_said_to_fit_fits_and_one_more_expert_does_not(memory: int, length: int) -> None:
     spec = spec_of(LLADA2_MINI)
-    weight = size(spec, BF16)
+    weight = model_size(spec, BF16)
     layers = len(spec.moe_layers)
-    rest = weight.bytes - layers * weight.layer_expert_bytes + length * weight.cache_bytes
+    rest = weight.bytes - layers * weight.layer_expert_bytes + length * weight.kv_bytes_per_token
     fits = experts_that_fit(spec, BF16, memory=memory, length=length)
     assert (fits == -1) == (rest > memory)
     if fits >= 0:

@@ -14,33 +14,40 @@ from test_watch import tiny
 
 from coterie.engine.load import Model
 from coterie.experts.eviction import Lru
-from coterie.experts.imagined import Imagined
-from coterie.experts.store import Resident
+from coterie.experts.imagined import SimulatedCacheStore
+from coterie.experts.store import ResidentExpertStore
 from coterie.model.moe import MoE
 from coterie.naming import CoterieError
-from coterie.planning.booking import Cache, Memory, Play, asks_residents, book, choose
-from coterie.planning.following import Following, following, run, with_commits
-from coterie.planning.synthetic import Law, Shape, synthetic
+from coterie.planning.booking import (
+    CacheConfig,
+    TraceVotes,
+    ReplayPolicy,
+    depends_on_residents,
+    replay_cache,
+    select_experts,
+)
+from coterie.planning.following import TraceDrivenModel, drive_with_trace, run_trace, add_commits
+from coterie.planning.synthetic import RoutingLaw, SyntheticShape, synthetic_trace
 from coterie.planning.trace import Trace
 from coterie.routing import Vanilla, parse_policy, route
-from coterie.values import Scores, Store
+from coterie.values import Scores, ExpertStore
 
-SHAPE = Shape(layers=2, experts=16, k=4, tokens=8, steps=4)
-LAW = Law(always=0.2, block=0.3, steady=0.9)
+SHAPE = SyntheticShape(layers=2, experts=16, k=4, tokens=8, steps=4)
+LAW = RoutingLaw(expert_variance=0.2, block_variance=0.3, step_correlation=0.9)
 PREFERRING = "resident-vote:beta=0.4,resident_bonus=8,max_vote_loss=0.3"
 POLICIES = ("vanilla", "des-vote:beta=0.4", PREFERRING)
 
 
 @cache
 def drawn() -> Trace:
-    return with_commits(synthetic(SHAPE, LAW, blocks=3, seed=4))
+    return add_commits(synthetic_trace(SHAPE, LAW, blocks=3, seed=4))
 
 
-def play(policy: str, commits: bool = True, drift: float | None = None) -> Play:
-    return Play(parse_policy(policy), drift, commits)
+def play(policy: str, commits: bool = True, drift: float | None = None) -> ReplayPolicy:
+    return ReplayPolicy(parse_policy(policy), drift, commits)
 
 
-def store_of(model: Model) -> Store:
+def store_of(model: Model) -> ExpertStore:
     layer = model.transformer.layers[1].feed_forward
     assert isinstance(layer, MoE)
     return layer.store
@@ -50,7 +57,7 @@ def test_blocks_but_the_last_are_committed_as_their_last_forward_was() -> None:
     kinds = [forward.kind for forward in drawn().forwards]
     assert kinds == [*(["decode"] * 4 + ["commit"]) * 2, *["decode"] * 4]
     assert [forward.number for forward in drawn().forwards] == list(range(14))
-    np.testing.assert_array_equal(drawn().forwards[4].ids, drawn().forwards[3].ids)
+    np.testing.assert_array_equal(drawn().forwards[4].vanilla_ids, drawn().forwards[3].vanilla_ids)
 
 
 @pytest.mark.parametrize("commits", [True, False])
@@ -62,27 +69,30 @@ def test_a_model_that_follows_a_trace_moves_what_its_replay_says(
     policy: str, drift: float | None, commits: bool
 ) -> None:
     """Of every forward and all its layers; the store keeps all, and book of five slots."""
-    memory, asked = Memory.of(drawn()), play(policy, commits, drift)
-    chosen = None if asks_residents(asked) else choose(memory, asked)
-    foretold = book(memory, asked, chosen, Cache(Lru(), 5))
-    store = Imagined(store_of(tiny()), SHAPE.experts, 5)
-    ran = run(tiny(), Following(drawn()), asked, store)
-    assert (ran.tokens, ran.decoding, len(ran.seconds)) == (23, 12, 14)
+    memory, asked = TraceVotes.of(drawn()), play(policy, commits, drift)
+    chosen = None if depends_on_residents(asked) else select_experts(memory, asked)
+    foretold = replay_cache(memory, asked, chosen, CacheConfig(Lru(), 5))
+    store = SimulatedCacheStore(store_of(tiny()), SHAPE.experts, 5)
+    ran = run_trace(tiny(), TraceDrivenModel(drawn()), asked, store)
+    assert (ran.tokens, ran.decode_forwards, len(ran.seconds)) == (23, 12, 14)
     # A token may find none of a coreset's better than the others, and leave one of it unused.
-    assert store.used <= foretold.used.sum()
-    assert store.used == pytest.approx(foretold.used.sum(), rel=0.02)
-    assert store.moved == pytest.approx(foretold.loads.sum(), rel=0.05)
+    assert store.experts_used <= foretold.used.sum()
+    assert store.experts_used == pytest.approx(foretold.used.sum(), rel=0.02)
+    assert store.experts_moved == pytest.approx(foretold.loads.sum(), rel=0.05)
     if policy == "vanilla":
-        assert (store.used, store.moved) == (foretold.used.sum(), foretold.loads.sum())
+        assert (store.experts_used, store.experts_moved) == (
+            foretold.used.sum(),
+            foretold.loads.sum(),
+        )
 
 
 @needs_kernels
 def test_experts_of_a_disk_are_counted_forward_by_forward(tmp_path: Path) -> None:
     model = opened(packed(tmp_path), "5").model
-    assert model.offloaded is not None
-    memory, asked = Memory.of(drawn()), play("vanilla")
-    foretold = book(memory, asked, choose(memory, asked), Cache(Lru(), 5))
-    ran = run(model, Following(drawn()), asked, model.offloaded)
+    assert model.offload_store is not None
+    memory, asked = TraceVotes.of(drawn()), play("vanilla")
+    foretold = replay_cache(memory, asked, select_experts(memory, asked), CacheConfig(Lru(), 5))
+    ran = run_trace(model, TraceDrivenModel(drawn()), asked, model.offload_store)
     np.testing.assert_array_equal(ran.used, foretold.used.sum(-1))
     np.testing.assert_array_equal(ran.loads, foretold.loads.sum(-1))
     assert bool((ran.seconds > ran.stalls).all())
@@ -91,29 +101,29 @@ def test_experts_of_a_disk_are_counted_forward_by_forward(tmp_path: Path) -> Non
 
 def test_a_gate_is_computed_and_not_heard() -> None:
     """Own experts are the trace's, in its order, whatever the model's gates think."""
-    followed = Following(drawn())
-    model = following(tiny(), followed, store_of(tiny()))
+    followed = TraceDrivenModel(drawn())
+    model = drive_with_trace(tiny(), followed, store_of(tiny()))
     layer = model.transformer.layers[2].feed_forward
     assert isinstance(layer, MoE)
-    assert layer.told is not None
-    followed.place = 3
-    told = layer.told(Scores(torch.zeros(1, 8, 16), model.spec.router, ordinal=1))
+    assert layer.score_override is not None
+    followed.index = 3
+    told = layer.score_override(Scores(torch.zeros(1, 8, 16), model.spec.router, moe_index=1))
     seen = route(told, Vanilla())
-    np.testing.assert_array_equal(seen.own.numpy(), drawn().forwards[3].ids[1])
+    np.testing.assert_array_equal(seen.vanilla_ids.numpy(), drawn().forwards[3].vanilla_ids[1])
 
 
 def test_what_cannot_be_followed_is_said() -> None:
     with pytest.raises(CoterieError, match="has a bias"):
-        Following(replace(drawn(), bias=np.zeros((2, 16), np.float32)))
+        TraceDrivenModel(replace(drawn(), bias=np.zeros((2, 16), np.float32)))
     alone = replace(drawn(), forwards=drawn().forwards[:4])
     uneven = replace(drawn(), forwards=drawn().forwards[:12])
-    nothing = Resident({})
+    nothing = ResidentExpertStore({})
     with pytest.raises(CoterieError, match="as many forwards"):
-        run(tiny(), Following(uneven), play("vanilla"), nothing)
-    other = synthetic(replace(SHAPE, experts=24), LAW, blocks=1)
+        run_trace(tiny(), TraceDrivenModel(uneven), play("vanilla"), nothing)
+    other = synthetic_trace(replace(SHAPE, experts=24), LAW, blocks=1)
     with pytest.raises(CoterieError, match="other layers or experts"):
-        run(tiny(), Following(other), play("vanilla"), nothing)
-    without = synthetic(SHAPE, LAW, blocks=2)
+        run_trace(tiny(), TraceDrivenModel(other), play("vanilla"), nothing)
+    without = synthetic_trace(SHAPE, LAW, blocks=2)
     with pytest.raises(CoterieError, match="goes on with a commit where the trace has a decode"):
-        run(tiny(), Following(without), play("vanilla"), store_of(tiny()))
-    assert run(tiny(), Following(alone), play("vanilla"), store_of(tiny())).tokens == 7
+        run_trace(tiny(), TraceDrivenModel(without), play("vanilla"), store_of(tiny()))
+    assert run_trace(tiny(), TraceDrivenModel(alone), play("vanilla"), store_of(tiny())).tokens == 7

@@ -23,7 +23,7 @@ def folder_of(name: str) -> Path:
 @pytest.mark.parametrize("name", golden_sets())
 def test_a_forward_equals_the_reference(name: str) -> None:
     found = forward_deviations(folder_of(name))
-    assert {d.name: d.worst for d in found if not d.within} == {}
+    assert {d.name: d.max_error for d in found if not d.within_tolerance} == {}
     names = {"logits", "hidden_states", "layer_outputs", "router_logits", "topk_weights"}
     assert names | {"tokens with other experts"} <= {d.name for d in found}
 
@@ -35,7 +35,7 @@ def test_the_reference_without_blocks_is_compared_too() -> None:
 
 @pytest.mark.parametrize("worst", [float("nan"), float("inf"), 3e-4])
 def test_an_error_that_is_no_number_or_too_large_is_not_within(worst: float) -> None:
-    assert not Deviation("logits", worst, 2e-4).within
+    assert not Deviation("logits", worst, 2e-4).within_tolerance
 
 
 def copied(tmp_path: Path, change: Callable[[Arrays], None]) -> Path:
@@ -50,7 +50,7 @@ def copied(tmp_path: Path, change: Callable[[Arrays], None]) -> Path:
 
 
 def failing(folder: Path) -> set[str]:
-    return {d.name for d in forward_deviations(folder) if not d.within}
+    return {d.name for d in forward_deviations(folder) if not d.within_tolerance}
 
 
 EVERY = (

@@ -14,14 +14,14 @@ import pytest
 import torch
 from shared import golden, golden_sets
 
-from coterie.decoding.plans import Clock, Dual, Unroll, parse_plan
+from coterie.decoding.plans import StepCounter, DualCache, Unroll, parse_plan
 from coterie.decoding.refine import parse_unmask
 from coterie.engine.load import load_model
 from coterie.naming import CoterieError
 from coterie.parity import __main__ as parity
-from coterie.parity.generation import SHOWN, generation_verdicts, play
-from coterie.parity.parameters import Parameters
-from coterie.parity.published import LOOPS, tell
+from coterie.parity.generation import OUTPUT_IDS, generation_results, generate_run
+from coterie.parity.parameters import ReferenceParameters
+from coterie.parity.published import LOOP_BUILDERS, make_loop
 
 Meta = dict
 Held = dict[str, np.ndarray]
@@ -29,9 +29,9 @@ Held = dict[str, np.ndarray]
 
 @pytest.mark.parametrize("name", golden_sets())
 def test_every_published_generation_comes_out_the_same(name: str) -> None:
-    verdicts = generation_verdicts(golden(*name.split("/")))
+    verdicts = generation_results(golden(*name.split("/")))
     assert {v.name: v.problems for v in verdicts if not v.passed} == {}
-    judged = [v for v in verdicts if not v.excused]
+    judged = [v for v in verdicts if not v.excuse]
     assert len(judged) >= len(verdicts) / 2
 
 
@@ -128,7 +128,7 @@ CALLS = "gen_static_b4_calls_len_pos_store"
 )
 def test_a_damaged_reference_is_told(damaged, harm, told: str) -> None:
     with pytest.raises(CoterieError, match=told):
-        generation_verdicts(damaged(harm))
+        generation_results(damaged(harm))
 
 
 @pytest.mark.parametrize(
@@ -148,7 +148,7 @@ def test_a_reference_that_says_otherwise_fails(damaged, harm, problem: str) -> N
         harm(meta, held)
         entry(meta).pop("n_out", None)
 
-    verdicts = {v.name: v for v in generation_verdicts(damaged(harm_lengths_too))}
+    verdicts = {v.name: v for v in generation_results(damaged(harm_lengths_too))}
     verdict = verdicts["static_b4 [block-causal]"]
     assert not verdict.passed
     assert any(problem in line for line in verdict.problems), verdict.problems
@@ -160,7 +160,7 @@ def test_what_says_nothing_of_a_run_is_let_be(damaged) -> None:
         entry(meta)["params"] |= {"cfg_scale": 0.0, "threshold": 1.5}
         held["gen_static_b4_trace_confidence"] = held["weights"] = np.zeros(3)
 
-    assert all(verdict.passed for verdict in generation_verdicts(damaged(add)))
+    assert all(verdict.passed for verdict in generation_results(damaged(add)))
 
 
 def test_only_known_errors_are_excused_by_their_tag(damaged) -> None:
@@ -170,7 +170,7 @@ def test_only_known_errors_are_excused_by_their_tag(damaged) -> None:
         entry(meta)["tag"] = "off_b4"
         held["gen_off_b4_out"] = other_id(held["gen_off_b4_out"])
 
-    assert not generation_verdicts(damaged(disguise))[0].passed
+    assert not generation_results(damaged(disguise))[0].passed
 
 
 def test_calls_left_out_are_missed(damaged) -> None:
@@ -181,20 +181,20 @@ def test_calls_left_out_are_missed(damaged) -> None:
                 held.pop(name)
         kept[0]["calls"].pop()
 
-    (verdict,) = generation_verdicts(damaged(shorten, "lladamoe"))
+    (verdict,) = generation_results(damaged(shorten, "lladamoe"))
     assert verdict.problems == ("forward 7 has another input",)
 
 
 def test_a_stop_inside_a_block_may_lie_beyond_the_length_asked_for() -> None:
     values = {"gen_length": 2, "block_length": 16, "steps": 16, "threshold": 0.5}
-    stated = Parameters("here", values | {"eos_early_stop": True})
-    loop = tell("LLaDA2.0", stated, mask=511, end=223)
+    stated = ReferenceParameters("here", values | {"eos_early_stop": True})
+    loop = make_loop("LLaDA2.0", stated, mask_id=511, eos_id=223)
     model = load_model(golden("llada2", "a"), dtype=torch.float32, device="cpu")
-    model = replace(model, mask_id=511, eos_ids=loop.stops)
-    for way in loop.generations:
-        (row,) = play(model, way, [[5, 17, 33, 40]]).rows
+    model = replace(model, mask_id=511, eos_ids=loop.stop_ids)
+    for way in loop.configs:
+        (row,) = generate_run(model, way, [[5, 17, 33, 40]]).sequences
         # The published loop cuts at the stop, wherever it is, and keeps the prompt.
-        assert SHOWN["llada2"](row, loop, True) == [5, 17, 33, 40, 249, 249, 223]
+        assert OUTPUT_IDS["llada2"](row, loop, True) == [5, 17, 33, 40, 249, 249, 223]
 
 
 def test_the_command_fails_where_a_set_does(damaged, capsys: pytest.CaptureFixture[str]) -> None:
@@ -233,10 +233,12 @@ DINFER = {
 
 
 def test_every_parameter_of_dinfer_is_honoured() -> None:
-    loop = tell("inclusionAI/dInfer@fce4e32", Parameters("here", DINFER), mask=511, end=508)
-    (generation,) = loop.generations
+    loop = make_loop(
+        "inclusionAI/dInfer@fce4e32", ReferenceParameters("here", DINFER), mask_id=511, eos_id=508
+    )
+    (generation,) = loop.configs
     plan, unmask = parse_plan(generation.plan), parse_unmask(generation.unmask)
-    assert plan.gaze == Dual(before=16, after=8, warmup=4, aligned=True)
+    assert plan.scheme == DualCache(before=16, after=8, warmup=4, aligned=True)
     assert plan.unroll == Unroll(4, 8)
     assert str(unmask) == (
         "threshold:p=0.8+credit:alpha=0.6,gamma=0.1,beta=0.7"
@@ -247,9 +249,9 @@ def test_every_parameter_of_dinfer_is_honoured() -> None:
 
 @pytest.mark.parametrize("name", [*DINFER, "unheard_of"])
 def test_no_parameter_of_dinfer_may_be_of_another_kind(name: str) -> None:
-    wrong = Parameters("here", DINFER | {name: ["x"]})
+    wrong = ReferenceParameters("here", DINFER | {name: ["x"]})
     with pytest.raises(CoterieError, match=name):
-        tell("inclusionAI/dInfer@fce4e32", wrong, mask=511, end=508)
+        make_loop("inclusionAI/dInfer@fce4e32", wrong, mask_id=511, eos_id=508)
 
 
 @pytest.mark.parametrize(
@@ -259,33 +261,48 @@ def test_no_parameter_of_dinfer_may_be_of_another_kind(name: str) -> None:
 def test_a_threshold_beyond_its_ends_means_what_the_end_means(
     name: str, stated: float, spelled: str
 ) -> None:
-    loop = tell(
-        "inclusionAI/dInfer", Parameters("here", DINFER | {name: stated}), mask=511, end=508
+    loop = make_loop(
+        "inclusionAI/dInfer",
+        ReferenceParameters("here", DINFER | {name: stated}),
+        mask_id=511,
+        eos_id=508,
     )
-    assert loop.generations[0].unmask.startswith(spelled)
+    assert loop.configs[0].unmask.startswith(spelled)
 
 
 def test_dinfer_ends_with_a_stop_and_fills_what_follows_only_if_asked() -> None:
     for early in (True, False):
         values = DINFER | {"early_stop": early}
-        loop = tell("inclusionAI/dInfer", Parameters("here", values), mask=511, end=508)
-        assert loop.generations[0].early_stop == "block"
-        assert loop.fills == early
+        loop = make_loop(
+            "inclusionAI/dInfer", ReferenceParameters("here", values), mask_id=511, eos_id=508
+        )
+        assert loop.configs[0].early_stop == "block"
+        assert loop.fills_after_stop == early
 
 
 def test_llada_takes_every_step_of_its_schedule() -> None:
     values = {"steps": 24, "gen_length": 16, "block_length": 8, "remasking": "low_confidence"}
-    loop = tell("ML-GSAI/LLaDA", Parameters("here", values), mask=511, end=508)
-    plan = parse_plan(loop.generations[0].plan)
+    loop = make_loop("ML-GSAI/LLaDA", ReferenceParameters("here", values), mask_id=511, eos_id=508)
+    plan = parse_plan(loop.configs[0].plan)
     block = plan.blocks(3, 16, 8)[0]
-    assert plan.patience(block, 19, Clock(), masked=8) == 12
+    assert plan.steps_until_check(block, 19, StepCounter(), num_masked=8) == 12
     with pytest.raises(CoterieError, match="25 steps, 16 ids, blocks of 8: no even shares"):
-        tell("ML-GSAI/LLaDA", Parameters("here", values | {"steps": 25}), mask=1, end=2)
+        make_loop(
+            "ML-GSAI/LLaDA",
+            ReferenceParameters("here", values | {"steps": 25}),
+            mask_id=1,
+            eos_id=2,
+        )
     with pytest.raises(CoterieError, match="remasking is 'random'"):
-        tell("ML-GSAI/LLaDA", Parameters("here", values | {"remasking": "random"}), mask=1, end=2)
+        make_loop(
+            "ML-GSAI/LLaDA",
+            ReferenceParameters("here", values | {"remasking": "random"}),
+            mask_id=1,
+            eos_id=2,
+        )
 
 
 def test_an_unknown_loop_is_told_what_is_known() -> None:
     with pytest.raises(CoterieError, match=r"no loop known here; known: ML-GSAI/LLaDA"):
-        tell("somebody/else", Parameters("here", {}), mask=1, end=2)
-    assert len(LOOPS) == 6
+        make_loop("somebody/else", ReferenceParameters("here", {}), mask_id=1, eos_id=2)
+    assert len(LOOP_BUILDERS) == 6

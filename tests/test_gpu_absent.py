@@ -13,11 +13,11 @@ def test_a_missing_triton_is_said_once(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(gpu, "find_spec", lambda name: None)
-    gpu.ready.cache_clear()
+    gpu.is_available.cache_clear()
     try:
         with caplog.at_level(logging.WARNING, logger="coterie"):
-            assert [gpu.ready() for _ in range(3)] == [False] * 3
+            assert [gpu.is_available() for _ in range(3)] == [False] * 3
         (record,) = caplog.records
         assert "Triton is not installed" in record.getMessage()
     finally:
-        gpu.ready.cache_clear()
+        gpu.is_available.cache_clear()

@@ -129,7 +129,7 @@ def test_routing_that_is_wrong_fails(monkeypatch: pytest.MonkeyPatch) -> None:
 
     def wrong(scores: Scores, policy: Policy) -> Routing:
         found = right(scores, policy)
-        return replace(found, ids=found.ids.flip(-1))
+        return replace(found, topk_ids=found.topk_ids.flip(-1))
 
     monkeypatch.setattr(routing, "_by_kernel", wrong)
     found = routing.measure(torch.device("cpu"), dry=True)
@@ -181,7 +181,9 @@ def test_copies_into_slots_are_watched(monkeypatch: pytest.MonkeyPatch) -> None:
 
     World(0, eager=1.0).install(monkeypatch)
     monkeypatch.setattr(offload, "far", lambda device: True)
-    monkeypatch.setattr(offload, "pinned", lambda *known: torch.empty(known[:2], dtype=torch.uint8))
+    monkeypatch.setattr(
+        offload, "allocate_pinned", lambda *known: torch.empty(known[:2], dtype=torch.uint8)
+    )
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
     found = offload.measure(torch.device("cpu"), dry=True)
     assert found.wrong == []

@@ -9,9 +9,9 @@ from functools import cache
 import pytest
 from shared import benchmark
 
-from coterie.evals.task import Item, Task, Wish
+from coterie.evals.task import Item, Task, TaskOptions
 from coterie.evals.tasks import open_tasks
-from coterie.evals.tasks.latex import amounts, tidy
+from coterie.evals.tasks.latex import possible_values, normalize
 
 FORMS = ["#### {}", r"\boxed{{{}}}", "The answer is ${}.", "so it comes to {}", "{}",
          "#### {}\n\nQuestion: And 5 eggs?\nLet's think step by step\nAnswer: 5\n#### 77777",
@@ -23,7 +23,7 @@ BOXED = [r"\boxed{{{}}}", r"Thus $\boxed{{{}}}$. It follows from $x=3$ that 12 i
 
 @cache
 def opened(name: str) -> Task:
-    return open_tasks([name], Wish("llada2", data=benchmark(name).parent))[0]
+    return open_tasks([name], TaskOptions("llada2", data=benchmark(name).parent))[0]
 
 
 def wrong(task: Task, pairs: Sequence[tuple[str, Item]]) -> list[tuple[str, str]]:
@@ -43,8 +43,8 @@ def test_all_1319_worked_answers_of_gsm8k_are_right_by_every_measure():
     task = opened("gsm8k")
     grades = [task.grade(item.gold, item) for item in task.items()]
     assert len(grades) == 1319
-    assert all(grade.correct and grade.also["strict"] for grade in grades)
-    assert sum(grade.also["flexible"] for grade in grades) == 1319
+    assert all(grade.correct and grade.other_metrics["strict"] for grade in grades)
+    assert sum(grade.other_metrics["flexible"] for grade in grades) == 1319
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -85,7 +85,7 @@ def test_altered_numbers_of_math500_are_wrong():
     task = opened("math500")
     altered = []
     for item in task.items():
-        for value in amounts(tidy(item.gold)):
+        for value in possible_values(normalize(item.gold)):
             for other in (value + 1, -value, value * 10, value / 2):
                 if other != value and other * 100 != value:
                     altered.append((rf"\boxed{{{other}}}", item))
@@ -96,7 +96,9 @@ def test_altered_numbers_of_math500_are_wrong():
 def test_another_items_answer_of_math500_is_wrong():
     task, rng = opened("math500"), random.Random(0)
     items = list(task.items())
-    values = {item.id: amounts(tidy(item.gold)) or {tidy(item.gold)} for item in items}
+    values = {
+        item.id: possible_values(normalize(item.gold)) or {normalize(item.gold)} for item in items
+    }
     others = [(rf"\boxed{{{other.gold}}}", item) for item in items
               for other in rng.sample(items, 1)
               if not values[other.id] & values[item.id]]  # fmt: skip
@@ -109,7 +111,7 @@ def test_altered_formulas_of_math500_are_wrong():
     task = opened("math500")
     altered = []
     for item in task.items():
-        if amounts(tidy(item.gold)) or r"\text" in item.gold or "_" in item.gold:
+        if possible_values(normalize(item.gold)) or r"\text" in item.gold or "_" in item.gold:
             continue
         if not any(sign in item.gold for sign in (",", "=", r"\begin", r"\in", r"\pm")):
             altered += [(rf"\boxed{{{item.gold} + 1}}", item),

@@ -15,30 +15,30 @@ from torch.utils._pytree import tree_flatten
 import coterie
 from coterie import ops
 from coterie.decoding import sampling
-from coterie.decoding.sampling import NotFinite, Sampling, propose
-from coterie.engine.graph import Graphs, Inputs, Outcome, follows_no_host
-from coterie.experts.store import Resident
-from coterie.model.cache import Cache
-from coterie.model.step import Step
+from coterie.decoding.sampling import NonFiniteError, Sampling, propose
+from coterie.engine.graph import CudaGraphs, GraphInputs, ForwardOutput, is_capturable
+from coterie.experts.store import ResidentExpertStore
+from coterie.model.cache import KVCache
+from coterie.model.step import ForwardContext
 from coterie.model.transformer import build
 from coterie.model.weights import allocate, slabs
 from coterie.ops import gpu
-from coterie.telemetry import Counting
-from coterie.testing import CONFIGS, read_spec, tiny_config, write_checkpoint
-from coterie.values import Progress, Window
+from coterie.telemetry import ExpertCounter
+from coterie.testing import FAMILY_CONFIGS, read_spec, tiny_config, write_checkpoint
+from coterie.values import DecodeProgress, Window
 
 PROMPTS = (list(range(3, 20)), list(range(5, 12)), list(range(40, 53)))
 
 
-def again(work: Callable[[], Outcome]) -> tuple[Outcome, Callable[[], object]]:
+def again(work: Callable[[], ForwardOutput]) -> tuple[ForwardOutput, Callable[[], object]]:
     """Captures as a GPU does: what comes out stays where it is, and new numbers arrive there."""
     logits, counted = work()
 
     def replay() -> None:
         fresh, count = work()
         logits.copy_(fresh)
-        for row, seen in counted._seen.items():
-            for (_, figures), (_, new) in zip(seen, count._seen[row], strict=True):
+        for row, seen in counted._stats.items():
+            for (_, figures), (_, new) in zip(seen, count._stats[row], strict=True):
                 figures.copy_(new)
 
     return (logits, counted), replay
@@ -50,7 +50,9 @@ class Counted:
     def __init__(self) -> None:
         self.captures = self.replays = 0
 
-    def __call__(self, work: Callable[[], Outcome]) -> tuple[Outcome, Callable[[], object]]:
+    def __call__(
+        self, work: Callable[[], ForwardOutput]
+    ) -> tuple[ForwardOutput, Callable[[], object]]:
         self.captures += 1
         outcome, replay = again(work)
         outcome[0].fill_(float("nan"))  # a capture only records: nothing was computed
@@ -93,7 +95,7 @@ def test_what_is_played_again_is_what_was_run(
     options = {"max_new_tokens": 24, "block": 8, **options}
     expected = told(engine, **options)
     capture = Counted()
-    engine._graphs = Graphs(engine.model.transformer, capture)
+    engine._graphs = CudaGraphs(engine.model.transformer, capture)
     assert told(engine, **options) == expected
     assert capture.captures > 0
     assert capture.replays > capture.captures
@@ -105,20 +107,20 @@ def test_longer_rows_see_all_they_should(tmp_path: Path) -> None:
     prompts = [[3 + i % 80 for i in range(length)] for length in (20, 300, 250)]
     options = {"max_new_tokens": 16, "block": 8}
     expected = [engine.generate(prompt, **options).tokens for prompt in prompts]
-    engine._graphs = Graphs(engine.model.transformer, Counted())
+    engine._graphs = CudaGraphs(engine.model.transformer, Counted())
     assert [engine.generate(prompt, **options).tokens for prompt in prompts] == expected
 
 
 def test_a_capture_that_fails_is_said_once(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    def failing(work: Callable[[], Outcome]) -> tuple[Outcome, Callable[[], object]]:
+    def failing(work: Callable[[], ForwardOutput]) -> tuple[ForwardOutput, Callable[[], object]]:
         raise RuntimeError("operation not permitted when stream is capturing\nand more")
 
     folder = write_checkpoint(tmp_path, "llada2", seed=7)
     engine = coterie.load(folder, device="cpu")
     expected = told(engine, max_new_tokens=24, block=8)
-    engine._graphs = Graphs(engine.model.transformer, failing)
+    engine._graphs = CudaGraphs(engine.model.transformer, failing)
     with caplog.at_level(logging.WARNING, logger="coterie"):
         assert told(engine, max_new_tokens=24, block=8) == expected
     (record,) = caplog.records
@@ -130,28 +132,28 @@ def test_what_follows_the_host_is_not_played(tmp_path: Path) -> None:
     folder = write_checkpoint(tmp_path, "llada2", seed=8)
     engine = coterie.load(folder, device="cpu")
     capture = Counted()
-    engine._graphs = Graphs(engine.model.transformer, capture)
+    engine._graphs = CudaGraphs(engine.model.transformer, capture)
     engine.generate(PROMPTS[0], policy="random:beta=0.3", max_new_tokens=16, block=8)
     smooth = "threshold:p=0.9+smooth:weight=0.3"
     engine.generate(PROMPTS[0], unmask=smooth, max_new_tokens=16, block=8)
     assert capture.captures == 0
-    assert follows_no_host(coterie.parse_policy("des-vote:beta=0.15"))
+    assert is_capturable(coterie.parse_policy("des-vote:beta=0.15"))
     for asking in ("mc-moe:beta=0.6", "coreset:vote=random,m=4", "priced-vote:price=0.07"):
-        assert not follows_no_host(coterie.parse_policy(asking))
+        assert not is_capturable(coterie.parse_policy(asking))
 
 
 def test_broken_weights_are_told_of_and_nothing_is_written(tmp_path: Path) -> None:
     folder = write_checkpoint(tmp_path, "llada2", seed=9)
     engine = coterie.load(folder, device="cpu")
-    engine._graphs = Graphs(engine.model.transformer, Counted())
+    engine._graphs = CudaGraphs(engine.model.transformer, Counted())
     row = engine.submit(PROMPTS[0], max_new_tokens=16, block=8)
-    while engine.row(row).look.kind != "decode":
+    while engine.sequence(row).next_pass.kind != "decode":
         engine.step()
     engine.model.transformer.norm.fill_(float("nan"))
-    before = engine.row(row).canvas.tokens.clone()
+    before = engine.sequence(row).canvas.tokens.clone()
     with pytest.raises(coterie.CoterieError, match="the last norm gives NaN"):
         engine.step()
-    assert torch.equal(engine.row(row).canvas.tokens, before)
+    assert torch.equal(engine.sequence(row).canvas.tokens, before)
 
 
 class Asking(TorchDispatchMode):
@@ -173,7 +175,7 @@ class Asking(TorchDispatchMode):
 
 
 @pytest.mark.parametrize("kernels", [True, False])
-@pytest.mark.parametrize("family", sorted(CONFIGS))
+@pytest.mark.parametrize("family", sorted(FAMILY_CONFIGS))
 def test_between_layers_nothing_asks_the_host(
     monkeypatch: pytest.MonkeyPatch, family: str, kernels: bool
 ) -> None:
@@ -189,27 +191,27 @@ def test_between_layers_nothing_asks_the_host(
     monkeypatch.setattr(ops, "route", gpu.route if kernels else lambda *asked: None)
     _, spec = read_spec(tiny_config(family))
     weights = allocate(spec, torch.bfloat16, torch.device("meta"))
-    transformer = build(spec, weights, Resident(slabs(spec, weights)))
-    cache = Cache.allocate(spec, 2, 64, dtype=torch.bfloat16, device="meta")
+    transformer = build(spec, weights, ResidentExpertStore(slabs(spec, weights)))
+    cache = KVCache.allocate(spec, 2, 64, dtype=torch.bfloat16, device="meta")
 
     def there(*shape: int, dtype: torch.dtype = torch.int64) -> torch.Tensor:
         return torch.empty(shape, dtype=dtype, device="meta")
 
     bools = [there(2, 8, dtype=torch.bool) for _ in range(2)]
-    for policy in filter(follows_no_host, map(coterie.parse_policy, EVERY)):
-        counting = Counting()
-        step = Step(
+    for policy in filter(is_capturable, map(coterie.parse_policy, EVERY)):
+        counting = ExpertCounter()
+        step = ForwardContext(
             Window(there(2), 8, there(2)),
             cache,
             policy,
             counting,
-            wanted=there(16),
+            logits_indices=there(16),
             voters=there(2, 8, dtype=torch.float32),
-            progress=Progress(*bools, there(2, 8, dtype=torch.float32)),
+            progress=DecodeProgress(*bools, there(2, 8, dtype=torch.float32)),
         )
         with torch.inference_mode(), Asking() as asking:
             logits = transformer(there(2, 8), step)
-            counting.began(())
+            counting.on_forward(())
         assert (policy, asking.found) == (policy, [])
         assert logits.shape == (16, spec.vocabulary)
 
@@ -232,10 +234,10 @@ def test_inputs_move_together() -> None:
         }
         for _ in range(2)
     )
-    inputs = Inputs.like(first, torch.device("cpu"))
+    inputs = GraphInputs.allocate(first, torch.device("cpu"))
     for values in (first, second):
         inputs.fill(values)
-        assert all(torch.equal(inputs.placed[name], values[name]) for name in values)
+        assert all(torch.equal(inputs.device_views[name], values[name]) for name in values)
 
 
 @pytest.mark.parametrize("entropy", [False, True])
@@ -249,7 +251,7 @@ def test_one_read_says_what_many_do(
     for asked in (Sampling(), Sampling(0.8, top_k=5), Sampling(1.2, top_p=0.7)):
         near, far = (
             (
-                monkeypatch.setattr(sampling, "_far", lambda _, answer=answer: answer),
+                monkeypatch.setattr(sampling, "_is_on_device", lambda _, answer=answer: answer),
                 propose(logits, asked, mask, torch.Generator().manual_seed(1), entropy=entropy),
             )[1]
             for answer in (False, True)
@@ -260,12 +262,12 @@ def test_one_read_says_what_many_do(
 
 
 def test_one_read_finds_what_is_broken_and_draws_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sampling, "_far", lambda _: True)
+    monkeypatch.setattr(sampling, "_is_on_device", lambda _: True)
     generator = torch.Generator().manual_seed(1)
     before = generator.get_state()
     for bad in (float("nan"), float("inf"), float("-inf")):
         logits = torch.zeros(4, 9)
         logits[2, 3] = bad
-        with pytest.raises(NotFinite):
+        with pytest.raises(NonFiniteError):
             propose(logits, Sampling(0.5), 0, generator)
         assert torch.equal(generator.get_state(), before)

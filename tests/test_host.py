@@ -16,8 +16,8 @@ from policies import law
 from torch import Tensor
 
 from coterie.experts.eviction import ByVotes, Eviction, Lfu, Lru
-from coterie.experts.host import Host, host_slots
-from coterie.experts.tiers import InMemory, Tier
+from coterie.experts.host import HostCache, host_cache_slots
+from coterie.experts.tiers import HostTier, Tier
 from coterie.naming import CoterieError
 
 LAYERS, EXPERTS, SIZE = (1, 4), 5, 64
@@ -43,11 +43,13 @@ class Counted:
         time.sleep(self.slow)
         if failing:
             raise CoterieError(f"expert {expert} of layer {layer} cannot be read")
-        return InMemory(WHOLE).fetch(layer, expert, into)
+        return HostTier(WHOLE).fetch(layer, expert, into)
 
 
-def host(below: Tier, slots: int, rule: Eviction | None = None) -> Host:
-    return Host(below, torch.zeros(slots, SIZE, dtype=torch.uint8), LAYERS, EXPERTS, rule or Lru())
+def host(below: Tier, slots: int, rule: Eviction | None = None) -> HostCache:
+    return HostCache(
+        below, torch.zeros(slots, SIZE, dtype=torch.uint8), LAYERS, EXPERTS, rule or Lru()
+    )
 
 
 def fetched(tier: Tier, one: Asked) -> Tensor:
@@ -96,7 +98,7 @@ def test_from_many_threads_nobody_sees_other_bytes(
 
     def wish(one: Asked) -> bool:
         try:
-            with tier.lent(*one) as (blob, _):
+            with tier.pin(*one) as (blob, _):
                 for _ in range(3):
                     assert torch.equal(blob, WHOLE[one[0]][one[1]])
                     time.sleep(1e-4)
@@ -139,9 +141,9 @@ def test_where_the_reader_fails_one_who_waits_reads() -> None:
 
 
 def test_what_it_cannot_do_is_said() -> None:
-    assert host_slots(3 * SIZE + 1, layers=2, experts=5, size=SIZE) == 3
-    assert host_slots(1 << 40, layers=2, experts=5, size=SIZE) == 10
+    assert host_cache_slots(3 * SIZE + 1, layers=2, experts=5, expert_bytes=SIZE) == 3
+    assert host_cache_slots(1 << 40, layers=2, experts=5, expert_bytes=SIZE) == 10
     with pytest.raises(CoterieError, match="63 bytes are less than one expert's 64"):
-        host_slots(SIZE - 1, layers=2, experts=5, size=SIZE)
+        host_cache_slots(SIZE - 1, layers=2, experts=5, expert_bytes=SIZE)
     with pytest.raises(CoterieError, match="lru and lfu"):
         host(Counted(), 1, ByVotes())

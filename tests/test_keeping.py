@@ -14,13 +14,18 @@ from test_offload import ASKED, PROMPT, needs_kernels, opened, packed
 import coterie
 from coterie.cli.edge import run
 from coterie.engine import load
-from coterie.engine.memory import MARGIN, Memory, all_else, settle
-from coterie.engine.room import FIRST, SECOND, group_room
-from coterie.engine.warm import SavedVotes, read_votes, routers_of, write_votes
+from coterie.engine.memory import (
+    AUTO_MARGIN_BYTES,
+    ExpertMemoryConfig,
+    non_expert_bytes,
+    plan_expert_memory,
+)
+from coterie.engine.room import CGROUP_V1, CGROUP_V2, cgroup_free_memory
+from coterie.engine.warm import SavedVotes, read_votes, router_checksum, write_votes
 from coterie.experts.capacity import parse_bytes
 from coterie.experts.eviction import ByVotes, Lfu, Lru
 from coterie.naming import CoterieError
-from coterie.ops.panels import Kind
+from coterie.ops.panels import PackedFormat
 from coterie.planning.recording import bytes_by_precision
 from coterie.testing import read_spec, tiny_config, write_checkpoint
 
@@ -28,16 +33,20 @@ WORDS = ["generate", "5 17 33", "-n", "8", "--block", "8"]
 
 
 def test_memory_is_read_from_what_is_typed() -> None:
-    found = Memory.parse("35%", host="20GiB", eviction="votes:decay=0.9")
-    assert (found.host, found.eviction) == (20 << 30, ByVotes(0.9))
-    assert Memory.parse("auto").fast == Memory.parse("1", host="auto").host == "auto"
-    assert found.document() == {
+    found = ExpertMemoryConfig.parse("35%", host_memory="20GiB", eviction="votes:decay=0.9")
+    assert (found.host_memory, found.eviction) == (20 << 30, ByVotes(0.9))
+    assert (
+        ExpertMemoryConfig.parse("auto").capacity
+        == ExpertMemoryConfig.parse("1", host_memory="auto").host_memory
+        == "auto"
+    )
+    assert found.to_dict() == {
         "expert_memory": "35%",
         "host_memory": 20 << 30,
         "eviction": "votes:decay=0.9",
         "warm": None,
     }
-    assert Memory.parse("47").eviction == Lru()
+    assert ExpertMemoryConfig.parse("47").eviction == Lru()
     for text in ("20", "20GB/s", "0GiB", "-1GiB", "many"):
         with pytest.raises(CoterieError):
             parse_bytes(text, "--host-memory")
@@ -48,19 +57,23 @@ def test_auto_takes_what_is_left_beside_all_else() -> None:
     layers, dtype, size = len(spec.moe_layers), torch.float32, 1 << 20
 
     def slots(free: int | None) -> int:
-        return settle(Memory.parse("auto"), spec, dtype, expert_bytes=size, free=free).slots
+        return plan_expert_memory(
+            ExpertMemoryConfig.parse("auto"), spec, dtype, expert_bytes=size, free_bytes=free
+        ).slots
 
-    free = 4 * MARGIN
+    free = 4 * AUTO_MARGIN_BYTES
     while slots(free) == spec.router.experts:
         free = free * 99 // 100
     for less in (0, 2, 5):
-        rest = all_else(spec, dtype, free - less * layers * size)
+        rest = non_expert_bytes(spec, dtype, free - less * layers * size)
         assert slots(free - less * layers * size) == (free - rest) // (layers * size) - less
-    settled = settle(Memory.parse("auto"), spec, dtype, expert_bytes=size, free=1 << 40)
-    assert settled.whole
-    assert settled.absent == 0
+    settled = plan_expert_memory(
+        ExpertMemoryConfig.parse("auto"), spec, dtype, expert_bytes=size, free_bytes=1 << 40
+    )
+    assert settled.holds_all
+    assert settled.absent_bytes == 0
     with pytest.raises(CoterieError, match="one expert in each of 2 layers"):
-        slots(MARGIN)
+        slots(AUTO_MARGIN_BYTES)
     with pytest.raises(CoterieError, match="does not tell how much"):
         slots(None)
 
@@ -77,8 +90,8 @@ def test_auto_says_what_was_free_and_what_it_took(
     each = len(spec.moe_layers) * spec.expert_stride
     free = next(
         free
-        for free in range(MARGIN, 2 * MARGIN, each // 4)
-        if free - all_else(spec, torch.float32, free) >= 6 * each
+        for free in range(AUTO_MARGIN_BYTES, 2 * AUTO_MARGIN_BYTES, each // 4)
+        if free - non_expert_bytes(spec, torch.float32, free) >= 6 * each
     )
     monkeypatch.setattr(load, "free_memory", lambda _device: free)
     assert run(words) == 0
@@ -89,7 +102,7 @@ def test_auto_says_what_was_free_and_what_it_took(
 
 
 @pytest.mark.parametrize(
-    ("names", "controllers"), [(FIRST, "memory"), (SECOND, "")], ids=["first", "second"]
+    ("names", "controllers"), [(CGROUP_V1, "memory"), (CGROUP_V2, "")], ids=["first", "second"]
 )
 def test_a_group_that_may_take_less_than_the_machine_has_is_believed(
     tmp_path: Path, names, controllers: str
@@ -101,10 +114,10 @@ def test_a_group_that_may_take_less_than_the_machine_has_is_believed(
         at.mkdir(parents=True)
         (at / names.limit).write_text(f"{limit}\n")
         (at / names.usage).write_text("5000\n")
-        kind = "" if names is SECOND else "total_"
+        kind = "" if names is CGROUP_V2 else "total_"
         (at / "memory.stat").write_text(f"{kind}inactive_file 300\nanon 1\n{kind}active_file 40\n")
-    assert group_room(groups, tmp_path / "mounted") == 9000 - 5000 + 340
-    assert group_room(tmp_path / "none", tmp_path / "mounted") is None
+    assert cgroup_free_memory(groups, tmp_path / "mounted") == 9000 - 5000 + 340
+    assert cgroup_free_memory(tmp_path / "none", tmp_path / "mounted") is None
 
 
 @needs_kernels
@@ -133,7 +146,9 @@ def test_an_option_without_effect_says_what_would_give_it_one(
 
 @needs_kernels
 @pytest.mark.parametrize("kind", ["bf16", "int8", "int4"])
-def test_a_trace_of_a_packed_model_knows_what_its_experts_weigh(tmp_path: Path, kind: Kind) -> None:
+def test_a_trace_of_a_packed_model_knows_what_its_experts_weigh(
+    tmp_path: Path, kind: PackedFormat
+) -> None:
     """So that as many bytes are as many slots to the replay as to the engine."""
     spec = opened(packed(tmp_path, kind=kind)).model.spec
     assert bytes_by_precision(spec)[kind] == spec.expert_stride
@@ -177,13 +192,15 @@ def test_votes_saved_by_a_trace_fill_the_slots(tmp_path: Path, rule) -> None:
     traced = tmp_path / "trace"
     assert run([*words, "-o", str(traced), "--votes", str(votes)]) == 0
     saved = read_votes(votes)
-    assert saved.routers == routers_of(folder)
+    assert saved.router_checksum == router_checksum(folder)
     true = opened(folder).generate(PROMPT, **ASKED).tokens
-    first = Memory(Memory.parse("6").fast, eviction=rule, warm=saved)
+    first = ExpertMemoryConfig(
+        ExpertMemoryConfig.parse("6").capacity, eviction=rule, warm_start=saved
+    )
     engine = coterie.load(folder, dtype="float32", device="cpu", expert_memory=first)
-    store = engine.model.offloaded
+    store = engine.model.offload_store
     assert store is not None
-    assert store.moved == 6 * len(engine.model.spec.moe_layers)
+    assert store.experts_moved == 6 * len(engine.model.spec.moe_layers)
     for layer, row in saved.by_layer().items():
         resident = store.resident(layer)
         assert resident is not None
@@ -196,10 +213,10 @@ def test_votes_of_another_model_are_refused(tmp_path: Path) -> None:
     one, other = (write_checkpoint(tmp_path / str(seed), "llada2", seed) for seed in (0, 1))
     _, spec = read_spec(tiny_config("llada2"))
     votes = np.ones((len(spec.moe_layers), spec.router.experts))
-    saved = SavedVotes.of("one", spec.moe_layers, votes, routers_of(one))
+    saved = SavedVotes.of("one", spec.moe_layers, votes, router_checksum(one))
     write_votes(tmp_path / "votes", saved)
     read = read_votes(tmp_path / "votes")
-    assert (read, read.name) == (saved, saved.name)
+    assert (read, read.label) == (saved, saved.label)
     read.check(spec, one)
     with pytest.raises(CoterieError, match="whose routers are not those of"):
         read.check(spec, other)

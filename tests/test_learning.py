@@ -8,11 +8,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from policies import law
 
-from coterie.cli.replay import machines as as_typed
+from coterie.cli.replay import hardware_models as as_typed
 from coterie.naming import CoterieError
-from coterie.planning.judging import judge, together
-from coterie.planning.learning import Timed, learnt, off_by
-from coterie.planning.machine import Machine, seconds, typed
+from coterie.planning.judging import validate, concatenate_runs
+from coterie.planning.learning import TimedForwards, fit_rates, relative_error
+from coterie.planning.machine import HardwareModel, predict_seconds, format_hardware
 
 SIZE, LAYERS = 3_000_000, 3
 
@@ -24,15 +24,17 @@ def counts(seed: int, most: int, missed: float) -> tuple[np.ndarray, np.ndarray]
     return used, rng.binomial(used, missed) * (rng.random(used.shape) < 0.7)
 
 
-def timed(machine: Machine, seed: int, most: int, missed: float, noise: float = 0.0) -> Timed:
+def timed(
+    machine: HardwareModel, seed: int, most: int, missed: float, noise: float = 0.0
+) -> TimedForwards:
     used, loads = counts(seed, most, missed)
-    whole, _ = seconds(machine, used, loads, SIZE)
+    whole, _ = predict_seconds(machine, used, loads, SIZE)
     wavering = 1 + noise * np.random.default_rng(seed + 1).standard_normal(len(whole))
-    return Timed(used, loads, whole * wavering)
+    return TimedForwards(used, loads, whole * wavering)
 
 
 machines = st.builds(
-    Machine,
+    HardwareModel,
     link=st.floats(1e9, 8e9),
     memory=st.floats(2e10, 8e10),
     rest=st.floats(1e-4, 1e-2),
@@ -43,50 +45,52 @@ machines = st.builds(
 
 @given(machines, st.integers(0, 2**20))
 @law(12)
-def test_what_was_learnt_foretells_runs_that_were_not_seen(machine: Machine, seed: int) -> None:
-    learned = learnt([timed(machine, seed, 80, 0.2), timed(machine, seed + 9, 30, 0.1)], SIZE)
+def test_what_was_learnt_foretells_runs_that_were_not_seen(
+    machine: HardwareModel, seed: int
+) -> None:
+    learned = fit_rates([timed(machine, seed, 80, 0.2), timed(machine, seed + 9, 30, 0.1)], SIZE)
     for most, missed in ((50, 0.15), (80, 0.1), (25, 0.05)):
-        assert abs(off_by(learned, timed(machine, seed + 99, most, missed), SIZE)) < 0.03
+        assert abs(relative_error(learned, timed(machine, seed + 99, most, missed), SIZE)) < 0.03
 
 
 def test_noise_moves_what_is_foretold_by_little() -> None:
-    machine = Machine(4e9, 4e10, rest=1e-3, overlap=0.6, latency=5e-4)
+    machine = HardwareModel(4e9, 4e10, other_seconds=1e-3, overlap=0.6, transfer_latency=5e-4)
     runs = [timed(machine, 1, 80, 0.2, 0.1), timed(machine, 2, 30, 0.1, 0.1)]
-    learned = learnt(runs, SIZE)
-    assert abs(off_by(learned, timed(machine, 3, 50, 0.15), SIZE)) < 0.05
-    slower = Machine(2e9, 4e10, rest=1e-3, overlap=0.6, latency=5e-4)
-    assert off_by(learned, timed(slower, 3, 50, 0.15), SIZE) < -0.2
+    learned = fit_rates(runs, SIZE)
+    assert abs(relative_error(learned, timed(machine, 3, 50, 0.15), SIZE)) < 0.05
+    slower = HardwareModel(2e9, 4e10, other_seconds=1e-3, overlap=0.6, transfer_latency=5e-4)
+    assert relative_error(learned, timed(slower, 3, 50, 0.15), SIZE) < -0.2
 
 
 def test_runs_that_tell_nothing_are_refused() -> None:
-    machine = Machine(4e9, 4e10)
+    machine = HardwareModel(4e9, 4e10)
     with pytest.raises(CoterieError, match="nothing of a link"):
-        learnt([timed(machine, 1, 80, 0.0)], SIZE)
+        fit_rates([timed(machine, 1, 80, 0.0)], SIZE)
     used, loads = np.full((9, 2), 25), np.ones((9, 2), int)
     with pytest.raises(CoterieError, match="nothing of the memory"):
-        learnt([Timed(used, loads, np.full(9, 1e-3))], SIZE)
+        fit_rates([TimedForwards(used, loads, np.full(9, 1e-3))], SIZE)
 
 
 def test_runs_that_were_not_learnt_from_are_judged() -> None:
-    machine = Machine(4e9, 4e10, rest=1e-3, overlap=0.6, latency=5e-4)
+    machine = HardwareModel(4e9, 4e10, other_seconds=1e-3, overlap=0.6, transfer_latency=5e-4)
     runs = {name: timed(machine, seed, 80, 0.2) for seed, name in enumerate("abc")}
-    runs["a"] = together([runs["a"], timed(machine, 9, 30, 0.1)])
+    runs["a"] = concatenate_runs([runs["a"], timed(machine, 9, 30, 0.1)])
     slow = runs["c"]
-    runs["c"] = Timed(slow.used, slow.loads, 2 * slow.seconds)
-    found = judge(runs, ["a"], SIZE)
-    assert [run.taught for run in found.runs] == [True, False, False]
+    runs["c"] = TimedForwards(slow.used, slow.loads, 2 * slow.seconds)
+    found = validate(runs, ["a"], SIZE)
+    assert [run.used_for_fit for run in found.predictions] == [True, False, False]
     assert len(runs["a"].seconds) == 80
-    b, c = found.held_out
+    b, c = found.held_out_errors
     assert (b < 0.01, c) == (True, pytest.approx(0.5, abs=0.01))
-    told = found.document()
+    told = found.to_dict()
     assert (told["worst"], told["median"]) == (c, pytest.approx((b + c) / 2))
 
 
 def test_a_machine_is_told_as_a_replay_takes_it() -> None:
-    machine = Machine(4e9, 4e10, rest=1e-3, overlap=0.6, latency=5e-4)
-    names, values = typed(machine).split()[::2], typed(machine).split()[1::2]
+    machine = HardwareModel(4e9, 4e10, other_seconds=1e-3, overlap=0.6, transfer_latency=5e-4)
+    names, values = format_hardware(machine).split()[::2], format_hardware(machine).split()[1::2]
     assert names == ["--link", "--memory", "--rest", "--latency", "--overlap"]
     link, memory, *numbers = values
     rest, latency, overlap = map(float, numbers)
-    assert as_typed(link, memory, rest, latency=latency, overlap=overlap) == {link: machine}
-    assert typed(Machine(25e9)) == "--link 25GB/s --rest 0 --latency 0 --overlap 1"
+    assert as_typed(link, memory, rest, latency_ms=latency, overlap=overlap) == {link: machine}
+    assert format_hardware(HardwareModel(25e9)) == "--link 25GB/s --rest 0 --latency 0 --overlap 1"

@@ -14,7 +14,7 @@ import pytest
 
 import coterie
 from coterie.cli.edge import run
-from coterie.problems import TASKS, Problem, draw
+from coterie.problems import PROBLEM_MAKERS, Problem, draw_problem
 
 INSTALLED = find_spec("lm_eval") is not None
 POLICY = "des-vote:beta=0.5"
@@ -26,7 +26,7 @@ needs_harness = pytest.mark.skipif(
 
 def problems(count: int) -> list[Problem]:
     rng = random.Random("lm-eval")
-    return [draw(TASKS["words"], rng, "test") for _ in range(count)]
+    return [draw_problem(PROBLEM_MAKERS["words"], rng, "test") for _ in range(count)]
 
 
 def write_task(folder: Path, count: int) -> None:

@@ -24,16 +24,21 @@ from test_offload import (
 )
 from torch import Tensor
 
-from coterie.experts.couriers import Readers
+from coterie.experts.couriers import ThreadedFetcher
 from coterie.experts.eviction import ByVotes, Lru
-from coterie.experts.mixed import Errors, Mixed, Source, shares
+from coterie.experts.mixed import (
+    PrecisionErrors,
+    MixedPrecisionStore,
+    HighPrecisionSource,
+    vote_shares,
+)
 from coterie.experts.slots import Slots
-from coterie.experts.store import Resident
-from coterie.experts.tiers import InMemory, Tier
-from coterie.experts.upgrades import Finer
+from coterie.experts.store import ResidentExpertStore
+from coterie.experts.tiers import HostTier, Tier
+from coterie.experts.upgrades import HighPrecisionSlots
 from coterie.naming import CoterieError
 from coterie.planning.precisions import Mixture
-from coterie.values import Demand, Routing, Slab
+from coterie.values import ExpertRequest, Routing, Slab
 
 DECAY = 0.8
 
@@ -72,12 +77,16 @@ ROOMS = st.builds(
 )
 
 
-def mixed(fine: Tier, coarse: Tier, experts: int, room: Room, **more: object) -> Mixed:
+def mixed(
+    fine: Tier, coarse: Tier, experts: int, room: Room, **more: object
+) -> MixedPrecisionStore:
     def allocate(slots: int, size: int) -> Tensor:
         return torch.full((slots, size), 255, dtype=torch.uint8)  # NaN
 
-    source = Source(Readers(fine), shown, allocate, SIZE, room.fine)
-    return Mixed(source, store(coarse, experts, room.coarse), room.upgrades, room.mass, **more)
+    source = HighPrecisionSource(ThreadedFetcher(fine), shown, allocate, SIZE, room.fine)
+    return MixedPrecisionStore(
+        source, store(coarse, experts, room.coarse), room.upgrades, room.mass, **more
+    )
 
 
 @dataclass
@@ -117,14 +126,14 @@ class Plainly:
             self.fine.add(expert)
 
 
-def blended(fine: Slab, coarse: Slab, who: set[int]) -> Resident:
+def blended(fine: Slab, coarse: Slab, who: set[int]) -> ResidentExpertStore:
     """All experts in memory, these in the finer precision."""
     chosen = torch.tensor([expert in who for expert in range(len(fine.slot_of))])[:, None, None]
     gate_up, down = (
         torch.where(chosen, getattr(fine, part), getattr(coarse, part))
         for part in ("gate_up", "down")
     )
-    return Resident({layer: Slab(gate_up, down, fine.slot_of) for layer in LAYERS})
+    return ResidentExpertStore({layer: Slab(gate_up, down, fine.slot_of) for layer in LAYERS})
 
 
 @given(st.integers(1, 10), ROOMS, st.booleans(), st.integers(0, 2**20))
@@ -137,8 +146,8 @@ def test_each_expert_is_computed_in_the_precision_of_its_placement(
     best, rough = blobs(experts, seed), blobs(experts, seed + 1)
     warm = {layer: numbers.integers(0, 4, experts) / 1.0 for layer in LAYERS if warmed}
     own = mixed(
-        Whimsical(InMemory(best), draw),
-        Whimsical(InMemory(rough), draw),
+        Whimsical(HostTier(best), draw),
+        Whimsical(HostTier(rough), draw),
         experts, room, warm=warm, rule=ByVotes(DECAY),
     )  # fmt: skip
     everyone, plain = torch.arange(experts), {}
@@ -167,88 +176,91 @@ def test_each_expert_is_computed_in_the_precision_of_its_placement(
 def test_a_replay_of_two_precisions_tells_what_the_store_moves(
     experts: int, room: Room, seed: int
 ) -> None:
-    own = mixed(InMemory(blobs(experts)), InMemory(blobs(experts)), experts, room)
-    fine, coarse = Finer(experts, room.fine, ByVotes()), Slots(experts, room.coarse, Lru())
+    own = mixed(HostTier(blobs(experts)), HostTier(blobs(experts)), experts, room)
+    fine, coarse = (
+        HighPrecisionSlots(experts, room.fine, ByVotes()),
+        Slots(experts, room.coarse, Lru()),
+    )
     book = Mixture(fine, coarse, room.upgrades, room.mass)
     for routing in routings(experts, seed, count=8):
-        list(own.serve(1, Demand(routing.used)))
+        list(own.serve(1, ExpertRequest(routing.used)))
         book.serve(routing.used.numpy(), routing.used.double().numpy())
-    own._arrived(1)
-    traffic = own.ledger.traffic()
+    own._wait(1)
+    traffic = own.traffic_log.traffic()
     came = {"host, fine": book.came["at once"] + book.came["later"]}
     came |= {"host, coarse": book.came["coarse"]}
     assert moved(own) == {name: count for name, count in came.items() if count}
-    assert (traffic.used, traffic.hits) == (book.used, book.hits)
-    assert own.precision.fine == pytest.approx(book.votes_fine)
+    assert (traffic.experts_used, traffic.hits) == (book.used, book.hits)
+    assert own.precision_stats.high_share_sum == pytest.approx(book.votes_fine)
 
 
-def only(experts: int, *wanted: int) -> Demand:
+def only(experts: int, *wanted: int) -> ExpertRequest:
     used = torch.zeros(experts, dtype=torch.bool)
     used[list(wanted)] = True
-    return Demand(used)
+    return ExpertRequest(used)
 
 
-def moved(store: Mixed) -> dict[str, int]:
+def moved(store: MixedPrecisionStore) -> dict[str, int]:
     """Experts, by tier and precision."""
-    return {name: one.experts for name, one in store.ledger.traffic().sources.items()}
+    return {name: one.experts for name, one in store.traffic_log.traffic().transfers.items()}
 
 
 def test_who_is_worth_more_is_never_evicted() -> None:
-    own = mixed(InMemory(blobs(6)), InMemory(blobs(6)), 6, Room(2, 6, 2), rule=ByVotes(DECAY))
+    own = mixed(HostTier(blobs(6)), HostTier(blobs(6)), 6, Room(2, 6, 2), rule=ByVotes(DECAY))
     for wanted in ((0, 1), (0, 1), (0, 1, 2), (3,), (4, 5)):
         list(own.serve(1, only(6, *wanted)))
-        assert own._shelf(1).book.resident.tolist() == [True, True, *[False] * 4]
-    assert own.precision.upgrades == moved(own)["host, fine"] == 2
+        assert own._layer(1).slots.resident.tolist() == [True, True, *[False] * 4]
+    assert own.precision_stats.promotions == moved(own)["host, fine"] == 2
     for _ in range(4):
         list(own.serve(1, only(6, 5)))
-    assert own._shelf(1).book.resident.tolist() == [True, *[False] * 4, True]
+    assert own._layer(1).slots.resident.tolist() == [True, *[False] * 4, True]
 
 
 def test_without_upgrades_the_placement_stays() -> None:
     votes = np.array([0.0, 3.0, 1.0, 2.0, 0.0])
-    own = mixed(InMemory(blobs(5)), InMemory(blobs(5)), 5, Room(2, 5, 0), warm={1: votes})
+    own = mixed(HostTier(blobs(5)), HostTier(blobs(5)), 5, Room(2, 5, 0), warm={1: votes})
     for routing in routings(5, 3, count=6):
-        list(own.serve(1, Demand(routing.used)))
-        assert own._shelf(1).book.resident.tolist() == [False, True, False, True, False]
+        list(own.serve(1, ExpertRequest(routing.used)))
+        assert own._layer(1).slots.resident.tolist() == [False, True, False, True, False]
     assert moved(own) == {"host, fine": 2, "host, coarse": 3}
 
 
 def test_the_loss_bound_is_vote_share_times_error() -> None:
-    errors = {1: Errors(np.full(4, 0.01), np.array([0.1, 0.2, 0.3, 0.4]))}
+    errors = {1: PrecisionErrors(np.full(4, 0.01), np.array([0.1, 0.2, 0.3, 0.4]))}
     own = mixed(
-        InMemory(blobs(4)), InMemory(blobs(4)), 4, Room(1, 4, 0),
+        HostTier(blobs(4)), HostTier(blobs(4)), 4, Room(1, 4, 0),
         warm={1: np.array([0.0, 0.0, 0.0, 1.0])}, errors=errors,
     )  # fmt: skip
     list(own.serve(1, only(4, 1, 3)))
-    assert own.precision.forwards == 1
-    assert own.precision.fine == pytest.approx(0.5)
-    assert own.precision.loss_bound == pytest.approx(0.5 * 0.2 + 0.5 * 0.01)
-    assert own.precision.loss_rms == pytest.approx((0.5 * 0.2**2 + 0.5 * 0.01**2) ** 0.5)
+    assert own.precision_stats.forwards == 1
+    assert own.precision_stats.high_share_sum == pytest.approx(0.5)
+    assert own.precision_stats.loss_bound == pytest.approx(0.5 * 0.2 + 0.5 * 0.01)
+    assert own.precision_stats.loss_rms == pytest.approx((0.5 * 0.2**2 + 0.5 * 0.01**2) ** 0.5)
 
 
 def test_who_holds_most_votes_is_fine_at_once_and_the_loss_is_bounded() -> None:
     """Where they have places."""
     experts, mass = 12, 0.6
-    errors = {1: Errors(np.full(experts, 0.01), np.full(experts, 0.1))}
+    errors = {1: PrecisionErrors(np.full(experts, 0.01), np.full(experts, 0.1))}
     room = Room(experts, experts, 0, mass)
-    own = mixed(InMemory(blobs(12)), InMemory(blobs(12, 1)), experts, room, errors=errors)
+    own = mixed(HostTier(blobs(12)), HostTier(blobs(12, 1)), experts, room, errors=errors)
     for place, routing in enumerate(routings(experts, 5, count=6)):
-        list(own.serve(1, Demand(routing.used)))
-        assert own.precision.fine >= (place + 1) * mass - 1e-9
-    assert own.precision.loss_bound <= mass * 0.01 + (1 - mass) * 0.1
-    assert own.precision.fine < 6
+        list(own.serve(1, ExpertRequest(routing.used)))
+        assert own.precision_stats.high_share_sum >= (place + 1) * mass - 1e-9
+    assert own.precision_stats.loss_bound <= mass * 0.01 + (1 - mass) * 0.1
+    assert own.precision_stats.high_share_sum < 6
 
 
 def test_votes_of_the_unused_are_nobodys_share() -> None:
     votes, used = np.array([3.0, 1.0, 4.0, 0.0]), np.array([True, True, False, True])
-    assert shares(votes, used).tolist() == [0.75, 0.25, 0.0, 0.0]
-    assert shares(np.zeros(4), used).tolist() == pytest.approx([1 / 3, 1 / 3, 0.0, 1 / 3])
+    assert vote_shares(votes, used).tolist() == [0.75, 0.25, 0.0, 0.0]
+    assert vote_shares(np.zeros(4), used).tolist() == pytest.approx([1 / 3, 1 / 3, 0.0, 1 / 3])
 
 
 def test_an_upgrade_that_fails_is_an_error_of_the_next_forward_and_nothing_stays() -> None:
     best, rough = blobs(6), blobs(6, 1)
-    flaky = Whimsical(InMemory(best), random.Random(0), {2})
-    own = mixed(flaky, InMemory(rough), 6, Room(3, 6, 3), rule=Lru())
+    flaky = Whimsical(HostTier(best), random.Random(0), {2})
+    own = mixed(flaky, HostTier(rough), 6, Room(3, 6, 3), rule=Lru())
     list(own.serve(1, only(6, 1, 2)))
     with pytest.raises(CoterieError, match="expert 2 of layer 1 is broken"):
         list(own.serve(1, only(6, 1, 2)))
@@ -270,7 +282,7 @@ def test_what_fails_or_is_left_in_the_middle_leaves_no_wrong_weights(part: str) 
     """Every third forward fails or is broken off; the others are as their placement says."""
     best, rough = blobs(9), blobs(9, 1)
     flaky = {
-        name: Whimsical(InMemory(held), random.Random(0))
+        name: Whimsical(HostTier(held), random.Random(0))
         for name, held in (("fine", best), ("coarse", rough))
     }
     own = mixed(flaky["fine"], flaky["coarse"], 9, Room(3, 4, 2), rule=ByVotes(DECAY))
@@ -279,15 +291,15 @@ def test_what_fails_or_is_left_in_the_middle_leaves_no_wrong_weights(part: str) 
         if place % 3 == 1:
             flaky[part].broken.update(range(9))
             try:
-                list(own.serve(1, Demand(routing.used)))
-                own._arrived(1)  # the upgrades that began
+                list(own.serve(1, ExpertRequest(routing.used)))
+                own._wait(1)  # the upgrades that began
             except CoterieError:
                 failed += 1
             flaky[part].broken.clear()
         elif place % 3 == 2:
-            next(own.serve(1, Demand(routing.used)))
+            next(own.serve(1, ExpertRequest(routing.used)))
         else:
-            who = set(np.flatnonzero(own._shelf(1).book.resident).tolist())
+            who = set(np.flatnonzero(own._layer(1).slots.resident).tolist())
             x = torch.randn(2, HIDDEN)
             true = blended(shown(best[1], everyone), shown(rough[1], everyone), who)
             torch.testing.assert_close(
@@ -298,15 +310,15 @@ def test_what_fails_or_is_left_in_the_middle_leaves_no_wrong_weights(part: str) 
 
 def test_who_cannot_even_be_begun_is_not_taken_to_be_fine(monkeypatch: pytest.MonkeyPatch) -> None:
     """The book has given out places by then."""
-    best, rough, begun, left = blobs(6), blobs(6, 1), Readers.bring, [None, None]
+    best, rough, begun, left = blobs(6), blobs(6, 1), ThreadedFetcher.fetch_async, [None, None]
 
-    def bring(self: Readers, layer: int, expert: int, into: Tensor):
-        if self is own.fine.courier and left and left.pop() is None and not left:
+    def bring(self: ThreadedFetcher, layer: int, expert: int, into: Tensor):
+        if self is own.high_precision.fetcher and left and left.pop() is None and not left:
             raise RuntimeError("can't start new thread")
         return begun(self, layer, expert, into)
 
-    own = mixed(InMemory(best), InMemory(rough), 6, Room(3, 6, 3), rule=Lru())
-    monkeypatch.setattr(Readers, "bring", bring)
+    own = mixed(HostTier(best), HostTier(rough), 6, Room(3, 6, 3), rule=Lru())
+    monkeypatch.setattr(ThreadedFetcher, "fetch_async", bring)
     with pytest.raises(RuntimeError, match="new thread"):
         list(own.serve(1, only(6, 0, 1, 2)))
     ids = torch.tensor([[0, 1, 2]] * 5)
@@ -319,10 +331,10 @@ def test_who_cannot_even_be_begun_is_not_taken_to_be_fine(monkeypatch: pytest.Mo
 
 
 def test_who_was_to_be_fine_from_the_start_is_said_and_not_asked_for_again() -> None:
-    flaky = Whimsical(InMemory(blobs(6)), random.Random(0), {1})
+    flaky = Whimsical(HostTier(blobs(6)), random.Random(0), {1})
     own = mixed(
         flaky,
-        InMemory(blobs(6, 1)),
+        HostTier(blobs(6, 1)),
         6,
         Room(2, 3, 0),
         warm={1: np.array([0.0, 3.0, 1.0, 2.0, 0.0, 0.0])},
@@ -332,44 +344,44 @@ def test_who_was_to_be_fine_from_the_start_is_said_and_not_asked_for_again() -> 
     for _ in range(2):
         list(own.serve(1, only(6, 0, 1)))
     flaky.broken.clear()
-    own.empty()
-    assert np.flatnonzero(own._shelf(1).book.resident).tolist() == [1, 3]
+    own.reset()
+    assert np.flatnonzero(own._layer(1).slots.resident).tolist() == [1, 3]
 
 
 def test_what_fills_the_memory_is_in_no_forward_and_nothing_that_came_is_lost() -> None:
     votes = np.array([0.0, 3.0, 1.0, 2.0, 0.0, 0.0])
-    own = mixed(InMemory(blobs(6)), InMemory(blobs(6, 1)), 6, Room(2, 3, 1), warm={1: votes})
+    own = mixed(HostTier(blobs(6)), HostTier(blobs(6, 1)), 6, Room(2, 3, 1), warm={1: votes})
     own.fill([1])
     assert moved(own) == {"host, fine": 2}
-    own.ledger.began("decode")
+    own.traffic_log.begin_forward("decode")
     list(own.serve(1, only(6, 1, 3)))
-    own.ledger.ended()
+    own.traffic_log.end_forward()
     list(own.serve(1, only(6, 0)))  # comes coarse, and begins to come fine
-    own.empty()
-    upgraded = own.precision.upgrades
+    own.reset()
+    upgraded = own.precision_stats.promotions
     assert moved(own) == {"host, fine": 2 + upgraded + 2, "host, coarse": 1}
-    first, *_ = own.ledger.lines
-    assert first.traffic.moved == 0
+    first, *_ = own.traffic_log.forwards
+    assert first.traffic.experts_moved == 0
 
 
 def test_emptied_it_is_as_at_the_start() -> None:
     votes = np.array([0.0, 3.0, 1.0, 2.0, 0.0, 0.0])
-    best, rough = InMemory(blobs(6)), InMemory(blobs(6, 1))
+    best, rough = HostTier(blobs(6)), HostTier(blobs(6, 1))
     own, new = (mixed(best, rough, 6, Room(2, 3, 2), warm={1: votes}) for _ in range(2))
-    before = [Demand(r.used) for r in routings(6, 5, count=5)]
+    before = [ExpertRequest(r.used) for r in routings(6, 5, count=5)]
     for demand in before:
         list(own.serve(1, demand))
-    own.empty()
+    own.reset()
     x = torch.randn(5, HIDDEN)
     for routing in routings(6, 7, count=5):
         assert torch.equal(computed(own, 1, routing, x), computed(new, 1, routing, x))
-    assert own.ledger.traffic().used == new.ledger.traffic().used + sum(
+    assert own.traffic_log.traffic().experts_used == new.traffic_log.traffic().experts_used + sum(
         int(demand.used.sum()) for demand in before
     )
 
 
 def test_who_is_here_in_either_precision_is_resident() -> None:
-    own = mixed(InMemory(blobs(6)), InMemory(blobs(6)), 6, Room(1, 2, 1))
+    own = mixed(HostTier(blobs(6)), HostTier(blobs(6)), 6, Room(1, 2, 1))
     for _ in range(2):
         list(own.serve(1, only(6, 4)))
     list(own.serve(1, only(6, 2, 5)))

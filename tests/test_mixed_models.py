@@ -23,30 +23,37 @@ from torch import Tensor
 
 import coterie
 from coterie.cli.edge import run
-from coterie.engine.coarse import Ballot, Coarse, Placement, Split, Upgrades, Votes
-from coterie.engine.convert import Aim, convert
+from coterie.engine.coarse import (
+    VoteMassPrecision,
+    LowPrecisionExperts,
+    PrecisionPolicy,
+    PrecisionSplit,
+    PromoteUsed,
+    StaticVotes,
+)
+from coterie.engine.convert import ConversionTarget, convert
 from coterie.engine.engine import Engine
 from coterie.engine.journal import MANIFEST
-from coterie.engine.memory import Memory
+from coterie.engine.memory import ExpertMemoryConfig
 from coterie.engine.warm import SavedVotes
-from coterie.evals.run import about
-from coterie.experts.mixed import Mixed
-from coterie.experts.store import Resident
+from coterie.evals.run import run_identity
+from coterie.experts.mixed import MixedPrecisionStore
+from coterie.experts.store import ResidentExpertStore
 from coterie.model.moe import MoE
 from coterie.naming import CoterieError
 from coterie.testing import write_checkpoint
-from coterie.values import Demand, Slab
+from coterie.values import ExpertRequest, Slab
 
 
 @dataclass
 class Plain:
     """All experts of two folders in memory; of each layer a plain rule says which one serves."""
 
-    fine: Resident
-    coarse: Resident
+    fine: ResidentExpertStore
+    coarse: ResidentExpertStore
     rules: dict[int, Plainly]
 
-    def serve(self, layer: int, demand: Demand) -> Iterator[Slab]:
+    def serve(self, layer: int, demand: ExpertRequest) -> Iterator[Slab]:
         rule, everyone = self.rules[layer], range(len(demand.used))
         used, votes = demand.used.tolist(), demand.votes
         assert votes is not None
@@ -70,15 +77,15 @@ def folders(folder: Path, kinds: tuple[str, str], family: str = "llada2") -> tup
     """One tiny model of 16 experts a layer, packed twice."""
     whole = write_checkpoint(folder / "whole", family, dtype=torch.bfloat16)
     for kind in kinds:
-        convert(whole, folder / kind, Aim.of(kind))
+        convert(whole, folder / kind, ConversionTarget.parse(kind))
     return folder / kinds[0], folder / kinds[1]
 
 
-def opened(folder: Path, memory: Memory | None = None) -> Engine:
+def opened(folder: Path, memory: ExpertMemoryConfig | None = None) -> Engine:
     return coterie.load(folder, dtype="float32", device="cpu", expert_memory=memory)
 
 
-def plainly(fine: Path, coarse: Path, own: Mixed) -> tuple[Engine, Plain]:
+def plainly(fine: Path, coarse: Path, own: MixedPrecisionStore) -> tuple[Engine, Plain]:
     """An engine that answers by the plain rule, begun where ``own`` begins."""
     model, rough = opened(fine).model, opened(coarse).model
     networks = [one.feed_forward for one in model.transformer.layers]
@@ -88,14 +95,16 @@ def plainly(fine: Path, coarse: Path, own: Mixed) -> tuple[Engine, Plain]:
         for one in rough.transformer.layers
         if isinstance(one.feed_forward, MoE)
     )
-    assert isinstance(held, Resident)
-    assert isinstance(others, Resident)
+    assert isinstance(held, ResidentExpertStore)
+    assert isinstance(others, ResidentExpertStore)
     rules = {}
     for layer in model.spec.moe_layers:
-        votes = [float(vote) for vote in own.warm.get(layer, np.zeros(16))]
-        order = sorted(range(16), key=lambda e: (-votes[e], e))[: own.fine.capacity]
+        votes = [float(vote) for vote in own.warm_votes.get(layer, np.zeros(16))]
+        order = sorted(range(16), key=lambda e: (-votes[e], e))[: own.high_precision.capacity]
         fine_first = {e for e in order if votes[e]}
-        rules[layer] = Plainly(own.fine.capacity, own.upgrades, own.mass, fine_first, votes)
+        rules[layer] = Plainly(
+            own.high_precision.capacity, own.max_promotions, own.vote_mass, fine_first, votes
+        )
     store = Plain(held, others, rules)
     layers = tuple(
         replace(one, feed_forward=replace(one.feed_forward, store=store))
@@ -116,22 +125,24 @@ def drawn_votes(layers: Sequence[int]) -> SavedVotes:
 @pytest.mark.parametrize(
     ("family", "kinds", "memory", "placement"),
     [
-        ("llada2", ("int8", "int4"), "35%", Upgrades(1)),
-        ("llada2", ("bf16", "int4"), "20%", Upgrades(3)),
-        ("llada-moe", ("int8", "int4"), "70%", Upgrades()),
-        ("llada-moe", ("int8", "int4"), "40%", Ballot()),
-        ("llada2", ("bf16", "int4"), "25%", Ballot(0.4)),
-        ("sdar-moe", ("bf16", "int4"), "35%", Votes()),
-        ("llada2", ("int8", "int4"), "75%", Votes()),
+        ("llada2", ("int8", "int4"), "35%", PromoteUsed(1)),
+        ("llada2", ("bf16", "int4"), "20%", PromoteUsed(3)),
+        ("llada-moe", ("int8", "int4"), "70%", PromoteUsed()),
+        ("llada-moe", ("int8", "int4"), "40%", VoteMassPrecision()),
+        ("llada2", ("bf16", "int4"), "25%", VoteMassPrecision(0.4)),
+        ("sdar-moe", ("bf16", "int4"), "35%", StaticVotes()),
+        ("llada2", ("int8", "int4"), "75%", StaticVotes()),
     ],
 )
 def test_a_model_answers_as_if_each_expert_had_the_precision_of_its_placement(
-    tmp_path: Path, family: str, kinds: tuple[str, str], memory: str, placement: Placement
+    tmp_path: Path, family: str, kinds: tuple[str, str], memory: str, placement: PrecisionPolicy
 ) -> None:
     fine, coarse = folders(tmp_path, kinds, family)
     layers = opened(fine).model.spec.moe_layers
-    warm = drawn_votes(layers) if isinstance(placement, Votes) else None
-    asked = Memory.parse(memory, warm=warm, coarse=Coarse(coarse, placement))
+    warm = drawn_votes(layers) if isinstance(placement, StaticVotes) else None
+    asked = ExpertMemoryConfig.parse(
+        memory, warm_start=warm, fallback_model=LowPrecisionExperts(coarse, placement)
+    )
     own = opened(fine, asked)
     store = mixed_of(own)
     reference, plain = plainly(fine, coarse, store)
@@ -139,20 +150,20 @@ def test_a_model_answers_as_if_each_expert_had_the_precision_of_its_placement(
         found, true = (one.generate(PROMPT, policy=policy, **ASKED) for one in (own, reference))
         assert found.tokens == true.tokens
     for layer in layers:
-        here = set(np.flatnonzero(store._shelf(layer).book.resident).tolist())
+        here = set(np.flatnonzero(store._layer(layer).slots.resident).tolist())
         assert here == plain.rules[layer].fine
-    assert (store.precision.upgrades > 0) == (not isinstance(placement, Votes))
-    assert 0 < store.precision.fine < store.precision.forwards
-    assert store.precision.bound > 0
+    assert (store.precision_stats.promotions > 0) == (not isinstance(placement, StaticVotes))
+    assert 0 < store.precision_stats.high_share_sum < store.precision_stats.forwards
+    assert store.precision_stats.bound_sum > 0
 
 
-def mixed_of(engine: Engine) -> Mixed:
+def mixed_of(engine: Engine) -> MixedPrecisionStore:
     network = next(
         one.feed_forward
         for one in engine.model.transformer.layers
         if isinstance(one.feed_forward, MoE)
     )
-    assert isinstance(network.store, Mixed)
+    assert isinstance(network.store, MixedPrecisionStore)
     return network.store
 
 
@@ -160,30 +171,35 @@ def mixed_of(engine: Engine) -> Mixed:
 def test_a_whole_model_in_two_precisions_reads_each_expert_once(tmp_path: Path) -> None:
     fine, coarse = folders(tmp_path, ("int8", "int4"))
     warm = drawn_votes(opened(fine).model.spec.moe_layers)
-    engine = opened(fine, Memory.parse("75%", warm=warm, coarse=Coarse(coarse, Votes())))
+    engine = opened(
+        fine,
+        ExpertMemoryConfig.parse(
+            "75%", warm_start=warm, fallback_model=LowPrecisionExperts(coarse, StaticVotes())
+        ),
+    )
     store = mixed_of(engine)
-    assert store.fine.capacity + store.coarse.capacity == 16
+    assert store.high_precision.capacity + store.low_precision.capacity == 16
     engine.generate(PROMPT, **ASKED)
-    traffic = store.ledger.traffic()
-    places = (store.fine.capacity, store.coarse.capacity)
+    traffic = store.traffic_log.traffic()
+    places = (store.high_precision.capacity, store.low_precision.capacity)
     assert moved(store) == {"disk, int8": 2 * places[0], "disk, int4": 2 * places[1]}
     assert traffic.hit_rate == 1
-    sizes = (store.fine.expert_bytes, store.coarse.expert_bytes)
+    sizes = (store.high_precision.expert_bytes, store.low_precision.expert_bytes)
     assert traffic.bytes_moved == 2 * sum(a * b for a, b in zip(places, sizes, strict=True))
 
 
 @needs_kernels
 def test_an_evaluation_knows_its_coarse_experts_wherever_they_lie(tmp_path: Path) -> None:
     fine, coarse = folders(tmp_path, ("int8", "int4"))
-    asked = [Memory.parse("75%", coarse=Coarse(coarse))]
+    asked = [ExpertMemoryConfig.parse("75%", fallback_model=LowPrecisionExperts(coarse))]
     moved_to = coarse.rename(tmp_path / "elsewhere")
-    asked.append(Memory.parse("75%", coarse=Coarse(moved_to)))
+    asked.append(ExpertMemoryConfig.parse("75%", fallback_model=LowPrecisionExperts(moved_to)))
     coarse.symlink_to(moved_to)
-    found = [about(opened(fine, memory), [])["memory"] for memory in asked]
+    found = [run_identity(opened(fine, memory), [])["memory"] for memory in asked]
     assert found[0] == found[1]
     config = moved_to / "config.json"
     config.write_text(config.read_text() + "\n")
-    assert about(opened(fine, asked[0]), [])["memory"] != found[0]
+    assert run_identity(opened(fine, asked[0]), [])["memory"] != found[0]
 
 
 @needs_kernels
@@ -191,8 +207,8 @@ def test_two_folders_that_are_not_one_model_are_refused(tmp_path: Path) -> None:
     fine, coarse = folders(tmp_path / "a", ("int8", "int4"))
     other = write_checkpoint(tmp_path / "seed", "llada2", seed=1, dtype=torch.bfloat16)
     wider = write_checkpoint(tmp_path / "b", "llada2", vocab_size=100, dtype=torch.bfloat16)
-    convert(other, tmp_path / "seed-int4", Aim.of("int4"))
-    convert(wider, tmp_path / "wider-int4", Aim.of("int4"))
+    convert(other, tmp_path / "seed-int4", ConversionTarget.parse("int4"))
+    convert(wider, tmp_path / "wider-int4", ConversionTarget.parse("int4"))
     for first, second, told in (
         (fine, tmp_path / "seed-int4", "not made of the same weights"),
         (fine, tmp_path / "wider-int4", "vocab_size is 100, not 96"),
@@ -200,13 +216,22 @@ def test_two_folders_that_are_not_one_model_are_refused(tmp_path: Path) -> None:
         (fine, other, "packed checkpoint"),
     ):
         with pytest.raises(CoterieError, match=told):
-            opened(first, Memory.parse("35%", coarse=Coarse(second)))
+            opened(
+                first, ExpertMemoryConfig.parse("35%", fallback_model=LowPrecisionExperts(second))
+            )
     for folder in (tmp_path / "seed-int4", coarse):  # where no source is told, weights decide
         listed = json.loads((folder / MANIFEST).read_text())
         (folder / MANIFEST).write_text(json.dumps({**listed, "source": None}))
     with pytest.raises(CoterieError, match="not made of the same weights"):
-        opened(fine, Memory.parse("35%", coarse=Coarse(tmp_path / "seed-int4")))
-    assert mixed_of(opened(fine, Memory.parse("35%", coarse=Coarse(coarse))))
+        opened(
+            fine,
+            ExpertMemoryConfig.parse(
+                "35%", fallback_model=LowPrecisionExperts(tmp_path / "seed-int4")
+            ),
+        )
+    assert mixed_of(
+        opened(fine, ExpertMemoryConfig.parse("35%", fallback_model=LowPrecisionExperts(coarse)))
+    )
 
 
 @needs_kernels
@@ -226,7 +251,12 @@ def test_two_precisions_that_cannot_be_had_are_refused(
 ) -> None:
     fine, few = folders(tmp_path, ("int8", "int4"))
     with pytest.raises(CoterieError, match=told):
-        opened(fine, Memory.parse(memory, coarse=Coarse.parse(str(few), placement)))
+        opened(
+            fine,
+            ExpertMemoryConfig.parse(
+                memory, fallback_model=LowPrecisionExperts.parse(str(few), placement)
+            ),
+        )
 
 
 @given(st.integers(1, 300), st.floats(0.01, 0.99), st.integers(2, 40), st.integers(1, 39))
@@ -236,15 +266,17 @@ def test_a_split_stays_inside_its_memory(
 ) -> None:
     fine = 40
     try:
-        split = Split.of(room * 10, share, experts=experts, fine=fine, coarse=coarse)
+        split = PrecisionSplit.of(
+            room * 10, share, experts=experts, high_bytes=fine, low_bytes=coarse
+        )
     except CoterieError:
         return
-    assert split.fine * fine + split.coarse * coarse <= room * 10
-    assert split.fine >= 1
-    assert split.coarse >= 1
-    assert split.fine + split.coarse <= experts
-    assert split.fine >= min(experts - 1, int(share * room * 10) // fine) or (
-        split.fine + split.coarse == experts
+    assert split.high_slots * fine + split.low_slots * coarse <= room * 10
+    assert split.high_slots >= 1
+    assert split.low_slots >= 1
+    assert split.high_slots + split.low_slots <= experts
+    assert split.high_slots >= min(experts - 1, int(share * room * 10) // fine) or (
+        split.high_slots + split.low_slots == experts
     )
 
 

@@ -14,22 +14,22 @@ from test_offload import blobs, store
 from test_replay import drawn, grid, imagined, play
 from test_routing_laws import blocks
 
-from coterie.experts.imagined import Imagined
-from coterie.experts.store import Resident
-from coterie.experts.tiers import InMemory
+from coterie.experts.imagined import SimulatedCacheStore
+from coterie.experts.store import ResidentExpertStore
+from coterie.experts.tiers import HostTier
 from coterie.naming import CoterieError
-from coterie.planning.booking import Play
+from coterie.planning.booking import ReplayPolicy
 from coterie.planning.elections import fidelity
 from coterie.planning.replay import replay
-from coterie.routing import DesVote, Election, parse_policy, route, spell
-from coterie.routing.select import coreset_of, own, own_votes, route_by_mask
+from coterie.routing import DesVote, Election, parse_policy, route, format_policy
+from coterie.routing.select import coreset_of, vanilla_ids, vanilla_votes, route_by_mask
 from coterie.values import Policy, RouterSpec, Scores
 
 
 def test_a_store_tells_how_many_experts_it_has_room_for() -> None:
-    assert Resident({}).slots(0) is None
-    assert Imagined(Resident({}), 8, 5).slots(0) == 5
-    assert store(InMemory(blobs(8)), 8, 3).slots(0) == 3
+    assert ResidentExpertStore({}).slots(0) is None
+    assert SimulatedCacheStore(ResidentExpertStore({}), 8, 5).slots(0) == 5
+    assert store(HostTier(blobs(8)), 8, 3).slots(0) == 3
 
 
 def but(policy: Policy, **changes: object) -> Policy:
@@ -40,7 +40,7 @@ def but(policy: Policy, **changes: object) -> Policy:
 
 def elected(scores: Scores, policy: Policy) -> torch.Tensor:
     """[S, E]."""
-    scores = replace(scores, own=own(scores))
+    scores = replace(scores, vanilla_ids=vanilla_ids(scores))
     return coreset_of(scores, policy.eligible(scores, scores.router.k))
 
 
@@ -69,7 +69,7 @@ def test_where_all_experts_are_in_memory_slots_bind_nobody(scores: Scores, polic
 def test_of_a_union_and_of_the_protected_those_with_most_votes_stay(
     scores: Scores, most: int
 ) -> None:
-    votes = own_votes(scores)
+    votes = vanilla_votes(scores)
     for free, bound in (
         ("des-seq:k=2", f"des-seq:k=2,most={most}"),
         ("des-seq:k=1", f"coreset:m=1,protect=top1,most={most}"),
@@ -92,12 +92,12 @@ def test_a_token_keeps_as_many_as_there_is_room_for(text: str) -> None:
     scores = Scores(logits, RouterSpec(16, 4, "sigmoid", renormalise=True))
     for routing in (made(scores, parse_policy(text)) for made in (route, route_by_mask)):
         assert int(routing.used.sum()) == 2
-        assert bool(((routing.ids >= 0).sum(-1) == 2).all())
+        assert bool(((routing.topk_ids >= 0).sum(-1) == 2).all())
 
 
 def test_its_spelling() -> None:
     for text in ("des-vote:beta=0.3,max=slots", "des-seq:k=3,max=12", "random:beta=0.1,max=2"):
-        assert spell(parse_policy(text)) == text
+        assert format_policy(parse_policy(text)) == text
     with pytest.raises(CoterieError, match="max must be a whole number or slots, not 'few'"):
         parse_policy("des-vote:beta=0.3,most=few")
     with pytest.raises(CoterieError, match="max must be at least 1, not 0"):
@@ -110,15 +110,17 @@ def test_its_spelling() -> None:
 def test_a_replay_of_a_bound_policy_foretells_a_run(policy: str) -> None:
     store, results, trace = imagined(policy, 4, commit="policy")
     assert max(result.experts.max for result in results) == 4
-    point = replay(trace, grid(Play(parse_policy(policy), commits=True), capacity="4")).points[0]
-    assert point.traffic.used == pytest.approx(store.used, rel=0.1)
-    assert point.traffic.moved == pytest.approx(store.moved, rel=0.1)
+    point = replay(
+        trace, grid(ReplayPolicy(parse_policy(policy), routes_commits=True), capacity="4")
+    ).points[0]
+    assert point.traffic.experts_used == pytest.approx(store.experts_used, rel=0.1)
+    assert point.traffic.experts_moved == pytest.approx(store.experts_moved, rel=0.1)
 
 
 def test_each_capacity_of_a_replay_has_coresets_of_its_own() -> None:
     asked = play("des-vote:beta=0.5,max=slots")
     made = replay(drawn(), grid(asked, caches="lru,belady", capacity="5,8,24"))
-    experts = {(point.slots, point.case.cache): point.experts for point in made.points}
+    experts = {(point.slots, point.case.eviction): point.experts for point in made.points}
     free = replay(drawn(), grid(play("des-vote:beta=0.5"), capacity="24")).points[0].experts
     assert {slots: experts[slots, "belady"] for slots in (5, 8, 24)} == {5: 5.0, 8: 8.0, 24: free}
     for slots in (5, 8, 24):

@@ -24,18 +24,18 @@ from torch import Tensor
 import coterie
 from coterie import ops
 from coterie.cli.edge import run
-from coterie.engine.convert import Aim, convert
+from coterie.engine.convert import ConversionTarget, convert
 from coterie.engine.engine import Engine
 from coterie.engine.journal import MANIFEST
-from coterie.experts.couriers import Readers
+from coterie.experts.couriers import ThreadedFetcher
 from coterie.experts.eviction import Eviction, Lfu, Lru
-from coterie.experts.offload import Offloaded
-from coterie.experts.store import Resident
-from coterie.experts.tiers import PAGE, Blobs, InMemory, OnDisk, Tier
+from coterie.experts.offload import CachedExpertStore
+from coterie.experts.store import ResidentExpertStore
+from coterie.experts.tiers import PAGE_BYTES, ExpertFileSpan, HostTier, DiskTier, Tier
 from coterie.naming import CoterieError
 from coterie.ops import cpu
 from coterie.testing import write_checkpoint
-from coterie.values import Demand, Routing, Slab, membership
+from coterie.values import ExpertRequest, Routing, Slab, expert_mask
 
 HIDDEN, WIDTH, LAYERS = 8, 4, (1, 2)
 PART = 2 * WIDTH * HIDDEN  # numbers of gate and up
@@ -58,11 +58,15 @@ def blobs(experts: int, seed: int = 0) -> dict[int, Tensor]:
     return {layer: one.view(torch.uint8) for layer, one in numbers.items()}
 
 
-def store(tier: Tier, experts: int, capacity: int, rule: Eviction | None = None) -> Offloaded:
+def store(
+    tier: Tier, experts: int, capacity: int, rule: Eviction | None = None
+) -> CachedExpertStore:
     def allocate(slots: int, size: int) -> Tensor:
         return torch.full((slots, size), 255, dtype=torch.uint8)  # NaN
 
-    return Offloaded(Readers(tier), shown, allocate, experts, SIZE, capacity, rule or Lru())
+    return CachedExpertStore(
+        ThreadedFetcher(tier), shown, allocate, experts, SIZE, capacity, rule or Lru()
+    )
 
 
 def routings(experts: int, seed: int, *, count: int, tokens: int = 5, k: int = 3) -> list[Routing]:
@@ -71,13 +75,15 @@ def routings(experts: int, seed: int, *, count: int, tokens: int = 5, k: int = 3
     for _ in range(count):
         ids = torch.rand(tokens, experts, generator=draw).argsort(-1)[:, : min(k, experts)]
         weights = torch.rand(ids.shape, generator=draw)
-        made.append(Routing(ids, weights, membership(ids.flatten(), experts), ids))
+        made.append(Routing(ids, weights, expert_mask(ids.flatten(), experts), ids))
     return made
 
 
-def computed(served: Offloaded | Resident, layer: int, routing: Routing, x: Tensor) -> Tensor:
+def computed(
+    served: CachedExpertStore | ResidentExpertStore, layer: int, routing: Routing, x: Tensor
+) -> Tensor:
     out = torch.zeros(len(x), HIDDEN)
-    for slab in served.serve(layer, Demand(routing.used, routing)):
+    for slab in served.serve(layer, ExpertRequest(routing.used, routing)):
         out += ops.run_experts(x, routing, slab)
     return out
 
@@ -90,19 +96,19 @@ def test_offloaded_equals_resident(experts: int, capacity: int, seed: int, rule:
     """Layers take turns; equal to rounding, for waves add in another order."""
     whole = blobs(experts, seed)
     everyone = torch.arange(experts)
-    resident = Resident({layer: shown(one, everyone) for layer, one in whole.items()})
-    own = store(InMemory(whole), experts, capacity, rule)
+    resident = ResidentExpertStore({layer: shown(one, everyone) for layer, one in whole.items()})
+    own = store(HostTier(whole), experts, capacity, rule)
     for place, routing in enumerate(routings(experts, seed, count=6)):
         layer = LAYERS[place % 2]
         x = torch.randn(5, HIDDEN, generator=torch.Generator().manual_seed(place))
         found, true = (computed(one, layer, routing, x) for one in (own, resident))
         torch.testing.assert_close(found, true, atol=1e-5, rtol=1e-5)
-    traffic = own.ledger.traffic()
+    traffic = own.traffic_log.traffic()
     assert traffic.forwards == 3
-    assert traffic.used == sum(int(r.used.sum()) for r in routings(experts, seed, count=6))
+    assert traffic.experts_used == sum(int(r.used.sum()) for r in routings(experts, seed, count=6))
     if capacity >= experts:
         seen = [r.used for r in routings(experts, seed, count=6)]
-        assert traffic.moved == sum(
+        assert traffic.experts_moved == sum(
             int((seen[at] | seen[at + 2] | seen[at + 4]).sum()) for at in (0, 1)
         )
 
@@ -133,11 +139,11 @@ class Slow:
 
 def test_what_is_being_computed_with_is_not_overwritten() -> None:
     """Twelve experts through five slots: while a slab is out, its bytes stand."""
-    slow = Slow(InMemory(blobs(12)))
+    slow = Slow(HostTier(blobs(12)))
     own = store(slow, 12, 5)
     for _ in range(3):
         served = 0
-        for slab in own.serve(1, Demand(torch.ones(12, dtype=torch.bool))):
+        for slab in own.serve(1, ExpertRequest(torch.ones(12, dtype=torch.bool))):
             slots = slab.slot_of[slab.slot_of >= 0]
             before = slab.down[slots].clone()
             time.sleep(0.004)
@@ -146,17 +152,17 @@ def test_what_is_being_computed_with_is_not_overwritten() -> None:
             served += len(slots)
         assert served == 12
     assert slow.most > 1
-    assert own.ledger.traffic().waited > 0
+    assert own.traffic_log.traffic().stall_seconds > 0
 
 
 def test_who_is_here_is_computed_while_others_come() -> None:
-    slow = Slow(InMemory(blobs(8)))
+    slow = Slow(HostTier(blobs(8)))
     own = store(slow, 8, 6)
     first, both = torch.zeros(8, dtype=torch.bool), torch.zeros(8, dtype=torch.bool)
     first[:3] = True
     both[:5] = True
-    list(own.serve(1, Demand(first)))
-    waves = own.serve(1, Demand(both))
+    list(own.serve(1, ExpertRequest(first)))
+    waves = own.serve(1, ExpertRequest(both))
     slab = next(waves)
     assert (slab.slot_of >= 0).tolist() == first.tolist()
     deadline = time.monotonic() + 60
@@ -169,40 +175,40 @@ def test_who_is_here_is_computed_while_others_come() -> None:
 
 def test_a_slab_of_all_that_are_here_is_made_anew_when_others_came() -> None:
     whole = blobs(6)
-    own, true = store(InMemory(whole), 6, 3), shown(whole[1], torch.arange(6))
+    own, true = store(HostTier(whole), 6, 3), shown(whole[1], torch.arange(6))
     for wanted in ({0, 1, 2}, {0, 1}, {1, 2}, {1, 4}, {4}, {1, 4}, {0, 1}, {0}):
-        used = membership(torch.tensor(sorted(wanted)), 6)
+        used = expert_mask(torch.tensor(sorted(wanted)), 6)
         seen: set[int] = set()
-        for slab in own.serve(1, Demand(used)):
+        for slab in own.serve(1, ExpertRequest(used)):
             here = [one for one in range(6) if int(slab.slot_of[one]) >= 0]
             assert torch.equal(slab.down[slab.slot_of[here]], true.down[here])
             seen |= set(here)
         assert seen >= wanted
-    assert own.ledger.traffic().moved == 5
+    assert own.traffic_log.traffic().experts_moved == 5
 
 
 def test_a_store_that_was_left_in_the_middle_fetches_anew() -> None:
     whole = blobs(9)
-    own = store(InMemory(whole), 9, 3)
-    served = own.serve(1, Demand(torch.ones(9, dtype=torch.bool)))
+    own = store(HostTier(whole), 9, 3)
+    served = own.serve(1, ExpertRequest(torch.ones(9, dtype=torch.bool)))
     next(served)
     served.close()
     resident = own.resident(1)
     assert resident is not None
     assert not bool(resident.any())
     x, (routing,) = torch.randn(5, HIDDEN), routings(9, 4, count=1)
-    true = Resident({1: shown(whole[1], torch.arange(9))})
+    true = ResidentExpertStore({1: shown(whole[1], torch.arange(9))})
     torch.testing.assert_close(computed(own, 1, routing, x), computed(true, 1, routing, x))
 
 
-def on_disk(folder: Path, experts: int = 6) -> tuple[OnDisk, dict[int, Tensor]]:
+def on_disk(folder: Path, experts: int = 6) -> tuple[DiskTier, dict[int, Tensor]]:
     whole, layers = blobs(experts), {}
     for layer, one in whole.items():
         path = folder / f"layer-{layer}"
         path.write_bytes(b"before " + one.numpy().tobytes() + b" behind")
         sums = tuple(zlib.crc32(blob.numpy().tobytes()) for blob in one)
-        layers[layer] = Blobs(path, 7, SIZE, sums)
-    return OnDisk(layers), whole
+        layers[layer] = ExpertFileSpan(path, 7, SIZE, sums)
+    return DiskTier(layers), whole
 
 
 def test_a_disk_gives_what_was_written(tmp_path: Path) -> None:
@@ -228,28 +234,34 @@ def test_a_disk_that_fails_gives_an_error_and_never_other_weights(
     """Experts 0 and 1 were read before the file was harmed; then 4 is asked for, and again."""
     tier, whole = on_disk(tmp_path)
     own = store(tier, 6, 3)
-    list(own.serve(1, Demand(torch.tensor([True, True, False, False, False, False]))))
-    path = tier.layers[1].path
+    list(own.serve(1, ExpertRequest(torch.tensor([True, True, False, False, False, False]))))
+    path = tier.spans[1].path
     good = path.read_bytes()
     harm(path)
     for _ in range(2):
         with pytest.raises(CoterieError, match=f"expert 4 of layer 1.*{told}"):
-            list(own.serve(1, Demand(torch.tensor([False, False, False, False, True, False]))))
+            list(
+                own.serve(1, ExpertRequest(torch.tensor([False, False, False, False, True, False])))
+            )
     path.write_bytes(good)
-    (slab,) = own.serve(1, Demand(torch.tensor([False, False, False, False, True, False])))
+    (slab,) = own.serve(1, ExpertRequest(torch.tensor([False, False, False, False, True, False])))
     assert torch.equal(slab.down[slab.slot_of[4]], shown(whole[1], torch.arange(6)).down[4])
 
 
 PAGES = 2  # of an expert, below
 
 
-def paged(folder: Path) -> tuple[OnDisk, Tensor, Tensor]:
+def paged(folder: Path) -> tuple[DiskTier, Tensor, Tensor]:
     """A layer of six experts in whole pages, and memory for one that begins where a page does."""
-    whole = torch.randint(256, (6, PAGES * PAGE), dtype=torch.uint8)
-    (folder / "layer").write_bytes(bytes(PAGE) + whole.numpy().tobytes())
+    whole = torch.randint(256, (6, PAGES * PAGE_BYTES), dtype=torch.uint8)
+    (folder / "layer").write_bytes(bytes(PAGE_BYTES) + whole.numpy().tobytes())
     sums = tuple(zlib.crc32(one.numpy().tobytes()) for one in whole)
-    into = torch.frombuffer(mmap.mmap(-1, PAGES * PAGE), dtype=torch.uint8)
-    return OnDisk({1: Blobs(folder / "layer", PAGE, PAGES * PAGE, sums)}), whole, into
+    into = torch.frombuffer(mmap.mmap(-1, PAGES * PAGE_BYTES), dtype=torch.uint8)
+    return (
+        DiskTier({1: ExpertFileSpan(folder / "layer", PAGE_BYTES, PAGES * PAGE_BYTES, sums)}),
+        whole,
+        into,
+    )
 
 
 @pytest.mark.parametrize("past", [True, False])
@@ -274,18 +286,24 @@ def test_whole_pages_are_read_past_the_cache_where_the_system_can(
     assert len([flag for flag in flags if flag != os.O_RDONLY]) == tried
 
 
-@pytest.mark.parametrize("left", [0, 1, PAGE - 1, PAGE, PAGE + 7, 2 * PAGE - 1])
+@pytest.mark.parametrize(
+    "left", [0, 1, PAGE_BYTES - 1, PAGE_BYTES, PAGE_BYTES + 7, 2 * PAGE_BYTES - 1]
+)
 def test_a_file_that_ends_inside_an_expert_is_an_error_in_pages_too(
     tmp_path: Path, left: int
 ) -> None:
     tier, _, into = paged(tmp_path)
-    os.truncate(tmp_path / "layer", PAGE + 3 * PAGES * PAGE + left)
+    os.truncate(tmp_path / "layer", PAGE_BYTES + 3 * PAGES * PAGE_BYTES + left)
     tier.fetch(1, 2, into)
-    with pytest.raises(CoterieError, match=f"expert 3 of layer 1 ends after {left} of {2 * PAGE}"):
+    with pytest.raises(
+        CoterieError, match=f"expert 3 of layer 1 ends after {left} of {2 * PAGE_BYTES}"
+    ):
         tier.fetch(1, 3, into)
 
 
-needs_kernels = pytest.mark.skipif(not cpu.ready(), reason="the kernels for CPUs are not built")
+needs_kernels = pytest.mark.skipif(
+    not cpu.is_available(), reason="the kernels for CPUs are not built"
+)
 PROMPT = [5, 17, 33, 2, 9]
 ASKED = {"max_new_tokens": 24, "block": 8, "unmask": "fixed:steps=3"}
 
@@ -293,7 +311,7 @@ ASKED = {"max_new_tokens": 24, "block": 8, "unmask": "fixed:steps=3"}
 def packed(folder: Path, family: str = "llada2", kind: str = "int8") -> Path:
     """A tiny checkpoint of 16 experts a layer, packed."""
     whole = write_checkpoint(folder / "whole", family, dtype=torch.bfloat16)
-    convert(whole, folder / "packed", Aim.of(kind))
+    convert(whole, folder / "packed", ConversionTarget.parse(kind))
     return folder / "packed"
 
 
@@ -314,9 +332,9 @@ def test_a_model_answers_the_same_with_few_experts_in_memory(
         for policy in ("vanilla", "des-vote:beta=0.3"):
             found, true = (one.generate(PROMPT, policy=policy, **ASKED) for one in (few, whole))
             assert found.tokens == true.tokens
-        store = few.model.offloaded
+        store = few.model.offload_store
         assert store is not None
-        moved = store.ledger.traffic().moved
+        moved = store.traffic_log.traffic().experts_moved
         assert (store.capacity, moved > 0) == ({"1": 1, "35%": 5, "100%": 16}[memory], True)
         assert (moved <= 16 * len(few.model.spec.moe_layers)) == (memory == "100%")
 
@@ -328,9 +346,9 @@ def test_an_election_prefers_who_is_in_memory(tmp_path: Path) -> None:
     for lam in (0, 8):
         engine = opened(folder, "35%")
         engine.generate(PROMPT, policy=f"resident-vote:beta=0.3,lam={lam},eps=0.5", **ASKED)
-        store = engine.model.offloaded
+        store = engine.model.offload_store
         assert store is not None
-        hits.append(store.ledger.traffic().hit_rate)
+        hits.append(store.traffic_log.traffic().hit_rate)
     assert hits[1] > hits[0]
 
 
@@ -375,7 +393,7 @@ def test_what_cannot_be_kept_outside_memory_is_one_line(
 
 @pytest.mark.parametrize("error", [OSError(errno.ENOMEM, "Cannot allocate"), RuntimeError("no")])
 def test_memory_that_is_not_to_be_had_is_said_and_may_be_had_later(error: Exception) -> None:
-    own, left = store(InMemory(blobs(4)), 4, 2), [error]
+    own, left = store(HostTier(blobs(4)), 4, 2), [error]
     allocate = own.allocate
 
     def grudging(slots: int, size: int) -> Tensor:
@@ -390,15 +408,15 @@ def test_memory_that_is_not_to_be_had_is_said_and_may_be_had_later(error: Except
 
 
 def test_an_expert_that_was_to_be_here_from_the_start_is_said_and_not_asked_for_again() -> None:
-    tier = Failing(InMemory(blobs(4)), {2})
+    tier = Failing(HostTier(blobs(4)), {2})
     own = store(tier, 4, 3)
-    own.warm = {1: np.array([0.0, 1.0, 2.0, 0.5])}
+    own.warm_votes = {1: np.array([0.0, 1.0, 2.0, 0.5])}
     with pytest.raises(CoterieError, match="expert 2"):
         own.resident(1)
     here = own.resident(1)
     assert here is not None
     assert not bool(here.any())
-    list(own.serve(1, Demand(torch.tensor([True, True, False, False]))))
+    list(own.serve(1, ExpertRequest(torch.tensor([True, True, False, False]))))
 
 
 @dataclass(frozen=True)

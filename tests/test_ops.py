@@ -12,7 +12,7 @@ from torch import Tensor
 from coterie import ops
 from coterie.ops import grouped, reference
 from coterie.routing import parse_policy, route
-from coterie.values import RouterSpec, Routing, Scores, Slab, membership
+from coterie.values import RouterSpec, Routing, Scores, Slab, expert_mask
 
 POLICIES = ("vanilla", "des-vote:beta=0.1", "topk:k=1", "naee:beta=0.5", "random:beta=0.2")
 
@@ -50,7 +50,7 @@ def test_zero_is_one_number_whatever_its_sign():
 
 
 def test_membership_ignores_nobody():
-    assert membership(torch.tensor([[2, -1], [-1, -1]]), 3).tolist() == [
+    assert expert_mask(torch.tensor([[2, -1], [-1, -1]]), 3).tolist() == [
         [False, False, True],
         [False, False, False],
     ]
@@ -72,7 +72,7 @@ def test_the_grouped_product_equals_the_loop(
     x, routing, whole = layer(policy, seed, hidden=8, width=16)
     whole = Slab(whole.gate_up.to(dtype), whole.down.to(dtype), whole.slot_of)
     for slab in split(whole, parts):
-        assert grouped.fits(x.to(dtype), slab)
+        assert grouped.supports(x.to(dtype), slab)
         torch.testing.assert_close(
             grouped.run_experts(x.to(dtype), routing, slab),
             reference.run_experts(x.to(dtype), routing, slab),
@@ -81,8 +81,8 @@ def test_the_grouped_product_equals_the_loop(
 
 def test_shapes_that_the_grouped_product_cannot_take_go_through_the_loop():
     x, routing, slab = layer("vanilla")
-    assert not grouped.fits(x, slab)
-    assert not grouped.fits(x, Slab(slab.gate_up[:0], slab.down[:0], slab.slot_of))
+    assert not grouped.supports(x, slab)
+    assert not grouped.supports(x, Slab(slab.gate_up[:0], slab.down[:0], slab.slot_of))
     assert torch.equal(ops.run_experts(x, routing, slab), reference.run_experts(x, routing, slab))
 
 
@@ -122,7 +122,7 @@ def layer(
 ) -> tuple[Tensor, Routing, Slab]:
     """Ten tokens and a slab of 16 experts; these sizes keep the grouped product out."""
     generator = torch.Generator().manual_seed(seed)
-    router = RouterSpec(16, 4, "sigmoid", True, scale=2.5, groups=4, kept_groups=2)
+    router = RouterSpec(16, 4, "sigmoid", True, scale=2.5, groups=4, topk_groups=2)
     scores = Scores(torch.randn(2, 5, 16, generator=generator), router)
     slab = Slab(
         gate_up=torch.randn(16, 2 * width, hidden, generator=generator),
@@ -144,7 +144,9 @@ def split(slab: Slab, parts: int) -> list[Slab]:
 
 def _each_token_by_itself(x: Tensor, routing: Routing, slab: Slab) -> Tensor:
     out = torch.zeros(x.shape)
-    for token, (ids, weights) in enumerate(zip(routing.ids, routing.weights, strict=True)):
+    for token, (ids, weights) in enumerate(
+        zip(routing.topk_ids, routing.topk_weights, strict=True)
+    ):
         for expert, weight in zip(ids.tolist(), weights, strict=True):
             if expert >= 0:
                 both = slab.gate_up[slab.slot_of[expert]] @ x[token]

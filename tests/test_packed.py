@@ -20,27 +20,29 @@ from torch.nn import functional as F
 
 import coterie
 from coterie.cli.edge import run
-from coterie.engine.convert import Aim, convert
+from coterie.engine.convert import ConversionTarget, convert
 from coterie.engine.facts import inspect
 from coterie.engine.journal import MANIFEST
 from coterie.engine.load import Model, load_model
 from coterie.engine.verify import verify
-from coterie.experts.store import Resident
+from coterie.experts.store import ResidentExpertStore
 from coterie.model import filling
-from coterie.model.checkpoint import SINGLE, Checkpoint
+from coterie.model.checkpoint import SINGLE_FILE, Checkpoint
 from coterie.model.moe import MoE
 from coterie.naming import CoterieError
 from coterie.ops import cpu
-from coterie.ops.panels import KINDS, LAYOUT, unpack
-from coterie.quant import FORMATS, QTensor, dequantise, quantise
+from coterie.ops.panels import PACKED_FORMATS, LAYOUT_VERSION, unpack
+from coterie.quant import FORMATS, QTensor, dequantize, quantize
 from coterie.testing import write_checkpoint
-from coterie.values import Panels, Slab
+from coterie.values import PackedExperts, Slab
 
 FAMILIES = ("llada2", "llada-moe", "sdar-moe")
 ODD = {"hidden_size": 33, "moe_intermediate_size": 19}
 LAYER = "packed-experts-of-layer-1.safetensors"
 PACKED = "model.layers.1.mlp.experts.packed"
-needs_kernels = pytest.mark.skipif(not cpu.ready(), reason="the kernels for CPUs are not built")
+needs_kernels = pytest.mark.skipif(
+    not cpu.is_available(), reason="the kernels for CPUs are not built"
+)
 
 
 def source(folder: Path, family: str = "llada2", **options: object) -> Path:
@@ -49,7 +51,7 @@ def source(folder: Path, family: str = "llada2", **options: object) -> Path:
 
 
 def packed(folder: Path, kind: str = "int8", **options: object) -> Path:
-    convert(source(folder, **options), folder / "packed", Aim.of(kind))  # pyright: ignore[reportArgumentType]
+    convert(source(folder, **options), folder / "packed", ConversionTarget.parse(kind))  # pyright: ignore[reportArgumentType]
     return folder / "packed"
 
 
@@ -59,7 +61,7 @@ def slabs(model: Model) -> list[Slab]:
         for layer in model.transformer.layers
         if isinstance(layer.feed_forward, MoE)
     ]
-    assert isinstance(stores[0], Resident)
+    assert isinstance(stores[0], ResidentExpertStore)
     return list(stores[0].slabs.values())
 
 
@@ -68,7 +70,7 @@ def plain(slab: Slab) -> list[Tensor]:
     unpacked = unpack(slab)
     found = []
     for weight in (unpacked.gate_up, unpacked.down):
-        assert not isinstance(weight, Panels)
+        assert not isinstance(weight, PackedExperts)
         found += [weight.q, weight.scales] if isinstance(weight, QTensor) else [weight]
     return found
 
@@ -89,7 +91,7 @@ def answer(folder: Path, **options: str) -> tuple[int, ...]:
 
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("stacked", [False, True])
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", PACKED_FORMATS)
 def test_packed_experts_are_what_loading_makes_of_the_original(
     tmp_path: Path, family: str, stacked: bool, kind: str
 ) -> None:
@@ -100,7 +102,7 @@ def test_packed_experts_are_what_loading_makes_of_the_original(
     assert answer(folder, dtype="bf16") == answer(tmp_path / "whole", dtype="bf16", **asked)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", PACKED_FORMATS)
 @pytest.mark.parametrize("sizes", [ODD, {"hidden_size": 100, "moe_intermediate_size": 1}])
 def test_odd_sizes_are_packed_and_mapped_too(
     tmp_path: Path, kind: str, sizes: dict[str, int]
@@ -114,18 +116,18 @@ def test_odd_sizes_are_packed_and_mapped_too(
 
 
 @needs_kernels
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", PACKED_FORMATS)
 def test_without_kernels_the_same_is_written_and_loaded(
     tmp_path: Path, kind: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = packed(tmp_path, kind, **ODD)
     usual = load_model(folder, dtype="bf16")
-    monkeypatch.setattr(cpu, "ready", lambda: False)
-    convert(tmp_path / "whole", tmp_path / "slowly", Aim.of(kind))
+    monkeypatch.setattr(cpu, "is_available", lambda: False)
+    convert(tmp_path / "whole", tmp_path / "slowly", ConversionTarget.parse(kind))
     assert contents(tmp_path / "slowly") == contents(folder)
     without = load_model(folder, dtype="bf16")
-    assert all(isinstance(slab.gate_up, Panels) for slab in slabs(usual))
-    assert not any(isinstance(slab.gate_up, Panels) for slab in slabs(without))
+    assert all(isinstance(slab.gate_up, PackedExperts) for slab in slabs(usual))
+    assert not any(isinstance(slab.gate_up, PackedExperts) for slab in slabs(without))
     assert same(without, usual)
     asked = {} if kind == "bf16" else {"experts": kind}
     assert answer(folder, dtype="bf16") == answer(tmp_path / "whole", dtype="bf16", **asked)
@@ -135,7 +137,7 @@ def test_unpacked_experts_have_the_type_of_the_model(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = packed(tmp_path, "bf16")
-    monkeypatch.setattr(cpu, "ready", lambda: False)
+    monkeypatch.setattr(cpu, "is_available", lambda: False)
     model, whole = (load_model(f, dtype="fp32") for f in (folder, tmp_path / "whole"))
     assert same(model, whole)
     assert answer(folder, dtype="fp32") == answer(tmp_path / "whole", dtype="fp32")
@@ -143,8 +145,8 @@ def test_unpacked_experts_have_the_type_of_the_model(
 
 def test_a_quantised_checkpoint_is_packed_as_it_is(tmp_path: Path) -> None:
     folder = packed(tmp_path, "int4", shards=3)
-    convert(tmp_path / "whole", tmp_path / "plain", Aim.of("int4", layout="plain"))
-    convert(tmp_path / "plain", tmp_path / "again", Aim.of("int4"))
+    convert(tmp_path / "whole", tmp_path / "plain", ConversionTarget.parse("int4", layout="plain"))
+    convert(tmp_path / "plain", tmp_path / "again", ConversionTarget.parse("int4"))
     ours, theirs = contents(tmp_path / "again"), contents(folder)
     layers = [name for name in theirs if name.startswith("packed-experts")]
     assert len(layers) == 2
@@ -177,7 +179,7 @@ def test_every_expert_has_a_checksum(tmp_path: Path) -> None:
 def test_every_expert_tells_what_it_lost(tmp_path: Path, kind: str) -> None:
     """By what it gives for Gaussian tokens; drawn once more here, so equal but for the draw."""
     whole = write_checkpoint(tmp_path / "whole", "llada2", dtype=torch.bfloat16)
-    convert(whole, tmp_path / kind, Aim.of(kind))
+    convert(whole, tmp_path / kind, ConversionTarget.parse(kind))
     listed = json.loads((tmp_path / kind / MANIFEST).read_text())["tensors"]
     told = listed[PACKED]["error"]
     x = torch.randn(4096, 32, generator=torch.Generator().manual_seed(3))
@@ -193,7 +195,7 @@ def test_every_expert_tells_what_it_lost(tmp_path: Path, kind: str) -> None:
             return held[f"model.layers.1.mlp.experts.{expert}.{part}.weight"].float()
 
         best = given(true)
-        found = given(lambda part, true=true: dequantise(quantise(true(part), FORMATS[kind])))
+        found = given(lambda part, true=true: dequantize(quantize(true(part), FORMATS[kind])))
         error = float((found - best).norm() / best.norm())
         assert told[expert] == pytest.approx(error, rel=0.1)
 
@@ -212,7 +214,7 @@ def test_nothing_writes_into_the_map(tmp_path: Path) -> None:
         assert re.search(r"Private_Dirty:\s+0 kB", text)
     # Whoever writes all the same has a page of their own.
     panels = slabs(engine.model)[0].gate_up
-    assert isinstance(panels, Panels)
+    assert isinstance(panels, PackedExperts)
     panels.packed.fill_(7)
     assert contents(folder) == before
 
@@ -231,7 +233,7 @@ def test_a_file_that_shrinks_before_it_is_mapped_is_noticed(tmp_path: Path) -> N
     entry = Checkpoint.of(file.parent).files[file][PACKED]
     os.truncate(file, entry.start + entry.size - 1)
     with file.open("rb") as opened, pytest.raises(CoterieError, match="it became shorter"):
-        filling.mapped(opened.fileno(), entry)
+        filling.map_tensor(opened.fileno(), entry)
 
 
 @needs_kernels
@@ -242,7 +244,7 @@ def test_a_file_that_shrinks_while_it_is_mapped_is_noticed(tmp_path: Path) -> No
         memory = mmap.mmap(opened.fileno(), 1 << 16, prot=mmap.PROT_READ)
         os.truncate(file, 1 << 13)
         with pytest.raises(CoterieError, match="it became shorter"):
-            filling.make_present(memory, 1 << 16)
+            filling.populate_pages(memory, 1 << 16)
 
 
 def test_what_was_killed_goes_on_and_comes_out_the_same(tmp_path: Path) -> None:
@@ -260,15 +262,17 @@ def test_what_was_killed_goes_on_and_comes_out_the_same(tmp_path: Path) -> None:
                 raise Left
 
         with pytest.raises(Left):
-            convert(tmp_path / "whole", tmp_path / "killed", Aim.of("int8"), told)
+            convert(tmp_path / "whole", tmp_path / "killed", ConversionTarget.parse("int8"), told)
         with pytest.raises(CoterieError, match="conversion was not finished"):
             load_model(tmp_path / "killed")
     with pytest.raises(CoterieError, match=r"beginning of another model \(int8 .*, packed,"):
-        convert(tmp_path / "whole", tmp_path / "killed", Aim.of("int4"))
+        convert(tmp_path / "whole", tmp_path / "killed", ConversionTarget.parse("int4"))
     with pytest.raises(CoterieError, match="beginning of another model"):
-        convert(tmp_path / "whole", tmp_path / "killed", Aim.of("int8", layout="plain"))
-    made = convert(tmp_path / "whole", tmp_path / "killed", Aim.of("int8"))
-    assert 0 < made.found < made.files
+        convert(
+            tmp_path / "whole", tmp_path / "killed", ConversionTarget.parse("int8", layout="plain")
+        )
+    made = convert(tmp_path / "whole", tmp_path / "killed", ConversionTarget.parse("int8"))
+    assert 0 < made.files_resumed < made.files
     assert contents(tmp_path / "killed") == contents(folder)
 
 
@@ -290,18 +294,28 @@ def test_a_source_that_goes_away_meanwhile_is_named(
             harm(last)
 
     with pytest.raises(CoterieError, match=f"whole/{last.name}: .*{problem}"):
-        convert(tmp_path / "whole", tmp_path / "out", Aim.of("int8", layout=layout), told)
+        convert(
+            tmp_path / "whole",
+            tmp_path / "out",
+            ConversionTarget.parse("int8", layout=layout),
+            told,
+        )
     assert list((tmp_path / "out").glob("*.part")) == []
 
 
 def test_progress_tells_every_byte_of_the_source(tmp_path: Path) -> None:
     heard: list[tuple[int, int]] = []
-    convert(source(tmp_path), tmp_path / "out", Aim.of("int8"), lambda *told: heard.append(told))
+    convert(
+        source(tmp_path),
+        tmp_path / "out",
+        ConversionTarget.parse("int8"),
+        lambda *told: heard.append(told),
+    )
     whole = Checkpoint.of(tmp_path / "whole").bytes
     assert [total for _, total in heard] == [whole] * len(heard)
     assert heard[-1][0] == whole
     heard.clear()
-    load_model(tmp_path / "out", progress=lambda *told: heard.append(told))
+    load_model(tmp_path / "out", on_progress=lambda *told: heard.append(told))
     whole = Checkpoint.of(tmp_path / "out").bytes
     assert heard[-1] == (whole, whole)
 
@@ -324,8 +338,8 @@ def test_a_flipped_bit_is_found_and_its_expert_named(
     flip(folder / LAYER, entry.start + 5 * entry.shape[1] + 77)
     flip(folder / LAYER, entry.start + 11 * entry.shape[1] + 77)
     assert verify(folder).experts == 32
-    name, entry = list(Checkpoint.of(folder).files[folder / SINGLE].items())[2]
-    flip(folder / SINGLE, entry.start)
+    name, entry = list(Checkpoint.of(folder).files[folder / SINGLE_FILE].items())[2]
+    flip(folder / SINGLE_FILE, entry.start)
     with pytest.raises(CoterieError, match=f"{re.escape(name)} is not what was written; copy"):
         verify(folder)
 
@@ -366,7 +380,10 @@ def test_a_damaged_folder_is_refused_by_name(tmp_path: Path) -> None:
         (1, "not a name and a version"),
         ({"name": "panels"}, "not a name and a version"),
         ({"name": "tiles", "version": 1}, "does not know .*a newer one reads it, or pack the orig"),
-        ({"name": "panels", "version": LAYOUT + 1}, "does not know .*'panels' up to version"),
+        (
+            {"name": "panels", "version": LAYOUT_VERSION + 1},
+            "does not know .*'panels' up to version",
+        ),
         ({"name": "panels", "version": True}, "does not know"),
         ({"name": "panels", "version": 0}, "packed by an older Coterie.*pack the original again"),
     ],
@@ -397,12 +414,16 @@ def test_packed_experts_do_not_become_others(tmp_path: Path) -> None:
     folder = packed(tmp_path, "bf16")
     with pytest.raises(CoterieError, match="are bf16, packed already; int8 in groups of 64 can be"):
         load_model(folder, experts="int8")
-    for aim in (Aim.of("int8"), Aim.of("bf16"), Aim.of("int4", layout="plain")):
+    for aim in (
+        ConversionTarget.parse("int8"),
+        ConversionTarget.parse("bf16"),
+        ConversionTarget.parse("int4", layout="plain"),
+    ):
         with pytest.raises(
             CoterieError, match=r"are bf16, packed already; .* of the original only"
         ):
             convert(folder, tmp_path / "other", aim)
-    assert load_model(packed(tmp_path / "int8"), experts="int8").spec.panels == cpu.ready()
+    assert load_model(packed(tmp_path / "int8"), experts="int8").spec.panels == cpu.is_available()
 
 
 def test_the_command_complains_in_one_line(
@@ -424,10 +445,10 @@ def test_the_command_complains_in_one_line(
 
 
 def test_other_groups_stay_matrices_unless_panels_are_asked_for() -> None:
-    assert Aim.of("int8").panels
-    assert not Aim.of("int8", 128).panels
-    assert Aim.of("int4", 32, "panels").panels
-    assert not Aim.of("int4", 32, "plain").panels
+    assert ConversionTarget.parse("int8").packed
+    assert not ConversionTarget.parse("int8", 128).packed
+    assert ConversionTarget.parse("int4", 32, "panels").packed
+    assert not ConversionTarget.parse("int4", 32, "plain").packed
 
 
 def test_inspect_tells_the_sizes_of_what_is_stored(tmp_path: Path) -> None:

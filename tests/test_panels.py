@@ -13,33 +13,39 @@ from policies import law
 
 from coterie import ops
 from coterie.ops import cpu, panels
-from coterie.ops.panels import KINDS, Kind, expert_bytes, pack, unpack
-from coterie.quant import FORMATS, Format, QTensor, quantise
-from coterie.values import Panels, Slab
+from coterie.ops.panels import PACKED_FORMATS, PackedFormat, expert_bytes, pack, unpack
+from coterie.quant import FORMATS, QuantFormat, QTensor, quantize
+from coterie.values import PackedExperts, Slab
 
 SIZES = {"hidden": st.integers(1, 200), "width": st.integers(1, 150)}
-needs_kernels = pytest.mark.skipif(not cpu.ready(), reason="the kernels for CPUs are not built")
+needs_kernels = pytest.mark.skipif(
+    not cpu.is_available(), reason="the kernels for CPUs are not built"
+)
 
 
-def random_slab(kind: Kind, seed: int, *, hidden: int, width: int, experts: int = 3) -> Slab:
+def random_slab(
+    kind: PackedFormat, seed: int, *, hidden: int, width: int, experts: int = 3
+) -> Slab:
     draw = torch.Generator().manual_seed(seed)
     gate_up = torch.randn(experts, 2 * width, hidden, generator=draw)
     down = torch.randn(experts, hidden, width, generator=draw)
     slot_of = torch.randperm(experts, generator=draw)
     if kind == "bf16":
         return Slab(gate_up.bfloat16(), down.bfloat16(), slot_of)
-    return Slab(quantise(gate_up, FORMATS[kind]), quantise(down, FORMATS[kind]), slot_of)
+    return Slab(quantize(gate_up, FORMATS[kind]), quantize(down, FORMATS[kind]), slot_of)
 
 
 def packed(slab: Slab) -> torch.Tensor:
-    assert isinstance(slab.gate_up, Panels)
+    assert isinstance(slab.gate_up, PackedExperts)
     return slab.gate_up.packed
 
 
 @needs_kernels
-@given(seed=st.integers(0, 999), kind=st.sampled_from(KINDS), **SIZES)
+@given(seed=st.integers(0, 999), kind=st.sampled_from(PACKED_FORMATS), **SIZES)
 @law(60)
-def test_kernels_pack_as_plain_torch_does(seed: int, kind: Kind, hidden: int, width: int) -> None:
+def test_kernels_pack_as_plain_torch_does(
+    seed: int, kind: PackedFormat, hidden: int, width: int
+) -> None:
     slab = random_slab(kind, seed, hidden=hidden, width=width)
     plain, compiled = pack(slab), cpu.pack(slab)
     assert packed(plain).equal(packed(compiled))
@@ -47,9 +53,11 @@ def test_kernels_pack_as_plain_torch_does(seed: int, kind: Kind, hidden: int, wi
     assert cpu.expert_bytes(kind, hidden=hidden, width=width) == packed(plain).shape[1]
 
 
-@given(seed=st.integers(0, 999), kind=st.sampled_from(KINDS), **SIZES)
+@given(seed=st.integers(0, 999), kind=st.sampled_from(PACKED_FORMATS), **SIZES)
 @law(60)
-def test_what_was_packed_comes_out_again(seed: int, kind: Kind, hidden: int, width: int) -> None:
+def test_what_was_packed_comes_out_again(
+    seed: int, kind: PackedFormat, hidden: int, width: int
+) -> None:
     slab = random_slab(kind, seed, hidden=hidden, width=width)
     again = unpack(pack(slab))
     assert again.slot_of.equal(slab.slot_of)
@@ -64,13 +72,13 @@ def test_what_was_packed_comes_out_again(seed: int, kind: Kind, hidden: int, wid
             assert ours.view(torch.int16).equal(theirs.view(torch.int16))
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_every_byte_of_an_expert_says_something(kind: Kind) -> None:
+@pytest.mark.parametrize("kind", PACKED_FORMATS)
+def test_every_byte_of_an_expert_says_something(kind: PackedFormat) -> None:
     """At sizes that fill their panels: so no byte is lost between two that say the same."""
     hidden, width = 128, 64
     size = expert_bytes(kind, hidden=hidden, width=width)
     blobs = torch.randint(0, 256, (2, size), generator=torch.Generator().manual_seed(3))
-    slab = panels.in_panels(
+    slab = panels.slab_of_packed(
         blobs.to(torch.uint8), kind, torch.arange(2), hidden=hidden, width=width
     )
     assert packed(pack(unpack(slab))).equal(blobs.to(torch.uint8))
@@ -90,8 +98,8 @@ def test_what_no_panels_hold_is_refused() -> None:
     plain = Slab(torch.zeros(1, 4, 2), torch.zeros(1, 2, 2), torch.arange(1))
     with pytest.raises(ValueError, match=r"no panels hold experts in torch\.float32"):
         ops.pack(plain)
-    coarse = Format(8, 128)
-    slab = Slab(*(quantise(t, coarse) for t in (plain.gate_up, plain.down)), plain.slot_of)  # pyright: ignore[reportArgumentType]
+    coarse = QuantFormat(8, 128)
+    slab = Slab(*(quantize(t, coarse) for t in (plain.gate_up, plain.down)), plain.slot_of)  # pyright: ignore[reportArgumentType]
     with pytest.raises(ValueError, match=r"no panels hold experts in torch\.int8"):
         ops.pack(slab)
     assert unpack(plain) is plain
@@ -100,16 +108,16 @@ def test_what_no_panels_hold_is_refused() -> None:
 def test_both_languages_say_one_layout() -> None:
     header = Path(str(cpu.__file__)).with_name("api.hpp").read_text()
     [said] = re.findall(r"#define COTERIE_LAYOUT (\d+)", header)
-    assert int(said) == panels.LAYOUT
+    assert int(said) == panels.LAYOUT_VERSION
 
 
 @needs_kernels
 def test_experts_that_kernels_do_not_take_are_said_to_be_slow(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    form = Format(8, 40)  # no other test has it: it is said once in a process
+    form = QuantFormat(8, 40)  # no other test has it: it is said once in a process
     slab = Slab(
-        quantise(torch.ones(1, 4, 40), form), quantise(torch.ones(1, 40, 2), form), torch.arange(1)
+        quantize(torch.ones(1, 4, 40), form), quantize(torch.ones(1, 40, 2), form), torch.arange(1)
     )
     assert ops.prepare(slab) is slab
     assert ops.prepare(slab) is slab

@@ -10,8 +10,14 @@ from policies import law
 from test_replay import drawn, play
 
 from coterie.experts.eviction import Lru
-from coterie.planning.booking import Cache, Memory, asks_residents, book, choose
-from coterie.planning.machine import Machine, clock
+from coterie.planning.booking import (
+    CacheConfig,
+    TraceVotes,
+    depends_on_residents,
+    replay_cache,
+    select_experts,
+)
+from coterie.planning.machine import HardwareModel, predict_time
 from coterie.planning.prefetch import (
     Guess,
     Nobody,
@@ -23,13 +29,15 @@ from coterie.planning.prefetch import (
     play_ahead,
 )
 
-MACHINE = Machine(link=1000.0, memory=4000.0, rest=0.2, latency=0.01)
+MACHINE = HardwareModel(
+    link_bandwidth=1000.0, memory_bandwidth=4000.0, other_seconds=0.2, transfer_latency=0.01
+)
 SLOTS = 9
 
 
-def ahead(policy: str, guess: Guess, *, shelf: int, machine: Machine = MACHINE):
-    memory, asked = Memory.of(drawn()), play(policy)
-    chosen = None if asks_residents(asked) else choose(memory, asked)
+def ahead(policy: str, guess: Guess, *, shelf: int, machine: HardwareModel = MACHINE):
+    memory, asked = TraceVotes.of(drawn()), play(policy)
+    chosen = None if depends_on_residents(asked) else select_experts(memory, asked)
     sizes = {"slots": SLOTS, "shelf": shelf, "machine": machine, "size": 100}
     return memory, chosen, play_ahead(memory, asked, chosen, guess, **sizes)
 
@@ -37,12 +45,14 @@ def ahead(policy: str, guess: Guess, *, shelf: int, machine: Machine = MACHINE):
 @pytest.mark.parametrize("policy", ["vanilla", "des-vote:beta=0.3", "resident-vote:beta=0.3"])
 def test_without_guesses_it_is_the_replay(policy: str) -> None:
     memory, chosen, found = ahead(policy, Nobody(), shelf=0)
-    booked = book(memory, play(policy), chosen, Cache(Lru(), SLOTS))
+    booked = replay_cache(memory, play(policy), chosen, CacheConfig(Lru(), SLOTS))
     assert np.array_equal(found.waited, booked.loads)
     assert np.array_equal(found.used, booked.used)
     assert found.moved == booked.loads.sum()
-    foretold = clock(MACHINE, booked.used, booked.loads, 100, decoding=len(booked.used))
-    assert found.seconds == pytest.approx(foretold.forward * len(booked.used))
+    foretold = predict_time(
+        MACHINE, booked.used, booked.loads, 100, decode_forwards=len(booked.used)
+    )
+    assert found.seconds == pytest.approx(foretold.forward_seconds * len(booked.used))
 
 
 @pytest.mark.parametrize("guess", [Voted(0.0), Voted(0.8), Together()])
@@ -50,7 +60,9 @@ def test_without_guesses_it_is_the_replay(policy: str) -> None:
 def test_whoever_is_needed_came_once_early_or_late(guess: Guess, shelf: int) -> None:
     """The slots that are left miss as many; who lay on the shelf is not waited for."""
     memory, chosen, found = ahead("des-vote:beta=0.3", guess, shelf=shelf)
-    fewer = book(memory, play("des-vote:beta=0.3"), chosen, Cache(Lru(), SLOTS - shelf))
+    fewer = replay_cache(
+        memory, play("des-vote:beta=0.3"), chosen, CacheConfig(Lru(), SLOTS - shelf)
+    )
     assert np.array_equal(found.waited + found.useful, fewer.loads)
     assert found.useful.sum() <= found.early.sum()
     assert found.early.sum() > 0
@@ -65,7 +77,7 @@ def test_the_truth_is_always_useful_and_saves_most() -> None:
     for guess in (Voted(0.8), Together()):
         _, _, other = ahead("des-vote:beta=0.3", guess, shelf=3)
         assert found.waited.sum() <= other.waited.sum()
-    hurried = Machine(link=1e-9, memory=4000.0)
+    hurried = HardwareModel(link_bandwidth=1e-9, memory_bandwidth=4000.0)
     _, _, found = ahead("des-vote:beta=0.3", truth, shelf=3, machine=hurried)
     assert found.early.sum() == 0  # the link is never free
 

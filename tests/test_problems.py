@@ -10,20 +10,20 @@ from hypothesis import strategies as st
 
 from coterie.evals.tasks import embedded
 from coterie.problems import (
-    LARGEST,
-    TASKS,
-    TAUGHT,
+    MAX_NUMBER,
+    PROBLEM_MAKERS,
+    TRAINING_MAKERS,
     Problem,
-    draw,
-    fact,
-    phrase,
+    draw_problem,
+    draw_equation,
+    code_phrase,
     split_of,
-    with_other_facts,
+    replace_equations,
 )
-from coterie.problems.code import Recipe
-from coterie.problems.words import HOLDERS, NAMES, THINGS, Scene, gives_away
+from coterie.problems.code import FunctionSpec
+from coterie.problems.words import CONTAINERS, NAMES, ITEMS, ProblemSetting, gives_away
 
-tasks = st.sampled_from(list(TASKS))
+tasks = st.sampled_from(list(PROBLEM_MAKERS))
 seeds = st.integers(0, 2**32)
 
 
@@ -32,7 +32,7 @@ def grade(made: Problem, output: str) -> bool:
 
 
 def problem(task: str, seed: int) -> Problem:
-    return TASKS[task](random.Random(seed))
+    return PROBLEM_MAKERS[task](random.Random(seed))
 
 
 @given(tasks, seeds)
@@ -42,12 +42,12 @@ def test_a_problem_is_a_pure_function_of_its_seed(task, seed):
 
 @given(tasks, seeds, st.sampled_from(["train", "test"]))
 def test_a_drawn_problem_lies_on_the_side_asked_for(task, seed, split):
-    assert split_of(draw(TASKS[task], random.Random(seed), split).key) == split
+    assert split_of(draw_problem(PROBLEM_MAKERS[task], random.Random(seed), split).key) == split
 
 
 def test_the_two_sides_share_no_combination_and_no_question():
     rng = random.Random(0)
-    sides = {side: [draw(m, rng, side) for m in TASKS.values() for _ in range(500)]
+    sides = {side: [draw_problem(m, rng, side) for m in PROBLEM_MAKERS.values() for _ in range(500)]
              for side in ("train", "test")}  # fmt: skip
     assert not {p.key for p in sides["train"]} & {p.key for p in sides["test"]}
     assert not {p.prompt for p in sides["train"]} & {p.prompt for p in sides["test"]}
@@ -62,13 +62,13 @@ def test_every_equation_of_a_worked_answer_holds_and_stays_in_the_tables(task, s
         exact = {"+": int(left) + int(right), "-": int(left) - int(right),
                  "*": int(left) * int(right), "/": int(left) / int(right)}[sign]  # fmt: skip
         assert exact == int(result)
-        assert max(int(left), int(right), int(result)) <= LARGEST
+        assert max(int(left), int(right), int(result)) <= MAX_NUMBER
     assert grade(made, made.answer)
 
 
 @given(seeds)
 def test_every_drilled_fact_holds(seed):
-    line = fact(random.Random(seed))
+    line = draw_equation(random.Random(seed))
     left, result = line.split(" = ")
     assert eval(left) == int(result)
 
@@ -85,7 +85,7 @@ def test_another_number_is_wrong(task, seed):
 def test_worked_functions_pass_their_asserts_and_broken_ones_do_not(task):
     rng = random.Random(5)
     for _ in range(5):
-        made = TASKS[task](rng)
+        made = PROBLEM_MAKERS[task](rng)
         assert grade(made, made.answer)
         assert not grade(made, made.answer.replace("return out", "return [out]"))
         assert not grade(made, made.answer.replace("def ", "def other_"))
@@ -93,11 +93,11 @@ def test_worked_functions_pass_their_asserts_and_broken_ones_do_not(task):
 
 @given(st.lists(st.integers(0, 20), max_size=8), seeds)
 def test_the_source_of_a_recipe_does_what_its_meaning_says(xs, seed):
-    key = TASKS["docstring"](random.Random(seed)).key
-    recipe = Recipe(*key)  # type: ignore[arg-type]
+    key = PROBLEM_MAKERS["docstring"](random.Random(seed)).key
+    recipe = FunctionSpec(*key)  # type: ignore[arg-type]
     scope: dict[str, object] = {}
-    exec(recipe.source("f"), scope)
-    assert scope["f"](xs) == recipe.meaning(xs)  # type: ignore[operator]
+    exec(recipe.source_code("f"), scope)
+    assert scope["f"](xs) == recipe.evaluate(xs)  # type: ignore[operator]
 
 
 @pytest.mark.parametrize(
@@ -122,8 +122,8 @@ def test_a_right_program_passes():
 
 def test_the_question_of_the_demo_lies_inside_what_is_learned():
     asked = "Tom has 3 boxes of 4 pens and gives away 5. How many pens are left?"
-    assert ("Tom" in NAMES, "pens" in THINGS, "boxes" in HOLDERS) == (True, True, True)
-    scene, rng = Scene("Tom", "Anna", "pens", "books", "boxes"), random.Random(0)
+    assert ("Tom" in NAMES, "pens" in ITEMS, "boxes" in CONTAINERS) == (True, True, True)
+    scene, rng = ProblemSetting("Tom", "Anna", "pens", "books", "boxes"), random.Random(0)
     told = {made.question: made.result for made in (gives_away(rng, scene) for _ in range(20_000))}
     assert told[asked] == 7
 
@@ -131,7 +131,7 @@ def test_the_question_of_the_demo_lies_inside_what_is_learned():
 @given(st.sampled_from(["words", "algebra"]), seeds, seeds)
 def test_worked_steps_with_other_facts_keep_their_wording_and_hold(task, seed, other):
     steps = problem(task, seed).answer
-    parts = list(with_other_facts(steps, random.Random(other)))
+    parts = list(replace_equations(steps, random.Random(other)))
     loosened = "".join(text for text, _ in parts)
     blank = re.compile(r"\d+ ([-+*/]) \d+ = \d+")
     assert blank.sub(r"\1", loosened) == blank.sub(r"\1", steps)
@@ -142,7 +142,7 @@ def test_worked_steps_with_other_facts_keep_their_wording_and_hold(task, seed, o
 
 @given(seeds)
 def test_a_phrase_shows_the_words_and_hides_code_that_python_reads(seed):
-    shown, hidden, after = phrase(random.Random(seed))
+    shown, hidden, after = code_phrase(random.Random(seed))
     assert "\n" in shown
     assert ast.parse(hidden.strip(), mode="eval")
     assert not any(sign in after for sign in "<>%*/")
@@ -151,7 +151,7 @@ def test_a_phrase_shows_the_words_and_hides_code_that_python_reads(seed):
 def test_what_is_asked_is_no_lookup_every_kind_has_many_combinations():
     rng = random.Random(0)
     combinations: dict[str, set[tuple[str | int, ...]]] = {}
-    for maker in (TASKS["words"], TASKS["algebra"]):
+    for maker in (PROBLEM_MAKERS["words"], PROBLEM_MAKERS["algebra"]):
         for _ in range(20_000):
             key = maker(rng).key
             combinations.setdefault(str(key[0]), set()).add(key)
@@ -161,4 +161,4 @@ def test_what_is_asked_is_no_lookup_every_kind_has_many_combinations():
 
 def test_training_also_draws_what_is_not_asked():
     rng = random.Random(0)
-    assert "times-as-many" in {TAUGHT["words"](rng).key[0] for _ in range(200)}
+    assert "times-as-many" in {TRAINING_MAKERS["words"](rng).key[0] for _ in range(200)}

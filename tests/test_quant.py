@@ -12,10 +12,10 @@ from torch.nn import functional as F
 from coterie import ops
 from coterie.naming import CoterieError
 from coterie.ops import reference
-from coterie.quant import SMALLEST, Format, QTensor, dequantise, parse_format, quantise
+from coterie.quant import MIN_GROUP_MAX, QuantFormat, QTensor, dequantize, parse_format, quantize
 from coterie.values import Routing, Slab
 
-formats = st.builds(Format, st.sampled_from([4, 8]), st.sampled_from([8, 32, 64]))
+formats = st.builds(QuantFormat, st.sampled_from([4, 8]), st.sampled_from([8, 32, 64]))
 
 
 @st.composite
@@ -36,103 +36,103 @@ def weights(draw: st.DrawFn) -> Tensor:
     return weight * 10.0 ** draw(st.integers(-20, 20))
 
 
-def grouped(weight: Tensor, form: Format) -> Tensor:
+def grouped(weight: Tensor, form: QuantFormat) -> Tensor:
     """[rows, groups, group], zeros at the end."""
     return F.pad(weight, (0, -weight.shape[-1] % form.group)).unflatten(-1, (-1, form.group))
 
 
-def by_maximum(weight: Tensor, form: Format) -> Tensor:
+def by_maximum(weight: Tensor, form: QuantFormat) -> Tensor:
     """What rounding with the scale of the largest weight gives, in levels alike on both sides."""
-    x, top = grouped(weight, form), -form.lowest - 1
+    x, top = grouped(weight, form), -form.qmin - 1
     scale = (x.abs().amax(-1, keepdim=True) / top).bfloat16().float()
-    numbers = (x / scale.where(scale > 0, 1.0)).round().clamp(form.lowest, top)
+    numbers = (x / scale.where(scale > 0, 1.0)).round().clamp(form.qmin, top)
     return (numbers * scale).flatten(-2)[..., : weight.shape[-1]]
 
 
 @given(weights(), formats)
-def test_what_was_quantised_once_stays(weight: Tensor, form: Format) -> None:
-    once = dequantise(quantise(weight, form))
-    assert dequantise(quantise(once, form)).equal(once)
+def test_what_was_quantised_once_stays(weight: Tensor, form: QuantFormat) -> None:
+    once = dequantize(quantize(weight, form))
+    assert dequantize(quantize(once, form)).equal(once)
 
 
 @given(weights(), formats)
-def test_a_mirrored_weight_is_mirrored(weight: Tensor, form: Format) -> None:
-    there, back = quantise(weight, form), quantise(-weight, form)
-    assert dequantise(there).equal(-dequantise(back))
-    assert there.numbers().equal(back.numbers())
+def test_a_mirrored_weight_is_mirrored(weight: Tensor, form: QuantFormat) -> None:
+    there, back = quantize(weight, form), quantize(-weight, form)
+    assert dequantize(there).equal(-dequantize(back))
+    assert there.int_values().equal(back.int_values())
 
 
 @given(weights(), formats, st.integers(-30, 30))
-def test_a_power_of_two_goes_into_the_scales(weight: Tensor, form: Format, power: int) -> None:
-    small, large = quantise(weight, form), quantise(weight * 2.0**power, form)
+def test_a_power_of_two_goes_into_the_scales(weight: Tensor, form: QuantFormat, power: int) -> None:
+    small, large = quantize(weight, form), quantize(weight * 2.0**power, form)
     assert small.q.equal(large.q)
     assert (small.scales.float() * 2.0**power).equal(large.scales.float())
 
 
 @given(weights(), formats)
-def test_no_group_is_worse_than_by_its_maximum(weight: Tensor, form: Format) -> None:
+def test_no_group_is_worse_than_by_its_maximum(weight: Tensor, form: QuantFormat) -> None:
     def error(found: Tensor) -> Tensor:
         unit = grouped(weight, form).abs().amax(-1).double().clamp(min=1e-300)
         return (grouped(found - weight, form).double() / unit[..., None]).square().sum(-1)
 
-    ours = error(dequantise(quantise(weight, form)))
+    ours = error(dequantize(quantize(weight, form)))
     assert bool((ours <= error(by_maximum(weight, form)) * (1 + 1e-4) + 1e-12).all())
 
 
 @given(weights(), formats)
-def test_no_weight_is_further_off_than_its_group_allows(weight: Tensor, form: Format) -> None:
+def test_no_weight_is_further_off_than_its_group_allows(weight: Tensor, form: QuantFormat) -> None:
     """Half a step, or what the search cuts off of the largest; and nothing beyond the largest."""
-    found = quantise(weight, form)
+    found = quantize(weight, form)
     most = grouped(weight, form).abs().amax(-1, keepdim=True)
-    off = grouped(dequantise(found) - weight, form).abs()
-    step = most / (-form.lowest - 1)
+    off = grouped(dequantize(found) - weight, form).abs()
+    step = most / (-form.qmin - 1)
     cut = most * (0.3 if form.bits == 4 else 0.09)
     assert bool((off <= torch.maximum(0.51 * step, cut)).all())
 
 
 @given(weights(), formats)
-def test_a_group_of_zeros_is_zeros(weight: Tensor, form: Format) -> None:
-    zeros = quantise(torch.zeros_like(weight), form)
-    assert not dequantise(zeros).any()
+def test_a_group_of_zeros_is_zeros(weight: Tensor, form: QuantFormat) -> None:
+    zeros = quantize(torch.zeros_like(weight), form)
+    assert not dequantize(zeros).any()
     assert not zeros.scales.any()
-    assert not zeros.numbers().any()
+    assert not zeros.int_values().any()
 
 
 @given(weights(), formats)
-def test_rows_do_not_feel_each_other(weight: Tensor, form: Format) -> None:
-    whole = quantise(weight, form)
+def test_rows_do_not_feel_each_other(weight: Tensor, form: QuantFormat) -> None:
+    whole = quantize(weight, form)
     for row in range(len(weight)):
-        alone = quantise(weight[row : row + 1], form)
+        alone = quantize(weight[row : row + 1], form)
         assert alone.q.equal(whole.q[row : row + 1])
         assert alone.scales.equal(whole.scales[row : row + 1])
 
 
 @given(weights(), formats)
-def test_shapes_are_as_promised_at_every_length(weight: Tensor, form: Format) -> None:
-    found = quantise(weight.unsqueeze(0), form)
-    held, groups = form.stored((1, *weight.shape))
+def test_shapes_are_as_promised_at_every_length(weight: Tensor, form: QuantFormat) -> None:
+    found = quantize(weight.unsqueeze(0), form)
+    held, groups = form.storage_shapes((1, *weight.shape))
     assert (found.q.shape, found.scales.shape) == (held, groups)
     assert found.shape == (1, *weight.shape)
-    assert found.numbers().shape == (1, *weight.shape)
-    assert found.numbers().dtype == torch.int8
-    assert dequantise(found)[0].equal(dequantise(found[0]))
+    assert found.int_values().shape == (1, *weight.shape)
+    assert found.int_values().dtype == torch.int8
+    assert dequantize(found)[0].equal(dequantize(found[0]))
 
 
 @settings(max_examples=20)
 @given(formats, st.integers(0, 1000))
-def test_low_precision_weights_are_quantised_as_their_values(form: Format, seed: int) -> None:
+def test_low_precision_weights_are_quantised_as_their_values(form: QuantFormat, seed: int) -> None:
     weight = torch.randn(3, 100, generator=torch.Generator().manual_seed(seed)).bfloat16()
-    assert dequantise(quantise(weight, form)).equal(dequantise(quantise(weight.float(), form)))
+    assert dequantize(quantize(weight, form)).equal(dequantize(quantize(weight.float(), form)))
 
 
 def test_nibbles_hold_the_first_number_low() -> None:
-    found = quantise(torch.tensor([[-8.0, 7.0, 1.0]]), Format(4, 8))
-    assert found.numbers().tolist() == [[-8, 7, 1]]
+    found = quantize(torch.tensor([[-8.0, 7.0, 1.0]]), QuantFormat(4, 8))
+    assert found.int_values().tolist() == [[-8, 7, 1]]
     assert found.q.tolist() == [[0 | 15 << 4, 9 | 8 << 4]]
 
 
 def test_a_weight_below_what_a_scale_can_say_is_zero() -> None:
-    assert not dequantise(quantise(torch.full((1, 8), SMALLEST / 2), Format(8, 8))).any()
+    assert not dequantize(quantize(torch.full((1, 8), MIN_GROUP_MAX / 2), QuantFormat(8, 8))).any()
 
 
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
@@ -140,7 +140,7 @@ def test_what_is_not_finite_is_refused(bad: float) -> None:
     weight = torch.ones(3, 100)
     weight[1, 70] = bad
     with pytest.raises(CoterieError, match="NaN or infinity"):
-        quantise(weight, Format(8, 64))
+        quantize(weight, QuantFormat(8, 64))
 
 
 def test_other_formats_are_refused_by_name() -> None:
@@ -149,7 +149,7 @@ def test_other_formats_are_refused_by_name() -> None:
     with pytest.raises(CoterieError, match="group of 12; it must be a multiple of 8"):
         parse_format("int4", 12)
     with pytest.raises(CoterieError, match="5 bits; known: 8, 4"):
-        Format(5, 64)
+        QuantFormat(5, 64)
 
 
 def expert(seed: int, hidden: int = 512, width: int = 256) -> tuple[Tensor, Tensor]:
@@ -158,14 +158,14 @@ def expert(seed: int, hidden: int = 512, width: int = 256) -> tuple[Tensor, Tens
     return gate_up, torch.randn(hidden, width, generator=draw) * width**-0.5
 
 
-def layer_error(form: Format) -> float:
+def layer_error(form: QuantFormat) -> float:
     """Of a layer of one expert with Gaussian weights, relative, over 64 tokens."""
     gate_up, down = expert(0)
     x = torch.randn(64, gate_up.shape[1], generator=torch.Generator().manual_seed(1))
     routing = everyone(64)
     slot = torch.zeros(1, dtype=torch.int64)
     true = ops.run_experts(x, routing, Slab(gate_up[None], down[None], slot))
-    coarse = Slab(quantise(gate_up[None], form), quantise(down[None], form), slot)
+    coarse = Slab(quantize(gate_up[None], form), quantize(down[None], form), slot)
     return float((ops.run_experts(x, routing, coarse) - true).norm() / true.norm())
 
 
@@ -189,16 +189,16 @@ def test_quantised_experts_are_their_dequantised_twins() -> None:
     ids = torch.randint(-1, 4, (7, 2), generator=draw)
     routing = Routing(ids, torch.rand(7, 2, generator=draw), torch.ones(4, dtype=torch.bool), ids)
     slot_of = torch.tensor([2, -1, 0, 1])
-    for form in (Format(8, 64), Format(4, 32)):
-        coarse = quantise(gate_up, form), quantise(down, form)
+    for form in (QuantFormat(8, 64), QuantFormat(4, 32)):
+        coarse = quantize(gate_up, form), quantize(down, form)
         found = ops.run_experts(x, routing, Slab(*coarse, slot_of))
-        twin = Slab(dequantise(coarse[0]), dequantise(coarse[1]), slot_of)
+        twin = Slab(dequantize(coarse[0]), dequantize(coarse[1]), slot_of)
         assert found.dtype == torch.float32
         assert found.equal(reference.run_experts(x.float(), routing, twin))
 
 
 def test_a_quantised_weight_says_its_size() -> None:
-    found = quantise(torch.zeros(3, 4, 65), Format(8, 64))
+    found = quantize(torch.zeros(3, 4, 65), QuantFormat(8, 64))
     assert isinstance(found, QTensor)
     assert (len(found), found.nbytes) == (3, 3 * 4 * (65 + 2 * 2))
-    assert quantise(torch.zeros(3, 4, 65), Format(4, 32)).nbytes == 3 * 4 * (33 + 3 * 2)
+    assert quantize(torch.zeros(3, 4, 65), QuantFormat(4, 32)).nbytes == 3 * 4 * (33 + 3 * 2)

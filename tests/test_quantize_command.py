@@ -21,19 +21,22 @@ from torch import Tensor
 
 import coterie
 from coterie.cli.edge import run
-from coterie.engine.convert import CONFIG, Aim, convert
+from coterie.engine.convert import CONFIG_FILE, ConversionTarget, convert
 from coterie.engine.facts import inspect
 from coterie.engine.journal import JOURNAL, MANIFEST
 from coterie.engine.load import Model, load_model
-from coterie.model.checkpoint import INDEX, SINGLE, Checkpoint
+from coterie.model.checkpoint import INDEX_FILE, SINGLE_FILE, Checkpoint
 from coterie.model.moe import MoE
 from coterie.naming import CoterieError
-from coterie.quant import FORMATS, Format, dequantise, parse_format, quantise
+from coterie.quant import FORMATS, QuantFormat, dequantize, parse_format, quantize
 from coterie.testing import write_checkpoint
-from coterie.values import Demand
+from coterie.values import ExpertRequest
 
 FAMILIES = ("llada2", "llada-moe", "sdar-moe")
-INT8, INT4 = Aim(Format(8, 64), panels=False), Aim(Format(4, 32), panels=False)
+INT8, INT4 = (
+    ConversionTarget(QuantFormat(8, 64), packed=False),
+    ConversionTarget(QuantFormat(4, 32), packed=False),
+)
 GATE = "model.layers.1.mlp.experts.3.gate_proj.weight"
 
 
@@ -61,7 +64,7 @@ def experts(model: Model) -> list[Tensor]:
     for number, layer in enumerate(model.transformer.layers):
         if isinstance(layer.feed_forward, MoE):
             used = torch.ones(model.spec.router.experts, dtype=torch.bool)
-            for slab in layer.feed_forward.store.serve(number, Demand(used)):
+            for slab in layer.feed_forward.store.serve(number, ExpertRequest(used)):
                 found += contents(slab)
     return found
 
@@ -77,7 +80,7 @@ def test_it_loads_as_what_is_quantised_while_loading(
     tmp_path: Path, family: str, stacked: bool, name: str
 ) -> None:
     source = write_checkpoint(tmp_path / "whole", family, stacked=stacked, dtype=torch.bfloat16)
-    convert(source, tmp_path / "small", Aim(FORMATS[name], panels=False))
+    convert(source, tmp_path / "small", ConversionTarget(FORMATS[name], packed=False))
     stored, there = load_model(tmp_path / "small"), load_model(source, experts=name)
     assert len(experts(stored)) > 0
     for ours, theirs in zip(experts(stored), experts(there), strict=True):
@@ -92,12 +95,12 @@ def test_it_loads_as_what_is_quantised_while_loading(
 @pytest.mark.parametrize("family", FAMILIES)
 def test_experts_are_quantised_and_nothing_else_is_touched(tmp_path: Path, family: str) -> None:
     source = write_checkpoint(tmp_path / "whole", family, shards=3)
-    convert(source, tmp_path / "small", Aim(Format(4, 8), panels=False))
+    convert(source, tmp_path / "small", ConversionTarget(QuantFormat(4, 8), packed=False))
     whole, small = tensors(source), tensors(tmp_path / "small")
     for name, tensor in whole.items():
         if ".mlp.experts." in name:
             assert name not in small
-            found = quantise(tensor, Format(4, 8))
+            found = quantize(tensor, QuantFormat(4, 8))
             assert small.pop(f"{name}.q").equal(found.q)
             assert small.pop(f"{name}.scales").equal(found.scales)
         else:
@@ -112,7 +115,7 @@ def test_the_manifest_tells_the_truth(tmp_path: Path) -> None:
     assert manifest["experts"] == {"format": "int8", "group": 64}
     assert manifest["source"]["bytes"] == Checkpoint.of(source).bytes == made.bytes_before
     assert manifest["bytes"] == made.bytes_after
-    index = json.loads((tmp_path / "small" / INDEX).read_text())["weight_map"]
+    index = json.loads((tmp_path / "small" / INDEX_FILE).read_text())["weight_map"]
     small = tensors(tmp_path / "small")
     assert set(manifest["tensors"]) == set(small) == set(index)
     for name, told in manifest["tensors"].items():
@@ -324,14 +327,14 @@ def test_a_quantised_model_is_not_quantised_again(tmp_path: Path) -> None:
     assert not (tmp_path / "smaller").exists()
     with pytest.raises(CoterieError, match="are int8 in groups of 64 already; int4"):
         load_model(tmp_path / "small", experts="int4")
-    assert load_model(tmp_path / "small", experts="int8").spec.expert_format == Format(8, 64)
+    assert load_model(tmp_path / "small", experts="int8").spec.expert_format == QuantFormat(8, 64)
 
 
 def test_an_expert_that_is_not_finite_is_named(tmp_path: Path) -> None:
     source = write_checkpoint(tmp_path / "whole", "llada2")
     broken = tensors(source)
     broken[GATE][3, 5] = torch.nan
-    save_file(broken, source / SINGLE)
+    save_file(broken, source / SINGLE_FILE)
     expected = f"{GATE} holds NaN or infinity"
     with pytest.raises(CoterieError, match=expected):
         convert(source, tmp_path / "small", INT8)
@@ -373,8 +376,8 @@ def test_a_config_and_its_weights_must_agree(tmp_path: Path) -> None:
 
 
 def restate(folder: Path, stated: object) -> None:
-    config = json.loads((folder / CONFIG).read_text())
-    (folder / CONFIG).write_text(json.dumps({**config, "coterie_experts": stated}))
+    config = json.loads((folder / CONFIG_FILE).read_text())
+    (folder / CONFIG_FILE).write_text(json.dumps({**config, "coterie_experts": stated}))
 
 
 def test_the_command_makes_a_model_that_the_command_runs(
@@ -418,7 +421,7 @@ def test_the_layer_of_a_stored_model_is_near_the_whole_one(tmp_path: Path) -> No
     small = tensors(tmp_path / "small")
     numbers, scales = small[f"{GATE}.q"].float(), small[f"{GATE}.scales"].float()
     assert float((numbers * scales - whole).norm() / whole.norm()) < 0.008
-    assert (numbers * scales).equal(dequantise(quantise(whole, parse_format("int8"))))
+    assert (numbers * scales).equal(dequantize(quantize(whole, parse_format("int8"))))
 
 
 MEMORY = """

@@ -14,7 +14,7 @@ import coterie
 from coterie.cli.edge import run
 from coterie.engine.engine import Engine
 from coterie.engine.event import Result
-from coterie.engine.memory import Memory
+from coterie.engine.memory import ExpertMemoryConfig
 from coterie.engine.warm import SavedVotes
 from coterie.experts.traffic import Traffic
 from coterie.naming import CoterieError
@@ -32,10 +32,10 @@ def folder() -> Path:
 
 
 def engine(memory: str | None = "35%", *, compared: bool = True, **more: object) -> Engine:
-    asked = None if memory is None else Memory.parse(memory, imagined=True, **more)
+    asked = None if memory is None else ExpertMemoryConfig.parse(memory, simulated=True, **more)
     own = coterie.load(folder(), dtype="float32", device="cpu", expert_memory=asked)
-    if own.model.rationed is not None and compared:
-        own.model.rationed.ledger.compare()
+    if own.model.cached_store is not None and compared:
+        own.model.cached_store.traffic_log.track_vanilla()
     return own
 
 
@@ -47,7 +47,7 @@ def traffic(result: Result) -> Traffic:
 def test_where_all_experts_are_in_memory_nothing_is_told() -> None:
     own = engine(None)
     assert own.generate(PROMPTS[0], **ASKED).traffic is None
-    own.empty()
+    own.reset_cache()
 
 
 def test_a_result_tells_what_its_forwards_moved() -> None:
@@ -57,15 +57,15 @@ def test_a_result_tells_what_its_forwards_moved() -> None:
         assert found.tokens == true.tokens
         moved = traffic(found)
         assert moved.forwards == found.forwards
-        assert moved.vanilla == moved.moved  # it is vanilla's
-        assert 0 < moved.hits < moved.used
+        assert moved.vanilla_misses == moved.experts_moved  # it is vanilla's
+        assert 0 < moved.hits < moved.experts_used
         assert 0 < moved.seconds < found.seconds
     assert own.traffic() is not None
-    store = own.model.rationed
+    store = own.model.cached_store
     assert store is not None
-    kinds = [line.kind for line in store.ledger.lines]
+    kinds = [line.kind for line in store.traffic_log.forwards]
     assert (kinds.count("prefill"), kinds.count("commit") > 0) == (1, True)
-    blocks = [line.blocks for line in store.ledger.lines if line.rows == (0,)]
+    blocks = [line.blocks for line in store.traffic_log.forwards if line.rows == (0,)]
     assert sorted(set(blocks)) == [(0,), (1,), (2,), (3,)]
     assert blocks == sorted(blocks)
 
@@ -77,10 +77,10 @@ def test_in_an_emptied_memory_an_answer_depends_on_nothing_before() -> None:
         own, found = engine(), []
         for prompt in PROMPTS:
             if between:
-                own.empty()
+                own.reset_cache()
             found.append(own.generate(prompt, policy=PREFERRING, **ASKED))
         same = [
-            one.tokens == other.tokens and traffic(one).sources == traffic(other).sources
+            one.tokens == other.tokens and traffic(one).transfers == traffic(other).transfers
             for one, other in zip(found, fresh, strict=True)
         ]
         assert all(same) == between
@@ -90,9 +90,9 @@ def test_a_memory_is_not_emptied_under_a_row() -> None:
     own = engine()
     row = own.submit(PROMPTS[0], **ASKED)
     with pytest.raises(RuntimeError, match="on its way"):
-        own.empty()
+        own.reset_cache()
     own.cancel(row)
-    own.empty()
+    own.reset_cache()
 
 
 def test_rows_that_share_forwards_tell_of_all_of_them() -> None:
@@ -103,7 +103,7 @@ def test_rows_that_share_forwards_tell_of_all_of_them() -> None:
     while own.rows:
         found += [event.result for event in own.step() if isinstance(event, coterie.Finished)]
     assert traffic(found[-1]) == own.traffic()
-    assert traffic(found[0]).moved <= traffic(found[1]).moved
+    assert traffic(found[0]).experts_moved <= traffic(found[1]).experts_moved
 
 
 def test_a_warm_memory_is_warm_again_when_it_was_emptied() -> None:
@@ -114,26 +114,32 @@ def test_a_warm_memory_is_warm_again_when_it_was_emptied() -> None:
     warm = SavedVotes.of("tiny", layers, votes.double().numpy())
     own = engine("6", warm=warm)
     for _ in range(2):
-        store = own.model.rationed
+        store = own.model.cached_store
         assert store is not None
-        assert not any(line.traffic.moved > line.traffic.used for line in store.ledger.lines)
+        assert not any(
+            line.traffic.experts_moved > line.traffic.experts_used
+            for line in store.traffic_log.forwards
+        )
         here = own.model.transformer.layers[layers[0]].feed_forward.store.resident(layers[0])
         assert here.tolist() == [True] * 6 + [False] * 10
         own.generate(PROMPTS[0], **ASKED)
-        own.empty()
+        own.reset_cache()
     found = traffic(own.generate(PROMPTS[0], **ASKED))
-    assert found.vanilla == found.moved
+    assert found.vanilla_misses == found.experts_moved
 
 
 @pytest.mark.parametrize(
     ("asked", "told"),
     [
-        (Memory.parse("auto", imagined=True), "auto has no effect"),
-        (Memory.parse("35%", host="1GiB", imagined=True), "--host-memory has no effect"),
-        (Memory.parse("1%", imagined=True), "less than one expert"),
+        (ExpertMemoryConfig.parse("auto", simulated=True), "auto has no effect"),
+        (
+            ExpertMemoryConfig.parse("35%", host_memory="1GiB", simulated=True),
+            "--host-memory has no effect",
+        ),
+        (ExpertMemoryConfig.parse("1%", simulated=True), "less than one expert"),
     ],
 )
-def test_what_nobody_can_imagine_is_an_error(asked: Memory, told: str) -> None:
+def test_what_nobody_can_imagine_is_an_error(asked: ExpertMemoryConfig, told: str) -> None:
     with pytest.raises(CoterieError, match=told):
         coterie.load(folder(), expert_memory=asked)
 

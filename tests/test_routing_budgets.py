@@ -13,16 +13,20 @@ from test_routing_laws import blocks
 
 from coterie import Engine, load
 from coterie.naming import CoterieError
-from coterie.routing import POLICIES, check_layers, parse_policy, spell
-from coterie.spelling import options
+from coterie.routing import POLICIES, check_layers, parse_policy, format_policy
+from coterie.spelling import spec_options
 from coterie.values import Scores
 
-LISTED = tuple(name for name, cls in POLICIES.items() if any(o.many for o in options(cls).values()))
+LISTED = tuple(
+    name
+    for name, cls in POLICIES.items()
+    if any(o.accepts_list for o in spec_options(cls).values())
+)
 
 
 def test_every_policy_with_a_share_takes_a_list():
-    shares = {name for name, cls in POLICIES.items() if "voters" in options(cls)}
-    assert set(LISTED) == {name for name in shares if "beta" in options(POLICIES[name])}
+    shares = {name for name, cls in POLICIES.items() if "voters" in spec_options(cls)}
+    assert set(LISTED) == {name for name in shares if "beta" in spec_options(POLICIES[name])}
 
 
 @given(
@@ -34,14 +38,14 @@ def test_every_policy_with_a_share_takes_a_list():
 def test_a_layer_elects_by_its_own_share_alone(scores: Scores, name: str, betas: list[float]):
     listed = parse_policy(f"{name}:beta={'/'.join(map(str, betas))}")
     for ordinal, beta in enumerate(betas):
-        here = replace(scores, ordinal=ordinal)
+        here = replace(scores, moe_index=ordinal)
         alone = parse_policy(f"{name}:beta={beta}").eligible(here, scores.router.k)
         assert torch.equal(listed.eligible(here, scores.router.k), alone)
 
 
 def test_a_list_reads_back_as_it_was_written():
     text = "des-vote:beta=0.3/0.2/0.25/0.3,voters=before-eos"
-    assert spell(parse_policy(text)) == text
+    assert format_policy(parse_policy(text)) == text
 
 
 def test_the_model_tells_each_layer_its_place_among_those_that_route(engine: Engine):

@@ -14,8 +14,8 @@ from torch import Tensor
 
 from coterie.naming import CoterieError
 from coterie.routing import McMoe, Vanilla, needs_importance, parse_policy, route
-from coterie.routing.coreset import Fixed, Mass, repaired, take
-from coterie.values import Policy, Progress, RouterSpec, Scores
+from coterie.routing.coreset import Fixed, Mass, restore_votes, take_by_votes
+from coterie.values import Policy, DecodeProgress, RouterSpec, Scores
 
 SIGMOID = RouterSpec(experts=6, k=2, activation="sigmoid", renormalise=True)
 
@@ -40,7 +40,7 @@ def coreset_of(text: str, scores: Scores) -> list[int]:
 
 def ids_of(policy: Policy | str, scores: Scores) -> list[list[int]]:
     policy = parse_policy(policy) if isinstance(policy, str) else policy
-    return route(scores, policy).ids.tolist()
+    return route(scores, policy).topk_ids.tolist()
 
 
 @pytest.mark.parametrize(
@@ -78,8 +78,8 @@ def test_rules_elect_whom_they_say(text: str, elected: list[int]):
 def test_the_bias_selects_and_does_not_weigh():
     bias = torch.tensor([0.0, 0, 0, 0, 0, 1])
     routing = route(Scores(BLOCK, SIGMOID, bias=bias), Vanilla())
-    assert routing.ids.tolist() == [[5, 0], [5, 1], [5, 3]]
-    torch.testing.assert_close(routing.weights[0], torch.tensor([0.1, 0.9]))
+    assert routing.topk_ids.tolist() == [[5, 0], [5, 1], [5, 3]]
+    torch.testing.assert_close(routing.topk_weights[0], torch.tensor([0.1, 0.9]))
 
 
 def test_racing_votes_with_the_bias_and_des_vote_without():
@@ -90,15 +90,15 @@ def test_racing_votes_with_the_bias_and_des_vote_without():
 
 def test_experts_of_the_coreset_that_a_token_did_not_choose_are_reactivated():
     routing = route(Scores(BLOCK, replace(SIGMOID, scale=2.5)), parse_policy("coreset:m=2"))
-    assert routing.ids.tolist() == [[0, 1], [1, 0], [0, 1]]
-    torch.testing.assert_close(routing.weights[2], torch.tensor([1.25, 1.25]))
-    assert routing.own.tolist() == [[0, 1], [1, 2], [3, 4]]
+    assert routing.topk_ids.tolist() == [[0, 1], [1, 0], [0, 1]]
+    torch.testing.assert_close(routing.topk_weights[2], torch.tensor([1.25, 1.25]))
+    assert routing.vanilla_ids.tolist() == [[0, 1], [1, 2], [3, 4]]
 
 
 def test_a_coreset_smaller_than_k_leaves_places_empty():
     routing = route(Scores(BLOCK, SIGMOID), parse_policy("coreset:m=1"))
-    assert routing.ids.tolist() == [[1, -1]] * 3
-    assert routing.weights.tolist() == [[1.0, 0.0]] * 3
+    assert routing.topk_ids.tolist() == [[1, -1]] * 3
+    assert routing.topk_weights.tolist() == [[1.0, 0.0]] * 3
     assert routing.used.nonzero().flatten().tolist() == [1]
 
 
@@ -118,7 +118,7 @@ def test_equal_logits_tie_wherever_they_stand(activation: Literal["softmax", "si
 
 
 def test_groups_are_chosen_before_the_coreset_and_filled_from_outside_them():
-    router = RouterSpec(8, 3, "sigmoid", True, groups=4, kept_groups=2)
+    router = RouterSpec(8, 3, "sigmoid", True, groups=4, topk_groups=2)
     scores = Scores(logits((0.9, 0.1, 0.4, 0.5, 0.8, 0.7, 0.3, 0.2)), router)
     # Groups {4, 5} with 1.5 and {0, 1} with 1.0 stay; {2, 3} with 0.9 does not.
     assert ids_of("vanilla", scores) == [[0, 4, 5]]
@@ -128,14 +128,14 @@ def test_groups_are_chosen_before_the_coreset_and_filled_from_outside_them():
 
 def test_topk_keeps_the_first_and_renormalises():
     routing = route(Scores(BLOCK, SIGMOID), parse_policy("topk:k=1"))
-    assert routing.ids.tolist() == [[0, -1], [1, -1], [3, -1]]
-    assert routing.weights.tolist() == [[1.0, 0.0]] * 3
+    assert routing.topk_ids.tolist() == [[0, -1], [1, -1], [3, -1]]
+    assert routing.topk_weights.tolist() == [[1.0, 0.0]] * 3
     assert ids_of("topk:k=7", Scores(BLOCK, SIGMOID)) == ids_of("vanilla", Scores(BLOCK, SIGMOID))
 
 
 def test_topk_without_renormalising_keeps_the_models_weights():
     router = replace(SIGMOID, renormalise=False)
-    weights = route(Scores(BLOCK, router), parse_policy("topk:k=1")).weights
+    weights = route(Scores(BLOCK, router), parse_policy("topk:k=1")).topk_weights
     torch.testing.assert_close(weights, torch.tensor([[0.9, 0], [0.3, 0], [0.6, 0]]))
 
 
@@ -168,7 +168,8 @@ def test_mc_moe_spares_the_most_important_share_rounded_up():
     importance = torch.tensor([[0.1, 0.2, 0.3]])
     scores = Scores(BLOCK, SIGMOID, importance=importance)
     kept = [
-        (route(scores, McMoe(1.0, share)).ids >= 0).sum(-1).tolist() for share in (0, 0.02, 0.5, 1)
+        (route(scores, McMoe(1.0, share)).topk_ids >= 0).sum(-1).tolist()
+        for share in (0, 0.02, 0.5, 1)
     ]
     assert kept == [[1, 1, 1], [1, 1, 2], [1, 2, 2], [2, 2, 2]]
 
@@ -191,8 +192,8 @@ def test_who_does_not_vote_is_not_protected_either():
     ("voters", "elected"), [("unfilled", [0, 1]), ("masked", [3, 4]), ("uncertain", [1, 2])]
 )
 def test_voters_narrow_the_electorate(voters: str, elected: list[int]):
-    progress = Progress(
-        filled=torch.tensor([[False, False, True]]),
+    progress = DecodeProgress(
+        after_eos=torch.tensor([[False, False, True]]),
         masked=torch.tensor([[False, False, True]]),
         uncertainty=torch.tensor([[0.0, 1.0, 0.1]]),
     )
@@ -206,7 +207,7 @@ def test_voters_without_progress_say_what_is_missing():
 
 
 def test_a_narrowing_that_leaves_nobody_falls_back_to_the_engines_voters():
-    nobody = Progress(masked=torch.zeros(1, 3, dtype=torch.bool))
+    nobody = DecodeProgress(masked=torch.zeros(1, 3, dtype=torch.bool))
     scores = Scores(BLOCK, SIGMOID, voters=torch.tensor([[0, 0, 1]]), progress=nobody)
     assert coreset_of("coreset:m=2,voters=masked", scores) == [3, 4]
 
@@ -219,12 +220,12 @@ def test_a_batch_shares_one_coreset_only_when_asked():
 
 
 def test_random_sets_change_with_layer_forward_and_seed_and_nothing_else():
-    scores = Scores(torch.randn(1, 5, 64), RouterSpec(64, 8, "softmax", True), forward=(3,))
+    scores = Scores(torch.randn(1, 5, 64), RouterSpec(64, 8, "softmax", True), forward_indices=(3,))
     first = coreset_of("random:beta=0.25", scores)
     assert len(first) == 16
     assert coreset_of("random:beta=0.25", replace(scores, logits=torch.randn(1, 9, 64))) == first
     assert coreset_of("random:beta=0.25", replace(scores, layer=1)) != first
-    assert coreset_of("random:beta=0.25", replace(scores, forward=(4,))) != first
+    assert coreset_of("random:beta=0.25", replace(scores, forward_indices=(4,))) != first
     assert coreset_of("random:beta=0.25,seed=1", scores) != first
 
 
@@ -243,7 +244,7 @@ def test_residency_repairs_with_the_fewest_swaps():
     plain = torch.tensor([[True, True, True, False, False, False]])
     favoured = ~plain
     for eps, kept in [(0.8, [3, 4, 5]), (0.35, [0, 3, 4]), (0.1, [0, 1, 3]), (0, [0, 1, 2])]:
-        assert repaired(favoured, plain, votes, eps)[0].nonzero().flatten().tolist() == kept
+        assert restore_votes(favoured, plain, votes, eps)[0].nonzero().flatten().tolist() == kept
 
 
 @given(st.lists(st.integers(0, 50), min_size=1, max_size=30), st.data())
@@ -286,5 +287,5 @@ def _only(*experts: int) -> Policy:
 
 
 def _taken(votes: list[int], protected: list[bool], size: Fixed | Mass) -> list[int]:
-    mask = take(torch.tensor([votes]), torch.tensor([protected]), size, 1)
+    mask = take_by_votes(torch.tensor([votes]), torch.tensor([protected]), size, 1)
     return mask[0].nonzero().flatten().tolist()

@@ -20,8 +20,8 @@ from coterie.values import RouterSpec, Scores
 def test_reference_choices_and_weights(name: str, policy: str):
     for scores, ids, weights in reference(name):
         routing = route(scores, parse_policy(policy))
-        assert torch.equal(routing.ids, ids)
-        torch.testing.assert_close(routing.weights, weights, atol=1e-5, rtol=0)
+        assert torch.equal(routing.topk_ids, ids)
+        torch.testing.assert_close(routing.topk_weights, weights, atol=1e-5, rtol=0)
         assert routing.used.sum() == len(ids.unique())
 
 
@@ -29,7 +29,7 @@ def test_reference_choices_and_weights(name: str, policy: str):
 def test_every_row_of_the_reference_routes_alone_as_in_its_batch(name: str):
     for scores, ids, _ in reference(name):
         rows = [Scores(row[None], scores.router, bias=scores.bias) for row in scores.logits]
-        assert torch.equal(torch.cat([route(row, Vanilla()).ids for row in rows]), ids)
+        assert torch.equal(torch.cat([route(row, Vanilla()).topk_ids for row in rows]), ids)
 
 
 def reference(name: str) -> list[tuple[Scores, torch.Tensor, torch.Tensor]]:
@@ -56,7 +56,7 @@ def router_of(config: dict) -> RouterSpec:
         renormalise=config["norm_topk_prob"],
         scale=config.get("routed_scaling_factor", 1.0),
         groups=config.get("n_group") or 1,
-        kept_groups=config.get("topk_group") or 1,
+        topk_groups=config.get("topk_group") or 1,
         biased_weight=config.get("moe_router_enable_expert_bias", False) and not sigmoid,
         epsilon=1e-20 if sigmoid else 0.0,
     )

@@ -15,7 +15,7 @@ from torch import Tensor
 from coterie.naming import CoterieError
 from coterie.routing import Vanilla, parse_policy, route
 from coterie.routing.select import route_by_mask
-from coterie.values import Policy, Progress, RouterSpec, Routing, Scores
+from coterie.values import Policy, DecodeProgress, RouterSpec, Routing, Scores
 
 WITHOUT_TIES = (
     "topk:k=2",
@@ -45,7 +45,7 @@ def routers(draw: st.DrawFn, *, groups: bool = True) -> RouterSpec:
         renormalise=renormalise,
         scale=draw(st.sampled_from((1.0, 2.5))),
         groups=count,
-        kept_groups=kept,
+        topk_groups=kept,
         biased_weight=draw(st.booleans()) and not renormalise,
         epsilon=draw(st.sampled_from((0.0, 1e-20))),
     )
@@ -74,15 +74,15 @@ def blocks(
         router=router,
         bias=bias if draw(st.booleans()) else None,
         voters=_coin(shape, generator) if draw(st.booleans()) else None,
-        progress=Progress(
+        progress=DecodeProgress(
             masked=_coin(shape, generator),
-            filled=_coin(shape, generator),
+            after_eos=_coin(shape, generator),
             uncertainty=torch.rand(shape, generator=generator),
         ),
         importance=torch.rand(shape, generator=generator),
         resident=_coin((router.experts,), generator),
         layer=draw(st.integers(0, 20)),
-        forward=tuple(range(5, 5 + shape[0])),
+        forward_indices=tuple(range(5, 5 + shape[0])),
     )
 
 
@@ -94,11 +94,11 @@ def test_vanilla_is_the_unmodified_model_bit_for_bit(scores: Scores):
     torch.testing.assert_close(scores.probability, act)
     ids, weights = _unmodified(scores)
     for routing in (route(scores, Vanilla()), route_by_mask(scores, Vanilla())):
-        assert torch.equal(routing.ids, ids)
-        assert torch.equal(routing.own, ids)
+        assert torch.equal(routing.topk_ids, ids)
+        assert torch.equal(routing.vanilla_ids, ids)
         # A kernel adds up a token's weights in an order of its own.
-        torch.testing.assert_close(routing.weights, weights, rtol=1e-6, atol=0)
-    assert torch.equal(routing.weights, weights)
+        torch.testing.assert_close(routing.topk_weights, weights, rtol=1e-6, atol=0)
+    assert torch.equal(routing.topk_weights, weights)
 
 
 @given(blocks(), coresets())
@@ -106,10 +106,10 @@ def test_vanilla_is_the_unmodified_model_bit_for_bit(scores: Scores):
 def test_every_token_stays_inside_the_coreset(scores: Scores, policy: Policy):
     coreset = policy.eligible(scores, scores.router.k).expand(scores.logits.shape)
     routing = route(scores, policy)
-    inside = coreset.flatten(0, 1).gather(-1, routing.ids.clamp(min=0))
-    assert bool((inside | (routing.ids < 0)).all())
+    inside = coreset.flatten(0, 1).gather(-1, routing.topk_ids.clamp(min=0))
+    assert bool((inside | (routing.topk_ids < 0)).all())
     for row, size in enumerate(coreset[:, 0].sum(-1).tolist()):
-        ids = _of_row(routing.ids, scores, row)
+        ids = _of_row(routing.topk_ids, scores, row)
         assert len(ids[ids >= 0].unique()) <= size
 
 
@@ -118,7 +118,7 @@ def test_every_token_stays_inside_the_coreset(scores: Scores, policy: Policy):
 def test_every_token_keeps_as_many_experts_as_the_coreset_allows(scores: Scores, policy: Policy):
     """Nobody is dropped: min(k, |C|) experts each, and a best-by-rank choice among C."""
     coreset = policy.eligible(scores, scores.router.k).expand(scores.logits.shape)
-    ids = route(scores, policy).ids.view(*scores.logits.shape[:2], -1)
+    ids = route(scores, policy).topk_ids.view(*scores.logits.shape[:2], -1)
     expected = coreset.sum(-1).clamp(max=scores.router.k)
     assert torch.equal((ids >= 0).sum(-1), expected)
     assert torch.equal(ids.flatten(0, 1), _choice_inside(scores, coreset))
@@ -175,8 +175,8 @@ def test_the_order_of_tokens_changes_nothing(scores: Scores, policy: Policy, rng
     shuffled = _tokens(scores, torch.tensor(order))
     plain, other = route(scores, policy), route(shuffled, policy)
     shape = (*scores.logits.shape[:2], -1)
-    assert torch.equal(plain.ids.view(shape)[:, order], other.ids.view(shape))
-    assert torch.equal(plain.weights.view(shape)[:, order], other.weights.view(shape))
+    assert torch.equal(plain.topk_ids.view(shape)[:, order], other.topk_ids.view(shape))
+    assert torch.equal(plain.topk_weights.view(shape)[:, order], other.topk_weights.view(shape))
 
 
 @given(
@@ -216,8 +216,8 @@ def test_a_row_in_a_batch_routes_as_it_does_alone(scores: Scores, policy: Policy
     together = route(scores, policy)
     for row in range(3):
         alone = route(_rows(scores, row), policy)
-        assert torch.equal(_of_row(together.ids, scores, row), alone.ids)
-        assert torch.equal(_of_row(together.weights, scores, row), alone.weights)
+        assert torch.equal(_of_row(together.topk_ids, scores, row), alone.topk_ids)
+        assert torch.equal(_of_row(together.topk_weights, scores, row), alone.topk_weights)
 
 
 @given(blocks(rows=3), coresets())
@@ -226,7 +226,7 @@ def test_a_finished_row_elects_nobody_for_the_others(scores: Scores, policy: Pol
     """With one coreset for all rows, what the row without a voter holds is of no account."""
     voters = torch.ones(scores.logits.shape[:2])
     voters[1] = 0
-    scores = replace(scores, voters=voters, forward=(5, 5, 5))
+    scores = replace(scores, voters=voters, forward_indices=(5, 5, 5))
     other = scores.logits.clone()
     other[1] = other[1].roll(1, dims=-1) + 1
     k = scores.router.k
@@ -239,15 +239,15 @@ def test_a_finished_row_elects_nobody_for_the_others(scores: Scores, policy: Pol
 @law(120)
 def test_weights_follow_the_family_and_nobody_is_counted_for_nothing(scores: Scores, policy):
     routing = route(scores, policy)
-    absent = routing.ids < 0
-    assert bool((routing.weights[absent] == 0).all())
-    assert routing.used.nonzero().flatten().tolist() == routing.ids[~absent].unique().tolist()
-    for token in range(len(routing.ids)):
-        real = routing.ids[token][~absent[token]]
+    absent = routing.topk_ids < 0
+    assert bool((routing.topk_weights[absent] == 0).all())
+    assert routing.used.nonzero().flatten().tolist() == routing.topk_ids[~absent].unique().tolist()
+    for token in range(len(routing.topk_ids)):
+        real = routing.topk_ids[token][~absent[token]]
         assert len(real) >= 1
         assert len(set(real.tolist())) == len(real)
     if scores.router.renormalise:
-        total = routing.weights.sum(-1)
+        total = routing.topk_weights.sum(-1)
         torch.testing.assert_close(total, torch.full_like(total, scores.router.scale))
 
 
@@ -272,7 +272,7 @@ def _choice_inside(scores: Scores, coreset: Tensor) -> Tensor:
     for c, allowed in zip(_rank(scores), coreset.flatten(0, 1).tolist(), strict=True):
         groups = [sorted(c[g * size : (g + 1) * size])[-2:] for g in range(router.groups)]
         score = [torch.tensor(best).sum().item() for best in groups]
-        kept = sorted(range(router.groups), key=lambda g: (-score[g], g))[: router.kept_groups]
+        kept = sorted(range(router.groups), key=lambda g: (-score[g], g))[: router.topk_groups]
         order = sorted(
             (e for e in range(router.experts) if allowed[e]),
             key=lambda e: (e // size not in kept, -c[e], e),
@@ -300,22 +300,22 @@ def _tokens(scores: Scores, order: Tensor) -> Scores:
 
 def _rows(scores: Scores, row: int) -> Scores:
     alone = _indexed(scores, lambda tensor: tensor[row : row + 1])
-    return replace(alone, forward=(scores.forward[row],))
+    return replace(alone, forward_indices=(scores.forward_indices[row],))
 
 
 def _indexed(scores: Scores, take) -> Scores:
     def maybe(tensor: Tensor | None) -> Tensor | None:
         return None if tensor is None else take(tensor)
 
-    progress = scores.progress or Progress()
+    progress = scores.progress or DecodeProgress()
     return replace(
         scores,
         logits=take(scores.logits),
         voters=maybe(scores.voters),
         importance=maybe(scores.importance),
-        progress=Progress(
+        progress=DecodeProgress(
             masked=maybe(progress.masked),
-            filled=maybe(progress.filled),
+            after_eos=maybe(progress.after_eos),
             uncertainty=maybe(progress.uncertainty),
         ),
     )
@@ -323,6 +323,6 @@ def _indexed(scores: Scores, take) -> Scores:
 
 def _assert_same(one: Routing, other: Routing, *, rounding: float = 0) -> None:
     """With ``rounding``, weights may differ by as much: kernels add them up in their own order."""
-    assert torch.equal(one.ids, other.ids)
-    torch.testing.assert_close(one.weights, other.weights, rtol=rounding, atol=0)
+    assert torch.equal(one.topk_ids, other.topk_ids)
+    torch.testing.assert_close(one.topk_weights, other.topk_weights, rtol=rounding, atol=0)
     assert torch.equal(one.used, other.used)

@@ -15,9 +15,9 @@ from torch import Tensor
 
 from coterie.naming import CoterieError
 from coterie.routing import parse_policy
-from coterie.routing.proportional import SHARE, Favour, seats, shares
+from coterie.routing.proportional import VOTE_PARTS, ResidencyBonus, elect_sequentially, split_votes
 from coterie.routing.size import Priced
-from coterie.routing.votes import UNIT, margin
+from coterie.routing.votes import VOTE_UNIT, topk_margin
 from coterie.values import RouterSpec, Scores
 
 SIGMOID = RouterSpec(experts=6, k=2, activation="sigmoid", renormalise=True)
@@ -40,7 +40,7 @@ def test_each_seat_goes_where_the_votes_not_yet_seated_are(drawn):
     """The rule once more in plain whole numbers, one row, one seat at a time."""
     ballots, voice, first = drawn
     experts = first.shape[-1]
-    order, gains = seats(ballots, voice, first, most=experts, k=1, worth=0.0)
+    order, gains = elect_sequentially(ballots, voice, first, max_steps=experts, k=1, min_gain=0.0)
     for row in range(2):
         expected = _walk(ballots[row], voice[row].tolist(), first[row].tolist())
         assert list(zip(order[row].tolist(), gains[row].tolist(), strict=True)) == expected
@@ -50,7 +50,9 @@ def test_each_seat_goes_where_the_votes_not_yet_seated_are(drawn):
 @law()
 def test_gains_never_rise_after_the_protected(drawn):
     ballots, voice, first = drawn
-    _, gains = seats(ballots, voice, first, most=first.shape[-1], k=1, worth=0.0)
+    _, gains = elect_sequentially(
+        ballots, voice, first, max_steps=first.shape[-1], k=1, min_gain=0.0
+    )
     for row in range(2):
         rest = gains[row, int(first[row].sum()) :].tolist()
         assert rest == sorted(rest, reverse=True)
@@ -61,8 +63,10 @@ def test_gains_never_rise_after_the_protected(drawn):
 def test_a_shorter_walk_is_the_beginning_of_a_longer_one(drawn, most: int):
     ballots, voice, first = drawn
     assume(most <= first.shape[-1])
-    whole, _ = seats(ballots, voice, first, most=first.shape[-1], k=1, worth=0.0)
-    part, _ = seats(ballots, voice, first, most=most, k=1, worth=0.0)
+    whole, _ = elect_sequentially(
+        ballots, voice, first, max_steps=first.shape[-1], k=1, min_gain=0.0
+    )
+    part, _ = elect_sequentially(ballots, voice, first, max_steps=most, k=1, min_gain=0.0)
     assert torch.equal(part, whole[:, :most])
 
 
@@ -72,11 +76,13 @@ def test_residents_are_favoured_within_the_bound(drawn, lam: float, eps: float):
     """The rule once more, seat by seat; what was lost is never more than the bound."""
     ballots, voice, first = drawn
     resident = torch.rand(first.shape, generator=torch.Generator().manual_seed(5)) < 0.4
-    favour = Favour(resident, lam, eps)
+    favour = ResidencyBonus(resident, lam, eps)
     experts = first.shape[-1]
-    order, gains = seats(ballots, voice, first, most=experts, k=1, worth=0.0, favour=favour)
+    order, gains = elect_sequentially(
+        ballots, voice, first, max_steps=experts, k=1, min_gain=0.0, bonus=favour
+    )
     for row in range(2):
-        alone = Favour(resident[row], lam, eps)
+        alone = ResidencyBonus(resident[row], lam, eps)
         walk, could, lost = _favoured(ballots[row], voice[row].tolist(), first[row].tolist(), alone)
         assert list(zip(order[row].tolist(), gains[row].tolist(), strict=True)) == walk
         assert lost <= eps * could
@@ -86,10 +92,12 @@ def test_residents_are_favoured_within_the_bound(drawn, lam: float, eps: float):
 @law()
 def test_favouring_all_or_nobody_elects_the_same(drawn, lam: float, everybody: bool):
     ballots, voice, first = drawn
-    favour = Favour(torch.full_like(first, everybody), lam, 1.0)
+    favour = ResidencyBonus(torch.full_like(first, everybody), lam, 1.0)
     experts = first.shape[-1]
-    plain, gains = seats(ballots, voice, first, most=experts, k=1, worth=0.0)
-    order, taken = seats(ballots, voice, first, most=experts, k=1, worth=0.0, favour=favour)
+    plain, gains = elect_sequentially(ballots, voice, first, max_steps=experts, k=1, min_gain=0.0)
+    order, taken = elect_sequentially(
+        ballots, voice, first, max_steps=experts, k=1, min_gain=0.0, bonus=favour
+    )
     assert torch.equal(order, plain)
     assert torch.equal(taken, (gains.double() * (1 + lam * everybody)).long())
 
@@ -115,8 +123,14 @@ def test_a_resident_takes_the_seat_of_one_that_is_hardly_better():
     here = torch.tensor([False, True])
     nobody = torch.zeros(1, 2, dtype=torch.bool)
     seated = {
-        (lam, eps): seats(
-            ballots, voice, nobody, most=1, k=1, worth=0.0, favour=Favour(here, lam, eps)
+        (lam, eps): elect_sequentially(
+            ballots,
+            voice,
+            nobody,
+            max_steps=1,
+            k=1,
+            min_gain=0.0,
+            bonus=ResidencyBonus(here, lam, eps),
         )[0].item()
         for lam in (0.1, 0.2)
         for eps in (0.09, 0.11)
@@ -141,8 +155,8 @@ def test_a_token_without_a_voice_changes_nothing(drawn):
     silent = torch.cat([voice, torch.zeros_like(voice)], dim=1)
     more = torch.cat([ballots, ballots.flip(-1)], dim=1)
     for one, other in zip(
-        seats(ballots, voice, first, most=experts, k=1, worth=0.0),
-        seats(more, silent, first, most=experts, k=1, worth=0.0),
+        elect_sequentially(ballots, voice, first, max_steps=experts, k=1, min_gain=0.0),
+        elect_sequentially(more, silent, first, max_steps=experts, k=1, min_gain=0.0),
         strict=True,
     ):
         assert torch.equal(one, other)
@@ -151,10 +165,10 @@ def test_a_token_without_a_voice_changes_nothing(drawn):
 @given(elections())
 @law()
 def test_shares_of_a_ballot_never_pass_the_whole(drawn):
-    parts = shares(drawn[0])
+    parts = split_votes(drawn[0])
     total, empty = parts.sum(-1), (drawn[0] == 0).all(-1)
-    assert bool((total <= SHARE).all())
-    assert bool((total[~empty] > SHARE - parts.shape[-1]).all())
+    assert bool((total <= VOTE_PARTS).all())
+    assert bool((total[~empty] > VOTE_PARTS - parts.shape[-1]).all())
     assert bool((total[empty] == 0).all())
 
 
@@ -195,22 +209,27 @@ def test_an_odd_token_is_heard_among_many_alike():
 def test_a_price_is_what_one_tokens_vote_is_worth():
     """Ballots 3/4 and 1/4: the first seat gains .75 of each token, the second 1/4 * (1/4)**2."""
     ballots = torch.tensor([[[3.0, 1.0]]])
-    _, gains = seats(
-        ballots, torch.ones(1, 1), torch.zeros(1, 2, dtype=torch.bool), most=2, k=1, worth=0.0
+    _, gains = elect_sequentially(
+        ballots,
+        torch.ones(1, 1),
+        torch.zeros(1, 2, dtype=torch.bool),
+        max_steps=2,
+        k=1,
+        min_gain=0.0,
     )
-    assert gains.tolist() == [[0.75 * UNIT, UNIT / 64]]
+    assert gains.tolist() == [[0.75 * VOTE_UNIT, VOTE_UNIT / 64]]
 
 
 def test_margins_are_measured_from_the_expert_that_a_token_would_take_next():
     scores = Scores(_logits((0.9, 0.6, 0.5, 0.1, 0.1, 0.1)), SIGMOID)
     expected = torch.tensor([[[0.8, 0.2, 0, 0, 0, 0]]])
-    torch.testing.assert_close(margin(scores), expected, atol=2e-3, rtol=0)
+    torch.testing.assert_close(topk_margin(scores), expected, atol=2e-3, rtol=0)
 
 
 @given(blocks())
 @law()
 def test_every_token_splits_one_vote_by_margin_among_its_own(scores: Scores):
-    ballots = margin(scores)
+    ballots = topk_margin(scores)
     torch.testing.assert_close(ballots.sum(-1), torch.ones(ballots.shape[:2]))
     assert bool(((ballots > 0).sum(-1) == scores.router.k).all())
     assert bool((ballots >= 0).all())
@@ -238,9 +257,9 @@ FOUR = replace(SIGMOID, k=4)
 def _walk(ballots: Tensor, voice: list[float], first: list[bool]) -> list[tuple[int, int]]:
     parts = []
     for ballot in ballots.tolist():
-        units = [round(share * SHARE) for share in ballot]
-        parts.append([unit * SHARE // max(1, sum(units)) for unit in units])
-    lacking, left, walk = [SHARE] * len(parts), set(range(len(first))), []
+        units = [round(share * VOTE_PARTS) for share in ballot]
+        parts.append([unit * VOTE_PARTS // max(1, sum(units)) for unit in units])
+    lacking, left, walk = [VOTE_PARTS] * len(parts), set(range(len(first))), []
     while left:
         weight = [
             round(say * 2**20) * part * part >> 28 for say, part in zip(voice, lacking, strict=True)
@@ -253,14 +272,14 @@ def _walk(ballots: Tensor, voice: list[float], first: list[bool]) -> list[tuple[
     return walk
 
 
-def _favoured(ballots: Tensor, voice: list[float], first: list[bool], favour: Favour):
+def _favoured(ballots: Tensor, voice: list[float], first: list[bool], favour: ResidencyBonus):
     """The walk, the best gains there were, and what of them was lost."""
     parts = []
     for ballot in ballots.tolist():
-        units = [round(share * SHARE) for share in ballot]
-        parts.append([unit * SHARE // max(1, sum(units)) for unit in units])
-    here, lam, eps = favour.resident.tolist(), favour.lam, favour.eps
-    lacking, left, walk, could, lost = [SHARE] * len(parts), set(range(len(first))), [], 0, 0
+        units = [round(share * VOTE_PARTS) for share in ballot]
+        parts.append([unit * VOTE_PARTS // max(1, sum(units)) for unit in units])
+    here, lam, eps = favour.resident.tolist(), favour.factor, favour.max_vote_loss
+    lacking, left, walk, could, lost = [VOTE_PARTS] * len(parts), set(range(len(first))), [], 0, 0
     while left:
         weight = [
             round(say * 2**20) * part * part >> 28 for say, part in zip(voice, lacking, strict=True)

@@ -9,7 +9,14 @@ from hypothesis import given
 from policies import law, spellings
 
 from coterie.naming import CoterieError
-from coterie.routing import DesVote, Election, parse_policy, respell, respell_all, spell
+from coterie.routing import (
+    DesVote,
+    Election,
+    parse_policy,
+    update_policy_text,
+    update_policies_in_json,
+    format_policy,
+)
 
 
 @pytest.mark.parametrize(
@@ -43,7 +50,7 @@ from coterie.routing import DesVote, Election, parse_policy, respell, respell_al
     ],
 )
 def test_the_usual_spellings_print_as_written(text: str):
-    assert spell(parse_policy(text)) == text
+    assert format_policy(parse_policy(text)) == text
 
 
 @pytest.mark.parametrize(
@@ -57,15 +64,15 @@ def test_the_usual_spellings_print_as_written(text: str):
     ],
 )
 def test_other_spellings_print_as_the_one(text: str, printed: str):
-    assert spell(parse_policy(text)) == printed
+    assert format_policy(parse_policy(text)) == printed
 
 
 @given(spellings())
 @law(300)
 def test_every_combination_of_options_round_trips(text: str):
     policy = parse_policy(text)
-    assert parse_policy(spell(policy)) == policy
-    assert spell(parse_policy(spell(policy))) == spell(policy)
+    assert parse_policy(format_policy(policy)) == policy
+    assert format_policy(parse_policy(format_policy(policy))) == format_policy(policy)
 
 
 @pytest.mark.parametrize(
@@ -114,7 +121,7 @@ def test_policies_made_in_code_are_checked_too():
         DesVote(beta=2)
     with pytest.raises(CoterieError, match="resident_bonus must be at least 0"):
         Election(lam=-1)
-    assert spell(DesVote(beta=1)) == "des-vote:beta=1"
+    assert format_policy(DesVote(beta=1)) == "des-vote:beta=1"
 
 
 def test_a_policy_without_a_name_cannot_be_spelled():
@@ -123,7 +130,7 @@ def test_a_policy_without_a_name_cannot_be_spelled():
             return scores
 
     with pytest.raises(CoterieError, match="has no name; known: coreset"):
-        spell(Mine())
+        format_policy(Mine())
 
 
 def test_equal_policies_are_one_key():
@@ -141,17 +148,17 @@ def test_equal_policies_are_one_key():
     ],
 )
 def test_names_of_before_are_read_and_written_as_now(before: str, now: str):
-    assert spell(parse_policy(before)) == now
-    assert respell(f"{before} block=16; {before}") == f"{now} block=16; {now}"
-    assert respell_all({before: [before, 1, {"kept": before}]}, but=("kept",)) == {
-        now: [now, 1, {"kept": before}]
-    }
+    assert format_policy(parse_policy(before)) == now
+    assert update_policy_text(f"{before} block=16; {before}") == f"{now} block=16; {now}"
+    assert update_policies_in_json(
+        {before: [before, 1, {"kept": before}]}, skip_keys=("kept",)
+    ) == {now: [now, 1, {"kept": before}]}
 
 
 def test_a_value_is_read_by_both_of_its_words():
     for word in ("masked", "topk-prob"):
-        assert spell(parse_policy(f"des-vote:beta=0.3,vote={word}")) == "des-vote:beta=0.3"
-    assert respell("des-vote:beta=0.3,vote=masked") == "des-vote:beta=0.3,vote=topk-prob"
-    assert respell("what:lam=1 unroll:most=4") == "what:lam=1 unroll:most=4"
+        assert format_policy(parse_policy(f"des-vote:beta=0.3,vote={word}")) == "des-vote:beta=0.3"
+    assert update_policy_text("des-vote:beta=0.3,vote=masked") == "des-vote:beta=0.3,vote=topk-prob"
+    assert update_policy_text("what:lam=1 unroll:most=4") == "what:lam=1 unroll:most=4"
     with pytest.raises(CoterieError, match="resident_bonus is given twice"):
         parse_policy("des-vote:beta=0.3,lam=1,resident_bonus=1")

@@ -19,14 +19,25 @@ from hypothesis import strategies as st
 
 import coterie
 from coterie.naming import CoterieError
-from coterie.sandbox import Limits, Verdict, fence, fences, require_fence, run, run_many
-from coterie.sandbox.judge import _run_in, _trouble
-from coterie.sandbox.syscalls import MACHINES, seccomp_filter
+from coterie.sandbox import (
+    Limits,
+    ExecutionResult,
+    available_backend,
+    fences,
+    require_backend,
+    run_program,
+    run_programs,
+)
+from coterie.sandbox.judge import _run_in, _backend_problem
+from coterie.sandbox.syscalls import SYSCALL_TABLES, seccomp_filter
 
-SHORT = Limits(processor=1, seconds=0.5, memory=256 << 20)
+SHORT = Limits(cpu_seconds=1, wall_seconds=0.5, memory=256 << 20)
 AMPLE = Limits(memory=256 << 20)
-FENCES = fences.candidates()
-for absent in (fences.Bubblewrap("/usr/bin/bwrap", apart=False), fences.Namespaces(apart=False)):
+FENCES = fences.backend_candidates()
+for absent in (
+    fences.Bubblewrap("/usr/bin/bwrap", separate_user=False),
+    fences.Namespaces(separate_user=False),
+):
     if absent.name not in [fence.name for fence in FENCES]:
         FENCES.append(absent)  # so that its absence is told
 BEST = {
@@ -36,12 +47,12 @@ OUTSIDE = Path(__file__).with_name(f".outside-{uuid.uuid4().hex}")
 HOME = Path.home()
 PRIVATE = {path.name for path in HOME.glob("*")} - {
     Path(path).relative_to(HOME).parts[0]
-    for path in fences.shown()
+    for path in fences.visible_paths()
     if Path(path).is_relative_to(HOME)
 }
 
 
-def of(fence: fences.Fence) -> str:
+def of(fence: fences.SandboxBackend) -> str:
     user = "own-user" if getattr(fence, "apart", False) else "user-namespace"
     return f"{fence.name}-{user}"
 
@@ -54,9 +65,9 @@ def of(fence: fences.Fence) -> str:
         for fence in FENCES
     ]
 )
-def walls(request: pytest.FixtureRequest) -> fences.Fence:
+def walls(request: pytest.FixtureRequest) -> fences.SandboxBackend:
     """Each fence that can work here; a loud skip for one that does not."""
-    if (trouble := _trouble(request.param)) is not None:
+    if (trouble := _backend_problem(request.param)) is not None:
         pytest.skip(f"NOT TESTED: {of(request.param)} does not work on this machine ({trouble})")
     return request.param
 
@@ -64,8 +75,8 @@ def walls(request: pytest.FixtureRequest) -> fences.Fence:
 @pytest.fixture
 def mark(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     """A word on the command line of every process that the test starts in a sandbox."""
-    word, text = f"mark-{uuid.uuid4().hex}", fences._text
-    monkeypatch.setattr(fences, "_text", lambda name: f"{text(name)}\n# {word}\n")
+    word, text = f"mark-{uuid.uuid4().hex}", fences._script_text
+    monkeypatch.setattr(fences, "_script_text", lambda name: f"{text(name)}\n# {word}\n")
     yield word
     assert living(word) == []
 
@@ -197,7 +208,7 @@ def test_an_attack_is_a_wrong_answer_and_nothing_is_left(attack, walls, mark):
     began = time.monotonic()
     verdict = _run_in(walls, ATTACKS[attack], SHORT)
     assert not verdict.passed, attack
-    assert time.monotonic() - began < SHORT.seconds + 5
+    assert time.monotonic() - began < SHORT.wall_seconds + 5
     assert living(mark) == []
     assert not OUTSIDE.exists()
 
@@ -212,13 +223,13 @@ def test_who_does_not_reach_the_end_does_not_pass(cheat, walls, mark):
 def test_what_is_right_passes_beside_attacks(walls, mark):
     programs = ["x = 1", ATTACKS["sleeping for ever"], "import re, typing, hashlib", "assert 0"]
     limits = [AMPLE, SHORT, AMPLE, AMPLE]
-    outcomes = [_run_in(walls, *asked).outcome for asked in zip(programs, limits, strict=True)]
+    outcomes = [_run_in(walls, *asked).status for asked in zip(programs, limits, strict=True)]
     assert outcomes == ["passed", "timeout", "passed", "failed"]
 
 
 def test_processor_time_has_its_own_limit(walls, mark):
-    verdict = _run_in(walls, ATTACKS["an endless loop"], Limits(processor=1, seconds=30))
-    assert verdict.outcome == "timeout"
+    verdict = _run_in(walls, ATTACKS["an endless loop"], Limits(cpu_seconds=1, wall_seconds=30))
+    assert verdict.status == "timeout"
     assert "processor time" in verdict.reason
 
 
@@ -241,7 +252,7 @@ def test_processor_time_has_its_own_limit(walls, mark):
     ],
 )
 def test_ordinary_programs_pass(program, walls, mark):
-    assert _run_in(walls, program, AMPLE) == Verdict("passed")
+    assert _run_in(walls, program, AMPLE) == ExecutionResult("passed")
 
 
 def test_the_same_program_gets_the_same_order_of_a_set(walls):
@@ -254,7 +265,7 @@ def test_the_same_program_gets_the_same_order_of_a_set(walls):
 def test_only_what_python_needs_is_seen(walls):
     program = "import os\nraise ValueError(sorted(os.listdir('/')))"
     seen = set(eval(_run_in(walls, program, AMPLE).reason[len("ValueError(") : -1]))
-    roots = {Path(path).parts[1] for path in fences.shown()}
+    roots = {Path(path).parts[1] for path in fences.visible_paths()}
     assert seen <= roots | {"dev", "proc", "tmp", "lib", "lib32", "lib64"}
     assert not seen & {"home", "work", "mnt", "var", "run", "sys", "srv", "opt"} - roots
 
@@ -263,7 +274,7 @@ def test_a_tight_mask_of_ours_shuts_nobody_out(walls):
     program = "import decimal\nopen('/dev/null', 'w').write('x')\nopen('/tmp/x', 'w').write('x')"
     before = os.umask(0o077)
     try:
-        assert _run_in(walls, program, AMPLE) == Verdict("passed")
+        assert _run_in(walls, program, AMPLE) == ExecutionResult("passed")
     finally:
         os.umask(before)
 
@@ -276,7 +287,7 @@ def test_nobody_is_root_inside_and_the_environment_is_empty(walls):
         "held = [l.split()[1] for l in open('/proc/self/status') if l.startswith('CapEff')]\n"
         "assert int(held[0], 16) == 0\nassert os.getcwd() == '/tmp' and os.listdir('.') == []"
     )
-    assert _run_in(walls, program, AMPLE) == Verdict("passed")
+    assert _run_in(walls, program, AMPLE) == ExecutionResult("passed")
 
 
 def test_an_error_is_told_in_one_printable_line(walls):
@@ -316,7 +327,7 @@ def test_no_signal_reaches_who_judges(whom, number, walls, mark):
     program = (
         f"import os\ntry: os.kill({whom}, {number})\nexcept OSError: pass\nraise ValueError(7)"
     )
-    assert _run_in(walls, program, AMPLE) == Verdict("failed", "ValueError(7)")
+    assert _run_in(walls, program, AMPLE) == ExecutionResult("failed", "ValueError(7)")
 
 
 def test_a_server_outside_is_not_reached(walls):
@@ -340,9 +351,9 @@ def test_no_thread_and_no_descriptor_of_ours_is_left(walls):
 @given(st.lists(st.booleans(), max_size=6), st.integers(1, 4))
 @settings(max_examples=4, deadline=None, suppress_health_check=list(HealthCheck))
 def test_many_are_judged_one_by_one_and_in_order(right, workers):
-    if fence() is None:
+    if available_backend() is None:
         pytest.skip("NOT TESTED: nothing here can keep code in")
-    verdicts = run_many([f"assert {r}" for r in right], AMPLE, workers=workers)
+    verdicts = run_programs([f"assert {r}" for r in right], AMPLE, workers=workers)
     assert [verdict.passed for verdict in verdicts] == right
 
 
@@ -368,24 +379,24 @@ SPOILED: list[Callable[[pytest.MonkeyPatch, Path], None]] = [
 @pytest.mark.parametrize("spoil", SPOILED)
 def test_without_a_bubblewrap_that_works_namespaces_keep_code_in(spoil, monkeypatch, tmp_path):
     spoil(monkeypatch, tmp_path)
-    if fence() is None:
+    if available_backend() is None:
         pytest.skip("NOT TESTED: this machine allows no namespaces")
-    assert fence() == "namespaces"
-    assert run("x = 1").passed
-    assert not run("open('/etc/passwd')").passed
+    assert available_backend() == "namespaces"
+    assert run_program("x = 1").passed
+    assert not run_program("open('/etc/passwd')").passed
 
 
 def test_without_any_fence_code_is_refused_by_name_unless_it_is_trusted(monkeypatch):
     monkeypatch.setattr(
         "coterie.sandbox.judge.candidates", lambda: [fences.Bubblewrap("/bin/false", False)]
     )
-    assert fence() is None
+    assert available_backend() is None
     with pytest.raises(CoterieError, match=r"install bubblewrap.*--trust-generated-code"):
-        run("x = 1")
+        run_program("x = 1")
     with pytest.raises(CoterieError, match=r"bubblewrap: the sandbox does not start"):
-        run_many([])
-    assert isinstance(require_fence(trust=True), fences.Open)
-    assert run("x = 1", trust=True).passed
+        run_programs([])
+    assert isinstance(require_backend(trust=True), fences.Unsandboxed)
+    assert run_program("x = 1", trust=True).passed
 
 
 @pytest.mark.parametrize(
@@ -396,16 +407,16 @@ def test_without_any_fence_code_is_refused_by_name_unless_it_is_trusted(monkeypa
 )  # fmt: skip
 def test_a_trusted_program_still_has_limits(attack, mark):
     program = ATTACKS[attack].replace("/tmp/f", "f")
-    assert not _run_in(fences.Open(), program, SHORT).passed
+    assert not _run_in(fences.Unsandboxed(), program, SHORT).passed
 
 
 @pytest.mark.parametrize("cheat", CHEATS)
 def test_a_trusted_program_too_has_to_reach_its_end(cheat):
-    assert not _run_in(fences.Open(), CHEATS[cheat], SHORT).passed
+    assert not _run_in(fences.Unsandboxed(), CHEATS[cheat], SHORT).passed
 
 
 def test_the_filter_is_known_for_two_machines_and_only_those():
-    assert {name: len(seccomp_filter(name) or b"") % 8 for name in MACHINES} == dict.fromkeys(
-        MACHINES, 0
+    assert {name: len(seccomp_filter(name) or b"") % 8 for name in SYSCALL_TABLES} == dict.fromkeys(
+        SYSCALL_TABLES, 0
     )
     assert seccomp_filter("vax") is None

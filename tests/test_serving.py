@@ -13,46 +13,56 @@ from policies import law
 from test_offload import HIDDEN, SIZE, shown
 from torch import Tensor
 
-from coterie.experts.couriers import Readers
+from coterie.experts.couriers import ThreadedFetcher
 from coterie.experts.eviction import Eviction, Lfu, Lru
-from coterie.experts.offload import Offloaded
-from coterie.experts.store import Resident
-from coterie.experts.tiers import InMemory
+from coterie.experts.offload import CachedExpertStore
+from coterie.experts.store import ResidentExpertStore
+from coterie.experts.tiers import HostTier
 from coterie.naming import CoterieError
-from coterie.planning.booking import Cache, Memory, Play, asks_residents, book, choose
-from coterie.planning.serving import routed, serve_trace
-from coterie.planning.synthetic import Law, Shape, synthetic
+from coterie.planning.booking import (
+    CacheConfig,
+    TraceVotes,
+    ReplayPolicy,
+    depends_on_residents,
+    replay_cache,
+    select_experts,
+)
+from coterie.planning.serving import routing_from_trace, serve_trace
+from coterie.planning.synthetic import RoutingLaw, SyntheticShape, synthetic_trace
 from coterie.planning.trace import Trace
 from coterie.routing import parse_policy
-from coterie.values import membership
+from coterie.values import expert_mask
 
-SHAPE = Shape(layers=2, experts=24, k=3, tokens=6, steps=4, expert_bytes=(("fp32", SIZE),))
-LAW = Law(always=0.2, block=0.3, steady=0.9)
+SHAPE = SyntheticShape(layers=2, experts=24, k=3, tokens=6, steps=4, expert_bytes=(("fp32", SIZE),))
+LAW = RoutingLaw(expert_variance=0.2, block_variance=0.3, step_correlation=0.9)
 PLAYS = (
-    *(Play(parse_policy(text)) for text in ("vanilla", "des-vote:beta=0.3", "des-seq:k=1")),
-    Play(parse_policy("des-vote:beta=0.3"), drift=0.2),
-    Play(parse_policy("resident-vote:beta=0.3,resident_bonus=8,max_vote_loss=0.5")),
-    Play(parse_policy("resident-vote:beta=0.3,resident_bonus=8,max_vote_loss=0.5"), drift=0.2),
+    *(ReplayPolicy(parse_policy(text)) for text in ("vanilla", "des-vote:beta=0.3", "des-seq:k=1")),
+    ReplayPolicy(parse_policy("des-vote:beta=0.3"), reuse_tolerance=0.2),
+    ReplayPolicy(parse_policy("resident-vote:beta=0.3,resident_bonus=8,max_vote_loss=0.5")),
+    ReplayPolicy(
+        parse_policy("resident-vote:beta=0.3,resident_bonus=8,max_vote_loss=0.5"),
+        reuse_tolerance=0.2,
+    ),
 )
 
 
 def drawn(seed: int) -> Trace:
-    return synthetic(SHAPE, LAW, blocks=2, seed=seed)
+    return synthetic_trace(SHAPE, LAW, blocks=2, seed=seed)
 
 
 def blobs(trace: Trace) -> dict[int, Tensor]:
     return {
         layer: torch.randn(SHAPE.experts, SIZE // 4).view(torch.uint8)
-        for layer in trace.about.layers
+        for layer in trace.header.layers
     }
 
 
-def store(trace: Trace, capacity: int, rule: Eviction) -> Offloaded:
+def store(trace: Trace, capacity: int, rule: Eviction) -> CachedExpertStore:
     def allocate(slots: int, size: int) -> Tensor:
         return torch.zeros(slots, size, dtype=torch.uint8)
 
-    courier = Readers(InMemory(blobs(trace)))
-    return Offloaded(courier, shown, allocate, SHAPE.experts, SIZE, capacity, rule)
+    courier = ThreadedFetcher(HostTier(blobs(trace)))
+    return CachedExpertStore(courier, shown, allocate, SHAPE.experts, SIZE, capacity, rule)
 
 
 @given(
@@ -63,12 +73,12 @@ def store(trace: Trace, capacity: int, rule: Eviction) -> Offloaded:
 )
 @law(30)
 def test_a_store_moves_what_its_replay_says(
-    play: Play, capacity: int, seed: int, rule: Eviction
+    play: ReplayPolicy, capacity: int, seed: int, rule: Eviction
 ) -> None:
     trace = drawn(seed)
-    memory = Memory.of(trace)
-    chosen = None if asks_residents(play) else choose(memory, play)
-    foretold = book(memory, play, chosen, Cache(rule, min(capacity, SHAPE.experts)))
+    memory = TraceVotes.of(trace)
+    chosen = None if depends_on_residents(play) else select_experts(memory, play)
+    foretold = replay_cache(memory, play, chosen, CacheConfig(rule, min(capacity, SHAPE.experts)))
     served = serve_trace(trace, play, store(trace, capacity, rule), torch.randn(6, HIDDEN))
     np.testing.assert_array_equal(served.used, foretold.used)
     np.testing.assert_array_equal(served.loads, foretold.loads)
@@ -79,10 +89,12 @@ def test_a_store_moves_what_its_replay_says(
 def test_a_store_that_holds_all_moves_nothing() -> None:
     trace = drawn(1)
     everyone = torch.arange(SHAPE.experts)
-    resident = Resident({layer: shown(one, everyone) for layer, one in blobs(trace).items()})
+    resident = ResidentExpertStore(
+        {layer: shown(one, everyone) for layer, one in blobs(trace).items()}
+    )
     served = serve_trace(trace, PLAYS[0], resident, torch.randn(6, HIDDEN))
-    assert (served.loads.sum(), served.waited, served.hit_rate) == (0, 0.0, 1.0)
-    own = np.stack([forward.own.sum(-1) for forward in trace.forwards])
+    assert (served.loads.sum(), served.seconds_waited, served.hit_rate) == (0, 0.0, 1.0)
+    own = np.stack([forward.vanilla_mask.sum(-1) for forward in trace.forwards])
     np.testing.assert_array_equal(served.used, own)
 
 
@@ -95,13 +107,13 @@ def test_tokens_keep_their_own_experts_and_take_no_others_than_the_coreset(
     rng = np.random.default_rng(seed)
     coreset = np.zeros(SHAPE.experts, dtype=bool)
     coreset[rng.permutation(SHAPE.experts)[:size]] = True
-    found = routed(forward, 1, coreset, torch.Generator().manual_seed(seed))
-    taken = membership(found.ids, SHAPE.experts).numpy()
-    own = membership(found.own, SHAPE.experts).numpy()
+    found = routing_from_trace(forward, 1, coreset, torch.Generator().manual_seed(seed))
+    taken = expert_mask(found.topk_ids, SHAPE.experts).numpy()
+    own = expert_mask(found.vanilla_ids, SHAPE.experts).numpy()
     assert not (taken & ~coreset).any()
     assert not (own & coreset & ~taken).any()
     assert (taken.sum(-1) == min(size, SHAPE.k)).all()
-    assert ((found.ids < 0) == (found.weights == 0)).all()
+    assert ((found.topk_ids < 0) == (found.topk_weights == 0)).all()
 
 
 def test_what_cannot_be_served_is_said() -> None:

@@ -11,15 +11,22 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from coterie.naming import CoterieError
-from coterie.spelling import Count, Shares, check_options, options, parse, spelled
+from coterie.spelling import (
+    PositiveInt,
+    PositiveFractions,
+    check_options,
+    spec_options,
+    parse_spec,
+    format_spec,
+)
 
 
 @dataclass(frozen=True)
 class Budget:
-    beta: Shares
-    m: Count | tuple[Count, ...] | None = None
+    beta: PositiveFractions
+    m: PositiveInt | tuple[PositiveInt, ...] | None = None
     who: Literal["all", "some"] | tuple[Literal["all", "some"], ...] = "all"
-    least: Count = 1
+    least: PositiveInt = 1
 
     __post_init__ = check_options
 
@@ -45,21 +52,21 @@ budgets = st.builds(
 
 @given(budgets)
 def test_what_is_spelled_reads_back(budget: Budget):
-    text = spelled(budget, TABLE)
-    assert parse(text, TABLE, "budget") == budget
-    assert spelled(parse(text, TABLE, "budget"), TABLE) == text
+    text = format_spec(budget, TABLE)
+    assert parse_spec(text, TABLE, "budget") == budget
+    assert format_spec(parse_spec(text, TABLE, "budget"), TABLE) == text
 
 
 @given(shares)
 def test_one_number_stays_a_number(share: float):
-    found = parse(f"budget:beta={share!r}", TABLE, "budget")
+    found = parse_spec(f"budget:beta={share!r}", TABLE, "budget")
     assert (type(found.beta), found.beta) == (float, share)
 
 
 @given(st.lists(shares, min_size=2, max_size=9))
 def test_a_list_reads_as_a_tuple_in_order(entries: list[float]):
     text = " / ".join(map(repr, entries))
-    assert parse(f"budget:beta={text},least=2", TABLE, "budget").beta == tuple(entries)
+    assert parse_spec(f"budget:beta={text},least=2", TABLE, "budget").beta == tuple(entries)
 
 
 @given(st.lists(shares, min_size=2, max_size=9), st.data(), st.floats())
@@ -73,7 +80,7 @@ def test_the_entry_that_is_out_of_range_is_named(entries: list[float], data, wro
     with pytest.raises(CoterieError, match=told):
         Budget(beta=tuple(entries))
     with pytest.raises(CoterieError, match=told):
-        parse(f"budget:beta={'/'.join(map(repr, entries))}", TABLE, "budget")
+        parse_spec(f"budget:beta={'/'.join(map(repr, entries))}", TABLE, "budget")
 
 
 @pytest.mark.parametrize(
@@ -93,7 +100,7 @@ def test_the_entry_that_is_out_of_range_is_named(entries: list[float], data, wro
 )
 def test_what_is_wrong_in_a_spelling_is_named(text: str, message: str):
     with pytest.raises(CoterieError, match=re.escape(message)) as caught:
-        parse(f"budget:{text}", TABLE, "budget")
+        parse_spec(f"budget:{text}", TABLE, "budget")
     assert "\n" not in str(caught.value)
 
 
@@ -117,7 +124,7 @@ def test_what_is_wrong_in_code_is_named(beta, message: str):
 def test_only_an_option_that_says_so_takes_a_list():
     with pytest.raises(CoterieError, match=re.escape("least must be of type int, not (1, 2)")):
         Budget(beta=0.5, least=(1, 2))  # pyright: ignore[reportArgumentType]
-    assert {name: option.many for name, option in options(Budget).items()} == {
+    assert {name: option.accepts_list for name, option in spec_options(Budget).items()} == {
         "beta": True,
         "m": True,
         "who": True,
@@ -126,6 +133,8 @@ def test_only_an_option_that_says_so_takes_a_list():
 
 
 def test_equal_lists_are_one_key():
-    first, second = (parse(f"budget:beta={text}", TABLE, "budget") for text in ("1/.5", "1.0/0.50"))
+    first, second = (
+        parse_spec(f"budget:beta={text}", TABLE, "budget") for text in ("1/.5", "1.0/0.50")
+    )
     assert len({first, second}) == 1
-    assert spelled(first, TABLE) == "budget:beta=1/0.5"
+    assert format_spec(first, TABLE) == "budget:beta=1/0.5"

@@ -15,15 +15,15 @@ from hypothesis import strategies as st
 from policies import law
 from torch import Tensor
 
-from coterie.experts.aside import Aside, Counts
-from coterie.experts.couriers import Courier
+from coterie.experts.aside import CpuExperts, TokenCounts
+from coterie.experts.couriers import ExpertFetcher
 from coterie.experts.eviction import Lfu, Lru, Mask
-from coterie.experts.host import Host
-from coterie.experts.offload import Offloaded
-from coterie.experts.streams import Copies, Lane, Relays
-from coterie.experts.tiers import InMemory, Tier
+from coterie.experts.host import HostCache
+from coterie.experts.offload import CachedExpertStore
+from coterie.experts.streams import PinnedCopyFetcher, CopyStream, StagedFetcher
+from coterie.experts.tiers import HostTier, Tier
 from coterie.naming import CoterieError
-from coterie.values import Demand, Routing, Slab
+from coterie.values import ExpertRequest, Routing, Slab
 
 LAYERS, EXPERTS, SIZE = (1, 2), 12, 6
 DEVICE = torch.device("cpu")
@@ -42,13 +42,15 @@ def shown(memory: Tensor, slot_of: Tensor) -> Slab:
     return Slab(memory, memory, slot_of)
 
 
-def by_copies(tier: InMemory) -> Courier:
-    return Copies(tier, Lane(DEVICE))
+def by_copies(tier: HostTier) -> ExpertFetcher:
+    return PinnedCopyFetcher(tier, CopyStream(DEVICE))
 
 
-def by_relays(tier: Tier) -> Courier:
+def by_relays(tier: Tier) -> ExpertFetcher:
     """Through memory for five experts of any layer: who comes there later takes others' places."""
-    return Relays(Host(tier, torch.zeros(5, SIZE).byte(), LAYERS, EXPERTS), Lane(DEVICE))
+    return StagedFetcher(
+        HostCache(tier, torch.zeros(5, SIZE).byte(), LAYERS, EXPERTS), CopyStream(DEVICE)
+    )
 
 
 @dataclass
@@ -56,13 +58,17 @@ class Run:
     """A store in a world, and what was read where something else should have been."""
 
     world: World
-    own: Offloaded
+    own: CachedExpertStore
     true: dict[int, Tensor]
     wrong: list[str]
 
     @staticmethod
     def of(
-        world: World, make: Callable[[InMemory], Courier], experts: int, capacity: int, lru: bool
+        world: World,
+        make: Callable[[HostTier], ExpertFetcher],
+        experts: int,
+        capacity: int,
+        lru: bool,
     ) -> Run:
         wrong: list[str] = []
 
@@ -79,7 +85,9 @@ class Run:
         true = blobs(experts)
         # What the courier reads is no copy: a source that goes early would be seen, too.
         rule = Lru() if lru else Lfu()
-        own = Offloaded(make(InMemory(true)), shown, allocate, experts, SIZE, capacity, rule)
+        own = CachedExpertStore(
+            make(HostTier(true)), shown, allocate, experts, SIZE, capacity, rule
+        )
         return Run(world, own, blobs(experts), wrong)
 
     def serve(self, layer: int, used: set[int]) -> Iterator[None]:
@@ -88,7 +96,9 @@ class Run:
         mask[list(used)] = True
         ids = torch.tensor([sorted(used)] * 2, dtype=torch.int64)
         computed: list[int] = []
-        for slab in self.own.serve(layer, Demand(mask, Routing(ids, ids.float(), mask, ids))):
+        for slab in self.own.serve(
+            layer, ExpertRequest(mask, Routing(ids, ids.float(), mask, ids))
+        ):
             here = [one for one in used if int(slab.slot_of[one]) >= 0 and one not in computed]
             computed += here
             self.world.compute(lambda slab=slab, here=here: self.check(layer, slab, here))
@@ -123,7 +133,7 @@ def wishes(experts: int, seed: int, count: int) -> tuple[list[set[int]], torch.G
 
 def outcome(
     seed: int,
-    make: Callable[[InMemory], Courier] = by_copies,
+    make: Callable[[HostTier], ExpertFetcher] = by_copies,
     *,
     experts: int = 9,
     capacity: int = 4,
@@ -139,10 +149,12 @@ def outcome(
         if aside:
             everybody = torch.arange(experts)
             slabs = {layer: shown(blob, everybody) for layer, blob in run.true.items()}
-            run.own.aside = Aside(ByLot(seed), slabs)
+            run.own.cpu_experts = CpuExperts(ByLot(seed), slabs)
         wrong = run.all_of(*wishes(experts, seed, count))
-        if isinstance(run.own.courier, Relays):  # who waited for nobody leaves threads at work
-            run.own.courier._threads.shutdown()
+        if isinstance(
+            run.own.fetcher, StagedFetcher
+        ):  # who waited for nobody leaves threads at work
+            run.own.fetcher._threads.shutdown()
         return wrong
 
 
@@ -152,7 +164,7 @@ class ByLot:
 
     seed: int
 
-    def chosen(self, missed: Mask, tokens: Counts) -> Mask:
+    def chosen(self, missed: Mask, tokens: TokenCounts) -> Mask:
         assert bool((tokens[missed] == 2).all())
         self.seed += 1
         return missed & (np.random.default_rng(self.seed).random(len(missed)) < 0.4)
@@ -190,14 +202,14 @@ def test_nor_where_threads_fetch_first(
 @pytest.mark.parametrize("make", [by_copies, by_relays])
 @pytest.mark.parametrize("left_out", ["after_computing", "before_computing"])
 def test_an_order_that_is_left_out_is_found(
-    monkeypatch: pytest.MonkeyPatch, left_out: str, make: Callable[[InMemory], Courier]
+    monkeypatch: pytest.MonkeyPatch, left_out: str, make: Callable[[HostTier], ExpertFetcher]
 ) -> None:
     """The world is harsh enough: without one of the two, some slab reads what it must not."""
     waits = left_out == "before_computing" and make is by_relays
     if waits:  # threads are done when their copies are: it is the host that must wait for them
-        monkeypatch.setattr(Lane, left_out, lambda self, wait_on_host=None: None)
+        monkeypatch.setattr(CopyStream, left_out, lambda self, wait_on_host=None: None)
     else:
-        monkeypatch.setattr(Lane, left_out, lambda self, *wait: [one() for one in wait])
+        monkeypatch.setattr(CopyStream, left_out, lambda self, *wait: [one() for one in wait])
     assert any(outcome(seed, make, eager=0.1) for seed in range(10))
 
 
@@ -208,11 +220,11 @@ def test_nobody_waits_on_the_host(monkeypatch: pytest.MonkeyPatch) -> None:
     run = Run.of(world, by_copies, 9, 4, lru=True)
     for _ in run.serve(1, set(range(9))):
         pass
-    assert run.own.waited == 0
+    assert run.own.stall_seconds == 0
     assert not bool((run.own._memory[1] < OLD).any())
     world.drain()
     assert run.wrong == []
-    assert run.own.waited == 0.003  # of three waves that are waited for, a millisecond each
+    assert run.own.stall_seconds == 0.003  # of three waves that are waited for, a millisecond each
 
 
 def test_copies_for_the_next_wave_go_beside_computing(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -236,7 +248,7 @@ def test_copies_for_the_next_wave_go_beside_computing(monkeypatch: pytest.Monkey
 
 @pytest.mark.parametrize("make", [by_copies, by_relays])
 def test_a_forward_that_is_left_in_the_middle_spoils_nothing(
-    make: Callable[[InMemory], Courier],
+    make: Callable[[HostTier], ExpertFetcher],
 ) -> None:
     for seed in range(12):
         with pytest.MonkeyPatch.context() as patch:
@@ -256,7 +268,7 @@ def test_a_forward_that_is_left_in_the_middle_spoils_nothing(
 
 def test_a_tier_that_fails_is_an_error_and_the_next_forward_is_right() -> None:
     class Failing:
-        def __init__(self, tier: InMemory) -> None:
+        def __init__(self, tier: HostTier) -> None:
             self.tier, self.broken, self.lock = tier, True, threading.Lock()
 
         def fetch(self, layer: int, expert: int, into: Tensor) -> str:
@@ -264,7 +276,7 @@ def test_a_tier_that_fails_is_an_error_and_the_next_forward_is_right() -> None:
                 raise CoterieError("expert 5 cannot be read")
             return self.tier.fetch(layer, expert, into)
 
-    failing = Failing(InMemory(blobs(9)))
+    failing = Failing(HostTier(blobs(9)))
     with pytest.MonkeyPatch.context() as patch:
         world = World(3, eager=0.1)
         world.install(patch)

@@ -22,33 +22,38 @@ from quiz import Quiz
 import coterie
 from coterie.cli.edge import run
 from coterie.engine.engine import Engine
-from coterie.evals.run import Arm
+from coterie.evals.run import Variant
 from coterie.figures import style
 from coterie.naming import CoterieError
 from coterie.routing import POLICIES, Vanilla, parse_policy, route
 from coterie.study import prose
 from coterie.study import study as room
-from coterie.study.accuracy import ACCURACY, KEPT, every_rule, main_findings
-from coterie.study.arms import NEAR, compare, size_of, vote_of_size
+from coterie.study.accuracy import (
+    ACCURACY,
+    MIN_RELATIVE_ACCURACY,
+    all_policy_groups,
+    accuracy_findings,
+)
+from coterie.study.arms import MAX_EXPERT_DIFFERENCE, run_comparison, coreset_size, vote_of_size
 from coterie.study.beyond import BEYOND
-from coterie.study.blocks import Blocks
-from coterie.study.chapter import Chapter, Drawing, Facts, Finding, Table
-from coterie.study.curves import pareto
-from coterie.study.duel import claimed, duels, verdict
-from coterie.study.lab import Lab
-from coterie.study.narrow import ExpertsPerToken, Narrow, answered
-from coterie.study.remembering import Remembering
-from coterie.study.report import Section, claims, page, section
-from coterie.study.speed import Forwards
-from coterie.study.study import CHAPTERS, Done, Effort, study
-from coterie.study.table import TableOne, readable
-from coterie.study.tally import Arms, Tally
+from coterie.study.blocks import BlockSizeExperiment
+from coterie.study.chapter import Experiment, Drawing, ExperimentData, Finding, Table
+from coterie.study.curves import pareto_front
+from coterie.study.duel import claim_finding, compare_pairs, verdict_on
+from coterie.study.lab import StudyContext
+from coterie.study.narrow import ExpertsPerTokenExperiment, LimitTopK, evaluate_policy
+from coterie.study.remembering import CachedGradesTask
+from coterie.study.report import ReportSection, collect_claims, render_page, make_section
+from coterie.study.speed import ForwardCountExperiment
+from coterie.study.study import EXPERIMENTS, ExperimentOutcome, StudyConfig, run_study
+from coterie.study.table import TableOneExperiment, format_bytes
+from coterie.study.tally import VariantResults, VariantResult
 from coterie.study.variants import MASS, VOTES
 from coterie.testing import write_checkpoint
 from coterie.values import RouterSpec, Scores
 
 ROOT = Path(__file__).parents[1]
-SMALL = Effort(items=6, prompts=2, seed=1)
+SMALL = StudyConfig(items=6, prompts=2, seed=1)
 QUIZ = Quiz(count=6, tokens=8)
 HOSTILE = '<script src="http://evil.example/x.js"></script> & "quotes"'
 
@@ -65,29 +70,29 @@ class Counted:
     title: str = "A chapter (Fig. 0)"
     question: str = "How often?"
 
-    def measure(self, lab: Lab) -> Facts:
-        lab.tell(0.5, "counting")
+    def measure(self, lab: StudyContext) -> ExperimentData:
+        lab.on_progress(0.5, "counting")
         self.measured.append(self.name)
         if self.breaks is not None:
             raise self.breaks
         other = lab.record(self.reads) if self.reads else {}
         return {"value": len(self.measured) / 7, "hostile": HOSTILE, "other": other}
 
-    def drawings(self, facts: Facts) -> Sequence[Drawing]:
+    def drawings(self, facts: ExperimentData) -> Sequence[Drawing]:
         return [Drawing(f"{self.name}-figure", HOSTILE, lambda: self._figure(facts))]
 
-    def tables(self, facts: Facts) -> Sequence[Table]:
+    def tables(self, facts: ExperimentData) -> Sequence[Table]:
         return [Table(["what", "value"], [[HOSTILE, f"{facts['value']:.3f}"]], "Values", [1])]
 
-    def findings(self, facts: Facts) -> Sequence[Finding | str]:
+    def findings(self, facts: ExperimentData) -> Sequence[Finding | str]:
         return [Finding(f"It is {facts['value']:.3f}.", HOSTILE, "does not hold"), HOSTILE]
 
-    def _figure(self, facts: Facts) -> Figure:
+    def _figure(self, facts: ExperimentData) -> Figure:
         if not self.draws:
             raise KeyError("line")
-        figure, one = style.axes("x", str(facts["hostile"]))
+        figure, one = style.new_axes("x", str(facts["hostile"]))
         one.plot([0, 1], [0, float(str(facts["value"]))], label="a line")
-        style.legend(one)
+        style.add_legend(one)
         return figure
 
 
@@ -95,17 +100,17 @@ class Counted:
 class Looking:
     """Remembers what it was shown."""
 
-    done: list[Done] = field(default_factory=list)
+    done: list[ExperimentOutcome] = field(default_factory=list)
     moves: list[float] = field(default_factory=list)
 
-    def began(self, chapter: Chapter, wanted: Sequence[Chapter]) -> None:
+    def began(self, chapter: Experiment, wanted: Sequence[Experiment]) -> None:
         assert chapter in wanted
 
     def moved(self, share: float, doing: str) -> None:
         assert doing
         self.moves.append(share)
 
-    def ended(self, done: Done) -> None:
+    def ended(self, done: ExperimentOutcome) -> None:
         self.done.append(done)
 
 
@@ -116,20 +121,20 @@ def tiny(folder: Path) -> Engine:
 
 
 def studied(
-    engine: Engine, folder: Path, chapters: Sequence[Chapter], **options: object
-) -> tuple[list[Section], Looking]:
+    engine: Engine, folder: Path, chapters: Sequence[Experiment], **options: object
+) -> tuple[list[ReportSection], Looking]:
     watch = Looking()
     known = {chapter.name: chapter for chapter in chapters}
     asked: dict = {"effort": SMALL, **options}
-    return study(engine, [QUIZ], folder, watch=watch, chapters=known, **asked), watch
+    return run_study(engine, [QUIZ], folder, observer=watch, experiments=known, **asked), watch
 
 
-def lab(folder: Path, items: int = 6) -> Lab:
-    return Lab(tiny(folder), [QUIZ], folder, items, 2, 1, lambda share, doing: None)
+def lab(folder: Path, items: int = 6) -> StudyContext:
+    return StudyContext(tiny(folder), [QUIZ], folder, items, 2, 1, lambda share, doing: None)
 
 
-def tally(name: str, right: str, experts: float = 10.0) -> Tally:
-    return Tally(name, name, {}, {"quiz": right}, experts, 1.0, 1.0, 1.0, 8.0, 1.0, 0)
+def tally(name: str, right: str, experts: float = 10.0) -> VariantResult:
+    return VariantResult(name, name, {}, {"quiz": right}, experts, 1.0, 1.0, 1.0, 8.0, 1.0, 0)
 
 
 # What is measured, and what is only drawn
@@ -165,10 +170,10 @@ def test_answers_that_were_given_are_not_given_again(tmp_path: Path) -> None:
     """Also when the chapter that asked for them did not come to its end."""
     engine = tiny(tmp_path)
     asked = lab(tmp_path)
-    asked.sheets([Arm("vanilla"), Arm("topk:k=2")])
+    asked.evaluate([Variant("vanilla"), Variant("topk:k=2")])
     lines = (tmp_path / "items" / "items.jsonl").read_text().splitlines()
     again = replace(asked, engine=engine)
-    again.sheets([Arm("topk:k=2"), Arm("topk:k=1"), Arm("vanilla")])
+    again.evaluate([Variant("topk:k=2"), Variant("topk:k=1"), Variant("vanilla")])
     told = (tmp_path / "items" / "items.jsonl").read_text().splitlines()
     assert told[: len(lines)] == lines
     assert len(told) == len(lines) * 3 // 2
@@ -182,7 +187,7 @@ def test_a_record_that_is_torn_or_of_other_settings_is_made_again(tmp_path: Path
     path.write_text(path.read_text()[:-9])
     studied(engine, tmp_path, [chapter])
     studied(engine, tmp_path, [chapter], effort=replace(SMALL, items=4))
-    engine.generation = engine.generation.but(block=4)
+    engine.generation = engine.generation.replace(block=4)
     studied(engine, tmp_path, [chapter], effort=replace(SMALL, items=4))
     assert len(measured) == 4
 
@@ -238,7 +243,7 @@ def test_a_chapter_that_breaks_says_why_and_costs_only_itself(tmp_path: Path) ->
 def test_facts_that_are_no_json_are_that_chapters_failure(tmp_path: Path) -> None:
     @dataclass(frozen=True)
     class Odd(Counted):
-        def measure(self, lab: Lab) -> Facts:
+        def measure(self, lab: StudyContext) -> ExperimentData:
             return {"value": float("nan")}
 
     sections, _ = studied(tiny(tmp_path), tmp_path, [Odd("odd", [])])
@@ -337,9 +342,11 @@ def test_the_page_is_whole_in_itself_and_has_every_figure_in_both_dresses(tmp_pa
 
 def test_a_claim_stands_once_for_each_chapter_with_all_its_verdicts() -> None:
     said = [Finding("a", "Big", "holds"), Finding("b", "Big", "does not hold"), Finding("c")]
-    one = Section("one", "One", "?", findings=(*said, Finding("d", "Big", "holds")))
-    other = Section("other", "Other", "?", findings=(Finding("e", "Big", "cannot be told here"),))
-    told = [(claim.section.name, claim.told) for claim in claims([one, other])]
+    one = ReportSection("one", "One", "?", findings=(*said, Finding("d", "Big", "holds")))
+    other = ReportSection(
+        "other", "Other", "?", findings=(Finding("e", "Big", "cannot be told here"),)
+    )
+    told = [(claim.section.name, claim.verdict_texts) for claim in collect_claims([one, other])]
     assert told == [
         ("one", [("holds", "holds (2)"), ("does not hold", "does not hold (1)")]),
         ("other", [("cannot be told here", "cannot be told here")]),
@@ -356,16 +363,18 @@ def test_numbers_of_the_page_are_those_of_the_record(tmp_path: Path) -> None:
 
 def test_figures_lie_beside_the_page_as_files(tmp_path: Path) -> None:
     studied(tiny(tmp_path), tmp_path, [Counted("a", [])])
-    light, dark = ((tmp_path / "figures" / f"a-figure-{s}.svg").read_text() for s in style.PAPER)
+    light, dark = (
+        (tmp_path / "figures" / f"a-figure-{s}.svg").read_text() for s in style.BACKGROUND
+    )
     html = (tmp_path / "report.html").read_text()
     assert light.strip() in html
     assert dark.strip() in html
-    assert style.PAPER["dark"] in dark
-    assert style.PAPER["dark"] not in light
+    assert style.BACKGROUND["dark"] in dark
+    assert style.BACKGROUND["dark"] not in light
 
 
 def test_a_page_without_any_chapter_is_still_a_page() -> None:
-    assert "nothing yet" in read(page([])).text
+    assert "nothing yet" in read(render_page([])).text
 
 
 # The look
@@ -382,29 +391,35 @@ def contrast(one: str, other: str) -> float:
     return (high + 0.05) / (low + 0.05)
 
 
-@pytest.mark.parametrize("paper", style.PAPER.values())
+@pytest.mark.parametrize("paper", style.BACKGROUND.values())
 def test_every_colour_stands_out_from_the_paper(paper: str) -> None:
-    colours = {*style.SERIES, *(look.colour for look in style.LOOKS.values())}
+    colours = {*style.SERIES_COLOURS, *(look.colour for look in style.POLICY_STYLES.values())}
     assert min(contrast(colour, paper) for colour in colours) >= 3
 
 
 def test_ink_reads_on_its_paper() -> None:
-    assert min(contrast(style.INK[scheme], style.PAPER[scheme]) for scheme in style.PAPER) >= 7
+    assert (
+        min(
+            contrast(style.FOREGROUND[scheme], style.BACKGROUND[scheme])
+            for scheme in style.BACKGROUND
+        )
+        >= 7
+    )
 
 
 def test_every_policy_has_a_look_of_its_own() -> None:
-    assert set(POLICIES) <= set(style.LOOKS)
-    looks = [style.look(name) for name in POLICIES]
+    assert set(POLICIES) <= set(style.POLICY_STYLES)
+    looks = [style.policy_style(name) for name in POLICIES]
     assert len({(look.colour, look.marker) for look in looks}) == len(looks)
-    assert style.look("des-vote:beta=0.3") == style.LOOKS["des-vote"]
-    assert style.look("of-somebody-else:x=1") == style.OTHER
+    assert style.policy_style("des-vote:beta=0.3") == style.POLICY_STYLES["des-vote"]
+    assert style.policy_style("of-somebody-else:x=1") == style.OTHER_STYLE
 
 
 def test_a_figure_is_the_same_bytes_every_time_and_its_text_is_text() -> None:
     chapter = Counted("a", [])
     drawing = chapter.drawings({"value": 1.0, "hostile": "right & wrong"})[0]
-    first, second = (style.drawn(drawing.draw, name="one", scheme="dark") for _ in range(2))
-    other = style.drawn(drawing.draw, name="other", scheme="dark")
+    first, second = (style.render_svg(drawing.draw, name="one", scheme="dark") for _ in range(2))
+    other = style.render_svg(drawing.draw, name="other", scheme="dark")
     assert first == second
     assert "right &amp; wrong</text>" in first
     ids = [set(re.findall(r' id="([^"]+)"', svg)) for svg in (first, other)]
@@ -420,8 +435,8 @@ BITS = st.integers(2, 40).flatmap(lambda n: st.tuples(*[st.text("01", min_size=n
 @given(BITS)
 def test_a_tally_comes_back_from_its_record(bits: tuple[str, str]) -> None:
     first, second = tally("vanilla", bits[0]), tally("topk:k=2", bits[1])
-    document = json.loads(json.dumps(second.document(first)))
-    assert Tally.of(document) == second
+    document = json.loads(json.dumps(second.to_json(first)))
+    assert VariantResult.from_json(document) == second
     right = sum(digit == "1" for digit in bits[1])
     assert document["accuracy"]["right"] == right
     changed = sum(int(b) - int(a) for a, b in zip(*bits, strict=True))
@@ -430,24 +445,24 @@ def test_a_tally_comes_back_from_its_record(bits: tuple[str, str]) -> None:
 
 @given(st.lists(BITS, min_size=1, max_size=4))
 def test_a_verdict_turns_round_with_its_sides(pairs: list[tuple[str, str]]) -> None:
-    forth = duels([(tally("a", a), tally("b", b)) for a, b in pairs])
-    back = duels([(tally("b", b), tally("a", a)) for a, b in pairs])
+    forth = compare_pairs([(tally("a", a), tally("b", b)) for a, b in pairs])
+    back = compare_pairs([(tally("b", b), tally("a", a)) for a, b in pairs])
     assert [duel.sign for duel in forth] == [-duel.sign for duel in back]
     if {duel.sign for duel in forth} == {0}:
-        assert verdict(forth) == verdict(back) == "cannot be told here"
+        assert verdict_on(forth) == verdict_on(back) == "cannot be told here"
 
 
 def test_a_claim_holds_where_it_is_won_and_never_lost() -> None:
     bad, good = "0" * 30 + "1" * 10, "1" * 40
     won, lost = (tally("a", bad), tally("b", good)), (tally("a", good), tally("b", bad))
     even = (tally("a", good), tally("b", good))
-    assert verdict(duels([won, even])) == "holds"
-    assert verdict(duels([won, lost])) == "does not hold"
-    assert verdict(duels([even])) == "cannot be told here"
-    told = claimed("B is better.", duels([won, even]), second="b", first="a")
+    assert verdict_on(compare_pairs([won, even])) == "holds"
+    assert verdict_on(compare_pairs([won, lost])) == "does not hold"
+    assert verdict_on(compare_pairs([even])) == "cannot be told here"
+    told = claim_finding("B is better.", compare_pairs([won, even]), second="b", first="a")
     assert "above a in 1, below in 0, and not to be told apart in 1" in told.text
     assert "+75.0%" in told.text
-    assert claimed("B is better.", [], second="b", first="a").verdict == "cannot be told here"
+    assert claim_finding("B is better.", [], second="b", first="a").verdict == "cannot be told here"
 
 
 POINTS = st.lists(
@@ -460,7 +475,7 @@ def test_nobody_beats_the_front_and_the_front_beats_the_rest(
     points: list[tuple[float, str]],
 ) -> None:
     tallies = [tally(str(n), right, experts) for n, (experts, right) in enumerate(points)]
-    front = pareto(tallies)
+    front = pareto_front(tallies)
     for one, other in pairwise(front):
         assert one.experts <= other.experts
         assert one.accuracy < other.accuracy
@@ -471,34 +486,38 @@ def test_nobody_beats_the_front_and_the_front_beats_the_rest(
 @given(st.integers(1, 512).flatmap(lambda total: st.tuples(st.integers(1, total), st.just(total))))
 def test_a_vote_of_a_size_elects_so_many(sizes: tuple[int, int]) -> None:
     size, total = sizes
-    assert size_of(vote_of_size(size, total).policy, total) == size
+    assert coreset_size(vote_of_size(size, total).policy, total) == size
 
 
 def test_des_vote_is_met_with_others_at_equal_experts(tmp_path: Path) -> None:
-    others = [Arm("topk:k=1"), Arm("topk:k=2"), Arm("random:beta=0.5")]
-    votes = [Arm("des-vote:beta=0.25"), Arm("des-vote:beta=0.75")]
-    arms = Arms.of(
-        compare(lab(tmp_path), {"votes": votes, "others": others}, matched={"des-vote": others})
+    others = [Variant("topk:k=1"), Variant("topk:k=2"), Variant("random:beta=0.5")]
+    votes = [Variant("des-vote:beta=0.25"), Variant("des-vote:beta=0.75")]
+    arms = VariantResults.from_data(
+        run_comparison(
+            lab(tmp_path), {"votes": votes, "others": others}, matched={"des-vote": others}
+        )
     )
     assert arms.pairs
     for other, vote in arms.pairs:
         assert other.name in {arm.name for arm in others}
         assert vote.name.startswith("des-vote:beta=")
-        assert abs(other.experts - vote.experts) <= NEAR
+        assert abs(other.experts - vote.experts) <= MAX_EXPERT_DIFFERENCE
 
 
 def test_a_comparison_is_of_the_same_items_and_vanilla_comes_first(tmp_path: Path) -> None:
-    facts = json.loads(json.dumps(compare(lab(tmp_path), {"all": [Arm("des-seq:k=4")]})))
-    arms = Arms.of(facts)
+    facts = json.loads(json.dumps(run_comparison(lab(tmp_path), {"all": [Variant("des-seq:k=4")]})))
+    arms = VariantResults.from_data(facts)
     assert arms.vanilla.name == "vanilla"
     seq = arms.groups["all"][0]
-    assert seq.bits() == arms.vanilla.bits()  # the union of all that everybody has is vanilla
+    assert (
+        seq.correct_flags() == arms.vanilla.correct_flags()
+    )  # the union of all that everybody has is vanilla
     assert seq.experts == arms.vanilla.experts
-    assert arms.vanilla.share().n == 6
+    assert arms.vanilla.accuracy_share().n == 6
 
 
 def test_grades_are_remembered_by_item_and_output() -> None:
-    task = Remembering(QUIZ)
+    task = CachedGradesTask(QUIZ)
     first, second = task.items()[:2]
     outputs = ["1 2", "3 4", "1 2"]
     told = [task.grade(output, item) for item in (first, second) for output in outputs]
@@ -516,16 +535,16 @@ def test_narrow_keeps_the_best_of_the_same_coreset(drawn: tuple[int, int, int]) 
     logits = torch.randn((2, tokens, 16), generator=torch.Generator().manual_seed(seed))
     scores = Scores(logits=logits, router=router)
     wide = parse_policy("des-vote:beta=0.5")
-    ids = route(scores, wide).ids
-    assert route(scores, Narrow(wide, k)).ids[:, :k].equal(ids[:, :k])
-    assert (route(scores, Narrow(wide, k)).ids[:, k:] == -1).all()
-    assert route(scores, Narrow(Vanilla(), 4)).ids.equal(route(scores, Vanilla()).ids)
+    ids = route(scores, wide).topk_ids
+    assert route(scores, LimitTopK(wide, k)).topk_ids[:, :k].equal(ids[:, :k])
+    assert (route(scores, LimitTopK(wide, k)).topk_ids[:, k:] == -1).all()
+    assert route(scores, LimitTopK(Vanilla(), 4)).topk_ids.equal(route(scores, Vanilla()).topk_ids)
 
 
 def test_an_unspelled_policy_is_answered_as_a_spelled_one_is(tmp_path: Path) -> None:
     asked = lab(tmp_path)
-    own = answered(asked, parse_policy("topk:k=2"), "mine", "topk:k=2")
-    kept = Tally.of_sheet(asked.sheets([Arm("topk:k=2")])[0])
+    own = evaluate_policy(asked, parse_policy("topk:k=2"), "mine", "topk:k=2")
+    kept = VariantResult.from_eval_result(asked.evaluate([Variant("topk:k=2")])[0])
     same = replace(own, name=kept.name, tokens_per_second=kept.tokens_per_second)
     assert same == kept
 
@@ -533,9 +552,17 @@ def test_an_unspelled_policy_is_answered_as_a_spelled_one_is(tmp_path: Path) -> 
 # The chapters
 
 
-CHECKED: Mapping[str, Chapter] = {
+CHECKED: Mapping[str, Experiment] = {
     chapter.name: chapter
-    for chapter in (ACCURACY, BEYOND, MASS, Blocks(), ExpertsPerToken(), TableOne(), Forwards())
+    for chapter in (
+        ACCURACY,
+        BEYOND,
+        MASS,
+        BlockSizeExperiment(),
+        ExpertsPerTokenExperiment(),
+        TableOneExperiment(),
+        ForwardCountExperiment(),
+    )
 }
 
 
@@ -544,7 +571,7 @@ def test_a_chapter_about_accuracy_can_be_measured_drawn_and_told(name: str, tmp_
     chapter = CHECKED[name]
     facts = json.loads(json.dumps(chapter.measure(lab(tmp_path)), allow_nan=False))
     for drawing in chapter.drawings(facts):
-        assert style.drawn(drawing.draw, name=drawing.name, scheme="light").startswith("<svg")
+        assert style.render_svg(drawing.draw, name=drawing.name, scheme="light").startswith("<svg")
     for table in chapter.tables(facts):
         assert {len(row) for row in table.rows} == {len(table.heads)}
         assert max(table.numbers, default=0) < len(table.heads)
@@ -554,31 +581,35 @@ def test_a_chapter_about_accuracy_can_be_measured_drawn_and_told(name: str, tmp_
 def test_the_headline_claim_is_judged_by_the_smallest_policy_that_keeps_the_accuracy() -> None:
     n = 100
     groups = {label: [tally(arm.name, "1" * 30 + "0" * 70) for arm in of]
-              for label, of in every_rule(4).items()}  # fmt: skip
-    arms = Arms(128, 4, 32, {"vanilla": tally("vanilla", "1" * n, 80.0)}, groups, [])
+              for label, of in all_policy_groups(4).items()}  # fmt: skip
+    arms = VariantResults(128, 4, 32, {"vanilla": tally("vanilla", "1" * n, 80.0)}, groups, [])
 
     def judged(experts: float, right: int) -> Finding:
         vote = tally("des-vote:beta=0.3", "1" * right + "0" * (n - right), experts)
         changed = {**groups, "DES-Vote": [*groups["DES-Vote"], vote]}
-        found = main_findings(replace(arms, groups=changed))
+        found = accuracy_findings(replace(arms, groups=changed))
         return next(f for f in found if isinstance(f, Finding) and "55 %" in f.claim)
 
-    assert judged(35.0, int(KEPT * n)).verdict == "holds"
-    assert judged(37.0, int(KEPT * n)).verdict == "does not hold"
-    assert judged(35.0, int(KEPT * n) - 1).verdict == "does not hold"
-    arms = replace(arms, tallies={"vanilla": tally("vanilla", "0" * n, 80.0)})
+    assert judged(35.0, int(MIN_RELATIVE_ACCURACY * n)).verdict == "holds"
+    assert judged(37.0, int(MIN_RELATIVE_ACCURACY * n)).verdict == "does not hold"
+    assert judged(35.0, int(MIN_RELATIVE_ACCURACY * n) - 1).verdict == "does not hold"
+    arms = replace(arms, by_name={"vanilla": tally("vanilla", "0" * n, 80.0)})
     assert judged(35.0, 0).verdict == "cannot be told here"
 
 
 def test_every_chapter_stands_under_its_own_name_and_asks_a_question() -> None:
-    assert all(chapter.name == name for name, chapter in CHAPTERS.items())
-    assert all(chapter.question.endswith("?") for chapter in CHAPTERS.values())
-    titles = [chapter.title for chapter in CHAPTERS.values()]
+    assert all(chapter.name == name for name, chapter in EXPERIMENTS.items())
+    assert all(chapter.question.endswith("?") for chapter in EXPERIMENTS.values())
+    titles = [chapter.title for chapter in EXPERIMENTS.values()]
     assert len(set(titles)) == len(titles)
 
 
 def test_bytes_are_readable() -> None:
-    assert [readable(size) for size in (999, 24_576, 6_291_456)] == ["999 B", "24.6 KB", "6.3 MB"]
+    assert [format_bytes(size) for size in (999, 24_576, 6_291_456)] == [
+        "999 B",
+        "24.6 KB",
+        "6.3 MB",
+    ]
 
 
 # The command
@@ -622,7 +653,7 @@ def test_the_status_tells_whether_every_chapter_came_through(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    monkeypatch.setattr(room, "CHAPTERS", {"a": Counted("a", [], breaks=broken)})
+    monkeypatch.setattr(room, "EXPERIMENTS", {"a": Counted("a", [], breaks=broken)})
     assert run(["study", "-o", str(tmp_path / "out"), "--quick"]) == status
     said = capsys.readouterr()
     assert said.out.endswith(f"{tmp_path / 'out' / 'report.html'}\n")
@@ -637,22 +668,22 @@ def test_the_document_has_what_the_page_has(tmp_path: Path) -> None:
     chapter = Counted("a", [], title="A chapter (Fig. 0)")
     studied(tiny(tmp_path), tmp_path, [chapter])
     record = json.loads((tmp_path / "records" / "a.json").read_text())
-    one = section(chapter, record, schemes=())
-    text = prose.document([one], records="results/study", experts="16 experts", figures=())
+    one = make_section(chapter, record, schemes=())
+    text = prose.render_markdown([one], records="results/study", experts="16 experts", figures=())
     assert f"| {HOSTILE} | {record['facts']['value']:.3f} |" in text
     assert "✗ does not hold" in text
     assert "(#a-chapter-fig-0)" in text
     assert "`results/study/a.json`" in text
     assert "<picture>" not in text
-    shown = prose.document([one], records="r", experts="16 experts", figures=["a-figure"])
+    shown = prose.render_markdown([one], records="r", experts="16 experts", figures=["a-figure"])
     assert "figures/a-figure-dark.svg" in shown
 
 
 def test_the_results_page_is_what_the_committed_records_say() -> None:
     script = runpy.run_path(str(ROOT / "scripts" / "results.py"))
-    sections: Callable[[Sequence[str]], list[Section]] = script["sections"]
+    sections: Callable[[Sequence[str]], list[ReportSection]] = script["sections"]
     found = sections(())
-    assert len(found) == len(CHAPTERS), "a chapter has no record under results/study"
+    assert len(found) == len(EXPERIMENTS), "a chapter has no record under results/study"
     written = (ROOT / "docs" / "results.md").read_text(encoding="utf-8")
     assert written == script["written"](found)
     named = set(re.findall(r"figures/[\w-]+\.svg", written))

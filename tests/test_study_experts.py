@@ -17,28 +17,53 @@ from quiz import Quiz
 
 import coterie
 from coterie.engine.engine import Engine
-from coterie.evals.run import Answer, Arm
-from coterie.experts.book import Book
-from coterie.experts.imagined import Imagined
-from coterie.experts.store import Resident
+from coterie.evals.run import Answer, Variant
+from coterie.experts.book import CacheSimulator
+from coterie.experts.imagined import SimulatedCacheStore
+from coterie.experts.store import ResidentExpertStore
 from coterie.figures import style
 from coterie.model.moe import MoE
 from coterie.naming import CoterieError
 from coterie.study import inmemory
 from coterie.study.chapter import Finding, Verdict
-from coterie.study.experts import FEWER, Experts, opened, precisions_of, slots_by_share
-from coterie.study.experts_facts import Found, Grid, Kept, Precision, Run
-from coterie.study.experts_told import CACHED, COARSE, HALVED, conclusions, tables
-from coterie.study.inmemory import Asked, Moves, answered, imagining, moves, questions
-from coterie.study.lab import Lab
-from coterie.study.logbook import Entry, Logbook
-from coterie.study.tally import Tally
+from coterie.study.experts import (
+    REDUCED_ITEMS_DIVISOR,
+    ExpertCacheExperiment,
+    engine_with_precision,
+    precision_names,
+    slots_by_share,
+)
+from coterie.study.experts_facts import (
+    ExpertCacheRecord,
+    ResultGrid,
+    CacheOutcome,
+    PrecisionInfo,
+    CacheRun,
+)
+from coterie.study.experts_told import (
+    CACHING_CLAIM,
+    LOW_PRECISION_CLAIM,
+    HALF_BYTES_CLAIM,
+    cache_findings,
+    cache_tables,
+)
+from coterie.study.inmemory import (
+    ReplayRequest,
+    CacheTransfers,
+    answer_questions,
+    with_store,
+    simulate_cache,
+    interleave_questions,
+)
+from coterie.study.lab import StudyContext
+from coterie.study.logbook import AnswerEntry, AnswerTraceLog
+from coterie.study.tally import VariantResult
 from coterie.testing import write_checkpoint
-from coterie.values import Store
+from coterie.values import ExpertStore
 
 TASKS = (Quiz(count=4, tokens=8), Quiz(name="other", count=3, tokens=8))
 CLOSE = "uniform-vote:beta=0.3,resident_bonus=8,max_vote_loss=0.5"
-LOOKING = Asked(Arm(CLOSE, {"commit": "policy"}), 6, 5)
+LOOKING = ReplayRequest(Variant(CLOSE, {"commit": "policy"}), 6, 5)
 
 
 def tiny(folder: Path, **options: str) -> Engine:
@@ -49,15 +74,15 @@ def tiny(folder: Path, **options: str) -> Engine:
     return coterie.load(where, unmask="fixed:steps=2", block=8, device="cpu", **options)
 
 
-def lab(folder: Path, engine: Engine) -> Lab:
-    return Lab(engine, TASKS, folder, 6, 2, 1, lambda share, doing: None)
+def lab(folder: Path, engine: Engine) -> StudyContext:
+    return StudyContext(engine, TASKS, folder, 6, 2, 1, lambda share, doing: None)
 
 
-def ask(engine: Engine, asked: Asked, folder: Path) -> list[Entry]:
-    return answered(engine, TASKS, asked, folder, lambda share: None)
+def ask(engine: Engine, asked: ReplayRequest, folder: Path) -> list[AnswerEntry]:
+    return answer_questions(engine, TASKS, asked, folder, lambda share: None)
 
 
-def without_seconds(entries: Sequence[Entry]) -> list[tuple[Answer, str, bytes]]:
+def without_seconds(entries: Sequence[AnswerEntry]) -> list[tuple[Answer, str, bytes]]:
     return [
         (replace(one.answer, seconds=0.0), one.kinds, one.used.tobytes() + bytes(one.used.shape))
         for one in entries
@@ -72,7 +97,7 @@ USES = st.lists(st.lists(st.integers(0, 9), min_size=1, max_size=5), min_size=1,
 
 @given(USES, st.integers(5, 10))
 def test_a_book_is_the_least_recently_used_by_hand(uses: list[list[int]], capacity: int) -> None:
-    book, here = Book(10, capacity), []
+    book, here = CacheSimulator(10, capacity), []
     for wanted in uses:
         used = np.zeros(10, dtype=bool)
         used[wanted] = True
@@ -81,7 +106,7 @@ def test_a_book_is_the_least_recently_used_by_hand(uses: list[list[int]], capaci
         # Last used last; of those used together the higher index leaves first.
         here = [expert for expert in here if expert not in there] + sorted(there, reverse=True)
         here = here[-capacity:]
-        assert book.enter(0, used) == len(come)
+        assert book.count_loads(0, used) == len(come)
         assert set(np.flatnonzero(book.slots[0].resident)) == set(here)
 
 
@@ -90,11 +115,11 @@ def test_books_kept_together_are_the_books_kept_alone(
     uses: list[list[int]], capacities: list[int]
 ) -> None:
     masks = [np.isin(np.arange(10), wanted) for wanted in uses]
-    together = [Book(10, capacity) for capacity in capacities]
-    loads = [[book.enter(0, mask) for book in together] for mask in masks]
+    together = [CacheSimulator(10, capacity) for capacity in capacities]
+    loads = [[book.count_loads(0, mask) for book in together] for mask in masks]
     for place, capacity in enumerate(capacities):
-        alone = Book(10, capacity)
-        assert [alone.enter(0, mask) for mask in masks] == [row[place] for row in loads]
+        alone = CacheSimulator(10, capacity)
+        assert [alone.count_loads(0, mask) for mask in masks] == [row[place] for row in loads]
     moved = np.array(loads).sum(0)
     assert all(
         moved[a] >= moved[b]
@@ -108,44 +133,44 @@ def test_books_kept_together_are_the_books_kept_alone(
 def test_a_logbook_says_what_a_memory_of_any_size_has_moved(tmp_path: Path, capacity: int) -> None:
     """Answers are given many at once; the memory served them one after the other."""
     engine = tiny(tmp_path)
-    entries = ask(engine, Asked(Arm("des-seq:k=2"), 6), tmp_path / "together")
-    memories: list[Imagined] = []
+    entries = ask(engine, ReplayRequest(Variant("des-seq:k=2"), 6), tmp_path / "together")
+    memories: list[SimulatedCacheStore] = []
 
-    def behind(store: Store) -> Store:
-        memories.append(Imagined(store, 16, capacity))
+    def behind(store: ExpertStore) -> ExpertStore:
+        memories.append(SimulatedCacheStore(store, 16, capacity))
         return memories[-1]
 
-    own = Engine(imagining(engine.model, behind), generation=engine.generation)
-    for question in questions(TASKS, 6, engine):
+    own = Engine(with_store(engine.model, behind), generation=engine.generation)
+    for question in interleave_questions(TASKS, 6, engine):
         own.generate(question.task.prompt(question.item), policy="des-seq:k=2", max_new_tokens=8)
-    made = moves(entries, capacity)
+    made = simulate_cache(entries, capacity)
     assert len(memories) == 1
-    book = Book(16, capacity)
+    book = CacheSimulator(16, capacity)
     for entry in entries:
         for forward in entry.used:
             for layer, used in enumerate(forward):
-                book.enter(layer, used)
-    real = [sorted(np.flatnonzero(one.resident)) for _, one in sorted(memories[0].books.items())]
+                book.count_loads(layer, used)
+    real = [sorted(np.flatnonzero(one.resident)) for _, one in sorted(memories[0].caches.items())]
     assert real == [sorted(np.flatnonzero(one.resident)) for _, one in sorted(book.slots.items())]
-    assert made.by_answer(made.loads, 6).sum() == made.loads.sum() == memories[0].moved
+    assert made.sum_by_answer(made.loads, 6).sum() == made.loads.sum() == memories[0].experts_moved
     assert made.used.sum() == sum(int(entry.used.sum()) for entry in entries)
 
 
 def test_questions_take_turns_and_fewer_are_the_beginning_of_more(tmp_path: Path) -> None:
-    asked = questions(TASKS, 7, tiny(tmp_path))
+    asked = interleave_questions(TASKS, 7, tiny(tmp_path))
     assert [one.task.name for one in asked] == ["quiz", "other"] * 3 + ["quiz"]
-    assert questions(TASKS, 4, tiny(tmp_path)) == asked[:4]
+    assert interleave_questions(TASKS, 4, tiny(tmp_path)) == asked[:4]
 
 
 def test_a_forward_is_known_by_its_kind(tmp_path: Path) -> None:
-    (entry, *_) = ask(tiny(tmp_path), Asked(Arm("vanilla"), 1), tmp_path)
+    (entry, *_) = ask(tiny(tmp_path), ReplayRequest(Variant("vanilla"), 1), tmp_path)
     answer = entry.answer
     assert [entry.kinds.count(kind) for kind in "pdc"] == [
         answer.prefills, answer.forwards, answer.commits,
     ]  # fmt: skip
-    made = moves([entry], 16)
-    assert made.decoded.tolist() == [kind == "d" for kind in entry.kinds]
-    assert isinstance(made, Moves)
+    made = simulate_cache([entry], 16)
+    assert made.is_decode.tolist() == [kind == "d" for kind in entry.kinds]
+    assert isinstance(made, CacheTransfers)
 
 
 # Runs that were stopped
@@ -170,16 +195,23 @@ def test_an_item_that_fails_costs_only_itself(tmp_path: Path) -> None:
     """A prompt that the model has no room for, in the middle."""
     engine = tiny(tmp_path)
     odd = {2: " ".join(["3"] * 600)}
-    found = answered(engine, [Quiz(odd=odd, tokens=8)], LOOKING, tmp_path, lambda share: None)
+    found = answer_questions(
+        engine, [Quiz(odd=odd, tokens=8)], LOOKING, tmp_path, lambda share: None
+    )
     assert [entry.answer.error is None for entry in found] == [True, True, False, True, True, True]
     assert len(found[2].kinds) == 0 == len(found[2].used)
-    again = answered(engine, [Quiz(odd=odd, tokens=8)], LOOKING, tmp_path, lambda share: None)
+    again = answer_questions(
+        engine, [Quiz(odd=odd, tokens=8)], LOOKING, tmp_path, lambda share: None
+    )
     assert without_seconds(again) == without_seconds(found)
 
 
 def test_two_processes_do_not_write_one_logbook(tmp_path: Path) -> None:
-    with Logbook(tmp_path / "one", (2, 4)), pytest.raises(CoterieError, match="another process"):
-        Logbook(tmp_path / "one", (2, 4))
+    with (
+        AnswerTraceLog(tmp_path / "one", (2, 4)),
+        pytest.raises(CoterieError, match="another process"),
+    ):
+        AnswerTraceLog(tmp_path / "one", (2, 4))
 
 
 @settings(max_examples=20)
@@ -190,11 +222,11 @@ def test_an_entry_comes_back_from_its_line(forwards: int, seed: int) -> None:
         "arm", "quiz", "quiz/1", True, None, {}, "out ✓\n", "stop", 8, 2, 1, 1, 1, 3.5, 2, 1.0, 0.9,
         0.5, None,
     )  # fmt: skip
-    entry = Entry(answer, "pdc"[:forwards], used)
+    entry = AnswerEntry(answer, "pdc"[:forwards], used)
     with TemporaryDirectory() as folder:
-        with Logbook(Path(folder) / "one", (2, 11)) as book:
+        with AnswerTraceLog(Path(folder) / "one", (2, 11)) as book:
             book.add([entry])
-        with Logbook(Path(folder) / "one", (2, 11)) as book:
+        with AnswerTraceLog(Path(folder) / "one", (2, 11)) as book:
             (found,) = book.entries.values()
     assert (found.answer, found.kinds) == (answer, entry.kinds)
     assert np.array_equal(found.used, used)
@@ -206,38 +238,38 @@ def test_an_entry_comes_back_from_its_line(forwards: int, seed: int) -> None:
 def test_the_chapter_is_measured_once_and_told_from_its_record(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    chapter, asked = Experts(), lab(tmp_path, tiny(tmp_path))
+    chapter, asked = ExpertCacheExperiment(), lab(tmp_path, tiny(tmp_path))
     facts = json.loads(json.dumps(chapter.measure(asked), allow_nan=False))
-    grid = Grid.of(facts)
+    grid = ResultGrid.from_data(facts)
     shares = len(slots_by_share(asked.engine))
-    assert [one["name"] for one in grid.found["precisions"]] == ["bf16", "int8", "int4"]
-    sizes = [one["expert_bytes"] for one in grid.found["precisions"]]
+    assert [one["name"] for one in grid.record["precisions"]] == ["bf16", "int8", "int4"]
+    sizes = [one["expert_bytes"] for one in grid.record["precisions"]]
     assert sizes == sorted(sizes, reverse=True)
-    plain = [point for point in grid.at("bf16") if not point.run["looks"]]
+    plain = [point for point in grid.select("bf16") if not point.run["looks"]]
     assert {len([p for p in plain if p.policy == q]) for q in {p.policy for p in plain}} == {shares}
-    looking = [run["items"] for run in grid.found["runs"] if run["looks"]]
-    assert set(looking) == {6, 6 // FEWER}
+    looking = [run["items"] for run in grid.record["runs"] if run["looks"]]
+    assert set(looking) == {6, 6 // REDUCED_ITEMS_DIVISOR}
     for drawing in chapter.drawings(facts):
-        assert style.drawn(drawing.draw, name=drawing.name, scheme="light").startswith("<svg")
+        assert style.render_svg(drawing.draw, name=drawing.name, scheme="light").startswith("<svg")
     for table in chapter.tables(facts):
         assert table.rows
         assert {len(row) for row in table.rows} == {len(table.heads)}
     assert all(chapter.findings(facts))
-    monkeypatch.setattr(inmemory, "outcomes", lambda *_, **__: pytest.fail("asked again"))
+    monkeypatch.setattr(inmemory, "generate_outcomes", lambda *_, **__: pytest.fail("asked again"))
     assert json.loads(json.dumps(chapter.measure(asked))) == facts
 
 
 def test_experts_that_came_in_few_bits_are_measured_as_they_are(tmp_path: Path) -> None:
     engine = tiny(tmp_path, experts="int8")
-    assert precisions_of(engine) == ["int8"]
-    assert opened(engine, "int8") is engine
+    assert precision_names(engine) == ["int8"]
+    assert engine_with_precision(engine, "int8") is engine
 
 
 def test_sixteen_bits_are_what_was_loaded_or_made_of_it(tmp_path: Path) -> None:
     whole, half = tiny(tmp_path, dtype="fp32"), tiny(tmp_path, dtype="fp16")
-    assert [precisions_of(one)[0] for one in (whole, half)] == ["bf16", "fp16"]
-    assert opened(half, "fp16") is half
-    made = opened(whole, "bf16")
+    assert [precision_names(one)[0] for one in (whole, half)] == ["bf16", "fp16"]
+    assert engine_with_precision(half, "fp16") is half
+    made = engine_with_precision(whole, "bf16")
     assert str(made.model.transformer.dtype) == "torch.bfloat16"
     assert made.generation == whole.generation
     assert any(isinstance(one.feed_forward, MoE) for one in made.model.transformer.layers)
@@ -246,37 +278,37 @@ def test_sixteen_bits_are_what_was_loaded_or_made_of_it(tmp_path: Path) -> None:
 # Verdicts, from made-up records
 
 
-def tally(name: str, right: int, n: int) -> Tally:
+def tally(name: str, right: int, n: int) -> VariantResult:
     bits = {"words": "1" * right + "0" * (n - right)}
-    return Tally(name, name, {}, bits, 40.0, 1.0, 1.0, 1.0, 8.0, 1.0, 0)
+    return VariantResult(name, name, {}, bits, 40.0, 1.0, 1.0, 1.0, 8.0, 1.0, 0)
 
 
 def made_up(
     name: str, right: int, *, n: int = 1000, saved: float = 0.0, few: float | None = None,
     looks: bool = False, precision: str = "bf16", slower: float = 1.0,
-) -> Run:  # fmt: skip
+) -> CacheRun:  # fmt: skip
     def ratio(value: float) -> list[float]:
         return [value, value - 0.01, value + 0.01]
 
-    kept = Kept(
+    kept = CacheOutcome(
         share="35%", slots=44, used=200 * n, moved=int(100 * n * (1 - saved)), moved_decoding=n,
         to_vanilla=ratio(1 - saved) if saved else None,
         to_whole=None if few is None else ratio(few),
         ms={"25GB/s": 2.0 * (1 - saved), "3GB/s": 16.0},
     )  # fmt: skip
-    return Run(
+    return CacheRun(
         precision=precision, policy=name, commit="", looks=looks, items=n,
         tally=dict(vars(tally(name, right, n))), passes=3.0, decoding=1.0,
         to_vanilla=ratio(slower), to_whole=None if few is None else ratio(1.0), kept=[kept],
     )  # fmt: skip
 
 
-def record(*runs: Run) -> dict[str, object]:
+def record(*runs: CacheRun) -> dict[str, object]:
     names = dict.fromkeys(run["precision"] for run in runs)
     sizes = {"bf16": 2000, "int8": 1040}
-    said = [Precision(name=one, dtype="bfloat16", expert_bytes=sizes[one]) for one in names]
+    said = [PrecisionInfo(name=one, dtype="bfloat16", expert_bytes=sizes[one]) for one in names]
     return dict(
-        Found(
+        ExpertCacheRecord(
             experts=128, k=8, layers=4, block=32, main="35%", commits=False, precisions=said,
             left_out=[{"name": "int4", "why": "no room"}], runs=list(runs),
         )
@@ -285,10 +317,10 @@ def record(*runs: Run) -> dict[str, object]:
 
 def verdicts(facts: Mapping[str, object]) -> dict[str, list[Verdict | None]]:
     found: dict[str, list[Verdict | None]] = {}
-    for one in conclusions(facts):
+    for one in cache_findings(facts):
         if isinstance(one, Finding):
             found.setdefault(one.claim, []).append(one.verdict)
-    assert all(table.rows for table in tables(facts))
+    assert all(table.rows for table in cache_tables(facts))
     return found
 
 
@@ -310,15 +342,15 @@ VANILLA = made_up("vanilla", 998)
     ],
 )  # fmt: skip
 def test_caching_is_judged_by_what_is_saved_and_what_is_lost(
-    rule: Run, caching: Verdict, half: Verdict
+    rule: CacheRun, caching: Verdict, half: Verdict
 ) -> None:
     told = verdicts(record(VANILLA, rule))
-    assert (told[CACHED], told[HALVED]) == ([caching], [half])
+    assert (told[CACHING_CLAIM], told[HALF_BYTES_CLAIM]) == ([caching], [half])
 
 
 def test_where_vanilla_answers_nothing_right_nothing_is_said_to_be_kept() -> None:
     facts = record(made_up("vanilla", 0), made_up("priced-vote:price=1", 0, saved=0.6, looks=True))
-    assert verdicts(facts) == {CACHED: ["cannot be told here"]}
+    assert verdicts(facts) == {CACHING_CLAIM: ["cannot be told here"]}
 
 
 def test_a_task_that_was_not_reached_leaves_its_column_empty() -> None:
@@ -327,7 +359,7 @@ def test_a_task_that_was_not_reached_leaves_its_column_empty() -> None:
     for run in (one, other):
         run["tally"]["right"] = {"words": "1" * 9 + "0", "late": "1"}
     few["precision"] = "int8"
-    table = tables(record(one, rule, other, few))[-1]
+    table = cache_tables(record(one, rule, other, few))[-1]
     assert [row[-1] for row in table.rows] == ["+0.0%", ""]
 
 
@@ -345,11 +377,13 @@ def test_few_bits_are_judged_by_bytes_and_answers(
 ) -> None:
     coarse = made_up("vanilla", right, n=n, few=few, precision="int8")
     facts = record(VANILLA, coarse)
-    assert verdicts(facts)[COARSE.format(name="int8")] == [verdict]
-    assert any("int4 was not measured: no room" in str(one) for one in conclusions(facts))
+    assert verdicts(facts)[LOW_PRECISION_CLAIM.format(name="int8")] == [verdict]
+    assert any("int4 was not measured: no room" in str(one) for one in cache_findings(facts))
 
 
 def test_policies_are_told_who_is_in_an_imagined_memory_where_votes_are() -> None:
-    there = Imagined(Resident({}), 8, 5, device=torch.device("meta")).resident(0)
+    there = SimulatedCacheStore(
+        ResidentExpertStore({}), 8, 5, device=torch.device("meta")
+    ).resident(0)
     assert there is not None
     assert there.device.type == "meta"

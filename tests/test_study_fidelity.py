@@ -18,46 +18,63 @@ from policies import law, spellings
 from scipy import stats
 
 import coterie
-from coterie.engine.config import Generation
+from coterie.engine.config import GenerationConfig
 from coterie.engine.engine import Engine
 from coterie.engine.load import Model
-from coterie.engine.watch import Watched, collect, moe_output
+from coterie.engine.watch import LayerObservation, collect_observations, moe_output
 from coterie.evals.task import Grade, Item
-from coterie.figures.style import drawn
+from coterie.figures.style import render_svg
 from coterie.naming import CoterieError
 from coterie.routing import POLICIES, parse_policy, route
-from coterie.study.chapter import Chapter, Finding
+from coterie.study.chapter import Experiment, Finding
 from coterie.study.fidelity import (
-    AT,
+    COLUMN_INDEX,
     COLUMNS,
-    Tally,
-    compared,
-    gaps,
-    interpolated,
-    measured,
-    readings,
-    resampled,
-    some_layers,
-    traced,
-    words,
+    FidelitySums,
+    compare_policies,
+    gaps_to_curve,
+    interpolate,
+    measure_layer,
+    fidelity_scores,
+    bootstrap,
+    sample_layers,
+    trace_vanilla,
+    content_mask,
 )
-from coterie.study.foretelling import Foretelling
-from coterie.study.importance import Importance, Without, covered, take_apart
-from coterie.study.lab import Lab
-from coterie.study.maps import Hits, Maps, Used, kinds_of
-from coterie.study.opened import divergence, moved, open_block, opened_prompts, words_of
+from coterie.study.foretelling import PredictorsExperiment
+from coterie.study.importance import (
+    ImportanceExperiment,
+    AblateExpert,
+    importance_coverage,
+    ablate_layer,
+)
+from coterie.study.lab import StudyContext
+from coterie.study.maps import HitRateCounter, MapsExperiment, ExpertUseCounter, position_kinds
+from coterie.study.opened import (
+    kl_divergence,
+    relative_squared_error,
+    run_first_forward,
+    prompts_at_block_start,
+    content_mask,
+)
 from coterie.study.ranks import mean_interval, ranks, spearman
-from coterie.study.reconstruction import Reconstruction, better
-from coterie.study.steps import Pairs, Steps, elected
-from coterie.study.tally import Tally as Arm
-from coterie.study.votes import Votes
-from coterie.telemetry import Counting
+from coterie.study.reconstruction import ReconstructionExperiment, compare_to_curve
+from coterie.study.steps import OverlapCounter, StepsExperiment, coreset_mask
+from coterie.study.tally import VariantResult as Arm
+from coterie.study.votes import VoteFidelityExperiment
+from coterie.telemetry import ExpertCounter
 from coterie.testing import random_transformer, read_spec, tiny_config, write_checkpoint
-from coterie.text import Numbers
+from coterie.text import IdTokenizer
 
 FAMILIES = ("llada2", "llada-moe", "sdar-moe")
 PROMPTS = ("5 17 33 2 9", "7 7 1", "40 41 42 43 44 45 46 60 61")
-CHAPTERS = (Reconstruction(), Importance(), Maps(), Votes(), Steps())
+CHAPTERS = (
+    ReconstructionExperiment(),
+    ImportanceExperiment(),
+    MapsExperiment(),
+    VoteFidelityExperiment(),
+    StepsExperiment(),
+)
 WATCHABLE = tuple(name for name in POLICIES if name != "mc-moe")
 FLOATS = st.floats(-5, 5).map(lambda value: round(value, 2))
 
@@ -88,47 +105,49 @@ class Asking:
 def engine(family: str = "llada2") -> Engine:
     kind, spec = read_spec(tiny_config(family))
     weights = random_transformer(spec, seed=1)
-    model = Model(f"tiny {family}", kind, weights, Numbers(96), 95, (94,))
-    usual = Generation.usual(kind.defaults).but(block=8, max_new_tokens=20)
+    model = Model(f"tiny {family}", kind, weights, IdTokenizer(96), 95, (94,))
+    usual = GenerationConfig.for_family(kind.defaults).replace(block=8, max_new_tokens=20)
     return Engine(model, generation=usual)
 
 
-def lab(family: str = "llada2", shares: list[float] | None = None) -> Lab:
+def lab(family: str = "llada2", shares: list[float] | None = None) -> StudyContext:
     heard: list[float] = [] if shares is None else shares
-    return Lab(
+    return StudyContext(
         engine=engine(family),
         tasks=[Asking()],
         folder=Path("nowhere"),
-        items=3,
-        prompts=3,
+        num_problems=3,
+        num_prompts=3,
         seed=0,
-        tell=lambda share, doing: heard.append(share),
+        on_progress=lambda share, doing: heard.append(share),
     )
 
 
 @cache
-def watched(family: str = "llada2") -> tuple[Watched, ...]:
-    return tuple(collect(engine(family), PROMPTS))
+def watched(family: str = "llada2") -> tuple[LayerObservation, ...]:
+    return tuple(collect_observations(engine(family), PROMPTS))
 
 
 @cache
-def facts(chapter: Chapter, family: str = "llada2") -> tuple[str, tuple[float, ...]]:
+def facts(chapter: Experiment, family: str = "llada2") -> tuple[str, tuple[float, ...]]:
     """Its record of two prompts, and how far it said it was."""
     shares: list[float] = []
     few = replace(lab(family, shares), prompts=2)
     return json.dumps(chapter.measure(few), allow_nan=False), tuple(shares)
 
 
-def columns(seen: Watched, spelling: str, family: str = "llada2") -> dict[str, torch.Tensor]:
+def columns(
+    seen: LayerObservation, spelling: str, family: str = "llada2"
+) -> dict[str, torch.Tensor]:
     """Of one policy on one look, words being every position."""
     routing = route(seen.scores, parse_policy(spelling))
     plain, other = (moe_output(engine(family).model, seen, r) for r in (seen.routing, routing))
     everywhere = torch.ones(seen.x.shape[:2], dtype=torch.bool)
-    sums = measured(seen, routing, other, plain, everywhere)
-    return {name: sums[:, place] for name, place in AT.items()}
+    sums = measure_layer(seen, routing, other, plain, everywhere)
+    return {name: sums[:, place] for name, place in COLUMN_INDEX.items()}
 
 
-def by_hand(spelling: str, seen: Watched, family: str = "llada2") -> list[float]:
+def by_hand(spelling: str, seen: LayerObservation, family: str = "llada2") -> list[float]:
     """|y - y_vanilla|^2 / |y_vanilla|^2 of each row, in numpy."""
     routing = route(seen.scores, parse_policy(spelling))
     plain, other = (
@@ -151,15 +170,15 @@ def test_the_full_coreset_keeps_everything_and_loses_nothing(family: str, look: 
 @law(40)
 @given(spelling=spellings(WATCHABLE), family=st.sampled_from(FAMILIES))
 def test_recall_experts_and_mass_are_what_telemetry_counts(spelling: str, family: str) -> None:
-    counting, sums = Counting(), torch.zeros(len(COLUMNS), dtype=torch.float64)
+    counting, sums = ExpertCounter(), torch.zeros(len(COLUMNS), dtype=torch.float64)
     for seen in watched(family)[:6]:
         routing = route(seen.scores, parse_policy(spelling))
-        counting.began(("all",) * len(seen.rows))
-        counting.routed(seen.layer, seen.scores, routing)
+        counting.on_forward(("all",) * len(seen.rows))
+        counting.on_routed(seen.layer, seen.scores, routing)
         plain, other = (moe_output(engine(family).model, seen, r) for r in (seen.routing, routing))
         everywhere = torch.ones(seen.x.shape[:2], dtype=torch.bool)
-        sums += measured(seen, routing, other, plain, everywhere).sum(0)
-    (reading,) = readings(Tally((spelling,), sums[None, None]))
+        sums += measure_layer(seen, routing, other, plain, everywhere).sum(0)
+    (reading,) = fidelity_scores(FidelitySums((spelling,), sums[None, None]))
     counts = counting.counts("all")
     assert reading["recall"] == pytest.approx(counts.hit_rate)
     assert reading["experts"] == pytest.approx(counts.mean)
@@ -174,9 +193,9 @@ def test_the_loss_is_the_relative_square_by_hand(spelling: str, look: int) -> No
 
 
 def test_words_are_the_answer_and_its_end() -> None:
-    trace, (seen, *_) = traced(lab()), watched()
+    trace, (seen, *_) = trace_vanilla(lab()), watched()
     short = [replace(result, new_tokens=2) for result in trace.results]
-    here = words(replace(trace, results=tuple(short)), seen)
+    here = content_mask(replace(trace, results=tuple(short)), seen)
     for row, start in enumerate(seen.starts):
         expected = [0 <= start + n <= 2 for n in range(seen.x.shape[1])]
         assert here[row].tolist() == expected
@@ -184,14 +203,14 @@ def test_words_are_the_answer_and_its_end() -> None:
 
 def test_policies_are_compared_prompt_by_prompt() -> None:
     shares: list[float] = []
-    trace = traced(lab())
-    tally = compared(lab(), trace, ["vanilla", "des-vote:beta=0.25"], shares.append)
-    looks = tally.sums[..., AT["looks"]]
+    trace = trace_vanilla(lab())
+    tally = compare_policies(lab(), trace, ["vanilla", "des-vote:beta=0.25"], shares.append)
+    looks = tally.sums[..., COLUMN_INDEX["looks"]]
     assert torch.equal(looks[0], looks[1])
-    assert float(looks[0].sum()) == trace.looks
+    assert float(looks[0].sum()) == trace.num_observations
     assert shares == sorted(shares)
     assert shares[-1] == pytest.approx(1.0)
-    full, part = readings(tally)
+    full, part = fidelity_scores(tally)
     assert (full["recall"], full["loss"]) == (1.0, 0.0)
     assert part["loss"] > 0
     assert part["experts"] == pytest.approx(4, abs=0.2)
@@ -201,23 +220,23 @@ def test_policies_are_compared_prompt_by_prompt() -> None:
 
 def test_what_is_not_watched_is_refused() -> None:
     with pytest.raises(CoterieError, match="importance is not watched"):
-        compared(lab(), traced(lab()), ["mc-moe:beta=0.5"], lambda _: None)
+        compare_policies(lab(), trace_vanilla(lab()), ["mc-moe:beta=0.5"], lambda _: None)
 
 
 def test_a_gap_is_the_distance_to_the_curve_at_the_same_size() -> None:
     sums = torch.zeros(4, 5, len(COLUMNS), dtype=torch.float64)
-    sums[..., AT["looks"]] = 1
+    sums[..., COLUMN_INDEX["looks"]] = 1
     for place, (size, loss) in enumerate([(10, 0.4), (20, 0.2), (15, 0.1), (40, 0.0)]):
-        sums[place, :, AT["unique"]], sums[place, :, AT["loss"]] = size, loss
-    tally = Tally(("a", "b", "c", "d"), sums)
-    on, below = gaps(tally, ["a", "c", "d"], ["b", "a"])
+        sums[place, :, COLUMN_INDEX["unique"]], sums[place, :, COLUMN_INDEX["loss"]] = size, loss
+    tally = FidelitySums(("a", "b", "c", "d"), sums)
+    on, below = gaps_to_curve(tally, ["a", "c", "d"], ["b", "a"])
     assert (on["policy"], on["gap"]) == ("a", 0.0)
     assert (below["policy"], below["experts"]) == ("c", 15.0)  # d lies beyond the curve
     assert below["curve"] == pytest.approx(0.3)
     assert below["gap"] == pytest.approx(-0.2)
     assert below["interval"] == pytest.approx([-0.2, -0.2])
-    assert [better(below, figure) for figure in ("loss", "recall")] == [1, -1]
-    assert better(on, "loss") == 0
+    assert [compare_to_curve(below, figure) for figure in ("loss", "recall")] == [1, -1]
+    assert compare_to_curve(on, "loss") == 0
 
 
 @law(60)
@@ -229,21 +248,21 @@ def test_curves_are_straight_between_their_points(
     points: list[tuple[float, float]], size: float
 ) -> None:
     ends, heights = (np.array(side) for side in zip(*sorted(points), strict=True))
-    found = interpolated(np.array([size]), ends[None], heights[None])
+    found = interpolate(np.array([size]), ends[None], heights[None])
     assert found.tolist() == pytest.approx([float(np.interp(size, ends, heights))])
 
 
 def test_a_bootstrap_draws_as_many_prompts_as_there_are() -> None:
-    drawn_sums = resampled(torch.ones(2, 7, 3, dtype=torch.float64), draws=50)
+    drawn_sums = bootstrap(torch.ones(2, 7, 3, dtype=torch.float64), draws=50)
     assert np.array_equal(drawn_sums, np.full((50, 2, 3), 7.0))
-    varied = resampled(torch.arange(7.0, dtype=torch.float64).view(1, 7, 1), draws=4000)
+    varied = bootstrap(torch.arange(7.0, dtype=torch.float64).view(1, 7, 1), draws=4000)
     assert varied.mean() == pytest.approx(21, rel=0.02)
     assert varied.std() == pytest.approx(math.sqrt(7 * 4), rel=0.05)  # n times the variance
 
 
 def test_few_layers_are_spread_from_the_first_to_the_last() -> None:
-    assert some_layers(lab(), 2) == (1, 2)
-    assert some_layers(lab(), 9) == (1, 2)
+    assert sample_layers(lab(), 2) == (1, 2)
+    assert sample_layers(lab(), 9) == (1, 2)
 
 
 @law(60)
@@ -268,18 +287,18 @@ def test_divergence_is_torchs_and_nothing_from_itself() -> None:
     first, second = torch.randn(2, 3, 4, 11, generator=torch.Generator().manual_seed(0)).unbind()
     p, q = (x.double().log_softmax(-1) for x in (first, second))
     expected = torch.nn.functional.kl_div(q, p, log_target=True, reduction="none").sum(-1)
-    torch.testing.assert_close(divergence(first, second), expected)
-    assert divergence(first[:1], first[:1].expand(2, -1, -1)).abs().max() == 0
-    assert moved(first, first).tolist() == [0.0] * 3
-    assert moved(first, 2 * first).tolist() == pytest.approx([1.0] * 3)
+    torch.testing.assert_close(kl_divergence(first, second), expected)
+    assert kl_divergence(first[:1], first[:1].expand(2, -1, -1)).abs().max() == 0
+    assert relative_squared_error(first, first).tolist() == [0.0] * 3
+    assert relative_squared_error(first, 2 * first).tolist() == pytest.approx([1.0] * 3)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_an_opened_block_is_all_answer(family: str) -> None:
     host = engine(family)
-    for prompt, ids in zip(PROMPTS, opened_prompts(host, PROMPTS), strict=True):
+    for prompt, ids in zip(PROMPTS, prompts_at_block_start(host, PROMPTS), strict=True):
         assert list(ids[: len(prompt.split())]) == [int(token) for token in prompt.split()]
-        opened = open_block(host, ids, "vanilla")
+        opened = run_first_forward(host, ids, "vanilla")
         assert opened.logits.shape[1] == 8
         _, scores, _ = opened.trace.routings[0]
         assert scores.progress is not None
@@ -293,7 +312,7 @@ def test_a_block_of_a_model_in_few_bits_is_opened_too(tmp_path: Path) -> None:
     """In bf16 its head is packed where kernels are, and has no rows to multiply by."""
     folder = write_checkpoint(tmp_path, "llada2", seed=3)
     wide, narrow = (coterie.load(folder, block=8, dtype=dtype) for dtype in ("fp32", "bf16"))
-    one, other = (open_block(host, [5, 17, 33], "vanilla").logits for host in (wide, narrow))
+    one, other = (run_first_forward(host, [5, 17, 33], "vanilla").logits for host in (wide, narrow))
     assert other.dtype == torch.float32
     assert float((one - other).norm() / one.norm()) < 0.1
 
@@ -301,64 +320,64 @@ def test_a_block_of_a_model_in_few_bits_is_opened_too(tmp_path: Path) -> None:
 def test_words_end_with_the_first_end_of_text() -> None:
     ids = torch.tensor([[3, 94, 5, 94], [1, 2, 3, 4], [94, 1, 1, 1]])
     expected = [[True, True, False, False], [True] * 4, [True, False, False, False]]
-    assert words_of(engine(), ids).tolist() == expected
+    assert content_mask(engine(), ids).tolist() == expected
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_taking_away_who_is_not_used_changes_nothing(family: str) -> None:
     host = engine(family)
-    (ids, *_) = opened_prompts(host, PROMPTS[:1])
-    plain = open_block(host, ids, "vanilla")
+    (ids, *_) = prompts_at_block_start(host, PROMPTS[:1])
+    plain = run_first_forward(host, ids, "vanilla")
     layer, _, routing = plain.trace.routings[0]
     idle = (~routing.used).nonzero()[:, 0].tolist()
     assert idle, "the tiny model uses every expert: nothing is tested"
-    other = open_block(host, ids, Without(layer, tuple(idle)), rows=len(idle))
+    other = run_first_forward(host, ids, AblateExpert(layer, tuple(idle)), rows=len(idle))
     torch.testing.assert_close(other.logits, plain.logits.expand(len(idle), -1, -1))
-    assert divergence(plain.logits, other.logits).max() < 1e-9
+    assert kl_divergence(plain.logits, other.logits).max() < 1e-9
 
 
 def test_who_is_taken_away_serves_nobody_and_only_there() -> None:
     host = engine()
-    (ids, *_) = opened_prompts(host, PROMPTS[:1])
-    plain = open_block(host, ids, "vanilla")
+    (ids, *_) = prompts_at_block_start(host, PROMPTS[:1])
+    plain = run_first_forward(host, ids, "vanilla")
     layer, _, routing = plain.trace.routings[0]
     (gone, *_) = routing.used.nonzero()[:, 0].tolist()
-    other = open_block(host, ids, Without(layer, (gone, -1)), rows=2)
+    other = run_first_forward(host, ids, AblateExpert(layer, (gone, -1)), rows=2)
     at, _, after = other.trace.routings[0]
-    without, whole = after.ids.view(2, -1).tolist()
+    without, whole = after.topk_ids.view(2, -1).tolist()
     assert at == layer
     assert gone not in without
     assert gone in whole
     assert min(without) >= 0  # its tokens take their next best
-    assert torch.equal(after.ids.view(2, 8, -1)[1], routing.ids.view(8, -1))
-    assert divergence(plain.logits, other.logits)[0].max() > 1e-9
+    assert torch.equal(after.topk_ids.view(2, 8, -1)[1], routing.topk_ids.view(8, -1))
+    assert kl_divergence(plain.logits, other.logits)[0].max() > 1e-9
     torch.testing.assert_close(other.logits[1], plain.logits[0])
 
 
 def test_only_experts_in_use_matter() -> None:
     host = engine()
-    (ids, *_) = opened_prompts(host, PROMPTS[:1])
-    taken = take_apart(host, ids, 1)
+    (ids, *_) = prompts_at_block_start(host, PROMPTS[:1])
+    taken = ablate_layer(host, ids, 1)
     assert torch.equal(taken.importance > 0, taken.used)
     assert torch.equal(taken.importances["hidden"] > 0, taken.used)
-    whole = covered([[taken]], "des-vote:beta=1.0")
-    part = covered([[taken]], "des-vote:beta=0.25")
+    whole = importance_coverage([[taken]], "des-vote:beta=1.0")
+    part = importance_coverage([[taken]], "des-vote:beta=0.25")
     assert (whole["share"], whole["best"]) == pytest.approx((1.0, 1.0))
     assert 0 < part["share"] <= part["best"] < 1
     assert part["experts"] == 4
 
 
 def test_a_map_of_vanilla_is_full_everywhere() -> None:
-    hits, used = Hits((parse_policy("vanilla"),), (1, 2)), Used((1, 2), 16)
+    hits, used = HitRateCounter((parse_policy("vanilla"),), (1, 2)), ExpertUseCounter((1, 2), 16)
     for seen in watched():
-        hits.see(seen)
-        used.see(seen)
-    found = hits.map(0, "vanilla")
+        hits.on_layer(seen)
+        used.on_layer(seen)
+    found = hits.to_map(0, "vanilla")
     assert [len(row) for row in found["positions"]] == [8, 8]
     for rows in (found["positions"], found["steps"]):
         rates = [rate for row in rows for rate in row]
         assert rates == pytest.approx([1.0] * len(rates))
-    assert sum(hits.share().values()) == pytest.approx(1.0)
+    assert sum(hits.kind_shares().values()) == pytest.approx(1.0)
     activation = used.activation(1)
     choices = activation["choices"]
     assert sum(choices) == pytest.approx(1)
@@ -368,22 +387,29 @@ def test_a_map_of_vanilla_is_full_everywhere() -> None:
 
 def test_every_position_is_masked_written_or_fill() -> None:
     for seen in watched():
-        assert torch.equal(kinds_of(seen).sum(0), torch.ones(seen.x.shape[:2], dtype=torch.float64))
+        assert torch.equal(
+            position_kinds(seen).sum(0), torch.ones(seen.x.shape[:2], dtype=torch.float64)
+        )
 
 
 def test_the_overlap_of_forwards_by_hand() -> None:
-    pairs, policy = Pairs((parse_policy("des-vote:beta=0.25"),)), parse_policy("des-vote:beta=0.25")
+    pairs, policy = (
+        OverlapCounter((parse_policy("des-vote:beta=0.25"),)),
+        parse_policy("des-vote:beta=0.25"),
+    )
     shared: list[float] = []
     last: dict[tuple[int, int], tuple[int, set[int]]] = {}
     for seen in watched():
-        pairs.see(seen)
-        for row, start, mask in zip(seen.rows, seen.starts, elected(seen, policy), strict=True):
+        pairs.on_layer(seen)
+        for row, start, mask in zip(
+            seen.rows, seen.starts, coreset_mask(seen, policy), strict=True
+        ):
             now = set(mask.nonzero()[:, 0].tolist())
             began, before = last.get((row, seen.layer), (None, set()))
             if began == start:
                 shared.append(len(now & before) / len(now | before))
             last[row, seen.layer] = (start, now)
-    found = pairs.overlap(0, "des-vote:beta=0.25", 16)
+    found = pairs.to_overlap(0, "des-vote:beta=0.25", 16)
     assert len(shared) > 20
     assert found["jaccard"] == pytest.approx(np.mean(shared))
     assert found["size"] == 4
@@ -392,17 +418,19 @@ def test_the_overlap_of_forwards_by_hand() -> None:
 
 
 def test_one_forward_a_block_has_nothing_to_overlap() -> None:
-    pairs = Pairs((parse_policy("vanilla"),))
+    pairs = OverlapCounter((parse_policy("vanilla"),))
     with pytest.raises(CoterieError, match="no block took a second forward"):
-        pairs.overlap(0, "vanilla", 16)
+        pairs.to_overlap(0, "vanilla", 16)
 
 
 @pytest.mark.parametrize("chapter", CHAPTERS, ids=lambda chapter: chapter.name)
-def test_a_chapter_is_told_and_drawn_from_its_record_alone(chapter: Chapter) -> None:
+def test_a_chapter_is_told_and_drawn_from_its_record_alone(chapter: Experiment) -> None:
     kept = json.loads(facts(chapter)[0])
     assert chapter.drawings(kept)
     for drawing in chapter.drawings(kept):
-        light, dark = (drawn(drawing.draw, name=drawing.name, scheme=s) for s in ("light", "dark"))
+        light, dark = (
+            render_svg(drawing.draw, name=drawing.name, scheme=s) for s in ("light", "dark")
+        )
         assert light.startswith("<svg")
         assert light != dark
         assert drawing.caption
@@ -417,7 +445,7 @@ def test_a_chapter_is_told_and_drawn_from_its_record_alone(chapter: Chapter) -> 
 
 
 @pytest.mark.parametrize("chapter", CHAPTERS, ids=lambda chapter: chapter.name)
-def test_a_chapter_tells_how_far_it_is(chapter: Chapter) -> None:
+def test_a_chapter_tells_how_far_it_is(chapter: Experiment) -> None:
     _, shares = facts(chapter)
     assert list(shares) == sorted(shares)
     assert shares[0] >= 0
@@ -427,15 +455,15 @@ def test_a_chapter_tells_how_far_it_is(chapter: Chapter) -> None:
 def test_what_foretells_accuracy_is_read_beside_its_record(tmp_path: Path) -> None:
     here = replace(lab(), folder=tmp_path)
     with pytest.raises(CoterieError, match="needs the record of the chapter accuracy"):
-        Foretelling().measure(here)
+        PredictorsExperiment().measure(here)
     right = {"vanilla": "1111", "des-vote:beta=0.5": "1110", "random:beta=0.5": "0000"}
     leave_accuracy(tmp_path, right)
-    kept = json.loads(json.dumps(Foretelling().measure(here), allow_nan=False))
+    kept = json.loads(json.dumps(PredictorsExperiment().measure(here), allow_nan=False))
     accuracies = {point["policy"]: point["accuracy"] for point in kept["points"]}
     assert accuracies == {"vanilla": 1.0, "des-vote:beta=0.5": 0.75, "random:beta=0.5": 0.0}
     assert kept["agreement"]["usual"]["recall"] == {"rho": 1.0, "interval": [1.0, 1.0]}
     assert kept["agreement"]["usual"]["loss"]["rho"] == 1.0  # the least loss, the most right
-    by_recall, by_loss, nearest = Foretelling().findings(kept)
+    by_recall, by_loss, nearest = PredictorsExperiment().findings(kept)
     assert isinstance(by_recall, Finding)
     assert by_recall.claim.startswith("Top-K recall tells")
     assert isinstance(by_loss, Finding)
@@ -444,13 +472,13 @@ def test_what_foretells_accuracy_is_read_beside_its_record(tmp_path: Path) -> No
     assert nearest.startswith("Over 3 policies")
     kept["agreement"]["usual"]["experts"]["rho"] = 0.9
     kept["agreement"]["usual"]["loss"]["interval"] = [0.8, 1.0]
-    assert [f.verdict for f in Foretelling().findings(kept) if isinstance(f, Finding)] == [
+    assert [f.verdict for f in PredictorsExperiment().findings(kept) if isinstance(f, Finding)] == [
         "holds",
         "cannot be told here",
     ]
-    (drawing,) = Foretelling().drawings(kept)
-    assert drawn(drawing.draw, name=drawing.name, scheme="dark").startswith("<svg")
-    (table,) = Foretelling().tables(kept)
+    (drawing,) = PredictorsExperiment().drawings(kept)
+    assert render_svg(drawing.draw, name=drawing.name, scheme="dark").startswith("<svg")
+    (table,) = PredictorsExperiment().tables(kept)
     assert {len(row) for row in table.rows} == {3}
 
 
@@ -472,7 +500,7 @@ def leave_accuracy(folder: Path, right: dict[str, str]) -> None:
 
 
 def test_a_bidirectional_model_can_be_studied_too() -> None:
-    for chapter in (Importance(), Maps()):
+    for chapter in (ImportanceExperiment(), MapsExperiment()):
         kept = json.loads(facts(chapter, "llada-moe")[0])
         assert chapter.findings(kept)
         assert chapter.drawings(kept)

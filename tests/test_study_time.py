@@ -18,35 +18,41 @@ from hypothesis import strategies as st
 
 import coterie
 from coterie.bench import routings, timing
-from coterie.bench.shapes import LARGE, Shape
-from coterie.bench.timing import Pace, Spread
+from coterie.bench.shapes import PAPER_LAYERS, LayerShape
+from coterie.bench.timing import TimingBudget, TimingStats
 from coterie.engine.engine import Engine
-from coterie.engine.watch import collect, moe_output
+from coterie.engine.watch import collect_observations, moe_output
 from coterie.evals.task import Grade, Item
-from coterie.figures.style import drawn
+from coterie.figures.style import render_svg
 from coterie.naming import CoterieError
 from coterie.routing import parse_policy, route
 from coterie.study import layers, roofline, selection, tradeoff
-from coterie.study.breakdown import Parts
-from coterie.study.chapter import Chapter, Finding
-from coterie.study.explosion import Explosion, budget, by_masked, point, uniform
-from coterie.study.lab import Lab
-from coterie.study.latency import Latency
-from coterie.study.layers import own_bench
-from coterie.study.parts import PARTS, REST, Stopwatch, timed
-from coterie.study.roofline import Roofline
-from coterie.study.routings import FORWARDS
-from coterie.study.selection import VERSIONS, Selection
-from coterie.study.study import CHAPTERS
-from coterie.study.tally import Tally
-from coterie.study.tradeoff import Tradeoff
+from coterie.study.breakdown import BreakdownExperiment
+from coterie.study.chapter import Experiment, Finding
+from coterie.study.explosion import (
+    ExplosionExperiment,
+    coreset_budget,
+    bin_by_masked,
+    summarize_block_size,
+    expected_uniform,
+)
+from coterie.study.lab import StudyContext
+from coterie.study.latency import LatencyExperiment
+from coterie.study.layers import model_bench_layer
+from coterie.study.parts import PARTS, OTHER, Stopwatch, timed_model
+from coterie.study.roofline import RooflineExperiment
+from coterie.study.routings import FORWARDS_PER_PROMPT
+from coterie.study.selection import VERSIONS, SelectionExperiment
+from coterie.study.study import EXPERIMENTS
+from coterie.study.tally import VariantResult
+from coterie.study.tradeoff import TradeoffExperiment
 from coterie.testing import write_checkpoint
 from coterie.values import RouterSpec
 
 CPU = torch.device("cpu")
 ROUTER = RouterSpec(experts=64, k=3, activation="softmax", renormalise=True)
-SMALL = Shape("Small", ROUTER, hidden=32, width=16, unique=40)
-QUICK = Pace(rounds=1, read=1 << 12, square=8)
+SMALL = LayerShape("Small", ROUTER, hidden=32, width=16, unique_experts=40)
+QUICK = TimingBudget(rounds=1, read_bytes=1 << 12, matrix_size=8)
 QUESTIONS = ("3 5 7 11", "2 4 6 8 10 12", "1 9 9 1", "5 5 5 5 5 5 5 5 5")
 positive = st.floats(1e-6, 1e-2)
 
@@ -88,15 +94,15 @@ def tiny(folder: Path, longest: int = 512) -> Engine:
     return coterie.load(where, max_new_tokens=20, unmask="fixed:steps=2", device="cpu")
 
 
-def lab(folder: Path, engine: Engine | None = None, told: Told | None = None) -> Lab:
-    return Lab(
+def lab(folder: Path, engine: Engine | None = None, told: Told | None = None) -> StudyContext:
+    return StudyContext(
         engine=engine or tiny(folder),
         tasks=[Numbers()],
         folder=folder,
-        items=4,
-        prompts=3,
+        num_problems=4,
+        num_prompts=3,
         seed=1,
-        tell=told or Told(),
+        on_progress=told or Told(),
     )
 
 
@@ -116,10 +122,10 @@ def accuracy(experts: int) -> dict[str, object]:
         "mc-moe:beta=0.4,protect=0.02": "1111110000",
     }
     tallies = [
-        Tally(policy, policy, {}, {"numbers": right}, 9.0, 1.0, 1.0, 1.0, 4.0, 1.0, 0)
+        VariantResult(policy, policy, {}, {"numbers": right}, 9.0, 1.0, 1.0, 1.0, 4.0, 1.0, 0)
         for policy, right in marks.items()
     ]
-    arms = [tally.document(tallies[0]) for tally in tallies]
+    arms = [tally.to_json(tallies[0]) for tally in tallies]
     return {"experts": experts, "k": 4, "block": 32, "arms": arms, "groups": {}, "pairs": []}
 
 
@@ -134,39 +140,41 @@ def test_a_fit_finds_the_coefficients_that_made_the_times(
     experts = torch.randint(8, 257, (12,), generator=draw).tolist()
     pairs = torch.randint(64, 513, (12,), generator=draw).tolist()
     seconds = [t0 + b * e + a * p for e, p in zip(experts, pairs, strict=True)]
-    found = timing.fit(experts, pairs, seconds)
+    found = timing.fit_latency(experts, pairs, seconds)
     assert found["b"] == pytest.approx(b, rel=1e-5, abs=1e-9)
     assert found["a"] == pytest.approx(a, rel=1e-5, abs=1e-9)
     assert found["t0"] == pytest.approx(t0, rel=1e-3, abs=1e-6)
     assert found["r2"] == pytest.approx(1.0)
     assert found["error"] == pytest.approx(0.0, abs=1e-6)
-    assert timing.predicted(found, 100, 256) == pytest.approx(t0 + 100 * b + 256 * a)
+    assert timing.predict_seconds(found, 100, 256) == pytest.approx(t0 + 100 * b + 256 * a)
 
 
 def test_r2_falls_when_times_do_not_follow_the_experts() -> None:
     experts, pairs = [8, 16, 32, 64, 96, 128], [64, 128, 64, 128, 64, 128]
-    straight = timing.fit(experts, pairs, [1.0, 2.0, 4.0, 8.0, 12.0, 16.0])
-    crooked = timing.fit(experts, pairs, [9.0, 2.0, 1.0, 14.0, 5.0, 2.0])
+    straight = timing.fit_latency(experts, pairs, [1.0, 2.0, 4.0, 8.0, 12.0, 16.0])
+    crooked = timing.fit_latency(experts, pairs, [9.0, 2.0, 1.0, 14.0, 5.0, 2.0])
     assert straight["r2"] > 0.99
     assert crooked["r2"] < 0.9
 
 
 def test_a_fit_of_points_that_tell_nothing_apart_is_refused() -> None:
     with pytest.raises(ValueError, match="must vary"):
-        timing.fit([8, 16, 32], [256, 256, 256], [1.0, 2.0, 3.0])
+        timing.fit_latency([8, 16, 32], [256, 256, 256], [1.0, 2.0, 3.0])
 
 
 def test_a_spread_is_the_median_between_the_quartiles() -> None:
-    assert timing.spread([5.0, 1.0, 4.0, 2.0, 3.0]) == Spread(median=3, low=2, high=4, samples=5)
-    assert timing.spread([2.0]) == Spread(median=2, low=2, high=2, samples=1)
+    assert timing.timing_stats([5.0, 1.0, 4.0, 2.0, 3.0]) == TimingStats(
+        median=3, low=2, high=4, samples=5
+    )
+    assert timing.timing_stats([2.0]) == TimingStats(median=2, low=2, high=2, samples=1)
     with pytest.raises(ValueError, match="no samples"):
-        timing.spread([])
+        timing.timing_stats([])
 
 
 def test_works_take_turns_and_the_first_round_is_not_kept() -> None:
     calls: list[str] = []
     works = {name: (lambda name=name: calls.append(name)) for name in "abc"}
-    taken = timing.in_turns(works, 4, device=CPU)
+    taken = timing.time_interleaved(works, 4, device=CPU)
     assert [each["samples"] for each in taken.values()] == [4, 4, 4]
     rounds = [sorted(calls[at : at + 3]) for at in range(0, 15, 3)]
     assert rounds == [["a", "b", "c"]] * 5
@@ -174,8 +182,8 @@ def test_works_take_turns_and_the_first_round_is_not_kept() -> None:
 
 @pytest.mark.parametrize(("load", "quiet"), [(None, True), (2.4, True), (9.1, False)])
 def test_times_taken_on_a_busy_machine_are_said_to_be(load: float | None, quiet: bool) -> None:
-    there = timing.Conditions(device="cpu", threads=2, cores=2, load=load)
-    told = timing.crowded(there)
+    there = timing.TimingConditions(device="cpu", threads=2, cores=2, load=load)
+    told = timing.load_warnings(there)
     assert (told == []) == quiet
     assert all("9.1 processes wanted its 2 cores" in each for each in told)
 
@@ -190,37 +198,39 @@ def test_a_controlled_routing_uses_exactly_as_many_experts(
     most = min(tokens * ROUTER.k, ROUTER.experts)
     used = ROUTER.k + round(share * (most - ROUTER.k))
     draw = torch.Generator().manual_seed(seed)
-    routing = routings.controlled(ROUTER, tokens, used, draw, CPU)
-    load = torch.bincount(routing.ids.flatten(), minlength=ROUTER.experts)
+    routing = routings.balanced_routing(ROUTER, tokens, used, draw, CPU)
+    load = torch.bincount(routing.topk_ids.flatten(), minlength=ROUTER.experts)
     assert int(routing.used.sum()) == int((load > 0).sum()) == used
-    assert routing.ids.shape == (tokens, ROUTER.k)
-    assert all(len(set(row)) == ROUTER.k for row in routing.ids.tolist())
+    assert routing.topk_ids.shape == (tokens, ROUTER.k)
+    assert all(len(set(row)) == ROUTER.k for row in routing.topk_ids.tolist())
     assert load[load > 0].max() - load[load > 0].min() <= 1
 
 
 @pytest.mark.parametrize("used", [2, 13, 65])
 def test_a_routing_that_cannot_be_is_refused(used: int) -> None:
     with pytest.raises(ValueError, match="cannot use"):
-        routings.controlled(ROUTER, 4, used, torch.Generator(), CPU)
+        routings.balanced_routing(ROUTER, 4, used, torch.Generator(), CPU)
 
 
-@pytest.mark.parametrize("shape", LARGE, ids=lambda shape: shape.name)
-def test_a_skewed_router_uses_the_experts_that_the_paper_saw(shape: Shape) -> None:
-    bend = routings.bend_for(shape.router, shape.unique)
-    assert routings.mean_unique(shape.router, 32, bend, 8) == pytest.approx(shape.unique, abs=2)
-    assert routings.mean_unique(shape.router, 1, bend, 8) == shape.router.k
+@pytest.mark.parametrize("shape", PAPER_LAYERS, ids=lambda shape: shape.name)
+def test_a_skewed_router_uses_the_experts_that_the_paper_saw(shape: LayerShape) -> None:
+    bend = routings.find_skew(shape.router, shape.unique_experts)
+    assert routings.mean_unique_experts(shape.router, 32, bend, 8) == pytest.approx(
+        shape.unique_experts, abs=2
+    )
+    assert routings.mean_unique_experts(shape.router, 1, bend, 8) == shape.router.k
 
 
 def test_the_large_shapes_are_the_published_ones() -> None:
-    sizes = {shape.name: shape.bytes // shape.router.experts for shape in LARGE}
+    sizes = {shape.name: shape.bytes // shape.router.experts for shape in PAPER_LAYERS}
     assert sizes == {"LLaDA2.0-mini": 6_291_456, "LLaDA-MoE": 12_582_912}
 
 
 def test_a_layer_that_does_not_fit_is_left_out_and_said_to_be(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(layers, "free_memory", lambda _device: layers.MARGIN)
-    said = layers.large_bench(LARGE[0], CPU)
+    monkeypatch.setattr(layers, "free_memory", lambda _device: layers.MEMORY_MARGIN)
+    said = layers.random_bench_layer(PAPER_LAYERS[0], CPU)
     assert isinstance(said, str)
     assert "LLaDA2.0-mini's shape was left out: it needs 1.5 GiB" in said
 
@@ -228,24 +238,28 @@ def test_a_layer_that_does_not_fit_is_left_out_and_said_to_be(
 def test_the_layer_that_is_timed_is_the_layer_of_the_model(tmp_path: Path) -> None:
     engine = tiny(tmp_path)
     moes = {moe.layer: moe for moe in layers.moe_layers(engine.model.transformer)}
-    for watched in collect(engine, list(QUESTIONS), rows=1, policy=tradeoff.WATCHED):
+    for watched in collect_observations(
+        engine, list(QUESTIONS), batch_size=1, policy=tradeoff.OBSERVED_POLICY
+    ):
         for spelling in ("vanilla", "des-vote:beta=0.4", "mc-moe:beta=0.5,protect=0.1"):
             policy = parse_policy(spelling)
-            routing = route(replace(watched.scores, own=None), policy)
+            routing = route(replace(watched.scores, vanilla_ids=None), policy)
             expected = moe_output(engine.model, watched, routing)
             with torch.inference_mode():
-                found = layers.whole_layer(moes[watched.layer], watched, policy)()
+                found = layers.layer_runner(moes[watched.layer], watched, policy)()
             assert torch.equal(found, expected)
 
 
 def test_what_is_watched_for_importance_routes_as_vanilla(tmp_path: Path) -> None:
     engine = tiny(tmp_path)
-    plain = collect(engine, list(QUESTIONS), rows=1)
-    weighed = collect(engine, list(QUESTIONS), rows=1, policy=tradeoff.WATCHED)
+    plain = collect_observations(engine, list(QUESTIONS), batch_size=1)
+    weighed = collect_observations(
+        engine, list(QUESTIONS), batch_size=1, policy=tradeoff.OBSERVED_POLICY
+    )
     assert len(plain) == len(weighed)
     for one, other in zip(plain, weighed, strict=True):
-        assert torch.equal(one.routing.ids, other.routing.ids)
-        assert torch.equal(one.routing.weights, other.routing.weights)
+        assert torch.equal(one.routing.topk_ids, other.routing.topk_ids)
+        assert torch.equal(one.routing.topk_weights, other.routing.topk_weights)
 
 
 # The explosion
@@ -256,26 +270,30 @@ def test_by_lot_lies_between_one_token_and_all_experts(
     experts: int, share: float, tokens: int
 ) -> None:
     k = max(1, round(share * experts))
-    assert uniform(experts, k, 1) == pytest.approx(k)
-    assert k - 1e-6 <= uniform(experts, k, tokens) <= uniform(experts, k, tokens + 1) + 1e-9
-    assert uniform(experts, k, tokens) <= experts
+    assert expected_uniform(experts, k, 1) == pytest.approx(k)
+    assert (
+        k - 1e-6
+        <= expected_uniform(experts, k, tokens)
+        <= expected_uniform(experts, k, tokens + 1) + 1e-9
+    )
+    assert expected_uniform(experts, k, tokens) <= experts
 
 
 def test_by_lot_is_what_the_paper_says_for_blocks_of_32() -> None:
-    assert round(uniform(256, 8, 32)) == 163
-    assert round(uniform(64, 8, 32)) == 63
+    assert round(expected_uniform(256, 8, 32)) == 163
+    assert round(expected_uniform(64, 8, 32)) == 63
 
 
 def test_a_point_of_the_curve_by_hand() -> None:
     seen = {1: torch.tensor([4.0, 8.0, 6.0]), 2: torch.tensor([2.0, 4.0, 12.0])}
-    found = point(16, seen)  # means over layers: 3, 6, 9
+    found = summarize_block_size(16, seen)  # means over layers: 3, 6, 9
     assert (found["mean"], found["low"], found["high"]) == (6.0, 4.5, 7.5)
     assert (found["forwards"], found["layers"]) == (3, [6.0, 6.0])
 
 
 def test_forwards_are_put_together_by_how_many_positions_are_masked() -> None:
     masked, mean = torch.tensor([32, 31, 4, 1]), torch.tensor([10.0, 20.0, 30.0, 50.0])
-    assert by_masked(masked, mean, 32) == [
+    assert bin_by_masked(masked, mean, 32) == [
         {"masked": 2.5, "forwards": 2, "mean": 40.0},
         {"masked": 31.5, "forwards": 2, "mean": 15.0},
     ]
@@ -283,7 +301,7 @@ def test_forwards_are_put_together_by_how_many_positions_are_masked() -> None:
 
 def test_experts_are_counted_as_the_engine_counts_them(tmp_path: Path) -> None:
     engine = tiny(tmp_path)
-    facts = Explosion(blocks=(8, 32)).measure(lab(tmp_path, engine))
+    facts = ExplosionExperiment(blocks=(8, 32)).measure(lab(tmp_path, engine))
     curves = {curve["policy"]: curve for curve in facts["curves"]}  # type: ignore[attr-defined]
     for policy, curve in curves.items():
         for there in curve["points"]:
@@ -297,14 +315,14 @@ def test_experts_are_counted_as_the_engine_counts_them(tmp_path: Path) -> None:
             assert there["mean"] == pytest.approx(whole / sum(forwards))
     assert [p["block"] for p in curves["vanilla"]["points"]] == [8, 32]
     for policy in ("des-vote:beta=0.3", "des-vote:beta=0.15"):
-        coreset = budget(policy, 16)
+        coreset = coreset_budget(policy, 16)
         assert coreset == curves[policy]["budget"] == int(float(policy[-4:].strip("=")) * 16)
         assert all(there["high"] <= coreset for there in curves[policy]["points"])
 
 
 def test_blocks_that_do_not_fit_are_left_out_and_said_to_be(tmp_path: Path) -> None:
     engine = tiny(tmp_path, longest=60)
-    found = Explosion(blocks=(8, 64))
+    found = ExplosionExperiment(blocks=(8, 64))
     facts = found.measure(lab(tmp_path, engine))
     told = [each for each in found.findings(facts) if isinstance(each, str)]
     assert [each.split(" were")[0] for each in told] == ["Blocks of 64"]
@@ -316,12 +334,12 @@ def test_blocks_that_do_not_fit_are_left_out_and_said_to_be(tmp_path: Path) -> N
 
 @given(peak=st.floats(1, 1e12), read=st.floats(1, 1e12), at=st.floats(1e-3, 1e3))
 def test_nothing_is_attainable_above_either_roof(peak: float, read: float, at: float) -> None:
-    best = roofline.attainable(at, peak, read)
+    best = roofline.attainable_flops(at, peak, read)
     assert best == min(peak, at * read)
 
 
 def test_bytes_come_from_experts_and_operations_from_pairs(tmp_path: Path) -> None:
-    chapter = Roofline(shapes=(SMALL,), pace=QUICK)
+    chapter = RooflineExperiment(shapes=(SMALL,), pace=QUICK)
     facts = chapter.measure(lab(tmp_path))
     own, small = facts["roofs"]  # type: ignore[misc]
     assert own["bench"]["expert_bytes"] == 3 * 32 * 16 * 4
@@ -329,7 +347,7 @@ def test_bytes_come_from_experts_and_operations_from_pairs(tmp_path: Path) -> No
     for roof in (own, small):
         k, size = roof["bench"]["k"], roof["bench"]["expert_bytes"] / (3 * 32 * 16)
         plain = [each for each in roof["points"] if each["policy"] == "vanilla"]
-        assert [each["tokens"] for each in plain] == list(roofline.TOKENS)
+        assert [each["tokens"] for each in plain] == list(roofline.TOKEN_COUNTS)
         for each in plain:
             pairs = each["tokens"] * k
             assert each["flops"] == 6 * 32 * 16 * pairs
@@ -343,9 +361,9 @@ def test_experts_in_few_bits_are_timed_with_the_models_tokens(tmp_path: Path, ex
     engine = coterie.load(
         tmp_path / "model", max_new_tokens=20, unmask="fixed:steps=2", device="cpu", experts=experts
     )
-    bench = own_bench(engine)
+    bench = model_bench_layer(engine)
     assert bench.inputs(3, torch.Generator().manual_seed(0)).dtype == torch.float32
-    facts = Roofline(shapes=(), pace=QUICK).measure(lab(tmp_path, engine))
+    facts = RooflineExperiment(shapes=(), pace=QUICK).measure(lab(tmp_path, engine))
     [own] = facts["roofs"]  # type: ignore[misc]
     assert own["bench"]["expert_bytes"] == bench.expert_bytes < 3 * 32 * 16 * 4
     assert own["peak"] == facts["limits"]["flops_per_second"]["float32"]  # type: ignore[index]
@@ -356,9 +374,9 @@ def test_the_reading_share_is_what_goes_with_experts(
     fixed: float, each: float, pair: float
 ) -> None:
     points = [
-        roofline.Point(
+        roofline.RooflinePoint(
             policy="vanilla", tokens=1, used=used, pairs=pairs, intensity=1, flops=1,
-            seconds=timing.spread([fixed + each * used + pair * pairs]),
+            seconds=timing.timing_stats([fixed + each * used + pair * pairs]),
         )
         for used, pairs in ((8.0, 8.0), (80.0, 256.0), (38.0, 256.0), (100.0, 512.0))
     ]  # fmt: skip
@@ -385,9 +403,9 @@ def test_the_time_of_an_inner_part_is_not_the_outer_ones(monkeypatch: pytest.Mon
 def test_a_timed_model_says_what_the_model_says(tmp_path: Path, policy: str) -> None:
     engine = tiny(tmp_path)
     watch = Stopwatch(CPU)
-    wrapped = Engine(timed(engine.model, watch), generation=engine.generation)
+    wrapped = Engine(timed_model(engine.model, watch), generation=engine.generation)
     for question in QUESTIONS:
-        with watch(REST):
+        with watch(OTHER):
             found = wrapped.generate(question, policy=policy)
         expected = engine.generate(question, policy=policy)
         assert found.tokens == expected.tokens
@@ -396,7 +414,7 @@ def test_a_timed_model_says_what_the_model_says(tmp_path: Path, policy: str) -> 
 
 
 def test_the_parts_add_up_to_the_forward(tmp_path: Path) -> None:
-    facts = Parts(rounds=1).measure(lab(tmp_path))
+    facts = BreakdownExperiment(rounds=1).measure(lab(tmp_path))
     for each in facts["policies"]:  # type: ignore[attr-defined]
         assert sum(each["shares"].values()) == pytest.approx(1.0)
         assert set(each["parts"]) == set(PARTS)
@@ -406,20 +424,20 @@ def test_the_parts_add_up_to_the_forward(tmp_path: Path) -> None:
 
 
 def test_every_version_selects_what_routing_selects() -> None:
-    router = selection.scaled(RouterSpec(16, 4, "sigmoid", True, groups=4, kept_groups=2), 64)
-    assert (router.groups, router.kept_groups, router.experts) == (4, 2, 64)
-    scores = routings.skewed(router, 16, 1.0, torch.Generator().manual_seed(3))
+    router = selection.scale_router(RouterSpec(16, 4, "sigmoid", True, groups=4, topk_groups=2), 64)
+    assert (router.groups, router.topk_groups, router.experts) == (4, 2, 64)
+    scores = routings.skewed_scores(router, 16, 1.0, torch.Generator().manual_seed(3))
     for select in VERSIONS.values():
         for spelling in ("vanilla", "des-seq:k=2", "des-vote:beta=0.2", "xshare:beta=0.3"):
             policy = parse_policy(spelling)
             found, expected = select(scores, policy), route(scores, policy)
-            assert torch.equal(found.ids, expected.ids)
-            torch.testing.assert_close(found.weights, expected.weights, rtol=1e-6, atol=0)
+            assert torch.equal(found.topk_ids, expected.topk_ids)
+            torch.testing.assert_close(found.topk_weights, expected.topk_weights, rtol=1e-6, atol=0)
 
 
 def test_groups_that_do_not_divide_are_given_up() -> None:
-    router = selection.scaled(RouterSpec(18, 4, "sigmoid", True, groups=6, kept_groups=2), 64)
-    assert (router.groups, router.kept_groups) == (1, 1)
+    router = selection.scale_router(RouterSpec(18, 4, "sigmoid", True, groups=6, topk_groups=2), 64)
+    assert (router.groups, router.topk_groups) == (1, 1)
 
 
 # Latency against accuracy
@@ -429,7 +447,7 @@ places = st.lists(st.tuples(st.floats(0, 9), st.floats(0, 1)), min_size=1, max_s
 
 @given(points=places)
 def test_the_front_holds_what_nothing_beats(points: list[tuple[float, float]]) -> None:
-    best = tradeoff.front(points)
+    best = tradeoff.pareto_points(points)
     assert set(best) <= set(points)
     for cost, gain in points:
         assert any(c <= cost and g >= gain for c, g in best)
@@ -440,10 +458,10 @@ def test_the_front_holds_what_nothing_beats(points: list[tuple[float, float]]) -
 def test_every_policy_of_the_accuracy_record_is_timed_and_counted(tmp_path: Path) -> None:
     here = lab(tmp_path)
     leave(tmp_path, "accuracy", accuracy(16))
-    facts = Tradeoff(rounds=1).measure(here)
+    facts = TradeoffExperiment(rounds=1).measure(here)
     found = {point["policy"]: point for point in facts["points"]}  # type: ignore[attr-defined]
     asked = here.questions()
-    seen = collect(here.engine, asked, rows=1, forwards=FORWARDS)
+    seen = collect_observations(here.engine, asked, batch_size=1, max_forwards=FORWARDS_PER_PROMPT)
     used = [float(watched.routing.used.sum()) for watched in seen]
     assert found["vanilla"]["used"] == pytest.approx(sum(used) / len(used))
     assert found["vanilla"]["pairs"] == found["des-seq:k=2"]["pairs"] == 4
@@ -454,21 +472,21 @@ def test_every_policy_of_the_accuracy_record_is_timed_and_counted(tmp_path: Path
 
 def test_without_an_accuracy_record_the_chapter_says_what_it_needs(tmp_path: Path) -> None:
     with pytest.raises(CoterieError, match="record of the chapter accuracy"):
-        Tradeoff().measure(lab(tmp_path))
+        TradeoffExperiment().measure(lab(tmp_path))
 
 
 # All chapters
 
 
-def chapters() -> list[Chapter]:
+def chapters() -> list[Experiment]:
     """Latency comes before what reads its record."""
     return [
-        Explosion(blocks=(8, 16)),
-        Roofline(shapes=(SMALL,), pace=QUICK),
-        Parts(rounds=1),
-        Latency(shapes=(SMALL,), pace=QUICK),
-        Selection(rounds=1),
-        Tradeoff(rounds=1),
+        ExplosionExperiment(blocks=(8, 16)),
+        RooflineExperiment(shapes=(SMALL,), pace=QUICK),
+        BreakdownExperiment(rounds=1),
+        LatencyExperiment(shapes=(SMALL,), pace=QUICK),
+        SelectionExperiment(rounds=1),
+        TradeoffExperiment(rounds=1),
     ]
 
 
@@ -490,7 +508,7 @@ def test_chapters_draw_and_tell_from_stored_facts_alone(tmp_path: Path) -> None:
         for drawing in chapter.drawings(facts):
             names.append(drawing.name)
             light, dark = (
-                drawn(drawing.draw, name=drawing.name, scheme=scheme)
+                render_svg(drawing.draw, name=drawing.name, scheme=scheme)
                 for scheme in ("light", "dark")
             )
             assert light != dark
@@ -507,5 +525,5 @@ def test_chapters_draw_and_tell_from_stored_facts_alone(tmp_path: Path) -> None:
 
 def test_the_study_has_these_chapters() -> None:
     names = {chapter.name for chapter in chapters()}
-    assert names <= set(CHAPTERS)
-    assert [CHAPTERS[name].name for name in names] == list(names)
+    assert names <= set(EXPERIMENTS)
+    assert [EXPERIMENTS[name].name for name in names] == list(names)

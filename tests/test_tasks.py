@@ -18,12 +18,12 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from coterie.cli.edge import run
-from coterie.evals.task import Item, Wish
+from coterie.evals.task import Item, TaskOptions
 from coterie.evals.tasks import TASKS, embedded, gsm8k, math500, open_tasks, source, verify
-from coterie.evals.tasks.latex import same
-from coterie.evals.tasks.numbers import numbers, plain
+from coterie.evals.tasks.latex import is_equivalent
+from coterie.evals.tasks.numbers import find_numbers, latex_to_plain
 from coterie.naming import CoterieError
-from coterie.problems import TASKS as MAKERS
+from coterie.problems import PROBLEM_MAKERS as MAKERS
 from coterie.problems import split_of
 
 ROWS = [{"question": "How many?", "answer": f"It is {n}.\n#### {n}"} for n in (7, 8)]
@@ -64,7 +64,7 @@ def test_math500_reads_hard_answers(gold, output, right):
 def test_a_number_is_right_only_if_it_is_the_gold(number, gold):
     for output in (f"#### {number}", rf"\boxed{{{number}}}", f"The answer is {number}."):
         assert gsm8k.grade(output, str(gold)).correct is (number == gold)
-    assert same(str(number), str(gold)) is (number == gold)
+    assert is_equivalent(str(number), str(gold)) is (number == gold)
 
 
 @given(integers)
@@ -74,8 +74,8 @@ def test_thousands_commas_change_nothing(number):
     for output in (f"#### {number:,}", rf"\boxed{{{number:,}}}", f"She has {number:,} eggs."):
         assert gsm8k.grade(output, str(number)).correct
         assert gsm8k.grade(output.replace(",", ""), f"{number:,}").correct
-    assert same(f"{number:,}", str(number))
-    assert same(f"{number:,}".replace(",", r",\!"), str(number))
+    assert is_equivalent(f"{number:,}", str(number))
+    assert is_equivalent(f"{number:,}".replace(",", r",\!"), str(number))
 
 
 @given(integers, integers, prose)
@@ -106,7 +106,7 @@ def test_fractions_are_equal_however_they_are_written(over, under):
             rf"{sign}\dfrac{{{abs(over)}}}{{{under}}}", str(value)]  # fmt: skip
     for way in ways:
         assert gsm8k.gold_value(way) == value
-        assert all(same(way, other) for other in ways)
+        assert all(is_equivalent(way, other) for other in ways)
 
 
 @given(st.text(max_size=200), st.text(max_size=20))
@@ -116,7 +116,7 @@ def test_no_output_makes_a_grader_raise(output, piece):
         gsm8k.grade(text, "18")
         for name in ("words", "algebra"):
             embedded.grade(name, text, "18")
-        math500.extract(text)
+        math500.extract_latex(text)
 
 
 @given(st.text("\\{}$frac12^_(), .x=", max_size=12))
@@ -128,14 +128,14 @@ def test_no_answer_makes_math500_raise(answer):
 @given(st.lists(st.integers(0, 10**6), min_size=1, max_size=5))
 def test_every_number_of_a_text_is_found(values):
     text = " and ".join(f"${value:,}" for value in values)
-    assert [number.value for number in numbers(plain(text))] == values
+    assert [number.value for number in find_numbers(latex_to_plain(text))] == values
 
 
 def test_what_the_harness_measures_is_kept_beside():
     told = gsm8k.grade("#### 18\nShe keeps 7.", "18")
-    assert (told.correct, told.also) == (True, {"strict": True, "flexible": False})
+    assert (told.correct, told.other_metrics) == (True, {"strict": True, "flexible": False})
     boxed = gsm8k.grade(r"\boxed{18}", "18")
-    assert (boxed.correct, boxed.also) == (True, {"strict": False, "flexible": True})
+    assert (boxed.correct, boxed.other_metrics) == (True, {"strict": False, "flexible": True})
 
 
 def test_a_gold_of_any_form_is_read_and_one_without_a_number_raises():
@@ -149,32 +149,32 @@ def test_a_gold_of_any_form_is_read_and_one_without_a_number_raises():
 
 
 def test_an_answer_that_cannot_be_worked_out_is_wrong_soon_and_the_next_is_judged(monkeypatch):
-    monkeypatch.setattr(verify, "SECONDS", 0.5)
-    monkeypatch.setattr(verify, "_idle", [])
+    monkeypatch.setattr(verify, "CPU_SECONDS", 0.5)
+    monkeypatch.setattr(verify, "_idle_verifiers", [])
     try:
         started = time.monotonic()
-        assert not verify.mean_the_same("5", "10^{10^{10^{10}}}")
+        assert not verify.is_equivalent_latex("5", "10^{10^{10^{10}}}")
         assert time.monotonic() - started < 20
-        assert verify.mean_the_same("3x", r"x \cdot 3")
+        assert verify.is_equivalent_latex("3x", r"x \cdot 3")
     finally:
         verify._close_all()
 
 
 def test_a_verifier_that_does_not_start_is_told(monkeypatch, tmp_path):
-    monkeypatch.setattr(verify, "_idle", [])
+    monkeypatch.setattr(verify, "_idle_verifiers", [])
     (tmp_path / "broken.py").write_text("raise RuntimeError('no grammar')")
-    monkeypatch.setattr(verify, "SCRIPT", tmp_path / "broken.py")
+    monkeypatch.setattr(verify, "SCRIPT_PATH", tmp_path / "broken.py")
     with pytest.raises(CoterieError, match=r"does not start.*no grammar"):
-        open_tasks(["math500"], Wish("llada2"))
+        open_tasks(["math500"], TaskOptions("llada2"))
     monkeypatch.setattr(verify, "find_spec", lambda _name: None)
     with pytest.raises(CoterieError, match=r"pip install 'coterie\[lab\]'"):
-        open_tasks(["math500"], Wish("llada2"))
+        open_tasks(["math500"], TaskOptions("llada2"))
 
 
 def test_answers_are_compared_in_threads():
     pairs = [(f"{n}x + 1", f"1 + x \\cdot {n}") for n in range(2, 5)]
     found: list[bool] = []
-    threads = [threading.Thread(target=lambda p=p: found.append(same(*p))) for p in pairs]
+    threads = [threading.Thread(target=lambda p=p: found.append(is_equivalent(*p))) for p in pairs]
     for thread in threads:
         thread.start()
     for thread in threads:
@@ -190,9 +190,9 @@ def test_a_file_its_folder_the_folder_above_and_the_usual_folder_are_the_same(
 ):
     folder(tmp_path)
     places = [tmp_path, tmp_path / "gsm8k", tmp_path / "gsm8k" / "test.jsonl"]
-    sources = [source.read(gsm8k.TEST, place) for place in places]
-    monkeypatch.setenv(source.FOLDER, str(tmp_path))
-    sources.append(source.read(gsm8k.TEST, None))
+    sources = [source.read_benchmark(gsm8k.TEST, place) for place in places]
+    monkeypatch.setenv(source.DATA_ENV_VAR, str(tmp_path))
+    sources.append(source.read_benchmark(gsm8k.TEST, None))
     assert len(set(map(repr, sources))) == 1
     content = (tmp_path / "gsm8k" / "test.jsonl").read_bytes()
     assert sources[0].settings() == {
@@ -204,7 +204,10 @@ def test_jsonl_json_and_gzip_hold_the_same_rows(tmp_path):
     plain_file = written(tmp_path / "a.jsonl", ROWS)
     (tmp_path / "a.json").write_text(json.dumps(ROWS, indent=1), encoding="utf-8")
     (tmp_path / "a.gz").write_bytes(gzip.compress(plain_file.read_bytes()))
-    found = [source.read(gsm8k.TEST, tmp_path / f"a.{end}").rows for end in ("jsonl", "json", "gz")]
+    found = [
+        source.read_benchmark(gsm8k.TEST, tmp_path / f"a.{end}").rows
+        for end in ("jsonl", "json", "gz")
+    ]
     assert found[0] == found[1] == found[2] == tuple(ROWS)
 
 
@@ -229,7 +232,7 @@ def test_a_broken_file_is_named_with_the_line_and_what_was_expected(tmp_path, co
     path = tmp_path / "broken.jsonl"
     path.write_bytes(content)
     with pytest.raises(CoterieError) as raised:
-        open_tasks(["gsm8k"], Wish("llada2", data=path))
+        open_tasks(["gsm8k"], TaskOptions("llada2", data=path))
     assert said in str(raised.value)
     assert "broken.jsonl" in str(raised.value)
 
@@ -237,13 +240,15 @@ def test_a_broken_file_is_named_with_the_line_and_what_was_expected(tmp_path, co
 def test_a_place_without_the_data_is_named(tmp_path):
     for place, said in ((tmp_path / "no", "no such file or folder"), (tmp_path, "neither")):
         with pytest.raises(CoterieError, match=said):
-            source.read(gsm8k.TEST, place)
+            source.read_benchmark(gsm8k.TEST, place)
 
 
 def test_two_rows_of_one_id_raise(tmp_path):
     row = {"problem": "1+1?", "answer": "2", "unique_id": "test/a"}
     with pytest.raises(CoterieError, match="two rows with 'unique_id' 'test/a'"):
-        open_tasks(["math500"], Wish("llada2", data=written(tmp_path / "m.jsonl", [row, row])))
+        open_tasks(
+            ["math500"], TaskOptions("llada2", data=written(tmp_path / "m.jsonl", [row, row]))
+        )
 
 
 def test_without_data_the_hub_is_asked_for_the_published_file(tmp_path, monkeypatch):
@@ -254,9 +259,9 @@ def test_without_data_the_hub_is_asked_for_the_published_file(tmp_path, monkeypa
         row = {"problem": "1+1?", "answer": "2", "unique_id": "test/a"}
         return str(written(tmp_path / "hub.jsonl", [row]))
 
-    monkeypatch.delenv(source.FOLDER, raising=False)
+    monkeypatch.delenv(source.DATA_ENV_VAR, raising=False)
     monkeypatch.setattr(source, "hf_hub_download", deliver)
-    [task] = open_tasks(["math500"], Wish("llada2"))
+    [task] = open_tasks(["math500"], TaskOptions("llada2"))
     assert asked == [("HuggingFaceH4/MATH-500", "test.jsonl", "dataset")]
     assert task.settings()["data"] == "HuggingFaceH4/MATH-500"
     assert [item.id for item in task.items()] == ["math500/test/a"]
@@ -266,10 +271,10 @@ def test_a_hub_out_of_reach_is_one_line_that_names_the_way_out(monkeypatch):
     def fail(*_args: object, **_named: object) -> str:
         raise ConnectionError("no route")
 
-    monkeypatch.delenv(source.FOLDER, raising=False)
+    monkeypatch.delenv(source.DATA_ENV_VAR, raising=False)
     monkeypatch.setattr(source, "hf_hub_download", fail)
     with pytest.raises(CoterieError, match=r"no route.*--data.*gsm8k/test.jsonl"):
-        source.read(gsm8k.TEST, None)
+        source.read_benchmark(gsm8k.TEST, None)
 
 
 def test_parquet_is_read_where_pyarrow_is_and_says_so_where_not(tmp_path, monkeypatch):
@@ -284,17 +289,17 @@ def test_parquet_is_read_where_pyarrow_is_and_says_so_where_not(tmp_path, monkey
     library.read_table = lambda _file: Table()  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "pyarrow", ModuleType("pyarrow"))
     monkeypatch.setitem(sys.modules, "pyarrow.parquet", library)
-    assert source.read(gsm8k.TEST, path).rows == tuple(ROWS)
+    assert source.read_benchmark(gsm8k.TEST, path).rows == tuple(ROWS)
     monkeypatch.setitem(sys.modules, "pyarrow.parquet", None)
     with pytest.raises(CoterieError, match=r"pip install 'coterie\[harness\]'"):
-        source.read(gsm8k.TEST, path)
+        source.read_benchmark(gsm8k.TEST, path)
 
 
 # Asking
 
 
 def test_gsm8k_shows_the_first_examples_without_calculator_notes(tmp_path):
-    [task] = open_tasks(["gsm8k"], Wish("llada-moe", data=folder(tmp_path)))
+    [task] = open_tasks(["gsm8k"], TaskOptions("llada-moe", data=folder(tmp_path)))
     asked = task.prompt(task.items()[0])
     assert asked.count("Question:") == 5
     assert asked.startswith(
@@ -310,45 +315,45 @@ def test_gsm8k_shows_the_first_examples_without_calculator_notes(tmp_path):
 
 def test_other_families_are_asked_without_examples_unless_wished(tmp_path):
     data = folder(tmp_path)
-    [task] = open_tasks(["gsm8k"], Wish("llada2", data=data))
+    [task] = open_tasks(["gsm8k"], TaskOptions("llada2", data=data))
     assert task.prompt(task.items()[0]) == (
         "How many?\nPlease reason step by step, and put your final answer within \\boxed{}."
     )
-    [two] = open_tasks(["gsm8k"], Wish("llada2", data=data, shots=2))
+    [two] = open_tasks(["gsm8k"], TaskOptions("llada2", data=data, shots=2))
     assert two.prompt(two.items()[0]).count("Question:") == 3
     with pytest.raises(CoterieError, match="holds 5 examples, not 6"):
-        open_tasks(["gsm8k"], Wish("llada2", data=data, shots=6))
+        open_tasks(["gsm8k"], TaskOptions("llada2", data=data, shots=6))
 
 
 def test_examples_that_are_not_there_are_named(tmp_path):
     alone = written(tmp_path / "alone.jsonl", ROWS)
     with pytest.raises(CoterieError, match=r"train.jsonl: not there.*--shots 0"):
-        open_tasks(["gsm8k"], Wish("llada-moe", data=alone))
-    assert open_tasks(["gsm8k"], Wish("llada-moe", data=alone, shots=0))
+        open_tasks(["gsm8k"], TaskOptions("llada-moe", data=alone))
+    assert open_tasks(["gsm8k"], TaskOptions("llada-moe", data=alone, shots=0))
 
 
 @given(st.integers(0, 2**32), st.integers(1, 6))
 def test_embedded_items_are_held_out_and_a_longer_draw_begins_with_the_shorter(seed, count):
-    for task in open_tasks(list(MAKERS), Wish("llada2", count=count, seed=seed, trust=True)):
+    for task in open_tasks(list(MAKERS), TaskOptions("llada2", count=count, seed=seed, trust=True)):
         items = task.items()
-        longer = embedded.Embedded(task.name, count + 2, seed).items()
+        longer = embedded.EmbeddedTask(task.name, count + 2, seed).items()
         assert items == longer[:count]
         assert [item.id for item in items] == [f"{task.name}/{seed}/{n}" for n in range(count)]
-        drawn = embedded._drawn(task.name, seed, count)
+        drawn = embedded._draw_problems(task.name, seed, count)
         assert all(split_of(problem.key) == "test" for problem in drawn)
 
 
 @pytest.mark.parametrize("name", list(MAKERS))
 def test_embedded_answers_are_right_and_others_wrong(name):
-    [task] = open_tasks([name], Wish("llada2", count=3, seed=5, trust=True))
-    for item, problem in zip(task.items(), embedded._drawn(name, 5, 3), strict=True):
+    [task] = open_tasks([name], TaskOptions("llada2", count=3, seed=5, trust=True))
+    for item, problem in zip(task.items(), embedded._draw_problems(name, 5, 3), strict=True):
         assert task.prompt(item) == problem.prompt
         assert task.grade(problem.answer, item).correct
         assert not task.grade("#### 999 \\boxed{999}", item).correct
 
 
 def test_settings_of_every_task_are_json(tmp_path):
-    wish = Wish("llada2", data=folder(tmp_path), trust=True)
+    wish = TaskOptions("llada2", data=folder(tmp_path), trust=True)
     for task in open_tasks(["gsm8k", *MAKERS], wish):
         assert json.loads(json.dumps(dict(task.settings()))) == dict(task.settings())
 
@@ -356,15 +361,17 @@ def test_settings_of_every_task_are_json(tmp_path):
 def test_names_and_wishes_that_cannot_be_are_refused(tmp_path):
     one = written(tmp_path / "one.jsonl", ROWS)
     for names, wish, said in (
-        (["gsm"], Wish("llada2"), "unknown task 'gsm'; known: gsm8k, humaneval"),
-        (["words"], Wish("llada2", count=0), "0 items"),
-        (["words"], Wish("llada2", shots=2), "without examples"),
-        (["math500"], Wish("llada2", shots=4), "without examples"),
-        (["gsm8k", "math500"], Wish("llada2", data=one), "one file, for gsm8k and math500"),
+        (["gsm"], TaskOptions("llada2"), "unknown task 'gsm'; known: gsm8k, humaneval"),
+        (["words"], TaskOptions("llada2", count=0), "0 items"),
+        (["words"], TaskOptions("llada2", shots=2), "without examples"),
+        (["math500"], TaskOptions("llada2", shots=4), "without examples"),
+        (["gsm8k", "math500"], TaskOptions("llada2", data=one), "one file, for gsm8k and math500"),
     ):
         with pytest.raises(CoterieError, match=said):
             open_tasks(names, wish)
-    assert [task.name for task in open_tasks(["words", "words"], Wish("llada2"))] == ["words"]
+    assert [task.name for task in open_tasks(["words", "words"], TaskOptions("llada2"))] == [
+        "words"
+    ]
     assert list(TASKS) == ["gsm8k", "humaneval", "mbpp", "math500", *MAKERS]
 
 
@@ -374,10 +381,10 @@ def test_code_is_refused_once_where_nothing_keeps_it_in(monkeypatch):
             raise CoterieError("nothing here can keep generated code in")
 
     monkeypatch.setattr(embedded, "require_fence", refuse)
-    assert open_tasks(["words", "algebra"], Wish("llada2"))
+    assert open_tasks(["words", "algebra"], TaskOptions("llada2"))
     with pytest.raises(CoterieError, match="keep generated code in"):
-        open_tasks(["docstring"], Wish("llada2"))
-    assert open_tasks(["docstring"], Wish("llada2", trust=True))
+        open_tasks(["docstring"], TaskOptions("llada2"))
+    assert open_tasks(["docstring"], TaskOptions("llada2", trust=True))
 
 
 # coterie grade
@@ -426,7 +433,7 @@ def test_an_id_without_a_gold_is_looked_up(tmp_path, capsys):
 
 
 def test_an_embedded_function_is_looked_up_by_its_id(tmp_path, capsys):
-    problem = embedded._drawn("docstring", 3, 2)[1]
+    problem = embedded._draw_problems("docstring", 3, 2)[1]
     rows: list[dict[str, object]] = [
         {"id": "docstring/3/1", "output": problem.answer},
         {"id": "docstring/3/0", "output": problem.answer},
@@ -482,5 +489,5 @@ def test_what_stood_in_the_file_stays_until_all_is_graded(tmp_path, capsys, monk
 
 
 def test_items_have_a_gold_that_a_person_can_read(tmp_path):
-    [task] = open_tasks(["gsm8k"], Wish("llada2", data=folder(tmp_path)))
+    [task] = open_tasks(["gsm8k"], TaskOptions("llada2", data=folder(tmp_path)))
     assert task.items()[0] == Item("gsm8k/0", "How many?", "It is 7.\n#### 7")

@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from coterie.routing import parse_policy, route
-from coterie.telemetry import Counting, Null, Recorder, Tracing, figures
-from coterie.values import Demand, RouterSpec, Scores
+from coterie.telemetry import ExpertCounter, NullRecorder, Recorder, TensorRecorder, routing_stats
+from coterie.values import ExpertRequest, RouterSpec, Scores
 
 ROUTER = RouterSpec(experts=16, k=4, activation="sigmoid", renormalise=True)
 
@@ -19,12 +19,12 @@ def scores(rows: int, seed: int = 0) -> Scores:
     return Scores(torch.randn(rows, 6, 16, generator=generator), ROUTER)
 
 
-def watched(policy: str, *forwards: Scores, layers: tuple[int, ...] = (1, 2)) -> Counting:
-    counting = Counting()
+def watched(policy: str, *forwards: Scores, layers: tuple[int, ...] = (1, 2)) -> ExpertCounter:
+    counting = ExpertCounter()
     for seen in forwards:
-        counting.began(tuple("abc"[: len(seen.logits)]))
+        counting.on_forward(tuple("abc"[: len(seen.logits)]))
         for layer in layers:
-            counting.routed(layer, seen, route(seen, parse_policy(policy)))
+            counting.on_routed(layer, seen, route(seen, parse_policy(policy)))
     return counting
 
 
@@ -40,7 +40,7 @@ def test_unique_experts_are_those_really_routed():
     first, second = scores(1), scores(1, seed=1)
     counts = watched("des-vote:beta=0.3,protect=top1", first, second, layers=(3,)).counts("a")
     policy = parse_policy("des-vote:beta=0.3,protect=top1")
-    unique = [len(route(seen, policy).ids.unique()) for seen in (first, second)]
+    unique = [len(route(seen, policy).topk_ids.unique()) for seen in (first, second)]
     assert counts.per_layer == (sum(unique) / 2,)
     assert counts.mean == sum(unique) / 2
     assert counts.max == max(unique)
@@ -53,7 +53,9 @@ def test_vote_mass_and_hit_rate_by_hand():
     coreset = policy.eligible(seen, 4)[0, 0]
     routing = route(seen, policy)
     p = seen.logits.sigmoid()[0]
-    votes = torch.zeros(6, 16).scatter(1, routing.own, p.gather(1, routing.own)).sum(0)
+    votes = (
+        torch.zeros(6, 16).scatter(1, routing.vanilla_ids, p.gather(1, routing.vanilla_ids)).sum(0)
+    )
     assert counts.vote_mass_kept == pytest.approx(float(votes[coreset].sum() / votes.sum()))
     hits = [set(own) & set(ids) for own, ids in _pairs(routing)]
     assert counts.hit_rate == pytest.approx(sum(map(len, hits)) / 24)
@@ -73,13 +75,13 @@ def test_layers_are_counted_together_as_they_would_be_alone():
     first, second = replace(scores(2), voters=voters), replace(scores(2, seed=1), voters=voters)
     wide = Scores(second.logits[..., :8], replace(ROUTER, experts=8), voters=voters)
     policy = parse_policy("des-vote:beta=0.25")
-    counting = Counting()
-    counting.began(("a", "b"))
+    counting = ExpertCounter()
+    counting.on_forward(("a", "b"))
     alone = []
     for layer, seen in enumerate((first, second, wide)):
         routing = route(seen, policy)
-        counting.routed(layer, seen, routing)
-        alone.append(figures(seen, routing))
+        counting.on_routed(layer, seen, routing)
+        alone.append(routing_stats(seen, routing))
     for row, name in enumerate("ab"):
         counts, each = counting.counts(name), torch.stack(alone)[:, row]
         assert counts.per_layer == tuple(each[:, 0].tolist())
@@ -91,9 +93,9 @@ def test_layers_are_counted_together_as_they_would_be_alone():
 def test_what_was_shown_is_counted_when_the_next_forward_begins():
     """Memory holds one forward, however many nobody asks about."""
     counting = watched("vanilla", *(scores(1, seed=seed) for seed in range(5)), layers=(1, 2, 3))
-    assert len(counting._shown) == 3
+    assert len(counting._pending) == 3
     assert counting.counts("a").forwards == 5
-    assert len(counting._shown) == 0
+    assert len(counting._pending) == 0
 
 
 def test_a_row_that_joins_later_has_fewer_forwards():
@@ -113,33 +115,33 @@ def test_positions_without_a_vote_are_computed_but_judge_nothing():
 
 def test_the_latest_forward_can_be_watched():
     counting = watched("vanilla", scores(2), scores(2, seed=1))
-    last = route(scores(2, seed=1), parse_policy("vanilla")).ids.view(2, -1)
-    assert counting.latest("b").per_layer == (len(last[1].unique()),) * 2
-    assert Counting().latest().per_layer == ()
+    last = route(scores(2, seed=1), parse_policy("vanilla")).topk_ids.view(2, -1)
+    assert counting.latest_counts("b").per_layer == (len(last[1].unique()),) * 2
+    assert ExpertCounter().latest_counts().per_layer == ()
 
 
 def test_nothing_seen_is_nothing_counted():
-    counts = Counting().counts()
+    counts = ExpertCounter().counts()
     assert (counts.forwards, counts.mean, counts.max, counts.per_layer) == (0, 0.0, 0, ())
 
 
 def test_a_forgotten_row_leaves_the_others_alone():
     counting = watched("vanilla", scores(3))
     before = counting.counts("b")
-    counting.forget("a")
-    counting.forget("nobody")
+    counting.drop_row("a")
+    counting.drop_row("nobody")
     assert counting.counts("a").forwards == 0
     assert counting.counts("b") == before
 
 
 def test_tracing_keeps_what_it_was_shown():
-    tracing, seen = Tracing(), scores(1)
+    tracing, seen = TensorRecorder(), scores(1)
     routing = route(seen, parse_policy("vanilla"))
-    everyone: list[Recorder] = [tracing, Null(), Counting()]
+    everyone: list[Recorder] = [tracing, NullRecorder(), ExpertCounter()]
     for recorder in everyone:
-        recorder.began(("a",))
-        recorder.routed(2, seen, routing)
-        recorder.layer_output(2, seen.logits)
+        recorder.on_forward(("a",))
+        recorder.on_routed(2, seen, routing)
+        recorder.on_layer_output(2, seen.logits)
     assert tracing.rows == [("a",)]
     assert tracing.routings == [(2, seen, routing)]
     assert tracing.outputs[0][0] == 2
@@ -155,18 +157,21 @@ def test_a_demand_tells_tokens_and_votes_as_counted_by_hand(voters: list[list[fl
     """The second row has no voter: all of its tokens vote."""
     seen = replace(scores(2), voters=None if voters is None else torch.tensor(voters))
     routing = route(seen, parse_policy("des-vote:beta=0.25"))
-    demand = Demand(routing.used, routing, seen)
+    demand = ExpertRequest(routing.used, routing, seen)
     tokens, votes = [0] * 16, [0.0] * 16
-    own, voice = routing.own.view(2, 6, 4), voters or [[1.0] * 6] * 2
+    own, voice = routing.vanilla_ids.view(2, 6, 4), voters or [[1.0] * 6] * 2
     for row in range(2):
         for token in range(6):
             said = voice[row][token] if any(voice[row]) else 1.0
             for expert in own[row, token].tolist():
                 votes[expert] += said * float(seen.logits[row, token, expert].sigmoid())
-    for expert in routing.ids[routing.ids >= 0].tolist():
+    for expert in routing.topk_ids[routing.topk_ids >= 0].tolist():
         tokens[expert] += 1
-    assert demand.tokens is not None
+    assert demand.token_counts is not None
     assert demand.votes is not None
-    assert demand.tokens.tolist() == tokens
+    assert demand.token_counts.tolist() == tokens
     assert demand.votes.tolist() == pytest.approx(votes)
-    assert (Demand(routing.used).tokens, Demand(routing.used, routing).votes) == (None, None)
+    assert (
+        ExpertRequest(routing.used).token_counts,
+        ExpertRequest(routing.used, routing).votes,
+    ) == (None, None)

@@ -11,10 +11,10 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from coterie.families import FAMILIES
-from coterie.text import Numbers, Subwords, TextError, load_codec, read_template
+from coterie.text import IdTokenizer, SubwordTokenizer, TextError, load_tokenizer, read_template
 
-LLADA2 = FAMILIES["LLaDA2MoeModelLM"].defaults.template
-SDAR = FAMILIES["SDARMoeForCausalLM"].defaults.template
+LLADA2 = FAMILIES["LLaDA2MoeModelLM"].defaults.chat_template
+SDAR = FAMILIES["SDARMoeForCausalLM"].defaults.chat_template
 SPECIAL = ["<|mask|>", "<|endoftext|>", "<role>", "</role>", "<|role_end|>"]
 
 
@@ -33,41 +33,41 @@ def write_json(path: Path, content: object) -> None:
     path.write_text(json.dumps(content), encoding="utf-8")
 
 
-def codec(folder: Path, vocabulary: int = 300) -> Subwords:
-    found = load_codec(folder, template=LLADA2, vocabulary=vocabulary)
-    assert isinstance(found, Subwords)
+def codec(folder: Path, vocabulary: int = 300) -> SubwordTokenizer:
+    found = load_tokenizer(folder, template=LLADA2, vocab_size=vocabulary)
+    assert isinstance(found, SubwordTokenizer)
     return found
 
 
 @given(ids=st.lists(st.integers(0, 99), min_size=1, max_size=20))
 def test_numbers_read_their_own_writing(ids: list[int]) -> None:
-    numbers = Numbers(100)
+    numbers = IdTokenizer(100)
     assert numbers.encode(numbers.decode(ids)) == ids
-    assert numbers.remark(numbers.decode(ids)) is None
+    assert numbers.prompt_note(numbers.decode(ids)) is None
 
 
 @given(prompt=st.text(st.characters(codec="utf-8"), min_size=1, max_size=20))
 def test_numbers_fall_back_to_bytes_and_say_so(prompt: str) -> None:
-    numbers = Numbers(256)
-    if numbers.remark(prompt) is not None:
+    numbers = IdTokenizer(256)
+    if numbers.prompt_note(prompt) is not None:
         assert bytes(numbers.encode(prompt)).decode("utf-8") == prompt
 
 
 def test_numbers_refuse_what_the_vocabulary_lacks() -> None:
     with pytest.raises(TextError, match="token id 512 is outside the vocabulary of 512"):
-        Numbers(512).encode("5 512")
+        IdTokenizer(512).encode("5 512")
     with pytest.raises(TextError, match="token id 195"):
-        Numbers(128).encode("Ü")
+        IdTokenizer(128).encode("Ü")
 
 
 def test_what_was_no_utf8_is_refused(tmp_path: Path) -> None:
-    for text in (Numbers(512), codec(write_tokenizer(tmp_path))):
+    for text in (IdTokenizer(512), codec(write_tokenizer(tmp_path))):
         with pytest.raises(TextError, match="not valid UTF-8"):
             text.encode("a\udcff")
 
 
 def test_a_folder_without_a_tokenizer_speaks_numbers(tmp_path: Path) -> None:
-    assert load_codec(tmp_path, template="", vocabulary=512) == Numbers(512)
+    assert load_tokenizer(tmp_path, template="", vocab_size=512) == IdTokenizer(512)
 
 
 def test_raw_text_comes_back_unchanged(tmp_path: Path) -> None:
@@ -78,17 +78,17 @@ def test_raw_text_comes_back_unchanged(tmp_path: Path) -> None:
 
 def test_special_ids_come_from_the_files(tmp_path: Path) -> None:
     text = codec(write_tokenizer(tmp_path))
-    assert (text.mask, text.ends) == (256, ())
+    assert (text.mask_id, text.eos_ids) == (256, ())
     write_json(tmp_path / "tokenizer_config.json", {"eos_token": {"content": "<|endoftext|>"}})
     write_json(tmp_path / "generation_config.json", {"eos_token_id": [260, 257]})
-    assert codec(tmp_path).ends == (257, 260)
+    assert codec(tmp_path).eos_ids == (257, 260)
 
 
 def test_decoding_drops_special_tokens_and_a_piece_shows_them(tmp_path: Path) -> None:
     text = codec(write_tokenizer(tmp_path))
     ids = [*text.encode("yes", raw=True), 257]
     assert text.decode(ids) == "yes"
-    assert text.piece(257) == "<|endoftext|>"
+    assert text.decode_token(257) == "<|endoftext|>"
 
 
 def test_llada2_asks_in_its_own_words(tmp_path: Path) -> None:

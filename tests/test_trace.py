@@ -17,16 +17,25 @@ from policies import law
 from test_watch import PROMPTS, engine
 
 from coterie.cli.edge import run
-from coterie.engine.watch import Watched, collect
+from coterie.engine.watch import LayerObservation, collect_observations
 from coterie.naming import CoterieError
 from coterie.planning import coding
-from coterie.planning.elections import elected, fidelity, votes_of
-from coterie.planning.recording import about, bias_of, record_trace
+from coterie.planning.elections import select_from_trace, fidelity, forward_votes
+from coterie.planning.recording import trace_header, bias_of, record_trace
 from coterie.planning.replay import decoding_only
-from coterie.planning.trace import KINDS, About, Forward, Trace, Writer, encoded, framed, read
+from coterie.planning.trace import (
+    KINDS,
+    TraceHeader,
+    TraceForward,
+    Trace,
+    TraceWriter,
+    encode_forward,
+    frame_record,
+    read_trace,
+)
 from coterie.routing import parse_policy
 from coterie.testing import write_checkpoint
-from coterie.values import membership
+from coterie.values import expert_mask
 
 Capture = pytest.CaptureFixture[str]
 FAMILIES = ("llada2", "llada-moe", "sdar-moe")
@@ -53,18 +62,22 @@ REFUSED = {
 
 
 @cache
-def made(family: str = "llada2", policy: str = "vanilla") -> tuple[Trace, tuple[Watched, ...]]:
+def made(
+    family: str = "llada2", policy: str = "vanilla"
+) -> tuple[Trace, tuple[LayerObservation, ...]]:
     """A trace through a file, and the same run watched."""
     own = engine(family)
     path = Path(mkdtemp()) / "made.trace"
-    said = about(own, policy=policy, generation=own.generation, prompts={}, made={})
-    with Writer(path, said, bias_of(own.model)) as writer:
-        record_trace(own, PROMPTS, writer, policy=policy, rows=3)
-    return decoding_only(read(path)), tuple(collect(own, PROMPTS, policy=policy, rows=3))
+    said = trace_header(own, policy=policy, generation=own.generation, prompts={}, provenance={})
+    with TraceWriter(path, said, bias_of(own.model)) as writer:
+        record_trace(own, PROMPTS, writer, policy=policy, batch_size=3)
+    return decoding_only(read_trace(path)), tuple(
+        collect_observations(own, PROMPTS, policy=policy, batch_size=3)
+    )
 
 
 @st.composite
-def drawn_forwards(draw: st.DrawFn) -> tuple[Forward, About]:
+def drawn_forwards(draw: st.DrawFn) -> tuple[TraceForward, TraceHeader]:
     """Any numbers at all, in any sizes."""
     rng = np.random.default_rng(draw(st.integers(0, 2**32)))
     layers, tokens = draw(st.integers(1, 3)), draw(st.integers(1, 40))
@@ -76,14 +89,16 @@ def drawn_forwards(draw: st.DrawFn) -> tuple[Forward, About]:
     marks = (rng.random((3, tokens)) < draw(st.sampled_from((0, 0.5, 1)))).astype(bool)
     numbers = [int(n) for n in rng.integers(0, 2**31, size=5)]
     used = np.zeros((layers, experts), dtype=bool)
-    made = Forward(*numbers, *marks, ids, rank, following, used)
-    made = replace(made, used=made.own if draw(st.booleans()) else rng.random(used.shape) < 0.3)
+    made = TraceForward(*numbers, *marks, ids, rank, following, used)
+    made = replace(
+        made, used=made.vanilla_mask if draw(st.booleans()) else rng.random(used.shape) < 0.3
+    )
     made = replace(made, kind=draw(st.sampled_from(KINDS)))
     if draw(st.integers(0, 4)) == 0:
         none = {name: getattr(made, name)[:, :0] for name in ("ids", "rank", "following")}
         made = replace(made, **none, **dict.fromkeys(("voters", "masked", "filled"), marks[0][:0]))
     sizes = {"bf16": 6}
-    return made, About("m", "p", "", "", tuple(range(layers)), experts, k, sizes)
+    return made, TraceHeader("m", "p", "", "", tuple(range(layers)), experts, k, sizes)
 
 
 @given(drawn_forwards())
@@ -91,18 +106,18 @@ def drawn_forwards(draw: st.DrawFn) -> tuple[Forward, About]:
 def test_a_forward_comes_back_as_near_as_the_format_says(tmp_path_factory, drawn) -> None:
     forward, said = drawn
     path = tmp_path_factory.mktemp("trace") / "one"
-    with Writer(path, said) as writer:
+    with TraceWriter(path, said) as writer:
         writer.write(forward)
-    (found,) = read(path).forwards
+    (found,) = read_trace(path).forwards
     for name in ("number", "row", "forward", "block", "start", "kind", "tokens"):
         assert getattr(found, name) == getattr(forward, name)
     for name in ("voters", "masked", "filled", "ids", "used"):
         assert np.array_equal(getattr(found, name), getattr(forward, name))
     for layer in range(len(said.layers) if forward.tokens else 0):
         margins = forward.rank[layer] - forward.following[layer][:, None]
-        kept = found.rank[layer] - found.following[layer][:, None]
+        kept = found.rank[layer] - found.next_score[layer][:, None]
         top, span = margins.max(), np.ptp(forward.following[layer])
-        assert np.abs(found.following[layer] - forward.following[layer]).max() <= span / 500 + 1e-6
+        assert np.abs(found.next_score[layer] - forward.following[layer]).max() <= span / 500 + 1e-6
         assert np.abs(kept - margins).max() <= top / 16 + 1e-6
         near = np.maximum(np.sqrt(margins / top) / 16 + 1 / 1024, 1 / 256) if top > 0 else 0
         assert (np.abs(kept - margins) <= top * near + 1e-6).all()
@@ -116,45 +131,47 @@ def test_the_largest_record_of_a_large_model_takes_eight_kib() -> None:
     rank = -np.sort(-rng.random((19, 32, 8)), axis=-1).astype(np.float32)
     following = (rank[..., -1] * rng.random((19, 32))).astype(np.float32)
     marks = rng.random((3, 32)) < 0.5
-    forward = Forward(1, 1, 1, 0, 0, *marks, ids, rank, following, np.zeros((19, 256), bool))
-    vanilla = replace(forward, used=forward.own)
-    assert len(encoded(vanilla, 256)) + 9 == 8177
-    assert len(framed(encoded(vanilla, 256))) <= 8177 <= 8 * 1024
-    assert len(encoded(forward, 256)) - len(encoded(vanilla, 256)) == 608
+    forward = TraceForward(1, 1, 1, 0, 0, *marks, ids, rank, following, np.zeros((19, 256), bool))
+    vanilla = replace(forward, used=forward.vanilla_mask)
+    assert len(encode_forward(vanilla, 256)) + 9 == 8177
+    assert len(frame_record(encode_forward(vanilla, 256))) <= 8177 <= 8 * 1024
+    assert len(encode_forward(forward, 256)) - len(encode_forward(vanilla, 256)) == 608
 
 
 @given(st.integers(1, 400), st.integers(0, 90), st.integers(0, 2**32))
 @law(80)
 def test_packed_numbers_are_those_that_were_packed(experts: int, count: int, seed: int) -> None:
     ids = np.random.default_rng(seed).integers(0, experts, size=count).astype(np.int16)
-    packed = coding.packed_ids(ids, experts)
+    packed = coding.pack_ids(ids, experts)
     assert len(packed) == coding.ids_size(count, experts)
-    assert np.array_equal(coding.ids_of(packed, count, experts), ids)
+    assert np.array_equal(coding.unpack_ids(packed, count, experts), ids)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_trace_holds_what_was_watched(family: str) -> None:
     for policy in ("vanilla", "des-vote:beta=0.3,voters=masked"):
         trace, seen = made(family, policy)
-        layers = trace.about.layers
+        layers = trace.header.layers
         numbers = sorted({forward.number for forward in trace.forwards})
         assert len(seen) == len(layers) * len(numbers)
         for forward in trace.forwards:
             ours = seen[numbers.index(forward.number) * len(layers) :][: len(layers)]
             place = ours[0].rows.index(forward.row)
             assert [one.layer for one in ours] == list(layers)
-            assert forward.forward == ours[0].scores.forward[place]
+            assert forward.decode_index == ours[0].scores.forward_indices[place]
             voters = ours[0].scores.voters  # None: everybody votes
             everybody = torch.ones(forward.tokens, dtype=torch.bool)
             voices = everybody if voters is None else voters[place].bool()
             assert np.array_equal(forward.voters, voices.numpy())
             for ordinal, one in enumerate(ours):
                 rows, _, experts = one.scores.logits.shape
-                used = membership(one.routing.ids.view(rows, -1), experts)[place]
+                used = expert_mask(one.routing.topk_ids.view(rows, -1), experts)[place]
                 assert np.array_equal(forward.used[ordinal], used.numpy())
-                assert np.array_equal(forward.ids[ordinal], one.scores.own[place].numpy())
-                true = one.scores.rank.gather(-1, one.scores.own)[place].numpy()
-                span = np.ptp(true) + np.ptp(forward.following[ordinal])
+                assert np.array_equal(
+                    forward.vanilla_ids[ordinal], one.scores.vanilla_ids[place].numpy()
+                )
+                true = one.scores.selection_scores.gather(-1, one.scores.vanilla_ids)[place].numpy()
+                span = np.ptp(true) + np.ptp(forward.next_score[ordinal])
                 assert np.abs(forward.rank[ordinal] - true).max() <= span / 8
 
 
@@ -163,28 +180,28 @@ def test_exact_policies_elect_whom_they_would_have(policy: str) -> None:
     """As many as the eligible ones are, whom nobody takes among them."""
     assert fidelity(parse_policy(policy)) == "exact"
     trace, seen = made()
-    layers = len(trace.about.layers)
+    layers = len(trace.header.layers)
     for at, one in enumerate(seen):
         places = shared(trace, at // layers)
         mask = parse_policy(policy).eligible(one.scores, one.scores.router.k)
-        found = elected(trace, parse_policy(policy), places, at % layers)
+        found = select_from_trace(trace, parse_policy(policy), places, at % layers)
         assert np.array_equal(found, expected(one, mask)), (policy, at)
 
 
-def shared(trace: Trace, place: int) -> list[Forward]:
+def shared(trace: Trace, place: int) -> list[TraceForward]:
     """The rows of the forward at this place among those that decode."""
     numbers = sorted({forward.number for forward in trace.forwards})
     return [forward for forward in trace.forwards if forward.number == numbers[place]]
 
 
-def expected(one: Watched, mask: torch.Tensor) -> np.ndarray:
+def expected(one: LayerObservation, mask: torch.Tensor) -> np.ndarray:
     """A coreset whole; of a policy that lets every token decide, what its tokens take."""
     rows, _, experts = one.scores.logits.shape
     if mask.shape[1] == 1 and mask.numel() > 1:
         return mask[:, 0].expand(rows, experts).numpy()
-    own = one.scores.own
+    own = one.scores.vanilla_ids
     allowed = mask.expand(one.scores.logits.shape).gather(-1, own)
-    return membership(own.where(allowed, -1).flatten(1), experts).numpy()
+    return expert_mask(own.where(allowed, -1).flatten(1), experts).numpy()
 
 
 @pytest.mark.parametrize("policy", NEARLY)
@@ -193,12 +210,12 @@ def test_others_elect_nearly_whom_they_would_have(policy: str) -> None:
     alike = []
     for family in FAMILIES:
         trace, seen = made(family)
-        layers = len(trace.about.layers)
+        layers = len(trace.header.layers)
         for at, one in enumerate(seen):
             places = shared(trace, at // layers)
             mask = parse_policy(policy).eligible(one.scores, one.scores.router.k)
             found, true = (
-                elected(trace, parse_policy(policy), places, at % layers),
+                select_from_trace(trace, parse_policy(policy), places, at % layers),
                 expected(one, mask),
             )
             alike.append((found & true).sum() / (found | true).sum())
@@ -211,9 +228,9 @@ def test_votes_are_nearly_the_routers_probabilities() -> None:
         trace, seen = made(family)
         for forward in trace.forwards:
             numbers = sorted({one.number for one in trace.forwards})
-            ours = seen[numbers.index(forward.number) * len(trace.about.layers) :]
-            for votes, one in zip(votes_of(trace, forward), ours, strict=False):
-                place, own = one.rows.index(forward.row), one.scores.own
+            ours = seen[numbers.index(forward.number) * len(trace.header.layers) :]
+            for votes, one in zip(forward_votes(trace, forward), ours, strict=False):
+                place, own = one.rows.index(forward.row), one.scores.vanilla_ids
                 voices = torch.from_numpy(forward.voters)
                 p = one.scores.probability.gather(-1, own)[place][voices].flatten()
                 true = torch.zeros(len(votes)).index_add(0, own[place][voices].flatten(), p)
@@ -228,13 +245,13 @@ def test_what_a_trace_lacks_is_an_error(policy: str) -> None:
 
 def test_watching_for_a_trace_changes_no_token(tmp_path: Path) -> None:
     own = engine()
-    said = about(own, policy="vanilla", generation=own.generation, prompts={}, made={})
+    said = trace_header(own, policy="vanilla", generation=own.generation, prompts={}, provenance={})
     path = tmp_path / "x"
-    with Writer(path, said) as writer:
-        traced = record_trace(own, PROMPTS, writer, rows=2)
+    with TraceWriter(path, said) as writer:
+        traced = record_trace(own, PROMPTS, writer, batch_size=2)
     assert [r.tokens for r in traced] == [own.generate(p).tokens for p in PROMPTS]
     decoded = sum(result.experts.forwards for result in traced)
-    kinds = [forward.kind for forward in read(path).forwards]
+    kinds = [forward.kind for forward in read_trace(path).forwards]
     assert (kinds.count("decode"), len(kinds)) == (decoded, writer.records)
     assert kinds.count("prefill") == sum(result.prefills for result in traced)
     assert kinds.count("commit") == sum(result.commits for result in traced) > 0
@@ -246,24 +263,24 @@ def test_a_torn_tail_costs_the_last_forward_alone(tmp_path_factory, cut: int) ->
     trace, _ = made()
     path = tmp_path_factory.mktemp("torn") / "t"
     ends = []
-    with Writer(path, trace.about, trace.bias) as writer:
+    with TraceWriter(path, trace.header, trace.bias) as writer:
         ends.append(path.stat().st_size)
         for forward in trace.forwards[:4]:
             writer.write(forward)
             ends.append(path.stat().st_size)
-    ends[0] = ends[1] - len(framed(encoded(trace.forwards[0], trace.about.experts)))
+    ends[0] = ends[1] - len(frame_record(encode_forward(trace.forwards[0], trace.header.experts)))
     size = ends[0] + cut % (ends[-1] - ends[0] + 1)
     path.write_bytes(path.read_bytes()[:size])
-    found = read(path)
+    found = read_trace(path)
     whole = sum(end <= size for end in ends[1:])
     assert len(found.forwards) == whole
-    assert found.torn == (size not in ends)
+    assert found.truncated == (size not in ends)
 
 
 def test_damage_is_an_error_and_not_another_trace(tmp_path: Path) -> None:
     trace, _ = made()
     path = tmp_path / "t"
-    with Writer(path, trace.about, trace.bias) as writer:
+    with TraceWriter(path, trace.header, trace.bias) as writer:
         for forward in trace.forwards[:2]:
             writer.write(forward)
     good = path.read_bytes()
@@ -271,14 +288,14 @@ def test_damage_is_an_error_and_not_another_trace(tmp_path: Path) -> None:
     for at, told in ((len(good) - 9, "record 1 is damaged"), (header + 3, "bias")):
         path.write_bytes(good[:at] + bytes([good[at] ^ 1]) + good[at + 1 :])
         with pytest.raises(CoterieError, match=told):
-            read(path)
+            read_trace(path)
     path.write_bytes(good.replace(b'"version": 1', b'"version": 9', 1))
     with pytest.raises(CoterieError, match="version 9; this reads version 1"):
-        read(path)
+        read_trace(path)
     for other in (b"", b"{}\n", b"\x80\x03 no text", b'{"format": "coterie trace"'):
         path.write_bytes(other)
         with pytest.raises(CoterieError, match="no trace"):
-            read(path)
+            read_trace(path)
 
 
 def test_the_command_traces_and_says_what(tmp_path: Path, capsys: Capture) -> None:
@@ -289,16 +306,16 @@ def test_the_command_traces_and_says_what(tmp_path: Path, capsys: Capture) -> No
     path = tmp_path / "a.trace"
     assert run([*words, "-o", str(path), "--json"]) == 0
     told = json.loads(capsys.readouterr().out)
-    trace = read(path)
+    trace = read_trace(path)
     assert (told["forwards"], told["rows"]) == (len(trace.forwards), 2)
     assert told["bytes"] == path.stat().st_size
-    assert trace.about.policy == "des-vote:beta=0.3"
-    assert (trace.about.model, trace.about.unmask) == (model, "fixed:steps=3")
-    assert trace.about.expert_bytes["bf16"] == 3 * 32 * 16 * 2
+    assert trace.header.policy == "des-vote:beta=0.3"
+    assert (trace.header.model, trace.header.unmask) == (model, "fixed:steps=3")
+    assert trace.header.expert_bytes["bf16"] == 3 * 32 * 16 * 2
     assert told["kinds"]["decode"] + told["kinds"]["prefill"] <= told["forwards"]
     decode = [forward for forward in trace.forwards if forward.kind == "decode"]
     assert all(forward.used.sum(-1).max() <= 4 for forward in decode)
     assert run([*words, "-o", str(tmp_path / "nowhere" / "a.trace")]) == 2
     assert run([*words, "--forwards", "1", "-o", str(path)]) == 0
-    kinds = [(forward.kind, forward.forward) for forward in read(path).forwards]
+    kinds = [(forward.kind, forward.decode_index) for forward in read_trace(path).forwards]
     assert [kind for kind in kinds if kind[0] == "decode"] == [("decode", 0)] * 2

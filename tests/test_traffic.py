@@ -13,12 +13,12 @@ from torch import Tensor
 
 import coterie.experts.ledger as ledgers
 from coterie.experts.eviction import Lru
-from coterie.experts.imagined import IMAGINED, Imagined
-from coterie.experts.ledger import Ledger
+from coterie.experts.imagined import SIMULATED_TIER, SimulatedCacheStore
+from coterie.experts.ledger import TrafficLog
 from coterie.experts.slots import Slots
-from coterie.experts.store import Resident
-from coterie.experts.traffic import Moved, Traffic
-from coterie.values import Demand, Routing, Slab, membership
+from coterie.experts.store import ResidentExpertStore
+from coterie.experts.traffic import Transfer, Traffic
+from coterie.values import ExpertRequest, Routing, Slab, expert_mask
 
 LAYERS = (1, 2, 4)
 SIZE = 100
@@ -34,8 +34,10 @@ class Asked:
     own: Tensor
 
     @property
-    def demand(self) -> Demand:
-        return Demand(self.used, Routing(self.own, torch.ones(self.own.shape), self.used, self.own))
+    def demand(self) -> ExpertRequest:
+        return ExpertRequest(
+            self.used, Routing(self.own, torch.ones(self.own.shape), self.used, self.own)
+        )
 
 
 def drawn(experts: int, forwards: int, seed: int) -> list[Asked]:
@@ -49,15 +51,15 @@ def drawn(experts: int, forwards: int, seed: int) -> list[Asked]:
     return made
 
 
-def imagined(experts: int, capacity: int, *, compared: bool = True) -> Imagined:
-    whole = Resident(dict.fromkeys(LAYERS, NOTHING))
-    store = Imagined(whole, experts, capacity, expert_bytes=SIZE)
+def imagined(experts: int, capacity: int, *, compared: bool = True) -> SimulatedCacheStore:
+    whole = ResidentExpertStore(dict.fromkeys(LAYERS, NOTHING))
+    store = SimulatedCacheStore(whole, experts, capacity, expert_bytes=SIZE)
     if compared:
-        store.ledger.compare()
+        store.traffic_log.track_vanilla()
     return store
 
 
-def serve(store: Imagined, asked: list[Asked]) -> None:
+def serve(store: SimulatedCacheStore, asked: list[Asked]) -> None:
     for one in asked:
         list(store.serve(one.layer, one.demand))
 
@@ -67,7 +69,7 @@ def loads(asked: list[Asked], experts: int, capacity: int, *, own: bool) -> int:
     slots = {layer: Slots(experts, capacity, Lru()) for layer in LAYERS}
     found = 0
     for one in asked:
-        mask = membership(one.own.flatten(), experts) if own else one.used
+        mask = expert_mask(one.own.flatten(), experts) if own else one.used
         found += sum(len(wave.loads) for wave in slots[one.layer].serve(mask.numpy()))
     return found
 
@@ -80,14 +82,19 @@ def test_a_ledger_says_what_was_moved_and_what_vanilla_would_have(
     asked = drawn(experts, forwards, seed)
     store = imagined(experts, capacity)
     serve(store, asked)
-    found = store.ledger.traffic()
+    found = store.traffic_log.traffic()
     used = sum(int(one.used.sum()) for one in asked)
-    assert (found.used, found.moved) == (used, loads(asked, experts, capacity, own=False))
-    assert found.sources == {IMAGINED: Moved(found.moved, found.moved * SIZE)}
-    assert found.vanilla == loads(asked, experts, capacity, own=True)
-    assert found.hits == found.used - found.moved
-    assert (found.bytes_avoided, found.bytes_moved) == (found.hits * SIZE, found.moved * SIZE)
-    assert found.bytes_avoided_against_vanilla == (found.vanilla - found.moved) * SIZE
+    assert (found.experts_used, found.experts_moved) == (
+        used,
+        loads(asked, experts, capacity, own=False),
+    )
+    assert found.transfers == {
+        SIMULATED_TIER: Transfer(found.experts_moved, found.experts_moved * SIZE)
+    }
+    assert found.vanilla_misses == loads(asked, experts, capacity, own=True)
+    assert found.hits == found.experts_used - found.experts_moved
+    assert (found.bytes_saved, found.bytes_moved) == (found.hits * SIZE, found.experts_moved * SIZE)
+    assert found.bytes_saved_vs_vanilla == (found.vanilla_misses - found.experts_moved) * SIZE
 
 
 @given(st.integers(2, 12), st.integers(1, 12), st.integers(0, 2**20), st.integers(0, 5))
@@ -100,11 +107,11 @@ def test_lines_add_up_to_the_whole_and_to_what_was_read_between(
     store = imagined(experts, capacity)
     for place in range(6):
         if place == early:
-            before = store.ledger.traffic()
-        store.ledger.began("commit" if place == 3 else "decode", (7,), (place // 2,))
+            before = store.traffic_log.traffic()
+        store.traffic_log.begin_forward("commit" if place == 3 else "decode", (7,), (place // 2,))
         serve(store, asked[place * len(LAYERS) : (place + 1) * len(LAYERS)])
-        store.ledger.ended()
-    lines, whole = store.ledger.lines, store.ledger.traffic()
+        store.traffic_log.end_forward()
+    lines, whole = store.traffic_log.forwards, store.traffic_log.traffic()
     assert [line.number for line in lines] == list(range(6))
     assert [line.blocks for line in lines] == [(0,), (0,), (1,), (1,), (2,), (2,)]
     total = sum((line.traffic for line in lines[1:]), start=lines[0].traffic)
@@ -117,63 +124,67 @@ def test_lines_add_up_to_the_whole_and_to_what_was_read_between(
 
 def counted(traffic: Traffic) -> Traffic:
     """All but what a clock told."""
-    return replace(traffic, seconds=0.0, waited=0.0)
+    return replace(traffic, seconds=0.0, stall_seconds=0.0)
 
 
 def test_an_emptied_memory_moves_the_same_again_and_so_does_vanillas() -> None:
     asked = drawn(9, 4, 3)
     store = imagined(9, 4)
     serve(store, asked)
-    once = store.ledger.traffic()
-    store.empty()
-    assert store.ledger.traffic() == once
+    once = store.traffic_log.traffic()
+    store.reset()
+    assert store.traffic_log.traffic() == once
     serve(store, asked)
-    assert store.ledger.traffic() - once == once
+    assert store.traffic_log.traffic() - once == once
 
 
 def test_who_serves_the_unmodified_model_moves_what_vanilla_does() -> None:
-    asked = [Asked(one.layer, membership(one.own.flatten(), 9), one.own) for one in drawn(9, 5, 4)]
+    asked = [Asked(one.layer, expert_mask(one.own.flatten(), 9), one.own) for one in drawn(9, 5, 4)]
     store = imagined(9, 4)
     serve(store, asked)
-    found = store.ledger.traffic()
-    assert (found.vanilla, found.saved) == (found.moved, 0.0)
+    found = store.traffic_log.traffic()
+    assert (found.vanilla_misses, found.fraction_saved) == (found.experts_moved, 0.0)
 
 
 def test_vanilla_is_unknown_where_nobody_asked_and_cannot_be_asked_for_late() -> None:
     store = imagined(9, 4, compared=False)
     serve(store, drawn(9, 2, 5))
-    found = store.ledger.traffic()
-    assert (found.vanilla, found.saved, found.bytes_avoided_against_vanilla) == (None, None, None)
-    assert {line.traffic.vanilla for line in store.ledger.lines} == {None}
+    found = store.traffic_log.traffic()
+    assert (found.vanilla_misses, found.fraction_saved, found.bytes_saved_vs_vanilla) == (
+        None,
+        None,
+        None,
+    )
+    assert {line.traffic.vanilla_misses for line in store.traffic_log.forwards} == {None}
     with pytest.raises(RuntimeError, match="empty"):
-        store.ledger.compare()
+        store.traffic_log.track_vanilla()
 
 
 def test_a_ledger_stays_small(monkeypatch: pytest.MonkeyPatch) -> None:
     """Of many forwards it keeps the sum; what waits for vanilla goes through its memory in time."""
     store, plain = imagined(9, 4), imagined(9, 4)
     serve(plain, asked := drawn(9, 50, 6))
-    monkeypatch.setattr(ledgers, "PENDING", 40)
-    store.ledger._closed = type(store.ledger._closed)(maxlen=5)
+    monkeypatch.setattr(ledgers, "MAX_PENDING_IDS", 40)
+    store.traffic_log._finished = type(store.traffic_log._finished)(maxlen=5)
     most = 0
     for one in asked:
         serve(store, [one])
-        most = max(most, len(store.ledger._pending))
+        most = max(most, len(store.traffic_log._pending))
     assert most <= 40 // 8 + 1
-    assert store.ledger.traffic() == plain.ledger.traffic()
-    assert [line.number for line in store.ledger.lines] == list(range(44, 49))
+    assert store.traffic_log.traffic() == plain.traffic_log.traffic()
+    assert [line.number for line in store.traffic_log.forwards] == list(range(44, 49))
 
 
 def test_tiers_and_waits_are_told_apart() -> None:
     clock = iter((0.25, 0.25))
-    ledger = Ledger(SIZE, lambda _: Slots(4, 2, Lru()), lambda: next(clock))
-    ledger.began("decode")
-    ledger.served(0, Demand(torch.ones(4, dtype=torch.bool)), used=4, hits=1)
-    ledger.moved("host", 2)
-    ledger.moved("disk")
-    ledger.moved("disk", size=SIZE // 2)  # in fewer bits
-    ledger.ended()
+    ledger = TrafficLog(SIZE, lambda _: Slots(4, 2, Lru()), lambda: next(clock))
+    ledger.begin_forward("decode")
+    ledger.log_layer(0, ExpertRequest(torch.ones(4, dtype=torch.bool)), used=4, hits=1)
+    ledger.log_transfer("host", 2)
+    ledger.log_transfer("disk")
+    ledger.log_transfer("disk", total_bytes=SIZE // 2)  # in fewer bits
+    ledger.end_forward()
     found = ledger.traffic()
-    assert found.sources == {"host": Moved(2, 200), "disk": Moved(2, 150)}
-    assert (found.bytes_moved, found.bytes_avoided, found.hit_rate) == (350, 50, 0.25)
-    assert (found.waited, found.stalled) == (0.25, 0.25 / found.seconds)
+    assert found.transfers == {"host": Transfer(2, 200), "disk": Transfer(2, 150)}
+    assert (found.bytes_moved, found.bytes_saved, found.hit_rate) == (350, 50, 0.25)
+    assert (found.stall_seconds, found.stall_fraction) == (0.25, 0.25 / found.seconds)

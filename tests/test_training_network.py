@@ -16,66 +16,72 @@ from torch import Tensor
 
 from coterie.naming import CoterieError
 from coterie.training import export
-from coterie.training.attend import attend
-from coterie.training.batch import Batch
-from coterie.training.experts import order, run_experts
-from coterie.training.loop import Config, train
-from coterie.training.network import Network, Shape, choose, visibility
-from coterie.training.optim import orthogonal
+from coterie.training.attend import masked_attention
+from coterie.training.batch import TrainingBatch
+from coterie.training.experts import sort_by_expert, run_experts
+from coterie.training.loop import TrainingConfig, train
+from coterie.training.network import TrainingNetwork, NetworkShape, select_experts, additive_mask
+from coterie.training.optim import orthogonalize
 
-SMALL = Shape(
-    vocabulary=16,
-    hidden=16,
+SMALL = NetworkShape(
+    vocab_size=16,
+    hidden_size=16,
     layers=2,
     heads=2,
     kv_heads=1,
-    head=8,
+    head_dim=8,
     dense_width=16,
     experts=8,
     k=2,
     groups=2,
-    kept_groups=1,
-    width=8,
+    topk_groups=1,
+    expert_width=8,
     block=4,
 )
-CONFIG = Config(
-    steps=6, shape=SMALL, warm_up=2, save_every=3, log_every=1, precision="fp32", balance_early=0.05
+CONFIG = TrainingConfig(
+    steps=6,
+    shape=SMALL,
+    warmup_steps=2,
+    save_every=3,
+    log_every=1,
+    precision="fp32",
+    initial_bias_update_rate=0.05,
 )
 
 
-def golden_shape(config: dict) -> Shape:
+def golden_shape(config: dict) -> NetworkShape:
     """The shape that an official configuration describes."""
-    return Shape(
-        vocabulary=config["vocab_size"],
-        hidden=config["hidden_size"],
+    return NetworkShape(
+        vocab_size=config["vocab_size"],
+        hidden_size=config["hidden_size"],
         layers=config["num_hidden_layers"],
         heads=config["num_attention_heads"],
         kv_heads=config["num_key_value_heads"],
-        head=config["head_dim"],
-        rotary=config["partial_rotary_factor"],
-        theta=config["rope_theta"],
+        head_dim=config["head_dim"],
+        rotary_fraction=config["partial_rotary_factor"],
+        rope_theta=config["rope_theta"],
         dense_layers=config["first_k_dense_replace"],
         dense_width=config["intermediate_size"],
         experts=config["num_experts"],
         k=config["num_experts_per_tok"],
         groups=config["n_group"],
-        kept_groups=config["topk_group"],
-        width=config["moe_intermediate_size"],
-        shared=config["num_shared_experts"],
-        scale=config["routed_scaling_factor"],
+        topk_groups=config["topk_group"],
+        expert_width=config["moe_intermediate_size"],
+        shared_experts=config["num_shared_experts"],
+        routed_scale=config["routed_scaling_factor"],
     )
 
 
-def counting(step: int) -> Batch:
+def counting(step: int) -> TrainingBatch:
     """Rows that count upwards, half of them masked; a function of the step alone."""
     draw = torch.Generator().manual_seed(step)
     first = torch.randint(0, 15, (4, 1), generator=draw)
     clean = (first + torch.arange(16)) % 15
     hidden = torch.rand(4, 16, generator=draw) < 0.5
-    return Batch(
+    return TrainingBatch(
         tokens=torch.where(hidden, 15, clean),
         positions=torch.arange(16).expand(4, 16).clone(),
-        visible=torch.ones(4, 4, 4).tril().bool(),
+        block_mask=torch.ones(4, 4, 4).tril().bool(),
         targets=torch.where(hidden, clean, -100),
         weights=torch.rand(4, 16, generator=draw) + 0.5,
     )
@@ -103,8 +109,8 @@ def test_forward_equals_golden() -> None:
     folder = golden("llada2", "a")
     config = json.loads((folder / "config.json").read_text())
     reference = np.load(folder / "reference.npz")
-    network = Network(golden_shape(config))
-    export.load(network, folder)
+    network = TrainingNetwork(golden_shape(config))
+    export.load_network(network, folder)
     allowed = torch.from_numpy(reference["attention_mask_bool"])
     logits, loads = network(
         torch.from_numpy(reference["input_ids"]),
@@ -119,7 +125,7 @@ def test_forward_equals_golden() -> None:
 
 def test_configuration_has_exactly_the_official_keys() -> None:
     official = json.loads((golden("llada2", "a") / "config.json").read_text())
-    mine = export.configuration(golden_shape(official), pad=official["pad_token_id"])
+    mine = export.hf_config(golden_shape(official), pad=official["pad_token_id"])
     assert mine == official | {"dtype": "bfloat16"}
 
 
@@ -141,17 +147,20 @@ def test_experts_and_their_gradients_equal_the_definition() -> None:
 
 def test_order_is_a_way_there_and_back() -> None:
     ids = torch.tensor([[3, 0], [0, 1], [3, 1]])
-    rows = order(ids, 4)
+    rows = sort_by_expert(ids, 4)
     assert rows.counts.tolist() == [2, 2, 0, 2]
-    assert rows.source[rows.place.flatten()].tolist() == list(range(6))
-    assert torch.searchsorted(rows.ends, rows.place.int(), right=True).tolist() == ids.tolist()
+    assert rows.pair_index[rows.row_index.flatten()].tolist() == list(range(6))
+    assert (
+        torch.searchsorted(rows.expert_ends, rows.row_index.int(), right=True).tolist()
+        == ids.tolist()
+    )
 
 
 def test_attention_and_its_gradients_equal_the_library() -> None:
     draw = torch.Generator().manual_seed(2)
     q, k, v = (torch.randn(3, 2, 8, 4, generator=draw, requires_grad=True) for _ in range(3))
-    mask = visibility(torch.ones(3, 2, 2).tril().bool(), 4)
-    mine = attend(q, k, v, mask)
+    mask = additive_mask(torch.ones(3, 2, 2).tril().bool(), 4)
+    mine = masked_attention(q, k, v, mask)
     plain = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
     torch.testing.assert_close(mine, plain)
     for found, wanted in zip(gradients(mine, [q, k, v]), gradients(plain, [q, k, v]), strict=True):
@@ -162,7 +171,7 @@ def test_weights_ignore_the_bias_that_chooses() -> None:
     logits = torch.randn(6, 8, generator=torch.Generator().manual_seed(3))
     bias = torch.zeros(8)
     bias[5] = 10.0
-    ids, weights = choose(logits, bias, SMALL)
+    ids, weights = select_experts(logits, bias, SMALL)
     assert (ids == 5).any(-1).all()
     chosen = torch.sigmoid(logits).gather(1, ids)
     torch.testing.assert_close(weights, 2.5 * chosen / chosen.sum(-1, keepdim=True))
@@ -170,7 +179,7 @@ def test_weights_ignore_the_bias_that_chooses() -> None:
 
 def test_orthogonal_steps_have_singular_values_near_one() -> None:
     matrices = torch.randn(4, 32, 8, generator=torch.Generator().manual_seed(4))
-    values = torch.linalg.svdvals(orthogonal(matrices).float())
+    values = torch.linalg.svdvals(orthogonalize(matrices).float())
     assert values.min() > 0.5
     assert values.max() < 1.3
 
@@ -178,7 +187,7 @@ def test_orthogonal_steps_have_singular_values_near_one() -> None:
 def test_parts_of_a_batch_keep_its_divisor() -> None:
     batch = counting(0)
     parts = batch.split(2)
-    assert [p.weight() for p in parts] == [batch.weight()] * 2
+    assert [p.total_weight() for p in parts] == [batch.total_weight()] * 2
     assert torch.equal(torch.cat([p.tokens for p in parts]), batch.tokens)
 
 
@@ -193,10 +202,10 @@ def test_workers_sum_to_what_one_worker_finds(tmp_path: Path) -> None:
 def test_resumed_run_equals_an_uninterrupted_one(tmp_path: Path) -> None:
     whole = train(counting, CONFIG, tmp_path / "whole")
     with pytest.raises(InterruptedError):
-        train(counting, CONFIG, tmp_path / "half", told=_interrupt)
+        train(counting, CONFIG, tmp_path / "half", on_log=_interrupt)
     again = train(counting, CONFIG, tmp_path / "half")
-    for name, weight in whole.official().items():
-        assert torch.equal(weight, again.official()[name]), name
+    for name, weight in whole.checkpoint_tensors().items():
+        assert torch.equal(weight, again.checkpoint_tensors()[name]), name
 
 
 def _interrupt(line: dict[str, object]) -> None:
@@ -211,7 +220,7 @@ def test_a_folder_of_another_run_is_refused(tmp_path: Path) -> None:
 
 
 def test_balance_moves_load_to_idle_experts(tmp_path: Path) -> None:
-    train(counting, replace(CONFIG, steps=60, balance=0.05), tmp_path)
+    train(counting, replace(CONFIG, steps=60, bias_update_rate=0.05), tmp_path)
     records = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
     effective = [r["effective"][0] for r in records if "effective" in r]
     assert np.mean(effective[-10:]) > np.mean(effective[:5])
@@ -219,10 +228,12 @@ def test_balance_moves_load_to_idle_experts(tmp_path: Path) -> None:
 
 
 def test_export_loads_back(tmp_path: Path) -> None:
-    network = Network(SMALL, seed=5)
-    export.save(network, tmp_path)
-    again = Network(SMALL, seed=6)
-    export.load(again, tmp_path)
-    for name, weight in network.official().items():
-        assert torch.equal(weight.bfloat16().float(), again.official()[name].float()), name
+    network = TrainingNetwork(SMALL, seed=5)
+    export.save_network(network, tmp_path)
+    again = TrainingNetwork(SMALL, seed=6)
+    export.load_network(again, tmp_path)
+    for name, weight in network.checkpoint_tensors().items():
+        assert torch.equal(weight.bfloat16().float(), again.checkpoint_tensors()[name].float()), (
+            name
+        )
     assert load_file(tmp_path / "model.safetensors")["lm_head.weight"].dtype is torch.bfloat16

@@ -8,17 +8,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from coterie.model.attention import View
-from coterie.model.cache import Cache
-from coterie.model.step import Step
+from coterie.model.attention import AttentionMetadata
+from coterie.model.cache import KVCache
+from coterie.model.step import ForwardContext
 from coterie.model.transformer import Transformer
 from coterie.routing import Vanilla, parse_policy
-from coterie.telemetry import Null, Tracing
-from coterie.testing import CONFIGS, random_transformer, read_spec, tiny_config
+from coterie.telemetry import NullRecorder, TensorRecorder
+from coterie.testing import FAMILY_CONFIGS, random_transformer, read_spec, tiny_config
 from coterie.values import Policy, Window
 
 LENGTH = 24
-FAMILIES = st.sampled_from(sorted(CONFIGS))
+FAMILIES = st.sampled_from(sorted(FAMILY_CONFIGS))
 BLOCKS = st.sampled_from([1, 3, 4, 8])
 
 
@@ -27,7 +27,7 @@ def model(family: str = "llada2", **keys: object) -> Transformer:
     return random_transformer(spec, seed=7)
 
 
-MODELS = {family: model(family) for family in CONFIGS}
+MODELS = {family: model(family) for family in FAMILY_CONFIGS}
 
 
 def tokens(rows: int, seed: int = 0, length: int = LENGTH) -> Tensor:
@@ -39,8 +39,8 @@ def window(*starts: int, width: int, visible: int | list[int], block: int = 0) -
     return Window(torch.tensor(starts), width, torch.tensor(seen), block)
 
 
-def cache_for(transformer: Transformer, rows: int, length: int = LENGTH) -> Cache:
-    return Cache.allocate(transformer.spec, rows, length, dtype=torch.float32)
+def cache_for(transformer: Transformer, rows: int, length: int = LENGTH) -> KVCache:
+    return KVCache.allocate(transformer.spec, rows, length, dtype=torch.float32)
 
 
 @torch.inference_mode()
@@ -48,20 +48,20 @@ def run(
     transformer: Transformer,
     ids: Tensor,
     view: Window,
-    cache: Cache | None = None,
+    cache: KVCache | None = None,
     *,
     policy: Policy | None = None,
-    recorder: Null | Tracing | None = None,
+    recorder: NullRecorder | TensorRecorder | None = None,
     wanted: Tensor | None = None,
     embeddings: Tensor | None = None,
 ) -> Tensor:
     """Logits [B, W, V], or [P, V] of the wanted positions."""
-    step = Step(
+    step = ForwardContext(
         view,
         cache,
         policy or Vanilla(),
-        recorder or Null(),
-        wanted=wanted,
+        recorder or NullRecorder(),
+        logits_indices=wanted,
         embeddings=embeddings,
     )
     logits = transformer(ids, step)
@@ -100,12 +100,12 @@ def test_rows_at_different_positions_equal_each_row_alone(
     batched = run(transformer, fresh, view, together)
     for row, start in enumerate(at):
         alone = window(start, width=width, visible=start + width)
-        mine = cache_copy(cache).rows([row])
+        mine = cache_copy(cache).select_rows([row])
         same(run(transformer, fresh[row : row + 1], alone, mine)[0], batched[row])
 
 
-def cache_copy(cache: Cache) -> Cache:
-    return Cache(tuple(k.clone() for k in cache.keys), tuple(v.clone() for v in cache.values))
+def cache_copy(cache: KVCache) -> KVCache:
+    return KVCache(tuple(k.clone() for k in cache.keys), tuple(v.clone() for v in cache.values))
 
 
 @given(family=FAMILIES, chosen=st.permutations([0, 1, 2, 3]), count=st.integers(1, 4))
@@ -117,13 +117,13 @@ def test_a_view_of_some_rows_reads_and_writes_those_rows(
     run(transformer, ids, window(0, 0, 0, 0, width=LENGTH, visible=LENGTH), cache)
     before = cache_copy(cache)
     view = window(*[8] * count, width=4, visible=LENGTH)
-    found = run(transformer, tokens(count, seed=3, length=4), view, cache.rows(picked))
+    found = run(transformer, tokens(count, seed=3, length=4), view, cache.select_rows(picked))
     for place, row in enumerate(picked):
         alone = run(
             transformer,
             tokens(count, seed=3, length=4)[place : place + 1],
             window(8, width=4, visible=LENGTH),
-            cache_copy(before).rows([row]),
+            cache_copy(before).select_rows([row]),
         )
         same(alone[0], found[place])
     for now, then in zip(cache.keys, before.keys, strict=True):
@@ -134,7 +134,7 @@ def test_a_view_of_some_rows_reads_and_writes_those_rows(
 
 def test_a_view_of_a_view_is_refused() -> None:
     with pytest.raises(ValueError, match="take them from the whole cache"):
-        cache_for(MODELS["llada2"], 3).rows([2, 0]).rows([0])
+        cache_for(MODELS["llada2"], 3).select_rows([2, 0]).select_rows([0])
 
 
 @given(family=FAMILIES)
@@ -193,25 +193,27 @@ def test_the_mask_is_what_the_window_says(block: int, start: int, width: int, re
     transformer, visible = MODELS["llada2"], min(LENGTH, start + width + reach)
     spec, cache = transformer.spec, cache_for(transformer, 1)
     view = window(start, width=width, visible=visible, block=block)
-    seen = View.of(view, cache, spec, torch.device("cpu"))
+    seen = AttentionMetadata.of(view, cache, spec, torch.device("cpu"))
     for query in range(width):
         stop = min(visible, ((start + query) // block + 1) * block)
-        allowed = [key < stop for key in range(seen.reach)]
+        allowed = [key < stop for key in range(seen.kv_length)]
         mask = (
-            torch.ones(1, width, seen.reach, dtype=torch.bool) if seen.mask is None else seen.mask
+            torch.ones(1, width, seen.kv_length, dtype=torch.bool)
+            if seen.mask is None
+            else seen.mask
         )
         assert mask[0, query].tolist() == allowed
 
 
 def test_importance_is_made_only_for_policies_that_ask() -> None:
-    plain = Tracing()
+    plain = TensorRecorder()
     run(MODELS["llada2"], tokens(1), window(0, width=LENGTH, visible=LENGTH), recorder=plain)
     assert all(scores.importance is None for _, scores, _ in plain.routings)
 
 
 @given(block=st.sampled_from([0, 4]), start=st.sampled_from([0, 8]))
 def test_importance_is_attention_received_times_what_enters(block: int, start: int) -> None:
-    transformer, ids, trace = MODELS["llada-moe"], tokens(2), Tracing()
+    transformer, ids, trace = MODELS["llada-moe"], tokens(2), TensorRecorder()
     cache = cache_for(transformer, 2)
     run(transformer, ids, window(0, 0, width=LENGTH, visible=LENGTH, block=block), cache)
     view = window(start, start, width=16, visible=LENGTH, block=block)
@@ -226,15 +228,15 @@ def test_importance_is_attention_received_times_what_enters(block: int, start: i
 
 
 def attention_received(
-    transformer: Transformer, layer: int, x: Tensor, view: Window, cache: Cache
+    transformer: Transformer, layer: int, x: Tensor, view: Window, cache: KVCache
 ) -> Tensor:
     """The definition, position by position: mean over heads and queries, [B, W]."""
     spec, attention = transformer.spec, transformer.layers[layer].attention
     norm = transformer.layers[layer].attention_norm
     normed = x * torch.rsqrt(x.square().mean(-1, keepdim=True) + spec.norm_epsilon) * norm
-    seen = View.of(view, cache, spec, x.device)
+    seen = AttentionMetadata.of(view, cache, spec, x.device)
     heads = (normed @ attention.qkv.T).unflatten(-1, (-1, spec.head_dim))
-    query, _, _ = attention._heads(heads, seen)
+    query, _, _ = attention._split_heads(heads, seen)
     received = torch.zeros(x.shape[:2])
     for row in range(x.shape[0]):
         for at in range(view.width):
@@ -252,7 +254,7 @@ def attention_received(
 
 
 def test_the_recorder_sees_embeddings_every_layer_and_what_the_head_reads() -> None:
-    transformer, ids, trace = MODELS["llada2"], tokens(1), Tracing()
+    transformer, ids, trace = MODELS["llada2"], tokens(1), TensorRecorder()
     logits = run(transformer, ids, window(0, width=LENGTH, visible=LENGTH), recorder=trace)
     assert [layer for layer, _ in trace.outputs] == [-1, 0, 1, 2, 3]
     assert torch.equal(trace.outputs[0][1], transformer.embed(ids))
@@ -260,7 +262,7 @@ def test_the_recorder_sees_embeddings_every_layer_and_what_the_head_reads() -> N
     assert [layer for layer, _, _ in trace.routings] == [1, 2]
 
 
-@pytest.mark.parametrize("family", CONFIGS)
+@pytest.mark.parametrize("family", FAMILY_CONFIGS)
 def test_half_precision_stays_near_full_precision(family: str) -> None:
     transformer, ids = MODELS[family], tokens(1)
     view = window(0, width=LENGTH, visible=LENGTH)

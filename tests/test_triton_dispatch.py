@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from coterie.ops import reference
-from coterie.values import Routing, membership
+from coterie.values import Routing, expert_mask
 
 pytest.importorskip("triton", reason="NOT TESTED: kernels for a GPU (triton is not installed)")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -29,7 +29,7 @@ def routings(draw: st.DrawFn, *, most: int = 40) -> tuple[Routing, torch.Tensor,
     held = torch.randperm(experts, generator=generator)[: draw(st.integers(0, experts))]
     slot_of = torch.full((experts,), -1).scatter_(0, held, torch.arange(len(held)))
     weights = torch.rand(ids.shape, generator=generator)
-    used = membership(ids.flatten(), experts)
+    used = expert_mask(ids.flatten(), experts)
     routing = Routing(*(x.to(DEVICE) for x in (ids, weights, used, ids)))
     return routing, slot_of.to(DEVICE), len(held)
 
@@ -55,18 +55,22 @@ def test_every_pair_is_listed_once_by_slot_and_token(
     found = reference.dispatch(routing, slot_of, slots)
     expected = sorted(
         (int(slot_of[expert]), place)
-        for place, expert in enumerate(routing.ids.flatten().tolist())
+        for place, expert in enumerate(routing.topk_ids.flatten().tolist())
         if expert >= 0 and slot_of[expert] >= 0
     )
-    assert [place for _, place in expected] == found.pair[: len(expected)].tolist()
-    assert bool((found.pair[len(expected) :] == -1).all())
+    assert [place for _, place in expected] == found.pair_ids[: len(expected)].tolist()
+    assert bool((found.pair_ids[len(expected) :] == -1).all())
     assert [
-        slot for slot in range(slots) for _ in range(int(found.begin[slot + 1] - found.begin[slot]))
+        slot
+        for slot in range(slots)
+        for _ in range(int(found.slot_begin[slot + 1] - found.slot_begin[slot]))
     ] == [slot for slot, _ in expected]
     busy = sorted({slot for slot, _ in expected})
-    assert found.active.tolist() == busy + [-1] * (slots - len(busy))
-    k = routing.ids.shape[-1]
-    assert found.token.tolist() == [pair // k if pair >= 0 else -1 for pair in found.pair.tolist()]
+    assert found.active_slots.tolist() == busy + [-1] * (slots - len(busy))
+    k = routing.topk_ids.shape[-1]
+    assert found.token_ids.tolist() == [
+        pair // k if pair >= 0 else -1 for pair in found.pair_ids.tolist()
+    ]
 
 
 def test_it_compiles_for_a_gpu() -> None:

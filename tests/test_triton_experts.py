@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from coterie.ops import reference
-from coterie.quant import FORMATS, Format, QTensor, quantise
-from coterie.values import Routing, Slab, membership
+from coterie.quant import FORMATS, QuantFormat, QTensor, quantize
+from coterie.values import Routing, Slab, expert_mask
 
 pytest.importorskip("triton", reason="NOT TESTED: kernels for a GPU (triton is not installed)")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -24,7 +24,7 @@ NEAR = {FP32: 1e-5, FP16: 4e-3, BF16: 2e-2}
 
 
 def layer(
-    experts: int, sizes: tuple[int, int], dtype: torch.dtype, form: Format | None, seed: int
+    experts: int, sizes: tuple[int, int], dtype: torch.dtype, form: QuantFormat | None, seed: int
 ) -> Slab:
     """Random experts, the slots in any order and some experts absent."""
     (hidden, width), draw = sizes, torch.Generator().manual_seed(seed)
@@ -35,7 +35,7 @@ def layer(
     slot_of = torch.full((experts,), -1).scatter_(0, held, torch.arange(slots)).to(DEVICE)
     if form is None:
         return Slab(gate_up.to(DEVICE, dtype), down.to(DEVICE, dtype), slot_of)
-    return Slab(on_device(quantise(gate_up, form)), on_device(quantise(down, form)), slot_of)
+    return Slab(on_device(quantize(gate_up, form)), on_device(quantize(down, form)), slot_of)
 
 
 def on_device(weight: QTensor) -> QTensor:
@@ -48,7 +48,7 @@ def routed(tokens: int, k: int, experts: int, used: int, seed: int) -> Routing:
     ids = torch.rand(tokens, max(used, k), generator=draw).argsort(-1)[:, :k] % experts
     ids = ids.masked_fill(torch.rand(ids.shape, generator=draw) < 0.1, -1)
     weights = torch.rand(ids.shape, generator=draw).masked_fill(ids < 0, 0.0)
-    used_mask = membership(ids.flatten(), experts)
+    used_mask = expert_mask(ids.flatten(), experts)
     return Routing(*(tensor.to(DEVICE) for tensor in (ids, weights, used_mask, ids)))
 
 
@@ -61,7 +61,7 @@ def agree(x: Tensor, routing: Routing, slab: Slab, **how: object) -> None:
     """The kernels' sum, against the reference's in fp32 on the same numbers."""
     from coterie.ops.triton import experts
 
-    assert experts.fits(x, slab)
+    assert experts.supports(x, slab)
     found = experts.run_experts(x, routing, slab, **how)
     gate_up, down = (
         weight.float() if isinstance(weight, Tensor) else weight
@@ -81,14 +81,14 @@ def agree(x: Tensor, routing: Routing, slab: Slab, **how: object) -> None:
         st.sampled_from(((64, 32), (96, 48), (40, 24), (33, 17))),
     ),
     dtype=st.sampled_from((FP32, BF16, FP16)),
-    form=st.sampled_from((None, None, FORMATS["int8"], FORMATS["int4"], Format(4, 16))),
+    form=st.sampled_from((None, None, FORMATS["int8"], FORMATS["int4"], QuantFormat(4, 16))),
     k_of_used=st.sampled_from(((1, 1), (1, 12), (2, 3), (4, 12), (3, 3))),
     seed=st.integers(0, 2**31),
 )
 def test_kernels_say_what_the_reference_says(
     size: tuple[int, tuple[int, int]],
     dtype: torch.dtype,
-    form: Format | None,
+    form: QuantFormat | None,
     k_of_used: tuple[int, int],
     seed: int,
 ) -> None:
@@ -99,19 +99,19 @@ def test_kernels_say_what_the_reference_says(
 
 @pytest.mark.parametrize("turned", [False, True])
 @pytest.mark.parametrize("form", [None, *FORMATS.values()])
-def test_every_way_of_cutting_it_up_agrees(form: Format | None, turned: bool) -> None:
-    from coterie.ops.triton.plans import Plan
+def test_every_way_of_cutting_it_up_agrees(form: QuantFormat | None, turned: bool) -> None:
+    from coterie.ops.triton.plans import TileConfig
 
     slab, x = layer(6, (192, 96), BF16, form, 3), inputs(40, 192, BF16, 3)
     routing = routed(40, 2, 6, 6, 3)
     for tokens, columns, step in ((16, 16, 64), (32, 32, 128), (64, 64, 64)):
-        plan = Plan(tokens, columns, step, warps=4, stages=3, turned=turned)
+        plan = TileConfig(tokens, columns, step, warps=4, stages=3, transposed=turned)
         agree(x, routing, slab, plans=(plan, plan))
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("form", [None, *FORMATS.values()])
-def test_many_tokens(form: Format | None) -> None:
+def test_many_tokens(form: QuantFormat | None) -> None:
     slab = layer(16, (256, 128), BF16, form, 4)
     agree(inputs(512, 256, BF16, 4), routed(512, 4, 16, 16, 4), slab)
 
@@ -207,7 +207,7 @@ def test_nobody_to_compute_is_zero() -> None:
     nobody = torch.full((3, 2), -1, device=DEVICE)
     nothing = Routing(nobody, torch.ones(3, 2, device=DEVICE), nobody[0] > 0, nobody)
     used = torch.zeros(4, dtype=torch.bool, device=DEVICE)
-    out = experts.run_experts(x, Routing(nobody, nothing.weights, used, nobody), slab)
+    out = experts.run_experts(x, Routing(nobody, nothing.topk_weights, used, nobody), slab)
     assert bool((out == 0).all())
 
 
@@ -236,49 +236,53 @@ def test_other_types_are_left_to_the_reference() -> None:
     from coterie.ops.triton import experts
 
     slab = layer(4, (32, 16), FP32, None, 8)
-    assert not experts.fits(inputs(2, 32, BF16, 8), slab)
-    odd = layer(4, (48, 48), FP32, Format(8, 48), 8)
-    assert not experts.fits(inputs(2, 48, FP32, 8), odd)
+    assert not experts.supports(inputs(2, 32, BF16, 8), slab)
+    odd = layer(4, (48, 48), FP32, QuantFormat(8, 48), 8)
+    assert not experts.supports(inputs(2, 48, FP32, 8), odd)
 
 
 def test_a_measured_plan_is_kept_and_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from coterie.ops.triton import plans
 
     monkeypatch.setenv("COTERIE_CACHE", str(tmp_path))
-    plans._measured.cache_clear()
-    work = plans.Work("down", 32, rows=2048, k=512, dtype="bfloat16", kind="", group=1)
-    usual = plans.chosen(work)
-    assert usual == plans.usual(work)
+    plans._tuned_configs.cache_clear()
+    work = plans.GemmShape(
+        "down", 32, rows=2048, k=512, dtype="bfloat16", weight_format="", group=1
+    )
+    usual = plans.best_config(work)
+    assert usual == plans.default_config(work)
     tried = plans.tune(work, lambda plan: abs(plan.step - 128) + plan.stages + plan.warps)
     assert usual in tried
     assert len(tried) > 10
-    best = plans.chosen(work)
+    best = plans.best_config(work)
     assert best == min(tried, key=tried.__getitem__) != usual
     assert list(json.loads((tmp_path / "plans.json").read_text())) == [work.key()]
-    monkeypatch.setattr(plans, "SHIPPED", tmp_path / "plans.json")
+    monkeypatch.setattr(plans, "BUNDLED_CONFIGS", tmp_path / "plans.json")
     monkeypatch.setenv("COTERIE_CACHE", str(tmp_path / "nothing"))
-    plans._measured.cache_clear()
-    assert plans.chosen(work) == best
+    plans._tuned_configs.cache_clear()
+    assert plans.best_config(work) == best
     (tmp_path / "plans.json").write_text("{broken")
-    plans._measured.cache_clear()
-    assert plans.chosen(work) == usual
-    plans._measured.cache_clear()
+    plans._tuned_configs.cache_clear()
+    assert plans.best_config(work) == usual
+    plans._tuned_configs.cache_clear()
 
 
 def test_a_plan_that_fails_is_passed_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from coterie.ops.triton import plans
 
     monkeypatch.setenv("COTERIE_CACHE", str(tmp_path))
-    plans._measured.cache_clear()
-    work = plans.Work("gate-up", 32, rows=512, k=2048, dtype="bfloat16", kind="int8", group=64)
+    plans._tuned_configs.cache_clear()
+    work = plans.GemmShape(
+        "gate-up", 32, rows=512, k=2048, dtype="bfloat16", weight_format="int8", group=64
+    )
 
-    def time(plan: plans.Plan) -> float:
+    def time(plan: plans.TileConfig) -> float:
         if plan.warps == 8:
             raise RuntimeError("out of registers")
         return plan.warps
 
     assert all(plan.warps < 8 for plan in plans.tune(work, time))
-    plans._measured.cache_clear()
+    plans._tuned_configs.cache_clear()
 
 
 def test_plans_are_used_where_nothing_can_be_written(
@@ -288,12 +292,16 @@ def test_plans_are_used_where_nothing_can_be_written(
 
     (tmp_path / "file").write_text("no folder")
     monkeypatch.setenv("COTERIE_CACHE", str(tmp_path / "file"))
-    plans._measured.cache_clear()
-    work = plans.Work("down", 32, rows=2048, k=512, dtype="bfloat16", kind="", group=1)
+    plans._tuned_configs.cache_clear()
+    work = plans.GemmShape(
+        "down", 32, rows=2048, k=512, dtype="bfloat16", weight_format="", group=1
+    )
     tried = plans.tune(work, lambda plan: abs(plan.step - 128) + plan.stages + plan.warps)
-    assert plans.chosen(work) == min(tried, key=tried.__getitem__) != plans.usual(work)
+    assert (
+        plans.best_config(work) == min(tried, key=tried.__getitem__) != plans.default_config(work)
+    )
     assert "not kept for later runs" in caplog.text
-    plans._measured.cache_clear()
+    plans._tuned_configs.cache_clear()
 
 
 def test_kernels_start_where_their_tensors_are(monkeypatch: pytest.MonkeyPatch) -> None:

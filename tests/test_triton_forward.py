@@ -11,8 +11,8 @@ from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from coterie.model.attention import Attention, View
-from coterie.model.cache import Cache
+from coterie.model.attention import Attention, AttentionMetadata
+from coterie.model.cache import KVCache
 from coterie.ops import reference
 from coterie.testing import read_spec, tiny_config
 from coterie.values import Window
@@ -67,13 +67,13 @@ def test_what_is_hidden_is_not_felt() -> None:
     window = Window(torch.tensor([10, 90]), 8, torch.tensor([18, 98]))
     cache = filled(attention, 2, 130, torch.float32, draw)
     qkv = torch.randn(2, 8, 8, dim, generator=draw).to(DEVICE)
-    sight = View.of(window, cache, attention.spec, torch.device(DEVICE)).sight
+    sight = AttentionMetadata.of(window, cache, attention.spec, torch.device(DEVICE)).queries
     both = []
     for hidden in (0.0, 1e30):
         for held in (*cache.keys, *cache.values):
             held[0, :, 18:], held[1, :, 98:] = hidden, hidden
         norms = (attention.query_norm, attention.key_norm)
-        both.append(kernels.attend(qkv, norms, sight, cache.held(0, 2), 1e-6))
+        both.append(kernels.fused_attention(qkv, norms, sight, cache.layer_kv(0, 2), 1e-6))
     assert torch.equal(*both)
     assert bool(both[0].isfinite().all())
 
@@ -93,7 +93,7 @@ def test_rows_equal_plain_torch(seed: int, dtype: torch.dtype, rows: int, size: 
     weight = torch.randn(size, generator=draw).to(DEVICE, dtype)
     close(kernels.rms_norm(x, weight, 1e-6), reference.rms_norm(x, weight, 1e-6))
     both = torch.randn(rows, 2 * size, generator=draw).to(DEVICE, dtype)
-    close(kernels.gated(both), reference.gated(both))
+    close(kernels.silu_and_mul(both), reference.silu_and_mul(both))
 
 
 @settings(max_examples=20, phases=[Phase.explicit, Phase.reuse, Phase.generate])
@@ -111,10 +111,13 @@ def test_a_survey_equals_plain_torch(seed: int, rows: int, size: int, ties: bool
     logits = logits.round() if ties else logits
     mask = int(torch.randint(0, size, (), generator=draw))
     logits[0, mask] = 50.0
-    found, expected = kernels.survey(logits, mask), reference.survey(logits.cpu(), mask)
-    assert found.best.tolist() == expected.best.tolist()
-    assert found.unmasked.tolist() == expected.unmasked.tolist()
-    assert torch.allclose(found.total.cpu(), expected.total, rtol=1e-5, atol=1e-5)
+    found, expected = (
+        kernels.summarize_logits(logits, mask),
+        reference.summarize_logits(logits.cpu(), mask),
+    )
+    assert found.argmax.tolist() == expected.argmax.tolist()
+    assert found.unmasked_argmax.tolist() == expected.unmasked_argmax.tolist()
+    assert torch.allclose(found.logsumexp.cpu(), expected.logsumexp, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")  # the interpreter's NumPy
@@ -124,9 +127,9 @@ def test_a_survey_says_which_logits_are_no_numbers() -> None:
     logits = torch.zeros(5, 5000, device=DEVICE)
     logits[1, 7], logits[2, 4990], logits[3, 0] = torch.nan, torch.inf, -torch.inf
     logits[4] = torch.nan
-    found = kernels.survey(logits, 3)
-    assert found.total.isfinite().tolist() == [True, False, False, False, False]
-    for ids in (found.best, found.unmasked):
+    found = kernels.summarize_logits(logits, 3)
+    assert found.logsumexp.isfinite().tolist() == [True, False, False, False, False]
+    for ids in (found.argmax, found.unmasked_argmax):
         assert bool(((ids >= 0) & (ids < 5000)).all())
 
 
@@ -184,11 +187,11 @@ def random_attention(kv_heads: int, shared: int, dim: int, draw: torch.Generator
 
 def filled(
     attention: Attention, rows: int, length: int, dtype: torch.dtype, draw: torch.Generator
-) -> Cache:
+) -> KVCache:
     """A cache that holds something everywhere."""
     shape = (rows, attention.spec.kv_heads, length, attention.spec.head_dim)
     keys, values = (torch.randn(shape, generator=draw).to(DEVICE, dtype) for _ in range(2))
-    return Cache((keys,), (values,))
+    return KVCache((keys,), (values,))
 
 
 def agree(
@@ -208,12 +211,14 @@ def agree(
     qkv = qkv.normal_(generator=draw).to(DEVICE, dtype)
     whole = filled(attention, rows + 1, length, dtype, draw)
     order = [rows, *range(rows - 1)] if gathered else list(range(rows))
-    ours = whole.rows(order)
-    wide = Cache((whole.keys[0].float(),), (whole.values[0].float(),)).rows(order)
+    ours = whole.select_rows(order)
+    wide = KVCache((whole.keys[0].float(),), (whole.values[0].float(),)).select_rows(order)
     norms = tuple(norm.to(dtype) for norm in (attention.query_norm, attention.key_norm))
-    view = View.of(window, ours, spec, torch.device(DEVICE))
-    assert kernels.attends(qkv, ours.held(0, rows))
-    found = kernels.attend(qkv, norms, view.sight, ours.held(0, rows), spec.norm_epsilon)
+    view = AttentionMetadata.of(window, ours, spec, torch.device(DEVICE))
+    assert kernels.supports_attention(qkv, ours.layer_kv(0, rows))
+    found = kernels.fused_attention(
+        qkv, norms, view.queries, ours.layer_kv(0, rows), spec.norm_epsilon
+    )
     plain = replace(
         attention,
         query_norm=norms[0].float(),

@@ -20,17 +20,17 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from coterie import ops
 from coterie.ops import gpu, reference
-from coterie.routing.coreset import Fixed, Mass, first_choices, repaired, take
-from coterie.routing.select import choose, combine_weights, own
+from coterie.routing.coreset import Fixed, Mass, union_of_topm, restore_votes, take_by_votes
+from coterie.routing.select import select_topk, combine_weights, vanilla_ids
 from coterie.routing.votes import VOTES
-from coterie.values import Incumbents, RouterSpec, Routing, Rule, Scores, membership
+from coterie.values import PreviousCoresets, RouterSpec, Routing, CoresetRule, Scores, expert_mask
 
 pytest.importorskip("triton", reason="NOT TESTED: kernels for a GPU (triton is not installed)")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 Vote = Literal["masked", "weight", "count", "full", "margin", "max"]
 VOTE_NAMES: tuple[Vote, ...] = ("masked", "weight", "count", "full", "margin", "max")
 Activation = Literal["softmax", "sigmoid"]
-Block = tuple[Scores, Rule | None, Tensor | None]
+Block = tuple[Scores, CoresetRule | None, Tensor | None]
 
 
 @pytest.fixture(autouse=True)
@@ -40,12 +40,12 @@ def quick_interpreter() -> Iterator[None]:
         yield
 
 
-def by_kernel(scores: Scores, rule: Rule | None, voice: Tensor | None) -> Routing:
+def by_kernel(scores: Scores, rule: CoresetRule | None, voice: Tensor | None) -> Routing:
     return with_probability(scores, rule, voice)[0]
 
 
 def with_probability(
-    scores: Scores, rule: Rule | None, voice: Tensor | None
+    scores: Scores, rule: CoresetRule | None, voice: Tensor | None
 ) -> tuple[Routing, Tensor]:
     """What kernels make of it, and the probabilities that they went by."""
     from coterie.ops.triton import routing
@@ -65,18 +65,18 @@ def with_probability(
 
 
 def by_torch(
-    scores: Scores, rule: Rule | None, voice: Tensor | None, p: Tensor | None = None
+    scores: Scores, rule: CoresetRule | None, voice: Tensor | None, p: Tensor | None = None
 ) -> Routing:
     """The rule in plain torch, from the parts that policies are made of; from ``p`` on if given."""
     scores = given(scores, p)
-    scores = given(replace(scores, own=own(scores)), p)
+    scores = given(replace(scores, vanilla_ids=vanilla_ids(scores)), p)
     mask = None if rule is None else coreset(scores, rule, voice).unsqueeze(1)
-    ids = choose(scores, mask)
+    ids = select_topk(scores, mask)
     return Routing(
-        ids=ids.flatten(0, 1),
-        weights=combine_weights(scores, ids).flatten(0, 1),
-        used=membership(ids.flatten(), scores.router.experts),
-        own=own(scores).flatten(0, 1),
+        topk_ids=ids.flatten(0, 1),
+        topk_weights=combine_weights(scores, ids).flatten(0, 1),
+        used=expert_mask(ids.flatten(), scores.router.experts),
+        vanilla_ids=vanilla_ids(scores).flatten(0, 1),
     )
 
 
@@ -87,18 +87,18 @@ def given(scores: Scores, p: Tensor | None) -> Scores:
     return fresh
 
 
-def coreset(scores: Scores, rule: Rule, voice: Tensor | None) -> Tensor:
+def coreset(scores: Scores, rule: CoresetRule, voice: Tensor | None) -> Tensor:
     voice = torch.ones_like(scores.logits[..., 0]) if voice is None else voice
     if rule.union:
-        return first_choices(scores, voice, rule.union)
+        return union_of_topm(scores, voice, rule.union)
     size = Mass(rule.mass, rule.least) if rule.mass else Fixed(rule.count)
-    safe = first_choices(scores, voice, rule.protect)
+    safe = union_of_topm(scores, voice, rule.protect)
     votes = VOTES[rule.vote](scores, voice, 0)
-    plain = take(votes, safe, size, rule.least)
+    plain = take_by_votes(votes, safe, size, rule.least)
     if not rule.lam or scores.resident is None:
         return plain
-    liked = take(votes * (1 + rule.lam * scores.resident.double()), safe, size, rule.least)
-    return repaired(liked, plain, votes, rule.eps)
+    liked = take_by_votes(votes * (1 + rule.lam * scores.resident.double()), safe, size, rule.least)
+    return restore_votes(liked, plain, votes, rule.eps)
 
 
 @st.composite
@@ -115,21 +115,21 @@ def routers(draw: st.DrawFn) -> RouterSpec:
         renormalise=renormalise,
         scale=draw(st.sampled_from((1.0, 2.5))),
         groups=groups,
-        kept_groups=draw(st.integers(1, groups)),
+        topk_groups=draw(st.integers(1, groups)),
         biased_weight=draw(st.booleans()) and not renormalise,
         epsilon=draw(st.sampled_from((0.0, 1e-20))),
     )
 
 
 @st.composite
-def rules(draw: st.DrawFn, router: RouterSpec) -> Rule | None:
+def rules(draw: st.DrawFn, router: RouterSpec) -> CoresetRule | None:
     kind = draw(st.sampled_from(("none", "union", "count", "count", "count", "mass")))
     if kind == "none":
         return None
     if kind == "union":
-        return Rule(union=draw(st.integers(1, router.k)))
+        return CoresetRule(union=draw(st.integers(1, router.k)))
     vote = draw(st.sampled_from(VOTE_NAMES))
-    rule = Rule(
+    rule = CoresetRule(
         vote=vote,
         protect=draw(st.integers(0, min(2, router.k))),
         # Halves keep every product exact, so that sums in another order are the same.
@@ -184,16 +184,16 @@ def on_device(scores: Scores) -> Scores:
     return replace(scores, **moved)
 
 
-def agree(scores: Scores, rule: Rule | None, voice: Tensor | None) -> None:
+def agree(scores: Scores, rule: CoresetRule | None, voice: Tensor | None) -> None:
     """Ids exactly, given the same probabilities: two exponentials may differ in the last bits."""
     found, p = with_probability(scores, rule, voice)
     torch.testing.assert_close(p, scores.probability, rtol=1e-5, atol=1e-12)
     expected = by_torch(scores, rule, voice, p)
-    assert torch.equal(found.own, expected.own)
-    assert torch.equal(found.ids, expected.ids)
+    assert torch.equal(found.vanilla_ids, expected.vanilla_ids)
+    assert torch.equal(found.topk_ids, expected.topk_ids)
     assert torch.equal(found.used, expected.used)
     assert found.used.dtype == torch.bool
-    torch.testing.assert_close(found.weights, expected.weights, rtol=2e-5, atol=1e-9)
+    torch.testing.assert_close(found.topk_weights, expected.topk_weights, rtol=2e-5, atol=1e-9)
 
 
 LAW = settings(max_examples=16, suppress_health_check=[HealthCheck.too_slow])
@@ -215,7 +215,7 @@ def test_kernels_route_as_torch_does_on_many_blocks(drawn: Block) -> None:
 @pytest.mark.parametrize("vote", VOTE_NAMES)
 def test_every_vote_and_what_goes_with_it(vote: Vote) -> None:
     generator = torch.Generator().manual_seed(sum(map(ord, vote)))
-    router = RouterSpec(12, 3, "sigmoid", True, groups=4, kept_groups=2, epsilon=1e-20)
+    router = RouterSpec(12, 3, "sigmoid", True, groups=4, topk_groups=2, epsilon=1e-20)
     scores = on_device(
         Scores(
             spread((2, 5), 12, generator),
@@ -225,13 +225,13 @@ def test_every_vote_and_what_goes_with_it(vote: Vote) -> None:
         )
     )
     voice = torch.tensor([[1.0, 0.0, 0.3, 0.7, 0.0], [0.0, 0.5, 0.0, 0.0, 0.0]], device=DEVICE)
-    plain = Rule(vote, count=5)
+    plain = CoresetRule(vote, count=5)
     agree(scores, plain, None)
     agree(scores, replace(plain, protect=2), voice)
     agree(scores, replace(plain, protect=1, lam=2.0, eps=0.02), voice)
     if vote != "max":
-        agree(scores, Rule(vote, mass=0.7, least=2, protect=1), voice)
-        agree(scores, Rule(vote, mass=0.7, least=2, lam=0.5, eps=0.3), voice)
+        agree(scores, CoresetRule(vote, mass=0.7, least=2, protect=1), voice)
+        agree(scores, CoresetRule(vote, mass=0.7, least=2, lam=0.5, eps=0.3), voice)
 
 
 @pytest.mark.parametrize(("experts", "groups"), [(8, 1), (64, 1), (96, 8), (128, 1), (256, 8)])
@@ -244,7 +244,7 @@ def test_published_shapes(experts: int, groups: int, activation: Activation) -> 
     )
     tokens = 70 if experts == 64 else 9
     scores = on_device(Scores(spread((1, tokens), experts, generator), router))
-    for rule in (None, Rule(count=math.ceil(0.15 * experts), protect=1)):
+    for rule in (None, CoresetRule(count=math.ceil(0.15 * experts), protect=1)):
         agree(scores, rule, None)
 
 
@@ -255,8 +255,8 @@ def test_blocks_of_any_size(tokens: int, experts: int) -> None:
     generator = torch.Generator().manual_seed(tokens)
     router = RouterSpec(experts, 8, "softmax", True)
     scores = on_device(Scores(spread((1, tokens), experts, generator), router))
-    agree(scores, Rule(count=experts // 6), None)
-    agree(scores, Rule("weight", mass=0.8, least=8, protect=1), None)
+    agree(scores, CoresetRule(count=experts // 6), None)
+    agree(scores, CoresetRule("weight", mass=0.8, least=8, protect=1), None)
     agree(scores, None, None)
 
 
@@ -265,15 +265,15 @@ def test_ties_go_to_the_lower_expert(activation: Activation) -> None:
     """Equal logits are equal however they are computed: three values, and nothing else decides."""
     generator = torch.Generator().manual_seed(3)
     for groups, kept in ((1, 1), (4, 2), (4, 1)):
-        router = RouterSpec(24, 7, activation, False, groups=groups, kept_groups=kept)
+        router = RouterSpec(24, 7, activation, False, groups=groups, topk_groups=kept)
         logits = torch.randint(0, 3, (1, 6, 24), generator=generator).float()
         scores = on_device(Scores(logits, router))
         agree(scores, None, None)
-        agree(scores, Rule("count", count=9, protect=1), None)
-        agree(scores, Rule("count", mass=0.5), None)
-        agree(scores, Rule(union=2), None)
+        agree(scores, CoresetRule("count", count=9, protect=1), None)
+        agree(scores, CoresetRule("count", mass=0.5), None)
+        agree(scores, CoresetRule(union=2), None)
         if activation == "sigmoid":  # a softmax adds up a token's other logits, in some order
-            agree(scores, Rule("max", count=4), None)
+            agree(scores, CoresetRule("max", count=4), None)
 
 
 def test_a_coreset_of_everybody_is_the_unmodified_model() -> None:
@@ -281,7 +281,7 @@ def test_a_coreset_of_everybody_is_the_unmodified_model() -> None:
     router = RouterSpec(64, 8, "sigmoid", True, 2.5, 8, 4, epsilon=1e-20)
     bias = torch.randn(64, generator=generator) / 4
     scores = on_device(Scores(torch.randn(1, 6, 64, generator=generator), router, bias=bias))
-    plain, everybody = by_kernel(scores, None, None), by_kernel(scores, Rule(count=64), None)
+    plain, everybody = by_kernel(scores, None, None), by_kernel(scores, CoresetRule(count=64), None)
     for name in ("ids", "weights", "used", "own"):
         assert torch.equal(getattr(plain, name), getattr(everybody, name)), name
 
@@ -296,10 +296,10 @@ def test_votes_add_up_alike_in_any_order_and_are_rounded_to_the_even() -> None:
     order = torch.randperm(9, generator=generator)
     moved = replace(scores, logits=scores.logits[:, order])
     for m in (1, 6, 11):
-        found = by_kernel(scores, Rule(count=m), None)
-        assert torch.equal(found.used, by_kernel(moved, Rule(count=m), None).used)
+        found = by_kernel(scores, CoresetRule(count=m), None)
+        assert torch.equal(found.used, by_kernel(moved, CoresetRule(count=m), None).used)
         assert int(found.used.sum()) == m
-    agree(scores, Rule(count=5), None)
+    agree(scores, CoresetRule(count=5), None)
 
 
 @pytest.mark.parametrize("strange", [math.nan, math.inf, -math.inf])
@@ -310,14 +310,19 @@ def test_what_is_no_number_shows_in_the_weights_and_has_no_vote(strange: float) 
     for activation in ("softmax", "sigmoid"):
         scores = on_device(Scores(logits, RouterSpec(16, 3, activation, True)))
         sane = torch.tensor([[1.0, 1.0, 0.0, 1.0, 1.0, 1.0]], device=DEVICE)
-        for rule in (None, Rule(count=4, protect=1), Rule("max", count=4), Rule(union=3)):
+        for rule in (
+            None,
+            CoresetRule(count=4, protect=1),
+            CoresetRule("max", count=4),
+            CoresetRule(union=3),
+        ):
             found = by_kernel(scores, rule, None)
-            assert bool(found.weights[2].isnan().all())
+            assert bool(found.topk_weights[2].isnan().all())
             others = [0, 1, 3, 4, 5]
             clean = replace(scores, logits=scores.logits.nan_to_num(0.0, 0.0, 0.0))
             expected = by_torch(clean, rule, sane)
-            assert torch.equal(found.ids[others], expected.ids[others])
-            assert 0 <= int(found.ids.min()) <= int(found.ids.max()) < 16
+            assert torch.equal(found.topk_ids[others], expected.topk_ids[others])
+            assert 0 <= int(found.topk_ids.min()) <= int(found.topk_ids.max()) < 16
 
 
 def test_what_the_kernels_do_not_take_is_left_to_torch() -> None:
@@ -328,10 +333,10 @@ def test_what_the_kernels_do_not_take_is_left_to_torch() -> None:
     learning = scores.logits.clone().requires_grad_()
     assert route(replace(scores, logits=learning), None, None) is None
     assert route(replace(scores, logits=scores.logits[:, :0]), None, None) is None
-    assert route(scores, Rule("max", mass=0.5, protect=1), None) is None
-    assert route(scores, Rule("full", count=4, protect=1, most=3), None) is None
-    had = Incumbents(0.1, torch.ones(1, 8, dtype=torch.bool))
-    assert route(replace(scores, incumbents=had), Rule(count=4), None) is None
+    assert route(scores, CoresetRule("max", mass=0.5, protect=1), None) is None
+    assert route(scores, CoresetRule("full", count=4, protect=1, most=3), None) is None
+    had = PreviousCoresets(0.1, torch.ones(1, 8, dtype=torch.bool))
+    assert route(replace(scores, previous_coresets=had), CoresetRule(count=4), None) is None
     wide = RouterSpec(2048, 2, "softmax", False)
     assert route(Scores(torch.zeros(1, 3, 2048), wide), None, None) is None
 
@@ -341,9 +346,9 @@ def test_what_lies_on_a_gpu_comes_here(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gpu, "route", lambda scores, rule, voice: asked.append(rule))
     with FakeTensorMode():
         there = Scores(torch.zeros(1, 3, 8, device="cuda"), RouterSpec(8, 2, "softmax", False))
-    ops.route(there, Rule(count=3), None)
+    ops.route(there, CoresetRule(count=3), None)
     ops.route(Scores(torch.zeros(1, 3, 8), there.router), None, None)
-    assert asked == [Rule(count=3)]
+    assert asked == [CoresetRule(count=3)]
 
 
 class Queued(TorchDispatchMode):
@@ -361,9 +366,17 @@ class Queued(TorchDispatchMode):
 
 
 @pytest.mark.parametrize(
-    "rule", [None, Rule(count=5), Rule("full", mass=0.7, protect=1, lam=1.0), Rule(union=2)]
+    "rule",
+    [
+        None,
+        CoresetRule(count=5),
+        CoresetRule("full", mass=0.7, protect=1, lam=1.0),
+        CoresetRule(union=2),
+    ],
 )
-def test_two_launches_and_nothing_else(rule: Rule | None, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_two_launches_and_nothing_else(
+    rule: CoresetRule | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """With kernels that do nothing: whatever torch itself is asked then is all there is besides."""
     from coterie.ops.triton import routing
 
@@ -416,10 +429,10 @@ voices(None, torch.ones(1, 256))
 
 @pytest.mark.slow
 def test_every_rule_compiles_for_a_gpu() -> None:
-    rules = [Rule(union=3), Rule(union=8), Rule(count=9)]
+    rules = [CoresetRule(union=3), CoresetRule(union=8), CoresetRule(count=9)]
     for vote in VOTE_NAMES:
-        rules += [Rule(vote, count=9, protect=1, lam=1.0), Rule(vote, count=9)]
-        rules += [] if vote == "max" else [Rule(vote, mass=0.8, protect=1, lam=1.0)]
+        rules += [CoresetRule(vote, count=9, protect=1, lam=1.0), CoresetRule(vote, count=9)]
+        rules += [] if vote == "max" else [CoresetRule(vote, mass=0.8, protect=1, lam=1.0)]
     calls = [f"go({router}, 32, {rule})" for rule in rules for router in ("mini", "moe")]
     calls += [f"go({router}, 512, Rule(count=9))" for router in ("mini", "moe")]
     kernels = compiled("\n".join([LAUNCHES, *calls]))
@@ -438,7 +451,7 @@ def test_every_rule_compiles_for_a_gpu() -> None:
 def test_voices_are_what_torch_makes_of_them(
     rows: int, tokens: int, seed: int, asked: str, narrowing: str
 ) -> None:
-    from coterie.ops.triton import voices
+    from coterie.ops.triton import vote_weights
 
     generator = torch.Generator().manual_seed(seed)
 
@@ -452,5 +465,5 @@ def test_voices_are_what_torch_makes_of_them(
     if told is None and less is None:
         told = torch.zeros(rows, tokens, device=DEVICE)
     opposite = narrowing == "opposite"
-    expected = reference.voices(told, less, opposite=opposite)
-    assert torch.equal(voices(told, less, opposite=opposite), expected)
+    expected = reference.vote_weights(told, less, invert_filter=opposite)
+    assert torch.equal(vote_weights(told, less, invert_filter=opposite), expected)

@@ -13,18 +13,23 @@ from hypothesis import strategies as st
 from policies import law, spellings
 from torch.nn import functional as F
 
-from coterie.engine.config import Generation
+from coterie.engine.config import GenerationConfig
 from coterie.engine.engine import Engine
 from coterie.engine.event import Result
 from coterie.engine.load import Model
-from coterie.engine.watch import Watched, collect, moe_output, watch
+from coterie.engine.watch import (
+    LayerObservation,
+    collect_observations,
+    moe_output,
+    observe_forwards,
+)
 from coterie.model.moe import MoE
 from coterie.naming import CoterieError
 from coterie.routing import parse_policy, route
-from coterie.telemetry import Counting, Null, Recorder, Together, Tracing
+from coterie.telemetry import ExpertCounter, NullRecorder, Recorder, RecorderGroup, TensorRecorder
 from coterie.testing import random_transformer, read_spec, tiny_config
-from coterie.text import Numbers
-from coterie.values import Demand
+from coterie.text import IdTokenizer
+from coterie.values import ExpertRequest
 
 VOCABULARY, MASK = 96, 95
 PROMPTS = [[5, 17, 33, 2, 9], [7, 7, 1], [40, 41, 42, 43, 44, 45, 46], [3, 60, 8, 11]]
@@ -35,15 +40,15 @@ FAMILIES = ("llada2", "llada-moe", "sdar-moe")
 def tiny(family: str = "llada2") -> Model:
     kind, spec = read_spec(tiny_config(family))
     weights = random_transformer(spec, seed=1)
-    return Model(f"tiny {family}", kind, weights, Numbers(VOCABULARY), MASK, (94,))
+    return Model(f"tiny {family}", kind, weights, IdTokenizer(VOCABULARY), MASK, (94,))
 
 
 def engine(family: str = "llada2", **options: object) -> Engine:
     usual = {"block": 8, "max_new_tokens": 20} | options
-    return Engine(tiny(family), generation=Generation().but(**usual))
+    return Engine(tiny(family), generation=GenerationConfig().replace(**usual))
 
 
-def layer(seen: Watched, family: str = "llada2") -> MoE:
+def layer(seen: LayerObservation, family: str = "llada2") -> MoE:
     found = tiny(family).transformer.layers[seen.layer].feed_forward
     assert isinstance(found, MoE)
     return found
@@ -55,19 +60,21 @@ def untimed(results: list[Result]) -> list[Result]:
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_what_was_watched_is_what_the_gate_read(family: str) -> None:
-    for seen in collect(engine(family), PROMPTS):
+    for seen in collect_observations(engine(family), PROMPTS):
         logits = F.linear(seen.x.float(), layer(seen, family).gate)
         assert torch.equal(logits, seen.scores.logits)
-        assert torch.equal(route(seen.scores, parse_policy("vanilla")).ids, seen.routing.ids)
+        assert torch.equal(
+            route(seen.scores, parse_policy("vanilla")).topk_ids, seen.routing.topk_ids
+        )
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_output_under_the_same_routing_is_the_layers_own(family: str) -> None:
     host = engine(family)
-    slow = Tracing()
-    eye = Engine(host.model, generation=host.generation, watcher=slow)
+    slow = TensorRecorder()
+    eye = Engine(host.model, generation=host.generation, recorder=slow)
     eye.generate(PROMPTS[0])
-    for seen in collect(host, PROMPTS[:1]):
+    for seen in collect_observations(host, PROMPTS[:1]):
         whole = moe_output(host.model, seen, seen.routing)
         at = [i for i, (number, _) in enumerate(slow.inputs) if number == seen.layer]
         assert any(torch.equal(slow.inputs[i][1], seen.x) for i in at)
@@ -78,11 +85,11 @@ def test_the_output_under_the_same_routing_is_the_layers_own(family: str) -> Non
         torch.testing.assert_close(whole.flatten(0, 1), by_hand, atol=1e-5, rtol=1e-4)
 
 
-def _alone(moe: MoE, seen: Watched, flat: torch.Tensor, token: int) -> torch.Tensor:
+def _alone(moe: MoE, seen: LayerObservation, flat: torch.Tensor, token: int) -> torch.Tensor:
     """One token through its experts one by one, and the shared one."""
-    (slab,) = moe.store.serve(moe.layer, Demand(seen.routing.used))
+    (slab,) = moe.store.serve(moe.layer, ExpertRequest(seen.routing.used))
     out = torch.zeros_like(flat[token])
-    ids, weights = seen.routing.ids[token].tolist(), seen.routing.weights[token].tolist()
+    ids, weights = seen.routing.topk_ids[token].tolist(), seen.routing.topk_weights[token].tolist()
     for expert, weight in zip(ids, weights, strict=True):
         slot = int(slab.slot_of[expert])
         gate, up = F.linear(flat[token], slab.gate_up[slot]).chunk(2)
@@ -95,20 +102,22 @@ def _alone(moe: MoE, seen: Watched, flat: torch.Tensor, token: int) -> torch.Ten
 def test_watching_changes_nothing(spelling: str, family: str) -> None:
     host = engine(family, max_new_tokens=9)
     plain = [host.generate(prompt, policy=spelling) for prompt in PROMPTS[:2]]
-    watched = watch(host, PROMPTS[:2], lambda _: None, policy=spelling, rows=1)
+    watched = observe_forwards(host, PROMPTS[:2], lambda _: None, policy=spelling, batch_size=1)
     assert untimed(watched) == untimed(plain)
 
 
 @law(1)
 @given(spelling=spellings(), rows=st.integers(1, 5))
 def test_a_watcher_counts_what_the_engine_counts(spelling: str, rows: int) -> None:
-    counting = Counting()
+    counting = ExpertCounter()
 
-    def count(seen: Watched) -> None:
-        counting.began(seen.rows)
-        counting.routed(seen.layer, seen.scores, seen.routing)
+    def count(seen: LayerObservation) -> None:
+        counting.on_forward(seen.rows)
+        counting.on_routed(seen.layer, seen.scores, seen.routing)
 
-    results = watch(engine(max_new_tokens=9), PROMPTS, count, policy=spelling, rows=rows)
+    results = observe_forwards(
+        engine(max_new_tokens=9), PROMPTS, count, policy=spelling, batch_size=rows
+    )
     for row, result in enumerate(results):
         counts = counting.counts(row)
         assert counts.forwards == result.experts.forwards == result.forwards
@@ -117,7 +126,9 @@ def test_a_watcher_counts_what_the_engine_counts(spelling: str, rows: int) -> No
 
 
 def test_every_prompt_is_answered_however_few_rows_there_are() -> None:
-    many, few = (watch(engine(), PROMPTS, lambda _: None, rows=rows) for rows in (4, 2))
+    many, few = (
+        observe_forwards(engine(), PROMPTS, lambda _: None, batch_size=rows) for rows in (4, 2)
+    )
     assert [len(results) for results in (many, few)] == [4, 4]
     assert [r.prompt_tokens for r in few] == [len(prompt) for prompt in PROMPTS]
     assert [r.tokens for r in few] == [r.tokens for r in many]
@@ -125,8 +136,8 @@ def test_every_prompt_is_answered_however_few_rows_there_are() -> None:
 
 def test_only_decoding_forwards_are_shown() -> None:
     """Not the prompt's, and not the passes that write a block's keys."""
-    seen: list[Watched] = []
-    (result,) = watch(engine(), [[*range(3, 20)]], seen.append)
+    seen: list[LayerObservation] = []
+    (result,) = observe_forwards(engine(), [[*range(3, 20)]], seen.append)
     assert result.prefills > 0
     assert result.commits > 0
     assert len(seen) == result.forwards * len(tiny().spec.moe_layers)
@@ -134,7 +145,7 @@ def test_only_decoding_forwards_are_shown() -> None:
 
 
 def test_a_window_starts_where_its_block_does() -> None:
-    (result,) = watch(engine(), PROMPTS[:1], seen_starts := _Starts())
+    (result,) = observe_forwards(engine(), PROMPTS[:1], seen_starts := _Starts())
     whole = sorted(set(seen_starts.found))
     assert whole[0] <= 0 < whole[0] + 8  # the first block may begin inside the prompt
     assert [b - a for a, b in pairwise(whole)] == [8] * (result.blocks - 1)
@@ -144,43 +155,43 @@ class _Starts:
     def __init__(self) -> None:
         self.found: list[int] = []
 
-    def __call__(self, seen: Watched) -> None:
+    def __call__(self, seen: LayerObservation) -> None:
         self.found += seen.starts
 
 
 def test_layers_and_forwards_can_be_fewer() -> None:
     host = engine()
-    seen = collect(host, PROMPTS, layers=[2], forwards=1)
+    seen = collect_observations(host, PROMPTS, layers=[2], max_forwards=1)
     assert {look.layer for look in seen} == {2}
     assert sorted(row for look in seen for row in look.rows) == [0, 1, 2, 3]
-    assert all(look.scores.forward == (0,) * len(look.rows) for look in seen)
+    assert all(look.scores.forward_indices == (0,) * len(look.rows) for look in seen)
 
 
 def test_the_engines_own_rows_are_left_alone() -> None:
     host = engine()
     number = host.submit(PROMPTS[0])
-    before = host.row(number).look
-    collect(host, PROMPTS[1:])
+    before = host.sequence(number).next_pass
+    collect_observations(host, PROMPTS[1:])
     assert host.rows == (number,)
-    assert host.row(number).look is before
+    assert host.sequence(number).next_pass is before
 
 
 def test_a_layer_without_experts_is_refused() -> None:
     with pytest.raises(CoterieError, match=r"no experts in layers 0, 9; there are in \[1, 2\]"):
-        collect(engine(), PROMPTS, layers=[0, 1, 9])
-    (seen, *_) = collect(engine(), PROMPTS[:1])
+        collect_observations(engine(), PROMPTS, layers=[0, 1, 9])
+    (seen, *_) = collect_observations(engine(), PROMPTS[:1])
     with pytest.raises(CoterieError, match="layer 0 has no experts"):
         moe_output(tiny(), replace(seen, layer=0), seen.routing)
 
 
 def test_recorders_together_each_see_everything() -> None:
-    first, second = Tracing(), Tracing()
-    both: Recorder = Together((first, Null(), second))
-    (seen, *_) = collect(engine(), PROMPTS[:1])
-    both.began((0,))
-    both.fed(seen.layer, seen.x)
-    both.routed(seen.layer, seen.scores, seen.routing)
-    both.layer_output(seen.layer, seen.x)
+    first, second = TensorRecorder(), TensorRecorder()
+    both: Recorder = RecorderGroup((first, NullRecorder(), second))
+    (seen, *_) = collect_observations(engine(), PROMPTS[:1])
+    both.on_forward((0,))
+    both.on_moe_input(seen.layer, seen.x)
+    both.on_routed(seen.layer, seen.scores, seen.routing)
+    both.on_layer_output(seen.layer, seen.x)
     for trace in (first, second):
         assert trace.rows == [(0,)]
         assert trace.inputs == trace.outputs == [(seen.layer, seen.x)]

@@ -8,7 +8,7 @@ import torch
 from gpu_parts.found import Figure, Found
 
 import coterie
-from coterie.evals.task import Wish
+from coterie.evals.task import TaskOptions
 from coterie.evals.tasks import open_tasks
 
 POLICIES = ("vanilla", "des-vote:beta=0.3")
@@ -38,7 +38,7 @@ def measure(device: torch.device, *, dry: bool = False, found: Found | None = No
 
 def _prompts(each: int) -> list[str]:
     """So many problems of each task."""
-    wish = Wish(coterie.load(device="cpu").model.family.name, count=each, seed=SEED)
+    wish = TaskOptions(coterie.load(device="cpu").model.family.name, count=each, seed=SEED)
     return [task.prompt(item) for task in open_tasks(list(TASKS), wish) for item in task.items()]
 
 

@@ -18,18 +18,18 @@ from gpu_parts.limits import copy_bandwidth
 from torch import Tensor
 
 from coterie import ops
-from coterie.bench.model import Experts, repeated, some_experts
-from coterie.bench.routings import controlled
-from coterie.bench.shapes import SHAPES, Published
+from coterie.bench.model import ExpertDtype, repeat_experts, random_experts
+from coterie.bench.routings import balanced_routing
+from coterie.bench.shapes import SHAPES, ModelShape
 from coterie.ops import grouped, reference
 from coterie.ops.triton import experts, plans
 from coterie.quant import FORMATS, QTensor
-from coterie.values import RouterSpec, Routing, Slab, membership
+from coterie.values import RouterSpec, Routing, Slab, expert_mask
 
 DRAWS = 6  # routings that take turns, so that no expert stays in a cache
 TUNING = 28.0  # seconds for each format
 USED = {84: 0.85, 38: 0.80, 25: 0.75}  # experts -> share of the copy bandwidth to reach in bf16
-KINDS: tuple[Experts, ...] = ("bf16", "int8", "int4")
+KINDS: tuple[ExpertDtype, ...] = ("bf16", "int8", "int4")
 NEAR = {"fp32": 1e-4, "bf16": 2e-2, "int8": 2e-2, "int4": 2e-2}
 """Distance over size between kernels and reference."""
 
@@ -90,19 +90,19 @@ class Layer:
     """A layer of random experts of a published shape, and the blocks it is timed with."""
 
     def __init__(
-        self, shape: Published, kind: Experts, device: torch.device, *, tokens: int, draws: int
+        self, shape: ModelShape, kind: ExpertDtype, device: torch.device, *, tokens: int, draws: int
     ) -> None:
         draw = torch.Generator().manual_seed(7)
         spec = replace(shape.spec, expert_format=FORMATS.get(kind))
-        few = some_experts(spec, kind, draw, device)
+        few = random_experts(spec, kind, draw, device)
         self.router, self.tokens, self.device = spec.router, tokens, device
-        self.slab = repeated(ops.unpack(few), spec.router.experts)
+        self.slab = repeat_experts(ops.unpack(few), spec.router.experts)
         self.x = torch.randn(tokens, spec.hidden, generator=draw).to(device, torch.bfloat16)
         self._draw, self._draws = draw, draws
 
     def routings(self, used: int) -> list[Routing]:
         return [
-            controlled(self.router, self.tokens, used, self._draw, self.device)
+            balanced_routing(self.router, self.tokens, used, self._draw, self.device)
             for _ in range(self._draws)
         ]
 
@@ -126,26 +126,28 @@ class Layer:
         """Measures plans for both products, each beside the other's chosen one; keeps the best."""
         some = [routing for used in (max(sizes), min(sizes)) for routing in self.routings(used)[:2]]
         told: dict[str, object] = {}
-        for place, work in enumerate(experts.works(self.x, self.slab)):
+        for place, work in enumerate(experts.gemm_shapes(self.x, self.slab)):
             last = time.monotonic() + seconds / 2
             tried = plans.tune(work, partial(self._clock, some, place, last))
-            usual = plans.usual(work)
+            usual = plans.default_config(work)
             best = min(tried, key=tried.__getitem__, default=usual)
             gain = tried[usual] / tried[best] if usual in tried else None
             told[work.key()] = {"plan": asdict(best), "tried": len(tried), "usual / best": gain}
         return told
 
-    def _clock(self, some: list[Routing], place: int, last: float, plan: plans.Plan) -> float:
-        works = experts.works(self.x, self.slab)
-        if time.monotonic() > last and plan != plans.usual(works[place]):
+    def _clock(self, some: list[Routing], place: int, last: float, plan: plans.TileConfig) -> float:
+        works = experts.gemm_shapes(self.x, self.slab)
+        if time.monotonic() > last and plan != plans.default_config(works[place]):
             raise RuntimeError("no time is left")
-        pair = [plans.chosen(work) for work in works]
+        pair = [plans.best_config(work) for work in works]
         pair[place] = plan
         return _quick(lambda: self._run(some, (pair[0], pair[1])), self.device)
 
-    def _run(self, routings: Sequence[Routing], pair: tuple[plans.Plan, plans.Plan]) -> None:
+    def _run(
+        self, routings: Sequence[Routing], pair: tuple[plans.TileConfig, plans.TileConfig]
+    ) -> None:
         for routing in routings:
-            experts.run_experts(self.x, routing, self.slab, plans=pair)
+            experts.run_experts(self.x, routing, self.slab, configs=pair)
 
 
 def _race(layer: Layer, label: str, routings: list[Routing], ours: float, found: Found) -> None:
@@ -183,7 +185,7 @@ def others(layer: Layer) -> dict[str, Callable[[Routing], Tensor]]:
         def forward(routing: Routing) -> Tensor:
             module = transformers_layer(layer.router, gate_up, down)
             module.config._experts_implementation = name
-            return module(layer.x, routing.ids, routing.weights.to(layer.x.dtype))
+            return module(layer.x, routing.topk_ids, routing.topk_weights.to(layer.x.dtype))
 
         return forward
 
@@ -233,11 +235,11 @@ def _conclude(
         found.judge(Figure(f"layer bf16, {used} for {most} experts: saved", gain, target))
 
 
-def tiny() -> Published:
+def tiny() -> ModelShape:
     """Small enough for the interpreter."""
     shape = SHAPES["tiny"]
     router = RouterSpec(8, 2, "softmax", True)
-    return replace(shape, spec=replace(shape.spec, router=router), unique=6)
+    return replace(shape, spec=replace(shape.spec, router=router), unique_experts=6)
 
 
 def _quick(work: Callable[[], object], device: torch.device) -> float:
@@ -277,7 +279,7 @@ def _distance(
     ids = torch.rand(tokens, count, generator=draw, device=device).argsort(-1)[:, :k]
     ids = ids.where(torch.rand(ids.shape, generator=draw, device=device) < 0.9, -1)
     weights = torch.rand(ids.shape, generator=draw, device=device)
-    routing = Routing(ids, weights, membership(ids.flatten(), count), ids)
+    routing = Routing(ids, weights, expert_mask(ids.flatten(), count), ids)
     x = torch.randn(tokens, hidden, generator=draw, device=device).to(dtype)
     first, second = (_poisoned(lambda: experts.run_experts(x, routing, slab)) for _ in range(2))
     if not torch.equal(first, second):
@@ -312,10 +314,10 @@ def _random(
     if kind not in FORMATS:
         return (torch.randn(shape, generator=draw, device=draw.device) * k**-0.5).to(dtype)
     form = FORMATS[kind]
-    held, groups = form.stored(shape)
+    held, groups = form.storage_shapes(shape)
     whole = torch.iinfo(form.dtype)
     q = torch.randint(whole.min, whole.max + 1, held, generator=draw, device=draw.device)
-    scales = torch.randn(groups, generator=draw, device=draw.device) * k**-0.5 / -form.lowest
+    scales = torch.randn(groups, generator=draw, device=draw.device) * k**-0.5 / -form.qmin
     return QTensor(q.to(form.dtype), scales.bfloat16(), form, k)
 
 

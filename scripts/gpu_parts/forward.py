@@ -15,23 +15,23 @@ from gpu_parts.clock import replayed
 from gpu_parts.found import Figure, Found
 from gpu_parts.limits import copy_bandwidth
 
-from coterie.bench.model import Experts, random_model
+from coterie.bench.model import ExpertDtype, random_model
 from coterie.bench.shapes import SHAPES
-from coterie.engine.config import Generation
+from coterie.engine.config import GenerationConfig
 from coterie.engine.engine import Engine
-from coterie.engine.graph import Captured, Graphs, Outcome
+from coterie.engine.graph import CudaGraphCapture, CudaGraphs, ForwardOutput
 from coterie.engine.load import Model
-from coterie.model.cache import Cache
+from coterie.model.cache import KVCache
 from coterie.model.spec import ModelSpec
-from coterie.model.step import Step
-from coterie.model.weights import kept
+from coterie.model.step import ForwardContext
+from coterie.model.weights import loaded_tensors
 from coterie.routing import parse_policy
-from coterie.telemetry import Null
-from coterie.values import Progress, Window
+from coterie.telemetry import NullRecorder
+from coterie.values import DecodeProgress, Window
 
 POLICIES = {"vanilla": 1.6, "des-vote:beta=0.15": 2.0, "des-vote:beta=0.1": None}
 """What time / (bytes / copy bandwidth) shall be at most."""
-KINDS: tuple[Experts, ...] = ("bf16", "int8", "int4")
+KINDS: tuple[ExpertDtype, ...] = ("bf16", "int8", "int4")
 WIDTH, BEFORE = 32, 1024  # positions of a block, and those before it
 
 
@@ -91,22 +91,22 @@ class Forward:
         transformer, spec = model.transformer, model.spec
         self.device = transformer.device
         self._replay: Callable[[], object] | None = None
-        self._graphs = Graphs(transformer, self._capture)
+        self._graphs = CudaGraphs(transformer, self._capture)
         length = -(-(before + width) // 256) * 256
-        cache = Cache.allocate(spec, 1, length, dtype=transformer.dtype, device=self.device)
+        cache = KVCache.allocate(spec, 1, length, dtype=transformer.dtype, device=self.device)
         for tensor in (*cache.keys, *cache.values):
             tensor.normal_()
         draw = torch.Generator().manual_seed(1)
         self._tokens = torch.randint(0, spec.vocabulary, (1, width), generator=draw)
         here, there = torch.tensor([before]), torch.tensor([before + width])
         masked = torch.ones(1, width, dtype=torch.bool)
-        self._step = Step(
+        self._step = ForwardContext(
             Window(here, width, there),
             cache,
             parse_policy(policy),
-            Null(),
-            wanted=torch.arange(width),
-            progress=Progress(masked, ~masked, masked.float()),
+            NullRecorder(),
+            logits_indices=torch.arange(width),
+            progress=DecodeProgress(masked, ~masked, masked.float()),
             forward=(0,),
         )
         with torch.inference_mode():
@@ -138,14 +138,16 @@ class Forward:
     def finite(self) -> bool:
         return bool(torch.isfinite(self._outcome[0]).all())
 
-    def _run(self) -> Outcome:
+    def _run(self) -> ForwardOutput:
         return self._graphs.run(self._tokens, self._step, [0], (0,))
 
-    def _capture(self, work: Callable[[], Outcome]) -> tuple[Outcome, Callable[[], object]]:
+    def _capture(
+        self, work: Callable[[], ForwardOutput]
+    ) -> tuple[ForwardOutput, Callable[[], object]]:
         if self.device.type != "cuda":
             self._replay = work
             return work(), work
-        outcome, replay = Captured()(work)
+        outcome, replay = CudaGraphCapture()(work)
         self._replay = replay
         return outcome, replay
 
@@ -154,11 +156,11 @@ def bytes_of(model: Model, experts: float, seen: int) -> float:
     """That a forward has to read at least."""
     spec, dtype = model.spec, model.transformer.dtype
     whole, routed = 0, 0
-    for name, shape, what in kept(spec, dtype):
+    for name, shape, what in loaded_tensors(spec, dtype):
         size = torch.Size(shape).numel() * what.itemsize
         if ".experts." in name:
             routed += size
-        elif name != "embedding" or spec.tied:
+        elif name != "embedding" or spec.tie_embeddings:
             whole += size
     return whole + routed * experts / spec.router.experts + _keys(spec, dtype) * seen
 
@@ -170,7 +172,7 @@ def _keys(spec: ModelSpec, dtype: torch.dtype) -> int:
 
 def _generations(model: Model, found: Found, *, dry: bool) -> None:
     """Milliseconds from step to step of the engine, host and all."""
-    asked = Generation.usual(model.family.defaults).but(
+    asked = GenerationConfig.for_family(model.family.defaults).replace(
         max_new_tokens=8 if dry else 2 * WIDTH,
         block=4 if dry else WIDTH,
         early_stop="off",
@@ -198,7 +200,7 @@ def _steps(engine: Engine, prompt: list[int]) -> list[float]:
     for timed in (False, True):
         row = engine.submit(prompt)
         while row in engine.rows:
-            look = engine.row(row).look
+            look = engine.sequence(row).next_pass
             began = time.perf_counter()
             engine.step()
             if timed and look is not None and look.kind == "decode":

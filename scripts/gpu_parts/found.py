@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
-from coterie.results import Measure
+from coterie.results import Measurement
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ class Found:
     ``keep`` is called as these come in: whoever is stopped has left behind what there was.
     """
 
-    measures: list[Measure] = field(default_factory=list)
+    measures: list[Measurement] = field(default_factory=list)
     facts: dict[str, object] = field(default_factory=dict)
     figures: list[Figure] = field(default_factory=list)
     broken: list[str] = field(default_factory=list)  # what was tried and raised
@@ -50,7 +50,7 @@ class Found:
 
     def took(self, name: str, microseconds: list[float], calls: int = 1) -> float:
         """Keep these samples, of so many calls each; their median a call, in microseconds."""
-        measure = Measure(name, "us", tuple(sample / calls for sample in microseconds))
+        measure = Measurement(name, "us", tuple(sample / calls for sample in microseconds))
         self.measures.append(measure)
         self.keep(self)
         return measure.median

@@ -20,8 +20,8 @@ ROWS, COLUMNS, STEP = 64, 64, 32
 
 def run_experts(x: Tensor, routing: Routing, gate_up: Tensor, down: Tensor) -> Tensor:
     """x [T, H] -> [T, H] fp32; every id names an expert of gate_up [E, 2 I, H] and down."""
-    (tokens, k), experts = routing.ids.shape, len(down)
-    ids = routing.ids.flatten()
+    (tokens, k), experts = routing.topk_ids.shape, len(down)
+    ids = routing.topk_ids.flatten()
     counts = F.one_hot(ids, experts).sum(0)
     tiles = (counts + ROWS - 1) // ROWS
     last = tiles.cumsum(0)
@@ -36,7 +36,7 @@ def run_experts(x: Tensor, routing: Routing, gate_up: Tensor, down: Tensor) -> T
     gate, up = h.chunk(2, dim=-1)
     y = x.new_zeros(tokens * k + 1, down.shape[1])
     _product(F.silu(gate) * up, down, (pair, expert), y, shared=1)
-    weighted = y[:-1].float() * routing.weights.flatten().unsqueeze(-1)
+    weighted = y[:-1].float() * routing.topk_weights.flatten().unsqueeze(-1)
     return weighted.view(tokens, k, -1).sum(1)
 
 

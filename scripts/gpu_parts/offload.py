@@ -25,45 +25,45 @@ from gpu_parts.watched import Nobody, Ran, Watched, on, slabs_of, summed
 from torch import Tensor
 
 from coterie import ops
-from coterie.bench.model import Experts, random_model
+from coterie.bench.model import ExpertDtype, random_model
 from coterie.bench.shapes import SHAPES
-from coterie.engine.beside import measured
+from coterie.engine.beside import measure_break_even
 from coterie.engine.load import Model
-from coterie.experts.aside import Aside
-from coterie.experts.couriers import Readers
-from coterie.experts.offload import Offloaded
-from coterie.experts.pinned import pinned
-from coterie.experts.store import Resident
-from coterie.experts.streams import Copies, Lane
-from coterie.experts.tiers import InMemory
+from coterie.experts.aside import CpuExperts
+from coterie.experts.couriers import ThreadedFetcher
+from coterie.experts.offload import CachedExpertStore
+from coterie.experts.pinned import allocate_pinned
+from coterie.experts.store import ResidentExpertStore
+from coterie.experts.streams import PinnedCopyFetcher, CopyStream
+from coterie.experts.tiers import HostTier
 from coterie.keys import from_json
-from coterie.model.cache import Cache
+from coterie.model.cache import KVCache
 from coterie.model.moe import MoE
-from coterie.model.step import Step
+from coterie.model.step import ForwardContext
 from coterie.ops import cpu
-from coterie.ops.blobs import Layout
-from coterie.planning.booking import Memory, Play, Remembered, unrouted
-from coterie.planning.elections import elected
-from coterie.planning.serving import routed
-from coterie.planning.synthetic import MINI, Law, Shape, synthetic
-from coterie.planning.trace import Forward, Trace
+from coterie.ops.blobs import ExpertLayout
+from coterie.planning.booking import TraceVotes, ReplayPolicy, CoresetHistory, recorded_experts
+from coterie.planning.elections import select_from_trace
+from coterie.planning.serving import routing_from_trace
+from coterie.planning.synthetic import LLADA2_MINI, RoutingLaw, SyntheticShape, synthetic_trace
+from coterie.planning.trace import TraceForward, Trace
 from coterie.quant import FORMATS
 from coterie.routing import parse_policy
-from coterie.telemetry import Null
-from coterie.values import Routing, Store, Window
+from coterie.telemetry import NullRecorder
+from coterie.values import Routing, ExpertStore, Window
 
-SLOTS: dict[Experts, int] = {"bf16": 47, "int8": 92}  # of a layer: a card of 8 GB
+SLOTS: dict[ExpertDtype, int] = {"bf16": 47, "int8": 92}  # of a layer: a card of 8 GB
 PLAYS = (
-    Play(parse_policy("vanilla")),
-    Play(parse_policy("des-vote:beta=0.1")),
-    Play(parse_policy("resident-vote:beta=0.1"), drift=0.05),
+    ReplayPolicy(parse_policy("vanilla")),
+    ReplayPolicy(parse_policy("des-vote:beta=0.1")),
+    ReplayPolicy(parse_policy("resident-vote:beta=0.1"), reuse_tolerance=0.05),
 )
 BLOCKS = 3
 NEAR = 2e-3  # distance over size: slabs add in another order
 REACHED = 0.85  # of the link, while experts are on the way
 BEFORE = 1024  # positions before a block
 DRAWN = Path(__file__).parents[2] / "results" / "replay-drawn-mini.json"
-FEW = Shape(layers=2, experts=32, k=4, tokens=4, steps=2)  # of a dry run
+FEW = SyntheticShape(layers=2, experts=32, k=4, tokens=4, steps=2)  # of a dry run
 TOKENS = (1, 2, 4, 8, 16, 32)  # of an expert, in the table of what a CPU takes
 
 
@@ -84,28 +84,30 @@ def measure(device: torch.device, *, dry: bool = False, found: Found | None = No
 class Bench:
     """A model with all its experts on the device, the same experts in host memory, a trace."""
 
-    kind: Experts
+    kind: ExpertDtype
     device: torch.device
     slots: int
     model: Model
-    layout: Layout
+    layout: ExpertLayout
     host: Tensor  # [E, bytes of an expert]: of every layer
     trace: Trace
     dry: bool
 
     @staticmethod
-    def of(device: torch.device, kind: Experts, slots: int, *, dry: bool) -> Bench:
+    def of(device: torch.device, kind: ExpertDtype, slots: int, *, dry: bool) -> Bench:
         shape = SHAPES["tiny" if dry else "llada2-mini"]
         model = random_model(shape, kind, device=device)
         spec = model.spec
-        layout = Layout(spec.hidden, spec.expert_width, FORMATS.get(kind, torch.bfloat16))
+        layout = ExpertLayout(spec.hidden, spec.expert_width, FORMATS.get(kind, torch.bfloat16))
         slab = ops.unpack(next(slabs_of(model.transformer)))
-        make = pinned if far(device) else _unpinned
+        make = allocate_pinned if far(device) else _unpinned
         host = make(spec.router.experts, layout.size, device)
         layout.fill(host, slab)
-        sizes = MINI if not dry else replace(FEW, experts=spec.router.experts, k=spec.router.k)
+        sizes = (
+            LLADA2_MINI if not dry else replace(FEW, experts=spec.router.experts, k=spec.router.k)
+        )
         sizes = replace(sizes, layers=len(spec.moe_layers))
-        trace = synthetic(sizes, _law(), blocks=1 if dry else BLOCKS, seed=7)
+        trace = synthetic_trace(sizes, _law(), blocks=1 if dry else BLOCKS, seed=7)
         return Bench(kind, device, slots, model, layout, host, trace, dry)
 
     @property
@@ -117,8 +119,8 @@ class Bench:
             "slots": self.slots,
             "expert_bytes": self.layout.size,
             "forwards": len(self.trace.forwards),
-            "layers": len(self.trace.about.layers),
-            "law": self.trace.about.made,
+            "layers": len(self.trace.header.layers),
+            "law": self.trace.header.provenance,
         }
         self.check(found)
         link = self.link(found)
@@ -141,8 +143,8 @@ class Bench:
         worst, x = 0.0, self.x()
         own, everybody = self.offloaded(), self.resident()
         for forward in self.trace.forwards[:3]:
-            for ordinal, layer in enumerate(self.trace.about.layers):
-                routing = self.routing(forward, ordinal, unrouted(forward)[ordinal])
+            for ordinal, layer in enumerate(self.trace.header.layers):
+                routing = self.routing(forward, ordinal, recorded_experts(forward)[ordinal])
                 found_sum, true = (summed(one, layer, routing, x) for one in (own, everybody))
                 worst = max(worst, float((found_sum - true).norm() / true.norm()))
         name = f"{self.kind}: slots against resident, distance"
@@ -154,17 +156,17 @@ class Bench:
         if not far(self.device):
             return 0.0
         into = torch.empty_like(self.host, device=self.device)
-        lane = Lane(self.device)
-        lane.after_computing()
+        lane = CopyStream(self.device)
+        lane.wait_for_compute()
         rates = {}
         for name, pieces in (("at once", self.host[None]), ("by experts", self.host)):
             taken = []
             for _ in range(5):
                 first, last = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-                first.record(lane.queue)
+                first.record(lane.stream)
                 for piece, to in zip(pieces, into.view(pieces.shape), strict=True):
                     lane.copy(piece, to)
-                last.record(lane.queue)
+                last.record(lane.stream)
                 last.synchronize()
                 taken.append(first.elapsed_time(last) * 1e3)
             rate = self.host.nbytes / found.took(f"{self.kind}: copies {name}", taken) * 1e6
@@ -184,49 +186,49 @@ class Bench:
         before = 8 if self.dry else BEFORE
         length = -(-(before + self.tokens) // 256) * 256
         dtype = transformer.dtype
-        cache = Cache.allocate(transformer.spec, 1, length, dtype=dtype, device=self.device)
+        cache = KVCache.allocate(transformer.spec, 1, length, dtype=dtype, device=self.device)
         for tensor in (*cache.keys, *cache.values):
             tensor.normal_()
         start, stop = (torch.tensor([at]).to(self.device) for at in (before, before + self.tokens))
-        step = Step(
+        step = ForwardContext(
             Window(start, self.tokens, stop),
             cache,
             PLAYS[0].policy,
-            Null(),
-            wanted=torch.arange(self.tokens, device=self.device),
+            NullRecorder(),
+            logits_indices=torch.arange(self.tokens, device=self.device),
         )
         tokens = torch.arange(3, 3 + self.tokens, device=self.device)[None]
         with torch.inference_mode():
             samples = launched(lambda: transformer(tokens, step), self.device)
         return found.took(f"{self.kind}: a forward without routed experts", samples) / 1e6
 
-    def ran(self, play: Play, store: Store) -> Ran:
+    def ran(self, play: ReplayPolicy, store: ExpertStore) -> Ran:
         """Every forward of the trace: who is elected is settled before the clock starts."""
-        memory, last = Memory.of(self.trace), Remembered(play.drift)
+        memory, last = TraceVotes.of(self.trace), CoresetHistory(play.reuse_tolerance)
         x, seconds, used = self.x(), [], 0
         before = _stalled(store)
         with torch.inference_mode():
             for place, forward in enumerate(self.trace.forwards):
                 chosen = self.elected(play, forward, store)
-                coresets, _, _ = last.settle(forward, chosen, memory.votes[place])
+                coresets, _, _ = last.reuse(forward, chosen, memory.votes[place])
                 used += int(coresets.sum())
                 asked = [
                     (layer, self.routing(forward, ordinal, coresets[ordinal]))
-                    for ordinal, layer in enumerate(self.trace.about.layers)
+                    for ordinal, layer in enumerate(self.trace.header.layers)
                 ]
                 seconds.append(self.timed(store, asked, x))
-        courier = store.courier if isinstance(store, Offloaded) else None
-        traffic = store.ledger.traffic() if isinstance(store, Offloaded) else None
+        courier = store.fetcher if isinstance(store, CachedExpertStore) else None
+        traffic = store.traffic_log.traffic() if isinstance(store, CachedExpertStore) else None
         return Ran(
             tuple(seconds),
             used,
             brought=courier.brought if isinstance(courier, Watched) else 0,
-            aside=0 if traffic is None else traffic.aside,
+            aside=0 if traffic is None else traffic.on_cpu,
             stalled=_stalled(store) - before,
             busy=courier.busy() if isinstance(courier, Watched) else 0.0,
         )
 
-    def timed(self, store: Store, asked: Sequence[tuple[int, Routing]], x: Tensor) -> float:
+    def timed(self, store: ExpertStore, asked: Sequence[tuple[int, Routing]], x: Tensor) -> float:
         self.finish()
         began = time.perf_counter()
         for layer, routing in asked:
@@ -234,50 +236,52 @@ class Bench:
         self.finish()
         return time.perf_counter() - began
 
-    def elected(self, play: Play, forward: Forward, store: Store) -> np.ndarray:
+    def elected(self, play: ReplayPolicy, forward: TraceForward, store: ExpertStore) -> np.ndarray:
         """[L, E]: whom a forward uses, by what the store holds before it."""
         found = []
-        for ordinal, layer in enumerate(self.trace.about.layers):
+        for ordinal, layer in enumerate(self.trace.header.layers):
             here = store.resident(layer)
             resident = None if here is None else here.cpu().numpy()
-            found.append(elected(self.trace, play.policy, [forward], ordinal, resident)[0])
+            found.append(
+                select_from_trace(self.trace, play.policy, [forward], ordinal, resident)[0]
+            )
         return np.stack(found)
 
-    def routing(self, forward: Forward, ordinal: int, coreset: np.ndarray) -> Routing:
+    def routing(self, forward: TraceForward, ordinal: int, coreset: np.ndarray) -> Routing:
         draw = torch.Generator().manual_seed(ordinal)
-        return on(routed(forward, ordinal, coreset, draw), self.device)
+        return on(routing_from_trace(forward, ordinal, coreset, draw), self.device)
 
     def x(self) -> Tensor:
         draw = torch.Generator().manual_seed(3)
         x = torch.randn(self.tokens, self.layout.hidden, generator=draw)
         return x.to(self.device, torch.bfloat16)
 
-    def resident(self) -> Store:
+    def resident(self) -> ExpertStore:
         slabs = map(ops.unpack, slabs_of(self.model.transformer))
-        return Resident(dict(zip(self.trace.about.layers, slabs, strict=True)))
+        return ResidentExpertStore(dict(zip(self.trace.header.layers, slabs, strict=True)))
 
-    def offloaded(self, aside: Aside | None = None) -> Offloaded:
-        tier = InMemory(dict.fromkeys(self.trace.about.layers, self.host))
+    def offloaded(self, aside: CpuExperts | None = None) -> CachedExpertStore:
+        tier = HostTier(dict.fromkeys(self.trace.header.layers, self.host))
         if far(self.device):
-            lane = Lane(self.device)
-            courier = Watched(Copies(tier, lane), lane.queue)
+            lane = CopyStream(self.device)
+            courier = Watched(PinnedCopyFetcher(tier, lane), lane.stream)
         else:
-            courier = Watched(Readers(tier), None)
-        return Offloaded(
+            courier = Watched(ThreadedFetcher(tier), None)
+        return CachedExpertStore(
             courier,
-            self.layout.shown,
+            self.layout.as_slab,
             lambda slots, size: torch.empty(slots, size, dtype=torch.uint8, device=self.device),
-            experts=self.trace.about.experts,
+            experts=self.trace.header.experts,
             expert_bytes=self.layout.size,
             capacity=self.slots,
-            aside=aside,
+            cpu_experts=aside,
         )
 
     def told(self, name: str, ran: Ran, rest: float, link: float, found: Found) -> float:
         """Keep what came of it; tokens a second of whole forwards."""
         found.took(f"{name}: experts of a forward", [one * 1e6 for one in ran.seconds])
         forwards = len(ran.seconds)
-        steps = forwards / len({forward.block for forward in self.trace.forwards})
+        steps = forwards / len({forward.block_start for forward in self.trace.forwards})
         speed = self.tokens / (steps * (rest + ran.median))
         moved = ran.brought * self.layout.size
         facts = {
@@ -302,30 +306,34 @@ class Bench:
     def cpu_or_copy(self, rest: float, link: float, found: Found) -> None:
         """What an expert takes here and there, and forwards that choose by it."""
         everyone = torch.arange(len(self.host))
-        slab = self.layout.shown(self.host, everyone)
-        packs = cpu.ready() and cpu.packed_format(slab) is not None
-        slabs = dict.fromkeys(self.trace.about.layers, ops.pack(slab) if packs else slab)
+        slab = self.layout.as_slab(self.host, everyone)
+        packs = cpu.is_available() and cpu.packed_format(slab) is not None
+        slabs = dict.fromkeys(self.trace.header.layers, ops.pack(slab) if packs else slab)
         own = self.offloaded()
-        even = measured(
-            own.courier, slabs, self.layout.size, dtype=torch.bfloat16, device=self.device
+        even = measure_break_even(
+            own.fetcher, slabs, self.layout.size, dtype=torch.bfloat16, device=self.device
         )
         found.facts[f"{self.kind}, CPU or copy"] = {
             "kernels of the CPU": packs,
             "threads": torch.get_num_threads(),
             "ms": {name: 1e3 * seconds for name, seconds in vars(even).items()},
-            "copied sooner from so many tokens on": even.most() + 1,
-            "ms of an expert on the CPU": {n: 1e3 * (even.each + n * even.token) for n in TOKENS},
+            "copied sooner from so many tokens on": even.max_tokens() + 1,
+            "ms of an expert on the CPU": {
+                n: 1e3 * (even.expert_seconds + n * even.token_seconds) for n in TOKENS
+            },
         }
         for play in PLAYS[:2]:
             name = f"{self.kind}, {play}, slots and CPU"
-            self.told(name, self.ran(play, self.offloaded(Aside(even, slabs))), rest, link, found)
+            self.told(
+                name, self.ran(play, self.offloaded(CpuExperts(even, slabs))), rest, link, found
+            )
 
     def accelerated(self, rest: float, found: Found) -> None:
         """Layers of experts whose weights another library copies whole, as often as they run."""
         name = "transformers with accelerate's offload"
         try:
             accelerate = import_module("accelerate")
-            slab = self.layout.shown(self.host, torch.arange(len(self.host)))
+            slab = self.layout.as_slab(self.host, torch.arange(len(self.host)))
             assert isinstance(slab.gate_up, Tensor)
             assert isinstance(slab.down, Tensor)
             whole = (slab.gate_up.contiguous(), slab.down.contiguous())
@@ -333,20 +341,20 @@ class Bench:
             module.config._experts_implementation = "grouped_mm"
             accelerate.cpu_offload(module, execution_device=self.device)
             forward = self.trace.forwards[0]
-            routing = self.routing(forward, 0, unrouted(forward)[0])
+            routing = self.routing(forward, 0, recorded_experts(forward)[0])
             x, samples = self.x(), []
             with torch.inference_mode():
                 for _ in range(4):
                     self.finish()
                     began = time.perf_counter()
-                    module(x, routing.ids, routing.weights.to(x.dtype))
+                    module(x, routing.topk_ids, routing.topk_weights.to(x.dtype))
                     self.finish()
                     samples.append((time.perf_counter() - began) * 1e6)
         except Exception as error:  # absent, or not able to: the others are worth knowing
             found.facts[name] = f"not measured: {type(error).__name__}: {error}"[:300]
             return
         layer = found.took(f"{name}: a layer", samples[1:]) / 1e6
-        layers = len(self.trace.about.layers)
+        layers = len(self.trace.header.layers)
         away = layers - round(layers * self.slots / len(self.host))
         steps = len(self.trace.forwards) / BLOCKS
         speed = self.tokens / (steps * (rest + away * layer))
@@ -379,8 +387,8 @@ def far(device: torch.device) -> bool:
     return device.type == "cuda"
 
 
-def _stalled(store: Store) -> float:
-    return store.waited if isinstance(store, Offloaded) else 0.0
+def _stalled(store: ExpertStore) -> float:
+    return store.stall_seconds if isinstance(store, CachedExpertStore) else 0.0
 
 
 def _unpinned(count: int, size: int, device: torch.device) -> Tensor:
@@ -388,6 +396,6 @@ def _unpinned(count: int, size: int, device: torch.device) -> Tensor:
     return torch.empty(count, size, dtype=torch.uint8)
 
 
-def _law() -> Law:
+def _law() -> RoutingLaw:
     facts = json.loads(DRAWN.read_text(encoding="utf-8"))["facts"]
-    return from_json(Law, facts["as read off"]["law"])
+    return from_json(RoutingLaw, facts["as read off"]["law"])

@@ -9,9 +9,9 @@ from gpu_parts.clock import Work, kernels, launched, replayed
 from gpu_parts.found import Figure, Found
 
 from coterie.ops import gpu, reference
-from coterie.results import Measure
+from coterie.results import Measurement
 from coterie.routing import parse_policy
-from coterie.routing.select import Ruled, route_by_mask
+from coterie.routing.select import KernelPolicy, route_by_mask
 from coterie.values import Policy, RouterSpec, Routing, Scores
 
 POLICIES = (
@@ -109,7 +109,7 @@ def _race(name: str, ours: Work, torchs: Work, device: torch.device, found: Foun
         medians = []
         for who, work in (("torch", torchs), ("ours", ours)):
             try:
-                taken = Measure(f"{name}: {who}, {how}", "us", tuple(clock(work, device)))
+                taken = Measurement(f"{name}: {who}, {how}", "us", tuple(clock(work, device)))
             except RuntimeError as error:  # what a graph cannot hold; the rest is worth having
                 facts[f"{who}, {how}: not measured"] = str(error)[:300]
                 continue
@@ -121,10 +121,10 @@ def _race(name: str, ours: Work, torchs: Work, device: torch.device, found: Foun
 
 
 def _by_kernel(scores: Scores, policy: Policy) -> Routing:
-    assert isinstance(policy, Ruled)
-    told = policy.ruling(scores, scores.router.k)
+    assert isinstance(policy, KernelPolicy)
+    told = policy.kernel_rule(scores, scores.router.k)
     assert told is not None
-    found = gpu.route(told.scores, told.rule, told.voice)
+    found = gpu.route(told.scores, told.rule, told.vote_weight)
     assert found is not None
     return found
 

@@ -13,10 +13,10 @@ import torch
 from torch import Tensor
 
 from coterie import ops
-from coterie.experts.couriers import Courier
+from coterie.experts.couriers import ExpertFetcher
 from coterie.model.moe import MoE
 from coterie.model.transformer import Transformer
-from coterie.values import Demand, Routing, Slab, Store
+from coterie.values import ExpertRequest, Routing, Slab, ExpertStore
 
 Mark = torch.cuda.Event | float
 """A moment of the queue of copies; where there is none, of the clock."""
@@ -26,7 +26,7 @@ Mark = torch.cuda.Event | float
 class Watched:
     """A courier whose copies' time is told: from when the first could begin to the last's end."""
 
-    courier: Courier
+    courier: ExpertFetcher
     queue: torch.cuda.Stream | None  # of the copies; None where threads read
     brought: int = 0
     _first: Mark | None = None
@@ -34,28 +34,28 @@ class Watched:
 
     @property
     def waited(self) -> float:
-        return self.courier.waited
+        return self.courier.stall_seconds
 
-    def bring(self, layer: int, expert: int, into: Tensor) -> Future[str]:
+    def fetch_async(self, layer: int, expert: int, into: Tensor) -> Future[str]:
         self.brought += 1
         if self._first is None:
             self._first = self._mark()
-        return self.courier.bring(layer, expert, into)
+        return self.courier.fetch_async(layer, expert, into)
 
-    def join(self, coming: Collection[Future[str]]) -> None:
-        self.courier.join(coming)
+    def wait(self, coming: Collection[Future[str]]) -> None:
+        self.courier.wait(coming)
         if self._first is not None:
             self._spans.append((self._first, self._mark()))
             self._first = None
 
-    def computed(self) -> None:
-        self.courier.computed()
+    def mark_computed(self) -> None:
+        self.courier.mark_computed()
 
     def settle(self, coming: Collection[Future[str]]) -> None:
-        self.courier.settle(coming)
+        self.courier.drain(coming)
 
-    def there(self, table: np.ndarray) -> Tensor:
-        return self.courier.there(table)
+    def to_device(self, table: np.ndarray) -> Tensor:
+        return self.courier.to_device(table)
 
     def busy(self) -> float:
         """Seconds in which experts were on the way; everything must have been waited for."""
@@ -88,7 +88,7 @@ class Ran:
 class Nobody:
     """A store without experts: what a forward takes beside them."""
 
-    def serve(self, layer: int, demand: Demand) -> Iterator[Slab]:
+    def serve(self, layer: int, demand: ExpertRequest) -> Iterator[Slab]:
         del layer, demand
         return iter(())
 
@@ -101,10 +101,10 @@ class Nobody:
         return None
 
 
-def summed(store: Store, layer: int, routing: Routing, x: Tensor) -> Tensor:
+def summed(store: ExpertStore, layer: int, routing: Routing, x: Tensor) -> Tensor:
     """What a layer's experts say, slab by slab."""
     out: Tensor | None = None
-    for slab in store.serve(layer, Demand(routing.used, routing)):
+    for slab in store.serve(layer, ExpertRequest(routing.used, routing)):
         part = ops.run_experts(x, routing, slab)
         out = part if out is None else out.add_(part)
     assert out is not None
@@ -114,14 +114,15 @@ def summed(store: Store, layer: int, routing: Routing, x: Tensor) -> Tensor:
 def on(routing: Routing, device: torch.device) -> Routing:
     """The same there."""
     ids, weights, used, own = (
-        one.to(device) for one in (routing.ids, routing.weights, routing.used, routing.own)
+        one.to(device)
+        for one in (routing.topk_ids, routing.topk_weights, routing.used, routing.vanilla_ids)
     )
     return Routing(ids, weights, used, own)
 
 
 def slabs_of(transformer: Transformer) -> Iterator[Slab]:
     """All experts of each layer that has some."""
-    nobody = Demand(torch.zeros(transformer.spec.router.experts, dtype=torch.bool))
+    nobody = ExpertRequest(torch.zeros(transformer.spec.router.experts, dtype=torch.bool))
     for number, layer in enumerate(transformer.layers):
         if isinstance(layer.feed_forward, MoE):
             yield from layer.feed_forward.store.serve(number, nobody)

@@ -10,40 +10,48 @@ import torch
 
 from coterie.experts.capacity import Capacity
 from coterie.experts.eviction import Lru
-from coterie.families import Config, recognise
+from coterie.families import ModelConfig, detect_family
 from coterie.keys import from_json
 from coterie.model.spec import ModelSpec
-from coterie.planning.booking import Booked, Cache, Memory, Play, asks_residents, book, choose
-from coterie.planning.judging import Judgement
-from coterie.planning.synthetic import MINI, Law, Shape, synthetic
+from coterie.planning.booking import (
+    CacheReplay,
+    CacheConfig,
+    TraceVotes,
+    ReplayPolicy,
+    depends_on_residents,
+    replay_cache,
+    select_experts,
+)
+from coterie.planning.judging import ClockValidation
+from coterie.planning.synthetic import LLADA2_MINI, RoutingLaw, SyntheticShape, synthetic_trace
 from coterie.planning.trace import Trace
-from coterie.results import Measure
+from coterie.results import Measurement
 from coterie.routing import parse_policy
 
-Found = tuple[str, list[Measure], dict[str, object]]
+Found = tuple[str, list[Measurement], dict[str, object]]
 """A record's title, measures and facts."""
 
 SHARE = "35%"
-Arm = tuple[Play, str]
+Arm = tuple[ReplayPolicy, str]
 """A policy, and the experts that memory holds."""
 
 VANILLA, VOTE, RESIDENT = "vanilla", "des-vote:beta=0.1", "resident-vote:beta=0.1"
 
 
-def play(policy: str, drift: float | None = None, *, commits: bool = True) -> Play:
-    return Play(parse_policy(policy), drift, commits)
+def play(policy: str, drift: float | None = None, *, commits: bool = True) -> ReplayPolicy:
+    return ReplayPolicy(parse_policy(policy), drift, commits)
 
 
 POLICIES = (play(VANILLA), play(VOTE), play(RESIDENT), play(RESIDENT, 0.05))
 
 
 def spec_of(folder: Path) -> ModelSpec:
-    config = Config.of(folder / "config.json")
-    return recognise(config).read(config)
+    config = ModelConfig.of(folder / "config.json")
+    return detect_family(config).read_spec(config)
 
 
-def law_of(path: Path) -> Law:
-    return from_json(Law, json.loads(path.read_text())["facts"]["as read off"]["law"])
+def law_of(path: Path) -> RoutingLaw:
+    return from_json(RoutingLaw, json.loads(path.read_text())["facts"]["as read off"]["law"])
 
 
 @dataclass(frozen=True)
@@ -52,7 +60,7 @@ class Bench:
 
     folder: Path
     spec: ModelSpec
-    law: Law
+    law: RoutingLaw
 
     @property
     def size(self) -> int:
@@ -60,40 +68,42 @@ class Bench:
 
     def drawn(self, layers: int, blocks: int) -> Trace:
         router = self.spec.router
-        shape = Shape(layers, router.experts, router.k, steps=MINI.steps)
-        return synthetic(shape, self.law, blocks=blocks, seed=7)
+        shape = SyntheticShape(layers, router.experts, router.k, steps=LLADA2_MINI.steps)
+        return synthetic_trace(shape, self.law, blocks=blocks, seed=7)
 
     def slots(self, share: str) -> int:
         layers, experts = len(self.spec.moe_layers), self.spec.router.experts
-        return Capacity.parse(share).slots(layers=layers, experts=experts, size=self.size)
+        return Capacity.parse(share).slots(layers=layers, experts=experts, expert_bytes=self.size)
 
-    def foretold(self, trace: Trace, arm: Arm) -> Booked:
+    def foretold(self, trace: Trace, arm: Arm) -> CacheReplay:
         """What a replay says that is used and loaded."""
-        memory, (one, share) = Memory.of(trace), arm
-        chosen = None if asks_residents(one) else choose(memory, one)
-        return book(memory, one, chosen, Cache(Lru(), self.slots(share)))
+        memory, (one, share) = TraceVotes.of(trace), arm
+        chosen = None if depends_on_residents(one) else select_experts(memory, one)
+        return replay_cache(memory, one, chosen, CacheConfig(Lru(), self.slots(share)))
 
     def about(self, trace: Trace) -> dict[str, object]:
         router = self.spec.router
         return {
-            "layers": len(trace.about.layers),
+            "layers": len(trace.header.layers),
             "experts": router.experts,
             "expert_bytes": self.size,
             "forwards": len(trace.forwards),
-            "steps_a_block": MINI.steps,
+            "steps_a_block": LLADA2_MINI.steps,
             "threads": torch.get_num_threads(),
-            "drawn": dict(trace.about.made),
+            "drawn": dict(trace.header.provenance),
         }
 
 
 def named(arm: Arm) -> str:
     one, share = arm
-    commits = "" if one.commits else ", commits vanilla"
+    commits = "" if one.routes_commits else ", commits vanilla"
     return f"{one}{commits}, {share} in memory"
 
 
-def tell(judged: Judgement) -> None:
-    for one in judged.runs:
-        said = "learnt from" if one.taught else "foretold"
-        print(f"{one.name}: {1e3 * one.seconds:.2f} ms, {said}, off by {one.off_by:+.1%}")
-    print(f"worst {max(judged.held_out):.1%} of those not learnt from", flush=True)
+def tell(judged: ClockValidation) -> None:
+    for one in judged.predictions:
+        said = "learnt from" if one.used_for_fit else "foretold"
+        print(
+            f"{one.name}: {1e3 * one.measured_seconds:.2f} ms, {said}, off by {one.relative_error:+.1%}"
+        )
+    print(f"worst {max(judged.held_out_errors):.1%} of those not learnt from", flush=True)

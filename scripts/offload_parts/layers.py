@@ -13,24 +13,24 @@ import torch
 from offload_parts.bench import POLICIES, SHARE, Arm, Bench, Found, named, play, tell
 from torch import Tensor
 
-from coterie.engine.offloaded import blobs
-from coterie.experts.couriers import Readers
+from coterie.engine.offloaded import expert_file_spans
+from coterie.experts.couriers import ThreadedFetcher
 from coterie.experts.eviction import Lru
-from coterie.experts.offload import Offloaded
-from coterie.experts.store import Resident
-from coterie.experts.tiers import Blobs, OnDisk
-from coterie.families import Config, recognise
+from coterie.experts.offload import CachedExpertStore
+from coterie.experts.store import ResidentExpertStore
+from coterie.experts.tiers import ExpertFileSpan, DiskTier
+from coterie.families import ModelConfig, detect_family
 from coterie.families.names import is_stacked, weight_map
 from coterie.model.checkpoint import Checkpoint
-from coterie.ops.cpu.kernels import memory
-from coterie.ops.panels import in_panels
-from coterie.planning.judging import judge, together
-from coterie.planning.learning import Timed
-from coterie.planning.serving import Served, serve_trace
-from coterie.planning.synthetic import MINI
+from coterie.ops.cpu.kernels import allocate
+from coterie.ops.panels import slab_of_packed
+from coterie.planning.judging import validate, concatenate_runs
+from coterie.planning.learning import TimedForwards
+from coterie.planning.serving import ServedTrace, serve_trace
+from coterie.planning.synthetic import LLADA2_MINI
 from coterie.planning.trace import Trace
-from coterie.results import Measure
-from coterie.values import Demand, Slab, Store
+from coterie.results import Measurement
+from coterie.values import ExpertRequest, Slab, ExpertStore
 
 ALL, AMPLE = "all in memory", "slots for all"
 TEACHERS: tuple[Arm, ...] = tuple(
@@ -50,9 +50,11 @@ def measure(bench: Bench, *, layers: int, blocks: int, rounds: int) -> Found:
     alone = Layers(bench, trace, on_disk(bench.folder, layers))
     ratios, found = alone.with_all(2 * rounds), alone.with_few()
     runs = {named(arm): timed_layers(served) for arm, served in found.items()}
-    judged = judge(runs, [named(arm) for arm in TEACHERS], bench.size)
+    judged = validate(runs, [named(arm) for arm in TEACHERS], bench.size)
     measures = ratios + [
-        Measure(f"{named(arm)}: a layer", "ms", tuple(1e3 * part.seconds.mean() for part in parts))
+        Measurement(
+            f"{named(arm)}: a layer", "ms", tuple(1e3 * part.seconds.mean() for part in parts)
+        )
         for arm, parts in found.items()
     ]
     tell(judged)
@@ -60,25 +62,27 @@ def measure(bench: Bench, *, layers: int, blocks: int, rounds: int) -> Found:
     return (
         "Offload on a CPU",
         measures,
-        {**bench.about(trace), "foretelling": judged.document(), "runs": counted},
+        {**bench.about(trace), "foretelling": judged.to_dict(), "runs": counted},
     )
 
 
-def on_disk(folder: Path, layers: int) -> OnDisk:
+def on_disk(folder: Path, layers: int) -> DiskTier:
     """The experts of the first layers that have some, called 1, 2 ..; let go from the system's
     cache of files."""
     checkpoint = Checkpoint.of(folder)
-    config = Config.of(folder / "config.json")
-    family = recognise(config)
-    names, spec = family.names, family.read(config)
+    config = ModelConfig.of(folder / "config.json")
+    family = detect_family(config)
+    names, spec = family.tensor_names, family.read_spec(config)
     places = weight_map(names, spec, stacked=is_stacked(checkpoint.tensors))
-    found: dict[int, Blobs] = {}
-    for number, (_, one) in enumerate(sorted(blobs(checkpoint, places).items())[:layers], 1):
+    found: dict[int, ExpertFileSpan] = {}
+    for number, (_, one) in enumerate(
+        sorted(expert_file_spans(checkpoint, places).items())[:layers], 1
+    ):
         descriptor = os.open(one.path, os.O_RDONLY)
         os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
         os.close(descriptor)
         found[number] = one
-    return OnDisk(found)
+    return DiskTier(found)
 
 
 @dataclass(frozen=True)
@@ -87,19 +91,19 @@ class Layers:
 
     bench: Bench
     trace: Trace
-    disk: OnDisk
+    disk: DiskTier
 
     @property
     def x(self) -> Tensor:
         """What goes into every layer, [N, H]."""
         draw = torch.Generator().manual_seed(3)
-        return torch.randn(MINI.tokens, self.bench.spec.hidden, generator=draw).bfloat16()
+        return torch.randn(LLADA2_MINI.tokens, self.bench.spec.hidden, generator=draw).bfloat16()
 
-    def with_few(self) -> dict[Arm, list[Served]]:
+    def with_few(self) -> dict[Arm, list[ServedTrace]]:
         """Every arm with slots of its own, empty at first: block by block, each time in another
         order, so that what else the machine does falls on all of them alike."""
         stores = {arm: self.store(self.bench.slots(arm[1])) for arm in ARMS}
-        found: dict[Arm, list[Served]] = {arm: [] for arm in ARMS}
+        found: dict[Arm, list[ServedTrace]] = {arm: [] for arm in ARMS}
         draw, x = Random(0), self.x
         for few in self.blocks():
             order = list(ARMS)
@@ -108,15 +112,15 @@ class Layers:
                 found[arm].append(serve_trace(few, arm[0], stores[arm], x))
         return found
 
-    def with_all(self, turns: int) -> list[Measure]:
+    def with_all(self, turns: int) -> list[Measurement]:
         """What a store that fetches costs where its slots are full and hold all, against none: over
         the same bytes, for where these lie in memory can change more than what is compared."""
         ample, slabs = self.store(self.bench.spec.router.experts), {}
-        for layer in self.trace.about.layers:
+        for layer in self.trace.header.layers:
             everybody = torch.ones(self.bench.spec.router.experts, dtype=torch.bool)
-            list(ample.serve(layer, Demand(everybody)))
-            (slabs[layer],) = ample.serve(layer, Demand(everybody))
-        stores: dict[str, Store] = {ALL: Resident(slabs), AMPLE: ample}
+            list(ample.serve(layer, ExpertRequest(everybody)))
+            (slabs[layer],) = ample.serve(layer, ExpertRequest(everybody))
+        stores: dict[str, ExpertStore] = {ALL: ResidentExpertStore(slabs), AMPLE: ample}
         found: dict[str, list[float]] = {}
         for turn in range(turns + 1):  # the first forwards of a process are slow
             for one in POLICIES[:2]:
@@ -127,42 +131,48 @@ class Layers:
                 if turn:
                     found.setdefault(str(one), []).append(taken[AMPLE] / taken[ALL])
         return [
-            Measure(f"{name}: {AMPLE} against {ALL}", "x", tuple(ratios))
+            Measurement(f"{name}: {AMPLE} against {ALL}", "x", tuple(ratios))
             for name, ratios in found.items()
         ]
 
     def blocks(self) -> Iterator[Trace]:
         forwards = self.trace.forwards
-        for first in range(0, len(forwards), MINI.steps):
-            yield replace(self.trace, forwards=forwards[first : first + MINI.steps])
+        for first in range(0, len(forwards), LLADA2_MINI.steps):
+            yield replace(self.trace, forwards=forwards[first : first + LLADA2_MINI.steps])
 
-    def store(self, slots: int) -> Offloaded:
+    def store(self, slots: int) -> CachedExpertStore:
         spec = self.bench.spec
 
         def shown(held: Tensor, slot_of: Tensor) -> Slab:
             sizes = {"hidden": spec.hidden, "width": spec.expert_width}
-            return in_panels(held, spec.panel_kind, slot_of, **sizes)
+            return slab_of_packed(held, spec.panel_kind, slot_of, **sizes)
 
         experts, size = spec.router.experts, self.bench.size
-        return Offloaded(Readers(self.disk), shown, touched, experts, size, slots, Lru())
+        return CachedExpertStore(
+            ThreadedFetcher(self.disk), shown, touched, experts, size, slots, Lru()
+        )
 
 
 def touched(slots: int, size: int) -> Tensor:
     """Memory whose pages are there: a first read into others takes half as long again."""
-    return memory(slots, size).zero_()
+    return allocate(slots, size).zero_()
 
 
-def timed_layers(parts: Sequence[Served]) -> Timed:
+def timed_layers(parts: Sequence[ServedTrace]) -> TimedForwards:
     """Every layer as a forward of its own."""
-    return together(
+    return concatenate_runs(
         [
-            Timed(part.used.reshape(-1, 1), part.loads.reshape(-1, 1), part.seconds.reshape(-1))
+            TimedForwards(
+                part.used.reshape(-1, 1), part.loads.reshape(-1, 1), part.seconds.reshape(-1)
+            )
             for part in parts
         ]
     )
 
 
-def summary(bench: Bench, trace: Trace, arm: Arm, parts: Sequence[Served]) -> dict[str, object]:
+def summary(
+    bench: Bench, trace: Trace, arm: Arm, parts: Sequence[ServedTrace]
+) -> dict[str, object]:
     used, loads, seconds = (
         np.concatenate([getattr(part, name) for part in parts])
         for name in ("used", "loads", "seconds")
@@ -175,5 +185,5 @@ def summary(bench: Bench, trace: Trace, arm: Arm, parts: Sequence[Served]) -> di
         "bytes_a_layer": float(loads.mean()) * bench.size,
         "loads_as_replayed": bool((foretold.loads == loads).all()),
         "ms_a_layer": 1e3 * float(seconds.mean()),
-        "stall_ms_a_layer": 1e3 * sum(part.waited for part in parts) / seconds.size,
+        "stall_ms_a_layer": 1e3 * sum(part.seconds_waited for part in parts) / seconds.size,
     }

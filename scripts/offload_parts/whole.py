@@ -10,15 +10,15 @@ import numpy as np
 from offload_parts.bench import POLICIES, RESIDENT, SHARE, Arm, Bench, Found, named, play, tell
 
 from coterie.engine.load import Model, load_model
-from coterie.experts.offload import Offloaded
+from coterie.experts.offload import CachedExpertStore
 from coterie.model.moe import MoE
-from coterie.planning.following import Following, Ran, run, with_commits
-from coterie.planning.judging import judge, together
-from coterie.planning.learning import Timed
-from coterie.planning.synthetic import MINI
+from coterie.planning.following import TraceDrivenModel, TimedRun, run_trace, add_commits
+from coterie.planning.judging import validate, concatenate_runs
+from coterie.planning.learning import TimedForwards
+from coterie.planning.synthetic import LLADA2_MINI
 from coterie.planning.trace import Trace
-from coterie.results import Measure
-from coterie.values import Store
+from coterie.results import Measurement
+from coterie.values import ExpertStore
 
 # Room for all that vanilla uses, for what comes in waves is not in the clock; and three numbers of
 # experts, for one alone does not tell computing them from all else.
@@ -34,16 +34,16 @@ ARMS: tuple[Arm, ...] = (
 def measure(bench: Bench, *, blocks: int, rounds: int) -> Found:
     """Teachers write two blocks, the others all."""
     model, stores = opened(bench, {share for _, share in (*TEACHERS, *ARMS)})
-    trace = with_commits(bench.drawn(len(bench.spec.moe_layers), blocks))
-    brief = with_commits(bench.drawn(len(bench.spec.moe_layers), min(2, blocks)))
+    trace = add_commits(bench.drawn(len(bench.spec.moe_layers), blocks))
+    brief = add_commits(bench.drawn(len(bench.spec.moe_layers), min(2, blocks)))
     traces = {arm: brief if arm in TEACHERS else trace for arm in (*TEACHERS, *ARMS)}
     found = in_turns(model, lambda arm: stores[arm[1]], traces, rounds)
     runs, replays = {}, {}
     for arm, ran in found.items():
         replays[arm] = bench.foretold(traces[arm], arm)
         counts = replays[arm].used, replays[arm].loads
-        runs[named(arm)] = together([Timed(*counts, one.seconds) for one in ran])
-    judged = judge(runs, [named(arm) for arm in TEACHERS], bench.size)
+        runs[named(arm)] = concatenate_runs([TimedForwards(*counts, one.seconds) for one in ran])
+    judged = validate(runs, [named(arm) for arm in TEACHERS], bench.size)
     tell(judged)
     vanilla = found[ARMS[0]]
     told = {
@@ -55,7 +55,7 @@ def measure(bench: Bench, *, blocks: int, rounds: int) -> Found:
         }
         for arm, ran in found.items()
     }
-    facts = {**bench.about(trace), "foretelling": judged.document(), "runs": told}
+    facts = {**bench.about(trace), "foretelling": judged.to_dict(), "runs": told}
     return "Offload whole model", measured(found), facts
 
 
@@ -63,7 +63,7 @@ def resident(bench: Bench, *, blocks: int, rounds: int) -> Found:
     """Experts mapped, each in the system's cache of files."""
     model = load_model(bench.folder, dtype="bf16", device="cpu")
     store = store_of(model)
-    trace = with_commits(bench.drawn(len(bench.spec.moe_layers), blocks))
+    trace = add_commits(bench.drawn(len(bench.spec.moe_layers), blocks))
     arms = [(one, "100%") for one in POLICIES[:2]]
     found = in_turns(model, lambda arm: store, dict.fromkeys(arms, trace), rounds)
     told = {named(arm): written(bench, ran, found[arms[0]]) for arm, ran in found.items()}
@@ -71,55 +71,57 @@ def resident(bench: Bench, *, blocks: int, rounds: int) -> Found:
     return "Offload whole model resident", measured(found), facts
 
 
-def opened(bench: Bench, shares: set[str]) -> tuple[Model, dict[str, Offloaded]]:
+def opened(bench: Bench, shares: set[str]) -> tuple[Model, dict[str, CachedExpertStore]]:
     """One model, and a store for each share of the experts."""
     models = {
         share: load_model(bench.folder, dtype="bf16", device="cpu", expert_memory=share)
         for share in sorted(shares)
     }
-    stores = {share: model.offloaded for share, model in models.items()}
+    stores = {share: model.offload_store for share, model in models.items()}
     return models[SHARE], {share: one for share, one in stores.items() if one is not None}
 
 
-def store_of(model: Model) -> Store:
+def store_of(model: Model) -> ExpertStore:
     networks = (layer.feed_forward for layer in model.transformer.layers)
     return next(one.store for one in networks if isinstance(one, MoE))
 
 
 def in_turns(
     model: Model,
-    store: Callable[[Arm], Store],
+    store: Callable[[Arm], ExpertStore],
     traces: Mapping[Arm, Trace],
     rounds: int,
-) -> dict[Arm, list[Ran]]:
+) -> dict[Arm, list[TimedRun]]:
     """Every arm once a round, in an order drawn anew, its slots empty at first. Before all of them
     a block under vanilla through every store: first forwards, and slots never touched, are slow."""
-    follows = {id(trace): Following(trace) for trace in traces.values()}
-    found: dict[Arm, list[Ran]] = {arm: [] for arm in traces}
+    follows = {id(trace): TraceDrivenModel(trace) for trace in traces.values()}
+    found: dict[Arm, list[TimedRun]] = {arm: [] for arm in traces}
     for arm in {arm[1]: arm for arm in traces}.values():
-        short = replace(traces[arm], forwards=traces[arm].forwards[: MINI.steps])
-        run(model, Following(short), POLICIES[0], store(arm))
+        short = replace(traces[arm], forwards=traces[arm].forwards[: LLADA2_MINI.steps])
+        run_trace(model, TraceDrivenModel(short), POLICIES[0], store(arm))
     draw = Random(0)
     for _ in range(rounds):
         order = list(traces)
         draw.shuffle(order)
         for arm in order:
             kept = store(arm)
-            if isinstance(kept, Offloaded):
-                kept.empty()
-            ran = run(model, follows[id(traces[arm])], arm[0], kept)
+            if isinstance(kept, CachedExpertStore):
+                kept.reset()
+            ran = run_trace(model, follows[id(traces[arm])], arm[0], kept)
             found[arm].append(ran)
             print(
-                f"{named(arm)}: {1e3 * ran.seconds.sum() / ran.decoding:.0f} ms a forward, "
+                f"{named(arm)}: {1e3 * ran.seconds.sum() / ran.decode_forwards:.0f} ms a forward, "
                 f"{ran.tokens_per_second:.2f} tokens/s",
                 flush=True,
             )
     return found
 
 
-def written(bench: Bench, ran: Sequence[Ran], vanilla: Sequence[Ran]) -> dict[str, object]:
+def written(
+    bench: Bench, ran: Sequence[TimedRun], vanilla: Sequence[TimedRun]
+) -> dict[str, object]:
     """Of all turns together; forwards that commit are laid on those that decode."""
-    decoding, moved = sum(one.decoding for one in ran), bytes_of(bench, ran)
+    decoding, moved = sum(one.decode_forwards for one in ran), bytes_of(bench, ran)
     seconds = sum(float(one.seconds.sum()) for one in ran)
     usual = bytes_of(bench, vanilla)
     used = sum(int(one.used.sum()) for one in ran)
@@ -141,7 +143,7 @@ def written(bench: Bench, ran: Sequence[Ran], vanilla: Sequence[Ran]) -> dict[st
     }
 
 
-def one_kind(ran: Sequence[Ran], kind: str) -> float | None:
+def one_kind(ran: Sequence[TimedRun], kind: str) -> float | None:
     """The median of its forwards, ms."""
     taken = [
         second
@@ -152,20 +154,22 @@ def one_kind(ran: Sequence[Ran], kind: str) -> float | None:
     return 1e3 * float(np.median(taken)) if taken else None
 
 
-def bytes_of(bench: Bench, ran: Sequence[Ran]) -> int:
+def bytes_of(bench: Bench, ran: Sequence[TimedRun]) -> int:
     return bench.size * sum(int(one.loads.sum()) for one in ran)
 
 
-def measured(found: Mapping[Arm, Sequence[Ran]]) -> list[Measure]:
+def measured(found: Mapping[Arm, Sequence[TimedRun]]) -> list[Measurement]:
     speeds = [
-        Measure(f"{named(arm)}: written", "tokens/s", tuple(one.tokens_per_second for one in ran))
+        Measurement(
+            f"{named(arm)}: written", "tokens/s", tuple(one.tokens_per_second for one in ran)
+        )
         for arm, ran in found.items()
     ]
     return speeds + [
-        Measure(
+        Measurement(
             f"{named(arm)}: a forward",
             "ms",
-            tuple(1e3 * float(one.seconds.sum()) / one.decoding for one in ran),
+            tuple(1e3 * float(one.seconds.sum()) / one.decode_forwards for one in ran),
         )
         for arm, ran in found.items()
     ]

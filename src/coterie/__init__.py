@@ -5,30 +5,30 @@
 >>> engine.generate("Tom has 3 boxes of 4 pens and gives away 5. How many pens are left?").text
 """
 
-from coterie.engine.coarse import Coarse
-from coterie.engine.config import Generation
+from coterie.engine.coarse import LowPrecisionExperts
+from coterie.engine.config import GenerationConfig
 from coterie.engine.engine import Engine, load
-from coterie.engine.event import Denoised, Event, Experts, Finished, Result
-from coterie.engine.memory import Memory
+from coterie.engine.event import Denoised, Event, ExpertUsage, Finished, Result
+from coterie.engine.memory import ExpertMemoryConfig
 from coterie.naming import CoterieError
-from coterie.routing import POLICIES, parse_policy, spell
+from coterie.routing import POLICIES, parse_policy, format_policy
 
 __version__ = "0.1.0"
 
 __all__ = [
     "POLICIES",
-    "Coarse",
+    "LowPrecisionExperts",
     "CoterieError",
     "Denoised",
     "Engine",
     "Event",
-    "Experts",
+    "ExpertUsage",
     "Finished",
-    "Generation",
-    "Memory",
+    "GenerationConfig",
+    "ExpertMemoryConfig",
     "Result",
     "__version__",
     "load",
     "parse_policy",
-    "spell",
+    "format_policy",
 ]

@@ -18,7 +18,7 @@ PACKAGES = ("coterie", "torch", "triton", "numpy", "safetensors", "tokenizers")
 
 
 @dataclass(frozen=True)
-class Measure:
+class Measurement:
     """Repeated readings of one quantity, in the order they were taken."""
 
     name: str
@@ -41,7 +41,7 @@ class Measure:
         low, _, high = statistics.quantiles(self.samples, n=4, method="inclusive")
         return high - low
 
-    def document(self) -> dict[str, object]:
+    def to_dict(self) -> dict[str, object]:
         return {
             "name": self.name,
             "unit": self.unit,
@@ -51,10 +51,10 @@ class Measure:
         }
 
 
-def record(
+def make_record(
     title: str,
     command: Sequence[str],
-    measures: Sequence[Measure],
+    measurements: Sequence[Measurement],
     *,
     facts: Mapping[str, object] | None = None,
     device: str = "cpu",
@@ -64,10 +64,10 @@ def record(
         "title": title,
         "command": list(command),
         "when": datetime.now(UTC).isoformat(timespec="seconds"),
-        "commit": commit(),
-        "machine": {**machine(), "device": device},
-        "versions": versions(),
-        "measures": [measure.document() for measure in measures],
+        "commit": git_commit(),
+        "machine": {**machine_info(), "device": device},
+        "versions": package_versions(),
+        "measures": [measurement.to_dict() for measurement in measurements],
         "facts": dict(facts or {}),
     }
 
@@ -83,56 +83,56 @@ def write_record(folder: Path, content: Mapping[str, object]) -> Path:
 
 def write_json(path: Path, content: Mapping[str, object]) -> None:
     """The file, whole or not at all."""
-    unfinished = path.with_suffix(f".{os.getpid()}.tmp")
-    unfinished.write_text(json.dumps(content, indent=1, allow_nan=False) + "\n", encoding="utf-8")
-    unfinished.replace(path)
+    temporary = path.with_suffix(f".{os.getpid()}.tmp")
+    temporary.write_text(json.dumps(content, indent=1, allow_nan=False) + "\n", encoding="utf-8")
+    temporary.replace(path)
 
 
-def commit(folder: Path | None = None) -> str:
+def git_commit(folder: Path | None = None) -> str:
     """The commit around ``folder`` (default: this file), "+changes" where files differ from it."""
-    where = folder or Path(__file__).parent
-    head = _git(where, "rev-parse", "HEAD")
+    directory = folder or Path(__file__).parent
+    head = _git(directory, "rev-parse", "HEAD")
     if head is None:
         return "unknown"
-    return head + ("+changes" if _git(where, "status", "--porcelain", "-uno") else "")
+    return head + ("+changes" if _git(directory, "status", "--porcelain", "-uno") else "")
 
 
-def machine() -> dict[str, object]:
+def machine_info() -> dict[str, object]:
     """Processor, cores and memory (MiB, where the system tells)."""
     return {
         "system": f"{platform.system()} {platform.release()}",
-        "processor": _processor(),
+        "processor": _processor_name(),
         "cores": os.cpu_count(),
         "memory_mib": _memory_mib(),
         "python": platform.python_version(),
     }
 
 
-def versions() -> dict[str, str]:
+def package_versions() -> dict[str, str]:
     """Of the packages that a measurement depends on, as far as they are installed."""
-    found = {}
+    versions = {}
     for package in PACKAGES:
         try:
-            found[package] = metadata.version(package)
+            versions[package] = metadata.version(package)
         except metadata.PackageNotFoundError:
             continue
-    return found
+    return versions
 
 
-def _git(folder: Path, *words: str) -> str | None:
+def _git(folder: Path, *arguments: str) -> str | None:
     try:
-        done = subprocess.run(
-            ["git", "-C", str(folder), *words], capture_output=True, text=True, check=True
+        result = subprocess.run(
+            ["git", "-C", str(folder), *arguments], capture_output=True, text=True, check=True
         )
     except (OSError, subprocess.CalledProcessError):
         return None
-    return done.stdout.strip()
+    return result.stdout.strip()
 
 
-def _processor() -> str:
-    listed = Path("/proc/cpuinfo")
-    if listed.is_file():
-        for line in listed.read_text(encoding="utf-8", errors="replace").splitlines():
+def _processor_name() -> str:
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.is_file():
+        for line in cpuinfo.read_text(encoding="utf-8", errors="replace").splitlines():
             if line.startswith("model name"):
                 return line.partition(":")[2].strip()
     return platform.processor() or platform.machine()

@@ -26,52 +26,54 @@ from typing import Annotated, Literal, TypeVar, Union, get_args, get_origin, get
 from coterie.keys import Key
 from coterie.naming import CoterieError
 
-Single = str | int | float
-Value = Single | tuple[Single, ...] | None
-Choice = TypeVar("Choice")
+ScalarValue = str | int | float
+OptionValue = ScalarValue | tuple[ScalarValue, ...] | None
+SpecT = TypeVar("SpecT")
 
 
 @dataclass(frozen=True)
-class Within:
+class Bounds:
     """A range: ``least <= value <= most`` and ``above < value < below``; never NaN or infinite."""
 
-    least: float = -math.inf
-    above: float = -math.inf
-    most: float = math.inf
-    below: float = math.inf
+    ge: float = -math.inf
+    gt: float = -math.inf
+    le: float = math.inf
+    lt: float = math.inf
 
     def __contains__(self, value: float) -> bool:
-        inside = self.least <= value <= self.most and self.above < value < self.below
-        return inside and -math.inf < value < math.inf
+        in_bounds = self.ge <= value <= self.le and self.gt < value < self.lt
+        return in_bounds and -math.inf < value < math.inf
 
     def __str__(self) -> str:
-        bounds = {"above": self.above, "at least": self.least}
-        bounds |= {"at most": self.most, "below": self.below}
-        told = [f"{word} {bound:g}" for word, bound in bounds.items() if abs(bound) < math.inf]
-        return " and ".join(told) or "finite"
+        bounds = {"above": self.gt, "at least": self.ge}
+        bounds |= {"at most": self.le, "below": self.lt}
+        parts = [f"{word} {bound:g}" for word, bound in bounds.items() if abs(bound) < math.inf]
+        return " and ".join(parts) or "finite"
 
 
-Share = Annotated[float, Within(above=0, most=1)]  # something of a whole
-Part = Annotated[float, Within(least=0, most=1)]  # perhaps nothing of it
-Count = Annotated[int, Within(least=1)]
-Whole = Annotated[int, Within(least=0)]  # a count that may be none
-Amount = Annotated[float, Within(least=0)]
-Shares = Share | tuple[Share, ...]  # one for all, or one each: 0.3/0.2/0.25
+PositiveFraction = Annotated[float, Bounds(gt=0, le=1)]  # something of a whole
+UnitFraction = Annotated[float, Bounds(ge=0, le=1)]  # perhaps nothing of it
+PositiveInt = Annotated[int, Bounds(ge=1)]
+NonNegativeInt = Annotated[int, Bounds(ge=0)]  # a count that may be none
+NonNegativeFloat = Annotated[float, Bounds(ge=0)]
+PositiveFractions = (
+    PositiveFraction | tuple[PositiveFraction, ...]
+)  # one for all, or one each: 0.3/0.2/0.25
 
-BETWEEN = "/"  # the entries of a list
+LIST_SEPARATOR = "/"  # the entries of a list
 
 
 @dataclass(frozen=True)
-class Shown:
+class AlwaysPrinted:
     """This option is printed even at its default."""
 
 
 @dataclass(frozen=True)
-class Offers:
+class NestedOptions:
     """Which options of a part a choice offers, by name, and which of them it always prints."""
 
     names: tuple[str, ...]
-    shown: tuple[str, ...] = ()
+    always_printed: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -86,8 +88,8 @@ class Spelt:
         return self.word if value == self.value else value
 
 
-SHOWN = Shown()
-LIST = object()  # a note: this option also takes a list
+ALWAYS_PRINTED = AlwaysPrinted()
+ACCEPTS_LIST = object()  # a note: this option also takes a list
 
 
 @dataclass(frozen=True)
@@ -96,79 +98,85 @@ class Option:
 
     name: str  # as it is printed
     attribute: str  # the field that holds its value
-    part: str
-    kind: type  # int, float, bool or str; of each entry, where it takes a list
+    parent_field: str
+    value_type: type  # int, float, bool or str; of each entry, where it takes a list
     choices: tuple[str, ...]
-    within: Within
-    default: Value | Literal["required"]
-    shown: bool
-    many: bool = False  # it also takes a list, as a tuple of at least two entries
-    words: tuple[str, ...] = ()  # which it takes beside numbers
+    bounds: Bounds
+    default: OptionValue | Literal["required"]
+    always_printed: bool
+    accepts_list: bool = False  # it also takes a list, as a tuple of at least two entries
+    keywords: tuple[str, ...] = ()  # which it takes beside numbers
     also: tuple[str, ...] = ()  # names that are read as this one
     spelt: tuple[Spelt, ...] = ()  # values that are printed as another word
 
-    def read(self, text: str) -> Value:
+    def parse_value(self, text: str) -> OptionValue:
         """The value that ``text`` spells, its range not yet checked."""
-        entries = [entry.strip() for entry in text.split(BETWEEN)] if self.many else [text]
-        first, *others = [self._single(entry, told) for entry, told in self._told(entries)]
-        return (first, *others) if others else first
+        entries = (
+            [entry.strip() for entry in text.split(LIST_SEPARATOR)] if self.accepts_list else [text]
+        )
+        first, *rest = [
+            self._parse_scalar(entry, label) for entry, label in self._labelled(entries)
+        ]
+        return (first, *rest) if rest else first
 
-    def check(self, value: Value) -> None:
+    def check(self, value: OptionValue) -> None:
         """Raises unless ``value`` is one that this option can take; names the entry of a list."""
         if value is None and self.default is None:
             return
-        if not (self.many and isinstance(value, tuple)):
-            self._check_single(value, self.name)
+        if not (self.accepts_list and isinstance(value, tuple)):
+            self._check_scalar(value, self.name)
             return
         if len(value) < 2:
             raise CoterieError(f"{self.name} as a list needs two entries or more, not {value!r}")
-        for entry, told in self._told(value):
-            self._check_single(entry, told)
+        for entry, label in self._labelled(value):
+            self._check_scalar(entry, label)
 
-    def _told(self, entries: Sequence[Single]) -> list[tuple[Single, str]]:
+    def _labelled(self, entries: Sequence[ScalarValue]) -> list[tuple[ScalarValue, str]]:
         """Each entry with what a complaint calls it: "beta", or "entry 2 of 4 of beta"."""
         n = len(entries)
-        places = [
+        labels = [
             f"entry {i} of {n} of {self.name}" if n > 1 else self.name for i in range(1, n + 1)
         ]
-        return list(zip(entries, places, strict=True))
+        return list(zip(entries, labels, strict=True))
 
-    def _single(self, text: Single, told: str) -> Single:
-        noun, read = READERS[self.kind]
+    def _parse_scalar(self, text: ScalarValue, label: str) -> ScalarValue:
+        noun, convert = PARSERS[self.value_type]
         if not text:
-            raise CoterieError(f"{told} is empty")
-        if (value := self._value_of(text)) != text or text in self.words:
+            raise CoterieError(f"{label} is empty")
+        if (value := self._value_of(text)) != text or text in self.keywords:
             return value
         try:
-            return read(str(text))
+            return convert(str(text))
         except (ValueError, KeyError):
-            known = " or ".join((noun, *self.words))
-            raise CoterieError(f"{told} must be {known}, not {text!r}") from None
+            known = " or ".join((noun, *self.keywords))
+            raise CoterieError(f"{label} must be {known}, not {text!r}") from None
 
     def word(self, value: str) -> str:
         """As a value is printed."""
         return next((one.word for one in self.spelt if one.value == value), value)
 
-    def _value_of(self, text: Single) -> Single:
+    def _value_of(self, text: ScalarValue) -> ScalarValue:
         return next((one.value for one in self.spelt if one.word == text), text)
 
-    def _check_single(self, value: Value, told: str) -> None:
-        if value in self.words:
+    def _check_scalar(self, value: OptionValue, label: str) -> None:
+        if value in self.keywords:
             return
         if self.choices:
             if value not in self.choices:
                 known = ", ".join(map(self.word, self.choices))
-                raise CoterieError(f"{told} must be one of {known}, not {value!r}")
-        elif isinstance(value, bool) != (self.kind is bool) or not isinstance(
-            value, (int, float) if self.kind is float else self.kind
+                raise CoterieError(f"{label} must be one of {known}, not {value!r}")
+        elif isinstance(value, bool) != (self.value_type is bool) or not isinstance(
+            value, (int, float) if self.value_type is float else self.value_type
         ):
-            lists = " or a tuple of it" if self.many and told == self.name else ""
-            raise CoterieError(f"{told} must be of type {self.kind.__name__}{lists}, not {value!r}")
-        elif isinstance(value, int | float) and value not in self.within:
-            raise CoterieError(f"{told} must be {self.within}, not {value!r}")
+            list_hint = " or a tuple of it" if self.accepts_list and label == self.name else ""
+            raise CoterieError(
+                f"{label} must be of type {self.value_type.__name__}{list_hint}, not {value!r}"
+            )
+        elif isinstance(value, int | float) and value not in self.bounds:
+            raise CoterieError(f"{label} must be {self.bounds}, not {value!r}")
 
 
-def parse(text: str, table: Mapping[str, type[Choice]], noun: str) -> Choice:
+def parse_spec(text: str, table: Mapping[str, type[SpecT]], noun: str) -> SpecT:
     """The choice that ``text`` spells, of one of the classes in ``table``.
 
     Raises CoterieError, which names the ``noun`` ("policy") and what would have worked.
@@ -176,29 +184,34 @@ def parse(text: str, table: Mapping[str, type[Choice]], noun: str) -> Choice:
     name, _, rest = text.strip().partition(":")
     if name not in table:
         raise CoterieError(f"unknown {noun} {name!r}; known: {', '.join(sorted(table))}")
-    offered = options(table[name])
+    known_options = spec_options(table[name])
     try:
-        given = {key: offered[key].read(value) for key, value in _pairs(rest, offered)}
-        required = [option.name for option in offered.values() if option.default == "required"]
-        if missing := [key for key in required if key not in given]:
+        option_values = {
+            key: known_options[key].parse_value(value)
+            for key, value in _parse_pairs(rest, known_options)
+        }
+        required = [
+            option.name for option in known_options.values() if option.default == "required"
+        ]
+        if missing := [key for key in required if key not in option_values]:
             raise CoterieError(f"needs {', '.join(missing)}")
-        return _build(table[name], offered, given)
+        return _build(table[name], known_options, option_values)
     except CoterieError as error:
         raise CoterieError(f"{noun} {text!r}: {error}") from None
 
 
-def spelled(choice: object, table: Mapping[str, type[object]]) -> str:
+def format_spec(spec: object, table: Mapping[str, type[object]]) -> str:
     """The text that ``parse`` reads back as ``choice``; defaults are left out."""
-    name = next((name for name, cls in table.items() if type(choice) is cls), None)
+    name = next((name for name, cls in table.items() if type(spec) is cls), None)
     if name is None:
-        raise CoterieError(f"{choice!r} has no name; known: {', '.join(sorted(table))}")
-    values = {option: _value(choice, option) for option in options(type(choice)).values()}
-    said = [
-        f"{option.name}={_text(value, option)}"
+        raise CoterieError(f"{spec!r} has no name; known: {', '.join(sorted(table))}")
+    values = {option: _get_value(spec, option) for option in spec_options(type(spec)).values()}
+    parts = [
+        f"{option.name}={_format_value(value, option)}"
         for option, value in values.items()
-        if value is not None and (option.shown or value != option.default)
+        if value is not None and (option.always_printed or value != option.default)
     ]
-    return f"{name}:{','.join(said)}" if said else name
+    return f"{name}:{','.join(parts)}" if parts else name
 
 
 def respelled(text: str, table: Mapping[str, type[object]]) -> str:
@@ -207,7 +220,7 @@ def respelled(text: str, table: Mapping[str, type[object]]) -> str:
     name, colon, rest = text.partition(":")
     if name not in table or not colon:
         return text
-    offered = options(table[name])
+    offered = spec_options(table[name])
     said = []
     for item in rest.split(","):
         key, equals, value = item.partition("=")
@@ -219,37 +232,37 @@ def respelled(text: str, table: Mapping[str, type[object]]) -> str:
 
 
 @cache
-def options(cls: type) -> Mapping[str, Option]:
+def spec_options(cls: type) -> Mapping[str, Option]:
     """Every option of a class by name, in the order of its spelling."""
-    found = {}
-    for field, hint, notes in _fields(cls):
-        offers = next((note for note in notes if isinstance(note, Offers)), None)
-        if offers is None:
-            option = _option(field, hint, notes)
-            found[option.name] = option
+    options_by_name = {}
+    for field, hint, metadata in _fields(cls):
+        nested = next((item for item in metadata if isinstance(item, NestedOptions)), None)
+        if nested is None:
+            option = _make_option(field, hint, metadata)
+            options_by_name[option.name] = option
             continue
-        inner = _own(type(field.default))
-        for name in (name for name in inner if name in offers.names):
-            found[name] = replace(
-                inner[name],
+        inner_options = _direct_options(type(field.default))
+        for name in (name for name in inner_options if name in nested.names):
+            options_by_name[name] = replace(
+                inner_options[name],
                 part=field.name,
-                default=getattr(field.default, inner[name].attribute),
-                shown=name in offers.shown,
+                default=getattr(field.default, inner_options[name].attribute),
+                shown=name in nested.always_printed,
             )
-    return found
+    return options_by_name
 
 
 def check_options(value: object) -> None:
     """Raises for a field that its annotation forbids; a dataclass's ``__post_init__``."""
-    for option in _own(type(value)).values():
+    for option in _direct_options(type(value)).values():
         option.check(getattr(value, option.attribute))
 
 
 @cache
-def _own(cls: type) -> Mapping[str, Option]:
+def _direct_options(cls: type) -> Mapping[str, Option]:
     """Options that are fields of the class itself, by name."""
-    plain = (_option(*parts) for parts in _fields(cls) if not is_dataclass(parts[1]))
-    return {option.name: option for option in plain}
+    plain_fields = (_make_option(*entry) for entry in _fields(cls) if not is_dataclass(entry[1]))
+    return {option.name: option for option in plain_fields}
 
 
 def _fields(cls: type) -> Iterator[tuple[Field[object], type, tuple[object, ...]]]:
@@ -257,53 +270,57 @@ def _fields(cls: type) -> Iterator[tuple[Field[object], type, tuple[object, ...]
     takes a list, the type of an entry, and LIST among the notes."""
     hints = get_type_hints(cls, include_extras=True)
     for field in fields(cls):
-        hint, notes = hints[field.name], ()
+        hint, metadata = hints[field.name], ()
         if get_origin(hint) is Annotated:
-            hint, *more = get_args(hint)
-            notes = tuple(more)
+            hint, *extra = get_args(hint)
+            metadata = tuple(extra)
         if get_origin(hint) in (Union, UnionType):
-            arms = [arm for arm in get_args(hint) if arm is not NoneType]
-            notes = (*notes, LIST) if any(get_origin(arm) is tuple for arm in arms) else notes
-            single = [arm for arm in arms if get_origin(arm) is not tuple]
-            numbers = [arm for arm in single if get_origin(arm) is not Literal]
-            hint = (numbers or single)[0]
-            notes = (*notes, *(arm for arm in single if arm is not hint))
+            members = [member for member in get_args(hint) if member is not NoneType]
+            metadata = (
+                (*metadata, ACCEPTS_LIST)
+                if any(get_origin(member) is tuple for member in members)
+                else metadata
+            )
+            scalars = [member for member in members if get_origin(member) is not tuple]
+            numeric = [member for member in scalars if get_origin(member) is not Literal]
+            hint = (numeric or scalars)[0]
+            metadata = (*metadata, *(member for member in scalars if member is not hint))
         if get_origin(hint) is Annotated:
-            hint, *more = get_args(hint)
-            notes = (*notes, *more)
-        yield field, hint, notes
+            hint, *extra = get_args(hint)
+            metadata = (*metadata, *extra)
+        yield field, hint, metadata
 
 
-def _option(field: Field[object], hint: type, notes: tuple[object, ...]) -> Option:
+def _make_option(field: Field[object], hint: type, metadata: tuple[object, ...]) -> Option:
     choices = get_args(hint) if get_origin(hint) is Literal else ()
-    key = next((note for note in notes if isinstance(note, Key)), Key(field.name))
+    key = next((item for item in metadata if isinstance(item, Key)), Key(field.name))
     return Option(
         name=key.name,
         attribute=field.name,
-        part="",
-        kind=str if choices else hint,
+        parent_field="",
+        value_type=str if choices else hint,
         choices=choices,
-        within=next((note for note in notes if isinstance(note, Within)), Within()),
+        bounds=next((item for item in metadata if isinstance(item, Bounds)), Bounds()),
         default="required" if field.default is MISSING else field.default,  # pyright: ignore[reportArgumentType]
-        shown=SHOWN in notes,
-        many=LIST in notes,
-        words=tuple(
-            word for note in notes if get_origin(note) is Literal for word in get_args(note)
+        always_printed=ALWAYS_PRINTED in metadata,
+        accepts_list=ACCEPTS_LIST in metadata,
+        keywords=tuple(
+            word for item in metadata if get_origin(item) is Literal for word in get_args(item)
         ),
         also=key.also,
-        spelt=tuple(note for note in notes if isinstance(note, Spelt)),
+        spelt=tuple(item for item in metadata if isinstance(item, Spelt)),
     )
 
 
-def _pairs(rest: str, offered: Mapping[str, Option]) -> list[tuple[str, str]]:
+def _parse_pairs(rest: str, known_options: Mapping[str, Option]) -> list[tuple[str, str]]:
     pairs = []
     for item in rest.split(",") if rest.strip() else []:
         key, equals, value = (part.strip() for part in item.partition("="))
         if not equals or not value:
             raise CoterieError(f"{item.strip()!r} is not of the form option=value")
-        option = _named(key, offered)
+        option = _named(key, known_options)
         if option is None:
-            known = ", ".join(offered) or "none"
+            known = ", ".join(known_options) or "none"
             raise CoterieError(f"unknown option {key!r}; it has: {known}")
         if option.name in dict(pairs):
             raise CoterieError(f"{option.name} is given twice")
@@ -317,26 +334,28 @@ def _named(name: str, offered: Mapping[str, Option]) -> Option | None:
     return found or next((option for option in offered.values() if name in option.also), None)
 
 
-def _build(cls: type[Choice], offered: Mapping[str, Option], given: Mapping[str, Value]) -> Choice:
+def _build(
+    cls: type[SpecT], known_options: Mapping[str, Option], option_values: Mapping[str, OptionValue]
+) -> SpecT:
     """An instance of ``cls``; options of a part change that part's default."""
-    parts: dict[str, dict[str, Value]] = {}
-    for key, value in given.items():
-        parts.setdefault(offered[key].part, {})[offered[key].attribute] = value
+    parts: dict[str, dict[str, OptionValue]] = {}
+    for key, value in option_values.items():
+        parts.setdefault(known_options[key].parent_field, {})[known_options[key].attribute] = value
     arguments: dict[str, object] = dict(parts.pop("", {}))
     for part, values in parts.items():
         arguments[part] = replace(getattr(cls, part), **values)
     return cls(**arguments)
 
 
-def _value(choice: object, option: Option) -> Value:
-    holder = getattr(choice, option.part) if option.part else choice
-    return getattr(holder, option.attribute)
+def _get_value(spec: object, option: Option) -> OptionValue:
+    owner = getattr(spec, option.parent_field) if option.parent_field else spec
+    return getattr(owner, option.attribute)
 
 
-def _text(value: Value, option: Option) -> str:
+def _format_value(value: OptionValue, option: Option) -> str:
     """Shortest text that reads back as the same value: 1 for 1.0."""
     if isinstance(value, tuple):
-        return BETWEEN.join(_text(entry, option) for entry in value)
+        return LIST_SEPARATOR.join(_format_value(entry, option) for entry in value)
     if isinstance(value, bool):
         return "yes" if value else "no"
     if isinstance(value, str):
@@ -345,7 +364,9 @@ def _text(value: Value, option: Option) -> str:
     return text.removesuffix(".0") if isinstance(value, float) else text
 
 
-READERS: dict[type, tuple[str, Callable[[str], Single]]] = {  # what it is called, how it is read
+PARSERS: dict[
+    type, tuple[str, Callable[[str], ScalarValue]]
+] = {  # what it is called, how it is read
     int: ("a whole number", int),
     float: ("a number", float),
     bool: ("yes or no", {"yes": True, "no": False}.__getitem__),

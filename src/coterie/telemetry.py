@@ -10,73 +10,73 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from coterie.values import Routing, Scores, membership
+from coterie.values import Routing, Scores, expert_mask
 
-Row = Hashable
+RowId = Hashable
 
 
 class Recorder(Protocol):
     """Looks on. Nothing here may change what is computed, or wait for the device."""
 
-    def began(self, rows: tuple[Row, ...]) -> None:
+    def on_forward(self, rows: tuple[RowId, ...]) -> None:
         """A forward over these rows starts; what is shown before the next ``began`` is theirs."""
         ...
 
-    def fed(self, layer: int, x: Tensor) -> None:
+    def on_moe_input(self, layer: int, x: Tensor) -> None:
         """x [S, N, H] that a layer's gate and experts read; ``routed`` follows."""
         ...
 
-    def routed(self, layer: int, scores: Scores, routing: Routing) -> None:
+    def on_routed(self, layer: int, scores: Scores, routing: Routing) -> None:
         """What a layer's gate thought of S rows, and what came of it."""
         ...
 
-    def layer_output(self, layer: int, x: Tensor) -> None:
+    def on_layer_output(self, layer: int, x: Tensor) -> None:
         """x [B, W, H] after a layer; before the first (-1), and [P, H] as the head reads it."""
         ...
 
 
 @dataclass(frozen=True)
-class Null:
+class NullRecorder:
     """Records nothing."""
 
-    def began(self, rows: tuple[Row, ...]) -> None:
+    def on_forward(self, rows: tuple[RowId, ...]) -> None:
         del rows
 
-    def fed(self, layer: int, x: Tensor) -> None:
+    def on_moe_input(self, layer: int, x: Tensor) -> None:
         del layer, x
 
-    def routed(self, layer: int, scores: Scores, routing: Routing) -> None:
+    def on_routed(self, layer: int, scores: Scores, routing: Routing) -> None:
         del layer, scores, routing
 
-    def layer_output(self, layer: int, x: Tensor) -> None:
+    def on_layer_output(self, layer: int, x: Tensor) -> None:
         del layer, x
 
 
 @dataclass(frozen=True)
-class Together:
+class RecorderGroup:
     """Shows each recorder everything, in order."""
 
     recorders: tuple[Recorder, ...]
 
-    def began(self, rows: tuple[Row, ...]) -> None:
+    def on_forward(self, rows: tuple[RowId, ...]) -> None:
         for recorder in self.recorders:
-            recorder.began(rows)
+            recorder.on_forward(rows)
 
-    def fed(self, layer: int, x: Tensor) -> None:
+    def on_moe_input(self, layer: int, x: Tensor) -> None:
         for recorder in self.recorders:
-            recorder.fed(layer, x)
+            recorder.on_moe_input(layer, x)
 
-    def routed(self, layer: int, scores: Scores, routing: Routing) -> None:
+    def on_routed(self, layer: int, scores: Scores, routing: Routing) -> None:
         for recorder in self.recorders:
-            recorder.routed(layer, scores, routing)
+            recorder.on_routed(layer, scores, routing)
 
-    def layer_output(self, layer: int, x: Tensor) -> None:
+    def on_layer_output(self, layer: int, x: Tensor) -> None:
         for recorder in self.recorders:
-            recorder.layer_output(layer, x)
+            recorder.on_layer_output(layer, x)
 
 
 @dataclass(frozen=True)
-class Counts:
+class ExpertCounts:
     """The experts one row used, over the forwards that were shown; means are over forwards."""
 
     forwards: int
@@ -89,222 +89,238 @@ class Counts:
     vote_mass_kept: float  # masked votes for the experts used / all masked votes
     hit_rate: float  # share of the voters' own choices that they kept
     coreset_steps: int  # layers of a block's later steps, which could keep a coreset
-    coresets_kept: float | None  # of these, the share that did; None where none could
-    drift: float | None  # mean share of a fresh coreset's votes lost by that; 0 where it moved
+    coreset_reuse_rate: float | None  # of these, the share that did; None where none could
+    reuse_vote_loss: (
+        float | None
+    )  # mean share of a fresh coreset's votes lost by that; 0 where it moved
 
 
 @dataclass(frozen=True)
-class _Shown:
+class _LayerRouting:
     """What a layer leaves behind of a forward until it is counted: small, whatever it scored."""
 
     layer: int
     experts: int
-    ids: Tensor  # [S, N, k]
-    own: Tensor  # [S, N, k]
+    topk_ids: Tensor  # [S, N, k]
+    vanilla_ids: Tensor  # [S, N, k]
     votes: Tensor  # [S, N, k]: the router's probability of ``own``
     voters: Tensor | None  # [S, N]
-    settled: Tensor | None  # [S, 3] fp64: whether a coreset could stay, whether it did, votes lost
+    reuse: Tensor | None  # [S, 3] fp64: whether a coreset could stay, whether it did, votes lost
 
-    def alike(self) -> tuple[object, ...]:
+    def batch_key(self) -> tuple[object, ...]:
         """Equal for layers that can be counted together."""
         return (
-            self.ids.shape,
-            self.own.shape,
+            self.topk_ids.shape,
+            self.vanilla_ids.shape,
             self.experts,
             self.voters is None,
-            self.settled is None,
+            self.reuse is None,
         )
 
 
-Figures = tuple[tuple[int, ...], Tensor]
+LayerStats = tuple[tuple[int, ...], Tensor]
 """Layers of one forward, and their figures [L, 9]."""
 
 
 @dataclass  # not frozen: it gathers
-class Counting:
+class ExpertCounter:
     """Counts experts row by row. Show it decoding forwards only; reading waits for the device.
 
     A forward's layers are counted together, once it is over or somebody asks.
     """
 
-    _rows: tuple[Row, ...] = ()
-    _shown: list[_Shown] = field(default_factory=list)
-    _seen: dict[Row, list[Figures]] = field(default_factory=dict)
+    _rows: tuple[RowId, ...] = ()
+    _pending: list[_LayerRouting] = field(default_factory=list)
+    _stats: dict[RowId, list[LayerStats]] = field(default_factory=dict)
 
-    def began(self, rows: tuple[Row, ...]) -> None:
-        self._settle()
+    def on_forward(self, rows: tuple[RowId, ...]) -> None:
+        self._flush()
         self._rows = rows
 
-    def fed(self, layer: int, x: Tensor) -> None:
+    def on_moe_input(self, layer: int, x: Tensor) -> None:
         del layer, x
 
-    def routed(self, layer: int, scores: Scores, routing: Routing) -> None:
-        if self._shown and layer <= self._shown[-1].layer:
-            self._settle()
-        self._shown.append(_shown(layer, scores, routing))
+    def on_routed(self, layer: int, scores: Scores, routing: Routing) -> None:
+        if self._pending and layer <= self._pending[-1].layer:
+            self._flush()
+        self._pending.append(_layer_routing(layer, scores, routing))
 
-    def layer_output(self, layer: int, x: Tensor) -> None:
+    def on_layer_output(self, layer: int, x: Tensor) -> None:
         del layer, x
 
-    def counts(self, row: Row = 0) -> Counts:
+    def counts(self, row: RowId = 0) -> ExpertCounts:
         """The counts of one row; all zero (and vote mass 1) when it was never shown."""
-        self._settle()
+        self._flush()
         layers: dict[int, list[list[float]]] = {}
-        for layer, figure in _read(self._seen.get(row, [])):
-            layers.setdefault(layer, []).append(figure)
+        for layer, stats in _to_lists(self._stats.get(row, [])):
+            layers.setdefault(layer, []).append(stats)
         return _summary(layers)
 
-    def latest(self, row: Row = 0) -> Counts:
+    def latest_counts(self, row: RowId = 0) -> ExpertCounts:
         """The counts of the last forward that was shown with this row."""
-        self._settle()
-        found: dict[int, list[list[float]]] = {}
-        for seen in reversed(self._seen.get(row, [])):
-            if not found.keys().isdisjoint(seen[0]):
+        self._flush()
+        by_layer: dict[int, list[list[float]]] = {}
+        for forward in reversed(self._stats.get(row, [])):
+            if not by_layer.keys().isdisjoint(forward[0]):
                 break
-            found |= {layer: [figure] for layer, figure in _read([seen])}
-        return _summary(found)
+            by_layer |= {layer: [stats] for layer, stats in _to_lists([forward])}
+        return _summary(by_layer)
 
-    def absorb(self, other: Counting) -> None:
+    def merge(self, other: ExpertCounter) -> None:
         """Add what another was shown, such as a forward that has come out well."""
-        self._settle()
-        other._settle()
-        for row, seen in other._seen.items():
-            self._seen.setdefault(row, []).extend(seen)
+        self._flush()
+        other._flush()
+        for row, history in other._stats.items():
+            self._stats.setdefault(row, []).extend(history)
 
-    def renewed(self, rows: tuple[Row, ...]) -> Counting:
+    def cloned_for(self, rows: tuple[RowId, ...]) -> ExpertCounter:
         """What was shown of rows 0, 1, .. as if of these, in memory of its own."""
-        self._settle()
-        fresh = Counting()
-        for number, row in enumerate(rows):
-            seen = self._seen.get(number, [])
-            fresh._seen[row] = [(layers, figures.clone()) for layers, figures in seen]
-        return fresh
+        self._flush()
+        clone = ExpertCounter()
+        for index, row in enumerate(rows):
+            history = self._stats.get(index, [])
+            clone._stats[row] = [(layers, stats.clone()) for layers, stats in history]
+        return clone
 
-    def forget(self, row: Row) -> None:
+    def drop_row(self, row: RowId) -> None:
         """Drop one row's counts."""
-        self._settle()
-        self._seen.pop(row, None)
+        self._flush()
+        self._stats.pop(row, None)
 
-    def _settle(self) -> None:
-        for _, group in groupby(self._shown, _Shown.alike):
+    def _flush(self) -> None:
+        for _, group in groupby(self._pending, _LayerRouting.batch_key):
             layers = list(group)
-            each = _figures(layers).unflatten(0, (len(layers), -1))  # [L, S, 9]
-            rows = self._rows or tuple(range(each.shape[1]))
-            told = tuple(one.layer for one in layers)
-            for row, figure in zip(rows, each.unbind(1), strict=True):
-                self._seen.setdefault(row, []).append((told, figure))
-        self._shown.clear()
+            stats = _batched_stats(layers).unflatten(0, (len(layers), -1))  # [L, S, 9]
+            rows = self._rows or tuple(range(stats.shape[1]))
+            layer_indices = tuple(record.layer for record in layers)
+            for row, row_stats in zip(rows, stats.unbind(1), strict=True):
+                self._stats.setdefault(row, []).append((layer_indices, row_stats))
+        self._pending.clear()
 
 
 @dataclass  # not frozen: it gathers
-class Tracing:
+class TensorRecorder:
     """Keeps every tensor it is shown, in order. For parity and studies: memory grows."""
 
-    rows: list[tuple[Row, ...]] = field(default_factory=list)
+    rows: list[tuple[RowId, ...]] = field(default_factory=list)
     routings: list[tuple[int, Scores, Routing]] = field(default_factory=list)
     outputs: list[tuple[int, Tensor]] = field(default_factory=list)
     inputs: list[tuple[int, Tensor]] = field(default_factory=list)  # of the layers that route
 
-    def began(self, rows: tuple[Row, ...]) -> None:
+    def on_forward(self, rows: tuple[RowId, ...]) -> None:
         self.rows.append(rows)
 
-    def fed(self, layer: int, x: Tensor) -> None:
+    def on_moe_input(self, layer: int, x: Tensor) -> None:
         self.inputs.append((layer, x))
 
-    def routed(self, layer: int, scores: Scores, routing: Routing) -> None:
+    def on_routed(self, layer: int, scores: Scores, routing: Routing) -> None:
         self.routings.append((layer, scores, routing))
 
-    def layer_output(self, layer: int, x: Tensor) -> None:
+    def on_layer_output(self, layer: int, x: Tensor) -> None:
         self.outputs.append((layer, x))
 
 
-def figures(scores: Scores, routing: Routing) -> Tensor:
+def routing_stats(scores: Scores, routing: Routing) -> Tensor:
     """[S, 6] float64 of each row: unique experts, vanilla's unique experts, votes for experts
     used, all votes, choices kept, all choices.
 
     Every position counts for the unique experts, for all are computed; votes and choices are those
     of the row's voters. Votes are ``masked`` ones: the router's probability of own experts.
     """
-    return _figures([_shown(scores.layer, scores, routing)])[:, :6]
+    return _batched_stats([_layer_routing(scores.layer, scores, routing)])[:, :6]
 
 
-def _shown(layer: int, scores: Scores, routing: Routing) -> _Shown:
+def _layer_routing(layer: int, scores: Scores, routing: Routing) -> _LayerRouting:
     rows, tokens, experts = scores.logits.shape
-    ids, own = (x.view(rows, tokens, -1) for x in (routing.ids, routing.own))
-    votes = scores.probability.gather(-1, own)
-    return _Shown(layer, experts, ids, own, votes, scores.voters, _settled(scores, routing))
-
-
-def _settled(scores: Scores, routing: Routing) -> Tensor | None:
-    """See ``_Shown``; None where coresets are not kept."""
-    settled, incumbents = routing.settled, scores.incumbents
-    if settled is None or incumbents is None:
-        return None
-    could = incumbents.coresets.any(-1)
-    return torch.stack([could.double(), settled.kept.double(), settled.lost], dim=-1)
-
-
-def _figures(shown: Sequence[_Shown]) -> Tensor:
-    """[L * S, 9] of layers that are alike: see ``figures``, then ``_Shown.settled``."""
-    experts = shown[0].experts
-    ids, own, votes = (
-        torch.cat(parts)
-        for parts in zip(*((each.ids, each.own, each.votes) for each in shown), strict=True)
+    topk_ids, vanilla_ids = (
+        x.view(rows, tokens, -1) for x in (routing.topk_ids, routing.vanilla_ids)
     )
-    used, used_own = (membership(x.flatten(1), experts) for x in (ids, own))
-    elected = used.gather(-1, own.flatten(1)).view(own.shape)
-    kept = (own.unsqueeze(-1) == ids.unsqueeze(-2)).any(-1)
-    voters = [each.voters for each in shown if each.voters is not None]
+    votes = scores.probability.gather(-1, vanilla_ids)
+    return _LayerRouting(
+        layer, experts, topk_ids, vanilla_ids, votes, scores.voters, _reuse_stats(scores, routing)
+    )
+
+
+def _reuse_stats(scores: Scores, routing: Routing) -> Tensor | None:
+    """See ``_Shown``; None where coresets are not kept."""
+    reuse, previous = routing.coreset_reuse, scores.previous_coresets
+    if reuse is None or previous is None:
+        return None
+    reusable = previous.coresets.any(-1)
+    return torch.stack([reusable.double(), reuse.reused.double(), reuse.vote_loss], dim=-1)
+
+
+def _batched_stats(records: Sequence[_LayerRouting]) -> Tensor:
+    """[L * S, 9] of layers that are alike: see ``figures``, then ``_Shown.settled``."""
+    experts = records[0].experts
+    topk_ids, vanilla_ids, votes = (
+        torch.cat(parts)
+        for parts in zip(
+            *((record.topk_ids, record.vanilla_ids, record.votes) for record in records),
+            strict=True,
+        )
+    )
+    used, vanilla_used = (expert_mask(x.flatten(1), experts) for x in (topk_ids, vanilla_ids))
+    covered = used.gather(-1, vanilla_ids.flatten(1)).view(vanilla_ids.shape)
+    retained = (vanilla_ids.unsqueeze(-1) == topk_ids.unsqueeze(-2)).any(-1)
+    voters = [record.voters for record in records if record.voters is not None]
     if voters:
-        voice = torch.cat(voters)
-        votes, kept = votes * voice.unsqueeze(-1), kept & (voice > 0).unsqueeze(-1)
-        choices = (voice > 0).sum(1) * own.shape[-1]
+        vote_weight = torch.cat(voters)
+        votes, retained = (
+            votes * vote_weight.unsqueeze(-1),
+            retained & (vote_weight > 0).unsqueeze(-1),
+        )
+        choices = (vote_weight > 0).sum(1) * vanilla_ids.shape[-1]
     else:
-        choices = torch.full((len(own),), own.shape[1] * own.shape[2], device=own.device)
+        choices = torch.full(
+            (len(vanilla_ids),),
+            vanilla_ids.shape[1] * vanilla_ids.shape[2],
+            device=vanilla_ids.device,
+        )
     columns = (
         used.sum(-1),
-        used_own.sum(-1),
-        (votes.double() * elected).sum((1, 2)),
+        vanilla_used.sum(-1),
+        (votes.double() * covered).sum((1, 2)),
         votes.double().sum((1, 2)),
-        kept.sum((1, 2)),
+        retained.sum((1, 2)),
         choices,
     )
-    counted = torch.stack([column.double() for column in columns], dim=-1)
-    settled = [each.settled for each in shown if each.settled is not None]
-    stayed = torch.cat(settled) if settled else counted.new_zeros(len(counted), 3)
-    return torch.cat([counted, stayed], dim=-1)
+    counts = torch.stack([column.double() for column in columns], dim=-1)
+    reuse = [record.reuse for record in records if record.reuse is not None]
+    reuse_stats = torch.cat(reuse) if reuse else counts.new_zeros(len(counts), 3)
+    return torch.cat([counts, reuse_stats], dim=-1)
 
 
-def _read(seen: Sequence[Figures]) -> Iterator[tuple[int, list[float]]]:
+def _to_lists(forwards: Sequence[LayerStats]) -> Iterator[tuple[int, list[float]]]:
     """The layers and numbers of many small tensors, in one wait for the device."""
-    layers = [layer for told, _ in seen for layer in told]
-    numbers = torch.cat([figure for _, figure in seen]).tolist() if seen else []
-    return zip(layers, numbers, strict=True)
+    layers = [layer for layer_indices, _ in forwards for layer in layer_indices]
+    rows = torch.cat([stats for _, stats in forwards]).tolist() if forwards else []
+    return zip(layers, rows, strict=True)
 
 
-def _summary(layers: dict[int, list[list[float]]]) -> Counts:
+def _summary(layers: dict[int, list[list[float]]]) -> ExpertCounts:
     ordered = sorted(layers)
     per_layer, vanilla = (
-        tuple(_mean([figure[column] for figure in layers[layer]]) for layer in ordered)
+        tuple(_mean([stats[column] for stats in layers[layer]]) for layer in ordered)
         for column in (0, 1)
     )
-    everything = [figure for layer in ordered for figure in layers[layer]]
-    _, _, elected, votes, kept, choices, could, stayed, lost = (
-        [sum(column) for column in zip(*everything, strict=True)] if everything else [0.0] * 9
+    all_stats = [stats for layer in ordered for stats in layers[layer]]
+    _, _, covered, votes, retained, choices, reusable, reused, vote_loss = (
+        [sum(column) for column in zip(*all_stats, strict=True)] if all_stats else [0.0] * 9
     )
-    return Counts(
-        forwards=max((len(seen) for seen in layers.values()), default=0),
+    return ExpertCounts(
+        forwards=max((len(history) for history in layers.values()), default=0),
         layers=tuple(ordered),
         per_layer=per_layer,
-        mean=_mean([figure[0] for figure in everything]),
-        max=int(max((figure[0] for figure in everything), default=0)),
+        mean=_mean([stats[0] for stats in all_stats]),
+        max=int(max((stats[0] for stats in all_stats), default=0)),
         vanilla_per_layer=vanilla,
-        vanilla_mean=_mean([figure[1] for figure in everything]),
-        vote_mass_kept=elected / votes if votes else 1.0,
-        hit_rate=kept / choices if choices else 1.0,
-        coreset_steps=int(could),
-        coresets_kept=stayed / could if could else None,
-        drift=lost / could if could else None,
+        vanilla_mean=_mean([stats[1] for stats in all_stats]),
+        vote_mass_kept=covered / votes if votes else 1.0,
+        hit_rate=retained / choices if choices else 1.0,
+        coreset_steps=int(reusable),
+        coreset_reuse_rate=reused / reusable if reusable else None,
+        reuse_vote_loss=vote_loss / reusable if reusable else None,
     )
 
 

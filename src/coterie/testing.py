@@ -10,17 +10,17 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from coterie.experts.store import Resident
-from coterie.families import FAMILIES, Config, Family
+from coterie.experts.store import ResidentExpertStore
+from coterie.families import FAMILIES, ModelConfig, Family
 from coterie.families.names import weight_map
-from coterie.model.checkpoint import INDEX, SINGLE
+from coterie.model.checkpoint import INDEX_FILE, SINGLE_FILE
 from coterie.model.spec import ModelSpec
 from coterie.model.transformer import Transformer, build
 from coterie.model.weights import allocate, slabs
 
 Json = bool | int | float | str | None | list[int] | list[str]
 
-COMMON: dict[str, Json] = {
+COMMON_CONFIG: dict[str, Json] = {
     "hidden_act": "silu",
     "rope_scaling": None,
     "tie_word_embeddings": False,
@@ -37,7 +37,7 @@ COMMON: dict[str, Json] = {
     "rope_theta": 10000.0,
     "eos_token_id": 94,
 }
-CONFIGS: dict[str, dict[str, Json]] = {
+FAMILY_CONFIGS: dict[str, dict[str, Json]] = {
     "llada2": {
         "architectures": ["LLaDA2MoeModelLM"],
         "model_type": "llada2_moe",
@@ -76,16 +76,20 @@ CONFIGS: dict[str, dict[str, Json]] = {
 }
 
 
-def tiny_config(family: str, **keys: Json) -> dict[str, Json]:
+def tiny_config(family: str, **overrides: Json) -> dict[str, Json]:
     """A small config of "llada2", "llada-moe" or "sdar-moe", with some keys set otherwise."""
-    return COMMON | CONFIGS[family] | keys
+    return COMMON_CONFIG | FAMILY_CONFIGS[family] | overrides
 
 
 def read_spec(config: Mapping[str, Json]) -> tuple[Family, ModelSpec]:
     """The family and spec of a config that is not on disk."""
-    listed = config["architectures"]
-    family = FAMILIES[listed[0] if isinstance(listed, list) and isinstance(listed[0], str) else ""]
-    return family, family.read(Config(Path("config.json"), config))
+    architectures = config["architectures"]
+    family = FAMILIES[
+        architectures[0]
+        if isinstance(architectures, list) and isinstance(architectures[0], str)
+        else ""
+    ]
+    return family, family.read_spec(ModelConfig(Path("config.json"), config))
 
 
 def write_checkpoint(
@@ -96,24 +100,26 @@ def write_checkpoint(
     shards: int = 1,
     stacked: bool = False,
     dtype: torch.dtype = torch.float32,
-    **keys: Json,
+    **overrides: Json,
 ) -> Path:
     """Write config and random weights of a tiny model; ``keys`` replace keys of its config.
 
     Several shards get an index. ``stacked`` holds each layer's experts as three tensors.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    config = tiny_config(family, **keys)
+    config = tiny_config(family, **overrides)
     (folder / "config.json").write_text(json.dumps(config, indent=1), encoding="utf-8")
     tensors = random_tensors(config, seed, stacked=stacked, dtype=dtype)
     if shards == 1:
-        save_file(tensors, folder / SINGLE)
+        save_file(tensors, folder / SINGLE_FILE)
         return folder
     names = list(tensors)
-    files = {name: f"layer-{at % shards}-ep-0-of-1.safetensors" for at, name in enumerate(names)}
+    files = {
+        name: f"layer-{index % shards}-ep-0-of-1.safetensors" for index, name in enumerate(names)
+    }
     for file in sorted(set(files.values())):
         save_file({name: tensors[name] for name in names if files[name] == file}, folder / file)
-    (folder / INDEX).write_text(json.dumps({"metadata": {}, "weight_map": files}))
+    (folder / INDEX_FILE).write_text(json.dumps({"metadata": {}, "weight_map": files}))
     return folder
 
 
@@ -126,28 +132,28 @@ def random_tensors(
 ) -> dict[str, Tensor]:
     """Every tensor of such a checkpoint by its official name; both layouts hold one content."""
     family, spec = read_spec(config)
-    draw = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(seed)
     tensors = {
-        name: _random(name, place.shape, draw).to(dtype)
-        for name, place in weight_map(family.names, spec, stacked=False).items()
+        name: _random_tensor(name, target.shape, generator).to(dtype)
+        for name, target in weight_map(family.tensor_names, spec, stacked=False).items()
     }
-    return _stack(tensors, spec) if stacked else tensors
+    return _stack_experts(tensors, spec) if stacked else tensors
 
 
 def random_transformer(
     spec: ModelSpec, seed: int = 0, *, dtype: torch.dtype = torch.float32
 ) -> Transformer:
     """A transformer in memory (on the CPU) that was never on disk."""
-    draw = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(seed)
     weights = allocate(spec, dtype, torch.device("cpu"))
     for name, weight in weights.items():
-        weight.copy_(_random(name, tuple(weight.shape), draw))
-    return build(spec, weights, Resident(slabs(spec, weights)))
+        weight.copy_(_random_tensor(name, tuple(weight.shape), generator))
+    return build(spec, weights, ResidentExpertStore(slabs(spec, weights)))
 
 
-def _random(name: str, shape: tuple[int, ...], draw: torch.Generator) -> Tensor:
+def _random_tensor(name: str, shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
     """Numbers that keep the hidden state near unit size and the router undecided."""
-    noise = torch.randn(shape, generator=draw)
+    noise = torch.randn(shape, generator=generator)
     if "bias" in name:
         return noise * 0.05
     if len(shape) == 1:
@@ -157,11 +163,11 @@ def _random(name: str, shape: tuple[int, ...], draw: torch.Generator) -> Tensor:
     return noise * shape[-1] ** -0.5 * (2.0 if name.endswith((".gate", ".gate.weight")) else 1.0)
 
 
-def _stack(tensors: dict[str, Tensor], spec: ModelSpec) -> dict[str, Tensor]:
-    rest = {name: t for name, t in tensors.items() if ".mlp.experts." not in name}
+def _stack_experts(tensors: dict[str, Tensor], spec: ModelSpec) -> dict[str, Tensor]:
+    stacked = {name: t for name, t in tensors.items() if ".mlp.experts." not in name}
     for layer in spec.moe_layers:
         prefix = f"model.layers.{layer}.mlp.experts"
         for part in ("gate_proj", "up_proj", "down_proj"):
-            each = [tensors[f"{prefix}.{e}.{part}.weight"] for e in range(spec.router.experts)]
-            rest[f"{prefix}.{part}"] = torch.stack(each)
-    return rest
+            weights = [tensors[f"{prefix}.{e}.{part}.weight"] for e in range(spec.router.experts)]
+            stacked[f"{prefix}.{part}"] = torch.stack(weights)
+    return stacked

@@ -33,51 +33,72 @@ class Window:
 
 
 @dataclass(frozen=True)
-class Sight:
+class QueryPositions:
     """Where the tokens of a forward stand, and how far each of them sees."""
 
     positions: Tensor  # [B, W] int64
-    limits: Tensor  # [B, W] int64: keys before that position are seen
-    reach: int  # nobody's limit is beyond
+    key_limits: Tensor  # [B, W] int64: keys before that position are seen
+    kv_length: int  # nobody's limit is beyond
     cos: Tensor  # [B, W, 1, turning / 2] fp32: the first features of a head turn by these
     sin: Tensor
 
 
 @dataclass(frozen=True)
-class KeyValues:
+class LayerKV:
     """One layer's keys and values by position, [rows, kv_heads, length, head_dim] each."""
 
     keys: Tensor
     values: Tensor
-    places: Tensor  # [B] int64: the rows that a batch's are
+    cache_rows: Tensor  # [B] int64: the rows that a batch's are
 
 
 @dataclass(frozen=True)
-class Survey:
+class LogitsSummary:
     """What w rows of logits say; -1 is no token."""
 
-    best: Tensor  # [w] int64: the token with the greatest logit, the lower id of equals
-    unmasked: Tensor  # [w] int64: the same, but never the mask
-    total: Tensor  # [w] fp32: the log of the sum of e**logits; finite where all of them are
-    sure: Tensor  # [w, 2] fp32: the probabilities of these two tokens
+    argmax: Tensor  # [w] int64: the token with the greatest logit, the lower id of equals
+    unmasked_argmax: Tensor  # [w] int64: the same, but never the mask
+    logsumexp: Tensor  # [w] fp32: the log of the sum of e**logits; finite where all of them are
+    probabilities: Tensor  # [w, 2] fp32: the probabilities of these two tokens
 
     @staticmethod
-    def of(logits: Tensor, best: Tensor, unmasked: Tensor, total: Tensor) -> Survey:
+    def from_logits(
+        logits: Tensor, argmax: Tensor, unmasked_argmax: Tensor, logsumexp: Tensor
+    ) -> LogitsSummary:
         """With the probabilities that follow, of logits [w, V]; no numbers where these are none."""
-        both = logits.gather(-1, torch.stack([best, unmasked], dim=-1).clamp(min=0))
-        return Survey(best, unmasked, total, (both - total[:, None]).exp())
+        candidate_logits = logits.gather(
+            -1, torch.stack([argmax, unmasked_argmax], dim=-1).clamp(min=0)
+        )
+        return LogitsSummary(
+            argmax, unmasked_argmax, logsumexp, (candidate_logits - logsumexp[:, None]).exp()
+        )
 
-    def __getitem__(self, rows: slice) -> Survey:
-        return Survey(self.best[rows], self.unmasked[rows], self.total[rows], self.sure[rows])
+    def __getitem__(self, rows: slice) -> LogitsSummary:
+        return LogitsSummary(
+            self.argmax[rows],
+            self.unmasked_argmax[rows],
+            self.logsumexp[rows],
+            self.probabilities[rows],
+        )
 
-    def on_host(self) -> Survey:
+    def to_host(self) -> LogitsSummary:
         """The same, in one read of five numbers a row."""
-        if self.total.device.type == "cpu":
+        if self.logsumexp.device.type == "cpu":
             return self
         # Whole numbers and fp32 fit into fp64 as they are.
-        columns = (self.best, self.unmasked, self.total, *self.sure.unbind(-1))
-        read = torch.stack([column.double() for column in columns]).cpu()
-        return Survey(read[0].long(), read[1].long(), read[2].float(), read[3:].T.float())
+        columns = (
+            self.argmax,
+            self.unmasked_argmax,
+            self.logsumexp,
+            *self.probabilities.unbind(-1),
+        )
+        host_values = torch.stack([column.double() for column in columns]).cpu()
+        return LogitsSummary(
+            host_values[0].long(),
+            host_values[1].long(),
+            host_values[2].float(),
+            host_values[3:].T.float(),
+        )
 
 
 @dataclass(frozen=True)
@@ -90,36 +111,38 @@ class RouterSpec:
     renormalise: bool
     scale: float = 1.0
     groups: int = 1
-    kept_groups: int = 1
+    topk_groups: int = 1
     biased_weight: bool = False  # LLaDA-MoE with a bias: the biased probability also multiplies
     epsilon: float = 0.0  # added to the sum when renormalising (LLaDA2: 1e-20)
 
 
 @dataclass(frozen=True)
-class Progress:
+class DecodeProgress:
     """How far decoding is at each position that routes, for policies that choose who votes."""
 
     masked: Tensor | None = None  # [S, N] bool: still masked
-    filled: Tensor | None = None  # [S, N] bool: after the row's first end-of-text
+    after_eos: Tensor | None = None  # [S, N] bool: after the row's first end-of-text
     uncertainty: Tensor | None = None  # [S, N] >= 0: 1 - confidence when last looked at, else 1
 
 
 @dataclass(frozen=True)
-class Incumbents:
+class PreviousCoresets:
     """The coresets of the step before: each stays as long as it holds 1 - ``drift`` of the votes
     that a fresh one holds. A row without any elects anew."""
 
-    drift: float
+    reuse_tolerance: float
     coresets: Tensor  # [S, E] bool
 
 
 @dataclass(frozen=True)
-class Settled:
+class CoresetReuse:
     """Who may be used in the place of a fresh coreset."""
 
     coresets: Tensor  # [S, E] bool
-    kept: Tensor  # [S] bool: whether it is that of the step before
-    lost: Tensor  # [S] fp64: of the fresh one's votes, the share lost by that; 0 where it moved
+    reused: Tensor  # [S] bool: whether it is that of the step before
+    vote_loss: (
+        Tensor  # [S] fp64: of the fresh one's votes, the share lost by that; 0 where it moved
+    )
 
 
 @dataclass(frozen=True)
@@ -135,15 +158,17 @@ class Scores:
     router: RouterSpec
     bias: Tensor | None = None  # [E], for selection
     voters: Tensor | None = None  # [S, N] weight of each token's vote, >= 0; None = everybody
-    progress: Progress | None = None
+    progress: DecodeProgress | None = None
     importance: Tensor | None = None  # [S, N], for policies that ask for it
     resident: Tensor | None = None  # [E] bool: experts already in fast memory
     slots: int | None = None  # of how many experts fast memory has room; None = of all
-    incumbents: Incumbents | None = None  # what a block does not leave without need
+    previous_coresets: PreviousCoresets | None = None  # what a block does not leave without need
     layer: int = 0
-    ordinal: int = 0  # of the layer among those that route: 0, 1, ..
-    forward: tuple[int, ...] = ()  # decode-forward number of each row (for seeded controls)
-    own: Tensor | None = None  # [S, N, k] the unmodified model's choice; ``route`` fills it in
+    moe_index: int = 0  # of the layer among those that route: 0, 1, ..
+    forward_indices: tuple[int, ...] = ()  # decode-forward number of each row (for seeded controls)
+    vanilla_ids: Tensor | None = (
+        None  # [S, N, k] the unmodified model's choice; ``route`` fills it in
+    )
 
     @cached_property
     def probability(self) -> Tensor:
@@ -153,22 +178,22 @@ class Scores:
         # Torch's sigmoid differs in its last bit between whole vectors and the rest of a tensor.
         # In whole vectors, equal logits tie, and a row does not feel who is beside it.
         size = self.logits.shape[-1]
-        whole = F.pad(self.logits, (0, -size % 64)) if size % 64 else self.logits
-        return torch.sigmoid(whole)[..., :size]
+        padded = F.pad(self.logits, (0, -size % 64)) if size % 64 else self.logits
+        return torch.sigmoid(padded)[..., :size]
 
     @cached_property
-    def rank(self) -> Tensor:
+    def selection_scores(self) -> Tensor:
         """c = p + bias, what sorts, [S, N, E]."""
         return self.probability if self.bias is None else self.probability + self.bias
 
     @cached_property
-    def weight(self) -> Tensor:
+    def gate_weights(self) -> Tensor:
         """What multiplies before renormalising and scaling, [S, N, E]."""
-        return self.rank if self.router.biased_weight else self.probability
+        return self.selection_scores if self.router.biased_weight else self.probability
 
 
 @dataclass(frozen=True)
-class Rule:
+class CoresetRule:
     """A coreset rule in plain numbers, as kernels take it; exactly one of the three sizes is given.
 
     ``union``: every voter's first so many own experts; nothing is counted. ``count``: so many
@@ -193,15 +218,17 @@ class Rule:
 class Routing:
     """Who computes what. Every position counts, voting or not: all of them are computed."""
 
-    ids: Tensor  # [T, k] int64, -1 = none, best first by rank
-    weights: Tensor  # [T, k] fp32, exactly as multiplied into expert outputs; 0 where there is none
+    topk_ids: Tensor  # [T, k] int64, -1 = none, best first by rank
+    topk_weights: (
+        Tensor  # [T, k] fp32, exactly as multiplied into expert outputs; 0 where there is none
+    )
     used: Tensor  # [E] bool
-    own: Tensor  # [T, k] int64, what the unmodified model would have chosen
-    settled: Settled | None = None  # where there were incumbents, or could have been
+    vanilla_ids: Tensor  # [T, k] int64, what the unmodified model would have chosen
+    coreset_reuse: CoresetReuse | None = None  # where there were incumbents, or could have been
 
 
 @dataclass(frozen=True)
-class Panels:
+class PackedExperts:
     """A weight [n, rows, k] as the kernels of a CPU read it; what a byte says is their affair.
 
     Gate, up and down of an expert are one run of bytes: a slab's two weights share the tensor.
@@ -214,8 +241,8 @@ class Panels:
     @property
     def dtype(self) -> torch.dtype:
         """Of what is stored."""
-        whole = {"bf16": torch.bfloat16, "int8": torch.int8, "int4": torch.uint8}
-        return whole[self.format]
+        storage_dtypes = {"bf16": torch.bfloat16, "int8": torch.int8, "int4": torch.uint8}
+        return storage_dtypes[self.format]
 
     @property
     def device(self) -> torch.device:
@@ -254,13 +281,13 @@ Matrix: TypeAlias = Tensor | PackedMatrix
 class Slab:
     """Weights ready to compute with: gate_up [n, 2*I, H] (gate rows first), down [n, H, I]."""
 
-    gate_up: Tensor | QTensor | Panels
-    down: Tensor | QTensor | Panels
+    gate_up: Tensor | QTensor | PackedExperts
+    down: Tensor | QTensor | PackedExperts
     slot_of: Tensor  # [E] int64, -1 = absent
 
 
 @dataclass(frozen=True)
-class Demand:
+class ExpertRequest:
     """One forward's call on the experts of a layer; what each is worth only where it is asked."""
 
     used: Tensor  # [E] bool
@@ -268,14 +295,16 @@ class Demand:
     scores: Scores | None = None
 
     @property
-    def tokens(self) -> Tensor | None:
+    def token_counts(self) -> Tensor | None:
         """[E] int64: how many tokens each expert computes; None where nobody said."""
         if self.routing is None:
             return None
         # Nobody counts behind the last expert: looking for the others would wait for a device.
-        taken, experts = self.routing.ids.flatten(), len(self.used)
-        counted = torch.zeros(experts + 1, dtype=torch.int64, device=taken.device)
-        return counted.index_add_(0, taken.where(taken >= 0, experts), torch.ones_like(taken))[:-1]
+        flat_ids, experts = self.routing.topk_ids.flatten(), len(self.used)
+        counts = torch.zeros(experts + 1, dtype=torch.int64, device=flat_ids.device)
+        return counts.index_add_(
+            0, flat_ids.where(flat_ids >= 0, experts), torch.ones_like(flat_ids)
+        )[:-1]
 
     @property
     def votes(self) -> Tensor | None:
@@ -284,16 +313,16 @@ class Demand:
         if self.routing is None or self.scores is None:
             return None
         scores = self.scores
-        own = self.routing.own.view(*scores.logits.shape[:2], -1)
-        votes = scores.probability.gather(-1, own).double()
+        vanilla_ids = self.routing.vanilla_ids.view(*scores.logits.shape[:2], -1)
+        votes = scores.probability.gather(-1, vanilla_ids).double()
         if scores.voters is not None:
-            silent = (scores.voters <= 0).all(-1, keepdim=True)
-            votes = votes * scores.voters.masked_fill(silent, 1.0).unsqueeze(-1)
-        empty = torch.zeros(len(self.used), dtype=torch.float64, device=votes.device)
-        return empty.index_add_(0, own.flatten(), votes.flatten())
+            without_voters = (scores.voters <= 0).all(-1, keepdim=True)
+            votes = votes * scores.voters.masked_fill(without_voters, 1.0).unsqueeze(-1)
+        totals = torch.zeros(len(self.used), dtype=torch.float64, device=votes.device)
+        return totals.index_add_(0, vanilla_ids.flatten(), votes.flatten())
 
 
-def membership(ids: Tensor, experts: int) -> Tensor:
+def expert_mask(ids: Tensor, experts: int) -> Tensor:
     """Bool mask [..., experts] of the ids [..., k]; -1 is nobody."""
     mask = torch.zeros(*ids.shape[:-1], experts + 1, dtype=torch.bool, device=ids.device)
     return mask.scatter_(-1, ids.where(ids >= 0, experts), True)[..., :experts]
@@ -307,10 +336,10 @@ class Policy(Protocol):
         ...
 
 
-class Store(Protocol):
+class ExpertStore(Protocol):
     """Where experts live."""
 
-    def serve(self, layer: int, demand: Demand) -> Iterator[Slab]:
+    def serve(self, layer: int, request: ExpertRequest) -> Iterator[Slab]:
         """Slabs that together hold every expert of ``demand.used`` once, maybe others too.
 
         What a slab holds stands until the next one is asked for.

@@ -12,27 +12,35 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from coterie.bench.needs import Blocks, Cached, Needs, Part, cached, floor, needs_of
-from coterie.bench.timing import once
+from coterie.bench.needs import (
+    RandomBlocks,
+    ComputeProbe,
+    ForwardCost,
+    ForwardPart,
+    compute_probe,
+    roofline_seconds,
+    forward_cost,
+)
+from coterie.bench.timing import time_once
 from coterie.engine.load import Model
-from coterie.model.cache import Cache
-from coterie.model.step import Step
+from coterie.model.cache import KVCache
+from coterie.model.step import ForwardContext
 from coterie.model.transformer import Transformer
 from coterie.naming import CoterieError
-from coterie.results import Measure
+from coterie.results import Measurement
 from coterie.routing import check_layers, parse_policy
-from coterie.telemetry import Null, Tracing
+from coterie.telemetry import NullRecorder, TensorRecorder
 from coterie.values import Window
 
-DRAWS = 4  # blocks that take turns
-STEPS = 8  # forwards that fill a block
+NUM_BLOCKS = 4  # blocks that take turns
+FORWARDS_PER_BLOCK = 8  # forwards that fill a block
 READ = "read"
-Tell = Callable[[float, str], None]
-Wanted = int | Literal["block"]
+ProgressCallback = Callable[[float, str], None]
+LogitCount = int | Literal["block"]
 
 
 @dataclass(frozen=True)
-class Line:
+class ForwardTiming:
     """One policy: what a forward uses (means over blocks), and samples in seconds.
 
     ``limit`` are seconds of the plain read in the same turns, ``floor`` of reading or arithmetic,
@@ -42,70 +50,78 @@ class Line:
     policy: str
     experts: float
     bytes: float
-    parts: Mapping[Part, float]
-    flops: Mapping[Part, float]
+    part_bytes: Mapping[ForwardPart, float]
+    part_flops: Mapping[ForwardPart, float]
     seconds: list[float] = field(default_factory=list)
-    limit: list[float] = field(default_factory=list)
-    floor: list[float] = field(default_factory=list)
+    read_seconds: list[float] = field(default_factory=list)
+    roofline_seconds: list[float] = field(default_factory=list)
 
     @property
-    def times_limit(self) -> float:
+    def times_read(self) -> float:
         """How many times as long as the read a forward takes: the median over turns."""
-        return statistics.median(a / b for a, b in zip(self.seconds, self.limit, strict=True))
+        return statistics.median(
+            a / b for a, b in zip(self.seconds, self.read_seconds, strict=True)
+        )
 
     @property
-    def times_floor(self) -> float:
+    def times_roofline(self) -> float:
         """How many times as long as the floor a forward takes: the median over turns."""
-        return statistics.median(a / b for a, b in zip(self.seconds, self.floor, strict=True))
+        return statistics.median(
+            a / b for a, b in zip(self.seconds, self.roofline_seconds, strict=True)
+        )
 
-    def measures(self) -> list[Measure]:
-        works = ((READ, self.limit), ("floor", self.floor), ("forward", self.seconds))
+    def measures(self) -> list[Measurement]:
+        samples_by_name = (
+            (READ, self.read_seconds),
+            ("floor", self.roofline_seconds),
+            ("forward", self.seconds),
+        )
         return [
-            Measure(f"{self.policy} {name}", "ms", tuple(second * 1e3 for second in taken))
-            for name, taken in works
+            Measurement(f"{self.policy} {name}", "ms", tuple(seconds * 1e3 for seconds in samples))
+            for name, samples in samples_by_name
         ]
 
     def facts(self) -> dict[str, object]:
-        limit = statistics.median(self.limit)
+        read_median = statistics.median(self.read_seconds)
         return {
             "policy": self.policy,
             "experts_per_layer": self.experts,
             "bytes": self.bytes,
-            "bytes_of_parts": dict(self.parts),
-            "flops_of_parts": dict(self.flops),
-            "read_gb_per_s": self.bytes / limit / 1e9,
-            "read_ms": limit * 1e3,
-            "floor_ms": statistics.median(self.floor) * 1e3,
+            "bytes_of_parts": dict(self.part_bytes),
+            "flops_of_parts": dict(self.part_flops),
+            "read_gb_per_s": self.bytes / read_median / 1e9,
+            "read_ms": read_median * 1e3,
+            "floor_ms": statistics.median(self.roofline_seconds) * 1e3,
             "forward_ms": statistics.median(self.seconds) * 1e3,
-            "times_read_limit": self.times_limit,
-            "times_floor": self.times_floor,
+            "times_read_limit": self.times_read,
+            "times_floor": self.times_roofline,
         }
 
 
 @dataclass(frozen=True)
-class Found:
+class ForwardBenchResult:
     """All policies, and what the arithmetic ran at meanwhile: operations a second, by kind."""
 
-    lines: list[Line]
-    logits: tuple[int, ...]  # that the forwards of a turn made
+    timings: list[ForwardTiming]
+    logit_counts: tuple[int, ...]  # that the forwards of a turn made
     rates: dict[str, list[float]]
 
-    def measures(self) -> list[Measure]:
+    def measures(self) -> list[Measurement]:
         arithmetic = [
-            Measure(f"arithmetic of {kind}", "GFLOP/s", tuple(rate / 1e9 for rate in taken))
-            for kind, taken in self.rates.items()
+            Measurement(f"arithmetic of {kind}", "GFLOP/s", tuple(rate / 1e9 for rate in samples))
+            for kind, samples in self.rates.items()
         ]
-        return [measure for line in self.lines for measure in line.measures()] + arithmetic
+        return [measure for timing in self.timings for measure in timing.measures()] + arithmetic
 
 
 @dataclass(frozen=True)
-class _Drawn:
+class _BlockRun:
     """A block under a policy: the experts it uses by layer, bool [E], its bytes and pairs."""
 
     tokens: Tensor
-    step: Step
+    context: ForwardContext
     used: dict[int, Tensor]
-    parts: dict[Part, float]
+    part_bytes: dict[ForwardPart, float]
     pairs: int  # of a token and an expert
 
 
@@ -116,12 +132,12 @@ def time_forward(
     *,
     tokens: int = 32,
     context: int = 512,
-    wanted: Wanted = "block",
-    turns: int = 10,
+    num_logits: LogitCount = "block",
+    repeats: int = 10,
     threads: int = 1,
     seed: int = 7,
-    tell: Tell = lambda share, doing: None,
-) -> Found:
+    on_progress: ProgressCallback = lambda share, doing: None,
+) -> ForwardBenchResult:
     """Policies take turns, each with reads of just the bytes that its forwards need.
 
     A sample is the mean over the forwards of a turn: one that makes ``wanted`` logits, or those
@@ -130,111 +146,132 @@ def time_forward(
     torch.set_num_threads(threads)
     transformer = model.transformer
     blocks = random_blocks(model, tokens, context, seed)
-    needs = needs_of(transformer, blocks)
-    clock = _Clock(transformer, needs, cached(transformer, tokens))
-    logits = fillings(wanted, tokens)
-    works: list[tuple[Line, list[_Drawn]]] = []
+    cost = forward_cost(transformer, blocks)
+    timer = _ForwardTimer(transformer, cost, compute_probe(transformer, tokens))
+    logit_counts = logits_per_forward(num_logits, tokens)
+    runs_by_policy: list[tuple[ForwardTiming, list[_BlockRun]]] = []
     for policy in policies:
-        tell(0.0, f"a first forward of {policy}")
-        drawn = [_drawn(transformer, needs, blocks, number, policy) for number in range(DRAWS)]
-        works.append((_line(policy, needs, drawn, statistics.fmean(logits)), drawn))
-    found = Found([line for line, _ in works], logits, {kind: [] for kind in clock.alone.works})
-    draw = random.Random(0)
-    for turn in range(turns):
-        draw.shuffle(works)
-        for line, drawn in works:
-            clock.take(found, line, drawn[turn % DRAWS :] + drawn)
-            tell(turn / turns, "taking turns")
-    tell(1.0, "taking turns")
-    return found
+        on_progress(0.0, f"a first forward of {policy}")
+        block_runs = [
+            _run_block(transformer, cost, blocks, number, policy) for number in range(NUM_BLOCKS)
+        ]
+        runs_by_policy.append(
+            (_empty_timing(policy, cost, block_runs, statistics.fmean(logit_counts)), block_runs)
+        )
+    result = ForwardBenchResult(
+        [timing for timing, _ in runs_by_policy],
+        logit_counts,
+        {kind: [] for kind in timer.probe.kernels},
+    )
+    rng = random.Random(0)
+    for repeat in range(repeats):
+        rng.shuffle(runs_by_policy)
+        for timing, block_runs in runs_by_policy:
+            timer.add_sample(result, timing, block_runs[repeat % NUM_BLOCKS :] + block_runs)
+            on_progress(repeat / repeats, "taking turns")
+    on_progress(1.0, "taking turns")
+    return result
 
 
-def fillings(wanted: Wanted, tokens: int) -> tuple[int, ...]:
+def logits_per_forward(num_logits: LogitCount, tokens: int) -> tuple[int, ...]:
     """How many positions each forward answers: of a block, those that are masked still."""
-    if wanted != "block":
-        if not 1 <= wanted <= tokens:
-            raise CoterieError(f"{wanted} logits of a block of {tokens}; it has 1 to {tokens}")
-        return (wanted,)
-    steps = min(STEPS, tokens)
+    if num_logits != "block":
+        if not 1 <= num_logits <= tokens:
+            raise CoterieError(f"{num_logits} logits of a block of {tokens}; it has 1 to {tokens}")
+        return (num_logits,)
+    steps = min(FORWARDS_PER_BLOCK, tokens)
     return tuple(tokens - number * tokens // steps for number in range(steps))
 
 
 @dataclass(frozen=True)
-class _Clock:
+class _ForwardTimer:
     """What all samples are taken with."""
 
     transformer: Transformer
-    needs: Needs
-    alone: Cached
+    cost: ForwardCost
+    probe: ComputeProbe
 
-    def take(self, found: Found, line: Line, drawn: Sequence[_Drawn]) -> None:
+    def add_sample(
+        self, result: ForwardBenchResult, timing: ForwardTiming, block_runs: Sequence[_BlockRun]
+    ) -> None:
         """One sample: a read and a forward for every count of logits, block after block."""
-        rates, device = self.alone.rates(), self.transformer.device
+        rates, device = self.probe.measure_rates(), self.transformer.device
         for kind, rate in rates.items():
-            found.rates[kind].append(rate)
-        limits, floors, taken = [], [], []
-        for number, count in enumerate(found.logits):
-            block = drawn[number % DRAWS]
-            step = replace(block.step, wanted=torch.arange(count, device=device))
-            limit = once(partial(self.needs.read, block.used), device)
-            taken.append(once(partial(self.transformer, block.tokens, step), device))
-            limits.append(limit)
-            operations = self.needs.operations(block.pairs, count)
-            bandwidth = sum(block.parts.values()) / limit
-            least = floor(block.parts, operations, bandwidth=bandwidth, rates=rates)
-            floors.append(max(limit, least))  # equal but for rounding where nothing multiplies long
-        line.limit.append(statistics.fmean(limits))
-        line.floor.append(statistics.fmean(floors))
-        line.seconds.append(statistics.fmean(taken))
+            result.rates[kind].append(rate)
+        read_times, roofline_times, forward_times = [], [], []
+        for number, count in enumerate(result.logit_counts):
+            run = block_runs[number % NUM_BLOCKS]
+            context = replace(run.context, logits_indices=torch.arange(count, device=device))
+            read_seconds = time_once(partial(self.cost.read, run.used), device)
+            forward_times.append(time_once(partial(self.transformer, run.tokens, context), device))
+            read_times.append(read_seconds)
+            part_flops = self.cost.flops_by_part(run.pairs, count)
+            bandwidth = sum(run.part_bytes.values()) / read_seconds
+            roofline = roofline_seconds(
+                run.part_bytes, part_flops, bandwidth=bandwidth, rates=rates
+            )
+            roofline_times.append(
+                max(read_seconds, roofline)
+            )  # equal but for rounding where nothing multiplies long
+        timing.read_seconds.append(statistics.fmean(read_times))
+        timing.roofline_seconds.append(statistics.fmean(roofline_times))
+        timing.seconds.append(statistics.fmean(forward_times))
 
 
-def random_blocks(model: Model, tokens: int, context: int, seed: int) -> Blocks:
+def random_blocks(model: Model, tokens: int, context: int, seed: int) -> RandomBlocks:
     """Blocks without masks, whose tokens the router can tell apart."""
     spec, transformer = model.spec, model.transformer
-    causal = model.family.defaults.block if model.family.defaults.block_causal else 0
-    start = context if not causal else -(-context // causal) * causal
+    causal_block = model.family.defaults.block if model.family.defaults.block_causal else 0
+    start = context if not causal_block else -(-context // causal_block) * causal_block
     if start + tokens > spec.max_length:
         raise CoterieError(
             f"a context of {context} and {tokens} tokens need {start + tokens} positions; "
             f"the model has {spec.max_length}"
         )
-    draw = torch.Generator().manual_seed(seed)
-    cache = Cache.allocate(
+    generator = torch.Generator().manual_seed(seed)
+    cache = KVCache.allocate(
         spec, 1, start + tokens, dtype=transformer.dtype, device=transformer.device
     )
-    for kept in (*cache.keys, *cache.values):
-        kept[:, :, :start] = torch.randn(kept[:, :, :start].shape, generator=draw).to(kept)
-    ids = torch.randint(0, model.mask_id, (DRAWS, 1, tokens), generator=draw)
+    for kv in (*cache.keys, *cache.values):
+        kv[:, :, :start] = torch.randn(kv[:, :, :start].shape, generator=generator).to(kv)
+    ids = torch.randint(0, model.mask_id, (NUM_BLOCKS, 1, tokens), generator=generator)
     window = Window(
         torch.tensor([start]),
         tokens,
         torch.tensor([start + tokens]),
-        causal if tokens > causal else 0,
+        causal_block if tokens > causal_block else 0,
     )
-    return Blocks([each.to(transformer.device) for each in ids], window, cache)
+    return RandomBlocks([block_ids.to(transformer.device) for block_ids in ids], window, cache)
 
 
-def _drawn(
-    transformer: Transformer, needs: Needs, blocks: Blocks, number: int, policy: str
-) -> _Drawn:
+def _run_block(
+    transformer: Transformer, cost: ForwardCost, blocks: RandomBlocks, number: int, policy: str
+) -> _BlockRun:
     """Runs the block once, which also wakes what the first forward needs."""
-    chosen = parse_policy(policy)
-    check_layers(chosen, len(transformer.spec.moe_layers))
-    step = Step(blocks.window, blocks.cache, chosen, Null(), forward=(0,))
-    trace = Tracing()
-    transformer(blocks.tokens[number], replace(step, recorder=trace))
-    used = {layer: routing.used.cpu() for layer, _, routing in trace.routings}
-    pairs = sum(int((routing.ids >= 0).sum()) for _, _, routing in trace.routings)
-    parts: dict[Part, float] = {"experts": needs.experts(used), **needs.parts}
-    return _Drawn(blocks.tokens[number], step, used, parts, pairs)
-
-
-def _line(policy: str, needs: Needs, drawn: Sequence[_Drawn], logits: float) -> Line:
-    counts = statistics.fmean(float(mask.sum()) for each in drawn for mask in each.used.values())
-    parts: dict[Part, float] = {
-        **drawn[0].parts,
-        "experts": statistics.fmean(d.parts["experts"] for d in drawn),
+    parsed = parse_policy(policy)
+    check_layers(parsed, len(transformer.spec.moe_layers))
+    context = ForwardContext(blocks.window, blocks.cache, parsed, NullRecorder(), forward=(0,))
+    recorder = TensorRecorder()
+    transformer(blocks.tokens[number], replace(context, recorder=recorder))
+    used = {layer: routing.used.cpu() for layer, _, routing in recorder.routings}
+    pairs = sum(int((routing.topk_ids >= 0).sum()) for _, _, routing in recorder.routings)
+    part_bytes: dict[ForwardPart, float] = {
+        "experts": cost.used_expert_bytes(used),
+        **cost.part_bytes,
     }
-    pairs = statistics.fmean(each.pairs for each in drawn)
-    flops = needs.operations(pairs, logits)
-    return Line(policy, counts, sum(parts.values()), parts, flops)
+    return _BlockRun(blocks.tokens[number], context, used, part_bytes, pairs)
+
+
+def _empty_timing(
+    policy: str, cost: ForwardCost, block_runs: Sequence[_BlockRun], logits: float
+) -> ForwardTiming:
+    unique_experts = statistics.fmean(
+        float(mask.sum()) for run in block_runs for mask in run.used.values()
+    )
+    part_bytes: dict[ForwardPart, float] = {
+        **block_runs[0].part_bytes,
+        "experts": statistics.fmean(run.part_bytes["experts"] for run in block_runs),
+    }
+    pairs = statistics.fmean(run.pairs for run in block_runs)
+    part_flops = cost.flops_by_part(pairs, logits)
+    return ForwardTiming(policy, unique_experts, sum(part_bytes.values()), part_bytes, part_flops)

@@ -9,15 +9,15 @@ from typing import TypedDict
 
 from coterie.engine.engine import Engine
 from coterie.engine.event import Result
-from coterie.problems import TASKS, draw
-from coterie.results import Measure
+from coterie.problems import PROBLEM_MAKERS, draw_problem
+from coterie.results import Measurement
 
 SEED = 20_260_000  # of the prompts; they lie in the held-out split
 VANILLA = "vanilla"
-Tell = Callable[[float, str], None]
+ProgressCallback = Callable[[float, str], None]
 
 
-class Counted(TypedDict):
+class GenerationCounts(TypedDict):
     """What does not depend on the clock: means or sums over the prompts of one turn."""
 
     experts_mean: float
@@ -34,51 +34,52 @@ class Counted(TypedDict):
 
 
 @dataclass(frozen=True)
-class Line:
+class GenerationTiming:
     """One policy: its results, turn by turn and prompt by prompt."""
 
     policy: str
-    turns: list[list[Result]]
+    repeats: list[list[Result]]
 
-    def measure(self) -> Measure:
+    def measure(self) -> Measurement:
         """One sample is one turn: all prompts' new tokens over all their seconds."""
         samples = [
-            sum(r.new_tokens for r in done) / sum(r.seconds for r in done) for done in self.turns
+            sum(r.new_tokens for r in results) / sum(r.seconds for r in results)
+            for results in self.repeats
         ]
-        return Measure(self.policy, "tokens/s", tuple(samples))
+        return Measurement(self.policy, "tokens/s", tuple(samples))
 
-    def facts(self, vanilla: Line) -> Counted:
-        done = self.turns[0]
-        kept = [r.coresets_kept for r in done if r.coresets_kept is not None]
-        pairs = zip(done, vanilla.turns[0], strict=True)
-        traffic = [r.traffic for r in done if r.traffic is not None]
-        moved = sum(traffic[1:], start=traffic[0]) if traffic else None
-        return Counted(
-            experts_mean=sum(r.experts.mean for r in done) / len(done),
-            experts_total=done[0].experts.total,
-            expert_bytes=sum(r.expert_bytes for r in done) / len(done),
-            vote_mass_kept=sum(r.vote_mass_kept for r in done) / len(done),
-            forwards=sum(r.forwards for r in done),
-            forwards_per_block=sum(r.forwards for r in done) / sum(r.blocks for r in done),
-            new_tokens=sum(r.new_tokens for r in done),
+    def facts(self, vanilla: GenerationTiming) -> GenerationCounts:
+        results = self.repeats[0]
+        reuse_shares = [r.coreset_reuse_rate for r in results if r.coreset_reuse_rate is not None]
+        pairs = zip(results, vanilla.repeats[0], strict=True)
+        traffic = [r.traffic for r in results if r.traffic is not None]
+        total_traffic = sum(traffic[1:], start=traffic[0]) if traffic else None
+        return GenerationCounts(
+            experts_mean=sum(r.experts.mean for r in results) / len(results),
+            experts_total=results[0].experts.total,
+            expert_bytes=sum(r.expert_bytes for r in results) / len(results),
+            vote_mass_kept=sum(r.vote_mass_kept for r in results) / len(results),
+            forwards=sum(r.forwards for r in results),
+            forwards_per_block=sum(r.forwards for r in results) / sum(r.blocks for r in results),
+            new_tokens=sum(r.new_tokens for r in results),
             texts_as_vanilla=sum(a.tokens == b.tokens for a, b in pairs),
-            coresets_kept=sum(kept) / len(kept) if kept else None,
-            hit_rate=None if moved is None else moved.hit_rate,
-            bytes_moved=None if moved is None else moved.bytes_moved / len(done),
+            coresets_kept=sum(reuse_shares) / len(reuse_shares) if reuse_shares else None,
+            hit_rate=None if total_traffic is None else total_traffic.hit_rate,
+            bytes_moved=None if total_traffic is None else total_traffic.bytes_moved / len(results),
         )
 
 
-def problems(count: int) -> list[str]:
+def held_out_problems(count: int) -> list[str]:
     """Held-out problems that the model in the package can solve, the tasks taking turns."""
     rng = random.Random(SEED)
-    makers = list(TASKS.values())
-    return [draw(makers[i % len(makers)], rng, "test").prompt for i in range(count)]
+    tasks = list(PROBLEM_MAKERS.values())
+    return [draw_problem(tasks[i % len(tasks)], rng, "test").prompt for i in range(count)]
 
 
-def random_prompts(count: int, length: int, below: int) -> list[list[int]]:
+def random_prompts(count: int, length: int, vocabulary: int) -> list[list[int]]:
     """Ids for a model that knows no words."""
     rng = random.Random(SEED)
-    return [[rng.randrange(below) for _ in range(length)] for _ in range(count)]
+    return [[rng.randrange(vocabulary) for _ in range(length)] for _ in range(count)]
 
 
 def time_generation(
@@ -86,24 +87,27 @@ def time_generation(
     prompts: Sequence[str | Sequence[int]],
     policies: Sequence[str],
     *,
-    turns: int = 5,
+    num_repeats: int = 5,
     options: Mapping[str, object] | None = None,
-    apart: Mapping[str, Mapping[str, object]] | None = None,
-    tell: Tell = lambda share, doing: None,
-) -> list[Line]:
+    policy_options: Mapping[str, Mapping[str, object]] | None = None,
+    on_progress: ProgressCallback = lambda share, doing: None,
+) -> list[GenerationTiming]:
     """Policies take turns, vanilla first; one turn before the first is not kept. ``apart``: of some
     policies, options of their own. A memory that does not hold all experts is emptied before every
     answer."""
-    lines = [Line(policy, []) for policy in dict.fromkeys([VANILLA, *policies])]
-    whole, done = (turns + 1) * len(lines) * len(prompts), 0
-    for turn in range(turns + 1):
-        for line in lines:
-            results, own = [], {**(options or {}), **(apart or {}).get(line.policy, {})}
+    timings = [GenerationTiming(policy, []) for policy in dict.fromkeys([VANILLA, *policies])]
+    total, completed = (num_repeats + 1) * len(timings) * len(prompts), 0
+    for repeat in range(num_repeats + 1):
+        for timing in timings:
+            results, merged_options = (
+                [],
+                {**(options or {}), **(policy_options or {}).get(timing.policy, {})},
+            )
             for prompt in prompts:
-                engine.empty()
-                results.append(engine.generate(prompt, policy=line.policy, **own))
-                done += 1
-                tell(done / whole, line.policy)
-            if turn:
-                line.turns.append(results)
-    return lines
+                engine.reset_cache()
+                results.append(engine.generate(prompt, policy=timing.policy, **merged_options))
+                completed += 1
+                on_progress(completed / total, timing.policy)
+            if repeat:
+                timing.repeats.append(results)
+    return timings

@@ -16,127 +16,153 @@ from torch import Tensor
 
 from coterie import ops
 from coterie.bench import worker
-from coterie.bench.model import repeated
-from coterie.bench.peers import Chosen
-from coterie.bench.reading import memory_of
-from coterie.bench.routings import bend_for, skewed
-from coterie.bench.shapes import Shape
-from coterie.bench.turns import DRAWS, Asked, Cases, Found, Line, Sitting, Tell
+from coterie.bench.model import repeat_experts
+from coterie.bench.peers import ResolvedBaseline
+from coterie.bench.reading import weight_buffers
+from coterie.bench.routings import find_skew, skewed_scores
+from coterie.bench.shapes import LayerShape
+from coterie.bench.turns import (
+    NUM_ROUTINGS,
+    BenchConfig,
+    CasesByPolicy,
+    LayerBenchResult,
+    KernelTimings,
+    TimingSession,
+    ProgressCallback,
+)
 from coterie.naming import CoterieError
-from coterie.quant import FORMATS, QTensor, quantise
+from coterie.quant import FORMATS, QTensor, quantize
 from coterie.routing import parse_policy, route
 from coterie.values import Routing, Slab
 
 
 def time_layer(
-    asked: Asked,
-    peers: Sequence[Chosen],
+    config: BenchConfig,
+    baselines: Sequence[ResolvedBaseline],
     *,
-    slow: bool = False,
+    include_slow: bool = False,
     budget: float,
-    tell: Tell = lambda share, doing: None,
-) -> Found:
+    on_progress: ProgressCallback = lambda share, doing: None,
+) -> LayerBenchResult:
     """All works in turns. Peers share a sitting as far as ``budget`` bytes hold them beside ours.
 
     A peer that fails is left out, and why is told; where it was asked for by name, it raises.
     """
-    torch.set_num_threads(asked.threads)
-    shape = asked.shape.layer
-    tell(0.0, "making experts")
-    slab, cases = our_slab(shape, asked), draw_cases(asked)
-    if peers:
-        _check_whole(cases)
-    found = Found([_line(asked, slab, policy, cases[policy]) for policy in asked.policies])
-    groups = sittings(peers, shape.bytes, budget) or [[]]
+    torch.set_num_threads(config.threads)
+    shape = config.shape.layer
+    on_progress(0.0, "making experts")
+    slab, cases = make_slab(shape, config), draw_cases(config)
+    if baselines:
+        _check_full_topk(cases)
+    result = LayerBenchResult(
+        [_empty_timing(config, slab, policy, cases[policy]) for policy in config.policies]
+    )
+    groups = group_by_memory(baselines, shape.bytes, budget) or [[]]
     for number, group in enumerate(groups):
 
-        def heard(share: float, doing: str, number: int = number) -> None:
-            tell((number + share) / len(groups), doing)
+        def on_group_progress(fraction: float, label: str, number: int = number) -> None:
+            on_progress((number + fraction) / len(groups), label)
 
         with tempfile.TemporaryDirectory(prefix="coterie-bench-") as folder, ExitStack() as stack:
-            _leave(Path(folder), asked, shape, cases)
-            sitting = Sitting(asked, slab, cases, found, Path(folder), slow)
-            sitting.open(group, stack, heard)
-            sitting.take_turns(heard)
-    return found
+            _write_workload(Path(folder), config, shape, cases)
+            session = TimingSession(config, slab, cases, result, Path(folder), include_slow)
+            session.start_baselines(group, stack, on_group_progress)
+            session.run_repeats(on_group_progress)
+    return result
 
 
-def our_slab(shape: Shape, asked: Asked) -> Slab:
+def make_slab(shape: LayerShape, config: BenchConfig) -> Slab:
     """The experts that every worker makes too, as they run fastest here."""
-    up, down = (torch.from_numpy(few) for few in worker.few_experts(_work(shape, asked)))
+    up, down = (
+        torch.from_numpy(distinct)
+        for distinct in worker.make_experts(_make_workload(shape, config))
+    )
 
-    def kept(weight: Tensor) -> Tensor | QTensor:
-        if asked.dtype in FORMATS:
-            return quantise(weight, FORMATS[asked.dtype])
-        return weight if asked.dtype == "fp32" else weight.bfloat16()
+    def convert(weight: Tensor) -> Tensor | QTensor:
+        if config.dtype in FORMATS:
+            return quantize(weight, FORMATS[config.dtype])
+        return weight if config.dtype == "fp32" else weight.bfloat16()
 
-    few = ops.prepare(Slab(kept(up), kept(down), torch.arange(worker.FEW)))
-    return repeated(few, shape.router.experts)
+    distinct = ops.prepare(Slab(convert(up), convert(down), torch.arange(worker.DISTINCT_EXPERTS)))
+    return repeat_experts(distinct, shape.router.experts)
 
 
-def sittings(peers: Sequence[Chosen], layer: float, budget: float) -> list[list[Chosen]]:
+def group_by_memory(
+    baselines: Sequence[ResolvedBaseline], layer_bytes: float, budget: float
+) -> list[list[ResolvedBaseline]]:
     """Peers whose memory fits together, in order; one that fits nowhere still gets its own."""
-    found: list[list[Chosen]] = []
-    room = 0.0
-    for who in peers:
-        need = who.peer.memory * layer
-        if not found or need > room:
-            found.append([])
-            room = budget
-        found[-1].append(who)
-        room -= need
-    return found
+    groups: list[list[ResolvedBaseline]] = []
+    available = 0.0
+    for resolved in baselines:
+        required = resolved.baseline.memory_layers * layer_bytes
+        if not groups or required > available:
+            groups.append([])
+            available = budget
+        groups[-1].append(resolved)
+        available -= required
+    return groups
 
 
-def draw_cases(asked: Asked) -> Cases:
+def draw_cases(config: BenchConfig) -> CasesByPolicy:
     """By policy, ``DRAWS`` blocks; every policy routes the same scores."""
-    shape = asked.shape.layer
-    draw = torch.Generator().manual_seed(asked.seed)
-    bend = 0.0 if asked.even else bend_for(shape.router, shape.unique)
-    scores = [skewed(shape.router, asked.tokens, bend, draw) for _ in range(DRAWS)]
-    dtype = torch.float32 if asked.dtype == "fp32" else torch.bfloat16
-    xs = [torch.randn(asked.tokens, shape.hidden, generator=draw).to(dtype) for _ in range(DRAWS)]
-    found = {}
-    for policy in asked.policies:
-        chosen = parse_policy(policy)
-        routings = [route(one, chosen) for one in scores]
-        found[policy] = list(zip(xs, routings, strict=True))
-    return found
+    shape = config.shape.layer
+    generator = torch.Generator().manual_seed(config.seed)
+    skew = 0.0 if config.uniform_routing else find_skew(shape.router, shape.unique_experts)
+    scores = [
+        skewed_scores(shape.router, config.tokens, skew, generator) for _ in range(NUM_ROUTINGS)
+    ]
+    dtype = torch.float32 if config.dtype == "fp32" else torch.bfloat16
+    xs = [
+        torch.randn(config.tokens, shape.hidden, generator=generator).to(dtype)
+        for _ in range(NUM_ROUTINGS)
+    ]
+    cases = {}
+    for policy in config.policies:
+        parsed = parse_policy(policy)
+        routings = [route(block_scores, parsed) for block_scores in scores]
+        cases[policy] = list(zip(xs, routings, strict=True))
+    return cases
 
 
-def _check_whole(cases: Cases) -> None:
+def _check_full_topk(cases: CasesByPolicy) -> None:
     """Peers give every token as many experts as the router does."""
     for policy, blocks in cases.items():
-        if any(bool((routing.ids < 0).any()) for _, routing in blocks):
+        if any(bool((routing.topk_ids < 0).any()) for _, routing in blocks):
             raise CoterieError(f"{policy} takes experts from tokens, no peer does; --peer none")
 
 
-def _line(asked: Asked, slab: Slab, policy: str, cases: Sequence[tuple[Tensor, Routing]]) -> Line:
+def _empty_timing(
+    config: BenchConfig, slab: Slab, policy: str, cases: Sequence[tuple[Tensor, Routing]]
+) -> KernelTimings:
     experts = statistics.fmean(int(routing.used.sum()) for _, routing in cases)
-    whole = sum(part.nbytes for part in memory_of([slab.gate_up, slab.down]))
-    return Line(policy, experts, experts * whole / asked.shape.spec.router.experts, {}, {})
-
-
-def _leave(folder: Path, asked: Asked, shape: Shape, cases: Cases) -> None:
-    """What a worker reads."""
-    every = [case for policy in asked.policies for case in cases[policy]]
-    work = json.dumps(asdict(_work(shape, asked)))
-    (folder / "work.json").write_text(work, encoding="utf-8")
-    np.savez(
-        folder / "cases.npz",
-        x=np.stack([x.float().numpy() for x, _ in every]),
-        ids=np.stack([routing.ids.numpy() for _, routing in every]),
-        weights=np.stack([routing.weights.numpy() for _, routing in every]),
+    layer_bytes = sum(part.nbytes for part in weight_buffers([slab.gate_up, slab.down]))
+    return KernelTimings(
+        policy, experts, experts * layer_bytes / config.shape.spec.router.experts, {}, {}
     )
 
 
-def _work(shape: Shape, asked: Asked) -> worker.Work:
-    return worker.Work(
+def _write_workload(
+    folder: Path, config: BenchConfig, shape: LayerShape, cases: CasesByPolicy
+) -> None:
+    """What a worker reads."""
+    all_cases = [case for policy in config.policies for case in cases[policy]]
+    workload = json.dumps(asdict(_make_workload(shape, config)))
+    (folder / "work.json").write_text(workload, encoding="utf-8")
+    np.savez(
+        folder / "cases.npz",
+        x=np.stack([x.float().numpy() for x, _ in all_cases]),
+        ids=np.stack([routing.topk_ids.numpy() for _, routing in all_cases]),
+        weights=np.stack([routing.topk_weights.numpy() for _, routing in all_cases]),
+    )
+
+
+def _make_workload(shape: LayerShape, config: BenchConfig) -> worker.LayerWorkload:
+    return worker.LayerWorkload(
         experts=shape.router.experts,
         k=shape.router.k,
         hidden=shape.hidden,
         width=shape.width,
-        dtype=asked.dtype,
-        seed=asked.seed,
-        threads=asked.threads,
+        dtype=config.dtype,
+        seed=config.seed,
+        threads=config.threads,
     )

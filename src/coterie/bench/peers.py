@@ -18,112 +18,112 @@ import numpy as np
 
 from coterie.naming import CoterieError
 
-HERE = Path(__file__).parent
-FOLDER = Path(".peers")
+SCRIPT_FOLDER = Path(__file__).parent
+ENVIRONMENTS_FOLDER = Path(".peers")
 """Where ``scripts/peers`` makes a virtual environment for each of them."""
 
-STARTING, WORKING = 240.0, 60.0  # seconds until a peer counts as hung
+START_TIMEOUT, ANSWER_TIMEOUT = 240.0, 60.0  # seconds until a peer counts as hung
 
 
-class PeerError(CoterieError):
+class BaselineError(CoterieError):
     """A peer that did not start, died, hung, or computes something else."""
 
 
 @dataclass(frozen=True)
-class Peer:
+class Baseline:
     """Another way to compute the same layer. ``memory``: what it holds, in layers of experts.
 
     ``works`` can be asked for; all of them are but those in ``slow``.
     """
 
     name: str
-    works: tuple[str, ...]
+    kernels: tuple[str, ...]
     dtypes: tuple[str, ...]
     script: str = "worker.py"
-    memory: float = 1.0
-    slow: tuple[str, ...] = ()
-    own: bool = False  # whether our own Python has what it needs
-    shows: bool = True  # its output; else it tells its own error
+    memory_layers: float = 1.0
+    slow_kernels: tuple[str, ...] = ()
+    in_our_python: bool = False  # whether our own Python has what it needs
+    returns_output: bool = True  # its output; else it tells its own error
 
-    def python(self, given: Mapping[str, Path]) -> Path | None:
+    def find_python(self, python_paths: Mapping[str, Path]) -> Path | None:
         """The interpreter: as given, else in ``.peers``, else ours where that will do."""
-        if self.name in given:
-            return given[self.name]
-        made = FOLDER / self.name / "bin" / "python"
-        if made.exists():
-            return made
-        return Path(sys.executable) if self.own else None
+        if self.name in python_paths:
+            return python_paths[self.name]
+        environment_python = ENVIRONMENTS_FOLDER / self.name / "bin" / "python"
+        if environment_python.exists():
+            return environment_python
+        return Path(sys.executable) if self.in_our_python else None
 
 
-PEERS = {
-    "torch": Peer("torch", ("loop", "grouped_mm"), ("fp32", "bf16"), own=True),
-    "transformers": Peer(
+BASELINES = {
+    "torch": Baseline("torch", ("loop", "grouped_mm"), ("fp32", "bf16"), in_our_python=True),
+    "transformers": Baseline(
         "transformers",
         ("eager", "grouped_mm", "batched_mm"),
         ("fp32", "bf16"),
-        slow=("batched_mm",),
+        slow_kernels=("batched_mm",),
     ),
-    "zentorch": Peer("zentorch", ("fused_moe",), ("bf16",), memory=2.0),
-    "llama.cpp": Peer(
+    "zentorch": Baseline("zentorch", ("fused_moe",), ("bf16",), memory_layers=2.0),
+    "llama.cpp": Baseline(
         "llama.cpp",
         ("layer",),
         ("bf16", "int8", "int4"),
         script="llama.py",
-        memory=1.5,
-        shows=False,
+        memory_layers=1.5,
+        returns_output=False,
     ),
 }
 
 
 @dataclass(frozen=True)
-class Chosen:
+class ResolvedBaseline:
     """A peer that takes part, under this interpreter. ``asked``: by name, so it must not fail."""
 
-    peer: Peer
+    baseline: Baseline
     python: Path
-    asked: bool
+    required: bool
 
 
-def chosen(
+def resolve_baselines(
     names: Sequence[str], pythons: Mapping[str, Path], dtype: str
-) -> tuple[list[Chosen], dict[str, str]]:
+) -> tuple[list[ResolvedBaseline], dict[str, str]]:
     """Who takes part, and why others do not. Without names, whoever is there.
 
     Raises CoterieError for a name that is unknown, not installed, or has no such experts.
     """
     for name in (*names, *pythons):
-        if name not in PEERS:
-            raise CoterieError(f"unknown peer {name!r}; known: {', '.join(PEERS)}")
-    found, skipped = [], {}
-    for peer in PEERS.values():
-        if names and peer.name not in names:
+        if name not in BASELINES:
+            raise CoterieError(f"unknown peer {name!r}; known: {', '.join(BASELINES)}")
+    resolved, skipped = [], {}
+    for baseline in BASELINES.values():
+        if names and baseline.name not in names:
             continue
-        asked = peer.name in names or peer.name in pythons
-        python = peer.python(pythons)
-        why = _absent(peer, python, dtype)
-        if why is not None and asked:
-            raise CoterieError(f"{peer.name}: {why}")
-        if why is not None or python is None:
-            skipped[peer.name] = why or ""
+        required = baseline.name in names or baseline.name in pythons
+        python = baseline.find_python(pythons)
+        reason = _why_unavailable(baseline, python, dtype)
+        if reason is not None and required:
+            raise CoterieError(f"{baseline.name}: {reason}")
+        if reason is not None or python is None:
+            skipped[baseline.name] = reason or ""
         else:
-            found.append(Chosen(peer, python, asked))
-    return found, skipped
+            resolved.append(ResolvedBaseline(baseline, python, required))
+    return resolved, skipped
 
 
-def _absent(peer: Peer, python: Path | None, dtype: str) -> str | None:
-    if dtype not in peer.dtypes:
-        return f"has no experts in {dtype}; it has {', '.join(peer.dtypes)}"
+def _why_unavailable(baseline: Baseline, python: Path | None, dtype: str) -> str | None:
+    if dtype not in baseline.dtypes:
+        return f"has no experts in {dtype}; it has {', '.join(baseline.dtypes)}"
     if python is None:
         return (
-            f"not installed; `scripts/peers {peer.name}` makes {FOLDER / peer.name}, "
-            f"or --peer-python {peer.name}=PATH names a Python that has it"
+            f"not installed; `scripts/peers {baseline.name}` makes {ENVIRONMENTS_FOLDER / baseline.name}, "
+            f"or --peer-python {baseline.name}=PATH names a Python that has it"
         )
     if not os.access(python, os.X_OK):
         return f"{python} is no program"
     return None
 
 
-class Worker:
+class BaselineProcess:
     """A peer's process: one line in is one turn, one line out its answer.
 
     Raises PeerError, in words of one line, when it answers with anything else or not in time.
@@ -131,66 +131,71 @@ class Worker:
 
     def __init__(
         self,
-        who: Chosen,
+        resolved: ResolvedBaseline,
         folder: Path,
         *,
         threads: int,
-        starting: float = STARTING,
-        working: float = WORKING,
+        start_timeout: float = START_TIMEOUT,
+        answer_timeout: float = ANSWER_TIMEOUT,
         script: Path | None = None,
     ) -> None:
-        self.peer = who.peer
-        self.works: tuple[str, ...] = ()
+        self.baseline = resolved.baseline
+        self.kernels: tuple[str, ...] = ()
         self.versions: dict[str, str] = {}
-        self._starting, self._working = starting, working
-        self._chatter: deque[str] = deque(maxlen=5)
+        self._start_timeout, self._answer_timeout = start_timeout, answer_timeout
+        self._last_errors: deque[str] = deque(maxlen=5)
         self._answers: queue.Queue[str | None] = queue.Queue()
-        usual = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
-        usual |= {"OMP_NUM_THREADS": str(threads), "OMP_WAIT_POLICY": "PASSIVE"}
-        words = [who.python, script or HERE / who.peer.script, who.peer.name, folder]
+        environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+        environment |= {"OMP_NUM_THREADS": str(threads), "OMP_WAIT_POLICY": "PASSIVE"}
+        command = [
+            resolved.python,
+            script or SCRIPT_FOLDER / resolved.baseline.script,
+            resolved.baseline.name,
+            folder,
+        ]
         self._process = subprocess.Popen(
-            [str(word) for word in words],
+            [str(argument) for argument in command],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
             errors="replace",
-            env=usual,
+            env=environment,
         )
-        self._listeners = [
-            threading.Thread(target=self._hear, daemon=True),
-            threading.Thread(target=self._overhear, daemon=True),
+        self._reader_threads = [
+            threading.Thread(target=self._collect_answers, daemon=True),
+            threading.Thread(target=self._collect_errors, daemon=True),
         ]
-        for listener in self._listeners:
-            listener.start()
+        for thread in self._reader_threads:
+            thread.start()
 
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, *why: object) -> None:
+    def __exit__(self, *exception_info: object) -> None:
         self.close()
 
-    def open(self) -> None:
+    def wait_until_ready(self) -> None:
         """Wait until it is ready."""
-        word, _, told = self._answer(self._starting).partition(" ")
-        if word != "ready":
-            raise self._odd(f"{word} {told}")
-        found = json.loads(told)
-        self.works, self.versions = tuple(found["works"]), found["versions"]
+        status, _, payload = self._read_answer(self._start_timeout).partition(" ")
+        if status != "ready":
+            raise self._unexpected_answer(f"{status} {payload}")
+        description = json.loads(payload)
+        self.kernels, self.versions = tuple(description["works"]), description["versions"]
 
-    def time(self, work: str, case: int) -> float:
+    def time_kernel(self, kernel: str, case: int) -> float:
         """Seconds that a work takes for a case."""
-        return self._number(f"time {work} {case}")
+        return self._request_number(f"time {kernel} {case}")
 
-    def error(self, work: str, case: int) -> float:
+    def relative_error(self, kernel: str, case: int) -> float:
         """How far its output is from what it should be, where it cannot be shown."""
-        return self._number(f"check {work} {case}")
+        return self._request_number(f"check {kernel} {case}")
 
-    def output(self, work: str, case: int, file: Path) -> np.ndarray:
+    def output(self, kernel: str, case: int, file: Path) -> np.ndarray:
         """What the work makes of a case, [T, H]; by way of that file."""
-        answer = self._ask(f"keep {work} {case} {file}")
+        answer = self._request(f"keep {kernel} {case} {file}")
         if answer != "kept":
-            raise self._odd(answer)
+            raise self._unexpected_answer(answer)
         return np.load(file)
 
     def close(self) -> None:
@@ -198,54 +203,54 @@ class Worker:
         process = self._process
         process.kill()
         process.wait()
-        for listener in self._listeners:
-            listener.join()
+        for thread in self._reader_threads:
+            thread.join()
         for stream in (process.stdin, process.stdout, process.stderr):
             if stream is not None:
                 stream.close()
 
-    def _number(self, line: str) -> float:
-        answer = self._ask(line)
+    def _request_number(self, line: str) -> float:
+        answer = self._request(line)
         try:
             return float(answer)
         except ValueError:
-            raise self._odd(answer) from None
+            raise self._unexpected_answer(answer) from None
 
-    def _ask(self, line: str) -> str:
+    def _request(self, line: str) -> str:
         assert self._process.stdin is not None
         try:
             self._process.stdin.write(line + "\n")
             self._process.stdin.flush()
         except OSError:
             pass  # it is dead: the answer will say so
-        return self._answer(self._working)
+        return self._read_answer(self._answer_timeout)
 
-    def _answer(self, patience: float) -> str:
+    def _read_answer(self, timeout: float) -> str:
         try:
-            line = self._answers.get(timeout=patience)
+            line = self._answers.get(timeout=timeout)
         except queue.Empty:
-            raise PeerError(f"{self.peer.name} said nothing for {patience:g} s") from None
+            raise BaselineError(f"{self.baseline.name} said nothing for {timeout:g} s") from None
         if line is None:
             status = self._process.wait()
-            self._listeners[1].join()
-            last = " / ".join(self._chatter) or "without a word"
-            raise PeerError(f"{self.peer.name} ended with status {status}: {last}")
+            self._reader_threads[1].join()
+            last_errors = " / ".join(self._last_errors) or "without a word"
+            raise BaselineError(f"{self.baseline.name} ended with status {status}: {last_errors}")
         if line.startswith("failed "):
-            raise PeerError(f"{self.peer.name}: {line.removeprefix('failed ')}")
+            raise BaselineError(f"{self.baseline.name}: {line.removeprefix('failed ')}")
         return line
 
-    def _odd(self, answer: str) -> PeerError:
-        return PeerError(f"{self.peer.name} answered {answer.strip()!r}")
+    def _unexpected_answer(self, answer: str) -> BaselineError:
+        return BaselineError(f"{self.baseline.name} answered {answer.strip()!r}")
 
-    def _hear(self) -> None:
+    def _collect_answers(self) -> None:
         assert self._process.stdout is not None
         for line in self._process.stdout:
             self._answers.put(line.rstrip("\n"))
         self._answers.put(None)
 
-    def _overhear(self) -> None:
+    def _collect_errors(self) -> None:
         """Keep the last of what it says beside the point: an error's reason, mostly."""
         assert self._process.stderr is not None
         for line in self._process.stderr:
             if line.strip():
-                self._chatter.append(line.strip()[:200])
+                self._last_errors.append(line.strip()[:200])

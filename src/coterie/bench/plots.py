@@ -9,15 +9,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from coterie.figures.style import PAPER, SERIES, axes, drawn, legend
+from coterie.figures.style import BACKGROUND, SERIES_COLOURS, new_axes, render_svg, add_legend
 from coterie.naming import CoterieError
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 MARKERS = "osD^vPX*"
-ROW = 0.27  # inches of height
-KNOWN = ("bench layer", "bench forward", "generate")
+ROW_HEIGHT = 0.27  # inches of height
+KNOWN_TITLES = ("bench layer", "bench forward", "generate")
 
 
 @dataclass(frozen=True)
@@ -30,71 +30,75 @@ class Chart:
     unit: str
 
 
-def plot(path: Path) -> list[Path]:
+def plot_record(path: Path) -> list[Path]:
     """Writes the figures of a record beside it, for light and for dark paper."""
     try:
         record = json.loads(path.read_text(encoding="utf-8"))
-        chart = chart_of(record)
+        chart = make_chart(record)
     except (json.JSONDecodeError, KeyError, TypeError) as error:
         raise CoterieError(f"{path}: no record of a bench ({error})") from None
-    made = []
-    for scheme in PAPER:
+    paths = []
+    for scheme in BACKGROUND:
         file = path.with_name(f"{path.stem}-{scheme}.svg")
-        svg = drawn(lambda: draw(chart), name=path.stem, scheme=scheme)
+        svg = render_svg(lambda: draw_chart(chart), name=path.stem, scheme=scheme)
         file.write_text(svg + "\n", encoding="utf-8")
-        made.append(file)
-    return made
+        paths.append(file)
+    return paths
 
 
-def chart_of(record: Mapping[str, Any]) -> Chart:
+def make_chart(record: Mapping[str, Any]) -> Chart:
     """What a record shows; raises CoterieError for one of another kind."""
     title = record["title"]
-    samples = {measure["name"]: measure["samples"] for measure in record["measures"]}
+    samples = {entry["name"]: entry["samples"] for entry in record["measures"]}
     if title.startswith("generate"):
         rows = list(samples)
         speeds = {(row, "tokens/s"): samples[row] for row in rows}
         return Chart(rows, ["tokens/s"], speeds, "tokens/s")
-    if not title.startswith(KNOWN):
-        raise CoterieError(f"a record of {title!r} has no figure; known: {', '.join(KNOWN)}")
-    policies = [each["policy"] for each in record["facts"]["policies"]]
-    split = {
-        (name.removeprefix(f"{policy} "), policy): taken
-        for name, taken in samples.items()
+    if not title.startswith(KNOWN_TITLES):
+        raise CoterieError(f"a record of {title!r} has no figure; known: {', '.join(KNOWN_TITLES)}")
+    policies = [facts["policy"] for facts in record["facts"]["policies"]]
+    samples_by_kernel = {
+        (name.removeprefix(f"{policy} "), policy): values
+        for name, values in samples.items()
         for policy in policies
         if name.startswith(f"{policy} ")
     }
-    works = list(dict.fromkeys(work for work, _ in split))
-    middle = {
-        work: statistics.median(statistics.median(split[key]) for key in split if key[0] == work)
-        for work in works
+    kernels = list(dict.fromkeys(kernel for kernel, _ in samples_by_kernel))
+    medians = {
+        kernel: statistics.median(
+            statistics.median(samples_by_kernel[key])
+            for key in samples_by_kernel
+            if key[0] == kernel
+        )
+        for kernel in kernels
     }
-    return Chart(sorted(works, key=lambda work: middle[work]), policies, split, "ms")
+    return Chart(sorted(kernels, key=lambda work: medians[work]), policies, samples_by_kernel, "ms")
 
 
-def draw(chart: Chart) -> Figure:
+def draw_chart(chart: Chart) -> Figure:
     """Medians, with a bar from quartile to quartile."""
-    height = 1.3 + ROW * len(chart.rows) * max(1, len(chart.series) / 2)
-    figure, plot = axes(chart.unit, height=height)
-    shift = 0.5 / max(1, len(chart.series))
+    height = 1.3 + ROW_HEIGHT * len(chart.rows) * max(1, len(chart.series) / 2)
+    figure, axis = new_axes(chart.unit, height=height)
+    spacing = 0.5 / max(1, len(chart.series))
     for number, series in enumerate(chart.series):
-        there = [row for row in chart.rows if (row, series) in chart.samples]
-        taken = [chart.samples[row, series] for row in there]
-        middle = [statistics.median(each) for each in taken]
-        low, high = zip(*(_quartiles(each) for each in taken), strict=True)
-        around = (number - (len(chart.series) - 1) / 2) * shift
-        plot.errorbar(
-            middle,
-            [chart.rows.index(row) + around for row in there],
-            xerr=[_gaps(middle, low), _gaps(high, middle)],
+        present_rows = [row for row in chart.rows if (row, series) in chart.samples]
+        row_samples = [chart.samples[row, series] for row in present_rows]
+        medians = [statistics.median(values) for values in row_samples]
+        low, high = zip(*(_quartiles(values) for values in row_samples), strict=True)
+        offset = (number - (len(chart.series) - 1) / 2) * spacing
+        axis.errorbar(
+            medians,
+            [chart.rows.index(row) + offset for row in present_rows],
+            xerr=[_error_bars(medians, low), _error_bars(high, medians)],
             fmt=MARKERS[number % len(MARKERS)],
-            color=SERIES[number % len(SERIES)],
+            color=SERIES_COLOURS[number % len(SERIES_COLOURS)],
             elinewidth=1,
             label=series,
         )
-    plot.set_yticks(range(len(chart.rows)), chart.rows)
-    plot.set(ylim=(len(chart.rows) - 0.4, -0.6), xlim=(0, None))
+    axis.set_yticks(range(len(chart.rows)), chart.rows)
+    axis.set(ylim=(len(chart.rows) - 0.4, -0.6), xlim=(0, None))
     if len(chart.series) > 1:
-        legend(plot)
+        add_legend(axis)
     return figure
 
 
@@ -105,5 +109,5 @@ def _quartiles(samples: Sequence[float]) -> tuple[float, float]:
     return low, high
 
 
-def _gaps(above: Sequence[float], below: Sequence[float]) -> list[float]:
-    return [max(0.0, a - b) for a, b in zip(above, below, strict=True)]
+def _error_bars(upper: Sequence[float], lower: Sequence[float]) -> list[float]:
+    return [max(0.0, a - b) for a, b in zip(upper, lower, strict=True)]

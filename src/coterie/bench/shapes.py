@@ -15,18 +15,18 @@ from coterie.model.spec import ModelSpec
 from coterie.naming import CoterieError
 from coterie.values import RouterSpec, Slab
 
-SEEDED = 8  # random experts that a large layer is filled with, over and over
+DISTINCT_EXPERTS = 8  # random experts that a large layer is filled with, over and over
 
 
 @dataclass(frozen=True)
-class Shape:
+class LayerShape:
     """A published model's layer of experts, and the unique experts a block of 32 uses in it."""
 
     name: str
     router: RouterSpec
     hidden: int
     width: int
-    unique: int
+    unique_experts: int
     dtype: torch.dtype = torch.bfloat16
 
     @property
@@ -36,14 +36,14 @@ class Shape:
 
 
 @dataclass(frozen=True)
-class Published:
+class ModelShape:
     """A whole model's shape. ``unique``: experts of a layer that a block of 32 uses together;
     ``betas``: shares of the experts at which the paper reports it."""
 
     title: str
     family: Family
     spec: ModelSpec
-    unique: int
+    unique_experts: int
     betas: tuple[float, ...] = (0.15, 0.1)
 
     @property
@@ -52,47 +52,51 @@ class Published:
         return ("vanilla", *(f"des-vote:beta={beta:g}" for beta in self.betas))
 
     @property
-    def layer(self) -> Shape:
+    def layer(self) -> LayerShape:
         """Its layer of experts."""
         spec = self.spec
-        return Shape(self.title, spec.router, spec.hidden, spec.expert_width, self.unique)
+        return LayerShape(
+            self.title, spec.router, spec.hidden, spec.expert_width, self.unique_experts
+        )
 
-    def cut(self, layers: int | None) -> Published:
+    def truncate(self, layers: int | None) -> ModelShape:
         """The same with its first so many layers only (None: all of them)."""
-        most = self.spec.layers
-        if layers is None or layers == most:
+        max_layers = self.spec.layers
+        if layers is None or layers == max_layers:
             return self
-        if not 1 <= layers <= most or not any(self.spec.moe[:layers]):
-            least = self.spec.moe.index(True) + 1
-            raise CoterieError(f"{layers} layers of {self.title}; it takes {least} to {most}")
+        if not 1 <= layers <= max_layers or not any(self.spec.moe[:layers]):
+            min_layers = self.spec.moe.index(True) + 1
+            raise CoterieError(
+                f"{layers} layers of {self.title}; it takes {min_layers} to {max_layers}"
+            )
         return replace(self, spec=replace(self.spec, layers=layers, moe=self.spec.moe[:layers]))
 
 
-def published(name: str) -> Published:
+def find_shape(name: str) -> ModelShape:
     """By its name on the command line; raises CoterieError for one that is not known."""
     if name not in SHAPES:
         raise CoterieError(f"unknown shape {name!r}; known: {', '.join(SHAPES)}")
     return SHAPES[name]
 
 
-def random_slab(shape: Shape, device: torch.device) -> Slab:
+def random_slab(shape: LayerShape, device: torch.device) -> Slab:
     """Few random experts, over and over: every copy is read from its own memory all the same."""
     experts, hidden, width = shape.router.experts, shape.hidden, shape.width
-    draw = torch.Generator().manual_seed(0)
+    generator = torch.Generator().manual_seed(0)
 
-    def filled(*size: int) -> Tensor:
-        few = torch.randn(SEEDED, *size, generator=draw) * size[-1] ** -0.5
-        few = few.to(device, shape.dtype)
-        return few.repeat(-(-experts // SEEDED), 1, 1)[:experts]
+    def random_weight(*size: int) -> Tensor:
+        distinct = torch.randn(DISTINCT_EXPERTS, *size, generator=generator) * size[-1] ** -0.5
+        distinct = distinct.to(device, shape.dtype)
+        return distinct.repeat(-(-experts // DISTINCT_EXPERTS), 1, 1)[:experts]
 
     return Slab(
-        gate_up=filled(2 * width, hidden),
-        down=filled(hidden, width),
+        gate_up=random_weight(2 * width, hidden),
+        down=random_weight(hidden, width),
         slot_of=torch.arange(experts, device=device),
     )
 
 
-_MINI = ModelSpec(
+_LLADA2_MINI = ModelSpec(
     vocabulary=157_184,
     hidden=2048,
     layers=20,
@@ -106,13 +110,13 @@ _MINI = ModelSpec(
     expert_width=512,
     shared_width=512,
     moe=(False,) + (True,) * 19,
-    router=RouterSpec(256, 8, "sigmoid", True, 2.5, groups=8, kept_groups=4, epsilon=1e-20),
+    router=RouterSpec(256, 8, "sigmoid", True, 2.5, groups=8, topk_groups=4, epsilon=1e-20),
     expert_bias=True,
-    tied=False,
+    tie_embeddings=False,
     max_length=32_768,
 )
-_FLASH = replace(
-    _MINI,
+_LLADA2_FLASH = replace(
+    _LLADA2_MINI,
     hidden=4096,
     layers=32,
     heads=32,
@@ -121,8 +125,8 @@ _FLASH = replace(
     shared_width=1024,
     moe=(False,) + (True,) * 31,
 )
-_MOE = replace(
-    _MINI,
+_LLADA_MOE = replace(
+    _LLADA2_MINI,
     layers=16,
     kv_heads=16,
     rotary_dim=128,
@@ -137,7 +141,7 @@ _MOE = replace(
     max_length=8192,
 )
 _SDAR = replace(
-    _MOE,
+    _LLADA_MOE,
     vocabulary=151_936,
     layers=48,
     heads=32,
@@ -150,7 +154,7 @@ _SDAR = replace(
     max_length=40_960,
 )
 _TINY = replace(
-    _MINI,
+    _LLADA2_MINI,
     vocabulary=160,
     hidden=64,
     layers=3,
@@ -162,18 +166,22 @@ _TINY = replace(
     expert_width=32,
     shared_width=32,
     moe=(False, True, True),
-    router=RouterSpec(32, 4, "sigmoid", True, 2.5, groups=4, kept_groups=2, epsilon=1e-20),
+    router=RouterSpec(32, 4, "sigmoid", True, 2.5, groups=4, topk_groups=2, epsilon=1e-20),
     max_length=512,
 )
 
 # The paper counted unique experts of LLaDA2.0-mini and LLaDA-MoE. Of flash and SDAR nobody has:
 # their routers are taken to be as skewed as LLaDA2.0-mini's.
 SHAPES = {
-    "llada2-mini": Published("LLaDA2.0-mini", LLADA2, _MINI, unique=84),
-    "llada2-flash": Published("LLaDA2.0-flash", LLADA2, _FLASH, unique=84),
-    "llada-moe": Published("LLaDA-MoE", LLADA_MOE, _MOE, unique=59, betas=(0.6, 0.4)),
-    "sdar-moe": Published("SDAR-MoE", SDAR_MOE, _SDAR, unique=63),
-    "tiny": Published("Tiny", LLADA2, _TINY, unique=18, betas=(0.25,)),  # to try a command out
+    "llada2-mini": ModelShape("LLaDA2.0-mini", LLADA2, _LLADA2_MINI, unique_experts=84),
+    "llada2-flash": ModelShape("LLaDA2.0-flash", LLADA2, _LLADA2_FLASH, unique_experts=84),
+    "llada-moe": ModelShape(
+        "LLaDA-MoE", LLADA_MOE, _LLADA_MOE, unique_experts=59, betas=(0.6, 0.4)
+    ),
+    "sdar-moe": ModelShape("SDAR-MoE", SDAR_MOE, _SDAR, unique_experts=63),
+    "tiny": ModelShape(
+        "Tiny", LLADA2, _TINY, unique_experts=18, betas=(0.25,)
+    ),  # to try a command out
 }
-LARGE = (SHAPES["llada2-mini"].layer, SHAPES["llada-moe"].layer)
+PAPER_LAYERS = (SHAPES["llada2-mini"].layer, SHAPES["llada-moe"].layer)
 """The layers that the paper measures."""

@@ -6,25 +6,35 @@
 >>> calibrate(Bench(coterie.load(), asked), "des-vote", "experts=38").policy
 """
 
-from coterie.calibration.bench import Bench
+from coterie.calibration.bench import PolicyEvaluator
 from coterie.calibration.calibration import Calibration, calibrate
-from coterie.calibration.kept import Kept, document, keep, read_kept
-from coterie.calibration.prompts import Question, Questions, from_file, from_tasks
+from coterie.calibration.kept import (
+    CalibratedPolicy,
+    calibration_record,
+    write_calibrated_policy,
+    read_calibrated_policy,
+)
+from coterie.calibration.prompts import (
+    CalibrationPrompt,
+    PromptSet,
+    prompts_from_file,
+    prompts_from_tasks,
+)
 from coterie.calibration.target import Target
-from coterie.evals.task import Wish
+from coterie.evals.task import TaskOptions
 
 __all__ = [
-    "Bench",
+    "PolicyEvaluator",
     "Calibration",
-    "Kept",
-    "Question",
-    "Questions",
+    "CalibratedPolicy",
+    "CalibrationPrompt",
+    "PromptSet",
     "Target",
-    "Wish",
+    "TaskOptions",
     "calibrate",
-    "document",
-    "from_file",
-    "from_tasks",
-    "keep",
-    "read_kept",
+    "calibration_record",
+    "prompts_from_file",
+    "prompts_from_tasks",
+    "write_calibrated_policy",
+    "read_calibrated_policy",
 ]

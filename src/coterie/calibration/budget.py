@@ -7,58 +7,64 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from coterie.calibration.bench import Bench
-from coterie.calibration.ladder import Family, Ladder, share_of
-from coterie.engine.watch import Watched
+from coterie.calibration.bench import PolicyEvaluator
+from coterie.calibration.ladder import SearchFamily, SearchSpace, beta_for_count
+from coterie.engine.watch import LayerObservation
 from coterie.naming import CoterieError
 from coterie.routing import POLICIES, Election, parse_policy
-from coterie.routing.votes import VOTES, voices
-from coterie.spelling import options
+from coterie.routing.votes import VOTES, vote_weights
+from coterie.spelling import spec_options
 
 
-def layered_ladder(bench: Bench, family: Family) -> Ladder:
+def per_layer_search_space(evaluator: PolicyEvaluator, family: SearchFamily) -> SearchSpace:
     """Rungs of ever fewer experts over all layers, shared out by ``order_of_taking``.
 
     From all experts in each layer down to one in each. Raises CoterieError for a family whose
     budget is one for all layers.
     """
-    option = options(POLICIES[family.name])[family.parameter]
-    if not (option.many and family.parameter == "beta"):
-        able = [n for n, cls in POLICIES.items() for o in options(cls).values() if o.many]
+    option = spec_options(POLICIES[family.name])[family.parameter]
+    if not (option.accepts_list and family.parameter == "beta"):
+        supported = [
+            n for n, cls in POLICIES.items() for o in spec_options(cls).values() if o.accepts_list
+        ]
         raise CoterieError(
             f"{family.name} has no budget for each layer; families that have: "
-            f"{', '.join(dict.fromkeys(able)) or 'none'}"
+            f"{', '.join(dict.fromkeys(supported)) or 'none'}"
         )
-    router = bench.engine.model.spec.router
-    election = getattr(parse_policy(family.spelling(1.0)), "election", Election())
-    order = order_of_taking(falling_votes(bench, election))
-    shares = [
-        tuple(share_of(count, router.experts) for count in shared_out(order, total))
+    router = evaluator.engine.model.spec.router
+    election = getattr(parse_policy(family.policy_with(1.0)), "election", Election())
+    order = allocation_order(sorted_vote_sums(evaluator, election))
+    budgets = [
+        tuple(beta_for_count(count, router.experts) for count in experts_per_layer(order, total))
         for total in range(len(order), max(order), -1)
     ]
-    return Ladder(str(family), family.parameter, shares, lambda rung: family.spelling(shares[rung]))
+    return SearchSpace(
+        str(family), family.parameter, budgets, lambda rung: family.policy_with(budgets[rung])
+    )
 
 
-def falling_votes(bench: Bench, election: Election) -> Tensor:
+def sorted_vote_sums(evaluator: PolicyEvaluator, election: Election) -> Tensor:
     """[layers, E] float64: votes of the expert elected first, second, .. of each layer that routes,
     added up over vanilla's decoding forwards. Nothing else of a forward is kept. They are plain
     votes, whatever is protected and however they are tallied."""
-    spec = bench.engine.model.spec
-    place = {layer: number for number, layer in enumerate(spec.moe_layers)}
-    sums = torch.zeros(len(place), spec.router.experts, dtype=torch.float64)
+    spec = evaluator.engine.model.spec
+    layer_index = {layer: number for number, layer in enumerate(spec.moe_layers)}
+    sums = torch.zeros(len(layer_index), spec.router.experts, dtype=torch.float64)
 
-    def see(watched: Watched, first: int) -> None:
-        del first
-        scores = watched.scores
-        voice = voices(scores, election.voters)
-        votes = VOTES[election.vote](scores, voice, election.seed)  # [S, E]
-        sums[place[watched.layer]] += votes.double().sort(descending=True).values.sum(0).cpu()
+    def on_layer(observation: LayerObservation, first_prompt: int) -> None:
+        del first_prompt
+        scores = observation.scores
+        vote_weight = vote_weights(scores, election.voters)
+        votes = VOTES[election.vote](scores, vote_weight, election.seed)  # [S, E]
+        sums[layer_index[observation.layer]] += (
+            votes.double().sort(descending=True).values.sum(0).cpu()
+        )
 
-    bench.trace(see, "votes on vanilla's forwards")
+    evaluator.observe_vanilla(on_layer, "votes on vanilla's forwards")
     return sums
 
 
-def order_of_taking(votes: Tensor) -> list[int]:
+def allocation_order(votes: Tensor) -> list[int]:
     """The layer that takes the next expert, one by one, until each has all of its E.
 
     ``votes`` [layers, E] fall along each row, so taking the largest one left is the best that can
@@ -67,16 +73,16 @@ def order_of_taking(votes: Tensor) -> list[int]:
     then to the earlier one.
     """
     layers, experts = votes.shape
-    held = votes.tolist()
-    places = [
-        (-held[layer][n] if n else -torch.inf, n, layer)
+    vote_sums = votes.tolist()
+    allocations = [
+        (-vote_sums[layer][n] if n else -torch.inf, n, layer)
         for layer in range(layers)
         for n in range(experts)
     ]
-    return [layer for _, _, layer in sorted(places)]
+    return [layer for _, _, layer in sorted(allocations)]
 
 
-def shared_out(order: Sequence[int], total: int) -> tuple[int, ...]:
+def experts_per_layer(order: Sequence[int], total: int) -> tuple[int, ...]:
     """Experts of each layer after ``total`` were taken."""
-    taken = order[:total]
-    return tuple(taken.count(layer) for layer in range(max(order) + 1))
+    allocated = order[:total]
+    return tuple(allocated.count(layer) for layer in range(max(order) + 1))

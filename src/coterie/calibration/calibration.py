@@ -5,26 +5,26 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from coterie.calibration.bench import TOGETHER, VANILLA, Bench, Run
-from coterie.calibration.budget import layered_ladder
-from coterie.calibration.frontier import Point, best, frontier
-from coterie.calibration.ladder import Family, Ladder
-from coterie.calibration.search import Searcher
-from coterie.calibration.target import Kind, Reading, Target
+from coterie.calibration.bench import POLICIES_PER_PASS, VANILLA, PolicyEvaluator, PolicyRun
+from coterie.calibration.budget import per_layer_search_space
+from coterie.calibration.frontier import FrontierPoint, best_point, find_frontier
+from coterie.calibration.ladder import SearchFamily, SearchSpace
+from coterie.calibration.search import BoundarySearch
+from coterie.calibration.target import TargetKind, Estimate, Target
 from coterie.naming import CoterieError
 
 # Votes and losses are compared on equal inputs. Experts and accuracy depend on what a policy does
 # to the text that it decodes, so they are measured to the end.
-ON_TRACE: tuple[Kind, ...] = ("mass", "loss")
-COARSE = 7  # rungs spread over the ladder before accuracy is bisected
+TRACE_KINDS: tuple[TargetKind, ...] = ("mass", "loss")
+INITIAL_POINTS = 7  # rungs spread over the ladder before accuracy is bisected
 
 
 @dataclass(frozen=True)
-class Step:
+class MeasuredPolicy:
     """One policy that was measured on the way."""
 
     policy: str
-    reading: Reading
+    estimate: Estimate
 
 
 @dataclass(frozen=True)
@@ -40,17 +40,21 @@ class Calibration:
     family: str
     target: Target
     policy: str
-    achieved: Reading
-    beyond: Step | None
-    ordered: bool
-    steps: tuple[Step, ...]  # in the order taken
-    points: tuple[Point, ...]  # of the frontier, where there is one
-    run: Run
-    vanilla: Run
+    achieved: Estimate
+    neighbor: MeasuredPolicy | None
+    is_monotonic: bool
+    steps: tuple[MeasuredPolicy, ...]  # in the order taken
+    frontier_points: tuple[FrontierPoint, ...]  # of the frontier, where there is one
+    run: PolicyRun
+    vanilla: PolicyRun
 
 
 def calibrate(
-    bench: Bench, family: Family | str, target: Target | str, *, per_layer: bool = False
+    evaluator: PolicyEvaluator,
+    family: SearchFamily | str,
+    target: Target | str,
+    *,
+    per_layer: bool = False,
 ) -> Calibration:
     """The gentlest policy with so few experts, or the most thrifty one that meets another target.
 
@@ -59,68 +63,79 @@ def calibrate(
     without ``protect`` is searched along its frontier. Raises CoterieError, which names what can
     be reached, where nothing meets the target.
     """
-    family = Family.of(family) if isinstance(family, str) else family
-    target = Target.of(target) if isinstance(target, str) else target
-    check(bench, family, target)
-    points: list[Point] = []
-    if two_thresholds(family):
-        points = frontier(bench, family, target)
-        family = family.fixing("protect", best(points, target).protect)
+    family = SearchFamily.parse(family) if isinstance(family, str) else family
+    target = Target.parse(target) if isinstance(target, str) else target
+    check_target(evaluator, family, target)
+    points: list[FrontierPoint] = []
+    if has_two_thresholds(family):
+        points = find_frontier(evaluator, family, target)
+        family = family.with_fixed("protect", best_point(points, target).protect)
     if per_layer:
-        ladder = layered_ladder(bench, family)
+        space = per_layer_search_space(evaluator, family)
     else:
-        ladder = family.ladder(bench.engine.model.spec.router)
-    return _found(bench, ladder, target, points)
+        space = family.search_space(evaluator.engine.model.spec.router)
+    return _search(evaluator, space, target, points)
 
 
-def check(bench: Bench, family: Family, target: Target) -> None:
+def check_target(evaluator: PolicyEvaluator, family: SearchFamily, target: Target) -> None:
     """Raises for what would fail after the first hour."""
-    family.ladder(bench.engine.model.spec.router)
-    if target.kind == "drop" and not bench.questions.graded:
+    family.search_space(evaluator.engine.model.spec.router)
+    if target.kind == "drop" and not evaluator.prompt_set.is_graded:
         raise CoterieError("drop needs graded prompts: give --task instead of --prompts")
-    if target.kind == "drop" and two_thresholds(family):
+    if target.kind == "drop" and has_two_thresholds(family):
         raise CoterieError(
             f"{family.name}: accuracy does not choose between two thresholds; fix one, such as "
             f"{family.name}:protect=0.02"
         )
 
 
-def two_thresholds(family: Family) -> bool:
+def has_two_thresholds(family: SearchFamily) -> bool:
     """Whether MC-MoE's ``protect`` is free too."""
-    return family.name == "mc-moe" and not family.fixes("protect")
+    return family.name == "mc-moe" and not family.is_fixed("protect")
 
 
-def _found(bench: Bench, ladder: Ladder, target: Target, points: Sequence[Point]) -> Calibration:
-    def measure(rungs: Sequence[int]) -> list[Reading]:
-        return readings(bench, target.kind, [ladder.spelling(rung) for rung in rungs])
+def _search(
+    evaluator: PolicyEvaluator, space: SearchSpace, target: Target, points: Sequence[FrontierPoint]
+) -> Calibration:
+    def measure(indices: Sequence[int]) -> list[Estimate]:
+        return measure_policies(
+            evaluator, target.kind, [space.policy_at(index) for index in indices]
+        )
 
-    on_trace = target.kind in ON_TRACE
-    coarse = COARSE if target.kind == "drop" else 1
-    searcher = Searcher(together=TOGETHER if on_trace else 1, coarse=coarse)
-    found = searcher.find(target, len(ladder), measure)
-    beside = found.rung - 1 if target.grows_with_thrift else found.rung + 1
-    steps = {rung: Step(ladder.spelling(rung), one) for rung, one in found.readings.items()}
-    policy = steps[found.rung].policy
+    on_trace = target.kind in TRACE_KINDS
+    initial_points = INITIAL_POINTS if target.kind == "drop" else 1
+    searcher = BoundarySearch(
+        batch_size=POLICIES_PER_PASS if on_trace else 1, initial_points=initial_points
+    )
+    result = searcher.find(target, len(space), measure)
+    neighbor = result.index - 1 if target.met_by_fewer_experts else result.index + 1
+    steps = {
+        index: MeasuredPolicy(space.policy_at(index), estimate)
+        for index, estimate in result.estimates.items()
+    }
+    policy = steps[result.index].policy
     return Calibration(
-        family=ladder.family,
+        family=space.family,
         target=target,
         policy=policy,
-        achieved=steps[found.rung].reading,
-        beyond=steps.get(beside),
-        ordered=found.ordered,
+        achieved=steps[result.index].estimate,
+        neighbor=steps.get(neighbor),
+        is_monotonic=result.is_monotonic,
         steps=tuple(steps.values()),
-        points=tuple(points),
-        run=bench.run(policy),
-        vanilla=bench.run(VANILLA),
+        frontier_points=tuple(points),
+        run=evaluator.run(policy),
+        vanilla=evaluator.run(VANILLA),
     )
 
 
-def readings(bench: Bench, kind: Kind, policies: Sequence[str]) -> list[Reading]:
+def measure_policies(
+    evaluator: PolicyEvaluator, kind: TargetKind, policies: Sequence[str]
+) -> list[Estimate]:
     """Of each policy, measured as this kind of target is."""
-    if kind in ON_TRACE:
-        seen = bench.on_trace(policies, losses=kind == "loss")
-        return [one.reading(kind) for one in seen]
+    if kind in TRACE_KINDS:
+        estimates = evaluator.estimate_on_trace(policies, with_loss=kind == "loss")
+        return [estimates_of_policy.estimate(kind) for estimates_of_policy in estimates]
     if kind == "drop":
-        vanilla = bench.run(VANILLA)
-        return [bench.run(policy).drop_reading(vanilla) for policy in policies]
-    return [bench.run(policy).experts_reading() for policy in policies]
+        vanilla = evaluator.run(VANILLA)
+        return [evaluator.run(policy).drop_estimate(vanilla) for policy in policies]
+    return [evaluator.run(policy).experts_estimate() for policy in policies]

@@ -10,64 +10,74 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from coterie.calibration.bench import TOGETHER, Bench, OnTrace
-from coterie.calibration.ladder import Family
-from coterie.calibration.search import Searcher
-from coterie.calibration.target import Reading, Target
+from coterie.calibration.bench import POLICIES_PER_PASS, PolicyEvaluator, TraceEstimates
+from coterie.calibration.ladder import SearchFamily
+from coterie.calibration.search import BoundarySearch
+from coterie.calibration.target import Estimate, Target
 from coterie.naming import CoterieError
 
-PROTECTED = (0.0, 0.02, 0.05, 0.1, 0.2, 0.3, 0.5)  # shares of a window's tokens
+PROTECT_VALUES = (0.0, 0.02, 0.05, 0.1, 0.2, 0.3, 0.5)  # shares of a window's tokens
 
 
 @dataclass(frozen=True)
-class Point:
+class FrontierPoint:
     """One pair of the frontier, on vanilla's forwards: what it uses and what it loses."""
 
     policy: str
     protect: float
-    experts: Reading
-    loss: Reading
+    experts: Estimate
+    loss: Estimate
 
 
-def frontier(bench: Bench, family: Family, target: Target) -> list[Point]:
+def find_frontier(
+    evaluator: PolicyEvaluator, family: SearchFamily, target: Target
+) -> list[FrontierPoint]:
     """For each of ``PROTECTED``, the policy that just meets the target on vanilla's forwards.
 
     Shares with which nothing meets it are left out; raises the CoterieError of the last where
     none is left.
     """
-    found: dict[float, str] = {}
-    refusal: CoterieError | None = None
+    policy_by_protect: dict[float, str] = {}
+    last_error: CoterieError | None = None
     first = 0
-    for protect in PROTECTED:
-        ladder = family.fixing("protect", protect).ladder(bench.engine.model.spec.router)
-        policies = [ladder.spelling(rung) for rung in range(first, len(ladder))]
+    for protect in PROTECT_VALUES:
+        space = family.with_fixed("protect", protect).search_space(
+            evaluator.engine.model.spec.router
+        )
+        policies = [space.policy_at(index) for index in range(first, len(space))]
 
-        def measure(rungs: Sequence[int], policies: Sequence[str] = policies) -> list[Reading]:
-            seen = bench.on_trace([policies[rung] for rung in rungs], losses=target.kind == "loss")
-            return [one.reading(target.kind) for one in seen]
+        def measure(indices: Sequence[int], policies: Sequence[str] = policies) -> list[Estimate]:
+            seen = evaluator.estimate_on_trace(
+                [policies[index] for index in indices], with_loss=target.kind == "loss"
+            )
+            return [estimate.estimate(target.kind) for estimate in seen]
 
         try:
-            rung = Searcher(together=TOGETHER).find(target, len(policies), measure).rung
+            index = (
+                BoundarySearch(batch_size=POLICIES_PER_PASS)
+                .find(target, len(policies), measure)
+                .index
+            )
         except CoterieError as error:
-            refusal = error
+            last_error = error
             continue
-        found[protect] = policies[rung]
-        first += rung
-    if not found and refusal is not None:
-        raise refusal
-    seen = bench.on_trace(list(found.values()), losses=True)
+        policy_by_protect[protect] = policies[index]
+        first += index
+    if not policy_by_protect and last_error is not None:
+        raise last_error
+    estimates = evaluator.estimate_on_trace(list(policy_by_protect.values()), with_loss=True)
     return [
-        _point(policy, protect, one)
-        for (protect, policy), one in zip(found.items(), seen, strict=True)
+        _point(policy, protect, estimate)
+        for (protect, policy), estimate in zip(policy_by_protect.items(), estimates, strict=True)
     ]
 
 
-def best(points: Sequence[Point], target: Target) -> Point:
+def best_point(points: Sequence[FrontierPoint], target: Target) -> FrontierPoint:
     """Of pairs with as many experts the one that loses least; else the one with fewest experts."""
     if target.kind == "experts":
         return min(points, key=lambda point: point.loss.value)
     return min(points, key=lambda point: point.experts.value)
 
 
-def _point(policy: str, protect: float, seen: OnTrace) -> Point:
-    return Point(policy, protect, seen.reading("experts"), seen.reading("loss"))
+def _point(policy: str, protect: float, estimates: TraceEstimates) -> FrontierPoint:
+    return FrontierPoint(policy, protect, estimates.estimate("experts"), estimates.estimate("loss"))

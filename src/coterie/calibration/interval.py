@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-from coterie.evals.stats import Share
+from coterie.evals.stats import Proportion
 
 
 def drop_interval(before: Sequence[bool], after: Sequence[bool]) -> tuple[float, float]:
@@ -15,20 +15,22 @@ def drop_interval(before: Sequence[bool], after: Sequence[bool]) -> tuple[float,
     unlike a bootstrap, it does not shrink to nothing where no item changed.
     """
     n = len(before)
-    first, second = Share(sum(before), n), Share(sum(after), n)
+    first, second = Proportion(sum(before), n), Proportion(sum(after), n)
     p, q = first.value, second.value
     (p_low, p_high), (q_low, q_high) = first.interval, second.interval
     r = _correlation(before, after)
-    down, up = p - p_low, p_high - p
-    below, above = q - q_low, q_high - q
-    low = math.sqrt(max(0.0, down**2 - 2 * r * down * above + above**2))
-    high = math.sqrt(max(0.0, up**2 - 2 * r * up * below + below**2))
+    p_down, p_up = p - p_low, p_high - p
+    q_down, q_up = q - q_low, q_high - q
+    low = math.sqrt(max(0.0, p_down**2 - 2 * r * p_down * q_up + q_up**2))
+    high = math.sqrt(max(0.0, p_up**2 - 2 * r * p_up * q_down + q_down**2))
     return max(-1.0, p - q - low), min(1.0, p - q + high)
 
 
 def _correlation(before: Sequence[bool], after: Sequence[bool]) -> float:
     """Phi of two lists, 0 where one of them never varies."""
-    n, both = len(before), sum(a and b for a, b in zip(before, after, strict=True))
-    right, kept = sum(before), sum(after)
-    spread = right * (n - right) * kept * (n - kept)
-    return (n * both - right * kept) / math.sqrt(spread) if spread else 0.0
+    n, num_both = len(before), sum(a and b for a, b in zip(before, after, strict=True))
+    correct_before, correct_after = sum(before), sum(after)
+    variance = correct_before * (n - correct_before) * correct_after * (n - correct_after)
+    return (
+        (n * num_both - correct_before * correct_after) / math.sqrt(variance) if variance else 0.0
+    )

@@ -7,65 +7,72 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from coterie.calibration.bench import Bench, Run
-from coterie.calibration.calibration import ON_TRACE, Calibration, Step
-from coterie.calibration.target import Reading
-from coterie.engine.config import Generation
+from coterie.calibration.bench import PolicyEvaluator, PolicyRun
+from coterie.calibration.calibration import TRACE_KINDS, Calibration, MeasuredPolicy
+from coterie.calibration.target import Estimate
+from coterie.engine.config import GenerationConfig
 from coterie.engine.load import Model
 from coterie.evals.fingerprint import fingerprint
 from coterie.naming import CoterieError
-from coterie.results import record, write_json
-from coterie.routing import parse_policy, spell
+from coterie.results import make_record, write_json
+from coterie.routing import parse_policy, format_policy
 
 TITLE = "Calibrated policy"
-ROUTED = ("layers", "experts")  # of a model, which a policy's budgets are made for
-DECODED = ("block", "plan", "unmask", "commit", "prefill", "drift")
+MODEL_SIZES = ("layers", "experts")  # of a model, which a policy's budgets are made for
+DECODING_FIELDS = ("block", "plan", "unmask", "commit", "prefill", "drift")
 """Of a generation: what routing feels."""
 
 
 @dataclass(frozen=True)
-class Kept:
+class CalibratedPolicy:
     """A policy read from such a file, and what it was found for."""
 
     path: Path
     policy: str
-    name: str  # the model's
+    model_name: str  # the model's
     fingerprint: str
     layers: int  # those that route
     experts: int
     generation: Mapping[str, object] = field(default_factory=dict)
-    form: str | None = None  # of the experts, where they were quantised
+    expert_format: str | None = None  # of the experts, where they were quantised
 
-    def check(self, model: Model, generation: Generation) -> list[str]:
+    def check_model(self, model: Model, generation: GenerationConfig) -> list[str]:
         """Remarks on other weights of the same sizes, and on another way of decoding.
 
         Raises CoterieError where ``model`` has another number of layers or experts: a share of 64
         experts says nothing about 256.
         """
-        theirs = identity(model)
-        if (self.layers, self.experts) != (theirs["layers"], theirs["experts"]):
+        actual = model_identity(model)
+        if (self.layers, self.experts) != (actual["layers"], actual["experts"]):
             raise CoterieError(
                 f"{self.path}: calibrated for {self.layers} routing layers of {self.experts} "
-                f"experts ({self.name}), but {model.name} has {theirs['layers']} of "
-                f"{theirs['experts']}; calibrate again, or give the policy: {self.policy}"
+                f"experts ({self.model_name}), but {model.name} has {actual['layers']} of "
+                f"{actual['experts']}; calibrate again, or give the policy: {self.policy}"
             )
-        remarks = []
-        if self.fingerprint != theirs["fingerprint"]:
-            remarks.append(f"{self.path}: calibrated on other weights ({self.name})")
-        if self.form != theirs["expert_format"]:
-            was, now_is = self.form or "whole", theirs["expert_format"] or "whole"
-            remarks.append(f"{self.path}: calibrated with experts {was} (now {now_is})")
-        now = generation.document()
-        others = {
-            key: was for key in DECODED if (was := self.generation.get(key, now[key])) != now[key]
+        warnings = []
+        if self.fingerprint != actual["fingerprint"]:
+            warnings.append(f"{self.path}: calibrated on other weights ({self.model_name})")
+        if self.expert_format != actual["expert_format"]:
+            stored, current_format = (
+                self.expert_format or "whole",
+                actual["expert_format"] or "whole",
+            )
+            warnings.append(f"{self.path}: calibrated with experts {stored} (now {current_format})")
+        current = generation.document()
+        differences = {
+            key: stored
+            for key in DECODING_FIELDS
+            if (stored := self.generation.get(key, current[key])) != current[key]
         }
-        if others:
-            told = ", ".join(f"{key}={was} (now {now[key]})" for key, was in others.items())
-            remarks.append(f"{self.path}: calibrated with {told}")
-        return remarks
+        if differences:
+            changes = ", ".join(
+                f"{key}={stored} (now {current[key]})" for key, stored in differences.items()
+            )
+            warnings.append(f"{self.path}: calibrated with {changes}")
+        return warnings
 
 
-def read_kept(path: Path | str) -> Kept:
+def read_calibrated_policy(path: Path | str) -> CalibratedPolicy:
     """What ``coterie calibrate -o`` wrote; a CoterieError names the file and its fault."""
     path = Path(path)
     try:
@@ -81,50 +88,58 @@ def read_kept(path: Path | str) -> Kept:
     if not isinstance(content, dict) or not isinstance(content.get("policy"), str):
         raise CoterieError(f'{path}: no "policy" in it; `coterie calibrate -o` writes one')
     try:
-        policy = spell(parse_policy(content["policy"]))
+        policy = format_policy(parse_policy(content["policy"]))
     except CoterieError as error:
         raise CoterieError(f"{path}: {error}") from None
-    return _with_model(path, policy, content)
+    return _make_calibrated_policy(path, policy, content)
 
 
-def document(bench: Bench, found: Calibration, command: Sequence[str]) -> dict[str, object]:
+def calibration_record(
+    evaluator: PolicyEvaluator, calibration: Calibration, command: Sequence[str]
+) -> dict[str, object]:
     """The calibration as JSON values: what was found, the proof, the way there, what it ran on."""
-    model = bench.engine.model
-    kept = record(TITLE, command, [], device=str(model.transformer.device))
-    del kept["measures"], kept["facts"]
+    model = evaluator.engine.model
+    common = make_record(TITLE, command, [], device=str(model.transformer.device))
+    del common["measures"], common["facts"]
     return {
-        "policy": found.policy,
-        "family": found.family,
+        "policy": calibration.policy,
+        "family": calibration.family,
         "target": {
-            "kind": found.target.kind,
-            "value": found.target.value,
-            "sure": found.target.sure,
-            "measured": measured(found),
+            "kind": calibration.target.kind,
+            "value": calibration.target.value,
+            "sure": calibration.target.confident,
+            "measured": measured_on(calibration),
         },
-        "achieved": _reading(found.achieved),
-        "beyond": None if found.beyond is None else _step(found.beyond),
-        "ordered": found.ordered,
-        "decoding": {name: _run(run) for name, run in _runs(found).items()},
-        "model": identity(model),
-        "prompts": bench.questions.document(),
-        "generation": {**bench.engine.generation.document(), **bench.options},
-        "rows": bench.rows,
-        "memory": None if model.memory is None else model.memory.asked.document(),
-        "search": [_step(step) for step in found.steps],
+        "achieved": _estimate_dict(calibration.achieved),
+        "beyond": None
+        if calibration.neighbor is None
+        else _measured_policy_dict(calibration.neighbor),
+        "ordered": calibration.is_monotonic,
+        "decoding": {name: _run_dict(run) for name, run in _runs_by_name(calibration).items()},
+        "model": model_identity(model),
+        "prompts": evaluator.prompt_set.to_dict(),
+        "generation": {**evaluator.engine.generation.document(), **evaluator.options},
+        "rows": evaluator.batch_size,
+        "memory": None if model.memory_plan is None else model.memory_plan.config.to_dict(),
+        "search": [_measured_policy_dict(step) for step in calibration.steps],
         "frontier": [
-            {"policy": p.policy, "experts": _reading(p.experts), "loss": _reading(p.loss)}
-            for p in found.points
+            {
+                "policy": p.policy,
+                "experts": _estimate_dict(p.experts),
+                "loss": _estimate_dict(p.loss),
+            }
+            for p in calibration.frontier_points
         ],
-        **kept,
+        **common,
     }
 
 
-def keep(path: Path, content: Mapping[str, object]) -> None:
+def write_calibrated_policy(path: Path, content: Mapping[str, object]) -> None:
     """Writes a ``document``, whole or not at all."""
     write_json(path, content)
 
 
-def identity(model: Model) -> dict[str, object]:
+def model_identity(model: Model) -> dict[str, object]:
     """Which model a policy was found for."""
     return {
         "name": model.name,
@@ -132,22 +147,26 @@ def identity(model: Model) -> dict[str, object]:
         "layers": len(model.spec.moe_layers),
         "experts": model.spec.router.experts,
         "dtype": str(model.transformer.dtype).removeprefix("torch."),
-        "expert_format": None if (form := model.spec.expert_format) is None else str(form),
+        "expert_format": None
+        if (expert_format := model.spec.expert_format) is None
+        else str(expert_format),
     }
 
 
-def measured(found: Calibration) -> str:
+def measured_on(calibration: Calibration) -> str:
     """On what the target's readings were taken."""
-    if found.target.kind in ON_TRACE:
+    if calibration.target.kind in TRACE_KINDS:
         return "the inputs of vanilla's decoding forwards"
     return "decoding to the end under each policy"
 
 
-def _with_model(path: Path, policy: str, content: Mapping[str, object]) -> Kept:
+def _make_calibrated_policy(
+    path: Path, policy: str, content: Mapping[str, object]
+) -> CalibratedPolicy:
     model, generation = content.get("model"), content.get("generation")
     fields = model if isinstance(model, dict) else {}
     name, digest = (fields.get(key) for key in ("name", "fingerprint"))
-    layers, experts = (fields.get(key) for key in ROUTED)
+    layers, experts = (fields.get(key) for key in MODEL_SIZES)
     if not (isinstance(name, str) and isinstance(digest, str)) or not (
         isinstance(layers, int) and isinstance(experts, int)
     ):
@@ -155,35 +174,37 @@ def _with_model(path: Path, policy: str, content: Mapping[str, object]) -> Kept:
             f'{path}: no "model" with name, fingerprint, layers and experts in it; '
             f"give the policy itself: {policy}"
         )
-    decoded = generation if isinstance(generation, dict) else {}
-    form = fields.get("expert_format")
-    form = form if isinstance(form, str) else None
-    return Kept(path, policy, name, digest, layers, experts, decoded, form)
+    generation_fields = generation if isinstance(generation, dict) else {}
+    expert_format = fields.get("expert_format")
+    expert_format = expert_format if isinstance(expert_format, str) else None
+    return CalibratedPolicy(
+        path, policy, name, digest, layers, experts, generation_fields, expert_format
+    )
 
 
-def _reading(reading: Reading) -> dict[str, object]:
+def _estimate_dict(estimate: Estimate) -> dict[str, object]:
     return {
-        "value": reading.value,
-        "interval": list(reading.interval),
-        "n": reading.n,
-        "experts": reading.experts,
+        "value": estimate.value,
+        "interval": list(estimate.interval),
+        "n": estimate.n,
+        "experts": estimate.experts,
     }
 
 
-def _step(step: Step) -> dict[str, object]:
-    return {"policy": step.policy, **_reading(step.reading)}
+def _measured_policy_dict(measured: MeasuredPolicy) -> dict[str, object]:
+    return {"policy": measured.policy, **_estimate_dict(measured.estimate)}
 
 
-def _runs(found: Calibration) -> dict[str, Run]:
-    return {"vanilla": found.vanilla, "found": found.run}
+def _runs_by_name(calibration: Calibration) -> dict[str, PolicyRun]:
+    return {"vanilla": calibration.vanilla, "found": calibration.run}
 
 
-def _run(run: Run) -> dict[str, object]:
-    experts = run.experts_reading()
+def _run_dict(run: PolicyRun) -> dict[str, object]:
+    experts = run.experts_estimate()
     return {
         "experts": experts.value,
         "experts_interval": list(experts.interval),
-        "right": sum(run.right) if run.right else None,
+        "right": sum(run.correct) if run.correct else None,
         "n": experts.n,
         "vote_mass_kept": run.vote_mass_kept,
         "forwards_per_block": run.forwards_per_block,

@@ -9,70 +9,72 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from coterie.evals.task import Item, Task, Wish
+from coterie.evals.task import Item, Task, TaskOptions
 from coterie.evals.tasks import embedded, open_tasks
 from coterie.naming import CoterieError
-from coterie.problems import TASKS as EMBEDDED
-from coterie.problems import draw
+from coterie.problems import PROBLEM_MAKERS as EMBEDDED
+from coterie.problems import draw_problem
 
 SPLIT = "train"  # exams draw from "test"
 
 
 @dataclass(frozen=True)
-class Question:
+class CalibrationPrompt:
     """One prompt; ``right`` grades an answer, and is None where nobody knows what is right.
 
     ``generation`` holds the fields of ``Generation`` that its task is usually run with.
     """
 
     id: str
-    prompt: str
-    right: Callable[[str], bool] | None = None
+    text: str
+    is_correct: Callable[[str], bool] | None = None
     generation: Mapping[str, object] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
-class Questions:
+class PromptSet:
     """Prompts in the order in which they are asked, and where they come from, for the record."""
 
-    asked: tuple[Question, ...]
+    prompts: tuple[CalibrationPrompt, ...]
     tasks: tuple[str, ...] = ()
     seed: int | None = None
     source: str | None = None  # a file of prompts
-    exams: bool = False  # some are a benchmark's own items, which an exam asks too
+    includes_test_items: bool = False  # some are a benchmark's own items, which an exam asks too
 
     @property
-    def graded(self) -> bool:
-        return all(question.right is not None for question in self.asked)
+    def is_graded(self) -> bool:
+        return all(prompt.is_correct is not None for prompt in self.prompts)
 
-    def document(self) -> dict[str, object]:
+    def to_dict(self) -> dict[str, object]:
         """``sha256`` is of every prompt in order, so that it can be told what was asked."""
-        digest = hashlib.sha256("\0".join(q.prompt for q in self.asked).encode())
+        digest = hashlib.sha256("\0".join(prompt.text for prompt in self.prompts).encode())
         return {
-            "count": len(self.asked),
+            "count": len(self.prompts),
             "tasks": list(self.tasks),
             "seed": self.seed,
             "split": SPLIT if self.tasks and set(self.tasks) <= set(EMBEDDED) else None,
             "source": self.source,
-            "exams_own": self.exams,
+            "exams_own": self.includes_test_items,
             "sha256": digest.hexdigest(),
         }
 
 
-def from_tasks(names: Sequence[str], count: int, wish: Wish) -> Questions:
+def prompts_from_tasks(names: Sequence[str], count: int, options: TaskOptions) -> PromptSet:
     """``count`` of each task, drawn by ``wish.seed``.
 
     Embedded tasks give problems of the training split: no exam can draw one. A benchmark gives its
     own items, or those of ``wish.data``; only in the first case are they the exam's.
     """
-    tasks = open_tasks(names, wish)
-    asked = [question for task in tasks for question in _of(task, count, wish.seed)]
-    exams = wish.data is None and any(task.name not in EMBEDDED for task in tasks)
-    data = None if wish.data is None else str(wish.data)
-    return Questions(tuple(asked), tuple(task.name for task in tasks), wish.seed, data, exams)
+    tasks = open_tasks(names, options)
+    prompts = [prompt for task in tasks for prompt in _task_prompts(task, count, options.seed)]
+    includes_test_items = options.data is None and any(task.name not in EMBEDDED for task in tasks)
+    data = None if options.data is None else str(options.data)
+    return PromptSet(
+        tuple(prompts), tuple(task.name for task in tasks), options.seed, data, includes_test_items
+    )
 
 
-def from_file(path: Path) -> Questions:
+def prompts_from_file(path: Path) -> PromptSet:
     """Prompts, one a line; or JSONL, each line an object with "prompt". Blank lines are skipped.
 
     Raises CoterieError that names the file and the line.
@@ -84,31 +86,33 @@ def from_file(path: Path) -> Questions:
     numbered = [(number, line.strip()) for number, line in enumerate(lines, 1) if line.strip()]
     if not numbered:
         raise CoterieError(f"{path}: holds no prompts")
-    told = _json_prompt if numbered[0][1].startswith("{") else _plain_prompt
-    asked = tuple(Question(f"{path.name}/{n}", told(path, n, line)) for n, line in numbered)
-    return Questions(asked, source=str(path))
+    parse_line = _parse_json_line if numbered[0][1].startswith("{") else _parse_plain_line
+    prompts = tuple(
+        CalibrationPrompt(f"{path.name}/{n}", parse_line(path, n, line)) for n, line in numbered
+    )
+    return PromptSet(prompts, source=str(path))
 
 
-def _of(task: Task, count: int, seed: int) -> list[Question]:
+def _task_prompts(task: Task, count: int, seed: int) -> list[CalibrationPrompt]:
     rng = random.Random(f"calibration/{task.name}/{seed}")
     if task.name in EMBEDDED:
-        return [_problem(task.name, rng, f"{SPLIT}/{seed}/{n}") for n in range(count)]
+        return [_generated_prompt(task.name, rng, f"{SPLIT}/{seed}/{n}") for n in range(count)]
     items = list(task.items())
-    chosen = rng.sample(items, min(count, len(items)))
-    return [_item(task, item) for item in chosen]
+    sample = rng.sample(items, min(count, len(items)))
+    return [_benchmark_prompt(task, item) for item in sample]
 
 
-def _problem(name: str, rng: random.Random, number: str) -> Question:
-    problem = draw(EMBEDDED[name], rng, SPLIT)
-    return Question(
+def _generated_prompt(name: str, rng: random.Random, number: str) -> CalibrationPrompt:
+    problem = draw_problem(EMBEDDED[name], rng, SPLIT)
+    return CalibrationPrompt(
         f"{name}/{number}",
         problem.prompt,
         lambda output: embedded.grade(name, output, problem.gold).correct,
     )
 
 
-def _item(task: Task, item: Item) -> Question:
-    return Question(
+def _benchmark_prompt(task: Task, item: Item) -> CalibrationPrompt:
+    return CalibrationPrompt(
         item.id,
         task.prompt(item),
         lambda output: task.grade(output, item).correct,
@@ -116,17 +120,17 @@ def _item(task: Task, item: Item) -> Question:
     )
 
 
-def _plain_prompt(path: Path, number: int, line: str) -> str:
+def _parse_plain_line(path: Path, number: int, line: str) -> str:
     del path, number
     return line
 
 
-def _json_prompt(path: Path, number: int, line: str) -> str:
+def _parse_json_line(path: Path, number: int, line: str) -> str:
     try:
-        found = json.loads(line)
+        entry = json.loads(line)
     except (ValueError, RecursionError) as error:
         raise CoterieError(f"{path}, line {number}: not JSON ({error})") from None
-    prompt = found.get("prompt") if isinstance(found, dict) else None
+    prompt = entry.get("prompt") if isinstance(entry, dict) else None
     if not isinstance(prompt, str) or not prompt.strip():
         raise CoterieError(f'{path}, line {number}: no text under "prompt"')
     return prompt

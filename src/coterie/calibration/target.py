@@ -6,13 +6,13 @@ from dataclasses import dataclass
 from typing import Literal
 
 from coterie.naming import CoterieError
-from coterie.spelling import Within
+from coterie.spelling import Bounds
 
-Kind = Literal["experts", "mass", "loss", "drop"]
+TargetKind = Literal["experts", "mass", "loss", "drop"]
 
 
 @dataclass(frozen=True)
-class Reading:
+class Estimate:
     """What one policy came to: a value with its 95 % interval over ``n`` prompts.
 
     ``experts`` is its traffic, read in the same run where the value itself is another; None where
@@ -26,20 +26,20 @@ class Reading:
 
 
 @dataclass(frozen=True)
-class Meaning:
+class TargetKindSpec:
     """One kind of target. ``most``: a reading meets it from below, else from above."""
 
-    within: Within
-    most: bool
-    noun: str
-    told: str  # one value, for people
+    valid_range: Bounds
+    is_upper_bound: bool
+    description: str
+    value_format: str  # one value, for people
 
 
-MEANINGS: dict[Kind, Meaning] = {
-    "experts": Meaning(Within(above=0), True, "unique experts a layer", "{:.4g}"),
-    "mass": Meaning(Within(above=0, most=1), False, "vote mass kept", "{:.4g}"),
-    "loss": Meaning(Within(least=0), True, "reconstruction loss", "{:.4g}"),
-    "drop": Meaning(Within(least=0, most=1), True, "accuracy drop", "{:.4g}"),
+TARGET_KIND_SPECS: dict[TargetKind, TargetKindSpec] = {
+    "experts": TargetKindSpec(Bounds(gt=0), True, "unique experts a layer", "{:.4g}"),
+    "mass": TargetKindSpec(Bounds(gt=0, le=1), False, "vote mass kept", "{:.4g}"),
+    "loss": TargetKindSpec(Bounds(ge=0), True, "reconstruction loss", "{:.4g}"),
+    "drop": TargetKindSpec(Bounds(ge=0, le=1), True, "accuracy drop", "{:.4g}"),
 }
 
 
@@ -50,38 +50,40 @@ class Target:
     ``sure``: the far end of the interval must meet it too.
     """
 
-    kind: Kind
+    kind: TargetKind
     value: float
-    sure: bool = False
+    confident: bool = False
 
     @staticmethod
-    def of(text: str, *, sure: bool = False) -> Target:
+    def parse(text: str, *, confident: bool = False) -> Target:
         """``experts=38``; raises CoterieError for other words and for values out of range."""
-        name, equals, said = (part.strip() for part in text.partition("="))
-        kind: Kind | None = next((kind for kind in MEANINGS if kind == name), None)
+        name, equals, value_text = (part.strip() for part in text.partition("="))
+        kind: TargetKind | None = next((kind for kind in TARGET_KIND_SPECS if kind == name), None)
         if kind is None or not equals:
-            known = ", ".join(f"{kind}=.." for kind in MEANINGS)
+            known = ", ".join(f"{kind}=.." for kind in TARGET_KIND_SPECS)
             raise CoterieError(f"unknown target {text!r}; known: {known}")
         try:
-            value = float(said)
+            value = float(value_text)
         except ValueError:
-            raise CoterieError(f"target {kind} must be a number, not {said!r}") from None
-        if value not in MEANINGS[kind].within:
-            raise CoterieError(f"target {kind} must be {MEANINGS[kind].within}, not {said}")
-        return Target(kind, value, sure)
+            raise CoterieError(f"target {kind} must be a number, not {value_text!r}") from None
+        if value not in TARGET_KIND_SPECS[kind].valid_range:
+            raise CoterieError(
+                f"target {kind} must be {TARGET_KIND_SPECS[kind].valid_range}, not {value_text}"
+            )
+        return Target(kind, value, confident)
 
     @property
-    def meaning(self) -> Meaning:
-        return MEANINGS[self.kind]
+    def spec(self) -> TargetKindSpec:
+        return TARGET_KIND_SPECS[self.kind]
 
     @property
-    def grows_with_thrift(self) -> bool:
+    def met_by_fewer_experts(self) -> bool:
         """Whether the more thrifty policies are those that meet it: only fewer experts are."""
         return self.kind == "experts"
 
-    def met(self, reading: Reading) -> bool:
-        low, high = reading.interval if self.sure else (reading.value, reading.value)
-        return high <= self.value if self.meaning.most else low >= self.value
+    def is_met(self, estimate: Estimate) -> bool:
+        low, high = estimate.interval if self.confident else (estimate.value, estimate.value)
+        return high <= self.value if self.spec.is_upper_bound else low >= self.value
 
     def __str__(self) -> str:
         return f"{self.kind}={self.value:g}"

@@ -10,156 +10,176 @@ from functools import partial
 from rich.console import Console
 from rich.table import Table
 
-from coterie.cli.tables import plain_table, readable
-from coterie.evals.report import Line
+from coterie.cli.tables import plain_table, format_bytes
+from coterie.evals.report import PolicySummary
 
-Columns = dict[str, Callable[[Line], str]]
+Columns = dict[str, Callable[[PolicySummary], str]]
 
 
 def accuracy_document(
-    model: str, about: Mapping[str, object], found: Sequence[Line], **asked: object
+    model: str, about: Mapping[str, object], summaries: Sequence[PolicySummary], **options: object
 ) -> dict[str, object]:
     """What was asked of which model, with every choice of the tasks, and what came of it."""
     return {
         "model": model,
-        **asked,
+        **options,
         "run": dict(about),
-        "policies": [line.document() for line in found],
+        "policies": [summary.to_dict() for summary in summaries],
     }
 
 
-def accuracy_tables(found: Sequence[Line], to: Console) -> list[Table]:
+def accuracy_tables(summaries: Sequence[PolicySummary], terminal: Console) -> list[Table]:
     """One policy a line: what was right and how it changed, then what that cost.
 
     Experts and bytes are a layer's in one decoding forward. What was moved, where not all experts
     are in memory, is all layers'; saved is a share of what the first policy moved for the same
     items. Where a line is too long for the terminal there are more and narrower tables.
     """
-    parts = _by_part(found)
-    moved = {} if found[0].sheet.served is None else MOVED
-    wide = [_table(found, RIGHT | parts | CHANGE), _table(found, TRAFFIC | moved | PACE)]
-    if max(_width(table, to) for table in wide) <= to.width:
-        return wide
-    return [_table(found, part) for part in (RIGHT, parts, CHANGE, TRAFFIC, moved, PACE) if part]
+    task_columns = _task_columns(summaries)
+    transfer_columns = {} if summaries[0].result.traffic is None else TRANSFER_COLUMNS
+    wide_tables = [
+        _table(summaries, ACCURACY_COLUMNS | task_columns | CHANGE_COLUMNS),
+        _table(summaries, EXPERT_COLUMNS | transfer_columns | SPEED_COLUMNS),
+    ]
+    if max(_natural_width(table, terminal) for table in wide_tables) <= terminal.width:
+        return wide_tables
+    return [
+        _table(summaries, columns)
+        for columns in (
+            ACCURACY_COLUMNS,
+            task_columns,
+            CHANGE_COLUMNS,
+            EXPERT_COLUMNS,
+            transfer_columns,
+            SPEED_COLUMNS,
+        )
+        if columns
+    ]
 
 
-def _by_part(found: Sequence[Line]) -> Columns:
+def _task_columns(summaries: Sequence[PolicySummary]) -> Columns:
     """By task, where there are several, and a task's other measures."""
-    tasks = list(found[0].by_task)
-    parts = [*(tasks if len(tasks) > 1 else ()), *found[0].also]
-    return {part: partial(_part, part) for part in parts}
+    tasks = list(summaries[0].by_task)
+    metrics = [*(tasks if len(tasks) > 1 else ()), *summaries[0].other_metrics]
+    return {metric: partial(_format_metric, metric) for metric in metrics}
 
 
-def _part(name: str, line: Line) -> str:
-    share = {**line.by_task, **line.also}.get(name)
+def _format_metric(name: str, summary: PolicySummary) -> str:
+    share = {**summary.by_task, **summary.other_metrics}.get(name)
     return "" if share is None else f"{share.value:.1%}"
 
 
-def _table(found: Sequence[Line], columns: Columns) -> Table:
-    table = plain_table("policy", *columns, numbers=tuple(columns))
+def _table(summaries: Sequence[PolicySummary], columns: Columns) -> Table:
+    table = plain_table("policy", *columns, number_columns=tuple(columns))
     table.columns[0].overflow = "fold"
     for column in table.columns[1:]:
         column.no_wrap = True
-    for line in found:
-        table.add_row(line.sheet.policy, *(told(line) for told in columns.values()))
+    for summary in summaries:
+        table.add_row(
+            summary.result.policy, *(format_cell(summary) for format_cell in columns.values())
+        )
     return table
 
 
-def _width(table: Table, to: Console) -> int:
+def _natural_width(table: Table, terminal: Console) -> int:
     """Columns that it takes where nothing wraps."""
-    return to.measure(table, options=to.options.update(max_width=10_000)).maximum
+    return terminal.measure(table, options=terminal.options.update(max_width=10_000)).maximum
 
 
-def _interval(low: float, high: float, sign: str = "") -> str:
+def _format_interval(low: float, high: float, sign: str = "") -> str:
     return f"{low:{sign}.1%} to {high:{sign}.1%}"
 
 
-def accuracy_csv(found: Sequence[Line]) -> str:
+def accuracy_csv(summaries: Sequence[PolicySummary]) -> str:
     """One policy a line, numbers in full; columns of the first policy's change stay empty."""
-    rows = [_row(line) for line in found]
-    written = io.StringIO()
-    writer = csv.DictWriter(written, list(dict.fromkeys(k for row in rows for k in row)))
+    rows = [_csv_row(summary) for summary in summaries]
+    output = io.StringIO()
+    writer = csv.DictWriter(output, list(dict.fromkeys(k for row in rows for k in row)))
     writer.writeheader()
     writer.writerows(rows)
-    return written.getvalue()
+    return output.getvalue()
 
 
-def _row(line: Line) -> dict[str, object]:
-    change, sheet = line.change, line.sheet
-    low, high = line.whole.interval
+def _csv_row(summary: PolicySummary) -> dict[str, object]:
+    change, eval_result = summary.change, summary.result
+    low, high = summary.accuracy.interval
     return {
-        "policy": sheet.policy,
-        "right": line.whole.right,
-        "n": line.whole.n,
-        "accuracy": line.whole.value,
+        "policy": eval_result.policy,
+        "right": summary.accuracy.successes,
+        "n": summary.accuracy.n,
+        "accuracy": summary.accuracy.value,
         "accuracy_low": low,
         "accuracy_high": high,
-        **{f"accuracy {name}": share.value for name, share in line.by_task.items()},
-        **{f"accuracy {name}": share.value for name, share in line.also.items()},
+        **{f"accuracy {name}": share.value for name, share in summary.by_task.items()},
+        **{f"accuracy {name}": share.value for name, share in summary.other_metrics.items()},
         "change": None if change is None else change.difference,
         "change_low": None if change is None else change.interval[0],
         "change_high": None if change is None else change.interval[1],
         "gained": None if change is None else change.gained,
         "lost": None if change is None else change.lost,
-        "p": None if change is None else change.p,
-        "p_holm": line.p_holm,
-        "relative_accuracy": line.relative,
-        "failed": sheet.failed,
-        "experts": sheet.experts,
-        "expert_bytes": sheet.expert_bytes,
-        "vote_mass_kept": sheet.vote_mass_kept,
-        "forwards_per_block": sheet.forwards_per_block,
-        "new_tokens": sheet.new_tokens,
-        "tokens_per_second": sheet.tokens_per_second,
-        "seconds": sheet.seconds,
-        **_moved(line),
+        "p": None if change is None else change.p_value,
+        "p_holm": summary.p_holm,
+        "relative_accuracy": summary.relative_accuracy,
+        "failed": eval_result.num_failed,
+        "experts": eval_result.experts,
+        "expert_bytes": eval_result.expert_bytes,
+        "vote_mass_kept": eval_result.vote_mass_kept,
+        "forwards_per_block": eval_result.forwards_per_block,
+        "new_tokens": eval_result.new_tokens,
+        "tokens_per_second": eval_result.tokens_per_second,
+        "seconds": eval_result.seconds,
+        **_transfer_cells(summary),
     }
 
 
-def _moved(line: Line) -> dict[str, object]:
+def _transfer_cells(summary: PolicySummary) -> dict[str, object]:
     """Nothing where all experts are in memory."""
-    served, saved = line.sheet.served, line.saved
-    if served is None:
+    traffic, saved = summary.result.traffic, summary.savings
+    if traffic is None:
         return {}
     low, high = (None, None) if saved is None else saved.interval
     return {
-        "experts_used": served.used,
-        "hit_rate": served.hit_rate,
-        "bytes_moved": served.moved,
-        "bytes_without_cache": served.without_cache,
-        "bytes_of_vanilla_on_same_forwards": served.vanilla,
-        "moved_a_forward": line.sheet.moved_a_forward,
+        "experts_used": traffic.used,
+        "hit_rate": traffic.hit_rate,
+        "bytes_moved": traffic.bytes_moved,
+        "bytes_without_cache": traffic.bytes_without_cache,
+        "bytes_of_vanilla_on_same_forwards": traffic.bytes_vanilla,
+        "moved_a_forward": summary.result.bytes_per_forward,
         "saved": None if saved is None else saved.value,
         "saved_low": low,
         "saved_high": high,
-        "stall_seconds": served.waited,
+        "stall_seconds": traffic.wait_seconds,
     }
 
 
-RIGHT: Columns = {
-    "right": lambda line: f"{line.whole.value:.1%} of {line.whole.n}",
-    "95 %": lambda line: _interval(*line.whole.interval),
+ACCURACY_COLUMNS: Columns = {
+    "right": lambda line: f"{line.accuracy.value:.1%} of {line.accuracy.n}",
+    "95 %": lambda line: _format_interval(*line.accuracy.interval),
 }
-CHANGE: Columns = {
+CHANGE_COLUMNS: Columns = {
     "change": lambda line: "" if line.change is None else f"{line.change.difference:+.1%}",
     "change, 95 %": lambda line: (
-        "" if line.change is None else _interval(*line.change.interval, sign="+")
+        "" if line.change is None else _format_interval(*line.change.interval, sign="+")
     ),
-    "p": lambda line: "" if line.change is None else f"{line.change.p:.2g}",
-    "relative": lambda line: "" if line.relative is None else f"{line.relative:.1%}",
+    "p": lambda line: "" if line.change is None else f"{line.change.p_value:.2g}",
+    "relative": lambda line: (
+        "" if line.relative_accuracy is None else f"{line.relative_accuracy:.1%}"
+    ),
 }
-TRAFFIC: Columns = {
-    "experts": lambda line: f"{line.sheet.experts:.1f}",
-    "bytes": lambda line: readable(line.sheet.expert_bytes),
-    "votes kept": lambda line: f"{line.sheet.vote_mass_kept:.3f}",
+EXPERT_COLUMNS: Columns = {
+    "experts": lambda line: f"{line.result.experts:.1f}",
+    "bytes": lambda line: format_bytes(line.result.expert_bytes),
+    "votes kept": lambda line: f"{line.result.vote_mass_kept:.3f}",
 }
-MOVED: Columns = {
-    "hits": lambda line: "" if (one := line.sheet.served) is None else f"{one.hit_rate:.1%}",
-    "moved/forward": lambda line: readable(line.sheet.moved_a_forward),
-    "saved": lambda line: "" if line.saved is None else f"{line.saved.value:.1%}",
-    "saved, 95 %": lambda line: "" if line.saved is None else _interval(*line.saved.interval),
+TRANSFER_COLUMNS: Columns = {
+    "hits": lambda line: "" if (one := line.result.traffic) is None else f"{one.hit_rate:.1%}",
+    "moved/forward": lambda line: format_bytes(line.result.bytes_per_forward),
+    "saved": lambda line: "" if line.savings is None else f"{line.savings.value:.1%}",
+    "saved, 95 %": lambda line: (
+        "" if line.savings is None else _format_interval(*line.savings.interval)
+    ),
 }
-PACE: Columns = {
-    "forwards/block": lambda line: f"{line.sheet.forwards_per_block:.2f}",
-    "tokens/s": lambda line: f"{line.sheet.tokens_per_second:.1f}",
+SPEED_COLUMNS: Columns = {
+    "forwards/block": lambda line: f"{line.result.forwards_per_block:.2f}",
+    "tokens/s": lambda line: f"{line.result.tokens_per_second:.1f}",
 }

@@ -18,21 +18,21 @@ from coterie.cli.document import (
     traffic_document,
 )
 from coterie.cli.grade import grade_command
-from coterie.cli.grouping import takes
-from coterie.cli.harness import PASSED_ON, lm_eval
-from coterie.cli.keeping import memory_of
+from coterie.cli.grouping import option_group
+from coterie.cli.harness import PASS_THROUGH, lm_eval
+from coterie.cli.keeping import expert_memory_config
 from coterie.cli.lab import evaluate, train
-from coterie.cli.quantize import quantize, verified_line, verify_shown
+from coterie.cli.quantize import quantize, describe_verification, verify_with_progress
 from coterie.cli.replay import replay_command
 from coterie.cli.request import (
-    Options,
-    check_effect,
-    check_kept,
-    decoding_of,
-    drifting,
-    ids_of,
+    GenerationOptions,
+    check_options,
+    check_policy_files,
+    decode_options,
+    reuse_options,
+    encode_prompt,
     open_engine,
-    policy_of,
+    canonical_policy,
     read_prompt,
 )
 from coterie.cli.study import study
@@ -45,22 +45,28 @@ from coterie.cli.tables import (
     policy_documents,
     policy_table,
     print_text,
-    summary,
+    result_summary,
 )
 from coterie.cli.trace import trace
-from coterie.cli.traffic import Noted, check_moves, check_traffic, draw, finished
-from coterie.cli.watch import require_terminal, watch
+from coterie.cli.traffic import (
+    TrafficCollector,
+    check_experts_move,
+    check_traffic_option,
+    plot_traffic,
+    final_result,
+)
+from coterie.cli.watch import require_terminal, show_live
 from coterie.engine.engine import Engine
 from coterie.engine.event import Result
 from coterie.engine.facts import GIB
 from coterie.engine.facts import inspect as read_facts
 from coterie.engine.load import DTYPES
-from coterie.engine.memory import Memory
+from coterie.engine.memory import ExpertMemoryConfig
 from coterie.engine.source import find_folder
 from coterie.keys import to_json
 from coterie.naming import CoterieError
 
-COMPARED = ("des-vote:beta=0.5", "des-vote:beta=0.3", "des-vote:beta=0.15", "des-seq:k=3")
+DEFAULT_POLICIES = ("des-vote:beta=0.5", "des-vote:beta=0.3", "des-vote:beta=0.15", "des-seq:k=3")
 
 app = typer.Typer(
     add_completion=False,
@@ -95,22 +101,22 @@ def coterie_command(
 
 
 @app.command()
-@takes(memory=memory_of, wanted=decoding_of)
+@option_group(memory=expert_memory_config, wanted=decode_options)
 def generate(
     prompt: o.Prompt,
     *,
-    policy: o.OnePolicy = "vanilla",
-    wanted: Options,
-    raw: o.Raw = False,
+    policy: o.PolicySpec = "vanilla",
+    options: GenerationOptions,
+    raw: o.RawPrompt = False,
     model: o.Model = None,
     dtype: o.Dtype = None,
     device: o.Device = "auto",
-    experts: o.Experts = None,
-    memory: Memory | None = None,
-    drift: o.Drift = None,
-    json: o.Json = False,
-    watching: o.Watch = False,
-    traffic: o.Traffic = None,
+    expert_dtype: o.ExpertDtype = None,
+    memory: ExpertMemoryConfig | None = None,
+    reuse_tolerance: o.ReuseTolerance = None,
+    json: o.JsonOutput = False,
+    live: o.LiveDisplay = False,
+    traffic: o.TrafficPlot = None,
 ) -> None:
     """Answer a prompt.
 
@@ -120,63 +126,63 @@ def generate(
     coterie generate "5 17 33" --model ./folder-without-tokenizer -n 32
     coterie generate "..." -p resident-vote:beta=0.3 --imagine-memory 35% --traffic moved
     """
-    check_shown(json=json, watching=watching)
-    check_traffic(traffic, memory)
-    named = policy_of(policy)
-    wanted |= drifting([named], drift)[named]
-    asked = read_prompt(prompt)
+    check_output_options(json=json, live=live)
+    check_traffic_option(traffic, memory)
+    policy_spec = canonical_policy(policy)
+    options |= reuse_options([policy_spec], reuse_tolerance)[policy_spec]
+    prompt_text = read_prompt(prompt)
     engine = open_engine(
-        model, dtype=dtype, device=device, experts=experts, memory=memory,
-        compared=json or traffic is not None,
+        model, dtype=dtype, device=device, expert_dtype=expert_dtype, memory=memory,
+        count_vanilla=json or traffic is not None,
     )  # fmt: skip
-    check_moves(traffic, engine)
-    check_effect(engine, wanted)
-    check_kept(engine, [policy], wanted)
-    ids = ids_of(engine, asked, raw=raw)
-    noted = Noted()
-    events = noted.passing(engine.stream(ids, policy=named, **wanted))
-    result = watch(engine, events, named) if watching else finished(events)
-    show(engine, result, json=json, watching=watching)
+    check_experts_move(traffic, engine)
+    check_options(engine, options)
+    check_policy_files(engine, [policy], options)
+    ids = encode_prompt(engine, prompt_text, raw=raw)
+    collector = TrafficCollector()
+    events = collector.collect(engine.stream(ids, policy=policy_spec, **options))
+    result = show_live(engine, events, policy_spec) if live else final_result(events)
+    print_result(engine, result, json=json, live=live)
     if traffic is not None:
-        draw(engine, traffic, result, noted)
+        plot_traffic(engine, traffic, result, collector)
 
 
-def show(engine: Engine, result: Result, *, json: bool, watching: bool) -> None:
+def print_result(engine: Engine, result: Result, *, json: bool, live: bool) -> None:
     """The answer, and to a terminal what it took."""
     if json:
-        moved = traffic_document(engine, result) | precision_document(engine)
-        print_document(result_document(result) | moved)
+        memory_document = traffic_document(engine, result) | precision_document(engine)
+        print_document(result_document(result) | memory_document)
         return
-    if not watching:
+    if not live:
         print_text(result.text)
     terminal = console(stderr=True)
     if terminal.is_terminal:
-        terminal.print(summary(result, timed=not watching), style="dim")
+        terminal.print(result_summary(result, timed=not live), style="dim")
 
 
-def check_shown(*, json: bool, watching: bool) -> None:
+def check_output_options(*, json: bool, live: bool) -> None:
     """Raises where nobody could watch."""
-    if json and watching:
+    if json and live:
         raise CoterieError("--json and --watch both want standard output; give one of them")
-    if watching:
+    if live:
         require_terminal()
 
 
 @app.command()
-@takes(memory=memory_of, wanted=decoding_of)
+@option_group(memory=expert_memory_config, wanted=decode_options)
 def compare(
     prompt: o.Prompt,
     *,
-    policies: o.Policies = None,
-    wanted: Options,
-    raw: o.Raw = False,
+    policies: o.PolicySpecs = None,
+    options: GenerationOptions,
+    raw: o.RawPrompt = False,
     model: o.Model = None,
     dtype: o.Dtype = None,
     device: o.Device = "auto",
-    experts: o.Experts = None,
-    memory: Memory | None = None,
-    drift: o.Drift = None,
-    json: o.Json = False,
+    expert_dtype: o.ExpertDtype = None,
+    memory: ExpertMemoryConfig | None = None,
+    reuse_tolerance: o.ReuseTolerance = None,
+    json: o.JsonOutput = False,
 ) -> None:
     """Run several policies on one prompt, in one table; vanilla is always the first.
 
@@ -186,23 +192,30 @@ def compare(
     \b
     coterie compare "..." -p des-vote:beta=0.3 -p des-seq:k=3 -p random:beta=0.3
     """
-    named = dict.fromkeys(["vanilla", *(policy_of(p) for p in policies or COMPARED)])
-    apart = drifting(list(named), drift)
-    asked = read_prompt(prompt)
-    engine = open_engine(
-        model, dtype=dtype, device=device, experts=experts, memory=memory, compared=True
+    policy_specs = dict.fromkeys(
+        ["vanilla", *(canonical_policy(p) for p in policies or DEFAULT_POLICIES)]
     )
-    check_effect(engine, wanted)
-    check_kept(engine, policies or (), wanted)
-    ids = ids_of(engine, asked, raw=raw)
+    reuse_by_policy = reuse_options(list(policy_specs), reuse_tolerance)
+    prompt_text = read_prompt(prompt)
+    engine = open_engine(
+        model,
+        dtype=dtype,
+        device=device,
+        expert_dtype=expert_dtype,
+        memory=memory,
+        count_vanilla=True,
+    )
+    check_options(engine, options)
+    check_policy_files(engine, policies or (), options)
+    ids = encode_prompt(engine, prompt_text, raw=raw)
     # The first forwards of a process are slow; no policy shall pay for that alone.
-    engine.generate(ids, **{**wanted, "max_new_tokens": 1})
+    engine.generate(ids, **{**options, "max_new_tokens": 1})
     results = []
-    for name in named:
-        engine.empty()
-        results.append(engine.generate(ids, policy=name, **wanted, **apart[name]))
+    for name in policy_specs:
+        engine.reset_cache()
+        results.append(engine.generate(ids, policy=name, **options, **reuse_by_policy[name]))
     if json:
-        print_document(comparison_document(engine, asked, results))
+        print_document(comparison_document(engine, prompt_text, results))
     else:
         console().print(comparison_table(results))
 
@@ -227,11 +240,11 @@ def inspect(
             help="GiB to fit into; may be repeated. Default: 8, 16, 24.",
         ),
     ] = None,
-    verified: Annotated[
+    verify: Annotated[
         bool,
         typer.Option("--verify", help="Read the weights too, and compare them with the manifest."),
     ] = False,
-    json: o.Json = False,
+    json: o.JsonOutput = False,
 ) -> None:
     """Tell a model's family, sizes and experts, and what of it fits, from its config alone.
 
@@ -241,19 +254,19 @@ def inspect(
     if dtype not in DTYPES:
         raise CoterieError(f"unknown dtype {dtype!r}; known: {', '.join(DTYPES)}")
     memories = tuple(round(gib * GIB) for gib in memory or (8, 16, 24))
-    facts = read_facts(model, dtype=DTYPES[dtype], length=length, memories=memories)
-    found = verify_shown(find_folder(model)) if verified else None
+    facts = read_facts(model, dtype=DTYPES[dtype], kv_length=length, memory_sizes=memories)
+    verification = verify_with_progress(find_folder(model)) if verify else None
     if json:
-        checked = {} if found is None else {"verified": to_json(found)}
-        print_document({**facts_document(facts), **checked})
+        verified_document = {} if verification is None else {"verified": to_json(verification)}
+        print_document({**facts_document(facts), **verified_document})
         return
     console().print(facts_table(facts))
-    if found is not None:
-        console().print(verified_line(found))
+    if verification is not None:
+        console().print(describe_verification(verification))
 
 
 @app.command()
-def policies(json: o.Json = False) -> None:
+def policies(json: o.JsonOutput = False) -> None:
     """List every routing policy: its spelling, its meaning, its source."""
     if json:
         print_document(policy_documents())
@@ -266,7 +279,7 @@ app.command("eval")(evaluate)
 app.add_typer(bench, name="bench")
 app.command("grade")(grade_command)
 app.command("calibrate")(calibrate_command)
-app.command("lm-eval", context_settings=PASSED_ON, add_help_option=False)(lm_eval)
+app.command("lm-eval", context_settings=PASS_THROUGH, add_help_option=False)(lm_eval)
 app.command("quantize")(quantize)
 app.command("train")(train)
 app.command("study")(study)

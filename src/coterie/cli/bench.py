@@ -15,34 +15,34 @@ from coterie.bench import forward as forwards
 from coterie.bench import generate as answers
 from coterie.bench.layer import time_layer
 from coterie.bench.model import random_model
-from coterie.bench.peers import chosen
-from coterie.bench.shapes import published
-from coterie.bench.turns import Asked
+from coterie.bench.peers import resolve_baselines
+from coterie.bench.shapes import find_shape
+from coterie.bench.turns import BenchConfig
 from coterie.cli import bench_options as b
 from coterie.cli import options as o
 from coterie.cli.bench_tables import (
-    Content,
+    JsonContent,
     forward_table,
     generation_table,
-    keep,
+    save_record,
     layer_table,
-    plot,
-    show,
+    plot_record,
+    print_report,
 )
-from coterie.cli.grouping import takes
-from coterie.cli.keeping import memory_of
-from coterie.cli.request import drifting, open_engine, policy_of
-from coterie.cli.tables import bar, print_text, remark
-from coterie.engine.config import Generation
+from coterie.cli.grouping import option_group
+from coterie.cli.keeping import expert_memory_config
+from coterie.cli.request import reuse_options, open_engine, canonical_policy
+from coterie.cli.tables import progress_bar, print_text, print_note
+from coterie.engine.config import GenerationConfig
 from coterie.engine.engine import Engine
 from coterie.engine.load import free_memory
-from coterie.engine.memory import Memory
+from coterie.engine.memory import ExpertMemoryConfig
 from coterie.engine.source import EMBEDDED
-from coterie.model.weights import bytes_kept
+from coterie.model.weights import weight_bytes
 from coterie.naming import CoterieError
 
-SPARE = 2 << 30  # bytes left free where --memory says nothing
-USUAL = 32  # tokens of a block, which records do not name
+RESERVED_BYTES = 2 << 30  # bytes left free where --memory says nothing
+DEFAULT_TOKENS = 32  # tokens of a block, which records do not name
 
 bench = typer.Typer(
     rich_markup_mode="rich",
@@ -69,18 +69,18 @@ def bench_command(context: typer.Context) -> None:
 def layer_command(
     *,
     shape: b.ShapeName = "llada2-mini",
-    dtype: b.Kept = "bf16",
-    policies: b.Policies = None,
+    dtype: b.ExpertDtype = "bf16",
+    policies: b.PolicySpecs = None,
     tokens: b.Tokens = 32,
-    turns: b.Turns = 40,
+    repeats: b.Repeats = 40,
     threads: b.Threads = None,
-    even: b.Even = False,
-    peers: b.PeerNames = None,
-    pythons: b.PeerPythons = None,
-    slow: b.Slow = False,
-    memory: b.Memory = None,
-    out: b.Out = Path("results"),
-    json: o.Json = False,
+    uniform_routing: b.UniformRouting = False,
+    baseline_names: b.BaselineNames = None,
+    baseline_pythons: b.BaselinePythons = None,
+    include_slow: b.IncludeSlow = False,
+    baseline_gib: b.BaselineMemory = None,
+    out: b.OutputFolder = Path("results"),
+    json: o.JsonOutput = False,
 ) -> None:
     """Time one layer of experts of a published shape: ours, a plain read of its bytes, the peers.
 
@@ -92,50 +92,68 @@ def layer_command(
     coterie bench layer --peer zentorch --peer-python zentorch=/opt/zen/bin/python
     coterie bench layer --dtype int8 --peer none --threads 2
     """
-    named = tuple(
-        dict.fromkeys(policy_of(policy) for policy in policies or published(shape).policies)
+    policy_specs = tuple(
+        dict.fromkeys(canonical_policy(policy) for policy in policies or find_shape(shape).policies)
     )
-    asked = Asked(
-        published(shape), dtype, named, tokens, turns, threads or torch.get_num_threads(), even
+    config = BenchConfig(
+        find_shape(shape),
+        dtype,
+        policy_specs,
+        tokens,
+        repeats,
+        threads or torch.get_num_threads(),
+        uniform_routing,
     )
-    idle = {"--slow": slow, "--memory": memory is not None}
-    _check_peers(peers, [flag for flag, given in idle.items() if given])
-    who, skipped = _peers(peers, pythons, dtype)
-    with _telling() as tell:
-        found = time_layer(asked, who, slow=slow, budget=_budget(asked, memory), tell=tell)
-    found.skipped.update(skipped)
-    facts: Content = {
+    baseline_options = {"--slow": include_slow, "--memory": baseline_gib is not None}
+    _check_baseline_options(
+        baseline_names, [flag for flag, is_set in baseline_options.items() if is_set]
+    )
+    baselines, skipped = _resolve_baselines(baseline_names, baseline_pythons, dtype)
+    with _progress_callback() as on_progress:
+        result = time_layer(
+            config,
+            baselines,
+            include_slow=include_slow,
+            budget=_baseline_budget(config, baseline_gib),
+            on_progress=on_progress,
+        )
+    result.skipped.update(skipped)
+    facts: JsonContent = {
         "shape": shape,
         "dtype": dtype,
         "tokens": tokens,
-        "threads": asked.threads,
-        "even": even,
-        "policies": [line.facts() for line in found.lines],
-        "peers": {"versions": found.versions, "errors": found.errors, "skipped": found.skipped},
-        "sittings": found.sittings,
+        "threads": config.threads,
+        "even": uniform_routing,
+        "policies": [timing.facts() for timing in result.timings],
+        "peers": {"versions": result.versions, "errors": result.errors, "skipped": result.skipped},
+        "sittings": result.sessions,
     }
-    for name, why in found.skipped.items():
-        remark(f"without {name}: {why.removeprefix(f'{name}: ')}")
-    title = f"bench layer {shape} {dtype}" + (" even" if even else "") + _many(tokens)
-    measures = [measure for line in found.lines for measure in line.measures()]
-    show(keep(out, title, measures, facts), layer_table(found), json=json)
+    for name, reason in result.skipped.items():
+        print_note(f"without {name}: {reason.removeprefix(f'{name}: ')}")
+    title = (
+        f"bench layer {shape} {dtype}"
+        + (" even" if uniform_routing else "")
+        + _tokens_suffix(tokens)
+    )
+    measures = [measure for timing in result.timings for measure in timing.measures()]
+    print_report(save_record(out, title, measures, facts), layer_table(result), json=json)
 
 
 @bench.command("forward")
 def forward_command(
     *,
     shape: b.ShapeName = "llada2-mini",
-    dtype: b.Kept = "int8",
-    policies: b.Policies = None,
+    dtype: b.ExpertDtype = "int8",
+    policies: b.PolicySpecs = None,
     tokens: b.Tokens = 32,
-    context: b.Context = 512,
-    wanted: b.Wanted = "block",
+    context: b.ContextLength = 512,
+    num_logits: b.NumLogits = "block",
     layers: b.Layers = None,
-    turns: b.Turns = 10,
+    repeats: b.Repeats = 10,
     threads: b.Threads = None,
     seed: b.Seed = 0,
-    out: b.Out = Path("results"),
-    json: o.Json = False,
+    out: b.OutputFolder = Path("results"),
+    json: o.JsonOutput = False,
 ) -> None:
     """Time whole forwards of a random model of a published shape, beside a read of their bytes.
 
@@ -148,60 +166,62 @@ def forward_command(
     coterie bench forward --shape llada2-mini --dtype int8 --context 1024
     coterie bench forward --shape llada2-flash --layers 4 -p vanilla
     """
-    named = list(
-        dict.fromkeys(policy_of(policy) for policy in policies or published(shape).policies)
+    policy_specs = list(
+        dict.fromkeys(canonical_policy(policy) for policy in policies or find_shape(shape).policies)
     )
-    cut = published(shape).cut(layers)
-    logits = _logits(wanted, tokens)
-    with _telling() as tell:
-        tell(0.0, "making weights")
-        model = random_model(cut, dtype, seed=seed)
-        using = threads or torch.get_num_threads()
-        found = forwards.time_forward(
-            model, named, tokens=tokens, context=context, wanted=logits, turns=turns,
-            threads=using, seed=seed + 1, tell=tell,
+    truncated = find_shape(shape).truncate(layers)
+    logits = _parse_num_logits(num_logits, tokens)
+    with _progress_callback() as on_progress:
+        on_progress(0.0, "making weights")
+        model = random_model(truncated, dtype, seed=seed)
+        num_threads = threads or torch.get_num_threads()
+        result = forwards.time_forward(
+            model, policy_specs, tokens=tokens, context=context, num_logits=logits, repeats=repeats,
+            threads=num_threads, seed=seed + 1, on_progress=on_progress,
         )  # fmt: skip
-    weights, peak = bytes_kept(model.spec, model.transformer.dtype), _peak()
-    facts: Content = {
+    model_bytes, peak_memory = weight_bytes(model.spec, model.transformer.dtype), _peak_memory()
+    facts: JsonContent = {
         "shape": shape,
         "dtype": dtype,
-        "layers": cut.spec.layers,
+        "layers": truncated.spec.layers,
         "tokens": tokens,
         "context": context,
         "wanted": logits,
-        "logits": found.logits,
-        "threads": using,
-        "weights": weights,
-        "peak_memory": peak,
-        "peak_times_weights": None if peak is None else peak / weights,
-        "policies": [line.facts() for line in found.lines],
+        "logits": result.logit_counts,
+        "threads": num_threads,
+        "weights": model_bytes,
+        "peak_memory": peak_memory,
+        "peak_times_weights": None if peak_memory is None else peak_memory / model_bytes,
+        "policies": [timing.facts() for timing in result.timings],
     }
-    cut_to = "" if layers is None else f" {layers} layers"
-    title = f"bench forward {shape} {dtype}{cut_to}{_many(tokens)}"
-    show(keep(out, title, found.measures(), facts), forward_table(found.lines), json=json)
+    layers_suffix = "" if layers is None else f" {layers} layers"
+    title = f"bench forward {shape} {dtype}{layers_suffix}{_tokens_suffix(tokens)}"
+    print_report(
+        save_record(out, title, result.measures(), facts), forward_table(result.timings), json=json
+    )
 
 
 @bench.command("generate")
-@takes(memory=memory_of)
+@option_group(memory=expert_memory_config)
 def generate_command(
     *,
     model: o.Model = None,
-    shape: b.RandomShape = None,
+    shape: b.RandomModelShape = None,
     dtype: b.AnyDtype = None,
     device: o.Device = "auto",
-    experts: o.Experts = None,
-    memory: Memory | None = None,
+    expert_dtype: o.ExpertDtype = None,
+    memory: ExpertMemoryConfig | None = None,
     layers: b.Layers = None,
-    policies: b.Compared = None,
-    drift: o.Drift = None,
-    tokens: b.NewTokens = 256,
-    prompt: b.Prompt = None,
-    prompts: b.Prompts = None,
-    length: b.Length = None,
-    turns: b.Turns = 5,
+    policies: b.ComparedPolicies = None,
+    reuse_tolerance: o.ReuseTolerance = None,
+    tokens: b.MaxNewTokens = 256,
+    prompt_texts: b.PromptTexts = None,
+    num_prompts: b.NumPrompts = None,
+    prompt_length: b.PromptLength = None,
+    repeats: b.Repeats = 5,
     threads: b.Threads = None,
-    out: b.Out = Path("results"),
-    json: o.Json = False,
+    out: b.OutputFolder = Path("results"),
+    json: o.JsonOutput = False,
 ) -> None:
     """Time whole answers: tokens a second, forwards, forwards a block, policy beside policy.
 
@@ -215,50 +235,58 @@ def generate_command(
     most of a block is masked its tokens look alike and share their experts.
     """
     _check_generate(
-        shape=shape, needs_shape={"--layers": layers, "--length": length}, model=model,
-        experts=experts, prompt=prompt, prompts=prompts, memory=memory,
+        shape=shape, needs_shape={"--layers": layers, "--length": prompt_length}, model=model,
+        expert_dtype=expert_dtype, prompt_texts=prompt_texts, num_prompts=num_prompts, memory=memory,
     )  # fmt: skip
-    named = [policy_of(policy) for policy in policies or b.COMPARED]
-    apart = drifting(named, drift)
+    policy_specs = [canonical_policy(policy) for policy in policies or b.DEFAULT_POLICIES]
+    reuse_by_policy = reuse_options(policy_specs, reuse_tolerance)
     if threads is not None:
         torch.set_num_threads(threads)
     if shape is None:
-        engine = open_engine(model, dtype=dtype, device=device, experts=experts, memory=memory)
-        asked = list(prompt or answers.problems(prompts or 8))
+        engine = open_engine(
+            model, dtype=dtype, device=device, expert_dtype=expert_dtype, memory=memory
+        )
+        workload = list(prompt_texts or answers.held_out_problems(num_prompts or 8))
     else:
         engine = _random_engine(shape, dtype or "bf16", layers, device)
-        asked = answers.random_prompts(prompts or 8, length or 64, engine.model.mask_id)
-    with _telling() as tell:
-        lines = answers.time_generation(
-            engine, asked, named, turns=turns, options={"max_new_tokens": tokens}, apart=apart,
-            tell=tell,
+        workload = answers.random_prompts(
+            num_prompts or 8, prompt_length or 64, engine.model.mask_id
+        )
+    with _progress_callback() as on_progress:
+        timings = answers.time_generation(
+            engine, workload, policy_specs, num_repeats=repeats, options={"max_new_tokens": tokens}, policy_options=reuse_by_policy,
+            on_progress=on_progress,
         )  # fmt: skip
-    kinds = [None if shape and dtype == "bf16" else dtype, experts, layers and f"{layers} layers"]
-    _tell_generation(engine, lines, len(asked), out, kinds=kinds, json=json)
+    title_parts = [
+        None if shape and dtype == "bf16" else dtype,
+        expert_dtype,
+        layers and f"{layers} layers",
+    ]
+    _report_generation(engine, timings, len(workload), out, title_parts=title_parts, json=json)
 
 
 @bench.command("plot")
 def plot_command(
-    records: b.Records,
+    records: b.RecordFiles,
 ) -> None:
     """Draw records again: RECORD-light.svg and RECORD-dark.svg, beside each."""
     for path in records:
-        for file in plot(path):
+        for file in plot_record(path):
             print_text(str(file))
 
 
-def _check_peers(names: Sequence[str] | None, flags: Sequence[str]) -> None:
+def _check_baseline_options(names: Sequence[str] | None, flags: Sequence[str]) -> None:
     """Raises for options of peers where there are none."""
-    if names and b.NOBODY in names and flags:
-        raise CoterieError(f"{flags[0]} has no effect with --peer {b.NOBODY}: it is for peers")
+    if names and b.NO_BASELINE in names and flags:
+        raise CoterieError(f"{flags[0]} has no effect with --peer {b.NO_BASELINE}: it is for peers")
 
 
-def _peers(names: Sequence[str] | None, pythons: Sequence[str] | None, dtype: str):
-    if names and b.NOBODY in names:
+def _resolve_baselines(names: Sequence[str] | None, pythons: Sequence[str] | None, dtype: str):
+    if names and b.NO_BASELINE in names:
         if len(names) > 1 or pythons:
-            raise CoterieError(f"--peer {b.NOBODY} leaves no peer to name or to give a Python")
+            raise CoterieError(f"--peer {b.NO_BASELINE} leaves no peer to name or to give a Python")
         return [], {}
-    given: dict[str, Path] = {}
+    python_paths: dict[str, Path] = {}
     for text in pythons or ():
         name, equals, path = text.partition("=")
         if not equals or not path:
@@ -267,16 +295,16 @@ def _peers(names: Sequence[str] | None, pythons: Sequence[str] | None, dtype: st
             raise CoterieError(
                 f"--peer-python {text}: {name} is not among --peer {', '.join(names)}"
             )
-        given[name] = Path(path)
-    return chosen(tuple(names or ()), given, dtype)
+        python_paths[name] = Path(path)
+    return resolve_baselines(tuple(names or ()), python_paths, dtype)
 
 
-def _budget(asked: Asked, memory: float | None) -> float:
+def _baseline_budget(config: BenchConfig, gib: float | None) -> float:
     """Bytes that peers may hold together, beside our own layer."""
-    if memory is not None:
-        return memory * 2**30
+    if gib is not None:
+        return gib * 2**30
     free = free_memory(torch.device("cpu"))
-    return 4.0 * 2**30 if free is None else float(free - SPARE - asked.shape.layer.bytes)
+    return 4.0 * 2**30 if free is None else float(free - RESERVED_BYTES - config.shape.layer.bytes)
 
 
 def _check_generate(
@@ -284,31 +312,31 @@ def _check_generate(
     shape: str | None,
     needs_shape: Mapping[str, object],
     model: str | None,
-    experts: str | None,
-    prompt: Sequence[str] | None,
-    prompts: int | None,
-    memory: Memory | None,
+    expert_dtype: str | None,
+    prompt_texts: Sequence[str] | None,
+    num_prompts: int | None,
+    memory: ExpertMemoryConfig | None,
 ) -> None:
     """Raises for options that would have no effect together."""
-    if memory is not None and memory.imagined:
+    if memory is not None and memory.simulated:
         raise CoterieError("--imagine-memory: nothing moves, so times would be another machine's")
     if shape is not None:
-        idle = {
+        ignored = {
             "--model": model,
-            "--experts": experts,
-            "--prompt": prompt,
+            "--experts": expert_dtype,
+            "--prompt": prompt_texts,
             "--expert-memory": memory,
         }
-        for flag, value in idle.items():
+        for flag, value in ignored.items():
             if value is not None:
                 raise CoterieError(f"{flag} has no effect with --shape: its model is random")
         return
     for flag, value in needs_shape.items():
         if value is not None:
             raise CoterieError(f"{flag} needs --shape")
-    if prompt and prompts:
+    if prompt_texts and num_prompts:
         raise CoterieError("--prompts has no effect with --prompt")
-    if model not in (None, EMBEDDED) and not prompt:
+    if model not in (None, EMBEDDED) and not prompt_texts:
         raise CoterieError("--model needs --prompt: the problems are for the model in the package")
 
 
@@ -317,65 +345,67 @@ def _random_engine(shape: str, dtype: str, layers: int | None, device: str) -> E
         raise CoterieError(f"--dtype {dtype} with --shape; known: fp32, bf16, int8, int4")
     if device not in ("auto", "cpu"):
         raise CoterieError(f"--device {device} with --shape: random models are made for a CPU")
-    model = random_model(published(shape), dtype, layers=layers)
-    generation = Generation.usual(model.family.defaults).but(early_stop="off")
+    model = random_model(find_shape(shape), dtype, layers=layers)
+    generation = GenerationConfig.for_family(model.family.defaults).replace(early_stop="off")
     return Engine(model, generation=generation)
 
 
-def _tell_generation(
+def _report_generation(
     engine: Engine,
-    lines: Sequence[answers.Line],
-    prompts: int,
+    timings: Sequence[answers.GenerationTiming],
+    num_prompts: int,
     out: Path,
     *,
-    kinds: Sequence[str | int | None],
+    title_parts: Sequence[str | int | None],
     json: bool,
 ) -> None:
     """``kinds``: what else its name tells it apart by."""
     model, device = engine.model, str(engine.model.transformer.device)
-    facts: Content = {
+    facts: JsonContent = {
         "model": model.name,
         "dtype": str(model.transformer.dtype).removeprefix("torch."),
-        "prompts": prompts,
-        "policies": {line.policy: line.facts(lines[0]) for line in lines},
+        "prompts": num_prompts,
+        "policies": {timing.policy: timing.facts(timings[0]) for timing in timings},
     }
-    where = torch.cuda.get_device_name(device) if device.startswith("cuda") else device
-    named = [
+    device_name = torch.cuda.get_device_name(device) if device.startswith("cuda") else device
+    title_words = [
         Path(model.name).name,
         device.partition(":")[0],
-        *(str(kind) for kind in kinds if kind),
+        *(str(part) for part in title_parts if part),
     ]
-    title = f"generate {' '.join(named)}"
-    kept = keep(out, title, [line.measure() for line in lines], facts, device=where)
-    show(kept, generation_table(lines), json=json)
+    title = f"generate {' '.join(title_words)}"
+    content = save_record(
+        out, title, [timing.measure() for timing in timings], facts, device=device_name
+    )
+    print_report(content, generation_table(timings), json=json)
 
 
-def _many(tokens: int) -> str:
+def _tokens_suffix(tokens: int) -> str:
     """What tells a record apart from that of a usual block."""
-    return "" if tokens == USUAL else f" {tokens} tokens"
+    return "" if tokens == DEFAULT_TOKENS else f" {tokens} tokens"
 
 
-def _logits(wanted: str, tokens: int) -> forwards.Wanted:
+def _parse_num_logits(num_logits: str, tokens: int) -> forwards.LogitCount:
     """``--wanted``, checked before a model is made."""
-    if wanted != "block" and not wanted.isdecimal():
-        raise CoterieError(f"--wanted {wanted}: neither a number nor block")
-    logits = "block" if wanted == "block" else int(wanted)
-    forwards.fillings(logits, tokens)
+    if num_logits != "block" and not num_logits.isdecimal():
+        raise CoterieError(f"--wanted {num_logits}: neither a number nor block")
+    logits = "block" if num_logits == "block" else int(num_logits)
+    forwards.logits_per_forward(logits, tokens)
     return logits
 
 
-def _peak() -> int | None:
+def _peak_memory() -> int | None:
     """Bytes that this process has held at most; None where the system does not tell."""
     try:
-        room = import_module("resource")
+        resource = import_module("resource")
     except ModuleNotFoundError:
         return None
-    return room.getrusage(room.RUSAGE_SELF).ru_maxrss * 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 @contextmanager
-def _telling() -> Iterator[Callable[[float, str], None]]:
+def _progress_callback() -> Iterator[Callable[[float, str], None]]:
     """A bar that hears the share that is done, and what is being done."""
-    with bar(TimeElapsedColumn()) as shown:
-        task = shown.add_task("", total=1.0)
-        yield lambda share, doing: shown.update(task, completed=share, description=doing)
+    with progress_bar(TimeElapsedColumn()) as progress:
+        task = progress.add_task("", total=1.0)
+        yield lambda share, doing: progress.update(task, completed=share, description=doing)

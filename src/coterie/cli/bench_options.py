@@ -7,34 +7,36 @@ from typing import Annotated, Literal
 
 import typer
 
-from coterie.bench.peers import PEERS
+from coterie.bench.peers import BASELINES
 from coterie.bench.shapes import SHAPES
 from coterie.cli import options as o
 
-NOBODY = "none"
-COMPARED = ("des-vote:beta=0.5", "des-vote:beta=0.3", "des-vote:beta=0.15", "des-seq:k=3")
+NO_BASELINE = "none"
+DEFAULT_POLICIES = ("des-vote:beta=0.5", "des-vote:beta=0.3", "des-vote:beta=0.15", "des-seq:k=3")
 
 ShapeName = Annotated[
     str,
     typer.Option(
-        "--shape", help=f"Of a published model: {', '.join(SHAPES)}.", rich_help_panel=o.RUNNING
+        "--shape",
+        help=f"Of a published model: {', '.join(SHAPES)}.",
+        rich_help_panel=o.RUNTIME_PANEL,
     ),
 ]
-Kept = Annotated[
+ExpertDtype = Annotated[
     Literal["fp32", "bf16", "int8", "int4"],
-    typer.Option("--dtype", help="What the experts are kept in.", rich_help_panel=o.RUNNING),
+    typer.Option("--dtype", help="What the experts are kept in.", rich_help_panel=o.RUNTIME_PANEL),
 ]
-Policies = Annotated[
+PolicySpecs = Annotated[
     list[str] | None,
     typer.Option(
         "--policy",
         "-p",
         help="May be repeated; default vanilla and des-vote at the paper's sizes.",
-        rich_help_panel=o.DECODING,
+        rich_help_panel=o.DECODING_PANEL,
         show_default=False,
     ),
 ]
-Turns = Annotated[int, typer.Option("--turns", min=1, help="Samples of each work.")]
+Repeats = Annotated[int, typer.Option("--turns", min=1, help="Samples of each work.")]
 Threads = Annotated[
     int | None,
     typer.Option("--threads", min=1, help="Of ours and of each peer; default as PyTorch's."),
@@ -44,17 +46,19 @@ Layers = Annotated[
     int | None,
     typer.Option("--layers", min=1, help="The model's first so many layers; default all."),
 ]
-Out = Annotated[Path, typer.Option("--out", "-o", help="Folder of the record and its figures.")]
-PeerNames = Annotated[
+OutputFolder = Annotated[
+    Path, typer.Option("--out", "-o", help="Folder of the record and its figures.")
+]
+BaselineNames = Annotated[
     list[str] | None,
     typer.Option(
         "--peer",
-        help=f"Only this one, of {', '.join(PEERS)}, or {NOBODY}; may be repeated. "
+        help=f"Only this one, of {', '.join(BASELINES)}, or {NO_BASELINE}; may be repeated. "
         "Default: those that are installed.",
         show_default=False,
     ),
 ]
-PeerPythons = Annotated[
+BaselinePythons = Annotated[
     list[str] | None,
     typer.Option(
         "--peer-python",
@@ -62,16 +66,16 @@ PeerPythons = Annotated[
         help="The Python that has a peer; default .peers/NAME, which scripts/peers makes.",
     ),
 ]
-Even = Annotated[
+UniformRouting = Annotated[
     bool, typer.Option("--even", help="A router that prefers nobody, in place of a skewed one.")
 ]
-Slow = Annotated[bool, typer.Option("--slow", help="Works that take a second a turn, too.")]
-Memory = Annotated[
+IncludeSlow = Annotated[bool, typer.Option("--slow", help="Works that take a second a turn, too.")]
+BaselineMemory = Annotated[
     float | None,
     typer.Option("--memory", min=0.1, help="GiB for peers that sit together; default: free."),
 ]
-Context = Annotated[int, typer.Option("--context", min=0, help="Positions before the block.")]
-Wanted = Annotated[
+ContextLength = Annotated[int, typer.Option("--context", min=0, help="Positions before the block.")]
+NumLogits = Annotated[
     str,
     typer.Option(
         "--wanted",
@@ -81,12 +85,12 @@ Wanted = Annotated[
     ),
 ]
 Seed = Annotated[int, typer.Option("--seed", min=0, help="Of weights and tokens.")]
-RandomShape = Annotated[
+RandomModelShape = Annotated[
     str | None,
     typer.Option(
         "--shape",
         help=f"A random model in place of --model: {', '.join(SHAPES)}.",
-        rich_help_panel=o.RUNNING,
+        rich_help_panel=o.RUNTIME_PANEL,
     ),
 ]
 AnyDtype = Annotated[
@@ -94,32 +98,32 @@ AnyDtype = Annotated[
     typer.Option(
         "--dtype",
         help="As elsewhere; with --shape what the experts are kept in: fp32, bf16, int8, int4.",
-        rich_help_panel=o.RUNNING,
+        rich_help_panel=o.RUNTIME_PANEL,
         show_default=False,
     ),
 ]
-Compared = Annotated[
+ComparedPolicies = Annotated[
     list[str] | None,
     typer.Option(
         "--policy",
         "-p",
-        help=f"May be repeated; vanilla always runs too. Default {', '.join(COMPARED)}.",
-        rich_help_panel=o.DECODING,
+        help=f"May be repeated; vanilla always runs too. Default {', '.join(DEFAULT_POLICIES)}.",
+        rich_help_panel=o.DECODING_PANEL,
         show_default=False,
     ),
 ]
-NewTokens = Annotated[
+MaxNewTokens = Annotated[
     int, typer.Option("--tokens", min=1, help="Tokens to write at most, for each prompt.")
 ]
-Prompt = Annotated[
+PromptTexts = Annotated[
     list[str] | None,
     typer.Option("--prompt", help="May be repeated, in place of held-out problems."),
 ]
-Prompts = Annotated[
+NumPrompts = Annotated[
     int | None, typer.Option("--prompts", min=1, help="How many prompts; default 8.")
 ]
-Length = Annotated[
+PromptLength = Annotated[
     int | None,
     typer.Option("--length", min=1, help="Tokens of a random model's prompts; default 64."),
 ]
-Records = Annotated[list[Path], typer.Argument(help="Records that a bench has written.")]
+RecordFiles = Annotated[list[Path], typer.Argument(help="Records that a bench has written.")]

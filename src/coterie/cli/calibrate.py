@@ -13,38 +13,38 @@ from rich.progress import MofNCompleteColumn, Progress, TimeElapsedColumn
 from rich.table import Table
 
 from coterie.calibration import (
-    Bench,
+    PolicyEvaluator,
     Calibration,
-    Questions,
+    PromptSet,
     Target,
     calibrate,
-    document,
-    from_file,
-    from_tasks,
-    keep,
+    calibration_record,
+    prompts_from_file,
+    prompts_from_tasks,
+    write_calibrated_policy,
 )
-from coterie.calibration.bench import Run, Told
-from coterie.calibration.calibration import check
-from coterie.calibration.ladder import Family
-from coterie.calibration.target import Reading
+from coterie.calibration.bench import PolicyRun, PromptProgressCallback
+from coterie.calibration.calibration import check_target
+from coterie.calibration.ladder import SearchFamily
+from coterie.calibration.target import Estimate
 from coterie.cli import eval_options as e
 from coterie.cli import options as o
 from coterie.cli.document import print_document
-from coterie.cli.grouping import takes
-from coterie.cli.keeping import memory_of, rows_of
-from coterie.cli.request import Options, check_effect, greedy_of, open_engine
-from coterie.cli.tables import bar, console, plain_table, remark
+from coterie.cli.grouping import option_group
+from coterie.cli.keeping import expert_memory_config, resolve_batch_size
+from coterie.cli.request import GenerationOptions, check_options, greedy_options, open_engine
+from coterie.cli.tables import progress_bar, console, plain_table, print_note
 from coterie.engine.facts import inspect
-from coterie.engine.memory import Memory
+from coterie.engine.memory import ExpertMemoryConfig
 from coterie.engine.source import EMBEDDED
-from coterie.evals.task import Wish
+from coterie.evals.task import TaskOptions
 from coterie.evals.tasks import TASKS
 from coterie.naming import CoterieError
-from coterie.problems import TASKS as OWN
+from coterie.problems import PROBLEM_MAKERS as OWN
 
-ITEMS = 40  # of each task
+DEFAULT_PROBLEMS = 40  # of each task
 
-FamilyName = Annotated[
+PolicyFamily = Annotated[
     str,
     typer.Argument(
         metavar="FAMILY",
@@ -52,7 +52,7 @@ FamilyName = Annotated[
         "or with ? in its place: coreset:m=?,vote=weight.",
     ),
 ]
-Meets = Annotated[
+TargetSpec = Annotated[
     str,
     typer.Option(
         "--target",
@@ -61,62 +61,64 @@ Meets = Annotated[
         "(of a layer's output, squared, at most) or drop=0.01 (of accuracy, at most).",
     ),
 ]
-Sure = Annotated[
+Confident = Annotated[
     bool, typer.Option("--sure", help="The far end of the 95 % interval must meet it too.")
 ]
 PerLayer = Annotated[
     bool, typer.Option("--per-layer", help="A budget for each layer, by marginal votes.")
 ]
-Prompts = Annotated[
+PromptFile = Annotated[
     Path | None,
     typer.Option(
         "--prompts",
         help='A file of prompts, one a line, or JSONL with "prompt"; in place of --task.',
-        rich_help_panel=e.ASKING,
+        rich_help_panel=e.BENCHMARK_PANEL,
         show_default=False,
     ),
 ]
-Items = Annotated[
-    int, typer.Option("--items", min=1, help="Prompts of each task.", rich_help_panel=e.ASKING)
+NumProblems = Annotated[
+    int,
+    typer.Option("--items", min=1, help="Prompts of each task.", rich_help_panel=e.BENCHMARK_PANEL),
 ]
-Drawn = Annotated[
-    int, typer.Option("--seed", min=0, help="Of the prompts drawn.", rich_help_panel=e.ASKING)
+ProblemSeed = Annotated[
+    int,
+    typer.Option("--seed", min=0, help="Of the prompts drawn.", rich_help_panel=e.BENCHMARK_PANEL),
 ]
-Out = Annotated[
+OutputFile = Annotated[
     Path | None,
     typer.Option(
         "--out",
         "-o",
         help="A JSON file, which --policy @FILE takes.",
-        rich_help_panel=o.SHOWING,
+        rich_help_panel=o.OUTPUT_PANEL,
         show_default=False,
     ),
 ]
 
 
-@takes(memory=memory_of, wanted=greedy_of)
+@option_group(memory=expert_memory_config, wanted=greedy_options)
 def calibrate_command(
-    family: FamilyName,
+    family: PolicyFamily,
     *,
-    target: Meets,
-    sure: Sure = False,
+    target: TargetSpec,
+    confident: Confident = False,
     per_layer: PerLayer = False,
     task: e.Tasks = None,
-    prompts: Prompts = None,
-    items: Items = ITEMS,
-    seed: Drawn = 1,
-    data: e.Data = None,
-    shots: e.Shots = None,
-    wanted: Options,
+    prompt_file: PromptFile = None,
+    num_problems: NumProblems = DEFAULT_PROBLEMS,
+    seed: ProblemSeed = 1,
+    data: e.DataPath = None,
+    shots: e.NumShots = None,
+    options: GenerationOptions,
     model: o.Model = None,
     dtype: o.Dtype = None,
     device: o.Device = "auto",
-    experts: o.Experts = None,
-    memory: Memory | None = None,
-    rows: e.Rows = None,
-    trust: e.Trust = False,
-    out: Out = None,
-    json: o.Json = False,
+    expert_dtype: o.ExpertDtype = None,
+    memory: ExpertMemoryConfig | None = None,
+    batch_size: e.BatchSize = None,
+    trust_code: e.TrustCode = False,
+    out: OutputFile = None,
+    json: o.JsonOutput = False,
 ) -> None:
     """Find the parameter of a policy family that meets a target and saves as much as it can.
 
@@ -127,28 +129,39 @@ def calibrate_command(
     coterie calibrate des-vote:voters=before-eos,protect=top1 --target drop=0.01 -o found.json
     coterie generate "..." --policy @found.json
     """
-    sought, wish = Family.of(family), Target.of(target, sure=sure)
-    check_place(out)
-    drawn = Wish(inspect(model).family.name, data, shots, items, seed, trust)
-    asked = questions(task, prompts, drawn, own=model in (None, EMBEDDED))
-    together = rows_of(rows, memory, e.ROWS)
-    engine = open_engine(model, dtype=dtype, device=device, experts=experts, memory=memory)
-    check_effect(engine, wanted)
-    with bar(MofNCompleteColumn(), TimeElapsedColumn()) as shown:
-        bench = Bench(engine, asked, wanted, together, _live(shown))
-        check(bench, sought, wish)
-        found = calibrate(bench, sought, wish, per_layer=per_layer)
-    content = document(bench, found, ["coterie", *sys.argv[1:]])
+    search_family, parsed_target = (
+        SearchFamily.parse(family),
+        Target.parse(target, confident=confident),
+    )
+    check_output_file(out)
+    task_options = TaskOptions(
+        inspect(model).family.name, data, shots, num_problems, seed, trust_code
+    )
+    prompt_set = load_questions(
+        task, prompt_file, task_options, is_embedded=model in (None, EMBEDDED)
+    )
+    effective_batch_size = resolve_batch_size(batch_size, memory, e.DEFAULT_BATCH_SIZE)
+    engine = open_engine(
+        model, dtype=dtype, device=device, expert_dtype=expert_dtype, memory=memory
+    )
+    check_options(engine, options)
+    with progress_bar(MofNCompleteColumn(), TimeElapsedColumn()) as progress:
+        bench = PolicyEvaluator(
+            engine, prompt_set, options, effective_batch_size, _progress_callback(progress)
+        )
+        check_target(bench, search_family, parsed_target)
+        calibration = calibrate(bench, search_family, parsed_target, per_layer=per_layer)
+    content = calibration_record(bench, calibration, ["coterie", *sys.argv[1:]])
     if out is not None:
-        keep(out, content)
-        remark(f"{out}; --policy @{out} takes it")
+        write_calibrated_policy(out, content)
+        print_note(f"{out}; --policy @{out} takes it")
     if json:
         print_document(content)
     else:
-        console().print(calibration_table(found), *conclusions(found), sep="\n")
+        console().print(calibration_table(calibration), *summary_lines(calibration), sep="\n")
 
 
-def check_place(out: Path | None) -> None:
+def check_output_file(out: Path | None) -> None:
     """Raises for a file that could not be written, now and not after the search."""
     if out is None:
         return
@@ -161,73 +174,83 @@ def check_place(out: Path | None) -> None:
         raise CoterieError(f"{out}: its folder cannot be written to")
 
 
-def questions(
-    tasks: Sequence[str] | None, prompts: Path | None, wish: Wish, *, own: bool
-) -> Questions:
+def load_questions(
+    tasks: Sequence[str] | None,
+    prompt_file: Path | None,
+    task_options: TaskOptions,
+    *,
+    is_embedded: bool,
+) -> PromptSet:
     """What is asked; says so where an exam would ask the same."""
-    if tasks and prompts:
+    if tasks and prompt_file:
         raise CoterieError("--prompts stands in place of --task; give one of them")
-    if prompts is not None:
-        return from_file(prompts)
-    if not tasks and not own:
+    if prompt_file is not None:
+        return prompts_from_file(prompt_file)
+    if not tasks and not is_embedded:
         raise CoterieError(f"--task or --prompts is needed with --model; of {', '.join(TASKS)}")
-    found = from_tasks(list(dict.fromkeys(tasks or OWN)), wish.count, wish)
-    if found.exams:
-        remark(
+    task_questions = prompts_from_tasks(
+        list(dict.fromkeys(tasks or OWN)), task_options.count, task_options
+    )
+    if task_questions.includes_test_items:
+        print_note(
             "these are a benchmark's own items: an exam on them is not held out any more; "
             "--data or --prompts takes others"
         )
-    return found
+    return task_questions
 
 
-def calibration_table(found: Calibration) -> Table:
+def calibration_table(calibration: Calibration) -> Table:
     """What was measured, in the ladder's order of traffic; then vanilla and the policy found."""
-    meaning = found.target.meaning
-    columns = (meaning.noun, "95 %", "meets it")
-    table = plain_table("policy", *columns, numbers=columns[:2])
-    for step in found.steps:
+    meaning = calibration.target.spec
+    columns = (meaning.description, "95 %", "meets it")
+    table = plain_table("policy", *columns, number_columns=columns[:2])
+    for step in calibration.steps:
         table.add_row(
-            step.policy, *told(step.reading), "yes" if found.target.met(step.reading) else "no"
+            step.policy,
+            *format_reading(step.estimate),
+            "yes" if calibration.target.is_met(step.estimate) else "no",
         )
     return table
 
 
-def told(reading: Reading) -> tuple[str, str]:
+def format_reading(reading: Estimate) -> tuple[str, str]:
     low, high = reading.interval
     return f"{reading.value:.4g}", f"{low:.4g} to {high:.4g}"
 
 
-def conclusions(found: Calibration) -> list[str]:
+def summary_lines(calibration: Calibration) -> list[str]:
     """The policy, what it costs, and what is doubtful, in lines."""
-    value, interval = told(found.achieved)
-    noun = found.target.meaning.noun
+    value, interval = format_reading(calibration.achieved)
+    noun = calibration.target.spec.description
     lines = [
         "",
-        f"{found.policy} meets {found.target}: {noun} {value} ({interval}) "
-        f"on {found.achieved.n} prompts",
-        f"decoding them takes {cost(found.run)}; vanilla, {cost(found.vanilla)}",
+        f"{calibration.policy} meets {calibration.target}: {noun} {value} ({interval}) "
+        f"on {calibration.achieved.n} prompts",
+        f"decoding them takes {describe_run(calibration.run)}; vanilla, {describe_run(calibration.vanilla)}",
     ]
-    if not found.ordered:
+    if not calibration.is_monotonic:
         lines.append(
             f"{noun} does not move one way along this ladder: another policy on it may do as well"
         )
     return lines
 
 
-def cost(run: Run) -> str:
-    right = f", {sum(run.right)} of {len(run.right)} right" if run.right else ""
-    experts = run.experts_reading().value
-    return f"{experts:.1f} experts a layer, {run.forwards_per_block:.2f} forwards a block{right}"
+def describe_run(run: PolicyRun) -> str:
+    score = f", {sum(run.correct)} of {len(run.correct)} right" if run.correct else ""
+    experts = run.experts_estimate().value
+    return f"{experts:.1f} experts a layer, {run.forwards_per_block:.2f} forwards a block{score}"
 
 
-def _live(shown: Progress) -> Told:
+def _progress_callback(progress: Progress) -> PromptProgressCallback:
     """One bar, which begins anew with every measurement."""
-    task = shown.add_task("", total=None)
-    count = 0
+    task = progress.add_task("", total=None)
+    measurements = 0
 
-    def hear(doing: str, done: int, whole: int) -> None:
-        nonlocal count
-        count += done == 0
-        shown.update(task, completed=done, total=whole, description=f"{count}. {doing}")
+    def on_progress(label: str, completed: int, total: int) -> None:
+        nonlocal measurements
+        measurements += completed == 0
+        progress.update(
+            task, completed=completed, total=total, description=f"{measurements}. {label}"
+        )
 
-    return hear
+    return on_progress

@@ -8,8 +8,8 @@ from collections.abc import Mapping, Sequence
 
 from coterie.engine.engine import Engine
 from coterie.engine.event import Result
-from coterie.experts.imagined import Imagined
-from coterie.experts.mixed import Mixed
+from coterie.experts.imagined import SimulatedCacheStore
+from coterie.experts.mixed import MixedPrecisionStore
 from coterie.experts.traffic import Traffic
 
 
@@ -39,45 +39,45 @@ def result_document(result: Result) -> dict[str, object]:
         "expert_bytes": result.expert_bytes,
         "expert_bytes_vanilla": result.expert_bytes_vanilla,
         "vote_mass_kept": result.vote_mass_kept,
-        "coresets_kept": result.coresets_kept,
-        "drift": result.drift,
+        "coresets_kept": result.coreset_reuse_rate,
+        "drift": result.reuse_vote_loss,
     }
 
 
 def traffic_document(engine: Engine, result: Result) -> dict[str, object]:
     """What its forwards moved; empty where all experts are in memory. Nobody waits for what is
     imagined to come, so both stalls are None there."""
-    store = engine.model.rationed
+    store = engine.model.cached_store
     if store is None or result.traffic is None:
         return {}
-    moved = {"slots": store.capacity, **moved_document(result.traffic)}
-    if isinstance(store, Imagined):
-        moved |= {"stall_seconds": None, "stalled": None}
-    return {"expert_traffic": moved}
+    document = {"slots": store.capacity, **transfer_document(result.traffic)}
+    if isinstance(store, SimulatedCacheStore):
+        document |= {"stall_seconds": None, "stalled": None}
+    return {"expert_traffic": document}
 
 
 def precision_document(engine: Engine) -> dict[str, object]:
     """Which precision served, in shares of votes; means over layers and all forwards so far. Empty
     where there is one; both losses are None where a manifest does not tell what experts lost."""
-    store = engine.model.rationed
-    if not isinstance(store, Mixed):
+    store = engine.model.cached_store
+    if not isinstance(store, MixedPrecisionStore):
         return {}
-    served = store.precision
-    told = {
-        "fine": store.kinds[0],
-        "coarse": store.kinds[1],
-        "fine_slots": store.fine.capacity,
-        "coarse_slots": store.coarse.capacity,
-        "votes_fine": served.votes_fine,
-        "votes_coarse": 1 - served.votes_fine,
-        "upgrades": served.upgrades,
-        "loss_bound": served.loss_bound if store.errors else None,
-        "loss_rms": served.loss_rms if store.errors else None,
+    precision = store.precision_stats
+    document = {
+        "fine": store.format_names[0],
+        "coarse": store.format_names[1],
+        "fine_slots": store.high_precision.capacity,
+        "coarse_slots": store.low_precision.capacity,
+        "votes_fine": precision.high_precision_share,
+        "votes_coarse": 1 - precision.high_precision_share,
+        "upgrades": precision.promotions,
+        "loss_bound": precision.loss_bound if store.errors else None,
+        "loss_rms": precision.loss_rms if store.errors else None,
     }
-    return {"expert_precision": told}
+    return {"expert_precision": document}
 
 
-def moved_document(traffic: Traffic) -> dict[str, object]:
+def transfer_document(traffic: Traffic) -> dict[str, object]:
     """All of it: by the forwards that denoise, which are counted, and those that only write keys.
 
     "Vanilla" is what the unmodified model would have moved under LRU in the same slots on the same
@@ -85,17 +85,17 @@ def moved_document(traffic: Traffic) -> dict[str, object]:
     """
     return {
         "forwards": traffic.forwards,
-        "experts_used": traffic.used,
-        "experts_moved": traffic.moved,
-        "experts_on_cpu": traffic.aside,
+        "experts_used": traffic.experts_used,
+        "experts_moved": traffic.experts_moved,
+        "experts_on_cpu": traffic.on_cpu,
         "hit_rate": traffic.hit_rate,
         "bytes_moved": traffic.bytes_moved,
-        "bytes_moved_from": {tier: one.bytes for tier, one in traffic.sources.items()},
-        "bytes_avoided": traffic.bytes_avoided,
-        "bytes_avoided_against_vanilla": traffic.bytes_avoided_against_vanilla,
-        "saved_against_vanilla": traffic.saved,
-        "stall_seconds": traffic.waited,
-        "stalled": traffic.stalled,
+        "bytes_moved_from": {tier: transfer.bytes for tier, transfer in traffic.transfers.items()},
+        "bytes_avoided": traffic.bytes_saved,
+        "bytes_avoided_against_vanilla": traffic.bytes_saved_vs_vanilla,
+        "saved_against_vanilla": traffic.fraction_saved,
+        "stall_seconds": traffic.stall_seconds,
+        "stalled": traffic.stall_fraction,
     }
 
 
@@ -111,7 +111,7 @@ def comparison_document(
         {
             **result_document(result),
             "equals_vanilla": result.tokens == vanilla.tokens,
-            **({} if result.traffic is None else {"saved": saved_of(result, vanilla)}),
+            **({} if result.traffic is None else {"saved": saved_share(result, vanilla)}),
             **traffic_document(engine, result),
         }
         for result in results
@@ -119,13 +119,18 @@ def comparison_document(
     return {"prompt": prompt, "runs": runs}
 
 
-def saved_of(result: Result, vanilla: Result) -> float | None:
+def saved_share(result: Result, vanilla: Result) -> float | None:
     """Of the bytes that vanilla moved in a run of its own; None for vanilla, and where it moved
     none."""
-    mine, usual = result.traffic, vanilla.traffic
-    if result == vanilla or mine is None or usual is None or not usual.bytes_moved:
+    traffic, vanilla_traffic = result.traffic, vanilla.traffic
+    if (
+        result == vanilla
+        or traffic is None
+        or vanilla_traffic is None
+        or not vanilla_traffic.bytes_moved
+    ):
         return None
-    return 1 - mine.bytes_moved / usual.bytes_moved
+    return 1 - traffic.bytes_moved / vanilla_traffic.bytes_moved
 
 
 def print_document(document: Mapping[str, object] | Sequence[object]) -> None:

@@ -11,7 +11,7 @@ import torch
 import typer
 
 from coterie.cli.app import app
-from coterie.cli.tables import remark
+from coterie.cli.tables import print_note
 
 BAD_INPUT, BROKEN_PIPE = 2, 1
 
@@ -23,38 +23,38 @@ def main() -> None:
     if status == 0 and failure is not None:
         # A closed pipe is somebody's wish, not worth a line.
         closed = isinstance(failure, BrokenPipeError)
-        status = BROKEN_PIPE if closed else _complain(_told(failure))
+        status = BROKEN_PIPE if closed else _print_error(_error_message(failure))
     sys.exit(status)
 
 
 def run(arguments: Sequence[str]) -> int:
     """The exit status: 0, 2 with one line on stderr for bad input, 130 when interrupted."""
     if sys.stdout is None:
-        return _complain("standard output is closed")
+        return _print_error("standard output is closed")
     try:
         status = app(list(arguments), prog_name="coterie", standalone_mode=False)
         return status if isinstance(status, int) else 0
     except typer.TyperException as error:
-        return _complain(error.format_message())
+        return _print_error(error.format_message())
     # Every room raises a ValueError for what it was given; COTERIE_DEBUG shows where.
     except (ValueError, OSError, torch.OutOfMemoryError) as error:
         if os.environ.get("COTERIE_DEBUG"):
             raise
-        return _complain(_told(error))
+        return _print_error(_error_message(error))
 
 
-def _told(error: Exception) -> str:
+def _error_message(error: Exception) -> str:
     """The system's errors as people say them: ``results: Not a directory``."""
     if not isinstance(error, OSError) or error.strerror is None:
         return str(error)
     return error.strerror if error.filename is None else f"{error.filename}: {error.strerror}"
 
 
-def _complain(message: str) -> int:
+def _print_error(message: str) -> int:
     line = " ".join(message.split())
     # Where the complaint cannot be written either, the status has to say it.
     with suppress(OSError):
-        remark(line)
+        print_note(line)
     return BAD_INPUT
 
 

@@ -13,27 +13,27 @@ from typing import Annotated
 import typer
 from rich.progress import MofNCompleteColumn, TimeRemainingColumn
 
-from coterie.cli.tables import bar, print_text, remark
-from coterie.evals.grading import Paper, prepare, read_lines
-from coterie.evals.report import share
-from coterie.evals.task import Wish
-from coterie.evals.tasks import TASKS, check_name
+from coterie.cli.tables import progress_bar, print_text, print_note
+from coterie.evals.grading import GradingJob, prepare_grading, read_outputs
+from coterie.evals.report import proportion
+from coterie.evals.task import TaskOptions
+from coterie.evals.tasks import TASKS, check_task_name
 from coterie.naming import CoterieError
 
 TaskName = Annotated[
     str, typer.Argument(metavar="TASK", help=f"Of {', '.join(TASKS)}.", show_default=False)
 ]
-Outputs = Annotated[
+OutputsFile = Annotated[
     str,
     typer.Argument(
         metavar="FILE", help="JSONL of outputs; - reads standard input.", show_default=False
     ),
 ]
-Out = Annotated[
+GradesFile = Annotated[
     Path | None,
     typer.Option("--out", "-o", help="File for the grades. Default: standard output."),
 ]
-Data = Annotated[
+DataPath = Annotated[
     Path | None,
     typer.Option(
         "--data",
@@ -41,7 +41,7 @@ Data = Annotated[
         "Default: the folder that $COTERIE_DATA names, else the hub.",
     ),
 ]
-Trust = Annotated[
+TrustCode = Annotated[
     bool,
     typer.Option(
         "--trust-generated-code",
@@ -51,7 +51,12 @@ Trust = Annotated[
 
 
 def grade_command(
-    task: TaskName, file: Outputs, *, out: Out = None, data: Data = None, trust: Trust = False
+    task: TaskName,
+    file: OutputsFile,
+    *,
+    out: GradesFile = None,
+    data: DataPath = None,
+    trust_code: TrustCode = False,
 ) -> None:
     """Grade outputs that were made elsewhere, as `coterie eval` grades its own.
 
@@ -75,27 +80,27 @@ def grade_command(
     The grades come in the order of the lines; how many are right is told
     on standard error.
     """
-    check_name(task)
-    where = "standard input" if file == "-" else file
-    lines = read_lines(_text(file), where)
+    check_task_name(task)
+    source = "standard input" if file == "-" else file
+    outputs = read_outputs(_read_text(file), source)
     if out is not None:
-        _check_out(out, file)
-    paper = prepare(task, lines, Wish("", data=data, trust=trust), where)
-    right: list[bool] = []
+        _check_output(out, file)
+    job = prepare_grading(task, outputs, TaskOptions("", data=data, trust=trust_code), source)
+    correct: list[bool] = []
     if out is None:
-        for written in _graded(paper, task, right):
-            print_text(written)
+        for grade_line in _grade_lines(job, task, correct):
+            print_text(grade_line)
     else:
-        _write(out, _graded(paper, task, right))
-    found = share(right)
-    low, high = found.interval
-    remark(
-        f"{task}: {found.right} of {found.n} right, {found.value:.1%} "
+        _write_atomically(out, _grade_lines(job, task, correct))
+    accuracy = proportion(correct)
+    low, high = accuracy.interval
+    print_note(
+        f"{task}: {accuracy.successes} of {accuracy.n} right, {accuracy.value:.1%} "
         f"(95 % interval {low:.1%} to {high:.1%})"
     )
 
 
-def _text(file: str) -> str:
+def _read_text(file: str) -> str:
     try:
         content = sys.stdin.buffer.read() if file == "-" else Path(file).read_bytes()
         return content.decode("utf-8-sig")
@@ -104,18 +109,20 @@ def _text(file: str) -> str:
         raise CoterieError(f"{file}, line {line}: not UTF-8") from None
 
 
-def _graded(paper: Paper, task: str, right: list[bool]) -> Iterator[str]:
+def _grade_lines(job: GradingJob, task: str, correct: list[bool]) -> Iterator[str]:
     """Every grade as it is written, while ``right`` grows and the bar moves."""
-    with bar(MofNCompleteColumn(), TimeRemainingColumn()) as shown:
-        moved = shown.add_task(task, total=len(paper.lines))
-        for line, grade in zip(paper.lines, paper.grades(), strict=True):
-            right.append(grade.correct)
-            shown.update(moved, advance=1, description=f"{task} {share(right).value:.1%}")
-            told = {"id": line.id, "correct": grade.correct, "extracted": grade.extracted}
-            yield json.dumps(told)
+    with progress_bar(MofNCompleteColumn(), TimeRemainingColumn()) as progress:
+        task_id = progress.add_task(task, total=len(job.outputs))
+        for output, grade in zip(job.outputs, job.grades(), strict=True):
+            correct.append(grade.correct)
+            progress.update(
+                task_id, advance=1, description=f"{task} {proportion(correct).value:.1%}"
+            )
+            document = {"id": output.id, "correct": grade.correct, "extracted": grade.extracted}
+            yield json.dumps(document)
 
 
-def _check_out(out: Path, file: str) -> None:
+def _check_output(out: Path, file: str) -> None:
     """Fails now, not after an hour of running code."""
     if not out.parent.is_dir():
         raise CoterieError(f"{out.parent}: no such folder")
@@ -125,7 +132,7 @@ def _check_out(out: Path, file: str) -> None:
         raise CoterieError(f"-o {out} would overwrite the outputs")
 
 
-def _write(out: Path, lines: Iterator[str]) -> None:
+def _write_atomically(out: Path, lines: Iterator[str]) -> None:
     """All or nothing: what ``out`` held before stays until the last line is there."""
     with NamedTemporaryFile("w", dir=out.parent, prefix=f".{out.name}.", delete=False) as file:
         try:
@@ -136,11 +143,11 @@ def _write(out: Path, lines: Iterator[str]) -> None:
         except BaseException:
             Path(file.name).unlink()
             raise
-    Path(file.name).chmod(0o666 & ~_umask())
+    Path(file.name).chmod(0o666 & ~_current_umask())
     Path(file.name).replace(out)
 
 
-def _umask() -> int:
+def _current_umask() -> int:
     mask = os.umask(0)
     os.umask(mask)
     return mask

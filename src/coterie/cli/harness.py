@@ -6,7 +6,7 @@ import typer
 
 from coterie.naming import CoterieError
 
-PASSED_ON = {
+PASS_THROUGH = {
     "ignore_unknown_options": True,
     "allow_extra_args": True,
     "help_option_names": [],
@@ -21,11 +21,11 @@ def lm_eval(context: typer.Context) -> None:
       --tasks gsm8k --apply_chat_template
     """
     try:
-        from coterie.evals.harness.adapter import hand_over
+        from coterie.evals.harness.adapter import run_harness
     except ModuleNotFoundError as error:
         if (error.name or "").partition(".")[0] not in ("lm_eval", "tqdm"):
             raise
         raise CoterieError(
             "lm-evaluation-harness is not installed: pip install 'coterie[harness]'"
         ) from None
-    hand_over(context.args)
+    run_harness(context.args)

@@ -16,100 +16,100 @@ from coterie.cli import eval_options as e
 from coterie.cli import options as o
 from coterie.cli.accuracy import accuracy_csv, accuracy_document, accuracy_tables
 from coterie.cli.document import print_document
-from coterie.cli.grouping import takes
-from coterie.cli.keeping import memory_of, rows_of
+from coterie.cli.grouping import option_group
+from coterie.cli.keeping import expert_memory_config, resolve_batch_size
 from coterie.cli.request import (
     VANILLA,
-    Options,
-    check_effect,
-    check_kept,
-    drifting,
+    GenerationOptions,
+    check_options,
+    check_policy_files,
+    reuse_options,
     generation_options,
     open_engine,
-    policy_of,
+    canonical_policy,
 )
-from coterie.cli.standing import Standing, shown
-from coterie.cli.tables import bar, console, print_text, remark
+from coterie.cli.standing import EvalProgress, live_progress
+from coterie.cli.tables import progress_bar, console, print_text, print_note
 from coterie.engine.engine import Engine
 from coterie.engine.facts import inspect
-from coterie.engine.memory import Memory
+from coterie.engine.memory import ExpertMemoryConfig
 from coterie.engine.source import EMBEDDED
-from coterie.evals.report import Line, lines
-from coterie.evals.run import Answer, Arm, Told, about, run
-from coterie.evals.task import Task, Wish
-from coterie.evals.tasks import TASKS, check_name, open_tasks
+from coterie.evals.report import PolicySummary, summarize
+from coterie.evals.run import Answer, Variant, AnswerCallback, run_identity, run_eval
+from coterie.evals.task import Task, TaskOptions
+from coterie.evals.tasks import TASKS, check_task_name, open_tasks
 from coterie.naming import CoterieError
-from coterie.problems import TASKS as OWN
-from coterie.results import record, write_record
+from coterie.problems import PROBLEM_MAKERS as OWN
+from coterie.results import make_record, write_record
 from coterie.training import embedded
 
-TITLE, OWN_TITLE = "Accuracy by policy", "Embedded tasks by policy"
+RECORD_TITLE, EMBEDDED_TITLE = "Accuracy by policy", "Embedded tasks by policy"
 
 
 @dataclass(frozen=True)
-class Examination:
+class EvalConfig:
     """What was asked for; ``wanted`` are options of the generation."""
 
     tasks: Sequence[Task]
-    arms: Sequence[Arm]
-    wanted: Options
+    variants: Sequence[Variant]
+    options: GenerationOptions
     limit: int | None
     shuffle_seed: int | None
-    rows: int
-    lasts: int  # questions, until a memory that is short is emptied
-    out: Path | None
+    batch_size: int
+    reset_every: int  # questions, until a memory that is short is emptied
+    output: Path | None
 
     @property
     def total(self) -> int:
-        return len(self.arms) * sum(len(task.items()[: self.limit]) for task in self.tasks)
+        return len(self.variants) * sum(len(task.items()[: self.limit]) for task in self.tasks)
 
 
-def decoding_of(
+def eval_decode_options(
     *,
     max_new_tokens: e.MaxNewTokens = None,
-    block: o.BlockWidth = None,
-    plan: o.Plan = None,
+    block: o.BlockLength = None,
+    plan: o.KVCacheScheme = None,
     unmask: o.UnmaskRule = None,
     threshold: o.Threshold = None,
     temperature: o.Temperature = None,
     top_k: o.TopK = None,
     top_p: o.TopP = None,
     early_stop: o.EarlyStop = None,
-    commit: o.Commit = None,
-    prefill: o.Prefill = None,
-) -> Options:
+    commit_routing: o.CommitRouting = None,
+    prefill_routing: o.PrefillRouting = None,
+) -> GenerationOptions:
     """Options of the generation; the seed is the problems' too."""
     return generation_options(
         max_new_tokens=max_new_tokens, block=block, plan=plan, unmask=unmask,
         threshold=threshold, temperature=temperature, top_k=top_k, top_p=top_p,
-        early_stop=early_stop, commit=commit, prefill=prefill,
+        early_stop=early_stop, commit=commit_routing, prefill=prefill_routing,
     )  # fmt: skip
 
 
-@takes(memory=memory_of, wanted=decoding_of)
+@option_group(memory=expert_memory_config, wanted=eval_decode_options)
 def evaluate(
     *,
     task: e.Tasks = None,
-    data: e.Data = None,
-    shots: e.Shots = None,
-    items: e.Items = None,
+    data: e.DataPath = None,
+    shots: e.NumShots = None,
+    num_problems: e.NumProblems = None,
     seed: e.Seed = 1,
     limit: e.Limit = None,
-    shuffle_seed: e.Shuffle = None,
-    policies: o.Policies = None,
-    wanted: Options,
+    shuffle_seed: e.ShuffleSeed = None,
+    policies: o.PolicySpecs = None,
+    options: GenerationOptions,
     model: o.Model = None,
     dtype: o.Dtype = None,
     device: o.Device = "auto",
-    experts: o.Experts = None,
-    memory: Memory | None = None,
-    lasts: e.Lasts = None,
-    drift: o.Drift = None,
-    rows: e.Rows = None,
-    trust: e.Trust = False,
-    out: e.Out = None,
-    json: o.Json = False,
-    csv: e.Csv = False,
+    expert_dtype: o.ExpertDtype = None,
+    memory: ExpertMemoryConfig | None = None,
+    reset_every: e.ResetEvery = None,
+    reuse_tolerance: o.ReuseTolerance = None,
+    batch_size: e.BatchSize = None,
+    trust_code: e.TrustCode = False,
+    out: e.OutputFolder = None,
+    json: o.JsonOutput = False,
+    csv: e.CsvOutput = False,
 ) -> None:
     """Answer a benchmark's items under several policies: accuracy, paired, beside the traffic.
 
@@ -127,107 +127,141 @@ def evaluate(
     """
     if json and csv:
         raise CoterieError("--json and --csv both want standard output; give one of them")
-    if wanted.get("temperature"):
-        wanted |= {"seed": seed}
-    if lasts is not None and memory is None:
+    if options.get("temperature"):
+        options |= {"seed": seed}
+    if reset_every is not None and memory is None:
         raise CoterieError("--memory-lasts has no effect where all experts are in memory")
-    names = task_names(task, own=model in (None, EMBEDDED), items=items, data=data)
-    wish = Wish(inspect(model).family.name, data, shots, items or e.COUNT, seed, trust)
-    tasks = open_tasks(names, wish)  # fails here, before weights are loaded
-    arms, together = arms_of(policies, drift), rows_of(rows, memory, e.ROWS)
-    asked = Examination(tasks, arms, wanted, limit, shuffle_seed, together, lasts or 1, out)
-    engine = open_engine(
-        model, dtype=dtype, device=device, experts=experts, memory=memory, compared=True
+    names = task_names(
+        task, is_embedded=model in (None, EMBEDDED), num_problems=num_problems, data=data
     )
-    check_effect(engine, wanted)
-    check_kept(engine, policies or (), wanted)
-    tell(engine, asked, examine(engine, asked), json=json, csv=csv)
+    task_options = TaskOptions(
+        inspect(model).family.name,
+        data,
+        shots,
+        num_problems or e.DEFAULT_PROBLEMS,
+        seed,
+        trust_code,
+    )
+    tasks = open_tasks(names, task_options)  # fails here, before weights are loaded
+    variants, effective_batch_size = (
+        make_variants(policies, reuse_tolerance),
+        resolve_batch_size(batch_size, memory, e.DEFAULT_BATCH_SIZE),
+    )
+    config = EvalConfig(
+        tasks, variants, options, limit, shuffle_seed, effective_batch_size, reset_every or 1, out
+    )
+    engine = open_engine(
+        model,
+        dtype=dtype,
+        device=device,
+        expert_dtype=expert_dtype,
+        memory=memory,
+        count_vanilla=True,
+    )
+    check_options(engine, options)
+    check_policy_files(engine, policies or (), options)
+    print_results(engine, config, run_with_progress(engine, config), json=json, csv=csv)
 
 
-def arms_of(policies: Sequence[str] | None, drift: float | None = None) -> list[Arm]:
+def make_variants(
+    policies: Sequence[str] | None, reuse_tolerance: float | None = None
+) -> list[Variant]:
     """vanilla, then the policies as typed, each once; with ``drift`` these keep their coresets."""
-    named = list(dict.fromkeys([VANILLA, *map(policy_of, policies or [])]))
-    return [Arm(policy, own) for policy, own in drifting(named, drift).items()]
+    policy_specs = list(dict.fromkeys([VANILLA, *map(canonical_policy, policies or [])]))
+    return [
+        Variant(policy, overrides)
+        for policy, overrides in reuse_options(policy_specs, reuse_tolerance).items()
+    ]
 
 
 def task_names(
-    typed: Sequence[str] | None, *, own: bool, items: int | None, data: Path | None
+    requested: Sequence[str] | None,
+    *,
+    is_embedded: bool,
+    num_problems: int | None,
+    data: Path | None,
 ) -> list[str]:
     """The tasks as typed, each once; the package's own where none was, for its own model.
 
     Raises for an option that none of them has a use for.
     """
-    if not typed and not own:
+    if not requested and not is_embedded:
         raise CoterieError(f"--task is needed with --model; of {', '.join(TASKS)}")
-    names = list(dict.fromkeys(typed or OWN))
+    names = list(dict.fromkeys(requested or OWN))
     for name in names:
-        check_name(name)
-    drawn = [name for name in names if name in OWN]
-    if items is not None and not drawn:
+        check_task_name(name)
+    generated = [name for name in names if name in OWN]
+    if num_problems is not None and not generated:
         raise CoterieError(f"--items has no effect on {', '.join(names)}; --limit asks fewer")
-    if data is not None and len(drawn) == len(names):
+    if data is not None and len(generated) == len(names):
         raise CoterieError(f"--data has no effect on {', '.join(names)}: their problems are drawn")
     return names
 
 
-def examine(engine: Engine, asked: Examination) -> list[Line]:
+def run_with_progress(engine: Engine, config: EvalConfig) -> list[PolicySummary]:
     """The run, with its standing shown meanwhile; where it ends early, says what is left of it."""
-    standing = Standing([arm.name for arm in asked.arms], asked.total)
-    with _told_how_to_go_on(standing, asked.out), shown(standing):
-        sheets = run(
-            engine, asked.tasks, asked.arms, asked.out, limit=asked.limit,
-            shuffle_seed=asked.shuffle_seed, rows=asked.rows, lasts=asked.lasts,
-            told=_hearing(standing), asked=asked.wanted,
+    progress = EvalProgress([variant.name for variant in config.variants], config.total)
+    with _resume_hint(progress, config.output), live_progress(progress):
+        eval_results = run_eval(
+            engine, config.tasks, config.variants, config.output, limit=config.limit,
+            shuffle_seed=config.shuffle_seed, batch_size=config.batch_size, reset_every=config.reset_every,
+            on_answer=_answer_callback(progress), options=config.options,
         )  # fmt: skip
-    if standing.found == standing.total:
-        remark(f"all {standing.total} answers were there already")
-    if standing.failed:
-        remark(f"{standing.failed} items failed and count as wrong; their error says why")
-    return lines(sheets, [task.name for task in asked.tasks])
+    if progress.resumed == progress.total:
+        print_note(f"all {progress.total} answers were there already")
+    if progress.failed:
+        print_note(f"{progress.failed} items failed and count as wrong; their error says why")
+    return summarize(eval_results, [task.name for task in config.tasks])
 
 
-def document_of(engine: Engine, asked: Examination, found: Sequence[Line]) -> dict[str, object]:
+def eval_document(
+    engine: Engine, config: EvalConfig, summaries: Sequence[PolicySummary]
+) -> dict[str, object]:
     """With what makes this run this run: the model's fingerprint, every choice of the tasks."""
-    apart = about(
-        engine, asked.tasks, limit=asked.limit, shuffle_seed=asked.shuffle_seed, lasts=asked.lasts,
-        asked=asked.wanted,
+    identity = run_identity(
+        engine, config.tasks, limit=config.limit, shuffle_seed=config.shuffle_seed, reset_every=config.reset_every,
+        options=config.options,
     )  # fmt: skip
-    return accuracy_document(engine.model.name, {**apart, "rows": asked.rows}, found)
+    return accuracy_document(engine.model.name, {**identity, "rows": config.batch_size}, summaries)
 
 
-def keep(out: Path, engine: Engine, document: Mapping[str, object], found: Sequence[Line]) -> None:
+def save_record(
+    out: Path, engine: Engine, document: Mapping[str, object], summaries: Sequence[PolicySummary]
+) -> None:
     """The record and the CSV beside the answers."""
-    title = OWN_TITLE if set(found[0].by_task) <= set(OWN) else TITLE
-    where = str(engine.model.transformer.device)
-    content = record(title, ["coterie", *sys.argv[1:]], [], facts=document, device=where)
+    title = EMBEDDED_TITLE if set(summaries[0].by_task) <= set(OWN) else RECORD_TITLE
+    device = str(engine.model.transformer.device)
+    content = make_record(title, ["coterie", *sys.argv[1:]], [], facts=document, device=device)
     path = write_record(out, content)
     table = path.with_suffix(".csv")
-    table.write_text(accuracy_csv(found), encoding="utf-8")
-    remark(f"{path}, {table.name}")
+    table.write_text(accuracy_csv(summaries), encoding="utf-8")
+    print_note(f"{path}, {table.name}")
 
 
-def tell(
-    engine: Engine, asked: Examination, found: Sequence[Line], *, json: bool, csv: bool
+def print_results(
+    engine: Engine, config: EvalConfig, summaries: Sequence[PolicySummary], *, json: bool, csv: bool
 ) -> None:
     """On standard output, for people or for programs; in the folder, where there is one."""
-    document = document_of(engine, asked, found)
-    if asked.out is not None:
-        keep(asked.out, engine, document, found)
+    document = eval_document(engine, config, summaries)
+    if config.output is not None:
+        save_record(config.output, engine, document, summaries)
     if json:
         print_document(document)
     elif csv:
-        sys.stdout.write(accuracy_csv(found))
+        sys.stdout.write(accuracy_csv(summaries))
     else:
-        to = console()
-        for number, table in enumerate(accuracy_tables(found, to)):
-            to.print(*([""] if number else []), table, sep="\n")
+        terminal = console()
+        for number, table in enumerate(accuracy_tables(summaries, terminal)):
+            terminal.print(*([""] if number else []), table, sep="\n")
 
 
 def train(
     out: Annotated[
         Path, typer.Option("--out", "-o", help="Folder for the run and the checkpoint.")
     ] = Path("runs/embedded"),
-    steps: Annotated[int, typer.Option("--steps", min=1, help="Optimiser steps.")] = embedded.STEPS,
+    steps: Annotated[
+        int, typer.Option("--steps", min=1, help="Optimiser steps.")
+    ] = embedded.DEFAULT_STEPS,
     seed: Annotated[int, typer.Option("--seed", min=0, help="Of data and weights.")] = 0,
     workers: Annotated[int, typer.Option("--workers", min=1, help="Processes.")] = 2,
 ) -> None:
@@ -236,40 +270,40 @@ def train(
     Takes about an hour on two cores. `coterie generate --model OUT/model` runs the result.
     """
     out.mkdir(parents=True, exist_ok=True)
-    config = embedded.configure(steps=steps, seed=seed, workers=workers)
-    remark(f"the log is {out / 'run' / 'log.jsonl'}")
-    with bar(MofNCompleteColumn(), TimeRemainingColumn()) as seen:
-        task = seen.add_task("training", total=steps)
+    config = embedded.make_config(steps=steps, seed=seed, workers=workers)
+    print_note(f"the log is {out / 'run' / 'log.jsonl'}")
+    with progress_bar(MofNCompleteColumn(), TimeRemainingColumn()) as progress:
+        task = progress.add_task("training", total=steps)
 
-        def told(line: Mapping[str, object]) -> None:
-            said = f"loss {line['loss']:.3f}, {line['speed']:,} positions/s"
-            seen.update(task, completed=cast("int", line["step"]), description=said)
+        def on_step(log_entry: Mapping[str, object]) -> None:
+            description = f"loss {log_entry['loss']:.3f}, {log_entry['speed']:,} positions/s"
+            progress.update(task, completed=cast("int", log_entry["step"]), description=description)
 
-        folder = embedded.make(out, config, told=told)
+        folder = embedded.train_embedded(out, config, on_log=on_step)
     print_text(str(folder))
 
 
-def _hearing(standing: Standing) -> Told:
+def _answer_callback(progress: EvalProgress) -> AnswerCallback:
     """Takes every answer; once, how many were found before the first new one is said."""
 
-    def told(answer: Answer) -> None:
-        if not answer.found and standing.count == standing.found > 0:
-            remark(f"{standing.found} of {standing.total} answers were there already")
-        standing.take(answer)
+    def on_answer(answer: Answer) -> None:
+        if not answer.from_disk and progress.count == progress.resumed > 0:
+            print_note(f"{progress.resumed} of {progress.total} answers were there already")
+        progress.add(answer)
 
-    return told
+    return on_answer
 
 
 @contextmanager
-def _told_how_to_go_on(standing: Standing, out: Path | None) -> Iterator[None]:
+def _resume_hint(progress: EvalProgress, out: Path | None) -> Iterator[None]:
     try:
         yield
     except BaseException:
-        if standing.count and out is None:
-            remark(f"{standing.count} of {standing.total} answers are lost; -o DIR keeps them")
-        elif standing.count:
-            remark(
-                f"{standing.count} of {standing.total} answers are in {out}; "
+        if progress.count and out is None:
+            print_note(f"{progress.count} of {progress.total} answers are lost; -o DIR keeps them")
+        elif progress.count:
+            print_note(
+                f"{progress.count} of {progress.total} answers are in {out}; "
                 "the same command goes on from there"
             )
         raise

@@ -10,24 +10,34 @@ from rich.progress import DownloadColumn, TimeRemainingColumn
 
 from coterie.cli import options as o
 from coterie.cli.document import print_document
-from coterie.cli.tables import bar, console, readable
-from coterie.engine.convert import LAYOUTS, PANELS, PLAIN, WHOLE, Aim, Converted, convert
-from coterie.engine.verify import Verified, verify
+from coterie.cli.tables import progress_bar, console, format_bytes
+from coterie.engine.convert import (
+    LAYOUTS,
+    PANEL_LAYOUT,
+    PLAIN_LAYOUT,
+    BF16,
+    ConversionTarget,
+    ConversionResult,
+    convert,
+)
+from coterie.engine.verify import VerifyResult, verify
 from coterie.quant import FORMATS
 
-Source = Annotated[
+SourceModel = Annotated[
     str, typer.Argument(metavar="MODEL", help="A folder in the official layout, or a hub id.")
 ]
-Out = Annotated[Path, typer.Argument(help="A folder that is new, or was begun by this command.")]
-Kept = Annotated[
+OutputFolder = Annotated[
+    Path, typer.Argument(help="A folder that is new, or was begun by this command.")
+]
+ExpertFormat = Annotated[
     str,
     typer.Option(
         "--experts",
-        help=f"What the experts become: {', '.join(FORMATS)}, or {WHOLE} to pack them only "
+        help=f"What the experts become: {', '.join(FORMATS)}, or {BF16} to pack them only "
         "(wider ones are rounded to it).",
     ),
 ]
-Group = Annotated[
+GroupSize = Annotated[
     int | None,
     typer.Option(
         "--group",
@@ -49,13 +59,13 @@ Layout = Annotated[
 
 
 def quantize(
-    model: Source,
-    out: Out,
+    model: SourceModel,
+    output: OutputFolder,
     *,
-    experts: Kept,
-    group: Group = None,
+    expert_format: ExpertFormat,
+    group_size: GroupSize = None,
     layout: Layout = None,
-    json: o.Json = False,
+    json: o.JsonOutput = False,
 ) -> None:
     """Make a smaller model: its routed experts in 8 or 4 bits, all else as it is.
 
@@ -68,50 +78,55 @@ def quantize(
     `coterie inspect ./mini-int8 --verify` reads all of it and says
     whether it still is what was written.
     """
-    aim = Aim.of(experts, group, layout)
-    with bar(DownloadColumn(binary_units=True), TimeRemainingColumn()) as shown:
-        task = shown.add_task(f"experts to {aim}", total=None)
-        made = convert(
-            model, out, aim, lambda done, whole: shown.update(task, completed=done, total=whole)
+    target = ConversionTarget.parse(expert_format, group_size, layout)
+    with progress_bar(DownloadColumn(binary_units=True), TimeRemainingColumn()) as progress:
+        task = progress.add_task(f"experts to {target}", total=None)
+        conversion = convert(
+            model,
+            output,
+            target,
+            lambda done, whole: progress.update(task, completed=done, total=whole),
         )
     if json:
-        print_document(document(made))
+        print_document(conversion_document(conversion))
     else:
-        console().print(told(made))
+        console().print(conversion_line(conversion))
 
 
-def told(made: Converted) -> str:
+def conversion_line(conversion: ConversionResult) -> str:
     """One line of what came of it."""
-    kept = f", {made.found} of them finished before" if made.found else ""
+    resumed = (
+        f", {conversion.files_resumed} of them finished before" if conversion.files_resumed else ""
+    )
     return (
-        f"{made.folder}: experts in {made.aim}; {readable(made.bytes_before)} became "
-        f"{readable(made.bytes_after)} in {made.files} files{kept}"
+        f"{conversion.folder}: experts in {conversion.target}; {format_bytes(conversion.bytes_before)} became "
+        f"{format_bytes(conversion.bytes_after)} in {conversion.files} files{resumed}"
     )
 
 
-def document(made: Converted) -> dict[str, object]:
+def conversion_document(conversion: ConversionResult) -> dict[str, object]:
     """The same as JSON."""
     return {
-        "folder": str(made.folder),
-        "experts": made.aim.stated["format"],
-        "group": made.aim.stated["group"],
-        "layout": PANELS if made.aim.panels else PLAIN,
-        "bytes_before": made.bytes_before,
-        "bytes_after": made.bytes_after,
-        "files": made.files,
-        "found": made.found,
+        "folder": str(conversion.folder),
+        "experts": conversion.target.manifest_entry["format"],
+        "group": conversion.target.manifest_entry["group"],
+        "layout": PANEL_LAYOUT if conversion.target.packed else PLAIN_LAYOUT,
+        "bytes_before": conversion.bytes_before,
+        "bytes_after": conversion.bytes_after,
+        "files": conversion.files,
+        "found": conversion.files_resumed,
     }
 
 
-def verify_shown(folder: Path) -> Verified:
+def verify_with_progress(folder: Path) -> VerifyResult:
     """Compares a folder with its manifest, with a bar meanwhile."""
-    with bar(DownloadColumn(binary_units=True), TimeRemainingColumn()) as shown:
-        task = shown.add_task("verifying", total=None)
-        return verify(folder, lambda done, whole: shown.update(task, completed=done, total=whole))
+    with progress_bar(DownloadColumn(binary_units=True), TimeRemainingColumn()) as progress:
+        task = progress.add_task("verifying", total=None)
+        return verify(
+            folder, lambda done, whole: progress.update(task, completed=done, total=whole)
+        )
 
 
-def verified_line(found: Verified) -> str:
-    experts = f", among them {found.experts} packed experts" if found.experts else ""
-    return (
-        f"verified: {found.tensors} tensors{experts} ({readable(found.bytes)}) are what was written"
-    )
+def describe_verification(verification: VerifyResult) -> str:
+    experts = f", among them {verification.experts} packed experts" if verification.experts else ""
+    return f"verified: {verification.tensors} tensors{experts} ({format_bytes(verification.bytes)}) are what was written"

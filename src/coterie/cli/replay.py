@@ -17,91 +17,95 @@ from rich.table import Table
 
 from coterie.cli import options as o
 from coterie.cli.document import print_document
-from coterie.cli.request import policy_of
-from coterie.cli.tables import bar, console, plain_table, readable, remark
+from coterie.cli.request import canonical_policy
+from coterie.cli.tables import progress_bar, console, plain_table, format_bytes, print_note
 from coterie.engine.warm import read_votes
 from coterie.experts.capacity import Capacity
 from coterie.naming import CoterieError
-from coterie.planning.booking import Memory, Play, Votes
-from coterie.planning.machine import Machine, rate_of, sizes
-from coterie.planning.overlap import Overlap
-from coterie.planning.replay import CACHES, Grid, Replay, Replayed, replay
+from coterie.planning.booking import TraceVotes, ReplayPolicy, VoteArray
+from coterie.planning.machine import HardwareModel, parse_bandwidth, expert_sizes
+from coterie.planning.overlap import StepOverlap
+from coterie.planning.replay import EVICTION_NAMES, ReplayGrid, ReplayResult, ReplayPoint, replay
 from coterie.planning.replay import decoding_only as only_decoding
-from coterie.planning.trace import KINDS, Trace, is_trace, read
-from coterie.results import record, write_record
-from coterie.routing import check_keeps, check_layers, parse_policy
+from coterie.planning.trace import KINDS, Trace, is_trace, read_trace
+from coterie.results import make_record, write_record
+from coterie.routing import check_coreset_reuse, check_layers, parse_policy
 
-TITLE = "Replay"
-ASKED = "What to replay"
-MACHINE = "On what machine"
+RECORD_TITLE = "Replay"
+REPLAY_PANEL = "What to replay"
+HARDWARE_PANEL = "On what machine"
 
-Traced = Annotated[Path, typer.Argument(metavar="TRACE", help="A file of `coterie trace`.")]
-Caches = Annotated[
+TraceFile = Annotated[Path, typer.Argument(metavar="TRACE", help="A file of `coterie trace`.")]
+Evictions = Annotated[
     str,
-    typer.Option("--cache", help=f"Who leaves: of {', '.join(CACHES)}.", rich_help_panel=ASKED),
+    typer.Option(
+        "--cache", help=f"Who leaves: of {', '.join(EVICTION_NAMES)}.", rich_help_panel=REPLAY_PANEL
+    ),
 ]
 Capacities = Annotated[
     str,
     typer.Option(
         "--capacity",
         help="Fast memory for experts: a share of them (35%), slots a layer (47) or bytes (6GiB).",
-        rich_help_panel=ASKED,
+        rich_help_panel=REPLAY_PANEL,
     ),
 ]
-Drifts = Annotated[
+ReuseTolerances = Annotated[
     str | None,
     typer.Option(
         "--drift",
         help="A block keeps its coreset until that has lost this share of the votes: 0.05,0.1.",
-        rich_help_panel=ASKED,
+        rich_help_panel=REPLAY_PANEL,
         show_default=False,
     ),
 ]
-Warm = Annotated[
+WarmStart = Annotated[
     Path | None,
     typer.Option(
         "--warm",
         help="Another trace, or a file of `coterie trace --votes`: slots start with the experts "
         "most voted for there.",
-        rich_help_panel=ASKED,
+        rich_help_panel=REPLAY_PANEL,
         show_default=False,
     ),
 ]
-Precisions = Annotated[
-    str, typer.Option("--precision", help="bf16, int8, int4.", rich_help_panel=MACHINE)
+ExpertDtypes = Annotated[
+    str, typer.Option("--precision", help="bf16, int8, int4.", rich_help_panel=HARDWARE_PANEL)
 ]
-Links = Annotated[
+LinkBandwidths = Annotated[
     str,
-    typer.Option("--link", help="To where all experts lie: 25GB/s.", rich_help_panel=MACHINE),
+    typer.Option(
+        "--link", help="To where all experts lie: 25GB/s.", rich_help_panel=HARDWARE_PANEL
+    ),
 ]
-Reads = Annotated[
+MemoryBandwidth = Annotated[
     str | None,
     typer.Option(
         "--memory",
         help="At which experts in fast memory are read: 60GB/s. Default: computing takes no time.",
-        rich_help_panel=MACHINE,
+        rich_help_panel=HARDWARE_PANEL,
         show_default=False,
     ),
 ]
-Rest = Annotated[
+OtherMilliseconds = Annotated[
     float,
     typer.Option(
         "--rest",
         min=0.0,
         help="Milliseconds of a forward for all else: attention, router, shared experts, logits.",
-        rich_help_panel=MACHINE,
+        rich_help_panel=HARDWARE_PANEL,
     ),
 ]
-Latency = Annotated[
+TransferLatency = Annotated[
     float,
     typer.Option(
         "--latency",
         min=0.0,
         help="Milliseconds that a layer's copies take beyond their bytes, where it has any.",
-        rich_help_panel=MACHINE,
+        rich_help_panel=HARDWARE_PANEL,
     ),
 ]
-Beside = Annotated[
+OverlapFactor = Annotated[
     float,
     typer.Option(
         "--overlap",
@@ -109,67 +113,69 @@ Beside = Annotated[
         max=1.0,
         help="How much of the shorter of computing and copying the longer hides: 1 beside a GPU's "
         "copy engine, less where the same cores check what comes.",
-        rich_help_panel=MACHINE,
+        rich_help_panel=HARDWARE_PANEL,
     ),
 ]
-Weight = Annotated[
+ExpertBytes = Annotated[
     str,
     typer.Option(
-        "--expert-bytes", help="Of one expert; auto: as the trace knows.", rich_help_panel=MACHINE
+        "--expert-bytes",
+        help="Of one expert; auto: as the trace knows.",
+        rich_help_panel=HARDWARE_PANEL,
     ),
 ]
-Decoding = Annotated[
+DecodingOnly = Annotated[
     bool,
     typer.Option(
         "--decoding-only",
         help="Leave out the forwards that only write keys: the prompt's, a finished block's.",
-        rich_help_panel=ASKED,
+        rich_help_panel=REPLAY_PANEL,
     ),
 ]
-Commits = Annotated[
+CommitRouting = Annotated[
     Literal["vanilla", "policy"] | None,
     typer.Option(
         "--commit",
         help="Routing of the pass that stores a finished block; default as it was traced.",
-        rich_help_panel=ASKED,
+        rich_help_panel=REPLAY_PANEL,
         show_default=False,
     ),
 ]
-Out = Annotated[
+OutputFolder = Annotated[
     Path | None,
     typer.Option(
         "--out",
         "-o",
         help="Folder for the record, a CSV and the figures.",
-        rich_help_panel=o.SHOWING,
+        rich_help_panel=o.OUTPUT_PANEL,
         show_default=False,
     ),
 ]
-Csv = Annotated[
-    bool, typer.Option("--csv", help="CSV on standard output.", rich_help_panel=o.SHOWING)
+CsvOutput = Annotated[
+    bool, typer.Option("--csv", help="CSV on standard output.", rich_help_panel=o.OUTPUT_PANEL)
 ]
 
 
 def replay_command(
-    trace: Traced,
+    path: TraceFile,
     *,
-    policies: o.Policies = None,
-    cache: Caches = "lru",
-    capacity: Capacities = "25%,35%,50%",
-    drift: Drifts = None,
-    warm: Warm = None,
-    commits: Commits = None,
-    decoding_only: Decoding = False,
-    precision: Precisions = "bf16",
-    link: Links = "25GB/s",
-    memory: Reads = None,
-    rest: Rest = 0.0,
-    latency: Latency = 0.0,
-    overlap: Beside = 1.0,
-    expert_bytes: Weight = "auto",
-    out: Out = None,
-    json: o.Json = False,
-    csv: Csv = False,
+    policies: o.PolicySpecs = None,
+    evictions: Evictions = "lru",
+    capacities: Capacities = "25%,35%,50%",
+    reuse_tolerances: ReuseTolerances = None,
+    warm_start: WarmStart = None,
+    commit_routing: CommitRouting = None,
+    decoding_only: DecodingOnly = False,
+    expert_dtypes: ExpertDtypes = "bf16",
+    link_bandwidths: LinkBandwidths = "25GB/s",
+    memory_bandwidth: MemoryBandwidth = None,
+    other_ms: OtherMilliseconds = 0.0,
+    latency_ms: TransferLatency = 0.0,
+    overlap: OverlapFactor = 1.0,
+    expert_bytes: ExpertBytes = "auto",
+    out: OutputFolder = None,
+    json: o.JsonOutput = False,
+    csv: CsvOutput = False,
 ) -> None:
     """Predict hits, bytes and milliseconds where not all experts fit, without weights or GPU.
 
@@ -188,105 +194,141 @@ def replay_command(
     """
     if json and csv:
         raise CoterieError("--json and --csv both want standard output; give one of them")
-    found = read(trace)
-    if found.torn:
-        remark(f"{trace}: its last forward was cut off and is left out")
-    if commits is not None and (decoding_only or not policies):
-        wanted = "without --decoding-only" if decoding_only else "with a --policy"
-        raise CoterieError(f"--commit has an effect {wanted} only")
-    found = only_decoding(found) if decoding_only else found
-    routed = (commits or found.about.commit) == "policy"
-    grid = Grid(
-        plays(found, policies or (), drift, commits=routed),
-        _listed(cache),
-        [Capacity.parse(text, "--capacity") for text in _listed(capacity)],
-        sizes(found.about.expert_bytes, _listed(precision), expert_bytes),
-        machines(link, memory, rest, latency=latency, overlap=overlap),
-        None if warm is None else warm_votes(warm, found),
+    trace = read_trace(path)
+    if trace.truncated:
+        print_note(f"{path}: its last forward was cut off and is left out")
+    if commit_routing is not None and (decoding_only or not policies):
+        requirement = "without --decoding-only" if decoding_only else "with a --policy"
+        raise CoterieError(f"--commit has an effect {requirement} only")
+    trace = only_decoding(trace) if decoding_only else trace
+    commits_routed = (commit_routing or trace.header.commit_routing) == "policy"
+    grid = ReplayGrid(
+        replay_policies(trace, policies or (), reuse_tolerances, commits_routed=commits_routed),
+        _split_list(evictions),
+        [Capacity.parse(text, "--capacity") for text in _split_list(capacities)],
+        expert_sizes(trace.header.expert_bytes, _split_list(expert_dtypes), expert_bytes),
+        hardware_models(
+            link_bandwidths, memory_bandwidth, other_ms, latency_ms=latency_ms, overlap=overlap
+        ),
+        None if warm_start is None else warm_start_votes(warm_start, trace),
     )
-    with bar(MofNCompleteColumn(), TimeElapsedColumn()) as shown:
-        task = shown.add_task("replaying", total=None)
-        made = replay(
-            found, grid, lambda done, whole: shown.update(task, completed=done, total=whole)
+    with progress_bar(MofNCompleteColumn(), TimeElapsedColumn()) as progress:
+        task = progress.add_task("replaying", total=None)
+        results = replay(
+            trace, grid, lambda done, whole: progress.update(task, completed=done, total=whole)
         )
-    tell(found, trace, made, out=out, json=json, csv=csv)
+    print_results(trace, path, results, out=out, json=json, csv=csv)
 
 
-def plays(trace: Trace, typed: Sequence[str], drift: str | None, *, commits: bool) -> list[Play]:
+def replay_policies(
+    trace: Trace, specs: Sequence[str], reuse_tolerances: str | None, *, commits_routed: bool
+) -> list[ReplayPolicy]:
     """vanilla, then the policies, each once, and each again with every drift."""
-    bounds = [_share(text) for text in _listed(drift)] if drift is not None else []
-    named = list(dict.fromkeys(policy_of(text) for text in typed if policy_of(text) != "vanilla"))
-    made = [Play(parse_policy("vanilla"))]
-    for name in named:
-        policy = parse_policy(name)
-        check_layers(policy, len(trace.about.layers))
-        made.append(Play(policy, commits=commits))
-        if bounds:
-            check_keeps(policy)
-        made += [Play(policy, bound, commits) for bound in bounds]
-    if bounds and not named:
+    tolerances = (
+        [_parse_tolerance(text) for text in _split_list(reuse_tolerances)]
+        if reuse_tolerances is not None
+        else []
+    )
+    policy_specs = list(
+        dict.fromkeys(
+            canonical_policy(text) for text in specs if canonical_policy(text) != "vanilla"
+        )
+    )
+    policies = [ReplayPolicy(parse_policy("vanilla"))]
+    for spec in policy_specs:
+        policy = parse_policy(spec)
+        check_layers(policy, len(trace.header.layers))
+        policies.append(ReplayPolicy(policy, routes_commits=commits_routed))
+        if tolerances:
+            check_coreset_reuse(policy)
+        policies += [ReplayPolicy(policy, tolerance, commits_routed) for tolerance in tolerances]
+    if tolerances and not policy_specs:
         raise CoterieError("--drift keeps coresets: give a --policy that elects one")
-    return made
+    return policies
 
 
-def machines(
-    link: str, memory: str | None, rest: float, *, latency: float, overlap: float
-) -> dict[str, Machine]:
+def hardware_models(
+    link_bandwidths: str,
+    memory_bandwidth: str | None,
+    other_ms: float,
+    *,
+    latency_ms: float,
+    overlap: float,
+) -> dict[str, HardwareModel]:
     """One for each link, by what was typed; milliseconds. Raises CoterieError for an overlap of
     copies with what takes no time."""
-    if memory is None and overlap != 1:
+    if memory_bandwidth is None and overlap != 1:
         raise CoterieError(
             "--overlap has no effect where computing takes no time; give --memory as well"
         )
-    pace = None if memory is None else rate_of(memory, "--memory")
+    bytes_per_second = (
+        None if memory_bandwidth is None else parse_bandwidth(memory_bandwidth, "--memory")
+    )
     return {
-        text: Machine(rate_of(text, "--link"), pace, rest / 1e3, overlap, latency / 1e3)
-        for text in _listed(link)
+        text: HardwareModel(
+            parse_bandwidth(text, "--link"),
+            bytes_per_second,
+            other_ms / 1e3,
+            overlap,
+            latency_ms / 1e3,
+        )
+        for text in _split_list(link_bandwidths)
     }
 
 
-def warm_votes(path: Path, trace: Trace) -> Votes:
+def warm_start_votes(path: Path, trace: Trace) -> VoteArray:
     """[L, E] of another trace, or of a file of votes; raises CoterieError for other sizes."""
     if is_trace(path):
-        other = read(path)
-        check_alike(path, other.about.model, (other.about.layers, other.about.experts), trace)
-        return Memory.of(other).mean_votes
-    saved = read_votes(path)
-    check_alike(path, saved.model, (saved.layers, len(saved.votes[0])), trace)
-    return np.array(saved.votes)
+        other_trace = read_trace(path)
+        check_same_sizes(
+            path,
+            other_trace.header.model,
+            (other_trace.header.layers, other_trace.header.experts),
+            trace,
+        )
+        return TraceVotes.of(other_trace).mean_votes
+    saved_votes = read_votes(path)
+    check_same_sizes(
+        path, saved_votes.model, (saved_votes.layers, len(saved_votes.votes[0])), trace
+    )
+    return np.array(saved_votes.votes)
 
 
-def check_alike(path: Path, model: str, size: tuple[tuple[int, ...], int], trace: Trace) -> None:
+def check_same_sizes(
+    path: Path, model: str, sizes: tuple[tuple[int, ...], int], trace: Trace
+) -> None:
     """Raises unless layers and experts are those of the trace."""
-    about = trace.about
-    if size != (about.layers, about.experts):
+    about = trace.header
+    if sizes != (about.layers, about.experts):
         raise CoterieError(
-            f"{path}: of {model}, with {len(size[0])} layers of {size[1]} experts; "
+            f"{path}: of {model}, with {len(sizes[0])} layers of {sizes[1]} experts; "
             f"the trace is of {about.model}, with {len(about.layers)} of {about.experts}"
         )
 
 
-def tell(
-    trace: Trace, path: Path, made: Replay, *, out: Path | None, json: bool, csv: bool
+def print_results(
+    trace: Trace, path: Path, results: ReplayResult, *, out: Path | None, json: bool, csv: bool
 ) -> None:
     """On standard output, for people or for programs; in the folder, where there is one."""
-    content = document(trace, path, made)
+    content = results_document(trace, path, results)
     if out is not None:
-        keep(out, content, made)
+        save_results(out, content, results)
     if json:
         print_document(content)
     elif csv:
-        sys.stdout.write(table_csv(made.points))
+        sys.stdout.write(results_csv(results.points))
     else:
-        console().print(points_table(made.points), "", overlap_table(made.overlaps), sep="\n")
+        console().print(
+            results_table(results.points), "", overlap_table(results.overlaps), sep="\n"
+        )
 
 
-def document(trace: Trace, path: Path, made: Replay) -> dict[str, object]:
+def results_document(trace: Trace, path: Path, results: ReplayResult) -> dict[str, object]:
     """All of it as JSON."""
-    about = trace.about
+    about = trace.header
     return {
         "trace": str(path),
-        "torn": trace.torn,
+        "torn": trace.truncated,
         "model": about.model,
         "traced_under": about.policy,
         "plan": about.plan,
@@ -294,44 +336,60 @@ def document(trace: Trace, path: Path, made: Replay) -> dict[str, object]:
         "layers": list(about.layers),
         "experts": about.experts,
         "prompts": dict(about.prompts),
-        "made": dict(about.made),
-        "forwards": {kind: sum(one.kind == kind for one in trace.forwards) for kind in KINDS},
-        "steps_per_block": made.steps_per_block,
-        "points": [point.document() for point in made.points],
-        "overlap": {name: found.document() for name, found in made.overlaps.items()},
+        "made": dict(about.provenance),
+        "forwards": {
+            kind: sum(forward.kind == kind for forward in trace.forwards) for kind in KINDS
+        },
+        "steps_per_block": results.steps_per_block,
+        "points": [result.to_dict() for result in results.points],
+        "overlap": {name: overlap.to_dict() for name, overlap in results.overlaps.items()},
     }
 
 
-def keep(out: Path, content: dict[str, object], made: Replay) -> None:
+def save_results(out: Path, content: dict[str, object], results: ReplayResult) -> None:
     """The record, the CSV and the figures beside each other."""
-    path = write_record(out, record(TITLE, ["coterie", *sys.argv[1:]], [], facts=content))
-    path.with_suffix(".csv").write_text(table_csv(made.points), encoding="utf-8")
+    path = write_record(
+        out, make_record(RECORD_TITLE, ["coterie", *sys.argv[1:]], [], facts=content)
+    )
+    path.with_suffix(".csv").write_text(results_csv(results.points), encoding="utf-8")
     try:
-        figures = import_module("coterie.planning.figures")
+        plotting = import_module("coterie.planning.figures")
     except ModuleNotFoundError as error:
-        remark(f"no figures without {error.name}: pip install 'coterie[lab]'")
+        print_note(f"no figures without {error.name}: pip install 'coterie[lab]'")
         return
-    drawn = figures.write(out, made)
-    remark(", ".join(str(file) for file in (path, *drawn)))
+    figure_paths = plotting.write(out, results)
+    print_note(", ".join(str(file) for file in (path, *figure_paths)))
 
 
-def points_table(points: Sequence[Replayed]) -> Table:
+def results_table(results: Sequence[ReplayPoint]) -> Table:
     """One point a line."""
-    numbers = ("slots", "experts", "loads", "hits", "moved", "saved", "ms", "stall", "votes kept")
-    table = plain_table("policy", "cache", "precision", "link", *numbers, numbers=numbers)
-    for point in points:
-        told, traffic = point.document(), point.traffic
+    number_columns = (
+        "slots",
+        "experts",
+        "loads",
+        "hits",
+        "moved",
+        "saved",
+        "ms",
+        "stall",
+        "votes kept",
+    )
+    table = plain_table(
+        "policy", "cache", "precision", "link", *number_columns, number_columns=number_columns
+    )
+    for result in results:
+        values, traffic = result.to_dict(), result.traffic
         table.add_row(
-            *(str(told[name]) for name in ("policy", "cache", "precision", "link")),
-            f"{point.slots} ({point.case.capacity.text})",
-            f"{point.experts:.1f}",
-            f"{point.loads:.2f}",
+            *(str(values[name]) for name in ("policy", "cache", "precision", "link")),
+            f"{result.slots} ({result.case.capacity.text})",
+            f"{result.experts:.1f}",
+            f"{result.loads:.2f}",
             f"{traffic.hit_rate:.1%}",
-            readable(traffic.bytes_moved / traffic.forwards),
-            "" if traffic.saved is None else f"{traffic.saved:.1%}",
-            f"{1e3 * point.clock.forward:.3g}",
-            f"{1e3 * point.clock.stall:.3g}",
-            f"{point.votes_kept:.3f}" + ("" if point.fidelity == "exact" else " ~"),
+            format_bytes(traffic.bytes_moved / traffic.forwards),
+            "" if traffic.fraction_saved is None else f"{traffic.fraction_saved:.1%}",
+            f"{1e3 * result.predicted_time.forward_seconds:.3g}",
+            f"{1e3 * result.predicted_time.stall_seconds:.3g}",
+            f"{result.vote_share:.3f}" + ("" if result.fidelity == "exact" else " ~"),
         )
     table.caption = (
         "experts and loads: of a layer in a forward that decodes; moved, ms, stall: of all "
@@ -342,15 +400,23 @@ def points_table(points: Sequence[Replayed]) -> Table:
     return table
 
 
-def overlap_table(overlaps: Mapping[str, Overlap]) -> Table:
+def overlap_table(overlaps: Mapping[str, StepOverlap]) -> Table:
     """How alike consecutive forwards are, one policy a line."""
     columns = ("steps", "experts alike", "votes alike", "blocks", "experts", "votes")
-    table = plain_table("policy", *columns, numbers=columns)
-    for name, one in overlaps.items():
+    table = plain_table("policy", *columns, number_columns=columns)
+    for name, overlap in overlaps.items():
         table.add_row(
             name,
-            *(str(one.steps), _told(one.mean("step_jaccard")), _told(one.mean("step_cosine"))),
-            *(str(one.blocks), _told(one.mean("block_jaccard")), _told(one.mean("block_cosine"))),
+            *(
+                str(overlap.steps),
+                _format_optional(overlap.mean("step_jaccard")),
+                _format_optional(overlap.mean("step_cosine")),
+            ),
+            *(
+                str(overlap.blocks),
+                _format_optional(overlap.mean("block_jaccard")),
+                _format_optional(overlap.mean("block_cosine")),
+            ),
         )
     table.caption = (
         "alike from one step of a block to the next, and from a block's last step to the next "
@@ -360,25 +426,25 @@ def overlap_table(overlaps: Mapping[str, Overlap]) -> Table:
     return table
 
 
-def table_csv(points: Sequence[Replayed]) -> str:
+def results_csv(results: Sequence[ReplayPoint]) -> str:
     """The points as CSV, with the names of the JSON."""
-    rows = [point.document() for point in points]
-    text = io.StringIO()
-    table = writing.DictWriter(text, list(rows[0]), lineterminator="\n")
-    table.writeheader()
-    table.writerows(rows)
-    return text.getvalue()
+    rows = [result.to_dict() for result in results]
+    output = io.StringIO()
+    writer = writing.DictWriter(output, list(rows[0]), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    return output.getvalue()
 
 
-def _listed(text: str) -> list[str]:
+def _split_list(text: str) -> list[str]:
     """What commas separate, each once."""
-    found = list(dict.fromkeys(part.strip() for part in text.split(",") if part.strip()))
-    if not found:
+    parts = list(dict.fromkeys(part.strip() for part in text.split(",") if part.strip()))
+    if not parts:
         raise CoterieError(f"{text!r} lists nothing")
-    return found
+    return parts
 
 
-def _share(text: str) -> float:
+def _parse_tolerance(text: str) -> float:
     try:
         value = float(text)
     except ValueError:
@@ -388,5 +454,5 @@ def _share(text: str) -> float:
     return value
 
 
-def _told(value: float | None) -> str:
+def _format_optional(value: float | None) -> str:
     return "" if value is None else f"{value:.3f}"

@@ -7,30 +7,30 @@ from collections.abc import Sequence
 
 from rich.progress import DownloadColumn, TransferSpeedColumn
 
-from coterie.calibration import read_kept
+from coterie.calibration import read_calibrated_policy
 from coterie.cli import options as o
-from coterie.cli.keeping import mixed_line, settled_line
-from coterie.cli.tables import bar, remark
-from coterie.decoding.plans import BlockCausalUncached, Uncached, parse_plan
-from coterie.engine.beside import aside_line
+from coterie.cli.keeping import describe_mixed_precision, describe_memory_plan
+from coterie.cli.tables import progress_bar, print_note
+from coterie.decoding.plans import BlockCausalNoCache, NoCache, parse_plan
+from coterie.engine.beside import describe_cpu_experts
 from coterie.engine.engine import Engine, load
-from coterie.engine.memory import Memory
-from coterie.experts.mixed import Mixed
-from coterie.experts.offload import Offloaded
+from coterie.engine.memory import ExpertMemoryConfig
+from coterie.experts.mixed import MixedPrecisionStore
+from coterie.experts.offload import CachedExpertStore
 from coterie.naming import CoterieError
-from coterie.routing import check_keeps, parse_policy, spell
+from coterie.routing import check_coreset_reuse, parse_policy, format_policy
 
-LARGE = 256 << 20  # bytes of weights from which loading shows a bar
-FROM_FILE = "@"
+PROGRESS_BYTES = 256 << 20  # bytes of weights from which loading shows a bar
+FILE_PREFIX = "@"
 VANILLA = "vanilla"
-Options = dict[str, object]
+GenerationOptions = dict[str, object]
 
 
-def read_prompt(typed: str) -> str:
+def read_prompt(source: str) -> str:
     """The prompt as typed, or standard input for "-", without its last line break."""
-    if typed == "-" and sys.stdin is None:
+    if source == "-" and sys.stdin is None:
         raise CoterieError("standard input is closed, and the prompt was to come from there")
-    prompt = sys.stdin.read().removesuffix("\n") if typed == "-" else typed
+    prompt = sys.stdin.read().removesuffix("\n") if source == "-" else source
     if not prompt.strip():
         raise CoterieError("the prompt is empty")
     return prompt
@@ -38,7 +38,7 @@ def read_prompt(typed: str) -> str:
 
 def generation_options(
     *, unmask: str | None, threshold: float | None, temperature: float | None, **others: object
-) -> Options:
+) -> GenerationOptions:
     """Fields of ``Generation`` for what was typed; raises for what would have no effect.
 
     A seed may always be given: scripts do, and a greedy answer is the same under each.
@@ -48,19 +48,19 @@ def generation_options(
     if threshold is not None:
         unmask = f"threshold:p={threshold!r}"
     if not temperature:
-        drawing = {"top_k": "--top-k", "top_p": "--top-p"}
-        idle = [flag for name, flag in drawing.items() if others.get(name) is not None]
-        if idle:
-            raise CoterieError(f"{idle[0]} needs --temperature above 0: at 0 nothing is drawn")
-    typed = {"unmask": unmask, "temperature": temperature, **others}
-    return {name: value for name, value in typed.items() if value is not None}
+        sampling_options = {"top_k": "--top-k", "top_p": "--top-p"}
+        ignored = [flag for name, flag in sampling_options.items() if others.get(name) is not None]
+        if ignored:
+            raise CoterieError(f"{ignored[0]} needs --temperature above 0: at 0 nothing is drawn")
+    options = {"unmask": unmask, "temperature": temperature, **others}
+    return {name: value for name, value in options.items() if value is not None}
 
 
-def decoding_of(
+def decode_options(
     *,
     max_new_tokens: o.MaxNewTokens = None,
-    block: o.BlockWidth = None,
-    plan: o.Plan = None,
+    block: o.BlockLength = None,
+    plan: o.KVCacheScheme = None,
     unmask: o.UnmaskRule = None,
     threshold: o.Threshold = None,
     temperature: o.Temperature = None,
@@ -68,64 +68,66 @@ def decoding_of(
     top_p: o.TopP = None,
     seed: o.Seed = None,
     early_stop: o.EarlyStop = None,
-    commit: o.Commit = None,
-    prefill: o.Prefill = None,
-) -> Options:
+    commit_routing: o.CommitRouting = None,
+    prefill_routing: o.PrefillRouting = None,
+) -> GenerationOptions:
     """Fields of ``Generation`` that a prompt may be answered with."""
     return generation_options(
         max_new_tokens=max_new_tokens, block=block, plan=plan, unmask=unmask,
         threshold=threshold, temperature=temperature, top_k=top_k, top_p=top_p, seed=seed,
-        early_stop=early_stop, commit=commit, prefill=prefill,
+        early_stop=early_stop, commit=commit_routing, prefill=prefill_routing,
     )  # fmt: skip
 
 
-def greedy_of(
+def greedy_options(
     *,
     max_new_tokens: o.MaxNewTokens = None,
-    block: o.BlockWidth = None,
-    plan: o.Plan = None,
+    block: o.BlockLength = None,
+    plan: o.KVCacheScheme = None,
     unmask: o.UnmaskRule = None,
     threshold: o.Threshold = None,
-    commit: o.Commit = None,
-    prefill: o.Prefill = None,
-) -> Options:
+    commit_routing: o.CommitRouting = None,
+    prefill_routing: o.PrefillRouting = None,
+) -> GenerationOptions:
     """The same where nothing is drawn and prompts are answered to their ends."""
     return generation_options(
         max_new_tokens=max_new_tokens, block=block, plan=plan, unmask=unmask,
-        threshold=threshold, temperature=None, commit=commit, prefill=prefill,
+        threshold=threshold, temperature=None, commit=commit_routing, prefill=prefill_routing,
     )  # fmt: skip
 
 
-def policy_of(typed: str) -> str:
+def canonical_policy(spec: str) -> str:
     """The policy as it is spelled; of ``@file``, the one that was calibrated there."""
-    if typed.startswith(FROM_FILE):
-        return read_kept(typed.removeprefix(FROM_FILE)).policy
-    return spell(parse_policy(typed))
+    if spec.startswith(FILE_PREFIX):
+        return read_calibrated_policy(spec.removeprefix(FILE_PREFIX)).policy
+    return format_policy(parse_policy(spec))
 
 
-def drifting(named: Sequence[str], drift: float | None) -> dict[str, Options]:
+def reuse_options(
+    policy_specs: Sequence[str], reuse_tolerance: float | None
+) -> dict[str, GenerationOptions]:
     """Of each policy, what it gets of ``--drift``: vanilla, beside others, has no coreset to keep.
 
     Raises where nobody has one, and for a policy that cannot keep its own.
     """
-    if drift is None:
-        return {name: {} for name in named}
-    keeping = [name for name in named if name != VANILLA]
-    if not keeping:
+    if reuse_tolerance is None:
+        return {name: {} for name in policy_specs}
+    electing = [name for name in policy_specs if name != VANILLA]
+    if not electing:
         raise CoterieError("--drift keeps coresets: give a --policy that elects one")
-    for name in keeping:
-        check_keeps(parse_policy(name))
-    return {name: {"drift": drift} if name in keeping else {} for name in named}
+    for name in electing:
+        check_coreset_reuse(parse_policy(name))
+    return {name: {"drift": reuse_tolerance} if name in electing else {} for name in policy_specs}
 
 
-def check_kept(engine: Engine, typed: Sequence[str], wanted: Options) -> None:
+def check_policy_files(engine: Engine, specs: Sequence[str], options: GenerationOptions) -> None:
     """Raises for an ``@file`` made for a model of other sizes; remarks on what else differs."""
-    generation = engine.generation.but(**wanted)
-    for text in typed:
-        if text.startswith(FROM_FILE):
-            kept = read_kept(text.removeprefix(FROM_FILE))
-            for line in kept.check(engine.model, generation):
-                remark(line)
+    generation = engine.generation.replace(**options)
+    for spec in specs:
+        if spec.startswith(FILE_PREFIX):
+            calibrated = read_calibrated_policy(spec.removeprefix(FILE_PREFIX))
+            for note in calibrated.check_model(engine.model, generation):
+                print_note(note)
 
 
 def open_engine(
@@ -133,46 +135,50 @@ def open_engine(
     *,
     dtype: str | None,
     device: str,
-    experts: str | None = None,
-    memory: Memory | None = None,
-    compared: bool = False,
+    expert_dtype: str | None = None,
+    memory: ExpertMemoryConfig | None = None,
+    count_vanilla: bool = False,
 ) -> Engine:
     """The engine, with a bar on stderr while large weights load; where memory for experts was asked
     for, a remark says what it came to. ``compared``: traffic is held against vanilla's."""
-    with bar(DownloadColumn(binary_units=True), TransferSpeedColumn()) as shown:
-        task = shown.add_task("loading weights", visible=False)
+    with progress_bar(DownloadColumn(binary_units=True), TransferSpeedColumn()) as progress:
+        task = progress.add_task("loading weights", visible=False)
 
-        def heard(done: int, whole: int) -> None:
-            shown.update(task, completed=done, total=whole, visible=whole >= LARGE)
+        def on_progress(completed: int, total: int) -> None:
+            progress.update(task, completed=completed, total=total, visible=total >= PROGRESS_BYTES)
 
         engine = load(
-            model, dtype=dtype, device=device, experts=experts, expert_memory=memory,
-            progress=heard,
+            model, dtype=dtype, device=device, experts=expert_dtype, expert_memory=memory,
+            on_progress=on_progress,
         )  # fmt: skip
-    if compared and engine.model.rationed is not None:
-        engine.model.rationed.ledger.compare()
-    if isinstance(store := engine.model.rationed, Mixed):
-        remark(mixed_line(store, len(engine.model.spec.moe_layers)))
-    elif engine.model.memory is not None:
-        remark(settled_line(engine.model.memory))
-    if isinstance(store, Offloaded) and store.aside is not None:
-        remark(aside_line(store.aside))
+    if count_vanilla and engine.model.cached_store is not None:
+        engine.model.cached_store.traffic_log.track_vanilla()
+    if isinstance(store := engine.model.cached_store, MixedPrecisionStore):
+        print_note(describe_mixed_precision(store, len(engine.model.spec.moe_layers)))
+    elif engine.model.memory_plan is not None:
+        print_note(describe_memory_plan(engine.model.memory_plan))
+    if isinstance(store, CachedExpertStore) and store.cpu_experts is not None:
+        print_note(describe_cpu_experts(store.cpu_experts))
     return engine
 
 
-def check_effect(engine: Engine, wanted: Options) -> None:
+def check_options(engine: Engine, options: GenerationOptions) -> None:
     """Raises for an option that this plan has no use for."""
-    text = str(wanted.get("plan", engine.generation.plan))
-    gaze = parse_plan(text).gaze
-    if "commit" in wanted and not gaze.terms.stores:
-        raise CoterieError(f"--commit has no effect with --plan {text}: it commits no blocks")
-    if "prefill" in wanted and isinstance(gaze, Uncached | BlockCausalUncached):
-        raise CoterieError(f"--prefill has no effect with --plan {text}: every forward decodes")
+    scheme_spec = str(options.get("plan", engine.generation.plan))
+    scheme = parse_plan(scheme_spec).scheme
+    if "commit" in options and not scheme.traits.writes_kv:
+        raise CoterieError(
+            f"--commit has no effect with --plan {scheme_spec}: it commits no blocks"
+        )
+    if "prefill" in options and isinstance(scheme, NoCache | BlockCausalNoCache):
+        raise CoterieError(
+            f"--prefill has no effect with --plan {scheme_spec}: every forward decodes"
+        )
 
 
-def ids_of(engine: Engine, prompt: str, *, raw: bool) -> list[int]:
+def encode_prompt(engine: Engine, prompt: str, *, raw: bool) -> list[int]:
     """The prompt's token ids; a remark of the codec goes to stderr."""
-    note = engine.model.codec.remark(prompt)
+    note = engine.model.codec.prompt_note(prompt)
     if note is not None:
-        remark(note)
+        print_note(note)
     return engine.model.codec.encode(prompt, raw=raw)

@@ -17,65 +17,67 @@ from coterie.evals.journal import Answer
 
 
 @dataclass  # not frozen: it is what the eye sees now
-class Standing:
+class EvalProgress:
     """``total`` answers are wanted of ``arms``, the first of which the others are held against."""
 
-    arms: Sequence[str]
+    variants: Sequence[str]
     total: int
-    right: dict[str, dict[tuple[str, str], bool]] = field(default_factory=dict)
+    correct: dict[str, dict[tuple[str, str], bool]] = field(default_factory=dict)
     failed: int = 0
-    found: int = 0
-    progress: Progress = field(default_factory=lambda: Progress(*COLUMNS))
+    resumed: int = 0
+    progress: Progress = field(default_factory=lambda: Progress(*PROGRESS_COLUMNS))
 
     def __post_init__(self) -> None:
-        self.bar = self.progress.add_task("", total=self.total)
+        self.task_id = self.progress.add_task("", total=self.total)
 
     @property
     def count(self) -> int:
         """Answers so far, those found among them."""
-        return sum(len(answers) for answers in self.right.values())
+        return sum(len(answers) for answers in self.correct.values())
 
-    def take(self, answer: Answer) -> None:
+    def add(self, answer: Answer) -> None:
         """One more answer; those found do not count as speed."""
-        self.right.setdefault(answer.arm, {})[answer.task, answer.id] = answer.correct
+        self.correct.setdefault(answer.variant, {})[answer.task, answer.id] = answer.correct
         self.failed += answer.error is not None
-        self.found += answer.found
-        if answer.found:
-            self.progress.reset(self.bar, completed=self.count)
+        self.resumed += answer.from_disk
+        if answer.from_disk:
+            self.progress.reset(self.task_id, completed=self.count)
         else:
-            self.progress.update(self.bar, completed=self.count)
+            self.progress.update(self.task_id, completed=self.count)
 
     def __rich__(self) -> Group:
         # The bar first: where a terminal is low, the last lines are the ones cut off.
         return Group(self.progress, self._scores())
 
     def _scores(self) -> Table:
-        numbers = ("right so far", "against the first")
-        table = plain_table("policy", *numbers, numbers=numbers)
+        number_columns = ("right so far", "against the first")
+        table = plain_table("policy", *number_columns, number_columns=number_columns)
         table.columns[0].overflow = "fold"
-        for arm in self.arms:
-            answers = self.right.get(arm, {})
+        for variant in self.variants:
+            answers = self.correct.get(variant, {})
             if answers:
-                share = f"{fmean(answers.values()):.1%} of {len(answers)}"
-                table.add_row(arm, share, self._against_first(answers))
+                accuracy = f"{fmean(answers.values()):.1%} of {len(answers)}"
+                table.add_row(variant, accuracy, self._difference_to_first(answers))
         return table
 
-    def _against_first(self, answers: dict[tuple[str, str], bool]) -> str:
+    def _difference_to_first(self, answers: dict[tuple[str, str], bool]) -> str:
         """The difference on the items that both have answered."""
-        first = self.right.get(self.arms[0], {})
-        both = [int(right) - int(first[key]) for key, right in answers.items() if key in first]
-        return f"{fmean(both):+.1%}" if both and answers is not first else ""
+        first = self.correct.get(self.variants[0], {})
+        differences = [
+            int(is_correct) - int(first[key]) for key, is_correct in answers.items() if key in first
+        ]
+        return f"{fmean(differences):+.1%}" if differences and answers is not first else ""
 
 
 @contextmanager
-def shown(standing: Standing) -> Iterator[None]:
+def live_progress(progress: EvalProgress) -> Iterator[None]:
     """Draws it on stderr until the end; where that is no terminal, nothing."""
-    to = console(stderr=True)
-    if not to.is_terminal:
+    terminal = console(stderr=True)
+    if not terminal.is_terminal:
         yield
         return
-    with Live(standing, console=to, transient=True, refresh_per_second=4):
+    with Live(progress, console=terminal, transient=True, refresh_per_second=4):
         yield
 
 
-COLUMNS = (BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(compact=True))
+PROGRESS_COLUMNS = (BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(compact=True))

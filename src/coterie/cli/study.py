@@ -15,71 +15,71 @@ from rich.progress import Progress, TaskID, TimeElapsedColumn, TimeRemainingColu
 from rich.table import Table
 
 from coterie.cli import options as o
-from coterie.cli.eval_options import Data, Seed, Tasks, Trust
+from coterie.cli.eval_options import DataPath, Seed, Tasks, TrustCode
 from coterie.cli.lab import task_names
 from coterie.cli.request import open_engine
-from coterie.cli.tables import bar, console, plain_table, print_text, remark
+from coterie.cli.tables import progress_bar, console, plain_table, print_text, print_note
 from coterie.engine.facts import inspect
 from coterie.engine.source import EMBEDDED
-from coterie.evals.task import Wish
+from coterie.evals.task import TaskOptions
 from coterie.evals.tasks import TASKS, open_tasks
 from coterie.naming import CoterieError
 
 if TYPE_CHECKING:
-    from coterie.study.chapter import Chapter
-    from coterie.study.report import Section
-    from coterie.study.study import Done
+    from coterie.study.chapter import Experiment
+    from coterie.study.report import ReportSection
+    from coterie.study.study import ExperimentOutcome
 
-QUICK_ITEMS, QUICK_PROMPTS = 64, 8
-FAILED = 1
+QUICK_PROBLEMS, QUICK_PROMPTS = 64, 8
+EXIT_FAILED = 1
 
-Studied = Annotated[
+StudyModel = Annotated[
     str | None,
     typer.Argument(help="A folder or a hub id. Default: the model in the package."),
 ]
-Folder = Annotated[
+OutputFolder = Annotated[
     Path, typer.Option("--out", "-o", help="Folder for report, records, figures and answers.")
 ]
-Chapters = Annotated[
+Experiments = Annotated[
     list[str] | None,
     typer.Option("--chapter", help="Only this one; may be repeated. Default: all."),
 ]
-Again = Annotated[
+Rerun = Annotated[
     list[str] | None,
     typer.Option("--again", help="Measure this chapter although its record is there."),
 ]
-Items = Annotated[
+NumProblems = Annotated[
     int | None,
     typer.Option("--items", min=1, help="Questions for each policy, of all tasks; default 500."),
 ]
-Prompts = Annotated[
+NumPrompts = Annotated[
     int | None,
     typer.Option(
         "--prompts", min=1, help="Questions where single forwards are watched; default 32."
     ),
 ]
-Quick = Annotated[
+QuickRun = Annotated[
     bool,
-    typer.Option("--quick", help=f"A first look: {QUICK_ITEMS} and {QUICK_PROMPTS} questions."),
+    typer.Option("--quick", help=f"A first look: {QUICK_PROBLEMS} and {QUICK_PROMPTS} questions."),
 ]
 
 
 def study(
-    model: Studied = None,
+    model: StudyModel = None,
     *,
-    out: Folder,
-    chapters: Chapters = None,
-    again: Again = None,
-    items: Items = None,
-    prompts: Prompts = None,
+    out: OutputFolder,
+    experiments: Experiments = None,
+    rerun: Rerun = None,
+    num_problems: NumProblems = None,
+    num_prompts: NumPrompts = None,
     tasks: Tasks = None,
-    data: Data = None,
+    data: DataPath = None,
     seed: Seed = 1,
-    trust: Trust = False,
-    quick: Quick = False,
+    trust_code: TrustCode = False,
+    quick: QuickRun = False,
     dtype: o.Dtype = None,
     device: o.Device = "auto",
-    experts: o.Experts = None,
+    expert_dtype: o.ExpertDtype = None,
 ) -> int:
     """Measure every table and figure of the paper on a model, and report what holds.
 
@@ -92,36 +92,38 @@ def study(
     coterie study inclusionAI/LLaDA2.0-mini --task gsm8k --items 200 -o runs/mini
     coterie study -o runs/study --chapter explosion --again explosion
     """
-    room = studying()
-    room.chosen([*(chapters or []), *(again or [])], room.CHAPTERS)
-    effort = room.Effort(
-        items=items or (QUICK_ITEMS if quick else room.Effort.items),
-        prompts=prompts or (QUICK_PROMPTS if quick else room.Effort.prompts),
+    study_module = load_study()
+    study_module.chosen([*(experiments or []), *(rerun or [])], study_module.CHAPTERS)
+    config = study_module.Effort(
+        items=num_problems or (QUICK_PROBLEMS if quick else study_module.Effort.items),
+        prompts=num_prompts or (QUICK_PROMPTS if quick else study_module.Effort.prompts),
         seed=seed,
     )
     names = known_tasks(model, tasks, data)
-    each = -(-effort.items // len(names))
-    wish = Wish(inspect(model).family.name, data, count=each, seed=seed, trust=trust)
-    opened = open_tasks(names, wish)  # fails here, before weights are loaded
+    per_task = -(-config.items // len(names))
+    task_options = TaskOptions(
+        inspect(model).family.name, data, count=per_task, seed=seed, trust=trust_code
+    )
+    open_task_list = open_tasks(names, task_options)  # fails here, before weights are loaded
     out.mkdir(parents=True, exist_ok=True)
-    engine = open_engine(model, dtype=dtype, device=device, experts=experts)
-    with bar(TimeElapsedColumn(), TimeRemainingColumn()) as shown:
-        sections = room.study(
+    engine = open_engine(model, dtype=dtype, device=device, expert_dtype=expert_dtype)
+    with progress_bar(TimeElapsedColumn(), TimeRemainingColumn()) as progress:
+        sections = study_module.study(
             engine,
-            opened,
+            open_task_list,
             out,
-            effort=effort,
-            watch=Bar(shown, room.USUAL_SECONDS),
-            names=chapters or (),
-            again=again or (),
+            effort=config,
+            watch=StudyProgressBar(progress, study_module.USUAL_SECONDS),
+            names=experiments or (),
+            again=rerun or (),
             command=["coterie", *sys.argv[1:]],
         )
     console().print(findings_table(sections))
-    print_text(str(out / room.REPORT))
-    return FAILED if any(section.failure for section in sections) else 0
+    print_text(str(out / study_module.REPORT))
+    return EXIT_FAILED if any(section.failure for section in sections) else 0
 
 
-def studying() -> ModuleType:
+def load_study() -> ModuleType:
     """The module ``coterie.study.study``; here and not above, for matplotlib is of an extra."""
     try:
         return import_module("coterie.study.study")
@@ -133,13 +135,13 @@ def studying() -> ModuleType:
 
 def known_tasks(model: str | None, tasks: Sequence[str] | None, data: Path | None) -> list[str]:
     """The tasks as typed; the model in the package has its own."""
-    own = model in (None, EMBEDDED)
-    if not tasks and not own:
+    is_embedded = model in (None, EMBEDDED)
+    if not tasks and not is_embedded:
         raise CoterieError(f"which questions shall {model} answer? Give --task: {', '.join(TASKS)}")
-    return task_names(tasks, own=own, items=None, data=data)
+    return task_names(tasks, is_embedded=is_embedded, num_problems=None, data=data)
 
 
-def findings_table(sections: Sequence[Section]) -> Table:
+def findings_table(sections: Sequence[ReportSection]) -> Table:
     """One finding a line, with its verdict on the paper's claim."""
     table = plain_table("chapter", "claim", "found")
     for section in sections:
@@ -150,37 +152,46 @@ def findings_table(sections: Sequence[Section]) -> Table:
     return table
 
 
-class Bar:
+class StudyProgressBar:
     """Moves one bar over all chapters, each as long as it usually takes; where there is none, a
     line for each chapter's end."""
 
-    def __init__(self, shown: Progress, usual: Mapping[str, int]) -> None:
-        self._shown, self._usual = shown, usual
-        self._line: TaskID | None = None
-        self._before, self._whole, self._began = 0.0, 0.0, 0.0
-        self._said = ""
+    def __init__(self, progress: Progress, usual_seconds: Mapping[str, int]) -> None:
+        self._progress, self._usual_seconds = progress, usual_seconds
+        self._task_id: TaskID | None = None
+        self._completed, self._length, self._start = 0.0, 0.0, 0.0
+        self._label = ""
 
-    def began(self, chapter: Chapter, wanted: Sequence[Chapter]) -> None:
-        place, sizes = wanted.index(chapter), [self._size(one) for one in wanted]
-        if self._line is None:
-            self._line = self._shown.add_task("", total=sum(sizes))
-        self._before, self._whole = sum(sizes[:place]), sizes[place]
-        self._said = f"{place + 1} of {len(wanted)}, {chapter.name}"
-        self._began = time.perf_counter()
-        self._shown.update(self._line, completed=self._before, description=self._said)
+    def on_experiment_start(self, experiment: Experiment, selected: Sequence[Experiment]) -> None:
+        index, sizes = (
+            selected.index(experiment),
+            [self._expected_seconds(other) for other in selected],
+        )
+        if self._task_id is None:
+            self._task_id = self._progress.add_task("", total=sum(sizes))
+        self._completed, self._length = sum(sizes[:index]), sizes[index]
+        self._label = f"{index + 1} of {len(selected)}, {experiment.name}"
+        self._start = time.perf_counter()
+        self._progress.update(self._task_id, completed=self._completed, description=self._label)
 
-    def moved(self, share: float, doing: str) -> None:
-        if self._line is not None:
-            done = self._before + share * self._whole
-            self._shown.update(self._line, completed=done, description=f"{self._said}: {doing}")
+    def on_progress(self, share: float, activity: str) -> None:
+        if self._task_id is not None:
+            completed = self._completed + share * self._length
+            self._progress.update(
+                self._task_id, completed=completed, description=f"{self._label}: {activity}"
+            )
 
-    def ended(self, done: Done) -> None:
-        if self._line is not None:
-            self._shown.update(self._line, completed=self._before + self._whole)
-        seconds = time.perf_counter() - self._began
-        how = "measured" if done.measured else "kept"
-        outcome = f"{how}, {seconds:.0f} s" if done.failure is None else f"failed: {done.failure}"
-        remark(f"{self._said}: {outcome}")
+    def on_experiment_end(self, outcome: ExperimentOutcome) -> None:
+        if self._task_id is not None:
+            self._progress.update(self._task_id, completed=self._completed + self._length)
+        seconds = time.perf_counter() - self._start
+        origin = "measured" if outcome.measured else "kept"
+        message = (
+            f"{origin}, {seconds:.0f} s"
+            if outcome.failure is None
+            else f"failed: {outcome.failure}"
+        )
+        print_note(f"{self._label}: {message}")
 
-    def _size(self, chapter: Chapter) -> int:
-        return self._usual.get(chapter.name, 30)
+    def _expected_seconds(self, experiment: Experiment) -> int:
+        return self._usual_seconds.get(experiment.name, 30)

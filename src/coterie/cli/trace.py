@@ -10,89 +10,98 @@ from typing import Annotated
 import typer
 from rich.progress import MofNCompleteColumn, TimeElapsedColumn
 
-from coterie.calibration import Questions
+from coterie.calibration import PromptSet
 from coterie.cli import eval_options as e
 from coterie.cli import options as o
-from coterie.cli.calibrate import Drawn, Items, Prompts, check_place, questions
-from coterie.cli.document import print_document
-from coterie.cli.grouping import takes
-from coterie.cli.keeping import memory_of, rows_of
-from coterie.cli.request import (
-    Options,
-    check_effect,
-    check_kept,
-    drifting,
-    greedy_of,
-    open_engine,
-    policy_of,
+from coterie.cli.calibrate import (
+    ProblemSeed,
+    NumProblems,
+    PromptFile,
+    check_output_file,
+    load_questions,
 )
-from coterie.cli.tables import bar, console, readable
+from coterie.cli.document import print_document
+from coterie.cli.grouping import option_group
+from coterie.cli.keeping import expert_memory_config, resolve_batch_size
+from coterie.cli.request import (
+    GenerationOptions,
+    check_options,
+    check_policy_files,
+    reuse_options,
+    greedy_options,
+    open_engine,
+    canonical_policy,
+)
+from coterie.cli.tables import progress_bar, console, format_bytes
 from coterie.engine.engine import Engine
 from coterie.engine.facts import inspect
 from coterie.engine.load import Model
-from coterie.engine.memory import Memory as Asked
+from coterie.engine.memory import ExpertMemoryConfig as Asked
 from coterie.engine.source import EMBEDDED
-from coterie.engine.warm import SavedVotes, routers_of, write_votes
-from coterie.evals.task import Wish
-from coterie.planning.booking import Memory
-from coterie.planning.recording import about, bias_of, record_trace
+from coterie.engine.warm import SavedVotes, router_checksum, write_votes
+from coterie.evals.task import TaskOptions
+from coterie.planning.booking import TraceVotes
+from coterie.planning.recording import trace_header, bias_of, record_trace
 from coterie.planning.replay import steps_per_block
-from coterie.planning.trace import KINDS, Trace, Writer, read
-from coterie.results import commit
+from coterie.planning.trace import KINDS, Trace, TraceWriter, read_trace
+from coterie.results import git_commit
 
-ITEMS = 20  # of each task
+DEFAULT_PROBLEMS = 20  # of each task
 
-Out = Annotated[
-    Path, typer.Option("--out", "-o", help="The trace, one file.", rich_help_panel=o.SHOWING)
+TraceOutput = Annotated[
+    Path, typer.Option("--out", "-o", help="The trace, one file.", rich_help_panel=o.OUTPUT_PANEL)
 ]
-Saved = Annotated[
+VotesOutput = Annotated[
     Path | None,
     typer.Option(
         "--votes",
         help="Save the votes too, on average: a small file for --warm.",
-        rich_help_panel=o.SHOWING,
+        rich_help_panel=o.OUTPUT_PANEL,
         show_default=False,
     ),
 ]
-Forwards = Annotated[
+MaxForwards = Annotated[
     int | None,
     typer.Option(
         "--forwards",
         min=1,
         help="Give each prompt up after so many denoising forwards.",
-        rich_help_panel=o.DECODING,
+        rich_help_panel=o.DECODING_PANEL,
     ),
 ]
-Rows = Annotated[
+BatchSize = Annotated[
     int | None,
     typer.Option(
-        "--rows", min=1, help="Rows decoded together, 1 by default.", rich_help_panel=o.RUNNING
+        "--rows",
+        min=1,
+        help="Rows decoded together, 1 by default.",
+        rich_help_panel=o.RUNTIME_PANEL,
     ),
 ]
 
 
-@takes(memory=memory_of, wanted=greedy_of)
+@option_group(memory=expert_memory_config, wanted=greedy_options)
 def trace(
     *,
-    out: Out,
+    out: TraceOutput,
     task: e.Tasks = None,
-    prompts: Prompts = None,
-    items: Items = ITEMS,
-    seed: Drawn = 1,
-    data: e.Data = None,
-    shots: e.Shots = None,
-    policy: o.OnePolicy = "vanilla",
-    forwards: Forwards = None,
-    wanted: Options,
+    prompt_file: PromptFile = None,
+    num_problems: NumProblems = DEFAULT_PROBLEMS,
+    seed: ProblemSeed = 1,
+    data: e.DataPath = None,
+    shots: e.NumShots = None,
+    policy: o.PolicySpec = "vanilla",
+    max_forwards: MaxForwards = None,
+    options: GenerationOptions,
     model: o.Model = None,
     dtype: o.Dtype = None,
     device: o.Device = "auto",
-    experts: o.Experts = None,
+    expert_dtype: o.ExpertDtype = None,
     memory: Asked | None = None,
-    drift: o.Drift = None,
-    rows: Rows = None,
-    votes: Saved = None,
-    json: o.Json = False,
+    reuse_tolerance: o.ReuseTolerance = None,
+    batch_size: BatchSize = None,
+    votes_out: VotesOutput = None,
+    json: o.JsonOutput = False,
 ) -> None:
     """Record votes, routing and steps of real runs, for `coterie replay`.
 
@@ -104,90 +113,102 @@ def trace(
     coterie trace -m inclusionAI/LLaDA2.0-mini --task gsm8k -o mini.trace
     coterie replay vanilla.trace -p des-vote:beta=0.3 --cache lru --capacity 35%
     """
-    named = policy_of(policy)
-    wanted |= drifting([named], drift)[named]
-    check_place(out)
-    check_place(votes)
-    drawn = Wish(inspect(model).family.name, data, shots, items, seed)
-    asked = questions(task, prompts, drawn, own=model in (None, EMBEDDED))
-    together = rows_of(rows, memory, 1)
-    engine = open_engine(model, dtype=dtype, device=device, experts=experts, memory=memory)
-    check_effect(engine, wanted)
-    check_kept(engine, [policy], wanted)
-    run = Run(engine, asked, named, together, forwards, wanted)
-    write(out, run)
-    made = read(out)
-    if votes is not None:
-        save_votes(votes, made, engine.model)
-    found = document(out, made)
+    policy_spec = canonical_policy(policy)
+    options |= reuse_options([policy_spec], reuse_tolerance)[policy_spec]
+    check_output_file(out)
+    check_output_file(votes_out)
+    task_options = TaskOptions(inspect(model).family.name, data, shots, num_problems, seed)
+    prompt_set = load_questions(
+        task, prompt_file, task_options, is_embedded=model in (None, EMBEDDED)
+    )
+    effective_batch_size = resolve_batch_size(batch_size, memory, 1)
+    engine = open_engine(
+        model, dtype=dtype, device=device, expert_dtype=expert_dtype, memory=memory
+    )
+    check_options(engine, options)
+    check_policy_files(engine, [policy], options)
+    run = TraceRun(engine, prompt_set, policy_spec, effective_batch_size, max_forwards, options)
+    record_run(out, run)
+    recorded = read_trace(out)
+    if votes_out is not None:
+        save_votes(votes_out, recorded, engine.model)
+    trace_summary = trace_document(out, recorded)
     if json:
-        print_document(found)
+        print_document(trace_summary)
     else:
-        console().print(told(found))
+        console().print(summary_line(trace_summary))
 
 
 @dataclass(frozen=True)
-class Run:
+class TraceRun:
     """What is run for a trace; ``wanted`` are options of the generation."""
 
     engine: Engine
-    asked: Questions
+    questions: PromptSet
     policy: str
-    rows: int
-    forwards: int | None
-    wanted: Options
+    batch_size: int
+    max_forwards: int | None
+    options: GenerationOptions
 
 
-def write(out: Path, run: Run) -> None:
+def record_run(out: Path, run: TraceRun) -> None:
     """The run, each forward in the file as soon as it is done."""
     engine = run.engine
-    said = about(
+    header = trace_header(
         engine,
         policy=run.policy,
-        generation=engine.generation.but(**run.wanted),
-        prompts=run.asked.document(),
-        made={"command": ["coterie", *sys.argv[1:]], "commit": commit(), "rows": run.rows},
+        generation=engine.generation.replace(**run.options),
+        prompts=run.questions.to_dict(),
+        provenance={
+            "command": ["coterie", *sys.argv[1:]],
+            "commit": git_commit(),
+            "rows": run.batch_size,
+        },
     )
-    prompts = [question.prompt for question in run.asked.asked]
-    with bar(MofNCompleteColumn(), TimeElapsedColumn()) as shown:
-        done = shown.add_task("tracing", total=len(prompts))
-        with Writer(out, said, bias_of(engine.model)) as writer:
+    prompts = [question.text for question in run.questions.prompts]
+    with progress_bar(MofNCompleteColumn(), TimeElapsedColumn()) as progress:
+        task_id = progress.add_task("tracing", total=len(prompts))
+        with TraceWriter(out, header, bias_of(engine.model)) as writer:
             record_trace(
-                engine, prompts, writer, policy=run.policy, rows=run.rows, forwards=run.forwards,
-                heard=lambda _: shown.advance(done), **run.wanted,
+                engine, prompts, writer, policy=run.policy, batch_size=run.batch_size, max_forwards=run.max_forwards,
+                on_result=lambda _: progress.advance(task_id), **run.options,
             )  # fmt: skip
 
 
-def save_votes(path: Path, made: Trace, model: Model) -> None:
+def save_votes(path: Path, recorded: Trace, model: Model) -> None:
     """Of every forward of the trace, on average."""
-    routers = "" if model.folder is None else routers_of(model.folder)
-    mean = Memory.of(made).mean_votes
-    write_votes(path, SavedVotes.of(model.name, made.about.layers, mean, routers))
+    routers = "" if model.folder is None else router_checksum(model.folder)
+    mean = TraceVotes.of(recorded).mean_votes
+    write_votes(path, SavedVotes.of(model.name, recorded.header.layers, mean, routers))
 
 
-def document(path: Path, made: Trace) -> dict[str, object]:
+def trace_document(path: Path, recorded: Trace) -> dict[str, object]:
     """What is in a trace, in short."""
-    count = len(made.forwards)
+    count = len(recorded.forwards)
     return {
         "trace": str(path),
-        "model": made.about.model,
-        "policy": made.about.policy,
+        "model": recorded.header.model,
+        "policy": recorded.header.policy,
         "forwards": count,
-        "rows": len({forward.row for forward in made.forwards}),
-        "kinds": {kind: sum(one.kind == kind for one in made.forwards) for kind in KINDS},
-        "steps_per_block": steps_per_block(made) if count else None,
+        "rows": len({forward.row for forward in recorded.forwards}),
+        "kinds": {
+            kind: sum(forward.kind == kind for forward in recorded.forwards) for kind in KINDS
+        },
+        "steps_per_block": steps_per_block(recorded) if count else None,
         "bytes": path.stat().st_size,
         "bytes_a_forward": path.stat().st_size / count if count else None,
     }
 
 
-def told(found: dict[str, object]) -> str:
+def summary_line(trace_summary: dict[str, object]) -> str:
     """The same in a line."""
-    each, size = found["bytes_a_forward"], found["bytes"]
-    weight = readable(float(each)) if isinstance(each, float) else "nothing"
-    whole = readable(float(size)) if isinstance(size, int) else ""
-    rows = "row" if found["rows"] == 1 else "rows"
+    forward_bytes, file_bytes = trace_summary["bytes_a_forward"], trace_summary["bytes"]
+    average_size = (
+        format_bytes(float(forward_bytes)) if isinstance(forward_bytes, float) else "nothing"
+    )
+    total_size = format_bytes(float(file_bytes)) if isinstance(file_bytes, int) else ""
+    sequence_noun = "row" if trace_summary["rows"] == 1 else "rows"
     return (
-        f"{found['trace']}: {found['forwards']} forwards of {found['rows']} {rows} under "
-        f"{found['policy']}, {weight} each, {whole} in all"
+        f"{trace_summary['trace']}: {trace_summary['forwards']} forwards of {trace_summary['rows']} {sequence_noun} under "
+        f"{trace_summary['policy']}, {average_size} each, {total_size} in all"
     )

@@ -8,30 +8,30 @@ from importlib import import_module
 from pathlib import Path
 from types import ModuleType
 
-from coterie.cli.tables import readable, remark
+from coterie.cli.tables import format_bytes, print_note
 from coterie.engine.engine import Engine
 from coterie.engine.event import Denoised, Event, Finished, Result
-from coterie.engine.memory import Memory
-from coterie.experts.ledger import WRITING
+from coterie.engine.memory import ExpertMemoryConfig
+from coterie.experts.ledger import KV_ONLY_KINDS
 from coterie.experts.traffic import Traffic
 from coterie.naming import CoterieError
 from coterie.results import write_json
 
 
 @dataclass  # not frozen: it gathers
-class Noted:
+class TrafficCollector:
     """Events of one row as they pass by."""
 
-    seen: list[Denoised] = field(default_factory=list)
+    denoised: list[Denoised] = field(default_factory=list)
 
-    def passing(self, events: Iterator[Event]) -> Iterator[Event]:
+    def collect(self, events: Iterator[Event]) -> Iterator[Event]:
         for event in events:
             if isinstance(event, Denoised):
-                self.seen.append(event)
+                self.denoised.append(event)
             yield event
 
 
-def finished(events: Iterator[Event]) -> Result:
+def final_result(events: Iterator[Event]) -> Result:
     """What a stream ends in."""
     *_, last = events
     if not isinstance(last, Finished):
@@ -39,7 +39,7 @@ def finished(events: Iterator[Event]) -> Result:
     return last.result
 
 
-def check_traffic(name: Path | None, memory: Memory | None) -> None:
+def check_traffic_option(name: Path | None, memory: ExpertMemoryConfig | None) -> None:
     """Raises for a drawing of nothing, and for one that could not be made."""
     if name is None:
         return
@@ -50,20 +50,20 @@ def check_traffic(name: Path | None, memory: Memory | None) -> None:
         )
     if not name.absolute().parent.is_dir():
         raise CoterieError(f"{name}: its folder is not there")
-    drawing()
+    load_plotting()
 
 
-def check_moves(name: Path | None, engine: Engine) -> None:
+def check_experts_move(name: Path | None, engine: Engine) -> None:
     """Raises for a drawing of nothing, before anybody is asked: "auto" may have found room for
     all."""
-    if name is not None and engine.model.rationed is None:
+    if name is not None and engine.model.cached_store is None:
         raise CoterieError(
             "--traffic: all experts are in memory, and nothing moves; --expert-memory 35% keeps "
             "fewer there"
         )
 
 
-def drawing() -> ModuleType:
+def load_plotting() -> ModuleType:
     """The room that draws; here and not above, for matplotlib is of an extra."""
     try:
         return import_module("coterie.planning.course")
@@ -73,30 +73,33 @@ def drawing() -> ModuleType:
         ) from None
 
 
-def draw(engine: Engine, name: Path, result: Result, noted: Noted) -> None:
+def plot_traffic(engine: Engine, name: Path, result: Result, collector: TrafficCollector) -> None:
     """NAME-light.svg, NAME-dark.svg and NAME.json, of the only row that the engine ran."""
-    store = engine.model.rationed
+    store = engine.model.cached_store
     if store is None or result.traffic is None:
         raise CoterieError("--traffic: all experts are in memory, and nothing moves")
-    room, events = drawing(), iter(noted.seen)
-    course = []
-    for line in store.ledger.lines:
-        event = None if line.kind in WRITING else next(events)
-        told = () if event is None else (event.vote_mass_kept, event.drift)
-        course.append(room.Passed(line, *told))
+    plotting, events = load_plotting(), iter(collector.denoised)
+    points = []
+    for forward in store.traffic_log.forwards:
+        event = None if forward.kind in KV_ONLY_KINDS else next(events)
+        vote_facts = () if event is None else (event.vote_mass_kept, event.reuse_vote_loss)
+        points.append(plotting.Passed(forward, *vote_facts))
     title = f"{result.policy}, {store.capacity} of {result.experts.total} experts a layer in memory"
-    said = f"{title}\n{sums(result.traffic)}"
-    paths = [name.with_name(f"{name.name}.json"), *room.write(name, said, course)]
-    forwards = [one.document() for one in course]
-    write_json(paths[0], {"model": result.model, "policy": result.policy, "forwards": forwards})
-    remark(", ".join(map(str, paths)))
+    caption = f"{title}\n{traffic_summary(result.traffic)}"
+    paths = [name.with_name(f"{name.name}.json"), *plotting.write(name, caption, points)]
+    documents = [point.document() for point in points]
+    write_json(paths[0], {"model": result.model, "policy": result.policy, "forwards": documents})
+    print_note(", ".join(map(str, paths)))
 
 
-def sums(traffic: Traffic) -> str:
+def traffic_summary(traffic: Traffic) -> str:
     """In a line: what came in all and would have without a cache, beside vanilla's."""
-    usual, saved = traffic.bytes_of_vanilla, traffic.saved
-    came, uncached = readable(traffic.bytes_moved), readable(traffic.bytes_without_cache)
-    told = f"{came} moved, without a cache {uncached}"
-    if usual is None or saved is None:
-        return told
-    return f"{told}; vanilla with LRU {readable(usual)} ({saved:.0%} saved)"
+    vanilla_bytes, saved = traffic.vanilla_bytes, traffic.fraction_saved
+    moved_bytes, uncached_bytes = (
+        format_bytes(traffic.bytes_moved),
+        format_bytes(traffic.bytes_without_cache),
+    )
+    summary = f"{moved_bytes} moved, without a cache {uncached_bytes}"
+    if vanilla_bytes is None or saved is None:
+        return summary
+    return f"{summary}; vanilla with LRU {format_bytes(vanilla_bytes)} ({saved:.0%} saved)"

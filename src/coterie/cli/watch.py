@@ -9,25 +9,27 @@ from collections.abc import Iterator
 from rich.live import Live
 
 from coterie.cli.tables import console
-from coterie.cli.view import View
+from coterie.cli.view import LiveView
 from coterie.engine.engine import Engine
 from coterie.engine.event import Event, Finished, Result
 from coterie.naming import CoterieError
 
-HOLD = 0.08  # seconds that a frame stays at least: a small model is faster than the eye
+MIN_FRAME_SECONDS = (
+    0.08  # seconds that a frame stays at least: a small model is faster than the eye
+)
 
 
-def watch(engine: Engine, events: Iterator[Event], policy: str) -> Result:
+def show_live(engine: Engine, events: Iterator[Event], policy: str) -> Result:
     """What a stream ends in; meanwhile the terminal shows it, slowed for the eye."""
-    screen = view(engine, policy)
-    with Live(screen, console=console(), auto_refresh=False) as live:
+    live_view = make_view(engine, policy)
+    with Live(live_view, console=console(), auto_refresh=False) as live:
         for event in events:
             if isinstance(event, Finished):
                 return event.result
-            shown = time.perf_counter()
-            screen.take(event)
+            frame_start = time.perf_counter()
+            live_view.update(event)
             live.refresh()
-            time.sleep(max(0.0, HOLD - (time.perf_counter() - shown)))
+            time.sleep(max(0.0, MIN_FRAME_SECONDS - (time.perf_counter() - frame_start)))
     raise RuntimeError("a stream ended without a result")
 
 
@@ -37,13 +39,13 @@ def require_terminal() -> None:
         raise CoterieError("--watch needs a terminal, and standard output is none; leave it out")
 
 
-def view(engine: Engine, policy: str) -> View:
+def make_view(engine: Engine, policy: str) -> LiveView:
     """An empty view of this engine's model."""
     model = engine.model
-    return View(
+    return LiveView(
         title=policy,
-        piece=model.codec.piece,
-        total=model.spec.router.experts,
-        layers=model.spec.moe_layers,
-        ends=model.eos_ids,
+        decode_token=model.codec.decode_token,
+        num_experts=model.spec.router.experts,
+        moe_layers=model.spec.moe_layers,
+        eos_ids=model.eos_ids,
     )

@@ -1,18 +1,18 @@
 """How a row is filled: where to look, what to propose, what to keep. No model is known here."""
 
-from coterie.decoding.plans import Plan, parse_plan
-from coterie.decoding.refine import Unmask, parse_unmask
-from coterie.decoding.row import Ask, Change, Row, Token
+from coterie.decoding.plans import DecodePlan, parse_plan
+from coterie.decoding.refine import UnmaskStrategy, parse_unmask
+from coterie.decoding.row import DecodeRequest, BlockUpdate, SequenceState, Token
 from coterie.decoding.sampling import Sampling
 
 __all__ = [
-    "Ask",
-    "Change",
-    "Plan",
-    "Row",
+    "DecodeRequest",
+    "BlockUpdate",
+    "DecodePlan",
+    "SequenceState",
     "Sampling",
     "Token",
-    "Unmask",
+    "UnmaskStrategy",
     "parse_plan",
     "parse_unmask",
 ]

@@ -25,45 +25,49 @@ class Block:
 class Canvas:
     """The tokens of one row, on the host. Mutable: filling it is what decoding does."""
 
-    def __init__(self, prompt: Sequence[int], length: int, mask: int) -> None:
-        self.prompt = len(prompt)
-        self.mask = mask
-        self.tokens = torch.full((length,), mask, dtype=torch.int64)
-        self.tokens[: self.prompt] = torch.tensor(prompt, dtype=torch.int64)
+    def __init__(self, prompt_ids: Sequence[int], length: int, mask_id: int) -> None:
+        self.prompt_length = len(prompt_ids)
+        self.mask_id = mask_id
+        self.tokens = torch.full((length,), mask_id, dtype=torch.int64)
+        self.tokens[: self.prompt_length] = torch.tensor(prompt_ids, dtype=torch.int64)
         self.confidence = torch.zeros(length)  # of the token that stands, or was last proposed
-        self.confidence[: self.prompt] = 1.0
+        self.confidence[: self.prompt_length] = 1.0
 
     @property
     def length(self) -> int:
         return self.tokens.shape[0]
 
-    def masked(self, start: int, stop: int) -> Tensor:
+    def is_masked(self, start: int, stop: int) -> Tensor:
         """Bool [stop - start]."""
-        return self.tokens[start:stop] == self.mask
+        return self.tokens[start:stop] == self.mask_id
 
-    def unmasked(self, start: int, stop: int) -> bool:
-        return not bool(self.masked(start, stop).any())
+    def is_filled(self, start: int, stop: int) -> bool:
+        return not bool(self.is_masked(start, stop).any())
 
-    def answered(self, start: int, stop: int) -> Tensor:
+    def is_generated(self, start: int, stop: int) -> Tensor:
         """Which positions lie after the prompt and hold a token, bool [stop - start]."""
-        ours = torch.arange(start, stop) >= self.prompt
-        return ours & ~self.masked(start, stop)
+        after_prompt = torch.arange(start, stop) >= self.prompt_length
+        return after_prompt & ~self.is_masked(start, stop)
 
-    def write(self, block: Block, where: Tensor, ids: Tensor) -> None:
+    def write(self, block: Block, write_mask: Tensor, ids: Tensor) -> None:
         """Put ids [width] at the block's positions ``where`` (bool [width])."""
         span = self.tokens[block.start : block.stop]
-        span[where] = ids[where]
+        span[write_mask] = ids[write_mask]
 
 
-def lay_out(prompt: int, new: int, width: int, *, aligned: bool, whole: bool) -> tuple[Block, ...]:
+def split_into_blocks(
+    prompt_length: int, max_new_tokens: int, block_length: int, *, aligned: bool, whole_blocks: bool
+) -> tuple[Block, ...]:
     """The blocks that hold ``new`` tokens after ``prompt``.
 
     ``aligned``: block borders are multiples of the width, so the first block may begin in the
     prompt; else the first block begins at the prompt's end. ``whole``: the last block is not cut
     off at the last new token.
     """
-    first = prompt // width * width if aligned else prompt
-    end = prompt + new
-    starts = range(first, end, width)
-    stops = (start + width if whole else min(start + width, end) for start in starts)
+    first = prompt_length // block_length * block_length if aligned else prompt_length
+    end = prompt_length + max_new_tokens
+    starts = range(first, end, block_length)
+    stops = (
+        start + block_length if whole_blocks else min(start + block_length, end) for start in starts
+    )
     return tuple(Block(i, a, b) for i, (a, b) in enumerate(zip(starts, stops, strict=True)))

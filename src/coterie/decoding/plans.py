@@ -9,15 +9,15 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
-from coterie.decoding.canvas import Block, lay_out
+from coterie.decoding.canvas import Block, split_into_blocks
 from coterie.naming import CoterieError
-from coterie.spelling import Count, Whole, check_options, parse, spelled
+from coterie.spelling import PositiveInt, NonNegativeInt, check_options, parse_spec, format_spec
 
-Kind = Literal["prefill", "decode", "refresh", "commit"]
+PassKind = Literal["prefill", "decode", "refresh", "commit"]
 
 
 @dataclass(frozen=True)
-class Look:
+class ForwardPass:
     """One forward of one row: compute ``start .. stop``, see keys before ``visible``.
 
     Who votes on experts: positions ``voters[0] .. voters[1]``. ``causal`` > 0: block-causal inside,
@@ -27,114 +27,114 @@ class Look:
     start: int
     stop: int
     visible: int
-    kind: Kind = "decode"
+    kind: PassKind = "decode"
     voters: tuple[int, int] = (0, 0)
-    causal: int = 0
-    cached: bool = True
+    causal_block: int = 0
+    use_cache: bool = True
 
     @property
     def width(self) -> int:
         return self.stop - self.start
 
     @property
-    def denoises(self) -> bool:
+    def is_denoising(self) -> bool:
         """Whether its logits are used; the others only write keys."""
         return self.kind in ("decode", "refresh")
 
 
 @dataclass(frozen=True)
-class Clock:
+class StepCounter:
     """Denoising forwards so far: of the row, and of its present block."""
 
-    row: int = 0
-    block: int = 0
+    total: int = 0
+    in_block: int = 0
 
     @property
-    def entered(self) -> int:
+    def before_block(self) -> int:
         """The row's forwards when the block was entered."""
-        return self.row - self.block
+        return self.total - self.in_block
 
 
 @dataclass(frozen=True)
-class Terms:
+class SchemeTraits:
     """What a scheme needs of the rest of a plan."""
 
     aligned: bool = False  # block borders are multiples of the width; else they follow the prompt
-    whole: bool = False  # the last block is not cut off at the last new token
-    stores: bool = False  # prompt and finished blocks are computed for their keys alone
+    whole_blocks: bool = False  # the last block is not cut off at the last new token
+    writes_kv: bool = False  # prompt and finished blocks are computed for their keys alone
 
 
-class Gaze(Protocol):
+class CachingScheme(Protocol):
     """How a caching scheme looks at a block."""
 
     @property
-    def terms(self) -> Terms: ...
+    def traits(self) -> SchemeTraits: ...
 
-    def look(self, block: Block, length: int, clock: Clock) -> Look:
+    def next_pass(self, block: Block, length: int, steps: StepCounter) -> ForwardPass:
         """The next denoising forward of a block on a canvas of this length."""
         ...
 
 
 @dataclass(frozen=True)
-class Uncached:
+class NoCache:
     """The whole row, every time (LLaDA)."""
 
     aligned: bool = False
 
     @property
-    def terms(self) -> Terms:
-        return Terms(self.aligned)
+    def traits(self) -> SchemeTraits:
+        return SchemeTraits(self.aligned)
 
-    def look(self, block: Block, length: int, clock: Clock) -> Look:
-        return Look(0, length, length, voters=(block.start, block.stop), cached=False)
+    def next_pass(self, block: Block, length: int, steps: StepCounter) -> ForwardPass:
+        return ForwardPass(0, length, length, voters=(block.start, block.stop), use_cache=False)
 
 
 @dataclass(frozen=True)
-class Prefix:
+class PrefixCache:
     """The whole row on entering a block, then from the block to the end (Fast-dLLM)."""
 
     aligned: bool = False
 
     @property
-    def terms(self) -> Terms:
-        return Terms(self.aligned)
+    def traits(self) -> SchemeTraits:
+        return SchemeTraits(self.aligned)
 
-    def look(self, block: Block, length: int, clock: Clock) -> Look:
-        if clock.block == 0:
-            return _refresh(block, length)
-        return Look(block.start, length, length, voters=(block.start, block.stop))
+    def next_pass(self, block: Block, length: int, steps: StepCounter) -> ForwardPass:
+        if steps.in_block == 0:
+            return _refresh_pass(block, length)
+        return ForwardPass(block.start, length, length, voters=(block.start, block.stop))
 
 
 @dataclass(frozen=True)
-class Dual:
+class DualCache:
     """The whole row on entering a block, then the block and what is near it.
 
     Keys of everything else are kept as they are. Without a neighbourhood this is Fast-dLLM's dual
     cache, with one dInfer's vicinity. The row's first ``warmup`` forwards are uncached.
     """
 
-    before: Whole = 0
-    after: Whole = 0
-    warmup: Whole = 0
+    before: NonNegativeInt = 0
+    after: NonNegativeInt = 0
+    warmup: NonNegativeInt = 0
     aligned: bool = False
 
     __post_init__ = check_options
 
     @property
-    def terms(self) -> Terms:
-        return Terms(self.aligned)
+    def traits(self) -> SchemeTraits:
+        return SchemeTraits(self.aligned)
 
-    def look(self, block: Block, length: int, clock: Clock) -> Look:
-        if clock.row < self.warmup:
-            return Look(0, length, length, voters=(block.start, block.stop), cached=False)
-        if clock.row == max(self.warmup, clock.entered):
-            return _refresh(block, length)
-        near = (max(0, block.start - self.before), min(length, block.stop + self.after))
-        return Look(*near, length, voters=near)
+    def next_pass(self, block: Block, length: int, steps: StepCounter) -> ForwardPass:
+        if steps.total < self.warmup:
+            return ForwardPass(0, length, length, voters=(block.start, block.stop), use_cache=False)
+        if steps.total == max(self.warmup, steps.before_block):
+            return _refresh_pass(block, length)
+        window = (max(0, block.start - self.before), min(length, block.stop + self.after))
+        return ForwardPass(*window, length, voters=window)
 
 
 @dataclass(frozen=True)
-class BlockCausal:
+class BlockCausalCache:
     """A block sees what is before it and itself: kept keys are exact (LLaDA2, SDAR).
 
     The prompt's whole blocks are prefilled; a finished block is computed once more, unmasked, so
@@ -142,24 +142,26 @@ class BlockCausal:
     """
 
     @property
-    def terms(self) -> Terms:
-        return Terms(aligned=True, whole=True, stores=True)
+    def traits(self) -> SchemeTraits:
+        return SchemeTraits(aligned=True, whole_blocks=True, writes_kv=True)
 
-    def look(self, block: Block, length: int, clock: Clock) -> Look:
-        return Look(block.start, block.stop, block.stop, voters=(block.start, block.stop))
+    def next_pass(self, block: Block, length: int, steps: StepCounter) -> ForwardPass:
+        return ForwardPass(block.start, block.stop, block.stop, voters=(block.start, block.stop))
 
 
 @dataclass(frozen=True)
-class BlockCausalUncached:
+class BlockCausalNoCache:
     """The same attention, with everything up to the block computed every time (official LLaDA2)."""
 
     @property
-    def terms(self) -> Terms:
-        return Terms(aligned=True, whole=True)
+    def traits(self) -> SchemeTraits:
+        return SchemeTraits(aligned=True, whole_blocks=True)
 
-    def look(self, block: Block, length: int, clock: Clock) -> Look:
-        here = (block.start, block.stop)
-        return Look(0, block.stop, block.stop, voters=here, causal=block.width, cached=False)
+    def next_pass(self, block: Block, length: int, steps: StepCounter) -> ForwardPass:
+        span = (block.start, block.stop)
+        return ForwardPass(
+            0, block.stop, block.stop, voters=span, causal_block=block.width, use_cache=False
+        )
 
 
 @dataclass(frozen=True)
@@ -171,86 +173,100 @@ class Unroll:
     no token, but they count.
     """
 
-    most: Count = 4
-    tokens: Count = 8
-    least: Count = 1
+    most: PositiveInt = 4
+    tokens: PositiveInt = 8
+    least: PositiveInt = 1
 
     __post_init__ = check_options
 
-    def rounds(self, masked: int) -> int:
-        return max(self.least, min(masked // self.tokens, self.most))
+    def rounds(self, num_masked: int) -> int:
+        return max(self.least, min(num_masked // self.tokens, self.most))
 
 
 @dataclass(frozen=True)
-class Plan:
+class DecodePlan:
     """Every window of a row, in order, as far as tokens do not decide it."""
 
-    gaze: Gaze
+    scheme: CachingScheme
     unroll: Unroll | None = None
 
-    def blocks(self, prompt: int, new: int, width: int) -> tuple[Block, ...]:
+    def blocks(
+        self, prompt_length: int, max_new_tokens: int, block_length: int
+    ) -> tuple[Block, ...]:
         """The blocks to fill, in order; the last one's ``stop`` is the canvas's length."""
-        terms = self.gaze.terms
-        return lay_out(prompt, new, width, aligned=terms.aligned, whole=terms.whole)
+        traits = self.scheme.traits
+        return split_into_blocks(
+            prompt_length,
+            max_new_tokens,
+            block_length,
+            aligned=traits.aligned,
+            whole_blocks=traits.whole_blocks,
+        )
 
-    def prefill(self, first: Block) -> tuple[Look, ...]:
+    def prefill_passes(self, first: Block) -> tuple[ForwardPass, ...]:
         """What is computed before the first block."""
-        if not self.gaze.terms.stores or first.start == 0:
+        if not self.scheme.traits.writes_kv or first.start == 0:
             return ()
-        here = (0, first.start)
-        return (Look(*here, first.start, "prefill", here, causal=first.width),)
+        span = (0, first.start)
+        return (ForwardPass(*span, first.start, "prefill", span, causal_block=first.width),)
 
-    def look(self, block: Block, length: int, clock: Clock) -> Look:
+    def next_pass(self, block: Block, length: int, steps: StepCounter) -> ForwardPass:
         """The next denoising forward of a block on a canvas of this length."""
-        if self.unroll and _refreshed_late(self.gaze, block, clock):
-            return _refresh(block, length)
-        return self.gaze.look(block, length, clock)
+        if self.unroll and _has_late_refresh(self.scheme, block, steps):
+            return _refresh_pass(block, length)
+        return self.scheme.next_pass(block, length, steps)
 
-    def patience(self, block: Block, length: int, clock: Clock, masked: int) -> int:
+    def steps_until_check(
+        self, block: Block, length: int, steps: StepCounter, num_masked: int
+    ) -> int:
         """Denoising forwards to make before asking again whether the block is finished."""
         if self.unroll is None:
             return 1
         forwards = 0
-        for _ in range(self.unroll.rounds(masked)):
-            at = Clock(clock.row + forwards, clock.block + forwards)
-            forwards += 2 if self.look(block, length, at).kind == "refresh" else 1
+        for _ in range(self.unroll.rounds(num_masked)):
+            projected = StepCounter(steps.total + forwards, steps.in_block + forwards)
+            forwards += 2 if self.next_pass(block, length, projected).kind == "refresh" else 1
         return forwards
 
-    def commit(self, block: Block) -> tuple[Look, ...]:
+    def commit_passes(self, block: Block) -> tuple[ForwardPass, ...]:
         """What is computed after a block, before the next one."""
-        here = (block.start, block.stop)
-        return (Look(*here, block.stop, "commit", here),) if self.gaze.terms.stores else ()
+        span = (block.start, block.stop)
+        return (
+            (ForwardPass(*span, block.stop, "commit", span),)
+            if self.scheme.traits.writes_kv
+            else ()
+        )
 
     def __str__(self) -> str:
-        told = spelled(self.gaze, PLANS)
-        return told if self.unroll is None else f"{told}+{spelled(self.unroll, AROUND)}"
+        text = format_spec(self.scheme, PLANS)
+        return text if self.unroll is None else f"{text}+{format_spec(self.unroll, PLAN_ADDITIONS)}"
 
 
-def parse_plan(text: str) -> Plan:
+def parse_plan(text: str) -> DecodePlan:
     """``dual:before=16,after=16`` or ``prefix+unroll:most=4,tokens=8`` -> the plan it spells."""
     first, *rest = text.split("+")
     if len(rest) > 1:
         raise CoterieError(f"a plan has at most one addition, not {len(rest)}: {text!r}")
-    unroll = parse(rest[0], AROUND, "addition to a plan") if rest else None
-    return Plan(parse(first, PLANS, "plan"), unroll)
+    unroll = parse_spec(rest[0], PLAN_ADDITIONS, "addition to a plan") if rest else None
+    return DecodePlan(parse_spec(first, PLANS, "plan"), unroll)
 
 
-def _refresh(block: Block, length: int) -> Look:
-    return Look(0, length, length, "refresh", (block.start, block.stop))
+def _refresh_pass(block: Block, length: int) -> ForwardPass:
+    return ForwardPass(0, length, length, "refresh", (block.start, block.stop))
 
 
-def _refreshed_late(gaze: Gaze, block: Block, clock: Clock) -> bool:
+def _has_late_refresh(scheme: CachingScheme, block: Block, steps: StepCounter) -> bool:
     """dInfer notes the block of its cache one round late where warm-up ends in a later block."""
-    if not isinstance(gaze, Dual) or gaze.warmup == 0 or block.index == 0:
+    if not isinstance(scheme, DualCache) or scheme.warmup == 0 or block.index == 0:
         return False
-    return clock.entered <= gaze.warmup and clock.row == gaze.warmup + 2
+    return steps.before_block <= scheme.warmup and steps.total == scheme.warmup + 2
 
 
-PLANS: dict[str, type[Gaze]] = {
-    "uncached": Uncached,
-    "prefix": Prefix,
-    "dual": Dual,
-    "block-causal": BlockCausal,
-    "block-causal-uncached": BlockCausalUncached,
+PLANS: dict[str, type[CachingScheme]] = {
+    "uncached": NoCache,
+    "prefix": PrefixCache,
+    "dual": DualCache,
+    "block-causal": BlockCausalCache,
+    "block-causal-uncached": BlockCausalNoCache,
 }
-AROUND = {"unroll": Unroll}
+PLAN_ADDITIONS = {"unroll": Unroll}

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from coterie.decoding.unmask import RULES, Moment, Rule
+from coterie.decoding.unmask import RULES, BlockState, UnmaskRule
 from coterie.naming import CoterieError
-from coterie.spelling import Part, Whole, check_options, parse, spelled
+from coterie.spelling import UnitFraction, NonNegativeInt, check_options, parse_spec, format_spec
 
 
 @dataclass(frozen=True)
@@ -19,15 +19,15 @@ class Edit:
     Once nothing is masked the block has up to ``post`` more forwards, until one edits nothing.
     """
 
-    p: Part = 0.5
-    post: Whole = 16
+    p: UnitFraction = 0.5
+    post: NonNegativeInt = 16
 
     __post_init__ = check_options
 
-    def choose(self, moment: Moment) -> Tensor:
+    def choose(self, state: BlockState) -> Tensor:
         """Bool [w]: the answered positions to replace now."""
-        differs = moment.proposal.ids != moment.tokens
-        return moment.answered & differs & (moment.proposal.confidence > self.p)
+        differs = state.proposal.ids != state.tokens
+        return state.generated & differs & (state.proposal.confidence > self.p)
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,9 @@ class Credit:
 
     __post_init__ = check_options
 
-    def fuse(self, logits: Tensor, masked: Tensor, memory: Tensor | None) -> tuple[Tensor, Tensor]:
+    def add_credit(
+        self, logits: Tensor, masked: Tensor, memory: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
         """Logits [w, V] with credit, and the memory [w, V] after this forward."""
         logits = logits.float()
         memory = torch.zeros_like(logits) if memory is None else memory * self.beta
@@ -69,46 +71,53 @@ class Smooth:
 
     __post_init__ = check_options
 
-    def share(self, forward: int) -> float:
+    def mix_weight(self, forward: int) -> float:
         return min(self.init + self.growth * forward, self.weight)
 
-    def floor(self, forward: int) -> float:
+    def threshold_floor(self, forward: int) -> float:
         return 1.0 - self.decay * forward
 
-    def mix(self, embedded: Tensor, expected: Tensor, masked: Tensor, forward: int) -> Tensor:
+    def mix_embeddings(
+        self, embeddings: Tensor, expected: Tensor, masked: Tensor, forward: int
+    ) -> Tensor:
         """[w, H] to feed next, from the tokens' and the expected embeddings, masked [w] bool."""
-        warm = self.share(forward) * expected + embedded
-        return torch.where(masked[:, None].to(embedded.device), warm, embedded)
+        mixed = self.mix_weight(forward) * expected + embeddings
+        return torch.where(masked[:, None].to(embeddings.device), mixed, embeddings)
 
 
 @dataclass(frozen=True)
-class Unmask:
+class UnmaskStrategy:
     """A rule and what surrounds it, spelled ``rule:..+edit:..+credit:..+smooth:..``."""
 
-    rule: Rule
+    rule: UnmaskRule
     edit: Edit | None = None
     credit: Credit | None = None
     smooth: Smooth | None = None
 
     def __str__(self) -> str:
-        around = (part for part in (self.edit, self.credit, self.smooth) if part is not None)
-        return "+".join((spelled(self.rule, RULES), *(spelled(part, AROUND) for part in around)))
+        refinements = (part for part in (self.edit, self.credit, self.smooth) if part is not None)
+        return "+".join(
+            (
+                format_spec(self.rule, RULES),
+                *(format_spec(part, REFINEMENTS) for part in refinements),
+            )
+        )
 
 
-def parse_unmask(text: str) -> Unmask:
+def parse_unmask(text: str) -> UnmaskStrategy:
     """``threshold:p=0.7+edit:p=0.5,post=16`` -> the value it spells."""
     first, *rest = text.split("+")
     parts: dict[str, Edit | Credit | Smooth] = {}
-    for piece in rest:
-        part = parse(piece, AROUND, "addition to an unmasking rule")
+    for spec in rest:
+        part = parse_spec(spec, REFINEMENTS, "addition to an unmasking rule")
         name = type(part).__name__.lower()
         if name in parts:
             raise CoterieError(f"{name} is given twice in {text!r}")
         parts[name] = part
-    return Unmask(parse(first, RULES, "unmasking rule"), **parts)  # pyright: ignore[reportArgumentType]
+    return UnmaskStrategy(parse_spec(first, RULES, "unmasking rule"), **parts)  # pyright: ignore[reportArgumentType]
 
 
-AROUND: dict[str, type[Edit | Credit | Smooth]] = {
+REFINEMENTS: dict[str, type[Edit | Credit | Smooth]] = {
     "edit": Edit,
     "credit": Credit,
     "smooth": Smooth,

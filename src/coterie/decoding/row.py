@@ -10,29 +10,29 @@ import torch
 from torch import Tensor
 
 from coterie.decoding.canvas import Block, Canvas
-from coterie.decoding.plans import Clock, Look, Plan
-from coterie.decoding.refine import Unmask
+from coterie.decoding.plans import StepCounter, ForwardPass, DecodePlan
+from coterie.decoding.refine import UnmaskStrategy
 from coterie.decoding.sampling import Proposal, Sampling, propose
-from coterie.decoding.unmask import NEVER, Entropy, Moment, best
-from coterie.values import Survey
+from coterie.decoding.unmask import NEG_INF, EntropyRule, BlockState, top_positions
+from coterie.values import LogitsSummary
 
 EarlyStop = Literal["off", "block", "token"]
 
 
 @dataclass(frozen=True)
-class Ask:
+class DecodeRequest:
     """What one row was asked for. ``stops``: end-of-text ids."""
 
-    prompt: tuple[int, ...]
-    new: int
-    block: int
-    plan: Plan
-    unmask: Unmask
+    prompt_ids: tuple[int, ...]
+    max_new_tokens: int
+    block_length: int
+    plan: DecodePlan
+    unmask: UnmaskStrategy
     sampling: Sampling
     seed: int
     early_stop: EarlyStop
-    stops: tuple[int, ...]
-    mask: int
+    eos_ids: tuple[int, ...]
+    mask_id: int
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,7 @@ class Token:
 
 
 @dataclass(frozen=True)
-class Change:
+class BlockUpdate:
     """What one forward did to a row's block."""
 
     committed: tuple[Token, ...] = ()
@@ -53,185 +53,214 @@ class Change:
     provisional: tuple[Token, ...] = ()  # proposed, still masked
 
 
-class Row:
+class SequenceState:
     """The loop over blocks and forwards (``looks``) and what one forward leads to (``receive``).
 
     Mutable: it is the state of one request. ``look`` is the forward it waits for, None at the end;
     ``cut`` says that an end-of-text ended it inside a block.
     """
 
-    def __init__(self, ask: Ask) -> None:
-        self.ask = ask
-        self.blocks = ask.plan.blocks(len(ask.prompt), ask.new, ask.block)
-        self.canvas = Canvas(ask.prompt, self.blocks[-1].stop, ask.mask)
+    def __init__(self, request: DecodeRequest) -> None:
+        self.request = request
+        self.blocks = request.plan.blocks(
+            len(request.prompt_ids), request.max_new_tokens, request.block_length
+        )
+        self.canvas = Canvas(request.prompt_ids, self.blocks[-1].stop, request.mask_id)
         self.block = self.blocks[0]
-        self.clock = Clock()
-        self._generator = torch.Generator().manual_seed(ask.seed)
-        self._enter(self.block)
-        self._looks = self._journey()
-        self.look: Look | None = next(self._looks, None)
+        self.steps = StepCounter()
+        self._generator = torch.Generator().manual_seed(request.seed)
+        self._enter_block(self.block)
+        self._pass_iterator = self._passes()
+        self.next_pass: ForwardPass | None = next(self._pass_iterator, None)
 
-    def _journey(self) -> Iterator[Look]:
+    def _passes(self) -> Iterator[ForwardPass]:
         """Every forward of the row, in order; between two of them ``receive`` fills the canvas."""
-        plan, length = self.ask.plan, self.canvas.length
-        yield from plan.prefill(self.blocks[0])
+        plan, length = self.request.plan, self.canvas.length
+        yield from plan.prefill_passes(self.blocks[0])
         for block in self.blocks:
-            self._enter(block)
-            while not self._settled():
-                masked = int(self.canvas.masked(block.start, block.stop).sum())
-                for _ in range(plan.patience(block, length, self.clock, masked)):
-                    yield plan.look(block, length, self.clock)
-                    if self.cut:
+            self._enter_block(block)
+            while not self._is_block_done():
+                num_masked = int(self.canvas.is_masked(block.start, block.stop).sum())
+                for _ in range(plan.steps_until_check(block, length, self.steps, num_masked)):
+                    yield plan.next_pass(block, length, self.steps)
+                    if self.stopped_early:
                         return
-            if block is self.blocks[-1] or (self.ask.early_stop != "off" and self._ended()):
+            if block is self.blocks[-1] or (
+                self.request.early_stop != "off" and self._has_complete_answer()
+            ):
                 return
-            yield from plan.commit(block)
+            yield from plan.commit_passes(block)
 
-    def wanted(self) -> Tensor:
+    def logits_indices(self) -> Tensor:
         """Positions [n] of the block whose logits can change something, int64.
 
         Those that are masked; all where others are edited, remembered, or given a share of luck.
         """
-        unmask, block = self.ask.unmask, self.block
-        masked = self.canvas.masked(block.start, block.stop)
-        others = unmask.edit or unmask.credit or unmask.smooth or self.ask.sampling.temperature
-        if others or not bool(masked.any()):
+        unmask, block = self.request.unmask, self.block
+        masked = self.canvas.is_masked(block.start, block.stop)
+        needs_all = (
+            unmask.edit or unmask.credit or unmask.smooth or self.request.sampling.temperature
+        )
+        if needs_all or not bool(masked.any()):
             return torch.arange(block.width)
         return masked.nonzero()[:, 0]
 
     def receive(
-        self, logits: Tensor | None, survey: Survey | None = None, at: Tensor | None = None
-    ) -> Change:
+        self,
+        logits: Tensor | None,
+        summary: LogitsSummary | None = None,
+        indices: Tensor | None = None,
+    ) -> BlockUpdate:
         """Take the answer of the forward waited for and move on to the next.
 
         logits [n, V] where the look denoises, else None: those ``at`` positions that are wanted, or
         of the whole block. ``survey`` says what they say, if that is known. If they are not finite
         this raises, and the row is as it was.
         """
-        change = Change() if logits is None else self._denoise(logits, survey, at)
-        self.look = next(self._looks, None)
-        return change
+        update = BlockUpdate() if logits is None else self._denoise(logits, summary, indices)
+        self.next_pass = next(self._pass_iterator, None)
+        return update
 
-    def _denoise(self, logits: Tensor, survey: Survey | None, at: Tensor | None) -> Change:
-        unmask, block = self.ask.unmask, self.block
-        masked = self.canvas.masked(block.start, block.stop)
-        memory = self._memory
+    def _denoise(
+        self, logits: Tensor, summary: LogitsSummary | None, indices: Tensor | None
+    ) -> BlockUpdate:
+        unmask, block = self.request.unmask, self.block
+        masked = self.canvas.is_masked(block.start, block.stop)
+        memory = self._credit_memory
         if unmask.credit is not None:
-            logits, memory = unmask.credit.fuse(logits, masked, memory)
-            survey = None
-        doubts = isinstance(unmask.rule, Entropy)
-        sampling, mask = self.ask.sampling, self.ask.mask
-        proposal = propose(logits, sampling, mask, self._generator, entropy=doubts, survey=survey)
-        if at is not None:
-            proposal = proposal.spread(at, block.width)
-        moment = self._moment(proposal, masked)
-        ids, commit = self._commit(moment)
+            logits, memory = unmask.credit.add_credit(logits, masked, memory)
+            summary = None
+        needs_entropy = isinstance(unmask.rule, EntropyRule)
+        sampling, mask_id = self.request.sampling, self.request.mask_id
+        proposal = propose(
+            logits, sampling, mask_id, self._generator, entropy=needs_entropy, summary=summary
+        )
+        if indices is not None:
+            proposal = proposal.scatter(indices, block.width)
+        state = self._block_state(proposal, masked)
+        ids, commit = self._select_commits(state)
         edit = torch.zeros_like(commit)
-        if unmask.edit is not None and not self._exhausted():
-            edit = unmask.edit.choose(moment)
-        self._memory = memory
-        self._write(moment, ids, commit | edit)
-        return self._change(moment, ids, commit, edit)
+        if unmask.edit is not None and not self._edit_limit_reached():
+            edit = unmask.edit.choose(state)
+        self._credit_memory = memory
+        self._write(state, ids, commit | edit)
+        return self._block_update(state, ids, commit, edit)
 
-    def _moment(self, proposal: Proposal, masked: Tensor) -> Moment:
-        block, smooth = self.block, self.ask.unmask.smooth
-        return Moment(
+    def _block_state(self, proposal: Proposal, masked: Tensor) -> BlockState:
+        block, smooth = self.block, self.request.unmask.smooth
+        return BlockState(
             proposal,
             tokens=self.canvas.tokens[block.start : block.stop].clone(),
             masked=masked,
-            answered=self.canvas.answered(block.start, block.stop),
-            mask=self.ask.mask,
-            step=self.clock.block,
-            opened=self._opened,
-            floor=NEVER if smooth is None else smooth.floor(self.clock.row),
+            generated=self.canvas.is_generated(block.start, block.stop),
+            mask_id=self.request.mask_id,
+            step=self.steps.in_block,
+            initial_masked=self._initial_masked,
+            threshold_floor=NEG_INF if smooth is None else smooth.threshold_floor(self.steps.total),
         )
 
-    def _commit(self, moment: Moment) -> tuple[Tensor, Tensor]:
+    def _select_commits(self, state: BlockState) -> tuple[Tensor, Tensor]:
         """Ids to write and where, [w] each: the rule's choice, or the best where it writes nothing.
 
         A proposal can be the mask itself, and a rule may then choose nothing that is new: published
         loops would repeat that forward for ever.
         """
-        proposal = moment.proposal
-        if not bool(moment.masked.any()):
-            return proposal.ids, moment.masked
-        if self._exhausted():
-            return proposal.unmask, moment.masked
-        chosen = self.ask.unmask.rule.choose(moment) & moment.masked
-        if bool((chosen & (proposal.ids != moment.mask)).any()):
-            return proposal.ids, chosen
-        return proposal.unmask, best(moment.confidence, 1)
+        proposal = state.proposal
+        if not bool(state.masked.any()):
+            return proposal.ids, state.masked
+        if self._edit_limit_reached():
+            return proposal.unmasked_ids, state.masked
+        selected = self.request.unmask.rule.choose(state) & state.masked
+        if bool((selected & (proposal.ids != state.mask_id)).any()):
+            return proposal.ids, selected
+        return proposal.unmasked_ids, top_positions(state.confidence, 1)
 
-    def _write(self, moment: Moment, ids: Tensor, where: Tensor) -> None:
+    def _write(self, state: BlockState, ids: Tensor, write_mask: Tensor) -> None:
         block, canvas = self.block, self.canvas
-        stopped = where & torch.isin(ids, torch.tensor(self.ask.stops, dtype=torch.int64))
-        canvas.write(block, where, ids)
-        seen = where | moment.masked
+        eos_written = write_mask & torch.isin(
+            ids, torch.tensor(self.request.eos_ids, dtype=torch.int64)
+        )
+        canvas.write(block, write_mask, ids)
+        updated = write_mask | state.masked
         span = canvas.confidence[block.start : block.stop]
-        span[seen] = moment.proposal.sure(ids)[seen]
-        if not bool(moment.masked.any()):
-            self._after += 1
-            self._quiet = not bool(where.any())
-        self.clock = Clock(self.clock.row + 1, self.clock.block + 1)
-        self.cut = self.ask.early_stop == "token" and bool(stopped.any()) and self._ended()
-
-    def _change(self, moment: Moment, ids: Tensor, commit: Tensor, edit: Tensor) -> Change:
-        commit = commit & (ids != moment.mask)
-        return Change(
-            committed=self._tokens(commit, ids, moment),
-            edited=self._tokens(edit, ids, moment),
-            provisional=self._tokens(moment.masked & ~commit, moment.proposal.unmask, moment),
+        span[updated] = state.proposal.confidence_of(ids)[updated]
+        if not bool(state.masked.any()):
+            self._edit_forwards += 1
+            self._edits_converged = not bool(write_mask.any())
+        self.steps = StepCounter(self.steps.total + 1, self.steps.in_block + 1)
+        self.stopped_early = (
+            self.request.early_stop == "token"
+            and bool(eos_written.any())
+            and self._has_complete_answer()
         )
 
-    def _tokens(self, where: Tensor, ids: Tensor, moment: Moment) -> tuple[Token, ...]:
-        first = self.block.start - self.canvas.prompt
-        places = where.nonzero()[:, 0].tolist()
-        sure = moment.proposal.sure(ids)
-        return tuple(Token(first + i, int(ids[i]), float(sure[i])) for i in places)
+    def _block_update(
+        self, state: BlockState, ids: Tensor, commit: Tensor, edit: Tensor
+    ) -> BlockUpdate:
+        commit = commit & (ids != state.mask_id)
+        return BlockUpdate(
+            committed=self._tokens(commit, ids, state),
+            edited=self._tokens(edit, ids, state),
+            provisional=self._tokens(state.masked & ~commit, state.proposal.unmasked_ids, state),
+        )
 
-    def _enter(self, block: Block) -> None:
+    def _tokens(self, mask: Tensor, ids: Tensor, state: BlockState) -> tuple[Token, ...]:
+        first = self.block.start - self.canvas.prompt_length
+        indices = mask.nonzero()[:, 0].tolist()
+        confidence = state.proposal.confidence_of(ids)
+        return tuple(Token(first + i, int(ids[i]), float(confidence[i])) for i in indices)
+
+    def _enter_block(self, block: Block) -> None:
         self.block = block
-        self.clock = Clock(self.clock.row, 0)
-        self._opened = int(self.canvas.masked(block.start, block.stop).sum())
-        self._memory: Tensor | None = None  # credit's
-        self._after = 0  # forwards that began without a mask
-        self._quiet = False  # the last of them edited nothing
-        self.cut = False
+        self.steps = StepCounter(self.steps.total, 0)
+        self._initial_masked = int(self.canvas.is_masked(block.start, block.stop).sum())
+        self._credit_memory: Tensor | None = None  # credit's
+        self._edit_forwards = 0  # forwards that began without a mask
+        self._edits_converged = False  # the last of them edited nothing
+        self.stopped_early = False
 
-    def _settled(self) -> bool:
+    def _is_block_done(self) -> bool:
         """Whether the block needs no further forward."""
-        if not self.canvas.unmasked(self.block.start, self.block.stop):
+        if not self.canvas.is_filled(self.block.start, self.block.stop):
             return False
-        edit = self.ask.unmask.edit
-        return edit is None or self._quiet or self._after >= edit.post
+        edit = self.request.unmask.edit
+        return edit is None or self._edits_converged or self._edit_forwards >= edit.post
 
-    def _exhausted(self) -> bool:
+    def _edit_limit_reached(self) -> bool:
         """Edits may write masks again; nothing published bounds that."""
-        edit = self.ask.unmask.edit
-        return edit is not None and self.clock.block >= 8 * self.block.width + edit.post
+        edit = self.request.unmask.edit
+        return edit is not None and self.steps.in_block >= 8 * self.block.width + edit.post
 
-    def _ended(self) -> bool:
+    def _has_complete_answer(self) -> bool:
         """Whether the answer holds an end-of-text with everything before it filled."""
-        answer = self.canvas.tokens[self.canvas.prompt : self.block.stop].tolist()
-        end = first_of(answer, self.ask.stops)
-        return end is not None and self.ask.mask not in answer[:end]
+        answer = self.canvas.tokens[self.canvas.prompt_length : self.block.stop].tolist()
+        end = first_index_of(answer, self.request.eos_ids)
+        return end is not None and self.request.mask_id not in answer[:end]
 
     @property
     def answer(self) -> list[int]:
         """The new tokens: at most as many as asked for, up to the first end-of-text."""
-        whole = self.canvas.tokens[self.canvas.prompt :].tolist()[: self.ask.new]
-        end = first_of(whole, self.ask.stops) if self.ask.early_stop != "off" else None
-        return [token for token in whole[:end] if token != self.ask.mask]
+        tokens = self.canvas.tokens[self.canvas.prompt_length :].tolist()[
+            : self.request.max_new_tokens
+        ]
+        end = (
+            first_index_of(tokens, self.request.eos_ids)
+            if self.request.early_stop != "off"
+            else None
+        )
+        return [token for token in tokens[:end] if token != self.request.mask_id]
 
     @property
-    def stopped(self) -> bool:
+    def ended_by_eos(self) -> bool:
         """Whether the answer ends because the model ended it."""
-        if self.ask.early_stop == "off":
+        if self.request.early_stop == "off":
             return False
-        whole = self.canvas.tokens[self.canvas.prompt :].tolist()[: self.ask.new]
-        return first_of(whole, self.ask.stops) is not None
+        tokens = self.canvas.tokens[self.canvas.prompt_length :].tolist()[
+            : self.request.max_new_tokens
+        ]
+        return first_index_of(tokens, self.request.eos_ids) is not None
 
 
-def first_of(tokens: Sequence[int], wanted: Sequence[int]) -> int | None:
+def first_index_of(tokens: Sequence[int], targets: Sequence[int]) -> int | None:
     """Index of the first token that is one of ``wanted``."""
-    return next((i for i, token in enumerate(tokens) if token in wanted), None)
+    return next((i for i, token in enumerate(tokens) if token in targets), None)

@@ -10,187 +10,221 @@ import torch
 from torch import Tensor
 
 from coterie import ops
-from coterie.decoding import Change, Row
-from coterie.decoding.plans import Look
-from coterie.decoding.row import first_of
-from coterie.decoding.sampling import NotFinite
-from coterie.engine.config import Generation
-from coterie.engine.graph import Graphs
-from coterie.engine.pool import Pool
+from coterie.decoding import BlockUpdate, SequenceState
+from coterie.decoding.plans import ForwardPass
+from coterie.decoding.row import first_index_of
+from coterie.decoding.sampling import NonFiniteError
+from coterie.engine.config import GenerationConfig
+from coterie.engine.graph import CudaGraphs
+from coterie.engine.pool import KVCachePool
 from coterie.experts.traffic import Traffic
-from coterie.model.cache import Cache
-from coterie.model.step import Coresets, Step
+from coterie.model.cache import KVCache
+from coterie.model.step import CoresetState, ForwardContext
 from coterie.model.transformer import Transformer
 from coterie.naming import CoterieError
 from coterie.routing import Vanilla
-from coterie.telemetry import Counting, Null, Recorder, Together, Tracing
-from coterie.values import Policy, Progress, Survey, Window
+from coterie.telemetry import ExpertCounter, NullRecorder, Recorder, RecorderGroup, TensorRecorder
+from coterie.values import Policy, DecodeProgress, LogitsSummary, Window
 
 VANILLA = Vanilla()
-NOBODY = Null()
+NULL_RECORDER = NullRecorder()
 
 
 @dataclass  # not frozen: it counts what its row went through
-class Slot:
+class ActiveSequence:
     """A row in the engine: its cache row, its policy, and what it has cost."""
 
     number: int
-    row: Row
-    place: int
+    sequence: SequenceState
+    cache_row: int
     policy: Policy
-    generation: Generation
+    generation: GenerationConfig
     embeddings: Tensor | None = None  # [length, H], where masks are fed what was last proposed
     coresets: tuple[int, Tensor] | None = None  # a block, and its [L, E] of the step before
     prefills: int = 0
     commits: int = 0
-    moved: Traffic | None = None  # by everybody, before it
-    began: float = field(default_factory=time.perf_counter)
+    traffic_before: Traffic | None = None  # by everybody, before it
+    start_time: float = field(default_factory=time.perf_counter)
 
     @property
-    def look(self) -> Look:
+    def next_pass(self) -> ForwardPass:
         """The forward it waits for."""
-        if self.row.look is None:
+        if self.sequence.next_pass is None:
             raise RuntimeError(f"row {self.number} is finished")
-        return self.row.look
+        return self.sequence.next_pass
 
-    def routes(self) -> Policy:
+    def next_policy(self) -> Policy:
         """The policy of the forward it waits for: elsewhere than in decoding, only where asked."""
-        kind = self.look.kind
-        asked = self.generation.commit if kind == "commit" else self.generation.prefill
-        return self.policy if kind == "decode" or asked == "policy" else VANILLA
+        kind = self.next_pass.kind
+        routing_mode = (
+            self.generation.commit_routing if kind == "commit" else self.generation.prefill_routing
+        )
+        return self.policy if kind == "decode" or routing_mode == "policy" else VANILLA
 
-    def drift(self) -> float | None:
+    def reuse_tolerance(self) -> float | None:
         """How much of its votes a coreset may lose before the block leaves it; None where each
         forward elects anew, as all do that do not decode."""
-        return self.generation.drift if self.look.kind == "decode" else None
+        return self.generation.reuse_tolerance if self.next_pass.kind == "decode" else None
 
-    def kept(self) -> Tensor | None:
+    def previous_coresets(self) -> Tensor | None:
         """[L, E]: the coresets of the block's step before, if it had one."""
         block, coresets = self.coresets or (None, None)
-        return coresets if block == self.row.block.index else None
+        return coresets if block == self.sequence.block.index else None
 
 
-def groups(slots: Iterable[Slot]) -> list[list[Slot]]:
+def group_sequences(sequences: Iterable[ActiveSequence]) -> list[list[ActiveSequence]]:
     """Slots whose next forwards agree in everything but positions, in order of arrival."""
-    found: dict[tuple[object, ...], list[Slot]] = {}
-    for slot in slots:
-        look = slot.look
-        smooth = slot.embeddings is not None
+    grouped: dict[tuple[object, ...], list[ActiveSequence]] = {}
+    for active in sequences:
+        next_pass = active.next_pass
+        has_embeddings = active.embeddings is not None
         key = (
-            *(look.width, look.kind, look.causal, look.cached),
-            *(slot.routes(), slot.drift(), smooth),
+            *(next_pass.width, next_pass.kind, next_pass.causal_block, next_pass.use_cache),
+            *(active.next_policy(), active.reuse_tolerance(), has_embeddings),
         )
-        found.setdefault(key, []).append(slot)
-    return list(found.values())
+        grouped.setdefault(key, []).append(active)
+    return list(grouped.values())
 
 
-def forward(
+def run_forward(
     transformer: Transformer,
-    pool: Pool,
-    group: Sequence[Slot],
-    counting: Counting,
-    watcher: Recorder = NOBODY,
+    pool: KVCachePool,
+    group: Sequence[ActiveSequence],
+    counter: ExpertCounter,
+    user_recorder: Recorder = NULL_RECORDER,
     *,
-    graphs: Graphs | None = None,
-    every: bool = False,
-) -> list[Change]:
+    graphs: CudaGraphs | None = None,
+    record_all: bool = False,
+) -> list[BlockUpdate]:
     """One forward of rows that agree (``groups``); every row then moves on to its next.
 
     Decoding forwards that nobody watches are played from ``graphs``, where they take them. Only
     decoding forwards are counted, and shown to the watcher unless it is to see ``every`` one. If
     logits are not finite this raises, and no row has moved.
     """
-    look, device = group[0].look, transformer.device
-    rows, places = tuple(slot.number for slot in group), [slot.place for slot in group]
+    next_pass, device = group[0].next_pass, transformer.device
+    rows, cache_rows = (
+        tuple(active.number for active in group),
+        [active.cache_row for active in group],
+    )
     # What is played again shall not change in shape, and who watches is shown whole blocks.
-    sparing = device.type == "cpu" and graphs is None and isinstance(watcher, Null)
-    tokens, step = _asked(group, sparing=sparing)
-    step = replace(step, coresets=_coresets(group, transformer))
-    blocks = [slot.row.block.index for slot in group]
+    skip_unused = (
+        device.type == "cpu" and graphs is None and isinstance(user_recorder, NullRecorder)
+    )
+    tokens, context = _forward_inputs(group, skip_unused=skip_unused)
+    context = replace(context, coresets=_coresets(group, transformer))
+    blocks = [active.sequence.block.index for active in group]
 
-    def cache() -> Cache | None:
-        return pool.rows(places) if look.cached else None
+    def cache() -> KVCache | None:
+        return pool.rows(cache_rows) if next_pass.use_cache else None
 
-    alone = look.kind == "decode" and isinstance(watcher, Null) and step.embeddings is None
-    if graphs is not None and alone and graphs.takes(step):
-        whole = replace(step, cache=pool.whole() if look.cached else None)
-        logits, counted = graphs.run(tokens, whole, places, rows)
+    can_replay = (
+        next_pass.kind == "decode"
+        and isinstance(user_recorder, NullRecorder)
+        and context.embeddings is None
+    )
+    if graphs is not None and can_replay and graphs.can_run(context):
+        graph_context = replace(context, cache=pool.full_cache() if next_pass.use_cache else None)
+        logits, forward_counter = graphs.run(tokens, graph_context, cache_rows, rows)
     else:
-        counted = Counting()
-        others = watcher if every else NOBODY
-        recorder = Together((counted, watcher)) if look.kind == "decode" else others
-        recorder.began(rows)
-        moved = _moved(replace(step, cache=cache(), recorder=recorder), device)
-        logits = transformer(tokens.to(device), moved)
+        forward_counter = ExpertCounter()
+        other_recorder = user_recorder if record_all else NULL_RECORDER
+        pass_recorder = (
+            RecorderGroup((forward_counter, user_recorder))
+            if next_pass.kind == "decode"
+            else other_recorder
+        )
+        pass_recorder.on_forward(rows)
+        device_context = _to_device(replace(context, cache=cache(), recorder=pass_recorder), device)
+        logits = transformer(tokens.to(device), device_context)
     # The one read that ends a step, whatever the number of rows.
-    survey = ops.survey(logits, group[0].row.ask.mask).on_host()
-    if not bool(torch.isfinite(survey.total).all()):
-        raise _broken(transformer, tokens, replace(step, cache=cache()))
+    summary = ops.summarize_logits(logits, group[0].sequence.request.mask_id).to_host()
+    if not bool(torch.isfinite(summary.logsumexp).all()):
+        raise _non_finite_error(transformer, tokens, replace(context, cache=cache()))
     try:
-        at = [_needed(slot, sparing=sparing) for slot in group]
-        changes = [
-            _move_on(transformer, slot, where, *share)
-            for slot, where, share in zip(group, at, _shares(at, logits, survey), strict=True)
+        logits_positions = [_logits_positions(active, skip_unused=skip_unused) for active in group]
+        updates = [
+            _advance_sequence(transformer, active, positions, *logits_slice)
+            for active, positions, logits_slice in zip(
+                group,
+                logits_positions,
+                _split_logits(logits_positions, logits, summary),
+                strict=True,
+            )
         ]
-    except NotFinite as error:
-        raise _broken(transformer, tokens, replace(step, cache=cache())) from error
-    if step.coresets is not None:
-        for slot, block, used in zip(group, blocks, step.coresets.after.unbind(1), strict=True):
-            slot.coresets = block, used
-    counting.absorb(counted)
-    return changes
+    except NonFiniteError as error:
+        raise _non_finite_error(transformer, tokens, replace(context, cache=cache())) from error
+    if context.coresets is not None:
+        for active, block, coresets in zip(
+            group, blocks, context.coresets.current.unbind(1), strict=True
+        ):
+            active.coresets = block, coresets
+    counter.merge(forward_counter)
+    return updates
 
 
-def _asked(group: Sequence[Slot], *, sparing: bool) -> tuple[Tensor, Step]:
+def _forward_inputs(
+    group: Sequence[ActiveSequence], *, skip_unused: bool
+) -> tuple[Tensor, ForwardContext]:
     """The tokens [B, W] and the step of a forward, on the host, without cache and recorder."""
-    step = Step(
+    context = ForwardContext(
         window=_window(group),
         cache=None,
-        policy=group[0].routes(),
-        recorder=NOBODY,
-        wanted=_wanted(group, sparing=sparing),
+        policy=group[0].next_policy(),
+        recorder=NULL_RECORDER,
+        logits_indices=_logits_indices(group, skip_unused=skip_unused),
         voters=_voters(group),
         progress=_progress(group),
-        forward=tuple(slot.row.clock.row for slot in group),
+        forward=tuple(active.sequence.steps.total for active in group),
         embeddings=_embeddings(group),
     )
-    return torch.stack([slot.row.canvas.tokens[_span(slot)] for slot in group]), step
+    return torch.stack([active.sequence.canvas.tokens[_span(active)] for active in group]), context
 
 
-def _coresets(group: Sequence[Slot], transformer: Transformer) -> Coresets | None:
+def _coresets(group: Sequence[ActiveSequence], transformer: Transformer) -> CoresetState | None:
     """What the rows' blocks had in the step before, on the device: it is never read here."""
-    drift, spec = group[0].drift(), transformer.spec
-    if drift is None:
+    reuse_tolerance, spec = group[0].reuse_tolerance(), transformer.spec
+    if reuse_tolerance is None:
         return None
     shape = (len(spec.moe_layers), spec.router.experts)
-    nobody = torch.zeros(shape, dtype=torch.bool, device=transformer.device)
-    before = [nobody if (kept := slot.kept()) is None else kept for slot in group]
-    return Coresets.of(drift, torch.stack(before, dim=1))
+    no_coresets = torch.zeros(shape, dtype=torch.bool, device=transformer.device)
+    previous = [
+        no_coresets if (coresets := active.previous_coresets()) is None else coresets
+        for active in group
+    ]
+    return CoresetState.of(reuse_tolerance, torch.stack(previous, dim=1))
 
 
-def _broken(transformer: Transformer, tokens: Tensor, step: Step) -> CoterieError:
+def _non_finite_error(
+    transformer: Transformer, tokens: Tensor, context: ForwardContext
+) -> CoterieError:
     """What to raise over such a forward."""
     device = transformer.device
-    where = _first_broken(transformer, tokens.to(device), _moved(step, device))
-    return CoterieError(f"{where} NaN or infinite numbers: no token was written")
+    source = _first_non_finite(transformer, tokens.to(device), _to_device(context, device))
+    return CoterieError(f"{source} NaN or infinite numbers: no token was written")
 
 
-def _moved(step: Step, device: torch.device) -> Step:
+def _to_device(context: ForwardContext, device: torch.device) -> ForwardContext:
     """The same step with what routing reads on the device. Windows stay: their reach is asked."""
 
-    def there(tensor: Tensor | None) -> Tensor | None:
+    def move(tensor: Tensor | None) -> Tensor | None:
         return None if tensor is None else tensor.to(device)
 
-    progress = step.progress
+    progress = context.progress
     if progress is not None:
-        progress = Progress(**{name: there(value) for name, value in vars(progress).items()})
-    return replace(step, wanted=there(step.wanted), voters=there(step.voters), progress=progress)
+        progress = DecodeProgress(**{name: move(value) for name, value in vars(progress).items()})
+    return replace(
+        context,
+        logits_indices=move(context.logits_indices),
+        voters=move(context.voters),
+        progress=progress,
+    )
 
 
-def _first_broken(transformer: Transformer, tokens: Tensor, step: Step) -> str:
+def _first_non_finite(transformer: Transformer, tokens: Tensor, context: ForwardContext) -> str:
     """Where numbers stop being finite: the same forward once more, watched."""
-    trace, last = Tracing(), transformer.spec.layers
-    transformer(tokens, replace(step, recorder=trace))
+    trace, last = TensorRecorder(), transformer.spec.layers
+    transformer(tokens, replace(context, recorder=trace))
     for layer, x in trace.outputs:
         if not bool(torch.isfinite(x).all()):
             names = {-1: "the embedding gives", last: "the last norm gives"}
@@ -198,96 +232,113 @@ def _first_broken(transformer: Transformer, tokens: Tensor, step: Step) -> str:
     return "the head gives"
 
 
-def _shares(
-    at: Sequence[Tensor], logits: Tensor, survey: Survey | None
-) -> Iterator[tuple[Tensor, Survey | None]]:
+def _split_logits(
+    positions: Sequence[Tensor], logits: Tensor, summary: LogitsSummary | None
+) -> Iterator[tuple[Tensor, LogitsSummary | None]]:
     first = 0
-    for where in at:
-        rows = slice(first, first + len(where))
-        yield logits[rows], None if survey is None else survey[rows]
+    for part in positions:
+        rows = slice(first, first + len(part))
+        yield logits[rows], None if summary is None else summary[rows]
         first = rows.stop
 
 
-def _move_on(
-    transformer: Transformer, slot: Slot, at: Tensor, logits: Tensor, survey: Survey | None
-) -> Change:
+def _advance_sequence(
+    transformer: Transformer,
+    active: ActiveSequence,
+    positions: Tensor,
+    logits: Tensor,
+    summary: LogitsSummary | None,
+) -> BlockUpdate:
     """Give a row its logits ``at`` these positions; refresh what its masks are fed."""
-    look, row = slot.look, slot.row
-    if not look.denoises:
-        slot.prefills += look.kind == "prefill"
-        slot.commits += look.kind == "commit"
-        return row.receive(None)
-    smooth = row.ask.unmask.smooth
-    if smooth is None or slot.embeddings is None:
-        return row.receive(logits, survey, at - row.block.start)
-    number, block = row.clock.row, row.block
-    here = slice(block.start - look.start, block.stop - look.start)
-    change = row.receive(logits[here], None if survey is None else survey[here])
-    tokens = row.canvas.tokens[look.start : look.stop]
+    next_pass, sequence = active.next_pass, active.sequence
+    if not next_pass.is_denoising:
+        active.prefills += next_pass.kind == "prefill"
+        active.commits += next_pass.kind == "commit"
+        return sequence.receive(None)
+    smooth = sequence.request.unmask.smooth
+    if smooth is None or active.embeddings is None:
+        return sequence.receive(logits, summary, positions - sequence.block.start)
+    step, block = sequence.steps.total, sequence.block
+    in_block = slice(block.start - next_pass.start, block.stop - next_pass.start)
+    update = sequence.receive(logits[in_block], None if summary is None else summary[in_block])
+    tokens = sequence.canvas.tokens[next_pass.start : next_pass.stop]
     embedded = transformer.embed(tokens.to(logits.device)[None])[0]
     expected = torch.softmax(logits, dim=-1).to(embedded.dtype) @ transformer.embedding
-    masked = tokens == row.ask.mask
-    slot.embeddings[look.start : look.stop] = smooth.mix(embedded, expected, masked, number)
-    return change
+    masked = tokens == sequence.request.mask_id
+    active.embeddings[next_pass.start : next_pass.stop] = smooth.mix_embeddings(
+        embedded, expected, masked, step
+    )
+    return update
 
 
-def _span(slot: Slot) -> slice:
-    return slice(slot.look.start, slot.look.stop)
+def _span(active: ActiveSequence) -> slice:
+    return slice(active.next_pass.start, active.next_pass.stop)
 
 
-def _needed(slot: Slot, *, sparing: bool) -> Tensor:
+def _logits_positions(active: ActiveSequence, *, skip_unused: bool) -> Tensor:
     """Positions [n] whose logits are used: of the block (``sparing``: those that can change
     something), or the window's where masks are fed them."""
-    look, block = slot.look, slot.row.block
-    if not look.denoises:
+    next_pass, block = active.next_pass, active.sequence.block
+    if not next_pass.is_denoising:
         return torch.arange(0)
-    if slot.embeddings is not None:
-        return torch.arange(look.start, look.stop)
-    return block.start + slot.row.wanted() if sparing else torch.arange(block.start, block.stop)
-
-
-def _wanted(group: Sequence[Slot], *, sparing: bool) -> Tensor:
-    """[P] int64 into B*width."""
-    width = group[0].look.width
-    needed = (_needed(slot, sparing=sparing) - slot.look.start for slot in group)
-    return torch.cat([b * width + at for b, at in enumerate(needed)])
-
-
-def _window(group: Sequence[Slot]) -> Window:
-    looks = [slot.look for slot in group]
-    return Window(
-        start=torch.tensor([look.start for look in looks]),
-        width=looks[0].width,
-        visible=torch.tensor([look.visible for look in looks]),
-        block=looks[0].causal,
+    if active.embeddings is not None:
+        return torch.arange(next_pass.start, next_pass.stop)
+    return (
+        block.start + active.sequence.logits_indices()
+        if skip_unused
+        else torch.arange(block.start, block.stop)
     )
 
 
-def _voters(group: Sequence[Slot]) -> Tensor | None:
+def _logits_indices(group: Sequence[ActiveSequence], *, skip_unused: bool) -> Tensor:
+    """[P] int64 into B*width."""
+    width = group[0].next_pass.width
+    positions = (
+        _logits_positions(active, skip_unused=skip_unused) - active.next_pass.start
+        for active in group
+    )
+    return torch.cat([b * width + indices for b, indices in enumerate(positions)])
+
+
+def _window(group: Sequence[ActiveSequence]) -> Window:
+    passes = [active.next_pass for active in group]
+    return Window(
+        start=torch.tensor([next_pass.start for next_pass in passes]),
+        width=passes[0].width,
+        visible=torch.tensor([next_pass.visible for next_pass in passes]),
+        block=passes[0].causal_block,
+    )
+
+
+def _voters(group: Sequence[ActiveSequence]) -> Tensor | None:
     """[B, width] fp32: the live block and what is computed anew beside it; None: all there is."""
-    looks = [slot.look for slot in group]
-    if all(look.voters == (look.start, look.stop) for look in looks):
+    passes = [active.next_pass for active in group]
+    if all(next_pass.voters == (next_pass.start, next_pass.stop) for next_pass in passes):
         return None
     rows = []
-    for look in looks:
-        position = torch.arange(look.start, look.stop)
-        first, last = look.voters
+    for next_pass in passes:
+        position = torch.arange(next_pass.start, next_pass.stop)
+        first, last = next_pass.voters
         rows.append((position >= first) & (position < last))
     return torch.stack(rows).float()
 
 
-def _progress(group: Sequence[Slot]) -> Progress:
-    masked, filled, doubt = [], [], []
-    for slot in group:
-        canvas, span = slot.row.canvas, _span(slot)
-        masked.append(canvas.tokens[span] == canvas.mask)
-        end = first_of(canvas.tokens[canvas.prompt :].tolist(), slot.row.ask.stops)
-        last = canvas.length if end is None else canvas.prompt + end
+def _progress(group: Sequence[ActiveSequence]) -> DecodeProgress:
+    masked, filled, uncertainty = [], [], []
+    for active in group:
+        canvas, span = active.sequence.canvas, _span(active)
+        masked.append(canvas.tokens[span] == canvas.mask_id)
+        end = first_index_of(
+            canvas.tokens[canvas.prompt_length :].tolist(), active.sequence.request.eos_ids
+        )
+        last = canvas.length if end is None else canvas.prompt_length + end
         filled.append(torch.arange(span.start, span.stop) > last)
-        doubt.append(1.0 - canvas.confidence[span])
-    return Progress(*(torch.stack(part) for part in (masked, filled, doubt)))
+        uncertainty.append(1.0 - canvas.confidence[span])
+    return DecodeProgress(*(torch.stack(part) for part in (masked, filled, uncertainty)))
 
 
-def _embeddings(group: Sequence[Slot]) -> Tensor | None:
-    kept = [slot.embeddings[_span(slot)] for slot in group if slot.embeddings is not None]
-    return torch.stack(kept) if kept else None
+def _embeddings(group: Sequence[ActiveSequence]) -> Tensor | None:
+    embeddings = [
+        active.embeddings[_span(active)] for active in group if active.embeddings is not None
+    ]
+    return torch.stack(embeddings) if embeddings else None

@@ -12,76 +12,84 @@ from torch import Tensor
 
 from coterie import ops
 from coterie.engine.room import free_memory
-from coterie.experts.aside import Aside, AtMost, BreakEven
-from coterie.experts.couriers import Courier
+from coterie.experts.aside import CpuExperts, TokenLimit, BreakEven
+from coterie.experts.couriers import ExpertFetcher
 from coterie.model.checkpoint import Checkpoint
-from coterie.model.filling import mapped
+from coterie.model.filling import map_tensor
 from coterie.model.spec import ModelSpec
-from coterie.model.weights import Place, is_packed
+from coterie.model.weights import TensorTarget, is_packed
 from coterie.naming import CoterieError
 from coterie.ops import cpu
-from coterie.ops.blobs import Layout
-from coterie.ops.panels import in_panels
+from coterie.ops.blobs import ExpertLayout
+from coterie.ops.panels import slab_of_packed
 from coterie.values import Routing, Slab
 
-HOST = torch.device("cpu")
-ROUNDS = 5
-EXPERTS, TOKENS = 8, 8  # of a layer on the CPU that is timed, and of each of its experts
-COPIED = 16  # experts that are copied one after the other
+HOST_DEVICE = torch.device("cpu")
+TIMING_ROUNDS = 5
+TIMED_EXPERTS, TOKENS_PER_EXPERT = (
+    8,
+    8,
+)  # of a layer on the CPU that is timed, and of each of its experts
+TIMED_COPIES = 16  # experts that are copied one after the other
 
 
 def host_slabs(
-    layout: Layout,
-    blobs: Mapping[int, Tensor],
+    layout: ExpertLayout,
+    host_experts: Mapping[int, Tensor],
     checkpoint: Checkpoint,
-    places: Mapping[str, Place],
-    stored: ModelSpec,
+    targets: Mapping[str, TensorTarget],
+    stored_spec: ModelSpec,
 ) -> dict[int, Slab]:
     """All experts of each layer as a CPU computes them best, from ``blobs`` that hold them all.
 
     Where kernels take them, in memory of their own: mapped from a packed checkpoint, or packed
     here. Raises CoterieError where there is none.
     """
-    plain = {layer: layout.shown(blob, torch.arange(len(blob))) for layer, blob in blobs.items()}
-    some = next(iter(plain.values()))
-    if not cpu.ready() or cpu.packed_format(some) is None:
+    plain = {
+        layer: layout.as_slab(blob, torch.arange(len(blob))) for layer, blob in host_experts.items()
+    }
+    example = next(iter(plain.values()))
+    if not cpu.is_available() or cpu.packed_format(example) is None:
         return plain
-    more, free = sum(blob.nbytes for blob in blobs.values()), free_memory(HOST)
-    if free is not None and more > free:
+    extra_bytes, free_bytes = (
+        sum(blob.nbytes for blob in host_experts.values()),
+        free_memory(HOST_DEVICE),
+    )
+    if free_bytes is not None and extra_bytes > free_bytes:
         raise CoterieError(
             "--cpu-experts: the kernels of a CPU read experts in another order, for which "
-            f"{more:,} bytes more of host memory are needed, and {free:,} are free"
+            f"{extra_bytes:,} bytes more of host memory are needed, and {free_bytes:,} are free"
         )
-    if stored.panels:
-        return _mapped(checkpoint, places, stored)
+    if stored_spec.panels:
+        return _mapped_slabs(checkpoint, targets, stored_spec)
     return {layer: ops.pack(slab) for layer, slab in plain.items()}
 
 
-def _mapped(
-    checkpoint: Checkpoint, places: Mapping[str, Place], stored: ModelSpec
+def _mapped_slabs(
+    checkpoint: Checkpoint, targets: Mapping[str, TensorTarget], stored_spec: ModelSpec
 ) -> dict[int, Slab]:
-    found = {}
+    slabs = {}
     for file, entries in checkpoint.files.items():
         for name, entry in entries.items():
-            target = places[name].target
+            target = targets[name].weight
             if not is_packed(target):
                 continue
             descriptor = os.open(file, os.O_RDONLY)
             try:
-                packed = mapped(descriptor, entry)
+                packed = map_tensor(descriptor, entry)
             finally:
                 os.close(descriptor)
-            sizes = {"hidden": stored.hidden, "width": stored.expert_width}
-            everyone = torch.arange(len(packed))
-            slab = in_panels(packed, stored.panel_kind, everyone, **sizes)
-            found[int(target.split(".")[1])] = slab
-    return found
+            sizes = {"hidden": stored_spec.hidden, "width": stored_spec.expert_width}
+            all_ids = torch.arange(len(packed))
+            slab = slab_of_packed(packed, stored_spec.panel_kind, all_ids, **sizes)
+            slabs[int(target.split(".")[1])] = slab
+    return slabs
 
 
-def measured(
-    courier: Courier,
+def measure_break_even(
+    fetcher: ExpertFetcher,
     slabs: Mapping[int, Slab],
-    size: int,
+    expert_bytes: int,
     *,
     dtype: torch.dtype,
     device: torch.device,
@@ -90,37 +98,52 @@ def measured(
     rounds."""
     layer, slab = next(iter(slabs.items()))
     experts, hidden = len(slab.slot_of), slab.down.shape[1]
-    few = min(EXPERTS, experts)
-    x = torch.randn(few * TOKENS, hidden, device=device).to(dtype)
+    timed_experts = min(TIMED_EXPERTS, experts)
+    x = torch.randn(timed_experts * TOKENS_PER_EXPERT, hidden, device=device).to(dtype)
 
-    def layer_of(count: int, tokens: int) -> Callable[[int], object]:
-        def work(turn: int) -> object:
+    def timed_layer(count: int, tokens: int) -> Callable[[int], object]:
+        def work(repeat: int) -> object:
             # Others every time, so that no cache holds them.
-            ids = (turn * count + torch.arange(count).repeat_interleave(tokens)) % experts
+            ids = (repeat * count + torch.arange(count).repeat_interleave(tokens)) % experts
             routing = _routing(ids[:, None].to(device), experts)
             return ops.run_experts(x[: len(ids)], routing, slab)
 
         return work
 
-    into = torch.empty(min(COPIED, experts), size, dtype=torch.uint8, device=device)
-    copy = _copying(courier, layer, experts, into)
-    if few < 2:
-        return BreakEven(copy, _seconds(layer_of(1, 1)), 0.0, 0.0)
-    one, many, full = (_seconds(layer_of(*of)) for of in ((1, 1), (few, 1), (few, TOKENS)))
-    return BreakEven.through(copy, one=one, many=many, full=full, experts=few, tokens=TOKENS)
+    target_slots = torch.empty(
+        min(TIMED_COPIES, experts), expert_bytes, dtype=torch.uint8, device=device
+    )
+    copy_seconds = _copy_seconds(fetcher, layer, experts, target_slots)
+    if timed_experts < 2:
+        return BreakEven(copy_seconds, _median_seconds(timed_layer(1, 1)), 0.0, 0.0)
+    one_expert, many_experts, full_experts = (
+        _median_seconds(timed_layer(*shape))
+        for shape in ((1, 1), (timed_experts, 1), (timed_experts, TOKENS_PER_EXPERT))
+    )
+    return BreakEven.from_timings(
+        copy_seconds,
+        one_expert=one_expert,
+        many_experts=many_experts,
+        full_experts=full_experts,
+        experts=timed_experts,
+        tokens=TOKENS_PER_EXPERT,
+    )
 
 
-def _copying(courier: Courier, layer: int, experts: int, into: Tensor) -> float:
+def _copy_seconds(fetcher: ExpertFetcher, layer: int, experts: int, target_slots: Tensor) -> float:
     """Seconds to copy an expert while others wait to be."""
-    courier.computed()  # with what lay there before
+    fetcher.mark_computed()  # with what lay there before
 
-    def work(turn: int) -> None:
-        first = turn * len(into)
-        courier.settle(
-            [courier.bring(layer, (first + at) % experts, slot) for at, slot in enumerate(into)]
+    def work(repeat: int) -> None:
+        first = repeat * len(target_slots)
+        fetcher.drain(
+            [
+                fetcher.fetch_async(layer, (first + offset) % experts, slot)
+                for offset, slot in enumerate(target_slots)
+            ]
         )
 
-    return _seconds(work) / len(into)
+    return _median_seconds(work) / len(target_slots)
 
 
 def _routing(ids: Tensor, experts: int) -> Routing:
@@ -128,24 +151,24 @@ def _routing(ids: Tensor, experts: int) -> Routing:
     return Routing(ids, torch.ones(ids.shape, device=ids.device), used, ids)
 
 
-def _seconds(work: Callable[[int], object]) -> float:
+def _median_seconds(work: Callable[[int], object]) -> float:
     work(0)
-    taken = []
-    for turn in range(1, ROUNDS + 1):
-        began = time.perf_counter()
-        work(turn)
-        taken.append(time.perf_counter() - began)
-    return statistics.median(taken)
+    durations = []
+    for repeat in range(1, TIMING_ROUNDS + 1):
+        start = time.perf_counter()
+        work(repeat)
+        durations.append(time.perf_counter() - start)
+    return statistics.median(durations)
 
 
-def aside_line(aside: Aside) -> str:
+def describe_cpu_experts(cpu_experts: CpuExperts) -> str:
     """Which experts a CPU computes, and why."""
-    choice = aside.choice
-    if isinstance(choice, AtMost):
-        return f"the CPU computes experts that at most {choice.tokens} tokens miss"
-    assert isinstance(choice, BreakEven)  # there are no others on a command line
+    selection = cpu_experts.selection
+    if isinstance(selection, TokenLimit):
+        return f"the CPU computes experts that at most {selection.max_tokens} tokens miss"
+    assert isinstance(selection, BreakEven)  # there are no others on a command line
     return (
         f"the CPU computes experts that are missed where it is done sooner: a copy takes "
-        f"{choice.copy * 1e3:.3g} ms; on the CPU a layer {choice.begin * 1e3:.3g} ms, an expert "
-        f"{choice.each * 1e3:.3g} ms and each of its tokens {choice.token * 1e3:.3g} ms"
+        f"{selection.copy_seconds * 1e3:.3g} ms; on the CPU a layer {selection.layer_seconds * 1e3:.3g} ms, an expert "
+        f"{selection.expert_seconds * 1e3:.3g} ms and each of its tokens {selection.token_seconds * 1e3:.3g} ms"
     )

@@ -7,12 +7,19 @@ from pathlib import Path
 from typing import Annotated, Protocol
 
 from coterie.naming import CoterieError
-from coterie.spelling import Count, Share, Within, check_options, parse, spelled
+from coterie.spelling import (
+    PositiveInt,
+    PositiveFraction,
+    Bounds,
+    check_options,
+    parse_spec,
+    format_spec,
+)
 
-Divided = Annotated[float, Within(least=0.01, most=0.99)]  # something of it, but not all
+OpenShare = Annotated[float, Bounds(ge=0.01, le=0.99)]  # something of it, but not all
 
 
-class Placement(Protocol):
+class PrecisionPolicy(Protocol):
     """Who is fine. Experts that have a place in neither precision come coarse when needed."""
 
     @property
@@ -33,11 +40,11 @@ class Placement(Protocol):
 
 
 @dataclass(frozen=True)
-class Upgrades:
+class PromoteUsed:
     """The most voted lately: after each forward of a layer at most so many become fine."""
 
-    most: Count = 2
-    share: Divided = 0.5
+    most: PositiveInt = 2
+    share: OpenShare = 0.5
 
     __post_init__ = check_options
 
@@ -47,12 +54,12 @@ class Upgrades:
 
 
 @dataclass(frozen=True)
-class Ballot:
+class VoteMassPrecision:
     """Those who hold this share of a forward's votes are fine in it: nobody loses more than the
     others' votes, and a forward waits for whole experts too."""
 
-    mass: Share = 0.7
-    share: Divided = 0.5
+    mass: PositiveFraction = 0.7
+    share: OpenShare = 0.5
 
     __post_init__ = check_options
 
@@ -62,10 +69,10 @@ class Ballot:
 
 
 @dataclass(frozen=True)
-class Votes:
+class StaticVotes:
     """The most voted of earlier runs stay fine, all others coarse."""
 
-    share: Divided = 0.5
+    share: OpenShare = 0.5
 
     __post_init__ = check_options
 
@@ -78,56 +85,63 @@ class Votes:
         return 0.0
 
 
-PLACEMENTS: dict[str, type[Placement]] = {
-    "upgrades": Upgrades,
-    "ballot": Ballot,
-    "votes": Votes,
+PRECISION_POLICIES: dict[str, type[PrecisionPolicy]] = {
+    "upgrades": PromoteUsed,
+    "ballot": VoteMassPrecision,
+    "votes": StaticVotes,
 }
 
 
 @dataclass(frozen=True)
-class Coarse:
+class LowPrecisionExperts:
     """A second folder of the same model, its experts in fewer bits, and who is not served so."""
 
     folder: str | Path
-    placement: Placement = field(default_factory=Upgrades)
+    precision_policy: PrecisionPolicy = field(default_factory=PromoteUsed)
 
     @staticmethod
-    def parse(folder: str, placement: str | None = None) -> Coarse:
+    def parse(folder: str, precision_policy: str | None = None) -> LowPrecisionExperts:
         """ "votes:share=0.3"; upgrades where nothing is said."""
-        if placement is None:
-            return Coarse(folder)
-        return Coarse(folder, parse(placement, PLACEMENTS, "placement"))
+        if precision_policy is None:
+            return LowPrecisionExperts(folder)
+        return LowPrecisionExperts(
+            folder, parse_spec(precision_policy, PRECISION_POLICIES, "placement")
+        )
 
-    def document(self) -> dict[str, object]:
+    def to_dict(self) -> dict[str, object]:
         """As plain values, by the names of the options."""
-        return {"coarse": str(self.folder), "placement": spelled(self.placement, PLACEMENTS)}
+        return {
+            "coarse": str(self.folder),
+            "placement": format_spec(self.precision_policy, PRECISION_POLICIES),
+        }
 
 
 @dataclass(frozen=True)
-class Split:
+class PrecisionSplit:
     """Of each layer, places for finer experts and slots for coarse ones."""
 
-    fine: int
-    coarse: int
+    high_slots: int
+    low_slots: int
 
     @staticmethod
-    def of(room: int, share: float, *, experts: int, fine: int, coarse: int) -> Split:
+    def of(
+        layer_bytes: int, share: float, *, experts: int, high_bytes: int, low_bytes: int
+    ) -> PrecisionSplit:
         """Of ``room`` bytes for a layer, where an expert weighs ``fine`` or ``coarse``.
 
         Where all experts are there in one precision or the other, what is left over makes more of
         them fine. Raises CoterieError where one of the two has no place.
         """
-        if room >= experts * fine:
+        if layer_bytes >= experts * high_bytes:
             raise CoterieError("--coarse has no effect: all experts fit into memory as they are")
-        many = int(share * room) // fine
-        few = (room - many * fine) // coarse
-        if many + few > experts:
-            many = (room - experts * coarse) // (fine - coarse)
-            few = experts - many
-        if many < 1 or few < 1:
+        high_slots = int(share * layer_bytes) // high_bytes
+        low_slots = (layer_bytes - high_slots * high_bytes) // low_bytes
+        if high_slots + low_slots > experts:
+            high_slots = (layer_bytes - experts * low_bytes) // (high_bytes - low_bytes)
+            low_slots = experts - high_slots
+        if high_slots < 1 or low_slots < 1:
             raise CoterieError(
-                f"--expert-memory: {room:,} bytes a layer, {share:.0%} of them for experts of "
-                f"{fine:,} bytes and the others for experts of {coarse:,}: less than one of each"
+                f"--expert-memory: {layer_bytes:,} bytes a layer, {share:.0%} of them for experts of "
+                f"{high_bytes:,} bytes and the others for experts of {low_bytes:,}: less than one of each"
             )
-        return Split(many, few)
+        return PrecisionSplit(high_slots, low_slots)

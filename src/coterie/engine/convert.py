@@ -13,83 +13,102 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from coterie.engine.journal import MANIFEST, Journal, Sums
-from coterie.engine.rising import put, put_json, rising, sweep
-from coterie.engine.source import ALL_PARTS, find_folder
-from coterie.engine.written import OutFile, PackedLayer, Shard, Sources
-from coterie.families import Config, recognise
+from coterie.engine.journal import MANIFEST, ConversionJournal, Checksums
+from coterie.engine.rising import atomic_write, atomic_write_json, atomic_writer, remove_partial
+from coterie.engine.source import MODEL_FILES, find_folder
+from coterie.engine.written import OutputFile, PackedLayer, ConvertedShard, SourceFiles
+from coterie.families import ModelConfig, detect_family
 from coterie.families.names import is_expert, is_stacked, layer_of, packed_name, weight_map
-from coterie.families.reading import EXPERT_FORMAT, EXPERT_LAYOUT, PANELS
-from coterie.model.checkpoint import INDEX, Checkpoint
-from coterie.model.shard import Entry
+from coterie.families.reading import EXPERT_FORMAT_KEY, EXPERT_LAYOUT_KEY, PANEL_LAYOUT
+from coterie.model.checkpoint import INDEX_FILE, Checkpoint
+from coterie.model.shard import TensorEntry
 from coterie.model.spec import ModelSpec
-from coterie.model.weights import Place
+from coterie.model.weights import TensorTarget
 from coterie.naming import CoterieError
-from coterie.ops.panels import LAYOUT
-from coterie.quant import FORMATS, Format, parse_format
+from coterie.ops.panels import LAYOUT_VERSION
+from coterie.quant import FORMATS, QuantFormat, parse_format
 
-CONFIG = "config.json"
-WHOLE = "bf16"
-PLAIN = "plain"
-LAYOUTS = (PANELS, PLAIN)
-WINDOW = 64  # bytes of each tensor that the source's fingerprint covers
+CONFIG_FILE = "config.json"
+BF16 = "bf16"
+PLAIN_LAYOUT = "plain"
+LAYOUTS = (PANEL_LAYOUT, PLAIN_LAYOUT)
+FINGERPRINT_BYTES = 64  # bytes of each tensor that the source's fingerprint covers
 
-Told = Callable[[int, int], None]
+ProgressCallback = Callable[[int, int], None]
 
 
 @dataclass(frozen=True)
-class Aim:
+class ConversionTarget:
     """What becomes of the experts: few bits (None: bf16), in panels or as matrices."""
 
-    form: Format | None
-    panels: bool
+    expert_format: QuantFormat | None
+    packed: bool
 
     @staticmethod
-    def of(experts: str, group: int | None = None, layout: str | None = None) -> Aim:
+    def parse(
+        experts: str, group_size: int | None = None, layout: str | None = None
+    ) -> ConversionTarget:
         """As typed. Panels, unless matrices are asked for or no panels hold such groups."""
-        if experts == WHOLE and group is not None:
-            raise CoterieError(f"--group has no effect with --experts {WHOLE}: nothing is scaled")
-        if experts not in (WHOLE, *FORMATS):
-            known = ", ".join((*FORMATS, WHOLE))
+        if experts == BF16 and group_size is not None:
+            raise CoterieError(f"--group has no effect with --experts {BF16}: nothing is scaled")
+        if experts not in (BF16, *FORMATS):
+            known = ", ".join((*FORMATS, BF16))
             raise CoterieError(f"unknown format {experts!r} for experts; known: {known}")
         if layout not in (None, *LAYOUTS):
             raise CoterieError(f"unknown layout {layout!r}; known: {', '.join(LAYOUTS)}")
-        form = None if experts == WHOLE else parse_format(experts, group)
-        fits = form is None or FORMATS[form.name] == form
-        return Aim(form, panels=fits if layout is None else layout == PANELS)
+        expert_format = None if experts == BF16 else parse_format(experts, group_size)
+        can_pack = expert_format is None or FORMATS[expert_format.name] == expert_format
+        return ConversionTarget(
+            expert_format, packed=can_pack if layout is None else layout == PANEL_LAYOUT
+        )
 
     def __post_init__(self) -> None:
-        if self.form is None and not self.panels:
+        if self.expert_format is None and not self.packed:
             raise CoterieError(
-                f"--layout {PLAIN} leaves nothing to do for {WHOLE} experts; "
-                f"--layout {PANELS} packs them"
+                f"--layout {PLAIN_LAYOUT} leaves nothing to do for {BF16} experts; "
+                f"--layout {PANEL_LAYOUT} packs them"
             )
-        if self.panels and self.form is not None and FORMATS[self.form.name] != self.form:
-            held = " and ".join(map(str, FORMATS.values()))
-            raise CoterieError(f"panels hold {held}, not {self.form}; --layout plain keeps any")
+        if (
+            self.packed
+            and self.expert_format is not None
+            and FORMATS[self.expert_format.name] != self.expert_format
+        ):
+            supported = " and ".join(map(str, FORMATS.values()))
+            raise CoterieError(
+                f"panels hold {supported}, not {self.expert_format}; --layout plain keeps any"
+            )
 
     def __str__(self) -> str:
-        return f"{self.form or WHOLE}{', packed' if self.panels else ''}"
+        return f"{self.expert_format or BF16}{', packed' if self.packed else ''}"
 
     @property
-    def stated(self) -> dict[str, object]:
+    def manifest_entry(self) -> dict[str, object]:
         """As the manifest says it."""
-        return {"format": WHOLE, "group": None} if self.form is None else self.form.document()
+        return (
+            {"format": BF16, "group": None}
+            if self.expert_format is None
+            else self.expert_format.to_dict()
+        )
 
 
 @dataclass(frozen=True)
-class Converted:
+class ConversionResult:
     """What came of it."""
 
     folder: Path
-    aim: Aim
+    target: ConversionTarget
     bytes_before: int
     bytes_after: int
     files: int
-    found: int  # files that an earlier run had finished
+    files_resumed: int  # files that an earlier run had finished
 
 
-def convert(name: str | Path, out: Path, aim: Aim, told: Told | None = None) -> Converted:
+def convert(
+    name: str | Path,
+    out: Path,
+    target: ConversionTarget,
+    on_progress: ProgressCallback | None = None,
+) -> ConversionResult:
     """Write the model ``name`` with its experts as the ``aim`` has them into the folder ``out``.
 
     Needs a few megabytes beside one shard's header and, to pack, a few experts in fp32. ``told``
@@ -97,127 +116,169 @@ def convert(name: str | Path, out: Path, aim: Aim, told: Told | None = None) -> 
     use, and a full disk.
     """
     folder = find_folder(name)
-    config = Config.of(folder / CONFIG)
-    family = recognise(config)
-    spec = family.read(config)
-    _check_source(folder, spec, aim)
+    config = ModelConfig.of(folder / CONFIG_FILE)
+    family = detect_family(config)
+    spec = family.read_spec(config)
+    _check_source(folder, spec, target)
     checkpoint = Checkpoint.of(folder)
-    places = weight_map(family.names, spec, stacked=is_stacked(checkpoint.tensors))
-    checkpoint.check(places)
-    files = list(_files(checkpoint, places, spec, aim))
+    tensor_targets = weight_map(family.tensor_names, spec, stacked=is_stacked(checkpoint.tensors))
+    checkpoint.check(tensor_targets)
+    files = list(_output_files(checkpoint, tensor_targets, spec, target))
     fingerprint = _fingerprint(config, checkpoint)
-    identity = {"source": fingerprint, "experts": str(aim), "layout": aim.panels and LAYOUT}
-    with Journal.open(out, identity) as journal:
+    identity = {
+        "source": fingerprint,
+        "experts": str(target),
+        "layout": target.packed and LAYOUT_VERSION,
+    }
+    with ConversionJournal.open(out, identity) as journal:
         # What a kill left would count as room that is taken.
         for file in files:
-            sweep(out / file.name)
-        _check_room(out, files, journal.finished)
-        found = len(journal.finished)
-        _write(out, files, journal, told)
+            remove_partial(out / file.name)
+        _check_disk_space(out, files, journal.finished)
+        files_resumed = len(journal.finished)
+        _write(out, files, journal, on_progress)
         origin = {"name": str(name), "fingerprint": fingerprint, "bytes": checkpoint.bytes}
-        _write_around(folder, out, config, aim, facts={"source": origin}, finished=journal.finished)
-        journal.close()
-    after = sum(file.bytes for file in files)
-    return Converted(out, aim, checkpoint.bytes, after, len(files), found)
+        _write_metadata(
+            folder, out, config, target, provenance={"source": origin}, finished=journal.finished
+        )
+        journal.remove()
+    bytes_after = sum(file.total_bytes for file in files)
+    return ConversionResult(out, target, checkpoint.bytes, bytes_after, len(files), files_resumed)
 
 
-def _check_source(folder: Path, spec: ModelSpec, aim: Aim) -> None:
+def _check_source(folder: Path, spec: ModelSpec, target: ConversionTarget) -> None:
     """Whole experts become anything; quantised ones can be packed as they are, and no more."""
-    same = aim.panels and not spec.panels and spec.expert_format == aim.form
-    if (spec.expert_format is not None or spec.panels) and not same:
+    only_packs = target.packed and not spec.panels and spec.expert_format == target.expert_format
+    if (spec.expert_format is not None or spec.panels) and not only_packs:
         raise CoterieError(
-            f"{folder}: its experts are {spec.experts_as} already; "
-            f"{aim} can be made of the original only"
+            f"{folder}: its experts are {spec.expert_storage} already; "
+            f"{target} can be made of the original only"
         )
 
 
-def _files(
-    checkpoint: Checkpoint, places: Mapping[str, Place], spec: ModelSpec, aim: Aim
-) -> Iterator[OutFile]:
+def _output_files(
+    checkpoint: Checkpoint,
+    tensor_targets: Mapping[str, TensorTarget],
+    spec: ModelSpec,
+    target: ConversionTarget,
+) -> Iterator[OutputFile]:
     """One for each file of the source; in panels, of the experts one for each layer."""
-    if not aim.panels:
+    if not target.packed:
         for file, entries in checkpoint.files.items():
-            yield Shard.of(file, entries, places, aim.form)
+            yield ConvertedShard.for_source(file, entries, tensor_targets, target.expert_format)
         return
-    experts: dict[int, list[tuple[Path, Entry, Place]]] = {layer: [] for layer in spec.moe_layers}
+    experts: dict[int, list[tuple[Path, TensorEntry, TensorTarget]]] = {
+        layer: [] for layer in spec.moe_layers
+    }
     for file, entries in checkpoint.files.items():
-        others = {}
+        other_entries = {}
         for name, entry in entries.items():
-            if is_expert(places[name]):
-                experts[layer_of(places[name])].append((file, entry, places[name]))
+            if is_expert(tensor_targets[name]):
+                experts[layer_of(tensor_targets[name])].append((file, entry, tensor_targets[name]))
             else:
-                others[name] = entry
-        if others:
-            yield Shard.of(file, others, places, None)
-    kept = replace(spec, expert_format=aim.form, panels=True)
+                other_entries[name] = entry
+        if other_entries:
+            yield ConvertedShard.for_source(file, other_entries, tensor_targets, None)
+    converted_spec = replace(spec, expert_format=target.expert_format, panels=True)
     for layer, sources in experts.items():
-        yield PackedLayer(packed_name(layer), layer, kept, sources)
+        yield PackedLayer(packed_name(layer), layer, converted_spec, sources)
 
 
-def _fingerprint(config: Config, checkpoint: Checkpoint) -> str:
+def _fingerprint(config: ModelConfig, checkpoint: Checkpoint) -> str:
     """Of the config, and of every tensor its name, type, shape and the bytes in its middle."""
     digest = hashlib.sha256(config.file.read_bytes())
     for file, entries in checkpoint.files.items():
         with file.open("rb") as handle:
             for entry in entries.values():
                 digest.update(f"{file.name} {entry.name} {entry.dtype} {entry.shape}".encode())
-                middle = entry.start + max(0, entry.size - WINDOW) // 2
-                digest.update(os.pread(handle.fileno(), min(WINDOW, entry.size), middle))
+                middle = entry.start + max(0, entry.size - FINGERPRINT_BYTES) // 2
+                digest.update(os.pread(handle.fileno(), min(FINGERPRINT_BYTES, entry.size), middle))
     return digest.hexdigest()
 
 
-def _check_room(out: Path, files: Sequence[OutFile], finished: Mapping[str, Sums]) -> None:
-    needed = sum(file.bytes for file in files if file.name not in finished)
-    free = shutil.disk_usage(out).free
-    if needed > free:
+def _check_disk_space(
+    out: Path, files: Sequence[OutputFile], finished: Mapping[str, Checksums]
+) -> None:
+    needed_bytes = sum(file.total_bytes for file in files if file.name not in finished)
+    free_bytes = shutil.disk_usage(out).free
+    if needed_bytes > free_bytes:
         gib = 1 << 30
-        raise CoterieError(f"{out}: needs {needed / gib:.2f} GiB, {free / gib:.2f} GiB are free")
+        raise CoterieError(
+            f"{out}: needs {needed_bytes / gib:.2f} GiB, {free_bytes / gib:.2f} GiB are free"
+        )
 
 
-def _write(out: Path, files: Sequence[OutFile], journal: Journal, told: Told | None) -> None:
-    done, whole = 0, sum(file.reads for file in files)
+def _write(
+    out: Path,
+    files: Sequence[OutputFile],
+    journal: ConversionJournal,
+    on_progress: ProgressCallback | None,
+) -> None:
+    done_bytes, total_bytes = 0, sum(file.source_bytes for file in files)
 
-    def heard(size: int) -> None:
-        nonlocal done
-        done += size
-        if told is not None:
-            told(done, whole)
+    def on_bytes(size: int) -> None:
+        nonlocal done_bytes
+        done_bytes += size
+        if on_progress is not None:
+            on_progress(done_bytes, total_bytes)
 
-    with Sources() as sources:
+    with SourceFiles() as sources:
         for file in files:
-            to = out / file.name
-            if file.name in journal.finished and to.is_file() and to.stat().st_size == file.bytes:
-                heard(file.reads)
+            path = out / file.name
+            if (
+                file.name in journal.finished
+                and path.is_file()
+                and path.stat().st_size == file.total_bytes
+            ):
+                on_bytes(file.source_bytes)
                 continue
-            with rising(to) as sink:
+            with atomic_writer(path) as sink:
                 sink.write(file.header)
-                sums = file.write(sink, sources, heard)
-            journal.add(file.name, sums)
+                checksums = file.write(sink, sources, on_bytes)
+            journal.add(file.name, checksums)
 
 
-def _write_around(
+def _write_metadata(
     folder: Path,
     out: Path,
-    config: Config,
-    aim: Aim,
+    config: ModelConfig,
+    target: ConversionTarget,
     *,
-    facts: Mapping[str, object],
-    finished: Mapping[str, Sums],
+    provenance: Mapping[str, object],
+    finished: Mapping[str, Checksums],
 ) -> None:
     """The small files; a folder with a config is whole."""
-    for name in ALL_PARTS:
-        if "*" not in name and name not in (CONFIG, INDEX, MANIFEST) and (folder / name).is_file():
-            put(out / name, (folder / name).read_bytes())
-    owner = {tensor: file for file, sums in finished.items() for tensor in sums}
-    size = sum((out / file).stat().st_size for file in finished)
-    put_json(out / INDEX, {"metadata": {"total_size": size}, "weight_map": owner})
+    for name in MODEL_FILES:
+        if (
+            "*" not in name
+            and name not in (CONFIG_FILE, INDEX_FILE, MANIFEST)
+            and (folder / name).is_file()
+        ):
+            atomic_write(out / name, (folder / name).read_bytes())
+    file_of_tensor = {tensor: file for file, checksums in finished.items() for tensor in checksums}
+    total_bytes = sum((out / file).stat().st_size for file in finished)
+    atomic_write_json(
+        out / INDEX_FILE, {"metadata": {"total_size": total_bytes}, "weight_map": file_of_tensor}
+    )
     tensors = {
-        tensor: {"file": file, **sum_}
-        for file, sums in finished.items()
-        for tensor, sum_ in sums.items()
+        tensor: {"file": file, **checksum}
+        for file, checksums in finished.items()
+        for tensor, checksum in checksums.items()
     }
-    layout = {EXPERT_LAYOUT: {"name": PANELS, "version": LAYOUT}} if aim.panels else {}
-    content = {"experts": aim.stated, **layout, **facts, "bytes": size, "tensors": tensors}
-    put_json(out / MANIFEST, content)
-    form = {} if aim.form is None else {EXPERT_FORMAT: aim.stated}
-    put_json(out / CONFIG, {**config.values, **form, **layout})
+    layout = (
+        {EXPERT_LAYOUT_KEY: {"name": PANEL_LAYOUT, "version": LAYOUT_VERSION}}
+        if target.packed
+        else {}
+    )
+    content = {
+        "experts": target.manifest_entry,
+        **layout,
+        **provenance,
+        "bytes": total_bytes,
+        "tensors": tensors,
+    }
+    atomic_write_json(out / MANIFEST, content)
+    format_entry = (
+        {} if target.expert_format is None else {EXPERT_FORMAT_KEY: target.manifest_entry}
+    )
+    atomic_write_json(out / CONFIG_FILE, {**config.values, **format_entry, **layout})

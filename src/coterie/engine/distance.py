@@ -10,55 +10,57 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from coterie import ops
-from coterie.engine.verify import sums_of
+from coterie.engine.verify import manifest_checksums
 from coterie.model.checkpoint import Checkpoint
 from coterie.model.spec import ModelSpec
-from coterie.model.weights import Place, is_packed
-from coterie.quant import QTensor, dequantise
-from coterie.values import Panels, Slab
+from coterie.model.weights import TensorTarget, is_packed
+from coterie.quant import QTensor, dequantize
+from coterie.values import PackedExperts, Slab
 
-ERROR = "error"
-INPUT = 1 << 16  # Gaussian numbers that an expert is tried with: more tokens for smaller ones
+ERROR_KEY = "error"
+INPUT_VALUES = (
+    1 << 16
+)  # Gaussian numbers that an expert is tried with: more tokens for smaller ones
 
 SEED = 2718  # not one that somebody draws weights with: tokens like an expert's rows are no tokens
 
-Numbers = NDArray[np.float64]
+FloatArray = NDArray[np.float64]
 
 
-def distance(true: Slab, found: Slab) -> float:
+def quantization_error(reference: Slab, quantized: Slab) -> float:
     """Relative error of what one expert gives, in a slab of one each, for unit Gaussian tokens."""
-    draw = torch.Generator().manual_seed(SEED)
-    hidden = true.down.shape[1]
-    x = torch.randn(-(-INPUT // hidden), hidden, generator=draw)
-    best, given = given_by(true, x), given_by(found, x)
-    norm = float(best.norm())
-    return float((given - best).norm()) / norm if norm else 0.0
+    generator = torch.Generator().manual_seed(SEED)
+    hidden = reference.down.shape[1]
+    x = torch.randn(-(-INPUT_VALUES // hidden), hidden, generator=generator)
+    expected, actual = expert_output(reference, x), expert_output(quantized, x)
+    norm = float(expected.norm())
+    return float((actual - expected).norm()) / norm if norm else 0.0
 
 
-def given_by(slab: Slab, x: Tensor) -> Tensor:
+def expert_output(slab: Slab, x: Tensor) -> Tensor:
     """What the one expert of a slab makes of x [T, H], in fp32."""
-    gate_up, down = (_floats(weight)[0] for weight in (slab.gate_up, slab.down))
-    return ops.linear(ops.gated(ops.linear(x, gate_up)), down)
+    gate_up, down = (_to_float(weight)[0] for weight in (slab.gate_up, slab.down))
+    return ops.linear(ops.silu_and_mul(ops.linear(x, gate_up)), down)
 
 
-def distances(
-    checkpoint: Checkpoint, places: Mapping[str, Place], spec: ModelSpec
-) -> dict[int, Numbers] | None:
+def quantization_errors(
+    checkpoint: Checkpoint, targets: Mapping[str, TensorTarget], spec: ModelSpec
+) -> dict[int, FloatArray] | None:
     """Of each layer the relative errors [E] of its packed experts; None where the manifest does
     not tell. Experts in bf16 are what the others are held against."""
     if spec.expert_format is None:
         return {layer: np.zeros(spec.router.experts) for layer in spec.moe_layers}
-    sums, found = sums_of(checkpoint.folder), {}
+    checksums, errors = manifest_checksums(checkpoint.folder), {}
     for name in checkpoint.tensors:
-        if not is_packed(target := places[name].target):
+        if not is_packed(target := targets[name].weight):
             continue
-        told = sums.get(name, {}).get(ERROR)
-        if not isinstance(told, list) or len(told) != spec.router.experts:
+        listed = checksums.get(name, {}).get(ERROR_KEY)
+        if not isinstance(listed, list) or len(listed) != spec.router.experts:
             return None
-        found[int(target.split(".")[1])] = np.array(told, dtype=np.float64)
-    return found
+        errors[int(target.split(".")[1])] = np.array(listed, dtype=np.float64)
+    return errors
 
 
-def _floats(weight: Tensor | QTensor | Panels) -> Tensor:
-    assert not isinstance(weight, Panels)
-    return dequantise(weight) if isinstance(weight, QTensor) else weight.float()
+def _to_float(weight: Tensor | QTensor | PackedExperts) -> Tensor:
+    assert not isinstance(weight, PackedExperts)
+    return dequantize(weight) if isinstance(weight, QTensor) else weight.float()

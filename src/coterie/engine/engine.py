@@ -10,21 +10,28 @@ from pathlib import Path
 
 import torch
 
-from coterie.decoding import Ask, Change, Row
+from coterie.decoding import DecodeRequest, BlockUpdate, SequenceState
 from coterie.decoding.canvas import Block
-from coterie.decoding.plans import Kind
-from coterie.engine.batch import NOBODY, Slot, forward, groups
-from coterie.engine.config import Generation, ask
-from coterie.engine.event import Denoised, Event, Experts, Finished, Result, Stuck
-from coterie.engine.graph import Graphs
+from coterie.decoding.plans import PassKind
+from coterie.engine.batch import NULL_RECORDER, ActiveSequence, run_forward, group_sequences
+from coterie.engine.config import GenerationConfig, make_request
+from coterie.engine.event import (
+    Denoised,
+    Event,
+    ExpertUsage,
+    Finished,
+    Result,
+    NonFiniteLogitsError,
+)
+from coterie.engine.graph import CudaGraphs
 from coterie.engine.load import Model, load_model
-from coterie.engine.memory import Memory
-from coterie.engine.pool import Pool
+from coterie.engine.memory import ExpertMemoryConfig
+from coterie.engine.pool import KVCachePool
 from coterie.experts.traffic import Traffic
 from coterie.model.weights import expert_bytes
 from coterie.naming import CoterieError
-from coterie.routing import POLICIES, check_keeps, check_layers, parse_policy, spell
-from coterie.telemetry import Counting, Recorder
+from coterie.routing import POLICIES, check_coreset_reuse, check_layers, parse_policy, format_policy
+from coterie.telemetry import ExpertCounter, Recorder
 from coterie.values import Policy
 
 Prompt = str | Sequence[int]
@@ -43,39 +50,39 @@ class Engine:
         model: Model,
         *,
         policy: str | Policy = "vanilla",
-        generation: Generation | None = None,
-        watcher: Recorder = NOBODY,
+        generation: GenerationConfig | None = None,
+        recorder: Recorder = NULL_RECORDER,
         graphs: bool = True,
-        every: bool = False,
+        record_all: bool = False,
     ) -> None:
         self.model = model
         self.policy = _policy(policy)
-        self.generation = generation or Generation.usual(model.family.defaults)
-        self._pool = Pool(model.spec, model.transformer.dtype, model.transformer.device)
+        self.generation = generation or GenerationConfig.for_family(model.family.defaults)
+        self._kv_pool = KVCachePool(model.spec, model.transformer.dtype, model.transformer.device)
         on_gpu = model.transformer.device.type == "cuda"
-        self._graphs = Graphs(model.transformer) if graphs and on_gpu else None
-        self._counting = Counting()
-        self._watcher, self._every = watcher, every
-        self._slots: dict[int, Slot] = {}
-        self._mail: dict[int, deque[Event]] = {}
-        self._told: list[Event] = []
-        self._next = 0
+        self._graphs = CudaGraphs(model.transformer) if graphs and on_gpu else None
+        self._counter = ExpertCounter()
+        self._recorder, self._record_all = recorder, record_all
+        self._active: dict[int, ActiveSequence] = {}
+        self._queues: dict[int, deque[Event]] = {}
+        self._events: list[Event] = []
+        self._next_number = 0
 
     def generate(
         self, prompt: Prompt, *, policy: str | Policy | None = None, **options: object
     ) -> Result:
         """The finished text of one prompt: ``stream``, exhausted."""
-        *_, last = self.stream(prompt, policy=policy, **options)
-        if not isinstance(last, Finished):
+        *_, final = self.stream(prompt, policy=policy, **options)
+        if not isinstance(final, Finished):
             raise RuntimeError("a stream ended without a result")
-        return last.result
+        return final.result
 
     def stream(
         self, prompt: Prompt, *, policy: str | Policy | None = None, **options: object
     ) -> Iterator[Event]:
         """Events of one prompt, the last one ``Finished``. Closing the iterator frees the row."""
         number = self.submit(prompt, policy=policy, **options)
-        events = self._deliver(number)
+        events = self._event_stream(number)
         next(events)  # a generator that has begun frees its row however it ends
         return events
 
@@ -83,20 +90,27 @@ class Engine:
         self, prompt: Prompt, *, policy: str | Policy | None = None, **options: object
     ) -> int:
         """Add a row; ``step`` works on it. ``options`` are the fields of ``Generation``."""
-        generation = self.generation.but(**options)
-        chosen = self.policy if policy is None else _policy(policy)
-        check_layers(chosen, len(self.model.spec.moe_layers))
-        if generation.drift is not None:
-            check_keeps(chosen)
-        row = Row(self._ask(prompt, generation))
-        place = self._pool.take(row.canvas.length)
-        slot = Slot(self._next, row, place, chosen, generation, moved=self.traffic())
-        if row.ask.unmask.smooth is not None:
-            whole = row.canvas.tokens[None].to(self.model.transformer.device)
-            slot.embeddings = self.model.transformer.embed(whole)[0].clone()
-        self._slots[slot.number] = slot
-        self._next += 1
-        return slot.number
+        generation = self.generation.replace(**options)
+        resolved_policy = self.policy if policy is None else _policy(policy)
+        check_layers(resolved_policy, len(self.model.spec.moe_layers))
+        if generation.reuse_tolerance is not None:
+            check_coreset_reuse(resolved_policy)
+        sequence = SequenceState(self._request(prompt, generation))
+        cache_row = self._kv_pool.allocate(sequence.canvas.length)
+        active = ActiveSequence(
+            self._next_number,
+            sequence,
+            cache_row,
+            resolved_policy,
+            generation,
+            traffic_before=self.traffic(),
+        )
+        if sequence.request.unmask.smooth is not None:
+            tokens = sequence.canvas.tokens[None].to(self.model.transformer.device)
+            active.embeddings = self.model.transformer.embed(tokens)[0].clone()
+        self._active[active.number] = active
+        self._next_number += 1
+        return active.number
 
     @torch.inference_mode()
     def step(self) -> list[Event]:
@@ -106,89 +120,92 @@ class Engine:
         their turn, if the logits of some are not finite: rows that shared a forward with these stay
         as they were, and events of the others are kept.
         """
-        reason, stuck = "", []
-        for group in groups(self._slots.values()):
+        reason, failed = "", []
+        for group in group_sequences(self._active.values()):
             try:
                 self._advance(group)
             except CoterieError as error:
-                reason, stuck = reason or str(error), stuck + [slot.number for slot in group]
-        if stuck:
-            raise Stuck(reason, tuple(stuck))
-        told, self._told = self._told, []
-        return told
+                reason, failed = reason or str(error), failed + [active.number for active in group]
+        if failed:
+            raise NonFiniteLogitsError(reason, tuple(failed))
+        events, self._events = self._events, []
+        return events
 
-    def _advance(self, group: list[Slot]) -> None:
-        asked = [(slot, slot.look, slot.row.block) for slot in group]
-        with self._booked(group):
-            changes = forward(
+    def _advance(self, group: list[ActiveSequence]) -> None:
+        passes = [(active, active.next_pass, active.sequence.block) for active in group]
+        with self._logged_forward(group):
+            updates = run_forward(
                 self.model.transformer,
-                self._pool,
+                self._kv_pool,
                 group,
-                self._counting,
-                self._watcher,
+                self._counter,
+                self._recorder,
                 graphs=self._graphs,
-                every=self._every,
+                record_all=self._record_all,
             )
-        for (slot, look, block), change in zip(asked, changes, strict=True):
-            if look.denoises:
-                self._tell(self._denoised(slot, look.kind, block, change))
-            if slot.row.look is None:
-                self._tell(Finished(slot.number, self.result(slot.number)))
-                self.cancel(slot.number)
+        for (active, next_pass, block), update in zip(passes, updates, strict=True):
+            if next_pass.is_denoising:
+                self._emit(self._denoised(active, next_pass.kind, block, update))
+            if active.sequence.next_pass is None:
+                self._emit(Finished(active.number, self.result(active.number)))
+                self.cancel(active.number)
 
     @contextmanager
-    def _booked(self, group: Sequence[Slot]) -> Iterator[None]:
+    def _logged_forward(self, group: Sequence[ActiveSequence]) -> Iterator[None]:
         """A forward in the ledger of a memory that does not hold all experts."""
-        if (store := self.model.rationed) is None:
+        if (store := self.model.cached_store) is None:
             yield
             return
-        rows, blocks = ((s.number for s in group), (s.row.block.index for s in group))
-        store.ledger.began(group[0].look.kind, tuple(rows), tuple(blocks))
+        rows, blocks = (
+            (active.number for active in group),
+            (active.sequence.block.index for active in group),
+        )
+        store.traffic_log.begin_forward(group[0].next_pass.kind, tuple(rows), tuple(blocks))
         try:
             yield
         finally:
-            store.ledger.ended()
+            store.traffic_log.end_forward()
 
     def cancel(self, number: int) -> None:
         """Forget a row, finished or not."""
-        slot = self._slot(number)
-        del self._slots[number]
-        self._pool.give(slot.place)
-        self._counting.forget(number)
+        active = self._active_sequence(number)
+        del self._active[number]
+        self._kv_pool.free(active.cache_row)
+        self._counter.drop_row(number)
 
     @property
     def rows(self) -> tuple[int, ...]:
         """The rows still being worked on."""
-        return tuple(self._slots)
+        return tuple(self._active)
 
-    def row(self, number: int) -> Row:
+    def sequence(self, number: int) -> SequenceState:
         """The row itself: its canvas, its block, the forward it waits for."""
-        return self._slot(number).row
+        return self._active_sequence(number).sequence
 
     def result(self, number: int) -> Result:
         """What a row has come to so far."""
-        slot, model = self._slot(number), self.model
-        row, counts = slot.row, self._counting.counts(number)
-        answer = row.answer
+        active, model = self._active_sequence(number), self.model
+        sequence, counts = active.sequence, self._counter.counts(number)
+        answer = sequence.answer
         size = expert_bytes(model.spec, model.transformer.dtype)
         return Result(
             text=model.codec.decode(answer),
             tokens=tuple(answer),
-            finish_reason="stop" if row.stopped else "length",
-            prompt_tokens=len(row.ask.prompt),
+            finish_reason="stop" if sequence.ended_by_eos else "length",
+            prompt_tokens=len(sequence.request.prompt_ids),
             new_tokens=len(answer),
-            forwards=row.clock.row,
-            prefills=slot.prefills,
-            commits=slot.commits,
-            blocks=row.block.index + 1,
-            seconds=time.perf_counter() - slot.began,
-            policy=_told(slot.policy),
-            plan=str(row.ask.plan),
-            unmask=str(row.ask.unmask),
+            forwards=sequence.steps.total,
+            prefills=active.prefills,
+            commits=active.commits,
+            blocks=sequence.block.index + 1,
+            seconds=time.perf_counter() - active.start_time,
+            policy=_policy_name(active.policy),
+            plan=str(sequence.request.plan),
+            unmask=str(sequence.request.unmask),
             model=model.name,
             dtype=str(model.transformer.dtype).removeprefix("torch."),
             device=str(model.transformer.device),
-            experts=Experts(
+            experts=ExpertUsage(
                 total=model.spec.router.experts,
                 forwards=counts.forwards,
                 max=counts.max,
@@ -198,76 +215,78 @@ class Engine:
             expert_bytes=counts.mean * size,
             expert_bytes_vanilla=counts.vanilla_mean * size,
             vote_mass_kept=counts.vote_mass_kept,
-            coresets_kept=counts.coresets_kept,
-            drift=counts.drift,
-            traffic=self.traffic(slot.moved),
+            coreset_reuse_rate=counts.coreset_reuse_rate,
+            reuse_vote_loss=counts.reuse_vote_loss,
+            traffic=self.traffic(active.traffic_before),
         )
 
-    def traffic(self, since: Traffic | None = None) -> Traffic | None:
+    def traffic(self, earlier: Traffic | None = None) -> Traffic | None:
         """What all rows' forwards moved, ``since`` an earlier reading or ever; None where all
         experts are in memory."""
-        if (store := self.model.rationed) is None:
+        if (store := self.model.cached_store) is None:
             return None
-        now = store.ledger.traffic()
-        return now if since is None else now - since
+        current = store.traffic_log.traffic()
+        return current if earlier is None else current - earlier
 
-    def empty(self) -> None:
+    def reset_cache(self) -> None:
         """Let the experts' memory be as it was at first, so that what comes depends on nothing
         before. Raises RuntimeError while a row is on its way."""
-        if self._slots:
+        if self._active:
             raise RuntimeError("a row on its way may need what is in memory")
-        if self.model.rationed is not None:
-            self.model.rationed.empty()
+        if self.model.cached_store is not None:
+            self.model.cached_store.reset()
 
-    def _slot(self, number: int) -> Slot:
-        if number not in self._slots:
+    def _active_sequence(self, number: int) -> ActiveSequence:
+        if number not in self._active:
             raise CoterieError(f"there is no row {number}")
-        return self._slots[number]
+        return self._active[number]
 
-    def _ask(self, prompt: Prompt, generation: Generation) -> Ask:
+    def _request(self, prompt: Prompt, generation: GenerationConfig) -> DecodeRequest:
         ids = self.model.codec.encode(prompt) if isinstance(prompt, str) else list(prompt)
-        return ask(
+        return make_request(
             ids,
             generation,
-            mask=self.model.mask_id,
-            stops=self.model.eos_ids,
+            mask_id=self.model.mask_id,
+            stop_ids=self.model.eos_ids,
             vocabulary=self.model.spec.vocabulary,
-            longest=self.model.spec.max_length,
+            max_length=self.model.spec.max_length,
         )
 
-    def _deliver(self, number: int) -> Iterator[Event]:
-        mail = self._mail[number] = deque[Event]()
+    def _event_stream(self, number: int) -> Iterator[Event]:
+        queue = self._queues[number] = deque[Event]()
         try:
             yield Denoised(number)
-            while mail or number in self._slots:
-                if mail:
-                    yield mail.popleft()
+            while queue or number in self._active:
+                if queue:
+                    yield queue.popleft()
                 else:
-                    self._told += self.step()
+                    self._events += self.step()
         finally:
-            del self._mail[number]
-            if number in self._slots:
+            del self._queues[number]
+            if number in self._active:
                 self.cancel(number)
 
-    def _tell(self, event: Event) -> None:
-        self._mail.get(event.row, self._told).append(event)
+    def _emit(self, event: Event) -> None:
+        self._queues.get(event.row, self._events).append(event)
 
-    def _denoised(self, slot: Slot, kind: Kind, block: Block, change: Change) -> Denoised:
-        prompt = slot.row.canvas.prompt
-        counts = self._counting.latest(slot.number) if kind == "decode" else None
+    def _denoised(
+        self, active: ActiveSequence, kind: PassKind, block: Block, update: BlockUpdate
+    ) -> Denoised:
+        prompt = active.sequence.canvas.prompt_length
+        counts = self._counter.latest_counts(active.number) if kind == "decode" else None
         return Denoised(
-            row=slot.number,
-            forward=slot.row.clock.row,
+            row=active.number,
+            forward=active.sequence.steps.total,
             kind=kind,
             block=block.index,
             start=block.start - prompt,
             stop=block.stop - prompt,
-            committed=change.committed,
-            edited=change.edited,
-            provisional=change.provisional,
+            committed=update.committed,
+            edited=update.edited,
+            provisional=update.provisional,
             experts=() if counts is None else tuple(map(int, counts.per_layer)),
             vote_mass_kept=None if counts is None else counts.vote_mass_kept,
-            drift=None if counts is None else counts.drift,
+            reuse_vote_loss=None if counts is None else counts.reuse_vote_loss,
         )
 
 
@@ -278,8 +297,8 @@ def load(
     dtype: str | torch.dtype | None = None,
     device: str | torch.device = "auto",
     experts: str | None = None,
-    expert_memory: str | Memory | None = None,
-    progress: Callable[[int, int], None] | None = None,
+    expert_memory: str | ExpertMemoryConfig | None = None,
+    on_progress: Callable[[int, int], None] | None = None,
     graphs: bool = True,
     **options: object,
 ) -> Engine:
@@ -288,23 +307,25 @@ def load(
     ``graphs``: a GPU keeps decoding forwards and plays them again (on a CPU this says nothing).
     ``options`` are fields of ``Generation``: what a request gets where it asks for nothing else.
     """
-    chosen = _policy(policy)
+    resolved_policy = _policy(policy)
     model = load_model(
         name_or_path,
         dtype=dtype,
         device=device,
         experts=experts,
         expert_memory=expert_memory,
-        progress=progress,
+        on_progress=on_progress,
     )
-    usual = Generation.usual(model.family.defaults)
-    return Engine(model, policy=chosen, generation=usual.but(**options), graphs=graphs)
+    default = GenerationConfig.for_family(model.family.defaults)
+    return Engine(
+        model, policy=resolved_policy, generation=default.replace(**options), graphs=graphs
+    )
 
 
 def _policy(policy: str | Policy) -> Policy:
     return parse_policy(policy) if isinstance(policy, str) else policy
 
 
-def _told(policy: Policy) -> str:
+def _policy_name(policy: Policy) -> str:
     """Its spelling; a policy of the caller's own, outside the table, tells of itself."""
-    return spell(policy) if type(policy) in POLICIES.values() else repr(policy)
+    return format_policy(policy) if type(policy) in POLICIES.values() else repr(policy)

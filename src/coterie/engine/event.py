@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from coterie.decoding import Token
-from coterie.decoding.plans import Kind
+from coterie.decoding.plans import PassKind
 from coterie.experts.traffic import Traffic
 from coterie.naming import CoterieError
 
@@ -22,7 +22,7 @@ class Denoised:
 
     row: int
     forward: int = 0  # denoising forwards of this row so far, this one included
-    kind: Kind = "decode"
+    kind: PassKind = "decode"
     block: int = 0
     start: int = 0  # of the block; the first may begin before 0, inside the prompt
     stop: int = 0
@@ -31,11 +31,11 @@ class Denoised:
     provisional: tuple[Token, ...] = ()
     experts: tuple[int, ...] = ()
     vote_mass_kept: float | None = None
-    drift: float | None = None
+    reuse_vote_loss: float | None = None
 
 
 @dataclass(frozen=True)
-class Experts:
+class ExpertUsage:
     """Experts that one row used in its decoding forwards; means are over layers and forwards."""
 
     total: int  # routed experts of a layer
@@ -65,12 +65,12 @@ class Result:
     model: str
     dtype: str
     device: str
-    experts: Experts
+    experts: ExpertUsage
     expert_bytes: float  # read per layer and forward: mean experts x bytes of one
     expert_bytes_vanilla: float  # the same for the unmodified model on the same scores
     vote_mass_kept: float
-    coresets_kept: float | None = None  # with drift: of a block's later steps, the share kept
-    drift: float | None = None  # and the mean share of votes lost by it
+    coreset_reuse_rate: float | None = None  # with drift: of a block's later steps, the share kept
+    reuse_vote_loss: float | None = None  # and the mean share of votes lost by it
     # Of all rows' forwards since this one began; None where all experts are in memory.
     traffic: Traffic | None = None
 
@@ -87,7 +87,7 @@ class Finished:
     result: Result
 
 
-class Stuck(CoterieError):
+class NonFiniteLogitsError(CoterieError):
     """A forward whose logits are not finite. ``rows`` shared it: at least one is at fault."""
 
     def __init__(self, reason: str, rows: tuple[int, ...]) -> None:

@@ -7,18 +7,18 @@ from pathlib import Path
 
 import torch
 
-from coterie.engine.source import CONFIG_ONLY, EMBEDDED, find_folder
-from coterie.families import Config, Family, eos_ids, mask_id, recognise
-from coterie.model.size import Size, experts_that_fit, size
+from coterie.engine.source import CONFIG_FILES, EMBEDDED, find_folder
+from coterie.families import ModelConfig, Family, eos_ids, mask_id, detect_family
+from coterie.model.size import ModelSize, experts_that_fit, model_size
 from coterie.model.spec import ModelSpec
 
 GIB = 1 << 30
-MEMORIES = (8, 12, 16, 24, 32, 48, 80, 141)
+DEVICE_MEMORY_GIB = (8, 12, 16, 24, 32, 48, 80, 141)
 """Memory of usual devices in GiB."""
 
 
 @dataclass(frozen=True)
-class Fit:
+class MemoryFit:
     """Experts of each layer that stay in ``memory`` bytes; -1 = the rest alone is too large."""
 
     memory: int
@@ -26,43 +26,43 @@ class Fit:
 
 
 @dataclass(frozen=True)
-class Facts:
+class ModelInfo:
     """Everything that ``coterie inspect`` tells."""
 
     name: str
     family: Family
     spec: ModelSpec
-    size: Size
+    size: ModelSize
     dtype: torch.dtype
     mask_id: int
     eos_ids: tuple[int, ...]
-    length: int  # of the one row of keys and values that is counted in ``fits``
-    fits: tuple[Fit, ...]
+    kv_length: int  # of the one row of keys and values that is counted in ``fits``
+    fits: tuple[MemoryFit, ...]
 
 
 def inspect(
     name: str | Path | None = None,
     *,
     dtype: torch.dtype = torch.bfloat16,
-    length: int = 2048,
-    memories: tuple[int, ...] = tuple(gib * GIB for gib in MEMORIES),
-) -> Facts:
+    kv_length: int = 2048,
+    memory_sizes: tuple[int, ...] = tuple(gib * GIB for gib in DEVICE_MEMORY_GIB),
+) -> ModelInfo:
     """Read a model's config and nothing else; raises CoterieError as loading would."""
-    config = Config.of(find_folder(name, CONFIG_ONLY) / "config.json")
-    family = recognise(config)
-    spec = family.read(config)
-    length = min(length, spec.max_length)
-    return Facts(
+    config = ModelConfig.of(find_folder(name, CONFIG_FILES) / "config.json")
+    family = detect_family(config)
+    spec = family.read_spec(config)
+    kv_length = min(kv_length, spec.max_length)
+    return ModelInfo(
         name=EMBEDDED if name is None else str(name),
         family=family,
         spec=spec,
-        size=size(spec, dtype),
+        size=model_size(spec, dtype),
         dtype=dtype,
         mask_id=mask_id(config, family, spec.vocabulary),
         eos_ids=eos_ids(config, family, spec.vocabulary),
-        length=length,
+        kv_length=kv_length,
         fits=tuple(
-            Fit(memory, experts_that_fit(spec, dtype, memory=memory, length=length))
-            for memory in memories
+            MemoryFit(memory, experts_that_fit(spec, dtype, memory=memory, length=kv_length))
+            for memory in memory_sizes
         ),
     )

@@ -14,25 +14,29 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from coterie.experts.store import Resident
-from coterie.model.cache import Cache
+from coterie.experts.store import ResidentExpertStore
+from coterie.model.cache import KVCache
 from coterie.model.moe import MoE
-from coterie.model.step import Step
+from coterie.model.step import ForwardContext
 from coterie.model.transformer import Transformer
-from coterie.routing import POLICIES, Election, needs_importance, spell
-from coterie.telemetry import Counting, Row
-from coterie.values import Policy, Progress, Window
+from coterie.routing import POLICIES, Election, needs_importance, format_policy
+from coterie.telemetry import ExpertCounter, RowId
+from coterie.values import Policy, DecodeProgress, Window
 
-Outcome = tuple[Tensor, Counting]
-Capture = Callable[[Callable[[], Outcome]], tuple[Outcome, Callable[[], object]]]
+ForwardOutput = tuple[Tensor, ExpertCounter]
+CaptureFunction = Callable[
+    [Callable[[], ForwardOutput]], tuple[ForwardOutput, Callable[[], object]]
+]
 """Of work whose inputs stay in place: what it gives, in place too, and what does it again."""
 
-REACH = 256  # keys are looked at in multiples of this, so that a longer row is rarely a new kind
-MOST = 32  # kinds kept at once
-ALIGNED = 64  # bytes that every input begins at a multiple of
+REACH_MULTIPLE = (
+    256  # keys are looked at in multiples of this, so that a longer row is rarely a new kind
+)
+MAX_GRAPHS = 32  # kinds kept at once
+ALIGNMENT = 64  # bytes that every input begins at a multiple of
 
 
-class Captured:
+class CudaGraphCapture:
     """By CUDA graphs, which share the memory in which they work.
 
     So one at a time may be played, and what it gave stands until then.
@@ -41,31 +45,33 @@ class Captured:
     def __init__(self) -> None:
         self._pool = torch.cuda.graph_pool_handle()
 
-    def __call__(self, work: Callable[[], Outcome]) -> tuple[Outcome, Callable[[], object]]:
+    def __call__(
+        self, work: Callable[[], ForwardOutput]
+    ) -> tuple[ForwardOutput, Callable[[], object]]:
         """Raises RuntimeError where something in ``work`` asks the host."""
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
-            outcome = work()
-        return outcome, graph.replay
+            output = work()
+        return output, graph.replay
 
 
 @dataclass(frozen=True)
-class Inputs:
+class GraphInputs:
     """Named tensors in one run of memory, on the host and on the device: one copy moves them."""
 
     host: Tensor  # [bytes] uint8, where the device can fetch it by itself
     device: Tensor
-    shown: Mapping[str, Tensor]  # views of the host's
-    placed: Mapping[str, Tensor]  # views of the device's
+    host_views: Mapping[str, Tensor]  # views of the host's
+    device_views: Mapping[str, Tensor]  # views of the device's
 
     @staticmethod
-    def like(tensors: Mapping[str, Tensor], device: torch.device) -> Inputs:
+    def allocate(tensors: Mapping[str, Tensor], device: torch.device) -> GraphInputs:
         starts, size = {}, 0
         for name, tensor in tensors.items():
             starts[name] = size
-            size += -(-tensor.nbytes // ALIGNED) * ALIGNED
-        host = torch.zeros(size, dtype=torch.uint8, pin_memory=device.type == "cuda")
-        there = torch.zeros(size, dtype=torch.uint8, device=device)
+            size += -(-tensor.nbytes // ALIGNMENT) * ALIGNMENT
+        host_buffer = torch.zeros(size, dtype=torch.uint8, pin_memory=device.type == "cuda")
+        device_buffer = torch.zeros(size, dtype=torch.uint8, device=device)
 
         def views(memory: Tensor) -> dict[str, Tensor]:
             return {
@@ -75,114 +81,122 @@ class Inputs:
                 for name, tensor in tensors.items()
             }
 
-        return Inputs(host, there, views(host), views(there))
+        return GraphInputs(host_buffer, device_buffer, views(host_buffer), views(device_buffer))
 
     def fill(self, tensors: Mapping[str, Tensor]) -> None:
         """Take new values. The last ones must have been used: who read a result knows that."""
         for name, tensor in tensors.items():
-            self.shown[name].copy_(tensor)
+            self.host_views[name].copy_(tensor)
         self.device.copy_(self.host, non_blocking=True)
 
 
 @dataclass  # not frozen: the second time it is captured
-class Kept:
+class CapturedForward:
     """One kind of forward."""
 
-    inputs: Inputs
-    work: Callable[[], Outcome]
-    outcome: Outcome | None = None
+    inputs: GraphInputs
+    work: Callable[[], ForwardOutput]
+    output: ForwardOutput | None = None
     replay: Callable[[], object] | None = None
 
 
-class Graphs:
+class CudaGraphs:
     """The kinds of forward of one transformer. What ``run`` gives stands until it is called again.
 
     A capture that fails is said once; forwards of its policy then run as if there were no graphs.
     """
 
-    def __init__(self, transformer: Transformer, capture: Capture | None = None) -> None:
+    def __init__(self, transformer: Transformer, capture: CaptureFunction | None = None) -> None:
         self._transformer = transformer
-        self._capture = capture or Captured()
-        self._kept: dict[tuple[object, ...], Kept] = {}
-        self._cache: Cache | None = None
-        self._able = _resident(transformer)
-        self._failed: set[Policy] = set()
+        self._capture = capture or CudaGraphCapture()
+        self._forwards: dict[tuple[object, ...], CapturedForward] = {}
+        self._cache: KVCache | None = None
+        self._all_resident = _all_experts_resident(transformer)
+        self._failed_policies: set[Policy] = set()
 
-    def takes(self, step: Step) -> bool:
+    def can_run(self, context: ForwardContext) -> bool:
         """Whether such forwards can be played again: nothing in them follows the host, and no
         coreset is kept from one to the next."""
-        return self._able and step.coresets is None and follows_no_host(step.policy)
+        return self._all_resident and context.coresets is None and is_capturable(context.policy)
 
     def run(
-        self, tokens: Tensor, step: Step, places: Sequence[int], rows: tuple[Row, ...]
-    ) -> Outcome:
+        self,
+        tokens: Tensor,
+        context: ForwardContext,
+        cache_rows: Sequence[int],
+        rows: tuple[RowId, ...],
+    ) -> ForwardOutput:
         """Logits of a step whose tensors are on the host, but for a cache of all rows; its counts.
 
         ``places`` are this step's rows of the cache, ``rows`` the names that the counts go by.
         """
-        changing = _changing(tokens, step)
-        if step.cache is not None:
-            changing["places"] = torch.tensor(places)
-        kept = self._kind(changing, step)
-        kept.inputs.fill(changing)
-        if kept.outcome is None:
-            kept.outcome = logits, counted = kept.work()
-            return logits, counted.renewed(rows)
-        if kept.replay is None and step.policy not in self._failed:
-            self._keep(kept, step.policy)
-        if kept.replay is None:
-            logits, counted = kept.work()
-            return logits, counted.renewed(rows)
-        kept.replay()
-        logits, counted = kept.outcome
-        return logits, counted.renewed(rows)
+        inputs = _changing_tensors(tokens, context)
+        if context.cache is not None:
+            inputs["places"] = torch.tensor(cache_rows)
+        captured = self._forward_for(inputs, context)
+        captured.inputs.fill(inputs)
+        if captured.output is None:
+            captured.output = logits, counter = captured.work()
+            return logits, counter.cloned_for(rows)
+        if captured.replay is None and context.policy not in self._failed_policies:
+            self._capture_forward(captured, context.policy)
+        if captured.replay is None:
+            logits, counter = captured.work()
+            return logits, counter.cloned_for(rows)
+        captured.replay()
+        logits, counter = captured.output
+        return logits, counter.cloned_for(rows)
 
-    def _kind(self, changing: Mapping[str, Tensor], step: Step) -> Kept:
-        if step.cache is not None and step.cache is not self._cache:
-            self._kept.clear()  # they know where the old one lies; let its memory go too
-            self._cache = step.cache
-        shapes = tuple((name, tensor.shape) for name, tensor in changing.items())
-        reach = 0 if step.cache is None else _reach(step.cache, step.window)
-        key = (step.policy, step.window.block, reach, shapes)
-        if key not in self._kept:
-            while len(self._kept) >= MOST:
-                del self._kept[next(iter(self._kept))]
-            self._kept[key] = self._new(changing, step, reach)
-        return self._kept[key]
+    def _forward_for(
+        self, inputs: Mapping[str, Tensor], context: ForwardContext
+    ) -> CapturedForward:
+        if context.cache is not None and context.cache is not self._cache:
+            self._forwards.clear()  # they know where the old one lies; let its memory go too
+            self._cache = context.cache
+        shapes = tuple((name, tensor.shape) for name, tensor in inputs.items())
+        reach = 0 if context.cache is None else _reach(context.cache, context.window)
+        key = (context.policy, context.window.block, reach, shapes)
+        if key not in self._forwards:
+            while len(self._forwards) >= MAX_GRAPHS:
+                del self._forwards[next(iter(self._forwards))]
+            self._forwards[key] = self._new(inputs, context, reach)
+        return self._forwards[key]
 
-    def _new(self, changing: Mapping[str, Tensor], step: Step, reach: int) -> Kept:
-        if step.cache is not None:
-            step = replace(step, cache=_trimmed(step.cache, reach))
-        inputs = Inputs.like(changing, self._transformer.device)
-        tokens, placed = _placed(inputs.placed, step)
+    def _new(
+        self, values: Mapping[str, Tensor], context: ForwardContext, reach: int
+    ) -> CapturedForward:
+        if context.cache is not None:
+            context = replace(context, cache=_trimmed(context.cache, reach))
+        inputs = GraphInputs.allocate(values, self._transformer.device)
+        tokens, device_context = _with_device_views(inputs.device_views, context)
 
-        def work() -> Outcome:
-            counted = Counting()
-            counted.began(tuple(range(len(tokens))))
-            logits = self._transformer(tokens, replace(placed, recorder=counted))
-            counted.began(())
-            return logits, counted
+        def work() -> ForwardOutput:
+            counter = ExpertCounter()
+            counter.on_forward(tuple(range(len(tokens))))
+            logits = self._transformer(tokens, replace(device_context, recorder=counter))
+            counter.on_forward(())
+            return logits, counter
 
-        return Kept(inputs, work)
+        return CapturedForward(inputs, work)
 
-    def _keep(self, kept: Kept, policy: Policy) -> None:
+    def _capture_forward(self, captured: CapturedForward, policy: Policy) -> None:
         device = self._transformer.device
-        current = torch.cuda.device(device) if device.type == "cuda" else nullcontext()
+        device_guard = torch.cuda.device(device) if device.type == "cuda" else nullcontext()
         try:
-            with current:
-                kept.outcome, kept.replay = self._capture(kept.work)
+            with device_guard:
+                captured.output, captured.replay = self._capture(captured.work)
         except RuntimeError as error:
-            self._failed.add(policy)
+            self._failed_policies.add(policy)
             reason = (str(error).splitlines() or [type(error).__name__])[0]
             logging.getLogger("coterie").warning(
                 "No CUDA graph: a forward under %s could not be captured (%s); its layers are "
                 "launched one by one",
-                spell(policy),
+                format_policy(policy),
                 reason,
             )
 
 
-def follows_no_host(policy: Policy) -> bool:
+def is_capturable(policy: Policy) -> bool:
     """Whether a policy is ours and its choices follow from tensors alone, without weighing keys.
 
     Lots are drawn by the host, and where seats are taken one by one the host is asked how many.
@@ -195,53 +209,57 @@ def follows_no_host(policy: Policy) -> bool:
     return type(policy) in POLICIES.values() and not needs_importance(policy)
 
 
-def _resident(transformer: Transformer) -> bool:
+def _all_experts_resident(transformer: Transformer) -> bool:
     stores = (
         layer.feed_forward.store
         for layer in transformer.layers
         if isinstance(layer.feed_forward, MoE)
     )
-    return all(isinstance(store, Resident) for store in stores)
+    return all(isinstance(store, ResidentExpertStore) for store in stores)
 
 
-def _reach(cache: Cache, window: Window) -> int:
+def _reach(cache: KVCache, window: Window) -> int:
     """How far the window sees, rounded up."""
-    return min(cache.length, -(-int(window.visible.max()) // REACH) * REACH)
+    return min(cache.length, -(-int(window.visible.max()) // REACH_MULTIPLE) * REACH_MULTIPLE)
 
 
-def _trimmed(cache: Cache, reach: int) -> Cache:
+def _trimmed(cache: KVCache, reach: int) -> KVCache:
     """Its first positions."""
-    keys, values = (tuple(t[:, :, :reach] for t in held) for held in (cache.keys, cache.values))
-    return Cache(keys, values, cache.chosen)
+    keys, values = (
+        tuple(t[:, :, :reach] for t in tensors) for tensors in (cache.keys, cache.values)
+    )
+    return KVCache(keys, values, cache.row_indices)
 
 
-def _changing(tokens: Tensor, step: Step) -> dict[str, Tensor]:
+def _changing_tensors(tokens: Tensor, context: ForwardContext) -> dict[str, Tensor]:
     """By name, the tensors that change from forward to forward."""
-    progress = step.progress or Progress()
-    found = {
+    progress = context.progress or DecodeProgress()
+    tensors = {
         "tokens": tokens,
-        "start": step.window.start,
-        "visible": step.window.visible,
-        "wanted": step.wanted,
-        "voters": step.voters,
+        "start": context.window.start,
+        "visible": context.window.visible,
+        "wanted": context.logits_indices,
+        "voters": context.voters,
         **{f"progress {name}": value for name, value in vars(progress).items()},
     }
-    return {name: tensor for name, tensor in found.items() if tensor is not None}
+    return {name: tensor for name, tensor in tensors.items() if tensor is not None}
 
 
-def _placed(placed: Mapping[str, Tensor], step: Step) -> tuple[Tensor, Step]:
+def _with_device_views(
+    views: Mapping[str, Tensor], context: ForwardContext
+) -> tuple[Tensor, ForwardContext]:
     """The tokens and the step again, reading the tensors in their places."""
-    window = Window(placed["start"], step.window.width, placed["visible"], step.window.block)
+    window = Window(views["start"], context.window.width, views["visible"], context.window.block)
     progress = None
-    if step.progress is not None:
-        names = vars(step.progress)
-        progress = Progress(**{name: placed.get(f"progress {name}") for name in names})
-    cache = None if step.cache is None else replace(step.cache, chosen=placed["places"])
-    return placed["tokens"], replace(
-        step,
+    if context.progress is not None:
+        names = vars(context.progress)
+        progress = DecodeProgress(**{name: views.get(f"progress {name}") for name in names})
+    cache = None if context.cache is None else replace(context.cache, row_indices=views["places"])
+    return views["tokens"], replace(
+        context,
         window=window,
         cache=cache,
-        wanted=placed.get("wanted"),
-        voters=placed.get("voters"),
+        logits_indices=views.get("wanted"),
+        voters=views.get("voters"),
         progress=progress,
     )

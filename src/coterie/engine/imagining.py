@@ -6,8 +6,8 @@ from dataclasses import replace
 
 import torch
 
-from coterie.engine.memory import AUTO, Memory, Settled, settle
-from coterie.experts.imagined import Imagined
+from coterie.engine.memory import AUTO, ExpertMemoryConfig, ExpertMemoryPlan, plan_expert_memory
+from coterie.experts.imagined import SimulatedCacheStore
 from coterie.model.moe import MoE
 from coterie.model.spec import ModelSpec
 from coterie.model.transformer import Transformer
@@ -15,41 +15,49 @@ from coterie.model.weights import expert_bytes
 from coterie.naming import CoterieError
 
 
-def imagined_room(asked: Memory, spec: ModelSpec, dtype: torch.dtype) -> Settled:
+def plan_simulated_cache(
+    config: ExpertMemoryConfig, spec: ModelSpec, dtype: torch.dtype
+) -> ExpertMemoryPlan:
     """What such a memory comes to, where an expert weighs what it weighs here.
 
     Raises CoterieError for less than one expert, and for what nobody can imagine: how much is free,
     what stands between, a second precision.
     """
-    for what, there in (
-        ("auto", asked.fast == AUTO),
-        ("--host-memory", asked.host is not None),
-        ("--coarse", asked.coarse is not None),
-        ("--cpu-experts", asked.aside is not None),
+    for option, is_given in (
+        ("auto", config.capacity == AUTO),
+        ("--host-memory", config.host_memory is not None),
+        ("--coarse", config.fallback_model is not None),
+        ("--cpu-experts", config.cpu_experts is not None),
     ):
-        if there:
+        if is_given:
             raise CoterieError(
-                f"{what} has no effect on a memory that is imagined; --expert-memory is a real one"
+                f"{option} has no effect on a memory that is imagined; --expert-memory is a real one"
             )
-    return settle(asked, spec, dtype, expert_bytes=expert_bytes(spec, dtype), free=None)
+    return plan_expert_memory(
+        config, spec, dtype, expert_bytes=expert_bytes(spec, dtype), free_bytes=None
+    )
 
 
-def imagine(transformer: Transformer, memory: Settled) -> tuple[Transformer, Imagined]:
+def simulate_cache(
+    transformer: Transformer, plan: ExpertMemoryPlan
+) -> tuple[Transformer, SimulatedCacheStore]:
     """The same weights and experts; policies are told who would be in such a memory."""
-    networks = [layer.feed_forward for layer in transformer.layers]
-    store = Imagined(
-        next(one.store for one in networks if isinstance(one, MoE)),
-        memory.experts,
-        memory.slots,
-        memory.asked.eviction,
-        warm={} if memory.asked.warm is None else memory.asked.warm.by_layer(),
-        expert_bytes=memory.expert_bytes,
+    feed_forwards = [layer.feed_forward for layer in transformer.layers]
+    store = SimulatedCacheStore(
+        next(feed_forward.store for feed_forward in feed_forwards if isinstance(feed_forward, MoE)),
+        plan.experts,
+        plan.slots,
+        plan.config.eviction,
+        warm_votes={} if plan.config.warm_start is None else plan.config.warm_start.by_layer(),
+        expert_bytes=plan.expert_bytes,
         device=transformer.device,
     )
     for layer in transformer.spec.moe_layers:
         store.resident(layer)
     layers = tuple(
-        replace(layer, feed_forward=replace(one, store=store)) if isinstance(one, MoE) else layer
-        for layer, one in zip(transformer.layers, networks, strict=True)
+        replace(layer, feed_forward=replace(feed_forward, store=store))
+        if isinstance(feed_forward, MoE)
+        else layer
+        for layer, feed_forward in zip(transformer.layers, feed_forwards, strict=True)
     )
     return replace(transformer, layers=layers), store

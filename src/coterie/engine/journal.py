@@ -13,51 +13,51 @@ from coterie.naming import CoterieError
 
 JOURNAL, MANIFEST = "quantising.jsonl", "manifest.json"
 
-Sums = dict[str, dict[str, object]]
+Checksums = dict[str, dict[str, object]]
 """By tensor: its sha256, or a crc32 for each expert in it."""
 
 
 @dataclass(frozen=True)
-class Journal:
+class ConversionJournal:
     """The finished files of a folder, one JSON line each; locked while open."""
 
     file: Path
     descriptor: int
-    finished: dict[str, Sums]  # grows: by file
+    finished: dict[str, Checksums]  # grows: by file
 
     @staticmethod
-    def open(out: Path, identity: Mapping[str, object]) -> Journal:
+    def open(out: Path, identity: Mapping[str, object]) -> ConversionJournal:
         """Begins, or goes on with what the same source and format began here."""
-        _check_place(out)
+        _check_output_folder(out)
         file = out / JOURNAL
         descriptor = os.open(file, os.O_RDWR | os.O_CREAT, 0o666)
         try:
-            journal = Journal(file, descriptor, {})
+            journal = ConversionJournal(file, descriptor, {})
             journal._resume(identity)
         except BaseException:
             os.close(descriptor)
             raise
         return journal
 
-    def add(self, file: str, sums: Sums) -> None:
+    def add(self, file: str, checksums: Checksums) -> None:
         """On the disk when this returns."""
-        self._write({"file": file, "tensors": sums})
-        self.finished[file] = sums
+        self._write({"file": file, "tensors": checksums})
+        self.finished[file] = checksums
 
-    def close(self) -> None:
+    def remove(self) -> None:
         """The folder is whole; there is nothing to go on with."""
         self.file.unlink()
 
-    def __enter__(self) -> Journal:
+    def __enter__(self) -> ConversionJournal:
         return self
 
     def __exit__(self, *_: object) -> None:
         os.close(self.descriptor)
 
-    def _write(self, line: Mapping[str, object]) -> None:
-        left = json.dumps(line).encode() + b"\n"
-        while left:
-            left = left[os.write(self.descriptor, left) :]
+    def _write(self, record: Mapping[str, object]) -> None:
+        unwritten = json.dumps(record).encode() + b"\n"
+        while unwritten:
+            unwritten = unwritten[os.write(self.descriptor, unwritten) :]
         os.fsync(self.descriptor)
 
     def _resume(self, identity: Mapping[str, object]) -> None:
@@ -65,22 +65,22 @@ class Journal:
             fcntl.flock(self.descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
             raise CoterieError(f"{self.file.parent}: another process is writing it") from None
-        whole, _, torn = self.file.read_bytes().rpartition(b"\n")
-        os.ftruncate(self.descriptor, os.fstat(self.descriptor).st_size - len(torn))
+        complete, _, truncated = self.file.read_bytes().rpartition(b"\n")
+        os.ftruncate(self.descriptor, os.fstat(self.descriptor).st_size - len(truncated))
         os.lseek(self.descriptor, 0, os.SEEK_END)
-        lines = [json.loads(line) for line in whole.splitlines()]
-        if not lines:
+        records = [json.loads(record) for record in complete.splitlines()]
+        if not records:
             self._write(identity)
-        elif lines[0] != identity:
+        elif records[0] != identity:
             raise CoterieError(
                 f"{self.file.parent}: holds the beginning of another model "
-                f"({lines[0].get('experts')}, of a source {str(lines[0].get('source'))[:12]}..); "
+                f"({records[0].get('experts')}, of a source {str(records[0].get('source'))[:12]}..); "
                 "name another folder, or remove this one"
             )
-        self.finished.update({line["file"]: line["tensors"] for line in lines[1:]})
+        self.finished.update({record["file"]: record["tensors"] for record in records[1:]})
 
 
-def _check_place(out: Path) -> None:
+def _check_output_folder(out: Path) -> None:
     """The folder is there then, and empty but for what an earlier run left."""
     if out.exists() and not out.is_dir():
         raise CoterieError(f"{out}: not a folder; name one that is new")

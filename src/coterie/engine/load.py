@@ -10,29 +10,29 @@ import torch
 
 from coterie import ops
 from coterie.engine import behind
-from coterie.engine.behind import Behind
-from coterie.engine.imagining import imagine, imagined_room
-from coterie.engine.memory import Memory, Settled, settle
-from coterie.engine.mixing import Packed, mixed
-from coterie.engine.offloaded import offloaded
+from coterie.engine.behind import GpuOffloadBuilder
+from coterie.engine.imagining import simulate_cache, plan_simulated_cache
+from coterie.engine.memory import ExpertMemoryConfig, ExpertMemoryPlan, plan_expert_memory
+from coterie.engine.mixing import PackedModel, build_mixed_store
+from coterie.engine.offloaded import build_disk_store
 from coterie.engine.room import free_memory
 from coterie.engine.source import EMBEDDED, find_folder
-from coterie.experts.ledger import Reporting
-from coterie.experts.mixed import Mixed
-from coterie.experts.offload import Offloaded
-from coterie.experts.store import Resident
-from coterie.families import Config, Family, eos_ids, mask_id, recognise
+from coterie.experts.ledger import CachedStore
+from coterie.experts.mixed import MixedPrecisionStore
+from coterie.experts.offload import CachedExpertStore
+from coterie.experts.store import ResidentExpertStore
+from coterie.families import ModelConfig, Family, eos_ids, mask_id, detect_family
 from coterie.families.names import is_stacked, weight_map
 from coterie.model.checkpoint import Checkpoint
-from coterie.model.filling import Filling
+from coterie.model.filling import WeightLoader
 from coterie.model.spec import ModelSpec
 from coterie.model.transformer import Transformer, build
-from coterie.model.weights import allocate, bytes_kept, take_slab
+from coterie.model.weights import allocate, weight_bytes, take_slab
 from coterie.naming import CoterieError
 from coterie.ops import cpu
-from coterie.quant import Format, parse_format
-from coterie.text import Codec, load_codec
-from coterie.values import Store
+from coterie.quant import QuantFormat, parse_format
+from coterie.text import TextTokenizer, load_tokenizer
+from coterie.values import ExpertStore
 
 DTYPES = {
     "float32": torch.float32,
@@ -42,7 +42,7 @@ DTYPES = {
     "float16": torch.float16,
     "fp16": torch.float16,
 }
-SMALL = 4 << 30
+FP32_MAX_BYTES = 4 << 30
 """Models whose fp32 weights stay below this run in fp32 on a CPU, where it costs little."""
 
 
@@ -53,28 +53,30 @@ class Model:
     name: str
     family: Family
     transformer: Transformer
-    codec: Codec
+    codec: TextTokenizer
     mask_id: int
     eos_ids: tuple[int, ...]
     folder: Path | None = None  # None: made in memory
-    offloaded: Offloaded | None = None  # its experts, where they are not all in memory
-    memory: Settled | None = None  # what the memory that was asked for experts came to
-    rationed: Reporting | None = None  # the store, where memory is short or imagined to be
+    offload_store: CachedExpertStore | None = None  # its experts, where they are not all in memory
+    memory_plan: ExpertMemoryPlan | None = (
+        None  # what the memory that was asked for experts came to
+    )
+    cached_store: CachedStore | None = None  # the store, where memory is short or imagined to be
 
     @property
     def spec(self) -> ModelSpec:
         return self.transformer.spec
 
-    def imagining(self, asked: Memory) -> Model:
+    def with_simulated_cache(self, config: ExpertMemoryConfig) -> Model:
         """The same in a smaller memory that is imagined; raises CoterieError for none, and for a
         model whose memory is short already."""
-        if self.rationed is not None:
+        if self.cached_store is not None:
             raise CoterieError("a memory can be imagined only where all experts are in memory")
-        settled = imagined_room(asked, self.spec, self.transformer.dtype)
-        if asked.warm is not None and self.folder is not None:
-            asked.warm.check(self.spec, self.folder)
-        transformer, store = imagine(self.transformer, settled)
-        return replace(self, transformer=transformer, memory=settled, rationed=store)
+        plan = plan_simulated_cache(config, self.spec, self.transformer.dtype)
+        if config.warm_start is not None and self.folder is not None:
+            config.warm_start.check(self.spec, self.folder)
+        transformer, store = simulate_cache(self.transformer, plan)
+        return replace(self, transformer=transformer, memory=plan, rationed=store)
 
 
 def load_model(
@@ -82,9 +84,9 @@ def load_model(
     *,
     dtype: str | torch.dtype | None = None,
     device: str | torch.device = "auto",
-    experts: str | Format | None = None,
-    expert_memory: str | Memory | None = None,
-    progress: Callable[[int, int], None] | None = None,
+    experts: str | QuantFormat | None = None,
+    expert_memory: str | ExpertMemoryConfig | None = None,
+    on_progress: Callable[[int, int], None] | None = None,
 ) -> Model:
     """Load a folder, a hub id, or (None) the embedded model.
 
@@ -99,95 +101,118 @@ def load_model(
     Every bad input raises a CoterieError of one line.
     """
     folder = find_folder(name_or_path)
-    config = Config.of(folder / "config.json")
-    family = recognise(config)
-    spec = family.read(config)
-    where = choose_device(device)
-    what = choose_dtype(dtype, spec, where)
-    kept = _kept_as(folder, spec, experts, where)
-    asked = Memory.parse(expert_memory) if isinstance(expert_memory, str) else expert_memory
-    imagined = asked if asked is not None and asked.imagined else None
-    if imagined is not None:
-        imagined_room(imagined, kept, what)  # fails here, before weights are loaded
-    memory = None if imagined else _settled(folder, spec, kept, asked, dtype=what, device=where)
-    transformer, store = _load_weights(
-        folder, family, spec, kept, dtype=what, device=where, memory=memory, progress=progress
+    config = ModelConfig.of(folder / "config.json")
+    family = detect_family(config)
+    spec = family.read_spec(config)
+    target_device = choose_device(device)
+    weights_dtype = choose_dtype(dtype, spec, target_device)
+    loaded_spec = _loaded_spec(folder, spec, experts, target_device)
+    memory_config = (
+        ExpertMemoryConfig.parse(expert_memory) if isinstance(expert_memory, str) else expert_memory
     )
-    codec = load_codec(folder, template=family.defaults.template, vocabulary=spec.vocabulary)
+    simulated_config = (
+        memory_config if memory_config is not None and memory_config.simulated else None
+    )
+    if simulated_config is not None:
+        plan_simulated_cache(
+            simulated_config, loaded_spec, weights_dtype
+        )  # fails here, before weights are loaded
+    memory_plan = (
+        None
+        if simulated_config
+        else _plan_memory(
+            folder, spec, loaded_spec, memory_config, dtype=weights_dtype, device=target_device
+        )
+    )
+    transformer, store = _load_weights(
+        folder,
+        family,
+        spec,
+        loaded_spec,
+        dtype=weights_dtype,
+        device=target_device,
+        memory_plan=memory_plan,
+        on_progress=on_progress,
+    )
+    codec = load_tokenizer(
+        folder, template=family.defaults.chat_template, vocab_size=spec.vocabulary
+    )
     model = Model(
         name=EMBEDDED if name_or_path is None else str(name_or_path),
         family=family,
         transformer=transformer,
         codec=codec,
-        mask_id=_agreed_mask(config, codec, mask_id(config, family, spec.vocabulary)),
-        eos_ids=tuple(dict.fromkeys(codec.ends + eos_ids(config, family, spec.vocabulary))),
+        mask_id=_resolve_mask_id(config, codec, mask_id(config, family, spec.vocabulary)),
+        eos_ids=tuple(dict.fromkeys(codec.eos_ids + eos_ids(config, family, spec.vocabulary))),
         folder=folder,
-        offloaded=store if isinstance(store, Offloaded) else None,
-        memory=memory,
-        rationed=store if isinstance(store, Offloaded | Mixed) else None,
+        offload_store=store if isinstance(store, CachedExpertStore) else None,
+        memory_plan=memory_plan,
+        cached_store=store if isinstance(store, CachedExpertStore | MixedPrecisionStore) else None,
     )
-    return model if imagined is None else model.imagining(imagined)
+    return model if simulated_config is None else model.with_simulated_cache(simulated_config)
 
 
-def _settled(
+def _plan_memory(
     folder: Path,
-    stored: ModelSpec,
-    kept: ModelSpec,
-    wanted: Memory | None,
+    stored_spec: ModelSpec,
+    loaded_spec: ModelSpec,
+    config: ExpertMemoryConfig | None,
     *,
     dtype: torch.dtype,
     device: torch.device,
-) -> Settled | None:
+) -> ExpertMemoryPlan | None:
     """Raises CoterieError where experts cannot be read one by one, or not even one fits."""
-    if wanted is None:
+    if config is None:
         return None
-    if wanted.warm is not None:
-        wanted.warm.check(kept, folder)
-    if behind.far(device):
-        return behind.settle_behind(wanted, stored, kept, dtype, device=device)
-    if not kept.panels:
+    if config.warm_start is not None:
+        config.warm_start.check(loaded_spec, folder)
+    if behind.has_device_memory(device):
+        return behind.plan_gpu_offload(config, stored_spec, loaded_spec, dtype, device=device)
+    if not loaded_spec.panels:
         raise CoterieError(
             f"{folder}: --expert-memory reads experts from a packed checkpoint, for a CPU's "
             "kernels; `coterie quantize MODEL OUT --experts int8` makes one, "
             "and --imagine-memory acts as if"
         )
-    if wanted.host is not None:
+    if config.host_memory is not None:
         raise CoterieError(
             "--host-memory has no effect on a CPU: --expert-memory is memory of the host there; "
             "with --device cuda it stands between the GPU's memory and the disk"
         )
-    if wanted.aside is not None:
+    if config.cpu_experts is not None:
         raise CoterieError("--cpu-experts has no effect where a CPU computes all experts anyway")
-    free, size = free_memory(device), kept.expert_stride
-    found = settle(wanted, kept, dtype, expert_bytes=size, free=free)
-    if found.whole and wanted.coarse is not None:
+    free_bytes, expert_bytes = free_memory(device), loaded_spec.expert_stride
+    plan = plan_expert_memory(
+        config, loaded_spec, dtype, expert_bytes=expert_bytes, free_bytes=free_bytes
+    )
+    if plan.holds_all and config.fallback_model is not None:
         raise CoterieError("--coarse has no effect: all experts fit into what is free as they are")
-    return found
+    return plan
 
 
-def _kept_as(
-    folder: Path, stored: ModelSpec, asked: str | Format | None, device: torch.device
+def _loaded_spec(
+    folder: Path, stored_spec: ModelSpec, experts: str | QuantFormat | None, device: torch.device
 ) -> ModelSpec:
     """The model in memory: its experts as stored, or as asked where they are stored whole."""
-    wanted = parse_format(asked) if isinstance(asked, str) else asked
-    if wanted not in (None, stored.expert_format):
-        if stored.expert_format is not None or stored.panels:
+    expert_format = parse_format(experts) if isinstance(experts, str) else experts
+    if expert_format not in (None, stored_spec.expert_format):
+        if stored_spec.expert_format is not None or stored_spec.panels:
             raise CoterieError(
-                f"{folder}: its experts are {stored.experts_as} already; "
-                f"{wanted} can be made of the original only"
+                f"{folder}: its experts are {stored_spec.expert_storage} already; "
+                f"{expert_format} can be made of the original only"
             )
-        return replace(stored, expert_format=wanted)
-    panels = stored.panels and not behind.far(device) and cpu.ready()
-    return replace(stored, panels=panels)
+        return replace(stored_spec, expert_format=expert_format)
+    packed = stored_spec.panels and not behind.has_device_memory(device) and cpu.is_available()
+    return replace(stored_spec, panels=packed)
 
 
-def _agreed_mask(config: Config, codec: Codec, usual: int) -> int:
+def _resolve_mask_id(config: ModelConfig, codec: TextTokenizer, default: int) -> int:
     """The tokenizer's, which a config that states one must agree with; else the ``usual`` one."""
-    if codec.mask is None:
-        return usual
-    if config.values.get("mask_token_id") is not None and usual != codec.mask:
-        raise config.error("mask_token_id", f"is {usual}, but tokenizer.json has {codec.mask}")
-    return codec.mask
+    if codec.mask_id is None:
+        return default
+    if config.values.get("mask_token_id") is not None and default != codec.mask_id:
+        raise config.error("mask_token_id", f"is {default}, but tokenizer.json has {codec.mask_id}")
+    return codec.mask_id
 
 
 def choose_device(device: str | torch.device) -> torch.device:
@@ -195,14 +220,14 @@ def choose_device(device: str | torch.device) -> torch.device:
     if device == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
-        chosen = torch.device(device)
+        resolved = torch.device(device)
     except RuntimeError:
         raise CoterieError(f"unknown device {str(device)!r}; known: auto, cpu, cuda") from None
-    if chosen.type not in ("cpu", "cuda"):
+    if resolved.type not in ("cpu", "cuda"):
         raise CoterieError(f"unknown device {str(device)!r}; known: auto, cpu, cuda")
-    if chosen.type == "cuda" and (chosen.index or 0) >= torch.cuda.device_count():
+    if resolved.type == "cuda" and (resolved.index or 0) >= torch.cuda.device_count():
         raise CoterieError(f"device {str(device)!r} is not there: PyTorch sees no such GPU")
-    return chosen
+    return resolved
 
 
 def choose_dtype(
@@ -210,8 +235,8 @@ def choose_dtype(
 ) -> torch.dtype:
     """None and "auto" are bf16, or fp32 on a CPU where the weights stay small; others by name."""
     if dtype is None or dtype == "auto":
-        small = bytes_kept(spec, torch.float32) < SMALL
-        return torch.float32 if device.type == "cpu" and small else torch.bfloat16
+        is_small = weight_bytes(spec, torch.float32) < FP32_MAX_BYTES
+        return torch.float32 if device.type == "cpu" and is_small else torch.bfloat16
     if isinstance(dtype, str):
         if dtype not in DTYPES:
             raise CoterieError(f"unknown dtype {dtype!r}; known: auto, {', '.join(DTYPES)}")
@@ -225,64 +250,77 @@ def _load_weights(
     folder: Path,
     family: Family,
     spec: ModelSpec,
-    kept: ModelSpec,
+    loaded_spec: ModelSpec,
     *,
     dtype: torch.dtype,
     device: torch.device,
-    memory: Settled | None,
-    progress: Callable[[int, int], None] | None,
-) -> tuple[Transformer, Store]:
+    memory_plan: ExpertMemoryPlan | None,
+    on_progress: Callable[[int, int], None] | None,
+) -> tuple[Transformer, ExpertStore]:
     """Everything is checked before the first byte of memory is asked for."""
     checkpoint = Checkpoint.of(folder)
-    places = weight_map(family.names, spec, stacked=is_stacked(checkpoint.tensors))
-    checkpoint.check(places)
-    memory = None if memory is None or memory.whole else memory
-    away = 0 if memory is None else memory.absent
-    _check_room(folder, bytes_kept(kept, dtype) - away, device)
-    weights = allocate(kept, dtype, device, experts=memory is None)
-    host = Behind(kept, dtype, memory, device) if memory and behind.far(device) else None
-    if host is not None and host.holds_all:
-        weights |= host.weights()
-    left = memory is not None and not (host is not None and host.holds_all)
-    told = _running_total(checkpoint.bytes, progress)
-    checkpoint.load(places, Filling(spec, kept, weights, left=left), told)
-    if host is not None:
-        store = host.store(checkpoint, places, spec)
-        return build(kept, weights, store), store
-    if memory is not None:
+    targets = weight_map(family.tensor_names, spec, stacked=is_stacked(checkpoint.tensors))
+    checkpoint.check(targets)
+    memory_plan = None if memory_plan is None or memory_plan.holds_all else memory_plan
+    absent_bytes = 0 if memory_plan is None else memory_plan.absent_bytes
+    _check_free_memory(folder, weight_bytes(loaded_spec, dtype) - absent_bytes, device)
+    weights = allocate(loaded_spec, dtype, device, experts=memory_plan is None)
+    gpu_offload = (
+        GpuOffloadBuilder(loaded_spec, dtype, memory_plan, device)
+        if memory_plan and behind.has_device_memory(device)
+        else None
+    )
+    if gpu_offload is not None and gpu_offload.holds_all:
+        weights |= gpu_offload.weights()
+    skip_experts = memory_plan is not None and not (
+        gpu_offload is not None and gpu_offload.holds_all
+    )
+    on_bytes = _running_total(checkpoint.bytes, on_progress)
+    checkpoint.load(
+        targets, WeightLoader(spec, loaded_spec, weights, skip_packed=skip_experts), on_bytes
+    )
+    if gpu_offload is not None:
+        store = gpu_offload.build_store(checkpoint, targets, spec)
+        return build(loaded_spec, weights, store), store
+    if memory_plan is not None:
         store = (
-            offloaded(checkpoint, places, kept, memory)
-            if memory.asked.coarse is None
-            else mixed(Packed(checkpoint, places, kept), memory, memory.asked.coarse)
+            build_disk_store(checkpoint, targets, loaded_spec, memory_plan)
+            if memory_plan.config.fallback_model is None
+            else build_mixed_store(
+                PackedModel(checkpoint, targets, loaded_spec),
+                memory_plan,
+                memory_plan.config.fallback_model,
+            )
         )
-        return build(kept, weights, store), store
+        return build(loaded_spec, weights, store), store
     slabs = {
-        layer: ops.prepare(take_slab(kept, layer, weights), spend=True) for layer in kept.moe_layers
+        layer: ops.prepare(take_slab(loaded_spec, layer, weights), release_source=True)
+        for layer in loaded_spec.moe_layers
     }
-    store = Resident(slabs)
-    return build(kept, weights, store), store
+    store = ResidentExpertStore(slabs)
+    return build(loaded_spec, weights, store), store
 
 
 def _running_total(
-    whole: int, progress: Callable[[int, int], None] | None
+    total_bytes: int, on_progress: Callable[[int, int], None] | None
 ) -> Callable[[int], None] | None:
-    if progress is None:
+    if on_progress is None:
         return None
-    done = 0
+    done_bytes = 0
 
-    def heard(size: int) -> None:
-        nonlocal done
-        done += size
-        progress(done, whole)
+    def on_bytes(size: int) -> None:
+        nonlocal done_bytes
+        done_bytes += size
+        on_progress(done_bytes, total_bytes)
 
-    return heard
+    return on_bytes
 
 
-def _check_room(folder: Path, needed: int, device: torch.device) -> None:
-    free = free_memory(device)
-    if free is not None and needed > free:
+def _check_free_memory(folder: Path, needed_bytes: int, device: torch.device) -> None:
+    free_bytes = free_memory(device)
+    if free_bytes is not None and needed_bytes > free_bytes:
         gib = 1 << 30
         raise CoterieError(
-            f"{folder}: the weights need {needed / gib:.1f} GiB, {free / gib:.1f} GiB are free "
+            f"{folder}: the weights need {needed_bytes / gib:.1f} GiB, {free_bytes / gib:.1f} GiB are free "
             f"on {device}"
         )

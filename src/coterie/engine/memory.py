@@ -7,26 +7,26 @@ from typing import Literal
 
 import torch
 
-from coterie.engine.coarse import Coarse
+from coterie.engine.coarse import LowPrecisionExperts
 from coterie.engine.warm import SavedVotes
-from coterie.experts.aside import AtMost, parse_aside
+from coterie.experts.aside import TokenLimit, parse_cpu_experts
 from coterie.experts.capacity import Capacity, parse_bytes
 from coterie.experts.eviction import EVICTIONS, Eviction, Lru, parse_eviction
-from coterie.model.size import size
+from coterie.model.size import model_size
 from coterie.model.spec import ModelSpec
 from coterie.naming import CoterieError
-from coterie.spelling import spelled
+from coterie.spelling import format_spec
 
 Auto = Literal["auto"]
 
 AUTO: Auto = "auto"
-LENGTH = 2048  # positions of a row whose keys and values "auto" leaves room for
-MARGIN = 512 << 20  # bytes that "auto" leaves for what a forward computes with
-SPARE = 0.05  # and of what is free, the share that others may take meanwhile
+AUTO_KV_LENGTH = 2048  # positions of a row whose keys and values "auto" leaves room for
+AUTO_MARGIN_BYTES = 512 << 20  # bytes that "auto" leaves for what a forward computes with
+AUTO_SPARE_SHARE = 0.05  # and of what is free, the share that others may take meanwhile
 
 
 @dataclass(frozen=True)
-class Memory:
+class ExpertMemoryConfig:
     """Memory for some of the experts, while the others stay where they were loaded from.
 
     ``fast`` is where they are computed from. On a GPU, ``host`` bytes of the machine's own memory
@@ -35,57 +35,65 @@ class Memory:
     is for experts in fewer bits.
     """
 
-    fast: Capacity | Auto
-    host: int | Auto | None = None
+    capacity: Capacity | Auto
+    host_memory: int | Auto | None = None
     eviction: Eviction = field(default_factory=Lru)
-    warm: SavedVotes | None = None
-    coarse: Coarse | None = None
-    aside: AtMost | Auto | None = None  # whom a CPU beside a GPU computes; None: nobody
-    imagined: bool = False  # all experts are there, and book is kept of what would have moved
+    warm_start: SavedVotes | None = None
+    fallback_model: LowPrecisionExperts | None = None
+    cpu_experts: TokenLimit | Auto | None = None  # whom a CPU beside a GPU computes; None: nobody
+    simulated: bool = False  # all experts are there, and book is kept of what would have moved
 
     @staticmethod
     def parse(
-        fast: str,
+        capacity: str,
         *,
-        host: str | None = None,
+        host_memory: str | None = None,
         eviction: str | None = None,
-        warm: SavedVotes | None = None,
-        coarse: Coarse | None = None,
-        aside: str | None = None,
-        imagined: bool = False,
-    ) -> Memory:
+        warm_start: SavedVotes | None = None,
+        fallback_model: LowPrecisionExperts | None = None,
+        cpu_experts: str | None = None,
+        simulated: bool = False,
+    ) -> ExpertMemoryConfig:
         """From what is typed: "35%", "47" a layer, "6GiB" or "auto"; "20GiB" or "auto"; "lru";
         "off", "auto" or the most tokens of an expert."""
-        option, or_else = ("--imagine-memory", "") if imagined else ("--expert-memory", ", or auto")
-        return Memory(
-            AUTO if fast.strip() == AUTO else Capacity.parse(fast, option, or_else),
-            AUTO if host == AUTO else None if host is None else parse_bytes(host, "--host-memory"),
+        option, other_forms = (
+            ("--imagine-memory", "") if simulated else ("--expert-memory", ", or auto")
+        )
+        return ExpertMemoryConfig(
+            AUTO if capacity.strip() == AUTO else Capacity.parse(capacity, option, other_forms),
+            AUTO
+            if host_memory == AUTO
+            else None
+            if host_memory is None
+            else parse_bytes(host_memory, "--host-memory"),
             Lru() if eviction is None else parse_eviction(eviction),
-            warm,
-            coarse,
-            None if aside is None else parse_aside(aside),
-            imagined,
+            warm_start,
+            fallback_model,
+            None if cpu_experts is None else parse_cpu_experts(cpu_experts),
+            simulated,
         )
 
-    def document(self) -> dict[str, object]:
+    def to_dict(self) -> dict[str, object]:
         """As plain values, by the names of the options; what was not asked for is None."""
         return {
-            "expert_memory": self.fast if self.fast == AUTO else self.fast.text,
-            "host_memory": self.host,
-            "eviction": spelled(self.eviction, EVICTIONS),
-            "warm": None if self.warm is None else self.warm.name,
-            **({} if self.coarse is None else self.coarse.document()),
+            "expert_memory": self.capacity if self.capacity == AUTO else self.capacity.text,
+            "host_memory": self.host_memory,
+            "eviction": format_spec(self.eviction, EVICTIONS),
+            "warm": None if self.warm_start is None else self.warm_start.label,
+            **({} if self.fallback_model is None else self.fallback_model.to_dict()),
             **(
                 {}
-                if self.aside is None
-                else {"cpu_experts": AUTO if self.aside == AUTO else self.aside.tokens}
+                if self.cpu_experts is None
+                else {
+                    "cpu_experts": AUTO if self.cpu_experts == AUTO else self.cpu_experts.max_tokens
+                }
             ),
-            **({"imagined": True} if self.imagined else {}),
+            **({"imagined": True} if self.simulated else {}),
         }
 
 
 @dataclass(frozen=True)
-class Settled:
+class ExpertMemoryPlan:
     """What a ``Memory`` came to: ``slots`` for the experts of each layer.
 
     ``free`` bytes were there and ``rest`` of them left for all else, where it was "auto" that
@@ -93,59 +101,64 @@ class Settled:
     where the slots hold all of them.
     """
 
-    asked: Memory
+    config: ExpertMemoryConfig
     slots: int
     experts: int
     layers: int
     expert_bytes: int
-    free: int | None = None
-    rest: int | None = None
-    host: int | None = None
+    free_bytes: int | None = None
+    other_bytes: int | None = None
+    host_bytes: int | None = None
 
     @property
-    def whole(self) -> bool:
+    def holds_all(self) -> bool:
         """Whether "auto" found that all of them fit, or a GPU was given room for all: then there is
         nothing to fetch."""
-        return self.slots == self.experts and (self.asked.fast == AUTO or self.host == 0)
+        return self.slots == self.experts and (self.config.capacity == AUTO or self.host_bytes == 0)
 
     @property
-    def bytes(self) -> int:
+    def slot_bytes(self) -> int:
         """Of all slots."""
         return self.slots * self.layers * self.expert_bytes
 
     @property
-    def absent(self) -> int:
+    def absent_bytes(self) -> int:
         """Bytes of the experts for which there are no slots."""
         return (self.experts - self.slots) * self.layers * self.expert_bytes
 
 
-def settle(
-    asked: Memory, spec: ModelSpec, dtype: torch.dtype, *, expert_bytes: int, free: int | None
-) -> Settled:
+def plan_expert_memory(
+    config: ExpertMemoryConfig,
+    spec: ModelSpec,
+    dtype: torch.dtype,
+    *,
+    expert_bytes: int,
+    free_bytes: int | None,
+) -> ExpertMemoryPlan:
     """The slots of each layer, where an expert weighs so much in fast memory and ``free`` bytes
     can be had there; raises CoterieError for less than one."""
     layers, experts = len(spec.moe_layers), spec.router.experts
-    if asked.fast != AUTO:
-        slots = asked.fast.slots(layers=layers, experts=experts, size=expert_bytes)
-        return Settled(asked, slots, experts, layers, expert_bytes)
-    if free is None:
+    if config.capacity != AUTO:
+        slots = config.capacity.slots(layers=layers, experts=experts, expert_bytes=expert_bytes)
+        return ExpertMemoryPlan(config, slots, experts, layers, expert_bytes)
+    if free_bytes is None:
         raise CoterieError(
             "--expert-memory auto: this system does not tell how much memory is free; "
             "say a share (35%), slots a layer (47) or bytes (6GiB)"
         )
-    rest = all_else(spec, dtype, free)
-    slots = min(experts, max(0, free - rest) // (layers * expert_bytes))
+    other_bytes = non_expert_bytes(spec, dtype, free_bytes)
+    slots = min(experts, max(0, free_bytes - other_bytes) // (layers * expert_bytes))
     if slots < 1:
         raise CoterieError(
-            f"--expert-memory auto: {free:,} bytes are free, all else needs {rest:,}, and one "
+            f"--expert-memory auto: {free_bytes:,} bytes are free, all else needs {other_bytes:,}, and one "
             f"expert in each of {layers} layers {layers * expert_bytes:,} more"
         )
-    return Settled(asked, slots, experts, layers, expert_bytes, free, rest)
+    return ExpertMemoryPlan(config, slots, experts, layers, expert_bytes, free_bytes, other_bytes)
 
 
-def all_else(spec: ModelSpec, dtype: torch.dtype, free: int) -> int:
+def non_expert_bytes(spec: ModelSpec, dtype: torch.dtype, free_bytes: int) -> int:
     """Bytes beside the experts: other weights, keys and values of a long row, and a margin."""
-    whole = size(spec, dtype)
-    weights = whole.bytes - len(spec.moe_layers) * whole.layer_expert_bytes
-    row = min(LENGTH, spec.max_length) * whole.cache_bytes
-    return weights + row + MARGIN + int(SPARE * free)
+    sizes = model_size(spec, dtype)
+    weights = sizes.bytes - len(spec.moe_layers) * sizes.layer_expert_bytes
+    kv_bytes = min(AUTO_KV_LENGTH, spec.max_length) * sizes.kv_bytes_per_token
+    return weights + kv_bytes + AUTO_MARGIN_BYTES + int(AUTO_SPARE_SHARE * free_bytes)

@@ -9,159 +9,170 @@ from pathlib import Path
 import numpy as np
 from torch import Tensor
 
-from coterie.engine.coarse import Coarse, Split
-from coterie.engine.distance import distances
+from coterie.engine.coarse import LowPrecisionExperts, PrecisionSplit
+from coterie.engine.distance import quantization_errors
 from coterie.engine.journal import MANIFEST
-from coterie.engine.memory import Memory, Settled
-from coterie.engine.offloaded import blobs, offloaded
+from coterie.engine.memory import ExpertMemoryConfig, ExpertMemoryPlan
+from coterie.engine.offloaded import expert_file_spans, build_disk_store
 from coterie.engine.source import find_folder
-from coterie.engine.verify import sums_of
-from coterie.experts.couriers import Readers
-from coterie.experts.mixed import Errors, Mixed, Source
-from coterie.experts.tiers import OnDisk
-from coterie.families import Config, recognise
+from coterie.engine.verify import manifest_checksums
+from coterie.experts.couriers import ThreadedFetcher
+from coterie.experts.mixed import PrecisionErrors, MixedPrecisionStore, HighPrecisionSource
+from coterie.experts.tiers import DiskTier
+from coterie.families import ModelConfig, detect_family
 from coterie.families.names import is_stacked, weight_map
-from coterie.families.reading import EXPERT_FORMAT, EXPERT_LAYOUT
+from coterie.families.reading import EXPERT_FORMAT_KEY, EXPERT_LAYOUT_KEY
 from coterie.model.checkpoint import Checkpoint
 from coterie.model.spec import ModelSpec
 from coterie.model.strictjson import read_object
-from coterie.model.weights import Place
+from coterie.model.weights import TensorTarget
 from coterie.naming import CoterieError
-from coterie.ops.cpu.kernels import memory as allocate
-from coterie.ops.panels import in_panels
+from coterie.ops.cpu.kernels import allocate as allocate
+from coterie.ops.panels import slab_of_packed
 from coterie.values import Slab
 
-NOBODYS = 1e-9  # votes of those for whom nobody has voted
-ITS_OWN = (EXPERT_FORMAT, EXPERT_LAYOUT)  # keys of a config that tell of a precision
+UNVOTED_SCORE = 1e-9  # votes of those for whom nobody has voted
+PRECISION_KEYS = (EXPERT_FORMAT_KEY, EXPERT_LAYOUT_KEY)  # keys of a config that tell of a precision
 
 
 @dataclass(frozen=True)
-class Packed:
+class PackedModel:
     """A folder whose experts can be read one by one."""
 
     checkpoint: Checkpoint
-    places: Mapping[str, Place]
+    targets: Mapping[str, TensorTarget]
     spec: ModelSpec
 
     @staticmethod
-    def of(folder: Path) -> Packed:
+    def open(folder: Path) -> PackedModel:
         """Raises CoterieError for a folder whose experts are not packed."""
-        config = Config.of(folder / "config.json")
-        family = recognise(config)
-        spec = family.read(config)
+        config = ModelConfig.of(folder / "config.json")
+        family = detect_family(config)
+        spec = family.read_spec(config)
         if not spec.panels:
             raise CoterieError(
                 f"{folder}: --coarse reads experts from a packed checkpoint; "
                 "`coterie quantize MODEL OUT --experts int4` makes one"
             )
         checkpoint = Checkpoint.of(folder)
-        places = weight_map(family.names, spec, stacked=is_stacked(checkpoint.tensors))
-        checkpoint.check(places)
-        return Packed(checkpoint, places, spec)
+        targets = weight_map(family.tensor_names, spec, stacked=is_stacked(checkpoint.tensors))
+        checkpoint.check(targets)
+        return PackedModel(checkpoint, targets, spec)
 
     @property
     def folder(self) -> Path:
         return self.checkpoint.folder
 
 
-def mixed(fine: Packed, memory: Settled, asked: Coarse) -> Mixed:
+def build_mixed_store(
+    high: PackedModel, plan: ExpertMemoryPlan, config: LowPrecisionExperts
+) -> MixedPrecisionStore:
     """The store: the settled memory for both, its ``--warm`` votes for who is fine at first.
 
     Raises CoterieError for two folders that are not one model, and for memory that has no place
     for one of the two.
     """
-    coarse = Packed.of(find_folder(asked.folder))
-    check_same(fine, coarse)
-    warm = {} if memory.asked.warm is None else memory.asked.warm.by_layer()
-    if not (warm or asked.placement.most or asked.placement.mass):
+    low = PackedModel.open(find_folder(config.folder))
+    check_same_model(high, low)
+    warm_votes = {} if plan.config.warm_start is None else plan.config.warm_start.by_layer()
+    if not (warm_votes or config.precision_policy.most or config.precision_policy.mass):
         raise CoterieError(
             "--placement votes: --warm FILE says whose; `coterie trace --votes FILE` saves them"
         )
-    spec = fine.spec
-    split = Split.of(
-        memory.slots * memory.expert_bytes,
-        asked.placement.share,
-        experts=memory.experts,
-        fine=spec.expert_stride,
-        coarse=coarse.spec.expert_stride,
+    spec = high.spec
+    split = PrecisionSplit.of(
+        plan.slots * plan.expert_bytes,
+        config.precision_policy.share,
+        experts=plan.experts,
+        high_bytes=spec.expert_stride,
+        low_bytes=low.spec.expert_stride,
     )
 
-    def shown(held: Tensor, slot_of: Tensor) -> Slab:
+    def make_slab(buffer: Tensor, slot_of: Tensor) -> Slab:
         sizes = {"hidden": spec.hidden, "width": spec.expert_width}
-        return in_panels(held, spec.panel_kind, slot_of, **sizes)
+        return slab_of_packed(buffer, spec.panel_kind, slot_of, **sizes)
 
-    courier = Readers(OnDisk(blobs(fine.checkpoint, fine.places)))
-    source = Source(courier, shown, allocate, spec.expert_stride, split.fine)
-    others = _of_the_others(memory.asked, split)
-    room = replace(memory, asked=others, slots=split.coarse, expert_bytes=coarse.spec.expert_stride)
-    store = Mixed(
+    fetcher = ThreadedFetcher(DiskTier(expert_file_spans(high.checkpoint, high.targets)))
+    source = HighPrecisionSource(fetcher, make_slab, allocate, spec.expert_stride, split.high_slots)
+    low_memory = _low_precision_memory(plan.config, split)
+    low_plan = replace(
+        plan, config=low_memory, slots=split.low_slots, expert_bytes=low.spec.expert_stride
+    )
+    store = MixedPrecisionStore(
         source,
-        offloaded(coarse.checkpoint, coarse.places, coarse.spec, room),
-        asked.placement.most,
-        asked.placement.mass,
-        warm=warm,
-        errors=errors_of(fine, coarse) or {},
-        kinds=(spec.panel_kind, coarse.spec.panel_kind),
+        build_disk_store(low.checkpoint, low.targets, low.spec, low_plan),
+        config.precision_policy.most,
+        config.precision_policy.mass,
+        warm_votes=warm_votes,
+        errors=precision_errors(high, low) or {},
+        format_names=(spec.panel_kind, low.spec.panel_kind),
     )
     store.fill(spec.moe_layers)
     return store
 
 
-def _of_the_others(asked: Memory, split: Split) -> Memory:
+def _low_precision_memory(config: ExpertMemoryConfig, split: PrecisionSplit) -> ExpertMemoryConfig:
     """The same for coarse experts: from the start those are there who are not fine then."""
-    if asked.warm is None:
-        return asked
+    if config.warm_start is None:
+        return config
     rows = []
-    for votes in asked.warm.votes:
+    for votes in config.warm_start.votes:
         row = np.array(votes)
-        best = np.lexsort((np.arange(len(row)), -row))[: split.fine]
-        row = row + NOBODYS  # a place that is free is better filled
-        row[best] = 0.0
+        top_ids = np.lexsort((np.arange(len(row)), -row))[: split.high_slots]
+        row = row + UNVOTED_SCORE  # a place that is free is better filled
+        row[top_ids] = 0.0
         rows.append(tuple(row.tolist()))
-    return replace(asked, warm=replace(asked.warm, votes=tuple(rows)))
+    return replace(config, warm_start=replace(config.warm_start, votes=tuple(rows)))
 
 
-def errors_of(fine: Packed, coarse: Packed) -> dict[int, Errors] | None:
+def precision_errors(high: PackedModel, low: PackedModel) -> dict[int, PrecisionErrors] | None:
     """By layer; None where a manifest does not tell."""
-    found = [distances(one.checkpoint, one.places, one.spec) for one in (fine, coarse)]
-    best, rough = found
-    if best is None or rough is None:
+    errors = [
+        quantization_errors(packed.checkpoint, packed.targets, packed.spec)
+        for packed in (high, low)
+    ]
+    high_errors, low_errors = errors
+    if high_errors is None or low_errors is None:
         return None
-    return {layer: Errors(best[layer], rough[layer]) for layer in best}
+    return {layer: PrecisionErrors(high_errors[layer], low_errors[layer]) for layer in high_errors}
 
 
-def check_same(fine: Packed, coarse: Packed) -> None:
+def check_same_model(high: PackedModel, low: PackedModel) -> None:
     """Raises CoterieError unless both are made of one model, and the coarse one weighs less."""
-    ours, theirs = (_config(one.folder) for one in (fine, coarse))
-    for key in sorted({*ours, *theirs}):
-        if ours.get(key) != theirs.get(key):
+    high_config, low_config = (_shared_config(packed.folder) for packed in (high, low))
+    for key in sorted({*high_config, *low_config}):
+        if high_config.get(key) != low_config.get(key):
             raise CoterieError(
-                f"{coarse.folder}: another model than {fine.folder}: {key} is "
-                f"{theirs.get(key)!r}, not {ours.get(key)!r}"
+                f"{low.folder}: another model than {high.folder}: {key} is "
+                f"{low_config.get(key)!r}, not {high_config.get(key)!r}"
             )
-    if coarse.spec.expert_stride >= fine.spec.expert_stride:
+    if low.spec.expert_stride >= high.spec.expert_stride:
         raise CoterieError(
-            f"{coarse.folder}: its experts ({coarse.spec.experts_as}) are not smaller than those "
-            f"of {fine.folder} ({fine.spec.experts_as})"
+            f"{low.folder}: its experts ({low.spec.expert_storage}) are not smaller than those "
+            f"of {high.folder} ({high.spec.expert_storage})"
         )
-    if not _one_origin(fine.folder, coarse.folder):
+    if not _same_source(high.folder, low.folder):
         raise CoterieError(
-            f"{coarse.folder}: not made of the same weights as {fine.folder}; convert both from "
+            f"{low.folder}: not made of the same weights as {high.folder}; convert both from "
             "one folder"
         )
 
 
-def _one_origin(fine: Path, coarse: Path) -> bool:
+def _same_source(high: Path, low: Path) -> bool:
     """By the fingerprints of their sources; where one is not told, by the weights that they share,
     all but the experts."""
-    prints = [_fingerprint(folder) for folder in (fine, coarse)]
-    if None not in prints:
-        return prints[0] == prints[1]
-    ours, theirs = (
-        {name: told["sha256"] for name, told in sums_of(folder).items() if "sha256" in told}
-        for folder in (fine, coarse)
+    fingerprints = [_fingerprint(folder) for folder in (high, low)]
+    if None not in fingerprints:
+        return fingerprints[0] == fingerprints[1]
+    high_sums, low_sums = (
+        {
+            name: checksums["sha256"]
+            for name, checksums in manifest_checksums(folder).items()
+            if "sha256" in checksums
+        }
+        for folder in (high, low)
     )
-    return ours == theirs
+    return high_sums == low_sums
 
 
 def _fingerprint(folder: Path) -> object:
@@ -169,6 +180,6 @@ def _fingerprint(folder: Path) -> object:
     return source.get("fingerprint") if isinstance(source, dict) else None
 
 
-def _config(folder: Path) -> dict[str, object]:
-    values = Config.of(folder / "config.json").values
-    return {key: value for key, value in values.items() if key not in ITS_OWN}
+def _shared_config(folder: Path) -> dict[str, object]:
+    values = ModelConfig.of(folder / "config.json").values
+    return {key: value for key, value in values.items() if key not in PRECISION_KEYS}

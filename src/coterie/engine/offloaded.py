@@ -7,63 +7,68 @@ from collections.abc import Mapping
 from torch import Tensor
 
 from coterie.engine.journal import MANIFEST
-from coterie.engine.memory import Settled
-from coterie.engine.verify import sums_of
-from coterie.experts.couriers import Readers
-from coterie.experts.offload import Offloaded
-from coterie.experts.tiers import Blobs, OnDisk, Stamp
+from coterie.engine.memory import ExpertMemoryPlan
+from coterie.engine.verify import manifest_checksums
+from coterie.experts.couriers import ThreadedFetcher
+from coterie.experts.offload import CachedExpertStore
+from coterie.experts.tiers import ExpertFileSpan, DiskTier, FileIdentity
 from coterie.model.checkpoint import Checkpoint
 from coterie.model.spec import ModelSpec
-from coterie.model.weights import Place, is_packed
+from coterie.model.weights import TensorTarget, is_packed
 from coterie.naming import CoterieError
-from coterie.ops.cpu.kernels import memory as allocate
-from coterie.ops.panels import in_panels
+from coterie.ops.cpu.kernels import allocate as allocate
+from coterie.ops.panels import slab_of_packed
 from coterie.values import Slab
 
 
-def offloaded(
-    checkpoint: Checkpoint, places: Mapping[str, Place], spec: ModelSpec, memory: Settled
-) -> Offloaded:
+def build_disk_store(
+    checkpoint: Checkpoint,
+    targets: Mapping[str, TensorTarget],
+    spec: ModelSpec,
+    plan: ExpertMemoryPlan,
+) -> CachedExpertStore:
     """The store, with memory for its slots and those in them who are there from the start.
 
     Raises CoterieError where that memory is not to be had, and for a checkpoint whose experts have
     no checksums.
     """
 
-    def shown(held: Tensor, slot_of: Tensor) -> Slab:
-        return in_panels(
-            held, spec.panel_kind, slot_of, hidden=spec.hidden, width=spec.expert_width
+    def make_slab(buffer: Tensor, slot_of: Tensor) -> Slab:
+        return slab_of_packed(
+            buffer, spec.panel_kind, slot_of, hidden=spec.hidden, width=spec.expert_width
         )
 
-    store = Offloaded(
-        Readers(OnDisk(blobs(checkpoint, places))),
-        shown,
+    store = CachedExpertStore(
+        ThreadedFetcher(DiskTier(expert_file_spans(checkpoint, targets))),
+        make_slab,
         allocate,
-        experts=memory.experts,
-        expert_bytes=memory.expert_bytes,
-        capacity=memory.slots,
-        rule=memory.asked.eviction,
-        warm={} if memory.asked.warm is None else memory.asked.warm.by_layer(),
+        experts=plan.experts,
+        expert_bytes=plan.expert_bytes,
+        capacity=plan.slots,
+        eviction=plan.config.eviction,
+        warm_votes={} if plan.config.warm_start is None else plan.config.warm_start.by_layer(),
     )
     for layer in spec.moe_layers:
         store.resident(layer)
     return store
 
 
-def blobs(checkpoint: Checkpoint, places: Mapping[str, Place]) -> dict[int, Blobs]:
+def expert_file_spans(
+    checkpoint: Checkpoint, targets: Mapping[str, TensorTarget]
+) -> dict[int, ExpertFileSpan]:
     """Of each layer: where its packed experts lie, and their checksums."""
-    sums, found = sums_of(checkpoint.folder), {}
+    checksums_by_tensor, spans = manifest_checksums(checkpoint.folder), {}
     for file, entries in checkpoint.files.items():
         for name, entry in entries.items():
-            target = places[name].target
+            target = targets[name].weight
             if not is_packed(target):
                 continue
-            listed = sums.get(name, {}).get("crc32")
-            if not isinstance(listed, list) or len(listed) != entry.shape[0]:
+            hex_checksums = checksums_by_tensor.get(name, {}).get("crc32")
+            if not isinstance(hex_checksums, list) or len(hex_checksums) != entry.shape[0]:
                 raise CoterieError(
                     f"{checkpoint.folder / MANIFEST}: has no checksums of the experts in {name}"
                 )
-            checksums = tuple(int(str(one), 16) for one in listed)
+            checksums = tuple(int(str(checksum), 16) for checksum in hex_checksums)
             layer, (_, size) = int(target.split(".")[1]), entry.shape
-            found[layer] = Blobs(file, entry.start, size, checksums, Stamp.of(file))
-    return found
+            spans[layer] = ExpertFileSpan(file, entry.start, size, checksums, FileIdentity.of(file))
+    return spans

@@ -6,13 +6,13 @@ from collections.abc import Sequence
 
 import torch
 
-from coterie.model.cache import Cache
+from coterie.model.cache import KVCache
 from coterie.model.spec import ModelSpec
 
-SPARE = 256  # positions by which a GPU's cache grows
+SPARE_POSITIONS = 256  # positions by which a GPU's cache grows
 
 
-class Pool:
+class KVCachePool:
     """One cache for all rows of an engine; it grows, by copying, when rows or positions run out.
 
     On a GPU it stays for the next request, with some positions to spare: forwards kept there know
@@ -21,30 +21,30 @@ class Pool:
 
     def __init__(self, spec: ModelSpec, dtype: torch.dtype, device: torch.device) -> None:
         self._spec, self._dtype, self._device = spec, dtype, device
-        self._cache: Cache | None = None
-        self._free: list[int] = []
-        self._count = 0
+        self._cache: KVCache | None = None
+        self._free_rows: list[int] = []
+        self._num_rows = 0
 
-    def take(self, length: int) -> int:
+    def allocate(self, length: int) -> int:
         """A cleared row with at least ``length`` positions."""
-        if self._cache is None or not self._free or self._cache.length < length:
+        if self._cache is None or not self._free_rows or self._cache.length < length:
             self._grow(length)
-        row = self._free.pop(0)
+        row = self._free_rows.pop(0)
         if self._cache is not None:
             self._cache.clear([row])
         return row
 
-    def give(self, row: int) -> None:
-        self._free = sorted((*self._free, row))
+    def free(self, row: int) -> None:
+        self._free_rows = sorted((*self._free_rows, row))
         if (
-            self._device.type == "cpu" and len(self._free) == self._count
+            self._device.type == "cpu" and len(self._free_rows) == self._num_rows
         ):  # nobody is left: the next request sets the size
-            self._cache, self._free, self._count = None, [], 0
+            self._cache, self._free_rows, self._num_rows = None, [], 0
 
-    def rows(self, indices: Sequence[int]) -> Cache:
-        return self.whole().rows(indices)
+    def rows(self, indices: Sequence[int]) -> KVCache:
+        return self.full_cache().select_rows(indices)
 
-    def whole(self) -> Cache:
+    def full_cache(self) -> KVCache:
         """All rows, taken or not."""
         if self._cache is None:
             raise RuntimeError("no row was taken")
@@ -52,13 +52,13 @@ class Pool:
 
     def _grow(self, length: int) -> None:
         old = self._cache
-        count = self._count if self._free else max(1, 2 * self._count)
+        count = self._num_rows if self._free_rows else max(1, 2 * self._num_rows)
         length = max(length, old.length if old else 0)
         if self._device.type != "cpu":
-            length = -(-length // SPARE) * SPARE
-        new = Cache.allocate(self._spec, count, length, dtype=self._dtype, device=self._device)
+            length = -(-length // SPARE_POSITIONS) * SPARE_POSITIONS
+        new = KVCache.allocate(self._spec, count, length, dtype=self._dtype, device=self._device)
         if old is not None:
             for before, after in zip(old.keys + old.values, new.keys + new.values, strict=True):
-                after[: self._count, :, : old.length] = before
-        self._free += range(self._count, count)
-        self._cache, self._count = new, count
+                after[: self._num_rows, :, : old.length] = before
+        self._free_rows += range(self._num_rows, count)
+        self._cache, self._num_rows = new, count

@@ -13,9 +13,9 @@ from coterie.naming import CoterieError
 
 
 @contextmanager
-def rising(path: Path) -> Iterator[BufferedWriter]:
+def atomic_writer(path: Path) -> Iterator[BufferedWriter]:
     """A file that gets its name when it is whole and on the disk, or leaves nothing."""
-    part = _part(path)
+    part = _partial_path(path)
     try:
         with part.open("wb") as sink:
             yield sink
@@ -31,19 +31,19 @@ def rising(path: Path) -> Iterator[BufferedWriter]:
         part.unlink(missing_ok=True)
 
 
-def sweep(path: Path) -> None:
+def remove_partial(path: Path) -> None:
     """Remove what a killed process left of a file that had no name yet."""
-    _part(path).unlink(missing_ok=True)
+    _partial_path(path).unlink(missing_ok=True)
 
 
-def put(path: Path, content: bytes) -> None:
-    with rising(path) as sink:
+def atomic_write(path: Path, content: bytes) -> None:
+    with atomic_writer(path) as sink:
         sink.write(content)
 
 
-def put_json(path: Path, content: Mapping[str, object]) -> None:
-    put(path, json.dumps(content, indent=1, ensure_ascii=False).encode() + b"\n")
+def atomic_write_json(path: Path, content: Mapping[str, object]) -> None:
+    atomic_write(path, json.dumps(content, indent=1, ensure_ascii=False).encode() + b"\n")
 
 
-def _part(path: Path) -> Path:
+def _partial_path(path: Path) -> Path:
     return path.with_name(path.name + ".part")

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import torch
 
-GROUPS = Path("/proc/self/cgroup")
-MOUNTED = Path("/sys/fs/cgroup")
+CGROUP_FILE = Path("/proc/self/cgroup")
+CGROUP_ROOT = Path("/sys/fs/cgroup")
 
 
 def free_memory(device: torch.device) -> int | None:
@@ -20,28 +20,33 @@ def free_memory(device: torch.device) -> int | None:
     """
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
-    told = [_available(Path("/proc/meminfo")), group_room()]
-    return min((one for one in told if one is not None), default=None)
+    limits = [_available_memory(Path("/proc/meminfo")), cgroup_free_memory()]
+    return min((limit for limit in limits if limit is not None), default=None)
 
 
-def group_room(groups: Path = GROUPS, mounted: Path = MOUNTED) -> int | None:
+def cgroup_free_memory(
+    cgroup_file: Path = CGROUP_FILE, cgroup_root: Path = CGROUP_ROOT
+) -> int | None:
     """What the limits of this process's control group and of those around it leave."""
     try:
-        lines = groups.read_text().splitlines()
+        lines = cgroup_file.read_text().splitlines()
     except OSError:
         return None
-    found = []
+    free_bytes = []
     for line in lines:
         _, controllers, path = line.split(":", 2)
         if controllers not in ("", "memory"):
             continue
-        names = SECOND if controllers == "" else FIRST
-        found += [names.room(folder) for folder in _around(mounted / controllers, path)]
-    return min((room for room in found if room is not None), default=None)
+        files = CGROUP_V2 if controllers == "" else CGROUP_V1
+        free_bytes += [
+            files.free_memory(folder)
+            for folder in _cgroup_and_parents(cgroup_root / controllers, path)
+        ]
+    return min((free for free in free_bytes if free is not None), default=None)
 
 
 @dataclass(frozen=True)
-class Names:
+class CgroupFiles:
     """How a version of control groups calls its files, and the pages of files in ``memory.stat``.
 
     These go when somebody wants memory.
@@ -49,9 +54,9 @@ class Names:
 
     limit: str
     usage: str
-    cached: str
+    cached_pattern: str
 
-    def room(self, folder: Path) -> int | None:
+    def free_memory(self, folder: Path) -> int | None:
         """None where there is no such group, or no limit."""
         try:
             limit = int((folder / self.limit).read_text())
@@ -59,24 +64,26 @@ class Names:
             stat = (folder / "memory.stat").read_text()
         except (OSError, ValueError):  # "max" is no number, and no limit
             return None
-        cached = sum(int(size) for size in re.findall(self.cached, stat, re.M))
+        cached = sum(int(size) for size in re.findall(self.cached_pattern, stat, re.M))
         return max(0, limit - usage + cached)
 
 
-FIRST = Names("memory.limit_in_bytes", "memory.usage_in_bytes", r"^total_(?:in)?active_file (\d+)")
-SECOND = Names("memory.max", "memory.current", r"^(?:in)?active_file (\d+)")
+CGROUP_V1 = CgroupFiles(
+    "memory.limit_in_bytes", "memory.usage_in_bytes", r"^total_(?:in)?active_file (\d+)"
+)
+CGROUP_V2 = CgroupFiles("memory.max", "memory.current", r"^(?:in)?active_file (\d+)")
 
 
-def _around(mounted: Path, path: str) -> Iterator[Path]:
+def _cgroup_and_parents(root: Path, path: str) -> Iterator[Path]:
     """The group's folder and those above it. In a container its own may be the uppermost."""
-    inner = mounted / path.lstrip("/")
-    yield inner
-    yield from (folder for folder in inner.parents if folder.is_relative_to(mounted))
+    own_folder = root / path.lstrip("/")
+    yield own_folder
+    yield from (folder for folder in own_folder.parents if folder.is_relative_to(root))
 
 
-def _available(path: Path) -> int | None:
+def _available_memory(path: Path) -> int | None:
     try:
-        found = re.search(r"MemAvailable:\s*(\d+) kB", path.read_text())
+        match = re.search(r"MemAvailable:\s*(\d+) kB", path.read_text())
     except OSError:
         return None
-    return int(found[1]) * 1024 if found else None
+    return int(match[1]) * 1024 if match else None

@@ -12,14 +12,14 @@ from typing import Annotated
 from coterie.engine.journal import MANIFEST
 from coterie.keys import Key
 from coterie.model.checkpoint import Checkpoint
-from coterie.model.shard import Entry, bytes_of
+from coterie.model.shard import TensorEntry, read_chunks
 from coterie.model.strictjson import read_object
 from coterie.naming import CoterieError
 from coterie.ops import cpu
 
 
 @dataclass(frozen=True)
-class Verified:
+class VerifyResult:
     """What was compared, all of it as it was written."""
 
     tensors: Annotated[int, Key("tensors")]
@@ -27,71 +27,76 @@ class Verified:
     bytes: Annotated[int, Key("bytes")]
 
 
-def verify(folder: Path, told: Callable[[int, int], None] | None = None) -> Verified:
+def verify(folder: Path, on_progress: Callable[[int, int], None] | None = None) -> VerifyResult:
     """Read every byte of the weights and compare; ``told`` hears (bytes read, bytes in all).
 
     Raises CoterieError that names what differs, the first where there is more; also for a folder
     without a manifest, as published ones are.
     """
-    sums = sums_of(folder)
+    checksums = manifest_checksums(folder)
     checkpoint = Checkpoint.of(folder)
-    if strangers := sorted(checkpoint.tensors ^ set(sums)):
-        raise CoterieError(f"{folder / MANIFEST}: {strangers[0]} is in it or in a file, not both")
-    done, experts, wrong = 0, 0, []
+    if mismatched := sorted(checkpoint.tensors ^ set(checksums)):
+        raise CoterieError(f"{folder / MANIFEST}: {mismatched[0]} is in it or in a file, not both")
+    bytes_read, experts, differences = 0, 0, []
     for file, entries in checkpoint.files.items():
         descriptor = os.open(file, os.O_RDONLY)
         try:
             for entry in entries.values():
-                wrong += [f"{file}: {what}" for what in _differences(descriptor, entry, sums)]
-                experts += entry.shape[0] if "crc32" in sums[entry.name] else 0
-                done += entry.size
-                if told is not None:
-                    told(done, checkpoint.bytes)
+                differences += [
+                    f"{file}: {difference}"
+                    for difference in _differences(descriptor, entry, checksums)
+                ]
+                experts += entry.shape[0] if "crc32" in checksums[entry.name] else 0
+                bytes_read += entry.size
+                if on_progress is not None:
+                    on_progress(bytes_read, checkpoint.bytes)
         finally:
             os.close(descriptor)
-    if wrong:
-        more = f", nor are {len(wrong) - 1} more" if len(wrong) > 1 else ""
+    if differences:
+        more = f", nor are {len(differences) - 1} more" if len(differences) > 1 else ""
         raise CoterieError(
-            f"{wrong[0]} is not what was written{more}; copy the files again, or convert again"
+            f"{differences[0]} is not what was written{more}; copy the files again, or convert again"
         )
-    return Verified(len(sums), experts, done)
+    return VerifyResult(len(checksums), experts, bytes_read)
 
 
 def _differences(
-    descriptor: int, entry: Entry, sums: Mapping[str, Mapping[str, object]]
+    descriptor: int, entry: TensorEntry, checksums: Mapping[str, Mapping[str, object]]
 ) -> Iterator[str]:
     """The tensor, or the experts in it, whose bytes do not have their checksum."""
-    expected = sums[entry.name].get("crc32")
+    expected = checksums[entry.name].get("crc32")
     if not isinstance(expected, list):
         digest = hashlib.sha256()
-        for piece in bytes_of(descriptor, entry):
+        for piece in read_chunks(descriptor, entry):
             digest.update(piece.numpy().data)
-        if digest.hexdigest() != sums[entry.name].get("sha256"):
+        if digest.hexdigest() != checksums[entry.name].get("sha256"):
             yield entry.name
         return
     count, size = entry.shape
     if len(expected) != count:
         yield f"{entry.name}: its number of experts"
-    for expert, sum_ in enumerate(expected[:count]):
-        row = Entry(entry.name, entry.dtype, (size,), entry.start + expert * size)
-        if f"{expert_sum(descriptor, row):08x}" != sum_:
+    for expert, checksum in enumerate(expected[:count]):
+        row = TensorEntry(entry.name, entry.dtype, (size,), entry.start + expert * size)
+        if f"{expert_checksum(descriptor, row):08x}" != checksum:
             yield f"{entry.name}: expert {expert}"
 
 
-def expert_sum(descriptor: int, row: Entry) -> int:
+def expert_checksum(descriptor: int, row: TensorEntry) -> int:
     """The checksum of one packed expert."""
-    found = 0
-    for piece in bytes_of(descriptor, row):
-        found = cpu.crc32(piece, found)
-    return found
+    checksum = 0
+    for piece in read_chunks(descriptor, row):
+        checksum = cpu.crc32(piece, checksum)
+    return checksum
 
 
-def sums_of(folder: Path) -> dict[str, Mapping[str, object]]:
+def manifest_checksums(folder: Path) -> dict[str, Mapping[str, object]]:
     """Of every tensor, as the manifest has them; raises CoterieError where there is none."""
     path = folder / MANIFEST
     if not path.is_file():
         raise CoterieError(f"{path}: no such file; `coterie quantize` writes it with its models")
     listed = read_object(path).get("tensors")
-    if not isinstance(listed, dict) or not all(isinstance(sum_, dict) for sum_ in listed.values()):
+    if not isinstance(listed, dict) or not all(
+        isinstance(checksum, dict) for checksum in listed.values()
+    ):
         raise CoterieError(f"{path}: has no checksums of tensors")
     return listed

@@ -8,18 +8,18 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
-from coterie.decoding.plans import Kind
+from coterie.decoding.plans import PassKind
 from coterie.engine.engine import Engine, Prompt
 from coterie.engine.event import Finished, Result
 from coterie.engine.load import Model
 from coterie.model.moe import MoE
 from coterie.naming import CoterieError
-from coterie.telemetry import Row, Tracing
+from coterie.telemetry import RowId, TensorRecorder
 from coterie.values import Policy, Routing, Scores
 
 
 @dataclass(frozen=True)
-class Watched:
+class LayerObservation:
     """One layer that routes, in one forward of the S rows that shared it.
 
     ``rows`` are the places of their prompts in what was asked. Row s computed the N positions from
@@ -32,21 +32,21 @@ class Watched:
     x: Tensor  # [S, N, H], what the gate and the experts read
     scores: Scores
     routing: Routing
-    kind: Kind = "decode"
+    kind: PassKind = "decode"
 
 
-def watch(
+def observe_forwards(
     engine: Engine,
     prompts: Sequence[Prompt],
-    see: Callable[[Watched], None],
+    on_layer: Callable[[LayerObservation], None],
     *,
     policy: str | Policy = "vanilla",
-    rows: int = 16,
+    batch_size: int = 16,
     layers: Collection[int] | None = None,
-    forwards: int | None = None,
-    heard: Callable[[Result], object] | None = None,
-    every: bool = False,
-    fresh: bool = False,
+    max_forwards: int | None = None,
+    on_result: Callable[[Result], object] | None = None,
+    record_all: bool = False,
+    reset_cache: bool = False,
     **options: object,
 ) -> list[Result]:
     """Answer the prompts, ``rows`` at a time, showing ``see`` every decoding forward as it goes.
@@ -58,143 +58,153 @@ def watch(
     and the experts' memory is emptied before each. Returns what became of each prompt; ``heard`` is
     told of those that end by themselves as they do.
     """
-    if fresh and rows != 1:
-        raise ValueError(f"{rows} rows share a memory, which cannot be emptied for one of them")
+    if reset_cache and batch_size != 1:
+        raise ValueError(
+            f"{batch_size} rows share a memory, which cannot be emptied for one of them"
+        )
 
-    def place(row: int) -> tuple[int, Kind]:
-        asked = own.row(row)
-        if asked.look is None:
+    def start_and_kind(row: int) -> tuple[int, PassKind]:
+        sequence = observer.sequence(row)
+        if sequence.next_pass is None:
             return 0, "decode"
-        return asked.look.start - asked.canvas.prompt, asked.look.kind
+        return sequence.next_pass.start - sequence.canvas.prompt_length, sequence.next_pass.kind
 
-    eye = _Eye(see, place, _routing_layers(engine.model, layers))
-    generation = engine.generation.but(**options)
-    own = Engine(engine.model, policy=policy, generation=generation, watcher=eye, every=every)
-    found: dict[int, Result] = {}
-    waiting = iter(prompts)
+    recorder = _ObservationRecorder(on_layer, start_and_kind, _routing_layers(engine.model, layers))
+    generation = engine.generation.replace(**options)
+    observer = Engine(
+        engine.model, policy=policy, generation=generation, recorder=recorder, record_all=record_all
+    )
+    results: dict[int, Result] = {}
+    remaining = iter(prompts)
     while True:
-        for _, prompt in zip(range(rows - len(own.rows)), waiting, strict=False):
-            if fresh:
-                own.empty()
-            own.submit(prompt)  # a new engine numbers its rows from 0
-        if not own.rows:
-            return [found[row] for row in sorted(found)]
-        for event in own.step():
+        for _, prompt in zip(range(batch_size - len(observer.rows)), remaining, strict=False):
+            if reset_cache:
+                observer.reset_cache()
+            observer.submit(prompt)  # a new engine numbers its rows from 0
+        if not observer.rows:
+            return [results[row] for row in sorted(results)]
+        for event in observer.step():
             if isinstance(event, Finished):
-                found[event.row] = event.result
-                if heard is not None:
-                    heard(event.result)
-            elif forwards is not None and event.forward >= forwards and event.row in own.rows:
-                found[event.row] = own.result(event.row)
-                own.cancel(event.row)
+                results[event.row] = event.result
+                if on_result is not None:
+                    on_result(event.result)
+            elif (
+                max_forwards is not None
+                and event.forward >= max_forwards
+                and event.row in observer.rows
+            ):
+                results[event.row] = observer.result(event.row)
+                observer.cancel(event.row)
 
 
-def collect(
+def collect_observations(
     engine: Engine,
     prompts: Sequence[Prompt],
     *,
     policy: str | Policy = "vanilla",
-    rows: int = 16,
+    batch_size: int = 16,
     layers: Collection[int] | None = None,
-    forwards: int | None = None,
+    max_forwards: int | None = None,
     **options: object,
-) -> list[Watched]:
+) -> list[LayerObservation]:
     """Everything that ``watch`` shows, kept. Memory grows by H + E numbers a position and layer."""
-    seen: list[Watched] = []
-    watch(
+    observations: list[LayerObservation] = []
+    observe_forwards(
         engine,
         prompts,
-        seen.append,
+        observations.append,
         policy=policy,
-        rows=rows,
+        batch_size=batch_size,
         layers=layers,
-        forwards=forwards,
-        heard=None,
-        every=False,
-        fresh=False,
+        max_forwards=max_forwards,
+        on_result=None,
+        record_all=False,
+        reset_cache=False,
         **options,
     )
-    return seen
+    return observations
 
 
 @dataclass(frozen=True)
-class First:
+class FirstForwardTrace:
     """A first decoding forward, whole; ``block`` is where the live block lies in its window."""
 
-    trace: Tracing
+    trace: TensorRecorder
     block: slice
 
 
 def first_forward(
     engine: Engine, prompts: Sequence[Prompt], *, policy: str | Policy = "vanilla"
-) -> First:
+) -> FirstForwardTrace:
     """Everything about the first decoding forward of these prompts, kept; then they are given up.
 
     ``policy`` sees the rows in the order of the prompts. Raises CoterieError where the prompts do
     not come to one forward together: equal lengths do.
     """
-    trace = Tracing()
-    own = Engine(engine.model, policy=policy, generation=engine.generation, watcher=trace)
+    trace = TensorRecorder()
+    observer = Engine(engine.model, policy=policy, generation=engine.generation, recorder=trace)
     for prompt in prompts:
-        own.submit(prompt)
+        observer.submit(prompt)
     block = slice(0)
-    while own.rows and not trace.rows:
-        row = own.row(own.rows[0])
-        first = row.block.start - (row.look.start if row.look else 0)
-        block = slice(first, first + row.block.width)
-        own.step()
+    while observer.rows and not trace.rows:
+        sequence = observer.sequence(observer.rows[0])
+        block_start = sequence.block.start - (sequence.next_pass.start if sequence.next_pass else 0)
+        block = slice(block_start, block_start + sequence.block.width)
+        observer.step()
     if trace.rows != [tuple(range(len(prompts)))]:
         raise CoterieError("these prompts do not share their first decoding forward")
-    return First(trace, block)
+    return FirstForwardTrace(trace, block)
 
 
 @torch.inference_mode()
-def moe_output(model: Model, watched: Watched, routing: Routing) -> Tensor:
+def moe_output(model: Model, observation: LayerObservation, routing: Routing) -> Tensor:
     """[S, N, H]: what the watched layer makes of the same input under another routing.
 
     The whole layer, shared expert included, with the model's own weights out of their store.
     """
-    layer = model.transformer.layers[watched.layer].feed_forward
+    layer = model.transformer.layers[observation.layer].feed_forward
     if not isinstance(layer, MoE):
-        raise CoterieError(f"layer {watched.layer} has no experts")
-    return layer.apply(watched.x, routing)
+        raise CoterieError(f"layer {observation.layer} has no experts")
+    return layer.apply(observation.x, routing)
 
 
 @dataclass  # not frozen: it follows the forwards
-class _Eye:
+class _ObservationRecorder:
     """The recorder that turns what it is shown into ``Watched``."""
 
-    see: Callable[[Watched], None]
-    place: Callable[[int], tuple[int, Kind]]  # where a row's window starts, and what for
+    on_layer: Callable[[LayerObservation], None]
+    start_and_kind: Callable[
+        [int], tuple[int, PassKind]
+    ]  # where a row's window starts, and what for
     layers: frozenset[int]
     _rows: tuple[int, ...] = ()
-    _fed: dict[int, Tensor] = field(default_factory=dict)
+    _moe_inputs: dict[int, Tensor] = field(default_factory=dict)
 
-    def began(self, rows: tuple[Row, ...]) -> None:
+    def on_forward(self, rows: tuple[RowId, ...]) -> None:
         self._rows = tuple(row for row in rows if isinstance(row, int))
-        self._fed.clear()
+        self._moe_inputs.clear()
 
-    def fed(self, layer: int, x: Tensor) -> None:
+    def on_moe_input(self, layer: int, x: Tensor) -> None:
         if layer in self.layers:
-            self._fed[layer] = x
+            self._moe_inputs[layer] = x
 
-    def routed(self, layer: int, scores: Scores, routing: Routing) -> None:
+    def on_routed(self, layer: int, scores: Scores, routing: Routing) -> None:
         if layer not in self.layers:
             return
         # Whoever routes these scores again need not find the model's own choice again.
-        own = routing.own.view(*scores.logits.shape[:2], -1)
-        starts, kinds = zip(*map(self.place, self._rows), strict=True)
-        x, scores = self._fed.pop(layer), replace(scores, own=own)
-        self.see(Watched(layer, self._rows, starts, x, scores, routing, kinds[0]))
+        vanilla_ids = routing.vanilla_ids.view(*scores.logits.shape[:2], -1)
+        starts, kinds = zip(*map(self.start_and_kind, self._rows), strict=True)
+        x, scores = self._moe_inputs.pop(layer), replace(scores, vanilla_ids=vanilla_ids)
+        self.on_layer(LayerObservation(layer, self._rows, starts, x, scores, routing, kinds[0]))
 
-    def layer_output(self, layer: int, x: Tensor) -> None:
+    def on_layer_output(self, layer: int, x: Tensor) -> None:
         del layer, x
 
 
 def _routing_layers(model: Model, layers: Collection[int] | None) -> frozenset[int]:
-    there = frozenset(model.spec.moe_layers)
-    wanted = there if layers is None else frozenset(layers)
-    if not wanted <= there:
-        strangers = ", ".join(map(str, sorted(wanted - there)))
-        raise CoterieError(f"no experts in layers {strangers}; there are in {sorted(there)}")
-    return wanted
+    moe_layers = frozenset(model.spec.moe_layers)
+    selected = moe_layers if layers is None else frozenset(layers)
+    if not selected <= moe_layers:
+        unknown = ", ".join(map(str, sorted(selected - moe_layers)))
+        raise CoterieError(f"no experts in layers {unknown}; there are in {sorted(moe_layers)}")
+    return selected

@@ -17,47 +17,47 @@ import torch
 from torch import Tensor
 
 from coterie import ops
-from coterie.engine.distance import ERROR, distance
-from coterie.engine.journal import Sums
-from coterie.families.names import is_expert, quantised
+from coterie.engine.distance import ERROR_KEY, quantization_error
+from coterie.engine.journal import Checksums
+from coterie.families.names import is_expert, quantised_targets
 from coterie.model.filling import quantise_tensor, read_tensor
-from coterie.model.shard import DTYPES, Entry, bytes_of, rows_of
+from coterie.model.shard import DTYPES, TensorEntry, read_chunks, read_rows
 from coterie.model.spec import ModelSpec
-from coterie.model.weights import Place, packed_shape, parts
+from coterie.model.weights import TensorTarget, packed_shape, quantised_parts
 from coterie.naming import CoterieError
-from coterie.quant import Format, QTensor, quantise
-from coterie.values import Panels, Slab
+from coterie.quant import QuantFormat, QTensor, quantize
+from coterie.values import PackedExperts, Slab
 
-NAMES = {dtype: name for name, dtype in DTYPES.items()}
-PAGE = 4096  # bytes that packed experts begin at a multiple of in their file
+DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+PAGE_BYTES = 4096  # bytes that packed experts begin at a multiple of in their file
 
-Kind = tuple[tuple[int, ...], torch.dtype]
+TensorLayout = tuple[tuple[int, ...], torch.dtype]
 """Shape and dtype of a tensor."""
 
-Heard = Callable[[int], None]
+ByteCallback = Callable[[int], None]
 """Told the bytes of the source that were read."""
 
 
 @dataclass(frozen=True)
-class Sources:
+class SourceFiles:
     """The source's files, each opened once."""
 
-    opened: dict[Path, int] = field(default_factory=dict)
+    descriptors: dict[Path, int] = field(default_factory=dict)
 
     def descriptor(self, file: Path) -> int:
-        if file not in self.opened:
-            self.opened[file] = os.open(file, os.O_RDONLY)
-        return self.opened[file]
+        if file not in self.descriptors:
+            self.descriptors[file] = os.open(file, os.O_RDONLY)
+        return self.descriptors[file]
 
-    def __enter__(self) -> Sources:
+    def __enter__(self) -> SourceFiles:
         return self
 
     def __exit__(self, *_: object) -> None:
-        for descriptor in self.opened.values():
+        for descriptor in self.descriptors.values():
             os.close(descriptor)
 
 
-class OutFile(Protocol):
+class OutputFile(Protocol):
     """One file to be written, after its header."""
 
     @property
@@ -67,43 +67,52 @@ class OutFile(Protocol):
     def header(self) -> bytes: ...
 
     @property
-    def bytes(self) -> int:
+    def total_bytes(self) -> int:
         """Of the whole file."""
         ...
 
     @property
-    def reads(self) -> int:
+    def source_bytes(self) -> int:
         """Bytes of the source."""
         ...
 
-    def write(self, sink: BufferedWriter, sources: Sources, heard: Heard) -> Sums:
+    def write(
+        self, sink: BufferedWriter, sources: SourceFiles, on_bytes: ByteCallback
+    ) -> Checksums:
         """Everything past the header; returns its checksums."""
         ...
 
 
 @dataclass(frozen=True)
-class Shard:
+class ConvertedShard:
     """One file of the source, its tensors as they are or each as numbers and their scales."""
 
     source: Path
-    entries: Mapping[str, Entry]
-    held: Mapping[str, Mapping[str, Kind]]  # of each entry what becomes of it: one part, or two
-    form: Format | None
+    entries: Mapping[str, TensorEntry]
+    outputs: Mapping[
+        str, Mapping[str, TensorLayout]
+    ]  # of each entry what becomes of it: one part, or two
+    expert_format: QuantFormat | None
 
     @staticmethod
-    def of(
-        source: Path, entries: Mapping[str, Entry], places: Mapping[str, Place], form: Format | None
-    ) -> Shard:
+    def for_source(
+        source: Path,
+        entries: Mapping[str, TensorEntry],
+        targets: Mapping[str, TensorTarget],
+        expert_format: QuantFormat | None,
+    ) -> ConvertedShard:
         """``form``: of the experts; None: they stay as they are."""
 
-        def held(entry: Entry) -> dict[str, Kind]:
-            place = places[entry.name]
-            if form is None or not is_expert(place):
+        def outputs(entry: TensorEntry) -> dict[str, TensorLayout]:
+            target = targets[entry.name]
+            if expert_format is None or not is_expert(target):
                 return {entry.name: (entry.shape, entry.dtype)}
-            stored = quantised(form, entry.name, place)
-            return {name: (at.shape, at.dtype or entry.dtype) for name, at in stored}
+            parts_by_name = quantised_targets(expert_format, entry.name, target)
+            return {name: (part.shape, part.dtype or entry.dtype) for name, part in parts_by_name}
 
-        return Shard(source, entries, {name: held(e) for name, e in entries.items()}, form)
+        return ConvertedShard(
+            source, entries, {name: outputs(e) for name, e in entries.items()}, expert_format
+        )
 
     @property
     def name(self) -> str:
@@ -111,42 +120,46 @@ class Shard:
 
     @property
     def header(self) -> bytes:
-        return header({name: kind for held in self.held.values() for name, kind in held.items()})
+        return safetensors_header(
+            {name: layout for outputs in self.outputs.values() for name, layout in outputs.items()}
+        )
 
     @property
-    def bytes(self) -> int:
-        kinds = (kind for held in self.held.values() for kind in held.values())
-        return len(self.header) + sum(prod(shape) * dtype.itemsize for shape, dtype in kinds)
+    def total_bytes(self) -> int:
+        layouts = (layout for outputs in self.outputs.values() for layout in outputs.values())
+        return len(self.header) + sum(prod(shape) * dtype.itemsize for shape, dtype in layouts)
 
     @property
-    def reads(self) -> int:
+    def source_bytes(self) -> int:
         return sum(entry.size for entry in self.entries.values())
 
-    def write(self, sink: BufferedWriter, sources: Sources, heard: Heard) -> Sums:
-        sums: Sums = {}
+    def write(
+        self, sink: BufferedWriter, sources: SourceFiles, on_bytes: ByteCallback
+    ) -> Checksums:
+        checksums: Checksums = {}
         for entry in self.entries.values():
-            digests = {name: hashlib.sha256() for name in self.held[entry.name]}
-            for name, piece in _of_file(self.source, entry, self._pieces(sources, entry)):
+            digests = {name: hashlib.sha256() for name in self.outputs[entry.name]}
+            for name, piece in _name_read_errors(self.source, entry, self._pieces(sources, entry)):
                 content = as_bytes(piece)
                 digests[name].update(content)
                 sink.write(content)
-            sums |= {name: {"sha256": found.hexdigest()} for name, found in digests.items()}
-            heard(entry.size)
-        return sums
+            checksums |= {name: {"sha256": digest.hexdigest()} for name, digest in digests.items()}
+            on_bytes(entry.size)
+        return checksums
 
-    def _pieces(self, sources: Sources, entry: Entry) -> Iterator[tuple[str, Tensor]]:
+    def _pieces(self, sources: SourceFiles, entry: TensorEntry) -> Iterator[tuple[str, Tensor]]:
         """A tensor's bytes, or all its numbers and then all its scales."""
-        names, source = tuple(self.held[entry.name]), sources.descriptor(self.source)
-        if self.form is None or len(names) == 1:
-            yield from ((names[0], piece) for piece in bytes_of(source, entry))
+        names, source = tuple(self.outputs[entry.name]), sources.descriptor(self.source)
+        if self.expert_format is None or len(names) == 1:
+            yield from ((names[0], piece) for piece in read_chunks(source, entry))
             return
         numbers, scales = names
-        waiting = []
-        for _, rows in rows_of(source, entry):
-            found = quantise(rows, self.form)
-            waiting.append(found.scales)
-            yield numbers, found.q
-        yield from ((scales, piece) for piece in waiting)
+        scale_pieces = []
+        for _, rows in read_rows(source, entry):
+            quantized = quantize(rows, self.expert_format)
+            scale_pieces.append(quantized.scales)
+            yield numbers, quantized.q
+        yield from ((scales, piece) for piece in scale_pieces)
 
 
 @dataclass(frozen=True)
@@ -155,8 +168,10 @@ class PackedLayer:
 
     tensor: str
     layer: int
-    kept: ModelSpec  # as the experts come out
-    sources: Sequence[tuple[Path, Entry, Place]]  # whatever of the source goes into them
+    converted_spec: ModelSpec  # as the experts come out
+    sources: Sequence[
+        tuple[Path, TensorEntry, TensorTarget]
+    ]  # whatever of the source goes into them
 
     @property
     def name(self) -> str:
@@ -164,74 +179,90 @@ class PackedLayer:
 
     @property
     def header(self) -> bytes:
-        return header({self.tensor: (packed_shape(self.kept), torch.uint8)}, PAGE)
+        return safetensors_header(
+            {self.tensor: (packed_shape(self.converted_spec), torch.uint8)}, PAGE_BYTES
+        )
 
     @property
-    def bytes(self) -> int:
-        return len(self.header) + prod(packed_shape(self.kept))
+    def total_bytes(self) -> int:
+        return len(self.header) + prod(packed_shape(self.converted_spec))
 
     @property
-    def reads(self) -> int:
+    def source_bytes(self) -> int:
         return sum(entry.size for _, entry, _ in self.sources)
 
-    def write(self, sink: BufferedWriter, sources: Sources, heard: Heard) -> Sums:
+    def write(
+        self, sink: BufferedWriter, sources: SourceFiles, on_bytes: ByteCallback
+    ) -> Checksums:
         """Sums the bytes of each expert alone: so one that is read alone can be checked. Of those
         that lose something here, it also tells how much."""
-        found, errors, form = [], [], self.kept.expert_format
-        loses = form is not None and all(is_whole(place) for _, _, place in self.sources)
-        for expert in range(self.kept.router.experts):
-            slab = self._read(expert, sources, form)
+        checksums, errors, expert_format = [], [], self.converted_spec.expert_format
+        is_lossy = expert_format is not None and all(
+            is_unquantized(target) for _, _, target in self.sources
+        )
+        for expert in range(self.converted_spec.router.experts):
+            slab = self._expert_slab(expert, sources, expert_format)
             packed = ops.pack(slab).gate_up
-            assert isinstance(packed, Panels)
+            assert isinstance(packed, PackedExperts)
             content = as_bytes(packed.packed)
-            found.append(f"{zlib.crc32(content):08x}")
+            checksums.append(f"{zlib.crc32(content):08x}")
             sink.write(content)
-            if loses:
-                errors.append(float(f"{distance(self._read(expert, sources, None), slab):.4g}"))
-            heard(self.reads // self.kept.router.experts)
-        return {self.tensor: {"crc32": found, **({ERROR: errors} if loses else {})}}
+            if is_lossy:
+                errors.append(
+                    float(
+                        f"{quantization_error(self._expert_slab(expert, sources, None), slab):.4g}"
+                    )
+                )
+            on_bytes(self.source_bytes // self.converted_spec.router.experts)
+        return {self.tensor: {"crc32": checksums, **({ERROR_KEY: errors} if is_lossy else {})}}
 
-    def _read(self, expert: int, sources: Sources, form: Format | None) -> Slab:
+    def _expert_slab(
+        self, expert: int, sources: SourceFiles, expert_format: QuantFormat | None
+    ) -> Slab:
         """A slab of one, in memory of its own."""
-        hidden, width = self.kept.hidden, self.kept.expert_width
+        hidden, width = self.converted_spec.hidden, self.converted_spec.expert_width
         shapes = {"gate_up": (2 * width, hidden), "down": (hidden, width)}
-        weights = dict(_allocated(shapes, form))
-        for file, entry, place in self.sources:
-            if (part := _of_expert(entry, place, expert)) is None:
+        weights = dict(_allocate_weights(shapes, expert_format))
+        for file, entry, target in self.sources:
+            if (part := _expert_part(entry, target, expert)) is None:
                 continue
             try:
-                if part[1].target in weights:
+                if part[1].weight in weights:
                     read_tensor(sources.descriptor(file), *part, weights)
-                elif form is not None:
-                    quantise_tensor(sources.descriptor(file), *part, weights, form)
+                elif expert_format is not None:
+                    quantise_tensor(sources.descriptor(file), *part, weights, expert_format)
             except OSError as error:
                 raise CoterieError(f"{file}: cannot be read ({error.strerror})") from None
             except CoterieError as error:
                 raise CoterieError(f"{file}: {error}") from None
-        nobody = torch.zeros(1, dtype=torch.int64)
-        if form is None:
-            return Slab(weights["gate_up"][None], weights["down"][None], nobody)
+        slot_of = torch.zeros(1, dtype=torch.int64)
+        if expert_format is None:
+            return Slab(weights["gate_up"][None], weights["down"][None], slot_of)
         gate_up, down = (
-            QTensor(weights[f"{name}.q"][None], weights[f"{name}.scales"][None], form, k)
+            QTensor(weights[f"{name}.q"][None], weights[f"{name}.scales"][None], expert_format, k)
             for name, (_, k) in shapes.items()
         )
-        return Slab(gate_up, down, nobody)
+        return Slab(gate_up, down, slot_of)
 
 
-def header(kinds: Mapping[str, Kind], to: int = 8) -> bytes:
+def safetensors_header(layouts: Mapping[str, TensorLayout], alignment: int = 8) -> bytes:
     """As safetensors begins: a length, then JSON, filled up to a multiple of ``to`` bytes."""
-    listed: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    entries: dict[str, object] = {"__metadata__": {"format": "pt"}}
     end = 0
-    for name, (shape, dtype) in kinds.items():
+    for name, (shape, dtype) in layouts.items():
         start, end = end, end + prod(shape) * dtype.itemsize
-        listed[name] = {"dtype": NAMES[dtype], "shape": list(shape), "data_offsets": [start, end]}
-    text = json.dumps(listed, separators=(",", ":")).encode()
-    text += b" " * (-(8 + len(text)) % to)
+        entries[name] = {
+            "dtype": DTYPE_NAMES[dtype],
+            "shape": list(shape),
+            "data_offsets": [start, end],
+        }
+    text = json.dumps(entries, separators=(",", ":")).encode()
+    text += b" " * (-(8 + len(text)) % alignment)
     return len(text).to_bytes(8, "little") + text
 
 
-def _of_file(
-    file: Path, entry: Entry, pieces: Iterator[tuple[str, Tensor]]
+def _name_read_errors(
+    file: Path, entry: TensorEntry, pieces: Iterator[tuple[str, Tensor]]
 ) -> Iterator[tuple[str, Tensor]]:
     """What goes wrong while reading names what is read, lest it pass for an error of writing."""
     try:
@@ -246,30 +277,34 @@ def as_bytes(tensor: Tensor) -> memoryview:
     return tensor.reshape(-1).view(torch.uint8).numpy().data
 
 
-def _allocated(
-    shapes: Mapping[str, tuple[int, int]], form: Format | None
+def _allocate_weights(
+    shapes: Mapping[str, tuple[int, int]], expert_format: QuantFormat | None
 ) -> Iterator[tuple[str, Tensor]]:
     for name, shape in shapes.items():
-        if form is None:
+        if expert_format is None:
             yield name, torch.empty(shape, dtype=torch.bfloat16)
         else:
-            for part, (held, dtype) in parts(form, shape).items():
-                yield f"{name}.{part}", torch.empty(held, dtype=dtype)
+            for part, (part_shape, dtype) in quantised_parts(expert_format, shape).items():
+                yield f"{name}.{part}", torch.empty(part_shape, dtype=dtype)
 
 
-def is_whole(place: Place) -> bool:
+def is_unquantized(target: TensorTarget) -> bool:
     """Whether this is a weight itself, and not the numbers or the scales of one in few bits."""
-    return not place.target.endswith((".q", ".scales"))
+    return not target.weight.endswith((".q", ".scales"))
 
 
-def _of_expert(entry: Entry, place: Place, expert: int) -> tuple[Entry, Place] | None:
+def _expert_part(
+    entry: TensorEntry, tensor_target: TensorTarget, expert: int
+) -> tuple[TensorEntry, TensorTarget] | None:
     """What of a tensor is this expert's, and where in it that goes; None where nothing is."""
-    target = place.target.partition(".experts.")[2]
-    at = place.region[0] if place.region else slice(None)
-    if isinstance(at, int):
-        found = Place(target, place.shape, place.region[1:], place.dtype)
-        return (entry, found) if at == expert else None
+    name = tensor_target.weight.partition(".experts.")[2]
+    region = tensor_target.region[0] if tensor_target.region else slice(None)
+    if isinstance(region, int):
+        part = TensorTarget(
+            name, tensor_target.shape, tensor_target.region[1:], tensor_target.dtype
+        )
+        return (entry, part) if region == expert else None
     shape = entry.shape[1:]
     start = entry.start + expert * prod(shape) * entry.dtype.itemsize
-    inner = Entry(entry.name, entry.dtype, shape, start)
-    return inner, Place(target, shape, place.region[1:], place.dtype)
+    expert_entry = TensorEntry(entry.name, entry.dtype, shape, start)
+    return expert_entry, TensorTarget(name, shape, tensor_target.region[1:], tensor_target.dtype)

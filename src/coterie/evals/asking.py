@@ -7,113 +7,115 @@ from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
-from coterie.engine.config import Generation
+from coterie.engine.config import GenerationConfig
 from coterie.engine.engine import Engine
-from coterie.engine.event import Finished, Result, Stuck
+from coterie.engine.event import Finished, Result, NonFiniteLogitsError
 from coterie.evals.task import Item, Task
 from coterie.values import Policy
 
 
 @dataclass(frozen=True)
-class Question:
+class EvalRequest:
     """One item, and how answers to its task are generated."""
 
     task: Task
     item: Item
-    generation: Generation
+    generation: GenerationConfig
 
-    def but(self, options: Mapping[str, object]) -> Question:
-        return replace(self, generation=self.generation.but(**options))
+    def replace(self, options: Mapping[str, object]) -> EvalRequest:
+        return replace(self, generation=self.generation.replace(**options))
 
 
 @dataclass(frozen=True)
-class Outcome:
+class GenerationOutcome:
     """A result, or why there is none; ``seconds`` of generation since the outcome before, ``row``
     the engine's, which a refused question has not."""
 
-    question: Question
+    request: EvalRequest
     result: Result | None
     error: str | None
     seconds: float = 0.0
     row: int | None = None
 
 
-def outcomes(
-    engine: Engine, questions: Sequence[Question], policy: str | Policy, *, rows: int
-) -> Iterator[list[Outcome]]:
+def generate_outcomes(
+    engine: Engine, requests: Sequence[EvalRequest], policy: str | Policy, *, batch_size: int
+) -> Iterator[list[GenerationOutcome]]:
     """The outcomes of each step that had any; what the caller does meanwhile costs no ``seconds``.
 
     Leaving early frees the rows.
     """
-    asking, spent = _Asking(engine, policy, rows, deque(questions)), 0.0
+    batch, seconds = _RequestBatch(engine, policy, batch_size, deque(requests)), 0.0
     try:
-        while asking.busy:
-            began = time.perf_counter()
-            ended = [*asking.fill(), *asking.step()]
-            spent += time.perf_counter() - began
-            if ended:
+        while batch.has_work:
+            start = time.perf_counter()
+            finished = [*batch.admit(), *batch.step()]
+            seconds += time.perf_counter() - start
+            if finished:
                 # The first of a step bears its time, so that the sum over all is right.
-                yield [replace(ended[0], seconds=spent), *ended[1:]]
-                spent = 0.0
+                yield [replace(finished[0], seconds=seconds), *finished[1:]]
+                seconds = 0.0
     finally:
-        asking.leave()
+        batch.cancel_all()
 
 
 @dataclass  # not frozen: it is the state of questions on their way
-class _Asking:
+class _RequestBatch:
     engine: Engine
     policy: str | Policy
-    rows: int
-    waiting: deque[Question]
-    alone: list[Question] = field(default_factory=list)
-    open: dict[int, Question] = field(default_factory=dict)
+    batch_size: int
+    waiting: deque[EvalRequest]
+    retries: list[EvalRequest] = field(default_factory=list)
+    active: dict[int, EvalRequest] = field(default_factory=dict)
 
     @property
-    def busy(self) -> bool:
-        return bool(self.waiting or self.open or self.alone)
+    def has_work(self) -> bool:
+        return bool(self.waiting or self.active or self.retries)
 
-    def fill(self) -> Iterator[Outcome]:
+    def admit(self) -> Iterator[GenerationOutcome]:
         """Opens rows; a question that the engine refuses ends here.
 
         Those that shared a forward with broken numbers come last, one at a time: then it shows
         whose numbers they were.
         """
-        if not self.waiting and not self.open and self.alone:
-            yield from self._open(self.alone.pop(0))
-        while self.waiting and len(self.open) < self.rows:
-            yield from self._open(self.waiting.popleft())
+        if not self.waiting and not self.active and self.retries:
+            yield from self._submit(self.retries.pop(0))
+        while self.waiting and len(self.active) < self.batch_size:
+            yield from self._submit(self.waiting.popleft())
 
-    def step(self) -> Iterator[Outcome]:
-        if not self.open:
+    def step(self) -> Iterator[GenerationOutcome]:
+        if not self.active:
             return
         try:
             events = self.engine.step()
-        except Stuck as stuck:
-            yield from self._unstick(stuck)
+        except NonFiniteLogitsError as error:
+            yield from self._isolate_failure(error)
             return
         for event in events:
-            if isinstance(event, Finished) and event.row in self.open:
-                yield Outcome(self.open.pop(event.row), event.result, None, row=event.row)
+            if isinstance(event, Finished) and event.row in self.active:
+                yield GenerationOutcome(
+                    self.active.pop(event.row), event.result, None, row=event.row
+                )
 
-    def leave(self) -> None:
-        for number in set(self.open) & set(self.engine.rows):
-            self.engine.cancel(number)
+    def cancel_all(self) -> None:
+        for row in set(self.active) & set(self.engine.rows):
+            self.engine.cancel(row)
 
-    def _open(self, question: Question) -> Iterator[Outcome]:
-        generation = question.generation
+    def _submit(self, request: EvalRequest) -> Iterator[GenerationOutcome]:
+        generation = request.generation
         options = generation.document()
         try:
-            prompt = question.task.prompt(question.item)
-            self.open[self.engine.submit(prompt, policy=self.policy, **options)] = question
+            prompt = request.task.prompt(request.item)
+            self.active[self.engine.submit(prompt, policy=self.policy, **options)] = request
         # What the codec, the canvas or the engine refuse of one prompt is that item's failure.
         except ValueError as error:
-            yield Outcome(question, None, str(error))
+            yield GenerationOutcome(request, None, str(error))
 
-    def _unstick(self, stuck: Stuck) -> Iterator[Outcome]:
-        for number in stuck.rows:
-            self.engine.cancel(number)
-            question = self.open.pop(number)
-            if len(stuck.rows) == 1:
-                yield Outcome(question, None, str(stuck), row=number)
+    def _isolate_failure(self, error: NonFiniteLogitsError) -> Iterator[GenerationOutcome]:
+        for row in error.rows:
+            self.engine.cancel(row)
+            request = self.active.pop(row)
+            if len(error.rows) == 1:
+                yield GenerationOutcome(request, None, str(error), row=row)
             else:
-                self.alone.append(question)
+                self.retries.append(request)

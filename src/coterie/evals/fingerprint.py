@@ -8,15 +8,15 @@ from pathlib import Path
 
 from coterie.model.checkpoint import Checkpoint
 
-WHOLE = (
+HASHED_FILES = (
     "config.json",
     "generation_config.json",
     "tokenizer.json",
     "tokenizer_config.json",
     "chat_template.jinja",
 )
-WINDOW = 64  # bytes read in the middle of each tensor
-DIGITS = 16
+SAMPLE_BYTES = 64  # bytes read in the middle of each tensor
+NUM_DIGITS = 16
 
 
 def fingerprint(folder: Path) -> str:
@@ -26,7 +26,7 @@ def fingerprint(folder: Path) -> str:
     its middle: training moves them all. No times, no names of files.
     """
     digest = hashlib.sha256()
-    for name in WHOLE:
+    for name in HASHED_FILES:
         path = folder / name
         content = path.read_bytes() if path.is_file() else b""
         digest.update(f"{name} {len(content)}\n".encode() + content)
@@ -35,15 +35,15 @@ def fingerprint(folder: Path) -> str:
         for file, entries in Checkpoint.of(folder).files.items()
         for entry in entries.values()
     }
-    open_: dict[Path, int] = {}
+    descriptors: dict[Path, int] = {}
     try:
         for name, (file, entry) in sorted(tensors.items()):
-            if file not in open_:
-                open_[file] = os.open(file, os.O_RDONLY)
-            middle = entry.start + max(0, entry.size - WINDOW) // 2
+            if file not in descriptors:
+                descriptors[file] = os.open(file, os.O_RDONLY)
+            middle = entry.start + max(0, entry.size - SAMPLE_BYTES) // 2
             digest.update(f"{name} {entry.dtype} {list(entry.shape)}\n".encode())
-            digest.update(os.pread(open_[file], min(WINDOW, entry.size), middle))
+            digest.update(os.pread(descriptors[file], min(SAMPLE_BYTES, entry.size), middle))
     finally:
-        for descriptor in open_.values():
+        for descriptor in descriptors.values():
             os.close(descriptor)
-    return digest.hexdigest()[:DIGITS]
+    return digest.hexdigest()[:NUM_DIGITS]

@@ -10,14 +10,14 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any
 
-from coterie.evals.served import Served
+from coterie.evals.served import AnswerTraffic
 from coterie.keys import Key, from_json, names_of, to_json
 from coterie.naming import CoterieError
-from coterie.routing import respell
+from coterie.routing import update_policy_text
 
-ITEMS, RUN = "items.jsonl", "run.json"
+ANSWERS_FILE, RUN_FILE = "items.jsonl", "run.json"
 AnswerKey = tuple[str, str, str]  # arm, task, id
-NAMED = 3  # differences told where a folder holds another run
+MAX_DIFFERENCES_SHOWN = 3  # differences told where a folder holds another run
 
 
 @dataclass(frozen=True)
@@ -29,14 +29,14 @@ class Answer:
     figure 0); ``found`` that it was read from the folder and not answered now.
     """
 
-    arm: Annotated[str, Key("arm")]
+    variant: Annotated[str, Key("arm")]
     task: Annotated[str, Key("task")]
     id: Annotated[str, Key("id")]
     correct: Annotated[bool, Key("correct")]
     extracted: Annotated[str | None, Key("extracted")]
-    also: Annotated[Mapping[str, bool], Key("also")]
+    other_metrics: Annotated[Mapping[str, bool], Key("also")]
     output: Annotated[str, Key("output")]
-    finish: Annotated[str, Key("finish")]  # "stop", "length" or "error"
+    finish_reason: Annotated[str, Key("finish")]  # "stop", "length" or "error"
     new_tokens: Annotated[int, Key("new_tokens")]
     forwards: Annotated[int, Key("forwards")]  # that denoised
     blocks: Annotated[int, Key("blocks")]
@@ -48,39 +48,41 @@ class Answer:
     vote_mass_kept: Annotated[float, Key("vote_mass_kept")]
     seconds: Annotated[float, Key("seconds")]
     error: Annotated[str | None, Key("error")] = None
-    served: Annotated[Served | None, Key("served")] = None  # where not all experts are in memory
-    found: bool = field(default=False, compare=False)
+    traffic: Annotated[AnswerTraffic | None, Key("served")] = (
+        None  # where not all experts are in memory
+    )
+    from_disk: bool = field(default=False, compare=False)
 
     @property
     def key(self) -> AnswerKey:
-        return self.arm, self.task, self.id
+        return self.variant, self.task, self.id
 
 
-class Journal:
+class AnswerLog:
     """The answers of one run; in a folder where there is one, else in memory.
 
     Mutable: it grows. While it is open no other process can open the same folder.
     """
 
-    def __init__(self, folder: Path | None, run: Mapping[str, object]) -> None:
+    def __init__(self, folder: Path | None, run_config: Mapping[str, object]) -> None:
         """Raises CoterieError where the folder holds another run, or somebody writes there."""
         self.answers: dict[AnswerKey, Answer] = {}
-        self._path = None if folder is None else folder / ITEMS
+        self._path = None if folder is None else folder / ANSWERS_FILE
         self._file = -1
         if folder is None or self._path is None:
             return
         folder.mkdir(parents=True, exist_ok=True)
         self._file = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
         try:
-            self._lock(folder)
-            _same_run(folder, run, fresh=os.fstat(self._file).st_size == 0)
-            for answer in self._read():
+            self._acquire_lock(folder)
+            _check_same_run(folder, run_config, is_new=os.fstat(self._file).st_size == 0)
+            for answer in self._read_answers():
                 self.answers[answer.key] = answer
         except BaseException:
             self.close()
             raise
 
-    def __enter__(self) -> Journal:
+    def __enter__(self) -> AnswerLog:
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -100,7 +102,7 @@ class Journal:
         for answer in answers:
             if answer.key in self.answers:
                 raise RuntimeError(f"answered twice: {answer.key}")
-            self._append(_line(answer))
+            self._append(_encode_answer(answer))
             self.answers[answer.key] = answer
         if self._path is not None and answers:
             os.fsync(self._file)
@@ -119,7 +121,7 @@ class Journal:
                 "and the same command goes on from them"
             ) from None
 
-    def _lock(self, folder: Path) -> None:
+    def _acquire_lock(self, folder: Path) -> None:
         try:
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -127,81 +129,85 @@ class Journal:
                 f"{folder}: another process is at work there; wait for it or name another folder"
             ) from None
 
-    def _read(self) -> Iterator[Answer]:
+    def _read_answers(self) -> Iterator[Answer]:
         """Every whole line; the torn one that a killed process may have left is cut off."""
         content = self._path.read_bytes() if self._path is not None else b""
         lines = content.split(b"\n")
-        torn = lines.pop()
-        if lines and _parsed(lines[-1]) is None:  # blocks that a power cut left unwritten
-            torn = lines.pop() + b"\n" + torn
-        if torn:
-            os.ftruncate(self._file, len(content) - len(torn))
-        seen: set[AnswerKey] = set()
+        incomplete = lines.pop()
+        if lines and _decode_answer(lines[-1]) is None:  # blocks that a power cut left unwritten
+            incomplete = lines.pop() + b"\n" + incomplete
+        if incomplete:
+            os.ftruncate(self._file, len(content) - len(incomplete))
+        keys: set[AnswerKey] = set()
         for number, line in enumerate(lines, start=1):
-            answer = _parsed(line)
+            answer = _decode_answer(line)
             if answer is None:
                 raise CoterieError(f"{self._path}: line {number} is not an answer of a run")
-            if answer.key in seen:
+            if answer.key in keys:
                 raise CoterieError(f"{self._path}: line {number} repeats {' '.join(answer.key)}")
-            seen.add(answer.key)
+            keys.add(answer.key)
             yield answer
 
 
-def answer_of(stored: Mapping[str, Any]) -> Answer:
+def answer_from_dict(values: Mapping[str, Any]) -> Answer:
     """Back from its JSON values, its arm as it is spelled now; raises TypeError for others."""
-    stored = {"served": None, **stored}
-    if set(stored) != set(names_of(Answer)):
+    values = {"served": None, **values}
+    if set(values) != set(names_of(Answer)):
         raise TypeError("not the values of an answer")
-    stored["arm"] = respell(stored["arm"])
-    if stored["served"] is not None:
-        stored["served"] = from_json(Served, stored["served"])
-    return from_json(Answer, stored)
+    values["arm"] = update_policy_text(values["arm"])
+    if values["served"] is not None:
+        values["served"] = from_json(AnswerTraffic, values["served"])
+    return from_json(Answer, values)
 
 
-def _line(answer: Answer) -> bytes:
-    stored = to_json(answer)
+def _encode_answer(answer: Answer) -> bytes:
+    record = to_json(answer)
     # Escaped to ASCII: an output may hold any character, a line separator among them.
-    return (json.dumps(stored, allow_nan=False) + "\n").encode("ascii")
+    return (json.dumps(record, allow_nan=False) + "\n").encode("ascii")
 
 
-def _parsed(line: bytes) -> Answer | None:
+def _decode_answer(line: bytes) -> Answer | None:
     try:
-        return replace(answer_of(json.loads(line)), found=True)
+        return replace(answer_from_dict(json.loads(line)), found=True)
     except (ValueError, TypeError):
         return None
 
 
-def _same_run(folder: Path, run: Mapping[str, object], *, fresh: bool) -> None:
+def _check_same_run(folder: Path, run_config: Mapping[str, object], *, is_new: bool) -> None:
     """Writes down which run this folder holds, or raises unless it is this one."""
-    path, wanted = folder / RUN, json.dumps(run, indent=1, allow_nan=False) + "\n"
-    if fresh:
-        unfinished = path.with_suffix(".tmp")
-        with unfinished.open("w", encoding="utf-8") as file:
-            file.write(wanted)
+    path, expected = folder / RUN_FILE, json.dumps(run_config, indent=1, allow_nan=False) + "\n"
+    if is_new:
+        partial = path.with_suffix(".tmp")
+        with partial.open("w", encoding="utf-8") as file:
+            file.write(expected)
             file.flush()
             os.fsync(file.fileno())
-        unfinished.replace(path)
+        partial.replace(path)
         return
     try:
-        held = json.loads(path.read_text(encoding="utf-8"))
+        stored = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise CoterieError(f"{path}: does not say whose answers {ITEMS} holds ({error})") from None
-    if differences := list(_differences(held, json.loads(wanted), "")):
-        more = len(differences) - NAMED
-        told = "; ".join(differences[:NAMED]) + (f"; and {more} more" if more > 0 else "")
-        raise CoterieError(f"{folder}: holds another run: {told}; name another folder")
+        raise CoterieError(
+            f"{path}: does not say whose answers {ANSWERS_FILE} holds ({error})"
+        ) from None
+    if differences := list(_differences(stored, json.loads(expected), "")):
+        more = len(differences) - MAX_DIFFERENCES_SHOWN
+        shown = "; ".join(differences[:MAX_DIFFERENCES_SHOWN]) + (
+            f"; and {more} more" if more > 0 else ""
+        )
+        raise CoterieError(f"{folder}: holds another run: {shown}; name another folder")
 
 
-def _differences(held: object, wanted: object, name: str) -> Iterator[str]:
-    if isinstance(held, dict) and isinstance(wanted, dict):
-        for key in {**held, **wanted}:
+def _differences(stored: object, expected: object, name: str) -> Iterator[str]:
+    if isinstance(stored, dict) and isinstance(expected, dict):
+        for key in {**stored, **expected}:
             inner = f"{name}.{key}" if name else str(key)
-            yield from _differences(held.get(key), wanted.get(key), inner)
-    elif held != wanted:
-        yield f"{name} is {_brief(held)} there and {_brief(wanted)} here"
+            yield from _differences(stored.get(key), expected.get(key), inner)
+    elif stored != expected:
+        yield f"{name} is {_shorten(stored)} there and {_shorten(expected)} here"
 
 
-def _brief(value: object) -> str:
+def _shorten(value: object) -> str:
     if value is None:
         return "not set"
     if isinstance(value, dict):

@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from coterie.evals.served import Saved, saved
-from coterie.evals.sheet import Sheet
-from coterie.evals.stats import Paired, Share, holm, paired
+from coterie.evals.served import TrafficSavings, traffic_savings
+from coterie.evals.sheet import EvalResult
+from coterie.evals.stats import PairedDifference, Proportion, holm_adjust, paired_difference
 from coterie.keys import to_json
 
 
 @dataclass(frozen=True)
-class Line:
+class PolicySummary:
     """One policy: accuracy whole and by task; the change against the first policy, item by item.
 
     ``p_holm`` is the change's p raised for the number of policies that were compared; ``relative``
@@ -20,99 +20,107 @@ class Line:
     where not all experts are in memory.
     """
 
-    sheet: Sheet
-    whole: Share
-    by_task: dict[str, Share]
-    also: dict[str, Share]  # a task's other measures: "gsm8k flexible"
-    change: Paired | None = None  # None: this is the first
+    result: EvalResult
+    accuracy: Proportion
+    by_task: dict[str, Proportion]
+    other_metrics: dict[str, Proportion]  # a task's other measures: "gsm8k flexible"
+    change: PairedDifference | None = None  # None: this is the first
     p_holm: float | None = None
-    relative: float | None = None
-    saved: Saved | None = None
+    relative_accuracy: float | None = None
+    savings: TrafficSavings | None = None
 
-    def document(self) -> dict[str, object]:
+    def to_dict(self) -> dict[str, object]:
         """As JSON values; experts and bytes are per layer and decoding forward."""
         return {
-            "policy": self.sheet.policy,
-            "accuracy": _share(self.whole),
-            "by_task": {task: _share(share) for task, share in self.by_task.items()},
-            "also": {name: _share(share) for name, share in self.also.items()},
-            "change": None if self.change is None else _change(self.change, self.p_holm),
-            "relative_accuracy": self.relative,
-            "failed": self.sheet.failed,
-            "experts": self.sheet.experts,
-            "expert_bytes": self.sheet.expert_bytes,
-            "vote_mass_kept": self.sheet.vote_mass_kept,
-            "forwards_per_block": self.sheet.forwards_per_block,
-            "new_tokens": self.sheet.new_tokens,
-            "tokens_per_second": self.sheet.tokens_per_second,
-            "seconds": self.sheet.seconds,
-            **_traffic(self),
+            "policy": self.result.policy,
+            "accuracy": _proportion_dict(self.accuracy),
+            "by_task": {
+                task: _proportion_dict(accuracy) for task, accuracy in self.by_task.items()
+            },
+            "also": {
+                name: _proportion_dict(accuracy) for name, accuracy in self.other_metrics.items()
+            },
+            "change": None if self.change is None else _change_dict(self.change, self.p_holm),
+            "relative_accuracy": self.relative_accuracy,
+            "failed": self.result.num_failed,
+            "experts": self.result.experts,
+            "expert_bytes": self.result.expert_bytes,
+            "vote_mass_kept": self.result.vote_mass_kept,
+            "forwards_per_block": self.result.forwards_per_block,
+            "new_tokens": self.result.new_tokens,
+            "tokens_per_second": self.result.tokens_per_second,
+            "seconds": self.result.seconds,
+            **_traffic_dict(self),
         }
 
 
-def lines(sheets: Sequence[Sheet], tasks: Sequence[str]) -> list[Line]:
+def summarize(results: Sequence[EvalResult], tasks: Sequence[str]) -> list[PolicySummary]:
     """The first sheet is the one that the others are compared with."""
-    first, others = sheets[0], sheets[1:]
-    base = share(first.right()).value
-    changes = [paired(first.right(), sheet.right()) for sheet in others]
-    raised = holm([change.p for change in changes])
-    compared = [
+    first, others = results[0], results[1:]
+    baseline_accuracy = proportion(first.correct()).value
+    changes = [paired_difference(first.correct(), result.correct()) for result in others]
+    adjusted = holm_adjust([change.p_value for change in changes])
+    summaries = [
         replace(
-            _line(sheet, tasks),
+            _summary(result, tasks),
             change=change,
             p_holm=p,
-            relative=share(sheet.right()).value / base if base else None,
-            saved=saved(*([one.served for one in two.answers] for two in (first, sheet))),
+            relative=proportion(result.correct()).value / baseline_accuracy
+            if baseline_accuracy
+            else None,
+            saved=traffic_savings(
+                *([answer.traffic for answer in pair.answers] for pair in (first, result))
+            ),
         )
-        for sheet, change, p in zip(others, changes, raised, strict=True)
+        for result, change, p in zip(others, changes, adjusted, strict=True)
     ]
-    return [_line(first, tasks), *compared]
+    return [_summary(first, tasks), *summaries]
 
 
-def _line(sheet: Sheet, tasks: Sequence[str]) -> Line:
-    return Line(
-        sheet=sheet,
-        whole=share(sheet.right()),
-        by_task={task: share(sheet.right(task)) for task in tasks},
-        also={
-            f"{task} {name}": share(right)
+def _summary(result: EvalResult, tasks: Sequence[str]) -> PolicySummary:
+    return PolicySummary(
+        result=result,
+        accuracy=proportion(result.correct()),
+        by_task={task: proportion(result.correct(task)) for task in tasks},
+        other_metrics={
+            f"{task} {name}": proportion(correct)
             for task in tasks
-            for name, right in sheet.also(task).items()
+            for name, correct in result.other_metrics(task).items()
         },
     )
 
 
-def share(right: Sequence[bool]) -> Share:
+def proportion(correct: Sequence[bool]) -> Proportion:
     """How many are right of how many."""
-    return Share(sum(right), len(right))
+    return Proportion(sum(correct), len(correct))
 
 
-def _traffic(line: Line) -> dict[str, object]:
+def _traffic_dict(summary: PolicySummary) -> dict[str, object]:
     """Nothing where all experts are in memory."""
-    served, saved = line.sheet.served, line.saved
-    if served is None:
+    traffic, savings = summary.result.traffic, summary.savings
+    if traffic is None:
         return {}
-    told = {
-        **to_json(served),
-        "hit_rate": served.hit_rate,
-        "moved_a_forward": line.sheet.moved_a_forward,
-        "saved_on_same_forwards": served.saved_on_same_forwards,
-        "saved": None if saved is None else saved.value,
-        "saved_interval": None if saved is None else list(saved.interval),
+    fields = {
+        **to_json(traffic),
+        "hit_rate": traffic.hit_rate,
+        "moved_a_forward": summary.result.bytes_per_forward,
+        "saved_on_same_forwards": traffic.saved_vs_vanilla,
+        "saved": None if savings is None else savings.value,
+        "saved_interval": None if savings is None else list(savings.interval),
     }
-    return {"expert_traffic": told}
+    return {"expert_traffic": fields}
 
 
-def _share(share: Share) -> dict[str, object]:
-    return {"value": share.value, "n": share.n, "interval": list(share.interval)}
+def _proportion_dict(accuracy: Proportion) -> dict[str, object]:
+    return {"value": accuracy.value, "n": accuracy.n, "interval": list(accuracy.interval)}
 
 
-def _change(change: Paired, p_holm: float | None) -> dict[str, object]:
+def _change_dict(change: PairedDifference, p_holm: float | None) -> dict[str, object]:
     return {
         "value": change.difference,
         "gained": change.gained,
         "lost": change.lost,
         "interval": list(change.interval),
-        "p": change.p,
+        "p": change.p_value,
         "p_holm": p_holm,
     }

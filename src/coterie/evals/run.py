@@ -21,40 +21,40 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from coterie.engine.config import Generation
+from coterie.engine.config import GenerationConfig
 from coterie.engine.engine import Engine
 from coterie.engine.source import find_folder
-from coterie.evals.asking import Outcome, Question, outcomes
+from coterie.evals.asking import GenerationOutcome, EvalRequest, generate_outcomes
 from coterie.evals.fingerprint import fingerprint
-from coterie.evals.journal import Answer, AnswerKey, Journal
-from coterie.evals.served import Served
-from coterie.evals.sheet import Arm, Sheet
+from coterie.evals.journal import Answer, AnswerKey, AnswerLog
+from coterie.evals.served import AnswerTraffic
+from coterie.evals.sheet import Variant, EvalResult
 from coterie.evals.task import Grade, Item, Task
 from coterie.naming import CoterieError
 
-__all__ = ["Answer", "Arm", "Sheet", "Told", "run"]
+__all__ = ["Answer", "Variant", "EvalResult", "AnswerCallback", "run_eval"]
 
-CHUNK = 4  # times ``rows``: items that one arm answers before the next has its turn
-GRADERS = 8
-NOTHING: Mapping[str, object] = {}
+CHUNK_FACTOR = 4  # times ``rows``: items that one arm answers before the next has its turn
+MAX_GRADERS = 8
+NO_OPTIONS: Mapping[str, object] = {}
 
-Told = Callable[[Answer], None]
-Graded = tuple[Outcome, Future[Grade]]
+AnswerCallback = Callable[[Answer], None]
+PendingGrade = tuple[GenerationOutcome, Future[Grade]]
 
 
-def run(
+def run_eval(
     engine: Engine,
     tasks: Sequence[Task],
-    arms: Sequence[Arm],
+    variants: Sequence[Variant],
     folder: Path | None,
     *,
     limit: int | None = None,
     shuffle_seed: int | None = None,
-    rows: int = 16,
-    lasts: int = 1,
-    told: Told = lambda _: None,
-    asked: Mapping[str, object] = NOTHING,
-) -> list[Sheet]:
+    batch_size: int = 16,
+    reset_every: int = 1,
+    on_answer: AnswerCallback = lambda _: None,
+    options: Mapping[str, object] = NO_OPTIONS,
+) -> list[EvalResult]:
     """Answers every item of every task under every arm; one sheet an arm, in their order.
 
     ``limit`` items of each task: its first ones, or the first after a shuffle by ``shuffle_seed``.
@@ -66,49 +66,62 @@ def run(
     ``rows`` is 1, and ``lasts`` is heard, where the model's memory for experts is short or imagined
     to be.
     """
-    named = {arm.name: arm for arm in arms}
-    questions = _questions(engine, tasks, limit, shuffle_seed, asked)
-    _check(engine, tasks, questions, named.values(), folder, rows=rows)
-    told_apart = about(
-        engine, tasks, limit=limit, shuffle_seed=shuffle_seed, lasts=lasts, asked=asked
+    by_name = {variant.name: variant for variant in variants}
+    requests = _make_requests(engine, tasks, limit, shuffle_seed, options)
+    _check_run(engine, tasks, requests, by_name.values(), folder, batch_size=batch_size)
+    run_config = run_identity(
+        engine,
+        tasks,
+        limit=limit,
+        shuffle_seed=shuffle_seed,
+        reset_every=reset_every,
+        options=options,
     )
-    turn = _Turn(engine, rows, lasts)
-    with Journal(folder, told_apart) as journal, _graders() as graders:
-        for name in named:
-            for question in questions:
-                if (found := journal.answers.get(_key(name, question))) is not None:
-                    told(found)
-        for chunk in turn.chunks(questions):
-            for arm in named.values():
-                for answers in turn.answers(arm, chunk, journal.answers, graders):
-                    journal.add(answers)
+    scheduler = _Scheduler(engine, batch_size, reset_every)
+    with AnswerLog(folder, run_config) as log, _grader_pool() as graders:
+        for name in by_name:
+            for request in requests:
+                if (stored := log.answers.get(_answer_key(name, request))) is not None:
+                    on_answer(stored)
+        for chunk in scheduler.chunks(requests):
+            for variant in by_name.values():
+                for answers in scheduler.answers(variant, chunk, log.answers, graders):
+                    log.add(answers)
                     for answer in answers:
-                        told(answer)
+                        on_answer(answer)
         return [
-            Sheet(arm, tuple(journal.answers[_key(name, question)] for question in questions))
-            for name, arm in named.items()
+            EvalResult(
+                variant, tuple(log.answers[_answer_key(name, request)] for request in requests)
+            )
+            for name, variant in by_name.items()
         ]
 
 
-def about(
+def run_identity(
     engine: Engine,
     tasks: Sequence[Task],
     *,
     limit: int | None = None,
     shuffle_seed: int | None = None,
-    lasts: int = 1,
-    asked: Mapping[str, object] = NOTHING,
+    reset_every: int = 1,
+    options: Mapping[str, object] = NO_OPTIONS,
 ) -> dict[str, object]:
     """What makes two runs the same run, as JSON values; arms and ``rows`` do not."""
     model, memory = engine.model, None
-    if model.rationed is not None and model.memory is not None:
-        memory = {**model.memory.asked.document(), "slots": model.memory.slots, "lasts": lasts}
-        if (coarse := model.memory.asked.coarse) is not None:
-            memory["coarse"] = fingerprint(find_folder(coarse.folder))
+    if model.cached_store is not None and model.memory_plan is not None:
+        memory = {
+            **model.memory_plan.config.to_dict(),
+            "slots": model.memory_plan.slots,
+            "lasts": reset_every,
+        }
+        if (fallback := model.memory_plan.config.fallback_model) is not None:
+            memory["coarse"] = fingerprint(find_folder(fallback.folder))
     return {
         "model": None if model.folder is None else fingerprint(model.folder),
         "dtype": str(model.transformer.dtype).removeprefix("torch."),
-        "experts": None if (form := model.spec.expert_format) is None else str(form),
+        "experts": None
+        if (expert_format := model.spec.expert_format) is None
+        else str(expert_format),
         "device": model.transformer.device.type,
         "memory": memory,
         "limit": limit,
@@ -116,31 +129,31 @@ def about(
         "tasks": {
             task.name: {
                 "settings": dict(task.settings()),
-                "generation": _usual(engine, task, asked).document(),
-                "items": len(items := _chosen(task, limit, shuffle_seed)),
-                "questions": _digest(task, items),
+                "generation": _default_generation(engine, task, options).document(),
+                "items": len(items := _select_items(task, limit, shuffle_seed)),
+                "questions": _hash_items(task, items),
             }
             for task in tasks
         },
     }
 
 
-def _questions(
+def _make_requests(
     engine: Engine,
     tasks: Sequence[Task],
     limit: int | None,
     shuffle_seed: int | None,
-    asked: Mapping[str, object],
-) -> list[Question]:
+    options: Mapping[str, object],
+) -> list[EvalRequest]:
     return [
-        Question(task, item, generation)
+        EvalRequest(task, item, generation)
         for task in tasks
-        for generation in [_usual(engine, task, asked)]
-        for item in _chosen(task, limit, shuffle_seed)
+        for generation in [_default_generation(engine, task, options)]
+        for item in _select_items(task, limit, shuffle_seed)
     ]
 
 
-def _chosen(task: Task, limit: int | None, shuffle_seed: int | None) -> list[Item]:
+def _select_items(task: Task, limit: int | None, shuffle_seed: int | None) -> list[Item]:
     """The items of a run, in its order; a task's do not depend on the other tasks."""
     items = list(task.items())
     if shuffle_seed is not None:
@@ -149,100 +162,120 @@ def _chosen(task: Task, limit: int | None, shuffle_seed: int | None) -> list[Ite
 
 
 @dataclass(frozen=True)
-class _Turn:
+class _Scheduler:
     """How arms take turns: what is asked together, and what is in memory when it is."""
 
     engine: Engine
-    rows: int
-    lasts: int
+    batch_size: int
+    reset_every: int
 
-    def chunks(self, questions: Sequence[Question]) -> Iterator[Sequence[Question]]:
+    def chunks(self, requests: Sequence[EvalRequest]) -> Iterator[Sequence[EvalRequest]]:
         """What one arm answers before the next has its turn; stretches of memory are whole."""
-        size = CHUNK * self.rows
-        if self.engine.model.rationed is not None:
-            size = self.lasts * -(-CHUNK // self.lasts)
-        return (questions[start : start + size] for start in range(0, len(questions), size))
+        size = CHUNK_FACTOR * self.batch_size
+        if self.engine.model.cached_store is not None:
+            size = self.reset_every * -(-CHUNK_FACTOR // self.reset_every)
+        return (requests[start : start + size] for start in range(0, len(requests), size))
 
     def answers(
         self,
-        arm: Arm,
-        chunk: Sequence[Question],
-        known: Mapping[AnswerKey, Answer],
+        variant: Variant,
+        chunk: Sequence[EvalRequest],
+        stored: Mapping[AnswerKey, Answer],
         graders: ThreadPoolExecutor,
     ) -> Iterator[list[Answer]]:
         """An arm's to what nobody knows yet, as they come."""
-        if self.engine.model.rationed is None:
-            left = [question for question in chunk if _key(arm.name, question) not in known]
-            yield from _answers(self.engine, arm, left, self.rows, graders)
+        if self.engine.model.cached_store is None:
+            missing = [
+                request for request in chunk if _answer_key(variant.name, request) not in stored
+            ]
+            yield from _generate_answers(self.engine, variant, missing, self.batch_size, graders)
             return
-        for start in range(0, len(chunk), self.lasts):
-            stretch = chunk[start : start + self.lasts]
-            unknown = [n for n, one in enumerate(stretch) if _key(arm.name, one) not in known]
-            if not unknown:
+        for start in range(0, len(chunk), self.reset_every):
+            segment = chunk[start : start + self.reset_every]
+            missing_indices = [
+                n
+                for n, request in enumerate(segment)
+                if _answer_key(variant.name, request) not in stored
+            ]
+            if not missing_indices:
                 continue
-            self.engine.empty()
-            for found in _answers(self.engine, arm, stretch[: unknown[-1] + 1], 1, graders):
-                yield [answer for answer in found if not _known(answer, known.get(answer.key))]
+            self.engine.reset_cache()
+            for answers in _generate_answers(
+                self.engine, variant, segment[: missing_indices[-1] + 1], 1, graders
+            ):
+                yield [
+                    answer
+                    for answer in answers
+                    if not _check_unchanged(answer, stored.get(answer.key))
+                ]
 
 
-def _known(again: Answer, before: Answer | None) -> bool:
+def _check_unchanged(answer: Answer, stored: Answer | None) -> bool:
     """Raises where a question was answered otherwise before."""
-    if before is not None and before.output != again.output:
+    if stored is not None and stored.output != answer.output:
         raise CoterieError(
-            f"{again.arm}: {again.id} was answered otherwise before, so what it leaves in memory "
+            f"{answer.variant}: {answer.id} was answered otherwise before, so what it leaves in memory "
             "for the next is not known; name another folder"
         )
-    return before is not None
+    return stored is not None
 
 
-def _answers(
-    engine: Engine, arm: Arm, questions: Sequence[Question], rows: int, graders: ThreadPoolExecutor
+def _generate_answers(
+    engine: Engine,
+    variant: Variant,
+    requests: Sequence[EvalRequest],
+    batch_size: int,
+    graders: ThreadPoolExecutor,
 ) -> Iterator[list[Answer]]:
     """As they come."""
-    name, beside = arm.name, _grades_beside(engine)
-    grading: list[Graded] = []
-    asked = [question.but(arm.generation) for question in questions]
-    for ended in outcomes(engine, asked, arm.policy, rows=rows):
-        grading += [(outcome, graders.submit(_grade, outcome)) for outcome in ended]
-        done, grading = _split(grading, wait_for_all=not beside)
-        yield [answer_of(name, outcome, future.result()) for outcome, future in done]
-    done, _ = _split(grading, wait_for_all=True)
-    yield [answer_of(name, outcome, future.result()) for outcome, future in done]
+    name, in_background = variant.name, _grades_in_background(engine)
+    pending: list[PendingGrade] = []
+    variant_requests = [request.replace(variant.generation) for request in requests]
+    for finished in generate_outcomes(
+        engine, variant_requests, variant.policy, batch_size=batch_size
+    ):
+        pending += [(outcome, graders.submit(_grade, outcome)) for outcome in finished]
+        complete, pending = _split_graded(pending, wait_for_all=not in_background)
+        yield [make_answer(name, outcome, future.result()) for outcome, future in complete]
+    complete, _ = _split_graded(pending, wait_for_all=True)
+    yield [make_answer(name, outcome, future.result()) for outcome, future in complete]
 
 
-def _grades_beside(engine: Engine) -> bool:
+def _grades_in_background(engine: Engine) -> bool:
     """Whether grading runs beside generation, as on a GPU; on a CPU it would be in its way."""
     return engine.model.transformer.device.type != "cpu"
 
 
-def _split(grading: list[Graded], *, wait_for_all: bool) -> tuple[list[Graded], list[Graded]]:
+def _split_graded(
+    pending: list[PendingGrade], *, wait_for_all: bool
+) -> tuple[list[PendingGrade], list[PendingGrade]]:
     """Those that are graded, and those that are not."""
     if wait_for_all:
-        wait([future for _, future in grading])
-    done, others = [], []
-    for graded in grading:
-        (done if graded[1].done() else others).append(graded)
-    return done, others
+        wait([future for _, future in pending])
+    complete, waiting = [], []
+    for entry in pending:
+        (complete if entry[1].done() else waiting).append(entry)
+    return complete, waiting
 
 
-def _grade(outcome: Outcome) -> Grade:
+def _grade(outcome: GenerationOutcome) -> Grade:
     if outcome.result is None:
         return Grade(correct=False, extracted=None)
-    return outcome.question.task.grade(outcome.result.text, outcome.question.item)
+    return outcome.request.task.grade(outcome.result.text, outcome.request.item)
 
 
-def answer_of(arm: str, outcome: Outcome, grade: Grade) -> Answer:
+def make_answer(variant: str, outcome: GenerationOutcome, grade: Grade) -> Answer:
     """As it is kept."""
-    result, question = outcome.result, outcome.question
+    result, request = outcome.result, outcome.request
     return Answer(
-        arm=arm,
-        task=question.task.name,
-        id=question.item.id,
+        variant=variant,
+        task=request.task.name,
+        id=request.item.id,
         correct=grade.correct,
         extracted=grade.extracted,
-        also=dict(grade.also),
+        other_metrics=dict(grade.other_metrics),
         output="" if result is None else result.text,
-        finish="error" if result is None else result.finish_reason,
+        finish_reason="error" if result is None else result.finish_reason,
         new_tokens=0 if result is None else result.new_tokens,
         forwards=0 if result is None else result.forwards,
         blocks=0 if result is None else result.blocks,
@@ -254,54 +287,56 @@ def answer_of(arm: str, outcome: Outcome, grade: Grade) -> Answer:
         vote_mass_kept=0.0 if result is None else result.vote_mass_kept,
         seconds=outcome.seconds,
         error=outcome.error,
-        served=None if result is None else Served.of(result.traffic),
+        traffic=None if result is None else AnswerTraffic.from_traffic(result.traffic),
     )
 
 
-def _key(arm: str, question: Question) -> tuple[str, str, str]:
-    return arm, question.task.name, question.item.id
+def _answer_key(variant: str, request: EvalRequest) -> tuple[str, str, str]:
+    return variant, request.task.name, request.item.id
 
 
-def _usual(engine: Engine, task: Task, asked: Mapping[str, object]) -> Generation:
-    return engine.generation.but(**task.generation()).but(**asked)
+def _default_generation(
+    engine: Engine, task: Task, options: Mapping[str, object]
+) -> GenerationConfig:
+    return engine.generation.replace(**task.generation()).replace(**options)
 
 
-def _check(
+def _check_run(
     engine: Engine,
     tasks: Sequence[Task],
-    questions: Sequence[Question],
-    arms: Collection[Arm],
+    requests: Sequence[EvalRequest],
+    variants: Collection[Variant],
     folder: Path | None,
     *,
-    rows: int,
+    batch_size: int,
 ) -> None:
     """Raises for what would fail at every item, or could not be gone on with."""
-    if not tasks or not arms:
+    if not tasks or not variants:
         raise CoterieError("an evaluation needs at least one task and one arm")
-    if rows != 1 and engine.model.rationed is not None:
+    if batch_size != 1 and engine.model.cached_store is not None:
         raise CoterieError(
-            f"{rows} rows together: where not all experts are in memory, an answer may depend on "
+            f"{batch_size} rows together: where not all experts are in memory, an answer may depend on "
             "who is beside it; ask one by one"
         )
-    asked = {question.task.name for question in questions}
-    if empty := [task.name for task in tasks if task.name not in asked]:
+    task_names = {request.task.name for request in requests}
+    if empty := [task.name for task in tasks if task.name not in task_names]:
         raise CoterieError(f"task {empty[0]} has no items")
     if folder is not None and engine.model.folder is None:
         raise CoterieError(f"{engine.model.name}: made in memory, so no folder can know it again")
-    seen: set[tuple[str, str]] = set()
-    for question in questions:
-        task, item = question.task.name, question.item.id
-        if (task, item) in seen:
+    item_keys: set[tuple[str, str]] = set()
+    for request in requests:
+        task, item = request.task.name, request.item.id
+        if (task, item) in item_keys:
             raise CoterieError(f"task {task}: two items have the id {item!r}")
-        seen.add((task, item))
-    anything = next(id for id in range(2) if id != engine.model.mask_id)
-    for generation in {question.generation for question in questions}:
-        for arm in arms:
-            options = generation.but(**arm.generation).document()
-            engine.cancel(engine.submit([anything], policy=arm.policy, **options))
+        item_keys.add((task, item))
+    token_id = next(id for id in range(2) if id != engine.model.mask_id)
+    for generation in {request.generation for request in requests}:
+        for variant in variants:
+            options = generation.replace(**variant.generation).document()
+            engine.cancel(engine.submit([token_id], policy=variant.policy, **options))
 
 
-def _digest(task: Task, items: Iterable[Item]) -> str:
+def _hash_items(task: Task, items: Iterable[Item]) -> str:
     """Of prompts and golds: a changed file of questions is another run."""
     digest = hashlib.sha256()
     for item in items:
@@ -310,9 +345,9 @@ def _digest(task: Task, items: Iterable[Item]) -> str:
 
 
 @contextmanager
-def _graders() -> Iterator[ThreadPoolExecutor]:
+def _grader_pool() -> Iterator[ThreadPoolExecutor]:
     """Threads, for what grading waits for are mostly children; an interrupt does not wait."""
-    pool = ThreadPoolExecutor(min(GRADERS, os.cpu_count() or 1), thread_name_prefix="grader")
+    pool = ThreadPoolExecutor(min(MAX_GRADERS, os.cpu_count() or 1), thread_name_prefix="grader")
     try:
         yield pool
     finally:

@@ -11,35 +11,35 @@ import numpy as np
 
 from coterie.keys import Key
 
-Z = 1.959963984540054  # of a two-sided 95 % interval
-DRAWS = 10_000
-RATIO_DRAWS, SEED = 2000, 0
-CELLS = 1 << 22  # numbers drawn at once
+Z_95 = 1.959963984540054  # of a two-sided 95 % interval
+NUM_RESAMPLES = 10_000
+RATIO_RESAMPLES, SEED = 2000, 0
+MAX_CELLS = 1 << 22  # numbers drawn at once
 
 
 @dataclass(frozen=True)
-class Share:
+class Proportion:
     """A count of right answers with its Wilson interval."""
 
-    right: int
+    successes: int
     n: int
 
     @property
     def value(self) -> float:
-        return self.right / self.n
+        return self.successes / self.n
 
     @property
     def interval(self) -> tuple[float, float]:
         """The 95 % interval of Wilson (1927)."""
         p, n = self.value, self.n
-        middle = (p + Z * Z / (2 * n)) / (1 + Z * Z / n)
-        half = Z / (1 + Z * Z / n) * math.sqrt(p * (1 - p) / n + Z * Z / (4 * n * n))
+        middle = (p + Z_95 * Z_95 / (2 * n)) / (1 + Z_95 * Z_95 / n)
+        half = Z_95 / (1 + Z_95 * Z_95 / n) * math.sqrt(p * (1 - p) / n + Z_95 * Z_95 / (4 * n * n))
         # At 0 and n of n the exact end is the share itself, which rounding may pass by.
         return min(p, max(0.0, middle - half)), max(p, min(1.0, middle + half))
 
 
 @dataclass(frozen=True)
-class Paired:
+class PairedDifference:
     """The difference between two policies on the same items: second minus first."""
 
     gained: Annotated[int, Key("gained")]  # wrong before, right now
@@ -53,7 +53,7 @@ class Paired:
         return (self.gained - self.lost) / self.n
 
     @property
-    def p(self) -> float:
+    def p_value(self) -> float:
         """McNemar's exact two-sided p: a sign test on the items that changed."""
         changed = self.gained + self.lost
         tail = sum(math.comb(changed, i) for i in range(min(self.gained, self.lost) + 1))
@@ -63,13 +63,13 @@ class Paired:
     def score_interval(self) -> tuple[float, float]:
         """The 95 % score interval of Tango (Statistics in Medicine 17, 1998), which does not shrink
         to nothing where no answer changed."""
-        low = -_furthest(self.lost, self.gained, self.n)
-        return low, _furthest(self.gained, self.lost, self.n)
+        low = -_score_bound(self.lost, self.gained, self.n)
+        return low, _score_bound(self.gained, self.lost, self.n)
 
 
-def paired(
-    first: Sequence[bool], second: Sequence[bool], *, draws: int = DRAWS, seed: int = 0
-) -> Paired:
+def paired_difference(
+    first: Sequence[bool], second: Sequence[bool], *, resamples: int = NUM_RESAMPLES, seed: int = 0
+) -> PairedDifference:
     """Compare two lists of right answers, item by item.
 
     Raises ValueError when the lists are empty or differ in length.
@@ -81,48 +81,50 @@ def paired(
     lost = sum(a and not b for a, b in zip(first, second, strict=True))
     # Items drawn with replacement count as often as a multinomial says: three kinds, one draw.
     counts = np.random.default_rng(seed).multinomial(
-        n, [gained / n, lost / n, (n - gained - lost) / n], size=draws
+        n, [gained / n, lost / n, (n - gained - lost) / n], size=resamples
     )
     low, high = np.quantile((counts[:, 0] - counts[:, 1]) / n, [0.025, 0.975])
-    return Paired(gained, lost, n, (float(low), float(high)))
+    return PairedDifference(gained, lost, n, (float(low), float(high)))
 
 
-def _furthest(gained: int, lost: int, n: int) -> float:
+def _score_bound(gained: int, lost: int, n: int) -> float:
     """The greatest difference from which so many changes are no further than ``Z``."""
-    near, far = (gained - lost) / n, 1.0
+    low, high = (gained - lost) / n, 1.0
     for _ in range(60):
-        middle = (near + far) / 2
-        inside = _distance(middle, gained, lost, n) <= Z
-        near, far = (middle, far) if inside else (near, middle)
-    return near
+        middle = (low + high) / 2
+        inside = _score_statistic(middle, gained, lost, n) <= Z_95
+        low, high = (middle, high) if inside else (low, middle)
+    return low
 
 
-def _distance(difference: float, gained: int, lost: int, n: int) -> float:
+def _score_statistic(difference: float, gained: int, lost: int, n: int) -> float:
     """Standard errors, under ``difference``, from what was found up to it."""
-    spare = difference * (1 - difference)
-    b = (2 * n - gained + lost) * difference - gained - lost
-    likely = (math.sqrt(max(0.0, b * b + 8 * n * lost * spare)) - b) / (4 * n)  # of being lost
-    spread = n * (2 * likely + spare)
-    return (n * difference - gained + lost) / math.sqrt(spread) if spread > 0 else 0.0
+    variance = difference * (1 - difference)
+    linear_term = (2 * n - gained + lost) * difference - gained - lost
+    lost_rate = (
+        math.sqrt(max(0.0, linear_term * linear_term + 8 * n * lost * variance)) - linear_term
+    ) / (4 * n)  # of being lost
+    scale = n * (2 * lost_rate + variance)
+    return (n * difference - gained + lost) / math.sqrt(scale) if scale > 0 else 0.0
 
 
 def ratio_interval(parts: Sequence[float], wholes: Sequence[float]) -> tuple[float, float]:
     """Of sum(parts) / sum(wholes), prompt by prompt: bootstrap over prompts, seeded."""
     rng, n = np.random.default_rng(SEED), len(parts)
-    part, whole = np.asarray(parts, dtype=float), np.asarray(wholes, dtype=float)
-    found: list[float] = []
-    while len(found) < RATIO_DRAWS:
-        drawn = rng.integers(0, n, (min(RATIO_DRAWS - len(found), max(1, CELLS // n)), n))
-        sums = whole[drawn].sum(1)
-        found += (part[drawn].sum(1) / np.where(sums > 0, sums, 1.0)).tolist()
-    low, high = np.quantile(found, [0.025, 0.975])
+    numerators, denominators = np.asarray(parts, dtype=float), np.asarray(wholes, dtype=float)
+    ratios: list[float] = []
+    while len(ratios) < RATIO_RESAMPLES:
+        sample = rng.integers(0, n, (min(RATIO_RESAMPLES - len(ratios), max(1, MAX_CELLS // n)), n))
+        sums = denominators[sample].sum(1)
+        ratios += (numerators[sample].sum(1) / np.where(sums > 0, sums, 1.0)).tolist()
+    low, high = np.quantile(ratios, [0.025, 0.975])
     return float(low), float(high)
 
 
-def holm(ps: Sequence[float]) -> list[float]:
+def holm_adjust(p_values: Sequence[float]) -> list[float]:
     """p values of several comparisons, each raised so that all hold together (Holm 1979)."""
-    raised, least = [0.0] * len(ps), 0.0
-    for rank, index in enumerate(sorted(range(len(ps)), key=lambda index: ps[index])):
-        least = max(least, min(1.0, (len(ps) - rank) * ps[index]))
-        raised[index] = least
-    return raised
+    adjusted, running_max = [0.0] * len(p_values), 0.0
+    for rank, index in enumerate(sorted(range(len(p_values)), key=lambda index: p_values[index])):
+        running_max = max(running_max, min(1.0, (len(p_values) - rank) * p_values[index]))
+        adjusted[index] = running_max
+    return adjusted

@@ -29,7 +29,7 @@ class Grade:
 
     correct: bool
     extracted: str | None
-    also: Mapping[str, bool] = field(default_factory=dict)
+    other_metrics: Mapping[str, bool] = field(default_factory=dict)
 
 
 class Task(Protocol):
@@ -60,7 +60,7 @@ class Task(Protocol):
 
 
 @dataclass(frozen=True)
-class Wish:
+class TaskOptions:
     """What a person may ask of a task; None is the benchmark's usual choice for the family.
 
     ``data`` is a file, or a folder laid out as the benchmark publishes it; ``family`` decides

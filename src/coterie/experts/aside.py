@@ -11,29 +11,29 @@ import torch
 from numpy.typing import NDArray
 
 from coterie.experts.eviction import Mask
-from coterie.experts.slots import NOBODY
+from coterie.experts.slots import EMPTY
 from coterie.naming import CoterieError
 from coterie.values import Slab
 
-Counts = NDArray[np.int64]
+TokenCounts = NDArray[np.int64]
 
 
-class Choice(Protocol):
+class CpuSelection(Protocol):
     """Which of the experts that a layer misses are computed where they lie."""
 
-    def chosen(self, missed: Mask, tokens: Counts) -> Mask:
+    def select(self, missed_mask: Mask, token_counts: TokenCounts) -> Mask:
         """[E] bool, none but ``missed``; ``tokens`` [E] are those of each expert."""
         ...
 
 
 @dataclass(frozen=True)
-class AtMost:
+class TokenLimit:
     """Those with so few tokens, whatever it takes."""
 
-    tokens: int
+    max_tokens: int
 
-    def chosen(self, missed: Mask, tokens: Counts) -> Mask:
-        return missed & (tokens <= self.tokens)
+    def select(self, missed_mask: Mask, token_counts: TokenCounts) -> Mask:
+        return missed_mask & (token_counts <= self.max_tokens)
 
 
 @dataclass(frozen=True)
@@ -44,61 +44,80 @@ class BreakEven:
     each ``token`` of it. Both are taken to be as fast at once as they are alone.
     """
 
-    copy: float
-    begin: float
-    each: float
-    token: float
+    copy_seconds: float
+    layer_seconds: float
+    expert_seconds: float
+    token_seconds: float
 
-    def chosen(self, missed: Mask, tokens: Counts) -> Mask:
+    def select(self, missed_mask: Mask, token_counts: TokenCounts) -> Mask:
         """The split whose later end comes first; of equals, fewer on the CPU."""
-        experts = np.flatnonzero(missed)
-        order = experts[np.argsort(tokens[experts], kind="stable")]
-        here = self.copy * np.arange(len(order), -1, -1)
-        there = np.append(0.0, self.begin + np.cumsum(self.each + self.token * tokens[order]))
-        found = np.zeros_like(missed)
-        found[order[: int(np.argmin(np.maximum(here, there)))]] = True
-        return found
+        experts = np.flatnonzero(missed_mask)
+        order = experts[np.argsort(token_counts[experts], kind="stable")]
+        copy_ends = self.copy_seconds * np.arange(len(order), -1, -1)
+        cpu_ends = np.append(
+            0.0,
+            self.layer_seconds
+            + np.cumsum(self.expert_seconds + self.token_seconds * token_counts[order]),
+        )
+        selected_mask = np.zeros_like(missed_mask)
+        selected_mask[order[: int(np.argmin(np.maximum(copy_ends, cpu_ends)))]] = True
+        return selected_mask
 
     @staticmethod
-    def through(
-        copy: float, *, one: float, many: float, full: float, experts: int, tokens: int
+    def from_timings(
+        copy_seconds: float,
+        *,
+        one_expert: float,
+        many_experts: float,
+        full_experts: float,
+        experts: int,
+        tokens: int,
     ) -> BreakEven:
         """From seconds of layers on the CPU: one expert and ``many`` experts of a token each, and
         as many ``full`` ones, of so many tokens each. Noise makes no price negative."""
-        token = max(0.0, (full - many) / (experts * (tokens - 1)))
-        each = max(0.0, (many - one) / (experts - 1) - token)
-        return BreakEven(copy, max(0.0, one - each - token), each, token)
+        token_seconds = max(0.0, (full_experts - many_experts) / (experts * (tokens - 1)))
+        expert_seconds = max(0.0, (many_experts - one_expert) / (experts - 1) - token_seconds)
+        return BreakEven(
+            copy_seconds,
+            max(0.0, one_expert - expert_seconds - token_seconds),
+            expert_seconds,
+            token_seconds,
+        )
 
-    def most(self) -> int:
+    def max_tokens(self) -> int:
         """Tokens of an expert up to which the CPU computes a further one before it is copied."""
-        if self.each >= self.copy:
+        if self.expert_seconds >= self.copy_seconds:
             return 0
-        return int((self.copy - self.each) / self.token) if self.token else 1 << 30
+        return (
+            int((self.copy_seconds - self.expert_seconds) / self.token_seconds)
+            if self.token_seconds
+            else 1 << 30
+        )
 
 
 @dataclass(frozen=True)
-class Aside:
+class CpuExperts:
     """The CPU's part: whom it computes, and all experts of each layer in host memory."""
 
-    choice: Choice
+    selection: CpuSelection
     slabs: Mapping[int, Slab]
 
     def slab(self, layer: int, experts: Sequence[int]) -> Slab:
         """Of these alone."""
-        whole, chosen = self.slabs[layer], list(experts)
-        slot_of = torch.full_like(whole.slot_of, NOBODY)
-        slot_of[chosen] = whole.slot_of[chosen]
-        return replace(whole, slot_of=slot_of)
+        layer_slab, selected_ids = self.slabs[layer], list(experts)
+        slot_of = torch.full_like(layer_slab.slot_of, EMPTY)
+        slot_of[selected_ids] = layer_slab.slot_of[selected_ids]
+        return replace(layer_slab, slot_of=slot_of)
 
 
-def parse_aside(text: str) -> AtMost | Literal["auto"] | None:
+def parse_cpu_experts(text: str) -> TokenLimit | Literal["auto"] | None:
     """ "off" is nobody, "auto" is to be measured, "4" is experts of at most so many tokens."""
-    asked = text.strip()
-    if asked in ("auto", "off"):
-        return "auto" if asked == "auto" else None
-    if not asked.isdecimal() or int(asked) < 1:
+    option = text.strip()
+    if option in ("auto", "off"):
+        return "auto" if option == "auto" else None
+    if not option.isdecimal() or int(option) < 1:
         raise CoterieError(
             f"--cpu-experts {text!r}: say auto, off, or the most tokens of an expert that a CPU "
             "computes"
         )
-    return AtMost(int(asked))
+    return TokenLimit(int(option))

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from coterie.experts.eviction import Eviction, Lru, Mask, Numbers
+from coterie.experts.eviction import Eviction, Lru, Mask, FloatArray
 from coterie.experts.slots import Slots
 
 
 @dataclass  # not frozen: it is written
-class Book:
+class CacheSimulator:
     """Slots for ``capacity`` experts of each layer, and who went in and out of them.
 
     It knows no weights. Where a policy does not ask who is there, the same uses can be entered into
@@ -18,11 +18,11 @@ class Book:
 
     experts: int
     capacity: int
-    rule: Eviction = field(default_factory=Lru)
+    eviction: Eviction = field(default_factory=Lru)
     slots: dict[int, Slots] = field(default_factory=dict)
 
-    def enter(self, layer: int, used: Mask, votes: Numbers | None = None) -> int:
+    def count_loads(self, layer: int, used: Mask, votes: FloatArray | None = None) -> int:
         """A forward of a layer computes with these [E]: how many of them must come."""
         if layer not in self.slots:
-            self.slots[layer] = Slots(self.experts, self.capacity, self.rule)
+            self.slots[layer] = Slots(self.experts, self.capacity, self.eviction)
         return sum(len(wave.loads) for wave in self.slots[layer].serve(used, votes))

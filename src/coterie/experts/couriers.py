@@ -15,12 +15,12 @@ from torch import Tensor
 
 from coterie.experts.tiers import Tier
 
-READERS = 4  # fetches in flight
+FETCH_THREADS = 4  # fetches in flight
 
-Table = NDArray[np.int64] | NDArray[np.bool_]
+NumpyTable = NDArray[np.int64] | NDArray[np.bool_]
 
 
-class Courier(Protocol):
+class ExpertFetcher(Protocol):
     """Between the slots of a store and the tier that holds every expert.
 
     Where computing is only asked for and done later, the device itself keeps the order: ``join``
@@ -28,58 +28,58 @@ class Courier(Protocol):
     """
 
     @property
-    def waited(self) -> float:
+    def stall_seconds(self) -> float:
         """Seconds so far in which computing stood still for what is brought; asks nobody to wait,
         and leaves out what is not over yet."""
         ...
 
-    def bring(self, layer: int, expert: int, into: Tensor) -> Future[str]:
+    def fetch_async(self, layer: int, expert: int, target: Tensor) -> Future[str]:
         """Begin to fill a slot [bytes] uint8, which nothing asked for before the last ``computed``
         may read afterwards. The future is done as soon as the host has no part in it any more, and
         names the tier that the expert was found in."""
         ...
 
-    def join(self, coming: Collection[Future[str]]) -> None:
+    def wait(self, fetches: Collection[Future[str]]) -> None:
         """What is computed from now on finds these in their slots, or raises what went wrong."""
         ...
 
-    def computed(self) -> None:
+    def mark_computed(self) -> None:
         """What was asked to compute until now is to be done before what is brought from now on."""
         ...
 
-    def settle(self, coming: Collection[Future[str]]) -> None:
+    def drain(self, fetches: Collection[Future[str]]) -> None:
         """Wait until nothing is on its way any more, whatever became of it."""
         ...
 
-    def there(self, table: Table) -> Tensor:
+    def to_device(self, table: NumpyTable) -> Tensor:
         """A copy of such a table where it is computed; the table may change at once."""
         ...
 
 
 @dataclass  # not frozen: it counts its waiting
-class Readers:
+class ThreadedFetcher:
     """Threads that fetch into memory of the host, where all is computed when the next is asked."""
 
     tier: Tier
-    waited: float = 0.0
+    stall_seconds: float = 0.0
     _threads: ThreadPoolExecutor = field(
-        default_factory=lambda: ThreadPoolExecutor(READERS, "coterie-experts")
+        default_factory=lambda: ThreadPoolExecutor(FETCH_THREADS, "coterie-experts")
     )
 
-    def bring(self, layer: int, expert: int, into: Tensor) -> Future[str]:
-        return self._threads.submit(self.tier.fetch, layer, expert, into)
+    def fetch_async(self, layer: int, expert: int, target: Tensor) -> Future[str]:
+        return self._threads.submit(self.tier.fetch, layer, expert, target)
 
-    def join(self, coming: Collection[Future[str]]) -> None:
-        began = time.perf_counter()
-        for one in coming:
-            one.result()
-        self.waited += time.perf_counter() - began
+    def wait(self, fetches: Collection[Future[str]]) -> None:
+        start = time.perf_counter()
+        for fetch in fetches:
+            fetch.result()
+        self.stall_seconds += time.perf_counter() - start
 
-    def computed(self) -> None:
+    def mark_computed(self) -> None:
         """Nothing to say: whoever asks for the next slab has computed with the last."""
 
-    def settle(self, coming: Collection[Future[str]]) -> None:
-        wait(coming)
+    def drain(self, fetches: Collection[Future[str]]) -> None:
+        wait(fetches)
 
-    def there(self, table: Table) -> Tensor:
+    def to_device(self, table: NumpyTable) -> Tensor:
         return torch.from_numpy(table.copy())

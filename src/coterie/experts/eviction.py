@@ -15,37 +15,37 @@ import numpy as np
 from numpy.typing import NDArray
 
 from coterie.naming import CoterieError
-from coterie.spelling import Share, check_options, parse
-from coterie.values import Demand
+from coterie.spelling import PositiveFraction, check_options, parse_spec
+from coterie.values import ExpertRequest
 
 Mask = NDArray[np.bool_]
-Numbers = NDArray[np.float64]
+FloatArray = NDArray[np.float64]
 
-NEVER = np.inf
+NEVER_USED = np.inf
 
 
 @dataclass(frozen=True)
-class Seen:
+class CacheAccess:
     """One forward of one layer, as a cache sees it."""
 
     clock: int  # forwards of this layer before it
     used: Mask  # [E], experts that it computes with
-    votes: Numbers  # [E] >= 0, for experts that it does not use too
+    votes: FloatArray  # [E] >= 0, for experts that it does not use too
 
 
 class Eviction(Protocol):
     """A rule: what places in fast memory are worth, as numbers [E] that it carries along."""
 
     @property
-    def asks_votes(self) -> bool:
+    def needs_votes(self) -> bool:
         """Whether it reads ``Seen.votes``; counting them takes time."""
         ...
 
-    def first(self, votes: Numbers) -> Numbers:
+    def initial_scores(self, votes: FloatArray) -> FloatArray:
         """Before any forward, from votes [E] that earlier runs have counted; zeros if none did."""
         ...
 
-    def after(self, worth: Numbers, seen: Seen) -> Numbers:
+    def updated_scores(self, scores: FloatArray, access: CacheAccess) -> FloatArray:
         """The numbers once a forward is known, its own experts not yet in their places."""
         ...
 
@@ -54,42 +54,42 @@ class Eviction(Protocol):
 class Lru:
     """Who was used longest ago leaves."""
 
-    asks_votes = False
+    needs_votes = False
 
-    def first(self, votes: Numbers) -> Numbers:
-        return ranks(votes) - len(votes)  # all before the first forward, in the order of votes
+    def initial_scores(self, votes: FloatArray) -> FloatArray:
+        return vote_ranks(votes) - len(votes)  # all before the first forward, in the order of votes
 
-    def after(self, worth: Numbers, seen: Seen) -> Numbers:
-        return np.where(seen.used, float(seen.clock), worth)
+    def updated_scores(self, scores: FloatArray, access: CacheAccess) -> FloatArray:
+        return np.where(access.used, float(access.clock), scores)
 
 
 @dataclass(frozen=True)
 class Lfu:
     """Who was used in the fewest forwards leaves."""
 
-    asks_votes = False
+    needs_votes = False
 
-    def first(self, votes: Numbers) -> Numbers:
-        return ranks(votes) / len(votes)  # less than one use, in the order of votes
+    def initial_scores(self, votes: FloatArray) -> FloatArray:
+        return vote_ranks(votes) / len(votes)  # less than one use, in the order of votes
 
-    def after(self, worth: Numbers, seen: Seen) -> Numbers:
-        return worth + seen.used
+    def updated_scores(self, scores: FloatArray, access: CacheAccess) -> FloatArray:
+        return scores + access.used
 
 
 @dataclass(frozen=True)
 class ByVotes:
     """Who had the fewest votes lately leaves; a vote counts ``decay`` of itself a forward later."""
 
-    decay: Share = 0.8
+    decay: PositiveFraction = 0.8
 
-    asks_votes = True
+    needs_votes = True
     __post_init__ = check_options
 
-    def first(self, votes: Numbers) -> Numbers:
+    def initial_scores(self, votes: FloatArray) -> FloatArray:
         return votes.astype(np.float64)
 
-    def after(self, worth: Numbers, seen: Seen) -> Numbers:
-        return worth * self.decay + seen.votes
+    def updated_scores(self, scores: FloatArray, access: CacheAccess) -> FloatArray:
+        return scores * self.decay + access.votes
 
 
 @dataclass(frozen=True)
@@ -100,41 +100,43 @@ class Belady:
     or NEVER.
     """
 
-    nexts: Numbers
+    next_uses: FloatArray
 
-    asks_votes = False
+    needs_votes = False
 
     @staticmethod
-    def of(used: Sequence[Mask]) -> Belady:
+    def from_uses(used: Sequence[Mask]) -> Belady:
         """From what every forward of the layer uses, in order."""
-        nexts = np.full((len(used), len(used[0])), NEVER)
+        next_uses = np.full((len(used), len(used[0])), NEVER_USED)
         for clock in range(len(used) - 1, 0, -1):
-            nexts[clock - 1] = np.where(used[clock], float(clock), nexts[clock])
-        return Belady(nexts)
+            next_uses[clock - 1] = np.where(used[clock], float(clock), next_uses[clock])
+        return Belady(next_uses)
 
-    def first(self, votes: Numbers) -> Numbers:
+    def initial_scores(self, votes: FloatArray) -> FloatArray:
         return np.zeros(len(votes))
 
-    def after(self, worth: Numbers, seen: Seen) -> Numbers:
-        if seen.clock >= len(self.nexts):
-            raise CoterieError(f"forward {seen.clock} is beyond the {len(self.nexts)} foreseen")
-        return -self.nexts[seen.clock]
+    def updated_scores(self, scores: FloatArray, access: CacheAccess) -> FloatArray:
+        if access.clock >= len(self.next_uses):
+            raise CoterieError(
+                f"forward {access.clock} is beyond the {len(self.next_uses)} foreseen"
+            )
+        return -self.next_uses[access.clock]
 
 
-def ranks(votes: Numbers) -> Numbers:
+def vote_ranks(votes: FloatArray) -> FloatArray:
     """[E]: 0 for who has fewest votes, E - 1 for who has most; of equals the lower index is more.
 
     Experts without a vote are all 0.
     """
     order = np.lexsort((-np.arange(len(votes)), votes))
-    places = np.empty(len(votes))
-    places[order] = np.arange(len(votes))
-    return np.where(votes > 0, places, 0.0)
+    ranks = np.empty(len(votes))
+    ranks[order] = np.arange(len(votes))
+    return np.where(votes > 0, ranks, 0.0)
 
 
-def asked_votes(rule: Eviction, demand: Demand) -> Numbers | None:
+def eviction_votes(eviction: Eviction, request: ExpertRequest) -> FloatArray | None:
     """[E] of a forward, for a rule that goes by them; None for others, or where nobody voted."""
-    votes = demand.votes if rule.asks_votes else None
+    votes = request.votes if eviction.needs_votes else None
     return None if votes is None else votes.cpu().numpy()
 
 
@@ -143,4 +145,4 @@ EVICTIONS: dict[str, type[Eviction]] = {"lru": Lru, "lfu": Lfu, "votes": ByVotes
 
 def parse_eviction(text: str) -> Eviction:
     """The rule that ``text`` spells, such as ``votes:decay=0.9``."""
-    return parse(text, EVICTIONS, "eviction")
+    return parse_spec(text, EVICTIONS, "eviction")

@@ -10,22 +10,22 @@ from threading import Condition
 import numpy as np
 from torch import Tensor
 
-from coterie.experts.eviction import Eviction, Lfu, Numbers, Seen
+from coterie.experts.eviction import Eviction, Lfu, FloatArray, CacheAccess
 from coterie.experts.tiers import HOST, Tier
 from coterie.naming import CoterieError
 
 
 @dataclass  # not frozen: its users come and go
-class Place:
+class HostSlot:
     """Where an expert lies. Nobody takes it away while it has users: who reads it in, or copies."""
 
-    slot: int
+    index: int
     users: int = 1
     ready: bool = False
 
 
 @dataclass  # not frozen: it holds what was fetched
-class Host:
+class HostCache:
     """``memory`` for some experts of any layer, over a tier that holds them all.
 
     What is fetched is read into it, in place of who is worth least of those whom nobody copies at
@@ -36,98 +36,102 @@ class Host:
     expert where it is.
     """
 
-    below: Tier
+    backing_tier: Tier
     memory: Tensor  # [n, bytes of an expert] uint8
     layers: Sequence[int]
     experts: int  # of a layer
-    rule: Eviction = field(default_factory=Lfu)
+    eviction: Eviction = field(default_factory=Lfu)
     hits: int = 0
     misses: int = 0
-    _places: dict[int, Place] = field(init=False, default_factory=dict)  # by number
+    _slots: dict[int, HostSlot] = field(init=False, default_factory=dict)  # by number
     _free: list[int] = field(init=False)
-    _worth: Numbers = field(init=False)
+    _scores: FloatArray = field(init=False)
     _changed: Condition = field(init=False, default_factory=Condition)
 
     def __post_init__(self) -> None:
-        if self.rule.asks_votes:
+        if self.eviction.needs_votes:
             raise CoterieError(
                 "memory between tiers hears of fetches alone: lru and lfu go by them"
             )
         self._free = list(range(len(self.memory)))
-        self._worth = self.rule.first(np.zeros(len(self.layers) * self.experts))
+        self._scores = self.eviction.initial_scores(np.zeros(len(self.layers) * self.experts))
 
-    def fetch(self, layer: int, expert: int, into: Tensor) -> str:
-        with self.lent(layer, expert) as (blob, found):
-            into.copy_(blob)
-        return found
+    def fetch(self, layer: int, expert: int, target: Tensor) -> str:
+        with self.pin(layer, expert) as (blob, tier):
+            target.copy_(blob)
+        return tier
 
     @contextmanager
-    def lent(self, layer: int, expert: int) -> Iterator[tuple[Tensor, str]]:
+    def pin(self, layer: int, expert: int) -> Iterator[tuple[Tensor, str]]:
         """An expert's bytes, read in if need be, which stay where they are until this is left; and
         the tier that they were found in.
 
         Who takes one more while holding as many as there are slots waits for ever.
         """
-        number = self.layers.index(layer) * self.experts + expert
-        place = self._taken(number)
+        key = self.layers.index(layer) * self.experts + expert
+        slot = self._acquire(key)
         try:
-            blob = self.memory[place.slot]
-            found = HOST
-            if not place.ready:
-                found = self.below.fetch(layer, expert, blob)
-                self._tell_ready(place)
-            yield blob, found
+            blob = self.memory[slot.index]
+            tier = HOST
+            if not slot.ready:
+                tier = self.backing_tier.fetch(layer, expert, blob)
+                self._mark_ready(slot)
+            yield blob, tier
         finally:
-            self._give_back(number, place)
+            self._release(key, slot)
 
-    def _taken(self, number: int) -> Place:
+    def _acquire(self, key: int) -> HostSlot:
         """The place of an expert, ready or this caller's to fill."""
         with self._changed:
-            self._note(number)
+            self._record_access(key)
             while True:
-                place = self._places.get(number)
-                if place is None and (slot := self._room()) is not None:
+                host_slot = self._slots.get(key)
+                if host_slot is None and (free_index := self._reclaim_slot()) is not None:
                     self.misses += 1
-                    place = self._places[number] = Place(slot)
-                    return place
-                if place is not None and place.ready:
+                    host_slot = self._slots[key] = HostSlot(free_index)
+                    return host_slot
+                if host_slot is not None and host_slot.ready:
                     self.hits += 1
-                    place.users += 1
-                    return place
+                    host_slot.users += 1
+                    return host_slot
                 self._changed.wait()
 
-    def _tell_ready(self, place: Place) -> None:
+    def _mark_ready(self, slot: HostSlot) -> None:
         with self._changed:
-            place.ready = True
+            slot.ready = True
             self._changed.notify_all()
 
-    def _give_back(self, number: int, place: Place) -> None:
+    def _release(self, key: int, slot: HostSlot) -> None:
         with self._changed:
-            place.users -= 1
-            if not place.ready:
-                del self._places[number]
-                self._free.append(place.slot)
+            slot.users -= 1
+            if not slot.ready:
+                del self._slots[key]
+                self._free.append(slot.index)
             self._changed.notify_all()
 
-    def _note(self, number: int) -> None:
-        used = np.zeros(len(self._worth), dtype=bool)
-        used[number] = True
+    def _record_access(self, key: int) -> None:
+        used = np.zeros(len(self._scores), dtype=bool)
+        used[key] = True
         clock = self.hits + self.misses
-        self._worth = self.rule.after(self._worth, Seen(clock, used, np.zeros(len(used))))
+        self._scores = self.eviction.updated_scores(
+            self._scores, CacheAccess(clock, used, np.zeros(len(used)))
+        )
 
-    def _room(self) -> int | None:
+    def _reclaim_slot(self) -> int | None:
         """A slot that nobody needs; None while all are in use."""
         if self._free:
             return self._free.pop()
-        idle = [number for number, place in self._places.items() if not place.users]
+        idle = [key for key, slot in self._slots.items() if not slot.users]
         if not idle:
             return None
-        least = min(idle, key=lambda number: (self._worth[number], -number))
-        return self._places.pop(least).slot
+        victim = min(idle, key=lambda number: (self._scores[number], -number))
+        return self._slots.pop(victim).index
 
 
-def host_slots(budget: int, *, layers: int, experts: int, size: int) -> int:
+def host_cache_slots(budget: int, *, layers: int, experts: int, expert_bytes: int) -> int:
     """Experts that fit into so many bytes; raises CoterieError for less than one."""
-    if budget < size:
-        raise CoterieError(f"--host-memory: {budget:,} bytes are less than one expert's {size:,}")
-    return min(layers * experts, budget // size)
+    if budget < expert_bytes:
+        raise CoterieError(
+            f"--host-memory: {budget:,} bytes are less than one expert's {expert_bytes:,}"
+        )
+    return min(layers * experts, budget // expert_bytes)

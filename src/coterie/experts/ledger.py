@@ -11,38 +11,38 @@ from typing import Protocol
 import torch
 
 from coterie.experts.slots import Slots
-from coterie.experts.traffic import Moved, Traffic
-from coterie.values import Demand, membership
+from coterie.experts.traffic import Transfer, Traffic
+from coterie.values import ExpertRequest, expert_mask
 
-LINES = 4096  # forwards that are kept one by one; of those before, only the sum
-PENDING = 1 << 22  # ids of tokens' own experts that wait to be settled
-WRITING = ("prefill", "commit")  # kinds of forward that only write keys
+LOGGED_FORWARDS = 4096  # forwards that are kept one by one; of those before, only the sum
+MAX_PENDING_IDS = 1 << 22  # ids of tokens' own experts that wait to be settled
+KV_ONLY_KINDS = ("prefill", "commit")  # kinds of forward that only write keys
 
-Waiting = Callable[[], float]
+StallClock = Callable[[], float]
 """Seconds so far in which nothing was computed because somebody was on the way."""
 
-Book = Callable[[int], Slots]
+SlotsFactory = Callable[[int], Slots]
 """Of a layer: slots as many as the store's and begun like them, under LRU."""
 
 
-class Reporting(Protocol):
+class CachedStore(Protocol):
     """A store that keeps only some experts at hand, and a ledger of it."""
 
     @property
-    def ledger(self) -> Ledger: ...
+    def traffic_log(self) -> TrafficLog: ...
 
     @property
     def capacity(self) -> int:
         """Slots of a layer."""
         ...
 
-    def empty(self) -> None:
+    def reset(self) -> None:
         """Be as at the start, before any forward: nobody at hand, or who is from the first."""
         ...
 
 
 @dataclass(frozen=True)
-class Line:
+class ForwardTraffic:
     """One forward. ``blocks`` are where its ``rows`` stood; their ``traffic`` is one."""
 
     number: int
@@ -53,7 +53,7 @@ class Line:
 
 
 @dataclass  # not frozen: it grows until its forward is over
-class Tally:
+class ForwardCounters:
     """A forward, or the sum of many, while it is counted."""
 
     number: int = 0
@@ -63,33 +63,33 @@ class Tally:
     forwards: int = 0
     used: int = 0
     hits: int = 0
-    aside: int = 0
-    vanilla: int = 0
-    waited: float = 0.0
+    on_cpu: int = 0
+    vanilla_misses: int = 0
+    stall_seconds: float = 0.0
     seconds: float = 0.0
-    began: float | None = None
-    layer: int = -1  # the last one served
-    sources: dict[str, Moved] = field(default_factory=dict)
+    start_time: float | None = None
+    last_layer: int = -1  # the last one served
+    transfers: dict[str, Transfer] = field(default_factory=dict)
 
     @property
-    def counts(self) -> int:
+    def denoising_forwards(self) -> int:
         """As how many forwards that denoise it counts, once it is over."""
-        return int(self.layer >= 0 and self.kind not in WRITING)
+        return int(self.last_layer >= 0 and self.kind not in KV_ONLY_KINDS)
 
-    def take(self, other: Tally) -> None:
+    def add(self, other: ForwardCounters) -> None:
         """Add all of another that is no name; who would have come under vanilla comes later."""
         self.forwards += other.forwards
         self.used += other.used
         self.hits += other.hits
-        self.aside += other.aside
-        self.waited += other.waited
+        self.on_cpu += other.on_cpu
+        self.stall_seconds += other.stall_seconds
         self.seconds += other.seconds
-        for tier, moved in other.sources.items():
-            self.sources[tier] = self.sources.get(tier, Moved()).joined(moved)
+        for tier, transfer in other.transfers.items():
+            self.transfers[tier] = self.transfers.get(tier, Transfer()).plus(transfer)
 
 
 @dataclass  # not frozen: it is written
-class Ledger:
+class TrafficLog:
     """What a store did, forward by forward, ``LINES`` of them; totals are of all.
 
     A store tells of each layer that it serves, who asks for a forward when one begins and ends.
@@ -100,120 +100,144 @@ class Ledger:
     """
 
     expert_bytes: int
-    book: Book
-    waiting: Waiting = lambda: 0.0
-    _open: Tally = field(default_factory=Tally)
-    _closed: deque[Tally] = field(default_factory=lambda: deque(maxlen=LINES))
-    _before: Tally = field(default_factory=Tally)  # the sum of all that are closed
-    _compared: bool = False
-    _pending: list[tuple[Tally, int, torch.Tensor, int] | None] = field(default_factory=list)
-    _waiting: int = 0
-    _shadow: dict[int, Slots] = field(default_factory=dict)
+    vanilla_slots: SlotsFactory
+    stall_clock: StallClock = lambda: 0.0
+    _current: ForwardCounters = field(default_factory=ForwardCounters)
+    _finished: deque[ForwardCounters] = field(default_factory=lambda: deque(maxlen=LOGGED_FORWARDS))
+    _totals: ForwardCounters = field(
+        default_factory=ForwardCounters
+    )  # the sum of all that are closed
+    _tracks_vanilla: bool = False
+    _pending: list[tuple[ForwardCounters, int, torch.Tensor, int] | None] = field(
+        default_factory=list
+    )
+    _pending_ids: int = 0
+    _vanilla_caches: dict[int, Slots] = field(default_factory=dict)
 
-    def compare(self) -> None:
+    def track_vanilla(self) -> None:
         """From now on, keep what vanilla needs; raises RuntimeError where it is too late."""
-        if self._before.used or self._open.used:
+        if self._totals.used or self._current.used:
             raise RuntimeError("vanilla's memory would begin empty where the store's is not")
-        self._compared = True
+        self._tracks_vanilla = True
 
-    def began(self, kind: str, rows: tuple[int, ...] = (), blocks: tuple[int, ...] = ()) -> None:
+    def begin_forward(
+        self, kind: str, rows: tuple[int, ...] = (), blocks: tuple[int, ...] = ()
+    ) -> None:
         """A forward starts."""
-        self._close()
-        self._open = Tally(self._open.number, kind, rows, blocks, began=time.perf_counter())
+        self._finish_forward()
+        self._current = ForwardCounters(
+            self._current.number, kind, rows, blocks, start_time=time.perf_counter()
+        )
 
-    def ended(self) -> None:
+    def end_forward(self) -> None:
         """It is over, and took until now."""
-        if self._open.began is not None:
-            self._open.seconds = time.perf_counter() - self._open.began
-        self._close()
+        if self._current.start_time is not None:
+            self._current.seconds = time.perf_counter() - self._current.start_time
+        self._finish_forward()
 
-    def served(self, layer: int, demand: Demand, *, used: int, hits: int, aside: int = 0) -> None:
+    def log_layer(
+        self, layer: int, request: ExpertRequest, *, used: int, hits: int, on_cpu: int = 0
+    ) -> None:
         """A layer is asked for so many experts, of whom ``hits`` are there, and ``aside`` are
         computed where they lie."""
-        line = self._open
-        if layer <= line.layer:
-            self._close()
-            line = self._open
-        line.layer = layer
-        line.used += used
-        line.hits += hits
-        line.aside += aside
-        if self._compared and demand.routing is not None:
-            own = demand.routing.own
-            self._pending.append((line, layer, own, len(demand.used)))
-            self._waiting += own.numel()
-            if self._waiting > PENDING:
-                self._settle()
+        counters = self._current
+        if layer <= counters.last_layer:
+            self._finish_forward()
+            counters = self._current
+        counters.last_layer = layer
+        counters.used += used
+        counters.hits += hits
+        counters.on_cpu += on_cpu
+        if self._tracks_vanilla and request.routing is not None:
+            vanilla_ids = request.routing.vanilla_ids
+            self._pending.append((counters, layer, vanilla_ids, len(request.used)))
+            self._pending_ids += vanilla_ids.numel()
+            if self._pending_ids > MAX_PENDING_IDS:
+                self._replay_vanilla()
 
-    def moved(self, tier: str, experts: int = 1, size: int | None = None) -> None:
+    def log_transfer(self, tier: str, experts: int = 1, total_bytes: int | None = None) -> None:
         """So many came from there, ``size`` bytes in all where they are not moved whole."""
-        weight = experts * self.expert_bytes if size is None else size
+        num_bytes = experts * self.expert_bytes if total_bytes is None else total_bytes
         if not experts:
             return
-        sources = self._open.sources
-        sources[tier] = sources.get(tier, Moved()).joined(Moved(experts, weight))
+        transfers = self._current.transfers
+        transfers[tier] = transfers.get(tier, Transfer()).plus(Transfer(experts, num_bytes))
 
-    def emptied(self) -> None:
+    def log_reset(self) -> None:
         """The memory is as it was before any forward, and so is vanilla's; sums stay."""
-        self._close()
-        if self._compared:
+        self._finish_forward()
+        if self._tracks_vanilla:
             self._pending.append(None)
 
     @property
-    def lines(self) -> tuple[Line, ...]:
+    def forwards(self) -> tuple[ForwardTraffic, ...]:
         """Of each forward that is over, or of the last ``LINES``."""
-        self._settle()
+        self._replay_vanilla()
         return tuple(
-            Line(one.number, one.kind, one.rows, one.blocks, self._read(one))
-            for one in self._closed
+            ForwardTraffic(
+                counters.number,
+                counters.kind,
+                counters.rows,
+                counters.blocks,
+                self._to_traffic(counters),
+            )
+            for counters in self._finished
         )
 
     def traffic(self) -> Traffic:
         """Of all forwards, one that is not over among them."""
-        self._settle()
-        whole = Tally(vanilla=self._before.vanilla)
-        whole.take(self._before)
-        whole.take(self._open)
-        whole.waited = self.waiting()
-        whole.forwards += self._open.counts
-        return self._read(whole)
+        self._replay_vanilla()
+        total = ForwardCounters(vanilla_misses=self._totals.vanilla_misses)
+        total.add(self._totals)
+        total.add(self._current)
+        total.stall_seconds = self.stall_clock()
+        total.forwards += self._current.denoising_forwards
+        return self._to_traffic(total)
 
-    def _close(self) -> None:
-        line = self._open
-        if line.layer < 0 and not line.sources:
+    def _finish_forward(self) -> None:
+        counters = self._current
+        if counters.last_layer < 0 and not counters.transfers:
             return
-        line.forwards, line.waited = line.counts, self.waiting() - self._before.waited
-        self._before.take(line)
-        if line.layer >= 0:
-            self._closed.append(line)
+        counters.forwards, counters.stall_seconds = (
+            counters.denoising_forwards,
+            self.stall_clock() - self._totals.stall_seconds,
+        )
+        self._totals.add(counters)
+        if counters.last_layer >= 0:
+            self._finished.append(counters)
         # A store that nobody tells of forwards counts them itself; their kind stays unknown.
-        self._open = Tally(line.number + (line.layer >= 0), line.kind, line.rows, line.blocks)
+        self._current = ForwardCounters(
+            counters.number + (counters.last_layer >= 0),
+            counters.kind,
+            counters.rows,
+            counters.blocks,
+        )
 
-    def _settle(self) -> None:
+    def _replay_vanilla(self) -> None:
         """Let vanilla's memory go through what has waited."""
         for entry in self._pending:
             if entry is None:
-                self._shadow.clear()
+                self._vanilla_caches.clear()
                 continue
-            line, layer, own, experts = entry
-            if layer not in self._shadow:
-                self._shadow[layer] = self.book(layer)
-            used = membership(own.flatten(), experts).cpu().numpy()
-            loads = sum(len(wave.loads) for wave in self._shadow[layer].serve(used))
-            line.vanilla += loads
-            self._before.vanilla += loads
+            counters, layer, vanilla_ids, experts = entry
+            if layer not in self._vanilla_caches:
+                self._vanilla_caches[layer] = self.vanilla_slots(layer)
+            used = expert_mask(vanilla_ids.flatten(), experts).cpu().numpy()
+            loads = sum(len(wave.loads) for wave in self._vanilla_caches[layer].serve(used))
+            counters.vanilla_misses += loads
+            self._totals.vanilla_misses += loads
         self._pending.clear()
-        self._waiting = 0
+        self._pending_ids = 0
 
-    def _read(self, tally: Tally) -> Traffic:
+    def _to_traffic(self, counters: ForwardCounters) -> Traffic:
         return Traffic(
-            tally.forwards,
+            counters.forwards,
             self.expert_bytes,
-            tally.used,
-            tally.hits,
-            dict(tally.sources),
-            tally.vanilla if self._compared else None,
-            tally.waited,
-            tally.seconds,
-            tally.aside,
+            counters.used,
+            counters.hits,
+            dict(counters.transfers),
+            counters.vanilla_misses if self._tracks_vanilla else None,
+            counters.stall_seconds,
+            counters.seconds,
+            counters.on_cpu,
         )

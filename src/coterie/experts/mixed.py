@@ -11,28 +11,28 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 from torch import Tensor
 
-from coterie.experts.couriers import Courier
-from coterie.experts.eviction import ByVotes, Eviction, Lru, Mask, Numbers
-from coterie.experts.ledger import Ledger
-from coterie.experts.offload import Allocate, Offloaded, Shown, allocated
-from coterie.experts.slots import NOBODY, Slots
-from coterie.experts.traffic import Moved
-from coterie.experts.upgrades import Finer
-from coterie.values import Demand, Slab
+from coterie.experts.couriers import ExpertFetcher
+from coterie.experts.eviction import ByVotes, Eviction, Lru, Mask, FloatArray
+from coterie.experts.ledger import TrafficLog
+from coterie.experts.offload import SlotAllocator, CachedExpertStore, SlabFactory, allocate_slots
+from coterie.experts.slots import EMPTY, Slots
+from coterie.experts.traffic import Transfer
+from coterie.experts.upgrades import HighPrecisionSlots
+from coterie.values import ExpertRequest, Slab
 
-TINY = 1e-12  # of a share: what adding in another order may change
+SHARE_TOLERANCE = 1e-12  # of a share: what adding in another order may change
 
 
 @dataclass(frozen=True)
-class Errors:
+class PrecisionErrors:
     """Relative errors of a layer's experts, [E] each: of what they give for Gaussian input."""
 
-    fine: Numbers
-    coarse: Numbers
+    high: FloatArray
+    low: FloatArray
 
 
 @dataclass  # not frozen: it keeps book
-class Precision:
+class PrecisionStats:
     """In which precision votes were served; sums over layers and forwards.
 
     The loss bound of a forward's layer is the sum over used experts of vote share x relative error
@@ -42,67 +42,69 @@ class Precision:
     """
 
     forwards: int = 0  # of a layer
-    fine: float = 0.0  # vote shares
-    bound: float = 0.0
-    squares: float = 0.0
-    upgrades: int = 0
+    high_share_sum: float = 0.0  # vote shares
+    bound_sum: float = 0.0
+    square_sum: float = 0.0
+    promotions: int = 0
 
     @property
-    def votes_fine(self) -> float:
+    def high_precision_share(self) -> float:
         """Share of the votes that was served fine; of a layer and forward, on average."""
-        return self.fine / max(1, self.forwards)
+        return self.high_share_sum / max(1, self.forwards)
 
     @property
     def loss_bound(self) -> float:
         """Of a layer and forward, on average."""
-        return self.bound / max(1, self.forwards)
+        return self.bound_sum / max(1, self.forwards)
 
     @property
     def loss_rms(self) -> float:
         """The root of the mean square: near the relative error of a layer's output."""
-        return math.sqrt(self.squares / max(1, self.forwards))
+        return math.sqrt(self.square_sum / max(1, self.forwards))
 
-    def note(self, votes: Numbers, finely: Mask, coarsely: Mask, errors: Errors | None) -> None:
+    def record(
+        self, votes: FloatArray, high_mask: Mask, low_mask: Mask, errors: PrecisionErrors | None
+    ) -> None:
         """One forward of a layer; who is in neither mask was not used."""
-        share = shares(votes, finely | coarsely)
+        share = vote_shares(votes, high_mask | low_mask)
         self.forwards += 1
-        self.fine += float(share[finely].sum())
+        self.high_share_sum += float(share[high_mask].sum())
         if errors is not None:
-            error = np.where(finely, errors.fine, errors.coarse)
-            self.bound += float((share * error).sum())
-            self.squares += float((share * error**2).sum())
+            error = np.where(high_mask, errors.high, errors.low)
+            self.bound_sum += float((share * error).sum())
+            self.square_sum += float((share * error**2).sum())
 
 
-def shares(votes: Numbers, used: Mask) -> Numbers:
+def vote_shares(votes: FloatArray, used: Mask) -> FloatArray:
     """Of the votes [E] for those used, the part of each; equal parts where they have none."""
-    counted = np.where(used, votes, 0.0)
-    whole = counted.sum()
-    return counted / whole if whole > 0 else used / max(1, int(np.count_nonzero(used)))
+    used_votes = np.where(used, votes, 0.0)
+    total = used_votes.sum()
+    return used_votes / total if total > 0 else used / max(1, int(np.count_nonzero(used)))
 
 
 @dataclass(frozen=True)
-class Source:
+class HighPrecisionSource:
     """Where finer experts come from and how they are shown: slots for ``capacity`` of each
     layer."""
 
-    courier: Courier
-    shown: Shown
-    allocate: Allocate
+    fetcher: ExpertFetcher
+    make_slab: SlabFactory
+    allocate: SlotAllocator
     expert_bytes: int
     capacity: int
 
 
 @dataclass(frozen=True)
-class Shelf:
+class HighPrecisionLayer:
     """A layer's finer experts: the book, their bytes, and who is on the way."""
 
-    book: Finer
+    slots: HighPrecisionSlots
     memory: Tensor  # [capacity, bytes of an expert] uint8
-    coming: list[Future[str]] = field(default_factory=list)
+    fetches: list[Future[str]] = field(default_factory=list)
 
 
 @dataclass  # not frozen: it holds what changes with every forward
-class Mixed:
+class MixedPrecisionStore:
     """Slots with experts in a finer precision beside a store that has all of them coarse.
 
     The most voted experts that together hold ``mass`` of a forward's votes become fine before they
@@ -112,152 +114,178 @@ class Mixed:
     With neither, who is fine never changes.
     """
 
-    fine: Source
-    coarse: Offloaded
-    upgrades: int = 0  # begun after a forward of a layer, at most
-    mass: float = 0.0  # share of a forward's votes whose experts are fine at once
-    rule: Eviction = field(default_factory=ByVotes)
-    warm: Mapping[int, Numbers] = field(default_factory=dict)  # by layer, votes of earlier runs
-    errors: Mapping[int, Errors] = field(default_factory=dict)  # by layer, where they are known
-    kinds: tuple[str, str] = ("fine", "coarse")  # what both are called
-    precision: Precision = field(default_factory=Precision)
-    ledger: Ledger = field(init=False)  # of both; "vanilla" is one of fine experts in all memory
-    _shelves: dict[int, Shelf] = field(default_factory=dict)
+    high_precision: HighPrecisionSource
+    low_precision: CachedExpertStore
+    max_promotions: int = 0  # begun after a forward of a layer, at most
+    vote_mass: float = 0.0  # share of a forward's votes whose experts are fine at once
+    eviction: Eviction = field(default_factory=ByVotes)
+    warm_votes: Mapping[int, FloatArray] = field(
+        default_factory=dict
+    )  # by layer, votes of earlier runs
+    errors: Mapping[int, PrecisionErrors] = field(
+        default_factory=dict
+    )  # by layer, where they are known
+    format_names: tuple[str, str] = ("fine", "coarse")  # what both are called
+    precision_stats: PrecisionStats = field(default_factory=PrecisionStats)
+    traffic_log: TrafficLog = field(
+        init=False
+    )  # of both; "vanilla" is one of fine experts in all memory
+    _layers: dict[int, HighPrecisionLayer] = field(default_factory=dict)
     _memory: dict[int, Tensor] = field(default_factory=dict)  # outlives what a layer forgets
-    _forgot: set[int] = field(default_factory=set)  # layers for which bringing failed
-    _noted: dict[str, Moved] = field(default_factory=dict)  # what came of the coarse, by its tier
+    _failed_layers: set[int] = field(default_factory=set)  # layers for which bringing failed
+    _logged_transfers: dict[str, Transfer] = field(
+        default_factory=dict
+    )  # what came of the coarse, by its tier
 
     def __post_init__(self) -> None:
-        fine, coarse = self.fine, self.coarse
-        room = fine.capacity * fine.expert_bytes + coarse.capacity * coarse.expert_bytes
-        like = room // fine.expert_bytes
-        self.ledger = Ledger(
-            fine.expert_bytes,
-            lambda layer: Slots(coarse.experts, like, Lru(), self.warm.get(layer)),
-            lambda: self.waited,
+        high, low = self.high_precision, self.low_precision
+        layer_bytes = high.capacity * high.expert_bytes + low.capacity * low.expert_bytes
+        equal_slots = layer_bytes // high.expert_bytes
+        self.traffic_log = TrafficLog(
+            high.expert_bytes,
+            lambda layer: Slots(low.experts, equal_slots, Lru(), self.warm_votes.get(layer)),
+            lambda: self.stall_seconds,
         )
 
-    def serve(self, layer: int, demand: Demand) -> Iterator[Slab]:
-        shelf = self._arrived(layer)
-        used, votes, before = demand.used.cpu().numpy(), voted(demand), shelf.book.resident
-        shelf.book.note(used, votes)
-        self._upgrade(layer, shelf, leading(votes, used, self.mass) & ~before, len(used))
-        finely = used & shelf.book.resident
-        coarsely = used & ~finely
-        self._note(layer, demand, before=before, finely=finely, coarsely=coarsely)
-        self.precision.note(votes, finely, coarsely, self.errors.get(layer))
-        fine = self._lent(layer) if finely.any() else iter(())
-        if coarsely.any():
-            yield from self._both(layer, demand, coarsely, fine)
-        yield from fine
-        self._note_coarse()
-        self._upgrade(layer, shelf, coarsely, self.upgrades)
+    def serve(self, layer: int, request: ExpertRequest) -> Iterator[Slab]:
+        cache = self._wait(layer)
+        used, votes, resident_before = (
+            request.used.cpu().numpy(),
+            request_votes(request),
+            cache.slots.resident,
+        )
+        cache.slots.record_access(used, votes)
+        self._promote(
+            layer, cache, top_by_mass(votes, used, self.vote_mass) & ~resident_before, len(used)
+        )
+        high_mask = used & cache.slots.resident
+        low_mask = used & ~high_mask
+        self._log_layer(
+            layer, request, resident_before=resident_before, high_mask=high_mask, low_mask=low_mask
+        )
+        self.precision_stats.record(votes, high_mask, low_mask, self.errors.get(layer))
+        high_slabs = self._high_slabs(layer) if high_mask.any() else iter(())
+        if low_mask.any():
+            yield from self._both_precisions(layer, request, low_mask, high_slabs)
+        yield from high_slabs
+        self._log_low_precision()
+        self._promote(layer, cache, low_mask, self.max_promotions)
 
     def resident(self, layer: int) -> Tensor | None:
         """Those too that are here coarse only: nobody waits for them either."""
-        coarse = self.coarse.resident(layer)
-        fine = self.fine.courier.there(self._shelf(layer).book.resident)
-        return None if coarse is None else coarse | fine
+        low = self.low_precision.resident(layer)
+        high = self.high_precision.fetcher.to_device(self._layer(layer).slots.resident)
+        return None if low is None else low | high
 
     def slots(self, layer: int) -> int | None:
         del layer
-        return min(self.coarse.experts, self.capacity)
+        return min(self.low_precision.experts, self.capacity)
 
     @property
     def capacity(self) -> int:
         """Slots of both precisions; an expert may stand in both."""
-        return self.fine.capacity + self.coarse.capacity
+        return self.high_precision.capacity + self.low_precision.capacity
 
-    def empty(self) -> None:
+    def reset(self) -> None:
         """Forget who is here, once nobody is on the way; those of the start come back."""
-        self.ledger.emptied()
-        for shelf in self._shelves.values():
-            self.fine.courier.settle(shelf.coming)
-            self._count(shelf)
-        layers = tuple(self._shelves)
-        self._shelves.clear()
-        self._forgot.clear()
-        self.coarse.empty()
+        self.traffic_log.log_reset()
+        for cache in self._layers.values():
+            self.high_precision.fetcher.drain(cache.fetches)
+            self._log_fetches(cache)
+        layers = tuple(self._layers)
+        self._layers.clear()
+        self._failed_layers.clear()
+        self.low_precision.reset()
         self.fill(layers)
 
     def fill(self, layers: Sequence[int]) -> None:
         """Those of the start are there, in both precisions, before any forward counts them."""
         for layer in layers:
-            self.coarse.resident(layer)
-            self._shelf(layer)
+            self.low_precision.resident(layer)
+            self._layer(layer)
         for layer in layers:
-            self._arrived(layer)
-        self._note_coarse()
+            self._wait(layer)
+        self._log_low_precision()
 
     @property
-    def waited(self) -> float:
+    def stall_seconds(self) -> float:
         """Seconds in which nothing was computed, for whichever precision."""
-        return self.fine.courier.waited + self.coarse.waited
+        return self.high_precision.fetcher.stall_seconds + self.low_precision.stall_seconds
 
-    def _upgrade(self, layer: int, shelf: Shelf, missed: Mask, most: int) -> None:
+    def _promote(self, layer: int, cache: HighPrecisionLayer, candidates: Mask, limit: int) -> None:
         """Begin to bring these, as far as others are worth less."""
-        with self._sure(layer, shelf):
-            loads = shelf.book.upgrade(missed, most)
-            self.precision.upgrades += len(loads)
-            self._bring(layer, shelf, loads)
+        with self._rollback_on_error(layer, cache):
+            loads = cache.slots.promote(candidates, limit)
+            self.precision_stats.promotions += len(loads)
+            self._fetch(layer, cache, loads)
 
-    def _note(
-        self, layer: int, demand: Demand, *, before: Mask, finely: Mask, coarsely: Mask
+    def _log_layer(
+        self,
+        layer: int,
+        request: ExpertRequest,
+        *,
+        resident_before: Mask,
+        high_mask: Mask,
+        low_mask: Mask,
     ) -> None:
         """In the ledger; nobody waits for who is here in the precision that serves."""
-        coarse = self.coarse.resident(layer)
-        assert coarse is not None
-        hits = np.count_nonzero(finely & before | coarsely & coarse.cpu().numpy())
-        used = np.count_nonzero(finely | coarsely)
-        self.ledger.served(layer, demand, used=int(used), hits=int(hits))
+        low_resident = self.low_precision.resident(layer)
+        assert low_resident is not None
+        hits = np.count_nonzero(high_mask & resident_before | low_mask & low_resident.cpu().numpy())
+        used = np.count_nonzero(high_mask | low_mask)
+        self.traffic_log.log_layer(layer, request, used=int(used), hits=int(hits))
 
-    def _note_coarse(self) -> None:
+    def _log_low_precision(self) -> None:
         """Which coarse experts came since this was last asked."""
-        for tier, moved in self.coarse.ledger.traffic().sources.items():
-            new = moved.joined(self._noted.get(tier, Moved()), -1)
-            self.ledger.moved(f"{tier}, {self.kinds[1]}", new.experts, new.bytes)
-            self._noted[tier] = moved
+        for tier, total in self.low_precision.traffic_log.traffic().transfers.items():
+            transfer = total.plus(self._logged_transfers.get(tier, Transfer()), -1)
+            self.traffic_log.log_transfer(
+                f"{tier}, {self.format_names[1]}", transfer.experts, transfer.bytes
+            )
+            self._logged_transfers[tier] = total
 
-    def _both(
-        self, layer: int, demand: Demand, coarsely: Mask, fine: Iterator[Slab]
+    def _both_precisions(
+        self, layer: int, request: ExpertRequest, low_mask: Mask, high_slabs: Iterator[Slab]
     ) -> Iterator[Slab]:
         """Coarse experts that are here go first where there are any: while they and the ``fine``
         ones are computed, the others come."""
-        asked = self.fine.courier.there(coarsely)
-        here = self.coarse.resident(layer)
-        if here is None or not bool((here & asked).any()):
-            yield from fine
-        for slab in self.coarse.serve(layer, replace(demand, used=asked)):
+        requested = self.high_precision.fetcher.to_device(low_mask)
+        resident = self.low_precision.resident(layer)
+        if resident is None or not bool((resident & requested).any()):
+            yield from high_slabs
+        for slab in self.low_precision.serve(layer, replace(request, used=requested)):
             # A coarse slab may hold more than was asked for: who is fine shall not count twice.
-            yield replace(slab, slot_of=slab.slot_of.where(asked, NOBODY))
-            yield from fine
+            yield replace(slab, slot_of=slab.slot_of.where(requested, EMPTY))
+            yield from high_slabs
 
-    def _lent(self, layer: int) -> Iterator[Slab]:
+    def _high_slabs(self, layer: int) -> Iterator[Slab]:
         """All that are fine, once they are there; nothing that comes later overwrites them before
         they were computed with."""
-        courier, shelf = self.fine.courier, self._arrived(layer)
+        fetcher, cache = self.high_precision.fetcher, self._wait(layer)
         try:
-            yield self.fine.shown(shelf.memory, courier.there(shelf.book.slot_of))
+            yield self.high_precision.make_slab(
+                cache.memory, fetcher.to_device(cache.slots.slot_of)
+            )
         finally:
-            courier.computed()
+            fetcher.mark_computed()
 
-    def _arrived(self, layer: int) -> Shelf:
+    def _wait(self, layer: int) -> HighPrecisionLayer:
         """The layer's shelf, once all that was begun for it is there."""
-        shelf = self._shelf(layer)
-        with self._sure(layer, shelf):
-            self.fine.courier.join(shelf.coming)
-        self._count(shelf)
-        return shelf
+        cache = self._layer(layer)
+        with self._rollback_on_error(layer, cache):
+            self.high_precision.fetcher.wait(cache.fetches)
+        self._log_fetches(cache)
+        return cache
 
-    def _count(self, shelf: Shelf) -> None:
+    def _log_fetches(self, cache: HighPrecisionLayer) -> None:
         """Those that have come."""
-        for one in shelf.coming:
-            if one.done() and one.exception() is None:
-                self.ledger.moved(f"{one.result()}, {self.kinds[0]}")
-        shelf.coming.clear()
+        for fetch in cache.fetches:
+            if fetch.done() and fetch.exception() is None:
+                self.traffic_log.log_transfer(f"{fetch.result()}, {self.format_names[0]}")
+        cache.fetches.clear()
 
     @contextmanager
-    def _sure(self, layer: int, shelf: Shelf) -> Iterator[None]:
+    def _rollback_on_error(self, layer: int, cache: HighPrecisionLayer) -> Iterator[None]:
         """Where this fails nobody is fine any more, once nothing is on its way: the book may tell
         of experts that never came."""
         try:
@@ -265,44 +293,54 @@ class Mixed:
         except BaseException as error:
             # As in ``Offloaded``: no places are kept into which something may still come.
             memory = self._memory.pop(layer)
-            self._shelves.pop(layer, None)
-            self._forgot.add(layer)
-            self.fine.courier.settle(shelf.coming)
+            self._layers.pop(layer, None)
+            self._failed_layers.add(layer)
+            self.high_precision.fetcher.drain(cache.fetches)
             if not isinstance(error, KeyboardInterrupt):
                 self._memory[layer] = memory
             raise
 
-    def _shelf(self, layer: int) -> Shelf:
-        if layer not in self._shelves:
-            source = self.fine
+    def _layer(self, layer: int) -> HighPrecisionLayer:
+        if layer not in self._layers:
+            source = self.high_precision
             # Only the first time: who cannot be read and is not needed is no reason to fail again.
-            warm = None if layer in self._forgot else self.warm.get(layer)
-            book = Finer(self.coarse.experts, source.capacity, self.rule, warm)
+            warm_votes = None if layer in self._failed_layers else self.warm_votes.get(layer)
+            slots = HighPrecisionSlots(
+                self.low_precision.experts, source.capacity, self.eviction, warm_votes
+            )
             if layer not in self._memory:
-                self._memory[layer] = allocated(source.allocate, book.capacity, source.expert_bytes)
-                source.courier.computed()  # with what lay there before
-            self._shelves[layer] = shelf = Shelf(book, self._memory[layer])
-            known = enumerate(book.holds)
-            with self._sure(layer, shelf):
-                self._bring(layer, shelf, [(one, place) for place, one in known if one != NOBODY])
-        return self._shelves[layer]
+                self._memory[layer] = allocate_slots(
+                    source.allocate, slots.capacity, source.expert_bytes
+                )
+                source.fetcher.mark_computed()  # with what lay there before
+            self._layers[layer] = cache = HighPrecisionLayer(slots, self._memory[layer])
+            assigned = enumerate(slots.expert_of)
+            with self._rollback_on_error(layer, cache):
+                self._fetch(
+                    layer, cache, [(expert, slot) for slot, expert in assigned if expert != EMPTY]
+                )
+        return self._layers[layer]
 
-    def _bring(self, layer: int, shelf: Shelf, loads: Iterable[tuple[int, int]]) -> None:
-        for expert, place in loads:
-            shelf.coming.append(self.fine.courier.bring(layer, expert, shelf.memory[place]))
+    def _fetch(
+        self, layer: int, cache: HighPrecisionLayer, loads: Iterable[tuple[int, int]]
+    ) -> None:
+        for expert, slot in loads:
+            cache.fetches.append(
+                self.high_precision.fetcher.fetch_async(layer, expert, cache.memory[slot])
+            )
 
 
-def leading(votes: Numbers, used: Mask, mass: float) -> Mask:
+def top_by_mass(votes: FloatArray, used: Mask, mass: float) -> Mask:
     """[E]: the fewest of those used that hold such a share of their votes, most voted first."""
-    share = shares(votes, used)
+    share = vote_shares(votes, used)
     order = np.argsort(-share, kind="stable")
-    before = np.cumsum(share[order]) - share[order]
-    chosen = np.zeros_like(used)
-    chosen[order[before < mass - TINY]] = True
-    return chosen & used
+    mass_before = np.cumsum(share[order]) - share[order]
+    selected_mask = np.zeros_like(used)
+    selected_mask[order[mass_before < mass - SHARE_TOLERANCE]] = True
+    return selected_mask & used
 
 
-def voted(demand: Demand) -> Numbers:
+def request_votes(request: ExpertRequest) -> FloatArray:
     """Votes [E] of a demand; one for each expert that is used where nobody said."""
-    votes = demand.votes
-    return (demand.used.double() if votes is None else votes).cpu().numpy()
+    votes = request.votes
+    return (request.used.double() if votes is None else votes).cpu().numpy()

@@ -10,12 +10,12 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
-from coterie.experts.eviction import Eviction, Mask, Numbers, Seen
+from coterie.experts.eviction import Eviction, Mask, FloatArray, CacheAccess
 from coterie.naming import CoterieError
 
-Places = NDArray[np.int64]
+SlotIndices = NDArray[np.int64]
 
-NOBODY = -1
+EMPTY = -1
 
 
 @dataclass(frozen=True)
@@ -39,102 +39,106 @@ class Slots:
 
     experts: int
     capacity: int
-    rule: Eviction
-    warm: Numbers | None = None  # [E] votes of earlier runs: the most voted are here from the start
-    holds: list[int] = field(init=False)  # of each slot, its expert or NOBODY
-    slot_of: Places = field(init=False)  # [E], NOBODY where an expert is not here
+    eviction: Eviction
+    warm_votes: FloatArray | None = (
+        None  # [E] votes of earlier runs: the most voted are here from the start
+    )
+    expert_of: list[int] = field(init=False)  # of each slot, its expert or NOBODY
+    slot_of: SlotIndices = field(init=False)  # [E], NOBODY where an expert is not here
     clock: int = field(init=False, default=0)
-    present: int = field(init=False)  # how many are here
+    num_resident: int = field(init=False)  # how many are here
 
     def __post_init__(self) -> None:
         if self.capacity < 1:
             raise CoterieError(f"{self.capacity} slots a layer; at least one is needed")
         self.capacity = min(self.capacity, self.experts)
-        votes = np.zeros(self.experts) if self.warm is None else self.warm
-        self._worth = self.rule.first(votes)
-        self.holds, self.slot_of = begun(votes, self.capacity)
-        self.present = int(np.count_nonzero(self.resident))
+        votes = np.zeros(self.experts) if self.warm_votes is None else self.warm_votes
+        self._scores = self.eviction.initial_scores(votes)
+        self.expert_of, self.slot_of = initial_slots(votes, self.capacity)
+        self.num_resident = int(np.count_nonzero(self.resident))
 
     @property
     def resident(self) -> Mask:
         """[E]: who is here."""
-        return self.slot_of != NOBODY
+        return self.slot_of != EMPTY
 
     @property
-    def complete(self) -> bool:
+    def holds_every_expert(self) -> bool:
         """Whether every expert of the layer is here."""
-        return self.present == self.experts
+        return self.num_resident == self.experts
 
     def holds_all(self, used: Mask) -> bool:
         """Whether all of these are here; then serving them moves nobody."""
-        return self.complete or not (used & (self.slot_of == NOBODY)).any()
+        return self.holds_every_expert or not (used & (self.slot_of == EMPTY)).any()
 
-    def note(self, used: Mask, votes: Numbers | None = None) -> None:
+    def record_access(self, used: Mask, votes: FloatArray | None = None) -> None:
         """Learn what a forward uses; ``serve`` does so itself."""
-        seen = Seen(self.clock, used, np.zeros(self.experts) if votes is None else votes)
-        self._worth = self.rule.after(self._worth, seen)
+        access = CacheAccess(self.clock, used, np.zeros(self.experts) if votes is None else votes)
+        self._scores = self.eviction.updated_scores(self._scores, access)
         self.clock += 1
 
-    def serve(self, used: Mask, votes: Numbers | None = None) -> list[Wave]:
+    def serve(self, used: Mask, votes: FloatArray | None = None) -> list[Wave]:
         """Make every expert of ``used`` be here once, and say how; at least one wave if any is."""
-        self.note(used, votes)
-        here = self.resident
-        hits, misses = used & here, used & ~here
+        self.record_access(used, votes)
+        resident = self.resident
+        hits, misses = used & resident, used & ~resident
         if not misses.any():
-            return [Wave(_listed(hits))] if hits.any() else []
-        kept = self._kept(used, misses)
-        leaving = self._leaving(kept, used)
-        waves = [Wave(_listed(hits))] if hits.any() else []
-        passing, staying = _listed(misses & ~kept), _listed(misses & kept)
-        for first in range(0, len(passing), max(1, len(leaving))):
-            waves.append(self._load(passing[first : first + len(leaving)], leaving))
-        if staying:
-            waves.append(self._load(staying, leaving))
+            return [Wave(_expert_ids(hits))] if hits.any() else []
+        retained = self._retained(used, misses)
+        free_slots = self._replaceable_slots(retained, used)
+        waves = [Wave(_expert_ids(hits))] if hits.any() else []
+        transient, retained_misses = _expert_ids(misses & ~retained), _expert_ids(misses & retained)
+        for first in range(0, len(transient), max(1, len(free_slots))):
+            waves.append(self._load(transient[first : first + len(free_slots)], free_slots))
+        if retained_misses:
+            waves.append(self._load(retained_misses, free_slots))
         return waves
 
-    def _kept(self, used: Mask, misses: Mask) -> Mask:
+    def _retained(self, used: Mask, misses: Mask) -> Mask:
         """[E]: who is here afterwards; needed ones first, then by worth, then by index."""
-        there = used | self.resident
-        order = np.lexsort((np.arange(self.experts), -self._worth, ~used, ~there))
-        chosen = order[: min(self.capacity, int(there.sum()))]
-        kept = np.zeros(self.experts, dtype=bool)
-        kept[chosen] = True
-        if misses.any() and not (kept & misses).any():
+        candidates = used | self.resident
+        order = np.lexsort((np.arange(self.experts), -self._scores, ~used, ~candidates))
+        selected_ids = order[: min(self.capacity, int(candidates.sum()))]
+        retained = np.zeros(self.experts, dtype=bool)
+        retained[selected_ids] = True
+        if misses.any() and not (retained & misses).any():
             # Whoever comes last must stand somewhere: in the place of the least of those here.
-            kept[chosen[-1]] = False
-            kept[next(expert for expert in order if misses[expert])] = True
-        return kept
+            retained[selected_ids[-1]] = False
+            retained[next(expert for expert in order if misses[expert])] = True
+        return retained
 
-    def _leaving(self, kept: Mask, used: Mask) -> list[int]:
+    def _replaceable_slots(self, retained: Mask, used: Mask) -> list[int]:
         """Slots to be overwritten: the free ones first, last those that this forward reads."""
 
-        def late(slot: int) -> int:
-            expert = self.holds[slot]
-            return 0 if expert == NOBODY else 2 if used[expert] else 1
+        def eviction_order(slot: int) -> int:
+            expert = self.expert_of[slot]
+            return 0 if expert == EMPTY else 2 if used[expert] else 1
 
-        slots = (s for s, expert in enumerate(self.holds) if expert == NOBODY or not kept[expert])
-        return sorted(slots, key=late)
+        slots = (
+            s for s, expert in enumerate(self.expert_of) if expert == EMPTY or not retained[expert]
+        )
+        return sorted(slots, key=eviction_order)
 
-    def _load(self, experts: tuple[int, ...], into: list[int]) -> Wave:
-        loads = tuple(zip(experts, into, strict=False))
+    def _load(self, experts: tuple[int, ...], target_slots: list[int]) -> Wave:
+        loads = tuple(zip(experts, target_slots, strict=False))
         for expert, slot in loads:
-            if (left := self.holds[slot]) != NOBODY:
-                self.slot_of[left] = NOBODY
+            if (evicted := self.expert_of[slot]) != EMPTY:
+                self.slot_of[evicted] = EMPTY
             else:
-                self.present += 1
-            self.holds[slot] = expert
+                self.num_resident += 1
+            self.expert_of[slot] = expert
             self.slot_of[expert] = slot
         return Wave(experts, loads)
 
 
-def begun(votes: Numbers, capacity: int) -> tuple[list[int], Places]:
+def initial_slots(votes: FloatArray, capacity: int) -> tuple[list[int], SlotIndices]:
     """Who holds each slot before any forward, and the slots [E] of all: the most voted, if any."""
-    best = np.lexsort((np.arange(len(votes)), -votes))[:capacity]
-    known = [int(expert) for expert in best if votes[expert] > 0]
-    slot_of = np.full(len(votes), NOBODY, dtype=np.int64)
-    slot_of[known] = np.arange(len(known))
-    return known + [NOBODY] * (capacity - len(known)), slot_of
+    top_ids = np.lexsort((np.arange(len(votes)), -votes))[:capacity]
+    initial_ids = [int(expert) for expert in top_ids if votes[expert] > 0]
+    slot_of = np.full(len(votes), EMPTY, dtype=np.int64)
+    slot_of[initial_ids] = np.arange(len(initial_ids))
+    return initial_ids + [EMPTY] * (capacity - len(initial_ids)), slot_of
 
 
-def _listed(mask: Mask) -> tuple[int, ...]:
+def _expert_ids(mask: Mask) -> tuple[int, ...]:
     return tuple(np.flatnonzero(mask).tolist())

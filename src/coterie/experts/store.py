@@ -7,17 +7,17 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from coterie.values import Demand, Slab
+from coterie.values import ExpertRequest, Slab
 
 
 @dataclass(frozen=True)
-class Resident:
+class ResidentExpertStore:
     """One slab per layer, always there: nothing to fetch, nothing to prefer."""
 
     slabs: Mapping[int, Slab]
 
-    def serve(self, layer: int, demand: Demand) -> Iterator[Slab]:
-        del demand
+    def serve(self, layer: int, request: ExpertRequest) -> Iterator[Slab]:
+        del request
         yield self.slabs[layer]
 
     def resident(self, layer: int) -> Tensor | None:

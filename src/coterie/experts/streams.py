@@ -17,146 +17,146 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from coterie.experts.couriers import READERS, Table
-from coterie.experts.tiers import HOST, InMemory
+from coterie.experts.couriers import FETCH_THREADS, NumpyTable
+from coterie.experts.tiers import HOST, HostTier
 
-DONE: Future[str] = Future()
-DONE.set_result(HOST)
+DONE_FETCH: Future[str] = Future()
+DONE_FETCH.set_result(HOST)
 
 
-class Lane:
+class CopyStream:
     """The ``queue`` of copies of one device, and how long its computing stood still for them."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
-        self.queue = torch.cuda.Stream(device)
-        self._over = 0.0  # seconds
+        self.stream = torch.cuda.Stream(device)
+        self._stall_seconds = 0.0  # seconds
         self._stalls: deque[tuple[torch.cuda.Event, torch.cuda.Event]] = deque()
 
-    def copy(self, source: Tensor, into: Tensor) -> None:
+    def copy(self, source: Tensor, target: Tensor) -> None:
         """Ask for a copy out of pinned memory, which must stand until the copy is done."""
-        with torch.cuda.stream(self.queue):
-            into.copy_(source, non_blocking=True)
+        with torch.cuda.stream(self.stream):
+            target.copy_(source, non_blocking=True)
 
-    def arrive(self) -> None:
+    def synchronize_copies(self) -> None:
         """The host waits, at rest, until the copies so far are done."""
-        done = torch.cuda.Event(blocking=True)
-        done.record(self.queue)
-        done.synchronize()
+        event = torch.cuda.Event(blocking=True)
+        event.record(self.stream)
+        event.synchronize()
 
-    def after_computing(self) -> None:
+    def wait_for_compute(self) -> None:
         """Copies asked for from now on wait for what computing was asked until now."""
-        self.queue.wait_stream(torch.cuda.current_stream(self._device))
+        self.stream.wait_stream(torch.cuda.current_stream(self._device))
 
-    def before_computing(self, wait_on_host: Callable[[], None] = lambda: None) -> None:
+    def block_compute(self, wait_on_host: Callable[[], None] = lambda: None) -> None:
         """Computing asked for from now on waits for the copies so far, and for the host's part."""
         current = torch.cuda.current_stream(self._device)
-        first, last = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         # This one comes to pass as soon as there is nothing left to compute.
-        first.record(current)
+        start.record(current)
         wait_on_host()
-        current.wait_stream(self.queue)
-        last.record(current)
-        self._stalls.append((first, last))
-        self._add_up()
+        current.wait_stream(self.stream)
+        end.record(current)
+        self._stalls.append((start, end))
+        self._sum_finished_stalls()
 
-    def rest(self) -> None:
+    def synchronize(self) -> None:
         """The host waits until no copy is left."""
-        self.queue.synchronize()
+        self.stream.synchronize()
 
     @property
-    def stalled(self) -> float:
+    def stall_seconds(self) -> float:
         """Seconds of stalls that are over."""
-        self._add_up()
-        return self._over
+        self._sum_finished_stalls()
+        return self._stall_seconds
 
-    def there(self, table: Table) -> Tensor:
+    def to_device(self, table: NumpyTable) -> Tensor:
         """Pinned memory is kept by its allocator until the copy out of it is done."""
         pinned = torch.from_numpy(table).pin_memory()
         return pinned.to(self._device, non_blocking=True)
 
-    def _add_up(self) -> None:
+    def _sum_finished_stalls(self) -> None:
         while self._stalls and self._stalls[0][1].query():
-            first, last = self._stalls.popleft()
-            self._over += first.elapsed_time(last) / 1e3
+            start, end = self._stalls.popleft()
+            self._stall_seconds += start.elapsed_time(end) / 1e3
 
 
 @dataclass(frozen=True)
-class Copies:
+class PinnedCopyFetcher:
     """Straight out of pinned host memory that holds every expert: the host only asks."""
 
-    source: InMemory
-    lane: Lane
+    source: HostTier
+    stream: CopyStream
 
     @property
-    def waited(self) -> float:
-        return self.lane.stalled
+    def stall_seconds(self) -> float:
+        return self.stream.stall_seconds
 
-    def bring(self, layer: int, expert: int, into: Tensor) -> Future[str]:
-        self.lane.copy(self.source.blobs[layer][expert], into)
-        return DONE
+    def fetch_async(self, layer: int, expert: int, target: Tensor) -> Future[str]:
+        self.stream.copy(self.source.blobs[layer][expert], target)
+        return DONE_FETCH
 
-    def join(self, coming: Collection[Future[str]]) -> None:
-        del coming
-        self.lane.before_computing()
+    def wait(self, fetches: Collection[Future[str]]) -> None:
+        del fetches
+        self.stream.block_compute()
 
-    def computed(self) -> None:
-        self.lane.after_computing()
+    def mark_computed(self) -> None:
+        self.stream.wait_for_compute()
 
-    def settle(self, coming: Collection[Future[str]]) -> None:
-        del coming
-        self.lane.rest()
+    def drain(self, fetches: Collection[Future[str]]) -> None:
+        del fetches
+        self.stream.synchronize()
 
-    def there(self, table: Table) -> Tensor:
-        return self.lane.there(table)
+    def to_device(self, table: NumpyTable) -> Tensor:
+        return self.stream.to_device(table)
 
 
-class Lender(Protocol):
+class PinnedSource(Protocol):
     """Pinned host memory for some experts, which finds the others."""
 
-    def lent(self, layer: int, expert: int) -> AbstractContextManager[tuple[Tensor, str]]:
+    def pin(self, layer: int, expert: int) -> AbstractContextManager[tuple[Tensor, str]]:
         """An expert's bytes, which stay where they are until this is left, and the tier that they
         were found in; from any thread."""
         ...
 
 
 @dataclass(frozen=True)
-class Relays:
+class StagedFetcher:
     """Out of pinned memory that holds some experts: threads wait for the others, and copy."""
 
-    source: Lender
-    lane: Lane
+    source: PinnedSource
+    stream: CopyStream
     _threads: ThreadPoolExecutor = field(
-        default_factory=lambda: ThreadPoolExecutor(READERS, "coterie-experts")
+        default_factory=lambda: ThreadPoolExecutor(FETCH_THREADS, "coterie-experts")
     )
 
     @property
-    def waited(self) -> float:
-        return self.lane.stalled
+    def stall_seconds(self) -> float:
+        return self.stream.stall_seconds
 
-    def bring(self, layer: int, expert: int, into: Tensor) -> Future[str]:
-        return self._threads.submit(self._relay, layer, expert, into)
+    def fetch_async(self, layer: int, expert: int, target: Tensor) -> Future[str]:
+        return self._threads.submit(self._stage, layer, expert, target)
 
-    def join(self, coming: Collection[Future[str]]) -> None:
+    def wait(self, fetches: Collection[Future[str]]) -> None:
         def wait_on_host() -> None:
-            for one in coming:
-                one.result()
+            for fetch in fetches:
+                fetch.result()
 
-        self.lane.before_computing(wait_on_host)
+        self.stream.block_compute(wait_on_host)
 
-    def computed(self) -> None:
-        self.lane.after_computing()
+    def mark_computed(self) -> None:
+        self.stream.wait_for_compute()
 
-    def settle(self, coming: Collection[Future[str]]) -> None:
-        wait(coming)
-        self.lane.rest()
+    def drain(self, fetches: Collection[Future[str]]) -> None:
+        wait(fetches)
+        self.stream.synchronize()
 
-    def there(self, table: Table) -> Tensor:
-        return self.lane.there(table)
+    def to_device(self, table: NumpyTable) -> Tensor:
+        return self.stream.to_device(table)
 
-    def _relay(self, layer: int, expert: int, into: Tensor) -> str:
+    def _stage(self, layer: int, expert: int, target: Tensor) -> str:
         # Threads do not inherit the mode, and slots may be made inside it.
-        with torch.inference_mode(), self.source.lent(layer, expert) as (blob, found):
-            self.lane.copy(blob, into)
-            self.lane.arrive()
-            return found
+        with torch.inference_mode(), self.source.pin(layer, expert) as (blob, tier):
+            self.stream.copy(blob, target)
+            self.stream.synchronize_copies()
+            return tier

@@ -7,14 +7,14 @@ from dataclasses import dataclass, field
 
 
 @dataclass(frozen=True)
-class Moved:
+class Transfer:
     """What came from one tier; an expert counts where it was found, whatever it passed through."""
 
     experts: int = 0
     bytes: int = 0
 
-    def joined(self, other: Moved, sign: int = 1) -> Moved:
-        return Moved(self.experts + sign * other.experts, self.bytes + sign * other.bytes)
+    def plus(self, other: Transfer, sign: int = 1) -> Transfer:
+        return Transfer(self.experts + sign * other.experts, self.bytes + sign * other.bytes)
 
 
 @dataclass(frozen=True)
@@ -29,90 +29,105 @@ class Traffic:
 
     forwards: int
     expert_bytes: int  # of one expert, where it is moved whole
-    used: int
+    experts_used: int
     hits: int  # of these, those that were there already
-    sources: Mapping[str, Moved] = field(default_factory=dict)  # by the tier it came from
-    vanilla: int | None = None
-    waited: float = 0.0  # seconds in which nothing was computed because somebody was on the way
+    transfers: Mapping[str, Transfer] = field(default_factory=dict)  # by the tier it came from
+    vanilla_misses: int | None = None
+    stall_seconds: float = (
+        0.0  # seconds in which nothing was computed because somebody was on the way
+    )
     seconds: float = 0.0  # of the forwards, where they were timed
-    aside: int = 0  # of those used, computed on a CPU where they lay: neither hits nor moved
+    on_cpu: int = 0  # of those used, computed on a CPU where they lay: neither hits nor moved
 
     @staticmethod
-    def counted(
-        forwards: int, expert_bytes: int, *, used: int, moved: int, vanilla: int | None = None
+    def from_counts(
+        forwards: int,
+        expert_bytes: int,
+        *,
+        experts_used: int,
+        misses: int,
+        vanilla_misses: int | None = None,
     ) -> Traffic:
         """Of whole experts that all came from one place."""
-        sources = {"elsewhere": Moved(moved, moved * expert_bytes)}
-        return Traffic(forwards, expert_bytes, used, used - moved, sources, vanilla)
+        transfers = {"elsewhere": Transfer(misses, misses * expert_bytes)}
+        return Traffic(
+            forwards, expert_bytes, experts_used, experts_used - misses, transfers, vanilla_misses
+        )
 
     @property
-    def moved(self) -> int:
+    def experts_moved(self) -> int:
         """Experts that came, from wherever."""
-        return sum(one.experts for one in self.sources.values())
+        return sum(transfer.experts for transfer in self.transfers.values())
 
     @property
     def hit_rate(self) -> float:
         """Share of the experts used that were there already."""
-        return self.hits / self.used if self.used else 1.0
+        return self.hits / self.experts_used if self.experts_used else 1.0
 
     @property
     def bytes_moved(self) -> int:
-        return sum(one.bytes for one in self.sources.values())
+        return sum(transfer.bytes for transfer in self.transfers.values())
 
     @property
     def bytes_without_cache(self) -> int:
         """Every expert moved whole whenever it is used."""
-        return self.used * self.expert_bytes
+        return self.experts_used * self.expert_bytes
 
     @property
-    def bytes_of_vanilla(self) -> int | None:
-        return None if self.vanilla is None else self.vanilla * self.expert_bytes
+    def vanilla_bytes(self) -> int | None:
+        return None if self.vanilla_misses is None else self.vanilla_misses * self.expert_bytes
 
     @property
-    def bytes_avoided(self) -> int:
+    def bytes_saved(self) -> int:
         """Against no cache."""
         return self.bytes_without_cache - self.bytes_moved
 
     @property
-    def bytes_avoided_against_vanilla(self) -> int | None:
+    def bytes_saved_vs_vanilla(self) -> int | None:
         """Negative where more was moved than vanilla would have."""
-        usual = self.bytes_of_vanilla
-        return None if usual is None else usual - self.bytes_moved
+        vanilla_bytes = self.vanilla_bytes
+        return None if vanilla_bytes is None else vanilla_bytes - self.bytes_moved
 
     @property
-    def saved(self) -> float | None:
+    def fraction_saved(self) -> float | None:
         """Of the bytes that vanilla would have moved, the share that was not."""
-        usual = self.bytes_of_vanilla
-        return 1 - self.bytes_moved / usual if usual else None
+        vanilla_bytes = self.vanilla_bytes
+        return 1 - self.bytes_moved / vanilla_bytes if vanilla_bytes else None
 
     @property
-    def stalled(self) -> float | None:
+    def stall_fraction(self) -> float | None:
         """Share of the forwards' time in which nothing was computed; None where none was timed."""
-        return self.waited / self.seconds if self.seconds else None
+        return self.stall_seconds / self.seconds if self.seconds else None
 
     def __add__(self, other: Traffic) -> Traffic:
         """Both together, of experts of one size."""
-        return self._joined(other, 1)
+        return self._combined(other, 1)
 
-    def __sub__(self, before: Traffic) -> Traffic:
+    def __sub__(self, earlier: Traffic) -> Traffic:
         """What came after an earlier reading of the same ledger."""
-        return self._joined(before, -1)
+        return self._combined(earlier, -1)
 
-    def _joined(self, other: Traffic, sign: int) -> Traffic:
-        tiers = {
-            tier: self.sources.get(tier, Moved()).joined(other.sources.get(tier, Moved()), sign)
-            for tier in dict.fromkeys([*self.sources, *other.sources])
+    def _combined(self, other: Traffic, sign: int) -> Traffic:
+        transfers = {
+            tier: self.transfers.get(tier, Transfer()).plus(
+                other.transfers.get(tier, Transfer()), sign
+            )
+            for tier in dict.fromkeys([*self.transfers, *other.transfers])
         }
-        tiers = {tier: moved for tier, moved in tiers.items() if moved != Moved()}
-        mine, theirs = self.vanilla, other.vanilla
+        transfers = {
+            tier: transfer for tier, transfer in transfers.items() if transfer != Transfer()
+        }
+        self_vanilla, other_vanilla = self.vanilla_misses, other.vanilla_misses
         return Traffic(
             forwards=self.forwards + sign * other.forwards,
             expert_bytes=self.expert_bytes,
-            used=self.used + sign * other.used,
+            experts_used=self.experts_used + sign * other.experts_used,
             hits=self.hits + sign * other.hits,
-            sources=tiers,
-            vanilla=None if mine is None or theirs is None else mine + sign * theirs,
-            waited=self.waited + sign * other.waited,
+            transfers=transfers,
+            vanilla_misses=None
+            if self_vanilla is None or other_vanilla is None
+            else self_vanilla + sign * other_vanilla,
+            stall_seconds=self.stall_seconds + sign * other.stall_seconds,
             seconds=self.seconds + sign * other.seconds,
-            aside=self.aside + sign * other.aside,
+            on_cpu=self.on_cpu + sign * other.on_cpu,
         )

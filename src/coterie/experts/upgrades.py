@@ -9,13 +9,13 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from coterie.experts.eviction import Eviction, Mask, Numbers, Seen
-from coterie.experts.slots import NOBODY, Places, begun
+from coterie.experts.eviction import Eviction, Mask, FloatArray, CacheAccess
+from coterie.experts.slots import EMPTY, SlotIndices, initial_slots
 from coterie.naming import CoterieError
 
 
 @dataclass  # not frozen: what it holds changes with every forward
-class Finer:
+class HighPrecisionSlots:
     """``capacity`` places in the finer precision for the ``experts`` of a layer.
 
     A forward never waits for a place: who has none is served coarse, and may have one in the next
@@ -24,52 +24,56 @@ class Finer:
 
     experts: int
     capacity: int
-    rule: Eviction
-    warm: Numbers | None = None  # [E] votes of earlier runs: the most voted are fine from the start
-    holds: list[int] = field(init=False)  # of each place, its expert or NOBODY
-    slot_of: Places = field(init=False)  # [E], NOBODY where an expert is coarse
+    eviction: Eviction
+    warm_votes: FloatArray | None = (
+        None  # [E] votes of earlier runs: the most voted are fine from the start
+    )
+    expert_of: list[int] = field(init=False)  # of each place, its expert or NOBODY
+    slot_of: SlotIndices = field(init=False)  # [E], NOBODY where an expert is coarse
     clock: int = field(init=False, default=0)
 
     def __post_init__(self) -> None:
         if self.capacity < 1:
             raise CoterieError(f"{self.capacity} finer experts a layer; at least one is needed")
         self.capacity = min(self.capacity, self.experts)
-        votes = np.zeros(self.experts) if self.warm is None else self.warm
-        self._worth = self.rule.first(votes)
-        self.holds, self.slot_of = begun(votes, self.capacity)
+        votes = np.zeros(self.experts) if self.warm_votes is None else self.warm_votes
+        self._scores = self.eviction.initial_scores(votes)
+        self.expert_of, self.slot_of = initial_slots(votes, self.capacity)
 
     @property
     def resident(self) -> Mask:
         """[E]: who is fine."""
-        return self.slot_of != NOBODY
+        return self.slot_of != EMPTY
 
-    def note(self, used: Mask, votes: Numbers) -> None:
+    def record_access(self, used: Mask, votes: FloatArray) -> None:
         """Learn what a forward uses and votes for."""
-        self._worth = self.rule.after(self._worth, Seen(self.clock, used, votes))
+        self._scores = self.eviction.updated_scores(
+            self._scores, CacheAccess(self.clock, used, votes)
+        )
         self.clock += 1
 
-    def upgrade(self, missed: Mask, most: int) -> tuple[tuple[int, int], ...]:
+    def promote(self, candidates: Mask, limit: int) -> tuple[tuple[int, int], ...]:
         """Give places to at most so many of ``missed`` [E], who have none: (expert, place) of each.
 
         Those worth most come first, of equals the lower index; who is worth least makes room, of
         equals the higher index.
         """
-        order = np.lexsort((np.arange(self.experts), -self._worth))
-        wishing = [int(expert) for expert in order if missed[expert]][:most]
-        found = []
-        for expert in wishing:
-            place = self._room_for(expert)
-            if place is None:
+        order = np.lexsort((np.arange(self.experts), -self._scores))
+        ranked = [int(expert) for expert in order if candidates[expert]][:limit]
+        loads = []
+        for expert in ranked:
+            slot = self._slot_for(expert)
+            if slot is None:
                 break
-            if (left := self.holds[place]) != NOBODY:
-                self.slot_of[left] = NOBODY
-            self.holds[place], self.slot_of[expert] = expert, place
-            found.append((expert, place))
-        return tuple(found)
+            if (evicted := self.expert_of[slot]) != EMPTY:
+                self.slot_of[evicted] = EMPTY
+            self.expert_of[slot], self.slot_of[expert] = expert, slot
+            loads.append((expert, slot))
+        return tuple(loads)
 
-    def _room_for(self, expert: int) -> int | None:
+    def _slot_for(self, expert: int) -> int | None:
         """A free place, or that of the least where it is worth less."""
-        if NOBODY in self.holds:
-            return self.holds.index(NOBODY)
-        least = min(self.holds, key=lambda one: (self._worth[one], -one))
-        return int(self.slot_of[least]) if self._worth[least] < self._worth[expert] else None
+        if EMPTY in self.expert_of:
+            return self.expert_of.index(EMPTY)
+        victim = min(self.expert_of, key=lambda one: (self._scores[one], -one))
+        return int(self.slot_of[victim]) if self._scores[victim] < self._scores[expert] else None

@@ -2,29 +2,41 @@
 
 from __future__ import annotations
 
-from coterie.families.config import Config, token_ids
-from coterie.families.family import Defaults, Family
+from coterie.families.config import ModelConfig, token_ids
+from coterie.families.family import FamilyDefaults, Family
 from coterie.families.llada2 import FAMILY as LLADA2
 from coterie.families.llada_moe import FAMILY as LLADA_MOE
 from coterie.families.sdar_moe import FAMILY as SDAR_MOE
 from coterie.naming import CoterieError
 
-__all__ = ["FAMILIES", "Config", "Defaults", "Family", "eos_ids", "mask_id", "recognise"]
+__all__ = [
+    "FAMILIES",
+    "ModelConfig",
+    "FamilyDefaults",
+    "Family",
+    "eos_ids",
+    "mask_id",
+    "detect_family",
+]
 
 # Dense models that share a model_type with one of ours, or are often tried.
-DENSE = ("LLaDAModelLM", "LLaDAModel", "SDARForCausalLM", "DreamModel")
+DENSE_ARCHITECTURES = ("LLaDAModelLM", "LLaDAModel", "SDARForCausalLM", "DreamModel")
 
 
-def recognise(config: Config) -> Family:
+def detect_family(config: ModelConfig) -> Family:
     """The family that ``architectures`` names; ``model_type`` alone does not tell.
 
     Raises CoterieError for a model that is dense, unknown, or at odds with itself.
     """
-    listed = config.values.get("architectures")
-    if not isinstance(listed, list) or len(listed) != 1 or not isinstance(listed[0], str):
-        raise config.error("architectures", f"is {listed!r}; known: {', '.join(FAMILIES)}")
-    name = listed[0]
-    if name in DENSE:
+    architectures = config.values.get("architectures")
+    if (
+        not isinstance(architectures, list)
+        or len(architectures) != 1
+        or not isinstance(architectures[0], str)
+    ):
+        raise config.error("architectures", f"is {architectures!r}; known: {', '.join(FAMILIES)}")
+    name = architectures[0]
+    if name in DENSE_ARCHITECTURES:
         raise config.error("architectures", f"names {name}, a dense model: there are no experts")
     if name not in FAMILIES:
         raise config.error("architectures", f"names {name!r}; known: {', '.join(FAMILIES)}")
@@ -36,23 +48,25 @@ def recognise(config: Config) -> Family:
     return family
 
 
-def mask_id(config: Config, family: Family, vocabulary: int) -> int:
+def mask_id(config: ModelConfig, family: Family, vocabulary: int) -> int:
     """The config's, else the family's, else the last of a small vocabulary."""
-    stated = _inside(config, "mask_token_id", vocabulary)
-    if stated:
-        return stated[0]
-    usual = family.defaults.mask_id
-    return usual if usual < vocabulary else vocabulary - 1
+    config_ids = _checked_ids(config, "mask_token_id", vocabulary)
+    if config_ids:
+        return config_ids[0]
+    default = family.defaults.mask_id
+    return default if default < vocabulary else vocabulary - 1
 
 
-def eos_ids(config: Config, family: Family, vocabulary: int) -> tuple[int, ...]:
+def eos_ids(config: ModelConfig, family: Family, vocabulary: int) -> tuple[int, ...]:
     """The config's and the family's, without repeats; a model with neither ends on its padding."""
-    stated = _inside(config, "eos_token_id", vocabulary)
-    usual = tuple(i for i in family.defaults.eos_ids if i < vocabulary)
-    return tuple(dict.fromkeys(stated + usual)) or _inside(config, "pad_token_id", vocabulary)
+    config_ids = _checked_ids(config, "eos_token_id", vocabulary)
+    defaults = tuple(i for i in family.defaults.eos_ids if i < vocabulary)
+    return tuple(dict.fromkeys(config_ids + defaults)) or _checked_ids(
+        config, "pad_token_id", vocabulary
+    )
 
 
-def _inside(config: Config, key: str, vocabulary: int) -> tuple[int, ...]:
+def _checked_ids(config: ModelConfig, key: str, vocabulary: int) -> tuple[int, ...]:
     ids = token_ids(config, key)
     if any(i >= vocabulary for i in ids):
         raise CoterieError(f"{config.file}: {key} is {ids}, outside a vocabulary of {vocabulary}")

@@ -13,10 +13,10 @@ from pathlib import Path
 from coterie.model.strictjson import read_object
 from coterie.naming import CoterieError
 
-LARGEST = 1 << 24
+MAX_SIZE = 1 << 24
 """No size of a model is larger; what is must be damage, and would take for ever to refuse."""
 
-WITHOUT_EFFECT = frozenset(
+IGNORED_KEYS = frozenset(
     (
         *("_attn_implementation_autoset", "_name_or_path", "architectures", "attention_dropout"),
         *("auto_map", "bos_token_id", "embedding_dropout", "eos_token_id"),
@@ -30,35 +30,35 @@ WITHOUT_EFFECT = frozenset(
 
 
 @dataclass(frozen=True)
-class Config:
+class ModelConfig:
     """A config and what has been asked of it; errors name ``file`` and the key."""
 
     file: Path
     values: Mapping[str, object]
-    asked: set[str] = field(default_factory=set)  # grows while a family reads
+    read_keys: set[str] = field(default_factory=set)  # grows while a family reads
 
     @staticmethod
-    def of(file: Path) -> Config:
+    def of(file: Path) -> ModelConfig:
         if not os.path.lexists(file):
             raise CoterieError(f"{file}: no such file; a model folder has a config.json")
-        return Config(file, read_object(file))
+        return ModelConfig(file, read_object(file))
 
     def get(self, key: str) -> object:
         """The value, None where absent."""
-        self.asked.add(key)
+        self.read_keys.add(key)
         return self.values.get(key)
 
-    def size(self, key: str, *, most: int = LARGEST) -> int:
+    def size(self, key: str, *, maximum: int = MAX_SIZE) -> int:
         """A required whole number, at least 1."""
         value = self.get(key)
         if value is None:
             raise self.error(key, "is missing")
-        return self._whole(key, value, 1, most)
+        return self._checked_int(key, value, 1, maximum)
 
-    def optional_size(self, key: str, *, least: int = 1) -> int | None:
+    def optional_size(self, key: str, *, minimum: int = 1) -> int | None:
         """A whole number, None where the key is absent or null."""
         value = self.get(key)
-        return None if value is None else self._whole(key, value, least, LARGEST)
+        return None if value is None else self._checked_int(key, value, minimum, MAX_SIZE)
 
     def number(self, key: str, default: float | None = None) -> float:
         """A finite positive number; required unless it has a default."""
@@ -84,49 +84,49 @@ class Config:
             raise self.error(key, f"is {value!r}, not true or false")
         return value
 
-    def only(self, key: str, *supported: bool | int | float | str | None) -> None:
+    def allow_only(self, key: str, *supported: bool | int | float | str | None) -> None:
         """Absent, or one of these: the others would be another model."""
         if key not in self.values:
             return
         value = self.get(key)
-        matches = (v for v in supported if type(v) is type(value) or _numbers(v, value))
-        if not any(v == value for v in matches):
+        same_type = (v for v in supported if type(v) is type(value) or _are_numbers(v, value))
+        if not any(v == value for v in same_type):
             known = " or ".join(json.dumps(v) for v in supported)
             raise self.error(key, f"is {json.dumps(value)}; supported: {known}")
 
-    def finish(self) -> None:
+    def check_unknown_keys(self) -> None:
         """Raise when a key is neither used nor known to be without effect."""
         if self.values.get("quantization_config") is not None:
             raise self.error("quantization_config", "is set; quantised checkpoints do not load")
-        known = self.asked | WITHOUT_EFFECT | {"quantization_config"}
+        known = self.read_keys | IGNORED_KEYS | {"quantization_config"}
         if unknown := sorted(set(self.values) - known):
             raise CoterieError(f"{self.file}: unknown key {', '.join(map(repr, unknown))}")
 
     def error(self, key: str, problem: str) -> CoterieError:
         return CoterieError(f"{self.file}: {key} {problem}")
 
-    def _whole(self, key: str, value: object, least: int, most: int) -> int:
+    def _checked_int(self, key: str, value: object, minimum: int, maximum: int) -> int:
         if isinstance(value, bool) or not isinstance(value, int):
             raise self.error(key, f"is {value!r}, not a whole number")
-        if not least <= value <= most:
-            raise self.error(key, f"is {value}; it must lie between {least} and {most}")
+        if not minimum <= value <= maximum:
+            raise self.error(key, f"is {value}; it must lie between {minimum} and {maximum}")
         return value
 
 
-def token_ids(config: Config, key: str) -> tuple[int, ...]:
+def token_ids(config: ModelConfig, key: str) -> tuple[int, ...]:
     """The id or ids under ``key``, in order; none where absent."""
     value = config.values.get(key)
     if value is None:
         return ()
-    listed: Iterable[object] = value if isinstance(value, list) else [value]
+    items: Iterable[object] = value if isinstance(value, list) else [value]
     ids = []
-    for item in listed:
+    for item in items:
         if isinstance(item, bool) or not isinstance(item, int) or item < 0:
             raise config.error(key, f"is {value!r}, not a token id")
         ids.append(item)
     return tuple(ids)
 
 
-def _numbers(left: object, right: object) -> bool:
-    plain = not isinstance(left, bool) and not isinstance(right, bool)
-    return plain and isinstance(left, int | float) and isinstance(right, int | float)
+def _are_numbers(left: object, right: object) -> bool:
+    no_bools = not isinstance(left, bool) and not isinstance(right, bool)
+    return no_bools and isinstance(left, int | float) and isinstance(right, int | float)

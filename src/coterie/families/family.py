@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from coterie.families.config import Config
+from coterie.families.config import ModelConfig
 from coterie.families.names import TensorNames
 from coterie.model.spec import ModelSpec
 
 
 @dataclass(frozen=True)
-class Defaults:
+class FamilyDefaults:
     """How a family's released models are meant to be used where nothing else is asked."""
 
     block: int  # tokens denoised together
@@ -20,7 +20,7 @@ class Defaults:
     unmask: str
     mask_id: int
     eos_ids: tuple[int, ...]
-    template: str  # jinja, for checkpoints that bring none of their own
+    chat_template: str  # jinja, for checkpoints that bring none of their own
 
 
 @dataclass(frozen=True)
@@ -31,6 +31,6 @@ class Family:
     title: str
     architecture: str  # config.json's ``architectures``: what decides
     model_types: tuple[str, ...]
-    read: Callable[[Config], ModelSpec]
-    names: TensorNames
-    defaults: Defaults
+    read_spec: Callable[[ModelConfig], ModelSpec]
+    tensor_names: TensorNames
+    defaults: FamilyDefaults

@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-from coterie.families.config import Config
-from coterie.families.family import Defaults, Family
-from coterie.families.names import FUSED
+from coterie.families.config import ModelConfig
+from coterie.families.family import FamilyDefaults, Family
+from coterie.families.names import FUSED_QKV_NAMES
 from coterie.families.reading import (
-    chosen_experts,
+    experts_per_token,
     expert_count,
     layer_count,
     model_spec,
-    refuse_other_models,
+    check_supported,
 )
 from coterie.model.spec import ModelSpec
 from coterie.values import RouterSpec
 
-TEMPLATE = (
+CHAT_TEMPLATE = (
     "{% if messages[0].role != 'system' %}"
     "<role>SYSTEM</role>detailed thinking off<|role_end|>"
     "{% endif %}"
@@ -29,11 +29,11 @@ TEMPLATE = (
 )
 
 
-def read(config: Config) -> ModelSpec:
+def read_spec(config: ModelConfig) -> ModelSpec:
     """Raise a CoterieError that names the key when the config is not one this family can be."""
-    _refuse_other_models(config)
+    _check_supported(config)
     layers = layer_count(config)
-    dense = config.optional_size("first_k_dense_replace", least=0) or 0
+    dense = config.optional_size("first_k_dense_replace", minimum=0) or 0
     if dense > layers:
         raise config.error("first_k_dense_replace", f"is {dense} of {layers} layers")
     return model_spec(
@@ -44,46 +44,52 @@ def read(config: Config) -> ModelSpec:
         expert_width="moe_intermediate_size",
         shared_width=_shared_width(config),
         expert_bias=config.flag("moe_router_enable_expert_bias", True),
-        turning=None,
+        rotary_fraction=None,
         capacity=config.optional_size("expert_capacity") or 0,
     )
 
 
-def _refuse_other_models(config: Config) -> None:
-    refuse_other_models(config)
+def _check_supported(config: ModelConfig) -> None:
+    check_supported(config)
     for key in ("use_qkv_bias", "use_bias", "norm_head", "norm_softmax"):
-        config.only(key, False)
-    config.only("using_split_qkv_in_self_attention", False)
-    config.only("use_qk_norm", True)
-    config.only("use_rmsnorm", True)
-    config.only("norm_topk_prob", True)
-    config.only("score_function", "sigmoid")
-    config.only("router_dtype", "fp32", "float32", None)
-    config.only("num_nextn_predict_layers", 0, None)
+        config.allow_only(key, False)
+    config.allow_only("using_split_qkv_in_self_attention", False)
+    config.allow_only("use_qk_norm", True)
+    config.allow_only("use_rmsnorm", True)
+    config.allow_only("norm_topk_prob", True)
+    config.allow_only("score_function", "sigmoid")
+    config.allow_only("router_dtype", "fp32", "float32", None)
+    config.allow_only("num_nextn_predict_layers", 0, None)
 
 
-def _shared_width(config: Config) -> int:
+def _shared_width(config: ModelConfig) -> int:
     """Shared experts act as one network of their summed width."""
-    each = config.size("moe_intermediate_size")
-    stated = config.optional_size("moe_shared_expert_intermediate_size")
-    if stated not in (None, each):
-        raise config.error("moe_shared_expert_intermediate_size", f"is {stated}, not {each}")
-    return each * (config.optional_size("num_shared_experts", least=0) or 0)
+    expert_width = config.size("moe_intermediate_size")
+    shared_width = config.optional_size("moe_shared_expert_intermediate_size")
+    if shared_width not in (None, expert_width):
+        raise config.error(
+            "moe_shared_expert_intermediate_size", f"is {shared_width}, not {expert_width}"
+        )
+    return expert_width * (config.optional_size("num_shared_experts", minimum=0) or 0)
 
 
-def _router(config: Config) -> RouterSpec:
+def _router(config: ModelConfig) -> RouterSpec:
     experts = expert_count(config)
-    k = chosen_experts(config, experts)
-    groups, kept = config.size("n_group"), config.size("topk_group")
+    k = experts_per_token(config, experts)
+    groups, kept_groups = config.size("n_group"), config.size("topk_group")
     if experts % groups:
         raise config.error("n_group", f"is {groups}, no divisor of num_experts {experts}")
-    if kept > groups:
-        raise config.error("topk_group", f"is {kept}, more than n_group {groups}")
-    size = experts // groups
-    if groups > 1 and size < 2:
-        raise config.error("n_group", f"leaves {size} expert a group; a group's score needs two")
-    if k > kept * size:
-        raise config.error("num_experts_per_tok", f"is {k}; {kept} groups of {size} hold fewer")
+    if kept_groups > groups:
+        raise config.error("topk_group", f"is {kept_groups}, more than n_group {groups}")
+    group_size = experts // groups
+    if groups > 1 and group_size < 2:
+        raise config.error(
+            "n_group", f"leaves {group_size} expert a group; a group's score needs two"
+        )
+    if k > kept_groups * group_size:
+        raise config.error(
+            "num_experts_per_tok", f"is {k}; {kept_groups} groups of {group_size} hold fewer"
+        )
     return RouterSpec(
         experts=experts,
         k=k,
@@ -91,7 +97,7 @@ def _router(config: Config) -> RouterSpec:
         renormalise=k > 1,
         scale=config.number("routed_scaling_factor", 1.0),
         groups=groups,
-        kept_groups=kept,
+        topk_groups=kept_groups,
         epsilon=1e-20,
     )
 
@@ -101,15 +107,15 @@ FAMILY = Family(
     title="LLaDA2.x",
     architecture="LLaDA2MoeModelLM",
     model_types=("llada2_moe", "llada2_moe_veomni"),
-    read=read,
-    names=FUSED,
-    defaults=Defaults(
+    read_spec=read_spec,
+    tensor_names=FUSED_QKV_NAMES,
+    defaults=FamilyDefaults(
         block=32,
         block_causal=True,
         plan="block-causal",
         unmask="threshold:p=0.9",
         mask_id=156895,
         eos_ids=(156892,),
-        template=TEMPLATE,
+        chat_template=CHAT_TEMPLATE,
     ),
 )

@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-from coterie.families.config import Config
-from coterie.families.family import Defaults, Family
-from coterie.families.names import SPLIT
+from coterie.families.config import ModelConfig
+from coterie.families.family import FamilyDefaults, Family
+from coterie.families.names import SPLIT_QKV_NAMES
 from coterie.families.reading import (
-    chosen_experts,
+    experts_per_token,
     expert_count,
     layer_count,
     model_spec,
-    refuse_other_models,
+    check_supported,
 )
 from coterie.model.spec import ModelSpec
 from coterie.values import RouterSpec
 
-TEMPLATE = (
+CHAT_TEMPLATE = (
     "{% for message in messages %}"
     "{% if message.role == 'user' %}<role>HUMAN</role>"
     "{% elif message.role == 'system' %}<role>SYSTEM</role>"
@@ -26,53 +26,55 @@ TEMPLATE = (
 )
 
 
-def read(config: Config) -> ModelSpec:
+def read_spec(config: ModelConfig) -> ModelSpec:
     """Raise a CoterieError that names the key when the config is not one this family can be."""
-    _refuse_other_models(config)
-    biased = config.flag("moe_router_enable_expert_bias", False)
+    _check_supported(config)
+    has_bias = config.flag("moe_router_enable_expert_bias", False)
     return model_spec(
         config,
-        _router(config, biased=biased),
+        _router(config, has_bias=has_bias),
         moe=_moe_layers(config, layer_count(config)),
         dense_width="dense_intermediate_size",
         expert_width="expert_intermediate_size",
-        shared_width=config.optional_size("shared_expert_intermediate_size", least=0) or 0,
-        expert_bias=biased,
-        own_head_dim=False,
+        shared_width=config.optional_size("shared_expert_intermediate_size", minimum=0) or 0,
+        expert_bias=has_bias,
+        has_head_dim_key=False,
     )
 
 
-def _refuse_other_models(config: Config) -> None:
-    refuse_other_models(config)
-    config.only("qk_layernorm", True)
+def _check_supported(config: ModelConfig) -> None:
+    check_supported(config)
+    config.allow_only("qk_layernorm", True)
     # The released code never renormalises and never scales, whatever its config says.
-    config.only("norm_topk_prob", False, None)
-    config.only("routed_scaling_factor", 1, None)
-    config.only("moe_router_score_function", "softmax")
+    config.allow_only("norm_topk_prob", False, None)
+    config.allow_only("routed_scaling_factor", 1, None)
+    config.allow_only("moe_router_score_function", "softmax")
     for key in ("clip_qkv", "router_num_group", "router_topk_group"):
-        config.only(key, None)
+        config.allow_only(key, None)
 
 
-def _moe_layers(config: Config, layers: int) -> tuple[bool, ...]:
+def _moe_layers(config: ModelConfig, layers: int) -> tuple[bool, ...]:
     """``moe_layer_freq``: a 0 or 1 for each layer; absent = all have experts."""
-    listed = config.get("moe_layer_freq")
-    if listed is None:
+    frequencies = config.get("moe_layer_freq")
+    if frequencies is None:
         return (True,) * layers
-    if not isinstance(listed, list) or any(type(x) is not int or x not in (0, 1) for x in listed):
-        raise config.error("moe_layer_freq", f"is {listed!r}, not a list of 0 and 1")
-    if len(listed) != layers:
-        raise config.error("moe_layer_freq", f"lists {len(listed)} of {layers} layers")
-    return tuple(bool(x) for x in listed)
+    if not isinstance(frequencies, list) or any(
+        type(x) is not int or x not in (0, 1) for x in frequencies
+    ):
+        raise config.error("moe_layer_freq", f"is {frequencies!r}, not a list of 0 and 1")
+    if len(frequencies) != layers:
+        raise config.error("moe_layer_freq", f"lists {len(frequencies)} of {layers} layers")
+    return tuple(bool(x) for x in frequencies)
 
 
-def _router(config: Config, *, biased: bool) -> RouterSpec:
+def _router(config: ModelConfig, *, has_bias: bool) -> RouterSpec:
     experts = expert_count(config)
     return RouterSpec(
         experts=experts,
-        k=chosen_experts(config, experts),
+        k=experts_per_token(config, experts),
         activation="softmax",
         renormalise=False,
-        biased_weight=biased,
+        biased_weight=has_bias,
     )
 
 
@@ -81,15 +83,15 @@ FAMILY = Family(
     title="LLaDA-MoE",
     architecture="LLaDAMoEModelLM",
     model_types=("llada", "lladamoe", "llada_moe"),
-    read=read,
-    names=SPLIT,
-    defaults=Defaults(
+    read_spec=read_spec,
+    tensor_names=SPLIT_QKV_NAMES,
+    defaults=FamilyDefaults(
         block=32,
         block_causal=False,
         plan="dual:before=16,after=16",
         unmask="threshold:p=0.9",
         mask_id=156895,
         eos_ids=(156892,),
-        template=TEMPLATE,
+        chat_template=CHAT_TEMPLATE,
     ),
 )

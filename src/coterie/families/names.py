@@ -8,10 +8,10 @@ from dataclasses import dataclass
 import torch
 
 from coterie.model.spec import ModelSpec
-from coterie.model.weights import PACKED, Place, packed_shape, parts
-from coterie.quant import Format
+from coterie.model.weights import PACKED_NAME, TensorTarget, packed_shape, quantised_parts
+from coterie.quant import QuantFormat
 
-Mapping = Iterator[tuple[str, Place]]
+TargetPairs = Iterator[tuple[str, TensorTarget]]
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,7 @@ class TensorNames:
     shared: str
 
 
-FUSED = TensorNames(
+FUSED_QKV_NAMES = TensorNames(
     embedding="model.word_embeddings.weight",
     attention="attention",
     qkv=("query_key_value",),
@@ -41,7 +41,7 @@ FUSED = TensorNames(
     gate_bias="mlp.gate.expert_bias",
     shared="mlp.shared_experts",
 )
-SPLIT = TensorNames(
+SPLIT_QKV_NAMES = TensorNames(
     embedding="model.embed_tokens.weight",
     attention="self_attn",
     qkv=("q_proj", "k_proj", "v_proj"),
@@ -53,75 +53,86 @@ SPLIT = TensorNames(
 )
 
 
-def weight_map(names: TensorNames, spec: ModelSpec, *, stacked: bool) -> dict[str, Place]:
+def weight_map(names: TensorNames, spec: ModelSpec, *, stacked: bool) -> dict[str, TensorTarget]:
     """Official name -> place, for every tensor a checkpoint of this model must hold.
 
     ``stacked`` checkpoints hold a layer's experts as three tensors [E, ...], the others as three
     for each expert; of a quantised weight, its two parts. Packed experts are one tensor a layer.
     """
-    places = dict(_around(names, spec))
+    targets = dict(_outer_targets(names, spec))
     for layer in range(spec.layers):
-        places |= dict(_attention(names, spec, layer))
-        places |= dict(_feed_forward(names, spec, layer, stacked=stacked))
+        targets |= dict(_attention_targets(names, spec, layer))
+        targets |= dict(_feed_forward_targets(names, spec, layer, stacked=stacked))
     form = spec.expert_format
     if form is None or spec.panels:
-        return places
+        return targets
     return {
-        stored: at
-        for name, place in places.items()
-        for stored, at in (quantised(form, name, place) if is_expert(place) else [(name, place)])
+        stored_name: stored_target
+        for name, target in targets.items()
+        for stored_name, stored_target in (
+            quantised_targets(form, name, target) if is_expert(target) else [(name, target)]
+        )
     }
 
 
 def is_stacked(tensors: set[str]) -> bool:
     """Does a checkpoint with these tensor names hold its experts stacked."""
-    ends = (".mlp.experts.gate_proj", ".mlp.experts.gate_proj.q")
-    return any(name.endswith(ends) for name in tensors)
+    suffixes = (".mlp.experts.gate_proj", ".mlp.experts.gate_proj.q")
+    return any(name.endswith(suffixes) for name in tensors)
 
 
-def quantised(form: Format, name: str, place: Place) -> Mapping:
+def quantised_targets(form: QuantFormat, name: str, target: TensorTarget) -> TargetPairs:
     """What a quantised checkpoint holds in place of the expert's weight of this name."""
-    for part, (shape, dtype) in parts(form, place.shape).items():
-        yield f"{name}.{part}", Place(f"{place.target}.{part}", shape, place.region, dtype)
+    for part, (shape, dtype) in quantised_parts(form, target.shape).items():
+        yield f"{name}.{part}", TensorTarget(f"{target.weight}.{part}", shape, target.region, dtype)
 
 
 def packed_name(layer: int) -> str:
     """The tensor that holds all packed experts of a layer."""
-    return f"model.layers.{layer}.mlp.experts.{PACKED}"
+    return f"model.layers.{layer}.mlp.experts.{PACKED_NAME}"
 
 
-def layer_of(place: Place) -> int:
+def layer_of(target: TensorTarget) -> int:
     """Whose weight goes here, where it is a layer's."""
-    return int(place.target.split(".")[1])
+    return int(target.weight.split(".")[1])
 
 
-def is_expert(place: Place) -> bool:
+def is_expert(target: TensorTarget) -> bool:
     """Does a routed expert's weight go here."""
-    return ".experts." in place.target
+    return ".experts." in target.weight
 
 
-def _around(names: TensorNames, spec: ModelSpec) -> Mapping:
-    yield names.embedding, Place("embedding", (spec.vocabulary, spec.hidden))
-    yield "model.norm.weight", Place("norm", (spec.hidden,))
-    if not spec.tied:
-        yield "lm_head.weight", Place("head", (spec.vocabulary, spec.hidden))
+def _outer_targets(names: TensorNames, spec: ModelSpec) -> TargetPairs:
+    yield names.embedding, TensorTarget("embedding", (spec.vocabulary, spec.hidden))
+    yield "model.norm.weight", TensorTarget("norm", (spec.hidden,))
+    if not spec.tie_embeddings:
+        yield "lm_head.weight", TensorTarget("head", (spec.vocabulary, spec.hidden))
 
 
-def _attention(names: TensorNames, spec: ModelSpec, layer: int) -> Mapping:
-    theirs, ours = f"model.layers.{layer}", f"layers.{layer}"
-    block = f"{theirs}.{names.attention}"
-    yield f"{theirs}.input_layernorm.weight", Place(f"{ours}.attention_norm", (spec.hidden,))
+def _attention_targets(names: TensorNames, spec: ModelSpec, layer: int) -> TargetPairs:
+    source_prefix, weight_prefix = f"model.layers.{layer}", f"layers.{layer}"
+    block = f"{source_prefix}.{names.attention}"
     yield (
-        f"{theirs}.post_attention_layernorm.weight",
-        Place(f"{ours}.feed_forward_norm", (spec.hidden,)),
+        f"{source_prefix}.input_layernorm.weight",
+        TensorTarget(f"{weight_prefix}.attention_norm", (spec.hidden,)),
     )
-    yield f"{block}.{names.query_norm}.weight", Place(f"{ours}.query_norm", (spec.head_dim,))
-    yield f"{block}.{names.key_norm}.weight", Place(f"{ours}.key_norm", (spec.head_dim,))
+    yield (
+        f"{source_prefix}.post_attention_layernorm.weight",
+        TensorTarget(f"{weight_prefix}.feed_forward_norm", (spec.hidden,)),
+    )
+    yield (
+        f"{block}.{names.query_norm}.weight",
+        TensorTarget(f"{weight_prefix}.query_norm", (spec.head_dim,)),
+    )
+    yield (
+        f"{block}.{names.key_norm}.weight",
+        TensorTarget(f"{weight_prefix}.key_norm", (spec.head_dim,)),
+    )
     width = spec.heads * spec.head_dim
-    yield f"{block}.{names.out}.weight", Place(f"{ours}.out", (spec.hidden, width))
+    yield f"{block}.{names.out}.weight", TensorTarget(f"{weight_prefix}.out", (spec.hidden, width))
     for name, rows in zip(names.qkv, _qkv_rows(names, spec), strict=True):
         shape = (rows.stop - rows.start, spec.hidden)
-        yield f"{block}.{name}.weight", Place(f"{ours}.qkv", shape, (rows,))
+        yield f"{block}.{name}.weight", TensorTarget(f"{weight_prefix}.qkv", shape, (rows,))
 
 
 def _qkv_rows(names: TensorNames, spec: ModelSpec) -> tuple[slice, ...]:
@@ -132,42 +143,84 @@ def _qkv_rows(names: TensorNames, spec: ModelSpec) -> tuple[slice, ...]:
     return slice(0, keys), slice(keys, values), slice(values, spec.qkv_rows)
 
 
-def _feed_forward(names: TensorNames, spec: ModelSpec, layer: int, *, stacked: bool) -> Mapping:
-    theirs, ours = f"model.layers.{layer}", f"layers.{layer}"
+def _feed_forward_targets(
+    names: TensorNames, spec: ModelSpec, layer: int, *, stacked: bool
+) -> TargetPairs:
+    source_prefix, weight_prefix = f"model.layers.{layer}", f"layers.{layer}"
     hidden, experts = spec.hidden, spec.router.experts
     if not spec.moe[layer]:
-        yield from _network(f"{theirs}.mlp", f"{ours}.dense", hidden, spec.dense_width)
+        yield from _mlp_targets(
+            f"{source_prefix}.mlp", f"{weight_prefix}.dense", hidden, spec.dense_width
+        )
         return
-    yield f"{theirs}.mlp.gate.weight", Place(f"{ours}.gate", (experts, hidden))
+    yield (
+        f"{source_prefix}.mlp.gate.weight",
+        TensorTarget(f"{weight_prefix}.gate", (experts, hidden)),
+    )
     if spec.expert_bias:
-        yield f"{theirs}.{names.gate_bias}", Place(f"{ours}.gate_bias", (experts,))
+        yield (
+            f"{source_prefix}.{names.gate_bias}",
+            TensorTarget(f"{weight_prefix}.gate_bias", (experts,)),
+        )
     if spec.shared_width:
-        yield from _network(f"{theirs}.{names.shared}", f"{ours}.shared", hidden, spec.shared_width)
+        yield from _mlp_targets(
+            f"{source_prefix}.{names.shared}", f"{weight_prefix}.shared", hidden, spec.shared_width
+        )
     if spec.panels:
-        at = Place(f"{ours}.experts.{PACKED}", packed_shape(spec), dtype=torch.uint8)
-        yield packed_name(layer), at
+        target = TensorTarget(
+            f"{weight_prefix}.experts.{PACKED_NAME}", packed_shape(spec), dtype=torch.uint8
+        )
+        yield packed_name(layer), target
         return
     if stacked:
-        yield from _stack(f"{theirs}.mlp.experts", f"{ours}.experts", spec)
+        yield from _stacked_targets(
+            f"{source_prefix}.mlp.experts", f"{weight_prefix}.experts", spec
+        )
         return
     for expert in range(experts):
-        prefix = f"{theirs}.mlp.experts.{expert}"
-        yield from _network(prefix, f"{ours}.experts", hidden, spec.expert_width, (expert,))
+        prefix = f"{source_prefix}.mlp.experts.{expert}"
+        yield from _mlp_targets(
+            prefix, f"{weight_prefix}.experts", hidden, spec.expert_width, (expert,)
+        )
 
 
-def _network(theirs: str, ours: str, hidden: int, width: int, at: tuple[int, ...] = ()) -> Mapping:
+def _mlp_targets(
+    source_prefix: str,
+    weight_prefix: str,
+    hidden: int,
+    width: int,
+    expert_index: tuple[int, ...] = (),
+) -> TargetPairs:
     """Gate, up and down of one network; gate rows come first in the fused weight."""
-    gate_up, gate, up = f"{ours}.gate_up", slice(0, width), slice(width, 2 * width)
-    yield f"{theirs}.gate_proj.weight", Place(gate_up, (width, hidden), (*at, gate))
-    yield f"{theirs}.up_proj.weight", Place(gate_up, (width, hidden), (*at, up))
-    yield f"{theirs}.down_proj.weight", Place(f"{ours}.down", (hidden, width), at)
+    gate_up, gate, up = f"{weight_prefix}.gate_up", slice(0, width), slice(width, 2 * width)
+    yield (
+        f"{source_prefix}.gate_proj.weight",
+        TensorTarget(gate_up, (width, hidden), (*expert_index, gate)),
+    )
+    yield (
+        f"{source_prefix}.up_proj.weight",
+        TensorTarget(gate_up, (width, hidden), (*expert_index, up)),
+    )
+    yield (
+        f"{source_prefix}.down_proj.weight",
+        TensorTarget(f"{weight_prefix}.down", (hidden, width), expert_index),
+    )
 
 
-def _stack(theirs: str, ours: str, spec: ModelSpec) -> Mapping:
+def _stacked_targets(source_prefix: str, weight_prefix: str, spec: ModelSpec) -> TargetPairs:
     """A whole layer's experts in three tensors."""
     experts, hidden, width = spec.router.experts, spec.hidden, spec.expert_width
-    every, gate_up = slice(0, experts), f"{ours}.gate_up"
+    all_experts, gate_up = slice(0, experts), f"{weight_prefix}.gate_up"
     gate, up = slice(0, width), slice(width, 2 * width)
-    yield f"{theirs}.gate_proj", Place(gate_up, (experts, width, hidden), (every, gate))
-    yield f"{theirs}.up_proj", Place(gate_up, (experts, width, hidden), (every, up))
-    yield f"{theirs}.down_proj", Place(f"{ours}.down", (experts, hidden, width))
+    yield (
+        f"{source_prefix}.gate_proj",
+        TensorTarget(gate_up, (experts, width, hidden), (all_experts, gate)),
+    )
+    yield (
+        f"{source_prefix}.up_proj",
+        TensorTarget(gate_up, (experts, width, hidden), (all_experts, up)),
+    )
+    yield (
+        f"{source_prefix}.down_proj",
+        TensorTarget(f"{weight_prefix}.down", (experts, hidden, width)),
+    )

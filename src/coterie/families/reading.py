@@ -2,28 +2,28 @@
 
 from __future__ import annotations
 
-from coterie.families.config import Config
+from coterie.families.config import ModelConfig
 from coterie.model.spec import ModelSpec
 from coterie.naming import CoterieError
-from coterie.ops.panels import LAYOUT
-from coterie.quant import FORMATS, Format, parse_format
+from coterie.ops.panels import LAYOUT_VERSION
+from coterie.quant import FORMATS, QuantFormat, parse_format
 from coterie.values import RouterSpec
 
-EXPERT_FORMAT = "coterie_experts"
+EXPERT_FORMAT_KEY = "coterie_experts"
 """The key under which a quantised checkpoint says so; ``quantization_config`` is others' word."""
 
-EXPERT_LAYOUT = "coterie_layout"
+EXPERT_LAYOUT_KEY = "coterie_layout"
 """The key under which a packed checkpoint says that it is, and in which layout."""
 
-PANELS = "panels"
+PANEL_LAYOUT = "panels"
 """The only layout that has a name: without one, experts are stored as matrices."""
 
-MOST_EXPERTS = 1 << 17
+MAX_TOTAL_EXPERTS = 1 << 17
 """Of all layers together; each has tensors to look for, and a damaged config asks for millions."""
 
 
 def model_spec(
-    config: Config,
+    config: ModelConfig,
     router: RouterSpec,
     *,
     moe: tuple[bool, ...],
@@ -31,8 +31,8 @@ def model_spec(
     expert_width: str,
     shared_width: int = 0,
     expert_bias: bool = False,
-    own_head_dim: bool = True,
-    turning: float | None = 1.0,
+    has_head_dim_key: bool = True,
+    rotary_fraction: float | None = 1.0,
     capacity: int = 0,
 ) -> ModelSpec:
     """Read what is left of a config: the keys that every family has; none may be unknown then.
@@ -43,153 +43,156 @@ def model_spec(
     """
     if not any(moe):
         raise CoterieError(f"{config.file}: no layer has experts")
-    if sum(moe) * router.experts > MOST_EXPERTS:
+    if sum(moe) * router.experts > MAX_TOTAL_EXPERTS:
         raise config.error("num_experts", f"is {router.experts} in {sum(moe)} layers, too many")
     hidden, heads = config.size("hidden_size"), config.size("num_attention_heads")
-    dim = head_dim(config, hidden, heads, own=own_head_dim)
+    head_size = head_dim(config, hidden, heads, has_key=has_head_dim_key)
     form = expert_format(config)
     spec = ModelSpec(
         vocabulary=config.size("vocab_size"),
         hidden=hidden,
         layers=len(moe),
         heads=heads,
-        kv_heads=key_value_heads(config, heads),
-        head_dim=dim,
-        rotary_dim=rotary_dim(config, dim, default=turning),
+        kv_heads=kv_head_count(config, heads),
+        head_dim=head_size,
+        rotary_dim=rotary_dim(config, head_size, default=rotary_fraction),
         rope_theta=config.number("rope_theta"),
         norm_epsilon=config.number("rms_norm_eps"),
-        dense_width=needed_width(config, dense_width, needed=not all(moe)),
+        dense_width=dense_layer_width(config, dense_width, required=not all(moe)),
         expert_width=config.size(expert_width),
         shared_width=shared_width,
         moe=moe,
         router=router,
         expert_bias=expert_bias,
-        tied=config.flag("tie_word_embeddings", False),
+        tie_embeddings=config.flag("tie_word_embeddings", False),
         max_length=config.size("max_position_embeddings"),
         capacity=capacity,
         expert_format=form,
-        panels=packed(config, form),
+        panels=has_packed_experts(config, form),
     )
-    config.finish()
+    config.check_unknown_keys()
     return spec
 
 
-def expert_format(config: Config) -> Format | None:
+def expert_format(config: ModelConfig) -> QuantFormat | None:
     """Of the experts in the checkpoint, such as ``{"format": "int8", "group": 64}``."""
-    stated = config.get(EXPERT_FORMAT)
-    if stated is None:
+    value = config.get(EXPERT_FORMAT_KEY)
+    if value is None:
         return None
-    if not isinstance(stated, dict) or set(stated) != {"format", "group"}:
-        raise config.error(EXPERT_FORMAT, f"is {stated!r}, not a format and a group")
-    name, group = stated["format"], stated["group"]
+    if not isinstance(value, dict) or set(value) != {"format", "group"}:
+        raise config.error(EXPERT_FORMAT_KEY, f"is {value!r}, not a format and a group")
+    name, group = value["format"], value["group"]
     if not isinstance(name, str) or type(group) is not int:
-        raise config.error(EXPERT_FORMAT, f"is {stated!r}, not a name and a whole number")
+        raise config.error(EXPERT_FORMAT_KEY, f"is {value!r}, not a name and a whole number")
     try:
         return parse_format(name, group)
     except CoterieError as error:
-        raise config.error(EXPERT_FORMAT, f"is {stated!r}: {error}") from None
+        raise config.error(EXPERT_FORMAT_KEY, f"is {value!r}: {error}") from None
 
 
-def packed(config: Config, form: Format | None) -> bool:
+def has_packed_experts(config: ModelConfig, form: QuantFormat | None) -> bool:
     """Whether the checkpoint's experts are packed: ``{"name": "panels", "version": 1}``."""
-    stated = config.get(EXPERT_LAYOUT)
-    if stated is None:
+    value = config.get(EXPERT_LAYOUT_KEY)
+    if value is None:
         return False
-    if not isinstance(stated, dict) or set(stated) != {"name", "version"}:
-        raise config.error(EXPERT_LAYOUT, f"is {stated!r}, not a name and a version")
-    name, version = stated["name"], stated["version"]
-    if name != PANELS or type(version) is not int or version > LAYOUT:
+    if not isinstance(value, dict) or set(value) != {"name", "version"}:
+        raise config.error(EXPERT_LAYOUT_KEY, f"is {value!r}, not a name and a version")
+    name, version = value["name"], value["version"]
+    if name != PANEL_LAYOUT or type(version) is not int or version > LAYOUT_VERSION:
         raise config.error(
-            EXPERT_LAYOUT,
-            f"is {stated!r}, which this version of Coterie does not know (it reads {PANELS!r} up "
-            f"to version {LAYOUT}): a newer one reads it, or pack the original again with "
+            EXPERT_LAYOUT_KEY,
+            f"is {value!r}, which this version of Coterie does not know (it reads {PANEL_LAYOUT!r} up "
+            f"to version {LAYOUT_VERSION}): a newer one reads it, or pack the original again with "
             "`coterie quantize`",
         )
-    if version < LAYOUT:
+    if version < LAYOUT_VERSION:
         raise config.error(
-            EXPERT_LAYOUT,
-            f"has version {version}, packed by an older Coterie; this one reads version {LAYOUT}: "
+            EXPERT_LAYOUT_KEY,
+            f"has version {version}, packed by an older Coterie; this one reads version {LAYOUT_VERSION}: "
             "pack the original again with `coterie quantize`",
         )
     if form is not None and FORMATS[form.name] != form:
-        raise config.error(EXPERT_LAYOUT, f"is {PANELS!r}, which do not hold experts in {form}")
+        raise config.error(
+            EXPERT_LAYOUT_KEY, f"is {PANEL_LAYOUT!r}, which do not hold experts in {form}"
+        )
     return True
 
 
-def refuse_other_models(config: Config) -> None:
+def check_supported(config: ModelConfig) -> None:
     """What no family here does: other activations, stretched positions, biases, local attention."""
-    stored = [config.values.get(key) for key in ("dtype", "torch_dtype")]
-    if None not in stored and stored[0] != stored[1]:
-        raise config.error("dtype", f"is {stored[0]!r}, but torch_dtype is {stored[1]!r}")
+    dtypes = [config.values.get(key) for key in ("dtype", "torch_dtype")]
+    if None not in dtypes and dtypes[0] != dtypes[1]:
+        raise config.error("dtype", f"is {dtypes[0]!r}, but torch_dtype is {dtypes[1]!r}")
     for key in ("dtype", "torch_dtype"):
-        config.only(key, "float32", "bfloat16", "float16", None)
-    config.only("hidden_act", "silu")
-    config.only("rope_scaling", None)
-    config.only("attention_bias", False)
-    config.only("use_sliding_window", False)
+        config.allow_only(key, "float32", "bfloat16", "float16", None)
+    config.allow_only("hidden_act", "silu")
+    config.allow_only("rope_scaling", None)
+    config.allow_only("attention_bias", False)
+    config.allow_only("use_sliding_window", False)
 
 
-def needed_width(config: Config, key: str, *, needed: bool) -> int:
+def dense_layer_width(config: ModelConfig, key: str, *, required: bool) -> int:
     """The width of dense layers, 0 where there are none."""
-    stated = config.optional_size(key)
-    if stated is None and needed:
+    width = config.optional_size(key)
+    if width is None and required:
         raise config.error(key, "is missing, and some layers are dense")
-    return stated if stated is not None and needed else 0
+    return width if width is not None and required else 0
 
 
-def head_dim(config: Config, hidden: int, heads: int, *, own: bool) -> int:
+def head_dim(config: ModelConfig, hidden: int, heads: int, *, has_key: bool) -> int:
     """The config's own, else hidden / heads, which must come out even.
 
     Not ``own``: the family's code always divides, and a config that says otherwise contradicts it.
     """
-    stated = config.optional_size("head_dim")
-    if own and stated is not None:
-        return stated
+    configured = config.optional_size("head_dim")
+    if has_key and configured is not None:
+        return configured
     if hidden % heads:
         raise config.error("num_attention_heads", f"is {heads}, no divisor of hidden_size {hidden}")
-    if stated not in (None, hidden // heads):
-        raise config.error("head_dim", f"is {stated}, but {hidden} in {heads} heads is not")
+    if configured not in (None, hidden // heads):
+        raise config.error("head_dim", f"is {configured}, but {hidden} in {heads} heads is not")
     return hidden // heads
 
 
-def rotary_dim(config: Config, dim: int, *, default: float | None) -> int:
+def rotary_dim(config: ModelConfig, dim: int, *, default: float | None) -> int:
     """Features of a head that turn: ``rotary_dim`` and ``partial_rotary_factor`` must agree."""
-    stated = config.optional_size("rotary_dim")
-    if stated is not None and config.get("partial_rotary_factor") is None:
-        turning = stated
+    configured = config.optional_size("rotary_dim")
+    if configured is not None and config.get("partial_rotary_factor") is None:
+        rotated = configured
     else:
-        turning = int(dim * config.number("partial_rotary_factor", default))
-    if stated not in (None, turning):
+        rotated = int(dim * config.number("partial_rotary_factor", default))
+    if configured not in (None, rotated):
         factor = config.values["partial_rotary_factor"]
         raise config.error(
-            "rotary_dim", f"is {stated}, but partial_rotary_factor {factor} of {dim} is {turning}"
+            "rotary_dim",
+            f"is {configured}, but partial_rotary_factor {factor} of {dim} is {rotated}",
         )
-    if not 0 < turning <= dim or turning % 2:
-        name = "partial_rotary_factor" if stated is None else "rotary_dim"
-        raise config.error(name, f"turns {turning} of {dim} features; an even part is needed")
-    return turning
+    if not 0 < rotated <= dim or rotated % 2:
+        name = "partial_rotary_factor" if configured is None else "rotary_dim"
+        raise config.error(name, f"turns {rotated} of {dim} features; an even part is needed")
+    return rotated
 
 
-def key_value_heads(config: Config, heads: int) -> int:
+def kv_head_count(config: ModelConfig, heads: int) -> int:
     """As many as query heads where not stated; query heads share them evenly."""
-    shared = config.optional_size("num_key_value_heads") or heads
-    if heads % shared:
+    kv_heads = config.optional_size("num_key_value_heads") or heads
+    if heads % kv_heads:
         raise config.error(
-            "num_key_value_heads", f"is {shared}, no divisor of num_attention_heads {heads}"
+            "num_key_value_heads", f"is {kv_heads}, no divisor of num_attention_heads {heads}"
         )
-    return shared
+    return kv_heads
 
 
-def layer_count(config: Config) -> int:
-    return config.size("num_hidden_layers", most=4096)
+def layer_count(config: ModelConfig) -> int:
+    return config.size("num_hidden_layers", maximum=4096)
 
 
-def expert_count(config: Config) -> int:
+def expert_count(config: ModelConfig) -> int:
     """Routed experts of a layer."""
-    return config.size("num_experts", most=16384)
+    return config.size("num_experts", maximum=16384)
 
 
-def chosen_experts(config: Config, experts: int) -> int:
+def experts_per_token(config: ModelConfig, experts: int) -> int:
     """Experts per token, no more than there are."""
     k = config.size("num_experts_per_tok")
     if k > experts:

@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-from coterie.families.config import Config
-from coterie.families.family import Defaults, Family
-from coterie.families.names import SPLIT
+from coterie.families.config import ModelConfig
+from coterie.families.family import FamilyDefaults, Family
+from coterie.families.names import SPLIT_QKV_NAMES
 from coterie.families.reading import (
-    chosen_experts,
+    experts_per_token,
     expert_count,
     layer_count,
     model_spec,
-    refuse_other_models,
+    check_supported,
 )
 from coterie.model.spec import ModelSpec
 from coterie.values import RouterSpec
 
-TEMPLATE = (
+CHAT_TEMPLATE = (
     "{% for message in messages %}"
     "<|im_start|>{{ message.role }}\n{{ message.content }}<|im_end|>\n"
     "{% endfor %}"
@@ -23,13 +23,13 @@ TEMPLATE = (
 )
 
 
-def read(config: Config) -> ModelSpec:
+def read_spec(config: ModelConfig) -> ModelSpec:
     """Raise a CoterieError that names the key when the config is not one this family can be."""
-    refuse_other_models(config)
+    check_supported(config)
     experts = expert_count(config)
     router = RouterSpec(
         experts=experts,
-        k=chosen_experts(config, experts),
+        k=experts_per_token(config, experts),
         activation="softmax",
         renormalise=config.flag("norm_topk_prob", False),
     )
@@ -42,15 +42,15 @@ def read(config: Config) -> ModelSpec:
     )
 
 
-def _moe_layers(config: Config, layers: int) -> tuple[bool, ...]:
+def _moe_layers(config: ModelConfig, layers: int) -> tuple[bool, ...]:
     """Every ``decoder_sparse_step``-th layer has experts, but for those in ``mlp_only_layers``."""
     step = config.optional_size("decoder_sparse_step") or 1
-    listed = config.get("mlp_only_layers")
-    dense = [] if listed is None else listed
+    mlp_only = config.get("mlp_only_layers")
+    dense = [] if mlp_only is None else mlp_only
     if not isinstance(dense, list) or any(type(layer) is not int for layer in dense):
-        raise config.error("mlp_only_layers", f"is {listed!r}, not a list of layer numbers")
-    if outside := [layer for layer in dense if not 0 <= layer < layers]:
-        raise config.error("mlp_only_layers", f"names layer {outside[0]} of {layers}")
+        raise config.error("mlp_only_layers", f"is {mlp_only!r}, not a list of layer numbers")
+    if out_of_range := [layer for layer in dense if not 0 <= layer < layers]:
+        raise config.error("mlp_only_layers", f"names layer {out_of_range[0]} of {layers}")
     return tuple((layer + 1) % step == 0 and layer not in dense for layer in range(layers))
 
 
@@ -59,15 +59,15 @@ FAMILY = Family(
     title="SDAR-MoE",
     architecture="SDARMoeForCausalLM",
     model_types=("sdar_moe",),
-    read=read,
-    names=SPLIT,
-    defaults=Defaults(
+    read_spec=read_spec,
+    tensor_names=SPLIT_QKV_NAMES,
+    defaults=FamilyDefaults(
         block=4,
         block_causal=True,
         plan="block-causal",
         unmask="dynamic:p=0.95,steps=4",
         mask_id=151669,
         eos_ids=(151643, 151645),
-        template=TEMPLATE,
+        chat_template=CHAT_TEMPLATE,
     ),
 )

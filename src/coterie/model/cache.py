@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 
 from coterie.model.spec import ModelSpec
-from coterie.values import KeyValues, Window
+from coterie.values import LayerKV, Window
 
 
 @dataclass(frozen=True)
-class Cache:
+class KVCache:
     """Keys and values of every layer, each [rows, kv_heads, length, head_dim].
 
     ``chosen`` ([B] int64) makes this a view of some rows; reading through it copies them, writing
@@ -23,7 +23,7 @@ class Cache:
 
     keys: tuple[Tensor, ...]
     values: tuple[Tensor, ...]
-    chosen: Tensor | None = None
+    row_indices: Tensor | None = None
 
     @staticmethod
     def allocate(
@@ -33,59 +33,59 @@ class Cache:
         *,
         dtype: torch.dtype,
         device: torch.device | str = "cpu",
-    ) -> Cache:
+    ) -> KVCache:
         """An empty cache of so many rows, each with ``length`` positions."""
         shape = (rows, spec.kv_heads, length, spec.head_dim)
         keys = tuple(torch.zeros(shape, dtype=dtype, device=device) for _ in range(spec.layers))
         values = tuple(torch.zeros(shape, dtype=dtype, device=device) for _ in range(spec.layers))
-        return Cache(keys, values)
+        return KVCache(keys, values)
 
     @property
     def length(self) -> int:
         return self.keys[0].shape[2]
 
-    def rows(self, indices: Sequence[int]) -> Cache:
+    def select_rows(self, indices: Sequence[int]) -> KVCache:
         """These rows in this order: without a copy where they are neighbours."""
-        if self.chosen is not None:
+        if self.row_indices is not None:
             raise ValueError("rows() of a gathered view: take them from the whole cache")
         first = indices[0]
         if list(indices) == list(range(first, first + len(indices))):
             span = slice(first, first + len(indices))
-            return Cache(tuple(k[span] for k in self.keys), tuple(v[span] for v in self.values))
-        return Cache(
+            return KVCache(tuple(k[span] for k in self.keys), tuple(v[span] for v in self.values))
+        return KVCache(
             self.keys, self.values, torch.tensor(list(indices), device=self.keys[0].device)
         )
 
-    def held(self, layer: int, rows: int) -> KeyValues:
+    def layer_kv(self, layer: int, rows: int) -> LayerKV:
         """The layer's keys and values, to be written and read in place for so many rows."""
-        return KeyValues(self.keys[layer], self.values[layer], self._places(rows))
+        return LayerKV(self.keys[layer], self.values[layer], self._cache_rows(rows))
 
     def write(self, layer: int, positions: Tensor, key: Tensor, value: Tensor) -> None:
         """Store key and value [B, W, kv_heads, head_dim] at positions [B, W]."""
-        rows = self._places(len(positions))[:, None]
+        rows = self._cache_rows(len(positions))[:, None]
         self.keys[layer][rows, :, positions] = key
         self.values[layer][rows, :, positions] = value
 
-    def read(self, layer: int, reach: int) -> tuple[Tensor, Tensor]:
+    def read(self, layer: int, kv_length: int) -> tuple[Tensor, Tensor]:
         """Keys and values before position ``reach``, each [B, kv_heads, reach, head_dim]."""
         keys, values = self.keys[layer], self.values[layer]
-        if self.chosen is not None:
-            keys, values = keys[self.chosen], values[self.chosen]
-        return keys[:, :, :reach], values[:, :, :reach]
+        if self.row_indices is not None:
+            keys, values = keys[self.row_indices], values[self.row_indices]
+        return keys[:, :, :kv_length], values[:, :, :kv_length]
 
     def clear(self, indices: Sequence[int]) -> None:
         """Forget these rows, so that a new request starts as in a fresh cache."""
         for tensor in (*self.keys, *self.values):
             tensor[list(indices)] = 0
 
-    def _places(self, rows: int) -> Tensor:
+    def _cache_rows(self, rows: int) -> Tensor:
         """[rows] int64: which of the cache's rows they are."""
-        if self.chosen is not None:
-            return self.chosen
+        if self.row_indices is not None:
+            return self.row_indices
         return torch.arange(rows, device=self.keys[0].device)
 
 
-def positions(window: Window, device: torch.device | str) -> Tensor:
+def window_positions(window: Window, device: torch.device | str) -> Tensor:
     """Absolute position of everything the window computes, [B, W]."""
     start = window.start.to(device, non_blocking=True)
     return start[:, None] + torch.arange(window.width, device=device)

@@ -7,16 +7,16 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from coterie.model.shard import DTYPES, Entry, no_float, read_header
+from coterie.model.shard import DTYPES, TensorEntry, not_float_message, read_header
 from coterie.model.strictjson import read_object
-from coterie.model.weights import Place
+from coterie.model.weights import TensorTarget
 from coterie.naming import CoterieError
 
-Fill = Callable[[int, Entry, Place], None]
+TensorLoader = Callable[[int, TensorEntry, TensorTarget], None]
 """Takes an open file, one of its tensors, and where that goes."""
 
-INDEX = "model.safetensors.index.json"
-SINGLE = "model.safetensors"
+INDEX_FILE = "model.safetensors.index.json"
+SINGLE_FILE = "model.safetensors"
 
 
 @dataclass(frozen=True)
@@ -24,17 +24,17 @@ class Checkpoint:
     """What a folder holds: every file's tensors, headers checked, nothing loaded."""
 
     folder: Path
-    files: Mapping[Path, Mapping[str, Entry]]
+    files: Mapping[Path, Mapping[str, TensorEntry]]
 
     @staticmethod
     def of(folder: Path) -> Checkpoint:
         """Raises CoterieError when there are no safetensors, or index and files disagree."""
-        index, single = folder / INDEX, folder / SINGLE
+        index, single_file = folder / INDEX_FILE, folder / SINGLE_FILE
         if os.path.lexists(index):
-            return Checkpoint(folder, _indexed(index))
-        if os.path.lexists(single):
-            return Checkpoint(folder, {single: read_header(single)})
-        raise _nothing_to_load(folder)
+            return Checkpoint(folder, _read_indexed_files(index))
+        if os.path.lexists(single_file):
+            return Checkpoint(folder, {single_file: read_header(single_file)})
+        raise _no_weights_error(folder)
 
     @property
     def tensors(self) -> set[str]:
@@ -44,44 +44,44 @@ class Checkpoint:
     def bytes(self) -> int:
         return sum(e.size for entries in self.files.values() for e in entries.values())
 
-    def check(self, places: Mapping[str, Place]) -> None:
+    def check(self, targets: Mapping[str, TensorTarget]) -> None:
         """Raise unless exactly these tensors are here, each in its shape."""
-        where = {name: file for file, entries in self.files.items() for name in entries}
-        if missing := sorted(set(places) - set(where)):
-            raise CoterieError(f"{self._origin()}: {_first(missing)} missing")
-        if extra := sorted(set(where) - set(places)):
+        file_of = {name: file for file, entries in self.files.items() for name in entries}
+        if missing := sorted(set(targets) - set(file_of)):
+            raise CoterieError(f"{self._listing_file()}: {_first_of(missing)} missing")
+        if extra := sorted(set(file_of) - set(targets)):
             raise CoterieError(
-                f"{where[extra[0]]}: {_first(extra)} not part of the model that config.json tells"
+                f"{file_of[extra[0]]}: {_first_of(extra)} not part of the model that config.json tells"
             )
-        for name, place in places.items():
-            entry = self.files[where[name]][name]
-            if problem := _wrong_dtype(entry, place):
-                raise CoterieError(f"{where[name]}: {problem}")
+        for name, target in targets.items():
+            entry = self.files[file_of[name]][name]
+            if problem := _dtype_problem(entry, target):
+                raise CoterieError(f"{file_of[name]}: {problem}")
             shape = entry.shape
-            if shape != place.shape:
+            if shape != target.shape:
                 raise CoterieError(
-                    f"{where[name]}: {name} has shape {list(shape)}, "
-                    f"config.json makes it {list(place.shape)}"
+                    f"{file_of[name]}: {name} has shape {list(shape)}, "
+                    f"config.json makes it {list(target.shape)}"
                 )
 
     def load(
         self,
-        places: Mapping[str, Place],
-        fill: Fill,
-        progress: Callable[[int], None] | None = None,
+        targets: Mapping[str, TensorTarget],
+        load_tensor: TensorLoader,
+        on_progress: Callable[[int], None] | None = None,
     ) -> None:
         """Hand every tensor with its place to ``fill``; progress hears bytes as they land.
 
         One pass over each file, a few megabytes beside the weights, however the shards are cut.
         """
-        self.check(places)
+        self.check(targets)
         for file, entries in self.files.items():
             descriptor = os.open(file, os.O_RDONLY)
             try:
                 for entry in entries.values():
-                    fill(descriptor, entry, places[entry.name])
-                    if progress is not None:
-                        progress(entry.size)
+                    load_tensor(descriptor, entry, targets[entry.name])
+                    if on_progress is not None:
+                        on_progress(entry.size)
             except OSError as error:
                 raise CoterieError(f"{file}: cannot be read ({error.strerror})") from None
             except CoterieError as error:
@@ -89,52 +89,52 @@ class Checkpoint:
             finally:
                 os.close(descriptor)
 
-    def _origin(self) -> Path:
+    def _listing_file(self) -> Path:
         """The file that should have named every tensor."""
-        index = self.folder / INDEX
-        return index if index.exists() else self.folder / SINGLE
+        index = self.folder / INDEX_FILE
+        return index if index.exists() else self.folder / SINGLE_FILE
 
 
-def _wrong_dtype(entry: Entry, place: Place) -> str | None:
-    called = {dtype: name for name, dtype in DTYPES.items()}
-    if place.dtype is None and not entry.dtype.is_floating_point:
-        return no_float(entry.name, called[entry.dtype])
-    if place.dtype not in (None, entry.dtype):
-        wanted = called[place.dtype]
-        return f"{entry.name} is {called[entry.dtype]}, config.json makes it {wanted}"
+def _dtype_problem(entry: TensorEntry, target: TensorTarget) -> str | None:
+    dtype_names = {dtype: name for name, dtype in DTYPES.items()}
+    if target.dtype is None and not entry.dtype.is_floating_point:
+        return not_float_message(entry.name, dtype_names[entry.dtype])
+    if target.dtype not in (None, entry.dtype):
+        expected = dtype_names[target.dtype]
+        return f"{entry.name} is {dtype_names[entry.dtype]}, config.json makes it {expected}"
     return None
 
 
-def _indexed(index: Path) -> dict[Path, dict[str, Entry]]:
+def _read_indexed_files(index: Path) -> dict[Path, dict[str, TensorEntry]]:
     """Every file that the index names, holding exactly the tensors that the index says."""
-    promised: dict[str, set[str]] = {}
+    indexed_names: dict[str, set[str]] = {}
     for name, file in _weight_map(index).items():
-        promised.setdefault(file, set()).add(name)
-    found: dict[Path, dict[str, Entry]] = {}
-    owner: dict[str, str] = {}
-    for file, names in promised.items():
+        indexed_names.setdefault(file, set()).add(name)
+    headers: dict[Path, dict[str, TensorEntry]] = {}
+    file_of: dict[str, str] = {}
+    for file, names in indexed_names.items():
         path = index.parent / file
         if not path.exists():
             raise CoterieError(f"{index}: names {file} for {min(names)}: no such file")
-        found[path] = read_header(path)
-        for name in found[path]:
-            if name in owner:
-                raise CoterieError(f"{path}: {name} is also in {owner[name]}")
-            owner[name] = file
-    for file, names in promised.items():
-        _check_promise(index, file, names, found[index.parent / file], owner)
-    return found
+        headers[path] = read_header(path)
+        for name in headers[path]:
+            if name in file_of:
+                raise CoterieError(f"{path}: {name} is also in {file_of[name]}")
+            file_of[name] = file
+    for file, names in indexed_names.items():
+        _check_index_entry(index, file, names, headers[index.parent / file], file_of)
+    return headers
 
 
-def _check_promise(
-    index: Path, file: str, names: set[str], held: Iterable[str], owner: Mapping[str, str]
+def _check_index_entry(
+    index: Path, file: str, names: set[str], stored: Iterable[str], file_of: Mapping[str, str]
 ) -> None:
-    if lacking := sorted(names - set(held)):
-        elsewhere = owner.get(lacking[0])
-        hint = f"it is in {elsewhere}" if elsewhere else "it is in no file"
-        raise CoterieError(f"{index}: says {lacking[0]} is in {file}, but {hint}")
-    if unnamed := sorted(set(held) - names):
-        raise CoterieError(f"{index}: does not list {unnamed[0]}, which is in {file}")
+    if missing := sorted(names - set(stored)):
+        other_file = file_of.get(missing[0])
+        hint = f"it is in {other_file}" if other_file else "it is in no file"
+        raise CoterieError(f"{index}: says {missing[0]} is in {file}, but {hint}")
+    if unlisted := sorted(set(stored) - names):
+        raise CoterieError(f"{index}: does not list {unlisted[0]}, which is in {file}")
 
 
 def _weight_map(index: Path) -> dict[str, str]:
@@ -147,22 +147,22 @@ def _weight_map(index: Path) -> dict[str, str]:
     return names
 
 
-def _nothing_to_load(folder: Path) -> CoterieError:
+def _no_weights_error(folder: Path) -> CoterieError:
     if not folder.is_dir():
         return CoterieError(f"{folder}: no such folder")
     pickles = sorted(f.name for f in folder.iterdir() if f.suffix in (".bin", ".pt", ".pth"))
     if pickles:
         return CoterieError(
-            f"{folder}: has {pickles[0]} but no {SINGLE}; pickled weights are never opened, "
+            f"{folder}: has {pickles[0]} but no {SINGLE_FILE}; pickled weights are never opened, "
             "convert them to safetensors"
         )
     shards = sorted(f.name for f in folder.glob("*.safetensors"))
     if shards:
-        return CoterieError(f"{folder}: has {shards[0]} but neither {SINGLE} nor {INDEX}")
-    return CoterieError(f"{folder}: has neither {SINGLE} nor {INDEX}")
+        return CoterieError(f"{folder}: has {shards[0]} but neither {SINGLE_FILE} nor {INDEX_FILE}")
+    return CoterieError(f"{folder}: has neither {SINGLE_FILE} nor {INDEX_FILE}")
 
 
-def _first(names: list[str]) -> str:
+def _first_of(names: list[str]) -> str:
     if len(names) == 1:
         return f"{names[0]} is"
     return f"{names[0]} and {len(names) - 1} more are"

@@ -11,52 +11,52 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from coterie.model.shard import Entry, read_into, rows_of
+from coterie.model.shard import TensorEntry, read_into, read_rows
 from coterie.model.spec import ModelSpec
-from coterie.model.weights import PACKED, Place, is_packed, kept_wide
+from coterie.model.weights import PACKED_NAME, TensorTarget, is_packed, is_always_fp32
 from coterie.naming import CoterieError
 from coterie.ops.panels import unpack_expert
-from coterie.quant import Format, QTensor, quantise
+from coterie.quant import QuantFormat, QTensor, quantize
 
 POPULATE_READ = 22  # madvise's, which Python does not name everywhere
-CUT = "cannot be read to its end: it became shorter meanwhile, or the disk failed"
-AT_ONCE = 64 << 20  # bytes of a mapped file made present in one call
+TRUNCATED_FILE = "cannot be read to its end: it became shorter meanwhile, or the disk failed"
+POPULATE_CHUNK = 64 << 20  # bytes of a mapped file made present in one call
 
 
 @dataclass(frozen=True)
-class Filling:
+class WeightLoader:
     """Puts each tensor of a checkpoint of ``stored`` where a model of ``kept`` has it."""
 
-    stored: ModelSpec
-    kept: ModelSpec
+    stored_spec: ModelSpec
+    loaded_spec: ModelSpec
     weights: dict[str, Tensor]  # grows by what is mapped
-    left: bool = False  # packed experts stay in their file, and nothing is read of them
+    skip_packed: bool = False  # packed experts stay in their file, and nothing is read of them
 
-    def __call__(self, descriptor: int, entry: Entry, place: Place) -> None:
+    def __call__(self, descriptor: int, entry: TensorEntry, target: TensorTarget) -> None:
         """Raises CoterieError, naming the tensor where that helps."""
-        if is_packed(place.target) and self.left:
+        if is_packed(target.weight) and self.skip_packed:
             return
-        if is_packed(place.target) and self.kept.panels:
-            self.weights[place.target] = mapped(descriptor, entry)
-        elif is_packed(place.target):
-            self._unpack(descriptor, entry, place)
-        elif place.target in self.weights:
-            read_tensor(descriptor, entry, place, self.weights)
-        elif self.kept.expert_format is not None:
-            quantise_tensor(descriptor, entry, place, self.weights, self.kept.expert_format)
+        if is_packed(target.weight) and self.loaded_spec.panels:
+            self.weights[target.weight] = map_tensor(descriptor, entry)
+        elif is_packed(target.weight):
+            self._unpack(descriptor, entry, target)
+        elif target.weight in self.weights:
+            read_tensor(descriptor, entry, target, self.weights)
+        elif self.loaded_spec.expert_format is not None:
+            quantise_tensor(descriptor, entry, target, self.weights, self.loaded_spec.expert_format)
 
-    def _unpack(self, descriptor: int, entry: Entry, place: Place) -> None:
+    def _unpack(self, descriptor: int, entry: TensorEntry, target: TensorTarget) -> None:
         """One expert at a time, on the device that it is for."""
-        experts = place.target.removesuffix(PACKED)
-        kind, spec = self.stored.panel_kind, self.stored
+        experts = target.weight.removesuffix(PACKED_NAME)
+        kind, spec = self.stored_spec.panel_kind, self.stored_spec
         size = spec.expert_stride
         blob = torch.empty(size, dtype=torch.uint8)
         for expert in range(entry.shape[0]):
             start = entry.start + expert * size
-            read_into(descriptor, Entry(entry.name, entry.dtype, (size,), start), blob)
-            here = blob.to(next(iter(self.weights.values())).device)
-            found = unpack_expert(here, kind, hidden=spec.hidden, width=spec.expert_width)
-            for name, weight in zip(("gate_up", "down"), found, strict=True):
+            read_into(descriptor, TensorEntry(entry.name, entry.dtype, (size,), start), blob)
+            device_blob = blob.to(next(iter(self.weights.values())).device)
+            unpacked = unpack_expert(device_blob, kind, hidden=spec.hidden, width=spec.expert_width)
+            for name, weight in zip(("gate_up", "down"), unpacked, strict=True):
                 if isinstance(weight, QTensor):
                     self.weights[f"{experts}{name}.q"][expert].copy_(weight.q)
                     self.weights[f"{experts}{name}.scales"][expert].copy_(weight.scales)
@@ -64,31 +64,37 @@ class Filling:
                     self.weights[f"{experts}{name}"][expert].copy_(weight)
 
 
-def read_tensor(descriptor: int, entry: Entry, place: Place, weights: Mapping[str, Tensor]) -> None:
+def read_tensor(
+    descriptor: int, entry: TensorEntry, target: TensorTarget, weights: Mapping[str, Tensor]
+) -> None:
     """What decides must be finite: a NaN there would elect experts and leave no trace in logits."""
-    view = weights[place.target][place.region]
+    view = weights[target.weight][target.region]
     read_into(descriptor, entry, view)
-    decides = kept_wide(place.target) or place.target.endswith(".scales")
-    if decides and not bool(torch.isfinite(view).all()):
+    must_be_finite = is_always_fp32(target.weight) or target.weight.endswith(".scales")
+    if must_be_finite and not bool(torch.isfinite(view).all()):
         raise CoterieError(f"{entry.name} holds NaN or infinity")
 
 
 def quantise_tensor(
-    descriptor: int, entry: Entry, place: Place, weights: Mapping[str, Tensor], form: Format
+    descriptor: int,
+    entry: TensorEntry,
+    target: TensorTarget,
+    weights: Mapping[str, Tensor],
+    form: QuantFormat,
 ) -> None:
     """Float weights into numbers and scales, a few megabytes of rows at a time."""
-    numbers = weights[f"{place.target}.q"][place.region]
-    scales = weights[f"{place.target}.scales"][place.region]
-    for at, rows in rows_of(descriptor, entry):
+    numbers = weights[f"{target.weight}.q"][target.region]
+    scales = weights[f"{target.weight}.scales"][target.region]
+    for index, rows in read_rows(descriptor, entry):
         try:
-            found = quantise(rows, form)
+            quantised = quantize(rows, form)
         except CoterieError as error:
             raise CoterieError(f"{entry.name} {error}") from None
-        numbers[at].copy_(found.q)
-        scales[at].copy_(found.scales)
+        numbers[index].copy_(quantised.q)
+        scales[index].copy_(quantised.scales)
 
 
-def mapped(descriptor: int, entry: Entry) -> Tensor:
+def map_tensor(descriptor: int, entry: TensorEntry) -> Tensor:
     """The tensor's bytes as they lie in the file, present in memory when this returns.
 
     They are the system's cache of the file: every process that maps it has the same. The map is
@@ -101,22 +107,22 @@ def mapped(descriptor: int, entry: Entry) -> Tensor:
             descriptor, end, flags=mmap.MAP_PRIVATE, prot=mmap.PROT_READ | mmap.PROT_WRITE
         )
     except ValueError:  # the file ends before
-        raise CoterieError(CUT) from None
+        raise CoterieError(TRUNCATED_FILE) from None
     # Where the system's cache keeps files in large pieces this finds huge pages; elsewhere nothing.
     with suppress(OSError, AttributeError):
         memory.madvise(mmap.MADV_HUGEPAGE)
-    make_present(memory, end)
-    whole = torch.frombuffer(memory, dtype=torch.uint8, offset=entry.start, count=entry.size)
-    return whole.view(entry.shape)
+    populate_pages(memory, end)
+    tensor_bytes = torch.frombuffer(memory, dtype=torch.uint8, offset=entry.start, count=entry.size)
+    return tensor_bytes.view(entry.shape)
 
 
-def make_present(memory: mmap.mmap, end: int) -> None:
+def populate_pages(memory: mmap.mmap, end: int) -> None:
     """Read in what is not in the system's cache, and enter all of it into the page table."""
     try:
-        for start in range(0, end, AT_ONCE):
-            memory.madvise(POPULATE_READ, start, min(AT_ONCE, end - start))
+        for start in range(0, end, POPULATE_CHUNK):
+            memory.madvise(POPULATE_READ, start, min(POPULATE_CHUNK, end - start))
     except OSError as error:
         if error.errno in (errno.EFAULT, errno.EIO):
-            raise CoterieError(CUT) from None
+            raise CoterieError(TRUNCATED_FILE) from None
         # A system without that advice: touching each page does the same, less quickly.
         torch.frombuffer(memory, dtype=torch.uint8)[:: mmap.PAGESIZE].sum()

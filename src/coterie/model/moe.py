@@ -11,15 +11,15 @@ from torch import Tensor
 
 from coterie import ops
 from coterie.model.spec import ModelSpec
-from coterie.model.step import Step
+from coterie.model.step import ForwardContext
 from coterie.routing import route
-from coterie.values import Demand, Matrix, Routing, Scores, Store
+from coterie.values import ExpertRequest, Matrix, Routing, Scores, ExpertStore
 
 
 class FeedForward(Protocol):
     """x [B, W, H] -> [B, W, H]; importance [B, W] only where the policy asked for it."""
 
-    def __call__(self, x: Tensor, step: Step, importance: Tensor | None) -> Tensor: ...
+    def __call__(self, x: Tensor, context: ForwardContext, importance: Tensor | None) -> Tensor: ...
 
 
 @dataclass(frozen=True)
@@ -29,13 +29,13 @@ class Dense:
     gate_up: Matrix  # [2 I, H], gate rows first
     down: Matrix  # [H, I]
 
-    def __call__(self, x: Tensor, step: Step, importance: Tensor | None) -> Tensor:
-        del step, importance
+    def __call__(self, x: Tensor, context: ForwardContext, importance: Tensor | None) -> Tensor:
+        del context, importance
         return self.apply(x)
 
-    def apply(self, x: Tensor, beside: Tensor | None = None) -> Tensor:
+    def apply(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         """[..., H] -> [..., H], whatever the step; added to ``beside``, as many numbers in fp32."""
-        return ops.swiglu(x, self.gate_up, self.down, beside)
+        return ops.swiglu(x, self.gate_up, self.down, residual)
 
 
 @dataclass(frozen=True)
@@ -47,16 +47,18 @@ class MoE:
     gate: Matrix  # [E, H] fp32
     bias: Tensor | None  # [E] fp32, for selection
     shared: Dense | None
-    store: Store
-    told: Callable[[Scores], Scores] | None = None  # says it in the gate's place, for a replay
+    store: ExpertStore
+    score_override: Callable[[Scores], Scores] | None = (
+        None  # says it in the gate's place, for a replay
+    )
 
-    def __call__(self, x: Tensor, step: Step, importance: Tensor | None) -> Tensor:
-        scores = self._scores(x, step, importance)
-        routing = route(scores, step.policy)
-        if step.coresets is not None and routing.settled is not None:
-            step.coresets.keep(scores.ordinal, routing.settled)
-        step.recorder.fed(self.layer, x)
-        step.recorder.routed(self.layer, scores, routing)
+    def __call__(self, x: Tensor, context: ForwardContext, importance: Tensor | None) -> Tensor:
+        scores = self._router_scores(x, context, importance)
+        routing = route(scores, context.policy)
+        if context.coresets is not None and routing.coreset_reuse is not None:
+            context.coresets.set_current(scores.moe_index, routing.coreset_reuse)
+        context.recorder.on_moe_input(self.layer, x)
+        context.recorder.on_routed(self.layer, scores, routing)
         return self.apply(x, routing, scores)
 
     def apply(self, x: Tensor, routing: Routing, scores: Scores | None = None) -> Tensor:
@@ -64,7 +66,7 @@ class MoE:
         ask the ``scores`` for votes."""
         flat = x.flatten(0, 1)
         out: Tensor | None = None
-        for slab in self.store.serve(self.layer, Demand(routing.used, routing, scores)):
+        for slab in self.store.serve(self.layer, ExpertRequest(routing.used, routing, scores)):
             part = ops.run_experts(flat, routing, slab)
             out = part if out is None else out.add_(part)
         if out is None:  # nobody was needed
@@ -73,20 +75,22 @@ class MoE:
             return out.to(x.dtype).view_as(x)
         return self.shared.apply(x, out)
 
-    def _scores(self, x: Tensor, step: Step, importance: Tensor | None) -> Scores:
-        ordinal, coresets = sum(self.spec.moe[: self.layer]), step.coresets
+    def _router_scores(
+        self, x: Tensor, context: ForwardContext, importance: Tensor | None
+    ) -> Scores:
+        ordinal, coresets = sum(self.spec.moe[: self.layer]), context.coresets
         scores = Scores(
             logits=ops.linear(x, self.gate, dtype=torch.float32),
             router=self.spec.router,
             bias=self.bias,
-            voters=step.voters,
-            progress=step.progress,
+            voters=context.voters,
+            progress=context.progress,
             importance=importance,
             resident=self.store.resident(self.layer),
             slots=self.store.slots(self.layer),
-            incumbents=None if coresets is None else coresets.incumbents(ordinal),
+            previous_coresets=None if coresets is None else coresets.previous_coresets(ordinal),
             layer=self.layer,
-            ordinal=ordinal,
-            forward=step.forward,
+            moe_index=ordinal,
+            forward_indices=context.forward,
         )
-        return scores if self.told is None else self.told(scores)
+        return scores if self.score_override is None else self.score_override(scores)

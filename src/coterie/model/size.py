@@ -8,11 +8,11 @@ from math import prod
 import torch
 
 from coterie.model.spec import ModelSpec
-from coterie.model.weights import bytes_kept, expert_bytes, shapes
+from coterie.model.weights import weight_bytes, expert_bytes, weight_shapes
 
 
 @dataclass(frozen=True)
-class Size:
+class ModelSize:
     """Parameters are counts; bytes are in the dtype that was asked for, the router's in fp32,
     quantised experts as they are.
     """
@@ -22,21 +22,21 @@ class Size:
     bytes: int  # all weights
     expert_bytes: int  # one routed expert
     layer_expert_bytes: int  # all routed experts of one layer
-    cache_bytes: int  # keys and values of one position
+    kv_bytes_per_token: int  # keys and values of one position
 
 
-def size(spec: ModelSpec, dtype: torch.dtype) -> Size:
+def model_size(spec: ModelSpec, dtype: torch.dtype) -> ModelSize:
     """What a model of this spec weighs in ``dtype``."""
-    parameters = sum(prod(shape) for shape in shapes(spec).values())
-    idle = spec.router.experts - spec.router.k
-    expert = expert_bytes(spec, dtype)
-    return Size(
+    parameters = sum(prod(shape) for shape in weight_shapes(spec).values())
+    inactive = spec.router.experts - spec.router.k
+    one_expert_bytes = expert_bytes(spec, dtype)
+    return ModelSize(
         parameters=parameters,
-        active_parameters=parameters - len(spec.moe_layers) * idle * spec.expert_parameters,
-        bytes=bytes_kept(spec, dtype),
-        expert_bytes=expert,
-        layer_expert_bytes=spec.router.experts * expert,
-        cache_bytes=2 * spec.layers * spec.kv_heads * spec.head_dim * dtype.itemsize,
+        active_parameters=parameters - len(spec.moe_layers) * inactive * spec.expert_parameters,
+        bytes=weight_bytes(spec, dtype),
+        expert_bytes=one_expert_bytes,
+        layer_expert_bytes=spec.router.experts * one_expert_bytes,
+        kv_bytes_per_token=2 * spec.layers * spec.kv_heads * spec.head_dim * dtype.itemsize,
     )
 
 
@@ -45,11 +45,13 @@ def experts_that_fit(spec: ModelSpec, dtype: torch.dtype, *, memory: int, length
 
     All of them when the whole model fits; -1 when not even the rest does.
     """
-    whole = size(spec, dtype)
+    total = model_size(spec, dtype)
     layers = len(spec.moe_layers)
-    rest = whole.bytes - layers * whole.layer_expert_bytes + length * whole.cache_bytes
-    if memory < rest:
+    other_bytes = (
+        total.bytes - layers * total.layer_expert_bytes + length * total.kv_bytes_per_token
+    )
+    if memory < other_bytes:
         return -1
     if layers == 0:
         return spec.router.experts
-    return min(spec.router.experts, (memory - rest) // (layers * whole.expert_bytes))
+    return min(spec.router.experts, (memory - other_bytes) // (layers * total.expert_bytes))

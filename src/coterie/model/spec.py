@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from coterie.ops.panels import Kind, expert_bytes
-from coterie.quant import Format
+from coterie.ops.panels import PackedFormat, expert_bytes
+from coterie.quant import QuantFormat
 from coterie.values import RouterSpec
 
-WHOLE = "whole"
+UNQUANTISED = "whole"
 
 
 @dataclass(frozen=True)
@@ -30,10 +30,10 @@ class ModelSpec:
     moe: tuple[bool, ...]  # per layer: does it have experts
     router: RouterSpec
     expert_bias: bool
-    tied: bool  # the head is the embedding
+    tie_embeddings: bool  # the head is the embedding
     max_length: int
     capacity: int = 0  # experts a block may use together as the model was trained; 0 = all
-    expert_format: Format | None = None  # of the routed experts' weights; None: as all others
+    expert_format: QuantFormat | None = None  # of the routed experts' weights; None: as all others
     panels: bool = False  # the routed experts are packed as the kernels of a CPU read them
 
     @property
@@ -41,14 +41,14 @@ class ModelSpec:
         return tuple(layer for layer, has_experts in enumerate(self.moe) if has_experts)
 
     @property
-    def experts_as(self) -> str:
+    def expert_storage(self) -> str:
         """How the experts are stored, in words."""
         if self.panels:
             return f"{self.expert_format or 'bf16'}, packed"
-        return str(self.expert_format or WHOLE)
+        return str(self.expert_format or UNQUANTISED)
 
     @property
-    def panel_kind(self) -> Kind:
+    def panel_kind(self) -> PackedFormat:
         """Of the experts where they are packed: those that are not quantised are bf16."""
         if self.expert_format is None:
             return "bf16"

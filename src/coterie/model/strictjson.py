@@ -19,20 +19,20 @@ def read_object(file: Path) -> dict[str, object]:
 def parse_object(raw: bytes, file: str, kind: str) -> dict[str, object]:
     """The object in ``raw``, which should be part of ``file``, of this kind."""
 
-    def once(pairs: list[tuple[str, object]]) -> dict[str, object]:
-        found = dict(pairs)
-        if len(found) < len(pairs):
+    def reject_duplicates(pairs: list[tuple[str, object]]) -> dict[str, object]:
+        fields = dict(pairs)
+        if len(fields) < len(pairs):
             names = [name for name, _ in pairs]
-            twice = next(name for name in names if names.count(name) > 1)
-            raise CoterieError(f"{file}: {twice} is listed twice")
-        return found
+            duplicate = next(name for name in names if names.count(name) > 1)
+            raise CoterieError(f"{file}: {duplicate} is listed twice")
+        return fields
 
     try:
-        found = json.loads(raw.decode("utf-8"), object_pairs_hook=once)
+        value = json.loads(raw.decode("utf-8"), object_pairs_hook=reject_duplicates)
     except CoterieError:
         raise
     except (ValueError, RecursionError):
         raise CoterieError(f"{file}: not {kind} (no JSON can be read in it)") from None
-    if not isinstance(found, dict):
+    if not isinstance(value, dict):
         raise CoterieError(f"{file}: not {kind} (its JSON is no object)")
-    return found
+    return value

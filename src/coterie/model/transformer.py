@@ -9,16 +9,16 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from coterie import ops
-from coterie.model.attention import Attention, View
+from coterie.model.attention import Attention, AttentionMetadata
 from coterie.model.moe import Dense, FeedForward, MoE
 from coterie.model.spec import ModelSpec
-from coterie.model.step import Step
+from coterie.model.step import ForwardContext
 from coterie.routing import needs_importance
-from coterie.values import Matrix, Store
+from coterie.values import Matrix, ExpertStore
 
 
 @dataclass(frozen=True)
-class Layer:
+class TransformerLayer:
     """Attention, then a feed-forward half, each behind a norm and added to what came in."""
 
     spec: ModelSpec
@@ -27,14 +27,18 @@ class Layer:
     feed_forward_norm: Tensor  # [H]
     feed_forward: FeedForward
 
-    def __call__(self, x: Tensor, view: View, step: Step) -> Tensor:
+    def __call__(self, x: Tensor, metadata: AttentionMetadata, context: ForwardContext) -> Tensor:
         """x [B, W, H] -> [B, W, H]."""
-        weigh = isinstance(self.feed_forward, MoE) and needs_importance(step.policy)
+        needs_received = isinstance(self.feed_forward, MoE) and needs_importance(context.policy)
         normed = ops.rms_norm(x, self.attention_norm, self.spec.norm_epsilon)
-        mixed, received = self.attention(normed, view, step.cache, weigh=weigh)
-        importance = None if received is None else received * x.float().abs().sum(-1)
-        x, normed = ops.add_norm(x, mixed, self.feed_forward_norm, self.spec.norm_epsilon)
-        return x + self.feed_forward(normed, step, importance)
+        attn_output, received_attention = self.attention(
+            normed, metadata, context.cache, weigh=needs_received
+        )
+        importance = (
+            None if received_attention is None else received_attention * x.float().abs().sum(-1)
+        )
+        x, normed = ops.add_rms_norm(x, attn_output, self.feed_forward_norm, self.spec.norm_epsilon)
+        return x + self.feed_forward(normed, context, importance)
 
 
 @dataclass(frozen=True)
@@ -43,27 +47,27 @@ class Transformer:
 
     spec: ModelSpec
     embedding: Tensor  # [vocabulary, H]
-    layers: tuple[Layer, ...]
+    layers: tuple[TransformerLayer, ...]
     norm: Tensor  # [H]
     head: Matrix  # [vocabulary, H]
 
-    def __call__(self, tokens: Tensor, step: Step) -> Tensor:
+    def __call__(self, tokens: Tensor, context: ForwardContext) -> Tensor:
         """Logits [P, vocabulary] fp32 of the wanted positions of tokens [B, W] int64.
 
         The recorder is shown every layer's output and, as layer ``spec.layers``, the normed
         hidden states [P, H] that the head reads.
         """
-        view = View.of(step.window, step.cache, self.spec, self.device)
-        x = self.embed(tokens) if step.embeddings is None else step.embeddings
-        step.recorder.layer_output(-1, x)
-        for number, layer in enumerate(self.layers):
-            x = layer(x, view, step)
-            step.recorder.layer_output(number, x)
+        metadata = AttentionMetadata.of(context.window, context.cache, self.spec, self.device)
+        x = self.embed(tokens) if context.embeddings is None else context.embeddings
+        context.recorder.on_layer_output(-1, x)
+        for index, layer in enumerate(self.layers):
+            x = layer(x, metadata, context)
+            context.recorder.on_layer_output(index, x)
         x = x.flatten(0, 1)
-        if step.wanted is not None:
-            x = x[step.wanted]
+        if context.logits_indices is not None:
+            x = x[context.logits_indices]
         x = ops.rms_norm(x, self.norm, self.spec.norm_epsilon)
-        step.recorder.layer_output(self.spec.layers, x)
+        context.recorder.on_layer_output(self.spec.layers, x)
         return ops.linear(x, self.head, dtype=torch.float32)
 
     def embed(self, tokens: Tensor) -> Tensor:
@@ -79,28 +83,30 @@ class Transformer:
         return self.embedding.dtype
 
 
-def build(spec: ModelSpec, weights: dict[str, Tensor], store: Store) -> Transformer:
+def build(spec: ModelSpec, weights: dict[str, Tensor], store: ExpertStore) -> Transformer:
     """Assemble it from weights named as in ``weights.shapes``; the experts stay in the store.
 
     In bf16 on a CPU the matrices are packed, and those in ``weights`` spent: they leave it.
     """
     layers = tuple(_layer(spec, layer, weights, store) for layer in range(spec.layers))
     embedding = weights["embedding"]
-    head = embedding if spec.tied else _matrix(weights, "head")
+    head = embedding if spec.tie_embeddings else _prepared_matrix(weights, "head")
     return Transformer(spec, embedding, layers, weights["norm"], head)
 
 
-def _layer(spec: ModelSpec, layer: int, weights: dict[str, Tensor], store: Store) -> Layer:
+def _layer(
+    spec: ModelSpec, layer: int, weights: dict[str, Tensor], store: ExpertStore
+) -> TransformerLayer:
     name = f"layers.{layer}"
     attention = Attention(
         spec,
         layer,
-        qkv=_matrix(weights, f"{name}.qkv"),
-        out=_matrix(weights, f"{name}.out"),
+        qkv=_prepared_matrix(weights, f"{name}.qkv"),
+        out=_prepared_matrix(weights, f"{name}.out"),
         query_norm=weights[f"{name}.query_norm"],
         key_norm=weights[f"{name}.key_norm"],
     )
-    return Layer(
+    return TransformerLayer(
         spec,
         attention_norm=weights[f"{name}.attention_norm"],
         attention=attention,
@@ -110,21 +116,23 @@ def _layer(spec: ModelSpec, layer: int, weights: dict[str, Tensor], store: Store
 
 
 def _feed_forward(
-    spec: ModelSpec, layer: int, weights: dict[str, Tensor], store: Store
+    spec: ModelSpec, layer: int, weights: dict[str, Tensor], store: ExpertStore
 ) -> FeedForward:
     name = f"layers.{layer}"
     if not spec.moe[layer]:
         return _dense(weights, f"{name}.dense")
     shared = _dense(weights, f"{name}.shared") if spec.shared_width else None
-    gate, bias = _matrix(weights, f"{name}.gate"), weights.get(f"{name}.gate_bias")
+    gate, bias = _prepared_matrix(weights, f"{name}.gate"), weights.get(f"{name}.gate_bias")
     return MoE(spec, layer, gate, bias, shared, store)
 
 
 def _dense(weights: dict[str, Tensor], name: str) -> Dense:
-    return Dense(_matrix(weights, f"{name}.gate_up"), _matrix(weights, f"{name}.down"))
+    return Dense(
+        _prepared_matrix(weights, f"{name}.gate_up"), _prepared_matrix(weights, f"{name}.down")
+    )
 
 
-def _matrix(weights: dict[str, Tensor], name: str) -> Matrix:
+def _prepared_matrix(weights: dict[str, Tensor], name: str) -> Matrix:
     if weights["embedding"].dtype != torch.bfloat16:
         return weights[name]
-    return ops.prepare_matrix(weights.pop(name), spend=True)
+    return ops.prepare_matrix(weights.pop(name), release_source=True)

@@ -10,72 +10,79 @@ import torch
 from torch import Tensor
 
 from coterie.model.spec import ModelSpec
-from coterie.ops.panels import in_panels
-from coterie.quant import Format, QTensor
+from coterie.ops.panels import slab_of_packed
+from coterie.quant import QuantFormat, QTensor
 from coterie.values import Slab
 
-PACKED = "packed"
+PACKED_NAME = "packed"
 
 
 @dataclass(frozen=True)
-class Place:
+class TensorTarget:
     """Where a checkpoint's tensor of this shape goes: a region of one of our weights."""
 
-    target: str
+    weight: str
     shape: tuple[int, ...]
     region: tuple[int | slice, ...] = ()
     dtype: torch.dtype | None = None  # that the checkpoint must have; None: any float
 
 
-def shapes(spec: ModelSpec) -> dict[str, tuple[int, ...]]:
+def weight_shapes(spec: ModelSpec) -> dict[str, tuple[int, ...]]:
     """Every weight by name; ``layers.3.experts.gate_up`` and ``.down`` become the layer's slab.
 
     Where experts are quantised, this is what their weights stand for; see ``kept``.
     """
-    found = {"embedding": (spec.vocabulary, spec.hidden), "norm": (spec.hidden,)}
-    if not spec.tied:
-        found["head"] = (spec.vocabulary, spec.hidden)
+    shapes = {"embedding": (spec.vocabulary, spec.hidden), "norm": (spec.hidden,)}
+    if not spec.tie_embeddings:
+        shapes["head"] = (spec.vocabulary, spec.hidden)
     for layer in range(spec.layers):
-        for name, shape in (_attention(spec) | _feed_forward(spec, layer)).items():
-            found[f"layers.{layer}.{name}"] = shape
-    return found
+        for name, shape in (_attention_shapes(spec) | _feed_forward_shapes(spec, layer)).items():
+            shapes[f"layers.{layer}.{name}"] = shape
+    return shapes
 
 
-def kept_wide(name: str) -> bool:
+def is_always_fp32(name: str) -> bool:
     """The router decides on small differences: its weights stay fp32 whatever the model's dtype."""
     return name.endswith((".gate", ".gate_bias"))
 
 
-def bytes_kept(spec: ModelSpec, dtype: torch.dtype) -> int:
+def weight_bytes(spec: ModelSpec, dtype: torch.dtype) -> int:
     """Memory of all weights; those that are not quantised are in this dtype."""
-    return sum(prod(shape) * what.itemsize for _, shape, what in kept(spec, dtype))
+    return sum(
+        prod(shape) * stored_dtype.itemsize
+        for _, shape, stored_dtype in loaded_tensors(spec, dtype)
+    )
 
 
 def expert_bytes(spec: ModelSpec, dtype: torch.dtype) -> int:
     """Memory of one routed expert."""
-    whole = (
-        prod(shape) * what.itemsize
-        for name, shape, what in kept(spec, dtype)
+    tensor_sizes = (
+        prod(shape) * stored_dtype.itemsize
+        for name, shape, stored_dtype in loaded_tensors(spec, dtype)
         if name.startswith(f"layers.{spec.moe_layers[0]}.experts.")
     )
-    return sum(whole) // spec.router.experts if spec.moe_layers else 0
+    return sum(tensor_sizes) // spec.router.experts if spec.moe_layers else 0
 
 
-def kept(spec: ModelSpec, dtype: torch.dtype) -> Iterator[tuple[str, tuple[int, ...], torch.dtype]]:
+def loaded_tensors(
+    spec: ModelSpec, dtype: torch.dtype
+) -> Iterator[tuple[str, tuple[int, ...], torch.dtype]]:
     """Name, shape and dtype of all that is in memory: of a quantised weight its two parts.
 
     Of a layer's packed experts, the one tensor that holds them.
     """
-    for name, shape in shapes(spec).items():
+    for name, shape in weight_shapes(spec).items():
         if spec.panels and ".experts." in name:
             if name.endswith(".gate_up"):
-                layer = name.removesuffix(".gate_up")
-                yield f"{layer}.{PACKED}", packed_shape(spec), torch.uint8
+                prefix = name.removesuffix(".gate_up")
+                yield f"{prefix}.{PACKED_NAME}", packed_shape(spec), torch.uint8
         elif spec.expert_format is not None and ".experts." in name:
-            for part, (held, what) in parts(spec.expert_format, shape).items():
-                yield f"{name}.{part}", held, what
+            for part, (part_shape, part_dtype) in quantised_parts(
+                spec.expert_format, shape
+            ).items():
+                yield f"{name}.{part}", part_shape, part_dtype
         else:
-            yield name, shape, torch.float32 if kept_wide(name) else dtype
+            yield name, shape, torch.float32 if is_always_fp32(name) else dtype
 
 
 def packed_shape(spec: ModelSpec) -> tuple[int, int]:
@@ -83,14 +90,16 @@ def packed_shape(spec: ModelSpec) -> tuple[int, int]:
     return spec.router.experts, spec.expert_stride
 
 
-def is_packed(target: str) -> bool:
+def is_packed(weight: str) -> bool:
     """Whether all packed experts of a layer go there."""
-    return target.endswith(f".experts.{PACKED}")
+    return weight.endswith(f".experts.{PACKED_NAME}")
 
 
-def parts(form: Format, shape: tuple[int, ...]) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+def quantised_parts(
+    form: QuantFormat, shape: tuple[int, ...]
+) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
     """What a quantised weight of this shape consists of: numbers ``q``, and ``scales``."""
-    numbers, scales = form.stored(shape)
+    numbers, scales = form.storage_shapes(shape)
     return {"q": (numbers, form.dtype), "scales": (scales, torch.bfloat16)}
 
 
@@ -100,8 +109,8 @@ def allocate(
     """Uninitialised memory for every weight, perhaps without ``experts``; for packed ones none, for
     a file holds them."""
     return {
-        name: torch.empty(shape, dtype=what, device=device)
-        for name, shape, what in kept(spec, dtype)
+        name: torch.empty(shape, dtype=stored_dtype, device=device)
+        for name, shape, stored_dtype in loaded_tensors(spec, dtype)
         if not is_packed(name) and (experts or ".experts." not in name)
     }
 
@@ -114,24 +123,26 @@ def slabs(spec: ModelSpec, weights: dict[str, Tensor]) -> dict[int, Slab]:
 def take_slab(spec: ModelSpec, layer: int, weights: dict[str, Tensor]) -> Slab:
     """The layer's slab; its experts are taken out of ``weights``, and live as long as it does."""
     if spec.panels:
-        packed = weights.pop(f"layers.{layer}.experts.{PACKED}")
-        everyone = torch.arange(spec.router.experts, device=packed.device)
+        packed = weights.pop(f"layers.{layer}.experts.{PACKED_NAME}")
+        slot_of = torch.arange(spec.router.experts, device=packed.device)
         sizes = {"hidden": spec.hidden, "width": spec.expert_width}
-        return in_panels(packed, spec.panel_kind, everyone, **sizes)
+        return slab_of_packed(packed, spec.panel_kind, slot_of, **sizes)
     gate_up, down = (
-        _take(f"layers.{layer}.experts.{name}", k, spec.expert_format, weights)
+        _take_weight(f"layers.{layer}.experts.{name}", k, spec.expert_format, weights)
         for name, k in (("gate_up", spec.hidden), ("down", spec.expert_width))
     )
     return Slab(gate_up, down, torch.arange(spec.router.experts, device=gate_up.device))
 
 
-def _take(name: str, k: int, form: Format | None, weights: dict[str, Tensor]) -> Tensor | QTensor:
+def _take_weight(
+    name: str, k: int, form: QuantFormat | None, weights: dict[str, Tensor]
+) -> Tensor | QTensor:
     if form is None:
         return weights.pop(name)
     return QTensor(weights.pop(f"{name}.q"), weights.pop(f"{name}.scales"), form, k)
 
 
-def _attention(spec: ModelSpec) -> dict[str, tuple[int, ...]]:
+def _attention_shapes(spec: ModelSpec) -> dict[str, tuple[int, ...]]:
     return {
         "attention_norm": (spec.hidden,),
         "qkv": (spec.qkv_rows, spec.hidden),
@@ -142,19 +153,19 @@ def _attention(spec: ModelSpec) -> dict[str, tuple[int, ...]]:
     }
 
 
-def _feed_forward(spec: ModelSpec, layer: int) -> dict[str, tuple[int, ...]]:
+def _feed_forward_shapes(spec: ModelSpec, layer: int) -> dict[str, tuple[int, ...]]:
     if not spec.moe[layer]:
-        return _network("dense", spec.hidden, spec.dense_width)
+        return _mlp_shapes("dense", spec.hidden, spec.dense_width)
     experts, width = spec.router.experts, spec.expert_width
-    found: dict[str, tuple[int, ...]] = {"gate": (experts, spec.hidden)}
+    shapes: dict[str, tuple[int, ...]] = {"gate": (experts, spec.hidden)}
     if spec.expert_bias:
-        found["gate_bias"] = (experts,)
-    found["experts.gate_up"] = (experts, 2 * width, spec.hidden)
-    found["experts.down"] = (experts, spec.hidden, width)
+        shapes["gate_bias"] = (experts,)
+    shapes["experts.gate_up"] = (experts, 2 * width, spec.hidden)
+    shapes["experts.down"] = (experts, spec.hidden, width)
     if spec.shared_width:
-        found |= _network("shared", spec.hidden, spec.shared_width)
-    return found
+        shapes |= _mlp_shapes("shared", spec.hidden, spec.shared_width)
+    return shapes
 
 
-def _network(name: str, hidden: int, width: int) -> dict[str, tuple[int, ...]]:
+def _mlp_shapes(name: str, hidden: int, width: int) -> dict[str, tuple[int, ...]]:
     return {f"{name}.gate_up": (2 * width, hidden), f"{name}.down": (hidden, width)}

@@ -17,23 +17,23 @@ from coterie.ops.panels import unpack
 from coterie.ops.reference import top_ids, top_mask
 from coterie.quant import FORMATS, QTensor
 from coterie.values import (
-    KeyValues,
+    LayerKV,
     Matrix,
     PackedMatrix,
-    Panels,
+    PackedExperts,
     Routing,
-    Rule,
+    CoresetRule,
     Scores,
-    Sight,
+    QueryPositions,
     Slab,
-    Survey,
+    LogitsSummary,
 )
 
 __all__ = [
-    "add_norm",
-    "attend",
-    "attention",
-    "gated",
+    "add_rms_norm",
+    "fused_attention",
+    "fused_attention_layer",
+    "silu_and_mul",
     "linear",
     "pack",
     "prepare",
@@ -41,16 +41,16 @@ __all__ = [
     "rms_norm",
     "route",
     "run_experts",
-    "survey",
+    "summarize_logits",
     "swiglu",
     "top_ids",
     "top_mask",
     "unpack",
-    "voices",
+    "vote_weights",
 ]
 
 
-def route(scores: Scores, rule: Rule | None, voice: Tensor | None) -> Routing | None:
+def route(scores: Scores, rule: CoresetRule | None, vote_weight: Tensor | None) -> Routing | None:
     """Election, choice inside the coreset and weights by one kernel; None where there is none.
 
     Without a ``rule``, the unmodified model. ``voice`` [S, N] fp32 >= 0 is what each token's vote
@@ -61,22 +61,24 @@ def route(scores: Scores, rule: Rule | None, voice: Tensor | None) -> Routing | 
     there may decide otherwise; of incumbents its kernel knows nothing (None).
     """
     device = scores.logits.device.type
-    if device == "cuda" and gpu.ready():
-        return gpu.route(scores, rule, voice)
-    return cpu.route(scores, rule, voice) if device == "cpu" else None
+    if device == "cuda" and gpu.is_available():
+        return gpu.route(scores, rule, vote_weight)
+    return cpu.route(scores, rule, vote_weight) if device == "cpu" else None
 
 
-def voices(asked: Tensor | None, narrowing: Tensor | None, *, opposite: bool = False) -> Tensor:
+def vote_weights(
+    voters: Tensor | None, voter_filter: Tensor | None, *, invert_filter: bool = False
+) -> Tensor:
     """What each token's vote weighs, [S, N] fp32: ``asked``, times ``narrowing``, both >= 0.
 
     A row that narrowing leaves without a voter keeps those asked; a row without these has all of
     its tokens vote. At least one of the two is given. ``opposite``: narrowing, a mask, names those
     who do not vote.
     """
-    known = asked if narrowing is None else narrowing
-    if known is not None and known.device.type == "cuda" and gpu.ready():
-        return gpu.voices(asked, narrowing, opposite)
-    return reference.voices(asked, narrowing, opposite=opposite)
+    template = voters if voter_filter is None else voter_filter
+    if template is not None and template.device.type == "cuda" and gpu.is_available():
+        return gpu.vote_weights(voters, voter_filter, invert_filter)
+    return reference.vote_weights(voters, voter_filter, invert_filter=invert_filter)
 
 
 def run_experts(x: Tensor, routing: Routing, slab: Slab) -> Tensor:
@@ -85,15 +87,15 @@ def run_experts(x: Tensor, routing: Routing, slab: Slab) -> Tensor:
     Ids of -1 and experts absent from the slab add nothing, so the slabs of one layer add up. A slab
     on another device than x is computed there: what it needs goes once, and waits for x.
     """
-    if (there := slab.gate_up.device) != x.device:
-        ids, weights = routing.ids.to(there), routing.weights.to(there)
-        moved = Routing(ids, weights, routing.used.to(there), ids)
-        return run_experts(x.to(there), moved, slab).to(x.device)
-    if isinstance(slab.gate_up, Panels):
+    if (slab_device := slab.gate_up.device) != x.device:
+        ids, weights = routing.topk_ids.to(slab_device), routing.topk_weights.to(slab_device)
+        slab_routing = Routing(ids, weights, routing.used.to(slab_device), ids)
+        return run_experts(x.to(slab_device), slab_routing, slab).to(x.device)
+    if isinstance(slab.gate_up, PackedExperts):
         return cpu.run_experts(x, routing, slab)
-    if x.device.type == "cpu" and grouped.fits(x, slab):
+    if x.device.type == "cpu" and grouped.supports(x, slab):
         return grouped.run_experts(x, routing, slab)
-    if x.is_cuda and gpu.ready() and (out := gpu.run_experts(x, routing, slab)) is not None:
+    if x.is_cuda and gpu.is_available() and (out := gpu.run_experts(x, routing, slab)) is not None:
         return out
     return reference.run_experts(x, routing, slab)
 
@@ -109,8 +111,8 @@ def linear(x: Tensor, weight: Matrix, *, dtype: torch.dtype | None = None) -> Te
     return reference.linear(x, weight, dtype)
 
 
-def attend(
-    qkv: Tensor, norms: tuple[Tensor, Tensor], sight: Sight, held: KeyValues, epsilon: float
+def fused_attention(
+    qkv: Tensor, norms: tuple[Tensor, Tensor], queries: QueryPositions, kv: LayerKV, epsilon: float
 ) -> Tensor | None:
     """Attention from projections to mixed values by one kernel; None where there is none.
 
@@ -118,88 +120,104 @@ def attend(
     position, keys and values written into ``held``, and what every query sees is mixed, [B, W,
     heads, D]. What it equals is in ``model.attention``, in plain torch.
     """
-    if qkv.is_cuda and gpu.ready():
-        return gpu.attend(qkv, norms, sight, held, epsilon)
-    return cpu.attend(qkv, norms, sight, held, epsilon) if cpu.attends(qkv) else None
+    if qkv.is_cuda and gpu.is_available():
+        return gpu.fused_attention(qkv, norms, queries, kv, epsilon)
+    return (
+        cpu.fused_attention(qkv, norms, queries, kv, epsilon)
+        if cpu.supports_attention(qkv)
+        else None
+    )
 
 
-def attention(
+def fused_attention_layer(
     x: Tensor,
     weights: tuple[Matrix, Matrix],
     norms: tuple[Tensor, Tensor],
     *,
-    sight: Sight,
-    held: KeyValues,
+    queries: QueryPositions,
+    kv: LayerKV,
     epsilon: float,
 ) -> Tensor | None:
     """``attend`` between the products before and after it, x [B, W, H] -> [B, W, H], by one call;
     None where there is none. ``weights`` are those of queries, keys and values, and of the output.
     """
-    before, after = weights
-    if not isinstance(before, PackedMatrix) or not isinstance(after, PackedMatrix):
+    qkv_proj, o_proj = weights
+    if not isinstance(qkv_proj, PackedMatrix) or not isinstance(o_proj, PackedMatrix):
         return None
-    if not cpu.attends(x) or held.keys.shape[-1] % 2:
+    if not cpu.supports_attention(x) or kv.keys.shape[-1] % 2:
         return None
-    return cpu.attention(x, (before, after), norms, sight=sight, held=held, epsilon=epsilon)
+    return cpu.fused_attention_layer(
+        x, (qkv_proj, o_proj), norms, queries=queries, kv=kv, epsilon=epsilon
+    )
 
 
 def rms_norm(x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
     """x / rms(x) over the last axis, computed in fp32 and rounded before the weight multiplies."""
-    if cpu.norms(x, weight):
+    if cpu.supports_rms_norm(x, weight):
         return cpu.rms_norm(x, weight, epsilon)
-    if x.is_cuda and gpu.ready() and (out := gpu.rms_norm(x, weight, epsilon)) is not None:
+    if x.is_cuda and gpu.is_available() and (out := gpu.rms_norm(x, weight, epsilon)) is not None:
         return out
     return reference.rms_norm(x, weight, epsilon)
 
 
-def add_norm(x: Tensor, more: Tensor, weight: Tensor, epsilon: float) -> tuple[Tensor, Tensor]:
+def add_rms_norm(
+    x: Tensor, residual: Tensor, weight: Tensor, epsilon: float
+) -> tuple[Tensor, Tensor]:
     """x + more, both of one shape and type, and its ``rms_norm``."""
-    if cpu.norms(x, weight) and more.dtype == x.dtype and more.shape == x.shape:
-        return cpu.add_norm(x, more, weight, epsilon)
-    total = x + more
+    if cpu.supports_rms_norm(x, weight) and residual.dtype == x.dtype and residual.shape == x.shape:
+        return cpu.add_rms_norm(x, residual, weight, epsilon)
+    total = x + residual
     return total, rms_norm(total, weight, epsilon)
 
 
-def gated(both: Tensor) -> Tensor:
+def silu_and_mul(gate_up: Tensor) -> Tensor:
     """silu of the first half of [..., 2 I] times the second, [..., I]."""
-    if both.is_cuda and gpu.ready():
-        return gpu.gated(both)
-    return reference.gated(both)
+    if gate_up.is_cuda and gpu.is_available():
+        return gpu.silu_and_mul(gate_up)
+    return reference.silu_and_mul(gate_up)
 
 
-def swiglu(x: Tensor, gate_up: Matrix, down: Matrix, beside: Tensor | None = None) -> Tensor:
+def swiglu(x: Tensor, gate_up: Matrix, down: Matrix, residual: Tensor | None = None) -> Tensor:
     """``gated`` between two products: x [..., H] -> [..., H], added to ``beside`` (fp32, as many
     numbers) where that is given, which one rounding may do or two."""
-    half = x.dtype == torch.bfloat16
-    if half and isinstance(gate_up, PackedMatrix) and isinstance(down, PackedMatrix):
-        return cpu.swiglu(x, gate_up, down, beside)
-    out = linear(gated(linear(x, gate_up)), down)
-    return out if beside is None else beside.to(x.dtype).view_as(out) + out
+    is_bf16 = x.dtype == torch.bfloat16
+    if is_bf16 and isinstance(gate_up, PackedMatrix) and isinstance(down, PackedMatrix):
+        return cpu.swiglu(x, gate_up, down, residual)
+    out = linear(silu_and_mul(linear(x, gate_up)), down)
+    return out if residual is None else residual.to(x.dtype).view_as(out) + out
 
 
-def survey(logits: Tensor, mask: int) -> Survey:
+def summarize_logits(logits: Tensor, mask_id: int) -> LogitsSummary:
     """What each row of logits [w, V] says, where ``mask`` is no answer."""
-    if cpu.surveys(logits):
-        return cpu.survey(logits, mask)
-    if logits.is_cuda and logits.dtype == torch.float32 and gpu.ready():
-        return gpu.survey(logits, mask)
-    return reference.survey(logits, mask)
+    if cpu.supports_logits_summary(logits):
+        return cpu.summarize_logits(logits, mask_id)
+    if logits.is_cuda and logits.dtype == torch.float32 and gpu.is_available():
+        return gpu.summarize_logits(logits, mask_id)
+    return reference.summarize_logits(logits, mask_id)
 
 
-def prepare_matrix(weight: Tensor, *, spend: bool = False) -> Matrix:
+def prepare_matrix(weight: Tensor, *, release_source: bool = False) -> Matrix:
     """The same matrix as ``linear`` reads it fastest here; see ``prepare``."""
-    return cpu.pack_matrix(weight, spend=spend) if cpu.packs(weight) and cpu.ready() else weight
+    return (
+        cpu.pack_matrix(weight, release_source=release_source)
+        if cpu.can_pack_matrix(weight) and cpu.is_available()
+        else weight
+    )
 
 
-def prepare(slab: Slab, *, spend: bool = False) -> Slab:
+def prepare(slab: Slab, *, release_source: bool = False) -> Slab:
     """The same experts as they run fastest here; their old memory is not needed any more.
 
     ``spend``: nobody else has that memory, and it may be given back expert by expert meanwhile.
     """
-    if cpu.packed_format(slab) is not None and cpu.ready():
-        return cpu.pack(slab, spend=spend)
-    if slab.gate_up.device.type == "cpu" and isinstance(slab.gate_up, QTensor) and cpu.ready():
-        _regret(str(slab.gate_up.format))
+    if cpu.packed_format(slab) is not None and cpu.is_available():
+        return cpu.pack(slab, release_source=release_source)
+    if (
+        slab.gate_up.device.type == "cpu"
+        and isinstance(slab.gate_up, QTensor)
+        and cpu.is_available()
+    ):
+        _warn_slow_format(str(slab.gate_up.format))
     return slab
 
 
@@ -208,17 +226,17 @@ def pack(slab: Slab) -> Slab:
 
     Raises ValueError for experts that no panels hold: floats other than bf16, other groups.
     """
-    if cpu.packed_format(slab) is not None and cpu.ready():
+    if cpu.packed_format(slab) is not None and cpu.is_available():
         return cpu.pack(slab)
     return panels.pack(slab)
 
 
 @cache
-def _regret(form: str) -> None:
+def _warn_slow_format(format_name: str) -> None:
     """Says, once for each form of experts, that they are slow."""
     logging.getLogger("coterie").warning(
         "Experts in %s run on PyTorch alone, many times slower than need be: the kernels for CPUs "
         "take %s",
-        form,
-        " and ".join(str(known) for known in FORMATS.values()),
+        format_name,
+        " and ".join(str(format_) for format_ in FORMATS.values()),
     )

@@ -8,11 +8,19 @@ from importlib.util import find_spec
 
 from torch import Tensor
 
-from coterie.values import KeyValues, Routing, Rule, Scores, Sight, Slab, Survey
+from coterie.values import (
+    LayerKV,
+    Routing,
+    CoresetRule,
+    Scores,
+    QueryPositions,
+    Slab,
+    LogitsSummary,
+)
 
 
 @cache
-def ready() -> bool:
+def is_available() -> bool:
     """Whether kernels can run; says so once where they cannot."""
     if find_spec("triton") is not None:
         return True
@@ -22,53 +30,53 @@ def ready() -> bool:
     return False
 
 
-def route(scores: Scores, rule: Rule | None, voice: Tensor | None) -> Routing | None:
+def route(scores: Scores, rule: CoresetRule | None, vote_weight: Tensor | None) -> Routing | None:
     """See ``ops.route``."""
     from coterie.ops.triton import route as by_kernel
 
-    return by_kernel(scores, rule, voice)
+    return by_kernel(scores, rule, vote_weight)
 
 
-def voices(asked: Tensor | None, narrowing: Tensor | None, opposite: bool) -> Tensor:
+def vote_weights(voters: Tensor | None, voter_filter: Tensor | None, invert_filter: bool) -> Tensor:
     """See ``ops.voices``."""
-    from coterie.ops.triton import voices as by_kernel
+    from coterie.ops.triton import vote_weights as by_kernel
 
-    return by_kernel(asked, narrowing, opposite=opposite)
+    return by_kernel(voters, voter_filter, invert_filter=invert_filter)
 
 
 def run_experts(x: Tensor, routing: Routing, slab: Slab) -> Tensor | None:
     """See ``ops.run_experts``; None for types that no kernel takes."""
     from coterie.ops.triton import experts
 
-    return experts.run_experts(x, routing, slab) if experts.fits(x, slab) else None
+    return experts.run_experts(x, routing, slab) if experts.supports(x, slab) else None
 
 
-def attend(
-    qkv: Tensor, norms: tuple[Tensor, Tensor], sight: Sight, held: KeyValues, epsilon: float
+def fused_attention(
+    qkv: Tensor, norms: tuple[Tensor, Tensor], queries: QueryPositions, kv: LayerKV, epsilon: float
 ) -> Tensor | None:
     """See ``ops.attend``."""
     from coterie.ops.triton import attention
 
-    able = attention.attends(qkv, held)
-    return attention.attend(qkv, norms, sight, held, epsilon) if able else None
+    supported = attention.supports_attention(qkv, kv)
+    return attention.fused_attention(qkv, norms, queries, kv, epsilon) if supported else None
 
 
 def rms_norm(x: Tensor, weight: Tensor, epsilon: float) -> Tensor | None:
     """See ``ops.rms_norm``; None for types that no kernel takes."""
     from coterie.ops.triton import rows
 
-    return rows.rms_norm(x, weight, epsilon) if rows.norms(x, weight) else None
+    return rows.rms_norm(x, weight, epsilon) if rows.supports_rms_norm(x, weight) else None
 
 
-def survey(logits: Tensor, mask: int) -> Survey:
+def summarize_logits(logits: Tensor, mask_id: int) -> LogitsSummary:
     """See ``ops.survey``: logits in fp32."""
     from coterie.ops.triton import rows
 
-    return rows.survey(logits, mask)
+    return rows.summarize_logits(logits, mask_id)
 
 
-def gated(both: Tensor) -> Tensor:
+def silu_and_mul(gate_up: Tensor) -> Tensor:
     """See ``ops.gated``."""
     from coterie.ops.triton import rows
 
-    return rows.gated(both)
+    return rows.silu_and_mul(gate_up)

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from coterie.quant import QTensor, dequantise
-from coterie.values import Panels, Routing, Slab, Survey, membership
+from coterie.quant import QTensor, dequantize
+from coterie.values import PackedExperts, Routing, Slab, LogitsSummary, expert_mask
 
 
 @dataclass(frozen=True)
@@ -20,10 +20,10 @@ class Dispatch:
     absent or the id -1, there is nothing to compute, and ``token`` and ``pair`` are -1.
     """
 
-    begin: Tensor  # [slots + 1] int32
-    token: Tensor  # [T * k] int32
-    pair: Tensor  # [T * k] int32: token * k + choice, the place in the flat ids and weights
-    active: Tensor  # [slots] int32: the slots that have pairs, ascending; then -1
+    slot_begin: Tensor  # [slots + 1] int32
+    token_ids: Tensor  # [T * k] int32
+    pair_ids: Tensor  # [T * k] int32: token * k + choice, the place in the flat ids and weights
+    active_slots: Tensor  # [slots] int32: the slots that have pairs, ascending; then -1
 
 
 def top_ids(key: Tensor, k: int, tier: Tensor | None = None) -> Tensor:
@@ -33,7 +33,7 @@ def top_ids(key: Tensor, k: int, tier: Tensor | None = None) -> Tensor:
     is the only top-k: ``torch.topk`` leaves ties open, and backends would disagree.
     """
     if key.dtype == torch.float32:
-        return torch.topk(_distinct(key, tier), min(k, key.shape[-1])).indices
+        return torch.topk(_sort_codes(key, tier), min(k, key.shape[-1])).indices
     order = torch.sort(key, dim=-1, descending=True, stable=True).indices
     if tier is not None:
         tier = tier.expand(key.shape).gather(-1, order).to(torch.uint8)
@@ -43,28 +43,30 @@ def top_ids(key: Tensor, k: int, tier: Tensor | None = None) -> Tensor:
 
 def top_mask(key: Tensor, k: int) -> Tensor:
     """Bool mask [..., E] of the k largest of key [..., E]; ties go to the lower index."""
-    return membership(top_ids(key, k), key.shape[-1])
+    return expert_mask(top_ids(key, k), key.shape[-1])
 
 
 def rms_norm(x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
     """See ``ops.rms_norm``."""
-    wide = x.float()
-    wide = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + epsilon)
-    return weight * wide.to(x.dtype)
+    x_fp32 = x.float()
+    x_fp32 = x_fp32 * torch.rsqrt(x_fp32.square().mean(-1, keepdim=True) + epsilon)
+    return weight * x_fp32.to(x.dtype)
 
 
-def gated(both: Tensor) -> Tensor:
+def silu_and_mul(gate_up: Tensor) -> Tensor:
     """See ``ops.gated``."""
-    gate, up = both.chunk(2, dim=-1)
+    gate, up = gate_up.chunk(2, dim=-1)
     return F.silu(gate) * up
 
 
-def survey(logits: Tensor, mask: int) -> Survey:
+def summarize_logits(logits: Tensor, mask_id: int) -> LogitsSummary:
     """See ``ops.survey``."""
     best = logits.argmax(dim=-1)
-    rest = logits.clone()
-    rest[:, mask] = float("-inf")
-    return Survey.of(logits, best, rest.argmax(dim=-1), logits.logsumexp(dim=-1))
+    unmasked_logits = logits.clone()
+    unmasked_logits[:, mask_id] = float("-inf")
+    return LogitsSummary.from_logits(
+        logits, best, unmasked_logits.argmax(dim=-1), logits.logsumexp(dim=-1)
+    )
 
 
 def linear(x: Tensor, weight: Tensor, dtype: torch.dtype) -> Tensor:
@@ -81,29 +83,35 @@ def run_experts(x: Tensor, routing: Routing, slab: Slab) -> Tensor:
         x = x.float()
     gate_up, down = slab.gate_up, slab.down
     # Panels cannot be read a matrix at a time: only the kernels that packed them take them.
-    assert not isinstance(gate_up, Panels)
-    assert not isinstance(down, Panels)
+    assert not isinstance(gate_up, PackedExperts)
+    assert not isinstance(down, PackedExperts)
     out = torch.zeros(x.shape, dtype=torch.float32, device=x.device)
-    slots = slab.slot_of[routing.ids.clamp(min=0)].masked_fill(routing.ids < 0, -1)  # [T, k]
+    slots = slab.slot_of[routing.topk_ids.clamp(min=0)].masked_fill(
+        routing.topk_ids < 0, -1
+    )  # [T, k]
     for slot in slots[slots >= 0].unique().tolist():
         token, choice = torch.nonzero(slots == slot, as_tuple=True)
-        y = _swiglu(x[token], _plain(gate_up[slot]), _plain(down[slot]))
-        out.index_add_(0, token, y.float() * routing.weights[token, choice, None])
+        y = _swiglu_mlp(x[token], _dequantise(gate_up[slot]), _dequantise(down[slot]))
+        out.index_add_(0, token, y.float() * routing.topk_weights[token, choice, None])
     return out
 
 
-def voices(asked: Tensor | None, narrowing: Tensor | None, *, opposite: bool = False) -> Tensor:
+def vote_weights(
+    voters: Tensor | None, voter_filter: Tensor | None, *, invert_filter: bool = False
+) -> Tensor:
     """See ``ops.voices``."""
-    known = asked if narrowing is None else narrowing
-    assert known is not None  # or there is nothing to say of anybody
-    everybody = torch.ones(known.shape, device=known.device)
-    told, allowed = everybody, everybody
-    if asked is not None:
-        told = asked.to(everybody.dtype)
-        allowed = _unless_silent(told, everybody)
-    if narrowing is None:
-        return allowed
-    return _unless_silent(told * (~narrowing if opposite else narrowing), allowed)
+    template = voters if voter_filter is None else voter_filter
+    assert template is not None  # or there is nothing to say of anybody
+    ones = torch.ones(template.shape, device=template.device)
+    weights, fallback = ones, ones
+    if voters is not None:
+        weights = voters.to(ones.dtype)
+        fallback = _fallback_where_no_voter(weights, ones)
+    if voter_filter is None:
+        return fallback
+    return _fallback_where_no_voter(
+        weights * (~voter_filter if invert_filter else voter_filter), fallback
+    )
 
 
 def dispatch(routing: Routing, slot_of: Tensor, slots: int) -> Dispatch:
@@ -111,41 +119,43 @@ def dispatch(routing: Routing, slot_of: Tensor, slots: int) -> Dispatch:
 
     Does not ask the host anything. ``routing.used`` must be the experts of ``routing.ids``.
     """
-    slot = slot_of[routing.ids.clamp(min=0)].where(routing.ids >= 0, -1).flatten()  # [T * k]
+    slot = (
+        slot_of[routing.topk_ids.clamp(min=0)].where(routing.topk_ids >= 0, -1).flatten()
+    )  # [T * k]
     slot = slot.where(slot >= 0, slots)
     order = slot.argsort(stable=True)
     order = order.where(slot[order] < slots, -1)
     count = F.one_hot(slot, slots + 1).sum(0)[:slots]
-    place = torch.arange(slots, device=slot.device)
-    active = place.where(count > 0, slots).sort().values
+    slot_ids = torch.arange(slots, device=slot.device)
+    active = slot_ids.where(count > 0, slots).sort().values
     return Dispatch(
-        begin=F.pad(count.cumsum(0), (1, 0)).to(torch.int32),
-        token=order.div(routing.ids.shape[-1], rounding_mode="floor").to(torch.int32),
-        pair=order.to(torch.int32),
-        active=active.where(active < slots, -1).to(torch.int32),
+        slot_begin=F.pad(count.cumsum(0), (1, 0)).to(torch.int32),
+        token_ids=order.div(routing.topk_ids.shape[-1], rounding_mode="floor").to(torch.int32),
+        pair_ids=order.to(torch.int32),
+        active_slots=active.where(active < slots, -1).to(torch.int32),
     )
 
 
-def _unless_silent(voice: Tensor, otherwise: Tensor) -> Tensor:
-    return voice.where((voice > 0).any(dim=1, keepdim=True), otherwise)
+def _fallback_where_no_voter(weights: Tensor, fallback: Tensor) -> Tensor:
+    return weights.where((weights > 0).any(dim=1, keepdim=True), fallback)
 
 
-def _swiglu(x: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
+def _swiglu_mlp(x: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
     gate, up = F.linear(x, gate_up).chunk(2, dim=-1)
     return F.linear(F.silu(gate) * up, down)
 
 
-def _plain(weight: Tensor | QTensor) -> Tensor:
-    return dequantise(weight) if isinstance(weight, QTensor) else weight
+def _dequantise(weight: Tensor | QTensor) -> Tensor:
+    return dequantize(weight) if isinstance(weight, QTensor) else weight
 
 
-def _distinct(key: Tensor, tier: Tensor | None) -> Tensor:
+def _sort_codes(key: Tensor, tier: Tensor | None) -> Tensor:
     """int64 [..., E] without ties, sorted as (lower tier, larger key, lower index): E < 2**16."""
     # The bits of an IEEE float sort as integers do once those of the negative ones are flipped;
     # adding 0 turns -0 into 0.
     bits = (key + 0.0).view(torch.int32)
     bits = bits ^ ((bits >> 31) & 0x7FFFFFFF)
     size = key.shape[-1]
-    place = torch.arange(size - 1, -1, -1, device=key.device)
-    code = (bits.to(torch.int64) << 16) + place
+    tie_break = torch.arange(size - 1, -1, -1, device=key.device)
+    code = (bits.to(torch.int64) << 16) + tie_break
     return code if tier is None else code - (tier.to(torch.int64) << 49)

@@ -9,7 +9,7 @@ from pathlib import Path
 from coterie.engine.load import choose_device
 from coterie.naming import CoterieError
 from coterie.parity.forward import Deviation, forward_deviations
-from coterie.parity.generation import Verdict, generation_verdicts
+from coterie.parity.generation import ParityResult, generation_results
 
 DEVICE = "--device="
 
@@ -29,10 +29,10 @@ def main(arguments: Sequence[str]) -> int:
     except CoterieError as error:
         print(error, file=sys.stderr)
         return 2
-    good = [_compare(Path(folder), device) for folder in folders]
-    if len(good) > 1:
-        print(f"{sum(good)} of {len(good)} sets agree")
-    return 0 if all(good) else 1
+    agreeing = [_compare(Path(folder), device) for folder in folders]
+    if len(agreeing) > 1:
+        print(f"{sum(agreeing)} of {len(agreeing)} sets agree")
+    return 0 if all(agreeing) else 1
 
 
 def _compare(folder: Path, device: str) -> bool:
@@ -40,8 +40,8 @@ def _compare(folder: Path, device: str) -> bool:
     print(f"{folder}", flush=True)
     agrees = True
     try:
-        for passed, line in _lines(folder, device):
-            print(f"  {line}", flush=True)
+        for passed, text in _result_lines(folder, device):
+            print(f"  {text}", flush=True)
             agrees = agrees and passed
     except CoterieError as error:
         print(f"  DAMAGED  {error}")
@@ -54,29 +54,27 @@ def _compare(folder: Path, device: str) -> bool:
     return agrees
 
 
-def _lines(folder: Path, device: str) -> Iterator[tuple[bool, str]]:
+def _result_lines(folder: Path, device: str) -> Iterator[tuple[bool, str]]:
     for deviation in forward_deviations(folder, device):
-        yield deviation.within, _forward_line(deviation)
-    for verdict in generation_verdicts(folder, device):
-        yield verdict.passed, _generation_line(verdict)
+        yield deviation.within_tolerance, _forward_line(deviation)
+    for result in generation_results(folder, device):
+        yield result.passed, _generation_line(result)
 
 
-def _forward_line(found: Deviation) -> str:
-    mark = "ok" if found.within else "FAILED"
-    return (
-        f"{mark:8} {found.name:32} max error {found.worst:.2e}  (tolerance {found.tolerance:.0e})"
-    )
+def _forward_line(deviation: Deviation) -> str:
+    status = "ok" if deviation.within_tolerance else "FAILED"
+    return f"{status:8} {deviation.name:32} max error {deviation.max_error:.2e}  (tolerance {deviation.tolerance:.0e})"
 
 
-def _generation_line(verdict: Verdict) -> str:
-    beside = f" + {verdict.unpublished} that write keys" if verdict.unpublished else ""
-    told = f"{verdict.forwards} forwards{beside}"
-    if not verdict.problems:
-        note = f"  (not judged: {verdict.excused})" if verdict.excused else ""
-        return f"{'ok':8} {verdict.name:56} ids equal, {told}{note}"
-    mark = "reported" if verdict.excused else "FAILED"
-    note = f"  (not judged: {verdict.excused})" if verdict.excused else ""
-    return f"{mark:8} {verdict.name:56} {'; '.join(verdict.problems)}; {told}{note}"
+def _generation_line(result: ParityResult) -> str:
+    extra = f" + {result.extra_forwards} that write keys" if result.extra_forwards else ""
+    counts = f"{result.forwards} forwards{extra}"
+    if not result.problems:
+        note = f"  (not judged: {result.excuse})" if result.excuse else ""
+        return f"{'ok':8} {result.name:56} ids equal, {counts}{note}"
+    status = "reported" if result.excuse else "FAILED"
+    note = f"  (not judged: {result.excuse})" if result.excuse else ""
+    return f"{status:8} {result.name:56} {'; '.join(result.problems)}; {counts}{note}"
 
 
 if __name__ == "__main__":

@@ -15,18 +15,18 @@ from coterie.naming import CoterieError
 
 
 @dataclass(frozen=True)
-class Arrays:
+class ReferenceArrays:
     """A reference.npz whose every array is asked for by name, shape and kind."""
 
     file: Path
-    held: dict[str, np.ndarray]
+    arrays: dict[str, np.ndarray]
 
     @staticmethod
-    def of(file: Path) -> Arrays:
+    def of(file: Path) -> ReferenceArrays:
         """Raises CoterieError when the file cannot be read whole."""
         try:
             with file.open("rb") as handle, np.load(handle, allow_pickle=False) as archive:
-                return Arrays(file, {name: archive[name] for name in archive.files})
+                return ReferenceArrays(file, {name: archive[name] for name in archive.files})
         except FileNotFoundError:
             raise CoterieError(f"{file}: no such file") from None
         except (OSError, EOFError, ValueError, BadZipFile, zlib.error, KeyError) as error:
@@ -39,20 +39,20 @@ class Arrays:
             raise CoterieError(f"{self.file}: {name} holds numbers that are not finite")
         return torch.from_numpy(array)
 
-    def whole(self, name: str, *shape: int) -> Tensor:
+    def integers(self, name: str, *shape: int) -> Tensor:
         return torch.from_numpy(self._array(name, "iu", shape).astype(np.int64))
 
-    def flags(self, name: str, *shape: int) -> Tensor:
+    def booleans(self, name: str, *shape: int) -> Tensor:
         return torch.from_numpy(self._array(name, "b", shape))
 
     def shape(self, name: str, axes: int) -> tuple[int, ...]:
-        found = self._held(name).shape
-        if len(found) != axes or 0 in found:
-            raise CoterieError(f"{self.file}: {name} has shape {list(found)}, expected {axes} axes")
-        return found
+        shape = self._require(name).shape
+        if len(shape) != axes or 0 in shape:
+            raise CoterieError(f"{self.file}: {name} has shape {list(shape)}, expected {axes} axes")
+        return shape
 
     def _array(self, name: str, kinds: str, shape: tuple[int, ...]) -> np.ndarray:
-        array = self._held(name)
+        array = self._require(name)
         if array.shape != shape or array.dtype.kind not in kinds:
             raise CoterieError(
                 f"{self.file}: {name} is {array.dtype}{list(array.shape)}, "
@@ -60,7 +60,7 @@ class Arrays:
             )
         return array
 
-    def _held(self, name: str) -> np.ndarray:
-        if name not in self.held:
+    def _require(self, name: str) -> np.ndarray:
+        if name not in self.arrays:
             raise CoterieError(f"{self.file}: {name} is missing")
-        return self.held[name]
+        return self.arrays[name]

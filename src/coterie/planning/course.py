@@ -8,8 +8,8 @@ from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, get_args
 
-from coterie.experts.imagined import IMAGINED
-from coterie.experts.ledger import WRITING, Line
+from coterie.experts.imagined import SIMULATED_TIER
+from coterie.experts.ledger import KV_ONLY_KINDS, ForwardTraffic
 from coterie.experts.traffic import Traffic
 from coterie.figures import style
 
@@ -19,159 +19,187 @@ if TYPE_CHECKING:
 
 MIB = 1 << 20
 WIDTH, HEIGHTS = 6.4, (2.6, 1.5, 1.5)  # inches
-TIERS = (style.BLUE, style.ORANGE, style.GREEN, style.PURPLE)
-NARROW = 0.03  # of the axis: what a block's number needs to be told
+TIER_COLOURS = (style.BLUE, style.ORANGE, style.GREEN, style.PURPLE)
+MIN_LABELLED_SHARE = 0.03  # of the axis: what a block's number needs to be told
 
 
 @dataclass(frozen=True)
-class Passed:
+class TrafficPoint:
     """One forward of a run: what it moved; where it decoded, the votes it kept and lost."""
 
-    line: Line
-    votes_kept: float | None = None
-    drift: float | None = None
+    forward: ForwardTraffic
+    vote_share: float | None = None
+    reuse_loss: float | None = None
 
-    def document(self) -> dict[str, object]:
+    def to_dict(self) -> dict[str, object]:
         """As JSON values; bytes are of all layers."""
-        line, moved = self.line, self.line.traffic
+        forward, traffic = self.forward, self.forward.traffic
         return {
-            "forward": line.number,
-            "kind": line.kind,
-            "blocks": list(line.blocks),
-            "experts_used": moved.used,
-            "hit_rate": moved.hit_rate,
-            "bytes_moved_from": {tier: one.bytes for tier, one in moved.sources.items()},
-            "bytes_without_cache": moved.bytes_without_cache,
-            "bytes_of_vanilla": moved.bytes_of_vanilla,
-            "stalled": moved.stalled,
-            "seconds": moved.seconds,
-            "vote_mass_kept": self.votes_kept,
-            "drift": self.drift,
+            "forward": forward.number,
+            "kind": forward.kind,
+            "blocks": list(forward.blocks),
+            "experts_used": traffic.experts_used,
+            "hit_rate": traffic.hit_rate,
+            "bytes_moved_from": {
+                tier: transfer.bytes for tier, transfer in traffic.transfers.items()
+            },
+            "bytes_without_cache": traffic.bytes_without_cache,
+            "bytes_of_vanilla": traffic.vanilla_bytes,
+            "stalled": traffic.stall_fraction,
+            "seconds": traffic.seconds,
+            "vote_mass_kept": self.vote_share,
+            "drift": self.reuse_loss,
         }
 
 
-def write(name: Path, title: str, course: Sequence[Passed]) -> list[Path]:
+def write_figures(name: Path, title: str, points: Sequence[TrafficPoint]) -> list[Path]:
     """NAME-light.svg and NAME-dark.svg; returns their paths."""
     paths = []
-    for scheme in get_args(style.Scheme):
+    for scheme in get_args(style.ColourScheme):
         path = name.with_name(f"{name.name}-{scheme}.svg")
-        drawn = style.drawn(lambda: figure(title, course), name="traffic", scheme=scheme)
-        path.write_text(drawn, encoding="utf-8")
+        svg = style.render_svg(lambda: draw_traffic(title, points), name="traffic", scheme=scheme)
+        path.write_text(svg, encoding="utf-8")
         paths.append(path)
     return paths
 
 
-def figure(title: str, course: Sequence[Passed]) -> Figure:
+def draw_traffic(title: str, points: Sequence[TrafficPoint]) -> Figure:
     """Bytes that came, hits and stalls, votes: one below the other, over the same forwards."""
-    drawing, (first, *_) = style.panels(1, columns=1, width=WIDTH, height=sum(HEIGHTS))
+    fig, (first, *_) = style.new_panels(1, columns=1, width=WIDTH, height=sum(HEIGHTS))
     first.remove()
-    grid = drawing.add_gridspec(3, 1, height_ratios=HEIGHTS)
-    bytes_, hits, votes = (drawing.add_subplot(grid[place]) for place in range(3))
-    _bytes(bytes_, [one.line.traffic for one in course])
-    _hits(hits, [one.line.traffic for one in course])
-    _votes(votes, course)
-    for one in (bytes_, hits, votes):
-        _blocks(one, course, named=one is bytes_)
-        one.set_xlim(-0.5, len(course) - 0.5)
-        one.locator_params(axis="x", integer=True)
-        one.grid(visible=False, axis="x")
-    for one in (bytes_, hits):
-        one.tick_params(labelbottom=False)
-    votes.set_xlabel("forward (\u25b4 only writes keys)")
-    drawing.suptitle(title, x=0.01, ha="left", fontsize=10)
-    return drawing
+    grid = fig.add_gridspec(3, 1, height_ratios=HEIGHTS)
+    bytes_axes, hits_axes, votes_axes = (fig.add_subplot(grid[index]) for index in range(3))
+    _draw_bytes(bytes_axes, [item.forward.traffic for item in points])
+    _draw_hits(hits_axes, [item.forward.traffic for item in points])
+    _draw_votes(votes_axes, points)
+    for item in (bytes_axes, hits_axes, votes_axes):
+        _draw_blocks(item, points, with_labels=item is bytes_axes)
+        item.set_xlim(-0.5, len(points) - 0.5)
+        item.locator_params(axis="x", integer=True)
+        item.grid(visible=False, axis="x")
+    for item in (bytes_axes, hits_axes):
+        item.tick_params(labelbottom=False)
+    votes_axes.set_xlabel("forward (\u25b4 only writes keys)")
+    fig.suptitle(title, x=0.01, ha="left", fontsize=10)
+    return fig
 
 
-def _bytes(one: Axes, moved: Sequence[Traffic]) -> None:
+def _draw_bytes(axes: Axes, traffics: Sequence[Traffic]) -> None:
     """What came, tier upon tier, and what would have come."""
-    places = range(len(moved))
-    edges = [place - 0.5 for place in (*places, len(moved))]
-    below = [0.0] * len(moved)
-    for tier, colour in zip(_tiers(moved), TIERS * len(moved), strict=False):
-        each = [one.sources[tier].bytes / MIB if tier in one.sources else 0.0 for one in moved]
-        above = [low + high for low, high in zip(below, each, strict=True)]
-        one.stairs(above, edges, baseline=below, fill=True, color=colour, label=_told(tier))
-        below = above
-    usual = [found.bytes_of_vanilla for found in moved]
-    if all(size is not None for size in usual):
-        one.stairs(
-            [(size or 0) / MIB for size in usual], edges, baseline=None, color=style.RED,
+    indices = range(len(traffics))
+    edges = [index - 0.5 for index in (*indices, len(traffics))]
+    bottom = [0.0] * len(traffics)
+    for tier, colour in zip(_tier_names(traffics), TIER_COLOURS * len(traffics), strict=False):
+        sizes = [
+            axes.transfers[tier].bytes / MIB if tier in axes.transfers else 0.0 for axes in traffics
+        ]
+        top = [low + high for low, high in zip(bottom, sizes, strict=True)]
+        axes.stairs(top, edges, baseline=bottom, fill=True, color=colour, label=_tier_label(tier))
+        bottom = top
+    vanilla_sizes = [traffic.vanilla_bytes for traffic in traffics]
+    if all(size is not None for size in vanilla_sizes):
+        axes.stairs(
+            [(size or 0) / MIB for size in vanilla_sizes], edges, baseline=None, color=style.RED,
             linewidth=1.4, label="vanilla with LRU",
         )  # fmt: skip
-    one.stairs(
-        [found.bytes_without_cache / MIB for found in moved], edges, baseline=None,
+    axes.stairs(
+        [traffic.bytes_without_cache / MIB for traffic in traffics], edges, baseline=None,
         color=style.GREY, linestyle=":", linewidth=1.4, label="without a cache",
     )  # fmt: skip
-    one.set_ylabel("MiB moved")
-    one.set_ylim(bottom=0)
-    style.legend(one, columns=4)
+    axes.set_ylabel("MiB moved")
+    axes.set_ylim(bottom=0)
+    style.add_legend(axes, columns=4)
 
 
-def _hits(one: Axes, moved: Sequence[Traffic]) -> None:
-    places = range(len(moved))
-    rates = [found.hit_rate for found in moved]
-    one.plot(places, rates, color=style.GREEN, marker=_dot(moved), label="experts that were there")
-    if any(found.waited for found in moved):
-        shares = [found.stalled or 0.0 for found in moved]
-        one.plot(
-            places, shares, color=style.RED, marker=_dot(moved), label="time waited for others"
+def _draw_hits(axes: Axes, traffics: Sequence[Traffic]) -> None:
+    indices = range(len(traffics))
+    rates = [traffic.hit_rate for traffic in traffics]
+    axes.plot(
+        indices, rates, color=style.GREEN, marker=_marker(traffics), label="experts that were there"
+    )
+    if any(traffic.stall_seconds for traffic in traffics):
+        stall_shares = [traffic.stall_fraction or 0.0 for traffic in traffics]
+        axes.plot(
+            indices,
+            stall_shares,
+            color=style.RED,
+            marker=_marker(traffics),
+            label="time waited for others",
         )
-    _shares(one)
+    _format_share_axis(axes)
 
 
-def _votes(one: Axes, course: Sequence[Passed]) -> None:
+def _draw_votes(axes: Axes, points: Sequence[TrafficPoint]) -> None:
     """Of forwards that decode; the others are routed by nobody's votes, or say nothing of it."""
-    told = [(at, each.votes_kept) for at, each in enumerate(course) if each.votes_kept is not None]
-    one.plot(*_columns(told), color=style.BLUE, marker=_dot(course), label="votes kept")
-    lost = [(at, each.drift) for at, each in enumerate(course) if each.drift is not None]
-    if lost:
-        one.plot(
-            *_columns(lost), color=style.ORANGE, marker=_dot(course), label="votes lost to drift"
+    kept_shares = [
+        (index, point.vote_share)
+        for index, point in enumerate(points)
+        if point.vote_share is not None
+    ]
+    axes.plot(*_unzip(kept_shares), color=style.BLUE, marker=_marker(points), label="votes kept")
+    lost_shares = [
+        (index, point.reuse_loss)
+        for index, point in enumerate(points)
+        if point.reuse_loss is not None
+    ]
+    if lost_shares:
+        axes.plot(
+            *_unzip(lost_shares),
+            color=style.ORANGE,
+            marker=_marker(points),
+            label="votes lost to drift",
         )
-    _shares(one)
+    _format_share_axis(axes)
 
 
-def _columns(told: Sequence[tuple[int, float]]) -> tuple[list[int], list[float]]:
-    return [at for at, _ in told], [share for _, share in told]
+def _unzip(points: Sequence[tuple[int, float]]) -> tuple[list[int], list[float]]:
+    return [index for index, _ in points], [share for _, share in points]
 
 
-def _shares(one: Axes) -> None:
-    one.set_ylim(-0.04, 1.04)
-    style.percent(one)
-    style.legend(one, columns=2)
+def _format_share_axis(axes: Axes) -> None:
+    axes.set_ylim(-0.04, 1.04)
+    style.format_percent(axes)
+    style.add_legend(axes, columns=2)
 
 
-def _blocks(one: Axes, course: Sequence[Passed], *, named: bool) -> None:
+def _draw_blocks(axes: Axes, points: Sequence[TrafficPoint], *, with_labels: bool) -> None:
     """Every other block stands on a shade; marks on the axis are forwards that only write keys."""
-    low, high = one.get_ylim()
-    for block, forwards in groupby(enumerate(course), key=lambda each: each[1].line.blocks):
-        first, *others = [place for place, _ in forwards]
+    low, high = axes.get_ylim()
+    for block, forwards in groupby(enumerate(points), key=lambda each: each[1].forward.blocks):
+        first, *others = [index for index, _ in forwards]
         last = others[-1] if others else first
         if sum(block) % 2:
-            one.axvspan(
-                first - 0.5, last + 0.5, color=style.faint(), alpha=0.45, linewidth=0, zorder=0
+            axes.axvspan(
+                first - 0.5,
+                last + 0.5,
+                color=style.grid_colour(),
+                alpha=0.45,
+                linewidth=0,
+                zorder=0,
             )
-        if named and (last + 1 - first) / len(course) >= NARROW:
-            told = f"block {block[0]}" if first == 0 and len(block) == 1 else f"{block[0]}"
-            one.text(
-                (first + last) / 2, high - 0.03 * (high - low), told if len(block) == 1 else "",
-                ha="center", va="top", fontsize=8, color=style.ink(),
+        if with_labels and (last + 1 - first) / len(points) >= MIN_LABELLED_SHARE:
+            label = f"block {block[0]}" if first == 0 and len(block) == 1 else f"{block[0]}"
+            axes.text(
+                (first + last) / 2, high - 0.03 * (high - low), label if len(block) == 1 else "",
+                ha="center", va="top", fontsize=8, color=style.foreground(),
             )  # fmt: skip
-    writing = [place for place, each in enumerate(course) if each.line.kind in WRITING]
-    one.plot(
-        writing, [0.0] * len(writing), "^", color=style.ink(), markersize=3.5, clip_on=False,
-        transform=one.get_xaxis_transform(), zorder=5,
+    kv_write_indices = [
+        index for index, point in enumerate(points) if point.forward.kind in KV_ONLY_KINDS
+    ]
+    axes.plot(
+        kv_write_indices, [0.0] * len(kv_write_indices), "^", color=style.foreground(), markersize=3.5, clip_on=False,
+        transform=axes.get_xaxis_transform(), zorder=5,
     )  # fmt: skip
 
 
-def _tiers(moved: Sequence[Traffic]) -> list[str]:
-    return list(dict.fromkeys(tier for one in moved for tier in one.sources))
+def _tier_names(traffics: Sequence[Traffic]) -> list[str]:
+    return list(dict.fromkeys(tier for traffic in traffics for tier in traffic.transfers))
 
 
-def _told(tier: str) -> str:
-    return "would come" if tier == IMAGINED else f"from {tier}"
+def _tier_label(tier: str) -> str:
+    return "would come" if tier == SIMULATED_TIER else f"from {tier}"
 
 
-def _dot(of: Sequence[object]) -> str:
+def _marker(points: Sequence[object]) -> str:
     """A marker where there is room for one."""
-    return "o" if len(of) <= 40 else ""
+    return "o" if len(points) <= 40 else ""

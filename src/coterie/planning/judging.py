@@ -9,71 +9,77 @@ from statistics import median
 import numpy as np
 
 from coterie.keys import to_json
-from coterie.planning.learning import Timed, learnt, off_by
-from coterie.planning.machine import Machine, typed
+from coterie.planning.learning import TimedForwards, fit_rates, relative_error
+from coterie.planning.machine import HardwareModel, format_hardware
 
 
 @dataclass(frozen=True)
-class Foretold:
+class Prediction:
     """A run: seconds of a forward as it was and as it was foretold; ``taught``: the rates were
     learnt from it."""
 
     name: str
-    taught: bool
-    seconds: float
-    told: float
+    used_for_fit: bool
+    measured_seconds: float
+    predicted_seconds: float
 
     @property
-    def off_by(self) -> float:
+    def relative_error(self) -> float:
         """A share of what it was; above 0 where it was faster than foretold."""
-        return self.told / self.seconds - 1
+        return self.predicted_seconds / self.measured_seconds - 1
 
-    def document(self) -> dict[str, object]:
+    def to_dict(self) -> dict[str, object]:
         return {
             "run": self.name,
-            "rates_learnt_from_it": self.taught,
-            "ms": 1e3 * self.seconds,
-            "foretold_ms": 1e3 * self.told,
-            "off_by": self.off_by,
+            "rates_learnt_from_it": self.used_for_fit,
+            "ms": 1e3 * self.measured_seconds,
+            "foretold_ms": 1e3 * self.predicted_seconds,
+            "off_by": self.relative_error,
         }
 
 
 @dataclass(frozen=True)
-class Judgement:
+class ClockValidation:
     """The rates that were learnt, and all runs."""
 
-    machine: Machine
-    runs: tuple[Foretold, ...]
+    hardware: HardwareModel
+    predictions: tuple[Prediction, ...]
 
     @property
-    def held_out(self) -> tuple[float, ...]:
+    def held_out_errors(self) -> tuple[float, ...]:
         """How far off the others were, without their signs."""
-        return tuple(abs(run.off_by) for run in self.runs if not run.taught)
+        return tuple(
+            abs(prediction.relative_error)
+            for prediction in self.predictions
+            if not prediction.used_for_fit
+        )
 
-    def document(self) -> dict[str, object]:
+    def to_dict(self) -> dict[str, object]:
         return {
-            "machine": {**to_json(self.machine), "as_typed": typed(self.machine)},
-            "worst": max(self.held_out),
-            "median": median(self.held_out),
-            "runs": [run.document() for run in self.runs],
+            "machine": {**to_json(self.hardware), "as_typed": format_hardware(self.hardware)},
+            "worst": max(self.held_out_errors),
+            "median": median(self.held_out_errors),
+            "runs": [prediction.to_dict() for prediction in self.predictions],
         }
 
 
-def judge(runs: Mapping[str, Timed], teachers: Collection[str], size: int) -> Judgement:
+def validate(
+    runs: Mapping[str, TimedForwards], fit_names: Collection[str], expert_bytes: int
+) -> ClockValidation:
     """Learn from the ``teachers`` among these runs, and foretell all; experts weigh ``size``."""
-    machine = learnt([runs[name] for name in teachers], size)
-    found = []
+    hardware = fit_rates([runs[name] for name in fit_names], expert_bytes)
+    predictions = []
     for name, run in runs.items():
-        taken = float(run.seconds.mean())
-        told = taken * (1 + off_by(machine, run, size))
-        found.append(Foretold(name, name in teachers, taken, told))
-    return Judgement(machine, tuple(found))
+        measured = float(run.seconds.mean())
+        predicted = measured * (1 + relative_error(hardware, run, expert_bytes))
+        predictions.append(Prediction(name, name in fit_names, measured, predicted))
+    return ClockValidation(hardware, tuple(predictions))
 
 
-def together(runs: Sequence[Timed]) -> Timed:
+def concatenate_runs(runs: Sequence[TimedForwards]) -> TimedForwards:
     """One after the other."""
     used, loads, seconds = (
         np.concatenate([getattr(run, name) for run in runs])
         for name in ("used", "loads", "seconds")
     )
-    return Timed(used, loads, seconds)
+    return TimedForwards(used, loads, seconds)

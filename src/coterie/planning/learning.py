@@ -13,26 +13,26 @@ import numpy as np
 from numpy.typing import NDArray
 
 from coterie.naming import CoterieError
-from coterie.planning.machine import Counts, Machine, Seconds, seconds
+from coterie.planning.machine import CountArray, HardwareModel, SecondsArray, predict_seconds
 
-TURNS = 200
-STEP = 1e-5  # of a derivative
-LEAST = 1e-9  # of the error, by which a turn must better it
-FIRST = (-2.0, 0.0, 2.0)  # overlaps that are begun with, as logits
-WORST = 1e12  # damping at which nothing gets better any more
+MAX_ITERATIONS = 200
+DERIVATIVE_STEP = 1e-5  # of a derivative
+MIN_IMPROVEMENT = 1e-9  # of the error, by which a turn must better it
+INITIAL_OVERLAPS = (-2.0, 0.0, 2.0)  # overlaps that are begun with, as logits
+MAX_DAMPING = 1e12  # damping at which nothing gets better any more
 Vector = NDArray[np.float64]
 
 
 @dataclass(frozen=True)
-class Timed:
+class TimedForwards:
     """Forwards that were timed: experts used and loaded, [P, L], and seconds [P]."""
 
-    used: Counts
-    loads: Counts
-    seconds: Seconds
+    used: CountArray
+    loads: CountArray
+    seconds: SecondsArray
 
 
-def learnt(runs: Sequence[Timed], size: int) -> Machine:
+def fit_rates(runs: Sequence[TimedForwards], expert_bytes: int) -> HardwareModel:
     """The machine whose clock is nearest to these runs, experts weighing ``size`` bytes.
 
     Forwards are off in shares of their run's mean, so that short runs count as much as long ones.
@@ -43,62 +43,78 @@ def learnt(runs: Sequence[Timed], size: int) -> Machine:
     if len({float(total) for run in runs for total in run.used.sum(-1)}) < 2:
         raise CoterieError("all forwards use as many experts: they tell nothing of the memory")
     scale = min(float(run.seconds.mean()) for run in runs)
-    largest = max(float(run.used.sum(-1).mean()) for run in runs) * size
-    found = [_descended(runs, size, _guess(largest / scale, scale, first)) for first in FIRST]
-    return _machine(min(found, key=lambda point: _error(runs, size, point)))
+    max_bytes = max(float(run.used.sum(-1).mean()) for run in runs) * expert_bytes
+    fits = [
+        _minimise(
+            runs, expert_bytes, _initial_parameters(max_bytes / scale, scale, initial_overlap)
+        )
+        for initial_overlap in INITIAL_OVERLAPS
+    ]
+    return _to_hardware(min(fits, key=lambda point: _squared_error(runs, expert_bytes, point)))
 
 
-def off_by(machine: Machine, run: Timed, size: int) -> float:
+def relative_error(hardware: HardwareModel, run: TimedForwards, expert_bytes: int) -> float:
     """What the clock says of a run over what it took, less 1."""
-    told, _ = seconds(machine, run.used, run.loads, size)
-    return float(told.sum() / run.seconds.sum()) - 1
+    predicted, _ = predict_seconds(hardware, run.used, run.loads, expert_bytes)
+    return float(predicted.sum() / run.seconds.sum()) - 1
 
 
-def _guess(rate: float, scale: float, overlap: float) -> Vector:
+def _initial_parameters(rate: float, scale: float, overlap: float) -> Vector:
     return np.array([*np.log([2 * rate, rate / 4, scale / 8, scale / 80]), overlap])
 
 
-def _machine(point: Vector) -> Machine:
+def _to_hardware(parameters: Vector) -> HardwareModel:
     """Of logarithms of memory, link, rest and latency, and the logit of overlap."""
-    memory, link, rest, latency = (float(value) for value in np.exp(point[:4]))
-    return Machine(link, memory, rest, float(1 / (1 + np.exp(-point[4]))), latency)
+    memory_bandwidth, link_bandwidth, other_seconds, latency = (
+        float(value) for value in np.exp(parameters[:4])
+    )
+    return HardwareModel(
+        link_bandwidth,
+        memory_bandwidth,
+        other_seconds,
+        float(1 / (1 + np.exp(-parameters[4]))),
+        latency,
+    )
 
 
-def _misses(runs: Sequence[Timed], size: int, point: Vector) -> Vector:
-    machine = _machine(point)
+def _residuals(runs: Sequence[TimedForwards], expert_bytes: int, parameters: Vector) -> Vector:
+    hardware = _to_hardware(parameters)
     return np.concatenate(
         [
-            (seconds(machine, run.used, run.loads, size)[0] - run.seconds) / run.seconds.mean()
+            (predict_seconds(hardware, run.used, run.loads, expert_bytes)[0] - run.seconds)
+            / run.seconds.mean()
             for run in runs
         ]
     )
 
 
-def _error(runs: Sequence[Timed], size: int, point: Vector) -> float:
-    return float((_misses(runs, size, point) ** 2).sum())
+def _squared_error(runs: Sequence[TimedForwards], expert_bytes: int, parameters: Vector) -> float:
+    return float((_residuals(runs, expert_bytes, parameters) ** 2).sum())
 
 
-def _descended(runs: Sequence[Timed], size: int, point: Vector) -> Vector:
+def _minimise(runs: Sequence[TimedForwards], expert_bytes: int, parameters: Vector) -> Vector:
     """Down to the least error near a point (Levenberg and Marquardt)."""
-    damping, error = 1e-2, _error(runs, size, point)
-    for _ in range(TURNS):
-        off = _misses(runs, size, point)
-        slopes = [
-            (_misses(runs, size, point + STEP * axis) - off) / STEP for axis in np.eye(len(point))
+    damping, error = 1e-2, _squared_error(runs, expert_bytes, parameters)
+    for _ in range(MAX_ITERATIONS):
+        residuals = _residuals(runs, expert_bytes, parameters)
+        columns = [
+            (_residuals(runs, expert_bytes, parameters + DERIVATIVE_STEP * axis) - residuals)
+            / DERIVATIVE_STEP
+            for axis in np.eye(len(parameters))
         ]
-        slope = np.stack(slopes, axis=1)
-        square = slope.T @ slope
-        while damping < WORST:
-            ridge = damping * np.diag(np.diag(square) + 1e-12)
-            step = np.clip(np.linalg.solve(square + ridge, slope.T @ off), -1, 1)
-            moved = np.clip(point - step, -60, 60)
-            if (better := _error(runs, size, moved)) < error:
+        jacobian = np.stack(columns, axis=1)
+        normal_matrix = jacobian.T @ jacobian
+        while damping < MAX_DAMPING:
+            ridge = damping * np.diag(np.diag(normal_matrix) + 1e-12)
+            step = np.clip(np.linalg.solve(normal_matrix + ridge, jacobian.T @ residuals), -1, 1)
+            candidate = np.clip(parameters - step, -60, 60)
+            if (candidate_error := _squared_error(runs, expert_bytes, candidate)) < error:
                 break
             damping *= 4
         else:
-            return point
-        done = error - better <= LEAST * error
-        point, error, damping = moved, better, damping / 3
-        if done:
+            return parameters
+        converged = error - candidate_error <= MIN_IMPROVEMENT * error
+        parameters, error, damping = candidate, candidate_error, damping / 3
+        if converged:
             break
-    return point
+    return parameters

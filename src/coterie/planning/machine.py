@@ -24,85 +24,104 @@ from typing import Annotated
 import numpy as np
 from numpy.typing import NDArray
 
-from coterie.experts.capacity import UNITS, read_amount
+from coterie.experts.capacity import BYTE_UNITS, parse_amount
 from coterie.keys import Key
 from coterie.naming import CoterieError
 
-Counts = NDArray[np.int64]
-Seconds = NDArray[np.float64]
+CountArray = NDArray[np.int64]
+SecondsArray = NDArray[np.float64]
 
 
 @dataclass(frozen=True)
-class Machine:
+class HardwareModel:
     """Rates in bytes a second; ``memory`` None: computing takes no time. ``rest`` in seconds of a
     forward, ``latency`` in seconds of a layer that misses anybody, ``overlap`` a share."""
 
-    link: Annotated[float, Key("link")]
-    memory: Annotated[float | None, Key("memory")] = None
-    rest: Annotated[float, Key("rest")] = 0.0
+    link_bandwidth: Annotated[float, Key("link")]
+    memory_bandwidth: Annotated[float | None, Key("memory")] = None
+    other_seconds: Annotated[float, Key("rest")] = 0.0
     overlap: Annotated[float, Key("overlap")] = 1.0
-    latency: Annotated[float, Key("latency")] = 0.0
+    transfer_latency: Annotated[float, Key("latency")] = 0.0
 
 
 @dataclass(frozen=True)
-class Clock:
+class PredictedTime:
     """Seconds of a forward that decodes, and how much of them nothing was computed; forwards that
     only write keys are laid on those that decode."""
 
-    forward: float
-    stall: float
+    forward_seconds: float
+    stall_seconds: float
 
 
-def clock(machine: Machine, used: Counts, loads: Counts, size: int, *, decoding: int) -> Clock:
+def predict_time(
+    hardware: HardwareModel,
+    used: CountArray,
+    loads: CountArray,
+    expert_bytes: int,
+    *,
+    decode_forwards: int,
+) -> PredictedTime:
     """What forwards take that use and load so many experts [P, L] of ``size`` bytes; of these
     forwards, ``decoding`` decode."""
-    whole, idle = seconds(machine, used, loads, size)
-    return Clock(float(whole.sum()) / decoding, float(idle.sum()) / decoding)
+    total, stall = predict_seconds(hardware, used, loads, expert_bytes)
+    return PredictedTime(float(total.sum()) / decode_forwards, float(stall.sum()) / decode_forwards)
 
 
-def seconds(machine: Machine, used: Counts, loads: Counts, size: int) -> tuple[Seconds, Seconds]:
+def predict_seconds(
+    hardware: HardwareModel, used: CountArray, loads: CountArray, expert_bytes: int
+) -> tuple[SecondsArray, SecondsArray]:
     """[P] of each forward, and [P] in which nothing is computed."""
-    pace = 0.0 if machine.memory is None else size / machine.memory
-    here, late = (used - loads) * pace, loads * pace
-    copies = loads * (size / machine.link) + (loads > 0) * machine.latency
-    idle = copies - machine.overlap * np.minimum(here, copies)  # [P, L]
-    return machine.rest + (here + idle + late).sum(-1), idle.sum(-1)
+    seconds_per_expert = (
+        0.0 if hardware.memory_bandwidth is None else expert_bytes / hardware.memory_bandwidth
+    )
+    hit_seconds, miss_seconds = (used - loads) * seconds_per_expert, loads * seconds_per_expert
+    copy_seconds = (
+        loads * (expert_bytes / hardware.link_bandwidth) + (loads > 0) * hardware.transfer_latency
+    )
+    stall = copy_seconds - hardware.overlap * np.minimum(hit_seconds, copy_seconds)  # [P, L]
+    return hardware.other_seconds + (hit_seconds + stall + miss_seconds).sum(-1), stall.sum(-1)
 
 
-def typed(machine: Machine) -> str:
+def format_hardware(hardware: HardwareModel) -> str:
     """As `coterie replay` takes it."""
-    memory = "" if machine.memory is None else f" --memory {machine.memory / 1e9:.3g}GB/s"
+    memory_option = (
+        ""
+        if hardware.memory_bandwidth is None
+        else f" --memory {hardware.memory_bandwidth / 1e9:.3g}GB/s"
+    )
     return (
-        f"--link {machine.link / 1e9:.3g}GB/s{memory} --rest {1e3 * machine.rest:.3g} "
-        f"--latency {1e3 * machine.latency:.3g} --overlap {machine.overlap:.3g}"
+        f"--link {hardware.link_bandwidth / 1e9:.3g}GB/s{memory_option} --rest {1e3 * hardware.other_seconds:.3g} "
+        f"--latency {1e3 * hardware.transfer_latency:.3g} --overlap {hardware.overlap:.3g}"
     )
 
 
-def bytes_of(text: str, what: str) -> float:
+def parse_bytes(text: str, option: str) -> float:
     """ "6291456" or "6MiB" in bytes."""
-    amount, unit, rate = read_amount(text)
-    if rate or unit.upper() not in ("", *UNITS) or amount <= 0:
-        raise CoterieError(f"{what} {text!r}: say bytes, such as 6291456 or 6MiB")
-    return amount * UNITS[unit.upper() or "B"]
+    amount, unit, rate = parse_amount(text)
+    if rate or unit.upper() not in ("", *BYTE_UNITS) or amount <= 0:
+        raise CoterieError(f"{option} {text!r}: say bytes, such as 6291456 or 6MiB")
+    return amount * BYTE_UNITS[unit.upper() or "B"]
 
 
-def rate_of(text: str, what: str) -> float:
+def parse_bandwidth(text: str, option: str) -> float:
     """ "25GB/s" in bytes a second."""
-    amount, unit, rate = read_amount(text)
-    if not rate or unit.upper() not in UNITS or amount <= 0:
-        raise CoterieError(f"{what} {text!r}: say bytes a second, such as 25GB/s")
-    return amount * UNITS[unit.upper()]
+    amount, unit, rate = parse_amount(text)
+    if not rate or unit.upper() not in BYTE_UNITS or amount <= 0:
+        raise CoterieError(f"{option} {text!r}: say bytes a second, such as 25GB/s")
+    return amount * BYTE_UNITS[unit.upper()]
 
 
-def sizes(known: Mapping[str, int], precisions: list[str], typed: str) -> dict[str, int]:
+def expert_sizes(
+    known_sizes: Mapping[str, int], precisions: list[str], expert_bytes: str
+) -> dict[str, int]:
     """Bytes of one expert in each of the precisions: as the trace knows, or as typed for one."""
-    if typed != "auto":
+    if expert_bytes != "auto":
         if len(precisions) != 1:
-            raise CoterieError(f"--expert-bytes {typed} is of one --precision, not several")
-        return {precisions[0]: int(bytes_of(typed, "--expert-bytes"))}
-    if strangers := [name for name in precisions if name not in known]:
+            raise CoterieError(f"--expert-bytes {expert_bytes} is of one --precision, not several")
+        return {precisions[0]: int(parse_bytes(expert_bytes, "--expert-bytes"))}
+    if unknown := [name for name in precisions if name not in known_sizes]:
         raise CoterieError(
-            f"precision {strangers[0]!r}: the trace knows {', '.join(known)}; "
+            f"precision {unknown[0]!r}: the trace knows {', '.join(known_sizes)}; "
             "--expert-bytes says what an expert weighs in another"
         )
-    return {name: known[name] for name in precisions}
+    return {name: known_sizes[name] for name in precisions}

@@ -10,15 +10,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from coterie.keys import Key, to_json
-from coterie.planning.booking import Memory
+from coterie.planning.booking import TraceVotes
 from coterie.planning.coding import Mask
 
 Means = tuple[float, ...]  # of each layer
-FOUR = ("step_jaccard", "block_jaccard", "step_cosine", "block_cosine")
+METRICS = ("step_jaccard", "block_jaccard", "step_cosine", "block_cosine")
 
 
 @dataclass(frozen=True)
-class Overlap:
+class StepOverlap:
     """Means over consecutive decoding forwards of a row; empty where there are none.
 
     ``steps``: within one block; ``blocks``: the last of one block and the first of the next.
@@ -37,53 +37,53 @@ class Overlap:
         values = to_json(self)[name]
         return sum(values) / len(values) if values else None
 
-    def document(self) -> dict[str, object]:
+    def to_dict(self) -> dict[str, object]:
         """Of each layer, and the means."""
-        return {**to_json(self), "means": {name: self.mean(name) for name in FOUR}}
+        return {**to_json(self), "means": {name: self.mean(name) for name in METRICS}}
 
 
-def overlap(memory: Memory, used: Mask) -> Overlap:
+def measure_overlap(trace_votes: TraceVotes, used: Mask) -> StepOverlap:
     """Of what was used, [F, L, E], and the votes of the trace."""
-    found: dict[bool, list[tuple[NDArray[np.float64], NDArray[np.float64]]]] = {
+    pairs_by_block: dict[bool, list[tuple[NDArray[np.float64], NDArray[np.float64]]]] = {
         True: [],
         False: [],
     }
-    for before, after, same in pairs(memory):
-        alike = jaccard(used[before], used[after])
-        turned = cosine(memory.votes[before], memory.votes[after])
-        found[same].append((alike, turned))
-    within, between = found[True], found[False]
-    return Overlap(
+    for previous, current, same_block in consecutive_pairs(trace_votes):
+        jaccards = jaccard(used[previous], used[current])
+        cosines = cosine(trace_votes.votes[previous], trace_votes.votes[current])
+        pairs_by_block[same_block].append((jaccards, cosines))
+    within, between = pairs_by_block[True], pairs_by_block[False]
+    return StepOverlap(
         len(within),
         len(between),
-        *(_means([pair[0] for pair in some]) for some in (within, between)),
-        *(_means([pair[1] for pair in some]) for some in (within, between)),
+        *(_means([pair[0] for pair in group]) for group in (within, between)),
+        *(_means([pair[1] for pair in group]) for group in (within, between)),
     )
 
 
-def pairs(memory: Memory) -> Iterator[tuple[int, int, bool]]:
+def consecutive_pairs(trace_votes: TraceVotes) -> Iterator[tuple[int, int, bool]]:
     """Places of consecutive forwards of one row, and whether they are of one block."""
-    last: dict[int, int] = {}
-    forwards = memory.trace.forwards
-    for place, forward in enumerate(forwards):
+    last_of_row: dict[int, int] = {}
+    forwards = trace_votes.trace.forwards
+    for index, forward in enumerate(forwards):
         if forward.kind != "decode":
             continue
-        before = last.get(forward.row)
-        if before is not None:
-            yield before, place, forwards[before].block == forward.block
-        last[forward.row] = place
+        previous = last_of_row.get(forward.row)
+        if previous is not None:
+            yield previous, index, forwards[previous].block_start == forward.block_start
+        last_of_row[forward.row] = index
 
 
-def jaccard(one: Mask, other: Mask) -> NDArray[np.float64]:
+def jaccard(first: Mask, second: Mask) -> NDArray[np.float64]:
     """[L] of masks [L, E]; two empty ones are alike."""
-    either = (one | other).sum(-1)
-    return np.where(either > 0, (one & other).sum(-1) / np.maximum(either, 1), 1.0)
+    union = (first | second).sum(-1)
+    return np.where(union > 0, (first & second).sum(-1) / np.maximum(union, 1), 1.0)
 
 
-def cosine(one: NDArray[np.float64], other: NDArray[np.float64]) -> NDArray[np.float64]:
+def cosine(first: NDArray[np.float64], second: NDArray[np.float64]) -> NDArray[np.float64]:
     """[L] of vectors [L, E]; 0 where one is nothing."""
-    norms = np.linalg.norm(one, axis=-1) * np.linalg.norm(other, axis=-1)
-    return np.where(norms > 0, (one * other).sum(-1) / np.maximum(norms, 1e-300), 0.0)
+    norms = np.linalg.norm(first, axis=-1) * np.linalg.norm(second, axis=-1)
+    return np.where(norms > 0, (first * second).sum(-1) / np.maximum(norms, 1e-300), 0.0)
 
 
 def _means(values: list[NDArray[np.float64]]) -> Means:

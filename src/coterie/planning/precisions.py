@@ -6,12 +6,12 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from coterie.engine.coarse import Placement, Split
-from coterie.experts.eviction import ByVotes, Lru, Mask, Numbers
-from coterie.experts.mixed import leading, shares
+from coterie.engine.coarse import PrecisionPolicy, PrecisionSplit
+from coterie.experts.eviction import ByVotes, Lru, Mask, FloatArray
+from coterie.experts.mixed import top_by_mass, vote_shares
 from coterie.experts.slots import Slots
-from coterie.experts.upgrades import Finer
-from coterie.planning.booking import Memory
+from coterie.experts.upgrades import HighPrecisionSlots
+from coterie.planning.booking import TraceVotes
 
 CAME = ("at once", "later", "coarse")  # fine experts before or after they served, and coarse ones
 
@@ -21,7 +21,7 @@ class Mixture:
     """One layer's experts in two precisions, as ``experts.mixed`` serves them, on paper: experts
     used and found there, those that came, and sums over forwards."""
 
-    fine: Finer
+    fine: HighPrecisionSlots
     coarse: Slots
     most: int = 0  # upgrades after a forward
     mass: float = 0.0  # of its votes, whose experts are fine in it
@@ -31,31 +31,33 @@ class Mixture:
     came: dict[str, int] = field(default_factory=lambda: dict.fromkeys(CAME, 0))
     votes_fine: float = 0.0  # shares
 
-    def serve(self, used: Mask, votes: Numbers) -> None:
+    def serve(self, used: Mask, votes: FloatArray) -> None:
         """One forward."""
         before = self.fine.resident
-        self.fine.note(used, votes)
-        leaders = leading(votes, used, self.mass) & ~before
-        self.came["at once"] += len(self.fine.upgrade(leaders, len(used)))
+        self.fine.record_access(used, votes)
+        leaders = top_by_mass(votes, used, self.mass) & ~before
+        self.came["at once"] += len(self.fine.promote(leaders, len(used)))
         finely = used & self.fine.resident
         coarsely = used & ~finely
         self.forwards += 1
         self.used += int(used.sum())
         self.hits += int((finely & before | coarsely & self.coarse.resident).sum())
-        self.votes_fine += float(shares(votes, used)[finely].sum())
+        self.votes_fine += float(vote_shares(votes, used)[finely].sum())
         if coarsely.any():
             self.came["coarse"] += sum(len(wave.loads) for wave in self.coarse.serve(coarsely))
-        self.came["later"] += len(self.fine.upgrade(coarsely, self.most))
+        self.came["later"] += len(self.fine.promote(coarsely, self.most))
 
 
-def mix(memory: Memory, used: Mask, split: Split, placement: Placement) -> list[Mixture]:
+def mix(
+    memory: TraceVotes, used: Mask, split: PrecisionSplit, placement: PrecisionPolicy
+) -> list[Mixture]:
     """Of every layer, where forwards of a trace use these experts [F, L, E]; nobody is there at
     first."""
     layers, experts = used.shape[1:]
     books = [
         Mixture(
-            Finer(experts, split.fine, ByVotes()),
-            Slots(experts, split.coarse, Lru()),
+            HighPrecisionSlots(experts, split.high_slots, ByVotes()),
+            Slots(experts, split.low_slots, Lru()),
             placement.most,
             placement.mass,
         )

@@ -17,10 +17,16 @@ from numpy.typing import NDArray
 
 from coterie.experts.eviction import Lru
 from coterie.experts.slots import Slots
-from coterie.planning.booking import Chosen, Counts, Memory, Play, unrouted
+from coterie.planning.booking import (
+    SelectedExperts,
+    CountArray,
+    TraceVotes,
+    ReplayPolicy,
+    recorded_experts,
+)
 from coterie.planning.coding import Mask
-from coterie.planning.elections import elected
-from coterie.planning.machine import Machine, seconds
+from coterie.planning.elections import select_from_trace
+from coterie.planning.machine import HardwareModel, predict_seconds
 
 Numbers = NDArray[np.float64]
 
@@ -110,10 +116,10 @@ class Ahead:
     """What became of a play: experts used, those of them that were waited for, and all that came
     before they were asked for; [P, L] each. Who was ``useful`` was asked for afterwards."""
 
-    used: Counts
-    waited: Counts
-    early: Counts
-    useful: Counts
+    used: CountArray
+    waited: CountArray
+    early: CountArray
+    useful: CountArray
     seconds: float  # of all forwards
 
     @property
@@ -122,22 +128,22 @@ class Ahead:
 
 
 def play_ahead(
-    memory: Memory,
-    play: Play,
-    chosen: Chosen | None,
+    memory: TraceVotes,
+    play: ReplayPolicy,
+    chosen: SelectedExperts | None,
     guess: Guess,
     *,
     slots: int,
     shelf: int,
-    machine: Machine,
+    machine: HardwareModel,
     size: int,
 ) -> Ahead:
     """Every forward of a trace of single rows; ``chosen`` None for a policy that asks who is there.
 
     ``shelf`` of a layer's ``slots`` hold who is guessed, so that memory is the same without.
     """
-    trace, experts = memory.trace, memory.trace.about.experts
-    layers = len(trace.about.layers)
+    trace, experts = memory.trace, memory.trace.header.experts
+    layers = len(trace.header.layers)
     books = [Slots(experts, slots - shelf, Lru()) for _ in range(layers)]
     shelves: list[set[int]] = [set() for _ in range(layers)]
     used, waited, early, useful = (
@@ -148,7 +154,7 @@ def play_ahead(
         for layer in range(layers):
             votes = memory.votes[at - 1][layer] if at else np.zeros(experts)
             moment = Moment(at, layer, votes, before)
-            room = min(shelf, int(idle * machine.link / size))
+            room = min(shelf, int(idle * machine.link_bandwidth / size))
             found = foreseen(guess.foresee(moment), books[layer].resident, shelf)
             shelves[layer], came = brought(shelves[layer], found, room, shelf)
             early[at, layer] = came
@@ -157,9 +163,9 @@ def play_ahead(
             if chosen is not None:
                 wanted = chosen.used[at, layer]
             elif play.routes(forward):
-                wanted = elected(trace, play.policy, [forward], layer, here)[0]
+                wanted = select_from_trace(trace, play.policy, [forward], layer, here)[0]
             else:
-                wanted = unrouted(forward)[layer]
+                wanted = recorded_experts(forward)[layer]
             loads = {one for wave in books[layer].serve(wanted) for one, _ in wave.loads}
             useful[at, layer] = len(loads & shelves[layer])
             used[at, layer] = wanted.sum()
@@ -188,10 +194,10 @@ def brought(lie: set[int], wanted: list[int], room: int, places: int) -> tuple[s
 
 
 def layer_time(
-    machine: Machine, used: int, waited: int, size: int, layers: int
+    machine: HardwareModel, used: int, waited: int, size: int, layers: int
 ) -> tuple[float, float]:
     """Seconds of a layer, and for how many of them the link has nothing to do."""
-    whole, _ = seconds(machine, np.array([[used]]), np.array([[waited]]), size)
-    took = float(whole[0]) - machine.rest * (1 - 1 / layers)
-    copying = waited * size / machine.link + (waited > 0) * machine.latency
+    whole, _ = predict_seconds(machine, np.array([[used]]), np.array([[waited]]), size)
+    took = float(whole[0]) - machine.other_seconds * (1 - 1 / layers)
+    copying = waited * size / machine.link_bandwidth + (waited > 0) * machine.transfer_latency
     return took, max(0.0, took - copying)

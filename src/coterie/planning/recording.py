@@ -9,96 +9,102 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from coterie.engine.config import Generation
+from coterie.engine.config import GenerationConfig
 from coterie.engine.engine import Engine, Prompt
 from coterie.engine.event import Result
 from coterie.engine.load import Model
-from coterie.engine.watch import Watched, watch
+from coterie.engine.watch import LayerObservation, observe_forwards
 from coterie.model.moe import MoE
 from coterie.model.spec import ModelSpec
 from coterie.model.weights import expert_bytes
 from coterie.planning.coding import Floats, Mask
-from coterie.planning.trace import WHOLE, About, Forward, Writer
+from coterie.planning.trace import SCORED_KINDS, TraceHeader, TraceForward, TraceWriter
 from coterie.quant import FORMATS
-from coterie.routing.select import choose
+from coterie.routing.select import select_topk
 from coterie.values import Scores
 
 
 @dataclass  # not frozen: it gathers a forward's layers until all have come
-class Recording:
+class TraceRecorder:
     """Shown what ``watch`` sees, it writes each forward once its last layer has been."""
 
-    writer: Writer
-    _layers: list[Watched] = field(default_factory=list)
-    _number: int = 0
+    writer: TraceWriter
+    _observations: list[LayerObservation] = field(default_factory=list)
+    _forward_index: int = 0
 
-    def see(self, watched: Watched) -> None:
-        self._layers.append(watched)
-        if len(self._layers) == len(self.writer.about.layers):
-            for place in range(len(watched.rows)):
-                self.writer.write(row_of(self._layers, place, self._number))
-            self._layers.clear()
-            self._number += 1
+    def on_layer(self, observation: LayerObservation) -> None:
+        self._observations.append(observation)
+        if len(self._observations) == len(self.writer.header.layers):
+            for row_index in range(len(observation.rows)):
+                self.writer.write(
+                    forward_record(self._observations, row_index, self._forward_index)
+                )
+            self._observations.clear()
+            self._forward_index += 1
 
 
 def record_trace(
     engine: Engine,
     prompts: Sequence[Prompt],
-    writer: Writer,
+    writer: TraceWriter,
     *,
     policy: str = "vanilla",
-    rows: int = 1,
-    forwards: int | None = None,
-    heard: Callable[[Result], object] | None = None,
+    batch_size: int = 1,
+    max_forwards: int | None = None,
+    on_result: Callable[[Result], object] | None = None,
     **options: object,
 ) -> list[Result]:
     """Answer the prompts, ``rows`` at a time, each forward into ``writer``.
 
     A row is given up after so many ``forwards``; ``options`` are fields of ``Generation``.
     """
-    see = Recording(writer).see
-    return watch(
-        *(engine, prompts, see),
-        policy=policy, rows=rows, layers=None, forwards=forwards, heard=heard, every=True,
-        fresh=False, **options,
+    on_layer = TraceRecorder(writer).on_layer
+    return observe_forwards(
+        *(engine, prompts, on_layer),
+        policy=policy, batch_size=batch_size, layers=None, max_forwards=max_forwards, on_result=on_result, record_all=True,
+        reset_cache=False, **options,
     )  # fmt: skip
 
 
-def row_of(layers: Sequence[Watched], place: int, number: int) -> Forward:
+def forward_record(
+    observations: Sequence[LayerObservation], row_index: int, number: int
+) -> TraceForward:
     """One row of a forward as a trace keeps it, from all its layers in order."""
-    first = layers[0]
+    first = observations[0]
     scores, progress = first.scores, first.scores.progress
-    tokens = scores.logits.shape[1] if first.kind in WHOLE else 0
-    voters = _marks(scores.voters, place, tokens, default=True)
-    ranked = [_ranked(seen.scores, place, tokens) for seen in layers]
-    return Forward(
+    tokens = scores.logits.shape[1] if first.kind in SCORED_KINDS else 0
+    voters = _flags(scores.voters, row_index, tokens, default=True)
+    vanilla_scores = [
+        _vanilla_scores(observation.scores, row_index, tokens) for observation in observations
+    ]
+    return TraceForward(
         number=number,
-        row=first.rows[place],
-        forward=scores.forward[place],
-        block=first.starts[place] + (int(voters.argmax()) if tokens else 0),
-        start=first.starts[place],
+        row=first.rows[row_index],
+        decode_index=scores.forward_indices[row_index],
+        block_start=first.starts[row_index] + (int(voters.argmax()) if tokens else 0),
+        window_start=first.starts[row_index],
         voters=voters,
-        masked=_marks(progress and progress.masked, place, tokens),
-        filled=_marks(progress and progress.filled, place, tokens),
-        ids=np.stack([ids for ids, _, _ in ranked]),
-        rank=np.stack([rank for _, rank, _ in ranked]),
-        following=np.stack([following for _, _, following in ranked]),
-        used=np.stack([_used(seen, place) for seen in layers]),
+        masked=_flags(progress and progress.masked, row_index, tokens),
+        filled=_flags(progress and progress.after_eos, row_index, tokens),
+        vanilla_ids=np.stack([ids for ids, _, _ in vanilla_scores]),
+        rank=np.stack([rank for _, rank, _ in vanilla_scores]),
+        next_score=np.stack([next_score for _, _, next_score in vanilla_scores]),
+        used=np.stack([_used_mask(observation, row_index) for observation in observations]),
         kind=first.kind,
     )
 
 
-def about(
+def trace_header(
     engine: Engine,
     *,
     policy: str,
-    generation: Generation,
+    generation: GenerationConfig,
     prompts: Mapping[str, object],
-    made: Mapping[str, object],
-) -> About:
+    provenance: Mapping[str, object],
+) -> TraceHeader:
     """What a trace of this engine says of itself."""
     model, spec = engine.model, engine.model.spec
-    return About(
+    return TraceHeader(
         model=model.name,
         policy=policy,
         plan=generation.plan,
@@ -108,56 +114,68 @@ def about(
         k=spec.router.k,
         expert_bytes=bytes_by_precision(spec),
         biased_weight=spec.router.biased_weight,
-        commit=generation.commit,
+        commit_routing=generation.commit_routing,
         prompts=prompts,
-        made=made,
+        provenance=provenance,
     )
 
 
 def bias_of(model: Model) -> Floats | None:
     """[L, E] fp32 of the layers that route; None where the model has none."""
     layers = [model.transformer.layers[layer].feed_forward for layer in model.spec.moe_layers]
-    found = [layer.bias for layer in layers if isinstance(layer, MoE) and layer.bias is not None]
-    return torch.stack(found).float().cpu().numpy() if found else None
+    biases = [layer.bias for layer in layers if isinstance(layer, MoE) and layer.bias is not None]
+    return torch.stack(biases).float().cpu().numpy() if biases else None
 
 
 def bytes_by_precision(spec: ModelSpec) -> dict[str, int]:
     """Of one routed expert, in 16 bits and in every format of ``quant``; packed, with what that
     adds, where this model's are."""
-    forms = {"bf16": None, **FORMATS}
-    kept = {name: replace(spec, expert_format=form) for name, form in forms.items()}
-    return {name: expert_bytes(one, torch.bfloat16) for name, one in kept.items()}
+    formats = {"bf16": None, **FORMATS}
+    specs = {name: replace(spec, expert_format=form) for name, form in formats.items()}
+    return {
+        name: expert_bytes(precision_spec, torch.bfloat16) for name, precision_spec in specs.items()
+    }
 
 
-def _ranked(scores: Scores, place: int, tokens: int) -> tuple[np.ndarray, Floats, Floats]:
+def _vanilla_scores(
+    scores: Scores, row_index: int, tokens: int
+) -> tuple[np.ndarray, Floats, Floats]:
     """Own ids [N, k], what they score, and what the next would score, of one row; N is 0 or all."""
     if not tokens:
-        none = np.zeros((0, scores.router.k), np.float32)
-        return none.astype(np.int16), none, none[:, 0]
-    one = replace(
+        empty = np.zeros((0, scores.router.k), np.float32)
+        return empty.astype(np.int16), empty, empty[:, 0]
+    row_scores = replace(
         scores,
-        logits=scores.logits[place : place + 1],
-        own=None if scores.own is None else scores.own[place : place + 1],
+        logits=scores.logits[row_index : row_index + 1],
+        vanilla_ids=None
+        if scores.vanilla_ids is None
+        else scores.vanilla_ids[row_index : row_index + 1],
     )
     k = scores.router.k
-    own = choose(one, None) if one.own is None else one.own
-    rank = one.rank.gather(-1, own)[0]
-    last = choose(one, None, min(k + 1, scores.router.experts))[..., -1:]
-    following = one.rank.gather(-1, last)[0, :, 0]
-    return own[0].cpu().numpy().astype(np.int16), _floats(rank), _floats(following)
+    vanilla_ids = (
+        select_topk(row_scores, None) if row_scores.vanilla_ids is None else row_scores.vanilla_ids
+    )
+    rank = row_scores.selection_scores.gather(-1, vanilla_ids)[0]
+    next_id = select_topk(row_scores, None, min(k + 1, scores.router.experts))[..., -1:]
+    next_score = row_scores.selection_scores.gather(-1, next_id)[0, :, 0]
+    return vanilla_ids[0].cpu().numpy().astype(np.int16), _floats(rank), _floats(next_score)
 
 
-def _used(seen: Watched, place: int) -> Mask:
-    ids = seen.routing.ids.view(*seen.scores.logits.shape[:2], -1)[place].cpu().numpy()
-    mask = np.zeros(seen.scores.router.experts, dtype=bool)
+def _used_mask(observation: LayerObservation, row_index: int) -> Mask:
+    ids = (
+        observation.routing.topk_ids.view(*observation.scores.logits.shape[:2], -1)[row_index]
+        .cpu()
+        .numpy()
+    )
+    mask = np.zeros(observation.scores.router.experts, dtype=bool)
     mask[ids[ids >= 0]] = True
     return mask
 
 
-def _marks(tensor: Tensor | None, place: int, tokens: int, *, default: bool = False) -> Mask:
+def _flags(tensor: Tensor | None, row_index: int, tokens: int, *, default: bool = False) -> Mask:
     if tensor is None:
         return np.full(tokens, default)
-    return (tensor[place, :tokens] > 0).cpu().numpy()
+    return (tensor[row_index, :tokens] > 0).cpu().numpy()
 
 
 def _floats(tensor: Tensor) -> Floats:

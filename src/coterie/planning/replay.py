@@ -11,78 +11,80 @@ from coterie.experts.eviction import EVICTIONS, Eviction, parse_eviction
 from coterie.experts.traffic import Traffic
 from coterie.naming import CoterieError
 from coterie.planning.booking import (
-    Booked,
-    Cache,
-    Chosen,
-    Memory,
-    Play,
-    Votes,
-    asks_residents,
-    asks_slots,
-    book,
-    choose,
+    CacheReplay,
+    CacheConfig,
+    SelectedExperts,
+    TraceVotes,
+    ReplayPolicy,
+    VoteArray,
+    depends_on_residents,
+    depends_on_slots,
+    replay_cache,
+    select_experts,
 )
 from coterie.planning.elections import Fidelity, fidelity
-from coterie.planning.machine import Clock, Machine, clock
-from coterie.planning.overlap import Overlap, overlap
+from coterie.planning.machine import PredictedTime, HardwareModel, predict_time
+from coterie.planning.overlap import StepOverlap, measure_overlap
 from coterie.planning.trace import Trace
 from coterie.routing import Vanilla
 
 BELADY = "belady"
-CACHES = (*EVICTIONS, BELADY)
-YARDSTICK = "lru"  # under which vanilla is compared with
-Told = Callable[[int, int], None]
+EVICTION_NAMES = (*EVICTIONS, BELADY)
+BASELINE_EVICTION = "lru"  # under which vanilla is compared with
+ProgressCallback = Callable[[int, int], None]
 
 
 @dataclass(frozen=True)
-class Grid:
+class ReplayGrid:
     """What is asked: every combination is replayed."""
 
-    plays: Sequence[Play]
-    caches: Sequence[str]
+    replay_policies: Sequence[ReplayPolicy]
+    evictions: Sequence[str]
     capacities: Sequence[Capacity]
-    sizes: Mapping[str, int]  # bytes of an expert, by precision
-    links: Mapping[str, Machine]  # by what was typed
-    warm: Votes | None = None
+    expert_bytes: Mapping[str, int]  # bytes of an expert, by precision
+    links: Mapping[str, HardwareModel]  # by what was typed
+    warm: VoteArray | None = None
 
-    def cases(self) -> list[Case]:
+    def cases(self) -> list[ReplayCase]:
         """Every combination, links turning fastest."""
-        every = product(self.plays, self.caches, self.capacities, self.sizes, self.links)
-        return [Case(*case) for case in every]
+        combinations = product(
+            self.replay_policies, self.evictions, self.capacities, self.expert_bytes, self.links
+        )
+        return [ReplayCase(*case) for case in combinations]
 
 
 @dataclass(frozen=True)
-class Case:
+class ReplayCase:
     """One point of a grid."""
 
-    play: Play
-    cache: str
+    replay_policy: ReplayPolicy
+    eviction: str
     capacity: Capacity
     precision: str
     link: str
 
 
 @dataclass(frozen=True)
-class Replayed:
+class ReplayPoint:
     """What became of a case; ``clock`` is a prediction, all else is counted."""
 
-    case: Case
+    case: ReplayCase
     fidelity: Fidelity
     slots: int
     experts: float  # used of a layer, in a forward that decodes
     loads: float  # of these, those that had to come
     traffic: Traffic  # of all forwards, those that decode and those that only write keys
-    clock: Clock
-    votes_kept: float
-    coresets_kept: float | None  # with drift: of a block's later steps, how many kept theirs
+    predicted_time: PredictedTime
+    vote_share: float
+    coresets_reused: float | None  # with drift: of a block's later steps, how many kept theirs
 
-    def document(self) -> dict[str, object]:
+    def to_dict(self) -> dict[str, object]:
         """Flat; bytes are of all forwards, or laid on each one that decodes."""
         case, traffic = self.case, self.traffic
         return {
-            "policy": str(case.play),
+            "policy": str(case.replay_policy),
             "replayed": self.fidelity,
-            "cache": case.cache,
+            "cache": case.eviction,
             "capacity": case.capacity.text,
             "slots": self.slots,
             "precision": case.precision,
@@ -93,125 +95,165 @@ class Replayed:
             "hit_rate": traffic.hit_rate,
             "bytes_moved": traffic.bytes_moved,
             "bytes_a_forward": traffic.bytes_moved / traffic.forwards,
-            "bytes_avoided": traffic.bytes_avoided,
-            "bytes_avoided_against_vanilla": traffic.bytes_avoided_against_vanilla,
-            "saved_against_vanilla": traffic.saved,
-            "ms": 1e3 * self.clock.forward,
-            "stall_ms": 1e3 * self.clock.stall,
-            "votes_kept": self.votes_kept,
-            "coresets_kept": self.coresets_kept,
+            "bytes_avoided": traffic.bytes_saved,
+            "bytes_avoided_against_vanilla": traffic.bytes_saved_vs_vanilla,
+            "saved_against_vanilla": traffic.fraction_saved,
+            "ms": 1e3 * self.predicted_time.forward_seconds,
+            "stall_ms": 1e3 * self.predicted_time.stall_seconds,
+            "votes_kept": self.vote_share,
+            "coresets_kept": self.coresets_reused,
         }
 
 
 @dataclass(frozen=True)
-class Replay:
+class ReplayResult:
     """The grid's points in its order, and how alike steps are under each policy."""
 
-    points: tuple[Replayed, ...]
-    overlaps: Mapping[str, Overlap]
+    points: tuple[ReplayPoint, ...]
+    overlaps: Mapping[str, StepOverlap]
     steps_per_block: float
 
 
-def replay(trace: Trace, grid: Grid, told: Told | None = None) -> Replay:
+def replay(
+    trace: Trace, grid: ReplayGrid, on_progress: ProgressCallback | None = None
+) -> ReplayResult:
     """Replay it all; ``told`` hears (points done, points in all).
 
     Raises CoterieError, before anything is replayed, for what the trace cannot say.
     """
-    check(grid)
-    faiths: dict[str, Fidelity] = {str(play): fidelity(play.policy) for play in grid.plays}
-    rules = {cache: eviction_of(cache) for cache in (*grid.caches, YARDSTICK)}
-    slots = {case: slots_of(trace, grid, case) for case in grid.cases()}
-    books = Books(Memory.of(trace), grid.warm, rules)
-    points: list[Replayed] = []
-    seen: dict[str, Chosen] = {}
-    for case, many in slots.items():
-        booked = books.of(case.play, case.cache, many)
-        vanilla = books.of(Play(Vanilla()), YARDSTICK, many)
+    check_grid(grid)
+    fidelities: dict[str, Fidelity] = {
+        str(replay_policy): fidelity(replay_policy.policy) for replay_policy in grid.replay_policies
+    }
+    evictions = {
+        eviction: eviction_of(eviction) for eviction in (*grid.evictions, BASELINE_EVICTION)
+    }
+    slots_by_case = {case: slots_of(trace, grid, case) for case in grid.cases()}
+    cache_replays = CacheReplays(TraceVotes.of(trace), grid.warm, evictions)
+    points: list[ReplayPoint] = []
+    selections: dict[str, SelectedExperts] = {}
+    for case, slot_count in slots_by_case.items():
+        cache_replay = cache_replays.get(case.replay_policy, case.eviction, slot_count)
+        vanilla_replay = cache_replays.get(ReplayPolicy(Vanilla()), BASELINE_EVICTION, slot_count)
         # Where what is in fast memory changes a coreset, the first cache's stands for the policy's.
-        seen.setdefault(str(case.play), booked.chosen)
-        size, decoding = grid.sizes[case.precision], books.memory.decoding
-        machine, steps = grid.links[case.link], booked.chosen.steps
-        point = Replayed(
+        selections.setdefault(str(case.replay_policy), cache_replay.selected)
+        expert_bytes, is_decode = (
+            grid.expert_bytes[case.precision],
+            cache_replays.trace_votes.is_decode,
+        )
+        hardware, reusable = grid.links[case.link], cache_replay.selected.reusable
+        point = ReplayPoint(
             case,
-            faiths[str(case.play)],
-            many,
-            experts=float(booked.used[decoding].mean()),
-            loads=float(booked.loads[decoding].mean()),
-            traffic=traffic(booked, vanilla, size, forwards=int(decoding.sum())),
-            clock=clock(machine, booked.used, booked.loads, size, decoding=int(decoding.sum())),
-            votes_kept=votes_kept(books.memory, booked.chosen),
-            coresets_kept=booked.chosen.kept / steps if steps else None,
+            fidelities[str(case.replay_policy)],
+            slot_count,
+            experts=float(cache_replay.used[is_decode].mean()),
+            loads=float(cache_replay.loads[is_decode].mean()),
+            traffic=replay_traffic(
+                cache_replay, vanilla_replay, expert_bytes, forwards=int(is_decode.sum())
+            ),
+            predicted_time=predict_time(
+                hardware,
+                cache_replay.used,
+                cache_replay.loads,
+                expert_bytes,
+                decode_forwards=int(is_decode.sum()),
+            ),
+            vote_share=vote_share(cache_replays.trace_votes, cache_replay.selected),
+            coresets_reused=cache_replay.selected.reused / reusable if reusable else None,
         )
         points.append(point)
-        if told is not None:
-            told(len(points), len(slots))
-    overlaps = {name: overlap(books.memory, chosen.used) for name, chosen in seen.items()}
-    return Replay(tuple(points), overlaps, steps_per_block(trace))
+        if on_progress is not None:
+            on_progress(len(points), len(slots_by_case))
+    overlaps = {
+        name: measure_overlap(cache_replays.trace_votes, selected.used)
+        for name, selected in selections.items()
+    }
+    return ReplayResult(tuple(points), overlaps, steps_per_block(trace))
 
 
-def check(grid: Grid) -> None:
+def check_grid(grid: ReplayGrid) -> None:
     """Raises for what nobody could replay: an optimum over what is not known beforehand."""
-    for play in grid.plays:
-        if BELADY in grid.caches and asks_residents(play):
+    for replay_policy in grid.replay_policies:
+        if BELADY in grid.evictions and depends_on_residents(replay_policy):
             raise CoterieError(
-                f"{play} elects by what is in fast memory, so that nobody can know whom it will "
+                f"{replay_policy} elects by what is in fast memory, so that nobody can know whom it will "
                 f"use: {BELADY} cannot be replayed with it; leave one of the two out"
             )
 
 
 @dataclass  # not frozen: it keeps what was played
-class Books:
+class CacheReplays:
     """Every policy and cache, played once."""
 
-    memory: Memory
-    warm: Votes | None
-    rules: Mapping[str, Eviction | None]
-    _chosen: dict[tuple[str, int | None], Chosen | None] = field(default_factory=dict)
-    _booked: dict[tuple[str, str, int], Booked] = field(default_factory=dict)
+    trace_votes: TraceVotes
+    warm: VoteArray | None
+    evictions: Mapping[str, Eviction | None]
+    _selected: dict[tuple[str, int | None], SelectedExperts | None] = field(default_factory=dict)
+    _cache_replays: dict[tuple[str, str, int], CacheReplay] = field(default_factory=dict)
 
-    def of(self, play: Play, cache: str, slots: int) -> Booked:
-        name, room = str(play), slots if asks_slots(play) else None
-        if (name, room) not in self._chosen:
-            chosen = None if asks_residents(play) else choose(self.memory, play, room)
-            self._chosen[name, room] = chosen
-        key = (name, cache, slots)
-        if key not in self._booked:
-            held = Cache(self.rules[cache], slots, self.warm)
-            self._booked[key] = book(self.memory, play, self._chosen[name, room], held)
-        return self._booked[key]
+    def get(self, replay_policy: ReplayPolicy, eviction: str, slots: int) -> CacheReplay:
+        name, slot_limit = str(replay_policy), slots if depends_on_slots(replay_policy) else None
+        if (name, slot_limit) not in self._selected:
+            selected = (
+                None
+                if depends_on_residents(replay_policy)
+                else select_experts(self.trace_votes, replay_policy, slot_limit)
+            )
+            self._selected[name, slot_limit] = selected
+        key = (name, eviction, slots)
+        if key not in self._cache_replays:
+            cache_config = CacheConfig(self.evictions[eviction], slots, self.warm)
+            self._cache_replays[key] = replay_cache(
+                self.trace_votes, replay_policy, self._selected[name, slot_limit], cache_config
+            )
+        return self._cache_replays[key]
 
 
-def eviction_of(cache: str) -> Eviction | None:
+def eviction_of(name: str) -> Eviction | None:
     """The rule; None for Belady's optimum, which is of what it is replayed with."""
-    return None if cache == BELADY else parse_eviction(cache)
+    return None if name == BELADY else parse_eviction(name)
 
 
-def slots_of(trace: Trace, grid: Grid, case: Case) -> int:
+def slots_of(trace: Trace, grid: ReplayGrid, case: ReplayCase) -> int:
     """Of each layer, in this case."""
-    layers, experts = len(trace.about.layers), trace.about.experts
-    return case.capacity.slots(layers=layers, experts=experts, size=grid.sizes[case.precision])
+    layers, experts = len(trace.header.layers), trace.header.experts
+    return case.capacity.slots(
+        layers=layers, experts=experts, expert_bytes=grid.expert_bytes[case.precision]
+    )
 
 
-def traffic(booked: Booked, vanilla: Booked, size: int, *, forwards: int) -> Traffic:
+def replay_traffic(
+    cache_replay: CacheReplay, vanilla: CacheReplay, expert_bytes: int, *, forwards: int
+) -> Traffic:
     """Of all forwards and layers, where an expert weighs ``size`` and so many forwards decode."""
-    used, moved, usual = (int(x.sum()) for x in (booked.used, booked.loads, vanilla.loads))
-    return Traffic.counted(forwards, size, used=used, moved=moved, vanilla=usual)
+    used, loads, vanilla_loads = (
+        int(x.sum()) for x in (cache_replay.used, cache_replay.loads, vanilla.loads)
+    )
+    return Traffic.from_counts(
+        forwards, expert_bytes, experts_used=used, misses=loads, vanilla_misses=vanilla_loads
+    )
 
 
-def votes_kept(memory: Memory, chosen: Chosen) -> float:
+def vote_share(trace_votes: TraceVotes, selected: SelectedExperts) -> float:
     """Share of all votes, of forwards that decode, that are for experts used."""
-    decode = [at for at, one in enumerate(memory.trace.forwards) if one.kind == "decode"]
-    held = sum((memory.votes[at] * chosen.used[at]).sum() for at in decode)
-    return float(held / sum(memory.votes[at].sum() for at in decode))
+    decode_indices = [
+        index
+        for index, forward in enumerate(trace_votes.trace.forwards)
+        if forward.kind == "decode"
+    ]
+    selected_votes = sum(
+        (trace_votes.votes[index] * selected.used[index]).sum() for index in decode_indices
+    )
+    return float(selected_votes / sum(trace_votes.votes[index].sum() for index in decode_indices))
 
 
 def steps_per_block(trace: Trace) -> float:
     """Decoding forwards that a block took in the run."""
     decode = [forward for forward in trace.forwards if forward.kind == "decode"]
-    return len(decode) / len({(forward.row, forward.block) for forward in decode})
+    return len(decode) / len({(forward.row, forward.block_start) for forward in decode})
 
 
 def decoding_only(trace: Trace) -> Trace:
     """Without the forwards that only write keys."""
-    kept = tuple(forward for forward in trace.forwards if forward.kind == "decode")
-    return replace(trace, forwards=kept)
+    decode = tuple(forward for forward in trace.forwards if forward.kind == "decode")
+    return replace(trace, forwards=decode)

@@ -17,26 +17,26 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from coterie import ops
-from coterie.experts.offload import Offloaded
+from coterie.experts.offload import CachedExpertStore
 from coterie.naming import CoterieError
-from coterie.planning.booking import Memory, Play, Remembered, unrouted
+from coterie.planning.booking import TraceVotes, ReplayPolicy, CoresetHistory, recorded_experts
 from coterie.planning.coding import Mask
-from coterie.planning.elections import elected
-from coterie.planning.machine import Counts
-from coterie.planning.trace import Forward, Trace
-from coterie.values import Demand, Routing, Store
+from coterie.planning.elections import select_from_trace
+from coterie.planning.machine import CountArray
+from coterie.planning.trace import TraceForward, Trace
+from coterie.values import ExpertRequest, Routing, ExpertStore
 
-Tell = Callable[[int], None]
+ProgressCallback = Callable[[int], None]
 
 
 @dataclass(frozen=True)
-class Served:
+class ServedTrace:
     """What every forward and layer used, loaded and took: [P, L]; ``waited`` seconds of it all."""
 
-    used: Counts
-    loads: Counts
+    used: CountArray
+    loads: CountArray
     seconds: NDArray[np.float64]
-    waited: float
+    seconds_waited: float
 
     @property
     def hit_rate(self) -> float:
@@ -44,70 +44,87 @@ class Served:
 
 
 def serve_trace(
-    trace: Trace, play: Play, store: Store, x: Tensor, tell: Tell = lambda forward: None
-) -> Served:
+    trace: Trace,
+    replay_policy: ReplayPolicy,
+    store: ExpertStore,
+    x: Tensor,
+    on_progress: ProgressCallback = lambda forward: None,
+) -> ServedTrace:
     """Serve every forward of a trace of one row at a time; ``x`` [N, H] goes into each layer.
 
     Only serving and computing experts is timed, not electing them. Raises CoterieError for a trace
     whose rows share forwards, and for other widths than ``x`` has.
     """
-    memory = Memory.of(trace)
-    _check(trace, memory, x)
-    last, draw = Remembered(play.drift), torch.Generator().manual_seed(0)
-    shape = (len(trace.forwards), len(trace.about.layers))
+    trace_votes = TraceVotes.of(trace)
+    _check_trace(trace, trace_votes, x)
+    history, rng = CoresetHistory(replay_policy.reuse_tolerance), torch.Generator().manual_seed(0)
+    shape = (len(trace.forwards), len(trace.header.layers))
     used, loads = np.zeros(shape, np.int64), np.zeros(shape, np.int64)
-    seconds, before = np.zeros(shape), _waited(store)
-    for place, forward in enumerate(trace.forwards):
-        chosen = _elected(trace, play, forward, store)
-        coresets, _, _ = last.settle(forward, chosen, memory.votes[place])
-        used[place] = coresets.sum(-1)
-        for ordinal, layer in enumerate(trace.about.layers):
-            routing = routed(forward, ordinal, coresets[ordinal], draw)
-            moved, began = _moved(store), time.perf_counter()
-            for slab in store.serve(layer, Demand(routing.used, routing)):
+    seconds, waited_before = np.zeros(shape), _seconds_waited(store)
+    for index, forward in enumerate(trace.forwards):
+        selected = _selected_experts(trace, replay_policy, forward, store)
+        coresets, _, _ = history.reuse(forward, selected, trace_votes.votes[index])
+        used[index] = coresets.sum(-1)
+        for ordinal, layer in enumerate(trace.header.layers):
+            routing = routing_from_trace(forward, ordinal, coresets[ordinal], rng)
+            moved_before, start = _experts_moved(store), time.perf_counter()
+            for slab in store.serve(layer, ExpertRequest(routing.used, routing)):
                 ops.run_experts(x, routing, slab)
-            seconds[place, ordinal] = time.perf_counter() - began
-            loads[place, ordinal] = _moved(store) - moved
-        tell(place)
-    return Served(used, loads, seconds, _waited(store) - before)
+            seconds[index, ordinal] = time.perf_counter() - start
+            loads[index, ordinal] = _experts_moved(store) - moved_before
+        on_progress(index)
+    return ServedTrace(used, loads, seconds, _seconds_waited(store) - waited_before)
 
 
-def routed(forward: Forward, ordinal: int, coreset: Mask, draw: torch.Generator) -> Routing:
+def routing_from_trace(
+    forward: TraceForward, ordinal: int, coreset: Mask, rng: torch.Generator
+) -> Routing:
     """Every token takes its own experts that are in the coreset, and others of it by lot: which
     these were is not in a trace. As many as it has, or -1 where the coreset is smaller."""
-    own, used = torch.from_numpy(forward.ids[ordinal].astype(np.int64)), torch.from_numpy(coreset)
-    wish = torch.rand(len(own), len(coreset), generator=draw)
-    wish = wish.scatter_add_(1, own, torch.ones(own.shape)).masked_fill_(~used, -1.0)
-    best = wish.topk(own.shape[1])
+    vanilla_ids, used = (
+        torch.from_numpy(forward.vanilla_ids[ordinal].astype(np.int64)),
+        torch.from_numpy(coreset),
+    )
+    priority = torch.rand(len(vanilla_ids), len(coreset), generator=rng)
+    priority = priority.scatter_add_(1, vanilla_ids, torch.ones(vanilla_ids.shape)).masked_fill_(
+        ~used, -1.0
+    )
+    best = priority.topk(vanilla_ids.shape[1])
     ids = best.indices.where(best.values >= 0, -1)
-    weights = torch.full(ids.shape, 1.0 / own.shape[1]).masked_fill_(ids < 0, 0.0)
-    return Routing(ids, weights, used, own)
+    weights = torch.full(ids.shape, 1.0 / vanilla_ids.shape[1]).masked_fill_(ids < 0, 0.0)
+    return Routing(ids, weights, used, vanilla_ids)
 
 
-def _elected(trace: Trace, play: Play, forward: Forward, store: Store) -> Mask:
+def _selected_experts(
+    trace: Trace, replay_policy: ReplayPolicy, forward: TraceForward, store: ExpertStore
+) -> Mask:
     """[L, E]: whom a forward uses, by what the store holds before it."""
-    if not play.routes(forward):
-        return unrouted(forward)
-    found = []
-    for ordinal, layer in enumerate(trace.about.layers):
-        here = store.resident(layer)
-        resident = None if here is None else here.numpy()
+    if not replay_policy.routes(forward):
+        return recorded_experts(forward)
+    masks = []
+    for ordinal, layer in enumerate(trace.header.layers):
+        resident_mask = store.resident(layer)
+        resident = None if resident_mask is None else resident_mask.numpy()
         slots = store.slots(layer)
-        found.append(elected(trace, play.policy, [forward], ordinal, resident, slots=slots)[0])
-    return np.stack(found)
+        masks.append(
+            select_from_trace(
+                trace, replay_policy.policy, [forward], ordinal, resident, slots=slots
+            )[0]
+        )
+    return np.stack(masks)
 
 
-def _check(trace: Trace, memory: Memory, x: Tensor) -> None:
-    if any(len(places) > 1 for places in memory.passes):
+def _check_trace(trace: Trace, trace_votes: TraceVotes, x: Tensor) -> None:
+    if any(len(indices) > 1 for indices in trace_votes.passes):
         raise CoterieError("rows of this trace share forwards; serve one of rows one at a time")
     widths = {forward.tokens for forward in trace.forwards}
     if widths != {len(x)}:
         raise CoterieError(f"forwards of {sorted(widths)} tokens cannot compute {len(x)}")
 
 
-def _moved(store: Store) -> int:
-    return store.moved if isinstance(store, Offloaded) else 0
+def _experts_moved(store: ExpertStore) -> int:
+    return store.experts_moved if isinstance(store, CachedExpertStore) else 0
 
 
-def _waited(store: Store) -> float:
-    return store.waited if isinstance(store, Offloaded) else 0.0
+def _seconds_waited(store: ExpertStore) -> float:
+    return store.stall_seconds if isinstance(store, CachedExpertStore) else 0.0

@@ -18,15 +18,15 @@ from numpy.typing import NDArray
 from coterie.keys import Key, to_json
 from coterie.naming import CoterieError
 from coterie.planning.coding import Mask
-from coterie.planning.trace import About, Forward, Trace
+from coterie.planning.trace import TraceHeader, TraceForward, Trace
 
-SPREAD, MIDDLE = 1.5, -2.0  # of the logits, before a sigmoid
-TURNS = 16  # of a bisection
-TRIED = (8, 6)  # layers and blocks that a calibration draws
+LOGIT_STD, LOGIT_MEAN = 1.5, -2.0  # of the logits, before a sigmoid
+BISECTION_STEPS = 16  # of a bisection
+CALIBRATION_SIZES = (8, 6)  # layers and blocks that a calibration draws
 
 
 @dataclass(frozen=True)
-class Shape:
+class SyntheticShape:
     """Sizes of what is drawn."""
 
     layers: int
@@ -37,7 +37,7 @@ class Shape:
     expert_bytes: tuple[tuple[str, int], ...] = ()
 
 
-MINI = Shape(
+LLADA2_MINI = SyntheticShape(
     layers=19,
     experts=256,
     k=8,
@@ -47,7 +47,7 @@ MINI = Shape(
 
 
 @dataclass(frozen=True)
-class Look:
+class RoutingStats:
     """Three figures of a run under vanilla: experts that a forward uses in a layer, and the share
     of one forward's that the next uses too, in one block and from block to block."""
 
@@ -57,19 +57,19 @@ class Look:
 
 
 @dataclass(frozen=True)
-class Law:
+class RoutingLaw:
     """Shares of variance, and the correlation of a token's own part from step to step."""
 
-    always: Annotated[float, Key("always")]
-    block: Annotated[float, Key("block")]
-    steady: Annotated[float, Key("steady")]
+    expert_variance: Annotated[float, Key("always")]
+    block_variance: Annotated[float, Key("block")]
+    step_correlation: Annotated[float, Key("steady")]
 
 
-def synthetic(shape: Shape, law: Law, *, blocks: int, seed: int = 0) -> Trace:
+def synthetic_trace(shape: SyntheticShape, law: RoutingLaw, *, blocks: int, seed: int = 0) -> Trace:
     """One long row of so many blocks."""
     rng = np.random.default_rng(seed)
-    forwards = tuple(_forwards(shape, law, blocks, rng))
-    about = About(
+    forwards = tuple(_draw_forwards(shape, law, blocks, rng))
+    header = TraceHeader(
         model=f"drawn: {shape.layers} layers of {shape.experts} experts, {shape.k} a token",
         policy="vanilla",
         plan="",
@@ -78,125 +78,149 @@ def synthetic(shape: Shape, law: Law, *, blocks: int, seed: int = 0) -> Trace:
         experts=shape.experts,
         k=shape.k,
         expert_bytes=dict(shape.expert_bytes),
-        made={"seed": seed, "blocks": blocks, "steps": shape.steps, **to_json(law)},
+        provenance={"seed": seed, "blocks": blocks, "steps": shape.steps, **to_json(law)},
     )
-    return Trace(about, None, forwards)
+    return Trace(header, None, forwards)
 
 
-def looked(trace: Trace) -> Look:
+def routing_stats(trace: Trace) -> RoutingStats:
     """The three figures, of a trace of one row or more.
 
     Raises CoterieError where no block has two forwards, or no row two blocks.
     """
-    own = [forward.own for forward in trace.forwards]
-    decode = [place for place, one in enumerate(trace.forwards) if one.kind == "decode"]
-    last: dict[int, int] = {}
-    shares: dict[bool, list[float]] = {True: [], False: []}
-    for place in decode:
-        forward = trace.forwards[place]
-        before = last.get(forward.row)
-        if before is not None:
-            same = trace.forwards[before].block == forward.block
-            shares[same].append(
-                float(((own[before] & own[place]).sum(-1) / own[before].sum(-1)).mean())
+    vanilla_masks = [forward.vanilla_mask for forward in trace.forwards]
+    decode = [index for index, record in enumerate(trace.forwards) if record.kind == "decode"]
+    last_of_row: dict[int, int] = {}
+    overlaps: dict[bool, list[float]] = {True: [], False: []}
+    for index in decode:
+        forward = trace.forwards[index]
+        previous = last_of_row.get(forward.row)
+        if previous is not None:
+            same_block = trace.forwards[previous].block_start == forward.block_start
+            overlaps[same_block].append(
+                float(
+                    (
+                        (vanilla_masks[previous] & vanilla_masks[index]).sum(-1)
+                        / vanilla_masks[previous].sum(-1)
+                    ).mean()
+                )
             )
-        last[forward.row] = place
-    if not shares[True] or not shares[False]:
+        last_of_row[forward.row] = index
+    if not overlaps[True] or not overlaps[False]:
         raise CoterieError("a trace needs blocks of several forwards and rows of several blocks")
-    return Look(
-        float(np.mean([own[place].sum(-1).mean() for place in decode])),
-        float(np.mean(shares[True])),
-        float(np.mean(shares[False])),
+    return RoutingStats(
+        float(np.mean([vanilla_masks[index].sum(-1).mean() for index in decode])),
+        float(np.mean(overlaps[True])),
+        float(np.mean(overlaps[False])),
     )
 
 
-def carried(look: Look, experts: int, unique: float, others: int) -> Look:
+def rescale_stats(
+    stats: RoutingStats, experts: int, unique: float, target_experts: int
+) -> RoutingStats:
     """The look of a model with ``others`` experts of which a forward uses ``unique``: overlaps
     keep their place between what chance gives and all."""
 
-    def over(share: float) -> float:
-        chance = look.unique / experts
+    def above_chance(share: float) -> float:
+        chance = stats.unique / experts
         return max(0.0, (share - chance) / (1 - chance))
 
-    base = unique / others
+    target_chance = unique / target_experts
     steps, blocks = (
-        base + over(share) * (1 - base) for share in (look.step_overlap, look.block_overlap)
+        target_chance + above_chance(share) * (1 - target_chance)
+        for share in (stats.step_overlap, stats.block_overlap)
     )
-    return Look(unique, steps, blocks)
+    return RoutingStats(unique, steps, blocks)
 
 
-def calibrated(shape: Shape, wanted: Look, *, seed: int = 1) -> Law:
+def calibrate_law(shape: SyntheticShape, target: RoutingStats, *, seed: int = 1) -> RoutingLaw:
     """The law under which drawn routing looks so, by bisection: each figure has its parameter."""
-    few = replace(shape, layers=TRIED[0])
+    small_shape = replace(shape, layers=CALIBRATION_SIZES[0])
 
-    def seen(law: Law) -> Look:
-        return looked(synthetic(few, law, blocks=TRIED[1], seed=seed))
+    def stats_of(law: RoutingLaw) -> RoutingStats:
+        return routing_stats(
+            synthetic_trace(small_shape, law, blocks=CALIBRATION_SIZES[1], seed=seed)
+        )
 
-    law = Law(0.0, 0.5, 0.5)
+    law = RoutingLaw(0.0, 0.5, 0.5)
     for _ in range(3):
-        shared = _bisected(lambda x, law=law: -seen(_shared(law, x)).unique, -wanted.unique)
-        law = _shared(law, shared)
-        part = _bisected(
-            lambda x, law=law: seen(_split(law, x)).block_overlap, wanted.block_overlap
+        shared_variance = _bisect(
+            lambda x, law=law: -stats_of(_with_shared_variance(law, x)).unique, -target.unique
         )
-        law = _split(law, part)
-        steady = _bisected(
-            lambda x, law=law: seen(replace(law, steady=x)).step_overlap, wanted.step_overlap
+        law = _with_shared_variance(law, shared_variance)
+        expert_part = _bisect(
+            lambda x, law=law: stats_of(_with_expert_variance(law, x)).block_overlap,
+            target.block_overlap,
         )
-        law = replace(law, steady=steady)
+        law = _with_expert_variance(law, expert_part)
+        step_correlation = _bisect(
+            lambda x, law=law: stats_of(replace(law, step_correlation=x)).step_overlap,
+            target.step_overlap,
+        )
+        law = replace(law, step_correlation=step_correlation)
     return law
 
 
-def _shared(law: Law, share: float) -> Law:
-    whole = max(law.always + law.block, 1e-9)
-    return replace(law, always=share * law.always / whole, block=share * law.block / whole)
+def _with_shared_variance(law: RoutingLaw, share: float) -> RoutingLaw:
+    total = max(law.expert_variance + law.block_variance, 1e-9)
+    return replace(
+        law,
+        expert_variance=share * law.expert_variance / total,
+        block_variance=share * law.block_variance / total,
+    )
 
 
-def _split(law: Law, part: float) -> Law:
-    whole = law.always + law.block
-    return replace(law, always=part * whole, block=(1 - part) * whole)
+def _with_expert_variance(law: RoutingLaw, part: float) -> RoutingLaw:
+    total = law.expert_variance + law.block_variance
+    return replace(law, expert_variance=part * total, block_variance=(1 - part) * total)
 
 
-def _bisected(rising: Callable[[float], float], wanted: float) -> float:
+def _bisect(increasing: Callable[[float], float], target: float) -> float:
     """x in [0, 1] where ``rising`` comes nearest to ``wanted``."""
     low, high = 0.0, 1.0
-    for _ in range(TURNS):
+    for _ in range(BISECTION_STEPS):
         middle = (low + high) / 2
-        low, high = (middle, high) if rising(middle) < wanted else (low, middle)
+        low, high = (middle, high) if increasing(middle) < target else (low, middle)
     return (low + high) / 2
 
 
-def _forwards(shape: Shape, law: Law, blocks: int, rng: np.random.Generator) -> Iterator[Forward]:
+def _draw_forwards(
+    shape: SyntheticShape, law: RoutingLaw, blocks: int, rng: np.random.Generator
+) -> Iterator[TraceForward]:
     tokens, experts = shape.tokens, shape.experts
-    own_share = max(0.0, 1 - law.always - law.block)
-    always = rng.standard_normal((shape.layers, 1, experts)) * law.always**0.5
+    token_variance = max(0.0, 1 - law.expert_variance - law.block_variance)
+    expert_part = rng.standard_normal((shape.layers, 1, experts)) * law.expert_variance**0.5
     number = 0
     for block in range(blocks):
-        topic = always + rng.standard_normal((shape.layers, 1, experts)) * law.block**0.5
-        single = rng.standard_normal((shape.layers, tokens, experts))
+        block_part = (
+            expert_part + rng.standard_normal((shape.layers, 1, experts)) * law.block_variance**0.5
+        )
+        token_part = rng.standard_normal((shape.layers, tokens, experts))
         order = rng.permutation(tokens)
         for step in range(shape.steps):
             masked = np.zeros(tokens, dtype=bool)
             masked[order[step * tokens // shape.steps :]] = True
-            logits = SPREAD * (topic + single * own_share**0.5) + MIDDLE
-            yield _forward(shape, logits, masked, number, block)
-            fresh = rng.standard_normal(single.shape)
-            single = law.steady * single + (1 - law.steady**2) ** 0.5 * fresh
+            logits = LOGIT_STD * (block_part + token_part * token_variance**0.5) + LOGIT_MEAN
+            yield _draw_forward(shape, logits, masked, number, block)
+            noise = rng.standard_normal(token_part.shape)
+            token_part = (
+                law.step_correlation * token_part + (1 - law.step_correlation**2) ** 0.5 * noise
+            )
             number += 1
 
 
-def _forward(
-    shape: Shape, logits: NDArray[np.float64], masked: Mask, number: int, block: int
-) -> Forward:
+def _draw_forward(
+    shape: SyntheticShape, logits: NDArray[np.float64], masked: Mask, number: int, block: int
+) -> TraceForward:
     p = (1 / (1 + np.exp(-logits))).astype(np.float32)
     order = np.argpartition(-p, shape.k, axis=-1)[..., : shape.k + 1]
     best = np.take_along_axis(order, np.argsort(-np.take_along_axis(p, order, -1), -1), -1)
     rank = np.take_along_axis(p, best, -1)
     ids = best[..., : shape.k].astype(np.int16)
-    everybody = np.ones(shape.tokens, dtype=bool)
+    all_tokens = np.ones(shape.tokens, dtype=bool)
     used = np.zeros((shape.layers, shape.experts), dtype=bool)
-    made = Forward(
+    record = TraceForward(
         *(number, 0, number, block * shape.tokens, block * shape.tokens),
-        *(everybody, masked, ~everybody, ids, rank[..., :-1], rank[..., -1], used),
+        *(all_tokens, masked, ~all_tokens, ids, rank[..., :-1], rank[..., -1], used),
     )
-    return replace(made, used=made.own)
+    return replace(record, used=record.vanilla_mask)

@@ -43,18 +43,18 @@ from coterie.planning import coding
 from coterie.planning.coding import Floats, Ids, Mask
 
 FORMAT, VERSION = "coterie trace", 1
-Kind = Literal["decode", "commit", "prefill", "refresh"]
-BEGINNING = json.dumps({"format": FORMAT})[:-1].encode() + b","
-KINDS: tuple[Kind, ...] = ("decode", "commit", "prefill", "refresh")
-WHOLE = ("decode", "commit")  # whose scores are kept: they compute a block, the others a row
-FRAME = struct.Struct("<II")
-HEAD = struct.Struct("<IIIiiHH")
-OTHERS_USED = 1
-LONGEST = 1 << 26  # bytes of a header or a record; more is damage
+ForwardKind = Literal["decode", "commit", "prefill", "refresh"]
+MAGIC = json.dumps({"format": FORMAT})[:-1].encode() + b","
+KINDS: tuple[ForwardKind, ...] = ("decode", "commit", "prefill", "refresh")
+SCORED_KINDS = ("decode", "commit")  # whose scores are kept: they compute a block, the others a row
+FRAME_HEADER = struct.Struct("<II")
+RECORD_HEADER = struct.Struct("<IIIiiHH")
+HAS_USED_MASK = 1
+MAX_BYTES = 1 << 26  # bytes of a header or a record; more is damage
 
 
 @dataclass(frozen=True)
-class About:
+class TraceHeader:
     """What was run. ``expert_bytes`` says what one expert weighs in each precision."""
 
     model: Annotated[str, Key("model")]
@@ -66,15 +66,17 @@ class About:
     k: Annotated[int, Key("k")]
     expert_bytes: Annotated[Mapping[str, int], Key("expert_bytes")]
     biased_weight: Annotated[bool, Key("biased_weight")] = False
-    commit: Annotated[str, Key("commit")] = "vanilla"  # what routed the forwards that commit
+    commit_routing: Annotated[str, Key("commit")] = (
+        "vanilla"  # what routed the forwards that commit
+    )
     prompts: Annotated[Mapping[str, object], Key("prompts")] = field(default_factory=dict)
-    made: Annotated[Mapping[str, object], Key("made")] = field(
+    provenance: Annotated[Mapping[str, object], Key("made")] = field(
         default_factory=dict
     )  # command, commit, parameters ..
 
 
 @dataclass(frozen=True)
-class Forward:
+class TraceForward:
     """One row in one forward: N tokens, L layers that route, E experts, k a token.
 
     N is 0 where only ``used`` was kept.
@@ -82,29 +84,31 @@ class Forward:
 
     number: int  # of the forward; rows that shared it have one number
     row: int
-    forward: int  # decoding forwards of this row before it
-    block: int  # where its live block starts, counted from the first new token
-    start: int  # where its window starts
+    decode_index: int  # decoding forwards of this row before it
+    block_start: int  # where its live block starts, counted from the first new token
+    window_start: int  # where its window starts
     voters: Mask  # [N]
     masked: Mask  # [N]
     filled: Mask  # [N]
-    ids: Ids  # [L, N, k] the unmodified model's choice, best first
+    vanilla_ids: Ids  # [L, N, k] the unmodified model's choice, best first
     rank: Floats  # [L, N, k] what these score
-    following: Floats  # [L, N] what the next one would score
+    next_score: Floats  # [L, N] what the next one would score
     used: Mask  # [L, E] what was computed with
-    kind: Kind = "decode"
+    kind: ForwardKind = "decode"
 
     @property
     def tokens(self) -> int:
         return len(self.voters)
 
     @property
-    def own(self) -> Mask:
+    def vanilla_mask(self) -> Mask:
         """[L, E]: what the unmodified model would have computed with, where that was kept."""
         if not self.tokens:
             return self.used
         mask = np.zeros(self.used.shape, dtype=bool)
-        np.put_along_axis(mask, self.ids.reshape(len(mask), -1).astype(np.int64), True, axis=1)
+        np.put_along_axis(
+            mask, self.vanilla_ids.reshape(len(mask), -1).astype(np.int64), True, axis=1
+        )
         return mask
 
 
@@ -112,105 +116,111 @@ class Forward:
 class Trace:
     """A whole file. ``torn``: its last record was cut off, as when a run was killed."""
 
-    about: About
+    header: TraceHeader
     bias: Floats | None  # [L, E], in rank and not in the router's probability
-    forwards: tuple[Forward, ...]
-    torn: bool = False
+    forwards: tuple[TraceForward, ...]
+    truncated: bool = False
 
 
-class Writer:
+class TraceWriter:
     """Writes a trace as it comes; every record is whole on its way before the next is begun."""
 
-    def __init__(self, path: Path, about: About, bias: Floats | None = None) -> None:
-        self.about, self.records, self.bytes = about, 0, 0
+    def __init__(self, path: Path, header: TraceHeader, bias: Floats | None = None) -> None:
+        self.header, self.records, self.bytes = header, 0, 0
         raw = b"" if bias is None else bias.astype("<f4").tobytes()
-        head = {"format": FORMAT, "version": VERSION, "bias_crc32": zlib.crc32(raw)}
-        head |= {"bias_shape": None if bias is None else list(bias.shape)} | to_json(about)
+        fields = {"format": FORMAT, "version": VERSION, "bias_crc32": zlib.crc32(raw)}
+        fields |= {"bias_shape": None if bias is None else list(bias.shape)} | to_json(header)
         self._file: BinaryIO = path.open("wb")
-        self._file.write(json.dumps(head, allow_nan=False).encode() + b"\n" + raw)
+        self._file.write(json.dumps(fields, allow_nan=False).encode() + b"\n" + raw)
 
-    def __enter__(self) -> Writer:
+    def __enter__(self) -> TraceWriter:
         return self
 
     def __exit__(
         self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
+        exc_type: type[BaseException] | None,
+        exc: BaseException | None,
+        traceback: TracebackType | None,
     ) -> None:
         self._file.close()
 
-    def write(self, forward: Forward) -> None:
-        record = framed(encoded(forward, self.about.experts))
+    def write(self, forward: TraceForward) -> None:
+        record = frame_record(encode_forward(forward, self.header.experts))
         self._file.write(record)
         self._file.flush()
         self.records += 1
         self.bytes += len(record)
 
 
-def read(path: Path) -> Trace:
+def read_trace(path: Path) -> Trace:
     """The whole trace, without a last record that was cut off.
 
     Raises CoterieError where it is no trace, of another version, or damaged before its end.
     """
     with path.open("rb") as file:
-        about, bias = _header(file, path)
-        forwards, torn = [], False
-        for body in _records(file, path):
+        header, bias = _read_header(file, path)
+        forwards, truncated = [], False
+        for body in _read_records(file, path):
             if body is None:
-                torn = True
+                truncated = True
             else:
-                forwards.append(decoded(body, about))
-    return Trace(about, bias, tuple(forwards), torn)
+                forwards.append(decode_forward(body, header))
+    return Trace(header, bias, tuple(forwards), truncated)
 
 
 def is_trace(path: Path) -> bool:
     """Whether a file begins as traces do; raises CoterieError where it cannot be read."""
     try:
         with path.open("rb") as file:
-            return file.read(len(BEGINNING)) == BEGINNING
+            return file.read(len(MAGIC)) == MAGIC
     except OSError as error:
         raise CoterieError(f"{path}: cannot be read ({error.strerror})") from None
 
 
-def encoded(forward: Forward, experts: int) -> bytes:
+def encode_forward(forward: TraceForward, experts: int) -> bytes:
     """A record's content."""
-    others = not forward.tokens or not np.array_equal(forward.used, forward.own)
+    has_used_mask = not forward.tokens or not np.array_equal(forward.used, forward.vanilla_mask)
     parts = [
-        HEAD.pack(
-            *(forward.number, forward.row, forward.forward, forward.block, forward.start),
-            *(forward.tokens, OTHERS_USED * others | KINDS.index(forward.kind) << 1),
+        RECORD_HEADER.pack(
+            *(
+                forward.number,
+                forward.row,
+                forward.decode_index,
+                forward.block_start,
+                forward.window_start,
+            ),
+            *(forward.tokens, HAS_USED_MASK * has_used_mask | KINDS.index(forward.kind) << 1),
         ),
-        *map(coding.packed_mask, (forward.voters, forward.masked, forward.filled)),
+        *map(coding.pack_mask, (forward.voters, forward.masked, forward.filled)),
     ]
-    kept = zip(forward.ids, forward.rank, forward.following, strict=True)
-    for ids, rank, following in kept if forward.tokens else ():
-        parts += [coding.packed_scores(rank, following), coding.packed_ids(ids, experts)]
-    if others:
-        parts.append(coding.packed_mask(forward.used))
+    layers = zip(forward.vanilla_ids, forward.rank, forward.next_score, strict=True)
+    for ids, rank, next_score in layers if forward.tokens else ():
+        parts += [coding.pack_scores(rank, next_score), coding.pack_ids(ids, experts)]
+    if has_used_mask:
+        parts.append(coding.pack_mask(forward.used))
     return b"".join(parts)
 
 
-def framed(body: bytes) -> bytes:
+def frame_record(body: bytes) -> bytes:
     """With its size and checksum before it, compressed where that is shorter."""
-    small = zlib.compress(body, 6)
-    content = b"\1" + small if len(small) < len(body) else b"\0" + body
-    return FRAME.pack(len(content), zlib.crc32(content)) + content
+    compressed = zlib.compress(body, 6)
+    content = b"\1" + compressed if len(compressed) < len(body) else b"\0" + body
+    return FRAME_HEADER.pack(len(content), zlib.crc32(content)) + content
 
 
-def decoded(body: bytes, about: About) -> Forward:
+def decode_forward(body: bytes, header: TraceHeader) -> TraceForward:
     """The record of this content."""
-    number, row, forward, block, start, tokens, flags = HEAD.unpack_from(body)
-    layers, experts, k = len(about.layers), about.experts, about.k
-    kind, at = KINDS[flags >> 1 & 3], HEAD.size
+    number, row, decode_index, block, start, tokens, flags = RECORD_HEADER.unpack_from(body)
+    layers, experts, k = len(header.layers), header.experts, header.k
+    kind, offset = KINDS[flags >> 1 & 3], RECORD_HEADER.size
 
     def take(size: int) -> bytes:
-        nonlocal at
-        at += size
-        return body[at - size : at]
+        nonlocal offset
+        offset += size
+        return body[offset - size : offset]
 
     voters, masked, filled = (
-        coding.mask_of(take(coding.mask_size(tokens)), tokens) for _ in range(3)
+        coding.unpack_mask(take(coding.mask_size(tokens)), tokens) for _ in range(3)
     )
     scores, ids = [], []
     for _ in range(layers):
@@ -218,50 +228,52 @@ def decoded(body: bytes, about: About) -> Forward:
             scores.append((np.zeros((0, k), np.float32), np.zeros(0, np.float32)))
             ids.append(np.zeros((0, k), np.int16))
             continue
-        scores.append(coding.scores_of(take(coding.scores_size(tokens, k)), tokens, k))
+        scores.append(coding.unpack_scores(take(coding.scores_size(tokens, k)), tokens, k))
         packed = take(coding.ids_size(tokens * k, experts))
-        ids.append(coding.ids_of(packed, tokens * k, experts).reshape(tokens, k))
-    found = Forward(
-        *(number, row, forward, block, start, voters, masked, filled),
-        ids=np.stack(ids),
+        ids.append(coding.unpack_ids(packed, tokens * k, experts).reshape(tokens, k))
+    record = TraceForward(
+        *(number, row, decode_index, block, start, voters, masked, filled),
+        vanilla_ids=np.stack(ids),
         rank=np.stack([rank for rank, _ in scores]),
-        following=np.stack([following for _, following in scores]),
+        next_score=np.stack([next_score for _, next_score in scores]),
         used=np.zeros((layers, experts), dtype=bool),
         kind=kind,
     )
-    if flags & OTHERS_USED:
+    if flags & HAS_USED_MASK:
         count = layers * experts
-        used = coding.mask_of(take(coding.mask_size(count)), count).reshape(layers, experts)
+        used = coding.unpack_mask(take(coding.mask_size(count)), count).reshape(layers, experts)
     else:
-        used = found.own
-    return replace(found, used=used)
+        used = record.vanilla_mask
+    return replace(record, used=used)
 
 
-def _header(file: BinaryIO, path: Path) -> tuple[About, Floats | None]:
-    line = file.readline(LONGEST)
+def _read_header(file: BinaryIO, path: Path) -> tuple[TraceHeader, Floats | None]:
+    line = file.readline(MAX_BYTES)
     try:
-        head = json.loads(line)
-        known = isinstance(head, dict) and head.pop("format", None) == FORMAT
+        fields = json.loads(line)
+        recognised = isinstance(fields, dict) and fields.pop("format", None) == FORMAT
     except ValueError:
-        head, known = {}, False
-    if not known or not line.endswith(b"\n"):
+        fields, recognised = {}, False
+    if not recognised or not line.endswith(b"\n"):
         raise CoterieError(f"{path}: no trace; `coterie trace -o NEW` makes one")
-    if (version := head.pop("version", None)) != VERSION:
+    if (version := fields.pop("version", None)) != VERSION:
         raise CoterieError(f"{path}: a trace of version {version}; this reads version {VERSION}")
-    shape, checksum = head.pop("bias_shape"), head.pop("bias_crc32")
+    shape, checksum = fields.pop("bias_shape"), fields.pop("bias_crc32")
     raw = file.read(4 * int(np.prod(shape))) if shape else b""
     if zlib.crc32(raw) != checksum:
         raise CoterieError(f"{path}: the router's bias is cut off or damaged")
     bias = np.frombuffer(raw, "<f4").reshape(shape) if shape else None
-    return from_json(About, {**head, "layers": tuple(head["layers"])}), bias
+    return from_json(TraceHeader, {**fields, "layers": tuple(fields["layers"])}), bias
 
 
-def _records(file: BinaryIO, path: Path) -> Iterator[bytes | None]:
+def _read_records(file: BinaryIO, path: Path) -> Iterator[bytes | None]:
     """Contents in order; None at the end where the last one is not whole."""
     count = 0
-    while frame := file.read(FRAME.size):
-        size, checksum = FRAME.unpack(frame) if len(frame) == FRAME.size else (LONGEST, 0)
-        content = file.read(size) if size < LONGEST else b""
+    while frame := file.read(FRAME_HEADER.size):
+        size, checksum = (
+            FRAME_HEADER.unpack(frame) if len(frame) == FRAME_HEADER.size else (MAX_BYTES, 0)
+        )
+        content = file.read(size) if size < MAX_BYTES else b""
         if len(content) < size:
             yield None
             return

@@ -1,29 +1,32 @@
 """The four kinds of small problems that the embedded model solves."""
 
 from coterie.problems.algebra import algebra_problem
-from coterie.problems.code import docstring_problem, phrase, sentence_problem
-from coterie.problems.facts import LARGEST, fact, with_other_facts
-from coterie.problems.problem import Maker, Problem, Split, draw, split_of
-from coterie.problems.words import taught_word_problem, word_problem
+from coterie.problems.code import docstring_problem, code_phrase, sentence_problem
+from coterie.problems.facts import MAX_NUMBER, draw_equation, replace_equations
+from coterie.problems.problem import ProblemMaker, Problem, Split, draw_problem, split_of
+from coterie.problems.words import training_word_problem, word_problem
 
-TASKS: dict[str, Maker] = {
+PROBLEM_MAKERS: dict[str, ProblemMaker] = {
     "words": word_problem,
     "docstring": docstring_problem,
     "sentence": sentence_problem,
     "algebra": algebra_problem,
 }
-TAUGHT: dict[str, Maker] = {**TASKS, "words": taught_word_problem}  # what training draws from
+TRAINING_MAKERS: dict[str, ProblemMaker] = {
+    **PROBLEM_MAKERS,
+    "words": training_word_problem,
+}  # what training draws from
 
 __all__ = [
-    "LARGEST",
-    "TASKS",
-    "TAUGHT",
-    "Maker",
+    "MAX_NUMBER",
+    "PROBLEM_MAKERS",
+    "TRAINING_MAKERS",
+    "ProblemMaker",
     "Problem",
     "Split",
-    "draw",
-    "fact",
-    "phrase",
+    "draw_problem",
+    "draw_equation",
+    "code_phrase",
     "split_of",
-    "with_other_facts",
+    "replace_equations",
 ]

@@ -5,19 +5,19 @@ from __future__ import annotations
 import random
 from collections.abc import Callable
 
-from coterie.problems.facts import LARGEST, product
-from coterie.problems.problem import Problem, Worked
+from coterie.problems.facts import MAX_NUMBER, draw_product
+from coterie.problems.problem import Problem, WorkedProblem
 
 LETTERS = ["x", "y", "n", "t"]
 
 
-Kind = Callable[[random.Random, str], Worked]
+AlgebraMaker = Callable[[random.Random, str], WorkedProblem]
 
 
-def linear_plus(rng: random.Random, v: str) -> Worked:
-    a, x, p = product(rng, LARGEST - 1)
-    b = rng.randint(1, LARGEST - p)
-    return Worked(
+def linear_plus(rng: random.Random, v: str) -> WorkedProblem:
+    a, x, p = draw_product(rng, MAX_NUMBER - 1)
+    b = rng.randint(1, MAX_NUMBER - p)
+    return WorkedProblem(
         (a, b, p + b),
         f"Solve {a}{v} + {b} = {p + b} for {v}.",
         f"Subtract {b} from both sides: {a}{v} = {p + b} - {b} = {p}. "
@@ -26,10 +26,10 @@ def linear_plus(rng: random.Random, v: str) -> Worked:
     )
 
 
-def linear_minus(rng: random.Random, v: str) -> Worked:
-    a, x, p = product(rng)
+def linear_minus(rng: random.Random, v: str) -> WorkedProblem:
+    a, x, p = draw_product(rng)
     b = rng.randint(1, p - 1)
-    return Worked(
+    return WorkedProblem(
         (a, b, p - b),
         f"Solve {a}{v} - {b} = {p - b} for {v}.",
         f"Add {b} to both sides: {a}{v} = {p - b} + {b} = {p}. "
@@ -38,10 +38,10 @@ def linear_minus(rng: random.Random, v: str) -> Worked:
     )
 
 
-def value_plus(rng: random.Random, v: str) -> Worked:
-    a, x, p = product(rng, LARGEST - 1)
-    b = rng.randint(1, LARGEST - p)
-    return Worked(
+def value_plus(rng: random.Random, v: str) -> WorkedProblem:
+    a, x, p = draw_product(rng, MAX_NUMBER - 1)
+    b = rng.randint(1, MAX_NUMBER - p)
+    return WorkedProblem(
         (a, x, b),
         f"What is the value of {a}{v} + {b} when {v} = {x}?",
         f"Put {v} = {x} into the expression: {a} * {x} + {b}. "
@@ -50,10 +50,10 @@ def value_plus(rng: random.Random, v: str) -> Worked:
     )
 
 
-def value_minus(rng: random.Random, v: str) -> Worked:
-    a, x, p = product(rng)
+def value_minus(rng: random.Random, v: str) -> WorkedProblem:
+    a, x, p = draw_product(rng)
     b = rng.randint(1, p - 1)
-    return Worked(
+    return WorkedProblem(
         (a, x, b),
         f"What is the value of {a}{v} - {b} when {v} = {x}?",
         f"Put {v} = {x} into the expression: {a} * {x} - {b}. "
@@ -62,10 +62,10 @@ def value_minus(rng: random.Random, v: str) -> Worked:
     )
 
 
-def quotient(rng: random.Random, v: str) -> Worked:
-    a, q, p = product(rng)
-    b = rng.randint(1, LARGEST - q)
-    return Worked(
+def quotient(rng: random.Random, v: str) -> WorkedProblem:
+    a, q, p = draw_product(rng)
+    b = rng.randint(1, MAX_NUMBER - q)
+    return WorkedProblem(
         (a, b, q + b),
         f"Solve {v} / {a} + {b} = {q + b} for {v}.",
         f"Subtract {b} from both sides: {v} / {a} = {q + b} - {b} = {q}. "
@@ -74,11 +74,11 @@ def quotient(rng: random.Random, v: str) -> Worked:
     )
 
 
-def next_term(rng: random.Random, v: str) -> Worked:
-    first = rng.randint(0, LARGEST // 2)
-    step = rng.randint(1, (LARGEST - first) // 3)
+def next_term(rng: random.Random, v: str) -> WorkedProblem:
+    first = rng.randint(0, MAX_NUMBER // 2)
+    step = rng.randint(1, (MAX_NUMBER - first) // 3)
     second, third = first + step, first + 2 * step
-    return Worked(
+    return WorkedProblem(
         (first, step),
         f"The sequence {first}, {second}, {third} goes on with equal steps. "
         f"What is its next term {v}?",
@@ -88,11 +88,11 @@ def next_term(rng: random.Random, v: str) -> Worked:
     )
 
 
-def bracket(rng: random.Random, v: str) -> Worked:
-    a, s, p = product(rng)
+def bracket(rng: random.Random, v: str) -> WorkedProblem:
+    a, s, p = draw_product(rng)
     x = rng.randint(1, s - 1) if s > 2 else 1
     b = s - x
-    return Worked(
+    return WorkedProblem(
         (a, b, p),
         f"Solve {a}({v} + {b}) = {p} for {v}.",
         f"Divide both sides by {a}: {v} + {b} = {p} / {a} = {s}. "
@@ -101,7 +101,7 @@ def bracket(rng: random.Random, v: str) -> Worked:
     )
 
 
-KINDS: dict[str, Kind] = {
+KINDS: dict[str, AlgebraMaker] = {
     "linear-plus": linear_plus,
     "linear-minus": linear_minus,
     "value-plus": value_plus,
@@ -115,5 +115,5 @@ KINDS: dict[str, Kind] = {
 def algebra_problem(rng: random.Random) -> Problem:
     """One exercise of a random kind."""
     kind = rng.choice(list(KINDS))
-    worked = KINDS[kind](rng, rng.choice(LETTERS))
-    return worked.problem("algebra", kind, r"The answer is \boxed{{}}.")
+    problem = KINDS[kind](rng, rng.choice(LETTERS))
+    return problem.to_problem("algebra", kind, r"The answer is \boxed{{}}.")

@@ -6,39 +6,39 @@ import random
 import re
 from collections.abc import Iterator
 
-LARGEST = 50
+MAX_NUMBER = 50
 
 EQUATION = re.compile(r"\d+ ([-+*/]) \d+ = \d+")
-PRODUCTS = [(a, b) for a in range(2, 10) for b in range(2, 10) if a * b <= LARGEST]
+PRODUCTS = [(a, b) for a in range(2, 10) for b in range(2, 10) if a * b <= MAX_NUMBER]
 
 
-def product(rng: random.Random, most: int = LARGEST) -> tuple[int, int, int]:
+def draw_product(rng: random.Random, maximum: int = MAX_NUMBER) -> tuple[int, int, int]:
     """Two factors in 2 .. 9 and their product, at most ``most``."""
-    a, b = rng.choice([pair for pair in PRODUCTS if pair[0] * pair[1] <= most])
+    a, b = rng.choice([pair for pair in PRODUCTS if pair[0] * pair[1] <= maximum])
     return a, b, a * b
 
 
-def fact(rng: random.Random, sign: str | None = None) -> str:
+def draw_equation(rng: random.Random, sign: str | None = None) -> str:
     """One line of the tables, such as ``12 - 5 = 7``; sums and differences are most of them."""
     kind = sign or rng.choices("+-*/", weights=(5, 5, 1, 1))[0]
     if kind in "*/":
-        a, b, c = product(rng)
+        a, b, c = draw_product(rng)
         return f"{a} * {b} = {c}" if kind == "*" else f"{c} / {a} = {b}"
-    part, total = sorted((rng.randint(0, LARGEST), rng.randint(0, LARGEST)))
+    part, total = sorted((rng.randint(0, MAX_NUMBER), rng.randint(0, MAX_NUMBER)))
     if kind == "+":
         return f"{part} + {total - part} = {total}"
     return f"{total} - {part} = {total - part}"
 
 
-def with_other_facts(steps: str, rng: random.Random) -> Iterator[tuple[str, bool]]:
+def replace_equations(steps: str, rng: random.Random) -> Iterator[tuple[str, bool]]:
     """Worked steps with each fact replaced by any of its sign, in parts: text, and is it a result?
 
     What is left is the wording: no question goes with these numbers.
     """
     end = 0
-    for found in EQUATION.finditer(steps):
-        left, result = fact(rng, found[1]).split(" = ")
-        yield f"{steps[end : found.start()]}{left} =", False
+    for match in EQUATION.finditer(steps):
+        expression, result = draw_equation(rng, match[1]).split(" = ")
+        yield f"{steps[end : match.start()]}{expression} =", False
         yield f" {result}", True
-        end = found.end()
+        end = match.end()
     yield steps[end:], False

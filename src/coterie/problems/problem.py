@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from typing import Literal, Protocol
 
 Split = Literal["train", "test"]
-Key = tuple[str | int, ...]
+ProblemKey = tuple[str | int, ...]
 
-HELD_OUT = 8  # one combination in eight is never trained on
+TEST_MODULUS = 8  # one combination in eight is never trained on
 
 
 @dataclass(frozen=True)
@@ -23,14 +23,14 @@ class Problem:
     """
 
     task: str
-    key: Key
+    key: ProblemKey
     prompt: str
     answer: str
     gold: str
 
 
 @dataclass(frozen=True)
-class Worked:
+class WorkedProblem:
     """A question with its steps: the numbers that it is made of, and the number it comes to."""
 
     numbers: tuple[int, ...]
@@ -38,7 +38,7 @@ class Worked:
     steps: str
     result: int
 
-    def problem(self, task: str, kind: str, ending: str) -> Problem:
+    def to_problem(self, task: str, kind: str, ending: str) -> Problem:
         """``ending`` ("#### {}") tells the result after the steps."""
         return Problem(
             task=task,
@@ -49,18 +49,18 @@ class Worked:
         )
 
 
-class Maker(Protocol):
+class ProblemMaker(Protocol):
     """Draws one problem of a kind, of either split."""
 
     def __call__(self, rng: random.Random) -> Problem: ...
 
 
-def split_of(key: Key) -> Split:
+def split_of(key: ProblemKey) -> Split:
     """The side on which a combination lies: a fixed hash of the key, the same everywhere."""
-    return "test" if zlib.crc32(repr(key).encode()) % HELD_OUT == 0 else "train"
+    return "test" if zlib.crc32(repr(key).encode()) % TEST_MODULUS == 0 else "train"
 
 
-def draw(maker: Maker, rng: random.Random, split: Split) -> Problem:
+def draw_problem(maker: ProblemMaker, rng: random.Random, split: Split) -> Problem:
     """A problem of ``split``: redraws until the combination lies on that side."""
     while True:
         problem = maker(rng)

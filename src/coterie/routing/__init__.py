@@ -16,13 +16,13 @@ from coterie.routing.named import (
 )
 from coterie.routing.policy import (
     POLICIES,
-    check_keeps,
+    check_coreset_reuse,
     check_layers,
     needs_importance,
     parse_policy,
-    respell,
-    respell_all,
-    spell,
+    update_policy_text,
+    update_policies_in_json,
+    format_policy,
 )
 from coterie.routing.select import route
 from coterie.routing.token import McMoe, Naee, TopK, Vanilla
@@ -45,12 +45,12 @@ __all__ = [
     "UniformVote",
     "Vanilla",
     "XShare",
-    "check_keeps",
+    "check_coreset_reuse",
     "check_layers",
     "needs_importance",
     "parse_policy",
-    "respell",
-    "respell_all",
+    "update_policy_text",
+    "update_policies_in_json",
     "route",
-    "spell",
+    "format_policy",
 ]

@@ -9,37 +9,57 @@ from dataclasses import dataclass
 from typing import Annotated
 
 from coterie.naming import CoterieError
-from coterie.routing.coreset import Election, elected, ruled
-from coterie.routing.size import Fixed, Fraction, Mass, Priced, Size, Union
-from coterie.spelling import Count, Offers, Share, Shares, Within, check_options
+from coterie.routing.coreset import Election, coreset_mask, coreset_kernel_rule
+from coterie.routing.size import Fixed, Fraction, Mass, Priced, CoresetSize, Union
+from coterie.spelling import (
+    PositiveInt,
+    NestedOptions,
+    PositiveFraction,
+    PositiveFractions,
+    Bounds,
+    check_options,
+)
 from coterie.values import Scores
 
-Price = Annotated[float, Within(above=0)]
+Price = Annotated[float, Bounds(gt=0)]
 
-WHOLE = ("voters", "protect", "vote", "scope", "resident_bonus", "max_vote_loss", "seed", "max")
-OPEN = Offers((*WHOLE, "tally"))
-BY_MARGIN = Offers(("voters", "protect", "scope", "resident_bonus", "max_vote_loss", "max"))
-FIXED_VOTE = Offers(("voters", "protect", "scope", "resident_bonus", "max_vote_loss", "max"))
-PREFERRING = Offers(WHOLE, shown=("resident_bonus", "max_vote_loss"))
+ELECTION_OPTIONS = (
+    "voters",
+    "protect",
+    "vote",
+    "scope",
+    "resident_bonus",
+    "max_vote_loss",
+    "seed",
+    "max",
+)
+ALL_ELECTION_OPTIONS = NestedOptions((*ELECTION_OPTIONS, "tally"))
+MARGIN_VOTE_OPTIONS = NestedOptions(
+    ("voters", "protect", "scope", "resident_bonus", "max_vote_loss", "max")
+)
+FIXED_VOTE_OPTIONS = NestedOptions(
+    ("voters", "protect", "scope", "resident_bonus", "max_vote_loss", "max")
+)
+PREFERRING = NestedOptions(ELECTION_OPTIONS, always_printed=("resident_bonus", "max_vote_loss"))
 
-BY_PROBABILITY = Election()
-BY_COUNT = Election(vote="count")
-BY_EVERY_SCORE = Election(vote="full", protect="top1")
-BY_BEST_SCORE = Election(vote="max")
-BY_LOT = Election(vote="random")
-IN_PROPORTION = Election(vote="margin", tally="proportional")
-RESIDENT_FIRST = Election(lam=1.0, eps=0.02)
+PROBABILITY_ELECTION = Election()
+COUNT_ELECTION = Election(vote="count")
+FULL_PROBABILITY_ELECTION = Election(vote="full", protect="top1")
+MAX_SCORE_ELECTION = Election(vote="max")
+RANDOM_ELECTION = Election(vote="random")
+PROPORTIONAL_ELECTION = Election(vote="margin", tally="proportional")
+RESIDENT_ELECTION = Election(lam=1.0, eps=0.02)
 
 
 @dataclass(frozen=True)
 class DesSeq:
     """The union of every token's first ``k`` experts (DES, Eq. 5; simplified OEA)."""
 
-    k: Count
-    election: Annotated[Election, Offers(("voters", "scope", "max"))] = BY_PROBABILITY
+    k: PositiveInt
+    election: Annotated[Election, NestedOptions(("voters", "scope", "max"))] = PROBABILITY_ELECTION
 
     __post_init__ = check_options
-    eligible, ruling = elected, ruled
+    eligible, kernel_rule = coreset_mask, coreset_kernel_rule
 
     def size(self, scores: Scores) -> Union:
         return Union(self.k)
@@ -50,53 +70,53 @@ class DesVote:
     """The share ``beta`` of experts with most votes, each token voting for its own experts with
     the router's probability (DES, Eq. 6)."""
 
-    beta: Shares
-    election: Annotated[Election, OPEN] = BY_PROBABILITY
+    beta: PositiveFractions
+    election: Annotated[Election, ALL_ELECTION_OPTIONS] = PROBABILITY_ELECTION
 
     __post_init__ = check_options
-    eligible, ruling = elected, ruled
+    eligible, kernel_rule = coreset_mask, coreset_kernel_rule
 
     def size(self, scores: Scores) -> Fraction:
-        return share(self.beta, scores)
+        return layer_fraction(self.beta, scores)
 
 
 @dataclass(frozen=True)
 class UniformVote:
     """As DES-Vote, but each vote counts one (DES, the naive variant)."""
 
-    beta: Shares
-    election: Annotated[Election, FIXED_VOTE] = BY_COUNT
+    beta: PositiveFractions
+    election: Annotated[Election, FIXED_VOTE_OPTIONS] = COUNT_ELECTION
 
     __post_init__ = check_options
-    eligible, ruling = elected, ruled
+    eligible, kernel_rule = coreset_mask, coreset_kernel_rule
 
     def size(self, scores: Scores) -> Fraction:
-        return share(self.beta, scores)
+        return layer_fraction(self.beta, scores)
 
 
 @dataclass(frozen=True)
 class XShare:
     """Votes for all experts, every token's best one protected (XShare, arXiv 2602.07265)."""
 
-    beta: Shares
-    election: Annotated[Election, FIXED_VOTE] = BY_EVERY_SCORE
+    beta: PositiveFractions
+    election: Annotated[Election, FIXED_VOTE_OPTIONS] = FULL_PROBABILITY_ELECTION
 
     __post_init__ = check_options
-    eligible, ruling = elected, ruled
+    eligible, kernel_rule = coreset_mask, coreset_kernel_rule
 
     def size(self, scores: Scores) -> Fraction:
-        return share(self.beta, scores)
+        return layer_fraction(self.beta, scores)
 
 
 @dataclass(frozen=True)
 class Racing:
     """The ``m`` experts with the best score from any token (LLaDA2.2's block routing)."""
 
-    m: Count
-    election: Annotated[Election, FIXED_VOTE] = BY_BEST_SCORE
+    m: PositiveInt
+    election: Annotated[Election, FIXED_VOTE_OPTIONS] = MAX_SCORE_ELECTION
 
     __post_init__ = check_options
-    eligible, ruling = elected, ruled
+    eligible, kernel_rule = coreset_mask, coreset_kernel_rule
 
     def size(self, scores: Scores) -> Fixed:
         return Fixed(self.m)
@@ -107,12 +127,12 @@ class MassVote:
     """The fewest experts that hold the share ``tau`` of votes (dMoE's rule, arXiv 2605.30876);
     at least ``least``, by default as many as a token uses."""
 
-    tau: Share
-    least: Count | None = None
-    election: Annotated[Election, OPEN] = BY_PROBABILITY
+    tau: PositiveFraction
+    least: PositiveInt | None = None
+    election: Annotated[Election, ALL_ELECTION_OPTIONS] = PROBABILITY_ELECTION
 
     __post_init__ = check_options
-    eligible, ruling = elected, ruled
+    eligible, kernel_rule = coreset_mask, coreset_kernel_rule
 
     def size(self, scores: Scores) -> Mass:
         return Mass(self.tau, self.least)
@@ -123,14 +143,14 @@ class ProportionalVote:
     """The share ``beta`` of experts, elected one by one: each token splits one vote by its margins,
     and weighs less the more of its vote is seated (ours)."""
 
-    beta: Shares
-    election: Annotated[Election, BY_MARGIN] = IN_PROPORTION
+    beta: PositiveFractions
+    election: Annotated[Election, MARGIN_VOTE_OPTIONS] = PROPORTIONAL_ELECTION
 
     __post_init__ = check_options
-    eligible, ruling = elected, ruled
+    eligible, kernel_rule = coreset_mask, coreset_kernel_rule
 
     def size(self, scores: Scores) -> Fraction:
-        return share(self.beta, scores)
+        return layer_fraction(self.beta, scores)
 
 
 @dataclass(frozen=True)
@@ -139,10 +159,10 @@ class PricedVote:
     1 being a whole token's vote: blocks and layers of like tokens elect fewer (ours)."""
 
     price: Price
-    election: Annotated[Election, BY_MARGIN] = IN_PROPORTION
+    election: Annotated[Election, MARGIN_VOTE_OPTIONS] = PROPORTIONAL_ELECTION
 
     __post_init__ = check_options
-    eligible, ruling = elected, ruled
+    eligible, kernel_rule = coreset_mask, coreset_kernel_rule
 
     def size(self, scores: Scores) -> Priced:
         return Priced(self.price)
@@ -152,58 +172,60 @@ class PricedVote:
 class Random:
     """A seeded random set of the share ``beta``, new in each layer and forward: the control."""
 
-    beta: Shares
-    election: Annotated[Election, Offers(("seed", "voters", "protect", "scope", "max"))] = BY_LOT
+    beta: PositiveFractions
+    election: Annotated[Election, NestedOptions(("seed", "voters", "protect", "scope", "max"))] = (
+        RANDOM_ELECTION
+    )
 
     __post_init__ = check_options
-    eligible, ruling = elected, ruled
+    eligible, kernel_rule = coreset_mask, coreset_kernel_rule
 
     def size(self, scores: Scores) -> Fraction:
-        return share(self.beta, scores)
+        return layer_fraction(self.beta, scores)
 
 
 @dataclass(frozen=True)
 class ResidentVote:
     """DES-Vote that prefers experts already in fast memory."""
 
-    beta: Shares
-    election: Annotated[Election, PREFERRING] = RESIDENT_FIRST
+    beta: PositiveFractions
+    election: Annotated[Election, PREFERRING] = RESIDENT_ELECTION
 
     __post_init__ = check_options
-    eligible, ruling = elected, ruled
+    eligible, kernel_rule = coreset_mask, coreset_kernel_rule
 
     def size(self, scores: Scores) -> Fraction:
-        return share(self.beta, scores)
+        return layer_fraction(self.beta, scores)
 
 
 @dataclass(frozen=True)
 class Coreset:
     """Any point of the grid: one of ``beta``, ``m``, ``tau``, ``price`` or ``k`` says how many."""
 
-    beta: Shares | None = None
-    m: Count | None = None
-    tau: Share | None = None
-    least: Count | None = None
+    beta: PositiveFractions | None = None
+    m: PositiveInt | None = None
+    tau: PositiveFraction | None = None
+    least: PositiveInt | None = None
     price: Price | None = None
-    k: Count | None = None
-    election: Annotated[Election, OPEN] = BY_PROBABILITY
+    k: PositiveInt | None = None
+    election: Annotated[Election, ALL_ELECTION_OPTIONS] = PROBABILITY_ELECTION
 
     def __post_init__(self) -> None:
         check_options(self)
         sizes = {name: getattr(self, name) for name in ("beta", "m", "tau", "price", "k")}
-        given = [name for name, value in sizes.items() if value is not None]
-        if len(given) != 1:
+        set_sizes = [name for name, value in sizes.items() if value is not None]
+        if len(set_sizes) != 1:
             raise CoterieError(
-                f"takes exactly one of {', '.join(sizes)}, not {' and '.join(given) or 'none'}"
+                f"takes exactly one of {', '.join(sizes)}, not {' and '.join(set_sizes) or 'none'}"
             )
         if self.least is not None and self.tau is None:
             raise CoterieError("least goes with tau")
 
-    eligible, ruling = elected, ruled
+    eligible, kernel_rule = coreset_mask, coreset_kernel_rule
 
-    def size(self, scores: Scores) -> Size | Union:
+    def size(self, scores: Scores) -> CoresetSize | Union:
         if self.beta is not None:
-            return share(self.beta, scores)
+            return layer_fraction(self.beta, scores)
         if self.m is not None:
             return Fixed(self.m)
         if self.tau is not None:
@@ -213,6 +235,6 @@ class Coreset:
         return Union(self.k or 1)
 
 
-def share(beta: Shares, scores: Scores) -> Fraction:
+def layer_fraction(beta: PositiveFractions, scores: Scores) -> Fraction:
     """The budget of the layer whose scores these are."""
-    return Fraction(beta[scores.ordinal] if isinstance(beta, tuple) else beta)
+    return Fraction(beta[scores.moe_index] if isinstance(beta, tuple) else beta)

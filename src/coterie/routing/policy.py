@@ -22,37 +22,39 @@ from coterie.routing.named import (
     XShare,
 )
 from coterie.routing.token import McMoe, Naee, TopK, Vanilla
-from coterie.spelling import parse, respelled, spelled
+from coterie.spelling import parse_spec, respelled, format_spec
 from coterie.values import Policy
 
 
 def parse_policy(text: str) -> Policy:
     """The policy that ``text`` spells, such as ``des-vote:beta=0.15,voters=before-eos``."""
-    return parse(text, POLICIES, "policy")
+    return parse_spec(text, POLICIES, "policy")
 
 
-def spell(policy: Policy) -> str:
+def format_policy(policy: Policy) -> str:
     """The text that ``parse_policy`` reads back as ``policy``; defaults are left out."""
-    return spelled(policy, POLICIES)
+    return format_spec(policy, POLICIES)
 
 
-def respell(text: str) -> str:
+def update_policy_text(text: str) -> str:
     """A text that another version wrote, each policy in it with the present names of its options:
     ``racing:m=4,lam=1 block=16`` becomes ``racing:m=4,resident_bonus=1 block=16``."""
-    return _SPELLED.sub(lambda found: respelled(found[0], POLICIES), text)
+    return _POLICY_TEXT.sub(lambda found: respelled(found[0], POLICIES), text)
 
 
-def respell_all(value: object, *, but: Collection[str] = ()) -> Any:
+def update_policies_in_json(value: object, *, skip_keys: Collection[str] = ()) -> Any:
     """A JSON value with all policies in it respelled, keys too; what is under the keys ``but``
     stays."""
     if isinstance(value, str):
-        return respell(value)
+        return update_policy_text(value)
     if isinstance(value, list):
-        return [respell_all(inner, but=but) for inner in value]
+        return [update_policies_in_json(item, skip_keys=skip_keys) for item in value]
     if isinstance(value, dict):
         return {
-            respell(key): inner if key in but else respell_all(inner, but=but)
-            for key, inner in value.items()
+            update_policy_text(key): item
+            if key in skip_keys
+            else update_policies_in_json(item, skip_keys=skip_keys)
+            for key, item in value.items()
         }
     return value
 
@@ -63,24 +65,24 @@ def check_layers(policy: Policy, layers: int) -> None:
     beta = getattr(policy, "beta", None)
     if isinstance(beta, tuple) and len(beta) != layers and type(policy) in POLICIES.values():
         raise CoterieError(
-            f"policy {spell(policy)!r}: beta lists {len(beta)} shares, and the model has {layers} "
+            f"policy {format_policy(policy)!r}: beta lists {len(beta)} shares, and the model has {layers} "
             f"layers that route; give one share for all, or {layers}"
         )
 
 
-def check_keeps(policy: Policy) -> None:
+def check_coreset_reuse(policy: Policy) -> None:
     """Raises CoterieError for a policy of the table whose blocks cannot keep a coreset."""
     if type(policy) not in POLICIES.values():
         return
     election = vars(policy).get("election")
     if not isinstance(election, Election):
         raise CoterieError(
-            f"drift keeps coresets, and {spell(policy)} elects none; use it with one that does, "
+            f"drift keeps coresets, and {format_policy(policy)} elects none; use it with one that does, "
             "such as des-vote:beta=0.3"
         )
     if election.scope == "batch":
         raise CoterieError(
-            f"drift keeps the coresets of a row's block, and {spell(policy)} elects one for the "
+            f"drift keeps the coresets of a row's block, and {format_policy(policy)} elects one for the "
             "rows that happen to share a forward; use it with scope=block"
         )
 
@@ -108,4 +110,4 @@ POLICIES: dict[str, type[Policy]] = {
     "coreset": Coreset,
 }
 
-_SPELLED = re.compile(rf"(?<![\w-])(?:{'|'.join(map(re.escape, POLICIES))}):[^\s\"';)]+")
+_POLICY_TEXT = re.compile(rf"(?<![\w-])(?:{'|'.join(map(re.escape, POLICIES))}):[^\s\"';)]+")

@@ -17,14 +17,16 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-SHARE = 2**16  # what each token's vote is split into
-VOICE = 2**20  # units of a token's say
-DOWN = 2**28  # takes VOICE * SHARE**2 to 2**24: a whole vote's gain is 2**40, the unit of votes
-FIRST = 2.0**52  # above any gain
+VOTE_PARTS = 2**16  # what each token's vote is split into
+WEIGHT_UNITS = 2**20  # units of a token's say
+GAIN_DIVISOR = (
+    2**28
+)  # takes VOICE * SHARE**2 to 2**24: a whole vote's gain is 2**40, the unit of votes
+PROTECTED_BONUS = 2.0**52  # above any gain
 
 
 @dataclass(frozen=True)
-class Favour:
+class ResidencyBonus:
     """Who is in fast memory, bool [E] or [S, E], and what that counts.
 
     Their gains are taken as 1 + ``lam`` times as much, as long as what all seats have lost by it is
@@ -32,19 +34,19 @@ class Favour:
     """
 
     resident: Tensor
-    lam: float
-    eps: float
+    factor: float
+    max_vote_loss: float
 
 
-def seats(
+def elect_sequentially(
     ballots: Tensor,
-    voice: Tensor,
-    first: Tensor,
+    vote_weight: Tensor,
+    protected: Tensor,
     *,
-    most: int,
+    max_steps: int,
     k: int,
-    worth: float,
-    favour: Favour | None = None,
+    min_gain: float,
+    bonus: ResidencyBonus | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Experts [S, m] in the order they are seated, and the gain [S, m] int64 of each, m <= most.
 
@@ -53,66 +55,70 @@ def seats(
     they were taken. On a CPU the walk ends when nobody's gain is ``worth`` it (in units of 2**-40)
     in any row, but not before k seats.
     """
-    split = shares(ballots)
-    say = (voice.double() * VOICE).round()
-    lacking = torch.full_like(say, SHARE)  # [S, N]: the part of each vote that is not seated
-    seated = torch.zeros_like(first)
-    loss = Loss.none(first, favour)
+    vote_parts = split_votes(ballots)
+    weight_units = (vote_weight.double() * WEIGHT_UNITS).round()
+    unelected_parts = torch.full_like(
+        weight_units, VOTE_PARTS
+    )  # [S, N]: the part of each vote that is not seated
+    elected = torch.zeros_like(protected)
+    loss = BonusLoss.zero(protected, bonus)
     order, gains = [], []
-    for place in range(most):
-        weight = torch.floor(say * lacking * lacking / DOWN)
-        gain = (weight.unsqueeze(1) @ split).squeeze(1).masked_fill(seated, -1.0)  # [S, E]
-        waiting = first & ~seated
-        chosen, taken, loss = loss.choose(gain, waiting)
-        if place >= k and _nobody(taken.amax(-1, keepdim=True) < worth, waiting):
+    for step in range(max_steps):
+        weight = torch.floor(weight_units * unelected_parts * unelected_parts / GAIN_DIVISOR)
+        gain = (weight.unsqueeze(1) @ vote_parts).squeeze(1).masked_fill(elected, -1.0)  # [S, E]
+        pending = protected & ~elected
+        expert, adjusted_gain, loss = loss.next_expert(gain, pending)
+        if step >= k and _can_stop(adjusted_gain.amax(-1, keepdim=True) < min_gain, pending):
             break
-        order.append(chosen)
-        gains.append(taken.gather(-1, chosen))
-        seated = seated.scatter(-1, chosen, True)
-        given = split.gather(-1, chosen.unsqueeze(1).expand(*split.shape[:2], 1))
-        lacking = lacking - given.squeeze(-1)
+        order.append(expert)
+        gains.append(adjusted_gain.gather(-1, expert))
+        elected = elected.scatter(-1, expert, True)
+        expert_parts = vote_parts.gather(-1, expert.unsqueeze(1).expand(*vote_parts.shape[:2], 1))
+        unelected_parts = unelected_parts - expert_parts.squeeze(-1)
     return torch.cat(order, dim=-1), torch.cat(gains, dim=-1).to(torch.int64)
 
 
-def shares(ballots: Tensor) -> Tensor:
+def split_votes(ballots: Tensor) -> Tensor:
     """[S, N, E]: each ballot as parts of SHARE, rounded down; nothing where it is empty."""
-    units = (ballots.double() * SHARE).round()
-    return torch.floor(units * SHARE / units.sum(-1, keepdim=True).clamp(min=1))
+    units = (ballots.double() * VOTE_PARTS).round()
+    return torch.floor(units * VOTE_PARTS / units.sum(-1, keepdim=True).clamp(min=1))
 
 
 @dataclass(frozen=True)
-class Loss:
+class BonusLoss:
     """Who is seated next, and what favour has cost so far; both [S, 1], in units of gain."""
 
-    favour: Favour | None
-    could: Tensor  # the best gains that there were, added up
-    lost: Tensor  # of these, what was not taken
+    bonus: ResidencyBonus | None
+    best_gain: Tensor  # the best gains that there were, added up
+    lost_gain: Tensor  # of these, what was not taken
 
     @staticmethod
-    def none(first: Tensor, favour: Favour | None) -> Loss:
-        nothing = torch.zeros(len(first), 1, dtype=torch.float64, device=first.device)
-        return Loss(favour, nothing, nothing)
+    def zero(protected: Tensor, bonus: ResidencyBonus | None) -> BonusLoss:
+        zeros = torch.zeros(len(protected), 1, dtype=torch.float64, device=protected.device)
+        return BonusLoss(bonus, zeros, zeros)
 
-    def choose(self, gain: Tensor, waiting: Tensor) -> tuple[Tensor, Tensor, Loss]:
+    def next_expert(self, gain: Tensor, pending: Tensor) -> tuple[Tensor, Tensor, BonusLoss]:
         """The next one [S, 1] of gains [S, E], these gains as they are taken, and the loss then."""
-        plain = (gain + FIRST * waiting).argmax(-1, keepdim=True)  # of ties, the lower
-        if self.favour is None:
-            return plain, gain, self
-        scale = 1 + self.favour.lam
-        taken = gain.where(~self.favour.resident, gain * scale)
+        best_expert = (gain + PROTECTED_BONUS * pending).argmax(
+            -1, keepdim=True
+        )  # of ties, the lower
+        if self.bonus is None:
+            return best_expert, gain, self
+        scale = 1 + self.bonus.factor
+        adjusted_gain = gain.where(~self.bonus.resident, gain * scale)
         # Over the scale, for nobody's may pass FIRST.
-        liked = (taken / scale + FIRST * waiting).argmax(-1, keepdim=True)
-        best = gain.gather(-1, plain)
-        could = self.could + best
-        lost = self.lost + best - gain.gather(-1, liked)
-        bearable = lost <= self.favour.eps * could
+        bonus_expert = (adjusted_gain / scale + PROTECTED_BONUS * pending).argmax(-1, keepdim=True)
+        step_best = gain.gather(-1, best_expert)
+        best_gain = self.best_gain + step_best
+        lost_gain = self.lost_gain + step_best - gain.gather(-1, bonus_expert)
+        within_limit = lost_gain <= self.bonus.max_vote_loss * best_gain
         return (
-            liked.where(bearable, plain),
-            taken,
-            Loss(self.favour, could, lost.where(bearable, self.lost)),
+            bonus_expert.where(within_limit, best_expert),
+            adjusted_gain,
+            BonusLoss(self.bonus, best_gain, lost_gain.where(within_limit, self.lost_gain)),
         )
 
 
-def _nobody(poor: Tensor, waiting: Tensor) -> bool:
+def _can_stop(too_low: Tensor, pending: Tensor) -> bool:
     """Whether the walk may end; an accelerator is not asked, for that would stall it."""
-    return poor.device.type == "cpu" and bool(poor.all()) and not bool(waiting.any())
+    return too_low.device.type == "cpu" and bool(too_low.all()) and not bool(pending.any())

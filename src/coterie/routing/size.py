@@ -9,17 +9,17 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from coterie.routing.select import UNIT
+from coterie.routing.select import VOTE_UNIT
 
 
-class Size(Protocol):
+class CoresetSize(Protocol):
     """How many experts to elect."""
 
     def count(self, votes: Tensor, k: int) -> Tensor:
         """[S, 1] or a scalar, from votes [S, m] in the order in which experts are taken."""
         ...
 
-    def reach(self, experts: int) -> tuple[int, float]:
+    def search_limits(self, experts: int) -> tuple[int, float]:
         """How far a walk down the votes needs to go: so many experts, and down to such votes."""
         ...
 
@@ -31,12 +31,12 @@ class Fraction:
     beta: float
 
     def count(self, votes: Tensor, k: int) -> Tensor:
-        return torch.full((), self.of(votes.shape[-1]), device=votes.device)
+        return torch.full((), self.count_of(votes.shape[-1]), device=votes.device)
 
-    def reach(self, experts: int) -> tuple[int, float]:
-        return self.of(experts), 0.0
+    def search_limits(self, experts: int) -> tuple[int, float]:
+        return self.count_of(experts), 0.0
 
-    def of(self, experts: int) -> int:
+    def count_of(self, experts: int) -> int:
         return max(1, math.floor(self.beta * experts + 1e-9))
 
 
@@ -49,7 +49,7 @@ class Fixed:
     def count(self, votes: Tensor, k: int) -> Tensor:
         return torch.full((), min(self.m, votes.shape[-1]), device=votes.device)
 
-    def reach(self, experts: int) -> tuple[int, float]:
+    def search_limits(self, experts: int) -> tuple[int, float]:
         return min(self.m, experts), 0.0
 
 
@@ -61,14 +61,14 @@ class Mass:
     least: int | None = None
 
     def count(self, votes: Tensor, k: int) -> Tensor:
-        held = votes.cumsum(dim=-1)
-        enough = (held < self.tau * held[:, -1:].double()).sum(dim=-1, keepdim=True) + 1
-        return enough.clamp(min=self.floor(votes.shape[-1], k))
+        cumulative = votes.cumsum(dim=-1)
+        needed = (cumulative < self.tau * cumulative[:, -1:].double()).sum(dim=-1, keepdim=True) + 1
+        return needed.clamp(min=self.minimum(votes.shape[-1], k))
 
-    def reach(self, experts: int) -> tuple[int, float]:
+    def search_limits(self, experts: int) -> tuple[int, float]:
         return experts, 0.0
 
-    def floor(self, experts: int, k: int) -> int:
+    def minimum(self, experts: int, k: int) -> int:
         return k if self.least is None else min(self.least, experts)
 
 
@@ -79,14 +79,14 @@ class Priced:
     price: float
 
     def count(self, votes: Tensor, k: int) -> Tensor:
-        place = torch.arange(1, votes.shape[-1] + 1, device=votes.device)
+        position = torch.arange(1, votes.shape[-1] + 1, device=votes.device)
         # In float64: compared with a Python number, whole ones would be rounded to float32.
-        worthy = votes.double() >= self.price * UNIT
+        qualifies = votes.double() >= self.price * VOTE_UNIT
         # Those behind a protected expert with few votes may have more: up to the last worthy one.
-        return (worthy * place).amax(dim=-1, keepdim=True).clamp(min=k)
+        return (qualifies * position).amax(dim=-1, keepdim=True).clamp(min=k)
 
-    def reach(self, experts: int) -> tuple[int, float]:
-        return experts, self.price * UNIT
+    def search_limits(self, experts: int) -> tuple[int, float]:
+        return experts, self.price * VOTE_UNIT
 
 
 @dataclass(frozen=True)

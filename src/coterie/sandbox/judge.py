@@ -13,77 +13,88 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import cache, lru_cache
 
 from coterie.naming import CoterieError
-from coterie.sandbox.fences import ENVIRONMENT, Fence, Open, Start, candidates
-from coterie.sandbox.verdict import Limits, Verdict
+from coterie.sandbox.fences import (
+    ENVIRONMENT,
+    SandboxBackend,
+    Unsandboxed,
+    SupervisorCommand,
+    backend_candidates,
+)
+from coterie.sandbox.verdict import Limits, ExecutionResult
 
-LIMITS = Limits()
-PROBE = Limits(processor=2, seconds=10.0)
+DEFAULT_LIMITS = Limits()
+PROBE_LIMITS = Limits(cpu_seconds=2, wall_seconds=10.0)
 # Does as the launcher does, from inside; the alarm ends it, for nobody answers.
-CLAIMED = """
+FAKE_EXIT_PROGRAM = """
 import os, signal
 signal.setitimer(signal.ITIMER_REAL, 0.1)
 os.write(4, b".")
 os.read(3, 2)
 """
-STARTING = 20.0  # seconds that a warden may take before and after its program
-ANSWER = 4096  # bytes: more than a warden ever says
-ATTEMPTS = 3
-USERS = range(61184, 65520)  # ids that systems keep for users who live for a moment
+STARTUP_SECONDS = 20.0  # seconds that a warden may take before and after its program
+MAX_REPLY = 4096  # bytes: more than a warden ever says
+MAX_ATTEMPTS = 3
+TEMPORARY_UIDS = range(61184, 65520)  # ids that systems keep for users who live for a moment
 
 
-def run(program: str, limits: Limits = LIMITS, trust: bool = False) -> Verdict:
+def run_program(
+    program: str, limits: Limits = DEFAULT_LIMITS, trust: bool = False
+) -> ExecutionResult:
     """Whether ``program``, a whole Python text, runs to its end without an error.
 
     An exit on the way, of whatever status, is no pass. CoterieError where nothing can keep it in
     and it is not trusted, or where no sandbox starts any more. Policies often write the same
     program: its verdict is remembered.
     """
-    return _remembered(require_fence(trust), program, limits)
+    return _run_cached(require_backend(trust), program, limits)
 
 
-def run_many(
+def run_programs(
     programs: Sequence[str],
-    limits: Limits = LIMITS,
+    limits: Limits = DEFAULT_LIMITS,
     trust: bool = False,
     *,
     workers: int | None = None,
-) -> list[Verdict]:
+) -> list[ExecutionResult]:
     """Every program's verdict, in order; ``workers`` at a time (one for each core)."""
-    fence = require_fence(trust)
+    backend = require_backend(trust)
     with ThreadPoolExecutor(workers or os.cpu_count()) as pool:
-        return list(pool.map(lambda program: _remembered(fence, program, limits), programs))
+        return list(pool.map(lambda program: _run_cached(backend, program, limits), programs))
 
 
-def fence() -> str | None:
+def available_backend() -> str | None:
     """What keeps programs in on this machine, "bubblewrap" or "namespaces", if anything does."""
-    return next((fence.name for fence in candidates() if _trouble(fence) is None), None)
+    return next(
+        (backend.name for backend in backend_candidates() if _backend_problem(backend) is None),
+        None,
+    )
 
 
-def require_fence(trust: bool = False) -> Fence:
+def require_backend(trust: bool = False) -> SandboxBackend:
     """The best fence that works; without any, none at all if trusted and a CoterieError if not."""
-    troubles: list[str] = []
-    for fence in candidates():
-        trouble = _trouble(fence)
-        if trouble is None:
-            return fence
-        troubles.append(f"{fence.name}: {trouble}")
+    problems: list[str] = []
+    for backend in backend_candidates():
+        problem = _backend_problem(backend)
+        if problem is None:
+            return backend
+        problems.append(f"{backend.name}: {problem}")
     if trust:
-        return Open()
+        return Unsandboxed()
     raise CoterieError(
         "nothing here can keep generated code in"
-        f" ({'; '.join(dict.fromkeys(troubles)) or 'this needs Linux'});"
+        f" ({'; '.join(dict.fromkeys(problems)) or 'this needs Linux'});"
         " install bubblewrap, allow user namespaces, or pass --trust-generated-code"
     )
 
 
 @cache
-def _trouble(fence: Fence) -> str | None:
+def _backend_problem(backend: SandboxBackend) -> str | None:
     """Why a fence does not work, tried once: what is right must pass, an early exit must not."""
     try:
-        right = _run_in(fence, "import math\nassert math.sqrt(4) == 2", PROBE)
-        if not right.passed:
-            return f"a right program ends with {right.reason}"
-        if _run_in(fence, CLAIMED, PROBE).passed:
+        result = _run_in(backend, "import math\nassert math.sqrt(4) == 2", PROBE_LIMITS)
+        if not result.passed:
+            return f"a right program ends with {result.reason}"
+        if _run_in(backend, FAKE_EXIT_PROGRAM, PROBE_LIMITS).passed:
             return "a program that only claims to have ended passes"
     except (CoterieError, OSError) as error:
         return str(error)
@@ -91,29 +102,31 @@ def _trouble(fence: Fence) -> str | None:
 
 
 @lru_cache(maxsize=4096)
-def _remembered(fence: Fence, program: str, limits: Limits) -> Verdict:
-    return _run_in(fence, program, limits)
+def _run_cached(backend: SandboxBackend, program: str, limits: Limits) -> ExecutionResult:
+    return _run_in(backend, program, limits)
 
 
-def _run_in(fence: Fence, program: str, limits: Limits) -> Verdict:
+def _run_in(backend: SandboxBackend, program: str, limits: Limits) -> ExecutionResult:
     """Asks again when the sandbox itself, and not the program, did not get going."""
-    said = ""
-    for _ in range(ATTEMPTS):
-        with fence.start(limits) as start:
-            begun, verdict, said = _attend(start, program, limits)
-        if begun:
-            return verdict
-    raise CoterieError(f"the sandbox does not start: {said or 'it says nothing'}")
+    error_line = ""
+    for _ in range(MAX_ATTEMPTS):
+        with backend.supervisor_command(limits) as command:
+            started, result, error_line = _run_supervisor(command, program, limits)
+        if started:
+            return result
+    raise CoterieError(f"the sandbox does not start: {error_line or 'it says nothing'}")
 
 
-def _attend(start: Start, program: str, limits: Limits) -> tuple[bool, Verdict, str]:
+def _run_supervisor(
+    command: SupervisorCommand, program: str, limits: Limits
+) -> tuple[bool, ExecutionResult, str]:
     """Whether the program was begun, what came of it, and the last complaint of what ran it."""
     process = subprocess.Popen(
-        start.command,
+        command.command,
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
-        pass_fds=start.inherited,
+        pass_fds=command.inherited_fds,
         env=ENVIRONMENT,
         start_new_session=True,
     )
@@ -122,38 +135,38 @@ def _attend(start: Start, program: str, limits: Limits) -> tuple[bool, Verdict, 
         assert process.stdout is not None
         assert process.stderr is not None
         try:
-            order = marshal.dumps(_order(start, program, limits))
-            _send(process.stdin.fileno(), len(order).to_bytes(8, "big") + order)
-            ends = (process.stdout.fileno(), process.stderr.fileno())
-            answer, complaint = _listen(ends, limits.seconds + STARTING)
+            request = marshal.dumps(_make_request(command, program, limits))
+            _write_all(process.stdin.fileno(), len(request).to_bytes(8, "big") + request)
+            fds = (process.stdout.fileno(), process.stderr.fileno())
+            reply, stderr = _read_streams(fds, limits.wall_seconds + STARTUP_SECONDS)
         finally:
             process.kill()
-    lines = answer.decode("utf-8", "replace").split("\n")
-    said = complaint.decode("utf-8", "replace").strip().rpartition("\n")[2]
+    lines = reply.decode("utf-8", "replace").split("\n")
+    error_line = stderr.decode("utf-8", "replace").strip().rpartition("\n")[2]
     match lines:
-        case ["begun", ("passed" | "failed" | "timeout") as outcome, reason, *_]:
-            return True, Verdict(outcome, reason), said
+        case ["begun", ("passed" | "failed" | "timeout") as status, reason, *_]:
+            return True, ExecutionResult(status, reason), error_line
         case ["begun", *_]:
-            return True, Verdict("failed", "ended together with its sandbox"), said
+            return True, ExecutionResult("failed", "ended together with its sandbox"), error_line
         case _:
-            return False, Verdict("failed"), said
+            return False, ExecutionResult("failed"), error_line
 
 
-def _order(start: Start, program: str, limits: Limits) -> dict[str, object]:
+def _make_request(command: SupervisorCommand, program: str, limits: Limits) -> dict[str, object]:
     """What the warden is told. ``uid`` is new each time, for limits that count by user."""
     return {
         "program": program.encode("utf-8", "replace").decode(),  # a lone surrogate is no text
-        "folder": start.folder,
-        "uid": random.SystemRandom().choice(USERS) if start.apart else 0,
-        "apart": start.apart,
-        "alone": start.alone,
-        "seconds": limits.seconds,
-        "processor": limits.processor,
+        "folder": command.folder,
+        "uid": random.SystemRandom().choice(TEMPORARY_UIDS) if command.separate_user else 0,
+        "apart": command.separate_user,
+        "alone": command.own_pid_namespace,
+        "seconds": limits.wall_seconds,
+        "processor": limits.cpu_seconds,
         "memory": limits.memory,
         "output": limits.output,
         "processes": limits.processes,
         "limits": [
-            ("RLIMIT_CPU", limits.processor, limits.processor + 1),
+            ("RLIMIT_CPU", limits.cpu_seconds, limits.cpu_seconds + 1),
             ("RLIMIT_AS", limits.memory, limits.memory),
             ("RLIMIT_FSIZE", limits.disk, limits.disk),
             ("RLIMIT_NPROC", limits.processes, limits.processes),
@@ -163,25 +176,25 @@ def _order(start: Start, program: str, limits: Limits) -> dict[str, object]:
     }
 
 
-def _send(end: int, content: bytes) -> None:
+def _write_all(fd: int, content: bytes) -> None:
     try:
         while content:
-            content = content[os.write(end, content) :]
+            content = content[os.write(fd, content) :]
     except BrokenPipeError:
         pass  # it did not start: its complaint says why
 
 
-def _listen(ends: tuple[int, int], seconds: float) -> tuple[bytes, bytes]:
+def _read_streams(fds: tuple[int, int], seconds: float) -> tuple[bytes, bytes]:
     """What a warden says and complains of, until it ends, says too much, or takes too long."""
-    heard = dict.fromkeys(ends, b"")
-    until = time.monotonic() + seconds
+    received = dict.fromkeys(fds, b"")
+    deadline = time.monotonic() + seconds
     with selectors.DefaultSelector() as selector:
-        for end in ends:
-            selector.register(end, selectors.EVENT_READ)
-        while selector.get_map() and (left := until - time.monotonic()) > 0:
-            for key, _ in selector.select(left):
-                part = os.read(key.fd, ANSWER)
-                heard[key.fd] = (heard[key.fd] + part)[-ANSWER:]
-                if not part:
+        for fd in fds:
+            selector.register(fd, selectors.EVENT_READ)
+        while selector.get_map() and (remaining := deadline - time.monotonic()) > 0:
+            for key, _ in selector.select(remaining):
+                chunk = os.read(key.fd, MAX_REPLY)
+                received[key.fd] = (received[key.fd] + chunk)[-MAX_REPLY:]
+                if not chunk:
                     selector.unregister(key.fd)
-    return heard[ends[0]], heard[ends[1]]
+    return received[fds[0]], received[fds[1]]

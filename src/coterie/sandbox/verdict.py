@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 
 from coterie.keys import Key
 
-Outcome = Literal["passed", "failed", "timeout"]
+ExecutionStatus = Literal["passed", "failed", "timeout"]
 
 
 @dataclass(frozen=True)
@@ -20,8 +20,8 @@ class Limits:
     and the largest file; ``output`` what may be printed. Bytes, all four.
     """
 
-    processor: Annotated[int, Key("processor")] = 5
-    seconds: Annotated[float, Key("seconds")] = 20.0
+    cpu_seconds: Annotated[int, Key("processor")] = 5
+    wall_seconds: Annotated[float, Key("seconds")] = 20.0
     memory: Annotated[int, Key("memory")] = 1 << 30
     disk: Annotated[int, Key("disk")] = 8 << 20
     output: Annotated[int, Key("output")] = 16 << 20
@@ -30,12 +30,12 @@ class Limits:
 
 
 @dataclass(frozen=True)
-class Verdict:
+class ExecutionResult:
     """``reason`` is one short printable line, such as "AssertionError()"; empty when passed."""
 
-    outcome: Outcome
+    status: ExecutionStatus
     reason: str = ""
 
     @property
     def passed(self) -> bool:
-        return self.outcome == "passed"
+        return self.status == "passed"

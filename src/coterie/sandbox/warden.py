@@ -19,145 +19,156 @@ import time
 from contextlib import suppress
 from types import ModuleType
 
-TICK = 0.05  # seconds between looks at memory, and at a child that asked
-MOST_FILES = 5000  # empty ones too take memory, which nobody else counts
-ROUNDS = 1000
-LAST_WORDS = 2000  # bytes of what was written to stderr
-SLACK = 160  # bytes: a read is 40 deeper once there were threads, one from inside exec 700
-PAGE = 4096
-WAIT, TELL = 3, 4  # file descriptors of the child
+POLL_SECONDS = 0.05  # seconds between looks at memory, and at a child that asked
+MAX_FILES = 5000  # empty ones too take memory, which nobody else counts
+MAX_KILL_ROUNDS = 1000
+STDERR_TAIL_BYTES = 2000  # bytes of what was written to stderr
+STACK_SLACK = 160  # bytes: a read is 40 deeper once there were threads, one from inside exec 700
+PAGE_BYTES = 4096
+WAIT_FD, DONE_FD = 3, 4  # file descriptors of the child
 
 
 def main() -> None:
-    order = _order()
-    waiting, going = os.pipe()
-    told, telling = os.pipe()
-    output, printing = os.pipe()
-    errors, erring = os.pipe()
+    request = _read_request()
+    wait_read, wait_write = os.pipe()
+    done_read, done_write = os.pipe()
+    stdout_read, stdout_write = os.pipe()
+    stderr_read, stderr_write = os.pipe()
     child = os.fork()
     if child == 0:
-        _become(order, (printing, erring, waiting, telling))
-        _launch(order["program"], ModuleType("__main__"))
-    for end in (printing, erring, waiting, telling):
-        os.close(end)
-    if not order["alone"]:
-        _control(36, 1)  # PR_SET_CHILD_SUBREAPER: daemons become our children
-    start = _stand(child, 1)
-    if start == ():
+        _set_up_child(request, (stdout_write, stderr_write, wait_read, done_write))
+        _run_program(request["program"], ModuleType("__main__"))
+    for fd in (stdout_write, stderr_write, wait_read, done_write):
+        os.close(fd)
+    if not request["alone"]:
+        _prctl(36, 1)  # PR_SET_CHILD_SUBREAPER: daemons become our children
+    start_state = _wait_state(child, 1)
+    if start_state == ():
         raise TimeoutError("the program's process does not get ready")
-    if not order["apart"]:
+    if not request["apart"]:
         # PR_SET_DUMPABLE: nobody of the same user may look into us or write to our descriptors.
-        _control(4, 0)
+        _prctl(4, 0)
     os.write(1, b"begun\n")
-    os.write(going, b".")
-    outcome, reason = Watch(order, child, start, told=told, output=output, errors=errors).result()
-    _end_all(order, child)
-    os.write(1, f"{outcome}\n{reason}\n".encode("utf-8", "replace"))
+    os.write(wait_write, b".")
+    status, reason = ChildMonitor(
+        request, child, start_state, done_fd=done_read, stdout_fd=stdout_read, stderr_fd=stderr_read
+    ).wait_for_result()
+    _kill_all(request, child)
+    os.write(1, f"{status}\n{reason}\n".encode("utf-8", "replace"))
     os._exit(0)
 
 
-def _order() -> dict:
+def _read_request() -> dict:
     """What the host asks: eight bytes of length, then marshalled values. Stdin stays open."""
-    size = int.from_bytes(_exactly(8), "big")
-    return marshal.loads(_exactly(size))
+    size = int.from_bytes(_read_exactly(8), "big")
+    return marshal.loads(_read_exactly(size))
 
 
-def _exactly(size: int) -> bytes:
-    parts = bytearray()
-    while len(parts) < size:
-        part = os.read(0, size - len(parts))
-        if not part:
+def _read_exactly(size: int) -> bytes:
+    data = bytearray()
+    while len(data) < size:
+        chunk = os.read(0, size - len(data))
+        if not chunk:
             os._exit(3)
-        parts += part
-    return bytes(parts)
+        data += chunk
+    return bytes(data)
 
 
-def _become(order: dict, ends: tuple[int, ...]) -> None:
+def _set_up_child(request: dict, fds: tuple[int, ...]) -> None:
     """The child's side: no descriptor but five, all limits, and no right that it does not need.
 
     ``ends`` become its stdout, its stderr, WAIT and TELL.
     """
     os.setsid()
-    high = [os.dup2(end, 100 + place) for place, end in enumerate(ends)]
+    high_fds = [os.dup2(fd, 100 + index) for index, fd in enumerate(fds)]
     os.dup2(os.open("/dev/null", os.O_RDONLY), 0)
-    for number, end in enumerate(high, start=1):
-        os.dup2(end, number)
-    os.closerange(TELL + 1, 256)
-    os.chdir(order["folder"])
+    for number, fd in enumerate(high_fds, start=1):
+        os.dup2(fd, number)
+    os.closerange(DONE_FD + 1, 256)
+    os.chdir(request["folder"])
     with suppress(OSError), open("/proc/self/oom_score_adj", "w", encoding="ascii") as file:
         file.write("1000")  # should memory run out before a limit holds
-    for name, soft, hard in order["limits"]:
+    for name, soft, hard in request["limits"]:
         limit = getattr(resource, name)
-        most = resource.getrlimit(limit)[1]
-        ceiling = hard if most == resource.RLIM_INFINITY else min(hard, most)
+        hard_limit = resource.getrlimit(limit)[1]
+        ceiling = hard if hard_limit == resource.RLIM_INFINITY else min(hard, hard_limit)
         try:
             resource.setrlimit(limit, (min(soft, ceiling), ceiling))
         except ValueError:  # macOS knows no limit of the address space
-            if order["alone"]:
+            if request["alone"]:
                 raise
-    if order["uid"]:
+    if request["uid"]:
         os.setgroups([])
-        os.setresgid(order["uid"], order["uid"], order["uid"])
-        os.setresuid(order["uid"], order["uid"], order["uid"])
+        os.setresgid(request["uid"], request["uid"], request["uid"])
+        os.setresuid(request["uid"], request["uid"], request["uid"])
 
 
-def _launch(
-    text: str,
+def _run_program(
+    program: str,
     module: ModuleType,
     *,
     read=os.read,
-    tell=os.write,
-    leave=os._exit,
-    run=exec,
-    build=compile,
-    spell=repr,
+    write=os.write,
+    exit_process=os._exit,
+    execute=exec,
+    compile_program=compile,
+    describe=repr,
     encode=str.encode,
 ) -> None:
     """Never returns. Whatever it calls is its own before the program could put another there."""
     sys.modules["__main__"] = module
-    room, ask, say = vars(module), WAIT, TELL
+    namespace, wait_fd, done_fd = vars(module), WAIT_FD, DONE_FD
     try:
         # One line: both reads stand equally deep, and no trace can jump between them.
-        _ = read(ask, 1), run(build(text, "program", "exec"), room), tell(say, b"."), read(ask, 2)
+        _ = (
+            read(wait_fd, 1),
+            execute(compile_program(program, "program", "exec"), namespace),
+            write(done_fd, b"."),
+            read(wait_fd, 2),
+        )
     except BaseException as error:
         try:
-            tell(2, b"\n" + encode(spell(error), "utf-8", "replace")[:LAST_WORDS])
+            write(2, b"\n" + encode(describe(error), "utf-8", "replace")[:STDERR_TAIL_BYTES])
         finally:
-            leave(1)
-    leave(0)
+            exit_process(1)
+    exit_process(0)
 
 
-def _stand(child: int, size: int, patience: float = 2.0) -> tuple[str, ...] | None:
+def _wait_state(child: int, size: int, timeout: float = 2.0) -> tuple[str, ...] | None:
     """Where the child stands when it waits in a read of ``size`` bytes; empty if it does not.
 
     None where the kernel does not tell.
     """
-    until = time.monotonic() + patience
+    deadline = time.monotonic() + timeout
     while True:
         try:
             with open(f"/proc/{child}/syscall", encoding="ascii") as file:
                 call = file.read().split()
         except OSError:
             return None
-        if len(call) == 9 and call[1:4:2] == [hex(WAIT), hex(size)]:
+        if len(call) == 9 and call[1:4:2] == [hex(WAIT_FD), hex(size)]:
             return call[0], call[-2], call[-1]
-        if time.monotonic() > until:
+        if time.monotonic() > deadline:
             return ()
         time.sleep(0.0003)
 
 
-def _is_there(stand: tuple[str, ...], start: tuple[str, ...]) -> bool:
+def _is_same_state(state: tuple[str, ...], start_state: tuple[str, ...]) -> bool:
     """The same call, from the same depth and the same place in memory.
 
     A little apart, as two ways through one C function are; a process that has replaced itself by
     another is far from there, for the kernel gave that other addresses.
     """
-    call, stack, place = stand
-    near = abs(int(stack, 16) - int(start[1], 16)) <= SLACK
-    return call == start[0] and near and abs(int(place, 16) - int(start[2], 16)) <= PAGE
+    call, stack, address = state
+    is_near = abs(int(stack, 16) - int(start_state[1], 16)) <= STACK_SLACK
+    return (
+        call == start_state[0]
+        and is_near
+        and abs(int(address, 16) - int(start_state[2], 16)) <= PAGE_BYTES
+    )
 
 
-def _control(option: int, value: int) -> None:
+def _prctl(option: int, value: int) -> None:
     """prctl(2), where there is one."""
     import ctypes
 
@@ -165,77 +176,79 @@ def _control(option: int, value: int) -> None:
         ctypes.CDLL(None).prctl(option, value, 0, 0, 0)
 
 
-class Watch:
+class ChildMonitor:
     """Looks at the child until it has come to its end, or ends otherwise, or takes too much."""
 
     def __init__(
         self,
-        order: dict,
+        request: dict,
         child: int,
-        start: tuple[str, ...] | None,
+        start_state: tuple[str, ...] | None,
         *,
-        told: int,
-        output: int,
-        errors: int,
+        done_fd: int,
+        stdout_fd: int,
+        stderr_fd: int,
     ) -> None:
-        self.order, self.child, self.start = order, child, start
-        self.told, self.errors = told, errors
-        self.open = {0, told, output, errors}
-        self.asked, self.written, self.words = False, 0, b""
+        self.request, self.child, self.start_state = request, child, start_state
+        self.done_fd, self.stderr_fd = done_fd, stderr_fd
+        self.open_fds = {0, done_fd, stdout_fd, stderr_fd}
+        self.has_reported, self.bytes_written, self.stderr_tail = False, 0, b""
 
-    def result(self) -> tuple[str, str]:
-        until = time.monotonic() + self.order["seconds"]
-        while (left := until - time.monotonic()) > 0:
-            ready, _, _ = select.select(list(self.open), [], [], min(left, TICK))
-            for end in ready:
-                self._hear(end)
-            if self.asked and self._has_ended():
+    def wait_for_result(self) -> tuple[str, str]:
+        deadline = time.monotonic() + self.request["seconds"]
+        while (remaining := deadline - time.monotonic()) > 0:
+            ready, _, _ = select.select(list(self.open_fds), [], [], min(remaining, POLL_SECONDS))
+            for fd in ready:
+                self._read_fd(fd)
+            if self.has_reported and self._has_ended():
                 return "passed", ""
-            if self.written > self.order["output"]:
-                return "failed", f"wrote more than {self.order['output'] >> 20} MB"
-            ended, status = os.waitpid(self.child, os.WNOHANG)
-            if ended:
-                return self._why(status)
-            if self.order["alone"] and (excess := _excess(self.order)):
+            if self.bytes_written > self.request["output"]:
+                return "failed", f"wrote more than {self.request['output'] >> 20} MB"
+            pid, status = os.waitpid(self.child, os.WNOHANG)
+            if pid:
+                return self._exit_reason(status)
+            if self.request["alone"] and (excess := _exceeded_limit(self.request)):
                 return "failed", excess
-        return "timeout", f"still running after {self.order['seconds']:g} s"
+        return "timeout", f"still running after {self.request['seconds']:g} s"
 
     def _has_ended(self) -> bool:
-        if self.start is None:
+        if self.start_state is None:
             return True
-        stand = _stand(self.child, 2, TICK / 10)
-        return bool(stand) and _is_there(stand, self.start)
+        state = _wait_state(self.child, 2, POLL_SECONDS / 10)
+        return bool(state) and _is_same_state(state, self.start_state)
 
-    def _hear(self, end: int) -> None:
-        part = os.read(end, 65536)
-        if end == 0:  # whoever asked is gone
-            _end_all(self.order, self.child)
+    def _read_fd(self, fd: int) -> None:
+        chunk = os.read(fd, 65536)
+        if fd == 0:  # whoever asked is gone
+            _kill_all(self.request, self.child)
             os._exit(3)
-        if not part:
-            self.open.discard(end)
-        elif end == self.told:
-            self.asked = True
+        if not chunk:
+            self.open_fds.discard(fd)
+        elif fd == self.done_fd:
+            self.has_reported = True
         else:
-            self.written += len(part)
-        if end == self.errors:
-            self.words = (self.words + part)[-LAST_WORDS:]
+            self.bytes_written += len(chunk)
+        if fd == self.stderr_fd:
+            self.stderr_tail = (self.stderr_tail + chunk)[-STDERR_TAIL_BYTES:]
 
-    def _why(self, status: int) -> tuple[str, str]:
+    def _exit_reason(self, status: int) -> tuple[str, str]:
         """Of a child that ended by itself: what it wrote last, or what killed it."""
         if os.WIFSIGNALED(status):
             if os.WTERMSIG(status) in (9, 24):  # SIGKILL at the hard limit, SIGXCPU at the soft one
                 return (
                     "timeout",
-                    f"killed, or used up {self.order['processor']} s of processor time",
+                    f"killed, or used up {self.request['processor']} s of processor time",
                 )
             return "failed", f"killed by signal {os.WTERMSIG(status)}"
-        if select.select([self.errors], [], [], 0)[0]:
-            self._hear(self.errors)
-        lines = self.words.decode("utf-8", "replace").strip().splitlines() or ["left on the way"]
+        if select.select([self.stderr_fd], [], [], 0)[0]:
+            self._read_fd(self.stderr_fd)
+        lines = self.stderr_tail.decode("utf-8", "replace").strip().splitlines() or [
+            "left on the way"
+        ]
         return "failed", "".join(c for c in lines[-1] if c.isprintable())[:200]
 
 
-def _excess(order: dict) -> str:
+def _exceeded_limit(request: dict) -> str:
     """What all processes here use too much of; nothing where there is no /proc."""
     pages = processes = 0
     try:
@@ -249,27 +262,27 @@ def _excess(order: dict) -> str:
             processes += name != "1"
         except (OSError, IndexError):
             continue  # it ended while it was looked at
-    room = os.statvfs(order["folder"])
-    if room.f_files - room.f_ffree > MOST_FILES:
-        return f"made more than {MOST_FILES} files"
-    if pages * resource.getpagesize() > order["memory"]:
-        return f"used more than {order['memory'] >> 20} MB of memory"
-    if processes > order["processes"]:
-        return f"started more than {order['processes']} processes"
+    filesystem = os.statvfs(request["folder"])
+    if filesystem.f_files - filesystem.f_ffree > MAX_FILES:
+        return f"made more than {MAX_FILES} files"
+    if pages * resource.getpagesize() > request["memory"]:
+        return f"used more than {request['memory'] >> 20} MB of memory"
+    if processes > request["processes"]:
+        return f"started more than {request['processes']} processes"
     return ""
 
 
-def _end_all(order: dict, child: int) -> None:
+def _kill_all(request: dict, child: int) -> None:
     """All that was started; where we are process 1, our own end takes it along."""
-    if order["alone"]:
+    if request["alone"]:
         return
     with suppress(OSError):
         os.killpg(child, 9)
     with suppress(OSError, ValueError):
-        for _ in range(ROUNDS):  # what loses its parent becomes our child only then
+        for _ in range(MAX_KILL_ROUNDS):  # what loses its parent becomes our child only then
             with open(f"/proc/self/task/{os.getpid()}/children", encoding="ascii") as file:
-                for one in file.read().split():
-                    os.kill(int(one), 9)
+                for pid in file.read().split():
+                    os.kill(int(pid), 9)
             os.waitpid(-1, 0)
 
 

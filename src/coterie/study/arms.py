@@ -8,119 +8,145 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import cast
 
-from coterie.evals.run import Arm
-from coterie.routing import parse_policy, spell
-from coterie.study.chapter import Facts
-from coterie.study.lab import Lab
-from coterie.study.tally import ArmsFacts, Tally
+from coterie.evals.run import Variant
+from coterie.routing import parse_policy, format_policy
+from coterie.study.chapter import ExperimentData
+from coterie.study.lab import StudyContext
+from coterie.study.tally import VariantsRecord, VariantResult
 
-VANILLA = Arm("vanilla")
-BETAS = (0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.6)  # shares of a layer's experts
-FEW = (0.15, 0.3, 0.5)  # where variants of a rule are compared
-GUARD = "voters=before-eos,protect=top1"
-NEAR = 0.75  # experts: two arms this close are at equal experts
+VANILLA = Variant("vanilla")
+ALL_BETAS = (0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.6)  # shares of a layer's experts
+MAIN_BETAS = (0.15, 0.3, 0.5)  # where variants of a rule are compared
+GUARD_OPTIONS = "voters=before-eos,protect=top1"
+MAX_EXPERT_DIFFERENCE = 0.75  # experts: two arms this close are at equal experts
 
-Groups = Mapping[str, Sequence[Arm]]  # what a line is called -> its arms, smallest first
-Matched = Mapping[str, Sequence[Arm]]  # a family of votes -> what it is met with at equal experts
-NOTHING: Matched = {}
+VariantGroups = Mapping[str, Sequence[Variant]]  # what a line is called -> its arms, smallest first
+RivalVariants = Mapping[
+    str, Sequence[Variant]
+]  # a family of votes -> what it is met with at equal experts
+NO_RIVALS: RivalVariants = {}
 
 
-def by_beta(family: str, betas: Iterable[float] = FEW, options: str = "") -> list[Arm]:
+def beta_variants(
+    family: str, betas: Iterable[float] = MAIN_BETAS, options: str = ""
+) -> list[Variant]:
     """``family:beta=..`` at every size."""
     rest = f",{options}" if options else ""
-    return [Arm(spell(parse_policy(f"{family}:beta={beta}{rest}"))) for beta in betas]
+    return [Variant(format_policy(parse_policy(f"{family}:beta={beta}{rest}"))) for beta in betas]
 
 
-def by_count(family: str, counts: Iterable[int]) -> list[Arm]:
+def count_variants(family: str, counts: Iterable[int]) -> list[Variant]:
     """``family:k=..``"""
-    return [Arm(f"{family}:k={count}") for count in counts]
+    return [Variant(f"{family}:k={count}") for count in counts]
 
 
-def vote_of_size(size: int, total: int, family: str = "des-vote") -> Arm:
+def vote_of_size(size: int, total: int, family: str = "des-vote") -> Variant:
     """A vote that elects exactly so many experts."""
-    return by_beta(family, [math.ceil(size / total * 10_000) / 10_000])[0]
+    return beta_variants(family, [math.ceil(size / total * 10_000) / 10_000])[0]
 
 
-def size_of(policy: str, total: int) -> int:
+def coreset_size(policy: str, total: int) -> int:
     """The experts of a coreset that ``beta`` spells."""
     beta = policy.partition("beta=")[2].partition(",")[0]
     return max(1, math.floor(float(beta) * total + 1e-9))
 
 
-def compare(
-    lab: Lab, groups: Groups, *, matched: Matched = NOTHING, extra: Sequence[Tally] = ()
-) -> Facts:
+def run_comparison(
+    context: StudyContext,
+    groups: VariantGroups,
+    *,
+    matched: RivalVariants = NO_RIVALS,
+    extra: Sequence[VariantResult] = (),
+) -> ExperimentData:
     """Runs vanilla and every arm of the groups, which those of ``matched`` are among. ``extra``
     are tallies made elsewhere."""
     share = 0.7 if matched else 1.0
-    every = [VANILLA, *(arm for of in groups.values() for arm in of)]
-    arms = list({arm.name: arm for arm in every}.values())
-    known = {sheet.policy: Tally.of_sheet(sheet) for sheet in lab.sheets(arms, (0.0, share))}
+    all_variants = [VANILLA, *(variant for group in groups.values() for variant in group)]
+    variants = list({variant.name: variant for variant in all_variants}.values())
+    results = {
+        eval_result.policy: VariantResult.from_eval_result(eval_result)
+        for eval_result in context.evaluate(variants, (0.0, share))
+    }
     pairs = [
         pair
-        for family, arms in matched.items()
-        for pair in Matching(lab, known, family).pairs([known[a.name] for a in arms], (share, 1.0))
+        for family, variants in matched.items()
+        for pair in SizeMatcher(context, results, family).match(
+            [results[a.name] for a in variants], (share, 1.0)
+        )
     ]
-    vanilla, spec = known[VANILLA.name], lab.engine.model.spec
-    found = ArmsFacts(
+    vanilla, spec = results[VANILLA.name], context.engine.model.spec
+    record = VariantsRecord(
         experts=spec.router.experts,
         k=spec.router.k,
-        block=lab.engine.generation.block,
-        arms=[tally.document(vanilla) for tally in (*known.values(), *extra)],
-        groups={label: [arm.name for arm in of] for label, of in groups.items()},
+        block=context.engine.generation.block,
+        arms=[result.to_json(vanilla) for result in (*results.values(), *extra)],
+        groups={label: [variant.name for variant in group] for label, group in groups.items()},
         pairs=pairs,
     )
-    return cast("Facts", found)
+    return cast("ExperimentData", record)
 
 
 @dataclass(frozen=True)
-class Matching:
+class SizeMatcher:
     """A vote at the experts of other arms: for each, the coreset that comes nearest to it."""
 
-    lab: Lab
-    known: dict[str, Tally]  # grows
+    lab: StudyContext
+    results: dict[str, VariantResult]  # grows
     family: str = "des-vote"
 
-    def pairs(self, others: Sequence[Tally], part: tuple[float, float]) -> list[list[str]]:
+    def match(
+        self, others: Sequence[VariantResult], progress_span: tuple[float, float]
+    ) -> list[list[str]]:
         """(other's name, the vote's name) for each that is met within ``NEAR`` experts.
 
         Two rounds: what a coreset of m comes to is read off the arms that are known, measured, and
         once corrected.
         """
-        first, last = part
+        first, last = progress_span
         middle = first + 0.6 * (last - first)
-        for span in ((first, middle), (middle, last)):
-            sizes = {self._size(other.experts) for other in others if self._met(other) is None}
-            arms = [self._vote(size) for size in sorted(sizes)]
-            fresh = [arm for arm in arms if arm.name not in self.known]
-            for sheet in self.lab.sheets(fresh, span) if fresh else ():
-                self.known[sheet.policy] = Tally.of_sheet(sheet)
-        met = [(other, self._met(other)) for other in others]
-        return [[other.name, vote.name] for other, vote in met if vote is not None]
+        for step in ((first, middle), (middle, last)):
+            sizes = {
+                self._estimate_size(other.experts)
+                for other in others
+                if self._nearest_vote(other) is None
+            }
+            variants = [self._vote_variant(size) for size in sorted(sizes)]
+            new_variants = [variant for variant in variants if variant.name not in self.results]
+            for eval_result in self.lab.evaluate(new_variants, step) if new_variants else ():
+                self.results[eval_result.policy] = VariantResult.from_eval_result(eval_result)
+        matches = [(other, self._nearest_vote(other)) for other in others]
+        return [[other.name, vote.name] for other, vote in matches if vote is not None]
 
     @property
-    def _total(self) -> int:
+    def _num_experts(self) -> int:
         return self.lab.engine.model.spec.router.experts
 
-    def _vote(self, size: int) -> Arm:
-        return vote_of_size(size, self._total, self.family)
+    def _vote_variant(self, size: int) -> Variant:
+        return vote_of_size(size, self._num_experts, self.family)
 
-    def _votes(self) -> list[Tally]:
+    def _vote_results(self) -> list[VariantResult]:
         """The plain vote, at every size that was run."""
-        sizes = (self._vote(size) for size in range(1, self._total + 1))
-        exact = {arm.name for arm in (*sizes, *by_beta(self.family, BETAS))}
-        return [tally for name, tally in self.known.items() if name in exact]
+        sizes = (self._vote_variant(size) for size in range(1, self._num_experts + 1))
+        exact = {variant.name for variant in (*sizes, *beta_variants(self.family, ALL_BETAS))}
+        return [result for name, result in self.results.items() if name in exact]
 
-    def _met(self, other: Tally) -> Tally | None:
-        best = min(self._votes(), key=lambda vote: abs(vote.experts - other.experts), default=None)
-        near = best is not None and abs(best.experts - other.experts) <= NEAR
-        return best if near else None
+    def _nearest_vote(self, other: VariantResult) -> VariantResult | None:
+        nearest = min(
+            self._vote_results(), key=lambda vote: abs(vote.experts - other.experts), default=None
+        )
+        is_near = (
+            nearest is not None and abs(nearest.experts - other.experts) <= MAX_EXPERT_DIFFERENCE
+        )
+        return nearest if is_near else None
 
-    def _size(self, experts: float) -> int:
+    def _estimate_size(self, experts: float) -> int:
         """Of the coreset that should come to so many experts, by the two nearest that are known."""
-        votes = [(vote.experts, size_of(vote.policy, self._total)) for vote in self._votes()]
-        curve = sorted([(0.0, 0), *votes, (float(self._total), self._total)])
-        place = min(bisect_left(curve, (experts, 0)), len(curve) - 1)
-        (low, least), (high, most) = curve[max(place, 1) - 1], curve[max(place, 1)]
-        slope = (most - least) / (high - low) if high > low else 1.0
-        return max(1, min(self._total, round(least + (experts - low) * slope)))
+        votes = [
+            (vote.experts, coreset_size(vote.policy, self._num_experts))
+            for vote in self._vote_results()
+        ]
+        curve = sorted([(0.0, 0), *votes, (float(self._num_experts), self._num_experts)])
+        index = min(bisect_left(curve, (experts, 0)), len(curve) - 1)
+        (low, low_size), (high, high_size) = curve[max(index, 1) - 1], curve[max(index, 1)]
+        slope = (high_size - low_size) / (high - low) if high > low else 1.0
+        return max(1, min(self._num_experts, round(low_size + (experts - low) * slope)))

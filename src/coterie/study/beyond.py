@@ -6,79 +6,86 @@ from coterie.study.accuracy import (
     GUARDED,
     PRICED,
     PROPORTIONAL,
-    SEQ,
-    VOTE,
-    every_rule,
+    DES_SEQ,
+    DES_VOTE,
+    all_policy_groups,
     matched_pairs,
-    ours,
+    own_policy_groups,
 )
-from coterie.study.arms import Groups, Matched
+from coterie.study.arms import VariantGroups, RivalVariants
 from coterie.study.chapter import Finding, Table
-from coterie.study.comparison import Comparison
-from coterie.study.duel import claimed, duel_table, duels
-from coterie.study.tally import Arms, Tally
+from coterie.study.comparison import PolicyComparison
+from coterie.study.duel import claim_finding, comparison_table, compare_pairs
+from coterie.study.tally import VariantResults, VariantResult
 
 
-def beyond_groups(k: int) -> Groups:
-    rivals = every_rule(k)
-    return {label: rivals[label] for label in (VOTE, GUARDED, SEQ, PROPORTIONAL, PRICED)}
+def beyond_groups(k: int) -> VariantGroups:
+    rivals = all_policy_groups(k)
+    return {label: rivals[label] for label in (DES_VOTE, GUARDED, DES_SEQ, PROPORTIONAL, PRICED)}
 
 
-def beyond_matched(k: int) -> Matched:
+def beyond_rivals(k: int) -> RivalVariants:
     """Ours against DES-Vote, and DES-Seq against ours, at equal experts."""
     rivals = beyond_groups(k)
     return {
         "des-vote": [*rivals[PROPORTIONAL], *rivals[PRICED]],
-        "proportional-vote": rivals[SEQ][:3],
+        "proportional-vote": rivals[DES_SEQ][:3],
     }
 
 
-def beyond_findings(arms: Arms) -> list[Finding | str]:
+def beyond_findings(results: VariantResults) -> list[Finding | str]:
     """Whether a rule of ours is above DES-Vote, and above what else is good here."""
-    met = {label: duels((v, o) for o, v in matched_pairs(arms, label)) for label in ours()}
-    seq = duels(matched_pairs(arms, SEQ))
-    guarded = duels(
-        (other, own)
-        for other in arms.groups[GUARDED]
-        for own in arms.groups[PROPORTIONAL]
-        if beta_of(own) == beta_of(other)
+    comparisons = {
+        label: compare_pairs((v, o) for o, v in matched_pairs(results, label))
+        for label in own_policy_groups()
+    }
+    seq = compare_pairs(matched_pairs(results, DES_SEQ))
+    guarded = compare_pairs(
+        (other, result)
+        for other in results.groups[GUARDED]
+        for result in results.groups[PROPORTIONAL]
+        if beta_of(result) == beta_of(other)
     )
     return [
-        claimed(
+        claim_finding(
             "Beyond the paper: seating experts in proportion beats DES-Vote at equal experts.",
-            met[PROPORTIONAL], second=PROPORTIONAL, first=VOTE,
+            comparisons[PROPORTIONAL], second=PROPORTIONAL, first=DES_VOTE,
         ),
-        claimed(
+        claim_finding(
             "Beyond the paper: seating them while they are worth a price beats DES-Vote at equal "
             "experts.",
-            met[PRICED], second=PRICED, first=VOTE,
+            comparisons[PRICED], second=PRICED, first=DES_VOTE,
         ),
-        claimed(
+        claim_finding(
             "Beyond the paper: seating experts in proportion beats DES-Seq at equal experts.",
-            seq, second=PROPORTIONAL, first=SEQ,
+            seq, second=PROPORTIONAL, first=DES_SEQ,
         ),
-        claimed(
+        claim_finding(
             "Beyond the paper: it beats the guarded DES-Vote of the same beta, which may hold more "
             "(protected experts come first).",
-            guarded, second=PROPORTIONAL, first="the guarded vote", at="at the same beta",
+            guarded, second=PROPORTIONAL, first="the guarded vote", condition="at the same beta",
         ),
         "The rules were chosen on other draws of questions than these.",
     ]  # fmt: skip
 
 
-def beta_of(tally: Tally) -> str:
+def beta_of(result: VariantResult) -> str:
     """As spelled: "0.15"."""
-    return tally.policy.partition("beta=")[2].partition(",")[0]
+    return result.policy.partition("beta=")[2].partition(",")[0]
 
 
-def beyond_tables(arms: Arms) -> list[Table]:
+def beyond_tables(results: VariantResults) -> list[Table]:
     """Every pair with ours second."""
-    ours = arms.groups[PROPORTIONAL] + arms.groups[PRICED]
-    told = [(b, a) if a in ours else (a, b) for a, b in arms.pairs]
-    return [duel_table(duels(told), "Ours against others at equal experts.")] if told else []
+    own_results = results.groups[PROPORTIONAL] + results.groups[PRICED]
+    pairs = [(b, a) if a in own_results else (a, b) for a, b in results.pairs]
+    return (
+        [comparison_table(compare_pairs(pairs), "Ours against others at equal experts.")]
+        if pairs
+        else []
+    )
 
 
-BEYOND = Comparison(
+BEYOND = PolicyComparison(
     name="beyond",
     title="Beyond the paper: seats in proportion",
     question="Can a rule without training beat DES-Vote at equal experts?",
@@ -86,8 +93,8 @@ BEYOND = Comparison(
     "best expert is kept), and of votes that seat experts one by one, where a token weighs less "
     "the more of its vote is seated; with 95 % Wilson intervals.",
     groups=beyond_groups,
-    matched=beyond_matched,
-    found=beyond_findings,
-    front=True,
-    tabulate=beyond_tables,
+    rivals=beyond_rivals,
+    make_findings=beyond_findings,
+    show_pareto=True,
+    make_tables=beyond_tables,
 )

@@ -8,22 +8,22 @@ from typing import cast
 
 from matplotlib.figure import Figure
 
-from coterie.evals.run import Arm
-from coterie.figures.style import axes, legend, look, percent
+from coterie.evals.run import Variant
+from coterie.figures.style import new_axes, add_legend, policy_style, format_percent
 from coterie.naming import CoterieError
-from coterie.study.arms import GUARD
-from coterie.study.chapter import Drawing, Facts, Finding, Table
+from coterie.study.arms import GUARD_OPTIONS
+from coterie.study.chapter import Drawing, ExperimentData, Finding, Table
 from coterie.study.curves import wilson
-from coterie.study.duel import duels
-from coterie.study.lab import Lab
-from coterie.study.tally import Document, Tally
+from coterie.study.duel import compare_pairs
+from coterie.study.lab import StudyContext
+from coterie.study.tally import JsonObject, VariantResult
 
-SIZES = (8, 16, 32, 64)
-VANILLA, VOTE, GUARDED = "vanilla", "des-vote:beta=0.3", f"des-vote:beta=0.3,{GUARD}"
+BLOCK_SIZES = (8, 16, 32, 64)
+VANILLA, DES_VOTE, GUARDED = "vanilla", "des-vote:beta=0.3", f"des-vote:beta=0.3,{GUARD_OPTIONS}"
 
 
 @dataclass(frozen=True)
-class Blocks:
+class BlockSizeExperiment:
     """The same questions with blocks of several sizes; vanilla at each is what is compared with."""
 
     name: str = "block-size"
@@ -33,133 +33,144 @@ class Blocks:
         "share one coreset. Does it still serve them?"
     )
 
-    def measure(self, lab: Lab) -> Facts:
-        policies = [VANILLA, VOTE, GUARDED, f"topk:k={_half(lab)}"]
-        found: list[Document] = []
+    def measure(self, context: StudyContext) -> ExperimentData:
+        policies = [VANILLA, DES_VOTE, GUARDED, f"topk:k={_half_k(context)}"]
+        entries: list[JsonObject] = []
         skipped: list[str] = []
-        for place, size in enumerate(SIZES):
-            own = {} if size == lab.engine.generation.block else {"block": size}
-            arms = [Arm(policy, own) for policy in policies]
-            part = place / len(SIZES), (place + 1) / len(SIZES)
+        for index, size in enumerate(BLOCK_SIZES):
+            overrides = {} if size == context.engine.generation.block else {"block": size}
+            variants = [Variant(policy, overrides) for policy in policies]
+            progress_span = index / len(BLOCK_SIZES), (index + 1) / len(BLOCK_SIZES)
             try:
-                tallies = [Tally.of_sheet(sheet) for sheet in lab.sheets(arms, part)]
+                variant_results = [
+                    VariantResult.from_eval_result(eval_result)
+                    for eval_result in context.evaluate(variants, progress_span)
+                ]
             # Not every model may be asked for every width.
             except CoterieError as error:
                 skipped.append(f"Blocks of {size} were left out: {error}.")
                 continue
-            documents = [tally.document(tallies[0]) for tally in tallies]
-            found += [{"block": size, "arm": document} for document in documents]
-        if not found:
+            documents = [result.to_json(variant_results[0]) for result in variant_results]
+            entries += [{"block": size, "arm": document} for document in documents]
+        if not entries:
             raise CoterieError(" ".join(skipped))
         return {
-            "experts": lab.engine.model.spec.router.experts,
-            "usual": lab.engine.generation.block,
+            "experts": context.engine.model.spec.router.experts,
+            "usual": context.engine.generation.block,
             "policies": policies,
-            "found": found,
+            "found": entries,
             "skipped": skipped,
         }
 
-    def drawings(self, facts: Facts) -> Sequence[Drawing]:
-        by_policy = _by_policy(facts)
+    def drawings(self, data: ExperimentData) -> Sequence[Drawing]:
+        by_policy = _by_policy(data)
         return [
             Drawing(
                 self.name,
                 "Right answers against block size, with 95 % Wilson intervals. The model was "
-                f"trained with blocks of {facts['usual']}.",
+                f"trained with blocks of {data['usual']}.",
                 lambda: _draw(by_policy, "right answers", lambda t: t.accuracy, bars=True),
             ),
             Drawing(
                 f"{self.name}-experts",
                 "Unique experts of a layer and forward against block size, in the same runs.",
-                lambda: _draw(by_policy, f"unique experts of {facts['experts']}", _experts),
+                lambda: _draw(by_policy, f"unique experts of {data['experts']}", _expert_count),
             ),
         ]
 
-    def tables(self, facts: Facts) -> Sequence[Table]:
-        by_policy = _by_policy(facts)
+    def tables(self, data: ExperimentData) -> Sequence[Table]:
+        by_policy = _by_policy(data)
         sizes = list(by_policy[VANILLA])
         rows = [
-            [policy, *(_cell(told[size]) if size in told else "" for size in sizes)]
-            for policy, told in by_policy.items()
+            [policy, *(_format_cell(by_size[size]) if size in by_size else "" for size in sizes)]
+            for policy, by_size in by_policy.items()
         ]
-        n = len(by_policy[VANILLA][sizes[0]].bits())
+        n = len(by_policy[VANILLA][sizes[0]].correct_flags())
         caption = f"Right answers of {n}, experts, forwards a block."
         heads = ["policy", *(f"block {size}" for size in sizes)]
         return [Table(heads, rows, caption, numbers=range(1, len(heads)))]
 
-    def findings(self, facts: Facts) -> Sequence[Finding | str]:
-        by_policy = _by_policy(facts)
+    def findings(self, data: ExperimentData) -> Sequence[Finding | str]:
+        by_policy = _by_policy(data)
         sizes = sorted(by_policy[VANILLA])
         small, large = sizes[0], sizes[-1]
-        told: list[Finding | str] = []
-        for policy in (VOTE, GUARDED):
+        findings: list[Finding | str] = []
+        for policy in (DES_VOTE, GUARDED):
             votes, vanilla = by_policy[policy], by_policy[VANILLA]
             relative = {s: votes[s].accuracy / max(vanilla[s].accuracy, 1e-9) for s in sizes}
-            said = ", ".join(f"{relative[size]:.1%} at {size}" for size in sizes)
-            fought = duels([(vanilla[size], votes[size]) for size in sizes])
-            lost = [size for size, duel in zip(sizes, fought, strict=True) if duel.sign < 0]
+            text = ", ".join(f"{relative[size]:.1%} at {size}" for size in sizes)
+            comparisons = compare_pairs([(vanilla[size], votes[size]) for size in sizes])
+            worse_sizes = [
+                size
+                for size, comparison in zip(sizes, comparisons, strict=True)
+                if comparison.sign < 0
+            ]
             robust = relative[large] >= relative[small] - 0.01
-            told.append(
+            findings.append(
                 Finding(
-                    f"Of vanilla's accuracy with the same blocks, {policy} keeps {said}. It is "
-                    f"below vanilla beyond the interval at {_listed(lost)}.",
+                    f"Of vanilla's accuracy with the same blocks, {policy} keeps {text}. It is "
+                    f"below vanilla beyond the interval at {_format_sizes(worse_sizes)}.",
                     "DES stays accurate whatever the block size.",
                     "holds" if robust else "does not hold",
                 )
             )
-        return [*told, self._vanilla(by_policy[VANILLA]), *cast("list[str]", facts["skipped"])]
+        return [
+            *findings,
+            self._vanilla_sentence(by_policy[VANILLA]),
+            *cast("list[str]", data["skipped"]),
+        ]
 
-    def _vanilla(self, vanilla: dict[int, Tally]) -> str:
-        said = ", ".join(f"{t.accuracy:.1%} at {size}" for size, t in sorted(vanilla.items()))
-        return f"Vanilla itself answers {said} right."
+    def _vanilla_sentence(self, vanilla: dict[int, VariantResult]) -> str:
+        text = ", ".join(f"{t.accuracy:.1%} at {size}" for size, t in sorted(vanilla.items()))
+        return f"Vanilla itself answers {text} right."
 
 
-def _by_policy(facts: Facts) -> dict[str, dict[int, Tally]]:
+def _by_policy(data: ExperimentData) -> dict[str, dict[int, VariantResult]]:
     """Policy -> block size -> what it came to."""
-    found: dict[str, dict[int, Tally]] = {}
-    for one in cast("list[dict[str, object]]", facts["found"]):
-        tally = Tally.of(cast("Document", one["arm"]))
-        found.setdefault(tally.policy, {})[cast("int", one["block"])] = tally
-    return found
+    by_policy: dict[str, dict[int, VariantResult]] = {}
+    for entry in cast("list[dict[str, object]]", data["found"]):
+        result = VariantResult.from_json(cast("JsonObject", entry["arm"]))
+        by_policy.setdefault(result.policy, {})[cast("int", entry["block"])] = result
+    return by_policy
 
 
 def _draw(
-    by_policy: dict[str, dict[int, Tally]],
+    by_policy: dict[str, dict[int, VariantResult]],
     label: str,
-    figure_of: Callable[[Tally], float],
+    figure_of: Callable[[VariantResult], float],
     *,
     bars: bool = False,
 ) -> Figure:
-    figure, one = axes("block size (positions)", label)
-    for place, (policy, told) in enumerate(by_policy.items()):
-        sizes = sorted(told)
-        tallies = [told[size] for size in sizes]
-        dress = look(policy)
-        one.errorbar(
-            sizes, [figure_of(t) for t in tallies], yerr=wilson(tallies) if bars else None,
-            color=dress.colour, marker=dress.marker, label=policy.replace(f",{GUARD}", ", guarded"),
-            ls=("-", "--", ":", "-.")[place % 4], elinewidth=0.8,
+    figure, ax = new_axes("block size (positions)", label)
+    for index, (policy, by_size) in enumerate(by_policy.items()):
+        sizes = sorted(by_size)
+        variant_results = [by_size[size] for size in sizes]
+        style = policy_style(policy)
+        ax.errorbar(
+            sizes, [figure_of(t) for t in variant_results], yerr=wilson(variant_results) if bars else None,
+            color=style.colour, marker=style.marker, label=policy.replace(f",{GUARD_OPTIONS}", ", guarded"),
+            ls=("-", "--", ":", "-.")[index % 4], elinewidth=0.8,
         )  # fmt: skip
-    one.set_xscale("log", base=2)
-    one.set_xticks(SIZES, [str(size) for size in SIZES])
-    one.set_ylim(0, None)
+    ax.set_xscale("log", base=2)
+    ax.set_xticks(BLOCK_SIZES, [str(size) for size in BLOCK_SIZES])
+    ax.set_ylim(0, None)
     if bars:
-        percent(one)
-    legend(one)
+        format_percent(ax)
+    add_legend(ax)
     return figure
 
 
-def _experts(tally: Tally) -> float:
-    return tally.experts
+def _expert_count(result: VariantResult) -> float:
+    return result.experts
 
 
-def _cell(tally: Tally) -> str:
-    return f"{tally.accuracy:.1%}, {tally.experts:.1f}, {tally.forwards_per_block:.2f}"
+def _format_cell(result: VariantResult) -> str:
+    return f"{result.accuracy:.1%}, {result.experts:.1f}, {result.forwards_per_block:.2f}"
 
 
-def _half(lab: Lab) -> int:
-    return max(1, lab.engine.model.spec.router.k // 2)
+def _half_k(context: StudyContext) -> int:
+    return max(1, context.engine.model.spec.router.k // 2)
 
 
-def _listed(sizes: Sequence[int]) -> str:
+def _format_sizes(sizes: Sequence[int]) -> str:
     return ", ".join(map(str, sizes)) if sizes else "no size"

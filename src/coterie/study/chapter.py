@@ -8,9 +8,9 @@ from typing import Literal, Protocol
 
 from matplotlib.figure import Figure
 
-from coterie.study.lab import Lab
+from coterie.study.lab import StudyContext
 
-Facts = Mapping[str, object]  # JSON values, as they come back from the record
+ExperimentData = Mapping[str, object]  # JSON values, as they come back from the record
 Verdict = Literal["holds", "does not hold", "cannot be told here"]
 
 
@@ -42,7 +42,7 @@ class Finding:
     verdict: Verdict | None = None
 
 
-class Chapter(Protocol):
+class Experiment(Protocol):
     """One question of the study. Everything but ``measure`` works from the record alone."""
 
     @property
@@ -60,15 +60,15 @@ class Chapter(Protocol):
         """What the chapter asks, in a sentence for somebody who has not read the paper."""
         ...
 
-    def measure(self, lab: Lab) -> Facts:
+    def measure(self, context: StudyContext) -> ExperimentData:
         """Runs what must be run; ``lab.tell(share done, doing)`` moves the bar."""
         ...
 
-    def drawings(self, facts: Facts) -> Sequence[Drawing]: ...
+    def drawings(self, data: ExperimentData) -> Sequence[Drawing]: ...
 
-    def tables(self, facts: Facts) -> Sequence[Table]: ...
+    def tables(self, data: ExperimentData) -> Sequence[Table]: ...
 
-    def findings(self, facts: Facts) -> Sequence[Finding | str]:
+    def findings(self, data: ExperimentData) -> Sequence[Finding | str]:
         """Sentences that say what was found, with the paper's claim beside it: numbers come from
         ``facts``, and so does whether the claim holds."""
         ...

@@ -5,15 +5,15 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from coterie.study.arms import NOTHING, Groups, Matched, compare
-from coterie.study.chapter import Drawing, Facts, Finding, Table
-from coterie.study.curves import Looks, arm_table, draw
-from coterie.study.lab import Lab
-from coterie.study.tally import Arms
+from coterie.study.arms import NO_RIVALS, VariantGroups, RivalVariants, run_comparison
+from coterie.study.chapter import Drawing, ExperimentData, Finding, Table
+from coterie.study.curves import ColorBy, variant_table, draw_comparison
+from coterie.study.lab import StudyContext
+from coterie.study.tally import VariantResults
 
 
 @dataclass(frozen=True)
-class Comparison:
+class PolicyComparison:
     """Accuracy against experts for groups of arms; ``groups`` and ``matched`` depend on the
     experts of a token, K."""
 
@@ -21,37 +21,39 @@ class Comparison:
     title: str
     question: str
     caption: str
-    groups: Callable[[int], Groups]
-    found: Callable[[Arms], Sequence[Finding | str]]
-    matched: Callable[[int], Matched] = lambda _: NOTHING
-    looks: Looks = "family"
-    front: bool = False
-    views: Mapping[str, Sequence[str]] = field(default_factory=dict)  # figure -> its groups
-    tabulate: Callable[[Arms], Sequence[Table]] = lambda _: ()
+    groups: Callable[[int], VariantGroups]
+    make_findings: Callable[[VariantResults], Sequence[Finding | str]]
+    rivals: Callable[[int], RivalVariants] = lambda _: NO_RIVALS
+    color_by: ColorBy = "family"
+    show_pareto: bool = False
+    figures: Mapping[str, Sequence[str]] = field(default_factory=dict)  # figure -> its groups
+    make_tables: Callable[[VariantResults], Sequence[Table]] = lambda _: ()
 
-    def measure(self, lab: Lab) -> Facts:
-        k = lab.engine.model.spec.router.k
-        return compare(lab, self.groups(k), matched=self.matched(k))
+    def measure(self, context: StudyContext) -> ExperimentData:
+        k = context.engine.model.spec.router.k
+        return run_comparison(context, self.groups(k), matched=self.rivals(k))
 
-    def drawings(self, facts: Facts) -> Sequence[Drawing]:
-        arms = Arms.of(facts)
+    def drawings(self, data: ExperimentData) -> Sequence[Drawing]:
+        results = VariantResults.from_data(data)
 
-        def drawing(name: str, labels: Sequence[str]) -> Drawing:
+        def make_drawing(name: str, labels: Sequence[str]) -> Drawing:
             """``labels``: the groups of one figure; none: all."""
             return Drawing(
                 name,
                 self.caption,
-                lambda: draw(arms, labels=labels, front=self.front, looks=self.looks),
+                lambda: draw_comparison(
+                    results, labels=labels, front=self.show_pareto, looks=self.color_by
+                ),
             )
 
-        views = self.views or {self.name: ()}
-        return [drawing(name, labels) for name, labels in views.items()]
+        views = self.figures or {self.name: ()}
+        return [make_drawing(name, labels) for name, labels in views.items()]
 
-    def tables(self, facts: Facts) -> Sequence[Table]:
-        arms = Arms.of(facts)
-        n = len(arms.vanilla.bits())
+    def tables(self, data: ExperimentData) -> Sequence[Table]:
+        results = VariantResults.from_data(data)
+        n = len(results.vanilla.correct_flags())
         caption = f"Each policy on the same {n} questions; forwards are per block."
-        return [arm_table(arms.groups, arms.vanilla, caption), *self.tabulate(arms)]
+        return [variant_table(results.groups, results.vanilla, caption), *self.make_tables(results)]
 
-    def findings(self, facts: Facts) -> Sequence[Finding | str]:
-        return self.found(Arms.of(facts))
+    def findings(self, data: ExperimentData) -> Sequence[Finding | str]:
+        return self.make_findings(VariantResults.from_data(data))

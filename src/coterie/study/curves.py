@@ -8,105 +8,131 @@ from typing import Literal
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from coterie.figures.style import HEIGHT, SERIES, Look, axes, ink, legend, look, percent
+from coterie.figures.style import (
+    FIGURE_HEIGHT,
+    SERIES_COLOURS,
+    SeriesStyle,
+    new_axes,
+    foreground,
+    add_legend,
+    policy_style,
+    format_percent,
+)
 from coterie.study.chapter import Table
-from coterie.study.duel import p_value
-from coterie.study.tally import Arms, Tally
+from coterie.study.duel import format_p
+from coterie.study.tally import VariantResults, VariantResult
 
 MARKERS = "oDs^vPXp*"
 
-Looks = Literal["family", "place"]  # a line's colour: its policy's own, or by its place
+ColorBy = Literal["family", "place"]  # a line's colour: its policy's own, or by its place
 
 
-def draw(
-    arms: Arms, *, labels: Sequence[str] = (), front: bool = False, looks: Looks = "family"
+def draw_comparison(
+    results: VariantResults,
+    *,
+    labels: Sequence[str] = (),
+    front: bool = False,
+    looks: ColorBy = "family",
 ) -> Figure:
     """A line for each group, Wilson intervals on its points, vanilla as a star and a dotted line.
 
     ``front``: the Pareto front over all groups, drawn or not.
     """
-    shown = {label: arms.groups[label] for label in labels or arms.groups}
-    height = HEIGHT + 0.15 * len(shown)
-    figure, one = axes(
-        f"unique experts of {arms.experts}, a layer and forward", "right answers", height=height
+    shown = {label: results.groups[label] for label in labels or results.groups}
+    height = FIGURE_HEIGHT + 0.15 * len(shown)
+    figure, ax = new_axes(
+        f"unique experts of {results.experts}, a layer and forward", "right answers", height=height
     )
-    for place, (label, tallies) in enumerate(shown.items()):
-        dress = look(tallies[-1].policy) if looks == "family" else by_place(place)
-        curve(one, tallies, label, dress)
-    mark_vanilla(one, arms.vanilla)
+    for index, (label, variant_results) in enumerate(shown.items()):
+        style = policy_style(variant_results[-1].policy) if looks == "family" else style_at(index)
+        draw_curve(ax, variant_results, label, style)
+    draw_vanilla(ax, results.vanilla)
     if front:
-        every = pareto([arms.vanilla, *(t for group in arms.groups.values() for t in group)])
-        xs, ys = [t.experts for t in every], [t.accuracy for t in every]
-        one.step(xs, ys, where="post", color=ink(), lw=0.9, ls=(0, (1, 2)), label="Pareto front")
-    one.set(ylim=(-0.02, 1.03), xlim=(0, None))
-    percent(one)
-    legend(one, columns=3 if looks == "family" and len(shown) > 4 else 2)
+        front_points = pareto_front(
+            [results.vanilla, *(t for group in results.groups.values() for t in group)]
+        )
+        xs, ys = [t.experts for t in front_points], [t.accuracy for t in front_points]
+        ax.step(
+            xs, ys, where="post", color=foreground(), lw=0.9, ls=(0, (1, 2)), label="Pareto front"
+        )
+    ax.set(ylim=(-0.02, 1.03), xlim=(0, None))
+    format_percent(ax)
+    add_legend(ax, columns=3 if looks == "family" and len(shown) > 4 else 2)
     return figure
 
 
-def curve(one: Axes, tallies: Iterable[Tally], label: str, dress: Look) -> None:
+def draw_curve(
+    ax: Axes, variant_results: Iterable[VariantResult], label: str, style: SeriesStyle
+) -> None:
     """One group's points, joined in the order of their experts."""
-    tallies = sorted(tallies, key=lambda tally: tally.experts)
-    xs, ys = [tally.experts for tally in tallies], [tally.accuracy for tally in tallies]
-    one.errorbar(
-        xs, ys, yerr=wilson(tallies), label=label, color=dress.colour, marker=dress.marker,
+    variant_results = sorted(variant_results, key=lambda tally: tally.experts)
+    xs, ys = (
+        [result.experts for result in variant_results],
+        [result.accuracy for result in variant_results],
+    )
+    ax.errorbar(
+        xs, ys, yerr=wilson(variant_results), label=label, color=style.colour, marker=style.marker,
         elinewidth=0.7, capsize=0,
     )  # fmt: skip
 
 
-def wilson(tallies: Sequence[Tally]) -> list[list[float]]:
+def wilson(variant_results: Sequence[VariantResult]) -> list[list[float]]:
     """Distances down and up to the interval's ends, as error bars want them."""
-    ends = [(tally.accuracy, *tally.share().interval) for tally in tallies]
+    ends = [(result.accuracy, *result.accuracy_share().interval) for result in variant_results]
     return [[y - low for y, low, _ in ends], [high - y for y, _, high in ends]]
 
 
-def mark_vanilla(one: Axes, vanilla: Tally) -> None:
-    one.axhline(vanilla.accuracy, color=ink(), lw=0.7, ls=(0, (1, 3)))
-    dress = look("vanilla")
-    one.plot([vanilla.experts], [vanilla.accuracy], marker=dress.marker, ms=11, ls="",
-             color=dress.colour, label="vanilla")  # fmt: skip
+def draw_vanilla(ax: Axes, vanilla: VariantResult) -> None:
+    ax.axhline(vanilla.accuracy, color=foreground(), lw=0.7, ls=(0, (1, 3)))
+    style = policy_style("vanilla")
+    ax.plot([vanilla.experts], [vanilla.accuracy], marker=style.marker, ms=11, ls="",
+             color=style.colour, label="vanilla")  # fmt: skip
 
 
-def by_place(place: int) -> Look:
+def style_at(index: int) -> SeriesStyle:
     """The look of a line that is told apart by its place only."""
-    return Look(SERIES[place % len(SERIES)], MARKERS[place % len(MARKERS)], "")
+    return SeriesStyle(
+        SERIES_COLOURS[index % len(SERIES_COLOURS)], MARKERS[index % len(MARKERS)], ""
+    )
 
 
-def pareto(tallies: Iterable[Tally]) -> list[Tally]:
+def pareto_front(variant_results: Iterable[VariantResult]) -> list[VariantResult]:
     """Those that nobody beats with as few experts, fewest first."""
-    front: list[Tally] = []
-    for tally in sorted(tallies, key=lambda tally: (tally.experts, -tally.accuracy)):
-        if not front or tally.accuracy > front[-1].accuracy:
-            front.append(tally)
+    front: list[VariantResult] = []
+    for result in sorted(variant_results, key=lambda result: (result.experts, -result.accuracy)):
+        if not front or result.accuracy > front[-1].accuracy:
+            front.append(result)
     return front
 
 
-def arm_table(groups: Mapping[str, Sequence[Tally]], vanilla: Tally, caption: str) -> Table:
+def variant_table(
+    groups: Mapping[str, Sequence[VariantResult]], vanilla: VariantResult, caption: str
+) -> Table:
     """One arm a row: accuracy with its interval, the paired change, and what was read for it."""
     heads = ("policy", "right, 95 %", "against vanilla", "p", "relative", "experts", "forwards")
-    rows = [arm_row(vanilla, vanilla)]
-    seen = {vanilla.name}
-    for tally in (tally for tallies in groups.values() for tally in tallies):
-        if tally.name not in seen:
-            rows.append(arm_row(tally, vanilla))
-            seen.add(tally.name)
+    rows = [variant_row(vanilla, vanilla)]
+    listed = {vanilla.name}
+    for result in (result for variant_results in groups.values() for result in variant_results):
+        if result.name not in listed:
+            rows.append(variant_row(result, vanilla))
+            listed.add(result.name)
     return Table(heads, rows, caption, numbers=range(1, len(heads)))
 
 
-def arm_row(tally: Tally, vanilla: Tally) -> list[str]:
-    share, change = tally.share(), tally.against(vanilla)
+def variant_row(result: VariantResult, vanilla: VariantResult) -> list[str]:
+    share, change = result.accuracy_share(), result.compare_to(vanilla)
     low, high = share.interval
-    same = tally is vanilla
+    is_vanilla = result is vanilla
     return [
-        tally.name,
+        result.name,
         f"{share.value:.1%}, {low:.1%} to {high:.1%}",
-        "" if same else f"{change.difference:+.1%}",
-        "" if same else p_value(change.p, bare=True),
-        relative(tally, vanilla),
-        f"{tally.experts:.1f}",
-        f"{tally.forwards_per_block:.2f}",
+        "" if is_vanilla else f"{change.difference:+.1%}",
+        "" if is_vanilla else format_p(change.p_value, bare=True),
+        format_relative(result, vanilla),
+        f"{result.experts:.1f}",
+        f"{result.forwards_per_block:.2f}",
     ]
 
 
-def relative(tally: Tally, vanilla: Tally) -> str:
-    return f"{tally.accuracy / vanilla.accuracy:.1%}" if vanilla.accuracy else ""
+def format_relative(result: VariantResult, vanilla: VariantResult) -> str:
+    return f"{result.accuracy / vanilla.accuracy:.1%}" if vanilla.accuracy else ""

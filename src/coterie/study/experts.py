@@ -13,55 +13,69 @@ from numpy.typing import NDArray
 from coterie.decoding.plans import parse_plan
 from coterie.engine.engine import Engine
 from coterie.engine.load import load_model
-from coterie.evals.run import Arm
+from coterie.evals.run import Variant
 from coterie.evals.stats import ratio_interval
 from coterie.experts.capacity import Capacity
 from coterie.keys import to_json
 from coterie.model.weights import expert_bytes
 from coterie.naming import CoterieError
-from coterie.planning.machine import Machine, clock, rate_of
-from coterie.study.chapter import Drawing, Facts, Finding, Table
-from coterie.study.experts_drawn import drawings
-from coterie.study.experts_facts import LINKS, MAIN, SHARES, Found, Kept, Precision, Ratio, Run
-from coterie.study.experts_told import conclusions, tables
-from coterie.study.inmemory import Asked, answered, moves, sheet
-from coterie.study.lab import Lab
-from coterie.study.tally import Document, Tally
+from coterie.planning.machine import HardwareModel, predict_time, parse_bandwidth
+from coterie.study.chapter import Drawing, ExperimentData, Finding, Table
+from coterie.study.experts_drawn import cache_drawings
+from coterie.study.experts_facts import (
+    LINKS,
+    MAIN_SHARE,
+    MEMORY_SHARES,
+    ExpertCacheRecord,
+    CacheOutcome,
+    PrecisionInfo,
+    RatioWithInterval,
+    CacheRun,
+)
+from coterie.study.experts_told import cache_findings, cache_tables
+from coterie.study.inmemory import ReplayRequest, answer_questions, simulate_cache, to_eval_result
+from coterie.study.lab import StudyContext
+from coterie.study.tally import JsonObject, VariantResult
 
-SIXTEEN: Mapping[torch.dtype, str] = {torch.bfloat16: "bf16", torch.float16: "fp16"}
-FEW_BITS = ("int8", "int4")
-RULES = (
+SIXTEEN_BIT_NAMES: Mapping[torch.dtype, str] = {torch.bfloat16: "bf16", torch.float16: "fp16"}
+LOW_PRECISIONS = ("int8", "int4")
+MEMORY_BLIND_POLICIES = (
     *("vanilla", "des-vote:beta=0.5", "des-vote:beta=0.3", "des-seq:k=3"),
     *("proportional-vote:beta=0.3", "priced-vote:price=0.022", "priced-vote:price=0.04"),
 )
-PREFERRING = (
+RESIDENT_POLICIES = (
     "resident-vote:beta=0.3",
     "priced-vote:price=0.022,resident_bonus=1,max_vote_loss=0.1",
 )
-PREFERRING_AT_MAIN = (
+MAIN_RESIDENT_POLICIES = (
     "proportional-vote:beta=0.3,resident_bonus=3,max_vote_loss=0.2",
     "priced-vote:price=0.04,resident_bonus=1,max_vote_loss=0.1",
 )
-DRIFTING, DRIFT = PREFERRING[1], 0.05  # a block's coresets kept while they lose no more votes
-FEWER = 2  # where residents are preferred, other runs than the main ones ask one in so many
+REUSE_POLICY, REUSE_TOLERANCE = (
+    RESIDENT_POLICIES[1],
+    0.05,
+)  # a block's coresets kept while they lose no more votes
+REDUCED_ITEMS_DIVISOR = (
+    2  # where residents are preferred, other runs than the main ones ask one in so many
+)
 
-Numbers = NDArray[np.int64]
+IntArray = NDArray[np.int64]
 
 
 @dataclass(frozen=True)
-class Counted:
+class MeasuredRun:
     """One run as it was measured: per answer, what its memories brought and its forwards."""
 
-    asked: Asked
-    tally: Tally
-    passes: int
-    decoding: Numbers  # [n]
-    moved: Mapping[str, Numbers]  # share -> experts [n]
-    kept: Mapping[str, Kept]
+    request: ReplayRequest
+    result: VariantResult
+    num_forwards: int
+    decode_forwards: IntArray  # [n]
+    moved_by_share: Mapping[str, IntArray]  # share -> experts [n]
+    outcomes: Mapping[str, CacheOutcome]
 
 
 @dataclass(frozen=True)
-class Experts:
+class ExpertCacheExperiment:
     """Policy x share of the experts in memory x precision: accuracy, hits, bytes, forwards."""
 
     name: str = "experts"
@@ -71,223 +85,259 @@ class Experts:
         "answers and forwards, and what do experts in few bits add, at what cost?"
     )
 
-    def measure(self, lab: Lab) -> Facts:
-        model, commits = lab.engine.model, commits_apart(lab.engine)
-        names = precisions_of(lab.engine)
-        measured: list[tuple[Precision, list[Counted]]] = []
+    def measure(self, context: StudyContext) -> ExperimentData:
+        model, commits = context.engine.model, has_separate_commits(context.engine)
+        names = precision_names(context.engine)
+        measured: list[tuple[PrecisionInfo, list[MeasuredRun]]] = []
         left_out: list[dict[str, str]] = []
-        for place, name in enumerate(names):
+        for index, name in enumerate(names):
 
-            def tell(share: float, doing: str, place: int = place) -> None:
-                lab.tell((place + share) / len(names), doing)
+            def on_progress(share: float, activity: str, index: int = index) -> None:
+                context.on_progress((index + share) / len(names), activity)
 
             try:
-                engine = opened(lab.engine, name)
+                engine = engine_with_precision(context.engine, name)
             except CoterieError as error:
                 left_out.append({"name": name, "why": str(error)})
                 continue
-            precision = said_of(engine, name)
-            asked = wanted(engine, lab, commits=commits, whole=not measured)
-            measured.append((precision, count(lab, engine, precision, asked, tell)))
+            precision = precision_info(engine, name)
+            requests = run_requests(engine, context, commits=commits, is_first=not measured)
+            measured.append(
+                (precision, measure_runs(context, engine, precision, requests, on_progress))
+            )
             del engine  # the next one may need its room
         if not measured:
-            raise CoterieError("; ".join(one["why"] for one in left_out))
-        found = Found(
+            raise CoterieError("; ".join(entry["why"] for entry in left_out))
+        record = ExpertCacheRecord(
             experts=model.spec.router.experts,
             k=model.spec.router.k,
             layers=len(model.spec.moe_layers),
-            block=lab.engine.generation.block,
-            main=MAIN,
+            block=context.engine.generation.block,
+            main=MAIN_SHARE,
             commits=commits,
             precisions=[precision for precision, _ in measured],
             left_out=left_out,
-            runs=[run for one in measured for run in told_of(*one, measured[0])],
+            runs=[run for entry in measured for run in run_records(*entry, measured[0])],
         )
-        return cast("Facts", found)
+        return cast("ExperimentData", record)
 
-    def drawings(self, facts: Facts) -> Sequence[Drawing]:
-        return drawings(facts)
+    def drawings(self, data: ExperimentData) -> Sequence[Drawing]:
+        return cache_drawings(data)
 
-    def tables(self, facts: Facts) -> Sequence[Table]:
-        return tables(facts)
+    def tables(self, data: ExperimentData) -> Sequence[Table]:
+        return cache_tables(data)
 
-    def findings(self, facts: Facts) -> Sequence[Finding | str]:
-        return conclusions(facts)
+    def findings(self, data: ExperimentData) -> Sequence[Finding | str]:
+        return cache_findings(data)
 
 
-def precisions_of(engine: Engine) -> list[str]:
+def precision_names(engine: Engine) -> list[str]:
     """16 bits, then fewer; of experts that came in few bits, only these."""
-    form = engine.model.spec.expert_format
-    whole = SIXTEEN.get(engine.model.transformer.dtype, "bf16")
-    return [whole, *FEW_BITS] if form is None else [form.name]
+    expert_format = engine.model.spec.expert_format
+    base = SIXTEEN_BIT_NAMES.get(engine.model.transformer.dtype, "bf16")
+    return [base, *LOW_PRECISIONS] if expert_format is None else [expert_format.name]
 
 
-def opened(engine: Engine, name: str) -> Engine:
+def engine_with_precision(engine: Engine, name: str) -> Engine:
     """The same model with its experts so, everything else in 16 bits; raises CoterieError where it
     cannot be made, or there is no room beside the one that is loaded."""
     model = engine.model
     dtype = model.transformer.dtype
-    there = model.spec.expert_format
-    if (there is not None and there.name == name) or SIXTEEN.get(dtype) == name:
+    expert_format = model.spec.expert_format
+    if (expert_format is not None and expert_format.name == name) or SIXTEEN_BIT_NAMES.get(
+        dtype
+    ) == name:
         return engine
-    made = load_model(
+    loaded = load_model(
         model.folder,
-        dtype=dtype if dtype in SIXTEEN else torch.bfloat16,
+        dtype=dtype if dtype in SIXTEEN_BIT_NAMES else torch.bfloat16,
         device=model.transformer.device,
-        experts=name if name in FEW_BITS else None,
+        experts=name if name in LOW_PRECISIONS else None,
     )
-    return Engine(made, generation=engine.generation)
+    return Engine(loaded, generation=engine.generation)
 
 
-def said_of(engine: Engine, name: str) -> Precision:
+def precision_info(engine: Engine, name: str) -> PrecisionInfo:
     spec, dtype = engine.model.spec, engine.model.transformer.dtype
-    return Precision(
+    return PrecisionInfo(
         name=name,
         dtype=str(dtype).removeprefix("torch."),
         expert_bytes=expert_bytes(replace(spec, panels=False), dtype),
     )
 
 
-def commits_apart(engine: Engine) -> bool:
+def has_separate_commits(engine: Engine) -> bool:
     """Whether a finished block's keys are written in a forward of their own."""
-    return parse_plan(engine.generation.plan).gaze.terms.stores
+    return parse_plan(engine.generation.plan).scheme.traits.writes_kv
 
 
 def slots_by_share(engine: Engine) -> dict[str, int]:
     """Of each layer; shares that are less than one expert are left out."""
     experts = engine.model.spec.router.experts
-    parsed = {share: Capacity.parse(share) for share in SHARES}
+    parsed = {share: Capacity.parse(share) for share in MEMORY_SHARES}
     return {
-        share: one.slots(layers=1, experts=experts, size=1)
-        for share, one in parsed.items()
-        if one.amount * experts >= 1
+        share: capacity.slots(layers=1, experts=experts, expert_bytes=1)
+        for share, capacity in parsed.items()
+        if capacity.amount * experts >= 1
     }
 
 
-def wanted(engine: Engine, lab: Lab, *, commits: bool, whole: bool) -> list[Asked]:
+def run_requests(
+    engine: Engine, context: StudyContext, *, commits: bool, is_first: bool
+) -> list[ReplayRequest]:
     """Vanilla first. In the first precision (``whole``) every rule with both kinds of commits."""
-    slots, few = slots_by_share(engine), -(-lab.items // FEWER)
-    usual = {"commit": "policy"} if commits else {}
-    asked = [Asked(Arm(rule, {} if rule == "vanilla" else usual), lab.items) for rule in RULES]
-    for share, here in slots.items():
-        main = whole and share == MAIN
-        rules = (*PREFERRING, *(PREFERRING_AT_MAIN if main else ()))
-        many = lab.items if main else few
-        asked += [Asked(Arm(rule, usual), many, here) for rule in rules]
-        asked += [Asked(Arm(DRIFTING, {**usual, "drift": DRIFT}), many, here)] if main else []
-    if whole and commits:
-        other = {"commit": "vanilla"}
-        asked += [Asked(Arm(rule, other), lab.items) for rule in RULES if rule != "vanilla"]
-        rules = (*PREFERRING, *PREFERRING_AT_MAIN)
-        asked += [
-            Asked(Arm(rule, other), lab.items, slots[MAIN]) for rule in rules if MAIN in slots
+    slots, reduced_items = slots_by_share(engine), -(-context.num_problems // REDUCED_ITEMS_DIVISOR)
+    default_commit = {"commit": "policy"} if commits else {}
+    requests = [
+        ReplayRequest(
+            Variant(rule, {} if rule == "vanilla" else default_commit), context.num_problems
+        )
+        for rule in MEMORY_BLIND_POLICIES
+    ]
+    for share, num_slots in slots.items():
+        is_main = is_first and share == MAIN_SHARE
+        rules = (*RESIDENT_POLICIES, *(MAIN_RESIDENT_POLICIES if is_main else ()))
+        num_items = context.num_problems if is_main else reduced_items
+        requests += [
+            ReplayRequest(Variant(rule, default_commit), num_items, num_slots) for rule in rules
         ]
-    return asked
+        requests += (
+            [
+                ReplayRequest(
+                    Variant(REUSE_POLICY, {**default_commit, "drift": REUSE_TOLERANCE}),
+                    num_items,
+                    num_slots,
+                )
+            ]
+            if is_main
+            else []
+        )
+    if is_first and commits:
+        vanilla_commit = {"commit": "vanilla"}
+        requests += [
+            ReplayRequest(Variant(rule, vanilla_commit), context.num_problems)
+            for rule in MEMORY_BLIND_POLICIES
+            if rule != "vanilla"
+        ]
+        rules = (*RESIDENT_POLICIES, *MAIN_RESIDENT_POLICIES)
+        requests += [
+            ReplayRequest(Variant(rule, vanilla_commit), context.num_problems, slots[MAIN_SHARE])
+            for rule in rules
+            if MAIN_SHARE in slots
+        ]
+    return requests
 
 
-def count(
-    lab: Lab,
+def measure_runs(
+    context: StudyContext,
     engine: Engine,
-    precision: Precision,
-    asked: Sequence[Asked],
-    tell: Callable[[float, str], None],
-) -> list[Counted]:
+    precision: PrecisionInfo,
+    requests: Sequence[ReplayRequest],
+    on_progress: Callable[[float, str], None],
+) -> list[MeasuredRun]:
     """Every run, answered where its logbook does not have it yet, and what memories brought."""
-    folder = (lab.answers or lab.folder / "items") / "experts" / precision["name"]
-    by_share, total, done = slots_by_share(engine), sum(one.items for one in asked), 0
-    found = []
-    for one in asked:
+    folder = (context.answers or context.folder / "items") / "experts" / precision["name"]
+    by_share, total, done = slots_by_share(engine), sum(request.items for request in requests), 0
+    runs = []
+    for request in requests:
 
-        def heard(share: float, one: Asked = one, before: int = done) -> None:
-            tell((before + share * one.items) / total, f"{precision['name']}, {one.arm.name}")
+        def on_run_progress(
+            share: float, request: ReplayRequest = request, done_before: int = done
+        ) -> None:
+            on_progress(
+                (done_before + share * request.items) / total,
+                f"{precision['name']}, {request.arm.name}",
+            )
 
-        entries = answered(engine, lab.tasks, one, folder, heard)
-        done += one.items
-        shares = {s: n for s, n in by_share.items() if one.slots in (None, n)}
-        kept, moved = {}, {}
+        entries = answer_questions(engine, context.tasks, request, folder, on_run_progress)
+        done += request.items
+        shares = {s: n for s, n in by_share.items() if request.slots in (None, n)}
+        outcomes, moved_by_share = {}, {}
         for share, slots in shares.items():
-            memory = moves(entries, slots)
-            moved[share] = memory.by_answer(memory.loads, len(entries))
-            kept[share] = Kept(
+            transfers = simulate_cache(entries, slots)
+            moved_by_share[share] = transfers.sum_by_answer(transfers.loads, len(entries))
+            outcomes[share] = CacheOutcome(
                 share=share,
                 slots=slots,
-                used=int(memory.used.sum()),
-                moved=int(memory.loads.sum()),
-                moved_decoding=int(memory.loads[memory.decoded].sum()),
+                used=int(transfers.used.sum()),
+                moved=int(transfers.loads.sum()),
+                moved_decoding=int(transfers.loads[transfers.is_decode].sum()),
                 to_vanilla=None,
                 to_whole=None,
                 ms={
-                    link: 1e3 * clock(
-                        Machine(rate_of(link, "link")), memory.used, memory.loads,
-                        precision["expert_bytes"], decoding=len(entries),
-                    ).forward
+                    link: 1e3 * predict_time(
+                        HardwareModel(parse_bandwidth(link, "link")), transfers.used, transfers.loads,
+                        precision["expert_bytes"], decode_forwards=len(entries),
+                    ).forward_seconds
                     for link in LINKS
                 },
             )  # fmt: skip
-        found.append(
-            Counted(
-                asked=one,
-                tally=Tally.of_sheet(sheet(one, entries)),
-                passes=sum(len(entry.kinds) for entry in entries),
-                decoding=np.array([entry.answer.forwards for entry in entries]),
-                moved=moved,
-                kept=kept,
+        runs.append(
+            MeasuredRun(
+                request=request,
+                result=VariantResult.from_eval_result(to_eval_result(request, entries)),
+                num_forwards=sum(len(entry.kinds) for entry in entries),
+                decode_forwards=np.array([entry.answer.forwards for entry in entries]),
+                moved_by_share=moved_by_share,
+                outcomes=outcomes,
             )
         )
-    return found
+    return runs
 
 
-def told_of(
-    precision: Precision, counted: Sequence[Counted], first: tuple[Precision, Sequence[Counted]]
-) -> Iterator[Run]:
+def run_records(
+    precision: PrecisionInfo,
+    counted: Sequence[MeasuredRun],
+    first: tuple[PrecisionInfo, Sequence[MeasuredRun]],
+) -> Iterator[CacheRun]:
     """As the record has them, held against vanilla and against the first precision."""
-    vanilla, whole = counted[0], first[1] if first[0] is not precision else []
-    same = {(one.asked.arm.name, one.asked.slots): one for one in whole}
+    vanilla, first_runs = counted[0], first[1] if first[0] is not precision else []
+    first_by_name = {(run.request.arm.name, run.request.slots): run for run in first_runs}
     size = precision["expert_bytes"] / first[0]["expert_bytes"]
-    for one in counted:
-        before = same.get((one.asked.arm.name, one.asked.slots))
-        yield Run(
+    for run in counted:
+        first_run = first_by_name.get((run.request.arm.name, run.request.slots))
+        yield CacheRun(
             precision=precision["name"],
-            policy=label_of(one.asked.arm),
-            commit=str(one.asked.arm.generation.get("commit", "")),
-            looks=one.asked.slots is not None,
-            items=len(one.decoding),
-            tally=fields_of(one.tally),
-            passes=one.passes / len(one.decoding),
-            decoding=float(one.decoding.mean()),
-            to_vanilla=ratio(one.decoding, vanilla.decoding),
-            to_whole=None if before is None else ratio(one.decoding, before.decoding),
+            policy=policy_label(run.request.arm),
+            commit=str(run.request.arm.generation.get("commit", "")),
+            looks=run.request.slots is not None,
+            items=len(run.decode_forwards),
+            tally=result_fields(run.result),
+            passes=run.num_forwards / len(run.decode_forwards),
+            decoding=float(run.decode_forwards.mean()),
+            to_vanilla=ratio_with_interval(run.decode_forwards, vanilla.decode_forwards),
+            to_whole=None if first_run is None else ratio_with_interval(run.decode_forwards, first_run.decode_forwards),
             kept=[
-                Kept(**{**kept, "to_vanilla": _moved_ratio(one, vanilla, share),
-                        "to_whole": _moved_ratio(one, before, share, size)})
-                for share, kept in one.kept.items()
+                CacheOutcome(**{**outcome, "to_vanilla": _moved_ratio(run, vanilla, share),
+                        "to_whole": _moved_ratio(run, first_run, share, size)})
+                for share, outcome in run.outcomes.items()
             ],
         )  # fmt: skip
 
 
-def label_of(arm: Arm) -> str:
+def policy_label(variant: Variant) -> str:
     """As tables call it: without who routes commits."""
-    drift = arm.generation.get("drift")
-    return arm.policy if drift is None else f"{arm.policy} --drift {drift}"
+    drift = variant.generation.get("drift")
+    return variant.policy if drift is None else f"{variant.policy} --drift {drift}"
 
 
-def fields_of(tally: Tally) -> Document:
+def result_fields(result: VariantResult) -> JsonObject:
     """Without what follows from the rest."""
-    return to_json(tally)
+    return to_json(result)
 
 
-def ratio(parts: Numbers, wholes: Numbers, scale: float = 1.0) -> Ratio:
+def ratio_with_interval(parts: IntArray, wholes: IntArray, scale: float = 1.0) -> RatioWithInterval:
     """Of the sums over the answers that both have, times ``scale``; paired bootstrap."""
     n = min(len(parts), len(wholes))
-    one, other = (x[:n].astype(float).tolist() for x in (parts, wholes))
-    value = sum(one) / max(sum(other), 1e-9)
-    return [scale * end for end in (value, *ratio_interval(one, other))]
+    parts_list, wholes_list = (x[:n].astype(float).tolist() for x in (parts, wholes))
+    value = sum(parts_list) / max(sum(wholes_list), 1e-9)
+    return [scale * end for end in (value, *ratio_interval(parts_list, wholes_list))]
 
 
 def _moved_ratio(
-    one: Counted, other: Counted | None, share: str, scale: float = 1.0
-) -> Ratio | None:
+    run: MeasuredRun, other_run: MeasuredRun | None, share: str, scale: float = 1.0
+) -> RatioWithInterval | None:
     """None where everybody stays in memory: then nothing moves but once."""
-    if other is None or other is one or share == SHARES[0]:
+    if other_run is None or other_run is run or share == MEMORY_SHARES[0]:
         return None
-    return ratio(one.moved[share], other.moved[share], scale)
+    return ratio_with_interval(run.moved_by_share[share], other_run.moved_by_share[share], scale)

@@ -6,16 +6,16 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import TypedDict, cast
 
-from coterie.study.tally import Document, Tally
+from coterie.study.tally import JsonObject, VariantResult
 
-SHARES: tuple[str, ...] = ("100%", "50%", "35%", "25%", "12%")
-MAIN = "35%"  # where commits are compared, and rules that prefer residents answer more
+MEMORY_SHARES: tuple[str, ...] = ("100%", "50%", "35%", "25%", "12%")
+MAIN_SHARE = "35%"  # where commits are compared, and rules that prefer residents answer more
 LINKS = {"25GB/s": "PCIe 4 x16", "3GB/s": "a fast disk"}
 
-Ratio = list[float]  # value, and the 95 % interval's ends
+RatioWithInterval = list[float]  # value, and the 95 % interval's ends
 
 
-class Precision(TypedDict):
+class PrecisionInfo(TypedDict):
     """``dtype`` is that of everything but the experts."""
 
     name: str
@@ -23,7 +23,7 @@ class Precision(TypedDict):
     expert_bytes: int
 
 
-class Kept(TypedDict):
+class CacheOutcome(TypedDict):
     """One memory of one run: experts used and brought by all its forwards, and by those that
     decode; bytes against vanilla's and against the same run in 16 bits, None where there is no
     such run or nothing need move. ``ms``: of an answer, by link, as the replay's clock has it."""
@@ -33,12 +33,12 @@ class Kept(TypedDict):
     used: int
     moved: int
     moved_decoding: int
-    to_vanilla: Ratio | None
-    to_whole: Ratio | None
+    to_vanilla: RatioWithInterval | None
+    to_whole: RatioWithInterval | None
     ms: dict[str, float]
 
 
-class Run(TypedDict):
+class CacheRun(TypedDict):
     """One policy in one precision; ``passes`` are all forwards of an answer, ``decoding`` those
     that denoise, and the ratios are of these."""
 
@@ -47,34 +47,34 @@ class Run(TypedDict):
     commit: str  # "" where no block is committed apart
     looks: bool  # whether it is told who is in memory; then it has one memory
     items: int
-    tally: Document
+    tally: JsonObject
     passes: float
     decoding: float
-    to_vanilla: Ratio
-    to_whole: Ratio | None
-    kept: list[Kept]
+    to_vanilla: RatioWithInterval
+    to_whole: RatioWithInterval | None
+    kept: list[CacheOutcome]
 
 
-class Found(TypedDict):
+class ExpertCacheRecord(TypedDict):
     experts: int
     k: int
     layers: int
     block: int
     main: str
     commits: bool
-    precisions: list[Precision]
+    precisions: list[PrecisionInfo]
     left_out: list[dict[str, str]]
-    runs: list[Run]
+    runs: list[CacheRun]
 
 
 @dataclass(frozen=True)
-class Point:
+class CachePoint:
     """One policy, one memory, one precision."""
 
-    run: Run
-    kept: Kept
-    tally: Tally
-    vanilla: Tally  # of the same precision, on the same items
+    run: CacheRun
+    outcome: CacheOutcome
+    result: VariantResult
+    vanilla: VariantResult  # of the same precision, on the same items
     bytes: float  # moved, of an answer
 
     @property
@@ -83,64 +83,66 @@ class Point:
 
     @property
     def hit_rate(self) -> float:
-        return 1 - self.kept["moved"] / self.kept["used"] if self.kept["used"] else 1.0
+        return 1 - self.outcome["moved"] / self.outcome["used"] if self.outcome["used"] else 1.0
 
     @property
-    def saved(self) -> Ratio | None:
+    def saved(self) -> RatioWithInterval | None:
         """Of vanilla's bytes, the share that was not moved, and its interval."""
-        to = self.kept["to_vanilla"]
-        return None if to is None else [1 - to[0], 1 - to[2], 1 - to[1]]
+        ratio = self.outcome["to_vanilla"]
+        return None if ratio is None else [1 - ratio[0], 1 - ratio[2], 1 - ratio[1]]
 
 
 @dataclass(frozen=True)
-class Grid:
+class ResultGrid:
     """The record, read back."""
 
-    found: Found
-    points: tuple[Point, ...]
+    record: ExpertCacheRecord
+    points: tuple[CachePoint, ...]
 
     @staticmethod
-    def of(facts: Mapping[str, object]) -> Grid:
-        found = cast("Found", facts)
-        return Grid(found, tuple(_points(found)))
+    def from_data(data: Mapping[str, object]) -> ResultGrid:
+        record = cast("ExpertCacheRecord", data)
+        return ResultGrid(record, tuple(_make_points(record)))
 
-    def at(self, precision: str, share: str | None = None, commit: str = "policy") -> list[Point]:
+    def select(
+        self, precision: str, share: str | None = None, commit: str = "policy"
+    ) -> list[CachePoint]:
         """In the record's order, vanilla first; where no block is committed apart, all."""
         return [
             point
             for point in self.points
             if point.run["precision"] == precision
-            and share in (None, point.kept["share"])
+            and share in (None, point.outcome["share"])
             and point.run["commit"] in ("", commit)
         ]
 
     @property
-    def first(self) -> str:
+    def baseline_precision(self) -> str:
         """The precision that others are held against."""
-        return self.found["precisions"][0]["name"]
+        return self.record["precisions"][0]["name"]
 
-    def like(self, point: Point, precision: str) -> Point | None:
+    def counterpart(self, point: CachePoint, precision: str) -> CachePoint | None:
         """The same run and memory in another precision."""
         for other in self.points:
-            same = all(other.run[name] == point.run[name] for name in ("policy", "commit"))
-            there = other.run["precision"] == precision
-            if same and there and other.kept["share"] == point.kept["share"]:
+            same_run = all(other.run[name] == point.run[name] for name in ("policy", "commit"))
+            same_precision = other.run["precision"] == precision
+            if same_run and same_precision and other.outcome["share"] == point.outcome["share"]:
                 return other
         return None
 
 
-def head(tally: Tally, like: Tally) -> Tally:
+def restrict_to(result: VariantResult, other: VariantResult) -> VariantResult:
     """Its first answers, as many of each task as the other has."""
-    right = {task: bits[: len(like.right.get(task, ""))] for task, bits in tally.right.items()}
-    return replace(tally, right={task: bits for task, bits in right.items() if bits})
+    right = {task: bits[: len(other.right.get(task, ""))] for task, bits in result.right.items()}
+    return replace(result, right={task: bits for task, bits in right.items() if bits})
 
 
-def _points(found: Found) -> Iterator[Point]:
-    sizes = {one["name"]: one["expert_bytes"] for one in found["precisions"]}
-    plain: dict[str, Tally] = {}
-    for run in found["runs"]:
-        tally = Tally.of(run["tally"])
-        vanilla = plain.setdefault(run["precision"], tally)
-        for kept in run["kept"]:
-            size = kept["moved"] * sizes[run["precision"]] / run["items"]
-            yield Point(run, kept, tally, head(vanilla, tally), size)
+def _make_points(record: ExpertCacheRecord) -> Iterator[CachePoint]:
+    sizes = {entry["name"]: entry["expert_bytes"] for entry in record["precisions"]}
+    vanilla_by_precision: dict[str, VariantResult] = {}
+    for run in record["runs"]:
+        result = VariantResult.from_json(run["tally"])
+        vanilla = vanilla_by_precision.setdefault(run["precision"], result)
+        for outcome in run["kept"]:
+            size = outcome["moved"] * sizes[run["precision"]] / run["items"]
+            yield CachePoint(run, outcome, result, restrict_to(vanilla, result), size)

@@ -11,21 +11,21 @@ import torch
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from coterie.engine.watch import Watched, watch
-from coterie.figures.style import axes, colour, ink, legend, look
+from coterie.engine.watch import LayerObservation, observe_forwards
+from coterie.figures.style import new_axes, policy_colour, foreground, add_legend, policy_style
 from coterie.naming import CoterieError
-from coterie.study.chapter import Drawing, Facts, Finding, Table
-from coterie.study.lab import Lab
-from coterie.telemetry import figures
+from coterie.study.chapter import Drawing, ExperimentData, Finding, Table
+from coterie.study.lab import StudyContext
+from coterie.telemetry import routing_stats
 
-BLOCKS = (8, 16, 24, 32, 48, 64)
+BLOCK_SIZES = (8, 16, 24, 32, 48, 64)
 VANILLA = "vanilla"
 POLICIES = (VANILLA, "des-seq:k=3", "des-vote:beta=0.3", "des-vote:beta=0.15")
 STEPS = 32  # of the slow decoding that passes every count of masks
 DASHES = ("-", (0, (1, 1.5)), (0, (4, 1.5)), (0, (6, 1.5, 1, 1.5)))
 
 
-class Point(TypedDict):
+class BlockSizePoint(TypedDict):
     """Unique experts of the forwards at one block size: quartiles over forwards of the mean over
     layers, and each layer's mean over forwards."""
 
@@ -37,15 +37,15 @@ class Point(TypedDict):
     layers: list[float]
 
 
-class Curve(TypedDict):
+class ExplosionCurve(TypedDict):
     """One policy; ``budget`` is the size of its coreset where it has a fixed one."""
 
     policy: str
     budget: int | None
-    points: list[Point]
+    points: list[BlockSizePoint]
 
 
-class Masked(TypedDict):
+class MaskedCount(TypedDict):
     """Vanilla forwards of the usual block with about so many positions still masked."""
 
     masked: float
@@ -53,7 +53,7 @@ class Masked(TypedDict):
     mean: float
 
 
-class Found(TypedDict):
+class ExplosionRecord(TypedDict):
     """``skipped`` says in sentences what could not be run."""
 
     experts: int
@@ -61,13 +61,13 @@ class Found(TypedDict):
     usual: int
     prompts: int
     layers: list[int]
-    curves: list[Curve]
-    masked: list[Masked]
+    curves: list[ExplosionCurve]
+    masked: list[MaskedCount]
     skipped: list[str]
 
 
 @dataclass(frozen=True)
-class Explosion:
+class ExplosionExperiment:
     """Real prompts through the engine, block size by block size, every decoding forward counted."""
 
     name: str = "explosion"
@@ -77,91 +77,100 @@ class Explosion:
         "How many different experts does the whole block ask for, as blocks grow?"
     )
 
-    blocks: Sequence[int] = BLOCKS
+    blocks: Sequence[int] = BLOCK_SIZES
 
-    def measure(self, lab: Lab) -> Facts:
-        prompts = lab.questions()
-        curves: dict[str, list[Point]] = {policy: [] for policy in POLICIES}
+    def measure(self, context: StudyContext) -> ExperimentData:
+        prompts = context.questions()
+        curves: dict[str, list[BlockSizePoint]] = {policy: [] for policy in POLICIES}
         skipped: dict[int, str] = {}
         runs = [(block, policy) for block in self.blocks for policy in POLICIES]
         for number, (block, policy) in enumerate(runs):
-            lab.tell(number / (len(runs) + 1), f"blocks of {block}, {policy}")
+            context.on_progress(number / (len(runs) + 1), f"blocks of {block}, {policy}")
             if block in skipped:
                 continue
             try:
-                counts = _counted(lab, prompts, policy, block=block)
+                counts = _count_experts(context, prompts, policy, block=block)
             except CoterieError as error:
                 skipped[block] = f"Blocks of {block} were left out: {error}."
                 continue
-            curves[policy].append(point(block, counts.per_layer))
-        lab.tell(len(runs) / (len(runs) + 1), "one word at a time")
-        spec, usual = lab.engine.model.spec, lab.engine.generation.block
-        slow = _counted(
-            lab,
+            curves[policy].append(summarize_block_size(block, counts.per_layer))
+        context.on_progress(len(runs) / (len(runs) + 1), "one word at a time")
+        spec, default_block = context.engine.model.spec, context.engine.generation.block
+        slow = _count_experts(
+            context,
             prompts[: -(-len(prompts) // 2)],
             VANILLA,
-            block=usual,
+            block=default_block,
             unmask=f"fixed:steps={STEPS}",
         )
-        found = Found(
+        record = ExplosionRecord(
             experts=spec.router.experts,
             k=spec.router.k,
-            usual=usual,
+            usual=default_block,
             prompts=len(prompts),
             layers=list(spec.moe_layers),
             curves=[
-                Curve(policy=policy, budget=budget(policy, spec.router.experts), points=points)
+                ExplosionCurve(
+                    policy=policy, budget=coreset_budget(policy, spec.router.experts), points=points
+                )
                 for policy, points in curves.items()
             ],
-            masked=by_masked(slow.masked, slow.mean, usual),
+            masked=bin_by_masked(slow.masked, slow.mean, default_block),
             skipped=list(skipped.values()),
         )
-        return cast("Facts", found)
+        return cast("ExperimentData", record)
 
-    def drawings(self, facts: Facts) -> Sequence[Drawing]:
-        found = cast("Found", facts)
+    def drawings(self, data: ExperimentData) -> Sequence[Drawing]:
+        record = cast("ExplosionRecord", data)
         return [
             Drawing(
                 self.name,
                 "Unique experts of a decoding forward against block size, mean over layers and "
                 "forwards; the band spans the layers under vanilla. Broken above: what routing by "
                 "lot would touch.",
-                lambda: _draw_blocks(found),
+                lambda: _draw_blocks(record),
             ),
             Drawing(
                 f"{self.name}-masked",
-                f"The same under vanilla for blocks of {found['usual']}, against the positions "
+                f"The same under vanilla for blocks of {record['usual']}, against the positions "
                 "still masked, decoding one word at a time.",
-                lambda: _draw_masked(found),
+                lambda: _draw_masked(record),
             ),
         ]
 
-    def tables(self, facts: Facts) -> Sequence[Table]:
-        found = cast("Found", facts)
-        blocks = [point["block"] for point in found["curves"][0]["points"]]
+    def tables(self, data: ExperimentData) -> Sequence[Table]:
+        record = cast("ExplosionRecord", data)
+        blocks = [point["block"] for point in record["curves"][0]["points"]]
         rows = [
             [curve["policy"], *(f"{point['mean']:.1f}" for point in curve["points"])]
-            for curve in found["curves"]
+            for curve in record["curves"]
         ]
-        lot = [f"{uniform(found['experts'], found['k'], block):.1f}" for block in blocks]
+        random_row = [
+            f"{expected_uniform(record['experts'], record['k'], block):.1f}" for block in blocks
+        ]
         return [
             Table(
                 heads=["policy", *(f"block {block}" for block in blocks)],
-                rows=[*rows, ["by lot", *lot]],
-                caption=f"Unique experts of {found['experts']}, mean over layers and forwards; "
-                f"{found['prompts']} prompts. Each token takes {found['k']}.",
+                rows=[*rows, ["by lot", *random_row]],
+                caption=f"Unique experts of {record['experts']}, mean over layers and forwards; "
+                f"{record['prompts']} prompts. Each token takes {record['k']}.",
                 numbers=list(range(1, len(blocks) + 1)),
             )
         ]
 
-    def findings(self, facts: Facts) -> Sequence[Finding | str]:
-        found = cast("Found", facts)
-        voted = [curve for curve in found["curves"] if curve["budget"] is not None]
-        return [_growth(found), _skew(found), *map(_flat, voted), *found["skipped"]]
+    def findings(self, data: ExperimentData) -> Sequence[Finding | str]:
+        record = cast("ExplosionRecord", data)
+        voted = [curve for curve in record["curves"] if curve["budget"] is not None]
+        return [
+            _growth_finding(record),
+            _skew_finding(record),
+            *map(_flatness_finding, voted),
+            *record["skipped"],
+        ]
 
 
 @dataclass(frozen=True)
-class Counts:
+class UniqueExpertCounts:
     """Unique experts row by row, forward by forward."""
 
     per_layer: Mapping[int, Tensor]  # layer -> [rows and forwards]
@@ -173,22 +182,22 @@ class Counts:
         return torch.stack(list(self.per_layer.values())).mean(dim=0)
 
 
-def uniform(experts: int, k: int, tokens: float) -> float:
+def expected_uniform(experts: int, k: int, tokens: float) -> float:
     """Unique experts if every token drew its own by lot: M (1 - (1 - K/M)^N)."""
     return experts * (1 - (1 - k / experts) ** tokens)
 
 
-def budget(policy: str, experts: int) -> int | None:
+def coreset_budget(policy: str, experts: int) -> int | None:
     """Of the DES-Vote policies in ``POLICIES``: the experts of a coreset."""
     family, _, beta = policy.partition(":beta=")
     return int(float(beta) * experts + 1e-9) if family == "des-vote" else None
 
 
-def point(block: int, per_layer: Mapping[int, Tensor]) -> Point:
+def summarize_block_size(block: int, per_layer: Mapping[int, Tensor]) -> BlockSizePoint:
     """From layer -> unique experts of every forward, in the same order."""
     counts = torch.stack(list(per_layer.values())).double()  # [layers, forwards]
     low, high = torch.quantile(counts.mean(dim=0), torch.tensor([0.25, 0.75]).double()).tolist()
-    return Point(
+    return BlockSizePoint(
         block=block,
         forwards=counts.shape[1],
         mean=float(counts.mean()),
@@ -198,97 +207,116 @@ def point(block: int, per_layer: Mapping[int, Tensor]) -> Point:
     )
 
 
-def by_masked(masked: Tensor, mean: Tensor, block: int, bins: int = 8) -> list[Masked]:
+def bin_by_masked(masked: Tensor, mean: Tensor, block: int, bins: int = 8) -> list[MaskedCount]:
     """Means over forwards with nearly as many masks, an eighth of a block together."""
-    place = ((masked.double() - 1) * bins / block).floor().clamp(0, bins - 1)
-    found = []
+    bin_index = ((masked.double() - 1) * bins / block).floor().clamp(0, bins - 1)
+    entries = []
     for number in range(bins):
-        here = place == number
-        if bool(here.any()):
-            found.append(
-                Masked(
-                    masked=float(masked[here].double().mean()),
-                    forwards=int(here.sum()),
-                    mean=float(mean[here].double().mean()),
+        in_bin = bin_index == number
+        if bool(in_bin.any()):
+            entries.append(
+                MaskedCount(
+                    masked=float(masked[in_bin].double().mean()),
+                    forwards=int(in_bin.sum()),
+                    mean=float(mean[in_bin].double().mean()),
                 )
             )
-    return found
+    return entries
 
 
-def _counted(
-    lab: Lab, prompts: Sequence[str], policy: str, *, block: int, unmask: str | None = None
-) -> Counts:
+def _count_experts(
+    context: StudyContext,
+    prompts: Sequence[str],
+    policy: str,
+    *,
+    block: int,
+    unmask: str | None = None,
+) -> UniqueExpertCounts:
     """What every decoding forward of these prompts used."""
-    unmask = unmask or lab.engine.generation.unmask
-    per_layer: dict[int, list[Tensor]] = {layer: [] for layer in lab.engine.model.spec.moe_layers}
+    unmask = unmask or context.engine.generation.unmask
+    per_layer: dict[int, list[Tensor]] = {
+        layer: [] for layer in context.engine.model.spec.moe_layers
+    }
     masked: list[Tensor] = []
 
-    def see(watched: Watched) -> None:
-        per_layer[watched.layer].append(figures(watched.scores, watched.routing)[:, 0].cpu())
-        progress = watched.scores.progress
-        if watched.layer == min(per_layer) and progress is not None and progress.masked is not None:
+    def on_layer(observation: LayerObservation) -> None:
+        per_layer[observation.layer].append(
+            routing_stats(observation.scores, observation.routing)[:, 0].cpu()
+        )
+        progress = observation.scores.progress
+        if (
+            observation.layer == min(per_layer)
+            and progress is not None
+            and progress.masked is not None
+        ):
             masked.append(progress.masked.sum(dim=1).cpu())
 
-    watch(lab.engine, prompts, see, policy=policy, block=block, unmask=unmask)
+    observe_forwards(context.engine, prompts, on_layer, policy=policy, block=block, unmask=unmask)
     if not masked:
         raise CoterieError("no decoding forward was made")
-    return Counts({layer: torch.cat(seen) for layer, seen in per_layer.items()}, torch.cat(masked))
+    return UniqueExpertCounts(
+        {layer: torch.cat(counts) for layer, counts in per_layer.items()}, torch.cat(masked)
+    )
 
 
-def _draw_blocks(found: Found) -> Figure:
-    figure, one = axes("block size (positions)", f"unique experts of {found['experts']}")
-    sizes = [point["block"] for point in found["curves"][0]["points"]]
+def _draw_blocks(record: ExplosionRecord) -> Figure:
+    figure, ax = new_axes("block size (positions)", f"unique experts of {record['experts']}")
+    sizes = [point["block"] for point in record["curves"][0]["points"]]
     span = range(1, sizes[-1] + 1)
-    lot = [uniform(found["experts"], found["k"], tokens) for tokens in span]
-    one.plot(span, lot, color=ink(), linestyle="--", linewidth=1, label="by lot")
-    for curve, dashes in zip(found["curves"], DASHES, strict=True):
+    expected = [expected_uniform(record["experts"], record["k"], tokens) for tokens in span]
+    ax.plot(span, expected, color=foreground(), linestyle="--", linewidth=1, label="by lot")
+    for curve, dashes in zip(record["curves"], DASHES, strict=True):
         policy, points = curve["policy"], curve["points"]
         blocks = [point["block"] for point in points]
         if policy == VANILLA:
-            least, most = ([edge(p["layers"]) for p in points] for edge in (min, max))
-            one.fill_between(blocks, least, most, color=colour(policy), alpha=0.2, linewidth=0)
-        one.plot(
+            lowest, highest = ([edge(p["layers"]) for p in points] for edge in (min, max))
+            ax.fill_between(
+                blocks, lowest, highest, color=policy_colour(policy), alpha=0.2, linewidth=0
+            )
+        ax.plot(
             blocks,
             [point["mean"] for point in points],
-            color=colour(policy),
-            marker=look(policy).marker,
+            color=policy_colour(policy),
+            marker=policy_style(policy).marker,
             linestyle=dashes,
             label=policy,
         )
-    one.set(xticks=sizes, xlim=(4, sizes[-1] + 2), ylim=(0, found["experts"]))
-    legend(one)
+    ax.set(xticks=sizes, xlim=(4, sizes[-1] + 2), ylim=(0, record["experts"]))
+    add_legend(ax)
     return figure
 
 
-def _draw_masked(found: Found) -> Figure:
-    figure, one = axes("positions still masked", f"unique experts of {found['experts']}")
-    bins = found["masked"]
-    one.plot(
-        [there["masked"] for there in bins],
-        [there["mean"] for there in bins],
-        color=colour(VANILLA),
-        marker=look(VANILLA).marker,
+def _draw_masked(record: ExplosionRecord) -> Figure:
+    figure, ax = new_axes("positions still masked", f"unique experts of {record['experts']}")
+    bins = record["masked"]
+    ax.plot(
+        [entry["masked"] for entry in bins],
+        [entry["mean"] for entry in bins],
+        color=policy_colour(VANILLA),
+        marker=policy_style(VANILLA).marker,
     )
-    one.set(ylim=(0, found["experts"]), xlim=(found["usual"] + 1, 0))
+    ax.set(ylim=(0, record["experts"]), xlim=(record["usual"] + 1, 0))
     return figure
 
 
-def _growth(found: Found) -> Finding:
-    points = found["curves"][0]["points"]
+def _growth_finding(record: ExplosionRecord) -> Finding:
+    points = record["curves"][0]["points"]
     first, last = points[0], points[-1]
     grows = all(a["mean"] < b["mean"] for a, b in pairwise(points)) and len(points) > 1
     return Finding(
-        f"Under vanilla a forward touches {first['mean']:.0f} experts of {found['experts']} with "
+        f"Under vanilla a forward touches {first['mean']:.0f} experts of {record['experts']} with "
         f"blocks of {first['block']} and {last['mean']:.0f} with blocks of {last['block']}, "
-        f"{last['mean'] / found['k']:.1f} times what one token uses.",
+        f"{last['mean'] / record['k']:.1f} times what one token uses.",
         claim="The experts that a forward reads grow with the block, far past those of one token.",
         verdict="holds" if grows else "does not hold",
     )
 
 
-def _skew(found: Found) -> Finding:
-    points = found["curves"][0]["points"]
-    shares = [p["mean"] / uniform(found["experts"], found["k"], p["block"]) for p in points]
+def _skew_finding(record: ExplosionRecord) -> Finding:
+    points = record["curves"][0]["points"]
+    shares = [
+        p["mean"] / expected_uniform(record["experts"], record["k"], p["block"]) for p in points
+    ]
     return Finding(
         f"That is {min(shares):.0%} to {max(shares):.0%} of what routing by lot would touch: "
         "words of one block want many of the same experts.",
@@ -297,13 +325,13 @@ def _skew(found: Found) -> Finding:
     )
 
 
-def _flat(curve: Curve) -> Finding:
-    points, most = curve["points"], curve["budget"] or 0
+def _flatness_finding(curve: ExplosionCurve) -> Finding:
+    points, coreset_size = curve["points"], curve["budget"] or 0
     largest = max(point["high"] for point in points)
     return Finding(
         f"Under {curve['policy']} it touches {points[0]['mean']:.1f} with blocks of "
         f"{points[0]['block']} and {points[-1]['mean']:.1f} with blocks of {points[-1]['block']}; "
-        f"the coreset holds {most}.",
+        f"the coreset holds {coreset_size}.",
         claim="A voted coreset decouples what is read from how many tokens are decoded together.",
-        verdict="holds" if largest <= most else "does not hold",
+        verdict="holds" if largest <= coreset_size else "does not hold",
     )

@@ -9,17 +9,24 @@ from typing import TypedDict, cast
 import numpy as np
 from matplotlib.figure import Figure
 
-from coterie.figures.style import legend, look, panels, percent
+from coterie.figures.style import add_legend, policy_style, new_panels, format_percent
 from coterie.naming import CoterieError
 from coterie.routing import needs_importance, parse_policy
-from coterie.study.chapter import Drawing, Facts, Finding, Table
-from coterie.study.fidelity import FIGURES, SLOW, Tally, compared, resampled, traced
-from coterie.study.lab import Lab
+from coterie.study.chapter import Drawing, ExperimentData, Finding, Table
+from coterie.study.fidelity import (
+    METRICS,
+    SLOW_STEPS,
+    FidelitySums,
+    compare_policies,
+    bootstrap,
+    trace_vanilla,
+)
+from coterie.study.lab import StudyContext
 from coterie.study.ranks import spearman
-from coterie.study.reconstruction import log_axis
-from coterie.study.tally import Arms
+from coterie.study.reconstruction import set_log_axis
+from coterie.study.tally import VariantResults
 
-JUDGED: Mapping[str, str] = {
+METRIC_NAMES: Mapping[str, str] = {
     "experts": "unique experts",
     "mass": "votes kept",
     "recall": "top-K recall",
@@ -29,11 +36,11 @@ JUDGED: Mapping[str, str] = {
     "open_loss": "reconstruction loss, words still masked",
     "cosine": "cosine of the layer's output",
 }
-TRACES = ("usual", "slow")
+TRACE_NAMES = ("usual", "slow")
 DRAWS = 200
 
 
-class Point(TypedDict):
+class PolicyMetrics(TypedDict):
     """One policy: how many answers it left right, and its figures on the usual forwards."""
 
     policy: str
@@ -41,7 +48,7 @@ class Point(TypedDict):
     figures: dict[str, float]
 
 
-class Agreement(TypedDict):
+class RankAgreement(TypedDict):
     """Rank correlation with accuracy over policies, 1 being the same order (for losses: the
     reverse one); the interval is a bootstrap over the prompts of the figure."""
 
@@ -49,13 +56,13 @@ class Agreement(TypedDict):
     interval: list[float]
 
 
-class Found(TypedDict):
-    points: list[Point]
-    agreement: dict[str, dict[str, Agreement]]  # trace -> figure
+class PredictorsRecord(TypedDict):
+    points: list[PolicyMetrics]
+    agreement: dict[str, dict[str, RankAgreement]]  # trace -> figure
 
 
 @dataclass(frozen=True)
-class Foretelling:
+class PredictorsExperiment:
     """Accuracy is that of the chapter on accuracy, of whole answers; the figures come from
     vanilla's forwards alone, which cost seconds."""
 
@@ -66,138 +73,155 @@ class Foretelling:
         "policies in the order that their accuracy has?"
     )
 
-    def measure(self, lab: Lab) -> Facts:
-        accuracy = _accuracies(lab)
+    def measure(self, context: StudyContext) -> ExperimentData:
+        accuracy = _accuracies(context)
         policies = list(accuracy)
-        right = [accuracy[policy] for policy in policies]
-        tallies: dict[str, Tally] = {}
-        for number, name in enumerate(TRACES):
+        accuracies = [accuracy[policy] for policy in policies]
+        fidelity_by_trace: dict[str, FidelitySums] = {}
+        for number, name in enumerate(TRACE_NAMES):
             # Slow decoding takes many times the forwards: half the prompts will do.
-            share = lab.prompts if name == "usual" else -(-lab.prompts // 2)
-            trace = traced(replace(lab, prompts=share), slow=name == "slow")
+            share = context.num_prompts if name == "usual" else -(-context.num_prompts // 2)
+            trace = trace_vanilla(replace(context, num_prompts=share), slow=name == "slow")
 
-            def tell(done: float, number: int = number, name: str = name) -> None:
-                lab.tell((number + done) / len(TRACES), f"{len(policies)} policies, {name}")
+            def on_progress(done: float, number: int = number, name: str = name) -> None:
+                context.on_progress(
+                    (number + done) / len(TRACE_NAMES), f"{len(policies)} policies, {name}"
+                )
 
-            tallies[name] = compared(lab, trace, policies, tell)
-        whole = tallies["usual"].sums.sum(dim=1).numpy()
-        values = {name: FIGURES[name](whole) for name in JUDGED}
-        found = Found(
+            fidelity_by_trace[name] = compare_policies(context, trace, policies, on_progress)
+        totals = fidelity_by_trace["usual"].sums.sum(dim=1).numpy()
+        values = {name: METRICS[name](totals) for name in METRIC_NAMES}
+        record = PredictorsRecord(
             points=[
-                Point(
+                PolicyMetrics(
                     policy=policy,
                     accuracy=accuracy[policy],
-                    figures={name: float(column[place]) for name, column in values.items()},
+                    figures={name: float(column[index]) for name, column in values.items()},
                 )
-                for place, policy in enumerate(policies)
+                for index, policy in enumerate(policies)
             ],
             agreement={
-                name: {figure: agreement(tally, figure, right) for figure in JUDGED}
-                for name, tally in tallies.items()
+                name: {
+                    figure: rank_agreement(fidelity, figure, accuracies) for figure in METRIC_NAMES
+                }
+                for name, fidelity in fidelity_by_trace.items()
             },
         )
-        return cast("Facts", found)
+        return cast("ExperimentData", record)
 
-    def drawings(self, facts: Facts) -> Sequence[Drawing]:
-        found = cast("Found", facts)
+    def drawings(self, data: ExperimentData) -> Sequence[Drawing]:
+        record = cast("PredictorsRecord", data)
         return [
             Drawing(
                 "foretelling",
                 "Accuracy of whole answers against two figures of single forwards, a point a "
                 "policy.",
-                lambda: draw(found),
+                lambda: draw_metrics(record),
             )
         ]
 
-    def tables(self, facts: Facts) -> Sequence[Table]:
-        found = cast("Found", facts)
+    def tables(self, data: ExperimentData) -> Sequence[Table]:
+        record = cast("PredictorsRecord", data)
         return [
             Table(
-                heads=["figure", "usual decoding", f"{SLOW} forwards a block"],
+                heads=["figure", "usual decoding", f"{SLOW_STEPS} forwards a block"],
                 rows=[
-                    [said, *(_told(found["agreement"][name][figure]) for name in TRACES)]
-                    for figure, said in JUDGED.items()
+                    [
+                        text,
+                        *(
+                            _format_agreement(record["agreement"][name][figure])
+                            for name in TRACE_NAMES
+                        ),
+                    ]
+                    for figure, text in METRIC_NAMES.items()
                 ],
-                caption=f"Rank correlation with accuracy over {len(found['points'])} policies, "
+                caption=f"Rank correlation with accuracy over {len(record['points'])} policies, "
                 "1 being the same order; 95 % intervals over prompts.",
                 numbers=[1, 2],
             )
         ]
 
-    def findings(self, facts: Facts) -> Sequence[Finding | str]:
-        found = cast("Found", facts)
-        usual = found["agreement"]["usual"]
-        best = max(JUDGED, key=lambda figure: usual[figure]["rho"])
-        size = usual["experts"]
+    def findings(self, data: ExperimentData) -> Sequence[Finding | str]:
+        record = cast("PredictorsRecord", data)
+        agreement_by_metric = record["agreement"]["usual"]
+        best = max(METRIC_NAMES, key=lambda figure: agreement_by_metric[figure]["rho"])
+        size = agreement_by_metric["experts"]
         return [
-            *(_foretold(JUDGED[figure], usual[figure], size) for figure in ("recall", "loss")),
-            f"Over {len(found['points'])} policies, nearest to the order of accuracy comes "
-            f"{JUDGED[best]}, by {_told(usual[best])}.",
+            *(
+                _predictor_finding(METRIC_NAMES[figure], agreement_by_metric[figure], size)
+                for figure in ("recall", "loss")
+            ),
+            f"Over {len(record['points'])} policies, nearest to the order of accuracy comes "
+            f"{METRIC_NAMES[best]}, by {_format_agreement(agreement_by_metric[best])}.",
         ]
 
 
-def agreement(tally: Tally, figure: str, right: Sequence[float]) -> Agreement:
+def rank_agreement(
+    fidelity: FidelitySums, figure: str, accuracies: Sequence[float]
+) -> RankAgreement:
     """Of one figure over policies with the shares of right answers, in the same order."""
     sign = -1.0 if figure.endswith("loss") else 1.0
-    drawn = FIGURES[figure](resampled(tally.sums, draws=DRAWS))
-    rhos = [sign * spearman(values, right) for values in drawn]
+    samples = METRICS[figure](bootstrap(fidelity.sums, draws=DRAWS))
+    rhos = [sign * spearman(values, accuracies) for values in samples]
     low, high = np.quantile(rhos, [0.025, 0.975])
-    whole = FIGURES[figure](tally.sums.sum(dim=1).numpy())
-    return Agreement(rho=sign * spearman(whole, right), interval=[float(low), float(high)])
+    totals = METRICS[figure](fidelity.sums.sum(dim=1).numpy())
+    return RankAgreement(
+        rho=sign * spearman(totals, accuracies), interval=[float(low), float(high)]
+    )
 
 
-def draw(found: Found) -> Figure:
-    figure, two = panels(2, columns=1, height=2.9)
-    for one, name in zip(two, ("recall", "loss"), strict=True):
-        for point in found["points"]:
+def draw_metrics(record: PredictorsRecord) -> Figure:
+    figure, subplots = new_panels(2, columns=1, height=2.9)
+    for ax, name in zip(subplots, ("recall", "loss"), strict=True):
+        for point in record["points"]:
             if name == "loss" and point["figures"][name] <= 0:
                 continue
-            dress = look(point["policy"])
-            one.plot(
+            style = policy_style(point["policy"])
+            ax.plot(
                 point["figures"][name],
                 point["accuracy"],
-                color=dress.colour,
-                marker=dress.marker,
+                color=style.colour,
+                marker=style.marker,
                 linestyle="none",
-                label=dress.name,
+                label=style.name,
             )
-        one.set(xlabel=JUDGED[name], ylabel="right answers", ylim=(-0.03, 1.03))
-        percent(one)
-    percent(two[0], axis="x")
-    log_axis(two[1], axis="x")
-    legend(two[0], columns=3)
+        ax.set(xlabel=METRIC_NAMES[name], ylabel="right answers", ylim=(-0.03, 1.03))
+        format_percent(ax)
+    format_percent(subplots[0], axis="x")
+    set_log_axis(subplots[1], axis="x")
+    add_legend(subplots[0], columns=3)
     return figure
 
 
-def _accuracies(lab: Lab) -> dict[str, float]:
+def _accuracies(context: StudyContext) -> dict[str, float]:
     """Of every policy that can be watched, decoding as the model usually does."""
-    record = lab.record("accuracy")
-    if record is None:
+    data = context.record("accuracy")
+    if data is None:
         raise CoterieError("needs the record of the chapter accuracy: ask for both")
-    arms = Arms.of(record)
-    found = {
-        tally.policy: tally.accuracy
-        for tally in arms.tallies.values()
-        if tally.generation == arms.vanilla.generation
-        and not needs_importance(parse_policy(tally.policy))
+    results = VariantResults.from_data(data)
+    accuracy_by_policy = {
+        result.policy: result.accuracy
+        for result in results.by_name.values()
+        if result.generation == results.vanilla.generation
+        and not needs_importance(parse_policy(result.policy))
     }
-    if len(found) < 3:
+    if len(accuracy_by_policy) < 3:
         raise CoterieError("the chapter accuracy has fewer than three policies to put in order")
-    return found
+    return accuracy_by_policy
 
 
-def _foretold(said: str, one: Agreement, size: Agreement) -> Finding:
+def _predictor_finding(name: str, agreement: RankAgreement, size: RankAgreement) -> Finding:
     """Whether a figure orders policies better than the experts that they use do."""
-    (low, high), rho = one["interval"], size["rho"]
+    (low, high), rho = agreement["interval"], size["rho"]
     return Finding(
-        f"{said[0].upper()}{said[1:]} ranks policies as accuracy does by {_told(one)}; counting "
-        f"unique experts does by {_told(size)}.",
-        claim=f"{said[0].upper()}{said[1:]} tells how well a policy will do (better than its size "
+        f"{name[0].upper()}{name[1:]} ranks policies as accuracy does by {_format_agreement(agreement)}; counting "
+        f"unique experts does by {_format_agreement(size)}.",
+        claim=f"{name[0].upper()}{name[1:]} tells how well a policy will do (better than its size "
         "does).",
         verdict="holds" if low > rho else "does not hold" if high < rho else "cannot be told here",
     )
 
 
-def _told(one: Agreement) -> str:
-    low, high = one["interval"]
-    return f"{one['rho']:.2f} ({low:.2f} to {high:.2f})"
+def _format_agreement(agreement: RankAgreement) -> str:
+    low, high = agreement["interval"]
+    return f"{agreement['rho']:.2f} ({low:.2f} to {high:.2f})"

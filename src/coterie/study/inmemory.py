@@ -14,29 +14,29 @@ from numpy.typing import NDArray
 
 from coterie.engine.engine import Engine
 from coterie.engine.load import Model
-from coterie.evals.asking import Outcome, Question, outcomes
-from coterie.evals.run import GRADERS, answer_of
-from coterie.evals.sheet import Arm, Sheet
+from coterie.evals.asking import GenerationOutcome, EvalRequest, generate_outcomes
+from coterie.evals.run import MAX_GRADERS, make_answer
+from coterie.evals.sheet import Variant, EvalResult
 from coterie.evals.task import Grade, Task
-from coterie.experts.book import Book
-from coterie.experts.imagined import Imagined
+from coterie.experts.book import CacheSimulator
+from coterie.experts.imagined import SimulatedCacheStore
 from coterie.model.moe import MoE
 from coterie.naming import CoterieError
-from coterie.routing import respell
-from coterie.study.lab import ROWS
-from coterie.study.logbook import Entry, Logbook, Uses
-from coterie.values import Demand, Store
+from coterie.routing import update_policy_text
+from coterie.study.lab import BATCH_SIZE
+from coterie.study.logbook import AnswerEntry, AnswerTraceLog, ExpertUseRecorder
+from coterie.values import ExpertRequest, ExpertStore
 
-Counts = NDArray[np.int64]
-Tell = Callable[[float], None]
+IntArray = NDArray[np.int64]
+ProgressCallback = Callable[[float], None]
 
 
 @dataclass(frozen=True)
-class Asked:
+class ReplayRequest:
     """One run: an arm, the first so many questions, and the slots of each layer that the policy is
     told of; None for one that does not ask who is in memory."""
 
-    arm: Arm
+    arm: Variant
     items: int
     slots: int | None = None
 
@@ -48,161 +48,188 @@ class Asked:
 
 
 @dataclass(frozen=True)
-class Moves:
+class CacheTransfers:
     """What one memory served: experts used and brought, [F, L], and which answer [F] a forward was
     for; which of them decoded."""
 
-    used: Counts
-    loads: Counts
-    answers: Counts
-    decoded: NDArray[np.bool_]
+    used: IntArray
+    loads: IntArray
+    answer_ids: IntArray
+    is_decode: NDArray[np.bool_]
 
-    def by_answer(self, counts: Counts, answers: int) -> Counts:
+    def sum_by_answer(self, counts: IntArray, answers: int) -> IntArray:
         """[answers]: the sum over layers and forwards."""
-        found = np.zeros(answers, dtype=np.int64)
-        np.add.at(found, self.answers, counts.sum(-1))
-        return found
+        sums = np.zeros(answers, dtype=np.int64)
+        np.add.at(sums, self.answer_ids, counts.sum(-1))
+        return sums
 
 
-def moves(entries: Sequence[Entry], capacity: int) -> Moves:
+def simulate_cache(entries: Sequence[AnswerEntry], capacity: int) -> CacheTransfers:
     """Of answers given one after the other, in a memory that is empty before the first and lives on
     from each to the next; LRU."""
     used = np.concatenate([entry.used for entry in entries])
-    book = Book(used.shape[-1], capacity)
-    loads = [[book.enter(layer, one) for layer, one in enumerate(forward)] for forward in used]
+    cache = CacheSimulator(used.shape[-1], capacity)
+    loads = [
+        [cache.count_loads(layer, mask) for layer, mask in enumerate(forward)] for forward in used
+    ]
     lengths = [len(entry.kinds) for entry in entries]
-    return Moves(
+    return CacheTransfers(
         used=used.sum(-1),
         loads=np.array(loads, dtype=np.int64).reshape(used.shape[:2]),
-        answers=np.repeat(np.arange(len(entries)), lengths),
-        decoded=np.array([kind == "d" for entry in entries for kind in entry.kinds]),
+        answer_ids=np.repeat(np.arange(len(entries)), lengths),
+        is_decode=np.array([kind == "d" for entry in entries for kind in entry.kinds]),
     )
 
 
-def questions(tasks: Sequence[Task], items: int, engine: Engine) -> list[Question]:
+def interleave_questions(tasks: Sequence[Task], items: int, engine: Engine) -> list[EvalRequest]:
     """The first ``items``, the tasks taking turns, so that fewer are the beginning of more."""
-    asked = [
-        [Question(task, item, generation) for item in task.items()]
+    by_task = [
+        [EvalRequest(task, item, generation) for item in task.items()]
         for task in tasks
-        for generation in [engine.generation.but(**task.generation())]
+        for generation in [engine.generation.replace(**task.generation())]
     ]
-    turns = chain.from_iterable(zip_longest(*asked))
-    return [question for question in turns if question is not None][:items]
+    interleaved = chain.from_iterable(zip_longest(*by_task))
+    return [question for question in interleaved if question is not None][:items]
 
 
-def answered(
-    engine: Engine, tasks: Sequence[Task], asked: Asked, folder: Path, tell: Tell
-) -> list[Entry]:
+def answer_questions(
+    engine: Engine,
+    tasks: Sequence[Task],
+    request: ReplayRequest,
+    folder: Path,
+    on_progress: ProgressCallback,
+) -> list[AnswerEntry]:
     """Every question's entry, in their order; those that the folder's logbook holds stand.
 
     A policy that is told who is in memory answers one question at a time, as ``moves`` counts.
     """
-    model, wanted = engine.model, questions(tasks, asked.items, engine)
+    model, all_questions = engine.model, interleave_questions(tasks, request.items, engine)
     shape = len(model.spec.moe_layers), model.spec.router.experts
-    with Logbook(_place(folder, asked.file), shape) as book:
-        left = [q.but(asked.arm.generation) for q in wanted if _key(q) not in book.entries]
-        told = _alone if asked.slots is not None else _together
-        for entries in told(engine, asked, left, book) if left else ():
-            book.add(entries)
-            tell(len(book.entries) / len(wanted))
-        found = [book.entries[_key(question)] for question in wanted]
-    if all(entry.answer.error for entry in found):
-        raise CoterieError(f"{asked.arm.name}: no item got an answer: {found[0].answer.error}")
-    return found
+    with AnswerTraceLog(_place(folder, request.file), shape) as log:
+        remaining = [
+            q.replace(request.arm.generation)
+            for q in all_questions
+            if _question_key(q) not in log.entries
+        ]
+        generate = _answer_sequentially if request.slots is not None else _answer_batched
+        for new_entries in generate(engine, request, remaining, log) if remaining else ():
+            log.add(new_entries)
+            on_progress(len(log.entries) / len(all_questions))
+        ordered_entries = [log.entries[_question_key(question)] for question in all_questions]
+    if all(entry.answer.error for entry in ordered_entries):
+        raise CoterieError(
+            f"{request.arm.name}: no item got an answer: {ordered_entries[0].answer.error}"
+        )
+    return ordered_entries
 
 
 def _place(folder: Path, name: str) -> Path:
     """The logbook of this name, or the one whose name spells the same policy as before."""
-    others = (path for path in sorted(folder.glob("*.jsonl")) if respell(path.name) == name)
+    others = (
+        path for path in sorted(folder.glob("*.jsonl")) if update_policy_text(path.name) == name
+    )
     return next(others, folder / name)
 
 
-def sheet(asked: Asked, entries: Sequence[Entry]) -> Sheet:
+def to_eval_result(request: ReplayRequest, entries: Sequence[AnswerEntry]) -> EvalResult:
     """The answers task by task, as sheets have them."""
     tasks = dict.fromkeys(entry.answer.task for entry in entries)
     ordered = [entry.answer for task in tasks for entry in entries if entry.answer.task == task]
-    return Sheet(asked.arm, tuple(ordered))
+    return EvalResult(request.arm, tuple(ordered))
 
 
-def imagining(model: Model, store: Callable[[Store], Store]) -> Model:
+def with_store(model: Model, store: Callable[[ExpertStore], ExpertStore]) -> Model:
     """The same model, its experts behind another store."""
     networks = [layer.feed_forward for layer in model.transformer.layers]
-    own = {id(one.store): one.store for one in networks if isinstance(one, MoE)}
-    behind = {name: store(one) for name, one in own.items()}
+    original_stores = {id(block.store): block.store for block in networks if isinstance(block, MoE)}
+    new_stores = {name: store(block) for name, block in original_stores.items()}
     layers = tuple(
-        replace(layer, feed_forward=replace(one, store=behind[id(one.store)]))
-        if isinstance(one := layer.feed_forward, MoE)
+        replace(layer, feed_forward=replace(block, store=new_stores[id(block.store)]))
+        if isinstance(block := layer.feed_forward, MoE)
         else layer
         for layer in model.transformer.layers
     )
     return replace(model, transformer=replace(model.transformer, layers=layers))
 
 
-def _together(
-    engine: Engine, asked: Asked, left: Sequence[Question], book: Logbook
-) -> Iterator[list[Entry]]:
+def _answer_batched(
+    engine: Engine, request: ReplayRequest, remaining: Sequence[EvalRequest], log: AnswerTraceLog
+) -> Iterator[list[AnswerEntry]]:
     """Many rows at once: nobody's answer depends on another's."""
-    del book
-    yield from _entries(engine.model, engine, asked, left, rows=ROWS)
+    del log
+    yield from _generate_entries(engine.model, engine, request, remaining, rows=BATCH_SIZE)
 
 
-def _alone(
-    engine: Engine, asked: Asked, left: Sequence[Question], book: Logbook
-) -> Iterator[list[Entry]]:
+def _answer_sequentially(
+    engine: Engine, request: ReplayRequest, remaining: Sequence[EvalRequest], log: AnswerTraceLog
+) -> Iterator[list[AnswerEntry]]:
     """One after the other; after one that failed the memory is made again from the logbook, for
     nobody knows what was in it then."""
-    waiting = list(left)
-    while waiting:
-        model = _as_left(engine.model, asked, book)
-        for entries in _entries(model, engine, asked, waiting, rows=1):
+    pending = list(remaining)
+    while pending:
+        model = _with_cache_state(engine.model, request, log)
+        for entries in _generate_entries(model, engine, request, pending, rows=1):
             yield entries
-            waiting = waiting[len(entries) :]
+            pending = pending[len(entries) :]
             if any(entry.answer.error for entry in entries):
                 break
 
 
-def _as_left(model: Model, asked: Asked, book: Logbook) -> Model:
+def _with_cache_state(model: Model, request: ReplayRequest, log: AnswerTraceLog) -> Model:
     """The model behind a memory that has served all that the logbook holds."""
-    slots, layers = asked.slots or 1, model.spec.moe_layers
+    slots, layers = request.slots or 1, model.spec.moe_layers
 
-    def store(own: Store) -> Store:
-        memory = Imagined(own, model.spec.router.experts, slots, device=model.transformer.device)
-        for entry in book.entries.values():
+    def make_store(base: ExpertStore) -> ExpertStore:
+        cached_store = SimulatedCacheStore(
+            base, model.spec.router.experts, slots, device=model.transformer.device
+        )
+        for entry in log.entries.values():
             for forward in entry.used:
                 for layer, used in zip(layers, forward, strict=True):
-                    for _ in memory.serve(layer, Demand(torch.from_numpy(used))):
+                    for _ in cached_store.serve(layer, ExpertRequest(torch.from_numpy(used))):
                         pass
-        return memory
+        return cached_store
 
-    return imagining(model, store)
+    return with_store(model, make_store)
 
 
-def _entries(
-    model: Model, engine: Engine, asked: Asked, left: Sequence[Question], *, rows: int
-) -> Iterator[list[Entry]]:
+def _generate_entries(
+    model: Model,
+    engine: Engine,
+    request: ReplayRequest,
+    remaining: Sequence[EvalRequest],
+    *,
+    rows: int,
+) -> Iterator[list[AnswerEntry]]:
     """As they come, graded."""
 
     def kind(row: int) -> str:
-        look = own.row(row).look
-        return "" if look is None else look.kind
+        next_pass = recording_engine.sequence(row).next_pass
+        return "" if next_pass is None else next_pass.kind
 
-    spec, policy = model.spec, asked.arm.policy
-    uses = Uses(kind, (len(spec.moe_layers), spec.router.experts))
-    own = Engine(model, generation=engine.generation, watcher=uses, every=True)
-    with ThreadPoolExecutor(GRADERS) as graders:
-        for ended in outcomes(own, left, policy, rows=rows):
-            grades = graders.map(_grade, ended)
+    spec, policy = model.spec, request.arm.policy
+    recorder = ExpertUseRecorder(kind, (len(spec.moe_layers), spec.router.experts))
+    recording_engine = Engine(
+        model, generation=engine.generation, recorder=recorder, record_all=True
+    )
+    with ThreadPoolExecutor(MAX_GRADERS) as graders:
+        for outcomes_batch in generate_outcomes(
+            recording_engine, remaining, policy, batch_size=rows
+        ):
+            grades = graders.map(_grade, outcomes_batch)
             yield [
-                Entry(answer_of(asked.arm.name, one, grade), *uses.take(one.row))
-                for one, grade in zip(ended, grades, strict=True)
+                AnswerEntry(
+                    make_answer(request.arm.name, outcome, grade), *recorder.pop(outcome.row)
+                )
+                for outcome, grade in zip(outcomes_batch, grades, strict=True)
             ]
 
 
-def _grade(outcome: Outcome) -> Grade:
+def _grade(outcome: GenerationOutcome) -> Grade:
     if outcome.result is None:
         return Grade(correct=False, extracted=None)
-    return outcome.question.task.grade(outcome.result.text, outcome.question.item)
+    return outcome.request.task.grade(outcome.result.text, outcome.request.item)
 
 
-def _key(question: Question) -> tuple[str, str]:
+def _question_key(question: EvalRequest) -> tuple[str, str]:
     return question.task.name, question.item.id

@@ -9,15 +9,15 @@ from itertools import chain, zip_longest
 from pathlib import Path
 
 from coterie.engine.engine import Engine
-from coterie.evals.run import Answer, Arm, Sheet, run
+from coterie.evals.run import Answer, Variant, EvalResult, run_eval
 from coterie.evals.task import Task
 from coterie.naming import CoterieError
 
-ROWS = 64  # decoded together in accuracy runs
+BATCH_SIZE = 64  # decoded together in accuracy runs
 
 
 @dataclass(frozen=True)
-class Lab:
+class StudyContext:
     """One study of one model. ``items`` is n for each policy over all tasks; ``prompts`` how many
     questions the chapters look at that watch single forwards.
 
@@ -28,56 +28,66 @@ class Lab:
     engine: Engine
     tasks: Sequence[Task]
     folder: Path
-    items: int
-    prompts: int
+    num_problems: int
+    num_prompts: int
     seed: int
-    tell: Callable[[float, str], None]  # share of the chapter done (0 .. 1), what is being done
+    on_progress: Callable[
+        [float, str], None
+    ]  # share of the chapter done (0 .. 1), what is being done
     answers: Path | None = None
-    read: dict[str, str] = field(default_factory=dict)  # chapter -> when its record was made
+    used_records: dict[str, str] = field(
+        default_factory=dict
+    )  # chapter -> when its record was made
 
     def questions(self) -> list[str]:
         """The first ``prompts`` questions, the tasks taking turns."""
-        asked = [[task.prompt(i) for i in task.items()[: self.prompts]] for task in self.tasks]
-        turns = chain.from_iterable(zip_longest(*asked))
-        return [prompt for prompt in turns if prompt is not None][: self.prompts]
+        prompts_by_task = [
+            [task.prompt(i) for i in task.items()[: self.num_prompts]] for task in self.tasks
+        ]
+        interleaved = chain.from_iterable(zip_longest(*prompts_by_task))
+        return [prompt for prompt in interleaved if prompt is not None][: self.num_prompts]
 
-    def record(self, chapter: str) -> Mapping[str, object] | None:
+    def record(self, experiment: str) -> Mapping[str, object] | None:
         """The facts that another chapter has left, None where it has not run yet."""
-        path = self.folder / "records" / f"{chapter}.json"
+        path = self.folder / "records" / f"{experiment}.json"
         if not path.is_file():
             return None
         content = json.loads(path.read_text(encoding="utf-8"))
-        self.read[chapter] = content["when"]
+        self.used_records[experiment] = content["when"]
         return content["facts"]
 
-    def sheets(self, arms: Sequence[Arm], part: tuple[float, float] = (0.0, 1.0)) -> list[Sheet]:
+    def evaluate(
+        self, variants: Sequence[Variant], progress_span: tuple[float, float] = (0.0, 1.0)
+    ) -> list[EvalResult]:
         """What every arm makes of ``items`` questions, the tasks in equal shares; in their order.
 
         Answers are kept in the study's folder and shared by all chapters: an arm is run once.
         ``part``: the share of the chapter before and after this, for the bar.
         """
-        each = -(-self.items // len(self.tasks))
-        total = len(arms) * sum(min(each, len(task.items())) for task in self.tasks)
-        seen = 0
+        per_task = -(-self.num_problems // len(self.tasks))
+        total = len(variants) * sum(min(per_task, len(task.items())) for task in self.tasks)
+        num_answered = 0
 
-        def told(answer: Answer) -> None:
-            nonlocal seen
-            seen += 1
-            first, last = part
-            self.tell(first + (last - first) * min(1.0, seen / total), answer.arm)
+        def on_answer(answer: Answer) -> None:
+            nonlocal num_answered
+            num_answered += 1
+            first, last = progress_span
+            self.on_progress(
+                first + (last - first) * min(1.0, num_answered / total), answer.variant
+            )
 
-        sheets = run(
+        eval_results = run_eval(
             self.engine,
             self.tasks,
-            arms,
+            variants,
             self.answers or self.folder / "items",
-            limit=each,
-            rows=ROWS,
-            told=told,
+            limit=per_task,
+            batch_size=BATCH_SIZE,
+            on_answer=on_answer,
         )
-        for sheet in sheets:
-            if sheet.failed == len(sheet.answers):
+        for eval_result in eval_results:
+            if eval_result.num_failed == len(eval_result.answers):
                 raise CoterieError(
-                    f"{sheet.policy}: no item got an answer: {sheet.answers[0].error}"
+                    f"{eval_result.policy}: no item got an answer: {eval_result.answers[0].error}"
                 )
-        return sheets
+        return eval_results

@@ -10,78 +10,98 @@ import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from coterie.bench.routings import BLOCK, controlled
-from coterie.bench.shapes import LARGE, Shape
+from coterie.bench.routings import BLOCK_LENGTH, balanced_routing
+from coterie.bench.shapes import PAPER_LAYERS, LayerShape
 from coterie.bench.timing import (
-    FULL,
-    Conditions,
-    Fit,
-    Limits,
-    Pace,
-    Spread,
-    conditions,
-    crowded,
-    fit,
-    in_turns,
-    limits,
-    on,
-    predicted,
+    FULL_BUDGET,
+    TimingConditions,
+    LatencyFit,
+    DeviceLimits,
+    TimingBudget,
+    TimingStats,
+    timing_conditions,
+    load_warnings,
+    fit_latency,
+    time_interleaved,
+    measure_limits,
+    describe_conditions,
+    predict_seconds,
 )
-from coterie.figures.style import SERIES, axes, ink, legend
-from coterie.study.chapter import Drawing, Facts, Finding, Table
-from coterie.study.lab import Lab
-from coterie.study.layers import Bench, BenchFacts, Tell, at_each, called
-from coterie.study.routings import TURNS, blocks, turning, under
+from coterie.figures.style import SERIES_COLOURS, new_axes, foreground, add_legend
+from coterie.study.chapter import Drawing, ExperimentData, Finding, Table
+from coterie.study.lab import StudyContext
+from coterie.study.layers import (
+    BenchLayer,
+    BenchLayerInfo,
+    ProgressCallback,
+    for_each_layer,
+    layer_description,
+)
+from coterie.study.routings import INPUTS_PER_WIDTH, make_blocks, rotate_inputs, route_blocks
 
-TOKENS = (8, 16, 32, 64)
-SIZES = (8, 12, 19, 25, 38, 51, 64, 84, 112, 128, 163, 200, 256)  # unique experts that are tried
+TOKEN_COUNTS = (8, 16, 32, 64)
+EXPERT_COUNTS = (
+    8,
+    12,
+    19,
+    25,
+    38,
+    51,
+    64,
+    84,
+    112,
+    128,
+    163,
+    200,
+    256,
+)  # unique experts that are tried
 ROUNDS = {False: 40, True: 8}  # of the model's own small layer, of a large one
-CHECKED = ("vanilla", "des-seq:k=3", "des-vote:beta=0.3", "des-vote:beta=0.15")
+CHECKED_POLICIES = ("vanilla", "des-seq:k=3", "des-vote:beta=0.3", "des-vote:beta=0.15")
 MARKERS = ("o", "s", "D", "^")
-STRAIGHT = 0.95  # R^2 from which Equation 2 is said to hold
+MIN_R2 = 0.95  # R^2 from which Equation 2 is said to hold
 
 
-class Point(TypedDict):
+class LatencyPoint(TypedDict):
     """``tokens`` that use exactly ``used`` experts, ``pairs`` token-expert pairs."""
 
     tokens: int
     used: int
     pairs: int
-    seconds: Spread
+    seconds: TimingStats
 
 
-class Check(TypedDict):
+class FitCheck(TypedDict):
     """A block as a router would route it, held against what the fit says of it."""
 
     policy: str
     used: float
     pairs: float
-    seconds: Spread
+    seconds: TimingStats
     predicted: float
 
 
-class Line(TypedDict):
+class LayerLatency(TypedDict):
     """One layer: its size, what was measured, and the line through it.
 
     ``read`` is the bandwidth that ``b`` amounts to, in bytes a second; None where b is not above 0.
     """
 
-    bench: BenchFacts
-    points: list[Point]
-    fit: Fit
+    bench: BenchLayerInfo
+    points: list[LatencyPoint]
+    fit: LatencyFit
     read: float | None
-    checks: list[Check]
+    checks: list[FitCheck]
 
 
-class Found(TypedDict):
-    machine: Conditions
-    limits: Limits
-    lines: list[Line]
+class LatencyRecord(TypedDict):
+    machine: TimingConditions
+    limits: DeviceLimits
+    lines: list[LayerLatency]
     skipped: list[str]
 
 
 @dataclass(frozen=True)
-class Latency:
+class LatencyExperiment:
     """Layers timed in turns with experts and tokens set, and a plane laid through the times."""
 
     name: str = "latency"
@@ -91,163 +111,198 @@ class Latency:
         "or by how many words pass through it?"
     )
 
-    shapes: Sequence[Shape] = LARGE
-    pace: Pace = FULL
+    shapes: Sequence[LayerShape] = PAPER_LAYERS
+    pace: TimingBudget = FULL_BUDGET
 
-    def measure(self, lab: Lab) -> Facts:
-        lab.tell(0.0, "how fast this machine reads and multiplies")
-        device = lab.engine.model.transformer.device
-        dtypes = {lab.engine.model.transformer.dtype, *(shape.dtype for shape in self.shapes)}
-        roof = limits(device, dtypes, self.pace)
-        lines, skipped = at_each(
-            lab, self.shapes, lambda bench, tell: line(lab, bench, tell=tell, pace=self.pace)
+    def measure(self, context: StudyContext) -> ExperimentData:
+        context.on_progress(0.0, "how fast this machine reads and multiplies")
+        device = context.engine.model.transformer.device
+        dtypes = {context.engine.model.transformer.dtype, *(shape.dtype for shape in self.shapes)}
+        machine_limits = measure_limits(device, dtypes, self.pace)
+        layers, skipped = for_each_layer(
+            context,
+            self.shapes,
+            lambda bench, tell: measure_layer_latency(
+                context, bench, on_progress=tell, pace=self.pace
+            ),
         )
         return cast(
-            "Facts", Found(machine=conditions(device), limits=roof, lines=lines, skipped=skipped)
+            "ExperimentData",
+            LatencyRecord(
+                machine=timing_conditions(device),
+                limits=machine_limits,
+                lines=layers,
+                skipped=skipped,
+            ),
         )
 
-    def drawings(self, facts: Facts) -> Sequence[Drawing]:
-        found = cast("Found", facts)
+    def drawings(self, data: ExperimentData) -> Sequence[Drawing]:
+        record = cast("LatencyRecord", data)
         return [
             Drawing(
                 f"{self.name}-{number}",
-                f"The experts of {called(one['bench'])}: time against the unique experts that are "
+                f"The experts of {layer_description(layer['bench'])}: time against the unique experts that are "
                 "read, for different numbers of tokens. Lines are the fit of Equation 2, bars span "
                 "the quartiles.",
-                lambda one=one: _draw(one),
+                lambda one=layer: _draw(one),
             )
-            for number, one in enumerate(found["lines"])
+            for number, layer in enumerate(record["lines"])
         ]
 
-    def tables(self, facts: Facts) -> Sequence[Table]:
-        found = cast("Found", facts)
-        return [_fits(found), *(_checks(one) for one in found["lines"] if one["checks"])]
+    def tables(self, data: ExperimentData) -> Sequence[Table]:
+        record = cast("LatencyRecord", data)
+        return [
+            _fit_table(record),
+            *(_check_table(layer) for layer in record["lines"] if layer["checks"]),
+        ]
 
-    def findings(self, facts: Facts) -> Sequence[Finding | str]:
-        found = cast("Found", facts)
-        read = found["limits"]["bytes_per_second"]
-        lines = found["lines"]
-        told = [*map(_straight, lines), *(_reading(one, read) for one in lines if one["checks"])]
-        return [*told, *found["skipped"], *crowded(found["machine"])]
+    def findings(self, data: ExperimentData) -> Sequence[Finding | str]:
+        record = cast("LatencyRecord", data)
+        read = record["limits"]["bytes_per_second"]
+        layers = record["lines"]
+        findings_list = [
+            *map(_linearity_finding, layers),
+            *(_reading_finding(layer, read) for layer in layers if layer["checks"]),
+        ]
+        return [*findings_list, *record["skipped"], *load_warnings(record["machine"])]
 
 
-def line(lab: Lab, bench: Bench, *, tell: Tell, pace: Pace = FULL) -> Line:
+def measure_layer_latency(
+    context: StudyContext,
+    bench: BenchLayer,
+    *,
+    on_progress: ProgressCallback,
+    pace: TimingBudget = FULL_BUDGET,
+) -> LayerLatency:
     """Measure a layer over a grid of tokens and experts, and fit it."""
     rounds = pace.rounds or ROUNDS[bench.random]
     draw = torch.Generator().manual_seed(0)
     grid = {
-        (tokens, used): _set(bench, tokens, used, draw)
-        for tokens in TOKENS
-        for used in sorted({bench.router.k, *SIZES, bench.router.experts})
+        (tokens, used): _controlled_run(bench, tokens, used, draw)
+        for tokens in TOKEN_COUNTS
+        for used in sorted({bench.router.k, *EXPERT_COUNTS, bench.router.experts})
         if bench.router.k <= used <= min(tokens * bench.router.k, bench.router.experts)
     }
-    here = blocks(lab, bench, BLOCK)
-    checks = {policy: under(bench, here, policy) for policy in CHECKED} if here else {}
-    works = {**grid, **{policy: routed.work for policy, routed in checks.items()}}
-    taken = in_turns(works, rounds, device=bench.device, tell=tell)
+    scored_blocks = make_blocks(context, bench, BLOCK_LENGTH)
+    checks = (
+        {policy: route_blocks(bench, scored_blocks, policy) for policy in CHECKED_POLICIES}
+        if scored_blocks
+        else {}
+    )
+    runs = {**grid, **{policy: block.run for policy, block in checks.items()}}
+    timings = time_interleaved(runs, rounds, device=bench.device, on_progress=on_progress)
     points = [
-        Point(tokens=tokens, used=used, pairs=tokens * bench.router.k, seconds=taken[tokens, used])
+        LatencyPoint(
+            tokens=tokens, used=used, pairs=tokens * bench.router.k, seconds=timings[tokens, used]
+        )
         for tokens, used in grid
     ]
-    found = fit_points(points)
-    return Line(
-        bench=bench.facts(),
+    fitted = fit_points(points)
+    return LayerLatency(
+        bench=bench.to_info(),
         points=points,
-        fit=found,
-        read=bench.expert_bytes / found["b"] if found["b"] > 0 else None,
+        fit=fitted,
+        read=bench.expert_bytes / fitted["b"] if fitted["b"] > 0 else None,
         checks=[
-            Check(
+            FitCheck(
                 policy=policy,
-                used=routed.used,
-                pairs=routed.pairs,
-                seconds=taken[policy],
-                predicted=predicted(found, routed.used, routed.pairs),
+                used=block.used,
+                pairs=block.pairs,
+                seconds=timings[policy],
+                predicted=predict_seconds(fitted, block.used, block.pairs),
             )
-            for policy, routed in checks.items()
+            for policy, block in checks.items()
         ],
     )
 
 
-def fit_points(points: Sequence[Point]) -> Fit:
+def fit_points(points: Sequence[LatencyPoint]) -> LatencyFit:
     """Through the medians."""
-    return fit(
+    return fit_latency(
         [point["used"] for point in points],
         [point["pairs"] for point in points],
         [point["seconds"]["median"] for point in points],
     )
 
 
-def _set(bench: Bench, tokens: int, used: int, draw: torch.Generator) -> Callable[[], object]:
+def _controlled_run(
+    bench: BenchLayer, tokens: int, used: int, draw: torch.Generator
+) -> Callable[[], object]:
     routings = [
-        controlled(bench.router, tokens, used, draw, bench.device)
-        for _ in range(max(TURNS, len(bench.slabs)))
+        balanced_routing(bench.router, tokens, used, draw, bench.device)
+        for _ in range(max(INPUTS_PER_WIDTH, len(bench.slabs)))
     ]
-    return turning(bench, [bench.inputs(tokens, draw) for _ in routings], routings)
+    return rotate_inputs(bench, [bench.inputs(tokens, draw) for _ in routings], routings)
 
 
-def _draw(one: Line) -> Figure:
-    figure, plot = axes(f"unique experts of {one['bench']['experts']}", "milliseconds")
-    for tokens, paint, marker in zip(TOKENS, SERIES, MARKERS, strict=False):
-        points = [point for point in one["points"] if point["tokens"] == tokens]
+def _draw(layer: LayerLatency) -> Figure:
+    figure, plot = new_axes(f"unique experts of {layer['bench']['experts']}", "milliseconds")
+    for tokens, color, marker in zip(TOKEN_COUNTS, SERIES_COLOURS, MARKERS, strict=False):
+        points = [point for point in layer["points"] if point["tokens"] == tokens]
         if points:
-            _draw_tokens(plot, one["fit"], points, color=paint, marker=marker)
-    for check in one["checks"]:
-        taken = check["seconds"]["median"] * 1e3
+            _draw_tokens(plot, layer["fit"], points, color=color, marker=marker)
+    for check in layer["checks"]:
+        ms = check["seconds"]["median"] * 1e3
         plot.plot(
-            check["used"], taken, marker="x", color=ink(), linestyle="", label="routed blocks of 32"
+            check["used"],
+            ms,
+            marker="x",
+            color=foreground(),
+            linestyle="",
+            label="routed blocks of 32",
         )
-    slowest = max(point["seconds"]["median"] for point in one["points"])
+    slowest = max(point["seconds"]["median"] for point in layer["points"])
     plot.set(xlim=(0, None), ylim=(0, 1.25e3 * slowest))
-    legend(plot, columns=3)
+    add_legend(plot, columns=3)
     return figure
 
 
 def _draw_tokens(
-    plot: Axes, found: Fit, points: Sequence[Point], *, color: str, marker: str
+    plot: Axes, fitted: LatencyFit, points: Sequence[LatencyPoint], *, color: str, marker: str
 ) -> None:
     used = [point["used"] for point in points]
-    taken = [point["seconds"] for point in points]
-    middle = [each["median"] * 1e3 for each in taken]
-    below = [(each["median"] - each["low"]) * 1e3 for each in taken]
-    above = [(each["high"] - each["median"]) * 1e3 for each in taken]
+    timings = [point["seconds"] for point in points]
+    medians = [timing["median"] * 1e3 for timing in timings]
+    lower = [(timing["median"] - timing["low"]) * 1e3 for timing in timings]
+    upper = [(timing["high"] - timing["median"]) * 1e3 for timing in timings]
     label = f"{points[0]['tokens']} tokens"
     plot.errorbar(
-        used, middle, yerr=[below, above], fmt=marker, color=color, label=label, elinewidth=1
+        used, medians, yerr=[lower, upper], fmt=marker, color=color, label=label, elinewidth=1
     )
     ends = (min(used), max(used))
-    told = [predicted(found, end, points[0]["pairs"]) * 1e3 for end in ends]
-    plot.plot(ends, told, color=color, linewidth=1)
+    fit_ms = [predict_seconds(fitted, end, points[0]["pairs"]) * 1e3 for end in ends]
+    plot.plot(ends, fit_ms, color=color, linewidth=1)
 
 
-def _fits(found: Found) -> Table:
+def _fit_table(record: LatencyRecord) -> Table:
     rows = []
-    for one in found["lines"]:
-        line, bench = one["fit"], one["bench"]
+    for layer in record["lines"]:
+        fitted, bench = layer["fit"], layer["bench"]
         rows.append(
             [
                 bench["name"] + (" (random)" if bench["random"] else ""),
                 f"{bench['experts']} x 3 x {bench['hidden']} x {bench['width']} {bench['dtype']}",
-                f"{line['t0'] * 1e3:.3f}",
-                f"{line['b'] * 1e6:.2f}",
-                f"{line['a'] * 1e6:.3f}",
-                f"{line['r2']:.4f}",
-                f"{line['error']:.1%}",
-                "" if one["read"] is None else f"{one['read'] / 1e9:.1f}",
+                f"{fitted['t0'] * 1e3:.3f}",
+                f"{fitted['b'] * 1e6:.2f}",
+                f"{fitted['a'] * 1e6:.3f}",
+                f"{fitted['r2']:.4f}",
+                f"{fitted['error']:.1%}",
+                "" if layer["read"] is None else f"{layer['read'] / 1e9:.1f}",
             ]
         )
-    roof = found["limits"]
+    machine_limits = record["limits"]
     return Table(
         heads=["layer", "experts", "t0, ms", "b, us", "a, us", "R2", "median error", "GB/s by b"],
         rows=rows,
         caption="t = t0 + b T + a N K, least squares over the medians of all points. "
-        f"This machine reads {roof['bytes_per_second'] / 1e9:.1f} GB/s ({roof['reader']}, "
-        f"{on(found['machine'])}).",
+        f"This machine reads {machine_limits['bytes_per_second'] / 1e9:.1f} GB/s ({machine_limits['reader']}, "
+        f"{describe_conditions(record['machine'])}).",
         numbers=list(range(2, 8)),
     )
 
 
-def _checks(one: Line) -> Table:
-    how = "routed by a skewed router" if one["bench"]["random"] else "as they come in decoding"
+def _check_table(layer: LayerLatency) -> Table:
+    source = "routed by a skewed router" if layer["bench"]["random"] else "as they come in decoding"
     return Table(
         heads=["policy", "unique experts", "measured, ms", "by the fit, ms", "off by"],
         rows=[
@@ -258,38 +313,40 @@ def _checks(one: Line) -> Table:
                 f"{check['predicted'] * 1e3:.2f}",
                 f"{check['predicted'] / check['seconds']['median'] - 1:+.1%}",
             ]
-            for check in one["checks"]
+            for check in layer["checks"]
         ],
-        caption=f"Blocks of {BLOCK}, {how}, through the experts of {called(one['bench'])}; the "
+        caption=f"Blocks of {BLOCK_LENGTH}, {source}, through the experts of {layer_description(layer['bench'])}; the "
         "fit saw none of these.",
         numbers=[1, 2, 3, 4],
     )
 
 
-def _straight(one: Line) -> Finding:
-    line = one["fit"]
-    name = called(one["bench"])
+def _linearity_finding(layer: LayerLatency) -> Finding:
+    fitted = layer["fit"]
+    description = layer_description(layer["bench"])
     return Finding(
-        f"{name[0].upper()}{name[1:]}: each unique expert costs {line['b'] * 1e6:.1f} us, "
-        f"each token's use of one {line['a'] * 1e6:.2f} us, and {line['t0'] * 1e3:.2f} ms go "
-        f"whatever is read; R2 is {line['r2']:.3f}, the fit is off by {line['error']:.1%} at the "
+        f"{description[0].upper()}{description[1:]}: each unique expert costs {fitted['b'] * 1e6:.1f} us, "
+        f"each token's use of one {fitted['a'] * 1e6:.2f} us, and {fitted['t0'] * 1e3:.2f} ms go "
+        f"whatever is read; R2 is {fitted['r2']:.3f}, the fit is off by {fitted['error']:.1%} at the "
         "median.",
         claim="Equation 2: the latency of a MoE layer is linear in its unique experts.",
-        verdict="holds" if line["r2"] >= STRAIGHT and line["b"] > 0 else "does not hold",
+        verdict="holds" if fitted["r2"] >= MIN_R2 and fitted["b"] > 0 else "does not hold",
     )
 
 
-def _reading(one: Line, read: float) -> Finding:
-    plain = next(check for check in one["checks"] if check["policy"] == CHECKED[0])
-    share = one["fit"]["b"] * plain["used"] / plain["predicted"]
+def _reading_finding(layer: LayerLatency, read: float) -> Finding:
+    vanilla = next(check for check in layer["checks"] if check["policy"] == CHECKED_POLICIES[0])
+    share = layer["fit"]["b"] * vanilla["used"] / vanilla["predicted"]
     rate = ""
-    if one["read"] is not None:
-        rate = f" b amounts to {one['read'] / 1e9:.1f} GB/s, {one['read'] / read:.0%} of what this"
+    if layer["read"] is not None:
+        rate = (
+            f" b amounts to {layer['read'] / 1e9:.1f} GB/s, {layer['read'] / read:.0%} of what this"
+        )
         rate += " machine reads at best"
-        rate += ": they come out of its caches." if one["read"] > read else "."
+        rate += ": they come out of its caches." if layer["read"] > read else "."
     return Finding(
-        f"Of a vanilla block of {BLOCK}, which uses {plain['used']:.0f} experts of "
-        f"{called(one['bench'])}, {share:.0%} of the time goes with the experts read.{rate}",
+        f"Of a vanilla block of {BLOCK_LENGTH}, which uses {vanilla['used']:.0f} experts of "
+        f"{layer_description(layer['bench'])}, {share:.0%} of the time goes with the experts read.{rate}",
         claim="Reading experts is what a MoE layer's time goes into.",
         verdict="holds" if share >= 0.5 else "does not hold",
     )

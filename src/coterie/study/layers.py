@@ -10,26 +10,26 @@ from typing import TypedDict, TypeVar
 import torch
 from torch import Tensor
 
-from coterie.bench.shapes import Shape, random_slab
-from coterie.bench.timing import name
+from coterie.bench.shapes import LayerShape, random_slab
+from coterie.bench.timing import dtype_name
 from coterie.engine.engine import Engine
 from coterie.engine.load import free_memory
-from coterie.engine.watch import Watched
+from coterie.engine.watch import LayerObservation
 from coterie.model.moe import MoE
-from coterie.model.step import Step
+from coterie.model.step import ForwardContext
 from coterie.model.transformer import Transformer
 from coterie.naming import CoterieError
-from coterie.study.lab import Lab
-from coterie.telemetry import Null
-from coterie.values import Demand, Panels, Policy, RouterSpec, Slab, Window
+from coterie.study.lab import StudyContext
+from coterie.telemetry import NullRecorder
+from coterie.values import ExpertRequest, PackedExperts, Policy, RouterSpec, Slab, Window
 
-Tell = Callable[[float], None]  # the share that is done
-Out = TypeVar("Out")
+ProgressCallback = Callable[[float], None]  # the share that is done
+T = TypeVar("T")
 
-MARGIN = 2 << 30  # bytes left free beside a large layer
+MEMORY_MARGIN = 2 << 30  # bytes left free beside a large layer
 
 
-class BenchFacts(TypedDict):
+class BenchLayerInfo(TypedDict):
     """What a record keeps of a bench."""
 
     name: str
@@ -42,7 +42,7 @@ class BenchFacts(TypedDict):
     expert_bytes: int
 
 
-def called(bench: BenchFacts) -> str:
+def layer_description(bench: BenchLayerInfo) -> str:
     """As a sentence speaks of it."""
     if bench["random"]:
         return f"a random layer of {bench['name']}'s shape"
@@ -50,20 +50,22 @@ def called(bench: BenchFacts) -> str:
 
 
 @dataclass(frozen=True)
-class Bench:
+class BenchLayer:
     """Experts ready to be timed. Several slabs of one shape take turns, so that no layer stays in
     the cache only because it is timed again and again."""
 
     name: str
     router: RouterSpec
     slabs: tuple[Slab, ...]
-    unique: float | None = None  # of random layers: what a block of 32 uses, as their router routes
-    computing: torch.dtype | None = None  # of the tokens; None: as the weights
+    typical_unique: float | None = (
+        None  # of random layers: what a block of 32 uses, as their router routes
+    )
+    compute_dtype: torch.dtype | None = None  # of the tokens; None: as the weights
 
     @property
     def random(self) -> bool:
         """Whether the weights are, and so what the router thinks."""
-        return self.unique is not None
+        return self.typical_unique is not None
 
     @property
     def hidden(self) -> int:
@@ -83,28 +85,28 @@ class Bench:
 
     @property
     def tokens_dtype(self) -> torch.dtype:
-        return self.computing or self.dtype
+        return self.compute_dtype or self.dtype
 
     @property
     def expert_bytes(self) -> int:
         slab = self.slabs[0]
         # In panels the two weights of a slab are one tensor.
-        packed = isinstance(slab.gate_up, Panels)
+        packed = isinstance(slab.gate_up, PackedExperts)
         return (slab.gate_up.nbytes + (0 if packed else slab.down.nbytes)) // len(slab.gate_up)
 
     def flops(self, pairs: float) -> float:
         """Of so many token-expert pairs: three products, a multiplication and a sum each."""
         return 6.0 * self.hidden * self.width * pairs
 
-    def facts(self) -> BenchFacts:
-        return BenchFacts(
+    def to_info(self) -> BenchLayerInfo:
+        return BenchLayerInfo(
             name=self.name,
             random=self.random,
             experts=self.router.experts,
             k=self.router.k,
             hidden=self.hidden,
             width=self.width,
-            dtype=name(self.dtype),
+            dtype=dtype_name(self.dtype),
             expert_bytes=self.expert_bytes,
         )
 
@@ -113,80 +115,82 @@ class Bench:
         return torch.randn(tokens, self.hidden, generator=draw).to(self.device, self.tokens_dtype)
 
 
-def benches(engine: Engine, shapes: Sequence[Shape]) -> Iterator[Bench | str]:
+def bench_layers(engine: Engine, shapes: Sequence[LayerShape]) -> Iterator[BenchLayer | str]:
     """The model's own layers, then one layer of each shape, or why it was left out.
 
     Whoever takes the next one lets the last one go, for two may not fit.
     """
-    yield own_bench(engine)
+    yield model_bench_layer(engine)
     for shape in shapes:
-        yield large_bench(shape, engine.model.transformer.device)
+        yield random_bench_layer(shape, engine.model.transformer.device)
 
 
-def at_each(
-    lab: Lab, shapes: Sequence[Shape], work: Callable[[Bench, Tell], Out]
-) -> tuple[list[Out], list[str]]:
+def for_each_layer(
+    context: StudyContext,
+    shapes: Sequence[LayerShape],
+    work: Callable[[BenchLayer, ProgressCallback], T],
+) -> tuple[list[T], list[str]]:
     """What ``work`` makes of every bench, and sentences about those that were left out."""
-    found: list[Out] = []
+    outputs: list[T] = []
     skipped: list[str] = []
-    for number, bench in enumerate(benches(lab.engine, shapes)):
+    for number, bench in enumerate(bench_layers(context.engine, shapes)):
         if isinstance(bench, str):
             skipped.append(bench)
             continue
-        first, said = number / (len(shapes) + 1), f"{bench.name}'s layer"
+        first, text = number / (len(shapes) + 1), f"{bench.name}'s layer"
 
-        def tell(share: float, first: float = first, said: str = said) -> None:
-            lab.tell(first + share / (len(shapes) + 1), said)
+        def on_progress(share: float, first: float = first, text: str = text) -> None:
+            context.on_progress(first + share / (len(shapes) + 1), text)
 
-        found.append(work(bench, tell))
-    return found, skipped
+        outputs.append(work(bench, on_progress))
+    return outputs, skipped
 
 
-def own_bench(engine: Engine) -> Bench:
+def model_bench_layer(engine: Engine) -> BenchLayer:
     """All of the model's own layers that route."""
     model = engine.model
-    everybody = torch.ones(model.spec.router.experts, dtype=torch.bool)
+    all_experts = torch.ones(model.spec.router.experts, dtype=torch.bool)
     slabs = [
         slab
         for layer in moe_layers(model.transformer)
-        for slab in layer.store.serve(layer.layer, Demand(everybody))
+        for slab in layer.store.serve(layer.layer, ExpertRequest(all_experts))
     ]
     tokens = model.transformer.dtype
-    return Bench(Path(model.name).name, model.spec.router, tuple(slabs), computing=tokens)
+    return BenchLayer(Path(model.name).name, model.spec.router, tuple(slabs), compute_dtype=tokens)
 
 
 def moe_layers(transformer: Transformer) -> list[MoE]:
     """The layers that route; raises CoterieError where there are none."""
-    halves = [layer.feed_forward for layer in transformer.layers]
-    found = [half for half in halves if isinstance(half, MoE)]
-    if not found:
+    feed_forwards = [layer.feed_forward for layer in transformer.layers]
+    layers = [feed_forward for feed_forward in feed_forwards if isinstance(feed_forward, MoE)]
+    if not layers:
         raise CoterieError("no layer of this model has experts: there is nothing to time")
-    return found
+    return layers
 
 
-def large_bench(shape: Shape, device: torch.device) -> Bench | str:
+def random_bench_layer(shape: LayerShape, device: torch.device) -> BenchLayer | str:
     """A random layer of that shape, or a sentence that says why there is none."""
     free = free_memory(device)
-    if free is not None and free < shape.bytes + MARGIN:
+    if free is not None and free < shape.bytes + MEMORY_MARGIN:
         return (
             f"A layer of {shape.name}'s shape was left out: it needs {shape.bytes / 2**30:.1f} GiB "
-            f"and {MARGIN / 2**30:.0f} to spare, and {free / 2**30:.1f} GiB were free."
+            f"and {MEMORY_MARGIN / 2**30:.0f} to spare, and {free / 2**30:.1f} GiB were free."
         )
-    return Bench(shape.name, shape.router, (random_slab(shape, device),), shape.unique)
+    return BenchLayer(shape.name, shape.router, (random_slab(shape, device),), shape.unique_experts)
 
 
-def whole_layer(moe: MoE, watched: Watched, policy: Policy) -> Callable[[], Tensor]:
+def layer_runner(moe: MoE, observation: LayerObservation, policy: Policy) -> Callable[[], Tensor]:
     """Runs a watched forward's layer again under any policy: gate, selection, experts, shared."""
-    scores = watched.scores
-    rows, tokens, _ = watched.x.shape
+    scores = observation.scores
+    rows, tokens, _ = observation.x.shape
     span = torch.full((rows,), tokens)
-    step = Step(
+    step = ForwardContext(
         window=Window(torch.zeros_like(span), tokens, span),
         cache=None,
         policy=policy,
-        recorder=Null(),
+        recorder=NullRecorder(),
         voters=scores.voters,
         progress=scores.progress,
-        forward=scores.forward,
+        forward=scores.forward_indices,
     )
-    return lambda: moe(watched.x, step, scores.importance)
+    return lambda: moe(observation.x, step, scores.importance)

@@ -12,29 +12,46 @@ from matplotlib.figure import Figure
 from torch import Tensor
 from torch.nn import functional as F
 
-from coterie.engine.watch import Watched
-from coterie.figures.style import SERIES, axes, ink, legend, look, panels
+from coterie.engine.watch import LayerObservation
+from coterie.figures.style import (
+    SERIES_COLOURS,
+    new_axes,
+    foreground,
+    add_legend,
+    policy_style,
+    new_panels,
+)
 from coterie.routing import parse_policy, route
-from coterie.study.chapter import Drawing, Facts, Finding, Table
-from coterie.study.fidelity import SLOW, kept, look_again, traced
-from coterie.study.lab import Lab
-from coterie.study.opened import Opened, open_block, opened_prompts, words_of
+from coterie.study.chapter import Drawing, ExperimentData, Finding, Table
+from coterie.study.fidelity import SLOW_STEPS, count_kept_experts, replay_vanilla, trace_vanilla
+from coterie.study.lab import StudyContext
+from coterie.study.opened import (
+    BlockForward,
+    run_first_forward,
+    prompts_at_block_start,
+    content_mask,
+)
 from coterie.values import Policy
 
-GUARDED = "voters=before-eos,protect=top1"
+GUARD_OPTIONS = "voters=before-eos,protect=top1"
 POLICIES = (
     *("des-vote:beta=0.3", "des-seq:k=3"),
-    *("des-vote:beta=0.15", f"des-vote:beta=0.15,{GUARDED}"),
+    *("des-vote:beta=0.15", f"des-vote:beta=0.15,{GUARD_OPTIONS}"),
 )
-FOLLOWED = (  # down through the layers
-    *("des-vote:beta=0.5", "des-vote:beta=0.3", f"des-vote:beta=0.3,{GUARDED}", "des-seq:k=3"),
+DEPTH_POLICIES = (  # down through the layers
+    *(
+        "des-vote:beta=0.5",
+        "des-vote:beta=0.3",
+        f"des-vote:beta=0.3,{GUARD_OPTIONS}",
+        "des-seq:k=3",
+    ),
     *("des-vote:beta=0.15", "topk:k=4", "random:beta=0.3"),
 )
-KINDS = ("masked", "written", "fill")
+POSITION_KINDS = ("masked", "written", "fill")
 DASHES: Mapping[int, str | tuple[int, tuple[float, ...]]] = {0: "-", 1: (0, (4, 1.5)), 2: ":"}
 
 
-class Map(TypedDict):
+class HitRateMap(TypedDict):
     """Hit rates of one policy: [layers][positions], [layers][forwards of a block], and by what
     stands at the position (masked still, a word already, end-of-text fill already)."""
 
@@ -44,7 +61,7 @@ class Map(TypedDict):
     kinds: dict[str, float]
 
 
-class Depth(TypedDict):
+class DepthCosines(TypedDict):
     """Mean cosine of hidden states to vanilla's: after the embedding, after every layer, and as
     the head reads them; over all positions and over words, and the last one's lowest tenth."""
 
@@ -56,7 +73,7 @@ class Depth(TypedDict):
     same: float  # share of positions at which the same token would be written
 
 
-class Activation(TypedDict):
+class LayerActivation(TypedDict):
     """One layer under vanilla: shares of all choices and of all weight, the largest first;
     ``effective``: exp of the entropy of the choices."""
 
@@ -66,20 +83,20 @@ class Activation(TypedDict):
     effective: float
 
 
-class Found(TypedDict):
+class MapsRecord(TypedDict):
     experts: int
     k: int
     prompts: int
     blocks: int
     layers: list[int]
     share: dict[str, float]  # of all positions that were looked at, by kind
-    maps: list[Map]
-    depths: list[Depth]
-    activation: list[Activation]
+    maps: list[HitRateMap]
+    depths: list[DepthCosines]
+    activation: list[LayerActivation]
 
 
 @dataclass(frozen=True)
-class Maps:
+class MapsExperiment:
     """Decoding slowed down to eight forwards a block, so that steps can be told apart; hidden
     states on blocks that are opened, where vanilla and policy start from the same."""
 
@@ -90,74 +107,81 @@ class Maps:
         "far does the hidden state drift as layer follows on layer?"
     )
 
-    def measure(self, lab: Lab) -> Facts:
-        spec = lab.engine.model.spec
-        lab.tell(0.0, "decoding slowly")
-        trace = traced(lab, slow=True)
-        hits = Hits(tuple(map(parse_policy, POLICIES)), trace.layers)
-        used = Used(trace.layers, spec.router.experts)
+    def measure(self, context: StudyContext) -> ExperimentData:
+        spec = context.engine.model.spec
+        context.on_progress(0.0, "decoding slowly")
+        trace = trace_vanilla(context, slow=True)
+        hit_counter = HitRateCounter(tuple(map(parse_policy, POLICIES)), trace.layers)
+        use_counter = ExpertUseCounter(trace.layers, spec.router.experts)
 
-        def see(watched: Watched) -> None:
-            hits.see(watched)
-            used.see(watched)
+        def on_layer(observation: LayerObservation) -> None:
+            hit_counter.on_layer(observation)
+            use_counter.on_layer(observation)
 
-        look_again(lab, trace, see, lambda share: lab.tell(0.1 + 0.5 * share, "hit rates"))
-        prompts = opened_prompts(lab.engine, trace.prompts)
+        replay_vanilla(
+            context,
+            trace,
+            on_layer,
+            lambda share: context.on_progress(0.1 + 0.5 * share, "hit rates"),
+        )
+        prompts = prompts_at_block_start(context.engine, trace.prompts)
         depths = []
-        for number, policy in enumerate(FOLLOWED):
-            lab.tell(0.6 + 0.4 * number / len(FOLLOWED), f"hidden states, {policy}")
-            depths.append(followed(lab, prompts, policy))
-        found = Found(
+        for number, policy in enumerate(DEPTH_POLICIES):
+            context.on_progress(
+                0.6 + 0.4 * number / len(DEPTH_POLICIES), f"hidden states, {policy}"
+            )
+            depths.append(depth_cosines(context, prompts, policy))
+        record = MapsRecord(
             experts=spec.router.experts,
             k=spec.router.k,
             prompts=len(trace.prompts),
             blocks=len(prompts),
             layers=list(trace.layers),
-            share=hits.share(),
-            maps=[hits.map(place, policy) for place, policy in enumerate(POLICIES)],
+            share=hit_counter.kind_shares(),
+            maps=[hit_counter.to_map(index, policy) for index, policy in enumerate(POLICIES)],
             depths=depths,
-            activation=[used.activation(layer) for layer in trace.layers],
+            activation=[use_counter.activation(layer) for layer in trace.layers],
         )
-        return cast("Facts", found)
+        return cast("ExperimentData", record)
 
-    def drawings(self, facts: Facts) -> Sequence[Drawing]:
-        found = cast("Found", facts)
-        slow = f"vanilla decoding in {SLOW} forwards a block, {found['prompts']} prompts"
+    def drawings(self, data: ExperimentData) -> Sequence[Drawing]:
+        record = cast("MapsRecord", data)
+        slow = f"vanilla decoding in {SLOW_STEPS} forwards a block, {record['prompts']} prompts"
         return [
             Drawing(
                 "hit-rate-positions",
                 f"Share of their own experts that tokens keep, layer by position; {slow}.",
-                lambda: draw_maps(found, "positions", "position in the block"),
+                lambda: draw_maps(record, "positions", "position in the block"),
             ),
             Drawing(
                 "hit-rate-steps",
                 "The same, layer by forward of the block.",
-                lambda: draw_maps(found, "steps", "forward of the block"),
+                lambda: draw_maps(record, "steps", "forward of the block"),
             ),
             Drawing(
                 "cosine-by-depth",
                 "Cosine of hidden states to vanilla's in the first forward of a block that is all "
-                f"answer, layer after layer; {found['blocks']} blocks. At the right: as the head "
+                f"answer, layer after layer; {record['blocks']} blocks. At the right: as the head "
                 "reads them.",
-                lambda: draw_depths(found),
+                lambda: draw_depths(record),
             ),
             Drawing(
                 "sorted-activation",
                 "Experts by their share of all choices under vanilla, layer by layer. Dashed: "
                 "what even use would give.",
-                lambda: draw_activation(found),
+                lambda: draw_activation(record),
             ),
         ]
 
-    def tables(self, facts: Facts) -> Sequence[Table]:
-        found = cast("Found", facts)
-        share = found["share"]
+    def tables(self, data: ExperimentData) -> Sequence[Table]:
+        record = cast("MapsRecord", data)
+        share = record["share"]
         return [
             Table(
-                heads=["hit rate", *(f"{kind} ({share[kind]:.0%})" for kind in KINDS)],
+                heads=["hit rate", *(f"{kind} ({share[kind]:.0%})" for kind in POSITION_KINDS)],
                 rows=[
-                    [one["policy"], *(f"{one['kinds'][kind]:.1%}" for kind in KINDS)]
-                    for one in found["maps"]
+                    [entry["policy"], *(f"{entry['kinds'][kind]:.1%}" for kind in POSITION_KINDS)]
+                    for entry in record["maps"]
                 ],
                 caption="By what stands at the position: masked still, a word already, "
                 "end-of-text fill already; in brackets their share of all positions.",
@@ -167,14 +191,14 @@ class Maps:
                 heads=["policy", "experts", "cosine", "of words", "lowest tenth", "same token"],
                 rows=[
                     [
-                        one["policy"],
-                        f"{one['experts']:.1f}",
-                        f"{one['cosine'][-1]:.3f}",
-                        f"{one['words'][-1]:.3f}",
-                        f"{one['low']:.3f}",
-                        f"{one['same']:.1%}",
+                        entry["policy"],
+                        f"{entry['experts']:.1f}",
+                        f"{entry['cosine'][-1]:.3f}",
+                        f"{entry['words'][-1]:.3f}",
+                        f"{entry['low']:.3f}",
+                        f"{entry['same']:.1%}",
                     ]
-                    for one in found["depths"]
+                    for entry in record["depths"]
                 ],
                 caption="Hidden states as the head reads them, against vanilla's; experts used in "
                 "a layer, in these forwards.",
@@ -182,91 +206,106 @@ class Maps:
             ),
         ]
 
-    def findings(self, facts: Facts) -> Sequence[Finding | str]:
-        found = cast("Found", facts)
-        return [_fill(found), _drift(found), _control(found), _skew(found)]
+    def findings(self, data: ExperimentData) -> Sequence[Finding | str]:
+        record = cast("MapsRecord", data)
+        return [
+            _fill_sentence(record),
+            _drift_finding(record),
+            _control_finding(record),
+            _skew_sentence(record),
+        ]
 
 
 @dataclass  # not frozen: it adds up
-class Hits:
+class HitRateCounter:
     """Choices kept and choices made, by layer, position, forward of the block and kind."""
 
     policies: tuple[Policy, ...]
     layers: tuple[int, ...]
     _sums: dict[str, Tensor] = field(default_factory=dict)
-    _began: dict[tuple[int, int], int] = field(default_factory=dict)  # row, start -> forward
+    _first_forward: dict[tuple[int, int], int] = field(
+        default_factory=dict
+    )  # row, start -> forward
 
-    def see(self, watched: Watched) -> None:
-        layer = self.layers.index(watched.layer)
-        kinds = kinds_of(watched)  # [kinds, S, N]
-        steps = self._steps(watched)
-        for place, policy in enumerate(self.policies):
-            own = kept(watched, route(watched.scores, policy)).double().cpu()  # [S, N]
-            rates = own / watched.scores.router.k
-            self._add(f"{place}/positions", layer, torch.arange(own.shape[1]), rates.mean(0))
-            self._add(f"{place}/steps", layer, steps, rates.mean(1))
-            self._add(f"{place}/kinds", 0, torch.arange(len(KINDS)), (kinds * rates).sum((1, 2)))
-        ones = torch.ones(watched.x.shape[:2], dtype=torch.float64)
+    def on_layer(self, observation: LayerObservation) -> None:
+        layer = self.layers.index(observation.layer)
+        kinds = position_kinds(observation)  # [kinds, S, N]
+        steps = self._steps(observation)
+        for index, policy in enumerate(self.policies):
+            kept_experts = (
+                count_kept_experts(observation, route(observation.scores, policy)).double().cpu()
+            )  # [S, N]
+            rates = kept_experts / observation.scores.router.k
+            self._add(
+                f"{index}/positions", layer, torch.arange(kept_experts.shape[1]), rates.mean(0)
+            )
+            self._add(f"{index}/steps", layer, steps, rates.mean(1))
+            self._add(
+                f"{index}/kinds", 0, torch.arange(len(POSITION_KINDS)), (kinds * rates).sum((1, 2))
+            )
+        ones = torch.ones(observation.x.shape[:2], dtype=torch.float64)
         self._add("positions", layer, torch.arange(ones.shape[1]), ones.mean(0))
         self._add("steps", layer, steps, ones.mean(1))
-        self._add("kinds", 0, torch.arange(len(KINDS)), kinds.sum((1, 2)))
+        self._add("kinds", 0, torch.arange(len(POSITION_KINDS)), kinds.sum((1, 2)))
 
-    def map(self, place: int, policy: str) -> Map:
+    def to_map(self, index: int, policy: str) -> HitRateMap:
         positions, steps, kinds = (
-            (self._sums[f"{place}/{name}"] / self._sums[name].clamp(min=1e-9)).tolist()
+            (self._sums[f"{index}/{name}"] / self._sums[name].clamp(min=1e-9)).tolist()
             for name in ("positions", "steps", "kinds")
         )
-        return Map(
+        return HitRateMap(
             policy=policy,
             positions=positions,
             steps=steps,
-            kinds=dict(zip(KINDS, kinds[0], strict=True)),
+            kinds=dict(zip(POSITION_KINDS, kinds[0], strict=True)),
         )
 
-    def share(self) -> dict[str, float]:
+    def kind_shares(self) -> dict[str, float]:
         kinds = self._sums["kinds"][0]
-        return dict(zip(KINDS, (kinds / kinds.sum()).tolist(), strict=True))
+        return dict(zip(POSITION_KINDS, (kinds / kinds.sum()).tolist(), strict=True))
 
-    def _steps(self, watched: Watched) -> Tensor:
+    def _steps(self, observation: LayerObservation) -> Tensor:
         """[S]: which forward of its block this is, from 0."""
-        forward = watched.scores.forward
+        forward = observation.scores.forward_indices
         return torch.tensor(
             [
-                number - self._began.setdefault((row, start), number)
-                for row, start, number in zip(watched.rows, watched.starts, forward, strict=True)
+                number - self._first_forward.setdefault((row, start), number)
+                for row, start, number in zip(
+                    observation.rows, observation.starts, forward, strict=True
+                )
             ]
         )
 
-    def _add(self, name: str, layer: int, at: Tensor, values: Tensor) -> None:
+    def _add(self, name: str, layer: int, columns: Tensor, values: Tensor) -> None:
         """``values`` into [layers, columns], which grows to the right."""
-        there = self._sums.get(name, torch.zeros(len(self.layers), 0, dtype=torch.float64))
-        more = max(0, int(at.max()) + 1 - there.shape[1])
-        self._sums[name] = F.pad(there, (0, more))
-        self._sums[name][layer].index_add_(0, at, values.double())
+        current = self._sums.get(name, torch.zeros(len(self.layers), 0, dtype=torch.float64))
+        missing = max(0, int(columns.max()) + 1 - current.shape[1])
+        self._sums[name] = F.pad(current, (0, missing))
+        self._sums[name][layer].index_add_(0, columns, values.double())
 
 
 @dataclass  # not frozen: it adds up
-class Used:
+class ExpertUseCounter:
     """How often, and with how much weight, vanilla uses each expert of each layer."""
 
     layers: tuple[int, ...]
     experts: int
     _sums: dict[int, Tensor] = field(default_factory=dict)  # [2, E]
 
-    def see(self, watched: Watched) -> None:
-        there = self._sums.setdefault(
-            watched.layer, torch.zeros(2, self.experts, dtype=torch.float64)
+    def on_layer(self, observation: LayerObservation) -> None:
+        sums = self._sums.setdefault(
+            observation.layer, torch.zeros(2, self.experts, dtype=torch.float64)
         )
-        ids = watched.routing.ids.flatten().cpu()
-        weights = watched.routing.weights.flatten().double().cpu()
-        there[0].index_add_(0, ids, torch.ones_like(weights))
-        there[1].index_add_(0, ids, weights)
+        ids = observation.routing.topk_ids.flatten().cpu()
+        weights = observation.routing.topk_weights.flatten().double().cpu()
+        sums[0].index_add_(0, ids, torch.ones_like(weights))
+        sums[1].index_add_(0, ids, weights)
 
-    def activation(self, layer: int) -> Activation:
+    def activation(self, layer: int) -> LayerActivation:
         shares = self._sums[layer] / self._sums[layer].sum(-1, keepdim=True)
         choices, weight = shares.sort(dim=-1, descending=True).values
         entropy = -torch.xlogy(choices, choices).sum()
-        return Activation(
+        return LayerActivation(
             layer=layer,
             choices=choices.tolist(),
             weight=weight.tolist(),
@@ -274,131 +313,142 @@ class Used:
         )
 
 
-def kinds_of(watched: Watched) -> Tensor:
+def position_kinds(observation: LayerObservation) -> Tensor:
     """[kinds, S, N] float64: what stands at each position."""
-    progress = watched.scores.progress
-    if progress is None or progress.masked is None or progress.filled is None:
+    progress = observation.scores.progress
+    if progress is None or progress.masked is None or progress.after_eos is None:
         raise RuntimeError("the engine tells how far decoding is")
-    masked, fill = progress.masked, progress.filled & ~progress.masked
-    return torch.stack([masked, ~masked & ~fill, fill]).double().cpu()
+    masked, is_fill = progress.masked, progress.after_eos & ~progress.masked
+    return torch.stack([masked, ~masked & ~is_fill, is_fill]).double().cpu()
 
 
-def followed(lab: Lab, prompts: Sequence[tuple[int, ...]], policy: str) -> Depth:
+def depth_cosines(
+    context: StudyContext, prompts: Sequence[tuple[int, ...]], policy: str
+) -> DepthCosines:
     """One policy on the blocks that these prompts open, against vanilla on the same."""
-    every, of_words, last, same, sizes = [], [], [], [], []
+    cosine_means, word_means, last_cosines, same_tokens, sizes = [], [], [], [], []
     for prompt in prompts:
-        plain, other = (open_block(lab.engine, prompt, each) for each in ("vanilla", policy))
+        vanilla, observed = (
+            run_first_forward(context.engine, prompt, name) for name in ("vanilla", policy)
+        )
         cosines = torch.stack(
             [
                 F.cosine_similarity(a.double(), b.double(), dim=-1)
-                for a, b in zip(_states(plain), _states(other), strict=True)
+                for a, b in zip(_hidden_states(vanilla), _hidden_states(observed), strict=True)
             ]
         )  # [2 + layers, N]
-        words = words_of(lab.engine, plain.ids)[0]
-        every.append(cosines.mean(-1))
-        of_words.append(cosines[:, words].mean(-1))
-        last.append(cosines[-1])
-        same.append((plain.ids == other.ids).double().mean())
-        sizes += [routing.used.sum() for _, _, routing in other.trace.routings]
-    return Depth(
+        words = content_mask(context.engine, vanilla.ids)[0]
+        cosine_means.append(cosines.mean(-1))
+        word_means.append(cosines[:, words].mean(-1))
+        last_cosines.append(cosines[-1])
+        same_tokens.append((vanilla.ids == observed.ids).double().mean())
+        sizes += [routing.used.sum() for _, _, routing in observed.trace.routings]
+    return DepthCosines(
         policy=policy,
         experts=float(torch.stack(sizes).double().mean()),
-        cosine=torch.stack(every).mean(0).tolist(),
-        words=torch.stack(of_words).mean(0).tolist(),
-        low=float(torch.quantile(torch.cat(last), 0.1)),
-        same=float(torch.stack(same).mean()),
+        cosine=torch.stack(cosine_means).mean(0).tolist(),
+        words=torch.stack(word_means).mean(0).tolist(),
+        low=float(torch.quantile(torch.cat(last_cosines), 0.1)),
+        same=float(torch.stack(same_tokens).mean()),
     )
 
 
-def _states(opened: Opened) -> list[Tensor]:
+def _hidden_states(forward: BlockForward) -> list[Tensor]:
     """Hidden states [N, H] of the block after the embedding, after each layer, before the head."""
-    *layers, _ = opened.trace.outputs
-    return [*(x[0, opened.block] for _, x in layers), opened.hidden[0]]
+    *layers, _ = forward.trace.outputs
+    return [*(x[0, forward.block] for _, x in layers), forward.hidden[0]]
 
 
-def draw_maps(found: Found, which: str, label: str) -> Figure:
+def draw_maps(record: MapsRecord, key: str, label: str) -> Figure:
     """A panel a policy, all on one scale."""
-    figure, several = panels(len(found["maps"]), columns=1, height=1.25)
-    rates = [cast("list[list[float]]", one[which]) for one in found["maps"]]
+    figure, subplots = new_panels(len(record["maps"]), columns=1, height=1.25)
+    rates = [cast("list[list[float]]", entry[key]) for entry in record["maps"]]
     low = min(min(map(min, rate)) for rate in rates)
     image = None
-    for one, rate, axis in zip(found["maps"], rates, several, strict=True):
+    for entry, rate, axis in zip(record["maps"], rates, subplots, strict=True):
         image = axis.imshow(np.array(rate), aspect="auto", vmin=low, vmax=1)
-        axis.set_title(_short(one["policy"]), fontsize=9)
-        axis.set(yticks=range(len(found["layers"])), ylabel="layer")
-        axis.set_yticklabels(list(map(str, found["layers"])))
+        axis.set_title(_short_name(entry["policy"]), fontsize=9)
+        axis.set(yticks=range(len(record["layers"])), ylabel="layer")
+        axis.set_yticklabels(list(map(str, record["layers"])))
         axis.grid(visible=False)
-        if which == "steps":
+        if key == "steps":
             axis.set_xticks(range(len(rate[0])), [str(step + 1) for step in range(len(rate[0]))])
-    several[-1].set_xlabel(label)
+    subplots[-1].set_xlabel(label)
     if image is not None:
-        bar = figure.colorbar(image, ax=several, shrink=0.6)
+        bar = figure.colorbar(image, ax=subplots, shrink=0.6)
         bar.ax.yaxis.set_major_formatter(lambda value, _: f"{value:.0%}")
         bar.set_label("hit rate")
     return figure
 
 
-def draw_depths(found: Found) -> Figure:
-    figure, one = axes("after layer", "cosine to vanilla's hidden state", height=3.8)
-    seen: dict[str, int] = {}
-    for depth in found["depths"]:
-        dress = look(depth["policy"])
-        number = seen[dress.colour] = seen.get(dress.colour, -1) + 1
-        one.plot(
+def draw_depths(record: MapsRecord) -> Figure:
+    figure, ax = new_axes("after layer", "cosine to vanilla's hidden state", height=3.8)
+    num_by_color: dict[str, int] = {}
+    for depth in record["depths"]:
+        style = policy_style(depth["policy"])
+        number = num_by_color[style.colour] = num_by_color.get(style.colour, -1) + 1
+        ax.plot(
             range(len(depth["cosine"])),
             depth["cosine"],
-            color=dress.colour,
-            marker=dress.marker,
+            color=style.colour,
+            marker=style.marker,
             linestyle=DASHES[number % len(DASHES)],
-            label=_short(depth["policy"]),
+            label=_short_name(depth["policy"]),
         )
-    count = len(found["depths"][0]["cosine"])
+    count = len(record["depths"][0]["cosine"])
     step = -(-(count - 2) // 8)
     names = ["-", *map(str, range(count - 2)), "head"]
     ticks = [0, *range(1, count - 1, step), count - 1]
-    one.set_xticks(ticks, [names[tick] for tick in ticks])
-    one.set_ylim(top=1.01)
-    legend(one)
+    ax.set_xticks(ticks, [names[tick] for tick in ticks])
+    ax.set_ylim(top=1.01)
+    add_legend(ax)
     return figure
 
 
-def draw_activation(found: Found) -> Figure:
-    figure, one = axes(f"experts of {found['experts']}, the busiest first", "share of all choices")
-    for place, layer in enumerate(found["activation"]):
-        one.plot(
+def draw_activation(record: MapsRecord) -> Figure:
+    figure, ax = new_axes(
+        f"experts of {record['experts']}, the busiest first", "share of all choices"
+    )
+    for index, layer in enumerate(record["activation"]):
+        ax.plot(
             range(1, 1 + len(layer["choices"])),
             layer["choices"],
-            color=SERIES[place % len(SERIES)],
+            color=SERIES_COLOURS[index % len(SERIES_COLOURS)],
             label=f"layer {layer['layer']}",
         )
-    one.axhline(1 / found["experts"], color=ink(), linestyle="--", linewidth=1)
-    one.set(xlim=(0, found["experts"] + 1), ylim=(0, None))
-    one.yaxis.set_major_formatter(lambda value, _: f"{value:.1%}")
-    legend(one, columns=4)
+    ax.axhline(1 / record["experts"], color=foreground(), linestyle="--", linewidth=1)
+    ax.set(xlim=(0, record["experts"] + 1), ylim=(0, None))
+    ax.yaxis.set_major_formatter(lambda value, _: f"{value:.1%}")
+    add_legend(ax, columns=4)
     return figure
 
 
-def _short(policy: str) -> str:
-    return policy.replace(f",{GUARDED}", ", words, top-1").replace(":", " ")
+def _short_name(policy: str) -> str:
+    return policy.replace(f",{GUARD_OPTIONS}", ", words, top-1").replace(":", " ")
 
 
-def _of(found: Found, policy: str, pick: Callable[[Depth], float]) -> float:
-    return next(pick(one) for one in found["depths"] if one["policy"] == policy)
+def _depth_value(record: MapsRecord, policy: str, get: Callable[[DepthCosines], float]) -> float:
+    return next(get(entry) for entry in record["depths"] if entry["policy"] == policy)
 
 
-def _fill(found: Found) -> str:
-    plain, guarded = (one for one in found["maps"] if one["policy"].startswith(POLICIES[2]))
-    said = [f"{kind} {plain['kinds'][kind]:.0%} and {guarded['kinds'][kind]:.0%}" for kind in KINDS]
+def _fill_sentence(record: MapsRecord) -> str:
+    unguarded, guarded = (
+        entry for entry in record["maps"] if entry["policy"].startswith(POLICIES[2])
+    )
+    clauses = [
+        f"{kind} {unguarded['kinds'][kind]:.0%} and {guarded['kinds'][kind]:.0%}"
+        for kind in POSITION_KINDS
+    ]
     return (
-        f"Hit rates under {plain['policy']}, when all vote and when only words do with top-1 kept: "
-        f"{', '.join(said)}. Fill already written is {found['share']['fill']:.0%} of all positions."
+        f"Hit rates under {unguarded['policy']}, when all vote and when only words do with top-1 kept: "
+        f"{', '.join(clauses)}. Fill already written is {record['share']['fill']:.0%} of all positions."
     )
 
 
-def _drift(found: Found) -> Finding:
-    both = ("des-vote:beta=0.3", "des-seq:k=3")
-    vote, seq = (_of(found, policy, lambda one: one["cosine"][-1]) for policy in both)
-    sizes = [_of(found, policy, lambda one: one["experts"]) for policy in both]
+def _drift_finding(record: MapsRecord) -> Finding:
+    names = ("des-vote:beta=0.3", "des-seq:k=3")
+    vote, seq = (_depth_value(record, policy, lambda one: one["cosine"][-1]) for policy in names)
+    sizes = [_depth_value(record, policy, lambda one: one["experts"]) for policy in names]
     return Finding(
         f"The hidden state that the head reads has a cosine of {vote:.3f} to vanilla's under "
         f"des-vote:beta=0.3 ({sizes[0]:.0f} experts), {seq:.3f} under des-seq:k=3 "
@@ -408,24 +458,26 @@ def _drift(found: Found) -> Finding:
     )
 
 
-def _control(found: Found) -> Finding:
-    vote, lot, topk = (
-        _of(found, policy, lambda one: one["cosine"][-1])
+def _control_finding(record: MapsRecord) -> Finding:
+    vote, random_cosine, topk = (
+        _depth_value(record, policy, lambda one: one["cosine"][-1])
         for policy in ("des-vote:beta=0.3", "random:beta=0.3", "topk:k=4")
     )
     return Finding(
-        f"A random coreset of that size leaves {lot:.3f}, top-k with half of a token's experts "
+        f"A random coreset of that size leaves {random_cosine:.3f}, top-k with half of a token's experts "
         f"{topk:.3f}.",
         claim="A voted coreset keeps hidden states nearer to vanilla's than a random one.",
-        verdict="holds" if vote > lot else "does not hold",
+        verdict="holds" if vote > random_cosine else "does not hold",
     )
 
 
-def _skew(found: Found) -> str:
-    said = ", ".join(f"layer {one['layer']} {one['effective']:.0f}" for one in found["activation"])
-    top = max(one["choices"][0] for one in found["activation"]) * found["experts"]
+def _skew_sentence(record: MapsRecord) -> str:
+    text = ", ".join(
+        f"layer {entry['layer']} {entry['effective']:.0f}" for entry in record["activation"]
+    )
+    top = max(entry["choices"][0] for entry in record["activation"]) * record["experts"]
     return (
         f"Over all blocks vanilla uses its experts nearly evenly: the effective number of "
-        f"{found['experts']} is {said}; the busiest has {top:.1f} times its even share. A small "
+        f"{record['experts']} is {text}; the busiest has {top:.1f} times its even share. A small "
         "coreset is possible because a single block is narrower than that."
     )

@@ -9,34 +9,34 @@ from statistics import fmean
 
 from torch import Tensor
 
-from coterie.evals.asking import Outcome, Question, outcomes
+from coterie.evals.asking import GenerationOutcome, EvalRequest, generate_outcomes
 from coterie.routing import DesVote
-from coterie.routing.select import choose
-from coterie.study.arms import FEW, by_beta, compare
-from coterie.study.chapter import Drawing, Facts, Finding, Table
-from coterie.study.curves import arm_table, draw
-from coterie.study.duel import claimed, duels
-from coterie.study.lab import ROWS, Lab
-from coterie.study.tally import Arms, Tally
-from coterie.values import Policy, Scores, membership
+from coterie.routing.select import select_topk
+from coterie.study.arms import MAIN_BETAS, beta_variants, run_comparison
+from coterie.study.chapter import Drawing, ExperimentData, Finding, Table
+from coterie.study.curves import variant_table, draw_comparison
+from coterie.study.duel import claim_finding, compare_pairs
+from coterie.study.lab import BATCH_SIZE, StudyContext
+from coterie.study.tally import VariantResults, VariantResult
+from coterie.values import Policy, Scores, expert_mask
 
-WIDE = "all of a token's experts"
+FULL_K_LABEL = "all of a token's experts"
 
 
 @dataclass(frozen=True)
-class Narrow:
+class LimitTopK:
     """Another policy's coreset, of which every token takes its best ``k`` only."""
 
     policy: Policy
     k: int
 
     def eligible(self, scores: Scores, k: int) -> Tensor:
-        ids = choose(scores, self.policy.eligible(scores, k))[..., : self.k]
-        return membership(ids, scores.router.experts)
+        ids = select_topk(scores, self.policy.eligible(scores, k))[..., : self.k]
+        return expert_mask(ids, scores.router.experts)
 
 
 @dataclass(frozen=True)
-class ExpertsPerToken:
+class ExpertsPerTokenExperiment:
     """The same votes, the same coreset, half the experts for each token."""
 
     name: str = "experts-per-token"
@@ -46,93 +46,101 @@ class ExpertsPerToken:
         "was trained with. Would half of them do?"
     )
 
-    def measure(self, lab: Lab) -> Facts:
-        half = max(1, lab.engine.model.spec.router.k // 2)
-        wide = by_beta("des-vote")
-        tallies = []
-        for place, (arm, beta) in enumerate(zip(wide, FEW, strict=True)):
-            name = f"{arm.name} K={half}"
-            lab.tell(place / (len(FEW) + 1), name)
-            tallies.append(answered(lab, Narrow(DesVote(beta), half), name, arm.policy))
-        facts = dict(compare(lab, {WIDE: wide}, extra=tallies))
-        return {**facts, "half": half, "narrow": [tally.name for tally in tallies]}
+    def measure(self, context: StudyContext) -> ExperimentData:
+        half = max(1, context.engine.model.spec.router.k // 2)
+        full_k_variants = beta_variants("des-vote")
+        variant_results = []
+        for index, (variant, beta) in enumerate(zip(full_k_variants, MAIN_BETAS, strict=True)):
+            name = f"{variant.name} K={half}"
+            context.on_progress(index / (len(MAIN_BETAS) + 1), name)
+            variant_results.append(
+                evaluate_policy(context, LimitTopK(DesVote(beta), half), name, variant.policy)
+            )
+        data = dict(run_comparison(context, {FULL_K_LABEL: full_k_variants}, extra=variant_results))
+        return {**data, "half": half, "narrow": [result.name for result in variant_results]}
 
-    def drawings(self, facts: Facts) -> Sequence[Drawing]:
-        arms = _grouped(facts)
+    def drawings(self, data: ExperimentData) -> Sequence[Drawing]:
+        results = _results_with_half_k(data)
         caption = (
             "Right answers of DES-Vote where a token uses as many experts of the coreset as the "
             "model was trained with, and half as many."
         )
-        return [Drawing(self.name, caption, lambda: draw(arms, looks="place"))]
+        return [Drawing(self.name, caption, lambda: draw_comparison(results, looks="place"))]
 
-    def tables(self, facts: Facts) -> Sequence[Table]:
-        arms = _grouped(facts)
+    def tables(self, data: ExperimentData) -> Sequence[Table]:
+        results = _results_with_half_k(data)
         caption = (
             "The coreset is the same on the same block; experts are those touched, which are fewer "
             "where tokens take fewer. Forwards are per block."
         )
-        return [arm_table(arms.groups, arms.vanilla, caption)]
+        return [variant_table(results.groups, results.vanilla, caption)]
 
-    def findings(self, facts: Facts) -> Sequence[Finding | str]:
-        arms = _grouped(facts)
-        narrow, wide = (arms.groups[label] for label in (_half(facts), WIDE))
-        fought = duels(zip(narrow, wide, strict=True))
-        half, k = f"K = {facts['half']}", f"K = {arms.k}"
+    def findings(self, data: ExperimentData) -> Sequence[Finding | str]:
+        results = _results_with_half_k(data)
+        half_k, full_k = (results.groups[label] for label in (_half_k_label(data), FULL_K_LABEL))
+        comparisons = compare_pairs(zip(half_k, full_k, strict=True))
+        half, k = f"K = {data['half']}", f"K = {results.k}"
         return [
-            claimed(
+            claim_finding(
                 f"At the same coreset, {k} is more accurate than {half}: experts already loaded "
                 "should be used.",
-                fought, second=k, first=half, at="at the same coreset",
+                comparisons, second=k, first=half, condition="at the same coreset",
             )
         ]  # fmt: skip
 
 
-def answered(lab: Lab, policy: Policy, name: str, spelled: str) -> Tally:
+def evaluate_policy(
+    context: StudyContext, policy: Policy, name: str, policy_spec: str
+) -> VariantResult:
     """A tally under a policy that has no spelling; its answers are not kept."""
-    each = -(-lab.items // len(lab.tasks))
-    asked = [
-        Question(task, item, lab.engine.generation.but(**task.generation()))
-        for task in lab.tasks
-        for item in task.items()[:each]
+    per_task = -(-context.num_problems // len(context.tasks))
+    questions = [
+        EvalRequest(task, item, context.engine.generation.replace(**task.generation()))
+        for task in context.tasks
+        for item in task.items()[:per_task]
     ]
-    ended = [o for some in outcomes(lab.engine, asked, policy, rows=ROWS) for o in some]
-    by_question = {(o.question.task.name, o.question.item.id): o for o in ended}
-    ordered = [by_question[question.task.name, question.item.id] for question in asked]
-    results = [outcome.result for outcome in ordered if outcome.result is not None]
+    finished = [
+        o
+        for batch in generate_outcomes(context.engine, questions, policy, batch_size=BATCH_SIZE)
+        for o in batch
+    ]
+    by_question = {(o.request.task.name, o.request.item.id): o for o in finished}
+    in_order = [by_question[question.task.name, question.item.id] for question in questions]
+    results = [outcome.result for outcome in in_order if outcome.result is not None]
     weights = [result.experts.forwards for result in results]
-    seconds = sum(outcome.seconds for outcome in ended)
-    return Tally(
+    seconds = sum(outcome.seconds for outcome in finished)
+    return VariantResult(
         name=name,
-        policy=spelled,
+        policy=policy_spec,
         generation={},
-        right=_graded(ordered),
+        right=_grade_digits(in_order),
         experts=fmean((result.experts.mean for result in results), weights),
         expert_bytes=fmean((result.expert_bytes for result in results), weights),
         vote_mass_kept=fmean((result.vote_mass_kept for result in results), weights),
         forwards_per_block=sum(r.forwards for r in results) / sum(r.blocks for r in results),
         new_tokens=fmean(result.new_tokens for result in results),
         tokens_per_second=sum(result.new_tokens for result in results) / seconds,
-        failed=len(ordered) - len(results),
+        failed=len(in_order) - len(results),
     )
 
 
-def _graded(ordered: Sequence[Outcome]) -> dict[str, str]:
+def _grade_digits(ordered: Sequence[GenerationOutcome]) -> dict[str, str]:
     """Task -> "0110", as a tally has it."""
     digits: dict[str, list[str]] = {}
     for outcome in ordered:
-        task, item, result = outcome.question.task, outcome.question.item, outcome.result
+        task, item, result = outcome.request.task, outcome.request.item, outcome.result
         right = result is not None and task.grade(result.text, item).correct
         digits.setdefault(task.name, []).append(str(int(right)))
-    return {task: "".join(told) for task, told in digits.items()}
+    return {task: "".join(digits_of_task) for task, digits_of_task in digits.items()}
 
 
-def _half(facts: Facts) -> str:
-    return f"{facts['half']} of them"
+def _half_k_label(data: ExperimentData) -> str:
+    return f"{data['half']} of them"
 
 
-def _grouped(facts: Facts) -> Arms:
+def _results_with_half_k(data: ExperimentData) -> VariantResults:
     """The arms with the narrow ones as a group of their own."""
-    arms, names = Arms.of(facts), facts["narrow"]
+    variants, names = VariantResults.from_data(data), data["narrow"]
     assert isinstance(names, list)
-    groups = {**arms.groups, _half(facts): [arms.tallies[name] for name in names]}
-    return replace(arms, groups=groups)
+    groups = {**variants.groups, _half_k_label(data): [variants.by_name[name] for name in names]}
+    return replace(variants, groups=groups)

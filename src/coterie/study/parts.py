@@ -15,16 +15,16 @@ from typing import cast
 import torch
 from torch import Tensor
 
-from coterie.bench.timing import settle
+from coterie.bench.timing import wait_until_idle
 from coterie.engine.load import Model
-from coterie.model.attention import Attention, View
-from coterie.model.cache import Cache
+from coterie.model.attention import Attention, AttentionMetadata
+from coterie.model.cache import KVCache
 from coterie.model.moe import Dense, FeedForward, MoE
-from coterie.model.step import Step
-from coterie.model.transformer import Layer
-from coterie.routing.select import Ruled, Ruling
-from coterie.telemetry import Recorder, Row
-from coterie.values import Demand, Policy, Routing, Scores, Slab, Store
+from coterie.model.step import ForwardContext
+from coterie.model.transformer import TransformerLayer
+from coterie.routing.select import KernelPolicy, KernelRouting
+from coterie.telemetry import Recorder, RowId
+from coterie.values import ExpertRequest, Policy, Routing, Scores, Slab, ExpertStore
 
 ATTENTION = "attention"
 EXPERTS = "experts"
@@ -34,8 +34,8 @@ SHARED = "shared expert"
 DENSE = "dense layers"
 NORMS = "norms and sums"
 COUNTING = "counting"
-REST = "the rest"  # embedding, head, choosing words
-PARTS = (EXPERTS, GATE, ELECTION, SHARED, ATTENTION, DENSE, NORMS, COUNTING, REST)
+OTHER = "the rest"  # embedding, head, choosing words
+PARTS = (EXPERTS, GATE, ELECTION, SHARED, ATTENTION, DENSE, NORMS, COUNTING, OTHER)
 
 
 @dataclass(eq=False)  # not frozen: it runs; equal to itself alone
@@ -44,61 +44,68 @@ class Stopwatch:
 
     device: torch.device
     laps: dict[str, float] = field(default_factory=dict)
-    _inside: list[str] = field(default_factory=list)
-    _since: float = 0.0
+    _active_parts: list[str] = field(default_factory=list)
+    _last_time: float = 0.0
 
     @contextmanager
     def __call__(self, part: str) -> Iterator[None]:
-        self._turn()
-        self._inside.append(part)
+        self._charge_elapsed()
+        self._active_parts.append(part)
         try:
             yield
         finally:
-            self._turn()
-            self._inside.pop()
+            self._charge_elapsed()
+            self._active_parts.pop()
 
-    def _turn(self) -> None:
+    def _charge_elapsed(self) -> None:
         """Give what has passed to the part that is running."""
-        settle(self.device)
+        wait_until_idle(self.device)
         now = time.perf_counter()
-        if self._inside:
-            part = self._inside[-1]
-            self.laps[part] = self.laps.get(part, 0.0) + now - self._since
-        self._since = now
+        if self._active_parts:
+            part = self._active_parts[-1]
+            self.laps[part] = self.laps.get(part, 0.0) + now - self._last_time
+        self._last_time = now
 
 
-def timed(model: Model, watch: Stopwatch) -> Model:
+def timed_model(model: Model, stopwatch: Stopwatch) -> Model:
     """The same model over the same weights, its parts in wrappers.
 
     ``mc-moe`` cannot run on it: it asks for importance, which only an unwrapped layer gives.
     """
-    layers = tuple(_layer(layer, watch) for layer in model.transformer.layers)
+    layers = tuple(_timed_layer(layer, stopwatch) for layer in model.transformer.layers)
     return replace(model, transformer=replace(model.transformer, layers=layers))
 
 
-def _layer(layer: Layer, watch: Stopwatch) -> Layer:
+def _timed_layer(layer: TransformerLayer, stopwatch: Stopwatch) -> TransformerLayer:
     # A wrapper stands in for what it wraps: it is called alike, and that is all that is asked.
-    attention = cast("Attention", _TimedAttention(layer.attention, watch))
-    inner = replace(layer, attention=attention, feed_forward=_feed_forward(layer, watch))
-    return cast("Layer", _TimedLayer(inner, watch))
+    attention = cast("Attention", _TimedAttention(layer.attention, stopwatch))
+    inner = replace(layer, attention=attention, feed_forward=_timed_feed_forward(layer, stopwatch))
+    return cast("TransformerLayer", _TimedLayer(inner, stopwatch))
 
 
-def _feed_forward(layer: Layer, watch: Stopwatch) -> FeedForward:
-    half = layer.feed_forward
-    if not isinstance(half, MoE):
-        return _TimedDense(half, watch)
-    shared = None if half.shared is None else cast("Dense", _TimedShared(half.shared, watch))
-    return _TimedMoE(replace(half, store=_TimedStore(half.store, watch), shared=shared), watch)
+def _timed_feed_forward(layer: TransformerLayer, stopwatch: Stopwatch) -> FeedForward:
+    feed_forward = layer.feed_forward
+    if not isinstance(feed_forward, MoE):
+        return _TimedDense(feed_forward, stopwatch)
+    shared = (
+        None
+        if feed_forward.shared is None
+        else cast("Dense", _TimedShared(feed_forward.shared, stopwatch))
+    )
+    return _TimedMoE(
+        replace(feed_forward, store=_TimedStore(feed_forward.store, stopwatch), shared=shared),
+        stopwatch,
+    )
 
 
 @dataclass(frozen=True)
 class _TimedLayer:
-    inner: Layer
+    inner: TransformerLayer
     watch: Stopwatch
 
-    def __call__(self, x: Tensor, view: View, step: Step) -> Tensor:
+    def __call__(self, x: Tensor, metadata: AttentionMetadata, context: ForwardContext) -> Tensor:
         with self.watch(NORMS):
-            return self.inner(x, view, step)
+            return self.inner(x, metadata, context)
 
 
 @dataclass(frozen=True)
@@ -107,10 +114,10 @@ class _TimedAttention:
     watch: Stopwatch
 
     def __call__(
-        self, x: Tensor, view: View, cache: Cache | None, *, weigh: bool = False
+        self, x: Tensor, metadata: AttentionMetadata, cache: KVCache | None, *, weigh: bool = False
     ) -> tuple[Tensor, Tensor | None]:
         with self.watch(ATTENTION):
-            return self.inner(x, view, cache, weigh=weigh)
+            return self.inner(x, metadata, cache, weigh=weigh)
 
 
 @dataclass(frozen=True)
@@ -118,9 +125,9 @@ class _TimedDense:
     inner: FeedForward
     watch: Stopwatch
 
-    def __call__(self, x: Tensor, step: Step, importance: Tensor | None) -> Tensor:
+    def __call__(self, x: Tensor, context: ForwardContext, importance: Tensor | None) -> Tensor:
         with self.watch(DENSE):
-            return self.inner(x, step, importance)
+            return self.inner(x, context, importance)
 
 
 @dataclass(frozen=True)
@@ -130,11 +137,11 @@ class _TimedMoE:
     inner: MoE
     watch: Stopwatch
 
-    def __call__(self, x: Tensor, step: Step, importance: Tensor | None) -> Tensor:
-        policy = _TimedPolicy(step.policy, self.watch)
-        recorder = _TimedRecorder(step.recorder, self.watch)
+    def __call__(self, x: Tensor, context: ForwardContext, importance: Tensor | None) -> Tensor:
+        policy = _TimedPolicy(context.policy, self.watch)
+        recorder = _TimedRecorder(context.recorder, self.watch)
         with self.watch(GATE):
-            return self.inner(x, replace(step, policy=policy, recorder=recorder), importance)
+            return self.inner(x, replace(context, policy=policy, recorder=recorder), importance)
 
 
 @dataclass(frozen=True)
@@ -142,20 +149,20 @@ class _TimedShared:
     inner: Dense
     watch: Stopwatch
 
-    def apply(self, x: Tensor, beside: Tensor | None = None) -> Tensor:
+    def apply(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         with self.watch(SHARED):
-            return self.inner.apply(x, beside)
+            return self.inner.apply(x, residual)
 
 
 @dataclass(frozen=True)
 class _TimedStore:
     """What is done with a slab happens between two turns of the loop that takes it."""
 
-    inner: Store
+    inner: ExpertStore
     watch: Stopwatch
 
-    def serve(self, layer: int, demand: Demand) -> Iterator[Slab]:
-        for slab in self.inner.serve(layer, demand):
+    def serve(self, layer: int, request: ExpertRequest) -> Iterator[Slab]:
+        for slab in self.inner.serve(layer, request):
             with self.watch(EXPERTS):
                 yield slab
 
@@ -175,10 +182,12 @@ class _TimedPolicy:
         with self.watch(ELECTION):
             return self.inner.eligible(scores, k)
 
-    def ruling(self, scores: Scores, k: int) -> Ruling | None:
+    def kernel_rule(self, scores: Scores, k: int) -> KernelRouting | None:
         # What a kernel elects by is told here; that it elects is part of gate and routing.
         with self.watch(ELECTION):
-            return self.inner.ruling(scores, k) if isinstance(self.inner, Ruled) else None
+            return (
+                self.inner.kernel_rule(scores, k) if isinstance(self.inner, KernelPolicy) else None
+            )
 
 
 @dataclass(frozen=True)
@@ -186,16 +195,16 @@ class _TimedRecorder:
     inner: Recorder
     watch: Stopwatch
 
-    def began(self, rows: tuple[Row, ...]) -> None:
-        self.inner.began(rows)
+    def on_forward(self, rows: tuple[RowId, ...]) -> None:
+        self.inner.on_forward(rows)
 
-    def fed(self, layer: int, x: Tensor) -> None:
+    def on_moe_input(self, layer: int, x: Tensor) -> None:
         with self.watch(COUNTING):
-            self.inner.fed(layer, x)
+            self.inner.on_moe_input(layer, x)
 
-    def routed(self, layer: int, scores: Scores, routing: Routing) -> None:
+    def on_routed(self, layer: int, scores: Scores, routing: Routing) -> None:
         with self.watch(COUNTING):
-            self.inner.routed(layer, scores, routing)
+            self.inner.on_routed(layer, scores, routing)
 
-    def layer_output(self, layer: int, x: Tensor) -> None:
-        self.inner.layer_output(layer, x)
+    def on_layer_output(self, layer: int, x: Tensor) -> None:
+        self.inner.on_layer_output(layer, x)

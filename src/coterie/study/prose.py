@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Sequence
 
 from coterie.study.chapter import Finding, Table
-from coterie.study.report import MARKS, Section, claims
+from coterie.study.report import VERDICT_MARKS, ReportSection, collect_claims
 
 INTRODUCTION = """\
 # Results
@@ -21,64 +21,64 @@ more model on which it does. Where it does not, the claim needs more than the me
 """
 
 
-def document(
-    sections: Sequence[Section], *, records: str, experts: str, figures: Collection[str] = ()
+def render_markdown(
+    sections: Sequence[ReportSection], *, records: str, experts: str, figures: Collection[str] = ()
 ) -> str:
     """The whole page; ``figures`` are those that lie beside it, in ``figures/``."""
     parts = [
         INTRODUCTION.format(records=records, experts=experts),
-        claims_told(sections),
-        *(chapter(one, records, figures) for one in sections),
+        claims_section(sections),
+        *(experiment_section(section, records, figures) for section in sections),
     ]
     return "\n".join(parts).rstrip() + "\n"
 
 
-def claims_told(sections: Sequence[Section]) -> str:
+def claims_section(sections: Sequence[ReportSection]) -> str:
     """Where the paper's claims hold, and where they do not."""
     rows = [
         [
             f"[{claim.text}](#{anchor(claim.section)})",
-            ", ".join(f"{MARKS[verdict]} {said}" for verdict, said in claim.told),
+            ", ".join(f"{VERDICT_MARKS[verdict]} {text}" for verdict, text in claim.verdict_texts),
         ]
-        for claim in claims(sections)
+        for claim in collect_claims(sections)
     ]
     table = Table(["the claim, and the chapter that looked", "here"], rows)
-    return f"## The claims, at this scale\n\n{table_lines(table)}"
+    return f"## The claims, at this scale\n\n{markdown_table(table)}"
 
 
-def chapter(one: Section, records: str, figures: Collection[str]) -> str:
+def experiment_section(section: ReportSection, records: str, figures: Collection[str]) -> str:
     """One chapter: question, findings, figures, tables, source."""
-    parts = [f"## {one.title}\n", f"*{one.question}*\n"]
-    if one.findings:
-        parts.append("\n".join(map(_finding, one.findings)) + "\n")
-    parts += [_figure(f.name, f.caption) for f in one.figures if f.name in figures]
-    parts += [f"{table.caption}\n\n{table_lines(table)}" for table in one.tables]
-    if one.source is not None:
-        source, commit = one.source, one.source.commit.partition("+")[0][:12]
+    parts = [f"## {section.title}\n", f"*{section.question}*\n"]
+    if section.findings:
+        parts.append("\n".join(map(_finding, section.findings)) + "\n")
+    parts += [_figure(f.name, f.caption) for f in section.figures if f.name in figures]
+    parts += [f"{table.caption}\n\n{markdown_table(table)}" for table in section.tables]
+    if section.source is not None:
+        source, commit = section.source, section.source.commit.partition("+")[0][:12]
         parts.append(
-            f"`{records}/{one.name}.json`: `{source.command}`, {source.seconds:.0f} s on "
+            f"`{records}/{section.name}.json`: `{source.command}`, {source.seconds:.0f} s on "
             f"{source.machine}; {source.versions}; commit `{commit}`.\n"
         )
     return "\n".join(parts)
 
 
-def table_lines(table: Table) -> str:
+def markdown_table(table: Table) -> str:
     """A Markdown table; policies keep their spelling."""
-    rules = ["---:" if place in table.numbers else "---" for place in range(len(table.heads))]
+    rules = ["---:" if column in table.numbers else "---" for column in range(len(table.heads))]
     rows = [table.heads, rules, *table.rows]
     return "".join(f"| {' | '.join(map(_cell, row))} |\n" for row in rows)
 
 
-def anchor(one: Section) -> str:
+def anchor(section: ReportSection) -> str:
     """As code hosts make it of a heading."""
-    kept = "".join(sign for sign in one.title.lower() if sign.isalnum() or sign in " -_")
-    return kept.replace(" ", "-")
+    slug = "".join(sign for sign in section.title.lower() if sign.isalnum() or sign in " -_")
+    return slug.replace(" ", "-")
 
 
 def _finding(finding: Finding) -> str:
     if finding.verdict is None:
         return f"- {finding.text}"
-    mark = f"{MARKS[finding.verdict]} {finding.verdict}"
+    mark = f"{VERDICT_MARKS[finding.verdict]} {finding.verdict}"
     return f"- {finding.text}\n  **{mark}**: {finding.claim}"
 
 

@@ -10,24 +10,37 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullFormatter
 
-from coterie.figures.style import axes, ink, legend, look, percent
-from coterie.study.chapter import Drawing, Facts, Finding, Table
-from coterie.study.fidelity import Gap, Reading, compared, gaps, readings, traced
-from coterie.study.lab import Lab
+from coterie.figures.style import new_axes, foreground, add_legend, policy_style, format_percent
+from coterie.study.chapter import Drawing, ExperimentData, Finding, Table
+from coterie.study.fidelity import (
+    CurveGap,
+    FidelityScores,
+    compare_policies,
+    gaps_to_curve,
+    fidelity_scores,
+    trace_vanilla,
+)
+from coterie.study.lab import StudyContext
 
 SHARES = (
     *("0.03125", "0.0625", "0.1", "0.15", "0.2", "0.25", "0.3", "0.35", "0.4", "0.45", "0.5"),
     *("0.6", "0.75", "1.0"),
 )
-FEWER = ("0.0625", "0.15", "0.3", "0.5", "0.75")
-SEQ, VOTE, GUARDED, LOT, TOPK = "DES-Seq", "DES-Vote", "words vote, top-1", "random", "top-k"
-OURS = "proportional"
-JUDGED = ("recall", "word_recall", "loss", "word_loss")
+MAIN_SHARES = ("0.0625", "0.15", "0.3", "0.5", "0.75")
+DES_SEQ, DES_VOTE, GUARDED, RANDOM, TOP_K = (
+    "DES-Seq",
+    "DES-Vote",
+    "words vote, top-1",
+    "random",
+    "top-k",
+)
+PROPORTIONAL = "proportional"
+COMPARED_METRICS = ("recall", "word_recall", "loss", "word_loss")
 HEADS = (
     *("policy", "experts", "votes kept", "recall", "of words"),
     *("loss", "of words", "of words still masked"),
 )
-NAMES: Mapping[str, str] = {
+METRIC_NAMES: Mapping[str, str] = {
     "recall": "top-K recall",
     "word_recall": "top-K recall, words only",
     "loss": "reconstruction loss",
@@ -36,14 +49,14 @@ NAMES: Mapping[str, str] = {
 }
 
 
-class Curve(TypedDict):
+class ReconstructionCurve(TypedDict):
     """Policies of one family, one a size."""
 
     name: str
-    readings: list[Reading]
+    readings: list[FidelityScores]
 
 
-class Found(TypedDict):
+class ReconstructionRecord(TypedDict):
     """``against`` holds, by figure, DES-Seq's policies less DES-Vote's curve at their own size;
     ``control`` the same for the random control."""
 
@@ -52,15 +65,15 @@ class Found(TypedDict):
     prompts: int
     looks: int
     layers: list[int]
-    curves: list[Curve]
-    against: dict[str, list[Gap]]
-    guarded: dict[str, list[Gap]]
-    ours: dict[str, list[Gap]]
-    control: dict[str, list[Gap]]
+    curves: list[ReconstructionCurve]
+    against: dict[str, list[CurveGap]]
+    guarded: dict[str, list[CurveGap]]
+    ours: dict[str, list[CurveGap]]
+    control: dict[str, list[CurveGap]]
 
 
 @dataclass(frozen=True)
-class Reconstruction:
+class ReconstructionExperiment:
     """Every policy routes what vanilla's gates read, and its layer's output is held against
     vanilla's: nothing that it would have changed before can add up."""
 
@@ -71,143 +84,159 @@ class Reconstruction:
         "is the layer's output from what it would have been?"
     )
 
-    def measure(self, lab: Lab) -> Facts:
-        spec = lab.engine.model.spec
-        trace = traced(lab)
-        families = policies(spec.router.k)
-        every = [policy for family in families.values() for policy in family]
-        lab.tell(0.02, f"{len(every)} policies on {len(trace.prompts)} prompts")
-        tally = compared(lab, trace, every, lambda share: lab.tell(0.02 + 0.95 * share, "routing"))
-        by_policy = dict(zip(every, readings(tally), strict=True))
-        seq, vote = families[SEQ][:-1], families[VOTE]
+    def measure(self, context: StudyContext) -> ExperimentData:
+        spec = context.engine.model.spec
+        trace = trace_vanilla(context)
+        families = policies_by_family(spec.router.k)
+        all_policies = [policy for family in families.values() for policy in family]
+        context.on_progress(0.02, f"{len(all_policies)} policies on {len(trace.prompts)} prompts")
+        fidelity = compare_policies(
+            context,
+            trace,
+            all_policies,
+            lambda share: context.on_progress(0.02 + 0.95 * share, "routing"),
+        )
+        by_policy = dict(zip(all_policies, fidelity_scores(fidelity), strict=True))
+        seq, vote = families[DES_SEQ][:-1], families[DES_VOTE]
 
-        def against(these: Sequence[str]) -> dict[str, list[Gap]]:
-            return {figure: gaps(tally, these, vote, figure) for figure in JUDGED}
+        def gaps_by_metric(selected: Sequence[str]) -> dict[str, list[CurveGap]]:
+            return {
+                figure: gaps_to_curve(fidelity, selected, vote, figure)
+                for figure in COMPARED_METRICS
+            }
 
-        found = Found(
+        record = ReconstructionRecord(
             experts=spec.router.experts,
             k=spec.router.k,
             prompts=len(trace.prompts),
-            looks=trace.looks,
+            looks=trace.num_observations,
             layers=list(trace.layers),
             curves=[
-                Curve(name=name, readings=[by_policy[policy] for policy in family])
+                ReconstructionCurve(name=name, readings=[by_policy[policy] for policy in family])
                 for name, family in families.items()
             ],
-            against=against(seq),
-            guarded=against(families[GUARDED]),
-            ours=against(families[OURS]),
-            control=against(families[LOT]),
+            against=gaps_by_metric(seq),
+            guarded=gaps_by_metric(families[GUARDED]),
+            ours=gaps_by_metric(families[PROPORTIONAL]),
+            control=gaps_by_metric(families[RANDOM]),
         )
-        return cast("Facts", found)
+        return cast("ExperimentData", record)
 
-    def drawings(self, facts: Facts) -> Sequence[Drawing]:
-        found = cast("Found", facts)
-        where = f"{found['prompts']} prompts, layers {', '.join(map(str, found['layers']))}"
+    def drawings(self, data: ExperimentData) -> Sequence[Drawing]:
+        record = cast("ReconstructionRecord", data)
+        where = f"{record['prompts']} prompts, layers {', '.join(map(str, record['layers']))}"
         return [
             Drawing(
                 "recall",
                 "Share of every token's own experts that it keeps, against unique experts really "
                 f"used. Bars: 95 % interval over prompts. {where}.",
-                lambda: draw(found, "recall"),
+                lambda: draw_metric(record, "recall"),
             ),
             Drawing(
                 "reconstruction-loss",
                 "Squared distance of the layer's output to vanilla's, relative to vanilla's square "
                 "(logarithmic), on the same input, over all positions of the block.",
-                lambda: draw(found, "loss"),
+                lambda: draw_metric(record, "loss"),
             ),
             Drawing(
                 "reconstruction-loss-words",
                 "The same over the positions of the answer only: without the prompt's part of the "
                 "block, and without the fill behind the end-of-text.",
-                lambda: draw(found, "word_loss"),
+                lambda: draw_metric(record, "word_loss"),
             ),
         ]
 
-    def tables(self, facts: Facts) -> Sequence[Table]:
-        found = cast("Found", facts)
+    def tables(self, data: ExperimentData) -> Sequence[Table]:
+        record = cast("ReconstructionRecord", data)
         return [
             Table(
                 heads=HEADS,
-                rows=[row(reading) for curve in found["curves"] for reading in curve["readings"]],
-                caption=f"On {found['looks']} looks (a row in a layer in a forward) at vanilla's "
-                f"decoding; {found['experts']} experts, {found['k']} a token.",
+                rows=[
+                    scores_row(reading)
+                    for curve in record["curves"]
+                    for reading in curve["readings"]
+                ],
+                caption=f"On {record['looks']} looks (a row in a layer in a forward) at vanilla's "
+                f"decoding; {record['experts']} experts, {record['k']} a token.",
                 numbers=list(range(1, len(HEADS))),
             ),
             Table(
-                heads=["DES-Seq", "experts", *(NAMES[figure] for figure in JUDGED)],
-                rows=versus_rows(found["against"]),
+                heads=[
+                    "DES-Seq",
+                    "experts",
+                    *(METRIC_NAMES[figure] for figure in COMPARED_METRICS),
+                ],
+                rows=gap_rows(record["against"]),
                 caption="DES-Seq less DES-Vote at the same number of experts, with 95 % intervals "
                 "over prompts. Between measured sizes DES-Vote's curve is taken as straight.",
                 numbers=[1, 2, 3, 4, 5],
             ),
         ]
 
-    def findings(self, facts: Facts) -> Sequence[Finding | str]:
-        found = cast("Found", facts)
+    def findings(self, data: ExperimentData) -> Sequence[Finding | str]:
+        record = cast("ReconstructionRecord", data)
         return [
-            _control(found),
-            _verdict(
-                found,
+            _control_finding(record),
+            _seq_finding(
+                record,
                 "recall",
                 "Vote keeps a higher top-K recall than Seq at the same coreset size.",
                 " A set of the most wanted experts nearly maximises recall by its definition.",
             ),
-            _verdict(
-                found, "loss", "Vote has a lower reconstruction loss than Seq at the same size."
+            _seq_finding(
+                record, "loss", "Vote has a lower reconstruction loss than Seq at the same size."
             ),
-            _words(found),
-            _beside_plain(found["guarded"], "With only words voting and top-1 kept"),
-            _beside_plain(found["ours"], "Elected in proportion (`proportional-vote`)"),
+            _content_sentence(record),
+            _versus_vote_sentence(record["guarded"], "With only words voting and top-1 kept"),
+            _versus_vote_sentence(record["ours"], "Elected in proportion (`proportional-vote`)"),
         ]
 
 
-def policies(k: int) -> dict[str, list[str]]:
+def policies_by_family(k: int) -> dict[str, list[str]]:
     """By family, the smallest coreset first."""
     return {
-        VOTE: [f"des-vote:beta={share}" for share in SHARES],
-        SEQ: [f"des-seq:k={m}" for m in range(1, k + 1)],
-        OURS: [f"proportional-vote:beta={share}" for share in FEWER],
-        GUARDED: [f"des-vote:beta={share},voters=before-eos,protect=top1" for share in FEWER],
-        TOPK: [f"topk:k={m}" for m in range(1, k)],
-        LOT: [f"random:beta={share}" for share in FEWER],
+        DES_VOTE: [f"des-vote:beta={share}" for share in SHARES],
+        DES_SEQ: [f"des-seq:k={m}" for m in range(1, k + 1)],
+        PROPORTIONAL: [f"proportional-vote:beta={share}" for share in MAIN_SHARES],
+        GUARDED: [f"des-vote:beta={share},voters=before-eos,protect=top1" for share in MAIN_SHARES],
+        TOP_K: [f"topk:k={m}" for m in range(1, k)],
+        RANDOM: [f"random:beta={share}" for share in MAIN_SHARES],
     }
 
 
-def row(reading: Reading) -> list[str]:
+def scores_row(reading: FidelityScores) -> list[str]:
     """A line of the table."""
     shares = [f"{reading[name]:.1%}" for name in ("mass", "recall", "word_recall")]
     losses = [f"{reading[name]:.3f}" for name in ("loss", "word_loss", "open_loss")]
     return [reading["policy"], f"{reading['experts']:.1f}", *shares, *losses]
 
 
-def versus_rows(against: Mapping[str, Sequence[Gap]]) -> list[list[str]]:
+def gap_rows(gaps_by_metric: Mapping[str, Sequence[CurveGap]]) -> list[list[str]]:
     """A line a policy: what it has more than the curve, figure by figure."""
     by_policy: dict[str, list[str]] = {}
-    for gaps_of_figure in against.values():
-        for gap in gaps_of_figure:
-            line = by_policy.setdefault(gap["policy"], [gap["policy"], f"{gap['experts']:.1f}"])
+    for metric_gaps in gaps_by_metric.values():
+        for gap in metric_gaps:
+            row = by_policy.setdefault(gap["policy"], [gap["policy"], f"{gap['experts']:.1f}"])
             low, high = gap["interval"]
-            line.append(f"{gap['gap']:+.3f} ({low:+.3f} to {high:+.3f})")
+            row.append(f"{gap['gap']:+.3f} ({low:+.3f} to {high:+.3f})")
     return list(by_policy.values())
 
 
-def better(gap: Gap, figure: str) -> int:
+def compare_to_curve(gap: CurveGap, figure: str) -> int:
     """1 where the policy beats the curve beyond the interval, -1 where it loses, else 0."""
     sign = -1 if figure.endswith("loss") else 1
     low, high = sorted(sign * end for end in gap["interval"])
     return int(low > 0) - int(high < 0)
 
 
-def draw(found: Found, figure: str) -> Figure:
+def draw_metric(record: ReconstructionRecord, metric: str) -> Figure:
     """One figure against unique experts, a line a family."""
-    drawn, one = axes(f"unique experts of {found['experts']}", NAMES[figure])
-    for curve in found["curves"]:
-        points = [r for r in curve["readings"] if not figure.endswith("loss") or r[figure] > 0]
-        dress = look(points[0]["policy"])
-        heights = [reading[figure] for reading in points]
-        ends = [reading.get(f"{figure}_interval") for reading in points]
+    fig, ax = new_axes(f"unique experts of {record['experts']}", METRIC_NAMES[metric])
+    for curve in record["curves"]:
+        points = [r for r in curve["readings"] if not metric.endswith("loss") or r[metric] > 0]
+        style = policy_style(points[0]["policy"])
+        heights = [reading[metric] for reading in points]
+        ends = [reading.get(f"{metric}_interval") for reading in points]
         errors = None
         if all(end is not None for end in ends):
             pairs = [cast("list[float]", end) for end in ends]
@@ -215,93 +244,99 @@ def draw(found: Found, figure: str) -> Figure:
                 [max(0.0, h - low) for h, (low, _) in zip(heights, pairs, strict=True)],
                 [max(0.0, high - h) for h, (_, high) in zip(heights, pairs, strict=True)],
             ]
-        one.errorbar(
+        ax.errorbar(
             [reading["experts"] for reading in points],
             heights,
             yerr=errors,
-            color=dress.colour,
-            marker=dress.marker,
-            linestyle=":" if curve["name"] in (LOT, TOPK) else "-",
+            color=style.colour,
+            marker=style.marker,
+            linestyle=":" if curve["name"] in (RANDOM, TOP_K) else "-",
             elinewidth=0.8,
             label=curve["name"],
         )
-    if figure.endswith("loss"):
-        log_axis(one)
-        one.set_ylim(bottom=1e-3)
+    if metric.endswith("loss"):
+        set_log_axis(ax)
+        ax.set_ylim(bottom=1e-3)
     else:
-        one.axhline(1.0, color=ink(), linewidth=0.7)
-        one.set_ylim(0, 1.03)
-        percent(one)
-    one.set_xlim(left=0)
-    legend(one, columns=3)
-    return drawn
+        ax.axhline(1.0, color=foreground(), linewidth=0.7)
+        ax.set_ylim(0, 1.03)
+        format_percent(ax)
+    ax.set_xlim(left=0)
+    add_legend(ax, columns=3)
+    return fig
 
 
-def log_axis(one: Axes, axis: Literal["x", "y"] = "y") -> None:
+def set_log_axis(ax: Axes, axis: Literal["x", "y"] = "y") -> None:
     """In powers, labelled 0.01, 0.02, 0.05, 0.1 ..."""
-    (one.set_yscale if axis == "y" else one.set_xscale)("log")
-    chosen = one.yaxis if axis == "y" else one.xaxis
-    chosen.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
-    chosen.set_major_formatter(lambda value, _: f"{value:g}")
-    chosen.set_minor_formatter(NullFormatter())
+    (ax.set_yscale if axis == "y" else ax.set_xscale)("log")
+    target = ax.yaxis if axis == "y" else ax.xaxis
+    target.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+    target.set_major_formatter(lambda value, _: f"{value:g}")
+    target.set_minor_formatter(NullFormatter())
 
 
-def _tallied(gaps_of_figure: Sequence[Gap], figure: str) -> tuple[int, int, int]:
+def _count_outcomes(gaps_of_figure: Sequence[CurveGap], figure: str) -> tuple[int, int, int]:
     """In how many sizes the curve is better, worse, and neither beyond its interval."""
-    marks = [better(gap, figure) for gap in gaps_of_figure]
+    marks = [compare_to_curve(gap, figure) for gap in gaps_of_figure]
     return marks.count(-1), marks.count(1), marks.count(0)
 
 
-def _verdict(found: Found, figure: str, claim: str, remark: str = "") -> Finding:
-    here = found["against"][figure]
-    if not here:
+def _seq_finding(
+    record: ReconstructionRecord, figure: str, claim: str, remark: str = ""
+) -> Finding:
+    curve_gaps = record["against"][figure]
+    if not curve_gaps:
         return Finding("No size of DES-Seq lies among DES-Vote's.", claim, "cannot be told here")
-    wins, losses, ties = _tallied(here, figure)
-    widest = max(here, key=lambda gap: abs(gap["gap"]))
+    wins, losses, ties = _count_outcomes(curve_gaps, figure)
+    largest = max(curve_gaps, key=lambda gap: abs(gap["gap"]))
     return Finding(
-        f"In {NAMES[figure]}, of {len(here)} sizes, Vote is better than Seq at {wins}, worse at "
+        f"In {METRIC_NAMES[figure]}, of {len(curve_gaps)} sizes, Vote is better than Seq at {wins}, worse at "
         f"{losses}, and not told apart at {ties}. Furthest apart at "
-        f"{widest['experts']:.0f} experts: Vote {widest['curve']:.3f}, Seq {widest['value']:.3f}."
+        f"{largest['experts']:.0f} experts: Vote {largest['curve']:.3f}, Seq {largest['value']:.3f}."
         f"{remark}",
         claim,
-        "holds" if wins > len(here) / 2 and not losses else "does not hold",
+        "holds" if wins > len(curve_gaps) / 2 and not losses else "does not hold",
     )
 
 
-def _words(found: Found) -> str:
-    here = found["against"]["word_loss"]
-    wins, losses, ties = _tallied(here, "word_loss")
+def _content_sentence(record: ReconstructionRecord) -> str:
+    curve_gaps = record["against"]["word_loss"]
+    wins, losses, ties = _count_outcomes(curve_gaps, "word_loss")
     return (
         f"Over the words of the answer alone, Vote's loss is lower than Seq's at {wins} of "
-        f"{len(here)} sizes, higher at {losses}, not told apart at {ties}: where the loss falls "
+        f"{len(curve_gaps)} sizes, higher at {losses}, not told apart at {ties}: where the loss falls "
         "matters as much as how large it is."
     )
 
 
-def _beside_plain(gaps_of: Mapping[str, Sequence[Gap]], called: str) -> str:
-    said = []
-    for figure, here in gaps_of.items():
-        wins, losses, ties = _tallied(here, figure)
-        said.append(f"{NAMES[figure]} better at {losses}, worse at {wins}, alike at {ties}")
-    sizes = max(map(len, gaps_of.values()))
-    return f"{called}, against plain Vote of the same size ({sizes} sizes): {'; '.join(said)}."
+def _versus_vote_sentence(gaps_by_metric: Mapping[str, Sequence[CurveGap]], label: str) -> str:
+    clauses = []
+    for figure, metric_gaps in gaps_by_metric.items():
+        wins, losses, ties = _count_outcomes(metric_gaps, figure)
+        clauses.append(
+            f"{METRIC_NAMES[figure]} better at {losses}, worse at {wins}, alike at {ties}"
+        )
+    sizes = max(map(len, gaps_by_metric.values()))
+    return f"{label}, against plain Vote of the same size ({sizes} sizes): {'; '.join(clauses)}."
 
 
-def _control(found: Found) -> Finding:
-    here = found["control"]["recall"] + found["control"]["loss"]
-    lost = [
-        better(gap, figure) < 0 for figure in ("recall", "loss") for gap in found["control"][figure]
+def _control_finding(record: ReconstructionRecord) -> Finding:
+    curve_gaps = record["control"]["recall"] + record["control"]["loss"]
+    is_worse = [
+        compare_to_curve(gap, figure) < 0
+        for figure in ("recall", "loss")
+        for gap in record["control"][figure]
     ]
-    least = min(found["control"]["recall"], key=lambda gap: abs(gap["gap"]), default=None)
-    nearest = (
+    smallest = min(record["control"]["recall"], key=lambda gap: abs(gap["gap"]), default=None)
+    nearest_text = (
         ""
-        if least is None
-        else f" Nearest in recall at {least['experts']:.0f} experts: {least['value']:.3f} "
-        f"against {least['curve']:.3f}."
+        if smallest is None
+        else f" Nearest in recall at {smallest['experts']:.0f} experts: {smallest['value']:.3f} "
+        f"against {smallest['curve']:.3f}."
     )
     return Finding(
-        f"A random coreset is worse than a voted one of its size in {sum(lost)} of {len(here)} "
-        f"comparisons of recall and loss.{nearest}",
+        f"A random coreset is worse than a voted one of its size in {sum(is_worse)} of {len(curve_gaps)} "
+        f"comparisons of recall and loss.{nearest_text}",
         claim="What a block elects is not arbitrary: a voted coreset beats a random one.",
-        verdict="holds" if lost and all(lost) else "does not hold",
+        verdict="holds" if is_worse and all(is_worse) else "does not hold",
     )

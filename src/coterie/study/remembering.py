@@ -9,7 +9,7 @@ from coterie.evals.task import Grade, Item, Task
 
 
 @dataclass(frozen=True)
-class Remembering:
+class CachedGradesTask:
     """Another task, which is asked once for the grade of the same output of the same item."""
 
     task: Task
@@ -32,7 +32,7 @@ class Remembering:
         return self.task.prompt(item)
 
     def grade(self, output: str, item: Item) -> Grade:
-        known = self.grades.get((item.id, output))
-        if known is None:
-            known = self.grades[item.id, output] = self.task.grade(output, item)
-        return known
+        cached = self.grades.get((item.id, output))
+        if cached is None:
+            cached = self.grades[item.id, output] = self.task.grade(output, item)
+        return cached

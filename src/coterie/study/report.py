@@ -9,25 +9,29 @@ from pathlib import Path
 
 import jinja2
 
-from coterie.figures.style import Scheme, drawn
-from coterie.study.chapter import Chapter, Drawing, Finding, Table, Verdict
+from coterie.figures.style import ColourScheme, render_svg
+from coterie.study.chapter import Experiment, Drawing, Finding, Table, Verdict
 
-SCHEMES: tuple[Scheme, ...] = ("light", "dark")
-MARKS: Mapping[Verdict, str] = {"holds": "✓", "does not hold": "✗", "cannot be told here": "?"}
+SCHEMES: tuple[ColourScheme, ...] = ("light", "dark")
+VERDICT_MARKS: Mapping[Verdict, str] = {
+    "holds": "✓",
+    "does not hold": "✗",
+    "cannot be told here": "?",
+}
 TEMPLATE = Path(__file__).with_name("report.html")
 
 
 @dataclass(frozen=True)
-class Shown:
+class RenderedFigure:
     """A figure in both dresses, as SVG text."""
 
     name: str
     caption: str
-    svg: Mapping[Scheme, str]
+    svg: Mapping[ColourScheme, str]
 
 
 @dataclass(frozen=True)
-class Source:
+class RecordSource:
     """Where a chapter's numbers come from, in words; ``path`` is the record's, in the folder."""
 
     path: str
@@ -43,91 +47,91 @@ class Source:
 
 
 @dataclass(frozen=True)
-class Section:
+class ReportSection:
     """One chapter of the page; where it has a ``failure``, what could be shown is still there."""
 
     name: str
     title: str
     question: str
-    figures: tuple[Shown, ...] = ()
+    figures: tuple[RenderedFigure, ...] = ()
     tables: tuple[Table, ...] = ()
     findings: tuple[Finding, ...] = ()
-    source: Source | None = None
+    source: RecordSource | None = None
     failure: str | None = None
 
 
 @dataclass(frozen=True)
-class Claim:
+class ReportedClaim:
     """Something the paper says, the chapter that looked, and what each finding came to."""
 
     text: str
-    section: Section
+    section: ReportSection
     verdicts: tuple[Verdict, ...]
 
     @property
-    def told(self) -> list[tuple[Verdict, str]]:
+    def verdict_texts(self) -> list[tuple[Verdict, str]]:
         """Each verdict once, in words, with how often it was found where they differ."""
         counts = Counter(self.verdicts)
-        several = len(counts) > 1
-        return [(v, f"{v} ({counts[v]})" if several else v) for v in MARKS if counts[v]]
+        differ = len(counts) > 1
+        return [(v, f"{v} ({counts[v]})" if differ else v) for v in VERDICT_MARKS if counts[v]]
 
 
-def claims(sections: Sequence[Section]) -> list[Claim]:
+def collect_claims(sections: Sequence[ReportSection]) -> list[ReportedClaim]:
     """Every claim once for each chapter, in the order of the page."""
-    found: dict[tuple[str, str], Claim] = {}
-    for one in sections:
-        for finding in one.findings:
+    by_key: dict[tuple[str, str], ReportedClaim] = {}
+    for section in sections:
+        for finding in section.findings:
             if finding.verdict is not None:
-                key = one.name, finding.claim
-                known = found[key].verdicts if key in found else ()
-                found[key] = Claim(finding.claim, one, (*known, finding.verdict))
-    return list(found.values())
+                key = section.name, finding.claim
+                verdicts = by_key[key].verdicts if key in by_key else ()
+                by_key[key] = ReportedClaim(finding.claim, section, (*verdicts, finding.verdict))
+    return list(by_key.values())
 
 
-def section(
-    chapter: Chapter,
+def make_section(
+    experiment: Experiment,
     record: Mapping[str, object] | None,
     failure: str | None = None,
     *,
-    schemes: Sequence[Scheme] = SCHEMES,
-) -> Section:
+    schemes: Sequence[ColourScheme] = SCHEMES,
+) -> ReportSection:
     """The chapter as it is told and drawn from its record; without ``schemes`` it is only told."""
-    bare = Section(chapter.name, chapter.title, chapter.question, failure=failure)
+    empty = ReportSection(experiment.name, experiment.title, experiment.question, failure=failure)
     if record is None:
-        return bare
-    facts = record["facts"]
-    assert isinstance(facts, dict)
+        return empty
+    data = record["facts"]
+    assert isinstance(data, dict)
     try:
-        return Section(
-            name=chapter.name,
-            title=chapter.title,
-            question=chapter.question,
-            figures=tuple(shown(drawing, schemes) for drawing in chapter.drawings(facts)),
-            tables=tuple(chapter.tables(facts)),
-            findings=tuple(map(_finding, chapter.findings(facts))),
-            source=source(chapter.name, record),
+        return ReportSection(
+            name=experiment.name,
+            title=experiment.title,
+            question=experiment.question,
+            figures=tuple(render_figure(drawing, schemes) for drawing in experiment.drawings(data)),
+            tables=tuple(experiment.tables(data)),
+            findings=tuple(map(_as_finding, experiment.findings(data))),
+            source=record_source(experiment.name, record),
         )
     # A chapter that cannot be drawn, such as from an older version's record, costs only itself.
     except Exception as error:
-        said = f"{type(error).__name__}: {error}"
-        return Section(
-            chapter.name,
-            chapter.title,
-            chapter.question,
-            source=source(chapter.name, record),
-            failure=f"it was measured but cannot be drawn ({said}); measure it --again",
+        text = f"{type(error).__name__}: {error}"
+        return ReportSection(
+            experiment.name,
+            experiment.title,
+            experiment.question,
+            source=record_source(experiment.name, record),
+            failure=f"it was measured but cannot be drawn ({text}); measure it --again",
         )
 
 
-def shown(drawing: Drawing, schemes: Sequence[Scheme] = SCHEMES) -> Shown:
+def render_figure(drawing: Drawing, schemes: Sequence[ColourScheme] = SCHEMES) -> RenderedFigure:
     """A figure drawn in its dresses."""
-    svg: dict[Scheme, str] = {
-        scheme: drawn(drawing.draw, name=drawing.name, scheme=scheme) for scheme in schemes
+    svg: dict[ColourScheme, str] = {
+        scheme: render_svg(drawing.draw, name=drawing.name, scheme=scheme) for scheme in schemes
     }
-    return Shown(drawing.name, drawing.caption, svg)
+    return RenderedFigure(drawing.name, drawing.caption, svg)
 
 
-def source(name: str, record: Mapping[str, object]) -> Source:
+def record_source(name: str, record: Mapping[str, object]) -> RecordSource:
     """What a record says of itself."""
     machine, settings, versions, command = (
         record[key] for key in ("machine", "settings", "versions", "command")
@@ -136,14 +140,14 @@ def source(name: str, record: Mapping[str, object]) -> Source:
     assert isinstance(settings, dict)
     assert isinstance(versions, dict)
     assert isinstance(command, list)
-    memory = machine.get("memory_mib")
-    return Source(
+    memory_mib = machine.get("memory_mib")
+    return RecordSource(
         path=f"records/{name}.json",
         command=" ".join(command),
         when=str(record["when"]),
         commit=str(record["commit"]),
         machine=f"{machine['cores']} cores of {machine['processor']}"
-        + (f", {memory / 1024:.0f} GiB" if memory else "")
+        + (f", {memory_mib / 1024:.0f} GiB" if memory_mib else "")
         + ("" if machine["device"] == "cpu" else f", on {machine['device']}"),
         versions=", ".join(f"{package} {version}" for package, version in versions.items()),
         seconds=float(str(record["seconds"])),
@@ -153,22 +157,22 @@ def source(name: str, record: Mapping[str, object]) -> Source:
     )
 
 
-def page(sections: Sequence[Section]) -> str:
+def render_page(sections: Sequence[ReportSection]) -> str:
     """HTML with everything inside: no script, no network, no other file."""
-    room = jinja2.Environment(
+    environment = jinja2.Environment(
         autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
-    sources = [one.source for one in sections if one.source is not None]
-    return room.from_string(TEMPLATE.read_text(encoding="utf-8")).render(
+    sources = [section.source for section in sections if section.source is not None]
+    return environment.from_string(TEMPLATE.read_text(encoding="utf-8")).render(
         sections=sections,
         schemes=SCHEMES,
-        marks=MARKS,
+        marks=VERDICT_MARKS,
         model=sources[0].model if sources else "nothing yet",
         sources=sources,
-        claims=claims(sections),
-        failures=[one for one in sections if one.failure is not None],
+        claims=collect_claims(sections),
+        failures=[section for section in sections if section.failure is not None],
     )
 
 
-def _finding(found: Finding | str) -> Finding:
-    return found if isinstance(found, Finding) else Finding(found)
+def _as_finding(finding: Finding | str) -> Finding:
+    return finding if isinstance(finding, Finding) else Finding(finding)

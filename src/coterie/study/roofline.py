@@ -10,38 +10,44 @@ from typing import TypedDict, cast
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from coterie.bench.routings import BLOCK
-from coterie.bench.shapes import LARGE, Shape
+from coterie.bench.routings import BLOCK_LENGTH
+from coterie.bench.shapes import PAPER_LAYERS, LayerShape
 from coterie.bench.timing import (
-    FULL,
-    Conditions,
-    Limits,
-    Pace,
-    Spread,
-    conditions,
-    crowded,
-    fit,
-    in_turns,
-    limits,
-    name,
-    on,
-    predicted,
+    FULL_BUDGET,
+    TimingConditions,
+    DeviceLimits,
+    TimingBudget,
+    TimingStats,
+    timing_conditions,
+    load_warnings,
+    fit_latency,
+    time_interleaved,
+    measure_limits,
+    dtype_name,
+    describe_conditions,
+    predict_seconds,
 )
-from coterie.figures.style import axes, ink, legend, look
-from coterie.study.chapter import Drawing, Facts, Finding, Table
-from coterie.study.lab import Lab
-from coterie.study.layers import Bench, BenchFacts, Tell, at_each, called
-from coterie.study.routings import Routed, blocks, under
+from coterie.figures.style import new_axes, foreground, add_legend, policy_style
+from coterie.study.chapter import Drawing, ExperimentData, Finding, Table
+from coterie.study.lab import StudyContext
+from coterie.study.layers import (
+    BenchLayer,
+    BenchLayerInfo,
+    ProgressCallback,
+    for_each_layer,
+    layer_description,
+)
+from coterie.study.routings import RoutedBlocks, make_blocks, route_blocks
 
-TOKENS = (1, 8, 16, 32, 64)
+TOKEN_COUNTS = (1, 8, 16, 32, 64)
 VANILLA = "vanilla"
 POLICIES = (VANILLA, "des-seq:k=3", "des-vote:beta=0.3", "des-vote:beta=0.15")
-SHADES = (1.0, 1.0, 0.55, 1.0)  # the two sizes of one policy
+LINE_ALPHAS = (1.0, 1.0, 0.55, 1.0)  # the two sizes of one policy
 ROUNDS = {False: 30, True: 6}  # for the model's own small layer, for a large one
-MOST = 2 / 3  # of the time: below it, what is read does not bind a layer
+MIN_READING_SHARE = 2 / 3  # of the time: below it, what is read does not bind a layer
 
 
-class Point(TypedDict):
+class RooflinePoint(TypedDict):
     """The experts of one forward: ``tokens`` positions, ``used`` unique experts on average,
     ``pairs`` of a token and an expert. ``intensity``: operations for each byte of experts read.
     """
@@ -52,26 +58,26 @@ class Point(TypedDict):
     pairs: float
     intensity: float
     flops: float
-    seconds: Spread
+    seconds: TimingStats
 
 
-class Roof(TypedDict):
+class LayerRoofline(TypedDict):
     """One layer under its roof: ``peak`` in operations a second, in the layer's dtype."""
 
-    bench: BenchFacts
+    bench: BenchLayerInfo
     peak: float
-    points: list[Point]
+    points: list[RooflinePoint]
 
 
-class Found(TypedDict):
-    machine: Conditions
-    limits: Limits
-    roofs: list[Roof]
+class RooflineRecord(TypedDict):
+    machine: TimingConditions
+    limits: DeviceLimits
+    roofs: list[LayerRoofline]
     skipped: list[str]
 
 
 @dataclass(frozen=True)
-class Roofline:
+class RooflineExperiment:
     """Bytes are counted from the experts used, operations from the token-expert pairs; both roofs
     and every point's rate are measured."""
 
@@ -82,124 +88,144 @@ class Roofline:
         "Which of the two holds a layer of experts back, and what does a coreset change?"
     )
 
-    shapes: Sequence[Shape] = LARGE
-    pace: Pace = FULL
+    shapes: Sequence[LayerShape] = PAPER_LAYERS
+    pace: TimingBudget = FULL_BUDGET
 
-    def measure(self, lab: Lab) -> Facts:
-        lab.tell(0.0, "how fast this machine reads and multiplies")
-        own = lab.engine.model.transformer
-        dtypes = {own.dtype, *(shape.dtype for shape in self.shapes)}
-        found = limits(own.device, dtypes, self.pace)
+    def measure(self, context: StudyContext) -> ExperimentData:
+        context.on_progress(0.0, "how fast this machine reads and multiplies")
+        transformer = context.engine.model.transformer
+        dtypes = {transformer.dtype, *(shape.dtype for shape in self.shapes)}
+        machine_limits = measure_limits(transformer.device, dtypes, self.pace)
 
-        roofs, skipped = at_each(
-            lab,
+        roofs, skipped = for_each_layer(
+            context,
             self.shapes,
-            lambda bench, tell: roof(lab, bench, found, tell=tell, pace=self.pace),
+            lambda bench, tell: measure_roofline(
+                context, bench, machine_limits, on_progress=tell, pace=self.pace
+            ),
         )
         return cast(
-            "Facts",
-            Found(machine=conditions(own.device), limits=found, roofs=roofs, skipped=skipped),
+            "ExperimentData",
+            RooflineRecord(
+                machine=timing_conditions(transformer.device),
+                limits=machine_limits,
+                roofs=roofs,
+                skipped=skipped,
+            ),
         )
 
-    def drawings(self, facts: Facts) -> Sequence[Drawing]:
-        found = cast("Found", facts)
+    def drawings(self, data: ExperimentData) -> Sequence[Drawing]:
+        record = cast("RooflineRecord", data)
         return [
             Drawing(
                 f"{self.name}-{number}",
-                f"The experts of {called(one['bench'])}: operations a second against operations "
-                f"per byte of experts read, with {_listed(one)} tokens from left to right. The "
+                f"The experts of {layer_description(layer['bench'])}: operations a second against operations "
+                f"per byte of experts read, with {_format_token_counts(layer)} tokens from left to right. The "
                 "line is what this machine could do at best.",
-                lambda one=one: _draw(one, found["limits"]),
+                lambda one=layer: _draw(one, record["limits"]),
             )
-            for number, one in enumerate(found["roofs"])
+            for number, layer in enumerate(record["roofs"])
         ]
 
-    def tables(self, facts: Facts) -> Sequence[Table]:
-        found = cast("Found", facts)
-        best = found["limits"]
+    def tables(self, data: ExperimentData) -> Sequence[Table]:
+        record = cast("RooflineRecord", data)
+        machine_limits = record["limits"]
         heads = ["layer", "policy", "experts", "MB read", "op/byte", "ms", "Gop/s", "of attainable"]
-        peaks = sorted(best["flops_per_second"].items())
-        told = ", ".join(f"{peak / 1e9:.0f} in {dtype}" for dtype, peak in peaks)
+        peaks = sorted(machine_limits["flops_per_second"].items())
+        peaks_text = ", ".join(f"{peak / 1e9:.0f} in {dtype}" for dtype, peak in peaks)
         return [
             Table(
                 heads=heads,
                 rows=[
-                    _row(one, point, best)
-                    for one in found["roofs"]
-                    for point in one["points"]
-                    if point["tokens"] == BLOCK
+                    _row(layer, point, machine_limits)
+                    for layer in record["roofs"]
+                    for point in layer["points"]
+                    if point["tokens"] == BLOCK_LENGTH
                 ],
-                caption=f"With {BLOCK} tokens. At best ({on(found['machine'])}) this "
-                f"machine reads {best['bytes_per_second'] / 1e9:.1f} GB/s ({best['reader']}) "
-                f"and makes so many billion operations a second: {told}.",
+                caption=f"With {BLOCK_LENGTH} tokens. At best ({describe_conditions(record['machine'])}) this "
+                f"machine reads {machine_limits['bytes_per_second'] / 1e9:.1f} GB/s ({machine_limits['reader']}) "
+                f"and makes so many billion operations a second: {peaks_text}.",
                 numbers=list(range(2, len(heads))),
             )
         ]
 
-    def findings(self, facts: Facts) -> Sequence[Finding | str]:
-        found = cast("Found", facts)
-        told = [_told(one, found["limits"]) for one in found["roofs"]]
-        return [*chain.from_iterable(told), *found["skipped"], *crowded(found["machine"])]
+    def findings(self, data: ExperimentData) -> Sequence[Finding | str]:
+        record = cast("RooflineRecord", data)
+        findings_by_layer = [
+            _roofline_findings(layer, record["limits"]) for layer in record["roofs"]
+        ]
+        return [
+            *chain.from_iterable(findings_by_layer),
+            *record["skipped"],
+            *load_warnings(record["machine"]),
+        ]
 
 
-def roof(lab: Lab, bench: Bench, found: Limits, *, tell: Tell, pace: Pace = FULL) -> Roof:
+def measure_roofline(
+    context: StudyContext,
+    bench: BenchLayer,
+    machine_limits: DeviceLimits,
+    *,
+    on_progress: ProgressCallback,
+    pace: TimingBudget = FULL_BUDGET,
+) -> LayerRoofline:
     """Route blocks of every size under every policy, time the experts, count what they do."""
-    works: dict[tuple[str, int], Routed] = {}
-    for tokens in TOKENS:
-        here = blocks(lab, bench, tokens)
-        for policy in POLICIES if here else ():
-            works[policy, tokens] = under(bench, here, policy)
+    runs: dict[tuple[str, int], RoutedBlocks] = {}
+    for tokens in TOKEN_COUNTS:
+        scored_blocks = make_blocks(context, bench, tokens)
+        for policy in POLICIES if scored_blocks else ():
+            runs[policy, tokens] = route_blocks(bench, scored_blocks, policy)
     rounds = pace.rounds or ROUNDS[bench.random]
-    each = {key: routed.work for key, routed in works.items()}
-    taken = in_turns(each, rounds, device=bench.device, tell=tell)
+    callables = {key: block.run for key, block in runs.items()}
+    timings = time_interleaved(callables, rounds, device=bench.device, on_progress=on_progress)
     points = [
-        Point(
+        RooflinePoint(
             policy=policy,
             tokens=tokens,
-            used=routed.used,
-            pairs=routed.pairs,
-            intensity=bench.flops(routed.pairs) / (routed.used * bench.expert_bytes),
-            flops=bench.flops(routed.pairs),
-            seconds=taken[policy, tokens],
+            used=block.used,
+            pairs=block.pairs,
+            intensity=bench.flops(block.pairs) / (block.used * bench.expert_bytes),
+            flops=bench.flops(block.pairs),
+            seconds=timings[policy, tokens],
         )
-        for (policy, tokens), routed in works.items()
+        for (policy, tokens), block in runs.items()
     ]
-    peak = found["flops_per_second"][name(bench.tokens_dtype)]
-    return Roof(bench=bench.facts(), peak=peak, points=points)
+    peak = machine_limits["flops_per_second"][dtype_name(bench.tokens_dtype)]
+    return LayerRoofline(bench=bench.to_info(), peak=peak, points=points)
 
 
-def attainable(intensity: float, peak: float, bytes_per_second: float) -> float:
+def attainable_flops(intensity: float, peak: float, bytes_per_second: float) -> float:
     """Operations a second under the roof."""
     return min(peak, intensity * bytes_per_second)
 
 
-def _draw(one: Roof, found: Limits) -> Figure:
-    figure, plot = axes("operations per byte read", "billion operations a second")
-    read, peak = found["bytes_per_second"], one["peak"]
-    intensities = [point["intensity"] for point in one["points"]]
+def _draw(layer: LayerRoofline, machine_limits: DeviceLimits) -> Figure:
+    figure, plot = new_axes("operations per byte read", "billion operations a second")
+    read, peak = machine_limits["bytes_per_second"], layer["peak"]
+    intensities = [point["intensity"] for point in layer["points"]]
     left, right = min(intensities) / 2, max(4 * peak / read, 2 * max(intensities))
-    bend = peak / read
-    roofline = [attainable(at, peak, read) / 1e9 for at in (left, bend, right)]
-    plot.plot((left, bend, right), roofline, color=ink(), linewidth=1.2)
-    for policy, shade in zip(POLICIES, SHADES, strict=True):
-        points = [point for point in one["points"] if point["policy"] == policy]
+    ridge = peak / read
+    roofline = [attainable_flops(intensity, peak, read) / 1e9 for intensity in (left, ridge, right)]
+    plot.plot((left, ridge, right), roofline, color=foreground(), linewidth=1.2)
+    for policy, shade in zip(POLICIES, LINE_ALPHAS, strict=True):
+        points = [point for point in layer["points"] if point["policy"] == policy]
         _draw_policy(plot, policy, points, shade)
     plot.set(xscale="log", yscale="log", xlim=(left, right))
     plot.grid(which="minor", visible=False)
     plot.xaxis.set_major_formatter("{x:g}")
     plot.yaxis.set_major_formatter("{x:g}")
-    legend(plot)
+    add_legend(plot)
     return figure
 
 
-def _draw_policy(plot: Axes, policy: str, points: Sequence[Point], shade: float) -> None:
+def _draw_policy(plot: Axes, policy: str, points: Sequence[RooflinePoint], shade: float) -> None:
     xs = [point["intensity"] for point in points]
     ys = [point["flops"] / point["seconds"]["median"] / 1e9 for point in points]
     plot.plot(
         xs,
         ys,
-        color=look(policy).colour,
-        marker=look(policy).marker,
+        color=policy_style(policy).colour,
+        marker=policy_style(policy).marker,
         alpha=shade,
         linewidth=0.8,
         label=policy,
@@ -216,9 +242,11 @@ def _draw_policy(plot: Axes, policy: str, points: Sequence[Point], shade: float)
             )
 
 
-def _row(one: Roof, point: Point, found: Limits) -> list[str]:
-    bench, rate = one["bench"], point["flops"] / point["seconds"]["median"]
-    best = attainable(point["intensity"], one["peak"], found["bytes_per_second"])
+def _row(layer: LayerRoofline, point: RooflinePoint, machine_limits: DeviceLimits) -> list[str]:
+    bench, rate = layer["bench"], point["flops"] / point["seconds"]["median"]
+    attainable_rate = attainable_flops(
+        point["intensity"], layer["peak"], machine_limits["bytes_per_second"]
+    )
     return [
         bench["name"] + (" (random)" if bench["random"] else ""),
         point["policy"],
@@ -227,61 +255,65 @@ def _row(one: Roof, point: Point, found: Limits) -> list[str]:
         f"{point['intensity']:.2f}",
         f"{point['seconds']['median'] * 1e3:.2f}",
         f"{rate / 1e9:.1f}",
-        f"{rate / best:.0%}",
+        f"{rate / attainable_rate:.0%}",
     ]
 
 
-def reading_share(points: Sequence[Point], point: Point) -> float:
+def reading_share(points: Sequence[RooflinePoint], point: RooflinePoint) -> float:
     """Share of a point's time that goes with its unique experts, by the fit of Equation 2 through
     all points of its layer."""
-    line = fit(
-        [each["used"] for each in points],
-        [each["pairs"] for each in points],
-        [each["seconds"]["median"] for each in points],
+    fitted = fit_latency(
+        [entry["used"] for entry in points],
+        [entry["pairs"] for entry in points],
+        [entry["seconds"]["median"] for entry in points],
     )
-    whole = predicted(line, point["used"], point["pairs"])
-    return min(1.0, max(0.0, line["b"] * point["used"] / whole))
+    total = predict_seconds(fitted, point["used"], point["pairs"])
+    return min(1.0, max(0.0, fitted["b"] * point["used"] / total))
 
 
-def _told(one: Roof, found: Limits) -> list[Finding]:
-    at = {point["policy"]: point for point in one["points"] if point["tokens"] == BLOCK}
-    if VANILLA not in at:
+def _roofline_findings(layer: LayerRoofline, machine_limits: DeviceLimits) -> list[Finding]:
+    by_policy = {
+        point["policy"]: point for point in layer["points"] if point["tokens"] == BLOCK_LENGTH
+    }
+    if VANILLA not in by_policy:
         return []
-    plain, ridge = at[VANILLA], one["peak"] / found["bytes_per_second"]
-    best = attainable(plain["intensity"], one["peak"], found["bytes_per_second"])
-    share = plain["flops"] / plain["seconds"]["median"] / best
-    reading = reading_share(one["points"], plain)
-    name = called(one["bench"])
+    vanilla, ridge = by_policy[VANILLA], layer["peak"] / machine_limits["bytes_per_second"]
+    best = attainable_flops(vanilla["intensity"], layer["peak"], machine_limits["bytes_per_second"])
+    share = vanilla["flops"] / vanilla["seconds"]["median"] / best
+    reading = reading_share(layer["points"], vanilla)
+    description = layer_description(layer["bench"])
     text = (
-        f"With {BLOCK} tokens, {name} makes {plain['intensity']:.1f} operations per byte; this "
+        f"With {BLOCK_LENGTH} tokens, {description} makes {vanilla['intensity']:.1f} operations per byte; this "
         f"machine needs {ridge:.1f} before arithmetic holds it back. It reaches {share:.0%} of "
         f"what its reading rate would allow, and {reading:.0%} of the time goes with the experts "
         "that are read"
     )
-    if reading < MOST:
+    if reading < MIN_READING_SHARE:
         text += ": it is bound by the overhead of many small operations, not by memory"
-    low = plain["intensity"] < ridge
+    low = vanilla["intensity"] < ridge
     return [
         Finding(
             f"{text}.",
             claim="The MoE layer of a parallel decoder is bound by memory, not by arithmetic.",
-            verdict="holds" if low and reading >= MOST else "does not hold",
+            verdict="holds" if low and reading >= MIN_READING_SHARE else "does not hold",
         ),
-        _moved(plain, at["des-vote:beta=0.15"], name),
+        _speedup_finding(vanilla, by_policy["des-vote:beta=0.15"], description),
     ]
 
 
-def _moved(plain: Point, small: Point, name: str) -> Finding:
-    before, after = (p["flops"] / p["seconds"]["median"] for p in (plain, small))
+def _speedup_finding(vanilla: RooflinePoint, coreset: RooflinePoint, name: str) -> Finding:
+    rate_before, rate_after = (p["flops"] / p["seconds"]["median"] for p in (vanilla, coreset))
     return Finding(
-        f"Under {small['policy']} {name} reads {small['used']:.0f} experts in place of "
-        f"{plain['used']:.0f}: {small['intensity']:.1f} operations per byte in place of "
-        f"{plain['intensity']:.1f}, and {after / before:.2f} times as many a second.",
+        f"Under {coreset['policy']} {name} reads {coreset['used']:.0f} experts in place of "
+        f"{vanilla['used']:.0f}: {coreset['intensity']:.1f} operations per byte in place of "
+        f"{vanilla['intensity']:.1f}, and {rate_after / rate_before:.2f} times as many a second.",
         claim="A coreset makes more of every byte read, so the layer runs faster.",
-        verdict="holds" if small["seconds"]["high"] < plain["seconds"]["low"] else "does not hold",
+        verdict="holds"
+        if coreset["seconds"]["high"] < vanilla["seconds"]["low"]
+        else "does not hold",
     )
 
 
-def _listed(one: Roof) -> str:
-    tokens = sorted({point["tokens"] for point in one["points"]})
+def _format_token_counts(layer: LayerRoofline) -> str:
+    tokens = sorted({point["tokens"] for point in layer["points"]})
     return ", ".join(map(str, tokens))

@@ -10,21 +10,29 @@ import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from coterie.bench.routings import BLOCK, bend_for, skewed
-from coterie.bench.timing import Conditions, Spread, conditions, crowded, in_turns, mean_spread, on
+from coterie.bench.routings import BLOCK_LENGTH, find_skew, skewed_scores
+from coterie.bench.timing import (
+    TimingConditions,
+    TimingStats,
+    timing_conditions,
+    load_warnings,
+    time_interleaved,
+    mean_timing_stats,
+    describe_conditions,
+)
 from coterie.engine.engine import Engine
-from coterie.engine.watch import collect
-from coterie.figures.style import look, panels
+from coterie.engine.watch import collect_observations
+from coterie.figures.style import policy_style, new_panels
 from coterie.routing import parse_policy, route
 from coterie.routing.select import route_by_mask
-from coterie.study.chapter import Drawing, Facts, Finding, Table
-from coterie.study.lab import Lab
-from coterie.study.latency import Line
-from coterie.study.layers import moe_layers, whole_layer
-from coterie.values import Policy, Progress, RouterSpec, Routing, Scores
+from coterie.study.chapter import Drawing, ExperimentData, Finding, Table
+from coterie.study.lab import StudyContext
+from coterie.study.latency import LayerLatency
+from coterie.study.layers import moe_layers, layer_runner
+from coterie.values import Policy, DecodeProgress, RouterSpec, Routing, Scores
 
-EXPERTS = (64, 128, 256)
-TOKENS = (8, 16, 32, 64)
+EXPERT_COUNTS = (64, 128, 256)
+TOKEN_COUNTS = (8, 16, 32, 64)
 VANILLA = "vanilla"
 POLICIES = (
     VANILLA,
@@ -36,58 +44,60 @@ POLICIES = (
     "mass-vote:tau=0.8",
     "des-vote:beta=0.15,voters=before-eos,protect=top1",
 )
-DRAWN = (VANILLA, "topk:k=4", "des-seq:k=3", "des-vote:beta=0.15", "xshare:beta=0.15")
+DRAWN_POLICIES = (VANILLA, "topk:k=4", "des-seq:k=3", "des-vote:beta=0.15", "xshare:beta=0.15")
 ROUNDS = 12
-PROMPTS = 4
-SPREAD_OUT = 0.5  # of what a block would use by lot: how skewed the scores are that are drawn
-SMALL = 0.1  # of the layer's time, up to which a selection is said to cost next to nothing
+NUM_PROMPTS = 4
+UNIQUE_SHARE = 0.5  # of what a block would use by lot: how skewed the scores are that are drawn
+MAX_SELECTION_SHARE = (
+    0.1  # of the layer's time, up to which a selection is said to cost next to nothing
+)
 
-Select = Callable[[Scores, Policy], Routing]
+SelectFunction = Callable[[Scores, Policy], Routing]
 
 EAGER, FUSED = "eager", "fused"
 
 # Every version of the selection by name. ``fused`` is what models run: one kernel where the device
 # and the policy have one, and eager torch where they have not.
-VERSIONS: dict[str, Select] = {EAGER: route_by_mask, FUSED: route}
+VERSIONS: dict[str, SelectFunction] = {EAGER: route_by_mask, FUSED: route}
 
 
-class Point(TypedDict):
+class SelectionTiming(TypedDict):
     """One selection for a block of ``tokens`` among ``experts``."""
 
     version: str
     policy: str
     experts: int
     tokens: int
-    seconds: Spread
+    seconds: TimingStats
 
 
-class Layer(TypedDict):
+class SelectionLayerTiming(TypedDict):
     """The model's own MoE layer and the selection in it, on real blocks of ``tokens``."""
 
     policy: str
     tokens: int
-    layer: Spread
-    selection: Spread
+    layer: TimingStats
+    selection: TimingStats
 
 
-class Large(TypedDict):
+class LargeLayerTiming(TypedDict):
     """A random layer's experts on a vanilla block of 32, as the latency chapter timed them."""
 
     name: str
     experts: int
-    seconds: Spread
+    seconds: TimingStats
 
 
-class Found(TypedDict):
+class SelectionRecord(TypedDict):
     activation: str
-    machine: Conditions
-    points: list[Point]
-    layers: list[Layer]
-    large: list[Large]
+    machine: TimingConditions
+    points: list[SelectionTiming]
+    layers: list[SelectionLayerTiming]
+    large: list[LargeLayerTiming]
 
 
 @dataclass(frozen=True)
-class Selection:
+class SelectionExperiment:
     """Scores drawn for every number of experts, then the model's own, each policy in turn."""
 
     name: str = "selection"
@@ -99,56 +109,74 @@ class Selection:
 
     rounds: int = ROUNDS
 
-    def measure(self, lab: Lab) -> Facts:
-        spec, device = lab.engine.model.spec, lab.engine.model.transformer.device
-        points: list[Point] = []
-        for number, experts in enumerate(EXPERTS):
-            share, said = number / (len(EXPERTS) + 1), f"selections among {experts} experts"
-
-            def tell(part: float, share: float = share, said: str = said) -> None:
-                lab.tell(share + part / (len(EXPERTS) + 1), said)
-
-            points += selections(
-                scaled(spec.router, experts), device, tell=tell, rounds=self.rounds
+    def measure(self, context: StudyContext) -> ExperimentData:
+        spec, device = context.engine.model.spec, context.engine.model.transformer.device
+        points: list[SelectionTiming] = []
+        for number, experts in enumerate(EXPERT_COUNTS):
+            share, activity = (
+                number / (len(EXPERT_COUNTS) + 1),
+                f"selections among {experts} experts",
             )
-        lab.tell(len(EXPERTS) / (len(EXPERTS) + 1), "the model's own layers")
-        found = Found(
-            activation=spec.router.activation,
-            machine=conditions(device),
-            points=points,
-            layers=own_layers(lab.engine, lab.questions()[:PROMPTS], rounds=self.rounds),
-            large=large_layers(lab),
-        )
-        return cast("Facts", found)
 
-    def drawings(self, facts: Facts) -> Sequence[Drawing]:
-        found = cast("Found", facts)
-        versions = list(dict.fromkeys(point["version"] for point in found["points"]))
-        where = f"{found['activation']} router, {on(found['machine'])}"
+            def on_progress(
+                fraction: float, share: float = share, activity: str = activity
+            ) -> None:
+                context.on_progress(share + fraction / (len(EXPERT_COUNTS) + 1), activity)
+
+            points += time_selections(
+                scale_router(spec.router, experts),
+                device,
+                on_progress=on_progress,
+                rounds=self.rounds,
+            )
+        context.on_progress(len(EXPERT_COUNTS) / (len(EXPERT_COUNTS) + 1), "the model's own layers")
+        record = SelectionRecord(
+            activation=spec.router.activation,
+            machine=timing_conditions(device),
+            points=points,
+            layers=time_model_layers(
+                context.engine, context.questions()[:NUM_PROMPTS], rounds=self.rounds
+            ),
+            large=large_layer_timings(context),
+        )
+        return cast("ExperimentData", record)
+
+    def drawings(self, data: ExperimentData) -> Sequence[Drawing]:
+        record = cast("SelectionRecord", data)
+        versions = list(dict.fromkeys(point["version"] for point in record["points"]))
+        where = f"{record['activation']} router, {describe_conditions(record['machine'])}"
         return [
             Drawing(
                 f"{self.name}-{version}",
                 f"Time of one {version} selection against the experts to choose from, for a block "
-                f"of {BLOCK} (left), and against the tokens of the block, among {EXPERTS[-1]} "
+                f"of {BLOCK_LENGTH} (left), and against the tokens of the block, among {EXPERT_COUNTS[-1]} "
                 f"experts (right); {where}. Bars span the quartiles.",
-                lambda version=version: _draw(found, version),
+                lambda version=version: _draw(record, version),
             )
             for version in versions
         ]
 
-    def tables(self, facts: Facts) -> Sequence[Table]:
-        found = cast("Found", facts)
-        return [*_by_version(found), _beside_layer(found)]
+    def tables(self, data: ExperimentData) -> Sequence[Table]:
+        record = cast("SelectionRecord", data)
+        return [*_version_tables(record), _layer_table(record)]
 
-    def findings(self, facts: Facts) -> Sequence[Finding | str]:
-        found = cast("Found", facts)
-        plain = next(each for each in found["layers"] if each["policy"] == VANILLA)
-        told = [_cost(e, plain) for e in found["layers"] if e["policy"].startswith("des-")]
-        large = [_beside_large(found, each) for each in found["large"]]
-        return [*told, *large, _width(found), *_gain(found), *crowded(found["machine"])]
+    def findings(self, data: ExperimentData) -> Sequence[Finding | str]:
+        record = cast("SelectionRecord", data)
+        vanilla = next(entry for entry in record["layers"] if entry["policy"] == VANILLA)
+        cost_findings = [
+            _cost_finding(e, vanilla) for e in record["layers"] if e["policy"].startswith("des-")
+        ]
+        large = [_large_layer_finding(record, entry) for entry in record["large"]]
+        return [
+            *cost_findings,
+            *large,
+            _width_sentence(record),
+            *_fused_sentences(record),
+            *load_warnings(record["machine"]),
+        ]
 
 
-def scaled(router: RouterSpec, experts: int) -> RouterSpec:
+def scale_router(router: RouterSpec, experts: int) -> RouterSpec:
     """The same router over another number of experts; without groups where these do not divide."""
     grouped = experts % router.groups == 0 and experts // router.groups >= 2
     return replace(
@@ -156,133 +184,158 @@ def scaled(router: RouterSpec, experts: int) -> RouterSpec:
         experts=experts,
         k=min(router.k, experts),
         groups=router.groups if grouped else 1,
-        kept_groups=router.kept_groups if grouped else 1,
+        topk_groups=router.topk_groups if grouped else 1,
     )
 
 
-def selections(
+def time_selections(
     router: RouterSpec,
     device: torch.device,
     *,
-    tell: Callable[[float], None],
+    on_progress: Callable[[float], None],
     rounds: int,
-) -> list[Point]:
+) -> list[SelectionTiming]:
     """Every version and policy at every block size, on scores drawn once."""
-    draw = torch.Generator().manual_seed(0)
-    by_lot = router.experts * (1 - (1 - router.k / router.experts) ** BLOCK)
-    bend = bend_for(router, SPREAD_OUT * by_lot)
-    blocks = {count: _moved(skewed(router, count, bend, draw), device) for count in TOKENS}
-    works = {
-        (version, policy, count): selecting(select, scores, parse_policy(policy))
+    generator = torch.Generator().manual_seed(0)
+    expected_unique = router.experts * (1 - (1 - router.k / router.experts) ** BLOCK_LENGTH)
+    skew = find_skew(router, UNIQUE_SHARE * expected_unique)
+    blocks = {
+        count: _with_progress(skewed_scores(router, count, skew, generator), device)
+        for count in TOKEN_COUNTS
+    }
+    runs = {
+        (version, policy, count): selection_runner(select, scores, parse_policy(policy))
         for count, scores in blocks.items()
         for policy in POLICIES
         for version, select in VERSIONS.items()
     }
-    taken = in_turns(works, rounds, device=device, tell=tell)
+    timings = time_interleaved(runs, rounds, device=device, on_progress=on_progress)
     return [
-        Point(version=version, policy=policy, experts=router.experts, tokens=count, seconds=seconds)
-        for (version, policy, count), seconds in taken.items()
+        SelectionTiming(
+            version=version, policy=policy, experts=router.experts, tokens=count, seconds=seconds
+        )
+        for (version, policy, count), seconds in timings.items()
     ]
 
 
-def own_layers(engine: Engine, prompts: Sequence[str], *, rounds: int) -> list[Layer]:
+def time_model_layers(
+    engine: Engine, prompts: Sequence[str], *, rounds: int
+) -> list[SelectionLayerTiming]:
     """Layer and selection in turns, over the real decoding forwards of one row at a time."""
-    seen = collect(engine, prompts, rows=1, forwards=1)
+    observations = collect_observations(engine, prompts, batch_size=1, max_forwards=1)
     moes = {moe.layer: moe for moe in moe_layers(engine.model.transformer)}
-    works: dict[tuple[str, str, int], Callable[[], object]] = {}
+    runs: dict[tuple[str, str, int], Callable[[], object]] = {}
     for spelling in POLICIES:
-        for at, watched in enumerate(seen):
-            policy, scores = parse_policy(spelling), replace(watched.scores, own=None)
-            works["layer", spelling, at] = whole_layer(moes[watched.layer], watched, policy)
-            works["selection", spelling, at] = selecting(VERSIONS[FUSED], scores, policy)
-    taken = in_turns(works, rounds, device=engine.model.transformer.device)
+        for index, observation in enumerate(observations):
+            policy, scores = parse_policy(spelling), replace(observation.scores, vanilla_ids=None)
+            runs["layer", spelling, index] = layer_runner(
+                moes[observation.layer], observation, policy
+            )
+            runs["selection", spelling, index] = selection_runner(VERSIONS[FUSED], scores, policy)
+    timings = time_interleaved(runs, rounds, device=engine.model.transformer.device)
     return [
-        Layer(
+        SelectionLayerTiming(
             policy=policy,
-            tokens=seen[0].x.shape[1],
-            layer=mean_spread([taken["layer", policy, at] for at in range(len(seen))]),
-            selection=mean_spread([taken["selection", policy, at] for at in range(len(seen))]),
+            tokens=observations[0].x.shape[1],
+            layer=mean_timing_stats(
+                [timings["layer", policy, index] for index in range(len(observations))]
+            ),
+            selection=mean_timing_stats(
+                [timings["selection", policy, index] for index in range(len(observations))]
+            ),
         )
         for policy in POLICIES
     ]
 
 
-def large_layers(lab: Lab) -> list[Large]:
+def large_layer_timings(context: StudyContext) -> list[LargeLayerTiming]:
     """Those of the latency chapter whose experts are as many as here; none where it has not run."""
-    record = lab.record("latency")
-    lines = cast("list[Line]", record["lines"]) if record is not None else []
+    data = context.record("latency")
+    layers = cast("list[LayerLatency]", data["lines"]) if data is not None else []
     return [
-        Large(
-            name=line["bench"]["name"], experts=line["bench"]["experts"], seconds=check["seconds"]
+        LargeLayerTiming(
+            name=layer["bench"]["name"], experts=layer["bench"]["experts"], seconds=check["seconds"]
         )
-        for line in lines
-        for check in line["checks"]
+        for layer in layers
+        for check in layer["checks"]
         if check["policy"] == VANILLA
-        and line["bench"]["random"]
-        and line["bench"]["experts"] in EXPERTS
+        and layer["bench"]["random"]
+        and layer["bench"]["experts"] in EXPERT_COUNTS
     ]
 
 
-def selecting(select: Select, scores: Scores, policy: Policy) -> Callable[[], Routing]:
+def selection_runner(
+    select: SelectFunction, scores: Scores, policy: Policy
+) -> Callable[[], Routing]:
     """Every time from the logits on: what scores remember of themselves is forgotten."""
     return lambda: select(replace(scores), policy)
 
 
-def _moved(scores: Scores, device: torch.device) -> Scores:
+def _with_progress(scores: Scores, device: torch.device) -> Scores:
     """On the device, with a canvas on which nothing but the last quarter is fill."""
     tokens = scores.logits.shape[1]
     filled = (torch.arange(tokens, device=device) >= tokens - tokens // 4).unsqueeze(0)
     masked = torch.ones_like(filled)
     return replace(
-        scores, logits=scores.logits.to(device), progress=Progress(masked=masked, filled=filled)
+        scores,
+        logits=scores.logits.to(device),
+        progress=DecodeProgress(masked=masked, after_eos=filled),
     )
 
 
-def _draw(found: Found, version: str) -> Figure:
-    mine = [p for p in found["points"] if p["version"] == version and p["policy"] in DRAWN]
-    figure, (left, right) = panels(2, height=3.4)
-    left.set(xlabel="experts to choose from", ylabel="milliseconds", xticks=EXPERTS)
-    right.set(xlabel="tokens of the block", xticks=TOKENS)
-    _draw_against(left, "experts", [point for point in mine if point["tokens"] == BLOCK])
-    _draw_against(right, "tokens", [point for point in mine if point["experts"] == EXPERTS[-1]])
-    slowest = max(point["seconds"]["median"] for point in mine)
-    for one in (left, right):
-        one.set(ylim=(0, 1.3e3 * slowest))
+def _draw(record: SelectionRecord, version: str) -> Figure:
+    points = [
+        p for p in record["points"] if p["version"] == version and p["policy"] in DRAWN_POLICIES
+    ]
+    figure, (left, right) = new_panels(2, height=3.4)
+    left.set(xlabel="experts to choose from", ylabel="milliseconds", xticks=EXPERT_COUNTS)
+    right.set(xlabel="tokens of the block", xticks=TOKEN_COUNTS)
+    _draw_against(left, "experts", [point for point in points if point["tokens"] == BLOCK_LENGTH])
+    _draw_against(
+        right, "tokens", [point for point in points if point["experts"] == EXPERT_COUNTS[-1]]
+    )
+    slowest = max(point["seconds"]["median"] for point in points)
+    for ax in (left, right):
+        ax.set(ylim=(0, 1.3e3 * slowest))
     right.tick_params(labelleft=False)
     handles, labels = left.get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside upper left", ncols=2)
     return figure
 
 
-def _draw_against(one: Axes, what: Literal["experts", "tokens"], points: Sequence[Point]) -> None:
-    for policy in DRAWN:
-        here = [point for point in points if point["policy"] == policy]
-        taken = [point["seconds"] for point in here]
-        below = [(each["median"] - each["low"]) * 1e3 for each in taken]
-        above = [(each["high"] - each["median"]) * 1e3 for each in taken]
-        one.errorbar(
-            [point[what] for point in here],
-            [each["median"] * 1e3 for each in taken],
-            yerr=[below, above],
-            color=look(policy).colour,
-            marker=look(policy).marker,
+def _draw_against(
+    ax: Axes, key: Literal["experts", "tokens"], points: Sequence[SelectionTiming]
+) -> None:
+    for policy in DRAWN_POLICIES:
+        policy_points = [point for point in points if point["policy"] == policy]
+        timings = [point["seconds"] for point in policy_points]
+        lower = [(timing["median"] - timing["low"]) * 1e3 for timing in timings]
+        upper = [(timing["high"] - timing["median"]) * 1e3 for timing in timings]
+        ax.errorbar(
+            [point[key] for point in policy_points],
+            [timing["median"] * 1e3 for timing in timings],
+            yerr=[lower, upper],
+            color=policy_style(policy).colour,
+            marker=policy_style(policy).marker,
             elinewidth=1,
             label=policy,
         )
 
 
-def _by_version(found: Found) -> list[Table]:
+def _version_tables(record: SelectionRecord) -> list[Table]:
     """A table for each version: policies against experts and tokens."""
     tables = []
-    for version in dict.fromkeys(point["version"] for point in found["points"]):
-        mine = [point for point in found["points"] if point["version"] == version]
-        sizes = list(dict.fromkeys((p["experts"], p["tokens"]) for p in mine if p["tokens"] >= 32))
-        taken = {(p["policy"], p["experts"], p["tokens"]): p["seconds"]["median"] for p in mine}
+    for version in dict.fromkeys(point["version"] for point in record["points"]):
+        points = [point for point in record["points"] if point["version"] == version]
+        sizes = list(
+            dict.fromkeys((p["experts"], p["tokens"]) for p in points if p["tokens"] >= 32)
+        )
+        medians = {(p["policy"], p["experts"], p["tokens"]): p["seconds"]["median"] for p in points}
         tables.append(
             Table(
                 heads=["policy", *(f"{experts}, N = {tokens}" for experts, tokens in sizes)],
                 rows=[
-                    [policy, *(f"{taken[policy, *size] * 1e3:.2f}" for size in sizes)]
+                    [policy, *(f"{medians[policy, *size] * 1e3:.2f}" for size in sizes)]
                     for policy in POLICIES
                 ],
                 caption=f"Median milliseconds of one {version} selection, from the logits to "
@@ -293,88 +346,89 @@ def _by_version(found: Found) -> list[Table]:
     return tables
 
 
-def _beside_layer(found: Found) -> Table:
+def _layer_table(record: SelectionRecord) -> Table:
     rows = [
         [
-            each["policy"],
-            f"{each['selection']['median'] * 1e3:.3f}",
-            f"{each['layer']['median'] * 1e3:.3f}",
-            f"{each['layer']['low'] * 1e3:.3f} to {each['layer']['high'] * 1e3:.3f}",
-            f"{each['selection']['median'] / each['layer']['median']:.0%}",
+            entry["policy"],
+            f"{entry['selection']['median'] * 1e3:.3f}",
+            f"{entry['layer']['median'] * 1e3:.3f}",
+            f"{entry['layer']['low'] * 1e3:.3f} to {entry['layer']['high'] * 1e3:.3f}",
+            f"{entry['selection']['median'] / entry['layer']['median']:.0%}",
         ]
-        for each in found["layers"]
+        for entry in record["layers"]
     ]
     return Table(
         heads=["policy", "selection, ms", "whole layer, ms", "quartiles", "selection's share"],
         rows=rows,
-        caption=f"The model's own MoE layer on real blocks of {found['layers'][0]['tokens']}; the "
+        caption=f"The model's own MoE layer on real blocks of {record['layers'][0]['tokens']}; the "
         "whole layer is gate, selection, experts and shared expert.",
         numbers=[1, 2, 3, 4],
     )
 
 
-def _cost(each: Layer, plain: Layer) -> Finding:
-    more = each["selection"]["median"] - plain["selection"]["median"]
-    share = more / plain["layer"]["median"]
+def _cost_finding(layer: SelectionLayerTiming, vanilla: SelectionLayerTiming) -> Finding:
+    extra = layer["selection"]["median"] - vanilla["selection"]["median"]
+    share = extra / vanilla["layer"]["median"]
     return Finding(
-        f"{each['policy']} selects in {each['selection']['median'] * 1e3:.2f} ms, "
-        f"{abs(more) * 1e3:.2f} ms {'more' if more > 0 else 'less'} than vanilla: "
+        f"{layer['policy']} selects in {layer['selection']['median'] * 1e3:.2f} ms, "
+        f"{abs(extra) * 1e3:.2f} ms {'more' if extra > 0 else 'less'} than vanilla: "
         f"{abs(share):.0%} of vanilla's layer.",
         claim="The selection costs next to nothing beside the layer.",
-        verdict="holds" if share <= SMALL else "does not hold",
+        verdict="holds" if share <= MAX_SELECTION_SHARE else "does not hold",
     )
 
 
-def _beside_large(found: Found, large: Large) -> Finding:
+def _large_layer_finding(record: SelectionRecord, large: LargeLayerTiming) -> Finding:
     policy = "des-vote:beta=0.15"
-    taken = {
+    medians = {
         p["policy"]: p["seconds"]["median"]
-        for p in found["points"]
-        if (p["version"], p["experts"], p["tokens"]) == (_built(found), large["experts"], BLOCK)
+        for p in record["points"]
+        if (p["version"], p["experts"], p["tokens"])
+        == (_model_version(record), large["experts"], BLOCK_LENGTH)
     }
-    more, whole = taken[policy] - taken[VANILLA], large["seconds"]["median"]
+    extra, layer_seconds = medians[policy] - medians[VANILLA], large["seconds"]["median"]
     return Finding(
-        f"Beside the experts of a random layer of {large['name']}'s shape, {whole * 1e3:.0f} ms "
-        f"under vanilla, the {more * 1e3:.2f} ms more that {policy} takes to select among "
-        f"{large['experts']} are {more / whole:.1%}.",
+        f"Beside the experts of a random layer of {large['name']}'s shape, {layer_seconds * 1e3:.0f} ms "
+        f"under vanilla, the {extra * 1e3:.2f} ms more that {policy} takes to select among "
+        f"{large['experts']} are {extra / layer_seconds:.1%}.",
         claim="The selection costs next to nothing beside the layer.",
-        verdict="holds" if more <= SMALL * whole else "does not hold",
+        verdict="holds" if extra <= MAX_SELECTION_SHARE * layer_seconds else "does not hold",
     )
 
 
-def _width(found: Found) -> str:
-    taken = {
+def _width_sentence(record: SelectionRecord) -> str:
+    medians = {
         (p["policy"], p["tokens"]): p["seconds"]["median"]
-        for p in found["points"]
-        if p["experts"] == EXPERTS[-1] and p["version"] == _built(found)
+        for p in record["points"]
+        if p["experts"] == EXPERT_COUNTS[-1] and p["version"] == _model_version(record)
     }
-    policy, (least, most) = "des-vote:beta=0.15", (TOKENS[0], TOKENS[-1])
-    ratio = taken[policy, most] / taken[policy, least]
+    policy, (fewest, largest_block) = "des-vote:beta=0.15", (TOKEN_COUNTS[0], TOKEN_COUNTS[-1])
+    ratio = medians[policy, largest_block] / medians[policy, fewest]
     return (
-        f"Among {EXPERTS[-1]} experts, a selection by {policy} for {most} tokens takes {ratio:.1f} "
-        f"times as long as one for {least}."
+        f"Among {EXPERT_COUNTS[-1]} experts, a selection by {policy} for {largest_block} tokens takes {ratio:.1f} "
+        f"times as long as one for {fewest}."
     )
 
 
-def _built(found: Found) -> str:
+def _model_version(record: SelectionRecord) -> str:
     """The version that models ran when this was measured."""
-    return FUSED if any(point["version"] == FUSED for point in found["points"]) else EAGER
+    return FUSED if any(point["version"] == FUSED for point in record["points"]) else EAGER
 
 
-def _gain(found: Found) -> list[str]:
+def _fused_sentences(record: SelectionRecord) -> list[str]:
     """Of one kernel over eager torch, among the most experts."""
-    if _built(found) == EAGER:
+    if _model_version(record) == EAGER:
         return [
             "There is no fused selection yet: every time here is that of eager torch operations."
         ]
-    taken = {
+    medians = {
         (p["version"], p["policy"]): p["seconds"]["median"] * 1e6
-        for p in found["points"]
-        if (p["experts"], p["tokens"]) == (EXPERTS[-1], BLOCK)
+        for p in record["points"]
+        if (p["experts"], p["tokens"]) == (EXPERT_COUNTS[-1], BLOCK_LENGTH)
     }
     return [
-        f"Among {EXPERTS[-1]} experts, a block of {BLOCK} is routed under {policy} in "
-        f"{taken[FUSED, policy]:.0f} us as models do it, and in {taken[EAGER, policy]:.0f} us by "
-        f"eager torch operations: {taken[EAGER, policy] / taken[FUSED, policy]:.1f} times as long."
+        f"Among {EXPERT_COUNTS[-1]} experts, a block of {BLOCK_LENGTH} is routed under {policy} in "
+        f"{medians[FUSED, policy]:.0f} us as models do it, and in {medians[EAGER, policy]:.0f} us by "
+        f"eager torch operations: {medians[EAGER, policy] / medians[FUSED, policy]:.1f} times as long."
         for policy in (VANILLA, "des-vote:beta=0.15")
     ]

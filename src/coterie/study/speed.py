@@ -10,19 +10,26 @@ from typing import TypedDict, cast
 
 from matplotlib.figure import Figure
 
-from coterie.figures.style import axes, colour, ink, legend, look
-from coterie.study.accuracy import GUARDED, LOT, SEQ, TOP, VOTE, fewer
-from coterie.study.arms import BETAS, FEW, GUARD, by_beta, by_count, compare
-from coterie.study.chapter import Drawing, Facts, Finding, Table
-from coterie.study.lab import Lab
-from coterie.study.tally import Arms, Tally
+from coterie.figures.style import new_axes, policy_colour, foreground, add_legend, policy_style
+from coterie.study.accuracy import GUARDED, RANDOM, DES_SEQ, TOP_K, DES_VOTE, smaller_counts
+from coterie.study.arms import (
+    ALL_BETAS,
+    MAIN_BETAS,
+    GUARD_OPTIONS,
+    beta_variants,
+    count_variants,
+    run_comparison,
+)
+from coterie.study.chapter import Drawing, ExperimentData, Finding, Table
+from coterie.study.lab import StudyContext
+from coterie.study.tally import VariantResults, VariantResult
 
 ROUNDS = 5
-HEADLINE = 0.38  # the paper's: latency cut by up to so much
+PAPER_LATENCY_CUT = 0.38  # the paper's: latency cut by up to so much
 
 
 @dataclass(frozen=True)
-class Forwards:
+class ForwardCountExperiment:
     """Runs shared with the accuracy chapters, looked at for their forwards."""
 
     name: str = "forwards"
@@ -32,69 +39,74 @@ class Forwards:
         "forward saves is spent again?"
     )
 
-    def measure(self, lab: Lab) -> Facts:
-        k = lab.engine.model.spec.router.k
+    def measure(self, context: StudyContext) -> ExperimentData:
+        k = context.engine.model.spec.router.k
         groups = {
-            VOTE: by_beta("des-vote", BETAS),
-            GUARDED: by_beta("des-vote", FEW, GUARD),
-            SEQ: by_count("des-seq", fewer(k)),
-            TOP: by_count("topk", fewer(k)),
-            LOT: by_beta("random"),
+            DES_VOTE: beta_variants("des-vote", ALL_BETAS),
+            GUARDED: beta_variants("des-vote", MAIN_BETAS, GUARD_OPTIONS),
+            DES_SEQ: count_variants("des-seq", smaller_counts(k)),
+            TOP_K: count_variants("topk", smaller_counts(k)),
+            RANDOM: beta_variants("random"),
         }
-        return compare(lab, groups)
+        return run_comparison(context, groups)
 
-    def drawings(self, facts: Facts) -> Sequence[Drawing]:
-        arms = Arms.of(facts)
+    def drawings(self, data: ExperimentData) -> Sequence[Drawing]:
+        results = VariantResults.from_data(data)
         return [
             Drawing(
                 self.name,
                 "Denoising forwards for each block against unique experts of a forward. On the "
                 "broken line a policy reads as many experts for a block as vanilla does.",
-                lambda: _draw(arms),
+                lambda: _draw(results),
             )
         ]
 
-    def tables(self, facts: Facts) -> Sequence[Table]:
-        arms = Arms.of(facts)
-        whole = _per_block(arms.vanilla)
-        every = [arms.vanilla, *(tally for group in arms.groups.values() for tally in group)]
+    def tables(self, data: ExperimentData) -> Sequence[Table]:
+        results = VariantResults.from_data(data)
+        vanilla_per_block = _experts_per_block(results.vanilla)
+        all_results = [
+            results.vanilla,
+            *(result for group in results.groups.values() for result in group),
+        ]
         rows = [
             [
-                tally.name,
-                f"{tally.forwards_per_block:.2f}",
-                f"{tally.experts:.1f}",
-                f"{_per_block(tally):.0f}",
-                f"{_per_block(tally) / whole:.0%}",
-                f"{tally.accuracy:.1%}",
+                result.name,
+                f"{result.forwards_per_block:.2f}",
+                f"{result.experts:.1f}",
+                f"{_experts_per_block(result):.0f}",
+                f"{_experts_per_block(result) / vanilla_per_block:.0%}",
+                f"{result.accuracy:.1%}",
             ]
-            for tally in every
+            for result in all_results
         ]
         heads = ["policy", "forwards", "experts", "experts a block", "of vanilla's", "right"]
         return [Table(heads, rows, "Experts a block: of all its forwards.", numbers=range(1, 6))]
 
-    def findings(self, facts: Facts) -> Sequence[Finding | str]:
-        arms = Arms.of(facts)
-        whole = arms.vanilla
-        votes = [t for t in arms.groups[VOTE] if t.experts < whole.experts]
-        told = [
-            f"{t.name} reads {1 - t.experts / whole.experts:.0%} fewer experts a forward than "
+    def findings(self, data: ExperimentData) -> Sequence[Finding | str]:
+        results = VariantResults.from_data(data)
+        vanilla = results.vanilla
+        votes = [t for t in results.groups[DES_VOTE] if t.experts < vanilla.experts]
+        sentences = [
+            f"{t.name} reads {1 - t.experts / vanilla.experts:.0%} fewer experts a forward than "
             f"vanilla and takes {t.forwards_per_block:.2f} forwards a block against "
-            f"{whole.forwards_per_block:.2f}: for a whole block it reads "
-            f"{_less(_per_block(t) / _per_block(whole))}."
+            f"{vanilla.forwards_per_block:.2f}: for a whole block it reads "
+            f"{_format_change(_experts_per_block(t) / _experts_per_block(vanilla))}."
             for t in (votes[1], votes[-2])
         ]
-        most = max(arms.groups[VOTE], key=lambda t: t.forwards_per_block)
+        slowest = max(results.groups[DES_VOTE], key=lambda t: t.forwards_per_block)
         return [
             Finding(
-                " ".join(told),
+                " ".join(sentences),
                 "Fewer experts a forward are fewer experts read (the paper counts forwards as "
                 "given).",
-                "holds" if _per_block(most) < _per_block(whole) else "does not hold",
+                "holds"
+                if _experts_per_block(slowest) < _experts_per_block(vanilla)
+                else "does not hold",
             )
         ]
 
 
-class Timed(TypedDict):
+class PolicySpeed(TypedDict):
     """One policy: tokens a second of each round, and what was written and done in one."""
 
     policy: str
@@ -105,68 +117,72 @@ class Timed(TypedDict):
 
 
 @dataclass(frozen=True)
-class Speed:
+class SpeedExperiment:
     """One row at a time, as somebody who waits for an answer has it; the policies in turns."""
 
     name: str = "speed"
     title: str = "Tokens a second, end to end"
     question: str = "Does a shared coreset make answers come faster on this machine?"
 
-    def measure(self, lab: Lab) -> Facts:
-        k = lab.engine.model.spec.router.k
+    def measure(self, context: StudyContext) -> ExperimentData:
+        k = context.engine.model.spec.router.k
         policies = [
             "vanilla", f"topk:k={max(1, k // 2)}", f"des-seq:k={min(3, k)}", "des-vote:beta=0.5",
-            "des-vote:beta=0.3", "des-vote:beta=0.15", f"des-vote:beta=0.3,{GUARD}",
+            "des-vote:beta=0.3", "des-vote:beta=0.15", f"des-vote:beta=0.3,{GUARD_OPTIONS}",
         ]  # fmt: skip
-        prompts = lab.questions()
-        timed = {p: Timed(policy=p, rounds=[], tokens=0, forwards=0, experts=0) for p in policies}
-        lab.engine.generate(prompts[0])  # the first forwards of a process are slow
+        prompts = context.questions()
+        timed = {
+            p: PolicySpeed(policy=p, rounds=[], tokens=0, forwards=0, experts=0) for p in policies
+        }
+        context.engine.generate(prompts[0])  # the first forwards of a process are slow
         for turn in range(ROUNDS):
-            for place, policy in enumerate(policies):
-                lab.tell((turn + place / len(policies)) / ROUNDS, f"{policy}, round {turn + 1}")
-                began = time.perf_counter()
-                results = [lab.engine.generate(prompt, policy=policy) for prompt in prompts]
-                seconds = time.perf_counter() - began
-                one = timed[policy]
-                one["tokens"] = sum(result.new_tokens for result in results)
-                one["forwards"] = sum(result.forwards for result in results)
-                one["experts"] = statistics.fmean(result.experts.mean for result in results)
-                one["rounds"].append(one["tokens"] / seconds)
+            for index, policy in enumerate(policies):
+                context.on_progress(
+                    (turn + index / len(policies)) / ROUNDS, f"{policy}, round {turn + 1}"
+                )
+                start = time.perf_counter()
+                results = [context.engine.generate(prompt, policy=policy) for prompt in prompts]
+                seconds = time.perf_counter() - start
+                entry = timed[policy]
+                entry["tokens"] = sum(result.new_tokens for result in results)
+                entry["forwards"] = sum(result.forwards for result in results)
+                entry["experts"] = statistics.fmean(result.experts.mean for result in results)
+                entry["rounds"].append(entry["tokens"] / seconds)
         return {"timed": list(timed.values()), "prompts": len(prompts)}
 
-    def drawings(self, facts: Facts) -> Sequence[Drawing]:
-        timed = cast("list[Timed]", facts["timed"])
+    def drawings(self, data: ExperimentData) -> Sequence[Drawing]:
+        timed = cast("list[PolicySpeed]", data["timed"])
         caption = (
             "Tokens a second of one row at a time: the median of the rounds, with the least and "
             "the most."
         )
-        return [Drawing(self.name, caption, lambda: _bars(timed))]
+        return [Drawing(self.name, caption, lambda: _draw_bars(timed))]
 
-    def tables(self, facts: Facts) -> Sequence[Table]:
-        timed = cast("list[Timed]", facts["timed"])
+    def tables(self, data: ExperimentData) -> Sequence[Table]:
+        timed = cast("list[PolicySpeed]", data["timed"])
         base = statistics.median(timed[0]["rounds"])
         rows = [
             [
-                one["policy"],
-                f"{statistics.median(one['rounds']):.0f}",
-                f"{min(one['rounds']):.0f} to {max(one['rounds']):.0f}",
-                f"{statistics.median(one['rounds']) / base:.2f}",
-                f"{one['experts']:.1f}",
-                f"{one['forwards']}",
+                entry["policy"],
+                f"{statistics.median(entry['rounds']):.0f}",
+                f"{min(entry['rounds']):.0f} to {max(entry['rounds']):.0f}",
+                f"{statistics.median(entry['rounds']) / base:.2f}",
+                f"{entry['experts']:.1f}",
+                f"{entry['forwards']}",
             ]
-            for one in timed
+            for entry in timed
         ]
         heads = ["policy", "tokens/s", "rounds", "of vanilla's", "experts", "forwards"]
-        caption = f"{facts['prompts']} questions, one at a time, {ROUNDS} rounds in turns."
+        caption = f"{data['prompts']} questions, one at a time, {ROUNDS} rounds in turns."
         return [Table(heads, rows, caption, numbers=range(1, 6))]
 
-    def findings(self, facts: Facts) -> Sequence[Finding | str]:
-        timed = cast("list[Timed]", facts["timed"])
+    def findings(self, data: ExperimentData) -> Sequence[Finding | str]:
+        timed = cast("list[PolicySpeed]", data["timed"])
         base = statistics.median(timed[0]["rounds"])
-        des = [one for one in timed if one["policy"].startswith("des-")]
+        des = [entry for entry in timed if entry["policy"].startswith("des-")]
         best = max(des, key=lambda one: statistics.median(one["rounds"]))
         speed = statistics.median(best["rounds"])
-        apart = min(best["rounds"]) > max(timed[0]["rounds"])
+        is_separated = min(best["rounds"]) > max(timed[0]["rounds"])
         saved = 1 - base / speed
         return [
             Finding(
@@ -174,59 +190,61 @@ class Speed:
                 f"second, vanilla writes {base:.0f} ({speed / base:.2f} times). On a model that "
                 "lives in a processor's cache and is run by plain operations, reading fewer "
                 "experts saves little, and the vote costs some.",
-                f"DES cuts latency by up to {HEADLINE:.0%}.",
-                "holds" if apart and saved >= HEADLINE else "does not hold",
+                f"DES cuts latency by up to {PAPER_LATENCY_CUT:.0%}.",
+                "holds" if is_separated and saved >= PAPER_LATENCY_CUT else "does not hold",
             )
         ]
 
 
-def _per_block(tally: Tally) -> float:
-    return tally.experts * tally.forwards_per_block
+def _experts_per_block(result: VariantResult) -> float:
+    return result.experts * result.forwards_per_block
 
 
-def _less(ratio: float) -> str:
+def _format_change(ratio: float) -> str:
     return f"{1 - ratio:.0%} fewer" if ratio < 1 else f"{ratio - 1:.0%} more"
 
 
-def _draw(arms: Arms) -> Figure:
-    figure, one = axes(f"unique experts of {arms.experts}, a layer and forward", "forwards a block")
-    whole = _per_block(arms.vanilla)
-    most = max(t.forwards_per_block for group in arms.groups.values() for t in group)
-    xs = [whole / (1 + (most - 1) * step / 50) for step in range(51)]
-    one.plot(
+def _draw(results: VariantResults) -> Figure:
+    figure, ax = new_axes(
+        f"unique experts of {results.experts}, a layer and forward", "forwards a block"
+    )
+    vanilla_per_block = _experts_per_block(results.vanilla)
+    max_forwards = max(t.forwards_per_block for group in results.groups.values() for t in group)
+    xs = [vanilla_per_block / (1 + (max_forwards - 1) * step / 50) for step in range(51)]
+    ax.plot(
         xs,
-        [whole / x for x in xs],
-        color=ink(),
+        [vanilla_per_block / x for x in xs],
+        color=foreground(),
         lw=0.9,
         ls="--",
         label="as much read as by vanilla",
     )
-    for label, tallies in arms.groups.items():
-        dress = look(tallies[-1].policy)
-        ordered = sorted(tallies, key=lambda tally: tally.experts)
-        one.plot(
+    for label, variant_results in results.groups.items():
+        style = policy_style(variant_results[-1].policy)
+        ordered = sorted(variant_results, key=lambda tally: tally.experts)
+        ax.plot(
             [t.experts for t in ordered], [t.forwards_per_block for t in ordered],
-            color=dress.colour, marker=dress.marker, label=label,
+            color=style.colour, marker=style.marker, label=label,
         )  # fmt: skip
-    vanilla = arms.vanilla
-    one.plot([vanilla.experts], [vanilla.forwards_per_block], marker="*", ms=11, ls="",
-             color=colour("vanilla"), label="vanilla")  # fmt: skip
-    one.set(xlim=(0, None), ylim=(0, None))
-    legend(one, columns=2)
+    vanilla = results.vanilla
+    ax.plot([vanilla.experts], [vanilla.forwards_per_block], marker="*", ms=11, ls="",
+             color=policy_colour("vanilla"), label="vanilla")  # fmt: skip
+    ax.set(xlim=(0, None), ylim=(0, None))
+    add_legend(ax, columns=2)
     return figure
 
 
-def _bars(timed: Sequence[Timed]) -> Figure:
-    figure, one = axes("tokens a second", height=0.42 * len(timed) + 0.9)
-    places = range(len(timed))
-    middles = [statistics.median(t["rounds"]) for t in timed]
-    low = [m - min(t["rounds"]) for m, t in zip(middles, timed, strict=True)]
-    high = [max(t["rounds"]) - m for m, t in zip(middles, timed, strict=True)]
-    colours = [colour(t["policy"]) for t in timed]
-    one.barh(places, middles, color=colours, height=0.65, xerr=[low, high], ecolor=ink(),
+def _draw_bars(timed: Sequence[PolicySpeed]) -> Figure:
+    figure, ax = new_axes("tokens a second", height=0.42 * len(timed) + 0.9)
+    positions = range(len(timed))
+    medians = [statistics.median(t["rounds"]) for t in timed]
+    low = [m - min(t["rounds"]) for m, t in zip(medians, timed, strict=True)]
+    high = [max(t["rounds"]) - m for m, t in zip(medians, timed, strict=True)]
+    colours = [policy_colour(t["policy"]) for t in timed]
+    ax.barh(positions, medians, color=colours, height=0.65, xerr=[low, high], ecolor=foreground(),
              error_kw={"elinewidth": 0.9})  # fmt: skip
-    labels = [t["policy"].replace(f",{GUARD}", ", guarded") for t in timed]
-    one.set_yticks(list(places), labels)
-    one.invert_yaxis()
-    one.grid(visible=False, axis="y")
+    labels = [t["policy"].replace(f",{GUARD_OPTIONS}", ", guarded") for t in timed]
+    ax.set_yticks(list(positions), labels)
+    ax.invert_yaxis()
+    ax.grid(visible=False, axis="y")
     return figure

@@ -11,26 +11,26 @@ from matplotlib.figure import Figure
 from torch import Tensor
 from torch.nn import functional as F
 
-from coterie.engine.watch import Watched
-from coterie.figures.style import axes, legend, look, percent
+from coterie.engine.watch import LayerObservation
+from coterie.figures.style import new_axes, add_legend, policy_style, format_percent
 from coterie.naming import CoterieError
 from coterie.routing import parse_policy
-from coterie.routing.votes import VOTES, voices
-from coterie.study.chapter import Drawing, Facts, Finding, Table
-from coterie.study.fidelity import SLOW, look_again, traced
-from coterie.study.lab import Lab
-from coterie.values import Policy, Scores, membership
+from coterie.routing.votes import VOTES, vote_weights
+from coterie.study.chapter import Drawing, ExperimentData, Finding, Table
+from coterie.study.fidelity import SLOW_STEPS, replay_vanilla, trace_vanilla
+from coterie.study.lab import StudyContext
+from coterie.values import Policy, Scores, expert_mask
 
 VANILLA = "vanilla"
 POLICIES = (
     *(VANILLA, "des-vote:beta=0.3", "des-vote:beta=0.15", "des-seq:k=3"),
     *("des-vote:beta=0.15,voters=before-eos,protect=top1", "random:beta=0.15"),
 )
-AGES = ("fresh", "last", "first")
-COLUMNS = ("pairs", "jaccard", "size", "votes", *AGES)
+CORESET_AGES = ("fresh", "last", "first")
+COLUMNS = ("pairs", "jaccard", "size", "votes", *CORESET_AGES)
 
 
-class Overlap(TypedDict):
+class CoresetOverlap(TypedDict):
     """One policy. ``jaccard``: of its sets in two forwards in a row (vanilla: of the experts in
     use); ``by_step`` from each forward of a block to the next; ``chance``: of random sets of that
     ``size``. ``votes``: cosine of the votes. ``fresh``, ``last``, ``first``: votes held by this
@@ -47,16 +47,16 @@ class Overlap(TypedDict):
     by_step: list[float]
 
 
-class Found(TypedDict):
+class StepsRecord(TypedDict):
     experts: int
     prompts: int
     layers: list[int]
     forwards: int  # a block
-    overlaps: list[Overlap]
+    overlaps: list[CoresetOverlap]
 
 
 @dataclass(frozen=True)
-class Steps:
+class StepsExperiment:
     """Vanilla decoding, eight forwards a block; every policy elects in each of them."""
 
     name: str = "steps"
@@ -66,50 +66,55 @@ class Steps:
         "so that they could stay where they are, or be elected once?"
     )
 
-    def measure(self, lab: Lab) -> Facts:
-        lab.tell(0.0, "decoding slowly")
-        trace = traced(lab, slow=True)
-        pairs = Pairs(tuple(map(parse_policy, POLICIES)))
-        look_again(lab, trace, pairs.see, lambda share: lab.tell(0.1 + 0.9 * share, "electing"))
-        experts = lab.engine.model.spec.router.experts
-        found = Found(
+    def measure(self, context: StudyContext) -> ExperimentData:
+        context.on_progress(0.0, "decoding slowly")
+        trace = trace_vanilla(context, slow=True)
+        pairs = OverlapCounter(tuple(map(parse_policy, POLICIES)))
+        replay_vanilla(
+            context,
+            trace,
+            pairs.on_layer,
+            lambda share: context.on_progress(0.1 + 0.9 * share, "electing"),
+        )
+        experts = context.engine.model.spec.router.experts
+        record = StepsRecord(
             experts=experts,
             prompts=len(trace.prompts),
             layers=list(trace.layers),
-            forwards=SLOW,
+            forwards=SLOW_STEPS,
             overlaps=[
-                pairs.overlap(number, policy, experts) for number, policy in enumerate(POLICIES)
+                pairs.to_overlap(number, policy, experts) for number, policy in enumerate(POLICIES)
             ],
         )
-        return cast("Facts", found)
+        return cast("ExperimentData", record)
 
-    def drawings(self, facts: Facts) -> Sequence[Drawing]:
-        found = cast("Found", facts)
+    def drawings(self, data: ExperimentData) -> Sequence[Drawing]:
+        record = cast("StepsRecord", data)
         return [
             Drawing(
                 "coreset-overlap",
                 "Overlap (Jaccard) of the experts elected in one forward of a block and in the "
-                f"next; vanilla: of those in use. {found['prompts']} prompts, "
-                f"{found['forwards']} forwards a block.",
-                lambda: draw(found),
+                f"next; vanilla: of those in use. {record['prompts']} prompts, "
+                f"{record['forwards']} forwards a block.",
+                lambda: draw_overlaps(record),
             )
         ]
 
-    def tables(self, facts: Facts) -> Sequence[Table]:
-        found = cast("Found", facts)
+    def tables(self, data: ExperimentData) -> Sequence[Table]:
+        record = cast("StepsRecord", data)
         return [
             Table(
-                heads=["policy", "experts", "overlap", "by lot", "votes", *AGES],
+                heads=["policy", "experts", "overlap", "by lot", "votes", *CORESET_AGES],
                 rows=[
                     [
-                        one["policy"],
-                        f"{one['size']:.1f}",
-                        f"{one['jaccard']:.2f}",
-                        f"{one['chance']:.2f}",
-                        f"{one['votes']:.3f}",
-                        *(f"{one[age]:.1%}" for age in AGES),
+                        entry["policy"],
+                        f"{entry['size']:.1f}",
+                        f"{entry['jaccard']:.2f}",
+                        f"{entry['chance']:.2f}",
+                        f"{entry['votes']:.3f}",
+                        *(f"{entry[age]:.1%}" for age in CORESET_AGES),
                     ]
-                    for one in found["overlaps"]
+                    for entry in record["overlaps"]
                 ],
                 caption="Overlap (Jaccard) of a forward's coreset with the last one's, and what "
                 "random sets of that size would share; cosine of the votes; votes held by a fresh "
@@ -118,9 +123,9 @@ class Steps:
             )
         ]
 
-    def findings(self, facts: Facts) -> Sequence[Finding | str]:
-        found = cast("Found", facts)
-        vanilla, vote = found["overlaps"][:2]
+    def findings(self, data: ExperimentData) -> Sequence[Finding | str]:
+        record = cast("StepsRecord", data)
+        vanilla, vote = record["overlaps"][:2]
         return [
             f"Under {vote['policy']}, the coresets of two forwards in a row overlap by "
             f"{vote['jaccard']:.0%} (Jaccard; {vote['chance']:.0%} by lot), under vanilla the "
@@ -132,7 +137,7 @@ class Steps:
 
 
 @dataclass(frozen=True)
-class Elected:
+class ElectedSets:
     """One forward's sets and votes of one row in one layer; ``first``: its block's first sets."""
 
     start: int
@@ -143,88 +148,98 @@ class Elected:
 
 
 @dataclass  # not frozen: it adds up
-class Pairs:
+class OverlapCounter:
     """What two forwards in a row have in common, by policy and by the step of the earlier one."""
 
     policies: tuple[Policy, ...]
-    _last: dict[tuple[int, int], Elected] = field(default_factory=dict)  # row, layer
+    _last: dict[tuple[int, int], ElectedSets] = field(default_factory=dict)  # row, layer
     _sums: dict[int, Tensor] = field(default_factory=dict)  # step -> [policies, columns]
 
-    def see(self, watched: Watched) -> None:
+    def on_layer(self, observation: LayerObservation) -> None:
         sets = torch.stack(
-            [elected(watched, policy) for policy in self.policies]
+            [coreset_mask(observation, policy) for policy in self.policies]
         ).cpu()  # [P, S, E]
-        votes = summed_votes(watched.scores).cpu()
-        for place, (row, start) in enumerate(zip(watched.rows, watched.starts, strict=True)):
-            before = self._last.get((row, watched.layer))
-            now = Elected(start, 0, sets[:, place], votes[place], sets[:, place])
-            if before is not None and before.start == start:
-                now = Elected(start, before.step + 1, now.sets, now.votes, before.first)
-                there = torch.zeros(len(self.policies), len(COLUMNS), dtype=torch.float64)
-                self._sums.setdefault(before.step, there).add_(compared(before, now))
-            self._last[row, watched.layer] = now
+        votes = summed_votes(observation.scores).cpu()
+        for index, (row, start) in enumerate(
+            zip(observation.rows, observation.starts, strict=True)
+        ):
+            previous = self._last.get((row, observation.layer))
+            current = ElectedSets(start, 0, sets[:, index], votes[index], sets[:, index])
+            if previous is not None and previous.start == start:
+                current = ElectedSets(
+                    start, previous.step + 1, current.sets, current.votes, previous.first
+                )
+                zeros = torch.zeros(len(self.policies), len(COLUMNS), dtype=torch.float64)
+                self._sums.setdefault(previous.step, zeros).add_(overlap_row(previous, current))
+            self._last[row, observation.layer] = current
 
-    def overlap(self, number: int, policy: str, experts: int) -> Overlap:
+    def to_overlap(self, number: int, policy: str, experts: int) -> CoresetOverlap:
         if not self._sums:
             raise CoterieError("no block took a second forward")
         sums = torch.stack([self._sums[step][number] for step in sorted(self._sums)])
-        whole = dict(zip(COLUMNS, (sums.sum(0) / sums[:, 0].sum()).tolist(), strict=True))
-        size = whole["size"]
+        means = dict(zip(COLUMNS, (sums.sum(0) / sums[:, 0].sum()).tolist(), strict=True))
+        size = means["size"]
         shared = size * size / experts
-        return Overlap(
+        return CoresetOverlap(
             policy=policy,
             size=size,
-            jaccard=whole["jaccard"],
+            jaccard=means["jaccard"],
             chance=shared / (2 * size - shared),
-            votes=whole["votes"],
-            fresh=whole["fresh"],
-            last=whole["last"],
-            first=whole["first"],
+            votes=means["votes"],
+            fresh=means["fresh"],
+            last=means["last"],
+            first=means["first"],
             by_step=(sums[:, 1] / sums[:, 0]).tolist(),
         )
 
 
-def elected(watched: Watched, policy: Policy) -> Tensor:
+def coreset_mask(observation: LayerObservation, policy: Policy) -> Tensor:
     """[S, E] bool: the coreset; of the unmodified model, the experts in use."""
-    scores = watched.scores
+    scores = observation.scores
     mask = policy.eligible(scores, scores.router.k)
     if mask.numel() > 1:
-        return mask.expand(len(watched.rows), 1, -1)[:, 0]
-    own = watched.routing.own.view(len(watched.rows), -1)
-    return membership(own, scores.router.experts)
+        return mask.expand(len(observation.rows), 1, -1)[:, 0]
+    vanilla_ids = observation.routing.vanilla_ids.view(len(observation.rows), -1)
+    return expert_mask(vanilla_ids, scores.router.experts)
 
 
 def summed_votes(scores: Scores) -> Tensor:
     """[S, E] float64: everybody's probability for their own experts."""
-    return VOTES["masked"](scores, voices(scores, "all"), 0).double()
+    return VOTES["masked"](scores, vote_weights(scores, "all"), 0).double()
 
 
-def compared(before: Elected, now: Elected) -> Tensor:
+def overlap_row(previous: ElectedSets, current: ElectedSets) -> Tensor:
     """[policies, columns] float64 of two forwards in a row."""
-    both, either = (before.sets & now.sets).sum(-1), (before.sets | now.sets).sum(-1)
-    cosine = F.cosine_similarity(before.votes, now.votes, dim=0)
-    held = [
-        (sets * now.votes).sum(-1) / now.votes.sum() for sets in (now.sets, before.sets, now.first)
+    intersection, union = (
+        (previous.sets & current.sets).sum(-1),
+        (previous.sets | current.sets).sum(-1),
+    )
+    cosine = F.cosine_similarity(previous.votes, current.votes, dim=0)
+    votes_kept = [
+        (sets * current.votes).sum(-1) / current.votes.sum()
+        for sets in (current.sets, previous.sets, current.first)
     ]
-    one = torch.ones_like(both, dtype=torch.float64)
-    return torch.stack([one, both / either, now.sets.sum(-1), cosine * one, *held], dim=-1).double()
+    ones = torch.ones_like(intersection, dtype=torch.float64)
+    return torch.stack(
+        [ones, intersection / union, current.sets.sum(-1), cosine * ones, *votes_kept], dim=-1
+    ).double()
 
 
-def draw(found: Found) -> Figure:
-    figure, one = axes("forward of the block", "overlap with the next", height=3.8)
-    seen: dict[str, int] = {}
-    for overlap in found["overlaps"]:
-        dress = look(overlap["policy"])
-        number = seen[dress.colour] = seen.get(dress.colour, -1) + 1
-        one.plot(
+def draw_overlaps(record: StepsRecord) -> Figure:
+    figure, ax = new_axes("forward of the block", "overlap with the next", height=3.8)
+    num_by_color: dict[str, int] = {}
+    for overlap in record["overlaps"]:
+        style = policy_style(overlap["policy"])
+        number = num_by_color[style.colour] = num_by_color.get(style.colour, -1) + 1
+        ax.plot(
             range(1, 1 + len(overlap["by_step"])),
             overlap["by_step"],
-            color=dress.colour,
-            marker=dress.marker,
+            color=style.colour,
+            marker=style.marker,
             linestyle="--" if number else "-",
             label=overlap["policy"].replace(",voters=before-eos,protect=top1", ", words, top-1"),
         )
-    one.set_ylim(0, 1.03)
-    percent(one)
-    legend(one)
+    ax.set_ylim(0, 1.03)
+    format_percent(ax)
+    add_legend(ax)
     return figure

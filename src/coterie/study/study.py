@@ -15,38 +15,38 @@ from coterie.evals.fingerprint import fingerprint
 from coterie.evals.task import Task
 from coterie.keys import Key, to_json
 from coterie.naming import CoterieError
-from coterie.results import record, write_record
-from coterie.routing import respell_all
-from coterie.study.accuracy import ACCURACY, SIZE
+from coterie.results import make_record, write_record
+from coterie.routing import update_policies_in_json
+from coterie.study.accuracy import ACCURACY, CORESET_SIZE
 from coterie.study.beyond import BEYOND
-from coterie.study.blocks import Blocks
-from coterie.study.breakdown import Parts
-from coterie.study.chapter import Chapter
-from coterie.study.experts import Experts
-from coterie.study.explosion import Explosion
-from coterie.study.foretelling import Foretelling
-from coterie.study.importance import Importance
-from coterie.study.lab import Lab
-from coterie.study.latency import Latency
-from coterie.study.maps import Maps
-from coterie.study.narrow import ExpertsPerToken
-from coterie.study.reconstruction import Reconstruction
-from coterie.study.remembering import Remembering
-from coterie.study.report import Section, page, section
-from coterie.study.roofline import Roofline
-from coterie.study.selection import Selection
-from coterie.study.speed import Forwards, Speed
-from coterie.study.steps import Steps
-from coterie.study.table import TableOne
-from coterie.study.tradeoff import Tradeoff
+from coterie.study.blocks import BlockSizeExperiment
+from coterie.study.breakdown import BreakdownExperiment
+from coterie.study.chapter import Experiment
+from coterie.study.experts import ExpertCacheExperiment
+from coterie.study.explosion import ExplosionExperiment
+from coterie.study.foretelling import PredictorsExperiment
+from coterie.study.importance import ImportanceExperiment
+from coterie.study.lab import StudyContext
+from coterie.study.latency import LatencyExperiment
+from coterie.study.maps import MapsExperiment
+from coterie.study.narrow import ExpertsPerTokenExperiment
+from coterie.study.reconstruction import ReconstructionExperiment
+from coterie.study.remembering import CachedGradesTask
+from coterie.study.report import ReportSection, render_page, make_section
+from coterie.study.roofline import RooflineExperiment
+from coterie.study.selection import SelectionExperiment
+from coterie.study.speed import ForwardCountExperiment, SpeedExperiment
+from coterie.study.steps import StepsExperiment
+from coterie.study.table import TableOneExperiment
+from coterie.study.tradeoff import TradeoffExperiment
 from coterie.study.variants import CONTROL, MASS, PROTECTION, VOTERS, VOTES
-from coterie.study.votes import Votes
+from coterie.study.votes import VoteFidelityExperiment
 
 REPORT = "report.html"
 
 
 @dataclass(frozen=True)
-class Effort:
+class StudyConfig:
     """``items``: questions for each policy; ``prompts``: where single forwards are watched."""
 
     items: Annotated[int, Key("items")] = 500
@@ -54,42 +54,42 @@ class Effort:
     seed: Annotated[int, Key("seed")] = 1
 
 
-class Watch(Protocol):
+class StudyObserver(Protocol):
     """Somebody who looks on while a study runs."""
 
-    def began(self, chapter: Chapter, wanted: Sequence[Chapter]) -> None:
+    def on_experiment_start(self, experiment: Experiment, selected: Sequence[Experiment]) -> None:
         """One of the ``wanted``, which come in their order."""
         ...
 
-    def moved(self, share: float, doing: str) -> None:
+    def on_progress(self, share: float, activity: str) -> None:
         """How far the chapter is, 0 .. 1."""
         ...
 
-    def ended(self, done: Done) -> None: ...
+    def on_experiment_end(self, outcome: ExperimentOutcome) -> None: ...
 
 
 @dataclass(frozen=True)
-class Done:
+class ExperimentOutcome:
     """What became of one chapter; ``failure`` says why there is no record, or no drawing of it."""
 
-    chapter: Chapter
+    experiment: Experiment
     record: Mapping[str, object] | None = None
     measured: bool = False  # now, and not before
     failure: str | None = None
 
 
-def study(
+def run_study(
     engine: Engine,
     tasks: Sequence[Task],
     folder: Path,
     *,
-    effort: Effort,
-    watch: Watch,
-    chapters: Mapping[str, Chapter] | None = None,
+    config: StudyConfig,
+    observer: StudyObserver,
+    experiments: Mapping[str, Experiment] | None = None,
     names: Sequence[str] = (),
-    again: Collection[str] = (),
+    rerun: Collection[str] = (),
     command: Sequence[str] = (),
-) -> list[Section]:
+) -> list[ReportSection]:
     """Measures what has no record yet, draws everything, writes ``report.html``.
 
     Only the chapters in ``names``, where there are any: of the others, those with a record stand
@@ -97,72 +97,76 @@ def study(
     A chapter that fails tells why in its section, and the others go on. Stopped and called again,
     a study goes on where it was.
     """
-    among = CHAPTERS if chapters is None else chapters
-    wanted = chosen([*names, *again] if names else [], among)
-    chosen(list(again), among)
-    settings = settings_of(engine, tasks, effort)
-    lab = Lab(
+    available = EXPERIMENTS if experiments is None else experiments
+    selected = select_experiments([*names, *rerun] if names else [], available)
+    select_experiments(list(rerun), available)
+    settings = settings_of(engine, tasks, config)
+    context = StudyContext(
         engine=engine,
-        tasks=[Remembering(task) for task in tasks],
+        tasks=[CachedGradesTask(task) for task in tasks],
         folder=folder,
-        items=effort.items,
-        prompts=effort.prompts,
-        seed=effort.seed,
-        tell=watch.moved,
+        num_problems=config.items,
+        num_prompts=config.prompts,
+        seed=config.seed,
+        on_progress=observer.on_progress,
         answers=folder / "items" / digest(settings),
     )
     sections = []
-    for chapter in among.values():
-        if chapter not in wanted:
-            kept = _kept(folder / "records", chapter.name, settings)
-            sections += [] if kept is None else [section(chapter, kept)]
+    for experiment in available.values():
+        if experiment not in selected:
+            record = _read_valid_record(folder / "records", experiment.name, settings)
+            sections += [] if record is None else [make_section(experiment, record)]
             continue
-        watch.began(chapter, wanted)
-        fresh = replace(lab, read={})
-        done = _chapter(fresh, chapter, settings, command, again=chapter.name in again)
-        sections.append(section(chapter, done.record, done.failure))
-        watch.ended(replace(done, failure=sections[-1].failure))
+        observer.on_experiment_start(experiment, selected)
+        experiment_context = replace(context, used_records={})
+        outcome = _run_experiment(
+            experiment_context, experiment, settings, command, rerun=experiment.name in rerun
+        )
+        sections.append(make_section(experiment, outcome.record, outcome.failure))
+        observer.on_experiment_end(replace(outcome, failure=sections[-1].failure))
     write_report(folder, sections)
     return sections
 
 
-def write_report(folder: Path, sections: Sequence[Section]) -> Path:
+def write_report(folder: Path, sections: Sequence[ReportSection]) -> Path:
     """The page, and every figure of it as files beside it."""
     figures = folder / "figures"
     figures.mkdir(parents=True, exist_ok=True)
-    for figure in (figure for one in sections for figure in one.figures):
+    for figure in (figure for section in sections for figure in section.figures):
         for scheme, svg in figure.svg.items():
             (figures / f"{figure.name}-{scheme}.svg").write_text(svg + "\n", encoding="utf-8")
     path = folder / REPORT
-    path.write_text(page(sections), encoding="utf-8")
+    path.write_text(render_page(sections), encoding="utf-8")
     return path
 
 
-def chosen(names: Sequence[str], among: Mapping[str, Chapter]) -> list[Chapter]:
+def select_experiments(
+    names: Sequence[str], experiments: Mapping[str, Experiment]
+) -> list[Experiment]:
     """The chapters of these names, in the study's order; all where none is named."""
-    unknown = [name for name in names if name not in among]
+    unknown = [name for name in names if name not in experiments]
     if unknown:
-        raise CoterieError(f"unknown chapter {unknown[0]!r}; known: {', '.join(among)}")
-    return [chapter for name, chapter in among.items() if not names or name in names]
+        raise CoterieError(f"unknown chapter {unknown[0]!r}; known: {', '.join(experiments)}")
+    return [experiment for name, experiment in experiments.items() if not names or name in names]
 
 
-def settings_of(engine: Engine, tasks: Sequence[Task], effort: Effort) -> dict[str, object]:
+def settings_of(engine: Engine, tasks: Sequence[Task], config: StudyConfig) -> dict[str, object]:
     """What two measurements must agree in to be the same, as JSON values."""
     model = engine.model
     if model.folder is None:
         raise CoterieError(f"{model.name}: a model without a folder cannot be known again")
     # Only where it says something: records from before it was said still stand.
-    form = model.spec.expert_format
-    few = {} if form is None else {"experts": str(form)}
+    expert_format = model.spec.expert_format
+    expert_settings = {} if expert_format is None else {"experts": str(expert_format)}
     return {
         "model": model.name,
-        **few,
+        **expert_settings,
         "fingerprint": fingerprint(model.folder),
         "dtype": str(model.transformer.dtype).removeprefix("torch."),
         "device": model.transformer.device.type,
         "generation": engine.generation.document(),
         "tasks": {task.name: dict(task.settings()) for task in tasks},
-        **to_json(effort),
+        **to_json(config),
     }
 
 
@@ -170,51 +174,55 @@ def digest(settings: Mapping[str, object]) -> str:
     return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:12]
 
 
-def _chapter(
-    lab: Lab,
-    chapter: Chapter,
+def _run_experiment(
+    context: StudyContext,
+    experiment: Experiment,
     settings: Mapping[str, object],
     command: Sequence[str],
     *,
-    again: bool,
-) -> Done:
+    rerun: bool,
+) -> ExperimentOutcome:
     """The chapter with its record, which is measured where none fits."""
-    folder = lab.folder / "records"
-    kept = None if again else _kept(folder, chapter.name, settings)
-    if kept is not None:
-        return Done(chapter, kept)
-    began = time.perf_counter()
+    folder = context.folder / "records"
+    saved = None if rerun else _read_valid_record(folder, experiment.name, settings)
+    if saved is not None:
+        return ExperimentOutcome(experiment, saved)
+    start = time.perf_counter()
     try:
-        facts = chapter.measure(lab)
+        data = experiment.measure(context)
         content = {
-            **record(chapter.name, command, [], facts=facts, device=str(settings["device"])),
-            "about": chapter.title,
-            "seconds": round(time.perf_counter() - began, 1),
+            **make_record(experiment.name, command, [], facts=data, device=str(settings["device"])),
+            "about": experiment.title,
+            "seconds": round(time.perf_counter() - start, 1),
             "settings": settings,
-            "read": lab.read,
+            "read": context.used_records,
         }
         path = write_record(folder, content)
     # A chapter may fail in any way it likes; the others shall not.
     except Exception as error:
-        return Done(chapter, failure=_said(error))
-    return Done(chapter, json.loads(path.read_text(encoding="utf-8")), measured=True)
+        return ExperimentOutcome(experiment, failure=_format_error(error))
+    return ExperimentOutcome(
+        experiment, json.loads(path.read_text(encoding="utf-8")), measured=True
+    )
 
 
-def _kept(folder: Path, name: str, settings: Mapping[str, object]) -> Mapping[str, object] | None:
+def _read_valid_record(
+    folder: Path, name: str, settings: Mapping[str, object]
+) -> Mapping[str, object] | None:
     """The record of a chapter, if it was measured just so and from records that still stand."""
-    content = _read(folder / f"{name}.json")
+    content = _read_json(folder / f"{name}.json")
     if content is None or content.get("settings") != json.loads(json.dumps(settings)):
         return None
     read = content.get("read")
     others = read.items() if isinstance(read, dict) else ()
-    for other, when in others:
-        source = _read(folder / f"{other}.json")
+    for name_of_source, when in others:
+        source = _read_json(folder / f"{name_of_source}.json")
         if source is None or source.get("when") != when:
             return None
     return content
 
 
-def _read(path: Path) -> dict[str, object] | None:
+def _read_json(path: Path) -> dict[str, object] | None:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -224,14 +232,14 @@ def _read(path: Path) -> dict[str, object] | None:
 
 def renewed(content: Mapping[str, Any]) -> dict[str, Any]:
     """A record with its policies spelled as they are now; how it was made stays as it was."""
-    return respell_all(content, but=("command", "settings"))
+    return update_policies_in_json(content, skip_keys=("command", "settings"))
 
 
-def _said(error: Exception) -> str:
+def _format_error(error: Exception) -> str:
     return str(error) if isinstance(error, CoterieError) else f"{type(error).__name__}: {error}"
 
 
-USUAL_SECONDS: Mapping[str, int] = {  # where it is not about half a minute; only a bar asks
+TYPICAL_SECONDS: Mapping[str, int] = {  # where it is not about half a minute; only a bar asks
     "accuracy": 550,
     "latency-accuracy": 100,
     "block-size": 120,
@@ -242,31 +250,31 @@ USUAL_SECONDS: Mapping[str, int] = {  # where it is not about half a minute; onl
     "experts": 2400,
 }
 
-CHAPTERS: dict[str, Chapter] = {
-    "explosion": Explosion(),
-    "roofline": Roofline(),
+EXPERIMENTS: dict[str, Experiment] = {
+    "explosion": ExplosionExperiment(),
+    "roofline": RooflineExperiment(),
     "accuracy": ACCURACY,
-    "breakdown": Parts(),
-    "latency": Latency(),
-    "latency-accuracy": Tradeoff(),  # reads the records of accuracy and latency
-    "importance": Importance(),
-    "reconstruction": Reconstruction(),
-    "selection": Selection(),
-    "coreset-size": SIZE,
-    "block-size": Blocks(),
-    "experts-per-token": ExpertsPerToken(),
-    "maps": Maps(),
-    "table-1": TableOne(),
+    "breakdown": BreakdownExperiment(),
+    "latency": LatencyExperiment(),
+    "latency-accuracy": TradeoffExperiment(),  # reads the records of accuracy and latency
+    "importance": ImportanceExperiment(),
+    "reconstruction": ReconstructionExperiment(),
+    "selection": SelectionExperiment(),
+    "coreset-size": CORESET_SIZE,
+    "block-size": BlockSizeExperiment(),
+    "experts-per-token": ExpertsPerTokenExperiment(),
+    "maps": MapsExperiment(),
+    "table-1": TableOneExperiment(),
     "random-control": CONTROL,
     "votes": VOTES,
     "voters": VOTERS,
     "protection": PROTECTION,
     "mass": MASS,
-    "votes-fidelity": Votes(),
-    "foretelling": Foretelling(),  # reads the record of accuracy
-    "steps": Steps(),
+    "votes-fidelity": VoteFidelityExperiment(),
+    "foretelling": PredictorsExperiment(),  # reads the record of accuracy
+    "steps": StepsExperiment(),
     "beyond": BEYOND,
-    "forwards": Forwards(),
-    "speed": Speed(),
-    "experts": Experts(),
+    "forwards": ForwardCountExperiment(),
+    "speed": SpeedExperiment(),
+    "experts": ExpertCacheExperiment(),
 }

@@ -5,83 +5,88 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from coterie.evals.run import Arm
-from coterie.study.accuracy import FEWER, KEPT
-from coterie.study.arms import GUARD, compare
-from coterie.study.chapter import Drawing, Facts, Finding, Table
-from coterie.study.curves import relative
-from coterie.study.duel import p_value
-from coterie.study.lab import Lab
-from coterie.study.tally import Arms, Tally
+from coterie.evals.run import Variant
+from coterie.study.accuracy import MIN_EXPERT_REDUCTION, MIN_RELATIVE_ACCURACY
+from coterie.study.arms import GUARD_OPTIONS, run_comparison
+from coterie.study.chapter import Drawing, ExperimentData, Finding, Table
+from coterie.study.curves import format_relative
+from coterie.study.duel import format_p
+from coterie.study.lab import StudyContext
+from coterie.study.tally import VariantResults, VariantResult
 
 UNITS = ("B", "KB", "MB", "GB")
 
 
-def chosen(k: int) -> list[Arm]:
+def table_variants(k: int) -> list[Variant]:
     """One or two sizes of each rule."""
     return [
-        Arm(f"topk:k={max(1, k // 2)}"),
-        Arm("naee:beta=0.4"),
-        Arm("mc-moe:beta=0.4,protect=0.02"),
-        Arm(f"des-seq:k={min(3, k)}"),
-        Arm("des-vote:beta=0.5"),
-        Arm("des-vote:beta=0.3"),
-        Arm("des-vote:beta=0.15"),
-        Arm("uniform-vote:beta=0.3"),
-        Arm("xshare:beta=0.3"),
-        Arm("mass-vote:tau=0.7"),
-        Arm("random:beta=0.3"),
-        Arm(f"des-vote:beta=0.3,{GUARD}"),
-        Arm(f"des-vote:beta=0.15,{GUARD}"),
+        Variant(f"topk:k={max(1, k // 2)}"),
+        Variant("naee:beta=0.4"),
+        Variant("mc-moe:beta=0.4,protect=0.02"),
+        Variant(f"des-seq:k={min(3, k)}"),
+        Variant("des-vote:beta=0.5"),
+        Variant("des-vote:beta=0.3"),
+        Variant("des-vote:beta=0.15"),
+        Variant("uniform-vote:beta=0.3"),
+        Variant("xshare:beta=0.3"),
+        Variant("mass-vote:tau=0.7"),
+        Variant("random:beta=0.3"),
+        Variant(f"des-vote:beta=0.3,{GUARD_OPTIONS}"),
+        Variant(f"des-vote:beta=0.15,{GUARD_OPTIONS}"),
     ]
 
 
 @dataclass(frozen=True)
-class TableOne:
+class TableOneExperiment:
     """The runs are those of the other chapters; this one sets them side by side."""
 
     name: str = "table-1"
     title: str = "Every policy on every task (Table 1)"
     question: str = "What does each rule keep of every kind of question, and what is read for it?"
 
-    def measure(self, lab: Lab) -> Facts:
-        return compare(lab, {"all": chosen(lab.engine.model.spec.router.k)})
+    def measure(self, context: StudyContext) -> ExperimentData:
+        return run_comparison(context, {"all": table_variants(context.engine.model.spec.router.k)})
 
-    def drawings(self, facts: Facts) -> Sequence[Drawing]:
-        del facts
+    def drawings(self, data: ExperimentData) -> Sequence[Drawing]:
+        del data
         return []
 
-    def tables(self, facts: Facts) -> Sequence[Table]:
-        arms = Arms.of(facts)
-        tallies = [arms.vanilla, *arms.groups["all"]]
-        return [_right(tallies), _paired(tallies), _traffic(tallies)]
+    def tables(self, data: ExperimentData) -> Sequence[Table]:
+        results = VariantResults.from_data(data)
+        variant_results = [results.vanilla, *results.groups["all"]]
+        return [
+            _accuracy_table(variant_results),
+            _paired_table(variant_results),
+            _traffic_table(variant_results),
+        ]
 
-    def findings(self, facts: Facts) -> Sequence[Finding | str]:
-        arms = Arms.of(facts)
-        vanilla = arms.vanilla
-        n, (low, high) = vanilla.share().n, vanilla.share().interval
-        hardest = [_spread(tally, vanilla) for tally in arms.groups["all"][4:7]]
-        keeping = [
-            tally.name
-            for tally in arms.groups["all"]
-            if tally.accuracy >= KEPT * vanilla.accuracy
-            and tally.experts <= (1 - FEWER) * vanilla.experts
+    def findings(self, data: ExperimentData) -> Sequence[Finding | str]:
+        results = VariantResults.from_data(data)
+        vanilla = results.vanilla
+        n, (low, high) = vanilla.accuracy_share().n, vanilla.accuracy_share().interval
+        hardest = [_best_and_worst_task(result, vanilla) for result in results.groups["all"][4:7]]
+        accurate = [
+            result.name
+            for result in results.groups["all"]
+            if result.accuracy >= MIN_RELATIVE_ACCURACY * vanilla.accuracy
+            and result.experts <= (1 - MIN_EXPERT_REDUCTION) * vanilla.experts
         ]
         return [
             f"Vanilla answers {vanilla.accuracy:.1%} of {n} right ({low:.1%} to {high:.1%}). "
             "Relative accuracy, which the paper reports alone, stands beside the counts here.",
             *hardest,
-            f"With at least {KEPT:.0%} of vanilla's accuracy and {FEWER:.0%} fewer experts: "
-            f"{', '.join(keeping) or 'nobody in this table'}.",
+            f"With at least {MIN_RELATIVE_ACCURACY:.0%} of vanilla's accuracy and {MIN_EXPERT_REDUCTION:.0%} fewer experts: "
+            f"{', '.join(accurate) or 'nobody in this table'}.",
         ]
 
 
-def _right(tallies: Sequence[Tally]) -> Table:
-    tasks = list(tallies[0].right)
+def _accuracy_table(variant_results: Sequence[VariantResult]) -> Table:
+    tasks = list(variant_results[0].right)
     rows = [
-        [tally.name, _share(tally), *(_share(tally, task) for task in tasks)] for tally in tallies
+        [result.name, _format_accuracy(result), *(_format_accuracy(result, task) for task in tasks)]
+        for result in variant_results
     ]
-    n = len(tallies[0].bits(tasks[0]))
+    n = len(variant_results[0].correct_flags(tasks[0]))
     return Table(
         ["policy", "all", *tasks],
         rows,
@@ -90,25 +95,25 @@ def _right(tallies: Sequence[Tally]) -> Table:
     )
 
 
-def _share(tally: Tally, task: str | None = None) -> str:
-    share = tally.share(task)
+def _format_accuracy(result: VariantResult, task: str | None = None) -> str:
+    share = result.accuracy_share(task)
     low, high = share.interval
     return f"{100 * share.value:.1f} ({100 * low:.0f} to {100 * high:.0f})"
 
 
-def _paired(tallies: Sequence[Tally]) -> Table:
-    vanilla, rows = tallies[0], []
-    for tally in tallies[1:]:
-        change = tally.against(vanilla)
+def _paired_table(variant_results: Sequence[VariantResult]) -> Table:
+    vanilla, rows = variant_results[0], []
+    for result in variant_results[1:]:
+        change = result.compare_to(vanilla)
         low, high = change.interval
         rows.append(
             [
-                tally.name,
+                result.name,
                 f"{change.difference:+.1%}",
                 f"{low:+.1%} to {high:+.1%}",
                 f"{change.gained}, {change.lost}",
-                p_value(change.p, bare=True),
-                relative(tally, vanilla),
+                format_p(change.p_value, bare=True),
+                format_relative(result, vanilla),
             ]
         )
     return Table(
@@ -119,17 +124,17 @@ def _paired(tallies: Sequence[Tally]) -> Table:
     )
 
 
-def _traffic(tallies: Sequence[Tally]) -> Table:
+def _traffic_table(variant_results: Sequence[VariantResult]) -> Table:
     rows = [
         [
-            tally.name,
-            f"{tally.experts:.1f}",
-            readable(tally.expert_bytes),
-            f"{tally.vote_mass_kept:.3f}",
-            f"{tally.forwards_per_block:.2f}",
-            f"{tally.experts * tally.forwards_per_block:.0f}",
+            result.name,
+            f"{result.experts:.1f}",
+            format_bytes(result.expert_bytes),
+            f"{result.vote_mass_kept:.3f}",
+            f"{result.forwards_per_block:.2f}",
+            f"{result.experts * result.forwards_per_block:.0f}",
         ]
-        for tally in tallies
+        for result in variant_results
     ]
     heads = ["policy", "experts", "bytes", "votes kept", "forwards", "experts a block"]
     return Table(
@@ -142,18 +147,23 @@ def _traffic(tallies: Sequence[Tally]) -> Table:
     )
 
 
-def _spread(tally: Tally, vanilla: Tally) -> str:
+def _best_and_worst_task(result: VariantResult, vanilla: VariantResult) -> str:
     """On which tasks a policy loses most and least."""
-    gained = {t: tally.share(t).value - vanilla.share(t).value for t in vanilla.right}
-    worst, best = min(gained, key=lambda t: gained[t]), max(gained, key=lambda t: gained[t])
+    change_by_task = {
+        t: result.accuracy_share(t).value - vanilla.accuracy_share(t).value for t in vanilla.right
+    }
+    worst, best = (
+        min(change_by_task, key=lambda t: change_by_task[t]),
+        max(change_by_task, key=lambda t: change_by_task[t]),
+    )
     return (
-        f"{tally.name} keeps {relative(tally, vanilla)} of vanilla's accuracy: its "
-        f"answers suffer most on {worst} ({gained[worst]:+.1%}), least on {best} "
-        f"({gained[best]:+.1%})."
+        f"{result.name} keeps {format_relative(result, vanilla)} of vanilla's accuracy: its "
+        f"answers suffer most on {worst} ({change_by_task[worst]:+.1%}), least on {best} "
+        f"({change_by_task[best]:+.1%})."
     )
 
 
-def readable(size: float) -> str:
+def format_bytes(size: float) -> str:
     """Bytes with a decimal unit: 393216 -> "393 KB"."""
     unit = 0
     while size >= 1000 and unit < len(UNITS) - 1:

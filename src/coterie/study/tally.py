@@ -6,16 +6,16 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated, TypedDict, cast
 
-from coterie.engine.config import Generation
-from coterie.evals.run import Sheet
-from coterie.evals.stats import Paired, Share, paired
+from coterie.engine.config import GenerationConfig
+from coterie.evals.run import EvalResult
+from coterie.evals.stats import PairedDifference, Proportion, paired_difference
 from coterie.keys import Key, by_key, from_json, names_of, to_json
 
-Document = dict[str, object]
+JsonObject = dict[str, object]
 
 
 @dataclass(frozen=True)
-class Tally:
+class VariantResult:
     """Right and wrong, item by item of each task, and what was read and done for it.
 
     Experts and bytes are per layer and decoding forward; ``tokens_per_second`` is of all rows that
@@ -35,104 +35,117 @@ class Tally:
     failed: Annotated[int, Key("failed")]  # items without an output
 
     @staticmethod
-    def of_sheet(sheet: Sheet) -> Tally:
-        tasks = dict.fromkeys(answer.task for answer in sheet.answers)
-        return Tally(
-            name=sheet.policy,
-            policy=sheet.arm.policy,
-            generation=by_key(Generation, sheet.arm.generation),
-            right={task: "".join(str(int(r)) for r in sheet.right(task)) for task in tasks},
-            experts=sheet.experts,
-            expert_bytes=sheet.expert_bytes,
-            vote_mass_kept=sheet.vote_mass_kept,
-            forwards_per_block=sheet.forwards_per_block,
-            new_tokens=sheet.new_tokens,
-            tokens_per_second=sheet.tokens_per_second,
-            failed=sheet.failed,
+    def from_eval_result(eval_result: EvalResult) -> VariantResult:
+        tasks = dict.fromkeys(answer.task for answer in eval_result.answers)
+        return VariantResult(
+            name=eval_result.policy,
+            policy=eval_result.variant.policy,
+            generation=by_key(GenerationConfig, eval_result.variant.generation),
+            right={task: "".join(str(int(r)) for r in eval_result.correct(task)) for task in tasks},
+            experts=eval_result.experts,
+            expert_bytes=eval_result.expert_bytes,
+            vote_mass_kept=eval_result.vote_mass_kept,
+            forwards_per_block=eval_result.forwards_per_block,
+            new_tokens=eval_result.new_tokens,
+            tokens_per_second=eval_result.tokens_per_second,
+            failed=eval_result.num_failed,
         )
 
     @staticmethod
-    def of(document: Mapping[str, object]) -> Tally:
+    def from_json(document: Mapping[str, object]) -> VariantResult:
         """Back from a record."""
-        return from_json(Tally, {name: document[name] for name in names_of(Tally)})
+        return from_json(VariantResult, {name: document[name] for name in names_of(VariantResult)})
 
-    def document(self, first: Tally) -> Document:
+    def to_json(self, baseline: VariantResult) -> JsonObject:
         """As JSON values, with what follows from them; ``first`` is what changes are against."""
-        known: Document = to_json(self)
-        change = self.against(first)
+        fields_json: JsonObject = to_json(self)
+        change = self.compare_to(baseline)
         return {
-            **known,
-            "accuracy": _share(self.share()),
-            "by_task": {task: _share(self.share(task)) for task in self.right},
+            **fields_json,
+            "accuracy": _share_to_json(self.accuracy_share()),
+            "by_task": {task: _share_to_json(self.accuracy_share(task)) for task in self.right},
             "change": {
                 "value": change.difference,
                 "gained": change.gained,
                 "lost": change.lost,
                 "interval": list(change.interval),
-                "p": change.p,
+                "p": change.p_value,
             },
-            "relative_accuracy": self.share().value / first.share().value
-            if first.share().right
+            "relative_accuracy": self.accuracy_share().value / baseline.accuracy_share().value
+            if baseline.accuracy_share().successes
             else None,
         }
 
-    def bits(self, task: str | None = None) -> list[bool]:
+    def correct_flags(self, task: str | None = None) -> list[bool]:
         """Right or wrong, of one task or of all in their order."""
-        told = self.right.values() if task is None else [self.right[task]]
-        return [digit == "1" for digits in told for digit in digits]
+        digit_strings = self.right.values() if task is None else [self.right[task]]
+        return [digit == "1" for digits in digit_strings for digit in digits]
 
-    def share(self, task: str | None = None) -> Share:
-        bits = self.bits(task)
-        return Share(sum(bits), len(bits))
+    def accuracy_share(self, task: str | None = None) -> Proportion:
+        bits = self.correct_flags(task)
+        return Proportion(sum(bits), len(bits))
 
     @property
     def accuracy(self) -> float:
-        return self.share().value
+        return self.accuracy_share().value
 
-    def against(self, first: Tally) -> Paired:
+    def compare_to(self, baseline: VariantResult) -> PairedDifference:
         """This minus ``first``, on the same items."""
-        return paired(first.bits(), self.bits())
+        return paired_difference(baseline.correct_flags(), self.correct_flags())
 
 
-class ArmsFacts(TypedDict):
+class VariantsRecord(TypedDict):
     """Arms compared on one model: vanilla first, each once, and which belong together."""
 
     experts: int
     k: int
     block: int
-    arms: list[Document]
+    arms: list[JsonObject]
     groups: dict[str, list[str]]  # what a line is called -> names of its arms, in order
     pairs: list[list[str]]  # two names each, at nearly equal experts
 
 
 @dataclass(frozen=True)
-class Arms:
+class VariantResults:
     """The same, read back."""
 
     experts: int
     k: int
     block: int
-    tallies: Mapping[str, Tally]
-    groups: Mapping[str, list[Tally]]
-    pairs: Sequence[tuple[Tally, Tally]]
+    by_name: Mapping[str, VariantResult]
+    groups: Mapping[str, list[VariantResult]]
+    pairs: Sequence[tuple[VariantResult, VariantResult]]
 
     @staticmethod
-    def of(facts: Mapping[str, object]) -> Arms:
-        found = cast("ArmsFacts", facts)
-        tallies = {str(arm["name"]): Tally.of(arm) for arm in found["arms"]}
-        return Arms(
-            experts=found["experts"],
-            k=found["k"],
-            block=found["block"],
-            tallies=tallies,
-            groups={label: [tallies[n] for n in names] for label, names in found["groups"].items()},
-            pairs=[(tallies[one], tallies[other]) for one, other in found["pairs"]],
+    def from_data(data: Mapping[str, object]) -> VariantResults:
+        record = cast("VariantsRecord", data)
+        variant_results = {
+            str(variant["name"]): VariantResult.from_json(variant) for variant in record["arms"]
+        }
+        return VariantResults(
+            experts=record["experts"],
+            k=record["k"],
+            block=record["block"],
+            by_name=variant_results,
+            groups={
+                label: [variant_results[n] for n in names]
+                for label, names in record["groups"].items()
+            },
+            pairs=[
+                (variant_results[first], variant_results[second])
+                for first, second in record["pairs"]
+            ],
         )
 
     @property
-    def vanilla(self) -> Tally:
-        return next(iter(self.tallies.values()))
+    def vanilla(self) -> VariantResult:
+        return next(iter(self.by_name.values()))
 
 
-def _share(share: Share) -> Document:
-    return {"value": share.value, "right": share.right, "n": share.n, "interval": [*share.interval]}
+def _share_to_json(share: Proportion) -> JsonObject:
+    return {
+        "value": share.value,
+        "right": share.successes,
+        "n": share.n,
+        "interval": [*share.interval],
+    }

@@ -8,36 +8,36 @@ from typing import TypedDict, cast
 
 from matplotlib.figure import Figure
 
-from coterie.bench.routings import BLOCK
+from coterie.bench.routings import BLOCK_LENGTH
 from coterie.bench.timing import (
-    Conditions,
-    Fit,
-    Spread,
-    conditions,
-    crowded,
-    in_turns,
-    mean_spread,
-    predicted,
+    TimingConditions,
+    LatencyFit,
+    TimingStats,
+    timing_conditions,
+    load_warnings,
+    time_interleaved,
+    mean_timing_stats,
+    predict_seconds,
 )
-from coterie.engine.watch import Watched, collect
-from coterie.figures.style import axes, ink, legend, look, percent
+from coterie.engine.watch import LayerObservation, collect_observations
+from coterie.figures.style import new_axes, foreground, add_legend, policy_style, format_percent
 from coterie.naming import CoterieError
 from coterie.routing import parse_policy, route
-from coterie.study.chapter import Drawing, Facts, Finding, Table
-from coterie.study.lab import Lab
-from coterie.study.latency import Line
-from coterie.study.layers import moe_layers, whole_layer
-from coterie.study.routings import FORWARDS, PROMPTS
-from coterie.study.tally import Arms, Tally
+from coterie.study.chapter import Drawing, ExperimentData, Finding, Table
+from coterie.study.lab import StudyContext
+from coterie.study.latency import LayerLatency
+from coterie.study.layers import moe_layers, layer_runner
+from coterie.study.routings import FORWARDS_PER_PROMPT, NUM_PROMPTS
+from coterie.study.tally import VariantResults, VariantResult
 
 VANILLA = "vanilla"
 # Routes as vanilla does, but has the importance of tokens worked out, which mc-moe asks for.
-WATCHED = "mc-moe:beta=0,protect=0"
+OBSERVED_POLICY = "mc-moe:beta=0,protect=0"
 ROUNDS = 8
-LIKELY = 0.05  # p from which an accuracy cannot be told from vanilla's
+INDISTINGUISHABLE_P = 0.05  # p from which an accuracy cannot be told from vanilla's
 
 
-class Point(TypedDict):
+class TradeoffPoint(TypedDict):
     """One policy. ``used`` and ``pairs`` were counted on the forwards that were timed; a pair is
     one token's use of one expert. ``p``: McNemar's, against vanilla on the same items."""
 
@@ -48,27 +48,27 @@ class Point(TypedDict):
     items: int
     used: float
     pairs: float  # for each token
-    seconds: Spread
+    seconds: TimingStats
 
 
-class Other(TypedDict):
+class PredictedLayer(TypedDict):
     """A layer of another shape, whose latency is predicted: its name, experts and fit."""
 
     name: str
     experts: int
-    fit: Fit
+    fit: LatencyFit
 
 
-class Found(TypedDict):
+class TradeoffRecord(TypedDict):
     experts: int
-    machine: Conditions
+    machine: TimingConditions
     forwards: int
-    points: list[Point]
-    others: list[Other]
+    points: list[TradeoffPoint]
+    others: list[PredictedLayer]
 
 
 @dataclass(frozen=True)
-class Tradeoff:
+class TradeoffExperiment:
     """Accuracy from the accuracy chapter; latency of the whole layer (gate, selection, experts) on
     the same real forwards for all policies. Large layers are predicted, and said to be."""
 
@@ -78,59 +78,74 @@ class Tradeoff:
 
     rounds: int = ROUNDS
 
-    def measure(self, lab: Lab) -> Facts:
-        record = lab.record("accuracy")
-        if record is None:
+    def measure(self, context: StudyContext) -> ExperimentData:
+        data = context.record("accuracy")
+        if data is None:
             raise CoterieError("needs the record of the chapter accuracy: ask for both")
-        arms = Arms.of(record)
-        tallies = [t for t in arms.tallies.values() if t.generation == arms.vanilla.generation]
-        lab.tell(0.0, "forwards to time")
-        seen = collect(
-            lab.engine, lab.questions()[:PROMPTS], policy=WATCHED, rows=1, forwards=FORWARDS
-        )
-        points = timed_policies(lab, seen, tallies, arms.vanilla, rounds=self.rounds)
-        latency = lab.record("latency")
-        lines = cast("list[Line]", latency["lines"]) if latency is not None else []
-        others = [
-            Other(name=one["bench"]["name"], experts=one["bench"]["experts"], fit=one["fit"])
-            for one in lines
-            if one["bench"]["random"]
+        results = VariantResults.from_data(data)
+        variant_results = [
+            t for t in results.by_name.values() if t.generation == results.vanilla.generation
         ]
-        found = Found(
-            experts=arms.experts,
-            machine=conditions(lab.engine.model.transformer.device),
-            forwards=len(seen),
-            points=points,
-            others=others,
+        context.on_progress(0.0, "forwards to time")
+        observations = collect_observations(
+            context.engine,
+            context.questions()[:NUM_PROMPTS],
+            policy=OBSERVED_POLICY,
+            batch_size=1,
+            max_forwards=FORWARDS_PER_PROMPT,
         )
-        return cast("Facts", found)
+        points = time_policies(
+            context, observations, variant_results, results.vanilla, rounds=self.rounds
+        )
+        latency = context.record("latency")
+        layers = cast("list[LayerLatency]", latency["lines"]) if latency is not None else []
+        predicted_layers = [
+            PredictedLayer(
+                name=layer["bench"]["name"], experts=layer["bench"]["experts"], fit=layer["fit"]
+            )
+            for layer in layers
+            if layer["bench"]["random"]
+        ]
+        tradeoff = TradeoffRecord(
+            experts=results.experts,
+            machine=timing_conditions(context.engine.model.transformer.device),
+            forwards=len(observations),
+            points=points,
+            others=predicted_layers,
+        )
+        return cast("ExperimentData", tradeoff)
 
-    def drawings(self, facts: Facts) -> Sequence[Drawing]:
-        found = cast("Found", facts)
-        own = Drawing(
+    def drawings(self, data: ExperimentData) -> Sequence[Drawing]:
+        record = cast("TradeoffRecord", data)
+        measured_drawing = Drawing(
             self.name,
             "Accuracy with its 95 % interval against the measured time of the model's own MoE "
             "layer. The line joins the policies that no other beats in both.",
-            lambda: _draw(found, _measured(found), "milliseconds of the MoE layer, measured"),
+            lambda: _draw(
+                record, _measured_seconds(record), "milliseconds of the MoE layer, measured"
+            ),
         )
-        return [own, *(self._predicted(found, other) for other in found["others"])]
+        return [
+            measured_drawing,
+            *(self._predicted_drawing(record, layer) for layer in record["others"]),
+        ]
 
-    def _predicted(self, found: Found, other: Other) -> Drawing:
+    def _predicted_drawing(self, record: TradeoffRecord, layer: PredictedLayer) -> Drawing:
         return Drawing(
-            f"{self.name}-{other['name'].lower()}",
+            f"{self.name}-{layer['name'].lower()}",
             "The same accuracy (of the small model) against the time of the experts of a layer of "
-            f"{other['name']}'s shape, predicted by the fit of Equation 2 for the same share of "
+            f"{layer['name']}'s shape, predicted by the fit of Equation 2 for the same share of "
             "its experts; the selection is not in it.",
             lambda: _draw(
-                found,
-                [foretold(point, found, other) for point in found["points"]],
-                f"milliseconds of {other['name']}'s experts, predicted",
+                record,
+                [predicted_seconds(point, record, layer) for point in record["points"]],
+                f"milliseconds of {layer['name']}'s experts, predicted",
             ),
         )
 
-    def tables(self, facts: Facts) -> Sequence[Table]:
-        found = cast("Found", facts)
-        others = found["others"]
+    def tables(self, data: ExperimentData) -> Sequence[Table]:
+        record = cast("TradeoffRecord", data)
+        layers = record["others"]
         rows = [
             [
                 point["policy"],
@@ -139,78 +154,89 @@ class Tradeoff:
                 f"{point['used']:.1f}",
                 f"{point['seconds']['median'] * 1e3:.3f}",
                 f"{point['seconds']['low'] * 1e3:.3f} to {point['seconds']['high'] * 1e3:.3f}",
-                *(f"{foretold(point, found, other) * 1e3:.1f}" for other in others),
+                *(f"{predicted_seconds(point, record, layer) * 1e3:.1f}" for layer in layers),
             ]
-            for point in sorted(found["points"], key=lambda point: -point["accuracy"])
+            for point in sorted(record["points"], key=lambda point: -point["accuracy"])
         ]
         heads = ["policy", "right", "95 %", "experts", "layer, ms", "quartiles"]
-        heads += [f"{other['name']}, ms (predicted)" for other in others]
+        heads += [f"{layer['name']}, ms (predicted)" for layer in layers]
         return [
             Table(
                 heads=heads,
                 rows=rows,
-                caption=f"{found['points'][0]['items']} items; the layer was timed on "
-                f"{found['forwards']} real inputs of layers, the same for all policies.",
+                caption=f"{record['points'][0]['items']} items; the layer was timed on "
+                f"{record['forwards']} real inputs of layers, the same for all policies.",
                 numbers=list(range(1, len(heads))),
             )
         ]
 
-    def findings(self, facts: Facts) -> Sequence[Finding | str]:
-        found = cast("Found", facts)
-        told = [_there(found, other) for other in found["others"]]
-        return [_own(found), *told, *crowded(found["machine"])]
+    def findings(self, data: ExperimentData) -> Sequence[Finding | str]:
+        record = cast("TradeoffRecord", data)
+        predicted_findings = [_predicted_finding(record, layer) for layer in record["others"]]
+        return [_own_layer_finding(record), *predicted_findings, *load_warnings(record["machine"])]
 
 
-def timed_policies(
-    lab: Lab, seen: Sequence[Watched], tallies: Sequence[Tally], vanilla: Tally, *, rounds: int
-) -> list[Point]:
+def time_policies(
+    context: StudyContext,
+    observations: Sequence[LayerObservation],
+    variant_results: Sequence[VariantResult],
+    vanilla: VariantResult,
+    *,
+    rounds: int,
+) -> list[TradeoffPoint]:
     """The whole layer of every watched input under every policy, in turns."""
-    moes = {moe.layer: moe for moe in moe_layers(lab.engine.model.transformer)}
-    works: dict[tuple[str, int], Callable[[], object]] = {
-        (tally.policy, at): whole_layer(moes[watched.layer], watched, parse_policy(tally.policy))
-        for tally in tallies
-        for at, watched in enumerate(seen)
+    moes = {moe.layer: moe for moe in moe_layers(context.engine.model.transformer)}
+    runs: dict[tuple[str, int], Callable[[], object]] = {
+        (result.policy, index): layer_runner(
+            moes[observation.layer], observation, parse_policy(result.policy)
+        )
+        for result in variant_results
+        for index, observation in enumerate(observations)
     }
-    taken = in_turns(
-        works,
+    timings = time_interleaved(
+        runs,
         rounds,
-        device=lab.engine.model.transformer.device,
-        tell=lambda share: lab.tell(share, "the layer under every policy"),
+        device=context.engine.model.transformer.device,
+        on_progress=lambda share: context.on_progress(share, "the layer under every policy"),
     )
     points = []
-    for tally in tallies:
-        share, (used, pairs) = tally.share(), sizes(seen, tally.policy)
+    for result in variant_results:
+        share, (used, pairs) = result.accuracy_share(), mean_sizes(observations, result.policy)
         points.append(
-            Point(
-                policy=tally.policy,
+            TradeoffPoint(
+                policy=result.policy,
                 accuracy=share.value,
                 interval=list(share.interval),
-                p=tally.against(vanilla).p,
+                p=result.compare_to(vanilla).p_value,
                 items=share.n,
                 used=used,
                 pairs=pairs,
-                seconds=mean_spread([taken[tally.policy, at] for at in range(len(seen))]),
+                seconds=mean_timing_stats(
+                    [timings[result.policy, index] for index in range(len(observations))]
+                ),
             )
         )
     return points
 
 
-def sizes(seen: Sequence[Watched], policy: str) -> tuple[float, float]:
+def mean_sizes(observations: Sequence[LayerObservation], policy: str) -> tuple[float, float]:
     """Mean unique experts, and mean experts of a token."""
-    chosen = parse_policy(policy)
-    routings = [route(replace(watched.scores, own=None), chosen) for watched in seen]
+    parsed = parse_policy(policy)
+    routings = [
+        route(replace(observation.scores, vanilla_ids=None), parsed) for observation in observations
+    ]
     used = sum(float(routing.used.sum()) for routing in routings) / len(routings)
-    pairs = sum(float((routing.ids >= 0).sum(-1).double().mean()) for routing in routings)
+    pairs = sum(float((routing.topk_ids >= 0).sum(-1).double().mean()) for routing in routings)
     return used, pairs / len(routings)
 
 
-def foretold(point: Point, found: Found, other: Other) -> float:
+def predicted_seconds(point: TradeoffPoint, record: TradeoffRecord, layer: PredictedLayer) -> float:
     """Seconds of another layer's experts, at the same share of experts and use of them."""
-    experts = point["used"] / found["experts"] * other["experts"]
-    return predicted(other["fit"], experts, point["pairs"] * BLOCK)
+    experts = point["used"] / record["experts"] * layer["experts"]
+    return predict_seconds(layer["fit"], experts, point["pairs"] * BLOCK_LENGTH)
 
 
-def front(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
+def pareto_points(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
     """Of (cost, gain): those that nothing beats in both, by rising cost."""
     best: list[tuple[float, float]] = []
     for cost, gain in sorted(points, key=lambda point: (point[0], -point[1])):
@@ -219,69 +245,71 @@ def front(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
     return best
 
 
-def _measured(found: Found) -> list[float]:
-    return [point["seconds"]["median"] for point in found["points"]]
+def _measured_seconds(record: TradeoffRecord) -> list[float]:
+    return [point["seconds"]["median"] for point in record["points"]]
 
 
-def _draw(found: Found, seconds: Sequence[float], label: str) -> Figure:
-    figure, one = axes(label, "right answers", height=4.2)
-    places = [(s * 1e3, p["accuracy"]) for s, p in zip(seconds, found["points"], strict=True)]
-    best = front(places)
-    one.plot(*zip(*best, strict=True), color=ink(), linewidth=0.8, drawstyle="steps-post")
-    for (x, y), point in zip(places, found["points"], strict=True):
+def _draw(record: TradeoffRecord, seconds: Sequence[float], label: str) -> Figure:
+    figure, ax = new_axes(label, "right answers", height=4.2)
+    coordinates = [(s * 1e3, p["accuracy"]) for s, p in zip(seconds, record["points"], strict=True)]
+    best = pareto_points(coordinates)
+    ax.plot(*zip(*best, strict=True), color=foreground(), linewidth=0.8, drawstyle="steps-post")
+    for (x, y), point in zip(coordinates, record["points"], strict=True):
         low, high = point["interval"]
-        one.errorbar(
+        ax.errorbar(
             x,
             y,
             yerr=[[max(0.0, y - low)], [max(0.0, high - y)]],
-            color=look(point["policy"]).colour,
-            marker=look(point["policy"]).marker,
+            color=policy_style(point["policy"]).colour,
+            marker=policy_style(point["policy"]).marker,
             linestyle="",
             elinewidth=0.8,
-            label=look(point["policy"]).name,
+            label=policy_style(point["policy"]).name,
         )
-    one.set(ylim=(-0.02, 1.04), xlim=(0, None))
-    percent(one)
-    legend(one, columns=3)
+    ax.set(ylim=(-0.02, 1.04), xlim=(0, None))
+    format_percent(ax)
+    add_legend(ax, columns=3)
     return figure
 
 
-def _as_good(found: Found) -> list[Point]:
+def _as_accurate(record: TradeoffRecord) -> list[TradeoffPoint]:
     """Policies whose accuracy cannot be told from vanilla's."""
-    others = [point for point in found["points"] if point["policy"] != VANILLA]
-    return [point for point in others if point["p"] >= LIKELY]
+    others = [point for point in record["points"] if point["policy"] != VANILLA]
+    return [point for point in others if point["p"] >= INDISTINGUISHABLE_P]
 
 
-def _vanilla(found: Found) -> Point:
-    return next(point for point in found["points"] if point["policy"] == VANILLA)
+def _vanilla_point(record: TradeoffRecord) -> TradeoffPoint:
+    return next(point for point in record["points"] if point["policy"] == VANILLA)
 
 
-def _own(found: Found) -> Finding:
-    plain, good = _vanilla(found), _as_good(found)
+def _own_layer_finding(record: TradeoffRecord) -> Finding:
+    vanilla, accurate = _vanilla_point(record), _as_accurate(record)
     claim = "A coreset lowers the latency of the MoE layer at next to no cost in accuracy."
-    if not good:
+    if not accurate:
         return Finding("No policy is as right as vanilla.", claim, "does not hold")
-    best = min(good, key=lambda point: point["seconds"]["median"])
-    ratio = plain["seconds"]["median"] / best["seconds"]["median"]
-    faster = best["seconds"]["high"] < plain["seconds"]["low"]
+    best = min(accurate, key=lambda point: point["seconds"]["median"])
+    ratio = vanilla["seconds"]["median"] / best["seconds"]["median"]
+    faster = best["seconds"]["high"] < vanilla["seconds"]["low"]
     return Finding(
-        f"Of {len(good)} policies whose accuracy cannot be told from vanilla's, {best['policy']} "
+        f"Of {len(accurate)} policies whose accuracy cannot be told from vanilla's, {best['policy']} "
         f"runs the model's own layer fastest: {best['seconds']['median'] * 1e3:.3f} ms against "
-        f"{plain['seconds']['median'] * 1e3:.3f}, {ratio:.2f} times as fast, with "
-        f"{best['used']:.0f} experts in place of {plain['used']:.0f}.",
+        f"{vanilla['seconds']['median'] * 1e3:.3f}, {ratio:.2f} times as fast, with "
+        f"{best['used']:.0f} experts in place of {vanilla['used']:.0f}.",
         claim=claim,
         verdict="holds" if faster else "does not hold",
     )
 
 
-def _there(found: Found, other: Other) -> Finding:
-    good = [_vanilla(found), *_as_good(found)]
-    best = min(good, key=lambda point: foretold(point, found, other))
-    before, after = (foretold(point, found, other) for point in (good[0], best))
+def _predicted_finding(record: TradeoffRecord, layer: PredictedLayer) -> Finding:
+    candidates = [_vanilla_point(record), *_as_accurate(record)]
+    best = min(candidates, key=lambda point: predicted_seconds(point, record, layer))
+    vanilla_seconds, best_seconds = (
+        predicted_seconds(point, record, layer) for point in (candidates[0], best)
+    )
     return Finding(
-        f"In a layer of {other['name']}'s shape the same share of experts would take "
-        f"{after * 1e3:.0f} ms under {best['policy']} and {before * 1e3:.0f} under vanilla, "
-        f"{before / after:.2f} times as fast. That is predicted by the fit, with the accuracy of "
+        f"In a layer of {layer['name']}'s shape the same share of experts would take "
+        f"{best_seconds * 1e3:.0f} ms under {best['policy']} and {vanilla_seconds * 1e3:.0f} under vanilla, "
+        f"{vanilla_seconds / best_seconds:.2f} times as fast. That is predicted by the fit, with the accuracy of "
         "the small model.",
         claim="The same, in a large model.",
         verdict="cannot be told here",

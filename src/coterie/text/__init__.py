@@ -1,14 +1,20 @@
 """Text in, ids out, and back: a checkpoint's tokenizer and chat template, and no remote code."""
 
-from coterie.text.codec import Codec, Numbers, Subwords, TextError, load_codec
+from coterie.text.codec import (
+    TextTokenizer,
+    IdTokenizer,
+    SubwordTokenizer,
+    TextError,
+    load_tokenizer,
+)
 from coterie.text.template import ChatTemplate, read_template
 
 __all__ = [
     "ChatTemplate",
-    "Codec",
-    "Numbers",
-    "Subwords",
+    "TextTokenizer",
+    "IdTokenizer",
+    "SubwordTokenizer",
     "TextError",
-    "load_codec",
+    "load_tokenizer",
     "read_template",
 ]

@@ -10,23 +10,23 @@ from torch import Tensor
 from torch.autograd.function import BackwardCFunction, once_differentiable
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
+def masked_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
     """softmax(q k' / sqrt(D) + mask) v, [B, h, L, D]; mask [B, 1, L, L] additive, fp32."""
-    return _Attention.apply(q, k, v, mask)
+    return _MaskedAttention.apply(q, k, v, mask)
 
 
-class _Attention(torch.autograd.Function):
+class _MaskedAttention(torch.autograd.Function):
     @staticmethod
     def forward(ctx: BackwardCFunction, q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
-        mixed = torch.empty_like(v)
-        chances = q.new_empty(*q.shape[:3], q.shape[2])  # [B, h, L, L]
+        output = torch.empty_like(v)
+        probs = q.new_empty(*q.shape[:3], q.shape[2])  # [B, h, L, L]
         scale = q.shape[-1] ** -0.5
         for row in range(len(q)):
             scores = torch.add(mask[row], torch.bmm(q[row], k[row].mT), alpha=scale)
-            chances[row] = torch.softmax(scores, -1)
-            torch.bmm(chances[row], v[row], out=mixed[row])
-        ctx.save_for_backward(q, k, v, chances)
-        return mixed
+            probs[row] = torch.softmax(scores, -1)
+            torch.bmm(probs[row], v[row], out=output[row])
+        ctx.save_for_backward(q, k, v, probs)
+        return output
 
     @staticmethod
     @once_differentiable
@@ -34,14 +34,16 @@ class _Attention(torch.autograd.Function):
         ctx: BackwardCFunction, grad: Tensor
     ) -> tuple[Tensor | None, ...]:
         saved = list(ctx.saved_tensors)
-        q, k, v, chances = saved
-        slope_q, slope_k, slope_v = (torch.empty_like(t) for t in (q, k, v))
+        q, k, v, probs = saved
+        grad_q, grad_k, grad_v = (torch.empty_like(t) for t in (q, k, v))
         scale = q.shape[-1] ** -0.5
         for row in range(len(q)):
-            p = chances[row]
-            torch.bmm(p.mT, grad[row], out=slope_v[row])
-            slope = torch.bmm(grad[row], v[row].mT)
-            slope = torch.ops.aten._softmax_backward_data(slope, p, -1, p.dtype).mul_(scale)
-            torch.bmm(slope, k[row], out=slope_q[row])
-            torch.bmm(slope.mT, q[row], out=slope_k[row])
-        return slope_q, slope_k, slope_v, None
+            p = probs[row]
+            torch.bmm(p.mT, grad[row], out=grad_v[row])
+            grad_scores = torch.bmm(grad[row], v[row].mT)
+            grad_scores = torch.ops.aten._softmax_backward_data(grad_scores, p, -1, p.dtype).mul_(
+                scale
+            )
+            torch.bmm(grad_scores, k[row], out=grad_q[row])
+            torch.bmm(grad_scores.mT, q[row], out=grad_k[row])
+        return grad_q, grad_k, grad_v, None

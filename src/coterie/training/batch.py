@@ -10,48 +10,48 @@ from torch import Tensor
 
 
 @dataclass(frozen=True)
-class Batch:
+class TrainingBatch:
     """Noised rows and what they should have been."""
 
     tokens: Tensor  # [B, L] int64, masked inputs
     positions: Tensor  # [B, L] int64, absolute inside the problem
-    visible: Tensor  # [B, n, n] bool: query block sees key block
+    block_mask: Tensor  # [B, n, n] bool: query block sees key block
     targets: Tensor  # [B, L] int64, -100 = no loss here
     weights: Tensor  # [B, L] float32, weight of each target's loss
     tasks: Tensor | None = None  # [B, L] int64, the task of each position, for the log only
-    total: float = 0.0  # what the weighted loss is divided by; 0 = the batch's own weight
+    loss_divisor: float = 0.0  # what the weighted loss is divided by; 0 = the batch's own weight
 
-    def weight(self) -> float:
+    def total_weight(self) -> float:
         """The divisor of the loss: the sum of weights over target positions."""
-        return self.total or float(self.weights[self.targets >= 0].sum())
+        return self.loss_divisor or float(self.weights[self.targets >= 0].sum())
 
-    def split(self, parts: int) -> list[Batch]:
+    def split(self, parts: int) -> list[TrainingBatch]:
         """Equal runs of rows that keep the divisor of the whole, so that gradients add up."""
         if len(self.tokens) % parts:
             raise ValueError(f"{len(self.tokens)} rows do not split into {parts} equal parts")
-        rows, total = len(self.tokens) // parts, self.weight()
-        return [self._rows(slice(i * rows, (i + 1) * rows), total) for i in range(parts)]
+        rows, divisor = len(self.tokens) // parts, self.total_weight()
+        return [self._slice_rows(slice(i * rows, (i + 1) * rows), divisor) for i in range(parts)]
 
-    def arrays(self) -> tuple[np.ndarray | float | None, ...]:
+    def to_arrays(self) -> tuple[np.ndarray | float | None, ...]:
         """The fields as plain arrays, for a queue between processes."""
         values = (getattr(self, f.name) for f in fields(self))
         return tuple(v.numpy() if isinstance(v, Tensor) else v for v in values)
 
     @staticmethod
-    def of(arrays: tuple[np.ndarray | float | None, ...]) -> Batch:
+    def from_arrays(arrays: tuple[np.ndarray | float | None, ...]) -> TrainingBatch:
         """The inverse of ``arrays``."""
         values = [torch.from_numpy(v) if isinstance(v, np.ndarray) else v for v in arrays]
-        return Batch(*values)  # pyright: ignore[reportArgumentType]
+        return TrainingBatch(*values)  # pyright: ignore[reportArgumentType]
 
-    def _rows(self, rows: slice, total: float) -> Batch:
+    def _slice_rows(self, rows: slice, divisor: float) -> TrainingBatch:
         tasks = None if self.tasks is None else self.tasks[rows]
         return replace(
             self,
             tokens=self.tokens[rows],
             positions=self.positions[rows],
-            visible=self.visible[rows],
+            visible=self.block_mask[rows],
             targets=self.targets[rows],
             weights=self.weights[rows],
             tasks=tasks,
-            total=total,
+            total=divisor,
         )

@@ -14,30 +14,32 @@ from torch.autograd.function import BackwardCFunction, once_differentiable
 
 # Each expert's rows are filled up to a multiple of this: the library that multiplies bf16 keeps a
 # compiled kernel per size, and would otherwise compile new ones at every step.
-GRAIN = 32
+ROW_ALIGNMENT = 32
 
 
-class Order(NamedTuple):
+class ExpertOrder(NamedTuple):
     """Rows sorted by expert, each expert's run filled up to a multiple of ``GRAIN``."""
 
-    source: Tensor  # [R] int64: the flat (token, choice) of each row; T*k where the row is a filler
-    place: Tensor  # [T, k] int64: the row of each (token, choice)
-    ends: Tensor  # [E] int32: where each expert's rows end
+    pair_index: (
+        Tensor  # [R] int64: the flat (token, choice) of each row; T*k where the row is a filler
+    )
+    row_index: Tensor  # [T, k] int64: the row of each (token, choice)
+    expert_ends: Tensor  # [E] int32: where each expert's rows end
     counts: Tensor  # [E] int64, without fillers
 
 
-def order(ids: Tensor, experts: int) -> Order:
+def sort_by_expert(ids: Tensor, experts: int) -> ExpertOrder:
     """Sort the choices ``ids`` [T, k] by expert."""
     flat = ids.flatten()
-    sources = torch.sort(flat, stable=True).indices
+    sorted_pairs = torch.sort(flat, stable=True).indices
     counts = torch.bincount(flat, minlength=experts)
-    filled = (counts + GRAIN - 1) // GRAIN * GRAIN
-    ends = filled.cumsum(0)
-    shift = (ends - filled) - (counts.cumsum(0) - counts)  # [E] fillers before each expert
+    padded = (counts + ROW_ALIGNMENT - 1) // ROW_ALIGNMENT * ROW_ALIGNMENT
+    ends = padded.cumsum(0)
+    shift = (ends - padded) - (counts.cumsum(0) - counts)  # [E] fillers before each expert
     rows = torch.arange(len(flat), device=ids.device) + shift.repeat_interleave(counts)
-    place = torch.empty_like(flat).scatter_(0, sources, rows)
-    source = flat.new_full((int(ends[-1]),), len(flat)).scatter_(0, rows, sources)
-    return Order(source, place.view_as(ids), ends.to(torch.int32), counts)
+    row_index = torch.empty_like(flat).scatter_(0, sorted_pairs, rows)
+    pair_index = flat.new_full((int(ends[-1]),), len(flat)).scatter_(0, rows, sorted_pairs)
+    return ExpertOrder(pair_index, row_index.view_as(ids), ends.to(torch.int32), counts)
 
 
 def run_experts(x: Tensor, weights: Tensor, ids: Tensor, matrices: Tensor) -> tuple[Tensor, Tensor]:
@@ -46,34 +48,43 @@ def run_experts(x: Tensor, weights: Tensor, ids: Tensor, matrices: Tensor) -> tu
     ``matrices`` [E, 3, I, H]: gate, up, and down transposed. The products run in the type of ``x``;
     the sum over experts is returned in that type too.
     """
-    rows = order(ids, matrices.shape[0])
-    mixed = _Experts.apply(x, weights, matrices, rows.source, rows.place, rows.ends)
-    return mixed, rows.counts
+    expert_order = sort_by_expert(ids, matrices.shape[0])
+    output = _RoutedExperts.apply(
+        x,
+        weights,
+        matrices,
+        expert_order.pair_index,
+        expert_order.row_index,
+        expert_order.expert_ends,
+    )
+    return output, expert_order.counts
 
 
-class _Experts(torch.autograd.Function):
+class _RoutedExperts(torch.autograd.Function):
     @staticmethod
     def forward(  # noqa: PLR0917 (autograd passes by position)
         ctx: BackwardCFunction,
         x: Tensor,
         weights: Tensor,
         matrices: Tensor,
-        source: Tensor,
-        place: Tensor,
-        ends: Tensor,
+        pair_index: Tensor,
+        row_index: Tensor,
+        expert_ends: Tensor,
     ) -> Tensor:
-        low = matrices.to(x.dtype)  # [E, 3, I, H]
-        width = low.shape[2]
-        token = (source // place.shape[1]).clamp_max(len(x) - 1)  # [R]
+        typed_matrices = matrices.to(x.dtype)  # [E, 3, I, H]
+        width = typed_matrices.shape[2]
+        token = (pair_index // row_index.shape[1]).clamp_max(len(x) - 1)  # [R]
         gathered = x.index_select(0, token)  # [R, H]
-        both = F.grouped_mm(gathered, low[:, :2].flatten(1, 2).mT, offs=ends)  # [R, 2I]
+        gate_up = F.grouped_mm(
+            gathered, typed_matrices[:, :2].flatten(1, 2).mT, offs=expert_ends
+        )  # [R, 2I]
         # A filler has weight zero, which also keeps it out of every gradient.
-        scale = F.pad(weights.flatten(), (0, 1)).index_select(0, source).to(x.dtype)[:, None]
-        hidden = F.silu(both[:, :width]).mul_(both[:, width:]).mul_(scale)  # [R, I]
-        rows = F.grouped_mm(hidden, low[:, 2], offs=ends)  # [R, H]
-        kept = (gathered, both, scale, hidden, low, token, place, ends)
-        ctx.save_for_backward(weights, matrices, *kept)
-        return F.embedding_bag(place, rows, mode="sum")  # [T, H]
+        scale = F.pad(weights.flatten(), (0, 1)).index_select(0, pair_index).to(x.dtype)[:, None]
+        hidden = F.silu(gate_up[:, :width]).mul_(gate_up[:, width:]).mul_(scale)  # [R, I]
+        rows = F.grouped_mm(hidden, typed_matrices[:, 2], offs=expert_ends)  # [R, H]
+        to_save = (gathered, gate_up, scale, hidden, typed_matrices, token, row_index, expert_ends)
+        ctx.save_for_backward(weights, matrices, *to_save)
+        return F.embedding_bag(row_index, rows, mode="sum")  # [T, H]
 
     @staticmethod
     @once_differentiable
@@ -81,29 +92,44 @@ class _Experts(torch.autograd.Function):
         ctx: BackwardCFunction, grad: Tensor
     ) -> tuple[Tensor | None, ...]:
         saved = list(ctx.saved_tensors)
-        weights, matrices, gathered, both, scale, hidden, low, token, place, ends = saved
-        width = low.shape[2]
+        (
+            weights,
+            matrices,
+            gathered,
+            gate_up,
+            scale,
+            hidden,
+            typed_matrices,
+            token,
+            row_index,
+            expert_ends,
+        ) = saved
+        width = typed_matrices.shape[2]
         rows = grad.index_select(0, token)  # [R, H]
-        slope = F.grouped_mm(rows, low[:, 2].mT, offs=ends)  # [R, I], d / d(scaled hidden)
-        gate, up = both[:, :width], both[:, width:]
-        half = torch.sigmoid(gate)
-        active = gate * half  # silu
+        grad_hidden = F.grouped_mm(
+            rows, typed_matrices[:, 2].mT, offs=expert_ends
+        )  # [R, I], d / d(scaled hidden)
+        gate, up = gate_up[:, :width], gate_up[:, width:]
+        sigmoid = torch.sigmoid(gate)
+        active = gate * sigmoid  # silu
         # The routing weight multiplies the hidden row: its slope is their inner product.
-        slope_scale = (slope * active * up).sum(-1).float()  # [R]
-        slope = slope * scale
-        slopes = torch.empty_like(both)
-        torch.mul(slope, active, out=slopes[:, width:])
-        half = half.addcmul(active, 1 - half)  # silu'
-        torch.mul(slope * up, half, out=slopes[:, :width])
-        slope_matrices = torch.empty_like(low)
-        slope_matrices[:, :2].copy_(
-            F.grouped_mm(slopes.mT, gathered, offs=ends).unflatten(1, (2, width))
+        grad_scale = (grad_hidden * active * up).sum(-1).float()  # [R]
+        grad_hidden = grad_hidden * scale
+        grad_gate_up = torch.empty_like(gate_up)
+        torch.mul(grad_hidden, active, out=grad_gate_up[:, width:])
+        sigmoid = sigmoid.addcmul(active, 1 - sigmoid)  # silu'
+        torch.mul(grad_hidden * up, sigmoid, out=grad_gate_up[:, :width])
+        grad_matrices = torch.empty_like(typed_matrices)
+        grad_matrices[:, :2].copy_(
+            F.grouped_mm(grad_gate_up.mT, gathered, offs=expert_ends).unflatten(1, (2, width))
         )
-        slope_matrices[:, 2].copy_(F.grouped_mm(hidden.mT, rows, offs=ends))
-        back = F.grouped_mm(slopes, low[:, :2].flatten(1, 2), offs=ends)  # [R, H]
+        grad_matrices[:, 2].copy_(F.grouped_mm(hidden.mT, rows, offs=expert_ends))
+        grad_gathered = F.grouped_mm(
+            grad_gate_up, typed_matrices[:, :2].flatten(1, 2), offs=expert_ends
+        )  # [R, H]
         return (
-            F.embedding_bag(place, back, mode="sum"),
-            slope_scale.index_select(0, place.flatten()).view_as(place).to(weights.dtype),
-            slope_matrices.to(matrices.dtype),
+            F.embedding_bag(row_index, grad_gathered, mode="sum"),
+            grad_scale.index_select(0, row_index.flatten()).view_as(row_index).to(weights.dtype),
+            grad_matrices.to(matrices.dtype),
             *[None] * 3,
         )

@@ -8,11 +8,11 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file, save_file
 
-from coterie.training.network import Network, Shape
+from coterie.training.network import TrainingNetwork, NetworkShape
 
 
-def save(
-    network: Network, folder: Path, *, pad: int | None = None, mask: int | None = None
+def save_network(
+    network: TrainingNetwork, folder: Path, *, pad: int | None = None, mask: int | None = None
 ) -> None:
     """``config.json`` and ``model.safetensors``, in bf16 but for the selection bias, in fp32."""
     folder.mkdir(parents=True, exist_ok=True)
@@ -20,28 +20,28 @@ def save(
         name: weight.to(torch.float32 if name.endswith("expert_bias") else torch.bfloat16).clone(
             memory_format=torch.contiguous_format
         )
-        for name, weight in network.official().items()
+        for name, weight in network.checkpoint_tensors().items()
     }
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-    text = json.dumps(configuration(network.shape, pad=pad, mask=mask), indent=1)
+    text = json.dumps(hf_config(network.shape, pad=pad, mask=mask), indent=1)
     (folder / "config.json").write_text(text + "\n")
 
 
-def load(network: Network, folder: Path) -> None:
+def load_network(network: TrainingNetwork, folder: Path) -> None:
     """Read a checkpoint of the same shape into a network."""
     tensors = load_file(folder / "model.safetensors")
-    views = network.official()
+    views = network.checkpoint_tensors()
     if tensors.keys() != views.keys():
         raise ValueError(f"{folder}: tensors differ: {sorted(tensors.keys() ^ views.keys())[:3]}")
     for name, view in views.items():
         view.copy_(tensors[name])
 
 
-def configuration(
-    shape: Shape, *, pad: int | None = None, mask: int | None = None
+def hf_config(
+    shape: NetworkShape, *, pad: int | None = None, mask: int | None = None
 ) -> dict[str, object]:
     """The official keys of ``config.json``, and the mask's id, which official ones leave out."""
-    stated = {} if mask is None else {"mask_token_id": mask}
+    mask_entry = {} if mask is None else {"mask_token_id": mask}
     return {
         "architectures": ["LLaDA2MoeModelLM"],
         "model_type": "llada2_moe",
@@ -69,26 +69,26 @@ def configuration(
         "use_rmsnorm": True,
         "using_split_qkv_in_self_attention": False,
         "dtype": "bfloat16",
-        "vocab_size": shape.vocabulary,
-        "hidden_size": shape.hidden,
+        "vocab_size": shape.vocab_size,
+        "hidden_size": shape.hidden_size,
         "intermediate_size": shape.dense_width,
         "num_hidden_layers": shape.layers,
         "num_attention_heads": shape.heads,
         "num_key_value_heads": shape.kv_heads,
-        "head_dim": shape.head,
+        "head_dim": shape.head_dim,
         "first_k_dense_replace": shape.dense_layers,
         "num_experts": shape.experts,
         "num_experts_per_tok": shape.k,
         "n_group": shape.groups,
-        "topk_group": shape.kept_groups,
-        "moe_intermediate_size": shape.width,
-        "num_shared_experts": shape.shared,
-        "routed_scaling_factor": shape.scale,
-        "partial_rotary_factor": shape.rotary,
-        "rotary_dim": int(shape.head * shape.rotary),
-        "rope_theta": shape.theta,
+        "topk_group": shape.topk_groups,
+        "moe_intermediate_size": shape.expert_width,
+        "num_shared_experts": shape.shared_experts,
+        "routed_scaling_factor": shape.routed_scale,
+        "partial_rotary_factor": shape.rotary_fraction,
+        "rotary_dim": int(shape.head_dim * shape.rotary_fraction),
+        "rope_theta": shape.rope_theta,
         "rms_norm_eps": shape.epsilon,
-        "max_position_embeddings": shape.length,
-        "pad_token_id": shape.vocabulary - 1 if pad is None else pad,
-        **stated,
+        "max_position_embeddings": shape.max_length,
+        "pad_token_id": shape.vocab_size - 1 if pad is None else pad,
+        **mask_entry,
     }

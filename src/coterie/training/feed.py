@@ -12,34 +12,40 @@ from multiprocessing.queues import Queue
 
 import torch
 
-from coterie.training.batch import Batch
+from coterie.training.batch import TrainingBatch
 
-Make = Callable[[int], Batch]
+BatchFunction = Callable[[int], TrainingBatch]
 
 PR_SET_PDEATHSIG = 1
-FORK = mp.get_context("fork")
+FORK_CONTEXT = mp.get_context("fork")
 
 
-class Feed:
+class BatchLoader:
     """One process that makes ``make(start)``, ``make(start + 1)``, ... and splits each over lanes.
 
     Batch ``i`` depends on ``i`` alone, so that a resumed run sees what the first would have seen.
     """
 
     def __init__(
-        self, make: Make, start: int, stop: int, *, lanes: int = 1, ahead: int = 8
+        self,
+        make_batch: BatchFunction,
+        start: int,
+        stop: int,
+        *,
+        num_workers: int = 1,
+        prefetch: int = 8,
     ) -> None:
-        self.lanes: list[Queue] = [FORK.Queue(ahead) for _ in range(lanes)]
-        self._process = fork(_produce, make, start, stop, self.lanes)
+        self.queues: list[Queue] = [FORK_CONTEXT.Queue(prefetch) for _ in range(num_workers)]
+        self._process = start_process(_produce_batches, make_batch, start, stop, self.queues)
 
-    def take(self, lane: int = 0) -> Batch:
+    def next_batch(self, worker: int = 0) -> TrainingBatch:
         """The next batch of a lane; RuntimeError when the maker has died."""
         while True:
             try:
-                return Batch.of(self.lanes[lane].get(timeout=10))
+                return TrainingBatch.from_arrays(self.queues[worker].get(timeout=10))
             except queue.Empty:
                 # A forked worker sees the maker as a sibling, which only its parent may ask after.
-                if lane == 0 and not self._process.is_alive():
+                if worker == 0 and not self._process.is_alive():
                     raise RuntimeError("the process that makes batches has died") from None
 
     def close(self) -> None:
@@ -48,20 +54,20 @@ class Feed:
         self._process.join()
 
 
-def fork(target: Callable[..., None], *args: object) -> BaseProcess:
+def start_process(target: Callable[..., None], *args: object) -> BaseProcess:
     """Start ``target`` in a forked process that dies with this one and uses one thread."""
-    process = FORK.Process(target=_alone, args=(target, *args), daemon=True)
+    process = FORK_CONTEXT.Process(target=_run_in_child, args=(target, *args), daemon=True)
     process.start()
     return process
 
 
-def _alone(target: Callable[..., None], *args: object) -> None:
+def _run_in_child(target: Callable[..., None], *args: object) -> None:
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     torch.set_num_threads(1)
     target(*args)
 
 
-def _produce(make: Make, start: int, stop: int, lanes: list[Queue]) -> None:
+def _produce_batches(make_batch: BatchFunction, start: int, stop: int, queues: list[Queue]) -> None:
     for step in range(start, stop):
-        for lane, part in zip(lanes, make(step).split(len(lanes)), strict=True):
-            lane.put(part.arrays())
+        for queue_, part in zip(queues, make_batch(step).split(len(queues)), strict=True):
+            queue_.put(part.to_arrays())

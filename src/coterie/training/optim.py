@@ -18,11 +18,11 @@ from coterie.keys import Key
 
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 # Matrices of a chunk stay in a core's second-level cache through all passes.
-CHUNK = 64
+CHUNK_MATRICES = 64
 
 
 @dataclass(frozen=True)
-class Rates:
+class OptimizerOptions:
     """Learning rates before the schedule, and the constants beside them."""
 
     matrix: Annotated[float, Key("matrix")] = 0.02
@@ -30,15 +30,15 @@ class Rates:
     head: Annotated[float, Key("head")] = 0.003
     router: Annotated[float, Key("router")] = 0.002
     norm: Annotated[float, Key("norm")] = 0.003
-    decay: Annotated[float, Key("decay")] = 0.01  # of matrices, per unit of learning rate
+    weight_decay: Annotated[float, Key("decay")] = 0.01  # of matrices, per unit of learning rate
     momentum: Annotated[float, Key("momentum")] = 0.95
-    beta_first: Annotated[float, Key("beta_first")] = 0.9
-    beta_second: Annotated[float, Key("beta_second")] = 0.98
-    iterations: Annotated[int, Key("iterations")] = 5
+    beta1: Annotated[float, Key("beta_first")] = 0.9
+    beta2: Annotated[float, Key("beta_second")] = 0.98
+    newton_schulz_steps: Annotated[int, Key("iterations")] = 5
 
 
 @dataclass(frozen=True)
-class Flat:
+class ParameterBuffer:
     """Parameters of one kind side by side, gradients by worker, and the optimiser's memory."""
 
     weights: Tensor  # [n, r, c] or [n]
@@ -46,60 +46,78 @@ class Flat:
     state: tuple[Tensor, ...]  # each like weights
     rate: Tensor  # [n], of each matrix or element
 
-    def part(self, worker: int) -> slice:
+    def worker_slice(self, worker: int) -> slice:
         """The share of the leading dimension that a worker updates."""
         workers, n = len(self.gradients), len(self.weights)
         return slice(n * worker // workers, n * (worker + 1) // workers)
 
-    def gather(self, worker: int) -> float:
+    def reduce_gradients(self, worker: int) -> float:
         """Add the other workers' gradients into the first's, over this worker's part.
 
         Returns the squared length of the sum.
         """
-        part = self.part(worker)
+        part = self.worker_slice(worker)
         total = self.gradients[0, part]
         for other in self.gradients[1:]:
             total.add_(other[part])
         return float(torch.linalg.vector_norm(total) ** 2)
 
 
-def flatten(
-    parameters: Iterable[tuple[nn.Parameter, float]], workers: int, memories: int, *, matrices: bool
-) -> Flat:
+def build_buffer(
+    parameters: Iterable[tuple[nn.Parameter, float]],
+    workers: int,
+    num_states: int,
+    *,
+    matrices: bool,
+) -> ParameterBuffer:
     """Move parameters, each with its rate, into one shared buffer; they become views of it."""
     pairs = list(parameters)
     size = pairs[0][0].shape[-2:] if matrices else ()
-    shaped = [p.data.reshape(-1, *size) for p, _ in pairs]
-    weights = torch.cat(shaped).share_memory_()
-    counts = [len(s) for s in shaped]
+    reshaped = [p.data.reshape(-1, *size) for p, _ in pairs]
+    weights = torch.cat(reshaped).share_memory_()
+    counts = [len(s) for s in reshaped]
     for (parameter, _), view in zip(pairs, weights.split(counts), strict=True):
         parameter.data = view.view_as(parameter)
     rate = torch.cat([torch.full((n,), r) for n, (_, r) in zip(counts, pairs, strict=True)])
     gradients = torch.zeros(workers, *weights.shape).share_memory_()
-    state = tuple(torch.zeros_like(weights).share_memory_() for _ in range(memories))
-    return Flat(weights, gradients, state, rate)
+    state = tuple(torch.zeros_like(weights).share_memory_() for _ in range(num_states))
+    return ParameterBuffer(weights, gradients, state, rate)
 
 
-def attach(flat: Flat, parameters: Iterable[nn.Parameter], worker: int) -> None:
+def attach_gradients(
+    buffer: ParameterBuffer, parameters: Iterable[nn.Parameter], worker: int
+) -> None:
     """Let backward write this worker's gradients straight into the flat buffer."""
-    own, start = flat.gradients[worker].view(-1), 0
+    gradient, start = buffer.gradients[worker].view(-1), 0
     for parameter in parameters:
-        parameter.grad = own[start : start + parameter.numel()].view_as(parameter)
+        parameter.grad = gradient[start : start + parameter.numel()].view_as(parameter)
         start += parameter.numel()
 
 
-def muon(flat: Flat, part: slice, rates: Rates, *, lr: float, momentum: float, clip: float) -> None:
+def muon_step(
+    buffer: ParameterBuffer,
+    part: slice,
+    options: OptimizerOptions,
+    *,
+    lr: float,
+    momentum: float,
+    clip: float,
+) -> None:
     """Nesterov momentum, made orthogonal, so that every direction of a matrix learns alike."""
-    for start in range(part.start, part.stop, CHUNK):
-        at = slice(start, min(start + CHUNK, part.stop))
-        gradient, memory, weight = flat.gradients[0, at], flat.state[0][at], flat.weights[at]
-        memory.lerp_(gradient.mul_(clip), 1 - momentum)
-        step = orthogonal(gradient.lerp_(memory, momentum), rates.iterations)
-        rate = (lr * flat.rate[at])[:, None, None]
-        weight.mul_(1 - rate * rates.decay).addcmul_(step.to(weight.dtype), rate, value=-1)
+    for start in range(part.start, part.stop, CHUNK_MATRICES):
+        span = slice(start, min(start + CHUNK_MATRICES, part.stop))
+        gradient, momentum_buffer, weight = (
+            buffer.gradients[0, span],
+            buffer.state[0][span],
+            buffer.weights[span],
+        )
+        momentum_buffer.lerp_(gradient.mul_(clip), 1 - momentum)
+        step = orthogonalize(gradient.lerp_(momentum_buffer, momentum), options.newton_schulz_steps)
+        rate = (lr * buffer.rate[span])[:, None, None]
+        weight.mul_(1 - rate * options.weight_decay).addcmul_(step.to(weight.dtype), rate, value=-1)
 
 
-def orthogonal(matrices: Tensor, iterations: int = 5) -> Tensor:
+def orthogonalize(matrices: Tensor, iterations: int = 5) -> Tensor:
     """The nearest matrices [n, r, c] with singular values near one, by Newton-Schulz in bf16."""
     a, b, c = COEFFICIENTS
     tall = matrices.shape[-2] > matrices.shape[-1]
@@ -111,12 +129,20 @@ def orthogonal(matrices: Tensor, iterations: int = 5) -> Tensor:
     return x.mT if tall else x
 
 
-def adamw(flat: Flat, part: slice, rates: Rates, *, lr: float, step: int, clip: float) -> None:
+def adamw_step(
+    buffer: ParameterBuffer,
+    part: slice,
+    options: OptimizerOptions,
+    *,
+    lr: float,
+    step: int,
+    clip: float,
+) -> None:
     """Adam with bias correction; nothing here decays."""
-    gradient, weight = flat.gradients[0, part].mul_(clip), flat.weights[part]
-    first, second = (memory[part] for memory in flat.state)
-    first.lerp_(gradient, 1 - rates.beta_first)
-    second.lerp_(gradient.square_(), 1 - rates.beta_second)
-    root = (second / (1 - rates.beta_second ** (step + 1))).sqrt_().add_(1e-10)
-    scale = lr * flat.rate[part] / (1 - rates.beta_first ** (step + 1))
+    gradient, weight = buffer.gradients[0, part].mul_(clip), buffer.weights[part]
+    first, second = (memory[part] for memory in buffer.state)
+    first.lerp_(gradient, 1 - options.beta1)
+    second.lerp_(gradient.square_(), 1 - options.beta2)
+    root = (second / (1 - options.beta2 ** (step + 1))).sqrt_().add_(1e-10)
+    scale = lr * buffer.rate[part] / (1 - options.beta1 ** (step + 1))
     weight.sub_(first / root * scale)

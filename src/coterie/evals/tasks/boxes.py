@@ -6,10 +6,10 @@ import re
 from dataclasses import dataclass
 
 BOX = re.compile(r"\\(?:boxed|fbox)\s*")
-BARE = re.compile(r"[^\s{}$\\,;]+")  # of "\boxed 5"
+UNBRACED = re.compile(r"[^\s{}$\\,;]+")  # of "\boxed 5"
 # A chat model's own end marks: published tokenizers spell them so.
-END = re.compile(r"</s>|<\|(?:im_end|endoftext|eot_id|end|role_end)\|>")
-STEP = re.compile(r"\\.|[{}]", re.DOTALL)  # an escaped brace opens nothing
+END_OF_TEXT = re.compile(r"</s>|<\|(?:im_end|endoftext|eot_id|end|role_end)\|>")
+BRACE_OR_ESCAPE = re.compile(r"\\.|[{}]", re.DOTALL)  # an escaped brace opens nothing
 
 
 @dataclass(frozen=True)
@@ -21,37 +21,37 @@ class Box:
     content: str
 
 
-def answered(output: str) -> str:
+def strip_end_marks(output: str) -> str:
     """The output up to its end mark."""
-    end = END.search(output)
+    end = END_OF_TEXT.search(output)
     return output if end is None else output[: end.start()]
 
 
-def boxes(text: str) -> list[Box]:
+def find_boxes(text: str) -> list[Box]:
     """Every box that is closed and not empty, by where it begins; of nested ones, all."""
-    found: list[Box] = []
-    closing = _closing(text)
-    for opened in BOX.finditer(text):
-        start = opened.end()
+    boxes: list[Box] = []
+    closing_braces = _match_braces(text)
+    for opening in BOX.finditer(text):
+        start = opening.end()
         if text.startswith("{", start):
-            stop = closing.get(start)
+            stop = closing_braces.get(start)
             content = "" if stop is None else text[start + 1 : stop]
         else:
-            bare = BARE.match(text, start)
-            stop = start if bare is None else bare.end() - 1
-            content = "" if bare is None else bare[0].rstrip(".")
+            unbraced = UNBRACED.match(text, start)
+            stop = start if unbraced is None else unbraced.end() - 1
+            content = "" if unbraced is None else unbraced[0].rstrip(".")
         if stop is not None and content.strip():
-            found.append(Box(opened.start(), stop + 1, content.strip()))
-    return found
+            boxes.append(Box(opening.start(), stop + 1, content.strip()))
+    return boxes
 
 
-def _closing(text: str) -> dict[int, int]:
+def _match_braces(text: str) -> dict[int, int]:
     """From every opening brace to its closing one, in one pass: outputs may hold thousands."""
-    open_: list[int] = []
+    stack: list[int] = []
     pairs: dict[int, int] = {}
-    for step in STEP.finditer(text):
-        if step[0] == "{":
-            open_.append(step.start())
-        elif step[0] == "}" and open_:
-            pairs[open_.pop()] = step.start()
+    for token in BRACE_OR_ESCAPE.finditer(text):
+        if token[0] == "{":
+            stack.append(token.start())
+        elif token[0] == "}" and stack:
+            pairs[stack.pop()] = token.start()
     return pairs

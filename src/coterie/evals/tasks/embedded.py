@@ -8,20 +8,20 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache, partial
 
-from coterie.evals.task import Grade, Item, Task, Wish
+from coterie.evals.task import Grade, Item, Task, TaskOptions
 from coterie.naming import CoterieError
-from coterie.problems import TASKS as MAKERS
-from coterie.problems import Problem, draw
-from coterie.sandbox import require_fence, run
+from coterie.problems import PROBLEM_MAKERS as MAKERS
+from coterie.problems import Problem, draw_problem
+from coterie.sandbox import require_backend, run_program
 
-NUMBERED = {  # the last of these in the output is its answer
+ANSWER_PATTERNS = {  # the last of these in the output is its answer
     "words": re.compile(r"####\s*(-?\d+)"),
     "algebra": re.compile(r"\\boxed\{\s*(-?\d+)\s*\}"),
 }
 
 
 @dataclass(frozen=True)
-class Embedded:
+class EmbeddedTask:
     """``count`` held-out problems of one kind, drawn from ``seed``; code runs in the sandbox.
 
     A longer draw begins with the shorter one's items. ``id`` is "words/<seed>/<n>".
@@ -39,7 +39,9 @@ class Embedded:
             "count": self.count,
             "shots": 0,
             "template": "{question}",
-            "counts": NUMBERED[self.name].pattern if self.name in NUMBERED else "asserts pass",
+            "counts": ANSWER_PATTERNS[self.name].pattern
+            if self.name in ANSWER_PATTERNS
+            else "asserts pass",
         }
 
     def generation(self) -> Mapping[str, object]:
@@ -49,7 +51,7 @@ class Embedded:
     def items(self) -> Sequence[Item]:
         return [
             Item(f"{self.name}/{self.seed}/{number}", problem.prompt, problem.gold)
-            for number, problem in enumerate(_drawn(self.name, self.seed, self.count))
+            for number, problem in enumerate(_draw_problems(self.name, self.seed, self.count))
         ]
 
     def prompt(self, item: Item) -> str:
@@ -59,7 +61,7 @@ class Embedded:
         return grade(self.name, output, item.gold, trust=self.trust)
 
 
-def opener(name: str) -> Callable[[Wish], Task]:
+def task_opener(name: str) -> Callable[[TaskOptions], Task]:
     """What opens the kind ``name``."""
     return partial(_open, name)
 
@@ -69,36 +71,36 @@ def grade(name: str, output: str, gold: str, *, trust: bool = False) -> Grade:
 
     Raises CoterieError for code, where nothing can keep it in and it is not trusted.
     """
-    if name in NUMBERED:
-        found = NUMBERED[name].findall(output)
-        right = bare(name, gold)
-        return Grade(bool(found) and found[-1] == right, found[-1] if found else None)
-    return Grade(run(f"{output}\n{gold}\n", trust=trust).passed, output)
+    if name in ANSWER_PATTERNS:
+        matches = ANSWER_PATTERNS[name].findall(output)
+        expected = gold_number(name, gold)
+        return Grade(bool(matches) and matches[-1] == expected, matches[-1] if matches else None)
+    return Grade(run_program(f"{output}\n{gold}\n", trust=trust).passed, output)
 
 
-def bare(name: str, gold: str) -> str:
+def gold_number(name: str, gold: str) -> str:
     """The number of a gold answer, bare or as the answers of ``name`` end ("... #### 18").
 
     Raises CoterieError where there is none.
     """
-    marked = NUMBERED[name].findall(gold)
-    number = marked[-1] if marked else gold.strip()
+    matches = ANSWER_PATTERNS[name].findall(gold)
+    number = matches[-1] if matches else gold.strip()
     if not re.fullmatch(r"-?\d+", number):
         raise CoterieError(f"{gold!r} is no whole number, nor does one stand at its end as usual")
     return number
 
 
-def _open(name: str, wish: Wish) -> Embedded:
-    if wish.count < 1:
-        raise CoterieError(f"{name}: {wish.count} items; at least 1")
-    if wish.shots:
-        raise CoterieError(f"{name} is asked without examples; {wish.shots} shots were wanted")
-    if name not in NUMBERED:
-        require_fence(wish.trust)
-    return Embedded(name, wish.count, wish.seed, wish.trust)
+def _open(name: str, options: TaskOptions) -> EmbeddedTask:
+    if options.count < 1:
+        raise CoterieError(f"{name}: {options.count} items; at least 1")
+    if options.shots:
+        raise CoterieError(f"{name} is asked without examples; {options.shots} shots were wanted")
+    if name not in ANSWER_PATTERNS:
+        require_backend(options.trust)
+    return EmbeddedTask(name, options.count, options.seed, options.trust)
 
 
 @cache
-def _drawn(name: str, seed: int, count: int) -> tuple[Problem, ...]:
+def _draw_problems(name: str, seed: int, count: int) -> tuple[Problem, ...]:
     rng = random.Random(f"{name}/{seed}")
-    return tuple(draw(MAKERS[name], rng, "test") for _ in range(count))
+    return tuple(draw_problem(MAKERS[name], rng, "test") for _ in range(count))

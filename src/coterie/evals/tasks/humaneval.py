@@ -5,19 +5,19 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
-from coterie.evals.task import Grade, Item, Wish
+from coterie.evals.task import Grade, Item, TaskOptions
 from coterie.evals.tasks import code
-from coterie.evals.tasks.source import Published, Source, read
+from coterie.evals.tasks.source import BenchmarkFile, BenchmarkData, read_benchmark
 from coterie.keys import to_json
 from coterie.naming import CoterieError
-from coterie.sandbox import Limits, require_fence
+from coterie.sandbox import Limits, require_backend
 
-TEST = Published(
+TEST = BenchmarkFile(
     "humaneval/HumanEval.jsonl.gz",
     "openai/openai_humaneval",
     ("openai_humaneval/test-00000-of-00001.parquet",),
     {"task_id": str, "prompt": str, "test": str, "entry_point": str},
-    unique="task_id",
+    unique_key="task_id",
 )
 COMPLETE = "Complete the following python code:\n{prompt}"  # OpenCompass, for chat models
 INSTRUCT = (  # OpenCompass's for models that explain themselves
@@ -25,14 +25,14 @@ INSTRUCT = (  # OpenCompass's for models that explain themselves
     "Can you complete the following Python function?\n```python\n{prompt}\n```"
 )
 TEMPLATES = {"llada-moe": COMPLETE}  # families that are not named: INSTRUCT
-LONGEST = {"llada-moe": 512}  # tokens; others: 2048
+MAX_NEW_TOKENS = {"llada-moe": 512}  # tokens; others: 2048
 
 
 @dataclass(frozen=True)
 class HumanEval:
     """The 164 problems, zero-shot. ``gold`` is the problem's tests and the call that runs them."""
 
-    source: Source
+    source: BenchmarkData
     family: str
     trust: bool = False
     name: str = field(default="humaneval", init=False)
@@ -47,7 +47,7 @@ class HumanEval:
         }
 
     def generation(self) -> Mapping[str, object]:
-        return {"max_new_tokens": LONGEST.get(self.family, 2048)}
+        return {"max_new_tokens": MAX_NEW_TOKENS.get(self.family, 2048)}
 
     def items(self) -> Sequence[Item]:
         return [
@@ -70,9 +70,11 @@ class HumanEval:
         return TEMPLATES.get(self.family, INSTRUCT)
 
 
-def open_humaneval(wish: Wish) -> HumanEval:
+def open_humaneval(options: TaskOptions) -> HumanEval:
     """Refuses, before anything is generated, where no sandbox can be had for the answers."""
-    if wish.shots:
-        raise CoterieError(f"humaneval is asked without examples; {wish.shots} shots were wanted")
-    require_fence(wish.trust)
-    return HumanEval(read(TEST, wish.data), wish.family, wish.trust)
+    if options.shots:
+        raise CoterieError(
+            f"humaneval is asked without examples; {options.shots} shots were wanted"
+        )
+    require_backend(options.trust)
+    return HumanEval(read_benchmark(TEST, options.data), options.family, options.trust)

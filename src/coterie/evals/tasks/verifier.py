@@ -15,7 +15,7 @@ import warnings
 from collections.abc import Callable
 from contextlib import suppress
 
-MEMORY = 3 << 30  # bytes of address space
+MEMORY_LIMIT = 3 << 30  # bytes of address space
 
 
 def main() -> None:
@@ -25,27 +25,27 @@ def main() -> None:
     """
     seconds = float(sys.argv[1])
     warnings.simplefilter("ignore")
-    same = _load()
+    is_equal = _load_comparison()
     with suppress(ValueError, OSError):
-        resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
+        resource.setrlimit(resource.RLIMIT_AS, (MEMORY_LIMIT, MEMORY_LIMIT))
     with os.fdopen(os.dup(1), "w") as replies:
-        _mute()
+        _silence_output()
         replies.write("ready\n")
         replies.flush()
         for line in sys.stdin:
             gold, answer = json.loads(line)
             # The kernel's own end for it: no handler could interrupt a power of large integers.
             signal.setitimer(signal.ITIMER_PROF, seconds)
-            verdict = same(gold, answer)
+            equal = is_equal(gold, answer)
             signal.setitimer(signal.ITIMER_PROF, 0)
-            replies.write(f"{int(verdict)}\n")
+            replies.write(f"{int(equal)}\n")
             replies.flush()
 
 
-def _load() -> Callable[[str, str], bool]:
+def _load_comparison() -> Callable[[str, str], bool]:
     from math_verify import parse, verify
 
-    def same(gold: str, answer: str) -> bool:
+    def is_equal(gold: str, answer: str) -> bool:
         try:
             # Its own timeouts are signals, which would need handlers: the kernel's is enough.
             pair = [parse(f"${text}$", parsing_timeout=0) for text in (gold, answer)]
@@ -54,15 +54,15 @@ def _load() -> Callable[[str, str], bool]:
         except Exception:
             return False
 
-    same("1", "2")  # the first call builds the grammar
-    return same
+    is_equal("1", "2")  # the first call builds the grammar
+    return is_equal
 
 
-def _mute() -> None:
+def _silence_output() -> None:
     """Standard output and error go nowhere: the parser prints."""
-    nowhere = os.open(os.devnull, os.O_WRONLY)
+    devnull = os.open(os.devnull, os.O_WRONLY)
     for stream in (1, 2):
-        os.dup2(nowhere, stream)
+        os.dup2(devnull, stream)
 
 
 if __name__ == "__main__":

@@ -19,40 +19,40 @@ from pathlib import Path
 
 from coterie.naming import CoterieError
 
-SECONDS = 4.0  # of processor time for one pair
-SCRIPT = Path(__file__).with_name("verifier.py")
+CPU_SECONDS = 4.0  # of processor time for one pair
+SCRIPT_PATH = Path(__file__).with_name("verifier.py")
 
 
 @lru_cache(maxsize=1 << 14)
-def mean_the_same(gold: str, answer: str) -> bool:
+def is_equivalent_latex(gold: str, answer: str) -> bool:
     """False also for a pair that is no mathematics or takes longer than the deadline."""
-    verifier = _free()
+    verifier = _acquire()
     try:
-        verdict = verifier.ask(gold, answer)
+        equal = verifier.compare(gold, answer)
     except BaseException:
         verifier.close()
         raise
-    if verdict is None:
+    if equal is None:
         verifier.close()
         return False
-    _idle.append(verifier)
-    return verdict
+    _idle_verifiers.append(verifier)
+    return equal
 
 
 def require_math_verify() -> None:
     """Raises where math-verify is not installed or does not start; else one process is ready."""
     if find_spec("math_verify") is None:
         raise CoterieError("math500 is graded by math-verify: pip install 'coterie[lab]'")
-    _idle.append(_free())
+    _idle_verifiers.append(_acquire())
 
 
-class _Verifier:
+class _VerifierProcess:
     """One process of ``verifier.py``."""
 
     def __init__(self) -> None:
         # -P: a module beside the script must not pass for one of the standard library.
         self.process = subprocess.Popen(
-            [sys.executable, "-P", str(SCRIPT), str(SECONDS)],
+            [sys.executable, "-P", str(SCRIPT_PATH), str(CPU_SECONDS)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
@@ -60,11 +60,13 @@ class _Verifier:
         )
         assert self.process.stdout is not None
         if self.process.stdout.readline() != "ready\n":
-            said = self.process.communicate()[1].strip().split("\n")[-1]
-            raise CoterieError(f"math-verify does not start ({said}); see pip install coterie[lab]")
-        self.owner = os.getpid()
+            message = self.process.communicate()[1].strip().split("\n")[-1]
+            raise CoterieError(
+                f"math-verify does not start ({message}); see pip install coterie[lab]"
+            )
+        self.owner_pid = os.getpid()
 
-    def ask(self, gold: str, answer: str) -> bool | None:
+    def compare(self, gold: str, answer: str) -> bool | None:
         """None: it ended over the pair."""
         assert self.process.stdin is not None
         assert self.process.stdout is not None
@@ -81,21 +83,21 @@ class _Verifier:
             self.process.communicate()
 
 
-_idle: list[_Verifier] = []
+_idle_verifiers: list[_VerifierProcess] = []
 
 
-def _free() -> _Verifier:
+def _acquire() -> _VerifierProcess:
     """One that waits, and is this process's own: a fork inherits its parent's."""
-    while _idle:
+    while _idle_verifiers:
         with suppress(IndexError):  # another thread was faster
-            verifier = _idle.pop()
-            if verifier.owner == os.getpid():
+            verifier = _idle_verifiers.pop()
+            if verifier.owner_pid == os.getpid():
                 return verifier
-    return _Verifier()
+    return _VerifierProcess()
 
 
 @atexit.register
 def _close_all() -> None:
-    for verifier in _idle:
-        if verifier.owner == os.getpid():
+    for verifier in _idle_verifiers:
+        if verifier.owner_pid == os.getpid():
             verifier.close()

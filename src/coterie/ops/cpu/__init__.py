@@ -4,43 +4,49 @@ The kernels are C++ behind a plain C interface. Where they were not built nothin
 PyTorch does the work.
 """
 
-from coterie.ops.cpu.attend import attend, attends, attention
+from coterie.ops.cpu.attend import fused_attention, supports_attention, fused_attention_layer
 from coterie.ops.cpu.checksum import crc32
 from coterie.ops.cpu.kernels import (
     expert_bytes,
-    isas,
-    memory,
+    available_isas,
+    allocate,
     pack,
     packed_format,
-    read,
-    ready,
+    read_experts,
+    is_available,
     run_experts,
 )
-from coterie.ops.cpu.linear import linear, pack_matrix, packs, swiglu
+from coterie.ops.cpu.linear import linear, pack_matrix, can_pack_matrix, swiglu
 from coterie.ops.cpu.route import route
-from coterie.ops.cpu.rows import add_norm, norms, rms_norm, survey, surveys
+from coterie.ops.cpu.rows import (
+    add_rms_norm,
+    supports_rms_norm,
+    rms_norm,
+    summarize_logits,
+    supports_logits_summary,
+)
 
 __all__ = [
-    "add_norm",
-    "attend",
-    "attends",
-    "attention",
+    "add_rms_norm",
+    "fused_attention",
+    "supports_attention",
+    "fused_attention_layer",
     "crc32",
     "expert_bytes",
-    "isas",
+    "available_isas",
     "linear",
-    "memory",
-    "norms",
+    "allocate",
+    "supports_rms_norm",
     "pack",
     "pack_matrix",
     "packed_format",
-    "packs",
-    "read",
-    "ready",
+    "can_pack_matrix",
+    "read_experts",
+    "is_available",
     "rms_norm",
     "route",
     "run_experts",
-    "survey",
-    "surveys",
+    "summarize_logits",
+    "supports_logits_summary",
     "swiglu",
 ]

@@ -8,23 +8,28 @@ from typing import TypeAlias
 
 import torch
 
-from coterie.ops.cpu.kernels import OUTCOMES, built
-from coterie.ops.cpu.library import Attending, Chain, Gating, Link, Norming, Product
+from coterie.ops.cpu.kernels import ERROR_MESSAGES, require_library
+from coterie.ops.cpu.library import AttentionArgs, OpList, SiluMulArgs, Op, RmsNormArgs, MatmulArgs
 
-Work: TypeAlias = Product | Attending | Norming | Gating
+OpArgs: TypeAlias = MatmulArgs | AttentionArgs | RmsNormArgs | SiluMulArgs
 
-_KINDS: Mapping[type[Work], int] = {Product: 0, Attending: 1, Norming: 2, Gating: 3}
+_OP_KINDS: Mapping[type[OpArgs], int] = {
+    MatmulArgs: 0,
+    AttentionArgs: 1,
+    RmsNormArgs: 2,
+    SiluMulArgs: 3,
+}
 """See ``api.hpp``."""
 
 
-def follow(*works: Work) -> None:
+def run_ops(*ops: OpArgs) -> None:
     """Do them in this order: what one writes, the next ones may read.
 
     The caller keeps all memory that they name until it returns.
     """
-    links = (Link * len(works))(*((ctypes.addressof(w), _KINDS[type(w)]) for w in works))
-    chain = Chain(ctypes.addressof(links), len(works), torch.get_num_threads())
-    found = built()
-    if outcome := found.handle.coterie_follow(found.isa(), ctypes.byref(chain)):
-        names = ", ".join(type(work).__name__.lower() for work in works)
-        raise RuntimeError(f"the kernels could not run ({names}): {OUTCOMES[outcome]}")
+    array = (Op * len(ops))(*((ctypes.addressof(op), _OP_KINDS[type(op)]) for op in ops))
+    op_list = OpList(ctypes.addressof(array), len(ops), torch.get_num_threads())
+    kernels = require_library()
+    if status := kernels.handle.coterie_follow(kernels.isa(), ctypes.byref(op_list)):
+        names = ", ".join(type(op).__name__.lower() for op in ops)
+        raise RuntimeError(f"the kernels could not run ({names}): {ERROR_MESSAGES[status]}")

@@ -7,17 +7,17 @@ import zlib
 
 from torch import Tensor
 
-from coterie.ops.cpu.library import library
+from coterie.ops.cpu.library import load_library
 
-DONE = 0
+STATUS_OK = 0
 
 
-def crc32(content: Tensor, before: int = 0) -> int:
+def crc32(content: Tensor, initial: int = 0) -> int:
     """``zlib.crc32`` of contiguous bytes on the host; several threads may ask at once."""
-    found = library()
-    if found is not None and found.wide():
-        sum_ = ctypes.c_uint32(before)
-        place, size = content.data_ptr(), content.nbytes
-        if found.handle.coterie_crc32(place, size, ctypes.byref(sum_)) == DONE:
-            return sum_.value
-    return zlib.crc32(content.numpy().data, before)
+    kernels = load_library()
+    if kernels is not None and kernels.is_widest_isa():
+        checksum = ctypes.c_uint32(initial)
+        address, size = content.data_ptr(), content.nbytes
+        if kernels.handle.coterie_crc32(address, size, ctypes.byref(checksum)) == STATUS_OK:
+            return checksum.value
+    return zlib.crc32(content.numpy().data, initial)

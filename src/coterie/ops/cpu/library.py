@@ -22,16 +22,16 @@ from dataclasses import dataclass
 from functools import cache
 
 from coterie.naming import CoterieError
-from coterie.ops.cpu.build import LIBRARY
-from coterie.ops.panels import LAYOUT
+from coterie.ops.cpu.build import LIBRARY_PATH
+from coterie.ops.panels import LAYOUT_VERSION
 
-ABI = 5
-FORMATS: Mapping[str, int] = {"bf16": 0, "int8": 1, "int4": 2}
-VOTES = ("masked", "weight", "count", "full", "margin", "max")  # by their numbers
-OVERRIDE = "COTERIE_ISA"
+ABI_VERSION = 5
+FORMAT_IDS: Mapping[str, int] = {"bf16": 0, "int8": 1, "int4": 2}
+VOTE_KINDS = ("masked", "weight", "count", "full", "margin", "max")  # by their numbers
+ISA_VARIABLE = "COTERIE_ISA"
 
 
-class Call(Structure):
+class ExpertsArgs(Structure):
     """See ``api.hpp``."""
 
     _fields_ = (
@@ -42,7 +42,7 @@ class Call(Structure):
     )
 
 
-class Reading(Structure):
+class ReadArgs(Structure):
     """See ``api.hpp``."""
 
     _fields_ = (
@@ -52,7 +52,7 @@ class Reading(Structure):
     )
 
 
-class Packing(Structure):
+class PackArgs(Structure):
     """See ``api.hpp``."""
 
     _fields_ = (
@@ -63,7 +63,7 @@ class Packing(Structure):
     )
 
 
-class MatrixPacking(Structure):
+class PackMatrixArgs(Structure):
     """See ``api.hpp``."""
 
     _fields_ = (
@@ -72,7 +72,7 @@ class MatrixPacking(Structure):
     )
 
 
-class Product(Structure):
+class MatmulArgs(Structure):
     """See ``api.hpp``."""
 
     _fields_ = (
@@ -82,7 +82,7 @@ class Product(Structure):
     )
 
 
-class Election(Structure):
+class RouteArgs(Structure):
     """See ``api.hpp``."""
 
     _fields_ = (
@@ -97,7 +97,7 @@ class Election(Structure):
     )
 
 
-class Attending(Structure):
+class AttentionArgs(Structure):
     """See ``api.hpp``."""
 
     _fields_ = (
@@ -110,7 +110,7 @@ class Attending(Structure):
     )
 
 
-class Norming(Structure):
+class RmsNormArgs(Structure):
     """See ``api.hpp``."""
 
     _fields_ = (
@@ -120,7 +120,7 @@ class Norming(Structure):
     )
 
 
-class Gating(Structure):
+class SiluMulArgs(Structure):
     """See ``api.hpp``."""
 
     _fields_ = (
@@ -129,19 +129,19 @@ class Gating(Structure):
     )
 
 
-class Link(Structure):
+class Op(Structure):
     """See ``api.hpp``."""
 
     _fields_ = (("work", c_void_p), ("kind", c_int32))
 
 
-class Chain(Structure):
+class OpList(Structure):
     """See ``api.hpp``."""
 
     _fields_ = (("links", c_void_p), ("count", c_int32), ("threads", c_int32))
 
 
-class Surveying(Structure):
+class LogitsSummaryArgs(Structure):
     """See ``api.hpp``."""
 
     _fields_ = (
@@ -151,7 +151,7 @@ class Surveying(Structure):
 
 
 @dataclass(frozen=True)
-class Library:
+class KernelLibrary:
     """The loaded library, and which of its instruction sets run here: name -> its number."""
 
     handle: ctypes.CDLL
@@ -159,65 +159,65 @@ class Library:
 
     def isa(self) -> int:
         """The best one, or what COTERIE_ISA asks for."""
-        wish = os.environ.get(OVERRIDE)
-        if not wish:
+        isa_name = os.environ.get(ISA_VARIABLE)
+        if not isa_name:
             return max(self.isas.values())
-        if wish not in self.isas:
+        if isa_name not in self.isas:
             raise CoterieError(
-                f"{OVERRIDE}={wish}: no such instruction set here; known: {', '.join(self.isas)}"
+                f"{ISA_VARIABLE}={isa_name}: no such instruction set here; known: {', '.join(self.isas)}"
             )
-        return self.isas[wish]
+        return self.isas[isa_name]
 
-    def wide(self) -> bool:
+    def is_widest_isa(self) -> bool:
         """Whether that one has the widest registers."""
         return self.isa() >= self.isas.get("avx512", len(self.isas))
 
 
 @cache
-def library() -> Library | None:
+def load_library() -> KernelLibrary | None:
     """The kernels, or None where they were not built; why is said once."""
     try:
-        handle = ctypes.CDLL(str(LIBRARY))
+        handle = ctypes.CDLL(str(LIBRARY_PATH))
         handle.coterie_abi.argtypes = handle.coterie_layout.argtypes = ()
-        found = handle.coterie_abi(), handle.coterie_layout()
+        versions = handle.coterie_abi(), handle.coterie_layout()
     except (OSError, AttributeError) as error:
-        if LIBRARY.exists():
-            return _without(f"they do not load here ({error})")
-        return _without("no compiler was found when it was installed")
-    if found != (ABI, LAYOUT):
-        return _without("they were built for another version; install it again")
+        if LIBRARY_PATH.exists():
+            return _warn_unavailable(f"they do not load here ({error})")
+        return _warn_unavailable("no compiler was found when it was installed")
+    if versions != (ABI_VERSION, LAYOUT_VERSION):
+        return _warn_unavailable("they were built for another version; install it again")
     handle.coterie_isa.argtypes = (c_int32,)
     handle.coterie_isa.restype = c_char_p
     handle.coterie_isa_runs.argtypes = (c_int32,)
     handle.coterie_group.argtypes = (c_int32,)
     handle.coterie_expert_bytes.argtypes = (c_int32, c_int32, c_int32)
     handle.coterie_expert_bytes.restype = c_size_t
-    handle.coterie_pack.argtypes = (POINTER(Packing),)
+    handle.coterie_pack.argtypes = (POINTER(PackArgs),)
     handle.coterie_pack.restype = None
-    handle.coterie_read.argtypes = (POINTER(Reading),)
+    handle.coterie_read.argtypes = (POINTER(ReadArgs),)
     handle.coterie_read.restype = c_uint64
-    handle.coterie_run_experts.argtypes = (c_int32, POINTER(Call))
+    handle.coterie_run_experts.argtypes = (c_int32, POINTER(ExpertsArgs))
     handle.coterie_matrix_bytes.argtypes = (c_int32, c_int32, c_int32)
     handle.coterie_matrix_bytes.restype = c_size_t
-    handle.coterie_pack_matrix.argtypes = (POINTER(MatrixPacking),)
+    handle.coterie_pack_matrix.argtypes = (POINTER(PackMatrixArgs),)
     handle.coterie_pack_matrix.restype = None
-    handle.coterie_follow.argtypes = (c_int32, POINTER(Chain))
-    handle.coterie_route.argtypes = (c_int32, POINTER(Election))
-    handle.coterie_survey.argtypes = (c_int32, POINTER(Surveying))
+    handle.coterie_follow.argtypes = (c_int32, POINTER(OpList))
+    handle.coterie_route.argtypes = (c_int32, POINTER(RouteArgs))
+    handle.coterie_survey.argtypes = (c_int32, POINTER(LogitsSummaryArgs))
     handle.coterie_crc32.argtypes = (c_void_p, c_size_t, POINTER(c_uint32))
-    return Library(handle, _isas(handle))
+    return KernelLibrary(handle, _isas(handle))
 
 
 def _isas(handle: ctypes.CDLL) -> dict[str, int]:
-    found, index = {}, 0
+    isas, index = {}, 0
     while (name := handle.coterie_isa(index)) is not None:
         if handle.coterie_isa_runs(index):
-            found[name.decode()] = index
+            isas[name.decode()] = index
         index += 1
-    return found
+    return isas
 
 
-def _without(reason: str) -> None:
+def _warn_unavailable(reason: str) -> None:
     logging.getLogger("coterie").warning(
         "Coterie runs on PyTorch alone, without its own kernels for CPUs: %s", reason
     )

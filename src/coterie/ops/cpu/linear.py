@@ -8,95 +8,97 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from coterie.ops.cpu.chain import follow
-from coterie.ops.cpu.kernels import built, give_back, memory
-from coterie.ops.cpu.library import Gating, MatrixPacking, Product
+from coterie.ops.cpu.chain import run_ops
+from coterie.ops.cpu.kernels import require_library, release_pages, allocate
+from coterie.ops.cpu.library import SiluMulArgs, PackMatrixArgs, MatmulArgs
 from coterie.values import PackedMatrix
 
-_FORMATS: Mapping[torch.dtype, int] = {torch.bfloat16: 0, torch.float32: 3}
+_FORMAT_IDS: Mapping[torch.dtype, int] = {torch.bfloat16: 0, torch.float32: 3}
 """See ``api.hpp``."""
 
-CHUNK = 1 << 12  # rows packed at once: a multiple of those in a couple of panels
+PACK_CHUNK_ROWS = 1 << 12  # rows packed at once: a multiple of those in a couple of panels
 
 
-def packs(weight: Tensor) -> bool:
+def can_pack_matrix(weight: Tensor) -> bool:
     """Whether ``pack_matrix`` takes it."""
-    return weight.device.type == "cpu" and weight.dim() == 2 and weight.dtype in _FORMATS
+    return weight.device.type == "cpu" and weight.dim() == 2 and weight.dtype in _FORMAT_IDS
 
 
-def pack_matrix(weight: Tensor, *, spend: bool = False) -> PackedMatrix:
+def pack_matrix(weight: Tensor, *, release_source: bool = False) -> PackedMatrix:
     """A matrix [rows, k] in bf16 or fp32 as ``linear`` reads it, in memory of its own.
 
     With ``spend`` the pages of what is packed go back to the system meanwhile.
     """
     rows, k = weight.shape
     weight = weight.detach().contiguous()
-    packed = memory(1, _bytes(weight.dtype, rows, k))[0]
-    for first in range(0, rows, CHUNK):
-        some = weight[first : first + CHUNK]
-        call = MatrixPacking(
-            rows=some.data_ptr(),
-            panels=packed.data_ptr() + _bytes(weight.dtype, first, k),
-            count=len(some),
+    packed = allocate(1, _matrix_bytes(weight.dtype, rows, k))[0]
+    for first in range(0, rows, PACK_CHUNK_ROWS):
+        chunk = weight[first : first + PACK_CHUNK_ROWS]
+        args = PackMatrixArgs(
+            rows=chunk.data_ptr(),
+            panels=packed.data_ptr() + _matrix_bytes(weight.dtype, first, k),
+            count=len(chunk),
             k=k,
             threads=torch.get_num_threads(),
-            format=_FORMATS[weight.dtype],
+            format=_FORMAT_IDS[weight.dtype],
         )
-        built().handle.coterie_pack_matrix(ctypes.byref(call))
-        if spend:
-            give_back([some])
+        require_library().handle.coterie_pack_matrix(ctypes.byref(args))
+        if release_source:
+            release_pages([chunk])
     return PackedMatrix(packed, weight.dtype, (rows, k))
 
 
 def linear(x: Tensor, weight: PackedMatrix, dtype: torch.dtype) -> Tensor:
     """See ``ops.linear``. Bit for bit the same whatever the number of threads."""
-    x = (x if x.dtype in _FORMATS else x.float()).detach().contiguous()
-    out = product_of(x, weight, dtype if dtype in _FORMATS else torch.float32)
-    follow(product(x, weight, out))
+    x = (x if x.dtype in _FORMAT_IDS else x.float()).detach().contiguous()
+    out = empty_product(x, weight, dtype if dtype in _FORMAT_IDS else torch.float32)
+    run_ops(matmul_args(x, weight, out))
     return out.to(dtype)
 
 
-def swiglu(x: Tensor, gate_up: PackedMatrix, down: PackedMatrix, beside: Tensor | None) -> Tensor:
+def swiglu(x: Tensor, gate_up: PackedMatrix, down: PackedMatrix, residual: Tensor | None) -> Tensor:
     """See ``ops.swiglu``."""
     x = x.detach().contiguous()
-    both, width = product_of(x, gate_up, x.dtype), down.shape[1]
+    gate_up_out, width = empty_product(x, gate_up, x.dtype), down.shape[1]
     if gate_up.shape[0] != 2 * width:
         raise ValueError(f"gate and up {gate_up.shape} and down {down.shape}")
-    hidden, rows = both.new_empty(*x.shape[:-1], width), x.numel() // x.shape[-1]
-    out = product_of(hidden, down, x.dtype)
-    gating = Gating(both.data_ptr(), hidden.data_ptr(), rows, width)
-    last = product(hidden, down, out)
-    if beside is not None:
-        beside = beside.contiguous()
-        if beside.dtype != torch.float32 or beside.numel() != out.numel():
-            raise ValueError(f"{tuple(beside.shape)} in {beside.dtype} beside {tuple(out.shape)}")
-        last.beside = beside.data_ptr()
-    follow(product(x, gate_up, both), gating, last)
+    hidden, rows = gate_up_out.new_empty(*x.shape[:-1], width), x.numel() // x.shape[-1]
+    out = empty_product(hidden, down, x.dtype)
+    silu_args = SiluMulArgs(gate_up_out.data_ptr(), hidden.data_ptr(), rows, width)
+    down_args = matmul_args(hidden, down, out)
+    if residual is not None:
+        residual = residual.contiguous()
+        if residual.dtype != torch.float32 or residual.numel() != out.numel():
+            raise ValueError(
+                f"{tuple(residual.shape)} in {residual.dtype} beside {tuple(out.shape)}"
+            )
+        down_args.beside = residual.data_ptr()
+    run_ops(matmul_args(x, gate_up, gate_up_out), silu_args, down_args)
     return out
 
 
-def product_of(x: Tensor, weight: PackedMatrix, dtype: torch.dtype) -> Tensor:
+def empty_product(x: Tensor, weight: PackedMatrix, dtype: torch.dtype) -> Tensor:
     """Memory for the product of x with a matrix."""
     return torch.empty(*x.shape[:-1], weight.shape[0], dtype=dtype)
 
 
-def product(x: Tensor, weight: PackedMatrix, out: Tensor) -> Product:
+def matmul_args(x: Tensor, weight: PackedMatrix, out: Tensor) -> MatmulArgs:
     """The work of a product; both dtypes are those of matrices."""
     rows, k = weight.shape
     if x.shape[-1] != k:
         raise ValueError(f"tokens of {x.shape[-1]} numbers meet a matrix of {k} columns")
-    return Product(
+    return MatmulArgs(
         x=x.data_ptr(),
         panels=weight.packed.data_ptr(),
         out=out.data_ptr(),
         tokens=x.numel() // k,
         k=k,
         rows=rows,
-        format=_FORMATS[weight.dtype],
+        format=_FORMAT_IDS[weight.dtype],
         x_is_bf16=x.dtype == torch.bfloat16,
         out_is_bf16=out.dtype == torch.bfloat16,
     )
 
 
-def _bytes(dtype: torch.dtype, rows: int, k: int) -> int:
-    return built().handle.coterie_matrix_bytes(_FORMATS[dtype], rows, k)
+def _matrix_bytes(dtype: torch.dtype, rows: int, k: int) -> int:
+    return require_library().handle.coterie_matrix_bytes(_FORMAT_IDS[dtype], rows, k)

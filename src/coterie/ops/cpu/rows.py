@@ -7,38 +7,40 @@ import ctypes
 import torch
 from torch import Tensor
 
-from coterie.ops.cpu.chain import follow
-from coterie.ops.cpu.kernels import OUTCOMES, built, ready
-from coterie.ops.cpu.library import Norming, Surveying
-from coterie.values import Survey
+from coterie.ops.cpu.chain import run_ops
+from coterie.ops.cpu.kernels import ERROR_MESSAGES, require_library, is_available
+from coterie.ops.cpu.library import RmsNormArgs, LogitsSummaryArgs
+from coterie.values import LogitsSummary
 
 
-def norms(x: Tensor, weight: Tensor) -> bool:
+def supports_rms_norm(x: Tensor, weight: Tensor) -> bool:
     """Whether ``rms_norm`` takes them."""
-    half = x.dtype == weight.dtype == torch.bfloat16
-    return half and x.device.type == "cpu" and x.is_contiguous() and ready()
+    is_bf16 = x.dtype == weight.dtype == torch.bfloat16
+    return is_bf16 and x.device.type == "cpu" and x.is_contiguous() and is_available()
 
 
 def rms_norm(x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
     """See ``ops.rms_norm``."""
     out = torch.empty_like(x)
-    follow(norming(x, weight, epsilon, out))
+    run_ops(rms_norm_args(x, weight, epsilon, out))
     return out
 
 
-def add_norm(x: Tensor, more: Tensor, weight: Tensor, epsilon: float) -> tuple[Tensor, Tensor]:
+def add_rms_norm(
+    x: Tensor, residual: Tensor, weight: Tensor, epsilon: float
+) -> tuple[Tensor, Tensor]:
     """See ``ops.add_norm``."""
-    more, total, out = more.contiguous(), torch.empty_like(x), torch.empty_like(x)
-    work = norming(x, weight, epsilon, out)
-    work.more, work.sum = more.data_ptr(), total.data_ptr()
-    follow(work)
+    residual, total, out = residual.contiguous(), torch.empty_like(x), torch.empty_like(x)
+    args = rms_norm_args(x, weight, epsilon, out)
+    args.more, args.sum = residual.data_ptr(), total.data_ptr()
+    run_ops(args)
     return total, out
 
 
-def norming(x: Tensor, weight: Tensor, epsilon: float, out: Tensor) -> Norming:
+def rms_norm_args(x: Tensor, weight: Tensor, epsilon: float, out: Tensor) -> RmsNormArgs:
     """The work of a norm; ``norms`` says of what."""
     width = x.shape[-1]
-    return Norming(
+    return RmsNormArgs(
         x=x.data_ptr(),
         weight=weight.data_ptr(),
         out=out.data_ptr(),
@@ -48,28 +50,28 @@ def norming(x: Tensor, weight: Tensor, epsilon: float, out: Tensor) -> Norming:
     )
 
 
-def surveys(logits: Tensor) -> bool:
+def supports_logits_summary(logits: Tensor) -> bool:
     """Whether ``survey`` takes them."""
-    return logits.dtype == torch.float32 and logits.device.type == "cpu" and ready()
+    return logits.dtype == torch.float32 and logits.device.type == "cpu" and is_available()
 
 
-def survey(logits: Tensor, mask: int) -> Survey:
+def summarize_logits(logits: Tensor, mask_id: int) -> LogitsSummary:
     """See ``ops.survey``."""
     logits = logits.detach().contiguous()
     rows, width = logits.shape
     best, unmasked = torch.empty(2, rows, dtype=torch.int64)
     total = torch.empty(rows)
-    call = Surveying(
+    args = LogitsSummaryArgs(
         logits=logits.data_ptr(),
         best=best.data_ptr(),
         unmasked=unmasked.data_ptr(),
         total=total.data_ptr(),
         rows=rows,
         width=width,
-        mask=mask,
+        mask=mask_id,
         threads=torch.get_num_threads(),
     )
-    found = built()
-    if outcome := found.handle.coterie_survey(found.isa(), ctypes.byref(call)):
-        raise RuntimeError(f"the logits could not be surveyed: {OUTCOMES[outcome]}")
-    return Survey.of(logits, best, unmasked, total)
+    kernels = require_library()
+    if status := kernels.handle.coterie_survey(kernels.isa(), ctypes.byref(args)):
+        raise RuntimeError(f"the logits could not be surveyed: {ERROR_MESSAGES[status]}")
+    return LogitsSummary.from_logits(logits, best, unmasked, total)

@@ -8,53 +8,53 @@ import triton.language as tl
 from torch import Tensor
 
 from coterie.ops.reference import Dispatch
-from coterie.ops.triton.launch import launch, power_of_two
+from coterie.ops.triton.launch import launch, next_power_of_two
 from coterie.values import Routing
 
-CHUNK = 1024  # pairs that a program looks at together
+MAX_PAIRS_PER_STEP = 1024  # pairs that a program looks at together
 
 
 def dispatch(routing: Routing, slot_of: Tensor, slots: int) -> Dispatch:
     """See ``reference.dispatch``; nothing is asked of the host, and shapes follow from shapes."""
-    device, (tokens, k) = routing.ids.device, routing.ids.shape
+    device, (tokens, k) = routing.topk_ids.device, routing.topk_ids.shape
     pairs = tokens * k
-    found = Dispatch(
-        begin=torch.empty(slots + 1, dtype=torch.int32, device=device),
-        token=torch.empty(pairs, dtype=torch.int32, device=device),
-        pair=torch.empty(pairs, dtype=torch.int32, device=device),
-        active=torch.empty(slots, dtype=torch.int32, device=device),
+    result = Dispatch(
+        slot_begin=torch.empty(slots + 1, dtype=torch.int32, device=device),
+        token_ids=torch.empty(pairs, dtype=torch.int32, device=device),
+        pair_ids=torch.empty(pairs, dtype=torch.int32, device=device),
+        active_slots=torch.empty(slots, dtype=torch.int32, device=device),
     )
     launch(
-        _list,
+        _dispatch_kernel,
         (slots + 1,),
-        routing.ids.contiguous(),
+        routing.topk_ids.contiguous(),
         routing.used,
         slot_of.contiguous(),
-        found.begin,
-        found.token,
-        found.pair,
-        found.active,
+        result.slot_begin,
+        result.token_ids,
+        result.pair_ids,
+        result.active_slots,
         pairs,
         len(slot_of),
         slots,
         K=k,
-        PAIRS=min(CHUNK, power_of_two(max(pairs, 1))),
-        EXPERTS=power_of_two(len(slot_of)),
-        SLOTS=power_of_two(max(slots, 1)),
+        PAIRS=min(MAX_PAIRS_PER_STEP, next_power_of_two(max(pairs, 1))),
+        EXPERTS=next_power_of_two(len(slot_of)),
+        SLOTS=next_power_of_two(max(slots, 1)),
         num_warps=4,
     )
-    return found
+    return result
 
 
 @triton.jit(do_not_specialize=["pairs", "experts", "slots"])
-def _list(
+def _dispatch_kernel(
     ids,  # [pairs] int64
     used,  # [experts] bool
     slot_of,  # [experts] int64
-    begin,  # [slots + 1] int32, and so are the others
-    token,
-    pair,
-    active,
+    slot_begin,  # [slots + 1] int32, and so are the others
+    token_ids,
+    pair_ids,
+    active_slots,
     pairs,
     experts,
     slots,
@@ -65,38 +65,40 @@ def _list(
 ):
     """Program ``slot`` lists the pairs of one slot; the last one those that no slot computes."""
     slot = tl.program_id(0)
-    at = tl.arange(0, PAIRS)
-    before = tl.program_id(0) * 0
+    offset = tl.arange(0, PAIRS)
+    count_before = tl.program_id(0) * 0
     for start in range(0, pairs, PAIRS):
-        found = _slots(ids, slot_of, start + at, pairs, slots)
-        before += tl.sum((found < slot).to(tl.int32), axis=0)
-    tl.store(begin + slot, before)
-    place = before
+        pair_slots = _load_slots(ids, slot_of, start + offset, pairs, slots)
+        count_before += tl.sum((pair_slots < slot).to(tl.int32), axis=0)
+    tl.store(slot_begin + slot, count_before)
+    cursor = count_before
     for start in range(0, pairs, PAIRS):
-        found = _slots(ids, slot_of, start + at, pairs, slots)
-        mine = found == slot
-        to = place + tl.cumsum(mine.to(tl.int32), axis=0) - 1
-        nobody = found == slots
-        tl.store(pair + to, tl.where(nobody, -1, start + at), mask=mine)
-        tl.store(token + to, tl.where(nobody, -1, (start + at) // K), mask=mine)
-        place += tl.sum(mine.to(tl.int32), axis=0)
+        pair_slots = _load_slots(ids, slot_of, start + offset, pairs, slots)
+        in_slot = pair_slots == slot
+        target = cursor + tl.cumsum(in_slot.to(tl.int32), axis=0) - 1
+        unserved = pair_slots == slots
+        tl.store(pair_ids + target, tl.where(unserved, -1, start + offset), mask=in_slot)
+        tl.store(token_ids + target, tl.where(unserved, -1, (start + offset) // K), mask=in_slot)
+        cursor += tl.sum(in_slot.to(tl.int32), axis=0)
     expert = tl.arange(0, EXPERTS)
-    known = expert < experts
-    theirs = tl.load(slot_of + expert, mask=known, other=-1)
-    busy = tl.load(used + expert, mask=known, other=0) != 0
-    rank = tl.sum((busy & (theirs >= 0) & (theirs < slot)).to(tl.int32), axis=0)
+    valid = expert < experts
+    expert_slots = tl.load(slot_of + expert, mask=valid, other=-1)
+    has_pairs = tl.load(used + expert, mask=valid, other=0) != 0
+    rank = tl.sum((has_pairs & (expert_slots >= 0) & (expert_slots < slot)).to(tl.int32), axis=0)
     if slot < slots:
-        tl.store(active + rank, slot, mask=place > before)
+        tl.store(active_slots + rank, slot, mask=cursor > count_before)
     else:
-        rest = tl.arange(0, SLOTS)
+        index = tl.arange(0, SLOTS)
         tl.store(
-            active + rest, tl.full((SLOTS,), -1, tl.int32), mask=(rest >= rank) & (rest < slots)
+            active_slots + index,
+            tl.full((SLOTS,), -1, tl.int32),
+            mask=(index >= rank) & (index < slots),
         )
 
 
 @triton.jit
-def _slots(ids, slot_of, at, pairs, slots):
+def _load_slots(ids, slot_of, pair, pairs, slots):
     """The slot of each pair: ``slots`` where nobody computes it, one more past the last pair."""
-    expert = tl.load(ids + at, mask=at < pairs, other=-1)
+    expert = tl.load(ids + pair, mask=pair < pairs, other=-1)
     slot = tl.load(slot_of + expert, mask=expert >= 0, other=-1).to(tl.int32)
-    return tl.where(at < pairs, tl.where(slot < 0, slots, slot), slots + 1)
+    return tl.where(pair < pairs, tl.where(slot < 0, slots, slot), slots + 1)

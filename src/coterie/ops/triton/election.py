@@ -19,29 +19,29 @@ import triton
 import triton.language as tl
 
 from coterie.ops.triton.keys import (
-    LOW,
-    NEVER,
-    best_columns,
-    double_order,
-    first,
-    float_order,
-    order_double,
-    order_float,
+    LOWEST_KEY,
+    LOWEST_KEY64,
+    topk_columns,
+    double_to_key,
+    first_candidates,
+    float_to_key,
+    key_to_double,
+    key_to_float,
 )
 
-UNIT = tl.constexpr(1099511627776.0)  # 2**40
-FLOOR = tl.constexpr(0.0009765625)  # 2**-10
-WHOLE = tl.constexpr(8388608.0)  # 2**23: from here on, fp32 holds whole numbers only
+VOTE_UNIT = tl.constexpr(1099511627776.0)  # 2**40
+MARGIN_FLOOR = tl.constexpr(0.0009765625)  # 2**-10
+INTEGER_THRESHOLD = tl.constexpr(8388608.0)  # 2**23: from here on, fp32 holds whole numbers only
 
 
 @triton.jit(do_not_specialize=["tokens"])
-def vote(
+def vote_kernel(
     logits,  # [S, N, E] fp32
     bias,  # [E] fp32, or None
-    voice,  # [S, N] fp32, or None
-    scores,  # out [S, N, E] int32: bits of p
-    own,  # out [S, N, K] int64
-    parts,  # out [S, tiles, E] int64: votes, where any are counted
+    vote_weight,  # [S, N] fp32, or None
+    p_bits,  # out [S, N, E] int32: bits of p
+    vanilla_ids,  # out [S, N, K] int64
+    vote_sums,  # out [S, tiles, E] int64: votes, where any are counted
     marks,  # out [S, tiles, E] int32: experts of somebody's first MARKS
     used,  # out [E] uint8: cleared for the next launch
     tokens,  # N
@@ -61,78 +61,88 @@ def vote(
 ):
     tile, row = tl.program_id(0), tl.program_id(1)
     token = tile * TOKENS + tl.arange(0, TOKENS)
-    real = token < tokens
+    valid_token = token < tokens
     column = tl.arange(0, MANY * WIDE)
     expert = (column // WIDE) * SIZE + column % WIDE
-    known = (column // WIDE < GROUPS) & (column % WIDE < SIZE)
-    there = real[:, None] & known[None, :]
-    line = row * tokens + token
-    at = line[:, None] * EXPERTS + expert[None, :]
+    valid_column = (column // WIDE < GROUPS) & (column % WIDE < SIZE)
+    valid = valid_token[:, None] & valid_column[None, :]
+    token_index = row * tokens + token
+    offset = token_index[:, None] * EXPERTS + expert[None, :]
 
-    z = tl.load(logits + at, mask=there, other=0.0)
+    z = tl.load(logits + offset, mask=valid, other=0.0)
     # No number, no vote; and p that is no number, so that whoever reads the weights finds out.
-    strange = ((z.to(tl.int32, bitcast=True) & 0x7F800000) == 0x7F800000).to(tl.int32)
-    sound = tl.max(strange, axis=1) == 0
-    z = tl.where(sound[:, None], z, 0.0)
-    p = activation(tl.where(known[None, :], z, float("-inf")), SIGMOID)
+    non_finite = ((z.to(tl.int32, bitcast=True) & 0x7F800000) == 0x7F800000).to(tl.int32)
+    finite = tl.max(non_finite, axis=1) == 0
+    z = tl.where(finite[:, None], z, 0.0)
+    p = activation(tl.where(valid_column[None, :], z, float("-inf")), SIGMOID)
     c = p
     if bias is not None:
-        c = p + tl.load(bias + expert, mask=known, other=0.0)[None, :]
-    key = tl.where(known[None, :], float_order(c), LOW)
-    bits = tl.where(sound[:, None], p, float("nan")).to(tl.int32, bitcast=True)
-    inside = known[None, :]
+        c = p + tl.load(bias + expert, mask=valid_column, other=0.0)[None, :]
+    key = tl.where(valid_column[None, :], float_to_key(c), LOWEST_KEY)
+    bits = tl.where(finite[:, None], p, float("nan")).to(tl.int32, bitcast=True)
+    in_groups = valid_column[None, :]
     if KEPT < GROUPS:
-        dropped = outside(key, KEPT, SIZE, TOKENS, MANY, WIDE) & inside
-        inside = inside & ~dropped
-        bits = tl.where(dropped, bits | LOW, bits)
-    tl.store(scores + at, bits, mask=there)
+        dropped = dropped_groups(key, KEPT, SIZE, TOKENS, MANY, WIDE) & in_groups
+        in_groups = in_groups & ~dropped
+        bits = tl.where(dropped, bits | LOWEST_KEY, bits)
+    tl.store(p_bits + offset, bits, mask=valid)
 
     # One more than a token takes, where a margin is measured from there.
     MORE: tl.constexpr = 1 if VOTE == "margin" and K < EXPERTS else 0
     TWO: tl.constexpr = KEPT * SIZE < K + MORE
     choice = tl.arange(0, CHOICES)
     marked = tl.zeros((TOKENS, MANY * WIDE), tl.int1)
-    inner = tl.where(inside, key, LOW)
-    outer = tl.where(inside, LOW, key)
-    within = tl.full((TOKENS,), KEPT * SIZE, tl.int32)
-    columns, inner, outer, last, marked = best_columns(
-        inner, outer, within, column, choice, marked, K, MARKS, TWO, MANY * WIDE
+    inner = tl.where(in_groups, key, LOWEST_KEY)
+    outer = tl.where(in_groups, LOWEST_KEY, key)
+    inner_count = tl.full((TOKENS,), KEPT * SIZE, tl.int32)
+    columns, inner, outer, last_key, marked = topk_columns(
+        inner, outer, inner_count, column, choice, marked, K, MARKS, TWO, MANY * WIDE
     )
     if MORE:
-        last = tl.max(inner if K < KEPT * SIZE else outer, axis=1)
+        last_key = tl.max(inner if K < KEPT * SIZE else outer, axis=1)
     # Taken is who was there and has no key any more.
-    chosen = (known[None, :] if TWO else inside) & (inner == LOW)
+    selected = (valid_column[None, :] if TWO else in_groups) & (inner == LOWEST_KEY)
     if TWO:
-        chosen = chosen & (outer == LOW)
+        selected = selected & (outer == LOWEST_KEY)
     ids = (columns // WIDE) * SIZE + columns % WIDE
-    taken = real[:, None] & (choice < K)[None, :]
-    tl.store(own + line[:, None] * K + choice[None, :], ids.to(tl.int64), mask=taken)
-    clearing = known & (column * 0 + tile + row == 0)
-    tl.store(used + expert, tl.zeros((MANY * WIDE,), tl.uint8), mask=clearing)
+    valid_choice = valid_token[:, None] & (choice < K)[None, :]
+    tl.store(
+        vanilla_ids + token_index[:, None] * K + choice[None, :],
+        ids.to(tl.int64),
+        mask=valid_choice,
+    )
+    clear_mask = valid_column & (column * 0 + tile + row == 0)
+    tl.store(used + expert, tl.zeros((MANY * WIDE,), tl.uint8), mask=clear_mask)
 
-    say = tl.where(real, 1.0, 0.0)
-    if voice is not None:
-        say = tl.load(voice + line, mask=real, other=0.0)
-    part = (row * tl.num_programs(0) + tile) * EXPERTS + expert
+    weight = tl.where(valid_token, 1.0, 0.0)
+    if vote_weight is not None:
+        weight = tl.load(vote_weight + token_index, mask=valid_token, other=0.0)
+    tile_offset = (row * tl.num_programs(0) + tile) * EXPERTS + expert
     if MARKS > 0:
-        spoken = (marked & (sound & (say > 0))[:, None]).to(tl.int32)
-        tl.store(marks + part, tl.max(spoken, axis=0), mask=known)
+        voter_marks = (marked & (finite & (weight > 0))[:, None]).to(tl.int32)
+        tl.store(marks + tile_offset, tl.max(voter_marks, axis=0), mask=valid_column)
     if VOTE == "max":
-        loud = (say > 0) & sound
-        best_score = tl.where(loud[:, None], units(c), NEVER)
-        tl.store(parts + part, tl.max(best_score, axis=0), mask=known)
+        can_vote = (weight > 0) & finite
+        best_score = tl.where(can_vote[:, None], vote_units(c), LOWEST_KEY64)
+        tl.store(vote_sums + tile_offset, tl.max(best_score, axis=0), mask=valid_column)
     elif VOTE != "":
-        weight = c if BIASED else p
-        cast = ballot(p, c, weight, chosen, known[None, :], order_float(last), VOTE)
-        say = tl.where(sound, say, 0.0)
-        tl.store(parts + part, tl.sum(units(cast * say[:, None]), axis=0), mask=known)
+        split_score = c if BIASED else p
+        votes = token_votes(
+            p, c, split_score, selected, valid_column[None, :], key_to_float(last_key), VOTE
+        )
+        weight = tl.where(finite, weight, 0.0)
+        tl.store(
+            vote_sums + tile_offset,
+            tl.sum(vote_units(votes * weight[:, None]), axis=0),
+            mask=valid_column,
+        )
 
 
 @triton.jit(do_not_specialize=["tokens", "tiles", "count", "least", "tau", "lam", "eps"])
-def serve(
-    scores,  # [S, N, E] int32, and the next four: what ``vote`` left
-    own,
-    parts,
+def choose_kernel(
+    p_bits,  # [S, N, E] int32, and the next four: what ``vote`` left
+    vanilla_ids,
+    vote_sums,
     marks,
     used,  # out [E] uint8
     bias,  # [E] fp32, or None
@@ -165,76 +175,98 @@ def serve(
 ):
     row = tl.program_id(1)
     token = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)
-    real = token < tokens
-    line = row * tokens + token
+    valid_token = token < tokens
+    token_index = row * tokens + token
     choice = tl.arange(0, CHOICES)
-    taken = real[:, None] & (choice < K)[None, :]
-    out = line[:, None] * K + choice[None, :]
+    valid_choice = valid_token[:, None] & (choice < K)[None, :]
+    choice_offset = token_index[:, None] * K + choice[None, :]
     if RULE == "none":
-        chosen = tl.load(own + out, mask=taken, other=-1)
+        selected = tl.load(vanilla_ids + choice_offset, mask=valid_choice, other=-1)
     else:
         column = tl.arange(0, MANY * WIDE)
         expert = (column // WIDE) * SIZE + column % WIDE
-        known = (column // WIDE < GROUPS) & (column % WIDE < SIZE)
-        here = row * tiles * EXPERTS + expert
-        seated = known
+        valid_column = (column // WIDE < GROUPS) & (column % WIDE < SIZE)
+        tile_offset = row * tiles * EXPERTS + expert
+        coreset = valid_column
         if RULE == "union":
-            seated = added(marks + here, known, tiles, EXPERTS, MANY * WIDE, "any") > 0
+            coreset = (
+                reduce_tiles(marks + tile_offset, valid_column, tiles, EXPERTS, MANY * WIDE, "any")
+                > 0
+            )
         else:
-            how: tl.constexpr = "best" if BEST else "sum"
-            votes = added(parts + here, known, tiles, EXPERTS, MANY * WIDE, how)
-            safe = tl.zeros((MANY * WIDE,), tl.int1)
+            reduction: tl.constexpr = "best" if BEST else "sum"
+            votes = reduce_tiles(
+                vote_sums + tile_offset, valid_column, tiles, EXPERTS, MANY * WIDE, reduction
+            )
+            protected = tl.zeros((MANY * WIDE,), tl.int1)
             if PROTECT:
-                safe = added(marks + here, known, tiles, EXPERTS, MANY * WIDE, "any") > 0
+                protected = (
+                    reduce_tiles(
+                        marks + tile_offset, valid_column, tiles, EXPERTS, MANY * WIDE, "any"
+                    )
+                    > 0
+                )
             MASS: tl.constexpr = RULE == "mass"
-            seated = elect(votes, safe, known, count, least, tau, MASS, EXPERTS, MANY * WIDE)
+            coreset = elect(
+                votes, protected, valid_column, count, least, tau, MASS, EXPERTS, MANY * WIDE
+            )
             if resident is not None:
-                near = tl.load(resident + expert, mask=known, other=0).to(tl.float64)
-                factor = 1.0 + lam.to(tl.int64).to(tl.float64, bitcast=True) * near
-                worth = votes.to(tl.float64) * factor
-                liked = elect(worth, safe, known, count, least, tau, MASS, EXPERTS, MANY * WIDE)
-                seated = repaired(liked, seated, votes, eps, EXPERTS, MANY * WIDE)
-        at = line[:, None] * EXPERTS + expert[None, :]
-        bits = tl.load(scores + at, mask=real[:, None] & known[None, :], other=0)
+                is_resident = tl.load(resident + expert, mask=valid_column, other=0).to(tl.float64)
+                factor = 1.0 + lam.to(tl.int64).to(tl.float64, bitcast=True) * is_resident
+                weighted_votes = votes.to(tl.float64) * factor
+                resident_coreset = elect(
+                    weighted_votes,
+                    protected,
+                    valid_column,
+                    count,
+                    least,
+                    tau,
+                    MASS,
+                    EXPERTS,
+                    MANY * WIDE,
+                )
+                coreset = restore_votes(resident_coreset, coreset, votes, eps, EXPERTS, MANY * WIDE)
+        offset = token_index[:, None] * EXPERTS + expert[None, :]
+        bits = tl.load(p_bits + offset, mask=valid_token[:, None] & valid_column[None, :], other=0)
         c = (bits & 0x7FFFFFFF).to(tl.float32, bitcast=True)
         if bias is not None:
-            c = c + tl.load(bias + expert, mask=known, other=0.0)[None, :]
-        key = tl.where((seated & known)[None, :], float_order(c), LOW)
+            c = c + tl.load(bias + expert, mask=valid_column, other=0.0)[None, :]
+        key = tl.where((coreset & valid_column)[None, :], float_to_key(c), LOWEST_KEY)
         TWO: tl.constexpr = KEPT < GROUPS
-        outer = tl.where(bits < 0, key, LOW)
-        inner = tl.where(bits < 0, LOW, key) if TWO else key
-        within = tl.sum((inner != LOW).to(tl.int32), axis=1)
+        outer = tl.where(bits < 0, key, LOWEST_KEY)
+        inner = tl.where(bits < 0, LOWEST_KEY, key) if TWO else key
+        inner_count = tl.sum((inner != LOWEST_KEY).to(tl.int32), axis=1)
         marked = tl.zeros((TOKENS, MANY * WIDE), tl.int1)
-        columns, _, _, _, _ = best_columns(
-            inner, outer, within, column, choice, marked, K, 0, TWO, MANY * WIDE
+        columns, _, _, _, _ = topk_columns(
+            inner, outer, inner_count, column, choice, marked, K, 0, TWO, MANY * WIDE
         )
-        chosen = tl.where(columns < 0, -1, (columns // WIDE) * SIZE + columns % WIDE).to(tl.int64)
-        tl.store(ids + out, chosen, mask=taken)
+        selected = tl.where(columns < 0, -1, (columns // WIDE) * SIZE + columns % WIDE).to(tl.int64)
+        tl.store(ids + choice_offset, selected, mask=valid_choice)
 
-    some = taken & (chosen >= 0)
-    bits = tl.load(scores + line[:, None] * EXPERTS + chosen, mask=some, other=0)
+    valid = valid_choice & (selected >= 0)
+    bits = tl.load(p_bits + token_index[:, None] * EXPERTS + selected, mask=valid, other=0)
     w = (bits & 0x7FFFFFFF).to(tl.float32, bitcast=True)
     if BIASED:
-        w = tl.where(some, w + tl.load(bias + chosen, mask=some, other=0.0), 0.0)
+        w = tl.where(valid, w + tl.load(bias + selected, mask=valid, other=0.0), 0.0)
     if RENORMALISE:
-        total = tl.where(real, tl.sum(w, axis=1) + EPSILON, 1.0)
+        total = tl.where(valid_token, tl.sum(w, axis=1) + EPSILON, 1.0)
         w = tl.div_rn(w, tl.broadcast_to(total[:, None], (TOKENS, CHOICES)))
-    tl.store(weights + out, w * SCALE, mask=taken)
-    tl.store(used + chosen, tl.full((TOKENS, CHOICES), 1, tl.uint8), mask=some)
+    tl.store(weights + choice_offset, w * SCALE, mask=valid_choice)
+    tl.store(used + selected, tl.full((TOKENS, CHOICES), 1, tl.uint8), mask=valid)
 
 
 @triton.jit
 def activation(z, SIGMOID: tl.constexpr):
     """p of logits [.., W], -inf where there is no expert."""
     if SIGMOID:
-        small = tl.exp(-tl.abs(z))
-        return tl.div_rn(tl.where(z >= 0, 1.0, small), 1.0 + small)
-    power = tl.exp(z - tl.max(z, axis=1)[:, None])
-    return tl.div_rn(power, tl.broadcast_to(tl.sum(power, axis=1)[:, None], power.shape))
+        exp_z = tl.exp(-tl.abs(z))
+        return tl.div_rn(tl.where(z >= 0, 1.0, exp_z), 1.0 + exp_z)
+    exps = tl.exp(z - tl.max(z, axis=1)[:, None])
+    return tl.div_rn(exps, tl.broadcast_to(tl.sum(exps, axis=1)[:, None], exps.shape))
 
 
 @triton.jit
-def outside(
+def dropped_groups(
     key,
     KEPT: tl.constexpr,
     SIZE: tl.constexpr,
@@ -245,78 +277,86 @@ def outside(
     """Mask [tokens, W] of the columns whose group's two best scores do not add up to enough."""
     keys = tl.reshape(key, (TOKENS, MANY, WIDE))
     best = tl.max(keys, axis=2)
-    total = order_float(best)
+    total = key_to_float(best)
     if SIZE > 1:
         column = tl.arange(0, WIDE)[None, None, :]
-        at = tl.min(tl.where(keys == best[:, :, None], column, WIDE), axis=2)
-        total += order_float(tl.max(tl.where(column == at[:, :, None], LOW, keys), axis=2))
+        best_column = tl.min(tl.where(keys == best[:, :, None], column, WIDE), axis=2)
+        total += key_to_float(
+            tl.max(tl.where(column == best_column[:, :, None], LOWEST_KEY, keys), axis=2)
+        )
     # Groups of padding stay below all others.
-    score = tl.where(best == LOW, LOW, float_order(tl.where(total == 0, 0.0, total)))
+    score = tl.where(best == LOWEST_KEY, LOWEST_KEY, float_to_key(tl.where(total == 0, 0.0, total)))
     group = tl.arange(0, MANY)
-    mine, others = score[:, :, None], score[:, None, :]
-    before = (group[None, :] < group[:, None])[None, :, :]
-    beaten = (others > mine) | ((others == mine) & before)
-    dropped = tl.sum(beaten.to(tl.int32), axis=2) >= KEPT
-    wide = tl.broadcast_to(dropped[:, :, None], (TOKENS, MANY, WIDE))
-    return tl.reshape(wide.to(tl.int32), (TOKENS, MANY * WIDE)) != 0
+    score_a, score_b = score[:, :, None], score[:, None, :]
+    lower_index = (group[None, :] < group[:, None])[None, :, :]
+    ranked_above = (score_b > score_a) | ((score_b == score_a) & lower_index)
+    dropped = tl.sum(ranked_above.to(tl.int32), axis=2) >= KEPT
+    expanded = tl.broadcast_to(dropped[:, :, None], (TOKENS, MANY, WIDE))
+    return tl.reshape(expanded.to(tl.int32), (TOKENS, MANY * WIDE)) != 0
 
 
 @triton.jit
-def ballot(p, c, weight, chosen, known, last, VOTE: tl.constexpr):
+def token_votes(p, c, weight, selected, valid_column, last_score, VOTE: tl.constexpr):
     """v [tokens, W]: what each token gives each expert."""
     if VOTE == "full":
-        return tl.where(known, p, 0.0)
+        return tl.where(valid_column, p, 0.0)
     if VOTE == "count":
-        return tl.where(chosen, 1.0, 0.0)
+        return tl.where(selected, 1.0, 0.0)
     if VOTE == "masked":
-        return tl.where(chosen, p, 0.0)
+        return tl.where(selected, p, 0.0)
     if VOTE == "margin":
-        gain = c - last[:, None]
-        given = tl.where(chosen, tl.where(gain > 0, gain, 0.0) + FLOOR, 0.0)
+        gain = c - last_score[:, None]
+        votes = tl.where(selected, tl.where(gain > 0, gain, 0.0) + MARGIN_FLOOR, 0.0)
     else:
-        given = tl.where(chosen, weight, 0.0)
-    total = tl.sum(given, axis=1)
+        votes = tl.where(selected, weight, 0.0)
+    total = tl.sum(votes, axis=1)
     total = tl.where(total != 0, total, 1.0)
-    return tl.div_rn(given, tl.broadcast_to(total[:, None], given.shape))
+    return tl.div_rn(votes, tl.broadcast_to(total[:, None], votes.shape))
 
 
 @triton.jit
-def units(x):
+def vote_units(x):
     """Votes as whole numbers of 2**-40, halves to the even one as everywhere."""
-    scaled = x * UNIT
+    scaled = x * VOTE_UNIT
     size = tl.abs(scaled)
     # Adding 2**23 leaves no room behind the point, and the hardware rounds.
-    size = tl.where(size < WHOLE, (size + WHOLE) - WHOLE, size).to(tl.int64)
+    size = tl.where(
+        size < INTEGER_THRESHOLD, (size + INTEGER_THRESHOLD) - INTEGER_THRESHOLD, size
+    ).to(tl.int64)
     return tl.where(scaled < 0, -size, size)
 
 
 @triton.jit
-def added(part, known, tiles, EXPERTS: tl.constexpr, W: tl.constexpr, HOW: tl.constexpr):
+def reduce_tiles(
+    pointers, valid_column, tiles, EXPERTS: tl.constexpr, W: tl.constexpr, HOW: tl.constexpr
+):
     """[W]: the tiles of one row put together, int64 votes or int32 marks."""
-    at = tl.arange(0, 8)
+    tile = tl.arange(0, 8)
     if HOW == "best":
-        found = tl.full((W,), NEVER, tl.int64)
+        total = tl.full((W,), LOWEST_KEY64, tl.int64)
     elif HOW == "sum":
-        found = tl.full((W,), 0, tl.int64)
+        total = tl.full((W,), 0, tl.int64)
     else:
-        found = tl.full((W,), 0, tl.int32)
+        total = tl.full((W,), 0, tl.int32)
     for start in range(0, tiles, 8):
-        there = (start + at < tiles)[:, None] & known[None, :]
-        place = part[None, :] + (start + at)[:, None] * EXPERTS
+        valid = (start + tile < tiles)[:, None] & valid_column[None, :]
+        tile_pointers = pointers[None, :] + (start + tile)[:, None] * EXPERTS
         if HOW == "best":
-            found = tl.maximum(found, tl.max(tl.load(place, mask=there, other=NEVER), axis=0))
+            total = tl.maximum(
+                total, tl.max(tl.load(tile_pointers, mask=valid, other=LOWEST_KEY64), axis=0)
+            )
         elif HOW == "sum":
-            found += tl.sum(tl.load(place, mask=there, other=0), axis=0)
+            total += tl.sum(tl.load(tile_pointers, mask=valid, other=0), axis=0)
         else:
-            found = tl.maximum(found, tl.max(tl.load(place, mask=there, other=0), axis=0))
-    return found
+            total = tl.maximum(total, tl.max(tl.load(tile_pointers, mask=valid, other=0), axis=0))
+    return total
 
 
 @triton.jit
 def elect(
     votes,  # [W] int64, or fp64
-    safe,
-    known,
+    protected,
+    valid_column,
     count,
     least,
     tau,
@@ -325,46 +365,48 @@ def elect(
     W: tl.constexpr,
 ):
     """Mask [W]: the safe, then those with most votes until as many have seats as the rule says."""
-    place = tl.arange(0, W)
-    candidate = known & ~safe
-    protected = tl.sum(safe.to(tl.int32), axis=0)
+    rank = tl.arange(0, W)
+    candidate = valid_column & ~protected
+    protected_count = tl.sum(protected.to(tl.int32), axis=0)
     FLOATS: tl.constexpr = votes.dtype == tl.float64
-    key = double_order(votes) if FLOATS else votes
-    key = tl.where(candidate, key, NEVER)
+    key = double_to_key(votes) if FLOATS else votes
+    key = tl.where(candidate, key, LOWEST_KEY64)
     order = tl.sort(key, descending=True)
-    seats = count
+    size = count
     if MASS:
-        none = tl.zeros_like(votes)
-        inside = place < EXPERTS - protected
-        value = tl.where(inside, order_double(order) if FLOATS else order, none)
-        at_first = tl.sum(tl.where(safe, votes, none), axis=0)
-        held = (at_first + tl.cumsum(value, axis=0)).to(tl.float64)
-        all_votes = (at_first + tl.sum(value, axis=0)).to(tl.float64)
-        enough = tau.to(tl.int64).to(tl.float64, bitcast=True) * all_votes
-        below = tl.sum((inside & (held < enough)).to(tl.int32), axis=0)
+        zero = tl.zeros_like(votes)
+        inside = rank < EXPERTS - protected_count
+        value = tl.where(inside, key_to_double(order) if FLOATS else order, zero)
+        protected_votes = tl.sum(tl.where(protected, votes, zero), axis=0)
+        cumulative = (protected_votes + tl.cumsum(value, axis=0)).to(tl.float64)
+        all_votes = (protected_votes + tl.sum(value, axis=0)).to(tl.float64)
+        required = tau.to(tl.int64).to(tl.float64, bitcast=True) * all_votes
+        below_count = tl.sum((inside & (cumulative < required)).to(tl.int32), axis=0)
         # The safe alone may hold enough: then nobody joins them, unless ``least`` says so.
-        short = (protected == 0) | (at_first.to(tl.float64) < enough)
-        seats = tl.maximum(tl.where(short, protected + below + 1, 1), least)
-    seats = tl.minimum(tl.maximum(seats - protected, 0), EXPERTS - protected)
-    return safe | first(key, candidate, seats, order, place)
+        needs_more = (protected_count == 0) | (protected_votes.to(tl.float64) < required)
+        size = tl.maximum(tl.where(needs_more, protected_count + below_count + 1, 1), least)
+    size = tl.minimum(tl.maximum(size - protected_count, 0), EXPERTS - protected_count)
+    return protected | first_candidates(key, candidate, size, order, rank)
 
 
 @triton.jit
-def repaired(liked, plain, votes, eps, EXPERTS: tl.constexpr, W: tl.constexpr):
+def restore_votes(coreset, plain_coreset, votes, eps, EXPERTS: tl.constexpr, W: tl.constexpr):
     """Mask [W]: ``liked``, the largest of ``plain`` that it lacks coming back one by one, each for
     the weakest newcomer, until it holds (1 - eps) of the votes that ``plain`` holds."""
-    place = tl.arange(0, W)
-    lacking, newcomer = plain & ~liked, liked & ~plain
-    none = tl.zeros_like(votes)
-    gain = tl.where(lacking, votes, NEVER)
-    loss = tl.where(newcomer, -votes, NEVER)
-    back, out = tl.sort(gain, descending=True), tl.sort(loss, descending=True)
-    swap = tl.where(back > NEVER, back, none) + tl.where(out > NEVER, out, none)
-    held = tl.sum(tl.where(liked, votes, none), axis=0)
-    whole = tl.sum(tl.where(plain, votes, none), axis=0).to(tl.float64)
-    floor = whole * (1.0 - eps.to(tl.int64).to(tl.float64, bitcast=True))
-    after = (held + tl.cumsum(swap, axis=0)).to(tl.float64)
-    swaps = tl.min(tl.where(after >= floor, place + 1, W), axis=0)
-    swaps = tl.where(held.to(tl.float64) >= floor, 0, swaps)
-    returned = first(gain, lacking, swaps, back, place)
-    return (liked | returned) & ~first(loss, newcomer, swaps, out, place)
+    rank = tl.arange(0, W)
+    missing, extra = plain_coreset & ~coreset, coreset & ~plain_coreset
+    zero = tl.zeros_like(votes)
+    gain = tl.where(missing, votes, LOWEST_KEY64)
+    loss = tl.where(extra, -votes, LOWEST_KEY64)
+    sorted_gain, sorted_loss = tl.sort(gain, descending=True), tl.sort(loss, descending=True)
+    swap_gain = tl.where(sorted_gain > LOWEST_KEY64, sorted_gain, zero) + tl.where(
+        sorted_loss > LOWEST_KEY64, sorted_loss, zero
+    )
+    coreset_votes = tl.sum(tl.where(coreset, votes, zero), axis=0)
+    plain_votes = tl.sum(tl.where(plain_coreset, votes, zero), axis=0).to(tl.float64)
+    floor = plain_votes * (1.0 - eps.to(tl.int64).to(tl.float64, bitcast=True))
+    after = (coreset_votes + tl.cumsum(swap_gain, axis=0)).to(tl.float64)
+    swaps = tl.min(tl.where(after >= floor, rank + 1, W), axis=0)
+    swaps = tl.where(coreset_votes.to(tl.float64) >= floor, 0, swaps)
+    restored = first_candidates(gain, missing, swaps, sorted_gain, rank)
+    return (coreset | restored) & ~first_candidates(loss, extra, swaps, sorted_loss, rank)

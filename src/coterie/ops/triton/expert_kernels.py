@@ -16,9 +16,9 @@ def gate_up_kernel(
     x,  # [tokens, HIDDEN]
     weight,  # [slots, 2 * WIDTH, STORED] of numbers as they are stored, slots APART
     scales,  # [slots, 2 * WIDTH, SCALED] bf16, SCALES_APART; not read where BITS is 16
-    token,  # [pairs] int32, sorted by slot; see ``reference.Dispatch``
-    begin,  # [slots + 1] int32
-    active,  # [slots] int32
+    token_ids,  # [pairs] int32, sorted by slot; see ``reference.Dispatch``
+    slot_begin,  # [slots + 1] int32
+    active_slots,  # [slots] int32
     h,  # [pairs, WIDTH], sorted as ``token``
     HIDDEN: tl.constexpr,
     WIDTH: tl.constexpr,
@@ -36,31 +36,31 @@ def gate_up_kernel(
 ):
     """silu(gate) * up: COLUMNS of it, for the pairs of one expert."""
     tiles: tl.constexpr = (WIDTH + COLUMNS - 1) // COLUMNS
-    place = tl.program_id(0) // tiles
-    left = (tl.program_id(0) % tiles) * COLUMNS
-    slot = tl.load(active + place)
+    active_index = tl.program_id(0) // tiles
+    first_column = (tl.program_id(0) % tiles) * COLUMNS
+    slot = tl.load(active_slots + active_index)
     if slot >= 0:
-        start = tl.load(begin + slot)
-        stop = tl.load(begin + slot + 1)
+        start = tl.load(slot_begin + slot)
+        stop = tl.load(slot_begin + slot + 1)
         # Rows of gate and up take turns, so that two neighbours are one column of both. Rows past
         # the end are the last one again: nobody stores what comes of them.
-        turn = tl.arange(0, 2 * COLUMNS)
-        row = (turn % 2) * WIDTH + tl.minimum(left + turn // 2, WIDTH - 1)
-        at = slot.to(tl.int64) * APART
-        scales_at = slot.to(tl.int64) * SCALES_APART
-        to = left + tl.arange(0, COLUMNS)
+        interleaved = tl.arange(0, 2 * COLUMNS)
+        row = (interleaved % 2) * WIDTH + tl.minimum(first_column + interleaved // 2, WIDTH - 1)
+        weight_offset = slot.to(tl.int64) * APART
+        scales_offset = slot.to(tl.int64) * SCALES_APART
+        column = first_column + tl.arange(0, COLUMNS)
         for first in range(start, stop, TOKENS):
-            spot = first + tl.arange(0, TOKENS)
-            real = spot < stop
-            who = tl.load(token + spot, mask=real, other=0)
-            total = _stream(
+            pair_index = first + tl.arange(0, TOKENS)
+            valid = pair_index < stop
+            token = tl.load(token_ids + pair_index, mask=valid, other=0)
+            total = _tiled_matmul(
                 x,
-                who * HIDDEN,
-                real,
+                token * HIDDEN,
+                valid,
                 weight,
-                at + row * STORED,
+                weight_offset + row * STORED,
                 scales,
-                scales_at + row * SCALED,
+                scales_offset + row * SCALED,
                 HIDDEN,
                 TOKENS,
                 2 * COLUMNS,
@@ -71,11 +71,11 @@ def gate_up_kernel(
                 WIDE,
             )
             gate, up = tl.split(tl.reshape(total, (TOKENS, COLUMNS, 2)))
-            mixed = gate / (1.0 + tl.exp(-gate)) * up
+            hidden = gate / (1.0 + tl.exp(-gate)) * up
             tl.store(
-                h + spot[:, None] * WIDTH + to[None, :],
-                mixed.to(h.dtype.element_ty),
-                mask=real[:, None] & (to < WIDTH)[None, :],
+                h + pair_index[:, None] * WIDTH + column[None, :],
+                hidden.to(h.dtype.element_ty),
+                mask=valid[:, None] & (column < WIDTH)[None, :],
             )
 
 
@@ -84,9 +84,9 @@ def down_kernel(
     h,  # [pairs, WIDTH], sorted as ``pair`` is
     weight,  # [slots, HIDDEN, STORED], APART
     scales,  # [slots, HIDDEN, SCALED], SCALES_APART
-    pair,  # [pairs] int32
-    begin,
-    active,
+    pair_ids,  # [pairs] int32
+    slot_begin,
+    active_slots,
     y,  # [pairs, HIDDEN] fp32, by the pair's number; rows of pairs without a slot are not written
     HIDDEN: tl.constexpr,
     WIDTH: tl.constexpr,
@@ -104,27 +104,27 @@ def down_kernel(
 ):
     """What one expert says to its pairs: COLUMNS of it."""
     tiles: tl.constexpr = (HIDDEN + COLUMNS - 1) // COLUMNS
-    place = tl.program_id(0) // tiles
-    to = (tl.program_id(0) % tiles) * COLUMNS + tl.arange(0, COLUMNS)
-    slot = tl.load(active + place)
+    active_index = tl.program_id(0) // tiles
+    column = (tl.program_id(0) % tiles) * COLUMNS + tl.arange(0, COLUMNS)
+    slot = tl.load(active_slots + active_index)
     if slot >= 0:
-        start = tl.load(begin + slot)
-        stop = tl.load(begin + slot + 1)
-        row = tl.minimum(to, HIDDEN - 1)
-        at = slot.to(tl.int64) * APART
-        scales_at = slot.to(tl.int64) * SCALES_APART
+        start = tl.load(slot_begin + slot)
+        stop = tl.load(slot_begin + slot + 1)
+        row = tl.minimum(column, HIDDEN - 1)
+        weight_offset = slot.to(tl.int64) * APART
+        scales_offset = slot.to(tl.int64) * SCALES_APART
         for first in range(start, stop, TOKENS):
-            spot = first + tl.arange(0, TOKENS)
-            real = spot < stop
-            number = tl.load(pair + spot, mask=real, other=0)
-            total = _stream(
+            pair_index = first + tl.arange(0, TOKENS)
+            valid = pair_index < stop
+            pair = tl.load(pair_ids + pair_index, mask=valid, other=0)
+            total = _tiled_matmul(
                 h,
-                spot * WIDTH,
-                real,
+                pair_index * WIDTH,
+                valid,
                 weight,
-                at + row * STORED,
+                weight_offset + row * STORED,
                 scales,
-                scales_at + row * SCALED,
+                scales_offset + row * SCALED,
                 WIDTH,
                 TOKENS,
                 COLUMNS,
@@ -135,9 +135,9 @@ def down_kernel(
                 WIDE,
             )
             tl.store(
-                y + number[:, None] * HIDDEN + to[None, :],
+                y + pair[:, None] * HIDDEN + column[None, :],
                 total,
-                mask=real[:, None] & (to < HIDDEN)[None, :],
+                mask=valid[:, None] & (column < HIDDEN)[None, :],
             )
 
 
@@ -157,25 +157,25 @@ def sum_kernel(
     column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
     total = tl.zeros((COLUMNS,), tl.float32)
     for choice in tl.static_range(CHOICES):  # pyright: ignore[reportGeneralTypeIssues]
-        number = token * CHOICES + choice
-        expert = tl.load(ids + number)
+        pair = token * CHOICES + choice
+        expert = tl.load(ids + pair)
         slot = tl.where(expert >= 0, tl.load(slot_of + tl.maximum(expert, 0)), -1)
-        share = tl.load(weights + number)
+        weight = tl.load(weights + pair)
         # What is read of a row that nobody wrote is thrown away.
-        part = tl.load(y + number * HIDDEN + column, mask=column < HIDDEN, other=0.0)
-        total += share * tl.where(slot >= 0, part, 0.0)
+        expert_out = tl.load(y + pair * HIDDEN + column, mask=column < HIDDEN, other=0.0)
+        total += weight * tl.where(slot >= 0, expert_out, 0.0)
     tl.store(out + token * HIDDEN + column, total, mask=column < HIDDEN)
 
 
 @triton.jit
-def _stream(
+def _tiled_matmul(
     x,
-    x_at,
-    real,
+    x_offset,
+    valid,
     weight,
-    weight_at,
+    weight_offset,
     scales,
-    scales_at,
+    scales_offset,
     K: tl.constexpr,
     TOKENS: tl.constexpr,
     ROWS: tl.constexpr,
@@ -186,95 +186,95 @@ def _stream(
     WIDE: tl.constexpr,
 ):
     """fp32 [TOKENS, ROWS]: ``real`` rows of x times rows of weights, each beginning at its _at."""
-    kind = x.dtype.element_ty
+    x_dtype = x.dtype.element_ty
     groups: tl.constexpr = (K + GROUP - 1) // GROUP
-    tall: tl.constexpr = ROWS if TURNED else TOKENS
-    broad: tl.constexpr = TOKENS if TURNED else ROWS
-    total = tl.zeros((tall, broad), tl.float32)
+    out_rows: tl.constexpr = ROWS if TURNED else TOKENS
+    out_columns: tl.constexpr = TOKENS if TURNED else ROWS
+    total = tl.zeros((out_rows, out_columns), tl.float32)
     if BITS == 16:
         for first in range(0, K, STEP):
-            tokens = _token_tile(x, x_at, real, first, K, STEP)
-            rows = _weight_tile(weight, weight_at, first, K, STEP)
-            total = _product(tokens, rows, total, TURNED, WIDE)
+            tokens = _token_tile(x, x_offset, valid, first, K, STEP)
+            rows = _weight_tile(weight, weight_offset, first, K, STEP)
+            total = _matmul_add(tokens, rows, total, TURNED, WIDE)
     else:
         # The product of a whole number and a scale is rounded once, in bf16 as in fp32.
-        scaled = tl.bfloat16 if kind == tl.bfloat16 and not WIDE else tl.float32
+        scale_dtype = tl.bfloat16 if x_dtype == tl.bfloat16 and not WIDE else tl.float32
         # Scales are too narrow for asynchronous copies: they are fetched a step ahead by hand.
-        ahead = _scales(scales, scales_at, 0, groups, STEP // GROUP)
+        next_scales = _load_scales(scales, scales_offset, 0, groups, STEP // GROUP)
         for first in range(0, K, STEP):
-            tokens = _token_tile(x, x_at, real, first, K, STEP)
-            here = ahead
-            ahead = _scales(
-                scales, scales_at, first // GROUP + STEP // GROUP, groups, STEP // GROUP
+            tokens = _token_tile(x, x_offset, valid, first, K, STEP)
+            step_scales = next_scales
+            next_scales = _load_scales(
+                scales, scales_offset, first // GROUP + STEP // GROUP, groups, STEP // GROUP
             )
             if BITS == 8:
-                stored = _weight_tile(weight, weight_at, first, K, STEP)
-                scale = _repeated(here.to(scaled), ROWS, STEP // GROUP, GROUP)
-                rows = stored.to(scaled) * scale
-                total = _product(tokens, rows.to(kind), total, TURNED, WIDE)
+                raw = _weight_tile(weight, weight_offset, first, K, STEP)
+                scale = _repeat_columns(step_scales.to(scale_dtype), ROWS, STEP // GROUP, GROUP)
+                rows = raw.to(scale_dtype) * scale
+                total = _matmul_add(tokens, rows.to(x_dtype), total, TURNED, WIDE)
             else:
-                stored = _weight_tile(weight, weight_at, first // 2, (K + 1) // 2, STEP // 2)
-                here = here.to(scaled)
-                scale = _repeated(here, ROWS, STEP // GROUP, GROUP // 2)
-                finer = _repeated(here * 0.0625, ROWS, STEP // GROUP, GROUP // 2)
+                raw = _weight_tile(weight, weight_offset, first // 2, (K + 1) // 2, STEP // 2)
+                step_scales = step_scales.to(scale_dtype)
+                scale = _repeat_columns(step_scales, ROWS, STEP // GROUP, GROUP // 2)
+                high_scale = _repeat_columns(step_scales * 0.0625, ROWS, STEP // GROUP, GROUP // 2)
                 # A high nibble stays where it is: sixteen times the number, times a scale of that
                 # much less. Turning bytes into bf16 is cheap four at a time.
-                low = ((stored & 15).to(tl.int8, bitcast=True).to(scaled) - 8.0) * scale
-                high = ((stored & 240) ^ 128).to(tl.int8, bitcast=True).to(scaled) * finer
+                low = ((raw & 15).to(tl.int8, bitcast=True).to(scale_dtype) - 8.0) * scale
+                high = ((raw & 240) ^ 128).to(tl.int8, bitcast=True).to(scale_dtype) * high_scale
                 even, odd = tl.split(tl.reshape(tokens, (TOKENS, STEP // 2, 2)))
-                total = _product(even, low.to(kind), total, TURNED, WIDE)
-                total = _product(odd, high.to(kind), total, TURNED, WIDE)
+                total = _matmul_add(even, low.to(x_dtype), total, TURNED, WIDE)
+                total = _matmul_add(odd, high.to(x_dtype), total, TURNED, WIDE)
     return tl.trans(total) if TURNED else total
 
 
 @triton.jit
-def _weight_tile(weight, at, first, K: tl.constexpr, STEP: tl.constexpr):
+def _weight_tile(weight, offset, first, K: tl.constexpr, STEP: tl.constexpr):
     """[rows, STEP] of what is stored, from column ``first`` on; zero past column K."""
     k = first + tl.arange(0, STEP)
-    where = weight + (at[:, None] + k[None, :])
-    found = tl.load(where) if K % STEP == 0 else tl.load(where, mask=(k < K)[None, :], other=0)
-    return found
+    pointers = weight + (offset[:, None] + k[None, :])
+    tile = tl.load(pointers) if K % STEP == 0 else tl.load(pointers, mask=(k < K)[None, :], other=0)
+    return tile
 
 
 @triton.jit
-def _token_tile(x, at, real, first, K: tl.constexpr, STEP: tl.constexpr):
+def _token_tile(x, offset, valid, first, K: tl.constexpr, STEP: tl.constexpr):
     """[tokens, STEP]: zero where a token is not ``real``, or past column K."""
     k = first + tl.arange(0, STEP)
-    where = x + (at[:, None] + k[None, :])
+    pointers = x + (offset[:, None] + k[None, :])
     if K % STEP == 0:
-        found = tl.load(where, mask=real[:, None], other=0.0)
+        tile = tl.load(pointers, mask=valid[:, None], other=0.0)
     else:
-        found = tl.load(where, mask=real[:, None] & (k < K)[None, :], other=0.0)
-    return found
+        tile = tl.load(pointers, mask=valid[:, None] & (k < K)[None, :], other=0.0)
+    return tile
 
 
 @triton.jit
-def _scales(scales, at, first, COUNT: tl.constexpr, SOME: tl.constexpr):
+def _load_scales(scales, offset, first, COUNT: tl.constexpr, SOME: tl.constexpr):
     """[rows, SOME] from number ``first`` on; a row has COUNT, and zeros after them."""
     group = first + tl.arange(0, SOME)
-    where = scales + (at[:, None] + group[None, :])
-    return tl.load(where, mask=(group < COUNT)[None, :], other=0.0)
+    pointers = scales + (offset[:, None] + group[None, :])
+    return tl.load(pointers, mask=(group < COUNT)[None, :], other=0.0)
 
 
 @triton.jit
-def _repeated(found, ROWS: tl.constexpr, SOME: tl.constexpr, EACH: tl.constexpr):
+def _repeat_columns(values, ROWS: tl.constexpr, SOME: tl.constexpr, EACH: tl.constexpr):
     """[ROWS, SOME * EACH]: every one of found [ROWS, SOME] EACH times."""
-    wide = tl.broadcast_to(found[:, :, None], (ROWS, SOME, EACH))
-    return tl.reshape(wide, (ROWS, SOME * EACH))
+    expanded = tl.broadcast_to(values[:, :, None], (ROWS, SOME, EACH))
+    return tl.reshape(expanded, (ROWS, SOME * EACH))
 
 
 @triton.jit
-def _product(tokens, rows, total, TURNED: tl.constexpr, WIDE: tl.constexpr):
+def _matmul_add(tokens, rows, total, TURNED: tl.constexpr, WIDE: tl.constexpr):
     """``total`` + tokens [t, k] times rows [r, k]: [t, r], or [r, t] where TURNED.
 
     WIDE is for Triton's interpreter, whose arithmetic in bf16 is wrong.
     """
     if WIDE:
-        left, right = tokens.to(tl.float32), rows.to(tl.float32)
+        a, b = tokens.to(tl.float32), rows.to(tl.float32)
     else:
-        left, right = tokens, rows
+        a, b = tokens, rows
     if TURNED:
-        more = tl.dot(right, tl.trans(left), total, input_precision="ieee")
+        out = tl.dot(b, tl.trans(a), total, input_precision="ieee")
     else:
-        more = tl.dot(left, tl.trans(right), total, input_precision="ieee")
-    return more
+        out = tl.dot(a, tl.trans(b), total, input_precision="ieee")
+    return out

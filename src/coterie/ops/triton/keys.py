@@ -11,43 +11,43 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-LOW = tl.constexpr(-0x80000000)  # below the order of every number
-NEVER = tl.constexpr(-0x7FFFFFFFFFFFFFFF)  # the same in 64 bits
+LOWEST_KEY = tl.constexpr(-0x80000000)  # below the order of every number
+LOWEST_KEY64 = tl.constexpr(-0x7FFFFFFFFFFFFFFF)  # the same in 64 bits
 
 
 @triton.jit
-def float_order(x):
+def float_to_key(x):
     """fp32 -> int32 that sorts as the numbers do; -0 must not occur."""
     bits = x.to(tl.int32, bitcast=True)
     return bits ^ ((bits >> 31) & 0x7FFFFFFF)
 
 
 @triton.jit
-def order_float(order):
+def key_to_float(key):
     """What ``float_order`` was given."""
-    bits = order ^ ((order >> 31) & 0x7FFFFFFF)
+    bits = key ^ ((key >> 31) & 0x7FFFFFFF)
     return bits.to(tl.float32, bitcast=True)
 
 
 @triton.jit
-def double_order(x):
+def double_to_key(x):
     """fp64 -> int64 that sorts as the numbers do."""
     bits = x.to(tl.int64, bitcast=True)
     return bits ^ ((bits >> 63) & 0x7FFFFFFFFFFFFFFF)
 
 
 @triton.jit
-def order_double(order):
+def key_to_double(key):
     """What ``double_order`` was given."""
-    bits = order ^ ((order >> 63) & 0x7FFFFFFFFFFFFFFF)
+    bits = key ^ ((key >> 63) & 0x7FFFFFFFFFFFFFFF)
     return bits.to(tl.float64, bitcast=True)
 
 
 @triton.jit
-def best_columns(
+def topk_columns(
     inner,  # [n, W] int32: keys that come first, LOW where there is none
     outer,  # the others' keys, read if TWO
-    within,  # [n] int32: how many there are of the first
+    inner_count,  # [n] int32: how many there are of the first
     column,  # [W]
     choice,  # [CHOICES], at least ROUNDS
     marked,  # [n, W] bool: gains the first MARKS columns
@@ -60,31 +60,31 @@ def best_columns(
     keys; the last key taken [n]; what is marked."""
     best = tl.max(inner, axis=1)
     columns = tl.full((inner.shape[0], choice.shape[0]), -1, tl.int32)
-    for place in range(ROUNDS):
-        left = inner
+    for rank in range(ROUNDS):
+        keys = inner
         if TWO:
-            left = tl.where((place < within)[:, None], inner, outer)
-        best = tl.max(left, axis=1)
-        at = tl.min(tl.where(left == best[:, None], column[None, :], W), axis=1)
-        hit = column[None, :] == at[:, None]
-        found = tl.where(best == LOW, -1, at)
-        columns = tl.where((choice == place)[None, :], found[:, None], columns)
-        inner = tl.where(hit, LOW, inner)
+            keys = tl.where((rank < inner_count)[:, None], inner, outer)
+        best = tl.max(keys, axis=1)
+        best_column = tl.min(tl.where(keys == best[:, None], column[None, :], W), axis=1)
+        hit = column[None, :] == best_column[:, None]
+        column_or_none = tl.where(best == LOWEST_KEY, -1, best_column)
+        columns = tl.where((choice == rank)[None, :], column_or_none[:, None], columns)
+        inner = tl.where(hit, LOWEST_KEY, inner)
         if TWO:
-            outer = tl.where(hit, LOW, outer)
+            outer = tl.where(hit, LOWEST_KEY, outer)
         if MARKS > 0:
-            marked = marked | (hit & (place < MARKS))
+            marked = marked | (hit & (rank < MARKS))
     return columns, inner, outer, best, marked
 
 
 @triton.jit
-def first(key, candidate, seats, descending, place):
+def first_candidates(key, candidate, count, descending, rank):
     """Mask [W]: the ``seats`` candidates whose key is largest; of equals those that come first.
 
     ``descending`` [W] are the candidates' keys, sorted.
     """
-    last = tl.sum(tl.where(place == seats - 1, descending, 0), axis=0)
-    above = candidate & (key > last)
-    level = candidate & (key == last)
-    left = seats - tl.sum(above.to(tl.int32), axis=0)
-    return (above | (level & (tl.cumsum(level.to(tl.int32), axis=0) <= left))) & (seats > 0)
+    threshold = tl.sum(tl.where(rank == count - 1, descending, 0), axis=0)
+    above = candidate & (key > threshold)
+    tied = candidate & (key == threshold)
+    ties_left = count - tl.sum(above.to(tl.int32), axis=0)
+    return (above | (tied & (tl.cumsum(tied.to(tl.int32), axis=0) <= ties_left))) & (count > 0)

@@ -23,11 +23,11 @@ def launch(
         kernel[grid](*args, **constants)  # pyright: ignore[reportIndexIssue]
 
 
-def pieces(whole: int, part: int) -> int:
+def ceil_div(total: int, size: int) -> int:
     """How many parts cover the whole."""
-    return -(-whole // part)
+    return -(-total // size)
 
 
-def power_of_two(least: int) -> int:
+def next_power_of_two(minimum: int) -> int:
     """The smallest that is not less, as kernels' ranges are; 1 for 0."""
-    return 1 << max(0, least - 1).bit_length()
+    return 1 << max(0, minimum - 1).bit_length()

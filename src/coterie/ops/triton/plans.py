@@ -20,17 +20,17 @@ import torch
 import triton
 
 from coterie.keys import Key, from_json, to_json
-from coterie.ops.triton.launch import power_of_two
+from coterie.ops.triton.launch import next_power_of_two
 
-LARGEST = 220 << 10
+MAX_SHARED_BYTES = 220 << 10
 """Bytes of shared memory that a program may plan to take: what Hopper has, less a little."""
 
 
-SHIPPED = Path(__file__).with_name("plans.json")
+BUNDLED_CONFIGS = Path(__file__).with_name("plans.json")
 
 
 @dataclass(frozen=True)
-class Work:
+class GemmShape:
     """One of the two products: ``rows`` columns of output, sums over ``k``."""
 
     name: str  # "gate-up", where every column has two rows of weights, or "down"
@@ -38,22 +38,30 @@ class Work:
     rows: int
     k: int
     dtype: str  # of tokens
-    kind: str  # "" for weights like tokens, "int8" or "int4"
+    weight_format: str  # "" for weights like tokens, "int8" or "int4"
     group: int
 
     @property
-    def most(self) -> int:
+    def max_tile_tokens(self) -> int:
         """Tokens that a tile must take for one to be enough: 16, 32 or 64 (and then again)."""
         return 16 if self.tokens <= 16 else 32 if self.tokens <= 32 else 64
 
     def key(self) -> str:
         """By what a measured plan is found again."""
-        shape = (self.name, self.most, self.rows, self.k, self.dtype, self.kind, self.group)
+        shape = (
+            self.name,
+            self.max_tile_tokens,
+            self.rows,
+            self.k,
+            self.dtype,
+            self.weight_format,
+            self.group,
+        )
         return " ".join((device_name(), f"triton {triton.__version__}", *map(str, shape)))
 
 
 @dataclass(frozen=True)
-class Plan:
+class TileConfig:
     """Tokens, columns of output and numbers along k that a program takes at a time."""
 
     tokens: Annotated[int, Key("tokens")]
@@ -61,61 +69,66 @@ class Plan:
     step: Annotated[int, Key("step")]
     warps: Annotated[int, Key("warps")]
     stages: Annotated[int, Key("stages")]
-    turned: Annotated[bool, Key("turned")] = (
+    transposed: Annotated[bool, Key("turned")] = (
         False  # rows of weights stand where tensor cores want 64
     )
 
-    def sizes(self) -> dict[str, int]:
+    def launch_options(self) -> dict[str, int]:
         """As the kernels are launched with it."""
         return {
             "TOKENS": self.tokens,
             "COLUMNS": self.columns,
             "STEP": self.step,
-            "TURNED": self.turned,
+            "TURNED": self.transposed,
             "num_warps": self.warps,
             "num_stages": self.stages,
         }
 
 
-def chosen(work: Work) -> Plan:
+def best_config(gemm: GemmShape) -> TileConfig:
     """The measured plan where there is one, else the usual one."""
-    return _measured().get(work.key()) or usual(work)
+    return _tuned_configs().get(gemm.key()) or default_config(gemm)
 
 
-def usual(work: Work) -> Plan:
+def default_config(gemm: GemmShape) -> TileConfig:
     """A plan that follows from the shape alone: the same on every machine.
 
     Some 64 rows of weights a program, so that 25 experts keep 132 processors busy and the tokens,
     read anew by every program, are little beside the weights; 24 to 48 KB under way in each.
     """
-    rows = 64 if work.name == "down" else 32
-    plan = Plan(work.most, rows, step=64, warps=4, stages=4)
-    if work.dtype == "float32":
-        plan = replace(plan, columns=rows // 2, step=32, stages=3)
-    elif work.kind:
-        plan = replace(plan, step=128)
-    return _fitting(plan, work)
+    rows = 64 if gemm.name == "down" else 32
+    config = TileConfig(gemm.max_tile_tokens, rows, step=64, warps=4, stages=4)
+    if gemm.dtype == "float32":
+        config = replace(config, columns=rows // 2, step=32, stages=3)
+    elif gemm.weight_format:
+        config = replace(config, step=128)
+    return _clamp_to_shape(config, gemm)
 
 
-def candidates(work: Work) -> Iterator[Plan]:
+def candidate_configs(gemm: GemmShape) -> Iterator[TileConfig]:
     """Plans worth measuring, the usual one first."""
-    first = usual(work)
-    seen = {first}
-    yield first
-    double = 2 if work.name == "gate-up" else 1
-    for tokens in sorted({16, work.most}):
-        for rows, step, warps, stages in SHAPES["bf16" if not work.kind else work.kind]:
-            for turned in (False, True):
-                plan = Plan(tokens, rows // double, step, warps, stages, turned)
-                plan = _fitting(plan, work)
-                if (turned and (rows < 64 or warps % 4)) or plan in seen:
+    default = default_config(gemm)
+    yielded = {default}
+    yield default
+    row_factor = 2 if gemm.name == "gate-up" else 1
+    for tokens in sorted({16, gemm.max_tile_tokens}):
+        for rows, step, warps, stages in CANDIDATE_SHAPES[
+            "bf16" if not gemm.weight_format else gemm.weight_format
+        ]:
+            for transposed in (False, True):
+                config = TileConfig(tokens, rows // row_factor, step, warps, stages, transposed)
+                config = _clamp_to_shape(config, gemm)
+                if (transposed and (rows < 64 or warps % 4)) or config in yielded:
                     continue
-                if work.dtype != "float32" and _shared(plan, work) <= LARGEST:
-                    seen.add(plan)
-                    yield plan
+                if (
+                    gemm.dtype != "float32"
+                    and _shared_memory_bytes(config, gemm) <= MAX_SHARED_BYTES
+                ):
+                    yielded.add(config)
+                    yield config
 
 
-SHAPES = {
+CANDIDATE_SHAPES = {
     "bf16": (
         *((64, 64, 4, 4), (64, 64, 4, 6), (64, 128, 4, 3), (64, 128, 4, 4), (64, 256, 4, 3)),
         *((32, 128, 4, 4), (32, 128, 2, 4), (32, 256, 4, 3)),
@@ -133,32 +146,32 @@ SHAPES = {
 """Rows of weights, numbers along k, warps and stages that are worth a try."""
 
 
-def tune(work: Work, time: Callable[[Plan], float]) -> dict[Plan, float]:
+def tune(gemm: GemmShape, measure: Callable[[TileConfig], float]) -> dict[TileConfig, float]:
     """Measures the candidates by ``time`` (in any unit; an error means no) and keeps the best.
 
     Returns what was measured. Not for use while a graph is captured: it waits for the device.
     """
-    found: dict[Plan, float] = {}
-    for plan in candidates(work):
+    timings: dict[TileConfig, float] = {}
+    for config in candidate_configs(gemm):
         try:
-            found[plan] = time(plan)
+            timings[config] = measure(config)
         except (RuntimeError, triton.TritonError):  # too many registers, too much memory
             continue
-    if found:
-        keep(work, min(found, key=found.__getitem__))
-    return found
+    if timings:
+        save_config(gemm, min(timings, key=timings.__getitem__))
+    return timings
 
 
-def keep(work: Work, plan: Plan) -> None:
+def save_config(gemm: GemmShape, config: TileConfig) -> None:
     """Use ``plan`` for such work from now on, here and in later runs."""
-    _measured()[work.key()] = plan
-    told = {key: to_json(plan) for key, plan in sorted(_measured().items())}
-    path = kept_in()
-    unfinished = path.with_suffix(f".{os.getpid()}.tmp")
+    _tuned_configs()[gemm.key()] = config
+    document = {key: to_json(config) for key, config in sorted(_tuned_configs().items())}
+    path = cache_path()
+    temporary = path.with_suffix(f".{os.getpid()}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        unfinished.write_text(json.dumps(told, indent=1) + "\n", encoding="utf-8")
-        unfinished.replace(path)
+        temporary.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
+        temporary.replace(path)
     except OSError as error:
         logging.getLogger("coterie").warning(
             "Measured plans are not kept for later runs: %s (COTERIE_CACHE names another folder)",
@@ -166,11 +179,11 @@ def keep(work: Work, plan: Plan) -> None:
         )
 
 
-def kept_in() -> Path:
+def cache_path() -> Path:
     """The file of measured plans."""
     folder = os.environ.get("COTERIE_CACHE")
-    usual = os.path.expanduser("~/.cache/coterie")  # as it is where nobody is at home
-    return Path(folder or usual) / "plans.json"
+    default_folder = os.path.expanduser("~/.cache/coterie")  # as it is where nobody is at home
+    return Path(folder or default_folder) / "plans.json"
 
 
 @cache
@@ -179,27 +192,27 @@ def device_name() -> str:
 
 
 @cache
-def _measured() -> dict[str, Plan]:
+def _tuned_configs() -> dict[str, TileConfig]:
     """By key; a file that cannot be read is as good as none."""
-    found: dict[str, Plan] = {}
-    for path in (SHIPPED, kept_in()):
+    configs: dict[str, TileConfig] = {}
+    for path in (BUNDLED_CONFIGS, cache_path()):
         try:
-            told = json.loads(path.read_text(encoding="utf-8"))
-            found |= {key: from_json(Plan, plan) for key, plan in told.items()}
+            document = json.loads(path.read_text(encoding="utf-8"))
+            configs |= {key: from_json(TileConfig, options) for key, options in document.items()}
         except (OSError, ValueError, TypeError, AttributeError):
             continue
-    return found
+    return configs
 
 
-def _fitting(plan: Plan, work: Work) -> Plan:
+def _clamp_to_shape(config: TileConfig, gemm: GemmShape) -> TileConfig:
     """The same for small shapes: no tile much larger than what there is; whole groups of scales."""
-    step = max(min(plan.step, power_of_two(work.k)), 32, work.group)
-    columns = max(min(plan.columns, power_of_two(work.rows)), 16)
-    return replace(plan, step=step, columns=columns)
+    step = max(min(config.step, next_power_of_two(gemm.k)), 32, gemm.group)
+    columns = max(min(config.columns, next_power_of_two(gemm.rows)), 16)
+    return replace(config, step=step, columns=columns)
 
 
-def _shared(plan: Plan, work: Work) -> int:
+def _shared_memory_bytes(config: TileConfig, gemm: GemmShape) -> int:
     """About how many bytes of shared memory it takes."""
-    size = {"int8": 1.0, "int4": 0.5}.get(work.kind, 2.0)
-    rows = plan.columns * (2 if work.name == "gate-up" else 1)
-    return int(plan.stages * plan.step * (rows * size + plan.tokens * 2))
+    size = {"int8": 1.0, "int4": 0.5}.get(gemm.weight_format, 2.0)
+    rows = config.columns * (2 if gemm.name == "gate-up" else 1)
+    return int(config.stages * config.step * (rows * size + config.tokens * 2))

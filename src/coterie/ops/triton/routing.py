@@ -9,59 +9,59 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from coterie.ops.triton.election import serve, vote
-from coterie.ops.triton.launch import launch, pieces, power_of_two
-from coterie.values import RouterSpec, Routing, Rule, Scores
+from coterie.ops.triton.election import choose_kernel, vote_kernel
+from coterie.ops.triton.launch import launch, ceil_div, next_power_of_two
+from coterie.values import RouterSpec, Routing, CoresetRule, Scores
 
-WIDEST = 1024  # columns that a program holds, and so experts
+MAX_COLUMNS = 1024  # columns that a program holds, and so experts
 
 
-def route(scores: Scores, rule: Rule | None, voice: Tensor | None) -> Routing | None:
+def route(scores: Scores, rule: CoresetRule | None, vote_weight: Tensor | None) -> Routing | None:
     """See ``ops.route``. Logits that are no numbers give weights that are none."""
-    if not fits(scores, rule):
+    if not supports(scores, rule):
         return None
     rows, tokens, experts = scores.logits.shape
     if rule is None:  # nobody asks which tokens belong together
         rows, tokens = 1, rows * tokens
-    plan = plan_of(scores.router, tokens, rule is not None)
-    new = scores.logits.new_empty
+    config = launch_config(scores.router, tokens, rule is not None)
+    empty = scores.logits.new_empty
     shape = (rows * tokens, scores.router.k)
-    own = new(shape, dtype=torch.int64)
-    weights = new(shape)
-    used = new(experts, dtype=torch.bool)
-    bits = new((rows, tokens, experts), dtype=torch.int32)
-    counts, marked = _votes(rule), _marks(rule)
-    parts = new((rows, plan.tiles, experts), dtype=torch.int64) if counts else None
-    marks = new((rows, plan.tiles, experts), dtype=torch.int32) if marked else None
-    ids = own if rule is None else torch.empty_like(own)
+    vanilla_ids = empty(shape, dtype=torch.int64)
+    weights = empty(shape)
+    used = empty(experts, dtype=torch.bool)
+    p_bits = empty((rows, tokens, experts), dtype=torch.int32)
+    vote_kind, mark_count = _vote_kind(rule), _marked_choices(rule)
+    vote_sums = empty((rows, config.tiles, experts), dtype=torch.int64) if vote_kind else None
+    marks = empty((rows, config.tiles, experts), dtype=torch.int32) if mark_count else None
+    ids = vanilla_ids if rule is None else torch.empty_like(vanilla_ids)
     bias = None if scores.bias is None else scores.bias.contiguous()
     launch(
-        vote,
-        (plan.tiles, rows),
+        vote_kernel,
+        (config.tiles, rows),
         scores.logits.contiguous(),
         bias,
-        None if voice is None else voice.contiguous(),
-        bits,
-        own,
-        parts,
+        None if vote_weight is None else vote_weight.contiguous(),
+        p_bits,
+        vanilla_ids,
+        vote_sums,
         marks,
         used.view(torch.uint8),
         tokens,
-        VOTE=counts,
-        MARKS=marked,
+        VOTE=vote_kind,
+        MARKS=mark_count,
         SIGMOID=scores.router.activation == "sigmoid",
         BIASED=scores.router.biased_weight and bias is not None,
-        TOKENS=plan.casting,
-        num_warps=plan.warps,
-        **plan.columns,
+        TOKENS=config.vote_tokens,
+        num_warps=config.vote_warps,
+        **config.constants,
     )
     resident = scores.resident if rule is not None and rule.lam > 0 else None
     launch(
-        serve,
-        (pieces(tokens, plan.serving), rows),
-        bits,
-        own,
-        parts,
+        choose_kernel,
+        (ceil_div(tokens, config.choose_tokens), rows),
+        p_bits,
+        vanilla_ids,
+        vote_sums,
         marks,
         used.view(torch.uint8),
         bias,
@@ -69,26 +69,26 @@ def route(scores: Scores, rule: Rule | None, voice: Tensor | None) -> Routing | 
         ids,
         weights,
         tokens,
-        plan.tiles,
-        *_numbers(rule),
-        RULE=_size(rule),
-        BEST=counts == "max",
-        PROTECT=marked > 0,
+        config.tiles,
+        *_rule_numbers(rule),
+        RULE=_size_kind(rule),
+        BEST=vote_kind == "max",
+        PROTECT=mark_count > 0,
         RENORMALISE=scores.router.renormalise,
         SCALE=scores.router.scale,
         EPSILON=scores.router.epsilon,
         BIASED=scores.router.biased_weight and bias is not None,
-        TOKENS=plan.serving,
+        TOKENS=config.choose_tokens,
         num_warps=4,
-        **plan.columns,
+        **config.constants,
     )
-    return Routing(ids=ids, weights=weights, used=used, own=own)
+    return Routing(topk_ids=ids, topk_weights=weights, used=used, vanilla_ids=vanilla_ids)
 
 
-def fits(scores: Scores, rule: Rule | None) -> bool:
+def supports(scores: Scores, rule: CoresetRule | None) -> bool:
     """Whether the kernels take these scores and this rule."""
     router, logits = scores.router, scores.logits
-    if scores.incumbents is not None or (rule is not None and rule.most > 0):
+    if scores.previous_coresets is not None or (rule is not None and rule.most > 0):
         return False
     if logits.numel() == 0 or logits.requires_grad:
         return False
@@ -98,63 +98,63 @@ def fits(scores: Scores, rule: Rule | None) -> bool:
         return False
     if rule is not None and rule.vote == "max" and rule.mass > 0 and rule.protect > 0:
         return False  # sums of votes that may be negative, in an order that the kernel forgets
-    return _columns(router)["MANY"] * _columns(router)["WIDE"] <= WIDEST
+    return _column_constants(router)["MANY"] * _column_constants(router)["WIDE"] <= MAX_COLUMNS
 
 
 @dataclass(frozen=True)
-class Plan:
+class RouteLaunch:
     """How a router's work is cut up; ``columns`` are the constants that both kernels share."""
 
-    casting: int  # tokens of a program of the first launch
-    warps: int  # of such a program
-    serving: int  # tokens of a program of the second
+    vote_tokens: int  # tokens of a program of the first launch
+    vote_warps: int  # of such a program
+    choose_tokens: int  # tokens of a program of the second
     tiles: int  # programs of a row in the first launch
-    columns: dict[str, int]
+    constants: dict[str, int]
 
 
 @lru_cache(maxsize=1024)
-def plan_of(router: RouterSpec, tokens: int, elects: bool) -> Plan:
+def launch_config(router: RouterSpec, tokens: int, has_rule: bool) -> RouteLaunch:
     """One warp for two tokens keeps a maximum inside the warp; many tokens share more of them,
     so that the second launch has fewer parts to add up."""
-    columns = _columns(router)
-    width = columns["MANY"] * columns["WIDE"]
+    constants = _column_constants(router)
+    width = constants["MANY"] * constants["WIDE"]
     few = tokens <= 64 and width <= 512
-    casting, warps = (2, 1) if few else (8, 4)
-    return Plan(
-        casting=casting,
-        warps=warps,
-        serving=4 if elects else 32,
-        tiles=pieces(tokens, casting),
-        columns=columns,
+    vote_tokens, warps = (2, 1) if few else (8, 4)
+    return RouteLaunch(
+        vote_tokens=vote_tokens,
+        vote_warps=warps,
+        choose_tokens=4 if has_rule else 32,
+        tiles=ceil_div(tokens, vote_tokens),
+        constants=constants,
     )
 
 
 @lru_cache(maxsize=64)
-def _columns(router: RouterSpec) -> dict[str, int]:
-    limited = router.kept_groups < router.groups
-    groups = router.groups if limited else 1
+def _column_constants(router: RouterSpec) -> dict[str, int]:
+    has_group_limit = router.topk_groups < router.groups
+    groups = router.groups if has_group_limit else 1
     size = router.experts // groups
     return {
         "EXPERTS": router.experts,
         "K": router.k,
         "GROUPS": groups,
-        "KEPT": router.kept_groups if limited else 1,
-        "MANY": power_of_two(groups),
+        "KEPT": router.topk_groups if has_group_limit else 1,
+        "MANY": next_power_of_two(groups),
         "SIZE": size,
-        "WIDE": power_of_two(size),
-        "CHOICES": power_of_two(router.k),
+        "WIDE": next_power_of_two(size),
+        "CHOICES": next_power_of_two(router.k),
     }
 
 
-def _votes(rule: Rule | None) -> str:
+def _vote_kind(rule: CoresetRule | None) -> str:
     return "" if rule is None or rule.union > 0 else rule.vote
 
 
-def _marks(rule: Rule | None) -> int:
+def _marked_choices(rule: CoresetRule | None) -> int:
     return 0 if rule is None else rule.union or rule.protect
 
 
-def _size(rule: Rule | None) -> str:
+def _size_kind(rule: CoresetRule | None) -> str:
     if rule is None:
         return "none"
     if rule.union > 0:
@@ -163,9 +163,9 @@ def _size(rule: Rule | None) -> str:
 
 
 @lru_cache(maxsize=1024)
-def _numbers(rule: Rule | None) -> tuple[int, int, int, int, int]:
+def _rule_numbers(rule: CoresetRule | None) -> tuple[int, int, int, int, int]:
     """Seats, seats at least; share of votes, lam and eps as the bits of doubles: a kernel would
     take a float in single precision."""
-    told = rule or Rule()
-    doubles = struct.pack("ddd", told.mass, told.lam, told.eps)
-    return told.count, told.least, *struct.unpack("qqq", doubles)
+    numbers = rule or CoresetRule()
+    doubles = struct.pack("ddd", numbers.mass, numbers.lam, numbers.eps)
+    return numbers.count, numbers.least, *struct.unpack("qqq", doubles)

@@ -10,56 +10,58 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from coterie.ops.triton.launch import launch, power_of_two
+from coterie.ops.triton.launch import launch, next_power_of_two
 
 
-def voices(asked: Tensor | None, narrowing: Tensor | None, *, opposite: bool = False) -> Tensor:
+def vote_weights(
+    voters: Tensor | None, voter_filter: Tensor | None, *, invert_filter: bool = False
+) -> Tensor:
     """See ``ops.voices``."""
-    known = asked if narrowing is None else narrowing
-    assert known is not None
-    rows, tokens = known.shape
-    voice = known.new_empty((rows, tokens), dtype=torch.float32)
+    template = voters if voter_filter is None else voter_filter
+    assert template is not None
+    rows, tokens = template.shape
+    weights = template.new_empty((rows, tokens), dtype=torch.float32)
     launch(
-        _hear,
+        _vote_weights_kernel,
         (rows,),
-        _plain(asked),
-        _plain(narrowing),
-        voice,
+        _as_bytes(voters),
+        _as_bytes(voter_filter),
+        weights,
         tokens,
-        OPPOSITE=opposite,
-        TOKENS=power_of_two(tokens),
+        OPPOSITE=invert_filter,
+        TOKENS=next_power_of_two(tokens),
         num_warps=4 if tokens > 128 else 1,
     )
-    return voice
+    return weights
 
 
-def _plain(values: Tensor | None) -> Tensor | None:
+def _as_bytes(values: Tensor | None) -> Tensor | None:
     if values is None:
         return None
     return (values.view(torch.uint8) if values.dtype == torch.bool else values).contiguous()
 
 
 @triton.jit(do_not_specialize=["tokens"])
-def _hear(
-    asked,  # [S, N] of any type, or None
-    narrowing,  # the same
-    voice,  # out [S, N] fp32
+def _vote_weights_kernel(
+    voters,  # [S, N] of any type, or None
+    voter_filter,  # the same
+    out,  # out [S, N] fp32
     tokens,
     OPPOSITE: tl.constexpr,
     TOKENS: tl.constexpr,
 ):
-    at = tl.arange(0, TOKENS)
-    real = at < tokens
-    line = tl.program_id(0) * tokens + at
-    told = tl.where(real, 1.0, 0.0)
-    allowed = told
-    if asked is not None:
-        told = tl.load(asked + line, mask=real, other=0).to(tl.float32)
-        allowed = tl.where(tl.max(told, axis=0) > 0, told, allowed)
-    if narrowing is not None:
-        part = tl.load(narrowing + line, mask=real, other=0).to(tl.float32)
+    token = tl.arange(0, TOKENS)
+    valid = token < tokens
+    index = tl.program_id(0) * tokens + token
+    weights = tl.where(valid, 1.0, 0.0)
+    result = weights
+    if voters is not None:
+        weights = tl.load(voters + index, mask=valid, other=0).to(tl.float32)
+        result = tl.where(tl.max(weights, axis=0) > 0, weights, result)
+    if voter_filter is not None:
+        filter_weights = tl.load(voter_filter + index, mask=valid, other=0).to(tl.float32)
         if OPPOSITE:
-            part = 1.0 - part
-        narrowed = tl.where(real, told * part, 0.0)
-        allowed = tl.where(tl.max(narrowed, axis=0) > 0, narrowed, allowed)
-    tl.store(voice + line, allowed, mask=real)
+            filter_weights = 1.0 - filter_weights
+        filtered = tl.where(valid, weights * filter_weights, 0.0)
+        result = tl.where(tl.max(filtered, axis=0) > 0, filtered, result)
+    tl.store(out + index, result, mask=valid)
