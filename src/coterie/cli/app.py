@@ -101,7 +101,7 @@ def coterie_command(
 
 
 @app.command()
-@option_group(memory=expert_memory_config, wanted=decode_options)
+@option_group(memory=expert_memory_config, options=decode_options)
 def generate(
     prompt: o.Prompt,
     *,
@@ -169,7 +169,7 @@ def check_output_options(*, json: bool, live: bool) -> None:
 
 
 @app.command()
-@option_group(memory=expert_memory_config, wanted=decode_options)
+@option_group(memory=expert_memory_config, options=decode_options)
 def compare(
     prompt: o.Prompt,
     *,

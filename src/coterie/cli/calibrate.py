@@ -96,7 +96,7 @@ OutputFile = Annotated[
 ]
 
 
-@option_group(memory=expert_memory_config, wanted=greedy_options)
+@option_group(memory=expert_memory_config, options=greedy_options)
 def calibrate_command(
     family: PolicyFamily,
     *,

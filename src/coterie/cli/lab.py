@@ -86,7 +86,7 @@ def eval_decode_options(
     )  # fmt: skip
 
 
-@option_group(memory=expert_memory_config, wanted=eval_decode_options)
+@option_group(memory=expert_memory_config, options=eval_decode_options)
 def evaluate(
     *,
     task: e.Tasks = None,

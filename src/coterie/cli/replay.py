@@ -357,7 +357,7 @@ def save_results(out: Path, content: dict[str, object], results: ReplayResult) -
     except ModuleNotFoundError as error:
         print_note(f"no figures without {error.name}: pip install 'coterie[lab]'")
         return
-    figure_paths = plotting.write(out, results)
+    figure_paths = plotting.write_figures(out, results)
     print_note(", ".join(str(file) for file in (path, *figure_paths)))
 
 

@@ -93,10 +93,10 @@ def study(
     coterie study -o runs/study --chapter explosion --again explosion
     """
     study_module = load_study()
-    study_module.chosen([*(experiments or []), *(rerun or [])], study_module.CHAPTERS)
-    config = study_module.Effort(
-        items=num_problems or (QUICK_PROBLEMS if quick else study_module.Effort.items),
-        prompts=num_prompts or (QUICK_PROMPTS if quick else study_module.Effort.prompts),
+    study_module.select_experiments([*(experiments or []), *(rerun or [])], study_module.EXPERIMENTS)
+    config = study_module.StudyConfig(
+        items=num_problems or (QUICK_PROBLEMS if quick else study_module.StudyConfig.items),
+        prompts=num_prompts or (QUICK_PROMPTS if quick else study_module.StudyConfig.prompts),
         seed=seed,
     )
     names = known_tasks(model, tasks, data)
@@ -108,14 +108,14 @@ def study(
     out.mkdir(parents=True, exist_ok=True)
     engine = open_engine(model, dtype=dtype, device=device, expert_dtype=expert_dtype)
     with progress_bar(TimeElapsedColumn(), TimeRemainingColumn()) as progress:
-        sections = study_module.study(
+        sections = study_module.run_study(
             engine,
             open_task_list,
             out,
-            effort=config,
-            watch=StudyProgressBar(progress, study_module.USUAL_SECONDS),
-            names=experiments or (),
-            again=rerun or (),
+            config=config,
+            observer=StudyProgressBar(progress, study_module.TYPICAL_SECONDS),
+            experiments=experiments or (),
+            rerun=rerun or (),
             command=["coterie", *sys.argv[1:]],
         )
     console().print(findings_table(sections))

@@ -80,7 +80,7 @@ BatchSize = Annotated[
 ]
 
 
-@option_group(memory=expert_memory_config, wanted=greedy_options)
+@option_group(memory=expert_memory_config, options=greedy_options)
 def trace(
     *,
     out: TraceOutput,

@@ -83,11 +83,11 @@ def plot_traffic(engine: Engine, name: Path, result: Result, collector: TrafficC
     for forward in store.traffic_log.forwards:
         event = None if forward.kind in KV_ONLY_KINDS else next(events)
         vote_facts = () if event is None else (event.vote_mass_kept, event.reuse_vote_loss)
-        points.append(plotting.Passed(forward, *vote_facts))
+        points.append(plotting.TrafficPoint(forward, *vote_facts))
     title = f"{result.policy}, {store.capacity} of {result.experts.total} experts a layer in memory"
     caption = f"{title}\n{traffic_summary(result.traffic)}"
-    paths = [name.with_name(f"{name.name}.json"), *plotting.write(name, caption, points)]
-    documents = [point.document() for point in points]
+    paths = [name.with_name(f"{name.name}.json"), *plotting.write_figures(name, caption, points)]
+    documents = [point.to_dict() for point in points]
     write_json(paths[0], {"model": result.model, "policy": result.policy, "forwards": documents})
     print_note(", ".join(map(str, paths)))
 

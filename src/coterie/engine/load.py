@@ -76,7 +76,7 @@ class Model:
         if config.warm_start is not None and self.folder is not None:
             config.warm_start.check(self.spec, self.folder)
         transformer, store = simulate_cache(self.transformer, plan)
-        return replace(self, transformer=transformer, memory=plan, rationed=store)
+        return replace(self, transformer=transformer, memory_plan=plan, cached_store=store)
 
 
 def load_model(

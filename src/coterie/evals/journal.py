@@ -168,7 +168,7 @@ def _encode_answer(answer: Answer) -> bytes:
 
 def _decode_answer(line: bytes) -> Answer | None:
     try:
-        return replace(answer_from_dict(json.loads(line)), found=True)
+        return replace(answer_from_dict(json.loads(line)), from_disk=True)
     except (ValueError, TypeError):
         return None
 

@@ -32,7 +32,7 @@ class TransformerLayer:
         needs_received = isinstance(self.feed_forward, MoE) and needs_importance(context.policy)
         normed = ops.rms_norm(x, self.attention_norm, self.spec.norm_epsilon)
         attn_output, received_attention = self.attention(
-            normed, metadata, context.cache, weigh=needs_received
+            normed, metadata, context.cache, return_received=needs_received
         )
         importance = (
             None if received_attention is None else received_attention * x.float().abs().sum(-1)

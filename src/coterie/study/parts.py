@@ -117,7 +117,7 @@ class _TimedAttention:
         self, x: Tensor, metadata: AttentionMetadata, cache: KVCache | None, *, weigh: bool = False
     ) -> tuple[Tensor, Tensor | None]:
         with self.watch(ATTENTION):
-            return self.inner(x, metadata, cache, weigh=weigh)
+            return self.inner(x, metadata, cache, return_received=weigh)
 
 
 @dataclass(frozen=True)

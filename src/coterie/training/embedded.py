@@ -49,7 +49,7 @@ def make_config(*, steps: int = DEFAULT_STEPS, seed: int = 0, workers: int = 2) 
         steps=steps,
         seed=seed,
         workers=workers,
-        shape=replace(NetworkShape(), vocabulary=vocabulary_size),
+        shape=replace(NetworkShape(), vocab_size=vocabulary_size),
         decay_fraction=0.5,
         task_names=(*PROBLEM_MAKERS, "drill"),
     )
