@@ -25,7 +25,7 @@ from coterie.results import record, write_record
 SEED = 9001
 BETAS = (0.15, 0.22, 0.3, 0.4)
 PRICES = (0.18, 0.07, 0.022, 0.005)  # about as many experts on the problems used to choose
-GUARD = "voters=unfilled,protect=top1"
+GUARD = "voters=before-eos,protect=top1"
 
 
 @dataclass(frozen=True)

@@ -26,6 +26,7 @@ from coterie.evals.stats import Share, paired
 from coterie.evals.task import Task, Wish
 from coterie.evals.tasks import open_tasks
 from coterie.experts.capacity import Capacity
+from coterie.keys import to_json
 from coterie.planning.booking import Play
 from coterie.planning.machine import Machine
 from coterie.planning.recording import about, bias_of, record_trace
@@ -40,8 +41,8 @@ SEED = 9301
 MEMORY = "35%"
 BOUNDS = (None, 0.0, 0.02, 0.05, 0.1, 0.2)
 POLICIES = (
-    "des-vote:beta=0.3,voters=unfilled,protect=top1",
-    "priced-vote:price=0.04,voters=unfilled,protect=top1",
+    "des-vote:beta=0.3,voters=before-eos,protect=top1",
+    "priced-vote:price=0.04,voters=before-eos,protect=top1",
 )
 WAYS: Mapping[str, Mapping[str, object]] = {
     "as it decodes": {},
@@ -169,7 +170,7 @@ def row(run: Run, vanilla: Run, fresh: Run, point: Replayed) -> dict[str, object
         "n": share.n,
         "interval": share.interval,
         "against": {
-            name: {"difference": duel.difference, "p": duel.p, **vars(duel)}
+            name: {"difference": duel.difference, "p": duel.p, **to_json(duel)}
             for name, other in against.items()
             if other is not run
             for duel in [paired(other.right, run.right)]

@@ -7,6 +7,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from coterie.routing import respell_all
+
 ROOT = Path(__file__).parents[1]
 ACCURACY = ROOT / "results" / "embedded-tasks-by-policy.json"
 SPEED = ROOT / "results" / "generate-embedded-cpu.json"
@@ -25,7 +27,7 @@ def filled(text: str) -> str:
     _, _, after = rest.partition(END)
     drawn = {ACCURACY: accuracy, SPEED: speed}
     tables = [
-        draw(json.loads(path.read_text(encoding="utf-8"))) + source(path)
+        draw(respell_all(json.loads(path.read_text(encoding="utf-8")))) + source(path)
         for path, draw in drawn.items()
         if path.is_file()
     ]

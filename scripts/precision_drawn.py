@@ -11,6 +11,7 @@ import torch
 from coterie.engine.coarse import Coarse, Split
 from coterie.engine.distance import distance
 from coterie.experts.eviction import Lru
+from coterie.keys import from_json, to_json
 from coterie.ops.panels import expert_bytes
 from coterie.planning.booking import Cache, Memory, Play, book, choose
 from coterie.planning.precisions import CAME, Mixture, mix
@@ -31,7 +32,7 @@ PLACEMENTS = (
 
 def drawn(share: float) -> dict[str, object]:
     """Bytes a forward, and the loss bound, of each precision alone and of both."""
-    law = Law(**json.loads(LAW.read_text())["facts"]["as read off"]["law"])
+    law = from_json(Law, json.loads(LAW.read_text())["facts"]["as read off"]["law"])
     trace = synthetic(MINI, law, blocks=BLOCKS, seed=7)
     memory = Memory.of(trace)
     sizes = {kind: expert_bytes(kind, hidden=HIDDEN, width=WIDTH) for kind in ("int8", "int4")}
@@ -71,7 +72,7 @@ def drawn(share: float) -> dict[str, object]:
             )
     for line in lines:
         print("  ".join(f"{key} {value}" for key, value in line.items()), flush=True)
-    told = {"law": vars(law), "blocks": BLOCKS, "share": share, "expert_bytes": sizes}
+    told = {"law": to_json(law), "blocks": BLOCKS, "share": share, "expert_bytes": sizes}
     return {**told, "error": errors, "lines": lines}
 
 

@@ -36,6 +36,7 @@ from coterie.experts.eviction import Lfu, Lru
 from coterie.experts.host import Host
 from coterie.experts.slots import Slots
 from coterie.experts.tiers import InMemory
+from coterie.keys import from_json, to_json
 from coterie.model.moe import MoE
 from coterie.planning.booking import Cache, Chosen, Memory, Play, asks_residents, book, choose
 from coterie.planning.machine import Machine
@@ -68,12 +69,12 @@ HOSTED = (0.35, 0.6)
 
 def main(words: Sequence[str]) -> int:
     asked = options().parse_args(words)
-    law = Law(**json.loads(DRAWN.read_text())["facts"]["as read off"]["law"])
+    law = from_json(Law, json.loads(DRAWN.read_text())["facts"]["as read off"]["law"])
     drawn = synthetic(MINI, law, blocks=asked.blocks, seed=7)
     trace, gates = looked_ahead(coterie.load(), asked.items, asked.seed)
     facts = {
         "expert_bytes": SIZE,
-        "machines": {name: vars(one) for name, one in MACHINES.items()},
+        "machines": {name: to_json(one) for name, one in MACHINES.items()},
         "embedded": told(trace, POLICIES["embedded"], gates),
         "drawn": told(drawn, POLICIES["drawn"], None),
         "warm start": {"embedded": warm(trace), "drawn": warm(drawn)},

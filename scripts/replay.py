@@ -29,6 +29,7 @@ from coterie.evals.task import Task, Wish
 from coterie.evals.tasks import open_tasks
 from coterie.experts.capacity import Capacity
 from coterie.experts.traffic import Traffic
+from coterie.keys import to_json
 from coterie.planning.booking import Play
 from coterie.planning.machine import Machine, rate_of
 from coterie.planning.recording import about, bias_of, record_trace
@@ -68,10 +69,11 @@ DRAWN = (
 )
 RULES = (
     *("des-vote:beta=0.3", "resident-vote:beta=0.3", "des-seq:k=3"),
-    *("proportional-vote:beta=0.3", "proportional-vote:beta=0.3,lam=3,eps=0.2"),
-    *("priced-vote:price=0.022", "priced-vote:price=0.022,lam=1,eps=0.1"),
-    *("priced-vote:price=0.04", "priced-vote:price=0.04,lam=1,eps=0.1"),
-    "priced-vote:price=0.04,lam=3,eps=0.1",
+    "proportional-vote:beta=0.3",
+    "proportional-vote:beta=0.3,resident_bonus=3,max_vote_loss=0.2",
+    *("priced-vote:price=0.022", "priced-vote:price=0.022,resident_bonus=1,max_vote_loss=0.1"),
+    *("priced-vote:price=0.04", "priced-vote:price=0.04,resident_bonus=1,max_vote_loss=0.1"),
+    "priced-vote:price=0.04,resident_bonus=3,max_vote_loss=0.1",
 )
 EXAMINED = tuple(rule for rule in RULES if rule.startswith("priced-vote"))
 
@@ -148,7 +150,7 @@ def drawn(seen: Look, extent: Extent) -> dict[str, object]:
     shape = extent.shape
     wanted = carried(seen, 128, extent.unique, shape.experts)
     told: dict[str, object] = {
-        "read_off": vars(seen),
+        "read_off": to_json(seen),
         "blocks": extent.blocks,
         "steps": shape.steps,
     }
@@ -161,7 +163,7 @@ def drawn(seen: Look, extent: Extent) -> dict[str, object]:
         shares = extent.shares if name == "as read off" else (SHARE,)
         kept = {name: size for name, size in shape.expert_bytes if name != "int4"}
         made = replay(trace, grid(plays, caches, shares, kept))
-        found = {"wanted": vars(look), "law": vars(law), "came_to": vars(looked(trace))}
+        found = {"wanted": to_json(look), "law": to_json(law), "came_to": to_json(looked(trace))}
         told[name] = {**found, **document(made)}
         tell(f"drawn, {name}", made)
     return told
@@ -232,7 +234,7 @@ def held(engine: Engine, tasks: Sequence[Task], trace: Trace, extent: Extent) ->
         "slots": slots,
         "policies": told,
         "duels": [
-            {"rule": one.rule, **vars(duel), "p_holm": next(raised)}
+            {"rule": one.rule, **to_json(duel), "p_holm": next(raised)}
             for one, duel in zip(others, duels, strict=True)
         ],
     }

@@ -14,7 +14,7 @@ from pathlib import Path
 from coterie.figures.style import Scheme
 from coterie.study.prose import document
 from coterie.study.report import SCHEMES, Section, section
-from coterie.study.study import CHAPTERS
+from coterie.study.study import CHAPTERS, renewed
 
 ROOT = Path(__file__).parents[1]
 RECORDS = ROOT / "results" / "study"
@@ -48,7 +48,7 @@ def sections(schemes: Sequence[Scheme] = SCHEMES) -> list[Section]:
     """Every chapter with a record, in the study's order; drawn in these schemes."""
     paths = {name: RECORDS / f"{name}.json" for name in CHAPTERS}
     records = {
-        name: json.loads(path.read_text(encoding="utf-8"))
+        name: renewed(json.loads(path.read_text(encoding="utf-8")))
         for name, path in paths.items()
         if path.is_file()
     }

@@ -23,7 +23,7 @@ from coterie.engine.memory import Memory
 from coterie.evals.run import Arm, run
 
 ARMS = [Arm("vanilla"), Arm("des-vote:beta=0.25"), Arm("vanilla", {"block": 4})]
-PREFERRING = [Arm("vanilla"), Arm("resident-vote:beta=0.3,lam=8,eps=0.5")]
+PREFERRING = [Arm("vanilla"), Arm("resident-vote:beta=0.3,resident_bonus=8,max_vote_loss=0.5")]
 QUIZ = Quiz(count=24)
 SHORT = {"rows": 1, "lasts": 5}
 

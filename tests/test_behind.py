@@ -74,7 +74,7 @@ def test_few_slots_answer_like_all_experts_resident(tmp_path: Path, family: str,
     assert whole.model.offloaded is None
     for memory in ("1", "35%", "15"):
         few = opened(folder, memory)
-        for policy in ("vanilla", "resident-vote:beta=0.3,lam=0"):
+        for policy in ("vanilla", "resident-vote:beta=0.3,resident_bonus=0"):
             found, true = (one.generate(PROMPT, policy=policy, **ASKED) for one in (few, whole))
             assert found.tokens == true.tokens
         store, settled = few.model.offloaded, few.model.memory

@@ -168,8 +168,8 @@ def test_every_rung_of_every_family_is_a_policy(name: str):
 @pytest.mark.parametrize(
     ("text", "first", "last"),
     [
-        ("des-vote:voters=unfilled,protect=top1", "des-vote:beta=1,voters=unfilled,protect=top1",
-         "des-vote:beta=0.0625,voters=unfilled,protect=top1"),
+        ("des-vote:voters=unfilled,protect=top1", "des-vote:beta=1,voters=before-eos,protect=top1",
+         "des-vote:beta=0.0625,voters=before-eos,protect=top1"),
         ("coreset:m=?,vote=weight", "coreset:m=16,vote=weight", "coreset:m=1,vote=weight"),
         ("des-vote:beta=?", "des-vote:beta=1", "des-vote:beta=0.0625"),
         ("mass-vote:least=2", "mass-vote:tau=1,least=2", "mass-vote:tau=0.001,least=2"),

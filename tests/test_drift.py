@@ -56,7 +56,7 @@ def settled(scores: Scores, policy: Policy) -> Settled:
     return found
 
 
-WITHOUT_TIES = ("xshare:beta=0.3", "des-seq:k=1", "mass-vote:tau=0.6,least=1,lam=1")
+WITHOUT_TIES = ("xshare:beta=0.3", "des-seq:k=1", "mass-vote:tau=0.6,least=1,resident_bonus=1")
 drifts = st.sampled_from((0.0, 0.05, 0.5, 0.9)) | st.floats(0, 0.999)
 seeds = st.integers(0, 2**32 - 1)
 

@@ -28,7 +28,7 @@ from coterie.evals.run import Arm, Sheet
 Capture = pytest.CaptureFixture[str]
 
 ASKED = ["eval", "--task", "words", "--task", "algebra", "--items", "3", "--rows", "6"]
-LONG = "des-vote:beta=0.3,voters=unfilled,protect=top1"
+LONG = "des-vote:beta=0.3,voters=before-eos,protect=top1"
 
 
 def answer(arm: str, number: int, correct: bool, **others: object) -> Answer:

@@ -32,7 +32,8 @@ from coterie.naming import CoterieError
 from coterie.testing import write_checkpoint
 
 TESTS = Path(__file__).parent
-VANILLA, PREFERRING = Arm("vanilla"), Arm("resident-vote:beta=0.3,lam=8,eps=0.5")
+VANILLA = Arm("vanilla")
+PREFERRING = Arm("resident-vote:beta=0.3,resident_bonus=8,max_vote_loss=0.5")
 ARMS = [VANILLA, PREFERRING]
 TIMED = ("seconds", "found", "served")
 

@@ -37,7 +37,10 @@ from coterie.values import Slab, Store
 VOCABULARY, MASK = 96, 95
 Sizes = tuple[str, int]  # family, experts
 FIXED = ("vanilla", "des-vote:beta=0.4", "des-seq:k=2", "topk:k=1", "des-vote:beta=0.1")
-RESIDENT = ("resident-vote:beta=0.3,lam=4,eps=0.4", "proportional-vote:beta=0.3,lam=3,eps=0.3")
+RESIDENT = (
+    "resident-vote:beta=0.3,resident_bonus=4,max_vote_loss=0.4",
+    "proportional-vote:beta=0.3,resident_bonus=3,max_vote_loss=0.3",
+)
 
 
 @cache

@@ -27,7 +27,8 @@ from coterie.values import Scores, Store
 
 SHAPE = Shape(layers=2, experts=16, k=4, tokens=8, steps=4)
 LAW = Law(always=0.2, block=0.3, steady=0.9)
-POLICIES = ("vanilla", "des-vote:beta=0.4", "resident-vote:beta=0.4,lam=8,eps=0.3")
+PREFERRING = "resident-vote:beta=0.4,resident_bonus=8,max_vote_loss=0.3"
+POLICIES = ("vanilla", "des-vote:beta=0.4", PREFERRING)
 
 
 @cache

@@ -217,7 +217,7 @@ def test_between_layers_nothing_asks_the_host(
 EVERY = (
     *("vanilla", "topk:k=2", "naee:beta=0.2", "des-seq:k=2", "des-vote:beta=0.3", "racing:m=4"),
     *("uniform-vote:beta=0.3", "xshare:beta=0.3", "mass-vote:tau=0.8", "resident-vote:beta=0.3"),
-    *("des-vote:beta=0.3,voters=unfilled,protect=top1", "des-vote:beta=0.3,voters=masked"),
+    *("des-vote:beta=0.3,voters=before-eos,protect=top1", "des-vote:beta=0.3,voters=masked"),
 )
 
 

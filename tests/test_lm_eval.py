@@ -100,7 +100,7 @@ def test_likelihoods_and_unknown_arguments_are_refused_by_name(tmp_path: Path) -
     (tmp_path / "words.yaml").write_text(json.dumps({**task, **choice}))
     asked = ("--include_path", str(tmp_path), "--tasks", "local_words")
     assert "output_type generate_until" in harness(tmp_path, *asked).stderr
-    done = harness(tmp_path, *asked, "--model_args", "policy=des-vote:beta=0.3,voters=unfilled")
+    done = harness(tmp_path, *asked, "--model_args", "policy=des-vote:beta=0.3,voters=before-eos")
     assert "unknown model_args 'voters'" in done.stderr
     assert "a policy with commas needs JSON" in done.stderr
 

@@ -96,17 +96,17 @@ def test_a_token_keeps_as_many_as_there_is_room_for(text: str) -> None:
 
 
 def test_its_spelling() -> None:
-    for text in ("des-vote:beta=0.3,most=slots", "des-seq:k=3,most=12", "random:beta=0.1,most=2"):
+    for text in ("des-vote:beta=0.3,max=slots", "des-seq:k=3,max=12", "random:beta=0.1,max=2"):
         assert spell(parse_policy(text)) == text
-    with pytest.raises(CoterieError, match="most must be a whole number or slots, not 'few'"):
+    with pytest.raises(CoterieError, match="max must be a whole number or slots, not 'few'"):
         parse_policy("des-vote:beta=0.3,most=few")
-    with pytest.raises(CoterieError, match="most must be at least 1, not 0"):
+    with pytest.raises(CoterieError, match="max must be at least 1, not 0"):
         Election(most=0)
     with pytest.raises(CoterieError, match="unknown option 'most'"):
         parse_policy("topk:k=2,most=3")
 
 
-@pytest.mark.parametrize("policy", ["uniform-vote:beta=0.8,most=slots", "des-seq:k=2,most=slots"])
+@pytest.mark.parametrize("policy", ["uniform-vote:beta=0.8,max=slots", "des-seq:k=2,max=slots"])
 def test_a_replay_of_a_bound_policy_foretells_a_run(policy: str) -> None:
     store, results, trace = imagined(policy, 4, commit="policy")
     assert max(result.experts.max for result in results) == 4
@@ -116,7 +116,7 @@ def test_a_replay_of_a_bound_policy_foretells_a_run(policy: str) -> None:
 
 
 def test_each_capacity_of_a_replay_has_coresets_of_its_own() -> None:
-    asked = play("des-vote:beta=0.5,most=slots")
+    asked = play("des-vote:beta=0.5,max=slots")
     made = replay(drawn(), grid(asked, caches="lru,belady", capacity="5,8,24"))
     experts = {(point.slots, point.case.cache): point.experts for point in made.points}
     free = replay(drawn(), grid(play("des-vote:beta=0.5"), capacity="24")).points[0].experts

@@ -21,7 +21,7 @@ from coterie.naming import CoterieError
 from coterie.testing import write_checkpoint
 
 ASKED = {"max_new_tokens": 24, "block": 8, "unmask": "fixed:steps=3"}
-PREFERRING = "resident-vote:beta=0.3,lam=8,eps=0.5"
+PREFERRING = "resident-vote:beta=0.3,resident_bonus=8,max_vote_loss=0.5"
 PROMPTS = (list(range(5, 17)), [7, 7, 1], [3, 60, 4, 41])
 
 

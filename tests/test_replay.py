@@ -119,8 +119,9 @@ def test_belady_moves_least_and_room_for_all_moves_each_once() -> None:
 
 
 def test_residency_without_loss_keeps_the_votes_and_moves_less() -> None:
-    plays = [play("des-vote:beta=0.25"), play("resident-vote:beta=0.25,lam=4,eps=0")]
-    plays.append(play("resident-vote:beta=0.25,lam=4,eps=0.1"))
+    plays = [play("des-vote:beta=0.25")]
+    plays.append(play("resident-vote:beta=0.25,resident_bonus=4,max_vote_loss=0"))
+    plays.append(play("resident-vote:beta=0.25,resident_bonus=4,max_vote_loss=0.1"))
     plain, same, free = replay(drawn(), grid(*plays, capacity="9")).points
     assert same.votes_kept == pytest.approx(plain.votes_kept, abs=1e-4)
     assert free.traffic.moved < plain.traffic.moved

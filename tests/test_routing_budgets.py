@@ -40,7 +40,7 @@ def test_a_layer_elects_by_its_own_share_alone(scores: Scores, name: str, betas:
 
 
 def test_a_list_reads_back_as_it_was_written():
-    text = "des-vote:beta=0.3/0.2/0.25/0.3,voters=unfilled"
+    text = "des-vote:beta=0.3/0.2/0.25/0.3,voters=before-eos"
     assert spell(parse_policy(text)) == text
 
 

@@ -43,7 +43,7 @@ def ruling(text: str, scores: Scores = SCORES) -> Ruling | None:
         ("vanilla", None),
         ("des-seq:k=4", None),
         ("des-seq:k=3", Rule(union=3)),
-        ("des-seq:k=4,voters=unfilled", Rule(union=4)),
+        ("des-seq:k=4,voters=before-eos", Rule(union=4)),
         ("des-vote:beta=0.15", Rule(count=4, eps=0.02)),
         ("des-vote:beta=0.5,vote=weight,protect=top1", Rule("weight", 0, 16, protect=1, eps=0.02)),
         ("uniform-vote:beta=0.01", Rule("count", count=1, eps=0.02)),
@@ -56,7 +56,7 @@ def ruling(text: str, scores: Scores = SCORES) -> Ruling | None:
         ("des-vote:beta=0.5,most=7", Rule(count=7, eps=0.02)),
         ("xshare:beta=0.5,most=7", Rule("full", count=7, protect=1, eps=0.02, most=7)),
         ("des-seq:k=4,most=7", Rule(union=4, eps=0.02, most=7)),
-        ("des-vote:beta=0.5,most=slots", Rule(count=16, eps=0.02)),
+        ("des-vote:beta=0.5,max=slots", Rule(count=16, eps=0.02)),
     ],
 )
 def test_a_policy_tells_its_rule_in_plain_numbers(text: str, rule: Rule | None):
@@ -84,7 +84,7 @@ def test_everybody_has_one_vote_unless_somebody_says_otherwise():
     filled = torch.tensor([[False] * 2 + [True] * 4] * 2)
     scores = replace(SCORES, voters=voters, progress=Progress(filled=filled))
     everybody, engine = ruling("des-vote:beta=0.5"), ruling("des-vote:beta=0.5", scores)
-    unfilled = ruling("des-vote:beta=0.5,voters=unfilled", scores)
+    unfilled = ruling("des-vote:beta=0.5,voters=before-eos", scores)
     assert everybody is not None
     assert engine is not None
     assert unfilled is not None

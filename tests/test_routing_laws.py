@@ -26,7 +26,7 @@ WITHOUT_TIES = (
     "priced-vote:price=0.3",
     "coreset:m=4,vote=full,tally=proportional",
     "coreset:m=1",
-    "coreset:m=4,vote=full,lam=1,protect=top1",
+    "coreset:m=4,vote=full,resident_bonus=1,protect=top1",
     "mass-vote:tau=0.6,least=1",
     "mass-vote:tau=0.9,least=2,vote=full",
 )

@@ -17,7 +17,7 @@ from coterie.naming import CoterieError
 from coterie.routing import parse_policy
 from coterie.routing.proportional import SHARE, Favour, seats, shares
 from coterie.routing.size import Priced
-from coterie.routing.votes import BALLOTS, UNIT, margin
+from coterie.routing.votes import UNIT, margin
 from coterie.values import RouterSpec, Scores
 
 SIGMOID = RouterSpec(experts=6, k=2, activation="sigmoid", renormalise=True)
@@ -129,8 +129,8 @@ def test_who_is_here_comes_cheaper():
     block = Scores(_logits((0.9, 0.1, 0.1, 0.1, 0.1, 0.1), (0.1, 0.5, 0.4, 0.1, 0.1, 0.1)), SIGMOID)
     here = replace(block, resident=torch.tensor([False, False, True, False, False, False]))
     assert _elected("priced-vote:price=0.2", here) == [0, 1]
-    assert _elected("priced-vote:price=0.2,lam=3,eps=0", block) == [0, 1]
-    assert _elected("priced-vote:price=0.2,lam=3,eps=0", here) == [0, 1, 2]
+    assert _elected("priced-vote:price=0.2,resident_bonus=3,max_vote_loss=0", block) == [0, 1]
+    assert _elected("priced-vote:price=0.2,resident_bonus=3,max_vote_loss=0", here) == [0, 1, 2]
 
 
 @given(elections())
@@ -220,7 +220,10 @@ def test_every_token_splits_one_vote_by_margin_among_its_own(scores: Scores):
     ("text", "message"),
     [
         ("coreset:m=2,vote=max,tally=proportional", "needs a vote that each token casts: one of "),
-        ("des-vote:beta=0.2,vote=random,tally=proportional", ", ".join(BALLOTS)),
+        (
+            "des-vote:beta=0.2,vote=random,tally=proportional",
+            "topk-prob, weight, count, full, margin",
+        ),
         ("priced-vote:price=0", "price must be above 0, not 0"),
     ],
 )

@@ -9,7 +9,7 @@ from hypothesis import given
 from policies import law, spellings
 
 from coterie.naming import CoterieError
-from coterie.routing import DesVote, Election, parse_policy, spell
+from coterie.routing import DesVote, Election, parse_policy, respell, respell_all, spell
 
 
 @pytest.mark.parametrize(
@@ -21,7 +21,7 @@ from coterie.routing import DesVote, Election, parse_policy, spell
         "mc-moe:beta=0.6,protect=0.02",
         "des-seq:k=3",
         "des-vote:beta=0.15",
-        "des-vote:beta=0.15,voters=unfilled,protect=top1,vote=weight",
+        "des-vote:beta=0.15,voters=before-eos,protect=top1,vote=weight",
         "uniform-vote:beta=0.15",
         "xshare:beta=0.15",
         "racing:m=48",
@@ -29,9 +29,9 @@ from coterie.routing import DesVote, Election, parse_policy, spell
         "mass-vote:tau=0.8,least=16",
         "random:beta=0.15",
         "random:beta=0.15,seed=7",
-        "resident-vote:beta=0.15,lam=0.5,eps=0.02",
+        "resident-vote:beta=0.15,resident_bonus=0.5,max_vote_loss=0.02",
         "xshare:beta=0.15,protect=none",
-        "coreset:m=48,vote=full,scope=batch,lam=1,eps=0.1",
+        "coreset:m=48,vote=full,scope=batch,resident_bonus=1,max_vote_loss=0.1",
         "coreset:k=2,voters=masked",
         "proportional-vote:beta=0.15",
         "proportional-vote:beta=0.3/0.2,voters=masked,protect=top1",
@@ -52,7 +52,7 @@ def test_the_usual_spellings_print_as_written(text: str):
         (" des-vote: vote=weight , beta=.150 ", "des-vote:beta=0.15,vote=weight"),
         ("des-vote:beta=1.0,voters=all,eps=0.02", "des-vote:beta=1"),
         ("mc-moe:beta=0.5", "mc-moe:beta=0.5,protect=0.02"),
-        ("resident-vote:beta=0.5", "resident-vote:beta=0.5,lam=1,eps=0.02"),
+        ("resident-vote:beta=0.5", "resident-vote:beta=0.5,resident_bonus=1,max_vote_loss=0.02"),
         ("xshare:beta=0.5,protect=top1", "xshare:beta=0.5"),
     ],
 )
@@ -86,11 +86,14 @@ def test_every_combination_of_options_round_trips(text: str):
         ("des-vote:beta=0", "beta must be above 0 and at most 1, not 0.0"),
         ("des-vote:beta=1.01", "beta must be above 0 and at most 1"),
         ("des-vote:beta=nan", "beta must be above 0 and at most 1, not nan"),
-        ("des-vote:beta=0.1,lam=inf", "lam must be at least 0, not inf"),
-        ("des-vote:beta=0.1,lam=-1", "lam must be at least 0, not -1.0"),
+        ("des-vote:beta=0.1,resident_bonus=inf", "resident_bonus must be at least 0, not inf"),
+        ("des-vote:beta=0.1,lam=-1", "resident_bonus must be at least 0, not -1.0"),
         ("topk:k=1.5", "k must be a whole number, not '1.5'"),
         ("topk:k=0", "k must be at least 1, not 0"),
-        ("des-vote:beta=0.1,voters=some", "voters must be one of all, unfilled, masked, uncertain"),
+        (
+            "des-vote:beta=0.1,voters=some",
+            "voters must be one of all, before-eos, masked, uncertain",
+        ),
         ("des-vote:beta", "'beta' is not of the form option=value"),
         ("des-vote:beta=", "'beta=' is not of the form option=value"),
         ("des-vote:beta=0.1,", "'' is not of the form option=value"),
@@ -109,7 +112,7 @@ def test_what_is_wrong_is_named(text: str, message: str):
 def test_policies_made_in_code_are_checked_too():
     with pytest.raises(CoterieError, match="beta must be above 0"):
         DesVote(beta=2)
-    with pytest.raises(CoterieError, match="lam must be at least 0"):
+    with pytest.raises(CoterieError, match="resident_bonus must be at least 0"):
         Election(lam=-1)
     assert spell(DesVote(beta=1)) == "des-vote:beta=1"
 
@@ -125,3 +128,30 @@ def test_a_policy_without_a_name_cannot_be_spelled():
 
 def test_equal_policies_are_one_key():
     assert len({parse_policy("des-vote:beta=0.5"), parse_policy("des-vote:beta=.5")}) == 1
+
+
+@pytest.mark.parametrize(
+    ("before", "now"),
+    [
+        ("des-vote:beta=0.3,lam=1,eps=0.1", "des-vote:beta=0.3,resident_bonus=1,max_vote_loss=0.1"),
+        ("des-vote:beta=0.3,voters=unfilled", "des-vote:beta=0.3,voters=before-eos"),
+        ("coreset:m=3,vote=count,most=slots", "coreset:m=3,vote=count,max=slots"),
+        ("xshare:beta=0.5,most=7", "xshare:beta=0.5,max=7"),
+        ("uniform-vote:beta=0.3/0.2,lam=2", "uniform-vote:beta=0.3/0.2,resident_bonus=2"),
+    ],
+)
+def test_names_of_before_are_read_and_written_as_now(before: str, now: str):
+    assert spell(parse_policy(before)) == now
+    assert respell(f"{before} block=16; {before}") == f"{now} block=16; {now}"
+    assert respell_all({before: [before, 1, {"kept": before}]}, but=("kept",)) == {
+        now: [now, 1, {"kept": before}]
+    }
+
+
+def test_a_value_is_read_by_both_of_its_words():
+    for word in ("masked", "topk-prob"):
+        assert spell(parse_policy(f"des-vote:beta=0.3,vote={word}")) == "des-vote:beta=0.3"
+    assert respell("des-vote:beta=0.3,vote=masked") == "des-vote:beta=0.3,vote=topk-prob"
+    assert respell("what:lam=1 unroll:most=4") == "what:lam=1 unroll:most=4"
+    with pytest.raises(CoterieError, match="resident_bonus is given twice"):
+        parse_policy("des-vote:beta=0.3,lam=1,resident_bonus=1")

@@ -31,8 +31,8 @@ LAW = Law(always=0.2, block=0.3, steady=0.9)
 PLAYS = (
     *(Play(parse_policy(text)) for text in ("vanilla", "des-vote:beta=0.3", "des-seq:k=1")),
     Play(parse_policy("des-vote:beta=0.3"), drift=0.2),
-    Play(parse_policy("resident-vote:beta=0.3,lam=8,eps=0.5")),
-    Play(parse_policy("resident-vote:beta=0.3,lam=8,eps=0.5"), drift=0.2),
+    Play(parse_policy("resident-vote:beta=0.3,resident_bonus=8,max_vote_loss=0.5")),
+    Play(parse_policy("resident-vote:beta=0.3,resident_bonus=8,max_vote_loss=0.5"), drift=0.2),
 )
 
 

@@ -37,7 +37,8 @@ from coterie.testing import write_checkpoint
 from coterie.values import Store
 
 TASKS = (Quiz(count=4, tokens=8), Quiz(name="other", count=3, tokens=8))
-LOOKING = Asked(Arm("uniform-vote:beta=0.3,lam=8,eps=0.5", {"commit": "policy"}), 6, 5)
+CLOSE = "uniform-vote:beta=0.3,resident_bonus=8,max_vote_loss=0.5"
+LOOKING = Asked(Arm(CLOSE, {"commit": "policy"}), 6, 5)
 
 
 def tiny(folder: Path, **options: str) -> Engine:

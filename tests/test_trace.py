@@ -32,9 +32,9 @@ Capture = pytest.CaptureFixture[str]
 FAMILIES = ("llada2", "llada-moe", "sdar-moe")
 EXACT = (
     *("vanilla", "topk:k=2", "des-seq:k=1", "des-seq:k=2", "des-seq:k=2,voters=masked"),
-    *("uniform-vote:beta=0.4", "uniform-vote:beta=0.3,voters=unfilled,protect=top1"),
+    *("uniform-vote:beta=0.4", "uniform-vote:beta=0.3,voters=before-eos,protect=top1"),
     *("random:beta=0.4", "random:beta=0.3,seed=7,protect=top1", "des-seq:k=1,scope=batch"),
-    *("coreset:tau=0.6,vote=count", "uniform-vote:beta=0.2/0.6,lam=1", "coreset:k=2"),
+    *("coreset:tau=0.6,vote=count", "uniform-vote:beta=0.2/0.6,resident_bonus=1", "coreset:k=2"),
     "coreset:m=5,vote=random,scope=batch",
 )
 NEARLY = (

@@ -36,6 +36,7 @@ from coterie.experts.pinned import pinned
 from coterie.experts.store import Resident
 from coterie.experts.streams import Copies, Lane
 from coterie.experts.tiers import InMemory
+from coterie.keys import from_json
 from coterie.model.cache import Cache
 from coterie.model.moe import MoE
 from coterie.model.step import Step
@@ -388,4 +389,5 @@ def _unpinned(count: int, size: int, device: torch.device) -> Tensor:
 
 
 def _law() -> Law:
-    return Law(**json.loads(DRAWN.read_text(encoding="utf-8"))["facts"]["as read off"]["law"])
+    facts = json.loads(DRAWN.read_text(encoding="utf-8"))["facts"]
+    return from_json(Law, facts["as read off"]["law"])

@@ -11,6 +11,7 @@ import torch
 from coterie.experts.capacity import Capacity
 from coterie.experts.eviction import Lru
 from coterie.families import Config, recognise
+from coterie.keys import from_json
 from coterie.model.spec import ModelSpec
 from coterie.planning.booking import Booked, Cache, Memory, Play, asks_residents, book, choose
 from coterie.planning.judging import Judgement
@@ -42,7 +43,7 @@ def spec_of(folder: Path) -> ModelSpec:
 
 
 def law_of(path: Path) -> Law:
-    return Law(**json.loads(path.read_text())["facts"]["as read off"]["law"])
+    return from_json(Law, json.loads(path.read_text())["facts"]["as read off"]["law"])
 
 
 @dataclass(frozen=True)

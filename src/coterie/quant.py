@@ -10,10 +10,12 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Annotated
 
 import torch
 from torch import Tensor
 
+from coterie.keys import Key
 from coterie.naming import CoterieError
 
 CHUNK = 1 << 18
@@ -27,8 +29,8 @@ SMALLEST = 2.0**-100
 class Format:
     """How experts are kept: whole numbers of ``bits``, a scale for every ``group`` along k."""
 
-    bits: int
-    group: int
+    bits: Annotated[int, Key("bits")]
+    group: Annotated[int, Key("group")]
 
     def __post_init__(self) -> None:
         if self.bits not in RATIOS:

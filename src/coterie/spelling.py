@@ -8,6 +8,10 @@ with their checks, and the text both ways.
 An option annotated ``Shares``, or ``X | tuple[X, ...]`` for any other X, also takes a list:
 ``beta=0.3/0.2/0.25`` is the tuple (0.3, 0.2, 0.25). One number stays a number, ``beta=0.3`` is 0.3,
 so a tuple holds at least two entries and every value has one spelling.
+
+An option has the name of its field, or the one of its ``Key``: ``Annotated[Amount,
+Key("resident_bonus", "lam")]`` is printed as resident_bonus, and lam is read too. ``Spelt("masked",
+"topk-prob")`` prints the value "masked" as topk-prob and reads both.
 """
 
 from __future__ import annotations
@@ -19,6 +23,7 @@ from functools import cache
 from types import NoneType, UnionType
 from typing import Annotated, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
+from coterie.keys import Key
 from coterie.naming import CoterieError
 
 Single = str | int | float
@@ -63,10 +68,22 @@ class Shown:
 
 @dataclass(frozen=True)
 class Offers:
-    """Which options of a part a choice offers, and which of them it always prints."""
+    """Which options of a part a choice offers, by name, and which of them it always prints."""
 
     names: tuple[str, ...]
     shown: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Spelt:
+    """The word that a value is printed as; it is read as this word and as itself."""
+
+    value: str
+    word: str
+
+    def of(self, value: str) -> str:
+        """The word of this value; any other value is its own."""
+        return self.word if value == self.value else value
 
 
 SHOWN = Shown()
@@ -77,7 +94,8 @@ LIST = object()  # a note: this option also takes a list
 class Option:
     """One option: where it lives (``part``: the field that holds it, "" = the choice itself)."""
 
-    name: str
+    name: str  # as it is printed
+    attribute: str  # the field that holds its value
     part: str
     kind: type  # int, float, bool or str; of each entry, where it takes a list
     choices: tuple[str, ...]
@@ -86,6 +104,8 @@ class Option:
     shown: bool
     many: bool = False  # it also takes a list, as a tuple of at least two entries
     words: tuple[str, ...] = ()  # which it takes beside numbers
+    also: tuple[str, ...] = ()  # names that are read as this one
+    spelt: tuple[Spelt, ...] = ()  # values that are printed as another word
 
     def read(self, text: str) -> Value:
         """The value that ``text`` spells, its range not yet checked."""
@@ -117,20 +137,27 @@ class Option:
         noun, read = READERS[self.kind]
         if not text:
             raise CoterieError(f"{told} is empty")
-        if text in self.words:
-            return text
+        if (value := self._value_of(text)) != text or text in self.words:
+            return value
         try:
             return read(str(text))
         except (ValueError, KeyError):
             known = " or ".join((noun, *self.words))
             raise CoterieError(f"{told} must be {known}, not {text!r}") from None
 
+    def word(self, value: str) -> str:
+        """As a value is printed."""
+        return next((one.word for one in self.spelt if one.value == value), value)
+
+    def _value_of(self, text: Single) -> Single:
+        return next((one.value for one in self.spelt if one.word == text), text)
+
     def _check_single(self, value: Value, told: str) -> None:
         if value in self.words:
             return
         if self.choices:
             if value not in self.choices:
-                known = ", ".join(self.choices)
+                known = ", ".join(map(self.word, self.choices))
                 raise CoterieError(f"{told} must be one of {known}, not {value!r}")
         elif isinstance(value, bool) != (self.kind is bool) or not isinstance(
             value, (int, float) if self.kind is float else self.kind
@@ -167,11 +194,28 @@ def spelled(choice: object, table: Mapping[str, type[object]]) -> str:
         raise CoterieError(f"{choice!r} has no name; known: {', '.join(sorted(table))}")
     values = {option: _value(choice, option) for option in options(type(choice)).values()}
     said = [
-        f"{option.name}={_text(value)}"
+        f"{option.name}={_text(value, option)}"
         for option, value in values.items()
         if value is not None and (option.shown or value != option.default)
     ]
     return f"{name}:{','.join(said)}" if said else name
+
+
+def respelled(text: str, table: Mapping[str, type[object]]) -> str:
+    """The same text with the present names of options and words of values; what cannot be read
+    stays as it is. Nothing else changes: order, numbers, and options at their defaults."""
+    name, colon, rest = text.partition(":")
+    if name not in table or not colon:
+        return text
+    offered = options(table[name])
+    said = []
+    for item in rest.split(","):
+        key, equals, value = item.partition("=")
+        option = _named(key.strip(), offered)
+        if equals and option is not None:
+            key, value = option.name, option.word(value.strip())
+        said.append(f"{key}{equals}{value}")
+    return f"{name}:{','.join(said)}"
 
 
 @cache
@@ -181,14 +225,15 @@ def options(cls: type) -> Mapping[str, Option]:
     for field, hint, notes in _fields(cls):
         offers = next((note for note in notes if isinstance(note, Offers)), None)
         if offers is None:
-            found[field.name] = _option(field, hint, notes)
+            option = _option(field, hint, notes)
+            found[option.name] = option
             continue
         inner = _own(type(field.default))
         for name in (name for name in inner if name in offers.names):
             found[name] = replace(
                 inner[name],
                 part=field.name,
-                default=getattr(field.default, name),
+                default=getattr(field.default, inner[name].attribute),
                 shown=name in offers.shown,
             )
     return found
@@ -196,15 +241,15 @@ def options(cls: type) -> Mapping[str, Option]:
 
 def check_options(value: object) -> None:
     """Raises for a field that its annotation forbids; a dataclass's ``__post_init__``."""
-    for name, option in _own(type(value)).items():
-        option.check(getattr(value, name))
+    for option in _own(type(value)).values():
+        option.check(getattr(value, option.attribute))
 
 
 @cache
 def _own(cls: type) -> Mapping[str, Option]:
-    """Options that are fields of the class itself."""
-    plain = (parts for parts in _fields(cls) if not is_dataclass(parts[1]))
-    return {field.name: _option(field, hint, notes) for field, hint, notes in plain}
+    """Options that are fields of the class itself, by name."""
+    plain = (_option(*parts) for parts in _fields(cls) if not is_dataclass(parts[1]))
+    return {option.name: option for option in plain}
 
 
 def _fields(cls: type) -> Iterator[tuple[Field[object], type, tuple[object, ...]]]:
@@ -213,9 +258,12 @@ def _fields(cls: type) -> Iterator[tuple[Field[object], type, tuple[object, ...]
     hints = get_type_hints(cls, include_extras=True)
     for field in fields(cls):
         hint, notes = hints[field.name], ()
+        if get_origin(hint) is Annotated:
+            hint, *more = get_args(hint)
+            notes = tuple(more)
         if get_origin(hint) in (Union, UnionType):
             arms = [arm for arm in get_args(hint) if arm is not NoneType]
-            notes = (LIST,) if any(get_origin(arm) is tuple for arm in arms) else ()
+            notes = (*notes, LIST) if any(get_origin(arm) is tuple for arm in arms) else notes
             single = [arm for arm in arms if get_origin(arm) is not tuple]
             numbers = [arm for arm in single if get_origin(arm) is not Literal]
             hint = (numbers or single)[0]
@@ -228,8 +276,10 @@ def _fields(cls: type) -> Iterator[tuple[Field[object], type, tuple[object, ...]
 
 def _option(field: Field[object], hint: type, notes: tuple[object, ...]) -> Option:
     choices = get_args(hint) if get_origin(hint) is Literal else ()
+    key = next((note for note in notes if isinstance(note, Key)), Key(field.name))
     return Option(
-        name=field.name,
+        name=key.name,
+        attribute=field.name,
         part="",
         kind=str if choices else hint,
         choices=choices,
@@ -240,6 +290,8 @@ def _option(field: Field[object], hint: type, notes: tuple[object, ...]) -> Opti
         words=tuple(
             word for note in notes if get_origin(note) is Literal for word in get_args(note)
         ),
+        also=key.also,
+        spelt=tuple(note for note in notes if isinstance(note, Spelt)),
     )
 
 
@@ -249,20 +301,27 @@ def _pairs(rest: str, offered: Mapping[str, Option]) -> list[tuple[str, str]]:
         key, equals, value = (part.strip() for part in item.partition("="))
         if not equals or not value:
             raise CoterieError(f"{item.strip()!r} is not of the form option=value")
-        if key not in offered:
+        option = _named(key, offered)
+        if option is None:
             known = ", ".join(offered) or "none"
             raise CoterieError(f"unknown option {key!r}; it has: {known}")
-        if key in dict(pairs):
-            raise CoterieError(f"{key} is given twice")
-        pairs.append((key, value))
+        if option.name in dict(pairs):
+            raise CoterieError(f"{option.name} is given twice")
+        pairs.append((option.name, value))
     return pairs
+
+
+def _named(name: str, offered: Mapping[str, Option]) -> Option | None:
+    """The option with this name, or with it among the names that are read too."""
+    found = offered.get(name)
+    return found or next((option for option in offered.values() if name in option.also), None)
 
 
 def _build(cls: type[Choice], offered: Mapping[str, Option], given: Mapping[str, Value]) -> Choice:
     """An instance of ``cls``; options of a part change that part's default."""
     parts: dict[str, dict[str, Value]] = {}
     for key, value in given.items():
-        parts.setdefault(offered[key].part, {})[key] = value
+        parts.setdefault(offered[key].part, {})[offered[key].attribute] = value
     arguments: dict[str, object] = dict(parts.pop("", {}))
     for part, values in parts.items():
         arguments[part] = replace(getattr(cls, part), **values)
@@ -271,15 +330,17 @@ def _build(cls: type[Choice], offered: Mapping[str, Option], given: Mapping[str,
 
 def _value(choice: object, option: Option) -> Value:
     holder = getattr(choice, option.part) if option.part else choice
-    return getattr(holder, option.name)
+    return getattr(holder, option.attribute)
 
 
-def _text(value: Value) -> str:
+def _text(value: Value, option: Option) -> str:
     """Shortest text that reads back as the same value: 1 for 1.0."""
     if isinstance(value, tuple):
-        return BETWEEN.join(map(_text, value))
+        return BETWEEN.join(_text(entry, option) for entry in value)
     if isinstance(value, bool):
         return "yes" if value else "no"
+    if isinstance(value, str):
+        return option.word(value)
     text = str(value)
     return text.removesuffix(".0") if isinstance(value, float) else text
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from coterie.calibration.bench import Bench, Run
@@ -43,20 +43,19 @@ class Kept:
         experts says nothing about 256.
         """
         theirs = identity(model)
-        for noun in ROUTED:
-            if getattr(self, noun) != theirs[noun]:
-                raise CoterieError(
-                    f"{self.path}: calibrated for {self.layers} routing layers of {self.experts} "
-                    f"experts ({self.name}), but {model.name} has {theirs['layers']} of "
-                    f"{theirs['experts']}; calibrate again, or give the policy: {self.policy}"
-                )
+        if (self.layers, self.experts) != (theirs["layers"], theirs["experts"]):
+            raise CoterieError(
+                f"{self.path}: calibrated for {self.layers} routing layers of {self.experts} "
+                f"experts ({self.name}), but {model.name} has {theirs['layers']} of "
+                f"{theirs['experts']}; calibrate again, or give the policy: {self.policy}"
+            )
         remarks = []
         if self.fingerprint != theirs["fingerprint"]:
             remarks.append(f"{self.path}: calibrated on other weights ({self.name})")
         if self.form != theirs["expert_format"]:
             was, now_is = self.form or "whole", theirs["expert_format"] or "whole"
             remarks.append(f"{self.path}: calibrated with experts {was} (now {now_is})")
-        now = asdict(generation)
+        now = generation.document()
         others = {
             key: was for key in DECODED if (was := self.generation.get(key, now[key])) != now[key]
         }
@@ -108,7 +107,7 @@ def document(bench: Bench, found: Calibration, command: Sequence[str]) -> dict[s
         "decoding": {name: _run(run) for name, run in _runs(found).items()},
         "model": identity(model),
         "prompts": bench.questions.document(),
-        "generation": {**asdict(bench.engine.generation), **bench.options},
+        "generation": {**bench.engine.generation.document(), **bench.options},
         "rows": bench.rows,
         "memory": None if model.memory is None else model.memory.asked.document(),
         "search": [_step(step) for step in found.steps],

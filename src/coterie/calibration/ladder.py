@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from coterie.naming import CoterieError
-from coterie.routing import POLICIES, McMoe, Naee, parse_policy, spell
+from coterie.routing import POLICIES, McMoe, Naee, parse_policy, respell, spell
 from coterie.spelling import BETWEEN, options
 from coterie.values import RouterSpec
 
@@ -42,11 +42,11 @@ class Family:
 
     @staticmethod
     def of(text: str) -> Family:
-        """``des-vote:voters=unfilled``, or with the free one shown: ``coreset:m=?,vote=weight``.
+        """``des-vote:voters=before-eos``, or with the free one shown: ``coreset:m=?,vote=weight``.
 
         Raises CoterieError for what is unknown, or given where it is to be found.
         """
-        name, _, rest = (part.strip() for part in text.partition(":"))
+        name, _, rest = (part.strip() for part in respell(text).partition(":"))
         if name not in POLICIES:
             raise CoterieError(f"unknown policy family {name!r}; known: {', '.join(families())}")
         said = [part.strip() for part in rest.split(",") if part.strip()]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
 from typing import Annotated
 
 import typer
@@ -58,6 +57,7 @@ from coterie.engine.facts import inspect as read_facts
 from coterie.engine.load import DTYPES
 from coterie.engine.memory import Memory
 from coterie.engine.source import find_folder
+from coterie.keys import to_json
 from coterie.naming import CoterieError
 
 COMPARED = ("des-vote:beta=0.5", "des-vote:beta=0.3", "des-vote:beta=0.15", "des-seq:k=3")
@@ -244,7 +244,7 @@ def inspect(
     facts = read_facts(model, dtype=DTYPES[dtype], length=length, memories=memories)
     found = verify_shown(find_folder(model)) if verified else None
     if json:
-        checked = {} if found is None else {"verified": asdict(found)}
+        checked = {} if found is None else {"verified": to_json(found)}
         print_document({**facts_document(facts), **checked})
         return
     console().print(facts_table(facts))
@@ -259,7 +259,7 @@ def policies(json: o.Json = False) -> None:
         print_document(policy_documents())
     else:
         console().print(policy_table(), "", option_table(), sep="\n")
-        console().print("\nSpelled together: des-vote:beta=0.15,voters=unfilled,protect=top1")
+        console().print("\nSpelled together: des-vote:beta=0.15,voters=before-eos,protect=top1")
 
 
 app.command("eval")(evaluate)

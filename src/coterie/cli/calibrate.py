@@ -48,7 +48,7 @@ FamilyName = Annotated[
     str,
     typer.Argument(
         metavar="FAMILY",
-        help="A policy without the option that is searched for: des-vote:voters=unfilled; "
+        help="A policy without the option that is searched for: des-vote:voters=before-eos; "
         "or with ? in its place: coreset:m=?,vote=weight.",
     ),
 ]
@@ -124,7 +124,7 @@ def calibrate_command(
     experts are in memory, the memory is emptied before each.
 
     \b
-    coterie calibrate des-vote:voters=unfilled,protect=top1 --target drop=0.01 -o found.json
+    coterie calibrate des-vote:voters=before-eos,protect=top1 --target drop=0.01 -o found.json
     coterie generate "..." --policy @found.json
     """
     sought, wish = Family.of(family), Target.of(target, sure=sure)

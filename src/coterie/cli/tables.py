@@ -15,6 +15,7 @@ from coterie.cli.document import saved_of
 from coterie.engine.event import Result
 from coterie.engine.facts import Facts, Fit
 from coterie.experts.traffic import Traffic
+from coterie.keys import to_json
 from coterie.model.spec import WHOLE, ModelSpec
 from coterie.routing import POLICIES
 from coterie.spelling import options
@@ -247,7 +248,7 @@ def facts_document(facts: Facts) -> dict[str, object]:
         "mask_id": facts.mask_id,
         "eos_ids": list(facts.eos_ids),
         "dtype": str(facts.dtype).removeprefix("torch."),
-        "expert_format": None if spec.expert_format is None else vars(spec.expert_format),
+        "expert_format": None if spec.expert_format is None else to_json(spec.expert_format),
         "experts_packed": spec.panels,
         "bytes": size.bytes,
         "expert_bytes": size.expert_bytes,

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields, replace
-from typing import Annotated, Literal
+from dataclasses import dataclass, replace
+from typing import Annotated, Any, Literal
 
 from coterie.decoding import Ask, Sampling, parse_plan, parse_unmask
 from coterie.decoding.row import EarlyStop
 from coterie.families import Defaults
+from coterie.keys import Key, by_attribute, keys_of, names_of, to_json
 from coterie.naming import CoterieError
 from coterie.spelling import Amount, Count, Share, Whole, Within, check_options
 
@@ -28,18 +29,18 @@ class Generation:
     it has lost more than this share of the votes that a fresh one holds (None: elect every step).
     """
 
-    max_new_tokens: Count = 256
-    block: Count = 32
-    plan: str = "block-causal"
-    unmask: str = "threshold"
-    temperature: Amount = 0.0
-    top_k: Whole = 0
-    top_p: Share = 1.0
-    seed: Seed = 0
-    early_stop: EarlyStop = "block"
-    commit: Routed = "vanilla"
-    prefill: Routed = "vanilla"
-    drift: Drift | None = None
+    max_new_tokens: Annotated[Count, Key("max_new_tokens")] = 256
+    block: Annotated[Count, Key("block")] = 32
+    plan: Annotated[str, Key("plan")] = "block-causal"
+    unmask: Annotated[str, Key("unmask")] = "threshold"
+    temperature: Annotated[Amount, Key("temperature")] = 0.0
+    top_k: Annotated[Whole, Key("top_k")] = 0
+    top_p: Annotated[Share, Key("top_p")] = 1.0
+    seed: Annotated[Seed, Key("seed")] = 0
+    early_stop: Annotated[EarlyStop, Key("early_stop")] = "block"
+    commit: Annotated[Routed, Key("commit")] = "vanilla"
+    prefill: Annotated[Routed, Key("prefill")] = "vanilla"
+    drift: Annotated[Drift | None, Key("drift")] = None
 
     def __post_init__(self) -> None:
         check_options(self)
@@ -51,12 +52,17 @@ class Generation:
         return Sampling(self.temperature, self.top_k, self.top_p)
 
     def but(self, **options: object) -> Generation:
-        """The same with some options changed; an unknown one raises."""
-        known = [field.name for field in fields(self)]
+        """The same with some options changed, by key or by field; an unknown one raises."""
+        known = {*keys_of(Generation), *names_of(Generation)}
         unknown = [name for name in options if name not in known]
         if unknown:
-            raise CoterieError(f"unknown option {unknown[0]!r}; known: {', '.join(known)}")
-        return replace(self, **options)  # pyright: ignore[reportArgumentType]
+            known_names = ", ".join(names_of(Generation))
+            raise CoterieError(f"unknown option {unknown[0]!r}; known: {known_names}")
+        return replace(self, **by_attribute(Generation, options))
+
+    def document(self) -> dict[str, Any]:
+        """All options by key, as they are kept on disk and as ``but`` takes them."""
+        return to_json(self)
 
     @staticmethod
     def usual(defaults: Defaults) -> Generation:

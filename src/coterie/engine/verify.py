@@ -7,8 +7,10 @@ import os
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 
 from coterie.engine.journal import MANIFEST
+from coterie.keys import Key
 from coterie.model.checkpoint import Checkpoint
 from coterie.model.shard import Entry, bytes_of
 from coterie.model.strictjson import read_object
@@ -20,9 +22,9 @@ from coterie.ops import cpu
 class Verified:
     """What was compared, all of it as it was written."""
 
-    tensors: int
-    experts: int  # packed ones, each with a checksum of its own
-    bytes: int
+    tensors: Annotated[int, Key("tensors")]
+    experts: Annotated[int, Key("experts")]  # packed ones, each with a checksum of its own
+    bytes: Annotated[int, Key("bytes")]
 
 
 def verify(folder: Path, told: Callable[[int, int], None] | None = None) -> Verified:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, replace
 
 from coterie.engine.config import Generation
 from coterie.engine.engine import Engine
@@ -101,7 +101,7 @@ class _Asking:
 
     def _open(self, question: Question) -> Iterator[Outcome]:
         generation = question.generation
-        options = {f.name: getattr(generation, f.name) for f in fields(generation)}
+        options = generation.document()
         try:
             prompt = question.task.prompt(question.item)
             self.open[self.engine.submit(prompt, policy=self.policy, **options)] = question

@@ -6,14 +6,17 @@ import fcntl
 import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Annotated, Any
 
 from coterie.evals.served import Served
+from coterie.keys import Key, from_json, names_of, to_json
 from coterie.naming import CoterieError
+from coterie.routing import respell
 
 ITEMS, RUN = "items.jsonl", "run.json"
-Key = tuple[str, str, str]  # arm, task, id
+AnswerKey = tuple[str, str, str]  # arm, task, id
 NAMED = 3  # differences told where a folder holds another run
 
 
@@ -26,34 +29,31 @@ class Answer:
     figure 0); ``found`` that it was read from the folder and not answered now.
     """
 
-    arm: str
-    task: str
-    id: str
-    correct: bool
-    extracted: str | None
-    also: Mapping[str, bool]
-    output: str
-    finish: str  # "stop", "length" or "error"
-    new_tokens: int
-    forwards: int  # that denoised
-    blocks: int
-    prefills: int
-    commits: int
-    experts: float  # unique ones, mean over layers and counted forwards
-    expert_forwards: int  # those counted
-    expert_bytes: float
-    vote_mass_kept: float
-    seconds: float
-    error: str | None = None
-    served: Served | None = None  # where not all experts are in memory
+    arm: Annotated[str, Key("arm")]
+    task: Annotated[str, Key("task")]
+    id: Annotated[str, Key("id")]
+    correct: Annotated[bool, Key("correct")]
+    extracted: Annotated[str | None, Key("extracted")]
+    also: Annotated[Mapping[str, bool], Key("also")]
+    output: Annotated[str, Key("output")]
+    finish: Annotated[str, Key("finish")]  # "stop", "length" or "error"
+    new_tokens: Annotated[int, Key("new_tokens")]
+    forwards: Annotated[int, Key("forwards")]  # that denoised
+    blocks: Annotated[int, Key("blocks")]
+    prefills: Annotated[int, Key("prefills")]
+    commits: Annotated[int, Key("commits")]
+    experts: Annotated[float, Key("experts")]  # unique ones, mean over layers and counted forwards
+    expert_forwards: Annotated[int, Key("expert_forwards")]  # those counted
+    expert_bytes: Annotated[float, Key("expert_bytes")]
+    vote_mass_kept: Annotated[float, Key("vote_mass_kept")]
+    seconds: Annotated[float, Key("seconds")]
+    error: Annotated[str | None, Key("error")] = None
+    served: Annotated[Served | None, Key("served")] = None  # where not all experts are in memory
     found: bool = field(default=False, compare=False)
 
     @property
-    def key(self) -> Key:
+    def key(self) -> AnswerKey:
         return self.arm, self.task, self.id
-
-
-STORED = tuple(field.name for field in fields(Answer) if field.name != "found")
 
 
 class Journal:
@@ -64,7 +64,7 @@ class Journal:
 
     def __init__(self, folder: Path | None, run: Mapping[str, object]) -> None:
         """Raises CoterieError where the folder holds another run, or somebody writes there."""
-        self.answers: dict[Key, Answer] = {}
+        self.answers: dict[AnswerKey, Answer] = {}
         self._path = None if folder is None else folder / ITEMS
         self._file = -1
         if folder is None or self._path is None:
@@ -136,7 +136,7 @@ class Journal:
             torn = lines.pop() + b"\n" + torn
         if torn:
             os.ftruncate(self._file, len(content) - len(torn))
-        seen: set[Key] = set()
+        seen: set[AnswerKey] = set()
         for number, line in enumerate(lines, start=1):
             answer = _parsed(line)
             if answer is None:
@@ -147,20 +147,26 @@ class Journal:
             yield answer
 
 
+def answer_of(stored: Mapping[str, Any]) -> Answer:
+    """Back from its JSON values, its arm as it is spelled now; raises TypeError for others."""
+    stored = {"served": None, **stored}
+    if set(stored) != set(names_of(Answer)):
+        raise TypeError("not the values of an answer")
+    stored["arm"] = respell(stored["arm"])
+    if stored["served"] is not None:
+        stored["served"] = from_json(Served, stored["served"])
+    return from_json(Answer, stored)
+
+
 def _line(answer: Answer) -> bytes:
-    stored = {name: value for name, value in asdict(answer).items() if name in STORED}
+    stored = to_json(answer)
     # Escaped to ASCII: an output may hold any character, a line separator among them.
     return (json.dumps(stored, allow_nan=False) + "\n").encode("ascii")
 
 
 def _parsed(line: bytes) -> Answer | None:
     try:
-        stored = {"served": None, **json.loads(line)}
-        if set(stored) != set(STORED):
-            return None
-        if stored["served"] is not None:
-            stored["served"] = Served(**stored["served"])
-        return Answer(**stored, found=True)
+        return replace(answer_of(json.loads(line)), found=True)
     except (ValueError, TypeError):
         return None
 

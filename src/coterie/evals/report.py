@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 
 from coterie.evals.served import Saved, saved
 from coterie.evals.sheet import Sheet
 from coterie.evals.stats import Paired, Share, holm, paired
+from coterie.keys import to_json
 
 
 @dataclass(frozen=True)
@@ -92,7 +93,7 @@ def _traffic(line: Line) -> dict[str, object]:
     if served is None:
         return {}
     told = {
-        **asdict(served),
+        **to_json(served),
         "hit_rate": served.hit_rate,
         "moved_a_forward": line.sheet.moved_a_forward,
         "saved_on_same_forwards": served.saved_on_same_forwards,

@@ -18,7 +18,7 @@ import random
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 from coterie.engine.config import Generation
@@ -26,7 +26,7 @@ from coterie.engine.engine import Engine
 from coterie.engine.source import find_folder
 from coterie.evals.asking import Outcome, Question, outcomes
 from coterie.evals.fingerprint import fingerprint
-from coterie.evals.journal import Answer, Journal, Key
+from coterie.evals.journal import Answer, AnswerKey, Journal
 from coterie.evals.served import Served
 from coterie.evals.sheet import Arm, Sheet
 from coterie.evals.task import Grade, Item, Task
@@ -116,7 +116,7 @@ def about(
         "tasks": {
             task.name: {
                 "settings": dict(task.settings()),
-                "generation": asdict(_usual(engine, task, asked)),
+                "generation": _usual(engine, task, asked).document(),
                 "items": len(items := _chosen(task, limit, shuffle_seed)),
                 "questions": _digest(task, items),
             }
@@ -167,7 +167,7 @@ class _Turn:
         self,
         arm: Arm,
         chunk: Sequence[Question],
-        known: Mapping[Key, Answer],
+        known: Mapping[AnswerKey, Answer],
         graders: ThreadPoolExecutor,
     ) -> Iterator[list[Answer]]:
         """An arm's to what nobody knows yet, as they come."""
@@ -297,7 +297,7 @@ def _check(
     anything = next(id for id in range(2) if id != engine.model.mask_id)
     for generation in {question.generation for question in questions}:
         for arm in arms:
-            options = asdict(generation.but(**arm.generation))
+            options = generation.but(**arm.generation).document()
             engine.cancel(engine.submit([anything], policy=arm.policy, **options))
 
 

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Annotated
 
 from coterie.evals.stats import ratio_interval
 from coterie.experts.traffic import Traffic
+from coterie.keys import Key
 
 
 @dataclass(frozen=True)
@@ -17,12 +19,12 @@ class Served:
     same forwards; None where nobody asked.
     """
 
-    used: int  # experts
-    hits: int  # of these
-    moved: int  # bytes
-    without_cache: int  # bytes
-    vanilla: int | None = None  # bytes
-    waited: float = 0.0  # seconds
+    used: Annotated[int, Key("used")]  # experts
+    hits: Annotated[int, Key("hits")]  # of these
+    moved: Annotated[int, Key("moved")]  # bytes
+    without_cache: Annotated[int, Key("without_cache")]  # bytes
+    vanilla: Annotated[int | None, Key("vanilla")] = None  # bytes
+    waited: Annotated[float, Key("waited")] = 0.0  # seconds
 
     @staticmethod
     def of(traffic: Traffic | None) -> Served | None:

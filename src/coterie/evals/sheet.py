@@ -6,8 +6,10 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from statistics import fmean
 
+from coterie.engine.config import Generation
 from coterie.evals.journal import Answer
 from coterie.evals.served import Served
+from coterie.keys import by_key
 from coterie.routing import parse_policy, spell
 
 
@@ -21,7 +23,8 @@ class Arm:
     @property
     def name(self) -> str:
         """Its spelling, then what it changes: ``des-vote:beta=0.3 block=16``."""
-        own = [f"{name}={value}" for name, value in sorted(self.generation.items())]
+        changed = by_key(Generation, self.generation)
+        own = [f"{name}={value}" for name, value in sorted(changed.items())]
         return " ".join([spell(parse_policy(self.policy)), *own])
 
 

@@ -5,8 +5,11 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Annotated
 
 import numpy as np
+
+from coterie.keys import Key
 
 Z = 1.959963984540054  # of a two-sided 95 % interval
 DRAWS = 10_000
@@ -39,10 +42,11 @@ class Share:
 class Paired:
     """The difference between two policies on the same items: second minus first."""
 
-    gained: int  # wrong before, right now
-    lost: int  # right before, wrong now
-    n: int
-    interval: tuple[float, float]  # bootstrap over items, 95 %, between percentiles
+    gained: Annotated[int, Key("gained")]  # wrong before, right now
+    lost: Annotated[int, Key("lost")]  # right before, wrong now
+    n: Annotated[int, Key("n")]
+    # bootstrap over items, 95 %, between percentiles
+    interval: Annotated[tuple[float, float], Key("interval")]
 
     @property
     def difference(self) -> float:

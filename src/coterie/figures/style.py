@@ -68,7 +68,8 @@ OTHER = Look(PURPLE, "8", "other")
 
 def look(policy: str) -> Look:
     """Of the family that a spelling belongs to: "des-vote:beta=0.3" -> DES-Vote's."""
-    if policy.startswith("des-vote") and "voters=unfilled" in policy and "protect=top1" in policy:
+    guarded = "voters=before-eos" in policy and "protect=top1" in policy
+    if policy.startswith("des-vote") and guarded:
         return GUARDED
     return LOOKS.get(policy.partition(":")[0], OTHER)
 

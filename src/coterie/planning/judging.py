@@ -8,6 +8,7 @@ from statistics import median
 
 import numpy as np
 
+from coterie.keys import to_json
 from coterie.planning.learning import Timed, learnt, off_by
 from coterie.planning.machine import Machine, typed
 
@@ -51,7 +52,7 @@ class Judgement:
 
     def document(self) -> dict[str, object]:
         return {
-            "machine": {**vars(self.machine), "as_typed": typed(self.machine)},
+            "machine": {**to_json(self.machine), "as_typed": typed(self.machine)},
             "worst": max(self.held_out),
             "median": median(self.held_out),
             "runs": [run.document() for run in self.runs],

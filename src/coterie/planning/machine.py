@@ -19,11 +19,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Annotated
 
 import numpy as np
 from numpy.typing import NDArray
 
 from coterie.experts.capacity import UNITS, read_amount
+from coterie.keys import Key
 from coterie.naming import CoterieError
 
 Counts = NDArray[np.int64]
@@ -35,11 +37,11 @@ class Machine:
     """Rates in bytes a second; ``memory`` None: computing takes no time. ``rest`` in seconds of a
     forward, ``latency`` in seconds of a layer that misses anybody, ``overlap`` a share."""
 
-    link: float
-    memory: float | None = None
-    rest: float = 0.0
-    overlap: float = 1.0
-    latency: float = 0.0
+    link: Annotated[float, Key("link")]
+    memory: Annotated[float | None, Key("memory")] = None
+    rest: Annotated[float, Key("rest")] = 0.0
+    overlap: Annotated[float, Key("overlap")] = 1.0
+    latency: Annotated[float, Key("latency")] = 0.0
 
 
 @dataclass(frozen=True)

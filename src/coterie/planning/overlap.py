@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Annotated
 
 import numpy as np
 from numpy.typing import NDArray
 
+from coterie.keys import Key, to_json
 from coterie.planning.booking import Memory
 from coterie.planning.coding import Mask
 
@@ -23,21 +25,21 @@ class Overlap:
     Jaccard: experts in both over experts in either. Cosine: of the votes.
     """
 
-    steps: int  # how many pairs there were
-    blocks: int
-    step_jaccard: Means
-    block_jaccard: Means
-    step_cosine: Means
-    block_cosine: Means
+    steps: Annotated[int, Key("steps")]  # how many pairs there were
+    blocks: Annotated[int, Key("blocks")]
+    step_jaccard: Annotated[Means, Key("step_jaccard")]
+    block_jaccard: Annotated[Means, Key("block_jaccard")]
+    step_cosine: Annotated[Means, Key("step_cosine")]
+    block_cosine: Annotated[Means, Key("block_cosine")]
 
     def mean(self, name: str) -> float | None:
         """Over layers, of one of the four."""
-        values = getattr(self, name)
+        values = to_json(self)[name]
         return sum(values) / len(values) if values else None
 
     def document(self) -> dict[str, object]:
         """Of each layer, and the means."""
-        return {**vars(self), "means": {name: self.mean(name) for name in FOUR}}
+        return {**to_json(self), "means": {name: self.mean(name) for name in FOUR}}
 
 
 def overlap(memory: Memory, used: Mask) -> Overlap:

@@ -10,10 +10,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from typing import Annotated
 
 import numpy as np
 from numpy.typing import NDArray
 
+from coterie.keys import Key, to_json
 from coterie.naming import CoterieError
 from coterie.planning.coding import Mask
 from coterie.planning.trace import About, Forward, Trace
@@ -49,18 +51,18 @@ class Look:
     """Three figures of a run under vanilla: experts that a forward uses in a layer, and the share
     of one forward's that the next uses too, in one block and from block to block."""
 
-    unique: float
-    step_overlap: float
-    block_overlap: float
+    unique: Annotated[float, Key("unique")]
+    step_overlap: Annotated[float, Key("step_overlap")]
+    block_overlap: Annotated[float, Key("block_overlap")]
 
 
 @dataclass(frozen=True)
 class Law:
     """Shares of variance, and the correlation of a token's own part from step to step."""
 
-    always: float
-    block: float
-    steady: float
+    always: Annotated[float, Key("always")]
+    block: Annotated[float, Key("block")]
+    steady: Annotated[float, Key("steady")]
 
 
 def synthetic(shape: Shape, law: Law, *, blocks: int, seed: int = 0) -> Trace:
@@ -76,7 +78,7 @@ def synthetic(shape: Shape, law: Law, *, blocks: int, seed: int = 0) -> Trace:
         experts=shape.experts,
         k=shape.k,
         expert_bytes=dict(shape.expert_bytes),
-        made={"seed": seed, "blocks": blocks, "steps": shape.steps, **vars(law)},
+        made={"seed": seed, "blocks": blocks, "steps": shape.steps, **to_json(law)},
     )
     return Trace(about, None, forwards)
 

@@ -18,10 +18,10 @@ before compression where a policy chose other experts than the tokens' own.
 What a replay can say of a policy. Ids are exact, in order, so these elect exactly what they would
 have: vanilla, topk, des-seq, random, and any coreset by vote=count. Scores are in few bits, with
 the errors told in ``coding.packed_scores``, so these elect nearly what they would have: coresets by
-vote=masked, weight or margin, in either tally, and naee. Not kept, so an error: scores of experts
-that no token would take (xshare, racing, vote=full, vote=max), uncertainty (voters=uncertain), and
-importance (mc-moe). What a policy would have changed is not in the trace of another: tokens, steps
-and hidden states stay those of the run.
+vote=topk-prob, weight or margin, in either tally, and naee. Not kept, so an error: scores of
+experts that no token would take (xshare, racing, vote=full, vote=max), uncertainty
+(voters=uncertain), and importance (mc-moe). What a policy would have changed is not in the trace of
+another: tokens, steps and hidden states stay those of the run.
 """
 
 from __future__ import annotations
@@ -30,13 +30,14 @@ import json
 import struct
 import zlib
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import TracebackType
-from typing import BinaryIO, Literal
+from typing import Annotated, BinaryIO, Literal
 
 import numpy as np
 
+from coterie.keys import Key, from_json, to_json
 from coterie.naming import CoterieError
 from coterie.planning import coding
 from coterie.planning.coding import Floats, Ids, Mask
@@ -56,18 +57,20 @@ LONGEST = 1 << 26  # bytes of a header or a record; more is damage
 class About:
     """What was run. ``expert_bytes`` says what one expert weighs in each precision."""
 
-    model: str
-    policy: str
-    plan: str
-    unmask: str
-    layers: tuple[int, ...]  # those that route
-    experts: int
-    k: int
-    expert_bytes: Mapping[str, int]
-    biased_weight: bool = False
-    commit: str = "vanilla"  # what routed the forwards that commit
-    prompts: Mapping[str, object] = field(default_factory=dict)
-    made: Mapping[str, object] = field(default_factory=dict)  # command, commit, parameters ..
+    model: Annotated[str, Key("model")]
+    policy: Annotated[str, Key("policy")]
+    plan: Annotated[str, Key("plan")]
+    unmask: Annotated[str, Key("unmask")]
+    layers: Annotated[tuple[int, ...], Key("layers")]  # those that route
+    experts: Annotated[int, Key("experts")]
+    k: Annotated[int, Key("k")]
+    expert_bytes: Annotated[Mapping[str, int], Key("expert_bytes")]
+    biased_weight: Annotated[bool, Key("biased_weight")] = False
+    commit: Annotated[str, Key("commit")] = "vanilla"  # what routed the forwards that commit
+    prompts: Annotated[Mapping[str, object], Key("prompts")] = field(default_factory=dict)
+    made: Annotated[Mapping[str, object], Key("made")] = field(
+        default_factory=dict
+    )  # command, commit, parameters ..
 
 
 @dataclass(frozen=True)
@@ -122,7 +125,7 @@ class Writer:
         self.about, self.records, self.bytes = about, 0, 0
         raw = b"" if bias is None else bias.astype("<f4").tobytes()
         head = {"format": FORMAT, "version": VERSION, "bias_crc32": zlib.crc32(raw)}
-        head |= {"bias_shape": None if bias is None else list(bias.shape)} | asdict(about)
+        head |= {"bias_shape": None if bias is None else list(bias.shape)} | to_json(about)
         self._file: BinaryIO = path.open("wb")
         self._file.write(json.dumps(head, allow_nan=False).encode() + b"\n" + raw)
 
@@ -250,7 +253,7 @@ def _header(file: BinaryIO, path: Path) -> tuple[About, Floats | None]:
     if zlib.crc32(raw) != checksum:
         raise CoterieError(f"{path}: the router's bias is cut off or damaged")
     bias = np.frombuffer(raw, "<f4").reshape(shape) if shape else None
-    return About(**{**head, "layers": tuple(head["layers"])}), bias
+    return from_json(About, {**head, "layers": tuple(head["layers"])}), bias
 
 
 def _records(file: BinaryIO, path: Path) -> Iterator[bytes | None]:

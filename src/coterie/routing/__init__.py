@@ -20,6 +20,8 @@ from coterie.routing.policy import (
     check_layers,
     needs_importance,
     parse_policy,
+    respell,
+    respell_all,
     spell,
 )
 from coterie.routing.select import route
@@ -47,6 +49,8 @@ __all__ = [
     "check_layers",
     "needs_importance",
     "parse_policy",
+    "respell",
+    "respell_all",
     "route",
     "spell",
 ]

@@ -8,18 +8,19 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from functools import lru_cache
-from typing import Literal, Protocol
+from typing import Annotated, Literal, Protocol
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from coterie.keys import Key
 from coterie.naming import CoterieError
 from coterie.ops import top_ids
 from coterie.routing.proportional import Favour, seats
 from coterie.routing.select import Ruling, own
 from coterie.routing.size import Fixed, Fraction, Mass, Size, Union
-from coterie.routing.votes import BALLOTS, VOTES, Vote, Voters, voices
+from coterie.routing.votes import BALLOTS, BEFORE_EOS, TOPK_PROB, VOTES, Vote, Voters, voices
 from coterie.spelling import Amount, Count, Part, Whole, check_options
 from coterie.values import Progress, Rule, Scores, membership
 
@@ -39,22 +40,22 @@ class Election:
     union, or of protected experts, too many of them, those with most votes stay.
     """
 
-    voters: Voters = "all"
+    voters: Annotated[Voters, BEFORE_EOS] = "all"
     protect: Literal["none", "top1"] = "none"
-    vote: Vote = "masked"
+    vote: Annotated[Vote, TOPK_PROB] = "masked"
     scope: Literal["block", "batch"] = "block"
-    lam: Amount = 0.0
-    eps: Part = 0.02
+    lam: Annotated[Amount, Key("resident_bonus", "lam")] = 0.0
+    eps: Annotated[Part, Key("max_vote_loss", "eps")] = 0.02
     seed: Whole = 0
     tally: Literal["plain", "proportional"] = "plain"
-    most: Most | None = None
+    most: Annotated[Most | None, Key("max", "most")] = None
 
     def __post_init__(self) -> None:
         check_options(self)
         if self.tally == "proportional" and self.vote not in BALLOTS:
             raise CoterieError(
                 f"tally=proportional needs a vote that each token casts: one of "
-                f"{', '.join(BALLOTS)}, not {self.vote}"
+                f"{', '.join(map(TOPK_PROB.of, BALLOTS))}, not {self.vote}"
             )
 
     def cap(self, slots: int | None) -> int | None:

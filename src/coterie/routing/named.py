@@ -16,10 +16,11 @@ from coterie.values import Scores
 
 Price = Annotated[float, Within(above=0)]
 
-WHOLE = ("voters", "protect", "vote", "scope", "lam", "eps", "seed", "most")
+WHOLE = ("voters", "protect", "vote", "scope", "resident_bonus", "max_vote_loss", "seed", "max")
 OPEN = Offers((*WHOLE, "tally"))
-BY_MARGIN = Offers(("voters", "protect", "scope", "lam", "eps", "most"))
-FIXED_VOTE = Offers(("voters", "protect", "scope", "lam", "eps", "most"))
+BY_MARGIN = Offers(("voters", "protect", "scope", "resident_bonus", "max_vote_loss", "max"))
+FIXED_VOTE = Offers(("voters", "protect", "scope", "resident_bonus", "max_vote_loss", "max"))
+PREFERRING = Offers(WHOLE, shown=("resident_bonus", "max_vote_loss"))
 
 BY_PROBABILITY = Election()
 BY_COUNT = Election(vote="count")
@@ -35,7 +36,7 @@ class DesSeq:
     """The union of every token's first ``k`` experts (DES, Eq. 5; simplified OEA)."""
 
     k: Count
-    election: Annotated[Election, Offers(("voters", "scope", "most"))] = BY_PROBABILITY
+    election: Annotated[Election, Offers(("voters", "scope", "max"))] = BY_PROBABILITY
 
     __post_init__ = check_options
     eligible, ruling = elected, ruled
@@ -152,7 +153,7 @@ class Random:
     """A seeded random set of the share ``beta``, new in each layer and forward: the control."""
 
     beta: Shares
-    election: Annotated[Election, Offers(("seed", "voters", "protect", "scope", "most"))] = BY_LOT
+    election: Annotated[Election, Offers(("seed", "voters", "protect", "scope", "max"))] = BY_LOT
 
     __post_init__ = check_options
     eligible, ruling = elected, ruled
@@ -166,7 +167,7 @@ class ResidentVote:
     """DES-Vote that prefers experts already in fast memory."""
 
     beta: Shares
-    election: Annotated[Election, Offers(WHOLE, shown=("lam", "eps"))] = RESIDENT_FIRST
+    election: Annotated[Election, PREFERRING] = RESIDENT_FIRST
 
     __post_init__ = check_options
     eligible, ruling = elected, ruled

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Collection
+from typing import Any
+
 from coterie.naming import CoterieError
 from coterie.routing.coreset import Election
 from coterie.routing.named import (
@@ -18,18 +22,39 @@ from coterie.routing.named import (
     XShare,
 )
 from coterie.routing.token import McMoe, Naee, TopK, Vanilla
-from coterie.spelling import parse, spelled
+from coterie.spelling import parse, respelled, spelled
 from coterie.values import Policy
 
 
 def parse_policy(text: str) -> Policy:
-    """The policy that ``text`` spells, such as ``des-vote:beta=0.15,voters=unfilled``."""
+    """The policy that ``text`` spells, such as ``des-vote:beta=0.15,voters=before-eos``."""
     return parse(text, POLICIES, "policy")
 
 
 def spell(policy: Policy) -> str:
     """The text that ``parse_policy`` reads back as ``policy``; defaults are left out."""
     return spelled(policy, POLICIES)
+
+
+def respell(text: str) -> str:
+    """A text that another version wrote, each policy in it with the present names of its options:
+    ``racing:m=4,lam=1 block=16`` becomes ``racing:m=4,resident_bonus=1 block=16``."""
+    return _SPELLED.sub(lambda found: respelled(found[0], POLICIES), text)
+
+
+def respell_all(value: object, *, but: Collection[str] = ()) -> Any:
+    """A JSON value with all policies in it respelled, keys too; what is under the keys ``but``
+    stays."""
+    if isinstance(value, str):
+        return respell(value)
+    if isinstance(value, list):
+        return [respell_all(inner, but=but) for inner in value]
+    if isinstance(value, dict):
+        return {
+            respell(key): inner if key in but else respell_all(inner, but=but)
+            for key, inner in value.items()
+        }
+    return value
 
 
 def check_layers(policy: Policy, layers: int) -> None:
@@ -82,3 +107,5 @@ POLICIES: dict[str, type[Policy]] = {
     "resident-vote": ResidentVote,
     "coreset": Coreset,
 }
+
+_SPELLED = re.compile(rf"(?<![\w-])(?:{'|'.join(map(re.escape, POLICIES))}):[^\s\"';)]+")

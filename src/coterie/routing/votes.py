@@ -16,10 +16,14 @@ from torch import Tensor
 from coterie import ops
 from coterie.naming import CoterieError
 from coterie.routing.select import UNIT, choose, own
+from coterie.spelling import Spelt
 from coterie.values import Progress, Scores, membership
 
 Voters = Literal["all", "unfilled", "masked", "uncertain"]
 Vote = Literal["masked", "weight", "count", "full", "margin", "max", "random"]
+
+BEFORE_EOS = Spelt("unfilled", "before-eos")
+TOPK_PROB = Spelt("masked", "topk-prob")
 
 FLOOR = 2.0**-10
 
@@ -117,7 +121,8 @@ def _narrowing(progress: Progress | None, voters: Voters) -> Tensor:
         "uncertain": progress.uncertainty,
     }[voters]
     if known is None:
-        raise CoterieError(f"voters={voters} needs the canvas's progress, which was not given")
+        said = BEFORE_EOS.of(voters)
+        raise CoterieError(f"voters={said} needs the canvas's progress, which was not given")
     return known
 
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Annotated, Literal
+
+from coterie.keys import Key
 
 Outcome = Literal["passed", "failed", "timeout"]
 
@@ -18,13 +20,13 @@ class Limits:
     and the largest file; ``output`` what may be printed. Bytes, all four.
     """
 
-    processor: int = 5
-    seconds: float = 20.0
-    memory: int = 1 << 30
-    disk: int = 8 << 20
-    output: int = 16 << 20
-    processes: int = 8
-    files: int = 32
+    processor: Annotated[int, Key("processor")] = 5
+    seconds: Annotated[float, Key("seconds")] = 20.0
+    memory: Annotated[int, Key("memory")] = 1 << 30
+    disk: Annotated[int, Key("disk")] = 8 << 20
+    output: Annotated[int, Key("output")] = 16 << 20
+    processes: Annotated[int, Key("processes")] = 8
+    files: Annotated[int, Key("files")] = 32
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ from coterie.study.tally import ArmsFacts, Tally
 VANILLA = Arm("vanilla")
 BETAS = (0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.6)  # shares of a layer's experts
 FEW = (0.15, 0.3, 0.5)  # where variants of a rule are compared
-GUARD = "voters=unfilled,protect=top1"
+GUARD = "voters=before-eos,protect=top1"
 NEAR = 0.75  # experts: two arms this close are at equal experts
 
 Groups = Mapping[str, Sequence[Arm]]  # what a line is called -> its arms, smallest first

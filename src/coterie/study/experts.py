@@ -16,6 +16,7 @@ from coterie.engine.load import load_model
 from coterie.evals.run import Arm
 from coterie.evals.stats import ratio_interval
 from coterie.experts.capacity import Capacity
+from coterie.keys import to_json
 from coterie.model.weights import expert_bytes
 from coterie.naming import CoterieError
 from coterie.planning.machine import Machine, clock, rate_of
@@ -33,9 +34,13 @@ RULES = (
     *("vanilla", "des-vote:beta=0.5", "des-vote:beta=0.3", "des-seq:k=3"),
     *("proportional-vote:beta=0.3", "priced-vote:price=0.022", "priced-vote:price=0.04"),
 )
-PREFERRING = ("resident-vote:beta=0.3", "priced-vote:price=0.022,lam=1,eps=0.1")
+PREFERRING = (
+    "resident-vote:beta=0.3",
+    "priced-vote:price=0.022,resident_bonus=1,max_vote_loss=0.1",
+)
 PREFERRING_AT_MAIN = (
-    *("proportional-vote:beta=0.3,lam=3,eps=0.2", "priced-vote:price=0.04,lam=1,eps=0.1"),
+    "proportional-vote:beta=0.3,resident_bonus=3,max_vote_loss=0.2",
+    "priced-vote:price=0.04,resident_bonus=1,max_vote_loss=0.1",
 )
 DRIFTING, DRIFT = PREFERRING[1], 0.05  # a block's coresets kept while they lose no more votes
 FEWER = 2  # where residents are preferred, other runs than the main ones ask one in so many
@@ -268,7 +273,7 @@ def label_of(arm: Arm) -> str:
 
 def fields_of(tally: Tally) -> Document:
     """Without what follows from the rest."""
-    return dict(vars(tally))
+    return to_json(tally)
 
 
 def ratio(parts: Numbers, wholes: Numbers, scale: float = 1.0) -> Ratio:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TypedDict, cast
 
 from coterie.study.tally import Document, Tally
@@ -132,7 +132,7 @@ class Grid:
 def head(tally: Tally, like: Tally) -> Tally:
     """Its first answers, as many of each task as the other has."""
     right = {task: bits[: len(like.right.get(task, ""))] for task, bits in tally.right.items()}
-    return Tally(**{**vars(tally), "right": {task: bits for task, bits in right.items() if bits}})
+    return replace(tally, right={task: bits for task, bits in right.items() if bits})
 
 
 def _points(found: Found) -> Iterator[Point]:

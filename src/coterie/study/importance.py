@@ -43,13 +43,13 @@ SHARES = ("0.03125", "0.0625", "0.1", "0.15", "0.2", "0.3", "0.4", "0.5", "0.75"
 CURVES = {
     "DES-Vote": [f"des-vote:beta={share}" for share in SHARES],
     "DES-Seq": [f"des-seq:k={m}" for m in range(1, 8)],
-    "words vote, top-1": [f"des-vote:beta={s},voters=unfilled,protect=top1" for s in SHARES],
+    "words vote, top-1": [f"des-vote:beta={s},voters=before-eos,protect=top1" for s in SHARES],
     "proportional": [f"proportional-vote:beta={share}" for share in SHARES],
     "random": [f"random:beta={share}" for share in SHARES],
 }
 SHOWN = (
     *("des-vote:beta=0.15", "des-vote:beta=0.3", "des-seq:k=1", "des-seq:k=3"),
-    *("des-vote:beta=0.15,voters=unfilled,protect=top1", "random:beta=0.15"),
+    *("des-vote:beta=0.15,voters=before-eos,protect=top1", "random:beta=0.15"),
 )
 
 

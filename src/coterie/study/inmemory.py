@@ -22,6 +22,7 @@ from coterie.experts.book import Book
 from coterie.experts.imagined import Imagined
 from coterie.model.moe import MoE
 from coterie.naming import CoterieError
+from coterie.routing import respell
 from coterie.study.lab import ROWS
 from coterie.study.logbook import Entry, Logbook, Uses
 from coterie.values import Demand, Store
@@ -98,7 +99,7 @@ def answered(
     """
     model, wanted = engine.model, questions(tasks, asked.items, engine)
     shape = len(model.spec.moe_layers), model.spec.router.experts
-    with Logbook(folder / asked.file, shape) as book:
+    with Logbook(_place(folder, asked.file), shape) as book:
         left = [q.but(asked.arm.generation) for q in wanted if _key(q) not in book.entries]
         told = _alone if asked.slots is not None else _together
         for entries in told(engine, asked, left, book) if left else ():
@@ -108,6 +109,12 @@ def answered(
     if all(entry.answer.error for entry in found):
         raise CoterieError(f"{asked.arm.name}: no item got an answer: {found[0].answer.error}")
     return found
+
+
+def _place(folder: Path, name: str) -> Path:
+    """The logbook of this name, or the one whose name spells the same policy as before."""
+    others = (path for path in sorted(folder.glob("*.jsonl")) if respell(path.name) == name)
+    return next(others, folder / name)
 
 
 def sheet(asked: Asked, entries: Sequence[Entry]) -> Sheet:

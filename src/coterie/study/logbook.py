@@ -12,15 +12,16 @@ import json
 import os
 import zlib
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from coterie.evals.journal import STORED, Answer
+from coterie.evals.journal import Answer, answer_of
 from coterie.experts.eviction import Mask
+from coterie.keys import to_json
 from coterie.naming import CoterieError
 from coterie.telemetry import Row
 from coterie.values import Routing, Scores, membership
@@ -127,8 +128,8 @@ class Logbook:
 def _line(entry: Entry) -> bytes:
     packed = zlib.compress(np.packbits(entry.used).tobytes())
     used = base64.b64encode(packed).decode()
-    kept = {name: value for name, value in asdict(entry.answer).items() if name in STORED}
-    return json.dumps({**kept, "kinds": entry.kinds, "used": used}).encode() + b"\n"
+    kept = {**to_json(entry.answer), "kinds": entry.kinds, "used": used}
+    return json.dumps(kept).encode() + b"\n"
 
 
 def _entry(line: bytes, shape: tuple[int, int]) -> Entry:
@@ -136,4 +137,4 @@ def _entry(line: bytes, shape: tuple[int, int]) -> Entry:
     kinds, packed = known.pop("kinds"), zlib.decompress(base64.b64decode(known.pop("used")))
     whole = (len(kinds), *shape)
     bits = np.unpackbits(np.frombuffer(packed, np.uint8), count=int(np.prod(whole)))
-    return Entry(Answer(**known), kinds, bits.astype(bool).reshape(whole))
+    return Entry(answer_of(known), kinds, bits.astype(bool).reshape(whole))

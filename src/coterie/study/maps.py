@@ -21,7 +21,7 @@ from coterie.study.lab import Lab
 from coterie.study.opened import Opened, open_block, opened_prompts, words_of
 from coterie.values import Policy
 
-GUARDED = "voters=unfilled,protect=top1"
+GUARDED = "voters=before-eos,protect=top1"
 POLICIES = (
     *("des-vote:beta=0.3", "des-seq:k=3"),
     *("des-vote:beta=0.15", f"des-vote:beta=0.15,{GUARDED}"),

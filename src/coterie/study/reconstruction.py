@@ -169,7 +169,7 @@ def policies(k: int) -> dict[str, list[str]]:
         VOTE: [f"des-vote:beta={share}" for share in SHARES],
         SEQ: [f"des-seq:k={m}" for m in range(1, k + 1)],
         OURS: [f"proportional-vote:beta={share}" for share in FEWER],
-        GUARDED: [f"des-vote:beta={share},voters=unfilled,protect=top1" for share in FEWER],
+        GUARDED: [f"des-vote:beta={share},voters=before-eos,protect=top1" for share in FEWER],
         TOPK: [f"topk:k={m}" for m in range(1, k)],
         LOT: [f"random:beta={share}" for share in FEWER],
     }

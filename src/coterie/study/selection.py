@@ -34,7 +34,7 @@ POLICIES = (
     "des-vote:beta=0.15",
     "xshare:beta=0.15",
     "mass-vote:tau=0.8",
-    "des-vote:beta=0.15,voters=unfilled,protect=top1",
+    "des-vote:beta=0.15,voters=before-eos,protect=top1",
 )
 DRAWN = (VANILLA, "topk:k=4", "des-seq:k=3", "des-vote:beta=0.15", "xshare:beta=0.15")
 ROUNDS = 12

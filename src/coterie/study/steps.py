@@ -24,7 +24,7 @@ from coterie.values import Policy, Scores, membership
 VANILLA = "vanilla"
 POLICIES = (
     *(VANILLA, "des-vote:beta=0.3", "des-vote:beta=0.15", "des-seq:k=3"),
-    *("des-vote:beta=0.15,voters=unfilled,protect=top1", "random:beta=0.15"),
+    *("des-vote:beta=0.15,voters=before-eos,protect=top1", "random:beta=0.15"),
 )
 AGES = ("fresh", "last", "first")
 COLUMNS = ("pairs", "jaccard", "size", "votes", *AGES)
@@ -222,7 +222,7 @@ def draw(found: Found) -> Figure:
             color=dress.colour,
             marker=dress.marker,
             linestyle="--" if number else "-",
-            label=overlap["policy"].replace(",voters=unfilled,protect=top1", ", words, top-1"),
+            label=overlap["policy"].replace(",voters=before-eos,protect=top1", ", words, top-1"),
         )
     one.set_ylim(0, 1.03)
     percent(one)

@@ -6,15 +6,17 @@ import hashlib
 import json
 import time
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Protocol
+from typing import Annotated, Any, Protocol
 
 from coterie.engine.engine import Engine
 from coterie.evals.fingerprint import fingerprint
 from coterie.evals.task import Task
+from coterie.keys import Key, to_json
 from coterie.naming import CoterieError
 from coterie.results import record, write_record
+from coterie.routing import respell_all
 from coterie.study.accuracy import ACCURACY, SIZE
 from coterie.study.beyond import BEYOND
 from coterie.study.blocks import Blocks
@@ -47,9 +49,9 @@ REPORT = "report.html"
 class Effort:
     """``items``: questions for each policy; ``prompts``: where single forwards are watched."""
 
-    items: int = 500
-    prompts: int = 32
-    seed: int = 1
+    items: Annotated[int, Key("items")] = 500
+    prompts: Annotated[int, Key("prompts")] = 32
+    seed: Annotated[int, Key("seed")] = 1
 
 
 class Watch(Protocol):
@@ -158,9 +160,9 @@ def settings_of(engine: Engine, tasks: Sequence[Task], effort: Effort) -> dict[s
         "fingerprint": fingerprint(model.folder),
         "dtype": str(model.transformer.dtype).removeprefix("torch."),
         "device": model.transformer.device.type,
-        "generation": asdict(engine.generation),
+        "generation": engine.generation.document(),
         "tasks": {task.name: dict(task.settings()) for task in tasks},
-        **asdict(effort),
+        **to_json(effort),
     }
 
 
@@ -217,7 +219,12 @@ def _read(path: Path) -> dict[str, object] | None:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return None
-    return content if isinstance(content, dict) else None
+    return renewed(content) if isinstance(content, dict) else None
+
+
+def renewed(content: Mapping[str, Any]) -> dict[str, Any]:
+    """A record with its policies spelled as they are now; how it was made stays as it was."""
+    return respell_all(content, but=("command", "settings"))
 
 
 def _said(error: Exception) -> str:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
-from typing import TypedDict, cast
+from dataclasses import dataclass
+from typing import Annotated, TypedDict, cast
 
+from coterie.engine.config import Generation
 from coterie.evals.run import Sheet
 from coterie.evals.stats import Paired, Share, paired
+from coterie.keys import Key, by_key, from_json, names_of, to_json
 
 Document = dict[str, object]
 
@@ -20,17 +22,17 @@ class Tally:
     were decoded together.
     """
 
-    name: str  # the arm's: policy, then the generation that is its own
-    policy: str
-    generation: Mapping[str, object]
-    right: Mapping[str, str]  # task -> "0110", an item a digit
-    experts: float
-    expert_bytes: float
-    vote_mass_kept: float
-    forwards_per_block: float
-    new_tokens: float
-    tokens_per_second: float
-    failed: int  # items without an output
+    name: Annotated[str, Key("name")]  # the arm's: policy, then the generation that is its own
+    policy: Annotated[str, Key("policy")]
+    generation: Annotated[Mapping[str, object], Key("generation")]
+    right: Annotated[Mapping[str, str], Key("right")]  # task -> "0110", an item a digit
+    experts: Annotated[float, Key("experts")]
+    expert_bytes: Annotated[float, Key("expert_bytes")]
+    vote_mass_kept: Annotated[float, Key("vote_mass_kept")]
+    forwards_per_block: Annotated[float, Key("forwards_per_block")]
+    new_tokens: Annotated[float, Key("new_tokens")]
+    tokens_per_second: Annotated[float, Key("tokens_per_second")]
+    failed: Annotated[int, Key("failed")]  # items without an output
 
     @staticmethod
     def of_sheet(sheet: Sheet) -> Tally:
@@ -38,7 +40,7 @@ class Tally:
         return Tally(
             name=sheet.policy,
             policy=sheet.arm.policy,
-            generation=sheet.arm.generation,
+            generation=by_key(Generation, sheet.arm.generation),
             right={task: "".join(str(int(r)) for r in sheet.right(task)) for task in tasks},
             experts=sheet.experts,
             expert_bytes=sheet.expert_bytes,
@@ -52,11 +54,11 @@ class Tally:
     @staticmethod
     def of(document: Mapping[str, object]) -> Tally:
         """Back from a record."""
-        return Tally(**{field.name: document[field.name] for field in fields(Tally)})  # pyright: ignore[reportArgumentType]
+        return from_json(Tally, {name: document[name] for name in names_of(Tally)})
 
     def document(self, first: Tally) -> Document:
         """As JSON values, with what follows from them; ``first`` is what changes are against."""
-        known: Document = {field.name: getattr(self, field.name) for field in fields(self)}
+        known: Document = to_json(self)
         change = self.against(first)
         return {
             **known,

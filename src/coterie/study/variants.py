@@ -69,7 +69,7 @@ def vote_groups(_: int) -> Groups:
 def voter_groups(_: int) -> Groups:
     return {
         "everybody votes": by_beta("des-vote"),
-        "words vote": by_beta("des-vote", FEW, "voters=unfilled"),
+        "words vote": by_beta("des-vote", FEW, "voters=before-eos"),
         "masks vote": by_beta("des-vote", FEW, "voters=masked"),
         "the uncertain vote more": by_beta("des-vote", FEW, "voters=uncertain"),
     }
@@ -79,8 +79,8 @@ def protection_groups(_: int) -> Groups:
     return {
         "nothing kept": by_beta("des-vote"),
         "top-1 kept": by_beta("des-vote", FEW, "protect=top1"),
-        "words vote": by_beta("des-vote", FEW, "voters=unfilled"),
-        "words vote, top-1 kept": by_beta("des-vote", FEW, "voters=unfilled,protect=top1"),
+        "words vote": by_beta("des-vote", FEW, "voters=before-eos"),
+        "words vote, top-1 kept": by_beta("des-vote", FEW, "voters=before-eos,protect=top1"),
     }
 
 

@@ -12,10 +12,10 @@ import math
 import os
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 import torch
 import torch.nn.functional as F
@@ -23,6 +23,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from coterie.keys import Key, to_json
 from coterie.naming import CoterieError
 from coterie.training.batch import Batch
 from coterie.training.feed import FORK, Feed, Make, fork
@@ -40,23 +41,29 @@ Told = Callable[[dict[str, object]], None]  # hears each line of the log
 class Config:
     """A run, reproducible from these values."""
 
-    steps: int
-    seed: int = 0
-    workers: int = 2
-    precision: Literal["bf16", "fp32"] = "bf16"
-    shape: Shape = field(default_factory=Shape)
-    rates: Rates = field(default_factory=Rates)
-    warm_up: int = 100
-    decay: float = 0.4  # the last part of the run, over which rates fall linearly
-    floor: float = 0.0  # the rate at the end, as a part of the peak
-    momentum_warm_up: int = 300  # steps over which Muon's momentum rises from 0.85
-    clip: float = 1.0
-    balance: float = 1e-3  # the bias update
-    balance_early: float = 3e-3  # ... at the start, falling to ``balance``
-    balance_steps: int = 2000  # ... over so many steps
-    log_every: int = 20
-    save_every: int = 500
-    tasks: tuple[str, ...] = ()  # names of the task ids in batches
+    steps: Annotated[int, Key("steps")]
+    seed: Annotated[int, Key("seed")] = 0
+    workers: Annotated[int, Key("workers")] = 2
+    precision: Annotated[Literal["bf16", "fp32"], Key("precision")] = "bf16"
+    shape: Annotated[Shape, Key("shape")] = field(default_factory=Shape)
+    rates: Annotated[Rates, Key("rates")] = field(default_factory=Rates)
+    warm_up: Annotated[int, Key("warm_up")] = 100
+    decay: Annotated[float, Key("decay")] = (
+        0.4  # the last part of the run, over which rates fall linearly
+    )
+    floor: Annotated[float, Key("floor")] = 0.0  # the rate at the end, as a part of the peak
+    momentum_warm_up: Annotated[int, Key("momentum_warm_up")] = (
+        300  # steps over which Muon's momentum rises from 0.85
+    )
+    clip: Annotated[float, Key("clip")] = 1.0
+    balance: Annotated[float, Key("balance")] = 1e-3  # the bias update
+    balance_early: Annotated[float, Key("balance_early")] = (
+        3e-3  # ... at the start, falling to ``balance``
+    )
+    balance_steps: Annotated[int, Key("balance_steps")] = 2000  # ... over so many steps
+    log_every: Annotated[int, Key("log_every")] = 20
+    save_every: Annotated[int, Key("save_every")] = 500
+    tasks: Annotated[tuple[str, ...], Key("tasks")] = ()  # names of the task ids in batches
 
     def rate(self, step: int) -> float:
         """The learning rate as a part of the peak: up, flat, down."""
@@ -81,7 +88,7 @@ class State:
         precision = torch.bfloat16 if config.precision == "bf16" else torch.float32
         self.network = Network(config.shape, seed=config.seed, precision=precision)
         self.step = 0
-        self.run = json.dumps(asdict(config) | {"steps": 0}, sort_keys=True)
+        self.run = json.dumps(to_json(config) | {"steps": 0}, sort_keys=True)
         workers, network = config.workers, self.network
         self.groups = _groups(network, config.rates)
         self.flats = [
@@ -214,7 +221,7 @@ def _lead(worker: _Worker, out: Path, told: Told | None) -> None:
     worker.attach()
     begun, first, since = time.monotonic(), state.step, time.monotonic()
     with (out / "log.jsonl").open("a", buffering=1) as log:
-        log.write(json.dumps({"config": asdict(config), "step": state.step}) + "\n")
+        log.write(json.dumps({"config": to_json(config), "step": state.step}) + "\n")
         while state.step < config.steps:
             worker.step()
             step = state.step

@@ -9,11 +9,13 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Annotated
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from coterie.keys import Key
 from coterie.training.attend import attend
 from coterie.training.experts import run_experts
 
@@ -22,26 +24,26 @@ from coterie.training.experts import run_experts
 class Shape:
     """The sizes of a LLaDA2 model. The defaults are those of the embedded one."""
 
-    vocabulary: int = 300
-    hidden: int = 128
-    layers: int = 5
-    heads: int = 4
-    kv_heads: int = 4
-    head: int = 32
-    rotary: float = 0.5  # the part of a head that turns
-    theta: float = 10_000.0
-    dense_layers: int = 1
-    dense_width: int = 384
-    experts: int = 128
-    k: int = 8
-    groups: int = 8
-    kept_groups: int = 4
-    width: int = 32
-    shared: int = 1
-    scale: float = 2.5
-    epsilon: float = 1e-6
-    block: int = 32
-    length: int = 2048
+    vocabulary: Annotated[int, Key("vocabulary")] = 300
+    hidden: Annotated[int, Key("hidden")] = 128
+    layers: Annotated[int, Key("layers")] = 5
+    heads: Annotated[int, Key("heads")] = 4
+    kv_heads: Annotated[int, Key("kv_heads")] = 4
+    head: Annotated[int, Key("head")] = 32
+    rotary: Annotated[float, Key("rotary")] = 0.5  # the part of a head that turns
+    theta: Annotated[float, Key("theta")] = 10_000.0
+    dense_layers: Annotated[int, Key("dense_layers")] = 1
+    dense_width: Annotated[int, Key("dense_width")] = 384
+    experts: Annotated[int, Key("experts")] = 128
+    k: Annotated[int, Key("k")] = 8
+    groups: Annotated[int, Key("groups")] = 8
+    kept_groups: Annotated[int, Key("kept_groups")] = 4
+    width: Annotated[int, Key("width")] = 32
+    shared: Annotated[int, Key("shared")] = 1
+    scale: Annotated[float, Key("scale")] = 2.5
+    epsilon: Annotated[float, Key("epsilon")] = 1e-6
+    block: Annotated[int, Key("block")] = 32
+    length: Annotated[int, Key("length")] = 2048
 
 
 def visibility(visible: Tensor, block: int) -> Tensor:

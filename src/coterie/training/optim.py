@@ -8,11 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Annotated
 
 import torch
 from torch import Tensor, nn
 
 # Quintic iteration of Muon (Jordan et al. 2024): steep at zero, singular values end near one.
+from coterie.keys import Key
+
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 # Matrices of a chunk stay in a core's second-level cache through all passes.
 CHUNK = 64
@@ -22,16 +25,16 @@ CHUNK = 64
 class Rates:
     """Learning rates before the schedule, and the constants beside them."""
 
-    matrix: float = 0.02
-    embedding: float = 0.01
-    head: float = 0.003
-    router: float = 0.002
-    norm: float = 0.003
-    decay: float = 0.01  # of matrices, per unit of learning rate
-    momentum: float = 0.95
-    beta_first: float = 0.9
-    beta_second: float = 0.98
-    iterations: int = 5
+    matrix: Annotated[float, Key("matrix")] = 0.02
+    embedding: Annotated[float, Key("embedding")] = 0.01
+    head: Annotated[float, Key("head")] = 0.003
+    router: Annotated[float, Key("router")] = 0.002
+    norm: Annotated[float, Key("norm")] = 0.003
+    decay: Annotated[float, Key("decay")] = 0.01  # of matrices, per unit of learning rate
+    momentum: Annotated[float, Key("momentum")] = 0.95
+    beta_first: Annotated[float, Key("beta_first")] = 0.9
+    beta_second: Annotated[float, Key("beta_second")] = 0.98
+    iterations: Annotated[int, Key("iterations")] = 5
 
 
 @dataclass(frozen=True)

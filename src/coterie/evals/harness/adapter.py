@@ -9,7 +9,6 @@ from __future__ import annotations
 import logging
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import fields
 from typing import Never, Protocol
 
 import torch
@@ -21,6 +20,7 @@ from coterie.engine.config import Generation
 from coterie.engine.engine import load
 from coterie.engine.event import Denoised, Finished
 from coterie.engine.memory import Memory
+from coterie.keys import names_of
 from coterie.naming import CoterieError
 from coterie.text.codec import Subwords
 
@@ -113,9 +113,7 @@ class Coterie(LM):
             "model_dtype": str(model.transformer.dtype),
             "experts": model.spec.experts_as,
             "memory": None if model.memory is None else model.memory.asked.document(),
-            "generation": {
-                f.name: getattr(self.engine.generation, f.name) for f in fields(Generation)
-            },
+            "generation": self.engine.generation.document(),
         }
 
     def generate_until(self, requests: Sequence[Request]) -> list[str]:
@@ -193,14 +191,14 @@ def hand_over(words: Sequence[str]) -> None:
 
 
 def _check_options(options: Mapping[str, object]) -> None:
-    known = ["max_gen_toks", *(field.name for field in fields(Generation))]
+    known = ["max_gen_toks", *names_of(Generation)]
     unknown = [name for name in options if name not in known]
     if unknown:
         raise CoterieError(
             f"unknown model_args {unknown[0]!r}; known: pretrained, policy, dtype, device, "
             f"experts, expert_memory, imagine_memory, eviction, batch_size, {', '.join(known)}; "
             "a policy with commas needs JSON: "
-            '--model_args \'{"policy": "des-vote:beta=0.3,voters=unfilled"}\''
+            '--model_args \'{"policy": "des-vote:beta=0.3,voters=before-eos"}\''
         )
 
 

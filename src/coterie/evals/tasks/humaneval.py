@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 
 from coterie.evals.task import Grade, Item, Wish
 from coterie.evals.tasks import code
 from coterie.evals.tasks.source import Published, Source, read
+from coterie.keys import to_json
 from coterie.naming import CoterieError
 from coterie.sandbox import Limits, require_fence
 
@@ -42,7 +43,7 @@ class HumanEval:
             "shots": 0,
             "template": self._template,
             "counts": "the prompt's imports and helpers, the answer and the tests run to their end",
-            "limits": asdict(Limits()),
+            "limits": to_json(Limits()),
         }
 
     def generation(self) -> Mapping[str, object]:

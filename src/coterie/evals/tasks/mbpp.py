@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 
 from coterie.evals.task import Grade, Item, Wish
 from coterie.evals.tasks import code
 from coterie.evals.tasks.source import Published, Row, Source, read, texts
+from coterie.keys import to_json
 from coterie.naming import CoterieError
 from coterie.sandbox import Limits, require_fence
 
@@ -56,7 +57,7 @@ class Mbpp:
             "examples": f"the first of {_span(SHOWN)} that are not asked themselves",
             "template": FEW_SHOT if self.shots else ZERO_SHOT,
             "counts": "the answer and the tests run to their end",
-            "limits": asdict(Limits()),
+            "limits": to_json(Limits()),
         }
 
     def generation(self) -> Mapping[str, object]:

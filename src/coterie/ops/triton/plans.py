@@ -11,13 +11,15 @@ import json
 import logging
 import os
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
+from typing import Annotated
 
 import torch
 import triton
 
+from coterie.keys import Key, from_json, to_json
 from coterie.ops.triton.launch import power_of_two
 
 LARGEST = 220 << 10
@@ -54,12 +56,14 @@ class Work:
 class Plan:
     """Tokens, columns of output and numbers along k that a program takes at a time."""
 
-    tokens: int
-    columns: int
-    step: int
-    warps: int
-    stages: int
-    turned: bool = False  # rows of weights stand where tensor cores want 64
+    tokens: Annotated[int, Key("tokens")]
+    columns: Annotated[int, Key("columns")]
+    step: Annotated[int, Key("step")]
+    warps: Annotated[int, Key("warps")]
+    stages: Annotated[int, Key("stages")]
+    turned: Annotated[bool, Key("turned")] = (
+        False  # rows of weights stand where tensor cores want 64
+    )
 
     def sizes(self) -> dict[str, int]:
         """As the kernels are launched with it."""
@@ -148,7 +152,7 @@ def tune(work: Work, time: Callable[[Plan], float]) -> dict[Plan, float]:
 def keep(work: Work, plan: Plan) -> None:
     """Use ``plan`` for such work from now on, here and in later runs."""
     _measured()[work.key()] = plan
-    told = {key: asdict(plan) for key, plan in sorted(_measured().items())}
+    told = {key: to_json(plan) for key, plan in sorted(_measured().items())}
     path = kept_in()
     unfinished = path.with_suffix(f".{os.getpid()}.tmp")
     try:
@@ -181,7 +185,7 @@ def _measured() -> dict[str, Plan]:
     for path in (SHIPPED, kept_in()):
         try:
             told = json.loads(path.read_text(encoding="utf-8"))
-            found |= {key: Plan(**plan) for key, plan in told.items()}
+            found |= {key: from_json(Plan, plan) for key, plan in told.items()}
         except (OSError, ValueError, TypeError, AttributeError):
             continue
     return found
