@@ -74,7 +74,9 @@ def option_table() -> Table:
     table = plain_table("option", "values")
     taken: dict[str, dict[str, None]] = {}
     for option in (o for cls in POLICIES.values() for o in options(cls).values()):
-        values = " | ".join(option.choices) or " | ".join((str(option.within), *option.words))
+        values = " | ".join(map(option.word, option.choices)) or " | ".join(
+            (str(option.within), *option.words)
+        )
         values += " (or one for each layer: 0.3/0.2/0.25)" if option.many else ""
         taken.setdefault(option.name, {})[values] = None
     for name, values in taken.items():
@@ -89,7 +91,8 @@ def policy_documents() -> list[dict[str, object]]:
             "name": name,
             "meaning": " ".join((cls.__doc__ or "").split()),
             "options": {
-                o.name: None if o.default is None else o.default for o in options(cls).values()
+                o.name: o.word(o.default) if isinstance(o.default, str) else o.default
+                for o in options(cls).values()
             },
         }
         for name, cls in POLICIES.items()
