@@ -93,6 +93,10 @@ RIGHT: Mapping[str, list[str]] = {
     "replay-csv": ["replay", "kept/words.trace", "-p", PREFERRING[1], "--drift", "0.1", "--csv"],
     "quantize": ["quantize", "tiny", "again", "--experts", "int4", "--group", "16", "--json"],
 }
+BENCH = [
+    *("bench", "layer", "--shape", "llada-moe", "--dtype", "int4", "--peer", "none"),
+    *("--turns", "1", "--tokens", "8", "-p", "vanilla", "-o", "bench", "--json"),
+]
 WRONG: list[list[str]] = [
     *([*G, "-p", text] for text in (
         "nothing", "des-vote", "des-vote:beta", "des-vote:beta=", "des-vote:beta=two",
@@ -193,6 +197,20 @@ def cleaned(value: Any) -> Any:
     return float(f"{value:.6g}") if isinstance(value, float) else value
 
 
+def keys(value: Any) -> Any:
+    """Only the keys of a document, whose numbers are times; of a list, those of its first entry."""
+    if isinstance(value, dict):
+        return {key: keys(inner) for key, inner in value.items()}
+    return [keys(inner) for inner in value[:1]] if isinstance(value, list) else None
+
+
+def benched() -> Any:
+    out = io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(io.StringIO()):
+        assert run(BENCH) == 0
+    return keys(json.loads(out.getvalue()))
+
+
 def snapshot(name: str) -> Any:
     return json.loads((NET / f"{name}.json").read_text(encoding="utf-8"))
 
@@ -227,6 +245,12 @@ def test_a_refusal_says_what_it_said(
     assert respell_all(found) == respell_all(kept)
 
 
+@pytest.mark.slow
+def test_a_bench_has_the_same_keys(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert benched() == snapshot("bench-layer")
+
+
 def test_the_names_to_import_are_the_same() -> None:
     assert sorted(coterie.__all__) == snapshot("exports")
 
@@ -240,6 +264,8 @@ def write(names: list[str]) -> None:
         found |= {name: seen(words) for name, words in RIGHT.items() if not names or name in names}
         if not names or "refused" in names:
             found["refused"] = [{"words": words, **seen(words)} for words in WRONG]
+        if not names or "bench-layer" in names:
+            found["bench-layer"] = benched()
         for name, value in found.items():
             text = json.dumps(value, indent=1, ensure_ascii=False) + "\n"
             (NET / f"{name}.json").write_text(text, encoding="utf-8")
