@@ -20,9 +20,9 @@ uint16_t half(float x) {
 }
 
 // As many bytes as needed and no more, so that reading past them is seen.
-std::vector<uint8_t> packed(int format, int experts, int hidden, int width, size_t stride) {
+std::vector<uint8_t> pack_random(int format, int experts, int hidden, int width, size_t stride) {
   size_t ups = size_t(experts) * 2 * width, downs = size_t(experts) * hidden;
-  int size = coterie_group(format);
+  int size = coterie_group_size(format);
   auto groups = [size](int k) { return size_t((k + size - 1) / size); };
   std::vector<uint16_t> up, down, up_scales(ups * groups(hidden)), down_scales(downs * groups(width));
   std::vector<int8_t> up_whole, down_whole;
@@ -35,7 +35,7 @@ std::vector<uint8_t> packed(int format, int experts, int hidden, int width, size
   for (size_t i = 0; i < down.size(); i++) down_whole.push_back(int8_t(between(-most - 1, most)));
   std::vector<uint8_t> panels(experts * stride);
   bool plain = format == BF16;
-  Packing packing{plain ? static_cast<void*>(up.data()) : up_whole.data(),
+  PackArgs packing{plain ? static_cast<void*>(up.data()) : up_whole.data(),
                   plain ? static_cast<void*>(down.data()) : down_whole.data(),
                   plain ? nullptr : up_scales.data(),
                   plain ? nullptr : down_scales.data(),
@@ -44,11 +44,11 @@ std::vector<uint8_t> packed(int format, int experts, int hidden, int width, size
   return panels;
 }
 
-bool agree(int format) {
+bool experts_agree(int format) {
   int experts = between(1, 6), hidden = between(1, 150), width = between(1, 90);
   int tokens = between(0, 40), k = between(1, 4), threads = between(1, 3);
   size_t stride = (coterie_expert_bytes(format, hidden, width) + 63) / 64 * 64;
-  std::vector<uint8_t> panels = packed(format, experts, hidden, width, stride);
+  std::vector<uint8_t> panels = pack_random(format, experts, hidden, width, stride);
   std::vector<float> x, weights;
   std::vector<int64_t> ids, slot_of;
   for (int i = 0; i < tokens * hidden; i++) x.push_back(noise());
@@ -56,12 +56,12 @@ bool agree(int format) {
   for (int i = 0; i < tokens * k; i++) weights.push_back(noise());
   for (int e = 0; e < experts; e++) slot_of.push_back(between(-1, experts - 1));
   std::vector<float> first;
-  for (int isa = 0; coterie_isa(isa); isa++) {
-    if (!coterie_isa_runs(isa)) continue;
+  for (int isa = 0; coterie_isa_name(isa); isa++) {
+    if (!coterie_isa_supported(isa)) continue;
     std::vector<float> out(size_t(tokens) * hidden, NAN);
-    Call call{x.data(), ids.data(), slot_of.data(), weights.data(), out.data(), panels.data(), stride,
+    ExpertsArgs call{x.data(), ids.data(), slot_of.data(), weights.data(), out.data(), panels.data(), stride,
               tokens, k, experts, experts, hidden, width, threads, format, 0};
-    if (coterie_run_experts(isa, &call) != DONE) return false;
+    if (coterie_run_experts(isa, &call) != STATUS_OK) return false;
     if (isa == 0) first = out;
     double error = 0, size = 1e-30;
     for (size_t i = 0; i < out.size(); i++) {
@@ -69,7 +69,7 @@ bool agree(int format) {
       size += std::pow(first[i], 2);
     }
     if (!(error <= 1e-3 * size)) {
-      std::printf("format %d, %s: %g\n", format, coterie_isa(isa), std::sqrt(error / size));
+      std::printf("format %d, %s: %g\n", format, coterie_isa_name(isa), std::sqrt(error / size));
       return false;
     }
   }
@@ -77,54 +77,54 @@ bool agree(int format) {
 }
 
 // What a selection writes: the same numbers under every instruction set, or the first one's name.
-struct Chosen {
-  std::vector<int64_t> ids, own;
+struct RouteOutput {
+  std::vector<int64_t> ids, vanilla_ids;
   std::vector<float> weights;
   std::vector<uint8_t> used;
-  bool operator==(const Chosen& other) const {
-    return ids == other.ids && own == other.own && used == other.used && weights == other.weights;
+  bool operator==(const RouteOutput& other) const {
+    return ids == other.ids && vanilla_ids == other.vanilla_ids && used == other.used && weights == other.weights;
   }
 };
 
 bool routes_agree() {
   int groups = 1 << between(0, 3), experts = groups * between(1, 40), k = between(1, experts < 20 ? experts : 20);
   int rows = between(1, 3), tokens = between(1, 40), all = rows * tokens;
-  std::vector<float> logits, p, bias, voice;
+  std::vector<float> logits, p, bias, vote_weight;
   std::vector<uint8_t> resident;
   for (int i = 0; i < all * experts; i++) logits.push_back(float(between(-4, 4)));
   for (float z : logits) p.push_back(1 / (1 + std::exp(-z)));
   for (int e = 0; e < experts; e++) bias.push_back(float(between(-2, 2)) / 4);
   for (int e = 0; e < experts; e++) resident.push_back(uint8_t(between(0, 1)));
-  for (int i = 0; i < all; i++) voice.push_back(i % tokens ? float(between(0, 2)) / 2 : 1);
-  Election e{};
+  for (int i = 0; i < all; i++) vote_weight.push_back(i % tokens ? float(between(0, 2)) / 2 : 1);
+  RouteArgs e{};
   e.logits = logits.data(), e.p = p.data(), e.stride = experts, e.sequences = rows, e.tokens = tokens;
-  e.bias = between(0, 1) ? bias.data() : nullptr, e.voice = between(0, 1) ? voice.data() : nullptr;
+  e.bias = between(0, 1) ? bias.data() : nullptr, e.vote_weight = between(0, 1) ? vote_weight.data() : nullptr;
   e.resident = between(0, 1) ? resident.data() : nullptr, e.lam = between(0, 2), e.eps = 0.1;
-  e.experts = experts, e.k = k, e.groups = groups, e.kept = between(1, groups), e.scale = 1;
+  e.experts = experts, e.k = k, e.groups = groups, e.kept_groups = between(1, groups), e.scale = 1;
   e.vote = between(MASKED, MAX), e.protect = between(0, 1), e.renormalise = between(0, 1);
-  e.first = between(0, 3) ? 0 : between(1, k), e.count = between(1, experts), e.least = 1;
+  e.union_size = between(0, 3) ? 0 : between(1, k), e.count = between(1, experts), e.least = 1;
   e.mass = between(0, 1) ? 0.8 : 0;
   bool vanilla = !between(0, 4), splits = e.vote == WEIGHT || e.vote == MARGIN;
-  Chosen first;
-  for (int isa = 0; coterie_isa(isa); isa++) {
-    if (!coterie_isa_runs(isa)) continue;
+  RouteOutput first;
+  for (int isa = 0; coterie_isa_name(isa); isa++) {
+    if (!coterie_isa_supported(isa)) continue;
     size_t pairs = size_t(all) * k;
-    Chosen c{std::vector<int64_t>(pairs), std::vector<int64_t>(pairs), std::vector<float>(pairs),
+    RouteOutput c{std::vector<int64_t>(pairs), std::vector<int64_t>(pairs), std::vector<float>(pairs),
              std::vector<uint8_t>(experts)};
     std::vector<float> ballots(logits.size()), sums(all);
-    e.own = c.own.data(), e.ids = vanilla ? e.own : c.ids.data();
+    e.vanilla_ids = c.vanilla_ids.data(), e.ids = vanilla ? e.vanilla_ids : c.ids.data();
     e.weights = c.weights.data(), e.used = c.used.data(), e.ballots = nullptr, e.sums = nullptr;
     if (splits && !vanilla) {
       e.ballots = ballots.data();
-      if (coterie_route(isa, &e) != DONE) return false;
+      if (coterie_route(isa, &e) != STATUS_OK) return false;
       for (int t = 0; t < all; t++)
         for (int i = 0; i < experts; i++) sums[t] += ballots[size_t(t) * experts + i];
       e.sums = sums.data();
     }
-    if (coterie_route(isa, &e) != DONE) return false;
+    if (coterie_route(isa, &e) != STATUS_OK) return false;
     if (isa == 0) first = c;
     if (!(c == first)) {
-      std::printf("routing, %s\n", coterie_isa(isa));
+      std::printf("routing, %s\n", coterie_isa_name(isa));
       return false;
     }
   }
@@ -134,19 +134,19 @@ bool routes_agree() {
 
 // Whether numbers that every instruction set makes are those of the first, to rounding.
 template <class Make>
-bool alike(const char* what, Make make) {
+bool same_on_all_isas(const char* what, Make make) {
   std::vector<float> first;
-  for (int isa = 0; coterie_isa(isa); isa++) {
-    if (!coterie_isa_runs(isa)) continue;
-    std::vector<float> found = make(isa);
-    if (isa == 0) first = found;
+  for (int isa = 0; coterie_isa_name(isa); isa++) {
+    if (!coterie_isa_supported(isa)) continue;
+    std::vector<float> result = make(isa);
+    if (isa == 0) first = result;
     double error = 0, size = 1e-30;
-    for (size_t i = 0; i < found.size(); i++) {
-      error += std::pow(found[i] - first[i], 2);
+    for (size_t i = 0; i < result.size(); i++) {
+      error += std::pow(result[i] - first[i], 2);
       size += std::pow(first[i], 2);
     }
     if (!(error <= 1e-3 * size)) {
-      std::printf("%s, %s: %g\n", what, coterie_isa(isa), std::sqrt(error / size));
+      std::printf("%s, %s: %g\n", what, coterie_isa_name(isa), std::sqrt(error / size));
       return false;
     }
   }
@@ -154,50 +154,50 @@ bool alike(const char* what, Make make) {
 }
 
 std::vector<uint16_t> halves(size_t count) {
-  std::vector<uint16_t> found(count);
-  for (auto& x : found) x = half(noise());
-  return found;
+  std::vector<uint16_t> result(count);
+  for (auto& x : result) x = half(noise());
+  return result;
 }
 
-std::vector<float> widened(const std::vector<uint16_t>& halves) {
-  std::vector<float> found;
+std::vector<float> to_floats(const std::vector<uint16_t>& halves) {
+  std::vector<float> result;
   for (uint32_t x : halves) {
     x <<= 16;
     float wide;
     __builtin_memcpy(&wide, &x, 4);
-    found.push_back(wide);
+    result.push_back(wide);
   }
-  return found;
+  return result;
 }
 
 // One after the other, in a call that may not fail.
-template <class... Works>
-bool followed(int isa, int threads, const Works&... links) {
-  const Link chain[] = {links...};
-  Chain call{chain, int32_t(sizeof...(links)), threads};
-  return coterie_follow(isa, &call) == DONE;
+template <class... OpTypes>
+bool run_ops(int isa, int threads, const OpTypes&... ops) {
+  const Op op_array[] = {ops...};
+  OpList call{op_array, int32_t(sizeof...(ops)), threads};
+  return coterie_run_ops(isa, &call) == STATUS_OK;
 }
 
 bool products_agree() {
   int tokens = between(0, 40), k = between(1, 90), rows = between(1, 100), threads = between(1, 3);
   bool wide = between(0, 1), x_is_bf16 = between(0, 1);
   std::vector<uint16_t> weight = halves(size_t(rows) * k), x = halves(size_t(tokens) * k);
-  std::vector<float> wide_weight = widened(weight), wide_x = widened(x);
-  std::vector<float> beside = widened(halves(size_t(tokens) * rows));
+  std::vector<float> wide_weight = to_floats(weight), wide_x = to_floats(x);
+  std::vector<float> residual = to_floats(halves(size_t(tokens) * rows));
   int format = wide ? FP32 : BF16;
   std::vector<uint8_t> panels(coterie_matrix_bytes(format, rows, k));
   const void* from = wide ? static_cast<void*>(wide_weight.data()) : weight.data();
-  MatrixPacking packing{from, panels.data(), rows, k, threads, format};
+  PackMatrixArgs packing{from, panels.data(), rows, k, threads, format};
   coterie_pack_matrix(&packing);
-  const void* taken = x_is_bf16 ? static_cast<void*>(x.data()) : wide_x.data();
-  return alike("product", [&](int isa) {
+  const void* x_data = x_is_bf16 ? static_cast<void*>(x.data()) : wide_x.data();
+  return same_on_all_isas("product", [&](int isa) {
     std::vector<float> out(size_t(tokens) * rows, NAN);
     std::vector<uint16_t> narrow(out.size());
     for (int out_is_bf16 : {1, 0}) {
       void* to = out_is_bf16 ? static_cast<void*>(narrow.data()) : out.data();
-      const float* more = out_is_bf16 ? nullptr : beside.data();
-      Product product{taken, panels.data(), more, to, tokens, k, rows, format, x_is_bf16, out_is_bf16};
-      if (!followed(isa, threads, Link{&product, PRODUCT})) out.assign(out.size(), NAN);
+      const float* more = out_is_bf16 ? nullptr : residual.data();
+      MatmulArgs product{x_data, panels.data(), more, to, tokens, k, rows, format, x_is_bf16, out_is_bf16};
+      if (!run_ops(isa, threads, Op{&product, PRODUCT})) out.assign(out.size(), NAN);
     }
     return out;
   });
@@ -205,55 +205,55 @@ bool products_agree() {
 
 bool attention_agrees() {
   int rows = between(1, 2), width = between(1, 35), kv_heads = between(1, 3), dim = 2 * between(1, 40);
-  int heads = kv_heads * between(1, 3), turning = between(1, dim / 2), length = width + between(0, 60);
+  int heads = kv_heads * between(1, 3), rotary_half = between(1, dim / 2), length = width + between(0, 60);
   int threads = between(1, 3);
-  size_t tokens = size_t(rows) * width, held = size_t(kv_heads) * length * dim;
+  size_t tokens = size_t(rows) * width, row_size = size_t(kv_heads) * length * dim;
   std::vector<uint16_t> qkv = halves(tokens * (heads + 2 * kv_heads) * dim), norm = halves(dim);
-  std::vector<uint16_t> keys = halves(rows * held), values = halves(rows * held);
-  std::vector<float> cos(tokens * turning), sin(cos.size());
+  std::vector<uint16_t> keys = halves(rows * row_size), values = halves(rows * row_size);
+  std::vector<float> cos(tokens * rotary_half), sin(cos.size());
   for (size_t i = 0; i < cos.size(); i++) cos[i] = std::cos(float(i)), sin[i] = std::sin(float(i));
-  std::vector<int64_t> positions, places;
+  std::vector<int64_t> positions, cache_rows;
   std::vector<int32_t> limits;
   for (int row = 0; row < rows; row++) {
     int start = between(0, length - width);
-    places.push_back(rows - 1 - row);
+    cache_rows.push_back(rows - 1 - row);
     for (int i = 0; i < width; i++) {
       positions.push_back(start + i);
       limits.push_back(between(1, length + 9));  // past all keys too
     }
   }
-  return alike("attention", [&](int isa) {
+  return same_on_all_isas("attention", [&](int isa) {
     std::vector<uint16_t> out(tokens * heads * dim);
-    Attending call{qkv.data(), norm.data(), norm.data(), cos.data(), sin.data(), positions.data(),
-                   places.data(), limits.data(), keys.data(), values.data(), out.data(), held,
-                   size_t(length) * dim, 1e-6f, 0.2f, rows, width, heads, kv_heads, dim, turning,
+    AttentionArgs call{qkv.data(), norm.data(), norm.data(), cos.data(), sin.data(), positions.data(),
+                   cache_rows.data(), limits.data(), keys.data(), values.data(), out.data(), row_size,
+                   size_t(length) * dim, 1e-6f, 0.2f, rows, width, heads, kv_heads, dim, rotary_half,
                    length};
-    if (!followed(isa, threads, Link{&call, ATTENTION})) return std::vector<float>{NAN};
-    return widened(out);
+    if (!run_ops(isa, threads, Op{&call, ATTENTION})) return std::vector<float>{NAN};
+    return to_floats(out);
   });
 }
 
 bool rows_agree() {
   int rows = between(0, 9), width = between(1, 100), threads = between(1, 3);
   std::vector<uint16_t> x = halves(size_t(rows) * width), weight = halves(width);
-  std::vector<float> logits = widened(x);
-  return alike("rows", [&](int isa) {
+  std::vector<float> logits = to_floats(x);
+  return same_on_all_isas("rows", [&](int isa) {
     std::vector<uint16_t> sum(x.size()), both(2 * x.size()), out(x.size());
     std::vector<int64_t> best(rows), unmasked(rows);
     std::vector<float> total(rows);
-    Norming norming{x.data(), nullptr, weight.data(), nullptr, both.data(), 1e-6f, rows, width};
-    Norming second{x.data(), both.data(), weight.data(), sum.data(), both.data() + x.size(), 1e-6f, rows,
+    RmsNormArgs norm_args{x.data(), nullptr, weight.data(), nullptr, both.data(), 1e-6f, rows, width};
+    RmsNormArgs second{x.data(), both.data(), weight.data(), sum.data(), both.data() + x.size(), 1e-6f, rows,
                    width};
-    Gating gating{both.data(), out.data(), rows, width};
-    Surveying surveying{logits.data(), best.data(), unmasked.data(), total.data(), rows, width,
+    SiluMulArgs silu_args{both.data(), out.data(), rows, width};
+    LogitsSummaryArgs summary_args{logits.data(), best.data(), unmasked.data(), total.data(), rows, width,
                         between(0, width - 1), threads};
-    Link links[] = {{&norming, NORM}, {&second, NORM}, {&gating, GATE}};
-    if (!followed(isa, threads, links[0], links[1], links[2]) || coterie_survey(isa, &surveying))
+    Op ops[] = {{&norm_args, NORM}, {&second, NORM}, {&silu_args, GATE}};
+    if (!run_ops(isa, threads, ops[0], ops[1], ops[2]) || coterie_summarize_logits(isa, &summary_args))
       return std::vector<float>{NAN};
-    std::vector<float> found = widened(out);
-    found.insert(found.end(), total.begin(), total.end());
-    found.insert(found.end(), best.begin(), best.end());
-    return found;
+    std::vector<float> result = to_floats(out);
+    result.insert(result.end(), total.begin(), total.end());
+    result.insert(result.end(), best.begin(), best.end());
+    return result;
   });
 }
 
@@ -266,21 +266,21 @@ bool sums_agree() {
       bool odd = (true_sum ^ byte >> bit) & 1;
       true_sum = odd ? true_sum >> 1 ^ 0xEDB88320 : true_sum >> 1;
     }
-  bool alike = coterie_crc32(bytes.data(), bytes.size(), &sum) != DONE || sum == ~true_sum;
-  if (!alike) std::printf("the checksum of %zu bytes differs\n", bytes.size());
-  return alike;
+  bool same_on_all_isas = coterie_crc32(bytes.data(), bytes.size(), &sum) != STATUS_OK || sum == ~true_sum;
+  if (!same_on_all_isas) std::printf("the checksum of %zu bytes differs\n", bytes.size());
+  return same_on_all_isas;
 }
 
 }  // namespace
 
 // So many rounds, or 300.
-int main(int count, char** words) {
-  int rounds = count > 1 ? std::atoi(words[1]) : 300;
+int main(int count, char** arguments) {
+  int rounds = count > 1 ? std::atoi(arguments[1]) : 300;
   for (int i = 0; i < rounds; i++)
     if (!products_agree() || !attention_agrees() || !rows_agree() || !sums_agree()) return 1;
   for (int i = 0; i < 3 * rounds; i++)
     if (!routes_agree()) return 1;
   for (int i = 0; i < rounds; i++)
-    if (!agree(i % 3)) return 1;
+    if (!experts_agree(i % 3)) return 1;
   return 0;
 }

@@ -10,7 +10,7 @@
 enum Format : int32_t { BF16 = 0, INT8 = 1, INT4 = 2, FP32 = 3 };
 
 // One layer's experts over the tokens routed to them.
-struct Call {
+struct ExpertsArgs {
   const void* x;           // [tokens, hidden], float or bf16
   const int64_t* ids;      // [tokens, k] experts, -1 = none
   const int64_t* slot_of;  // [experts], -1 = absent
@@ -22,7 +22,7 @@ struct Call {
 };
 
 // The bytes of some experts, read and nothing else: the limit that a kernel is held against.
-struct Reading {
+struct ReadArgs {
   const uint8_t* panels;
   const int64_t* slots;  // [count]
   size_t stride, bytes;  // `bytes` of each
@@ -30,7 +30,7 @@ struct Reading {
 };
 
 // Experts from rows as checkpoints have them to panels as the kernels read them.
-struct Packing {
+struct PackArgs {
   const void* gate_up;             // [experts, 2 width, hidden]: bf16, or whole numbers in int8
   const void* down;                // [experts, hidden, width]
   const uint16_t* gate_up_scales;  // [experts, 2 width, groups of hidden] in bf16; null for bf16
@@ -41,47 +41,47 @@ struct Packing {
 };
 
 // A matrix from rows to panels: couples of 2 x 16 rows, one after the other.
-struct MatrixPacking {
+struct PackMatrixArgs {
   const void* rows;  // [count, k], bf16 or float as the format says
   uint8_t* panels;
   int32_t count, k, threads, format;  // BF16 or FP32
 };
 
 // All tokens times one matrix.
-struct Product {
+struct MatmulArgs {
   const void* x;          // [tokens, k], float or bf16
   const uint8_t* panels;  // of [rows, k]
-  const float* beside;    // [tokens, rows], added to it before it is rounded; or null
+  const float* residual;    // [tokens, rows], added to it before it is rounded; or null
   void* out;              // [tokens, rows], float or bf16, written whole
   int32_t tokens, k, rows, format, x_is_bf16, out_is_bf16;
 };
 
 // Attention of a window: queries, keys and values of all its tokens, normed and turned here; keys and
 // values are written by position first.
-struct Attending {
+struct AttentionArgs {
   const uint16_t* qkv;                      // [rows, width, heads + 2 kv_heads, dim], bf16 as all here
   const uint16_t *query_norm, *key_norm;    // [dim]
   const float *cos, *sin;                   // [rows, width, half]
-  const int64_t *positions, *places;        // [rows, width]; [rows]: which rows of the cache
+  const int64_t *positions, *cache_rows;        // [rows, width]; [rows]: which rows of the cache
   const int32_t* limits;                    // [rows, width]: keys before that position and `reach`
   uint16_t *keys, *values;                  // [.., kv_heads, length, dim], strides in numbers
   uint16_t* out;                            // [rows, width, heads, dim]
   size_t row_stride, head_stride;
   float epsilon, scale;
-  int32_t rows, width, heads, kv_heads, dim, half, reach;
+  int32_t rows, width, heads, kv_heads, dim, rotary_half, kv_length;
 };
 
 enum Vote : int32_t { MASKED = 0, WEIGHT = 1, COUNT = 2, FULL = 3, MARGIN = 4, MAX = 5 };
 
 // One layer's selection, from probabilities to weights; T = sequences * tokens.
-struct Election {
+struct RouteArgs {
   const float* logits;      // [T, experts]
   const float* p;           // [T, experts], rows `stride` floats apart
   const float* bias;        // [experts], or null
-  const float* voice;       // [T], or null: everybody 1
+  const float* vote_weight;       // [T], or null: everybody 1
   const uint8_t* resident;  // [experts], or null
   int64_t* ids;             // [T, k], -1 = none; the same as `own`: the unmodified model
-  int64_t* own;             // [T, k]
+  int64_t* vanilla_ids;             // [T, k]
   float* weights;           // [T, k]
   uint8_t* used;            // [experts]
   // Of a vote that is split (WEIGHT, MARGIN) the caller adds up the shares: without `sums` a call
@@ -91,82 +91,82 @@ struct Election {
   // Of coresets that rows had before (none: no expert), each stays while it holds 1 - `drift` of what a
   // fresh one holds of the plain votes, in which a token's say is `say`, and everybody's 1 in a row of
   // silent ones. Without `before` nothing is asked or written.
-  const uint8_t* before;  // [sequences, experts], or null
-  const float* say;       // [T], or null: everybody 1
+  const uint8_t* previous_coresets;  // [sequences, experts], or null
+  const float* reuse_vote_weight;       // [T], or null: everybody 1
   uint8_t* coresets;      // [sequences, experts]
-  uint8_t* stayed;        // [sequences]
-  double* lost;           // [sequences]
-  double mass, lam, eps, drift;
+  uint8_t* reused;        // [sequences]
+  double* vote_loss;           // [sequences]
+  double mass, lam, eps, reuse_tolerance;
   float scale, epsilon;
-  int32_t stride, sequences, tokens, experts, k, groups, kept, renormalise, biased;
-  int32_t vote, first, count, least, protect, most;
+  int32_t stride, sequences, tokens, experts, k, groups, kept_groups, renormalise, biased;
+  int32_t vote, union_size, count, least, protect, most;
 };
 
-constexpr int MOST_GROUPS = 64;
+constexpr int MAX_GROUPS = 64;
 
 // Rows of bf16, each over its root mean square, times a weight. With `more`, rows of x + more are.
-struct Norming {
-  const uint16_t *x, *more, *weight;  // [rows, width]; the same, or null; [width]
+struct RmsNormArgs {
+  const uint16_t *x, *residual, *weight;  // [rows, width]; the same, or null; [width]
   uint16_t *sum, *out;                // [rows, width]: x + more, rounded, or null; its norm
   float epsilon;
   int32_t rows, width;
 };
 
 // silu of the first half of rows of bf16 times the second.
-struct Gating {
-  const uint16_t* both;  // [rows, 2 width]
+struct SiluMulArgs {
+  const uint16_t* gate_up;  // [rows, 2 width]
   uint16_t* out;         // [rows, width]
   int32_t rows, width;
 };
 
-enum Kind : int32_t { PRODUCT = 0, ATTENTION = 1, NORM = 2, GATE = 3 };
+enum OpKind : int32_t { PRODUCT = 0, ATTENTION = 1, NORM = 2, GATE = 3 };
 
 // A work and what it is.
-struct Link {
-  const void* work;
+struct Op {
+  const void* args;
   int32_t kind;
 };
 
-constexpr int MOST_LINKS = 8;
+constexpr int MAX_OPS = 8;
 
 // Works one after the other: what one writes, the next ones may read.
-struct Chain {
-  const Link* links;
+struct OpList {
+  const Op* ops;
   int32_t count, threads;
 };
 
 // What rows of logits say: the place of the greatest, the first of equals; the same without place
 // `mask`; the log of the sum of e**logits. -1 is no place.
-struct Surveying {
+struct LogitsSummaryArgs {
   const float* logits;  // [rows, width]
   int64_t *best, *unmasked;
-  float* total;
-  int32_t rows, width, mask, threads;
+  float* logsumexp;
+  int32_t rows, width, mask_id, threads;
 };
 
-enum Outcome : int32_t {
-  DONE = 0,
+enum Status : int32_t {
+  STATUS_OK = 0,
   NO_SUCH_ISA = 1,
   NO_MEMORY = 2,
   NO_SUCH_EXPERT = 3,
   NO_SUCH_ROUTER = 4,
   NOT_FINITE = 5,
-  TOO_LONG = 6
+  TOO_MANY_OPS = 6
 };
 
-COTERIE_API int32_t coterie_abi();
-COTERIE_API int32_t coterie_layout();
-COTERIE_API const char* coterie_isa(int32_t index);     // from plainest to best; null past the last
-COTERIE_API int32_t coterie_isa_runs(int32_t index);    // whether this machine has it
-COTERIE_API int32_t coterie_group(int32_t format);      // columns that share a scale
+COTERIE_API int32_t coterie_abi_version();
+COTERIE_API int32_t coterie_layout_version();
+COTERIE_API const char* coterie_isa_name(int32_t index);     // from plainest to best; null past the last
+COTERIE_API int32_t coterie_isa_supported(int32_t index);    // whether this machine has it
+COTERIE_API int32_t coterie_group_size(int32_t format);      // columns that share a scale
 COTERIE_API size_t coterie_expert_bytes(int32_t format, int32_t hidden, int32_t width);
-COTERIE_API void coterie_pack(const Packing* packing);
-COTERIE_API uint64_t coterie_read(const Reading* reading);  // of which something is made
-COTERIE_API int32_t coterie_run_experts(int32_t isa, const Call* call);
+COTERIE_API void coterie_pack(const PackArgs* args);
+COTERIE_API uint64_t coterie_read_experts(const ReadArgs* args);  // of which something is made
+COTERIE_API int32_t coterie_run_experts(int32_t isa, const ExpertsArgs* args);
 COTERIE_API size_t coterie_matrix_bytes(int32_t format, int32_t rows, int32_t k);
-COTERIE_API void coterie_pack_matrix(const MatrixPacking* packing);
-COTERIE_API int32_t coterie_follow(int32_t isa, const Chain* chain);
-COTERIE_API int32_t coterie_route(int32_t isa, const Election* election);
-COTERIE_API int32_t coterie_survey(int32_t isa, const Surveying* surveying);
+COTERIE_API void coterie_pack_matrix(const PackMatrixArgs* args);
+COTERIE_API int32_t coterie_run_ops(int32_t isa, const OpList* ops);
+COTERIE_API int32_t coterie_route(int32_t isa, const RouteArgs* args);
+COTERIE_API int32_t coterie_summarize_logits(int32_t isa, const LogitsSummaryArgs* args);
 // zlib's CRC-32, going on from `sum`; NO_SUCH_ISA without AVX512 and products without carries.
 COTERIE_API int32_t coterie_crc32(const uint8_t* bytes, size_t size, uint32_t* sum);

@@ -30,6 +30,6 @@ def run_ops(*ops: OpArgs) -> None:
     array = (Op * len(ops))(*((ctypes.addressof(op), _OP_KINDS[type(op)]) for op in ops))
     op_list = OpList(ctypes.addressof(array), len(ops), torch.get_num_threads())
     kernels = require_library()
-    if status := kernels.handle.coterie_follow(kernels.isa(), ctypes.byref(op_list)):
+    if status := kernels.handle.coterie_run_ops(kernels.isa(), ctypes.byref(op_list)):
         names = ", ".join(type(op).__name__.lower() for op in ops)
         raise RuntimeError(f"the kernels could not run ({names}): {ERROR_MESSAGES[status]}")

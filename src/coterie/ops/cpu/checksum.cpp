@@ -13,7 +13,7 @@ namespace {
 
 constexpr uint32_t POLYNOMIAL = 0xEDB88320;  // its bits, like all here, from the lowest power up
 // An array of sums stays in registers only where the loops over it are written out.
-#define WRITTEN_OUT _Pragma("GCC unroll 4")
+#define UNROLL _Pragma("GCC unroll 4")
 
 constexpr int PIECE = 16;                    // bytes of a product's factors
 
@@ -37,7 +37,7 @@ struct Table {
 };
 constexpr Table TABLE;
 
-uint32_t bytewise(const uint8_t* bytes, size_t size, uint32_t sum) {
+uint32_t crc_by_byte(const uint8_t* bytes, size_t size, uint32_t sum) {
   for (size_t i = 0; i < size; i++) sum = TABLE.of[(sum ^ bytes[i]) & 255] ^ sum >> 8;
   return sum;
 }
@@ -45,62 +45,62 @@ uint32_t bytewise(const uint8_t* bytes, size_t size, uint32_t sum) {
 // The lower half of a piece stands 64 bits before the upper one.
 #define FACTORS(bits) factor((bits) - 32), factor((bits) + 32)
 
-#define NARROW __attribute__((target("pclmul,sse4.1")))
-#define WIDE __attribute__((target("avx512f,avx512dq,vpclmulqdq,pclmul")))
+#define PCLMUL_TARGET __attribute__((target("pclmul,sse4.1")))
+#define AVX512_TARGET __attribute__((target("avx512f,avx512dq,vpclmulqdq,pclmul")))
 
-NARROW inline __m128i folded(__m128i sum, __m128i onto, __m128i by) {
+PCLMUL_TARGET inline __m128i fold(__m128i sum, __m128i onto, __m128i by) {
   return _mm_xor_si128(onto, _mm_xor_si128(_mm_clmulepi64_si128(sum, by, 0x00),
                                            _mm_clmulepi64_si128(sum, by, 0x11)));
 }
 
-NARROW inline __m128i piece(const uint8_t* from) {
+PCLMUL_TARGET inline __m128i load_piece(const uint8_t* from) {
   return _mm_loadu_si128(reinterpret_cast<const __m128i*>(from));
 }
 
 // What is left once the sum of some pieces stands before the last bytes.
-NARROW uint32_t finished(__m128i sum, const uint8_t* bytes, size_t size) {
+PCLMUL_TARGET uint32_t reduce(__m128i sum, const uint8_t* bytes, size_t size) {
   const __m128i next = _mm_set_epi64x(FACTORS(128));
-  for (; size >= PIECE; bytes += PIECE, size -= PIECE) sum = folded(sum, piece(bytes), next);
+  for (; size >= PIECE; bytes += PIECE, size -= PIECE) sum = fold(sum, load_piece(bytes), next);
   uint8_t rest[PIECE];
   _mm_storeu_si128(reinterpret_cast<__m128i*>(rest), sum);
-  return bytewise(bytes, size, bytewise(rest, PIECE, 0));
+  return crc_by_byte(bytes, size, crc_by_byte(rest, PIECE, 0));
 }
 
-WIDE inline __m512i folded(__m512i sum, __m512i onto, __m512i by) {
+AVX512_TARGET inline __m512i fold(__m512i sum, __m512i onto, __m512i by) {
   return _mm512_ternarylogic_epi64(onto, _mm512_clmulepi64_epi128(sum, by, 0x00),
                                    _mm512_clmulepi64_epi128(sum, by, 0x11), 0x96);
 }
 
 // At least 256 bytes.
-WIDE uint32_t folded_up(const uint8_t* bytes, size_t size, uint32_t before) {
-  const __m512i ahead = _mm512_broadcast_i64x2(_mm_set_epi64x(FACTORS(2048)));
+AVX512_TARGET uint32_t fold_all(const uint8_t* bytes, size_t size, uint32_t initial) {
+  const __m512i fold_2048 = _mm512_broadcast_i64x2(_mm_set_epi64x(FACTORS(2048)));
   const __m512i next = _mm512_broadcast_i64x2(_mm_set_epi64x(FACTORS(512)));
   const __m128i last = _mm_set_epi64x(FACTORS(128));
   __m512i sums[4];
   for (int i = 0; i < 4; i++) sums[i] = _mm512_loadu_si512(bytes + 64 * i);
-  sums[0] = _mm512_xor_si512(sums[0], _mm512_zextsi128_si512(_mm_cvtsi32_si128(int(before))));
+  sums[0] = _mm512_xor_si512(sums[0], _mm512_zextsi128_si512(_mm_cvtsi32_si128(int(initial))));
   for (bytes += 256, size -= 256; size >= 256; bytes += 256, size -= 256)
-    WRITTEN_OUT
+    UNROLL
     for (int i = 0; i < 4; i++)
-      sums[i] = folded(sums[i], _mm512_loadu_si512(bytes + 64 * i), ahead);
+      sums[i] = fold(sums[i], _mm512_loadu_si512(bytes + 64 * i), fold_2048);
   __m512i sum = sums[0];
-  for (int i = 1; i < 4; i++) sum = folded(sum, sums[i], next);
-  for (; size >= 64; bytes += 64, size -= 64) sum = folded(sum, _mm512_loadu_si512(bytes), next);
+  for (int i = 1; i < 4; i++) sum = fold(sum, sums[i], next);
+  for (; size >= 64; bytes += 64, size -= 64) sum = fold(sum, _mm512_loadu_si512(bytes), next);
   __m128i one = _mm512_castsi512_si128(sum);
-  one = folded(one, _mm512_extracti64x2_epi64(sum, 1), last);
-  one = folded(one, _mm512_extracti64x2_epi64(sum, 2), last);
-  one = folded(one, _mm512_extracti64x2_epi64(sum, 3), last);
-  return finished(one, bytes, size);
+  one = fold(one, _mm512_extracti64x2_epi64(sum, 1), last);
+  one = fold(one, _mm512_extracti64x2_epi64(sum, 2), last);
+  one = fold(one, _mm512_extracti64x2_epi64(sum, 3), last);
+  return reduce(one, bytes, size);
 }
 
 }  // namespace
 
 int32_t coterie_crc32(const uint8_t* bytes, size_t size, uint32_t* sum) {
-  bool there = __builtin_cpu_supports("pclmul") && __builtin_cpu_supports("avx512f") &&
+  bool supported = __builtin_cpu_supports("pclmul") && __builtin_cpu_supports("avx512f") &&
                __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("vpclmulqdq");
-  if (!there) return NO_SUCH_ISA;
-  *sum = ~(size < 256 ? bytewise(bytes, size, ~*sum) : folded_up(bytes, size, ~*sum));
-  return DONE;
+  if (!supported) return NO_SUCH_ISA;
+  *sum = ~(size < 256 ? crc_by_byte(bytes, size, ~*sum) : fold_all(bytes, size, ~*sum));
+  return STATUS_OK;
 }
 
 #else

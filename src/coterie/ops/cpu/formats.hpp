@@ -8,14 +8,14 @@
 namespace COTERIE_ISA {
 
 constexpr int STEP = 128;          // bytes of both panels in one step: four of each row
-constexpr int COUPLE = 2 * LANES;  // columns of the output that a couple of panels of down makes
+constexpr int PAIR_COLUMNS = 2 * LANES;  // columns of the output that a couple of panels of down makes
 
 // What is asked of memory while panels are met: so many bytes each time, of panels that are met later.
-struct Ahead {
-  static constexpr int MOST = 192;  // bytes at a time
+struct PrefetchCursor {
+  static constexpr int MAX_BYTES = 192;  // bytes at a time
   const uint8_t *at, *end, *next;   // from `end` on it goes on at `next`
   size_t pace;
-  inline void ask() {
+  inline void advance() {
     prefetch(at);
     prefetch(at + 64);
     if (pace > 128) prefetch(at + 128);
@@ -59,7 +59,7 @@ struct Bf16 {
 
   // Sixteen activations from k on.
   template <int>
-  static void take(const F (&x)[1], int k, uint8_t* row) {
+  static void encode(const F (&x)[1], int k, uint8_t* row) {
 #ifdef __AVX512BF16__
     store(row + 2 * k, _mm512_cvtneps_pbh((__m512)x[0]));
 #else
@@ -68,16 +68,16 @@ struct Bf16 {
   }
 
   template <int, int M>
-  static void dot(const uint8_t* w, const uint8_t* const (&rows)[M], int k, Ahead ahead,
-                  F (&found)[2][M]) {
+  static void dot(const uint8_t* w, const uint8_t* const (&rows)[M], int k, PrefetchCursor cursor,
+                  F (&out)[2][M]) {
     F sum[2][M];
-    WRITTEN_OUT
+    UNROLL
     for (int m = 0; m < M; m++) sum[0][m] = sum[1][m] = F{};
     for (int i = 0; i < steps(k); i++, w += STEP) {
-      ahead.ask();
+      cursor.advance();
       U first = load<U>(w), second = load<U>(w + 64);
 #ifdef __AVX512BF16__
-      WRITTEN_OUT
+      UNROLL
       for (int m = 0; m < M; m++) {
         auto pair = (__m512bh)_mm512_set1_epi32(load<int32_t>(rows[m] + 4 * i));
         sum[0][m] = (F)_mm512_dpbf16_ps((__m512)sum[0][m], (__m512bh)first, pair);
@@ -86,18 +86,18 @@ struct Bf16 {
 #else
       F low[2] = {bits(first << 16), bits(second << 16)};
       F high[2] = {bits(first & 0xffff0000u), bits(second & 0xffff0000u)};
-      WRITTEN_OUT
+      UNROLL
       for (int m = 0; m < M; m++) {
         float even = load<float>(rows[m] + 8 * i), odd = load<float>(rows[m] + 8 * i + 4);
-        WRITTEN_OUT
+        UNROLL
         for (int p = 0; p < 2; p++) sum[p][m] += low[p] * even;
-        WRITTEN_OUT
+        UNROLL
         for (int p = 0; p < 2; p++) sum[p][m] += high[p] * odd;
       }
 #endif
     }
-    WRITTEN_OUT
-    for (int i = 0; i < 2 * M; i++) found[i / M][i % M] = sum[i / M][i % M];
+    UNROLL
+    for (int i = 0; i < 2 * M; i++) out[i / M][i % M] = sum[i / M][i % M];
   }
 };
 
@@ -138,7 +138,7 @@ static inline I dot4(I acc, U w, int32_t x) {
 // A panel's group in memory: scales [2 panels][16 rows] in bf16, then [G / PER_STEP][2][16][PER_STEP].
 // An activation's group of A in memory: A bytes, its scale, and minus the weights' zero times its sum.
 template <int BITS, int G, int X>
-struct Whole {
+struct IntFormat {
   static constexpr int GROUP = G;
   static constexpr int ROW = G;
   static constexpr int OF_X = X, OF_H = LANES;
@@ -154,14 +154,14 @@ struct Whole {
 
   // Activations from k on, as many as share a scale.
   template <int A>
-  static void take(const F (&x)[A / LANES], int k, uint8_t* row) {
+  static void encode(const F (&x)[A / LANES], int k, uint8_t* row) {
     row += k / A * (A + 8);
-    U most = {};
+    U max_bits = {};
     for (F part : x) {
-      U here = bits(part) & 0x7fffffffu;
-      most = here > most ? here : most;
+      U magnitude = bits(part) & 0x7fffffffu;
+      max_bits = magnitude > max_bits ? magnitude : max_bits;
     }
-    float scale = largest(most) / 127, inverse = scale > 1e-30f ? 1 / scale : 0;
+    float scale = max_of_bits(max_bits) / 127, inverse = scale > 1e-30f ? 1 / scale : 0;
     I sums = {};
     for (int i = 0; i < A / LANES; i++) {
       I q = __builtin_convertvector(nearest(x[i] * inverse), I);
@@ -176,61 +176,61 @@ struct Whole {
   }
 
   template <int A, int M>
-  static void dot(const uint8_t* w, const uint8_t* const (&rows)[M], int k, Ahead ahead,
-                  F (&found)[2][M]) {
+  static void dot(const uint8_t* w, const uint8_t* const (&rows)[M], int k, PrefetchCursor cursor,
+                  F (&out)[2][M]) {
     F sum[2][M];
-    WRITTEN_OUT
+    UNROLL
     for (int i = 0; i < 2 * M; i++) sum[i / M][i % M] = F{};
     size_t at = 0;
     for (int g = 0; g < padded(k, G) / G; g++) {
-      F scale[2] = {widen(load<Half>(w)), widen(load<Half>(w + 2 * LANES))}, scaled[2][M];
+      F scale[2] = {widen(load<HalfVector>(w)), widen(load<HalfVector>(w + 2 * LANES))}, group_sum[2][M];
       w += SCALES;
-      WRITTEN_OUT
-      for (int i = 0; i < 2 * M; i++) scaled[i / M][i % M] = F{};
+      UNROLL
+      for (int i = 0; i < 2 * M; i++) group_sum[i / M][i % M] = F{};
       for (int a = 0; a < G / A; a++, at += A + 8) {
         I acc[2][M];
-        WRITTEN_OUT
+        UNROLL
         for (int m = 0; m < M; m++)
           acc[0][m] = acc[1][m] = I{} + load<int32_t>(rows[m] + at + A + 4);
-        WRITTEN_OUT
+        UNROLL
         for (int s = 0; s < A / PER_STEP; s++, w += STEP) {
-          ahead.ask();
+          cursor.advance();
           step<M>(w, rows, at + PER_STEP * s, acc);
         }
-        WRITTEN_OUT
+        UNROLL
         for (int m = 0; m < M; m++) {
-          float own = load<float>(rows[m] + at + A);
-          WRITTEN_OUT
-          for (int p = 0; p < 2; p++) scaled[p][m] += to_float(acc[p][m]) * own;
+          float activation_scale = load<float>(rows[m] + at + A);
+          UNROLL
+          for (int p = 0; p < 2; p++) group_sum[p][m] += to_float(acc[p][m]) * activation_scale;
         }
       }
-      WRITTEN_OUT
-      for (int i = 0; i < 2 * M; i++) sum[i / M][i % M] += scaled[i / M][i % M] * scale[i / M];
+      UNROLL
+      for (int i = 0; i < 2 * M; i++) sum[i / M][i % M] += group_sum[i / M][i % M] * scale[i / M];
     }
-    WRITTEN_OUT
-    for (int i = 0; i < 2 * M; i++) found[i / M][i % M] = sum[i / M][i % M];
+    UNROLL
+    for (int i = 0; i < 2 * M; i++) out[i / M][i % M] = sum[i / M][i % M];
   }
 
   template <int M>
   static inline void step(const uint8_t* w, const uint8_t* const (&rows)[M], size_t at, I (&acc)[2][M]) {
     U panel[2] = {load<U>(w), load<U>(w + 64)};
-    WRITTEN_OUT
+    UNROLL
     for (int part = 0; part < 8 / BITS; part++) {
       U four[2] = {panel[0], panel[1]};
       if (BITS == 4)
-        WRITTEN_OUT
+        UNROLL
         for (int p = 0; p < 2; p++) four[p] = (panel[p] >> (4 * part)) & 0x0f0f0f0fu;
-      WRITTEN_OUT
+      UNROLL
       for (int m = 0; m < M; m++) {
         int32_t x = load<int32_t>(rows[m] + at + 4 * part);
-        WRITTEN_OUT
+        UNROLL
         for (int p = 0; p < 2; p++) acc[p][m] = dot4(acc[p][m], four[p], x);
       }
     }
   }
 };
 
-using Int8 = Whole<8, 64, 32>;
-using Int4 = Whole<4, 32, 32>;
+using Int8 = IntFormat<8, 64, 32>;
+using Int4 = IntFormat<4, 32, 32>;
 
 }  // namespace COTERIE_ISA

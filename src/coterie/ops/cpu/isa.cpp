@@ -1,29 +1,29 @@
 // Compiled once per instruction set, under its flags and with COTERIE_ISA naming it.
-#include "chain.hpp"
+#include "op_chain.hpp"
 #include "experts.hpp"
-#include "route.hpp"
-#include "rows.hpp"
+#include "routing.hpp"
+#include "elementwise.hpp"
 
-#define JOINED(a, b) a##b
-#define NAMED(a, b) JOINED(a, b)
+#define CONCAT_TOKENS(a, b) a##b
+#define CONCAT(a, b) CONCAT_TOKENS(a, b)
 
-extern "C" int32_t NAMED(run_, COTERIE_ISA)(const Call& call) {
+extern "C" int32_t CONCAT(run_experts_, COTERIE_ISA)(const ExpertsArgs& args) {
   using namespace COTERIE_ISA;
-  switch (call.format) {
-    case BF16: return run<Bf16>(call);
-    case INT8: return run<Int8>(call);
-    default: return run<Int4>(call);
+  switch (args.format) {
+    case BF16: return run<Bf16>(args);
+    case INT8: return run<Int8>(args);
+    default: return run<Int4>(args);
   }
 }
 
-extern "C" int32_t NAMED(follow_, COTERIE_ISA)(const Chain& chain) {
-  return COTERIE_ISA::follow(chain);
+extern "C" int32_t CONCAT(run_ops_, COTERIE_ISA)(const OpList& ops) {
+  return COTERIE_ISA::run_ops(ops);
 }
 
-extern "C" int32_t NAMED(route_, COTERIE_ISA)(const Election& election) {
-  return COTERIE_ISA::routing::run(election);
+extern "C" int32_t CONCAT(route_, COTERIE_ISA)(const RouteArgs& args) {
+  return COTERIE_ISA::routing::run_route(args);
 }
 
-extern "C" int32_t NAMED(survey_, COTERIE_ISA)(const Surveying& surveying) {
-  return COTERIE_ISA::survey(surveying);
+extern "C" int32_t CONCAT(summarize_logits_, COTERIE_ISA)(const LogitsSummaryArgs& args) {
+  return COTERIE_ISA::summarize_logits(args);
 }

@@ -136,7 +136,7 @@ def read_experts(slab: Slab, used: Tensor) -> int:
         count=len(slots),
         threads=torch.get_num_threads(),
     )
-    return require_library().handle.coterie_read(ctypes.byref(args))
+    return require_library().handle.coterie_read_experts(ctypes.byref(args))
 
 
 def allocate(experts: int, size: int) -> Tensor:

@@ -178,40 +178,40 @@ def load_library() -> KernelLibrary | None:
     """The kernels, or None where they were not built; why is said once."""
     try:
         handle = ctypes.CDLL(str(LIBRARY_PATH))
-        handle.coterie_abi.argtypes = handle.coterie_layout.argtypes = ()
-        versions = handle.coterie_abi(), handle.coterie_layout()
+        handle.coterie_abi_version.argtypes = handle.coterie_layout_version.argtypes = ()
+        versions = handle.coterie_abi_version(), handle.coterie_layout_version()
     except (OSError, AttributeError) as error:
         if LIBRARY_PATH.exists():
             return _warn_unavailable(f"they do not load here ({error})")
         return _warn_unavailable("no compiler was found when it was installed")
     if versions != (ABI_VERSION, LAYOUT_VERSION):
         return _warn_unavailable("they were built for another version; install it again")
-    handle.coterie_isa.argtypes = (c_int32,)
-    handle.coterie_isa.restype = c_char_p
-    handle.coterie_isa_runs.argtypes = (c_int32,)
-    handle.coterie_group.argtypes = (c_int32,)
+    handle.coterie_isa_name.argtypes = (c_int32,)
+    handle.coterie_isa_name.restype = c_char_p
+    handle.coterie_isa_supported.argtypes = (c_int32,)
+    handle.coterie_group_size.argtypes = (c_int32,)
     handle.coterie_expert_bytes.argtypes = (c_int32, c_int32, c_int32)
     handle.coterie_expert_bytes.restype = c_size_t
     handle.coterie_pack.argtypes = (POINTER(PackArgs),)
     handle.coterie_pack.restype = None
-    handle.coterie_read.argtypes = (POINTER(ReadArgs),)
-    handle.coterie_read.restype = c_uint64
+    handle.coterie_read_experts.argtypes = (POINTER(ReadArgs),)
+    handle.coterie_read_experts.restype = c_uint64
     handle.coterie_run_experts.argtypes = (c_int32, POINTER(ExpertsArgs))
     handle.coterie_matrix_bytes.argtypes = (c_int32, c_int32, c_int32)
     handle.coterie_matrix_bytes.restype = c_size_t
     handle.coterie_pack_matrix.argtypes = (POINTER(PackMatrixArgs),)
     handle.coterie_pack_matrix.restype = None
-    handle.coterie_follow.argtypes = (c_int32, POINTER(OpList))
+    handle.coterie_run_ops.argtypes = (c_int32, POINTER(OpList))
     handle.coterie_route.argtypes = (c_int32, POINTER(RouteArgs))
-    handle.coterie_survey.argtypes = (c_int32, POINTER(LogitsSummaryArgs))
+    handle.coterie_summarize_logits.argtypes = (c_int32, POINTER(LogitsSummaryArgs))
     handle.coterie_crc32.argtypes = (c_void_p, c_size_t, POINTER(c_uint32))
     return KernelLibrary(handle, _isas(handle))
 
 
 def _isas(handle: ctypes.CDLL) -> dict[str, int]:
     isas, index = {}, 0
-    while (name := handle.coterie_isa(index)) is not None:
-        if handle.coterie_isa_runs(index):
+    while (name := handle.coterie_isa_name(index)) is not None:
+        if handle.coterie_isa_supported(index):
             isas[name.decode()] = index
         index += 1
     return isas

@@ -6,18 +6,18 @@ namespace COTERIE_ISA {
 
 // A step is 128 bytes of weight: of 2 x 16 rows two k's in bf16, or one in fp32. The activations that
 // it meets lie together, those of all tokens of a tile: `WORDS` times four bytes for each.
-struct Narrow {
+struct Bf16Matrix {
   static constexpr int PER_STEP = 2;
 #ifdef __AVX512BF16__
   static constexpr int WORDS = 1;  // two bf16
 
-  static void take(float even, float odd, uint8_t* to, size_t) {
+  static void encode(float even, float odd, uint8_t* to, size_t) {
     store(to, uint32_t(narrow(even)) | uint32_t(narrow(odd)) << 16);
   }
 #else
   static constexpr int WORDS = 2;  // two floats, `apart` bytes from each other
 
-  static void take(float even, float odd, uint8_t* to, size_t apart) {
+  static void encode(float even, float odd, uint8_t* to, size_t apart) {
     store(to, even);
     store(to + apart, odd);
   }
@@ -27,7 +27,7 @@ struct Narrow {
   static inline void step(const uint8_t* w, const uint8_t* x, F (&sum)[2][M]) {
     U first = load<U>(w), second = load<U>(w + 64);
 #ifdef __AVX512BF16__
-    WRITTEN_OUT
+    UNROLL
     for (int m = 0; m < M; m++) {
       auto pair = (__m512bh)_mm512_set1_epi32(load<int32_t>(x + 4 * m));
       sum[0][m] = (F)_mm512_dpbf16_ps((__m512)sum[0][m], (__m512bh)first, pair);
@@ -36,27 +36,27 @@ struct Narrow {
 #else
     F low[2] = {bits(first << 16), bits(second << 16)};
     F high[2] = {bits(first & 0xffff0000u), bits(second & 0xffff0000u)};
-    WRITTEN_OUT
+    UNROLL
     for (int m = 0; m < M; m++) {
       float even = load<float>(x + 4 * m), odd = load<float>(x + 4 * M + 4 * m);
-      WRITTEN_OUT
+      UNROLL
       for (int p = 0; p < 2; p++) sum[p][m] += low[p] * even;
-      WRITTEN_OUT
+      UNROLL
       for (int p = 0; p < 2; p++) sum[p][m] += high[p] * odd;
     }
 #endif
   }
 };
 
-struct Wide {
+struct Fp32Matrix {
   static constexpr int PER_STEP = 1, WORDS = 1;
 
-  static void take(float one, float, uint8_t* to, size_t) { store(to, one); }
+  static void encode(float one, float, uint8_t* to, size_t) { store(to, one); }
 
   template <int M>
   static inline void step(const uint8_t* w, const uint8_t* x, F (&sum)[2][M]) {
     F first = load<F>(w), second = load<F>(w + 64);
-    WRITTEN_OUT
+    UNROLL
     for (int m = 0; m < M; m++) {
       float one = load<float>(x + 4 * m);
       sum[0][m] += first * one;
@@ -67,28 +67,28 @@ struct Wide {
 
 #ifdef __AVX512F__
 // Sixteen rows of sixteen words become columns.
-static inline void turn_over(__m512i (&row)[LANES]) {
+static inline void transpose16(__m512i (&row)[LANES]) {
   __m512i two[LANES];
-  WRITTEN_OUT
+  UNROLL
   for (int i = 0; i < LANES; i += 2) {
     two[i] = _mm512_unpacklo_epi32(row[i], row[i + 1]);
     two[i + 1] = _mm512_unpackhi_epi32(row[i], row[i + 1]);
   }
-  WRITTEN_OUT
+  UNROLL
   for (int i = 0; i < LANES; i += 4) {
     row[i] = _mm512_unpacklo_epi64(two[i], two[i + 2]);
     row[i + 1] = _mm512_unpackhi_epi64(two[i], two[i + 2]);
     row[i + 2] = _mm512_unpacklo_epi64(two[i + 1], two[i + 3]);
     row[i + 3] = _mm512_unpackhi_epi64(two[i + 1], two[i + 3]);
   }
-  WRITTEN_OUT
+  UNROLL
   for (int i = 0; i < 4; i++) {  // of four rows' quarters: the even ones, then the odd ones
     two[i] = _mm512_shuffle_i32x4(row[i], row[i + 4], 0x88);
     two[i + 4] = _mm512_shuffle_i32x4(row[i], row[i + 4], 0xdd);
     two[i + 8] = _mm512_shuffle_i32x4(row[i + 8], row[i + 12], 0x88);
     two[i + 12] = _mm512_shuffle_i32x4(row[i + 8], row[i + 12], 0xdd);
   }
-  WRITTEN_OUT
+  UNROLL
   for (int i = 0; i < 8; i++) {
     row[i] = _mm512_shuffle_i32x4(two[i], two[i + 8], 0x88);
     row[i + 8] = _mm512_shuffle_i32x4(two[i], two[i + 8], 0xdd);
@@ -96,18 +96,18 @@ static inline void turn_over(__m512i (&row)[LANES]) {
 }
 #endif
 
-template <class Kind>
-static inline size_t tile_at(int first, int steps) {
-  return size_t(first) * steps * 4 * Kind::WORDS;
+template <class MatrixFormat>
+static inline size_t tile_offset(int first, int steps) {
+  return size_t(first) * steps * 4 * MatrixFormat::WORDS;
 }
 
 // Lays a tile of tokens out as its steps will meet it.
-template <class Kind>
-struct Taken {
-  const Product& p;
+template <class MatrixFormat>
+struct RowTile {
+  const MatmulArgs& p;
   uint8_t* x;  // all tiles
   int steps;
-  const uint8_t* first_couple;  // comes to the second cache meanwhile
+  const uint8_t* first_pair;  // comes to the second cache meanwhile
 
   float number(int token, int i) const {
     if (i >= p.k) return 0;
@@ -118,23 +118,23 @@ struct Taken {
 
   template <int M>
   void run(int first) const {
-    constexpr size_t EACH = 4 * M * Kind::WORDS;
-    uint8_t* to = x + tile_at<Kind>(first, steps);
+    constexpr size_t STEP_BYTES = 4 * M * MatrixFormat::WORDS;
+    uint8_t* to = x + tile_offset<MatrixFormat>(first, steps);
     int s = 0;
 #ifdef __AVX512F__
-    if (Kind::WORDS == 1 && (Kind::PER_STEP == 1 || p.x_is_bf16))
-      for (; s + LANES <= p.k / Kind::PER_STEP; s += LANES, to += LANES * EACH) {
+    if (MatrixFormat::WORDS == 1 && (MatrixFormat::PER_STEP == 1 || p.x_is_bf16))
+      for (; s + LANES <= p.k / MatrixFormat::PER_STEP; s += LANES, to += LANES * STEP_BYTES) {
         size_t share = size_t(LANES) * STEP * M / p.tokens;
-        const uint8_t* soon = first_couple + size_t(steps) * STEP * first / p.tokens;
-        soon += share * (s / LANES);
-        for (size_t at = 0; at < share; at += 64) __builtin_prefetch(soon + at, 0, 2);
-        turn<M>(first, s, to);
+        const uint8_t* prefetch_at = first_pair + size_t(steps) * STEP * first / p.tokens;
+        prefetch_at += share * (s / LANES);
+        for (size_t at = 0; at < share; at += 64) __builtin_prefetch(prefetch_at + at, 0, 2);
+        transpose_steps<M>(first, s, to);
       }
 #endif
-    for (; s < steps; s++, to += EACH) {
-      int i = s * Kind::PER_STEP;
+    for (; s < steps; s++, to += STEP_BYTES) {
+      int i = s * MatrixFormat::PER_STEP;
       for (int m = 0; m < M; m++)
-        Kind::take(number(first + m, i), number(first + m, i + 1), to + 4 * m, 4 * M);
+        MatrixFormat::encode(number(first + m, i), number(first + m, i + 1), to + 4 * m, 4 * M);
     }
   }
 
@@ -142,19 +142,19 @@ struct Taken {
   // Sixteen steps of a tile. Each writes sixteen words, of which the next one, or the next tile, keeps
   // as many as there are tokens.
   template <int M>
-  void turn(int first, int s, uint8_t* to) const {
+  void transpose_steps(int first, int s, uint8_t* to) const {
     static_assert(M <= LANES, "a tile is no wider than a register");
     __m512i row[LANES] = {};
-    size_t at = size_t(first) * p.k + size_t(s) * Kind::PER_STEP;
-    WRITTEN_OUT
+    size_t at = size_t(first) * p.k + size_t(s) * MatrixFormat::PER_STEP;
+    UNROLL
     for (int m = 0; m < M; m++, at += size_t(p.k)) {
-      if (!p.x_is_bf16 || Kind::PER_STEP == 2)
+      if (!p.x_is_bf16 || MatrixFormat::PER_STEP == 2)
         row[m] = load<__m512i>(static_cast<const uint8_t*>(p.x) + at * (p.x_is_bf16 ? 2 : 4));
       else
-        row[m] = (__m512i)widen(load<Half>(static_cast<const uint16_t*>(p.x) + at));
+        row[m] = (__m512i)widen(load<HalfVector>(static_cast<const uint16_t*>(p.x) + at));
     }
-    turn_over(row);
-    WRITTEN_OUT
+    transpose16(row);
+    UNROLL
     for (int i = 0; i < LANES; i++) store(to + 4 * M * i, row[i]);
   }
 #endif
@@ -163,74 +163,74 @@ struct Taken {
 // A tile of tokens against a couple of panels. Arithmetic takes longer than reading once tokens are
 // many: meanwhile the tile's share of the next couple comes to the second cache, and what is met soon
 // from there to the first.
-template <class Kind>
-struct Multiplied {
-  static constexpr size_t NEAR = 16 << 10;  // bytes
-  const Product& p;
+template <class MatrixFormat>
+struct MatmulTile {
+  static constexpr size_t PREFETCH_BYTES = 16 << 10;  // bytes
+  const MatmulArgs& p;
   const uint8_t *w, *x, *next;
   int steps, column;
 
   template <int M>
   void run(int first) const {
     F sum[2][M];
-    WRITTEN_OUT
+    UNROLL
     for (int m = 0; m < M; m++) sum[0][m] = sum[1][m] = F{};
-    const uint8_t *panel = w, *words = x + tile_at<Kind>(first, steps);
-    const uint8_t* soon = next + size_t(steps) * STEP * size_t(first) / size_t(p.tokens);
-    size_t pace = size_t(M) * STEP * 256 / size_t(p.tokens), ahead = 0;  // in 256ths of a byte
-    for (int s = 0; s < steps; s++, panel += STEP, words += 4 * M * Kind::WORDS, ahead += pace) {
-      __builtin_prefetch(soon + (ahead >> 8), 0, 2);
-      if (2 * M > p.tokens) __builtin_prefetch(soon + (ahead >> 8) + 64, 0, 2);
-      prefetch(panel + NEAR);
-      prefetch(panel + NEAR + 64);
-      Kind::template step<M>(panel, words, sum);
+    const uint8_t *panel = w, *words = x + tile_offset<MatrixFormat>(first, steps);
+    const uint8_t* prefetch_at = next + size_t(steps) * STEP * size_t(first) / size_t(p.tokens);
+    size_t prefetch_step = size_t(M) * STEP * 256 / size_t(p.tokens), prefetch_offset = 0;  // in 256ths of a byte
+    for (int s = 0; s < steps; s++, panel += STEP, words += 4 * M * MatrixFormat::WORDS, prefetch_offset += prefetch_step) {
+      __builtin_prefetch(prefetch_at + (prefetch_offset >> 8), 0, 2);
+      if (2 * M > p.tokens) __builtin_prefetch(prefetch_at + (prefetch_offset >> 8) + 64, 0, 2);
+      prefetch(panel + PREFETCH_BYTES);
+      prefetch(panel + PREFETCH_BYTES + 64);
+      MatrixFormat::template step<M>(panel, words, sum);
     }
-    WRITTEN_OUT
+    UNROLL
     for (int m = 0; m < M; m++) {
-      put(sum[0][m], first + m, column);
-      put(sum[1][m], first + m, column + LANES);
+      write(sum[0][m], first + m, column);
+      write(sum[1][m], first + m, column + LANES);
     }
   }
 
-  void put(F sum, int token, int at) const {
-    int columns = smaller(LANES, p.rows - at);
+  void write(F sum, int token, int at) const {
+    int columns = min_int(LANES, p.rows - at);
     if (columns <= 0) return;
-    size_t place = size_t(token) * p.rows + at;
-    if (p.beside) sum += some<F>(p.beside + place, columns);
+    size_t offset = size_t(token) * p.rows + at;
+    if (p.residual) sum += load_some<F>(p.residual + offset, columns);
     if (p.out_is_bf16) {
-      Half half = narrow(sum);
-      memcpy(static_cast<uint16_t*>(p.out) + place, &half, size_t(columns) * 2);
+      HalfVector half = narrow(sum);
+      memcpy(static_cast<uint16_t*>(p.out) + offset, &half, size_t(columns) * 2);
     } else {
-      memcpy(static_cast<float*>(p.out) + place, &sum, size_t(columns) * 4);
+      memcpy(static_cast<float*>(p.out) + offset, &sum, size_t(columns) * 4);
     }
   }
 };
 
 // What a thread needs for itself: lines that another one wrote come slower than they are made.
-static size_t room_of(const Product& p) {
-  bool wide = p.format == FP32;
-  int steps = wide ? p.k : padded(p.k, Narrow::PER_STEP) / Narrow::PER_STEP;
-  return (wide ? tile_at<Wide>(p.tokens, steps) : tile_at<Narrow>(p.tokens, steps)) + 64;
+static size_t scratch_bytes(const MatmulArgs& p) {
+  bool is_fp32 = p.format == FP32;
+  int steps = is_fp32 ? p.k : padded(p.k, Bf16Matrix::PER_STEP) / Bf16Matrix::PER_STEP;
+  return (is_fp32 ? tile_offset<Fp32Matrix>(p.tokens, steps) : tile_offset<Bf16Matrix>(p.tokens, steps)) + 64;
 }
 
-template <class Kind>
-static void multiply(const Product& p, uint8_t* x) {
+template <class MatrixFormat>
+static void multiply(const MatmulArgs& p, uint8_t* x) {
   constexpr int TILE = tile_of(2);
-  int steps = padded(p.k, Kind::PER_STEP) / Kind::PER_STEP;
-  size_t couple = size_t(steps) * STEP;
-  Part part(padded(p.rows, COUPLE) / COUPLE);
-  const uint8_t* first = p.panels + part.first * couple;
-  if (part.first < part.last) tiles<TILE>(p.tokens, Taken<Kind>{p, x, steps, first});
+  int steps = padded(p.k, MatrixFormat::PER_STEP) / MatrixFormat::PER_STEP;
+  size_t pair_bytes = size_t(steps) * STEP;
+  ThreadRange part(padded(p.rows, PAIR_COLUMNS) / PAIR_COLUMNS);
+  const uint8_t* first = p.panels + part.first * pair_bytes;
+  if (part.first < part.last) tiles<TILE>(p.tokens, RowTile<MatrixFormat>{p, x, steps, first});
   for (int c = part.first; c < part.last; c++) {
-    const uint8_t* w = p.panels + c * couple;
-    const uint8_t* next = c + 1 < part.last ? w + couple : w;
-    tiles<TILE>(p.tokens, Multiplied<Kind>{p, w, x, next, steps, c * COUPLE});
+    const uint8_t* w = p.panels + c * pair_bytes;
+    const uint8_t* next = c + 1 < part.last ? w + pair_bytes : w;
+    tiles<TILE>(p.tokens, MatmulTile<MatrixFormat>{p, w, x, next, steps, c * PAIR_COLUMNS});
   }
 }
 
 // This thread's part of the columns.
-static void multiply(const Product& p, uint8_t* room) {
-  p.format == FP32 ? multiply<Wide>(p, room) : multiply<Narrow>(p, room);
+static void multiply(const MatmulArgs& p, uint8_t* scratch) {
+  p.format == FP32 ? multiply<Fp32Matrix>(p, scratch) : multiply<Bf16Matrix>(p, scratch);
 }
 
 }  // namespace COTERIE_ISA

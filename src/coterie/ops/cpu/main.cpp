@@ -1,30 +1,30 @@
 // Which instruction sets there are, and the way to each.
 #include "api.hpp"
 
-#define DECLARED(isa)                   \
-  int32_t run_##isa(const Call&);       \
-  int32_t follow_##isa(const Chain&);   \
-  int32_t route_##isa(const Election&); \
-  int32_t survey_##isa(const Surveying&);
-#define NAMED(isa) \
-  run_##isa, follow_##isa, route_##isa, survey_##isa
+#define DECLARE_ISA(isa)                   \
+  int32_t run_experts_##isa(const ExpertsArgs&);       \
+  int32_t run_ops_##isa(const OpList&);   \
+  int32_t route_##isa(const RouteArgs&); \
+  int32_t summarize_logits_##isa(const LogitsSummaryArgs&);
+#define ISA_FUNCTIONS(isa) \
+  run_experts_##isa, run_ops_##isa, route_##isa, summarize_logits_##isa
 
 extern "C" {
-DECLARED(portable)
-DECLARED(avx2)
-DECLARED(avx512)
-DECLARED(avx512bf16)
+DECLARE_ISA(portable)
+DECLARE_ISA(avx2)
+DECLARE_ISA(avx512)
+DECLARE_ISA(avx512bf16)
 }
 
 namespace {
 
 struct Isa {
   const char* name;
-  bool (*runs)();
-  int32_t (*run)(const Call&);
-  int32_t (*follow)(const Chain&);
-  int32_t (*route)(const Election&);
-  int32_t (*survey)(const Surveying&);
+  bool (*is_supported)();
+  int32_t (*run_experts)(const ExpertsArgs&);
+  int32_t (*run_ops)(const OpList&);
+  int32_t (*route)(const RouteArgs&);
+  int32_t (*summarize_logits)(const LogitsSummaryArgs&);
 };
 
 #ifdef __x86_64__
@@ -40,37 +40,37 @@ bool has_avx512bf16() {
 #endif
 
 const Isa ISAS[] = {
-    {"portable", [] { return true; }, NAMED(portable)},
+    {"portable", [] { return true; }, ISA_FUNCTIONS(portable)},
 #ifdef __x86_64__
-    {"avx2", has_avx2, NAMED(avx2)},
-    {"avx512", has_avx512, NAMED(avx512)},
-    {"avx512bf16", has_avx512bf16, NAMED(avx512bf16)},
+    {"avx2", has_avx2, ISA_FUNCTIONS(avx2)},
+    {"avx512", has_avx512, ISA_FUNCTIONS(avx512)},
+    {"avx512bf16", has_avx512bf16, ISA_FUNCTIONS(avx512bf16)},
 #endif
 };
-constexpr int32_t COUNT = sizeof ISAS / sizeof *ISAS;
+constexpr int32_t ISA_COUNT = sizeof ISAS / sizeof *ISAS;
 
-bool known(int32_t index) { return index >= 0 && index < COUNT; }
+bool is_valid(int32_t index) { return index >= 0 && index < ISA_COUNT; }
 
 }  // namespace
 
-int32_t coterie_abi() { return COTERIE_ABI; }
+int32_t coterie_abi_version() { return COTERIE_ABI; }
 
-const char* coterie_isa(int32_t index) { return known(index) ? ISAS[index].name : nullptr; }
+const char* coterie_isa_name(int32_t index) { return is_valid(index) ? ISAS[index].name : nullptr; }
 
-int32_t coterie_isa_runs(int32_t index) { return known(index) && ISAS[index].runs(); }
+int32_t coterie_isa_supported(int32_t index) { return is_valid(index) && ISAS[index].is_supported(); }
 
-int32_t coterie_run_experts(int32_t isa, const Call* call) {
-  return coterie_isa_runs(isa) ? ISAS[isa].run(*call) : NO_SUCH_ISA;
+int32_t coterie_run_experts(int32_t isa, const ExpertsArgs* args) {
+  return coterie_isa_supported(isa) ? ISAS[isa].run_experts(*args) : NO_SUCH_ISA;
 }
 
-int32_t coterie_follow(int32_t isa, const Chain* chain) {
-  return coterie_isa_runs(isa) ? ISAS[isa].follow(*chain) : NO_SUCH_ISA;
+int32_t coterie_run_ops(int32_t isa, const OpList* ops) {
+  return coterie_isa_supported(isa) ? ISAS[isa].run_ops(*ops) : NO_SUCH_ISA;
 }
 
-int32_t coterie_route(int32_t isa, const Election* election) {
-  return coterie_isa_runs(isa) ? ISAS[isa].route(*election) : NO_SUCH_ISA;
+int32_t coterie_route(int32_t isa, const RouteArgs* args) {
+  return coterie_isa_supported(isa) ? ISAS[isa].route(*args) : NO_SUCH_ISA;
 }
 
-int32_t coterie_survey(int32_t isa, const Surveying* surveying) {
-  return coterie_isa_runs(isa) ? ISAS[isa].survey(*surveying) : NO_SUCH_ISA;
+int32_t coterie_summarize_logits(int32_t isa, const LogitsSummaryArgs* args) {
+  return coterie_isa_supported(isa) ? ISAS[isa].summarize_logits(*args) : NO_SUCH_ISA;
 }

@@ -18,7 +18,7 @@ struct Bf16Rows {
 
   static size_t step_at(int step) { return size_t(step) * STEP; }
   static int steps(int k) { return padded(k, 2) / 2; }
-  static uint32_t nothing() { return 0; }
+  static uint32_t zero_word() { return 0; }
   Bf16Rows at(int64_t n) const { return {row + n * k, k}; }
   uint32_t word(int step) const {
     uint32_t low = row[2 * step], high = 2 * step + 1 < k ? row[2 * step + 1] : 0;
@@ -33,35 +33,35 @@ struct Fp32Rows {
 
   static size_t step_at(int step) { return size_t(step) * STEP; }
   static int steps(int k) { return k; }
-  static uint32_t nothing() { return 0; }
+  static uint32_t zero_word() { return 0; }
   Fp32Rows at(int64_t n) const { return {row + n * k, k}; }
   uint32_t word(int step) const { return load<uint32_t>(row + step); }
 };
 
-template <class Whole, int BITS>
-struct WholeRows {
-  using Format = Whole;
+template <class IntFormat, int BITS>
+struct IntRows {
+  using Format = IntFormat;
   static constexpr bool SCALED = true;
-  static constexpr int STEPS = Whole::STEPS;
+  static constexpr int STEPS = IntFormat::STEPS;
   const int8_t* row;
   int k;
 
   static size_t step_at(int step) {
-    return size_t(step / STEPS) * Whole::PANEL_GROUP + Whole::SCALES + size_t(step % STEPS) * STEP;
+    return size_t(step / STEPS) * IntFormat::PANEL_GROUP + IntFormat::SCALES + size_t(step % STEPS) * STEP;
   }
-  static int steps(int k) { return padded(k, Whole::GROUP) / Whole::GROUP * STEPS; }
-  static uint32_t nothing() { return Whole::ZERO * 0x01010101u * (BITS == 4 ? 17 : 1); }
-  WholeRows at(int64_t n) const { return {row + n * k, k}; }
+  static int steps(int k) { return padded(k, IntFormat::GROUP) / IntFormat::GROUP * STEPS; }
+  static uint32_t zero_word() { return IntFormat::ZERO * 0x01010101u * (BITS == 4 ? 17 : 1); }
+  IntRows at(int64_t n) const { return {row + n * k, k}; }
   uint32_t word(int step) const {
-    uint32_t all = nothing();
+    uint32_t combined = zero_word();
     for (int part = 0; part < 8 / BITS; part++)
       for (int j = 0; j < 4; j++) {
-        int i = step * Whole::PER_STEP + part * 4 + j;
+        int i = step * IntFormat::PER_STEP + part * 4 + j;
         uint32_t stored = uint8_t(i < k ? row[i] : 0) & ((1u << BITS) - 1);
         // Adding the zero to a number of BITS bits turns its sign bit over.
-        all ^= stored << (8 * j + 4 * part);
+        combined ^= stored << (8 * j + 4 * part);
       }
-    return all;
+    return combined;
   }
 };
 
@@ -72,62 +72,62 @@ void pack_panel(const Rows& rows, int first, int last, uint8_t* panel) {
   // A block of steps at a time stays in the first cache while sixteen rows are written across it.
   for (int block = 0; block < steps; block += Rows::STEPS)
     for (int lane = 0; lane < LANES; lane++) {
-      bool there = first + lane < last;
-      Rows row = rows.at(there ? first + lane : 0);
-      for (int s = block; s < smaller(block + Rows::STEPS, steps); s++)
-        store(panel + Rows::step_at(s) + 4 * lane, there ? row.word(s) : Rows::nothing());
+      bool valid = first + lane < last;
+      Rows row = rows.at(valid ? first + lane : 0);
+      for (int s = block; s < min_int(block + Rows::STEPS, steps); s++)
+        store(panel + Rows::step_at(s) + 4 * lane, valid ? row.word(s) : Rows::zero_word());
     }
 }
 
-template <class Whole>
+template <class IntFormat>
 void pack_scales(const uint16_t* scales, int groups, int first, int last, uint8_t* panel) {
   for (int g = 0; g < groups; g++)
     for (int lane = 0; lane < LANES; lane++) {
       int row = first + lane;
       uint16_t scale = row < last ? scales[int64_t(row) * groups + g] : 0;
-      store(panel + g * Whole::PANEL_GROUP + 2 * lane, scale);
+      store(panel + g * IntFormat::PANEL_GROUP + 2 * lane, scale);
     }
 }
 
 // One expert's couples are counted through: gate and up first, then down.
 template <class Rows>
-void pack_couple(const Packing& p, int64_t couple) {
+void pack_pair(const PackArgs& p, int64_t pair) {
   using Format = typename Rows::Format;
-  int ups = padded(p.width, LANES) / LANES, downs = padded(p.hidden, 2 * LANES) / (2 * LANES);
-  int64_t expert = couple / (ups + downs);
-  int at = int(couple % (ups + downs));
-  bool up = at < ups;
-  int row = up ? at * LANES : (at - ups) * 2 * LANES, k = up ? p.hidden : p.width;
+  int gate_up_pairs = padded(p.width, LANES) / LANES, down_pairs = padded(p.hidden, 2 * LANES) / (2 * LANES);
+  int64_t expert = pair / (gate_up_pairs + down_pairs);
+  int at = int(pair % (gate_up_pairs + down_pairs));
+  bool up = at < gate_up_pairs;
+  int row = up ? at * LANES : (at - gate_up_pairs) * 2 * LANES, k = up ? p.hidden : p.width;
   size_t offset = up ? at * Format::panel_bytes(k)
-                     : ups * Format::panel_bytes(p.hidden) + (at - ups) * Format::panel_bytes(k);
+                     : gate_up_pairs * Format::panel_bytes(p.hidden) + (at - gate_up_pairs) * Format::panel_bytes(k);
   uint8_t* to = p.panels + size_t(expert) * p.stride + offset;
   int height = up ? 2 * p.width : p.hidden, second = row + (up ? p.width : LANES);
-  int first_last = up ? p.width : p.hidden;
+  int first_end = up ? p.width : p.hidden;
   Rows rows{static_cast<decltype(Rows::row)>(up ? p.gate_up : p.down) + expert * height * k, k};
-  pack_panel(rows, row, first_last, to);
+  pack_panel(rows, row, first_end, to);
   pack_panel(rows, second, height, to + 64);
   if constexpr (Rows::SCALED) {
     int groups = padded(k, Format::GROUP) / Format::GROUP;
     const uint16_t* scales = (up ? p.gate_up_scales : p.down_scales) + expert * height * groups;
-    pack_scales<Format>(scales, groups, row, first_last, to);
+    pack_scales<Format>(scales, groups, row, first_end, to);
     pack_scales<Format>(scales, groups, second, height, to + 2 * LANES);
   }
 }
 
 template <class Rows>
-void pack_all(const Packing& p) {
-  int64_t each = padded(p.width, LANES) / LANES + padded(p.hidden, 2 * LANES) / (2 * LANES);
+void pack_all(const PackArgs& p) {
+  int64_t pairs_per_expert = padded(p.width, LANES) / LANES + padded(p.hidden, 2 * LANES) / (2 * LANES);
 #pragma omp parallel for num_threads(p.threads) schedule(static)
-  for (int64_t couple = 0; couple < p.experts * each; couple++) pack_couple<Rows>(p, couple);
+  for (int64_t pair = 0; pair < p.experts * pairs_per_expert; pair++) pack_pair<Rows>(p, pair);
 }
 
 template <class Rows>
-void pack_matrix(const MatrixPacking& p) {
-  int couples = padded(p.count, 2 * LANES) / (2 * LANES);
+void pack_matrix(const PackMatrixArgs& p) {
+  int pairs = padded(p.count, 2 * LANES) / (2 * LANES);
   Rows rows{static_cast<decltype(Rows::row)>(p.rows), p.k};
   size_t bytes = size_t(Rows::steps(p.k)) * STEP;
 #pragma omp parallel for num_threads(p.threads) schedule(static)
-  for (int c = 0; c < couples; c++) {
+  for (int c = 0; c < pairs; c++) {
     pack_panel(rows, 2 * LANES * c, p.count, p.panels + c * bytes);
     pack_panel(rows, 2 * LANES * c + LANES, p.count, p.panels + c * bytes + 64);
   }
@@ -141,9 +141,9 @@ size_t bytes(int hidden, int width) {
 
 }  // namespace
 
-int32_t coterie_layout() { return COTERIE_LAYOUT; }
+int32_t coterie_layout_version() { return COTERIE_LAYOUT; }
 
-int32_t coterie_group(int32_t format) {
+int32_t coterie_group_size(int32_t format) {
   return format == BF16 ? Bf16::GROUP : format == INT8 ? Int8::GROUP : Int4::GROUP;
 }
 
@@ -152,10 +152,10 @@ size_t coterie_expert_bytes(int32_t format, int32_t hidden, int32_t width) {
   return format == INT8 ? bytes<Int8>(hidden, width) : bytes<Int4>(hidden, width);
 }
 
-void coterie_pack(const Packing* p) {
+void coterie_pack(const PackArgs* p) {
   if (p->format == BF16) return pack_all<Bf16Rows>(*p);
-  if (p->format == INT8) return pack_all<WholeRows<Int8, 8>>(*p);
-  pack_all<WholeRows<Int4, 4>>(*p);
+  if (p->format == INT8) return pack_all<IntRows<Int8, 8>>(*p);
+  pack_all<IntRows<Int4, 4>>(*p);
 }
 
 size_t coterie_matrix_bytes(int32_t format, int32_t rows, int32_t k) {
@@ -163,31 +163,31 @@ size_t coterie_matrix_bytes(int32_t format, int32_t rows, int32_t k) {
   return size_t(padded(rows, 2 * LANES) / (2 * LANES)) * steps * STEP;
 }
 
-void coterie_pack_matrix(const MatrixPacking* p) {
+void coterie_pack_matrix(const PackMatrixArgs* p) {
   if (p->format == FP32) return pack_matrix<Fp32Rows>(*p);
   pack_matrix<Bf16Rows>(*p);
 }
 
-uint64_t coterie_read(const Reading* r) {
-  constexpr int AHEAD = 2048;  // bytes
-  uint64_t found = 0;
+uint64_t coterie_read_experts(const ReadArgs* r) {
+  constexpr int PREFETCH_BYTES = 2048;  // bytes
+  uint64_t checksum = 0;
   int64_t runs = int64_t(r->count) * r->threads;
   size_t share = r->bytes / size_t(r->threads) / 256 * 256;
-#pragma omp parallel for num_threads(r->threads) schedule(static) reduction(^ : found)
+#pragma omp parallel for num_threads(r->threads) schedule(static) reduction(^ : checksum)
   for (int64_t run = 0; run < runs; run++) {
     // Each thread reads its part of every expert, as the kernels do.
     const uint8_t* from = r->panels + size_t(r->slots[run % r->count]) * r->stride;
     from += size_t(run / r->count) * share;
-    U mixed[4] = {};
+    U accumulator[4] = {};
     for (size_t at = 0; at < share; at += 256) {
-      WRITTEN_OUT
+      UNROLL
       for (int i = 0; i < 4; i++) {
-        prefetch(from + at + AHEAD + 64 * i);
-        mixed[i] ^= load<U>(from + at + 64 * i);
+        prefetch(from + at + PREFETCH_BYTES + 64 * i);
+        accumulator[i] ^= load<U>(from + at + 64 * i);
       }
     }
-    U all = mixed[0] ^ mixed[1] ^ mixed[2] ^ mixed[3];
-    for (int i = 0; i < LANES; i++) found ^= all[i];
+    U combined = accumulator[0] ^ accumulator[1] ^ accumulator[2] ^ accumulator[3];
+    for (int i = 0; i < LANES; i++) checksum ^= combined[i];
   }
-  return found;
+  return checksum;
 }

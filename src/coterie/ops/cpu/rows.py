@@ -72,6 +72,6 @@ def summarize_logits(logits: Tensor, mask_id: int) -> LogitsSummary:
         threads=torch.get_num_threads(),
     )
     kernels = require_library()
-    if status := kernels.handle.coterie_survey(kernels.isa(), ctypes.byref(args)):
+    if status := kernels.handle.coterie_summarize_logits(kernels.isa(), ctypes.byref(args)):
         raise RuntimeError(f"the logits could not be surveyed: {ERROR_MESSAGES[status]}")
     return LogitsSummary.from_logits(logits, best, unmasked, total)

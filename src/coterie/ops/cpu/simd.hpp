@@ -14,9 +14,9 @@
 
 // Sums stay in registers only where every loop over them is written out.
 #ifdef __clang__
-#define WRITTEN_OUT _Pragma("unroll")
+#define UNROLL _Pragma("unroll")
 #else
-#define WRITTEN_OUT _Pragma("GCC unroll 32")
+#define UNROLL _Pragma("GCC unroll 32")
 #endif
 
 namespace COTERIE_ISA {
@@ -26,9 +26,9 @@ constexpr int LANES = 16;
 using F = float __attribute__((vector_size(64), may_alias));
 using I = int32_t __attribute__((vector_size(64), may_alias));
 using U = uint32_t __attribute__((vector_size(64), may_alias));
-using Half = uint16_t __attribute__((vector_size(32), may_alias));
+using HalfVector = uint16_t __attribute__((vector_size(32), may_alias));
 
-static inline int smaller(int a, int b) { return a < b ? a : b; }
+static inline int min_int(int a, int b) { return a < b ? a : b; }
 
 template <class V>
 static inline V load(const void* p) {
@@ -45,20 +45,20 @@ static inline void store(void* p, V v) {
 static inline F bits(U v) { return reinterpret_cast<F>(v); }
 static inline U bits(F v) { return reinterpret_cast<U>(v); }
 static inline F to_float(I v) { return __builtin_convertvector(v, F); }
-static inline F widen(Half v) { return bits(__builtin_convertvector(v, U) << 16); }
+static inline F widen(HalfVector v) { return bits(__builtin_convertvector(v, U) << 16); }
 
 // Up to a vector of what is there, and nothing after it.
 template <class V, class T>
-static inline V some(const T* from, int there) {
+static inline V load_some(const T* from, int count) {
   V v = {};
-  if (there >= LANES) return load<V>(from);
-  memcpy(&v, from, size_t(there) * sizeof(T));
+  if (count >= LANES) return load<V>(from);
+  memcpy(&v, from, size_t(count) * sizeof(T));
   return v;
 }
 
 template <class V, class T>
-static inline void put_some(T* to, V v, int there) {
-  memcpy(to, &v, there >= LANES ? sizeof v : size_t(there) * sizeof(T));
+static inline void store_some(T* to, V v, int count) {
+  memcpy(to, &v, count >= LANES ? sizeof v : size_t(count) * sizeof(T));
 }
 
 static inline float widen(uint16_t x) {
@@ -73,10 +73,10 @@ static inline uint16_t narrow(float x) {
   return uint16_t((wide + 0x7fff + ((wide >> 16) & 1)) >> 16);
 }
 
-static inline Half narrow(F x) {
+static inline HalfVector narrow(F x) {
   U wide = bits(x), rounded = (wide + 0x7fffu + ((wide >> 16) & 1u)) >> 16;
   U nan = (wide >> 16) | 64u;
-  return __builtin_convertvector((wide & 0x7fffffffu) > 0x7f800000u ? nan : rounded, Half);
+  return __builtin_convertvector((wide & 0x7fffffffu) > 0x7f800000u ? nan : rounded, HalfVector);
 }
 
 // To the nearest whole number, for |x| < 2**22: the float's own rounding at this size.
@@ -103,16 +103,16 @@ static inline F exponential(F x) {
 static inline F silu_times(F gate, F up) { return gate * up / (exponential(-gate) + 1.0f); }
 
 // The largest of sixteen magnitudes, told by their bits: NaN is above infinity, and does not vanish.
-static inline float largest(U v) {
-  using Eight = uint32_t __attribute__((vector_size(32), may_alias));
-  using Four = uint32_t __attribute__((vector_size(16), may_alias));
-  Eight halves[2] = {load<Eight>(&v), load<Eight>(reinterpret_cast<char*>(&v) + 32)};
-  Eight most = halves[0] > halves[1] ? halves[0] : halves[1];
-  Four quarters[2] = {load<Four>(&most), load<Four>(reinterpret_cast<char*>(&most) + 16)};
-  Four four = quarters[0] > quarters[1] ? quarters[0] : quarters[1];
-  uint32_t found = 0;
-  for (int i = 0; i < 4; i++) found = four[i] > found ? four[i] : found;
-  return load<float>(&found);
+static inline float max_of_bits(U v) {
+  using U8 = uint32_t __attribute__((vector_size(32), may_alias));
+  using U4 = uint32_t __attribute__((vector_size(16), may_alias));
+  U8 halves[2] = {load<U8>(&v), load<U8>(reinterpret_cast<char*>(&v) + 32)};
+  U8 max8 = halves[0] > halves[1] ? halves[0] : halves[1];
+  U4 quarters[2] = {load<U4>(&max8), load<U4>(reinterpret_cast<char*>(&max8) + 16)};
+  U4 max4 = quarters[0] > quarters[1] ? quarters[0] : quarters[1];
+  uint32_t max_bits = 0;
+  for (int i = 0; i < 4; i++) max_bits = max4[i] > max_bits ? max4[i] : max_bits;
+  return load<float>(&max_bits);
 }
 
 static inline void prefetch(const void* p) { __builtin_prefetch(p, 0, 3); }

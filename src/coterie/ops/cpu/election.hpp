@@ -1,0 +1,263 @@
+// A coreset from votes. Included once per instruction set. See `routing/coreset.py: elect`.
+#pragma once
+#include <math.h>
+#include "selection.hpp"
+
+namespace COTERIE_ISA::routing {
+
+// What a token gives each of its own experts before its vote is split: [experts], nothing else.
+static void write_split_votes(const RouteArgs& e, const SelectionScratch& scratch, size_t token, int choices) {
+  const int64_t* vanilla_ids = e.vanilla_ids + token * e.k;
+  float* split_votes = e.ballots + token * e.experts;
+  float last_score = score_of(scratch.best[choices - 1]);
+  memset(split_votes, 0, size_t(e.experts) * sizeof(float));
+  for (int j = 0; j < e.k; j++) {
+    float above = score_of(scratch.best[j]) - last_score;
+    float p = e.p[token * e.stride + vanilla_ids[j]];
+    float weight = e.biased && e.bias ? p + e.bias[vanilla_ids[j]] : p;
+    split_votes[vanilla_ids[j]] = e.vote == MARGIN ? (above > 0 ? above : 0) + MARGIN_FLOOR : weight;
+  }
+}
+
+// One token's votes, of those that it casts for its own experts alone.
+static void vote_topk(const RouteArgs& e, size_t token, float vote_weight, Code* votes) {
+  const int64_t* vanilla_ids = e.vanilla_ids + token * e.k;
+  const float* split_row = e.sums ? e.ballots + token * e.experts : e.p + token * e.stride;
+  float sum = e.sums && e.sums[token] != 0 ? e.sums[token] : 1;
+  for (int j = 0; j < e.k; j++)
+    votes[vanilla_ids[j]] += units((e.vote == COUNT ? 1 : split_row[vanilla_ids[j]] / sum) * vote_weight);
+}
+
+static void vote_full(const RouteArgs& e, size_t token, float vote_weight, Code* votes) {
+  const float* p = e.p + token * e.stride;
+  int i = 0;
+  if (WIDTH > 2 && vote_weight <= 256) {
+    for (; i + WIDTH <= e.experts; i += WIDTH) {
+      Scores x = load<Scores>(p + i) * vote_weight * VOTE_UNIT;
+      Doubles rounded = __builtin_convertvector(x, Doubles) + ROUNDING_MAGIC;
+      Codes whole = load<Codes>(&rounded) - load<Code>(&ROUNDING_MAGIC);
+      store(votes + i, load<Codes>(votes + i) + whole);
+    }
+  }
+  for (; i < e.experts; i++) votes[i] += units(p[i] * vote_weight);
+}
+
+// The best score that any voter gives each expert.
+static void vote_max(const RouteArgs& e, const SelectionScratch& scratch, int row) {
+  float* best = scratch.score;
+  for (int i = 0; i < e.experts; i++) best[i] = -INFINITY;
+  for (size_t t = size_t(row) * e.tokens; t < size_t(row + 1) * e.tokens; t++) {
+    const float* p = e.p + t * e.stride;
+    if (e.vote_weight && !(e.vote_weight[t] > 0)) continue;
+    int i = 0;
+    for (; WIDTH > 2 && i + WIDTH <= e.experts; i += WIDTH) {
+      Scores mine = load<Scores>(p + i), old = load<Scores>(best + i);
+      if (e.bias) mine += load<Scores>(e.bias + i);
+      store(best + i, mine > old ? mine : old);
+    }
+    for (; i < e.experts; i++) {
+      float mine = e.bias ? p[i] + e.bias[i] : p[i];
+      best[i] = mine > best[i] ? mine : best[i];
+    }
+  }
+  for (int i = 0; i < e.experts; i++) scratch.votes[i] = units(best[i]);
+}
+
+// The votes of one sequence.
+static void count_votes(const RouteArgs& e, const SelectionScratch& scratch, int row) {
+  if (e.vote == MAX) return vote_max(e, scratch, row);
+  memset(scratch.votes, 0, size_t(e.experts) * sizeof(Code));
+  for (size_t t = size_t(row) * e.tokens; t < size_t(row + 1) * e.tokens; t++) {
+    float vote_weight = e.vote_weight ? e.vote_weight[t] : 1;
+    if (e.vote == FULL) {
+      vote_full(e, t, vote_weight, scratch.votes);
+    } else {
+      vote_topk(e, t, vote_weight, scratch.votes);
+    }
+  }
+}
+
+// Every voter's first so many own experts.
+static void mark_first_choices(const RouteArgs& e, int row, int first_k, uint8_t* mask) {
+  memset(mask, 0, size_t(e.experts));
+  for (size_t t = size_t(row) * e.tokens; t < size_t(row + 1) * e.tokens; t++) {
+    if (e.vote_weight && !(e.vote_weight[t] > 0)) continue;
+    for (int j = 0; j < min_int(first_k, e.k); j++) mask[e.vanilla_ids[t * e.k + j]] = 1;
+  }
+}
+
+// Experts by their key, largest first and the lower index first of equals: a merge sort.
+static void sort_down(const RouteArgs& e, const SelectionScratch& scratch, const Code* key) {
+  int32_t *from = scratch.order, *to = scratch.swap;
+  for (int i = 0; i < e.experts; i++) from[i] = i;
+  for (int run = 1; run < e.experts; run *= 2) {
+    for (int at = 0; at < e.experts; at += 2 * run) {
+      int i = at, middle = min_int(at + run, e.experts), j = middle;
+      int end = min_int(at + 2 * run, e.experts);
+      for (int o = at; o < end; o++) {
+        bool right = i == middle || (j < end && key[from[j]] > key[from[i]]);
+        to[o] = right ? from[j++] : from[i++];
+      }
+    }
+    int32_t* swapped = from;
+    from = to, to = swapped;
+  }
+  // The protected before the others.
+  int count = 0;
+  for (int is_protected = 1; is_protected >= 0; is_protected--)
+    for (int i = 0; i < e.experts; i++)
+      if (scratch.protected_mask[from[i]] == is_protected) to[count++] = from[i];
+  if (to != scratch.order) memcpy(scratch.order, to, size_t(e.experts) * sizeof *to);
+}
+
+// The fewest of the order that hold the share of all votes: as `routing/coreset.py: Mass`.
+template <class Vote>
+static int smallest_size(const RouteArgs& e, const SelectionScratch& scratch, const Vote* votes) {
+  Vote all_votes = 0, held_votes = 0;
+  for (int i = 0; i < e.experts; i++) all_votes += votes[scratch.order[i]];
+  int count = 1;
+  for (int i = 0; i < e.experts; i++) {
+    held_votes += votes[scratch.order[i]];
+    count += double(held_votes) < e.mass * double(all_votes);
+  }
+  return count > e.least ? count : e.least;
+}
+
+// The `size` experts with the largest keys, the protected before the others: bisection for the least
+// of them, then the lower index. Where the protected alone are too many, it is among them.
+static void select_largest(const RouteArgs& e, const SelectionScratch& scratch, const Code* key, int size, bool only_protected,
+                      uint8_t* coreset) {
+  Code low = INT64_MAX, high = LOWEST_CODE;
+  int count = 0;  // how many reach `low`
+  for (int i = 0; i < e.experts; i++) {
+    if (only_protected && !scratch.protected_mask[i]) continue;
+    low = key[i] < low ? key[i] : low;
+    high = key[i] > high ? key[i] : high;
+    count++;
+  }
+  for (int i = 0; i < padded_codes(e.experts); i++) {
+    bool has_previous = i < e.experts && (!only_protected || scratch.protected_mask[i]);
+    scratch.candidates[i] = !has_previous ? LOWEST_CODE : scratch.protected_mask[i] && !only_protected ? high + 1 : key[i];
+  }
+  high++;
+  while (low < high && count != size) {
+    Code middle = low + Code((uint64_t(high) - uint64_t(low) + 1) / 2);
+    Codes reach_lanes = {};
+    for (int i = 0; i < padded_codes(e.experts); i += WIDTH)
+      reach_lanes -= load<Codes>(scratch.candidates + i) >= middle;
+    Code lanes[WIDTH], reach_count = 0;
+    store(lanes, reach_lanes);
+    for (Code each : lanes) reach_count += each;
+    if (reach_count >= size) {
+      low = middle;
+      count = int(reach_count);
+    } else {
+      high = middle - 1;
+    }
+  }
+  for (int i = e.experts - 1; i >= 0; i--) {
+    coreset[i] = scratch.candidates[i] >= low;
+    if (scratch.candidates[i] == low && count > size) coreset[i] = 0, count--;
+  }
+}
+
+// The coreset by these votes, which `key` sorts.
+template <class Vote>
+static void select_coreset(const RouteArgs& e, const SelectionScratch& scratch, const Code* key, const Vote* votes, uint8_t* coreset) {
+  int protect = 0, size = e.count;
+  for (int i = 0; i < e.experts; i++) protect += scratch.protected_mask[i];
+  if (e.mass > 0) {
+    sort_down(e, scratch, key);
+    size = smallest_size(e, scratch, votes);
+  }
+  size = min_int(size > protect ? size : protect, e.experts);
+  if (e.most > 0) size = min_int(size, e.most);
+  select_largest(e, scratch, key, size, protect > size, coreset);
+}
+
+// Those of one set that are not in the other, by votes: most first, or fewest first.
+static int difference_by_votes(const RouteArgs& e, const SelectionScratch& scratch, const uint8_t* from_set, const uint8_t* not_in,
+                   bool most, int32_t* to) {
+  int count = 0;
+  for (int i = 0; i < e.experts; i++) {
+    if (!from_set[i] || not_in[i]) continue;
+    int at = count++;
+    Code mine = scratch.votes[i];
+    for (; at > 0; at--) {
+      Code previous = scratch.votes[to[at - 1]];
+      if (most ? previous >= mine : previous <= mine) break;
+      to[at] = to[at - 1];
+    }
+    to[at] = i;
+  }
+  return count;
+}
+
+// Favour the experts in fast memory, then bring back the votes that this may not cost.
+static void apply_resident_bonus(const RouteArgs& e, const SelectionScratch& scratch) {
+  double* votes = reinterpret_cast<double*>(scratch.other);
+  for (int i = 0; i < e.experts; i++) {
+    double x = double(scratch.votes[i]) * (e.resident[i] ? 1 + e.lam : 1.0) + 0.0;
+    Code bits = load<Code>(&x);
+    store(votes + i, x);
+    scratch.key[i] = bits ^ ((bits >> 63) & INT64_MAX);
+  }
+  select_coreset(e, scratch, scratch.key, votes, scratch.coreset);
+  int restore_count = difference_by_votes(e, scratch, scratch.plain, scratch.coreset, true, scratch.restored);
+  int evict_count = difference_by_votes(e, scratch, scratch.coreset, scratch.plain, false, scratch.evicted);
+  Code held_votes = 0, all_votes = 0;
+  for (int i = 0; i < e.experts; i++) {
+    held_votes += scratch.coreset[i] ? scratch.votes[i] : 0;
+    all_votes += scratch.plain[i] ? scratch.votes[i] : 0;
+  }
+  double floor = double(all_votes) * (1 - e.eps);
+  for (int i = 0; (i < restore_count || i < evict_count) && double(held_votes) < floor; i++) {
+    if (i < restore_count) held_votes += scratch.votes[scratch.restored[i]], scratch.coreset[scratch.restored[i]] = 1;
+    if (i < evict_count) held_votes -= scratch.votes[scratch.evicted[i]], scratch.coreset[scratch.evicted[i]] = 0;
+  }
+}
+
+static void elect(const RouteArgs& e, const SelectionScratch& scratch, int row) {
+  if (e.union_size > 0 && e.most == 0) return mark_first_choices(e, row, e.union_size, scratch.coreset);
+  mark_first_choices(e, row, e.union_size > 0 ? e.union_size : e.protect, scratch.protected_mask);
+  count_votes(e, scratch, row);
+  bool has_bonus = e.lam > 0 && e.resident;
+  select_coreset(e, scratch, scratch.votes, scratch.votes, has_bonus ? scratch.plain : scratch.coreset);
+  if (has_bonus) apply_resident_bonus(e, scratch);
+}
+
+// The votes by which a coreset stays or goes, whatever elected it: see `routing/select.py: own_votes`.
+static void count_reuse_votes(const RouteArgs& e, int row, Code* votes) {
+  size_t begin = size_t(row) * e.tokens, end = begin + e.tokens;
+  bool no_voter = true;
+  for (size_t t = begin; t < end && e.reuse_vote_weight; t++) no_voter &= !(e.reuse_vote_weight[t] > 0);
+  memset(votes, 0, size_t(e.experts) * sizeof(Code));
+  for (size_t t = begin; t < end; t++)
+    for (int j = 0; j < e.k; j++) {
+      int64_t expert = e.vanilla_ids[t * e.k + j];
+      votes[expert] += units(e.p[t * e.stride + expert] * (no_voter ? 1.0f : e.reuse_vote_weight[t]));
+    }
+}
+
+// The coreset of before in the place of the fresh one, if it still holds enough: as
+// `routing/persistent.py: settle`.
+static void reuse_coreset(const RouteArgs& e, const SelectionScratch& scratch, int row) {
+  const uint8_t* previous = e.previous_coresets + size_t(row) * e.experts;
+  uint8_t* coreset = e.coresets + size_t(row) * e.experts;
+  Code held_votes = 0, best = 0;
+  bool has_previous = false;
+  count_reuse_votes(e, row, scratch.other);
+  for (int i = 0; i < e.experts; i++) {
+    has_previous |= previous[i] != 0;
+    held_votes += previous[i] ? scratch.other[i] : 0;
+    best += scratch.coreset[i] ? scratch.other[i] : 0;
+  }
+  bool reuses = has_previous && double(held_votes) >= (1 - e.reuse_tolerance) * double(best);
+  double loss = reuses && best > 0 ? 1 - double(held_votes) / double(best) : 0;
+  e.reused[row] = reuses;
+  e.vote_loss[row] = loss > 0 ? loss : 0;
+  if (reuses) memcpy(scratch.coreset, previous, size_t(e.experts));
+  memcpy(coreset, scratch.coreset, size_t(e.experts));
+}
+
+}  // namespace COTERIE_ISA::routing

@@ -1,0 +1,115 @@
+// In which order a thread meets panels, and what it asks of memory meanwhile.
+#pragma once
+#include "workspace.hpp"
+
+namespace COTERIE_ISA {
+
+// One thread's way, run after run: some panels of each expert of a team in turn, then the panels beside
+// them; gate and up of all teams first, then down. A run is long enough to be read at full speed, and
+// short enough that experts of many tokens and of few take turns.
+template <class Format>
+struct WeightWalk {
+  static constexpr int MAX_TILE_PAIRS = 512;      // pairs of a team, whose activations stay in a cache
+  static constexpr size_t RUN_BYTES = 512 << 10;  // bytes
+  const ExpertsArgs& c;
+  const Workspace<Format>& d;
+  struct Phase {
+    int first, last, run_pairs;   // couples of this thread, and of a run
+    size_t pair, offset;  // bytes
+  } phases[2];
+  int phase = 0, tile = 0, end = 0, pair = 0, i = 0;
+
+  WeightWalk(const ExpertsArgs& c, const Workspace<Format>& d) : c(c), d(d) {
+    int gate_up_pairs = padded(c.width, LANES) / LANES, down_pairs = padded(c.hidden, PAIR_COLUMNS) / PAIR_COLUMNS;
+    phases[0] = make_phase(gate_up_pairs, Format::panel_bytes(c.hidden), 0);
+    phases[1] = make_phase(down_pairs, Format::panel_bytes(c.width), gate_up_pairs * phases[0].pair);
+    start();
+  }
+
+  bool is_done() const { return phase == 2; }
+  int pairs_in_run() const { return min_int(phases[phase].run_pairs, phases[phase].last - pair); }
+  size_t size() const { return pairs_in_run() * phases[phase].pair; }
+  const uint8_t* run() const {
+    const Phase& at = phases[phase];
+    return c.panels + size_t(d.order[i]) * c.stride + at.offset + pair * at.pair;
+  }
+
+  void next() {
+    if (++i < end) return;
+    pair += phases[phase].run_pairs;
+    if (pair < phases[phase].last) {
+      i = tile;
+    } else if (end < d.used) {
+      next_tile();
+    } else {
+      phase++;
+      start();
+    }
+  }
+
+ private:
+  static Phase make_phase(int pairs_in_run, size_t bytes, size_t offset) {
+    ThreadRange part(pairs_in_run);
+    return {part.first, part.last, RUN_BYTES > bytes ? int(RUN_BYTES / bytes) : 1, bytes, offset};
+  }
+  void start() {
+    i = 0;
+    while (phase < 2 && (phases[phase].first == phases[phase].last || !d.used)) phase++;
+    if (phase < 2) next_tile();
+  }
+  void next_tile() {
+    pair = phases[phase].first;
+    tile = end = i;
+    int token_pairs = d.count(end++);
+    while (end < d.used && (token_pairs += d.count(end)) <= MAX_TILE_PAIRS) end++;
+  }
+};
+
+// Bytes asked of memory are spread evenly over the arithmetic: while an expert of many tokens is
+// computed, more than its own, so that those of few need not wait.
+template <class Format>
+struct Prefetcher {
+  static constexpr int64_t MIN_LEAD = 4 << 10, MAX_LEAD = 384 << 10;  // bytes ahead of what is computed
+  WeightWalk<Format> walk;  // as far as it was asked for, but for `left` bytes of this run
+  int64_t left_bytes, lead = 0;
+  float share[Format::TILE + 1];  // of a couple's bytes, for one pass of so many tokens over it
+
+  explicit Prefetcher(const WeightWalk<Format>& start_walk) : walk(start_walk), left_bytes(start_walk.is_done() ? 0 : start_walk.size()) {
+    float total = 0;
+    for (int i = 0; i < walk.d.used; i++) {
+      int count = walk.d.count(i), passes = (count + Format::TILE - 1) / Format::TILE;
+      total += passes * cost(float(count) / passes);
+    }
+    for (int m = 0; m <= Format::TILE; m++) share[m] = walk.d.used * cost(m) / total;
+  }
+
+  // What a pass of so many tokens over so many bytes asks for; the first one uses them up.
+  PrefetchCursor advance(int64_t bytes, int steps, int tokens, bool first) {
+    if (walk.is_done()) return {walk.c.panels, walk.c.panels + 1, walk.c.panels, 0};
+    if (first) lead -= bytes;
+    int64_t amount = int64_t(bytes * share[tokens]);
+    if (amount < MIN_LEAD - lead) amount = MIN_LEAD - lead;
+    if (amount > MAX_LEAD - lead) amount = MAX_LEAD - lead;
+    if (amount > PrefetchCursor::MAX_BYTES * steps) amount = PrefetchCursor::MAX_BYTES * steps;
+    if (amount < 0) amount = 0;
+    const uint8_t* end = walk.run() + walk.size();
+    PrefetchCursor cursor{end - left_bytes, end, end, size_t((amount + steps - 1) / steps)};
+    if (amount >= left_bytes) {
+      amount -= left_bytes;
+      lead += left_bytes;
+      walk.next();
+      left_bytes = walk.is_done() ? 0 : walk.size();
+      if (amount > left_bytes) amount = left_bytes;
+      if (left_bytes) cursor.next = walk.run();
+    }
+    left_bytes -= amount;
+    lead += amount;
+    return cursor;
+  }
+
+ private:
+  // Steps of few tokens wait for their sums.
+  static float cost(float tokens) { return (tokens < 6 ? 6 : tokens) + 1; }
+};
+
+}  // namespace COTERIE_ISA

@@ -1,0 +1,142 @@
+"""What earlier versions wrote still holds: resumed, drawn again, loaded or refused as before.
+
+``tests/kept`` was written by version 0.1.0 before its names changed. A file there is never written
+again: a change that cannot read it breaks what users have on their disks.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+from coterie.calibration.kept import read_kept
+from coterie.cli.edge import run
+from coterie.engine.warm import read_votes
+from coterie.evals.journal import answer_of
+from coterie.keys import to_json
+from coterie.planning import trace
+from coterie.routing import respell_all
+from coterie.testing import write_checkpoint
+
+KEPT = Path(__file__).parent / "kept"
+EVAL = ["eval", "--task", "words", "--items", "3", "-n", "32"]
+PLAIN = [
+    *(*EVAL, "-p", "resident-vote:beta=0.15,lam=1,eps=0.1"),
+    *("-p", "des-vote:beta=0.3,voters=unfilled,protect=top1"),
+]
+MEMORY = [
+    *(*EVAL, "-p", "resident-vote:beta=0.3,lam=1,eps=0.1,most=slots"),
+    *("--imagine-memory", "35%", "--commit", "policy", "--drift", "0.05"),
+]
+TIMED = ("seconds", "served")
+Capture = pytest.CaptureFixture[str]
+
+
+def copied(name: str, folder: Path) -> Path:
+    return Path(shutil.copytree(KEPT / name, folder / name))
+
+
+def answers(folder: Path) -> dict[tuple[str, ...], dict[str, object]]:
+    """Each by its key, without what takes time; sums differ a little beside other rows."""
+    lines = map(json.loads, (folder / "items.jsonl").read_text().splitlines())
+    found = {one.key: to_json(one) for one in map(answer_of, lines)}
+    return {
+        key: {
+            name: round(value, 6) if isinstance(value, float) else value
+            for name, value in one.items()
+            if name not in TIMED
+        }
+        for key, one in found.items()
+    }
+
+
+@pytest.mark.parametrize(("name", "words"), [("eval-finished", PLAIN), ("eval-memory", MEMORY)])
+def test_a_finished_evaluation_answers_nothing_again(
+    name: str, words: list[str], tmp_path: Path
+) -> None:
+    folder = copied(name, tmp_path)
+    assert run([*words, "-o", str(folder)]) == 0
+    assert (folder / "items.jsonl").read_bytes() == (KEPT / name / "items.jsonl").read_bytes()
+    file = next(folder.glob("embedded*.json")).name
+    now, then = (json.loads((at / file).read_text()) for at in (folder, KEPT / name))
+    assert now["facts"]["policies"] == respell_all(then["facts"]["policies"])
+
+
+def test_an_unfinished_evaluation_goes_on(tmp_path: Path) -> None:
+    folder = copied("eval-unfinished", tmp_path)
+    before = (folder / "items.jsonl").read_bytes()
+    assert run([*PLAIN, "-o", str(folder)]) == 0
+    whole = before[: before.rindex(b"\n") + 1]
+    assert (folder / "items.jsonl").read_bytes().startswith(whole)
+    assert answers(folder) == answers(KEPT / "eval-finished")
+
+
+def test_an_unfinished_evaluation_with_a_memory_goes_on(tmp_path: Path) -> None:
+    folder = copied("eval-memory", tmp_path)
+    items = folder / "items.jsonl"
+    items.write_text("".join(items.read_text().splitlines(keepends=True)[:4]) + '{"arm": "van')
+    assert run([*MEMORY, "-o", str(folder)]) == 0
+    assert answers(folder) == answers(KEPT / "eval-memory")
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (["--seed", "2"], "holds another run: tasks.words.settings.seed is 1 there and 2 here"),
+        (["--block", "16"], "tasks.words.generation.block is 32 there and 16 here"),
+        (["--plan", "uncached"], 'generation.plan is "block-causal" there and "uncached" here'),
+        (["--imagine-memory", "35%"], "holds another run: memory is not set there and set here"),
+    ],
+)
+def test_an_evaluation_of_another_run_is_refused(
+    more: list[str], message: str, tmp_path: Path, capsys: Capture
+) -> None:
+    folder = copied("eval-finished", tmp_path)
+    assert run([*PLAIN, *more, "-o", str(folder)]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_a_study_draws_its_record_again(tmp_path: Path) -> None:
+    folder = copied("study", tmp_path)
+    words = ["study", "-o", str(folder), "--chapter", "explosion", "--items", "2"]
+    assert run([*words, "--prompts", "2"]) == 0
+    record = "records/explosion.json"
+    assert (folder / record).read_bytes() == (KEPT / "study" / record).read_bytes()
+    assert "explosion" in (folder / "report.html").read_text()
+
+
+def test_a_calibrated_policy_is_read() -> None:
+    kept = read_kept(KEPT / "calibrated.json")
+    assert kept.policy == "des-vote:beta=0.1328125,voters=before-eos"
+    assert (kept.layers, kept.experts, kept.name) == (4, 128, "embedded")
+    assert kept.generation["plan"] == "block-causal"
+
+
+def test_a_trace_and_saved_votes_are_read(tmp_path: Path) -> None:
+    found = trace.read(KEPT / "words.trace")
+    assert (len(found.forwards), found.torn, found.about.experts) == (4, False, 128)
+    head = json.loads((KEPT / "words.trace").read_bytes().partition(b"\n")[0])
+    assert {**head, **to_json(found.about), "layers": head["layers"]} == head
+    with trace.Writer(tmp_path / "again", found.about) as writer:
+        for one in found.forwards:
+            writer.write(one)
+    assert len(trace.read(tmp_path / "again").forwards) == 4
+    votes = read_votes(KEPT / "words.votes")
+    assert (votes.model, len(votes.layers), len(votes.votes[0])) == ("embedded", 4, 128)
+
+
+def test_a_packed_checkpoint_is_what_its_manifest_says(tmp_path: Path, capsys: Capture) -> None:
+    tiny = write_checkpoint(tmp_path / "tiny", "llada2", seed=3)
+    assert run(["quantize", str(tiny), str(tmp_path / "packed"), "--experts", "int8"]) == 0
+    for name in ("config.json", "manifest.json"):
+        places = tmp_path / "packed", KEPT / "packed"
+        now, then = (json.loads((at / name).read_text()) for at in places)
+        for one in (now, then):
+            one.get("source", {}).pop("name", None)
+        assert now == then
+        shutil.copyfile(KEPT / "packed" / name, tmp_path / "packed" / name)
+    assert run(["inspect", str(tmp_path / "packed"), "--verify", "--json"]) == 0
+    assert '"verified"' in capsys.readouterr().out
