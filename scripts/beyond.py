@@ -13,14 +13,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import coterie
-from coterie.evals.report import summarize
-from coterie.evals.run import Variant, run_eval
-from coterie.evals.sheet import EvalResult
-from coterie.evals.stats import holm_adjust, paired_difference
-from coterie.evals.task import TaskOptions
-from coterie.evals.tasks import open_tasks
-from coterie.problems import PROBLEM_MAKERS
-from coterie.results import make_record, write_record
+from coterie.lab.evals.report import summarize
+from coterie.lab.evals.results import EvalResult
+from coterie.lab.evals.run import Variant, run_eval
+from coterie.lab.evals.stats import holm_adjust, paired_difference
+from coterie.lab.evals.task import TaskOptions
+from coterie.lab.evals.tasks import open_tasks
+from coterie.lab.problems import PROBLEM_MAKERS
+from coterie.lab.records import make_record, write_record
 
 SEED = 9001
 BETAS = (0.15, 0.22, 0.3, 0.4)

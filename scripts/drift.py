@@ -19,23 +19,23 @@ from tempfile import TemporaryDirectory
 
 import coterie
 from coterie.engine.engine import Engine
-from coterie.engine.event import Result
-from coterie.engine.memory import ExpertMemoryConfig
-from coterie.evals.asking import EvalRequest, generate_outcomes
-from coterie.evals.stats import Proportion, paired_difference
-from coterie.evals.task import Task, TaskOptions
-from coterie.evals.tasks import open_tasks
-from coterie.experts.capacity import Capacity
+from coterie.engine.events import Result
 from coterie.keys import to_json
-from coterie.planning.booking import ReplayPolicy
-from coterie.planning.machine import HardwareModel
-from coterie.planning.recording import trace_header, bias_of, record_trace
-from coterie.planning.replay import ReplayGrid, ReplayPoint, replay
-from coterie.planning.trace import TraceWriter, read_trace
-from coterie.problems import PROBLEM_MAKERS
-from coterie.results import make_record, write_record
+from coterie.lab.evals.generation import EvalRequest, generate_outcomes
+from coterie.lab.evals.stats import Proportion, paired_difference
+from coterie.lab.evals.task import Task, TaskOptions
+from coterie.lab.evals.tasks import open_tasks
+from coterie.lab.problems import PROBLEM_MAKERS
+from coterie.lab.records import make_record, write_record
+from coterie.lab.replay.cache_simulation import ReplayPolicy
+from coterie.lab.replay.hardware_model import HardwareModel
+from coterie.lab.replay.recorder import bias_of, record_trace, trace_header
+from coterie.lab.replay.replay import ReplayGrid, ReplayPoint, replay
+from coterie.lab.replay.trace import TraceWriter, read_trace
+from coterie.lab.study.cached_grading import CachedGradesTask
+from coterie.loading.expert_memory import ExpertMemoryConfig
+from coterie.offload.capacity import Capacity
 from coterie.routing import parse_policy
-from coterie.study.remembering import CachedGradesTask
 
 SEED = 9301
 MEMORY = "35%"

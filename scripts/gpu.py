@@ -106,7 +106,7 @@ def ran(part: str, asked: argparse.Namespace, words: Sequence[str]) -> bool:
     import torch
     from gpu_parts.found import Found
 
-    from coterie.results import make_record, write_record
+    from coterie.lab.records import make_record, write_record
 
     device = torch.device("cpu" if asked.dry_run else "cuda")
     named = "cpu" if asked.dry_run else torch.cuda.get_device_name()

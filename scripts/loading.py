@@ -28,19 +28,19 @@ from typing import TypedDict
 import torch
 
 from coterie import ops
-from coterie.engine.journal import MANIFEST, Checksums
-from coterie.engine.load import load_model
-from coterie.engine.written import PAGE_BYTES, safetensors_header
+from coterie.checkpoints.manifest import MANIFEST, Checksums
+from coterie.checkpoints.output_files import PAGE_BYTES, safetensors_header
+from coterie.families.common import EXPERT_FORMAT_KEY, EXPERT_LAYOUT_KEY, PANEL_LAYOUT
 from coterie.families.names import is_expert, layer_of, weight_map
-from coterie.families.reading import EXPERT_FORMAT_KEY, EXPERT_LAYOUT_KEY, PANEL_LAYOUT
+from coterie.lab.records import Measurement, make_record, write_record
+from coterie.loading.load import load_model
 from coterie.model.checkpoint import INDEX_FILE
 from coterie.model.moe import MoE
 from coterie.model.spec import ModelSpec
 from coterie.model.weights import TensorTarget, is_packed
 from coterie.ops import cpu
-from coterie.ops.panels import LAYOUT_VERSION
-from coterie.quant import FORMATS, quantize
-from coterie.results import Measurement, make_record, write_record
+from coterie.ops.packed_layout import LAYOUT_VERSION
+from coterie.quantization import FORMATS, quantize
 from coterie.testing import read_spec, tiny_config
 from coterie.values import ExpertRequest, PackedExperts, Slab
 

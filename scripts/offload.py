@@ -30,7 +30,7 @@ import torch
 from offload_parts import layers, whole
 from offload_parts.bench import Bench, law_of, spec_of
 
-from coterie.results import make_record, write_record
+from coterie.lab.records import make_record, write_record
 
 DRAWN = Path("results/replay-drawn-mini.json")
 PARTS = ("layers", "whole", "resident")

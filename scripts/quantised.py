@@ -16,14 +16,14 @@ from torch import Tensor
 from torch.nn import functional as F
 
 import coterie
-from coterie.evals.run import Variant, run_eval
-from coterie.evals.sheet import EvalResult
-from coterie.evals.stats import Proportion, holm_adjust, paired_difference
-from coterie.evals.task import TaskOptions
-from coterie.evals.tasks import open_tasks
-from coterie.problems import PROBLEM_MAKERS
-from coterie.quant import QuantFormat, dequantize, quantize
-from coterie.results import make_record, write_record
+from coterie.lab.evals.results import EvalResult
+from coterie.lab.evals.run import Variant, run_eval
+from coterie.lab.evals.stats import Proportion, holm_adjust, paired_difference
+from coterie.lab.evals.task import TaskOptions
+from coterie.lab.evals.tasks import open_tasks
+from coterie.lab.problems import PROBLEM_MAKERS
+from coterie.lab.records import make_record, write_record
+from coterie.quantization import QuantFormat, dequantize, quantize
 
 SEED = 7001
 POLICIES = ("vanilla", "des-vote:beta=0.3")

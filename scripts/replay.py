@@ -19,21 +19,19 @@ from tempfile import TemporaryDirectory
 
 import coterie
 from coterie.engine.engine import Engine
-from coterie.engine.imagining import simulate_cache, plan_simulated_cache
-from coterie.engine.memory import ExpertMemoryConfig
-from coterie.evals.report import summarize
-from coterie.evals.run import Variant, run_eval
-from coterie.evals.sheet import EvalResult
-from coterie.evals.stats import holm_adjust, paired_difference
-from coterie.evals.task import Task, TaskOptions
-from coterie.evals.tasks import open_tasks
-from coterie.experts.capacity import Capacity
-from coterie.experts.traffic import Traffic
 from coterie.keys import to_json
-from coterie.planning.booking import ReplayPolicy
-from coterie.planning.machine import HardwareModel, parse_bandwidth
-from coterie.planning.recording import trace_header, bias_of, record_trace
-from coterie.planning.replay import (
+from coterie.lab.evals.report import summarize
+from coterie.lab.evals.results import EvalResult
+from coterie.lab.evals.run import Variant, run_eval
+from coterie.lab.evals.stats import holm_adjust, paired_difference
+from coterie.lab.evals.task import Task, TaskOptions
+from coterie.lab.evals.tasks import open_tasks
+from coterie.lab.problems import PROBLEM_MAKERS
+from coterie.lab.records import make_record, write_record
+from coterie.lab.replay.cache_simulation import ReplayPolicy
+from coterie.lab.replay.hardware_model import HardwareModel, parse_bandwidth
+from coterie.lab.replay.recorder import bias_of, record_trace, trace_header
+from coterie.lab.replay.replay import (
     ReplayGrid,
     ReplayResult,
     decoding_only,
@@ -41,7 +39,7 @@ from coterie.planning.replay import (
     slots_of,
     steps_per_block,
 )
-from coterie.planning.synthetic import (
+from coterie.lab.replay.synthetic import (
     LLADA2_MINI,
     RoutingStats,
     SyntheticShape,
@@ -50,9 +48,11 @@ from coterie.planning.synthetic import (
     routing_stats,
     synthetic_trace,
 )
-from coterie.planning.trace import KINDS, Trace, TraceWriter, read_trace
-from coterie.problems import PROBLEM_MAKERS
-from coterie.results import make_record, write_record
+from coterie.lab.replay.trace import KINDS, Trace, TraceWriter, read_trace
+from coterie.loading.expert_memory import ExpertMemoryConfig
+from coterie.loading.simulated_memory import plan_simulated_cache, simulate_cache
+from coterie.offload.capacity import Capacity
+from coterie.offload.traffic import Traffic
 from coterie.routing import parse_policy
 
 SEED = 9101

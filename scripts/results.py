@@ -11,10 +11,10 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from coterie.figures.style import ColourScheme
-from coterie.study.prose import render_markdown
-from coterie.study.report import SCHEMES, ReportSection, make_section
-from coterie.study.study import EXPERIMENTS, renewed
+from coterie.lab.plotting import ColourScheme
+from coterie.lab.study.markdown import render_markdown
+from coterie.lab.study.report import SCHEMES, ReportSection, make_section
+from coterie.lab.study.study import EXPERIMENTS, renewed
 
 ROOT = Path(__file__).parents[1]
 RECORDS = ROOT / "results" / "study"

@@ -12,7 +12,7 @@ from collections.abc import Callable
 import pytest
 import torch
 from hypothesis import settings
-from shared import missing
+from shared_data import missing
 from torch import Tensor
 
 settings.register_profile("default", deadline=None, max_examples=40, derandomize=True)

@@ -12,13 +12,13 @@ from pathlib import Path
 
 import pytest
 
-from coterie.calibration.kept import read_kept
-from coterie.cli.edge import run
-from coterie.engine.warm import read_votes
-from coterie.evals.journal import answer_of
+from coterie.cli.entry import run
 from coterie.keys import to_json
-from coterie.planning import trace
-from coterie.routing import respell_all
+from coterie.lab.calibration.policy_file import read_calibrated_policy
+from coterie.lab.evals.answer_log import answer_from_dict
+from coterie.lab.replay import trace
+from coterie.loading.saved_votes import read_votes
+from coterie.routing import update_policies_in_json
 from coterie.testing import write_checkpoint
 
 KEPT = Path(__file__).parent / "kept"
@@ -42,7 +42,7 @@ def copied(name: str, folder: Path) -> Path:
 def answers(folder: Path) -> dict[tuple[str, ...], dict[str, object]]:
     """Each by its key, without what takes time; sums differ a little beside other rows."""
     lines = map(json.loads, (folder / "items.jsonl").read_text().splitlines())
-    found = {one.key: to_json(one) for one in map(answer_of, lines)}
+    found = {one.key: to_json(one) for one in map(answer_from_dict, lines)}
     return {
         key: {
             name: round(value, 6) if isinstance(value, float) else value
@@ -62,7 +62,7 @@ def test_a_finished_evaluation_answers_nothing_again(
     assert (folder / "items.jsonl").read_bytes() == (KEPT / name / "items.jsonl").read_bytes()
     file = next(folder.glob("embedded*.json")).name
     now, then = (json.loads((at / file).read_text()) for at in (folder, KEPT / name))
-    assert now["facts"]["policies"] == respell_all(then["facts"]["policies"])
+    assert now["facts"]["policies"] == update_policies_in_json(then["facts"]["policies"])
 
 
 def test_an_unfinished_evaluation_goes_on(tmp_path: Path) -> None:
@@ -109,21 +109,21 @@ def test_a_study_draws_its_record_again(tmp_path: Path) -> None:
 
 
 def test_a_calibrated_policy_is_read() -> None:
-    kept = read_kept(KEPT / "calibrated.json")
+    kept = read_calibrated_policy(KEPT / "calibrated.json")
     assert kept.policy == "des-vote:beta=0.1328125,voters=before-eos"
-    assert (kept.layers, kept.experts, kept.name) == (4, 128, "embedded")
+    assert (kept.layers, kept.experts, kept.model_name) == (4, 128, "embedded")
     assert kept.generation["plan"] == "block-causal"
 
 
 def test_a_trace_and_saved_votes_are_read(tmp_path: Path) -> None:
-    found = trace.read(KEPT / "words.trace")
-    assert (len(found.forwards), found.torn, found.about.experts) == (4, False, 128)
+    found = trace.read_trace(KEPT / "words.trace")
+    assert (len(found.forwards), found.torn, found.header.experts) == (4, False, 128)
     head = json.loads((KEPT / "words.trace").read_bytes().partition(b"\n")[0])
-    assert {**head, **to_json(found.about), "layers": head["layers"]} == head
-    with trace.Writer(tmp_path / "again", found.about) as writer:
+    assert {**head, **to_json(found.header), "layers": head["layers"]} == head
+    with trace.TraceWriter(tmp_path / "again", found.header) as writer:
         for one in found.forwards:
             writer.write(one)
-    assert len(trace.read(tmp_path / "again").forwards) == 4
+    assert len(trace.read_trace(tmp_path / "again").forwards) == 4
     votes = read_votes(KEPT / "words.votes")
     assert (votes.model, len(votes.layers), len(votes.votes[0])) == ("embedded", 4, 128)
 

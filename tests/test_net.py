@@ -24,7 +24,7 @@ from typing import Any
 import pytest
 
 import coterie
-from coterie.cli.edge import run
+from coterie.cli.entry import run
 from coterie.testing import write_checkpoint
 
 HERE = Path(__file__).parent
@@ -226,23 +226,23 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_a_command_says_what_it_said(
     name: str, place: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from coterie.routing import respell_all  # here: older versions write snapshots too
+    from coterie.routing import update_policies_in_json  # here: older versions write snapshots too
 
     monkeypatch.chdir(place)
-    assert respell_all(seen(RIGHT[name])) == respell_all(snapshot(name))
+    assert update_policies_in_json(seen(RIGHT[name])) == update_policies_in_json(snapshot(name))
 
 
 @pytest.mark.parametrize("number", range(len(WRONG)))
 def test_a_refusal_says_what_it_said(
     number: int, place: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from coterie.routing import respell_all
+    from coterie.routing import update_policies_in_json
 
     monkeypatch.chdir(place)
     kept = snapshot("refused")[number]
     assert kept["words"] == WRONG[number]
     found = {"words": WRONG[number], **seen(WRONG[number])}
-    assert respell_all(found) == respell_all(kept)
+    assert update_policies_in_json(found) == update_policies_in_json(kept)
 
 
 @pytest.mark.slow

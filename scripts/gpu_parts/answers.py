@@ -8,8 +8,8 @@ import torch
 from gpu_parts.found import Figure, Found
 
 import coterie
-from coterie.evals.task import TaskOptions
-from coterie.evals.tasks import open_tasks
+from coterie.lab.evals.task import TaskOptions
+from coterie.lab.evals.tasks import open_tasks
 
 POLICIES = ("vanilla", "des-vote:beta=0.3")
 TASKS = ("words", "algebra")  # the package's own that need no sandbox to be opened

@@ -18,12 +18,12 @@ from gpu_parts.limits import copy_bandwidth
 from torch import Tensor
 
 from coterie import ops
-from coterie.bench.model import ExpertDtype, repeat_experts, random_experts
-from coterie.bench.routings import balanced_routing
-from coterie.bench.shapes import SHAPES, ModelShape
-from coterie.ops import grouped, reference
-from coterie.ops.triton import experts, plans
-from coterie.quant import FORMATS, QTensor
+from coterie.lab.bench.model import ExpertDtype, random_experts, repeat_experts
+from coterie.lab.bench.routings import balanced_routing
+from coterie.lab.bench.shapes import SHAPES, ModelShape
+from coterie.ops import grouped_gemm, reference
+from coterie.ops.triton import experts, tuning
+from coterie.quantization import FORMATS, QTensor
 from coterie.values import RouterSpec, Routing, Slab, expert_mask
 
 DRAWS = 6  # routings that take turns, so that no expert stays in a cache
@@ -128,23 +128,25 @@ class Layer:
         told: dict[str, object] = {}
         for place, work in enumerate(experts.gemm_shapes(self.x, self.slab)):
             last = time.monotonic() + seconds / 2
-            tried = plans.tune(work, partial(self._clock, some, place, last))
-            usual = plans.default_config(work)
+            tried = tuning.tune(work, partial(self._clock, some, place, last))
+            usual = tuning.default_config(work)
             best = min(tried, key=tried.__getitem__, default=usual)
             gain = tried[usual] / tried[best] if usual in tried else None
             told[work.key()] = {"plan": asdict(best), "tried": len(tried), "usual / best": gain}
         return told
 
-    def _clock(self, some: list[Routing], place: int, last: float, plan: plans.TileConfig) -> float:
+    def _clock(
+        self, some: list[Routing], place: int, last: float, plan: tuning.TileConfig
+    ) -> float:
         works = experts.gemm_shapes(self.x, self.slab)
-        if time.monotonic() > last and plan != plans.default_config(works[place]):
+        if time.monotonic() > last and plan != tuning.default_config(works[place]):
             raise RuntimeError("no time is left")
-        pair = [plans.best_config(work) for work in works]
+        pair = [tuning.best_config(work) for work in works]
         pair[place] = plan
         return _quick(lambda: self._run(some, (pair[0], pair[1])), self.device)
 
     def _run(
-        self, routings: Sequence[Routing], pair: tuple[plans.TileConfig, plans.TileConfig]
+        self, routings: Sequence[Routing], pair: tuple[tuning.TileConfig, tuning.TileConfig]
     ) -> None:
         for routing in routings:
             experts.run_experts(self.x, routing, self.slab, configs=pair)
@@ -190,7 +192,7 @@ def others(layer: Layer) -> dict[str, Callable[[Routing], Tensor]]:
         return forward
 
     return {
-        "torch grouped_mm": lambda r: grouped.run_experts(layer.x, r, layer.slab),
+        "torch grouped_mm": lambda r: grouped_gemm.run_experts(layer.x, r, layer.slab),
         "transformers grouped_mm": published("grouped_mm"),
         "transformers batched_mm": published("batched_mm"),
         "fused for large batches": lambda r: large_batches.run_experts(layer.x, r, gate_up, down),

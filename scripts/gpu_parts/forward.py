@@ -15,15 +15,15 @@ from gpu_parts.clock import replayed
 from gpu_parts.found import Figure, Found
 from gpu_parts.limits import copy_bandwidth
 
-from coterie.bench.model import ExpertDtype, random_model
-from coterie.bench.shapes import SHAPES
-from coterie.engine.config import GenerationConfig
+from coterie.engine.cuda_graphs import CudaGraphCapture, CudaGraphs, ForwardOutput
 from coterie.engine.engine import Engine
-from coterie.engine.graph import CudaGraphCapture, CudaGraphs, ForwardOutput
-from coterie.engine.load import Model
+from coterie.engine.generation_config import GenerationConfig
+from coterie.lab.bench.model import ExpertDtype, random_model
+from coterie.lab.bench.shapes import SHAPES
+from coterie.loading.load import Model
 from coterie.model.cache import KVCache
+from coterie.model.forward_context import ForwardContext
 from coterie.model.spec import ModelSpec
-from coterie.model.step import ForwardContext
 from coterie.model.weights import loaded_tensors
 from coterie.routing import parse_policy
 from coterie.telemetry import NullRecorder

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
-from coterie.results import Measurement
+from coterie.lab.records import Measurement
 
 
 @dataclass(frozen=True)

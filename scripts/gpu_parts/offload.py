@@ -25,32 +25,37 @@ from gpu_parts.watched import Nobody, Ran, Watched, on, slabs_of, summed
 from torch import Tensor
 
 from coterie import ops
-from coterie.bench.model import ExpertDtype, random_model
-from coterie.bench.shapes import SHAPES
-from coterie.engine.beside import measure_break_even
-from coterie.engine.load import Model
-from coterie.experts.aside import CpuExperts
-from coterie.experts.couriers import ThreadedFetcher
-from coterie.experts.offload import CachedExpertStore
-from coterie.experts.pinned import allocate_pinned
-from coterie.experts.store import ResidentExpertStore
-from coterie.experts.streams import PinnedCopyFetcher, CopyStream
-from coterie.experts.tiers import HostTier
 from coterie.keys import from_json
+from coterie.lab.bench.model import ExpertDtype, random_model
+from coterie.lab.bench.shapes import SHAPES
+from coterie.lab.replay.cache_simulation import (
+    CoresetHistory,
+    ReplayPolicy,
+    TraceVotes,
+    recorded_experts,
+)
+from coterie.lab.replay.policies import select_from_trace
+from coterie.lab.replay.serving import routing_from_trace
+from coterie.lab.replay.synthetic import LLADA2_MINI, RoutingLaw, SyntheticShape, synthetic_trace
+from coterie.lab.replay.trace import Trace, TraceForward
+from coterie.loading.cpu_experts import measure_break_even
+from coterie.loading.load import Model
 from coterie.model.cache import KVCache
+from coterie.model.forward_context import ForwardContext
 from coterie.model.moe import MoE
-from coterie.model.step import ForwardContext
+from coterie.offload.cached_store import CachedExpertStore
+from coterie.offload.cpu_experts import CpuExperts
+from coterie.offload.fetchers import ThreadedFetcher
+from coterie.offload.gpu_fetchers import CopyStream, PinnedCopyFetcher
+from coterie.offload.pinned_memory import allocate_pinned
+from coterie.offload.resident_store import ResidentExpertStore
+from coterie.offload.tiers import HostTier
 from coterie.ops import cpu
-from coterie.ops.blobs import ExpertLayout
-from coterie.planning.booking import TraceVotes, ReplayPolicy, CoresetHistory, recorded_experts
-from coterie.planning.elections import select_from_trace
-from coterie.planning.serving import routing_from_trace
-from coterie.planning.synthetic import LLADA2_MINI, RoutingLaw, SyntheticShape, synthetic_trace
-from coterie.planning.trace import TraceForward, Trace
-from coterie.quant import FORMATS
+from coterie.ops.expert_layout import ExpertLayout
+from coterie.quantization import FORMATS
 from coterie.routing import parse_policy
 from coterie.telemetry import NullRecorder
-from coterie.values import Routing, ExpertStore, Window
+from coterie.values import ExpertStore, Routing, Window
 
 SLOTS: dict[ExpertDtype, int] = {"bf16": 47, "int8": 92}  # of a layer: a card of 8 GB
 PLAYS = (

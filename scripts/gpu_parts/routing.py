@@ -8,10 +8,10 @@ import torch
 from gpu_parts.clock import Work, kernels, launched, replayed
 from gpu_parts.found import Figure, Found
 
-from coterie.ops import gpu, reference
-from coterie.results import Measurement
+from coterie.lab.records import Measurement
+from coterie.ops import reference, triton_ops
 from coterie.routing import parse_policy
-from coterie.routing.select import KernelPolicy, route_by_mask
+from coterie.routing.router import KernelPolicy, route_by_mask
 from coterie.values import Policy, RouterSpec, Routing, Scores
 
 POLICIES = (
@@ -124,7 +124,7 @@ def _by_kernel(scores: Scores, policy: Policy) -> Routing:
     assert isinstance(policy, KernelPolicy)
     told = policy.kernel_rule(scores, scores.router.k)
     assert told is not None
-    found = gpu.route(told.scores, told.rule, told.vote_weight)
+    found = triton_ops.route(told.scores, told.rule, told.vote_weight)
     assert found is not None
     return found
 

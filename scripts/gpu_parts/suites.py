@@ -25,10 +25,10 @@ def measure(device: torch.device, *, dry: bool = False, found: Found | None = No
     commands: dict[str, list[str]] = {}
     if sets := reference_sets():
         on = f"--device={device.type}"
-        commands["parity"] = ["-m", "coterie.parity", on, *(sets[:1] if dry else sets)]
+        commands["parity"] = ["-m", "coterie.lab.parity", on, *(sets[:1] if dry else sets)]
     else:
         found.facts["parity"] = "no reference folders here: set COTERIE_SHARED"
-    commands["devices agree"] = [*pytest, "--version" if dry else "tests/test_devices.py"]
+    commands["devices agree"] = [*pytest, "--version" if dry else "tests/engine/test_devices.py"]
     commands["kernels"] = [*pytest, *(["--version"] if dry else kernels)]
     for name, command in commands.items():
         try:

@@ -13,10 +13,10 @@ import torch
 from torch import Tensor
 
 from coterie import ops
-from coterie.experts.couriers import ExpertFetcher
 from coterie.model.moe import MoE
 from coterie.model.transformer import Transformer
-from coterie.values import ExpertRequest, Routing, Slab, ExpertStore
+from coterie.offload.fetchers import ExpertFetcher
+from coterie.values import ExpertRequest, ExpertStore, Routing, Slab
 
 Mark = torch.cuda.Event | float
 """A moment of the queue of copies; where there is none, of the clock."""

@@ -8,24 +8,24 @@ from pathlib import Path
 
 import torch
 
-from coterie.experts.capacity import Capacity
-from coterie.experts.eviction import Lru
 from coterie.families import ModelConfig, detect_family
 from coterie.keys import from_json
-from coterie.model.spec import ModelSpec
-from coterie.planning.booking import (
-    CacheReplay,
+from coterie.lab.records import Measurement
+from coterie.lab.replay.cache_simulation import (
     CacheConfig,
-    TraceVotes,
+    CacheReplay,
     ReplayPolicy,
+    TraceVotes,
     depends_on_residents,
     replay_cache,
     select_experts,
 )
-from coterie.planning.judging import ClockValidation
-from coterie.planning.synthetic import LLADA2_MINI, RoutingLaw, SyntheticShape, synthetic_trace
-from coterie.planning.trace import Trace
-from coterie.results import Measurement
+from coterie.lab.replay.judging import ClockValidation
+from coterie.lab.replay.synthetic import LLADA2_MINI, RoutingLaw, SyntheticShape, synthetic_trace
+from coterie.lab.replay.trace import Trace
+from coterie.model.spec import ModelSpec
+from coterie.offload.capacity import Capacity
+from coterie.offload.eviction import Lru
 from coterie.routing import parse_policy
 
 Found = tuple[str, list[Measurement], dict[str, object]]

@@ -13,24 +13,24 @@ import torch
 from offload_parts.bench import POLICIES, SHARE, Arm, Bench, Found, named, play, tell
 from torch import Tensor
 
-from coterie.engine.offloaded import expert_file_spans
-from coterie.experts.couriers import ThreadedFetcher
-from coterie.experts.eviction import Lru
-from coterie.experts.offload import CachedExpertStore
-from coterie.experts.store import ResidentExpertStore
-from coterie.experts.tiers import ExpertFileSpan, DiskTier
 from coterie.families import ModelConfig, detect_family
 from coterie.families.names import is_stacked, weight_map
+from coterie.lab.records import Measurement
+from coterie.lab.replay.judging import concatenate_runs, validate
+from coterie.lab.replay.learning import TimedForwards
+from coterie.lab.replay.serving import ServedTrace, serve_trace
+from coterie.lab.replay.synthetic import LLADA2_MINI
+from coterie.lab.replay.trace import Trace
+from coterie.loading.disk_offload import expert_file_spans
 from coterie.model.checkpoint import Checkpoint
-from coterie.ops.cpu.kernels import allocate
-from coterie.ops.panels import slab_of_packed
-from coterie.planning.judging import validate, concatenate_runs
-from coterie.planning.learning import TimedForwards
-from coterie.planning.serving import ServedTrace, serve_trace
-from coterie.planning.synthetic import LLADA2_MINI
-from coterie.planning.trace import Trace
-from coterie.results import Measurement
-from coterie.values import ExpertRequest, Slab, ExpertStore
+from coterie.offload.cached_store import CachedExpertStore
+from coterie.offload.eviction import Lru
+from coterie.offload.fetchers import ThreadedFetcher
+from coterie.offload.resident_store import ResidentExpertStore
+from coterie.offload.tiers import DiskTier, ExpertFileSpan
+from coterie.ops.cpu.experts import allocate
+from coterie.ops.packed_layout import slab_of_packed
+from coterie.values import ExpertRequest, ExpertStore, Slab
 
 ALL, AMPLE = "all in memory", "slots for all"
 TEACHERS: tuple[Arm, ...] = tuple(

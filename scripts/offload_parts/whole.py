@@ -9,15 +9,15 @@ from random import Random
 import numpy as np
 from offload_parts.bench import POLICIES, RESIDENT, SHARE, Arm, Bench, Found, named, play, tell
 
-from coterie.engine.load import Model, load_model
-from coterie.experts.offload import CachedExpertStore
+from coterie.lab.records import Measurement
+from coterie.lab.replay.following import TimedRun, TraceDrivenModel, add_commits, run_trace
+from coterie.lab.replay.judging import concatenate_runs, validate
+from coterie.lab.replay.learning import TimedForwards
+from coterie.lab.replay.synthetic import LLADA2_MINI
+from coterie.lab.replay.trace import Trace
+from coterie.loading.load import Model, load_model
 from coterie.model.moe import MoE
-from coterie.planning.following import TraceDrivenModel, TimedRun, run_trace, add_commits
-from coterie.planning.judging import validate, concatenate_runs
-from coterie.planning.learning import TimedForwards
-from coterie.planning.synthetic import LLADA2_MINI
-from coterie.planning.trace import Trace
-from coterie.results import Measurement
+from coterie.offload.cached_store import CachedExpertStore
 from coterie.values import ExpertStore
 
 # Room for all that vanilla uses, for what comes in waves is not in the clock; and three numbers of

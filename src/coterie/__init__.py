@@ -5,30 +5,30 @@
 >>> engine.generate("Tom has 3 boxes of 4 pens and gives away 5. How many pens are left?").text
 """
 
-from coterie.engine.coarse import LowPrecisionExperts
-from coterie.engine.config import GenerationConfig
 from coterie.engine.engine import Engine, load
-from coterie.engine.event import Denoised, Event, ExpertUsage, Finished, Result
-from coterie.engine.memory import ExpertMemoryConfig
-from coterie.naming import CoterieError
-from coterie.routing import POLICIES, parse_policy, format_policy
+from coterie.engine.events import Denoised, Event, ExpertUsage, Finished, Result
+from coterie.engine.generation_config import GenerationConfig
+from coterie.errors import CoterieError
+from coterie.loading.expert_memory import ExpertMemoryConfig
+from coterie.loading.low_precision import LowPrecisionExperts
+from coterie.routing import POLICIES, format_policy, parse_policy
 
 __version__ = "0.1.0"
 
 __all__ = [
     "POLICIES",
-    "LowPrecisionExperts",
     "CoterieError",
     "Denoised",
     "Engine",
     "Event",
+    "ExpertMemoryConfig",
     "ExpertUsage",
     "Finished",
     "GenerationConfig",
-    "ExpertMemoryConfig",
+    "LowPrecisionExperts",
     "Result",
     "__version__",
+    "format_policy",
     "load",
     "parse_policy",
-    "format_policy",
 ]

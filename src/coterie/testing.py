@@ -10,13 +10,13 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from coterie.experts.store import ResidentExpertStore
-from coterie.families import FAMILIES, ModelConfig, Family
+from coterie.families import FAMILIES, Family, ModelConfig
 from coterie.families.names import weight_map
 from coterie.model.checkpoint import INDEX_FILE, SINGLE_FILE
 from coterie.model.spec import ModelSpec
 from coterie.model.transformer import Transformer, build
 from coterie.model.weights import allocate, slabs
+from coterie.offload.resident_store import ResidentExpertStore
 
 Json = bool | int | float | str | None | list[int] | list[str]
 

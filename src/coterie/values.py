@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from coterie.quant import QTensor
+from coterie.quantization import QTensor
 
 
 @dataclass(frozen=True)

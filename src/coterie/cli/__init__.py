@@ -1,5 +1,5 @@
 """The command line: ``coterie generate | compare | eval | inspect | policies | train``."""
 
-from coterie.cli.edge import main
+from coterie.cli.entry import main
 
 __all__ = ["main"]

@@ -7,34 +7,37 @@ from typing import Annotated
 import typer
 
 import coterie
+from coterie.checkpoints.model_info import GIB
+from coterie.checkpoints.model_info import inspect as read_facts
+from coterie.checkpoints.source import find_folder
 from coterie.cli import options as o
 from coterie.cli.bench import bench
 from coterie.cli.calibrate import calibrate_command
-from coterie.cli.document import (
+from coterie.cli.engine_options import (
+    GenerationOptions,
+    canonical_policy,
+    check_options,
+    check_policy_files,
+    decode_options,
+    encode_prompt,
+    open_engine,
+    read_prompt,
+    reuse_options,
+)
+from coterie.cli.eval_train import evaluate, train
+from coterie.cli.grade import grade_command
+from coterie.cli.harness import PASS_THROUGH, lm_eval
+from coterie.cli.json_output import (
     comparison_document,
     precision_document,
     print_document,
     result_document,
     traffic_document,
 )
-from coterie.cli.grade import grade_command
-from coterie.cli.grouping import option_group
-from coterie.cli.harness import PASS_THROUGH, lm_eval
-from coterie.cli.keeping import expert_memory_config
-from coterie.cli.lab import evaluate, train
-from coterie.cli.quantize import quantize, describe_verification, verify_with_progress
+from coterie.cli.memory_options import expert_memory_config
+from coterie.cli.option_groups import option_group
+from coterie.cli.quantize import describe_verification, quantize, verify_with_progress
 from coterie.cli.replay import replay_command
-from coterie.cli.request import (
-    GenerationOptions,
-    check_options,
-    check_policy_files,
-    decode_options,
-    reuse_options,
-    encode_prompt,
-    open_engine,
-    canonical_policy,
-    read_prompt,
-)
 from coterie.cli.study import study
 from coterie.cli.tables import (
     comparison_table,
@@ -52,19 +55,16 @@ from coterie.cli.traffic import (
     TrafficCollector,
     check_experts_move,
     check_traffic_option,
-    plot_traffic,
     final_result,
+    plot_traffic,
 )
 from coterie.cli.watch import require_terminal, show_live
 from coterie.engine.engine import Engine
-from coterie.engine.event import Result
-from coterie.engine.facts import GIB
-from coterie.engine.facts import inspect as read_facts
-from coterie.engine.load import DTYPES
-from coterie.engine.memory import ExpertMemoryConfig
-from coterie.engine.source import find_folder
+from coterie.engine.events import Result
+from coterie.errors import CoterieError
 from coterie.keys import to_json
-from coterie.naming import CoterieError
+from coterie.loading.expert_memory import ExpertMemoryConfig
+from coterie.loading.load import DTYPES
 
 DEFAULT_POLICIES = ("des-vote:beta=0.5", "des-vote:beta=0.3", "des-vote:beta=0.15", "des-seq:k=3")
 

@@ -11,35 +11,35 @@ import torch
 import typer
 from rich.progress import TimeElapsedColumn
 
-from coterie.bench import forward as forwards
-from coterie.bench import generate as answers
-from coterie.bench.layer import time_layer
-from coterie.bench.model import random_model
-from coterie.bench.peers import resolve_baselines
-from coterie.bench.shapes import find_shape
-from coterie.bench.turns import BenchConfig
+from coterie.checkpoints.source import EMBEDDED
 from coterie.cli import bench_options as b
 from coterie.cli import options as o
 from coterie.cli.bench_tables import (
     JsonContent,
     forward_table,
     generation_table,
-    save_record,
     layer_table,
     plot_record,
     print_report,
+    save_record,
 )
-from coterie.cli.grouping import option_group
-from coterie.cli.keeping import expert_memory_config
-from coterie.cli.request import reuse_options, open_engine, canonical_policy
-from coterie.cli.tables import progress_bar, print_text, print_note
-from coterie.engine.config import GenerationConfig
+from coterie.cli.engine_options import canonical_policy, open_engine, reuse_options
+from coterie.cli.memory_options import expert_memory_config
+from coterie.cli.option_groups import option_group
+from coterie.cli.tables import print_note, print_text, progress_bar
 from coterie.engine.engine import Engine
-from coterie.engine.load import free_memory
-from coterie.engine.memory import ExpertMemoryConfig
-from coterie.engine.source import EMBEDDED
+from coterie.engine.generation_config import GenerationConfig
+from coterie.errors import CoterieError
+from coterie.lab.bench import forward as forwards
+from coterie.lab.bench import generate as answers
+from coterie.lab.bench.baselines import resolve_baselines
+from coterie.lab.bench.interleaved import BenchConfig
+from coterie.lab.bench.layer import time_layer
+from coterie.lab.bench.model import random_model
+from coterie.lab.bench.shapes import find_shape
+from coterie.loading.expert_memory import ExpertMemoryConfig
+from coterie.loading.load import free_memory
 from coterie.model.weights import weight_bytes
-from coterie.naming import CoterieError
 
 RESERVED_BYTES = 2 << 30  # bytes left free where --memory says nothing
 DEFAULT_TOKENS = 32  # tokens of a block, which records do not name

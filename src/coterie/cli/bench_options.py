@@ -7,9 +7,9 @@ from typing import Annotated, Literal
 
 import typer
 
-from coterie.bench.peers import BASELINES
-from coterie.bench.shapes import SHAPES
 from coterie.cli import options as o
+from coterie.lab.bench.baselines import BASELINES
+from coterie.lab.bench.shapes import SHAPES
 
 NO_BASELINE = "none"
 DEFAULT_POLICIES = ("des-vote:beta=0.5", "des-vote:beta=0.3", "des-vote:beta=0.15", "des-seq:k=3")

@@ -9,13 +9,13 @@ from pathlib import Path
 
 from rich.table import Table
 
-from coterie.bench import forward as forwards
-from coterie.bench import generate as answers
-from coterie.bench.turns import LayerBenchResult
-from coterie.cli.document import print_document
-from coterie.cli.tables import console, plain_table, format_bytes, print_note
-from coterie.naming import CoterieError
-from coterie.results import Measurement, make_record, write_record
+from coterie.cli.json_output import print_document
+from coterie.cli.tables import console, format_bytes, plain_table, print_note
+from coterie.errors import CoterieError
+from coterie.lab.bench import forward as forwards
+from coterie.lab.bench import generate as answers
+from coterie.lab.bench.interleaved import LayerBenchResult
+from coterie.lab.records import Measurement, make_record, write_record
 
 JsonContent = dict[str, object]
 
@@ -41,7 +41,7 @@ def save_record(
 def plot_record(path: Path) -> list[Path]:
     """Here and not above, for matplotlib is of an extra."""
     try:
-        plotting = import_module("coterie.bench.plots")
+        plotting = import_module("coterie.lab.bench.plots")
     except ModuleNotFoundError as error:
         raise CoterieError(
             f"a figure needs {error.name}, which is not installed: pip install 'coterie[lab]'"

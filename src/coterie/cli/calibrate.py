@@ -12,9 +12,19 @@ import typer
 from rich.progress import MofNCompleteColumn, Progress, TimeElapsedColumn
 from rich.table import Table
 
-from coterie.calibration import (
-    PolicyEvaluator,
+from coterie.checkpoints.model_info import inspect
+from coterie.checkpoints.source import EMBEDDED
+from coterie.cli import eval_options as e
+from coterie.cli import options as o
+from coterie.cli.engine_options import GenerationOptions, check_options, greedy_options, open_engine
+from coterie.cli.json_output import print_document
+from coterie.cli.memory_options import expert_memory_config, resolve_batch_size
+from coterie.cli.option_groups import option_group
+from coterie.cli.tables import console, plain_table, print_note, progress_bar
+from coterie.errors import CoterieError
+from coterie.lab.calibration import (
     Calibration,
+    PolicyEvaluator,
     PromptSet,
     Target,
     calibrate,
@@ -23,24 +33,14 @@ from coterie.calibration import (
     prompts_from_tasks,
     write_calibrated_policy,
 )
-from coterie.calibration.bench import PolicyRun, PromptProgressCallback
-from coterie.calibration.calibration import check_target
-from coterie.calibration.ladder import SearchFamily
-from coterie.calibration.target import Estimate
-from coterie.cli import eval_options as e
-from coterie.cli import options as o
-from coterie.cli.document import print_document
-from coterie.cli.grouping import option_group
-from coterie.cli.keeping import expert_memory_config, resolve_batch_size
-from coterie.cli.request import GenerationOptions, check_options, greedy_options, open_engine
-from coterie.cli.tables import progress_bar, console, plain_table, print_note
-from coterie.engine.facts import inspect
-from coterie.engine.memory import ExpertMemoryConfig
-from coterie.engine.source import EMBEDDED
-from coterie.evals.task import TaskOptions
-from coterie.evals.tasks import TASKS
-from coterie.naming import CoterieError
-from coterie.problems import PROBLEM_MAKERS as OWN
+from coterie.lab.calibration.calibration import check_target
+from coterie.lab.calibration.measurement import PolicyRun, PromptProgressCallback
+from coterie.lab.calibration.search_space import SearchFamily
+from coterie.lab.calibration.target import Estimate
+from coterie.lab.evals.task import TaskOptions
+from coterie.lab.evals.tasks import TASKS
+from coterie.lab.problems import PROBLEM_MAKERS as OWN
+from coterie.loading.expert_memory import ExpertMemoryConfig
 
 DEFAULT_PROBLEMS = 40  # of each task
 

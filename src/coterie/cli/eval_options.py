@@ -7,9 +7,9 @@ from typing import Annotated
 
 import typer
 
-from coterie.cli.options import DECODING_PANEL, MEMORY_PANEL, RUNTIME_PANEL, OUTPUT_PANEL
-from coterie.evals.tasks import TASKS
-from coterie.problems import PROBLEM_MAKERS as OWN
+from coterie.cli.options import DECODING_PANEL, MEMORY_PANEL, OUTPUT_PANEL, RUNTIME_PANEL
+from coterie.lab.evals.tasks import TASKS
+from coterie.lab.problems import PROBLEM_MAKERS as OWN
 
 BENCHMARK_PANEL = "What to ask"
 DEFAULT_PROBLEMS = 50  # problems of each of the package's own tasks

@@ -13,12 +13,12 @@ from typing import Annotated
 import typer
 from rich.progress import MofNCompleteColumn, TimeRemainingColumn
 
-from coterie.cli.tables import progress_bar, print_text, print_note
-from coterie.evals.grading import GradingJob, prepare_grading, read_outputs
-from coterie.evals.report import proportion
-from coterie.evals.task import TaskOptions
-from coterie.evals.tasks import TASKS, check_task_name
-from coterie.naming import CoterieError
+from coterie.cli.tables import print_note, print_text, progress_bar
+from coterie.errors import CoterieError
+from coterie.lab.evals.grading import GradingJob, prepare_grading, read_outputs
+from coterie.lab.evals.report import proportion
+from coterie.lab.evals.task import TaskOptions
+from coterie.lab.evals.tasks import TASKS, check_task_name
 
 TaskName = Annotated[
     str, typer.Argument(metavar="TASK", help=f"Of {', '.join(TASKS)}.", show_default=False)

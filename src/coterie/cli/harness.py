@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import typer
 
-from coterie.naming import CoterieError
+from coterie.errors import CoterieError
 
 PASS_THROUGH = {
     "ignore_unknown_options": True,
@@ -21,7 +21,7 @@ def lm_eval(context: typer.Context) -> None:
       --tasks gsm8k --apply_chat_template
     """
     try:
-        from coterie.evals.harness.adapter import run_harness
+        from coterie.lab.evals.harness.adapter import run_harness
     except ModuleNotFoundError as error:
         if (error.name or "").partition(".")[0] not in ("lm_eval", "tqdm"):
             raise

@@ -7,10 +7,10 @@ from typing import Annotated, Literal
 
 import typer
 
-from coterie.decoding.plans import PLANS
+from coterie.decoding.kv_schemes import PLANS
 from coterie.decoding.unmask import RULES
-from coterie.engine.coarse import PRECISION_POLICIES
-from coterie.experts.eviction import EVICTIONS
+from coterie.loading.low_precision import PRECISION_POLICIES
+from coterie.offload.eviction import EVICTIONS
 
 DECODING_PANEL = "How to decode"
 RUNTIME_PANEL = "What to run it on"

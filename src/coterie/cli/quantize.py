@@ -8,20 +8,20 @@ from typing import Annotated
 import typer
 from rich.progress import DownloadColumn, TimeRemainingColumn
 
-from coterie.cli import options as o
-from coterie.cli.document import print_document
-from coterie.cli.tables import progress_bar, console, format_bytes
-from coterie.engine.convert import (
+from coterie.checkpoints.conversion import (
+    BF16,
     LAYOUTS,
     PANEL_LAYOUT,
     PLAIN_LAYOUT,
-    BF16,
-    ConversionTarget,
     ConversionResult,
+    ConversionTarget,
     convert,
 )
-from coterie.engine.verify import VerifyResult, verify
-from coterie.quant import FORMATS
+from coterie.checkpoints.verification import VerifyResult, verify
+from coterie.cli import options as o
+from coterie.cli.json_output import print_document
+from coterie.cli.tables import console, format_bytes, progress_bar
+from coterie.quantization import FORMATS
 
 SourceModel = Annotated[
     str, typer.Argument(metavar="MODEL", help="A folder in the official layout, or a hub id.")

@@ -16,19 +16,19 @@ from rich.progress import MofNCompleteColumn, TimeElapsedColumn
 from rich.table import Table
 
 from coterie.cli import options as o
-from coterie.cli.document import print_document
-from coterie.cli.request import canonical_policy
-from coterie.cli.tables import progress_bar, console, plain_table, format_bytes, print_note
-from coterie.engine.warm import read_votes
-from coterie.experts.capacity import Capacity
-from coterie.naming import CoterieError
-from coterie.planning.booking import TraceVotes, ReplayPolicy, VoteArray
-from coterie.planning.machine import HardwareModel, parse_bandwidth, expert_sizes
-from coterie.planning.overlap import StepOverlap
-from coterie.planning.replay import EVICTION_NAMES, ReplayGrid, ReplayResult, ReplayPoint, replay
-from coterie.planning.replay import decoding_only as only_decoding
-from coterie.planning.trace import KINDS, Trace, is_trace, read_trace
-from coterie.results import make_record, write_record
+from coterie.cli.engine_options import canonical_policy
+from coterie.cli.json_output import print_document
+from coterie.cli.tables import console, format_bytes, plain_table, print_note, progress_bar
+from coterie.errors import CoterieError
+from coterie.lab.records import make_record, write_record
+from coterie.lab.replay.cache_simulation import ReplayPolicy, TraceVotes, VoteArray
+from coterie.lab.replay.hardware_model import HardwareModel, expert_sizes, parse_bandwidth
+from coterie.lab.replay.overlap import StepOverlap
+from coterie.lab.replay.replay import EVICTION_NAMES, ReplayGrid, ReplayPoint, ReplayResult, replay
+from coterie.lab.replay.replay import decoding_only as only_decoding
+from coterie.lab.replay.trace import KINDS, Trace, is_trace, read_trace
+from coterie.loading.saved_votes import read_votes
+from coterie.offload.capacity import Capacity
 from coterie.routing import check_coreset_reuse, check_layers, parse_policy
 
 RECORD_TITLE = "Replay"
@@ -353,7 +353,7 @@ def save_results(out: Path, content: dict[str, object], results: ReplayResult) -
     )
     path.with_suffix(".csv").write_text(results_csv(results.points), encoding="utf-8")
     try:
-        plotting = import_module("coterie.planning.figures")
+        plotting = import_module("coterie.lab.replay.plots")
     except ModuleNotFoundError as error:
         print_note(f"no figures without {error.name}: pip install 'coterie[lab]'")
         return

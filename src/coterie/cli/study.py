@@ -14,21 +14,21 @@ import typer
 from rich.progress import Progress, TaskID, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
+from coterie.checkpoints.model_info import inspect
+from coterie.checkpoints.source import EMBEDDED
 from coterie.cli import options as o
+from coterie.cli.engine_options import open_engine
 from coterie.cli.eval_options import DataPath, Seed, Tasks, TrustCode
-from coterie.cli.lab import task_names
-from coterie.cli.request import open_engine
-from coterie.cli.tables import progress_bar, console, plain_table, print_text, print_note
-from coterie.engine.facts import inspect
-from coterie.engine.source import EMBEDDED
-from coterie.evals.task import TaskOptions
-from coterie.evals.tasks import TASKS, open_tasks
-from coterie.naming import CoterieError
+from coterie.cli.eval_train import task_names
+from coterie.cli.tables import console, plain_table, print_note, print_text, progress_bar
+from coterie.errors import CoterieError
+from coterie.lab.evals.task import TaskOptions
+from coterie.lab.evals.tasks import TASKS, open_tasks
 
 if TYPE_CHECKING:
-    from coterie.study.chapter import Experiment
-    from coterie.study.report import ReportSection
-    from coterie.study.study import ExperimentOutcome
+    from coterie.lab.study.experiment import Experiment
+    from coterie.lab.study.report import ReportSection
+    from coterie.lab.study.study import ExperimentOutcome
 
 QUICK_PROBLEMS, QUICK_PROMPTS = 64, 8
 EXIT_FAILED = 1
@@ -93,7 +93,9 @@ def study(
     coterie study -o runs/study --chapter explosion --again explosion
     """
     study_module = load_study()
-    study_module.select_experiments([*(experiments or []), *(rerun or [])], study_module.EXPERIMENTS)
+    study_module.select_experiments(
+        [*(experiments or []), *(rerun or [])], study_module.EXPERIMENTS
+    )
     config = study_module.StudyConfig(
         items=num_problems or (QUICK_PROBLEMS if quick else study_module.StudyConfig.items),
         prompts=num_prompts or (QUICK_PROMPTS if quick else study_module.StudyConfig.prompts),
@@ -124,9 +126,9 @@ def study(
 
 
 def load_study() -> ModuleType:
-    """The module ``coterie.study.study``; here and not above, for matplotlib is of an extra."""
+    """The module ``coterie.lab.study.study``; here and not above, for matplotlib is of an extra."""
     try:
-        return import_module("coterie.study.study")
+        return import_module("coterie.lab.study.study")
     except ModuleNotFoundError as error:
         raise CoterieError(
             f"the study needs {error.name}, which is not installed: pip install 'coterie[lab]'"

@@ -11,14 +11,14 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, ProgressColumn, TextColumn
 from rich.table import Table
 
-from coterie.cli.document import saved_share
-from coterie.engine.event import Result
-from coterie.engine.facts import ModelInfo, MemoryFit
-from coterie.experts.traffic import Traffic
+from coterie.checkpoints.model_info import MemoryFit, ModelInfo
+from coterie.cli.json_output import saved_share
+from coterie.engine.events import Result
 from coterie.keys import to_json
 from coterie.model.spec import UNQUANTISED, ModelSpec
+from coterie.offload.traffic import Traffic
 from coterie.routing import POLICIES
-from coterie.spelling import spec_options
+from coterie.specs import spec_options
 
 NON_TERMINAL_WIDTH = 200  # columns where nobody's terminal says how many there are
 BYTE_UNITS = ("B", "KiB", "MiB", "GiB", "TiB")

@@ -10,41 +10,41 @@ from typing import Annotated
 import typer
 from rich.progress import MofNCompleteColumn, TimeElapsedColumn
 
-from coterie.calibration import PromptSet
+from coterie.checkpoints.model_info import inspect
+from coterie.checkpoints.source import EMBEDDED
 from coterie.cli import eval_options as e
 from coterie.cli import options as o
 from coterie.cli.calibrate import (
-    ProblemSeed,
     NumProblems,
+    ProblemSeed,
     PromptFile,
     check_output_file,
     load_questions,
 )
-from coterie.cli.document import print_document
-from coterie.cli.grouping import option_group
-from coterie.cli.keeping import expert_memory_config, resolve_batch_size
-from coterie.cli.request import (
+from coterie.cli.engine_options import (
     GenerationOptions,
+    canonical_policy,
     check_options,
     check_policy_files,
-    reuse_options,
     greedy_options,
     open_engine,
-    canonical_policy,
+    reuse_options,
 )
-from coterie.cli.tables import progress_bar, console, format_bytes
+from coterie.cli.json_output import print_document
+from coterie.cli.memory_options import expert_memory_config, resolve_batch_size
+from coterie.cli.option_groups import option_group
+from coterie.cli.tables import console, format_bytes, progress_bar
 from coterie.engine.engine import Engine
-from coterie.engine.facts import inspect
-from coterie.engine.load import Model
-from coterie.engine.memory import ExpertMemoryConfig as Asked
-from coterie.engine.source import EMBEDDED
-from coterie.engine.warm import SavedVotes, router_checksum, write_votes
-from coterie.evals.task import TaskOptions
-from coterie.planning.booking import TraceVotes
-from coterie.planning.recording import trace_header, bias_of, record_trace
-from coterie.planning.replay import steps_per_block
-from coterie.planning.trace import KINDS, Trace, TraceWriter, read_trace
-from coterie.results import git_commit
+from coterie.lab.calibration import PromptSet
+from coterie.lab.evals.task import TaskOptions
+from coterie.lab.records import git_commit
+from coterie.lab.replay.cache_simulation import TraceVotes
+from coterie.lab.replay.recorder import bias_of, record_trace, trace_header
+from coterie.lab.replay.replay import steps_per_block
+from coterie.lab.replay.trace import KINDS, Trace, TraceWriter, read_trace
+from coterie.loading.expert_memory import ExpertMemoryConfig as Asked
+from coterie.loading.load import Model
+from coterie.loading.saved_votes import SavedVotes, router_checksum, write_votes
 
 DEFAULT_PROBLEMS = 20  # of each task
 

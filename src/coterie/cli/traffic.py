@@ -10,12 +10,12 @@ from types import ModuleType
 
 from coterie.cli.tables import format_bytes, print_note
 from coterie.engine.engine import Engine
-from coterie.engine.event import Denoised, Event, Finished, Result
-from coterie.engine.memory import ExpertMemoryConfig
-from coterie.experts.ledger import KV_ONLY_KINDS
-from coterie.experts.traffic import Traffic
-from coterie.naming import CoterieError
-from coterie.results import write_json
+from coterie.engine.events import Denoised, Event, Finished, Result
+from coterie.errors import CoterieError
+from coterie.lab.records import write_json
+from coterie.loading.expert_memory import ExpertMemoryConfig
+from coterie.offload.traffic import Traffic
+from coterie.offload.traffic_log import KV_ONLY_KINDS
 
 
 @dataclass  # not frozen: it gathers
@@ -66,7 +66,7 @@ def check_experts_move(name: Path | None, engine: Engine) -> None:
 def load_plotting() -> ModuleType:
     """The room that draws; here and not above, for matplotlib is of an extra."""
     try:
-        return import_module("coterie.planning.course")
+        return import_module("coterie.lab.replay.traffic_plot")
     except ModuleNotFoundError as error:
         raise CoterieError(
             f"--traffic needs {error.name}, which is not installed: pip install 'coterie[lab]'"

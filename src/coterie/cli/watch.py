@@ -8,11 +8,11 @@ from collections.abc import Iterator
 
 from rich.live import Live
 
+from coterie.cli.live_view import LiveView
 from coterie.cli.tables import console
-from coterie.cli.view import LiveView
 from coterie.engine.engine import Engine
-from coterie.engine.event import Event, Finished, Result
-from coterie.naming import CoterieError
+from coterie.engine.events import Event, Finished, Result
+from coterie.errors import CoterieError
 
 MIN_FRAME_SECONDS = (
     0.08  # seconds that a frame stays at least: a small model is faster than the eye

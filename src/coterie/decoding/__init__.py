@@ -1,16 +1,16 @@
 """How a row is filled: where to look, what to propose, what to keep. No model is known here."""
 
-from coterie.decoding.plans import DecodePlan, parse_plan
-from coterie.decoding.refine import UnmaskStrategy, parse_unmask
-from coterie.decoding.row import DecodeRequest, BlockUpdate, SequenceState, Token
+from coterie.decoding.kv_schemes import DecodePlan, parse_plan
+from coterie.decoding.refinements import UnmaskStrategy, parse_unmask
 from coterie.decoding.sampling import Sampling
+from coterie.decoding.sequence import BlockUpdate, DecodeRequest, SequenceState, Token
 
 __all__ = [
-    "DecodeRequest",
     "BlockUpdate",
     "DecodePlan",
-    "SequenceState",
+    "DecodeRequest",
     "Sampling",
+    "SequenceState",
     "Token",
     "UnmaskStrategy",
     "parse_plan",

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from coterie.naming import CoterieError
-from coterie.spelling import NonNegativeFloat, PositiveFraction, NonNegativeInt, check_options
+from coterie.errors import CoterieError
+from coterie.specs import NonNegativeFloat, NonNegativeInt, PositiveFraction, check_options
 from coterie.values import LogitsSummary
 
 

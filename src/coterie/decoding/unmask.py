@@ -13,12 +13,12 @@ import torch
 from torch import Tensor
 
 from coterie.decoding.sampling import Proposal
-from coterie.spelling import (
+from coterie.specs import (
     NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFraction,
     PositiveInt,
     UnitFraction,
-    PositiveFraction,
-    NonNegativeInt,
     check_options,
 )
 

@@ -11,20 +11,20 @@ from torch import Tensor
 
 from coterie import ops
 from coterie.decoding import BlockUpdate, SequenceState
-from coterie.decoding.plans import ForwardPass
-from coterie.decoding.row import first_index_of
+from coterie.decoding.kv_schemes import ForwardPass
 from coterie.decoding.sampling import NonFiniteError
-from coterie.engine.config import GenerationConfig
-from coterie.engine.graph import CudaGraphs
-from coterie.engine.pool import KVCachePool
-from coterie.experts.traffic import Traffic
+from coterie.decoding.sequence import first_index_of
+from coterie.engine.cuda_graphs import CudaGraphs
+from coterie.engine.generation_config import GenerationConfig
+from coterie.engine.kv_pool import KVCachePool
+from coterie.errors import CoterieError
 from coterie.model.cache import KVCache
-from coterie.model.step import CoresetState, ForwardContext
+from coterie.model.forward_context import CoresetState, ForwardContext
 from coterie.model.transformer import Transformer
-from coterie.naming import CoterieError
+from coterie.offload.traffic import Traffic
 from coterie.routing import Vanilla
 from coterie.telemetry import ExpertCounter, NullRecorder, Recorder, RecorderGroup, TensorRecorder
-from coterie.values import Policy, DecodeProgress, LogitsSummary, Window
+from coterie.values import DecodeProgress, LogitsSummary, Policy, Window
 
 VANILLA = Vanilla()
 NULL_RECORDER = NullRecorder()

@@ -10,27 +10,27 @@ from pathlib import Path
 
 import torch
 
-from coterie.decoding import DecodeRequest, BlockUpdate, SequenceState
+from coterie.decoding import BlockUpdate, DecodeRequest, SequenceState
 from coterie.decoding.canvas import Block
-from coterie.decoding.plans import PassKind
-from coterie.engine.batch import NULL_RECORDER, ActiveSequence, run_forward, group_sequences
-from coterie.engine.config import GenerationConfig, make_request
-from coterie.engine.event import (
+from coterie.decoding.kv_schemes import PassKind
+from coterie.engine.batch import NULL_RECORDER, ActiveSequence, group_sequences, run_forward
+from coterie.engine.cuda_graphs import CudaGraphs
+from coterie.engine.events import (
     Denoised,
     Event,
     ExpertUsage,
     Finished,
-    Result,
     NonFiniteLogitsError,
+    Result,
 )
-from coterie.engine.graph import CudaGraphs
-from coterie.engine.load import Model, load_model
-from coterie.engine.memory import ExpertMemoryConfig
-from coterie.engine.pool import KVCachePool
-from coterie.experts.traffic import Traffic
+from coterie.engine.generation_config import GenerationConfig, make_request
+from coterie.engine.kv_pool import KVCachePool
+from coterie.errors import CoterieError
+from coterie.loading.expert_memory import ExpertMemoryConfig
+from coterie.loading.load import Model, load_model
 from coterie.model.weights import expert_bytes
-from coterie.naming import CoterieError
-from coterie.routing import POLICIES, check_coreset_reuse, check_layers, parse_policy, format_policy
+from coterie.offload.traffic import Traffic
+from coterie.routing import POLICIES, check_coreset_reuse, check_layers, format_policy, parse_policy
 from coterie.telemetry import ExpertCounter, Recorder
 from coterie.values import Policy
 

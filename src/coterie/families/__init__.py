@@ -2,21 +2,21 @@
 
 from __future__ import annotations
 
+from coterie.errors import CoterieError
 from coterie.families.config import ModelConfig, token_ids
-from coterie.families.family import FamilyDefaults, Family
+from coterie.families.family import Family, FamilyDefaults
 from coterie.families.llada2 import FAMILY as LLADA2
 from coterie.families.llada_moe import FAMILY as LLADA_MOE
 from coterie.families.sdar_moe import FAMILY as SDAR_MOE
-from coterie.naming import CoterieError
 
 __all__ = [
     "FAMILIES",
-    "ModelConfig",
-    "FamilyDefaults",
     "Family",
+    "FamilyDefaults",
+    "ModelConfig",
+    "detect_family",
     "eos_ids",
     "mask_id",
-    "detect_family",
 ]
 
 # Dense models that share a model_type with one of ours, or are often tried.

@@ -10,8 +10,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from coterie.model.strictjson import read_object
-from coterie.naming import CoterieError
+from coterie.errors import CoterieError
+from coterie.model.strict_json import read_object
 
 MAX_SIZE = 1 << 24
 """No size of a model is larger; what is must be damage, and would take for ever to refuse."""

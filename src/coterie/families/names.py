@@ -9,7 +9,7 @@ import torch
 
 from coterie.model.spec import ModelSpec
 from coterie.model.weights import PACKED_NAME, TensorTarget, packed_shape, quantised_parts
-from coterie.quant import QuantFormat
+from coterie.quantization import QuantFormat
 
 TargetPairs = Iterator[tuple[str, TensorTarget]]
 

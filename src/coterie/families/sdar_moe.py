@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from coterie.families.config import ModelConfig
-from coterie.families.family import FamilyDefaults, Family
-from coterie.families.names import SPLIT_QKV_NAMES
-from coterie.families.reading import (
-    experts_per_token,
+from coterie.families.common import (
+    check_supported,
     expert_count,
+    experts_per_token,
     layer_count,
     model_spec,
-    check_supported,
 )
+from coterie.families.config import ModelConfig
+from coterie.families.family import Family, FamilyDefaults
+from coterie.families.names import SPLIT_QKV_NAMES
 from coterie.model.spec import ModelSpec
 from coterie.values import RouterSpec
 

@@ -7,10 +7,10 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from coterie.model.shard import DTYPES, TensorEntry, not_float_message, read_header
-from coterie.model.strictjson import read_object
+from coterie.errors import CoterieError
+from coterie.model.safetensors_file import DTYPES, TensorEntry, not_float_message, read_header
+from coterie.model.strict_json import read_object
 from coterie.model.weights import TensorTarget
-from coterie.naming import CoterieError
 
 TensorLoader = Callable[[int, TensorEntry, TensorTarget], None]
 """Takes an open file, one of its tensors, and where that goes."""

@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 
 from coterie import ops
+from coterie.model.forward_context import ForwardContext
 from coterie.model.spec import ModelSpec
-from coterie.model.step import ForwardContext
 from coterie.routing import route
-from coterie.values import ExpertRequest, Matrix, Routing, Scores, ExpertStore
+from coterie.values import ExpertRequest, ExpertStore, Matrix, Routing, Scores
 
 
 class FeedForward(Protocol):

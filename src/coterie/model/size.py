@@ -8,7 +8,7 @@ from math import prod
 import torch
 
 from coterie.model.spec import ModelSpec
-from coterie.model.weights import weight_bytes, expert_bytes, weight_shapes
+from coterie.model.weights import expert_bytes, weight_bytes, weight_shapes
 
 
 @dataclass(frozen=True)

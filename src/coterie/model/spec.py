@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from coterie.ops.panels import PackedFormat, expert_bytes
-from coterie.quant import QuantFormat
+from coterie.ops.packed_layout import PackedFormat, expert_bytes
+from coterie.quantization import QuantFormat
 from coterie.values import RouterSpec
 
 UNQUANTISED = "whole"

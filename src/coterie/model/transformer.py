@@ -10,11 +10,11 @@ from torch.nn import functional as F
 
 from coterie import ops
 from coterie.model.attention import Attention, AttentionMetadata
+from coterie.model.forward_context import ForwardContext
 from coterie.model.moe import Dense, FeedForward, MoE
 from coterie.model.spec import ModelSpec
-from coterie.model.step import ForwardContext
 from coterie.routing import needs_importance
-from coterie.values import Matrix, ExpertStore
+from coterie.values import ExpertStore, Matrix
 
 
 @dataclass(frozen=True)

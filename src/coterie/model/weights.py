@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from coterie.model.spec import ModelSpec
-from coterie.ops.panels import slab_of_packed
-from coterie.quant import QuantFormat, QTensor
+from coterie.ops.packed_layout import slab_of_packed
+from coterie.quantization import QTensor, QuantFormat
 from coterie.values import Slab
 
 PACKED_NAME = "packed"

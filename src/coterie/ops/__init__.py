@@ -12,28 +12,27 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from coterie.ops import cpu, gpu, grouped, panels, reference
-from coterie.ops.panels import unpack
+from coterie.ops import cpu, grouped_gemm, packed_layout, reference, triton_ops
+from coterie.ops.packed_layout import unpack
 from coterie.ops.reference import top_ids, top_mask
-from coterie.quant import FORMATS, QTensor
+from coterie.quantization import FORMATS, QTensor
 from coterie.values import (
-    LayerKV,
-    Matrix,
-    PackedMatrix,
-    PackedExperts,
-    Routing,
     CoresetRule,
-    Scores,
-    QueryPositions,
-    Slab,
+    LayerKV,
     LogitsSummary,
+    Matrix,
+    PackedExperts,
+    PackedMatrix,
+    QueryPositions,
+    Routing,
+    Scores,
+    Slab,
 )
 
 __all__ = [
     "add_rms_norm",
     "fused_attention",
     "fused_attention_layer",
-    "silu_and_mul",
     "linear",
     "pack",
     "prepare",
@@ -41,6 +40,7 @@ __all__ = [
     "rms_norm",
     "route",
     "run_experts",
+    "silu_and_mul",
     "summarize_logits",
     "swiglu",
     "top_ids",
@@ -61,8 +61,8 @@ def route(scores: Scores, rule: CoresetRule | None, vote_weight: Tensor | None) 
     there may decide otherwise; of incumbents its kernel knows nothing (None).
     """
     device = scores.logits.device.type
-    if device == "cuda" and gpu.is_available():
-        return gpu.route(scores, rule, vote_weight)
+    if device == "cuda" and triton_ops.is_available():
+        return triton_ops.route(scores, rule, vote_weight)
     return cpu.route(scores, rule, vote_weight) if device == "cpu" else None
 
 
@@ -76,8 +76,8 @@ def vote_weights(
     who do not vote.
     """
     template = voters if voter_filter is None else voter_filter
-    if template is not None and template.device.type == "cuda" and gpu.is_available():
-        return gpu.vote_weights(voters, voter_filter, invert_filter)
+    if template is not None and template.device.type == "cuda" and triton_ops.is_available():
+        return triton_ops.vote_weights(voters, voter_filter, invert_filter)
     return reference.vote_weights(voters, voter_filter, invert_filter=invert_filter)
 
 
@@ -93,9 +93,13 @@ def run_experts(x: Tensor, routing: Routing, slab: Slab) -> Tensor:
         return run_experts(x.to(slab_device), slab_routing, slab).to(x.device)
     if isinstance(slab.gate_up, PackedExperts):
         return cpu.run_experts(x, routing, slab)
-    if x.device.type == "cpu" and grouped.supports(x, slab):
-        return grouped.run_experts(x, routing, slab)
-    if x.is_cuda and gpu.is_available() and (out := gpu.run_experts(x, routing, slab)) is not None:
+    if x.device.type == "cpu" and grouped_gemm.supports(x, slab):
+        return grouped_gemm.run_experts(x, routing, slab)
+    if (
+        x.is_cuda
+        and triton_ops.is_available()
+        and (out := triton_ops.run_experts(x, routing, slab)) is not None
+    ):
         return out
     return reference.run_experts(x, routing, slab)
 
@@ -120,8 +124,8 @@ def fused_attention(
     position, keys and values written into ``held``, and what every query sees is mixed, [B, W,
     heads, D]. What it equals is in ``model.attention``, in plain torch.
     """
-    if qkv.is_cuda and gpu.is_available():
-        return gpu.fused_attention(qkv, norms, queries, kv, epsilon)
+    if qkv.is_cuda and triton_ops.is_available():
+        return triton_ops.fused_attention(qkv, norms, queries, kv, epsilon)
     return (
         cpu.fused_attention(qkv, norms, queries, kv, epsilon)
         if cpu.supports_attention(qkv)
@@ -155,7 +159,11 @@ def rms_norm(x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
     """x / rms(x) over the last axis, computed in fp32 and rounded before the weight multiplies."""
     if cpu.supports_rms_norm(x, weight):
         return cpu.rms_norm(x, weight, epsilon)
-    if x.is_cuda and gpu.is_available() and (out := gpu.rms_norm(x, weight, epsilon)) is not None:
+    if (
+        x.is_cuda
+        and triton_ops.is_available()
+        and (out := triton_ops.rms_norm(x, weight, epsilon)) is not None
+    ):
         return out
     return reference.rms_norm(x, weight, epsilon)
 
@@ -172,8 +180,8 @@ def add_rms_norm(
 
 def silu_and_mul(gate_up: Tensor) -> Tensor:
     """silu of the first half of [..., 2 I] times the second, [..., I]."""
-    if gate_up.is_cuda and gpu.is_available():
-        return gpu.silu_and_mul(gate_up)
+    if gate_up.is_cuda and triton_ops.is_available():
+        return triton_ops.silu_and_mul(gate_up)
     return reference.silu_and_mul(gate_up)
 
 
@@ -191,8 +199,8 @@ def summarize_logits(logits: Tensor, mask_id: int) -> LogitsSummary:
     """What each row of logits [w, V] says, where ``mask`` is no answer."""
     if cpu.supports_logits_summary(logits):
         return cpu.summarize_logits(logits, mask_id)
-    if logits.is_cuda and logits.dtype == torch.float32 and gpu.is_available():
-        return gpu.summarize_logits(logits, mask_id)
+    if logits.is_cuda and logits.dtype == torch.float32 and triton_ops.is_available():
+        return triton_ops.summarize_logits(logits, mask_id)
     return reference.summarize_logits(logits, mask_id)
 
 
@@ -228,7 +236,7 @@ def pack(slab: Slab) -> Slab:
     """
     if cpu.packed_format(slab) is not None and cpu.is_available():
         return cpu.pack(slab)
-    return panels.pack(slab)
+    return packed_layout.pack(slab)
 
 
 @cache

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from coterie.quant import QTensor, dequantize
-from coterie.values import PackedExperts, Routing, Slab, LogitsSummary, expert_mask
+from coterie.quantization import QTensor, dequantize
+from coterie.values import LogitsSummary, PackedExperts, Routing, Slab, expert_mask
 
 
 @dataclass(frozen=True)

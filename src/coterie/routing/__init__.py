@@ -1,7 +1,7 @@
 """Which experts each token uses: policies, their spelling, and the one ``route`` they share."""
 
 from coterie.routing.coreset import Election
-from coterie.routing.named import (
+from coterie.routing.coreset_policies import (
     Coreset,
     DesSeq,
     DesVote,
@@ -14,18 +14,18 @@ from coterie.routing.named import (
     UniformVote,
     XShare,
 )
-from coterie.routing.policy import (
+from coterie.routing.registry import (
     POLICIES,
     check_coreset_reuse,
     check_layers,
+    format_policy,
     needs_importance,
     parse_policy,
-    update_policy_text,
     update_policies_in_json,
-    format_policy,
+    update_policy_text,
 )
-from coterie.routing.select import route
-from coterie.routing.token import McMoe, Naee, TopK, Vanilla
+from coterie.routing.router import route
+from coterie.routing.token_policies import McMoe, Naee, TopK, Vanilla
 
 __all__ = [
     "POLICIES",
@@ -47,10 +47,10 @@ __all__ = [
     "XShare",
     "check_coreset_reuse",
     "check_layers",
+    "format_policy",
     "needs_importance",
     "parse_policy",
-    "update_policy_text",
-    "update_policies_in_json",
     "route",
-    "format_policy",
+    "update_policies_in_json",
+    "update_policy_text",
 ]

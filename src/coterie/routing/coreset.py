@@ -14,21 +14,21 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from coterie.errors import CoterieError
 from coterie.keys import Key
-from coterie.naming import CoterieError
 from coterie.ops import top_ids
 from coterie.routing.proportional import ResidencyBonus, elect_sequentially
-from coterie.routing.select import KernelRouting, vanilla_ids
-from coterie.routing.size import Fixed, Fraction, Mass, CoresetSize, Union
+from coterie.routing.router import KernelRouting, vanilla_ids
+from coterie.routing.size import CoresetSize, Fixed, Fraction, Mass, Union
 from coterie.routing.votes import BALLOTS, BEFORE_EOS, TOPK_PROB, VOTES, Vote, Voters, vote_weights
-from coterie.spelling import (
+from coterie.specs import (
     NonNegativeFloat,
+    NonNegativeInt,
     PositiveInt,
     UnitFraction,
-    NonNegativeInt,
     check_options,
 )
-from coterie.values import DecodeProgress, CoresetRule, Scores, expert_mask
+from coterie.values import CoresetRule, DecodeProgress, Scores, expert_mask
 
 MaxExperts = Literal["slots"] | PositiveInt
 

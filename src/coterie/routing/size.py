@@ -9,7 +9,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from coterie.routing.select import VOTE_UNIT
+from coterie.routing.router import VOTE_UNIT
 
 
 class CoresetSize(Protocol):

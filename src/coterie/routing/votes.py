@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 
 from coterie import ops
-from coterie.naming import CoterieError
-from coterie.routing.select import VOTE_UNIT, select_topk, vanilla_ids
-from coterie.spelling import Spelt
+from coterie.errors import CoterieError
+from coterie.routing.router import VOTE_UNIT, select_topk, vanilla_ids
+from coterie.specs import Spelt
 from coterie.values import DecodeProgress, Scores, expert_mask
 
 Voters = Literal["all", "unfilled", "masked", "uncertain"]

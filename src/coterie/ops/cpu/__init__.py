@@ -4,49 +4,49 @@ The kernels are C++ behind a plain C interface. Where they were not built nothin
 PyTorch does the work.
 """
 
-from coterie.ops.cpu.attend import fused_attention, supports_attention, fused_attention_layer
+from coterie.ops.cpu.attention import fused_attention, fused_attention_layer, supports_attention
 from coterie.ops.cpu.checksum import crc32
-from coterie.ops.cpu.kernels import (
-    expert_bytes,
-    available_isas,
-    allocate,
-    pack,
-    packed_format,
-    read_experts,
-    is_available,
-    run_experts,
-)
-from coterie.ops.cpu.linear import linear, pack_matrix, can_pack_matrix, swiglu
-from coterie.ops.cpu.route import route
-from coterie.ops.cpu.rows import (
+from coterie.ops.cpu.elementwise import (
     add_rms_norm,
-    supports_rms_norm,
     rms_norm,
     summarize_logits,
     supports_logits_summary,
+    supports_rms_norm,
 )
+from coterie.ops.cpu.experts import (
+    allocate,
+    available_isas,
+    expert_bytes,
+    is_available,
+    pack,
+    packed_format,
+    read_experts,
+    run_experts,
+)
+from coterie.ops.cpu.linear import can_pack_matrix, linear, pack_matrix, swiglu
+from coterie.ops.cpu.routing import route
 
 __all__ = [
     "add_rms_norm",
-    "fused_attention",
-    "supports_attention",
-    "fused_attention_layer",
+    "allocate",
+    "available_isas",
+    "can_pack_matrix",
     "crc32",
     "expert_bytes",
-    "available_isas",
+    "fused_attention",
+    "fused_attention_layer",
+    "is_available",
     "linear",
-    "allocate",
-    "supports_rms_norm",
     "pack",
     "pack_matrix",
     "packed_format",
-    "can_pack_matrix",
     "read_experts",
-    "is_available",
     "rms_norm",
     "route",
     "run_experts",
     "summarize_logits",
+    "supports_attention",
     "supports_logits_summary",
+    "supports_rms_norm",
     "swiglu",
 ]

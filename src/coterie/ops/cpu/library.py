@@ -21,9 +21,9 @@ from ctypes import (
 from dataclasses import dataclass
 from functools import cache
 
-from coterie.naming import CoterieError
+from coterie.errors import CoterieError
 from coterie.ops.cpu.build import LIBRARY_PATH
-from coterie.ops.panels import LAYOUT_VERSION
+from coterie.ops.packed_layout import LAYOUT_VERSION
 
 ABI_VERSION = 5
 FORMAT_IDS: Mapping[str, int] = {"bf16": 0, "int8": 1, "int4": 2}

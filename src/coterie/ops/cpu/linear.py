@@ -8,9 +8,9 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from coterie.ops.cpu.chain import run_ops
-from coterie.ops.cpu.kernels import require_library, release_pages, allocate
-from coterie.ops.cpu.library import SiluMulArgs, PackMatrixArgs, MatmulArgs
+from coterie.ops.cpu.experts import allocate, release_pages, require_library
+from coterie.ops.cpu.library import MatmulArgs, PackMatrixArgs, SiluMulArgs
+from coterie.ops.cpu.op_chain import run_ops
 from coterie.values import PackedMatrix
 
 _FORMAT_IDS: Mapping[torch.dtype, int] = {torch.bfloat16: 0, torch.float32: 3}

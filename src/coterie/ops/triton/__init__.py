@@ -5,6 +5,6 @@ Without a GPU they run in Triton's interpreter, where TRITON_INTERPRET=1 was set
 
 from coterie.ops.triton.dispatch import dispatch
 from coterie.ops.triton.routing import route
-from coterie.ops.triton.voices import vote_weights
+from coterie.ops.triton.vote_weights import vote_weights
 
 __all__ = ["dispatch", "route", "vote_weights"]

@@ -12,7 +12,7 @@ import triton.language as tl
 from torch import Tensor
 from triton import knobs
 
-from coterie.ops.triton.launch import launch, ceil_div, next_power_of_two
+from coterie.ops.triton.launch import ceil_div, launch, next_power_of_two
 from coterie.values import LayerKV, QueryPositions
 
 FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)

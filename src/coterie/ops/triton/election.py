@@ -18,15 +18,15 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from coterie.ops.triton.keys import (
+from coterie.ops.triton.sort_keys import (
     LOWEST_KEY,
     LOWEST_KEY64,
-    topk_columns,
     double_to_key,
     first_candidates,
     float_to_key,
     key_to_double,
     key_to_float,
+    topk_columns,
 )
 
 VOTE_UNIT = tl.constexpr(1099511627776.0)  # 2**40

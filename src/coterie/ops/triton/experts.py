@@ -13,9 +13,9 @@ from triton import knobs
 
 from coterie.ops.triton import expert_kernels as kernels
 from coterie.ops.triton.dispatch import dispatch
-from coterie.ops.triton.launch import launch, ceil_div
-from coterie.ops.triton.plans import TileConfig, GemmShape, best_config
-from coterie.quant import QTensor
+from coterie.ops.triton.launch import ceil_div, launch
+from coterie.ops.triton.tuning import GemmShape, TileConfig, best_config
+from coterie.quantization import QTensor
 from coterie.values import Routing, Slab
 
 FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)

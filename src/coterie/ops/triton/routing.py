@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from coterie.ops.triton.election import choose_kernel, vote_kernel
-from coterie.ops.triton.launch import launch, ceil_div, next_power_of_two
-from coterie.values import RouterSpec, Routing, CoresetRule, Scores
+from coterie.ops.triton.launch import ceil_div, launch, next_power_of_two
+from coterie.values import CoresetRule, RouterSpec, Routing, Scores
 
 MAX_COLUMNS = 1024  # columns that a program holds, and so experts
 

@@ -1,0 +1,1 @@
+"""Checkpoint folders: finding, describing, converting and verifying them."""

@@ -1,0 +1,68 @@
+"""What a model is and where it fits, from its config.json alone."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from coterie.checkpoints.source import CONFIG_FILES, EMBEDDED, find_folder
+from coterie.families import Family, ModelConfig, detect_family, eos_ids, mask_id
+from coterie.model.size import ModelSize, experts_that_fit, model_size
+from coterie.model.spec import ModelSpec
+
+GIB = 1 << 30
+DEVICE_MEMORY_GIB = (8, 12, 16, 24, 32, 48, 80, 141)
+"""Memory of usual devices in GiB."""
+
+
+@dataclass(frozen=True)
+class MemoryFit:
+    """Experts of each layer that stay in ``memory`` bytes; -1 = the rest alone is too large."""
+
+    memory: int
+    experts: int
+
+
+@dataclass(frozen=True)
+class ModelInfo:
+    """Everything that ``coterie inspect`` tells."""
+
+    name: str
+    family: Family
+    spec: ModelSpec
+    size: ModelSize
+    dtype: torch.dtype
+    mask_id: int
+    eos_ids: tuple[int, ...]
+    kv_length: int  # of the one row of keys and values that is counted in ``fits``
+    fits: tuple[MemoryFit, ...]
+
+
+def inspect(
+    name: str | Path | None = None,
+    *,
+    dtype: torch.dtype = torch.bfloat16,
+    kv_length: int = 2048,
+    memory_sizes: tuple[int, ...] = tuple(gib * GIB for gib in DEVICE_MEMORY_GIB),
+) -> ModelInfo:
+    """Read a model's config and nothing else; raises CoterieError as loading would."""
+    config = ModelConfig.of(find_folder(name, CONFIG_FILES) / "config.json")
+    family = detect_family(config)
+    spec = family.read_spec(config)
+    kv_length = min(kv_length, spec.max_length)
+    return ModelInfo(
+        name=EMBEDDED if name is None else str(name),
+        family=family,
+        spec=spec,
+        size=model_size(spec, dtype),
+        dtype=dtype,
+        mask_id=mask_id(config, family, spec.vocabulary),
+        eos_ids=eos_ids(config, family, spec.vocabulary),
+        kv_length=kv_length,
+        fits=tuple(
+            MemoryFit(memory, experts_that_fit(spec, dtype, memory=memory, length=kv_length))
+            for memory in memory_sizes
+        ),
+    )

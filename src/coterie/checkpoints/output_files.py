@@ -1,0 +1,310 @@
+"""The files of a converted checkpoint: what each holds, and how that comes out of the source."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import zlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from io import BufferedWriter
+from math import prod
+from pathlib import Path
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from coterie import ops
+from coterie.checkpoints.manifest import Checksums
+from coterie.checkpoints.quantization_error import ERROR_KEY, quantization_error
+from coterie.errors import CoterieError
+from coterie.families.names import is_expert, quantised_targets
+from coterie.model.safetensors_file import DTYPES, TensorEntry, read_chunks, read_rows
+from coterie.model.spec import ModelSpec
+from coterie.model.weight_loader import quantise_tensor, read_tensor
+from coterie.model.weights import TensorTarget, packed_shape, quantised_parts
+from coterie.quantization import QTensor, QuantFormat, quantize
+from coterie.values import PackedExperts, Slab
+
+DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+PAGE_BYTES = 4096  # bytes that packed experts begin at a multiple of in their file
+
+TensorLayout = tuple[tuple[int, ...], torch.dtype]
+"""Shape and dtype of a tensor."""
+
+ByteCallback = Callable[[int], None]
+"""Told the bytes of the source that were read."""
+
+
+@dataclass(frozen=True)
+class SourceFiles:
+    """The source's files, each opened once."""
+
+    descriptors: dict[Path, int] = field(default_factory=dict)
+
+    def descriptor(self, file: Path) -> int:
+        if file not in self.descriptors:
+            self.descriptors[file] = os.open(file, os.O_RDONLY)
+        return self.descriptors[file]
+
+    def __enter__(self) -> SourceFiles:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for descriptor in self.descriptors.values():
+            os.close(descriptor)
+
+
+class OutputFile(Protocol):
+    """One file to be written, after its header."""
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def header(self) -> bytes: ...
+
+    @property
+    def total_bytes(self) -> int:
+        """Of the whole file."""
+        ...
+
+    @property
+    def source_bytes(self) -> int:
+        """Bytes of the source."""
+        ...
+
+    def write(
+        self, sink: BufferedWriter, sources: SourceFiles, on_bytes: ByteCallback
+    ) -> Checksums:
+        """Everything past the header; returns its checksums."""
+        ...
+
+
+@dataclass(frozen=True)
+class ConvertedShard:
+    """One file of the source, its tensors as they are or each as numbers and their scales."""
+
+    source: Path
+    entries: Mapping[str, TensorEntry]
+    outputs: Mapping[
+        str, Mapping[str, TensorLayout]
+    ]  # of each entry what becomes of it: one part, or two
+    expert_format: QuantFormat | None
+
+    @staticmethod
+    def for_source(
+        source: Path,
+        entries: Mapping[str, TensorEntry],
+        targets: Mapping[str, TensorTarget],
+        expert_format: QuantFormat | None,
+    ) -> ConvertedShard:
+        """``form``: of the experts; None: they stay as they are."""
+
+        def outputs(entry: TensorEntry) -> dict[str, TensorLayout]:
+            target = targets[entry.name]
+            if expert_format is None or not is_expert(target):
+                return {entry.name: (entry.shape, entry.dtype)}
+            parts_by_name = quantised_targets(expert_format, entry.name, target)
+            return {name: (part.shape, part.dtype or entry.dtype) for name, part in parts_by_name}
+
+        return ConvertedShard(
+            source, entries, {name: outputs(e) for name, e in entries.items()}, expert_format
+        )
+
+    @property
+    def name(self) -> str:
+        return self.source.name
+
+    @property
+    def header(self) -> bytes:
+        return safetensors_header(
+            {name: layout for outputs in self.outputs.values() for name, layout in outputs.items()}
+        )
+
+    @property
+    def total_bytes(self) -> int:
+        layouts = (layout for outputs in self.outputs.values() for layout in outputs.values())
+        return len(self.header) + sum(prod(shape) * dtype.itemsize for shape, dtype in layouts)
+
+    @property
+    def source_bytes(self) -> int:
+        return sum(entry.size for entry in self.entries.values())
+
+    def write(
+        self, sink: BufferedWriter, sources: SourceFiles, on_bytes: ByteCallback
+    ) -> Checksums:
+        checksums: Checksums = {}
+        for entry in self.entries.values():
+            digests = {name: hashlib.sha256() for name in self.outputs[entry.name]}
+            for name, piece in _name_read_errors(self.source, entry, self._pieces(sources, entry)):
+                content = as_bytes(piece)
+                digests[name].update(content)
+                sink.write(content)
+            checksums |= {name: {"sha256": digest.hexdigest()} for name, digest in digests.items()}
+            on_bytes(entry.size)
+        return checksums
+
+    def _pieces(self, sources: SourceFiles, entry: TensorEntry) -> Iterator[tuple[str, Tensor]]:
+        """A tensor's bytes, or all its numbers and then all its scales."""
+        names, source = tuple(self.outputs[entry.name]), sources.descriptor(self.source)
+        if self.expert_format is None or len(names) == 1:
+            yield from ((names[0], piece) for piece in read_chunks(source, entry))
+            return
+        numbers, scales = names
+        scale_pieces = []
+        for _, rows in read_rows(source, entry):
+            quantized = quantize(rows, self.expert_format)
+            scale_pieces.append(quantized.scales)
+            yield numbers, quantized.q
+        yield from ((scales, piece) for piece in scale_pieces)
+
+
+@dataclass(frozen=True)
+class PackedLayer:
+    """All experts of a layer in one tensor, a row an expert, beginning at a page of the file."""
+
+    tensor: str
+    layer: int
+    converted_spec: ModelSpec  # as the experts come out
+    sources: Sequence[
+        tuple[Path, TensorEntry, TensorTarget]
+    ]  # whatever of the source goes into them
+
+    @property
+    def name(self) -> str:
+        return f"packed-experts-of-layer-{self.layer}.safetensors"
+
+    @property
+    def header(self) -> bytes:
+        return safetensors_header(
+            {self.tensor: (packed_shape(self.converted_spec), torch.uint8)}, PAGE_BYTES
+        )
+
+    @property
+    def total_bytes(self) -> int:
+        return len(self.header) + prod(packed_shape(self.converted_spec))
+
+    @property
+    def source_bytes(self) -> int:
+        return sum(entry.size for _, entry, _ in self.sources)
+
+    def write(
+        self, sink: BufferedWriter, sources: SourceFiles, on_bytes: ByteCallback
+    ) -> Checksums:
+        """Sums the bytes of each expert alone: so one that is read alone can be checked. Of those
+        that lose something here, it also tells how much."""
+        checksums, errors, expert_format = [], [], self.converted_spec.expert_format
+        is_lossy = expert_format is not None and all(
+            is_unquantized(target) for _, _, target in self.sources
+        )
+        for expert in range(self.converted_spec.router.experts):
+            slab = self._expert_slab(expert, sources, expert_format)
+            packed = ops.pack(slab).gate_up
+            assert isinstance(packed, PackedExperts)
+            content = as_bytes(packed.packed)
+            checksums.append(f"{zlib.crc32(content):08x}")
+            sink.write(content)
+            if is_lossy:
+                errors.append(
+                    float(
+                        f"{quantization_error(self._expert_slab(expert, sources, None), slab):.4g}"
+                    )
+                )
+            on_bytes(self.source_bytes // self.converted_spec.router.experts)
+        return {self.tensor: {"crc32": checksums, **({ERROR_KEY: errors} if is_lossy else {})}}
+
+    def _expert_slab(
+        self, expert: int, sources: SourceFiles, expert_format: QuantFormat | None
+    ) -> Slab:
+        """A slab of one, in memory of its own."""
+        hidden, width = self.converted_spec.hidden, self.converted_spec.expert_width
+        shapes = {"gate_up": (2 * width, hidden), "down": (hidden, width)}
+        weights = dict(_allocate_weights(shapes, expert_format))
+        for file, entry, target in self.sources:
+            if (part := _expert_part(entry, target, expert)) is None:
+                continue
+            try:
+                if part[1].weight in weights:
+                    read_tensor(sources.descriptor(file), *part, weights)
+                elif expert_format is not None:
+                    quantise_tensor(sources.descriptor(file), *part, weights, expert_format)
+            except OSError as error:
+                raise CoterieError(f"{file}: cannot be read ({error.strerror})") from None
+            except CoterieError as error:
+                raise CoterieError(f"{file}: {error}") from None
+        slot_of = torch.zeros(1, dtype=torch.int64)
+        if expert_format is None:
+            return Slab(weights["gate_up"][None], weights["down"][None], slot_of)
+        gate_up, down = (
+            QTensor(weights[f"{name}.q"][None], weights[f"{name}.scales"][None], expert_format, k)
+            for name, (_, k) in shapes.items()
+        )
+        return Slab(gate_up, down, slot_of)
+
+
+def safetensors_header(layouts: Mapping[str, TensorLayout], alignment: int = 8) -> bytes:
+    """As safetensors begins: a length, then JSON, filled up to a multiple of ``to`` bytes."""
+    entries: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for name, (shape, dtype) in layouts.items():
+        start, end = end, end + prod(shape) * dtype.itemsize
+        entries[name] = {
+            "dtype": DTYPE_NAMES[dtype],
+            "shape": list(shape),
+            "data_offsets": [start, end],
+        }
+    text = json.dumps(entries, separators=(",", ":")).encode()
+    text += b" " * (-(8 + len(text)) % alignment)
+    return len(text).to_bytes(8, "little") + text
+
+
+def _name_read_errors(
+    file: Path, entry: TensorEntry, pieces: Iterator[tuple[str, Tensor]]
+) -> Iterator[tuple[str, Tensor]]:
+    """What goes wrong while reading names what is read, lest it pass for an error of writing."""
+    try:
+        yield from pieces
+    except OSError as error:
+        raise CoterieError(f"{file}: cannot be read ({error.strerror})") from None
+    except CoterieError as error:
+        raise CoterieError(f"{file}: {entry.name} {error}") from None
+
+
+def as_bytes(tensor: Tensor) -> memoryview:
+    return tensor.reshape(-1).view(torch.uint8).numpy().data
+
+
+def _allocate_weights(
+    shapes: Mapping[str, tuple[int, int]], expert_format: QuantFormat | None
+) -> Iterator[tuple[str, Tensor]]:
+    for name, shape in shapes.items():
+        if expert_format is None:
+            yield name, torch.empty(shape, dtype=torch.bfloat16)
+        else:
+            for part, (part_shape, dtype) in quantised_parts(expert_format, shape).items():
+                yield f"{name}.{part}", torch.empty(part_shape, dtype=dtype)
+
+
+def is_unquantized(target: TensorTarget) -> bool:
+    """Whether this is a weight itself, and not the numbers or the scales of one in few bits."""
+    return not target.weight.endswith((".q", ".scales"))
+
+
+def _expert_part(
+    entry: TensorEntry, tensor_target: TensorTarget, expert: int
+) -> tuple[TensorEntry, TensorTarget] | None:
+    """What of a tensor is this expert's, and where in it that goes; None where nothing is."""
+    name = tensor_target.weight.partition(".experts.")[2]
+    region = tensor_target.region[0] if tensor_target.region else slice(None)
+    if isinstance(region, int):
+        part = TensorTarget(
+            name, tensor_target.shape, tensor_target.region[1:], tensor_target.dtype
+        )
+        return (entry, part) if region == expert else None
+    shape = entry.shape[1:]
+    start = entry.start + expert * prod(shape) * entry.dtype.itemsize
+    expert_entry = TensorEntry(entry.name, entry.dtype, shape, start)
+    return expert_entry, TensorTarget(name, shape, tensor_target.region[1:], tensor_target.dtype)

@@ -1,0 +1,102 @@
+"""Whether a converted checkpoint still is what was written: its bytes against its manifest."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+from coterie.checkpoints.manifest import MANIFEST
+from coterie.errors import CoterieError
+from coterie.keys import Key
+from coterie.model.checkpoint import Checkpoint
+from coterie.model.safetensors_file import TensorEntry, read_chunks
+from coterie.model.strict_json import read_object
+from coterie.ops import cpu
+
+
+@dataclass(frozen=True)
+class VerifyResult:
+    """What was compared, all of it as it was written."""
+
+    tensors: Annotated[int, Key("tensors")]
+    experts: Annotated[int, Key("experts")]  # packed ones, each with a checksum of its own
+    bytes: Annotated[int, Key("bytes")]
+
+
+def verify(folder: Path, on_progress: Callable[[int, int], None] | None = None) -> VerifyResult:
+    """Read every byte of the weights and compare; ``told`` hears (bytes read, bytes in all).
+
+    Raises CoterieError that names what differs, the first where there is more; also for a folder
+    without a manifest, as published ones are.
+    """
+    checksums = manifest_checksums(folder)
+    checkpoint = Checkpoint.of(folder)
+    if mismatched := sorted(checkpoint.tensors ^ set(checksums)):
+        raise CoterieError(f"{folder / MANIFEST}: {mismatched[0]} is in it or in a file, not both")
+    bytes_read, experts, differences = 0, 0, []
+    for file, entries in checkpoint.files.items():
+        descriptor = os.open(file, os.O_RDONLY)
+        try:
+            for entry in entries.values():
+                differences += [
+                    f"{file}: {difference}"
+                    for difference in _differences(descriptor, entry, checksums)
+                ]
+                experts += entry.shape[0] if "crc32" in checksums[entry.name] else 0
+                bytes_read += entry.size
+                if on_progress is not None:
+                    on_progress(bytes_read, checkpoint.bytes)
+        finally:
+            os.close(descriptor)
+    if differences:
+        more = f", nor are {len(differences) - 1} more" if len(differences) > 1 else ""
+        raise CoterieError(
+            f"{differences[0]} is not what was written{more}; copy the files again, or convert again"
+        )
+    return VerifyResult(len(checksums), experts, bytes_read)
+
+
+def _differences(
+    descriptor: int, entry: TensorEntry, checksums: Mapping[str, Mapping[str, object]]
+) -> Iterator[str]:
+    """The tensor, or the experts in it, whose bytes do not have their checksum."""
+    expected = checksums[entry.name].get("crc32")
+    if not isinstance(expected, list):
+        digest = hashlib.sha256()
+        for piece in read_chunks(descriptor, entry):
+            digest.update(piece.numpy().data)
+        if digest.hexdigest() != checksums[entry.name].get("sha256"):
+            yield entry.name
+        return
+    count, size = entry.shape
+    if len(expected) != count:
+        yield f"{entry.name}: its number of experts"
+    for expert, checksum in enumerate(expected[:count]):
+        row = TensorEntry(entry.name, entry.dtype, (size,), entry.start + expert * size)
+        if f"{expert_checksum(descriptor, row):08x}" != checksum:
+            yield f"{entry.name}: expert {expert}"
+
+
+def expert_checksum(descriptor: int, row: TensorEntry) -> int:
+    """The checksum of one packed expert."""
+    checksum = 0
+    for piece in read_chunks(descriptor, row):
+        checksum = cpu.crc32(piece, checksum)
+    return checksum
+
+
+def manifest_checksums(folder: Path) -> dict[str, Mapping[str, object]]:
+    """Of every tensor, as the manifest has them; raises CoterieError where there is none."""
+    path = folder / MANIFEST
+    if not path.is_file():
+        raise CoterieError(f"{path}: no such file; `coterie quantize` writes it with its models")
+    listed = read_object(path).get("tensors")
+    if not isinstance(listed, dict) or not all(
+        isinstance(checksum, dict) for checksum in listed.values()
+    ):
+        raise CoterieError(f"{path}: has no checksums of tensors")
+    return listed

@@ -1,0 +1,272 @@
+"""Where to look: a caching scheme is a sequence of windows over one row.
+
+Keys and values are written by position and a later write wins, so a plan needs no state: the next
+look follows from the block and from how many forwards there were (``Clock``).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal, Protocol
+
+from coterie.decoding.canvas import Block, split_into_blocks
+from coterie.errors import CoterieError
+from coterie.specs import NonNegativeInt, PositiveInt, check_options, format_spec, parse_spec
+
+PassKind = Literal["prefill", "decode", "refresh", "commit"]
+
+
+@dataclass(frozen=True)
+class ForwardPass:
+    """One forward of one row: compute ``start .. stop``, see keys before ``visible``.
+
+    Who votes on experts: positions ``voters[0] .. voters[1]``. ``causal`` > 0: block-causal inside,
+    with blocks of that width. ``cached`` False: the window is all there is, keys are not kept.
+    """
+
+    start: int
+    stop: int
+    visible: int
+    kind: PassKind = "decode"
+    voters: tuple[int, int] = (0, 0)
+    causal_block: int = 0
+    use_cache: bool = True
+
+    @property
+    def width(self) -> int:
+        return self.stop - self.start
+
+    @property
+    def is_denoising(self) -> bool:
+        """Whether its logits are used; the others only write keys."""
+        return self.kind in ("decode", "refresh")
+
+
+@dataclass(frozen=True)
+class StepCounter:
+    """Denoising forwards so far: of the row, and of its present block."""
+
+    total: int = 0
+    in_block: int = 0
+
+    @property
+    def before_block(self) -> int:
+        """The row's forwards when the block was entered."""
+        return self.total - self.in_block
+
+
+@dataclass(frozen=True)
+class SchemeTraits:
+    """What a scheme needs of the rest of a plan."""
+
+    aligned: bool = False  # block borders are multiples of the width; else they follow the prompt
+    whole_blocks: bool = False  # the last block is not cut off at the last new token
+    writes_kv: bool = False  # prompt and finished blocks are computed for their keys alone
+
+
+class CachingScheme(Protocol):
+    """How a caching scheme looks at a block."""
+
+    @property
+    def traits(self) -> SchemeTraits: ...
+
+    def next_pass(self, block: Block, length: int, steps: StepCounter) -> ForwardPass:
+        """The next denoising forward of a block on a canvas of this length."""
+        ...
+
+
+@dataclass(frozen=True)
+class NoCache:
+    """The whole row, every time (LLaDA)."""
+
+    aligned: bool = False
+
+    @property
+    def traits(self) -> SchemeTraits:
+        return SchemeTraits(self.aligned)
+
+    def next_pass(self, block: Block, length: int, steps: StepCounter) -> ForwardPass:
+        return ForwardPass(0, length, length, voters=(block.start, block.stop), use_cache=False)
+
+
+@dataclass(frozen=True)
+class PrefixCache:
+    """The whole row on entering a block, then from the block to the end (Fast-dLLM)."""
+
+    aligned: bool = False
+
+    @property
+    def traits(self) -> SchemeTraits:
+        return SchemeTraits(self.aligned)
+
+    def next_pass(self, block: Block, length: int, steps: StepCounter) -> ForwardPass:
+        if steps.in_block == 0:
+            return _refresh_pass(block, length)
+        return ForwardPass(block.start, length, length, voters=(block.start, block.stop))
+
+
+@dataclass(frozen=True)
+class DualCache:
+    """The whole row on entering a block, then the block and what is near it.
+
+    Keys of everything else are kept as they are. Without a neighbourhood this is Fast-dLLM's dual
+    cache, with one dInfer's vicinity. The row's first ``warmup`` forwards are uncached.
+    """
+
+    before: NonNegativeInt = 0
+    after: NonNegativeInt = 0
+    warmup: NonNegativeInt = 0
+    aligned: bool = False
+
+    __post_init__ = check_options
+
+    @property
+    def traits(self) -> SchemeTraits:
+        return SchemeTraits(self.aligned)
+
+    def next_pass(self, block: Block, length: int, steps: StepCounter) -> ForwardPass:
+        if steps.total < self.warmup:
+            return ForwardPass(0, length, length, voters=(block.start, block.stop), use_cache=False)
+        if steps.total == max(self.warmup, steps.before_block):
+            return _refresh_pass(block, length)
+        window = (max(0, block.start - self.before), min(length, block.stop + self.after))
+        return ForwardPass(*window, length, voters=window)
+
+
+@dataclass(frozen=True)
+class BlockCausalCache:
+    """A block sees what is before it and itself: kept keys are exact (LLaDA2, SDAR).
+
+    The prompt's whole blocks are prefilled; a finished block is computed once more, unmasked, so
+    that later blocks see its keys (counted apart).
+    """
+
+    @property
+    def traits(self) -> SchemeTraits:
+        return SchemeTraits(aligned=True, whole_blocks=True, writes_kv=True)
+
+    def next_pass(self, block: Block, length: int, steps: StepCounter) -> ForwardPass:
+        return ForwardPass(block.start, block.stop, block.stop, voters=(block.start, block.stop))
+
+
+@dataclass(frozen=True)
+class BlockCausalNoCache:
+    """The same attention, with everything up to the block computed every time (official LLaDA2)."""
+
+    @property
+    def traits(self) -> SchemeTraits:
+        return SchemeTraits(aligned=True, whole_blocks=True)
+
+    def next_pass(self, block: Block, length: int, steps: StepCounter) -> ForwardPass:
+        span = (block.start, block.stop)
+        return ForwardPass(
+            0, block.stop, block.stop, voters=span, causal_block=block.width, use_cache=False
+        )
+
+
+@dataclass(frozen=True)
+class Unroll:
+    """Ask less often whether a block is finished (dInfer).
+
+    Up to ``most`` rounds are made at once, one per ``tokens`` masks, and never fewer than
+    ``least``; a round that begins with a refresh looks twice. Forwards after the last mask change
+    no token, but they count.
+    """
+
+    most: PositiveInt = 4
+    tokens: PositiveInt = 8
+    least: PositiveInt = 1
+
+    __post_init__ = check_options
+
+    def rounds(self, num_masked: int) -> int:
+        return max(self.least, min(num_masked // self.tokens, self.most))
+
+
+@dataclass(frozen=True)
+class DecodePlan:
+    """Every window of a row, in order, as far as tokens do not decide it."""
+
+    scheme: CachingScheme
+    unroll: Unroll | None = None
+
+    def blocks(
+        self, prompt_length: int, max_new_tokens: int, block_length: int
+    ) -> tuple[Block, ...]:
+        """The blocks to fill, in order; the last one's ``stop`` is the canvas's length."""
+        traits = self.scheme.traits
+        return split_into_blocks(
+            prompt_length,
+            max_new_tokens,
+            block_length,
+            aligned=traits.aligned,
+            whole_blocks=traits.whole_blocks,
+        )
+
+    def prefill_passes(self, first: Block) -> tuple[ForwardPass, ...]:
+        """What is computed before the first block."""
+        if not self.scheme.traits.writes_kv or first.start == 0:
+            return ()
+        span = (0, first.start)
+        return (ForwardPass(*span, first.start, "prefill", span, causal_block=first.width),)
+
+    def next_pass(self, block: Block, length: int, steps: StepCounter) -> ForwardPass:
+        """The next denoising forward of a block on a canvas of this length."""
+        if self.unroll and _has_late_refresh(self.scheme, block, steps):
+            return _refresh_pass(block, length)
+        return self.scheme.next_pass(block, length, steps)
+
+    def steps_until_check(
+        self, block: Block, length: int, steps: StepCounter, num_masked: int
+    ) -> int:
+        """Denoising forwards to make before asking again whether the block is finished."""
+        if self.unroll is None:
+            return 1
+        forwards = 0
+        for _ in range(self.unroll.rounds(num_masked)):
+            projected = StepCounter(steps.total + forwards, steps.in_block + forwards)
+            forwards += 2 if self.next_pass(block, length, projected).kind == "refresh" else 1
+        return forwards
+
+    def commit_passes(self, block: Block) -> tuple[ForwardPass, ...]:
+        """What is computed after a block, before the next one."""
+        span = (block.start, block.stop)
+        return (
+            (ForwardPass(*span, block.stop, "commit", span),)
+            if self.scheme.traits.writes_kv
+            else ()
+        )
+
+    def __str__(self) -> str:
+        text = format_spec(self.scheme, PLANS)
+        return text if self.unroll is None else f"{text}+{format_spec(self.unroll, PLAN_ADDITIONS)}"
+
+
+def parse_plan(text: str) -> DecodePlan:
+    """``dual:before=16,after=16`` or ``prefix+unroll:most=4,tokens=8`` -> the plan it spells."""
+    first, *rest = text.split("+")
+    if len(rest) > 1:
+        raise CoterieError(f"a plan has at most one addition, not {len(rest)}: {text!r}")
+    unroll = parse_spec(rest[0], PLAN_ADDITIONS, "addition to a plan") if rest else None
+    return DecodePlan(parse_spec(first, PLANS, "plan"), unroll)
+
+
+def _refresh_pass(block: Block, length: int) -> ForwardPass:
+    return ForwardPass(0, length, length, "refresh", (block.start, block.stop))
+
+
+def _has_late_refresh(scheme: CachingScheme, block: Block, steps: StepCounter) -> bool:
+    """dInfer notes the block of its cache one round late where warm-up ends in a later block."""
+    if not isinstance(scheme, DualCache) or scheme.warmup == 0 or block.index == 0:
+        return False
+    return steps.before_block <= scheme.warmup and steps.total == scheme.warmup + 2
+
+
+PLANS: dict[str, type[CachingScheme]] = {
+    "uncached": NoCache,
+    "prefix": PrefixCache,
+    "dual": DualCache,
+    "block-causal": BlockCausalCache,
+    "block-causal-uncached": BlockCausalNoCache,
+}
+PLAN_ADDITIONS = {"unroll": Unroll}

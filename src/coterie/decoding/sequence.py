@@ -1,0 +1,266 @@
+"""One request on its way over its canvas: look, propose, keep some, look again."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from coterie.decoding.canvas import Block, Canvas
+from coterie.decoding.kv_schemes import DecodePlan, ForwardPass, StepCounter
+from coterie.decoding.refinements import UnmaskStrategy
+from coterie.decoding.sampling import Proposal, Sampling, propose
+from coterie.decoding.unmask import NEG_INF, BlockState, EntropyRule, top_positions
+from coterie.values import LogitsSummary
+
+EarlyStop = Literal["off", "block", "token"]
+
+
+@dataclass(frozen=True)
+class DecodeRequest:
+    """What one row was asked for. ``stops``: end-of-text ids."""
+
+    prompt_ids: tuple[int, ...]
+    max_new_tokens: int
+    block_length: int
+    plan: DecodePlan
+    unmask: UnmaskStrategy
+    sampling: Sampling
+    seed: int
+    early_stop: EarlyStop
+    eos_ids: tuple[int, ...]
+    mask_id: int
+
+
+@dataclass(frozen=True)
+class Token:
+    """``position`` counts from the row's first new token; ``confidence`` is a probability."""
+
+    position: int
+    id: int
+    confidence: float
+
+
+@dataclass(frozen=True)
+class BlockUpdate:
+    """What one forward did to a row's block."""
+
+    committed: tuple[Token, ...] = ()
+    edited: tuple[Token, ...] = ()
+    provisional: tuple[Token, ...] = ()  # proposed, still masked
+
+
+class SequenceState:
+    """The loop over blocks and forwards (``looks``) and what one forward leads to (``receive``).
+
+    Mutable: it is the state of one request. ``look`` is the forward it waits for, None at the end;
+    ``cut`` says that an end-of-text ended it inside a block.
+    """
+
+    def __init__(self, request: DecodeRequest) -> None:
+        self.request = request
+        self.blocks = request.plan.blocks(
+            len(request.prompt_ids), request.max_new_tokens, request.block_length
+        )
+        self.canvas = Canvas(request.prompt_ids, self.blocks[-1].stop, request.mask_id)
+        self.block = self.blocks[0]
+        self.steps = StepCounter()
+        self._generator = torch.Generator().manual_seed(request.seed)
+        self._enter_block(self.block)
+        self._pass_iterator = self._passes()
+        self.next_pass: ForwardPass | None = next(self._pass_iterator, None)
+
+    def _passes(self) -> Iterator[ForwardPass]:
+        """Every forward of the row, in order; between two of them ``receive`` fills the canvas."""
+        plan, length = self.request.plan, self.canvas.length
+        yield from plan.prefill_passes(self.blocks[0])
+        for block in self.blocks:
+            self._enter_block(block)
+            while not self._is_block_done():
+                num_masked = int(self.canvas.is_masked(block.start, block.stop).sum())
+                for _ in range(plan.steps_until_check(block, length, self.steps, num_masked)):
+                    yield plan.next_pass(block, length, self.steps)
+                    if self.stopped_early:
+                        return
+            if block is self.blocks[-1] or (
+                self.request.early_stop != "off" and self._has_complete_answer()
+            ):
+                return
+            yield from plan.commit_passes(block)
+
+    def logits_indices(self) -> Tensor:
+        """Positions [n] of the block whose logits can change something, int64.
+
+        Those that are masked; all where others are edited, remembered, or given a share of luck.
+        """
+        unmask, block = self.request.unmask, self.block
+        masked = self.canvas.is_masked(block.start, block.stop)
+        needs_all = (
+            unmask.edit or unmask.credit or unmask.smooth or self.request.sampling.temperature
+        )
+        if needs_all or not bool(masked.any()):
+            return torch.arange(block.width)
+        return masked.nonzero()[:, 0]
+
+    def receive(
+        self,
+        logits: Tensor | None,
+        summary: LogitsSummary | None = None,
+        indices: Tensor | None = None,
+    ) -> BlockUpdate:
+        """Take the answer of the forward waited for and move on to the next.
+
+        logits [n, V] where the look denoises, else None: those ``at`` positions that are wanted, or
+        of the whole block. ``survey`` says what they say, if that is known. If they are not finite
+        this raises, and the row is as it was.
+        """
+        update = BlockUpdate() if logits is None else self._denoise(logits, summary, indices)
+        self.next_pass = next(self._pass_iterator, None)
+        return update
+
+    def _denoise(
+        self, logits: Tensor, summary: LogitsSummary | None, indices: Tensor | None
+    ) -> BlockUpdate:
+        unmask, block = self.request.unmask, self.block
+        masked = self.canvas.is_masked(block.start, block.stop)
+        memory = self._credit_memory
+        if unmask.credit is not None:
+            logits, memory = unmask.credit.add_credit(logits, masked, memory)
+            summary = None
+        needs_entropy = isinstance(unmask.rule, EntropyRule)
+        sampling, mask_id = self.request.sampling, self.request.mask_id
+        proposal = propose(
+            logits, sampling, mask_id, self._generator, entropy=needs_entropy, summary=summary
+        )
+        if indices is not None:
+            proposal = proposal.scatter(indices, block.width)
+        state = self._block_state(proposal, masked)
+        ids, commit = self._select_commits(state)
+        edit = torch.zeros_like(commit)
+        if unmask.edit is not None and not self._edit_limit_reached():
+            edit = unmask.edit.choose(state)
+        self._credit_memory = memory
+        self._write(state, ids, commit | edit)
+        return self._block_update(state, ids, commit, edit)
+
+    def _block_state(self, proposal: Proposal, masked: Tensor) -> BlockState:
+        block, smooth = self.block, self.request.unmask.smooth
+        return BlockState(
+            proposal,
+            tokens=self.canvas.tokens[block.start : block.stop].clone(),
+            masked=masked,
+            generated=self.canvas.is_generated(block.start, block.stop),
+            mask_id=self.request.mask_id,
+            step=self.steps.in_block,
+            initial_masked=self._initial_masked,
+            threshold_floor=NEG_INF if smooth is None else smooth.threshold_floor(self.steps.total),
+        )
+
+    def _select_commits(self, state: BlockState) -> tuple[Tensor, Tensor]:
+        """Ids to write and where, [w] each: the rule's choice, or the best where it writes nothing.
+
+        A proposal can be the mask itself, and a rule may then choose nothing that is new: published
+        loops would repeat that forward for ever.
+        """
+        proposal = state.proposal
+        if not bool(state.masked.any()):
+            return proposal.ids, state.masked
+        if self._edit_limit_reached():
+            return proposal.unmasked_ids, state.masked
+        selected = self.request.unmask.rule.choose(state) & state.masked
+        if bool((selected & (proposal.ids != state.mask_id)).any()):
+            return proposal.ids, selected
+        return proposal.unmasked_ids, top_positions(state.confidence, 1)
+
+    def _write(self, state: BlockState, ids: Tensor, write_mask: Tensor) -> None:
+        block, canvas = self.block, self.canvas
+        eos_written = write_mask & torch.isin(
+            ids, torch.tensor(self.request.eos_ids, dtype=torch.int64)
+        )
+        canvas.write(block, write_mask, ids)
+        updated = write_mask | state.masked
+        span = canvas.confidence[block.start : block.stop]
+        span[updated] = state.proposal.confidence_of(ids)[updated]
+        if not bool(state.masked.any()):
+            self._edit_forwards += 1
+            self._edits_converged = not bool(write_mask.any())
+        self.steps = StepCounter(self.steps.total + 1, self.steps.in_block + 1)
+        self.stopped_early = (
+            self.request.early_stop == "token"
+            and bool(eos_written.any())
+            and self._has_complete_answer()
+        )
+
+    def _block_update(
+        self, state: BlockState, ids: Tensor, commit: Tensor, edit: Tensor
+    ) -> BlockUpdate:
+        commit = commit & (ids != state.mask_id)
+        return BlockUpdate(
+            committed=self._tokens(commit, ids, state),
+            edited=self._tokens(edit, ids, state),
+            provisional=self._tokens(state.masked & ~commit, state.proposal.unmasked_ids, state),
+        )
+
+    def _tokens(self, mask: Tensor, ids: Tensor, state: BlockState) -> tuple[Token, ...]:
+        first = self.block.start - self.canvas.prompt_length
+        indices = mask.nonzero()[:, 0].tolist()
+        confidence = state.proposal.confidence_of(ids)
+        return tuple(Token(first + i, int(ids[i]), float(confidence[i])) for i in indices)
+
+    def _enter_block(self, block: Block) -> None:
+        self.block = block
+        self.steps = StepCounter(self.steps.total, 0)
+        self._initial_masked = int(self.canvas.is_masked(block.start, block.stop).sum())
+        self._credit_memory: Tensor | None = None  # credit's
+        self._edit_forwards = 0  # forwards that began without a mask
+        self._edits_converged = False  # the last of them edited nothing
+        self.stopped_early = False
+
+    def _is_block_done(self) -> bool:
+        """Whether the block needs no further forward."""
+        if not self.canvas.is_filled(self.block.start, self.block.stop):
+            return False
+        edit = self.request.unmask.edit
+        return edit is None or self._edits_converged or self._edit_forwards >= edit.post
+
+    def _edit_limit_reached(self) -> bool:
+        """Edits may write masks again; nothing published bounds that."""
+        edit = self.request.unmask.edit
+        return edit is not None and self.steps.in_block >= 8 * self.block.width + edit.post
+
+    def _has_complete_answer(self) -> bool:
+        """Whether the answer holds an end-of-text with everything before it filled."""
+        answer = self.canvas.tokens[self.canvas.prompt_length : self.block.stop].tolist()
+        end = first_index_of(answer, self.request.eos_ids)
+        return end is not None and self.request.mask_id not in answer[:end]
+
+    @property
+    def answer(self) -> list[int]:
+        """The new tokens: at most as many as asked for, up to the first end-of-text."""
+        tokens = self.canvas.tokens[self.canvas.prompt_length :].tolist()[
+            : self.request.max_new_tokens
+        ]
+        end = (
+            first_index_of(tokens, self.request.eos_ids)
+            if self.request.early_stop != "off"
+            else None
+        )
+        return [token for token in tokens[:end] if token != self.request.mask_id]
+
+    @property
+    def ended_by_eos(self) -> bool:
+        """Whether the answer ends because the model ended it."""
+        if self.request.early_stop == "off":
+            return False
+        tokens = self.canvas.tokens[self.canvas.prompt_length :].tolist()[
+            : self.request.max_new_tokens
+        ]
+        return first_index_of(tokens, self.request.eos_ids) is not None
+
+
+def first_index_of(tokens: Sequence[int], targets: Sequence[int]) -> int | None:
+    """Index of the first token that is one of ``wanted``."""
+    return next((i for i, token in enumerate(tokens) if token in targets), None)

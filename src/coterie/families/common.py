@@ -1,0 +1,200 @@
+"""What the configs of all families say alike, checked against itself."""
+
+from __future__ import annotations
+
+from coterie.errors import CoterieError
+from coterie.families.config import ModelConfig
+from coterie.model.spec import ModelSpec
+from coterie.ops.packed_layout import LAYOUT_VERSION
+from coterie.quantization import FORMATS, QuantFormat, parse_format
+from coterie.values import RouterSpec
+
+EXPERT_FORMAT_KEY = "coterie_experts"
+"""The key under which a quantised checkpoint says so; ``quantization_config`` is others' word."""
+
+EXPERT_LAYOUT_KEY = "coterie_layout"
+"""The key under which a packed checkpoint says that it is, and in which layout."""
+
+PANEL_LAYOUT = "panels"
+"""The only layout that has a name: without one, experts are stored as matrices."""
+
+MAX_TOTAL_EXPERTS = 1 << 17
+"""Of all layers together; each has tensors to look for, and a damaged config asks for millions."""
+
+
+def model_spec(
+    config: ModelConfig,
+    router: RouterSpec,
+    *,
+    moe: tuple[bool, ...],
+    dense_width: str,
+    expert_width: str,
+    shared_width: int = 0,
+    expert_bias: bool = False,
+    has_head_dim_key: bool = True,
+    rotary_fraction: float | None = 1.0,
+    capacity: int = 0,
+) -> ModelSpec:
+    """Read what is left of a config: the keys that every family has; none may be unknown then.
+
+    ``dense_width`` and ``expert_width`` are keys; ``turning`` is the part of a head that turns with
+    position where the config does not say (None: it must). ``own_head_dim``: the family has the
+    key ``head_dim``.
+    """
+    if not any(moe):
+        raise CoterieError(f"{config.file}: no layer has experts")
+    if sum(moe) * router.experts > MAX_TOTAL_EXPERTS:
+        raise config.error("num_experts", f"is {router.experts} in {sum(moe)} layers, too many")
+    hidden, heads = config.size("hidden_size"), config.size("num_attention_heads")
+    head_size = head_dim(config, hidden, heads, has_key=has_head_dim_key)
+    form = expert_format(config)
+    spec = ModelSpec(
+        vocabulary=config.size("vocab_size"),
+        hidden=hidden,
+        layers=len(moe),
+        heads=heads,
+        kv_heads=kv_head_count(config, heads),
+        head_dim=head_size,
+        rotary_dim=rotary_dim(config, head_size, default=rotary_fraction),
+        rope_theta=config.number("rope_theta"),
+        norm_epsilon=config.number("rms_norm_eps"),
+        dense_width=dense_layer_width(config, dense_width, required=not all(moe)),
+        expert_width=config.size(expert_width),
+        shared_width=shared_width,
+        moe=moe,
+        router=router,
+        expert_bias=expert_bias,
+        tie_embeddings=config.flag("tie_word_embeddings", False),
+        max_length=config.size("max_position_embeddings"),
+        capacity=capacity,
+        expert_format=form,
+        panels=has_packed_experts(config, form),
+    )
+    config.check_unknown_keys()
+    return spec
+
+
+def expert_format(config: ModelConfig) -> QuantFormat | None:
+    """Of the experts in the checkpoint, such as ``{"format": "int8", "group": 64}``."""
+    value = config.get(EXPERT_FORMAT_KEY)
+    if value is None:
+        return None
+    if not isinstance(value, dict) or set(value) != {"format", "group"}:
+        raise config.error(EXPERT_FORMAT_KEY, f"is {value!r}, not a format and a group")
+    name, group = value["format"], value["group"]
+    if not isinstance(name, str) or type(group) is not int:
+        raise config.error(EXPERT_FORMAT_KEY, f"is {value!r}, not a name and a whole number")
+    try:
+        return parse_format(name, group)
+    except CoterieError as error:
+        raise config.error(EXPERT_FORMAT_KEY, f"is {value!r}: {error}") from None
+
+
+def has_packed_experts(config: ModelConfig, form: QuantFormat | None) -> bool:
+    """Whether the checkpoint's experts are packed: ``{"name": "panels", "version": 1}``."""
+    value = config.get(EXPERT_LAYOUT_KEY)
+    if value is None:
+        return False
+    if not isinstance(value, dict) or set(value) != {"name", "version"}:
+        raise config.error(EXPERT_LAYOUT_KEY, f"is {value!r}, not a name and a version")
+    name, version = value["name"], value["version"]
+    if name != PANEL_LAYOUT or type(version) is not int or version > LAYOUT_VERSION:
+        raise config.error(
+            EXPERT_LAYOUT_KEY,
+            f"is {value!r}, which this version of Coterie does not know (it reads {PANEL_LAYOUT!r} up "
+            f"to version {LAYOUT_VERSION}): a newer one reads it, or pack the original again with "
+            "`coterie quantize`",
+        )
+    if version < LAYOUT_VERSION:
+        raise config.error(
+            EXPERT_LAYOUT_KEY,
+            f"has version {version}, packed by an older Coterie; this one reads version {LAYOUT_VERSION}: "
+            "pack the original again with `coterie quantize`",
+        )
+    if form is not None and FORMATS[form.name] != form:
+        raise config.error(
+            EXPERT_LAYOUT_KEY, f"is {PANEL_LAYOUT!r}, which do not hold experts in {form}"
+        )
+    return True
+
+
+def check_supported(config: ModelConfig) -> None:
+    """What no family here does: other activations, stretched positions, biases, local attention."""
+    dtypes = [config.values.get(key) for key in ("dtype", "torch_dtype")]
+    if None not in dtypes and dtypes[0] != dtypes[1]:
+        raise config.error("dtype", f"is {dtypes[0]!r}, but torch_dtype is {dtypes[1]!r}")
+    for key in ("dtype", "torch_dtype"):
+        config.allow_only(key, "float32", "bfloat16", "float16", None)
+    config.allow_only("hidden_act", "silu")
+    config.allow_only("rope_scaling", None)
+    config.allow_only("attention_bias", False)
+    config.allow_only("use_sliding_window", False)
+
+
+def dense_layer_width(config: ModelConfig, key: str, *, required: bool) -> int:
+    """The width of dense layers, 0 where there are none."""
+    width = config.optional_size(key)
+    if width is None and required:
+        raise config.error(key, "is missing, and some layers are dense")
+    return width if width is not None and required else 0
+
+
+def head_dim(config: ModelConfig, hidden: int, heads: int, *, has_key: bool) -> int:
+    """The config's own, else hidden / heads, which must come out even.
+
+    Not ``own``: the family's code always divides, and a config that says otherwise contradicts it.
+    """
+    configured = config.optional_size("head_dim")
+    if has_key and configured is not None:
+        return configured
+    if hidden % heads:
+        raise config.error("num_attention_heads", f"is {heads}, no divisor of hidden_size {hidden}")
+    if configured not in (None, hidden // heads):
+        raise config.error("head_dim", f"is {configured}, but {hidden} in {heads} heads is not")
+    return hidden // heads
+
+
+def rotary_dim(config: ModelConfig, dim: int, *, default: float | None) -> int:
+    """Features of a head that turn: ``rotary_dim`` and ``partial_rotary_factor`` must agree."""
+    configured = config.optional_size("rotary_dim")
+    if configured is not None and config.get("partial_rotary_factor") is None:
+        rotated = configured
+    else:
+        rotated = int(dim * config.number("partial_rotary_factor", default))
+    if configured not in (None, rotated):
+        factor = config.values["partial_rotary_factor"]
+        raise config.error(
+            "rotary_dim",
+            f"is {configured}, but partial_rotary_factor {factor} of {dim} is {rotated}",
+        )
+    if not 0 < rotated <= dim or rotated % 2:
+        name = "partial_rotary_factor" if configured is None else "rotary_dim"
+        raise config.error(name, f"turns {rotated} of {dim} features; an even part is needed")
+    return rotated
+
+
+def kv_head_count(config: ModelConfig, heads: int) -> int:
+    """As many as query heads where not stated; query heads share them evenly."""
+    kv_heads = config.optional_size("num_key_value_heads") or heads
+    if heads % kv_heads:
+        raise config.error(
+            "num_key_value_heads", f"is {kv_heads}, no divisor of num_attention_heads {heads}"
+        )
+    return kv_heads
+
+
+def layer_count(config: ModelConfig) -> int:
+    return config.size("num_hidden_layers", maximum=4096)
+
+
+def expert_count(config: ModelConfig) -> int:
+    """Routed experts of a layer."""
+    return config.size("num_experts", maximum=16384)
+
+
+def experts_per_token(config: ModelConfig, experts: int) -> int:
+    """Experts per token, no more than there are."""
+    k = config.size("num_experts_per_tok")
+    if k > experts:
+        raise config.error("num_experts_per_tok", f"is {k}, more than num_experts {experts}")
+    return k

@@ -1,1 +1,0 @@
-"""How every figure looks, whoever draws it."""

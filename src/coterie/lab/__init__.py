@@ -1,0 +1,1 @@
+"""Everything that measures: evaluation, benchmarks, studies; only the command line imports it."""

@@ -1,0 +1,256 @@
+"""Whom we are timed against, where their Python is, and how a process of theirs is spoken to."""
+
+from __future__ import annotations
+
+import json
+import os
+import queue
+import subprocess
+import sys
+import threading
+from collections import deque
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Self
+
+import numpy as np
+
+from coterie.errors import CoterieError
+
+SCRIPT_FOLDER = Path(__file__).parent
+ENVIRONMENTS_FOLDER = Path(".peers")
+"""Where ``scripts/peers`` makes a virtual environment for each of them."""
+
+START_TIMEOUT, ANSWER_TIMEOUT = 240.0, 60.0  # seconds until a peer counts as hung
+
+
+class BaselineError(CoterieError):
+    """A peer that did not start, died, hung, or computes something else."""
+
+
+@dataclass(frozen=True)
+class Baseline:
+    """Another way to compute the same layer. ``memory``: what it holds, in layers of experts.
+
+    ``works`` can be asked for; all of them are but those in ``slow``.
+    """
+
+    name: str
+    kernels: tuple[str, ...]
+    dtypes: tuple[str, ...]
+    script: str = "worker.py"
+    memory_layers: float = 1.0
+    slow_kernels: tuple[str, ...] = ()
+    in_our_python: bool = False  # whether our own Python has what it needs
+    returns_output: bool = True  # its output; else it tells its own error
+
+    def find_python(self, python_paths: Mapping[str, Path]) -> Path | None:
+        """The interpreter: as given, else in ``.peers``, else ours where that will do."""
+        if self.name in python_paths:
+            return python_paths[self.name]
+        environment_python = ENVIRONMENTS_FOLDER / self.name / "bin" / "python"
+        if environment_python.exists():
+            return environment_python
+        return Path(sys.executable) if self.in_our_python else None
+
+
+BASELINES = {
+    "torch": Baseline("torch", ("loop", "grouped_mm"), ("fp32", "bf16"), in_our_python=True),
+    "transformers": Baseline(
+        "transformers",
+        ("eager", "grouped_mm", "batched_mm"),
+        ("fp32", "bf16"),
+        slow_kernels=("batched_mm",),
+    ),
+    "zentorch": Baseline("zentorch", ("fused_moe",), ("bf16",), memory_layers=2.0),
+    "llama.cpp": Baseline(
+        "llama.cpp",
+        ("layer",),
+        ("bf16", "int8", "int4"),
+        script="llama.py",
+        memory_layers=1.5,
+        returns_output=False,
+    ),
+}
+
+
+@dataclass(frozen=True)
+class ResolvedBaseline:
+    """A peer that takes part, under this interpreter. ``asked``: by name, so it must not fail."""
+
+    baseline: Baseline
+    python: Path
+    required: bool
+
+
+def resolve_baselines(
+    names: Sequence[str], pythons: Mapping[str, Path], dtype: str
+) -> tuple[list[ResolvedBaseline], dict[str, str]]:
+    """Who takes part, and why others do not. Without names, whoever is there.
+
+    Raises CoterieError for a name that is unknown, not installed, or has no such experts.
+    """
+    for name in (*names, *pythons):
+        if name not in BASELINES:
+            raise CoterieError(f"unknown peer {name!r}; known: {', '.join(BASELINES)}")
+    resolved, skipped = [], {}
+    for baseline in BASELINES.values():
+        if names and baseline.name not in names:
+            continue
+        required = baseline.name in names or baseline.name in pythons
+        python = baseline.find_python(pythons)
+        reason = _why_unavailable(baseline, python, dtype)
+        if reason is not None and required:
+            raise CoterieError(f"{baseline.name}: {reason}")
+        if reason is not None or python is None:
+            skipped[baseline.name] = reason or ""
+        else:
+            resolved.append(ResolvedBaseline(baseline, python, required))
+    return resolved, skipped
+
+
+def _why_unavailable(baseline: Baseline, python: Path | None, dtype: str) -> str | None:
+    if dtype not in baseline.dtypes:
+        return f"has no experts in {dtype}; it has {', '.join(baseline.dtypes)}"
+    if python is None:
+        return (
+            f"not installed; `scripts/peers {baseline.name}` makes {ENVIRONMENTS_FOLDER / baseline.name}, "
+            f"or --peer-python {baseline.name}=PATH names a Python that has it"
+        )
+    if not os.access(python, os.X_OK):
+        return f"{python} is no program"
+    return None
+
+
+class BaselineProcess:
+    """A peer's process: one line in is one turn, one line out its answer.
+
+    Raises PeerError, in words of one line, when it answers with anything else or not in time.
+    """
+
+    def __init__(
+        self,
+        resolved: ResolvedBaseline,
+        folder: Path,
+        *,
+        threads: int,
+        start_timeout: float = START_TIMEOUT,
+        answer_timeout: float = ANSWER_TIMEOUT,
+        script: Path | None = None,
+    ) -> None:
+        self.baseline = resolved.baseline
+        self.kernels: tuple[str, ...] = ()
+        self.versions: dict[str, str] = {}
+        self._start_timeout, self._answer_timeout = start_timeout, answer_timeout
+        self._last_errors: deque[str] = deque(maxlen=5)
+        self._answers: queue.Queue[str | None] = queue.Queue()
+        environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+        environment |= {"OMP_NUM_THREADS": str(threads), "OMP_WAIT_POLICY": "PASSIVE"}
+        command = [
+            resolved.python,
+            script or SCRIPT_FOLDER / resolved.baseline.script,
+            resolved.baseline.name,
+            folder,
+        ]
+        self._process = subprocess.Popen(
+            [str(argument) for argument in command],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            errors="replace",
+            env=environment,
+        )
+        self._reader_threads = [
+            threading.Thread(target=self._collect_answers, daemon=True),
+            threading.Thread(target=self._collect_errors, daemon=True),
+        ]
+        for thread in self._reader_threads:
+            thread.start()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exception_info: object) -> None:
+        self.close()
+
+    def wait_until_ready(self) -> None:
+        """Wait until it is ready."""
+        status, _, payload = self._read_answer(self._start_timeout).partition(" ")
+        if status != "ready":
+            raise self._unexpected_answer(f"{status} {payload}")
+        description = json.loads(payload)
+        self.kernels, self.versions = tuple(description["works"]), description["versions"]
+
+    def time_kernel(self, kernel: str, case: int) -> float:
+        """Seconds that a work takes for a case."""
+        return self._request_number(f"time {kernel} {case}")
+
+    def relative_error(self, kernel: str, case: int) -> float:
+        """How far its output is from what it should be, where it cannot be shown."""
+        return self._request_number(f"check {kernel} {case}")
+
+    def output(self, kernel: str, case: int, file: Path) -> np.ndarray:
+        """What the work makes of a case, [T, H]; by way of that file."""
+        answer = self._request(f"keep {kernel} {case} {file}")
+        if answer != "kept":
+            raise self._unexpected_answer(answer)
+        return np.load(file)
+
+    def close(self) -> None:
+        """End the process, whatever it is doing."""
+        process = self._process
+        process.kill()
+        process.wait()
+        for thread in self._reader_threads:
+            thread.join()
+        for stream in (process.stdin, process.stdout, process.stderr):
+            if stream is not None:
+                stream.close()
+
+    def _request_number(self, line: str) -> float:
+        answer = self._request(line)
+        try:
+            return float(answer)
+        except ValueError:
+            raise self._unexpected_answer(answer) from None
+
+    def _request(self, line: str) -> str:
+        assert self._process.stdin is not None
+        try:
+            self._process.stdin.write(line + "\n")
+            self._process.stdin.flush()
+        except OSError:
+            pass  # it is dead: the answer will say so
+        return self._read_answer(self._answer_timeout)
+
+    def _read_answer(self, timeout: float) -> str:
+        try:
+            line = self._answers.get(timeout=timeout)
+        except queue.Empty:
+            raise BaselineError(f"{self.baseline.name} said nothing for {timeout:g} s") from None
+        if line is None:
+            status = self._process.wait()
+            self._reader_threads[1].join()
+            last_errors = " / ".join(self._last_errors) or "without a word"
+            raise BaselineError(f"{self.baseline.name} ended with status {status}: {last_errors}")
+        if line.startswith("failed "):
+            raise BaselineError(f"{self.baseline.name}: {line.removeprefix('failed ')}")
+        return line
+
+    def _unexpected_answer(self, answer: str) -> BaselineError:
+        return BaselineError(f"{self.baseline.name} answered {answer.strip()!r}")
+
+    def _collect_answers(self) -> None:
+        assert self._process.stdout is not None
+        for line in self._process.stdout:
+            self._answers.put(line.rstrip("\n"))
+        self._answers.put(None)
+
+    def _collect_errors(self) -> None:
+        """Keep the last of what it says beside the point: an error's reason, mostly."""
+        assert self._process.stderr is not None
+        for line in self._process.stderr:
+            if line.strip():
+                self._last_errors.append(line.strip()[:200])

@@ -1,0 +1,221 @@
+"""What a forward reads and multiplies, part by part, and the least that both can take."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from coterie import ops
+from coterie.lab.bench.bandwidth import AnyWeight, read_rows, readable_rows, weight_buffers
+from coterie.lab.bench.timing import time_once
+from coterie.model.cache import KVCache
+from coterie.model.moe import Dense, MoE
+from coterie.model.transformer import Transformer
+from coterie.quantization import QTensor
+from coterie.values import ExpertRequest, PackedExperts, Routing, Slab, Window
+
+ForwardPart = Literal[
+    "experts", "attention", "shared", "dense", "router", "head", "keys and values"
+]
+KernelKind = Literal["matrix", "router", "experts"]
+
+ONE_ROW = torch.ones(1, dtype=torch.bool)
+MATRIX_ROWS = 2048  # of the matrix that stays in a cache
+CACHED_EXPERTS = 4  # experts that stay there
+REPEATS = 4  # how often they are used for one reading of the clock
+
+
+@dataclass(frozen=True)
+class RandomBlocks:
+    """Random blocks behind a context of random keys; ``visible`` positions are looked at."""
+
+    tokens: list[Tensor]  # each [1, N]
+    window: Window
+    cache: KVCache
+
+
+@dataclass(frozen=True)
+class ForwardCost:
+    """The bytes of one forward by part, and the memory in which they lie.
+
+    ``slabs``: each layer's experts, of which a forward reads those it uses; ``whole``: all that is
+    read whatever the routing. ``pair`` and ``logits`` are the operations of a token that meets an
+    expert, and of one position's logits; ``flops`` those of the other parts.
+    """
+
+    slabs: dict[int, list[Slab | Tensor]]
+    expert_bytes: dict[int, int]  # bytes of one expert, by layer
+    always_read: list[Slab | Tensor]
+    part_bytes: Mapping[ForwardPart, int]  # of all but the experts
+    part_flops: Mapping[ForwardPart, int]  # of all but the experts and the head
+    flops_per_pair: int
+    flops_per_logit: int
+
+    def used_expert_bytes(self, used: dict[int, Tensor]) -> int:
+        """Bytes of the experts used (by layer, bool [E])."""
+        return sum(size * int(used[layer].sum()) for layer, size in self.expert_bytes.items())
+
+    def read(self, used: dict[int, Tensor]) -> None:
+        """Read all of it once."""
+        for layer, rows in self.slabs.items():
+            read_rows(rows, used[layer])
+        read_rows(self.always_read, ONE_ROW)
+
+    def flops_by_part(self, pairs: float, num_logits: float) -> dict[ForwardPart, float]:
+        """By part, with so many pairs of a token and an expert and logits of so many positions."""
+        return {
+            "experts": self.flops_per_pair * pairs,
+            **self.part_flops,
+            "head": self.flops_per_logit * num_logits,
+        }
+
+
+@dataclass(frozen=True)
+class ComputeProbe:
+    """Products of weights that stay in a cache: arithmetic, and next to nothing to wait for."""
+
+    kernels: Mapping[KernelKind, tuple[Callable[[], object], float]]  # and its operations
+    device: torch.device
+
+    def measure_rates(self) -> dict[KernelKind, float]:
+        """Operations a second."""
+        rates: dict[KernelKind, float] = {}
+        for kind, (kernel, flops) in self.kernels.items():
+            kernel()  # now the weights are there
+            rates[kind] = REPEATS * flops / time_once(partial(_repeat, kernel), self.device)
+        return rates
+
+
+def roofline_seconds(
+    part_bytes: Mapping[ForwardPart, float],
+    part_flops: Mapping[ForwardPart, float],
+    *,
+    bandwidth: float,
+    rates: Mapping[KernelKind, float],
+) -> float:
+    """Seconds: of every part, whatever takes longer of its bytes and its arithmetic."""
+    return sum(
+        max(size / bandwidth, part_flops[part] / rates[_kernel_kind(part)])
+        for part, size in part_bytes.items()
+    )
+
+
+def compute_probe(transformer: Transformer, tokens: int) -> ComputeProbe:
+    """The model's own kinds of products, of so many tokens each."""
+    spec, device = transformer.spec, transformer.device
+    x = torch.randn(tokens, spec.hidden).to(device, transformer.dtype)
+    kernels: dict[KernelKind, tuple[Callable[[], object], float]] = {}
+    kinds: dict[KernelKind, torch.dtype] = {"matrix": transformer.dtype, "router": torch.float32}
+    for kind, dtype in kinds.items():
+        weight = ops.prepare_matrix(torch.randn(MATRIX_ROWS, spec.hidden).to(device, dtype))
+        kernels[kind] = (partial(ops.linear, x, weight), 2 * tokens * MATRIX_ROWS * spec.hidden)
+    slab = _first_slab(transformer)
+    num_experts = min(CACHED_EXPERTS, len(slab.slot_of))
+    ids = torch.arange(num_experts, device=device)
+    cached_slab = Slab(
+        _first_experts(slab.gate_up, num_experts), _first_experts(slab.down, num_experts), ids
+    )
+    topk_ids = ids.expand(tokens, num_experts).contiguous()
+    weights = torch.full((tokens, num_experts), 1 / num_experts, device=device)
+    routing = Routing(topk_ids, weights, torch.ones_like(ids, dtype=torch.bool), topk_ids)
+    flops = tokens * num_experts * _flops_per_pair(transformer)
+    kernels["experts"] = (partial(ops.run_experts, x, routing, cached_slab), flops)
+    return ComputeProbe(kernels, device)
+
+
+def forward_cost(transformer: Transformer, blocks: RandomBlocks) -> ForwardCost:
+    """Everything that a forward reads; of the embedding, only the rows it looks up, left out."""
+    spec = transformer.spec
+    slabs: dict[int, list[Slab | Tensor]] = {}
+    expert_bytes: dict[int, int] = {}
+    all_experts = torch.ones(spec.router.experts, dtype=torch.bool, device=transformer.device)
+    parts: dict[ForwardPart, list[AnyWeight]] = {
+        name: [] for name in ("attention", "shared", "dense", "router")
+    }
+    for layer_index, layer in enumerate(transformer.layers):
+        parts["attention"] += [layer.attention.qkv, layer.attention.out]
+        feed_forward = layer.feed_forward
+        if isinstance(feed_forward, MoE):
+            (slab,) = feed_forward.store.serve(layer_index, ExpertRequest(all_experts))
+            buffers = weight_buffers([slab.gate_up, slab.down])
+            slabs[layer_index] = readable_rows(buffers)
+            expert_bytes[layer_index] = sum(buffer.nbytes // len(buffer) for buffer in buffers)
+            parts["router"].append(feed_forward.gate)
+            if feed_forward.shared is not None:
+                parts["shared"] += [feed_forward.shared.gate_up, feed_forward.shared.down]
+        elif isinstance(feed_forward, Dense):
+            parts["dense"] += [feed_forward.gate_up, feed_forward.down]
+    parts["head"] = [transformer.head]
+    parts["keys and values"] = [*blocks.cache.keys, *blocks.cache.values]
+    part_buffers: dict[ForwardPart, list[Tensor]] = {
+        name: weight_buffers(buffers) for name, buffers in parts.items()
+    }
+    part_bytes: dict[ForwardPart, int] = {
+        name: sum(buffer.nbytes for buffer in buffers)
+        for name, buffers in part_buffers.items()
+        if buffers
+    }
+    flat = [buffer.view(1, -1) for buffers in part_buffers.values() for buffer in buffers]
+    flops = _part_flops(transformer, blocks)
+    return ForwardCost(
+        slabs, expert_bytes, readable_rows(flat), part_bytes, {part: flops[part] for part in part_bytes if part in flops},
+        flops_per_pair=_flops_per_pair(transformer), flops_per_logit=2 * spec.hidden * spec.vocabulary,
+    )  # fmt: skip
+
+
+def _part_flops(transformer: Transformer, blocks: RandomBlocks) -> dict[ForwardPart, int]:
+    """Two for every number of a weight and token; of attention, what the block looks at."""
+    spec, tokens, num_moe_layers = (
+        transformer.spec,
+        blocks.window.width,
+        len(transformer.spec.moe_layers),
+    )
+    flops_per_column = 2 * tokens * spec.hidden
+    query_width = spec.heads * spec.head_dim
+    projected = query_width + 2 * spec.kv_heads * spec.head_dim + query_width
+    visible_length = int(blocks.window.visible.max())
+    return {
+        "attention": flops_per_column * projected * spec.layers,
+        "shared": flops_per_column * 3 * spec.shared_width * num_moe_layers,
+        "dense": flops_per_column * 3 * spec.dense_width * (spec.layers - num_moe_layers),
+        "router": flops_per_column * spec.router.experts * num_moe_layers,
+        "keys and values": 4 * tokens * query_width * visible_length * spec.layers,
+    }
+
+
+def _flops_per_pair(transformer: Transformer) -> int:
+    """Operations of one token in one expert."""
+    return 6 * transformer.spec.hidden * transformer.spec.expert_width
+
+
+def _kernel_kind(part: ForwardPart) -> KernelKind:
+    return part if part in ("router", "experts") else "matrix"
+
+
+def _first_slab(transformer: Transformer) -> Slab:
+    """Of the first layer that has experts."""
+    layer_index = transformer.spec.moe_layers[0]
+    feed_forward = transformer.layers[layer_index].feed_forward
+    assert isinstance(feed_forward, MoE)
+    all_experts = torch.ones(
+        transformer.spec.router.experts, dtype=torch.bool, device=transformer.device
+    )
+    return next(iter(feed_forward.store.serve(layer_index, ExpertRequest(all_experts))))
+
+
+def _first_experts(
+    weight: Tensor | QTensor | PackedExperts, count: int
+) -> Tensor | QTensor | PackedExperts:
+    if isinstance(weight, PackedExperts):
+        return replace(weight, packed=weight.packed[:count], shape=(count, *weight.shape[1:]))
+    return weight[:count]
+
+
+def _repeat(kernel: Callable[[], object]) -> None:
+    for _ in range(REPEATS):
+        kernel()

@@ -1,0 +1,257 @@
+"""Works in turns: ours, a plain read of the same bytes, and those of the peers' processes."""
+
+from __future__ import annotations
+
+import random
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal, TypeAlias
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from coterie import ops
+from coterie.lab.bench.bandwidth import read_rows, readable_rows, weight_buffers
+from coterie.lab.bench.baselines import BaselineError, BaselineProcess, ResolvedBaseline
+from coterie.lab.bench.shapes import ModelShape
+from coterie.lab.records import Measurement
+from coterie.values import Routing, Slab
+
+NUM_ROUTINGS = 4  # routings that take turns
+FLUSH_BYTES = (
+    128 << 20
+)  # bytes read before each work, so that it finds nothing of its own in a cache
+MIN_REPEATS, MAX_SECONDS = (
+    3,
+    4.0,
+)  # turns at least, and seconds in all after which a slow work rests
+MAX_RELATIVE_ERROR = {"fp32": 1e-4, "bf16": 0.03, "int8": 0.06, "int4": 0.3}
+"""Relative error from which a peer computes something else."""
+
+READ, OURS = "read", "ours"
+LayerDtype: TypeAlias = Literal["fp32", "bf16", "int8", "int4"]
+ProgressCallback: TypeAlias = Callable[
+    [float, str], None
+]  # the share that is done, what is being done
+CasesByPolicy: TypeAlias = Mapping[str, Sequence[tuple[Tensor, Routing]]]
+"""By policy, so many blocks as there are draws: x [T, H] and who computes it."""
+
+
+@dataclass(frozen=True)
+class BenchConfig:
+    """What is timed. ``even``: routers that prefer nobody, in place of skewed ones."""
+
+    shape: ModelShape
+    dtype: LayerDtype
+    policies: tuple[str, ...]
+    tokens: int = 32
+    repeats: int = 40
+    threads: int = 1
+    uniform_routing: bool = False
+    seed: int = 7
+
+
+@dataclass(frozen=True)
+class KernelTimings:
+    """One policy: experts and bytes of a turn, and every work's samples in seconds.
+
+    ``beside`` are ours in the very turns in which a work had its samples: ratios are of pairs.
+    """
+
+    policy: str
+    experts: float
+    bytes: float
+    samples: dict[str, list[float]]
+    paired_samples: dict[str, list[float]]
+
+    def ratio_to_ours(self, kernel: str) -> float:
+        """How many times as long as ours it takes: the median over turns."""
+        pairs = zip(self.samples[kernel], self.paired_samples[kernel], strict=True)
+        return statistics.median(theirs / ours for theirs, ours in pairs)
+
+    def median(self, kernel: str) -> float:
+        return statistics.median(self.samples[kernel])
+
+    def measures(self) -> list[Measurement]:
+        return [
+            Measurement(
+                f"{self.policy} {kernel}", "ms", tuple(seconds * 1e3 for seconds in samples)
+            )
+            for kernel, samples in self.samples.items()
+        ]
+
+    def facts(self) -> dict[str, object]:
+        read_seconds = self.median(READ)
+        others = [kernel for kernel in self.samples if kernel not in (READ, OURS)]
+        return {
+            "policy": self.policy,
+            "experts": self.experts,
+            "bytes": self.bytes,
+            "read_gb_per_s": self.bytes / read_seconds / 1e9,
+            "ours_ms": self.median(OURS) * 1e3,
+            "share_of_read_limit": self.ratio_to_ours(READ),
+            "times_ours": {kernel: self.ratio_to_ours(kernel) for kernel in others},
+            "ours_ms_beside": {
+                kernel: statistics.median(self.paired_samples[kernel]) * 1e3 for kernel in others
+            },
+        }
+
+
+@dataclass  # not frozen: it gathers
+class LayerBenchResult:
+    """What came of it. ``errors`` of works are relative to ours; of llama.cpp, to fp32."""
+
+    timings: list[KernelTimings]
+    versions: dict[str, dict[str, str]] = field(default_factory=dict)
+    errors: dict[str, float] = field(default_factory=dict)
+    skipped: dict[str, str] = field(default_factory=dict)
+    sessions: list[list[str]] = field(default_factory=list)
+
+
+@dataclass  # not frozen: it keeps account of who still takes part
+class TimingSession:
+    """Some peers at work beside us."""
+
+    config: BenchConfig
+    slab: Slab
+    cases: CasesByPolicy
+    result: LayerBenchResult
+    folder: Path
+    include_slow: bool
+    kernels: dict[str, tuple[ResolvedBaseline, BaselineProcess, str]] = field(default_factory=dict)
+    seconds_spent: dict[tuple[str, str], list[float]] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.weight_rows = readable_rows(weight_buffers([self.slab.gate_up, self.slab.down]))
+        self.flush_rows = readable_rows([torch.ones(1, FLUSH_BYTES, dtype=torch.uint8)])
+
+    def start_baselines(
+        self, group: Sequence[ResolvedBaseline], stack: ExitStack, on_progress: ProgressCallback
+    ) -> None:
+        """Start the peers, one after the other, and compare what they compute."""
+        for resolved in group:
+            on_progress(0.0, f"starting {resolved.baseline.name}")
+            try:
+                threads = self.config.threads
+                process = stack.enter_context(
+                    BaselineProcess(resolved, self.folder, threads=threads)
+                )
+                process.wait_until_ready()
+                self._register(resolved, process)
+            except BaselineError as error:
+                self._drop_baseline(resolved, error)
+        self.result.sessions.append(
+            sorted({resolved.baseline.name for resolved, _, _ in self.kernels.values()})
+        )
+
+    def run_repeats(self, on_progress: ProgressCallback) -> None:
+        """The first turns, one for each draw, are not kept."""
+        rng, num_repeats = random.Random(0), self.config.repeats + NUM_ROUTINGS
+        for repeat in range(num_repeats):
+            for timing in self.result.timings:
+                self._run_repeat(timing, repeat, rng)
+            on_progress((repeat + 1) / num_repeats, "taking turns")
+
+    def _run_repeat(self, timing: KernelTimings, repeat: int, rng: random.Random) -> None:
+        """Every work once, on one routing, in an order drawn anew."""
+        routing_index = repeat % NUM_ROUTINGS
+        x, routing = self.cases[timing.policy][routing_index]
+        case = self.config.policies.index(timing.policy) * NUM_ROUTINGS + routing_index
+        order = [
+            READ,
+            OURS,
+            *(
+                kernel
+                for kernel in self.kernels
+                if not self._has_enough_samples(kernel, timing, repeat)
+            ),
+        ]
+        rng.shuffle(order)
+        times: dict[str, float] = {}
+        for kernel in order:
+            read_rows(self.flush_rows, torch.tensor([True]))
+            if kernel in (READ, OURS):
+                times[kernel] = self._time_local(kernel, x, routing)
+            elif kernel in self.kernels:  # its peer may have gone meanwhile
+                resolved, process, name = self.kernels[kernel]
+                try:
+                    times[kernel] = process.time_kernel(name, case)
+                except BaselineError as error:
+                    self._drop_baseline(resolved, error)
+        for kernel, seconds in times.items():
+            self.seconds_spent.setdefault((timing.policy, kernel), []).append(seconds)
+            if repeat >= NUM_ROUTINGS and (kernel in self.kernels or kernel in (READ, OURS)):
+                timing.samples.setdefault(kernel, []).append(seconds)
+                timing.paired_samples.setdefault(kernel, []).append(times[OURS])
+
+    def _time_local(self, kernel: str, x: Tensor, routing: Routing) -> float:
+        start = time.perf_counter()
+        if kernel == READ:
+            read_rows(self.weight_rows, routing.used)
+        else:
+            ops.run_experts(x, routing, self.slab)
+        return time.perf_counter() - start
+
+    def _has_enough_samples(self, kernel: str, timing: KernelTimings, repeat: int) -> bool:
+        """Whether a slow work has had its share."""
+        seconds_spent = self.seconds_spent.get((timing.policy, kernel), [])
+        return (
+            len(seconds_spent) >= MIN_REPEATS
+            and repeat >= NUM_ROUTINGS + MIN_REPEATS
+            and sum(seconds_spent) > MAX_SECONDS
+        )
+
+    def _register(self, resolved: ResolvedBaseline, process: BaselineProcess) -> None:
+        self.result.versions[resolved.baseline.name] = process.versions
+        for name in process.kernels:
+            if name in resolved.baseline.slow_kernels and not self.include_slow:
+                continue
+            label = f"{resolved.baseline.name} {name}"
+            self.result.errors[label] = self._checked_error(resolved, process, name)
+            self.kernels[label] = (resolved, process, name)
+
+    def _checked_error(
+        self, resolved: ResolvedBaseline, process: BaselineProcess, name: str
+    ) -> float:
+        """Relative to ours, or as it says itself; the largest over one case of each policy."""
+        cases = range(0, len(self.config.policies) * NUM_ROUTINGS, NUM_ROUTINGS)
+        if resolved.baseline.returns_output:
+            file = self.folder / f"{resolved.baseline.name}.npy"
+            worst = max(
+                self._relative_error(case, process.output(name, case, file)) for case in cases
+            )
+        else:
+            worst = max(process.relative_error(name, case) for case in cases)
+        if not worst <= MAX_RELATIVE_ERROR[self.config.dtype]:  # NaN is beyond any limit
+            raise BaselineError(
+                f"{resolved.baseline.name} {name} computes something else: off by {worst:.1%}"
+            )
+        return worst
+
+    def _relative_error(self, case: int, output: np.ndarray) -> float:
+        """Infinite where not even the shape is right."""
+        x, routing = self.cases[self.config.policies[case // NUM_ROUTINGS]][case % NUM_ROUTINGS]
+        expected = ops.run_experts(x, routing, self.slab)
+        if output.shape != tuple(expected.shape) or not np.isfinite(output).all():
+            return float("inf")
+        return float((torch.from_numpy(output) - expected).norm() / expected.norm())
+
+    def _drop_baseline(self, resolved: ResolvedBaseline, error: BaselineError) -> None:
+        if resolved.required:
+            raise error
+        self.result.skipped[resolved.baseline.name] = str(error)
+        self.result.versions.pop(resolved.baseline.name, None)
+        for names in self.result.sessions:
+            if resolved.baseline.name in names:
+                names.remove(resolved.baseline.name)
+        for label in [label for label, (other, _, _) in self.kernels.items() if other is resolved]:
+            del self.kernels[label]
+            del self.result.errors[label]
+            for timing in self.result.timings:
+                timing.samples.pop(label, None)
+                timing.paired_samples.pop(label, None)

@@ -1,0 +1,168 @@
+"""One layer of experts, timed: ours, a plain read of the same bytes, and the peers, in turns."""
+
+from __future__ import annotations
+
+import json
+import statistics
+import tempfile
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import asdict
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from coterie import ops
+from coterie.errors import CoterieError
+from coterie.lab.bench import worker
+from coterie.lab.bench.bandwidth import weight_buffers
+from coterie.lab.bench.baselines import ResolvedBaseline
+from coterie.lab.bench.interleaved import (
+    NUM_ROUTINGS,
+    BenchConfig,
+    CasesByPolicy,
+    KernelTimings,
+    LayerBenchResult,
+    ProgressCallback,
+    TimingSession,
+)
+from coterie.lab.bench.model import repeat_experts
+from coterie.lab.bench.routings import find_skew, skewed_scores
+from coterie.lab.bench.shapes import LayerShape
+from coterie.quantization import FORMATS, QTensor, quantize
+from coterie.routing import parse_policy, route
+from coterie.values import Routing, Slab
+
+
+def time_layer(
+    config: BenchConfig,
+    baselines: Sequence[ResolvedBaseline],
+    *,
+    include_slow: bool = False,
+    budget: float,
+    on_progress: ProgressCallback = lambda share, doing: None,
+) -> LayerBenchResult:
+    """All works in turns. Peers share a sitting as far as ``budget`` bytes hold them beside ours.
+
+    A peer that fails is left out, and why is told; where it was asked for by name, it raises.
+    """
+    torch.set_num_threads(config.threads)
+    shape = config.shape.layer
+    on_progress(0.0, "making experts")
+    slab, cases = make_slab(shape, config), draw_cases(config)
+    if baselines:
+        _check_full_topk(cases)
+    result = LayerBenchResult(
+        [_empty_timing(config, slab, policy, cases[policy]) for policy in config.policies]
+    )
+    groups = group_by_memory(baselines, shape.bytes, budget) or [[]]
+    for number, group in enumerate(groups):
+
+        def on_group_progress(fraction: float, label: str, number: int = number) -> None:
+            on_progress((number + fraction) / len(groups), label)
+
+        with tempfile.TemporaryDirectory(prefix="coterie-bench-") as folder, ExitStack() as stack:
+            _write_workload(Path(folder), config, shape, cases)
+            session = TimingSession(config, slab, cases, result, Path(folder), include_slow)
+            session.start_baselines(group, stack, on_group_progress)
+            session.run_repeats(on_group_progress)
+    return result
+
+
+def make_slab(shape: LayerShape, config: BenchConfig) -> Slab:
+    """The experts that every worker makes too, as they run fastest here."""
+    up, down = (
+        torch.from_numpy(distinct)
+        for distinct in worker.make_experts(_make_workload(shape, config))
+    )
+
+    def convert(weight: Tensor) -> Tensor | QTensor:
+        if config.dtype in FORMATS:
+            return quantize(weight, FORMATS[config.dtype])
+        return weight if config.dtype == "fp32" else weight.bfloat16()
+
+    distinct = ops.prepare(Slab(convert(up), convert(down), torch.arange(worker.DISTINCT_EXPERTS)))
+    return repeat_experts(distinct, shape.router.experts)
+
+
+def group_by_memory(
+    baselines: Sequence[ResolvedBaseline], layer_bytes: float, budget: float
+) -> list[list[ResolvedBaseline]]:
+    """Peers whose memory fits together, in order; one that fits nowhere still gets its own."""
+    groups: list[list[ResolvedBaseline]] = []
+    available = 0.0
+    for resolved in baselines:
+        required = resolved.baseline.memory_layers * layer_bytes
+        if not groups or required > available:
+            groups.append([])
+            available = budget
+        groups[-1].append(resolved)
+        available -= required
+    return groups
+
+
+def draw_cases(config: BenchConfig) -> CasesByPolicy:
+    """By policy, ``DRAWS`` blocks; every policy routes the same scores."""
+    shape = config.shape.layer
+    generator = torch.Generator().manual_seed(config.seed)
+    skew = 0.0 if config.uniform_routing else find_skew(shape.router, shape.unique_experts)
+    scores = [
+        skewed_scores(shape.router, config.tokens, skew, generator) for _ in range(NUM_ROUTINGS)
+    ]
+    dtype = torch.float32 if config.dtype == "fp32" else torch.bfloat16
+    xs = [
+        torch.randn(config.tokens, shape.hidden, generator=generator).to(dtype)
+        for _ in range(NUM_ROUTINGS)
+    ]
+    cases = {}
+    for policy in config.policies:
+        parsed = parse_policy(policy)
+        routings = [route(block_scores, parsed) for block_scores in scores]
+        cases[policy] = list(zip(xs, routings, strict=True))
+    return cases
+
+
+def _check_full_topk(cases: CasesByPolicy) -> None:
+    """Peers give every token as many experts as the router does."""
+    for policy, blocks in cases.items():
+        if any(bool((routing.topk_ids < 0).any()) for _, routing in blocks):
+            raise CoterieError(f"{policy} takes experts from tokens, no peer does; --peer none")
+
+
+def _empty_timing(
+    config: BenchConfig, slab: Slab, policy: str, cases: Sequence[tuple[Tensor, Routing]]
+) -> KernelTimings:
+    experts = statistics.fmean(int(routing.used.sum()) for _, routing in cases)
+    layer_bytes = sum(part.nbytes for part in weight_buffers([slab.gate_up, slab.down]))
+    return KernelTimings(
+        policy, experts, experts * layer_bytes / config.shape.spec.router.experts, {}, {}
+    )
+
+
+def _write_workload(
+    folder: Path, config: BenchConfig, shape: LayerShape, cases: CasesByPolicy
+) -> None:
+    """What a worker reads."""
+    all_cases = [case for policy in config.policies for case in cases[policy]]
+    workload = json.dumps(asdict(_make_workload(shape, config)))
+    (folder / "work.json").write_text(workload, encoding="utf-8")
+    np.savez(
+        folder / "cases.npz",
+        x=np.stack([x.float().numpy() for x, _ in all_cases]),
+        ids=np.stack([routing.topk_ids.numpy() for _, routing in all_cases]),
+        weights=np.stack([routing.topk_weights.numpy() for _, routing in all_cases]),
+    )
+
+
+def _make_workload(shape: LayerShape, config: BenchConfig) -> worker.LayerWorkload:
+    return worker.LayerWorkload(
+        experts=shape.router.experts,
+        k=shape.router.k,
+        hidden=shape.hidden,
+        width=shape.width,
+        dtype=config.dtype,
+        seed=config.seed,
+        threads=config.threads,
+    )

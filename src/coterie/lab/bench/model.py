@@ -1,0 +1,210 @@
+"""A whole random model of a published shape: nothing is downloaded, nothing is packed twice.
+
+Its experts are a few random ones, over and over, each in memory of its own and in the form in which
+it runs. Its gates are bent until a block uses as many experts together as the published model does.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from math import prod
+from typing import Literal, TypeAlias
+
+import torch
+from torch import Tensor
+
+from coterie import ops
+from coterie.errors import CoterieError
+from coterie.lab.bench.routings import find_skew
+from coterie.lab.bench.shapes import ModelShape
+from coterie.loading.load import Model, free_memory
+from coterie.model.spec import ModelSpec
+from coterie.model.transformer import build
+from coterie.model.weights import is_always_fp32, weight_bytes, weight_shapes
+from coterie.offload.resident_store import ResidentExpertStore
+from coterie.ops import cpu
+from coterie.quantization import FORMATS, QTensor, quantize
+from coterie.tokenizer.tokenizer import IdTokenizer
+from coterie.values import PackedExperts, Slab
+
+ExpertDtype: TypeAlias = Literal["fp32", "bf16", "int8", "int4"]
+
+DISTINCT_EXPERTS = 2  # different experts in a slab
+SHARED_FRACTION = (
+    0.5  # of a token's direction: what all tokens share, which the gates' bend listens to
+)
+RESIDUAL_SCALE = (
+    0.02  # what a layer adds, beside what comes in: random layers shall not drown the tokens
+)
+POOL_SIZE = (1 << 24) + 43  # random numbers that all weights are cut from; no width divides it
+CHUNK_SIZE = 1 << 24
+
+
+def random_model(
+    shape: ModelShape,
+    expert_dtype: ExpertDtype = "bf16",
+    *,
+    layers: int | None = None,
+    seed: int = 0,
+    device: torch.device | None = None,
+) -> Model:
+    """The first ``layers`` of such a model, everything but the experts in bf16 (fp32 with "fp32").
+
+    Needs little more memory than its weights; raises CoterieError where there is too little. A
+    prompt is ids, for it has no tokenizer.
+    """
+    target_device, truncated = device or torch.device("cpu"), shape.truncate(layers)
+    expert_format = FORMATS.get(expert_dtype)
+    dtype = torch.float32 if expert_dtype == "fp32" else torch.bfloat16
+    spec = replace(truncated.spec, expert_format=expert_format)
+    _check_memory(truncated, weight_bytes(spec, dtype), target_device)
+    generator = torch.Generator().manual_seed(seed)
+    slab = random_experts(spec, expert_dtype, generator, target_device)
+    stores = {layer: repeat_experts(slab, spec.router.experts) for layer in spec.moe_layers}
+    skew = find_skew(spec.router, truncated.unique_experts)
+    weights = _random_weights(spec, skew, generator, dtype=dtype, device=target_device)
+    defaults = shape.family.defaults
+    eos_ids = tuple(token for token in defaults.eos_ids if token < spec.vocabulary)
+    return Model(
+        name=f"random {shape.title}",
+        family=shape.family,
+        transformer=build(spec, weights, ResidentExpertStore(stores)),
+        codec=IdTokenizer(spec.vocabulary),
+        mask_id=min(defaults.mask_id, spec.vocabulary - 1),
+        eos_ids=eos_ids or (spec.vocabulary - 2,),
+    )
+
+
+def random_experts(
+    spec: ModelSpec, expert_dtype: ExpertDtype, generator: torch.Generator, device: torch.device
+) -> Slab:
+    """A slab of a few random experts, as they run fastest here."""
+    hidden, width = spec.hidden, spec.expert_width
+    up = torch.randn(DISTINCT_EXPERTS, 2 * width, hidden, generator=generator) * hidden**-0.5
+    down = (
+        torch.randn(DISTINCT_EXPERTS, hidden, width, generator=generator)
+        * width**-0.5
+        * RESIDUAL_SCALE
+    )
+
+    def convert(weight: Tensor) -> Tensor | QTensor:
+        if expert_dtype in FORMATS:
+            return _to_device(quantize(weight, FORMATS[expert_dtype]), device)
+        return weight.to(device, torch.float32 if expert_dtype == "fp32" else torch.bfloat16)
+
+    return ops.prepare(
+        Slab(convert(up), convert(down), torch.arange(DISTINCT_EXPERTS, device=device))
+    )
+
+
+def repeat_experts(slab: Slab, num_experts: int) -> Slab:
+    """So many experts, those of ``slab`` over and over, each in memory of its own."""
+    gate_up, down = slab.gate_up, slab.down
+    slots = torch.arange(num_experts, device=slab.slot_of.device)
+    if isinstance(gate_up, PackedExperts) and isinstance(down, PackedExperts):
+        # Gate, up and down share their memory.
+        packed = cpu.allocate(num_experts, gate_up.packed.shape[1])
+        _fill_repeating(packed, gate_up.packed)
+        return Slab(_with_packed(gate_up, packed), _with_packed(down, packed), slots)
+    return Slab(_repeat_weight(gate_up, num_experts), _repeat_weight(down, num_experts), slots)
+
+
+def _repeat_weight(weight: Tensor | QTensor | PackedExperts, num_experts: int) -> Tensor | QTensor:
+    assert not isinstance(weight, PackedExperts)  # those of a slab come in pairs
+    if isinstance(weight, QTensor):
+        q, scales = (_repeat_weight(part, num_experts) for part in (weight.q, weight.scales))
+        assert isinstance(q, Tensor)
+        assert isinstance(scales, Tensor)
+        return replace(weight, q=q, scales=scales)
+    output = weight.new_empty(num_experts, *weight.shape[1:])
+    _fill_repeating(output, weight)
+    return output
+
+
+def _with_packed(weight: PackedExperts, packed: Tensor) -> PackedExperts:
+    return replace(weight, packed=packed, shape=(len(packed), *weight.shape[1:]))
+
+
+def _fill_repeating(target: Tensor, source: Tensor) -> None:
+    """The first axis of ``few`` over and over, without a copy in between."""
+    for start in range(0, len(target), len(source)):
+        part = target[start : start + len(source)]
+        part.copy_(source[: len(part)])
+
+
+def _to_device(weight: QTensor, device: torch.device) -> QTensor:
+    return replace(weight, q=weight.q.to(device), scales=weight.scales.to(device))
+
+
+def _random_weights(
+    spec: ModelSpec,
+    skew: float,
+    generator: torch.Generator,
+    *,
+    dtype: torch.dtype,
+    device: torch.device,
+) -> dict[str, Tensor]:
+    """Everything but the routed experts."""
+    pool = torch.randn(POOL_SIZE, generator=generator)
+    shared = torch.randn(spec.hidden, generator=generator)
+    shared /= shared.square().mean().sqrt()  # what all tokens have in common, of unit size
+    weights: dict[str, Tensor] = {}
+    start = 0
+    for name, shape in weight_shapes(spec).items():
+        if ".experts." in name:
+            continue
+        weight_dtype = torch.float32 if is_always_fp32(name) else dtype
+        weight = torch.empty(shape, dtype=weight_dtype, device=device)
+        _fill_from_pool(weight, pool, start, scale=_init_std(name, shape))
+        start += prod(shape)
+        if name == "embedding":
+            weight.mul_((1 - SHARED_FRACTION**2) ** 0.5).add_(
+                (SHARED_FRACTION * shared).to(device, dtype)
+            )
+        elif name.endswith(".gate"):
+            weight.copy_(skewed_gate(weight.cpu(), shared, skew, generator))
+        weights[name] = weight
+    return weights
+
+
+def skewed_gate(gate: Tensor, shared: Tensor, skew: float, generator: torch.Generator) -> Tensor:
+    """A gate [E, H] whose logits differ by 1 from token to token and by ``bend`` from expert to
+    expert: it hears what tokens share only as how wanted each expert is."""
+    independent = gate - (gate @ shared)[:, None] * shared / shared.square().sum()
+    popularity = torch.randn(len(gate), generator=generator) * skew
+    common = popularity[:, None] * shared / shared.square().sum() / SHARED_FRACTION
+    return independent / (1 - SHARED_FRACTION**2) ** 0.5 + common
+
+
+def _init_std(name: str, shape: tuple[int, ...]) -> float:
+    """Standard deviation of a weight's numbers; 0 = all of them are 1."""
+    if len(shape) == 1:
+        return 1e-3 if "bias" in name else 0.0
+    if name == "embedding":
+        return 1.0
+    writes_residual = name.endswith((".out", ".down"))
+    return shape[-1] ** -0.5 * (RESIDUAL_SCALE if writes_residual else 1.0)
+
+
+def _fill_from_pool(weight: Tensor, pool: Tensor, start: int, *, scale: float) -> None:
+    """Numbers of the pool from ``start`` on, over and over."""
+    flat = weight.view(-1)
+    if not scale:
+        flat.fill_(1.0)
+        return
+    filled = 0
+    while filled < len(flat):
+        offset = (start + filled) % len(pool)
+        size = min(len(flat) - filled, len(pool) - offset, CHUNK_SIZE)
+        flat[filled : filled + size].copy_(pool[offset : offset + size])
+        filled += size
+    flat.mul_(scale)
+
+
+def _check_memory(shape: ModelShape, required: int, device: torch.device) -> None:
+    free = free_memory(device)
+    if free is not None and required > free:
+        raise CoterieError(
+            f"{shape.title} with {shape.spec.layers} layers needs {required / 2**30:.1f} GiB, "
+            f"{free / 2**30:.1f} GiB are free; --layers cuts it, --dtype int8 shrinks it"
+        )

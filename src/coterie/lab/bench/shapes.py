@@ -1,0 +1,187 @@
+"""The published models as shapes: what can be timed without a download."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from coterie.errors import CoterieError
+from coterie.families.family import Family
+from coterie.families.llada2 import FAMILY as LLADA2
+from coterie.families.llada_moe import FAMILY as LLADA_MOE
+from coterie.families.sdar_moe import FAMILY as SDAR_MOE
+from coterie.model.spec import ModelSpec
+from coterie.values import RouterSpec, Slab
+
+DISTINCT_EXPERTS = 8  # random experts that a large layer is filled with, over and over
+
+
+@dataclass(frozen=True)
+class LayerShape:
+    """A published model's layer of experts, and the unique experts a block of 32 uses in it."""
+
+    name: str
+    router: RouterSpec
+    hidden: int
+    width: int
+    unique_experts: int
+    dtype: torch.dtype = torch.bfloat16
+
+    @property
+    def bytes(self) -> int:
+        """Of all its experts."""
+        return self.router.experts * 3 * self.hidden * self.width * self.dtype.itemsize
+
+
+@dataclass(frozen=True)
+class ModelShape:
+    """A whole model's shape. ``unique``: experts of a layer that a block of 32 uses together;
+    ``betas``: shares of the experts at which the paper reports it."""
+
+    title: str
+    family: Family
+    spec: ModelSpec
+    unique_experts: int
+    betas: tuple[float, ...] = (0.15, 0.1)
+
+    @property
+    def policies(self) -> tuple[str, ...]:
+        """What is timed where nothing else is asked."""
+        return ("vanilla", *(f"des-vote:beta={beta:g}" for beta in self.betas))
+
+    @property
+    def layer(self) -> LayerShape:
+        """Its layer of experts."""
+        spec = self.spec
+        return LayerShape(
+            self.title, spec.router, spec.hidden, spec.expert_width, self.unique_experts
+        )
+
+    def truncate(self, layers: int | None) -> ModelShape:
+        """The same with its first so many layers only (None: all of them)."""
+        max_layers = self.spec.layers
+        if layers is None or layers == max_layers:
+            return self
+        if not 1 <= layers <= max_layers or not any(self.spec.moe[:layers]):
+            min_layers = self.spec.moe.index(True) + 1
+            raise CoterieError(
+                f"{layers} layers of {self.title}; it takes {min_layers} to {max_layers}"
+            )
+        return replace(self, spec=replace(self.spec, layers=layers, moe=self.spec.moe[:layers]))
+
+
+def find_shape(name: str) -> ModelShape:
+    """By its name on the command line; raises CoterieError for one that is not known."""
+    if name not in SHAPES:
+        raise CoterieError(f"unknown shape {name!r}; known: {', '.join(SHAPES)}")
+    return SHAPES[name]
+
+
+def random_slab(shape: LayerShape, device: torch.device) -> Slab:
+    """Few random experts, over and over: every copy is read from its own memory all the same."""
+    experts, hidden, width = shape.router.experts, shape.hidden, shape.width
+    generator = torch.Generator().manual_seed(0)
+
+    def random_weight(*size: int) -> Tensor:
+        distinct = torch.randn(DISTINCT_EXPERTS, *size, generator=generator) * size[-1] ** -0.5
+        distinct = distinct.to(device, shape.dtype)
+        return distinct.repeat(-(-experts // DISTINCT_EXPERTS), 1, 1)[:experts]
+
+    return Slab(
+        gate_up=random_weight(2 * width, hidden),
+        down=random_weight(hidden, width),
+        slot_of=torch.arange(experts, device=device),
+    )
+
+
+_LLADA2_MINI = ModelSpec(
+    vocabulary=157_184,
+    hidden=2048,
+    layers=20,
+    heads=16,
+    kv_heads=4,
+    head_dim=128,
+    rotary_dim=64,
+    rope_theta=600_000.0,
+    norm_epsilon=1e-6,
+    dense_width=5120,
+    expert_width=512,
+    shared_width=512,
+    moe=(False,) + (True,) * 19,
+    router=RouterSpec(256, 8, "sigmoid", True, 2.5, groups=8, topk_groups=4, epsilon=1e-20),
+    expert_bias=True,
+    tie_embeddings=False,
+    max_length=32_768,
+)
+_LLADA2_FLASH = replace(
+    _LLADA2_MINI,
+    hidden=4096,
+    layers=32,
+    heads=32,
+    dense_width=9216,
+    expert_width=1024,
+    shared_width=1024,
+    moe=(False,) + (True,) * 31,
+)
+_LLADA_MOE = replace(
+    _LLADA2_MINI,
+    layers=16,
+    kv_heads=16,
+    rotary_dim=128,
+    rope_theta=50_000.0,
+    norm_epsilon=1e-5,
+    dense_width=0,
+    expert_width=1024,
+    shared_width=0,
+    moe=(True,) * 16,
+    router=RouterSpec(64, 8, "softmax", False),
+    expert_bias=False,
+    max_length=8192,
+)
+_SDAR = replace(
+    _LLADA_MOE,
+    vocabulary=151_936,
+    layers=48,
+    heads=32,
+    kv_heads=4,
+    rope_theta=1e6,
+    norm_epsilon=1e-6,
+    expert_width=768,
+    moe=(True,) * 48,
+    router=RouterSpec(128, 8, "softmax", True),
+    max_length=40_960,
+)
+_TINY = replace(
+    _LLADA2_MINI,
+    vocabulary=160,
+    hidden=64,
+    layers=3,
+    heads=4,
+    kv_heads=2,
+    head_dim=16,
+    rotary_dim=8,
+    dense_width=96,
+    expert_width=32,
+    shared_width=32,
+    moe=(False, True, True),
+    router=RouterSpec(32, 4, "sigmoid", True, 2.5, groups=4, topk_groups=2, epsilon=1e-20),
+    max_length=512,
+)
+
+# The paper counted unique experts of LLaDA2.0-mini and LLaDA-MoE. Of flash and SDAR nobody has:
+# their routers are taken to be as skewed as LLaDA2.0-mini's.
+SHAPES = {
+    "llada2-mini": ModelShape("LLaDA2.0-mini", LLADA2, _LLADA2_MINI, unique_experts=84),
+    "llada2-flash": ModelShape("LLaDA2.0-flash", LLADA2, _LLADA2_FLASH, unique_experts=84),
+    "llada-moe": ModelShape(
+        "LLaDA-MoE", LLADA_MOE, _LLADA_MOE, unique_experts=59, betas=(0.6, 0.4)
+    ),
+    "sdar-moe": ModelShape("SDAR-MoE", SDAR_MOE, _SDAR, unique_experts=63),
+    "tiny": ModelShape(
+        "Tiny", LLADA2, _TINY, unique_experts=18, betas=(0.25,)
+    ),  # to try a command out
+}
+PAPER_LAYERS = (SHAPES["llada2-mini"].layer, SHAPES["llada-moe"].layer)
+"""The layers that the paper measures."""

@@ -1,0 +1,40 @@
+"""Finds the parameter of a policy family that meets a target on given prompts.
+
+>>> import coterie
+>>> from coterie.lab.calibration import Bench, Wish, calibrate, from_tasks
+>>> asked = from_tasks(["words"], 20, Wish(family="llada2", seed=1))
+>>> calibrate(Bench(coterie.load(), asked), "des-vote", "experts=38").policy
+"""
+
+from coterie.lab.calibration.calibration import Calibration, calibrate
+from coterie.lab.calibration.measurement import PolicyEvaluator
+from coterie.lab.calibration.policy_file import (
+    CalibratedPolicy,
+    calibration_record,
+    read_calibrated_policy,
+    write_calibrated_policy,
+)
+from coterie.lab.calibration.prompts import (
+    CalibrationPrompt,
+    PromptSet,
+    prompts_from_file,
+    prompts_from_tasks,
+)
+from coterie.lab.calibration.target import Target
+from coterie.lab.evals.task import TaskOptions
+
+__all__ = [
+    "CalibratedPolicy",
+    "Calibration",
+    "CalibrationPrompt",
+    "PolicyEvaluator",
+    "PromptSet",
+    "Target",
+    "TaskOptions",
+    "calibrate",
+    "calibration_record",
+    "prompts_from_file",
+    "prompts_from_tasks",
+    "read_calibrated_policy",
+    "write_calibrated_policy",
+]

@@ -1,0 +1,389 @@
+"""Finds the program in what a model wrote, and asks the sandbox whether it passes its tests."""
+
+from __future__ import annotations
+
+import ast
+import builtins
+import re
+import textwrap
+import warnings
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from threading import Lock
+
+from coterie.lab.evals.task import Grade
+from coterie.lab.evals.tasks.boxed import strip_end_marks
+from coterie.lab.sandbox import run_program
+
+PYTHON_LANGUAGES = ("", "python", "python3", "py", "py3", "python-repl", "pycon")
+MAX_FENCE_LINE = 500  # characters of a line that may open one
+MAX_BLOCKS = 100  # from the last
+MAX_TRIMS = 60  # cuts of an unfenced text at its next error
+
+FENCE_OPENING = re.compile(
+    r"(?P<before>.*?)(?P<fence>`{3,}|~{3,})[ \t]*\{?\.?(?P<language>[\w+-]*)[^`~]*$"
+)
+INLINE_CODE = re.compile(
+    r"(?P<ticks>`{1,4})(?:python3?[ \t]|py[ \t])?(?P<code>[^`\n]+)(?P=ticks)(?!`)"
+)
+CODE_START = re.compile(
+    r"(?:import|from|def|class|async def)\b|@|[A-Za-z_]\w*(?: *: *[\w\[\], ]+)? *=[^=]"
+)
+BODY_END = re.compile(r"^(?:def|class|@|if|print|assert|#|```|~~~|\[DONE\]|<)", re.MULTILINE)
+FUTURE_IMPORT = re.compile(r"^from __future__ import .*$", re.MULTILINE)
+UNUSUAL_SPACES = {
+    0xA0: " ",
+    0xFEFF: None,
+    0x200B: None,
+}  # what editors put between: hard and no spaces
+SESSION_PROMPT = re.compile(r"^(?:>>>|\.\.\.)(?: |$)", re.MULTILINE)
+TEST_MODULES = ("doctest", "unittest")  # modules whose calls at top level only try the answer out
+
+PARSE_LOCK = Lock()  # warnings are silenced for the whole process: one thread at a time
+
+Function = ast.FunctionDef | ast.AsyncFunctionDef
+
+
+@dataclass(frozen=True)
+class CodeBlock:
+    """What stood in one code fence; ``language`` in lower case, empty when none was given."""
+
+    code: str
+    language: str
+
+
+def grade(output: str, tests: str, *, header: str = "", trust: bool = False) -> Grade:
+    """Runs the program found in ``output`` before ``tests``; ``header`` as in ``extract``."""
+    functions = called_functions(tests)
+    code = extract_code(output, functions, header)
+    if code is None:
+        return Grade(False, None)
+    parts = [preamble(header, functions), code, tests]
+    program = _future_first("\n\n".join(part for part in parts if part))
+    return Grade(run_program(program, trust=trust).passed, code)
+
+
+def extract_code(output: str, functions: Sequence[str], header: str = "") -> str | None:
+    """The code that defines one of ``wanted``, without its own trials; None for a blank output.
+
+    ``header`` is what the model was to continue: an output that gives only a function's body
+    comes back behind it. Of several fences that define it the last counts, and what earlier ones
+    define comes along. Where nothing can be read as such, the likeliest text is returned.
+    """
+    answer = _answer_text(output)
+    if not answer.strip():
+        return None
+    for text in dict.fromkeys([answer, answer.translate(UNUSUAL_SPACES).replace("\\_", "_")]):
+        for code in (
+            *_whole_programs(text, functions),
+            *_completed_bodies(text, header, functions),
+        ):
+            return code
+    blocks = _find_blocks(answer)
+    return blocks[-1].code if blocks else answer
+
+
+def called_functions(tests: str) -> tuple[str, ...]:
+    """The functions that ``tests`` call and neither define nor find among the builtins.
+
+    Of HumanEval's form, ``check(name)``, the one that is checked.
+    """
+    tree = _parse(tests)
+    if tree is None:
+        return ()
+    calls = [node for node in ast.walk(tree) if isinstance(node, ast.Call)]
+    calls.sort(key=lambda call: (call.lineno, call.col_offset))
+    names = [(call.func.id, call) for call in calls if isinstance(call.func, ast.Name)]
+    checked = [call.args[0] for name, call in names if name == "check" and call.args]
+    if checked and _defines(tree, ["check"]):
+        return tuple(argument.id for argument in checked if isinstance(argument, ast.Name))
+    defined = {*dir(builtins), *(node.name for node in tree.body if isinstance(node, Function))}
+    return tuple(dict.fromkeys(name for name, _ in names if name not in defined))
+
+
+def preamble(header: str, functions: Sequence[str]) -> str:
+    """What stands in ``header`` above the function to write: imports, and functions to use."""
+    starts = [
+        re.search(rf"^(?:async\s+)?def\s+{name}\b", header, re.MULTILINE) for name in functions
+    ]
+    positions = [start.start() for start in starts if start is not None]
+    return header[: min(positions)].rstrip() if positions else ""
+
+
+def _future_first(program: str) -> str:
+    """Python wants these imports above all others, and an answer comes below the header's."""
+    return "\n".join([*FUTURE_IMPORT.findall(program), FUTURE_IMPORT.sub("", program)])
+
+
+def _answer_text(output: str) -> str:
+    """The answer itself: after any thinking, between ``[BEGIN]`` and ``[DONE]``, up to the end."""
+    text = strip_end_marks(output).replace("\r\n", "\n").rpartition("</think>")[2]
+    before, marker, after = text.partition("[DONE]")[0].rpartition("[BEGIN]")
+    text = (after if marker else before + after).strip("\n")
+    stripped = text.strip()
+    quoted = (
+        marker and len(stripped) > 1 and stripped[0] == stripped[-1] == "'"
+    )  # as OpenCompass shows it
+    return stripped[1:-1] if quoted else text
+
+
+def _whole_programs(text: str, functions: Sequence[str]) -> Iterator[str]:
+    """Readings of ``text`` as a whole program that defines what is wanted, best first."""
+    blocks = sorted(_find_blocks(text), key=lambda block: block.language in PYTHON_LANGUAGES)
+    for index in reversed(range(len(blocks))):
+        for code in _parseable_versions(blocks[index].code):
+            if _is_answer(code, functions):
+                helpers = [block.code for block in blocks[:index]]
+                helpers += [
+                    b.code for b in blocks[index + 1 :] if _defines_missing_names(b.code, code)
+                ]
+                definitions = filter(None, map(_only_definitions, helpers))
+                yield "\n".join([*definitions, _strip_demo_code(code)])
+    for code in _unfenced_code(text, functions):
+        if _is_answer(code, functions):
+            yield _strip_demo_code(code)
+
+
+def _completed_bodies(text: str, header: str, functions: Sequence[str]) -> Iterator[str]:
+    """Readings of ``text`` as what follows ``header``, each returned behind the header's own.
+
+    Those that drop the fewest lines come first: a body that was moved wrongly has an early error.
+    """
+    if not header:
+        return
+    candidates: list[tuple[int, str]] = []
+    prefix = header.rstrip()
+    for code in [*(block.code for block in reversed(_find_blocks(text))), text]:
+        stop = BODY_END.search(code, 1)
+        for body in dict.fromkeys([code, code if stop is None else code[: stop.start()]]):
+            for indented in _indentation_variants(body.rstrip()):
+                program = f"{prefix}\n{indented}"
+                trimmed = _trim_to_error(program, min_lines=prefix.count("\n") + 1)
+                if trimmed is not None and _is_answer(trimmed, functions):
+                    candidates.append((program.count("\n") - trimmed.count("\n"), trimmed))
+    yield from (
+        _strip_demo_code(trimmed) for _, trimmed in sorted(candidates, key=lambda pair: pair[0])
+    )
+
+
+def _indentation_variants(body: str) -> list[str]:
+    """A body as it stands, with only its first line moved back, and moved as a whole."""
+    first, _, rest = body.lstrip("\n").partition("\n")
+    return [body, f"    {first.lstrip()}\n{rest}", textwrap.indent(textwrap.dedent(body), "    ")]
+
+
+def _find_blocks(text: str) -> list[CodeBlock]:
+    """Every fenced block, of backticks or tildes; one that is never closed runs to the end."""
+    blocks: list[CodeBlock] = []
+    lines = text.split("\n")
+    fence, language, content = "", "", list[str]()
+    for line in lines:
+        if not fence:
+            if len(line) > MAX_FENCE_LINE:
+                continue
+            inline = [
+                CodeBlock(match["code"].strip(), "inline") for match in INLINE_CODE.finditer(line)
+            ]
+            blocks += inline
+            if opening := FENCE_OPENING.fullmatch(INLINE_CODE.sub("", line)):
+                fence, language, content = opening["fence"], opening["language"].lower(), []
+            continue
+        before, closed = _split_closing_fence(line, fence)
+        if before or not closed:
+            content.append(before)
+        if closed:
+            blocks.append(CodeBlock(textwrap.dedent("\n".join(content)), language))
+            fence = ""
+    if fence:
+        blocks.append(CodeBlock(textwrap.dedent("\n".join(content)), language))
+    return blocks[-MAX_BLOCKS:]
+
+
+def _split_closing_fence(line: str, fence: str) -> tuple[str, bool]:
+    """What a line holds before a closing fence, and whether there is one."""
+    stripped = line.rstrip()
+    if not stripped.endswith(fence):
+        return line, False
+    before = stripped.rstrip(fence[0])
+    return (before if before.strip() else ""), True
+
+
+def _parseable_versions(code: str) -> Iterator[str]:
+    """A block as it stands, else up to its first error (it was cut off, or prose follows)."""
+    if code.lstrip().startswith(">>>"):
+        code = "\n".join(
+            SESSION_PROMPT.sub("", line) for line in code.split("\n") if SESSION_PROMPT.match(line)
+        )
+    if _parse(code) is not None:
+        yield code
+    elif (trimmed := _trim_to_error(code)) is not None:
+        yield trimmed
+
+
+def _unfenced_code(text: str, functions: Sequence[str]) -> Iterator[str]:
+    """Readings that begin where code may begin: the first such line, and the wanted function's."""
+    if _parse(text) is not None:
+        yield text
+    lines = text.split("\n")
+    starts = [n for n, line in enumerate(lines) if CODE_START.match(line.lstrip())][:8]
+    tails = [lines[start:] for start in starts]
+    # Also in the middle of a line: "Answer: def add(a, b): ..."
+    for match in re.finditer(rf"def\s+(?:{'|'.join(functions) or '$'})\b", text):
+        column = match.start() - text.rfind("\n", 0, match.start()) - 1
+        tails.append((" " * column + text[match.start() :]).split("\n"))
+    for tail in tails[:16]:
+        trimmed = _trim_to_error(textwrap.dedent("\n".join(tail)))
+        if trimmed is not None:
+            yield trimmed
+
+
+def _trim_to_error(code: str, *, min_lines: int = 0) -> str | None:
+    """``code`` without the lines from its first error on; None where no more than ``keep`` stay."""
+    lines = code.split("\n")
+    for _ in range(MAX_TRIMS):
+        error = _error_line("\n".join(lines))
+        if error is None:
+            return "\n".join(lines)
+        lines = lines[: max(0, min(error - 1, len(lines) - 1))]
+        if len(lines) <= min_lines:
+            break
+    return None
+
+
+def _parse(code: str) -> ast.Module | None:
+    try:
+        with PARSE_LOCK, warnings.catch_warnings(action="ignore"):
+            return ast.parse(code)
+    except (SyntaxError, ValueError, RecursionError, MemoryError):
+        return None
+
+
+def _error_line(code: str) -> int | None:
+    """The line, from 1, of the first error; None where all can be read."""
+    try:
+        with PARSE_LOCK, warnings.catch_warnings(action="ignore"):
+            ast.parse(code)
+    except SyntaxError as error:
+        return error.lineno or 1
+    except (ValueError, RecursionError, MemoryError):
+        return 1
+    return None
+
+
+def _is_answer(code: str, functions: Sequence[str]) -> bool:
+    """Whether it defines, beyond a stub, what is wanted; anything, where nobody says what."""
+    tree = _parse(code)
+    return tree is not None and _defines(tree, functions) and not _returns_outside(tree.body)
+
+
+def _returns_outside(nodes: Sequence[ast.AST]) -> bool:
+    """Whether a return stands in no function, which is an error that only compiling finds."""
+    for node in nodes:
+        if isinstance(node, ast.Return):
+            return True
+        inner = [] if isinstance(node, Function | ast.ClassDef) else ast.iter_child_nodes(node)
+        if isinstance(node, ast.stmt | ast.ExceptHandler) and _returns_outside(list(inner)):
+            return True
+    return False
+
+
+def _defines(tree: ast.Module, functions: Sequence[str]) -> bool:
+    for node in tree.body:
+        if isinstance(node, Function) and (not functions or node.name in functions):
+            body = node.body[1:] if ast.get_docstring(node) is not None else node.body
+            if any(not _is_placeholder(line) for line in body):
+                return True
+        names = [t.id for t in getattr(node, "targets", []) if isinstance(t, ast.Name)]
+        if any(name in functions for name in names):  # f = lambda x: ...
+            return True
+    return False
+
+
+def _is_placeholder(node: ast.stmt) -> bool:
+    return isinstance(node, ast.Pass) or (
+        isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)
+    )
+
+
+def _defines_missing_names(later: str, code: str) -> bool:
+    """Whether a block below the answer defines what the answer uses and does not define."""
+    later_tree, code_tree = _parse(later), _parse(code)
+    if later_tree is None or code_tree is None:
+        return False
+    names = [node for node in ast.walk(code_tree) if isinstance(node, ast.Name)]
+    used = {name.id for name in names if isinstance(name.ctx, ast.Load)}
+    return bool(_defined_names(later_tree) & used - _defined_names(code_tree))
+
+
+def _defined_names(tree: ast.Module) -> set[str]:
+    return {node.name for node in tree.body if isinstance(node, Function | ast.ClassDef)}
+
+
+def _only_definitions(code: str) -> str:
+    """Only what another block imports and defines: what it runs belongs to the prose."""
+    tree = _parse(code)
+    return "\n".join(map(ast.unparse, filter(_is_definition, tree.body if tree else [])))
+
+
+def _is_definition(node: ast.stmt) -> bool:
+    constant = isinstance(node, ast.Assign) and isinstance(node.value, ast.Constant)
+    return constant or isinstance(node, ast.Import | ast.ImportFrom | ast.ClassDef | Function)
+
+
+def _strip_demo_code(code: str) -> str:
+    """Without what only tries the answer out at top level, or does nothing: prints, asserts,
+    what is typed in, a main part, a word of prose that happens to be an expression."""
+    tree = _parse(code)
+    if tree is None:
+        return code
+    nodes = [node for node in tree.body if not _is_demo_code(node) or _is_setup_call(node, tree)]
+    if len(nodes) == len(tree.body):
+        return code
+    tree.body = nodes
+    return ast.unparse(tree)
+
+
+def _is_setup_call(node: ast.stmt, tree: ast.Module) -> bool:
+    """Whether it calls, for its effect alone, a function of the answer's own: ``fill_table()``."""
+    if not (isinstance(node, ast.Expr) and isinstance(node.value, ast.Call)):
+        return False
+    function = node.value.func
+    return any(
+        isinstance(function, ast.Name)
+        and function.id == definition.name
+        and not _has_output(definition)
+        for definition in tree.body
+        if isinstance(definition, ast.FunctionDef)
+        if definition.name != "main"
+        and not definition.name.startswith("test")
+        and not _reads_input(definition)
+    )
+
+
+def _has_output(function: ast.FunctionDef) -> bool:
+    """Whether it returns or prints something: then a call at top level only shows it."""
+    return any(
+        (isinstance(node, ast.Return) and node.value is not None)
+        or (isinstance(node, ast.Name) and node.id == "print")
+        for node in ast.walk(function)
+    )
+
+
+def _is_demo_code(node: ast.stmt) -> bool:
+    if isinstance(node, ast.If):
+        return any(isinstance(n, ast.Name) and n.id == "__name__" for n in ast.walk(node.test))
+    if isinstance(node, ast.Expr) and isinstance(node.value, ast.Call):
+        function = node.value.func
+        if isinstance(function, ast.Attribute) and isinstance(function.value, ast.Name):
+            return function.value.id in TEST_MODULES
+        return isinstance(function, ast.Name)
+    if isinstance(node, ast.Assign | ast.For | ast.While) and _reads_input(node):
+        return True
+    silent = isinstance(node, ast.Expr) or (isinstance(node, ast.AnnAssign) and not node.value)
+    return silent or isinstance(node, ast.Assert)
+
+
+def _reads_input(node: ast.stmt) -> bool:
+    """Whether it waits for somebody to type: nobody does."""
+    calls = [child.func for child in ast.walk(node) if isinstance(child, ast.Call)]
+    return any(isinstance(call, ast.Name) and call.id == "input" for call in calls)

@@ -1,0 +1,295 @@
+r"""Short answers in LaTeX, and whether two of them say the same: ``\frac12``, 0.5, ``x = 1/2``.
+
+What can be decided without algebra is decided here: numbers, words, options, digits in a base.
+The rest goes to math-verify, in a form that it reads well.
+"""
+
+from __future__ import annotations
+
+import re
+from fractions import Fraction
+
+from coterie.lab.evals.tasks.numbers import (
+    SIGN_TABLE,
+    find_numbers,
+    join_digit_groups,
+    latex_to_plain,
+)
+from coterie.lab.evals.tasks.verify import is_equivalent_latex
+
+MAX_LENGTH = 1000  # characters: beyond, an answer is none
+
+TEXT_COMMAND = (
+    r"\\(?:text(?:bf|it|rm|sf|tt|normal|up)?|mathrm|mathbf|mathit|mbox|hbox|operatorname)\*?"
+)
+TEXT_GROUP = re.compile(TEXT_COMMAND + r"\s*\{([^{}]*)\}")
+UNIT = re.compile(TEXT_COMMAND + r"\s*\{[^{}]*\}(?:\s*\^\s*(?:\{\s*-?\d\s*\}|-?\d))?")
+CONJUNCTION = re.compile(TEXT_COMMAND + r"\s*\{\s*,?\s*(?:and|or)\s*\}|,?\s\b(?:and|or)\b\s")
+SYMBOLS = {
+    "π": r"\pi ", "∞": r"\infty ", "√": r"\sqrt ", "\u222a": r"\cup ", "∩": r"\cap ", "≤": r"\le ",
+    "≥": r"\ge ", "≠": r"\ne ", "∈": r"\in ", "±": r"\pm ", "·": r"\cdot ", "°": r"^\circ ",
+    "θ": r"\theta ", "²": "^2", "³": "^3",
+}  # fmt: skip
+NORMALIZATIONS = [
+    (re.compile(r"\\\\\s*\[[^\]]*\]"), r"\\\\ "),  # "\\[4pt]"
+    (re.compile(r"\\(?:text)?color\s*\{[^{}]*\}|\\(?:underline|underset\{[^{}]*\})(?![a-z])"), ""),
+    (re.compile(r"\\(?:mathrm|text|operatorname)\s*\{\s*([ie])\s*\}"), r"\1"),
+    (
+        re.compile(
+            r"\\(?:left|right|[bB]igg?[lrm]?|(?:display|text)style|limits|[lL]arge|LARGE|[hH]uge)(?![a-zA-Z])"
+        ),
+        "",
+    ),
+    (re.compile(r"\\[dtc]frac(?![a-zA-Z])"), r"\\frac"),
+    (re.compile(r"\\(?:leq|leqslant)(?![a-zA-Z])"), r"\\le"),
+    (re.compile(r"\\(?:geq|geqslant)(?![a-zA-Z])"), r"\\ge"),
+    (re.compile(r"\\varnothing(?![a-zA-Z])"), r"\\emptyset"),
+    (re.compile(r"\\langle(?![a-zA-Z])"), "("),
+    (re.compile(r"\\rangle(?![a-zA-Z])"), ")"),
+    (re.compile(r"\\sqrt\s*(\d+)"), r"\\sqrt{\1}"),
+    (re.compile(r"(?:\\text\s*)?\{,\}|(?<!\\),\\!\s*"), ","),
+    (re.compile(r"(?<!\\)\\!"), ""),
+    (re.compile(r"(?<=\d)\\[,;: ](?=\d{3}(?!\d))"), ""),
+    (re.compile(r"(?<!\\)\\[,;:> ]|~|\\q?quad(?![a-zA-Z])|\\hspace\{[^{}]*\}"), " "),
+    (re.compile(r"\^\s*\{?\s*\\(?:circ|degree)\s*\}?(?:\s*[CF]\b)?|\\degree(?![a-zA-Z])"), ""),
+    (re.compile(r"\bdegrees?\b"), ""),
+    (re.compile(r"(?<=\d)\s*\^\s*(?:\{\s*o\s*\}|o\b)"), ""),  # degrees, by hand
+    (re.compile(r"(?<![a-zA-Z\\])pi(?![a-zA-Z])"), r"\\pi"),
+    (re.compile(r"\\?[$€£¥₹]|(?<!\\)\\[()\[\]]"), ""),
+    (re.compile(r"\\?%|\bper\s?cent\b"), r"\\%"),
+    (re.compile(r"\*\*|__"), ""),
+    (re.compile(r"\\\\|&"), r" \g<0> "),  # math-verify loses rows that touch
+    (re.compile(r"\s+"), " "),
+]
+DOUBLE_ESCAPE = re.compile(r"\\\\(?=[a-zA-Z,;!$%])")  # escaped twice, on the way through JSON
+REPEATED_COMMAS = re.compile(r",(?:\s*,)+")
+REPEATING_DECIMAL = re.compile(r"(\d*)\.(\d*)\\overline\s*\{\s*(\d+)\s*\}")
+OUTER_BRACES = re.compile(r"^\{([^{}]*)\}$")
+
+# A name before its value: x =, x_1 =, f(x) =, (x, y) =, \theta =, AB =, x \in
+VARIABLE = (
+    r"(?:[a-zA-Z]{1,3}(?:_\{?\w+\}?)?'?|\\[a-zA-Z]+|\\?[a-zA-Z]+\s*\([\w, ]*\)"
+    r"|\(\s*[a-zA-Z](?:\s*,\s*[a-zA-Z])*\s*\))"
+)
+ASSIGNMENT = re.compile(rf"^\s*{VARIABLE}\s*(?:=|:|\\(?:in|approx)(?![a-z]))\s*(?=[^=])")
+TRAILING_VARIABLE = re.compile(r"^([^=]*[^=<>!])=\s*[a-zA-Z]$")
+EACH_ASSIGNMENT = re.compile(r"(^|,)\s*[a-zA-Z](?:_\{?\w+\}?)?\s*=\s*")
+COMPUTATION = re.compile(
+    r"^(?:[\s\d.,+*/()^{}-]|\\(?:times|cdot|div|frac|sqrt|pi)(?![a-z])|"
+    + TEXT_COMMAND
+    + r"\s*\{[^{}]*\})*="
+)
+
+FUNCTION = r"(?:sin|cos|tan|cot|sec|csc|log|ln|exp|sqrt|max|min|mod|gcd|lcm|not?|arc\w+)\b"
+LEADING_WORDS = re.compile(rf"^(?:(?!{FUNCTION})[A-Za-z]{{2,}}:?\s+)+", re.IGNORECASE)
+SHORT_UNIT = r"(?:[ckmn]?m|kg?|g|m?l|lb|oz|ft|yd|mi|in|hr?|[ap]m|[sLNJWV])"
+ATTACHED_UNIT = r"(?:[ckmn]m|kg|ml|lbs?|oz|ft|yd|mi|in|hrs?|mins?|mph|km/hr?|[ap]m)"
+TRAILING_UNITS = re.compile(  # alternatives that exclude each other, or a long text takes for ever
+    rf"(?:(?:(?<=\d){ATTACHED_UNIT}\b|(?<=[\d)}}A-Za-z.])\s+(?:(?!{FUNCTION})[A-Za-z]{{3,}}\.?|{SHORT_UNIT}\b))"
+    r"(?:\s*\^\s*\{?[23]\}?)?(?:\s*/\s*[A-Za-z]+(?:\^\{?\d\}?)?)?)+$"
+)
+
+NUMBER_IN_BASE = re.compile(r"^([0-9A-Fa-f]+)\s*(?:_\s*\{?\s*\(?(\w+)\)?\s*\}?|\(?base (\w+)\)?)?$")
+OPTION = re.compile(
+    r"^(?:(?:option|choice|answer)\s+)?(?:\(([A-Za-z])\)|([A-Za-z])(?=[).:]|$))", re.I
+)
+NOISE = re.compile(r"^(?:the|a|an)\s+|[\s.\"'`]+$|^[\s\"'`]+", re.IGNORECASE)
+
+BOUND = r"([^<>,=]+?)"
+SIGN = r"(<|>|\\lt|\\gt|\\le|\\ge|<=|>=)(?![a-zA-Z])"
+SET_BUILDER = re.compile(r"^\\\{\s*[a-zA-Z]\s*(?:\\mid|\\vert|:|\|)\s*(.*)\\\}$")
+TWO_SIDED = re.compile(rf"^\s*{BOUND}\s*{SIGN}\s*([a-zA-Z])\s*{SIGN}\s*{BOUND}\s*$")
+VARIABLE_FIRST = re.compile(rf"^\s*([a-zA-Z])\s*{SIGN}\s*{BOUND}\s*$")
+VARIABLE_LAST = re.compile(rf"^\s*{BOUND}\s*{SIGN}\s*([a-zA-Z])\s*$")
+FLIPPED = {"<": ">", ">": "<", "<=": ">=", ">=": "<="}
+
+
+def is_equivalent(answer: str, gold: str) -> bool:
+    """Whether ``answer`` says what ``gold`` does; both as in a box, without it."""
+    if max(len(answer), len(gold)) > MAX_LENGTH:
+        return False
+    given, expected = normalize(answer), normalize(gold)
+    if not given or not expected:
+        return False
+    equal = True if given == expected else _compare_directly(given, expected)
+    return _compare_symbolically(given, expected) if equal is None else equal
+
+
+def normalize(latex: str) -> str:
+    r"""One spelling of what only looks different: ``\dfrac``, ``\left(``, ``$``, degrees."""
+    text = latex.translate(SIGN_TABLE)
+    for sign, replacement in SYMBOLS.items():
+        text = text.replace(sign, replacement)
+    if r"\begin" not in text:
+        text = DOUBLE_ESCAPE.sub(r"\\", text)
+    for pattern, replacement in NORMALIZATIONS:
+        text = pattern.sub(replacement, text)
+    text = REPEATING_DECIMAL.sub(
+        _expand_repeating, REPEATED_COMMAS.sub(",", CONJUNCTION.sub(", ", text))
+    )
+    text = text.strip().rstrip(".,;: ").strip()
+    outer = OUTER_BRACES.match(text)
+    return outer[1].strip() if outer else text
+
+
+def possible_values(text: str) -> set[Fraction]:
+    """What a text that is one number, with or without a unit, may mean; 15% is 15, or 0.15."""
+    stripped = LEADING_WORDS.sub("", strip_units(text)).replace(r"\%", "%").strip()
+    percent = stripped.endswith("%")
+    normalized = join_digit_groups(
+        latex_to_plain(stripped.removesuffix("%")).strip().removesuffix(".").strip()
+    )
+    matches = list(find_numbers(normalized))
+    if len(matches) != 1 or (matches[0].start, matches[0].stop) != (0, len(normalized)):
+        return set()
+    value = matches[0].value * matches[0].scale
+    return {value, value / 100} if percent else {value}
+
+
+def strip_units(text: str) -> str:
+    r"""Without ``\text{ cm}^2`` and "square units", where a value is left."""
+    stripped = UNIT.sub(" ", text)
+    if not re.search(r"[0-9a-zA-Z]", stripped):
+        return TEXT_GROUP.sub(r"\1", text).strip()
+    return TRAILING_UNITS.sub("", stripped.strip()).strip()
+
+
+def normalize_words(text: str) -> str:
+    r"""``\text{The Ellipse}.`` as ellipse."""
+    unwrapped = re.sub(r"[${}]", "", TEXT_GROUP.sub(r" \1 ", text))
+    return NOISE.sub("", NOISE.sub("", " ".join(unwrapped.split()))).casefold()
+
+
+def _expand_repeating(match: re.Match[str]) -> str:
+    r"""``0.1\overline{6}`` as a fraction."""
+    integer_part, fixed_digits, repeating_digits = match.groups()
+    value = Fraction(
+        int(f"{integer_part}{fixed_digits}{repeating_digits}")
+        - int(f"{integer_part}{fixed_digits}" or 0)
+    )
+    value /= (10 ** len(repeating_digits) - 1) * 10 ** len(fixed_digits)
+    return rf"\frac{{{value.numerator}}}{{{value.denominator}}}"
+
+
+def _compare_directly(answer: str, gold: str) -> bool | None:
+    """By words, numbers and digits alone; None: they do not tell."""
+    if not re.search(r"[0-9a-zA-Z\\]", TEXT_GROUP.sub("", gold)) or OPTION.fullmatch(gold):
+        return _same_words(answer, gold)
+    gold_in_base = NUMBER_IN_BASE.match(gold)
+    if gold_in_base is not None and gold_in_base[2]:
+        return _same_digits(answer, gold_in_base)
+    values, gold_values = (
+        possible_values(_strip_assignment(answer)),
+        possible_values(_strip_assignment(gold)),
+    )
+    if values and gold_values:
+        equal = max(values) == max(gold_values) or (
+            len(values) != len(gold_values) and values & gold_values
+        )
+        return True if equal else None  # 0.3333333 may still do for 1/3
+    return True if _same_words(answer, gold) else None
+
+
+def _same_words(answer: str, gold: str) -> bool:
+    given, expected = normalize_words(answer), normalize_words(gold)
+    option = OPTION.fullmatch(expected)
+    if option is not None:
+        given_option = OPTION.match(given)
+        return given_option is not None and (given_option[1] or given_option[2]) == (
+            option[1] or option[2]
+        )
+    return given == expected or given.rpartition(" is ")[2] == expected
+
+
+def _same_digits(answer: str, gold: re.Match[str]) -> bool:
+    r"""``52_8``: the digits count, and the base where it is given."""
+    given = NUMBER_IN_BASE.match(
+        " ".join(TEXT_GROUP.sub(r" \1 ", _strip_assignment(answer)).split())
+    )
+    if given is None:
+        return False
+    return given[1].upper() == gold[1].upper() and (given[2] or given[3]) in (None, gold[2])
+
+
+def _strip_assignment(text: str) -> str:
+    r"""The 5 of ``x = 5``, the ``[-2, 7]`` of ``x \in [-2, 7]``, the 18 of ``9 * 2 = 18``."""
+    stripped = ASSIGNMENT.sub("", text, count=1)
+    trailing = TRAILING_VARIABLE.match(stripped)
+    stripped = trailing[1].strip() if trailing else stripped
+    computation = COMPUTATION.match(stripped)
+    return stripped if computation is None else stripped[computation.end() :].strip()
+
+
+def _compare_symbolically(answer: str, gold: str) -> bool:
+    given, expected = strip_units(answer), strip_units(gold)
+    if "=" not in expected:
+        given, expected = (
+            EACH_ASSIGNMENT.sub(r"\1", _strip_assignment(given)),
+            _strip_assignment(expected),
+        )
+        if _is_interval(expected):
+            given = as_interval(given)
+    elif "=" not in given:
+        expected = _strip_assignment(expected)
+    if _is_list(given):
+        # A point written without its brackets keeps its order; "100,200" is two in a list.
+        if expected.startswith("(") and expected.endswith(")") and "," in expected:
+            given = f"({given})"
+        elif _is_list(expected):
+            given = given.replace(",", ", ")
+    return is_equivalent_latex(expected, given)
+
+
+def _is_list(text: str) -> bool:
+    return "," in text and not re.search(r"[()\[\]]|\\[{}]|\\cup|\\begin", text)
+
+
+def _is_interval(text: str) -> bool:
+    return bool(re.search(r"\\infty|\\cup", text)) or (
+        "," in text and text[:1] in "([" and text[-1:] in ")]"
+    )
+
+
+def as_interval(text: str) -> str:
+    r"""``2 < x \le 5`` and ``\{x \mid 2 < x \le 5\}`` as ``(2, 5]``; anything else as it is."""
+    set_builder = SET_BUILDER.match(text)
+    parts = [
+        _parse_interval(p)
+        for p in re.split(r"\\cup(?![a-z])|,", set_builder[1] if set_builder else text)
+    ]
+    return r" \cup ".join(part for part in parts if part) if all(parts) else text
+
+
+def _parse_interval(text: str) -> str | None:
+    two_sided = TWO_SIDED.match(text)
+    if two_sided:
+        low, first, _, second, high = two_sided.groups()
+        first, second = _normalize_sign(first), _normalize_sign(second)
+        if first[0] != second[0]:
+            return None
+        if first[0] == ">":
+            low, first, second, high = high, FLIPPED[second], FLIPPED[first], low
+        return f"{_opening_bracket(first)}{low.strip()}, {high.strip()}{_closing_bracket(second)}"
+    variable_first, variable_last = VARIABLE_FIRST.match(text), VARIABLE_LAST.match(text)
+    if variable_first:
+        sign, bound = _normalize_sign(variable_first[2]), variable_first[3]
+    elif variable_last:
+        sign, bound = FLIPPED[_normalize_sign(variable_last[2])], variable_last[1]
+    else:
+        return None
+    bound = bound.strip()
+    if sign[0] == ">":
+        return rf"{_opening_bracket(FLIPPED[sign])}{bound}, \infty)"
+    return rf"(-\infty, {bound}{_closing_bracket(sign)}"
+
+
+def _normalize_sign(sign: str) -> str:
+    return {r"\lt": "<", r"\gt": ">", r"\le": "<=", r"\ge": ">="}.get(sign, sign)
+
+
+def _opening_bracket(sign: str) -> str:
+    return "[" if sign.endswith("=") else "("
+
+
+def _closing_bracket(sign: str) -> str:
+    return "]" if sign.endswith("=") else ")"

@@ -1,0 +1,163 @@
+r"""MATH500: competition problems whose answer is a number, a formula, an interval or a word.
+
+The 500 test problems of MATH (Hendrycks et al., arXiv 2103.03874) that PRM800K holds out (Lightman
+et al., arXiv 2305.20050), asked without examples for a boxed answer. Answers are compared by
+math-verify; what is done before it is asked stands in ``latex``.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+
+from coterie.errors import CoterieError
+from coterie.lab.evals.task import Grade, Item, TaskOptions
+from coterie.lab.evals.tasks.boxed import Box, find_boxes, strip_end_marks
+from coterie.lab.evals.tasks.latex import is_equivalent
+from coterie.lab.evals.tasks.source import BenchmarkData, BenchmarkFile, read_benchmark
+from coterie.lab.evals.tasks.verify import require_math_verify
+
+TEST = BenchmarkFile(
+    "math500/test.jsonl",
+    "HuggingFaceH4/MATH-500",
+    ("test.jsonl",),
+    {"problem": str, "answer": str, "unique_id": str},
+    unique_key="unique_id",
+)
+MAX_NEW_TOKENS = {"llada-moe": 1024}  # tokens, as dInfer lets it write; others: 2048
+
+ZERO_SHOT = "{question}\nPlease reason step by step, and put your final answer within \\boxed{{}}."
+
+FENCE = re.compile(r"^[ \t]*```[^\n]*$", re.MULTILINE)
+MATH = re.compile(
+    r"\$\$(.+?)\$\$|\\\[(.+?)\\\]|\\\((.+?)\\\)|(?<!\\)\$((?:[^$\n\\]|\\.)+?)\$", re.DOTALL
+)
+ANSWER_PHRASE = re.compile(
+    r"(?:^[ \t>*_#]*(?:(?:so|thus|therefore|hence),?\s+)?(?:(?:the|my)\s+)?(?:final\s+|correct\s+)?"
+    r"answer[ \t*_]*:|\banswer\b[^.\n:=]{0,80}?\b(?:is|are|equals)\b[ \t*_]*:?)[\s*_`]*",
+    re.IGNORECASE | re.MULTILINE,
+)
+ANSWER_TAG = re.compile(r"<answer>(.+?)</answer>", re.DOTALL | re.IGNORECASE)
+SENTENCE_END = re.compile(r"(?<!\\)[.!?](?=\s|$)|\n")
+BETWEEN_BOXES = re.compile(
+    r"[\s$.,;]*(?:(?:and|or|\\q?quad|\\text\s*\{\s*(?:and|or)\s*\}|[a-zA-Z](?:_\w)?\s*=)[\s$.,;]*)*"
+)
+MAX_TAIL = 10_000  # characters of an output without a box that are looked at
+ANSWER_LINE = re.compile(r"\W*(?:[a-zA-Z]\s*=\s*)?[-\d.,/\\$]+(?:\s*[a-z]+)?\W*")
+NUMBER = re.compile(r"(?<![\w.])-?\$?\d[\d,]*(?:\.\d+)?(?:/\d+)?")
+
+
+@dataclass(frozen=True)
+class Math500:
+    """The problems with their bare answers as gold; the worked solutions are not used."""
+
+    source: BenchmarkData
+    questions: tuple[Item, ...]
+    family: str
+    name: str = field(default="math500", init=False)
+
+    def settings(self) -> Mapping[str, object]:
+        return {
+            **self.source.settings(),
+            "shots": 0,
+            "template": ZERO_SHOT.format(question="{question}"),
+            "counts": "the last closed box, else the answer as said; compared by math-verify",
+        }
+
+    def generation(self) -> Mapping[str, object]:
+        return {"max_new_tokens": MAX_NEW_TOKENS.get(self.family, 2048)}
+
+    def items(self) -> Sequence[Item]:
+        return self.questions
+
+    def prompt(self, item: Item) -> str:
+        return ZERO_SHOT.format(question=item.question)
+
+    def grade(self, output: str, item: Item) -> Grade:
+        return grade(output, item.gold)
+
+
+def open_math500(options: TaskOptions) -> Math500:
+    """Raises without math-verify: before anything is generated."""
+    if options.shots:
+        raise CoterieError(f"math500 is asked without examples; {options.shots} shots were wanted")
+    require_math_verify()
+    source = read_benchmark(TEST, options.data)
+    questions = (
+        Item(f"math500/{row['unique_id']}", str(row["problem"]), str(row["answer"]))
+        for row in source.rows
+    )
+    return Math500(source, tuple(questions), options.family)
+
+
+def grade(output: str, gold: str) -> Grade:
+    r"""``gold`` is the bare answer, with or without dollars, or a text that ends in its box."""
+    text = strip_end_marks(output)
+    gold_boxes = find_boxes(gold)
+    expected = gold_boxes[-1].content if gold_boxes else gold
+    candidates = list(_candidates(text))
+    for candidate in candidates:
+        if is_equivalent(candidate, expected):
+            return Grade(True, candidate)
+    return Grade(False, candidates[0] if candidates else None)
+
+
+def extract_latex(text: str) -> str | None:
+    """The answer in an output, as LaTeX without its dollars; None: there is none."""
+    return next(_candidates(text), None)
+
+
+def _candidates(text: str) -> Iterator[str]:
+    """The answer, and where several boxes stand side by side, all of them as one list."""
+    boxed = find_boxes(text)
+    if boxed:
+        yield boxed[-1].content
+        side_by_side = _adjacent_boxes(text, boxed)
+        if len(side_by_side) > 1:
+            yield ", ".join(box.content for box in side_by_side)
+        return
+    unboxed = _unboxed_answer(FENCE.sub("", text).strip()[-MAX_TAIL:])
+    if unboxed:
+        yield unboxed
+
+
+def _adjacent_boxes(text: str, boxed: Sequence[Box]) -> list[Box]:
+    """The last boxes that only commas, "and" and "or" keep apart."""
+    adjacent = [boxed[-1]]
+    for box in reversed(boxed[:-1]):
+        if not BETWEEN_BOXES.fullmatch(text, box.stop, max(box.stop, adjacent[0].start)):
+            break
+        adjacent.insert(0, box)
+    return adjacent
+
+
+def _unboxed_answer(text: str) -> str | None:
+    """After "the answer is"; or all there is, if that is one line; or the last formula, number."""
+    tags = ANSWER_TAG.findall(text)
+    if tags:
+        return tags[-1].strip().strip("$")
+    for phrase in reversed(list(ANSWER_PHRASE.finditer(text))):
+        rest = text[phrase.end() :]
+        formula = MATH.match(rest)
+        if formula is not None:
+            return _formula_content(formula)
+        end = SENTENCE_END.search(rest)
+        sentence = (rest if end is None else rest[: end.start()]).strip(" *_`")
+        if sentence:
+            inner = MATH.search(sentence)
+            return sentence if inner is None else _formula_content(inner)
+    first, _, last = text.rpartition("\n")
+    # Of a longer text only a last line that is no prose.
+    short = (not first or ANSWER_LINE.fullmatch(last)) and not SENTENCE_END.search(last[:-1])
+    if short and last and not MATH.search(last):
+        return last.strip("`* ")
+    formulas = list(MATH.finditer(text))
+    if formulas:
+        return _formula_content(formulas[-1])
+    numbers = NUMBER.findall(text)
+    return numbers[-1] if numbers else None
+
+
+def _formula_content(formula: re.Match[str]) -> str:
+    return next(group for group in formula.groups() if group is not None).strip()

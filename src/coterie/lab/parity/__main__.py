@@ -1,0 +1,81 @@
+"""Parity with reference folders, printed: every maximum error, every generation's verdict."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from coterie.errors import CoterieError
+from coterie.lab.parity.forward import Deviation, forward_deviations
+from coterie.lab.parity.generation import ParityResult, generation_results
+from coterie.loading.load import choose_device
+
+DEVICE = "--device="
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Exit status: 0 when every folder agrees, 1 when one does not or is damaged, 2 for usage."""
+    folders = [word for word in arguments if not word.startswith(DEVICE)]
+    devices = [word.removeprefix(DEVICE) for word in arguments if word.startswith(DEVICE)]
+    if not folders or any(word.startswith("-") for word in folders):
+        print(
+            f"usage: scripts/parity [{DEVICE}cuda] SET [SET ...]   (folders with reference.npz)",
+            file=sys.stderr,
+        )
+        return 0 if "--help" in arguments or "-h" in arguments else 2
+    try:
+        device = str(choose_device(devices[-1] if devices else "cpu"))
+    except CoterieError as error:
+        print(error, file=sys.stderr)
+        return 2
+    agreeing = [_compare(Path(folder), device) for folder in folders]
+    if len(agreeing) > 1:
+        print(f"{sum(agreeing)} of {len(agreeing)} sets agree")
+    return 0 if all(agreeing) else 1
+
+
+def _compare(folder: Path, device: str) -> bool:
+    """Print one folder's comparison; whether it agrees."""
+    print(f"{folder}", flush=True)
+    agrees = True
+    try:
+        for passed, text in _result_lines(folder, device):
+            print(f"  {text}", flush=True)
+            agrees = agrees and passed
+    except CoterieError as error:
+        print(f"  DAMAGED  {error}")
+        agrees = False
+    # A damaged file can fail in ways nobody listed; none of them may pass or stop the other sets.
+    except Exception as error:
+        print(f"  DAMAGED  {folder}: {type(error).__name__}: {' '.join(str(error).split())}")
+        agrees = False
+    print(f"  {'agrees' if agrees else 'DOES NOT AGREE'}", flush=True)
+    return agrees
+
+
+def _result_lines(folder: Path, device: str) -> Iterator[tuple[bool, str]]:
+    for deviation in forward_deviations(folder, device):
+        yield deviation.within_tolerance, _forward_line(deviation)
+    for result in generation_results(folder, device):
+        yield result.passed, _generation_line(result)
+
+
+def _forward_line(deviation: Deviation) -> str:
+    status = "ok" if deviation.within_tolerance else "FAILED"
+    return f"{status:8} {deviation.name:32} max error {deviation.max_error:.2e}  (tolerance {deviation.tolerance:.0e})"
+
+
+def _generation_line(result: ParityResult) -> str:
+    extra = f" + {result.extra_forwards} that write keys" if result.extra_forwards else ""
+    counts = f"{result.forwards} forwards{extra}"
+    if not result.problems:
+        note = f"  (not judged: {result.excuse})" if result.excuse else ""
+        return f"{'ok':8} {result.name:56} ids equal, {counts}{note}"
+    status = "reported" if result.excuse else "FAILED"
+    note = f"  (not judged: {result.excuse})" if result.excuse else ""
+    return f"{status:8} {result.name:56} {'; '.join(result.problems)}; {counts}{note}"
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

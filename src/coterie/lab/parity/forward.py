@@ -1,0 +1,156 @@
+"""Comparing one forward with a reference folder: config.json, model.safetensors, reference.npz."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from coterie.errors import CoterieError
+from coterie.lab.parity.arrays import ReferenceArrays
+from coterie.loading.load import Model, load_model
+from coterie.model.attention import AttentionMetadata
+from coterie.model.forward_context import ForwardContext
+from coterie.routing import Vanilla
+from coterie.telemetry import TensorRecorder
+from coterie.values import Window
+
+LOGITS_TOLERANCE = 2e-4
+HIDDEN_TOLERANCE = 1e-4
+WEIGHTS_TOLERANCE = 1e-5
+
+
+@dataclass(frozen=True)
+class Deviation:
+    """The largest absolute error of one quantity; not a number is never within tolerance."""
+
+    name: str
+    max_error: float
+    tolerance: float
+
+    @property
+    def within_tolerance(self) -> bool:
+        return self.max_error <= self.tolerance
+
+
+def forward_deviations(folder: Path, device: str = "cpu") -> tuple[Deviation, ...]:
+    """Run the reference's input once in fp32 and compare all that it recorded.
+
+    Raises CoterieError when the folder is damaged: a file or array missing, of another shape, not
+    finite, or at odds with config.json.
+    """
+    arrays = ReferenceArrays.of(folder / "reference.npz")
+    model = load_model(folder, dtype=torch.float32, device=device)
+    tokens = _tokens(arrays, model)
+    causal = model.family.defaults.block_causal
+    block = int(arrays.integers("block_length")) if causal else 0
+    window = _window(tokens, block)
+    _check_mask(arrays, model, window, tokens)
+    recorder = TensorRecorder()
+    logits = _forward(model, tokens, window, recorder)
+    deviations = [
+        _deviation("logits", logits, arrays.floats("logits", *logits.shape), LOGITS_TOLERANCE),
+        *_hidden(arrays, model, tokens, recorder),
+        *_routers(arrays, model, tokens, recorder),
+    ]
+    if "logits_fullattn" in arrays.arrays:
+        full_logits = _forward(model, tokens, _window(tokens, 0), TensorRecorder())
+        expected = arrays.floats("logits_fullattn", *full_logits.shape)
+        deviations.append(
+            _deviation("logits, full attention", full_logits, expected, LOGITS_TOLERANCE)
+        )
+    return tuple(deviations)
+
+
+def _tokens(arrays: ReferenceArrays, model: Model) -> Tensor:
+    """Input ids [B, T], at positions 0 .. T."""
+    batch, length = arrays.shape("input_ids", 2)
+    tokens = arrays.integers("input_ids", batch, length)
+    if not bool(((tokens >= 0) & (tokens < model.spec.vocabulary)).all()):
+        raise CoterieError(f"{arrays.file}: input_ids leave the vocabulary")
+    positions = arrays.integers("position_ids", batch, length)
+    if not bool((positions == torch.arange(length)).all()):
+        raise CoterieError(f"{arrays.file}: position_ids do not count from 0")
+    return tokens
+
+
+def _window(tokens: Tensor, block: int) -> Window:
+    batch, length = tokens.shape
+    start, visible = torch.zeros(batch, dtype=torch.int64), torch.full((batch,), length)
+    return Window(start, length, visible, block)
+
+
+def _check_mask(arrays: ReferenceArrays, model: Model, window: Window, tokens: Tensor) -> None:
+    batch, length = tokens.shape
+    reference_mask = arrays.booleans("attention_mask_bool", batch, 1, length, length)
+    mask = AttentionMetadata.of(window, None, model.spec, torch.device("cpu")).mask
+    ours = torch.ones_like(reference_mask) if mask is None else mask[:, None]
+    if not torch.equal(ours, reference_mask):
+        raise CoterieError(
+            f"{arrays.file}: attention_mask_bool is not that of {model.family.title} "
+            f"in blocks of {window.block}"
+        )
+
+
+@torch.inference_mode()
+def _forward(model: Model, tokens: Tensor, window: Window, recorder: TensorRecorder) -> Tensor:
+    """Logits [B, T, V], on the host."""
+    context = ForwardContext(window, cache=None, policy=Vanilla(), recorder=recorder)
+    device_tokens = tokens.to(model.transformer.device)
+    return model.transformer(device_tokens, context).unflatten(0, tuple(tokens.shape)).cpu()
+
+
+def _hidden(
+    arrays: ReferenceArrays, model: Model, tokens: Tensor, recorder: TensorRecorder
+) -> list[Deviation]:
+    layers, shape = model.spec.layers, (*tokens.shape, model.spec.hidden)
+    output_of = {layer: x.cpu().view(shape) for layer, x in recorder.outputs}
+    outputs = torch.stack([output_of[layer] for layer in range(layers)])
+    # Before each layer, and after the last one normed.
+    hidden = torch.stack([output_of[layer] for layer in (*range(-1, layers - 1), layers)])
+    return [
+        _deviation(
+            "hidden_states", hidden, arrays.floats("hidden_states", *hidden.shape), HIDDEN_TOLERANCE
+        ),
+        _deviation(
+            "layer_outputs",
+            outputs,
+            arrays.floats("layer_outputs", *outputs.shape),
+            HIDDEN_TOLERANCE,
+        ),
+    ]
+
+
+def _routers(
+    arrays: ReferenceArrays, model: Model, tokens: Tensor, recorder: TensorRecorder
+) -> list[Deviation]:
+    """Router logits, chosen experts as sets, and weights expert by expert."""
+    router, layers = model.spec.router, model.spec.moe_layers
+    shape = (len(layers), *tokens.shape)
+    if arrays.integers("moe_layer_index", len(layers)).tolist() != list(layers):
+        raise CoterieError(f"{arrays.file}: moe_layer_index is not {list(layers)}")
+    routings = [routing for _, _, routing in recorder.routings]
+    ids = torch.stack([routing.topk_ids for routing in routings]).cpu().view(*shape, router.k)
+    weights = torch.stack([routing.topk_weights for routing in routings]).cpu().view_as(ids)
+    logits = torch.stack([scores.logits for _, scores, _ in recorder.routings]).cpu()
+    expected = arrays.integers("topk_ids", *ids.shape)
+    if not bool(((expected >= 0) & (expected < router.experts)).all()):
+        raise CoterieError(f"{arrays.file}: topk_ids names experts that are not there")
+    ours = torch.zeros(*shape, router.experts).scatter(-1, ids, weights)
+    theirs = torch.zeros_like(ours).scatter(
+        -1, expected, arrays.floats("topk_weights", *ids.shape).to(ours.dtype)
+    )
+    differing = (ids.sort(-1).values != expected.sort(-1).values).any(-1).sum()
+    return [
+        _deviation(
+            "router_logits", logits, arrays.floats("router_logits", *logits.shape), HIDDEN_TOLERANCE
+        ),
+        Deviation("tokens with other experts", float(differing), 0.0),
+        _deviation("topk_weights", ours, theirs, WEIGHTS_TOLERANCE),
+    ]
+
+
+def _deviation(name: str, ours: Tensor, theirs: Tensor, tolerance: float) -> Deviation:
+    return Deviation(name, float((ours - theirs).abs().max()), tolerance)

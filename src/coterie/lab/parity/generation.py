@@ -1,0 +1,230 @@
+"""Running the generations that a reference folder names, and comparing every id and forward."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from itertools import zip_longest
+from pathlib import Path
+
+import torch
+
+from coterie.decoding import SequenceState
+from coterie.decoding.sequence import first_index_of
+from coterie.engine.engine import Engine
+from coterie.engine.generation_config import GenerationConfig
+from coterie.errors import CoterieError
+from coterie.lab.parity.arrays import ReferenceArrays
+from coterie.lab.parity.parameters import ReferenceParameters
+from coterie.lab.parity.published import PublishedLoop, make_loop
+from coterie.lab.parity.recorded import RecordedRun, read_runs
+from coterie.loading.load import Model, load_model
+
+
+@dataclass(frozen=True)
+class ParityResult:
+    """How one generation came out; ``excused`` says why a difference is not held against it."""
+
+    name: str
+    problems: tuple[str, ...]
+    forwards: int
+    extra_forwards: int  # forwards beside: prefills and commits
+    excuse: str = ""
+
+    @property
+    def passed(self) -> bool:
+        return not self.problems or bool(self.excuse)
+
+
+@dataclass(frozen=True)
+class DenoisingForward:
+    """One denoising forward of all rows that are still going."""
+
+    rows: int
+    width: int
+    start: int
+    stop: int
+    blocks: tuple[list[int], ...]  # tokens of each row's block as they went in
+
+
+@dataclass(frozen=True)
+class GeneratedRun:
+    """What became of a run's prompts."""
+
+    sequences: list[SequenceState]
+    forwards: list[DenoisingForward]
+    extra_forwards: int
+
+
+def generation_results(folder: Path, device: str = "cpu") -> tuple[ParityResult, ...]:
+    """Run everything the folder names, in fp32.
+
+    Raises CoterieError when the folder is damaged: an entry, an array or a parameter missing,
+    unknown or malformed.
+    """
+    arrays = ReferenceArrays.of(folder / "reference.npz")
+    runs = read_runs(folder, arrays)
+    model = load_model(folder, dtype=torch.float32, device=device)
+    mask, end = int(arrays.integers("mask_id")), int(arrays.integers("eos_id"))
+    if model.eos_ids and end not in model.eos_ids:
+        raise CoterieError(f"{arrays.file}: eos_id is {end}; config.json says {model.eos_ids}")
+    return tuple(result for run in runs for result in _compare_run(run, model, mask, end))
+
+
+def _compare_run(run: RecordedRun, model: Model, mask: int, end: int) -> list[ParityResult]:
+    for fields in (run.entry, run.parameters):
+        if fields.get("mask_id", mask) != mask:
+            raise CoterieError(f"{run.location}: mask_id is {fields['mask_id']!r}, not {mask}")
+    algorithm = ALGORITHM_NAMES.get(run.family) or str(run.entry.get("algo"))
+    loop = make_loop(
+        algorithm, ReferenceParameters(run.location, run.parameters), mask_id=mask, eos_id=end
+    )
+    model = replace(model, mask_id=loop.mask_id, eos_ids=loop.stop_ids)
+    configs = loop.configs[:1] if run.excuse else loop.configs
+    return [
+        _compare_generation(run, loop, config, generate_run(model, config, run.prompts))
+        for config in configs
+    ]
+
+
+def generate_run(
+    model: Model, config: GenerationConfig, prompts: Sequence[Sequence[int]]
+) -> GeneratedRun:
+    """Generate all prompts together and keep every forward."""
+    engine = Engine(model, generation=config)
+    request_ids = [engine.submit(list(prompt)) for prompt in prompts]
+    sequences = [engine.sequence(request_id) for request_id in request_ids]
+    forwards, extra_forwards = [], 0
+    while engine.rows:
+        active = [sequence for sequence in sequences if sequence.next_pass is not None]
+        next_pass = active[0].next_pass
+        if next_pass is not None and next_pass.is_denoising:
+            blocks = tuple(
+                sequence.canvas.tokens[sequence.block.start : sequence.block.stop].tolist()
+                for sequence in active
+            )
+            forwards.append(
+                DenoisingForward(
+                    len(active), next_pass.width, next_pass.start, next_pass.visible, blocks
+                )
+            )
+        else:
+            extra_forwards += 1
+        engine.step()
+    return GeneratedRun(sequences, forwards, extra_forwards)
+
+
+def _compare_generation(
+    run: RecordedRun, loop: PublishedLoop, config: GenerationConfig, generated: GeneratedRun
+) -> ParityResult:
+    is_single = len(generated.sequences) == 1
+    outputs = [
+        OUTPUT_IDS[run.family](sequence, loop, is_single) for sequence in generated.sequences
+    ]
+    problems = []
+    for number, (ours, theirs) in enumerate(zip(outputs, run.outputs, strict=True)):
+        if ours != theirs:
+            mismatch = next((i for i, (a, b) in enumerate(zip(ours, theirs)) if a != b), None)  # noqa: B905
+            difference = (
+                f"differ from {mismatch} on" if mismatch is not None else "have another length"
+            )
+            problems.append(f"ids of row {number} {difference}")
+    expected = _expected_forwards(run)
+    if len(generated.forwards) != expected:
+        problems.append(f"{len(generated.forwards)} forwards, not {expected}")
+    problems += _trace_problems(run, config, generated)
+    name = f"{run.tag} [{config.plan.partition(':')[0]}]"
+    return ParityResult(
+        name, tuple(problems), len(generated.forwards), generated.extra_forwards, run.excuse
+    )
+
+
+def _expected_forwards(run: RecordedRun) -> int:
+    """Denoising forwards; SDAR's count holds the passes that store keys."""
+    recorded = _recorded_forwards(run)
+    if run.family != "sdar_moe":
+        return recorded
+    calls = _calls(run)
+    if len(calls) != recorded:
+        raise CoterieError(
+            f"{run.location}: nfe is {recorded}, but {len(calls)} calls are recorded"
+        )
+    return sum(1 for _, _, stored in calls if not stored)
+
+
+def _trace_problems(
+    run: RecordedRun, config: GenerationConfig, generated: GeneratedRun
+) -> list[str]:
+    """Differences in what went into each forward, as far as the run recorded it."""
+    ours: list[object]
+    theirs: list[object]
+    if run.family == "sdar_moe":
+        ours, theirs = [*_calls_with_stores(generated)], [*_calls(run)]
+    elif run.family == "lladamoe":
+        ours = [[f.rows, f.width] for f in generated.forwards]
+        recorded_calls = run.entry.get("calls")
+        if not isinstance(recorded_calls, list):
+            raise CoterieError(
+                f"{run.location}: calls is {type(recorded_calls).__name__}, not a list"
+            )
+        theirs = recorded_calls
+    else:
+        count, width = _recorded_forwards(run), config.block
+        inputs = run.arrays.integers(f"gen_{run.tag}_trace_block_inputs", count, width)
+        ends = run.arrays.integers(f"gen_{run.tag}_trace_window_end", count)
+        ours = [(f.blocks[0], f.stop) for f in generated.forwards]
+        theirs = list(zip(inputs.tolist(), ends.tolist(), strict=True))
+    pairs = enumerate(zip_longest(ours, theirs))
+    first = next((i for i, (a, b) in pairs if a != b), None)
+    return [] if first is None else [f"forward {first} has another input"]
+
+
+def _calls_with_stores(generated: GeneratedRun) -> Iterator[list[int]]:
+    """(length, start, stores keys) of SDAR's calls: it stores prompt and blocks, the last too."""
+    if prefill_length := generated.sequences[0].blocks[0].start:
+        yield [prefill_length, 0, 1]
+    for current, next_forward in zip_longest(generated.forwards, generated.forwards[1:]):
+        yield [current.width, current.start, 0]
+        if next_forward is None or next_forward.start != current.start:
+            yield [current.width, current.start, 1]
+
+
+def _calls(run: RecordedRun) -> list[list[int]]:
+    """(width, start, stores keys) of every forward."""
+    name = f"gen_{run.tag}_calls_len_pos_store"
+    count, _ = run.arrays.shape(name, 2)
+    return run.arrays.integers(name, count, 3).tolist()
+
+
+def _recorded_forwards(run: RecordedRun) -> int:
+    return ReferenceParameters(run.location, run.entry).integer("nfe")
+
+
+def _whole_canvas(sequence: SequenceState, loop: PublishedLoop, is_single: bool) -> list[int]:
+    return sequence.canvas.tokens.tolist()
+
+
+def _llada_moe(sequence: SequenceState, loop: PublishedLoop, is_single: bool) -> list[int]:
+    """dInfer fills with end-of-text after a stop, and drops it from single rows."""
+    tokens = sequence.canvas.tokens.tolist()
+    if loop.fills_after_stop:
+        tokens[sequence.block.stop :] = loop.stop_ids[:1] * (len(tokens) - sequence.block.stop)
+    return [token for token in tokens if token not in loop.stop_ids] if is_single else tokens
+
+
+def _llada2(sequence: SequenceState, loop: PublishedLoop, is_single: bool) -> list[int]:
+    """The answer with its end-of-text. Where 2.0 stops inside a block, the prompt comes along."""
+    answer = sequence.canvas.tokens.tolist()[sequence.canvas.prompt_length :]
+    answer = answer if sequence.stopped_early else answer[: sequence.request.max_new_tokens]
+    end = first_index_of(answer, sequence.request.eos_ids)
+    answer = answer if end is None else answer[: end + 1]
+    return [*sequence.request.prompt_ids, *answer] if sequence.stopped_early else answer
+
+
+OUTPUT_IDS: dict[str, Callable[[SequenceState, PublishedLoop, bool], list[int]]] = {
+    "lladamoe": _llada_moe,
+    "llada2": _llada2,
+    "llada21": _llada2,
+    "sdar_moe": _whole_canvas,
+}
+ALGORITHM_NAMES = {"llada2": "LLaDA2.0", "llada21": "LLaDA2.1", "sdar_moe": "SDAR"}

@@ -1,0 +1,260 @@
+"""Published generation loops, told as ours: from the parameters of a reference run to options."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from coterie.decoding.kv_schemes import (
+    BlockCausalCache,
+    BlockCausalNoCache,
+    CachingScheme,
+    DecodePlan,
+    DualCache,
+    NoCache,
+    PrefixCache,
+    Unroll,
+)
+from coterie.decoding.refinements import Credit, Edit, Smooth, UnmaskStrategy
+from coterie.decoding.sequence import EarlyStop
+from coterie.decoding.unmask import (
+    DynamicRule,
+    EntropyRule,
+    FixedRule,
+    HierarchyRule,
+    SequentialRule,
+    StaticRule,
+    ThresholdRule,
+    UnmaskRule,
+)
+from coterie.engine.generation_config import GenerationConfig
+from coterie.errors import CoterieError
+from coterie.lab.parity.parameters import ReferenceParameters
+
+
+@dataclass(frozen=True)
+class PublishedLoop:
+    """How to run what a published loop runs. Some can be run in more than one way."""
+
+    configs: tuple[GenerationConfig, ...]
+    mask_id: int
+    stop_ids: tuple[int, ...]
+    fills_after_stop: bool = False  # what follows a stop is filled with end-of-text
+
+
+def make_loop(
+    algorithm: str, parameters: ReferenceParameters, *, mask_id: int, eos_id: int
+) -> PublishedLoop:
+    """The loop of a reference run; ``mask`` and ``end`` are ids that parameters may overrule.
+
+    ``algorithm`` is the family, or for LLaDA-MoE what the run says of its source.
+    """
+    known = [name for name in LOOP_BUILDERS if name in algorithm]
+    if len(known) != 1:
+        raise CoterieError(
+            f"{parameters.location}: {algorithm!r} is no loop known here; known: {', '.join(LOOP_BUILDERS)}"
+        )
+    loop = LOOP_BUILDERS[known[0]](algorithm, parameters, mask_id, eos_id)
+    if known[0] != "SDAR":
+        parameters.allow_only("remasking", "low_confidence")
+    for name in ("cfg_scale", "factor"):
+        parameters.allow_only(name, None, 0)
+    parameters.check_unknown_names()
+    return loop
+
+
+def _generation(
+    parameters: ReferenceParameters, plan: DecodePlan, unmask: UnmaskStrategy, early_stop: EarlyStop
+) -> GenerationConfig:
+    return GenerationConfig(
+        max_new_tokens=parameters.integer("gen_length"),
+        block=parameters.integer("block_length"),
+        plan=str(plan),
+        unmask=str(unmask),
+        temperature=parameters.number("temperature", 0.0),
+        top_k=parameters.integer("top_k", 0),
+        top_p=parameters.number("top_p", 1.0),
+        early_stop=early_stop,
+    )
+
+
+def _llada(
+    algorithm: str, parameters: ReferenceParameters, mask_id: int, eos_id: int
+) -> PublishedLoop:
+    """Whole row; every block takes all its steps, even where nothing is left to do."""
+    rule = _fixed_rule(parameters)
+    plan = DecodePlan(NoCache(), Unroll(most=1, least=rule.steps))
+    for name in ("logits_eos_inf", "confidence_eos_eot_inf"):
+        parameters.allow_only(name, False)
+    config = _generation(parameters, plan, UnmaskStrategy(rule), "off")
+    return PublishedLoop((config,), parameters.integer("mask_id", mask_id), ())
+
+
+def _fast_dllm(
+    algorithm: str, parameters: ReferenceParameters, mask_id: int, eos_id: int
+) -> PublishedLoop:
+    """With a cache, every block is looked at twice at least: whole, then through the cache."""
+    plans = {
+        "with_prefix_cache": DecodePlan(PrefixCache(), Unroll(1, 1)),
+        "with_dual_cache": DecodePlan(DualCache(), Unroll(1, 1)),
+    }
+    plan = next((plan for name, plan in plans.items() if name in algorithm), DecodePlan(NoCache()))
+    rule: UnmaskRule
+    if parameters.has("threshold"):
+        parameters.has("steps")  # without effect beside a threshold
+        rule = ThresholdRule(parameters.threshold("threshold"), slack=0.0)
+    else:
+        rule = _fixed_rule(parameters)
+    config = _generation(parameters, plan, UnmaskStrategy(rule), "off")
+    return PublishedLoop((config,), parameters.integer("mask_id", mask_id), ())
+
+
+def _fixed_rule(parameters: ReferenceParameters) -> FixedRule:
+    """``steps`` are those of all blocks together."""
+    length, width = parameters.integer("gen_length"), max(1, parameters.integer("block_length"))
+    steps, blocks = parameters.integer("steps"), max(1, length // width)
+    if steps < blocks or steps % blocks or length % width:
+        raise CoterieError(
+            f"{parameters.location}: {steps} steps, {length} ids, blocks of {width}: no even shares"
+        )
+    return FixedRule(steps // blocks)
+
+
+def _dinfer(
+    algorithm: str, parameters: ReferenceParameters, mask_id: int, eos_id: int
+) -> PublishedLoop:
+    """Every run states all parameters of the benchmark; a runner uses those that concern it."""
+    schemes, smooth = _runner(parameters), _smooth(parameters)
+    runner = parameters.choice("runner", schemes)
+    max_unroll, expected_tokens = (
+        parameters.integer("maximum_unroll", 4),
+        parameters.integer("expected_tpf", 8),
+    )
+    p = parameters.threshold("threshold")
+    rules: dict[str, UnmaskRule] = {
+        "threshold": ThresholdRule(p),
+        "credit": ThresholdRule(p),
+        "hierarchy": HierarchyRule(p, parameters.threshold("low_threshold", 0.4)),
+    }
+    decoder = parameters.choice("decoder", rules)
+    credit = _credit(parameters.section("credit"))
+    unmask = UnmaskStrategy(
+        rules[decoder],
+        credit=credit if decoder == "credit" else None,
+        smooth=smooth if runner.startswith("itersmooth") else None,
+    )
+    plan = DecodePlan(schemes[runner], Unroll(max(1, max_unroll), expected_tokens))
+    fills_after_stop = parameters.flag("early_stop", True)  # without it the row ends there too
+    config = _generation(parameters, plan, unmask, "block")
+    mask_id = parameters.integer("mask_id", mask_id)
+    return PublishedLoop(
+        (config,), mask_id, (parameters.integer("eos_id", eos_id),), fills_after_stop
+    )
+
+
+def _runner(parameters: ReferenceParameters) -> dict[str, CachingScheme]:
+    aligned = parameters.flag("start_block_align", False)
+    windowed_dual = DualCache(
+        parameters.integer("prefix_look", 0),
+        parameters.integer("after_look", 0),
+        parameters.integer("warmup_steps", 0),
+        aligned,
+    )
+    unsmoothed: dict[str, CachingScheme] = {
+        "nocache": NoCache(aligned),
+        "prefix": PrefixCache(aligned),
+        "dual": DualCache(aligned=aligned),
+        "vicinity": windowed_dual,
+    }
+    smoothed = {f"itersmooth_{name}": scheme for name, scheme in unsmoothed.items()}
+    return {**unsmoothed, **smoothed, "itersmooth": unsmoothed["nocache"]}
+
+
+def _smooth(parameters: ReferenceParameters) -> Smooth:
+    return Smooth(
+        parameters.number("cont_weight", 0.3),
+        parameters.number("cont_weight_init", 0.15),
+        parameters.number("cont_weight_growth", 0.02),
+        parameters.number("threshold_decay", 0.02),
+    )
+
+
+def _credit(parameters: ReferenceParameters) -> Credit:
+    credit = Credit(
+        parameters.number("alpha", 0.7),
+        parameters.number("gamma", 0.2),
+        parameters.number("beta", 0.8),
+    )
+    parameters.check_unknown_names()
+    return credit
+
+
+def _llada20(
+    algorithm: str, parameters: ReferenceParameters, mask_id: int, eos_id: int
+) -> PublishedLoop:
+    max_steps = parameters.integer("gen_length") // parameters.integer("minimal_topk", 1)
+    steps = max(1, min(parameters.integer("steps", 32), max_steps))
+    rule = DynamicRule(parameters.threshold("threshold", 0.95), steps)
+    stop: EarlyStop = "token" if parameters.flag("eos_early_stop", False) else "block"
+    return _block_causal(parameters, UnmaskStrategy(rule), stop, mask_id, eos_id)
+
+
+def _llada21(
+    algorithm: str, parameters: ReferenceParameters, mask_id: int, eos_id: int
+) -> PublishedLoop:
+    parameters.integer("steps", 32)  # without effect: every block runs until it settles
+    parameters.integer("minimal_topk", 1)
+    min_tokens = parameters.integer("num_to_transfer", 1)
+    rule = DynamicRule(parameters.threshold("threshold", 0.95), least=min_tokens)
+    max_post_steps = parameters.integer("max_post_steps", 16)
+    edit = Edit(parameters.threshold("editing_threshold", 0.9), max_post_steps)
+    stop: EarlyStop = "block" if parameters.flag("eos_early_stop", False) else "off"
+    return _block_causal(parameters, UnmaskStrategy(rule, edit), stop, mask_id, eos_id)
+
+
+def _block_causal(
+    parameters: ReferenceParameters,
+    unmask: UnmaskStrategy,
+    stop: EarlyStop,
+    mask_id: int,
+    eos_id: int,
+) -> PublishedLoop:
+    """Published without a cache; with one it must come out the same."""
+    configs = tuple(
+        _generation(parameters, DecodePlan(scheme), unmask, stop)
+        for scheme in (BlockCausalCache(), BlockCausalNoCache())
+    )
+    mask_id = parameters.integer("mask_id", mask_id)
+    return PublishedLoop(configs, mask_id, (parameters.integer("eos_id", eos_id),))
+
+
+def _sdar(
+    algorithm: str, parameters: ReferenceParameters, mask_id: int, eos_id: int
+) -> PublishedLoop:
+    steps, p = parameters.integer("denoising_steps"), parameters.threshold("threshold", 1.0)
+    width = parameters.integer("block_length")
+    if not 1 <= steps <= width:
+        raise CoterieError(f"{parameters.location}: {steps} denoising_steps in a block of {width}")
+    rules: dict[str, UnmaskRule] = {
+        "low_confidence": DynamicRule(p, steps) if p < 1 else StaticRule(steps),
+        "low_confidence_dynamic": DynamicRule(p, steps),
+        "low_confidence_static": StaticRule(steps),
+        "sequential": SequentialRule(steps),
+        "entropy_bounded": EntropyRule(parameters.number("eb_threshold", 0.35)),
+    }
+    name = "remasking_strategy" if parameters.has("remasking_strategy") else "remasking"
+    rule = rules[parameters.choice(name, rules, "low_confidence")]
+    stops = parameters.ids("stopping_criteria_idx")
+    stop: EarlyStop = "block" if stops else "off"
+    config = _generation(parameters, DecodePlan(BlockCausalCache()), UnmaskStrategy(rule), stop)
+    return PublishedLoop((config,), parameters.integer("mask_id", mask_id), stops)
+
+
+LOOP_BUILDERS: dict[str, Callable[[str, ReferenceParameters, int, int], PublishedLoop]] = {
+    "ML-GSAI/LLaDA": _llada,
+    "NVlabs/Fast-dLLM": _fast_dllm,
+    "inclusionAI/dInfer": _dinfer,
+    "LLaDA2.0": _llada20,
+    "LLaDA2.1": _llada21,
+    "SDAR": _sdar,
+}

@@ -1,0 +1,280 @@
+"""The study: chapter after chapter, each measured once, kept as a record, drawn again at will."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import time
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Annotated, Any, Protocol
+
+from coterie.checkpoints.fingerprint import fingerprint
+from coterie.engine.engine import Engine
+from coterie.errors import CoterieError
+from coterie.keys import Key, to_json
+from coterie.lab.evals.task import Task
+from coterie.lab.records import make_record, write_record
+from coterie.lab.study.accuracy import ACCURACY, CORESET_SIZE
+from coterie.lab.study.beyond import BEYOND
+from coterie.lab.study.blocks import BlockSizeExperiment
+from coterie.lab.study.breakdown import BreakdownExperiment
+from coterie.lab.study.cached_grading import CachedGradesTask
+from coterie.lab.study.context import StudyContext
+from coterie.lab.study.experiment import Experiment
+from coterie.lab.study.experts import ExpertCacheExperiment
+from coterie.lab.study.experts_per_token import ExpertsPerTokenExperiment
+from coterie.lab.study.explosion import ExplosionExperiment
+from coterie.lab.study.importance import ImportanceExperiment
+from coterie.lab.study.latency import LatencyExperiment
+from coterie.lab.study.maps import MapsExperiment
+from coterie.lab.study.predictors import PredictorsExperiment
+from coterie.lab.study.reconstruction import ReconstructionExperiment
+from coterie.lab.study.report import ReportSection, make_section, render_page
+from coterie.lab.study.roofline import RooflineExperiment
+from coterie.lab.study.selection import SelectionExperiment
+from coterie.lab.study.speed import ForwardCountExperiment, SpeedExperiment
+from coterie.lab.study.steps import StepsExperiment
+from coterie.lab.study.table import TableOneExperiment
+from coterie.lab.study.tradeoff import TradeoffExperiment
+from coterie.lab.study.vote_variants import CONTROL, MASS, PROTECTION, VOTERS, VOTES
+from coterie.lab.study.votes import VoteFidelityExperiment
+from coterie.routing import update_policies_in_json
+
+REPORT = "report.html"
+
+
+@dataclass(frozen=True)
+class StudyConfig:
+    """``items``: questions for each policy; ``prompts``: where single forwards are watched."""
+
+    items: Annotated[int, Key("items")] = 500
+    prompts: Annotated[int, Key("prompts")] = 32
+    seed: Annotated[int, Key("seed")] = 1
+
+
+class StudyObserver(Protocol):
+    """Somebody who looks on while a study runs."""
+
+    def on_experiment_start(self, experiment: Experiment, selected: Sequence[Experiment]) -> None:
+        """One of the ``wanted``, which come in their order."""
+        ...
+
+    def on_progress(self, share: float, activity: str) -> None:
+        """How far the chapter is, 0 .. 1."""
+        ...
+
+    def on_experiment_end(self, outcome: ExperimentOutcome) -> None: ...
+
+
+@dataclass(frozen=True)
+class ExperimentOutcome:
+    """What became of one chapter; ``failure`` says why there is no record, or no drawing of it."""
+
+    experiment: Experiment
+    record: Mapping[str, object] | None = None
+    measured: bool = False  # now, and not before
+    failure: str | None = None
+
+
+def run_study(
+    engine: Engine,
+    tasks: Sequence[Task],
+    folder: Path,
+    *,
+    config: StudyConfig,
+    observer: StudyObserver,
+    experiments: Mapping[str, Experiment] | None = None,
+    names: Sequence[str] = (),
+    rerun: Collection[str] = (),
+    command: Sequence[str] = (),
+) -> list[ReportSection]:
+    """Measures what has no record yet, draws everything, writes ``report.html``.
+
+    Only the chapters in ``names``, where there are any: of the others, those with a record stand
+    in the report too. ``again`` names chapters that are measured although their record is there.
+    A chapter that fails tells why in its section, and the others go on. Stopped and called again,
+    a study goes on where it was.
+    """
+    available = EXPERIMENTS if experiments is None else experiments
+    selected = select_experiments([*names, *rerun] if names else [], available)
+    select_experiments(list(rerun), available)
+    settings = settings_of(engine, tasks, config)
+    context = StudyContext(
+        engine=engine,
+        tasks=[CachedGradesTask(task) for task in tasks],
+        folder=folder,
+        num_problems=config.items,
+        num_prompts=config.prompts,
+        seed=config.seed,
+        on_progress=observer.on_progress,
+        answers=folder / "items" / digest(settings),
+    )
+    sections = []
+    for experiment in available.values():
+        if experiment not in selected:
+            record = _read_valid_record(folder / "records", experiment.name, settings)
+            sections += [] if record is None else [make_section(experiment, record)]
+            continue
+        observer.on_experiment_start(experiment, selected)
+        experiment_context = replace(context, used_records={})
+        outcome = _run_experiment(
+            experiment_context, experiment, settings, command, rerun=experiment.name in rerun
+        )
+        sections.append(make_section(experiment, outcome.record, outcome.failure))
+        observer.on_experiment_end(replace(outcome, failure=sections[-1].failure))
+    write_report(folder, sections)
+    return sections
+
+
+def write_report(folder: Path, sections: Sequence[ReportSection]) -> Path:
+    """The page, and every figure of it as files beside it."""
+    figures = folder / "figures"
+    figures.mkdir(parents=True, exist_ok=True)
+    for figure in (figure for section in sections for figure in section.figures):
+        for scheme, svg in figure.svg.items():
+            (figures / f"{figure.name}-{scheme}.svg").write_text(svg + "\n", encoding="utf-8")
+    path = folder / REPORT
+    path.write_text(render_page(sections), encoding="utf-8")
+    return path
+
+
+def select_experiments(
+    names: Sequence[str], experiments: Mapping[str, Experiment]
+) -> list[Experiment]:
+    """The chapters of these names, in the study's order; all where none is named."""
+    unknown = [name for name in names if name not in experiments]
+    if unknown:
+        raise CoterieError(f"unknown chapter {unknown[0]!r}; known: {', '.join(experiments)}")
+    return [experiment for name, experiment in experiments.items() if not names or name in names]
+
+
+def settings_of(engine: Engine, tasks: Sequence[Task], config: StudyConfig) -> dict[str, object]:
+    """What two measurements must agree in to be the same, as JSON values."""
+    model = engine.model
+    if model.folder is None:
+        raise CoterieError(f"{model.name}: a model without a folder cannot be known again")
+    # Only where it says something: records from before it was said still stand.
+    expert_format = model.spec.expert_format
+    expert_settings = {} if expert_format is None else {"experts": str(expert_format)}
+    return {
+        "model": model.name,
+        **expert_settings,
+        "fingerprint": fingerprint(model.folder),
+        "dtype": str(model.transformer.dtype).removeprefix("torch."),
+        "device": model.transformer.device.type,
+        "generation": engine.generation.document(),
+        "tasks": {task.name: dict(task.settings()) for task in tasks},
+        **to_json(config),
+    }
+
+
+def digest(settings: Mapping[str, object]) -> str:
+    return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:12]
+
+
+def _run_experiment(
+    context: StudyContext,
+    experiment: Experiment,
+    settings: Mapping[str, object],
+    command: Sequence[str],
+    *,
+    rerun: bool,
+) -> ExperimentOutcome:
+    """The chapter with its record, which is measured where none fits."""
+    folder = context.folder / "records"
+    saved = None if rerun else _read_valid_record(folder, experiment.name, settings)
+    if saved is not None:
+        return ExperimentOutcome(experiment, saved)
+    start = time.perf_counter()
+    try:
+        data = experiment.measure(context)
+        content = {
+            **make_record(experiment.name, command, [], facts=data, device=str(settings["device"])),
+            "about": experiment.title,
+            "seconds": round(time.perf_counter() - start, 1),
+            "settings": settings,
+            "read": context.used_records,
+        }
+        path = write_record(folder, content)
+    # A chapter may fail in any way it likes; the others shall not.
+    except Exception as error:
+        return ExperimentOutcome(experiment, failure=_format_error(error))
+    return ExperimentOutcome(
+        experiment, json.loads(path.read_text(encoding="utf-8")), measured=True
+    )
+
+
+def _read_valid_record(
+    folder: Path, name: str, settings: Mapping[str, object]
+) -> Mapping[str, object] | None:
+    """The record of a chapter, if it was measured just so and from records that still stand."""
+    content = _read_json(folder / f"{name}.json")
+    if content is None or content.get("settings") != json.loads(json.dumps(settings)):
+        return None
+    read = content.get("read")
+    others = read.items() if isinstance(read, dict) else ()
+    for name_of_source, when in others:
+        source = _read_json(folder / f"{name_of_source}.json")
+        if source is None or source.get("when") != when:
+            return None
+    return content
+
+
+def _read_json(path: Path) -> dict[str, object] | None:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return renewed(content) if isinstance(content, dict) else None
+
+
+def renewed(content: Mapping[str, Any]) -> dict[str, Any]:
+    """A record with its policies spelled as they are now; how it was made stays as it was."""
+    return update_policies_in_json(content, skip_keys=("command", "settings"))
+
+
+def _format_error(error: Exception) -> str:
+    return str(error) if isinstance(error, CoterieError) else f"{type(error).__name__}: {error}"
+
+
+TYPICAL_SECONDS: Mapping[str, int] = {  # where it is not about half a minute; only a bar asks
+    "accuracy": 550,
+    "latency-accuracy": 100,
+    "block-size": 120,
+    "voters": 80,
+    "table-1": 5,
+    "coreset-size": 5,
+    "forwards": 5,
+    "experts": 2400,
+}
+
+EXPERIMENTS: dict[str, Experiment] = {
+    "explosion": ExplosionExperiment(),
+    "roofline": RooflineExperiment(),
+    "accuracy": ACCURACY,
+    "breakdown": BreakdownExperiment(),
+    "latency": LatencyExperiment(),
+    "latency-accuracy": TradeoffExperiment(),  # reads the records of accuracy and latency
+    "importance": ImportanceExperiment(),
+    "reconstruction": ReconstructionExperiment(),
+    "selection": SelectionExperiment(),
+    "coreset-size": CORESET_SIZE,
+    "block-size": BlockSizeExperiment(),
+    "experts-per-token": ExpertsPerTokenExperiment(),
+    "maps": MapsExperiment(),
+    "table-1": TableOneExperiment(),
+    "random-control": CONTROL,
+    "votes": VOTES,
+    "voters": VOTERS,
+    "protection": PROTECTION,
+    "mass": MASS,
+    "votes-fidelity": VoteFidelityExperiment(),
+    "foretelling": PredictorsExperiment(),  # reads the record of accuracy
+    "steps": StepsExperiment(),
+    "beyond": BEYOND,
+    "forwards": ForwardCountExperiment(),
+    "speed": SpeedExperiment(),
+    "experts": ExpertCacheExperiment(),
+}

@@ -1,0 +1,283 @@
+"""Rows of block-diffusion training data: clean context blocks, noised answer blocks, drills.
+
+A row is a run of blocks. A problem brings its clean blocks once, one noised copy of the block that
+prompt and answer share, and one or two of each later block; a noised block sees the clean blocks
+before it and itself, as it will when the model decodes. What is left of a row is filled with
+drills: bare lines of arithmetic, words to copy, and words to put into code.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+
+import torch
+from tokenizers import Tokenizer
+from torch import Tensor
+
+from coterie.lab.problems import (
+    PROBLEM_MAKERS,
+    TRAINING_MAKERS,
+    Problem,
+    code_phrase,
+    draw_equation,
+    draw_problem,
+    replace_equations,
+)
+from coterie.lab.problems.code import NOUNS, VERBS
+from coterie.lab.problems.words import CONTAINERS, ITEMS, NAMES
+from coterie.lab.training.batch import TrainingBatch
+from coterie.lab.training.vocabulary import ASSISTANT, END_OF_TEXT, HUMAN, MASK_TOKEN, ROLE_END
+
+IGNORE_INDEX = -100
+DRILL_TASK = len(PROBLEM_MAKERS)  # the task number of a drill
+OPERATORS = {"+", "-", "*", "/", "%", "<", ">", "!=", "=="}
+CONTENT_WORDS = {
+    *NAMES,
+    *ITEMS,
+    *CONTAINERS,
+    *VERBS,
+    *NOUNS,
+}  # what an answer copies from its question
+
+
+@dataclass(frozen=True)
+class DataMixture:
+    """What a batch is made of."""
+
+    rows: int = 16
+    blocks: int = 8  # of a row
+    block: int = 32  # positions
+    task_shares: tuple[float, ...] = (0.36, 0.14, 0.2, 0.3)  # of the tasks, in the order of TASKS
+    drill_row_share: float = 0.6  # share of rows with a block kept for drills
+    all_masked_share: float = 0.2  # share of noised blocks that start from nothing
+    fill_weight: float = 0.1  # of the loss on end-of-text after the first
+    content_weight: float = 3.0  # of the loss on numbers, names and things in worked answers
+    operator_weight: float = 1.0  # of the loss on operators in worked answers
+    copy_share: float = 0.4  # share of drills that repeat words in place of arithmetic
+    worked_steps_share: float = (
+        0.0  # share of the other drills that are worked steps with any facts in them
+    )
+    code_phrase_share: float = 0.0  # share of the rest that put words into code
+    result_masked_share: float = 0.75  # share of drill facts in which the result alone is masked
+
+
+@dataclass(frozen=True)
+class TrainingBlock:
+    """One block of a row, and where it stands: which problem, which block of it, which task."""
+
+    ids: list[int]
+    problem: int
+    index: int
+    task: int
+    masked: list[bool] | None = None  # None: clean context
+    weights: list[float] = field(default_factory=list)  # of the loss; empty: all one
+
+
+@dataclass(frozen=True)
+class TokenizedProblem:
+    """A problem in tokens, filled with end-of-text to whole blocks."""
+
+    ids: list[int]
+    start: int  # where the answer begins
+    end: int  # one past the answer's own end-of-text
+    task: int
+
+
+class BatchMaker:
+    """Makes batch number i as a pure function of (seed, i)."""
+
+    def __init__(self, tokenizer: Tokenizer, mixture: DataMixture, seed: int) -> None:
+        self.tokenizer = tokenizer
+        self.mixture = mixture
+        self.seed = seed
+        vocabulary = tokenizer.get_vocab()
+        self.mask_id, self.eos_id = vocabulary[MASK_TOKEN], vocabulary[END_OF_TEXT]
+        self.content_pieces = {  # in the order of ids, with the piece each stands for
+            i: piece
+            for piece, i in sorted(vocabulary.items(), key=lambda item: item[1])
+            if (word := piece.lstrip("Ġ")) in CONTENT_WORDS or word.isdigit()
+        }
+        self.operator_ids = {i for piece, i in vocabulary.items() if piece.lstrip("Ġ") in OPERATORS}
+
+    def __call__(self, step: int) -> TrainingBatch:
+        rng = random.Random(f"{self.seed}/{step}")
+        width = self.mixture.block
+        rows = [self._row(rng) for _ in range(self.mixture.rows)]
+        shape = (len(rows), -1)
+        ids = torch.tensor([[block.ids for block in row] for row in rows])  # [B, n, width]
+        no_mask, unit_weights = [False] * width, [1.0] * width
+        masked = torch.tensor([[block.masked or no_mask for block in row] for row in rows])
+        weights = torch.tensor([[block.weights or unit_weights for block in row] for row in rows])
+        index = torch.tensor([[block.index for block in row] for row in rows])
+        tasks = torch.tensor([[block.task for block in row] for row in rows])
+        return TrainingBatch(
+            tokens=ids.where(~masked, self.mask_id).view(shape),
+            positions=(index[..., None] * width + torch.arange(width)).view(shape),
+            block_mask=torch.stack([_block_mask(row) for row in rows]),
+            targets=ids.where(masked, IGNORE_INDEX).view(shape),
+            weights=weights.view(shape),
+            tasks=tasks.repeat_interleave(width, 1),
+        )
+
+    def tokenize(self, problem: Problem) -> TokenizedProblem:
+        """``problem`` as the chat template writes it."""
+        prompt = self._encode(f"{HUMAN}{problem.prompt}{ROLE_END}{ASSISTANT}")
+        answer = self._encode(problem.answer)
+        ids = [*prompt, *answer, self.eos_id]
+        answer_end = len(ids)
+        ids += [self.eos_id] * (-answer_end % self.mixture.block)
+        return TokenizedProblem(
+            ids, len(prompt), answer_end, list(PROBLEM_MAKERS).index(problem.task)
+        )
+
+    def _encode(self, text: str) -> list[int]:
+        return self.tokenizer.encode(text).ids
+
+    def _row(self, rng: random.Random) -> list[TrainingBlock]:
+        mixture = self.mixture
+        row = [self._drill(rng, 0)] if rng.random() < mixture.drill_row_share else []
+        problem_index = 0
+        while len(row) < mixture.blocks:
+            remaining = mixture.blocks - len(row)
+            task = rng.choices(list(PROBLEM_MAKERS), weights=mixture.task_shares)[0]
+            problem = self.tokenize(draw_problem(TRAINING_MAKERS[task], rng, "train"))
+            num_later = len(problem.ids) // mixture.block - 1 - problem.start // mixture.block
+            num_context = len(problem.ids) // mixture.block - 1
+            spare = remaining - num_context - 1 - num_later  # with one noised copy of each block
+            if spare >= 0:
+                problem_index += 1
+                row += self._noised_blocks(
+                    rng, problem, problem_index=problem_index, copies=1 + (spare >= num_later)
+                )
+            else:
+                row.append(self._drill(rng, len(row)))
+        return row
+
+    def _noised_blocks(
+        self, rng: random.Random, problem: TokenizedProblem, *, problem_index: int, copies: int
+    ) -> Iterator[TrainingBlock]:
+        """Clean context, the block shared with the prompt once, each later one ``copies`` times."""
+        width = self.mixture.block
+        size, first = len(problem.ids) // width, problem.start // width
+        spans = [slice(index * width, (index + 1) * width) for index in range(size)]
+        for index in range(size - 1):
+            yield TrainingBlock(problem.ids[spans[index]], problem_index, index, problem.task)
+        weights = [self._loss_weight(problem, position) for position in range(len(problem.ids))]
+        for index in range(first, size):
+            span = spans[index]
+            answer = [position >= problem.start for position in range(span.start, span.stop)]
+            num_copies = 1 if index == first else copies
+            for copy in range(num_copies):
+                masked = self._draw_mask(rng, answer, copy, num_copies)
+                yield TrainingBlock(
+                    problem.ids[span], problem_index, index, problem.task, masked, weights[span]
+                )
+
+    def _drill(self, rng: random.Random, drill_index: int) -> TrainingBlock:
+        if rng.random() < self.mixture.copy_share:
+            ids, masked = self._copy_drill(rng)
+        elif self.mixture.worked_steps_share and rng.random() < self.mixture.worked_steps_share:
+            ids, masked = self._worked_steps_drill(rng)
+        elif self.mixture.code_phrase_share and rng.random() < self.mixture.code_phrase_share:
+            ids, masked = self._code_phrase_drill(rng)
+        else:
+            ids, masked = self._equation_drill(rng)
+        return TrainingBlock(ids, -1 - drill_index, rng.randrange(3), DRILL_TASK, masked)
+
+    def _copy_drill(self, rng: random.Random) -> tuple[list[int], list[bool]]:
+        """A few words over and over: every masked one stands elsewhere in the block."""
+        width = self.mixture.block
+        words = rng.sample(list(self.content_pieces), rng.randint(3, 12))
+        ids = (words * width)[:width]
+        masked = [i >= len(words) and rng.random() < 0.6 for i in range(width)]
+        return ids, masked
+
+    def _worked_steps_drill(self, rng: random.Random) -> tuple[list[int], list[bool]]:
+        """Worked steps with facts that no question asks for, every result masked."""
+        width = self.mixture.block
+        ids: list[int] = []
+        masked: list[bool] = []
+        while len(ids) < 2 * width:
+            task = rng.choice(("words", "algebra"))
+            steps, _, _ = draw_problem(TRAINING_MAKERS[task], rng, "train").answer.rpartition("\n")
+            for text, is_result in replace_equations(f" {steps}", rng):
+                part = self._encode(text)
+                ids += part
+                masked += [is_result] * len(part)
+        skip = rng.randrange(width // 2)
+        span = slice(skip, skip + width)
+        return ids[span], masked[span]
+
+    def _code_phrase_drill(self, rng: random.Random) -> tuple[list[int], list[bool]]:
+        """What is asked for in words, and the code that does it, with that code masked."""
+        width = self.mixture.block
+        ids: list[int] = []
+        masked: list[bool] = []
+        while len(ids) < 2 * width:
+            for index, text in enumerate(code_phrase(rng)):
+                part = self._encode(text)
+                ids += part
+                masked += [index == 1 and rng.random() < 0.7 for _ in part]
+        skip = rng.randrange(12)
+        span = slice(skip, skip + width)
+        return ids[span], masked[span]
+
+    def _equation_drill(self, rng: random.Random) -> tuple[list[int], list[bool]]:
+        """Lines of arithmetic, most of them with the result masked."""
+        width = self.mixture.block
+        ids: list[int] = []
+        masked: list[bool] = []
+        while len(ids) < 2 * width:
+            line = self._encode(f" {draw_equation(rng)}.")
+            ids += line
+            if rng.random() < self.mixture.result_masked_share:
+                masked += [False] * (len(line) - 2) + [True, False]
+            else:
+                masked += [rng.random() < 0.5 for _ in line]
+        skip = rng.randrange(6)
+        span = slice(skip, skip + width)
+        return ids[span], masked[span]
+
+    def _draw_mask(
+        self, rng: random.Random, answer: list[bool], copy: int, copies: int
+    ) -> list[bool]:
+        """Mask rates stratified over the copies, and some blocks masked whole."""
+        rate = (copy + rng.random()) / copies
+        if rng.random() < self.mixture.all_masked_share:
+            rate = 1.0
+        masked = [a and rng.random() < rate for a in answer]
+        if not any(masked):
+            masked[rng.choice([i for i, a in enumerate(answer) if a])] = True
+        return masked
+
+    def _loss_weight(self, problem: TokenizedProblem, position: int) -> float:
+        if position >= problem.end:
+            return self.mixture.fill_weight
+        if problem.ids[position] in self.content_pieces:
+            return self.mixture.content_weight
+        if problem.ids[position] in self.operator_ids:
+            return self.mixture.operator_weight
+        return 1.0
+
+
+class Curriculum:
+    """Lessons one after another: each mixture is drawn from its own step on."""
+
+    def __init__(self, tokenizer: Tokenizer, stages: Mapping[int, DataMixture], seed: int) -> None:
+        self.makers = {
+            start: BatchMaker(tokenizer, mixture, seed) for start, mixture in stages.items()
+        }
+
+    def __call__(self, step: int) -> TrainingBatch:
+        return self.makers[max(start for start in self.makers if start <= step)](step)
+
+
+def _block_mask(row: list[TrainingBlock]) -> Tensor:
+    """[n, n] bool: a block sees itself and the clean blocks before it in its own problem."""
+    problem = torch.tensor([block.problem for block in row])
+    index = torch.tensor([block.index for block in row])
+    clean = torch.tensor([block.masked is None for block in row])
+    earlier = clean[None, :] & (index[None, :] < index[:, None])
+    return torch.eye(len(row), dtype=torch.bool) | (problem[:, None] == problem[None, :]) & earlier

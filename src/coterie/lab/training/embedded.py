@@ -1,0 +1,97 @@
+"""The embedded model, from nothing to a checkpoint folder, by one call and a seed."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, replace
+from pathlib import Path
+
+from coterie.errors import CoterieError
+from coterie.lab.problems import PROBLEM_MAKERS
+from coterie.lab.records import Measurement, make_record, write_record
+from coterie.lab.training import export, vocabulary
+from coterie.lab.training.data import Curriculum, DataMixture
+from coterie.lab.training.loop import LogCallback, TrainingConfig, train
+from coterie.lab.training.network import NetworkShape
+
+DEFAULT_STEPS = 10_000
+# What is slow to start: tables and copying ...
+FIRST_STAGE = DataMixture()
+# ... and then whole problems, operators weighted like numbers, and drills without guessing.
+SECOND_STAGE = DataMixture(
+    task_shares=(0.36, 0.18, 0.22, 0.24),
+    drill_row_share=0.75,
+    copy_share=0.0,
+    code_phrase_share=0.6,
+    operator_weight=3.0,
+    result_masked_share=1.0,
+)
+# ... and last the facts in the wording that uses them, for numbers never met together.
+THIRD_STAGE = replace(
+    SECOND_STAGE,
+    task_shares=(0.38, 0.16, 0.2, 0.26),
+    drill_row_share=1.0,
+    worked_steps_share=0.7,
+    code_phrase_share=0.4,
+)
+RECORD_EVERY = 500  # steps between the lines of the log that a record keeps
+
+
+def make_config(*, steps: int = DEFAULT_STEPS, seed: int = 0, workers: int = 2) -> TrainingConfig:
+    """The run that made the weights in the package, or a shorter one of the same form.
+
+    Raises CoterieError unless the rows of a batch can be shared evenly by ``workers``.
+    """
+    if FIRST_STAGE.rows % workers:
+        raise CoterieError(f"workers must divide {FIRST_STAGE.rows} rows evenly; {workers} do not")
+    vocabulary_size = vocabulary.build_tokenizer().get_vocab_size()
+    return TrainingConfig(
+        steps=steps,
+        seed=seed,
+        workers=workers,
+        shape=replace(NetworkShape(), vocab_size=vocabulary_size),
+        decay_fraction=0.5,
+        task_names=(*PROBLEM_MAKERS, "drill"),
+    )
+
+
+def curriculum_stages(steps: int) -> dict[int, DataMixture]:
+    """From which step on each mixture is drawn."""
+    return {0: FIRST_STAGE, steps // 2: SECOND_STAGE, steps * 3 // 4: THIRD_STAGE}
+
+
+def train_embedded(out: Path, config: TrainingConfig, *, on_log: LogCallback | None = None) -> Path:
+    """Train into ``out/run`` (resuming what is there) and write the checkpoint to ``out/model``.
+
+    Takes about an hour on two cores for the default number of steps. Batches depend on
+    ``config.seed`` and the step alone. Returns the checkpoint's folder, which ``load`` reads; a
+    record of the run lies beside it.
+    """
+    tokenizer = vocabulary.build_tokenizer()
+    curriculum = Curriculum(tokenizer, curriculum_stages(config.steps), config.seed)
+    network = train(curriculum, config, out / "run", on_log=on_log)
+    folder = out / "model"
+    special = [
+        tokenizer.token_to_id(name) for name in (vocabulary.END_OF_TEXT, vocabulary.MASK_TOKEN)
+    ]
+    export.save_network(network, folder, pad=special[0], mask=special[1])
+    vocabulary.save_tokenizer(tokenizer, folder)
+    write_training_record(out, config)
+    return folder
+
+
+def write_training_record(out: Path, config: TrainingConfig) -> Path:
+    """Write what the log of ``out/run`` tells of speed, losses and balance."""
+    with (out / "run" / "log.jsonl").open(encoding="utf-8") as log:
+        lines = [line for line in map(json.loads, log) if "loss" in line]
+    speed = Measurement("speed", "positions/s", tuple(float(line["speed"]) for line in lines))
+    log_lines = [line for line in lines if line["step"] % RECORD_EVERY == 0 or line is lines[-1]]
+    facts = {
+        "config": asdict(config),
+        "lessons": {
+            step: asdict(mixture) for step, mixture in curriculum_stages(config.steps).items()
+        },
+        "log": log_lines,
+    }
+    command = ["coterie", "train", "--steps", str(config.steps), "--seed", str(config.seed)]
+    return write_record(out, make_record("Embedded training", command, [speed], facts=facts))

@@ -1,0 +1,94 @@
+"""Write a network as a LLaDA2 checkpoint that any loader of the official layout reads."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+
+from coterie.lab.training.network import NetworkShape, TrainingNetwork
+
+
+def save_network(
+    network: TrainingNetwork, folder: Path, *, pad: int | None = None, mask: int | None = None
+) -> None:
+    """``config.json`` and ``model.safetensors``, in bf16 but for the selection bias, in fp32."""
+    folder.mkdir(parents=True, exist_ok=True)
+    tensors = {
+        name: weight.to(torch.float32 if name.endswith("expert_bias") else torch.bfloat16).clone(
+            memory_format=torch.contiguous_format
+        )
+        for name, weight in network.checkpoint_tensors().items()
+    }
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    text = json.dumps(hf_config(network.shape, pad=pad, mask=mask), indent=1)
+    (folder / "config.json").write_text(text + "\n")
+
+
+def load_network(network: TrainingNetwork, folder: Path) -> None:
+    """Read a checkpoint of the same shape into a network."""
+    tensors = load_file(folder / "model.safetensors")
+    views = network.checkpoint_tensors()
+    if tensors.keys() != views.keys():
+        raise ValueError(f"{folder}: tensors differ: {sorted(tensors.keys() ^ views.keys())[:3]}")
+    for name, view in views.items():
+        view.copy_(tensors[name])
+
+
+def hf_config(
+    shape: NetworkShape, *, pad: int | None = None, mask: int | None = None
+) -> dict[str, object]:
+    """The official keys of ``config.json``, and the mask's id, which official ones leave out."""
+    mask_entry = {} if mask is None else {"mask_token_id": mask}
+    return {
+        "architectures": ["LLaDA2MoeModelLM"],
+        "model_type": "llada2_moe",
+        "hidden_act": "silu",
+        "use_qkv_bias": False,
+        "use_qk_norm": True,
+        "use_bias": False,
+        "norm_head": False,
+        "tie_word_embeddings": False,
+        "embedding_dropout": 0.0,
+        "attention_dropout": 0.0,
+        "output_dropout": 0.0,
+        "initializer_range": 0.02,
+        "use_cache": False,
+        "use_sliding_window": False,
+        "sliding_window": 4096,
+        "max_window_layers": 28,
+        "rope_scaling": None,
+        "output_router_logits": False,
+        "norm_topk_prob": True,
+        "score_function": "sigmoid",
+        "router_dtype": "fp32",
+        "moe_router_enable_expert_bias": True,
+        "norm_softmax": False,
+        "use_rmsnorm": True,
+        "using_split_qkv_in_self_attention": False,
+        "dtype": "bfloat16",
+        "vocab_size": shape.vocab_size,
+        "hidden_size": shape.hidden_size,
+        "intermediate_size": shape.dense_width,
+        "num_hidden_layers": shape.layers,
+        "num_attention_heads": shape.heads,
+        "num_key_value_heads": shape.kv_heads,
+        "head_dim": shape.head_dim,
+        "first_k_dense_replace": shape.dense_layers,
+        "num_experts": shape.experts,
+        "num_experts_per_tok": shape.k,
+        "n_group": shape.groups,
+        "topk_group": shape.topk_groups,
+        "moe_intermediate_size": shape.expert_width,
+        "num_shared_experts": shape.shared_experts,
+        "routed_scaling_factor": shape.routed_scale,
+        "partial_rotary_factor": shape.rotary_fraction,
+        "rotary_dim": int(shape.head_dim * shape.rotary_fraction),
+        "rope_theta": shape.rope_theta,
+        "rms_norm_eps": shape.epsilon,
+        "max_position_embeddings": shape.max_length,
+        "pad_token_id": shape.vocab_size - 1 if pad is None else pad,
+        **mask_entry,
+    }

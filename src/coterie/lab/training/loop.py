@@ -1,0 +1,335 @@
+"""The training run: forked workers over shared weights, one optimiser step after another.
+
+Every worker computes gradients of its own rows on one thread, then updates its own part of the
+shared weights from the sum. Nothing is copied between processes, and a stolen core delays a step
+but never spins. Results depend on the seed and on the number of workers, on nothing else.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Annotated, Literal
+
+import torch
+import torch.nn.functional as F
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from coterie.errors import CoterieError
+from coterie.keys import Key, to_json
+from coterie.lab.training.batch import TrainingBatch
+from coterie.lab.training.feed import FORK_CONTEXT, BatchFunction, BatchLoader, start_process
+from coterie.lab.training.network import NetworkShape, TrainingNetwork, additive_mask
+from coterie.lab.training.optim import (
+    OptimizerOptions,
+    ParameterBuffer,
+    adamw_step,
+    attach_gradients,
+    build_buffer,
+    muon_step,
+)
+
+# Seconds that the leader waits for a worker before it takes it for dead.
+WORKER_TIMEOUT = 600.0
+
+STATE_FILE = "state.safetensors"
+LogCallback = Callable[[dict[str, object]], None]  # hears each line of the log
+
+
+@dataclass(frozen=True)
+class TrainingConfig:
+    """A run, reproducible from these values."""
+
+    steps: Annotated[int, Key("steps")]
+    seed: Annotated[int, Key("seed")] = 0
+    workers: Annotated[int, Key("workers")] = 2
+    precision: Annotated[Literal["bf16", "fp32"], Key("precision")] = "bf16"
+    shape: Annotated[NetworkShape, Key("shape")] = field(default_factory=NetworkShape)
+    optimizer: Annotated[OptimizerOptions, Key("rates")] = field(default_factory=OptimizerOptions)
+    warmup_steps: Annotated[int, Key("warm_up")] = 100
+    decay_fraction: Annotated[float, Key("decay")] = (
+        0.4  # the last part of the run, over which rates fall linearly
+    )
+    min_rate: Annotated[float, Key("floor")] = 0.0  # the rate at the end, as a part of the peak
+    momentum_warmup_steps: Annotated[int, Key("momentum_warm_up")] = (
+        300  # steps over which Muon's momentum rises from 0.85
+    )
+    max_grad_norm: Annotated[float, Key("clip")] = 1.0
+    bias_update_rate: Annotated[float, Key("balance")] = 1e-3  # the bias update
+    initial_bias_update_rate: Annotated[float, Key("balance_early")] = (
+        3e-3  # ... at the start, falling to ``balance``
+    )
+    bias_update_decay_steps: Annotated[int, Key("balance_steps")] = 2000  # ... over so many steps
+    log_every: Annotated[int, Key("log_every")] = 20
+    save_every: Annotated[int, Key("save_every")] = 500
+    task_names: Annotated[tuple[str, ...], Key("tasks")] = ()  # names of the task ids in batches
+
+    def lr_factor(self, step: int) -> float:
+        """The learning rate as a part of the peak: up, flat, down."""
+        remaining = (self.steps - step) / max(1, round(self.decay_fraction * self.steps))
+        return min(1.0, (step + 1) / self.warmup_steps) * max(self.min_rate, min(1.0, remaining))
+
+    def momentum_at(self, step: int) -> float:
+        """Muon's momentum."""
+        full = self.optimizer.momentum
+        return full - (full - 0.85) * max(0.0, 1 - step / self.momentum_warmup_steps)
+
+    def bias_rate_at(self, step: int) -> float:
+        """The size of the bias update."""
+        early = max(0.0, 1 - step / self.bias_update_decay_steps)
+        return (
+            self.bias_update_rate + (self.initial_bias_update_rate - self.bias_update_rate) * early
+        )
+
+
+class TrainingState:
+    """All that a run changes, in memory that workers share."""
+
+    def __init__(self, config: TrainingConfig) -> None:
+        precision = torch.bfloat16 if config.precision == "bf16" else torch.float32
+        self.network = TrainingNetwork(config.shape, seed=config.seed, precision=precision)
+        self.step = 0
+        self.run_config = json.dumps(to_json(config) | {"steps": 0}, sort_keys=True)
+        workers, network = config.workers, self.network
+        self.groups = _parameter_groups(network, config.optimizer)
+        self.buffers = [
+            build_buffer(pairs, workers, 1 if i else 2, matrices=i > 0)
+            for i, pairs in enumerate(self.groups)
+        ]
+        for bias in network.biases():
+            bias.share_memory_()
+        self.expert_loads = torch.zeros(
+            workers, len(network.biases()), config.shape.experts, dtype=torch.int64
+        ).share_memory_()
+        # Per worker: the squared length of each flat gradient part, then (loss, weight) by task.
+        self.squared_norms = torch.zeros(
+            workers, len(self.buffers), dtype=torch.float64
+        ).share_memory_()
+        tasks = max(1, len(config.task_names))
+        self.losses = torch.zeros(workers, tasks, 2, dtype=torch.float64).share_memory_()
+
+    def tensors(self) -> list[Tensor]:
+        """What a checkpoint holds, in a fixed order."""
+        buffer_tensors = [t for buffer in self.buffers for t in (buffer.weights, *buffer.state)]
+        return [*buffer_tensors, *self.network.biases()]
+
+    def save(self, path: Path) -> None:
+        """Write everything to one file that appears whole or not at all."""
+        partial = path.with_suffix(".partial")
+        tensors_by_name = {f"{i:03}": tensor.clone() for i, tensor in enumerate(self.tensors())}
+        save_file(
+            tensors_by_name, partial, metadata={"step": str(self.step), "run": self.run_config}
+        )
+        os.replace(partial, path)
+
+    def load(self, path: Path) -> None:
+        """Read what ``save`` wrote into this state; CoterieError if another run wrote it."""
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata()
+            if metadata["run"] != self.run_config:
+                raise CoterieError(
+                    f"{path}: left by a run of other settings; choose another folder"
+                )
+            self.step = int(metadata["step"])
+            for i, tensor in enumerate(self.tensors()):
+                tensor.copy_(file.get_tensor(f"{i:03}"))
+
+
+def train(
+    make_batch: BatchFunction,
+    config: TrainingConfig,
+    out: Path,
+    *,
+    on_log: LogCallback | None = None,
+) -> TrainingNetwork:
+    """Train to the last step, from what ``out`` holds of this run; log to ``out/log.jsonl``.
+
+    ``make(step)`` gives the batch of a step and runs in a process of its own; it must depend on
+    nothing but the step and on what it was built with. ``told`` hears each line of the log. A run
+    that is continued may be given another number of steps, which moves its schedule.
+    """
+    out.mkdir(parents=True, exist_ok=True)
+    torch.set_num_threads(1)  # before forking: an OpenMP pool does not survive a fork
+    state = TrainingState(config)
+    if (out / STATE_FILE).exists():
+        state.load(out / STATE_FILE)
+    loader = BatchLoader(make_batch, state.step, config.steps, num_workers=config.workers)
+    barrier = FORK_CONTEXT.Barrier(config.workers)
+    # Only the leader may be late (it saves and tells), so only the leader's patience ends.
+    barrier_waits = [
+        partial(barrier.wait, None if i else WORKER_TIMEOUT) for i in range(config.workers)
+    ]
+    workers = [
+        _TrainingWorker(i, config, state, loader, barrier_wait)
+        for i, barrier_wait in enumerate(barrier_waits)
+    ]
+    followers = [start_process(_run_follower, worker, barrier.abort) for worker in workers[1:]]
+    try:
+        _run_leader(workers[0], out, on_log)
+    finally:
+        barrier.abort()
+        loader.close()
+        for process in followers:
+            process.terminate()
+            process.join()
+    state.save(out / STATE_FILE)
+    return state.network
+
+
+class _TrainingWorker:
+    """One process's part of every step."""
+
+    def __init__(
+        self,
+        index: int,
+        config: TrainingConfig,
+        state: TrainingState,
+        loader: BatchLoader,
+        barrier_wait: Callable[[], int],
+    ) -> None:
+        self.index, self.config, self.state = index, config, state
+        self.loader, self.barrier_wait = loader, barrier_wait
+
+    def attach_gradients(self) -> None:
+        """Point this process's gradients at its own rows of the shared buffers."""
+        for buffer, pairs in zip(self.state.buffers, self.state.groups, strict=True):
+            attach_gradients(buffer, [p for p, _ in pairs], self.index)
+
+    def step(self) -> None:
+        """Gradients of own rows, then the update of own part of the weights."""
+        state, config = self.state, self.config
+        for buffer in state.buffers:
+            buffer.gradients[self.index].zero_()
+        self._compute_gradients(self.loader.next_batch(self.index))
+        self.barrier_wait()
+        for i, buffer in enumerate(state.buffers):
+            state.squared_norms[self.index, i] = buffer.reduce_gradients(self.index)
+        self.barrier_wait()
+        grad_norm = math.sqrt(float(state.squared_norms.sum()))
+        clip = min(1.0, config.max_grad_norm / (grad_norm + 1e-6))
+        lr = config.lr_factor(state.step)
+        for i, buffer in enumerate(state.buffers):
+            self._update(buffer, matrices=i > 0, lr=lr, clip=clip)
+        if self.index == 0:
+            _update_biases(state, config.bias_rate_at(state.step))
+        self.barrier_wait()
+        state.step += 1
+
+    def _compute_gradients(self, batch: TrainingBatch) -> None:
+        state = self.state
+        logits_indices = (batch.targets.flatten() >= 0).nonzero().squeeze(1)
+        mask = additive_mask(batch.block_mask, self.config.shape.block)
+        logits, loads = state.network(batch.tokens, batch.positions, mask, logits_indices)
+        loss = F.cross_entropy(logits, batch.targets.flatten()[logits_indices], reduction="none")
+        weight = batch.weights.flatten()[logits_indices]
+        torch.dot(loss, weight).div(batch.total_weight()).backward()
+        state.expert_loads[self.index] = loads
+        task = (
+            torch.zeros_like(logits_indices)
+            if batch.tasks is None
+            else batch.tasks.flatten()[logits_indices]
+        )
+        sums = torch.stack([loss.detach() * weight, weight], -1).double()
+        state.losses[self.index].zero_().index_add_(0, task, sums)
+
+    def _update(self, buffer: ParameterBuffer, *, matrices: bool, lr: float, clip: float) -> None:
+        part, options, step = (
+            buffer.worker_slice(self.index),
+            self.config.optimizer,
+            self.state.step,
+        )
+        with torch.no_grad():
+            if matrices:
+                muon_step(
+                    buffer, part, options, lr=lr, momentum=self.config.momentum_at(step), clip=clip
+                )
+            else:
+                adamw_step(buffer, part, options, lr=lr, step=step, clip=clip)
+
+
+def _run_leader(worker: _TrainingWorker, out: Path, on_log: LogCallback | None) -> None:
+    config, state = worker.config, worker.state
+    worker.attach_gradients()
+    start, first_step, last_log = time.monotonic(), state.step, time.monotonic()
+    with (out / "log.jsonl").open("a", buffering=1) as log:
+        log.write(json.dumps({"config": to_json(config), "step": state.step}) + "\n")
+        while state.step < config.steps:
+            worker.step()
+            step = state.step
+            if step % config.log_every == 0 or step == config.steps:
+                now = time.monotonic()
+                positions = int(state.expert_loads.sum()) // (
+                    config.shape.k * max(1, state.expert_loads.shape[1])
+                )
+                speed = positions * min(config.log_every, step - first_step) / (now - last_log)
+                entry = {"step": step, "elapsed": round(now - start, 1), "speed": round(speed)}
+                entry |= _log_entry(state, config)
+                log.write(json.dumps(entry) + "\n")
+                if on_log is not None:
+                    on_log(entry)
+                last_log = now
+            if step % config.save_every == 0:
+                state.save(out / STATE_FILE)
+
+
+def _run_follower(worker: _TrainingWorker, abort: Callable[[], None]) -> None:
+    try:
+        worker.attach_gradients()
+        while worker.state.step < worker.config.steps:
+            worker.step()
+    except BaseException:
+        abort()
+        raise
+
+
+def _parameter_groups(
+    network: TrainingNetwork, options: OptimizerOptions
+) -> list[list[tuple[torch.nn.Parameter, float]]]:
+    """Parameters with their rates: first what AdamW moves, then matrices by their size."""
+    matrices = network.matrices()
+    hidden = network.shape.hidden_size
+    matrix_ids = {id(p) for p in matrices}
+    rates_by_name = {"embeddings": options.embedding, "head": options.head, "gate": options.router}
+    other_parameters = [
+        (p, rates_by_name.get(name.rpartition(".")[2], options.norm))
+        for name, p in network.named_parameters()
+        if id(p) not in matrix_ids
+    ]
+    by_size: dict[torch.Size, list[tuple[torch.nn.Parameter, float]]] = {}
+    for p in matrices:
+        # An orthogonal step of r x c has entries of size 1 / sqrt(max(r, c)): make all alike.
+        rate = options.matrix * math.sqrt(max(p.shape[-2:]) / hidden)
+        by_size.setdefault(p.shape[-2:], []).append((p, rate))
+    return [other_parameters, *by_size.values()]
+
+
+def _update_biases(state: TrainingState, rate: float) -> None:
+    """Raise the bias of every expert that got less than its share, lower the others."""
+    loads = state.expert_loads.sum(0).float()  # [moe, E]
+    for bias, load in zip(state.network.biases(), loads, strict=True):
+        bias.add_(torch.sign(load.mean() - load), alpha=rate)
+
+
+def _log_entry(state: TrainingState, config: TrainingConfig) -> dict[str, object]:
+    loss, weight = state.losses.sum(0).unbind(-1)
+    loads = state.expert_loads.sum(0).double()
+    load_share = loads / loads.sum(-1, keepdim=True).clamp_min(1)
+    entropy = -(load_share * load_share.clamp_min(1e-12).log()).sum(-1)
+    by_task = (loss / weight.clamp_min(1e-9)).tolist()
+    return {
+        "loss": round(float(loss.sum() / weight.sum().clamp_min(1e-9)), 4),
+        "tasks": {n: round(v, 4) for n, v in zip(config.task_names, by_task, strict=False)},
+        "length": round(math.sqrt(float(state.squared_norms.sum())), 4),
+        "rate": round(config.lr_factor(state.step - 1), 4),
+        "crowding": [round(v, 2) for v in (load_share.amax(-1) * load_share.shape[-1]).tolist()],
+        "effective": [round(v, 1) for v in entropy.exp().tolist()],
+        "dead": [int(v) for v in (loads == 0).sum(-1).tolist()],
+    }

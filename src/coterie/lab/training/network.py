@@ -1,0 +1,276 @@
+"""The embedded model as it is trained: LLaDA2's architecture, laid out for a fast step.
+
+Shapes: B rows, L positions, T = B*L tokens, H hidden, D head, I width, E experts, k per token.
+Every matrix is stored [n, rows, columns] so that the optimiser sees one batch of small matrices:
+attention by head, experts as (gate, up, down transposed). ``official`` gives the checkpoint's view.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Annotated
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from coterie.keys import Key
+from coterie.lab.training.attend import masked_attention
+from coterie.lab.training.experts import run_experts
+
+
+@dataclass(frozen=True)
+class NetworkShape:
+    """The sizes of a LLaDA2 model. The defaults are those of the embedded one."""
+
+    vocab_size: Annotated[int, Key("vocabulary")] = 300
+    hidden_size: Annotated[int, Key("hidden")] = 128
+    layers: Annotated[int, Key("layers")] = 5
+    heads: Annotated[int, Key("heads")] = 4
+    kv_heads: Annotated[int, Key("kv_heads")] = 4
+    head_dim: Annotated[int, Key("head")] = 32
+    rotary_fraction: Annotated[float, Key("rotary")] = 0.5  # the part of a head that turns
+    rope_theta: Annotated[float, Key("theta")] = 10_000.0
+    dense_layers: Annotated[int, Key("dense_layers")] = 1
+    dense_width: Annotated[int, Key("dense_width")] = 384
+    experts: Annotated[int, Key("experts")] = 128
+    k: Annotated[int, Key("k")] = 8
+    groups: Annotated[int, Key("groups")] = 8
+    topk_groups: Annotated[int, Key("kept_groups")] = 4
+    expert_width: Annotated[int, Key("width")] = 32
+    shared_experts: Annotated[int, Key("shared")] = 1
+    routed_scale: Annotated[float, Key("scale")] = 2.5
+    epsilon: Annotated[float, Key("epsilon")] = 1e-6
+    block: Annotated[int, Key("block")] = 32
+    max_length: Annotated[int, Key("length")] = 2048
+
+
+def additive_mask(block_mask: Tensor, block: int) -> Tensor:
+    """Block visibility [B, n, n] as an additive mask [B, 1, L, L] in fp32."""
+    full = block_mask.repeat_interleave(block, 1).repeat_interleave(block, 2)
+    return torch.where(full, 0.0, -torch.inf)[:, None]
+
+
+class TrainingNetwork(nn.Module):
+    """Tokens to logits, with gradients. ``precision`` is the type that products run in."""
+
+    def __init__(
+        self, shape: NetworkShape, *, seed: int = 0, precision: torch.dtype = torch.float32
+    ) -> None:
+        super().__init__()
+        self.shape, self.precision = shape, precision
+        generator = torch.Generator().manual_seed(seed)
+        self.embeddings = nn.Parameter(
+            torch.randn(shape.vocab_size, shape.hidden_size, generator=generator)
+        )
+        self._layers = [_TrainingLayer(shape, i, generator) for i in range(shape.layers)]
+        self.layers = nn.ModuleList(self._layers)
+        self.norm = nn.Parameter(torch.ones(shape.hidden_size))
+        self.head = nn.Parameter(torch.zeros(shape.vocab_size, shape.hidden_size))
+
+    def forward(
+        self, tokens: Tensor, positions: Tensor, mask: Tensor, logits_indices: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Logits [P, V] in fp32 at the flat positions ``wanted`` (None: all), and loads [moe, E].
+
+        tokens, positions [B, L]; mask [B, 1, L, L] additive.
+        """
+        shape = self.shape
+        rope = _rope_tables(positions, shape)
+        x = F.embedding(tokens.flatten(), self.embeddings)  # [T, H]
+        loads = []
+        for layer in self._layers:
+            x, load = layer(x, rope, mask, self.precision)
+            loads += [] if load is None else [load]
+        x = x if logits_indices is None else x.index_select(0, logits_indices)
+        x = F.rms_norm(x, (shape.hidden_size,), self.norm, shape.epsilon)
+        logits = F.linear(x.to(self.precision), self.head.to(self.precision)).float()
+        empty = torch.zeros(0, shape.experts, dtype=torch.int64)
+        return logits, torch.stack(loads) if loads else empty
+
+    def biases(self) -> list[Tensor]:
+        """The selection bias [E] of each MoE layer, in order."""
+        return [layer.mlp.bias for layer in self._layers if isinstance(layer.mlp, _MoE)]
+
+    def matrices(self) -> list[nn.Parameter]:
+        """The parameters [..., rows, columns] whose last two dimensions are one map each."""
+        return [p for layer in self._layers for p in layer.matrices()]
+
+    def checkpoint_tensors(self) -> dict[str, Tensor]:
+        """Every weight under its name in the checkpoint, as views that can be read and written."""
+        names = {
+            "model.word_embeddings.weight": self.embeddings.data,
+            "model.norm.weight": self.norm.data,
+            "lm_head.weight": self.head.data,
+        }
+        for i, layer in enumerate(self._layers):
+            names |= {
+                f"model.layers.{i}.{name}": w for name, w in layer.checkpoint_tensors().items()
+            }
+        return names
+
+
+class _TrainingLayer(nn.Module):
+    def __init__(self, shape: NetworkShape, index: int, generator: torch.Generator) -> None:
+        super().__init__()
+        self.shape = shape
+        hidden, head, rows = shape.hidden_size, shape.head_dim, shape.heads + 2 * shape.kv_heads
+        self.norm_in = nn.Parameter(torch.ones(hidden))
+        self.norm_mid = nn.Parameter(torch.ones(hidden))
+        self.norm_query = nn.Parameter(torch.ones(head))
+        self.norm_key = nn.Parameter(torch.ones(head))
+        self.qkv = nn.Parameter(_uniform((rows, head, hidden), hidden, generator))
+        self.out = nn.Parameter(torch.zeros(shape.heads, head, hidden))  # transposed, by head
+        dense = index < shape.dense_layers
+        self.mlp = _Dense(hidden, shape.dense_width, generator) if dense else _MoE(shape, generator)
+
+    def forward(
+        self, x: Tensor, rope: tuple[Tensor, Tensor], mask: Tensor, precision: torch.dtype
+    ) -> tuple[Tensor, Tensor | None]:
+        hidden, epsilon = (self.shape.hidden_size,), self.shape.epsilon
+        x = x + self._attention(
+            F.rms_norm(x, hidden, self.norm_in, epsilon).to(precision), rope, mask
+        )
+        output, load = self.mlp(F.rms_norm(x, hidden, self.norm_mid, epsilon), precision)
+        return x + output, load
+
+    def _attention(self, x: Tensor, rope: tuple[Tensor, Tensor], mask: Tensor) -> Tensor:
+        shape, rows = self.shape, mask.shape[0]
+        heads = [shape.heads, shape.kv_heads, shape.kv_heads]
+        qkv = F.linear(x, self.qkv.to(x.dtype).flatten(0, 1)).view(
+            rows, -1, sum(heads), shape.head_dim
+        )
+        q, k, v = qkv.transpose(1, 2).split(heads, 1)  # [B, heads, L, D]
+        q = _apply_rope(
+            F.rms_norm(q.float(), (shape.head_dim,), self.norm_query, shape.epsilon), rope
+        )
+        k = _apply_rope(
+            F.rms_norm(k.float(), (shape.head_dim,), self.norm_key, shape.epsilon), rope
+        )
+        k, v = (t.repeat_interleave(shape.heads // shape.kv_heads, 1) for t in (k, v))
+        output = masked_attention(q.to(x.dtype), k.to(x.dtype), v.contiguous(), mask)
+        return output.transpose(1, 2).reshape(len(x), -1) @ self.out.to(x.dtype).flatten(0, 1)
+
+    def matrices(self) -> list[nn.Parameter]:
+        return [self.qkv, self.out, *self.mlp.matrices()]
+
+    def checkpoint_tensors(self) -> dict[str, Tensor]:
+        return {
+            "input_layernorm.weight": self.norm_in.data,
+            "post_attention_layernorm.weight": self.norm_mid.data,
+            "attention.query_layernorm.weight": self.norm_query.data,
+            "attention.key_layernorm.weight": self.norm_key.data,
+            "attention.query_key_value.weight": self.qkv.data.flatten(0, 1),
+            "attention.dense.weight": self.out.data.flatten(0, 1).T,
+            **{f"mlp.{name}": weight for name, weight in self.mlp.checkpoint_tensors().items()},
+        }
+
+
+class _Dense(nn.Module):
+    def __init__(self, hidden: int, width: int, generator: torch.Generator) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(_init_expert((width, hidden), generator))
+
+    def forward(self, x: Tensor, precision: torch.dtype) -> tuple[Tensor, None]:
+        return _swiglu(x.to(precision), self.weight), None
+
+    def matrices(self) -> list[nn.Parameter]:
+        return [self.weight]
+
+    def checkpoint_tensors(self) -> dict[str, Tensor]:
+        return _projection_tensors("", self.weight.data)
+
+
+class _MoE(nn.Module):
+    bias: Tensor
+
+    def __init__(self, shape: NetworkShape, generator: torch.Generator) -> None:
+        super().__init__()
+        self.shape = shape
+        hidden, width = shape.hidden_size, shape.expert_width
+        self.gate = nn.Parameter(_uniform((shape.experts, hidden), hidden, generator))
+        self.register_buffer("bias", torch.zeros(shape.experts))
+        self.experts = nn.Parameter(
+            torch.stack([_init_expert((width, hidden), generator) for _ in range(shape.experts)])
+        )
+        self.shared = nn.Parameter(_init_expert((width * shape.shared_experts, hidden), generator))
+
+    def forward(self, x: Tensor, precision: torch.dtype) -> tuple[Tensor, Tensor]:
+        ids, weights = select_experts(x @ self.gate.T, self.bias, self.shape)
+        typed = x.to(precision)
+        output, load = run_experts(typed, weights, ids, self.experts)
+        return output + _swiglu(typed, self.shared) if self.shape.shared_experts else output, load
+
+    def matrices(self) -> list[nn.Parameter]:
+        return [self.experts, self.shared]
+
+    def checkpoint_tensors(self) -> dict[str, Tensor]:
+        names = {"gate.weight": self.gate.data, "gate.expert_bias": self.bias}
+        for e in range(self.shape.experts):
+            names |= _projection_tensors(f"experts.{e}.", self.experts.data[e])
+        return names | (
+            _projection_tensors("shared_experts.", self.shared.data)
+            if self.shape.shared_experts
+            else {}
+        )
+
+
+def select_experts(logits: Tensor, bias: Tensor, shape: NetworkShape) -> tuple[Tensor, Tensor]:
+    """Experts [T, k] by biased score inside the best groups, and their weights without the bias."""
+    probability = torch.sigmoid(logits)  # [T, E] fp32
+    with torch.no_grad():
+        score = (probability + bias).view(len(logits), shape.groups, -1)
+        best = score.amax(-1, keepdim=True)
+        second_best = score.masked_fill(score == best, -torch.inf).amax(-1)
+        group_score = best.squeeze(-1) + second_best  # [T, G]
+        # Counting the better groups is several times faster here than sorting them.
+        num_better = (group_score[:, None, :] > group_score[:, :, None]).sum(-1)
+        allowed_score = score.masked_fill((num_better >= shape.topk_groups)[..., None], -torch.inf)
+        ids = allowed_score.flatten(1).topk(shape.k, sorted=False).indices
+    weight = probability.gather(1, ids)
+    return ids, weight * (shape.routed_scale / (weight.sum(-1, keepdim=True) + 1e-20))
+
+
+def _swiglu(x: Tensor, weight: Tensor) -> Tensor:
+    typed_weight = weight.to(x.dtype)
+    gate, up = F.linear(x, typed_weight[:2].flatten(0, 1)).chunk(2, -1)
+    return (F.silu(gate) * up) @ typed_weight[2]
+
+
+def _rope_tables(positions: Tensor, shape: NetworkShape) -> tuple[Tensor, Tensor]:
+    """Cosines and sines [B, 1, L, rotary] of every position."""
+    size = int(shape.head_dim * shape.rotary_fraction)
+    powers = torch.arange(0, size, 2, device=positions.device).float() / size
+    angle = positions[:, None, :, None].float() / shape.rope_theta**powers
+    angle = torch.cat([angle, angle], -1)
+    return angle.cos(), angle.sin()
+
+
+def _apply_rope(x: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
+    cosine, sine = rope
+    size = cosine.shape[-1]
+    part, rest = x[..., :size], x[..., size:]
+    rotated = torch.cat([-part[..., size // 2 :], part[..., : size // 2]], -1)
+    return torch.cat([part * cosine + rotated * sine, rest], -1)
+
+
+def _uniform(size: tuple[int, ...], inputs: int, generator: torch.Generator) -> Tensor:
+    bound = 0.5 * math.sqrt(3 / inputs)
+    return torch.empty(size).uniform_(-bound, bound, generator=generator)
+
+
+def _init_expert(size: tuple[int, int], generator: torch.Generator) -> Tensor:
+    """Gate, up, down transposed [3, I, H]; down starts at zero: a layer starts as nothing."""
+    matrices = _uniform((3, *size), size[1], generator)
+    matrices[2] = 0
+    return matrices
+
+
+def _projection_tensors(prefix: str, matrices: Tensor) -> dict[str, Tensor]:
+    gate, up, down = matrices
+    return {
+        f"{prefix}gate_proj.weight": gate,
+        f"{prefix}up_proj.weight": up,
+        f"{prefix}down_proj.weight": down.T,
+    }

@@ -1,0 +1,78 @@
+"""The embedded model's tokenizer: whole words and numbers, with single bytes underneath."""
+
+from __future__ import annotations
+
+import json
+import random
+from collections import Counter
+from pathlib import Path
+
+from tokenizers import AddedToken, Regex, Tokenizer
+from tokenizers.decoders import ByteLevel as ByteLevelDecoder
+from tokenizers.models import Unigram
+from tokenizers.pre_tokenizers import ByteLevel, Sequence, Split
+
+from coterie.lab.problems import MAX_NUMBER, TRAINING_MAKERS, draw_equation
+
+END_OF_TEXT = "<|endoftext|>"
+MASK_TOKEN = "<|mask|>"
+HUMAN = "<role>HUMAN</role>"
+ASSISTANT = "<role>ASSISTANT</role>"
+SYSTEM = "<role>SYSTEM</role>"
+ROLE_END = "<|role_end|>"
+SPECIAL_TOKENS = [END_OF_TEXT, MASK_TOKEN, HUMAN, ASSISTANT, SYSTEM, ROLE_END]
+
+PIECE_PATTERN = r"\n *| ?[A-Za-z]+| ?[0-9]{1,2}| ?[^\sA-Za-z0-9]+| +"
+
+CHAT_TEMPLATE = (
+    "{% for message in messages %}<role>{{ {'user': 'HUMAN', 'assistant': 'ASSISTANT', "
+    "'system': 'SYSTEM'}[message.role] }}</role>{{ message.content }}<|role_end|>{% endfor %}"
+    "{% if add_generation_prompt %}<role>ASSISTANT</role>{% endif %}"
+)
+
+
+def build_tokenizer(num_problems: int = 20_000, seed: int = 0) -> Tokenizer:
+    """A lossless tokenizer that knows each piece seen in ``sample`` problems of every task."""
+    splitter = Sequence(
+        [
+            Split(Regex(PIECE_PATTERN), behavior="isolated"),
+            ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    bytes_ = sorted(ByteLevel.alphabet())
+    words = [piece for piece in _collect_pieces(splitter, num_problems, seed) if len(piece) > 1]
+    scores = [(piece, -20.0) for piece in bytes_] + [(piece, -1.0) for piece in words]
+    tokenizer = Tokenizer(
+        Unigram(
+            [(piece, 0.0) for piece in SPECIAL_TOKENS] + scores, unk_id=None, byte_fallback=False
+        )
+    )
+    tokenizer.pre_tokenizer = splitter
+    tokenizer.decoder = ByteLevelDecoder()
+    tokenizer.add_special_tokens([AddedToken(piece, special=True) for piece in SPECIAL_TOKENS])
+    return tokenizer
+
+
+def save_tokenizer(tokenizer: Tokenizer, folder: Path) -> None:
+    """Writes tokenizer.json and tokenizer_config.json with the chat template."""
+    tokenizer.save(str(folder / "tokenizer.json"))
+    config = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "eos_token": END_OF_TEXT,
+        "pad_token": END_OF_TEXT,
+        "mask_token": MASK_TOKEN,
+        "chat_template": CHAT_TEMPLATE,
+    }
+    (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n")
+
+
+def _collect_pieces(splitter: Sequence, num_problems: int, seed: int) -> list[str]:
+    rng = random.Random(seed)
+    texts = [f" {n}{n}" for n in range(MAX_NUMBER + 1)]
+    for maker in TRAINING_MAKERS.values():
+        for _ in range(num_problems):
+            problem = maker(rng)
+            texts.append(f"{problem.prompt}\n{problem.answer}")
+    texts.extend(draw_equation(rng) for _ in range(num_problems))
+    counts = Counter(piece for text in texts for piece, _ in splitter.pre_tokenize_str(text))
+    return sorted(counts, key=lambda piece: (-counts[piece], piece))

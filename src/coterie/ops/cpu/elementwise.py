@@ -1,0 +1,77 @@
+"""What is done to every row by itself: norms, and what a row of logits says."""
+
+from __future__ import annotations
+
+import ctypes
+
+import torch
+from torch import Tensor
+
+from coterie.ops.cpu.experts import ERROR_MESSAGES, is_available, require_library
+from coterie.ops.cpu.library import LogitsSummaryArgs, RmsNormArgs
+from coterie.ops.cpu.op_chain import run_ops
+from coterie.values import LogitsSummary
+
+
+def supports_rms_norm(x: Tensor, weight: Tensor) -> bool:
+    """Whether ``rms_norm`` takes them."""
+    is_bf16 = x.dtype == weight.dtype == torch.bfloat16
+    return is_bf16 and x.device.type == "cpu" and x.is_contiguous() and is_available()
+
+
+def rms_norm(x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
+    """See ``ops.rms_norm``."""
+    out = torch.empty_like(x)
+    run_ops(rms_norm_args(x, weight, epsilon, out))
+    return out
+
+
+def add_rms_norm(
+    x: Tensor, residual: Tensor, weight: Tensor, epsilon: float
+) -> tuple[Tensor, Tensor]:
+    """See ``ops.add_norm``."""
+    residual, total, out = residual.contiguous(), torch.empty_like(x), torch.empty_like(x)
+    args = rms_norm_args(x, weight, epsilon, out)
+    args.more, args.sum = residual.data_ptr(), total.data_ptr()
+    run_ops(args)
+    return total, out
+
+
+def rms_norm_args(x: Tensor, weight: Tensor, epsilon: float, out: Tensor) -> RmsNormArgs:
+    """The work of a norm; ``norms`` says of what."""
+    width = x.shape[-1]
+    return RmsNormArgs(
+        x=x.data_ptr(),
+        weight=weight.data_ptr(),
+        out=out.data_ptr(),
+        epsilon=epsilon,
+        rows=x.numel() // width,
+        width=width,
+    )
+
+
+def supports_logits_summary(logits: Tensor) -> bool:
+    """Whether ``survey`` takes them."""
+    return logits.dtype == torch.float32 and logits.device.type == "cpu" and is_available()
+
+
+def summarize_logits(logits: Tensor, mask_id: int) -> LogitsSummary:
+    """See ``ops.survey``."""
+    logits = logits.detach().contiguous()
+    rows, width = logits.shape
+    best, unmasked = torch.empty(2, rows, dtype=torch.int64)
+    total = torch.empty(rows)
+    args = LogitsSummaryArgs(
+        logits=logits.data_ptr(),
+        best=best.data_ptr(),
+        unmasked=unmasked.data_ptr(),
+        total=total.data_ptr(),
+        rows=rows,
+        width=width,
+        mask=mask_id,
+        threads=torch.get_num_threads(),
+    )
+    kernels = require_library()
+    if status := kernels.handle.coterie_summarize_logits(kernels.isa(), ctypes.byref(args)):
+        raise RuntimeError(f"the logits could not be surveyed: {ERROR_MESSAGES[status]}")
+    return LogitsSummary.from_logits(logits, best, unmasked, total)

@@ -1,0 +1,198 @@
+"""Packing experts, and calling the kernels on them."""
+
+from __future__ import annotations
+
+import ctypes
+import mmap
+from collections.abc import Sequence
+from contextlib import suppress
+
+import torch
+from torch import Tensor
+
+from coterie.errors import CoterieError
+from coterie.ops.cpu.library import (
+    FORMAT_IDS,
+    ExpertsArgs,
+    KernelLibrary,
+    PackArgs,
+    ReadArgs,
+    load_library,
+)
+from coterie.ops.packed_layout import (
+    EXPERT_ALIGNMENT,
+    PackedFormat,
+    packed_format_of,
+    slab_of_packed,
+)
+from coterie.quantization import QTensor
+from coterie.values import PackedExperts, Routing, Slab
+
+ERROR_MESSAGES = {
+    1: "this instruction set is not there",
+    2: "no memory is left for it",
+    3: "the routing names an expert or a slot that is not there",
+    6: "these are more works than one call takes",
+}
+
+
+def is_available() -> bool:
+    """Whether the kernels were built and fit this package; if not, why is said once."""
+    return load_library() is not None
+
+
+def available_isas() -> tuple[str, ...]:
+    """The instruction sets that run here, from the plainest to the best."""
+    return tuple(require_library().isas)
+
+
+def packed_format(slab: Slab) -> PackedFormat | None:
+    """What ``pack`` makes of a slab: None where its weights are none that the kernels take."""
+    return packed_format_of(slab.gate_up, slab.down) if slab.gate_up.device.type == "cpu" else None
+
+
+def pack(slab: Slab, *, release_source: bool = False) -> Slab:
+    """The same experts in panels, in memory of their own; ``packed_format`` says which slabs can.
+
+    One expert a thread: beyond the result this needs a few megabytes. With ``spend`` the pages of
+    what is packed go back to the system, and the slab that was given is rubble.
+    """
+    format_, (experts, hidden, width) = packed_format(slab), slab.down.shape
+    if format_ is None:
+        raise ValueError(f"no kernel takes experts in {slab.gate_up.dtype}")
+    packed = allocate(experts, expert_bytes(format_, hidden=hidden, width=width))
+    gate_up, down = slab.gate_up, slab.down
+    batch_size = torch.get_num_threads()
+    for first in range(0, experts, batch_size):
+        batch = slice(first, first + batch_size)
+        if isinstance(gate_up, QTensor) and isinstance(down, QTensor):
+            qtensors = (gate_up[batch], down[batch])
+            numbers, scales = [q.int_values() for q in qtensors], [q.scales for q in qtensors]
+            _pack_into(packed[batch], format_, numbers, scales)
+            sources = [q.q for q in qtensors] + scales
+        else:
+            sources = [weight[batch] for weight in (gate_up, down) if isinstance(weight, Tensor)]
+            _pack_into(packed[batch], format_, sources, [])
+        if release_source:
+            release_pages(sources)
+    return slab_of_packed(packed, format_, slab.slot_of, hidden=hidden, width=width)
+
+
+def expert_bytes(format_: PackedFormat, *, hidden: int, width: int) -> int:
+    """Bytes from one packed expert to the next."""
+    size = require_library().handle.coterie_expert_bytes(FORMAT_IDS[format_], hidden, width)
+    return -(-size // EXPERT_ALIGNMENT) * EXPERT_ALIGNMENT
+
+
+def run_experts(x: Tensor, routing: Routing, slab: Slab) -> Tensor:
+    """See ``ops.run_experts``. Bit for bit the same whatever the number of threads."""
+    packed, (tokens, hidden) = slab.gate_up, x.shape
+    assert isinstance(packed, PackedExperts)
+    slots, gate_up_rows, expert_hidden = packed.shape
+    if hidden != expert_hidden:
+        raise ValueError(f"tokens of {hidden} numbers meet experts of {expert_hidden}")
+    x = x.detach() if x.dtype in (torch.float32, torch.bfloat16) else x.detach().float()
+    x, ids, weights = (
+        x.contiguous(),
+        routing.topk_ids.contiguous(),
+        routing.topk_weights.contiguous(),
+    )
+    if ids.shape != weights.shape or len(ids) != tokens:
+        raise ValueError(
+            f"{tokens} tokens, ids {tuple(ids.shape)} and weights {tuple(weights.shape)}"
+        )
+    if ids.dtype != torch.int64 or weights.dtype != torch.float32:
+        raise ValueError(f"ids in {ids.dtype} and weights in {weights.dtype}: int64 and float32")
+    out = torch.empty(tokens, hidden)
+    kernels = require_library()
+    args = ExpertsArgs(
+        x=x.data_ptr(),
+        ids=ids.data_ptr(),
+        slot_of=slab.slot_of.data_ptr(),
+        weights=weights.data_ptr(),
+        out=out.data_ptr(),
+        panels=packed.packed.data_ptr(),
+        stride=packed.packed.stride(0),
+        tokens=tokens,
+        k=ids.shape[1],
+        experts=len(slab.slot_of),
+        slots=slots,
+        hidden=hidden,
+        width=gate_up_rows // 2,
+        threads=torch.get_num_threads(),
+        format=FORMAT_IDS[packed.format],
+        x_is_bf16=x.dtype == torch.bfloat16,
+    )
+    if status := kernels.handle.coterie_run_experts(kernels.isa(), ctypes.byref(args)):
+        raise RuntimeError(f"the experts could not run: {ERROR_MESSAGES[status]}")
+    return out
+
+
+def read_experts(slab: Slab, used: Tensor) -> int:
+    """Read the bytes of the experts ``used`` (bool [E]) and do nothing else: what memory allows."""
+    packed = slab.gate_up
+    assert isinstance(packed, PackedExperts)
+    slots = slab.slot_of[used]
+    args = ReadArgs(
+        panels=packed.packed.data_ptr(),
+        slots=slots.data_ptr(),
+        stride=packed.packed.stride(0),
+        bytes=packed.packed.shape[1],
+        count=len(slots),
+        threads=torch.get_num_threads(),
+    )
+    return require_library().handle.coterie_read_experts(ctypes.byref(args))
+
+
+def allocate(experts: int, size: int) -> Tensor:
+    """Uninitialised [experts, size] uint8, in huge pages where the system has them."""
+    if not experts:
+        return torch.empty(0, size, dtype=torch.uint8)
+    # Shared memory, which is what mmap makes unless told, gets huge pages on few systems.
+    mapping = mmap.mmap(-1, experts * size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    with suppress(OSError, AttributeError):  # a system without huge pages
+        mapping.madvise(mmap.MADV_HUGEPAGE)
+    return torch.frombuffer(mapping, dtype=torch.uint8).view(experts, size)
+
+
+def release_pages(tensors: Sequence[Tensor]) -> None:
+    """Hand the pages inside these tensors to the system; whoever reads them now finds zeros."""
+    if not hasattr(mmap, "MADV_DONTNEED"):
+        return
+    for tensor in tensors:
+        start = -(-tensor.data_ptr() // mmap.PAGESIZE) * mmap.PAGESIZE
+        stop = (tensor.data_ptr() + tensor.nbytes) // mmap.PAGESIZE * mmap.PAGESIZE
+        if stop > start:
+            ctypes.CDLL(None).madvise(
+                ctypes.c_void_p(start), ctypes.c_size_t(stop - start), mmap.MADV_DONTNEED
+            )
+
+
+def _pack_into(
+    packed: Tensor, format_: PackedFormat, weights: Sequence[Tensor], scales: Sequence[Tensor]
+) -> None:
+    """Weights are gate_up [n, 2 I, H] and down [n, H, I]; scales theirs, or none for bf16."""
+    experts, hidden, width = weights[1].shape
+    if weights[0].shape != (experts, 2 * width, hidden):
+        raise ValueError(f"gate_up {tuple(weights[0].shape)} and down {tuple(weights[1].shape)}")
+    tensors = [tensor.contiguous() for tensor in (*weights, *scales)]
+    pointers = [tensor.data_ptr() for tensor in tensors] + [None] * (4 - len(tensors))
+    args = PackArgs(
+        *pointers,
+        packed.data_ptr(),
+        packed.stride(0),
+        experts,
+        hidden,
+        width,
+        torch.get_num_threads(),
+        FORMAT_IDS[format_],
+    )
+    require_library().handle.coterie_pack(ctypes.byref(args))
+
+
+def require_library() -> KernelLibrary:
+    """The kernels; raises CoterieError where there are none."""
+    kernels = load_library()
+    if kernels is None:
+        raise CoterieError("the kernels for CPUs are not built; with a C++ compiler, install again")
+    return kernels

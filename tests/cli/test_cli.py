@@ -1,0 +1,436 @@
+"""The command: what it prints, what it refuses in one line, and how it ends."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import pty
+import re
+import select
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file, save_file
+
+from coterie.cli.entry import run
+from coterie.cli.live_view import CONFIDENCE_COLOURS, END_GLYPH, MASK_GLYPH, LiveView
+from coterie.cli.tables import format_bytes, split_source
+from coterie.decoding import Token
+from coterie.engine.events import Denoised
+from coterie.routing import POLICIES
+from coterie.testing import write_checkpoint
+
+FIELDS = [
+    *("text", "finish_reason", "prompt_tokens", "new_tokens", "forwards", "prefills", "commits"),
+    *("blocks", "seconds", "tokens_per_second"),
+    *("policy", "model", "dtype", "device", "experts", "expert_bytes"),
+    *("expert_bytes_vanilla", "vote_mass_kept", "coresets_kept", "drift"),
+]
+Capture = pytest.CaptureFixture[str]
+Edit = Callable[[Path], object]
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A tiny LLaDA2 with 16 experts and top-4, without a tokenizer."""
+    return str(write_checkpoint(tmp_path_factory.mktemp("tiny"), "llada2", seed=3))
+
+
+def document(capsys: Capture, *words: str) -> dict:
+    assert run([*words, "--json"]) == 0
+    said = capsys.readouterr()
+    assert said.err == ""
+    return json.loads(said.out)
+
+
+def refusal(capsys: Capture, *words: str) -> str:
+    """The one line of an invocation that must fail."""
+    assert run(words) == 2
+    said = capsys.readouterr()
+    assert said.out == ""
+    assert said.err.startswith("coterie: ")
+    assert said.err.count("\n") == 1
+    return said.err
+
+
+def command(*words: str, **options: object) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [sys.executable, "-m", "coterie", *words],
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "PYTHONPATH": "src", "OMP_NUM_THREADS": "1"},
+        cwd=Path(__file__).parents[2],
+        **options,  # type: ignore[call-overload]
+    )
+
+
+def test_generate_prints_the_text_alone(capsys: Capture, model: str) -> None:
+    assert run(["generate", "5 17 33", "-m", model, "-n", "7"]) == 0
+    said = capsys.readouterr()
+    assert said.err == ""
+    assert re.fullmatch(r"(\d+ ){,6}\d+\n", said.out)
+
+
+def test_json_is_one_document_with_these_fields(capsys: Capture, model: str) -> None:
+    found = document(capsys, "generate", "5 17 33", "-m", model, "-n", "20")
+    assert list(found) == FIELDS
+    assert list(found["experts"]) == ["total", "max", "mean", "per_layer"]
+    assert (found["experts"]["total"], len(found["experts"]["per_layer"])) == (16, 2)
+    assert (found["prompt_tokens"], found["model"], found["policy"]) == (3, model, "vanilla")
+    assert (found["dtype"], found["device"], found["vote_mass_kept"]) == ("float32", "cpu", 1.0)
+    assert found["expert_bytes"] == found["expert_bytes_vanilla"] > 0
+    assert found["new_tokens"] == len(found["text"].split())
+    assert found["finish_reason"] in ("stop", "length")
+
+
+@pytest.mark.parametrize(
+    ("policy", "most"),
+    [
+        ("des-vote:beta=0.25", 4),
+        ("des-vote:beta=0.3,voters=masked,protect=none", 4),
+        ("uniform-vote:beta=0.5", 8),
+        ("racing:m=5", 5),
+        ("random:beta=0.25", 4),
+        ("coreset:m=6,vote=weight", 6),
+    ],
+)
+def test_counted_experts_stay_inside_the_budget(
+    capsys: Capture, model: str, policy: str, most: int
+) -> None:
+    found = document(capsys, "generate", "5 17 33", "-m", model, "-n", "20", "-p", policy)
+    assert found["experts"]["max"] <= most
+    assert 0 < found["vote_mass_kept"] < 1
+    assert found["expert_bytes"] < found["expert_bytes_vanilla"]
+
+
+@pytest.mark.parametrize("policy", ["des-vote:beta=1", "des-seq:k=4", "topk:k=4", "des-seq:k=8"])
+def test_a_full_share_is_vanilla(capsys: Capture, model: str, policy: str) -> None:
+    vanilla = document(capsys, "generate", "5 17 33", "-m", model, "-n", "20")
+    found = document(capsys, "generate", "5 17 33", "-m", model, "-n", "20", "-p", policy)
+    for name in ("text", "forwards", "experts", "vote_mass_kept"):
+        assert found[name] == vanilla[name]
+
+
+def test_a_seed_decides_what_is_drawn(capsys: Capture, model: str) -> None:
+    words = ["generate", "5 17 33", "-m", model, "-n", "20", "-t", "2", "--top-p", "0.9", "--seed"]
+    first, again, other = (document(capsys, *words, seed)["text"] for seed in ("1", "1", "2"))
+    assert first == again != other
+
+
+def test_a_greedy_answer_is_the_same_under_every_seed(capsys: Capture, model: str) -> None:
+    words = ["generate", "5 17 33", "-m", model, "-n", "20"]
+    found = [document(capsys, *words, *seed)["text"] for seed in ([], ["--seed", "7"])]
+    assert found[0] == found[1]
+
+
+def test_compare_runs_vanilla_first_and_each_policy_once(capsys: Capture, model: str) -> None:
+    named = ["-p", "des-vote:beta=1", "-p", "racing:m=3", "-p", "racing:m=3", "-p", "vanilla"]
+    found = document(capsys, "compare", "5 17 33", "-m", model, "-n", "20", *named)
+    assert found["prompt"] == "5 17 33"
+    assert [r["policy"] for r in found["runs"]] == ["vanilla", "des-vote:beta=1", "racing:m=3"]
+    assert [r["equals_vanilla"] for r in found["runs"]][:2] == [True, True]
+    assert set(found["runs"][0]) == {*FIELDS, "equals_vanilla"}
+
+
+def test_compare_prints_one_line_a_policy(capsys: Capture, model: str) -> None:
+    assert run(["compare", "5 17 33", "-m", model, "-n", "8", "-p", "racing:m=3"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].split()[:3] == ["policy", "text", "experts"]
+    assert [line.split()[0] for line in lines[1:3]] == ["vanilla", "racing:m=3"]
+
+
+def test_inspect_reads_the_config_alone(capsys: Capture, model: str, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_bytes((Path(model) / "config.json").read_bytes())
+    found = document(capsys, "inspect", str(tmp_path), "--memory", "8", "--dtype", "float32")
+    assert (found["family"], found["experts"], found["experts_per_token"]) == ("llada2", 16, 4)
+    assert found["expert_bytes"] == 3 * 32 * 16 * 4
+    assert found["fits"] == [{"memory": 8 << 30, "experts_per_layer": 16}]
+    assert run(["inspect", str(tmp_path)]) == 0
+    assert "16 a layer, 4 a token" in capsys.readouterr().out
+
+
+def test_inspect_says_how_a_model_trained_by_block_routes(capsys: Capture, tmp_path: Path) -> None:
+    write_checkpoint(tmp_path, "llada2", expert_capacity=12)
+    assert run(["inspect", str(tmp_path)]) == 0
+    assert "trained with 12 a block (--policy racing:m=12)" in capsys.readouterr().out
+
+
+def test_policies_lists_every_policy(capsys: Capture) -> None:
+    assert [entry["name"] for entry in document(capsys, "policies")] == list(POLICIES)  # type: ignore[index]
+    assert run(["policies"]) == 0
+    said = capsys.readouterr().out
+    assert all(name in said for name in POLICIES)
+
+
+def test_help_and_version_succeed(capsys: Capture) -> None:
+    for words in ([], ["--help"], ["--version"], ["generate", "--help"], ["compare", "-h"]):
+        assert run(words) == 0
+    assert "coterie generate" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("words", "complaint"),
+    [
+        (["generate"], "Missing argument"),
+        (["bogus"], "No such command 'bogus'"),
+        (["generate", "5", "--no-such-option"], "No such option"),
+        (["generate", ""], "the prompt is empty"),
+        (["generate", "5 96"], "token id 96 is outside the vocabulary of 96"),
+        (["generate", "95"], "holds the mask token"),
+        (["generate", "5", "-p", "nope"], "unknown policy 'nope'; known: coreset"),
+        (["generate", "5", "-p", "des-vote"], "needs beta"),
+        (["generate", "5", "-p", "des-vote:beta=2"], "beta must be"),
+        (["generate", "5", "-p", "des-vote:beta=nan"], "beta must be"),
+        (["generate", "5", "-p", "des-vote:gamma=2"], "unknown option 'gamma'"),
+        (["compare", "5", "-p", "nope"], "unknown policy 'nope'"),
+        (["generate", "5", "-n", "-3"], "--max-new-tokens"),
+        (["generate", "5", "-n", "0"], "--max-new-tokens"),
+        (["generate", "5", "-n", "100000"], "the model has 512"),
+        (["generate", "5", "--block", "0"], "--block"),
+        (["generate", "5", "--plan", "nope"], "unknown plan 'nope'; known: block-causal"),
+        (["generate", "5", "--unmask", "nope"], "unknown unmasking rule 'nope'"),
+        (["generate", "5", "--unmask", "threshold:p=7"], "p must be above 0 and at most 1"),
+        (["generate", "5", "--unmask", "threshold", "--threshold", "0.5"], "give one of them"),
+        (["generate", "5", "--threshold", "nan"], "threshold"),
+        (["generate", "5", "--temperature", "-1"], "--temperature"),
+        (["generate", "5", "--temperature", "nan"], "temperature"),
+        (["generate", "5", "--top-k", "3"], "--top-k needs --temperature above 0"),
+        (["generate", "5", "--top-p", "0.5"], "--top-p needs --temperature above 0"),
+        (["generate", "5", "--temperature", "1e-9"], "temperature must be 0 (greedy) or at least"),
+        (["generate", "5", "-n", "1" + "0" * 20], "the model has 512"),
+        (["inspect", "--memory", "inf"], "--memory"),
+        (["eval", "--items", "1", "--out", "/dev/null/x"], "/dev/null/x: Not a directory"),
+        (["eval", "--task", "chess"], "unknown task 'chess'; known: "),
+        (["eval", "--items", "1", "--plan", "uncached", "--commit", "policy"], "commit"),
+        (["train", "--out", "/dev/null/x"], "/dev/null/x: Not a directory"),
+        (["generate", "5", "-p", "coreset:m=4,beta=0.3"], "not beta and m"),
+        (["generate", "5", "--seed", "-1", "-t", "1"], "--seed"),
+        (["generate", "5", "--commit", "maybe"], "--commit"),
+        (["generate", "5", "--commit", "policy", "--plan", "uncached"], "commits no blocks"),
+        (["generate", "5", "--prefill", "policy", "--plan", "uncached"], "every forward decodes"),
+        (["generate", "5", "--dtype", "int3"], "unknown dtype 'int3'"),
+        (["generate", "5", "--device", "tpu"], "unknown device 'tpu'"),
+        (["generate", "5", "--device", "cuda:99"], "'cuda:99' is not there"),
+        (["generate", "5", "--watch"], "--watch needs a terminal"),
+        (["generate", "5", "--watch", "--json"], "give one of them"),
+        (["inspect", "/no/such/folder"], "/no/such/folder: no such folder"),
+        (["inspect", "--dtype", "int3"], "unknown dtype 'int3'"),
+    ],
+)
+def test_bad_input_is_one_line_and_status_2(
+    capsys: Capture, model: str, words: list[str], complaint: str
+) -> None:
+    where = ["-m", model] if words[0] in ("generate", "compare") else []
+    assert complaint in refusal(capsys, *words, *where)
+
+
+def test_a_missing_model_is_named(capsys: Capture, tmp_path: Path) -> None:
+    assert "nothing-here" in refusal(capsys, "generate", "5", "-m", str(tmp_path / "nothing-here"))
+    assert "config.json" in refusal(capsys, "generate", "5", "-m", str(tmp_path))
+
+
+def change_config(**keys: object) -> Edit:
+    def edit(folder: Path) -> None:
+        path = folder / "config.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | keys))
+
+    return edit
+
+
+def change_tensors(change: Callable[[dict], object]) -> Edit:
+    def edit(folder: Path) -> None:
+        tensors = load_file(folder / "model.safetensors")
+        change(tensors)
+        save_file(tensors, folder / "model.safetensors")
+
+    return edit
+
+
+def rewrite(name: str, change: Callable[[bytes], bytes]) -> Edit:
+    return lambda folder: (folder / name).write_bytes(change((folder / name).read_bytes()))
+
+
+def loop(name: str) -> Edit:
+    """A link that leads nowhere, as a cache leaves it whose files were deleted."""
+
+    def edit(folder: Path) -> None:
+        (folder / name).unlink(missing_ok=True)
+        (folder / name).symlink_to(name)
+
+    return edit
+
+
+GATE = "model.layers.1.mlp.gate.weight"
+BIAS = "model.layers.2.mlp.gate.expert_bias"
+UP = "model.layers.2.mlp.experts.7.up_proj.weight"
+
+
+@pytest.mark.parametrize(
+    ("damage", "named"),
+    [
+        (change_config(surprise=1), "surprise"),
+        (change_config(num_experts="many"), "num_experts"),
+        (change_config(architectures=["LlamaForCausalLM"]), "LlamaForCausalLM"),
+        (change_config(num_experts_per_tok=99), "num_experts_per_tok"),
+        (change_config(hidden_size=64), "model.safetensors"),
+        (change_config(rope_theta=10**400), "rope_theta is a number too large"),
+        (change_config(num_experts=16384, num_hidden_layers=4096), "num_experts is 16384 in 4095"),
+        (change_tensors(lambda t: t[GATE][0].fill_(math.nan)), f"{GATE} holds NaN"),
+        (change_tensors(lambda t: t[BIAS][:1].fill_(math.nan)), f"{BIAS} holds NaN"),
+        (change_tensors(lambda t: t[UP][0].fill_(math.nan)), "layer 2 gives NaN"),
+        (change_tensors(lambda t: t["lm_head.weight"].fill_(math.inf)), "the head gives NaN"),
+        (loop("config.json"), "config.json: cannot be read"),
+        (loop("model.safetensors"), "model.safetensors: cannot be read"),
+        (loop("model.safetensors.index.json"), "index.json: cannot be read"),
+        (loop("tokenizer.json"), "tokenizer.json: "),
+        (rewrite("config.json", lambda b: b[:-9]), "config.json"),
+        (rewrite("config.json", lambda _: b"[]"), "config.json"),
+        (change_tensors(lambda t: t.pop(GATE)), GATE),
+        (change_tensors(lambda t: t.update(extra=t[GATE].clone())), "extra"),
+        (change_tensors(lambda t: t.update({GATE: t[GATE][:3].clone()})), GATE),
+        (rewrite("model.safetensors", lambda b: b[:-100]), "model.safetensors"),
+        (rewrite("model.safetensors", lambda b: b[:50]), "model.safetensors"),
+        (rewrite("model.safetensors", lambda _: b""), "model.safetensors"),
+        (lambda folder: (folder / "model.safetensors").unlink(), "model.safetensors"),
+        (lambda folder: (folder / "tokenizer.json").write_text("{}"), "tokenizer.json"),
+    ],
+)
+def test_a_damaged_checkpoint_is_one_line_that_names_it(
+    capsys: Capture, tmp_path: Path, damage: Edit, named: str
+) -> None:
+    damage(write_checkpoint(tmp_path, "llada2"))
+    assert named in refusal(capsys, "generate", "5", "-m", str(tmp_path))
+
+
+def test_a_prompt_may_come_from_standard_input(
+    capsys: Capture, model: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    (tmp_path / "prompt").write_text("5 17 33\n")
+    with (tmp_path / "prompt").open() as stream:
+        monkeypatch.setattr(sys, "stdin", stream)
+        found = document(capsys, "generate", "-", "-m", model, "-n", "9")
+    assert found["text"] == document(capsys, "generate", "5 17 33", "-m", model, "-n", "9")["text"]
+
+
+def test_text_without_a_tokenizer_is_bytes_with_one_remark(capsys: Capture, tmp_path: Path) -> None:
+    model = str(write_checkpoint(tmp_path, "llada2", vocab_size=300, eos_token_id=299))
+    assert run(["generate", "Hi!", "-m", model, "-n", "4", "--json"]) == 0
+    said = capsys.readouterr()
+    assert json.loads(said.out)["prompt_tokens"] == 3
+    assert said.err == (
+        "coterie: this model has no tokenizer: the prompt's UTF-8 bytes serve as token ids\n"
+    )
+
+
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+def test_a_full_disk_is_one_line(
+    model: str, unbuffered: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PYTHONUNBUFFERED", unbuffered)
+    with Path("/dev/full").open("w") as full, command("inspect", model, stdout=full) as process:
+        assert process.communicate(timeout=60)[1] == "coterie: No space left on device\n"
+    assert process.returncode == 2
+
+
+def test_a_closed_stderr_costs_no_answer(
+    capsys: Capture, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    model = str(write_checkpoint(tmp_path, "llada2", vocab_size=300, eos_token_id=299))
+    monkeypatch.setattr(sys, "stderr", None)
+    assert run(["generate", "Hi!", "-m", model, "-n", "4"]) == 0
+    assert re.fullmatch(r"(\d+ )*\d+\n", capsys.readouterr().out)  # the remark is not on stdout
+    assert run(["bogus"]) == 2
+
+
+def test_an_interrupt_during_imports_leaves_no_traceback() -> None:
+    words = [sys.executable, "-X", "importtime", "-m", "_coterie", "policies"]
+    with subprocess.Popen(
+        words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        env={**os.environ, "PYTHONPATH": "src"}, cwd=Path(__file__).parents[2],
+    ) as process:  # fmt: skip
+        assert process.stderr is not None
+        next(line for line in process.stderr if "torch" in line)
+        process.send_signal(signal.SIGINT)
+        said = process.communicate(timeout=60)
+    assert (said[0], "Traceback" in said[1]) == ("", False)
+    assert process.returncode == -signal.SIGINT
+
+
+def test_a_closed_pipe_ends_quietly() -> None:
+    reading, writing = os.pipe()
+    os.close(reading)
+    with command("policies", stdout=writing) as process:
+        os.close(writing)
+        assert process.communicate(timeout=60)[1] == ""
+    assert process.returncode == 1
+
+
+def test_an_interrupt_ends_with_130_and_no_traceback(tmp_path: Path) -> None:
+    model = str(write_checkpoint(tmp_path, "llada2", vocab_size=300))
+    slow = ["--plan", "uncached", "--block", "480", "--unmask", "fixed:steps=480", "-n", "480"]
+    with command("generate", "Hi!", "-m", model, *slow, stdout=subprocess.PIPE) as process:
+        assert process.stderr is not None
+        assert "no tokenizer" in process.stderr.readline()  # from here on it decodes
+        process.send_signal(signal.SIGINT)
+        assert process.communicate(timeout=60) == ("", "")
+    assert process.returncode == 130
+
+
+def test_watch_shows_the_block_and_the_experts_on_a_terminal(model: str) -> None:
+    ours, theirs = pty.openpty()
+    with command("generate", "5 17", "-m", model, "-n", "9", "--watch", stdout=theirs) as process:
+        os.close(theirs)
+        shown = read_all(ours)
+        assert process.wait(timeout=60) == 0
+    os.close(ours)
+    assert "experts touched" in shown
+    assert "layer 2" in shown
+    assert "still masked" in shown
+
+
+def read_all(descriptor: int) -> str:
+    """Everything that is written to a terminal until it closes, which Linux reports as an error."""
+    found = b""
+    while select.select([descriptor], [], [], 60)[0]:
+        try:
+            found += os.read(descriptor, 65536)
+        except OSError:
+            break
+    return found.decode("utf-8", "replace")
+
+
+def test_a_view_keeps_what_was_written_last() -> None:
+    view = LiveView(
+        title="vanilla", decode_token=str, num_experts=8, moe_layers=(1, 2), eos_ids=(9,)
+    )
+    guessed = (Token(2, 7, 0.1),)
+    view.update(Denoised(0, 1, committed=(Token(0, 5, 0.95),), provisional=guessed, experts=(4, 8)))
+    assert view.answer_text().plain == f"5{MASK_GLYPH}7"
+    assert [str(span.style) for span in view.answer_text().spans] == [
+        CONFIDENCE_COLOURS[-1],
+        "dim",
+        f"dim italic {CONFIDENCE_COLOURS[0]}",
+    ]
+    view.update(Denoised(0, 2, committed=(Token(2, 9, 1.0),), edited=(Token(0, 6, 0.5),)))
+    assert view.answer_text().plain == f"6{MASK_GLYPH}{END_GLYPH}"
+    assert str(view.answer_text().spans[0].style) == f"underline {CONFIDENCE_COLOURS[2]}"
+    assert (view.forwards, view.blocks, view.experts) == (2, 1, (4, 8))
+
+
+def test_bytes_are_readable() -> None:
+    assert [format_bytes(n) for n in (0, 1023, 6_291_456, 32_511_286_784)] == [
+        "0 B",
+        "1023 B",
+        "6.00 MiB",
+        "30.3 GiB",
+    ]
+
+
+def test_the_source_of_a_policy_stands_in_its_parenthesis() -> None:
+    assert split_source("Votes ``twice`` (DES, Eq. 6).") == ("Votes twice.", "DES, Eq. 6")
+    assert split_source("The unmodified model.") == ("The unmodified model.", "")

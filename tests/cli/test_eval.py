@@ -1,0 +1,211 @@
+"""``coterie eval`` as people and programs meet it."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import os
+import re
+import runpy
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from coterie.cli.entry import run
+from coterie.cli.eval_output import accuracy_csv, accuracy_document, accuracy_tables
+from coterie.cli.eval_progress import EvalProgress
+from coterie.lab.evals.answer_log import Answer
+from coterie.lab.evals.report import summarize
+from coterie.lab.evals.run import EvalResult, Variant
+
+Capture = pytest.CaptureFixture[str]
+
+ASKED = ["eval", "--task", "words", "--task", "algebra", "--items", "3", "--rows", "6"]
+LONG = "des-vote:beta=0.3,voters=before-eos,protect=top1"
+
+
+def answer(arm: str, number: int, correct: bool, **others: object) -> Answer:
+    told: dict[str, object] = {
+        "extracted": None, "also": {}, "output": "", "finish": "stop", "new_tokens": 10,
+        "forwards": 2, "blocks": 1, "prefills": 1, "commits": 0, "experts": 8.0,
+        "expert_forwards": 2, "expert_bytes": 100.0, "vote_mass_kept": 1.0, "seconds": 0.5,
+    }  # fmt: skip
+    told |= {"arm": arm, "task": "quiz", "id": str(number), "correct": correct, **others}
+    return Answer(**told)  # type: ignore[arg-type]
+
+
+def sheet(policy: str, right: Sequence[bool]) -> EvalResult:
+    arm = Variant(policy)
+    return EvalResult(arm, tuple(answer(arm.name, i, correct) for i, correct in enumerate(right)))
+
+
+def refusal(capsys: Capture, *words: str) -> str:
+    assert run(words) == 2
+    told = capsys.readouterr()
+    assert told.out == ""
+    return told.err
+
+
+def test_one_document_holds_what_was_asked_and_what_came_of_it(capsys: Capture) -> None:
+    assert run([*ASKED, "-p", "des-vote:beta=0.3", "-p", "vanilla", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["model"] == "embedded"
+    assert list(found["run"]["tasks"]) == ["words", "algebra"]
+    words = found["run"]["tasks"]["words"]
+    assert words["items"] == 3
+    assert words["settings"]["seed"] == 1
+    assert words["generation"]["block"] == 32
+    assert re.fullmatch("[0-9a-f]{16}", found["run"]["model"])
+    vanilla, vote = found["policies"]
+    assert [vanilla["policy"], vote["policy"]] == ["vanilla", "des-vote:beta=0.3"]
+    assert vanilla["change"] is None
+    assert vanilla["accuracy"]["n"] == 6
+    assert vote["change"]["value"] == pytest.approx(
+        vote["accuracy"]["value"] - vanilla["accuracy"]["value"]
+    )
+    assert vote["experts"] <= 38 < vanilla["experts"]
+    assert min(vote["tokens_per_second"], vote["forwards_per_block"], vote["expert_bytes"]) > 0
+
+
+def test_a_stopped_run_goes_on_and_another_is_refused(capsys: Capture, tmp_path: Path) -> None:
+    words = [*ASKED, "--csv", "-o", str(tmp_path)]
+    assert run(words) == 0
+    first = capsys.readouterr()
+    lines = (tmp_path / "items.jsonl").read_bytes().splitlines(keepends=True)
+    (tmp_path / "items.jsonl").write_bytes(b"".join(lines[:4]) + lines[4][:30])
+    assert run([*words, "-p", "des-seq:k=3"]) == 0
+    again = capsys.readouterr()
+    assert "4 of 12 answers were there already" in again.err
+    names = {path.name for path in tmp_path.iterdir()}
+    stem = "embedded-tasks-by-policy"
+    assert names == {"items.jsonl", "run.json", f"{stem}.json", f"{stem}.csv"}
+    record = json.loads((tmp_path / f"{stem}.json").read_text())
+    assert [line["policy"] for line in record["facts"]["policies"]] == ["vanilla", "des-seq:k=3"]
+    assert (tmp_path / f"{stem}.csv").read_text() == again.out.replace("\r\n", "\n")
+    before, after = (next(csv.DictReader(io.StringIO(told.out))) for told in (first, again))
+    assert {k: v for k, v in before.items() if k in ("policy", "right", "n", "accuracy_low")} == {
+        k: v for k, v in after.items() if k in ("policy", "right", "n", "accuracy_low")
+    }
+    assert "limit is not set there and 2 here" in refusal(capsys, *words, "--limit", "2")
+    few = refusal(capsys, *words, "--experts", "int8")
+    assert 'experts is not set there and "int8 in groups of 64" here' in few
+    assert run(words) == 0
+    assert "all 6 answers were there already" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (["-m", "somewhere/else"], "--task is needed with --model; of gsm8k"),
+        (["--task", "gsm8k", "--items", "3"], "--items has no effect on gsm8k; --limit"),
+        (["--data", "."], "--data has no effect on words"),
+        (["--task", "chess"], "unknown task 'chess'; known: gsm8k"),
+        (["--task", "gsm8k", "--data", "/no/such"], "/no/such: no such file or folder"),
+        (["--json", "--csv"], "give one of them"),
+        (["--shots", "2"], "asked without examples"),
+        (["--limit", "0"], "--limit"),
+        (["--rows", "0"], "--rows"),
+        (["-p", "chess"], "unknown policy 'chess'"),
+        (["-p", "@/no/such"], "/no/such"),
+        (["-n", "100000"], "max_new_tokens=100000"),
+        (["--top-k", "3"], "--top-k needs --temperature above 0"),
+        (["-o", "/dev/null/x"], "/dev/null/x: Not a directory"),
+    ],
+)
+def test_bad_input_is_one_line(capsys: Capture, words: list[str], told: str) -> None:
+    complaint = refusal(capsys, "eval", *words)
+    assert told in complaint
+    assert complaint.count("\n") == 1
+
+
+def test_an_interrupt_keeps_answers_and_says_how_to_go_on(tmp_path: Path) -> None:
+    words = ["eval", "--items", "500", "--rows", "2", "-o", str(tmp_path)]
+    items = tmp_path / "items.jsonl"
+    with subprocess.Popen(
+        [sys.executable, "-m", "coterie", *words],
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    ) as child:  # fmt: skip
+        while child.poll() is None and not (items.exists() and items.stat().st_size):
+            time.sleep(0.05)
+        child.send_signal(signal.SIGINT)
+        out, err = child.communicate()
+    assert (child.returncode, out) == (130, "")
+    count = len(items.read_bytes().splitlines())
+    assert re.fullmatch(
+        rf"coterie: {count} of 2000 answers are in {tmp_path}; the same command goes on from "
+        r"there\n",
+        err,
+    ), err
+
+
+def test_tables_fit_the_terminal_and_lose_no_number() -> None:
+    right = [True, True, False, True] * 5
+    found = summarize([sheet("vanilla", right), sheet(LONG, right[1:] + right[:1])], ["quiz"])
+    texts = {}
+    for width in (200, 80, 60):
+        to = Console(file=io.StringIO(), width=width)
+        for table in accuracy_tables(found, to):
+            to.print(table)
+        texts[width] = to.file.getvalue()  # type: ignore[attr-defined]
+        assert max(map(len, texts[width].splitlines())) <= width
+        assert "…" not in texts[width]
+    numbers = re.compile(r"[-+]?\d+\.\d+%?")
+    wide = sorted(numbers.findall(texts[200].replace(LONG, "")))
+    assert {n for n in wide if n.endswith("%")} == {
+        n for n in numbers.findall(texts[60]) if n.endswith("%")
+    }
+
+
+def test_csv_has_a_line_a_policy_with_numbers_in_full() -> None:
+    right = [True, True, False]
+    found = summarize(
+        [sheet("vanilla", right), sheet("des-seq:k=3", [False, True, True])], ["quiz"]
+    )
+    first, second = csv.DictReader(io.StringIO(accuracy_csv(found)))
+    assert (first["policy"], first["right"], first["n"], first["change"]) == (
+        "vanilla",
+        "2",
+        "3",
+        "",
+    )
+    assert (second["gained"], second["lost"], second["change"]) == ("1", "1", "0.0")
+    assert (float(second["relative_accuracy"]), float(second["p"])) == (1.0, 1.0)
+    assert float(first["accuracy"]) == 2 / 3
+    assert float(first["tokens_per_second"]) == 20.0
+
+
+def test_the_readmes_table_can_be_drawn_from_a_record() -> None:
+    right = [True, True, False]
+    found = summarize(
+        [sheet("vanilla", right), sheet("des-seq:k=3", [False, True, True])], ["quiz"]
+    )
+    figures = runpy.run_path(str(Path(__file__).parents[2] / "scripts" / "figures.py"))
+    head, _, first, second = figures["accuracy"](
+        {"facts": accuracy_document("embedded", {}, found)}
+    ).splitlines()
+    assert "| quiz |" in head
+    assert first.startswith("| `vanilla` | 66.7% of 3, 20.8% to 93.9% | 66.7% |")
+    assert second.endswith("| +0.0%, 1 | 8.0 | 2.0 |")
+
+
+def test_the_standing_counts_found_answers_and_compares_what_both_answered() -> None:
+    standing = EvalProgress(["vanilla", "des-seq:k=3"], 8)
+    for number, correct in enumerate([True, True, False]):
+        standing.add(answer("vanilla", number, correct, found=True))
+    for number, correct in enumerate([True, False]):
+        standing.add(answer("des-seq:k=3", number, correct))
+    to = Console(file=io.StringIO(), width=100)
+    to.print(standing)
+    told = to.file.getvalue()  # type: ignore[attr-defined]
+    assert (standing.count, standing.resumed) == (5, 3)
+    assert "5/8" in told
+    assert re.search(r"vanilla +66.7% of 3", told)
+    assert re.search(r"des-seq:k=3 +50.0% of 2 +-50.0%", told)

@@ -1,0 +1,229 @@
+"""Memory for experts: what is asked for, what it comes to, and who is there from the start."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from test_cached_store import ASKED, PROMPT, needs_kernels, opened, packed
+
+import coterie
+from coterie.cli.entry import run
+from coterie.errors import CoterieError
+from coterie.lab.replay.recorder import bytes_by_precision
+from coterie.loading import load
+from coterie.loading.expert_memory import (
+    AUTO_MARGIN_BYTES,
+    ExpertMemoryConfig,
+    non_expert_bytes,
+    plan_expert_memory,
+)
+from coterie.loading.free_memory import CGROUP_V1, CGROUP_V2, cgroup_free_memory
+from coterie.loading.saved_votes import SavedVotes, read_votes, router_checksum, write_votes
+from coterie.offload.capacity import parse_bytes
+from coterie.offload.eviction import ByVotes, Lfu, Lru
+from coterie.ops.packed_layout import PackedFormat
+from coterie.testing import read_spec, tiny_config, write_checkpoint
+
+WORDS = ["generate", "5 17 33", "-n", "8", "--block", "8"]
+
+
+def test_memory_is_read_from_what_is_typed() -> None:
+    found = ExpertMemoryConfig.parse("35%", host_memory="20GiB", eviction="votes:decay=0.9")
+    assert (found.host_memory, found.eviction) == (20 << 30, ByVotes(0.9))
+    assert (
+        ExpertMemoryConfig.parse("auto").capacity
+        == ExpertMemoryConfig.parse("1", host_memory="auto").host_memory
+        == "auto"
+    )
+    assert found.to_dict() == {
+        "expert_memory": "35%",
+        "host_memory": 20 << 30,
+        "eviction": "votes:decay=0.9",
+        "warm": None,
+    }
+    assert ExpertMemoryConfig.parse("47").eviction == Lru()
+    for text in ("20", "20GB/s", "0GiB", "-1GiB", "many"):
+        with pytest.raises(CoterieError):
+            parse_bytes(text, "--host-memory")
+
+
+def test_auto_takes_what_is_left_beside_all_else() -> None:
+    _, spec = read_spec(tiny_config("llada2"))
+    layers, dtype, size = len(spec.moe_layers), torch.float32, 1 << 20
+
+    def slots(free: int | None) -> int:
+        return plan_expert_memory(
+            ExpertMemoryConfig.parse("auto"), spec, dtype, expert_bytes=size, free_bytes=free
+        ).slots
+
+    free = 4 * AUTO_MARGIN_BYTES
+    while slots(free) == spec.router.experts:
+        free = free * 99 // 100
+    for less in (0, 2, 5):
+        rest = non_expert_bytes(spec, dtype, free - less * layers * size)
+        assert slots(free - less * layers * size) == (free - rest) // (layers * size) - less
+    settled = plan_expert_memory(
+        ExpertMemoryConfig.parse("auto"), spec, dtype, expert_bytes=size, free_bytes=1 << 40
+    )
+    assert settled.holds_all
+    assert settled.absent_bytes == 0
+    with pytest.raises(CoterieError, match="one expert in each of 2 layers"):
+        slots(AUTO_MARGIN_BYTES)
+    with pytest.raises(CoterieError, match="does not tell how much"):
+        slots(None)
+
+
+@needs_kernels
+def test_auto_says_what_was_free_and_what_it_took(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = packed(tmp_path)
+    words = [*WORDS, "-m", str(folder), "--dtype", "float32", "--expert-memory", "auto"]
+    assert run(words) == 0
+    assert "kept for all else: all 16 experts a layer fit" in capsys.readouterr().err
+    spec = opened(folder).model.spec
+    each = len(spec.moe_layers) * spec.expert_stride
+    free = next(
+        free
+        for free in range(AUTO_MARGIN_BYTES, 2 * AUTO_MARGIN_BYTES, each // 4)
+        if free - non_expert_bytes(spec, torch.float32, free) >= 6 * each
+    )
+    monkeypatch.setattr(load, "free_memory", lambda _device: free)
+    assert run(words) == 0
+    assert "kept for all else: 6 of 16 experts a layer in memory" in capsys.readouterr().err
+    monkeypatch.setattr(load, "free_memory", lambda _device: None)
+    assert run(words) == 2
+    assert "does not tell how much memory is free" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("names", "controllers"), [(CGROUP_V1, "memory"), (CGROUP_V2, "")], ids=["first", "second"]
+)
+def test_a_group_that_may_take_less_than_the_machine_has_is_believed(
+    tmp_path: Path, names, controllers: str
+) -> None:
+    groups = tmp_path / "cgroup"
+    groups.write_text(f"3:cpu:/x\n0:{controllers}:/outer/inner\n")
+    folder = tmp_path / "mounted" / controllers
+    for at, limit in ((folder / "outer", "9000"), (folder / "outer" / "inner", "max")):
+        at.mkdir(parents=True)
+        (at / names.limit).write_text(f"{limit}\n")
+        (at / names.usage).write_text("5000\n")
+        kind = "" if names is CGROUP_V2 else "total_"
+        (at / "memory.stat").write_text(f"{kind}inactive_file 300\nanon 1\n{kind}active_file 40\n")
+    assert cgroup_free_memory(groups, tmp_path / "mounted") == 9000 - 5000 + 340
+    assert cgroup_free_memory(tmp_path / "none", tmp_path / "mounted") is None
+
+
+@needs_kernels
+def test_an_option_without_effect_says_what_would_give_it_one(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = str(packed(tmp_path))
+    for more, told in (
+        (["--eviction", "lfu"], "--eviction has no effect where all experts are in memory"),
+        (["--host-memory", "1GiB"], "--expert-memory 35% keeps"),
+        (["--warm", folder], "--warm has no effect"),
+        (["--expert-memory", "3", "--host-memory", "1GiB"], "no effect on a CPU"),
+        (["--expert-memory", "3", "--eviction", "fifo"], "known: lfu, lru, votes"),
+        (["--expert-memory", "3", "--warm", folder], "cannot be read"),
+        (["--expert-memory", "3", "--warm", __file__], "`coterie trace --votes FILE` saves votes"),
+        (["--expert-memory", "nonsense"], "--expert-memory 'nonsense': say a share of the experts"),
+        (["--expert-memory", "0.35"], "or bytes (6GiB), or auto"),
+        (["--imagine-memory", "25GB/s"], "--imagine-memory '25GB/s': say a share of the experts"),
+        (["--expert-memory", "3", "--warm", f"{folder}/config.json"], "holds no votes"),
+    ):
+        assert run([*WORDS, "-m", folder, *more]) == 2
+        said = capsys.readouterr()
+        assert (said.out, said.err.count("\n")) == ("", 1)
+        assert told in said.err
+
+
+@needs_kernels
+@pytest.mark.parametrize("kind", ["bf16", "int8", "int4"])
+def test_a_trace_of_a_packed_model_knows_what_its_experts_weigh(
+    tmp_path: Path, kind: PackedFormat
+) -> None:
+    """So that as many bytes are as many slots to the replay as to the engine."""
+    spec = opened(packed(tmp_path, kind=kind)).model.spec
+    assert bytes_by_precision(spec)[kind] == spec.expert_stride
+    plain = bytes_by_precision(replace(spec, panels=False))
+    assert plain["bf16"] == 2 * spec.expert_parameters
+
+
+@needs_kernels
+def test_nobody_is_on_disk_where_there_are_slots_for_all(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = [*WORDS, "-m", str(packed(tmp_path)), "--expert-memory"]
+    assert run([*words, "100%"]) == 0
+    said = capsys.readouterr().err
+    assert "all 16 experts a layer in memory" in said
+    assert "on disk" not in said
+    assert run([*words, "15"]) == 0
+    assert "15 of 16 experts a layer in memory" in capsys.readouterr().err
+
+
+@needs_kernels
+def test_a_drawing_of_nothing_is_refused_before_anybody_is_asked(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("matplotlib")
+    words = [*WORDS, "-m", str(packed(tmp_path)), "--expert-memory", "auto"]
+    assert run([*words, "--traffic", str(tmp_path / "moved")]) == 2
+    told = capsys.readouterr()
+    assert (told.out, list(tmp_path.glob("moved*"))) == ("", [])
+    assert "nothing moves; --expert-memory 35% keeps fewer there" in told.err
+
+
+@needs_kernels
+@pytest.mark.parametrize("rule", [Lru(), Lfu(), ByVotes(0.5)])
+def test_votes_saved_by_a_trace_fill_the_slots(tmp_path: Path, rule) -> None:
+    """Nothing is left to fetch that a warm start has brought; tokens are the same."""
+    folder = packed(tmp_path)
+    prompts, votes = tmp_path / "prompts", tmp_path / "votes.json"
+    prompts.write_text(json.dumps({"prompt": "5 17 33"}) + "\n")
+    words = ["trace", "-m", str(folder), "--prompts", str(prompts), "-n", "16", "--block", "8"]
+    traced = tmp_path / "trace"
+    assert run([*words, "-o", str(traced), "--votes", str(votes)]) == 0
+    saved = read_votes(votes)
+    assert saved.router_checksum == router_checksum(folder)
+    true = opened(folder).generate(PROMPT, **ASKED).tokens
+    first = ExpertMemoryConfig(
+        ExpertMemoryConfig.parse("6").capacity, eviction=rule, warm_start=saved
+    )
+    engine = coterie.load(folder, dtype="float32", device="cpu", expert_memory=first)
+    store = engine.model.offload_store
+    assert store is not None
+    assert store.experts_moved == 6 * len(engine.model.spec.moe_layers)
+    for layer, row in saved.by_layer().items():
+        resident = store.resident(layer)
+        assert resident is not None
+        assert resident.numpy().tolist() == np.isin(np.arange(16), np.argsort(-row)[:6]).tolist()
+    assert engine.generate(PROMPT, **ASKED).tokens == true
+    assert run([*WORDS, "-m", str(folder), "--expert-memory", "6", "--warm", str(traced)]) == 0
+
+
+def test_votes_of_another_model_are_refused(tmp_path: Path) -> None:
+    one, other = (write_checkpoint(tmp_path / str(seed), "llada2", seed) for seed in (0, 1))
+    _, spec = read_spec(tiny_config("llada2"))
+    votes = np.ones((len(spec.moe_layers), spec.router.experts))
+    saved = SavedVotes.of("one", spec.moe_layers, votes, router_checksum(one))
+    write_votes(tmp_path / "votes", saved)
+    read = read_votes(tmp_path / "votes")
+    assert (read, read.label) == (saved, saved.label)
+    read.check(spec, one)
+    with pytest.raises(CoterieError, match="whose routers are not those of"):
+        read.check(spec, other)
+    with pytest.raises(CoterieError, match="2 layers of 15 experts"):
+        SavedVotes.of("less", spec.moe_layers, votes[:, 1:]).check(spec, one)
+    for harm in ('"votes": [[1]]', '"votes": [[NaN], [1]]', '"votes": "many"'):
+        text = f'{{"format": "coterie votes", "version": 1, "layers": [1, 2], {harm}}}'
+        (tmp_path / "votes").write_text(text)
+        with pytest.raises(CoterieError, match="not a row of numbers"):
+            read_votes(tmp_path / "votes")

@@ -1,0 +1,330 @@
+"""The engine on tiny random models: rows side by side, policies, events, and what it refuses."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+from functools import cache
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from coterie.engine.batch import group_sequences
+from coterie.engine.engine import Engine
+from coterie.engine.events import Denoised, Finished, Result
+from coterie.engine.generation_config import GenerationConfig
+from coterie.errors import CoterieError
+from coterie.loading.load import Model
+from coterie.routing import Vanilla, parse_policy
+from coterie.testing import random_transformer, read_spec, tiny_config
+from coterie.tokenizer import IdTokenizer
+from coterie.values import Scores
+
+VOCABULARY, MASK = 96, 95
+PROMPT = [5, 17, 33, 2, 9]
+
+
+@cache
+def tiny(family: str = "llada2", ends: tuple[int, ...] = (94,)) -> Model:
+    kind, spec = read_spec(tiny_config(family))
+    return Model(
+        name=f"tiny {family}",
+        family=kind,
+        transformer=random_transformer(spec, seed=1),
+        codec=IdTokenizer(VOCABULARY),
+        mask_id=MASK,
+        eos_ids=ends,
+    )
+
+
+def engine(family: str = "llada2", ends: tuple[int, ...] = (94,), **options: object) -> Engine:
+    usual = {"block": 8, "max_new_tokens": 12} | options
+    return Engine(tiny(family, ends), generation=GenerationConfig().replace(**usual))
+
+
+def known(result: Result) -> Result:
+    """What must not depend on the clock."""
+    return replace(result, seconds=0.0)
+
+
+def finish(host: Engine, numbers: list[int]) -> list[Result]:
+    """The results of these rows, in their order."""
+    found: dict[int, Result] = {}
+    while host.rows:
+        found |= {e.row: e.result for e in host.step() if isinstance(e, Finished)}
+    return [found[number] for number in numbers]
+
+
+requests = st.fixed_dictionaries(
+    {
+        "prompt": st.lists(st.integers(0, 93), min_size=1, max_size=20),
+        "policy": st.sampled_from(["vanilla", "des-vote:beta=0.5", "des-seq:k=2", "topk:k=2"]),
+        "max_new_tokens": st.integers(1, 14),
+        "block": st.sampled_from([4, 8]),
+        "plan": st.sampled_from(
+            ["block-causal", "block-causal-uncached", "uncached", "prefix", "dual:before=2,after=3"]
+        ),
+        "unmask": st.sampled_from(
+            ["threshold:p=0.2", "dynamic:p=0.9,steps=3", "fixed:steps=4", "threshold:p=0.3+smooth",
+             "dynamic:p=0.3+edit:p=0.4,post=2", "threshold:p=0.3+credit"]
+        ),
+        "temperature": st.sampled_from([0.0, 0.8]),
+        "seed": st.integers(0, 9),
+    }
+)  # fmt: skip
+
+
+@settings(max_examples=15)
+@given(st.lists(requests, min_size=2, max_size=4), st.integers(0, 3))
+def test_rows_in_a_batch_are_the_rows_alone(wanted: list[dict], late: int) -> None:
+    host = engine()
+    numbers = [host.submit(**wanted[0])]
+    for _ in range(late):
+        if host.rows:
+            told = host.step()
+            if any(isinstance(event, Finished) for event in told):
+                return
+    numbers += [host.submit(**request) for request in wanted[1:]]
+    together = finish(host, numbers)
+    for request, result in zip(wanted, together, strict=True):
+        alone = engine().generate(**request)
+        assert result.tokens == alone.tokens
+        assert (result.forwards, result.prefills, result.commits) == (
+            alone.forwards,
+            alone.prefills,
+            alone.commits,
+        )
+        assert result.experts == alone.experts
+        assert result.vote_mass_kept == pytest.approx(alone.vote_mass_kept, rel=1e-5)
+
+
+def test_rows_of_one_width_share_a_forward(monkeypatch: pytest.MonkeyPatch) -> None:
+    host = engine()
+    for prompt in ([1, 2, 3], [4] * 13, [7] * 30):
+        host.submit(prompt)
+    assert [len(group) for group in group_sequences(host._active.values())] == [
+        1,
+        1,
+        1,
+    ]  # two prefills
+    host.step()
+    assert [len(group) for group in group_sequences(host._active.values())] == [3]
+
+
+@given(st.sampled_from(["uncached", "prefix", "dual", "block-causal"]), st.integers(0, 20))
+@settings(max_examples=10)
+def test_the_whole_share_is_the_unmodified_model(plan: str, seed: int) -> None:
+    prompt = torch.randint(0, 90, (9,), generator=torch.Generator().manual_seed(seed)).tolist()
+    expected = engine(plan=plan).generate(prompt)
+    for policy in ("des-vote:beta=1", "des-seq:k=8", "topk:k=4"):
+        assert engine(plan=plan).generate(prompt, policy=policy).tokens == expected.tokens
+
+
+@given(st.lists(st.integers(0, 93), min_size=1, max_size=20), st.sampled_from([4, 8]))
+@settings(max_examples=10)
+def test_a_cache_of_finished_blocks_is_exact(prompt: list[int], block: int) -> None:
+    cached = engine(block=block).generate(prompt, plan="block-causal")
+    whole = engine(block=block).generate(prompt, plan="block-causal-uncached")
+    assert cached.tokens == whole.tokens
+    assert cached.forwards == whole.forwards
+    assert (whole.prefills, whole.commits) == (0, 0)
+    assert cached.prefills == (len(prompt) >= block)
+    assert cached.commits == cached.blocks - 1
+
+
+@pytest.mark.parametrize("beta", [0.25, 0.5])
+def test_a_coreset_bounds_the_experts_of_decoding(beta: float) -> None:
+    result = engine().generate([3] * 20, policy=f"des-vote:beta={beta}")
+    assert result.experts.max <= beta * 16
+    assert result.expert_bytes == pytest.approx(result.experts.mean * 3 * 32 * 16 * 4)
+    assert result.expert_bytes < result.expert_bytes_vanilla
+    assert 0 < result.vote_mass_kept < 1
+
+
+@pytest.mark.parametrize("plan", ["block-causal", "dual"])
+def test_a_policy_routes_decoding_only_unless_asked(plan: str) -> None:
+    policy = parse_policy("des-vote:beta=0.25")
+    for asked in ("vanilla", "policy"):
+        host = engine(plan=plan, prefill=asked, commit=asked)
+        number = host.submit([3] * 20, policy=policy)
+        kinds = set()
+        while host.rows:
+            slot = host._active[number]
+            expected = policy if slot.next_pass.kind == "decode" or asked == "policy" else Vanilla()
+            assert slot.next_policy() == expected
+            kinds.add(slot.next_pass.kind)
+            host.step()
+        others = {"prefill", "commit"} if plan == "block-causal" else {"refresh"}
+        assert kinds == {"decode"} | others
+
+
+def test_only_decoding_forwards_are_counted() -> None:
+    host = engine(plan="dual")
+    events = [e for e in host.stream(PROMPT) if isinstance(e, Denoised)]
+    assert {e.kind for e in events} == {"refresh", "decode"}
+    assert all(bool(e.experts) == (e.kind == "decode") for e in events)
+
+
+@dataclass(frozen=True)
+class Lowest:
+    """A caller's own policy, in no table."""
+
+    m: int
+
+    def eligible(self, scores: Scores, k: int) -> Tensor:
+        return (torch.arange(scores.router.experts) < self.m).view(1, 1, -1)
+
+
+def test_a_policy_of_the_callers_own_runs_without_a_name() -> None:
+    result = engine().generate(PROMPT, policy=Lowest(5))
+    assert result.experts.max <= 5
+    assert result.policy == "Lowest(m=5)"
+
+
+def test_a_seed_draws_the_same_and_another_does_not() -> None:
+    draws = [
+        engine(temperature=1.0, early_stop="off").generate(PROMPT, seed=seed).tokens
+        for seed in (1, 1, 2)
+    ]
+    assert draws[0] == draws[1] != draws[2]
+
+
+def test_a_row_stops_after_the_block_that_ends_its_text() -> None:
+    whole = engine().generate(PROMPT, max_new_tokens=20)
+    assert (whole.finish_reason, whole.new_tokens) == ("length", 20)
+    end = whole.tokens[5]
+    at = whole.tokens.index(end)
+    stopped = engine(ends=(end,)).generate(PROMPT, max_new_tokens=20)
+    assert stopped.finish_reason == "stop"
+    assert stopped.tokens == whole.tokens[:at]
+    assert stopped.blocks == (len(PROMPT) + at) // 8 + 1 < whole.blocks
+    on = engine(ends=(end,)).generate(PROMPT, max_new_tokens=20, early_stop="off")
+    assert (on.tokens, on.finish_reason) == (whole.tokens, "length")
+
+
+@pytest.mark.parametrize("unmask", ["threshold:p=0.2", "dynamic:p=0.3+edit:p=0.3,post=3"])
+def test_events_tell_the_whole_text(unmask: str) -> None:
+    *events, last = engine(unmask=unmask).stream(PROMPT)
+    assert isinstance(last, Finished)
+    told: dict[int, int] = {}
+    for number, event in enumerate(events, start=1):
+        assert isinstance(event, Denoised)
+        assert event.forward == number
+        told |= {t.position: t.id for t in (*event.committed, *event.edited)}
+        places = [t.position for t in (*event.committed, *event.provisional)]
+        assert all(event.start <= place < event.stop for place in places)
+    text = tuple(told[place] for place in range(last.result.new_tokens))
+    assert text == last.result.tokens
+    assert known(engine(unmask=unmask).generate(PROMPT)) == known(last.result)
+
+
+def test_text_goes_in_and_comes_out() -> None:
+    result = engine().generate("5 17 33 2 9")
+    assert result.text == " ".join(map(str, engine().generate(PROMPT).tokens))
+    assert (result.policy, result.model, result.dtype) == ("vanilla", "tiny llada2", "float32")
+
+
+def test_closing_a_stream_frees_its_row() -> None:
+    host = engine()
+    begun, unbegun = host.stream(PROMPT), host.stream(PROMPT)
+    next(begun)
+    assert len(host.rows) == 2
+    begun.close()
+    unbegun.close()
+    assert host.rows == ()
+    for ask in (host.cancel, host.sequence, host.result):
+        with pytest.raises(CoterieError, match="there is no row 0"):
+            ask(0)
+
+
+def test_streams_beside_each_other_get_their_own_events() -> None:
+    host = engine()
+    first, second = host.stream(PROMPT), host.stream([8, 8])
+    loose = host.submit([4, 4])
+    mixed = [list(first), list(second)]
+    assert all(event.row == number for number, events in enumerate(mixed) for event in events)
+    assert [known(events[-1].result) for events in mixed] == [
+        known(engine().generate(prompt)) for prompt in (PROMPT, [8, 8])
+    ]
+    left = finish(host, []) or host.step()
+    assert host.rows == ()
+    assert all(event.row == loose for event in left if isinstance(event, Denoised))
+
+
+@dataclass(frozen=True)
+class Refusing:
+    """A policy that cannot route."""
+
+    def eligible(self, scores: Scores, k: int) -> Tensor:
+        raise CoterieError("not today")
+
+
+def test_rows_whose_forward_fails_do_not_hold_others_up() -> None:
+    host = Engine(tiny(), generation=GenerationConfig().replace(block=8, max_new_tokens=12))
+    stuck, well = host.submit(PROMPT, policy=Refusing()), host.submit(PROMPT)
+    while well in host.rows:
+        with pytest.raises(CoterieError, match="not today"):
+            host.step()
+    host.cancel(stuck)
+    (finished,) = [event for event in host.step() if isinstance(event, Finished)]
+    assert known(finished.result) == known(engine().generate(PROMPT))
+
+
+def test_numbers_that_are_none_raise_and_other_rows_go_on() -> None:
+    model = tiny()
+    broken = replace(model, transformer=replace(model.transformer, head=model.transformer.head * 1))
+    host = Engine(broken, generation=GenerationConfig().replace(block=8, max_new_tokens=12))
+    number = host.submit(PROMPT)
+    host.step()
+    tokens = host.sequence(number).canvas.tokens.tolist()
+    kept = broken.transformer.head.clone()
+    broken.transformer.head[3] = math.nan
+    with pytest.raises(CoterieError, match="the head gives NaN"):
+        host.step()
+    assert host.sequence(number).canvas.tokens.tolist() == tokens
+    broken.transformer.head.copy_(kept)
+    assert known(finish(host, [number])[0]) == known(engine().generate(PROMPT))
+
+
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        ({"prompt": []}, "the prompt is empty"),
+        ({"prompt": [1, MASK]}, "the prompt holds the mask token"),
+        ({"prompt": [96]}, "96 in the prompt is no token id below 96"),
+        ({"prompt": [-1]}, "-1 in the prompt"),
+        ({"prompt": [1] * 510}, "need at least 522 positions; the model has 512"),
+        ({"max_new_tokens": 0}, "max_new_tokens must be at least 1"),
+        ({"max_new_tokens": 2.5}, "max_new_tokens must be of type int"),
+        ({"block": 0}, "block must be at least 1"),
+        ({"block": True}, "block must be of type int"),
+        ({"unmask": "threshold:p=1.1"}, "p must be above 0 and at most 1, not 1.1"),
+        ({"unmask": "certain"}, "unknown unmasking rule 'certain'; known: dynamic"),
+        ({"plan": "none"}, "unknown plan 'none'; known: block-causal"),
+        ({"policy": "des-vite"}, "unknown policy 'des-vite'; known"),
+        ({"temperature": -0.1}, "temperature must be at least 0"),
+        ({"temperature": math.nan}, "temperature must be at least 0, not nan"),
+        ({"top_k": -1}, "top_k must be at least 0"),
+        ({"top_p": 0.0}, "top_p must be above 0 and at most 1"),
+        ({"seed": -1}, "seed must be at least 0"),
+        ({"early_stop": True}, "early_stop must be one of off, block, token"),
+        ({"commit": "maybe"}, "commit must be one of vanilla, policy"),
+        ({"steps": 3}, "unknown option 'steps'; known: max_new_tokens, block"),
+    ],
+)
+def test_what_cannot_be_done_is_said(options: dict[str, object], told: str) -> None:
+    host = engine()
+    with pytest.raises(CoterieError, match=told):
+        host.generate(**({"prompt": PROMPT} | options))  # type: ignore[arg-type]
+    assert host.rows == ()
+
+
+@pytest.mark.parametrize("family", ["llada2", "llada-moe", "sdar-moe"])
+def test_every_family_runs_as_it_is_meant_to(family: str) -> None:
+    model = tiny(family)
+    result = Engine(model).generate(PROMPT, max_new_tokens=40)
+    assert result.new_tokens == 40 or result.finish_reason == "stop"
+    assert result.plan == model.family.defaults.plan

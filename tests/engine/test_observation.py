@@ -1,0 +1,198 @@
+"""A watcher sees what a gate read and chose, in decoding forwards only, and changes nothing."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from functools import cache
+from itertools import pairwise
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from policy_strategies import law, spellings
+from torch.nn import functional as F
+
+from coterie.engine.engine import Engine
+from coterie.engine.events import Result
+from coterie.engine.generation_config import GenerationConfig
+from coterie.engine.observation import (
+    LayerObservation,
+    collect_observations,
+    moe_output,
+    observe_forwards,
+)
+from coterie.errors import CoterieError
+from coterie.loading.load import Model
+from coterie.model.moe import MoE
+from coterie.routing import parse_policy, route
+from coterie.telemetry import ExpertCounter, NullRecorder, Recorder, RecorderGroup, TensorRecorder
+from coterie.testing import random_transformer, read_spec, tiny_config
+from coterie.tokenizer import IdTokenizer
+from coterie.values import ExpertRequest
+
+VOCABULARY, MASK = 96, 95
+PROMPTS = [[5, 17, 33, 2, 9], [7, 7, 1], [40, 41, 42, 43, 44, 45, 46], [3, 60, 8, 11]]
+FAMILIES = ("llada2", "llada-moe", "sdar-moe")
+
+
+@cache
+def tiny(family: str = "llada2") -> Model:
+    kind, spec = read_spec(tiny_config(family))
+    weights = random_transformer(spec, seed=1)
+    return Model(f"tiny {family}", kind, weights, IdTokenizer(VOCABULARY), MASK, (94,))
+
+
+def engine(family: str = "llada2", **options: object) -> Engine:
+    usual = {"block": 8, "max_new_tokens": 20} | options
+    return Engine(tiny(family), generation=GenerationConfig().replace(**usual))
+
+
+def layer(seen: LayerObservation, family: str = "llada2") -> MoE:
+    found = tiny(family).transformer.layers[seen.layer].feed_forward
+    assert isinstance(found, MoE)
+    return found
+
+
+def untimed(results: list[Result]) -> list[Result]:
+    return [replace(result, seconds=0.0) for result in results]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_what_was_watched_is_what_the_gate_read(family: str) -> None:
+    for seen in collect_observations(engine(family), PROMPTS):
+        logits = F.linear(seen.x.float(), layer(seen, family).gate)
+        assert torch.equal(logits, seen.scores.logits)
+        assert torch.equal(
+            route(seen.scores, parse_policy("vanilla")).topk_ids, seen.routing.topk_ids
+        )
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_output_under_the_same_routing_is_the_layers_own(family: str) -> None:
+    host = engine(family)
+    slow = TensorRecorder()
+    eye = Engine(host.model, generation=host.generation, recorder=slow)
+    eye.generate(PROMPTS[0])
+    for seen in collect_observations(host, PROMPTS[:1]):
+        whole = moe_output(host.model, seen, seen.routing)
+        at = [i for i, (number, _) in enumerate(slow.inputs) if number == seen.layer]
+        assert any(torch.equal(slow.inputs[i][1], seen.x) for i in at)
+        flat = seen.x.flatten(0, 1)
+        by_hand = torch.stack(
+            [_alone(layer(seen, family), seen, flat, t) for t in range(len(flat))]
+        )
+        torch.testing.assert_close(whole.flatten(0, 1), by_hand, atol=1e-5, rtol=1e-4)
+
+
+def _alone(moe: MoE, seen: LayerObservation, flat: torch.Tensor, token: int) -> torch.Tensor:
+    """One token through its experts one by one, and the shared one."""
+    (slab,) = moe.store.serve(moe.layer, ExpertRequest(seen.routing.used))
+    out = torch.zeros_like(flat[token])
+    ids, weights = seen.routing.topk_ids[token].tolist(), seen.routing.topk_weights[token].tolist()
+    for expert, weight in zip(ids, weights, strict=True):
+        slot = int(slab.slot_of[expert])
+        gate, up = F.linear(flat[token], slab.gate_up[slot]).chunk(2)
+        out += weight * F.linear(F.silu(gate) * up, slab.down[slot])
+    return out if moe.shared is None else out + moe.shared.apply(flat[token])
+
+
+@law(1)
+@given(spelling=spellings(), family=st.sampled_from(FAMILIES))
+def test_watching_changes_nothing(spelling: str, family: str) -> None:
+    host = engine(family, max_new_tokens=9)
+    plain = [host.generate(prompt, policy=spelling) for prompt in PROMPTS[:2]]
+    watched = observe_forwards(host, PROMPTS[:2], lambda _: None, policy=spelling, batch_size=1)
+    assert untimed(watched) == untimed(plain)
+
+
+@law(1)
+@given(spelling=spellings(), rows=st.integers(1, 5))
+def test_a_watcher_counts_what_the_engine_counts(spelling: str, rows: int) -> None:
+    counting = ExpertCounter()
+
+    def count(seen: LayerObservation) -> None:
+        counting.on_forward(seen.rows)
+        counting.on_routed(seen.layer, seen.scores, seen.routing)
+
+    results = observe_forwards(
+        engine(max_new_tokens=9), PROMPTS, count, policy=spelling, batch_size=rows
+    )
+    for row, result in enumerate(results):
+        counts = counting.counts(row)
+        assert counts.forwards == result.experts.forwards == result.forwards
+        assert (counts.per_layer, counts.max) == (result.experts.per_layer, result.experts.max)
+        assert counts.vote_mass_kept == result.vote_mass_kept
+
+
+def test_every_prompt_is_answered_however_few_rows_there_are() -> None:
+    many, few = (
+        observe_forwards(engine(), PROMPTS, lambda _: None, batch_size=rows) for rows in (4, 2)
+    )
+    assert [len(results) for results in (many, few)] == [4, 4]
+    assert [r.prompt_tokens for r in few] == [len(prompt) for prompt in PROMPTS]
+    assert [r.tokens for r in few] == [r.tokens for r in many]
+
+
+def test_only_decoding_forwards_are_shown() -> None:
+    """Not the prompt's, and not the passes that write a block's keys."""
+    seen: list[LayerObservation] = []
+    (result,) = observe_forwards(engine(), [[*range(3, 20)]], seen.append)
+    assert result.prefills > 0
+    assert result.commits > 0
+    assert len(seen) == result.forwards * len(tiny().spec.moe_layers)
+    assert {look.x.shape[1] for look in seen} == {8}
+
+
+def test_a_window_starts_where_its_block_does() -> None:
+    (result,) = observe_forwards(engine(), PROMPTS[:1], seen_starts := _Starts())
+    whole = sorted(set(seen_starts.found))
+    assert whole[0] <= 0 < whole[0] + 8  # the first block may begin inside the prompt
+    assert [b - a for a, b in pairwise(whole)] == [8] * (result.blocks - 1)
+
+
+class _Starts:
+    def __init__(self) -> None:
+        self.found: list[int] = []
+
+    def __call__(self, seen: LayerObservation) -> None:
+        self.found += seen.starts
+
+
+def test_layers_and_forwards_can_be_fewer() -> None:
+    host = engine()
+    seen = collect_observations(host, PROMPTS, layers=[2], max_forwards=1)
+    assert {look.layer for look in seen} == {2}
+    assert sorted(row for look in seen for row in look.rows) == [0, 1, 2, 3]
+    assert all(look.scores.forward_indices == (0,) * len(look.rows) for look in seen)
+
+
+def test_the_engines_own_rows_are_left_alone() -> None:
+    host = engine()
+    number = host.submit(PROMPTS[0])
+    before = host.sequence(number).next_pass
+    collect_observations(host, PROMPTS[1:])
+    assert host.rows == (number,)
+    assert host.sequence(number).next_pass is before
+
+
+def test_a_layer_without_experts_is_refused() -> None:
+    with pytest.raises(CoterieError, match=r"no experts in layers 0, 9; there are in \[1, 2\]"):
+        collect_observations(engine(), PROMPTS, layers=[0, 1, 9])
+    (seen, *_) = collect_observations(engine(), PROMPTS[:1])
+    with pytest.raises(CoterieError, match="layer 0 has no experts"):
+        moe_output(tiny(), replace(seen, layer=0), seen.routing)
+
+
+def test_recorders_together_each_see_everything() -> None:
+    first, second = TensorRecorder(), TensorRecorder()
+    both: Recorder = RecorderGroup((first, NullRecorder(), second))
+    (seen, *_) = collect_observations(engine(), PROMPTS[:1])
+    both.on_forward((0,))
+    both.on_moe_input(seen.layer, seen.x)
+    both.on_routed(seen.layer, seen.scores, seen.routing)
+    both.on_layer_output(seen.layer, seen.x)
+    for trace in (first, second):
+        assert trace.rows == [(0,)]
+        assert trace.inputs == trace.outputs == [(seen.layer, seen.x)]
+        assert trace.routings == [(seen.layer, seen.scores, seen.routing)]

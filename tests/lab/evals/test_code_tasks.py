@@ -1,0 +1,389 @@
+"""HumanEval and MBPP: what is asked, what is read out of an output, and what passes."""
+
+from __future__ import annotations
+
+import ast
+import json
+import textwrap
+import time
+import warnings
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from shared_data import benchmark
+
+from coterie.errors import CoterieError
+from coterie.lab.evals.task import Grade, Item, TaskOptions
+from coterie.lab.evals.tasks import TASKS, code
+from coterie.lab.evals.tasks.humaneval import HumanEval, open_humaneval
+from coterie.lab.evals.tasks.mbpp import Mbpp, open_mbpp
+from coterie.lab.sandbox import available_backend
+
+HEADER = """\
+from math import sqrt
+
+
+def half(x):
+    return x / 2
+
+
+def add(a, b):
+    '''Sum.'''
+"""
+TESTS = """\
+def check(candidate):
+    assert candidate(2, 3) == 5
+    assert half(4) == 2
+
+check(add)
+"""
+FUNCTION = "def add(a, b):\n    return a + b"
+
+needs_a_fence = pytest.mark.skipif(
+    available_backend() is None, reason="NOT TESTED: nothing here can keep generated code in"
+)
+
+
+def humaneval(family: str = "llada2") -> HumanEval:
+    return open_humaneval(TaskOptions(family, data=benchmark("humaneval", "HumanEval.jsonl.gz")))
+
+
+def mbpp(family: str = "llada2", file: str = "sanitized-mbpp.json", **wish: int) -> Mbpp:
+    return open_mbpp(TaskOptions(family, data=benchmark("mbpp", file), **wish))
+
+
+def right(task: HumanEval | Mbpp) -> list[str]:
+    answer = "canonical_solution" if isinstance(task, HumanEval) else "code"
+    return [str(row[answer]) for row in task.source.rows]
+
+
+def grades(task: HumanEval | Mbpp, outputs: Sequence[str], items: Sequence[Item]) -> list[Grade]:
+    with ThreadPoolExecutor(2) as pool:
+        return list(pool.map(task.grade, outputs, items))
+
+
+def failed(task: HumanEval | Mbpp, outputs: Sequence[str], items: Sequence[Item]) -> list[str]:
+    graded = zip(grades(task, outputs, items), items, strict=True)
+    return [item.id for grade, item in graded if not grade.correct]
+
+
+@needs_a_fence
+def test_all_164_canonical_solutions_of_humaneval_pass():
+    task = humaneval()
+    assert len(task.items()) == 164
+    assert failed(task, right(task), task.items()) == []
+
+
+@needs_a_fence
+def test_all_427_reference_codes_of_sanitized_mbpp_pass():
+    task = mbpp()
+    assert len(task.items()) == 427
+    assert failed(task, right(task), task.items()) == []
+
+
+def altered(source: str) -> str:
+    """Every return gives something that nothing equals."""
+
+    class Alter(ast.NodeTransformer):
+        def visit_Return(self, node: ast.Return) -> ast.Return:
+            return ast.Return(ast.parse("object()", mode="eval").body)
+
+    return ast.unparse(ast.fix_missing_locations(Alter().visit(parsed(source))))
+
+
+def parsed(source: str) -> ast.Module:
+    with warnings.catch_warnings(action="ignore"):
+        return ast.parse(source)
+
+
+def emptied(source: str) -> str:
+    tree = parsed(source)
+    for node in tree.body:
+        if isinstance(node, ast.FunctionDef):
+            node.body = [ast.Pass()]
+    return ast.unparse(tree)
+
+
+def wholly(task: HumanEval | Mbpp) -> list[str]:
+    """The right answers as whole programs."""
+    if isinstance(task, Mbpp):
+        return right(task)
+    return [i.question + answer for i, answer in zip(task.items(), right(task), strict=True)]
+
+
+SPOILED: dict[str, Callable[[list[str]], list[str]]] = {
+    "an altered return": lambda sources: [altered(source) for source in sources],
+    "an empty body": lambda sources: [emptied(source) for source in sources],
+    "another problem's solution": lambda sources: [*sources[1:], sources[0]],
+    "nothing": lambda sources: [""] * len(sources),
+    "no code": lambda sources: ["I am sorry, I cannot do that."] * len(sources),
+    "an early exit": lambda sources: [f"import sys\n{source}\nsys.exit(0)" for source in sources],
+}
+
+
+@needs_a_fence
+@pytest.mark.parametrize("spoil", SPOILED)
+@pytest.mark.parametrize("opened", [humaneval, mbpp])
+@pytest.mark.parametrize(
+    "every", [pytest.param(1, marks=pytest.mark.slow, id="all"), pytest.param(16, id="some")]
+)
+def test_wrong_answers_fail(opened, spoil, every):
+    task = opened()
+    items, wrong = task.items()[::every], SPOILED[spoil](wholly(task))[::every]
+    passed = {item.id for item in items} - set(failed(task, wrong, items))
+    assert passed == set()
+
+
+OUTPUTS = {
+    "bare": FUNCTION,
+    "a fence": f"```python\n{FUNCTION}\n```",
+    "a fence without a language": f"```\n{FUNCTION}\n```",
+    "a fence of tildes": f"~~~python\n{FUNCTION}\n~~~",
+    "a fence of four": f"````python\n{FUNCTION}\n````",
+    "a fence in capitals": f"```Python\n{FUNCTION}\n```",
+    "a fence with attributes": f"```{{.python}}\n{FUNCTION}\n```",
+    "an unclosed fence": f"Here you are:\n```python\n{FUNCTION}",
+    "an unclosed fence that was cut off": f"```python\n{FUNCTION}\n\n\nprint(add(1,",
+    "a fence that closes at a line's end": f"```python\n{FUNCTION}```",
+    "a fence that opens at a line's end": f"Here it is: ```python\n{FUNCTION}\n```",
+    "an indented fence": "1. Like this:\n\n"
+    + textwrap.indent(f"```python\n{FUNCTION}\n```", "   "),
+    "prose around a fence": f"Sure! We add.\n\n```python\n{FUNCTION}\n```\n\nThis adds.",
+    "prose around no fence": f"Here is the function:\n\n{FUNCTION}\n\nIt adds two numbers.",
+    "prose that is an expression": f"Answer\n\n{FUNCTION}\n\nDone",
+    "two fences, the last better": f"```python\ndef add(a, b):\n    return a\n```\nNo:\n"
+    f"```python\n{FUNCTION}\n```",
+    "a fence with the stub, then the answer": f"```python\n{HEADER}    ...\n```\n"
+    f"```python\n{FUNCTION}\n```",
+    "a fence, then its output": f"```python\n{FUNCTION}\n```\nOutput:\n```\n5\n```",
+    "a fence, then a way to use it": f"```python\n{FUNCTION}\n```\n```py\nprint(add(1, 2))\n```",
+    "a fence, then a shell": f"```python\n{FUNCTION}\n```\n```bash\npython add.py\n```",
+    "a helper in an earlier fence": "```python\ndef plus(x, y):\n    return x + y\n```\nand\n"
+    "```python\ndef add(a, b):\n    return plus(a, b)\n```",
+    "a helper in a later fence": "```python\ndef add(a, b):\n    return plus(a, b)\n```\nwhere\n"
+    "```python\nimport operator\n\ndef plus(x, y):\n    return operator.add(x, y)\n```",
+    "a later fence that tests": f"```python\n{FUNCTION}\n```\nTests:\n"
+    "```python\nfrom solution import add\n\ndef test():\n    assert add(1, 1) == 2\n```",
+    "a constant in an earlier fence": "```python\nZERO = 0\n```\nthen\n"
+    "```python\ndef add(a, b):\n    return a + b + ZERO\n```",
+    "imports in an earlier fence": "```python\nimport operator\n```\n"
+    "```python\ndef add(a, b):\n    return operator.add(a, b)\n```",
+    "with its own wrong trial": f"```python\n{FUNCTION}\n\nassert add(1, 1) == 3\n```",
+    "with a main part that asks": f"```python\n{FUNCTION}\n\n"
+    'if __name__ == "__main__":\n    print(add(int(input()), 2))\n```',
+    "with a question at the top": f"```python\n{FUNCTION}\n\n"
+    'a = int(input("a: "))\nwhile a < 3:\n    a = int(input())\nprint(add(a, 1))\n```',
+    "with prints": f"{FUNCTION}\n\nprint(add('1', '2'))\nprint(undefined)",
+    "with a docstring that shows": 'def add(a, b):\n    """\n    >>> add(1, 2)\n    3\n    """\n'
+    "    return a + b",
+    "with types it imports": "```python\nfrom typing import Any\n\n"
+    "def add(a: Any, b: Any) -> Any:\n    return a + b\n```",
+    "the header again": f"{HEADER}    return a + b\n",
+    "the header again, in a fence": f"```python\n{HEADER}    return a + b\n```",
+    "only a body": "    return a + b\n",
+    "only a body, stripped": "return a + b",
+    "only a body of two lines": "    c = a\n    return c + b\n",
+    "only a body whose first line lost its indentation": "c = a\n    return c + b\n",
+    "only a body without indentation": "c = a\nif c:\n    c = a\nreturn c + b\n",
+    "only a body in a fence": "```python\n    c = a\n    return c + b\n```",
+    "only a body, then another function": "    return a + b\n\n\ndef test():\n    assert add(1, 1",
+    "only a body, then prose": "    return a + b\n\nThis adds the two numbers.",
+    "only a body, then a fence's end": "    return a + b\n```\nThis adds.",
+    "begin and done": f"[BEGIN]\n{FUNCTION}\n[DONE]",
+    "done alone": f"{FUNCTION}\n[DONE]\n\nYou are an expert Python programmer, and here",
+    "begin and done with quotes": f"[BEGIN]\n '{FUNCTION}' \n[DONE]",
+    "begin, done and a fence": f"[BEGIN]\n```python\n{FUNCTION}\n```\n[DONE]",
+    "more problems after done": f"{FUNCTION}\n[DONE]\n[BEGIN]\ndef add(a, b): 0\n[DONE]",
+    "an end mark": f"```python\n{FUNCTION}\n```<|im_end|>\n```python\ndef add(a, b): pass\n```",
+    "after thinking": f"<think>\n```python\ndef add(a, b):\n  0\n```\n</think>\n{FUNCTION}",
+    "windows line ends": f"```python\n{FUNCTION}\n```".replace("\n", "\r\n"),
+    "tabs": "def add(a, b):\n\treturn a + b",
+    "escaped underscores": "def add(a, b):\n    my\\_sum = a + b\n    return my\\_sum",
+    "hard spaces": "def add(a, b):\n\u00a0\u00a0\u00a0\u00a0return a + b",
+    "a lambda": "```python\nadd = lambda a, b: a + b\n```",
+    "a constant above": "ZERO = 0\n\ndef add(a, b):\n    return a + b + ZERO",
+    "recursion and a limit": f"import sys\nsys.setrecursionlimit(10000)\n\n{FUNCTION}",
+    "using what the header gives": "    return int(half(2 * a) + sqrt(b * b))",
+    "an import from the future": f"```py\nfrom __future__ import annotations\n\n{FUNCTION}\n```",
+    "a decorator": "```python\nfrom functools import cache\n\n@cache\n" + FUNCTION + "\n```",
+    "a warning": "def add(a, b):\n    '\\d'\n    return a + b",
+    "a session": "```pycon\n>>> def add(a, b):\n...     return a + b\n...\n>>> add(1, 2)\n3\n```",
+    "in the middle of a line": "Answer: def add(a, b): return a + b",
+    "in single ticks": "Use `add = lambda a, b: a + b` for that.",
+    "a tick before a fence": f"This is `add`: ```python\n{FUNCTION}\n```",
+    "a mark of byte order": f"\ufeff{FUNCTION}",
+    "a fence in its docstring": '```py\ndef add(a, b):\n    """\n    ```\n    add(1, 2)\n    ```\n'
+    '    """\n    return a + b\n```',
+    "after a fence that was the prompt's": f"{FUNCTION}\n```\nTry it:\n```python\nadd(1, 2)\n```",
+    "a table filled above": "T = {}\n\ndef fill():\n    T[0] = 0\n\nfill()\n\ndef add(a, b):\n"
+    "    return a + b + T[0]",
+    "a test of its own that fails": f"{FUNCTION}\n\ndef test():\n    assert 1 == 3\n\ntest()",
+    "an inline fence": "`add` is ```add = lambda a, b: a + b```",
+}
+WRONG = {
+    "blank": " \n",
+    "prose": "I cannot help with that.",
+    "another name": "def plus(a, b):\n    return a + b",
+    "a stub": f"```python\n{HEADER}    pass\n```",
+    "a wrong body": "    return a - b",
+    "a syntax error": "def add(a, b)\n    return a + b",
+    "cut off": "```python\ndef add(a, b):\n    c = (a +",
+    "an empty fence": "```python\n```",
+    "only fences": "```" * 50,
+    "deep": "def add(a, b): return " + "(" * 9999,
+    "nothing but a null": "\0",
+    "a lone surrogate": "\ud800",
+}
+
+
+@needs_a_fence
+@pytest.mark.parametrize("kind", OUTPUTS)
+def test_the_right_code_is_found_in(kind):
+    assert code.grade(OUTPUTS[kind], TESTS, header=HEADER).correct, code.extract_code(
+        OUTPUTS[kind], ["add"], HEADER
+    )
+
+
+@needs_a_fence
+@pytest.mark.parametrize("kind", WRONG)
+def test_what_is_wrong_stays_wrong(kind):
+    assert not code.grade(WRONG[kind], TESTS, header=HEADER).correct
+
+
+bodies = st.lists(
+    st.sampled_from(
+        ["x = 1", "if a:\n    x = [\n        b]", "for i in range(3):\n    x = '''\n  y'''"]
+    ),
+    max_size=4,
+)
+fences = st.sampled_from(
+    ["```python\n{}\n```", "~~~\n{}\n~~~", "```py\n{}", "[BEGIN]\n{}\n[DONE]", "{}"]
+)
+proses = st.sampled_from(["", "Here is the code:\n\n", "Sure, this works.\n"])
+
+
+@given(bodies, fences, proses, st.sampled_from(["", "\n\nThis adds, doesn't it?"]))
+@settings(deadline=None)
+def test_code_comes_back_as_it_was_written(lines, fence, before, after):
+    function = "def add(a, b):\n" + textwrap.indent("\n".join([*lines, "return a + b"]), "    ")
+    if fence == "```py\n{}":
+        after = ""
+    found = code.extract_code(before + fence.format(function) + after, ["add"])
+    assert found is not None
+    assert found.strip() == function.strip()
+
+
+@given(st.text(alphabet=st.sampled_from("`~\n #defreturn:()[]'\"\\\0\u00a0é"), max_size=80))
+@settings(deadline=None)
+def test_no_output_breaks_the_reading(text):
+    found = code.extract_code(text, ["add"], HEADER)
+    assert (found is None) == (not text.strip())
+
+
+@pytest.mark.parametrize(
+    "piece", ["```x", "`", "'", " ", "(", "def add(", "from x ", "[BEGIN]", "~~~\n"]
+)
+def test_reading_a_long_output_takes_no_time(piece):
+    began = time.process_time()
+    code.extract_code(f"[BEGIN]'{piece * (40_000 // len(piece))}x", ["add"], HEADER)
+    code.extract_code("\n".join([piece] * 4000), ["add"], HEADER)
+    assert time.process_time() - began < 4
+
+
+def test_threads_leave_warnings_as_they_were():
+    before = list(warnings.filters)
+    with ThreadPoolExecutor(8) as pool:
+        list(
+            pool.map(lambda _: code.extract_code("def add(): '\\d'; return 1", ["add"]), range(200))
+        )
+    assert list(warnings.filters) == before
+
+
+def test_what_is_tested_is_read_off_the_tests():
+    assert code.called_functions(TESTS) == ("add",)
+    assert code.called_functions("import math\nassert math.isclose(set(f(1)), g(len([])))") == (
+        "f",
+        "g",
+    )
+    assert code.called_functions("not python (") == ()
+
+
+def test_of_a_header_what_stands_above_the_function_is_kept():
+    assert code.preamble(HEADER, ["add"]).endswith("return x / 2")
+    assert code.preamble("def add(a, b):", ["add"]) == ""
+    assert code.preamble("", ["add"]) == ""
+
+
+def test_items_have_the_benchmarks_own_names():
+    assert [item.id for item in humaneval().items()] == [f"HumanEval/{n}" for n in range(164)]
+    assert [item.id for item in mbpp().items()][:3] == ["2", "3", "4"]
+
+
+def test_a_family_is_asked_as_it_usually_is():
+    item = humaneval().items()[0]
+    assert (
+        humaneval("llada-moe").prompt(item)
+        == f"Complete the following python code:\n{item.question}"
+    )
+    assert f"```python\n{item.question}\n```" in humaneval("llada2").prompt(item)
+    item = mbpp().items()[50]
+    few, none = mbpp("llada-moe").prompt(item), mbpp("llada2").prompt(item)
+    assert few.count("[BEGIN]") == 4
+    assert few.count("[DONE]") == 3
+    assert few.endswith("[BEGIN]\n")
+    assert "[BEGIN]" not in none
+    assert all(test in few and test in none for test in item.gold.splitlines() if "assert" in test)
+
+
+def test_no_item_is_shown_its_own_answer():
+    task = mbpp("llada-moe")
+    rows = {str(row["task_id"]): str(row["code"]) for row in task.source.rows}
+    shown = [item for item in task.items() if rows[item.id].strip() in task.prompt(item)]
+    assert shown == []
+    assert {task.prompt(item).count("[DONE]") for item in task.items()} == {3}
+
+
+def test_the_whole_file_gives_its_500_tests_and_imports_stand_before_asserts():
+    assert [int(item.id) for item in mbpp(file="mbpp.jsonl").items()] == list(range(11, 511))
+    math = [item for item in mbpp().items() if item.gold.startswith("import math\n")]
+    assert len(math) == 13
+
+
+@needs_a_fence
+def test_the_whole_files_reference_codes_pass():
+    task = mbpp(file="mbpp.jsonl")
+    answers = {str(row["task_id"]): str(row["code"]) for row in task.source.rows}
+    items = task.items()[::25]
+    assert failed(task, [answers[item.id] for item in items], items) == []
+
+
+def test_settings_say_what_decides_and_are_json():
+    for task in (humaneval(), mbpp(), mbpp(shots=2)):
+        told = json.loads(json.dumps(dict(task.settings())))
+        assert told["sha256"] == task.source.sha256
+        assert told["limits"]["processor"] == 5
+    assert mbpp(shots=2).settings()["shots"] == 2
+
+
+def test_what_cannot_be_asked_is_refused_by_name(tmp_path: Path):
+    with pytest.raises(CoterieError, match="without examples; 2 shots"):
+        open_humaneval(TaskOptions("llada2", shots=2))
+    with pytest.raises(CoterieError, match=r"7 shots.*at most 6"):
+        mbpp(shots=7)
+    file = tmp_path / "mbpp.jsonl"
+    file.write_text('{"task_id": 1, "code": "", "test_list": []}')
+    with pytest.raises(CoterieError, match="problem 1 has neither 'prompt' nor 'text'"):
+        open_mbpp(TaskOptions("llada2", data=file))
+
+
+@pytest.mark.parametrize("name", ["humaneval", "mbpp", "docstring", "sentence"])
+def test_without_a_fence_a_code_task_does_not_open_unless_trusted(name, monkeypatch):
+    data = {"humaneval": ("humaneval",), "mbpp": ("mbpp",)}.get(name, ())
+    monkeypatch.setattr("coterie.lab.sandbox.runner.candidates", list)
+    with pytest.raises(CoterieError, match=r"install bubblewrap.*--trust-generated-code"):
+        TASKS[name](TaskOptions("llada2", data=benchmark(*data)))
+    assert TASKS[name](TaskOptions("llada2", data=benchmark(*data), trust=True)).name == name

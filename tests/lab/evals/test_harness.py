@@ -1,0 +1,143 @@
+"""The adapter for lm-evaluation-harness, run by the harness itself on a task from a local file."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import subprocess
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+
+import coterie
+from coterie.cli.entry import run
+from coterie.lab.problems import PROBLEM_MAKERS, Problem, draw_problem
+
+INSTALLED = find_spec("lm_eval") is not None
+POLICY = "des-vote:beta=0.5"
+
+needs_harness = pytest.mark.skipif(
+    not INSTALLED, reason="lm-evaluation-harness is not here: pip install 'coterie[harness]'"
+)
+
+
+def problems(count: int) -> list[Problem]:
+    rng = random.Random("lm-eval")
+    return [draw_problem(PROBLEM_MAKERS["words"], rng, "test") for _ in range(count)]
+
+
+def write_task(folder: Path, count: int) -> None:
+    rows = [{"question": p.prompt, "answer": p.gold} for p in problems(count)]
+    (folder / "words.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    task = {
+        "task": "local_words",
+        "dataset_path": "json",
+        "dataset_kwargs": {"data_files": {"test": str(folder / "words.jsonl")}},
+        "test_split": "test",
+        "output_type": "generate_until",
+        "doc_to_text": "{{question}}",
+        "doc_to_target": "{{answer}}",
+        "generation_kwargs": {"until": ["Question:"], "max_gen_toks": 96, "do_sample": False},
+        "filter_list": [
+            {
+                "name": "last",
+                "filter": [
+                    {"function": "regex", "regex_pattern": "#### (-?[0-9]+)"},
+                    {"function": "take_first"},
+                ],
+            }
+        ],
+        "metric_list": [{"metric": "exact_match", "aggregation": "mean", "higher_is_better": True}],
+    }
+    (folder / "words.yaml").write_text(json.dumps(task))  # JSON is YAML
+
+
+def harness(folder: Path, *words: str) -> subprocess.CompletedProcess[str]:
+    offline = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "HF_HOME": str(folder / "hf")}
+    return subprocess.run(
+        [sys.executable, "-m", "coterie", "lm-eval", "--model", "coterie", *words],
+        env={**os.environ, **offline, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+@pytest.mark.slow
+@needs_harness
+def test_the_harness_finds_what_the_engine_answers(tmp_path: Path) -> None:
+    write_task(tmp_path, 6)
+    done = harness(
+        tmp_path, "--model_args", f"policy={POLICY}", "--include_path", str(tmp_path),
+        "--tasks", "local_words", "--batch_size", "4", "--apply_chat_template",
+        "--log_samples", "--output_path", str(tmp_path / "out"),
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    (results,) = (tmp_path / "out").rglob("results_*.json")
+    (samples,) = (tmp_path / "out").rglob("samples_*.jsonl")
+    told = [json.loads(line) for line in samples.read_text().splitlines()]
+    engine = coterie.load(policy=POLICY, max_new_tokens=96)
+    texts = [engine.generate(problem.prompt).text for problem in problems(6)]
+    assert [sample["resps"][0][0] for sample in sorted(told, key=lambda s: s["doc_id"])] == texts
+    right = sum(f"#### {p.gold}" in t for p, t in zip(problems(6), texts, strict=True))
+    found = json.loads(results.read_text())
+    assert found["results"]["local_words"]["exact_match,last"] == pytest.approx(right / 6)
+    assert found["config"]["policy"] == POLICY
+    assert right >= 4
+
+
+@pytest.mark.slow
+@needs_harness
+def test_likelihoods_and_unknown_arguments_are_refused_by_name(tmp_path: Path) -> None:
+    write_task(tmp_path, 2)
+    task = json.loads((tmp_path / "words.yaml").read_text())
+    choice = {"output_type": "multiple_choice", "doc_to_choice": ["1", "2"], "doc_to_target": 0}
+    for name in ("filter_list", "generation_kwargs", "metric_list"):
+        del task[name]
+    (tmp_path / "words.yaml").write_text(json.dumps({**task, **choice}))
+    asked = ("--include_path", str(tmp_path), "--tasks", "local_words")
+    assert "output_type generate_until" in harness(tmp_path, *asked).stderr
+    done = harness(tmp_path, *asked, "--model_args", "policy=des-vote:beta=0.3,voters=before-eos")
+    assert "unknown model_args 'voters'" in done.stderr
+    assert "a policy with commas needs JSON" in done.stderr
+
+
+@pytest.mark.slow
+@needs_harness
+def test_an_answer_ends_at_the_first_of_its_until() -> None:
+    script = """
+from types import SimpleNamespace
+from coterie.lab.evals.harness.adapter import Coterie
+model = Coterie(batch_size=2, device="cpu")
+prompt = model.apply_chat_template([{"role": "user", "content": QUESTION}])
+texts = model.generate_until([
+    SimpleNamespace(args=(prompt, {"until": until, "max_gen_toks": 64}))
+    for until in ([], ["####"], "12", ["no such", "5 = 7"])
+])
+assert texts[0].endswith("#### 7"), texts
+assert texts[1:] == [texts[0].split(stop)[0] for stop in ("####", "12", "5 = 7")], texts
+warm = SimpleNamespace(args=(prompt, {"until": [], "temperature": 3.0, "do_sample": True}))
+one, other = model.generate_until([warm, warm])
+assert one != other
+assert model.engine.rows == ()
+"""
+    question = "Tom has 3 boxes of 4 pens and gives away 5. How many pens are left?"
+    done = subprocess.run(
+        [sys.executable, "-c", f"QUESTION = {question!r}\n{script}"],
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.skipif(INSTALLED, reason="what is said where the harness is absent")
+def test_without_the_harness_the_command_says_what_to_install(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert run(["lm-eval", "--model", "coterie"]) == 2
+    assert "pip install 'coterie[harness]'" in capsys.readouterr().err

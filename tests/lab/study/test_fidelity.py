@@ -1,0 +1,506 @@
+"""The chapters that watch single forwards: laws of what is measured, and drawings from records."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, fields, replace
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from policy_strategies import law, spellings
+from scipy import stats
+
+import coterie
+from coterie.engine.engine import Engine
+from coterie.engine.generation_config import GenerationConfig
+from coterie.engine.observation import LayerObservation, collect_observations, moe_output
+from coterie.errors import CoterieError
+from coterie.lab.evals.task import Grade, Item
+from coterie.lab.plotting import render_svg
+from coterie.lab.study.context import StudyContext
+from coterie.lab.study.experiment import Experiment, Finding
+from coterie.lab.study.fidelity import (
+    COLUMN_INDEX,
+    COLUMNS,
+    FidelitySums,
+    bootstrap,
+    compare_policies,
+    content_mask,
+    fidelity_scores,
+    gaps_to_curve,
+    interpolate,
+    measure_layer,
+    sample_layers,
+    trace_vanilla,
+)
+from coterie.lab.study.first_forwards import (
+    content_mask,
+    kl_divergence,
+    prompts_at_block_start,
+    relative_squared_error,
+    run_first_forward,
+)
+from coterie.lab.study.importance import (
+    AblateExpert,
+    ImportanceExperiment,
+    ablate_layer,
+    importance_coverage,
+)
+from coterie.lab.study.maps import ExpertUseCounter, HitRateCounter, MapsExperiment, position_kinds
+from coterie.lab.study.predictors import PredictorsExperiment
+from coterie.lab.study.rank_stats import mean_interval, ranks, spearman
+from coterie.lab.study.reconstruction import ReconstructionExperiment, compare_to_curve
+from coterie.lab.study.results import VariantResult as Arm
+from coterie.lab.study.steps import OverlapCounter, StepsExperiment, coreset_mask
+from coterie.lab.study.votes import VoteFidelityExperiment
+from coterie.loading.load import Model
+from coterie.routing import POLICIES, parse_policy, route
+from coterie.telemetry import ExpertCounter
+from coterie.testing import random_transformer, read_spec, tiny_config, write_checkpoint
+from coterie.tokenizer import IdTokenizer
+
+FAMILIES = ("llada2", "llada-moe", "sdar-moe")
+PROMPTS = ("5 17 33 2 9", "7 7 1", "40 41 42 43 44 45 46 60 61")
+CHAPTERS = (
+    ReconstructionExperiment(),
+    ImportanceExperiment(),
+    MapsExperiment(),
+    VoteFidelityExperiment(),
+    StepsExperiment(),
+)
+WATCHABLE = tuple(name for name in POLICIES if name != "mc-moe")
+FLOATS = st.floats(-5, 5).map(lambda value: round(value, 2))
+
+
+@dataclass(frozen=True)
+class Asking:
+    """A task of three prompts; nobody grades it."""
+
+    name: str = "asking"
+
+    def settings(self) -> dict[str, object]:
+        return {}
+
+    def generation(self) -> dict[str, object]:
+        return {}
+
+    def items(self) -> Sequence[Item]:
+        return [Item(f"asking/{n}", prompt, "") for n, prompt in enumerate(PROMPTS)]
+
+    def prompt(self, item: Item) -> str:
+        return item.question
+
+    def grade(self, output: str, item: Item) -> Grade:
+        return Grade(False, None)
+
+
+@cache
+def engine(family: str = "llada2") -> Engine:
+    kind, spec = read_spec(tiny_config(family))
+    weights = random_transformer(spec, seed=1)
+    model = Model(f"tiny {family}", kind, weights, IdTokenizer(96), 95, (94,))
+    usual = GenerationConfig.for_family(kind.defaults).replace(block=8, max_new_tokens=20)
+    return Engine(model, generation=usual)
+
+
+def lab(family: str = "llada2", shares: list[float] | None = None) -> StudyContext:
+    heard: list[float] = [] if shares is None else shares
+    return StudyContext(
+        engine=engine(family),
+        tasks=[Asking()],
+        folder=Path("nowhere"),
+        num_problems=3,
+        num_prompts=3,
+        seed=0,
+        on_progress=lambda share, doing: heard.append(share),
+    )
+
+
+@cache
+def watched(family: str = "llada2") -> tuple[LayerObservation, ...]:
+    return tuple(collect_observations(engine(family), PROMPTS))
+
+
+@cache
+def facts(chapter: Experiment, family: str = "llada2") -> tuple[str, tuple[float, ...]]:
+    """Its record of two prompts, and how far it said it was."""
+    shares: list[float] = []
+    few = replace(lab(family, shares), prompts=2)
+    return json.dumps(chapter.measure(few), allow_nan=False), tuple(shares)
+
+
+def columns(
+    seen: LayerObservation, spelling: str, family: str = "llada2"
+) -> dict[str, torch.Tensor]:
+    """Of one policy on one look, words being every position."""
+    routing = route(seen.scores, parse_policy(spelling))
+    plain, other = (moe_output(engine(family).model, seen, r) for r in (seen.routing, routing))
+    everywhere = torch.ones(seen.x.shape[:2], dtype=torch.bool)
+    sums = measure_layer(seen, routing, other, plain, everywhere)
+    return {name: sums[:, place] for name, place in COLUMN_INDEX.items()}
+
+
+def by_hand(spelling: str, seen: LayerObservation, family: str = "llada2") -> list[float]:
+    """|y - y_vanilla|^2 / |y_vanilla|^2 of each row, in numpy."""
+    routing = route(seen.scores, parse_policy(spelling))
+    plain, other = (
+        moe_output(engine(family).model, seen, r).double().numpy() for r in (seen.routing, routing)
+    )
+    return [float(((b - a) ** 2).sum() / (a**2).sum()) for a, b in zip(plain, other, strict=True)]
+
+
+@law(20)
+@given(family=st.sampled_from(FAMILIES), look=st.integers(0, 5))
+def test_the_full_coreset_keeps_everything_and_loses_nothing(family: str, look: int) -> None:
+    k = engine(family).model.spec.router.k
+    for spelling in ("vanilla", "des-vote:beta=1.0", f"des-seq:k={k}", "random:beta=1.0"):
+        sums = columns(watched(family)[look], spelling, family)
+        assert torch.equal(sums["hits"], sums["choices"])
+        assert torch.equal(sums["held"], sums["votes"])
+        assert sums["loss"].tolist() == sums["word_loss"].tolist() == [0.0] * len(sums["loss"])
+
+
+@law(40)
+@given(spelling=spellings(WATCHABLE), family=st.sampled_from(FAMILIES))
+def test_recall_experts_and_mass_are_what_telemetry_counts(spelling: str, family: str) -> None:
+    counting, sums = ExpertCounter(), torch.zeros(len(COLUMNS), dtype=torch.float64)
+    for seen in watched(family)[:6]:
+        routing = route(seen.scores, parse_policy(spelling))
+        counting.on_forward(("all",) * len(seen.rows))
+        counting.on_routed(seen.layer, seen.scores, routing)
+        plain, other = (moe_output(engine(family).model, seen, r) for r in (seen.routing, routing))
+        everywhere = torch.ones(seen.x.shape[:2], dtype=torch.bool)
+        sums += measure_layer(seen, routing, other, plain, everywhere).sum(0)
+    (reading,) = fidelity_scores(FidelitySums((spelling,), sums[None, None]))
+    counts = counting.counts("all")
+    assert reading["recall"] == pytest.approx(counts.hit_rate)
+    assert reading["experts"] == pytest.approx(counts.mean)
+    assert reading["mass"] == pytest.approx(counts.vote_mass_kept)
+
+
+@law(20)
+@given(spelling=spellings(WATCHABLE), look=st.integers(0, 5))
+def test_the_loss_is_the_relative_square_by_hand(spelling: str, look: int) -> None:
+    seen = watched()[look]
+    assert columns(seen, spelling)["loss"].tolist() == pytest.approx(by_hand(spelling, seen))
+
+
+def test_words_are_the_answer_and_its_end() -> None:
+    trace, (seen, *_) = trace_vanilla(lab()), watched()
+    short = [replace(result, new_tokens=2) for result in trace.results]
+    here = content_mask(replace(trace, results=tuple(short)), seen)
+    for row, start in enumerate(seen.starts):
+        expected = [0 <= start + n <= 2 for n in range(seen.x.shape[1])]
+        assert here[row].tolist() == expected
+
+
+def test_policies_are_compared_prompt_by_prompt() -> None:
+    shares: list[float] = []
+    trace = trace_vanilla(lab())
+    tally = compare_policies(lab(), trace, ["vanilla", "des-vote:beta=0.25"], shares.append)
+    looks = tally.sums[..., COLUMN_INDEX["looks"]]
+    assert torch.equal(looks[0], looks[1])
+    assert float(looks[0].sum()) == trace.num_observations
+    assert shares == sorted(shares)
+    assert shares[-1] == pytest.approx(1.0)
+    full, part = fidelity_scores(tally)
+    assert (full["recall"], full["loss"]) == (1.0, 0.0)
+    assert part["loss"] > 0
+    assert part["experts"] == pytest.approx(4, abs=0.2)
+    low, high = part["loss_interval"]
+    assert low <= part["loss"] <= high
+
+
+def test_what_is_not_watched_is_refused() -> None:
+    with pytest.raises(CoterieError, match="importance is not watched"):
+        compare_policies(lab(), trace_vanilla(lab()), ["mc-moe:beta=0.5"], lambda _: None)
+
+
+def test_a_gap_is_the_distance_to_the_curve_at_the_same_size() -> None:
+    sums = torch.zeros(4, 5, len(COLUMNS), dtype=torch.float64)
+    sums[..., COLUMN_INDEX["looks"]] = 1
+    for place, (size, loss) in enumerate([(10, 0.4), (20, 0.2), (15, 0.1), (40, 0.0)]):
+        sums[place, :, COLUMN_INDEX["unique"]], sums[place, :, COLUMN_INDEX["loss"]] = size, loss
+    tally = FidelitySums(("a", "b", "c", "d"), sums)
+    on, below = gaps_to_curve(tally, ["a", "c", "d"], ["b", "a"])
+    assert (on["policy"], on["gap"]) == ("a", 0.0)
+    assert (below["policy"], below["experts"]) == ("c", 15.0)  # d lies beyond the curve
+    assert below["curve"] == pytest.approx(0.3)
+    assert below["gap"] == pytest.approx(-0.2)
+    assert below["interval"] == pytest.approx([-0.2, -0.2])
+    assert [compare_to_curve(below, figure) for figure in ("loss", "recall")] == [1, -1]
+    assert compare_to_curve(on, "loss") == 0
+
+
+@law(60)
+@given(
+    points=st.lists(st.tuples(FLOATS, FLOATS), min_size=2, max_size=6, unique_by=lambda p: p[0]),
+    size=FLOATS,
+)
+def test_curves_are_straight_between_their_points(
+    points: list[tuple[float, float]], size: float
+) -> None:
+    ends, heights = (np.array(side) for side in zip(*sorted(points), strict=True))
+    found = interpolate(np.array([size]), ends[None], heights[None])
+    assert found.tolist() == pytest.approx([float(np.interp(size, ends, heights))])
+
+
+def test_a_bootstrap_draws_as_many_prompts_as_there_are() -> None:
+    drawn_sums = bootstrap(torch.ones(2, 7, 3, dtype=torch.float64), draws=50)
+    assert np.array_equal(drawn_sums, np.full((50, 2, 3), 7.0))
+    varied = bootstrap(torch.arange(7.0, dtype=torch.float64).view(1, 7, 1), draws=4000)
+    assert varied.mean() == pytest.approx(21, rel=0.02)
+    assert varied.std() == pytest.approx(math.sqrt(7 * 4), rel=0.05)  # n times the variance
+
+
+def test_few_layers_are_spread_from_the_first_to_the_last() -> None:
+    assert sample_layers(lab(), 2) == (1, 2)
+    assert sample_layers(lab(), 9) == (1, 2)
+
+
+@law(60)
+@given(st.lists(st.tuples(FLOATS, FLOATS), min_size=3, max_size=30))
+def test_spearman_is_scipys(pairs: list[tuple[float, float]]) -> None:
+    first, second = zip(*pairs, strict=True)
+    assert ranks(first).tolist() == stats.rankdata(first).tolist()
+    if len(set(first)) > 1 and len(set(second)) > 1:
+        assert spearman(first, second) == pytest.approx(stats.spearmanr(first, second).statistic)
+    else:
+        assert spearman(first, second) == 0.0
+
+
+def test_the_interval_of_a_mean_holds_it() -> None:
+    values = [0.1, 0.4, 0.2, 0.9, 0.5]
+    low, high = mean_interval(values)
+    assert low < sum(values) / 5 < high
+    assert mean_interval([0.3] * 4) == pytest.approx([0.3, 0.3])
+
+
+def test_divergence_is_torchs_and_nothing_from_itself() -> None:
+    first, second = torch.randn(2, 3, 4, 11, generator=torch.Generator().manual_seed(0)).unbind()
+    p, q = (x.double().log_softmax(-1) for x in (first, second))
+    expected = torch.nn.functional.kl_div(q, p, log_target=True, reduction="none").sum(-1)
+    torch.testing.assert_close(kl_divergence(first, second), expected)
+    assert kl_divergence(first[:1], first[:1].expand(2, -1, -1)).abs().max() == 0
+    assert relative_squared_error(first, first).tolist() == [0.0] * 3
+    assert relative_squared_error(first, 2 * first).tolist() == pytest.approx([1.0] * 3)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_an_opened_block_is_all_answer(family: str) -> None:
+    host = engine(family)
+    for prompt, ids in zip(PROMPTS, prompts_at_block_start(host, PROMPTS), strict=True):
+        assert list(ids[: len(prompt.split())]) == [int(token) for token in prompt.split()]
+        opened = run_first_forward(host, ids, "vanilla")
+        assert opened.logits.shape[1] == 8
+        _, scores, _ = opened.trace.routings[0]
+        assert scores.progress is not None
+        assert scores.progress.masked is not None
+        masked = scores.progress.masked[0, opened.block]
+        # Where a first forward of everything has written already, some are not masked any more.
+        assert int(masked.sum()) == 8 or family == "llada-moe"
+
+
+def test_a_block_of_a_model_in_few_bits_is_opened_too(tmp_path: Path) -> None:
+    """In bf16 its head is packed where kernels are, and has no rows to multiply by."""
+    folder = write_checkpoint(tmp_path, "llada2", seed=3)
+    wide, narrow = (coterie.load(folder, block=8, dtype=dtype) for dtype in ("fp32", "bf16"))
+    one, other = (run_first_forward(host, [5, 17, 33], "vanilla").logits for host in (wide, narrow))
+    assert other.dtype == torch.float32
+    assert float((one - other).norm() / one.norm()) < 0.1
+
+
+def test_words_end_with_the_first_end_of_text() -> None:
+    ids = torch.tensor([[3, 94, 5, 94], [1, 2, 3, 4], [94, 1, 1, 1]])
+    expected = [[True, True, False, False], [True] * 4, [True, False, False, False]]
+    assert content_mask(engine(), ids).tolist() == expected
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_taking_away_who_is_not_used_changes_nothing(family: str) -> None:
+    host = engine(family)
+    (ids, *_) = prompts_at_block_start(host, PROMPTS[:1])
+    plain = run_first_forward(host, ids, "vanilla")
+    layer, _, routing = plain.trace.routings[0]
+    idle = (~routing.used).nonzero()[:, 0].tolist()
+    assert idle, "the tiny model uses every expert: nothing is tested"
+    other = run_first_forward(host, ids, AblateExpert(layer, tuple(idle)), rows=len(idle))
+    torch.testing.assert_close(other.logits, plain.logits.expand(len(idle), -1, -1))
+    assert kl_divergence(plain.logits, other.logits).max() < 1e-9
+
+
+def test_who_is_taken_away_serves_nobody_and_only_there() -> None:
+    host = engine()
+    (ids, *_) = prompts_at_block_start(host, PROMPTS[:1])
+    plain = run_first_forward(host, ids, "vanilla")
+    layer, _, routing = plain.trace.routings[0]
+    (gone, *_) = routing.used.nonzero()[:, 0].tolist()
+    other = run_first_forward(host, ids, AblateExpert(layer, (gone, -1)), rows=2)
+    at, _, after = other.trace.routings[0]
+    without, whole = after.topk_ids.view(2, -1).tolist()
+    assert at == layer
+    assert gone not in without
+    assert gone in whole
+    assert min(without) >= 0  # its tokens take their next best
+    assert torch.equal(after.topk_ids.view(2, 8, -1)[1], routing.topk_ids.view(8, -1))
+    assert kl_divergence(plain.logits, other.logits)[0].max() > 1e-9
+    torch.testing.assert_close(other.logits[1], plain.logits[0])
+
+
+def test_only_experts_in_use_matter() -> None:
+    host = engine()
+    (ids, *_) = prompts_at_block_start(host, PROMPTS[:1])
+    taken = ablate_layer(host, ids, 1)
+    assert torch.equal(taken.importance > 0, taken.used)
+    assert torch.equal(taken.importances["hidden"] > 0, taken.used)
+    whole = importance_coverage([[taken]], "des-vote:beta=1.0")
+    part = importance_coverage([[taken]], "des-vote:beta=0.25")
+    assert (whole["share"], whole["best"]) == pytest.approx((1.0, 1.0))
+    assert 0 < part["share"] <= part["best"] < 1
+    assert part["experts"] == 4
+
+
+def test_a_map_of_vanilla_is_full_everywhere() -> None:
+    hits, used = HitRateCounter((parse_policy("vanilla"),), (1, 2)), ExpertUseCounter((1, 2), 16)
+    for seen in watched():
+        hits.on_layer(seen)
+        used.on_layer(seen)
+    found = hits.to_map(0, "vanilla")
+    assert [len(row) for row in found["positions"]] == [8, 8]
+    for rows in (found["positions"], found["steps"]):
+        rates = [rate for row in rows for rate in row]
+        assert rates == pytest.approx([1.0] * len(rates))
+    assert sum(hits.kind_shares().values()) == pytest.approx(1.0)
+    activation = used.activation(1)
+    choices = activation["choices"]
+    assert sum(choices) == pytest.approx(1)
+    assert choices == sorted(choices, reverse=True)
+    assert activation["effective"] == pytest.approx(math.exp(stats.entropy(choices)))
+
+
+def test_every_position_is_masked_written_or_fill() -> None:
+    for seen in watched():
+        assert torch.equal(
+            position_kinds(seen).sum(0), torch.ones(seen.x.shape[:2], dtype=torch.float64)
+        )
+
+
+def test_the_overlap_of_forwards_by_hand() -> None:
+    pairs, policy = (
+        OverlapCounter((parse_policy("des-vote:beta=0.25"),)),
+        parse_policy("des-vote:beta=0.25"),
+    )
+    shared: list[float] = []
+    last: dict[tuple[int, int], tuple[int, set[int]]] = {}
+    for seen in watched():
+        pairs.on_layer(seen)
+        for row, start, mask in zip(
+            seen.rows, seen.starts, coreset_mask(seen, policy), strict=True
+        ):
+            now = set(mask.nonzero()[:, 0].tolist())
+            began, before = last.get((row, seen.layer), (None, set()))
+            if began == start:
+                shared.append(len(now & before) / len(now | before))
+            last[row, seen.layer] = (start, now)
+    found = pairs.to_overlap(0, "des-vote:beta=0.25", 16)
+    assert len(shared) > 20
+    assert found["jaccard"] == pytest.approx(np.mean(shared))
+    assert found["size"] == 4
+    assert found["chance"] == pytest.approx(1 / 7)  # one of four shared: 1 of 7 in either
+    assert found["fresh"] >= max(found["last"], found["first"])
+
+
+def test_one_forward_a_block_has_nothing_to_overlap() -> None:
+    pairs = OverlapCounter((parse_policy("vanilla"),))
+    with pytest.raises(CoterieError, match="no block took a second forward"):
+        pairs.to_overlap(0, "vanilla", 16)
+
+
+@pytest.mark.parametrize("chapter", CHAPTERS, ids=lambda chapter: chapter.name)
+def test_a_chapter_is_told_and_drawn_from_its_record_alone(chapter: Experiment) -> None:
+    kept = json.loads(facts(chapter)[0])
+    assert chapter.drawings(kept)
+    for drawing in chapter.drawings(kept):
+        light, dark = (
+            render_svg(drawing.draw, name=drawing.name, scheme=s) for s in ("light", "dark")
+        )
+        assert light.startswith("<svg")
+        assert light != dark
+        assert drawing.caption
+    for table in chapter.tables(kept):
+        assert table.rows
+        assert {len(row) for row in table.rows} == {len(table.heads)}
+        assert max(table.numbers) < len(table.heads)
+    for finding in chapter.findings(kept):
+        text = finding.text if isinstance(finding, Finding) else finding
+        assert text.endswith(".")
+        assert "nan" not in text
+
+
+@pytest.mark.parametrize("chapter", CHAPTERS, ids=lambda chapter: chapter.name)
+def test_a_chapter_tells_how_far_it_is(chapter: Experiment) -> None:
+    _, shares = facts(chapter)
+    assert list(shares) == sorted(shares)
+    assert shares[0] >= 0
+    assert 0.5 < shares[-1] <= 1
+
+
+def test_what_foretells_accuracy_is_read_beside_its_record(tmp_path: Path) -> None:
+    here = replace(lab(), folder=tmp_path)
+    with pytest.raises(CoterieError, match="needs the record of the chapter accuracy"):
+        PredictorsExperiment().measure(here)
+    right = {"vanilla": "1111", "des-vote:beta=0.5": "1110", "random:beta=0.5": "0000"}
+    leave_accuracy(tmp_path, right)
+    kept = json.loads(json.dumps(PredictorsExperiment().measure(here), allow_nan=False))
+    accuracies = {point["policy"]: point["accuracy"] for point in kept["points"]}
+    assert accuracies == {"vanilla": 1.0, "des-vote:beta=0.5": 0.75, "random:beta=0.5": 0.0}
+    assert kept["agreement"]["usual"]["recall"] == {"rho": 1.0, "interval": [1.0, 1.0]}
+    assert kept["agreement"]["usual"]["loss"]["rho"] == 1.0  # the least loss, the most right
+    by_recall, by_loss, nearest = PredictorsExperiment().findings(kept)
+    assert isinstance(by_recall, Finding)
+    assert by_recall.claim.startswith("Top-K recall tells")
+    assert isinstance(by_loss, Finding)
+    assert by_loss.claim.startswith("Reconstruction loss tells")
+    assert isinstance(nearest, str)
+    assert nearest.startswith("Over 3 policies")
+    kept["agreement"]["usual"]["experts"]["rho"] = 0.9
+    kept["agreement"]["usual"]["loss"]["interval"] = [0.8, 1.0]
+    assert [f.verdict for f in PredictorsExperiment().findings(kept) if isinstance(f, Finding)] == [
+        "holds",
+        "cannot be told here",
+    ]
+    (drawing,) = PredictorsExperiment().drawings(kept)
+    assert render_svg(drawing.draw, name=drawing.name, scheme="dark").startswith("<svg")
+    (table,) = PredictorsExperiment().tables(kept)
+    assert {len(row) for row in table.rows} == {3}
+
+
+def leave_accuracy(folder: Path, right: dict[str, str]) -> None:
+    """A record of the chapter on accuracy: policy -> "1010", an item a digit; one is mc-moe's."""
+    arms = [
+        {
+            **dict.fromkeys([field.name for field in fields(Arm)], 0.0),
+            "name": policy,
+            "policy": policy,
+            "generation": {},
+            "right": {"words": digits},
+        }
+        for policy, digits in {**right, "mc-moe:beta=0.5": "1111"}.items()
+    ]
+    record = {"experts": 16, "k": 4, "block": 8, "arms": arms, "groups": {}, "pairs": []}
+    (folder / "records").mkdir()
+    (folder / "records" / "accuracy.json").write_text(json.dumps({"when": "now", "facts": record}))
+
+
+def test_a_bidirectional_model_can_be_studied_too() -> None:
+    for chapter in (ImportanceExperiment(), MapsExperiment()):
+        kept = json.loads(facts(chapter, "llada-moe")[0])
+        assert chapter.findings(kept)
+        assert chapter.drawings(kept)

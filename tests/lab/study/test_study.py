@@ -1,0 +1,704 @@
+"""The study: what was measured stays, what fails fails alone, the page says what records say."""
+
+from __future__ import annotations
+
+import json
+import re
+import runpy
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from html.parser import HTMLParser
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from matplotlib.figure import Figure
+from tiny_task import Quiz
+
+import coterie
+from coterie.cli.entry import run
+from coterie.engine.engine import Engine
+from coterie.errors import CoterieError
+from coterie.lab import plotting
+from coterie.lab.evals.run import Variant
+from coterie.lab.study import markdown
+from coterie.lab.study import study as room
+from coterie.lab.study.accuracy import (
+    ACCURACY,
+    MIN_RELATIVE_ACCURACY,
+    accuracy_findings,
+    all_policy_groups,
+)
+from coterie.lab.study.beyond import BEYOND
+from coterie.lab.study.blocks import BlockSizeExperiment
+from coterie.lab.study.cached_grading import CachedGradesTask
+from coterie.lab.study.context import StudyContext
+from coterie.lab.study.curves import pareto_front
+from coterie.lab.study.experiment import Drawing, Experiment, ExperimentData, Finding, Table
+from coterie.lab.study.experts_per_token import (
+    ExpertsPerTokenExperiment,
+    LimitTopK,
+    evaluate_policy,
+)
+from coterie.lab.study.paired import claim_finding, compare_pairs, verdict_on
+from coterie.lab.study.report import ReportSection, collect_claims, make_section, render_page
+from coterie.lab.study.results import VariantResult, VariantResults
+from coterie.lab.study.speed import ForwardCountExperiment
+from coterie.lab.study.study import EXPERIMENTS, ExperimentOutcome, StudyConfig, run_study
+from coterie.lab.study.table import TableOneExperiment, format_bytes
+from coterie.lab.study.variants import (
+    MAX_EXPERT_DIFFERENCE,
+    coreset_size,
+    run_comparison,
+    vote_of_size,
+)
+from coterie.lab.study.vote_variants import MASS, VOTES
+from coterie.routing import POLICIES, Vanilla, parse_policy, route
+from coterie.testing import write_checkpoint
+from coterie.values import RouterSpec, Scores
+
+ROOT = Path(__file__).parents[3]
+SMALL = StudyConfig(items=6, prompts=2, seed=1)
+QUIZ = Quiz(count=6, tokens=8)
+HOSTILE = '<script src="http://evil.example/x.js"></script> & "quotes"'
+
+
+@dataclass(frozen=True)
+class Counted:
+    """A chapter that counts how often it was measured; it may read another one, or break."""
+
+    name: str
+    measured: list[str]
+    reads: str = ""
+    breaks: BaseException | None = None
+    draws: bool = True
+    title: str = "A chapter (Fig. 0)"
+    question: str = "How often?"
+
+    def measure(self, lab: StudyContext) -> ExperimentData:
+        lab.on_progress(0.5, "counting")
+        self.measured.append(self.name)
+        if self.breaks is not None:
+            raise self.breaks
+        other = lab.record(self.reads) if self.reads else {}
+        return {"value": len(self.measured) / 7, "hostile": HOSTILE, "other": other}
+
+    def drawings(self, facts: ExperimentData) -> Sequence[Drawing]:
+        return [Drawing(f"{self.name}-figure", HOSTILE, lambda: self._figure(facts))]
+
+    def tables(self, facts: ExperimentData) -> Sequence[Table]:
+        return [Table(["what", "value"], [[HOSTILE, f"{facts['value']:.3f}"]], "Values", [1])]
+
+    def findings(self, facts: ExperimentData) -> Sequence[Finding | str]:
+        return [Finding(f"It is {facts['value']:.3f}.", HOSTILE, "does not hold"), HOSTILE]
+
+    def _figure(self, facts: ExperimentData) -> Figure:
+        if not self.draws:
+            raise KeyError("line")
+        figure, one = plotting.new_axes("x", str(facts["hostile"]))
+        one.plot([0, 1], [0, float(str(facts["value"]))], label="a line")
+        plotting.add_legend(one)
+        return figure
+
+
+@dataclass
+class Looking:
+    """Remembers what it was shown."""
+
+    done: list[ExperimentOutcome] = field(default_factory=list)
+    moves: list[float] = field(default_factory=list)
+
+    def began(self, chapter: Experiment, wanted: Sequence[Experiment]) -> None:
+        assert chapter in wanted
+
+    def moved(self, share: float, doing: str) -> None:
+        assert doing
+        self.moves.append(share)
+
+    def ended(self, done: ExperimentOutcome) -> None:
+        self.done.append(done)
+
+
+def tiny(folder: Path) -> Engine:
+    """A random model with 16 experts and top-4."""
+    where = write_checkpoint(folder / "model", "llada2", seed=3)
+    return coterie.load(where, unmask="fixed:steps=2", block=8, device="cpu")
+
+
+def studied(
+    engine: Engine, folder: Path, chapters: Sequence[Experiment], **options: object
+) -> tuple[list[ReportSection], Looking]:
+    watch = Looking()
+    known = {chapter.name: chapter for chapter in chapters}
+    asked: dict = {"effort": SMALL, **options}
+    return run_study(engine, [QUIZ], folder, observer=watch, experiments=known, **asked), watch
+
+
+def lab(folder: Path, items: int = 6) -> StudyContext:
+    return StudyContext(tiny(folder), [QUIZ], folder, items, 2, 1, lambda share, doing: None)
+
+
+def tally(name: str, right: str, experts: float = 10.0) -> VariantResult:
+    return VariantResult(name, name, {}, {"quiz": right}, experts, 1.0, 1.0, 1.0, 8.0, 1.0, 0)
+
+
+# What is measured, and what is only drawn
+
+
+def test_a_second_study_measures_nothing_and_runs_no_forward(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine, measured = tiny(tmp_path), []
+    real = [replace(VOTES, name="votes"), Counted("a", measured)]
+    first, _ = studied(engine, tmp_path, real)
+    before = (tmp_path / "report.html").read_text()
+    monkeypatch.setattr(Engine, "step", lambda self: pytest.fail("a forward was run"))
+    second, watch = studied(engine, tmp_path, real)
+    assert measured == ["a"]
+    assert [done.measured for done in watch.done] == [False, False]
+    assert second == first
+    assert (tmp_path / "report.html").read_text() == before
+
+
+def test_a_study_that_was_killed_goes_on_where_it_was(tmp_path: Path) -> None:
+    """An interrupt, like a kill, passes through whatever a chapter was doing."""
+    engine, measured = tiny(tmp_path), []
+    a, c = Counted("a", measured), Counted("c", measured)
+    with pytest.raises(KeyboardInterrupt):
+        studied(engine, tmp_path, [a, Counted("b", measured, breaks=KeyboardInterrupt()), c])
+    sections, _ = studied(engine, tmp_path, [a, Counted("b", measured), c])
+    assert measured == ["a", "b", "b", "c"]
+    assert [one.failure for one in sections] == [None, None, None]
+
+
+def test_answers_that_were_given_are_not_given_again(tmp_path: Path) -> None:
+    """Also when the chapter that asked for them did not come to its end."""
+    engine = tiny(tmp_path)
+    asked = lab(tmp_path)
+    asked.evaluate([Variant("vanilla"), Variant("topk:k=2")])
+    lines = (tmp_path / "items" / "items.jsonl").read_text().splitlines()
+    again = replace(asked, engine=engine)
+    again.evaluate([Variant("topk:k=2"), Variant("topk:k=1"), Variant("vanilla")])
+    told = (tmp_path / "items" / "items.jsonl").read_text().splitlines()
+    assert told[: len(lines)] == lines
+    assert len(told) == len(lines) * 3 // 2
+
+
+def test_a_record_that_is_torn_or_of_other_settings_is_made_again(tmp_path: Path) -> None:
+    engine, measured = tiny(tmp_path), []
+    chapter = Counted("a", measured)
+    studied(engine, tmp_path, [chapter])
+    path = tmp_path / "records" / "a.json"
+    path.write_text(path.read_text()[:-9])
+    studied(engine, tmp_path, [chapter])
+    studied(engine, tmp_path, [chapter], effort=replace(SMALL, items=4))
+    engine.generation = engine.generation.replace(block=4)
+    studied(engine, tmp_path, [chapter], effort=replace(SMALL, items=4))
+    assert len(measured) == 4
+
+
+def test_what_is_asked_for_again_is_measured_again_with_all_that_read_it(tmp_path: Path) -> None:
+    engine, measured = tiny(tmp_path), []
+    chapters = [
+        Counted("a", measured),
+        Counted("b", measured, reads="a"),
+        Counted("c", measured),
+    ]
+    studied(engine, tmp_path, chapters)
+    record = json.loads((tmp_path / "records" / "a.json").read_text())
+    record["when"] = "long ago"  # so that the clock's second does not matter
+    (tmp_path / "records" / "a.json").write_text(json.dumps(record))
+    measured.clear()
+    sections, _ = studied(engine, tmp_path, chapters, again=["c"])
+    assert measured == ["b", "c"]
+    assert len(sections) == 3
+
+
+def test_chapters_that_are_not_asked_for_stand_in_the_report_if_they_have_a_record(
+    tmp_path: Path,
+) -> None:
+    engine, measured = tiny(tmp_path), []
+    chapters = [Counted("a", measured), Counted("b", measured), Counted("c", measured)]
+    studied(engine, tmp_path, chapters, names=["a"])
+    sections, _ = studied(engine, tmp_path, chapters, names=["c"])
+    assert [one.name for one in sections] == ["a", "c"]
+    assert measured == ["a", "c"]
+
+
+def test_a_chapter_that_breaks_says_why_and_costs_only_itself(tmp_path: Path) -> None:
+    engine, measured = tiny(tmp_path), []
+    chapters = [
+        Counted("a", measured),
+        Counted("b", measured, breaks=CoterieError("needs a larger model")),
+        Counted("c", measured, breaks=ZeroDivisionError("by nothing")),
+        Counted("d", measured, draws=False),
+        Counted("e", measured),
+    ]
+    sections, watch = studied(engine, tmp_path, chapters)
+    failures = {one.name: one.failure for one in sections if one.failure}
+    assert failures["b"] == "needs a larger model"
+    assert failures["c"] == "ZeroDivisionError: by nothing"
+    assert "cannot be drawn (KeyError: 'line')" in failures["d"]
+    assert [done.failure is None for done in watch.done] == [True, False, False, False, True]
+    html = (tmp_path / "report.html").read_text()
+    assert all(text.replace("'", "&#39;") in html for text in failures.values())
+    assert {path.stem for path in (tmp_path / "records").iterdir()} == {"a", "d", "e"}
+
+
+def test_facts_that_are_no_json_are_that_chapters_failure(tmp_path: Path) -> None:
+    @dataclass(frozen=True)
+    class Odd(Counted):
+        def measure(self, lab: StudyContext) -> ExperimentData:
+            return {"value": float("nan")}
+
+    sections, _ = studied(tiny(tmp_path), tmp_path, [Odd("odd", [])])
+    assert sections[0].failure is not None
+    assert not (tmp_path / "records" / "odd.json").exists()
+
+
+def test_a_record_says_how_it_was_made(tmp_path: Path) -> None:
+    studied(tiny(tmp_path), tmp_path, [Counted("a", [])], command=["coterie", "study"])
+    record = json.loads((tmp_path / "records" / "a.json").read_text())
+    assert record["command"] == ["coterie", "study"]
+    assert record["facts"]["value"] == 1 / 7
+    assert {"commit", "machine", "versions", "when", "seconds"} <= set(record)
+    assert record["settings"]["items"] == SMALL.items
+    assert len(record["settings"]["fingerprint"]) == 16
+
+
+def test_experts_in_few_bits_are_another_study(tmp_path: Path) -> None:
+    studied(tiny(tmp_path), tmp_path, [Counted("a", (measured := []))])
+    few = coterie.load(
+        tmp_path / "model", unmask="fixed:steps=2", block=8, device="cpu", experts="int4"
+    )
+    studied(few, tmp_path, [Counted("a", measured)])
+    assert measured == ["a", "a"]
+    record = json.loads((tmp_path / "records" / "a.json").read_text())
+    assert record["settings"]["experts"] == "int4 in groups of 32"
+    studied(few, tmp_path, [Counted("a", measured)])
+    assert measured == ["a", "a"]
+
+
+# The page
+
+
+class Reader(HTMLParser):
+    """Checks that elements nest, and gathers what is loaded, what has ids, and all text."""
+
+    VOID = ("meta", "br", "link", "img", "hr", "input", "source")
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.loads: list[str] = []
+        self.ids: list[str] = []
+        self.links: list[str] = []
+        self.tags: list[tuple[str, dict[str, str | None]]] = []
+        self.text = ""
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        values = dict(attrs)
+        self.tags.append((tag, values))
+        if tag not in self.VOID:
+            self.open.append(tag)
+        self.ids += [str(values["id"])] if "id" in values else []
+        self.loads += [str(values[key]) for key in ("src", "srcset", "data") if key in values]
+        self.links += [str(values[key]) for key in ("href", "xlink:href") if key in values]
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.handle_starttag(tag, attrs)
+        if tag not in self.VOID:
+            self.open.pop()
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        self.text += data
+
+
+def read(html: str) -> Reader:
+    reader = Reader()
+    reader.feed(html)
+    reader.close()
+    assert reader.open == []
+    return reader
+
+
+def test_the_page_is_whole_in_itself_and_has_every_figure_in_both_dresses(tmp_path: Path) -> None:
+    chapters = [Counted("a", []), Counted("b", [])]
+    sections, _ = studied(tiny(tmp_path), tmp_path, chapters)
+    html = (tmp_path / "report.html").read_text()
+    reader = read(html)
+    assert reader.loads == []
+    assert all(link.startswith("#") for link in reader.links)
+    assert {link[1:] for link in reader.links} <= set(reader.ids)
+    assert len(reader.ids) == len(set(reader.ids))
+    assert not re.search(r"url\((?!#)|@import", html)
+    assert "script" not in {tag for tag, _ in reader.tags}
+    for scheme in ("light", "dark"):
+        drawn = [values for _, values in reader.tags if values.get("class") == scheme]
+        assert [values["aria-label"] for values in drawn] == [HOSTILE, HOSTILE]
+        assert all(values["role"] == "img" for values in drawn)
+    assert "prefers-color-scheme: dark" in html
+    assert "@media print" in html
+    assert len(sections) == 2
+
+
+def test_a_claim_stands_once_for_each_chapter_with_all_its_verdicts() -> None:
+    said = [Finding("a", "Big", "holds"), Finding("b", "Big", "does not hold"), Finding("c")]
+    one = ReportSection("one", "One", "?", findings=(*said, Finding("d", "Big", "holds")))
+    other = ReportSection(
+        "other", "Other", "?", findings=(Finding("e", "Big", "cannot be told here"),)
+    )
+    told = [(claim.section.name, claim.verdict_texts) for claim in collect_claims([one, other])]
+    assert told == [
+        ("one", [("holds", "holds (2)"), ("does not hold", "does not hold (1)")]),
+        ("other", [("cannot be told here", "cannot be told here")]),
+    ]
+
+
+def test_numbers_of_the_page_are_those_of_the_record(tmp_path: Path) -> None:
+    studied(tiny(tmp_path), tmp_path, [Counted("a", [])])
+    value = json.loads((tmp_path / "records" / "a.json").read_text())["facts"]["value"]
+    text = read((tmp_path / "report.html").read_text()).text
+    assert f"It is {value:.3f}." in text
+    assert text.count(f"{value:.3f}") == 2
+
+
+def test_figures_lie_beside_the_page_as_files(tmp_path: Path) -> None:
+    studied(tiny(tmp_path), tmp_path, [Counted("a", [])])
+    light, dark = (
+        (tmp_path / "figures" / f"a-figure-{s}.svg").read_text() for s in plotting.BACKGROUND
+    )
+    html = (tmp_path / "report.html").read_text()
+    assert light.strip() in html
+    assert dark.strip() in html
+    assert plotting.BACKGROUND["dark"] in dark
+    assert plotting.BACKGROUND["dark"] not in light
+
+
+def test_a_page_without_any_chapter_is_still_a_page() -> None:
+    assert "nothing yet" in read(render_page([])).text
+
+
+# The look
+
+
+def luminance(colour: str) -> float:
+    parts = [int(colour[place : place + 2], 16) / 255 for place in (1, 3, 5)]
+    linear = [p / 12.92 if p <= 0.04045 else ((p + 0.055) / 1.055) ** 2.4 for p in parts]
+    return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
+
+
+def contrast(one: str, other: str) -> float:
+    low, high = sorted((luminance(one), luminance(other)))
+    return (high + 0.05) / (low + 0.05)
+
+
+@pytest.mark.parametrize("paper", plotting.BACKGROUND.values())
+def test_every_colour_stands_out_from_the_paper(paper: str) -> None:
+    colours = {*plotting.SERIES_COLOURS, *(look.colour for look in plotting.POLICY_STYLES.values())}
+    assert min(contrast(colour, paper) for colour in colours) >= 3
+
+
+def test_ink_reads_on_its_paper() -> None:
+    assert (
+        min(
+            contrast(plotting.FOREGROUND[scheme], plotting.BACKGROUND[scheme])
+            for scheme in plotting.BACKGROUND
+        )
+        >= 7
+    )
+
+
+def test_every_policy_has_a_look_of_its_own() -> None:
+    assert set(POLICIES) <= set(plotting.POLICY_STYLES)
+    looks = [plotting.policy_style(name) for name in POLICIES]
+    assert len({(look.colour, look.marker) for look in looks}) == len(looks)
+    assert plotting.policy_style("des-vote:beta=0.3") == plotting.POLICY_STYLES["des-vote"]
+    assert plotting.policy_style("of-somebody-else:x=1") == plotting.OTHER_STYLE
+
+
+def test_a_figure_is_the_same_bytes_every_time_and_its_text_is_text() -> None:
+    chapter = Counted("a", [])
+    drawing = chapter.drawings({"value": 1.0, "hostile": "right & wrong"})[0]
+    first, second = (plotting.render_svg(drawing.draw, name="one", scheme="dark") for _ in range(2))
+    other = plotting.render_svg(drawing.draw, name="other", scheme="dark")
+    assert first == second
+    assert "right &amp; wrong</text>" in first
+    ids = [set(re.findall(r' id="([^"]+)"', svg)) for svg in (first, other)]
+    assert ids[0] & ids[1] == set()
+    assert all(f'id="{name}"' in first for name in re.findall(r'href="#([^"]+)"', first))
+
+
+# Comparing arms
+
+BITS = st.integers(2, 40).flatmap(lambda n: st.tuples(*[st.text("01", min_size=n, max_size=n)] * 2))
+
+
+@given(BITS)
+def test_a_tally_comes_back_from_its_record(bits: tuple[str, str]) -> None:
+    first, second = tally("vanilla", bits[0]), tally("topk:k=2", bits[1])
+    document = json.loads(json.dumps(second.to_json(first)))
+    assert VariantResult.from_json(document) == second
+    right = sum(digit == "1" for digit in bits[1])
+    assert document["accuracy"]["right"] == right
+    changed = sum(int(b) - int(a) for a, b in zip(*bits, strict=True))
+    assert document["change"]["gained"] - document["change"]["lost"] == changed
+
+
+@given(st.lists(BITS, min_size=1, max_size=4))
+def test_a_verdict_turns_round_with_its_sides(pairs: list[tuple[str, str]]) -> None:
+    forth = compare_pairs([(tally("a", a), tally("b", b)) for a, b in pairs])
+    back = compare_pairs([(tally("b", b), tally("a", a)) for a, b in pairs])
+    assert [duel.sign for duel in forth] == [-duel.sign for duel in back]
+    if {duel.sign for duel in forth} == {0}:
+        assert verdict_on(forth) == verdict_on(back) == "cannot be told here"
+
+
+def test_a_claim_holds_where_it_is_won_and_never_lost() -> None:
+    bad, good = "0" * 30 + "1" * 10, "1" * 40
+    won, lost = (tally("a", bad), tally("b", good)), (tally("a", good), tally("b", bad))
+    even = (tally("a", good), tally("b", good))
+    assert verdict_on(compare_pairs([won, even])) == "holds"
+    assert verdict_on(compare_pairs([won, lost])) == "does not hold"
+    assert verdict_on(compare_pairs([even])) == "cannot be told here"
+    told = claim_finding("B is better.", compare_pairs([won, even]), second="b", first="a")
+    assert "above a in 1, below in 0, and not to be told apart in 1" in told.text
+    assert "+75.0%" in told.text
+    assert claim_finding("B is better.", [], second="b", first="a").verdict == "cannot be told here"
+
+
+POINTS = st.lists(
+    st.tuples(st.floats(0, 99), st.text("01", min_size=8, max_size=8)), min_size=1, max_size=12
+)
+
+
+@given(POINTS)
+def test_nobody_beats_the_front_and_the_front_beats_the_rest(
+    points: list[tuple[float, str]],
+) -> None:
+    tallies = [tally(str(n), right, experts) for n, (experts, right) in enumerate(points)]
+    front = pareto_front(tallies)
+    for one, other in pairwise(front):
+        assert one.experts <= other.experts
+        assert one.accuracy < other.accuracy
+    for one in tallies:
+        assert any(f.experts <= one.experts and f.accuracy >= one.accuracy for f in front)
+
+
+@given(st.integers(1, 512).flatmap(lambda total: st.tuples(st.integers(1, total), st.just(total))))
+def test_a_vote_of_a_size_elects_so_many(sizes: tuple[int, int]) -> None:
+    size, total = sizes
+    assert coreset_size(vote_of_size(size, total).policy, total) == size
+
+
+def test_des_vote_is_met_with_others_at_equal_experts(tmp_path: Path) -> None:
+    others = [Variant("topk:k=1"), Variant("topk:k=2"), Variant("random:beta=0.5")]
+    votes = [Variant("des-vote:beta=0.25"), Variant("des-vote:beta=0.75")]
+    arms = VariantResults.from_data(
+        run_comparison(
+            lab(tmp_path), {"votes": votes, "others": others}, matched={"des-vote": others}
+        )
+    )
+    assert arms.pairs
+    for other, vote in arms.pairs:
+        assert other.name in {arm.name for arm in others}
+        assert vote.name.startswith("des-vote:beta=")
+        assert abs(other.experts - vote.experts) <= MAX_EXPERT_DIFFERENCE
+
+
+def test_a_comparison_is_of_the_same_items_and_vanilla_comes_first(tmp_path: Path) -> None:
+    facts = json.loads(json.dumps(run_comparison(lab(tmp_path), {"all": [Variant("des-seq:k=4")]})))
+    arms = VariantResults.from_data(facts)
+    assert arms.vanilla.name == "vanilla"
+    seq = arms.groups["all"][0]
+    assert (
+        seq.correct_flags() == arms.vanilla.correct_flags()
+    )  # the union of all that everybody has is vanilla
+    assert seq.experts == arms.vanilla.experts
+    assert arms.vanilla.accuracy_share().n == 6
+
+
+def test_grades_are_remembered_by_item_and_output() -> None:
+    task = CachedGradesTask(QUIZ)
+    first, second = task.items()[:2]
+    outputs = ["1 2", "3 4", "1 2"]
+    told = [task.grade(output, item) for item in (first, second) for output in outputs]
+    assert told == [QUIZ.grade(output, item) for item in (first, second) for output in outputs]
+    assert len(task.grades) == 4
+
+
+SCORES = st.tuples(st.integers(0, 2**31), st.integers(1, 8), st.integers(1, 4))
+
+
+@given(SCORES)
+def test_narrow_keeps_the_best_of_the_same_coreset(drawn: tuple[int, int, int]) -> None:
+    seed, tokens, k = drawn
+    router = RouterSpec(experts=16, k=4, activation="sigmoid", renormalise=True)
+    logits = torch.randn((2, tokens, 16), generator=torch.Generator().manual_seed(seed))
+    scores = Scores(logits=logits, router=router)
+    wide = parse_policy("des-vote:beta=0.5")
+    ids = route(scores, wide).topk_ids
+    assert route(scores, LimitTopK(wide, k)).topk_ids[:, :k].equal(ids[:, :k])
+    assert (route(scores, LimitTopK(wide, k)).topk_ids[:, k:] == -1).all()
+    assert route(scores, LimitTopK(Vanilla(), 4)).topk_ids.equal(route(scores, Vanilla()).topk_ids)
+
+
+def test_an_unspelled_policy_is_answered_as_a_spelled_one_is(tmp_path: Path) -> None:
+    asked = lab(tmp_path)
+    own = evaluate_policy(asked, parse_policy("topk:k=2"), "mine", "topk:k=2")
+    kept = VariantResult.from_eval_result(asked.evaluate([Variant("topk:k=2")])[0])
+    same = replace(own, name=kept.name, tokens_per_second=kept.tokens_per_second)
+    assert same == kept
+
+
+# The chapters
+
+
+CHECKED: Mapping[str, Experiment] = {
+    chapter.name: chapter
+    for chapter in (
+        ACCURACY,
+        BEYOND,
+        MASS,
+        BlockSizeExperiment(),
+        ExpertsPerTokenExperiment(),
+        TableOneExperiment(),
+        ForwardCountExperiment(),
+    )
+}
+
+
+@pytest.mark.parametrize("name", CHECKED)
+def test_a_chapter_about_accuracy_can_be_measured_drawn_and_told(name: str, tmp_path: Path) -> None:
+    chapter = CHECKED[name]
+    facts = json.loads(json.dumps(chapter.measure(lab(tmp_path)), allow_nan=False))
+    for drawing in chapter.drawings(facts):
+        assert plotting.render_svg(drawing.draw, name=drawing.name, scheme="light").startswith(
+            "<svg"
+        )
+    for table in chapter.tables(facts):
+        assert {len(row) for row in table.rows} == {len(table.heads)}
+        assert max(table.numbers, default=0) < len(table.heads)
+    assert all(chapter.findings(facts))
+
+
+def test_the_headline_claim_is_judged_by_the_smallest_policy_that_keeps_the_accuracy() -> None:
+    n = 100
+    groups = {label: [tally(arm.name, "1" * 30 + "0" * 70) for arm in of]
+              for label, of in all_policy_groups(4).items()}  # fmt: skip
+    arms = VariantResults(128, 4, 32, {"vanilla": tally("vanilla", "1" * n, 80.0)}, groups, [])
+
+    def judged(experts: float, right: int) -> Finding:
+        vote = tally("des-vote:beta=0.3", "1" * right + "0" * (n - right), experts)
+        changed = {**groups, "DES-Vote": [*groups["DES-Vote"], vote]}
+        found = accuracy_findings(replace(arms, groups=changed))
+        return next(f for f in found if isinstance(f, Finding) and "55 %" in f.claim)
+
+    assert judged(35.0, int(MIN_RELATIVE_ACCURACY * n)).verdict == "holds"
+    assert judged(37.0, int(MIN_RELATIVE_ACCURACY * n)).verdict == "does not hold"
+    assert judged(35.0, int(MIN_RELATIVE_ACCURACY * n) - 1).verdict == "does not hold"
+    arms = replace(arms, by_name={"vanilla": tally("vanilla", "0" * n, 80.0)})
+    assert judged(35.0, 0).verdict == "cannot be told here"
+
+
+def test_every_chapter_stands_under_its_own_name_and_asks_a_question() -> None:
+    assert all(chapter.name == name for name, chapter in EXPERIMENTS.items())
+    assert all(chapter.question.endswith("?") for chapter in EXPERIMENTS.values())
+    titles = [chapter.title for chapter in EXPERIMENTS.values()]
+    assert len(set(titles)) == len(titles)
+
+
+def test_bytes_are_readable() -> None:
+    assert [format_bytes(size) for size in (999, 24_576, 6_291_456)] == [
+        "999 B",
+        "24.6 KB",
+        "6.3 MB",
+    ]
+
+
+# The command
+
+
+def test_a_model_that_is_not_ours_needs_a_task(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["study", "some/model", "-o", "never"]) == 2
+    said = capsys.readouterr().err
+    assert "--task" in said
+    assert "gsm8k" in said
+
+
+@pytest.mark.parametrize("flag", ["--chapter", "--again", "--task"])
+def test_an_unknown_name_is_refused_with_those_that_are_known(
+    flag: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(["study", "-o", str(tmp_path), flag, "bogus"]) == 2
+    said = capsys.readouterr().err
+    assert "unknown" in said
+    assert ("words" if flag == "--task" else "explosion") in said
+
+
+def test_without_matplotlib_the_command_says_what_to_install(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rooms = ("coterie.lab.study", "coterie.lab.plotting")
+    for name in [name for name in sys.modules if name.startswith(rooms)]:
+        monkeypatch.delitem(sys.modules, name)
+    for room_name in rooms:
+        monkeypatch.delattr(room_name, raising=False)
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    assert run(["study", "-o", str(tmp_path)]) == 2
+    assert "pip install 'coterie[lab]'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("broken", "status"), [(None, 0), (CoterieError("too small"), 1)])
+def test_the_status_tells_whether_every_chapter_came_through(
+    broken: CoterieError | None,
+    status: int,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(room, "EXPERIMENTS", {"a": Counted("a", [], breaks=broken)})
+    assert run(["study", "-o", str(tmp_path / "out"), "--quick"]) == status
+    said = capsys.readouterr()
+    assert said.out.endswith(f"{tmp_path / 'out' / 'report.html'}\n")
+    assert ("too small" in said.out) == (status == 1)
+    assert "1 of 1, a: " in said.err
+
+
+# The document
+
+
+def test_the_document_has_what_the_page_has(tmp_path: Path) -> None:
+    chapter = Counted("a", [], title="A chapter (Fig. 0)")
+    studied(tiny(tmp_path), tmp_path, [chapter])
+    record = json.loads((tmp_path / "records" / "a.json").read_text())
+    one = make_section(chapter, record, schemes=())
+    text = markdown.render_markdown(
+        [one], records="results/study", experts="16 experts", figures=()
+    )
+    assert f"| {HOSTILE} | {record['facts']['value']:.3f} |" in text
+    assert "✗ does not hold" in text
+    assert "(#a-chapter-fig-0)" in text
+    assert "`results/study/a.json`" in text
+    assert "<picture>" not in text
+    shown = markdown.render_markdown([one], records="r", experts="16 experts", figures=["a-figure"])
+    assert "figures/a-figure-dark.svg" in shown
+
+
+def test_the_results_page_is_what_the_committed_records_say() -> None:
+    script = runpy.run_path(str(ROOT / "scripts" / "results.py"))
+    sections: Callable[[Sequence[str]], list[ReportSection]] = script["sections"]
+    found = sections(())
+    assert len(found) == len(EXPERIMENTS), "a chapter has no record under results/study"
+    written = (ROOT / "docs" / "results.md").read_text(encoding="utf-8")
+    assert written == script["written"](found)
+    named = set(re.findall(r"figures/[\w-]+\.svg", written))
+    assert named
+    assert all((ROOT / "docs" / name).is_file() for name in named)

@@ -1,0 +1,529 @@
+"""Chapters about time and bytes: they count right, fit what they should, draw from facts alone.
+
+No test here asserts how long anything took.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+import coterie
+from coterie.engine.engine import Engine
+from coterie.engine.observation import collect_observations, moe_output
+from coterie.errors import CoterieError
+from coterie.lab.bench import routings, timing
+from coterie.lab.bench.shapes import PAPER_LAYERS, LayerShape
+from coterie.lab.bench.timing import TimingBudget, TimingStats
+from coterie.lab.evals.task import Grade, Item
+from coterie.lab.plotting import render_svg
+from coterie.lab.study import layers, roofline, selection, tradeoff
+from coterie.lab.study.breakdown import BreakdownExperiment
+from coterie.lab.study.context import StudyContext
+from coterie.lab.study.experiment import Experiment, Finding
+from coterie.lab.study.explosion import (
+    ExplosionExperiment,
+    bin_by_masked,
+    coreset_budget,
+    expected_uniform,
+    summarize_block_size,
+)
+from coterie.lab.study.latency import LatencyExperiment
+from coterie.lab.study.layers import model_bench_layer
+from coterie.lab.study.profiler import OTHER, PARTS, Stopwatch, timed_model
+from coterie.lab.study.results import VariantResult
+from coterie.lab.study.roofline import RooflineExperiment
+from coterie.lab.study.routings import FORWARDS_PER_PROMPT
+from coterie.lab.study.selection import VERSIONS, SelectionExperiment
+from coterie.lab.study.study import EXPERIMENTS
+from coterie.lab.study.tradeoff import TradeoffExperiment
+from coterie.routing import parse_policy, route
+from coterie.testing import write_checkpoint
+from coterie.values import RouterSpec
+
+CPU = torch.device("cpu")
+ROUTER = RouterSpec(experts=64, k=3, activation="softmax", renormalise=True)
+SMALL = LayerShape("Small", ROUTER, hidden=32, width=16, unique_experts=40)
+QUICK = TimingBudget(rounds=1, read_bytes=1 << 12, matrix_size=8)
+QUESTIONS = ("3 5 7 11", "2 4 6 8 10 12", "1 9 9 1", "5 5 5 5 5 5 5 5 5")
+positive = st.floats(1e-6, 1e-2)
+
+
+@dataclass(frozen=True)
+class Numbers:
+    """A task whose questions are ids, for a model without a tokenizer."""
+
+    name: str = "numbers"
+
+    def settings(self) -> dict[str, object]:
+        return {}
+
+    def generation(self) -> dict[str, object]:
+        return {}
+
+    def items(self) -> Sequence[Item]:
+        return [Item(f"numbers/{at}", asked, "") for at, asked in enumerate(QUESTIONS)]
+
+    def prompt(self, item: Item) -> str:
+        return item.question
+
+    def grade(self, output: str, item: Item) -> Grade:
+        return Grade(correct=False, extracted=None)
+
+
+@dataclass
+class Told:
+    shares: list[float] = field(default_factory=list)
+
+    def __call__(self, share: float, doing: str) -> None:
+        assert doing
+        self.shares.append(share)
+
+
+def tiny(folder: Path, longest: int = 512) -> Engine:
+    """A random model that looks twice at each block."""
+    where = write_checkpoint(folder / "model", "llada2", max_position_embeddings=longest)
+    return coterie.load(where, max_new_tokens=20, unmask="fixed:steps=2", device="cpu")
+
+
+def lab(folder: Path, engine: Engine | None = None, told: Told | None = None) -> StudyContext:
+    return StudyContext(
+        engine=engine or tiny(folder),
+        tasks=[Numbers()],
+        folder=folder,
+        num_problems=4,
+        num_prompts=3,
+        seed=1,
+        on_progress=told or Told(),
+    )
+
+
+def leave(folder: Path, chapter: str, facts: object) -> None:
+    """A record such as another chapter leaves."""
+    (folder / "records").mkdir(exist_ok=True)
+    content = json.dumps({"facts": facts, "when": "today"}, allow_nan=False)
+    (folder / "records" / f"{chapter}.json").write_text(content, encoding="utf-8")
+
+
+def accuracy(experts: int) -> dict[str, object]:
+    """A record of the accuracy chapter in which fewer experts are right less often."""
+    marks = {
+        "vanilla": "1111111111",
+        "des-seq:k=2": "1111111110",
+        "des-vote:beta=0.3": "1110000000",
+        "mc-moe:beta=0.4,protect=0.02": "1111110000",
+    }
+    tallies = [
+        VariantResult(policy, policy, {}, {"numbers": right}, 9.0, 1.0, 1.0, 1.0, 4.0, 1.0, 0)
+        for policy, right in marks.items()
+    ]
+    arms = [tally.to_json(tallies[0]) for tally in tallies]
+    return {"experts": experts, "k": 4, "block": 32, "arms": arms, "groups": {}, "pairs": []}
+
+
+# Fits and spreads
+
+
+@given(t0=positive, b=positive, a=positive, seed=st.integers(0, 99))
+def test_a_fit_finds_the_coefficients_that_made_the_times(
+    t0: float, b: float, a: float, seed: int
+) -> None:
+    draw = torch.Generator().manual_seed(seed)
+    experts = torch.randint(8, 257, (12,), generator=draw).tolist()
+    pairs = torch.randint(64, 513, (12,), generator=draw).tolist()
+    seconds = [t0 + b * e + a * p for e, p in zip(experts, pairs, strict=True)]
+    found = timing.fit_latency(experts, pairs, seconds)
+    assert found["b"] == pytest.approx(b, rel=1e-5, abs=1e-9)
+    assert found["a"] == pytest.approx(a, rel=1e-5, abs=1e-9)
+    assert found["t0"] == pytest.approx(t0, rel=1e-3, abs=1e-6)
+    assert found["r2"] == pytest.approx(1.0)
+    assert found["error"] == pytest.approx(0.0, abs=1e-6)
+    assert timing.predict_seconds(found, 100, 256) == pytest.approx(t0 + 100 * b + 256 * a)
+
+
+def test_r2_falls_when_times_do_not_follow_the_experts() -> None:
+    experts, pairs = [8, 16, 32, 64, 96, 128], [64, 128, 64, 128, 64, 128]
+    straight = timing.fit_latency(experts, pairs, [1.0, 2.0, 4.0, 8.0, 12.0, 16.0])
+    crooked = timing.fit_latency(experts, pairs, [9.0, 2.0, 1.0, 14.0, 5.0, 2.0])
+    assert straight["r2"] > 0.99
+    assert crooked["r2"] < 0.9
+
+
+def test_a_fit_of_points_that_tell_nothing_apart_is_refused() -> None:
+    with pytest.raises(ValueError, match="must vary"):
+        timing.fit_latency([8, 16, 32], [256, 256, 256], [1.0, 2.0, 3.0])
+
+
+def test_a_spread_is_the_median_between_the_quartiles() -> None:
+    assert timing.timing_stats([5.0, 1.0, 4.0, 2.0, 3.0]) == TimingStats(
+        median=3, low=2, high=4, samples=5
+    )
+    assert timing.timing_stats([2.0]) == TimingStats(median=2, low=2, high=2, samples=1)
+    with pytest.raises(ValueError, match="no samples"):
+        timing.timing_stats([])
+
+
+def test_works_take_turns_and_the_first_round_is_not_kept() -> None:
+    calls: list[str] = []
+    works = {name: (lambda name=name: calls.append(name)) for name in "abc"}
+    taken = timing.time_interleaved(works, 4, device=CPU)
+    assert [each["samples"] for each in taken.values()] == [4, 4, 4]
+    rounds = [sorted(calls[at : at + 3]) for at in range(0, 15, 3)]
+    assert rounds == [["a", "b", "c"]] * 5
+
+
+@pytest.mark.parametrize(("load", "quiet"), [(None, True), (2.4, True), (9.1, False)])
+def test_times_taken_on_a_busy_machine_are_said_to_be(load: float | None, quiet: bool) -> None:
+    there = timing.TimingConditions(device="cpu", threads=2, cores=2, load=load)
+    told = timing.load_warnings(there)
+    assert (told == []) == quiet
+    assert all("9.1 processes wanted its 2 cores" in each for each in told)
+
+
+# Routings that are timed
+
+
+@given(tokens=st.integers(1, 40), share=st.floats(0, 1), seed=st.integers(0, 99))
+def test_a_controlled_routing_uses_exactly_as_many_experts(
+    tokens: int, share: float, seed: int
+) -> None:
+    most = min(tokens * ROUTER.k, ROUTER.experts)
+    used = ROUTER.k + round(share * (most - ROUTER.k))
+    draw = torch.Generator().manual_seed(seed)
+    routing = routings.balanced_routing(ROUTER, tokens, used, draw, CPU)
+    load = torch.bincount(routing.topk_ids.flatten(), minlength=ROUTER.experts)
+    assert int(routing.used.sum()) == int((load > 0).sum()) == used
+    assert routing.topk_ids.shape == (tokens, ROUTER.k)
+    assert all(len(set(row)) == ROUTER.k for row in routing.topk_ids.tolist())
+    assert load[load > 0].max() - load[load > 0].min() <= 1
+
+
+@pytest.mark.parametrize("used", [2, 13, 65])
+def test_a_routing_that_cannot_be_is_refused(used: int) -> None:
+    with pytest.raises(ValueError, match="cannot use"):
+        routings.balanced_routing(ROUTER, 4, used, torch.Generator(), CPU)
+
+
+@pytest.mark.parametrize("shape", PAPER_LAYERS, ids=lambda shape: shape.name)
+def test_a_skewed_router_uses_the_experts_that_the_paper_saw(shape: LayerShape) -> None:
+    bend = routings.find_skew(shape.router, shape.unique_experts)
+    assert routings.mean_unique_experts(shape.router, 32, bend, 8) == pytest.approx(
+        shape.unique_experts, abs=2
+    )
+    assert routings.mean_unique_experts(shape.router, 1, bend, 8) == shape.router.k
+
+
+def test_the_large_shapes_are_the_published_ones() -> None:
+    sizes = {shape.name: shape.bytes // shape.router.experts for shape in PAPER_LAYERS}
+    assert sizes == {"LLaDA2.0-mini": 6_291_456, "LLaDA-MoE": 12_582_912}
+
+
+def test_a_layer_that_does_not_fit_is_left_out_and_said_to_be(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(layers, "free_memory", lambda _device: layers.MEMORY_MARGIN)
+    said = layers.random_bench_layer(PAPER_LAYERS[0], CPU)
+    assert isinstance(said, str)
+    assert "LLaDA2.0-mini's shape was left out: it needs 1.5 GiB" in said
+
+
+def test_the_layer_that_is_timed_is_the_layer_of_the_model(tmp_path: Path) -> None:
+    engine = tiny(tmp_path)
+    moes = {moe.layer: moe for moe in layers.moe_layers(engine.model.transformer)}
+    for watched in collect_observations(
+        engine, list(QUESTIONS), batch_size=1, policy=tradeoff.OBSERVED_POLICY
+    ):
+        for spelling in ("vanilla", "des-vote:beta=0.4", "mc-moe:beta=0.5,protect=0.1"):
+            policy = parse_policy(spelling)
+            routing = route(replace(watched.scores, vanilla_ids=None), policy)
+            expected = moe_output(engine.model, watched, routing)
+            with torch.inference_mode():
+                found = layers.layer_runner(moes[watched.layer], watched, policy)()
+            assert torch.equal(found, expected)
+
+
+def test_what_is_watched_for_importance_routes_as_vanilla(tmp_path: Path) -> None:
+    engine = tiny(tmp_path)
+    plain = collect_observations(engine, list(QUESTIONS), batch_size=1)
+    weighed = collect_observations(
+        engine, list(QUESTIONS), batch_size=1, policy=tradeoff.OBSERVED_POLICY
+    )
+    assert len(plain) == len(weighed)
+    for one, other in zip(plain, weighed, strict=True):
+        assert torch.equal(one.routing.topk_ids, other.routing.topk_ids)
+        assert torch.equal(one.routing.topk_weights, other.routing.topk_weights)
+
+
+# The explosion
+
+
+@given(experts=st.integers(1, 512), share=st.floats(0, 1), tokens=st.integers(1, 200))
+def test_by_lot_lies_between_one_token_and_all_experts(
+    experts: int, share: float, tokens: int
+) -> None:
+    k = max(1, round(share * experts))
+    assert expected_uniform(experts, k, 1) == pytest.approx(k)
+    assert (
+        k - 1e-6
+        <= expected_uniform(experts, k, tokens)
+        <= expected_uniform(experts, k, tokens + 1) + 1e-9
+    )
+    assert expected_uniform(experts, k, tokens) <= experts
+
+
+def test_by_lot_is_what_the_paper_says_for_blocks_of_32() -> None:
+    assert round(expected_uniform(256, 8, 32)) == 163
+    assert round(expected_uniform(64, 8, 32)) == 63
+
+
+def test_a_point_of_the_curve_by_hand() -> None:
+    seen = {1: torch.tensor([4.0, 8.0, 6.0]), 2: torch.tensor([2.0, 4.0, 12.0])}
+    found = summarize_block_size(16, seen)  # means over layers: 3, 6, 9
+    assert (found["mean"], found["low"], found["high"]) == (6.0, 4.5, 7.5)
+    assert (found["forwards"], found["layers"]) == (3, [6.0, 6.0])
+
+
+def test_forwards_are_put_together_by_how_many_positions_are_masked() -> None:
+    masked, mean = torch.tensor([32, 31, 4, 1]), torch.tensor([10.0, 20.0, 30.0, 50.0])
+    assert bin_by_masked(masked, mean, 32) == [
+        {"masked": 2.5, "forwards": 2, "mean": 40.0},
+        {"masked": 31.5, "forwards": 2, "mean": 15.0},
+    ]
+
+
+def test_experts_are_counted_as_the_engine_counts_them(tmp_path: Path) -> None:
+    engine = tiny(tmp_path)
+    facts = ExplosionExperiment(blocks=(8, 32)).measure(lab(tmp_path, engine))
+    curves = {curve["policy"]: curve for curve in facts["curves"]}  # type: ignore[attr-defined]
+    for policy, curve in curves.items():
+        for there in curve["points"]:
+            told = [
+                engine.generate(question, policy=policy, block=there["block"]).experts
+                for question in QUESTIONS[:3]
+            ]
+            forwards = [each.forwards for each in told]
+            whole = sum(each.mean * n for each, n in zip(told, forwards, strict=True))
+            assert there["forwards"] == sum(forwards)
+            assert there["mean"] == pytest.approx(whole / sum(forwards))
+    assert [p["block"] for p in curves["vanilla"]["points"]] == [8, 32]
+    for policy in ("des-vote:beta=0.3", "des-vote:beta=0.15"):
+        coreset = coreset_budget(policy, 16)
+        assert coreset == curves[policy]["budget"] == int(float(policy[-4:].strip("=")) * 16)
+        assert all(there["high"] <= coreset for there in curves[policy]["points"])
+
+
+def test_blocks_that_do_not_fit_are_left_out_and_said_to_be(tmp_path: Path) -> None:
+    engine = tiny(tmp_path, longest=60)
+    found = ExplosionExperiment(blocks=(8, 64))
+    facts = found.measure(lab(tmp_path, engine))
+    told = [each for each in found.findings(facts) if isinstance(each, str)]
+    assert [each.split(" were")[0] for each in told] == ["Blocks of 64"]
+    assert "the model has 60" in told[0]
+
+
+# The roofline
+
+
+@given(peak=st.floats(1, 1e12), read=st.floats(1, 1e12), at=st.floats(1e-3, 1e3))
+def test_nothing_is_attainable_above_either_roof(peak: float, read: float, at: float) -> None:
+    best = roofline.attainable_flops(at, peak, read)
+    assert best == min(peak, at * read)
+
+
+def test_bytes_come_from_experts_and_operations_from_pairs(tmp_path: Path) -> None:
+    chapter = RooflineExperiment(shapes=(SMALL,), pace=QUICK)
+    facts = chapter.measure(lab(tmp_path))
+    own, small = facts["roofs"]  # type: ignore[misc]
+    assert own["bench"]["expert_bytes"] == 3 * 32 * 16 * 4
+    assert small["bench"]["expert_bytes"] == 3 * 32 * 16 * 2
+    for roof in (own, small):
+        k, size = roof["bench"]["k"], roof["bench"]["expert_bytes"] / (3 * 32 * 16)
+        plain = [each for each in roof["points"] if each["policy"] == "vanilla"]
+        assert [each["tokens"] for each in plain] == list(roofline.TOKEN_COUNTS)
+        for each in plain:
+            pairs = each["tokens"] * k
+            assert each["flops"] == 6 * 32 * 16 * pairs
+            assert each["intensity"] == pytest.approx(2 * pairs / (each["used"] * size))
+        assert plain[0]["used"] == k
+
+
+@pytest.mark.parametrize("experts", ["int8", "int4"])
+def test_experts_in_few_bits_are_timed_with_the_models_tokens(tmp_path: Path, experts: str) -> None:
+    tiny(tmp_path)
+    engine = coterie.load(
+        tmp_path / "model", max_new_tokens=20, unmask="fixed:steps=2", device="cpu", experts=experts
+    )
+    bench = model_bench_layer(engine)
+    assert bench.inputs(3, torch.Generator().manual_seed(0)).dtype == torch.float32
+    facts = RooflineExperiment(shapes=(), pace=QUICK).measure(lab(tmp_path, engine))
+    [own] = facts["roofs"]  # type: ignore[misc]
+    assert own["bench"]["expert_bytes"] == bench.expert_bytes < 3 * 32 * 16 * 4
+    assert own["peak"] == facts["limits"]["flops_per_second"]["float32"]  # type: ignore[index]
+
+
+@given(fixed=positive, each=positive, pair=positive)
+def test_the_reading_share_is_what_goes_with_experts(
+    fixed: float, each: float, pair: float
+) -> None:
+    points = [
+        roofline.RooflinePoint(
+            policy="vanilla", tokens=1, used=used, pairs=pairs, intensity=1, flops=1,
+            seconds=timing.timing_stats([fixed + each * used + pair * pairs]),
+        )
+        for used, pairs in ((8.0, 8.0), (80.0, 256.0), (38.0, 256.0), (100.0, 512.0))
+    ]  # fmt: skip
+    share = each * 80 / (fixed + each * 80 + pair * 256)
+    assert roofline.reading_share(points, points[1]) == pytest.approx(share, rel=1e-3, abs=1e-6)
+
+
+# Parts of a forward
+
+
+def test_the_time_of_an_inner_part_is_not_the_outer_ones(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = iter([0.0, 1.0, 3.0, 3.5, 7.5, 8.5])
+    monkeypatch.setattr(time, "perf_counter", lambda: next(now))
+    watch = Stopwatch(CPU)
+    with watch("outer"):
+        with watch("inner"):
+            pass
+        with watch("inner"):
+            pass
+    assert watch.laps == {"outer": 1.0 + 0.5 + 1.0, "inner": 2.0 + 4.0}
+
+
+@pytest.mark.parametrize("policy", ["vanilla", "des-vote:beta=0.3", "des-seq:k=2"])
+def test_a_timed_model_says_what_the_model_says(tmp_path: Path, policy: str) -> None:
+    engine = tiny(tmp_path)
+    watch = Stopwatch(CPU)
+    wrapped = Engine(timed_model(engine.model, watch), generation=engine.generation)
+    for question in QUESTIONS:
+        with watch(OTHER):
+            found = wrapped.generate(question, policy=policy)
+        expected = engine.generate(question, policy=policy)
+        assert found.tokens == expected.tokens
+        assert found.experts == expected.experts
+    assert set(watch.laps) == set(PARTS)
+
+
+def test_the_parts_add_up_to_the_forward(tmp_path: Path) -> None:
+    facts = BreakdownExperiment(rounds=1).measure(lab(tmp_path))
+    for each in facts["policies"]:  # type: ignore[attr-defined]
+        assert sum(each["shares"].values()) == pytest.approx(1.0)
+        assert set(each["parts"]) == set(PARTS)
+
+
+# The selection
+
+
+def test_every_version_selects_what_routing_selects() -> None:
+    router = selection.scale_router(RouterSpec(16, 4, "sigmoid", True, groups=4, topk_groups=2), 64)
+    assert (router.groups, router.topk_groups, router.experts) == (4, 2, 64)
+    scores = routings.skewed_scores(router, 16, 1.0, torch.Generator().manual_seed(3))
+    for select in VERSIONS.values():
+        for spelling in ("vanilla", "des-seq:k=2", "des-vote:beta=0.2", "xshare:beta=0.3"):
+            policy = parse_policy(spelling)
+            found, expected = select(scores, policy), route(scores, policy)
+            assert torch.equal(found.topk_ids, expected.topk_ids)
+            torch.testing.assert_close(found.topk_weights, expected.topk_weights, rtol=1e-6, atol=0)
+
+
+def test_groups_that_do_not_divide_are_given_up() -> None:
+    router = selection.scale_router(RouterSpec(18, 4, "sigmoid", True, groups=6, topk_groups=2), 64)
+    assert (router.groups, router.topk_groups) == (1, 1)
+
+
+# Latency against accuracy
+
+places = st.lists(st.tuples(st.floats(0, 9), st.floats(0, 1)), min_size=1, max_size=30)
+
+
+@given(points=places)
+def test_the_front_holds_what_nothing_beats(points: list[tuple[float, float]]) -> None:
+    best = tradeoff.pareto_points(points)
+    assert set(best) <= set(points)
+    for cost, gain in points:
+        assert any(c <= cost and g >= gain for c, g in best)
+    assert best == sorted(best)
+    assert [gain for _, gain in best] == sorted({gain for _, gain in best})
+
+
+def test_every_policy_of_the_accuracy_record_is_timed_and_counted(tmp_path: Path) -> None:
+    here = lab(tmp_path)
+    leave(tmp_path, "accuracy", accuracy(16))
+    facts = TradeoffExperiment(rounds=1).measure(here)
+    found = {point["policy"]: point for point in facts["points"]}  # type: ignore[attr-defined]
+    asked = here.questions()
+    seen = collect_observations(here.engine, asked, batch_size=1, max_forwards=FORWARDS_PER_PROMPT)
+    used = [float(watched.routing.used.sum()) for watched in seen]
+    assert found["vanilla"]["used"] == pytest.approx(sum(used) / len(used))
+    assert found["vanilla"]["pairs"] == found["des-seq:k=2"]["pairs"] == 4
+    assert found["mc-moe:beta=0.4,protect=0.02"]["pairs"] < 4
+    assert found["des-vote:beta=0.3"]["used"] <= 4
+    assert found["des-vote:beta=0.3"]["accuracy"] == 0.3
+
+
+def test_without_an_accuracy_record_the_chapter_says_what_it_needs(tmp_path: Path) -> None:
+    with pytest.raises(CoterieError, match="record of the chapter accuracy"):
+        TradeoffExperiment().measure(lab(tmp_path))
+
+
+# All chapters
+
+
+def chapters() -> list[Experiment]:
+    """Latency comes before what reads its record."""
+    return [
+        ExplosionExperiment(blocks=(8, 16)),
+        RooflineExperiment(shapes=(SMALL,), pace=QUICK),
+        BreakdownExperiment(rounds=1),
+        LatencyExperiment(shapes=(SMALL,), pace=QUICK),
+        SelectionExperiment(rounds=1),
+        TradeoffExperiment(rounds=1),
+    ]
+
+
+def test_chapters_draw_and_tell_from_stored_facts_alone(tmp_path: Path) -> None:
+    told = Told()
+    here = lab(tmp_path, told=told)
+    leave(tmp_path, "accuracy", accuracy(16))
+    for chapter in chapters():
+        told.shares.clear()
+        leave(tmp_path, chapter.name, chapter.measure(here))
+        assert told.shares
+        assert told.shares == sorted(told.shares)
+        assert all(0 <= share <= 1 for share in told.shares)
+    del here
+    names: list[str] = []
+    for chapter in chapters():
+        path = tmp_path / "records" / f"{chapter.name}.json"
+        facts = json.loads(path.read_text(encoding="utf-8"))["facts"]
+        for drawing in chapter.drawings(facts):
+            names.append(drawing.name)
+            light, dark = (
+                render_svg(drawing.draw, name=drawing.name, scheme=scheme)
+                for scheme in ("light", "dark")
+            )
+            assert light != dark
+            assert "<svg" in light
+        for table in chapter.tables(facts):
+            assert table.rows
+            assert {len(row) for row in table.rows} == {len(table.heads)}
+        findings = chapter.findings(facts)
+        assert findings
+        judged = [each for each in findings if isinstance(each, Finding)]
+        assert all(each.verdict is not None for each in judged if each.claim)
+    assert len(names) == len(set(names)) == 11
+
+
+def test_the_study_has_these_chapters() -> None:
+    names = {chapter.name for chapter in chapters()}
+    assert names <= set(EXPERIMENTS)
+    assert [EXPERIMENTS[name].name for name in names] == list(names)

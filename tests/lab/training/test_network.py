@@ -1,0 +1,244 @@
+"""What is trained is LLaDA2, its gradients are right, and a run survives interruptions."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file
+from shared_data import golden
+from torch import Tensor
+
+from coterie.errors import CoterieError
+from coterie.lab.training import export
+from coterie.lab.training.attend import masked_attention
+from coterie.lab.training.batch import TrainingBatch
+from coterie.lab.training.experts import run_experts, sort_by_expert
+from coterie.lab.training.loop import TrainingConfig, train
+from coterie.lab.training.network import (
+    NetworkShape,
+    TrainingNetwork,
+    additive_mask,
+    select_experts,
+)
+from coterie.lab.training.optim import orthogonalize
+
+SMALL = NetworkShape(
+    vocab_size=16,
+    hidden_size=16,
+    layers=2,
+    heads=2,
+    kv_heads=1,
+    head_dim=8,
+    dense_width=16,
+    experts=8,
+    k=2,
+    groups=2,
+    topk_groups=1,
+    expert_width=8,
+    block=4,
+)
+CONFIG = TrainingConfig(
+    steps=6,
+    shape=SMALL,
+    warmup_steps=2,
+    save_every=3,
+    log_every=1,
+    precision="fp32",
+    initial_bias_update_rate=0.05,
+)
+
+
+def golden_shape(config: dict) -> NetworkShape:
+    """The shape that an official configuration describes."""
+    return NetworkShape(
+        vocab_size=config["vocab_size"],
+        hidden_size=config["hidden_size"],
+        layers=config["num_hidden_layers"],
+        heads=config["num_attention_heads"],
+        kv_heads=config["num_key_value_heads"],
+        head_dim=config["head_dim"],
+        rotary_fraction=config["partial_rotary_factor"],
+        rope_theta=config["rope_theta"],
+        dense_layers=config["first_k_dense_replace"],
+        dense_width=config["intermediate_size"],
+        experts=config["num_experts"],
+        k=config["num_experts_per_tok"],
+        groups=config["n_group"],
+        topk_groups=config["topk_group"],
+        expert_width=config["moe_intermediate_size"],
+        shared_experts=config["num_shared_experts"],
+        routed_scale=config["routed_scaling_factor"],
+    )
+
+
+def counting(step: int) -> TrainingBatch:
+    """Rows that count upwards, half of them masked; a function of the step alone."""
+    draw = torch.Generator().manual_seed(step)
+    first = torch.randint(0, 15, (4, 1), generator=draw)
+    clean = (first + torch.arange(16)) % 15
+    hidden = torch.rand(4, 16, generator=draw) < 0.5
+    return TrainingBatch(
+        tokens=torch.where(hidden, 15, clean),
+        positions=torch.arange(16).expand(4, 16).clone(),
+        block_mask=torch.ones(4, 4, 4).tril().bool(),
+        targets=torch.where(hidden, clean, -100),
+        weights=torch.rand(4, 16, generator=draw) + 0.5,
+    )
+
+
+def plain_experts(x: Tensor, weights: Tensor, ids: Tensor, matrices: Tensor) -> Tensor:
+    """The definition: every token, every choice, in a loop."""
+    rows = []
+    for token, chosen, scale in zip(x, ids.tolist(), weights, strict=True):
+        outs = [
+            (F.silu(matrices[e, 0] @ token) * (matrices[e, 1] @ token)) @ matrices[e, 2] * w
+            for e, w in zip(chosen, scale, strict=True)
+        ]
+        rows.append(torch.stack(outs).sum(0))
+    return torch.stack(rows)
+
+
+def gradients(value: Tensor, leaves: list[Tensor]) -> tuple[Tensor, ...]:
+    """Slopes of a fixed random functional of ``value``."""
+    direction = torch.randn(value.shape, generator=torch.Generator().manual_seed(9)).to(value.dtype)
+    return torch.autograd.grad((value * direction).sum(), leaves)
+
+
+def test_forward_equals_golden() -> None:
+    folder = golden("llada2", "a")
+    config = json.loads((folder / "config.json").read_text())
+    reference = np.load(folder / "reference.npz")
+    network = TrainingNetwork(golden_shape(config))
+    export.load_network(network, folder)
+    allowed = torch.from_numpy(reference["attention_mask_bool"])
+    logits, loads = network(
+        torch.from_numpy(reference["input_ids"]),
+        torch.from_numpy(reference["position_ids"]),
+        torch.where(allowed, 0.0, -torch.inf),
+    )
+    wanted = torch.from_numpy(reference["logits"])
+    assert (logits.view_as(wanted) - wanted).abs().max() < 2e-4
+    ids = reference["topk_ids"].reshape(len(loads), -1)
+    assert [np.bincount(row, minlength=16).tolist() for row in ids] == loads.tolist()
+
+
+def test_configuration_has_exactly_the_official_keys() -> None:
+    official = json.loads((golden("llada2", "a") / "config.json").read_text())
+    mine = export.hf_config(golden_shape(official), pad=official["pad_token_id"])
+    assert mine == official | {"dtype": "bfloat16"}
+
+
+def test_experts_and_their_gradients_equal_the_definition() -> None:
+    draw = torch.Generator().manual_seed(1)
+    x = torch.randn(9, 8, generator=draw, requires_grad=True)
+    weights = torch.rand(9, 2, generator=draw, requires_grad=True)
+    matrices = torch.randn(5, 3, 4, 8, generator=draw, requires_grad=True)
+    # Expert 4 gets nothing: its gradient is zero, not whatever memory held.
+    ids = torch.stack([torch.randperm(4, generator=draw)[:2] for _ in range(9)])
+    mine, counts = run_experts(x, weights, ids, matrices)
+    plain = plain_experts(x, weights, ids, matrices)
+    torch.testing.assert_close(mine, plain, atol=1e-5, rtol=1e-5)
+    assert counts.tolist() == torch.bincount(ids.flatten(), minlength=5).tolist()
+    leaves = [x, weights, matrices]
+    for found, wanted in zip(gradients(mine, leaves), gradients(plain, leaves), strict=True):
+        torch.testing.assert_close(found, wanted, atol=1e-4, rtol=1e-4)
+
+
+def test_order_is_a_way_there_and_back() -> None:
+    ids = torch.tensor([[3, 0], [0, 1], [3, 1]])
+    rows = sort_by_expert(ids, 4)
+    assert rows.counts.tolist() == [2, 2, 0, 2]
+    assert rows.pair_index[rows.row_index.flatten()].tolist() == list(range(6))
+    assert (
+        torch.searchsorted(rows.expert_ends, rows.row_index.int(), right=True).tolist()
+        == ids.tolist()
+    )
+
+
+def test_attention_and_its_gradients_equal_the_library() -> None:
+    draw = torch.Generator().manual_seed(2)
+    q, k, v = (torch.randn(3, 2, 8, 4, generator=draw, requires_grad=True) for _ in range(3))
+    mask = additive_mask(torch.ones(3, 2, 2).tril().bool(), 4)
+    mine = masked_attention(q, k, v, mask)
+    plain = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+    torch.testing.assert_close(mine, plain)
+    for found, wanted in zip(gradients(mine, [q, k, v]), gradients(plain, [q, k, v]), strict=True):
+        torch.testing.assert_close(found, wanted, atol=1e-5, rtol=1e-5)
+
+
+def test_weights_ignore_the_bias_that_chooses() -> None:
+    logits = torch.randn(6, 8, generator=torch.Generator().manual_seed(3))
+    bias = torch.zeros(8)
+    bias[5] = 10.0
+    ids, weights = select_experts(logits, bias, SMALL)
+    assert (ids == 5).any(-1).all()
+    chosen = torch.sigmoid(logits).gather(1, ids)
+    torch.testing.assert_close(weights, 2.5 * chosen / chosen.sum(-1, keepdim=True))
+
+
+def test_orthogonal_steps_have_singular_values_near_one() -> None:
+    matrices = torch.randn(4, 32, 8, generator=torch.Generator().manual_seed(4))
+    values = torch.linalg.svdvals(orthogonalize(matrices).float())
+    assert values.min() > 0.5
+    assert values.max() < 1.3
+
+
+def test_parts_of_a_batch_keep_its_divisor() -> None:
+    batch = counting(0)
+    parts = batch.split(2)
+    assert [p.total_weight() for p in parts] == [batch.total_weight()] * 2
+    assert torch.equal(torch.cat([p.tokens for p in parts]), batch.tokens)
+
+
+def test_workers_sum_to_what_one_worker_finds(tmp_path: Path) -> None:
+    one = train(counting, replace(CONFIG, steps=1, workers=1), tmp_path / "one")
+    two = train(counting, replace(CONFIG, steps=1, workers=2), tmp_path / "two")
+    # AdamW's first step is a sign, so compare what Muon moves, smoothly.
+    for mine, theirs in zip(one.matrices(), two.matrices(), strict=True):
+        torch.testing.assert_close(mine, theirs, atol=2e-3, rtol=0)
+
+
+def test_resumed_run_equals_an_uninterrupted_one(tmp_path: Path) -> None:
+    whole = train(counting, CONFIG, tmp_path / "whole")
+    with pytest.raises(InterruptedError):
+        train(counting, CONFIG, tmp_path / "half", on_log=_interrupt)
+    again = train(counting, CONFIG, tmp_path / "half")
+    for name, weight in whole.checkpoint_tensors().items():
+        assert torch.equal(weight, again.checkpoint_tensors()[name]), name
+
+
+def _interrupt(line: dict[str, object]) -> None:
+    if line["step"] == 5:
+        raise InterruptedError
+
+
+def test_a_folder_of_another_run_is_refused(tmp_path: Path) -> None:
+    train(counting, replace(CONFIG, steps=1), tmp_path)
+    with pytest.raises(CoterieError, match="other settings"):
+        train(counting, replace(CONFIG, seed=1), tmp_path)
+
+
+def test_balance_moves_load_to_idle_experts(tmp_path: Path) -> None:
+    train(counting, replace(CONFIG, steps=60, bias_update_rate=0.05), tmp_path)
+    records = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    effective = [r["effective"][0] for r in records if "effective" in r]
+    assert np.mean(effective[-10:]) > np.mean(effective[:5])
+    assert records[-1]["loss"] < records[1]["loss"]
+
+
+def test_export_loads_back(tmp_path: Path) -> None:
+    network = TrainingNetwork(SMALL, seed=5)
+    export.save_network(network, tmp_path)
+    again = TrainingNetwork(SMALL, seed=6)
+    export.load_network(again, tmp_path)
+    for name, weight in network.checkpoint_tensors().items():
+        assert torch.equal(weight.bfloat16().float(), again.checkpoint_tensors()[name].float()), (
+            name
+        )
+    assert load_file(tmp_path / "model.safetensors")["lm_head.weight"].dtype is torch.bfloat16

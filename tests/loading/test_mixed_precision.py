@@ -1,0 +1,323 @@
+"""Whole models in two precisions: from two folders, behind one memory, on the command line."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from policy_strategies import law
+from test_mixed_precision_store import Plainly, moved
+from test_cached_store import (
+    ASKED,
+    PROMPT,
+    needs_kernels,
+)
+from torch import Tensor
+
+import coterie
+from coterie.checkpoints.conversion import ConversionTarget, convert
+from coterie.checkpoints.manifest import MANIFEST
+from coterie.cli.entry import run
+from coterie.engine.engine import Engine
+from coterie.errors import CoterieError
+from coterie.lab.evals.run import run_identity
+from coterie.loading.expert_memory import ExpertMemoryConfig
+from coterie.loading.low_precision import (
+    LowPrecisionExperts,
+    PrecisionPolicy,
+    PrecisionSplit,
+    PromoteUsed,
+    StaticVotes,
+    VoteMassPrecision,
+)
+from coterie.loading.saved_votes import SavedVotes
+from coterie.model.moe import MoE
+from coterie.offload.mixed_precision_store import MixedPrecisionStore
+from coterie.offload.resident_store import ResidentExpertStore
+from coterie.testing import write_checkpoint
+from coterie.values import ExpertRequest, Slab
+
+
+@dataclass
+class Plain:
+    """All experts of two folders in memory; of each layer a plain rule says which one serves."""
+
+    fine: ResidentExpertStore
+    coarse: ResidentExpertStore
+    rules: dict[int, Plainly]
+
+    def serve(self, layer: int, demand: ExpertRequest) -> Iterator[Slab]:
+        rule, everyone = self.rules[layer], range(len(demand.used))
+        used, votes = demand.used.tolist(), demand.votes
+        assert votes is not None
+        rule.asked(used, votes.tolist())
+        who = torch.tensor([expert in rule.fine for expert in everyone])
+        for held, mask in ((self.fine, who), (self.coarse, ~who)):
+            slab = held.slabs[layer]
+            yield replace(slab, slot_of=slab.slot_of.where(mask, -1))
+        rule.served(used)
+
+    def resident(self, layer: int) -> Tensor | None:
+        del layer
+        return None
+
+    def slots(self, layer: int) -> int | None:
+        del layer
+        return None
+
+
+def folders(folder: Path, kinds: tuple[str, str], family: str = "llada2") -> tuple[Path, Path]:
+    """One tiny model of 16 experts a layer, packed twice."""
+    whole = write_checkpoint(folder / "whole", family, dtype=torch.bfloat16)
+    for kind in kinds:
+        convert(whole, folder / kind, ConversionTarget.parse(kind))
+    return folder / kinds[0], folder / kinds[1]
+
+
+def opened(folder: Path, memory: ExpertMemoryConfig | None = None) -> Engine:
+    return coterie.load(folder, dtype="float32", device="cpu", expert_memory=memory)
+
+
+def plainly(fine: Path, coarse: Path, own: MixedPrecisionStore) -> tuple[Engine, Plain]:
+    """An engine that answers by the plain rule, begun where ``own`` begins."""
+    model, rough = opened(fine).model, opened(coarse).model
+    networks = [one.feed_forward for one in model.transformer.layers]
+    held = next(one.store for one in networks if isinstance(one, MoE))
+    others = next(
+        one.feed_forward.store
+        for one in rough.transformer.layers
+        if isinstance(one.feed_forward, MoE)
+    )
+    assert isinstance(held, ResidentExpertStore)
+    assert isinstance(others, ResidentExpertStore)
+    rules = {}
+    for layer in model.spec.moe_layers:
+        votes = [float(vote) for vote in own.warm_votes.get(layer, np.zeros(16))]
+        order = sorted(range(16), key=lambda e: (-votes[e], e))[: own.high_precision.capacity]
+        fine_first = {e for e in order if votes[e]}
+        rules[layer] = Plainly(
+            own.high_precision.capacity, own.max_promotions, own.vote_mass, fine_first, votes
+        )
+    store = Plain(held, others, rules)
+    layers = tuple(
+        replace(one, feed_forward=replace(one.feed_forward, store=store))
+        if isinstance(one.feed_forward, MoE)
+        else one
+        for one in model.transformer.layers
+    )
+    transformer = replace(model.transformer, layers=layers)
+    return Engine(replace(model, transformer=transformer)), store
+
+
+def drawn_votes(layers: Sequence[int]) -> SavedVotes:
+    draw = np.random.default_rng(1)
+    return SavedVotes.of("drawn", layers, draw.integers(0, 9, (len(layers), 16)) / 1.0)
+
+
+@needs_kernels
+@pytest.mark.parametrize(
+    ("family", "kinds", "memory", "placement"),
+    [
+        ("llada2", ("int8", "int4"), "35%", PromoteUsed(1)),
+        ("llada2", ("bf16", "int4"), "20%", PromoteUsed(3)),
+        ("llada-moe", ("int8", "int4"), "70%", PromoteUsed()),
+        ("llada-moe", ("int8", "int4"), "40%", VoteMassPrecision()),
+        ("llada2", ("bf16", "int4"), "25%", VoteMassPrecision(0.4)),
+        ("sdar-moe", ("bf16", "int4"), "35%", StaticVotes()),
+        ("llada2", ("int8", "int4"), "75%", StaticVotes()),
+    ],
+)
+def test_a_model_answers_as_if_each_expert_had_the_precision_of_its_placement(
+    tmp_path: Path, family: str, kinds: tuple[str, str], memory: str, placement: PrecisionPolicy
+) -> None:
+    fine, coarse = folders(tmp_path, kinds, family)
+    layers = opened(fine).model.spec.moe_layers
+    warm = drawn_votes(layers) if isinstance(placement, StaticVotes) else None
+    asked = ExpertMemoryConfig.parse(
+        memory, warm_start=warm, fallback_model=LowPrecisionExperts(coarse, placement)
+    )
+    own = opened(fine, asked)
+    store = mixed_of(own)
+    reference, plain = plainly(fine, coarse, store)
+    for policy in ("vanilla", "des-vote:beta=0.3"):
+        found, true = (one.generate(PROMPT, policy=policy, **ASKED) for one in (own, reference))
+        assert found.tokens == true.tokens
+    for layer in layers:
+        here = set(np.flatnonzero(store._layer(layer).slots.resident).tolist())
+        assert here == plain.rules[layer].fine
+    assert (store.precision_stats.promotions > 0) == (not isinstance(placement, StaticVotes))
+    assert 0 < store.precision_stats.high_share_sum < store.precision_stats.forwards
+    assert store.precision_stats.bound_sum > 0
+
+
+def mixed_of(engine: Engine) -> MixedPrecisionStore:
+    network = next(
+        one.feed_forward
+        for one in engine.model.transformer.layers
+        if isinstance(one.feed_forward, MoE)
+    )
+    assert isinstance(network.store, MixedPrecisionStore)
+    return network.store
+
+
+@needs_kernels
+def test_a_whole_model_in_two_precisions_reads_each_expert_once(tmp_path: Path) -> None:
+    fine, coarse = folders(tmp_path, ("int8", "int4"))
+    warm = drawn_votes(opened(fine).model.spec.moe_layers)
+    engine = opened(
+        fine,
+        ExpertMemoryConfig.parse(
+            "75%", warm_start=warm, fallback_model=LowPrecisionExperts(coarse, StaticVotes())
+        ),
+    )
+    store = mixed_of(engine)
+    assert store.high_precision.capacity + store.low_precision.capacity == 16
+    engine.generate(PROMPT, **ASKED)
+    traffic = store.traffic_log.traffic()
+    places = (store.high_precision.capacity, store.low_precision.capacity)
+    assert moved(store) == {"disk, int8": 2 * places[0], "disk, int4": 2 * places[1]}
+    assert traffic.hit_rate == 1
+    sizes = (store.high_precision.expert_bytes, store.low_precision.expert_bytes)
+    assert traffic.bytes_moved == 2 * sum(a * b for a, b in zip(places, sizes, strict=True))
+
+
+@needs_kernels
+def test_an_evaluation_knows_its_coarse_experts_wherever_they_lie(tmp_path: Path) -> None:
+    fine, coarse = folders(tmp_path, ("int8", "int4"))
+    asked = [ExpertMemoryConfig.parse("75%", fallback_model=LowPrecisionExperts(coarse))]
+    moved_to = coarse.rename(tmp_path / "elsewhere")
+    asked.append(ExpertMemoryConfig.parse("75%", fallback_model=LowPrecisionExperts(moved_to)))
+    coarse.symlink_to(moved_to)
+    found = [run_identity(opened(fine, memory), [])["memory"] for memory in asked]
+    assert found[0] == found[1]
+    config = moved_to / "config.json"
+    config.write_text(config.read_text() + "\n")
+    assert run_identity(opened(fine, asked[0]), [])["memory"] != found[0]
+
+
+@needs_kernels
+def test_two_folders_that_are_not_one_model_are_refused(tmp_path: Path) -> None:
+    fine, coarse = folders(tmp_path / "a", ("int8", "int4"))
+    other = write_checkpoint(tmp_path / "seed", "llada2", seed=1, dtype=torch.bfloat16)
+    wider = write_checkpoint(tmp_path / "b", "llada2", vocab_size=100, dtype=torch.bfloat16)
+    convert(other, tmp_path / "seed-int4", ConversionTarget.parse("int4"))
+    convert(wider, tmp_path / "wider-int4", ConversionTarget.parse("int4"))
+    for first, second, told in (
+        (fine, tmp_path / "seed-int4", "not made of the same weights"),
+        (fine, tmp_path / "wider-int4", "vocab_size is 100, not 96"),
+        (coarse, fine, "are not smaller"),
+        (fine, other, "packed checkpoint"),
+    ):
+        with pytest.raises(CoterieError, match=told):
+            opened(
+                first, ExpertMemoryConfig.parse("35%", fallback_model=LowPrecisionExperts(second))
+            )
+    for folder in (tmp_path / "seed-int4", coarse):  # where no source is told, weights decide
+        listed = json.loads((folder / MANIFEST).read_text())
+        (folder / MANIFEST).write_text(json.dumps({**listed, "source": None}))
+    with pytest.raises(CoterieError, match="not made of the same weights"):
+        opened(
+            fine,
+            ExpertMemoryConfig.parse(
+                "35%", fallback_model=LowPrecisionExperts(tmp_path / "seed-int4")
+            ),
+        )
+    assert mixed_of(
+        opened(fine, ExpertMemoryConfig.parse("35%", fallback_model=LowPrecisionExperts(coarse)))
+    )
+
+
+@needs_kernels
+@pytest.mark.parametrize(
+    ("memory", "placement", "told"),
+    [
+        ("35%", "votes", "--warm FILE"),
+        ("100%", "upgrades", "--coarse has no effect"),
+        ("1", "upgrades:share=0.5", "less than one of each"),
+        ("35%", "upgrades:share=1", "share must be at least 0.01"),
+        ("35%", "upgrades:most=0", "most must be at least 1"),
+        ("35%", "best", "unknown placement 'best'; known: ballot, upgrades, votes"),
+    ],
+)
+def test_two_precisions_that_cannot_be_had_are_refused(
+    tmp_path: Path, memory: str, placement: str, told: str
+) -> None:
+    fine, few = folders(tmp_path, ("int8", "int4"))
+    with pytest.raises(CoterieError, match=told):
+        opened(
+            fine,
+            ExpertMemoryConfig.parse(
+                memory, fallback_model=LowPrecisionExperts.parse(str(few), placement)
+            ),
+        )
+
+
+@given(st.integers(1, 300), st.floats(0.01, 0.99), st.integers(2, 40), st.integers(1, 39))
+@law(100)
+def test_a_split_stays_inside_its_memory(
+    room: int, share: float, experts: int, coarse: int
+) -> None:
+    fine = 40
+    try:
+        split = PrecisionSplit.of(
+            room * 10, share, experts=experts, high_bytes=fine, low_bytes=coarse
+        )
+    except CoterieError:
+        return
+    assert split.high_slots * fine + split.low_slots * coarse <= room * 10
+    assert split.high_slots >= 1
+    assert split.low_slots >= 1
+    assert split.high_slots + split.low_slots <= experts
+    assert split.high_slots >= min(experts - 1, int(share * room * 10) // fine) or (
+        split.high_slots + split.low_slots == experts
+    )
+
+
+@needs_kernels
+def test_the_command_says_which_precision_served(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    fine, coarse = folders(tmp_path, ("int8", "int4"))
+    words = ["generate", "5 17 33", "-m", str(fine), "-n", "8", "--block", "8", "--json"]
+    words += ["--expert-memory", "50%", "--coarse", str(coarse), "--placement", "upgrades:most=1"]
+    assert run(words) == 0
+    said = capsys.readouterr()
+    told = json.loads(said.out)
+    precision, traffic = told["expert_precision"], told["expert_traffic"]
+    slots = precision["fine_slots"], precision["coarse_slots"]
+    assert f"{slots[0]} of 16 experts a layer in int8 and {slots[1]} in int4" in said.err
+    assert traffic["slots"] == sum(slots)
+    assert set(traffic["bytes_moved_from"]) == {"disk, int8", "disk, int4"}
+    assert (precision["fine"], precision["coarse"]) == ("int8", "int4")
+    assert precision["votes_fine"] + precision["votes_coarse"] == pytest.approx(1)
+    assert 0 < precision["loss_bound"] < 1
+    listed = json.loads((coarse / MANIFEST).read_text())
+    for tensor in listed["tensors"].values():
+        tensor.pop("error", None)
+    (coarse / MANIFEST).write_text(json.dumps(listed))
+    assert run(words) == 0
+    said = capsys.readouterr()
+    assert json.loads(said.out)["expert_precision"]["loss_bound"] is None
+    assert "does not tell what its experts lost" in said.err
+
+
+@needs_kernels
+def test_an_option_of_two_precisions_without_them_is_an_error(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    fine, coarse = folders(tmp_path, ("int8", "int4"))
+    for options, told in (
+        (["--coarse", str(coarse)], "--coarse has no effect"),
+        (["--expert-memory", "35%", "--placement", "votes"], "--placement has no effect without"),
+    ):
+        assert run(["generate", "5 17", "-m", str(fine), *options]) == 2
+        said = capsys.readouterr()
+        assert told in said.err
+        assert said.err.count("\n") == 1

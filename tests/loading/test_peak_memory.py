@@ -1,0 +1,69 @@
+"""Loading needs at most 1.15 times the memory of the weights that are kept, whatever the shards."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from coterie.checkpoints.model_info import inspect
+from coterie.testing import write_checkpoint
+
+STATUS = Path("/proc/self/status")
+SIZES = {
+    "vocab_size": 50_000,
+    "hidden_size": 512,
+    "head_dim": 64,
+    "num_attention_heads": 8,
+    "num_experts": 32,
+    "moe_intermediate_size": 512,
+    "intermediate_size": 1024,
+}
+LOAD = """
+import re, sys
+from pathlib import Path
+from coterie.loading.load import load_model
+
+def memory(name):
+    return int(re.search(name + r":\\s*(\\d+) kB", Path("/proc/self/status").read_text())[1]) * 1024
+
+before = memory("VmRSS")
+model = load_model(sys.argv[1], dtype=sys.argv[2], device="cpu")
+print(memory("VmHWM") - before, memory("VmRSS") - before)
+"""
+
+
+@pytest.mark.skipif(not STATUS.exists(), reason="the system does not tell a process's memory")
+@pytest.mark.parametrize(
+    ("shards", "stacked", "stored", "kept"),
+    [
+        (1, False, "bf16", "bf16"),
+        (1, True, "bf16", "fp32"),
+        (7, True, "bf16", "bf16"),
+        (40, False, "fp32", "bf16"),
+    ],
+)
+def test_loading_peaks_little_above_the_weights(
+    tmp_path: Path, shards: int, stacked: bool, stored: str, kept: str
+) -> None:
+    dtypes = {"bf16": torch.bfloat16, "fp32": torch.float32}
+    write_checkpoint(
+        tmp_path, "llada2", shards=shards, stacked=stacked, dtype=dtypes[stored], **SIZES
+    )
+    weights = inspect(tmp_path, dtype=dtypes[kept]).size.bytes
+    assert weights > 150 << 20
+    done = subprocess.run(
+        [sys.executable, "-c", LOAD, str(tmp_path), kept],
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    peak, after = map(int, done.stdout.split())
+    assert weights * 0.98 <= after <= peak <= weights * 1.15, json.dumps([weights, peak, after])

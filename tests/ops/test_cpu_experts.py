@@ -1,0 +1,328 @@
+"""The kernels for CPUs against plain arithmetic: every instruction set of this machine, forced."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from policy_strategies import law
+from torch import Tensor
+from torch.nn import functional as F
+
+from coterie import ops
+from coterie.errors import CoterieError
+from coterie.ops import cpu
+from coterie.ops.cpu import build, library
+from coterie.quantization import FORMATS, QTensor, QuantFormat, dequantize, quantize
+from coterie.values import PackedExperts, Routing, Slab
+
+HERE = Path(__file__).parent
+KINDS = ("bf16", "int8", "int4")
+TOGETHER = 32  # activations of a token that share a scale, in int8 and int4
+OF_H = 16  # of those between the two matrices
+CLOSE = 1e-2
+"""Of a small case, where one rounding of an activation that falls the other way is felt."""
+TIGHT = 2e-3
+EXACT = 1e-4
+"""Where activations are not rounded."""
+
+if not cpu.is_available():
+    pytest.skip("NOT TESTED: the kernels for CPUs are not built", allow_module_level=True)
+
+ISAS = cpu.available_isas()
+
+
+@given(
+    seed=st.integers(0, 999),
+    kind=st.sampled_from(KINDS),
+    isa=st.sampled_from(ISAS),
+    tokens=st.integers(1, 40),
+    hidden=st.integers(1, 200),
+    width=st.integers(1, 150),
+    threads=st.integers(1, 3),
+)
+@law(150)
+def test_kernels_equal_plain_arithmetic(
+    *, seed: int, kind: str, isa: str, tokens: int, hidden: int, width: int, threads: int
+):
+    case = Case(kind, tokens=tokens, hidden=hidden, width=width, seed=seed)
+    rounds = kind != "bf16" or isa == "avx512bf16"
+    assert case.error(isa, threads=threads) < (CLOSE if rounds else EXACT)
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("kind", KINDS)
+def test_kernels_take_many_tokens(kind: str, isa: str):
+    assert Case(kind, tokens=512, hidden=96, width=80, experts=3, k=2).error(isa) < TIGHT
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("kind", KINDS)
+def test_kernels_take_the_true_shape(kind: str, isa: str):
+    assert Case(kind, tokens=9, hidden=2048, width=512, experts=4, k=2).error(isa) < TIGHT
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_tokens_in_bf16_are_the_same_tokens(kind: str):
+    case = Case(kind, tokens=5, hidden=77, width=40)
+    half = case.x.bfloat16()
+    assert torch.equal(case.run(x=half), case.run(x=half.float()))
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("kind", KINDS)
+def test_threads_do_not_change_a_bit(kind: str, isa: str):
+    case = Case(kind, tokens=33, hidden=150, width=70)
+    first = case.run(isa, threads=1)
+    for threads in (1, 2, 3):
+        assert torch.equal(case.run(isa, threads=threads), first)
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_number_of_the_output_is_written(kind: str, isa: str):
+    case = Case(kind, tokens=7, hidden=45, width=20)
+    torch.use_deterministic_algorithms(True)  # new memory is then full of NaN
+    try:
+        assert torch.empty(3).isnan().all()
+        assert case.error(isa) < TIGHT
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_nobody_chose_is_not_read(kind: str):
+    case = Case(kind, tokens=3, hidden=64, width=32, experts=12, k=2)
+    panels = case.packed.gate_up
+    assert isinstance(panels, PackedExperts)
+    before = case.run()
+    panels.packed[case.packed.slot_of[~case.routing.used]] = 255  # NaN, as weight or as scale
+    assert torch.equal(case.run(), before)
+
+
+def test_nobody_and_the_absent_add_nothing():
+    case = Case("bf16", tokens=4, hidden=40, width=24, experts=3, k=2)
+    nobody = Routing(
+        torch.full((4, 2), -1),
+        case.routing.topk_weights,
+        case.routing.used,
+        case.routing.vanilla_ids,
+    )
+    assert not cpu.run_experts(case.x, nobody, case.packed).any()
+    absent = Slab(case.packed.gate_up, case.packed.down, torch.full((3,), -1))
+    assert not cpu.run_experts(case.x, case.routing, absent).any()
+
+
+def test_no_tokens_are_no_rows():
+    case = Case("int8", tokens=1, hidden=40, width=24)
+    ids = torch.empty(0, 2, dtype=torch.int64)
+    none = Routing(ids, torch.empty(0, 2), case.routing.used, ids)
+    assert cpu.run_experts(torch.empty(0, 40), none, case.packed).shape == (0, 40)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_not_a_number_does_not_vanish(kind: str):
+    case = Case(kind, tokens=3, hidden=40, width=24)
+    case.x[1, 7] = torch.nan
+    clean = torch.tensor([0, 2])
+    found = case.run()
+    assert found[1].isnan().any()
+    assert found[clean].isfinite().all()
+
+
+def test_a_routing_that_names_what_is_not_there_raises():
+    case = Case("bf16", tokens=2, hidden=40, width=24, experts=3, k=1)
+    for ids in (torch.tensor([[0], [3]]), torch.tensor([[9], [0]])):
+        wrong = Routing(ids, torch.ones(2, 1), case.routing.used, ids)
+        with pytest.raises(RuntimeError, match="an expert or a slot that is not there"):
+            cpu.run_experts(case.x, wrong, case.packed)
+    with pytest.raises(ValueError, match="tokens of 41 numbers meet experts of 40"):
+        cpu.run_experts(torch.zeros(2, 41), case.routing, case.packed)
+
+
+@pytest.mark.parametrize(
+    ("ids", "weights"),
+    [
+        (torch.zeros(2, 1, dtype=torch.int64), torch.ones(2, 1)),
+        (torch.zeros(3, 1, dtype=torch.int64), torch.ones(3, 2)),
+        (torch.zeros(3, 1, dtype=torch.int32), torch.ones(3, 1)),
+        (torch.zeros(3, 1, dtype=torch.int64), torch.ones(3, 1).bfloat16()),
+    ],
+)
+def test_a_routing_that_memory_does_not_hold_so_raises(ids: Tensor, weights: Tensor):
+    case = Case("bf16", tokens=3, hidden=40, width=24)
+    with pytest.raises(ValueError, match=r"ids .* and weights"):
+        cpu.run_experts(case.x, Routing(ids, weights, case.routing.used, ids), case.packed)
+
+
+def test_an_unknown_instruction_set_is_refused(monkeypatch: pytest.MonkeyPatch):
+    case = Case("bf16", tokens=2, hidden=40, width=24)
+    monkeypatch.setenv("COTERIE_ISA", "abacus")
+    with pytest.raises(CoterieError, match=r"COTERIE_ISA=abacus: .* known: portable"):
+        cpu.run_experts(case.x, case.routing, case.packed)
+
+
+def test_what_no_kernel_takes_stays_as_it_is():
+    plain = Slab(torch.zeros(2, 8, 4), torch.zeros(2, 4, 4), torch.arange(2))
+    assert ops.prepare(plain) is plain
+    odd = quantize(torch.ones(2, 8, 24), QuantFormat(8, 24))
+    slab = Slab(odd, quantize(torch.ones(2, 24, 4), QuantFormat(8, 24)), torch.arange(2))
+    assert ops.prepare(slab) is slab
+    with pytest.raises(ValueError, match="no kernel takes"):
+        cpu.pack(plain)
+
+
+def test_both_sides_agree_on_the_groups():
+    found = library.load_library()
+    assert found is not None
+    for name, form in FORMATS.items():
+        assert found.handle.coterie_group(library.FORMAT_IDS[name]) == form.group
+
+
+def test_packed_experts_weigh_what_their_numbers_do():
+    whole = 3 * 2048 * 512
+    sizes = [cpu.expert_bytes(kind, hidden=2048, width=512) for kind in KINDS]
+    assert sizes == [whole * 2, whole * 66 // 64, whole * 18 // 32]
+
+
+def test_without_the_library_it_is_said_once(tmp_path: Path):
+    program = (
+        "from pathlib import Path; import torch\n"
+        "from coterie import ops; from coterie.ops.cpu import library\n"
+        "from coterie.values import Slab\n"
+        "library.LIBRARY = Path('nowhere.so')\n"
+        "one = torch.ones(1, 2, 1).bfloat16()\n"
+        "half = Slab(one, one[:, :1], torch.arange(1))\n"
+        "assert ops.prepare(half) is half and ops.prepare(half) is half\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program],
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert done.stderr.count("without its own kernels") == 1
+
+
+def test_a_library_that_does_not_load_is_not_a_missing_compiler(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, caplog: pytest.LogCaptureFixture
+):
+    broken = tmp_path / "libcoterie.so"
+    broken.write_bytes(b"of another machine")
+    monkeypatch.setattr(library, "LIBRARY_PATH", broken)
+    assert library.load_library.__wrapped__() is None
+    assert "they do not load here" in caplog.text
+    assert "compiler" not in caplog.text
+
+
+def test_without_a_compiler_the_reason_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    monkeypatch.setenv("CXX", str(tmp_path / "no-such-compiler"))
+    with pytest.raises(build.NoCompilerError, match="no-such-compiler cannot be run"):
+        build.build(tmp_path / "library.so")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_sanitizers_find_nothing(tmp_path: Path):
+    watched(tmp_path, 30, "-O0", "-DCOTERIE_SMALL")
+
+
+@pytest.mark.slow
+def test_sanitizers_find_nothing_in_what_is_shipped(tmp_path: Path):
+    watched(tmp_path, 300, "-g")
+
+
+def watched(folder: Path, rounds: int, *flags: str) -> None:
+    """So many random cases under every instruction set, with addresses and arithmetic checked."""
+    checks = ("-fsanitize=address,undefined", "-fno-sanitize-recover=all")
+    extra = (*checks, "-fno-omit-frame-pointer", *flags)
+    program = build.build(folder / "driver", program=HERE / "kernels.cpp", extra_flags=extra)
+    done = subprocess.run([program, str(rounds)], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+class Case:
+    """Random experts, tokens, a routing with a -1 in it: what they make, and what they should."""
+
+    def __init__(
+        self,
+        kind: str,
+        *,
+        tokens: int,
+        hidden: int,
+        width: int,
+        experts: int = 6,
+        k: int = 3,
+        seed: int = 0,
+    ) -> None:
+        draw = torch.Generator().manual_seed(seed)
+        self.kind = kind
+        self.x = torch.randn(tokens, hidden, generator=draw)
+        gate_up = torch.randn(experts, 2 * width, hidden, generator=draw) * hidden**-0.5
+        down = torch.randn(experts, hidden, width, generator=draw) * width**-0.5
+        ids = torch.rand(tokens, experts, generator=draw).argsort(dim=1)[:, :k]
+        ids[-1, -1] = -1
+        used = torch.zeros(experts, dtype=torch.bool)
+        used[ids[ids >= 0]] = True
+        self.routing = Routing(ids, torch.rand(tokens, k, generator=draw), used, ids)
+        # The slots lie in another order than the experts.
+        slot_of = torch.randperm(experts, generator=draw)
+        slab = Slab(_kept(gate_up, kind), _kept(down, kind), slot_of)
+        self.plain = Slab(_whole(slab.gate_up), _whole(slab.down), slot_of)
+        self.packed = cpu.pack(slab)
+
+    def run(self, isa: str = ISAS[-1], *, threads: int = 2, x: Tensor | None = None) -> Tensor:
+        before, found = torch.get_num_threads(), os.environ.get("COTERIE_ISA")
+        torch.set_num_threads(threads)
+        os.environ["COTERIE_ISA"] = isa
+        try:
+            return ops.run_experts(self.x if x is None else x, self.routing, self.packed)
+        finally:
+            torch.set_num_threads(before)
+            os.environ.pop("COTERIE_ISA")
+            if found is not None:
+                os.environ["COTERIE_ISA"] = found
+
+    def error(self, isa: str, *, threads: int = 2) -> float:
+        """Of the output, in units of what adds up to it; activations rounded as the kernel does."""
+        expected = torch.zeros(self.x.shape, dtype=torch.float64)
+        size = torch.zeros_like(expected)
+        gate_up, down = self.plain.gate_up, self.plain.down
+        assert isinstance(gate_up, Tensor)
+        assert isinstance(down, Tensor)
+        x = _rounded(self.x, self.kind, isa, TOGETHER)
+        for token, choice in (self.routing.topk_ids >= 0).nonzero().tolist():
+            slot = self.plain.slot_of[self.routing.topk_ids[token, choice]]
+            gate, up = (gate_up[slot].double() @ x[token].double()).chunk(2)
+            h = _rounded((F.silu(gate) * up).float(), self.kind, isa, OF_H)
+            parts = down[slot].double() * h.double() * self.routing.topk_weights[token, choice]
+            expected[token] += parts.sum(dim=1)
+            size[token] += parts.abs().sum(dim=1)
+        found = self.run(isa, threads=threads).double()
+        return float((found - expected).norm() / size.norm().clamp(min=1e-30))
+
+
+def _kept(weight: Tensor, kind: str) -> Tensor | QTensor:
+    return weight.bfloat16() if kind == "bf16" else quantize(weight, FORMATS[kind])
+
+
+def _whole(weight: Tensor | QTensor | PackedExperts) -> Tensor:
+    assert not isinstance(weight, PackedExperts)
+    return dequantize(weight) if isinstance(weight, QTensor) else weight.float()
+
+
+def _rounded(x: Tensor, kind: str, isa: str, size: int) -> Tensor:
+    """Activations as the kernel sees them; ``size`` of them share a scale."""
+    if kind == "bf16":
+        return x.bfloat16().float() if isa == "avx512bf16" else x
+    groups = F.pad(x, (0, -x.shape[-1] % size)).unflatten(-1, (-1, size))
+    scale = groups.abs().amax(dim=-1, keepdim=True) / 127
+    whole = (groups / scale.clamp(min=1e-37)).round() * scale
+    return whole.flatten(-2)[..., : x.shape[-1]]

@@ -1,0 +1,334 @@
+"""Experts from kernels for a GPU say what the reference says: any shape, format and routing."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from gpu_compilation import compiled
+from hypothesis import Phase, given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from coterie.ops import reference
+from coterie.quantization import FORMATS, QTensor, QuantFormat, quantize
+from coterie.values import Routing, Slab, expert_mask
+
+pytest.importorskip("triton", reason="NOT TESTED: kernels for a GPU (triton is not installed)")
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
+NEAR = {FP32: 1e-5, FP16: 4e-3, BF16: 2e-2}
+"""Distance over size. Weights in few bits round once more on their way to bf16."""
+
+
+def layer(
+    experts: int, sizes: tuple[int, int], dtype: torch.dtype, form: QuantFormat | None, seed: int
+) -> Slab:
+    """Random experts, the slots in any order and some experts absent."""
+    (hidden, width), draw = sizes, torch.Generator().manual_seed(seed)
+    slots = max(1, experts - experts // 4)
+    gate_up = torch.randn(slots, 2 * width, hidden, generator=draw) * hidden**-0.5
+    down = torch.randn(slots, hidden, width, generator=draw) * width**-0.5
+    held = torch.randperm(experts, generator=draw)[:slots]
+    slot_of = torch.full((experts,), -1).scatter_(0, held, torch.arange(slots)).to(DEVICE)
+    if form is None:
+        return Slab(gate_up.to(DEVICE, dtype), down.to(DEVICE, dtype), slot_of)
+    return Slab(on_device(quantize(gate_up, form)), on_device(quantize(down, form)), slot_of)
+
+
+def on_device(weight: QTensor) -> QTensor:
+    return QTensor(weight.q.to(DEVICE), weight.scales.to(DEVICE), weight.format, weight.k)
+
+
+def routed(tokens: int, k: int, experts: int, used: int, seed: int) -> Routing:
+    """Every token its k of the first ``used`` experts; about a tenth of the ids are nobody."""
+    draw = torch.Generator().manual_seed(seed)
+    ids = torch.rand(tokens, max(used, k), generator=draw).argsort(-1)[:, :k] % experts
+    ids = ids.masked_fill(torch.rand(ids.shape, generator=draw) < 0.1, -1)
+    weights = torch.rand(ids.shape, generator=draw).masked_fill(ids < 0, 0.0)
+    used_mask = expert_mask(ids.flatten(), experts)
+    return Routing(*(tensor.to(DEVICE) for tensor in (ids, weights, used_mask, ids)))
+
+
+def inputs(tokens: int, hidden: int, dtype: torch.dtype, seed: int) -> Tensor:
+    draw = torch.Generator().manual_seed(seed + 1)
+    return torch.randn(tokens, hidden, generator=draw).to(DEVICE, dtype)
+
+
+def agree(x: Tensor, routing: Routing, slab: Slab, **how: object) -> None:
+    """The kernels' sum, against the reference's in fp32 on the same numbers."""
+    from coterie.ops.triton import experts
+
+    assert experts.supports(x, slab)
+    found = experts.run_experts(x, routing, slab, **how)
+    gate_up, down = (
+        weight.float() if isinstance(weight, Tensor) else weight
+        for weight in (slab.gate_up, slab.down)
+    )
+    expected = reference.run_experts(x.float(), routing, Slab(gate_up, down, slab.slot_of))
+    assert found.dtype == torch.float32
+    assert bool(torch.isfinite(found).all())
+    distance = (found - expected).norm() / expected.norm().clamp(min=1e-30)
+    assert float(distance) <= NEAR[x.dtype], float(distance)
+
+
+@settings(max_examples=12, phases=[Phase.explicit, Phase.reuse, Phase.generate])
+@given(
+    size=st.tuples(
+        st.sampled_from((1, 2, 7, 16, 17, 33)),
+        st.sampled_from(((64, 32), (96, 48), (40, 24), (33, 17))),
+    ),
+    dtype=st.sampled_from((FP32, BF16, FP16)),
+    form=st.sampled_from((None, None, FORMATS["int8"], FORMATS["int4"], QuantFormat(4, 16))),
+    k_of_used=st.sampled_from(((1, 1), (1, 12), (2, 3), (4, 12), (3, 3))),
+    seed=st.integers(0, 2**31),
+)
+def test_kernels_say_what_the_reference_says(
+    size: tuple[int, tuple[int, int]],
+    dtype: torch.dtype,
+    form: QuantFormat | None,
+    k_of_used: tuple[int, int],
+    seed: int,
+) -> None:
+    (tokens, sizes), (k, used) = size, k_of_used
+    slab = layer(12, sizes, dtype, form, seed)
+    agree(inputs(tokens, sizes[0], dtype, seed), routed(tokens, k, 12, used, seed), slab)
+
+
+@pytest.mark.parametrize("turned", [False, True])
+@pytest.mark.parametrize("form", [None, *FORMATS.values()])
+def test_every_way_of_cutting_it_up_agrees(form: QuantFormat | None, turned: bool) -> None:
+    from coterie.ops.triton.tuning import TileConfig
+
+    slab, x = layer(6, (192, 96), BF16, form, 3), inputs(40, 192, BF16, 3)
+    routing = routed(40, 2, 6, 6, 3)
+    for tokens, columns, step in ((16, 16, 64), (32, 32, 128), (64, 64, 64)):
+        plan = TileConfig(tokens, columns, step, warps=4, stages=3, transposed=turned)
+        agree(x, routing, slab, plans=(plan, plan))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("form", [None, *FORMATS.values()])
+def test_many_tokens(form: QuantFormat | None) -> None:
+    slab = layer(16, (256, 128), BF16, form, 4)
+    agree(inputs(512, 256, BF16, 4), routed(512, 4, 16, 16, 4), slab)
+
+
+LAUNCHES = """
+import torch
+from coterie.ops.expert_layout import Layout
+from coterie.ops.triton import experts, plans
+from coterie.quantization import FORMATS, QTensor
+from coterie.values import Routing, Slab
+
+def weight(rows, k, form):
+    if form is None:
+        return torch.empty(256, rows, k, dtype=DTYPE, device="meta")
+    held, groups = form.stored((256, rows, k))
+    q = torch.empty(held, dtype=form.dtype, device="meta")
+    scales = torch.empty(groups, dtype=torch.bfloat16, device="meta")
+    return QTensor(q, scales, form, k)
+
+def layer(hidden, width, form):
+    slot_of = torch.empty(256, dtype=torch.int64, device="meta")
+    return Slab(weight(2 * width, hidden, form), weight(hidden, width, form), slot_of)
+
+def in_blobs(slots, layout):
+    slot_of = torch.empty(256, dtype=torch.int64, device="meta")
+    return layout.shown(torch.empty(slots, layout.size, dtype=torch.uint8, device="meta"), slot_of)
+
+def run(tokens, slab, **how):
+    x = torch.empty(tokens, slab.down.shape[1], dtype=DTYPE, device="meta")
+    ids = torch.empty(tokens, 8, dtype=torch.int64, device="meta")
+    weights = torch.empty(tokens, 8, device="meta")
+    used = torch.empty(256, dtype=torch.bool, device="meta")
+    experts.run_experts(x, Routing(ids, weights, used, ids), slab, **how)
+"""
+
+
+def test_it_compiles_for_a_gpu() -> None:
+    kernels = compiled(
+        LAUNCHES.replace("DTYPE", "torch.bfloat16")
+        + """
+few = ((form, 32) for form in FORMATS.values())
+for form, tokens in ((None, 16), (None, 32), (None, 64), *few):
+    run(tokens, layer(2048, 512, form))
+for kept in (torch.bfloat16, *FORMATS.values()):
+    run(32, in_blobs(47, Layout(2048, 512, kept)))
+"""
+    )
+    assert (
+        len([kernel for kernel in kernels if kernel.name in ("gate_up_kernel", "down_kernel")])
+        == 16
+    )
+    assert [kernel for kernel in kernels if kernel.stack > 0] == []
+    assert max(kernel.shared for kernel in kernels) < 114 << 10  # two programs a processor
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
+def test_odd_shapes_compile_for_a_gpu(dtype: str) -> None:
+    compiled(
+        LAUNCHES.replace("DTYPE", f"torch.{dtype}")
+        + """
+for form in (None, *FORMATS.values()):
+    for hidden, width in ((2048, 512), (2048, 1024), (96, 48), (33, 17)):
+        for tokens in (1, 32, 100):
+            run(tokens, layer(hidden, width, form))
+"""
+    )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("form", ["", "int8", "int4"])
+def test_every_candidate_compiles_for_a_gpu(form: str) -> None:
+    kernels = compiled(
+        LAUNCHES.replace("DTYPE", "torch.bfloat16")
+        + f"""
+form = FORMATS.get({form!r})
+slab = layer(2048, 512, form)
+x = torch.empty(32, 2048, dtype=torch.bfloat16, device="meta")
+one, two = experts.works(x, slab)
+for plan in tuning.candidates(one):
+    run(32, slab, plans=(plan, tuning.usual(two)))
+for plan in tuning.candidates(two):
+    run(32, slab, plans=(tuning.usual(one), plan))
+"""
+    )
+    assert len(kernels) > 20
+
+
+def test_nobody_to_compute_is_zero() -> None:
+    from coterie.ops.triton import experts
+
+    slab, x = layer(4, (32, 16), FP32, None, 5), inputs(3, 32, FP32, 5)
+    nobody = torch.full((3, 2), -1, device=DEVICE)
+    nothing = Routing(nobody, torch.ones(3, 2, device=DEVICE), nobody[0] > 0, nobody)
+    used = torch.zeros(4, dtype=torch.bool, device=DEVICE)
+    out = experts.run_experts(x, Routing(nobody, nothing.topk_weights, used, nobody), slab)
+    assert bool((out == 0).all())
+
+
+def test_twice_is_bit_for_bit_the_same() -> None:
+    from coterie.ops.triton import experts
+
+    slab, x = layer(8, (64, 32), BF16, None, 6), inputs(20, 64, BF16, 6)
+    routing = routed(20, 4, 8, 8, 6)
+    first, second = (experts.run_experts(x, routing, slab) for _ in range(2))
+    assert torch.equal(first, second)
+
+
+def test_a_token_does_not_feel_who_is_beside_it() -> None:
+    from coterie.ops.triton import experts
+
+    slab, x = layer(8, (64, 32), BF16, None, 7), inputs(20, 64, BF16, 7)
+    routing = routed(20, 4, 8, 8, 7)
+    whole = experts.run_experts(x, routing, slab)
+    broken = x.clone()
+    broken[3] = float("nan")
+    found = experts.run_experts(broken, routing, slab)
+    assert torch.equal(found[torch.arange(20) != 3], whole[torch.arange(20) != 3])
+
+
+def test_other_types_are_left_to_the_reference() -> None:
+    from coterie.ops.triton import experts
+
+    slab = layer(4, (32, 16), FP32, None, 8)
+    assert not experts.supports(inputs(2, 32, BF16, 8), slab)
+    odd = layer(4, (48, 48), FP32, QuantFormat(8, 48), 8)
+    assert not experts.supports(inputs(2, 48, FP32, 8), odd)
+
+
+def test_a_measured_plan_is_kept_and_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from coterie.ops.triton import tuning
+
+    monkeypatch.setenv("COTERIE_CACHE", str(tmp_path))
+    tuning._tuned_configs.cache_clear()
+    work = tuning.GemmShape(
+        "down", 32, rows=2048, k=512, dtype="bfloat16", weight_format="", group=1
+    )
+    usual = tuning.best_config(work)
+    assert usual == tuning.default_config(work)
+    tried = tuning.tune(work, lambda plan: abs(plan.step - 128) + plan.stages + plan.warps)
+    assert usual in tried
+    assert len(tried) > 10
+    best = tuning.best_config(work)
+    assert best == min(tried, key=tried.__getitem__) != usual
+    assert list(json.loads((tmp_path / "plans.json").read_text())) == [work.key()]
+    monkeypatch.setattr(tuning, "BUNDLED_CONFIGS", tmp_path / "plans.json")
+    monkeypatch.setenv("COTERIE_CACHE", str(tmp_path / "nothing"))
+    tuning._tuned_configs.cache_clear()
+    assert tuning.best_config(work) == best
+    (tmp_path / "plans.json").write_text("{broken")
+    tuning._tuned_configs.cache_clear()
+    assert tuning.best_config(work) == usual
+    tuning._tuned_configs.cache_clear()
+
+
+def test_a_plan_that_fails_is_passed_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from coterie.ops.triton import tuning
+
+    monkeypatch.setenv("COTERIE_CACHE", str(tmp_path))
+    tuning._tuned_configs.cache_clear()
+    work = tuning.GemmShape(
+        "gate-up", 32, rows=512, k=2048, dtype="bfloat16", weight_format="int8", group=64
+    )
+
+    def time(plan: tuning.TileConfig) -> float:
+        if plan.warps == 8:
+            raise RuntimeError("out of registers")
+        return plan.warps
+
+    assert all(plan.warps < 8 for plan in tuning.tune(work, time))
+    tuning._tuned_configs.cache_clear()
+
+
+def test_plans_are_used_where_nothing_can_be_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    from coterie.ops.triton import tuning
+
+    (tmp_path / "file").write_text("no folder")
+    monkeypatch.setenv("COTERIE_CACHE", str(tmp_path / "file"))
+    tuning._tuned_configs.cache_clear()
+    work = tuning.GemmShape(
+        "down", 32, rows=2048, k=512, dtype="bfloat16", weight_format="", group=1
+    )
+    tried = tuning.tune(work, lambda plan: abs(plan.step - 128) + plan.stages + plan.warps)
+    assert (
+        tuning.best_config(work) == min(tried, key=tried.__getitem__) != tuning.default_config(work)
+    )
+    assert "not kept for later runs" in caplog.text
+    tuning._tuned_configs.cache_clear()
+
+
+def test_kernels_start_where_their_tensors_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    from coterie.ops.triton.launch import launch
+
+    class Far(torch.Tensor):
+        is_cuda = True
+
+        def get_device(self) -> int:
+            return 1
+
+    current = [0]
+
+    class Device:
+        def __init__(self, device: torch.device) -> None:
+            del device
+
+        def __enter__(self) -> None:
+            current.append(1)
+
+        def __exit__(self, *error: object) -> None:
+            current.pop()
+
+    seen: list[int] = []
+    kernel = {(1,): lambda *args: seen.append(current[-1])}
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: current[-1])
+    monkeypatch.setattr(torch.cuda, "device", Device)
+    launch(kernel, (1,), torch.ones(1))
+    launch(kernel, (1,), None, torch.ones(1).as_subclass(Far))
+    assert seen == [0, 1]

@@ -1,0 +1,469 @@
+"""Routing by kernels for a GPU equals plain torch by value; interpreted where there is no GPU."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Literal
+
+import pytest
+import torch
+from gpu_compilation import compiled
+from hypothesis import HealthCheck, settings
+from hypothesis import given as drawing
+from hypothesis import strategies as st
+from interpreter import quicken
+from torch import Tensor
+from torch._subclasses import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from coterie import ops
+from coterie.ops import reference, triton_ops
+from coterie.routing.coreset import Fixed, Mass, restore_votes, take_by_votes, union_of_topm
+from coterie.routing.router import combine_weights, select_topk, vanilla_ids
+from coterie.routing.votes import VOTES
+from coterie.values import CoresetRule, PreviousCoresets, RouterSpec, Routing, Scores, expert_mask
+
+pytest.importorskip("triton", reason="NOT TESTED: kernels for a GPU (triton is not installed)")
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+Vote = Literal["masked", "weight", "count", "full", "margin", "max"]
+VOTE_NAMES: tuple[Vote, ...] = ("masked", "weight", "count", "full", "margin", "max")
+Activation = Literal["softmax", "sigmoid"]
+Block = tuple[Scores, CoresetRule | None, Tensor | None]
+
+
+@pytest.fixture(autouse=True)
+def quick_interpreter() -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        quicken(patch)
+        yield
+
+
+def by_kernel(scores: Scores, rule: CoresetRule | None, voice: Tensor | None) -> Routing:
+    return with_probability(scores, rule, voice)[0]
+
+
+def with_probability(
+    scores: Scores, rule: CoresetRule | None, voice: Tensor | None
+) -> tuple[Routing, Tensor]:
+    """What kernels make of it, and the probabilities that they went by."""
+    from coterie.ops.triton import routing
+
+    launch, seen = routing.launch, []
+
+    def watched(kernel: object, grid: tuple[int, ...], *args: Tensor, **constants: int) -> None:
+        seen.append(args)
+        launch(kernel, grid, *args, **constants)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(routing, "launch", watched)
+        found = routing.route(scores, rule, voice)
+    assert found is not None
+    bits = seen[1][0] & 0x7FFFFFFF  # what the first launch left for the second
+    return found, bits.view(torch.float32).view(scores.logits.shape)
+
+
+def by_torch(
+    scores: Scores, rule: CoresetRule | None, voice: Tensor | None, p: Tensor | None = None
+) -> Routing:
+    """The rule in plain torch, from the parts that policies are made of; from ``p`` on if given."""
+    scores = given(scores, p)
+    scores = given(replace(scores, vanilla_ids=vanilla_ids(scores)), p)
+    mask = None if rule is None else coreset(scores, rule, voice).unsqueeze(1)
+    ids = select_topk(scores, mask)
+    return Routing(
+        topk_ids=ids.flatten(0, 1),
+        topk_weights=combine_weights(scores, ids).flatten(0, 1),
+        used=expert_mask(ids.flatten(), scores.router.experts),
+        vanilla_ids=vanilla_ids(scores).flatten(0, 1),
+    )
+
+
+def given(scores: Scores, p: Tensor | None) -> Scores:
+    fresh = replace(scores)
+    if p is not None:
+        vars(fresh)["probability"] = p  # what is worked out once, and kept there
+    return fresh
+
+
+def coreset(scores: Scores, rule: CoresetRule, voice: Tensor | None) -> Tensor:
+    voice = torch.ones_like(scores.logits[..., 0]) if voice is None else voice
+    if rule.union:
+        return union_of_topm(scores, voice, rule.union)
+    size = Mass(rule.mass, rule.least) if rule.mass else Fixed(rule.count)
+    safe = union_of_topm(scores, voice, rule.protect)
+    votes = VOTES[rule.vote](scores, voice, 0)
+    plain = take_by_votes(votes, safe, size, rule.least)
+    if not rule.lam or scores.resident is None:
+        return plain
+    liked = take_by_votes(votes * (1 + rule.lam * scores.resident.double()), safe, size, rule.least)
+    return restore_votes(liked, plain, votes, rule.eps)
+
+
+@st.composite
+def routers(draw: st.DrawFn) -> RouterSpec:
+    experts, groups = draw(
+        st.sampled_from([(8, 1), (8, 2), (64, 1), (64, 8), (96, 8), (96, 1), (128, 1), (128, 4)])
+        | st.sampled_from([(256, 8), (256, 1), (5, 1), (12, 4)])
+    )
+    renormalise = draw(st.booleans())
+    return RouterSpec(
+        experts=experts,
+        k=draw(st.integers(1, min(8, experts))),
+        activation=draw(st.sampled_from(("softmax", "sigmoid"))),
+        renormalise=renormalise,
+        scale=draw(st.sampled_from((1.0, 2.5))),
+        groups=groups,
+        topk_groups=draw(st.integers(1, groups)),
+        biased_weight=draw(st.booleans()) and not renormalise,
+        epsilon=draw(st.sampled_from((0.0, 1e-20))),
+    )
+
+
+@st.composite
+def rules(draw: st.DrawFn, router: RouterSpec) -> CoresetRule | None:
+    kind = draw(st.sampled_from(("none", "union", "count", "count", "count", "mass")))
+    if kind == "none":
+        return None
+    if kind == "union":
+        return CoresetRule(union=draw(st.integers(1, router.k)))
+    vote = draw(st.sampled_from(VOTE_NAMES))
+    rule = CoresetRule(
+        vote=vote,
+        protect=draw(st.integers(0, min(2, router.k))),
+        # Halves keep every product exact, so that sums in another order are the same.
+        lam=draw(st.sampled_from((0.0, 0.0, 0.5, 2.0))),
+        eps=draw(st.sampled_from((0.0, 0.02, 0.3, 1.0))),
+    )
+    if kind == "count" or vote == "max":
+        return replace(rule, count=draw(st.integers(1, router.experts)))
+    return replace(
+        rule,
+        mass=draw(st.sampled_from((0.3, 0.8, 1.0))),
+        least=draw(st.integers(1, router.experts)),
+    )
+
+
+@st.composite
+def blocks(draw: st.DrawFn, *, most: int) -> Block:
+    """A block of any size up to ``most``, with voters or without, and a rule for it."""
+    router = draw(routers())
+    generator = torch.Generator().manual_seed(draw(st.integers(0, 2**32 - 1)))
+    shape = (draw(st.integers(1, 2)), draw(st.integers(1, most)))
+    experts = router.experts
+    logits, bias = spread(shape, experts, generator), None
+    if draw(st.booleans()):
+        bias = torch.randn(experts, generator=generator) / 4
+    chance = torch.rand(shape, generator=generator)
+    voice = draw(st.sampled_from([None, (chance > 0.4).float(), chance]))
+    if voice is not None:
+        voice[:, 0] = 1.0
+    scores = Scores(
+        logits,
+        router,
+        bias=bias,
+        resident=torch.rand(experts, generator=generator) < 0.4 if draw(st.booleans()) else None,
+    )
+    return on_device(scores), draw(rules(router)), None if voice is None else voice.to(DEVICE)
+
+
+def spread(shape: tuple[int, int], experts: int, generator: torch.Generator) -> Tensor:
+    """[*shape, E]: each token's logits are a shuffled grid, drawn out at random."""
+    order = torch.rand(*shape, experts, generator=generator).argsort(-1)
+    width = 1 + 3 * torch.rand(*shape, 1, generator=generator)
+    return (order / experts - 0.5) * 2 * width
+
+
+def on_device(scores: Scores) -> Scores:
+    moved = {
+        name: value.to(DEVICE)
+        for name in ("logits", "bias", "resident")
+        if (value := getattr(scores, name)) is not None
+    }
+    return replace(scores, **moved)
+
+
+def agree(scores: Scores, rule: CoresetRule | None, voice: Tensor | None) -> None:
+    """Ids exactly, given the same probabilities: two exponentials may differ in the last bits."""
+    found, p = with_probability(scores, rule, voice)
+    torch.testing.assert_close(p, scores.probability, rtol=1e-5, atol=1e-12)
+    expected = by_torch(scores, rule, voice, p)
+    assert torch.equal(found.vanilla_ids, expected.vanilla_ids)
+    assert torch.equal(found.topk_ids, expected.topk_ids)
+    assert torch.equal(found.used, expected.used)
+    assert found.used.dtype == torch.bool
+    torch.testing.assert_close(found.topk_weights, expected.topk_weights, rtol=2e-5, atol=1e-9)
+
+
+LAW = settings(max_examples=16, suppress_health_check=[HealthCheck.too_slow])
+
+
+@LAW
+@drawing(blocks(most=12))
+def test_kernels_route_as_torch_does(drawn: Block) -> None:
+    agree(*drawn)
+
+
+@pytest.mark.slow
+@settings(max_examples=60, suppress_health_check=[HealthCheck.too_slow])
+@drawing(blocks(most=100))
+def test_kernels_route_as_torch_does_on_many_blocks(drawn: Block) -> None:
+    agree(*drawn)
+
+
+@pytest.mark.parametrize("vote", VOTE_NAMES)
+def test_every_vote_and_what_goes_with_it(vote: Vote) -> None:
+    generator = torch.Generator().manual_seed(sum(map(ord, vote)))
+    router = RouterSpec(12, 3, "sigmoid", True, groups=4, topk_groups=2, epsilon=1e-20)
+    scores = on_device(
+        Scores(
+            spread((2, 5), 12, generator),
+            router,
+            bias=torch.randn(12, generator=generator) / 4,
+            resident=torch.rand(12, generator=generator) < 0.5,
+        )
+    )
+    voice = torch.tensor([[1.0, 0.0, 0.3, 0.7, 0.0], [0.0, 0.5, 0.0, 0.0, 0.0]], device=DEVICE)
+    plain = CoresetRule(vote, count=5)
+    agree(scores, plain, None)
+    agree(scores, replace(plain, protect=2), voice)
+    agree(scores, replace(plain, protect=1, lam=2.0, eps=0.02), voice)
+    if vote != "max":
+        agree(scores, CoresetRule(vote, mass=0.7, least=2, protect=1), voice)
+        agree(scores, CoresetRule(vote, mass=0.7, least=2, lam=0.5, eps=0.3), voice)
+
+
+@pytest.mark.parametrize(("experts", "groups"), [(8, 1), (64, 1), (96, 8), (128, 1), (256, 8)])
+@pytest.mark.parametrize("activation", ["softmax", "sigmoid"])
+def test_published_shapes(experts: int, groups: int, activation: Activation) -> None:
+    """With 70 tokens, programs are of another shape and have a whole chunk of parts to add up."""
+    generator = torch.Generator().manual_seed(experts)
+    router = RouterSpec(
+        experts, min(8, experts - 1), activation, True, 2.5, groups, max(1, groups // 2)
+    )
+    tokens = 70 if experts == 64 else 9
+    scores = on_device(Scores(spread((1, tokens), experts, generator), router))
+    for rule in (None, CoresetRule(count=math.ceil(0.15 * experts), protect=1)):
+        agree(scores, rule, None)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("tokens", [1, 2, 63, 64, 65, 200, 512])
+@pytest.mark.parametrize("experts", [64, 256])
+def test_blocks_of_any_size(tokens: int, experts: int) -> None:
+    generator = torch.Generator().manual_seed(tokens)
+    router = RouterSpec(experts, 8, "softmax", True)
+    scores = on_device(Scores(spread((1, tokens), experts, generator), router))
+    agree(scores, CoresetRule(count=experts // 6), None)
+    agree(scores, CoresetRule("weight", mass=0.8, least=8, protect=1), None)
+    agree(scores, None, None)
+
+
+@pytest.mark.parametrize("activation", ["softmax", "sigmoid"])
+def test_ties_go_to_the_lower_expert(activation: Activation) -> None:
+    """Equal logits are equal however they are computed: three values, and nothing else decides."""
+    generator = torch.Generator().manual_seed(3)
+    for groups, kept in ((1, 1), (4, 2), (4, 1)):
+        router = RouterSpec(24, 7, activation, False, groups=groups, topk_groups=kept)
+        logits = torch.randint(0, 3, (1, 6, 24), generator=generator).float()
+        scores = on_device(Scores(logits, router))
+        agree(scores, None, None)
+        agree(scores, CoresetRule("count", count=9, protect=1), None)
+        agree(scores, CoresetRule("count", mass=0.5), None)
+        agree(scores, CoresetRule(union=2), None)
+        if activation == "sigmoid":  # a softmax adds up a token's other logits, in some order
+            agree(scores, CoresetRule("max", count=4), None)
+
+
+def test_a_coreset_of_everybody_is_the_unmodified_model() -> None:
+    generator = torch.Generator().manual_seed(4)
+    router = RouterSpec(64, 8, "sigmoid", True, 2.5, 8, 4, epsilon=1e-20)
+    bias = torch.randn(64, generator=generator) / 4
+    scores = on_device(Scores(torch.randn(1, 6, 64, generator=generator), router, bias=bias))
+    plain, everybody = by_kernel(scores, None, None), by_kernel(scores, CoresetRule(count=64), None)
+    for name in ("ids", "weights", "used", "own"):
+        assert torch.equal(getattr(plain, name), getattr(everybody, name)), name
+
+
+def test_votes_add_up_alike_in_any_order_and_are_rounded_to_the_even() -> None:
+    """Tokens may come in any order; and tiny votes, which fp32 holds with halves, are rounded as
+    torch rounds them: a vote more or less would break the ties between these experts."""
+    generator = torch.Generator().manual_seed(5)
+    logits = -12 - 2 * torch.rand(1, 9, 16, generator=generator)
+    logits[..., 8:] = logits[..., :8]
+    scores = on_device(Scores(logits, RouterSpec(16, 16, "sigmoid", False)))
+    order = torch.randperm(9, generator=generator)
+    moved = replace(scores, logits=scores.logits[:, order])
+    for m in (1, 6, 11):
+        found = by_kernel(scores, CoresetRule(count=m), None)
+        assert torch.equal(found.used, by_kernel(moved, CoresetRule(count=m), None).used)
+        assert int(found.used.sum()) == m
+    agree(scores, CoresetRule(count=5), None)
+
+
+@pytest.mark.parametrize("strange", [math.nan, math.inf, -math.inf])
+def test_what_is_no_number_shows_in_the_weights_and_has_no_vote(strange: float) -> None:
+    generator = torch.Generator().manual_seed(6)
+    logits = spread((1, 6), 16, generator)
+    logits[0, 2, 5] = strange
+    for activation in ("softmax", "sigmoid"):
+        scores = on_device(Scores(logits, RouterSpec(16, 3, activation, True)))
+        sane = torch.tensor([[1.0, 1.0, 0.0, 1.0, 1.0, 1.0]], device=DEVICE)
+        for rule in (
+            None,
+            CoresetRule(count=4, protect=1),
+            CoresetRule("max", count=4),
+            CoresetRule(union=3),
+        ):
+            found = by_kernel(scores, rule, None)
+            assert bool(found.topk_weights[2].isnan().all())
+            others = [0, 1, 3, 4, 5]
+            clean = replace(scores, logits=scores.logits.nan_to_num(0.0, 0.0, 0.0))
+            expected = by_torch(clean, rule, sane)
+            assert torch.equal(found.topk_ids[others], expected.topk_ids[others])
+            assert 0 <= int(found.topk_ids.min()) <= int(found.topk_ids.max()) < 16
+
+
+def test_what_the_kernels_do_not_take_is_left_to_torch() -> None:
+    from coterie.ops.triton import route
+
+    scores = Scores(torch.zeros(1, 3, 8), RouterSpec(8, 2, "softmax", False))
+    assert route(replace(scores, logits=scores.logits.double()), None, None) is None
+    learning = scores.logits.clone().requires_grad_()
+    assert route(replace(scores, logits=learning), None, None) is None
+    assert route(replace(scores, logits=scores.logits[:, :0]), None, None) is None
+    assert route(scores, CoresetRule("max", mass=0.5, protect=1), None) is None
+    assert route(scores, CoresetRule("full", count=4, protect=1, most=3), None) is None
+    had = PreviousCoresets(0.1, torch.ones(1, 8, dtype=torch.bool))
+    assert route(replace(scores, previous_coresets=had), CoresetRule(count=4), None) is None
+    wide = RouterSpec(2048, 2, "softmax", False)
+    assert route(Scores(torch.zeros(1, 3, 2048), wide), None, None) is None
+
+
+def test_what_lies_on_a_gpu_comes_here(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[object] = []
+    monkeypatch.setattr(triton_ops, "route", lambda scores, rule, voice: asked.append(rule))
+    with FakeTensorMode():
+        there = Scores(torch.zeros(1, 3, 8, device="cuda"), RouterSpec(8, 2, "softmax", False))
+    ops.route(there, CoresetRule(count=3), None)
+    ops.route(Scores(torch.zeros(1, 3, 8), there.router), None, None)
+    assert asked == [CoresetRule(count=3)]
+
+
+class Queued(TorchDispatchMode):
+    """Every operation of torch that would queue work or wait for it; views and memory do not."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[str] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func.overloadpacket.__name__
+        if name not in ("empty", "empty_like", "new_empty", "view", "detach"):
+            self.seen.append(name)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize(
+    "rule",
+    [
+        None,
+        CoresetRule(count=5),
+        CoresetRule("full", mass=0.7, protect=1, lam=1.0),
+        CoresetRule(union=2),
+    ],
+)
+def test_two_launches_and_nothing_else(
+    rule: CoresetRule | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With kernels that do nothing: whatever torch itself is asked then is all there is besides."""
+    from coterie.ops.triton import routing
+
+    monkeypatch.undo()  # poisoning memory is an operation too
+    launches: list[object] = []
+    monkeypatch.setattr(routing, "launch", lambda kernel, *rest, **sizes: launches.append(kernel))
+    scores = Scores(
+        torch.zeros(1, 6, 16),
+        RouterSpec(16, 3, "sigmoid", True),
+        bias=torch.zeros(16),
+        resident=torch.zeros(16, dtype=torch.bool),
+    )
+    voice = torch.ones(1, 6)
+    with Queued() as queued:
+        routing.route(scores, rule, voice)
+    assert len(launches) == 2
+    assert queued.seen == []
+
+
+LAUNCHES = """
+import torch
+from coterie.ops.triton import route
+from coterie.values import RouterSpec, Rule, Scores
+
+mini = RouterSpec(256, 8, "sigmoid", True, 2.5, 8, 4, False, 1e-20)
+moe = RouterSpec(64, 8, "softmax", False)
+
+def go(router, tokens, rule):
+    experts = torch.zeros(router.experts)
+    scores = Scores(torch.zeros(1, tokens, router.experts), router, experts, resident=experts > 0)
+    assert route(scores, rule, torch.ones(1, tokens)) is not None
+"""
+
+
+def test_they_compile_for_a_gpu() -> None:
+    kernels = compiled(
+        LAUNCHES
+        + """
+from coterie.ops.triton import voices
+
+go(mini, 32, None)
+go(mini, 32, Rule(count=38))
+voices(torch.ones(1, 32), torch.ones(1, 32, dtype=torch.bool), opposite=True)
+voices(None, torch.ones(1, 256))
+"""
+    )
+    assert [kernel.name for kernel in kernels] == [*["vote", "serve"] * 2, "_hear", "_hear"]
+    assert all(kernel.stack <= 16 for kernel in kernels), kernels
+
+
+@pytest.mark.slow
+def test_every_rule_compiles_for_a_gpu() -> None:
+    rules = [CoresetRule(union=3), CoresetRule(union=8), CoresetRule(count=9)]
+    for vote in VOTE_NAMES:
+        rules += [CoresetRule(vote, count=9, protect=1, lam=1.0), CoresetRule(vote, count=9)]
+        rules += [] if vote == "max" else [CoresetRule(vote, mass=0.8, protect=1, lam=1.0)]
+    calls = [f"go({router}, 32, {rule})" for rule in rules for router in ("mini", "moe")]
+    calls += [f"go({router}, 512, Rule(count=9))" for router in ("mini", "moe")]
+    kernels = compiled("\n".join([LAUNCHES, *calls]))
+    assert {kernel.name for kernel in kernels} == {"vote", "serve"}
+    assert all(kernel.stack <= 16 for kernel in kernels), kernels
+
+
+@settings(max_examples=25)
+@drawing(
+    rows=st.integers(1, 3),
+    tokens=st.integers(1, 40),
+    seed=st.integers(0, 2**32 - 1),
+    asked=st.sampled_from(("nobody says", "some", "few", "none", "bool")),
+    narrowing=st.sampled_from(("nobody says", "some", "few", "none", "bool", "opposite")),
+)
+def test_voices_are_what_torch_makes_of_them(
+    rows: int, tokens: int, seed: int, asked: str, narrowing: str
+) -> None:
+    from coterie.ops.triton import vote_weights
+
+    generator = torch.Generator().manual_seed(seed)
+
+    def drawn(how: str) -> Tensor | None:
+        chance = torch.rand(rows, tokens, generator=generator).to(DEVICE)
+        few = chance * (chance > 1 - 1 / tokens)
+        masks = {"bool": chance > 0.5, "opposite": few == 0}
+        return {"some": chance, "few": few, "none": chance * 0, **masks}.get(how)
+
+    told, less = drawn(asked), drawn(narrowing)
+    if told is None and less is None:
+        told = torch.zeros(rows, tokens, device=DEVICE)
+    opposite = narrowing == "opposite"
+    expected = reference.vote_weights(told, less, invert_filter=opposite)
+    assert torch.equal(vote_weights(told, less, invert_filter=opposite), expected)

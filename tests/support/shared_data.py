@@ -1,0 +1,54 @@
+"""Reference data that lie outside the repository: golden vectors and published benchmark files.
+
+They are looked for in ``$COTERIE_SHARED``, else in the folder ``shared`` beside the repository.
+A test that needs them calls ``golden(...)`` or ``benchmark(...)`` and is skipped where they are
+absent; the header and the summary of the run then say so.
+"""
+
+from __future__ import annotations
+
+import os
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+
+SHARED = Path(os.environ.get("COTERIE_SHARED") or Path(__file__).parents[3] / "shared")
+
+
+def golden(*parts: str) -> Path:
+    """``golden("llada2", "a")``: a folder of golden vectors."""
+    return _present("golden", *parts)
+
+
+def golden_sets() -> list[str]:
+    """Every set as "family/name", for parametrised tests; one stand-in that skips where none is."""
+    found = sorted((SHARED / "golden").glob("*/*/reference.npz"))
+    return [f"{path.parents[1].name}/{path.parent.name}" for path in found] or ["absent/absent"]
+
+
+def benchmark(*parts: str) -> Path:
+    """``benchmark("gsm8k", "test.jsonl")``: a published benchmark file."""
+    return _present("data", *parts)
+
+
+def missing() -> list[str]:
+    """What the run cannot check, one line each."""
+    wanted = {"golden": "parity with the golden vectors", "data": "the published benchmark files"}
+    absent = [
+        f"NOT TESTED: {what} (no folder {SHARED / name}; set COTERIE_SHARED)"
+        for name, what in wanted.items()
+        if not (SHARED / name).is_dir()
+    ]
+    if find_spec("lm_eval") is None:
+        absent.append("NOT TESTED: the harness's adapter (pip install 'coterie[harness]')")
+    if find_spec("triton") is None:
+        absent.append("NOT TESTED: kernels for a GPU (triton is not installed)")
+    return absent
+
+
+def _present(*parts: str) -> Path:
+    path = SHARED.joinpath(*parts)
+    if not path.exists():
+        pytest.skip(f"{path} is absent")
+    return path
