@@ -117,7 +117,7 @@ def test_a_calibrated_policy_is_read() -> None:
 
 def test_a_trace_and_saved_votes_are_read(tmp_path: Path) -> None:
     found = trace.read_trace(KEPT / "words.trace")
-    assert (len(found.forwards), found.torn, found.header.experts) == (4, False, 128)
+    assert (len(found.forwards), found.truncated, found.header.experts) == (4, False, 128)
     head = json.loads((KEPT / "words.trace").read_bytes().partition(b"\n")[0])
     assert {**head, **to_json(found.header), "layers": head["layers"]} == head
     with trace.TraceWriter(tmp_path / "again", found.header) as writer:

@@ -168,8 +168,6 @@ def test_each_expert_is_computed_in_the_precision_of_its_placement(
         plain[layer].served(used)
 
 
-
-
 def only(experts: int, *wanted: int) -> ExpertRequest:
     used = torch.zeros(experts, dtype=torch.bool)
     used[list(wanted)] = True

@@ -272,9 +272,7 @@ def _load_weights(
     )
     if builder is not None and builder.holds_all:
         weights |= builder.weights()
-    skip_experts = memory_plan is not None and not (
-        builder is not None and builder.holds_all
-    )
+    skip_experts = memory_plan is not None and not (builder is not None and builder.holds_all)
     on_bytes = _running_total(checkpoint.bytes, on_progress)
     checkpoint.load(
         targets, WeightLoader(spec, loaded_spec, weights, skip_packed=skip_experts), on_bytes

@@ -203,7 +203,7 @@ def test_a_file_its_folder_the_folder_above_and_the_usual_folder_are_the_same(
 def test_jsonl_json_and_gzip_hold_the_same_rows(tmp_path):
     plain_file = written(tmp_path / "a.jsonl", ROWS)
     (tmp_path / "a.json").write_text(json.dumps(ROWS, indent=1), encoding="utf-8")
-    (tmp_path / "a.gz").write_bytes(gzip.compress(plain_file.read_bytes(, mtime=0)))
+    (tmp_path / "a.gz").write_bytes(gzip.compress(plain_file.read_bytes(), mtime=0))
     found = [
         source.read_benchmark(gsm8k.TEST, tmp_path / f"a.{end}").rows
         for end in ("jsonl", "json", "gz")

@@ -65,10 +65,10 @@ def summarize(results: Sequence[EvalResult], tasks: Sequence[str]) -> list[Polic
             _summary(result, tasks),
             change=change,
             p_holm=p,
-            relative=proportion(result.correct()).value / baseline_accuracy
+            relative_accuracy=proportion(result.correct()).value / baseline_accuracy
             if baseline_accuracy
             else None,
-            saved=traffic_savings(
+            savings=traffic_savings(
                 *([answer.traffic for answer in pair.answers] for pair in (first, result))
             ),
         )
