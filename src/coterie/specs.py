@@ -77,15 +77,15 @@ class NestedOptions:
 
 
 @dataclass(frozen=True)
-class Spelt:
+class ValueAlias:
     """The word that a value is printed as; it is read as this word and as itself."""
 
     value: str
-    word: str
+    printed: str
 
     def of(self, value: str) -> str:
         """The word of this value; any other value is its own."""
-        return self.word if value == self.value else value
+        return self.printed if value == self.value else value
 
 
 ALWAYS_PRINTED = AlwaysPrinted()
@@ -107,7 +107,7 @@ class Option:
     accepts_list: bool = False  # it also takes a list, as a tuple of at least two entries
     keywords: tuple[str, ...] = ()  # which it takes beside numbers
     also: tuple[str, ...] = ()  # names that are read as this one
-    spelt: tuple[Spelt, ...] = ()  # values that are printed as another word
+    spelt: tuple[ValueAlias, ...] = ()  # values that are printed as another word
 
     def parse_value(self, text: str) -> OptionValue:
         """The value that ``text`` spells, its range not yet checked."""
@@ -153,10 +153,10 @@ class Option:
 
     def word(self, value: str) -> str:
         """As a value is printed."""
-        return next((one.word for one in self.spelt if one.value == value), value)
+        return next((one.printed for one in self.spelt if one.value == value), value)
 
     def _value_of(self, text: ScalarValue) -> ScalarValue:
-        return next((one.value for one in self.spelt if one.word == text), text)
+        return next((one.value for one in self.spelt if one.printed == text), text)
 
     def _check_scalar(self, value: OptionValue, label: str) -> None:
         if value in self.keywords:
@@ -214,7 +214,7 @@ def format_spec(spec: object, table: Mapping[str, type[object]]) -> str:
     return f"{name}:{','.join(parts)}" if parts else name
 
 
-def respelled(text: str, table: Mapping[str, type[object]]) -> str:
+def update_spec_text(text: str, table: Mapping[str, type[object]]) -> str:
     """The same text with the present names of options and words of values; what cannot be read
     stays as it is. Nothing else changes: order, numbers, and options at their defaults."""
     name, colon, rest = text.partition(":")
@@ -308,7 +308,7 @@ def _make_option(field: Field[object], hint: type, metadata: tuple[object, ...])
             word for item in metadata if get_origin(item) is Literal for word in get_args(item)
         ),
         also=key.also,
-        spelt=tuple(item for item in metadata if isinstance(item, Spelt)),
+        spelt=tuple(item for item in metadata if isinstance(item, ValueAlias)),
     )
 
 

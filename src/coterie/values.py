@@ -207,11 +207,11 @@ class CoresetRule:
     union: int = 0
     count: int = 0
     mass: float = 0.0
-    least: int = 1
+    min_experts: int = 1
     protect: int = 0
-    lam: float = 0.0
-    eps: float = 0.0
-    most: int = 0
+    resident_bonus: float = 0.0
+    max_vote_loss: float = 0.0
+    max_experts: int = 0
 
 
 @dataclass(frozen=True)

@@ -101,7 +101,7 @@ def test_its_spelling() -> None:
     with pytest.raises(CoterieError, match="max must be a whole number or slots, not 'few'"):
         parse_policy("des-vote:beta=0.3,most=few")
     with pytest.raises(CoterieError, match="max must be at least 1, not 0"):
-        Election(most=0)
+        Election(max_experts=0)
     with pytest.raises(CoterieError, match="unknown option 'most'"):
         parse_policy("topk:k=2,most=3")
 

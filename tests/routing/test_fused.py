@@ -52,22 +52,28 @@ def ruling(text: str, scores: Scores = SCORES) -> KernelRouting | None:
         ("des-seq:k=4", None),
         ("des-seq:k=3", CoresetRule(union=3)),
         ("des-seq:k=4,voters=before-eos", CoresetRule(union=4)),
-        ("des-vote:beta=0.15", CoresetRule(count=4, eps=0.02)),
+        ("des-vote:beta=0.15", CoresetRule(count=4, max_vote_loss=0.02)),
         (
             "des-vote:beta=0.5,vote=weight,protect=top1",
-            CoresetRule("weight", 0, 16, protect=1, eps=0.02),
+            CoresetRule("weight", 0, 16, protect=1, max_vote_loss=0.02),
         ),
-        ("uniform-vote:beta=0.01", CoresetRule("count", count=1, eps=0.02)),
-        ("xshare:beta=1", CoresetRule("full", count=32, protect=1, eps=0.02)),
-        ("racing:m=48", CoresetRule("max", count=32, eps=0.02)),
-        ("mass-vote:tau=0.8", CoresetRule(mass=0.8, least=4, eps=0.02)),
-        ("mass-vote:tau=0.8,least=40", CoresetRule(mass=0.8, least=32, eps=0.02)),
-        ("resident-vote:beta=0.5,lam=2,eps=0.1", CoresetRule(count=16, lam=2.0, eps=0.1)),
-        ("coreset:m=3,vote=margin", CoresetRule("margin", count=3, eps=0.02)),
-        ("des-vote:beta=0.5,most=7", CoresetRule(count=7, eps=0.02)),
-        ("xshare:beta=0.5,most=7", CoresetRule("full", count=7, protect=1, eps=0.02, most=7)),
-        ("des-seq:k=4,most=7", CoresetRule(union=4, eps=0.02, most=7)),
-        ("des-vote:beta=0.5,max=slots", CoresetRule(count=16, eps=0.02)),
+        ("uniform-vote:beta=0.01", CoresetRule("count", count=1, max_vote_loss=0.02)),
+        ("xshare:beta=1", CoresetRule("full", count=32, protect=1, max_vote_loss=0.02)),
+        ("racing:m=48", CoresetRule("max", count=32, max_vote_loss=0.02)),
+        ("mass-vote:tau=0.8", CoresetRule(mass=0.8, min_experts=4, max_vote_loss=0.02)),
+        ("mass-vote:tau=0.8,least=40", CoresetRule(mass=0.8, min_experts=32, max_vote_loss=0.02)),
+        (
+            "resident-vote:beta=0.5,lam=2,eps=0.1",
+            CoresetRule(count=16, resident_bonus=2.0, max_vote_loss=0.1),
+        ),
+        ("coreset:m=3,vote=margin", CoresetRule("margin", count=3, max_vote_loss=0.02)),
+        ("des-vote:beta=0.5,most=7", CoresetRule(count=7, max_vote_loss=0.02)),
+        (
+            "xshare:beta=0.5,most=7",
+            CoresetRule("full", count=7, protect=1, max_vote_loss=0.02, max_experts=7),
+        ),
+        ("des-seq:k=4,most=7", CoresetRule(union=4, max_vote_loss=0.02, max_experts=7)),
+        ("des-vote:beta=0.5,max=slots", CoresetRule(count=16, max_vote_loss=0.02)),
     ],
 )
 def test_a_policy_tells_its_rule_in_plain_numbers(text: str, rule: CoresetRule | None):
@@ -87,7 +93,7 @@ def test_what_plain_numbers_cannot_say_has_no_rule(text: str):
 def test_a_list_of_budgets_is_the_layers_own_rule():
     told = ruling("des-vote:beta=0.25/0.5", replace(SCORES, moe_index=1))
     assert told is not None
-    assert told.rule == CoresetRule(count=16, eps=0.02)
+    assert told.rule == CoresetRule(count=16, max_vote_loss=0.02)
 
 
 def test_everybody_has_one_vote_unless_somebody_says_otherwise():

@@ -120,7 +120,7 @@ def test_policies_made_in_code_are_checked_too():
     with pytest.raises(CoterieError, match="beta must be above 0"):
         DesVote(beta=2)
     with pytest.raises(CoterieError, match="resident_bonus must be at least 0"):
-        Election(lam=-1)
+        Election(resident_bonus=-1)
     assert format_policy(DesVote(beta=1)) == "des-vote:beta=1"
 
 

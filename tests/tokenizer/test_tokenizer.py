@@ -14,7 +14,7 @@ from coterie.families import FAMILIES
 from coterie.tokenizer import (
     IdTokenizer,
     SubwordTokenizer,
-    TextError,
+    TokenizerError,
     load_tokenizer,
     read_template,
 )
@@ -60,15 +60,15 @@ def test_numbers_fall_back_to_bytes_and_say_so(prompt: str) -> None:
 
 
 def test_numbers_refuse_what_the_vocabulary_lacks() -> None:
-    with pytest.raises(TextError, match="token id 512 is outside the vocabulary of 512"):
+    with pytest.raises(TokenizerError, match="token id 512 is outside the vocabulary of 512"):
         IdTokenizer(512).encode("5 512")
-    with pytest.raises(TextError, match="token id 195"):
+    with pytest.raises(TokenizerError, match="token id 195"):
         IdTokenizer(128).encode("Ü")
 
 
 def test_what_was_no_utf8_is_refused(tmp_path: Path) -> None:
     for text in (IdTokenizer(512), codec(write_tokenizer(tmp_path))):
-        with pytest.raises(TextError, match="not valid UTF-8"):
+        with pytest.raises(TokenizerError, match="not valid UTF-8"):
             text.encode("a\udcff")
 
 
@@ -144,7 +144,7 @@ def test_the_checkpoints_own_template_wins(tmp_path: Path) -> None:
 )
 def test_a_hostile_or_broken_template_is_an_error_not_an_act(tmp_path: Path, source: str) -> None:
     (tmp_path / "chat_template.jinja").write_text(source, encoding="utf-8")
-    with pytest.raises(TextError, match=r"chat_template\.jinja"):
+    with pytest.raises(TokenizerError, match=r"chat_template\.jinja"):
         read_template(tmp_path, LLADA2).render([{"role": "user", "content": "Hi"}])
 
 
@@ -155,7 +155,7 @@ def test_a_hostile_or_broken_template_is_an_error_not_an_act(tmp_path: Path, sou
 def test_a_damaged_file_is_named(tmp_path: Path, name: str, content: bytes) -> None:
     write_tokenizer(tmp_path)
     (tmp_path / name).write_bytes(content)
-    with pytest.raises(TextError, match=name.replace(".", r"\.")):
+    with pytest.raises(TokenizerError, match=name.replace(".", r"\.")):
         codec(tmp_path)
 
 
@@ -167,16 +167,16 @@ def test_a_link_that_leads_nowhere_is_named(tmp_path: Path, name: str) -> None:
     write_tokenizer(tmp_path)
     (tmp_path / name).unlink(missing_ok=True)
     (tmp_path / name).symlink_to("nowhere")
-    with pytest.raises(TextError, match=name.replace(".", r"\.")):
+    with pytest.raises(TokenizerError, match=name.replace(".", r"\.")):
         codec(tmp_path)
 
 
 def test_a_tokenizer_larger_than_the_model_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(TextError, match="holds token id 260, but the model knows 200 ids"):
+    with pytest.raises(TokenizerError, match="holds token id 260, but the model knows 200 ids"):
         codec(write_tokenizer(tmp_path), vocabulary=200)
 
 
 def test_an_unknown_end_token_is_refused(tmp_path: Path) -> None:
     write_json(write_tokenizer(tmp_path) / "tokenizer_config.json", {"eos_token": "<end>"})
-    with pytest.raises(TextError, match="'<end>' is not in tokenizer"):
+    with pytest.raises(TokenizerError, match="'<end>' is not in tokenizer"):
         codec(tmp_path)

@@ -50,11 +50,11 @@ class Election:
     protect: Literal["none", "top1"] = "none"
     vote: Annotated[Vote, TOPK_PROB] = "masked"
     scope: Literal["block", "batch"] = "block"
-    lam: Annotated[NonNegativeFloat, Key("resident_bonus", "lam")] = 0.0
-    eps: Annotated[UnitFraction, Key("max_vote_loss", "eps")] = 0.02
+    resident_bonus: Annotated[NonNegativeFloat, Key("resident_bonus", "lam")] = 0.0
+    max_vote_loss: Annotated[UnitFraction, Key("max_vote_loss", "eps")] = 0.02
     seed: NonNegativeInt = 0
     tally: Literal["plain", "proportional"] = "plain"
-    most: Annotated[MaxExperts | None, Key("max", "most")] = None
+    max_experts: Annotated[MaxExperts | None, Key("max", "most")] = None
 
     def __post_init__(self) -> None:
         check_options(self)
@@ -64,9 +64,9 @@ class Election:
                 f"{', '.join(map(TOPK_PROB.of, BALLOTS))}, not {self.vote}"
             )
 
-    def max_experts(self, slots: int | None) -> int | None:
+    def size_limit(self, slots: int | None) -> int | None:
         """How many a coreset has at most, in a layer with so many slots."""
-        return slots if self.most == "slots" else self.most
+        return slots if self.max_experts == "slots" else self.max_experts
 
 
 class CoresetPolicy(Protocol):
@@ -86,7 +86,7 @@ def coreset_mask(policy: CoresetPolicy, scores: Scores, k: int) -> Tensor:
 def coreset_kernel_rule(policy: CoresetPolicy, scores: Scores, k: int) -> KernelRouting | None:
     """The policy's ``ruling``: the same election in plain numbers, where these can say it."""
     size, election = policy.size(scores), policy.election
-    max_experts = election.max_experts(scores.slots)
+    max_experts = election.size_limit(scores.slots)
     if (
         scores.previous_coresets is None
         and max_experts is None
@@ -124,9 +124,9 @@ def coreset_rule(
     rule = CoresetRule(
         vote=election.vote,
         protect=1 if election.protect == "top1" else 0,
-        lam=election.lam,
-        eps=election.eps,
-        most=max_experts or 0,
+        resident_bonus=election.resident_bonus,
+        max_vote_loss=election.max_vote_loss,
+        max_experts=max_experts or 0,
     )
     match size:
         case Union():
@@ -134,9 +134,9 @@ def coreset_rule(
         case Fraction() | Fixed():
             count = min(size.search_limits(experts)[0], max_experts or experts)
             # Where nobody is protected, a smaller count says it all.
-            return replace(rule, count=count, most=rule.most if rule.protect else 0)
+            return replace(rule, count=count, max_experts=rule.max_experts if rule.protect else 0)
         case Mass():
-            return replace(rule, mass=size.tau, least=size.minimum(experts, k))
+            return replace(rule, mass=size.tau, min_experts=size.minimum(experts, k))
         case _:
             return None
 
@@ -148,7 +148,7 @@ def is_full_union(size: CoresetSize | Union, election: Election, k: int) -> bool
 
 def elect(scores: Scores, size: CoresetSize | Union, election: Election, k: int) -> Tensor:
     """The coreset as a mask [S, 1, E]; [1, 1, E] when all rows share one."""
-    max_experts = election.max_experts(scores.slots)
+    max_experts = election.size_limit(scores.slots)
     full_union = is_full_union(size, election, k)
     if full_union and max_experts is None:
         return scores.logits.new_ones((1, 1, 1), dtype=torch.bool)
@@ -172,10 +172,10 @@ def elect(scores: Scores, size: CoresetSize | Union, election: Election, k: int)
         ).unsqueeze(1)
     votes = VOTES[election.vote](scores, vote_weight, election.seed)  # [S, E]
     coreset = take_by_votes(votes, protected, size, k, max_experts=max_experts)
-    if election.lam > 0 and scores.resident is not None:
-        bonus_votes = votes * (1 + election.lam * scores.resident.double())
+    if election.resident_bonus > 0 and scores.resident is not None:
+        bonus_votes = votes * (1 + election.resident_bonus * scores.resident.double())
         bonus_coreset = take_by_votes(bonus_votes, protected, size, k, max_experts=max_experts)
-        coreset = restore_votes(bonus_coreset, coreset, votes, election.eps)
+        coreset = restore_votes(bonus_coreset, coreset, votes, election.max_vote_loss)
     return coreset.unsqueeze(1)
 
 
@@ -201,9 +201,9 @@ def take_by_votes(
 
 def residency_bonus(scores: Scores, election: Election) -> ResidencyBonus | None:
     """What residency counts where seats are taken in turn; None where it counts nothing."""
-    if election.lam == 0 or scores.resident is None:
+    if election.resident_bonus == 0 or scores.resident is None:
         return None
-    return ResidencyBonus(scores.resident, election.lam, election.eps)
+    return ResidencyBonus(scores.resident, election.resident_bonus, election.max_vote_loss)
 
 
 def take_sequentially(

@@ -48,7 +48,7 @@ FULL_PROBABILITY_ELECTION = Election(vote="full", protect="top1")
 MAX_SCORE_ELECTION = Election(vote="max")
 RANDOM_ELECTION = Election(vote="random")
 PROPORTIONAL_ELECTION = Election(vote="margin", tally="proportional")
-RESIDENT_ELECTION = Election(lam=1.0, eps=0.02)
+RESIDENT_ELECTION = Election(resident_bonus=1.0, max_vote_loss=0.02)
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,7 @@ from coterie.routing.coreset_policies import (
     XShare,
 )
 from coterie.routing.token_policies import McMoe, Naee, TopK, Vanilla
-from coterie.specs import format_spec, parse_spec, respelled
+from coterie.specs import format_spec, parse_spec, update_spec_text
 from coterie.values import Policy
 
 
@@ -39,7 +39,7 @@ def format_policy(policy: Policy) -> str:
 def update_policy_text(text: str) -> str:
     """A text that another version wrote, each policy in it with the present names of its options:
     ``racing:m=4,lam=1 block=16`` becomes ``racing:m=4,resident_bonus=1 block=16``."""
-    return _POLICY_TEXT.sub(lambda found: respelled(found[0], POLICIES), text)
+    return _POLICY_TEXT.sub(lambda found: update_spec_text(found[0], POLICIES), text)
 
 
 def update_policies_in_json(value: object, *, skip_keys: Collection[str] = ()) -> Any:

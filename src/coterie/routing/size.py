@@ -58,7 +58,7 @@ class Mass:
     """The fewest experts that hold the share ``tau`` of all votes, at least ``least`` (None: k)."""
 
     tau: float
-    least: int | None = None
+    min_experts: int | None = None
 
     def count(self, votes: Tensor, k: int) -> Tensor:
         cumulative = votes.cumsum(dim=-1)
@@ -69,7 +69,7 @@ class Mass:
         return experts, 0.0
 
     def minimum(self, experts: int, k: int) -> int:
-        return k if self.least is None else min(self.least, experts)
+        return k if self.min_experts is None else min(self.min_experts, experts)
 
 
 @dataclass(frozen=True)

@@ -16,14 +16,14 @@ from torch import Tensor
 from coterie import ops
 from coterie.errors import CoterieError
 from coterie.routing.router import VOTE_UNIT, select_topk, vanilla_ids
-from coterie.specs import Spelt
+from coterie.specs import ValueAlias
 from coterie.values import DecodeProgress, Scores, expert_mask
 
 Voters = Literal["all", "unfilled", "masked", "uncertain"]
 Vote = Literal["masked", "weight", "count", "full", "margin", "max", "random"]
 
-BEFORE_EOS = Spelt("unfilled", "before-eos")
-TOPK_PROB = Spelt("masked", "topk-prob")
+BEFORE_EOS = ValueAlias("unfilled", "before-eos")
+TOPK_PROB = ValueAlias("masked", "topk-prob")
 
 MARGIN_FLOOR = 2.0**-10
 

@@ -4,7 +4,7 @@ from coterie.tokenizer.chat_template import ChatTemplate, read_template
 from coterie.tokenizer.tokenizer import (
     IdTokenizer,
     SubwordTokenizer,
-    TextError,
+    TokenizerError,
     TextTokenizer,
     load_tokenizer,
 )
@@ -13,7 +13,7 @@ __all__ = [
     "ChatTemplate",
     "IdTokenizer",
     "SubwordTokenizer",
-    "TextError",
+    "TokenizerError",
     "TextTokenizer",
     "load_tokenizer",
     "read_template",

@@ -12,7 +12,7 @@ from jinja2 import TemplateError
 from jinja2.ext import loopcontrols
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-from coterie.tokenizer.errors import TextError, read_json_object
+from coterie.tokenizer.errors import TokenizerError, read_json_object
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,7 @@ class ChatTemplate:
             )
         # A template is the checkpoint's own program: whatever it raises is bad input.
         except (TemplateError, TypeError, ValueError, ArithmeticError, LookupError) as error:
-            raise TextError(f"{self.origin}: the chat template fails: {error}") from None
+            raise TokenizerError(f"{self.origin}: the chat template fails: {error}") from None
 
 
 def read_template(folder: Path, default: str) -> ChatTemplate:
@@ -71,14 +71,14 @@ def _template_source(value: object, path: Path) -> str:
     for entry in entries:
         if isinstance(entry, dict) and entry.get("name") == "default":
             return str(entry.get("template"))
-    raise TextError(f"{path}: chat_template is neither a string nor a list with a 'default'")
+    raise TokenizerError(f"{path}: chat_template is neither a string nor a list with a 'default'")
 
 
 def _read_text(path: Path) -> str:
     try:
         return path.read_text(encoding="utf-8")
     except (OSError, ValueError) as error:
-        raise TextError(f"{path}: not readable as text ({error})") from None
+        raise TokenizerError(f"{path}: not readable as text ({error})") from None
 
 
 def _sandboxed_environment() -> ImmutableSandboxedEnvironment:

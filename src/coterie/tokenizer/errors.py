@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 
 
-class TextError(ValueError):
+class TokenizerError(ValueError):
     """An unusable tokenizer, template or prompt: one line that names the file or the token."""
 
 
@@ -15,7 +15,7 @@ def read_json_object(path: Path) -> dict[str, object]:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise TextError(f"{path}: not readable as JSON ({error})") from None
+        raise TokenizerError(f"{path}: not readable as JSON ({error})") from None
     if not isinstance(content, dict):
-        raise TextError(f"{path}: expected a JSON object, found {type(content).__name__}")
+        raise TokenizerError(f"{path}: expected a JSON object, found {type(content).__name__}")
     return content

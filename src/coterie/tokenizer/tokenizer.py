@@ -11,7 +11,7 @@ from typing import Protocol
 from tokenizers import Tokenizer
 
 from coterie.tokenizer.chat_template import ChatTemplate, read_template, special_tokens
-from coterie.tokenizer.errors import TextError, read_json_object
+from coterie.tokenizer.errors import TokenizerError, read_json_object
 
 MASK_TOKEN = "<|mask|>"
 
@@ -86,7 +86,7 @@ class IdTokenizer:
         ids = list(_encode_utf8(prompt)) if parsed_ids is None else parsed_ids
         out_of_range = [token for token in ids if token >= self.vocab_size]
         if out_of_range:
-            raise TextError(
+            raise TokenizerError(
                 f"token id {out_of_range[0]} is outside the vocabulary of {self.vocab_size} "
                 "(this model has no tokenizer, so a prompt is ids such as '5 17 33')"
             )
@@ -127,7 +127,7 @@ def _encode_utf8(prompt: str) -> bytes:
         return prompt.encode("utf-8")
     # Bytes that were no UTF-8 where the prompt came from arrive as lone surrogates.
     except UnicodeEncodeError:
-        raise TextError("the prompt is not valid UTF-8 text") from None
+        raise TokenizerError("the prompt is not valid UTF-8 text") from None
 
 
 def _parse_ids(prompt: str) -> list[int] | None:
@@ -143,10 +143,10 @@ def _read_tokenizer(path: Path, vocab_size: int) -> Tokenizer:
         tokenizer = Tokenizer.from_file(str(path))
     # The library raises bare Exception for every kind of damage.
     except Exception as error:
-        raise TextError(f"{path}: not a tokenizer ({error})") from None
+        raise TokenizerError(f"{path}: not a tokenizer ({error})") from None
     highest = max(tokenizer.get_vocab(with_added_tokens=True).values(), default=-1)
     if highest >= vocab_size:
-        raise TextError(f"{path}: holds token id {highest}, but the model knows {vocab_size} ids")
+        raise TokenizerError(f"{path}: holds token id {highest}, but the model knows {vocab_size} ids")
     return tokenizer
 
 
@@ -158,7 +158,7 @@ def _read_eos_ids(folder: Path, tokenizer: Tokenizer) -> tuple[int, ...]:
         token = special_tokens(read_json_object(config)).get("eos_token")
         token_id = None if token is None else tokenizer.token_to_id(token)
         if token is not None and token_id is None:
-            raise TextError(f"{config}: eos_token {token!r} is not in tokenizer.json")
+            raise TokenizerError(f"{config}: eos_token {token!r} is not in tokenizer.json")
         eos_ids |= set() if token_id is None else {token_id}
     generation = folder / "generation_config.json"
     if os.path.lexists(generation):
