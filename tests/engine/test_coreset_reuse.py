@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from policy_strategies import coresets, law
 from test_cached_store import needs_kernels, opened, packed
-from test_laws import blocks
+from score_strategies import blocks
 from test_observation import PROMPTS, engine, tiny, untimed
 from torch import Tensor
 

@@ -9,7 +9,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from policy_strategies import law
-from test_laws import blocks
+from score_strategies import blocks
 
 from coterie import Engine, load
 from coterie.errors import CoterieError

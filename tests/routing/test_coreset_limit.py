@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from policy_strategies import coresets, law
 from test_cached_store import blobs, store
 from test_replay import drawn, grid, imagined, play
-from test_laws import blocks
+from score_strategies import blocks
 
 from coterie.errors import CoterieError
 from coterie.lab.replay.cache_simulation import ReplayPolicy

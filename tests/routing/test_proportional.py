@@ -10,7 +10,7 @@ import torch
 from hypothesis import assume, given
 from hypothesis import strategies as st
 from policy_strategies import law
-from test_laws import blocks
+from score_strategies import blocks
 from torch import Tensor
 
 from coterie.errors import CoterieError
