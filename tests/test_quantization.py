@@ -151,7 +151,7 @@ def test_non_finite_weights_are_an_error(bad: float) -> None:
 
 
 def test_unknown_formats_are_an_error() -> None:
-    with pytest.raises(CoterieError, match="'int3'.* known: int8, int4"):
+    with pytest.raises(CoterieError, match=r"'int3'.* known: int8, int4"):
         parse_format("int3")
     with pytest.raises(CoterieError, match="group of 12; it must be a multiple of 8"):
         parse_format("int4", 12)

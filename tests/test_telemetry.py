@@ -19,7 +19,9 @@ def scores(rows: int, seed: int = 0) -> Scores:
     return Scores(torch.randn(rows, 6, 16, generator=generator), ROUTER)
 
 
-def count_experts(policy: str, *forwards: Scores, layers: tuple[int, ...] = (1, 2)) -> ExpertCounter:
+def count_experts(
+    policy: str, *forwards: Scores, layers: tuple[int, ...] = (1, 2)
+) -> ExpertCounter:
     counter = ExpertCounter()
     for seen in forwards:
         counter.on_forward(tuple("abc"[: len(seen.logits)]))
@@ -65,7 +67,9 @@ def test_a_row_of_a_batch_counts_as_it_does_alone():
     together = scores(3)
     batch = count_experts("mass-vote:tau=0.5", together)
     for row, name in enumerate("abc"):
-        alone = count_experts("mass-vote:tau=0.5", replace(together, logits=together.logits[row, None]))
+        alone = count_experts(
+            "mass-vote:tau=0.5", replace(together, logits=together.logits[row, None])
+        )
         assert batch.counts(name) == alone.counts("a")
 
 
@@ -92,7 +96,9 @@ def test_layers_counted_in_a_batch_count_as_they_do_alone():
 
 def test_layers_are_counted_when_the_next_forward_starts():
     """Pending layers are those of one forward."""
-    counter = count_experts("vanilla", *(scores(1, seed=seed) for seed in range(5)), layers=(1, 2, 3))
+    counter = count_experts(
+        "vanilla", *(scores(1, seed=seed) for seed in range(5)), layers=(1, 2, 3)
+    )
     assert len(counter._pending) == 3
     assert counter.counts("a").forwards == 5
     assert len(counter._pending) == 0
@@ -106,7 +112,9 @@ def test_a_row_that_joins_later_has_fewer_forwards():
 def test_positions_without_a_vote_count_only_as_used_experts():
     seen = scores(1)
     voters = torch.tensor([[1, 1, 1, 0, 0, 0]])
-    block = count_experts("des-vote:beta=0.25", replace(seen, logits=seen.logits[:, :3])).counts("a")
+    block = count_experts("des-vote:beta=0.25", replace(seen, logits=seen.logits[:, :3])).counts(
+        "a"
+    )
     window = count_experts("des-vote:beta=0.25", replace(seen, voters=voters)).counts("a")
     assert window.vote_mass_kept == block.vote_mass_kept
     assert window.hit_rate == block.hit_rate

@@ -97,7 +97,9 @@ def test_entropy_takes_the_least_uncertain_under_the_bound() -> None:
 
 
 def test_a_schedule_gives_its_first_steps_more() -> None:
-    counts = [len(positions("static:steps=3", block_state([0.1] * 8, step=step))) for step in range(3)]
+    counts = [
+        len(positions("static:steps=3", block_state([0.1] * 8, step=step))) for step in range(3)
+    ]
     assert counts == [3, 3, 2]
 
 
@@ -213,7 +215,9 @@ def test_a_token_stop_waits_for_earlier_masks() -> None:
 
 
 def test_editing_continues_until_nothing_changes() -> None:
-    sequence = SequenceState(request(max_new_tokens=3, unmask=parse_unmask("threshold:p=0.9+edit:p=0.5,post=16")))
+    sequence = SequenceState(
+        request(max_new_tokens=3, unmask=parse_unmask("threshold:p=0.9+edit:p=0.5,post=16"))
+    )
     sequence.receive(confident_logits([1, 1, 1]))
     update = sequence.receive(confident_logits([1, 2, 1]))
     assert [(t.position, t.id) for t in update.edited] == [(1, 2)]
@@ -223,7 +227,9 @@ def test_editing_continues_until_nothing_changes() -> None:
 
 
 def test_editing_ends_after_its_post_steps() -> None:
-    sequence = SequenceState(request(max_new_tokens=3, unmask=parse_unmask("threshold:p=0.9+edit:p=0.5,post=2")))
+    sequence = SequenceState(
+        request(max_new_tokens=3, unmask=parse_unmask("threshold:p=0.9+edit:p=0.5,post=2"))
+    )
     for number in range(3):
         sequence.receive(confident_logits([1, 1 + number % 2, 1]))
     assert sequence.next_pass is None
@@ -248,7 +254,11 @@ def test_non_finite_logits_change_nothing(bad: float) -> None:
     logits[1, 2] = bad
     with pytest.raises(NonFiniteLogitsError):
         sequence.receive(logits)
-    assert (sequence.next_pass, sequence.canvas.tokens.tolist(), sequence.steps) == (next_pass, before, StepCounter())
+    assert (sequence.next_pass, sequence.canvas.tokens.tolist(), sequence.steps) == (
+        next_pass,
+        before,
+        StepCounter(),
+    )
     logits = torch.randn(3, 4, generator=torch.Generator().manual_seed(0))
     assert sequence.receive(logits) == reference.receive(logits)
 
@@ -294,7 +304,9 @@ def test_temperature_sharpens() -> None:
         ("threshold+edit+edit", "edit is given twice"),
     ],
 )
-def test_an_invalid_unmasking_rule_is_an_error_with_the_valid_values(text: str, message: str) -> None:
+def test_an_invalid_unmasking_rule_is_an_error_with_the_valid_values(
+    text: str, message: str
+) -> None:
     with pytest.raises(SpecError, match=message):
         parse_unmask(text)
 
@@ -321,4 +333,6 @@ def test_the_token_in_place_of_a_proposed_mask_has_its_own_confidence() -> None:
     assert (proposal.ids.tolist(), proposal.unmasked_ids.tolist()) == ([2, 1], [1, 1])
     torch.testing.assert_close(proposal.confidence, torch.tensor([0.6, 0.7]))
     torch.testing.assert_close(proposal.confidence_of(proposal.ids), proposal.confidence)
-    torch.testing.assert_close(proposal.confidence_of(proposal.unmasked_ids), torch.tensor([0.3, 0.7]))
+    torch.testing.assert_close(
+        proposal.confidence_of(proposal.unmasked_ids), torch.tensor([0.3, 0.7])
+    )

@@ -84,7 +84,9 @@ def run(sequence: SequenceState, seed: int, max_forwards: int) -> int:
 def test_every_sequence_ends_with_an_unchanged_prompt(request: DecodeRequest, seed: int) -> None:
     sequence = SequenceState(request)
     edit = request.unmask.edit
-    per_block = request.block_length + 2 if edit is None else 8 * request.block_length + 2 * edit.post + 2
+    per_block = (
+        request.block_length + 2 if edit is None else 8 * request.block_length + 2 * edit.post + 2
+    )
     unrolled = 2 * (request.plan.unroll.most if request.plan.unroll else 1)
     run(sequence, seed, max_forwards=len(sequence.blocks) * (per_block + unrolled) + 3)
     assert sequence.canvas.tokens[: len(request.prompt_ids)].tolist() == list(request.prompt_ids)
@@ -96,7 +98,9 @@ def test_every_sequence_ends_with_an_unchanged_prompt(request: DecodeRequest, se
 
 
 @given(requests(), st.integers(0, 99))
-def test_every_denoising_forward_of_a_masked_block_writes_a_token(request: DecodeRequest, seed: int) -> None:
+def test_every_denoising_forward_of_a_masked_block_writes_a_token(
+    request: DecodeRequest, seed: int
+) -> None:
     sequence = SequenceState(request)
     for _ in range(400):
         next_pass, block = sequence.next_pass, sequence.block
@@ -113,7 +117,9 @@ def test_every_denoising_forward_of_a_masked_block_writes_a_token(request: Decod
 def test_updates_match_the_canvas(request: DecodeRequest, seed: int) -> None:
     sequence, written = SequenceState(request), {}
     while sequence.next_pass is not None:
-        update = sequence.receive(noise(sequence, seed) if sequence.next_pass.is_denoising else None)
+        update = sequence.receive(
+            noise(sequence, seed) if sequence.next_pass.is_denoising else None
+        )
         written |= {t.position: t.id for t in (*update.committed, *update.edited)}
         assert all(0 <= t.confidence <= 1.0001 for t in (*update.committed, *update.provisional))
     answer = sequence.canvas.tokens[len(request.prompt_ids) :].tolist()
@@ -123,7 +129,9 @@ def test_updates_match_the_canvas(request: DecodeRequest, seed: int) -> None:
 
 
 @given(requests(), st.integers(0, 99))
-def test_needed_logits_decide_like_those_of_the_whole_block(request: DecodeRequest, seed: int) -> None:
+def test_needed_logits_decide_like_those_of_the_whole_block(
+    request: DecodeRequest, seed: int
+) -> None:
     whole, part = SequenceState(request), SequenceState(request)
     while whole.next_pass is not None:
         if not whole.next_pass.is_denoising:

@@ -219,7 +219,9 @@ def _choice_inside(scores: Scores, coreset: Tensor) -> Tensor:
     for c, allowed in zip(_rank(scores), coreset.flatten(0, 1).tolist(), strict=True):
         groups = [sorted(c[g * size : (g + 1) * size])[-2:] for g in range(router.groups)]
         score = [torch.tensor(best).sum().item() for best in groups]
-        top_groups = sorted(range(router.groups), key=lambda g: (-score[g], g))[: router.topk_groups]
+        top_groups = sorted(range(router.groups), key=lambda g: (-score[g], g))[
+            : router.topk_groups
+        ]
         order = sorted(
             (e for e in range(router.experts) if allowed[e]),
             key=lambda e: (e // size not in top_groups, -c[e], e),

@@ -147,7 +147,9 @@ def test_a_hostile_or_broken_template_is_an_error(tmp_path: Path, source: str) -
     "name", ["tokenizer.json", "tokenizer_config.json", "generation_config.json"]
 )
 @pytest.mark.parametrize("content", [b"", b"{", b"[1]", b"\xff\xfe"])
-def test_a_damaged_file_is_an_error_that_names_it(tmp_path: Path, name: str, content: bytes) -> None:
+def test_a_damaged_file_is_an_error_that_names_it(
+    tmp_path: Path, name: str, content: bytes
+) -> None:
     write_tokenizer(tmp_path)
     (tmp_path / name).write_bytes(content)
     with pytest.raises(CoterieError, match=name.replace(".", r"\.")):
@@ -167,7 +169,7 @@ def test_a_broken_link_is_an_error_that_names_it(tmp_path: Path, name: str) -> N
 
 
 def test_a_tokenizer_larger_than_the_model_is_an_error(tmp_path: Path) -> None:
-    with pytest.raises(TokenizerError, match="token id 260.* 200 ids"):
+    with pytest.raises(TokenizerError, match=r"token id 260.* 200 ids"):
         subword_tokenizer(write_tokenizer(tmp_path), vocab_size=200)
 
 
