@@ -27,8 +27,8 @@ from coterie.values import CoresetRule, PreviousCoresets, RouterSpec, Routing, S
 
 pytest.importorskip("triton", reason="NOT TESTED: kernels for a GPU (triton is not installed)")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-Vote = Literal["masked", "weight", "count", "full", "margin", "max"]
-VOTE_NAMES: tuple[Vote, ...] = ("masked", "weight", "count", "full", "margin", "max")
+Vote = Literal["topk-prob", "weight", "count", "full", "margin", "max"]
+VOTE_NAMES: tuple[Vote, ...] = ("topk-prob", "weight", "count", "full", "margin", "max")
 Activation = Literal["softmax", "sigmoid"]
 Block = tuple[Scores, CoresetRule | None, Tensor | None]
 
