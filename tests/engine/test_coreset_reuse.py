@@ -324,7 +324,7 @@ def test_who_elects_no_coreset_keeps_none(policy: str) -> None:
 
 
 def test_rows_that_elect_together_keep_nothing_of_their_own() -> None:
-    with pytest.raises(CoterieError, match="use it with scope=block"):
+    with pytest.raises(CoterieError, match="use scope=block"):
         engine(**STEPS).generate(PROMPTS[0], policy="des-seq:k=2,scope=batch", drift=0.1)
 
 
