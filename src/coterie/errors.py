@@ -24,7 +24,14 @@ class GenerationError(CoterieError):
 
 
 class NonFiniteLogitsError(GenerationError):
-    """A forward returned NaN or infinite logits."""
+    """A forward returned NaN or infinite logits.
+
+    ``rows`` are the requests that shared it. At least one of them is the cause.
+    """
+
+    def __init__(self, reason: str, rows: tuple[int, ...] = ()) -> None:
+        super().__init__(reason)
+        self.rows = rows
 
 
 class TaskError(CoterieError):

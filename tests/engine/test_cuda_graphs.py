@@ -151,7 +151,7 @@ def test_broken_weights_are_told_of_and_nothing_is_written(tmp_path: Path) -> No
         engine.step()
     engine.model.transformer.norm.fill_(float("nan"))
     before = engine.sequence(row).canvas.tokens.clone()
-    with pytest.raises(coterie.CoterieError, match="the last norm gives NaN"):
+    with pytest.raises(coterie.CoterieError, match="the final norm returned NaN"):
         engine.step()
     assert torch.equal(engine.sequence(row).canvas.tokens, before)
 
