@@ -81,7 +81,7 @@ class OutputFile(Protocol):
 
 @dataclass(frozen=True)
 class ConvertedShard:
-    """A source file whose expert tensors are quantized, or copied unchanged.
+    """A source file with its expert tensors quantized, or copied unchanged.
 
     ``outputs`` maps each source tensor to the tensors made from it: itself, or values and scales.
     """

@@ -19,7 +19,7 @@ from coterie.values import PackedExperts, Slab
 
 ERROR_KEY = "error"
 INPUT_VALUES = 1 << 16  # values of the random input; smaller experts get more tokens
-SEED = 2718  # unlike the seeds of random weights, whose rows would equal the input
+SEED = 2718  # unlike the seeds of random weights, which would equal the input
 
 FloatArray = NDArray[np.float64]
 

@@ -90,7 +90,7 @@ def to_device(context: ForwardContext, device: torch.device) -> ForwardContext:
 
 
 def _logits_positions(active: ActiveSequence, *, skip_unused: bool) -> Tensor:
-    """Canvas positions [n] whose logits are used."""
+    """The canvas positions [n] that need logits."""
     next_pass, block = active.next_pass, active.sequence.block
     if not next_pass.is_denoising:
         return torch.arange(0)

@@ -26,7 +26,7 @@ from coterie.values import DecodeProgress, Policy, Window
 ForwardOutput = tuple[Tensor, ExpertCounter]
 Replay = Callable[[], object]
 CaptureFunction = Callable[[Callable[[], ForwardOutput]], tuple[ForwardOutput, Replay]]
-"""Captures a function whose inputs stay in place; replaying writes its output in place."""
+"""Captures a function with inputs in fixed memory; a replay overwrites its output."""
 
 # Attention lengths are rounded up to a multiple of this, so that few lengths need a new graph.
 LENGTH_MULTIPLE = 256
@@ -118,7 +118,7 @@ class CudaGraphs:
         cache_rows: Sequence[int],
         rows: tuple[RowId, ...],
     ) -> ForwardOutput:
-        """The logits and expert counts of one forward, whose inputs are on the host.
+        """The logits and expert counts of one forward with inputs on the host.
 
         ``context.cache`` has all cache rows; ``cache_rows`` are those of this forward. ``rows``
         name its sequences in the counts.
