@@ -196,9 +196,6 @@ class _ObservationRecorder(Recorder):
         x, scores = self._moe_inputs.pop(layer), replace(scores, vanilla_ids=vanilla_ids)
         self.on_layer(LayerObservation(layer, self._rows, starts, x, scores, routing, kinds[0]))
 
-    def on_layer_output(self, layer: int, x: Tensor) -> None:
-        del layer, x
-
 
 def _routing_layers(model: Model, layers: Collection[int] | None) -> frozenset[int]:
     moe_layers = frozenset(model.spec.moe_layers)
