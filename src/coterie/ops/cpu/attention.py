@@ -83,7 +83,7 @@ class AttentionCall:
             cos=cos.data_ptr(),
             sin=sin.data_ptr(),
             positions=positions.data_ptr(),
-            places=kv.cache_rows.data_ptr(),
+            cache_rows=kv.cache_rows.data_ptr(),
             limits=limits.data_ptr(),
             keys=kv.keys.data_ptr(),
             values=kv.values.data_ptr(),
@@ -97,8 +97,8 @@ class AttentionCall:
             heads=heads,
             kv_heads=kv_heads,
             dim=dim,
-            half=cos.shape[-1],
-            reach=queries.kv_length,
+            rotary_half=cos.shape[-1],
+            kv_length=queries.kv_length,
         )
         references = (qkv, limits, positions, cos, sin, kv.cache_rows)
         return AttentionCall(args, out, references)

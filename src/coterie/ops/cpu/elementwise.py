@@ -32,7 +32,7 @@ def add_rms_norm(
     """See ``ops.add_norm``."""
     residual, total, out = residual.contiguous(), torch.empty_like(x), torch.empty_like(x)
     args = rms_norm_args(x, weight, epsilon, out)
-    args.more, args.sum = residual.data_ptr(), total.data_ptr()
+    args.residual, args.sum = residual.data_ptr(), total.data_ptr()
     run_ops(args)
     return total, out
 
@@ -60,18 +60,18 @@ def summarize_logits(logits: Tensor, mask_id: int) -> LogitsSummary:
     logits = logits.detach().contiguous()
     rows, width = logits.shape
     best, unmasked = torch.empty(2, rows, dtype=torch.int64)
-    total = torch.empty(rows)
+    logsumexp = torch.empty(rows)
     args = LogitsSummaryArgs(
         logits=logits.data_ptr(),
         best=best.data_ptr(),
         unmasked=unmasked.data_ptr(),
-        total=total.data_ptr(),
+        logsumexp=logsumexp.data_ptr(),
         rows=rows,
         width=width,
-        mask=mask_id,
+        mask_id=mask_id,
         threads=torch.get_num_threads(),
     )
     kernels = require_library()
     if status := kernels.handle.coterie_summarize_logits(kernels.isa(), ctypes.byref(args)):
         raise RuntimeError(f"the logits could not be surveyed: {ERROR_MESSAGES[status]}")
-    return LogitsSummary.from_logits(logits, best, unmasked, total)
+    return LogitsSummary.from_logits(logits, best, unmasked, logsumexp)

@@ -76,7 +76,7 @@ class MatmulArgs(Structure):
     """See ``api.hpp``."""
 
     _fields_ = (
-        *((name, c_void_p) for name in ("x", "panels", "beside", "out")),
+        *((name, c_void_p) for name in ("x", "panels", "residual", "out")),
         *((name, c_int32) for name in ("tokens", "k", "rows", "format")),
         *((name, c_int32) for name in ("x_is_bf16", "out_is_bf16")),
     )
@@ -86,14 +86,15 @@ class RouteArgs(Structure):
     """See ``api.hpp``."""
 
     _fields_ = (
-        *((name, c_void_p) for name in ("logits", "p", "bias", "voice", "resident")),
-        *((name, c_void_p) for name in ("ids", "own", "weights", "used", "ballots", "sums")),
-        *((name, c_void_p) for name in ("before", "say", "coresets", "stayed", "lost")),
-        *((name, c_double) for name in ("mass", "lam", "eps", "drift")),
+        *((name, c_void_p) for name in ("logits", "p", "bias", "vote_weight", "resident")),
+        *((name, c_void_p) for name in ("ids", "vanilla_ids", "weights", "used")),
+        *((name, c_void_p) for name in ("ballots", "sums", "previous_coresets")),
+        *((name, c_void_p) for name in ("reuse_vote_weight", "coresets", "reused", "vote_loss")),
+        *((name, c_double) for name in ("mass", "lam", "eps", "reuse_tolerance")),
         *((name, c_float) for name in ("scale", "epsilon")),
         *((name, c_int32) for name in ("stride", "sequences", "tokens", "experts", "k")),
-        *((name, c_int32) for name in ("groups", "kept", "renormalise", "biased")),
-        *((name, c_int32) for name in ("vote", "first", "count", "least", "protect", "most")),
+        *((name, c_int32) for name in ("groups", "kept_groups", "renormalise", "biased")),
+        *((name, c_int32) for name in ("vote", "union_size", "count", "least", "protect", "most")),
     )
 
 
@@ -102,11 +103,12 @@ class AttentionArgs(Structure):
 
     _fields_ = (
         *((name, c_void_p) for name in ("qkv", "query_norm", "key_norm", "cos", "sin")),
-        *((name, c_void_p) for name in ("positions", "places", "limits", "keys", "values", "out")),
+        *((name, c_void_p) for name in ("positions", "cache_rows", "limits")),
+        *((name, c_void_p) for name in ("keys", "values", "out")),
         *((name, c_size_t) for name in ("row_stride", "head_stride")),
         *((name, c_float) for name in ("epsilon", "scale")),
-        *((name, c_int32) for name in ("rows", "width", "heads", "kv_heads", "dim", "half")),
-        ("reach", c_int32),
+        *((name, c_int32) for name in ("rows", "width", "heads", "kv_heads", "dim")),
+        *((name, c_int32) for name in ("rotary_half", "kv_length")),
     )
 
 
@@ -114,7 +116,7 @@ class RmsNormArgs(Structure):
     """See ``api.hpp``."""
 
     _fields_ = (
-        *((name, c_void_p) for name in ("x", "more", "weight", "sum", "out")),
+        *((name, c_void_p) for name in ("x", "residual", "weight", "sum", "out")),
         ("epsilon", c_float),
         *((name, c_int32) for name in ("rows", "width")),
     )
@@ -124,7 +126,7 @@ class SiluMulArgs(Structure):
     """See ``api.hpp``."""
 
     _fields_ = (
-        *((name, c_void_p) for name in ("both", "out")),
+        *((name, c_void_p) for name in ("gate_up", "out")),
         *((name, c_int32) for name in ("rows", "width")),
     )
 
@@ -132,21 +134,21 @@ class SiluMulArgs(Structure):
 class Op(Structure):
     """See ``api.hpp``."""
 
-    _fields_ = (("work", c_void_p), ("kind", c_int32))
+    _fields_ = (("args", c_void_p), ("kind", c_int32))
 
 
 class OpList(Structure):
     """See ``api.hpp``."""
 
-    _fields_ = (("links", c_void_p), ("count", c_int32), ("threads", c_int32))
+    _fields_ = (("ops", c_void_p), ("count", c_int32), ("threads", c_int32))
 
 
 class LogitsSummaryArgs(Structure):
     """See ``api.hpp``."""
 
     _fields_ = (
-        *((name, c_void_p) for name in ("logits", "best", "unmasked", "total")),
-        *((name, c_int32) for name in ("rows", "width", "mask", "threads")),
+        *((name, c_void_p) for name in ("logits", "best", "unmasked", "logsumexp")),
+        *((name, c_int32) for name in ("rows", "width", "mask_id", "threads")),
     )
 
 

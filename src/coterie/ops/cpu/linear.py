@@ -72,7 +72,7 @@ def swiglu(x: Tensor, gate_up: PackedMatrix, down: PackedMatrix, residual: Tenso
             raise ValueError(
                 f"{tuple(residual.shape)} in {residual.dtype} beside {tuple(out.shape)}"
             )
-        down_args.beside = residual.data_ptr()
+        down_args.residual = residual.data_ptr()
     run_ops(matmul_args(x, gate_up, gate_up_out), silu_args, down_args)
     return out
 
