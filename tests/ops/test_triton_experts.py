@@ -61,7 +61,7 @@ def agree(x: Tensor, routing: Routing, slab: Slab, **how: object) -> None:
     """The kernels' sum, against the reference's in fp32 on the same numbers."""
     from coterie.ops.triton import experts
 
-    assert experts.supports(x, slab)
+    assert experts.supports_experts(x, slab)
     found = experts.run_experts(x, routing, slab, **how)
     gate_up, down = (
         weight.float() if isinstance(weight, Tensor) else weight
@@ -236,9 +236,9 @@ def test_other_types_are_left_to_the_reference() -> None:
     from coterie.ops.triton import experts
 
     slab = layer(4, (32, 16), FP32, None, 8)
-    assert not experts.supports(inputs(2, 32, BF16, 8), slab)
+    assert not experts.supports_experts(inputs(2, 32, BF16, 8), slab)
     odd = layer(4, (48, 48), FP32, QuantFormat(8, 48), 8)
-    assert not experts.supports(inputs(2, 48, FP32, 8), odd)
+    assert not experts.supports_experts(inputs(2, 48, FP32, 8), odd)
 
 
 def test_a_measured_plan_is_kept_and_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -256,12 +256,12 @@ def test_a_measured_plan_is_kept_and_used(tmp_path: Path, monkeypatch: pytest.Mo
     assert len(tried) > 10
     best = tuning.best_config(work)
     assert best == min(tried, key=tried.__getitem__) != usual
-    assert list(json.loads((tmp_path / "plans.json").read_text())) == [work.key()]
-    monkeypatch.setattr(tuning, "BUNDLED_CONFIGS", tmp_path / "plans.json")
+    assert list(json.loads((tmp_path / "tuning.json").read_text())) == [work.key()]
+    monkeypatch.setattr(tuning, "BUNDLED_CONFIGS", tmp_path / "tuning.json")
     monkeypatch.setenv("COTERIE_CACHE", str(tmp_path / "nothing"))
     tuning._tuned_configs.cache_clear()
     assert tuning.best_config(work) == best
-    (tmp_path / "plans.json").write_text("{broken")
+    (tmp_path / "tuning.json").write_text("{broken")
     tuning._tuned_configs.cache_clear()
     assert tuning.best_config(work) == usual
     tuning._tuned_configs.cache_clear()

@@ -9,7 +9,7 @@
 namespace COTERIE_ISA {
 
 constexpr int QUERY_LANES = 2 * LANES;  // queries in a pair of panels
-constexpr int KEYS_PER_PASS = 1024;     // keys whose scores are in memory at once
+constexpr int KEYS_PER_PASS = 1024;     // keys per softmax pass
 constexpr float MASKED_SCORE = -3e38f;  // score of a key past the query's limit
 
 static inline int ceil_div(int n, int size) { return (n + size - 1) / size; }

@@ -10,7 +10,7 @@ namespace COTERIE_ISA {
 // and short enough to alternate experts of many and few tokens.
 template <class Format>
 struct WeightWalk {
-  static constexpr int MAX_TILE_PAIRS = 512;  // token-expert pairs of a tile, whose activations fit a cache
+  static constexpr int MAX_TILE_PAIRS = 512;  // pairs of a tile: their activations fit a cache
   static constexpr size_t RUN_BYTES = 512 << 10;
   const ExpertsArgs& c;
   const Workspace<Format>& d;

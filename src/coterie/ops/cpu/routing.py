@@ -1,4 +1,4 @@
-"""Routing by one call. The activation is torch's own, so that every bit that votes is."""
+"""Routing in one kernel call. Probabilities come from torch, so that votes are bit-identical."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from coterie.values import CoresetReuse, CoresetRule, PreviousCoresets, Routing,
 
 STATUS_OK = 0
 SPLIT_VOTES = ("weight", "margin")
-"""Votes that each token splits: torch adds up the parts, whose order decides the last bit."""
+"""Votes normalised per token; torch computes the sums, as the order decides the last bit."""
 VANILLA_RULE = CoresetRule()
 
 
@@ -82,7 +82,7 @@ def route(scores: Scores, rule: CoresetRule | None, vote_weight: Tensor | None) 
 
 
 def _allocate_reuse(previous: PreviousCoresets) -> CoresetReuse:
-    """Where the kernel writes what came of them."""
+    """Uninitialised output memory for the kernel."""
     rows = len(previous.coresets)
     return CoresetReuse(
         torch.empty_like(previous.coresets),
@@ -96,7 +96,7 @@ def _as_float(voters: Tensor | None) -> Tensor | None:
 
 
 def _supports(scores: Scores, vote_weight: Tensor | None) -> bool:
-    """Whether all of it lies in memory as the kernel reads it, and nobody asks for a gradient."""
+    """Whether dtypes and strides are those that the kernel reads, and no gradient is needed."""
     logits, resident, p = scores.logits, scores.resident, scores.probability
     rows, tokens, _ = logits.shape
     return (
