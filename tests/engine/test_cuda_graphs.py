@@ -22,7 +22,6 @@ from coterie.model.forward_context import ForwardContext
 from coterie.model.transformer import build
 from coterie.model.weights import allocate, slabs
 from coterie.offload.resident_store import ResidentExpertStore
-from coterie.ops import triton_ops
 from coterie.telemetry import ExpertCounter
 from coterie.testing import FAMILY_CONFIGS, read_spec, tiny_config, write_checkpoint
 from coterie.values import DecodeProgress, Window
@@ -181,14 +180,15 @@ def test_between_layers_nothing_asks_the_host(
 ) -> None:
     """A device that holds no numbers at all: whoever asks for one finds out."""
     pytest.importorskip("triton", reason="NOT TESTED: kernels for a GPU (triton is not installed)")
-    for name in ("attention", "dispatch", "experts", "routing", "rows"):
+    for name in ("attention", "dispatch", "experts", "routing", "elementwise"):
         module = importlib.import_module(f"coterie.ops.triton.{name}")
         monkeypatch.setattr(module, "launch", lambda *args, **constants: None)
-    monkeypatch.setattr(ops, "run_experts", triton_ops.run_experts)
+    triton = importlib.import_module("coterie.ops.triton")
+    monkeypatch.setattr(ops, "run_experts", triton.run_experts)
     if kernels:
-        for name in ("attend", "gated", "rms_norm"):
-            monkeypatch.setattr(ops, name, getattr(triton_ops, name))
-    monkeypatch.setattr(ops, "route", triton_ops.route if kernels else lambda *asked: None)
+        for name in ("fused_attention", "silu_and_mul", "rms_norm"):
+            monkeypatch.setattr(ops, name, getattr(triton, name))
+    monkeypatch.setattr(ops, "route", triton.route if kernels else lambda *args: None)
     _, spec = read_spec(tiny_config(family))
     weights = allocate(spec, torch.bfloat16, torch.device("meta"))
     transformer = build(spec, weights, ResidentExpertStore(slabs(spec, weights)))

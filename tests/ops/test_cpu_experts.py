@@ -178,11 +178,11 @@ def test_what_no_kernel_takes_stays_as_it_is():
         cpu.pack(plain)
 
 
-def test_both_sides_agree_on_the_groups():
-    found = library.load_library()
-    assert found is not None
+def test_both_sides_agree_on_the_group_sizes():
+    kernels = library.load_library()
+    assert kernels is not None
     for name, form in FORMATS.items():
-        assert found.handle.coterie_group(library.FORMAT_IDS[name]) == form.group
+        assert kernels.handle.coterie_group_size(library.FORMAT_IDS[name]) == form.group
 
 
 def test_packed_experts_weigh_what_their_numbers_do():
@@ -191,12 +191,12 @@ def test_packed_experts_weigh_what_their_numbers_do():
     assert sizes == [whole * 2, whole * 66 // 64, whole * 18 // 32]
 
 
-def test_without_the_library_it_is_said_once(tmp_path: Path):
+def test_a_missing_library_is_logged_once(tmp_path: Path):
     program = (
         "from pathlib import Path; import torch\n"
         "from coterie import ops; from coterie.ops.cpu import library\n"
         "from coterie.values import Slab\n"
-        "library.LIBRARY = Path('nowhere.so')\n"
+        "library.LIBRARY_PATH = Path('nowhere.so')\n"
         "one = torch.ones(1, 2, 1).bfloat16()\n"
         "half = Slab(one, one[:, :1], torch.arange(1))\n"
         "assert ops.prepare(half) is half and ops.prepare(half) is half\n"
@@ -209,7 +209,7 @@ def test_without_the_library_it_is_said_once(tmp_path: Path):
         text=True,
         check=True,
     )
-    assert done.stderr.count("without its own kernels") == 1
+    assert done.stderr.count("kernels are not available") == 1
 
 
 def test_a_library_that_does_not_load_is_not_a_missing_compiler(
@@ -219,7 +219,7 @@ def test_a_library_that_does_not_load_is_not_a_missing_compiler(
     broken.write_bytes(b"of another machine")
     monkeypatch.setattr(library, "LIBRARY_PATH", broken)
     assert library.load_library.__wrapped__() is None
-    assert "they do not load here" in caplog.text
+    assert "the library does not load" in caplog.text
     assert "compiler" not in caplog.text
 
 

@@ -94,13 +94,13 @@ def test_gate_and_up_of_a_row_stand_side_by_side() -> None:
     assert {at: float(found[at]) for at in found.nonzero().flatten().tolist()} == places
 
 
-def test_what_no_panels_hold_is_refused() -> None:
+def test_unsupported_weights_are_refused() -> None:
     plain = Slab(torch.zeros(1, 4, 2), torch.zeros(1, 2, 2), torch.arange(1))
-    with pytest.raises(ValueError, match=r"no panels hold experts in torch\.float32"):
+    with pytest.raises(ValueError, match=r"not support experts in torch\.float32"):
         ops.pack(plain)
     coarse = QuantFormat(8, 128)
     slab = Slab(*(quantize(t, coarse) for t in (plain.gate_up, plain.down)), plain.slot_of)  # pyright: ignore[reportArgumentType]
-    with pytest.raises(ValueError, match=r"no panels hold experts in torch\.int8"):
+    with pytest.raises(ValueError, match=r"not support experts in torch\.int8"):
         ops.pack(slab)
     assert unpack(plain) is plain
 
@@ -112,18 +112,18 @@ def test_both_languages_say_one_layout() -> None:
 
 
 @needs_kernels
-def test_experts_that_kernels_do_not_take_are_said_to_be_slow(
+def test_experts_in_unsupported_formats_log_a_warning(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    form = QuantFormat(8, 40)  # no other test has it: it is said once in a process
+    form = QuantFormat(8, 40)  # used by no other test: the warning is logged once per process
     slab = Slab(
         quantize(torch.ones(1, 4, 40), form), quantize(torch.ones(1, 40, 2), form), torch.arange(1)
     )
     assert ops.prepare(slab) is slab
     assert ops.prepare(slab) is slab
-    [told] = [line.getMessage() for line in caplog.records]
-    assert told.startswith("Experts in int8 in groups of 40 run on PyTorch alone")
-    assert told.endswith("take int8 in groups of 64 and int4 in groups of 32")
+    [message] = [record.getMessage() for record in caplog.records]
+    assert message.startswith("Experts in int8 in groups of 40 run on PyTorch alone")
+    assert message.endswith("int8 in groups of 64 and int4 in groups of 32")
 
 
 @needs_kernels

@@ -19,7 +19,7 @@ from torch._subclasses import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from coterie import ops
-from coterie.ops import reference, triton_ops
+from coterie.ops import reference
 from coterie.routing.coreset import Fixed, Mass, restore_votes, take_by_votes, union_of_topm
 from coterie.routing.router import combine_weights, select_topk, vanilla_ids
 from coterie.routing.votes import VOTES
@@ -341,14 +341,16 @@ def test_what_the_kernels_do_not_take_is_left_to_torch() -> None:
     assert route(Scores(torch.zeros(1, 3, 2048), wide), None, None) is None
 
 
-def test_what_lies_on_a_gpu_comes_here(monkeypatch: pytest.MonkeyPatch) -> None:
-    asked: list[object] = []
-    monkeypatch.setattr(triton_ops, "route", lambda scores, rule, voice: asked.append(rule))
+def test_scores_on_a_gpu_are_routed_by_triton(monkeypatch: pytest.MonkeyPatch) -> None:
+    from coterie.ops import triton
+
+    rules: list[object] = []
+    monkeypatch.setattr(triton, "route", lambda scores, rule, weight: rules.append(rule))
     with FakeTensorMode():
-        there = Scores(torch.zeros(1, 3, 8, device="cuda"), RouterSpec(8, 2, "softmax", False))
-    ops.route(there, CoresetRule(count=3), None)
-    ops.route(Scores(torch.zeros(1, 3, 8), there.router), None, None)
-    assert asked == [CoresetRule(count=3)]
+        on_gpu = Scores(torch.zeros(1, 3, 8, device="cuda"), RouterSpec(8, 2, "softmax", False))
+    ops.route(on_gpu, CoresetRule(count=3), None)
+    ops.route(Scores(torch.zeros(1, 3, 8), on_gpu.router), None, None)
+    assert rules == [CoresetRule(count=3)]
 
 
 class Queued(TorchDispatchMode):
@@ -399,7 +401,7 @@ def test_two_launches_and_nothing_else(
 LAUNCHES = """
 import torch
 from coterie.ops.triton import route
-from coterie.values import RouterSpec, Rule, Scores
+from coterie.values import CoresetRule, RouterSpec, Scores
 
 mini = RouterSpec(256, 8, "sigmoid", True, 2.5, 8, 4, False, 1e-20)
 moe = RouterSpec(64, 8, "softmax", False)
@@ -411,19 +413,22 @@ def go(router, tokens, rule):
 """
 
 
-def test_they_compile_for_a_gpu() -> None:
+def test_the_kernels_compile_for_a_gpu() -> None:
     kernels = compiled(
         LAUNCHES
         + """
-from coterie.ops.triton import voices
+from coterie.ops.triton import vote_weights
 
 go(mini, 32, None)
-go(mini, 32, Rule(count=38))
-voices(torch.ones(1, 32), torch.ones(1, 32, dtype=torch.bool), opposite=True)
-voices(None, torch.ones(1, 256))
+go(mini, 32, CoresetRule(count=38))
+vote_weights(torch.ones(1, 32), torch.ones(1, 32, dtype=torch.bool), invert_filter=True)
+vote_weights(None, torch.ones(1, 256))
 """
     )
-    assert [kernel.name for kernel in kernels] == [*["vote", "serve"] * 2, "_hear", "_hear"]
+    assert [kernel.name for kernel in kernels] == [
+        *["vote_kernel", "choose_kernel"] * 2,
+        *["_vote_weights_kernel"] * 2,
+    ]
     assert all(kernel.stack <= 16 for kernel in kernels), kernels
 
 
@@ -434,9 +439,9 @@ def test_every_rule_compiles_for_a_gpu() -> None:
         rules += [CoresetRule(vote, count=9, protect=1, lam=1.0), CoresetRule(vote, count=9)]
         rules += [] if vote == "max" else [CoresetRule(vote, mass=0.8, protect=1, lam=1.0)]
     calls = [f"go({router}, 32, {rule})" for rule in rules for router in ("mini", "moe")]
-    calls += [f"go({router}, 512, Rule(count=9))" for router in ("mini", "moe")]
+    calls += [f"go({router}, 512, CoresetRule(count=9))" for router in ("mini", "moe")]
     kernels = compiled("\n".join([LAUNCHES, *calls]))
-    assert {kernel.name for kernel in kernels} == {"vote", "serve"}
+    assert {kernel.name for kernel in kernels} == {"vote_kernel", "choose_kernel"}
     assert all(kernel.stack <= 16 for kernel in kernels), kernels
 
 

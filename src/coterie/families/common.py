@@ -91,7 +91,7 @@ def expert_format(config: ModelConfig) -> QuantFormat | None:
 
 
 def has_packed_experts(config: ModelConfig, form: QuantFormat | None) -> bool:
-    """Whether the experts are packed, from a value such as ``{"name": "panels", "version": 1}``."""
+    """Whether the experts are packed, as in ``{"name": "panels", "version": 1}``."""
     value = config.get(EXPERT_LAYOUT_KEY)
     if value is None:
         return False
@@ -102,8 +102,8 @@ def has_packed_experts(config: ModelConfig, form: QuantFormat | None) -> bool:
         raise config.error(
             EXPERT_LAYOUT_KEY,
             f"is {value!r}, which this version of Coterie does not know (it reads {PANEL_LAYOUT!r} "
-    """Whether the experts are packed, as in ``{"name": "panels", "version": 1}``."""
-            "`coterie quantize`",
+            f"up to version {LAYOUT_VERSION}): use a newer version, or pack the original again "
+            "with `coterie quantize`",
         )
     if version < LAYOUT_VERSION:
         raise config.error(

@@ -51,7 +51,8 @@ class Checkpoint:
             raise CheckpointError(f"{self._listing_file()}: {_first_of(missing)} missing")
         if extra := sorted(set(file_of) - set(targets)):
             raise CheckpointError(
-        """Reads the headers; raises CheckpointError without safetensors or with a wrong index."""
+                f"{file_of[extra[0]]}: {_first_of(extra)} not part of the model that config.json "
+                "describes"
             )
         for name, target in targets.items():
             entry = self.files[file_of[name]][name]
