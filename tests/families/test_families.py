@@ -46,7 +46,7 @@ def test_released_configs_are_read_whole(name: str) -> None:
     assert spec_of(RELEASED[name]).moe_layers
 
 
-def test_released_models_weigh_what_their_checkpoints_weigh() -> None:
+def test_sizes_of_released_models() -> None:
     # The checkpoints hold the router in bf16 where it is kept in fp32 here.
     def as_stored(values: dict) -> int:
         return sum(2 * prod(shape) for shape in weight_shapes(spec_of(values)).values())
@@ -58,7 +58,7 @@ def test_released_models_weigh_what_their_checkpoints_weigh() -> None:
     assert as_stored(LLADA2_FLASH) == pytest.approx(205.8e9, rel=1e-3)
 
 
-def test_one_expert_weighs_what_the_paper_counts() -> None:
+def test_expert_sizes_equal_the_paper() -> None:
     experts = [
         model_size(spec_of(config), BF16).expert_bytes
         for config in (LLADA_MOE, LLADA2_MINI, LLADA2_FLASH, SDAR)
@@ -78,7 +78,7 @@ def test_the_mini_model_is_read_as_it_is() -> None:
     assert spec.capacity == 0
 
 
-def test_block_routed_checkpoints_tell_their_capacity() -> None:
+def test_block_routed_checkpoints_have_a_capacity() -> None:
     assert spec_of(LLADA22_MINI).capacity == 48
 
 
@@ -264,7 +264,7 @@ def test_facts_need_the_config_alone(tmp_path: Path) -> None:
 
 
 @given(memory=st.integers(0, 40 * GIB), length=st.integers(1, 8192))
-def test_what_is_said_to_fit_fits_and_one_more_expert_does_not(memory: int, length: int) -> None:
+def test_the_reported_fit_is_exact(memory: int, length: int) -> None:
     spec = spec_of(LLADA2_MINI)
     weight = model_size(spec, BF16)
     layers = len(spec.moe_layers)

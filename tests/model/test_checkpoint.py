@@ -149,14 +149,14 @@ def test_a_tied_head_is_the_embedding(tmp_path: Path) -> None:
     assert transformer.head is transformer.embedding
 
 
-def test_progress_hears_every_byte_once(tmp_path: Path) -> None:
-    heard: list[tuple[int, int]] = []
+def test_progress_reports_every_byte_once(tmp_path: Path) -> None:
+    reports: list[tuple[int, int]] = []
     load_model(
-        one(tmp_path), device="cpu", on_progress=lambda done, whole: heard.append((done, whole))
+        one(tmp_path), device="cpu", on_progress=lambda done, whole: reports.append((done, whole))
     )
     sizes = [t.nbytes for t in random_tensors(tiny_config("llada2"), 1).values()]
-    assert heard[-1] == (sum(sizes), sum(sizes))
-    assert len(heard) == len(sizes)
+    assert reports[-1] == (sum(sizes), sum(sizes))
+    assert len(reports) == len(sizes)
 
 
 def test_a_missing_tensor_is_named(tmp_path: Path) -> None:
@@ -284,7 +284,7 @@ def test_an_index_that_names_the_wrong_shard_is_refused(tmp_path: Path) -> None:
     assert message == f"{folder / INDEX_FILE}: maps {UP} to {wrong}, but it is in {right}"
 
 
-def test_an_index_that_names_a_tensor_nobody_holds_is_refused(tmp_path: Path) -> None:
+def test_an_index_with_an_unknown_tensor_is_refused(tmp_path: Path) -> None:
     folder = one(tmp_path, shards=2)
     shard = "layer-0-ep-0-of-1.safetensors"
     message = refusal(edited_index(folder, lambda names: names.update({"ghost": shard})))
@@ -341,7 +341,7 @@ def test_an_empty_folder_has_nothing_to_load(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["/no/such/model", "./missing", "~/missing", "missing", "a/b/c"])
-def test_a_path_that_is_not_there_is_not_looked_for_elsewhere(name: str) -> None:
+def test_a_missing_path_is_not_searched_elsewhere(name: str) -> None:
     with pytest.raises(CoterieError, match="no such folder"):
         find_folder(name)
 
@@ -364,18 +364,18 @@ def test_a_hub_that_does_not_answer_is_one_clear_line(monkeypatch: pytest.Monkey
     )
 
 
-def test_a_hub_is_asked_for_weights_and_texts_only(
+def test_only_weights_and_texts_are_downloaded(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    asked: list[object] = []
+    arguments: list[object] = []
 
     def deliver(repository: str, *, revision: str | None, allow_patterns: list[str]) -> str:
-        asked.extend([repository, revision, allow_patterns])
+        arguments.extend([repository, revision, allow_patterns])
         return str(tmp_path)
 
     monkeypatch.setattr("coterie.checkpoints.source.snapshot_download", deliver)
     assert find_folder("inclusionAI/LLaDA2.0-mini@v1") == tmp_path
-    assert asked == ["inclusionAI/LLaDA2.0-mini", "v1", list(MODEL_FILES)]
+    assert arguments == ["inclusionAI/LLaDA2.0-mini", "v1", list(MODEL_FILES)]
 
 
 def test_devices_and_dtypes_are_known_by_name(tmp_path: Path) -> None:

@@ -43,7 +43,7 @@ def on_device(weight: QTensor) -> QTensor:
 
 
 def routed(tokens: int, k: int, experts: int, used: int, seed: int) -> Routing:
-    """Every token its k of the first ``used`` experts; about a tenth of the ids are nobody."""
+    """Every token its k of the first ``used`` experts; about a tenth of the ids are -1."""
     draw = torch.Generator().manual_seed(seed)
     ids = torch.rand(tokens, max(used, k), generator=draw).argsort(-1)[:, :k] % experts
     ids = ids.masked_fill(torch.rand(ids.shape, generator=draw) < 0.1, -1)
@@ -201,14 +201,14 @@ for config in tuning.candidate_configs(down):
     assert len(kernels) > 20
 
 
-def test_nobody_to_compute_is_zero() -> None:
+def test_no_experts_give_zeros() -> None:
     from coterie.ops.triton import experts
 
     slab, x = layer(4, (32, 16), FP32, None, 5), inputs(3, 32, FP32, 5)
-    nobody = torch.full((3, 2), -1, device=DEVICE)
-    nothing = Routing(nobody, torch.ones(3, 2, device=DEVICE), nobody[0] > 0, nobody)
+    empty = torch.full((3, 2), -1, device=DEVICE)
+    nothing = Routing(empty, torch.ones(3, 2, device=DEVICE), empty[0] > 0, empty)
     used = torch.zeros(4, dtype=torch.bool, device=DEVICE)
-    out = experts.run_experts(x, Routing(nobody, nothing.topk_weights, used, nobody), slab)
+    out = experts.run_experts(x, Routing(empty, nothing.topk_weights, used, empty), slab)
     assert bool((out == 0).all())
 
 
@@ -221,7 +221,7 @@ def test_twice_is_bit_for_bit_the_same() -> None:
     assert torch.equal(first, second)
 
 
-def test_a_token_does_not_feel_who_is_beside_it() -> None:
+def test_a_token_does_not_depend_on_its_batch() -> None:
     from coterie.ops.triton import experts
 
     slab, x = layer(8, (64, 32), BF16, None, 7), inputs(20, 64, BF16, 7)

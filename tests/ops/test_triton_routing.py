@@ -40,14 +40,14 @@ def quick_interpreter() -> Iterator[None]:
         yield
 
 
-def by_kernel(scores: Scores, rule: CoresetRule | None, voice: Tensor | None) -> Routing:
-    return with_probability(scores, rule, voice)[0]
+def by_kernel(scores: Scores, rule: CoresetRule | None, vote_weight: Tensor | None) -> Routing:
+    return with_probability(scores, rule, vote_weight)[0]
 
 
 def with_probability(
-    scores: Scores, rule: CoresetRule | None, voice: Tensor | None
+    scores: Scores, rule: CoresetRule | None, vote_weight: Tensor | None
 ) -> tuple[Routing, Tensor]:
-    """What kernels make of it, and the probabilities that they went by."""
+    """The kernels' routing, and the probabilities that they used."""
     from coterie.ops.triton import routing
 
     launch, seen = routing.launch, []
@@ -58,19 +58,19 @@ def with_probability(
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(routing, "launch", watched)
-        found = routing.route(scores, rule, voice)
+        found = routing.route(scores, rule, vote_weight)
     assert found is not None
     bits = seen[1][0] & 0x7FFFFFFF  # what the first launch left for the second
     return found, bits.view(torch.float32).view(scores.logits.shape)
 
 
 def by_torch(
-    scores: Scores, rule: CoresetRule | None, voice: Tensor | None, p: Tensor | None = None
+    scores: Scores, rule: CoresetRule | None, vote_weight: Tensor | None, p: Tensor | None = None
 ) -> Routing:
     """The rule in plain torch, from the parts that policies are made of; from ``p`` on if given."""
     scores = given(scores, p)
     scores = given(replace(scores, vanilla_ids=vanilla_ids(scores)), p)
-    mask = None if rule is None else coreset(scores, rule, voice).unsqueeze(1)
+    mask = None if rule is None else coreset(scores, rule, vote_weight).unsqueeze(1)
     ids = select_topk(scores, mask)
     return Routing(
         topk_ids=ids.flatten(0, 1),
@@ -87,13 +87,13 @@ def given(scores: Scores, p: Tensor | None) -> Scores:
     return fresh
 
 
-def coreset(scores: Scores, rule: CoresetRule, voice: Tensor | None) -> Tensor:
-    voice = torch.ones_like(scores.logits[..., 0]) if voice is None else voice
+def coreset(scores: Scores, rule: CoresetRule, vote_weight: Tensor | None) -> Tensor:
+    vote_weight = torch.ones_like(scores.logits[..., 0]) if vote_weight is None else vote_weight
     if rule.union:
-        return union_of_topm(scores, voice, rule.union)
+        return union_of_topm(scores, vote_weight, rule.union)
     size = Mass(rule.mass, rule.least) if rule.mass else Fixed(rule.count)
-    safe = union_of_topm(scores, voice, rule.protect)
-    votes = VOTES[rule.vote](scores, voice, 0)
+    safe = union_of_topm(scores, vote_weight, rule.protect)
+    votes = VOTES[rule.vote](scores, vote_weight, 0)
     plain = take_by_votes(votes, safe, size, rule.least)
     if not rule.lam or scores.resident is None:
         return plain
@@ -156,16 +156,20 @@ def blocks(draw: st.DrawFn, *, most: int) -> Block:
     if draw(st.booleans()):
         bias = torch.randn(experts, generator=generator) / 4
     chance = torch.rand(shape, generator=generator)
-    voice = draw(st.sampled_from([None, (chance > 0.4).float(), chance]))
-    if voice is not None:
-        voice[:, 0] = 1.0
+    vote_weight = draw(st.sampled_from([None, (chance > 0.4).float(), chance]))
+    if vote_weight is not None:
+        vote_weight[:, 0] = 1.0
     scores = Scores(
         logits,
         router,
         bias=bias,
         resident=torch.rand(experts, generator=generator) < 0.4 if draw(st.booleans()) else None,
     )
-    return on_device(scores), draw(rules(router)), None if voice is None else voice.to(DEVICE)
+    return (
+        on_device(scores),
+        draw(rules(router)),
+        None if vote_weight is None else vote_weight.to(DEVICE),
+    )
 
 
 def spread(shape: tuple[int, int], experts: int, generator: torch.Generator) -> Tensor:
@@ -184,11 +188,11 @@ def on_device(scores: Scores) -> Scores:
     return replace(scores, **moved)
 
 
-def agree(scores: Scores, rule: CoresetRule | None, voice: Tensor | None) -> None:
+def agree(scores: Scores, rule: CoresetRule | None, vote_weight: Tensor | None) -> None:
     """Ids exactly, given the same probabilities: two exponentials may differ in the last bits."""
-    found, p = with_probability(scores, rule, voice)
+    found, p = with_probability(scores, rule, vote_weight)
     torch.testing.assert_close(p, scores.probability, rtol=1e-5, atol=1e-12)
-    expected = by_torch(scores, rule, voice, p)
+    expected = by_torch(scores, rule, vote_weight, p)
     assert torch.equal(found.vanilla_ids, expected.vanilla_ids)
     assert torch.equal(found.topk_ids, expected.topk_ids)
     assert torch.equal(found.used, expected.used)
@@ -224,14 +228,16 @@ def test_every_vote_and_what_goes_with_it(vote: Vote) -> None:
             resident=torch.rand(12, generator=generator) < 0.5,
         )
     )
-    voice = torch.tensor([[1.0, 0.0, 0.3, 0.7, 0.0], [0.0, 0.5, 0.0, 0.0, 0.0]], device=DEVICE)
+    vote_weight = torch.tensor(
+        [[1.0, 0.0, 0.3, 0.7, 0.0], [0.0, 0.5, 0.0, 0.0, 0.0]], device=DEVICE
+    )
     plain = CoresetRule(vote, count=5)
     agree(scores, plain, None)
-    agree(scores, replace(plain, protect=2), voice)
-    agree(scores, replace(plain, protect=1, lam=2.0, eps=0.02), voice)
+    agree(scores, replace(plain, protect=2), vote_weight)
+    agree(scores, replace(plain, protect=1, lam=2.0, eps=0.02), vote_weight)
     if vote != "max":
-        agree(scores, CoresetRule(vote, mass=0.7, least=2, protect=1), voice)
-        agree(scores, CoresetRule(vote, mass=0.7, least=2, lam=0.5, eps=0.3), voice)
+        agree(scores, CoresetRule(vote, mass=0.7, least=2, protect=1), vote_weight)
+        agree(scores, CoresetRule(vote, mass=0.7, least=2, lam=0.5, eps=0.3), vote_weight)
 
 
 @pytest.mark.parametrize(("experts", "groups"), [(8, 1), (64, 1), (96, 8), (128, 1), (256, 8)])
@@ -276,14 +282,14 @@ def test_ties_go_to_the_lower_expert(activation: Activation) -> None:
             agree(scores, CoresetRule("max", count=4), None)
 
 
-def test_a_coreset_of_everybody_is_the_unmodified_model() -> None:
+def test_a_coreset_of_all_experts_is_the_unmodified_model() -> None:
     generator = torch.Generator().manual_seed(4)
     router = RouterSpec(64, 8, "sigmoid", True, 2.5, 8, 4, epsilon=1e-20)
     bias = torch.randn(64, generator=generator) / 4
     scores = on_device(Scores(torch.randn(1, 6, 64, generator=generator), router, bias=bias))
-    plain, everybody = by_kernel(scores, None, None), by_kernel(scores, CoresetRule(count=64), None)
-    for name in ("ids", "weights", "used", "own"):
-        assert torch.equal(getattr(plain, name), getattr(everybody, name)), name
+    plain, full = by_kernel(scores, None, None), by_kernel(scores, CoresetRule(count=64), None)
+    for name in ("topk_ids", "topk_weights", "used", "vanilla_ids"):
+        assert torch.equal(getattr(plain, name), getattr(full, name)), name
 
 
 def test_votes_add_up_alike_in_any_order_and_are_rounded_to_the_even() -> None:
@@ -303,7 +309,7 @@ def test_votes_add_up_alike_in_any_order_and_are_rounded_to_the_even() -> None:
 
 
 @pytest.mark.parametrize("strange", [math.nan, math.inf, -math.inf])
-def test_what_is_no_number_shows_in_the_weights_and_has_no_vote(strange: float) -> None:
+def test_non_finite_logits_give_nan_weights_and_no_vote(strange: float) -> None:
     generator = torch.Generator().manual_seed(6)
     logits = spread((1, 6), 16, generator)
     logits[0, 2, 5] = strange
@@ -325,7 +331,7 @@ def test_what_is_no_number_shows_in_the_weights_and_has_no_vote(strange: float) 
             assert 0 <= int(found.topk_ids.min()) <= int(found.topk_ids.max()) < 16
 
 
-def test_what_the_kernels_do_not_take_is_left_to_torch() -> None:
+def test_unsupported_inputs_are_left_to_torch() -> None:
     from coterie.ops.triton import route
 
     scores = Scores(torch.zeros(1, 3, 8), RouterSpec(8, 2, "softmax", False))
@@ -376,10 +382,8 @@ class Queued(TorchDispatchMode):
         CoresetRule(union=2),
     ],
 )
-def test_two_launches_and_nothing_else(
-    rule: CoresetRule | None, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """With kernels that do nothing: whatever torch itself is asked then is all there is besides."""
+def test_routing_is_two_launches(rule: CoresetRule | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With kernels that do nothing: only operations of torch itself are recorded."""
     from coterie.ops.triton import routing
 
     monkeypatch.undo()  # poisoning memory is an operation too
@@ -391,9 +395,9 @@ def test_two_launches_and_nothing_else(
         bias=torch.zeros(16),
         resident=torch.zeros(16, dtype=torch.bool),
     )
-    voice = torch.ones(1, 6)
+    vote_weight = torch.ones(1, 6)
     with Queued() as queued:
-        routing.route(scores, rule, voice)
+        routing.route(scores, rule, vote_weight)
     assert len(launches) == 2
     assert queued.seen == []
 
@@ -450,11 +454,11 @@ def test_every_rule_compiles_for_a_gpu() -> None:
     rows=st.integers(1, 3),
     tokens=st.integers(1, 40),
     seed=st.integers(0, 2**32 - 1),
-    asked=st.sampled_from(("nobody says", "some", "few", "none", "bool")),
-    narrowing=st.sampled_from(("nobody says", "some", "few", "none", "bool", "opposite")),
+    voters=st.sampled_from(("absent", "some", "few", "none", "bool")),
+    voter_filter=st.sampled_from(("absent", "some", "few", "none", "bool", "inverted")),
 )
-def test_voices_are_what_torch_makes_of_them(
-    rows: int, tokens: int, seed: int, asked: str, narrowing: str
+def test_vote_weights_equal_plain_torch(
+    rows: int, tokens: int, seed: int, voters: str, voter_filter: str
 ) -> None:
     from coterie.ops.triton import vote_weights
 
@@ -463,12 +467,12 @@ def test_voices_are_what_torch_makes_of_them(
     def drawn(how: str) -> Tensor | None:
         chance = torch.rand(rows, tokens, generator=generator).to(DEVICE)
         few = chance * (chance > 1 - 1 / tokens)
-        masks = {"bool": chance > 0.5, "opposite": few == 0}
+        masks = {"bool": chance > 0.5, "inverted": few == 0}
         return {"some": chance, "few": few, "none": chance * 0, **masks}.get(how)
 
-    told, less = drawn(asked), drawn(narrowing)
-    if told is None and less is None:
-        told = torch.zeros(rows, tokens, device=DEVICE)
-    opposite = narrowing == "opposite"
-    expected = reference.vote_weights(told, less, invert_filter=opposite)
-    assert torch.equal(vote_weights(told, less, invert_filter=opposite), expected)
+    weights, mask = drawn(voters), drawn(voter_filter)
+    if weights is None and mask is None:
+        weights = torch.zeros(rows, tokens, device=DEVICE)
+    inverted = voter_filter == "inverted"
+    expected = reference.vote_weights(weights, mask, invert_filter=inverted)
+    assert torch.equal(vote_weights(weights, mask, invert_filter=inverted), expected)
