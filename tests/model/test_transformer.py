@@ -133,7 +133,7 @@ def test_a_view_of_some_rows_reads_and_writes_those_rows(
 
 
 def test_a_view_of_a_view_is_refused() -> None:
-    with pytest.raises(ValueError, match="take them from the whole cache"):
+    with pytest.raises(ValueError, match="select from the whole cache"):
         cache_for(MODELS["llada2"], 3).select_rows([2, 0]).select_rows([0])
 
 
