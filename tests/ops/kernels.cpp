@@ -109,10 +109,11 @@ bool routes_agree() {
   e.logits = logits.data(), e.p = p.data(), e.stride = experts, e.sequences = rows, e.tokens = tokens;
   e.bias = between(0, 1) ? bias.data() : nullptr,
   e.vote_weight = between(0, 1) ? vote_weight.data() : nullptr;
-  e.resident = between(0, 1) ? resident.data() : nullptr, e.lam = between(0, 2), e.eps = 0.1;
+  e.resident = between(0, 1) ? resident.data() : nullptr, e.resident_bonus = between(0, 2),
+  e.max_vote_loss = 0.1;
   e.experts = experts, e.k = k, e.groups = groups, e.kept_groups = between(1, groups), e.scale = 1;
-  e.vote = between(MASKED, MAX), e.protect = between(0, 1), e.renormalise = between(0, 1);
-  e.union_size = between(0, 3) ? 0 : between(1, k), e.count = between(1, experts), e.least = 1;
+  e.vote = between(TOPK_PROB, MAX), e.protect = between(0, 1), e.renormalise = between(0, 1);
+  e.union_size = between(0, 3) ? 0 : between(1, k), e.count = between(1, experts), e.min_experts = 1;
   e.mass = between(0, 1) ? 0.8 : 0;
   bool vanilla = !between(0, 4), splits = e.vote == WEIGHT || e.vote == MARGIN;
   RouteOutput first;

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from coterie.errors import ConfigError
-from coterie.model.strict_json import read_object
+from coterie.strict_json import read_object
 
 MAX_SIZE = 1 << 24
 """Upper limit of every size; a larger one means a damaged config."""

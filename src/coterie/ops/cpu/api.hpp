@@ -73,7 +73,7 @@ struct AttentionArgs {
   int32_t rows, width, heads, kv_heads, dim, rotary_half, kv_length;
 };
 
-enum Vote : int32_t { MASKED = 0, WEIGHT = 1, COUNT = 2, FULL = 3, MARGIN = 4, MAX = 5 };
+enum Vote : int32_t { TOPK_PROB = 0, WEIGHT = 1, COUNT = 2, FULL = 3, MARGIN = 4, MAX = 5 };
 
 // Routes the tokens of one layer, from probabilities to expert weights. T = sequences * tokens.
 struct RouteArgs {
@@ -101,10 +101,10 @@ struct RouteArgs {
   uint8_t* coresets;                 // [sequences, experts] output: the coresets in use
   uint8_t* reused;                   // [sequences] output: whether the previous coreset is reused
   double* vote_loss;                 // [sequences] output: share of votes lost by reuse
-  double mass, lam, eps, reuse_tolerance;
+  double mass, resident_bonus, max_vote_loss, reuse_tolerance;
   float scale, epsilon;
   int32_t stride, sequences, tokens, experts, k, groups, kept_groups, renormalise, biased;
-  int32_t vote, union_size, count, least, protect, most;
+  int32_t vote, union_size, count, min_experts, protect, max_experts;
 };
 
 constexpr int MAX_GROUPS = 64;  // groups of experts: one bit each in a 64-bit mask

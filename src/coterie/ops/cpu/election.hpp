@@ -123,7 +123,7 @@ static int smallest_size(const RouteArgs& e, const SelectionScratch& scratch, co
     prefix_votes += votes[scratch.order[i]];
     count += double(prefix_votes) < e.mass * double(all_votes);
   }
-  return count > e.least ? count : e.least;
+  return count > e.min_experts ? count : e.min_experts;
 }
 
 // Marks the `size` experts with the largest keys, protected experts first; lower indices win ties.
@@ -177,13 +177,14 @@ static void select_coreset(const RouteArgs& e, const SelectionScratch& scratch, 
     size = smallest_size(e, scratch, votes);
   }
   size = min_int(size > protect ? size : protect, e.experts);
-  if (e.most > 0) size = min_int(size, e.most);
+  if (e.max_experts > 0) size = min_int(size, e.max_experts);
   select_largest(e, scratch, key, size, protect > size, coreset);
 }
 
-// Writes the experts of one set that are not in the other, sorted by votes (`most`: descending).
+// Writes the experts of one set that are not in the other, sorted by votes in ascending or
+// descending order.
 static int difference_by_votes(const RouteArgs& e, const SelectionScratch& scratch, const uint8_t* from_set,
-                               const uint8_t* not_in, bool most, int32_t* to) {
+                               const uint8_t* not_in, bool descending, int32_t* to) {
   int count = 0;
   for (int i = 0; i < e.experts; i++) {
     if (!from_set[i] || not_in[i]) continue;
@@ -191,7 +192,7 @@ static int difference_by_votes(const RouteArgs& e, const SelectionScratch& scrat
     Code mine = scratch.votes[i];
     for (; at > 0; at--) {
       Code previous = scratch.votes[to[at - 1]];
-      if (most ? previous >= mine : previous <= mine) break;
+      if (descending ? previous >= mine : previous <= mine) break;
       to[at] = to[at - 1];
     }
     to[at] = i;
@@ -199,12 +200,12 @@ static int difference_by_votes(const RouteArgs& e, const SelectionScratch& scrat
   return count;
 }
 
-// Elects with a bonus for resident experts, then swaps experts back until at most `eps` of the
-// votes are lost.
+// Elects with a bonus for resident experts, then swaps experts back until at most `max_vote_loss`
+// of the votes is lost.
 static void apply_resident_bonus(const RouteArgs& e, const SelectionScratch& scratch) {
   double* votes = reinterpret_cast<double*>(scratch.other);
   for (int i = 0; i < e.experts; i++) {
-    double x = double(scratch.votes[i]) * (e.resident[i] ? 1 + e.lam : 1.0) + 0.0;
+    double x = double(scratch.votes[i]) * (e.resident[i] ? 1 + e.resident_bonus : 1.0) + 0.0;
     Code bits = load<Code>(&x);
     store(votes + i, x);
     scratch.key[i] = bits ^ ((bits >> 63) & INT64_MAX);
@@ -217,7 +218,7 @@ static void apply_resident_bonus(const RouteArgs& e, const SelectionScratch& scr
     coreset_votes += scratch.coreset[i] ? scratch.votes[i] : 0;
     plain_votes += scratch.plain[i] ? scratch.votes[i] : 0;
   }
-  double floor = double(plain_votes) * (1 - e.eps);
+  double floor = double(plain_votes) * (1 - e.max_vote_loss);
   for (int i = 0; (i < restore_count || i < evict_count) && double(coreset_votes) < floor; i++) {
     if (i < restore_count)
       coreset_votes += scratch.votes[scratch.restored[i]], scratch.coreset[scratch.restored[i]] = 1;
@@ -228,10 +229,11 @@ static void apply_resident_bonus(const RouteArgs& e, const SelectionScratch& scr
 
 // Elects the coreset of one sequence.
 static void elect(const RouteArgs& e, const SelectionScratch& scratch, int row) {
-  if (e.union_size > 0 && e.most == 0) return mark_first_choices(e, row, e.union_size, scratch.coreset);
+  if (e.union_size > 0 && e.max_experts == 0)
+    return mark_first_choices(e, row, e.union_size, scratch.coreset);
   mark_first_choices(e, row, e.union_size > 0 ? e.union_size : e.protect, scratch.protected_mask);
   count_votes(e, scratch, row);
-  bool has_bonus = e.lam > 0 && e.resident;
+  bool has_bonus = e.resident_bonus > 0 && e.resident;
   select_coreset(e, scratch, scratch.votes, scratch.votes, has_bonus ? scratch.plain : scratch.coreset);
   if (has_bonus) apply_resident_bonus(e, scratch);
 }

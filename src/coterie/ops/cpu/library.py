@@ -27,7 +27,7 @@ from coterie.ops.packed_layout import LAYOUT_VERSION
 
 ABI_VERSION = 5
 FORMAT_IDS: Mapping[str, int] = {"bf16": 0, "int8": 1, "int4": 2}
-VOTE_KINDS = ("masked", "weight", "count", "full", "margin", "max")  # in the order of their ids
+VOTE_KINDS = ("topk-prob", "weight", "count", "full", "margin", "max")  # in the order of their ids
 ISA_VARIABLE = "COTERIE_ISA"
 ERROR_MESSAGES = {
     1: "the CPU does not support this instruction set",
@@ -97,11 +97,13 @@ class RouteArgs(Structure):
         *((name, c_void_p) for name in ("ids", "vanilla_ids", "weights", "used")),
         *((name, c_void_p) for name in ("ballots", "sums", "previous_coresets")),
         *((name, c_void_p) for name in ("reuse_vote_weight", "coresets", "reused", "vote_loss")),
-        *((name, c_double) for name in ("mass", "lam", "eps", "reuse_tolerance")),
+        *((name, c_double) for name in ("mass", "resident_bonus", "max_vote_loss")),
+        ("reuse_tolerance", c_double),
         *((name, c_float) for name in ("scale", "epsilon")),
         *((name, c_int32) for name in ("stride", "sequences", "tokens", "experts", "k")),
         *((name, c_int32) for name in ("groups", "kept_groups", "renormalise", "biased")),
-        *((name, c_int32) for name in ("vote", "union_size", "count", "least", "protect", "most")),
+        *((name, c_int32) for name in ("vote", "union_size", "count", "min_experts")),
+        *((name, c_int32) for name in ("protect", "max_experts")),
     )
 
 

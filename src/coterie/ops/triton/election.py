@@ -152,7 +152,15 @@ def vote_kernel(
 
 
 @triton.jit(
-    do_not_specialize=["tokens", "tiles", "count", "least", "mass_bits", "bonus_bits", "loss_bits"]
+    do_not_specialize=[
+        "tokens",
+        "tiles",
+        "count",
+        "min_experts",
+        "mass_bits",
+        "bonus_bits",
+        "loss_bits",
+    ]
 )
 def choose_kernel(
     p_bits,  # [S, N, E] int32; this and the next four are outputs of ``vote_kernel``
@@ -167,7 +175,7 @@ def choose_kernel(
     tokens,
     tiles,  # tiles per sequence in the first launch
     count,  # coreset size, unless MASS
-    least,  # minimum coreset size, if MASS
+    min_experts,  # minimum coreset size, if MASS
     mass_bits,  # bits of a double, as the next two
     bonus_bits,
     loss_bits,
@@ -244,7 +252,7 @@ def choose_kernel(
                 protected,
                 valid_column,
                 count,
-                least,
+                min_experts,
                 mass_bits,
                 MASS,
                 EXPERTS,
@@ -259,7 +267,7 @@ def choose_kernel(
                     protected,
                     valid_column,
                     count,
-                    least,
+                    min_experts,
                     mass_bits,
                     MASS,
                     EXPERTS,
@@ -363,7 +371,7 @@ def token_votes(p, c, weight, selected, valid_column, last_score, VOTE: tl.const
         return tl.where(valid_column, p, 0.0)
     if VOTE == "count":
         return tl.where(selected, 1.0, 0.0)
-    if VOTE == "masked":
+    if VOTE == "topk-prob":
         return tl.where(selected, p, 0.0)
     if VOTE == "margin":
         gain = c - last_score[:, None]
@@ -419,7 +427,7 @@ def elect(
     protected,
     valid_column,
     count,
-    least,
+    min_experts,
     mass_bits,
     MASS: tl.constexpr,
     EXPERTS: tl.constexpr,
@@ -443,9 +451,9 @@ def elect(
         all_votes = (protected_votes + tl.sum(value, axis=0)).to(tl.float64)
         required = mass_bits.to(tl.int64).to(tl.float64, bitcast=True) * all_votes
         below_count = tl.sum((inside & (cumulative < required)).to(tl.int32), axis=0)
-        # Protected experts alone may hold enough votes; then only ``least`` adds others.
+        # Protected experts alone may hold enough votes; then only ``min_experts`` adds others.
         needs_more = (protected_count == 0) | (protected_votes.to(tl.float64) < required)
-        size = tl.maximum(tl.where(needs_more, protected_count + below_count + 1, 1), least)
+        size = tl.maximum(tl.where(needs_more, protected_count + below_count + 1, 1), min_experts)
     size = tl.minimum(tl.maximum(size - protected_count, 0), EXPERTS - protected_count)
     return protected | first_candidates(key, candidate, size, order, rank)
 
@@ -457,7 +465,7 @@ def restore_votes(
     """``coreset`` with its largest losses restored, a mask [COLUMNS].
 
     Missing experts of ``plain_coreset`` return one by one, most votes first. Each replaces the
-    extra expert with fewest votes, until the coreset holds (1 - eps) of the votes that
+    extra expert with fewest votes, until the coreset holds (1 - max_vote_loss) of the votes that
     ``plain_coreset`` holds.
     """
     rank = tl.arange(0, COLUMNS)
