@@ -9,7 +9,7 @@ from gpu_parts.clock import Work, kernels, launched, replayed
 from gpu_parts.found import Figure, Found
 
 from coterie.lab.records import Measurement
-from coterie.ops import reference, triton_ops
+from coterie.ops import reference, triton
 from coterie.routing import parse_policy
 from coterie.routing.router import KernelPolicy, route_by_mask
 from coterie.values import Policy, RouterSpec, Routing, Scores
@@ -83,13 +83,11 @@ def _compare(name: str, scores: Scores, policy: Policy, found: Found) -> None:
 
 
 def _compare_dispatch(name: str, scores: Scores, found: Found) -> None:
-    from coterie.ops.triton import dispatch
-
     routing = route_by_mask(scores, parse_policy("vanilla"))
     experts = scores.router.experts
     slot_of = torch.arange(experts, device=scores.logits.device)
     ours, torchs = (
-        (lambda: dispatch(routing, slot_of, experts)),
+        (lambda: triton.dispatch(routing, slot_of, experts)),
         (lambda: reference.dispatch(routing, slot_of, experts)),
     )
     _agree(name, _same(vars(ours()), vars(torchs())), found)
@@ -124,7 +122,7 @@ def _by_kernel(scores: Scores, policy: Policy) -> Routing:
     assert isinstance(policy, KernelPolicy)
     told = policy.kernel_rule(scores, scores.router.k)
     assert told is not None
-    found = triton_ops.route(told.scores, told.rule, told.vote_weight)
+    found = triton.route(told.scores, told.rule, told.vote_weight)
     assert found is not None
     return found
 

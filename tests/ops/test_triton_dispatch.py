@@ -73,7 +73,7 @@ def test_every_pair_is_listed_once_by_slot_and_token(
     ]
 
 
-def test_it_compiles_for_a_gpu() -> None:
+def test_the_kernel_compiles_for_a_gpu() -> None:
     kernels = compiled(
         """
 import torch
