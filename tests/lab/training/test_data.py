@@ -38,7 +38,7 @@ def test_numbers_of_the_tables_are_one_token_each(task, seed):
 @given(st.integers(0, 1000), st.integers(0, 10**6))
 def test_a_batch_is_a_pure_function_of_seed_and_number(seed, step):
     first, again = (BatchMaker(TOKENIZER, MIXTURE, seed)(step) for _ in range(2))
-    for name in ("tokens", "positions", "visible", "targets", "weights", "tasks"):
+    for name in ("tokens", "positions", "block_mask", "targets", "weights", "tasks"):
         assert torch.equal(getattr(first, name), getattr(again, name))
 
 
