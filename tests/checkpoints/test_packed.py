@@ -265,7 +265,9 @@ def test_what_was_killed_goes_on_and_comes_out_the_same(tmp_path: Path) -> None:
             convert(tmp_path / "whole", tmp_path / "killed", ConversionTarget.parse("int8"), told)
         with pytest.raises(CoterieError, match="conversion was not finished"):
             load_model(tmp_path / "killed")
-    with pytest.raises(CoterieError, match=r"unfinished conversion of another model \(int8 .*, packed,"):
+    with pytest.raises(
+        CoterieError, match=r"unfinished conversion of another model \(int8 .*, packed,"
+    ):
         convert(tmp_path / "whole", tmp_path / "killed", ConversionTarget.parse("int4"))
     with pytest.raises(CoterieError, match="unfinished conversion of another model"):
         convert(
@@ -419,9 +421,7 @@ def test_packed_experts_do_not_become_others(tmp_path: Path) -> None:
         ConversionTarget.parse("bf16"),
         ConversionTarget.parse("int4", layout="plain"),
     ):
-        with pytest.raises(
-            CoterieError, match=r"are bf16, packed already; .* from the original"
-        ):
+        with pytest.raises(CoterieError, match=r"are bf16, packed already; .* from the original"):
             convert(folder, tmp_path / "other", aim)
     assert load_model(packed(tmp_path / "int8"), experts="int8").spec.panels == cpu.is_available()
 

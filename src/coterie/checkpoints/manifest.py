@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from coterie.errors import CheckpointError
-from coterie.model.strict_json import read_object
+from coterie.strict_json import read_object
 
 MANIFEST = "manifest.json"
 

@@ -10,7 +10,6 @@ from torch import Tensor
 
 from coterie import ops
 from coterie.decoding import BlockUpdate
-from coterie.decoding.sampling import NonFiniteError
 from coterie.engine.active_sequence import ActiveSequence
 from coterie.engine.batch import NULL_RECORDER, ForwardBatch, to_device
 from coterie.engine.cuda_graphs import CudaGraphs
@@ -51,7 +50,7 @@ def run_forward(
         logits = _run(transformer, pool, batch, recorder)
     try:
         updates = _advance(transformer, batch, logits)
-    except NonFiniteError as error:
+    except NonFiniteLogitsError as error:
         source = _non_finite_source(transformer, pool, batch)
         message = f"{source} returned NaN or infinite values; no token was written"
         raise NonFiniteLogitsError(message, batch.rows) from error
@@ -82,12 +81,12 @@ def _run(
 
 
 def _advance(transformer: Transformer, batch: ForwardBatch, logits: Tensor) -> list[BlockUpdate]:
-    """Give each sequence its logits; raises NonFiniteError before any sequence has advanced."""
+    """Give each sequence its logits; raises NonFiniteLogitsError before any sequence has advanced."""
     # The only read from the device in a step, whatever the number of sequences.
     mask_id = batch.sequences[0].sequence.request.mask_id
     summary = ops.summarize_logits(logits, mask_id).to_host()
     if not bool(torch.isfinite(summary.logsumexp).all()):
-        raise NonFiniteError("logits are not finite")
+        raise NonFiniteLogitsError("logits are not finite")
     blocks = [active.sequence.block.index for active in batch.sequences]
     updates, stop = [], 0
     for active, positions in zip(batch.sequences, batch.positions, strict=True):

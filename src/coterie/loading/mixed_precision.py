@@ -22,7 +22,7 @@ from coterie.loading.expert_memory import ExpertMemoryConfig, ExpertMemoryPlan
 from coterie.loading.low_precision import LowPrecisionExperts, PrecisionSplit
 from coterie.model.checkpoint import Checkpoint
 from coterie.model.spec import ModelSpec
-from coterie.model.strict_json import read_object
+from coterie.strict_json import read_object
 from coterie.model.weights import TensorTarget
 from coterie.offload.fetchers import ThreadedFetcher
 from coterie.offload.mixed_precision_store import (

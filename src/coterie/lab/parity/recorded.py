@@ -11,7 +11,7 @@ import numpy as np
 
 from coterie.errors import CheckpointError
 from coterie.lab.parity.arrays import ReferenceArrays
-from coterie.model.strict_json import read_object
+from coterie.strict_json import read_object
 
 # Runs with a decision closer to a tie than this are reported, not judged.
 TIE_MARGIN = 2e-6
