@@ -48,7 +48,7 @@ from coterie.telemetry import ExpertCounter
 from coterie.testing import read_spec
 from coterie.values import PackedExperts, Routing, Window, expert_mask
 
-FAKE = Path(__file__).parent / "fake_peer.py"
+FAKE = Path(__file__).parents[2] / "support" / "fake_baseline.py"
 TINY = SHAPES["tiny"]
 
 
@@ -233,7 +233,7 @@ def test_peers_sit_together_as_far_as_memory_holds_them() -> None:
 
 def test_a_slow_work_rests_once_it_has_had_its_share(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(interleaved, "MAX_SECONDS", 0.5)
-    found = time_layer(replace(asked(), turns=9), [fake("grazes")], budget=0)
+    found = time_layer(replace(asked(), repeats=9), [fake("grazes")], budget=0)
     line = found.timings[0]
     assert (
         len(line.samples["grazes graze"])
@@ -382,7 +382,7 @@ def test_a_block_is_filled_evenly() -> None:
 
 
 def test_bytes_are_read_without_kernels_too(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("coterie.lab.bench.bandwidth.cpu.ready", lambda: False)
+    monkeypatch.setattr("coterie.lab.bench.bandwidth.cpu.is_available", lambda: False)
     rows = readable_rows([torch.ones(3, 4, 5)])
     assert isinstance(rows[0], torch.Tensor)
     read_rows(rows, torch.tensor([True, False, True]))
@@ -482,7 +482,7 @@ def test_other_sizes_leave_records_of_other_names(tmp_path: Path) -> None:
         (["generate", "--shape", "tiny", "--dtype", "fp8"], "known: fp32, bf16, int8, int4"),
         (["generate", "--prompt", "a", "--prompts", "3"], "--prompts has no effect"),
         (["generate", "--model", "some/where"], "--model needs --prompt"),
-        (["plot", "pyproject.toml"], "no record of a bench"),
+        (["plot", "pyproject.toml"], "not a benchmark record"),
     ],
 )
 def test_what_cannot_be_timed_is_said_in_one_line(

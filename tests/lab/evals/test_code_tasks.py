@@ -383,7 +383,7 @@ def test_what_cannot_be_asked_is_refused_by_name(tmp_path: Path):
 @pytest.mark.parametrize("name", ["humaneval", "mbpp", "docstring", "sentence"])
 def test_without_a_fence_a_code_task_does_not_open_unless_trusted(name, monkeypatch):
     data = {"humaneval": ("humaneval",), "mbpp": ("mbpp",)}.get(name, ())
-    monkeypatch.setattr("coterie.lab.sandbox.runner.candidates", list)
-    with pytest.raises(CoterieError, match=r"install bubblewrap.*--trust-generated-code"):
+    monkeypatch.setattr("coterie.lab.sandbox.runner.backend_candidates", list)
+    with pytest.raises(CoterieError, match=r"install bubblewrap.*`trust`"):
         TASKS[name](TaskOptions("llada2", data=benchmark(*data)))
     assert TASKS[name](TaskOptions("llada2", data=benchmark(*data), trust=True)).name == name
