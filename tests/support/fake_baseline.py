@@ -1,4 +1,4 @@
-"""A baseline for tests: it answers as ``worker.py`` does, or fails in the way that it is named for."""
+"""A baseline for tests: it answers as ``worker.py`` does, or fails in a named way."""
 
 from __future__ import annotations
 

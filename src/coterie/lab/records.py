@@ -52,6 +52,19 @@ class Measurement:
         }
 
 
+def measurements_ms(policy: str, samples: Mapping[str, Sequence[float]]) -> list[Measurement]:
+    """Measurements in ms, named by policy and key, of samples in seconds."""
+    return [
+        Measurement(f"{policy} {name}", "ms", tuple(seconds * 1e3 for seconds in values))
+        for name, values in samples.items()
+    ]
+
+
+def median_ratio(samples: Sequence[float], references: Sequence[float]) -> float:
+    """The median ratio of paired samples."""
+    return statistics.median(a / b for a, b in zip(samples, references, strict=True))
+
+
 def make_record(
     title: str,
     command: Sequence[str],

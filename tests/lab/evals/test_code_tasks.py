@@ -370,7 +370,7 @@ def test_settings_say_what_decides_and_are_json():
 
 
 def test_what_cannot_be_asked_is_refused_by_name(tmp_path: Path):
-    with pytest.raises(CoterieError, match="without examples; 2 shots"):
+    with pytest.raises(CoterieError, match="zero-shot; `shots` is 2"):
         open_humaneval(TaskOptions("llada2", shots=2))
     with pytest.raises(CoterieError, match=r"7 shots.*at most 6"):
         mbpp(shots=7)

@@ -1,4 +1,4 @@
-"""An evaluation where not all experts are in memory: what is there never depends on a stop."""
+"""Evaluations with a cache of experts: answers never depend on an interrupt."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 from tempfile import TemporaryDirectory, mkdtemp
@@ -17,25 +16,24 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from process_killer import QUIZ, SHORT, short
+from process_killer import CACHED_OPTIONS, CACHED_VARIANTS, QUIZ, cached_engine
 from tiny_task import Quiz
 
 import coterie
 from coterie.cli.entry import run as command
 from coterie.engine.engine import Engine
 from coterie.errors import CoterieError
-from coterie.lab.evals.answer_log import Answer
+from coterie.keys import to_json
 from coterie.lab.evals.results import EvalResult
 from coterie.lab.evals.run import Variant, run_eval
 from coterie.lab.evals.traffic import AnswerTraffic, TrafficSavings, traffic_savings
 from coterie.loading.expert_memory import ExpertMemoryConfig
 from coterie.testing import write_checkpoint
 
-TESTS = Path(__file__).parent
+TESTS = Path(__file__).parents[2]
+KILLER = TESTS / "support" / "process_killer.py"
 VANILLA = Variant("vanilla")
-PREFERRING = Variant("resident-vote:beta=0.3,resident_bonus=8,max_vote_loss=0.5")
-ARMS = [VANILLA, PREFERRING]
-TIMED = ("seconds", "found", "served")
+VARIANTS = CACHED_VARIANTS
 
 
 @cache
@@ -52,19 +50,19 @@ def engine(memory: str | None = "35%") -> Engine:
 
 
 def told(sheets: list[EvalResult]) -> list[dict[str, object]]:
-    """All but what a clock says."""
-    answers: Iterator[Answer] = (answer for sheet in sheets for answer in sheet.answers)
-    return [
-        {name: value for name, value in vars(one).items() if name not in TIMED}
-        | {"served": None if one.traffic is None else vars(one.traffic) | {"waited": 0.0}}
-        for one in answers
-    ]
+    """All answers as JSON values, without times."""
+    documents = [to_json(answer) for sheet in sheets for answer in sheet.answers]
+    for document in documents:
+        document["seconds"] = 0.0
+        if document["served"] is not None:
+            document["served"]["waited"] = 0.0
+    return documents
 
 
 @cache
 def whole(lasts: int) -> tuple[bytes, bytes, list[dict[str, object]]]:
     with TemporaryDirectory() as name:
-        sheets = run_eval(engine(), [Quiz()], ARMS, Path(name), batch_size=1, reset_every=lasts)
+        sheets = run_eval(engine(), [Quiz()], VARIANTS, Path(name), batch_size=1, reset_every=lasts)
         files = (Path(name) / file for file in ("items.jsonl", "run.json"))
         return *(file.read_bytes() for file in files), told(sheets)  # type: ignore[return-value]
 
@@ -79,7 +77,7 @@ def test_a_run_that_stopped_goes_on_with_the_memory_that_it_had(lines: int, last
         (folder / "items.jsonl").write_bytes(left)
         (folder / "run.json").write_bytes(about)
         assert (
-            told(run_eval(engine(), [Quiz()], ARMS, folder, batch_size=1, reset_every=lasts))
+            told(run_eval(engine(), [Quiz()], VARIANTS, folder, batch_size=1, reset_every=lasts))
             == true
         )
         assert (folder / "items.jsonl").read_bytes().startswith(left)
@@ -89,7 +87,7 @@ def test_what_is_asked_alone_is_answered_the_same(tmp_path: Path) -> None:
     """Each question and each policy of its own, in any order: nothing is felt of the others."""
     _, _, true = whole(1)
     found = []
-    for arm in reversed(ARMS):
+    for arm in reversed(VARIANTS):
         for number in range(6):
             one = Quiz(count=0, odd={number: Quiz().items()[number].question})
             found += told(run_eval(engine(), [one], [arm], None, batch_size=1))
@@ -113,16 +111,16 @@ def test_a_question_that_was_answered_otherwise_stops_the_run(tmp_path: Path) ->
     first = json.loads(items.splitlines()[0])
     (tmp_path / "items.jsonl").write_text(json.dumps({**first, "output": "else"}) + "\n")
     (tmp_path / "run.json").write_bytes(about)
-    with pytest.raises(CoterieError, match="quiz/0 was answered otherwise before"):
-        run_eval(engine(), [Quiz()], ARMS, tmp_path, batch_size=1, reset_every=6)
+    with pytest.raises(CoterieError, match="quiz/0 has another answer"):
+        run_eval(engine(), [Quiz()], VARIANTS, tmp_path, batch_size=1, reset_every=6)
 
 
 @pytest.mark.parametrize(
     ("memory", "lasts", "said"),
     [
         ("6", 1, "memory.expert_memory is"),
-        ("35%", 2, "memory.lasts is 1 there and 2 here"),
-        (None, 1, "memory is set there and not set here"),
+        ("35%", 2, "memory.lasts is 1 in the folder and 2"),
+        (None, 1, "memory is set in the folder and not set"),
     ],
 )
 def test_answers_in_another_memory_are_another_run(
@@ -131,7 +129,7 @@ def test_answers_in_another_memory_are_another_run(
     for name, content in zip(("items.jsonl", "run.json"), whole(1)[:2], strict=True):
         (tmp_path / name).write_bytes(content)
     with pytest.raises(CoterieError, match="holds another run") as raised:
-        run_eval(engine(memory), [Quiz()], ARMS, tmp_path, batch_size=1, reset_every=lasts)
+        run_eval(engine(memory), [Quiz()], VARIANTS, tmp_path, batch_size=1, reset_every=lasts)
     assert said in str(raised.value)
 
 
@@ -147,23 +145,27 @@ def test_answers_of_before_there_were_memories_are_read(tmp_path: Path) -> None:
 
 
 def test_rows_do_not_share_a_memory() -> None:
-    with pytest.raises(CoterieError, match="ask one by one"):
-        run_eval(engine(), [Quiz()], ARMS, None, batch_size=2)
+    with pytest.raises(CoterieError, match="`batch_size` must be 1"):
+        run_eval(engine(), [Quiz()], VARIANTS, None, batch_size=2)
 
 
 @pytest.mark.slow
 def test_a_run_that_is_killed_in_a_stretch_goes_on_in_the_same_memory(tmp_path: Path) -> None:
     done = subprocess.run(
-        [sys.executable, str(TESTS / "killing.py"), str(model()), str(tmp_path), "3", "short"],
-        env={**os.environ, "PYTHONPATH": str(TESTS.parent / "src"), "OMP_NUM_THREADS": "1"},
+        [sys.executable, str(KILLER), str(model()), str(tmp_path), "3", "cached"],
+        env={
+            **os.environ,
+            "PYTHONPATH": f"{TESTS.parent / 'src'}:{TESTS / 'support'}",
+            "OMP_NUM_THREADS": "1",
+        },
         capture_output=True,
         text=True,
         check=False,
     )
     assert done.returncode == 0, done.stderr
     assert "killed" in done.stdout
-    true = told(run_eval(short(str(model())), [QUIZ], ARMS, None, **SHORT))
-    found = run_eval(short(str(model())), [QUIZ], ARMS, tmp_path, **SHORT)
+    true = told(run_eval(cached_engine(str(model())), [QUIZ], VARIANTS, None, **CACHED_OPTIONS))
+    found = run_eval(cached_engine(str(model())), [QUIZ], VARIANTS, tmp_path, **CACHED_OPTIONS)
     assert all(answer.from_disk for sheet in found for answer in sheet.answers)
     assert told(found) == true
 

@@ -1,4 +1,4 @@
-"""Evaluations: what is asked, what is kept, and that a stopped run goes on as if it never had."""
+"""Evaluations: items, stored answers, and runs that continue after an interrupt."""
 
 from __future__ import annotations
 
@@ -17,18 +17,20 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from process_killer import ARMS, QUIZ
+from process_killer import QUIZ, VARIANTS
 from tiny_task import Quiz
 
 import coterie
 from coterie.checkpoints.fingerprint import fingerprint
 from coterie.errors import CoterieError
+from coterie.keys import to_json
 from coterie.lab.evals.answer_log import Answer, AnswerLog
 from coterie.lab.evals.report import summarize
 from coterie.lab.evals.run import EvalResult, Variant, run_eval
 from coterie.testing import write_checkpoint
 
-TESTS = Path(__file__).parent
+TESTS = Path(__file__).parents[2]
+KILLER = TESTS / "support" / "process_killer.py"
 VANILLA, VOTE = Variant("vanilla"), Variant("des-vote:beta=0.25")
 KEEP = TemporaryDirectory()
 
@@ -68,7 +70,7 @@ def comparable(answer: Mapping[str, object]) -> dict[str, object]:
     return {
         name: float(f"{value:.5g}") if isinstance(value, float) else value
         for name, value in answer.items()
-        if name not in ("seconds", "found")
+        if name != "seconds"
     }
 
 
@@ -100,20 +102,24 @@ def test_a_run_cut_off_at_any_byte_goes_on_as_if_it_never_had(share: float) -> N
 
 def sheets_of(sheets: Sequence[EvalResult]) -> dict[tuple[str, str], dict[str, object]]:
     answers = [answer for sheet in sheets for answer in sheet.answers]
-    return {(answer.variant, answer.id): comparable(vars(answer)) for answer in answers}
+    return {(answer.variant, answer.id): comparable(to_json(answer)) for answer in answers}
 
 
 def kill(folder: Path, kills: int) -> None:
     done = subprocess.run(
-        [sys.executable, str(TESTS / "killing.py"), str(model()), str(folder), str(kills)],
-        env={**os.environ, "PYTHONPATH": str(TESTS.parent / "src"), "OMP_NUM_THREADS": "1"},
+        [sys.executable, str(KILLER), str(model()), str(folder), str(kills)],
+        env={
+            **os.environ,
+            "PYTHONPATH": f"{TESTS.parent / 'src'}:{TESTS / 'support'}",
+            "OMP_NUM_THREADS": "1",
+        },
         capture_output=True,
         text=True,
         check=False,
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout.split().count("killed") >= kills // 2, done.stdout
-    expected = run_eval(coterie.load(model()), [QUIZ], ARMS, None, batch_size=4)
+    expected = run_eval(coterie.load(model()), [QUIZ], VARIANTS, None, batch_size=4)
     assert answered(folder) == sheets_of(expected)
 
 
@@ -127,15 +133,21 @@ def test_a_run_that_is_killed_very_often_answers_every_item_once(tmp_path: Path)
 
 
 CHANGES: Mapping[str, tuple[Callable[[], object], str]] = {
-    "limit": (lambda: {"limit": 3}, "limit is not set there and 3 here"),
-    "order": (lambda: {"shuffle_seed": 1}, "shuffle_seed is not set there and 1 here"),
-    "generation": (lambda: {"asked": {"block": 4}}, "generation.block is 8 there and 4 here"),
-    "tokens": (lambda: {"asked": {"max_new_tokens": 4}}, "max_new_tokens is 12 there and 4 here"),
-    "settings": (lambda: {"tasks": [Quiz(note="x")]}, 'settings.note is "" there and "x" here'),
+    "limit": (lambda: {"limit": 3}, "limit is not set in the folder and 3 in this run"),
+    "order": (lambda: {"shuffle_seed": 1}, "shuffle_seed is not set in the folder and 1"),
+    "generation": (lambda: {"options": {"block": 4}}, "generation.block is 8 in the folder and 4"),
+    "tokens": (
+        lambda: {"options": {"max_new_tokens": 4}},
+        "max_new_tokens is 12 in the folder and 4",
+    ),
+    "settings": (lambda: {"tasks": [Quiz(note="x")]}, 'settings.note is "" in the folder and "x"'),
     "question": (lambda: {"tasks": [Quiz(odd={2: "1 2"})]}, "tasks.quiz.questions is"),
-    "task": (lambda: {"tasks": [Quiz(), Quiz("other")]}, "tasks.other is not set there"),
+    "task": (lambda: {"tasks": [Quiz(), Quiz("other")]}, "tasks.other is not set in the folder"),
     "model": (lambda: {"engine": coterie.load(model("sdar-moe"), block=8)}, "model is"),
-    "dtype": (lambda: {"engine": coterie.load(model(), dtype="bf16", block=8)}, '"float32" there'),
+    "dtype": (
+        lambda: {"engine": coterie.load(model(), dtype="bf16", block=8)},
+        '"float32" in the folder',
+    ),
 }
 
 
@@ -197,7 +209,7 @@ def test_some_seeds_shuffle_differently() -> None:
 
 
 def test_a_folder_serves_one_process_at_a_time(tmp_path: Path) -> None:
-    with AnswerLog(tmp_path, {}), pytest.raises(CoterieError, match="another process is at work"):
+    with AnswerLog(tmp_path, {}), pytest.raises(CoterieError, match="another process"):
         run_eval(engine(), [Quiz()], [VANILLA], tmp_path)
     run_eval(engine(), [Quiz()], [VANILLA], tmp_path)
 
@@ -208,7 +220,7 @@ def test_a_full_disk_is_told_and_what_was_written_stays(tmp_path: Path) -> None:
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (size * 3 // 4, hard))
     try:
-        with pytest.raises(CoterieError, match="File too large; the 4 answers before are kept"):
+        with pytest.raises(CoterieError, match="File too large; 4 answers"):
             run_eval(engine(), [Quiz()], [VANILLA], tmp_path / "full")
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
@@ -238,7 +250,7 @@ def test_a_spoilt_file_is_refused_by_the_line(
 
 def test_answers_without_their_run_are_refused(tmp_path: Path) -> None:
     (tmp_path / "items.jsonl").write_bytes(whole()[0])
-    with pytest.raises(CoterieError, match="does not say whose answers"):
+    with pytest.raises(CoterieError, match="does not identify"):
         run_eval(engine(), [Quiz()], [VANILLA], tmp_path)
 
 
@@ -345,7 +357,7 @@ def test_grading_beside_generation_changes_no_answer(
 ) -> None:
     slow, heard = Quiz(count=9, pause=0.02), []
     expected = run_eval(engine(), [Quiz(count=9)], [VANILLA, VOTE], None, batch_size=3)
-    monkeypatch.setattr("coterie.lab.evals.run._grades_beside", lambda _: True)
+    monkeypatch.setattr("coterie.lab.evals.run._grades_in_background", lambda _: True)
     sheets = run_eval(
         engine(), [slow], [VANILLA, VOTE], tmp_path, batch_size=3, on_answer=heard.append
     )

@@ -214,17 +214,20 @@ def test_jsonl_json_and_gzip_hold_the_same_rows(tmp_path):
 @pytest.mark.parametrize(
     ("content", "said"),
     [
-        (b"", "holds nothing; expected objects with 'question' (text), 'answer' (text)"),
-        (b"\n\n", "holds nothing"),
-        (b'{"question": "a", "answer": "#### 1"}\n{"question": "b", "ans', "line 2: not JSON"),
+        (b"", "empty; expected objects with 'question' (text), 'answer' (text)"),
+        (b"\n\n", "empty; expected"),
+        (
+            b'{"question": "a", "answer": "#### 1"}\n{"question": "b", "ans',
+            "line 2: invalid or truncated JSON",
+        ),
         (b'{"question": "a"}\n', "line 1: 'answer' is missing"),
         (b'{"question": "a", "answer": 3}\n', "line 1: 'answer' is not text"),
         (b'{"question": "a", "answer": "b"}\n[1]\n', "line 2: not an object but list"),
         (b'[{"question": "a", "answer": "b"}, 3]', "item 2: not an object but int"),
-        (b'[{"question": "a",\n "answer"', "line 2: not JSON"),
+        (b'[{"question": "a",\n "answer"', "line 2: invalid or truncated JSON"),
         (b'{"question": "a", "answer": "b"}\n\xff\n', "line 2: not UTF-8"),
-        (gzip.compress(b"[" * 1000, mtime=0)[:-9], "broken or cut off gzip"),
-        (b"\x1f\x8b\x00", "broken or cut off gzip"),
+        (gzip.compress(b"[" * 1000, mtime=0)[:-9], "broken or truncated gzip"),
+        (b"\x1f\x8b\x00", "broken or truncated gzip"),
         (b'{"question": "a", "answer": "none"}\n', "row 1: 'none' holds no number"),
     ],
 )
@@ -273,7 +276,7 @@ def test_a_hub_out_of_reach_is_one_line_that_names_the_way_out(monkeypatch):
 
     monkeypatch.delenv(source.DATA_ENV_VAR, raising=False)
     monkeypatch.setattr(source, "hf_hub_download", fail)
-    with pytest.raises(CoterieError, match=r"no route.*--data.*gsm8k/test.jsonl"):
+    with pytest.raises(CoterieError, match=r"no route.*`data`.*gsm8k/test.jsonl"):
         source.read_benchmark(gsm8k.TEST, None)
 
 
@@ -327,7 +330,7 @@ def test_other_families_are_asked_without_examples_unless_wished(tmp_path):
 
 def test_examples_that_are_not_there_are_named(tmp_path):
     alone = written(tmp_path / "alone.jsonl", ROWS)
-    with pytest.raises(CoterieError, match=r"train.jsonl: not there.*--shots 0"):
+    with pytest.raises(CoterieError, match=r"train.jsonl: not found.*`shots` to 0"):
         open_tasks(["gsm8k"], TaskOptions("llada-moe", data=alone))
     assert open_tasks(["gsm8k"], TaskOptions("llada-moe", data=alone, shots=0))
 
@@ -363,9 +366,13 @@ def test_names_and_wishes_that_cannot_be_are_refused(tmp_path):
     for names, wish, said in (
         (["gsm"], TaskOptions("llada2"), "unknown task 'gsm'; known: gsm8k, humaneval"),
         (["words"], TaskOptions("llada2", count=0), "0 items"),
-        (["words"], TaskOptions("llada2", shots=2), "without examples"),
-        (["math500"], TaskOptions("llada2", shots=4), "without examples"),
-        (["gsm8k", "math500"], TaskOptions("llada2", data=one), "one file, for gsm8k and math500"),
+        (["words"], TaskOptions("llada2", shots=2), "zero-shot"),
+        (["math500"], TaskOptions("llada2", shots=4), "zero-shot"),
+        (
+            ["gsm8k", "math500"],
+            TaskOptions("llada2", data=one),
+            "one file, .* for gsm8k and math500",
+        ),
     ):
         with pytest.raises(CoterieError, match=said):
             open_tasks(names, wish)
@@ -380,7 +387,7 @@ def test_code_is_refused_once_where_nothing_keeps_it_in(monkeypatch):
         if not trust:
             raise CoterieError("nothing here can keep generated code in")
 
-    monkeypatch.setattr(embedded, "require_fence", refuse)
+    monkeypatch.setattr(embedded, "require_backend", refuse)
     assert open_tasks(["words", "algebra"], TaskOptions("llada2"))
     with pytest.raises(CoterieError, match="keep generated code in"):
         open_tasks(["docstring"], TaskOptions("llada2"))
@@ -447,10 +454,13 @@ def test_an_embedded_function_is_looked_up_by_its_id(tmp_path, capsys):
     ("text", "said"),
     [
         ("", "empty"),
-        ('{"id": 1, "output": "a", "gold": "1"}\n{"id": 2, "outp', "line 2: not JSON"),
+        (
+            '{"id": 1, "output": "a", "gold": "1"}\n{"id": 2, "outp',
+            "line 2: invalid or truncated JSON",
+        ),
         ('{"id": 1, "gold": "1"}', "line 1: 'output' is missing"),
         ('{"output": "a", "gold": "1"}', "line 1: 'id' is missing"),
-        ('{"id": 1, "output": null, "gold": "1"}', "line 1: 'output' is not a text"),
+        ('{"id": 1, "output": null, "gold": "1"}', "line 1: 'output' is not a string"),
         ('{"id": [1], "output": "", "gold": "1"}', "line 1: 'id' is neither"),
         ('{"id": 1, "output": "", "gold": [1]}', "line 1: 'gold' is neither"),
         ("3", "line 1: not an object"),
@@ -478,7 +488,7 @@ def test_what_stood_in_the_file_stays_until_all_is_graded(tmp_path, capsys, monk
         raise CoterieError("no sandbox starts any more")
 
     monkeypatch.setattr(gsm8k.Gsm8k, "grade", fail)
-    monkeypatch.setattr("coterie.lab.evals.grading.GOLDEN", {})
+    monkeypatch.setattr("coterie.lab.evals.grading.GOLD_GRADERS", {})
     data = folder(tmp_path)
     written(path, [{"id": "gsm8k/0", "output": "1"}])
     assert run(["grade", "gsm8k", str(path), "-o", str(out), "--data", str(data)]) == 2
