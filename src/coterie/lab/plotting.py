@@ -1,4 +1,4 @@
-"""One style for every figure: a colour and a marker per policy family, in a light and a dark scheme.
+"""One style for all figures: a colour and a marker per policy family, light and dark schemes.
 
 A drawing function takes its axes from ``new_axes`` or ``new_panels`` and its colours from
 ``policy_colour`` and ``SERIES_COLOURS``. It runs once per scheme, inside ``style_context``. The

@@ -103,7 +103,7 @@ def write_json(path: Path, content: Mapping[str, object]) -> None:
 
 
 def git_commit(folder: Path | None = None) -> str:
-    """The commit of the repository at ``folder`` (default: this file's), with "+changes" if dirty."""
+    """The commit of the repository of ``folder`` (default: this file), "+changes" if dirty."""
     directory = folder or Path(__file__).parent
     head = _git(directory, "rev-parse", "HEAD")
     if head is None:

@@ -77,7 +77,7 @@ BASELINES = {
 
 @dataclass(frozen=True)
 class ResolvedBaseline:
-    """A baseline and its interpreter; a ``required`` one was named by the user and must not fail."""
+    """A baseline and its interpreter; a ``required`` one must not fail."""
 
     baseline: Baseline
     python: Path
@@ -115,8 +115,8 @@ def _why_unavailable(baseline: Baseline, python: Path | None, dtype: str) -> str
         return f"has no experts in {dtype}; it has {', '.join(baseline.dtypes)}"
     if python is None:
         return (
-            f"not installed; `scripts/peers {baseline.name}` installs it in "
-            f"{ENVIRONMENTS_FOLDER / baseline.name}, or `baseline_pythons` names an interpreter with it"
+            f"not installed; `scripts/peers {baseline.name}` installs it in {ENVIRONMENTS_FOLDER}, "
+            "or `baseline_pythons` names an interpreter that has it"
         )
     if not os.access(python, os.X_OK):
         return f"{python} is not executable"

@@ -159,9 +159,14 @@ def forward_cost(transformer: Transformer, blocks: RandomBlocks) -> ForwardCost:
     flat = [buffer.view(1, -1) for buffers in part_buffers.values() for buffer in buffers]
     flops = _part_flops(transformer, blocks)
     return ForwardCost(
-        slabs, expert_bytes, readable_rows(flat), part_bytes, {part: flops[part] for part in part_bytes if part in flops},
-        flops_per_pair=_flops_per_pair(transformer), flops_per_logit=2 * spec.hidden * spec.vocabulary,
-    )  # fmt: skip
+        slabs,
+        expert_bytes,
+        readable_rows(flat),
+        part_bytes,
+        {part: flops[part] for part in part_bytes if part in flops},
+        flops_per_pair=_flops_per_pair(transformer),
+        flops_per_logit=2 * spec.hidden * spec.vocabulary,
+    )
 
 
 def _part_flops(transformer: Transformer, blocks: RandomBlocks) -> dict[ForwardPart, int]:

@@ -160,7 +160,7 @@ def time_forward(
 
 
 def logits_per_forward(num_logits: LogitCount, tokens: int) -> tuple[int, ...]:
-    """The number of logits of each forward; for a whole block, the masked positions of each step."""
+    """The number of logits of each forward; for a block, the masked positions of each step."""
     if num_logits != "block":
         if not 1 <= num_logits <= tokens:
             raise ConfigError(f"`num_logits` is {num_logits}; must be 1 to {tokens} or block")

@@ -1,7 +1,7 @@
 """The worker process of llama.cpp: random models of one shape, through xllamacpp.
 
-llama.cpp computes a single token in its last layer. So the time of a layer is the difference between
-a model of two layers and one of one layer, for the same prompt. Attention is narrow and its output is
+llama.cpp computes a single token in its last layer. So the time of a layer is the difference
+between a model of two layers and one of one layer, for the same prompt. The output of attention is
 zero, so a token's hidden state is its embedding. Router gates are solved for, so that every layer
 selects the experts of a case with its weights.
 """

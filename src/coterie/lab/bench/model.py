@@ -46,10 +46,10 @@ def random_model(
     seed: int = 0,
     device: torch.device | None = None,
 ) -> Model:
-    """A model of the first ``layers`` layers; all weights but the experts are bf16 (fp32 with "fp32").
+    """A random model of the first ``layers`` layers.
 
-    It needs little more memory than its weights; raises ConfigError if that is not available. It has
-    no tokenizer, so prompts are token ids.
+    All weights but the experts are bf16 (fp32 if the experts are). The model has no tokenizer, so
+    prompts are token ids. Raises ConfigError if there is too little memory for the weights.
     """
     target_device, truncated = device or torch.device("cpu"), shape.truncate(layers)
     expert_format = FORMATS.get(expert_dtype)
@@ -163,9 +163,9 @@ def _random_weights(
 
 
 def skewed_gate(gate: Tensor, shared: Tensor, skew: float, generator: torch.Generator) -> Tensor:
-    """A gate [E, H] whose logits have a standard deviation of 1 over tokens and ``skew`` over experts.
+    """A gate [E, H] with logits that vary by 1 over tokens and by ``skew`` over experts.
 
-    The shared direction of all tokens sets the popularity of each expert.
+    These are standard deviations. The shared direction of all tokens sets an expert's popularity.
     """
     independent = gate - (gate @ shared)[:, None] * shared / shared.square().sum()
     popularity = torch.randn(len(gate), generator=generator) * skew

@@ -73,14 +73,13 @@ def make_chart(record: Mapping[str, Any]) -> Chart:
 
 def draw_chart(chart: Chart) -> Figure:
     """Medians, with bars between the quartiles."""
+    intervals: dict[str, dict[str, tuple[float, float, float]]] = {}
+    for (row, label), samples in chart.samples.items():
+        intervals.setdefault(label, {})[row] = _quartiles(samples)
     series = [
-        IntervalSeries(
-            label,
-            indexed_style(number),
-            {row: _quartiles(chart.samples[row, label]) for row in chart.rows if (row, label) in chart.samples},
-        )
+        IntervalSeries(label, indexed_style(number), intervals[label])
         for number, label in enumerate(chart.series)
-    ]  # fmt: skip
+    ]
     return interval_chart(chart.rows, series, chart.unit)
 
 

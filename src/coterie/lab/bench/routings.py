@@ -40,8 +40,8 @@ def skewed_scores(
 ) -> Scores:
     """Random router logits of one block, [1, tokens, E].
 
-    Each logit is the expert's popularity plus noise per token; ``skew`` is the popularity's standard
-    deviation, relative to that of the noise.
+    Each logit is the expert's popularity plus noise per token. ``skew`` is the standard deviation
+    of the popularity; that of the noise is 1.
     """
     popularity = torch.randn(router.experts, generator=generator) * skew
     logits = popularity + torch.randn(1, tokens, router.experts, generator=generator)

@@ -104,7 +104,7 @@ def time_interleaved(
     device: torch.device,
     on_progress: Callable[[float], None] = lambda share: None,
 ) -> dict[Key, TimingStats]:
-    """Calls every function once per round, in random order, so that slow periods affect all of them.
+    """Calls every function once per round, in random order: slow periods affect all of them.
 
     The first round is a warm-up.
     """
@@ -139,9 +139,7 @@ def wait_until_idle(device: torch.device) -> None:
 
 @torch.inference_mode()
 def measure_limits(
-    device: torch.device,
-    dtypes: Iterable[torch.dtype],
-    budget: TimingBudget = FULL_BUDGET,
+    device: torch.device, dtypes: Iterable[torch.dtype], budget: TimingBudget = FULL_BUDGET
 ) -> DeviceLimits:
     """Measures the fastest of torch's read operations, and products of square matrices."""
     matrix_size = budget.matrix_size

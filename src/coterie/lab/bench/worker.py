@@ -1,8 +1,8 @@
 """The process of a baseline, under its own interpreter: ``PYTHON worker.py BASELINE FOLDER``.
 
-It imports numpy and the baseline's packages, and not Coterie, which its environment may lack. FOLDER
-contains ``work.json`` (sizes of the layer, dtype, seed, threads) and ``cases.npz``: x [C, T, H] fp32,
-ids [C, T, k] and weights [C, T, k] of C routed blocks.
+It imports numpy and the baseline's packages, and not Coterie, which its environment may lack.
+FOLDER contains ``work.json`` (sizes of the layer, dtype, seed, threads) and ``cases.npz``:
+x [C, T, H] fp32, ids [C, T, k] and weights [C, T, k] of C routed blocks.
 
 It writes ``ready {..}`` with its kernels and versions, then one reply per line of input:
 ``time KERNEL CASE``: seconds; ``keep KERNEL CASE FILE``: ``kept``, after writing the output [T, H]
@@ -121,7 +121,7 @@ def torch_baseline(
     make_kernels: Callable[[LayerWorkload, ExpertWeights], Mapping[str, LayerFunction]],
     packages: tuple[str, ...],
 ) -> Callable[[Path, LayerWorkload, list[TimedCase]], BaselineRunner]:
-    """A baseline on PyTorch, whose kernels are functions of x, ids and weights."""
+    """A baseline on PyTorch; its kernels are functions of x, ids and weights."""
 
     def start_baseline(
         folder: Path, workload: LayerWorkload, cases: list[TimedCase]

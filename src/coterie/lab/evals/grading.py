@@ -31,7 +31,7 @@ class GoldGrader:
 
 @dataclass(frozen=True)
 class OutputToGrade:
-    """The output of line ``number``. ``id`` has its type in the file: a string, or MBPP's number."""
+    """The output of line ``number``. ``id`` is as in the file: a string, or MBPP's number."""
 
     number: int
     id: str | int

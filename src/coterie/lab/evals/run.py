@@ -60,11 +60,11 @@ def run_eval(
 ) -> list[EvalResult]:
     """Answers every item of every task under every variant; one result per variant, in order.
 
-    ``limit`` selects each task's first items, after a shuffle if ``shuffle_seed`` is set. Generation
-    options are the engine's, overridden by the task's, then by ``options``, then by the variant's.
-    ``on_answer`` receives every answer; those read from ``folder`` come first. A failed item (NaN
-    logits, a prompt that does not fit) becomes an answer with an ``error``. Variants may be added to
-    a folder later. With a cache of experts ``batch_size`` must be 1.
+    ``limit`` selects each task's first items, after a shuffle if ``shuffle_seed`` is set.
+    Generation options are the engine's, overridden by the task's, then by ``options``, then by the
+    variant's. ``on_answer`` receives every answer; those read from ``folder`` come first. A failed
+    item (NaN logits, a prompt that does not fit) becomes an answer with an ``error``. Variants may
+    be added to a folder later. With a cache of experts ``batch_size`` must be 1.
 
     Raises TaskError if the folder holds another run, and an error for a variant that this model
     cannot run, before anything is written.
@@ -73,7 +73,8 @@ def run_eval(
     requests = _make_requests(engine, tasks, limit, shuffle_seed, options)
     _check_run(engine, tasks, requests, by_name.values(), folder, batch_size=batch_size)
     run_config = run_identity(
-        engine, tasks, limit=limit, shuffle_seed=shuffle_seed, reset_every=reset_every, options=options
+        engine, tasks, limit=limit, shuffle_seed=shuffle_seed, reset_every=reset_every,
+        options=options,
     )  # fmt: skip
     scheduler = _Scheduler(engine, batch_size, reset_every)
     with AnswerLog(folder, run_config) as log, _grader_pool() as graders:
@@ -196,8 +197,8 @@ def _check_unchanged(answer: Answer, stored: Answer | None) -> bool:
     """Whether an answer is stored already; raises if its output differs."""
     if stored is not None and stored.output != answer.output:
         raise TaskError(
-            f"{answer.variant}: {answer.id} has another answer in the stored run, so the cache state "
-            "cannot be restored; use another folder"
+            f"{answer.variant}: {answer.id} has another answer in the stored run, so the cache "
+            "state cannot be restored; use another folder"
         )
     return stored is not None
 
@@ -289,8 +290,8 @@ def _check_run(
         raise TaskError("an evaluation needs at least one task and one variant")
     if batch_size != 1 and engine.model.cached_store is not None:
         raise TaskError(
-            f"`batch_size` is {batch_size}; where not all experts are in memory, an answer may depend "
-            "on the others of its batch, so `batch_size` must be 1"
+            f"`batch_size` is {batch_size}; where not all experts are in memory, an answer may "
+            "depend on the others of its batch, so `batch_size` must be 1"
         )
     task_names = {request.task.name for request in requests}
     if empty := [task.name for task in tasks if task.name not in task_names]:

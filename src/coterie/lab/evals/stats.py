@@ -89,7 +89,7 @@ def paired_difference(
 
 
 def _score_bound(gained: int, lost: int, n: int) -> float:
-    """The largest difference whose score statistic is at most ``Z_95``, by bisection."""
+    """The largest difference with a score statistic of at most ``Z_95``, by bisection."""
     low, high = (gained - lost) / n, 1.0
     for _ in range(60):
         middle = (low + high) / 2

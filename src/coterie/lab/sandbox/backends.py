@@ -117,7 +117,7 @@ class Namespaces:
 
 @dataclass(frozen=True)
 class Unsandboxed:
-    """No isolation: a child process with limits, which can read, write and connect like its user."""
+    """No isolation: a child process with limits and all permissions of its user."""
 
     name: str = "none"
 

@@ -86,7 +86,7 @@ def require_backend(trust: bool = False) -> SandboxBackend:
 
 @cache
 def _backend_problem(backend: SandboxBackend) -> str | None:
-    """Why a backend does not work, or None; a correct program must pass, a forged report must not."""
+    """Why a backend does not work, or None: a correct program must pass, a forged report fail."""
     try:
         result = _run_in(backend, "import math\nassert math.sqrt(4) == 2", PROBE_LIMITS)
         if not result.passed:

@@ -26,7 +26,7 @@ class SyscallTable:
     denied: tuple[int, ...]
 
 
-# The same numbers on both architectures: io_uring, the new mount calls, pidfd_getfd, mount_setattr, memfd_secret, ...
+# Equal on both: io_uring, the new mount calls, pidfd_getfd, mount_setattr, memfd_secret, ...
 COMMON_DENIED = (*range(425, 434), 438, 442, 447, 467)
 CLONE3 = 435
 SYSCALL_TABLES = {

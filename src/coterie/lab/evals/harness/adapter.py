@@ -63,8 +63,8 @@ class CoterieLM(LM):
         _check_options(options)
         memory = _expert_memory(expert_memory, imagine_memory, eviction)
         self.engine = load(
-            pretrained, policy=policy, dtype=dtype, device=_available_device(device), experts=experts,
-            expert_memory=memory,
+            pretrained, policy=policy, dtype=dtype, device=_available_device(device),
+            experts=experts, expert_memory=memory,
         )  # fmt: skip
         if "max_gen_toks" in options:
             options["max_new_tokens"] = options.pop("max_gen_toks")

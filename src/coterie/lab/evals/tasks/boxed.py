@@ -13,7 +13,10 @@ BRACE_OR_ESCAPE = re.compile(r"\\.|[{}]", re.DOTALL)  # an escaped brace is no b
 
 
 # The start of a line "Final answer"; a colon or an equals sign follows.
-ANSWER_LINE_START = r"^[ \t>*_#]*(?:(?:so|thus|therefore|hence),?\s+)?(?:(?:the|my)\s+)?(?:final\s+|correct\s+)?answer"
+ANSWER_LINE_START = (
+    r"^[ \t>*_#]*(?:(?:so|thus|therefore|hence),?\s+)?(?:(?:the|my)\s+)?"
+    r"(?:final\s+|correct\s+)?answer"
+)
 ZERO_SHOT = "{question}\nPlease reason step by step, and put your final answer within \\boxed{{}}."
 
 

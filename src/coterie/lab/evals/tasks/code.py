@@ -113,7 +113,7 @@ def _future_first(program: str) -> str:
 
 
 def _answer_text(output: str) -> str:
-    """The answer without a thinking part, between ``[BEGIN]`` and ``[DONE]``, before an end mark."""
+    """The answer: after a thinking part, in ``[BEGIN]`` and ``[DONE]``, before an end mark."""
     text = strip_end_marks(output).replace("\r\n", "\n").rpartition("</think>")[2]
     before, marker, after = text.partition("[DONE]")[0].rpartition("[BEGIN]")
     text = (after if marker else before + after).strip("\n")

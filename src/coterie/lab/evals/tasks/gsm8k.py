@@ -1,8 +1,8 @@
-"""GSM8K: grade-school word problems whose answer is a number (Cobbe et al., arXiv 2110.14168).
+"""GSM8K: grade-school word problems with a number as answer (Cobbe et al., arXiv 2110.14168).
 
 The grade reads the answer as a person would. The two metrics of lm-evaluation-harness (and dInfer)
 are recorded as well: ``strict``, the number after the first ``####``, and ``flexible``, the last
-number. ``strict`` fails if the prompt asks for a box, ``flexible`` if a sentence follows the answer.
+number. ``strict`` fails if the prompt asks for a box, ``flexible`` if a sentence follows.
 """
 
 from __future__ import annotations
@@ -16,12 +16,7 @@ from pathlib import Path
 
 from coterie.errors import TaskError
 from coterie.lab.evals.task import Grade, Item, TaskOptions
-from coterie.lab.evals.tasks.boxed import (
-    ANSWER_LINE_START,
-    ZERO_SHOT,
-    find_boxes,
-    strip_end_marks,
-)
+from coterie.lab.evals.tasks.boxed import ANSWER_LINE_START, ZERO_SHOT, find_boxes, strip_end_marks
 from coterie.lab.evals.tasks.numbers import (
     ParsedNumber,
     find_numbers,

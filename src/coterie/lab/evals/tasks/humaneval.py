@@ -29,7 +29,7 @@ MAX_NEW_TOKENS = {"llada-moe": 512}  # other families: 2048
 
 @dataclass(frozen=True)
 class HumanEval:
-    """The 164 problems, zero-shot. ``gold`` is the tests of a problem and the call that runs them."""
+    """The 164 problems, zero-shot. ``gold`` is the tests and the call that runs them."""
 
     source: BenchmarkData
     family: str

@@ -238,7 +238,7 @@ def _is_interval(text: str) -> bool:
 
 
 def as_interval(text: str) -> str:
-    r"""``2 < x \le 5`` and ``\{x \mid 2 < x \le 5\}`` become ``(2, 5]``; other texts are unchanged."""
+    r"""``2 < x \le 5`` and ``\{x \mid 2 < x \le 5\}`` become ``(2, 5]``; other texts stay."""
     set_builder = SET_BUILDER.match(text)
     condition = set_builder[1] if set_builder else text
     parts = [_parse_interval(part) for part in re.split(r"\\cup(?![a-z])|,", condition)]

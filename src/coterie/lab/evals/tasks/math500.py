@@ -1,4 +1,4 @@
-r"""MATH500: competition problems whose answer is a number, a formula, an interval or a text.
+r"""MATH500: competition problems; an answer is a number, a formula, an interval or a text.
 
 The 500 test problems of MATH (Hendrycks et al., arXiv 2103.03874) that PRM800K holds out (Lightman
 et al., arXiv 2305.20050), zero-shot with a boxed answer. Answers are normalized in ``latex`` and

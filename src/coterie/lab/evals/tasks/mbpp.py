@@ -45,7 +45,7 @@ ZERO_SHOT = INSTRUCTION + (
 
 @dataclass(frozen=True)
 class Mbpp:
-    """The 427 sanitized problems, or the 500 tests of the full file. ``gold`` is imports and asserts.
+    """The 427 sanitized problems, or the 500 tests of the full file. ``gold``: imports, asserts.
 
     The examples of a prompt are the first ``shots`` ones, without the item itself.
     """

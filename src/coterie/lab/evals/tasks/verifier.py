@@ -21,7 +21,7 @@ MEMORY_LIMIT = 3 << 30  # bytes of address space
 def main() -> None:
     """Compares pairs until standard input ends; a pair over the time limit ends the process.
 
-    The argument is the limit in seconds of processor time, which load on the machine does not affect.
+    The argument is the limit in seconds of processor time.
     """
     seconds = float(sys.argv[1])
     warnings.simplefilter("ignore")
