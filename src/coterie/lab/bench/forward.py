@@ -14,9 +14,9 @@ from torch import Tensor
 
 from coterie.errors import ConfigError
 from coterie.lab.bench.cost_model import (
-    ComputeProbe,
     ForwardCost,
     ForwardPart,
+    KernelKind,
     RandomBlocks,
     compute_probe,
     forward_cost,
@@ -139,7 +139,7 @@ def time_forward(
     transformer = model.transformer
     blocks = random_blocks(model, tokens, context, seed)
     cost = forward_cost(transformer, blocks)
-    timer = _ForwardTimer(transformer, cost, compute_probe(transformer, tokens))
+    probe = compute_probe(transformer, tokens)
     logit_counts = logits_per_forward(num_logits, tokens)
     runs_by_policy: list[tuple[ForwardTiming, list[_BlockRun]]] = []
     for policy in policies:
@@ -147,13 +147,20 @@ def time_forward(
         runs = [_run_block(transformer, cost, blocks, n, policy) for n in range(NUM_BLOCKS)]
         timing = _empty_timing(policy, cost, runs, statistics.fmean(logit_counts))
         runs_by_policy.append((timing, runs))
-    rates: dict[str, list[float]] = {kind: [] for kind in timer.probe.kernels}
+    rates: dict[str, list[float]] = {kind: [] for kind in probe.kernels}
     result = ForwardBenchResult([timing for timing, _ in runs_by_policy], logit_counts, rates)
     rng = random.Random(0)
     for repeat in range(repeats):
         rng.shuffle(runs_by_policy)
         for timing, block_runs in runs_by_policy:
-            timer.add_sample(result, timing, block_runs[repeat % NUM_BLOCKS :] + block_runs)
+            measured_rates = probe.measure_rates()
+            for kind, rate in measured_rates.items():
+                rates[kind].append(rate)
+            shifted_runs = block_runs[repeat % NUM_BLOCKS :] + block_runs
+            _add_sample(
+                timing, shifted_runs, transformer, cost, logit_counts=logit_counts,
+                rates=measured_rates,
+            )  # fmt: skip
             on_progress(repeat / repeats, "timing forwards")
     on_progress(1.0, "timing forwards")
     return result
@@ -169,37 +176,28 @@ def logits_per_forward(num_logits: LogitCount, tokens: int) -> tuple[int, ...]:
     return tuple(tokens - number * tokens // steps for number in range(steps))
 
 
-@dataclass(frozen=True)
-class _ForwardTimer:
-    """The parts that all samples share."""
-
-    transformer: Transformer
-    cost: ForwardCost
-    probe: ComputeProbe
-
-    def add_sample(
-        self, result: ForwardBenchResult, timing: ForwardTiming, block_runs: Sequence[_BlockRun]
-    ) -> None:
-        """Adds one sample: a read and a forward per logit count, with alternating blocks."""
-        rates, device = self.probe.measure_rates(), self.transformer.device
-        for kind, rate in rates.items():
-            result.rates[kind].append(rate)
-        read_times, roofline_times, forward_times = [], [], []
-        for number, count in enumerate(result.logit_counts):
-            run = block_runs[number % NUM_BLOCKS]
-            context = replace(run.context, logits_indices=torch.arange(count, device=device))
-            read_seconds = time_once(partial(self.cost.read, run.used), device)
-            forward_times.append(time_once(partial(self.transformer, run.tokens, context), device))
-            read_times.append(read_seconds)
-            part_flops = self.cost.flops_by_part(run.pairs, count)
-            bandwidth = sum(run.part_bytes.values()) / read_seconds
-            roofline = roofline_seconds(
-                run.part_bytes, part_flops, bandwidth=bandwidth, rates=rates
-            )
-            roofline_times.append(max(read_seconds, roofline))  # rounding may make it smaller
-        timing.read_seconds.append(statistics.fmean(read_times))
-        timing.roofline_seconds.append(statistics.fmean(roofline_times))
-        timing.seconds.append(statistics.fmean(forward_times))
+def _add_sample(
+    timing: ForwardTiming,
+    block_runs: Sequence[_BlockRun],
+    transformer: Transformer,
+    cost: ForwardCost,
+    *,
+    logit_counts: Sequence[int],
+    rates: Mapping[KernelKind, float],
+) -> None:
+    """Adds one sample: a read and a forward per logit count, with alternating blocks."""
+    samples: list[tuple[float, float, float]] = []
+    for number, count in enumerate(logit_counts):
+        run, device = block_runs[number % NUM_BLOCKS], transformer.device
+        context = replace(run.context, logits_indices=torch.arange(count, device=device))
+        read = time_once(partial(cost.read, run.used), device)
+        forward = time_once(partial(transformer, run.tokens, context), device)
+        flops, bandwidth = cost.flops_by_part(run.pairs, count), sum(run.part_bytes.values()) / read
+        roofline = roofline_seconds(run.part_bytes, flops, bandwidth=bandwidth, rates=rates)
+        samples.append((read, max(read, roofline), forward))  # rounding may make the roofline less
+    series = (timing.read_seconds, timing.roofline_seconds, timing.seconds)
+    for values, seconds in zip(series, zip(*samples, strict=True), strict=True):
+        values.append(statistics.fmean(seconds))
 
 
 def random_blocks(model: Model, tokens: int, context: int, seed: int) -> RandomBlocks:

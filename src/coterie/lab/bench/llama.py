@@ -148,26 +148,17 @@ def write_model(
 
 def write_metadata(writer, workload: worker.LayerWorkload, layers: int, vocabulary: int) -> None:
     """Writes the model's sizes and a vocabulary of numbers."""
-    writer.add_block_count(layers)
-    writer.add_context_length(512)
-    writer.add_embedding_length(workload.hidden)
-    writer.add_feed_forward_length(workload.width)
-    writer.add_expert_feed_forward_length(workload.width)
-    writer.add_expert_count(workload.experts)
-    writer.add_expert_used_count(workload.k)
-    writer.add_head_count(1)
-    writer.add_head_count_kv(1)
-    writer.add_key_length(HEAD_DIM)
-    writer.add_value_length(HEAD_DIM)
-    writer.add_layer_norm_rms_eps(1e-6)
-    writer.add_rope_freq_base(10000.0)
-    writer.add_vocab_size(vocabulary)
-    writer.add_tokenizer_model("gpt2")
-    writer.add_token_list([f"t{token}" for token in range(vocabulary)])
-    writer.add_token_types([1] * vocabulary)
-    writer.add_token_merges(["t 0"])
-    writer.add_eos_token_id(vocabulary - 1)
-    writer.add_add_bos_token(False)
+    metadata: dict[str, object] = {"block_count": layers, "context_length": 512}
+    metadata |= {"embedding_length": workload.hidden, "feed_forward_length": workload.width}
+    metadata |= {"expert_feed_forward_length": workload.width, "expert_count": workload.experts}
+    metadata |= {"expert_used_count": workload.k, "head_count": 1, "head_count_kv": 1}
+    metadata |= {"key_length": HEAD_DIM, "value_length": HEAD_DIM, "layer_norm_rms_eps": 1e-6}
+    metadata |= {"rope_freq_base": 10000.0, "vocab_size": vocabulary, "tokenizer_model": "gpt2"}
+    metadata |= {"token_list": [f"t{token}" for token in range(vocabulary)]}
+    metadata |= {"token_types": [1] * vocabulary, "token_merges": ["t 0"]}
+    metadata |= {"eos_token_id": vocabulary - 1, "add_bos_token": False}
+    for name, value in metadata.items():
+        getattr(writer, f"add_{name}")(value)
 
 
 def model_tensors(
@@ -213,9 +204,7 @@ def start_server(path: Path, workload: worker.LayerWorkload, tokens: int):
 
 def prompt_seconds(server, prompt: list[int]) -> float:
     """Seconds of one prompt, as the server reports them."""
-    request = {"prompt": prompt, "n_predict": 1, "cache_prompt": False, "temperature": 0.0}
-    response = server.handle_completions(request)
-    response = json.loads(response) if isinstance(response, str) else response
+    response = _complete(server, prompt)
     if response["timings"]["prompt_n"] != len(prompt):
         raise ValueError(f"llama.cpp computed {response['timings']['prompt_n']} prompt tokens")
     return response["timings"]["prompt_ms"] / 1e3
@@ -223,13 +212,17 @@ def prompt_seconds(server, prompt: list[int]) -> float:
 
 def prompt_logits(server, prompt: list[int], vocabulary: int) -> np.ndarray:
     """Logits [V] of the prompt's last token, up to a constant."""
-    request = {"prompt": prompt, "n_predict": 1, "cache_prompt": False, "temperature": 0.0}
-    response = server.handle_completions({**request, "n_probs": vocabulary})
-    response = json.loads(response) if isinstance(response, str) else response
+    response = _complete(server, prompt, n_probs=vocabulary)
     values = np.full(vocabulary, np.nan, dtype=np.float32)
     for entry in response["choices"][0]["logprobs"]["content"][0]["top_logprobs"]:
         values[entry["id"]] = entry["logprob"]
     return values
+
+
+def _complete(server, prompt: list[int], **options: int) -> dict:
+    request = {"prompt": prompt, "n_predict": 1, "cache_prompt": False, "temperature": 0.0}
+    response = server.handle_completions({**request, **options})
+    return json.loads(response) if isinstance(response, str) else response
 
 
 if __name__ == "__main__":

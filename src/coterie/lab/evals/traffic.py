@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
-from typing import Annotated
+from typing import Annotated, Any
 
 from coterie.keys import Key
 from coterie.lab.evals.stats import ratio_interval
@@ -34,9 +34,11 @@ class AnswerTraffic:
         )  # fmt: skip
 
     def __add__(self, other: AnswerTraffic) -> AnswerTraffic:
-        names = [field.name for field in fields(self)]
-        pairs = [(getattr(self, name), getattr(other, name)) for name in names]
-        return AnswerTraffic(*(None if None in (a, b) else a + b for a, b in pairs))
+        totals: dict[str, Any] = {}
+        for name in (field.name for field in fields(self)):
+            values = getattr(self, name), getattr(other, name)
+            totals[name] = None if None in values else sum(values)
+        return AnswerTraffic(**totals)
 
     @property
     def hit_rate(self) -> float:

@@ -119,8 +119,8 @@ def grade(output: str, gold: str) -> Grade:
         answer is not None and expected in (answer.value, answer.value * answer.scale),
         None if answer is None else answer.text,
         {
-            "strict": _strict_value(before_next) == expected,
-            "flexible": _flexible_value(before_next) == expected,
+            "strict": _harness_value(HARNESS_STRICT.findall(before_next)[:1]) == expected,
+            "flexible": _harness_value(HARNESS_FLEXIBLE.findall(before_next)[-1:]) == expected,
         },
     )
 
@@ -233,19 +233,9 @@ def _last_number(text: str) -> ParsedNumber | None:
     return last
 
 
-def _strict_value(text: str) -> Fraction | None:
-    match = HARNESS_STRICT.search(text)
-    return None if match is None else _parse_as_harness(match[1])
-
-
-def _flexible_value(text: str) -> Fraction | None:
-    matches = HARNESS_FLEXIBLE.findall(text)
-    return _parse_as_harness(matches[-1]) if matches else None
-
-
-def _parse_as_harness(text: str) -> Fraction | None:
-    """Parses a number as the harness does: without commas, dollars and one final full stop."""
+def _harness_value(matches: Sequence[str]) -> Fraction | None:
+    """The number that the harness reads: without commas, dollars and one final full stop."""
     try:
-        return Fraction(text.replace(",", "").replace("$", "").removesuffix("."))
-    except (ValueError, ZeroDivisionError):
+        return Fraction(matches[0].replace(",", "").replace("$", "").removesuffix("."))
+    except (IndexError, ValueError, ZeroDivisionError):
         return None
