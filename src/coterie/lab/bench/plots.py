@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from coterie.errors import CoterieError
+from coterie.errors import ConfigError
 from coterie.lab.plotting import (
     BACKGROUND,
     IntervalSeries,
@@ -39,7 +39,7 @@ def plot_record(path: Path) -> list[Path]:
     try:
         chart = make_chart(json.loads(path.read_text(encoding="utf-8")))
     except (json.JSONDecodeError, KeyError, TypeError) as error:
-        raise CoterieError(f"{path}: not a benchmark record ({error})") from None
+        raise ConfigError(f"{path}: not a benchmark record ({error})") from None
     paths = []
     for scheme in BACKGROUND:
         file = path.with_name(f"{path.stem}-{scheme}.svg")
@@ -50,14 +50,14 @@ def plot_record(path: Path) -> list[Path]:
 
 
 def make_chart(record: Mapping[str, Any]) -> Chart:
-    """The chart of a record; raises CoterieError for a record of another kind."""
+    """The chart of a record; raises ConfigError for a record of another kind."""
     title = record["title"]
     samples = {entry["name"]: entry["samples"] for entry in record["measures"]}
     if title.startswith("generate"):
         speeds = {(policy, "tokens/s"): samples[policy] for policy in samples}
         return Chart(list(samples), ["tokens/s"], speeds, "tokens/s")
     if not title.startswith(KNOWN_TITLES):
-        raise CoterieError(f"a record of {title!r} has no figure; known: {', '.join(KNOWN_TITLES)}")
+        raise ConfigError(f"a record of {title!r} has no figure; known: {', '.join(KNOWN_TITLES)}")
     policies = [facts["policy"] for facts in record["facts"]["policies"]]
     medians: dict[str, list[float]] = {}
     samples_by_kernel = {}

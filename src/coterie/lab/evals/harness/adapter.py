@@ -19,7 +19,7 @@ from tqdm import tqdm
 from coterie.engine.engine import load
 from coterie.engine.events import Denoised, Finished
 from coterie.engine.generation_config import GenerationConfig
-from coterie.errors import CoterieError
+from coterie.errors import ConfigError
 from coterie.keys import names_of
 from coterie.loading.expert_memory import ExpertMemoryConfig
 from coterie.tokenizer.tokenizer import SubwordTokenizer
@@ -73,12 +73,12 @@ class CoterieLM(LM):
         default_batch_size = 1 if memory is not None else max_batch_size or DEFAULT_BATCH_SIZE
         self.rows = int(str(batch_size)) if str(batch_size).isdigit() else default_batch_size
         if memory is not None and self.rows != 1:
-            raise CoterieError(
+            raise ConfigError(
                 f"batch_size {batch_size}: where not all experts are in memory, an answer may "
                 "depend on the others of its batch; use 1"
             )
         if self.rows < 1:
-            raise CoterieError(f"batch_size must be at least 1, not {batch_size!r}")
+            raise ConfigError(f"batch_size must be at least 1, not {batch_size!r}")
         self.policy, self.uses_template = policy, False
 
     @property
@@ -98,7 +98,7 @@ class CoterieLM(LM):
         """The text of a conversation; without a generation prompt it ends in an open last turn."""
         codec = self.engine.model.codec
         if not isinstance(codec, SubwordTokenizer):
-            raise CoterieError(f"{self.engine.model.name}: no chat template without a tokenizer")
+            raise ConfigError(f"{self.engine.model.name}: no chat template without a tokenizer")
         self.uses_template = True
         if add_generation_prompt:
             return codec.template.render(chat_history)
@@ -195,7 +195,7 @@ def _check_options(options: Mapping[str, object]) -> None:
     known = ["max_gen_toks", *names_of(GenerationConfig)]
     unknown = [name for name in options if name not in known]
     if unknown:
-        raise CoterieError(
+        raise ConfigError(
             f"unknown model_args {unknown[0]!r}; known: pretrained, policy, dtype, device, "
             f"experts, expert_memory, imagine_memory, eviction, batch_size, {', '.join(known)}; "
             "a policy with commas needs JSON: "
@@ -208,14 +208,14 @@ def _expert_memory(
 ) -> ExpertMemoryConfig | None:
     """The memory config of these options; raises for combinations without effect."""
     if expert_memory is not None and simulated_memory is not None:
-        raise CoterieError("imagine_memory replaces expert_memory; set one of them")
+        raise ConfigError("imagine_memory replaces expert_memory; set one of them")
     size = simulated_memory if expert_memory is None else expert_memory
     if size is not None:
         return ExpertMemoryConfig.parse(
             str(size), eviction=eviction, simulated=simulated_memory is not None
         )
     if eviction is not None:
-        raise CoterieError("eviction has no effect without expert_memory or imagine_memory")
+        raise ConfigError("eviction has no effect without expert_memory or imagine_memory")
     return None
 
 
