@@ -46,7 +46,7 @@ def plot_record(path: Path) -> list[Path]:
         raise CoterieError(
             f"a figure needs {error.name}, which is not installed: pip install 'coterie[lab]'"
         ) from None
-    return plotting.plot(path)
+    return plotting.plot_record(path)
 
 
 def print_report(content: JsonContent, table: Table, *, json: bool) -> None:
