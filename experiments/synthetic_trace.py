@@ -29,10 +29,10 @@ class SyntheticShape:
     k: int
     tokens: int = 32
     steps: int = 8  # forwards of a block; each unmasks as many tokens
+    expert_bytes: tuple[tuple[str, int], ...] = ()
 
 
 LLADA2_MINI = SyntheticShape(layers=19, experts=256, k=8)
-EXPERT_BYTES = {"bf16": 6_291_456, "int8": 3_244_032, "int4": 1_769_472}  # LLaDA2.0-mini's
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,7 @@ def synthetic_trace(shape: SyntheticShape, law: RoutingLaw, *, blocks: int, seed
     header = TraceHeader(
         f"synthetic: {shape.layers} layers of {shape.experts} experts, top {shape.k}",
         *("vanilla", "", "", tuple(range(1, shape.layers + 1)), shape.experts, shape.k),
-        expert_bytes=EXPERT_BYTES,
+        expert_bytes=dict(shape.expert_bytes),
         provenance=provenance,
     )
     return Trace(header, None, forwards)

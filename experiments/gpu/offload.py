@@ -212,8 +212,11 @@ class OffloadBench:
         for ordinal, layer in enumerate(self.trace.header.layers):
             generator = torch.Generator().manual_seed(ordinal)
             routing = routing_from_trace(forward, ordinal, experts[ordinal], generator)
-            moved = {name: tensor.to(self.device) for name, tensor in vars(routing).items()}
-            yield layer, Routing(**moved)
+            parts = (routing.topk_ids, routing.topk_weights, routing.used, routing.vanilla_ids)
+            yield (
+                layer,
+                Routing(*(part if part is None else part.to(self.device) for part in parts)),
+            )
 
     def resident(self) -> ExpertStore:
         slabs = map(ops.unpack, expert_slabs(self.model))

@@ -197,7 +197,7 @@ def test_between_layers_nothing_asks_the_host(
     def there(*shape: int, dtype: torch.dtype = torch.int64) -> torch.Tensor:
         return torch.empty(shape, dtype=dtype, device="meta")
 
-    bools = [there(2, 8, dtype=torch.bool) for _ in range(2)]
+    masked, after_eos = (there(2, 8, dtype=torch.bool) for _ in range(2))
     for policy in filter(is_capturable, map(coterie.parse_policy, EVERY)):
         counting = ExpertCounter()
         step = ForwardContext(
@@ -207,7 +207,7 @@ def test_between_layers_nothing_asks_the_host(
             counting,
             logits_indices=there(16),
             voters=there(2, 8, dtype=torch.float32),
-            progress=DecodeProgress(*bools, there(2, 8, dtype=torch.float32)),
+            progress=DecodeProgress(masked, after_eos, there(2, 8, dtype=torch.float32)),
         )
         with torch.inference_mode(), Asking() as asking:
             logits = transformer(there(2, 8), step)

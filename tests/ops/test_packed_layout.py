@@ -99,7 +99,8 @@ def test_what_no_panels_hold_is_refused() -> None:
     with pytest.raises(ValueError, match=r"no panels hold experts in torch\.float32"):
         ops.pack(plain)
     coarse = QuantFormat(8, 128)
-    slab = Slab(*(quantize(t, coarse) for t in (plain.gate_up, plain.down)), plain.slot_of)  # pyright: ignore[reportArgumentType]
+    gate_up, down = (quantize(weight, coarse) for weight in (plain.gate_up, plain.down))
+    slab = Slab(gate_up, down, plain.slot_of)
     with pytest.raises(ValueError, match=r"no panels hold experts in torch\.int8"):
         ops.pack(slab)
     assert unpack(plain) is plain

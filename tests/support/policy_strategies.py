@@ -16,7 +16,7 @@ SIZES = ("beta=0.2", "beta=0.5", "m=3", "m=9", "tau=0.5", "tau=0.9,least=2", "pr
 NO_BALLOT = ("vote=max", "vote=random")  # which no token casts
 
 
-def law(examples: int = 60) -> settings:
+def law(examples: int = 30) -> settings:
     """At least so many examples; more where the profile says so."""
     return settings(max_examples=max(examples, settings().max_examples))
 

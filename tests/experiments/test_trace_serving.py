@@ -22,8 +22,6 @@ from coterie.lab.replay.cache_simulation import (
     replay_cache,
     select_experts,
 )
-from coterie.lab.replay.serving import routing_from_trace, serve_trace
-from coterie.lab.replay.synthetic import RoutingLaw, SyntheticShape, synthetic_trace
 from coterie.lab.replay.trace import Trace
 from coterie.offload.cached_store import CachedExpertStore
 from coterie.offload.eviction import Eviction, Lfu, Lru
@@ -32,8 +30,10 @@ from coterie.offload.resident_store import ResidentExpertStore
 from coterie.offload.tiers import HostTier
 from coterie.routing import parse_policy
 from coterie.values import expert_mask
+from experiments.synthetic_trace import RoutingLaw, SyntheticShape, synthetic_trace
+from experiments.trace_serving import routing_from_trace, serve_trace
 
-SHAPE = SyntheticShape(layers=2, experts=24, k=3, tokens=6, steps=4, expert_bytes=(("fp32", SIZE),))
+SHAPE = SyntheticShape(layers=2, experts=24, k=3, tokens=6, steps=4)
 LAW = RoutingLaw(expert_variance=0.2, block_variance=0.3, step_correlation=0.9)
 PLAYS = (
     *(ReplayPolicy(parse_policy(text)) for text in ("vanilla", "des-vote:beta=0.3", "des-seq:k=1")),
@@ -82,7 +82,6 @@ def test_a_store_moves_what_its_replay_says(
     served = serve_trace(trace, play, store(trace, capacity, rule), torch.randn(6, HIDDEN))
     np.testing.assert_array_equal(served.used, foretold.used)
     np.testing.assert_array_equal(served.loads, foretold.loads)
-    assert served.hit_rate == foretold.hit_rate
     assert bool((served.seconds > 0).all())
 
 
@@ -93,7 +92,7 @@ def test_a_store_that_holds_all_moves_nothing() -> None:
         {layer: shown(one, everyone) for layer, one in blobs(trace).items()}
     )
     served = serve_trace(trace, PLAYS[0], resident, torch.randn(6, HIDDEN))
-    assert (served.loads.sum(), served.seconds_waited, served.hit_rate) == (0, 0.0, 1.0)
+    assert (served.loads.sum(), served.stall_seconds) == (0, 0.0)
     own = np.stack([forward.vanilla_mask.sum(-1) for forward in trace.forwards])
     np.testing.assert_array_equal(served.used, own)
 
