@@ -10,7 +10,7 @@ hardware model of `coterie replay` is fitted to some of the runs and validated o
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from random import Random
@@ -83,18 +83,17 @@ def main(argv: Sequence[str]) -> int:
     validation = validate(timed, [label(variant) for variant in FITTED], spec.expert_stride)
     print_validation(validation)
     facts = {
-        "layers": args.layers,
-        "experts": router.experts,
         "expert_bytes": spec.expert_stride,
         "forwards": len(trace.forwards),
-        "steps_a_block": LLADA2_MINI.steps,
         "threads": torch.get_num_threads(),
         "drawn": dict(trace.header.provenance),
         "prediction": validation.to_dict(),
         "runs": {label(variant): summary(spec, parts) for variant, parts in runs.items()},
     }
     command = [args.folder.name if word == str(args.folder) else word for word in argv]
-    how = (args.out, "Offload on a CPU", ["offload", *command], layer_times(runs))
+    samples = {v: tuple(1e3 * float(p.seconds.mean()) for p in parts) for v, parts in runs.items()}
+    measures = [Measurement(f"{label(v)}: a layer", "ms", ms) for v, ms in samples.items()]
+    how = (args.out, "Offload on a CPU", ["offload", *command], measures)
     print(save_record(*how, facts=facts), flush=True)
     return 0
 
@@ -153,12 +152,10 @@ class Layers:
             sizes = {"hidden": spec.hidden, "width": spec.expert_width}
             return slab_of_packed(memory, spec.panel_kind, slot_of, **sizes)
 
-        def touched(count: int, size: int) -> Tensor:
-            """Memory with mapped pages: a first read into others takes 1.5 times as long."""
-            return allocate(count, size).zero_()
-
         sizes = (spec.router.experts, spec.expert_stride, slots)
-        return CachedExpertStore(ThreadedFetcher(self.disk), as_slab, touched, *sizes, Lru())
+        # Written once, so that its pages are mapped: a first read takes 1.5 times as long.
+        memory = lambda count, size: allocate(count, size).zero_()  # noqa: E731
+        return CachedExpertStore(ThreadedFetcher(self.disk), as_slab, memory, *sizes, Lru())
 
 
 def label(variant: Variant) -> str:
@@ -184,11 +181,6 @@ def timed_layers(parts: Sequence[ServedTrace]) -> TimedForwards:
     columns = ("used", "loads", "seconds")
     used, loads, seconds = (np.concatenate([getattr(p, c).ravel() for p in parts]) for c in columns)
     return TimedForwards(used[:, None], loads[:, None], seconds)
-
-
-def layer_times(runs: Mapping[Variant, Sequence[ServedTrace]]) -> list[Measurement]:
-    samples = {v: tuple(1e3 * float(p.seconds.mean()) for p in parts) for v, parts in runs.items()}
-    return [Measurement(f"{label(v)}: a layer", "ms", times) for v, times in samples.items()]
 
 
 def print_validation(validation: RateValidation) -> None:

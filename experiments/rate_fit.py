@@ -93,7 +93,7 @@ def fit_rates(runs: Sequence[TimedForwards], expert_bytes: int) -> HardwareModel
     rate = max(float(run.used.sum(-1).mean()) for run in runs) * expert_bytes / scale
     start = np.log([2 * rate, rate / 4, scale / 8, scale / 80])
     fits = [_minimise(runs, expert_bytes, np.append(start, o)) for o in INITIAL_OVERLAPS]
-    return _to_hardware(min(fits, key=lambda fit: _error(_residuals(runs, expert_bytes, fit))))
+    return _to_hardware(min(fits, key=lambda fit: (_residuals(runs, expert_bytes, fit) ** 2).sum()))
 
 
 def format_hardware(hardware: HardwareModel) -> str:
@@ -121,10 +121,6 @@ def _residuals(runs: Sequence[TimedForwards], expert_bytes: int, parameters: Vec
     return np.concatenate([(predicted - s) / s.mean() for predicted, s in pairs])
 
 
-def _error(residuals: Vector) -> float:
-    return float((residuals**2).sum())
-
-
 def _minimise(runs: Sequence[TimedForwards], expert_bytes: int, parameters: Vector) -> Vector:
     """The nearest minimum of the squared error (Levenberg-Marquardt)."""
     damping, residuals = 1e-2, _residuals(runs, expert_bytes, parameters)
@@ -132,18 +128,18 @@ def _minimise(runs: Sequence[TimedForwards], expert_bytes: int, parameters: Vect
         steps = DERIVATIVE_STEP * np.eye(len(parameters))
         moved = [_residuals(runs, expert_bytes, parameters + step) for step in steps]
         jacobian = (np.stack(moved, axis=1) - residuals[:, None]) / DERIVATIVE_STEP
-        normal, error = jacobian.T @ jacobian, _error(residuals)
+        normal, error = jacobian.T @ jacobian, residuals @ residuals
         while damping < MAX_DAMPING:
             ridge = damping * np.diag(np.diag(normal) + 1e-12)
             step = np.clip(np.linalg.solve(normal + ridge, jacobian.T @ residuals), -1, 1)
             candidate = np.clip(parameters - step, -60, 60)
             candidate_residuals = _residuals(runs, expert_bytes, candidate)
-            if _error(candidate_residuals) < error:
+            if candidate_residuals @ candidate_residuals < error:
                 break
             damping *= 4
         else:
             return parameters
         parameters, residuals, damping = candidate, candidate_residuals, damping / 3
-        if error - _error(residuals) <= MIN_IMPROVEMENT * error:
+        if error - residuals @ residuals <= MIN_IMPROVEMENT * error:
             break
     return parameters

@@ -42,10 +42,9 @@ class ServedTrace:
 def serve_trace(
     trace: Trace, replay_policy: ReplayPolicy, store: ExpertStore, x: Tensor
 ) -> ServedTrace:
-    """Serve every forward of a trace of single rows; ``x`` [N, H] is the input of each layer.
+    """Serve a trace of single rows of N tokens; ``x`` [N, H] is the input of each layer.
 
-    Only serving and computing experts is timed. Raises ConfigError for a trace whose rows share
-    forwards, and for widths other than N.
+    Only serving and computing experts is timed. Raises ConfigError for other traces.
     """
     if any(len(rows) > 1 for rows in TraceVotes.of(trace).passes):
         raise ConfigError("rows of this trace share forwards; record one row at a time")

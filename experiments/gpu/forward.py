@@ -26,7 +26,7 @@ from coterie.telemetry import NullRecorder
 from coterie.values import DecodeProgress, Window
 from experiments.gpu.limits import copy_bandwidth
 from experiments.gpu.report import PartReport
-from experiments.gpu.timing import time_events, time_replays
+from experiments.gpu.timing import time_launches
 
 MAX_RATIOS = {"vanilla": 1.6, "des-vote:beta=0.15": 2.0, "des-vote:beta=0.1": None}
 """By policy: the largest ratio of a forward's time to its bytes over the copy bandwidth."""
@@ -61,7 +61,7 @@ def time_policy(
     """Microseconds of the device for one forward under a policy."""
     before, width = (8, 4) if dry else (BEFORE, WIDTH)
     forward, name = GraphForward(model, policy, before, width), f"forward {kind}, {policy}"
-    micros = report.add_times(name, *forward.time())
+    micros = report.add_times(name, forward.time())
     logits, counts = forward.output[0], forward.output[1]
     experts, finite = counts.counts(0).mean, bool(torch.isfinite(logits).all())
     size = forward_bytes(model, experts, before + width)
@@ -99,20 +99,16 @@ class GraphForward:
         if self.replay is None:
             raise RuntimeError(f"a forward under {policy} could not be captured")
 
-    def time(self) -> tuple[list[float], int]:
-        """Samples in microseconds, and the forwards in each."""
+    def time(self) -> list[float]:
+        """Microseconds of a forward."""
         assert self.replay is not None
-        if self.device.type != "cuda":
-            return time_replays(self.replay, self.device), 1
-        replay = self.replay
-        return time_events(lambda: [replay() for _ in range(4)], samples=30), 4
+        return time_launches(self.replay, self.device, calls=4)
 
     def _capture(
         self, work: Callable[[], ForwardOutput]
     ) -> tuple[ForwardOutput, Callable[[], object]]:
-        output, self.replay = (
-            CudaGraphCapture()(work) if self.device.type == "cuda" else (work(), work)
-        )
+        is_cuda = self.device.type == "cuda"
+        output, self.replay = CudaGraphCapture()(work) if is_cuda else (work(), work)
         return output, self.replay
 
 

@@ -63,7 +63,6 @@ def measure(device: torch.device, report: PartReport, *, dry: bool = False) -> N
 
 
 def has_own_memory(device: torch.device) -> bool:
-    """Whether experts are copied to the device; else threads read them, and times mean nothing."""
     return device.type == "cuda"
 
 
@@ -198,8 +197,6 @@ class OffloadBench:
         report.facts[name] = {
             "ms a forward, experts": 1e3 * statistics.median(seconds),
             "ms a forward, all else": 1e3 * rest,
-            "steps a block": steps,
-            "experts used": used,
             "hit_rate": 1 - moved / max(1, used),
             "bytes a forward": moved * self.layout.size / count,
             "ms stalled a forward": 1e3 * stall / count,
@@ -241,8 +238,6 @@ class OffloadBench:
 
 
 class EmptyStore(ResidentExpertStore):
-    """A store without experts, to time the rest of a forward."""
-
     def serve(self, layer: int, request: ExpertRequest) -> Iterator[Slab]:
         return iter(())
 

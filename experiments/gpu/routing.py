@@ -16,12 +16,8 @@ from experiments.gpu.report import PartReport
 from experiments.gpu.timing import Work, kernel_names, time_launches, time_replays
 
 POLICIES = (
-    "vanilla",
-    "des-seq:k=3",
-    "des-vote:beta=0.15",
+    *("vanilla", "des-seq:k=3", "des-vote:beta=0.15", "xshare:beta=0.15", "mass-vote:tau=0.8"),
     "des-vote:beta=0.15,vote=weight,protect=top1",
-    "xshare:beta=0.15",
-    "mass-vote:tau=0.8",
 )
 ROUTERS = {
     "M=256": RouterSpec(256, 8, "sigmoid", True, 2.5, 8, 4, epsilon=1e-20),

@@ -31,7 +31,7 @@ def time_replays(work: Work, device: torch.device) -> list[float]:
     return time_events(graph.replay, samples=SAMPLES, calls=CALLS)
 
 
-def time_launches(work: Work, device: torch.device) -> list[float]:
+def time_launches(work: Work, device: torch.device, calls: int = CALLS) -> list[float]:
     """Microseconds of a call that the host launches, gaps included."""
     if device.type != "cuda":
         start = time.perf_counter()
@@ -39,7 +39,7 @@ def time_launches(work: Work, device: torch.device) -> list[float]:
         return [(time.perf_counter() - start) * 1e6]
     for _ in range(WARMUP):
         work()
-    return time_events(lambda: [work() for _ in range(CALLS)], samples=SAMPLES, calls=CALLS)
+    return time_events(lambda: [work() for _ in range(calls)], samples=SAMPLES, calls=calls)
 
 
 def time_events(work: Work, *, samples: int, calls: int = 1) -> list[float]:

@@ -218,7 +218,7 @@ def with_isa(isa: str, told: KernelRouting) -> Routing | None:
 
 @needs_kernels
 @given(odd_blocks(), ruled(), st.sampled_from(ISAS))
-@law(400)
+@law(150)
 def test_one_call_routes_as_plain_torch_does(scores: Scores, text: str, isa: str):
     if text == "vanilla" or "scope=batch" in text:  # these keep no coresets
         scores = replace(scores, previous_coresets=None)

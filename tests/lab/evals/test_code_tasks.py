@@ -78,6 +78,7 @@ def test_all_164_canonical_solutions_of_humaneval_pass():
     assert failed(task, right(task), task.items()) == []
 
 
+@pytest.mark.slow
 @needs_a_fence
 def test_all_427_reference_codes_of_sanitized_mbpp_pass():
     task = mbpp()

@@ -78,7 +78,7 @@ def play(text: str, drift: float | None = None) -> ReplayPolicy:
 def grid(
     *plays: ReplayPolicy, caches: str = "lru", capacity: str = "50%", **more: object
 ) -> ReplayGrid:
-    usual = {"sizes": {"bf16": 100}, "links": LINK}
+    usual = {"expert_bytes": {"bf16": 100}, "links": LINK}
     capacities = [Capacity.parse(text) for text in capacity.split(",")]
     return ReplayGrid(plays, caches.split(","), capacities, **{**usual, **more})  # type: ignore[arg-type]
 
@@ -426,7 +426,7 @@ def test_figures_stand_beside_the_record(file: str, tmp_path: Path) -> None:
         (["--cache", "fifo"], "known"),
         (["--capacity", "lots"], "35%"),
         (["--link", "fast"], "25GB/s"),
-        (["--precision", "int3"], "the trace knows bf16"),
+        (["--precision", "int3"], "sizes for bf16"),
         (["--drift", "0.1"], "give a --policy"),
         (["-p", "topk:k=2", "--drift", "0.1"], "elects none"),
         (["-p", "des-seq:k=2", "--drift", "2"], "share of the votes"),

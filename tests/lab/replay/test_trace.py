@@ -101,7 +101,7 @@ def drawn_forwards(draw: st.DrawFn) -> tuple[TraceForward, TraceHeader]:
     )
     made = replace(made, kind=draw(st.sampled_from(KINDS)))
     if draw(st.integers(0, 4)) == 0:
-        none = {name: getattr(made, name)[:, :0] for name in ("ids", "rank", "following")}
+        none = {name: getattr(made, name)[:, :0] for name in ("vanilla_ids", "rank", "next_score")}
         made = replace(made, **none, **dict.fromkeys(("voters", "masked", "filled"), marks[0][:0]))
     sizes = {"bf16": 6}
     return made, TraceHeader("m", "p", "", "", tuple(range(layers)), experts, k, sizes)
@@ -115,15 +115,15 @@ def test_a_forward_comes_back_as_near_as_the_format_says(tmp_path_factory, drawn
     with TraceWriter(path, said) as writer:
         writer.write(forward)
     (found,) = read_trace(path).forwards
-    for name in ("number", "row", "forward", "block", "start", "kind", "tokens"):
+    for name in ("number", "row", "decode_index", "block_start", "window_start", "kind"):
         assert getattr(found, name) == getattr(forward, name)
-    for name in ("voters", "masked", "filled", "ids", "used"):
+    for name in ("voters", "masked", "filled", "vanilla_ids", "used"):
         assert np.array_equal(getattr(found, name), getattr(forward, name))
     for layer in range(len(said.layers) if forward.tokens else 0):
-        margins = forward.rank[layer] - forward.following[layer][:, None]
+        margins = forward.rank[layer] - forward.next_score[layer][:, None]
         kept = found.rank[layer] - found.next_score[layer][:, None]
-        top, span = margins.max(), np.ptp(forward.following[layer])
-        assert np.abs(found.next_score[layer] - forward.following[layer]).max() <= span / 500 + 1e-6
+        top, span = margins.max(), np.ptp(forward.next_score[layer])
+        assert np.abs(found.next_score[layer] - forward.next_score[layer]).max() <= span / 500 + 1e-6
         assert np.abs(kept - margins).max() <= top / 16 + 1e-6
         near = np.maximum(np.sqrt(margins / top) / 16 + 1 / 1024, 1 / 256) if top > 0 else 0
         assert (np.abs(kept - margins) <= top * near + 1e-6).all()

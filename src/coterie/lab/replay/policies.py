@@ -65,9 +65,8 @@ def select_from_trace(
 ) -> Mask:
     """[F, E]: the experts that each forward uses in one layer; forwards have one width.
 
-    ``ordinal`` counts layers with a router, ``resident`` [E] are the cached experts, ``slots`` the
-    cache size. A coreset counts as used whole: a trace does not show which of its experts a token
-    takes outside its own top-k.
+    ``ordinal`` counts layers with a router, ``resident`` [E] are the cached experts. A coreset
+    counts as used whole, since a trace does not show all experts that a token takes from it.
     """
     vanilla_mask = np.stack([forward.vanilla_mask[ordinal] for forward in forwards])
     joint = election_of(policy).scope == "batch"

@@ -59,10 +59,7 @@ def record_trace(
     on_result: Callable[[Result], object] | None = None,
     **options: Any,
 ) -> list[Result]:
-    """Answer the prompts and write each forward; ``options`` are fields of GenerationConfig.
-
-    A row ends after ``max_forwards`` forwards.
-    """
+    """Answer the prompts and write each forward; ``options`` are fields of GenerationConfig."""
     options |= {"batch_size": batch_size, "max_forwards": max_forwards, "on_result": on_result}
     options |= {"policy": policy, "layers": None, "record_all": True, "reset_cache": False}
     return observe_forwards(engine, prompts, TraceRecorder(writer).on_layer, **options)
