@@ -210,10 +210,8 @@ class OffloadBench:
             generator = torch.Generator().manual_seed(ordinal)
             routing = routing_from_trace(forward, ordinal, experts[ordinal], generator)
             parts = (routing.topk_ids, routing.topk_weights, routing.used, routing.vanilla_ids)
-            yield (
-                layer,
-                Routing(*(part if part is None else part.to(self.device) for part in parts)),
-            )
+            ids, weights, used, vanilla_ids = (part.to(self.device) for part in parts)
+            yield layer, Routing(ids, weights, used, vanilla_ids)
 
     def resident(self) -> ExpertStore:
         slabs = map(ops.unpack, expert_slabs(self.model))
