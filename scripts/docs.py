@@ -16,6 +16,7 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
+from textwrap import fill
 from typing import Any
 
 from rich.console import Console
@@ -116,14 +117,15 @@ def speed_table(record: dict[str, Any]) -> str:
 
 
 def source_line(path: Path) -> str:
-    """The record, command, machine and commit behind a table, in one line under it."""
+    """The record, command, machine and commit of a table, as the paragraph under it."""
     record = read_json(path)
     machine, command = record["machine"], " ".join(record["command"])
-    return (
-        f"\n`{path.relative_to(ROOT)}`: `{command}` on {machine['cores']} cores of "
+    text = (
+        f"`{path.relative_to(ROOT)}`: `{command}` on {machine['cores']} cores of "
         f"{machine['processor']}, torch {record['versions']['torch']}, commit "
-        f"`{record['commit'].partition('+')[0][:12]}`.\n"
+        f"`{record['commit'].partition('+')[0][:12]}`."
     )
+    return f"\n{fill(text, width=100, break_long_words=False, break_on_hyphens=False)}\n"
 
 
 RENDERERS: dict[Path, Callable[[dict[str, Any]], str]] = {

@@ -22,7 +22,6 @@ from coterie.loading.expert_memory import ExpertMemoryConfig, ExpertMemoryPlan
 from coterie.loading.low_precision import LowPrecisionExperts, PrecisionSplit
 from coterie.model.checkpoint import Checkpoint
 from coterie.model.spec import ModelSpec
-from coterie.model.strict_json import read_object
 from coterie.model.weights import TensorTarget
 from coterie.offload.fetchers import ThreadedFetcher
 from coterie.offload.mixed_precision_store import (
@@ -33,6 +32,7 @@ from coterie.offload.mixed_precision_store import (
 from coterie.offload.tiers import DiskTier
 from coterie.ops.cpu.experts import allocate as allocate
 from coterie.ops.packed_layout import slab_of_packed
+from coterie.strict_json import read_object
 from coterie.values import Slab
 
 UNVOTED_SCORE = 1e-9  # votes of those for whom nobody has voted

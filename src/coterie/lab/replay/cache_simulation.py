@@ -196,12 +196,12 @@ def replay_cache(
 
 def depends_on_residents(replay_policy: ReplayPolicy) -> bool:
     """Whether cached experts change what the policy elects."""
-    return election_of(replay_policy.policy).lam > 0
+    return election_of(replay_policy.policy).resident_bonus > 0
 
 
 def depends_on_slots(replay_policy: ReplayPolicy) -> bool:
     """Whether the number of slots changes what the policy elects."""
-    return election_of(replay_policy.policy).most == "slots"
+    return election_of(replay_policy.policy).max_experts == "slots"
 
 
 def _union(used: Mask, rows: Sequence[int]) -> Mask:

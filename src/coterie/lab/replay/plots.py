@@ -13,8 +13,7 @@ from coterie.lab.replay.replay import ReplayPoint, ReplayResult
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-LINE_STYLES = ("-", "--", ":", "-.")  # one for each eviction rule
-MIB = 1 << 20
+LINE_STYLES, MIB = ("-", "--", ":", "-."), 1 << 20  # a style for each eviction rule
 
 
 def write_figures(folder: Path, result: ReplayResult) -> list[Path]:

@@ -39,7 +39,9 @@ def fidelity(policy: Policy) -> Fidelity:
     if election.voters == "uncertain":
         raise ConfigError(f"{format_policy(policy)}: a trace keeps no uncertainty of its voters")
     is_union = isinstance(policy, DesSeq) or (isinstance(policy, Coreset) and policy.k is not None)
-    is_union = is_union and election.most is None  # a limited union drops experts by their votes
+    is_union = (
+        is_union and election.max_experts is None
+    )  # a limited union drops experts by their votes
     if election.vote in ("full", "max") and not is_union:
         raise ConfigError(
             f"{format_policy(policy)}: vote={election.vote} needs scores of experts outside the "

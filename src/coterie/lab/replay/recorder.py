@@ -119,8 +119,8 @@ def bias_of(model: Model) -> Floats | None:
 
 def bytes_by_precision(spec: ModelSpec) -> dict[str, int]:
     """Bytes of one routed expert in bf16 and in every quantised format, in the model's layout."""
-    formats = {"bf16": None, **FORMATS}
-    specs = {name: replace(spec, expert_format=form) for name, form in formats.items()}
+    formats = {"bf16": None, **FORMATS}.items()
+    specs = {name: replace(spec, expert_format=form) for name, form in formats}
     return {name: expert_bytes(each, torch.bfloat16) for name, each in specs.items()}
 
 

@@ -67,7 +67,6 @@ class TraceHeader:
     biased_weight: Annotated[bool, Key("biased_weight")] = False
     commit_routing: Annotated[str, Key("commit")] = "vanilla"
     prompts: Annotated[Mapping[str, object], Key("prompts")] = field(default_factory=dict)
-    # Command, commit and parameters of the run.
     provenance: Annotated[Mapping[str, object], Key("made")] = field(default_factory=dict)
 
 
