@@ -196,7 +196,7 @@ def test_forward_does_not_synchronize(
     def there(*shape: int, dtype: torch.dtype = torch.int64) -> torch.Tensor:
         return torch.empty(shape, dtype=dtype, device="meta")
 
-    bools = [there(2, 8, dtype=torch.bool) for _ in range(2)]
+    masked, after_eos = (there(2, 8, dtype=torch.bool) for _ in range(2))
     for policy in filter(is_capturable, map(coterie.parse_policy, EVERY)):
         counting = ExpertCounter()
         step = ForwardContext(
@@ -206,7 +206,7 @@ def test_forward_does_not_synchronize(
             counting,
             logits_indices=there(16),
             voters=there(2, 8, dtype=torch.float32),
-            progress=DecodeProgress(*bools, there(2, 8, dtype=torch.float32)),
+            progress=DecodeProgress(masked, after_eos, there(2, 8, dtype=torch.float32)),
         )
         with torch.inference_mode(), Asking() as asking:
             logits = transformer(there(2, 8), step)

@@ -102,9 +102,10 @@ def test_a_ledger_says_what_was_moved_and_what_vanilla_would_have(
 def test_lines_add_up_to_the_whole_and_to_what_was_read_between(
     experts: int, capacity: int, seed: int, early: int
 ) -> None:
-    """Six forwards; somebody reads after ``early`` of them."""
+    """Six forwards; the traffic is read after ``early`` of them."""
     asked = drawn(experts, 6, seed)
     store = imagined(experts, capacity)
+    before = store.traffic_log.traffic()
     for place in range(6):
         if place == early:
             before = store.traffic_log.traffic()

@@ -230,6 +230,7 @@ def test_without_a_compiler_the_reason_is_named(monkeypatch: pytest.MonkeyPatch,
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.slow
 def test_sanitizers_find_nothing(tmp_path: Path):
     watched(tmp_path, 30, "-O0", "-DCOTERIE_SMALL")
 

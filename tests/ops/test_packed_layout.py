@@ -97,7 +97,8 @@ def test_unsupported_weights_are_refused() -> None:
     with pytest.raises(ValueError, match=r"not support experts in torch\.float32"):
         ops.pack(plain)
     coarse = QuantFormat(8, 128)
-    slab = Slab(*(quantize(t, coarse) for t in (plain.gate_up, plain.down)), plain.slot_of)  # pyright: ignore[reportArgumentType]
+    gate_up, down = (quantize(weight, coarse) for weight in (plain.gate_up, plain.down))
+    slab = Slab(gate_up, down, plain.slot_of)
     with pytest.raises(ValueError, match=r"not support experts in torch\.int8"):
         ops.pack(slab)
     assert unpack(plain) is plain

@@ -34,14 +34,14 @@ def routings(draw: st.DrawFn, *, most: int = 40) -> tuple[Routing, torch.Tensor,
     return routing, slot_of.to(DEVICE), len(held)
 
 
-@settings(max_examples=20)
+@settings(max_examples=10)
 @given(routings())
 def test_a_kernel_lists_what_torch_lists(drawn: tuple[Routing, torch.Tensor, int]) -> None:
     agree(*drawn)
 
 
 @pytest.mark.slow
-@settings(max_examples=60)
+@settings(max_examples=30)
 @given(routings(most=512))
 def test_a_kernel_lists_many_tokens_too(drawn: tuple[Routing, torch.Tensor, int]) -> None:
     agree(*drawn)

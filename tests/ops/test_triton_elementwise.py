@@ -23,7 +23,7 @@ NEAR = {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 4e-3}
 SPEC = read_spec(tiny_config("llada2"))[1]
 
 
-@settings(max_examples=15, phases=[Phase.explicit, Phase.reuse, Phase.generate])
+@settings(max_examples=7, phases=[Phase.explicit, Phase.reuse, Phase.generate])
 @given(
     seed=st.integers(0, 999),
     dtype=st.sampled_from(tuple(NEAR)),
@@ -78,7 +78,7 @@ def test_masked_keys_have_no_effect() -> None:
     assert bool(both[0].isfinite().all())
 
 
-@settings(max_examples=15, phases=[Phase.explicit, Phase.reuse, Phase.generate])
+@settings(max_examples=7, phases=[Phase.explicit, Phase.reuse, Phase.generate])
 @given(
     seed=st.integers(0, 999),
     dtype=st.sampled_from(tuple(NEAR)),
@@ -96,7 +96,7 @@ def test_rows_equal_plain_torch(seed: int, dtype: torch.dtype, rows: int, size: 
     close(kernels.silu_and_mul(both), reference.silu_and_mul(both))
 
 
-@settings(max_examples=20, phases=[Phase.explicit, Phase.reuse, Phase.generate])
+@settings(max_examples=10, phases=[Phase.explicit, Phase.reuse, Phase.generate])
 @given(
     seed=st.integers(0, 999),
     rows=st.integers(1, 3),

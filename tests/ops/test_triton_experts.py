@@ -74,7 +74,7 @@ def agree(x: Tensor, routing: Routing, slab: Slab, **how: object) -> None:
     assert float(distance) <= NEAR[x.dtype], float(distance)
 
 
-@settings(max_examples=12, phases=[Phase.explicit, Phase.reuse, Phase.generate])
+@settings(max_examples=6, phases=[Phase.explicit, Phase.reuse, Phase.generate])
 @given(
     size=st.tuples(
         st.sampled_from((1, 2, 7, 16, 17, 33)),

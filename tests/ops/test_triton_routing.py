@@ -202,7 +202,7 @@ def agree(scores: Scores, rule: CoresetRule | None, vote_weight: Tensor | None) 
     torch.testing.assert_close(found.topk_weights, expected.topk_weights, rtol=2e-5, atol=1e-9)
 
 
-LAW = settings(max_examples=16, suppress_health_check=[HealthCheck.too_slow])
+LAW = settings(max_examples=8, suppress_health_check=[HealthCheck.too_slow])
 
 
 @LAW
@@ -460,7 +460,7 @@ def test_every_rule_compiles_for_a_gpu() -> None:
     assert all(kernel.stack <= 16 for kernel in kernels), kernels
 
 
-@settings(max_examples=25)
+@settings(max_examples=12)
 @drawing(
     rows=st.integers(1, 3),
     tokens=st.integers(1, 40),

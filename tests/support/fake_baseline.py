@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "src" / "coterie" / "lab" / "bench"))
-import worker
+import worker  # pyright: ignore[reportMissingImports]
 
 BEHAVIOUR, FOLDER = sys.argv[1], Path(sys.argv[2])
 

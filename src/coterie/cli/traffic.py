@@ -66,7 +66,7 @@ def check_experts_move(name: Path | None, engine: Engine) -> None:
 def load_plotting() -> ModuleType:
     """The room that draws; here and not above, for matplotlib is of an extra."""
     try:
-        return import_module("coterie.lab.replay.traffic_plot")
+        return import_module("coterie.lab.traffic_plot")
     except ModuleNotFoundError as error:
         raise CoterieError(
             f"--traffic needs {error.name}, which is not installed: pip install 'coterie[lab]'"

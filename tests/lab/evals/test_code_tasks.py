@@ -78,6 +78,7 @@ def test_all_164_canonical_solutions_of_humaneval_pass():
     assert failed_ids(task, reference_answers(task), task.items()) == []
 
 
+@pytest.mark.slow
 @needs_a_sandbox
 def test_all_427_reference_codes_of_sanitized_mbpp_pass():
     task = mbpp()
