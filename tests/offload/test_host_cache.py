@@ -145,5 +145,5 @@ def test_what_it_cannot_do_is_said() -> None:
     assert host_cache_slots(1 << 40, layers=2, experts=5, expert_bytes=SIZE) == 10
     with pytest.raises(CoterieError, match="63 bytes are less than one expert"):
         host_cache_slots(SIZE - 1, layers=2, experts=5, expert_bytes=SIZE)
-    with pytest.raises(CoterieError, match="lru and lfu"):
+    with pytest.raises(CoterieError, match="lru or lfu"):
         host(Counted(), 1, ByVotes())
