@@ -57,19 +57,19 @@ def traffic_document(engine: Engine, result: Result) -> dict[str, object]:
 def precision_document(engine: Engine) -> dict[str, object]:
     """Which precision served, in shares of votes; means over layers and all forwards so far. Empty
     where there is one; both losses are None where a manifest does not tell what experts lost."""
-    counts = engine.model.store.precision_counts
-    if counts is None:
+    stats = engine.model.store.precision_stats
+    if stats is None:
         return {}
     document = {
-        "fine": counts.high_format,
-        "coarse": counts.low_format,
-        "fine_slots": counts.high_slots,
-        "coarse_slots": counts.low_slots,
-        "votes_fine": counts.high_precision_share,
-        "votes_coarse": 1 - counts.high_precision_share,
-        "upgrades": counts.promotions,
-        "loss_bound": counts.loss_bound,
-        "loss_rms": counts.loss_rms,
+        "fine": stats.high_format,
+        "coarse": stats.low_format,
+        "fine_slots": stats.high_slots,
+        "coarse_slots": stats.low_slots,
+        "votes_fine": stats.high_precision_share,
+        "votes_coarse": 1 - stats.high_precision_share,
+        "upgrades": stats.promotions,
+        "loss_bound": stats.loss_bound,
+        "loss_rms": stats.loss_rms,
     }
     return {"expert_precision": document}
 

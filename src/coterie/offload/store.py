@@ -2,26 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Protocol
 
+from coterie.offload.precision_stats import PrecisionStats
 from coterie.offload.traffic import Traffic
 from coterie.offload.traffic_log import TrafficLog
 from coterie.values import ExpertStore
-
-
-@dataclass(frozen=True)
-class PrecisionCounts:
-    """How a store with two precisions served its experts; means over layers and forwards."""
-
-    high_format: str
-    low_format: str
-    high_slots: int  # per layer
-    low_slots: int
-    high_precision_share: float  # share of the votes served in high precision
-    promotions: int
-    loss_bound: float | None  # None where the quantization errors are unknown
-    loss_rms: float | None
 
 
 class TrackedExpertStore(ExpertStore, Protocol):
@@ -38,7 +24,7 @@ class TrackedExpertStore(ExpertStore, Protocol):
         ...
 
     @property
-    def precision_counts(self) -> PrecisionCounts | None:
+    def precision_stats(self) -> PrecisionStats | None:
         """None where all experts have one precision."""
         ...
 
