@@ -21,7 +21,8 @@ from torch import Tensor
 
 import coterie
 from coterie.checkpoints.conversion import CONFIG_FILE, ConversionTarget, convert
-from coterie.checkpoints.manifest import JOURNAL, MANIFEST
+from coterie.checkpoints.journal import JOURNAL
+from coterie.checkpoints.manifest import MANIFEST
 from coterie.checkpoints.model_info import inspect
 from coterie.cli.entry import run
 from coterie.errors import CoterieError
@@ -146,8 +147,8 @@ def test_what_a_row_reads_is_counted_in_quantised_bytes(tmp_path: Path) -> None:
 KILLED = """
 import os, sys
 from pathlib import Path
-from coterie.checkpoints.conversion import Aim, convert
-from coterie.quantization import Format
+from coterie.checkpoints.conversion import ConversionTarget, convert
+from coterie.quantization import QuantFormat
 
 source, out = Path(sys.argv[1]), Path(sys.argv[2])
 for moment in map(int, sys.argv[3:]):
@@ -159,10 +160,10 @@ for moment in map(int, sys.argv[3:]):
             heard += 1
             if heard == moment:
                 os._exit(9)
-        convert(source, out, Aim(Format(8, 64), panels=False), told)
+        convert(source, out, ConversionTarget(QuantFormat(8, 64), packed=False), told)
         os._exit(0)
     print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), len(list(out.glob("*.part"))))
-print(convert(source, out, Aim(Format(8, 64), panels=False)).found)
+print(convert(source, out, ConversionTarget(QuantFormat(8, 64), packed=False)).files_resumed)
 """
 
 
@@ -187,7 +188,7 @@ def test_a_folder_in_the_making_is_no_model(tmp_path: Path) -> None:
     source = write_checkpoint(tmp_path / "whole", "llada2", shards=2)
     out = cut_off(source, tmp_path / "small", after=40)
     with pytest.raises(
-        CoterieError, match="conversion was not finished; the same `coterie quantize`"
+        CoterieError, match="conversion was not finished"
     ):
         coterie.load(out)
 
@@ -217,7 +218,7 @@ def test_a_full_disk_is_told_and_the_same_command_goes_on(tmp_path: Path) -> Non
     usual = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, usual[1]))
     try:
-        with pytest.raises(CoterieError, match=r"cannot be written .* goes on with it"):
+        with pytest.raises(CoterieError, match=r"cannot be written .* resumes"):
             convert(source, out, INT8)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, usual)
@@ -305,7 +306,7 @@ def test_another_model_or_format_does_not_go_on_with_a_folder(tmp_path: Path) ->
     out = cut_off(source, tmp_path / "small", after=40)
     begun = files(out)
     for model, form in ((source, INT4), (other, INT8)):
-        with pytest.raises(CoterieError, match=r"beginning of another model \(int8 in groups of"):
+        with pytest.raises(CoterieError, match=r"unfinished conversion of another model \(int8 in groups of"):
             convert(model, out, form)
     assert files(out) == begun
 
@@ -427,17 +428,17 @@ def test_the_layer_of_a_stored_model_is_near_the_whole_one(tmp_path: Path) -> No
 MEMORY = """
 import re, sys
 from pathlib import Path
-from coterie.checkpoints.conversion import Aim, convert
+from coterie.checkpoints.conversion import ConversionTarget, convert
 from coterie.loading.load import load_model
-from coterie.quantization import Format, quantise
+from coterie.quantization import QuantFormat, quantize
 import torch
 
 def memory(name):
     return int(re.search(name + r":\\s*(\\d+) kB", Path("/proc/self/status").read_text())[1]) * 1024
 
-quantise(torch.ones(1, 64), Format(8, 64))
+quantize(torch.ones(1, 64), QuantFormat(8, 64))
 before = memory("VmRSS")
-convert(sys.argv[1], Path(sys.argv[2]), Aim(Format(8, 64), panels=False))
+convert(sys.argv[1], Path(sys.argv[2]), ConversionTarget(QuantFormat(8, 64), packed=False))
 print(memory("VmHWM") - before)
 load_model(sys.argv[1], dtype="bf16", device="cpu", experts="int8")
 print(memory("VmHWM") - before)

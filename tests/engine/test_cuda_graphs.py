@@ -15,8 +15,9 @@ from torch.utils._pytree import tree_flatten
 import coterie
 from coterie import ops
 from coterie.decoding import sampling
-from coterie.decoding.sampling import NonFiniteError, Sampling, propose
+from coterie.decoding.sampling import Sampling, propose
 from coterie.engine.cuda_graphs import CudaGraphs, ForwardOutput, GraphInputs, is_capturable
+from coterie.errors import NonFiniteLogitsError
 from coterie.model.cache import KVCache
 from coterie.model.forward_context import ForwardContext
 from coterie.model.transformer import build
@@ -151,7 +152,7 @@ def test_broken_weights_are_told_of_and_nothing_is_written(tmp_path: Path) -> No
         engine.step()
     engine.model.transformer.norm.fill_(float("nan"))
     before = engine.sequence(row).canvas.tokens.clone()
-    with pytest.raises(coterie.CoterieError, match="the last norm gives NaN"):
+    with pytest.raises(coterie.CoterieError, match="the final norm returned NaN"):
         engine.step()
     assert torch.equal(engine.sequence(row).canvas.tokens, before)
 
@@ -181,12 +182,12 @@ def test_between_layers_nothing_asks_the_host(
 ) -> None:
     """A device that holds no numbers at all: whoever asks for one finds out."""
     pytest.importorskip("triton", reason="NOT TESTED: kernels for a GPU (triton is not installed)")
-    for name in ("attention", "dispatch", "experts", "routing", "rows"):
+    for name in ("attention", "dispatch", "experts", "routing", "elementwise"):
         module = importlib.import_module(f"coterie.ops.triton.{name}")
         monkeypatch.setattr(module, "launch", lambda *args, **constants: None)
     monkeypatch.setattr(ops, "run_experts", triton_ops.run_experts)
     if kernels:
-        for name in ("attend", "gated", "rms_norm"):
+        for name in ("fused_attention", "silu_and_mul", "rms_norm"):
             monkeypatch.setattr(ops, name, getattr(triton_ops, name))
     monkeypatch.setattr(ops, "route", triton_ops.route if kernels else lambda *asked: None)
     _, spec = read_spec(tiny_config(family))
@@ -268,6 +269,6 @@ def test_one_read_finds_what_is_broken_and_draws_nothing(monkeypatch: pytest.Mon
     for bad in (float("nan"), float("inf"), float("-inf")):
         logits = torch.zeros(4, 9)
         logits[2, 3] = bad
-        with pytest.raises(NonFiniteError):
+        with pytest.raises(NonFiniteLogitsError):
             propose(logits, Sampling(0.5), 0, generator)
         assert torch.equal(generator.get_state(), before)

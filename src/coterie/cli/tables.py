@@ -74,9 +74,7 @@ def option_table() -> Table:
     table = plain_table("option", "values")
     values_by_option: dict[str, dict[str, None]] = {}
     for option in (o for cls in POLICIES.values() for o in spec_options(cls).values()):
-        values = " | ".join(map(option.word, option.choices)) or " | ".join(
-            (str(option.bounds), *option.keywords)
-        )
+        values = str(option)
         values += " (or one for each layer: 0.3/0.2/0.25)" if option.accepts_list else ""
         values_by_option.setdefault(option.name, {})[values] = None
     for name, values in values_by_option.items():
@@ -90,10 +88,7 @@ def policy_documents() -> list[dict[str, object]]:
         {
             "name": name,
             "meaning": " ".join((cls.__doc__ or "").split()),
-            "options": {
-                o.name: o.word(o.default) if isinstance(o.default, str) else o.default
-                for o in spec_options(cls).values()
-            },
+            "options": {o.name: o.default for o in spec_options(cls).values()},
         }
         for name, cls in POLICIES.items()
     ]
