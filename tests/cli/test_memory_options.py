@@ -59,7 +59,7 @@ def test_memory_is_read_from_what_is_typed() -> None:
             parse_bytes(text, "--host-memory")
 
 
-def test_auto_takes_what_is_left_beside_all_else() -> None:
+def test_auto_leaves_memory_for_all_else() -> None:
     _, spec = read_spec(tiny_config("llada2"))
     layers, dtype, size = len(spec.moe_layers), torch.float32, 1 << 20
 
@@ -170,7 +170,7 @@ def test_a_trace_of_a_packed_model_knows_what_its_experts_weigh(
 
 
 @needs_kernels
-def test_nobody_is_on_disk_where_there_are_slots_for_all(
+def test_note_mentions_disk_only_if_experts_are_absent(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     words = [*WORDS, "-m", str(packed_checkpoint(tmp_path)), "--expert-memory"]
@@ -183,7 +183,7 @@ def test_nobody_is_on_disk_where_there_are_slots_for_all(
 
 
 @needs_kernels
-def test_a_drawing_of_nothing_is_refused_before_anybody_is_asked(
+def test_plotting_traffic_needs_a_cache(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     pytest.importorskip("matplotlib")
