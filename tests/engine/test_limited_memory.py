@@ -89,7 +89,7 @@ def test_after_a_reset_an_answer_depends_on_nothing_before() -> None:
 def test_reset_is_refused_while_a_request_is_active() -> None:
     own = engine()
     row = own.submit(PROMPTS[0], **ASKED)
-    with pytest.raises(RuntimeError, match="on its way"):
+    with pytest.raises(RuntimeError, match="active request"):
         own.reset_cache()
     own.cancel(row)
     own.reset_cache()
