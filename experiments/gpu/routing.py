@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from coterie.lab.records import Measurement
-from coterie.ops import reference, triton_ops
+from coterie.ops import reference, triton
 from coterie.routing import parse_policy
 from coterie.routing.router import KernelPolicy, route_by_mask
 from coterie.values import Policy, RouterSpec, Routing, Scores
@@ -55,7 +55,7 @@ def route_by_kernel(scores: Scores, policy: Policy) -> Routing:
     assert isinstance(policy, KernelPolicy)
     kernel = policy.kernel_rule(scores, scores.router.k)
     assert kernel is not None
-    routing = triton_ops.route(kernel.scores, kernel.rule, kernel.vote_weight)
+    routing = triton.route(kernel.scores, kernel.rule, kernel.vote_weight)
     assert routing is not None
     return routing
 

@@ -12,9 +12,9 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from offload_cases import load_engine, needs_kernels, packed_checkpoint
 from policy_strategies import coresets, law
 from score_strategies import blocks
-from test_cached_store import needs_kernels, opened, packed
 from test_observation import PROMPTS, engine, tiny, untimed
 from torch import Tensor
 
@@ -354,10 +354,10 @@ def test_failed_forward_keeps_previous_coresets() -> None:
 
 @needs_kernels
 def test_offloading_does_not_change_reuse(tmp_path: Path) -> None:
-    folder, policy = packed(tmp_path), "des-vote:beta=0.3,protect=top1"
+    folder, policy = packed_checkpoint(tmp_path), "des-vote:beta=0.3,protect=top1"
     found = []
     for memory in (None, "35%"):
-        own_engine = opened(folder, memory, **STEPS, drift=0.1)
+        own_engine = load_engine(folder, memory, **STEPS, drift=0.1)
         results = [own_engine.generate(p, policy=policy) for p in PROMPTS]
         found.append([(r.tokens, r.coreset_reuse_rate) for r in results])
     assert found[0] == found[1]

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_cached_store import needs_kernels, packed
+from offload_cases import needs_kernels, packed_checkpoint
 
 from experiments.__main__ import main
 
@@ -17,7 +17,7 @@ def test_the_experiment_writes_its_record(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     threads = torch.get_num_threads()
-    words = ["offload", str(packed(tmp_path)), "--blocks", "2", "--threads", "1"]
+    words = ["offload", str(packed_checkpoint(tmp_path)), "--blocks", "2", "--threads", "1"]
     try:
         assert main([*words, "--out", str(tmp_path / "out")]) == 0
     finally:

@@ -20,7 +20,7 @@ from coterie.offload.cached_store import CachedExpertStore
 from coterie.offload.cpu_experts import CpuExperts, TokenCounts
 from coterie.offload.eviction import Lfu, Lru, Mask
 from coterie.offload.fetchers import ExpertFetcher
-from coterie.offload.gpu_fetchers import CopyStream, PinnedCopyFetcher, StagedFetcher
+from coterie.offload.gpu_fetchers import CopyStream, GpuFetcher
 from coterie.offload.host_cache import HostCache
 from coterie.offload.tiers import HostTier, Tier
 from coterie.values import ExpertRequest, Routing, Slab
@@ -43,14 +43,12 @@ def shown(memory: Tensor, slot_of: Tensor) -> Slab:
 
 
 def by_copies(tier: HostTier) -> ExpertFetcher:
-    return PinnedCopyFetcher(tier, CopyStream(DEVICE))
+    return GpuFetcher(tier, CopyStream(DEVICE))
 
 
 def by_relays(tier: Tier) -> ExpertFetcher:
     """Through memory for five experts of any layer: who comes there later takes others' places."""
-    return StagedFetcher(
-        HostCache(tier, torch.zeros(5, SIZE).byte(), LAYERS, EXPERTS), CopyStream(DEVICE)
-    )
+    return GpuFetcher(HostCache(tier, torch.zeros(5, SIZE).byte()), CopyStream(DEVICE))
 
 
 @dataclass
@@ -151,10 +149,9 @@ def outcome(
             slabs = {layer: shown(blob, everybody) for layer, blob in run.true.items()}
             run.own.cpu_experts = CpuExperts(ByLot(seed), slabs)
         wrong = run.all_of(*wishes(experts, seed, count))
-        if isinstance(
-            run.own.fetcher, StagedFetcher
-        ):  # who waited for nobody leaves threads at work
-            run.own.fetcher._threads.shutdown()
+        # An abandoned forward leaves threads at work.
+        assert isinstance(run.own.fetcher, GpuFetcher)
+        run.own.fetcher._threads.shutdown()
         return wrong
 
 
@@ -164,10 +161,13 @@ class ByLot:
 
     seed: int
 
-    def chosen(self, missed: Mask, tokens: TokenCounts) -> Mask:
-        assert bool((tokens[missed] == 2).all())
+    def select(self, missed_mask: Mask, token_counts: TokenCounts) -> Mask:
+        assert bool((token_counts[missed_mask] == 2).all())
         self.seed += 1
-        return missed & (np.random.default_rng(self.seed).random(len(missed)) < 0.4)
+        return missed_mask & (np.random.default_rng(self.seed).random(len(missed_mask)) < 0.4)
+
+    def describe(self) -> str:
+        return "random misses"
 
 
 @given(
@@ -178,7 +178,7 @@ class ByLot:
     aside=st.booleans(),
 )
 @law(300)
-def test_no_slab_reads_what_has_not_arrived_or_is_gone(
+def test_no_slab_reads_other_bytes(
     seed: int, sizes: tuple[int, int], eager: float, lru: bool, aside: bool
 ) -> None:
     experts, capacity = sizes
@@ -193,19 +193,19 @@ def test_no_slab_reads_what_has_not_arrived_or_is_gone(
     eager=st.sampled_from((0.0, 0.5)),
 )
 @law(30)
-def test_nor_where_threads_fetch_first(
+def test_no_slab_of_a_staged_fetcher_reads_other_bytes(
     seed: int, experts: int, capacity: int, eager: float
 ) -> None:
     assert outcome(seed, by_relays, experts=experts, capacity=capacity, eager=eager) == []
 
 
 @pytest.mark.parametrize("make", [by_copies, by_relays])
-@pytest.mark.parametrize("left_out", ["after_computing", "before_computing"])
-def test_an_order_that_is_left_out_is_found(
+@pytest.mark.parametrize("left_out", ["wait_for_compute", "block_compute"])
+def test_simulator_finds_a_missing_order(
     monkeypatch: pytest.MonkeyPatch, left_out: str, make: Callable[[HostTier], ExpertFetcher]
 ) -> None:
     """The world is harsh enough: without one of the two, some slab reads what it must not."""
-    waits = left_out == "before_computing" and make is by_relays
+    waits = left_out == "block_compute" and make is by_relays
     if waits:  # threads are done when their copies are: it is the host that must wait for them
         monkeypatch.setattr(CopyStream, left_out, lambda self, wait_on_host=None: None)
     else:
@@ -213,21 +213,23 @@ def test_an_order_that_is_left_out_is_found(
     assert any(outcome(seed, make, eager=0.1) for seed in range(10))
 
 
-def test_nobody_waits_on_the_host(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_pinned_copies_never_block_the_host(monkeypatch: pytest.MonkeyPatch) -> None:
     """With all experts in pinned memory a forward is only asked for: nothing has run by its end."""
     world = World(0, eager=0.0)
     world.install(monkeypatch)
     run = Run.of(world, by_copies, 9, 4, lru=True)
     for _ in run.serve(1, set(range(9))):
         pass
-    assert run.own.stall_seconds == 0
+    assert run.own.traffic_log.traffic().stall_seconds == 0
     assert not bool((run.own._memory[1] < OLD).any())
     world.drain()
     assert run.wrong == []
-    assert run.own.stall_seconds == 0.003  # of three waves that are waited for, a millisecond each
+    assert (
+        run.own.traffic_log.traffic().stall_seconds == 0.003
+    )  # of three waves that are waited for, a millisecond each
 
 
-def test_copies_for_the_next_wave_go_beside_computing(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_copies_of_the_next_wave_overlap_compute(monkeypatch: pytest.MonkeyPatch) -> None:
     """Hits are being computed, and go on being; meanwhile who is missing arrives in free slots."""
     world = World(0, eager=0.0)
     world.install(monkeypatch)
@@ -247,7 +249,7 @@ def test_copies_for_the_next_wave_go_beside_computing(monkeypatch: pytest.Monkey
 
 
 @pytest.mark.parametrize("make", [by_copies, by_relays])
-def test_a_forward_that_is_left_in_the_middle_spoils_nothing(
+def test_abandoned_forward_leaves_a_correct_store(
     make: Callable[[HostTier], ExpertFetcher],
 ) -> None:
     for seed in range(12):
@@ -266,7 +268,7 @@ def test_a_forward_that_is_left_in_the_middle_spoils_nothing(
             assert run.wrong == []
 
 
-def test_a_tier_that_fails_is_an_error_and_the_next_forward_is_right() -> None:
+def test_failing_tier_is_an_error_and_the_next_forward_is_right() -> None:
     class Failing:
         def __init__(self, tier: HostTier) -> None:
             self.tier, self.broken, self.lock = tier, True, threading.Lock()

@@ -9,9 +9,9 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from offload_cases import cached_store, expert_blobs
 from policy_strategies import coresets, law
 from score_strategies import blocks
-from test_cached_store import blobs, store
 from test_replay import drawn, grid, imagined, play
 
 from coterie.errors import CoterieError
@@ -29,7 +29,7 @@ from coterie.values import Policy, RouterSpec, Scores
 def test_a_store_reports_its_slots() -> None:
     assert ResidentExpertStore({}).slots(0) is None
     assert SimulatedCacheStore(ResidentExpertStore({}), 8, 5).slots(0) == 5
-    assert store(HostTier(blobs(8)), 8, 3).slots(0) == 3
+    assert cached_store(HostTier(expert_blobs(8)), 8, 3).slots(0) == 3
 
 
 def with_election(policy: Policy, **changes: object) -> Policy:
@@ -116,8 +116,8 @@ def test_a_replay_of_a_limited_policy_predicts_a_run(policy: str) -> None:
     point = replay(
         trace, grid(ReplayPolicy(parse_policy(policy), routes_commits=True), capacity="4")
     ).points[0]
-    assert point.traffic.experts_used == pytest.approx(store.experts_used, rel=0.1)
-    assert point.traffic.experts_moved == pytest.approx(store.experts_moved, rel=0.1)
+    assert point.traffic.experts_used == pytest.approx(store.traffic_log.traffic().experts_used, rel=0.1)
+    assert point.traffic.experts_moved == pytest.approx(store.traffic_log.traffic().experts_moved, rel=0.1)
 
 
 def test_each_capacity_of_a_replay_has_its_own_coresets() -> None:

@@ -34,8 +34,8 @@ CACHED_OPTIONS = {"batch_size": 1, "reset_every": 5}
 def cached_engine(model: str) -> Engine:
     """An engine with a simulated cache that also counts vanilla's traffic."""
     engine = coterie.load(model, expert_memory=ExpertMemoryConfig.parse("35%", simulated=True))
-    assert engine.model.cached_store is not None
-    engine.model.cached_store.traffic_log.track_vanilla()
+    assert engine.model.store.traffic_log is not None
+    engine.model.store.traffic_log.track_vanilla()
     return engine
 
 

@@ -38,7 +38,7 @@ from coterie.lab.bench.layer import time_layer
 from coterie.lab.bench.model import random_model
 from coterie.lab.bench.shapes import find_shape
 from coterie.loading.expert_memory import ExpertMemoryConfig
-from coterie.loading.load import free_memory
+from coterie.loading.free_memory import free_memory
 from coterie.model.weights import weight_bytes
 
 RESERVED_BYTES = 2 << 30  # bytes left free where --memory says nothing

@@ -8,16 +8,12 @@ from collections.abc import Sequence
 from rich.progress import DownloadColumn, TransferSpeedColumn
 
 from coterie.cli import options as o
-from coterie.cli.memory_options import describe_memory_plan, describe_mixed_precision
 from coterie.cli.tables import print_note, progress_bar
 from coterie.decoding.kv_schemes import BlockCausalNoCache, NoCache, parse_plan
 from coterie.engine.engine import Engine, load
 from coterie.errors import CoterieError
 from coterie.lab.calibration import read_calibrated_policy
-from coterie.loading.cpu_experts import describe_cpu_experts
 from coterie.loading.expert_memory import ExpertMemoryConfig
-from coterie.offload.cached_store import CachedExpertStore
-from coterie.offload.mixed_precision_store import MixedPrecisionStore
 from coterie.routing import check_coreset_reuse, format_policy, parse_policy
 
 PROGRESS_BYTES = 256 << 20  # bytes of weights from which loading shows a bar
@@ -151,14 +147,10 @@ def open_engine(
             model, dtype=dtype, device=device, experts=expert_dtype, expert_memory=memory,
             on_progress=on_progress,
         )  # fmt: skip
-    if count_vanilla and engine.model.cached_store is not None:
-        engine.model.cached_store.traffic_log.track_vanilla()
-    if isinstance(store := engine.model.cached_store, MixedPrecisionStore):
-        print_note(describe_mixed_precision(store, len(engine.model.spec.moe_layers)))
-    elif engine.model.memory_plan is not None:
-        print_note(describe_memory_plan(engine.model.memory_plan))
-    if isinstance(store, CachedExpertStore) and store.cpu_experts is not None:
-        print_note(describe_cpu_experts(store.cpu_experts))
+    if count_vanilla and (log := engine.model.store.traffic_log) is not None:
+        log.track_vanilla()
+    for note in engine.model.placement.describe():
+        print_note(note)
     return engine
 
 

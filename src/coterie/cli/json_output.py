@@ -8,8 +8,6 @@ from collections.abc import Mapping, Sequence
 
 from coterie.engine.engine import Engine
 from coterie.engine.events import Result
-from coterie.offload.mixed_precision_store import MixedPrecisionStore
-from coterie.offload.simulated_store import SimulatedCacheStore
 from coterie.offload.traffic import Traffic
 
 
@@ -47,11 +45,11 @@ def result_document(result: Result) -> dict[str, object]:
 def traffic_document(engine: Engine, result: Result) -> dict[str, object]:
     """What its forwards moved; empty where all experts are in memory. Nobody waits for what is
     imagined to come, so both stalls are None there."""
-    store = engine.model.cached_store
-    if store is None or result.traffic is None:
+    model = engine.model
+    if result.traffic is None:
         return {}
-    document = {"slots": store.capacity, **transfer_document(result.traffic)}
-    if isinstance(store, SimulatedCacheStore):
+    document = {"slots": model.store.capacity, **transfer_document(result.traffic)}
+    if model.memory_config is not None and model.memory_config.simulated:
         document |= {"stall_seconds": None, "stalled": None}
     return {"expert_traffic": document}
 
@@ -59,20 +57,19 @@ def traffic_document(engine: Engine, result: Result) -> dict[str, object]:
 def precision_document(engine: Engine) -> dict[str, object]:
     """Which precision served, in shares of votes; means over layers and all forwards so far. Empty
     where there is one; both losses are None where a manifest does not tell what experts lost."""
-    store = engine.model.cached_store
-    if not isinstance(store, MixedPrecisionStore):
+    stats = engine.model.store.precision_stats
+    if stats is None:
         return {}
-    precision = store.precision_stats
     document = {
-        "fine": store.format_names[0],
-        "coarse": store.format_names[1],
-        "fine_slots": store.high_precision.capacity,
-        "coarse_slots": store.low_precision.capacity,
-        "votes_fine": precision.high_precision_share,
-        "votes_coarse": 1 - precision.high_precision_share,
-        "upgrades": precision.promotions,
-        "loss_bound": precision.loss_bound if store.errors else None,
-        "loss_rms": precision.loss_rms if store.errors else None,
+        "fine": stats.high_format,
+        "coarse": stats.low_format,
+        "fine_slots": stats.high_slots,
+        "coarse_slots": stats.low_slots,
+        "votes_fine": stats.high_precision_share,
+        "votes_coarse": 1 - stats.high_precision_share,
+        "upgrades": stats.promotions,
+        "loss_bound": stats.loss_bound,
+        "loss_rms": stats.loss_rms,
     }
     return {"expert_precision": document}
 

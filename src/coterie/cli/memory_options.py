@@ -5,14 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 
 from coterie.cli import options as o
-from coterie.cli.tables import format_bytes
 from coterie.errors import CoterieError
 from coterie.lab.replay.cache_simulation import TraceVotes as Remembered
 from coterie.lab.replay.trace import is_trace, read_trace
-from coterie.loading.expert_memory import ExpertMemoryConfig, ExpertMemoryPlan
+from coterie.loading.expert_memory import ExpertMemoryConfig
 from coterie.loading.low_precision import LowPrecisionExperts
 from coterie.loading.saved_votes import SavedVotes, read_votes
-from coterie.offload.mixed_precision_store import MixedPrecisionStore
 
 
 def expert_memory_config(
@@ -87,43 +85,3 @@ def load_votes(path: Path) -> SavedVotes:
         return read_votes(path)
     trace = read_trace(path)
     return SavedVotes.of(trace.header.model, trace.header.layers, Remembered.of(trace).mean_votes)
-
-
-def describe_mixed_precision(store: MixedPrecisionStore, layers: int) -> str:
-    """How many experts are in memory in either precision; and what its manifests do not tell."""
-    high, low = store.high_precision, store.low_precision
-    sizes = (high.capacity * high.expert_bytes, low.capacity * low.expert_bytes)
-    on_disk = (
-        "" if store.capacity >= low.experts else f", the others on disk in {store.format_names[1]}"
-    )
-    unknown_error = (
-        "" if store.errors else "; a manifest does not tell what its experts lost: no bound"
-    )
-    return (
-        f"{high.capacity} of {low.experts} experts a layer in {store.format_names[0]} and "
-        f"{low.capacity} in {store.format_names[1]} in memory ({format_bytes(sum(sizes) * layers)})"
-        f"{on_disk}{unknown_error}"
-    )
-
-
-def describe_memory_plan(plan: ExpertMemoryPlan) -> str:
-    """How many experts are in memory, and why so many where "auto" chose."""
-    auto_note = ""
-    if plan.free_bytes is not None and plan.other_bytes is not None:
-        auto_note = f"{format_bytes(plan.free_bytes)} are free, {format_bytes(plan.other_bytes)} kept for all else: "
-    if plan.holds_all:
-        return (
-            f"{auto_note}all {plan.experts} experts a layer fit ({format_bytes(plan.slot_bytes)})"
-        )
-    count = f"{plan.slots} of" if plan.absent_bytes else "all"
-    resident = f"{auto_note}{count} {plan.experts} experts a layer in memory "
-    if plan.config.simulated:
-        return f"{resident}({format_bytes(plan.slot_bytes)}), as is imagined: all are there"
-    if plan.host_bytes is None:
-        return f"{resident}({format_bytes(plan.slot_bytes)})" + ", the others on disk" * bool(
-            plan.absent_bytes
-        )
-    all_bytes = plan.layers * plan.experts * plan.expert_bytes
-    others = "all" if plan.host_bytes >= all_bytes else "some before the disk"
-    host_note = f"{others} in {format_bytes(plan.host_bytes)} of the host"
-    return f"{resident}of the GPU ({format_bytes(plan.slot_bytes)}), {host_note}"

@@ -56,7 +56,7 @@ def check_traffic_option(name: Path | None, memory: ExpertMemoryConfig | None) -
 def check_experts_move(name: Path | None, engine: Engine) -> None:
     """Raises for a drawing of nothing, before anybody is asked: "auto" may have found room for
     all."""
-    if name is not None and engine.model.cached_store is None:
+    if name is not None and engine.model.store.traffic_log is None:
         raise CoterieError(
             "--traffic: all experts are in memory, and nothing moves; --expert-memory 35% keeps "
             "fewer there"
@@ -75,8 +75,8 @@ def load_plotting() -> ModuleType:
 
 def plot_traffic(engine: Engine, name: Path, result: Result, collector: TrafficCollector) -> None:
     """NAME-light.svg, NAME-dark.svg and NAME.json, of the only row that the engine ran."""
-    store = engine.model.cached_store
-    if store is None or result.traffic is None:
+    store = engine.model.store
+    if store.traffic_log is None or result.traffic is None:
         raise CoterieError("--traffic: all experts are in memory, and nothing moves")
     plotting, events = load_plotting(), iter(collector.denoised)
     points = []

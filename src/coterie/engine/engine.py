@@ -153,18 +153,18 @@ class Engine:
     @contextmanager
     def _logged_forward(self, group: Sequence[ActiveSequence]) -> Iterator[None]:
         """Mark the start and the end of a forward in the store's traffic log, if there is one."""
-        if (store := self.model.cached_store) is None:
+        if (log := self.model.store.traffic_log) is None:
             yield
             return
         rows, blocks = (
             (active.number for active in group),
             (active.sequence.block.index for active in group),
         )
-        store.traffic_log.begin_forward(group[0].next_pass.kind, tuple(rows), tuple(blocks))
+        log.begin_forward(group[0].next_pass.kind, tuple(rows), tuple(blocks))
         try:
             yield
         finally:
-            store.traffic_log.end_forward()
+            log.end_forward()
 
     def cancel(self, number: int) -> None:
         """Remove a request, finished or not. Raises GenerationError for an unknown number."""
@@ -225,17 +225,16 @@ class Engine:
 
         None if all experts are resident.
         """
-        if (store := self.model.cached_store) is None:
+        if (log := self.model.store.traffic_log) is None:
             return None
-        current = store.traffic_log.traffic()
+        current = log.traffic()
         return current if earlier is None else current - earlier
 
     def reset_cache(self) -> None:
         """Reset the expert cache to its initial state; RuntimeError while a request is active."""
         if self._active:
             raise RuntimeError("an active request may need the cached experts")
-        if self.model.cached_store is not None:
-            self.model.cached_store.reset()
+        self.model.store.reset()
 
     def _active_sequence(self, number: int) -> ActiveSequence:
         if number not in self._active:

@@ -1,60 +1,53 @@
-"""A tier in front of another: memory of the host for some experts, whatever their layer."""
+"""A tier in host memory that caches experts of any layer in front of another tier."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from threading import Condition
 
-import numpy as np
 from torch import Tensor
 
-from coterie.errors import CoterieError
-from coterie.offload.eviction import CacheAccess, Eviction, FloatArray, Lfu
+from coterie.errors import OffloadError
 from coterie.offload.tiers import HOST, Tier
 
+ExpertKey = tuple[int, int]
+"""A layer and an expert of it."""
 
-@dataclass  # not frozen: its users come and go
+
+@dataclass  # not frozen: its users change
 class HostSlot:
-    """Where an expert lies. Nobody takes it away while it has users: who reads it in, or copies."""
+    """The slot of one expert. It is not reclaimed while a thread fills it or copies from it."""
 
     index: int
     users: int = 1
     ready: bool = False
 
 
-@dataclass  # not frozen: it holds what was fetched
+@dataclass  # not frozen: its content changes
 class HostCache:
-    """``memory`` for some experts of any layer, over a tier that holds them all.
+    """``memory`` for some experts of any layer, in front of a tier that holds all of them.
 
-    What is fetched is read into it, in place of who is worth least of those whom nobody copies at
-    the moment; who is there already is copied. The rule is told of fetches, not of votes: by who is
-    fetched most, for those fetched last are in the slots that asked for them
-    (`results/prefetch-replayed.json`). From any thread, several at once: of those who want the same
-    expert one reads it, the others wait. A read that fails leaves nothing behind, and every other
-    expert where it is.
+    A miss is read into the slot of the least frequently fetched expert that no thread uses. LRU
+    would do worse, since recently fetched experts are already in the slots that requested them
+    (`results/prefetch-replayed.json`). Several threads may fetch at once; of those that need the
+    same expert, one reads it and the others wait. A failed read frees its slot and leaves all other
+    experts cached.
     """
 
     backing_tier: Tier
     memory: Tensor  # [n, bytes of an expert] uint8
-    layers: Sequence[int]
-    experts: int  # of a layer
-    eviction: Eviction = field(default_factory=Lfu)
     hits: int = 0
     misses: int = 0
-    _slots: dict[int, HostSlot] = field(init=False, default_factory=dict)  # by number
+    _slots: dict[ExpertKey, HostSlot] = field(init=False, default_factory=dict)
     _free: list[int] = field(init=False)
-    _scores: FloatArray = field(init=False)
+    _uses: Counter[ExpertKey] = field(init=False, default_factory=Counter)
     _changed: Condition = field(init=False, default_factory=Condition)
 
     def __post_init__(self) -> None:
-        if self.eviction.needs_votes:
-            raise CoterieError(
-                "memory between tiers hears of fetches alone: lru and lfu go by them"
-            )
         self._free = list(range(len(self.memory)))
-        self._scores = self.eviction.initial_scores(np.zeros(len(self.layers) * self.experts))
 
     def fetch(self, layer: int, expert: int, target: Tensor) -> str:
         with self.pin(layer, expert) as (blob, tier):
@@ -63,12 +56,11 @@ class HostCache:
 
     @contextmanager
     def pin(self, layer: int, expert: int) -> Iterator[tuple[Tensor, str]]:
-        """An expert's bytes, read in if need be, which stay where they are until this is left; and
-        the tier that they were found in.
+        """An expert's bytes, which are not evicted inside the context, and the tier they came from.
 
-        Who takes one more while holding as many as there are slots waits for ever.
+        A thread must not pin more experts than there are slots: it would wait forever.
         """
-        key = self.layers.index(layer) * self.experts + expert
+        key = layer, expert
         slot = self._acquire(key)
         try:
             blob = self.memory[slot.index]
@@ -80,10 +72,10 @@ class HostCache:
         finally:
             self._release(key, slot)
 
-    def _acquire(self, key: int) -> HostSlot:
-        """The place of an expert, ready or this caller's to fill."""
+    def _acquire(self, key: ExpertKey) -> HostSlot:
+        """The slot of an expert: ready, or new and to be filled by the caller."""
         with self._changed:
-            self._record_access(key)
+            self._uses[key] += 1
             while True:
                 host_slot = self._slots.get(key)
                 if host_slot is None and (free_index := self._reclaim_slot()) is not None:
@@ -101,7 +93,7 @@ class HostCache:
             slot.ready = True
             self._changed.notify_all()
 
-    def _release(self, key: int, slot: HostSlot) -> None:
+    def _release(self, key: ExpertKey, slot: HostSlot) -> None:
         with self._changed:
             slot.users -= 1
             if not slot.ready:
@@ -109,29 +101,21 @@ class HostCache:
                 self._free.append(slot.index)
             self._changed.notify_all()
 
-    def _record_access(self, key: int) -> None:
-        used = np.zeros(len(self._scores), dtype=bool)
-        used[key] = True
-        clock = self.hits + self.misses
-        self._scores = self.eviction.updated_scores(
-            self._scores, CacheAccess(clock, used, np.zeros(len(used)))
-        )
-
     def _reclaim_slot(self) -> int | None:
-        """A slot that nobody needs; None while all are in use."""
+        """A free slot, or that of an unused expert; None while all are in use."""
         if self._free:
             return self._free.pop()
         idle = [key for key, slot in self._slots.items() if not slot.users]
         if not idle:
             return None
-        victim = min(idle, key=lambda number: (self._scores[number], -number))
+        victim = min(idle, key=lambda key: (self._uses[key], -key[0], -key[1]))
         return self._slots.pop(victim).index
 
 
 def host_cache_slots(budget: int, *, layers: int, experts: int, expert_bytes: int) -> int:
-    """Experts that fit into so many bytes; raises CoterieError for less than one."""
+    """Experts that fit into ``budget`` bytes; raises OffloadError for less than one."""
     if budget < expert_bytes:
-        raise CoterieError(
-            f"--host-memory: {budget:,} bytes are less than one expert's {expert_bytes:,}"
+        raise OffloadError(
+            f"`host_memory`: {budget:,} bytes are less than one expert of {expert_bytes:,} bytes"
         )
     return min(layers * experts, budget // expert_bytes)

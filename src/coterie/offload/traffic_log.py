@@ -1,12 +1,12 @@
-"""The ledger of a store: what every forward used, found there, moved and waited for."""
+"""The traffic log of an expert store: what each forward used, hit, fetched and waited for."""
 
 from __future__ import annotations
 
 import time
 from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass, field
-from typing import Protocol
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 
@@ -14,230 +14,167 @@ from coterie.offload.slot_table import Slots
 from coterie.offload.traffic import Traffic, Transfer
 from coterie.values import ExpertRequest, expert_mask
 
-LOGGED_FORWARDS = 4096  # forwards that are kept one by one; of those before, only the sum
-MAX_PENDING_IDS = 1 << 22  # ids of tokens' own experts that wait to be settled
-KV_ONLY_KINDS = ("prefill", "commit")  # kinds of forward that only write keys
+LOGGED_FORWARDS = 4096  # forwards kept one by one; older ones only count in the totals
+MAX_PENDING_IDS = 1 << 22  # vanilla expert ids that wait for their replay
+KV_ONLY_KINDS = ("prefill", "commit")  # kinds of forward that only write keys and values
 
 StallClock = Callable[[], float]
-"""Seconds so far in which nothing was computed because somebody was on the way."""
+"""Seconds so far in which compute waited for fetches."""
 
 SlotsFactory = Callable[[int], Slots]
-"""Of a layer: slots as many as the store's and begun like them, under LRU."""
+"""Makes a layer's slots as the store's at the start, under LRU."""
 
 
-class CachedStore(Protocol):
-    """A store that keeps only some experts at hand, and a ledger of it."""
-
-    @property
-    def traffic_log(self) -> TrafficLog: ...
-
-    @property
-    def capacity(self) -> int:
-        """Slots of a layer."""
-        ...
-
-    def reset(self) -> None:
-        """Be as at the start, before any forward: nobody at hand, or who is from the first."""
-        ...
-
-
-@dataclass(frozen=True)
+@dataclass  # not frozen: it counts until its forward ends
 class ForwardTraffic:
-    """One forward. ``blocks`` are where its ``rows`` stood; their ``traffic`` is one."""
+    """The traffic of one forward, of all its sequences together."""
 
     number: int
-    kind: str  # as plans call it, "" where nobody said
+    kind: str  # of the KV-caching scheme's pass; "" if the engine reported none
     rows: tuple[int, ...]
-    blocks: tuple[int, ...]
+    blocks: tuple[int, ...]  # the current block of each row
     traffic: Traffic
-
-
-@dataclass  # not frozen: it grows until its forward is over
-class ForwardCounters:
-    """A forward, or the sum of many, while it is counted."""
-
-    number: int = 0
-    kind: str = ""
-    rows: tuple[int, ...] = ()
-    blocks: tuple[int, ...] = ()
-    forwards: int = 0
-    used: int = 0
-    hits: int = 0
-    on_cpu: int = 0
-    vanilla_misses: int = 0
-    stall_seconds: float = 0.0
-    seconds: float = 0.0
     start_time: float | None = None
-    last_layer: int = -1  # the last one served
-    transfers: dict[str, Transfer] = field(default_factory=dict)
+    last_layer: int = -1  # the last layer served
 
     @property
-    def denoising_forwards(self) -> int:
-        """As how many forwards that denoise it counts, once it is over."""
-        return int(self.last_layer >= 0 and self.kind not in KV_ONLY_KINDS)
-
-    def add(self, other: ForwardCounters) -> None:
-        """Add all of another that is no name; who would have come under vanilla comes later."""
-        self.forwards += other.forwards
-        self.used += other.used
-        self.hits += other.hits
-        self.on_cpu += other.on_cpu
-        self.stall_seconds += other.stall_seconds
-        self.seconds += other.seconds
-        for tier, transfer in other.transfers.items():
-            self.transfers[tier] = self.transfers.get(tier, Transfer()).plus(transfer)
+    def denoises(self) -> bool:
+        """Whether it served a layer and does more than write keys and values."""
+        return self.last_layer >= 0 and self.kind not in KV_ONLY_KINDS
 
 
-@dataclass  # not frozen: it is written
+@dataclass  # not frozen: it is appended to
 class TrafficLog:
-    """What a store did, forward by forward, ``LINES`` of them; totals are of all.
+    """The traffic of a store, by forward (the last ``LOGGED_FORWARDS``) and in total.
 
-    A store tells of each layer that it serves, who asks for a forward when one begins and ends.
-    Where nobody does, a layer that is not above the last begins the next. What fills the memory
-    before a forward is in the totals, and in no forward. Everything is told in the thread that
-    serves. What vanilla would have moved is worked out when somebody reads: until
-    then a forward leaves its tokens' own choices behind, and no time is spent.
+    Stores report each layer they serve; the engine reports where a forward starts and ends. Without
+    such reports, a layer index that does not increase starts a new forward. Experts loaded between
+    forwards count in the totals only. All reports come from the serving thread. Vanilla's misses
+    are replayed when the log is read; until then each layer's vanilla expert ids are kept.
     """
 
     expert_bytes: int
     vanilla_slots: SlotsFactory
     stall_clock: StallClock = lambda: 0.0
-    _current: ForwardCounters = field(default_factory=ForwardCounters)
-    _finished: deque[ForwardCounters] = field(default_factory=lambda: deque(maxlen=LOGGED_FORWARDS))
-    _totals: ForwardCounters = field(
-        default_factory=ForwardCounters
-    )  # the sum of all that are closed
-    _tracks_vanilla: bool = False
-    _pending: list[tuple[ForwardCounters, int, torch.Tensor, int] | None] = field(
-        default_factory=list
+    _current: ForwardTraffic = field(init=False)
+    _finished: deque[ForwardTraffic] = field(
+        init=False, default_factory=lambda: deque(maxlen=LOGGED_FORWARDS)
     )
-    _pending_ids: int = 0
-    _vanilla_caches: dict[int, Slots] = field(default_factory=dict)
+    _totals: Traffic = field(init=False)  # of finished forwards
+    _tracks_vanilla: bool = field(init=False, default=False)
+    # Forward, layer, vanilla ids and number of experts; None marks a reset.
+    _pending: list[tuple[ForwardTraffic, int, torch.Tensor, int] | None] = field(
+        init=False, default_factory=list
+    )
+    _pending_ids: int = field(init=False, default=0)
+    _vanilla_caches: dict[int, Slots] = field(init=False, default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self._totals = self._traffic()
+        self._current = ForwardTraffic(0, "", (), (), self._traffic())
 
     def track_vanilla(self) -> None:
-        """From now on, keep what vanilla needs; raises RuntimeError where it is too late."""
-        if self._totals.used or self._current.used:
-            raise RuntimeError("vanilla's memory would begin empty where the store's is not")
+        """Count vanilla's misses from now on; raises RuntimeError after the first forward."""
+        if self._totals.experts_used or self._current.traffic.experts_used:
+            raise RuntimeError("vanilla's cache would start empty while the store's does not")
         self._tracks_vanilla = True
+        self._totals = replace(self._totals, vanilla_misses=0)
+        self._current.traffic = replace(self._current.traffic, vanilla_misses=0)
 
     def begin_forward(
         self, kind: str, rows: tuple[int, ...] = (), blocks: tuple[int, ...] = ()
     ) -> None:
         """A forward starts."""
         self._finish_forward()
-        self._current = ForwardCounters(
-            self._current.number, kind, rows, blocks, start_time=time.perf_counter()
+        self._current = ForwardTraffic(
+            self._current.number, kind, rows, blocks, self._traffic(), time.perf_counter()
         )
 
     def end_forward(self) -> None:
-        """It is over, and took until now."""
+        """The forward is over."""
         if self._current.start_time is not None:
-            self._current.seconds = time.perf_counter() - self._current.start_time
+            self._count(seconds=time.perf_counter() - self._current.start_time)
         self._finish_forward()
 
     def log_layer(
         self, layer: int, request: ExpertRequest, *, used: int, hits: int, on_cpu: int = 0
     ) -> None:
-        """A layer is asked for so many experts, of whom ``hits`` are there, and ``aside`` are
-        computed where they lie."""
-        counters = self._current
-        if layer <= counters.last_layer:
+        """A layer is served: experts used, those of them cached, and those the CPU computes."""
+        if layer <= self._current.last_layer:
             self._finish_forward()
-            counters = self._current
-        counters.last_layer = layer
-        counters.used += used
-        counters.hits += hits
-        counters.on_cpu += on_cpu
+        self._current.last_layer = layer
+        self._count(experts_used=used, hits=hits, on_cpu=on_cpu)
         if self._tracks_vanilla and request.routing is not None:
             vanilla_ids = request.routing.vanilla_ids
-            self._pending.append((counters, layer, vanilla_ids, len(request.used)))
+            self._pending.append((self._current, layer, vanilla_ids, len(request.used)))
             self._pending_ids += vanilla_ids.numel()
             if self._pending_ids > MAX_PENDING_IDS:
                 self._replay_vanilla()
 
     def log_transfer(self, tier: str, experts: int = 1, total_bytes: int | None = None) -> None:
-        """So many came from there, ``size`` bytes in all where they are not moved whole."""
+        """Experts were fetched from a tier; ``total_bytes`` if they do not have the usual size."""
         num_bytes = experts * self.expert_bytes if total_bytes is None else total_bytes
-        if not experts:
-            return
-        transfers = self._current.transfers
-        transfers[tier] = transfers.get(tier, Transfer()).plus(Transfer(experts, num_bytes))
+        if experts:
+            self._count(transfers={tier: Transfer(experts, num_bytes)})
 
     def log_reset(self) -> None:
-        """The memory is as it was before any forward, and so is vanilla's; sums stay."""
+        """The cache returns to its initial state, and vanilla's with it; the totals stay."""
         self._finish_forward()
         if self._tracks_vanilla:
             self._pending.append(None)
 
     @property
     def forwards(self) -> tuple[ForwardTraffic, ...]:
-        """Of each forward that is over, or of the last ``LINES``."""
+        """The last finished forwards, at most ``LOGGED_FORWARDS``."""
         self._replay_vanilla()
-        return tuple(
-            ForwardTraffic(
-                counters.number,
-                counters.kind,
-                counters.rows,
-                counters.blocks,
-                self._to_traffic(counters),
-            )
-            for counters in self._finished
-        )
+        return tuple(self._finished)
 
     def traffic(self) -> Traffic:
-        """Of all forwards, one that is not over among them."""
+        """The total of all forwards, including an unfinished one."""
         self._replay_vanilla()
-        total = ForwardCounters(vanilla_misses=self._totals.vanilla_misses)
-        total.add(self._totals)
-        total.add(self._current)
-        total.stall_seconds = self.stall_clock()
-        total.forwards += self._current.denoising_forwards
-        return self._to_traffic(total)
+        total = self._totals + self._current.traffic
+        forwards = total.forwards + self._current.denoises
+        return replace(total, forwards=forwards, stall_seconds=self.stall_clock())
+
+    def _traffic(self, **counts: Any) -> Traffic:
+        """These counts, which are fields of ``Traffic``."""
+        zeros = {"forwards": 0, "experts_used": 0, "hits": 0}
+        vanilla_misses = 0 if self._tracks_vanilla else None
+        fields = {**zeros, "vanilla_misses": vanilla_misses, **counts}
+        return Traffic(expert_bytes=self.expert_bytes, **fields)
+
+    def _count(self, **counts: Any) -> None:
+        self._current.traffic += self._traffic(**counts)
 
     def _finish_forward(self) -> None:
-        counters = self._current
-        if counters.last_layer < 0 and not counters.transfers:
+        current = self._current
+        if current.last_layer < 0 and not current.traffic.transfers:
             return
-        counters.forwards, counters.stall_seconds = (
-            counters.denoising_forwards,
-            self.stall_clock() - self._totals.stall_seconds,
-        )
-        self._totals.add(counters)
-        if counters.last_layer >= 0:
-            self._finished.append(counters)
-        # A store that nobody tells of forwards counts them itself; their kind stays unknown.
-        self._current = ForwardCounters(
-            counters.number + (counters.last_layer >= 0),
-            counters.kind,
-            counters.rows,
-            counters.blocks,
+        stall_seconds = self.stall_clock() - self._totals.stall_seconds
+        self._count(forwards=int(current.denoises), stall_seconds=stall_seconds)
+        self._totals += current.traffic
+        if current.last_layer >= 0:
+            self._finished.append(current)
+        # Without reports from the engine, the next forward counts as one of the same kind.
+        number = current.number + (current.last_layer >= 0)
+        self._current = replace(
+            current, number=number, traffic=self._traffic(), start_time=None, last_layer=-1
         )
 
     def _replay_vanilla(self) -> None:
-        """Let vanilla's memory go through what has waited."""
+        """Serve the pending vanilla requests from vanilla's simulated caches."""
         for entry in self._pending:
             if entry is None:
                 self._vanilla_caches.clear()
                 continue
-            counters, layer, vanilla_ids, experts = entry
+            forward, layer, vanilla_ids, experts = entry
             if layer not in self._vanilla_caches:
                 self._vanilla_caches[layer] = self.vanilla_slots(layer)
             used = expert_mask(vanilla_ids.flatten(), experts).cpu().numpy()
-            loads = sum(len(wave.loads) for wave in self._vanilla_caches[layer].serve(used))
-            counters.vanilla_misses += loads
-            self._totals.vanilla_misses += loads
+            misses = sum(len(wave.loads) for wave in self._vanilla_caches[layer].serve(used))
+            counts = self._traffic(vanilla_misses=misses)
+            forward.traffic += counts
+            if forward is not self._current:
+                self._totals += counts
         self._pending.clear()
         self._pending_ids = 0
-
-    def _to_traffic(self, counters: ForwardCounters) -> Traffic:
-        return Traffic(
-            counters.forwards,
-            self.expert_bytes,
-            counters.used,
-            counters.hits,
-            dict(counters.transfers),
-            counters.vanilla_misses if self._tracks_vanilla else None,
-            counters.stall_seconds,
-            counters.seconds,
-            counters.on_cpu,
-        )

@@ -44,8 +44,8 @@ def model() -> Path:
 def engine(memory: str | None = "35%") -> Engine:
     config = None if memory is None else ExpertMemoryConfig.parse(memory, simulated=True)
     eval_engine = coterie.load(model(), block=8, unmask="fixed:steps=2", expert_memory=config)
-    if eval_engine.model.cached_store is not None:
-        eval_engine.model.cached_store.traffic_log.track_vanilla()
+    if eval_engine.model.store.traffic_log is not None:
+        eval_engine.model.store.traffic_log.track_vanilla()
     return eval_engine
 
 

@@ -103,7 +103,7 @@ class PolicyEvaluator:
         |y_vanilla|^2 of a layer's output. Policies that prefer cached experts see vanilla's cache.
         Raises ConfigError for ``with_loss`` if experts are offloaded.
         """
-        if with_loss and self.engine.model.cached_store is not None:
+        if with_loss and self.engine.model.store.traffic_log is not None:
             raise ConfigError(
                 "a loss also runs experts that vanilla does not use; "
                 "leave `expert_memory` out, so that all experts are resident"
@@ -165,7 +165,7 @@ class PolicyEvaluator:
                 lambda observation, first=first: on_layer and on_layer(observation, first),
                 policy=policy,
                 batch_size=self.batch_size,
-                reset_cache=model.cached_store is not None,
+                reset_cache=model.store.traffic_log is not None,
                 layers=() if on_layer is None else None,
                 on_result=on_result,
             )

@@ -125,7 +125,7 @@ def calibration_record(
         "prompts": evaluator.prompt_set.to_dict(),
         "generation": {**evaluator.engine.generation.document(), **evaluator.options},
         "rows": evaluator.batch_size,
-        "memory": None if model.memory_plan is None else model.memory_plan.config.to_dict(),
+        "memory": None if (memory := model.memory_config) is None else memory.to_dict(),
         "search": [step.to_dict() for step in calibration.steps],
         "frontier": [
             {"policy": p.policy, "experts": p.experts.to_dict(), "loss": p.loss.to_dict()}

@@ -104,8 +104,7 @@ def run_identity(
 ) -> dict[str, object]:
     """The JSON values that identify a run; variants and batch size are not among them."""
     model, memory = engine.model, None
-    if model.cached_store is not None and model.memory_plan is not None:
-        plan = model.memory_plan
+    if model.store.traffic_log is not None and (plan := model.placement.plan) is not None:
         memory = {**plan.config.to_dict(), "slots": plan.slots, "lasts": reset_every}
         if (fallback := plan.config.fallback_model) is not None:
             memory["coarse"] = fingerprint(find_folder(fallback.folder))
@@ -160,7 +159,7 @@ class _Scheduler:
     def chunks(self, requests: Sequence[EvalRequest]) -> Iterator[Sequence[EvalRequest]]:
         """Chunks that each variant answers in turn; with a cache, of whole segments."""
         size = CHUNK_FACTOR * self.batch_size
-        if self.engine.model.cached_store is not None:
+        if self.engine.model.store.traffic_log is not None:
             size = self.reset_every * -(-CHUNK_FACTOR // self.reset_every)
         return (requests[start : start + size] for start in range(0, len(requests), size))
 
@@ -173,7 +172,7 @@ class _Scheduler:
     ) -> Iterator[list[Answer]]:
         """A variant's answers to the items of a chunk that have none, in order of completion."""
         is_missing = [_answer_key(variant.name, request) not in stored for request in chunk]
-        if self.engine.model.cached_store is None:
+        if self.engine.model.store.traffic_log is None:
             missing = [r for r, missing in zip(chunk, is_missing, strict=True) if missing]
             yield from _generate_answers(self.engine, variant, missing, self.batch_size, graders)
             return
@@ -288,7 +287,7 @@ def _check_run(
     """Raises for a run that would fail at every item or could not be resumed."""
     if not tasks or not variants:
         raise TaskError("an evaluation needs at least one task and one variant")
-    if batch_size != 1 and engine.model.cached_store is not None:
+    if batch_size != 1 and engine.model.store.traffic_log is not None:
         raise TaskError(
             f"`batch_size` is {batch_size}; where not all experts are in memory, an answer may "
             "depend on the others of its batch, so `batch_size` must be 1"
