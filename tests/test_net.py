@@ -36,19 +36,19 @@ TIMED = {
     *("folder", "out", "device", "free", "fits", "made", "bytes_per_second", "started"),
 }
 G, TINY = ["generate", PROMPT, "-n", "32"], ["-m", "tiny"]
-PREFERRING = ["-p", "resident-vote:beta=0.3,lam=1,eps=0.1", "--imagine-memory", "35%"]
-WORDS = ["eval", "--task", "words", "--items", "2", "-n", "32", "-p"]
+PREFERRING = ["-p", "resident-vote:beta=0.3,lam=1,eps=0.1", "--simulate-expert-memory", "35%"]
+WORDS = ["eval", "--task", "words", "--num-problems", "2", "-n", "32", "-p"]
 RIGHT: Mapping[str, list[str]] = {
     "generate": [*G, "--json"],
     "generate-text": G,
     "generate-policy": [*G, "-p", "des-vote:beta=0.3,voters=unfilled,protect=top1", "--json"],
-    "generate-memory": [*G, *PREFERRING, "--commit", "policy", "--drift", "0.05", "--json"],
-    "generate-warm": [*G, *PREFERRING, "--warm", "kept/words.votes", "--json"],
+    "generate-memory": [*G, *PREFERRING, "--commit-routing", "policy", "--coreset-reuse", "0.05", "--json"],
+    "generate-warm": [*G, *PREFERRING, "--warm-start", "kept/words.votes", "--json"],
     "generate-calibrated": [*G, "-p", "@kept/calibrated.json", "--json"],
-    "generate-dual": [*G, "--plan", "dual:before=16,after=16", "--block", "16", "--json"],
+    "generate-dual": [*G, "--kv-cache", "dual:before=16,after=16", "--block", "16", "--json"],
     "generate-drawn": [*G, "-t", "0.7", "--top-k", "5", "--seed", "3", "--json"],
     "generate-tiny": ["generate", "5 17 33", *TINY, "-n", "9", "--early-stop", "off", "--json"],
-    "generate-int8": ["generate", "5 17 33", *TINY, "-n", "9", "--experts", "int8", "--json"],
+    "generate-int8": ["generate", "5 17 33", *TINY, "-n", "9", "--expert-dtype", "int8", "--json"],
     "generate-packed": ["generate", "5 17 33", "-m", "int8", "-n", "9", "--json"],
     "generate-rationed": [
         *("generate", "5 17 33", "-m", "int8", "-n", "9", "--expert-memory", "50%"),
@@ -56,7 +56,7 @@ RIGHT: Mapping[str, list[str]] = {
     ],
     "generate-mixed": [
         *("generate", "5 17 33", "-m", "int8", "-n", "9", "--expert-memory", "50%"),
-        *("--coarse", "int4", "--placement", "upgrades:most=2,share=0.5", "--json"),
+        *("--fallback-model", "int4", "--precision-policy", "promote:most=2,share=0.5", "--json"),
     ],
     "compare": [
         "compare",
@@ -80,22 +80,22 @@ RIGHT: Mapping[str, list[str]] = {
     "grade": ["grade", "gsm8k", "outputs.jsonl"],
     "calibrate": [
         *("calibrate", "des-vote:protect=top1", "--target", "mass=0.9", "--task", "words"),
-        *("--items", "2", "-n", "32", "--json"),
+        *("--num-problems", "2", "-n", "32", "--json"),
     ],
     "trace": [
-        *("trace", "--task", "words", "--items", "1", "-n", "32", "--forwards", "3"),
-        *("-o", "new.trace", "--votes", "new.votes", "--json"),
+        *("trace", "--task", "words", "--num-problems", "1", "-n", "32", "--max-forwards", "3"),
+        *("-o", "new.trace", "--save-votes", "new.votes", "--json"),
     ],
     "replay": [
-        *("replay", "kept/words.trace", "-p", "des-vote:beta=0.3", "--cache", "lru,votes,belady"),
-        *("--capacity", "35%,60", "--rest", "3", "--memory", "60GB/s", "--json"),
+        *("replay", "kept/words.trace", "-p", "des-vote:beta=0.3", "--eviction", "lru,votes,belady"),
+        *("--expert-memory", "35%,60", "--other-ms", "3", "--memory-bandwidth", "60GB/s", "--json"),
     ],
-    "replay-csv": ["replay", "kept/words.trace", "-p", PREFERRING[1], "--drift", "0.1", "--csv"],
-    "quantize": ["quantize", "tiny", "again", "--experts", "int4", "--group", "16", "--json"],
+    "replay-csv": ["replay", "kept/words.trace", "-p", PREFERRING[1], "--coreset-reuse", "0.1", "--csv"],
+    "quantize": ["quantize", "tiny", "again", "--expert-dtype", "int4", "--group-size", "16", "--json"],
 }
 BENCH = [
-    *("bench", "layer", "--shape", "llada-moe", "--dtype", "int4", "--peer", "none"),
-    *("--turns", "1", "--tokens", "8", "-p", "vanilla", "-o", "bench", "--json"),
+    *("bench", "layer", "--shape", "llada-moe", "--dtype", "int4", "--baseline", "none"),
+    *("--repeats", "1", "--tokens", "8", "-p", "vanilla", "-o", "bench", "--json"),
 ]
 WRONG: list[list[str]] = [
     *([*G, "-p", text] for text in (
@@ -107,12 +107,12 @@ WRONG: list[list[str]] = [
         "des-vote:beta=0.2,vote=random,tally=proportional", "@absent.json", "@kept/words.trace",
     )),
     *([*G, *more] for more in (
-        ["--plan", "none"], ["--plan", "dual:before=-1"], ["--unmask", "often"],
+        ["--kv-cache", "none"], ["--kv-cache", "dual:before=-1"], ["--unmask", "often"],
         ["--unmask", "threshold:p=2"], ["--threshold", "3"], ["--temperature", "-1"],
-        ["--commit", "never"], ["--drift", "1"], ["--drift", "0.1"], ["--dtype", "float8"],
-        ["--device", "tpu"], ["--experts", "int3"], ["--expert-memory", "35%"],
-        ["--imagine-memory", "some"], ["--imagine-memory", "35%", "--eviction", "oldest"],
-        ["--warm", "kept/words.votes"], ["--placement", "votes"], ["--no-such-option"],
+        ["--commit-routing", "never"], ["--coreset-reuse", "1"], ["--coreset-reuse", "0.1"], ["--dtype", "float8"],
+        ["--device", "tpu"], ["--expert-dtype", "int3"], ["--expert-memory", "35%"],
+        ["--simulate-expert-memory", "some"], ["--simulate-expert-memory", "35%", "--eviction", "oldest"],
+        ["--warm-start", "kept/words.votes"], ["--precision-policy", "static"], ["--no-such-option"],
         ["-n", "0"],
     )),
     ["generate", "5 17 33", "-m", "truncated"],
@@ -129,10 +129,10 @@ WRONG: list[list[str]] = [
     ["calibrate", "vanilla", "--target", "drop=0.01"],
     ["calibrate", "des-vote", "--target", "taste=1"],
     ["replay", "tiny/config.json"],
-    ["replay", "kept/words.trace", "--cache", "oldest"],
-    ["replay", "kept/words.trace", "--capacity", "many"],
-    ["quantize", "tiny", "int8", "--experts", "int8"],
-    ["study", "-o", "new", "--chapter", "none"],
+    ["replay", "kept/words.trace", "--eviction", "oldest"],
+    ["replay", "kept/words.trace", "--expert-memory", "many"],
+    ["quantize", "tiny", "int8", "--expert-dtype", "int8"],
+    ["study", "-o", "new", "--experiment", "none"],
     ["nonsense"],
 ]  # fmt: skip
 
@@ -146,7 +146,7 @@ def prepared(folder: Path) -> None:
             ("int8", ["int8"]), ("int4", ["int4"]), ("plain", ["int8", "--layout", "plain"])
         ):  # fmt: skip
             assert (
-                run(["quantize", str(folder / "tiny"), str(folder / name), "--experts", *more]) == 0
+                run(["quantize", str(folder / "tiny"), str(folder / name), "--expert-dtype", *more]) == 0
             )
     for name, of in (("truncated", "tiny"), ("strange", "tiny"), ("damaged", "plain")):
         shutil.copytree(folder / of, folder / name)

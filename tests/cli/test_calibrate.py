@@ -41,7 +41,7 @@ def prompts(tmp_path_factory: pytest.TempPathFactory) -> str:
 def kept(model: str, prompts: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The file of a calibration to six experts."""
     path = tmp_path_factory.mktemp("kept") / "six.json"
-    words = ("calibrate", "des-vote:vote=weight", "--target", "experts=6", "--prompts", prompts)
+    words = ("calibrate", "des-vote:vote=weight", "--target", "experts=6", "--prompt-file", prompts)
     assert run([*words, "-m", model, *DECODING, "-o", str(path)]) == 0
     return path
 
@@ -94,7 +94,7 @@ def test_a_policy_option_takes_the_file(capsys: Capture, kept: Path, model: str)
 
 def test_an_exam_takes_the_file(capsys: Capture, tmp_path: Path) -> None:
     path = tmp_path / "found.json"
-    words = ("--task", "algebra", "--items", "2", "--json")
+    words = ("--task", "algebra", "--num-problems", "2", "--json")
     assert run(["calibrate", "topk", "--target", "experts=60", *words, "-o", str(path)]) == 0
     found = json.loads(capsys.readouterr().out)
     assert run(["eval", *words, "-p", f"@{path}"]) == 0
@@ -103,7 +103,7 @@ def test_an_exam_takes_the_file(capsys: Capture, tmp_path: Path) -> None:
 
 
 def test_people_see_what_was_found(capsys: Capture, model: str, prompts: str) -> None:
-    words = ("calibrate", "topk", "--target", "mass=0.6", "--prompts", prompts, "-m", model)
+    words = ("calibrate", "topk", "--target", "mass=0.6", "--prompt-file", prompts, "-m", model)
     assert run([*words, *DECODING]) == 0
     said = capsys.readouterr()
     assert "topk:k=" in said.out
@@ -126,15 +126,15 @@ def test_another_way_of_decoding_is_remarked(capsys: Capture, kept: Path, model:
 
 def test_experts_of_another_kind_are_remarked(capsys: Capture, kept: Path, model: str) -> None:
     words = ("generate", "5 17 33", "-m", model, *DECODING, "-p", f"@{kept}")
-    assert run([*words, "--experts", "int8"]) == 0
+    assert run([*words, "--expert-dtype", "int8"]) == 0
     told = capsys.readouterr().err
     assert told == f"coterie: {kept}: calibrated with experts whole (now int8 in groups of 64)\n"
 
 
 def test_experts_are_quantised_for_a_calibration(tmp_path: Path, model: str, prompts: str) -> None:
     path = tmp_path / "eight.json"
-    words = ("calibrate", "des-vote:vote=weight", "--target", "experts=6", "--prompts", prompts)
-    assert run([*words, "-m", model, *DECODING, "--experts", "int8", "-o", str(path)]) == 0
+    words = ("calibrate", "des-vote:vote=weight", "--target", "experts=6", "--prompt-file", prompts)
+    assert run([*words, "-m", model, *DECODING, "--expert-dtype", "int8", "-o", str(path)]) == 0
     assert json.loads(path.read_text())["model"]["expert_format"] == "int8 in groups of 64"
 
 
@@ -193,18 +193,18 @@ def test_a_file_that_is_not_there_is_named(capsys: Capture, model: str, tmp_path
     [
         (("des-vote:beta=0.3", "--target", "mass=0.5"), "leave it out"),
         (("des-vote", "--target", "much"), "unknown target 'much'"),
-        (("des-vote", "--target", "mass=0.5"), "--task or --prompts is needed with --model"),
-        (("des-vote", "--target", "drop=0.5", "--prompts"), "drop needs graded prompts"),
-        (("racing", "--per-layer", "--target", "mass=0.5", "--prompts"), "no budget for each"),
-        (("des-seq", "--target", "experts=1", "--prompts"), "no rung meets experts=1"),
-        (("topk", "--target", "mass=0.5", "-o", "no/such/x.json", "--prompts"), "folder is not"),
-        (("topk", "--target", "mass=0.5", "-o", ".", "--prompts"), ".: is a folder"),
-        (("topk", "--target", "mass=0.5", "--task", "words", "--prompts"), "give one of them"),
+        (("des-vote", "--target", "mass=0.5"), "--task or --prompt-file is needed with --model"),
+        (("des-vote", "--target", "drop=0.5", "--prompt-file"), "drop needs graded prompts"),
+        (("racing", "--per-layer", "--target", "mass=0.5", "--prompt-file"), "no budget for each"),
+        (("des-seq", "--target", "experts=1", "--prompt-file"), "no rung meets experts=1"),
+        (("topk", "--target", "mass=0.5", "-o", "no/such/x.json", "--prompt-file"), "folder does not exist"),
+        (("topk", "--target", "mass=0.5", "-o", ".", "--prompt-file"), ".: a folder"),
+        (("topk", "--target", "mass=0.5", "--task", "words", "--prompt-file"), "give one of them"),
         (("topk", "--target", "mass=0.5", "--task", "wrds"), "unknown task 'wrds'"),
     ],
 )
 def test_what_cannot_be_calibrated_is_named(
     capsys: Capture, model: str, prompts: str, words: tuple[str, ...], message: str
 ) -> None:
-    words = (*words, prompts) if words[-1] == "--prompts" else words
+    words = (*words, prompts) if words[-1] == "--prompt-file" else words
     assert message in refusal(capsys, "calibrate", *words, "-m", model, *DECODING)

@@ -19,13 +19,15 @@ from safetensors.torch import load_file, save_file
 
 from coterie.cli.entry import run
 from coterie.cli.live_view import CONFIDENCE_COLOURS, END_GLYPH, MASK_GLYPH, LiveView
-from coterie.cli.tables import format_bytes, split_source
+from coterie.cli.output import format_bytes
+from coterie.cli.policies import split_source
 from coterie.decoding import Token
 from coterie.engine.events import Denoised
 from coterie.routing import POLICIES
 from coterie.testing import write_checkpoint
 
 FIELDS = [
+    "schema",
     *("text", "finish_reason", "prompt_tokens", "new_tokens", "forwards", "prefills", "commits"),
     *("blocks", "seconds", "tokens_per_second"),
     *("policy", "model", "dtype", "device", "experts", "expert_bytes"),
@@ -134,7 +136,7 @@ def test_compare_runs_vanilla_first_and_each_policy_once(capsys: Capture, model:
     assert found["prompt"] == "5 17 33"
     assert [r["policy"] for r in found["runs"]] == ["vanilla", "des-vote:beta=1", "racing:m=3"]
     assert [r["equals_vanilla"] for r in found["runs"]][:2] == [True, True]
-    assert set(found["runs"][0]) == {*FIELDS, "equals_vanilla"}
+    assert set(found["runs"][0]) == {*FIELDS[1:], "equals_vanilla"}
 
 
 def test_compare_prints_one_line_a_policy(capsys: Capture, model: str) -> None:
@@ -146,7 +148,7 @@ def test_compare_prints_one_line_a_policy(capsys: Capture, model: str) -> None:
 
 def test_inspect_reads_the_config_alone(capsys: Capture, model: str, tmp_path: Path) -> None:
     (tmp_path / "config.json").write_bytes((Path(model) / "config.json").read_bytes())
-    found = document(capsys, "inspect", str(tmp_path), "--memory", "8", "--dtype", "float32")
+    found = document(capsys, "inspect", str(tmp_path), "--fit-gib", "8", "--dtype", "float32")
     assert (found["family"], found["experts"], found["experts_per_token"]) == ("llada2", 16, 4)
     assert found["expert_bytes"] == 3 * 32 * 16 * 4
     assert found["fits"] == [{"memory": 8 << 30, "experts_per_layer": 16}]
@@ -192,10 +194,10 @@ def test_help_and_version_succeed(capsys: Capture) -> None:
         (["generate", "5", "-n", "0"], "--max-new-tokens"),
         (["generate", "5", "-n", "100000"], "the model has 512"),
         (["generate", "5", "--block", "0"], "--block"),
-        (["generate", "5", "--plan", "nope"], "unknown plan 'nope'; known: block-causal"),
+        (["generate", "5", "--kv-cache", "nope"], "unknown plan 'nope'; known: block-causal"),
         (["generate", "5", "--unmask", "nope"], "unknown unmasking rule 'nope'"),
         (["generate", "5", "--unmask", "threshold:p=7"], "p must be above 0 and at most 1"),
-        (["generate", "5", "--unmask", "threshold", "--threshold", "0.5"], "give one of them"),
+        (["generate", "5", "--unmask", "threshold", "--threshold", "0.5"], "is short for"),
         (["generate", "5", "--threshold", "nan"], "threshold"),
         (["generate", "5", "--temperature", "-1"], "--temperature"),
         (["generate", "5", "--temperature", "nan"], "temperature"),
@@ -203,16 +205,16 @@ def test_help_and_version_succeed(capsys: Capture) -> None:
         (["generate", "5", "--top-p", "0.5"], "--top-p needs --temperature above 0"),
         (["generate", "5", "--temperature", "1e-9"], "temperature must be 0 (greedy) or at least"),
         (["generate", "5", "-n", "1" + "0" * 20], "the model has 512"),
-        (["inspect", "--memory", "inf"], "--memory"),
-        (["eval", "--items", "1", "--out", "/dev/null/x"], "/dev/null/x: Not a directory"),
+        (["inspect", "--fit-gib", "inf"], "--fit-gib"),
+        (["eval", "--num-problems", "1", "--out", "/dev/null/x"], "/dev/null/x: Not a directory"),
         (["eval", "--task", "chess"], "unknown task 'chess'; known: "),
-        (["eval", "--items", "1", "--plan", "uncached", "--commit", "policy"], "commit"),
+        (["eval", "--num-problems", "1", "--kv-cache", "uncached", "--commit-routing", "policy"], "commit"),
         (["train", "--out", "/dev/null/x"], "/dev/null/x: Not a directory"),
         (["generate", "5", "-p", "coreset:m=4,beta=0.3"], "not beta and m"),
         (["generate", "5", "--seed", "-1", "-t", "1"], "--seed"),
-        (["generate", "5", "--commit", "maybe"], "--commit"),
-        (["generate", "5", "--commit", "policy", "--plan", "uncached"], "commits no blocks"),
-        (["generate", "5", "--prefill", "policy", "--plan", "uncached"], "every forward decodes"),
+        (["generate", "5", "--commit-routing", "maybe"], "--commit-routing"),
+        (["generate", "5", "--commit-routing", "policy", "--kv-cache", "uncached"], "commits no blocks"),
+        (["generate", "5", "--prefill-routing", "policy", "--kv-cache", "uncached"], "every forward decodes"),
         (["generate", "5", "--dtype", "int3"], "unknown dtype 'int3'"),
         (["generate", "5", "--device", "tpu"], "unknown device 'tpu'"),
         (["generate", "5", "--device", "cuda:99"], "'cuda:99' is not there"),
@@ -372,7 +374,7 @@ def test_a_closed_pipe_ends_quietly() -> None:
 
 def test_an_interrupt_ends_with_130_and_no_traceback(tmp_path: Path) -> None:
     model = str(write_checkpoint(tmp_path, "llada2", vocab_size=300))
-    slow = ["--plan", "uncached", "--block", "480", "--unmask", "fixed:steps=480", "-n", "480"]
+    slow = ["--kv-cache", "uncached", "--block", "480", "--unmask", "fixed:steps=480", "-n", "480"]
     with command("generate", "Hi!", "-m", model, *slow, stdout=subprocess.PIPE) as process:
         assert process.stderr is not None
         assert "no tokenizer" in process.stderr.readline()  # from here on it decodes

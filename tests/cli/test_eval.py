@@ -27,17 +27,17 @@ from coterie.lab.evals.run import EvalResult, Variant
 
 Capture = pytest.CaptureFixture[str]
 
-ASKED = ["eval", "--task", "words", "--task", "algebra", "--items", "3", "--rows", "6"]
+ASKED = ["eval", "--task", "words", "--task", "algebra", "--num-problems", "3", "--batch-size", "6"]
 LONG = "des-vote:beta=0.3,voters=before-eos,protect=top1"
 
 
 def answer(arm: str, number: int, correct: bool, **others: object) -> Answer:
     told: dict[str, object] = {
-        "extracted": None, "also": {}, "output": "", "finish": "stop", "new_tokens": 10,
+        "extracted": None, "other_metrics": {}, "output": "", "finish_reason": "stop", "new_tokens": 10,
         "forwards": 2, "blocks": 1, "prefills": 1, "commits": 0, "experts": 8.0,
         "expert_forwards": 2, "expert_bytes": 100.0, "vote_mass_kept": 1.0, "seconds": 0.5,
     }  # fmt: skip
-    told |= {"arm": arm, "task": "quiz", "id": str(number), "correct": correct, **others}
+    told |= {"variant": arm, "task": "quiz", "id": str(number), "correct": correct, **others}
     return Answer(**told)  # type: ignore[arg-type]
 
 
@@ -82,7 +82,7 @@ def test_a_stopped_run_goes_on_and_another_is_refused(capsys: Capture, tmp_path:
     (tmp_path / "items.jsonl").write_bytes(b"".join(lines[:4]) + lines[4][:30])
     assert run([*words, "-p", "des-seq:k=3"]) == 0
     again = capsys.readouterr()
-    assert "4 of 12 answers were there already" in again.err
+    assert "4 of 12 answers are from an earlier run" in again.err
     names = {path.name for path in tmp_path.iterdir()}
     stem = "embedded-tasks-by-policy"
     assert names == {"items.jsonl", "run.json", f"{stem}.json", f"{stem}.csv"}
@@ -94,24 +94,24 @@ def test_a_stopped_run_goes_on_and_another_is_refused(capsys: Capture, tmp_path:
         k: v for k, v in after.items() if k in ("policy", "right", "n", "accuracy_low")
     }
     assert "limit is not set there and 2 here" in refusal(capsys, *words, "--limit", "2")
-    few = refusal(capsys, *words, "--experts", "int8")
+    few = refusal(capsys, *words, "--expert-dtype", "int8")
     assert 'experts is not set there and "int8 in groups of 64" here' in few
     assert run(words) == 0
-    assert "all 6 answers were there already" in capsys.readouterr().err
+    assert "all 6 answers are from an earlier run" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
     ("words", "told"),
     [
-        (["-m", "somewhere/else"], "--task is needed with --model; of gsm8k"),
-        (["--task", "gsm8k", "--items", "3"], "--items has no effect on gsm8k; --limit"),
+        (["-m", "somewhere/else"], "--task is needed with a model; tasks: gsm8k"),
+        (["--task", "gsm8k", "--num-problems", "3"], "--num-problems has no effect on gsm8k; --limit"),
         (["--data", "."], "--data has no effect on words"),
         (["--task", "chess"], "unknown task 'chess'; known: gsm8k"),
         (["--task", "gsm8k", "--data", "/no/such"], "/no/such: no such file or folder"),
         (["--json", "--csv"], "give one of them"),
         (["--shots", "2"], "asked without examples"),
         (["--limit", "0"], "--limit"),
-        (["--rows", "0"], "--rows"),
+        (["--batch-size", "0"], "--batch-size"),
         (["-p", "chess"], "unknown policy 'chess'"),
         (["-p", "@/no/such"], "/no/such"),
         (["-n", "100000"], "max_new_tokens=100000"),
@@ -126,7 +126,7 @@ def test_bad_input_is_one_line(capsys: Capture, words: list[str], told: str) -> 
 
 
 def test_an_interrupt_keeps_answers_and_says_how_to_go_on(tmp_path: Path) -> None:
-    words = ["eval", "--items", "500", "--rows", "2", "-o", str(tmp_path)]
+    words = ["eval", "--num-problems", "500", "--batch-size", "2", "-o", str(tmp_path)]
     items = tmp_path / "items.jsonl"
     with subprocess.Popen(
         [sys.executable, "-m", "coterie", *words],
@@ -140,8 +140,8 @@ def test_an_interrupt_keeps_answers_and_says_how_to_go_on(tmp_path: Path) -> Non
     assert (child.returncode, out) == (130, "")
     count = len(items.read_bytes().splitlines())
     assert re.fullmatch(
-        rf"coterie: {count} of 2000 answers are in {tmp_path}; the same command goes on from "
-        r"there\n",
+        rf"coterie: {count} of 2000 answers are in {tmp_path}; the same command continues "
+        r"from there\n",
         err,
     ), err
 
@@ -199,7 +199,7 @@ def test_the_readmes_table_can_be_drawn_from_a_record() -> None:
 def test_the_standing_counts_found_answers_and_compares_what_both_answered() -> None:
     standing = EvalProgress(["vanilla", "des-seq:k=3"], 8)
     for number, correct in enumerate([True, True, False]):
-        standing.add(answer("vanilla", number, correct, found=True))
+        standing.add(answer("vanilla", number, correct, from_disk=True))
     for number, correct in enumerate([True, False]):
         standing.add(answer("des-seq:k=3", number, correct))
     to = Console(file=io.StringIO(), width=100)

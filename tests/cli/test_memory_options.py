@@ -128,15 +128,15 @@ def test_an_option_without_effect_says_what_would_give_it_one(
     for more, told in (
         (["--eviction", "lfu"], "--eviction has no effect where all experts are in memory"),
         (["--host-memory", "1GiB"], "--expert-memory 35% keeps"),
-        (["--warm", folder], "--warm has no effect"),
+        (["--warm-start", folder], "--warm-start has no effect"),
         (["--expert-memory", "3", "--host-memory", "1GiB"], "no effect on a CPU"),
         (["--expert-memory", "3", "--eviction", "fifo"], "known: lfu, lru, votes"),
-        (["--expert-memory", "3", "--warm", folder], "cannot be read"),
-        (["--expert-memory", "3", "--warm", __file__], "`coterie trace --votes FILE` saves votes"),
+        (["--expert-memory", "3", "--warm-start", folder], "cannot be read"),
+        (["--expert-memory", "3", "--warm-start", __file__], "`coterie trace --save-votes FILE` saves votes"),
         (["--expert-memory", "nonsense"], "--expert-memory 'nonsense': say a share of the experts"),
         (["--expert-memory", "0.35"], "or bytes (6GiB), or auto"),
-        (["--imagine-memory", "25GB/s"], "--imagine-memory '25GB/s': say a share of the experts"),
-        (["--expert-memory", "3", "--warm", f"{folder}/config.json"], "holds no votes"),
+        (["--simulate-expert-memory", "25GB/s"], "--simulate-expert-memory '25GB/s': say a share of the experts"),
+        (["--expert-memory", "3", "--warm-start", f"{folder}/config.json"], "holds no votes"),
     ):
         assert run([*WORDS, "-m", folder, *more]) == 2
         said = capsys.readouterr()
@@ -175,10 +175,10 @@ def test_a_drawing_of_nothing_is_refused_before_anybody_is_asked(
 ) -> None:
     pytest.importorskip("matplotlib")
     words = [*WORDS, "-m", str(packed(tmp_path)), "--expert-memory", "auto"]
-    assert run([*words, "--traffic", str(tmp_path / "moved")]) == 2
+    assert run([*words, "--plot-traffic", str(tmp_path / "moved")]) == 2
     told = capsys.readouterr()
     assert (told.out, list(tmp_path.glob("moved*"))) == ("", [])
-    assert "nothing moves; --expert-memory 35% keeps fewer there" in told.err
+    assert "nothing is moved; --expert-memory 35% keeps fewer" in told.err
 
 
 @needs_kernels
@@ -188,9 +188,9 @@ def test_votes_saved_by_a_trace_fill_the_slots(tmp_path: Path, rule) -> None:
     folder = packed(tmp_path)
     prompts, votes = tmp_path / "prompts", tmp_path / "votes.json"
     prompts.write_text(json.dumps({"prompt": "5 17 33"}) + "\n")
-    words = ["trace", "-m", str(folder), "--prompts", str(prompts), "-n", "16", "--block", "8"]
+    words = ["trace", "-m", str(folder), "--prompt-file", str(prompts), "-n", "16", "--block", "8"]
     traced = tmp_path / "trace"
-    assert run([*words, "-o", str(traced), "--votes", str(votes)]) == 0
+    assert run([*words, "-o", str(traced), "--save-votes", str(votes)]) == 0
     saved = read_votes(votes)
     assert saved.router_checksum == router_checksum(folder)
     true = opened(folder).generate(PROMPT, **ASKED).tokens
@@ -206,7 +206,7 @@ def test_votes_saved_by_a_trace_fill_the_slots(tmp_path: Path, rule) -> None:
         assert resident is not None
         assert resident.numpy().tolist() == np.isin(np.arange(16), np.argsort(-row)[:6]).tolist()
     assert engine.generate(PROMPT, **ASKED).tokens == true
-    assert run([*WORDS, "-m", str(folder), "--expert-memory", "6", "--warm", str(traced)]) == 0
+    assert run([*WORDS, "-m", str(folder), "--expert-memory", "6", "--warm-start", str(traced)]) == 0
 
 
 def test_votes_of_another_model_are_refused(tmp_path: Path) -> None:

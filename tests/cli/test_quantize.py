@@ -146,8 +146,8 @@ def test_what_a_row_reads_is_counted_in_quantised_bytes(tmp_path: Path) -> None:
 KILLED = """
 import os, sys
 from pathlib import Path
-from coterie.checkpoints.conversion import Aim, convert
-from coterie.quantization import Format
+from coterie.checkpoints.conversion import ConversionTarget, convert
+from coterie.quantization import QuantFormat
 
 source, out = Path(sys.argv[1]), Path(sys.argv[2])
 for moment in map(int, sys.argv[3:]):
@@ -159,10 +159,10 @@ for moment in map(int, sys.argv[3:]):
             heard += 1
             if heard == moment:
                 os._exit(9)
-        convert(source, out, Aim(Format(8, 64), panels=False), told)
+        convert(source, out, ConversionTarget(QuantFormat(8, 64), packed=False), told)
         os._exit(0)
     print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), len(list(out.glob("*.part"))))
-print(convert(source, out, Aim(Format(8, 64), panels=False)).found)
+print(convert(source, out, ConversionTarget(QuantFormat(8, 64), packed=False)).files_resumed)
 """
 
 
@@ -384,14 +384,14 @@ def test_the_command_makes_a_model_that_the_command_runs(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = str(tmp_path / "small")
-    assert run(["quantize", "embedded", out, "--experts", "int8", "--json"]) == 0
+    assert run(["quantize", "embedded", out, "--expert-dtype", "int8", "--json"]) == 0
     made = json.loads(capsys.readouterr().out)
     assert (made["experts"], made["group"], made["found"]) == ("int8", 64, 0)
     assert made["bytes_after"] < made["bytes_before"]
     question = "Tom has 3 boxes of 4 pens and gives away 5. How many pens are left?"
     assert run(["generate", question, "--model", out]) == 0
     stored = capsys.readouterr().out
-    assert run(["generate", question, "--experts", "int8"]) == 0
+    assert run(["generate", question, "--expert-dtype", "int8"]) == 0
     assert capsys.readouterr().out == stored
     assert "7" in stored
     assert run(["inspect", out]) == 0
@@ -403,9 +403,9 @@ def test_the_command_complains_in_one_line(
 ) -> None:
     out = str(tmp_path / "small")
     for arguments, problem in (
-        (["embedded", out, "--experts", "int2"], "unknown format 'int2'"),
-        (["embedded", out, "--experts", "int8", "--group", "12"], "a group of 12"),
-        ([str(tmp_path / "nowhere"), out, "--experts", "int8"], "no such folder"),
+        (["embedded", out, "--expert-dtype", "int2"], "unknown format 'int2'"),
+        (["embedded", out, "--expert-dtype", "int8", "--group-size", "12"], "a group of 12"),
+        ([str(tmp_path / "nowhere"), out, "--expert-dtype", "int8"], "no such folder"),
     ):
         assert run(["quantize", *arguments]) == 2
         complaint = capsys.readouterr().err
@@ -427,17 +427,17 @@ def test_the_layer_of_a_stored_model_is_near_the_whole_one(tmp_path: Path) -> No
 MEMORY = """
 import re, sys
 from pathlib import Path
-from coterie.checkpoints.conversion import Aim, convert
+from coterie.checkpoints.conversion import ConversionTarget, convert
 from coterie.loading.load import load_model
-from coterie.quantization import Format, quantise
+from coterie.quantization import QuantFormat, quantize
 import torch
 
 def memory(name):
     return int(re.search(name + r":\\s*(\\d+) kB", Path("/proc/self/status").read_text())[1]) * 1024
 
-quantise(torch.ones(1, 64), Format(8, 64))
+quantize(torch.ones(1, 64), QuantFormat(8, 64))
 before = memory("VmRSS")
-convert(sys.argv[1], Path(sys.argv[2]), Aim(Format(8, 64), panels=False))
+convert(sys.argv[1], Path(sys.argv[2]), ConversionTarget(QuantFormat(8, 64), packed=False))
 print(memory("VmHWM") - before)
 load_model(sys.argv[1], dtype="bf16", device="cpu", experts="int8")
 print(memory("VmHWM") - before)

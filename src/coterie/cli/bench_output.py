@@ -8,14 +8,7 @@ from pathlib import Path
 
 from rich.table import Table
 
-from coterie.cli.output import (
-    console,
-    format_bytes,
-    plain_table,
-    print_document,
-    print_note,
-    require_extra,
-)
+from coterie.cli import output
 from coterie.errors import ConfigError
 from coterie.lab.bench.forward import ForwardTiming
 from coterie.lab.bench.generate import GenerationTiming
@@ -36,26 +29,26 @@ def save_record(
     content = make_record(title, ["coterie", *sys.argv[1:]], measures, facts=facts, device=device)
     path = write_record(out, content)
     try:
-        print_note(f"{path}, {', '.join(file.name for file in plot_record(path))}")
+        output.print_note(f"{path}, {', '.join(file.name for file in plot_record(path))}")
     except ConfigError as error:
-        print_note(f"{path}; {error}")
+        output.print_note(f"{path}; {error}")
     return content
 
 
 def plot_record(path: Path) -> list[Path]:
     """Draws the figures of a record, next to it."""
-    return require_extra("coterie.lab.bench.plots", "a figure").plot_record(path)
+    return output.require_extra("coterie.lab.bench.plots", "a figure").plot_record(path)
 
 
 def print_report(content: JsonContent, table: Table, *, json: bool) -> None:
     if json:
-        print_document(content)
+        output.print_document(content)
     else:
-        console().print(table)
+        output.console().print(table)
 
 
 def layer_table(result: LayerBenchResult) -> Table:
-    table = plain_table("policy", "kernel", numbers=("experts", "ms", "times ours", "error"))
+    table = output.plain_table("policy", "kernel", numbers=("experts", "ms", "times ours", "error"))
     for timing in result.timings:
         for kernel in sorted(timing.samples, key=timing.median):
             error, median = result.errors.get(kernel), timing.median(kernel)
@@ -74,13 +67,13 @@ def layer_table(result: LayerBenchResult) -> Table:
 def forward_table(timings: Sequence[ForwardTiming]) -> Table:
     sizes = ("experts a layer", "bytes", "GB/s")
     times = ("read, ms", "roofline, ms", "forward, ms", "times the read", "times the roofline")
-    table = plain_table("policy", numbers=(*sizes, *times))
+    table = output.plain_table("policy", numbers=(*sizes, *times))
     for timing in timings:
         read, roofline, forward = timing.measures()
         table.add_row(
             timing.policy,
             f"{timing.experts:.1f}",
-            format_bytes(round(timing.bytes)),
+            output.format_bytes(round(timing.bytes)),
             f"{timing.bytes / read.median / 1e6:.1f}",
             f"{read.median:.1f}",
             f"{roofline.median:.1f}",
@@ -93,7 +86,7 @@ def forward_table(timings: Sequence[ForwardTiming]) -> Table:
 
 def generation_table(timings: Sequence[GenerationTiming]) -> Table:
     numbers = ("tokens/s", "spread", "experts", "forwards", "forwards/block", "texts as vanilla")
-    table = plain_table("policy", numbers=numbers)
+    table = output.plain_table("policy", numbers=numbers)
     for timing in timings:
         counts, speed = timing.facts(timings[0]), timing.measure()
         table.add_row(

@@ -23,7 +23,10 @@ class PromptOptions:
     """The prompts of a calibration or a trace."""
 
     task: o.Tasks = None
-    prompt_file: o.PromptFile = None
+    prompt_file: Annotated[
+        Path | None,
+        o.benchmark('File of prompts in place of --task: one a line, or JSONL with "prompt".'),
+    ] = None
     num_problems: Annotated[
         int | None,
         o.benchmark("Prompts of each task (default: 40 for calibrate, 20 for trace).", min=1),
@@ -75,7 +78,7 @@ def task_names(
     generated = [name for name in names if name in PROBLEM_MAKERS]
     if num_problems is not None and not generated:
         raise ConfigError(
-            f"--num-problems has no effect on {', '.join(names)}; --limit takes fewer of their items"
+            f"--num-problems has no effect on {', '.join(names)}; --limit takes fewer items"
         )
     if data is not None and len(generated) == len(names):
         raise ConfigError(f"--data has no effect on {', '.join(names)}: their problems are drawn")

@@ -11,17 +11,10 @@ from rich.progress import MofNCompleteColumn, Progress, TimeElapsedColumn
 from rich.table import Table
 
 from coterie.cli import options as o
+from coterie.cli import output
 from coterie.cli.benchmark_options import PromptOptions
 from coterie.cli.engine_options import DecodeOptions, EngineOptions, check_engine
 from coterie.cli.option_groups import with_option_groups
-from coterie.cli.output import (
-    check_output_file,
-    console,
-    plain_table,
-    print_document,
-    print_note,
-    progress_bar,
-)
 from coterie.lab.calibration import (
     Calibration,
     PolicyEvaluator,
@@ -38,25 +31,21 @@ from coterie.lab.calibration.target import Estimate
 DEFAULT_PROBLEMS = 40  # of each task
 
 
+FAMILY_HELP = (
+    "Policy without the option to search for, e.g. des-vote:voters=before-eos; or with ? in its "
+    "place: coreset:m=?,vote=weight."
+)
+TARGET_HELP = (
+    "Target: experts=38 (a layer, at most), mass=0.9 (of the votes, at least), loss=0.05 (of a "
+    "layer's output, squared, at most) or drop=0.01 (of accuracy, at most)."
+)
+
+
 @with_option_groups
 def calibrate_command(
-    family: Annotated[
-        str,
-        typer.Argument(
-            metavar="FAMILY",
-            help="Policy without the option to search for, such as des-vote:voters=before-eos; or "
-            "with ? in its place: coreset:m=?,vote=weight.",
-        ),
-    ],
+    family: Annotated[str, typer.Argument(metavar="FAMILY", help=FAMILY_HELP)],
     *,
-    target: Annotated[
-        str,
-        typer.Option(
-            metavar="KIND=VALUE",
-            help="Target: experts=38 (a layer, at most), mass=0.9 (of the votes, at least), "
-            "loss=0.05 (of a layer's output, squared, at most) or drop=0.01 (of accuracy, at most).",
-        ),
-    ],
+    target: Annotated[str, typer.Option(metavar="KIND=VALUE", help=TARGET_HELP)],
     confident: Annotated[
         bool, typer.Option("--confident", help="Require the 95 % interval to meet the target too.")
     ] = False,
@@ -69,8 +58,7 @@ def calibrate_command(
     batch_size: o.BatchSize = None,
     trust_code: o.TrustCode = False,
     out: Annotated[
-        Path | None,
-        o.output("JSON file of the calibrated policy, for --policy @FILE.", "--out", "-o"),
+        Path | None, o.output("JSON file of the result, for --policy @FILE.", "--out", "-o")
     ] = None,
     json: o.Json = False,
 ) -> None:
@@ -86,14 +74,14 @@ def calibrate_command(
     search_family = SearchFamily.parse(family)
     parsed_target = Target.parse(target, confident=confident)
     options = decode.to_fields()
-    check_output_file(out)
+    output.check_output_file(out)
     prompt_set = prompts.load(
         engine_options.model, default_count=DEFAULT_PROBLEMS, trust_code=trust_code
     )
     effective_batch_size = engine_options.resolve_batch_size(batch_size, o.DEFAULT_BATCH_SIZE)
     engine = engine_options.open()
     check_engine(engine, (), options)
-    with progress_bar(MofNCompleteColumn(), TimeElapsedColumn()) as progress:
+    with output.progress_bar(MofNCompleteColumn(), TimeElapsedColumn()) as progress:
         on_progress = _progress_callback(progress)
         evaluator = PolicyEvaluator(engine, prompt_set, options, effective_batch_size, on_progress)
         check_target(evaluator, search_family, parsed_target)
@@ -101,17 +89,19 @@ def calibrate_command(
     content = calibration_record(evaluator, calibration, ["coterie", *sys.argv[1:]])
     if out is not None:
         write_calibrated_policy(out, content)
-        print_note(f"{out}; --policy @{out} takes it")
+        output.print_note(f"{out}; --policy @{out} takes it")
     if json:
-        print_document(content)
+        output.print_document(content)
     else:
-        console().print(calibration_table(calibration), *summary_lines(calibration), sep="\n")
+        output.console().print(
+            calibration_table(calibration), *summary_lines(calibration), sep="\n"
+        )
 
 
 def calibration_table(calibration: Calibration) -> Table:
     """The measurements, ordered by traffic."""
     target = calibration.target
-    table = plain_table("policy", numbers=(target.spec.description, "95 %"))
+    table = output.plain_table("policy", numbers=(target.spec.description, "95 %"))
     table.add_column("meets it")
     for step in calibration.steps:
         meets = "yes" if target.is_met(step.estimate) else "no"

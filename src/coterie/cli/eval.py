@@ -38,6 +38,36 @@ from coterie.lab.records import make_record, write_record
 RECORD_TITLE, EMBEDDED_TITLE = "Accuracy by policy", "Embedded tasks by policy"
 
 
+PROBLEMS_HELP = f"Problems of {', '.join(PROBLEM_MAKERS)} (default {o.DEFAULT_PROBLEMS} each)."
+SEED_HELP = "Seed of the problems; with a temperature, of the sampling too."
+RESET_HELP = "Questions between resets of the expert cache (default 1: answers are independent)."
+
+
+@dataclass(frozen=True)
+class ItemOptions:
+    """The benchmark items to answer."""
+
+    task: o.Tasks = None
+    data: o.DataPath = None
+    shots: o.NumShots = None
+    num_problems: Annotated[int | None, o.benchmark(PROBLEMS_HELP, min=1)] = None
+    seed: Annotated[int, o.benchmark(SEED_HELP, min=0)] = 1
+    limit: Annotated[
+        int | None, o.benchmark("Number of items of each task to use (default: all).", min=1)
+    ] = None
+    shuffle_seed: Annotated[
+        int | None, o.benchmark("Seed of the items' order; with --limit, of a sample.", min=0)
+    ] = None
+
+    def open(self, model: str | None, *, trust_code: bool) -> list[Task]:
+        """The tasks; raises ConfigError for options without effect."""
+        names = task_names(self.task, model, num_problems=self.num_problems, data=self.data)
+        family, count = inspect(model).family.name, self.num_problems or o.DEFAULT_PROBLEMS
+        return open_tasks(
+            names, TaskOptions(family, self.data, self.shots, count, self.seed, trust_code)
+        )
+
+
 @dataclass(frozen=True)
 class EvalConfig:
     """One evaluation, as the command line describes it."""
@@ -60,38 +90,12 @@ class EvalConfig:
 @with_option_groups
 def evaluate(
     *,
-    task: o.Tasks = None,
-    data: o.DataPath = None,
-    shots: o.NumShots = None,
-    num_problems: Annotated[
-        int | None,
-        o.benchmark(
-            f"Problems of each task of the package (default {o.DEFAULT_PROBLEMS}): "
-            f"{', '.join(PROBLEM_MAKERS)}.",
-            min=1,
-        ),
-    ] = None,
-    seed: Annotated[
-        int, o.benchmark("Seed of the problems; with a temperature, of the sampling too.", min=0)
-    ] = 1,
-    limit: Annotated[
-        int | None, o.benchmark("Number of items of each task to use (default: all).", min=1)
-    ] = None,
-    shuffle_seed: Annotated[
-        int | None, o.benchmark("Seed of the items' order; with --limit, of a sample.", min=0)
-    ] = None,
+    items: ItemOptions,
     policies: o.PolicySpecs = None,
     decode: DecodeOptions,
     sampling: SamplingOptions,
     engine_options: EngineOptions,
-    reset_cache_every: Annotated[
-        int | None,
-        o.memory(
-            "Questions between two resets of the expert cache (default 1: no answer depends on an "
-            "earlier question).",
-            min=1,
-        ),
-    ] = None,
+    reset_cache_every: Annotated[int | None, o.memory(RESET_HELP, min=1)] = None,
     coreset_reuse: o.CoresetReuse = None,
     batch_size: o.BatchSize = None,
     trust_code: o.TrustCode = False,
@@ -114,19 +118,16 @@ def evaluate(
     """
     check_one_format(json=json, csv=csv)
     options = {**decode.to_fields(), **sampling.to_fields()}
-    options |= {"seed": seed} if options.get("temperature") else {}
+    options |= {"seed": items.seed} if options.get("temperature") else {}
     if reset_cache_every is not None and engine_options.memory is None:
         raise ConfigError("--reset-cache-every has no effect where all experts are in memory")
-    names = task_names(task, engine_options.model, num_problems=num_problems, data=data)
-    family = inspect(engine_options.model).family.name
-    count = num_problems or o.DEFAULT_PROBLEMS
     # Raises before weights are loaded.
-    tasks = open_tasks(names, TaskOptions(family, data, shots, count, seed, trust_code))
+    tasks = items.open(engine_options.model, trust_code=trust_code)
     variants = make_variants(policies, coreset_reuse)
     effective_batch_size = engine_options.resolve_batch_size(batch_size, o.DEFAULT_BATCH_SIZE)
     config = EvalConfig(
-        tasks, variants, options, limit, shuffle_seed, effective_batch_size, reset_cache_every or 1,
-        out,
+        tasks, variants, options, items.limit, items.shuffle_seed, effective_batch_size,
+        reset_cache_every or 1, out,
     )  # fmt: skip
     engine = engine_options.open(count_vanilla=True)
     check_engine(engine, policies or (), options)

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Annotated
 
 from coterie.cli import options as o
+from coterie.cli import output
 from coterie.cli.engine_options import (
     VANILLA,
     DecodeOptions,
@@ -22,14 +23,6 @@ from coterie.cli.engine_options import (
 )
 from coterie.cli.live_view import require_terminal, show_live
 from coterie.cli.option_groups import with_option_groups
-from coterie.cli.output import (
-    console,
-    format_bytes,
-    print_document,
-    print_note,
-    print_text,
-    require_extra,
-)
 from coterie.cli.result_output import describe_traffic, memory_document, precision_document
 from coterie.engine.engine import Engine
 from coterie.engine.events import Denoised, Event, Finished, Result
@@ -114,13 +107,13 @@ def print_result(
     if json:
         comparison = {} if vanilla is None else {"vanilla": vanilla_document(result, vanilla)}
         memory = memory_document(engine, result) | precision_document(engine)
-        print_document(result.to_dict() | memory | comparison)
+        output.print_document(result.to_dict() | memory | comparison)
         return
     if not live:
-        print_text(result.text)
-    terminal = console(stderr=True)
+        output.print_text(result.text)
+    terminal = output.console(stderr=True)
     if vanilla is not None:
-        print_text(vanilla_line(result, vanilla))
+        output.print_text(vanilla_line(result, vanilla))
     elif terminal.is_terminal:
         terminal.print(result_summary(result, timed=not live), style="dim")
 
@@ -191,7 +184,7 @@ def _check_output(
         )
     if not plot.absolute().parent.is_dir():
         raise ConfigError(f"{plot}: its folder does not exist")
-    require_extra(PLOTTING, "--plot-traffic")
+    output.require_extra(PLOTTING, "--plot-traffic")
 
 
 @dataclass  # not frozen: it collects
@@ -222,7 +215,7 @@ def write_traffic_plot(
     store = engine.model.cached_store
     if store is None or result.traffic is None:
         raise ConfigError(ALL_RESIDENT + "--expert-memory 35% keeps fewer")
-    plotting, events = require_extra(PLOTTING, "--plot-traffic"), iter(collector.denoised)
+    plotting, events = output.require_extra(PLOTTING, "--plot-traffic"), iter(collector.denoised)
     points = []
     for forward in store.traffic_log.forwards:
         event = None if forward.kind in KV_ONLY_KINDS else next(events)
@@ -233,16 +226,16 @@ def write_traffic_plot(
     paths = [name.with_name(f"{name.name}.json"), *plotting.write_figures(name, caption, points)]
     documents = [point.to_dict() for point in points]
     write_json(paths[0], {"model": result.model, "policy": result.policy, "forwards": documents})
-    print_note(", ".join(map(str, paths)))
+    output.print_note(", ".join(map(str, paths)))
 
 
 def traffic_summary(traffic: Traffic) -> str:
     """One line: bytes moved, without a cache, and by the unmodified model."""
     summary = (
-        f"{format_bytes(traffic.bytes_moved)} moved, without a cache "
-        f"{format_bytes(traffic.bytes_without_cache)}"
+        f"{output.format_bytes(traffic.bytes_moved)} moved, without a cache "
+        f"{output.format_bytes(traffic.bytes_without_cache)}"
     )
     if traffic.vanilla_bytes is None or traffic.fraction_saved is None:
         return summary
-    vanilla = format_bytes(traffic.vanilla_bytes)
+    vanilla = output.format_bytes(traffic.vanilla_bytes)
     return f"{summary}; vanilla with LRU {vanilla} ({traffic.fraction_saved:.0%} saved)"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -17,6 +17,7 @@ from coterie.offload.eviction import EVICTIONS
 
 DEFAULT_PROBLEMS = 50  # problems that `coterie eval` draws of each task of the package
 DEFAULT_BATCH_SIZE = 16
+RoutingMode = Literal["vanilla", "policy"]
 
 
 def panel(title: str) -> Callable[..., Any]:
@@ -28,61 +29,34 @@ def panel(title: str) -> Callable[..., Any]:
     return option
 
 
+def one_of(names: Iterable[object]) -> str:
+    return f"One of: {', '.join(map(str, names))}."
+
+
 decoding = panel("How to decode")
 runtime = panel("What to run it on")
 memory = panel("Which experts to keep in memory")
 benchmark = panel("What to ask")
 output = panel("What to show")
 
-
-def one_of(names: object) -> str:
-    return f"One of: {', '.join(map(str, names))}."  # type: ignore[call-overload]
-
-
 # How to decode
 
 Prompt = Annotated[str, typer.Argument(help="Prompt; - reads it from standard input.")]
-PolicySpec = Annotated[
-    str,
-    decoding(
-        "Expert-routing policy, such as des-vote:beta=0.15 (see `coterie policies`), or @FILE "
-        "of `coterie calibrate`.",
-        *("--policy", "-p"),
-    ),
-]
+POLICY_HELP = "Expert-routing policy, e.g. des-vote:beta=0.15 (see `coterie policies`), or @FILE"
+PolicySpec = Annotated[str, decoding(f"{POLICY_HELP} of `coterie calibrate`.", "--policy", "-p")]
 PolicySpecs = Annotated[
     list[str] | None,
-    decoding(
-        "Expert-routing policy to compare with vanilla, or @FILE; may be repeated.",
-        *("--policy", "-p"),
-    ),
+    decoding(f"{POLICY_HELP}; may be repeated. Vanilla always runs too.", "--policy", "-p"),
 ]
-MaxNewTokens = Annotated[
-    int | None,
-    decoding(
-        "Maximum of new tokens (default 256; for a benchmark, the task's own).",
-        *("--max-new-tokens", "-n"),
-        min=1,
-    ),
-]
+TOKENS_HELP = "Maximum of new tokens (default 256; for a benchmark, the task's own)."
+MaxNewTokens = Annotated[int | None, decoding(TOKENS_HELP, "--max-new-tokens", "-n", min=1)]
 Block = Annotated[
-    int | None,
-    decoding("Tokens of a block, unmasked together (default: the model family's).", min=1),
+    int | None, decoding("Tokens unmasked together (default: the model family's).", min=1)
 ]
-KVCache = Annotated[
-    str | None,
-    decoding(
-        "KV-caching scheme, such as dual:before=16,after=16 (default: the model family's). "
-        + one_of(PLANS)
-    ),
-]
-Unmask = Annotated[
-    str | None,
-    decoding(
-        "Unmasking rule, such as fixed:steps=32 or threshold:p=0.7+edit:p=0.5 (default: the "
-        f"model family's). {one_of(RULES)}"
-    ),
-]
+CACHE_HELP = "KV-caching scheme, e.g. dual:before=16,after=16 (default: the model family's)."
+KVCache = Annotated[str | None, decoding(f"{CACHE_HELP} {one_of(PLANS)}")]
+UNMASK_HELP = "Unmasking rule, e.g. threshold:p=0.7+edit:p=0.5 (default: the model family's)."
+Unmask = Annotated[str | None, decoding(f"{UNMASK_HELP} {one_of(RULES)}")]
 Threshold = Annotated[
     float | None, decoding("Probability P; short for --unmask threshold:p=P.", min=0.0, max=1.0)
 ]
@@ -95,61 +69,31 @@ TopK = Annotated[
 ]
 TopP = Annotated[
     float | None,
-    decoding(
-        "Probability of the likeliest tokens to sample from (default 1: all).", min=0.0, max=1.0
-    ),
+    decoding("Probability of the likeliest tokens to sample from (default 1).", min=0.0, max=1.0),
 ]
 Seed = Annotated[int | None, decoding("Seed of the sampling (default 0).", min=0)]
-EarlyStop = Annotated[
-    Literal["block", "token", "off"] | None,
-    decoding("When an end-of-text stops: at the end of its block (default), at once, or never."),
-]
-CommitRouting = Annotated[
-    Literal["vanilla", "policy"] | None,
-    decoding("Routing of the forward that caches a finished block (default vanilla)."),
-]
-PrefillRouting = Annotated[
-    Literal["vanilla", "policy"] | None,
-    decoding("Routing of the forwards that cache the prompt (default vanilla)."),
-]
-NoChatTemplate = Annotated[
-    bool, decoding("Pass the prompt to the model without a chat template.", "--no-chat-template")
-]
+STOP_HELP = "Stop after an end-of-text: at the end of its block (default), at once, or never."
+EarlyStop = Annotated[Literal["block", "token", "off"] | None, decoding(STOP_HELP)]
+COMMIT_HELP = "Routing of the forward that caches a finished block"
+CommitRouting = Annotated[RoutingMode | None, decoding(f"{COMMIT_HELP} (default vanilla).")]
+PREFILL_HELP = "Routing of the forwards that cache the prompt (default vanilla)."
+PrefillRouting = Annotated[RoutingMode | None, decoding(PREFILL_HELP)]
+NoChatTemplate = Annotated[bool, decoding("Skip the chat template.", "--no-chat-template")]
 
 # What to run it on
 
-Model = Annotated[
-    str | None,
-    runtime(
-        "Model folder in the official layout, or a hub id (default: the model in the package).",
-        *("--model", "-m"),
-    ),
-]
-ModelArgument = Annotated[
-    str | None,
-    typer.Argument(help="Model folder or hub id (default: the model in the package)."),
-]
-Dtype = Annotated[
-    str | None,
-    runtime("Data type of the weights: float32, bfloat16 or float16 (default: the device's)."),
-]
+MODEL_HELP = "Model folder in the official layout, or hub id (default: the model in the package)."
+Model = Annotated[str | None, runtime(MODEL_HELP, "--model", "-m")]
+ModelArgument = Annotated[str | None, typer.Argument(help=MODEL_HELP, show_default=False)]
+DTYPE_HELP = "Data type of the weights: float32, bfloat16 or float16 (default: the device's)."
+Dtype = Annotated[str | None, runtime(DTYPE_HELP)]
 Device = Annotated[str, runtime("Device: auto, cpu, cuda or cuda:1.")]
-ExpertDtype = Annotated[
-    str | None,
-    runtime("Format to quantize the routed experts to: int8 or int4 (default: as stored)."),
-]
-BatchSize = Annotated[
-    int | None,
-    runtime(
-        f"Prompts decoded together (default {DEFAULT_BATCH_SIZE}; 1 where memory holds only some "
-        "of the experts).",
-        min=1,
-    ),
-]
-TrustCode = Annotated[
-    bool,
-    runtime("Run generated code even where no sandbox is available.", "--trust-generated-code"),
-]
+EXPERTS_HELP = "Format to quantize the routed experts to: int8 or int4 (default: as stored)."
+ExpertDtype = Annotated[str | None, runtime(EXPERTS_HELP)]
+BATCH_HELP = f"Prompts decoded together (default {DEFAULT_BATCH_SIZE}; 1 with limited memory)."
+BatchSize = Annotated[int | None, runtime(BATCH_HELP, min=1)]
+TRUST_HELP = "Run generated code even where no sandbox is available."
+TrustCode = Annotated[bool, runtime(TRUST_HELP, "--trust-generated-code")]
 
 # Which experts to keep in memory
 
@@ -163,14 +107,12 @@ ExpertMemory = Annotated[
 SimulateExpertMemory = Annotated[
     str | None,
     memory(
-        "Memory to simulate for routed experts (35%, 47 or 6GiB) although all are in memory: "
-        "routing and traffic are those of the smaller memory."
+        "Memory for routed experts to simulate (35%, 47, 6GiB) while all are in memory; routing "
+        "and traffic are those of the smaller memory."
     ),
 ]
-HostMemory = Annotated[
-    str | None,
-    memory("Host memory for experts between a GPU's slots and the disk: bytes (20GiB) or auto."),
-]
+HOST_HELP = "Host memory for experts, between a GPU and the disk: bytes (20GiB) or auto."
+HostMemory = Annotated[str | None, memory(HOST_HELP)]
 CpuExperts = Annotated[
     str | None,
     memory(
@@ -178,67 +120,32 @@ CpuExperts = Annotated[
         "measurement at the start), or the most tokens of such an expert (4)."
     ),
 ]
-Eviction = Annotated[
-    str | None,
-    memory(f"Eviction policy, such as votes:decay=0.9 (default lru). {one_of(EVICTIONS)}"),
-]
-WarmStart = Annotated[
-    Path | None,
-    memory("Trace, or file of `coterie trace --save-votes`, whose top experts are loaded first."),
-]
-FallbackModel = Annotated[
-    str | None,
-    memory("Folder of the same model, packed in fewer bits; it serves the cache misses."),
-]
+EVICTION_HELP = "Eviction policy, e.g. votes:decay=0.9 (default lru)."
+Eviction = Annotated[str | None, memory(f"{EVICTION_HELP} {one_of(EVICTIONS)}")]
+WARM_HELP = "Trace, or file of `coterie trace --save-votes`: its top experts are loaded first."
+WarmStart = Annotated[Path | None, memory(WARM_HELP)]
+FALLBACK_HELP = "Folder of the same model, packed in fewer bits; it serves the cache misses."
+FallbackModel = Annotated[str | None, memory(FALLBACK_HELP)]
 PrecisionPolicy = Annotated[
     str | None,
     memory(
-        "Experts to serve in high precision with --fallback-model: "
-        "promote:most=2,share=0.5 (the default: the most used of late), vote-mass:mass=0.7 (this "
-        "share of a forward's votes) or static (the most voted of --warm-start). "
-        + one_of(PRECISION_POLICIES)
+        "Experts to serve in high precision with --fallback-model: promote:most=2,share=0.5 (most "
+        "used of late; default), vote-mass:mass=0.7 (this share of a forward's votes) or static "
+        f"(top experts of --warm-start). {one_of(PRECISION_POLICIES)}"
     ),
 ]
-CoresetReuse = Annotated[
-    float | None,
-    memory(
-        "Share of the votes that a block's coreset may lose before a new one is elected, such as "
-        "0.05 (default: a new one each step).",
-    ),
-]
+REUSE_HELP = "Share of the votes that a block's coreset may lose before a new one is elected"
+CoresetReuse = Annotated[float | None, memory(f"{REUSE_HELP} (default: elect at each step).")]
 
 # What to ask
 
-Tasks = Annotated[
-    list[str] | None,
-    benchmark(
-        f"Benchmark task; may be repeated. {one_of(TASKS)} Default for the model in the package: "
-        f"{', '.join(PROBLEM_MAKERS)}.",
-        "--task",
-    ),
-]
-DataPath = Annotated[
-    Path | None,
-    benchmark(
-        "Data of the benchmark: its file, its folder, or the folder above (default: "
-        "$COTERIE_DATA, else the hub).",
-        "--data",
-    ),
-]
-NumShots = Annotated[
-    int | None,
-    benchmark(
-        "Worked examples before each question (default: the model family's).", "--shots", min=0
-    ),
-]
-ProblemSeed = Annotated[int, benchmark("Seed of the problems that are drawn.", "--seed", min=0)]
-PromptFile = Annotated[
-    Path | None,
-    benchmark('File of prompts in place of --task: one a line, or JSONL with "prompt".'),
-]
-NumPromptsOfTask = Annotated[
-    int, benchmark("Number of prompts of each task.", "--num-problems", min=1)
-]
+TASK_HELP = f"Benchmark task; may be repeated (default: {', '.join(PROBLEM_MAKERS)})."
+Tasks = Annotated[list[str] | None, benchmark(f"{TASK_HELP} {one_of(TASKS)}", "--task")]
+DATA_HELP = "File or folder of the benchmark's data (default: $COTERIE_DATA, else the hub)."
+DataPath = Annotated[Path | None, benchmark(DATA_HELP)]
+SHOTS_HELP = "Worked examples before each question (default: the model family's)."
+NumShots = Annotated[int | None, benchmark(SHOTS_HELP, min=0)]
+ProblemSeed = Annotated[int, benchmark("Seed of the problems that are drawn.", min=0)]
 
 # What to show
 

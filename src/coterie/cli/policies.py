@@ -31,8 +31,9 @@ def policy_table() -> Table:
     for name, cls in POLICIES.items():
         policy_options = spec_options(cls).values()
         meaning, source = split_source(policy_doc(cls))
-        required = ",".join(f"{o.name}=.." for o in policy_options if o.default == "required")
-        optional = " ".join(o.name for o in policy_options if o.default != "required")
+        needed = [option.name for option in policy_options if option.default == "required"]
+        optional = " ".join(each.name for each in policy_options if each.name not in needed)
+        required = ",".join(f"{option}=.." for option in needed)
         table.add_row(f"{name}:{required}" if required else name, meaning, source, optional)
     return table
 
@@ -41,7 +42,7 @@ def option_table() -> Table:
     """Each option of any policy, once, with its values."""
     table = plain_table("option", "values")
     values_by_option: dict[str, dict[str, None]] = {}
-    for option in (o for cls in POLICIES.values() for o in spec_options(cls).values()):
+    for option in (each for cls in POLICIES.values() for each in spec_options(cls).values()):
         values = " | ".join(map(option.word, option.choices)) or " | ".join(
             (str(option.bounds), *option.keywords)
         )
@@ -59,8 +60,10 @@ def policy_documents() -> list[dict[str, object]]:
             "name": name,
             "meaning": policy_doc(cls),
             "options": {
-                o.name: o.word(o.default) if isinstance(o.default, str) else o.default
-                for o in spec_options(cls).values()
+                option.name: option.word(option.default)
+                if isinstance(option.default, str)
+                else option.default
+                for option in spec_options(cls).values()
             },
         }
         for name, cls in POLICIES.items()

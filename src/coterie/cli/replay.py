@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated
 
 import numpy as np
 import typer
@@ -13,19 +14,9 @@ from rich.progress import MofNCompleteColumn, TimeElapsedColumn
 from rich.table import Table
 
 from coterie.cli import options as o
+from coterie.cli import output
 from coterie.cli.engine_options import VANILLA, distinct_policies
-from coterie.cli.output import (
-    add_caption,
-    check_one_format,
-    console,
-    counted_progress,
-    format_bytes,
-    format_csv,
-    plain_table,
-    print_document,
-    print_note,
-    require_extra,
-)
+from coterie.cli.option_groups import with_option_groups
 from coterie.errors import ConfigError
 from coterie.lab.records import make_record, write_record
 from coterie.lab.replay.cache_simulation import ReplayPolicy, TraceVotes, VoteArray
@@ -42,6 +33,30 @@ RECORD_TITLE = "Replay"
 replayed, hardware = o.panel("What to replay"), o.panel("On what machine")
 
 
+@dataclass(frozen=True)
+class HardwareOptions:
+    """The machine of a replay."""
+
+    expert_dtype: Annotated[str, hardware("Formats of the experts: bf16, int8, int4.")] = "bf16"
+    link_bandwidth: Annotated[
+        str, hardware("Bandwidths of the link to where all experts are, e.g. 12GB/s,25GB/s.")
+    ] = "25GB/s"
+    memory_bandwidth: Annotated[
+        str | None, hardware("Bandwidth of fast memory, e.g. 60GB/s (default: no compute time).")
+    ] = None
+    transfer_latency_ms: Annotated[
+        float, hardware("Milliseconds of a layer's transfers beyond their bytes.", min=0.0)
+    ] = 0.0
+    other_ms: Annotated[
+        float, hardware("Milliseconds of a forward for all but the routed experts.", min=0.0)
+    ] = 0.0
+    overlap: Annotated[
+        float, hardware("Share of the shorter of copy and compute to hide.", min=0.0, max=1.0)
+    ] = 1.0
+    expert_bytes: Annotated[str, hardware("Bytes of one expert; auto: as in the trace.")] = "auto"
+
+
+@with_option_groups
 def replay_command(
     path: Annotated[Path, typer.Argument(metavar="TRACE", help="File of `coterie trace`.")],
     *,
@@ -50,50 +65,17 @@ def replay_command(
         str, replayed(f"Eviction policies, separated by commas. {o.one_of(EVICTION_NAMES)}")
     ] = "lru",
     expert_memory: Annotated[
-        str,
-        replayed("Memory for experts: shares (35%), slots of a layer (47) or bytes (6GiB)."),
+        str, replayed("Memory for experts: shares (35%), slots of a layer (47) or bytes (6GiB).")
     ] = "25%,35%,50%",
-    coreset_reuse: Annotated[
-        str | None,
-        replayed("Shares of votes that a coreset may lose before a new election, as 0.05,0.1."),
-    ] = None,
-    warm_start: Annotated[
-        Path | None,
-        replayed("Trace, or file of `coterie trace --save-votes`, whose top experts start."),
-    ] = None,
+    coreset_reuse: Annotated[str | None, replayed(f"{o.REUSE_HELP}, e.g. 0.05,0.1.")] = None,
+    warm_start: Annotated[Path | None, replayed(o.WARM_HELP)] = None,
     commit_routing: Annotated[
-        Literal["vanilla", "policy"] | None,
-        replayed("Routing of the forward that caches a finished block (default: as traced)."),
+        o.RoutingMode | None, replayed(f"{o.COMMIT_HELP} (default: as traced).")
     ] = None,
     decoding_only: Annotated[
-        bool,
-        replayed("Leave out the forwards that only cache a prompt or a block.", "--decoding-only"),
+        bool, replayed("Leave out the forwards that only write the KV cache.", "--decoding-only")
     ] = False,
-    expert_dtype: Annotated[str, hardware("Formats of the experts: bf16, int8, int4.")] = "bf16",
-    link_bandwidth: Annotated[
-        str, hardware("Bandwidths of the link to where all experts are, as 12GB/s,25GB/s.")
-    ] = "25GB/s",
-    memory_bandwidth: Annotated[
-        str | None,
-        hardware("Bandwidth of the fast memory, as 60GB/s (default: computing takes no time)."),
-    ] = None,
-    transfer_latency_ms: Annotated[
-        float, hardware("Milliseconds of a layer's transfers beyond their bytes.", min=0.0)
-    ] = 0.0,
-    other_ms: Annotated[
-        float,
-        hardware("Milliseconds of a forward for all but the routed experts.", min=0.0),
-    ] = 0.0,
-    overlap: Annotated[
-        float,
-        hardware(
-            "Share of the shorter of computing and copying that the longer hides (1: a GPU's copy "
-            "engine).",
-            min=0.0,
-            max=1.0,
-        ),
-    ] = 1.0,
-    expert_bytes: Annotated[str, hardware("Bytes of one expert; auto: as in the trace.")] = "auto",
+    machine: HardwareOptions,
     out: Annotated[
         Path | None, o.output("Folder for the record, a CSV and the figures.", "--out", "-o")
     ] = None,
@@ -110,10 +92,10 @@ def replay_command(
     coterie replay mini.trace -p des-vote:beta=0.15 -p resident-vote:beta=0.15
     coterie replay mini.trace --eviction lru,votes,belady --expert-memory 47
     """
-    check_one_format(json=json, csv=csv)
+    output.check_one_format(json=json, csv=csv)
     trace = read_trace(path)
     if trace.truncated:
-        print_note(f"{path}: its last forward is incomplete and left out")
+        output.print_note(f"{path}: its last forward is incomplete and left out")
     if commit_routing is not None and (decoding_only or not policies):
         requirement = "without --decoding-only" if decoding_only else "with a --policy"
         raise ConfigError(f"--commit-routing has an effect {requirement} only")
@@ -123,15 +105,17 @@ def replay_command(
         replay_policies(trace, policies or (), coreset_reuse, commits_routed=commits_routed),
         _split_list(eviction),
         [Capacity.parse(text, "--expert-memory") for text in _split_list(expert_memory)],
-        expert_sizes(trace.header.expert_bytes, _split_list(expert_dtype), expert_bytes),
+        expert_sizes(
+            trace.header.expert_bytes, _split_list(machine.expert_dtype), machine.expert_bytes
+        ),
         hardware_models(
-            link_bandwidth, memory_bandwidth, other_ms, latency_ms=transfer_latency_ms,
-            overlap=overlap,
+            machine.link_bandwidth, machine.memory_bandwidth, machine.other_ms,
+            latency_ms=machine.transfer_latency_ms, overlap=machine.overlap,
         ),
         None if warm_start is None else warm_start_votes(warm_start, trace),
     )  # fmt: skip
     columns = (MofNCompleteColumn(), TimeElapsedColumn())
-    with counted_progress("replaying", *columns) as on_progress:
+    with output.counted_progress("replaying", *columns) as on_progress:
         results = replay(trace, grid, on_progress)
     print_results(trace, path, results, out=out, json=json, csv=csv)
 
@@ -208,11 +192,11 @@ def print_results(
     if out is not None:
         _save_results(out, content, table, results)
     if json:
-        print_document(content)
+        output.print_document(content)
     elif csv:
         sys.stdout.write(table)
     else:
-        console().print(
+        output.console().print(
             results_table(results.points), "", overlap_table(results.overlaps), sep="\n"
         )
 
@@ -245,16 +229,18 @@ def _save_results(
     path = write_record(out, record)
     path.with_suffix(".csv").write_text(table, encoding="utf-8")
     try:
-        figures = require_extra("coterie.lab.replay.plots", "a figure").write_figures(out, results)
-        print_note(", ".join(map(str, (path, *figures))))
+        figures = output.require_extra("coterie.lab.replay.plots", "a figure").write_figures(
+            out, results
+        )
+        output.print_note(", ".join(map(str, (path, *figures))))
     except ConfigError as error:
-        print_note(f"{path}; {error}")
+        output.print_note(f"{path}; {error}")
 
 
 def results_table(points: Sequence[ReplayPoint]) -> Table:
     """One point a line."""
     counts = ("slots", "experts", "loads", "hit rate", "moved", "bytes saved")
-    table = plain_table(
+    table = output.plain_table(
         "policy", "eviction", "format", "link", numbers=(*counts, "ms", "stall", "votes kept")
     )
     for point in points:
@@ -265,31 +251,31 @@ def results_table(points: Sequence[ReplayPoint]) -> Table:
             f"{point.experts:.1f}",
             f"{point.loads:.2f}",
             f"{traffic.hit_rate:.1%}",
-            format_bytes(traffic.bytes_moved / traffic.forwards),
+            output.format_bytes(traffic.bytes_moved / traffic.forwards),
             "" if saved is None else f"{saved:.1%}",
             f"{1e3 * point.predicted_time.forward_seconds:.3g}",
             f"{1e3 * point.predicted_time.stall_seconds:.3g}",
             f"{point.vote_share:.3f}" + ("" if point.fidelity == "exact" else " ~"),
         )
-    return add_caption(
+    return output.add_caption(
         table,
-        "experts and loads: of a layer in a decoding forward; moved, ms and stall: of all forwards, "
-        "per decoding forward; saved: against vanilla with lru and the same slots; ~: from rounded "
-        "votes",
+        "experts and loads: of a layer in a decoding forward; moved, ms and stall: of all "
+        "forwards, per decoding one; saved: against vanilla with lru and the same slots; ~: from "
+        "rounded votes",
     )
 
 
 def overlap_table(overlaps: Mapping[str, StepOverlap]) -> Table:
     """The similarity of consecutive forwards, one policy a line."""
     columns = ("steps", "experts alike", "votes alike", "blocks", "experts", "votes")
-    table = plain_table("policy", numbers=columns)
+    table = output.plain_table("policy", numbers=columns)
     for name, overlap in overlaps.items():
         means = [
             _format_optional(overlap.mean(key))
             for key in ("step_jaccard", "step_cosine", "block_jaccard", "block_cosine")
         ]
         table.add_row(name, str(overlap.steps), *means[:2], str(overlap.blocks), *means[2:])
-    return add_caption(
+    return output.add_caption(
         table,
         "similarity of one step of a block and the next, and of a block's last step and the next "
         "block's first: experts by Jaccard index, votes by cosine",
@@ -298,7 +284,7 @@ def overlap_table(overlaps: Mapping[str, StepOverlap]) -> Table:
 
 def results_csv(points: Sequence[ReplayPoint]) -> str:
     """One point a line, under the keys of the JSON."""
-    return format_csv([point.to_dict() for point in points])
+    return output.format_csv([point.to_dict() for point in points])
 
 
 def _split_list(text: str) -> list[str]:

@@ -14,16 +14,9 @@ from rich.table import Table
 
 from coterie.checkpoints.model_info import inspect
 from coterie.cli import options as o
+from coterie.cli import output
 from coterie.cli.benchmark_options import task_names
 from coterie.cli.engine_options import EngineOptions
-from coterie.cli.output import (
-    console,
-    plain_table,
-    print_note,
-    print_text,
-    progress_bar,
-    require_extra,
-)
 from coterie.lab.evals.task import TaskOptions
 from coterie.lab.evals.tasks import open_tasks
 
@@ -35,6 +28,9 @@ if TYPE_CHECKING:
 QUICK_PROBLEMS, QUICK_PROMPTS = 64, 8
 USUAL_SECONDS = 30  # of an experiment whose length is not known
 EXIT_FAILED = 1
+PROBLEMS_HELP = "Number of questions for each policy, over all tasks (default 500)."
+PROMPTS_HELP = "Number of questions whose forwards are observed (default 32)."
+QUICK_HELP = f"Use {QUICK_PROBLEMS} problems and {QUICK_PROMPTS} prompts."
 
 
 def study(
@@ -49,24 +45,13 @@ def study(
     rerun: Annotated[
         list[str] | None, typer.Option(help="Experiment to measure again; may be repeated.")
     ] = None,
-    num_problems: Annotated[
-        int | None,
-        typer.Option(
-            help="Number of questions for each policy, over all tasks (default 500).", min=1
-        ),
-    ] = None,
-    num_prompts: Annotated[
-        int | None,
-        typer.Option(help="Number of questions whose forwards are observed (default 32).", min=1),
-    ] = None,
+    num_problems: Annotated[int | None, typer.Option(help=PROBLEMS_HELP, min=1)] = None,
+    num_prompts: Annotated[int | None, typer.Option(help=PROMPTS_HELP, min=1)] = None,
     task: o.Tasks = None,
     data: o.DataPath = None,
     seed: o.ProblemSeed = 1,
     trust_code: o.TrustCode = False,
-    quick: Annotated[
-        bool,
-        typer.Option("--quick", help=f"Use {QUICK_PROBLEMS} problems and {QUICK_PROMPTS} prompts."),
-    ] = False,
+    quick: Annotated[bool, typer.Option("--quick", help=QUICK_HELP)] = False,
     dtype: o.Dtype = None,
     device: o.Device = "auto",
     expert_dtype: o.ExpertDtype = None,
@@ -81,7 +66,7 @@ def study(
     coterie study inclusionAI/LLaDA2.0-mini --task gsm8k --num-problems 200 -o runs/mini
     coterie study -o runs/study --experiment explosion --rerun explosion
     """
-    lab = require_extra("coterie.lab.study.study", "the study")
+    lab = output.require_extra("coterie.lab.study.study", "the study")
     lab.select_experiments([*(experiment or []), *(rerun or [])], lab.EXPERIMENTS)
     config = lab.StudyConfig(
         items=num_problems or (QUICK_PROBLEMS if quick else lab.StudyConfig.items),
@@ -95,20 +80,20 @@ def study(
     tasks = open_tasks(names, task_options)  # raises before weights are loaded
     out.mkdir(parents=True, exist_ok=True)
     engine = EngineOptions(model, dtype, device, expert_dtype).open()
-    with progress_bar(TimeElapsedColumn(), TimeRemainingColumn()) as progress:
+    with output.progress_bar(TimeElapsedColumn(), TimeRemainingColumn()) as progress:
         observer = StudyProgressBar(progress, lab.TYPICAL_SECONDS)
         sections = lab.run_study(
             engine, tasks, out, config=config, observer=observer, names=experiment or (),
             rerun=rerun or (), command=["coterie", *sys.argv[1:]],
         )  # fmt: skip
-    console().print(findings_table(sections))
-    print_text(str(out / lab.REPORT))
+    output.console().print(findings_table(sections))
+    output.print_text(str(out / lab.REPORT))
     return EXIT_FAILED if any(section.failure for section in sections) else 0
 
 
 def findings_table(sections: Sequence[ReportSection]) -> Table:
     """One finding a line, with the verdict on the paper's claim."""
-    table = plain_table("experiment", "claim", "finding")
+    table = output.plain_table("experiment", "claim", "finding")
     for section in sections:
         for finding in section.findings:
             table.add_row(section.name, finding.verdict or "", finding.text)
@@ -148,4 +133,4 @@ class StudyProgressBar:
         seconds, failure = time.perf_counter() - self._start, outcome.failure
         origin = "measured" if outcome.measured else "from its record"
         message = f"{origin}, {seconds:.0f} s" if failure is None else f"failed: {failure}"
-        print_note(f"{self._label}: {message}")
+        output.print_note(f"{self._label}: {message}")

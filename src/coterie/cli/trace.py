@@ -9,6 +9,7 @@ from typing import Annotated
 from rich.progress import MofNCompleteColumn, TimeElapsedColumn
 
 from coterie.cli import options as o
+from coterie.cli import output
 from coterie.cli.benchmark_options import PromptOptions
 from coterie.cli.engine_options import (
     VANILLA,
@@ -20,13 +21,6 @@ from coterie.cli.engine_options import (
     reuse_options,
 )
 from coterie.cli.option_groups import with_option_groups
-from coterie.cli.output import (
-    check_output_file,
-    console,
-    format_bytes,
-    print_document,
-    progress_bar,
-)
 from coterie.engine.engine import Engine
 from coterie.lab.calibration import PromptSet
 from coterie.lab.records import git_commit
@@ -73,8 +67,8 @@ def trace(
     """
     spec = canonical_policy(policy)
     options = decode.to_fields() | reuse_options([spec], coreset_reuse)[spec]
-    check_output_file(out)
-    check_output_file(save_votes)
+    output.check_output_file(out)
+    output.check_output_file(save_votes)
     prompt_set = prompts.load(engine_options.model, default_count=DEFAULT_PROBLEMS)
     effective_batch_size = engine_options.resolve_batch_size(batch_size, 1)
     engine = engine_options.open()
@@ -87,9 +81,9 @@ def trace(
     if save_votes is not None:
         write_mean_votes(save_votes, recorded, engine.model)
     if json:
-        print_document(trace_document(out, recorded))
+        output.print_document(trace_document(out, recorded))
     else:
-        console().print(summary_line(out, recorded))
+        output.console().print(summary_line(out, recorded))
 
 
 def record_run(
@@ -112,7 +106,7 @@ def record_run(
         provenance={"command": command, "commit": git_commit(), "rows": batch_size},
     )
     texts = [prompt.text for prompt in prompt_set.prompts]
-    with progress_bar(MofNCompleteColumn(), TimeElapsedColumn()) as progress:
+    with output.progress_bar(MofNCompleteColumn(), TimeElapsedColumn()) as progress:
         task_id = progress.add_task("tracing", total=len(texts))
         with TraceWriter(out, header, bias_of(engine.model)) as writer:
             record_trace(
@@ -146,9 +140,9 @@ def trace_document(path: Path, recorded: Trace) -> dict[str, object]:
 def summary_line(path: Path, recorded: Trace) -> str:
     count, size = len(recorded.forwards), path.stat().st_size
     sequences = len({forward.row for forward in recorded.forwards})
-    each = f", {format_bytes(size / count)} each" if count else ""
+    each = f", {output.format_bytes(size / count)} each" if count else ""
     noun = "sequence" if sequences == 1 else "sequences"
     return (
         f"{path}: {count} forwards of {sequences} {noun} under {recorded.header.policy}{each}, "
-        f"{format_bytes(size)} in all"
+        f"{output.format_bytes(size)} in all"
     )
