@@ -35,6 +35,7 @@ from coterie.lab.replay.trace import TraceWriter, read_trace
 from coterie.lab.study.cached_grading import CachedGradesTask
 from coterie.loading.expert_memory import ExpertMemoryConfig
 from coterie.offload.capacity import Capacity
+from coterie.offload.store import total_traffic
 from coterie.routing import parse_policy
 
 SEED = 9301
@@ -135,9 +136,8 @@ def answered(
                 raise RuntimeError(one.error)
             results.append(one.result)
             right.append(one.request.task.grade(one.result.text, one.request.item).correct)
-    store = model.cached_store
-    traffic = store.traffic_log.traffic()
-    run = Run(play, right, results, traffic.experts_used, traffic.experts_moved, store.expert_bytes)
+    traffic = total_traffic(model.store)
+    run = Run(play, right, results, traffic.experts_used, traffic.experts_moved, traffic.expert_bytes)
     print(f"{play!s:70} {sum(right)} of {len(right)}, {traffic.experts_moved} moved", flush=True)
     return run
 

@@ -50,8 +50,8 @@ from coterie.lab.replay.synthetic import (
 )
 from coterie.lab.replay.trace import KINDS, Trace, TraceWriter, read_trace
 from coterie.loading.expert_memory import ExpertMemoryConfig
-from coterie.loading.simulated_memory import plan_simulated_cache, simulate_cache
 from coterie.offload.capacity import Capacity
+from coterie.offload.store import total_traffic
 from coterie.offload.traffic import Traffic
 from coterie.routing import parse_policy
 
@@ -258,15 +258,13 @@ class Answered:
 
 
 def answer(engine: Engine, tasks: Sequence[Task], rule: str) -> Answered:
-    model = engine.model
-    room = plan_simulated_cache(
-        ExpertMemoryConfig.parse(SHARE), model.spec, model.transformer.dtype
-    )
-    transformer, store = simulate_cache(model.transformer, room)
-    own = Engine(replace(model, transformer=transformer), generation=engine.generation)
+    simulated = engine.model.with_simulated_cache(ExpertMemoryConfig.parse(SHARE, simulated=True))
+    # The plain model has no store to reset between problems.
+    model = replace(engine.model, transformer=simulated.transformer)
+    own = Engine(model, generation=engine.generation)
     commit = "vanilla" if rule == "vanilla" else "policy"
     (sheet,) = run_eval(own, tasks, [Variant(rule)], None, batch_size=1, options={"commit": commit})
-    return Answered(rule, sheet, store.traffic_log.traffic())
+    return Answered(rule, sheet, total_traffic(simulated.store))
 
 
 def grid(

@@ -49,13 +49,14 @@ from coterie.offload.fetchers import ThreadedFetcher
 from coterie.offload.gpu_fetchers import CopyStream, PinnedCopyFetcher
 from coterie.offload.pinned_memory import allocate_pinned
 from coterie.offload.resident_store import ResidentExpertStore
+from coterie.offload.store import TrackedExpertStore, total_traffic
 from coterie.offload.tiers import HostTier
 from coterie.ops import cpu
 from coterie.ops.expert_layout import ExpertLayout
 from coterie.quantization import FORMATS
 from coterie.routing import parse_policy
 from coterie.telemetry import NullRecorder
-from coterie.values import ExpertStore, Routing, Window
+from coterie.values import Routing, Window
 
 SLOTS: dict[ExpertDtype, int] = {"bf16": 47, "int8": 92}  # of a layer: a card of 8 GB
 PLAYS = (
@@ -207,11 +208,11 @@ class Bench:
             samples = launched(lambda: transformer(tokens, step), self.device)
         return found.took(f"{self.kind}: a forward without routed experts", samples) / 1e6
 
-    def ran(self, play: ReplayPolicy, store: ExpertStore) -> Ran:
+    def ran(self, play: ReplayPolicy, store: TrackedExpertStore) -> Ran:
         """Every forward of the trace: who is elected is settled before the clock starts."""
         memory, last = TraceVotes.of(self.trace), CoresetHistory(play.reuse_tolerance)
         x, seconds, used = self.x(), [], 0
-        before = _stalled(store)
+        before = total_traffic(store).stall_seconds
         with torch.inference_mode():
             for place, forward in enumerate(self.trace.forwards):
                 chosen = self.elected(play, forward, store)
@@ -223,17 +224,17 @@ class Bench:
                 ]
                 seconds.append(self.timed(store, asked, x))
         courier = store.fetcher if isinstance(store, CachedExpertStore) else None
-        traffic = store.traffic_log.traffic() if isinstance(store, CachedExpertStore) else None
+        traffic = total_traffic(store)
         return Ran(
             tuple(seconds),
             used,
             brought=courier.brought if isinstance(courier, Watched) else 0,
-            aside=0 if traffic is None else traffic.on_cpu,
-            stalled=_stalled(store) - before,
+            aside=traffic.on_cpu,
+            stalled=traffic.stall_seconds - before,
             busy=courier.busy() if isinstance(courier, Watched) else 0.0,
         )
 
-    def timed(self, store: ExpertStore, asked: Sequence[tuple[int, Routing]], x: Tensor) -> float:
+    def timed(self, store: TrackedExpertStore, asked: Sequence[tuple[int, Routing]], x: Tensor) -> float:
         self.finish()
         began = time.perf_counter()
         for layer, routing in asked:
@@ -241,7 +242,7 @@ class Bench:
         self.finish()
         return time.perf_counter() - began
 
-    def elected(self, play: ReplayPolicy, forward: TraceForward, store: ExpertStore) -> np.ndarray:
+    def elected(self, play: ReplayPolicy, forward: TraceForward, store: TrackedExpertStore) -> np.ndarray:
         """[L, E]: whom a forward uses, by what the store holds before it."""
         found = []
         for ordinal, layer in enumerate(self.trace.header.layers):
@@ -261,7 +262,7 @@ class Bench:
         x = torch.randn(self.tokens, self.layout.hidden, generator=draw)
         return x.to(self.device, torch.bfloat16)
 
-    def resident(self) -> ExpertStore:
+    def resident(self) -> ResidentExpertStore:
         slabs = map(ops.unpack, slabs_of(self.model.transformer))
         return ResidentExpertStore(dict(zip(self.trace.header.layers, slabs, strict=True)))
 
@@ -390,10 +391,6 @@ class Bench:
 def far(device: torch.device) -> bool:
     """Whether it has memory of its own; else threads read, and times mean nothing."""
     return device.type == "cuda"
-
-
-def _stalled(store: ExpertStore) -> float:
-    return store.stall_seconds if isinstance(store, CachedExpertStore) else 0.0
 
 
 def _unpinned(count: int, size: int, device: torch.device) -> Tensor:

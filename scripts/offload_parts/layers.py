@@ -13,8 +13,6 @@ import torch
 from offload_parts.bench import POLICIES, SHARE, Arm, Bench, Found, named, play, tell
 from torch import Tensor
 
-from coterie.families import ModelConfig, detect_family
-from coterie.families.names import is_stacked, weight_map
 from coterie.lab.records import Measurement
 from coterie.lab.replay.judging import concatenate_runs, validate
 from coterie.lab.replay.learning import TimedForwards
@@ -22,15 +20,16 @@ from coterie.lab.replay.serving import ServedTrace, serve_trace
 from coterie.lab.replay.synthetic import LLADA2_MINI
 from coterie.lab.replay.trace import Trace
 from coterie.loading.disk_offload import expert_file_spans
-from coterie.model.checkpoint import Checkpoint
+from coterie.loading.target import ModelFolder
 from coterie.offload.cached_store import CachedExpertStore
 from coterie.offload.eviction import Lru
 from coterie.offload.fetchers import ThreadedFetcher
 from coterie.offload.resident_store import ResidentExpertStore
+from coterie.offload.store import TrackedExpertStore
 from coterie.offload.tiers import DiskTier, ExpertFileSpan
 from coterie.ops.cpu.experts import allocate
 from coterie.ops.packed_layout import slab_of_packed
-from coterie.values import ExpertRequest, ExpertStore, Slab
+from coterie.values import ExpertRequest, Slab
 
 ALL, AMPLE = "all in memory", "slots for all"
 TEACHERS: tuple[Arm, ...] = tuple(
@@ -69,15 +68,9 @@ def measure(bench: Bench, *, layers: int, blocks: int, rounds: int) -> Found:
 def on_disk(folder: Path, layers: int) -> DiskTier:
     """The experts of the first layers that have some, called 1, 2 ..; let go from the system's
     cache of files."""
-    checkpoint = Checkpoint.of(folder)
-    config = ModelConfig.of(folder / "config.json")
-    family = detect_family(config)
-    names, spec = family.tensor_names, family.read_spec(config)
-    places = weight_map(names, spec, stacked=is_stacked(checkpoint.tensors))
     found: dict[int, ExpertFileSpan] = {}
-    for number, (_, one) in enumerate(
-        sorted(expert_file_spans(checkpoint, places).items())[:layers], 1
-    ):
+    spans = sorted(expert_file_spans(ModelFolder.open(folder)).items())
+    for number, (_, one) in enumerate(spans[:layers], 1):
         descriptor = os.open(one.path, os.O_RDONLY)
         os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
         os.close(descriptor)
@@ -120,7 +113,7 @@ class Layers:
             everybody = torch.ones(self.bench.spec.router.experts, dtype=torch.bool)
             list(ample.serve(layer, ExpertRequest(everybody)))
             (slabs[layer],) = ample.serve(layer, ExpertRequest(everybody))
-        stores: dict[str, ExpertStore] = {ALL: ResidentExpertStore(slabs), AMPLE: ample}
+        stores: dict[str, TrackedExpertStore] = {ALL: ResidentExpertStore(slabs), AMPLE: ample}
         found: dict[str, list[float]] = {}
         for turn in range(turns + 1):  # the first forwards of a process are slow
             for one in POLICIES[:2]:

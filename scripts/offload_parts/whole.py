@@ -16,9 +16,7 @@ from coterie.lab.replay.learning import TimedForwards
 from coterie.lab.replay.synthetic import LLADA2_MINI
 from coterie.lab.replay.trace import Trace
 from coterie.loading.load import Model, load_model
-from coterie.model.moe import MoE
-from coterie.offload.cached_store import CachedExpertStore
-from coterie.values import ExpertStore
+from coterie.offload.store import TrackedExpertStore
 
 # Room for all that vanilla uses, for what comes in waves is not in the clock; and three numbers of
 # experts, for one alone does not tell computing them from all else.
@@ -62,7 +60,7 @@ def measure(bench: Bench, *, blocks: int, rounds: int) -> Found:
 def resident(bench: Bench, *, blocks: int, rounds: int) -> Found:
     """Experts mapped, each in the system's cache of files."""
     model = load_model(bench.folder, dtype="bf16", device="cpu")
-    store = store_of(model)
+    store = model.store
     trace = add_commits(bench.drawn(len(bench.spec.moe_layers), blocks))
     arms = [(one, "100%") for one in POLICIES[:2]]
     found = in_turns(model, lambda arm: store, dict.fromkeys(arms, trace), rounds)
@@ -71,24 +69,18 @@ def resident(bench: Bench, *, blocks: int, rounds: int) -> Found:
     return "Offload whole model resident", measured(found), facts
 
 
-def opened(bench: Bench, shares: set[str]) -> tuple[Model, dict[str, CachedExpertStore]]:
+def opened(bench: Bench, shares: set[str]) -> tuple[Model, dict[str, TrackedExpertStore]]:
     """One model, and a store for each share of the experts."""
     models = {
         share: load_model(bench.folder, dtype="bf16", device="cpu", expert_memory=share)
         for share in sorted(shares)
     }
-    stores = {share: model.offload_store for share, model in models.items()}
-    return models[SHARE], {share: one for share, one in stores.items() if one is not None}
-
-
-def store_of(model: Model) -> ExpertStore:
-    networks = (layer.feed_forward for layer in model.transformer.layers)
-    return next(one.store for one in networks if isinstance(one, MoE))
+    return models[SHARE], {share: model.store for share, model in models.items()}
 
 
 def in_turns(
     model: Model,
-    store: Callable[[Arm], ExpertStore],
+    store: Callable[[Arm], TrackedExpertStore],
     traces: Mapping[Arm, Trace],
     rounds: int,
 ) -> dict[Arm, list[TimedRun]]:
@@ -105,8 +97,7 @@ def in_turns(
         draw.shuffle(order)
         for arm in order:
             kept = store(arm)
-            if isinstance(kept, CachedExpertStore):
-                kept.reset()
+            kept.reset()
             ran = run_trace(model, follows[id(traces[arm])], arm[0], kept)
             found[arm].append(ran)
             print(

@@ -197,7 +197,10 @@ def test_a_file_that_is_not_there_is_named(capsys: Capture, model: str, tmp_path
         (("des-vote", "--target", "drop=0.5", "--prompt-file"), "drop needs graded prompts"),
         (("racing", "--per-layer", "--target", "mass=0.5", "--prompt-file"), "no budget for each"),
         (("des-seq", "--target", "experts=1", "--prompt-file"), "no rung meets experts=1"),
-        (("topk", "--target", "mass=0.5", "-o", "no/such/x.json", "--prompt-file"), "folder does not exist"),
+        (
+            ("topk", "--target", "mass=0.5", "-o", "no/such/x.json", "--prompt-file"),
+            "folder does not exist",
+        ),
         (("topk", "--target", "mass=0.5", "-o", ".", "--prompt-file"), ".: a folder"),
         (("topk", "--target", "mass=0.5", "--task", "words", "--prompt-file"), "give one of them"),
         (("topk", "--target", "mass=0.5", "--task", "wrds"), "unknown task 'wrds'"),

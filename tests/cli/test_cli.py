@@ -19,10 +19,10 @@ from safetensors.torch import load_file, save_file
 
 from coterie.cli.entry import run
 from coterie.cli.live_view import CONFIDENCE_COLOURS, END_GLYPH, MASK_GLYPH, LiveView
-from coterie.cli.output import format_bytes
 from coterie.cli.policies import split_source
 from coterie.decoding import Token
 from coterie.engine.events import Denoised
+from coterie.offload.capacity import format_bytes
 from coterie.routing import POLICIES
 from coterie.testing import write_checkpoint
 
@@ -208,13 +208,22 @@ def test_help_and_version_succeed(capsys: Capture) -> None:
         (["inspect", "--fit-gib", "inf"], "--fit-gib"),
         (["eval", "--num-problems", "1", "--out", "/dev/null/x"], "/dev/null/x: Not a directory"),
         (["eval", "--task", "chess"], "unknown task 'chess'; known: "),
-        (["eval", "--num-problems", "1", "--kv-cache", "uncached", "--commit-routing", "policy"], "commit"),
+        (
+            ["eval", "--num-problems", "1", "--kv-cache", "uncached", "--commit-routing", "policy"],
+            "commit",
+        ),
         (["train", "--out", "/dev/null/x"], "/dev/null/x: Not a directory"),
         (["generate", "5", "-p", "coreset:m=4,beta=0.3"], "not beta and m"),
         (["generate", "5", "--seed", "-1", "-t", "1"], "--seed"),
         (["generate", "5", "--commit-routing", "maybe"], "--commit-routing"),
-        (["generate", "5", "--commit-routing", "policy", "--kv-cache", "uncached"], "commits no blocks"),
-        (["generate", "5", "--prefill-routing", "policy", "--kv-cache", "uncached"], "every forward decodes"),
+        (
+            ["generate", "5", "--commit-routing", "policy", "--kv-cache", "uncached"],
+            "commits no blocks",
+        ),
+        (
+            ["generate", "5", "--prefill-routing", "policy", "--kv-cache", "uncached"],
+            "every forward decodes",
+        ),
         (["generate", "5", "--dtype", "int3"], "unknown dtype 'int3'"),
         (["generate", "5", "--device", "tpu"], "unknown device 'tpu'"),
         (["generate", "5", "--device", "cuda:99"], "'cuda:99' is not there"),

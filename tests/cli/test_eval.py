@@ -104,7 +104,10 @@ def test_a_stopped_run_goes_on_and_another_is_refused(capsys: Capture, tmp_path:
     ("words", "told"),
     [
         (["-m", "somewhere/else"], "--task is needed with a model; tasks: gsm8k"),
-        (["--task", "gsm8k", "--num-problems", "3"], "--num-problems has no effect on gsm8k; --limit"),
+        (
+            ["--task", "gsm8k", "--num-problems", "3"],
+            "--num-problems has no effect on gsm8k; --limit",
+        ),
         (["--data", "."], "--data has no effect on words"),
         (["--task", "chess"], "unknown task 'chess'; known: gsm8k"),
         (["--task", "gsm8k", "--data", "/no/such"], "/no/such: no such file or folder"),

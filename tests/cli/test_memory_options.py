@@ -9,13 +9,20 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from test_cached_store import ASKED, PROMPT, needs_kernels, opened, packed
+from offload_cases import (
+    OPTIONS,
+    PROMPT,
+    cached_store_of,
+    load_engine,
+    needs_kernels,
+    packed_checkpoint,
+)
 
 import coterie
 from coterie.cli.entry import run
 from coterie.errors import CoterieError
 from coterie.lab.replay.recorder import bytes_by_precision
-from coterie.loading import load
+from coterie.loading import disk_offload
 from coterie.loading.expert_memory import (
     AUTO_MARGIN_BYTES,
     ExpertMemoryConfig,
@@ -74,7 +81,7 @@ def test_auto_takes_what_is_left_beside_all_else() -> None:
     assert settled.absent_bytes == 0
     with pytest.raises(CoterieError, match="one expert in each of 2 layers"):
         slots(AUTO_MARGIN_BYTES)
-    with pytest.raises(CoterieError, match="does not tell how much"):
+    with pytest.raises(CoterieError, match="does not report"):
         slots(None)
 
 
@@ -82,23 +89,23 @@ def test_auto_takes_what_is_left_beside_all_else() -> None:
 def test_auto_says_what_was_free_and_what_it_took(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    folder = packed(tmp_path)
+    folder = packed_checkpoint(tmp_path)
     words = [*WORDS, "-m", str(folder), "--dtype", "float32", "--expert-memory", "auto"]
     assert run(words) == 0
-    assert "kept for all else: all 16 experts a layer fit" in capsys.readouterr().err
-    spec = opened(folder).model.spec
+    assert "kept for all else: all 16 experts per layer fit" in capsys.readouterr().err
+    spec = load_engine(folder).model.spec
     each = len(spec.moe_layers) * spec.expert_stride
     free = next(
         free
         for free in range(AUTO_MARGIN_BYTES, 2 * AUTO_MARGIN_BYTES, each // 4)
         if free - non_expert_bytes(spec, torch.float32, free) >= 6 * each
     )
-    monkeypatch.setattr(load, "free_memory", lambda _device: free)
+    monkeypatch.setattr(disk_offload, "free_memory", lambda _device: free)
     assert run(words) == 0
-    assert "kept for all else: 6 of 16 experts a layer in memory" in capsys.readouterr().err
-    monkeypatch.setattr(load, "free_memory", lambda _device: None)
+    assert "kept for all else: 6 of 16 experts per layer in memory" in capsys.readouterr().err
+    monkeypatch.setattr(disk_offload, "free_memory", lambda _device: None)
     assert run(words) == 2
-    assert "does not tell how much memory is free" in capsys.readouterr().err
+    assert "does not report its free memory" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -124,7 +131,7 @@ def test_a_group_that_may_take_less_than_the_machine_has_is_believed(
 def test_an_option_without_effect_says_what_would_give_it_one(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    folder = str(packed(tmp_path))
+    folder = str(packed_checkpoint(tmp_path))
     for more, told in (
         (["--eviction", "lfu"], "--eviction has no effect where all experts are in memory"),
         (["--host-memory", "1GiB"], "--expert-memory 35% keeps"),
@@ -132,11 +139,17 @@ def test_an_option_without_effect_says_what_would_give_it_one(
         (["--expert-memory", "3", "--host-memory", "1GiB"], "no effect on a CPU"),
         (["--expert-memory", "3", "--eviction", "fifo"], "known: lfu, lru, votes"),
         (["--expert-memory", "3", "--warm-start", folder], "cannot be read"),
-        (["--expert-memory", "3", "--warm-start", __file__], "`coterie trace --save-votes FILE` saves votes"),
-        (["--expert-memory", "nonsense"], "--expert-memory 'nonsense': say a share of the experts"),
+        (["--expert-memory", "3", "--warm-start", __file__], "`coterie trace` saves votes"),
+        (
+            ["--expert-memory", "nonsense"],
+            "--expert-memory is 'nonsense'; use a share of the experts",
+        ),
         (["--expert-memory", "0.35"], "or bytes (6GiB), or auto"),
-        (["--simulate-expert-memory", "25GB/s"], "--simulate-expert-memory '25GB/s': say a share of the experts"),
-        (["--expert-memory", "3", "--warm-start", f"{folder}/config.json"], "holds no votes"),
+        (
+            ["--simulate-expert-memory", "25GB/s"],
+            "--simulate-expert-memory is '25GB/s'; use a share of the experts",
+        ),
+        (["--expert-memory", "3", "--warm-start", f"{folder}/config.json"], "has no votes"),
     ):
         assert run([*WORDS, "-m", folder, *more]) == 2
         said = capsys.readouterr()
@@ -150,7 +163,7 @@ def test_a_trace_of_a_packed_model_knows_what_its_experts_weigh(
     tmp_path: Path, kind: PackedFormat
 ) -> None:
     """So that as many bytes are as many slots to the replay as to the engine."""
-    spec = opened(packed(tmp_path, kind=kind)).model.spec
+    spec = load_engine(packed_checkpoint(tmp_path, kind=kind)).model.spec
     assert bytes_by_precision(spec)[kind] == spec.expert_stride
     plain = bytes_by_precision(replace(spec, panels=False))
     assert plain["bf16"] == 2 * spec.expert_parameters
@@ -160,13 +173,13 @@ def test_a_trace_of_a_packed_model_knows_what_its_experts_weigh(
 def test_nobody_is_on_disk_where_there_are_slots_for_all(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    words = [*WORDS, "-m", str(packed(tmp_path)), "--expert-memory"]
+    words = [*WORDS, "-m", str(packed_checkpoint(tmp_path)), "--expert-memory"]
     assert run([*words, "100%"]) == 0
     said = capsys.readouterr().err
-    assert "all 16 experts a layer in memory" in said
+    assert "all 16 experts per layer in memory" in said
     assert "on disk" not in said
     assert run([*words, "15"]) == 0
-    assert "15 of 16 experts a layer in memory" in capsys.readouterr().err
+    assert "15 of 16 experts per layer in memory" in capsys.readouterr().err
 
 
 @needs_kernels
@@ -174,7 +187,7 @@ def test_a_drawing_of_nothing_is_refused_before_anybody_is_asked(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     pytest.importorskip("matplotlib")
-    words = [*WORDS, "-m", str(packed(tmp_path)), "--expert-memory", "auto"]
+    words = [*WORDS, "-m", str(packed_checkpoint(tmp_path)), "--expert-memory", "auto"]
     assert run([*words, "--plot-traffic", str(tmp_path / "moved")]) == 2
     told = capsys.readouterr()
     assert (told.out, list(tmp_path.glob("moved*"))) == ("", [])
@@ -185,7 +198,7 @@ def test_a_drawing_of_nothing_is_refused_before_anybody_is_asked(
 @pytest.mark.parametrize("rule", [Lru(), Lfu(), ByVotes(0.5)])
 def test_votes_saved_by_a_trace_fill_the_slots(tmp_path: Path, rule) -> None:
     """Nothing is left to fetch that a warm start has brought; tokens are the same."""
-    folder = packed(tmp_path)
+    folder = packed_checkpoint(tmp_path)
     prompts, votes = tmp_path / "prompts", tmp_path / "votes.json"
     prompts.write_text(json.dumps({"prompt": "5 17 33"}) + "\n")
     words = ["trace", "-m", str(folder), "--prompt-file", str(prompts), "-n", "16", "--block", "8"]
@@ -193,20 +206,21 @@ def test_votes_saved_by_a_trace_fill_the_slots(tmp_path: Path, rule) -> None:
     assert run([*words, "-o", str(traced), "--save-votes", str(votes)]) == 0
     saved = read_votes(votes)
     assert saved.router_checksum == router_checksum(folder)
-    true = opened(folder).generate(PROMPT, **ASKED).tokens
+    true = load_engine(folder).generate(PROMPT, **OPTIONS).tokens
     first = ExpertMemoryConfig(
         ExpertMemoryConfig.parse("6").capacity, eviction=rule, warm_start=saved
     )
     engine = coterie.load(folder, dtype="float32", device="cpu", expert_memory=first)
-    store = engine.model.offload_store
-    assert store is not None
-    assert store.experts_moved == 6 * len(engine.model.spec.moe_layers)
+    store = cached_store_of(engine)
+    assert store.traffic_log.traffic().experts_moved == 6 * len(engine.model.spec.moe_layers)
     for layer, row in saved.by_layer().items():
         resident = store.resident(layer)
         assert resident is not None
         assert resident.numpy().tolist() == np.isin(np.arange(16), np.argsort(-row)[:6]).tolist()
-    assert engine.generate(PROMPT, **ASKED).tokens == true
-    assert run([*WORDS, "-m", str(folder), "--expert-memory", "6", "--warm-start", str(traced)]) == 0
+    assert engine.generate(PROMPT, **OPTIONS).tokens == true
+    assert (
+        run([*WORDS, "-m", str(folder), "--expert-memory", "6", "--warm-start", str(traced)]) == 0
+    )
 
 
 def test_votes_of_another_model_are_refused(tmp_path: Path) -> None:
@@ -218,7 +232,7 @@ def test_votes_of_another_model_are_refused(tmp_path: Path) -> None:
     read = read_votes(tmp_path / "votes")
     assert (read, read.label) == (saved, saved.label)
     read.check(spec, one)
-    with pytest.raises(CoterieError, match="whose routers are not those of"):
+    with pytest.raises(CoterieError, match="other routers than"):
         read.check(spec, other)
     with pytest.raises(CoterieError, match="2 layers of 15 experts"):
         SavedVotes.of("less", spec.moe_layers, votes[:, 1:]).check(spec, one)

@@ -13,7 +13,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from policy_strategies import coresets, law
-from test_cached_store import needs_kernels, opened, packed
+from offload_cases import load_engine, needs_kernels, packed_checkpoint
 from test_laws import blocks
 from test_observation import PROMPTS, engine, tiny, untimed
 from torch import Tensor
@@ -356,10 +356,10 @@ def test_a_broken_forward_leaves_the_memory_as_it_was() -> None:
 
 @needs_kernels
 def test_few_experts_in_memory_change_nothing_of_what_is_kept(tmp_path: Path) -> None:
-    folder, policy = packed(tmp_path), "des-vote:beta=0.3,protect=top1"
+    folder, policy = packed_checkpoint(tmp_path), "des-vote:beta=0.3,protect=top1"
     found = []
     for memory in (None, "35%"):
-        own_engine = opened(folder, memory, **STEPS, drift=0.1)
+        own_engine = load_engine(folder, memory, **STEPS, drift=0.1)
         results = [own_engine.generate(p, policy=policy) for p in PROMPTS]
         found.append([(r.tokens, r.coreset_reuse_rate) for r in results])
     assert found[0] == found[1]

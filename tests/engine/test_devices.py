@@ -80,9 +80,10 @@ def test_few_experts_on_the_device_answer_like_all(
         for policy in ("vanilla", "des-vote:beta=0.3"):
             found, true = (one.generate(PROMPT, policy=policy, **asked) for one in (few, whole))
             assert found.tokens == true.tokens
-        assert few.model.offload_store is not None
-        assert few.model.offload_store.experts_moved > 0
-        assert few.model.offload_store.stall_seconds >= 0
+        traffic = few.traffic()
+        assert traffic is not None
+        assert traffic.experts_moved > 0
+        assert traffic.stall_seconds >= 0
 
 
 @needs_cuda
@@ -94,5 +95,6 @@ def test_a_cpu_beside_the_device_changes_no_answer(tmp_path: Path) -> None:
         memory = ExpertMemoryConfig.parse("35%", cpu_experts=aside)
         few = coterie.load(folder, device="cuda", dtype="float32", expert_memory=memory)
         assert few.generate(PROMPT, **asked).tokens == whole.tokens
-        assert few.model.offload_store is not None
-        assert aside == "auto" or few.model.offload_store.traffic_log.traffic().on_cpu > 0
+        traffic = few.traffic()
+        assert traffic is not None
+        assert aside == "auto" or traffic.on_cpu > 0

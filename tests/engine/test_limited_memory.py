@@ -34,8 +34,8 @@ def folder() -> Path:
 def engine(memory: str | None = "35%", *, compared: bool = True, **more: object) -> Engine:
     asked = None if memory is None else ExpertMemoryConfig.parse(memory, simulated=True, **more)
     own = coterie.load(folder(), dtype="float32", device="cpu", expert_memory=asked)
-    if own.model.cached_store is not None and compared:
-        own.model.cached_store.traffic_log.track_vanilla()
+    if compared and (log := own.model.store.traffic_log) is not None:
+        log.track_vanilla()
     return own
 
 
@@ -61,11 +61,11 @@ def test_a_result_tells_what_its_forwards_moved() -> None:
         assert 0 < moved.hits < moved.experts_used
         assert 0 < moved.seconds < found.seconds
     assert own.traffic() is not None
-    store = own.model.cached_store
-    assert store is not None
-    kinds = [line.kind for line in store.traffic_log.forwards]
+    log = own.model.store.traffic_log
+    assert log is not None
+    kinds = [line.kind for line in log.forwards]
     assert (kinds.count("prefill"), kinds.count("commit") > 0) == (1, True)
-    blocks = [line.blocks for line in store.traffic_log.forwards if line.rows == (0,)]
+    blocks = [line.blocks for line in log.forwards if line.rows == (0,)]
     assert sorted(set(blocks)) == [(0,), (1,), (2,), (3,)]
     assert blocks == sorted(blocks)
 
@@ -112,13 +112,13 @@ def test_a_warm_memory_is_warm_again_when_it_was_emptied() -> None:
     votes[:, :6] = 1.0
     layers = engine(None).model.spec.moe_layers
     warm = SavedVotes.of("tiny", layers, votes.double().numpy())
-    own = engine("6", warm=warm)
+    own = engine("6", warm_start=warm)
     for _ in range(2):
-        store = own.model.cached_store
-        assert store is not None
+        log = own.model.store.traffic_log
+        assert log is not None
         assert not any(
             line.traffic.experts_moved > line.traffic.experts_used
-            for line in store.traffic_log.forwards
+            for line in log.forwards
         )
         here = own.model.transformer.layers[layers[0]].feed_forward.store.resident(layers[0])
         assert here.tolist() == [True] * 6 + [False] * 10
@@ -131,10 +131,10 @@ def test_a_warm_memory_is_warm_again_when_it_was_emptied() -> None:
 @pytest.mark.parametrize(
     ("asked", "told"),
     [
-        (ExpertMemoryConfig.parse("auto", simulated=True), "auto has no effect"),
+        (ExpertMemoryConfig.parse("auto", simulated=True), "auto` has no effect"),
         (
             ExpertMemoryConfig.parse("35%", host_memory="1GiB", simulated=True),
-            "--host-memory has no effect",
+            "`host_memory` has no effect",
         ),
         (ExpertMemoryConfig.parse("1%", simulated=True), "less than one expert"),
     ],
@@ -173,8 +173,8 @@ def test_each_policy_that_is_compared_begins_in_an_empty_memory(capsys: Capture)
 def test_compare_shows_what_was_moved_where_memory_is_short(capsys: Capture) -> None:
     assert run(["compare", *WORDS, "-p", "des-vote:beta=0.3"]) == 0
     said = capsys.readouterr()
-    assert "5 of 16 experts a layer in memory" in said.err
-    assert "is imagined" in said.err
+    assert "5 of 16 experts per layer in memory" in said.err
+    assert "simulated" in said.err
     header, vanilla, other = (line.split() for line in said.out.splitlines()[:3])
     assert header[-3:] == ["hits", "moved", "saved"]
     assert (other[-1][-1], vanilla[-1]) == ("%", "KiB")

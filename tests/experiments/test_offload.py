@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_cached_store import needs_kernels, packed
+from offload_cases import needs_kernels, packed_checkpoint
 
 ROOT = Path(__file__).parents[2]
 
@@ -22,7 +22,7 @@ def test_every_part_is_walked_through(
     script = runpy.run_path(str(ROOT / "scripts" / "offload.py"))
     threads = torch.get_num_threads()
     law = str(ROOT / "results" / "replay-drawn-mini.json")
-    words = [str(packed(tmp_path)), "--blocks", "2", "--rounds", "1", "--threads", "1"]
+    words = [str(packed_checkpoint(tmp_path)), "--blocks", "2", "--rounds", "1", "--threads", "1"]
     try:
         assert script["main"]([*words, "--law", law, "--out", str(tmp_path / "out")]) == 0
     finally:

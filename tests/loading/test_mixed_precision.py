@@ -12,16 +12,11 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from offload_cases import OPTIONS, PROMPT, load_engine, needs_kernels
 from policy_strategies import law
-from test_mixed_precision_store import Plainly, moved
-from test_cached_store import (
-    ASKED,
-    PROMPT,
-    needs_kernels,
-)
+from precision_reference import PrecisionReference, experts_moved
 from torch import Tensor
 
-import coterie
 from coterie.checkpoints.conversion import ConversionTarget, convert
 from coterie.checkpoints.manifest import MANIFEST
 from coterie.cli.entry import run
@@ -51,18 +46,18 @@ class Plain:
 
     fine: ResidentExpertStore
     coarse: ResidentExpertStore
-    rules: dict[int, Plainly]
+    rules: dict[int, PrecisionReference]
 
     def serve(self, layer: int, demand: ExpertRequest) -> Iterator[Slab]:
         rule, everyone = self.rules[layer], range(len(demand.used))
         used, votes = demand.used.tolist(), demand.votes
         assert votes is not None
-        rule.asked(used, votes.tolist())
-        who = torch.tensor([expert in rule.fine for expert in everyone])
+        rule.before_forward(used, votes.tolist())
+        who = torch.tensor([expert in rule.high for expert in everyone])
         for held, mask in ((self.fine, who), (self.coarse, ~who)):
             slab = held.slabs[layer]
             yield replace(slab, slot_of=slab.slot_of.where(mask, -1))
-        rule.served(used)
+        rule.after_forward(used)
 
     def resident(self, layer: int) -> Tensor | None:
         del layer
@@ -81,29 +76,19 @@ def folders(folder: Path, kinds: tuple[str, str], family: str = "llada2") -> tup
     return folder / kinds[0], folder / kinds[1]
 
 
-def opened(folder: Path, memory: ExpertMemoryConfig | None = None) -> Engine:
-    return coterie.load(folder, dtype="float32", device="cpu", expert_memory=memory)
-
-
 def plainly(fine: Path, coarse: Path, own: MixedPrecisionStore) -> tuple[Engine, Plain]:
     """An engine that answers by the plain rule, begun where ``own`` begins."""
-    model, rough = opened(fine).model, opened(coarse).model
-    networks = [one.feed_forward for one in model.transformer.layers]
-    held = next(one.store for one in networks if isinstance(one, MoE))
-    others = next(
-        one.feed_forward.store
-        for one in rough.transformer.layers
-        if isinstance(one.feed_forward, MoE)
-    )
+    model = load_engine(fine).model
+    held, others = model.store, load_engine(coarse).model.store
     assert isinstance(held, ResidentExpertStore)
     assert isinstance(others, ResidentExpertStore)
     rules = {}
     for layer in model.spec.moe_layers:
-        votes = [float(vote) for vote in own.warm_votes.get(layer, np.zeros(16))]
-        order = sorted(range(16), key=lambda e: (-votes[e], e))[: own.high_precision.capacity]
+        votes = [float(vote) for vote in own.high.warm_votes.get(layer, np.zeros(16))]
+        order = sorted(range(16), key=lambda e: (-votes[e], e))[: own.high.capacity]
         fine_first = {e for e in order if votes[e]}
-        rules[layer] = Plainly(
-            own.high_precision.capacity, own.max_promotions, own.vote_mass, fine_first, votes
+        rules[layer] = PrecisionReference(
+            own.high.capacity, own.max_promotions, own.vote_mass, fine_first, votes
         )
     store = Plain(held, others, rules)
     layers = tuple(
@@ -138,53 +123,49 @@ def test_a_model_answers_as_if_each_expert_had_the_precision_of_its_placement(
     tmp_path: Path, family: str, kinds: tuple[str, str], memory: str, placement: PrecisionPolicy
 ) -> None:
     fine, coarse = folders(tmp_path, kinds, family)
-    layers = opened(fine).model.spec.moe_layers
+    layers = load_engine(fine).model.spec.moe_layers
     warm = drawn_votes(layers) if isinstance(placement, StaticVotes) else None
     asked = ExpertMemoryConfig.parse(
         memory, warm_start=warm, fallback_model=LowPrecisionExperts(coarse, placement)
     )
-    own = opened(fine, asked)
+    own = load_engine(fine, asked)
     store = mixed_of(own)
     reference, plain = plainly(fine, coarse, store)
     for policy in ("vanilla", "des-vote:beta=0.3"):
-        found, true = (one.generate(PROMPT, policy=policy, **ASKED) for one in (own, reference))
+        found, true = (one.generate(PROMPT, policy=policy, **OPTIONS) for one in (own, reference))
         assert found.tokens == true.tokens
     for layer in layers:
-        here = set(np.flatnonzero(store._layer(layer).slots.resident).tolist())
-        assert here == plain.rules[layer].fine
+        here = set(np.flatnonzero(store.high.layer_cache(layer).slots.resident).tolist())
+        assert here == plain.rules[layer].high
     assert (store.precision_stats.promotions > 0) == (not isinstance(placement, StaticVotes))
     assert 0 < store.precision_stats.high_share_sum < store.precision_stats.forwards
     assert store.precision_stats.bound_sum > 0
 
 
 def mixed_of(engine: Engine) -> MixedPrecisionStore:
-    network = next(
-        one.feed_forward
-        for one in engine.model.transformer.layers
-        if isinstance(one.feed_forward, MoE)
-    )
-    assert isinstance(network.store, MixedPrecisionStore)
-    return network.store
+    store = engine.model.store
+    assert isinstance(store, MixedPrecisionStore)
+    return store
 
 
 @needs_kernels
 def test_a_whole_model_in_two_precisions_reads_each_expert_once(tmp_path: Path) -> None:
     fine, coarse = folders(tmp_path, ("int8", "int4"))
-    warm = drawn_votes(opened(fine).model.spec.moe_layers)
-    engine = opened(
+    warm = drawn_votes(load_engine(fine).model.spec.moe_layers)
+    engine = load_engine(
         fine,
         ExpertMemoryConfig.parse(
             "75%", warm_start=warm, fallback_model=LowPrecisionExperts(coarse, StaticVotes())
         ),
     )
     store = mixed_of(engine)
-    assert store.high_precision.capacity + store.low_precision.capacity == 16
-    engine.generate(PROMPT, **ASKED)
+    assert store.high.capacity + store.low.capacity == 16
+    engine.generate(PROMPT, **OPTIONS)
     traffic = store.traffic_log.traffic()
-    places = (store.high_precision.capacity, store.low_precision.capacity)
-    assert moved(store) == {"disk, int8": 2 * places[0], "disk, int4": 2 * places[1]}
+    places = (store.high.capacity, store.low.capacity)
+    assert experts_moved(store) == {"disk, int8": 2 * places[0], "disk, int4": 2 * places[1]}
     assert traffic.hit_rate == 1
-    sizes = (store.high_precision.expert_bytes, store.low_precision.expert_bytes)
+    sizes = (store.high.expert_bytes, store.low.expert_bytes)
     assert traffic.bytes_moved == 2 * sum(a * b for a, b in zip(places, sizes, strict=True))
 
 
@@ -195,11 +176,11 @@ def test_an_evaluation_knows_its_coarse_experts_wherever_they_lie(tmp_path: Path
     moved_to = coarse.rename(tmp_path / "elsewhere")
     asked.append(ExpertMemoryConfig.parse("75%", fallback_model=LowPrecisionExperts(moved_to)))
     coarse.symlink_to(moved_to)
-    found = [run_identity(opened(fine, memory), [])["memory"] for memory in asked]
+    found = [run_identity(load_engine(fine, memory), [])["memory"] for memory in asked]
     assert found[0] == found[1]
     config = moved_to / "config.json"
     config.write_text(config.read_text() + "\n")
-    assert run_identity(opened(fine, asked[0]), [])["memory"] != found[0]
+    assert run_identity(load_engine(fine, asked[0]), [])["memory"] != found[0]
 
 
 @needs_kernels
@@ -210,27 +191,29 @@ def test_two_folders_that_are_not_one_model_are_refused(tmp_path: Path) -> None:
     convert(other, tmp_path / "seed-int4", ConversionTarget.parse("int4"))
     convert(wider, tmp_path / "wider-int4", ConversionTarget.parse("int4"))
     for first, second, told in (
-        (fine, tmp_path / "seed-int4", "not made of the same weights"),
+        (fine, tmp_path / "seed-int4", "not made from the weights"),
         (fine, tmp_path / "wider-int4", "vocab_size is 100, not 96"),
         (coarse, fine, "are not smaller"),
         (fine, other, "packed checkpoint"),
     ):
         with pytest.raises(CoterieError, match=told):
-            opened(
+            load_engine(
                 first, ExpertMemoryConfig.parse("35%", fallback_model=LowPrecisionExperts(second))
             )
     for folder in (tmp_path / "seed-int4", coarse):  # where no source is told, weights decide
         listed = json.loads((folder / MANIFEST).read_text())
         (folder / MANIFEST).write_text(json.dumps({**listed, "source": None}))
-    with pytest.raises(CoterieError, match="not made of the same weights"):
-        opened(
+    with pytest.raises(CoterieError, match="not made from the weights"):
+        load_engine(
             fine,
             ExpertMemoryConfig.parse(
                 "35%", fallback_model=LowPrecisionExperts(tmp_path / "seed-int4")
             ),
         )
     assert mixed_of(
-        opened(fine, ExpertMemoryConfig.parse("35%", fallback_model=LowPrecisionExperts(coarse)))
+        load_engine(
+            fine, ExpertMemoryConfig.parse("35%", fallback_model=LowPrecisionExperts(coarse))
+        )
     )
 
 
@@ -238,8 +221,8 @@ def test_two_folders_that_are_not_one_model_are_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("memory", "placement", "told"),
     [
-        ("35%", "votes", "--warm FILE"),
-        ("100%", "upgrades", "--coarse has no effect"),
+        ("35%", "votes", "warm_start"),
+        ("100%", "upgrades", "fallback_model` has no effect"),
         ("1", "upgrades:share=0.5", "less than one of each"),
         ("35%", "upgrades:share=1", "share must be at least 0.01"),
         ("35%", "upgrades:most=0", "most must be at least 1"),
@@ -251,7 +234,7 @@ def test_two_precisions_that_cannot_be_had_are_refused(
 ) -> None:
     fine, few = folders(tmp_path, ("int8", "int4"))
     with pytest.raises(CoterieError, match=told):
-        opened(
+        load_engine(
             fine,
             ExpertMemoryConfig.parse(
                 memory, fallback_model=LowPrecisionExperts.parse(str(few), placement)
@@ -292,7 +275,7 @@ def test_the_command_says_which_precision_served(
     told = json.loads(said.out)
     precision, traffic = told["expert_precision"], told["expert_traffic"]
     slots = precision["fine_slots"], precision["coarse_slots"]
-    assert f"{slots[0]} of 16 experts a layer in int8 and {slots[1]} in int4" in said.err
+    assert f"{slots[0]} of 16 experts per layer in int8 and {slots[1]} in int4" in said.err
     assert traffic["slots"] == sum(slots)
     assert set(traffic["bytes_moved_from"]) == {"disk, int8", "disk, int4"}
     assert (precision["fine"], precision["coarse"]) == ("int8", "int4")
@@ -305,7 +288,7 @@ def test_the_command_says_which_precision_served(
     assert run(words) == 0
     said = capsys.readouterr()
     assert json.loads(said.out)["expert_precision"]["loss_bound"] is None
-    assert "does not tell what its experts lost" in said.err
+    assert "no quantization errors" in said.err
 
 
 @needs_kernels

@@ -388,5 +388,5 @@ def test_devices_and_dtypes_are_known_by_name(tmp_path: Path) -> None:
 def test_a_model_larger_than_memory_is_refused_before_it_is_read(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("coterie.loading.load.free_memory", lambda _device: 1000)
+    monkeypatch.setattr("coterie.loading.target.free_memory", lambda _device: 1000)
     assert "the weights need" in refusal(one(tmp_path))

@@ -18,74 +18,33 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from offload_cases import (
+    HIDDEN,
+    LAYERS,
+    OPTIONS,
+    PROMPT,
+    SIZE,
+    FailingTier,
+    cached_store,
+    cached_store_of,
+    expert_blobs,
+    fp32_slab,
+    load_engine,
+    moe_output,
+    needs_kernels,
+    packed_checkpoint,
+    random_routings,
+)
 from policy_strategies import law
 from torch import Tensor
 
-import coterie
-from coterie import ops
-from coterie.checkpoints.conversion import ConversionTarget, convert
 from coterie.checkpoints.manifest import MANIFEST
 from coterie.cli.entry import run
-from coterie.engine.engine import Engine
 from coterie.errors import CoterieError
-from coterie.offload.cached_store import CachedExpertStore
 from coterie.offload.eviction import Eviction, Lfu, Lru
-from coterie.offload.fetchers import ThreadedFetcher
 from coterie.offload.resident_store import ResidentExpertStore
 from coterie.offload.tiers import PAGE_BYTES, DiskTier, ExpertFileSpan, HostTier, Tier
-from coterie.ops import cpu
-from coterie.testing import write_checkpoint
-from coterie.values import ExpertRequest, Routing, Slab, expert_mask
-
-HIDDEN, WIDTH, LAYERS = 8, 4, (1, 2)
-PART = 2 * WIDTH * HIDDEN  # numbers of gate and up
-SIZE = 4 * (PART + HIDDEN * WIDTH)
-
-
-def shown(memory: Tensor, slot_of: Tensor) -> Slab:
-    """fp32 experts, gate and up before down."""
-    numbers = memory.view(torch.float32)
-    return Slab(
-        numbers[:, :PART].reshape(-1, 2 * WIDTH, HIDDEN),
-        numbers[:, PART:].reshape(-1, HIDDEN, WIDTH),
-        slot_of,
-    )
-
-
-def blobs(experts: int, seed: int = 0) -> dict[int, Tensor]:
-    draw = torch.Generator().manual_seed(seed)
-    numbers = {layer: torch.randn(experts, SIZE // 4, generator=draw) for layer in LAYERS}
-    return {layer: one.view(torch.uint8) for layer, one in numbers.items()}
-
-
-def store(
-    tier: Tier, experts: int, capacity: int, rule: Eviction | None = None
-) -> CachedExpertStore:
-    def allocate(slots: int, size: int) -> Tensor:
-        return torch.full((slots, size), 255, dtype=torch.uint8)  # NaN
-
-    return CachedExpertStore(
-        ThreadedFetcher(tier), shown, allocate, experts, SIZE, capacity, rule or Lru()
-    )
-
-
-def routings(experts: int, seed: int, *, count: int, tokens: int = 5, k: int = 3) -> list[Routing]:
-    draw = torch.Generator().manual_seed(seed)
-    made = []
-    for _ in range(count):
-        ids = torch.rand(tokens, experts, generator=draw).argsort(-1)[:, : min(k, experts)]
-        weights = torch.rand(ids.shape, generator=draw)
-        made.append(Routing(ids, weights, expert_mask(ids.flatten(), experts), ids))
-    return made
-
-
-def computed(
-    served: CachedExpertStore | ResidentExpertStore, layer: int, routing: Routing, x: Tensor
-) -> Tensor:
-    out = torch.zeros(len(x), HIDDEN)
-    for slab in served.serve(layer, ExpertRequest(routing.used, routing)):
-        out += ops.run_experts(x, routing, slab)
-    return out
+from coterie.values import ExpertRequest, expert_mask
 
 
 @given(
@@ -94,20 +53,24 @@ def computed(
 @law(40)
 def test_offloaded_equals_resident(experts: int, capacity: int, seed: int, rule: Eviction) -> None:
     """Layers take turns; equal to rounding, for waves add in another order."""
-    whole = blobs(experts, seed)
+    whole = expert_blobs(experts, seed)
     everyone = torch.arange(experts)
-    resident = ResidentExpertStore({layer: shown(one, everyone) for layer, one in whole.items()})
-    own = store(HostTier(whole), experts, capacity, rule)
-    for place, routing in enumerate(routings(experts, seed, count=6)):
+    resident = ResidentExpertStore(
+        {layer: fp32_slab(one, everyone) for layer, one in whole.items()}
+    )
+    own = cached_store(HostTier(whole), experts, capacity, rule)
+    for place, routing in enumerate(random_routings(experts, seed, count=6)):
         layer = LAYERS[place % 2]
         x = torch.randn(5, HIDDEN, generator=torch.Generator().manual_seed(place))
-        found, true = (computed(one, layer, routing, x) for one in (own, resident))
+        found, true = (moe_output(one, layer, routing, x) for one in (own, resident))
         torch.testing.assert_close(found, true, atol=1e-5, rtol=1e-5)
     traffic = own.traffic_log.traffic()
     assert traffic.forwards == 3
-    assert traffic.experts_used == sum(int(r.used.sum()) for r in routings(experts, seed, count=6))
+    assert traffic.experts_used == sum(
+        int(r.used.sum()) for r in random_routings(experts, seed, count=6)
+    )
     if capacity >= experts:
-        seen = [r.used for r in routings(experts, seed, count=6)]
+        seen = [r.used for r in random_routings(experts, seed, count=6)]
         assert traffic.experts_moved == sum(
             int((seen[at] | seen[at + 2] | seen[at + 4]).sum()) for at in (0, 1)
         )
@@ -139,8 +102,8 @@ class Slow:
 
 def test_what_is_being_computed_with_is_not_overwritten() -> None:
     """Twelve experts through five slots: while a slab is out, its bytes stand."""
-    slow = Slow(HostTier(blobs(12)))
-    own = store(slow, 12, 5)
+    slow = Slow(HostTier(expert_blobs(12)))
+    own = cached_store(slow, 12, 5)
     for _ in range(3):
         served = 0
         for slab in own.serve(1, ExpertRequest(torch.ones(12, dtype=torch.bool))):
@@ -156,8 +119,8 @@ def test_what_is_being_computed_with_is_not_overwritten() -> None:
 
 
 def test_who_is_here_is_computed_while_others_come() -> None:
-    slow = Slow(HostTier(blobs(8)))
-    own = store(slow, 8, 6)
+    slow = Slow(HostTier(expert_blobs(8)))
+    own = cached_store(slow, 8, 6)
     first, both = torch.zeros(8, dtype=torch.bool), torch.zeros(8, dtype=torch.bool)
     first[:3] = True
     both[:5] = True
@@ -174,8 +137,8 @@ def test_who_is_here_is_computed_while_others_come() -> None:
 
 
 def test_a_slab_of_all_that_are_here_is_made_anew_when_others_came() -> None:
-    whole = blobs(6)
-    own, true = store(HostTier(whole), 6, 3), shown(whole[1], torch.arange(6))
+    whole = expert_blobs(6)
+    own, true = cached_store(HostTier(whole), 6, 3), fp32_slab(whole[1], torch.arange(6))
     for wanted in ({0, 1, 2}, {0, 1}, {1, 2}, {1, 4}, {4}, {1, 4}, {0, 1}, {0}):
         used = expert_mask(torch.tensor(sorted(wanted)), 6)
         seen: set[int] = set()
@@ -188,21 +151,21 @@ def test_a_slab_of_all_that_are_here_is_made_anew_when_others_came() -> None:
 
 
 def test_a_store_that_was_left_in_the_middle_fetches_anew() -> None:
-    whole = blobs(9)
-    own = store(HostTier(whole), 9, 3)
+    whole = expert_blobs(9)
+    own = cached_store(HostTier(whole), 9, 3)
     served = own.serve(1, ExpertRequest(torch.ones(9, dtype=torch.bool)))
     next(served)
     served.close()
     resident = own.resident(1)
     assert resident is not None
     assert not bool(resident.any())
-    x, (routing,) = torch.randn(5, HIDDEN), routings(9, 4, count=1)
-    true = ResidentExpertStore({1: shown(whole[1], torch.arange(9))})
-    torch.testing.assert_close(computed(own, 1, routing, x), computed(true, 1, routing, x))
+    x, (routing,) = torch.randn(5, HIDDEN), random_routings(9, 4, count=1)
+    true = ResidentExpertStore({1: fp32_slab(whole[1], torch.arange(9))})
+    torch.testing.assert_close(moe_output(own, 1, routing, x), moe_output(true, 1, routing, x))
 
 
 def on_disk(folder: Path, experts: int = 6) -> tuple[DiskTier, dict[int, Tensor]]:
-    whole, layers = blobs(experts), {}
+    whole, layers = expert_blobs(experts), {}
     for layer, one in whole.items():
         path = folder / f"layer-{layer}"
         path.write_bytes(b"before " + one.numpy().tobytes() + b" behind")
@@ -225,7 +188,7 @@ def test_a_disk_gives_what_was_written(tmp_path: Path) -> None:
     [
         (lambda path: path.unlink(), "cannot be read"),
         (lambda path: path.write_bytes(path.read_bytes()[: 7 + 4 * SIZE + 3]), "ends after 3 of"),
-        (lambda path: path.write_bytes(b"x" * path.stat().st_size), "is not what was written"),
+        (lambda path: path.write_bytes(b"x" * path.stat().st_size), "wrong checksum"),
     ],
 )
 def test_a_disk_that_fails_gives_an_error_and_never_other_weights(
@@ -233,7 +196,7 @@ def test_a_disk_that_fails_gives_an_error_and_never_other_weights(
 ) -> None:
     """Experts 0 and 1 were read before the file was harmed; then 4 is asked for, and again."""
     tier, whole = on_disk(tmp_path)
-    own = store(tier, 6, 3)
+    own = cached_store(tier, 6, 3)
     list(own.serve(1, ExpertRequest(torch.tensor([True, True, False, False, False, False]))))
     path = tier.spans[1].path
     good = path.read_bytes()
@@ -245,7 +208,7 @@ def test_a_disk_that_fails_gives_an_error_and_never_other_weights(
             )
     path.write_bytes(good)
     (slab,) = own.serve(1, ExpertRequest(torch.tensor([False, False, False, False, True, False])))
-    assert torch.equal(slab.down[slab.slot_of[4]], shown(whole[1], torch.arange(6)).down[4])
+    assert torch.equal(slab.down[slab.slot_of[4]], fp32_slab(whole[1], torch.arange(6)).down[4])
 
 
 PAGES = 2  # of an expert, below
@@ -269,14 +232,14 @@ def test_whole_pages_are_read_past_the_cache_where_the_system_can(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, past: bool
 ) -> None:
     tier, whole, into = paged(tmp_path)
-    opened = os.open
+    real_open = os.open
     flags: list[int] = []
 
     def counted(path: Path, flag: int) -> int:
         flags.append(flag)
         if not past:
             raise OSError(errno.EINVAL, "Invalid argument")
-        return opened(path, flag)
+        return real_open(path, flag)
 
     monkeypatch.setattr(os, "open", counted)
     for expert, one in enumerate(whole):
@@ -301,54 +264,33 @@ def test_a_file_that_ends_inside_an_expert_is_an_error_in_pages_too(
         tier.fetch(1, 3, into)
 
 
-needs_kernels = pytest.mark.skipif(
-    not cpu.is_available(), reason="the kernels for CPUs are not built"
-)
-PROMPT = [5, 17, 33, 2, 9]
-ASKED = {"max_new_tokens": 24, "block": 8, "unmask": "fixed:steps=3"}
-
-
-def packed(folder: Path, family: str = "llada2", kind: str = "int8") -> Path:
-    """A tiny checkpoint of 16 experts a layer, packed."""
-    whole = write_checkpoint(folder / "whole", family, dtype=torch.bfloat16)
-    convert(whole, folder / "packed", ConversionTarget.parse(kind))
-    return folder / "packed"
-
-
-def opened(folder: Path, memory: str | None = None, **options: object) -> Engine:
-    return coterie.load(folder, dtype="float32", device="cpu", expert_memory=memory, **options)
-
-
 @needs_kernels
 @pytest.mark.parametrize("kind", ["bf16", "int8", "int4"])
 @pytest.mark.parametrize("family", ["llada2", "llada-moe", "sdar-moe"])
 def test_a_model_answers_the_same_with_few_experts_in_memory(
     tmp_path: Path, family: str, kind: str
 ) -> None:
-    folder = packed(tmp_path, family, kind)
-    whole = opened(folder)
+    folder = packed_checkpoint(tmp_path, family, kind)
+    whole = load_engine(folder)
     for memory in ("1", "35%", "100%"):
-        few = opened(folder, memory)
+        few = load_engine(folder, memory)
         for policy in ("vanilla", "des-vote:beta=0.3"):
-            found, true = (one.generate(PROMPT, policy=policy, **ASKED) for one in (few, whole))
+            found, true = (one.generate(PROMPT, policy=policy, **OPTIONS) for one in (few, whole))
             assert found.tokens == true.tokens
-        store = few.model.offload_store
-        assert store is not None
-        moved = store.traffic_log.traffic().experts_moved
-        assert (store.capacity, moved > 0) == ({"1": 1, "35%": 5, "100%": 16}[memory], True)
+        own = cached_store_of(few)
+        moved = own.traffic_log.traffic().experts_moved
+        assert (own.capacity, moved > 0) == ({"1": 1, "35%": 5, "100%": 16}[memory], True)
         assert (moved <= 16 * len(few.model.spec.moe_layers)) == (memory == "100%")
 
 
 @needs_kernels
 def test_an_election_prefers_who_is_in_memory(tmp_path: Path) -> None:
-    folder = packed(tmp_path)
+    folder = packed_checkpoint(tmp_path)
     hits = []
     for lam in (0, 8):
-        engine = opened(folder, "35%")
-        engine.generate(PROMPT, policy=f"resident-vote:beta=0.3,lam={lam},eps=0.5", **ASKED)
-        store = engine.model.offload_store
-        assert store is not None
-        hits.append(store.traffic_log.traffic().hit_rate)
+        engine = load_engine(folder, "35%")
+        engine.generate(PROMPT, policy=f"resident-vote:beta=0.3,lam={lam},eps=0.5", **OPTIONS)
+        hits.append(cached_store_of(engine).traffic_log.traffic().hit_rate)
     assert hits[1] > hits[0]
 
 
@@ -356,11 +298,11 @@ def test_an_election_prefers_who_is_in_memory(tmp_path: Path) -> None:
 def test_the_command_says_what_is_in_memory_and_what_was_moved(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    folder = str(packed(tmp_path))
+    folder = str(packed_checkpoint(tmp_path))
     words = ["generate", "5 17 33", "-m", folder, "-n", "8", "--block", "8", "--json"]
     assert run([*words, "--expert-memory", "5"]) == 0
     said = capsys.readouterr()
-    assert "5 of 16 experts a layer in memory" in said.err
+    assert "5 of 16 experts per layer in memory" in said.err
     told = json.loads(said.out)["expert_traffic"]
     assert (told["slots"], told["experts_moved"] <= told["experts_used"]) == (5, True)
     assert told["bytes_moved"] % told["experts_moved"] == 0
@@ -372,7 +314,7 @@ def test_the_command_says_what_is_in_memory_and_what_was_moved(
 def test_what_cannot_be_kept_outside_memory_is_one_line(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    folder = packed(tmp_path)
+    folder = packed_checkpoint(tmp_path)
     whole = str(tmp_path / "whole")
     for model, memory, told in (
         (whole, "35%", "packed checkpoint"),
@@ -388,12 +330,12 @@ def test_what_cannot_be_kept_outside_memory_is_one_line(
         tensor.pop("crc32", None)
     (folder / MANIFEST).write_text(json.dumps(listed))
     with pytest.raises(CoterieError, match="no checksums of the experts"):
-        opened(folder, "35%")
+        load_engine(folder, "35%")
 
 
 @pytest.mark.parametrize("error", [OSError(errno.ENOMEM, "Cannot allocate"), RuntimeError("no")])
 def test_memory_that_is_not_to_be_had_is_said_and_may_be_had_later(error: Exception) -> None:
-    own, left = store(HostTier(blobs(4)), 4, 2), [error]
+    own, left = cached_store(HostTier(expert_blobs(4)), 4, 2), [error]
     allocate = own.allocate
 
     def grudging(slots: int, size: int) -> Tensor:
@@ -408,25 +350,11 @@ def test_memory_that_is_not_to_be_had_is_said_and_may_be_had_later(error: Except
 
 
 def test_an_expert_that_was_to_be_here_from_the_start_is_said_and_not_asked_for_again() -> None:
-    tier = Failing(HostTier(blobs(4)), {2})
-    own = store(tier, 4, 3)
-    own.warm_votes = {1: np.array([0.0, 1.0, 2.0, 0.5])}
+    tier = FailingTier(HostTier(expert_blobs(4)), {2})
+    own = cached_store(tier, 4, 3, warm_votes={1: np.array([0.0, 1.0, 2.0, 0.5])})
     with pytest.raises(CoterieError, match="expert 2"):
         own.resident(1)
     here = own.resident(1)
     assert here is not None
     assert not bool(here.any())
     list(own.serve(1, ExpertRequest(torch.tensor([True, True, False, False]))))
-
-
-@dataclass(frozen=True)
-class Failing:
-    """A tier that cannot read some experts."""
-
-    tier: Tier
-    harmed: set[int]
-
-    def fetch(self, layer: int, expert: int, into: Tensor) -> str:
-        if expert in self.harmed:
-            raise CoterieError(f"expert {expert} cannot be read")
-        return self.tier.fetch(layer, expert, into)

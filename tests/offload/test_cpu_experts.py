@@ -11,9 +11,22 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from offload_cases import (
+    HIDDEN,
+    LAYERS,
+    OPTIONS,
+    PROMPT,
+    cached_store,
+    cached_store_of,
+    expert_blobs,
+    fp32_slab,
+    load_engine,
+    moe_output,
+    plain_or_packed_checkpoint,
+    random_routings,
+    simulate_gpu,
+)
 from policy_strategies import law
-from test_cached_store import HIDDEN, LAYERS, blobs, computed, routings, shown, store
-from test_gpu_offload import ASKED, PROMPT, far, made, opened
 
 from coterie.cli.entry import run
 from coterie.errors import CoterieError
@@ -25,7 +38,14 @@ from coterie.offload.tiers import HostTier
 from coterie.ops import cpu
 from coterie.values import ExpertRequest
 
-imagined_gpu = pytest.mark.usefixtures(far.__name__)
+simulated_gpu = pytest.mark.usefixtures("gpu")
+
+
+@pytest.fixture
+def gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    simulate_gpu(monkeypatch)
+
+
 seconds = st.floats(0, 1e-2, allow_subnormal=False)
 
 
@@ -33,12 +53,12 @@ seconds = st.floats(0, 1e-2, allow_subnormal=False)
 @law(60)
 def test_any_split_equals_resident(experts: int, capacity: int, seed: int, most: int) -> None:
     """To rounding; who was computed aside is neither moved nor a hit, and takes no slot."""
-    whole = blobs(experts, seed)
-    everyone = {layer: shown(one, torch.arange(experts)) for layer, one in whole.items()}
-    resident, own = ResidentExpertStore(everyone), store(HostTier(whole), experts, capacity)
+    whole = expert_blobs(experts, seed)
+    everyone = {layer: fp32_slab(one, torch.arange(experts)) for layer, one in whole.items()}
+    resident, own = ResidentExpertStore(everyone), cached_store(HostTier(whole), experts, capacity)
     own.cpu_experts = CpuExperts(TokenLimit(most), everyone)
     aside = 0
-    for place, routing in enumerate(routings(experts, seed, count=6)):
+    for place, routing in enumerate(random_routings(experts, seed, count=6)):
         layer, tokens = LAYERS[place % 2], ExpertRequest(routing.used, routing).token_counts
         assert tokens is not None
         here = own.resident(layer)
@@ -46,7 +66,7 @@ def test_any_split_equals_resident(experts: int, capacity: int, seed: int, most:
         left = routing.used & ~here & (tokens <= most)
         aside += int(left.sum())
         x = torch.randn(5, HIDDEN, generator=torch.Generator().manual_seed(place))
-        found, true = (computed(one, layer, routing, x) for one in (own, resident))
+        found, true = (moe_output(one, layer, routing, x) for one in (own, resident))
         torch.testing.assert_close(found, true, atol=1e-5, rtol=1e-5)
         now = own.resident(layer)
         assert now is not None
@@ -111,7 +131,7 @@ def test_a_slow_cpu_computes_nobody_and_a_fast_one_everybody() -> None:
 
 @pytest.mark.parametrize("text", ["", "0", "-1", "some", "4.5"])
 def test_what_is_no_choice_is_refused(text: str) -> None:
-    with pytest.raises(CoterieError, match="--cpu-experts"):
+    with pytest.raises(CoterieError, match="cpu_experts"):
         parse_cpu_experts(text)
 
 
@@ -123,23 +143,22 @@ def test_a_choice_is_read() -> None:
     )
 
 
-@imagined_gpu
+@simulated_gpu
 @pytest.mark.parametrize("kept", ["plain", "bf16", "int8"])
 @pytest.mark.parametrize("asked", ["auto", "3"])
 def test_a_model_answers_with_some_experts_on_the_cpu(
     tmp_path: Path, kept: str, asked: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Few of its experts are in the slots; those that are missed by few tokens do not come."""
-    folder = made(tmp_path, kept)
+    folder = plain_or_packed_checkpoint(tmp_path, kept)
     fast = BreakEven(copy_seconds=1e-3, layer_seconds=0.0, expert_seconds=1e-3, token_seconds=1e-5)
     monkeypatch.setattr(gpu_offload, "measure_break_even", lambda *known, **how: fast)
-    few = opened(folder, ExpertMemoryConfig.parse("35%", cpu_experts=asked))
-    store = few.model.offload_store
-    assert store is not None
+    few = load_engine(folder, ExpertMemoryConfig.parse("35%", cpu_experts=asked))
+    store = cached_store_of(few)
     assert store.cpu_experts is not None
     assert store.cpu_experts.selection == (fast if asked == "auto" else TokenLimit(3))
-    true = opened(folder).generate(PROMPT, **ASKED)
-    found = few.generate(PROMPT, **ASKED)
+    true = load_engine(folder).generate(PROMPT, **OPTIONS)
+    found = few.generate(PROMPT, **OPTIONS)
     traffic = store.traffic_log.traffic()
     assert traffic.on_cpu > 0
     assert traffic.experts_moved > 0
@@ -150,33 +169,35 @@ def test_a_model_answers_with_some_experts_on_the_cpu(
         assert same >= len(true.tokens) // 2
 
 
-@imagined_gpu
+@simulated_gpu
 def test_prices_are_measured_on_the_machine(tmp_path: Path) -> None:
-    few = opened(made(tmp_path, "int8"), ExpertMemoryConfig.parse("35%", cpu_experts="auto"))
-    store = few.model.offload_store
-    assert store is not None
+    few = load_engine(
+        plain_or_packed_checkpoint(tmp_path, "int8"),
+        ExpertMemoryConfig.parse("35%", cpu_experts="auto"),
+    )
+    store = cached_store_of(few)
     assert store.cpu_experts is not None
     choice = store.cpu_experts.selection
     assert isinstance(choice, BreakEven)
     assert choice.copy_seconds > 0
     assert choice.layer_seconds + choice.expert_seconds > 0
-    assert "a copy takes" in cpu_experts.describe_cpu_experts(store.cpu_experts)
-    assert few.generate(PROMPT, **ASKED).tokens
+    assert "a copy takes" in store.cpu_experts.selection.describe()
+    assert few.generate(PROMPT, **OPTIONS).tokens
 
 
-@imagined_gpu
+@simulated_gpu
 def test_kernels_need_memory_of_their_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     if not cpu.is_available():
         pytest.skip("the kernels for CPUs are not built")
-    folder = made(tmp_path, "int8")
+    folder = plain_or_packed_checkpoint(tmp_path, "int8")
     monkeypatch.setattr(cpu_experts, "free_memory", lambda device: 5)
-    with pytest.raises(CoterieError, match="more of host memory are needed, and 5 are free"):
-        opened(folder, ExpertMemoryConfig.parse("35%", cpu_experts="auto"))
+    with pytest.raises(CoterieError, match="more bytes of host memory .* 5 are free"):
+        load_engine(folder, ExpertMemoryConfig.parse("35%", cpu_experts="auto"))
 
 
-@imagined_gpu
+@simulated_gpu
 def test_where_it_has_no_effect_it_is_an_error(tmp_path: Path) -> None:
-    folder = made(tmp_path, "int8")
+    folder = plain_or_packed_checkpoint(tmp_path, "int8")
     for memory, told in (
         (
             ExpertMemoryConfig.parse("auto", cpu_experts="auto"),
@@ -184,38 +205,45 @@ def test_where_it_has_no_effect_it_is_an_error(tmp_path: Path) -> None:
         ),
         (
             ExpertMemoryConfig.parse("35%", host_memory="30KB", cpu_experts="4"),
-            "which must hold all of them",
+            "needs all experts in host memory",
         ),
     ):
         with pytest.raises(CoterieError, match=told):
-            opened(folder, memory)
+            load_engine(folder, memory)
 
 
 def test_a_cpu_has_no_cpu_beside_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    folder = str(made(tmp_path, "int8"))
+    folder = str(plain_or_packed_checkpoint(tmp_path, "int8"))
     words = ["generate", "5 17", "-m", folder, "--device", "cpu", "--cpu-experts", "auto"]
     assert run(words) == 2
     assert "--cpu-experts has no effect where all experts are in memory" in capsys.readouterr().err
     if cpu.is_available():
         assert run([*words, "--expert-memory", "5"]) == 2
-        assert "where a CPU computes all experts anyway" in capsys.readouterr().err
+        assert "which computes all experts" in capsys.readouterr().err
 
 
-@imagined_gpu
+@simulated_gpu
 def test_the_command_says_whom_a_cpu_computes(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    words = ["generate", "5 17 33", "-m", str(made(tmp_path, "plain")), "--device", "cpu"]
+    words = [
+        "generate",
+        "5 17 33",
+        "-m",
+        str(plain_or_packed_checkpoint(tmp_path, "plain")),
+        "--device",
+        "cpu",
+    ]
     words += ["-n", "8", "--block", "8", "--json", "--expert-memory", "5", "--cpu-experts"]
     assert run([*words, "3"]) == 0
     said = capsys.readouterr()
-    assert "the CPU computes experts that at most 3 tokens miss" in said.err
-    assert "5 of 16 experts a layer in memory of the GPU" in said.err
+    assert "needed by at most 3 tokens" in said.err
+    assert "5 of 16 experts per layer in memory of the GPU" in said.err
     told = json.loads(said.out)["expert_traffic"]
     assert told["experts_on_cpu"] > 0
     assert run([*words, "auto"]) == 0
-    assert "where it is done sooner: a copy takes" in capsys.readouterr().err
+    assert "faster than a copy: a copy takes" in capsys.readouterr().err
     assert run([*words, "off"]) == 0
     said = capsys.readouterr()
-    assert "the CPU computes" not in said.err
+    assert "computed on the CPU" not in said.err
     assert json.loads(said.out)["expert_traffic"]["experts_on_cpu"] == 0

@@ -15,16 +15,15 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from test_cached_store import (
-    ASKED,
+from offload_cases import (
+    OPTIONS,
     PROMPT,
-    SIZE,
-    blobs,
+    cached_store,
+    expert_blobs,
+    fp32_slab,
+    load_engine,
     needs_kernels,
-    opened,
-    packed,
-    shown,
-    store,
+    packed_checkpoint,
 )
 from torch import Tensor
 
@@ -32,9 +31,8 @@ from coterie.errors import CoterieError
 from coterie.loading.saved_votes import SavedVotes, write_votes
 from coterie.offload import tiers
 from coterie.offload.cached_store import CachedExpertStore
-from coterie.offload.eviction import Lru
 from coterie.offload.fetchers import ThreadedFetcher
-from coterie.offload.mixed_precision_store import HighPrecisionSource, MixedPrecisionStore
+from coterie.offload.mixed_precision_store import MixedPrecisionStore
 from coterie.offload.slot_table import Slots, Wave
 from coterie.offload.tiers import HostTier
 from coterie.values import ExpertRequest
@@ -71,25 +69,25 @@ def put_another_in_its_place(path: Path) -> None:
             lambda path: os.truncate(path, path.stat().st_size // 2),
             f"ends after .* bytes; {CHANGED}",
         ),
-        (overwrite, f"is not what was written; {CHANGED}"),
-        (put_another_in_its_place, f"is not what was written; {CHANGED}"),
-        (rot, "is not what was written; copy or convert the model again"),
+        (overwrite, f"wrong checksum; {CHANGED}"),
+        (put_another_in_its_place, f"wrong checksum; {CHANGED}"),
+        (rot, "wrong checksum; copy or convert the model again"),
     ],
 )
 def test_a_file_that_changes_under_a_model_is_named_and_never_computed_with(
     tmp_path: Path, harm: Harm, told: str
 ) -> None:
     """Put back, the same engine answers as before."""
-    folder = packed(tmp_path)
-    true, engine = opened(folder).generate(PROMPT, **ASKED).tokens, opened(folder, "3")
+    folder = packed_checkpoint(tmp_path)
+    true, engine = load_engine(folder).generate(PROMPT, **OPTIONS).tokens, load_engine(folder, "3")
     path = max(folder.glob("*.safetensors"), key=lambda file: file.stat().st_size)
     good = path.read_bytes()
     harm(path)
     for _ in range(2):
         with pytest.raises(CoterieError, match=f"expert \\d+ of layer \\d.*{told}"):
-            engine.generate(PROMPT, **ASKED)
+            engine.generate(PROMPT, **OPTIONS)
     path.write_bytes(good)
-    assert engine.generate(PROMPT, **ASKED).tokens == true
+    assert engine.generate(PROMPT, **OPTIONS).tokens == true
 
 
 @needs_kernels
@@ -97,21 +95,21 @@ def test_a_file_that_changes_under_a_model_is_named_and_never_computed_with(
 def test_a_read_that_fails_now_and_works_later(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int
 ) -> None:
-    folder = packed(tmp_path)
-    true, engine = opened(folder).generate(PROMPT, **ASKED).tokens, opened(folder, "3")
+    folder = packed_checkpoint(tmp_path)
+    true, engine = load_engine(folder).generate(PROMPT, **OPTIONS).tokens, load_engine(folder, "3")
     left, open_ = [None] * 3, tiers._open_file
 
-    def failing(path: Path, *, past: bool) -> FileIO:
+    def failing(path: Path, *, direct: bool) -> FileIO:
         if left:
             left.pop()
             raise OSError(number, os.strerror(number))
-        return open_(path, direct=past)
+        return open_(path, direct=direct)
 
     monkeypatch.setattr(tiers, "_open_file", failing)
     with pytest.raises(CoterieError, match=os.strerror(number)):
-        engine.generate(PROMPT, **ASKED)
+        engine.generate(PROMPT, **OPTIONS)
     left.clear()
-    assert engine.generate(PROMPT, **ASKED).tokens == true
+    assert engine.generate(PROMPT, **OPTIONS).tokens == true
 
 
 @dataclass(frozen=True)
@@ -138,11 +136,11 @@ class Interrupted:
         return getattr(self.courier, name)
 
     def wait(self, coming: Collection[Future]) -> None:
-        self._pressed("join")
+        self._pressed("wait")
         self.courier.wait(coming)
 
-    def settle(self, coming: Collection[Future]) -> None:
-        self._pressed("settle")
+    def drain(self, coming: Collection[Future]) -> None:
+        self._pressed("drain")
         self.courier.drain(coming)
 
     def _pressed(self, wait: str) -> None:
@@ -155,16 +153,14 @@ class Interrupted:
 @pytest.mark.parametrize("times", [1, 2])
 def test_ctrl_c_while_experts_come_leaves_a_store_that_works(times: int) -> None:
     """Twice too: then reads are still on their way when the layer is asked again."""
-    whole = blobs(9)
-    courier = Interrupted(ThreadedFetcher(Slow(HostTier(whole))))
-    own = CachedExpertStore(
-        courier, shown, lambda n, size: torch.zeros(n, size, dtype=torch.uint8), 9, SIZE, 4
-    )
-    true = shown(whole[1], torch.arange(9))
+    whole = expert_blobs(9)
+    own = cached_store(HostTier(whole), 9, 4)
+    own.fetcher = courier = Interrupted(ThreadedFetcher(Slow(HostTier(whole))))
+    true = fp32_slab(whole[1], torch.arange(9))
     courier.times = times
     with pytest.raises(KeyboardInterrupt):
         list(own.serve(1, ExpertRequest(torch.arange(9) < 3)))
-    assert courier.waits[:2] == ["join", "settle"]
+    assert courier.waits[:2] == ["wait", "drain"]
     for wanted in (torch.arange(9) >= 5, torch.ones(9, dtype=torch.bool)):
         seen = 0
         for slab in own.serve(1, ExpertRequest(wanted)):
@@ -179,7 +175,7 @@ def test_ctrl_c_between_the_book_and_the_reads_leaves_no_wrong_weights(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """The book tells of experts that nobody has begun to bring."""
-    whole, booked, pressed = blobs(9), Slots.serve, [True]
+    whole, booked, pressed = expert_blobs(9), Slots.serve, [True]
 
     def interrupted(self: Slots, *asked: Any) -> list[Wave]:
         waves = booked(self, *asked)
@@ -189,11 +185,11 @@ def test_ctrl_c_between_the_book_and_the_reads_leaves_no_wrong_weights(
         return waves
 
     monkeypatch.setattr(Slots, "serve", interrupted)
-    own, used = store(HostTier(whole), 9, 4), torch.arange(9) < 3
+    own, used = cached_store(HostTier(whole), 9, 4), torch.arange(9) < 3
     with pytest.raises(KeyboardInterrupt):
         list(own.serve(1, ExpertRequest(used)))
     (slab,) = own.serve(1, ExpertRequest(used))
-    true = shown(whole[1], torch.arange(9))
+    true = fp32_slab(whole[1], torch.arange(9))
     assert torch.equal(slab.down[slab.slot_of[:3]], true.down[:3])  # type: ignore[index]
 
 
@@ -216,7 +212,7 @@ def test_ctrl_c_while_a_read_is_begun_leaves_it_no_slot_to_come_into(
     monkeypatch: pytest.MonkeyPatch, mixed: bool
 ) -> None:
     """Nobody knows of that read, so nobody can wait for it."""
-    whole, begin, pressed = blobs(9), ThreadedFetcher.fetch_async, [True]
+    whole, begin, pressed = expert_blobs(9), ThreadedFetcher.fetch_async, [True]
 
     def bring(self: ThreadedFetcher, layer: int, expert: int, into: Tensor) -> Future[str]:
         begun = begin(self, layer, expert, into)
@@ -227,14 +223,10 @@ def test_ctrl_c_while_a_read_is_begun_leaves_it_no_slot_to_come_into(
 
     monkeypatch.setattr(ThreadedFetcher, "fetch_async", bring)
 
-    def allocate(slots: int, size: int) -> Tensor:
-        return torch.zeros(slots, size, dtype=torch.uint8)
-
-    own: CachedExpertStore | MixedPrecisionStore = store(Late(HostTier(whole)), 9, 2)
+    own: CachedExpertStore | MixedPrecisionStore = cached_store(Late(HostTier(whole)), 9, 2)
     if mixed:
-        fine = HighPrecisionSource(ThreadedFetcher(Late(HostTier(whole))), shown, allocate, SIZE, 2)
-        own = MixedPrecisionStore(fine, store(HostTier(whole), 9, 2), vote_mass=1.0, eviction=Lru())
-    everyone, true = torch.arange(9), shown(whole[1], torch.arange(9))
+        own = MixedPrecisionStore(own, cached_store(HostTier(whole), 9, 2), vote_mass=1.0)
+    everyone, true = torch.arange(9), fp32_slab(whole[1], torch.arange(9))
     with pytest.raises(KeyboardInterrupt):
         list(own.serve(1, ExpertRequest(everyone < 2)))
     list(own.serve(1, ExpertRequest((everyone > 4) & (everyone < 7))))

@@ -164,10 +164,13 @@ class ByLot:
 
     seed: int
 
-    def chosen(self, missed: Mask, tokens: TokenCounts) -> Mask:
-        assert bool((tokens[missed] == 2).all())
+    def select(self, missed_mask: Mask, token_counts: TokenCounts) -> Mask:
+        assert bool((token_counts[missed_mask] == 2).all())
         self.seed += 1
-        return missed & (np.random.default_rng(self.seed).random(len(missed)) < 0.4)
+        return missed_mask & (np.random.default_rng(self.seed).random(len(missed_mask)) < 0.4)
+
+    def describe(self) -> str:
+        return "random misses"
 
 
 @given(
@@ -200,12 +203,12 @@ def test_nor_where_threads_fetch_first(
 
 
 @pytest.mark.parametrize("make", [by_copies, by_relays])
-@pytest.mark.parametrize("left_out", ["after_computing", "before_computing"])
+@pytest.mark.parametrize("left_out", ["wait_for_compute", "block_compute"])
 def test_an_order_that_is_left_out_is_found(
     monkeypatch: pytest.MonkeyPatch, left_out: str, make: Callable[[HostTier], ExpertFetcher]
 ) -> None:
     """The world is harsh enough: without one of the two, some slab reads what it must not."""
-    waits = left_out == "before_computing" and make is by_relays
+    waits = left_out == "block_compute" and make is by_relays
     if waits:  # threads are done when their copies are: it is the host that must wait for them
         monkeypatch.setattr(CopyStream, left_out, lambda self, wait_on_host=None: None)
     else:
@@ -220,11 +223,13 @@ def test_nobody_waits_on_the_host(monkeypatch: pytest.MonkeyPatch) -> None:
     run = Run.of(world, by_copies, 9, 4, lru=True)
     for _ in run.serve(1, set(range(9))):
         pass
-    assert run.own.stall_seconds == 0
+    assert run.own.traffic_log.traffic().stall_seconds == 0
     assert not bool((run.own._memory[1] < OLD).any())
     world.drain()
     assert run.wrong == []
-    assert run.own.stall_seconds == 0.003  # of three waves that are waited for, a millisecond each
+    assert (
+        run.own.traffic_log.traffic().stall_seconds == 0.003
+    )  # of three waves that are waited for, a millisecond each
 
 
 def test_copies_for_the_next_wave_go_beside_computing(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,24 +11,24 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from policy_strategies import law
-from test_cached_store import (
+from offload_cases import (
     HIDDEN,
     LAYERS,
-    SIZE,
-    blobs,
-    computed,
-    routings,
-    shown,
-    store,
+    cached_store,
+    expert_blobs,
+    fp32_slab,
+    moe_output,
+    random_routings,
+    request_for,
 )
+from policy_strategies import law
+from precision_reference import DECAY, PrecisionReference, experts_moved
 from torch import Tensor
 
 from coterie.errors import CoterieError
-from coterie.offload.eviction import ByVotes, Lru
+from coterie.offload.eviction import ByVotes, Eviction, FloatArray, Lru
 from coterie.offload.fetchers import ThreadedFetcher
 from coterie.offload.mixed_precision_store import (
-    HighPrecisionSource,
     MixedPrecisionStore,
     PrecisionErrors,
     vote_shares,
@@ -36,8 +36,6 @@ from coterie.offload.mixed_precision_store import (
 from coterie.offload.resident_store import ResidentExpertStore
 from coterie.offload.tiers import HostTier, Tier
 from coterie.values import ExpertRequest, Routing, Slab
-
-DECAY = 0.8
 
 
 @dataclass
@@ -75,52 +73,22 @@ ROOMS = st.builds(
 
 
 def mixed(
-    fine: Tier, coarse: Tier, experts: int, room: Room, **more: object
+    high: Tier,
+    low: Tier,
+    experts: int,
+    room: Room,
+    *,
+    eviction: Eviction | None = None,
+    warm: dict[int, FloatArray] | None = None,
+    errors: dict[int, PrecisionErrors] | None = None,
 ) -> MixedPrecisionStore:
-    def allocate(slots: int, size: int) -> Tensor:
-        return torch.full((slots, size), 255, dtype=torch.uint8)  # NaN
-
-    source = HighPrecisionSource(ThreadedFetcher(fine), shown, allocate, SIZE, room.fine)
     return MixedPrecisionStore(
-        source, store(coarse, experts, room.coarse), room.upgrades, room.mass, **more
+        cached_store(high, experts, room.fine, eviction or ByVotes(), warm_votes=warm or {}),
+        cached_store(low, experts, room.coarse),
+        room.upgrades,
+        room.mass,
+        errors=errors or {},
     )
-
-
-@dataclass
-class Plainly:
-    """The same rule for one layer, told with a set and a list: who is fine, and who comes next."""
-
-    capacity: int
-    upgrades: int
-    mass: float
-    fine: set[int]
-    worth: list[float]
-
-    def asked(self, used: list[bool], votes: list[float]) -> None:
-        """Before the forward is computed."""
-        self.worth = [DECAY * own + vote for own, vote in zip(self.worth, votes, strict=True)]
-        those = sorted((e for e, asked in enumerate(used) if asked), key=lambda e: (-votes[e], e))
-        whole, held, leaders = sum(votes[e] for e in those), 0.0, []
-        for expert in those:
-            part = votes[expert] / whole if whole else 1 / len(those)
-            if held < self.mass - 1e-12 and expert not in self.fine:
-                leaders.append(expert)
-            held += part
-        self._come(leaders)
-
-    def served(self, used: list[bool]) -> None:
-        """After that."""
-        missed = [e for e, asked in enumerate(used) if asked and e not in self.fine]
-        self._come(sorted(missed, key=lambda e: (-self.worth[e], e))[: self.upgrades])
-
-    def _come(self, wishing: list[int]) -> None:
-        for expert in sorted(wishing, key=lambda e: (-self.worth[e], e)):
-            if len(self.fine) >= self.capacity:
-                least = min(self.fine, key=lambda e: (self.worth[e], -e))
-                if self.worth[least] >= self.worth[expert]:
-                    return
-                self.fine.remove(least)
-            self.fine.add(expert)
 
 
 def blended(fine: Slab, coarse: Slab, who: set[int]) -> ResidentExpertStore:
@@ -140,72 +108,69 @@ def test_each_expert_is_computed_in_the_precision_of_its_placement(
 ) -> None:
     """Whatever the sizes, the places, the upgrades a forward, and when they come."""
     draw, numbers = random.Random(seed), np.random.default_rng(seed)
-    best, rough = blobs(experts, seed), blobs(experts, seed + 1)
+    best, rough = expert_blobs(experts, seed), expert_blobs(experts, seed + 1)
     warm = {layer: numbers.integers(0, 4, experts) / 1.0 for layer in LAYERS if warmed}
     own = mixed(
         Whimsical(HostTier(best), draw),
         Whimsical(HostTier(rough), draw),
-        experts, room, warm=warm, rule=ByVotes(DECAY),
+        experts, room, warm=warm, eviction=ByVotes(DECAY),
     )  # fmt: skip
     everyone, plain = torch.arange(experts), {}
     for layer in LAYERS:
         votes = [float(vote) for vote in warm.get(layer, np.zeros(experts))]
         order = sorted(range(experts), key=lambda e: (-votes[e], e))
         first = {e for e in order[: room.fine] if votes[e]}
-        plain[layer] = Plainly(room.fine, room.upgrades, room.mass, first, votes)
-    for place, routing in enumerate(routings(experts, seed, count=8)):
+        plain[layer] = PrecisionReference(room.fine, room.upgrades, room.mass, first, votes)
+    for place, routing in enumerate(random_routings(experts, seed, count=8)):
         layer = LAYERS[draw.randrange(2)]
         x = torch.randn(5, HIDDEN, generator=torch.Generator().manual_seed(place))
         used = routing.used.tolist()
-        plain[layer].asked(used, [float(asked) for asked in used])
+        plain[layer].before_forward(used, [float(asked) for asked in used])
         true = blended(
-            shown(best[layer], everyone), shown(rough[layer], everyone), plain[layer].fine
+            fp32_slab(best[layer], everyone), fp32_slab(rough[layer], everyone), plain[layer].high
         )
         torch.testing.assert_close(
-            computed(own, layer, routing, x), computed(true, layer, routing, x),
+            moe_output(own, layer, routing, x), moe_output(true, layer, routing, x),
             atol=1e-5, rtol=1e-5,
         )  # fmt: skip
-        plain[layer].served(used)
-
-
-def only(experts: int, *wanted: int) -> ExpertRequest:
-    used = torch.zeros(experts, dtype=torch.bool)
-    used[list(wanted)] = True
-    return ExpertRequest(used)
-
-
-def moved(store: MixedPrecisionStore) -> dict[str, int]:
-    """Experts, by tier and precision."""
-    return {name: one.experts for name, one in store.traffic_log.traffic().transfers.items()}
+        plain[layer].after_forward(used)
 
 
 def test_who_is_worth_more_is_never_evicted() -> None:
-    own = mixed(HostTier(blobs(6)), HostTier(blobs(6)), 6, Room(2, 6, 2), rule=ByVotes(DECAY))
+    own = mixed(
+        HostTier(expert_blobs(6)),
+        HostTier(expert_blobs(6)),
+        6,
+        Room(2, 6, 2),
+        eviction=ByVotes(DECAY),
+    )
     for wanted in ((0, 1), (0, 1), (0, 1, 2), (3,), (4, 5)):
-        list(own.serve(1, only(6, *wanted)))
-        assert own._layer(1).slots.resident.tolist() == [True, True, *[False] * 4]
-    assert own.precision_stats.promotions == moved(own)["host, fine"] == 2
+        list(own.serve(1, request_for(6, *wanted)))
+        assert own.high.layer_cache(1).slots.resident.tolist() == [True, True, *[False] * 4]
+    assert own.precision_stats.promotions == experts_moved(own)["host, high"] == 2
     for _ in range(4):
-        list(own.serve(1, only(6, 5)))
-    assert own._layer(1).slots.resident.tolist() == [True, *[False] * 4, True]
+        list(own.serve(1, request_for(6, 5)))
+    assert own.high.layer_cache(1).slots.resident.tolist() == [True, *[False] * 4, True]
 
 
 def test_without_upgrades_the_placement_stays() -> None:
     votes = np.array([0.0, 3.0, 1.0, 2.0, 0.0])
-    own = mixed(HostTier(blobs(5)), HostTier(blobs(5)), 5, Room(2, 5, 0), warm={1: votes})
-    for routing in routings(5, 3, count=6):
+    own = mixed(
+        HostTier(expert_blobs(5)), HostTier(expert_blobs(5)), 5, Room(2, 5, 0), warm={1: votes}
+    )
+    for routing in random_routings(5, 3, count=6):
         list(own.serve(1, ExpertRequest(routing.used)))
-        assert own._layer(1).slots.resident.tolist() == [False, True, False, True, False]
-    assert moved(own) == {"host, fine": 2, "host, coarse": 3}
+        assert own.high.layer_cache(1).slots.resident.tolist() == [False, True, False, True, False]
+    assert experts_moved(own) == {"host, high": 2, "host, low": 3}
 
 
 def test_the_loss_bound_is_vote_share_times_error() -> None:
     errors = {1: PrecisionErrors(np.full(4, 0.01), np.array([0.1, 0.2, 0.3, 0.4]))}
     own = mixed(
-        HostTier(blobs(4)), HostTier(blobs(4)), 4, Room(1, 4, 0),
+        HostTier(expert_blobs(4)), HostTier(expert_blobs(4)), 4, Room(1, 4, 0),
         warm={1: np.array([0.0, 0.0, 0.0, 1.0])}, errors=errors,
     )  # fmt: skip
-    list(own.serve(1, only(4, 1, 3)))
+    list(own.serve(1, request_for(4, 1, 3)))
     assert own.precision_stats.forwards == 1
     assert own.precision_stats.high_share_sum == pytest.approx(0.5)
     assert own.precision_stats.loss_bound == pytest.approx(0.5 * 0.2 + 0.5 * 0.01)
@@ -217,8 +182,10 @@ def test_who_holds_most_votes_is_fine_at_once_and_the_loss_is_bounded() -> None:
     experts, mass = 12, 0.6
     errors = {1: PrecisionErrors(np.full(experts, 0.01), np.full(experts, 0.1))}
     room = Room(experts, experts, 0, mass)
-    own = mixed(HostTier(blobs(12)), HostTier(blobs(12, 1)), experts, room, errors=errors)
-    for place, routing in enumerate(routings(experts, 5, count=6)):
+    own = mixed(
+        HostTier(expert_blobs(12)), HostTier(expert_blobs(12, 1)), experts, room, errors=errors
+    )
+    for place, routing in enumerate(random_routings(experts, 5, count=6)):
         list(own.serve(1, ExpertRequest(routing.used)))
         assert own.precision_stats.high_share_sum >= (place + 1) * mass - 1e-9
     assert own.precision_stats.loss_bound <= mass * 0.01 + (1 - mass) * 0.1
@@ -232,83 +199,94 @@ def test_votes_of_the_unused_are_nobodys_share() -> None:
 
 
 def test_an_upgrade_that_fails_is_an_error_of_the_next_forward_and_nothing_stays() -> None:
-    best, rough = blobs(6), blobs(6, 1)
+    best, rough = expert_blobs(6), expert_blobs(6, 1)
     flaky = Whimsical(HostTier(best), random.Random(0), {2})
-    own = mixed(flaky, HostTier(rough), 6, Room(3, 6, 3), rule=Lru())
-    list(own.serve(1, only(6, 1, 2)))
+    own = mixed(flaky, HostTier(rough), 6, Room(3, 6, 3), eviction=Lru())
+    list(own.serve(1, request_for(6, 1, 2)))
     with pytest.raises(CoterieError, match="expert 2 of layer 1 is broken"):
-        list(own.serve(1, only(6, 1, 2)))
+        list(own.serve(1, request_for(6, 1, 2)))
     flaky.broken.clear()
     x = torch.randn(5, HIDDEN)
     routing = Routing(
-        torch.tensor([[1, 2]] * 5), torch.ones(5, 2), only(6, 1, 2).used, torch.tensor([[1, 2]] * 5)
+        torch.tensor([[1, 2]] * 5),
+        torch.ones(5, 2),
+        request_for(6, 1, 2).used,
+        torch.tensor([[1, 2]] * 5),
     )
     everyone = torch.arange(6)
     for who in (set(), {1, 2}):
-        true = blended(shown(best[1], everyone), shown(rough[1], everyone), who)
+        true = blended(fp32_slab(best[1], everyone), fp32_slab(rough[1], everyone), who)
         torch.testing.assert_close(
-            computed(own, 1, routing, x), computed(true, 1, routing, x), atol=1e-5, rtol=1e-5
+            moe_output(own, 1, routing, x), moe_output(true, 1, routing, x), atol=1e-5, rtol=1e-5
         )
 
 
 @pytest.mark.parametrize("part", ["fine", "coarse"])
 def test_what_fails_or_is_left_in_the_middle_leaves_no_wrong_weights(part: str) -> None:
     """Every third forward fails or is broken off; the others are as their placement says."""
-    best, rough = blobs(9), blobs(9, 1)
+    best, rough = expert_blobs(9), expert_blobs(9, 1)
     flaky = {
         name: Whimsical(HostTier(held), random.Random(0))
         for name, held in (("fine", best), ("coarse", rough))
     }
-    own = mixed(flaky["fine"], flaky["coarse"], 9, Room(3, 4, 2), rule=ByVotes(DECAY))
+    own = mixed(flaky["fine"], flaky["coarse"], 9, Room(3, 4, 2), eviction=ByVotes(DECAY))
     everyone, failed = torch.arange(9), 0
-    for place, routing in enumerate(routings(9, 2, count=15, tokens=2)):
+    for place, routing in enumerate(random_routings(9, 2, count=15, tokens=2)):
         if place % 3 == 1:
             flaky[part].broken.update(range(9))
             try:
                 list(own.serve(1, ExpertRequest(routing.used)))
-                own._wait(1)  # the upgrades that began
+                own.high.ready_cache(1)  # the upgrades that began
             except CoterieError:
                 failed += 1
             flaky[part].broken.clear()
         elif place % 3 == 2:
             next(own.serve(1, ExpertRequest(routing.used)))
         else:
-            who = set(np.flatnonzero(own._layer(1).slots.resident).tolist())
+            who = set(np.flatnonzero(own.high.layer_cache(1).slots.resident).tolist())
             x = torch.randn(2, HIDDEN)
-            true = blended(shown(best[1], everyone), shown(rough[1], everyone), who)
+            true = blended(fp32_slab(best[1], everyone), fp32_slab(rough[1], everyone), who)
             torch.testing.assert_close(
-                computed(own, 1, routing, x), computed(true, 1, routing, x), atol=1e-5, rtol=1e-5
+                moe_output(own, 1, routing, x),
+                moe_output(true, 1, routing, x),
+                atol=1e-5,
+                rtol=1e-5,
             )
     assert failed > 2
 
 
 def test_who_cannot_even_be_begun_is_not_taken_to_be_fine(monkeypatch: pytest.MonkeyPatch) -> None:
     """The book has given out places by then."""
-    best, rough, begun, left = blobs(6), blobs(6, 1), ThreadedFetcher.fetch_async, [None, None]
+    best, rough, begun, left = (
+        expert_blobs(6),
+        expert_blobs(6, 1),
+        ThreadedFetcher.fetch_async,
+        [None, None],
+    )
 
     def bring(self: ThreadedFetcher, layer: int, expert: int, into: Tensor):
-        if self is own.high_precision.fetcher and left and left.pop() is None and not left:
+        if self is own.high.fetcher and left and left.pop() is None and not left:
             raise RuntimeError("can't start new thread")
         return begun(self, layer, expert, into)
 
-    own = mixed(HostTier(best), HostTier(rough), 6, Room(3, 6, 3), rule=Lru())
+    own = mixed(HostTier(best), HostTier(rough), 6, Room(3, 6, 3), eviction=Lru())
     monkeypatch.setattr(ThreadedFetcher, "fetch_async", bring)
     with pytest.raises(RuntimeError, match="new thread"):
-        list(own.serve(1, only(6, 0, 1, 2)))
+        list(own.serve(1, request_for(6, 0, 1, 2)))
     ids = torch.tensor([[0, 1, 2]] * 5)
-    routing = Routing(ids, torch.ones(5, 3), only(6, 0, 1, 2).used, ids)
+    routing = Routing(ids, torch.ones(5, 3), request_for(6, 0, 1, 2).used, ids)
     x, everyone = torch.randn(5, HIDDEN), torch.arange(6)
-    true = blended(shown(best[1], everyone), shown(rough[1], everyone), set())
+    true = blended(fp32_slab(best[1], everyone), fp32_slab(rough[1], everyone), set())
     torch.testing.assert_close(
-        computed(own, 1, routing, x), computed(true, 1, routing, x), atol=1e-5, rtol=1e-5
+        moe_output(own, 1, routing, x), moe_output(true, 1, routing, x), atol=1e-5, rtol=1e-5
     )
 
 
 def test_who_was_to_be_fine_from_the_start_is_said_and_not_asked_for_again() -> None:
-    flaky = Whimsical(HostTier(blobs(6)), random.Random(0), {1})
+    flaky = Whimsical(HostTier(expert_blobs(6)), random.Random(0), {1})
     own = mixed(
         flaky,
-        HostTier(blobs(6, 1)),
+        HostTier(expert_blobs(6, 1)),
         6,
         Room(2, 3, 0),
         warm={1: np.array([0.0, 3.0, 1.0, 2.0, 0.0, 0.0])},
@@ -316,49 +294,51 @@ def test_who_was_to_be_fine_from_the_start_is_said_and_not_asked_for_again() -> 
     with pytest.raises(CoterieError, match="expert 1 of layer 1 is broken"):
         own.fill([1])
     for _ in range(2):
-        list(own.serve(1, only(6, 0, 1)))
+        list(own.serve(1, request_for(6, 0, 1)))
     flaky.broken.clear()
     own.reset()
-    assert np.flatnonzero(own._layer(1).slots.resident).tolist() == [1, 3]
+    assert np.flatnonzero(own.high.layer_cache(1).slots.resident).tolist() == [1, 3]
 
 
 def test_what_fills_the_memory_is_in_no_forward_and_nothing_that_came_is_lost() -> None:
     votes = np.array([0.0, 3.0, 1.0, 2.0, 0.0, 0.0])
-    own = mixed(HostTier(blobs(6)), HostTier(blobs(6, 1)), 6, Room(2, 3, 1), warm={1: votes})
+    own = mixed(
+        HostTier(expert_blobs(6)), HostTier(expert_blobs(6, 1)), 6, Room(2, 3, 1), warm={1: votes}
+    )
     own.fill([1])
-    assert moved(own) == {"host, fine": 2}
+    assert experts_moved(own) == {"host, high": 2}
     own.traffic_log.begin_forward("decode")
-    list(own.serve(1, only(6, 1, 3)))
+    list(own.serve(1, request_for(6, 1, 3)))
     own.traffic_log.end_forward()
-    list(own.serve(1, only(6, 0)))  # comes coarse, and begins to come fine
+    list(own.serve(1, request_for(6, 0)))  # comes coarse, and begins to come fine
     own.reset()
     upgraded = own.precision_stats.promotions
-    assert moved(own) == {"host, fine": 2 + upgraded + 2, "host, coarse": 1}
+    assert experts_moved(own) == {"host, high": 2 + upgraded + 2, "host, low": 1}
     first, *_ = own.traffic_log.forwards
     assert first.traffic.experts_moved == 0
 
 
 def test_emptied_it_is_as_at_the_start() -> None:
     votes = np.array([0.0, 3.0, 1.0, 2.0, 0.0, 0.0])
-    best, rough = HostTier(blobs(6)), HostTier(blobs(6, 1))
+    best, rough = HostTier(expert_blobs(6)), HostTier(expert_blobs(6, 1))
     own, new = (mixed(best, rough, 6, Room(2, 3, 2), warm={1: votes}) for _ in range(2))
-    before = [ExpertRequest(r.used) for r in routings(6, 5, count=5)]
+    before = [ExpertRequest(r.used) for r in random_routings(6, 5, count=5)]
     for demand in before:
         list(own.serve(1, demand))
     own.reset()
     x = torch.randn(5, HIDDEN)
-    for routing in routings(6, 7, count=5):
-        assert torch.equal(computed(own, 1, routing, x), computed(new, 1, routing, x))
+    for routing in random_routings(6, 7, count=5):
+        assert torch.equal(moe_output(own, 1, routing, x), moe_output(new, 1, routing, x))
     assert own.traffic_log.traffic().experts_used == new.traffic_log.traffic().experts_used + sum(
         int(demand.used.sum()) for demand in before
     )
 
 
 def test_who_is_here_in_either_precision_is_resident() -> None:
-    own = mixed(HostTier(blobs(6)), HostTier(blobs(6)), 6, Room(1, 2, 1))
+    own = mixed(HostTier(expert_blobs(6)), HostTier(expert_blobs(6)), 6, Room(1, 2, 1))
     for _ in range(2):
-        list(own.serve(1, only(6, 4)))
-    list(own.serve(1, only(6, 2, 5)))
+        list(own.serve(1, request_for(6, 4)))
+    list(own.serve(1, request_for(6, 2, 5)))
     here = own.resident(1)
     assert here is not None
     assert here.tolist() == [False, False, True, False, True, True]

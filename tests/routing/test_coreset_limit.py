@@ -10,7 +10,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from policy_strategies import coresets, law
-from test_cached_store import blobs, store
+from offload_cases import cached_store, expert_blobs
 from test_replay import drawn, grid, imagined, play
 from test_laws import blocks
 
@@ -29,7 +29,7 @@ from coterie.values import Policy, RouterSpec, Scores
 def test_a_store_tells_how_many_experts_it_has_room_for() -> None:
     assert ResidentExpertStore({}).slots(0) is None
     assert SimulatedCacheStore(ResidentExpertStore({}), 8, 5).slots(0) == 5
-    assert store(HostTier(blobs(8)), 8, 3).slots(0) == 3
+    assert cached_store(HostTier(expert_blobs(8)), 8, 3).slots(0) == 3
 
 
 def but(policy: Policy, **changes: object) -> Policy:
@@ -113,8 +113,8 @@ def test_a_replay_of_a_bound_policy_foretells_a_run(policy: str) -> None:
     point = replay(
         trace, grid(ReplayPolicy(parse_policy(policy), routes_commits=True), capacity="4")
     ).points[0]
-    assert point.traffic.experts_used == pytest.approx(store.experts_used, rel=0.1)
-    assert point.traffic.experts_moved == pytest.approx(store.experts_moved, rel=0.1)
+    assert point.traffic.experts_used == pytest.approx(store.traffic_log.traffic().experts_used, rel=0.1)
+    assert point.traffic.experts_moved == pytest.approx(store.traffic_log.traffic().experts_moved, rel=0.1)
 
 
 def test_each_capacity_of_a_replay_has_coresets_of_its_own() -> None:

@@ -34,8 +34,8 @@ SHORT = {"rows": 1, "lasts": 5}
 def short(model: str) -> Engine:
     """Behind a memory that is imagined."""
     engine = coterie.load(model, expert_memory=ExpertMemoryConfig.parse("35%", simulated=True))
-    assert engine.model.cached_store is not None
-    engine.model.cached_store.traffic_log.track_vanilla()
+    assert engine.model.store.traffic_log is not None
+    engine.model.store.traffic_log.track_vanilla()
     return engine
 
 

@@ -41,7 +41,7 @@ from coterie.lab.bench.interleaved import BenchConfig
 from coterie.lab.bench.layer import time_layer
 from coterie.lab.bench.model import random_model
 from coterie.lab.bench.shapes import SHAPES, find_shape
-from coterie.loading.load import free_memory
+from coterie.loading.free_memory import free_memory
 from coterie.model.weights import weight_bytes
 
 NO_BASELINE = "none"

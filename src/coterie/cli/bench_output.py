@@ -14,6 +14,7 @@ from coterie.lab.bench.forward import ForwardTiming
 from coterie.lab.bench.generate import GenerationTiming
 from coterie.lab.bench.interleaved import LayerBenchResult
 from coterie.lab.records import Measurement, make_record, write_record
+from coterie.offload.capacity import format_bytes
 
 JsonContent = dict[str, object]
 
@@ -73,7 +74,7 @@ def forward_table(timings: Sequence[ForwardTiming]) -> Table:
         table.add_row(
             timing.policy,
             f"{timing.experts:.1f}",
-            output.format_bytes(round(timing.bytes)),
+            format_bytes(round(timing.bytes)),
             f"{timing.bytes / read.median / 1e6:.1f}",
             f"{read.median:.1f}",
             f"{roofline.median:.1f}",

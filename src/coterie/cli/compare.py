@@ -20,10 +20,11 @@ from coterie.cli.engine_options import (
     reuse_options,
 )
 from coterie.cli.option_groups import with_option_groups
-from coterie.cli.output import add_caption, console, format_bytes, plain_table, print_document
+from coterie.cli.output import add_caption, console, plain_table, print_document
 from coterie.cli.result_output import memory_document
 from coterie.engine.engine import Engine
 from coterie.engine.events import Result
+from coterie.offload.capacity import format_bytes
 
 
 @with_option_groups

@@ -84,9 +84,9 @@ class EngineOptions:
                 self.model, dtype=self.dtype, device=self.device, experts=self.expert_dtype,
                 expert_memory=memory, on_progress=on_progress,
             )  # fmt: skip
-        if count_vanilla and engine.model.cached_store is not None:
-            engine.model.cached_store.traffic_log.track_vanilla()
-        for note in memory_options.memory_notes(engine.model):
+        if count_vanilla and (log := engine.model.store.traffic_log) is not None:
+            log.track_vanilla()
+        for note in engine.model.placement.describe():
             print_note(note)
         return engine
 

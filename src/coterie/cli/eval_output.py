@@ -8,8 +8,9 @@ from functools import partial
 from rich.console import Console
 from rich.table import Table
 
-from coterie.cli.output import format_bytes, format_csv, plain_table
+from coterie.cli.output import format_csv, plain_table
 from coterie.lab.evals.report import PolicySummary
+from coterie.offload.capacity import format_bytes
 
 Columns = Mapping[str, Callable[[PolicySummary], str]]
 

@@ -29,6 +29,7 @@ from coterie.engine.events import Denoised, Event, Finished, Result
 from coterie.errors import ConfigError
 from coterie.lab.records import write_json
 from coterie.loading.expert_memory import ExpertMemoryConfig
+from coterie.offload.capacity import format_bytes
 from coterie.offload.traffic import Traffic
 from coterie.offload.traffic_log import KV_ONLY_KINDS
 
@@ -87,7 +88,7 @@ def generate(
     _check_output(engine_options.memory, json=json, live=live, plot=plot_traffic)
     text = read_prompt(prompt)
     engine = engine_options.open(count_vanilla=json or plot_traffic is not None)
-    if plot_traffic is not None and engine.model.cached_store is None:
+    if plot_traffic is not None and engine.model.store.traffic_log is None:
         raise ConfigError(ALL_RESIDENT + "--expert-memory 35% keeps fewer")
     check_engine(engine, [policy], options)
     ids = encode_prompt(engine, text, raw=no_chat_template)
@@ -212,8 +213,8 @@ def write_traffic_plot(
     engine: Engine, name: Path, result: Result, collector: TrafficCollector
 ) -> None:
     """Writes NAME-light.svg, NAME-dark.svg and NAME.json for the one answer of this engine."""
-    store = engine.model.cached_store
-    if store is None or result.traffic is None:
+    store = engine.model.store
+    if store.traffic_log is None or result.traffic is None:
         raise ConfigError(ALL_RESIDENT + "--expert-memory 35% keeps fewer")
     plotting, events = output.require_extra(PLOTTING, "--plot-traffic"), iter(collector.denoised)
     points = []
@@ -232,10 +233,10 @@ def write_traffic_plot(
 def traffic_summary(traffic: Traffic) -> str:
     """One line: bytes moved, without a cache, and by the unmodified model."""
     summary = (
-        f"{output.format_bytes(traffic.bytes_moved)} moved, without a cache "
-        f"{output.format_bytes(traffic.bytes_without_cache)}"
+        f"{format_bytes(traffic.bytes_moved)} moved, without a cache "
+        f"{format_bytes(traffic.bytes_without_cache)}"
     )
     if traffic.vanilla_bytes is None or traffic.fraction_saved is None:
         return summary
-    vanilla = output.format_bytes(traffic.vanilla_bytes)
+    vanilla = format_bytes(traffic.vanilla_bytes)
     return f"{summary}; vanilla with LRU {vanilla} ({traffic.fraction_saved:.0%} saved)"

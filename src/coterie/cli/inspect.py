@@ -14,11 +14,12 @@ from coterie.checkpoints.model_info import inspect as read_model_info
 from coterie.checkpoints.source import find_folder
 from coterie.checkpoints.verification import VerifyResult, verify
 from coterie.cli import options as o
-from coterie.cli.output import console, counted_progress, format_bytes, print_document
+from coterie.cli.output import console, counted_progress, print_document
 from coterie.errors import ConfigError
 from coterie.keys import to_json
 from coterie.loading.load import DTYPES
 from coterie.model.spec import UNQUANTISED, ModelSpec
+from coterie.offload.capacity import format_bytes
 
 DEFAULT_FIT_GIB = (8.0, 16.0, 24.0)
 

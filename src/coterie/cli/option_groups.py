@@ -6,7 +6,7 @@ import functools
 import inspect
 from collections.abc import Callable
 from dataclasses import fields, is_dataclass
-from typing import get_type_hints
+from typing import Any, get_type_hints
 
 Command = Callable[..., object]
 
@@ -15,7 +15,7 @@ def with_option_groups(command: Command) -> Command:
     """The command as typer reads it: a parameter whose type is a dataclass becomes one option for
     each field. All parameters become keywords."""
     hints = get_type_hints(command, include_extras=True)
-    groups = {name: hint for name, hint in hints.items() if is_dataclass(hint)}
+    groups: dict[str, Any] = {name: hint for name, hint in hints.items() if is_dataclass(hint)}
     options: dict[str, inspect.Parameter] = {}
     for parameter in inspect.signature(command).parameters.values():
         group = groups.get(parameter.name)

@@ -20,7 +20,6 @@ from rich.table import Table
 from coterie.errors import ConfigError
 
 PIPE_WIDTH = 200  # columns of a table that goes to a file or a pipe
-BYTE_UNITS = ("B", "KiB", "MiB", "GiB", "TiB")
 SCHEMA = 2  # version of the JSON documents; schema 1 has only the old keys
 NEW_KEYS = {  # old key -> new key; schema 2 has both, and the old ones go with 0.2
     "stalled": "stall_fraction",
@@ -157,14 +156,3 @@ def require_extra(module: str, purpose: str, extra: str = "lab") -> ModuleType:
         raise ConfigError(
             f"{purpose} needs {error.name}, which is not installed: pip install 'coterie[{extra}]'"
         ) from None
-
-
-def format_bytes(size: float) -> str:
-    """Bytes with three figures and a unit: 6291456 -> "6.00 MiB"."""
-    unit = 0
-    while size >= 1024 and unit < len(BYTE_UNITS) - 1:
-        size, unit = size / 1024, unit + 1
-    if unit == 0:
-        return f"{size:.0f} B"
-    decimals = 2 if size < 10 else 1 if size < 100 else 0
-    return f"{size:.{decimals}f} {BYTE_UNITS[unit]}"

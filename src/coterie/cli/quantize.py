@@ -17,7 +17,8 @@ from coterie.checkpoints.conversion import (
     convert,
 )
 from coterie.cli import options as o
-from coterie.cli.output import console, counted_progress, format_bytes, print_document
+from coterie.cli.output import console, counted_progress, print_document
+from coterie.offload.capacity import format_bytes
 from coterie.quantization import FORMATS
 
 LAYOUT_NAMES = {"packed": PANEL_LAYOUT, "plain": PLAIN_LAYOUT}

@@ -26,7 +26,7 @@ from coterie.lab.replay.replay import EVICTION_NAMES, ReplayGrid, ReplayPoint, R
 from coterie.lab.replay.replay import decoding_only as only_decoding
 from coterie.lab.replay.trace import KINDS, Trace, is_trace, read_trace
 from coterie.loading.saved_votes import read_votes
-from coterie.offload.capacity import Capacity
+from coterie.offload.capacity import Capacity, format_bytes
 from coterie.routing import check_coreset_reuse, check_layers, parse_policy
 
 RECORD_TITLE = "Replay"
@@ -251,7 +251,7 @@ def results_table(points: Sequence[ReplayPoint]) -> Table:
             f"{point.experts:.1f}",
             f"{point.loads:.2f}",
             f"{traffic.hit_rate:.1%}",
-            output.format_bytes(traffic.bytes_moved / traffic.forwards),
+            format_bytes(traffic.bytes_moved / traffic.forwards),
             "" if saved is None else f"{saved:.1%}",
             f"{1e3 * point.predicted_time.forward_seconds:.3g}",
             f"{1e3 * point.predicted_time.stall_seconds:.3g}",

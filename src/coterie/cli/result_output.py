@@ -2,22 +2,20 @@
 
 from __future__ import annotations
 
-from coterie.cli.output import format_bytes
 from coterie.engine.engine import Engine
 from coterie.engine.events import Result
-from coterie.offload.mixed_precision_store import MixedPrecisionStore
-from coterie.offload.simulated_store import SimulatedCacheStore
+from coterie.offload.capacity import format_bytes
 from coterie.offload.traffic import Traffic
 
 
 def memory_document(engine: Engine, result: Result) -> dict[str, object]:
     """As JSON, what the forwards of a result moved; empty where all experts are in memory. A
     simulated cache has no stalls: both are None."""
-    store = engine.model.cached_store
-    if store is None or result.traffic is None:
+    model = engine.model
+    if result.traffic is None:
         return {}
-    document = {"slots": store.capacity, **result.traffic.to_dict()}
-    if isinstance(store, SimulatedCacheStore):
+    document = {"slots": model.store.capacity, **result.traffic.to_dict()}
+    if model.memory_config is not None and model.memory_config.simulated:
         document |= {"stall_seconds": None, "stalled": None}
     return {"expert_traffic": document}
 
@@ -25,20 +23,19 @@ def memory_document(engine: Engine, result: Result) -> dict[str, object]:
 def precision_document(engine: Engine) -> dict[str, object]:
     """As JSON, the share of the votes served in each precision, over layers and forwards so far;
     empty with one precision. Both losses are None where a manifest has no quantization errors."""
-    store = engine.model.cached_store
-    if not isinstance(store, MixedPrecisionStore):
+    counts = engine.model.store.precision_counts
+    if counts is None:
         return {}
-    stats = store.precision_stats
     document = {
-        "fine": store.format_names[0],
-        "coarse": store.format_names[1],
-        "fine_slots": store.high_precision.capacity,
-        "coarse_slots": store.low_precision.capacity,
-        "votes_fine": stats.high_precision_share,
-        "votes_coarse": 1 - stats.high_precision_share,
-        "upgrades": stats.promotions,
-        "loss_bound": stats.loss_bound if store.errors else None,
-        "loss_rms": stats.loss_rms if store.errors else None,
+        "fine": counts.high_format,
+        "coarse": counts.low_format,
+        "fine_slots": counts.high_slots,
+        "coarse_slots": counts.low_slots,
+        "votes_fine": counts.high_precision_share,
+        "votes_coarse": 1 - counts.high_precision_share,
+        "upgrades": counts.promotions,
+        "loss_bound": counts.loss_bound,
+        "loss_rms": counts.loss_rms,
     }
     return {"expert_precision": document}
 

@@ -30,6 +30,7 @@ from coterie.lab.replay.replay import steps_per_block
 from coterie.lab.replay.trace import KINDS, Trace, TraceWriter, read_trace
 from coterie.loading.load import Model
 from coterie.loading.saved_votes import SavedVotes, router_checksum, write_votes
+from coterie.offload.capacity import format_bytes
 
 DEFAULT_PROBLEMS = 20  # of each task
 
@@ -140,9 +141,9 @@ def trace_document(path: Path, recorded: Trace) -> dict[str, object]:
 def summary_line(path: Path, recorded: Trace) -> str:
     count, size = len(recorded.forwards), path.stat().st_size
     sequences = len({forward.row for forward in recorded.forwards})
-    each = f", {output.format_bytes(size / count)} each" if count else ""
+    each = f", {format_bytes(size / count)} each" if count else ""
     noun = "sequence" if sequences == 1 else "sequences"
     return (
         f"{path}: {count} forwards of {sequences} {noun} under {recorded.header.policy}{each}, "
-        f"{output.format_bytes(size)} in all"
+        f"{format_bytes(size)} in all"
     )

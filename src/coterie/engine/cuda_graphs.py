@@ -18,7 +18,6 @@ from coterie.model.cache import KVCache
 from coterie.model.forward_context import ForwardContext
 from coterie.model.moe import MoE
 from coterie.model.transformer import Transformer
-from coterie.offload.resident_store import ResidentExpertStore
 from coterie.routing import POLICIES, Election, format_policy, needs_importance
 from coterie.telemetry import ExpertCounter, RowId
 from coterie.values import DecodeProgress, Policy, Window
@@ -210,12 +209,10 @@ def is_capturable(policy: Policy) -> bool:
 
 
 def _all_experts_resident(transformer: Transformer) -> bool:
-    stores = (
-        layer.feed_forward.store
-        for layer in transformer.layers
-        if isinstance(layer.feed_forward, MoE)
+    blocks = (layer.feed_forward for layer in transformer.layers)
+    return all(
+        block.store.resident(block.layer) is None for block in blocks if isinstance(block, MoE)
     )
-    return all(isinstance(store, ResidentExpertStore) for store in stores)
 
 
 def _reach(cache: KVCache, window: Window) -> int:

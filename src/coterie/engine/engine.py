@@ -153,18 +153,18 @@ class Engine:
     @contextmanager
     def _logged_forward(self, group: Sequence[ActiveSequence]) -> Iterator[None]:
         """A forward in the ledger of a memory that does not hold all experts."""
-        if (store := self.model.cached_store) is None:
+        if (log := self.model.store.traffic_log) is None:
             yield
             return
         rows, blocks = (
             (active.number for active in group),
             (active.sequence.block.index for active in group),
         )
-        store.traffic_log.begin_forward(group[0].next_pass.kind, tuple(rows), tuple(blocks))
+        log.begin_forward(group[0].next_pass.kind, tuple(rows), tuple(blocks))
         try:
             yield
         finally:
-            store.traffic_log.end_forward()
+            log.end_forward()
 
     def cancel(self, number: int) -> None:
         """Forget a row, finished or not."""
@@ -223,9 +223,9 @@ class Engine:
     def traffic(self, earlier: Traffic | None = None) -> Traffic | None:
         """What all rows' forwards moved, ``since`` an earlier reading or ever; None where all
         experts are in memory."""
-        if (store := self.model.cached_store) is None:
+        if (log := self.model.store.traffic_log) is None:
             return None
-        current = store.traffic_log.traffic()
+        current = log.traffic()
         return current if earlier is None else current - earlier
 
     def reset_cache(self) -> None:
@@ -233,8 +233,7 @@ class Engine:
         before. Raises RuntimeError while a row is on its way."""
         if self._active:
             raise RuntimeError("a row on its way may need what is in memory")
-        if self.model.cached_store is not None:
-            self.model.cached_store.reset()
+        self.model.store.reset()
 
     def _active_sequence(self, number: int) -> ActiveSequence:
         if number not in self._active:

@@ -1,4 +1,4 @@
-"""The CPU beside a GPU: experts as its kernels read them, and what one costs here and there."""
+"""Experts for the CPU next to a GPU: their slabs in host memory, and the break-even with copies."""
 
 from __future__ import annotations
 
@@ -11,13 +11,11 @@ import torch
 from torch import Tensor
 
 from coterie import ops
-from coterie.errors import CoterieError
+from coterie.errors import OffloadError
 from coterie.loading.free_memory import free_memory
-from coterie.model.checkpoint import Checkpoint
-from coterie.model.spec import ModelSpec
+from coterie.loading.target import ModelFolder
 from coterie.model.weight_loader import map_tensor
-from coterie.model.weights import TensorTarget, is_packed
-from coterie.offload.cpu_experts import BreakEven, CpuExperts, TokenLimit
+from coterie.offload.cpu_experts import BreakEven
 from coterie.offload.fetchers import ExpertFetcher
 from coterie.ops import cpu
 from coterie.ops.expert_layout import ExpertLayout
@@ -26,63 +24,45 @@ from coterie.values import Routing, Slab
 
 HOST_DEVICE = torch.device("cpu")
 TIMING_ROUNDS = 5
-TIMED_EXPERTS, TOKENS_PER_EXPERT = (
-    8,
-    8,
-)  # of a layer on the CPU that is timed, and of each of its experts
-TIMED_COPIES = 16  # experts that are copied one after the other
+TIMED_EXPERTS = 8  # experts of the layer that is timed on the CPU
+TOKENS_PER_EXPERT = 8
+TIMED_COPIES = 16  # experts copied one after the other
 
 
 def host_slabs(
-    layout: ExpertLayout,
-    host_experts: Mapping[int, Tensor],
-    checkpoint: Checkpoint,
-    targets: Mapping[str, TensorTarget],
-    stored_spec: ModelSpec,
+    layout: ExpertLayout, blobs: Mapping[int, Tensor], model: ModelFolder
 ) -> dict[int, Slab]:
-    """All experts of each layer as a CPU computes them best, from ``blobs`` that hold them all.
+    """All experts of each layer in the CPU's fastest layout, given them all in host memory.
 
-    Where kernels take them, in memory of their own: mapped from a packed checkpoint, or packed
-    here. Raises CoterieError where there is none.
+    The CPU kernels need a second copy, mapped from a packed checkpoint or packed now. Raises
+    OffloadError if there is too little memory for it.
     """
-    plain = {
-        layer: layout.as_slab(blob, torch.arange(len(blob))) for layer, blob in host_experts.items()
-    }
+    plain = {layer: layout.as_slab(blob, torch.arange(len(blob))) for layer, blob in blobs.items()}
     example = next(iter(plain.values()))
     if not cpu.is_available() or cpu.packed_format(example) is None:
         return plain
-    extra_bytes, free_bytes = (
-        sum(blob.nbytes for blob in host_experts.values()),
-        free_memory(HOST_DEVICE),
-    )
+    extra_bytes = sum(blob.nbytes for blob in blobs.values())
+    free_bytes = free_memory(HOST_DEVICE)
     if free_bytes is not None and extra_bytes > free_bytes:
-        raise CoterieError(
-            "--cpu-experts: the kernels of a CPU read experts in another order, for which "
-            f"{extra_bytes:,} bytes more of host memory are needed, and {free_bytes:,} are free"
+        raise OffloadError(
+            f"`cpu_experts`: the CPU kernels need {extra_bytes:,} more bytes of host memory for "
+            f"their own expert layout, and {free_bytes:,} are free"
         )
-    if stored_spec.panels:
-        return _mapped_slabs(checkpoint, targets, stored_spec)
+    if model.spec.panels:
+        return _mapped_slabs(model)
     return {layer: ops.pack(slab) for layer, slab in plain.items()}
 
 
-def _mapped_slabs(
-    checkpoint: Checkpoint, targets: Mapping[str, TensorTarget], stored_spec: ModelSpec
-) -> dict[int, Slab]:
-    slabs = {}
-    for file, entries in checkpoint.files.items():
-        for name, entry in entries.items():
-            target = targets[name].weight
-            if not is_packed(target):
-                continue
-            descriptor = os.open(file, os.O_RDONLY)
-            try:
-                packed = map_tensor(descriptor, entry)
-            finally:
-                os.close(descriptor)
-            sizes = {"hidden": stored_spec.hidden, "width": stored_spec.expert_width}
-            all_ids = torch.arange(len(packed))
-            slab = slab_of_packed(packed, stored_spec.panel_kind, all_ids, **sizes)
-            slabs[int(target.split(".")[1])] = slab
+def _mapped_slabs(model: ModelFolder) -> dict[int, Slab]:
+    spec, slabs = model.spec, {}
+    sizes = {"hidden": spec.hidden, "width": spec.expert_width}
+    for layer, file, entry in model.packed_experts():
+        descriptor = os.open(file, os.O_RDONLY)
+        try:
+            packed = map_tensor(descriptor, entry)
+        finally:
+            os.close(descriptor)
+        slabs[layer] = slab_of_packed(packed, spec.panel_kind, torch.arange(len(packed)), **sizes)
     return slabs
 
 
@@ -94,8 +74,7 @@ def measure_break_even(
     dtype: torch.dtype,
     device: torch.device,
 ) -> BreakEven:
-    """What copies of so many bytes and computing take on this machine, each alone; medians of a few
-    rounds."""
+    """Time copies and CPU layers on this machine, each alone; medians of a few rounds."""
     layer, slab = next(iter(slabs.items()))
     experts, hidden = len(slab.slot_of), slab.down.shape[1]
     timed_experts = min(TIMED_EXPERTS, experts)
@@ -103,16 +82,15 @@ def measure_break_even(
 
     def timed_layer(count: int, tokens: int) -> Callable[[int], object]:
         def work(repeat: int) -> object:
-            # Others every time, so that no cache holds them.
+            # Different experts in each round, so that no CPU cache holds them.
             ids = (repeat * count + torch.arange(count).repeat_interleave(tokens)) % experts
             routing = _routing(ids[:, None].to(device), experts)
             return ops.run_experts(x[: len(ids)], routing, slab)
 
         return work
 
-    target_slots = torch.empty(
-        min(TIMED_COPIES, experts), expert_bytes, dtype=torch.uint8, device=device
-    )
+    copies = min(TIMED_COPIES, experts)
+    target_slots = torch.empty(copies, expert_bytes, dtype=torch.uint8, device=device)
     copy_seconds = _copy_seconds(fetcher, layer, experts, target_slots)
     if timed_experts < 2:
         return BreakEven(copy_seconds, _median_seconds(timed_layer(1, 1)), 0.0, 0.0)
@@ -131,8 +109,8 @@ def measure_break_even(
 
 
 def _copy_seconds(fetcher: ExpertFetcher, layer: int, experts: int, target_slots: Tensor) -> float:
-    """Seconds to copy an expert while others wait to be."""
-    fetcher.mark_computed()  # with what lay there before
+    """Seconds per copy of an expert in a series of copies."""
+    fetcher.mark_computed()  # earlier compute may still read the slots' memory
 
     def work(repeat: int) -> None:
         first = repeat * len(target_slots)
@@ -159,16 +137,3 @@ def _median_seconds(work: Callable[[int], object]) -> float:
         work(repeat)
         durations.append(time.perf_counter() - start)
     return statistics.median(durations)
-
-
-def describe_cpu_experts(cpu_experts: CpuExperts) -> str:
-    """Which experts a CPU computes, and why."""
-    selection = cpu_experts.selection
-    if isinstance(selection, TokenLimit):
-        return f"the CPU computes experts that at most {selection.max_tokens} tokens miss"
-    assert isinstance(selection, BreakEven)  # there are no others on a command line
-    return (
-        f"the CPU computes experts that are missed where it is done sooner: a copy takes "
-        f"{selection.copy_seconds * 1e3:.3g} ms; on the CPU a layer {selection.layer_seconds * 1e3:.3g} ms, an expert "
-        f"{selection.expert_seconds * 1e3:.3g} ms and each of its tokens {selection.token_seconds * 1e3:.3g} ms"
-    )

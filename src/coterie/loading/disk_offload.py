@@ -1,74 +1,113 @@
-"""Experts that stay in the files of a packed checkpoint, behind memory for some of them."""
+"""The placement of a CPU: experts stay in a packed checkpoint's files, and some are cached."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 
 from torch import Tensor
 
 from coterie.checkpoints.manifest import MANIFEST
 from coterie.checkpoints.verification import manifest_checksums
-from coterie.errors import CoterieError
-from coterie.loading.expert_memory import ExpertMemoryPlan
-from coterie.model.checkpoint import Checkpoint
-from coterie.model.spec import ModelSpec
-from coterie.model.weights import TensorTarget, is_packed
+from coterie.errors import CheckpointError, OffloadError
+from coterie.loading.expert_memory import (
+    ExpertMemoryConfig,
+    ExpertMemoryPlan,
+    plan_expert_memory,
+)
+from coterie.loading.free_memory import free_memory
+from coterie.loading.placement import LoadedModel
+from coterie.loading.target import LoadTarget, ModelFolder, ProgressCallback
 from coterie.offload.cached_store import CachedExpertStore
+from coterie.offload.eviction import Eviction, FloatArray
 from coterie.offload.fetchers import ThreadedFetcher
 from coterie.offload.tiers import DiskTier, ExpertFileSpan, FileIdentity
-from coterie.ops.cpu.experts import allocate as allocate
+from coterie.ops.cpu.experts import allocate as allocate_panels
 from coterie.ops.packed_layout import slab_of_packed
 from coterie.values import Slab
 
 
-def build_disk_store(
-    checkpoint: Checkpoint,
-    targets: Mapping[str, TensorTarget],
-    spec: ModelSpec,
-    plan: ExpertMemoryPlan,
-) -> CachedExpertStore:
-    """The store, with memory for its slots and those in them who are there from the start.
+@dataclass(frozen=True)
+class DiskOffload:
+    """Experts in the files of a packed checkpoint, and a cache of some in memory."""
 
-    Raises CoterieError where that memory is not to be had, and for a checkpoint whose experts have
-    no checksums.
-    """
+    plan: ExpertMemoryPlan
+
+    @staticmethod
+    def of(config: ExpertMemoryConfig, target: LoadTarget) -> DiskOffload:
+        """Raises OffloadError for a checkpoint that is not packed, and for less than one expert."""
+        return DiskOffload(plan_disk_offload(config, target))
+
+    def load(self, target: LoadTarget, on_progress: ProgressCallback | None) -> LoadedModel:
+        plan, model = self.plan, target.model
+        weights = target.load_weights(on_progress, experts=False, absent_bytes=plan.absent_bytes)
+        config = plan.config
+        store = disk_store(model, plan.slots, config.eviction, config.warm_votes)
+        for layer in model.spec.moe_layers:
+            store.layer_cache(layer)
+        return LoadedModel(weights, store, self)
+
+    def describe(self) -> tuple[str, ...]:
+        others = ", the others on disk" if self.plan.absent_bytes else ""
+        return (f"{self.plan.summary} ({self.plan.slots_size}){others}",)
+
+
+def plan_disk_offload(config: ExpertMemoryConfig, target: LoadTarget) -> ExpertMemoryPlan:
+    """Raises OffloadError unless a CPU can fetch single experts, and for options of a GPU."""
+    if not target.spec.panels:
+        raise OffloadError(
+            f"{target.model.path}: `expert_memory` fetches single experts from a packed checkpoint "
+            "for the CPU kernels; `coterie quantize` makes one, and `simulated` needs none"
+        )
+    if config.host_memory is not None:
+        raise OffloadError(
+            "`host_memory` has no effect on a CPU: `expert_memory` is host memory there; on a GPU "
+            "it is a cache between the disk and the GPU"
+        )
+    if config.cpu_experts is not None:
+        raise OffloadError("`cpu_experts` has no effect on a CPU, which computes all experts")
+    return plan_expert_memory(
+        config,
+        target.spec,
+        target.dtype,
+        expert_bytes=target.spec.expert_stride,
+        free_bytes=free_memory(target.device),
+    )
+
+
+def disk_store(
+    model: ModelFolder, slots: int, eviction: Eviction, warm_votes: Mapping[int, FloatArray]
+) -> CachedExpertStore:
+    """A cache over a packed checkpoint; raises CheckpointError if it has no expert checksums."""
+    spec = model.spec
 
     def make_slab(buffer: Tensor, slot_of: Tensor) -> Slab:
         return slab_of_packed(
             buffer, spec.panel_kind, slot_of, hidden=spec.hidden, width=spec.expert_width
         )
 
-    store = CachedExpertStore(
-        ThreadedFetcher(DiskTier(expert_file_spans(checkpoint, targets))),
+    return CachedExpertStore(
+        ThreadedFetcher(DiskTier(expert_file_spans(model))),
         make_slab,
-        allocate,
-        experts=plan.experts,
-        expert_bytes=plan.expert_bytes,
-        capacity=plan.slots,
-        eviction=plan.config.eviction,
-        warm_votes={} if plan.config.warm_start is None else plan.config.warm_start.by_layer(),
+        allocate_panels,
+        experts=spec.router.experts,
+        expert_bytes=spec.expert_stride,
+        capacity=slots,
+        eviction=eviction,
+        warm_votes=warm_votes,
     )
-    for layer in spec.moe_layers:
-        store.resident(layer)
-    return store
 
 
-def expert_file_spans(
-    checkpoint: Checkpoint, targets: Mapping[str, TensorTarget]
-) -> dict[int, ExpertFileSpan]:
-    """Of each layer: where its packed experts lie, and their checksums."""
-    checksums_by_tensor, spans = manifest_checksums(checkpoint.folder), {}
-    for file, entries in checkpoint.files.items():
-        for name, entry in entries.items():
-            target = targets[name].weight
-            if not is_packed(target):
-                continue
-            hex_checksums = checksums_by_tensor.get(name, {}).get("crc32")
-            if not isinstance(hex_checksums, list) or len(hex_checksums) != entry.shape[0]:
-                raise CoterieError(
-                    f"{checkpoint.folder / MANIFEST}: has no checksums of the experts in {name}"
-                )
-            checksums = tuple(int(str(checksum), 16) for checksum in hex_checksums)
-            layer, (_, size) = int(target.split(".")[1]), entry.shape
-            spans[layer] = ExpertFileSpan(file, entry.start, size, checksums, FileIdentity.of(file))
+def expert_file_spans(model: ModelFolder) -> dict[int, ExpertFileSpan]:
+    """Where each layer's packed experts are, with their checksums."""
+    checksums_by_tensor, spans = manifest_checksums(model.path), {}
+    for layer, file, entry in model.packed_experts():
+        experts, size = entry.shape
+        checksums = checksums_by_tensor.get(entry.name, {}).get("crc32")
+        if not isinstance(checksums, list) or len(checksums) != experts:
+            raise CheckpointError(
+                f"{model.path / MANIFEST}: has no checksums of the experts in {entry.name}"
+            )
+        numbers = tuple(int(str(checksum), 16) for checksum in checksums)
+        spans[layer] = ExpertFileSpan(file, entry.start, size, numbers, FileIdentity.of(file))
     return spans

@@ -1,4 +1,4 @@
-"""How much memory experts may have: what was asked for, and what that comes to on a machine."""
+"""How much memory experts get: the user's config, and the plan it leads to on a machine."""
 
 from __future__ import annotations
 
@@ -7,41 +7,40 @@ from typing import Literal
 
 import torch
 
-from coterie.errors import CoterieError
+from coterie.errors import OffloadError
 from coterie.loading.low_precision import LowPrecisionExperts
 from coterie.loading.saved_votes import SavedVotes
 from coterie.model.size import model_size
 from coterie.model.spec import ModelSpec
-from coterie.offload.capacity import Capacity, parse_bytes
+from coterie.offload.capacity import Capacity, format_bytes, parse_bytes
 from coterie.offload.cpu_experts import TokenLimit, parse_cpu_experts
-from coterie.offload.eviction import EVICTIONS, Eviction, Lru, parse_eviction
+from coterie.offload.eviction import EVICTIONS, Eviction, FloatArray, Lru, parse_eviction
 from coterie.specs import format_spec
 
 Auto = Literal["auto"]
 
 AUTO: Auto = "auto"
-AUTO_KV_LENGTH = 2048  # positions of a row whose keys and values "auto" leaves room for
-AUTO_MARGIN_BYTES = 512 << 20  # bytes that "auto" leaves for what a forward computes with
-AUTO_SPARE_SHARE = 0.05  # and of what is free, the share that others may take meanwhile
+AUTO_KV_LENGTH = 2048  # positions of one sequence whose keys and values "auto" leaves room for
+AUTO_MARGIN_BYTES = 512 << 20  # bytes that "auto" leaves for a forward's activations
+AUTO_SPARE_SHARE = 0.05  # share of the free memory that "auto" leaves to other processes
 
 
 @dataclass(frozen=True)
 class ExpertMemoryConfig:
-    """Memory for some of the experts, while the others stay where they were loaded from.
+    """A cache for some of the experts; the others are fetched when they are used.
 
-    ``fast`` is where they are computed from. On a GPU, ``host`` bytes of the machine's own memory
-    stand between that and the disk; None leaves it to what the machine needs. ``eviction`` says who
-    leaves fast memory, ``warm`` who is there from the start. With ``coarse`` a part of that memory
-    is for experts in fewer bits.
+    ``capacity`` is the memory that experts are computed from. On a GPU, ``host_memory`` bytes of
+    the host hold experts between the GPU and the disk; None means as many as are needed. With
+    ``fallback_model``, part of ``capacity`` holds experts in lower precision.
     """
 
     capacity: Capacity | Auto
     host_memory: int | Auto | None = None
     eviction: Eviction = field(default_factory=Lru)
-    warm_start: SavedVotes | None = None
+    warm_start: SavedVotes | None = None  # the top-voted experts are cached from the start
     fallback_model: LowPrecisionExperts | None = None
-    cpu_experts: TokenLimit | Auto | None = None  # whom a CPU beside a GPU computes; None: nobody
-    simulated: bool = False  # all experts are there, and book is kept of what would have moved
+    cpu_experts: TokenLimit | Auto | None = None  # cache misses of a GPU that the CPU computes
+    simulated: bool = False  # all experts are in memory, and the cache's loads are only counted
 
     @staticmethod
     def parse(
@@ -54,18 +53,20 @@ class ExpertMemoryConfig:
         cpu_experts: str | None = None,
         simulated: bool = False,
     ) -> ExpertMemoryConfig:
-        """From what is typed: "35%", "47" a layer, "6GiB" or "auto"; "20GiB" or "auto"; "lru";
-        "off", "auto" or the most tokens of an expert."""
-        option, other_forms = (
-            ("--imagine-memory", "") if simulated else ("--expert-memory", ", or auto")
-        )
+        """Parse the command line's spelling.
+
+        ``capacity`` is "35%", "47" (slots per layer), "6GiB" or "auto"; ``host_memory`` "20GiB" or
+        "auto"; ``eviction`` "lru"; ``cpu_experts`` "off", "auto" or a maximum number of tokens.
+        """
+        name = "`simulate_expert_memory`" if simulated else "`expert_memory`"
+        other_forms = "" if simulated else ", or auto"
         return ExpertMemoryConfig(
-            AUTO if capacity.strip() == AUTO else Capacity.parse(capacity, option, other_forms),
+            AUTO if capacity.strip() == AUTO else Capacity.parse(capacity, name, other_forms),
             AUTO
             if host_memory == AUTO
             else None
             if host_memory is None
-            else parse_bytes(host_memory, "--host-memory"),
+            else parse_bytes(host_memory, "`host_memory`"),
             Lru() if eviction is None else parse_eviction(eviction),
             warm_start,
             fallback_model,
@@ -73,32 +74,35 @@ class ExpertMemoryConfig:
             simulated,
         )
 
+    @property
+    def warm_votes(self) -> dict[int, FloatArray]:
+        """The votes [E] of each layer that the cache starts from; empty without a warm start."""
+        return {} if self.warm_start is None else self.warm_start.by_layer()
+
     def to_dict(self) -> dict[str, object]:
-        """As plain values, by the names of the options; what was not asked for is None."""
-        return {
+        """As JSON values, under the keys of saved runs."""
+        config: dict[str, object] = {
             "expert_memory": self.capacity if self.capacity == AUTO else self.capacity.text,
             "host_memory": self.host_memory,
             "eviction": format_spec(self.eviction, EVICTIONS),
             "warm": None if self.warm_start is None else self.warm_start.label,
-            **({} if self.fallback_model is None else self.fallback_model.to_dict()),
-            **(
-                {}
-                if self.cpu_experts is None
-                else {
-                    "cpu_experts": AUTO if self.cpu_experts == AUTO else self.cpu_experts.max_tokens
-                }
-            ),
-            **({"imagined": True} if self.simulated else {}),
         }
+        if self.fallback_model is not None:
+            config |= self.fallback_model.to_dict()
+        if self.cpu_experts is not None:
+            auto = self.cpu_experts == AUTO
+            config["cpu_experts"] = AUTO if auto else self.cpu_experts.max_tokens
+        if self.simulated:
+            config["imagined"] = True
+        return config
 
 
 @dataclass(frozen=True)
 class ExpertMemoryPlan:
-    """What a ``Memory`` came to: ``slots`` for the experts of each layer.
+    """The slots per layer that a config leads to.
 
-    ``free`` bytes were there and ``rest`` of them left for all else, where it was "auto" that
-    chose. Behind a GPU's slots, ``host`` bytes of the machine's own memory are for experts; none
-    where the slots hold all of them.
+    Where "auto" chose them, ``free_bytes`` were free and ``other_bytes`` of these are left for all
+    else. On a GPU, ``host_bytes`` of the host hold experts; 0 if the slots hold all of them.
     """
 
     config: ExpertMemoryConfig
@@ -112,19 +116,43 @@ class ExpertMemoryPlan:
 
     @property
     def holds_all(self) -> bool:
-        """Whether "auto" found that all of them fit, or a GPU was given room for all: then there is
-        nothing to fetch."""
+        """Whether all experts fit, so that nothing is fetched.
+
+        A CPU still fetches each expert once into slots for all, unless they come from "auto".
+        """
         return self.slots == self.experts and (self.config.capacity == AUTO or self.host_bytes == 0)
 
     @property
     def slot_bytes(self) -> int:
-        """Of all slots."""
+        """Bytes of the slots of all layers."""
         return self.slots * self.layers * self.expert_bytes
 
     @property
     def absent_bytes(self) -> int:
-        """Bytes of the experts for which there are no slots."""
-        return (self.experts - self.slots) * self.layers * self.expert_bytes
+        """Bytes of the experts without a slot."""
+        return self.total_bytes - self.slot_bytes
+
+    @property
+    def total_bytes(self) -> int:
+        """Bytes of the experts of all layers."""
+        return self.experts * self.layers * self.expert_bytes
+
+    @property
+    def slots_size(self) -> str:
+        return format_bytes(self.slot_bytes)
+
+    @property
+    def auto_note(self) -> str:
+        """For "auto", the memory that it found; otherwise empty."""
+        if self.free_bytes is None or self.other_bytes is None:
+            return ""
+        free, other = format_bytes(self.free_bytes), format_bytes(self.other_bytes)
+        return f"{free} are free, {other} kept for all else: "
+
+    @property
+    def summary(self) -> str:
+        count = f"{self.slots} of" if self.absent_bytes else "all"
+        return f"{self.auto_note}{count} {self.experts} experts per layer in memory"
 
 
 def plan_expert_memory(
@@ -135,29 +163,31 @@ def plan_expert_memory(
     expert_bytes: int,
     free_bytes: int | None,
 ) -> ExpertMemoryPlan:
-    """The slots of each layer, where an expert weighs so much in fast memory and ``free`` bytes
-    can be had there; raises CoterieError for less than one."""
+    """The slots per layer for experts of ``expert_bytes``; raises for less than one.
+
+    "auto" takes all of ``free_bytes`` that nothing else needs.
+    """
     layers, experts = len(spec.moe_layers), spec.router.experts
     if config.capacity != AUTO:
         slots = config.capacity.slots(layers=layers, experts=experts, expert_bytes=expert_bytes)
         return ExpertMemoryPlan(config, slots, experts, layers, expert_bytes)
     if free_bytes is None:
-        raise CoterieError(
-            "--expert-memory auto: this system does not tell how much memory is free; "
-            "say a share (35%), slots a layer (47) or bytes (6GiB)"
+        raise OffloadError(
+            "`expert_memory=auto`: this system does not report its free memory; use a share "
+            "(35%), slots per layer (47) or bytes (6GiB)"
         )
     other_bytes = non_expert_bytes(spec, dtype, free_bytes)
     slots = min(experts, max(0, free_bytes - other_bytes) // (layers * expert_bytes))
     if slots < 1:
-        raise CoterieError(
-            f"--expert-memory auto: {free_bytes:,} bytes are free, all else needs {other_bytes:,}, and one "
-            f"expert in each of {layers} layers {layers * expert_bytes:,} more"
+        raise OffloadError(
+            f"`expert_memory=auto`: {free_bytes:,} bytes are free, all else needs {other_bytes:,}, "
+            f"and one expert in each of {layers} layers needs {layers * expert_bytes:,} more"
         )
     return ExpertMemoryPlan(config, slots, experts, layers, expert_bytes, free_bytes, other_bytes)
 
 
 def non_expert_bytes(spec: ModelSpec, dtype: torch.dtype, free_bytes: int) -> int:
-    """Bytes beside the experts: other weights, keys and values of a long row, and a margin."""
+    """Bytes for all else: other weights, the KV cache of a long sequence, and margins."""
     sizes = model_size(spec, dtype)
     weights = sizes.bytes - len(spec.moe_layers) * sizes.layer_expert_bytes
     kv_bytes = min(AUTO_KV_LENGTH, spec.max_length) * sizes.kv_bytes_per_token

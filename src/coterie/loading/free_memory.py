@@ -1,4 +1,4 @@
-"""How much memory can still be had, as the system tells it."""
+"""Free memory as the system reports it."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ CGROUP_ROOT = Path("/sys/fs/cgroup")
 
 
 def free_memory(device: torch.device) -> int | None:
-    """Bytes that can still be had there, caches of files counted in; None where nobody tells.
+    """Free bytes, including file caches; None if the system does not report them.
 
-    On the host, what this process's group may still take where that is less than the machine has.
+    On the host, the limit of this process's control group counts if it is lower.
     """
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
@@ -27,7 +27,7 @@ def free_memory(device: torch.device) -> int | None:
 def cgroup_free_memory(
     cgroup_file: Path = CGROUP_FILE, cgroup_root: Path = CGROUP_ROOT
 ) -> int | None:
-    """What the limits of this process's control group and of those around it leave."""
+    """Bytes that the limits of this process's control group and its parents leave."""
     try:
         lines = cgroup_file.read_text().splitlines()
     except OSError:
@@ -47,22 +47,19 @@ def cgroup_free_memory(
 
 @dataclass(frozen=True)
 class CgroupFiles:
-    """How a version of control groups calls its files, and the pages of files in ``memory.stat``.
-
-    These go when somebody wants memory.
-    """
+    """File names of one version of control groups, and the reclaimable entries of memory.stat."""
 
     limit: str
     usage: str
     cached_pattern: str
 
     def free_memory(self, folder: Path) -> int | None:
-        """None where there is no such group, or no limit."""
+        """None if there is no such group, or no limit."""
         try:
             limit = int((folder / self.limit).read_text())
             usage = int((folder / self.usage).read_text())
             stat = (folder / "memory.stat").read_text()
-        except (OSError, ValueError):  # "max" is no number, and no limit
+        except (OSError, ValueError):  # "max" means no limit
             return None
         cached = sum(int(size) for size in re.findall(self.cached_pattern, stat, re.M))
         return max(0, limit - usage + cached)
@@ -75,7 +72,7 @@ CGROUP_V2 = CgroupFiles("memory.max", "memory.current", r"^(?:in)?active_file (\
 
 
 def _cgroup_and_parents(root: Path, path: str) -> Iterator[Path]:
-    """The group's folder and those above it. In a container its own may be the uppermost."""
+    """The group's folder and its parents below the root."""
     own_folder = root / path.lstrip("/")
     yield own_folder
     yield from (folder for folder in own_folder.parents if folder.is_relative_to(root))

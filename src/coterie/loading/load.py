@@ -1,38 +1,31 @@
-"""A model ready to run, from a name."""
+"""Load a model by name, ready to run."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
 
-from coterie import ops
 from coterie.checkpoints.source import EMBEDDED, find_folder
-from coterie.errors import CoterieError
-from coterie.families import Family, ModelConfig, detect_family, eos_ids, mask_id
-from coterie.families.names import is_stacked, weight_map
-from coterie.loading import gpu_offload
-from coterie.loading.disk_offload import build_disk_store
-from coterie.loading.expert_memory import ExpertMemoryConfig, ExpertMemoryPlan, plan_expert_memory
-from coterie.loading.free_memory import free_memory
-from coterie.loading.gpu_offload import GpuOffloadBuilder
-from coterie.loading.mixed_precision import PackedModel, build_mixed_store
-from coterie.loading.simulated_memory import plan_simulated_cache, simulate_cache
-from coterie.model.checkpoint import Checkpoint
+from coterie.errors import ConfigError, OffloadError
+from coterie.families import Family, ModelConfig, eos_ids, mask_id
+from coterie.loading.disk_offload import DiskOffload
+from coterie.loading.expert_memory import ExpertMemoryConfig
+from coterie.loading.gpu_offload import HostOffload
+from coterie.loading.mixed_precision import MixedPrecision
+from coterie.loading.placement import Placement, Resident
+from coterie.loading.simulated_memory import Simulated
+from coterie.loading.target import LoadTarget, ModelFolder, ProgressCallback
+from coterie.model.moe import MoE
 from coterie.model.spec import ModelSpec
 from coterie.model.transformer import Transformer, build
-from coterie.model.weight_loader import WeightLoader
-from coterie.model.weights import allocate, take_slab, weight_bytes
-from coterie.offload.cached_store import CachedExpertStore
-from coterie.offload.mixed_precision_store import MixedPrecisionStore
+from coterie.model.weights import weight_bytes
 from coterie.offload.resident_store import ResidentExpertStore
-from coterie.offload.traffic_log import CachedStore
+from coterie.offload.store import TrackedExpertStore
 from coterie.ops import cpu
 from coterie.quantization import QuantFormat, parse_format
 from coterie.tokenizer import TextTokenizer, load_tokenizer
-from coterie.values import ExpertStore
 
 DTYPES = {
     "float32": torch.float32,
@@ -43,12 +36,12 @@ DTYPES = {
     "fp16": torch.float16,
 }
 FP32_MAX_BYTES = 4 << 30
-"""Models whose fp32 weights stay below this run in fp32 on a CPU, where it costs little."""
+"""On a CPU, models whose fp32 weights are smaller run in fp32, which costs them little."""
 
 
 @dataclass(frozen=True)
 class Model:
-    """What the engine needs to know of a model."""
+    """A model as the engine uses it."""
 
     name: str
     family: Family
@@ -57,26 +50,37 @@ class Model:
     mask_id: int
     eos_ids: tuple[int, ...]
     folder: Path | None = None  # None: made in memory
-    offload_store: CachedExpertStore | None = None  # its experts, where they are not all in memory
-    memory_plan: ExpertMemoryPlan | None = (
-        None  # what the memory that was asked for experts came to
-    )
-    cached_store: CachedStore | None = None  # the store, where memory is short or imagined to be
+    # The transformer's expert store. The default suits a model made in memory: nothing is fetched.
+    store: TrackedExpertStore = field(default_factory=lambda: ResidentExpertStore({}))
+    placement: Placement = field(default_factory=Resident)
 
     @property
     def spec(self) -> ModelSpec:
         return self.transformer.spec
 
+    @property
+    def memory_config(self) -> ExpertMemoryConfig | None:
+        """The requested expert memory."""
+        return None if self.placement.plan is None else self.placement.plan.config
+
     def with_simulated_cache(self, config: ExpertMemoryConfig) -> Model:
-        """The same in a smaller memory that is imagined; raises CoterieError for none, and for a
-        model whose memory is short already."""
-        if self.cached_store is not None:
-            raise CoterieError("a memory can be imagined only where all experts are in memory")
-        plan = plan_simulated_cache(config, self.spec, self.transformer.dtype)
+        """The same model with a simulated expert cache; raises OffloadError if it has a cache."""
+        if self.store.traffic_log is not None:
+            raise OffloadError("a cache can only be simulated if all experts are in memory")
         if config.warm_start is not None and self.folder is not None:
             config.warm_start.check(self.spec, self.folder)
-        transformer, store = simulate_cache(self.transformer, plan)
-        return replace(self, transformer=transformer, memory_plan=plan, cached_store=store)
+        placement = Simulated.of(config, self.spec, self.transformer.dtype)
+        blocks = [layer.feed_forward for layer in self.transformer.layers]
+        resident_store = next(block.store for block in blocks if isinstance(block, MoE))
+        store = placement.simulate(resident_store, self.spec, self.transformer.device)
+        layers = tuple(
+            replace(layer, feed_forward=replace(block, store=store))
+            if isinstance(block, MoE)
+            else layer
+            for layer, block in zip(self.transformer.layers, blocks, strict=True)
+        )
+        transformer = replace(self.transformer, layers=layers)
+        return replace(self, transformer=transformer, store=store, placement=placement)
 
 
 def load_model(
@@ -86,239 +90,119 @@ def load_model(
     device: str | torch.device = "auto",
     experts: str | QuantFormat | None = None,
     expert_memory: str | ExpertMemoryConfig | None = None,
-    on_progress: Callable[[int, int], None] | None = None,
+    on_progress: ProgressCallback | None = None,
 ) -> Model:
     """Load a folder, a hub id, or (None) the embedded model.
 
-    ``device`` "auto" is CUDA where there is one. ``dtype`` None or "auto" is bf16, but fp32 on a
-    CPU for models whose weights then stay below 4 GiB. ``experts`` "int8" or "int4" quantises the
-    routed experts as they are read. Packed experts are mapped and stay in their file where kernels
-    of a CPU read them, and are unpacked elsewhere. With ``expert_memory`` ("35%", "47" a layer,
-    "6GiB", "auto": as many as are free, or a ``Memory``) only so many are in memory, and the others
-    are read when they are needed; a policy's votes may then prefer those that are there. Of a
-    memory that is only imagined nothing is read: all are there, and book is kept.
-    ``progress`` hears (bytes done, bytes in all).
-    Every bad input raises a CoterieError of one line.
+    ``device`` "auto" is CUDA if available. ``dtype`` None or "auto" is bf16; on a CPU it is fp32
+    for models whose fp32 weights stay below 4 GiB. ``experts`` "int8" or "int4" quantizes the
+    routed experts while they are read. Packed experts are mapped from their file for the CPU
+    kernels, and unpacked for other devices.
+
+    ``expert_memory`` keeps only some experts in memory ("35%", "47" per layer, "6GiB", or "auto":
+    as many as fit); the others are fetched when used, and policies may prefer those in memory. A
+    simulated expert memory fetches nothing and counts.
+
+    Bad input raises a CoterieError whose message is one line.
     """
-    folder = find_folder(name_or_path)
-    config = ModelConfig.of(folder / "config.json")
-    family = detect_family(config)
-    spec = family.read_spec(config)
-    target_device = choose_device(device)
-    weights_dtype = choose_dtype(dtype, spec, target_device)
-    loaded_spec = _loaded_spec(folder, spec, experts, target_device)
-    memory_config = (
-        ExpertMemoryConfig.parse(expert_memory) if isinstance(expert_memory, str) else expert_memory
-    )
-    simulated_config = (
-        memory_config if memory_config is not None and memory_config.simulated else None
-    )
-    if simulated_config is not None:
-        plan_simulated_cache(
-            simulated_config, loaded_spec, weights_dtype
-        )  # fails here, before weights are loaded
-    memory_plan = (
-        None
-        if simulated_config
-        else _plan_memory(
-            folder, spec, loaded_spec, memory_config, dtype=weights_dtype, device=target_device
-        )
-    )
-    transformer, store = _load_weights(
-        folder,
-        family,
-        spec,
-        loaded_spec,
-        dtype=weights_dtype,
-        device=target_device,
-        memory_plan=memory_plan,
-        on_progress=on_progress,
-    )
-    codec = load_tokenizer(
-        folder, template=family.defaults.chat_template, vocab_size=spec.vocabulary
-    )
-    model = Model(
+    model = ModelFolder.open(find_folder(name_or_path))
+    family, vocab_size = model.family, model.spec.vocabulary
+    target = choose_target(model, experts=experts, dtype=dtype, device=choose_device(device))
+    placement = choose_placement(target, expert_memory)
+    loaded = placement.load(target, on_progress)
+    template = family.defaults.chat_template
+    codec = load_tokenizer(model.path, template=template, vocab_size=vocab_size)
+    return Model(
         name=EMBEDDED if name_or_path is None else str(name_or_path),
         family=family,
-        transformer=transformer,
+        transformer=build(target.spec, loaded.weights, loaded.store),
         codec=codec,
-        mask_id=_resolve_mask_id(config, codec, mask_id(config, family, spec.vocabulary)),
-        eos_ids=tuple(dict.fromkeys(codec.eos_ids + eos_ids(config, family, spec.vocabulary))),
-        folder=folder,
-        offload_store=store if isinstance(store, CachedExpertStore) else None,
-        memory_plan=memory_plan,
-        cached_store=store if isinstance(store, CachedExpertStore | MixedPrecisionStore) else None,
+        mask_id=_resolve_mask_id(model.config, codec, mask_id(model.config, family, vocab_size)),
+        eos_ids=tuple(dict.fromkeys(codec.eos_ids + eos_ids(model.config, family, vocab_size))),
+        folder=model.path,
+        store=loaded.store,
+        placement=loaded.placement,
     )
-    return model if simulated_config is None else model.with_simulated_cache(simulated_config)
 
 
-def _plan_memory(
-    folder: Path,
-    stored_spec: ModelSpec,
-    loaded_spec: ModelSpec,
-    config: ExpertMemoryConfig | None,
-    *,
-    dtype: torch.dtype,
-    device: torch.device,
-) -> ExpertMemoryPlan | None:
-    """Raises CoterieError where experts cannot be read one by one, or not even one fits."""
-    if config is None:
-        return None
+def choose_placement(
+    target: LoadTarget, expert_memory: str | ExpertMemoryConfig | None
+) -> Placement:
+    """The placement for an expert-memory config; raises CoterieError if it cannot be met."""
+    if expert_memory is None:
+        return Resident()
+    config = expert_memory
+    if isinstance(config, str):
+        config = ExpertMemoryConfig.parse(config)
     if config.warm_start is not None:
-        config.warm_start.check(loaded_spec, folder)
-    if gpu_offload.has_device_memory(device):
-        return gpu_offload.plan_gpu_offload(config, stored_spec, loaded_spec, dtype, device=device)
-    if not loaded_spec.panels:
-        raise CoterieError(
-            f"{folder}: --expert-memory reads experts from a packed checkpoint, for a CPU's "
-            "kernels; `coterie quantize MODEL OUT --experts int8` makes one, "
-            "and --imagine-memory acts as if"
+        config.warm_start.check(target.spec, target.model.path)
+    if config.simulated:
+        return Simulated.of(config, target.spec, target.dtype)
+    if target.has_device_memory:
+        placement = HostOffload.of(config, target)
+    elif config.fallback_model is not None:
+        placement = MixedPrecision.of(config, config.fallback_model, target)
+    else:
+        placement = DiskOffload.of(config, target)
+    return Resident(placement.plan) if placement.plan.holds_all else placement
+
+
+def choose_target(
+    model: ModelFolder,
+    *,
+    experts: str | QuantFormat | None,
+    dtype: str | torch.dtype | None,
+    device: torch.device,
+) -> LoadTarget:
+    """The form in memory: experts as stored, or quantized if they are stored unquantized."""
+    spec, expert_format = model.spec, parse_format(experts) if isinstance(experts, str) else experts
+    target = LoadTarget(model, spec, choose_dtype(dtype, spec, device), device)
+    if expert_format in (None, spec.expert_format):
+        packed = spec.panels and not target.has_device_memory and cpu.is_available()
+        return replace(target, spec=replace(spec, panels=packed))
+    if spec.expert_format is not None or spec.panels:
+        raise ConfigError(
+            f"{model.path}: its experts are {spec.expert_storage} already; "
+            f"{expert_format} can be made of the original only"
         )
-    if config.host_memory is not None:
-        raise CoterieError(
-            "--host-memory has no effect on a CPU: --expert-memory is memory of the host there; "
-            "with --device cuda it stands between the GPU's memory and the disk"
-        )
-    if config.cpu_experts is not None:
-        raise CoterieError("--cpu-experts has no effect where a CPU computes all experts anyway")
-    free_bytes, expert_bytes = free_memory(device), loaded_spec.expert_stride
-    plan = plan_expert_memory(
-        config, loaded_spec, dtype, expert_bytes=expert_bytes, free_bytes=free_bytes
-    )
-    if plan.holds_all and config.fallback_model is not None:
-        raise CoterieError("--coarse has no effect: all experts fit into what is free as they are")
-    return plan
-
-
-def _loaded_spec(
-    folder: Path, stored_spec: ModelSpec, experts: str | QuantFormat | None, device: torch.device
-) -> ModelSpec:
-    """The model in memory: its experts as stored, or as asked where they are stored whole."""
-    expert_format = parse_format(experts) if isinstance(experts, str) else experts
-    if expert_format not in (None, stored_spec.expert_format):
-        if stored_spec.expert_format is not None or stored_spec.panels:
-            raise CoterieError(
-                f"{folder}: its experts are {stored_spec.expert_storage} already; "
-                f"{expert_format} can be made of the original only"
-            )
-        return replace(stored_spec, expert_format=expert_format)
-    packed = stored_spec.panels and not gpu_offload.has_device_memory(device) and cpu.is_available()
-    return replace(stored_spec, panels=packed)
-
-
-def _resolve_mask_id(config: ModelConfig, codec: TextTokenizer, default: int) -> int:
-    """The tokenizer's, which a config that states one must agree with; else the ``usual`` one."""
-    if codec.mask_id is None:
-        return default
-    if config.values.get("mask_token_id") is not None and default != codec.mask_id:
-        raise config.error("mask_token_id", f"is {default}, but tokenizer.json has {codec.mask_id}")
-    return codec.mask_id
+    return replace(target, spec=replace(spec, expert_format=expert_format))
 
 
 def choose_device(device: str | torch.device) -> torch.device:
-    """ "auto" is CUDA where there is one; asking for what is not there raises."""
+    """ "auto" is CUDA if available; raises ConfigError for a device that does not exist."""
     if device == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         resolved = torch.device(device)
     except RuntimeError:
-        raise CoterieError(f"unknown device {str(device)!r}; known: auto, cpu, cuda") from None
+        raise ConfigError(f"unknown device {str(device)!r}; known: auto, cpu, cuda") from None
     if resolved.type not in ("cpu", "cuda"):
-        raise CoterieError(f"unknown device {str(device)!r}; known: auto, cpu, cuda")
+        raise ConfigError(f"unknown device {str(device)!r}; known: auto, cpu, cuda")
     if resolved.type == "cuda" and (resolved.index or 0) >= torch.cuda.device_count():
-        raise CoterieError(f"device {str(device)!r} is not there: PyTorch sees no such GPU")
+        raise ConfigError(f"device {str(device)!r} does not exist: PyTorch sees no such GPU")
     return resolved
 
 
 def choose_dtype(
     dtype: str | torch.dtype | None, spec: ModelSpec, device: torch.device
 ) -> torch.dtype:
-    """None and "auto" are bf16, or fp32 on a CPU where the weights stay small; others by name."""
+    """None and "auto" are bf16, or fp32 on a CPU if the weights stay small; others by name."""
     if dtype is None or dtype == "auto":
         is_small = weight_bytes(spec, torch.float32) < FP32_MAX_BYTES
         return torch.float32 if device.type == "cpu" and is_small else torch.bfloat16
     if isinstance(dtype, str):
         if dtype not in DTYPES:
-            raise CoterieError(f"unknown dtype {dtype!r}; known: auto, {', '.join(DTYPES)}")
+            raise ConfigError(f"unknown dtype {dtype!r}; known: auto, {', '.join(DTYPES)}")
         return DTYPES[dtype]
     if dtype not in DTYPES.values():
-        raise CoterieError(f"unsupported dtype {dtype}; known: {', '.join(DTYPES)}")
+        raise ConfigError(f"unsupported dtype {dtype}; known: {', '.join(DTYPES)}")
     return dtype
 
 
-def _load_weights(
-    folder: Path,
-    family: Family,
-    spec: ModelSpec,
-    loaded_spec: ModelSpec,
-    *,
-    dtype: torch.dtype,
-    device: torch.device,
-    memory_plan: ExpertMemoryPlan | None,
-    on_progress: Callable[[int, int], None] | None,
-) -> tuple[Transformer, ExpertStore]:
-    """Everything is checked before the first byte of memory is asked for."""
-    checkpoint = Checkpoint.of(folder)
-    targets = weight_map(family.tensor_names, spec, stacked=is_stacked(checkpoint.tensors))
-    checkpoint.check(targets)
-    memory_plan = None if memory_plan is None or memory_plan.holds_all else memory_plan
-    absent_bytes = 0 if memory_plan is None else memory_plan.absent_bytes
-    _check_free_memory(folder, weight_bytes(loaded_spec, dtype) - absent_bytes, device)
-    weights = allocate(loaded_spec, dtype, device, experts=memory_plan is None)
-    builder = (
-        GpuOffloadBuilder(loaded_spec, dtype, memory_plan, device)
-        if memory_plan and gpu_offload.has_device_memory(device)
-        else None
-    )
-    if builder is not None and builder.holds_all:
-        weights |= builder.weights()
-    skip_experts = memory_plan is not None and not (builder is not None and builder.holds_all)
-    on_bytes = _running_total(checkpoint.bytes, on_progress)
-    checkpoint.load(
-        targets, WeightLoader(spec, loaded_spec, weights, skip_packed=skip_experts), on_bytes
-    )
-    if builder is not None:
-        store = builder.build_store(checkpoint, targets, spec)
-        return build(loaded_spec, weights, store), store
-    if memory_plan is not None:
-        store = (
-            build_disk_store(checkpoint, targets, loaded_spec, memory_plan)
-            if memory_plan.config.fallback_model is None
-            else build_mixed_store(
-                PackedModel(checkpoint, targets, loaded_spec),
-                memory_plan,
-                memory_plan.config.fallback_model,
-            )
-        )
-        return build(loaded_spec, weights, store), store
-    slabs = {
-        layer: ops.prepare(take_slab(loaded_spec, layer, weights), release_source=True)
-        for layer in loaded_spec.moe_layers
-    }
-    store = ResidentExpertStore(slabs)
-    return build(loaded_spec, weights, store), store
-
-
-def _running_total(
-    total_bytes: int, on_progress: Callable[[int, int], None] | None
-) -> Callable[[int], None] | None:
-    if on_progress is None:
-        return None
-    done_bytes = 0
-
-    def on_bytes(size: int) -> None:
-        nonlocal done_bytes
-        done_bytes += size
-        on_progress(done_bytes, total_bytes)
-
-    return on_bytes
-
-
-def _check_free_memory(folder: Path, needed_bytes: int, device: torch.device) -> None:
-    free_bytes = free_memory(device)
-    if free_bytes is not None and needed_bytes > free_bytes:
-        gib = 1 << 30
-        raise CoterieError(
-            f"{folder}: the weights need {needed_bytes / gib:.1f} GiB, {free_bytes / gib:.1f} GiB are free "
-            f"on {device}"
-        )
+def _resolve_mask_id(config: ModelConfig, codec: TextTokenizer, default: int) -> int:
+    """The tokenizer's mask id, which must agree with the config's; without one, the default."""
+    if codec.mask_id is None:
+        return default
+    if config.values.get("mask_token_id") is not None and default != codec.mask_id:
+        raise config.error("mask_token_id", f"is {default}, but tokenizer.json has {codec.mask_id}")
+    return codec.mask_id

@@ -1,4 +1,4 @@
-"""Two precisions asked for: where coarse experts are, who is fine, and how both share memory."""
+"""The config of two precisions: the low-precision model, the policy, and the memory split."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Protocol
 
-from coterie.errors import CoterieError
+from coterie.errors import OffloadError
 from coterie.specs import (
     Bounds,
     PositiveFraction,
@@ -16,32 +16,31 @@ from coterie.specs import (
     parse_spec,
 )
 
-OpenShare = Annotated[float, Bounds(ge=0.01, le=0.99)]  # something of it, but not all
+OpenShare = Annotated[float, Bounds(ge=0.01, le=0.99)]  # neither nothing nor all
 
 
 class PrecisionPolicy(Protocol):
-    """Who is fine. Experts that have a place in neither precision come coarse when needed."""
+    """Which experts are served in high precision; the others are served in low precision."""
 
     @property
     def share(self) -> float:
-        """Of the memory for experts, the part for fine ones; more where that leaves no coarse
-        expert out."""
+        """Share of the expert memory for high precision; more if low precision needs less."""
         ...
 
     @property
     def most(self) -> int:
-        """Who become fine after a forward of a layer, at most."""
+        """Experts promoted to high precision after each forward of a layer, at most."""
         ...
 
     @property
     def mass(self) -> float:
-        """Share of a forward's votes whose experts become fine before they serve it."""
+        """Share of a forward's votes whose experts are promoted before it."""
         ...
 
 
 @dataclass(frozen=True)
 class PromoteUsed:
-    """The most voted lately: after each forward of a layer at most so many become fine."""
+    """After each forward of a layer, promotes at most ``most`` experts, top-voted first."""
 
     most: PositiveInt = 2
     share: OpenShare = 0.5
@@ -55,8 +54,10 @@ class PromoteUsed:
 
 @dataclass(frozen=True)
 class VoteMassPrecision:
-    """Those who hold this share of a forward's votes are fine in it: nobody loses more than the
-    others' votes, and a forward waits for whole experts too."""
+    """Serves this share of each forward's votes in high precision.
+
+    This bounds the loss, but a forward waits for the high-precision experts.
+    """
 
     mass: PositiveFraction = 0.7
     share: OpenShare = 0.5
@@ -70,7 +71,7 @@ class VoteMassPrecision:
 
 @dataclass(frozen=True)
 class StaticVotes:
-    """The most voted of earlier runs stay fine, all others coarse."""
+    """The top-voted experts of earlier runs have high precision; this never changes."""
 
     share: OpenShare = 0.5
 
@@ -95,7 +96,7 @@ SAVED_NAMES = {"promote": "upgrades", "vote-mass": "ballot", "static": "votes"} 
 
 @dataclass(frozen=True)
 class LowPrecisionExperts:
-    """A second folder of the same model, its experts in fewer bits, and who is not served so."""
+    """A second checkpoint of the same model in fewer bits, and the policy of both precisions."""
 
     folder: str | Path
     precision_policy: PrecisionPolicy = field(default_factory=PromoteUsed)
@@ -118,7 +119,7 @@ class LowPrecisionExperts:
 
 @dataclass(frozen=True)
 class PrecisionSplit:
-    """Of each layer, places for finer experts and slots for coarse ones."""
+    """Slots per layer of each precision."""
 
     high_slots: int
     low_slots: int
@@ -127,21 +128,22 @@ class PrecisionSplit:
     def of(
         layer_bytes: int, share: float, *, experts: int, high_bytes: int, low_bytes: int
     ) -> PrecisionSplit:
-        """Of ``room`` bytes for a layer, where an expert weighs ``fine`` or ``coarse``.
+        """Split ``layer_bytes`` into slots for experts of two sizes.
 
-        Where all experts are there in one precision or the other, what is left over makes more of
-        them fine. Raises CoterieError where one of the two has no place.
+        If all experts fit in one precision or the other, spare bytes turn low-precision slots into
+        high-precision ones. Raises OffloadError unless each precision has a slot.
         """
         if layer_bytes >= experts * high_bytes:
-            raise CoterieError("--coarse has no effect: all experts fit into memory as they are")
+            raise OffloadError("`fallback_model` has no effect: all experts fit into memory")
         high_slots = int(share * layer_bytes) // high_bytes
         low_slots = (layer_bytes - high_slots * high_bytes) // low_bytes
         if high_slots + low_slots > experts:
             high_slots = (layer_bytes - experts * low_bytes) // (high_bytes - low_bytes)
             low_slots = experts - high_slots
         if high_slots < 1 or low_slots < 1:
-            raise CoterieError(
-                f"--expert-memory: {layer_bytes:,} bytes a layer, {share:.0%} of them for experts of "
-                f"{high_bytes:,} bytes and the others for experts of {low_bytes:,}: less than one of each"
+            raise OffloadError(
+                f"`expert_memory`: {layer_bytes:,} bytes per layer, {share:.0%} of them for "
+                f"experts of {high_bytes:,} bytes and the rest for experts of {low_bytes:,}, are "
+                "less than one of each"
             )
         return PrecisionSplit(high_slots, low_slots)

@@ -1,4 +1,4 @@
-"""Votes of earlier runs, in a small file: who is worth having in memory before anybody asks."""
+"""Votes of earlier runs in a small file, from which an expert cache can start warm."""
 
 from __future__ import annotations
 
@@ -12,10 +12,8 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from coterie.errors import CoterieError
-from coterie.families import ModelConfig, detect_family
-from coterie.families.names import is_stacked, weight_map
-from coterie.model.checkpoint import Checkpoint
+from coterie.errors import ConfigError, CoterieError
+from coterie.loading.target import ModelFolder
 from coterie.model.safetensors_file import read_chunks
 from coterie.model.spec import ModelSpec
 from coterie.model.strict_json import read_object
@@ -26,10 +24,10 @@ VOTE_DIGITS = 6
 
 @dataclass(frozen=True)
 class SavedVotes:
-    """Votes of a forward, on average, for each expert of each layer that routes.
+    """Mean votes per forward for each expert of each MoE layer.
 
-    ``routers`` is a checksum of the weights that cast them, the same for a model and what was
-    quantised of it; "" where nobody noted it.
+    ``router_checksum`` identifies the routers that cast them; quantization does not change it. It
+    is "" if unknown.
     """
 
     model: str
@@ -47,30 +45,30 @@ class SavedVotes:
 
     @property
     def label(self) -> str:
-        """Of the model and of these numbers, to know them again by."""
+        """The model's name and a checksum of the votes."""
         return f"{self.model}, {zlib.crc32(repr(self.votes).encode()):08x}"
 
     def by_layer(self) -> dict[int, NDArray[np.float64]]:
-        """[E] of each layer."""
+        """The votes [E] of each layer."""
         return {layer: np.array(row) for layer, row in zip(self.layers, self.votes, strict=True)}
 
     def check(self, spec: ModelSpec, folder: Path) -> None:
-        """Raises CoterieError for votes of another model than the one in this folder."""
+        """Raises ConfigError for votes of another model than the one in this folder."""
         expected = (spec.moe_layers, spec.router.experts)
         if (self.layers, len(self.votes[0])) != expected:
-            raise CoterieError(
-                f"--warm: votes of {self.model}, with {len(self.layers)} layers of "
+            raise ConfigError(
+                f"`warm_start`: votes of {self.model}, with {len(self.layers)} layers of "
                 f"{len(self.votes[0])} experts; {folder} has {len(expected[0])} of {expected[1]}"
             )
         if self.router_checksum not in ("", router_checksum(folder)):
-            raise CoterieError(
-                f"--warm: votes of {self.model}, whose routers are not those of {folder}; "
-                "`coterie trace --votes FILE` saves votes of a model"
+            raise ConfigError(
+                f"`warm_start`: votes of {self.model}, which has other routers than {folder}; "
+                "`coterie trace` saves votes of a model"
             )
 
 
 def write_votes(path: Path, saved: SavedVotes) -> None:
-    """One JSON object, whole or not at all; raises CoterieError where it cannot be written."""
+    """Write one JSON object atomically; raises ConfigError if it cannot be written."""
     content = {
         "format": VOTES_FORMAT,
         "version": VOTES_VERSION,
@@ -85,20 +83,20 @@ def write_votes(path: Path, saved: SavedVotes) -> None:
         temporary.replace(path)
     except OSError as error:
         temporary.unlink(missing_ok=True)
-        raise CoterieError(f"{path}: cannot be written ({error.strerror})") from None
+        raise ConfigError(f"{path}: cannot be written ({error.strerror})") from None
 
 
 def read_votes(path: Path) -> SavedVotes:
-    """What ``write_votes`` wrote; raises CoterieError for anything else."""
+    """Read a file of ``write_votes``; raises ConfigError for any other."""
     try:
         content = read_object(path)
     except CoterieError as error:
-        raise CoterieError(
-            f"--warm: {error}; `coterie trace --votes FILE` saves votes, and a trace holds them too"
+        raise ConfigError(
+            f"`warm_start`: {error}; `coterie trace` saves votes, and a trace contains them too"
         ) from None
     if content.get("format") != VOTES_FORMAT or content.get("version") != VOTES_VERSION:
-        raise CoterieError(
-            f"{path}: holds no votes (version {VOTES_VERSION}); `coterie trace --votes FILE` saves them"
+        raise ConfigError(
+            f"{path}: has no votes (version {VOTES_VERSION}); `coterie trace` saves them"
         )
     try:
         votes = np.array(content["votes"], dtype=np.float64)
@@ -108,21 +106,18 @@ def read_votes(path: Path) -> SavedVotes:
     except (KeyError, TypeError, ValueError):
         is_valid, votes, layers = False, np.zeros(0), []
     if not is_valid:
-        raise CoterieError(f"{path}: its votes are not a row of numbers >= 0 for each layer")
+        raise ConfigError(f"{path}: its votes are not a row of numbers >= 0 for each layer")
     return SavedVotes.of(str(content.get("model")), layers, votes, str(content.get("routers", "")))
 
 
 def router_checksum(folder: Path) -> str:
-    """Eight hex digits: a checksum of all gates as they are in a model's files."""
-    config = ModelConfig.of(folder / "config.json")
-    family, checkpoint = detect_family(config), Checkpoint.of(folder)
-    stacked = is_stacked(checkpoint.tensors)
-    targets = weight_map(family.tensor_names, family.read_spec(config), stacked=stacked)
-    gates, checksum = {}, 0
-    for file, entries in checkpoint.files.items():
-        for name, entry in entries.items():
-            if name in targets and targets[name].weight.endswith(".gate"):
-                gates[targets[name].weight] = (file, entry)
+    """The checksum of all router weights in a model's files: eight hex digits."""
+    gates = {
+        weight: (file, entry)
+        for weight, file, entry in ModelFolder.open(folder).tensors()
+        if weight.endswith(".gate")
+    }
+    checksum = 0
     for _, (file, entry) in sorted(gates.items()):
         descriptor = os.open(file, os.O_RDONLY)
         try:

@@ -1,4 +1,4 @@
-"""Experts computed on a CPU beside the GPU that misses them, where that is sooner than a copy."""
+"""Cache misses of a GPU computed on the CPU, where that is faster than a copy."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from coterie.errors import CoterieError
+from coterie.errors import OffloadError
 from coterie.offload.eviction import Mask
 from coterie.offload.slot_table import EMPTY
 from coterie.values import Slab
@@ -19,38 +19,44 @@ TokenCounts = NDArray[np.int64]
 
 
 class CpuSelection(Protocol):
-    """Which of the experts that a layer misses are computed where they lie."""
+    """Decides which cache misses the CPU computes."""
 
     def select(self, missed_mask: Mask, token_counts: TokenCounts) -> Mask:
-        """[E] bool, none but ``missed``; ``tokens`` [E] are those of each expert."""
+        """[E] bool, a subset of the misses; ``token_counts`` [E] are the tokens of each expert."""
+        ...
+
+    def describe(self) -> str:
+        """One line for the user."""
         ...
 
 
 @dataclass(frozen=True)
 class TokenLimit:
-    """Those with so few tokens, whatever it takes."""
+    """Misses needed by at most ``max_tokens`` tokens."""
 
     max_tokens: int
 
     def select(self, missed_mask: Mask, token_counts: TokenCounts) -> Mask:
         return missed_mask & (token_counts <= self.max_tokens)
 
+    def describe(self) -> str:
+        return f"cache misses needed by at most {self.max_tokens} tokens are computed on the CPU"
+
 
 @dataclass(frozen=True)
 class BreakEven:
-    """As many as are computed by the time the others are copied; those with fewest tokens.
+    """The split of the misses that ends soonest; the experts with the fewest tokens on the CPU.
 
-    All in seconds: ``copy`` an expert; on the CPU, ``begin`` a layer, compute ``each`` expert, and
-    each ``token`` of it. Both are taken to be as fast at once as they are alone.
+    Copies and the CPU are assumed to run at full speed at the same time.
     """
 
-    copy_seconds: float
-    layer_seconds: float
-    expert_seconds: float
-    token_seconds: float
+    copy_seconds: float  # of one expert
+    layer_seconds: float  # on the CPU, to start a layer
+    expert_seconds: float  # on the CPU, per expert
+    token_seconds: float  # on the CPU, per token of an expert
 
     def select(self, missed_mask: Mask, token_counts: TokenCounts) -> Mask:
-        """The split whose later end comes first; of equals, fewer on the CPU."""
+        """The split whose later end is earliest; ties go to fewer experts on the CPU."""
         experts = np.flatnonzero(missed_mask)
         order = experts[np.argsort(token_counts[experts], kind="stable")]
         copy_ends = self.copy_seconds * np.arange(len(order), -1, -1)
@@ -73,8 +79,11 @@ class BreakEven:
         experts: int,
         tokens: int,
     ) -> BreakEven:
-        """From seconds of layers on the CPU: one expert and ``many`` experts of a token each, and
-        as many ``full`` ones, of so many tokens each. Noise makes no price negative."""
+        """From the seconds of a copy and of three layers on the CPU.
+
+        The layers compute one expert of one token, ``experts`` of one token each, and ``experts``
+        of ``tokens`` each. Results are clipped at 0, since timings are noisy.
+        """
         token_seconds = max(0.0, (full_experts - many_experts) / (experts * (tokens - 1)))
         expert_seconds = max(0.0, (many_experts - one_expert) / (experts - 1) - token_seconds)
         return BreakEven(
@@ -84,26 +93,24 @@ class BreakEven:
             token_seconds,
         )
 
-    def max_tokens(self) -> int:
-        """Tokens of an expert up to which the CPU computes a further one before it is copied."""
-        if self.expert_seconds >= self.copy_seconds:
-            return 0
+    def describe(self) -> str:
         return (
-            int((self.copy_seconds - self.expert_seconds) / self.token_seconds)
-            if self.token_seconds
-            else 1 << 30
+            "cache misses are computed on the CPU where that is faster than a copy: a copy takes "
+            f"{self.copy_seconds * 1e3:.3g} ms; the CPU needs {self.layer_seconds * 1e3:.3g} ms "
+            f"per layer, {self.expert_seconds * 1e3:.3g} ms per expert and "
+            f"{self.token_seconds * 1e3:.3g} ms per token"
         )
 
 
 @dataclass(frozen=True)
 class CpuExperts:
-    """The CPU's part: whom it computes, and all experts of each layer in host memory."""
+    """Which misses the CPU computes, and every layer's experts in host memory."""
 
     selection: CpuSelection
     slabs: Mapping[int, Slab]
 
     def slab(self, layer: int, experts: Sequence[int]) -> Slab:
-        """Of these alone."""
+        """A slab of these experts only."""
         layer_slab, selected_ids = self.slabs[layer], list(experts)
         slot_of = torch.full_like(layer_slab.slot_of, EMPTY)
         slot_of[selected_ids] = layer_slab.slot_of[selected_ids]
@@ -111,13 +118,13 @@ class CpuExperts:
 
 
 def parse_cpu_experts(text: str) -> TokenLimit | Literal["auto"] | None:
-    """ "off" is nobody, "auto" is to be measured, "4" is experts of at most so many tokens."""
+    """Parse "off" (None), "auto" (measured at load) or a maximum number of tokens, such as "4"."""
     option = text.strip()
     if option in ("auto", "off"):
         return "auto" if option == "auto" else None
     if not option.isdecimal() or int(option) < 1:
-        raise CoterieError(
-            f"--cpu-experts {text!r}: say auto, off, or the most tokens of an expert that a CPU "
-            "computes"
+        raise OffloadError(
+            f"`cpu_experts` is {text!r}; use auto, off, or the largest number of tokens of an "
+            "expert that the CPU computes"
         )
     return TokenLimit(int(option))

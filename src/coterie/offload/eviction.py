@@ -1,8 +1,7 @@
-"""Which expert leaves fast memory when another comes: the rules, each an order of worth.
+"""Eviction rules: each gives every expert of a layer a score; the lowest is evicted first.
 
-A rule gives every expert of a layer a number; those worth least leave first, of equals the higher
-index. It learns from each forward what was used and voted for. All of it is exact in float64 and
-knows nothing of slots: ``slots`` keeps these.
+Ties evict the higher index. A rule updates its scores with what each forward uses and votes for,
+exactly in float64. Slots are kept by ``slot_table``.
 """
 
 from __future__ import annotations
@@ -14,7 +13,7 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from coterie.errors import CoterieError
+from coterie.errors import OffloadError
 from coterie.specs import PositiveFraction, check_options, parse_spec
 from coterie.values import ExpertRequest
 
@@ -28,36 +27,36 @@ NEVER_USED = np.inf
 class CacheAccess:
     """One forward of one layer, as a cache sees it."""
 
-    clock: int  # forwards of this layer before it
-    used: Mask  # [E], experts that it computes with
-    votes: FloatArray  # [E] >= 0, for experts that it does not use too
+    clock: int  # earlier forwards of this layer
+    used: Mask  # [E], experts that it computes
+    votes: FloatArray  # [E] >= 0, also of experts that it does not use
 
 
 class Eviction(Protocol):
-    """A rule: what places in fast memory are worth, as numbers [E] that it carries along."""
+    """An eviction rule, which maintains scores [E]."""
 
     @property
     def needs_votes(self) -> bool:
-        """Whether it reads ``Seen.votes``; counting them takes time."""
+        """Whether it reads ``CacheAccess.votes``; counting them takes time."""
         ...
 
     def initial_scores(self, votes: FloatArray) -> FloatArray:
-        """Before any forward, from votes [E] that earlier runs have counted; zeros if none did."""
+        """Scores before any forward, from votes [E] of earlier runs (zeros if there are none)."""
         ...
 
     def updated_scores(self, scores: FloatArray, access: CacheAccess) -> FloatArray:
-        """The numbers once a forward is known, its own experts not yet in their places."""
+        """Scores after an access; the caller assigns slots to its experts afterwards."""
         ...
 
 
 @dataclass(frozen=True)
 class Lru:
-    """Who was used longest ago leaves."""
+    """Evicts the least recently used expert."""
 
     needs_votes = False
 
     def initial_scores(self, votes: FloatArray) -> FloatArray:
-        return vote_ranks(votes) - len(votes)  # all before the first forward, in the order of votes
+        return vote_ranks(votes) - len(votes)  # below any clock, in the order of votes
 
     def updated_scores(self, scores: FloatArray, access: CacheAccess) -> FloatArray:
         return np.where(access.used, float(access.clock), scores)
@@ -65,7 +64,7 @@ class Lru:
 
 @dataclass(frozen=True)
 class Lfu:
-    """Who was used in the fewest forwards leaves."""
+    """Evicts the expert used in the fewest forwards."""
 
     needs_votes = False
 
@@ -78,7 +77,7 @@ class Lfu:
 
 @dataclass(frozen=True)
 class ByVotes:
-    """Who had the fewest votes lately leaves; a vote counts ``decay`` of itself a forward later."""
+    """Evicts the expert with the fewest recent votes; votes decay by ``decay`` per forward."""
 
     decay: PositiveFraction = 0.8
 
@@ -94,19 +93,15 @@ class ByVotes:
 
 @dataclass(frozen=True)
 class Belady:
-    """Who is used again last leaves: the optimum, for replays, which know what comes.
+    """Evicts the expert whose next use is furthest away: the optimum, for replays only."""
 
-    ``nexts`` [F, E]: of the forward of that number and each expert, the forward that uses it next,
-    or NEVER.
-    """
-
-    next_uses: FloatArray
+    next_uses: FloatArray  # [F, E]: after each forward, the next one that uses the expert, or inf
 
     needs_votes = False
 
     @staticmethod
     def from_uses(used: Sequence[Mask]) -> Belady:
-        """From what every forward of the layer uses, in order."""
+        """From the experts [E] that each forward of the layer uses, in order."""
         next_uses = np.full((len(used), len(used[0])), NEVER_USED)
         for clock in range(len(used) - 1, 0, -1):
             next_uses[clock - 1] = np.where(used[clock], float(clock), next_uses[clock])
@@ -117,17 +112,14 @@ class Belady:
 
     def updated_scores(self, scores: FloatArray, access: CacheAccess) -> FloatArray:
         if access.clock >= len(self.next_uses):
-            raise CoterieError(
-                f"forward {access.clock} is beyond the {len(self.next_uses)} foreseen"
+            raise OffloadError(
+                f"forward {access.clock}: the uses of only {len(self.next_uses)} forwards are known"
             )
         return -self.next_uses[access.clock]
 
 
 def vote_ranks(votes: FloatArray) -> FloatArray:
-    """[E]: 0 for who has fewest votes, E - 1 for who has most; of equals the lower index is more.
-
-    Experts without a vote are all 0.
-    """
+    """[E]: E - 1 for the most votes, ties to the lower index; 0 for all experts without a vote."""
     order = np.lexsort((-np.arange(len(votes)), votes))
     ranks = np.empty(len(votes))
     ranks[order] = np.arange(len(votes))
@@ -135,7 +127,7 @@ def vote_ranks(votes: FloatArray) -> FloatArray:
 
 
 def eviction_votes(eviction: Eviction, request: ExpertRequest) -> FloatArray | None:
-    """[E] of a forward, for a rule that goes by them; None for others, or where nobody voted."""
+    """[E] votes of a request if the rule needs them; None otherwise, or without votes."""
     votes = request.votes if eviction.needs_votes else None
     return None if votes is None else votes.cpu().numpy()
 
@@ -144,5 +136,5 @@ EVICTIONS: dict[str, type[Eviction]] = {"lru": Lru, "lfu": Lfu, "votes": ByVotes
 
 
 def parse_eviction(text: str) -> Eviction:
-    """The rule that ``text`` spells, such as ``votes:decay=0.9``."""
+    """Parse an eviction rule such as ``lru`` or ``votes:decay=0.9``."""
     return parse_spec(text, EVICTIONS, "eviction")

@@ -1,4 +1,4 @@
-"""Who brings experts into slots: threads that read, while the host computes."""
+"""Fetchers: they copy experts from a tier into a store's slots while the host computes."""
 
 from __future__ import annotations
 
@@ -21,50 +21,53 @@ NumpyTable = NDArray[np.int64] | NDArray[np.bool_]
 
 
 class ExpertFetcher(Protocol):
-    """Between the slots of a store and the tier that holds every expert.
+    """Copies experts from a tier into a store's slots.
 
-    Where computing is only asked for and done later, the device itself keeps the order: ``join``
-    and ``computed`` say what comes before what, and the host need not wait.
+    On a device that computes asynchronously, ``wait`` and ``mark_computed`` order copies and
+    compute on the device itself; the host does not wait.
     """
 
     @property
     def stall_seconds(self) -> float:
-        """Seconds so far in which computing stood still for what is brought; asks nobody to wait,
-        and leaves out what is not over yet."""
+        """Seconds in which compute waited for fetches; waits that are not over do not count."""
         ...
 
     def fetch_async(self, layer: int, expert: int, target: Tensor) -> Future[str]:
-        """Begin to fill a slot [bytes] uint8, which nothing asked for before the last ``computed``
-        may read afterwards. The future is done as soon as the host has no part in it any more, and
-        names the tier that the expert was found in."""
+        """Start to fill a slot [bytes] uint8; returns the tier once the host's part is done.
+
+        The slot must not be read by compute enqueued before the last ``mark_computed``.
+        """
         ...
 
     def wait(self, fetches: Collection[Future[str]]) -> None:
-        """What is computed from now on finds these in their slots, or raises what went wrong."""
+        """Make compute enqueued from now on see these fetches; raises the error of a failed one."""
         ...
 
     def mark_computed(self) -> None:
-        """What was asked to compute until now is to be done before what is brought from now on."""
+        """Make fetches started from now on wait for the compute enqueued so far."""
         ...
 
     def drain(self, fetches: Collection[Future[str]]) -> None:
-        """Wait until nothing is on its way any more, whatever became of it."""
+        """Wait on the host until nothing is in flight, whether it succeeded or not."""
         ...
 
     def to_device(self, table: NumpyTable) -> Tensor:
-        """A copy of such a table where it is computed; the table may change at once."""
+        """Copy a table to the compute device; the source may change right afterwards."""
         ...
 
 
-@dataclass  # not frozen: it counts its waiting
+def fetch_threads() -> ThreadPoolExecutor:
+    """The threads of one fetcher."""
+    return ThreadPoolExecutor(FETCH_THREADS, "coterie-experts")
+
+
+@dataclass  # not frozen: it counts its waits
 class ThreadedFetcher:
-    """Threads that fetch into memory of the host, where all is computed when the next is asked."""
+    """Threads that fetch into host memory, for a device that computes synchronously."""
 
     tier: Tier
     stall_seconds: float = 0.0
-    _threads: ThreadPoolExecutor = field(
-        default_factory=lambda: ThreadPoolExecutor(FETCH_THREADS, "coterie-experts")
-    )
+    _threads: ThreadPoolExecutor = field(default_factory=fetch_threads)
 
     def fetch_async(self, layer: int, expert: int, target: Tensor) -> Future[str]:
         return self._threads.submit(self.tier.fetch, layer, expert, target)
@@ -76,7 +79,7 @@ class ThreadedFetcher:
         self.stall_seconds += time.perf_counter() - start
 
     def mark_computed(self) -> None:
-        """Nothing to say: whoever asks for the next slab has computed with the last."""
+        """No order to keep: compute is done when the caller asks for the next slab."""
 
     def drain(self, fetches: Collection[Future[str]]) -> None:
         wait(fetches)

@@ -1,8 +1,8 @@
-"""A GPU's couriers: copies queue beside computing, and events alone keep the order.
+"""Fetchers for a GPU: copies run on a stream of their own, ordered with compute by events.
 
-Copies stand in one queue, in the order in which they were asked for. What the current stream was
-asked before ``computed`` comes before every copy asked for after it; ``join`` holds the current
-stream, not the host, until the copies so far are done.
+All copies are in one stream, in the order of their fetches. ``mark_computed`` makes later copies
+wait for the compute enqueued so far. ``wait`` makes later compute wait for the copies so far,
+without blocking the host.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from coterie.offload.fetchers import FETCH_THREADS, NumpyTable
+from coterie.offload.fetchers import NumpyTable, fetch_threads
 from coterie.offload.tiers import HOST, HostTier
 
 DONE_FETCH: Future[str] = Future()
@@ -25,34 +25,34 @@ DONE_FETCH.set_result(HOST)
 
 
 class CopyStream:
-    """The ``queue`` of copies of one device, and how long its computing stood still for them."""
+    """One device's stream of copies; it measures how long compute waited for them."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
         self.stream = torch.cuda.Stream(device)
-        self._stall_seconds = 0.0  # seconds
+        self._stall_seconds = 0.0
         self._stalls: deque[tuple[torch.cuda.Event, torch.cuda.Event]] = deque()
 
     def copy(self, source: Tensor, target: Tensor) -> None:
-        """Ask for a copy out of pinned memory, which must stand until the copy is done."""
+        """Enqueue a copy from pinned memory, which must not change until the copy is done."""
         with torch.cuda.stream(self.stream):
             target.copy_(source, non_blocking=True)
 
     def synchronize_copies(self) -> None:
-        """The host waits, at rest, until the copies so far are done."""
+        """Block the host, without spinning, until the copies so far are done."""
         event = torch.cuda.Event(blocking=True)
         event.record(self.stream)
         event.synchronize()
 
     def wait_for_compute(self) -> None:
-        """Copies asked for from now on wait for what computing was asked until now."""
+        """Make copies enqueued from now on wait for the compute enqueued so far."""
         self.stream.wait_stream(torch.cuda.current_stream(self._device))
 
     def block_compute(self, wait_on_host: Callable[[], None] = lambda: None) -> None:
-        """Computing asked for from now on waits for the copies so far, and for the host's part."""
+        """Make compute enqueued from now on wait for the copies so far, and for the host's part."""
         current = torch.cuda.current_stream(self._device)
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        # This one comes to pass as soon as there is nothing left to compute.
+        # The start event fires when the compute enqueued so far is done.
         start.record(current)
         wait_on_host()
         current.wait_stream(self.stream)
@@ -61,17 +61,17 @@ class CopyStream:
         self._sum_finished_stalls()
 
     def synchronize(self) -> None:
-        """The host waits until no copy is left."""
+        """Block the host until no copy is left."""
         self.stream.synchronize()
 
     @property
     def stall_seconds(self) -> float:
-        """Seconds of stalls that are over."""
+        """Seconds of finished stalls."""
         self._sum_finished_stalls()
         return self._stall_seconds
 
     def to_device(self, table: NumpyTable) -> Tensor:
-        """Pinned memory is kept by its allocator until the copy out of it is done."""
+        """Copy a table to the device; PyTorch keeps the pinned source until the copy is done."""
         pinned = torch.from_numpy(table).pin_memory()
         return pinned.to(self._device, non_blocking=True)
 
@@ -83,7 +83,7 @@ class CopyStream:
 
 @dataclass(frozen=True)
 class PinnedCopyFetcher:
-    """Straight out of pinned host memory that holds every expert: the host only asks."""
+    """Copies directly from pinned host memory that holds every expert."""
 
     source: HostTier
     stream: CopyStream
@@ -112,23 +112,20 @@ class PinnedCopyFetcher:
 
 
 class PinnedSource(Protocol):
-    """Pinned host memory for some experts, which finds the others."""
+    """Pinned host memory that holds some experts and reads the others in."""
 
     def pin(self, layer: int, expert: int) -> AbstractContextManager[tuple[Tensor, str]]:
-        """An expert's bytes, which stay where they are until this is left, and the tier that they
-        were found in; from any thread."""
+        """An expert's bytes, not evicted inside the context, and their tier; thread-safe."""
         ...
 
 
 @dataclass(frozen=True)
 class StagedFetcher:
-    """Out of pinned memory that holds some experts: threads wait for the others, and copy."""
+    """Threads that read experts into pinned memory if needed, and copy them from there."""
 
     source: PinnedSource
     stream: CopyStream
-    _threads: ThreadPoolExecutor = field(
-        default_factory=lambda: ThreadPoolExecutor(FETCH_THREADS, "coterie-experts")
-    )
+    _threads: ThreadPoolExecutor = field(default_factory=fetch_threads)
 
     @property
     def stall_seconds(self) -> float:
@@ -155,7 +152,7 @@ class StagedFetcher:
         return self.stream.to_device(table)
 
     def _stage(self, layer: int, expert: int, target: Tensor) -> str:
-        # Threads do not inherit the mode, and slots may be made inside it.
+        # Threads do not inherit inference mode, in which the slots may have been made.
         with torch.inference_mode(), self.source.pin(layer, expert) as (blob, tier):
             self.stream.copy(blob, target)
             self.stream.synchronize_copies()

@@ -1,4 +1,4 @@
-"""A tier in front of another: memory of the host for some experts, whatever their layer."""
+"""A tier in host memory that caches experts of any layer in front of another tier."""
 
 from __future__ import annotations
 
@@ -10,49 +10,46 @@ from threading import Condition
 import numpy as np
 from torch import Tensor
 
-from coterie.errors import CoterieError
+from coterie.errors import OffloadError
 from coterie.offload.eviction import CacheAccess, Eviction, FloatArray, Lfu
 from coterie.offload.tiers import HOST, Tier
 
 
-@dataclass  # not frozen: its users come and go
+@dataclass  # not frozen: its users change
 class HostSlot:
-    """Where an expert lies. Nobody takes it away while it has users: who reads it in, or copies."""
+    """The slot of one expert. It is not reclaimed while a thread fills it or copies from it."""
 
     index: int
     users: int = 1
     ready: bool = False
 
 
-@dataclass  # not frozen: it holds what was fetched
+@dataclass  # not frozen: its content changes
 class HostCache:
-    """``memory`` for some experts of any layer, over a tier that holds them all.
+    """``memory`` for some experts of any layer, in front of a tier that holds all of them.
 
-    What is fetched is read into it, in place of who is worth least of those whom nobody copies at
-    the moment; who is there already is copied. The rule is told of fetches, not of votes: by who is
-    fetched most, for those fetched last are in the slots that asked for them
-    (`results/prefetch-replayed.json`). From any thread, several at once: of those who want the same
-    expert one reads it, the others wait. A read that fails leaves nothing behind, and every other
-    expert where it is.
+    A miss is read into a slot that no thread uses, the one with the lowest eviction score. The rule
+    sees fetches, not votes; LFU is the default, since recently fetched experts are already in the
+    slots that requested them (`results/prefetch-replayed.json`). Several threads may fetch at once;
+    of those that need the same expert, one reads it and the others wait. A failed read frees its
+    slot and leaves all other experts cached.
     """
 
     backing_tier: Tier
     memory: Tensor  # [n, bytes of an expert] uint8
     layers: Sequence[int]
-    experts: int  # of a layer
+    experts: int  # per layer
     eviction: Eviction = field(default_factory=Lfu)
     hits: int = 0
     misses: int = 0
-    _slots: dict[int, HostSlot] = field(init=False, default_factory=dict)  # by number
+    _slots: dict[int, HostSlot] = field(init=False, default_factory=dict)  # by expert key
     _free: list[int] = field(init=False)
     _scores: FloatArray = field(init=False)
     _changed: Condition = field(init=False, default_factory=Condition)
 
     def __post_init__(self) -> None:
         if self.eviction.needs_votes:
-            raise CoterieError(
-                "memory between tiers hears of fetches alone: lru and lfu go by them"
-            )
+            raise OffloadError("the host cache does not see votes; use lru or lfu")
         self._free = list(range(len(self.memory)))
         self._scores = self.eviction.initial_scores(np.zeros(len(self.layers) * self.experts))
 
@@ -63,10 +60,9 @@ class HostCache:
 
     @contextmanager
     def pin(self, layer: int, expert: int) -> Iterator[tuple[Tensor, str]]:
-        """An expert's bytes, read in if need be, which stay where they are until this is left; and
-        the tier that they were found in.
+        """An expert's bytes, which are not evicted inside the context, and the tier they came from.
 
-        Who takes one more while holding as many as there are slots waits for ever.
+        A thread must not pin more experts than there are slots: it would wait forever.
         """
         key = self.layers.index(layer) * self.experts + expert
         slot = self._acquire(key)
@@ -81,7 +77,7 @@ class HostCache:
             self._release(key, slot)
 
     def _acquire(self, key: int) -> HostSlot:
-        """The place of an expert, ready or this caller's to fill."""
+        """The slot of an expert: ready, or new and to be filled by the caller."""
         with self._changed:
             self._record_access(key)
             while True:
@@ -112,26 +108,24 @@ class HostCache:
     def _record_access(self, key: int) -> None:
         used = np.zeros(len(self._scores), dtype=bool)
         used[key] = True
-        clock = self.hits + self.misses
-        self._scores = self.eviction.updated_scores(
-            self._scores, CacheAccess(clock, used, np.zeros(len(used)))
-        )
+        access = CacheAccess(self.hits + self.misses, used, np.zeros(len(used)))
+        self._scores = self.eviction.updated_scores(self._scores, access)
 
     def _reclaim_slot(self) -> int | None:
-        """A slot that nobody needs; None while all are in use."""
+        """A free slot, or that of an unused expert; None while all are in use."""
         if self._free:
             return self._free.pop()
         idle = [key for key, slot in self._slots.items() if not slot.users]
         if not idle:
             return None
-        victim = min(idle, key=lambda number: (self._scores[number], -number))
+        victim = min(idle, key=lambda key: (self._scores[key], -key))
         return self._slots.pop(victim).index
 
 
 def host_cache_slots(budget: int, *, layers: int, experts: int, expert_bytes: int) -> int:
-    """Experts that fit into so many bytes; raises CoterieError for less than one."""
+    """Experts that fit into ``budget`` bytes; raises OffloadError for less than one."""
     if budget < expert_bytes:
-        raise CoterieError(
-            f"--host-memory: {budget:,} bytes are less than one expert's {expert_bytes:,}"
+        raise OffloadError(
+            f"`host_memory`: {budget:,} bytes are less than one expert of {expert_bytes:,} bytes"
         )
     return min(layers * experts, budget // expert_bytes)

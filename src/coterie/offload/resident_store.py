@@ -1,4 +1,4 @@
-"""The store that keeps every expert in memory."""
+"""The expert store that keeps every expert in memory."""
 
 from __future__ import annotations
 
@@ -12,9 +12,13 @@ from coterie.values import ExpertRequest, Slab
 
 @dataclass(frozen=True)
 class ResidentExpertStore:
-    """One slab per layer, always there: nothing to fetch, nothing to prefer."""
+    """One slab per layer that holds all of the layer's experts; nothing is ever fetched."""
 
     slabs: Mapping[int, Slab]
+
+    traffic_log = None
+    capacity = None
+    precision_counts = None
 
     def serve(self, layer: int, request: ExpertRequest) -> Iterator[Slab]:
         del request
@@ -27,3 +31,6 @@ class ResidentExpertStore:
     def slots(self, layer: int) -> int | None:
         del layer
         return None
+
+    def reset(self) -> None:
+        """There is no cache to reset."""

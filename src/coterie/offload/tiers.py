@@ -1,4 +1,4 @@
-"""Where all experts lie, for a store that keeps only some of them: whole blobs, fetched by name."""
+"""Tiers: memories that hold every expert as one blob of bytes, for a store to fetch from."""
 
 from __future__ import annotations
 
@@ -12,29 +12,29 @@ from typing import Protocol
 
 from torch import Tensor
 
-from coterie.errors import CoterieError
+from coterie.errors import OffloadError
 from coterie.ops import cpu
 
 HOST, DISK = "host", "disk"
-PAGE_BYTES = (
-    4096  # what the address, the place and the size of a read past the cache are multiples of
-)
+PAGE_BYTES = 4096  # direct reads need an address, offset and size that are multiples of this
 
 
 class Tier(Protocol):
     """A memory that holds every expert of every layer."""
 
     def fetch(self, layer: int, expert: int, target: Tensor) -> str:
-        """All bytes of an expert into ``into`` [bytes] uint8, or a CoterieError; from any thread,
-        several at once. The name of the memory that it was found in."""
+        """Copy an expert into ``target`` [bytes] uint8; returns the name of the tier that had it.
+
+        Thread-safe. Raises OffloadError if the expert cannot be read.
+        """
         ...
 
 
 @dataclass(frozen=True)
 class HostTier:
-    """Every expert in host memory: of each layer [E, bytes of one] uint8."""
+    """Every expert in host memory."""
 
-    blobs: Mapping[int, Tensor]
+    blobs: Mapping[int, Tensor]  # by layer: [E, bytes of an expert] uint8
 
     def fetch(self, layer: int, expert: int, target: Tensor) -> str:
         target.copy_(self.blobs[layer][expert])
@@ -43,15 +43,15 @@ class HostTier:
 
 @dataclass(frozen=True)
 class FileIdentity:
-    """What shows that a file is another than it was, or has been written to."""
+    """Facts that change when a file is replaced or written to."""
 
     inode: int
     size: int
-    mtime_ns: int  # when, in nanoseconds
+    mtime_ns: int
 
     @staticmethod
     def of(path: Path) -> FileIdentity | None:
-        """None where there is no such file, or nobody may look."""
+        """None if there is no such file or no permission to see it."""
         try:
             stat = path.stat()
         except OSError:
@@ -61,17 +61,17 @@ class FileIdentity:
 
 @dataclass(frozen=True)
 class ExpertFileSpan:
-    """A layer's experts in a file, one after the other from ``start`` on."""
+    """A layer's experts in a file, stored contiguously from ``start`` on."""
 
     path: Path
     start: int
-    expert_bytes: int  # bytes from one expert to the next
+    expert_bytes: int
     checksums: tuple[int, ...]  # CRC-32 of each expert
     identity: FileIdentity | None = None  # of the file when the model was loaded
 
     @property
     def remedy(self) -> str:
-        """What to do where an expert is not as it was written."""
+        """What to do about an expert with a wrong checksum."""
         if self.identity in (None, FileIdentity.of(self.path)):
             return "copy or convert the model again"
         return "the file was changed after the model was loaded: load it again"
@@ -79,49 +79,48 @@ class ExpertFileSpan:
 
 @dataclass(frozen=True)
 class DiskTier:
-    """Every expert in files, read past the system's cache, or else let go from it: there is one
-    cache of experts, the store's own, and its budget is what was asked for. Checksums decide
-    whether an expert is what it was; that a file was changed only explains why not."""
+    """Every expert in files, read without the system's file cache.
+
+    The store's own cache is the only one, so the memory budget holds. Direct reads bypass the file
+    cache; where they are not possible, the pages are dropped after the read. An expert is accepted
+    by its checksum; a file's identity only explains a mismatch.
+    """
 
     spans: Mapping[int, ExpertFileSpan]
 
     def fetch(self, layer: int, expert: int, target: Tensor) -> str:
-        """Raises CoterieError for a file that is gone, cut off, or not what was written."""
+        """Raises OffloadError for a file that is missing, truncated or changed."""
         span = self.spans[layer]
         label = f"{span.path}: expert {expert} of layer {layer}"
         view, offset = target.numpy().data, span.start + expert * span.expert_bytes
+        unit = _read_unit(offset, span.expert_bytes, target.data_ptr())
         try:
-            bytes_read = _read(
-                span.path,
-                offset,
-                view,
-                unit=_read_unit(offset, span.expert_bytes, target.data_ptr()),
-            )
+            bytes_read = _read(span.path, offset, view, unit=unit)
         except OSError as error:
-            raise CoterieError(f"{label} cannot be read ({error.strerror})") from None
+            raise OffloadError(f"{label} cannot be read ({error.strerror})") from None
         if bytes_read < span.expert_bytes:
             message = f"{label} ends after {bytes_read} of {span.expert_bytes} bytes"
-            raise CoterieError(f"{message}; {span.remedy}")
+            raise OffloadError(f"{message}; {span.remedy}")
         if cpu.crc32(target) != span.checksums[expert]:
-            raise CoterieError(f"{label} is not what was written; {span.remedy}")
+            raise OffloadError(f"{label} has a wrong checksum; {span.remedy}")
         return DISK
 
 
 def _read_unit(*values: int) -> int:
-    """What a read comes in whole numbers of: a page where it can go past the cache, else a byte."""
+    """The size that reads are a multiple of: a page for direct reads, otherwise one byte."""
     direct = hasattr(os, "O_DIRECT") and not any(value % PAGE_BYTES for value in values)
     return PAGE_BYTES if direct else 1
 
 
 def _read(path: Path, offset: int, view: memoryview, *, unit: int) -> int:
-    """How many bytes from ``at`` on are in ``view``; fewer than it holds where the file ends."""
+    """Fill ``view`` from ``offset``; returns the bytes read, fewer at the end of a file."""
     bytes_read = 0
     with _open_file(path, direct=unit == PAGE_BYTES) as file:
         file.seek(offset)
         while bytes_read < len(view):
             count = file.readinto(view[bytes_read:])
             bytes_read += count or 0
-            # Past the cache, what is no whole page is the end, and nothing can be asked behind it.
+            # A direct read that is not a multiple of a page has reached the end of the file.
             if not count or bytes_read % unit:
                 break
         if hasattr(os, "posix_fadvise"):
@@ -130,7 +129,7 @@ def _read(path: Path, offset: int, view: memoryview, *, unit: int) -> int:
 
 
 def _open_file(path: Path, *, direct: bool) -> FileIO:
-    """To be read past the system's cache where that is asked for and its file system can."""
+    """Open for direct reads if requested and supported by the file system."""
     if direct:
         try:
             return FileIO(os.open(path, os.O_RDONLY | os.O_DIRECT), "rb")

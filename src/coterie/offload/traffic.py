@@ -1,4 +1,4 @@
-"""What was moved to have experts where they are computed, and what was spared."""
+"""How many experts and bytes were moved into fast memory, and how many a cache saved."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 @dataclass(frozen=True)
 class Transfer:
-    """What came from one tier; an expert counts where it was found, whatever it passed through."""
+    """Experts fetched from one tier: the tier that had them, not those they passed through."""
 
     experts: int = 0
     bytes: int = 0
@@ -19,25 +19,23 @@ class Transfer:
 
 @dataclass(frozen=True)
 class Traffic:
-    """Experts used and moved, of all layers, by the forwards that a run made.
+    """Experts used and moved in all layers by the forwards of a run.
 
-    All of these count, those that only write keys too; ``forwards`` are those that denoise.
-    ``vanilla`` is how many experts the unmodified model would have moved under LRU in the same
-    slots on the same forwards, None where nobody asked: left to itself it might have made fewer
-    forwards, or more.
+    All counts include forwards that only write keys and values, except ``forwards``, which counts
+    denoising ones. ``vanilla_misses`` is how many experts vanilla routing would have moved with LRU
+    in the same slots, on the same forwards; None if it was not tracked. A vanilla run of its own
+    may make fewer or more forwards.
     """
 
     forwards: int
-    expert_bytes: int  # of one expert, where it is moved whole
+    expert_bytes: int  # of one expert
     experts_used: int
-    hits: int  # of these, those that were there already
-    transfers: Mapping[str, Transfer] = field(default_factory=dict)  # by the tier it came from
+    hits: int  # used experts that were cached
+    transfers: Mapping[str, Transfer] = field(default_factory=dict)  # by tier
     vanilla_misses: int | None = None
-    stall_seconds: float = (
-        0.0  # seconds in which nothing was computed because somebody was on the way
-    )
+    stall_seconds: float = 0.0  # seconds in which compute waited for fetches
     seconds: float = 0.0  # of the forwards, where they were timed
-    on_cpu: int = 0  # of those used, computed on a CPU where they lay: neither hits nor moved
+    on_cpu: int = 0  # used experts computed in host memory: neither hits nor moved
 
     @staticmethod
     def from_counts(
@@ -48,7 +46,7 @@ class Traffic:
         misses: int,
         vanilla_misses: int | None = None,
     ) -> Traffic:
-        """Of whole experts that all came from one place."""
+        """From the misses of a replay, all from one tier."""
         transfers = {"elsewhere": Transfer(misses, misses * expert_bytes)}
         return Traffic(
             forwards, expert_bytes, experts_used, experts_used - misses, transfers, vanilla_misses
@@ -56,12 +54,12 @@ class Traffic:
 
     @property
     def experts_moved(self) -> int:
-        """Experts that came, from wherever."""
+        """Experts fetched from all tiers."""
         return sum(transfer.experts for transfer in self.transfers.values())
 
     @property
     def hit_rate(self) -> float:
-        """Share of the experts used that were there already."""
+        """Share of the used experts that were cached."""
         return self.hits / self.experts_used if self.experts_used else 1.0
 
     @property
@@ -70,7 +68,7 @@ class Traffic:
 
     @property
     def bytes_without_cache(self) -> int:
-        """Every expert moved whole whenever it is used."""
+        """Bytes if every used expert were fetched."""
         return self.experts_used * self.expert_bytes
 
     @property
@@ -79,24 +77,24 @@ class Traffic:
 
     @property
     def bytes_saved(self) -> int:
-        """Against no cache."""
+        """Compared with no cache."""
         return self.bytes_without_cache - self.bytes_moved
 
     @property
     def bytes_saved_vs_vanilla(self) -> int | None:
-        """Negative where more was moved than vanilla would have."""
+        """Negative if more was moved than by vanilla."""
         vanilla_bytes = self.vanilla_bytes
         return None if vanilla_bytes is None else vanilla_bytes - self.bytes_moved
 
     @property
     def fraction_saved(self) -> float | None:
-        """Of the bytes that vanilla would have moved, the share that was not."""
+        """The share of vanilla's bytes that was not moved."""
         vanilla_bytes = self.vanilla_bytes
         return 1 - self.bytes_moved / vanilla_bytes if vanilla_bytes else None
 
     @property
     def stall_fraction(self) -> float | None:
-        """Share of the forwards' time in which nothing was computed; None where none was timed."""
+        """Share of the forwards' time spent waiting for fetches; None if they were not timed."""
         return self.stall_seconds / self.seconds if self.seconds else None
 
     def to_dict(self) -> dict[str, object]:
@@ -118,11 +116,11 @@ class Traffic:
         }
 
     def __add__(self, other: Traffic) -> Traffic:
-        """Both together, of experts of one size."""
+        """The sum, for experts of one size."""
         return self._combined(other, 1)
 
     def __sub__(self, earlier: Traffic) -> Traffic:
-        """What came after an earlier reading of the same ledger."""
+        """The traffic since an earlier reading of the same log."""
         return self._combined(earlier, -1)
 
     def _combined(self, other: Traffic, sign: int) -> Traffic:
@@ -132,19 +130,16 @@ class Traffic:
             )
             for tier in dict.fromkeys([*self.transfers, *other.transfers])
         }
-        transfers = {
-            tier: transfer for tier, transfer in transfers.items() if transfer != Transfer()
-        }
-        self_vanilla, other_vanilla = self.vanilla_misses, other.vanilla_misses
+        tracked = self.vanilla_misses is not None and other.vanilla_misses is not None
         return Traffic(
             forwards=self.forwards + sign * other.forwards,
             expert_bytes=self.expert_bytes,
             experts_used=self.experts_used + sign * other.experts_used,
             hits=self.hits + sign * other.hits,
-            transfers=transfers,
-            vanilla_misses=None
-            if self_vanilla is None or other_vanilla is None
-            else self_vanilla + sign * other_vanilla,
+            transfers={tier: one for tier, one in transfers.items() if one != Transfer()},
+            vanilla_misses=(self.vanilla_misses or 0) + sign * (other.vanilla_misses or 0)
+            if tracked
+            else None,
             stall_seconds=self.stall_seconds + sign * other.stall_seconds,
             seconds=self.seconds + sign * other.seconds,
             on_cpu=self.on_cpu + sign * other.on_cpu,

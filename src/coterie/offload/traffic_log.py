@@ -1,4 +1,4 @@
-"""The ledger of a store: what every forward used, found there, moved and waited for."""
+"""The traffic log of an expert store: what each forward used, hit, fetched and waited for."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import time
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Protocol
 
 import torch
 
@@ -14,47 +13,31 @@ from coterie.offload.slot_table import Slots
 from coterie.offload.traffic import Traffic, Transfer
 from coterie.values import ExpertRequest, expert_mask
 
-LOGGED_FORWARDS = 4096  # forwards that are kept one by one; of those before, only the sum
-MAX_PENDING_IDS = 1 << 22  # ids of tokens' own experts that wait to be settled
-KV_ONLY_KINDS = ("prefill", "commit")  # kinds of forward that only write keys
+LOGGED_FORWARDS = 4096  # forwards kept one by one; older ones only count in the totals
+MAX_PENDING_IDS = 1 << 22  # vanilla expert ids that wait for their replay
+KV_ONLY_KINDS = ("prefill", "commit")  # kinds of forward that only write keys and values
 
 StallClock = Callable[[], float]
-"""Seconds so far in which nothing was computed because somebody was on the way."""
+"""Seconds so far in which compute waited for fetches."""
 
 SlotsFactory = Callable[[int], Slots]
-"""Of a layer: slots as many as the store's and begun like them, under LRU."""
-
-
-class CachedStore(Protocol):
-    """A store that keeps only some experts at hand, and a ledger of it."""
-
-    @property
-    def traffic_log(self) -> TrafficLog: ...
-
-    @property
-    def capacity(self) -> int:
-        """Slots of a layer."""
-        ...
-
-    def reset(self) -> None:
-        """Be as at the start, before any forward: nobody at hand, or who is from the first."""
-        ...
+"""Makes a layer's slots as the store's at the start, under LRU."""
 
 
 @dataclass(frozen=True)
 class ForwardTraffic:
-    """One forward. ``blocks`` are where its ``rows`` stood; their ``traffic`` is one."""
+    """The traffic of one forward, of all its sequences together."""
 
     number: int
-    kind: str  # as plans call it, "" where nobody said
+    kind: str  # of the KV-caching scheme's pass; "" if the engine reported none
     rows: tuple[int, ...]
-    blocks: tuple[int, ...]
+    blocks: tuple[int, ...]  # the current block of each row
     traffic: Traffic
 
 
-@dataclass  # not frozen: it grows until its forward is over
+@dataclass  # not frozen: it counts until its forward ends
 class ForwardCounters:
-    """A forward, or the sum of many, while it is counted."""
+    """The counters of one forward, or of all finished ones."""
 
     number: int = 0
     kind: str = ""
@@ -68,16 +51,16 @@ class ForwardCounters:
     stall_seconds: float = 0.0
     seconds: float = 0.0
     start_time: float | None = None
-    last_layer: int = -1  # the last one served
+    last_layer: int = -1  # the last layer served
     transfers: dict[str, Transfer] = field(default_factory=dict)
 
     @property
     def denoising_forwards(self) -> int:
-        """As how many forwards that denoise it counts, once it is over."""
+        """1 for a forward that served a layer and denoises, otherwise 0."""
         return int(self.last_layer >= 0 and self.kind not in KV_ONLY_KINDS)
 
     def add(self, other: ForwardCounters) -> None:
-        """Add all of another that is no name; who would have come under vanilla comes later."""
+        """Add another's counts, except vanilla's, which are replayed later."""
         self.forwards += other.forwards
         self.used += other.used
         self.hits += other.hits
@@ -85,18 +68,20 @@ class ForwardCounters:
         self.stall_seconds += other.stall_seconds
         self.seconds += other.seconds
         for tier, transfer in other.transfers.items():
-            self.transfers[tier] = self.transfers.get(tier, Transfer()).plus(transfer)
+            self.add_transfer(tier, transfer)
+
+    def add_transfer(self, tier: str, transfer: Transfer) -> None:
+        self.transfers[tier] = self.transfers.get(tier, Transfer()).plus(transfer)
 
 
-@dataclass  # not frozen: it is written
+@dataclass  # not frozen: it is appended to
 class TrafficLog:
-    """What a store did, forward by forward, ``LINES`` of them; totals are of all.
+    """The traffic of a store, by forward (the last ``LOGGED_FORWARDS``) and in total.
 
-    A store tells of each layer that it serves, who asks for a forward when one begins and ends.
-    Where nobody does, a layer that is not above the last begins the next. What fills the memory
-    before a forward is in the totals, and in no forward. Everything is told in the thread that
-    serves. What vanilla would have moved is worked out when somebody reads: until
-    then a forward leaves its tokens' own choices behind, and no time is spent.
+    Stores report each layer they serve; the engine reports where a forward starts and ends. Without
+    such reports, a layer index that does not increase starts a new forward. Experts loaded between
+    forwards count in the totals only. All reports come from the serving thread. Vanilla's misses
+    are replayed when the log is read; until then each layer's vanilla expert ids are kept.
     """
 
     expert_bytes: int
@@ -104,10 +89,9 @@ class TrafficLog:
     stall_clock: StallClock = lambda: 0.0
     _current: ForwardCounters = field(default_factory=ForwardCounters)
     _finished: deque[ForwardCounters] = field(default_factory=lambda: deque(maxlen=LOGGED_FORWARDS))
-    _totals: ForwardCounters = field(
-        default_factory=ForwardCounters
-    )  # the sum of all that are closed
+    _totals: ForwardCounters = field(default_factory=ForwardCounters)  # of finished forwards
     _tracks_vanilla: bool = False
+    # Counters, layer, vanilla ids and number of experts; None marks a reset.
     _pending: list[tuple[ForwardCounters, int, torch.Tensor, int] | None] = field(
         default_factory=list
     )
@@ -115,9 +99,9 @@ class TrafficLog:
     _vanilla_caches: dict[int, Slots] = field(default_factory=dict)
 
     def track_vanilla(self) -> None:
-        """From now on, keep what vanilla needs; raises RuntimeError where it is too late."""
+        """Count vanilla's misses from now on; raises RuntimeError after the first forward."""
         if self._totals.used or self._current.used:
-            raise RuntimeError("vanilla's memory would begin empty where the store's is not")
+            raise RuntimeError("vanilla's cache would start empty while the store's does not")
         self._tracks_vanilla = True
 
     def begin_forward(
@@ -130,7 +114,7 @@ class TrafficLog:
         )
 
     def end_forward(self) -> None:
-        """It is over, and took until now."""
+        """The forward is over."""
         if self._current.start_time is not None:
             self._current.seconds = time.perf_counter() - self._current.start_time
         self._finish_forward()
@@ -138,12 +122,10 @@ class TrafficLog:
     def log_layer(
         self, layer: int, request: ExpertRequest, *, used: int, hits: int, on_cpu: int = 0
     ) -> None:
-        """A layer is asked for so many experts, of whom ``hits`` are there, and ``aside`` are
-        computed where they lie."""
-        counters = self._current
-        if layer <= counters.last_layer:
+        """A layer is served: experts used, those of them cached, and those the CPU computes."""
+        if layer <= self._current.last_layer:
             self._finish_forward()
-            counters = self._current
+        counters = self._current
         counters.last_layer = layer
         counters.used += used
         counters.hits += hits
@@ -156,36 +138,28 @@ class TrafficLog:
                 self._replay_vanilla()
 
     def log_transfer(self, tier: str, experts: int = 1, total_bytes: int | None = None) -> None:
-        """So many came from there, ``size`` bytes in all where they are not moved whole."""
+        """Experts were fetched from a tier; ``total_bytes`` if they do not have the usual size."""
         num_bytes = experts * self.expert_bytes if total_bytes is None else total_bytes
-        if not experts:
-            return
-        transfers = self._current.transfers
-        transfers[tier] = transfers.get(tier, Transfer()).plus(Transfer(experts, num_bytes))
+        if experts:
+            self._current.add_transfer(tier, Transfer(experts, num_bytes))
 
     def log_reset(self) -> None:
-        """The memory is as it was before any forward, and so is vanilla's; sums stay."""
+        """The cache returns to its initial state, and vanilla's with it; the totals stay."""
         self._finish_forward()
         if self._tracks_vanilla:
             self._pending.append(None)
 
     @property
     def forwards(self) -> tuple[ForwardTraffic, ...]:
-        """Of each forward that is over, or of the last ``LINES``."""
+        """The last finished forwards, at most ``LOGGED_FORWARDS``."""
         self._replay_vanilla()
         return tuple(
-            ForwardTraffic(
-                counters.number,
-                counters.kind,
-                counters.rows,
-                counters.blocks,
-                self._to_traffic(counters),
-            )
-            for counters in self._finished
+            ForwardTraffic(one.number, one.kind, one.rows, one.blocks, self._to_traffic(one))
+            for one in self._finished
         )
 
     def traffic(self) -> Traffic:
-        """Of all forwards, one that is not over among them."""
+        """The total of all forwards, including an unfinished one."""
         self._replay_vanilla()
         total = ForwardCounters(vanilla_misses=self._totals.vanilla_misses)
         total.add(self._totals)
@@ -198,23 +172,17 @@ class TrafficLog:
         counters = self._current
         if counters.last_layer < 0 and not counters.transfers:
             return
-        counters.forwards, counters.stall_seconds = (
-            counters.denoising_forwards,
-            self.stall_clock() - self._totals.stall_seconds,
-        )
+        counters.forwards = counters.denoising_forwards
+        counters.stall_seconds = self.stall_clock() - self._totals.stall_seconds
         self._totals.add(counters)
         if counters.last_layer >= 0:
             self._finished.append(counters)
-        # A store that nobody tells of forwards counts them itself; their kind stays unknown.
-        self._current = ForwardCounters(
-            counters.number + (counters.last_layer >= 0),
-            counters.kind,
-            counters.rows,
-            counters.blocks,
-        )
+        # Without reports from the engine, the next forward counts as one of the same kind.
+        number = counters.number + (counters.last_layer >= 0)
+        self._current = ForwardCounters(number, counters.kind, counters.rows, counters.blocks)
 
     def _replay_vanilla(self) -> None:
-        """Let vanilla's memory go through what has waited."""
+        """Serve the pending vanilla requests from vanilla's simulated caches."""
         for entry in self._pending:
             if entry is None:
                 self._vanilla_caches.clear()

@@ -46,8 +46,8 @@ def model() -> Path:
 def engine(memory: str | None = "35%") -> Engine:
     asked = None if memory is None else ExpertMemoryConfig.parse(memory, simulated=True)
     own = coterie.load(model(), block=8, unmask="fixed:steps=2", expert_memory=asked)
-    if own.model.cached_store is not None:
-        own.model.cached_store.traffic_log.track_vanilla()
+    if own.model.store.traffic_log is not None:
+        own.model.store.traffic_log.track_vanilla()
     return own
 
 

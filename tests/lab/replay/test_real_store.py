@@ -10,7 +10,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from policy_strategies import law
-from test_cached_store import HIDDEN, SIZE, shown
+from offload_cases import HIDDEN, SIZE, fp32_slab
 from torch import Tensor
 
 from coterie.errors import CoterieError
@@ -62,7 +62,7 @@ def store(trace: Trace, capacity: int, rule: Eviction) -> CachedExpertStore:
         return torch.zeros(slots, size, dtype=torch.uint8)
 
     courier = ThreadedFetcher(HostTier(blobs(trace)))
-    return CachedExpertStore(courier, shown, allocate, SHAPE.experts, SIZE, capacity, rule)
+    return CachedExpertStore(courier, fp32_slab, allocate, SHAPE.experts, SIZE, capacity, rule)
 
 
 @given(
@@ -90,7 +90,7 @@ def test_a_store_that_holds_all_moves_nothing() -> None:
     trace = drawn(1)
     everyone = torch.arange(SHAPE.experts)
     resident = ResidentExpertStore(
-        {layer: shown(one, everyone) for layer, one in blobs(trace).items()}
+        {layer: fp32_slab(one, everyone) for layer, one in blobs(trace).items()}
     )
     served = serve_trace(trace, PLAYS[0], resident, torch.randn(6, HIDDEN))
     assert (served.loads.sum(), served.seconds_waited, served.hit_rate) == (0, 0.0, 1.0)

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from test_cached_store import needs_kernels, opened, packed
+from offload_cases import load_engine, needs_kernels, packed_checkpoint
 from test_observation import tiny
 
 from coterie.errors import CoterieError
@@ -76,11 +76,11 @@ def test_a_model_that_follows_a_trace_moves_what_its_replay_says(
     ran = run_trace(tiny(), TraceDrivenModel(drawn()), asked, store)
     assert (ran.tokens, ran.decode_forwards, len(ran.seconds)) == (23, 12, 14)
     # A token may find none of a coreset's better than the others, and leave one of it unused.
-    assert store.experts_used <= foretold.used.sum()
-    assert store.experts_used == pytest.approx(foretold.used.sum(), rel=0.02)
-    assert store.experts_moved == pytest.approx(foretold.loads.sum(), rel=0.05)
+    assert store.traffic_log.traffic().experts_used <= foretold.used.sum()
+    assert store.traffic_log.traffic().experts_used == pytest.approx(foretold.used.sum(), rel=0.02)
+    assert store.traffic_log.traffic().experts_moved == pytest.approx(foretold.loads.sum(), rel=0.05)
     if policy == "vanilla":
-        assert (store.experts_used, store.experts_moved) == (
+        assert (store.traffic_log.traffic().experts_used, store.traffic_log.traffic().experts_moved) == (
             foretold.used.sum(),
             foretold.loads.sum(),
         )
@@ -88,11 +88,11 @@ def test_a_model_that_follows_a_trace_moves_what_its_replay_says(
 
 @needs_kernels
 def test_experts_of_a_disk_are_counted_forward_by_forward(tmp_path: Path) -> None:
-    model = opened(packed(tmp_path), "5").model
-    assert model.offload_store is not None
+    model = load_engine(packed_checkpoint(tmp_path), "5").model
+    assert model.store.traffic_log is not None
     memory, asked = TraceVotes.of(drawn()), play("vanilla")
     foretold = replay_cache(memory, asked, select_experts(memory, asked), CacheConfig(Lru(), 5))
-    ran = run_trace(model, TraceDrivenModel(drawn()), asked, model.offload_store)
+    ran = run_trace(model, TraceDrivenModel(drawn()), asked, model.store)
     np.testing.assert_array_equal(ran.used, foretold.used.sum(-1))
     np.testing.assert_array_equal(ran.loads, foretold.loads.sum(-1))
     assert bool((ran.seconds > ran.stalls).all())

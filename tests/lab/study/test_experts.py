@@ -55,9 +55,8 @@ from coterie.lab.study.simulated_cache import (
     with_store,
 )
 from coterie.model.moe import MoE
-from coterie.offload.cache_simulator import CacheSimulator
 from coterie.offload.resident_store import ResidentExpertStore
-from coterie.offload.simulated_store import SimulatedCacheStore
+from coterie.offload.simulated_store import CacheSimulator, SimulatedCacheStore
 from coterie.testing import write_checkpoint
 from coterie.values import ExpertStore
 

@@ -17,7 +17,8 @@ from coterie import ops
 from coterie.errors import CoterieError
 from coterie.lab.bench.routings import find_skew
 from coterie.lab.bench.shapes import ModelShape
-from coterie.loading.load import Model, free_memory
+from coterie.loading.free_memory import free_memory
+from coterie.loading.load import Model
 from coterie.model.spec import ModelSpec
 from coterie.model.transformer import build
 from coterie.model.weights import is_always_fp32, weight_bytes, weight_shapes
@@ -65,13 +66,15 @@ def random_model(
     weights = _random_weights(spec, skew, generator, dtype=dtype, device=target_device)
     defaults = shape.family.defaults
     eos_ids = tuple(token for token in defaults.eos_ids if token < spec.vocabulary)
+    store = ResidentExpertStore(stores)
     return Model(
         name=f"random {shape.title}",
         family=shape.family,
-        transformer=build(spec, weights, ResidentExpertStore(stores)),
+        transformer=build(spec, weights, store),
         codec=IdTokenizer(spec.vocabulary),
         mask_id=min(defaults.mask_id, spec.vocabulary - 1),
         eos_ids=eos_ids or (spec.vocabulary - 2,),
+        store=store,
     )
 
 

@@ -111,7 +111,7 @@ class PolicyEvaluator:
         Policies that prefer who is in memory are told who is there under vanilla. Raises where a
         loss would bring others there.
         """
-        if with_loss and self.engine.model.cached_store is not None:
+        if with_loss and self.engine.model.store.traffic_log is not None:
             raise CoterieError(
                 "a loss is computed with experts that the run does not use, so that all must be in "
                 "memory; leave --expert-memory or --imagine-memory out"
@@ -175,7 +175,7 @@ class PolicyEvaluator:
                 lambda watched, first=first: on_layer and on_layer(watched, first),
                 policy=policy,
                 batch_size=self.batch_size,
-                reset_cache=model.cached_store is not None,
+                reset_cache=model.store.traffic_log is not None,
                 layers=() if on_layer is None else None,
                 on_result=on_result,
             )

@@ -120,7 +120,7 @@ def calibration_record(
         "prompts": evaluator.prompt_set.to_dict(),
         "generation": {**evaluator.engine.generation.document(), **evaluator.options},
         "rows": evaluator.batch_size,
-        "memory": None if model.memory_plan is None else model.memory_plan.config.to_dict(),
+        "memory": None if (memory := model.memory_config) is None else memory.to_dict(),
         "search": [_measured_policy_dict(step) for step in calibration.steps],
         "frontier": [
             {

@@ -108,13 +108,9 @@ def run_identity(
 ) -> dict[str, object]:
     """What makes two runs the same run, as JSON values; arms and ``rows`` do not."""
     model, memory = engine.model, None
-    if model.cached_store is not None and model.memory_plan is not None:
-        memory = {
-            **model.memory_plan.config.to_dict(),
-            "slots": model.memory_plan.slots,
-            "lasts": reset_every,
-        }
-        if (fallback := model.memory_plan.config.fallback_model) is not None:
+    if model.store.traffic_log is not None and (plan := model.placement.plan) is not None:
+        memory = {**plan.config.to_dict(), "slots": plan.slots, "lasts": reset_every}
+        if (fallback := plan.config.fallback_model) is not None:
             memory["coarse"] = fingerprint(find_folder(fallback.folder))
     return {
         "model": None if model.folder is None else fingerprint(model.folder),
@@ -172,7 +168,7 @@ class _Scheduler:
     def chunks(self, requests: Sequence[EvalRequest]) -> Iterator[Sequence[EvalRequest]]:
         """What one arm answers before the next has its turn; stretches of memory are whole."""
         size = CHUNK_FACTOR * self.batch_size
-        if self.engine.model.cached_store is not None:
+        if self.engine.model.store.traffic_log is not None:
             size = self.reset_every * -(-CHUNK_FACTOR // self.reset_every)
         return (requests[start : start + size] for start in range(0, len(requests), size))
 
@@ -184,7 +180,7 @@ class _Scheduler:
         graders: ThreadPoolExecutor,
     ) -> Iterator[list[Answer]]:
         """An arm's to what nobody knows yet, as they come."""
-        if self.engine.model.cached_store is None:
+        if self.engine.model.store.traffic_log is None:
             missing = [
                 request for request in chunk if _answer_key(variant.name, request) not in stored
             ]
@@ -313,7 +309,7 @@ def _check_run(
     """Raises for what would fail at every item, or could not be gone on with."""
     if not tasks or not variants:
         raise CoterieError("an evaluation needs at least one task and one arm")
-    if batch_size != 1 and engine.model.cached_store is not None:
+    if batch_size != 1 and engine.model.store.traffic_log is not None:
         raise CoterieError(
             f"{batch_size} rows together: where not all experts are in memory, an answer may depend on "
             "who is beside it; ask one by one"

@@ -21,7 +21,7 @@ from coterie.lab.replay.policies import MAX_PROBABILITY
 from coterie.lab.replay.trace import ForwardKind, Trace, TraceForward
 from coterie.loading.load import Model
 from coterie.model.moe import MoE
-from coterie.offload.cached_store import CachedExpertStore
+from coterie.offload.store import TrackedExpertStore, total_traffic
 from coterie.values import ExpertStore, Scores
 
 
@@ -133,7 +133,7 @@ class TimedRun:
 
 
 def run_trace(
-    model: Model, driver: TraceDrivenModel, replay_policy: ReplayPolicy, store: ExpertStore
+    model: Model, driver: TraceDrivenModel, replay_policy: ReplayPolicy, store: TrackedExpertStore
 ) -> TimedRun:
     """Write a trace's blocks with a whole model that routes as the trace did, under a policy.
 
@@ -191,9 +191,7 @@ def _generation_options(trace: Trace, replay_policy: ReplayPolicy) -> dict[str, 
     }
 
 
-def _traffic_counters(store: ExpertStore) -> tuple[int, int, float]:
+def _traffic_counters(store: TrackedExpertStore) -> tuple[int, int, float]:
     """Experts used and moved, and seconds waited, so far."""
-    if not isinstance(store, CachedExpertStore):
-        return 0, 0, 0.0
-    traffic = store.traffic_log.traffic()
-    return traffic.experts_used, traffic.experts_moved, store.fetcher.stall_seconds
+    traffic = total_traffic(store)
+    return traffic.experts_used, traffic.experts_moved, traffic.stall_seconds

@@ -28,8 +28,8 @@ from coterie.lab.replay.cache_simulation import (
 from coterie.lab.replay.hardware_model import CountArray
 from coterie.lab.replay.policies import select_from_trace
 from coterie.lab.replay.trace import Trace, TraceForward
-from coterie.offload.cached_store import CachedExpertStore
-from coterie.values import ExpertRequest, ExpertStore, Routing
+from coterie.offload.store import TrackedExpertStore, total_traffic
+from coterie.values import ExpertRequest, Routing
 
 ProgressCallback = Callable[[int], None]
 
@@ -51,7 +51,7 @@ class ServedTrace:
 def serve_trace(
     trace: Trace,
     replay_policy: ReplayPolicy,
-    store: ExpertStore,
+    store: TrackedExpertStore,
     x: Tensor,
     on_progress: ProgressCallback = lambda forward: None,
 ) -> ServedTrace:
@@ -65,20 +65,20 @@ def serve_trace(
     history, rng = CoresetHistory(replay_policy.reuse_tolerance), torch.Generator().manual_seed(0)
     shape = (len(trace.forwards), len(trace.header.layers))
     used, loads = np.zeros(shape, np.int64), np.zeros(shape, np.int64)
-    seconds, waited_before = np.zeros(shape), _seconds_waited(store)
+    seconds, waited_before = np.zeros(shape), total_traffic(store).stall_seconds
     for index, forward in enumerate(trace.forwards):
         selected = _selected_experts(trace, replay_policy, forward, store)
         coresets, _, _ = history.reuse(forward, selected, trace_votes.votes[index])
         used[index] = coresets.sum(-1)
         for ordinal, layer in enumerate(trace.header.layers):
             routing = routing_from_trace(forward, ordinal, coresets[ordinal], rng)
-            moved_before, start = _experts_moved(store), time.perf_counter()
+            moved_before, start = total_traffic(store).experts_moved, time.perf_counter()
             for slab in store.serve(layer, ExpertRequest(routing.used, routing)):
                 ops.run_experts(x, routing, slab)
             seconds[index, ordinal] = time.perf_counter() - start
-            loads[index, ordinal] = _experts_moved(store) - moved_before
+            loads[index, ordinal] = total_traffic(store).experts_moved - moved_before
         on_progress(index)
-    return ServedTrace(used, loads, seconds, _seconds_waited(store) - waited_before)
+    return ServedTrace(used, loads, seconds, total_traffic(store).stall_seconds - waited_before)
 
 
 def routing_from_trace(
@@ -101,7 +101,7 @@ def routing_from_trace(
 
 
 def _selected_experts(
-    trace: Trace, replay_policy: ReplayPolicy, forward: TraceForward, store: ExpertStore
+    trace: Trace, replay_policy: ReplayPolicy, forward: TraceForward, store: TrackedExpertStore
 ) -> Mask:
     """[L, E]: whom a forward uses, by what the store holds before it."""
     if not replay_policy.routes(forward):
@@ -125,11 +125,3 @@ def _check_trace(trace: Trace, trace_votes: TraceVotes, x: Tensor) -> None:
     widths = {forward.tokens for forward in trace.forwards}
     if widths != {len(x)}:
         raise CoterieError(f"forwards of {sorted(widths)} tokens cannot compute {len(x)}")
-
-
-def _experts_moved(store: ExpertStore) -> int:
-    return store.experts_moved if isinstance(store, CachedExpertStore) else 0
-
-
-def _seconds_waited(store: ExpertStore) -> float:
-    return store.stall_seconds if isinstance(store, CachedExpertStore) else 0.0

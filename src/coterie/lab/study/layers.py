@@ -16,7 +16,7 @@ from coterie.errors import CoterieError
 from coterie.lab.bench.shapes import LayerShape, random_slab
 from coterie.lab.bench.timing import dtype_name
 from coterie.lab.study.context import StudyContext
-from coterie.loading.load import free_memory
+from coterie.loading.free_memory import free_memory
 from coterie.model.forward_context import ForwardContext
 from coterie.model.moe import MoE
 from coterie.model.transformer import Transformer

@@ -22,8 +22,7 @@ from coterie.lab.study.context import BATCH_SIZE
 from coterie.lab.study.logbook import AnswerEntry, AnswerTraceLog, ExpertUseRecorder
 from coterie.loading.load import Model
 from coterie.model.moe import MoE
-from coterie.offload.cache_simulator import CacheSimulator
-from coterie.offload.simulated_store import SimulatedCacheStore
+from coterie.offload.simulated_store import CacheSimulator, SimulatedCacheStore
 from coterie.routing import update_policy_text
 from coterie.values import ExpertRequest, ExpertStore
 

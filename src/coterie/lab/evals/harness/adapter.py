@@ -117,7 +117,7 @@ class CoterieLM(LM):
             "policy": self.policy,
             "model_dtype": str(model.transformer.dtype),
             "experts": model.spec.expert_storage,
-            "memory": None if model.memory_plan is None else model.memory_plan.config.to_dict(),
+            "memory": None if (memory := model.memory_config) is None else memory.to_dict(),
             "generation": self.engine.generation.document(),
         }
 
