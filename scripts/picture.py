@@ -14,8 +14,7 @@ from rich.console import Console
 from rich.text import Text
 
 import coterie
-from coterie.cli.live_view import LiveView
-from coterie.cli.watch import make_view
+from coterie.cli.live_view import LiveView, make_view
 
 QUESTION = "Tom has 3 boxes of 4 pens and gives away 5. How many pens are left?"
 POLICY = "des-vote:beta=0.3"

@@ -199,7 +199,7 @@ def test_a_file_that_is_not_there_is_named(capsys: Capture, model: str, tmp_path
         (("des-seq", "--target", "experts=1", "--prompt-file"), "no rung meets experts=1"),
         (
             ("topk", "--target", "mass=0.5", "-o", "no/such/x.json", "--prompt-file"),
-            "folder does not exist",
+            "does not exist",
         ),
         (("topk", "--target", "mass=0.5", "-o", ".", "--prompt-file"), ".: a folder"),
         (("topk", "--target", "mass=0.5", "--task", "words", "--prompt-file"), "give one of them"),

@@ -130,6 +130,22 @@ def test_a_greedy_answer_is_the_same_under_every_seed(capsys: Capture, model: st
     assert found[0] == found[1]
 
 
+def test_a_comparison_with_vanilla_is_one_line(capsys: Capture, model: str) -> None:
+    words = ["generate", "5 17 33", "-m", model, "-n", "8", "-p", "racing:m=3"]
+    assert run([*words, "--compare-vanilla"]) == 0
+    text, line = capsys.readouterr().out.splitlines()
+    pattern = r"racing:m=3 read \d+ of 16 experts a layer \(vanilla \d+\), 0\.\d\dx the bytes"
+    assert re.match(pattern, line)
+    found = document(capsys, *words, "--compare-vanilla")
+    assert found["text"] == text
+    assert 0 < found["vanilla"]["bytes_ratio"] < 1
+
+
+def test_vanilla_compared_with_itself_is_the_same(capsys: Capture, model: str) -> None:
+    assert run(["generate", "5 17 33", "-m", model, "-n", "8", "--compare-vanilla"]) == 0
+    assert "1.00x the bytes; the same answer" in capsys.readouterr().out
+
+
 def test_compare_runs_vanilla_first_and_each_policy_once(capsys: Capture, model: str) -> None:
     named = ["-p", "des-vote:beta=1", "-p", "racing:m=3", "-p", "racing:m=3", "-p", "vanilla"]
     found = document(capsys, "compare", "5 17 33", "-m", model, "-n", "20", *named)

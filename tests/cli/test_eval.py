@@ -33,8 +33,8 @@ LONG = "des-vote:beta=0.3,voters=before-eos,protect=top1"
 
 def answer(arm: str, number: int, correct: bool, **others: object) -> Answer:
     told: dict[str, object] = {
-        "extracted": None, "other_metrics": {}, "output": "", "finish_reason": "stop", "new_tokens": 10,
-        "forwards": 2, "blocks": 1, "prefills": 1, "commits": 0, "experts": 8.0,
+        "extracted": None, "other_metrics": {}, "output": "", "finish_reason": "stop",
+        "new_tokens": 10, "forwards": 2, "blocks": 1, "prefills": 1, "commits": 0, "experts": 8.0,
         "expert_forwards": 2, "expert_bytes": 100.0, "vote_mass_kept": 1.0, "seconds": 0.5,
     }  # fmt: skip
     told |= {"variant": arm, "task": "quiz", "id": str(number), "correct": correct, **others}
@@ -106,7 +106,7 @@ def test_a_stopped_run_goes_on_and_another_is_refused(capsys: Capture, tmp_path:
         (["-m", "somewhere/else"], "--task is needed with a model; tasks: gsm8k"),
         (
             ["--task", "gsm8k", "--num-problems", "3"],
-            "--num-problems has no effect on gsm8k; --limit",
+            "has no effect on gsm8k; --limit",
         ),
         (["--data", "."], "--data has no effect on words"),
         (["--task", "chess"], "unknown task 'chess'; known: gsm8k"),
