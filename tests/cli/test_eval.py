@@ -19,11 +19,13 @@ import pytest
 from rich.console import Console
 
 from coterie.cli.entry import run
-from coterie.cli.eval_output import accuracy_csv, accuracy_document, accuracy_tables
+from coterie.cli.eval_output import accuracy_document, accuracy_tables
 from coterie.cli.eval_progress import EvalProgress
+from coterie.cli.output import format_csv
 from coterie.lab.evals.answer_log import Answer
 from coterie.lab.evals.report import summarize
 from coterie.lab.evals.run import EvalResult, Variant
+from coterie.lab.evals.summary_csv import csv_row
 
 Capture = pytest.CaptureFixture[str]
 
@@ -172,7 +174,7 @@ def test_csv_has_a_line_a_policy_with_numbers_in_full() -> None:
     found = summarize(
         [sheet("vanilla", right), sheet("des-seq:k=3", [False, True, True])], ["quiz"]
     )
-    first, second = csv.DictReader(io.StringIO(accuracy_csv(found)))
+    first, second = csv.DictReader(io.StringIO(format_csv([csv_row(line) for line in found])))
     assert (first["policy"], first["right"], first["n"], first["change"]) == (
         "vanilla",
         "2",

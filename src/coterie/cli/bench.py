@@ -48,6 +48,8 @@ NO_BASELINE = "none"
 RESERVED_BYTES = 2 << 30  # bytes left free by default
 DEFAULT_TOKENS = 32  # tokens of a block, which the titles of records leave out
 RANDOM_DTYPES = ("fp32", "bf16", "int8", "int4")
+measuring = o.panel("How to measure")
+LOGITS_HELP = "Logits per forward: a number, or block for the mean over a block of 8 steps."
 
 ShapeName = Annotated[str, o.runtime(f"Shape of a published model. {o.one_of(SHAPES)}")]
 ExpertFormat = Annotated[
@@ -61,17 +63,13 @@ BenchPolicies = Annotated[
         *("--policy", "-p"),
     ),
 ]
-Repeats = Annotated[int, typer.Option(help="Samples of each measurement.", min=1)]
-Threads = Annotated[
-    int | None, typer.Option(help="Threads of each program (default: PyTorch's).", min=1)
-]
-Tokens = Annotated[int, typer.Option(help="Tokens of the block.", min=1)]
+Repeats = Annotated[int, measuring("Samples of each measurement.", min=1)]
+Threads = Annotated[int | None, measuring("Threads of each program (default: PyTorch's).", min=1)]
+Tokens = Annotated[int, measuring("Tokens of the block.", min=1)]
 Layers = Annotated[
-    int | None, typer.Option(help="Number of layers to keep, from the first (default: all).", min=1)
+    int | None, measuring("Number of layers to keep, from the first (default: all).", min=1)
 ]
-OutputFolder = Annotated[
-    Path, typer.Option("--out", "-o", help="Folder for the record and its figures.")
-]
+OutputFolder = Annotated[Path, measuring("Folder for the record and its figures.", "--out", "-o")]
 
 bench = typer.Typer(
     rich_markup_mode="rich", context_settings={"help_option_names": ["-h", "--help"]}
@@ -99,26 +97,23 @@ class BaselineOptions:
 
     baseline: Annotated[
         list[str] | None,
-        typer.Option(
-            help=f"Baseline to time, or {NO_BASELINE}; may be repeated (default: those installed). "
-            + o.one_of(BASELINES),
+        measuring(
+            f"Baseline to time, or {NO_BASELINE}; may be repeated (default: installed ones). "
+            + o.one_of(BASELINES)
         ),
     ] = None
     baseline_python: Annotated[
         list[str] | None,
-        typer.Option(
-            metavar="NAME=PATH",
-            help="Python of a baseline (default: .peers/NAME, which scripts/peers makes).",
+        measuring(
+            "Python of a baseline (default: .peers/NAME, from scripts/peers).", metavar="NAME=PATH"
         ),
     ] = None
     include_slow: Annotated[
-        bool, typer.Option("--include-slow", help="Time kernels that take about a second, too.")
+        bool, measuring("Time kernels that take about a second, too.", "--include-slow")
     ] = False
     baseline_memory: Annotated[
         float | None,
-        typer.Option(
-            help="GiB for the baselines that run together (default: what is free).", min=0.1
-        ),
+        measuring("GiB for the baselines that run together (default: what is free).", min=0.1),
     ] = None
 
     def resolve(self, dtype: str) -> tuple[list[ResolvedBaseline], dict[str, str]]:
@@ -164,7 +159,7 @@ def layer_command(
     repeats: Repeats = 40,
     threads: Threads = None,
     uniform_routing: Annotated[
-        bool, typer.Option("--uniform-routing", help="Use all experts equally often.")
+        bool, measuring("Use all experts equally often.", "--uniform-routing")
     ] = False,
     baselines: BaselineOptions,
     out: OutputFolder = Path("results"),
@@ -190,19 +185,16 @@ def layer_command(
     with _progress_callback() as on_progress:
         result = time_layer(
             config, resolved, include_slow=baselines.include_slow, budget=baselines.budget(config),
-            on_progress=on_progress,
+            on_progress=on_progress
         )  # fmt: skip
     result.skipped.update(skipped)
     facts: JsonContent = {
-        "shape": shape,
-        "dtype": expert_dtype,
-        "tokens": tokens,
-        "threads": num_threads,
+        "shape": shape, "dtype": expert_dtype, "tokens": tokens, "threads": num_threads,
         "even": uniform_routing,
         "policies": [timing.facts() for timing in result.timings],
         "peers": {"versions": result.versions, "errors": result.errors, "skipped": result.skipped},
         "sittings": result.sessions,
-    }
+    }  # fmt: skip
     for name, reason in result.skipped.items():
         print_note(f"without {name}: {reason.removeprefix(f'{name}: ')}")
     routing = " even" if uniform_routing else ""
@@ -218,19 +210,12 @@ def forward_command(
     expert_dtype: ExpertFormat = "int8",
     policies: BenchPolicies = None,
     tokens: Tokens = DEFAULT_TOKENS,
-    context: Annotated[int, typer.Option(help="Positions before the block.", min=0)] = 512,
-    logits: Annotated[
-        str,
-        typer.Option(
-            metavar="N|block",
-            help="Logits to compute per forward: a number, or block for the mean over a block of "
-            "8 steps.",
-        ),
-    ] = "block",
+    context: Annotated[int, measuring("Positions before the block.", min=0)] = 512,
+    logits: Annotated[str, measuring(LOGITS_HELP, metavar="N|block")] = "block",
     layers: Layers = None,
     repeats: Repeats = 10,
     threads: Threads = None,
-    seed: Annotated[int, typer.Option(help="Seed of weights and tokens.", min=0)] = 0,
+    seed: Annotated[int, measuring("Seed of weights and tokens.", min=0)] = 0,
     out: OutputFolder = Path("results"),
     json: o.Json = False,
 ) -> None:
@@ -252,7 +237,7 @@ def forward_command(
         model = random_model(truncated, expert_dtype, seed=seed)
         result = forwards.time_forward(
             model, specs, tokens=tokens, context=context, num_logits=num_logits, repeats=repeats,
-            threads=num_threads, seed=seed + 1, on_progress=on_progress,
+            threads=num_threads, seed=seed + 1, on_progress=on_progress
         )  # fmt: skip
     model_bytes, peak_memory = weight_bytes(model.spec, model.transformer.dtype), _peak_memory()
     facts: JsonContent = {
@@ -277,13 +262,11 @@ class WorkloadOptions:
     ] = None
     layers: Layers = None
     prompt: Annotated[
-        list[str] | None, typer.Option(help="Prompt; may be repeated (default: held-out problems).")
+        list[str] | None, measuring("Prompt; may be repeated (default: held-out problems).")
     ] = None
-    num_prompts: Annotated[
-        int | None, typer.Option(help="Number of prompts (default 8).", min=1)
-    ] = None
+    num_prompts: Annotated[int | None, measuring("Number of prompts (default 8).", min=1)] = None
     length: Annotated[
-        int | None, typer.Option(help="Tokens of a random model's prompts (default 64).", min=1)
+        int | None, measuring("Tokens of a random model's prompts (default 64).", min=1)
     ] = None
 
     def check(self, engine_options: EngineOptions) -> None:
@@ -317,7 +300,7 @@ def generate_command(
     workload: WorkloadOptions,
     policies: o.PolicySpecs = None,
     coreset_reuse: o.CoresetReuse = None,
-    tokens: Annotated[int, typer.Option(help="Maximum of new tokens of a prompt.", min=1)] = 256,
+    tokens: Annotated[int, measuring("Maximum of new tokens of a prompt.", min=1)] = 256,
     repeats: Repeats = 5,
     threads: Threads = None,
     out: OutputFolder = Path("results"),
@@ -352,7 +335,7 @@ def generate_command(
     with _progress_callback() as on_progress:
         timings = answers.time_generation(
             engine, prompts, specs, num_repeats=repeats, options={"max_new_tokens": tokens},
-            policy_options=reuse_by_policy, on_progress=on_progress,
+            policy_options=reuse_by_policy, on_progress=on_progress
         )  # fmt: skip
     layers = None if workload.layers is None else f"{workload.layers} layers"
     title_parts = [part for part in (*dtypes, layers) if part]

@@ -22,14 +22,15 @@ from coterie.cli.engine_options import (
     distinct_policies,
     reuse_options,
 )
-from coterie.cli.eval_output import accuracy_csv, accuracy_document, accuracy_tables
+from coterie.cli.eval_output import accuracy_document, accuracy_tables
 from coterie.cli.eval_progress import EvalProgress, live_progress
 from coterie.cli.option_groups import with_option_groups
-from coterie.cli.output import check_one_format, console, print_document, print_note
+from coterie.cli.output import check_one_format, console, format_csv, print_document, print_note
 from coterie.engine.engine import Engine
 from coterie.errors import ConfigError
 from coterie.lab.evals.report import PolicySummary, summarize
 from coterie.lab.evals.run import Answer, AnswerCallback, Variant, run_eval, run_identity
+from coterie.lab.evals.summary_csv import csv_row
 from coterie.lab.evals.task import Task, TaskOptions
 from coterie.lab.evals.tasks import open_tasks
 from coterie.lab.problems import PROBLEM_MAKERS
@@ -175,7 +176,7 @@ def print_results(
     if json:
         print_document(document)
     elif csv:
-        sys.stdout.write(accuracy_csv(summaries))
+        sys.stdout.write(format_csv([csv_row(summary) for summary in summaries]))
     else:
         terminal = console()
         for number, table in enumerate(accuracy_tables(summaries, terminal)):
@@ -191,7 +192,7 @@ def _save_record(
     content = make_record(title, ["coterie", *sys.argv[1:]], [], facts=document, device=device)
     path = write_record(out, content)
     table = path.with_suffix(".csv")
-    table.write_text(accuracy_csv(summaries), encoding="utf-8")
+    table.write_text(format_csv([csv_row(summary) for summary in summaries]), encoding="utf-8")
     print_note(f"{path}, {table.name}")
 
 

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import json
-import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from tempfile import NamedTemporaryFile
 from typing import Annotated
 
 import typer
 from rich.progress import MofNCompleteColumn, TimeRemainingColumn
 
+from coterie.checkpoints.atomic_write import atomic_write
 from coterie.cli import options as o
 from coterie.cli.output import check_output_file, print_note, print_text, progress_bar
 from coterie.errors import TaskError
@@ -72,7 +71,8 @@ def grade(
         for line in _grade_lines(job, task, correct):
             print_text(line)
     else:
-        _write_atomically(out, _grade_lines(job, task, correct))
+        lines = [f"{line}\n" for line in _grade_lines(job, task, correct)]
+        atomic_write(out, "".join(lines).encode())
     accuracy = proportion(correct)
     low, high = accuracy.interval
     print_note(
@@ -100,20 +100,3 @@ def _grade_lines(job: GradingJob, task: str, correct: list[bool]) -> Iterator[st
             progress.update(task_id, advance=1, description=description)
             document = {"id": output.id, "correct": grade.correct, "extracted": grade.extracted}
             yield json.dumps(document)
-
-
-def _write_atomically(out: Path, lines: Iterator[str]) -> None:
-    """Writes all lines or none: the earlier file stays until the last line is written."""
-    with NamedTemporaryFile("w", dir=out.parent, prefix=f".{out.name}.", delete=False) as file:
-        try:
-            for line in lines:
-                file.write(line + "\n")
-            file.flush()
-            os.fsync(file.fileno())
-        except BaseException:
-            Path(file.name).unlink()
-            raise
-    mask = os.umask(0)
-    os.umask(mask)
-    Path(file.name).chmod(0o666 & ~mask)
-    Path(file.name).replace(out)

@@ -67,7 +67,7 @@ def quantize(
     with counted_progress(f"experts to {target}", *columns) as on_progress:
         conversion = convert(model, output, target, on_progress)
     if json:
-        print_document(conversion_document(conversion))
+        print_document(conversion.to_dict())
     else:
         console().print(conversion_line(conversion))
 
@@ -80,20 +80,3 @@ def conversion_line(conversion: ConversionResult) -> str:
         f"{format_bytes(conversion.bytes_before)} became {format_bytes(conversion.bytes_after)} in "
         f"{conversion.files} files{finished_before}"
     )
-
-
-def conversion_document(conversion: ConversionResult) -> dict[str, object]:
-    target = conversion.target
-    return {
-        "folder": str(conversion.folder),
-        "experts": target.manifest_entry["format"],
-        "group": target.manifest_entry["group"],
-        "group_size": target.manifest_entry["group"],
-        "layout": PANEL_LAYOUT if target.packed else PLAIN_LAYOUT,
-        "packed": target.packed,
-        "bytes_before": conversion.bytes_before,
-        "bytes_after": conversion.bytes_after,
-        "files": conversion.files,
-        "found": conversion.files_resumed,
-        "files_resumed": conversion.files_resumed,
-    }

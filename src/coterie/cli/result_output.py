@@ -21,23 +21,9 @@ def memory_document(engine: Engine, result: Result) -> dict[str, object]:
 
 
 def precision_document(engine: Engine) -> dict[str, object]:
-    """As JSON, the share of the votes served in each precision, over layers and forwards so far;
-    empty with one precision. Both losses are None where a manifest has no quantization errors."""
+    """As JSON, the votes served in each precision so far; empty with one precision."""
     counts = engine.model.store.precision_counts
-    if counts is None:
-        return {}
-    document = {
-        "fine": counts.high_format,
-        "coarse": counts.low_format,
-        "fine_slots": counts.high_slots,
-        "coarse_slots": counts.low_slots,
-        "votes_fine": counts.high_precision_share,
-        "votes_coarse": 1 - counts.high_precision_share,
-        "upgrades": counts.promotions,
-        "loss_bound": counts.loss_bound,
-        "loss_rms": counts.loss_rms,
-    }
-    return {"expert_precision": document}
+    return {} if counts is None else {"expert_precision": counts.to_dict()}
 
 
 def describe_traffic(traffic: Traffic) -> str:

@@ -23,6 +23,20 @@ class PrecisionCounts:
     loss_bound: float | None  # None where the quantization errors are unknown
     loss_rms: float | None
 
+    def to_dict(self) -> dict[str, object]:
+        """As JSON, under its stable keys."""
+        return {
+            "fine": self.high_format,
+            "coarse": self.low_format,
+            "fine_slots": self.high_slots,
+            "coarse_slots": self.low_slots,
+            "votes_fine": self.high_precision_share,
+            "votes_coarse": 1 - self.high_precision_share,
+            "upgrades": self.promotions,
+            "loss_bound": self.loss_bound,
+            "loss_rms": self.loss_rms,
+        }
+
 
 class TrackedExpertStore(ExpertStore, Protocol):
     """An expert store that reports what it fetches."""
