@@ -1,7 +1,7 @@
-"""The program ``coterie``, before its package is imported.
+"""The entry point of the ``coterie`` command, which runs before the package is imported.
 
-It lies outside the package because importing that imports torch, which takes seconds; an interrupt
-meanwhile shall end the program without a traceback. What OpenMP is to know, too, it reads then.
+It is outside the package because importing the package imports torch, which takes seconds. Ctrl-C
+during the import must end the program without a traceback, and OpenMP reads its settings then.
 """
 
 from __future__ import annotations
@@ -11,16 +11,16 @@ import signal
 
 
 def main() -> None:
-    """Runs the command that the shell asked for; never returns."""
-    # Threads that spin while they wait take the cores from those they wait for: on a busy machine
-    # a small model's forward then takes twenty times as long.
+    """Runs the command line; never returns."""
+    # Threads that spin while they wait take cores from the threads that they wait for: on a busy
+    # machine a forward of a small model then takes twenty times as long.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    usual = signal.getsignal(signal.SIGINT)
-    if usual is signal.default_int_handler:  # a shell may also have told us to ignore it
+    handler = signal.getsignal(signal.SIGINT)
+    if handler is signal.default_int_handler:  # a shell may have set SIGINT to be ignored
         signal.signal(signal.SIGINT, signal.SIG_DFL)
     from coterie.cli import main as run
 
-    signal.signal(signal.SIGINT, usual)
+    signal.signal(signal.SIGINT, handler)
     run()
 
 

@@ -1,4 +1,4 @@
-"""Options that take a list: one spelling each, and what is wrong with an entry is named."""
+"""Specs: one text for each value, and errors that name the option or the entry of a list."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from coterie.errors import CoterieError
+from coterie.errors import SpecError
 from coterie.specs import (
     PositiveFractions,
     PositiveInt,
@@ -25,7 +25,7 @@ from coterie.specs import (
 class Budget:
     beta: PositiveFractions
     m: PositiveInt | tuple[PositiveInt, ...] | None = None
-    who: Literal["all", "some"] | tuple[Literal["all", "some"], ...] = "all"
+    voters: Literal["all", "some"] | tuple[Literal["all", "some"], ...] = "all"
     least: PositiveInt = 1
 
     __post_init__ = check_options
@@ -45,13 +45,13 @@ budgets = st.builds(
     Budget,
     beta=one_or_more(shares),
     m=st.none() | one_or_more(counts),
-    who=one_or_more(st.sampled_from(["all", "some"])),
+    voters=one_or_more(st.sampled_from(["all", "some"])),
     least=counts,
 )
 
 
 @given(budgets)
-def test_what_is_spelled_reads_back(budget: Budget):
+def test_a_formatted_spec_parses_to_the_same_value(budget: Budget):
     text = format_spec(budget, TABLE)
     assert parse_spec(text, TABLE, "budget") == budget
     assert format_spec(parse_spec(text, TABLE, "budget"), TABLE) == text
@@ -59,8 +59,8 @@ def test_what_is_spelled_reads_back(budget: Budget):
 
 @given(shares)
 def test_one_number_stays_a_number(share: float):
-    found = parse_spec(f"budget:beta={share!r}", TABLE, "budget")
-    assert (type(found.beta), found.beta) == (float, share)
+    budget = parse_spec(f"budget:beta={share!r}", TABLE, "budget")
+    assert (type(budget.beta), budget.beta) == (float, share)
 
 
 @given(st.lists(shares, min_size=2, max_size=9))
@@ -70,16 +70,16 @@ def test_a_list_reads_as_a_tuple_in_order(entries: list[float]):
 
 
 @given(st.lists(shares, min_size=2, max_size=9), st.data(), st.floats())
-def test_the_entry_that_is_out_of_range_is_named(entries: list[float], data, wrong: float):
+def test_an_error_names_the_entry_that_is_out_of_range(entries: list[float], data, wrong: float):
     assume(not 0 < wrong <= 1)
-    place = data.draw(st.integers(0, len(entries) - 1))
-    entries[place] = wrong
-    told = re.escape(
-        f"entry {place + 1} of {len(entries)} of beta must be above 0 and at most 1, not {wrong!r}"
+    index = data.draw(st.integers(0, len(entries) - 1))
+    entries[index] = wrong
+    message = re.escape(
+        f"entry {index + 1} of {len(entries)} of beta must be above 0 and at most 1, not {wrong!r}"
     )
-    with pytest.raises(CoterieError, match=told):
+    with pytest.raises(SpecError, match=message):
         Budget(beta=tuple(entries))
-    with pytest.raises(CoterieError, match=told):
+    with pytest.raises(SpecError, match=message):
         parse_spec(f"budget:beta={'/'.join(map(repr, entries))}", TABLE, "budget")
 
 
@@ -94,14 +94,14 @@ def test_the_entry_that_is_out_of_range_is_named(entries: list[float], data, wro
         ("beta=0.3/much", "entry 2 of 2 of beta must be a number, not 'much'"),
         ("beta=0.3/0.2,m=3/1.5", "entry 2 of 2 of m must be a whole number, not '1.5'"),
         ("beta=0.3,m=3/0", "entry 2 of 2 of m must be at least 1, not 0"),
-        ("beta=0.3,who=all/none", "entry 2 of 2 of who must be one of all, some, not 'none'"),
+        ("beta=0.3,voters=all/none", "entry 2 of 2 of voters must be one of all, some, not 'none'"),
         ("beta=0.3,least=3/2", "least must be a whole number, not '3/2'"),
     ],
 )
-def test_what_is_wrong_in_a_spelling_is_named(text: str, message: str):
-    with pytest.raises(CoterieError, match=re.escape(message)) as caught:
+def test_an_invalid_text_is_an_error_of_one_line(text: str, message: str):
+    with pytest.raises(SpecError, match=re.escape(message)) as error:
         parse_spec(f"budget:{text}", TABLE, "budget")
-    assert "\n" not in str(caught.value)
+    assert "\n" not in str(error.value)
 
 
 @pytest.mark.parametrize(
@@ -116,23 +116,23 @@ def test_what_is_wrong_in_a_spelling_is_named(text: str, message: str):
         (None, "beta must be of type float or a tuple of it, not None"),
     ],
 )
-def test_what_is_wrong_in_code_is_named(beta, message: str):
-    with pytest.raises(CoterieError, match=re.escape(message)):
+def test_an_invalid_value_in_code_is_an_error(beta, message: str):
+    with pytest.raises(SpecError, match=re.escape(message)):
         Budget(beta=beta)
 
 
-def test_only_an_option_that_says_so_takes_a_list():
-    with pytest.raises(CoterieError, match=re.escape("least must be of type int, not (1, 2)")):
+def test_only_an_option_with_a_tuple_type_takes_a_list():
+    with pytest.raises(SpecError, match=re.escape("least must be of type int, not (1, 2)")):
         Budget(beta=0.5, least=(1, 2))  # pyright: ignore[reportArgumentType]
     assert {name: option.accepts_list for name, option in spec_options(Budget).items()} == {
         "beta": True,
         "m": True,
-        "who": True,
+        "voters": True,
         "least": False,
     }
 
 
-def test_equal_lists_are_one_key():
+def test_equal_specs_have_one_hash():
     first, second = (
         parse_spec(f"budget:beta={text}", TABLE, "budget") for text in ("1/.5", "1.0/0.50")
     )

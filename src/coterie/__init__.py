@@ -1,4 +1,4 @@
-"""Mixture-of-Experts diffusion language models, where every block elects the experts it needs.
+"""Inference of Mixture-of-Experts diffusion language models: each block elects its experts.
 
 >>> import coterie
 >>> engine = coterie.load(policy="des-vote:beta=0.3")

@@ -1,4 +1,4 @@
-"""``python -m coterie`` is the command."""
+"""``python -m coterie`` runs the command line."""
 
 from coterie.cli import main
 

@@ -1,8 +1,8 @@
-"""Weights in 8 or 4 bits: whole numbers in groups along k, one bf16 scale for each group.
+"""Weights in 8 or 4 bits: integers in groups along k, with one bf16 scale for each group.
 
-A weight is ``q * scale``. The whole numbers run from -8 to 7 (int4) or -128 to 127 (int8); a scale
-may be negative, so that the longer side always serves the largest weight of its group. It is chosen
-by squared error, after rounding to bf16, among candidates around the one that fits the largest.
+A weight is ``q * scale``, with q in -8 .. 7 (int4) or -128 .. 127 (int8). A scale may be negative:
+the largest weight of a group always uses the negative side, which has one value more. The scale is
+the candidate with the least squared error after rounding to bf16.
 """
 
 from __future__ import annotations
@@ -15,28 +15,28 @@ from typing import Annotated
 import torch
 from torch import Tensor
 
-from coterie.errors import CoterieError
+from coterie.errors import CheckpointError, ConfigError
 from coterie.keys import Key
 
 CHUNK_SIZE = 1 << 18
-"""Weights looked at together: what a core's cache holds, so that the search stays in it."""
+"""Weights that are quantized together: as many as the cache of a core holds."""
 
 MIN_GROUP_MAX = 2.0**-100
-"""A group whose largest weight is smaller becomes zero: its scale would leave bf16."""
+"""A group whose largest weight is smaller becomes zero: its scale would underflow bf16."""
 
 
 @dataclass(frozen=True)
 class QuantFormat:
-    """How experts are kept: whole numbers of ``bits``, a scale for every ``group`` along k."""
+    """Integers of ``bits`` bits, and one scale for every ``group`` weights along k."""
 
     bits: Annotated[int, Key("bits")]
     group: Annotated[int, Key("group")]
 
     def __post_init__(self) -> None:
         if self.bits not in SCALE_RATIOS:
-            raise CoterieError(f"{self.bits} bits; known: {', '.join(map(str, SCALE_RATIOS))}")
+            raise ConfigError(f"{self.bits} bits; known: {', '.join(map(str, SCALE_RATIOS))}")
         if not 8 <= self.group <= 1024 or self.group % 8:
-            raise CoterieError(f"a group of {self.group}; it must be a multiple of 8 up to 1024")
+            raise ConfigError(f"a group of {self.group}; it must be a multiple of 8 up to 1024")
 
     def __str__(self) -> str:
         return f"{self.name} in groups of {self.group}"
@@ -51,7 +51,7 @@ class QuantFormat:
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of the stored numbers: one int8 each, or two of 4 bits in a byte."""
+        """The storage type: an int8 for each integer, or a byte for two of 4 bits."""
         return torch.int8 if self.bits == 8 else torch.uint8
 
     def to_dict(self) -> dict[str, object]:
@@ -59,7 +59,7 @@ class QuantFormat:
         return {"format": self.name, "group": self.group}
 
     def storage_shapes(self, shape: tuple[int, ...]) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        """Shapes of the numbers and of the scales for a weight [.., rows, k]."""
+        """Shapes of the integers and of the scales of a weight [.., rows, k]."""
         *rows, k = shape
         packed_k = k if self.bits == 8 else -(-k // 2)
         return (*rows, packed_k), (*rows, -(-k // self.group))
@@ -67,7 +67,10 @@ class QuantFormat:
 
 @dataclass(frozen=True)
 class QTensor:
-    """A weight [.., rows, k]. Two numbers a byte in int4: the first low, each with 8 added."""
+    """A quantized weight [.., rows, k].
+
+    A byte of int4 holds two integers, each plus 8, the first in the low bits.
+    """
 
     q: Tensor  # int8 [.., rows, k], or uint8 [.., rows, ceil(k / 2)]
     scales: Tensor  # bf16 [.., rows, ceil(k / group)]
@@ -76,12 +79,12 @@ class QTensor:
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """As the weight it stands for."""
+        """The shape of the weight."""
         return (*self.q.shape[:-1], self.k)
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of what is stored."""
+        """The storage type."""
         return self.q.dtype
 
     @property
@@ -99,7 +102,7 @@ class QTensor:
         return QTensor(self.q[index], self.scales[index], self.format, self.k)
 
     def int_values(self) -> Tensor:
-        """The whole numbers, int8 [.., rows, k], whatever their bits."""
+        """The integers as int8 [.., rows, k], in either format."""
         if self.format.bits == 8:
             return self.q
         pairs = torch.stack((self.q & 15, self.q >> 4), dim=-1).flatten(-2)[..., : self.k]
@@ -107,9 +110,9 @@ class QTensor:
 
 
 def quantize(weight: Tensor, fmt: QuantFormat) -> QTensor:
-    """The nearest of its kind to a float weight [.., rows, k]; rows do not feel each other.
+    """Quantizes a float weight [.., rows, k]; each row depends on itself only.
 
-    Beyond the result this needs a few megabytes. Raises CoterieError for NaN and infinity.
+    Needs a few megabytes beyond the result. Raises CheckpointError for NaN and infinity.
     """
     *outer, k = weight.shape
     rows = weight.reshape(-1, k)
@@ -135,7 +138,7 @@ def dequantize(weight: QTensor) -> Tensor:
 
 
 def pack_values(values: Tensor, fmt: QuantFormat) -> Tensor:
-    """int8 numbers [.., rows, k] as a ``QTensor`` keeps them."""
+    """int8 integers [.., rows, k] in the storage of a ``QTensor``."""
     if fmt.bits == 8:
         return values.contiguous()
     pairs = torch.nn.functional.pad(values, (0, values.shape[-1] % 2)).to(torch.uint8).add_(8)
@@ -145,7 +148,7 @@ def pack_values(values: Tensor, fmt: QuantFormat) -> Tensor:
 
 @contextmanager
 def _single_thread() -> Iterator[None]:
-    """Many short parallel regions cost more than they save: twenty times, beside a busy thread."""
+    """One thread: many short parallel regions are up to twenty times slower on a busy machine."""
     previous = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -155,7 +158,7 @@ def _single_thread() -> Iterator[None]:
 
 
 def _quantize_rows(rows: Tensor, fmt: QuantFormat) -> tuple[Tensor, Tensor]:
-    """Numbers as stored and scales [rows, groups] of fp32 rows [rows, k]."""
+    """Stored integers and scales [rows, groups] of fp32 rows [rows, k]."""
     k = rows.shape[-1]
     padded = torch.nn.functional.pad(rows, (0, -k % fmt.group))
     values, scales = _quantize_groups(padded.view(-1, fmt.group), fmt)
@@ -164,12 +167,11 @@ def _quantize_rows(rows: Tensor, fmt: QuantFormat) -> tuple[Tensor, Tensor]:
 
 
 def _quantize_groups(x: Tensor, fmt: QuantFormat) -> tuple[Tensor, Tensor]:
-    """Whole numbers in fp32 and bf16 scales [n, 1] of the groups x [n, group]."""
+    """Integers in fp32 and bf16 scales [n, 1] of the groups x [n, group]."""
     largest = x.gather(1, x.abs().argmax(dim=1, keepdim=True))
     if not bool(torch.isfinite(largest).all()):
-        raise CoterieError("holds NaN or infinity")
-    # Turned so that its largest weight is negative, a group and its mirror image are one problem.
-    # The turn goes into the scale.
+        raise CheckpointError("holds NaN or infinity")
+    # The sign of the scale makes the largest weight negative.
     absmax_scale = torch.where(largest.abs() < MIN_GROUP_MAX, 0.0, largest / fmt.qmin)  # [n, 1]
     scale = torch.ones_like(absmax_scale)
     min_error = torch.full_like(absmax_scale, torch.inf)
@@ -177,7 +179,7 @@ def _quantize_groups(x: Tensor, fmt: QuantFormat) -> tuple[Tensor, Tensor]:
     for ratio in SCALE_RATIOS[fmt.bits]:
         candidate = (absmax_scale * ratio).bfloat16().float()
         _round(x, candidate, fmt, scaled, rounded)
-        # In units of the fitting scale, lest the squares of small weights vanish.
+        # In units of absmax_scale, so that the squares of small weights do not underflow.
         error = (
             scaled.sub_(rounded).square_().sum(dim=1, keepdim=True)
             * (candidate / absmax_scale) ** 2
@@ -191,28 +193,31 @@ def _quantize_groups(x: Tensor, fmt: QuantFormat) -> tuple[Tensor, Tensor]:
 
 
 def _round(x: Tensor, scale: Tensor, fmt: QuantFormat, scaled: Tensor, rounded: Tensor) -> None:
-    """Write ``x / scale``, and the nearest whole number that the format has."""
+    """Writes ``x / scale`` and the nearest integer of the format."""
     torch.div(x, scale, out=scaled)
     torch.round(scaled, out=rounded).clamp_(fmt.qmin, -fmt.qmin - 1)
 
 
 def _scale_ratios(low: float, count: int, lowest: int) -> tuple[float, ...]:
-    """From ``low`` to the scale that serves both sides alike; its end and 1 make it idempotent."""
+    """Candidates from ``low`` to the ratio at which both sides of the range fit.
+
+    That ratio and 1 make quantizing idempotent.
+    """
     high = lowest / (lowest + 1)
     evenly_spaced = (low + (high - low) * step / count for step in range(count))
     return (1.0, high, *(ratio for ratio in evenly_spaced if ratio != 1.0))
 
 
 SCALE_RATIOS = {8: _scale_ratios(0.92, 8, -128), 4: _scale_ratios(0.72, 28, -8)}
-"""By bits: candidates for a scale, in units of the one that fits the largest weight exactly."""
+"""By bits: candidate scales, in units of the one that represents the largest weight exactly."""
 
 FORMATS = {"int8": QuantFormat(8, 64), "int4": QuantFormat(4, 32)}
-"""What the fast kernels take."""
+"""The formats of the fast kernels."""
 
 
 def parse_format(name: str, group: int | None = None) -> QuantFormat:
-    """ "int8" or "int4", in the kernels' groups where none is said."""
+    """The format "int8" or "int4"; the group defaults to that of the kernels."""
     if name not in FORMATS:
-        raise CoterieError(f"unknown format {name!r} for experts; known: {', '.join(FORMATS)}")
+        raise ConfigError(f"unknown format {name!r} for experts; known: {', '.join(FORMATS)}")
     default = FORMATS[name]
     return default if group is None else QuantFormat(default.bits, group)

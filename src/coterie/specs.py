@@ -1,39 +1,37 @@
-"""One spelling for a choice and its options: ``name:option=value,option=value``.
+"""Text form of a choice and its options, ``name:option=value,option=value``, and back.
 
-A choice is a frozen dataclass of numbers and words; the annotations of its fields say what each may
-be (``Share``, ``Literal["all", "masked"]``, ``bool``, ``Count | None``, ``Count |
-Literal["slots"]``: a number or that word). From them come the options
-with their checks, and the text both ways.
+A choice is a frozen dataclass. The annotation of each field defines one option and its valid
+values: ``UnitFraction``, ``bool``, ``Literal["all", "masked"]``, ``PositiveInt | None``, or
+``PositiveInt | Literal["slots"]`` for a number or that word.
 
-An option annotated ``Shares``, or ``X | tuple[X, ...]`` for any other X, also takes a list:
-``beta=0.3/0.2/0.25`` is the tuple (0.3, 0.2, 0.25). One number stays a number, ``beta=0.3`` is 0.3,
-so a tuple holds at least two entries and every value has one spelling.
+``X | tuple[X, ...]`` also takes a list: ``beta=0.3/0.2/0.25`` is (0.3, 0.2, 0.25). A list has at
+least two entries and ``beta=0.3`` is the number, so every value has one text.
 
-An option has the name of its field, or the one of its ``Key``: ``Annotated[Amount,
-Key("resident_bonus", "lam")]`` is printed as resident_bonus, and lam is read too. ``Spelt("masked",
-"topk-prob")`` prints the value "masked" as topk-prob and reads both.
+``Annotated[X, Key("resident_bonus", "lam")]`` prints the option as ``resident_bonus`` and also
+reads ``lam``. ``Annotated[X, ValueAlias("masked", "topk-prob")]`` also reads the value ``masked``.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import MISSING, Field, dataclass, fields, is_dataclass, replace
+from dataclasses import MISSING, Field, dataclass, fields, replace
 from functools import cache
 from types import NoneType, UnionType
 from typing import Annotated, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
-from coterie.errors import CoterieError
+from coterie.errors import CoterieError, SpecError
 from coterie.keys import Key
 
 ScalarValue = str | int | float
 OptionValue = ScalarValue | tuple[ScalarValue, ...] | None
 SpecT = TypeVar("SpecT")
+NoteT = TypeVar("NoteT")
 
 
 @dataclass(frozen=True)
 class Bounds:
-    """A range: ``least <= value <= most`` and ``above < value < below``; never NaN or infinite."""
+    """The range ``ge <= value <= le`` and ``gt < value < lt``, without NaN and infinity."""
 
     ge: float = -math.inf
     gt: float = -math.inf
@@ -41,334 +39,296 @@ class Bounds:
     lt: float = math.inf
 
     def __contains__(self, value: float) -> bool:
-        in_bounds = self.ge <= value <= self.le and self.gt < value < self.lt
-        return in_bounds and -math.inf < value < math.inf
+        return self.ge <= value <= self.le and self.gt < value < self.lt and math.isfinite(value)
 
     def __str__(self) -> str:
-        bounds = {"above": self.gt, "at least": self.ge}
-        bounds |= {"at most": self.le, "below": self.lt}
+        bounds = {"above": self.gt, "at least": self.ge, "at most": self.le, "below": self.lt}
         parts = [f"{word} {bound:g}" for word, bound in bounds.items() if abs(bound) < math.inf]
         return " and ".join(parts) or "finite"
 
 
-PositiveFraction = Annotated[float, Bounds(gt=0, le=1)]  # something of a whole
-UnitFraction = Annotated[float, Bounds(ge=0, le=1)]  # perhaps nothing of it
+PositiveFraction = Annotated[float, Bounds(gt=0, le=1)]
+UnitFraction = Annotated[float, Bounds(ge=0, le=1)]
 PositiveInt = Annotated[int, Bounds(ge=1)]
-NonNegativeInt = Annotated[int, Bounds(ge=0)]  # a count that may be none
+NonNegativeInt = Annotated[int, Bounds(ge=0)]
 NonNegativeFloat = Annotated[float, Bounds(ge=0)]
-PositiveFractions = (
-    PositiveFraction | tuple[PositiveFraction, ...]
-)  # one for all, or one each: 0.3/0.2/0.25
+PositiveFractions = PositiveFraction | tuple[PositiveFraction, ...]  # one, or one for each layer
 
-LIST_SEPARATOR = "/"  # the entries of a list
-
-
-@dataclass(frozen=True)
-class AlwaysPrinted:
-    """This option is printed even at its default."""
+LIST_SEPARATOR = "/"
+ALWAYS_PRINTED = object()  # an annotation: the option is printed even at its default
+ACCEPTS_LIST = object()  # stands for ``tuple[X, ...]`` in an annotation
 
 
 @dataclass(frozen=True)
 class NestedOptions:
-    """Which options of a part a choice offers, by name, and which of them it always prints."""
+    """An annotation: these options of the field's own dataclass are options of the outer one."""
 
     names: tuple[str, ...]
     always_printed: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
-class Spelt:
-    """The word that a value is printed as; it is read as this word and as itself."""
+class ValueAlias:
+    """An annotation: the text ``alias`` is read as ``value``."""
 
+    alias: str
     value: str
-    word: str
-
-    def of(self, value: str) -> str:
-        """The word of this value; any other value is its own."""
-        return self.word if value == self.value else value
-
-
-ALWAYS_PRINTED = AlwaysPrinted()
-ACCEPTS_LIST = object()  # a note: this option also takes a list
 
 
 @dataclass(frozen=True)
 class Option:
-    """One option: where it lives (``part``: the field that holds it, "" = the choice itself)."""
+    """One option of a spec."""
 
-    name: str  # as it is printed
-    attribute: str  # the field that holds its value
-    parent_field: str
-    value_type: type  # int, float, bool or str; of each entry, where it takes a list
-    choices: tuple[str, ...]
+    name: str  # as printed
+    aliases: tuple[str, ...]  # other names that are read as this one
+    attribute: str  # the field that holds the value
+    parent_field: str  # the field whose dataclass has that attribute; "" for the spec itself
+    value_type: type  # int, float or bool; str if only words are valid
     bounds: Bounds
+    words: tuple[str, ...]  # valid words; with a number type, in addition to numbers
+    value_aliases: tuple[ValueAlias, ...]
     default: OptionValue | Literal["required"]
     always_printed: bool
-    accepts_list: bool = False  # it also takes a list, as a tuple of at least two entries
-    keywords: tuple[str, ...] = ()  # which it takes beside numbers
-    also: tuple[str, ...] = ()  # names that are read as this one
-    spelt: tuple[Spelt, ...] = ()  # values that are printed as another word
+    accepts_list: bool
 
-    def parse_value(self, text: str) -> OptionValue:
-        """The value that ``text`` spells, its range not yet checked."""
-        entries = (
-            [entry.strip() for entry in text.split(LIST_SEPARATOR)] if self.accepts_list else [text]
-        )
-        first, *rest = [
-            self._parse_scalar(entry, label) for entry, label in self._labelled(entries)
+    def __str__(self) -> str:
+        """The valid values: "at least 1 | slots"."""
+        number = () if self.value_type is str else (str(self.bounds),)
+        return " | ".join((*number, *self.words))
+
+    def value_of(self, spec: object) -> OptionValue:
+        """The value of this option in ``spec``."""
+        owner = getattr(spec, self.parent_field) if self.parent_field else spec
+        return getattr(owner, self.attribute)
+
+    def parse(self, text: str) -> OptionValue:
+        """The value that ``text`` stands for; its range is not checked yet."""
+        entries = text.split(LIST_SEPARATOR) if self.accepts_list else [text]
+        values = [
+            self._parse_scalar(entry.strip(), label)
+            for entry, label in zip(entries, self._labels(entries), strict=True)
         ]
-        return (first, *rest) if rest else first
+        return tuple(values) if len(values) > 1 else values[0]
+
+    def resolve_alias(self, text: str) -> str:
+        """The value that ``text`` is an alias of, or ``text`` itself."""
+        return next((entry.value for entry in self.value_aliases if entry.alias == text), text)
 
     def check(self, value: OptionValue) -> None:
-        """Raises unless ``value`` is one that this option can take; names the entry of a list."""
+        """Raises SpecError for an invalid value; names the invalid entry of a list."""
         if value is None and self.default is None:
             return
         if not (self.accepts_list and isinstance(value, tuple)):
             self._check_scalar(value, self.name)
             return
         if len(value) < 2:
-            raise CoterieError(f"{self.name} as a list needs two entries or more, not {value!r}")
-        for entry, label in self._labelled(value):
+            raise SpecError(f"{self.name} as a list needs two entries or more, not {value!r}")
+        for entry, label in zip(value, self._labels(value), strict=True):
             self._check_scalar(entry, label)
 
-    def _labelled(self, entries: Sequence[ScalarValue]) -> list[tuple[ScalarValue, str]]:
-        """Each entry with what a complaint calls it: "beta", or "entry 2 of 4 of beta"."""
-        n = len(entries)
-        labels = [
-            f"entry {i} of {n} of {self.name}" if n > 1 else self.name for i in range(1, n + 1)
-        ]
-        return list(zip(entries, labels, strict=True))
+    def _labels(self, entries: Sequence[ScalarValue]) -> list[str]:
+        """The name of each entry in an error: "beta", or "entry 2 of 4 of beta"."""
+        count = len(entries)
+        if count == 1:
+            return [self.name]
+        return [f"entry {index} of {count} of {self.name}" for index in range(1, count + 1)]
 
-    def _parse_scalar(self, text: ScalarValue, label: str) -> ScalarValue:
-        noun, convert = PARSERS[self.value_type]
+    def _parse_scalar(self, text: str, label: str) -> ScalarValue:
         if not text:
-            raise CoterieError(f"{label} is empty")
-        if (value := self._value_of(text)) != text or text in self.keywords:
-            return value
+            raise SpecError(f"{label} is empty")
+        text = self.resolve_alias(text)
+        if self.value_type is str or text in self.words:
+            return text
+        noun, convert = PARSERS[self.value_type]
         try:
-            return convert(str(text))
+            return convert(text)
         except (ValueError, KeyError):
-            known = " or ".join((noun, *self.keywords))
-            raise CoterieError(f"{label} must be {known}, not {text!r}") from None
-
-    def word(self, value: str) -> str:
-        """As a value is printed."""
-        return next((one.word for one in self.spelt if one.value == value), value)
-
-    def _value_of(self, text: ScalarValue) -> ScalarValue:
-        return next((one.value for one in self.spelt if one.word == text), text)
+            valid = " or ".join((noun, *self.words))
+            raise SpecError(f"{label} must be {valid}, not {text!r}") from None
 
     def _check_scalar(self, value: OptionValue, label: str) -> None:
-        if value in self.keywords:
+        if value in self.words:
             return
-        if self.choices:
-            if value not in self.choices:
-                known = ", ".join(map(self.word, self.choices))
-                raise CoterieError(f"{label} must be one of {known}, not {value!r}")
-        elif isinstance(value, bool) != (self.value_type is bool) or not isinstance(
-            value, (int, float) if self.value_type is float else self.value_type
-        ):
+        if self.words and self.value_type is str:
+            raise SpecError(f"{label} must be one of {', '.join(self.words)}, not {value!r}")
+        accepted = (int, float) if self.value_type is float else self.value_type
+        if isinstance(value, bool) != (self.value_type is bool) or not isinstance(value, accepted):
             list_hint = " or a tuple of it" if self.accepts_list and label == self.name else ""
-            raise CoterieError(
+            raise SpecError(
                 f"{label} must be of type {self.value_type.__name__}{list_hint}, not {value!r}"
             )
-        elif isinstance(value, int | float) and value not in self.bounds:
-            raise CoterieError(f"{label} must be {self.bounds}, not {value!r}")
+        if isinstance(value, int | float) and value not in self.bounds:
+            raise SpecError(f"{label} must be {self.bounds}, not {value!r}")
 
 
 def parse_spec(text: str, table: Mapping[str, type[SpecT]], noun: str) -> SpecT:
-    """The choice that ``text`` spells, of one of the classes in ``table``.
+    """An instance of one of the classes in ``table``, from its text.
 
-    Raises CoterieError, which names the ``noun`` ("policy") and what would have worked.
+    Raises SpecError that names the ``noun`` ("policy") and the valid names, options or values.
     """
     name, _, rest = text.strip().partition(":")
     if name not in table:
-        raise CoterieError(f"unknown {noun} {name!r}; known: {', '.join(sorted(table))}")
-    known_options = spec_options(table[name])
+        raise SpecError(f"unknown {noun} {name!r}; known: {', '.join(sorted(table))}")
+    options = spec_options(table[name])
     try:
-        option_values = {
-            key: known_options[key].parse_value(value)
-            for key, value in _parse_pairs(rest, known_options)
-        }
-        required = [
-            option.name for option in known_options.values() if option.default == "required"
+        values = {option: option.parse(value) for option, value in _parse_pairs(rest, options)}
+        missing = [
+            option.name
+            for option in options.values()
+            if option.default == "required" and option not in values
         ]
-        if missing := [key for key in required if key not in option_values]:
-            raise CoterieError(f"needs {', '.join(missing)}")
-        return _build(table[name], known_options, option_values)
+        if missing:
+            raise SpecError(f"needs {', '.join(missing)}")
+        return _build(table[name], values)
     except CoterieError as error:
-        raise CoterieError(f"{noun} {text!r}: {error}") from None
+        raise SpecError(f"{noun} {text!r}: {error}") from None
 
 
 def format_spec(spec: object, table: Mapping[str, type[object]]) -> str:
-    """The text that ``parse`` reads back as ``choice``; defaults are left out."""
+    """The text that ``parse_spec`` reads back as ``spec``, without options at their defaults."""
     name = next((name for name, cls in table.items() if type(spec) is cls), None)
     if name is None:
-        raise CoterieError(f"{spec!r} has no name; known: {', '.join(sorted(table))}")
-    values = {option: _get_value(spec, option) for option in spec_options(type(spec)).values()}
+        raise SpecError(f"{spec!r} has no name; known: {', '.join(sorted(table))}")
+    values = {option: option.value_of(spec) for option in spec_options(type(spec)).values()}
     parts = [
-        f"{option.name}={_format_value(value, option)}"
+        f"{option.name}={_format_value(value)}"
         for option, value in values.items()
         if value is not None and (option.always_printed or value != option.default)
     ]
     return f"{name}:{','.join(parts)}" if parts else name
 
 
-def respelled(text: str, table: Mapping[str, type[object]]) -> str:
-    """The same text with the present names of options and words of values; what cannot be read
-    stays as it is. Nothing else changes: order, numbers, and options at their defaults."""
+def update_spec_text(text: str, table: Mapping[str, type[object]]) -> str:
+    """The same text with the current names of options and values.
+
+    Everything else stays: order, numbers, options at their defaults, and parts that are not valid.
+    """
     name, colon, rest = text.partition(":")
     if name not in table or not colon:
         return text
-    offered = spec_options(table[name])
-    said = []
+    options = spec_options(table[name])
+    items = []
     for item in rest.split(","):
         key, equals, value = item.partition("=")
-        option = _named(key.strip(), offered)
+        option = _find_option(key.strip(), options)
         if equals and option is not None:
-            key, value = option.name, option.word(value.strip())
-        said.append(f"{key}{equals}{value}")
-    return f"{name}:{','.join(said)}"
+            key, value = option.name, option.resolve_alias(value.strip())
+        items.append(f"{key}{equals}{value}")
+    return f"{name}:{','.join(items)}"
 
 
 @cache
 def spec_options(cls: type) -> Mapping[str, Option]:
-    """Every option of a class by name, in the order of its spelling."""
-    options_by_name = {}
-    for field, hint, metadata in _fields(cls):
-        nested = next((item for item in metadata if isinstance(item, NestedOptions)), None)
-        if nested is None:
-            option = _make_option(field, hint, metadata)
-            options_by_name[option.name] = option
-            continue
-        inner_options = _direct_options(type(field.default))
-        for name in (name for name in inner_options if name in nested.names):
-            options_by_name[name] = replace(
-                inner_options[name],
-                parent_field=field.name,
-                default=getattr(field.default, inner_options[name].attribute),
-                always_printed=name in nested.always_printed,
-            )
-    return options_by_name
+    """Every option of a class by name, in the order in which they are printed."""
+    hints = get_type_hints(cls, include_extras=True)
+    options = []
+    for field in fields(cls):
+        notes = tuple(_flatten(hints[field.name]))
+        nested = _first(notes, NestedOptions)
+        options += [_make_option(field, notes)] if nested is None else _nested(field, nested)
+    return {option.name: option for option in options}
 
 
 def check_options(value: object) -> None:
-    """Raises for a field that its annotation forbids; a dataclass's ``__post_init__``."""
-    for option in _direct_options(type(value)).values():
-        option.check(getattr(value, option.attribute))
+    """Raises SpecError for a field with an invalid value; used as ``__post_init__``."""
+    for option in spec_options(type(value)).values():
+        if not option.parent_field:
+            option.check(option.value_of(value))
 
 
-@cache
-def _direct_options(cls: type) -> Mapping[str, Option]:
-    """Options that are fields of the class itself, by name."""
-    plain_fields = (_make_option(*entry) for entry in _fields(cls) if not is_dataclass(entry[1]))
-    return {option.name: option for option in plain_fields}
+def _flatten(hint: object) -> Iterator[object]:
+    """The types, Literals and notes that an annotation consists of, without None."""
+    origin, arguments = get_origin(hint), get_args(hint)
+    if origin is Annotated:
+        yield from _flatten(arguments[0])
+        yield from arguments[1:]
+    elif origin in (Union, UnionType):
+        for member in arguments:
+            yield from _flatten(member)
+    elif origin is tuple:
+        yield ACCEPTS_LIST
+    elif hint is not NoneType:
+        yield hint
 
 
-def _fields(cls: type) -> Iterator[tuple[Field[object], type, tuple[object, ...]]]:
-    """(field, plain type or Literal, notes of its ``Annotated``) of a dataclass; of a field that
-    takes a list, the type of an entry, and LIST among the notes."""
-    hints = get_type_hints(cls, include_extras=True)
-    for field in fields(cls):
-        hint, metadata = hints[field.name], ()
-        if get_origin(hint) is Annotated:
-            hint, *extra = get_args(hint)
-            metadata = tuple(extra)
-        if get_origin(hint) in (Union, UnionType):
-            members = [member for member in get_args(hint) if member is not NoneType]
-            metadata = (
-                (*metadata, ACCEPTS_LIST)
-                if any(get_origin(member) is tuple for member in members)
-                else metadata
-            )
-            scalars = [member for member in members if get_origin(member) is not tuple]
-            numeric = [member for member in scalars if get_origin(member) is not Literal]
-            hint = (numeric or scalars)[0]
-            metadata = (*metadata, *(member for member in scalars if member is not hint))
-        if get_origin(hint) is Annotated:
-            hint, *extra = get_args(hint)
-            metadata = (*metadata, *extra)
-        yield field, hint, metadata
+def _first(notes: Sequence[object], cls: type[NoteT]) -> NoteT | None:
+    return next((note for note in notes if isinstance(note, cls)), None)
 
 
-def _make_option(field: Field[object], hint: type, metadata: tuple[object, ...]) -> Option:
-    choices = get_args(hint) if get_origin(hint) is Literal else ()
-    key = next((item for item in metadata if isinstance(item, Key)), Key(field.name))
+def _make_option(field: Field[object], notes: Sequence[object]) -> Option:
+    key = _first(notes, Key) or Key(field.name)
     return Option(
         name=key.name,
+        aliases=key.aliases,
         attribute=field.name,
         parent_field="",
-        value_type=str if choices else hint,
-        choices=choices,
-        bounds=next((item for item in metadata if isinstance(item, Bounds)), Bounds()),
-        default="required" if field.default is MISSING else field.default,  # pyright: ignore[reportArgumentType]
-        always_printed=ALWAYS_PRINTED in metadata,
-        accepts_list=ACCEPTS_LIST in metadata,
-        keywords=tuple(
-            word for item in metadata if get_origin(item) is Literal for word in get_args(item)
+        value_type=_first(notes, type) or str,
+        bounds=_first(notes, Bounds) or Bounds(),
+        words=tuple(
+            word for note in notes if get_origin(note) is Literal for word in get_args(note)
         ),
-        also=key.also,
-        spelt=tuple(item for item in metadata if isinstance(item, Spelt)),
+        value_aliases=tuple(note for note in notes if isinstance(note, ValueAlias)),
+        default="required" if field.default is MISSING else field.default,  # pyright: ignore[reportArgumentType]
+        always_printed=ALWAYS_PRINTED in notes,
+        accepts_list=ACCEPTS_LIST in notes,
     )
 
 
-def _parse_pairs(rest: str, known_options: Mapping[str, Option]) -> list[tuple[str, str]]:
-    pairs = []
+def _nested(field: Field[object], nested: NestedOptions) -> list[Option]:
+    """The options of the field's dataclass that ``nested`` names."""
+    return [
+        replace(
+            option,
+            parent_field=field.name,
+            default=option.value_of(field.default),
+            always_printed=option.name in nested.always_printed,
+        )
+        for option in spec_options(type(field.default)).values()
+        if option.name in nested.names
+    ]
+
+
+def _parse_pairs(rest: str, options: Mapping[str, Option]) -> list[tuple[Option, str]]:
+    pairs: dict[str, tuple[Option, str]] = {}
     for item in rest.split(",") if rest.strip() else []:
         key, equals, value = (part.strip() for part in item.partition("="))
         if not equals or not value:
-            raise CoterieError(f"{item.strip()!r} is not of the form option=value")
-        option = _named(key, known_options)
+            raise SpecError(f"{item.strip()!r} is not of the form option=value")
+        option = _find_option(key, options)
         if option is None:
-            known = ", ".join(known_options) or "none"
-            raise CoterieError(f"unknown option {key!r}; it has: {known}")
-        if option.name in dict(pairs):
-            raise CoterieError(f"{option.name} is given twice")
-        pairs.append((option.name, value))
-    return pairs
+            raise SpecError(f"unknown option {key!r}; it has: {', '.join(options) or 'none'}")
+        if option.name in pairs:
+            raise SpecError(f"{option.name} is given twice")
+        pairs[option.name] = option, value
+    return list(pairs.values())
 
 
-def _named(name: str, offered: Mapping[str, Option]) -> Option | None:
-    """The option with this name, or with it among the names that are read too."""
-    found = offered.get(name)
-    return found or next((option for option in offered.values() if name in option.also), None)
+def _find_option(name: str, options: Mapping[str, Option]) -> Option | None:
+    by_alias = (option for option in options.values() if name in option.aliases)
+    return options.get(name) or next(by_alias, None)
 
 
-def _build(
-    cls: type[SpecT], known_options: Mapping[str, Option], option_values: Mapping[str, OptionValue]
-) -> SpecT:
-    """An instance of ``cls``; options of a part change that part's default."""
-    parts: dict[str, dict[str, OptionValue]] = {}
-    for key, value in option_values.items():
-        parts.setdefault(known_options[key].parent_field, {})[known_options[key].attribute] = value
-    arguments: dict[str, object] = dict(parts.pop("", {}))
-    for part, values in parts.items():
-        arguments[part] = replace(getattr(cls, part), **values)
-    return cls(**arguments)
+def _build(cls: type[SpecT], values: Mapping[Option, OptionValue]) -> SpecT:
+    """An instance of ``cls``; nested options change the default of their field."""
+    arguments: dict[str, dict[str, OptionValue]] = {}
+    for option, value in values.items():
+        arguments.setdefault(option.parent_field, {})[option.attribute] = value
+    own = arguments.pop("", {})
+    nested = {name: replace(getattr(cls, name), **inner) for name, inner in arguments.items()}
+    return cls(**own, **nested)
 
 
-def _get_value(spec: object, option: Option) -> OptionValue:
-    owner = getattr(spec, option.parent_field) if option.parent_field else spec
-    return getattr(owner, option.attribute)
-
-
-def _format_value(value: OptionValue, option: Option) -> str:
-    """Shortest text that reads back as the same value: 1 for 1.0."""
+def _format_value(value: OptionValue) -> str:
+    """The shortest text that reads back as the same value: 1 for 1.0."""
     if isinstance(value, tuple):
-        return LIST_SEPARATOR.join(_format_value(entry, option) for entry in value)
+        return LIST_SEPARATOR.join(map(_format_value, value))
     if isinstance(value, bool):
         return "yes" if value else "no"
-    if isinstance(value, str):
-        return option.word(value)
-    text = str(value)
-    return text.removesuffix(".0") if isinstance(value, float) else text
+    return str(value).removesuffix(".0") if isinstance(value, float) else str(value)
 
 
-PARSERS: dict[
-    type, tuple[str, Callable[[str], ScalarValue]]
-] = {  # what it is called, how it is read
+PARSERS: dict[type, tuple[str, Callable[[str], ScalarValue]]] = {  # noun in errors, parser
     int: ("a whole number", int),
     float: ("a number", float),
     bool: ("yes or no", {"yes": True, "no": False}.__getitem__),
-    str: ("a word", str),
 }

@@ -1,11 +1,10 @@
-"""What happened in a forward: a recorder is shown it, keeps tensors, and reads them later."""
+"""Recorders of what forwards route and compute, and counts of the experts that a row uses."""
 
 from __future__ import annotations
 
 from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import groupby
-from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -15,46 +14,32 @@ from coterie.values import Routing, Scores, expert_mask
 RowId = Hashable
 
 
-class Recorder(Protocol):
-    """Looks on. Nothing here may change what is computed, or wait for the device."""
+class Recorder:
+    """A base class whose hooks do nothing: a recorder overrides those that it needs.
+
+    A hook must not change what is computed and must not wait for the device.
+    """
 
     def on_forward(self, rows: tuple[RowId, ...]) -> None:
-        """A forward over these rows starts; what is shown before the next ``began`` is theirs."""
-        ...
+        """A forward over these rows starts; calls up to the next ``on_forward`` belong to it."""
 
     def on_moe_input(self, layer: int, x: Tensor) -> None:
-        """x [S, N, H] that a layer's gate and experts read; ``routed`` follows."""
-        ...
+        """x [S, N, H] is the input of a layer's gate and experts; ``on_routed`` follows."""
 
     def on_routed(self, layer: int, scores: Scores, routing: Routing) -> None:
-        """What a layer's gate thought of S rows, and what came of it."""
-        ...
+        """The scores of a layer's gate for S rows, and the routing that follows from them."""
 
     def on_layer_output(self, layer: int, x: Tensor) -> None:
-        """x [B, W, H] after a layer; before the first (-1), and [P, H] as the head reads it."""
-        ...
+        """x [B, W, H] after a layer, -1 being the embedding; or [P, H] as the head reads it."""
 
 
-@dataclass(frozen=True)
-class NullRecorder:
+class NullRecorder(Recorder):
     """Records nothing."""
 
-    def on_forward(self, rows: tuple[RowId, ...]) -> None:
-        del rows
-
-    def on_moe_input(self, layer: int, x: Tensor) -> None:
-        del layer, x
-
-    def on_routed(self, layer: int, scores: Scores, routing: Routing) -> None:
-        del layer, scores, routing
-
-    def on_layer_output(self, layer: int, x: Tensor) -> None:
-        del layer, x
-
 
 @dataclass(frozen=True)
-class RecorderGroup:
-    """Shows each recorder everything, in order."""
+class RecorderGroup(Recorder):
+    """Calls each of several recorders, in order."""
 
     recorders: tuple[Recorder, ...]
 
@@ -77,38 +62,36 @@ class RecorderGroup:
 
 @dataclass(frozen=True)
 class ExpertCounts:
-    """The experts one row used, over the forwards that were shown; means are over forwards."""
+    """The experts that one row used in the recorded forwards; means are over forwards."""
 
     forwards: int
-    layers: tuple[int, ...]  # those that route
+    layers: tuple[int, ...]  # layers that route
     per_layer: tuple[float, ...]  # unique experts of each of these layers
     mean: float
     max: int
-    vanilla_per_layer: tuple[float, ...]  # what the unmodified model uses on the same scores
+    vanilla_per_layer: tuple[float, ...]  # of the unmodified model on the same scores
     vanilla_mean: float
-    vote_mass_kept: float  # masked votes for the experts used / all masked votes
-    hit_rate: float  # share of the voters' own choices that they kept
-    coreset_steps: int  # layers of a block's later steps, which could keep a coreset
-    coreset_reuse_rate: float | None  # of these, the share that did; None where none could
-    reuse_vote_loss: (
-        float | None
-    )  # mean share of a fresh coreset's votes lost by that; 0 where it moved
+    vote_mass_kept: float  # votes for the experts used / all votes
+    hit_rate: float  # share of the voters' unmodified top-k that stays in their top-k
+    coreset_steps: int  # layers of steps that had a previous coreset
+    coreset_reuse_rate: float | None  # share of these that reused it; None if there were none
+    reuse_vote_loss: float | None  # mean share of the fresh coreset's votes that reuse lost
 
 
 @dataclass(frozen=True)
 class _LayerRouting:
-    """What a layer leaves behind of a forward until it is counted: small, whatever it scored."""
+    """What counting needs of one layer of a forward. It is small: it holds no scores [S, N, E]."""
 
     layer: int
     experts: int
     topk_ids: Tensor  # [S, N, k]
     vanilla_ids: Tensor  # [S, N, k]
-    votes: Tensor  # [S, N, k]: the router's probability of ``own``
+    votes: Tensor  # [S, N, k]: the router's probability of vanilla_ids
     voters: Tensor | None  # [S, N]
-    reuse: Tensor | None  # [S, 3] fp64: whether a coreset could stay, whether it did, votes lost
+    reuse: Tensor | None  # [S, 3] fp64: had a previous coreset, reused it, share of votes lost
 
     def batch_key(self) -> tuple[object, ...]:
-        """Equal for layers that can be counted together."""
+        """Equal for layers that can be counted in one batch."""
         return (
             self.topk_ids.shape,
             self.vanilla_ids.shape,
@@ -119,14 +102,14 @@ class _LayerRouting:
 
 
 LayerStats = tuple[tuple[int, ...], Tensor]
-"""Layers of one forward, and their figures [L, 9]."""
+"""L layers of one forward, and their statistics [L, 9] (the columns of ``_batched_stats``)."""
 
 
-@dataclass  # not frozen: it gathers
-class ExpertCounter:
-    """Counts experts row by row. Show it decoding forwards only; reading waits for the device.
+@dataclass  # not frozen: it accumulates
+class ExpertCounter(Recorder):
+    """Counts experts row by row, in decoding forwards. Reading the counts waits for the device.
 
-    A forward's layers are counted together, once it is over or somebody asks.
+    The layers of a forward are counted in one batch, when the next forward starts or on reading.
     """
 
     _rows: tuple[RowId, ...] = ()
@@ -137,19 +120,13 @@ class ExpertCounter:
         self._flush()
         self._rows = rows
 
-    def on_moe_input(self, layer: int, x: Tensor) -> None:
-        del layer, x
-
     def on_routed(self, layer: int, scores: Scores, routing: Routing) -> None:
         if self._pending and layer <= self._pending[-1].layer:
             self._flush()
         self._pending.append(_layer_routing(layer, scores, routing))
 
-    def on_layer_output(self, layer: int, x: Tensor) -> None:
-        del layer, x
-
     def counts(self, row: RowId = 0) -> ExpertCounts:
-        """The counts of one row; all zero (and vote mass 1) when it was never shown."""
+        """The counts of one row; for an unknown row all zero, with vote mass and hit rate 1."""
         self._flush()
         layers: dict[int, list[list[float]]] = {}
         for layer, stats in _to_lists(self._stats.get(row, [])):
@@ -157,7 +134,7 @@ class ExpertCounter:
         return _summary(layers)
 
     def latest_counts(self, row: RowId = 0) -> ExpertCounts:
-        """The counts of the last forward that was shown with this row."""
+        """The counts of the last recorded forward of this row."""
         self._flush()
         by_layer: dict[int, list[list[float]]] = {}
         for forward in reversed(self._stats.get(row, [])):
@@ -167,14 +144,14 @@ class ExpertCounter:
         return _summary(by_layer)
 
     def merge(self, other: ExpertCounter) -> None:
-        """Add what another was shown, such as a forward that has come out well."""
+        """Adds the counts of another counter, such as that of a forward that succeeded."""
         self._flush()
         other._flush()
         for row, history in other._stats.items():
             self._stats.setdefault(row, []).extend(history)
 
     def cloned_for(self, rows: tuple[RowId, ...]) -> ExpertCounter:
-        """What was shown of rows 0, 1, .. as if of these, in memory of its own."""
+        """A copy in which the counts of rows 0, 1, .. belong to these rows."""
         self._flush()
         clone = ExpertCounter()
         for index, row in enumerate(rows):
@@ -183,7 +160,7 @@ class ExpertCounter:
         return clone
 
     def drop_row(self, row: RowId) -> None:
-        """Drop one row's counts."""
+        """Drops one row's counts."""
         self._flush()
         self._stats.pop(row, None)
 
@@ -198,14 +175,14 @@ class ExpertCounter:
         self._pending.clear()
 
 
-@dataclass  # not frozen: it gathers
-class TensorRecorder:
-    """Keeps every tensor it is shown, in order. For parity and studies: memory grows."""
+@dataclass  # not frozen: it accumulates
+class TensorRecorder(Recorder):
+    """Keeps every tensor, in order. For parity and studies: memory grows with each forward."""
 
     rows: list[tuple[RowId, ...]] = field(default_factory=list)
     routings: list[tuple[int, Scores, Routing]] = field(default_factory=list)
     outputs: list[tuple[int, Tensor]] = field(default_factory=list)
-    inputs: list[tuple[int, Tensor]] = field(default_factory=list)  # of the layers that route
+    inputs: list[tuple[int, Tensor]] = field(default_factory=list)
 
     def on_forward(self, rows: tuple[RowId, ...]) -> None:
         self.rows.append(rows)
@@ -221,11 +198,11 @@ class TensorRecorder:
 
 
 def routing_stats(scores: Scores, routing: Routing) -> Tensor:
-    """[S, 6] float64 of each row: unique experts, vanilla's unique experts, votes for experts
-    used, all votes, choices kept, all choices.
+    """[S, 6] float64 of each row: unique experts, unique experts of the unmodified model, votes for
+    used experts, all votes, top-k ids that routing keeps, all top-k ids.
 
-    Every position counts for the unique experts, for all are computed; votes and choices are those
-    of the row's voters. Votes are ``masked`` ones: the router's probability of own experts.
+    Unique experts count every position, because all are computed; the other columns count voters
+    only. A vote is the router's probability of a token's own expert.
     """
     return _batched_stats([_layer_routing(scores.layer, scores, routing)])[:, :6]
 
@@ -242,7 +219,7 @@ def _layer_routing(layer: int, scores: Scores, routing: Routing) -> _LayerRoutin
 
 
 def _reuse_stats(scores: Scores, routing: Routing) -> Tensor | None:
-    """See ``_Shown``; None where coresets are not kept."""
+    """The ``reuse`` of ``_LayerRouting``; None if coresets are not reused."""
     reuse, previous = routing.coreset_reuse, scores.previous_coresets
     if reuse is None or previous is None:
         return None
@@ -251,7 +228,7 @@ def _reuse_stats(scores: Scores, routing: Routing) -> Tensor | None:
 
 
 def _batched_stats(records: Sequence[_LayerRouting]) -> Tensor:
-    """[L * S, 9] of layers that are alike: see ``figures``, then ``_Shown.settled``."""
+    """[L * S, 9] of layers with one batch key: ``routing_stats``, then ``_LayerRouting.reuse``."""
     experts = records[0].experts
     topk_ids, vanilla_ids, votes = (
         torch.cat(parts)
@@ -263,20 +240,14 @@ def _batched_stats(records: Sequence[_LayerRouting]) -> Tensor:
     used, vanilla_used = (expert_mask(x.flatten(1), experts) for x in (topk_ids, vanilla_ids))
     covered = used.gather(-1, vanilla_ids.flatten(1)).view(vanilla_ids.shape)
     retained = (vanilla_ids.unsqueeze(-1) == topk_ids.unsqueeze(-2)).any(-1)
+    choices = votes.new_full((len(votes),), votes[0].numel())
     voters = [record.voters for record in records if record.voters is not None]
     if voters:
         vote_weight = torch.cat(voters)
-        votes, retained = (
-            votes * vote_weight.unsqueeze(-1),
-            retained & (vote_weight > 0).unsqueeze(-1),
-        )
-        choices = (vote_weight > 0).sum(1) * vanilla_ids.shape[-1]
-    else:
-        choices = torch.full(
-            (len(vanilla_ids),),
-            vanilla_ids.shape[1] * vanilla_ids.shape[2],
-            device=vanilla_ids.device,
-        )
+        can_vote = vote_weight > 0
+        votes = votes * vote_weight.unsqueeze(-1)
+        retained &= can_vote.unsqueeze(-1)
+        choices = can_vote.sum(1) * vanilla_ids.shape[-1]
     columns = (
         used.sum(-1),
         vanilla_used.sum(-1),
@@ -292,7 +263,7 @@ def _batched_stats(records: Sequence[_LayerRouting]) -> Tensor:
 
 
 def _to_lists(forwards: Sequence[LayerStats]) -> Iterator[tuple[int, list[float]]]:
-    """The layers and numbers of many small tensors, in one wait for the device."""
+    """Each layer with its statistics, after one wait for the device."""
     layers = [layer for layer_indices, _ in forwards for layer in layer_indices]
     rows = torch.cat([stats for _, stats in forwards]).tolist() if forwards else []
     return zip(layers, rows, strict=True)

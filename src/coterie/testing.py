@@ -1,4 +1,4 @@
-"""Tiny random checkpoints on disk and in memory, one per family, in the official layout."""
+"""Tiny random checkpoints of each family, on disk or in memory, in the official layout."""
 
 from __future__ import annotations
 
@@ -77,12 +77,12 @@ FAMILY_CONFIGS: dict[str, dict[str, Json]] = {
 
 
 def tiny_config(family: str, **overrides: Json) -> dict[str, Json]:
-    """A small config of "llada2", "llada-moe" or "sdar-moe", with some keys set otherwise."""
+    """A small config of "llada2", "llada-moe" or "sdar-moe", with some keys overridden."""
     return COMMON_CONFIG | FAMILY_CONFIGS[family] | overrides
 
 
 def read_spec(config: Mapping[str, Json]) -> tuple[Family, ModelSpec]:
-    """The family and spec of a config that is not on disk."""
+    """The family and spec of a config in memory."""
     architectures = config["architectures"]
     family = FAMILIES[
         architectures[0]
@@ -102,9 +102,9 @@ def write_checkpoint(
     dtype: torch.dtype = torch.float32,
     **overrides: Json,
 ) -> Path:
-    """Write config and random weights of a tiny model; ``keys`` replace keys of its config.
+    """Writes config and random weights of a tiny model; ``overrides`` replace config keys.
 
-    Several shards get an index. ``stacked`` holds each layer's experts as three tensors.
+    Several shards get an index. ``stacked`` stores the experts of a layer as three tensors.
     """
     folder.mkdir(parents=True, exist_ok=True)
     config = tiny_config(family, **overrides)
@@ -130,7 +130,7 @@ def random_tensors(
     stacked: bool = False,
     dtype: torch.dtype = torch.float32,
 ) -> dict[str, Tensor]:
-    """Every tensor of such a checkpoint by its official name; both layouts hold one content."""
+    """Every tensor of the checkpoint by its official name; both layouts have the same values."""
     family, spec = read_spec(config)
     generator = torch.Generator().manual_seed(seed)
     tensors = {
@@ -143,7 +143,7 @@ def random_tensors(
 def random_transformer(
     spec: ModelSpec, seed: int = 0, *, dtype: torch.dtype = torch.float32
 ) -> Transformer:
-    """A transformer in memory (on the CPU) that was never on disk."""
+    """A transformer with random weights on the CPU."""
     generator = torch.Generator().manual_seed(seed)
     weights = allocate(spec, dtype, torch.device("cpu"))
     for name, weight in weights.items():
@@ -152,7 +152,7 @@ def random_transformer(
 
 
 def _random_tensor(name: str, shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
-    """Numbers that keep the hidden state near unit size and the router undecided."""
+    """Values that keep the hidden state near unit size and the router's choices close."""
     noise = torch.randn(shape, generator=generator)
     if "bias" in name:
         return noise * 0.05

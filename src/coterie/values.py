@@ -1,6 +1,22 @@
-"""The values that layers talk in.
+"""Tensor structs that layers pass to each other.
 
-Shapes: B rows of a batch, S sequences that route, N tokens of each, T = S*N, E experts, k a token.
+Shapes: B rows of a batch, S sequences that route, N tokens of each, T = S*N, E experts, k experts a
+token. Invariants, which every producer guarantees and every consumer relies on:
+
+- Window: all rows share one width; start + width and visible are at most the length of the cache.
+- QueryPositions: key_limits <= kv_length; limits are exclusive.
+- LayerKV: keys and values have one shape; cache_rows are unique.
+- LogitsSummary: an id of -1 means that no logit is a number; unmasked_argmax is never the mask id.
+- RouterSpec: groups divides experts, topk_groups <= groups, k <= experts.
+- DecodeProgress: a field that is None is unknown; a policy that needs it raises.
+- PreviousCoresets: an all-False row has no previous coreset.
+- CoresetReuse: vote_loss is in 0 .. 1, and 0 where reused is False.
+- Scores: logits are fp32; voters >= 0; a row without a positive voter elects with all its tokens.
+- CoresetRule: exactly one of union, count and mass is greater than 0.
+- Routing: ids of a token are unique, best first; -1 means none, at the end, with weight 0.
+- PackedExperts, PackedMatrix: the byte layout is opaque to Python.
+- Slab: slot_of is a slot of the two weights, or -1 for an absent expert; slots are unique.
+- ExpertRequest: used covers every id of routing, if there is one.
 """
 
 from __future__ import annotations
@@ -19,11 +35,11 @@ from coterie.quantization import QTensor
 
 @dataclass(frozen=True)
 class Window:
-    """What a forward computes and how far it sees.
+    """The positions that a forward computes, and the keys that they attend to.
 
     Row b computes positions ``start[b] .. start[b] + width`` and attends to keys at positions
-    ``0 .. visible[b]``. With ``block > 0`` the window is block-causal inside: a query at position p
-    sees keys before ``(p // block + 1) * block`` only (and before ``visible``).
+    ``0 .. visible[b]``. With ``block`` > 0 the window is block-causal inside: a query at position p
+    attends only to keys before ``(p // block + 1) * block``.
     """
 
     start: Tensor  # [B] int64
@@ -34,12 +50,12 @@ class Window:
 
 @dataclass(frozen=True)
 class QueryPositions:
-    """Where the tokens of a forward stand, and how far each of them sees."""
+    """The position of each token of a forward, and the keys that it attends to."""
 
     positions: Tensor  # [B, W] int64
-    key_limits: Tensor  # [B, W] int64: keys before that position are seen
-    kv_length: int  # nobody's limit is beyond
-    cos: Tensor  # [B, W, 1, turning / 2] fp32: the first features of a head turn by these
+    key_limits: Tensor  # [B, W] int64: a query attends to keys before this position
+    kv_length: int  # an upper bound of key_limits
+    cos: Tensor  # [B, W, 1, rotary / 2] fp32: for the first features of a head
     sin: Tensor
 
 
@@ -49,29 +65,26 @@ class LayerKV:
 
     keys: Tensor
     values: Tensor
-    cache_rows: Tensor  # [B] int64: the rows that a batch's are
+    cache_rows: Tensor  # [B] int64: the cache row of each row of the batch
 
 
 @dataclass(frozen=True)
 class LogitsSummary:
-    """What w rows of logits say; -1 is no token."""
+    """Greedy choice and normalisation of w rows of logits."""
 
-    argmax: Tensor  # [w] int64: the token with the greatest logit, the lower id of equals
-    unmasked_argmax: Tensor  # [w] int64: the same, but never the mask
-    logsumexp: Tensor  # [w] fp32: the log of the sum of e**logits; finite where all of them are
+    argmax: Tensor  # [w] int64: the token with the greatest logit; of ties, the lower id
+    unmasked_argmax: Tensor  # [w] int64: the same without the mask token
+    logsumexp: Tensor  # [w] fp32; NaN or infinite if a logit of the row is NaN or +inf
     probabilities: Tensor  # [w, 2] fp32: the probabilities of these two tokens
 
     @staticmethod
     def from_logits(
         logits: Tensor, argmax: Tensor, unmasked_argmax: Tensor, logsumexp: Tensor
     ) -> LogitsSummary:
-        """With the probabilities that follow, of logits [w, V]; no numbers where these are none."""
-        candidate_logits = logits.gather(
-            -1, torch.stack([argmax, unmasked_argmax], dim=-1).clamp(min=0)
-        )
-        return LogitsSummary(
-            argmax, unmasked_argmax, logsumexp, (candidate_logits - logsumexp[:, None]).exp()
-        )
+        """Adds the probabilities, from logits [w, V]; NaN for a row that is not finite."""
+        ids = torch.stack([argmax, unmasked_argmax], dim=-1).clamp(min=0)
+        probabilities = (logits.gather(-1, ids) - logsumexp[:, None]).exp()
+        return LogitsSummary(argmax, unmasked_argmax, logsumexp, probabilities)
 
     def __getitem__(self, rows: slice) -> LogitsSummary:
         return LogitsSummary(
@@ -82,28 +95,23 @@ class LogitsSummary:
         )
 
     def to_host(self) -> LogitsSummary:
-        """The same, in one read of five numbers a row."""
+        """The same on the CPU, copied in one transfer of five numbers a row."""
         if self.logsumexp.device.type == "cpu":
             return self
-        # Whole numbers and fp32 fit into fp64 as they are.
+        # Token ids and fp32 are exact in fp64.
         columns = (
             self.argmax,
             self.unmasked_argmax,
             self.logsumexp,
             *self.probabilities.unbind(-1),
         )
-        host_values = torch.stack([column.double() for column in columns]).cpu()
-        return LogitsSummary(
-            host_values[0].long(),
-            host_values[1].long(),
-            host_values[2].float(),
-            host_values[3:].T.float(),
-        )
+        host = torch.stack([column.double() for column in columns]).cpu()
+        return LogitsSummary(host[0].long(), host[1].long(), host[2].float(), host[3:].T.float())
 
 
 @dataclass(frozen=True)
 class RouterSpec:
-    """How a family's gate turns logits into choices and weights."""
+    """How a family's router turns logits into top-k ids and weights."""
 
     experts: int
     k: int
@@ -112,23 +120,26 @@ class RouterSpec:
     scale: float = 1.0
     groups: int = 1
     topk_groups: int = 1
-    biased_weight: bool = False  # LLaDA-MoE with a bias: the biased probability also multiplies
+    biased_weight: bool = False  # the biased probability is also the weight (LLaDA-MoE with a bias)
     epsilon: float = 0.0  # added to the sum when renormalising (LLaDA2: 1e-20)
 
 
 @dataclass(frozen=True)
 class DecodeProgress:
-    """How far decoding is at each position that routes, for policies that choose who votes."""
+    """How far decoding is at each position that routes, for policies that choose voters by it."""
 
     masked: Tensor | None = None  # [S, N] bool: still masked
     after_eos: Tensor | None = None  # [S, N] bool: after the row's first end-of-text
-    uncertainty: Tensor | None = None  # [S, N] >= 0: 1 - confidence when last looked at, else 1
+    uncertainty: Tensor | None = None  # [S, N] >= 0: 1 - the last confidence; 1 if there is none
 
 
 @dataclass(frozen=True)
 class PreviousCoresets:
-    """The coresets of the step before: each stays as long as it holds 1 - ``drift`` of the votes
-    that a fresh one holds. A row without any elects anew."""
+    """The coresets of a block's previous step.
+
+    A coreset is reused as long as it holds 1 - ``reuse_tolerance`` of the votes that a fresh one
+    holds. A row without one elects.
+    """
 
     reuse_tolerance: float
     coresets: Tensor  # [S, E] bool
@@ -136,39 +147,35 @@ class PreviousCoresets:
 
 @dataclass(frozen=True)
 class CoresetReuse:
-    """Who may be used in the place of a fresh coreset."""
+    """The coresets after reuse: the previous one where it is still good, else the fresh one."""
 
     coresets: Tensor  # [S, E] bool
-    reused: Tensor  # [S] bool: whether it is that of the step before
-    vote_loss: (
-        Tensor  # [S] fp64: of the fresh one's votes, the share lost by that; 0 where it moved
-    )
+    reused: Tensor  # [S] bool: whether it is the previous one
+    vote_loss: Tensor  # [S] fp64: the share of the fresh coreset's votes that reuse loses
 
 
 @dataclass(frozen=True)
 class Scores:
-    """What a gate thinks: logits [S, N, E] in fp32, and all that follows from them.
+    """The router's logits [S, N, E] in fp32, and what policies need besides.
 
-    ``voters`` is the engine's word: the live block (and look-around) of unfinished rows. A policy's
-    ``voters=`` option narrows it with ``progress``. A sequence without a voter elects from all of
-    its tokens: nothing reads what it computes, and nothing may fail on it.
+    The engine sets ``voters``: the positions of the live block, and its look-around, of unfinished
+    rows. A policy's ``voters=`` option narrows them by ``progress``. A row without a voter elects
+    with all of its tokens: its results are never read, and it must not fail.
     """
 
     logits: Tensor
     router: RouterSpec
-    bias: Tensor | None = None  # [E], for selection
-    voters: Tensor | None = None  # [S, N] weight of each token's vote, >= 0; None = everybody
+    bias: Tensor | None = None  # [E], added for selection
+    voters: Tensor | None = None  # [S, N] vote weights >= 0; None: 1 for every token
     progress: DecodeProgress | None = None
-    importance: Tensor | None = None  # [S, N], for policies that ask for it
-    resident: Tensor | None = None  # [E] bool: experts already in fast memory
-    slots: int | None = None  # of how many experts fast memory has room; None = of all
-    previous_coresets: PreviousCoresets | None = None  # what a block does not leave without need
+    importance: Tensor | None = None  # [S, N], if the policy needs it
+    resident: Tensor | None = None  # [E] bool: experts in fast memory; None: all of them
+    slots: int | None = None  # how many experts of the layer fit into fast memory; None: all
+    previous_coresets: PreviousCoresets | None = None  # None: coresets are not reused
     layer: int = 0
-    moe_index: int = 0  # of the layer among those that route: 0, 1, ..
-    forward_indices: tuple[int, ...] = ()  # decode-forward number of each row (for seeded controls)
-    vanilla_ids: Tensor | None = (
-        None  # [S, N, k] the unmodified model's choice; ``route`` fills it in
-    )
+    moe_index: int = 0  # the index of the layer among those that route
+    forward_indices: tuple[int, ...] = ()  # the decode-forward number of each row, for seeds
+    vanilla_ids: Tensor | None = None  # [S, N, k] unmodified top-k ids; filled in by ``route``
 
     @cached_property
     def probability(self) -> Tensor:
@@ -176,62 +183,63 @@ class Scores:
         if self.router.activation == "softmax":
             return torch.softmax(self.logits, dim=-1)
         # Torch's sigmoid differs in its last bit between whole vectors and the rest of a tensor.
-        # In whole vectors, equal logits tie, and a row does not feel who is beside it.
+        # In whole vectors equal logits tie, and a row does not depend on the rest of the batch.
         size = self.logits.shape[-1]
         padded = F.pad(self.logits, (0, -size % 64)) if size % 64 else self.logits
         return torch.sigmoid(padded)[..., :size]
 
     @cached_property
     def selection_scores(self) -> Tensor:
-        """c = p + bias, what sorts, [S, N, E]."""
+        """c = p + bias, which ranks experts, [S, N, E]."""
         return self.probability if self.bias is None else self.probability + self.bias
 
     @cached_property
     def gate_weights(self) -> Tensor:
-        """What multiplies before renormalising and scaling, [S, N, E]."""
+        """Expert weights before renormalising and scaling, [S, N, E]."""
         return self.selection_scores if self.router.biased_weight else self.probability
 
 
 @dataclass(frozen=True)
 class CoresetRule:
-    """A coreset rule in plain numbers, as kernels take it; exactly one of the three sizes is given.
+    """A coreset policy in plain numbers, for kernels. One of three fields gives the size.
 
-    ``union``: every voter's first so many own experts; nothing is counted. ``count``: so many
-    experts with most votes. ``mass``: the fewest that hold this share of all votes, ``least`` at
-    least. Of every voter the first ``protect`` own experts are in before votes are counted. Where
-    some experts are in fast memory, ``lam`` favours them, within ``eps`` of the votes. With
-    ``most`` never more than so many: of a union, or of protected experts, those with most votes.
+    ``union``: the first so many of each voter's own experts, without a vote. ``count``: so many
+    experts with most votes. ``mass``: the fewest experts that hold this share of all votes, at
+    least ``min_experts``.
+
+    The first ``protect`` own experts of each voter are in the coreset before votes count.
+    ``resident_bonus`` favours experts in fast memory, and loses at most ``max_vote_loss`` of the
+    votes. ``max_experts`` > 0 limits the coreset; a union or protected experts beyond it are cut
+    to those with most votes.
     """
 
-    vote: Literal["masked", "weight", "count", "full", "margin", "max"] = "masked"
+    vote: Literal["topk-prob", "weight", "count", "full", "margin", "max"] = "topk-prob"
     union: int = 0
     count: int = 0
     mass: float = 0.0
-    least: int = 1
+    min_experts: int = 1
     protect: int = 0
-    lam: float = 0.0
-    eps: float = 0.0
-    most: int = 0
+    resident_bonus: float = 0.0
+    max_vote_loss: float = 0.0
+    max_experts: int = 0
 
 
 @dataclass(frozen=True)
 class Routing:
-    """Who computes what. Every position counts, voting or not: all of them are computed."""
+    """The experts and weights of every computed token, whether it votes or not."""
 
-    topk_ids: Tensor  # [T, k] int64, -1 = none, best first by rank
-    topk_weights: (
-        Tensor  # [T, k] fp32, exactly as multiplied into expert outputs; 0 where there is none
-    )
+    topk_ids: Tensor  # [T, k] int64, -1 = none, best first
+    topk_weights: Tensor  # [T, k] fp32, as multiplied into expert outputs; 0 for no expert
     used: Tensor  # [E] bool
-    vanilla_ids: Tensor  # [T, k] int64, what the unmodified model would have chosen
-    coreset_reuse: CoresetReuse | None = None  # where there were incumbents, or could have been
+    vanilla_ids: Tensor  # [T, k] int64, the unmodified model's top-k ids
+    coreset_reuse: CoresetReuse | None = None  # None: coresets are not reused
 
 
 @dataclass(frozen=True)
 class PackedExperts:
-    """A weight [n, rows, k] as the kernels of a CPU read it; what a byte says is their affair.
+    """Expert weights [n, rows, k] in the packed layout of the CPU kernels, opaque to Python.
 
-    Gate, up and down of an expert are one run of bytes: a slab's two weights share the tensor.
+    Gate, up and down of an expert are contiguous: the two weights of a slab share the tensor.
     """
 
     packed: Tensor  # [n, bytes of an expert] uint8
@@ -240,7 +248,7 @@ class PackedExperts:
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of what is stored."""
+        """The storage type."""
         storage_dtypes = {"bf16": torch.bfloat16, "int8": torch.int8, "int4": torch.uint8}
         return storage_dtypes[self.format]
 
@@ -250,7 +258,7 @@ class PackedExperts:
 
     @property
     def nbytes(self) -> int:
-        """Of the whole slab."""
+        """The size of gate, up and down of all n experts."""
         return self.packed.nbytes
 
     def __len__(self) -> int:
@@ -259,7 +267,7 @@ class PackedExperts:
 
 @dataclass(frozen=True)
 class PackedMatrix:
-    """A weight [rows, k] of one product, in bf16 or fp32, as the kernels of a CPU read it."""
+    """A weight [rows, k] in bf16 or fp32, in the packed layout of the CPU kernels."""
 
     packed: Tensor  # [bytes] uint8
     dtype: torch.dtype
@@ -279,7 +287,7 @@ Matrix: TypeAlias = Tensor | PackedMatrix
 
 @dataclass(frozen=True)
 class Slab:
-    """Weights ready to compute with: gate_up [n, 2*I, H] (gate rows first), down [n, H, I]."""
+    """Loaded expert weights: gate_up [n, 2*I, H] (gate rows first) and down [n, H, I]."""
 
     gate_up: Tensor | QTensor | PackedExperts
     down: Tensor | QTensor | PackedExperts
@@ -288,7 +296,10 @@ class Slab:
 
 @dataclass(frozen=True)
 class ExpertRequest:
-    """One forward's call on the experts of a layer; what each is worth only where it is asked."""
+    """One forward's request for the experts of a layer.
+
+    Stores read token counts and votes from ``routing`` and ``scores``; both may be missing.
+    """
 
     used: Tensor  # [E] bool
     routing: Routing | None = None
@@ -296,20 +307,22 @@ class ExpertRequest:
 
     @property
     def token_counts(self) -> Tensor | None:
-        """[E] int64: how many tokens each expert computes; None where nobody said."""
+        """[E] int64: how many tokens each expert computes; None without a routing."""
         if self.routing is None:
             return None
-        # Nobody counts behind the last expert: looking for the others would wait for a device.
-        flat_ids, experts = self.routing.topk_ids.flatten(), len(self.used)
-        counts = torch.zeros(experts + 1, dtype=torch.int64, device=flat_ids.device)
-        return counts.index_add_(
-            0, flat_ids.where(flat_ids >= 0, experts), torch.ones_like(flat_ids)
-        )[:-1]
+        # An id of -1 counts in an extra column: selecting valid ids would wait for the device.
+        ids, experts = self.routing.topk_ids.flatten(), len(self.used)
+        counts = torch.zeros(experts + 1, dtype=torch.int64, device=ids.device)
+        counts.index_add_(0, ids.where(ids >= 0, experts), torch.ones_like(ids))
+        return counts[:-1]
 
     @property
     def votes(self) -> Tensor | None:
-        """[E] fp64: the voters' probability of own experts (DES, Eq. 6), for those too that are not
-        used; None where nobody said. Of a sequence without voters, everybody's."""
+        """[E] fp64: the sum over voters of the probability of their own experts (DES, Eq. 6).
+
+        Experts outside ``used`` have votes too. All tokens of a row without voters vote. None
+        without routing or scores.
+        """
         if self.routing is None or self.scores is None:
             return None
         scores = self.scores
@@ -323,13 +336,13 @@ class ExpertRequest:
 
 
 def expert_mask(ids: Tensor, experts: int) -> Tensor:
-    """Bool mask [..., experts] of the ids [..., k]; -1 is nobody."""
+    """Bool mask [..., experts] of the ids [..., k]; -1 is no expert."""
     mask = torch.zeros(*ids.shape[:-1], experts + 1, dtype=torch.bool, device=ids.device)
     return mask.scatter_(-1, ids.where(ids >= 0, experts), True)[..., :experts]
 
 
 class Policy(Protocol):
-    """Which experts may a token use."""
+    """An expert-routing policy: which experts each token may use."""
 
     def eligible(self, scores: Scores, k: int) -> Tensor:
         """Bool mask that broadcasts to [S, N, E]."""
@@ -337,19 +350,19 @@ class Policy(Protocol):
 
 
 class ExpertStore(Protocol):
-    """Where experts live."""
+    """The storage of expert weights."""
 
     def serve(self, layer: int, request: ExpertRequest) -> Iterator[Slab]:
-        """Slabs that together hold every expert of ``demand.used`` once, maybe others too.
+        """Slabs that together hold every expert of ``request.used`` once, and perhaps more.
 
-        What a slab holds stands until the next one is asked for.
+        A slab stays valid until the next one is requested.
         """
         ...
 
     def resident(self, layer: int) -> Tensor | None:
-        """Experts already in fast memory, bool [E]; None where all of them always are."""
+        """Experts in fast memory, bool [E]; None if all of them always are."""
         ...
 
     def slots(self, layer: int) -> int | None:
-        """Of how many experts fast memory has room at once; None where it has room for all."""
+        """How many experts of the layer fit into fast memory; None if all of them do."""
         ...

@@ -1,4 +1,4 @@
-"""Decoding by example: every rule, plan and refinement on numbers small enough to check by eye."""
+"""Every unmasking rule, plan and refinement on small examples."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from coterie.decoding.kv_schemes import StepCounter
 from coterie.decoding.refinements import Credit, Smooth
 from coterie.decoding.sampling import Proposal, propose
 from coterie.decoding.unmask import BlockState
-from coterie.errors import CoterieError
+from coterie.errors import NonFiniteLogitsError, SpecError
 
 MASK = 3
 
 
-def moment(
+def block_state(
     confidence: list[float],
     *,
     masked: str = "",
@@ -28,30 +28,30 @@ def moment(
     step: int = 0,
     floor: float = -math.inf,
 ) -> BlockState:
-    """``masked``: one letter a position, "m" = masked; all of them by default."""
+    """``masked``: one letter for each position, "m" = masked; default: all positions."""
     width = len(confidence)
-    hidden = torch.tensor([letter == "m" for letter in masked or "m" * width])
-    proposed = torch.tensor(ids or [1] * width)
+    is_masked = torch.tensor([letter == "m" for letter in masked or "m" * width])
+    proposed_ids = torch.tensor(ids or [1] * width)
     return BlockState(
         Proposal(
-            proposed,
+            proposed_ids,
             torch.tensor(confidence),
-            proposed,
+            proposed_ids,
             torch.tensor(confidence),
             entropy=None if entropy is None else torch.tensor(entropy),
         ),
-        tokens=torch.where(hidden, MASK, 0),
-        masked=hidden,
-        generated=~hidden,
+        tokens=torch.where(is_masked, MASK, 0),
+        masked=is_masked,
+        generated=~is_masked,
         mask_id=MASK,
         step=step,
-        initial_masked=int(hidden.sum()),
+        initial_masked=int(is_masked.sum()),
         threshold_floor=floor,
     )
 
 
-def chosen(rule: str, seen: BlockState) -> list[int]:
-    return parse_unmask(rule).rule.choose(seen).nonzero()[:, 0].tolist()
+def positions(rule: str, state: BlockState) -> list[int]:
+    return parse_unmask(rule).rule.choose(state).nonzero()[:, 0].tolist()
 
 
 @pytest.mark.parametrize(
@@ -70,45 +70,47 @@ def chosen(rule: str, seen: BlockState) -> list[int]:
     ],
 )
 def test_rules_choose_as_published(rule: str, confidence: list[float], expected: list[int]) -> None:
-    assert chosen(rule, moment(confidence)) == expected
+    assert positions(rule, block_state(confidence)) == expected
 
 
-def test_a_position_that_proposes_the_mask_is_passed_over() -> None:
-    seen = moment([0.99, 0.5, 0.2], ids=[MASK, 1, 2])
-    assert chosen("threshold:p=0.9", seen) == [1]
+def test_a_position_that_proposes_the_mask_is_skipped() -> None:
+    state = block_state([0.99, 0.5, 0.2], ids=[MASK, 1, 2])
+    assert positions("threshold:p=0.9", state) == [1]
 
 
 def test_smoothing_raises_thresholds() -> None:
     confidence = [0.95, 0.92, 0.1]
-    assert chosen("threshold:p=0.9", moment(confidence, floor=0.94)) == [0]
-    assert chosen("hierarchy:p=0.9,low=0.93", moment(confidence, floor=0.94)) == [0]
+    assert positions("threshold:p=0.9", block_state(confidence, floor=0.94)) == [0]
+    assert positions("hierarchy:p=0.9,low=0.93", block_state(confidence, floor=0.94)) == [0]
 
 
 def test_hierarchy_takes_the_peak_of_every_run() -> None:
-    seen = moment([0.3, 0.5, 0.9, 0.45, 0.4, 0.2, 0.1], masked="mm.mm.m")
-    assert chosen("hierarchy:p=0.8,low=0.4", seen) == [1, 3]
-    assert chosen("hierarchy:p=0.8,low=0.95", seen) == [1]
+    state = block_state([0.3, 0.5, 0.9, 0.45, 0.4, 0.2, 0.1], masked="mm.mm.m")
+    assert positions("hierarchy:p=0.8,low=0.4", state) == [1, 3]
+    assert positions("hierarchy:p=0.8,low=0.95", state) == [1]
 
 
 def test_entropy_takes_the_least_uncertain_under_the_bound() -> None:
-    seen = moment([0.5] * 4, entropy=[0.3, 0.05, 0.2, 0.1])
-    assert chosen("entropy:bound=0.36", seen) == [1, 2, 3]
-    assert chosen("entropy:bound=0.01", seen) == [1]
+    state = block_state([0.5] * 4, entropy=[0.3, 0.05, 0.2, 0.1])
+    assert positions("entropy:bound=0.36", state) == [1, 2, 3]
+    assert positions("entropy:bound=0.01", state) == [1]
 
 
 def test_a_schedule_gives_its_first_steps_more() -> None:
-    counts = [len(chosen("static:steps=3", moment([0.1] * 8, step=step))) for step in range(3)]
+    counts = [
+        len(positions("static:steps=3", block_state([0.1] * 8, step=step))) for step in range(3)
+    ]
     assert counts == [3, 3, 2]
 
 
-def test_editing_replaces_sure_answers_only() -> None:
+def test_editing_replaces_confident_tokens_only() -> None:
     edit = parse_unmask("threshold+edit:p=0.5").edit
     assert edit is not None
-    seen = moment([0.6, 0.4, 0.9, 0.7], masked="..m.", ids=[1, 1, 1, 0])
-    assert edit.choose(seen).nonzero()[:, 0].tolist() == [0]
+    state = block_state([0.6, 0.4, 0.9, 0.7], masked="..m.", ids=[1, 1, 1, 0])
+    assert edit.choose(state).nonzero()[:, 0].tolist() == [0]
 
 
-def test_credit_favours_what_was_proposed_before() -> None:
+def test_credit_adds_logits_to_earlier_proposals() -> None:
     credit = Credit(alpha=0.7, gamma=0.2, beta=0.8)
     logits = torch.tensor([[2.0, 1.0], [0.0, 1.0]])
     first, memory = credit.add_credit(logits, torch.tensor([True, False]), None)
@@ -130,7 +132,7 @@ def test_smoothing_grows_and_its_threshold_falls() -> None:
     assert mixed.tolist() == [[4.0], [1.0]]
 
 
-def test_dual_refreshes_then_looks_around() -> None:
+def test_dual_refreshes_then_computes_the_surroundings() -> None:
     plan = parse_plan("dual:before=4,after=6")
     block = Block(1, 16, 24)
     first, second = (plan.next_pass(block, 27, StepCounter(5 + n, n)) for n in range(2))
@@ -141,12 +143,12 @@ def test_dual_refreshes_then_looks_around() -> None:
 
 def test_warm_up_is_uncached() -> None:
     plan = parse_plan("dual:warmup=2")
-    looks = [plan.next_pass(Block(0, 0, 8), 16, StepCounter(n, n)) for n in range(4)]
-    assert [look.use_cache for look in looks] == [False, False, True, True]
-    assert [look.kind for look in looks] == ["decode", "decode", "refresh", "decode"]
+    passes = [plan.next_pass(Block(0, 0, 8), 16, StepCounter(n, n)) for n in range(4)]
+    assert [each.use_cache for each in passes] == [False, False, True, True]
+    assert [each.kind for each in passes] == ["decode", "decode", "refresh", "decode"]
 
 
-def test_unrolling_counts_a_refreshing_round_twice() -> None:
+def test_unroll_counts_a_round_with_a_refresh_twice() -> None:
     plan = parse_plan("dual+unroll:most=4,tokens=8")
     block = Block(0, 0, 32)
     assert plan.steps_until_check(block, 64, StepCounter(), num_masked=32) == 5
@@ -165,95 +167,103 @@ def test_block_causal_prefills_whole_blocks_and_commits() -> None:
     assert plan.prefill_passes(Block(0, 0, 8)) == ()
 
 
-def ask(**changes: object) -> DecodeRequest:
+def request(**changes: object) -> DecodeRequest:
     values: dict[str, object] = {
-        "prompt": (1, 2),
-        "new": 6,
-        "block": 3,
+        "prompt_ids": (1, 2),
+        "max_new_tokens": 6,
+        "block_length": 3,
         "plan": parse_plan("uncached"),
         "unmask": parse_unmask("threshold:p=0.9"),
         "sampling": Sampling(),
         "seed": 0,
         "early_stop": "block",
-        "stops": (0,),
-        "mask": MASK,
+        "eos_ids": (0,),
+        "mask_id": MASK,
     }
     return DecodeRequest(**(values | changes))  # type: ignore[arg-type]
 
 
-def sure(ids: list[int]) -> Tensor:
-    """Logits that put nearly everything on these ids."""
+def confident_logits(ids: list[int]) -> Tensor:
+    """Logits with nearly all probability on these ids."""
     return 30.0 * torch.nn.functional.one_hot(torch.tensor(ids), 4).float()
 
 
-def test_a_row_stops_after_the_block_that_ends_the_text() -> None:
-    row = SequenceState(ask())
-    row.receive(sure([1, 0, 2]))
-    assert row.next_pass is None
-    assert (row.answer, row.ended_by_eos) == ([1], True)
+def test_a_sequence_stops_after_the_block_with_an_eos() -> None:
+    sequence = SequenceState(request())
+    sequence.receive(confident_logits([1, 0, 2]))
+    assert sequence.next_pass is None
+    assert (sequence.answer, sequence.ended_by_eos) == ([1], True)
 
 
-def test_a_row_that_may_not_stop_goes_on() -> None:
-    row = SequenceState(ask(early_stop="off"))
-    row.receive(sure([1, 0, 2]))
-    assert row.next_pass is not None
-    row.receive(sure([2, 2, 2]))
-    assert (row.answer, row.ended_by_eos) == ([1, 0, 2, 2, 2, 2], False)
+def test_without_early_stop_a_sequence_continues() -> None:
+    sequence = SequenceState(request(early_stop="off"))
+    sequence.receive(confident_logits([1, 0, 2]))
+    assert sequence.next_pass is not None
+    sequence.receive(confident_logits([2, 2, 2]))
+    assert (sequence.answer, sequence.ended_by_eos) == ([1, 0, 2, 2, 2, 2], False)
 
 
-def test_a_token_stop_waits_for_what_comes_before() -> None:
-    row = SequenceState(ask(early_stop="token", unmask=parse_unmask("sequential:steps=3")))
-    row.receive(sure([1, 0, 2]))
-    assert row.next_pass is not None
-    row.receive(sure([1, 0, 2]))
-    assert row.next_pass is None
-    assert row.stopped_early
-    assert row.answer == [1]
-    assert row.canvas.tokens.tolist() == [1, 2, 1, 0, MASK, MASK, MASK, MASK]
+def test_a_token_stop_waits_for_earlier_masks() -> None:
+    sequence = SequenceState(request(early_stop="token", unmask=parse_unmask("sequential:steps=3")))
+    sequence.receive(confident_logits([1, 0, 2]))
+    assert sequence.next_pass is not None
+    sequence.receive(confident_logits([1, 0, 2]))
+    assert sequence.next_pass is None
+    assert sequence.stopped_early
+    assert sequence.answer == [1]
+    assert sequence.canvas.tokens.tolist() == [1, 2, 1, 0, MASK, MASK, MASK, MASK]
 
 
-def test_editing_goes_on_until_nothing_changes() -> None:
-    row = SequenceState(ask(new=3, unmask=parse_unmask("threshold:p=0.9+edit:p=0.5,post=16")))
-    row.receive(sure([1, 1, 1]))
-    change = row.receive(sure([1, 2, 1]))
-    assert [(t.position, t.id) for t in change.edited] == [(1, 2)]
-    row.receive(sure([1, 2, 1]))
-    assert row.next_pass is None
-    assert row.steps.total == 3
+def test_editing_continues_until_nothing_changes() -> None:
+    sequence = SequenceState(
+        request(max_new_tokens=3, unmask=parse_unmask("threshold:p=0.9+edit:p=0.5,post=16"))
+    )
+    sequence.receive(confident_logits([1, 1, 1]))
+    update = sequence.receive(confident_logits([1, 2, 1]))
+    assert [(t.position, t.id) for t in update.edited] == [(1, 2)]
+    sequence.receive(confident_logits([1, 2, 1]))
+    assert sequence.next_pass is None
+    assert sequence.steps.total == 3
 
 
 def test_editing_ends_after_its_post_steps() -> None:
-    row = SequenceState(ask(new=3, unmask=parse_unmask("threshold:p=0.9+edit:p=0.5,post=2")))
+    sequence = SequenceState(
+        request(max_new_tokens=3, unmask=parse_unmask("threshold:p=0.9+edit:p=0.5,post=2"))
+    )
     for number in range(3):
-        row.receive(sure([1, 1 + number % 2, 1]))
-    assert row.next_pass is None
+        sequence.receive(confident_logits([1, 1 + number % 2, 1]))
+    assert sequence.next_pass is None
 
 
-def test_masks_that_are_proposed_again_do_not_hold_a_row_up() -> None:
-    row = SequenceState(ask(new=3, unmask=parse_unmask("fixed:steps=3")))
+def test_proposed_masks_do_not_stall_a_sequence() -> None:
+    sequence = SequenceState(request(max_new_tokens=3, unmask=parse_unmask("fixed:steps=3")))
     for _ in range(3):
-        row.receive(sure([MASK, MASK, MASK]))
-    assert row.next_pass is None
-    assert MASK not in row.canvas.tokens.tolist()
+        sequence.receive(confident_logits([MASK, MASK, MASK]))
+    assert sequence.next_pass is None
+    assert MASK not in sequence.canvas.tokens.tolist()
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
-def test_numbers_that_are_none_lose_nothing(bad: float) -> None:
-    row, untroubled = (
-        SequenceState(ask(sampling=Sampling(3.0))),
-        SequenceState(ask(sampling=Sampling(3.0))),
+def test_non_finite_logits_change_nothing(bad: float) -> None:
+    sequence, reference = (
+        SequenceState(request(sampling=Sampling(3.0))),
+        SequenceState(request(sampling=Sampling(3.0))),
     )
-    look, before = row.next_pass, row.canvas.tokens.tolist()
-    logits = sure([1, 1, 1])
+    next_pass, before = sequence.next_pass, sequence.canvas.tokens.tolist()
+    logits = confident_logits([1, 1, 1])
     logits[1, 2] = bad
-    with pytest.raises(CoterieError, match="not finite"):
-        row.receive(logits)
-    assert (row.next_pass, row.canvas.tokens.tolist(), row.steps) == (look, before, StepCounter())
+    with pytest.raises(NonFiniteLogitsError):
+        sequence.receive(logits)
+    assert (sequence.next_pass, sequence.canvas.tokens.tolist(), sequence.steps) == (
+        next_pass,
+        before,
+        StepCounter(),
+    )
     logits = torch.randn(3, 4, generator=torch.Generator().manual_seed(0))
-    assert row.receive(logits) == untroubled.receive(logits)
+    assert sequence.receive(logits) == reference.receive(logits)
 
 
-def test_equal_logits_go_to_the_lower_id() -> None:
+def test_of_equal_logits_the_lower_id_wins() -> None:
     draw = torch.Generator().manual_seed(0)
     logits = torch.tensor([[0.0, 1.0, 1.0, 1.0]])
     assert propose(logits, Sampling(), MASK, draw).ids.tolist() == [1]
@@ -264,8 +274,8 @@ def test_draws_follow_the_probabilities() -> None:
     draw = torch.Generator().manual_seed(0)
     shares = torch.tensor([0.5, 0.3, 0.15, 0.05])
     drawn = propose(shares.log().expand(4000, 4), Sampling(1.0), 9, draw).ids
-    found = torch.bincount(drawn, minlength=4) / 4000
-    assert torch.allclose(found, shares, atol=0.02)
+    frequency = torch.bincount(drawn, minlength=4) / 4000
+    assert torch.allclose(frequency, shares, atol=0.02)
 
 
 def test_temperature_sharpens() -> None:
@@ -278,7 +288,7 @@ def test_temperature_sharpens() -> None:
 
 
 @pytest.mark.parametrize(
-    ("text", "told"),
+    ("text", "message"),
     [
         ("thresold:p=0.9", "unknown unmasking rule 'thresold'; known: .*threshold"),
         ("threshold:q=0.9", "unknown option 'q'; it has: p, slack"),
@@ -294,13 +304,15 @@ def test_temperature_sharpens() -> None:
         ("threshold+edit+edit", "edit is given twice"),
     ],
 )
-def test_a_wrong_unmasking_is_told_what_would_be_right(text: str, told: str) -> None:
-    with pytest.raises(CoterieError, match=told):
+def test_an_invalid_unmasking_rule_is_an_error_with_the_valid_values(
+    text: str, message: str
+) -> None:
+    with pytest.raises(SpecError, match=message):
         parse_unmask(text)
 
 
 @pytest.mark.parametrize(
-    ("text", "told"),
+    ("text", "message"),
     [
         ("duel", "unknown plan 'duel'; known: block-causal, .*dual"),
         ("dual:before=-1", "before must be at least 0, not -1"),
@@ -310,15 +322,17 @@ def test_a_wrong_unmasking_is_told_what_would_be_right(text: str, told: str) -> 
         ("uncached+unroll+unroll", "at most one addition"),
     ],
 )
-def test_a_wrong_plan_is_told_what_would_be_right(text: str, told: str) -> None:
-    with pytest.raises(CoterieError, match=told):
+def test_an_invalid_plan_is_an_error_with_the_valid_values(text: str, message: str) -> None:
+    with pytest.raises(SpecError, match=message):
         parse_plan(text)
 
 
-def test_a_token_written_for_a_proposed_mask_has_its_own_confidence() -> None:
+def test_the_token_in_place_of_a_proposed_mask_has_its_own_confidence() -> None:
     shares = torch.tensor([[0.1, 0.3, 0.6], [0.2, 0.7, 0.1]])
-    found = propose(shares.log(), Sampling(), 2, torch.Generator())
-    assert (found.ids.tolist(), found.unmasked_ids.tolist()) == ([2, 1], [1, 1])
-    torch.testing.assert_close(found.confidence, torch.tensor([0.6, 0.7]))
-    torch.testing.assert_close(found.confidence_of(found.ids), found.confidence)
-    torch.testing.assert_close(found.confidence_of(found.unmasked_ids), torch.tensor([0.3, 0.7]))
+    proposal = propose(shares.log(), Sampling(), 2, torch.Generator())
+    assert (proposal.ids.tolist(), proposal.unmasked_ids.tolist()) == ([2, 1], [1, 1])
+    torch.testing.assert_close(proposal.confidence, torch.tensor([0.6, 0.7]))
+    torch.testing.assert_close(proposal.confidence_of(proposal.ids), proposal.confidence)
+    torch.testing.assert_close(
+        proposal.confidence_of(proposal.unmasked_ids), torch.tensor([0.3, 0.7])
+    )

@@ -1,4 +1,4 @@
-"""Laws of decoding, with random numbers in a model's place."""
+"""Laws of decoding, with random logits instead of a model."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from coterie.decoding.sampling import propose
 from coterie.decoding.unmask import RULES, BlockState
 from coterie.values import LogitsSummary
 
-VOCABULARY, MASK, END = 11, 10, 9
+VOCAB_SIZE, MASK, EOS = 11, 10, 9
 
 plans = st.sampled_from(
     [
@@ -43,125 +43,133 @@ rules = st.sampled_from(
         "hierarchy:p=0.5,low=0.2",
     ]
 )
-around = st.sampled_from(["", "+edit:p=0.3,post=3", "+credit", "+smooth"])
+refinements = st.sampled_from(["", "+edit:p=0.3,post=3", "+credit", "+smooth"])
 
 
 @st.composite
-def asks(draw: st.DrawFn) -> DecodeRequest:
-    tokens = st.integers(0, VOCABULARY - 2)
+def requests(draw: st.DrawFn) -> DecodeRequest:
+    tokens = st.integers(0, VOCAB_SIZE - 2)
     return DecodeRequest(
         prompt_ids=tuple(draw(st.lists(tokens, min_size=1, max_size=9))),
         max_new_tokens=draw(st.integers(1, 14)),
         block_length=draw(st.integers(1, 6)),
         plan=parse_plan(draw(plans)),
-        unmask=parse_unmask(draw(rules) + draw(around)),
+        unmask=parse_unmask(draw(rules) + draw(refinements)),
         sampling=Sampling(draw(st.sampled_from([0.0, 1.0]))),
         seed=draw(st.integers(0, 99)),
         early_stop=draw(st.sampled_from(["off", "block", "token"])),
-        eos_ids=(END,),
+        eos_ids=(EOS,),
         mask_id=MASK,
     )
 
 
-def noise(row: SequenceState, seed: int) -> torch.Tensor:
-    """Logits that follow from the canvas, as a model's would; the mask is as likely as any."""
-    number = hash((seed, tuple(row.canvas.tokens.tolist()), row.steps.total))
+def noise(sequence: SequenceState, seed: int) -> torch.Tensor:
+    """Random logits that depend on the canvas, like those of a model."""
+    number = hash((seed, tuple(sequence.canvas.tokens.tolist()), sequence.steps.total))
     draw = torch.Generator().manual_seed(number % (1 << 62))
-    return 3 * torch.randn(row.block.width, VOCABULARY, generator=draw)
+    return 3 * torch.randn(sequence.block.width, VOCAB_SIZE, generator=draw)
 
 
-def run(row: SequenceState, seed: int, most: int) -> int:
-    """Forwards until the row is finished."""
+def run(sequence: SequenceState, seed: int, max_forwards: int) -> int:
+    """Forwards until the sequence is finished."""
     forwards = 0
-    while row.next_pass is not None:
-        row.receive(noise(row, seed) if row.next_pass.is_denoising else None)
+    while sequence.next_pass is not None:
+        sequence.receive(noise(sequence, seed) if sequence.next_pass.is_denoising else None)
         forwards += 1
-        assert forwards <= most, "the row does not end"
+        assert forwards <= max_forwards, "the sequence does not end"
     return forwards
 
 
-@given(asks(), st.integers(0, 99))
-def test_every_row_ends_with_its_prompt_untouched(ask: DecodeRequest, seed: int) -> None:
-    row = SequenceState(ask)
-    edit = ask.unmask.edit
-    per_block = ask.block_length + 2 if edit is None else 8 * ask.block_length + 2 * edit.post + 2
-    unrolled = 2 * (ask.plan.unroll.most if ask.plan.unroll else 1)
-    run(row, seed, most=len(row.blocks) * (per_block + unrolled) + 3)
-    assert row.canvas.tokens[: len(ask.prompt_ids)].tolist() == list(ask.prompt_ids)
-    answer = row.canvas.tokens[len(ask.prompt_ids) :][: ask.max_new_tokens].tolist()
-    if ask.early_stop == "off" or END not in answer:
+@given(requests(), st.integers(0, 99))
+def test_every_sequence_ends_with_an_unchanged_prompt(request: DecodeRequest, seed: int) -> None:
+    sequence = SequenceState(request)
+    edit = request.unmask.edit
+    per_block = (
+        request.block_length + 2 if edit is None else 8 * request.block_length + 2 * edit.post + 2
+    )
+    unrolled = 2 * (request.plan.unroll.most if request.plan.unroll else 1)
+    run(sequence, seed, max_forwards=len(sequence.blocks) * (per_block + unrolled) + 3)
+    assert sequence.canvas.tokens[: len(request.prompt_ids)].tolist() == list(request.prompt_ids)
+    answer = sequence.canvas.tokens[len(request.prompt_ids) :][: request.max_new_tokens].tolist()
+    if request.early_stop == "off" or EOS not in answer:
         assert MASK not in answer
-    assert len(row.answer) <= ask.max_new_tokens
-    assert MASK not in row.answer
+    assert len(sequence.answer) <= request.max_new_tokens
+    assert MASK not in sequence.answer
 
 
-@given(asks(), st.integers(0, 99))
-def test_every_forward_at_masks_fills_one_at_least(ask: DecodeRequest, seed: int) -> None:
-    row = SequenceState(ask)
+@given(requests(), st.integers(0, 99))
+def test_every_denoising_forward_of_a_masked_block_writes_a_token(
+    request: DecodeRequest, seed: int
+) -> None:
+    sequence = SequenceState(request)
     for _ in range(400):
-        look, block = row.next_pass, row.block
-        if look is None:
+        next_pass, block = sequence.next_pass, sequence.block
+        if next_pass is None:
             return
-        before = int(row.canvas.is_masked(block.start, block.stop).sum())
-        change = row.receive(noise(row, seed) if look.is_denoising else None)
-        if look.is_denoising and before:
-            assert change.committed
-        assert not (look.is_denoising and not before and change.committed)
+        before = int(sequence.canvas.is_masked(block.start, block.stop).sum())
+        update = sequence.receive(noise(sequence, seed) if next_pass.is_denoising else None)
+        if next_pass.is_denoising and before:
+            assert update.committed
+        assert not (next_pass.is_denoising and not before and update.committed)
 
 
-@given(asks(), st.integers(0, 99))
-def test_changes_tell_what_the_canvas_holds(ask: DecodeRequest, seed: int) -> None:
-    row, told = SequenceState(ask), {}
-    while row.next_pass is not None:
-        change = row.receive(noise(row, seed) if row.next_pass.is_denoising else None)
-        told |= {t.position: t.id for t in (*change.committed, *change.edited)}
-        assert all(0 <= t.confidence <= 1.0001 for t in (*change.committed, *change.provisional))
-    answer = row.canvas.tokens[len(ask.prompt_ids) :].tolist()
+@given(requests(), st.integers(0, 99))
+def test_updates_match_the_canvas(request: DecodeRequest, seed: int) -> None:
+    sequence, written = SequenceState(request), {}
+    while sequence.next_pass is not None:
+        update = sequence.receive(
+            noise(sequence, seed) if sequence.next_pass.is_denoising else None
+        )
+        written |= {t.position: t.id for t in (*update.committed, *update.edited)}
+        assert all(0 <= t.confidence <= 1.0001 for t in (*update.committed, *update.provisional))
+    answer = sequence.canvas.tokens[len(request.prompt_ids) :].tolist()
     assert {i: token for i, token in enumerate(answer) if token != MASK} == {
-        i: token for i, token in told.items() if token != MASK
+        i: token for i, token in written.items() if token != MASK
     }
 
 
-@given(asks(), st.integers(0, 99))
-def test_wanted_logits_decide_what_all_of_the_block_do(ask: DecodeRequest, seed: int) -> None:
-    whole, part = SequenceState(ask), SequenceState(ask)
+@given(requests(), st.integers(0, 99))
+def test_needed_logits_decide_like_those_of_the_whole_block(
+    request: DecodeRequest, seed: int
+) -> None:
+    whole, part = SequenceState(request), SequenceState(request)
     while whole.next_pass is not None:
         if not whole.next_pass.is_denoising:
             assert whole.receive(None) == part.receive(None)
             continue
-        logits, at = noise(whole, seed), part.logits_indices()
-        total = logits[at].logsumexp(dim=-1)
-        rest = logits[at].index_fill(1, torch.tensor([MASK]), -torch.inf)
-        survey = LogitsSummary.from_logits(
-            logits[at], logits[at].argmax(dim=-1), rest.argmax(dim=-1), total
+        logits, indices = noise(whole, seed), part.logits_indices()
+        total = logits[indices].logsumexp(dim=-1)
+        rest = logits[indices].index_fill(1, torch.tensor([MASK]), -torch.inf)
+        summary = LogitsSummary.from_logits(
+            logits[indices], logits[indices].argmax(dim=-1), rest.argmax(dim=-1), total
         )
-        assert whole.receive(logits) == part.receive(logits[at], survey, at)
+        assert whole.receive(logits) == part.receive(logits[indices], summary, indices)
         assert torch.equal(whole.canvas.tokens, part.canvas.tokens)
     assert part.next_pass is None
 
 
-@given(asks())
-def test_looks_cover_the_block_and_stay_on_the_canvas(ask: DecodeRequest) -> None:
-    row = SequenceState(ask)
-    while (look := row.next_pass) is not None:
-        assert 0 <= look.start < look.stop <= look.visible <= row.canvas.length
-        assert look.use_cache or (look.start, look.stop) == (0, look.visible)
-        assert look.start <= look.voters[0] < look.voters[1] <= look.stop
-        if look.is_denoising:
-            assert look.start <= row.block.start < row.block.stop <= look.stop
-        row.receive(noise(row, 0) if look.is_denoising else None)
+@given(requests())
+def test_passes_cover_the_block_and_stay_on_the_canvas(request: DecodeRequest) -> None:
+    sequence = SequenceState(request)
+    while (next_pass := sequence.next_pass) is not None:
+        assert 0 <= next_pass.start < next_pass.stop <= next_pass.visible <= sequence.canvas.length
+        assert next_pass.use_cache or (next_pass.start, next_pass.stop) == (0, next_pass.visible)
+        assert next_pass.start <= next_pass.voters[0] < next_pass.voters[1] <= next_pass.stop
+        if next_pass.is_denoising:
+            assert next_pass.start <= sequence.block.start < sequence.block.stop <= next_pass.stop
+        sequence.receive(noise(sequence, 0) if next_pass.is_denoising else None)
 
 
-@given(asks(), st.integers(0, 99))
-def test_the_same_seed_draws_the_same_row(ask: DecodeRequest, seed: int) -> None:
-    first, second = SequenceState(ask), SequenceState(ask)
+@given(requests(), st.integers(0, 99))
+def test_the_same_seed_gives_the_same_tokens(request: DecodeRequest, seed: int) -> None:
+    first, second = SequenceState(request), SequenceState(request)
     run(first, seed, 2000)
     run(second, seed, 2000)
     assert first.canvas.tokens.tolist() == second.canvas.tokens.tolist()
 
 
 @given(st.integers(1, 40), st.integers(1, 40), st.integers(1, 9), st.booleans(), st.booleans())
-def test_blocks_tile_what_is_new(
+def test_blocks_tile_the_new_tokens(
     prompt: int, new: int, width: int, aligned: bool, whole: bool
 ) -> None:
     blocks = split_into_blocks(prompt, new, width, aligned=aligned, whole_blocks=whole)
@@ -182,9 +190,9 @@ def test_a_rule_chooses_masked_positions_only(
 ) -> None:
     masked = torch.tensor(data.draw(st.lists(st.booleans(), min_size=width, max_size=width)))
     draw = torch.Generator().manual_seed(seed)
-    logits = torch.randn(width, VOCABULARY, generator=draw)
+    logits = torch.randn(width, VOCAB_SIZE, generator=draw)
     proposal = propose(logits, Sampling(), MASK, draw, entropy=True)
-    moment = BlockState(
+    state = BlockState(
         proposal,
         tokens=torch.where(masked, MASK, 1),
         masked=masked,
@@ -193,38 +201,38 @@ def test_a_rule_chooses_masked_positions_only(
         step=step,
         initial_masked=int(masked.sum()),
     )
-    chosen = parse_unmask(text).rule.choose(moment)
-    assert chosen.dtype == torch.bool
-    assert not bool((chosen & ~masked).any()) or not bool(masked.any())
-    able = masked & (proposal.ids != MASK)
-    if bool(able.any()):
-        assert bool((chosen & masked).any())
+    selected = parse_unmask(text).rule.choose(state)
+    assert selected.dtype == torch.bool
+    assert not bool((selected & ~masked).any()) or not bool(masked.any())
+    candidates = masked & (proposal.ids != MASK)
+    if bool(candidates.any()):
+        assert bool((selected & masked).any())
 
 
 @given(st.integers(0, 99), st.integers(1, 6), st.integers(1, 6))
 def test_greedy_is_top_k_of_one(seed: int, width: int, heat: int) -> None:
     draw = torch.Generator().manual_seed(seed)
-    logits = torch.randn(width, VOCABULARY, generator=draw)
+    logits = torch.randn(width, VOCAB_SIZE, generator=draw)
     greedy = propose(logits, Sampling(), MASK, draw)
     warm = propose(logits, Sampling(temperature=heat / 3, top_k=1), MASK, draw)
     assert greedy.ids.tolist() == warm.ids.tolist()
 
 
-@given(st.integers(0, 99), st.sampled_from([0.05, 0.4, 0.9]), st.integers(1, VOCABULARY))
-def test_draws_come_from_what_top_k_and_top_p_keep(seed: int, top_p: float, top_k: int) -> None:
+@given(st.integers(0, 99), st.sampled_from([0.05, 0.4, 0.9]), st.integers(1, VOCAB_SIZE))
+def test_sampled_ids_are_within_top_k_and_top_p(seed: int, top_p: float, top_k: int) -> None:
     draw = torch.Generator().manual_seed(seed)
-    logits = torch.randn(8, VOCABULARY, generator=draw)
+    logits = torch.randn(8, VOCAB_SIZE, generator=draw)
     drawn = propose(logits, Sampling(1.0, top_k, top_p), MASK, draw).ids.tolist()
     for line, token in zip(torch.softmax(logits, -1), drawn, strict=True):
         order = line.sort(descending=True).indices.tolist()[:top_k]
-        kept = line[order] / line[order].sum()
-        sure = float(kept[: order.index(token)].sum())  # what stands before it
+        retained = line[order] / line[order].sum()
+        mass_before = float(retained[: order.index(token)].sum())
         assert token in order
-        assert sure < top_p + 1e-6
+        assert mass_before < top_p + 1e-6
 
 
 @given(st.sampled_from(sorted(PLANS)), st.integers(0, 30), st.booleans())
-def test_a_plan_reads_back_from_its_spelling(name: str, number: int, aligned: bool) -> None:
+def test_a_formatted_plan_parses_to_the_same_plan(name: str, number: int, aligned: bool) -> None:
     text = name
     if name in ("uncached", "prefix") and aligned:
         text += ":aligned=yes"
@@ -234,15 +242,15 @@ def test_a_plan_reads_back_from_its_spelling(name: str, number: int, aligned: bo
     assert parse_plan(str(plan)) == plan
 
 
-@given(st.sampled_from(sorted(RULES)), st.floats(0.001, 1.0), around)
-def test_an_unmasking_reads_back_from_its_spelling(name: str, p: float, extra: str) -> None:
+@given(st.sampled_from(sorted(RULES)), st.floats(0.001, 1.0), refinements)
+def test_a_formatted_strategy_parses_to_the_same_strategy(name: str, p: float, extra: str) -> None:
     option = {"threshold": "p", "dynamic": "p", "hierarchy": "p", "entropy": "bound"}.get(name)
     unmask = parse_unmask((f"{name}:{option}={p!r}" if option else name) + extra)
     assert parse_unmask(str(unmask)) == unmask
 
 
 @given(plans, st.integers(0, 40), st.integers(1, 30))
-def test_patience_makes_one_forward_at_least(text: str, masked: int, new: int) -> None:
+def test_there_is_a_forward_until_each_check(text: str, masked: int, new: int) -> None:
     plan = parse_plan(text)
     blocks = plan.blocks(5, new, 4)
     for block in blocks:

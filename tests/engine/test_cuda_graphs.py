@@ -15,8 +15,9 @@ from torch.utils._pytree import tree_flatten
 import coterie
 from coterie import ops
 from coterie.decoding import sampling
-from coterie.decoding.sampling import NonFiniteError, Sampling, propose
+from coterie.decoding.sampling import Sampling, propose
 from coterie.engine.cuda_graphs import CudaGraphs, ForwardOutput, GraphInputs, is_capturable
+from coterie.errors import NonFiniteLogitsError
 from coterie.model.cache import KVCache
 from coterie.model.forward_context import ForwardContext
 from coterie.model.transformer import build
@@ -268,6 +269,6 @@ def test_one_read_finds_what_is_broken_and_draws_nothing(monkeypatch: pytest.Mon
     for bad in (float("nan"), float("inf"), float("-inf")):
         logits = torch.zeros(4, 9)
         logits[2, 3] = bad
-        with pytest.raises(NonFiniteError):
+        with pytest.raises(NonFiniteLogitsError):
             propose(logits, Sampling(0.5), 0, generator)
         assert torch.equal(generator.get_state(), before)

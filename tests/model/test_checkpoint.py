@@ -222,9 +222,9 @@ def entry(dtype: object = "F32", shape: object = (2,), ends: object = (0, 8)) ->
     ("content", "said"),
     [
         (b"PK\x03\x04garbage that is no header", "not a safetensors file"),
-        (header(b"\xff\xfe"), "no JSON can be read in it"),
-        (header(b"[" * 100_000), "no JSON can be read in it"),
-        (header([1]), "its JSON is no object"),
+        (header(b"\xff\xfe"), "no valid JSON"),
+        (header(b"[" * 100_000), "no valid JSON"),
+        (header([1]), "its JSON is not an object"),
         (header({"w": 3}), "w: its header entry"),
         (header({"w": entry() | {"more": 1}}) + bytes(8), "w: its header entry"),
         (header({"w": entry(shape=[-2])}) + bytes(8), "w: shape or data_offsets"),

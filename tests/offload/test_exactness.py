@@ -18,9 +18,9 @@ from policy_strategies import law
 from torch import Tensor
 
 from coterie.engine.engine import Engine
-from coterie.engine.events import Finished, NonFiniteLogitsError
+from coterie.engine.events import Finished
 from coterie.engine.generation_config import GenerationConfig
-from coterie.errors import CoterieError
+from coterie.errors import CoterieError, NonFiniteLogitsError
 from coterie.loading.load import Model
 from coterie.model.moe import MoE
 from coterie.offload.cached_store import CachedExpertStore

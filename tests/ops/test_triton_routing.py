@@ -27,8 +27,8 @@ from coterie.values import CoresetRule, PreviousCoresets, RouterSpec, Routing, S
 
 pytest.importorskip("triton", reason="NOT TESTED: kernels for a GPU (triton is not installed)")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-Vote = Literal["masked", "weight", "count", "full", "margin", "max"]
-VOTE_NAMES: tuple[Vote, ...] = ("masked", "weight", "count", "full", "margin", "max")
+Vote = Literal["topk-prob", "weight", "count", "full", "margin", "max"]
+VOTE_NAMES: tuple[Vote, ...] = ("topk-prob", "weight", "count", "full", "margin", "max")
 Activation = Literal["softmax", "sigmoid"]
 Block = tuple[Scores, CoresetRule | None, Tensor | None]
 
@@ -91,14 +91,16 @@ def coreset(scores: Scores, rule: CoresetRule, voice: Tensor | None) -> Tensor:
     voice = torch.ones_like(scores.logits[..., 0]) if voice is None else voice
     if rule.union:
         return union_of_topm(scores, voice, rule.union)
-    size = Mass(rule.mass, rule.least) if rule.mass else Fixed(rule.count)
+    size = Mass(rule.mass, rule.min_experts) if rule.mass else Fixed(rule.count)
     safe = union_of_topm(scores, voice, rule.protect)
     votes = VOTES[rule.vote](scores, voice, 0)
-    plain = take_by_votes(votes, safe, size, rule.least)
-    if not rule.lam or scores.resident is None:
+    plain = take_by_votes(votes, safe, size, rule.min_experts)
+    if not rule.resident_bonus or scores.resident is None:
         return plain
-    liked = take_by_votes(votes * (1 + rule.lam * scores.resident.double()), safe, size, rule.least)
-    return restore_votes(liked, plain, votes, rule.eps)
+    liked = take_by_votes(
+        votes * (1 + rule.resident_bonus * scores.resident.double()), safe, size, rule.min_experts
+    )
+    return restore_votes(liked, plain, votes, rule.max_vote_loss)
 
 
 @st.composite
@@ -133,15 +135,15 @@ def rules(draw: st.DrawFn, router: RouterSpec) -> CoresetRule | None:
         vote=vote,
         protect=draw(st.integers(0, min(2, router.k))),
         # Halves keep every product exact, so that sums in another order are the same.
-        lam=draw(st.sampled_from((0.0, 0.0, 0.5, 2.0))),
-        eps=draw(st.sampled_from((0.0, 0.02, 0.3, 1.0))),
+        resident_bonus=draw(st.sampled_from((0.0, 0.0, 0.5, 2.0))),
+        max_vote_loss=draw(st.sampled_from((0.0, 0.02, 0.3, 1.0))),
     )
     if kind == "count" or vote == "max":
         return replace(rule, count=draw(st.integers(1, router.experts)))
     return replace(
         rule,
         mass=draw(st.sampled_from((0.3, 0.8, 1.0))),
-        least=draw(st.integers(1, router.experts)),
+        min_experts=draw(st.integers(1, router.experts)),
     )
 
 
@@ -228,10 +230,14 @@ def test_every_vote_and_what_goes_with_it(vote: Vote) -> None:
     plain = CoresetRule(vote, count=5)
     agree(scores, plain, None)
     agree(scores, replace(plain, protect=2), voice)
-    agree(scores, replace(plain, protect=1, lam=2.0, eps=0.02), voice)
+    agree(scores, replace(plain, protect=1, resident_bonus=2.0, max_vote_loss=0.02), voice)
     if vote != "max":
-        agree(scores, CoresetRule(vote, mass=0.7, least=2, protect=1), voice)
-        agree(scores, CoresetRule(vote, mass=0.7, least=2, lam=0.5, eps=0.3), voice)
+        agree(scores, CoresetRule(vote, mass=0.7, min_experts=2, protect=1), voice)
+        agree(
+            scores,
+            CoresetRule(vote, mass=0.7, min_experts=2, resident_bonus=0.5, max_vote_loss=0.3),
+            voice,
+        )
 
 
 @pytest.mark.parametrize(("experts", "groups"), [(8, 1), (64, 1), (96, 8), (128, 1), (256, 8)])
@@ -256,7 +262,7 @@ def test_blocks_of_any_size(tokens: int, experts: int) -> None:
     router = RouterSpec(experts, 8, "softmax", True)
     scores = on_device(Scores(spread((1, tokens), experts, generator), router))
     agree(scores, CoresetRule(count=experts // 6), None)
-    agree(scores, CoresetRule("weight", mass=0.8, least=8, protect=1), None)
+    agree(scores, CoresetRule("weight", mass=0.8, min_experts=8, protect=1), None)
     agree(scores, None, None)
 
 
@@ -334,7 +340,7 @@ def test_what_the_kernels_do_not_take_is_left_to_torch() -> None:
     assert route(replace(scores, logits=learning), None, None) is None
     assert route(replace(scores, logits=scores.logits[:, :0]), None, None) is None
     assert route(scores, CoresetRule("max", mass=0.5, protect=1), None) is None
-    assert route(scores, CoresetRule("full", count=4, protect=1, most=3), None) is None
+    assert route(scores, CoresetRule("full", count=4, protect=1, max_experts=3), None) is None
     had = PreviousCoresets(0.1, torch.ones(1, 8, dtype=torch.bool))
     assert route(replace(scores, previous_coresets=had), CoresetRule(count=4), None) is None
     wide = RouterSpec(2048, 2, "softmax", False)
@@ -370,7 +376,7 @@ class Queued(TorchDispatchMode):
     [
         None,
         CoresetRule(count=5),
-        CoresetRule("full", mass=0.7, protect=1, lam=1.0),
+        CoresetRule("full", mass=0.7, protect=1, resident_bonus=1.0),
         CoresetRule(union=2),
     ],
 )
@@ -431,8 +437,13 @@ voices(None, torch.ones(1, 256))
 def test_every_rule_compiles_for_a_gpu() -> None:
     rules = [CoresetRule(union=3), CoresetRule(union=8), CoresetRule(count=9)]
     for vote in VOTE_NAMES:
-        rules += [CoresetRule(vote, count=9, protect=1, lam=1.0), CoresetRule(vote, count=9)]
-        rules += [] if vote == "max" else [CoresetRule(vote, mass=0.8, protect=1, lam=1.0)]
+        rules += [
+            CoresetRule(vote, count=9, protect=1, resident_bonus=1.0),
+            CoresetRule(vote, count=9),
+        ]
+        rules += (
+            [] if vote == "max" else [CoresetRule(vote, mass=0.8, protect=1, resident_bonus=1.0)]
+        )
     calls = [f"go({router}, 32, {rule})" for rule in rules for router in ("mini", "moe")]
     calls += [f"go({router}, 512, Rule(count=9))" for router in ("mini", "moe")]
     kernels = compiled("\n".join([LAUNCHES, *calls]))

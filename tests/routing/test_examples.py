@@ -1,4 +1,4 @@
-"""Each rule on scores small enough to follow by hand, and against a plain second writing of it."""
+"""Each policy on scores small enough to check by hand, and against a plain implementation."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ def ids_of(policy: Policy | str, scores: Scores) -> list[list[int]]:
         ("mass-vote:tau=1", [0, 1, 2, 3, 4]),
     ],
 )
-def test_rules_elect_whom_they_say(text: str, elected: list[int]):
+def test_policies_elect_the_expected_experts(text: str, elected: list[int]):
     assert coreset_of(text, Scores(BLOCK, SIGMOID)) == sorted(elected)
 
 
@@ -88,14 +88,14 @@ def test_racing_votes_with_the_bias_and_des_vote_without():
     assert coreset_of("coreset:m=1", Scores(BLOCK, SIGMOID, bias=bias)) == [1]
 
 
-def test_experts_of_the_coreset_that_a_token_did_not_choose_are_reactivated():
+def test_a_token_also_uses_coreset_experts_outside_its_top_k():
     routing = route(Scores(BLOCK, replace(SIGMOID, scale=2.5)), parse_policy("coreset:m=2"))
     assert routing.topk_ids.tolist() == [[0, 1], [1, 0], [0, 1]]
     torch.testing.assert_close(routing.topk_weights[2], torch.tensor([1.25, 1.25]))
     assert routing.vanilla_ids.tolist() == [[0, 1], [1, 2], [3, 4]]
 
 
-def test_a_coreset_smaller_than_k_leaves_places_empty():
+def test_a_coreset_smaller_than_k_gives_ids_of_minus_one():
     routing = route(Scores(BLOCK, SIGMOID), parse_policy("coreset:m=1"))
     assert routing.topk_ids.tolist() == [[1, -1]] * 3
     assert routing.topk_weights.tolist() == [[1.0, 0.0]] * 3
@@ -109,7 +109,7 @@ def test_ties_go_to_the_lower_expert():
 
 
 @pytest.mark.parametrize("activation", ["softmax", "sigmoid"])
-def test_equal_logits_tie_wherever_they_stand(activation: Literal["softmax", "sigmoid"]):
+def test_equal_logits_tie_at_every_position(activation: Literal["softmax", "sigmoid"]):
     for experts in range(2, 80):
         router = RouterSpec(experts, 2, activation, renormalise=False)
         p = Scores(torch.full((1, 3, experts), 0.3), router).probability
@@ -117,7 +117,7 @@ def test_equal_logits_tie_wherever_they_stand(activation: Literal["softmax", "si
         assert len(p.unique()) == 1
 
 
-def test_groups_are_chosen_before_the_coreset_and_filled_from_outside_them():
+def test_groups_are_coreset_before_the_coreset_and_filled_from_outside_them():
     router = RouterSpec(8, 3, "sigmoid", True, groups=4, topk_groups=2)
     scores = Scores(logits((0.9, 0.1, 0.4, 0.5, 0.8, 0.7, 0.3, 0.2)), router)
     # Groups {4, 5} with 1.5 and {0, 1} with 1.0 stay; {2, 3} with 0.9 does not.
@@ -164,24 +164,24 @@ def test_naee_orders_by_probability_and_not_by_bias():
     assert ids_of("naee:beta=0.1", scores) == [[0, 1, -1]]
 
 
-def test_mc_moe_spares_the_most_important_share_rounded_up():
+def test_mc_moe_keeps_the_most_important_share_rounded_up():
     importance = torch.tensor([[0.1, 0.2, 0.3]])
     scores = Scores(BLOCK, SIGMOID, importance=importance)
-    kept = [
+    counts = [
         (route(scores, McMoe(1.0, share)).topk_ids >= 0).sum(-1).tolist()
         for share in (0, 0.02, 0.5, 1)
     ]
-    assert kept == [[1, 1, 1], [1, 1, 2], [1, 2, 2], [2, 2, 2]]
+    assert counts == [[1, 1, 1], [1, 1, 2], [1, 2, 2], [2, 2, 2]]
 
 
-def test_only_mc_moe_needs_importance_and_says_so():
+def test_only_mc_moe_needs_importance():
     assert needs_importance(parse_policy("mc-moe:beta=0.6"))
     assert not needs_importance(parse_policy("naee:beta=0.6"))
     with pytest.raises(CoterieError, match="mc-moe needs the importance"):
         route(Scores(BLOCK, SIGMOID), parse_policy("mc-moe:beta=0.6"))
 
 
-def test_who_does_not_vote_is_not_protected_either():
+def test_experts_of_tokens_without_a_vote_are_not_protected():
     scores = Scores(BLOCK, SIGMOID, voters=torch.tensor([[True, True, False]]))
     assert coreset_of("coreset:m=1,protect=top1", scores) == [0, 1]
     assert coreset_of("des-seq:k=1", scores) == [0, 1]
@@ -189,9 +189,9 @@ def test_who_does_not_vote_is_not_protected_either():
 
 
 @pytest.mark.parametrize(
-    ("voters", "elected"), [("unfilled", [0, 1]), ("masked", [3, 4]), ("uncertain", [1, 2])]
+    ("voters", "elected"), [("before-eos", [0, 1]), ("masked", [3, 4]), ("uncertain", [1, 2])]
 )
-def test_voters_narrow_the_electorate(voters: str, elected: list[int]):
+def test_the_voters_option_narrows_the_voters(voters: str, elected: list[int]):
     progress = DecodeProgress(
         after_eos=torch.tensor([[False, False, True]]),
         masked=torch.tensor([[False, False, True]]),
@@ -201,18 +201,18 @@ def test_voters_narrow_the_electorate(voters: str, elected: list[int]):
     assert coreset_of(f"coreset:m=2,voters={voters}", scores) == elected
 
 
-def test_voters_without_progress_say_what_is_missing():
-    with pytest.raises(CoterieError, match="voters=masked needs the canvas's progress"):
+def test_voters_without_progress_are_an_error():
+    with pytest.raises(CoterieError, match=r"voters=masked.*progress"):
         route(Scores(BLOCK, SIGMOID), parse_policy("des-vote:beta=0.5,voters=masked"))
 
 
-def test_a_narrowing_that_leaves_nobody_falls_back_to_the_engines_voters():
-    nobody = DecodeProgress(masked=torch.zeros(1, 3, dtype=torch.bool))
-    scores = Scores(BLOCK, SIGMOID, voters=torch.tensor([[0, 0, 1]]), progress=nobody)
+def test_without_a_voter_left_the_voters_of_the_engine_vote():
+    progress = DecodeProgress(masked=torch.zeros(1, 3, dtype=torch.bool))
+    scores = Scores(BLOCK, SIGMOID, voters=torch.tensor([[0, 0, 1]]), progress=progress)
     assert coreset_of("coreset:m=2,voters=masked", scores) == [3, 4]
 
 
-def test_a_batch_shares_one_coreset_only_when_asked():
+def test_a_batch_shares_one_coreset_with_scope_batch_only():
     two = Scores(torch.stack([BLOCK[0, 0], BLOCK[0, 2]]).unsqueeze(1), SIGMOID)
     assert parse_policy("des-seq:k=1").eligible(two, 2).sum(-1).tolist() == [[1], [1]]
     assert coreset_of("des-seq:k=1,scope=batch", two) == [0, 3]
@@ -229,7 +229,7 @@ def test_random_sets_change_with_layer_forward_and_seed_and_nothing_else():
     assert coreset_of("random:beta=0.25,seed=1", scores) != first
 
 
-def test_resident_experts_are_preferred_while_the_votes_held_allow_it():
+def test_resident_experts_are_preferred_within_the_vote_loss():
     resident = torch.tensor([False, False, False, False, True, False])
     scores = Scores(BLOCK, SIGMOID, resident=resident)  # votes .9, 1.1, .2, .6, .5, 0
     assert coreset_of("resident-vote:beta=0.5,lam=0,eps=1", scores) == [0, 1, 3]
@@ -239,12 +239,18 @@ def test_resident_experts_are_preferred_while_the_votes_held_allow_it():
     assert coreset_of("resident-vote:beta=0.5", replace(scores, resident=None)) == [0, 1, 3]
 
 
-def test_residency_repairs_with_the_fewest_swaps():
+def test_restoring_votes_takes_the_fewest_swaps():
     votes = torch.tensor([[50, 40, 30, 20, 10, 5]])
     plain = torch.tensor([[True, True, True, False, False, False]])
-    favoured = ~plain
-    for eps, kept in [(0.8, [3, 4, 5]), (0.35, [0, 3, 4]), (0.1, [0, 1, 3]), (0, [0, 1, 2])]:
-        assert restore_votes(favoured, plain, votes, eps)[0].nonzero().flatten().tolist() == kept
+    bonus_coreset = ~plain
+    for max_vote_loss, expected in [
+        (0.8, [3, 4, 5]),
+        (0.35, [0, 3, 4]),
+        (0.1, [0, 1, 3]),
+        (0, [0, 1, 2]),
+    ]:
+        restored = restore_votes(bonus_coreset, plain, votes, max_vote_loss)
+        assert restored[0].nonzero().flatten().tolist() == expected
 
 
 @given(st.lists(st.integers(0, 50), min_size=1, max_size=30), st.data())
@@ -254,24 +260,24 @@ def test_taking_by_budget_is_a_sorted_walk(votes: list[int], data: st.DataObject
     m = data.draw(st.integers(1, 35))
     order = sorted(range(len(votes)), key=lambda e: (not protected[e], -votes[e], e))
     expected = sorted(order[: max(m, sum(protected))])
-    assert _taken(votes, protected, Fixed(m)) == expected
+    assert _coreset(votes, protected, Fixed(m)) == expected
 
 
 @given(st.lists(st.integers(0, 50), min_size=1, max_size=30), st.floats(0.01, 1), st.integers(1, 9))
 @law(150)
 def test_taking_by_mass_is_the_shortest_walk_that_holds_it(
-    votes: list[int], tau: float, least: int
+    votes: list[int], tau: float, min_experts: int
 ):
-    chosen = _taken(votes, [False] * len(votes), Mass(tau, least))
-    assert len(chosen) >= min(least, len(votes))
-    held = sum(votes[e] for e in chosen)
-    assert held >= tau * sum(votes) - 1e-9
-    if len(chosen) > least:
-        assert held - min(votes[e] for e in chosen) < tau * sum(votes)
+    coreset = _coreset(votes, [False] * len(votes), Mass(tau, min_experts))
+    assert len(coreset) >= min(min_experts, len(votes))
+    mass = sum(votes[e] for e in coreset)
+    assert mass >= tau * sum(votes) - 1e-9
+    if len(coreset) > min_experts:
+        assert mass - min(votes[e] for e in coreset) < tau * sum(votes)
 
 
 def test_votes_of_many_tokens_add_up_exactly():
-    """In fp32 a running sum of 100,000 small votes would stray; the order would then decide."""
+    """In fp32 the sum of 100,000 small votes would depend on their order."""
     scores = Scores(torch.full((1, 100_000, 4), -3.0), RouterSpec(4, 4, "sigmoid", True))
     assert coreset_of("coreset:m=2", scores) == [0, 1]
 
@@ -286,6 +292,6 @@ def _only(*experts: int) -> Policy:
     return Only()
 
 
-def _taken(votes: list[int], protected: list[bool], size: Fixed | Mass) -> list[int]:
+def _coreset(votes: list[int], protected: list[bool], size: Fixed | Mass) -> list[int]:
     mask = take_by_votes(torch.tensor([votes]), torch.tensor([protected]), size, 1)
     return mask[0].nonzero().flatten().tolist()

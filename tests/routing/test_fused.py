@@ -1,4 +1,4 @@
-"""What kernels are told of a policy, and that what they route equals plain torch by value."""
+"""Kernel forms of policies, and kernels that route like plain torch."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ needs_kernels = pytest.mark.skipif(
 )
 
 
-def ruling(text: str, scores: Scores = SCORES) -> KernelRouting | None:
+def kernel_routing(text: str, scores: Scores = SCORES) -> KernelRouting | None:
     policy = parse_policy(text)
     return policy.kernel_rule(scores, scores.router.k) if isinstance(policy, KernelPolicy) else None
 
@@ -52,82 +52,93 @@ def ruling(text: str, scores: Scores = SCORES) -> KernelRouting | None:
         ("des-seq:k=4", None),
         ("des-seq:k=3", CoresetRule(union=3)),
         ("des-seq:k=4,voters=before-eos", CoresetRule(union=4)),
-        ("des-vote:beta=0.15", CoresetRule(count=4, eps=0.02)),
+        ("des-vote:beta=0.15", CoresetRule(count=4, max_vote_loss=0.02)),
         (
             "des-vote:beta=0.5,vote=weight,protect=top1",
-            CoresetRule("weight", 0, 16, protect=1, eps=0.02),
+            CoresetRule("weight", 0, 16, protect=1, max_vote_loss=0.02),
         ),
-        ("uniform-vote:beta=0.01", CoresetRule("count", count=1, eps=0.02)),
-        ("xshare:beta=1", CoresetRule("full", count=32, protect=1, eps=0.02)),
-        ("racing:m=48", CoresetRule("max", count=32, eps=0.02)),
-        ("mass-vote:tau=0.8", CoresetRule(mass=0.8, least=4, eps=0.02)),
-        ("mass-vote:tau=0.8,least=40", CoresetRule(mass=0.8, least=32, eps=0.02)),
-        ("resident-vote:beta=0.5,lam=2,eps=0.1", CoresetRule(count=16, lam=2.0, eps=0.1)),
-        ("coreset:m=3,vote=margin", CoresetRule("margin", count=3, eps=0.02)),
-        ("des-vote:beta=0.5,most=7", CoresetRule(count=7, eps=0.02)),
-        ("xshare:beta=0.5,most=7", CoresetRule("full", count=7, protect=1, eps=0.02, most=7)),
-        ("des-seq:k=4,most=7", CoresetRule(union=4, eps=0.02, most=7)),
-        ("des-vote:beta=0.5,max=slots", CoresetRule(count=16, eps=0.02)),
+        ("uniform-vote:beta=0.01", CoresetRule("count", count=1, max_vote_loss=0.02)),
+        ("xshare:beta=1", CoresetRule("full", count=32, protect=1, max_vote_loss=0.02)),
+        ("racing:m=48", CoresetRule("max", count=32, max_vote_loss=0.02)),
+        ("mass-vote:tau=0.8", CoresetRule(mass=0.8, min_experts=4, max_vote_loss=0.02)),
+        ("mass-vote:tau=0.8,least=40", CoresetRule(mass=0.8, min_experts=32, max_vote_loss=0.02)),
+        (
+            "resident-vote:beta=0.5,lam=2,eps=0.1",
+            CoresetRule(count=16, resident_bonus=2.0, max_vote_loss=0.1),
+        ),
+        ("coreset:m=3,vote=margin", CoresetRule("margin", count=3, max_vote_loss=0.02)),
+        ("des-vote:beta=0.5,most=7", CoresetRule(count=7, max_vote_loss=0.02)),
+        (
+            "xshare:beta=0.5,most=7",
+            CoresetRule("full", count=7, protect=1, max_vote_loss=0.02, max_experts=7),
+        ),
+        ("des-seq:k=4,most=7", CoresetRule(union=4, max_vote_loss=0.02, max_experts=7)),
+        ("des-vote:beta=0.5,max=slots", CoresetRule(count=16, max_vote_loss=0.02)),
     ],
 )
-def test_a_policy_tells_its_rule_in_plain_numbers(text: str, rule: CoresetRule | None):
-    told = ruling(text)
-    assert told is not None
-    assert told.rule == rule
+def test_the_kernel_rule_of_a_policy(text: str, rule: CoresetRule | None):
+    routing = kernel_routing(text)
+    assert routing is not None
+    assert routing.rule == rule
 
 
 @pytest.mark.parametrize(
     "text",
     ["naee:beta=0.6", "mc-moe:beta=0.6", "random:beta=0.5", "coreset:m=3,vote=random"],
 )
-def test_what_plain_numbers_cannot_say_has_no_rule(text: str):
-    assert ruling(text) is None
+def test_policies_without_a_kernel_rule(text: str):
+    assert kernel_routing(text) is None
 
 
-def test_a_list_of_budgets_is_the_layers_own_rule():
-    told = ruling("des-vote:beta=0.25/0.5", replace(SCORES, moe_index=1))
-    assert told is not None
-    assert told.rule == CoresetRule(count=16, eps=0.02)
+def test_a_list_of_budgets_gives_the_rule_of_the_layer():
+    routing = kernel_routing("des-vote:beta=0.25/0.5", replace(SCORES, moe_index=1))
+    assert routing is not None
+    assert routing.rule == CoresetRule(count=16, max_vote_loss=0.02)
 
 
-def test_everybody_has_one_vote_unless_somebody_says_otherwise():
+def test_vote_weights_are_1_unless_voters_are_limited():
     voters = torch.tensor([[1.0] * 3 + [0.0] * 3] * 2)
     filled = torch.tensor([[False] * 2 + [True] * 4] * 2)
     scores = replace(SCORES, voters=voters, progress=DecodeProgress(after_eos=filled))
-    everybody, engine = ruling("des-vote:beta=0.5"), ruling("des-vote:beta=0.5", scores)
-    unfilled = ruling("des-vote:beta=0.5,voters=before-eos", scores)
-    assert everybody is not None
+    all_vote, engine = (
+        kernel_routing("des-vote:beta=0.5"),
+        kernel_routing("des-vote:beta=0.5", scores),
+    )
+    before_eos = kernel_routing("des-vote:beta=0.5,voters=before-eos", scores)
+    assert all_vote is not None
     assert engine is not None
-    assert unfilled is not None
-    assert everybody.vote_weight is None
+    assert before_eos is not None
+    assert all_vote.vote_weight is None
     assert engine.vote_weight is not None
-    assert unfilled.vote_weight is not None
+    assert before_eos.vote_weight is not None
     assert torch.equal(engine.vote_weight, voters)
-    assert torch.equal(unfilled.vote_weight, torch.tensor([[1.0] * 2 + [0.0] * 4] * 2))
+    assert torch.equal(before_eos.vote_weight, torch.tensor([[1.0] * 2 + [0.0] * 4] * 2))
 
 
-def test_rows_that_share_a_coreset_are_ruled_as_one():
-    told = ruling("des-vote:beta=0.5,scope=batch")
-    assert told is not None
-    assert torch.equal(told.scores.logits, SCORES.logits.view(1, 12, 32))
+def test_rows_that_share_a_coreset_are_one_sequence():
+    routing = kernel_routing("des-vote:beta=0.5,scope=batch")
+    assert routing is not None
+    assert torch.equal(routing.scores.logits, SCORES.logits.view(1, 12, 32))
 
 
-def test_routing_asks_the_kernel_first_and_torch_where_there_is_none(monkeypatch):
-    asked: list[CoresetRule | None] = []
-    made = route_by_mask(SCORES, parse_policy("vanilla"))
+def test_route_uses_the_kernel_and_else_torch(monkeypatch):
+    rules: list[CoresetRule | None] = []
+    expected = route_by_mask(SCORES, parse_policy("vanilla"))
 
-    def kernel(scores: Scores, rule: CoresetRule | None, voice: Tensor | None) -> Routing | None:
-        asked.append(rule)
-        return made if rule is None else None
+    def kernel(
+        scores: Scores, rule: CoresetRule | None, vote_weight: Tensor | None
+    ) -> Routing | None:
+        rules.append(rule)
+        return expected if rule is None else None
 
     monkeypatch.setattr(ops, "route", kernel)
-    assert route(SCORES, parse_policy("vanilla")) is made
+    assert route(SCORES, parse_policy("vanilla")) is expected
     plain = route(SCORES, parse_policy("des-seq:k=1"))
     assert torch.equal(plain.topk_ids, route_by_mask(SCORES, parse_policy("des-seq:k=1")).topk_ids)
-    assert asked == [None, CoresetRule(union=1)]
+    assert rules == [None, CoresetRule(union=1)]
 
 
-def test_a_policy_of_a_callers_own_needs_no_ruling():
+def test_a_custom_policy_needs_no_kernel_rule():
     @dataclass(frozen=True)
     class Evens:
         def eligible(self, scores: Scores, k: int) -> Tensor:
@@ -140,7 +151,7 @@ def test_a_policy_of_a_callers_own_needs_no_ruling():
 
 @st.composite
 def odd_blocks(draw: st.DrawFn) -> Scores:
-    """Scores of every shape: 1 - 300 experts, 1 - 64 tokens of 1 - 4 rows, mostly ties."""
+    """Scores of any shape, mostly with ties: 1 - 300 experts, 1 - 64 tokens, 1 - 4 rows."""
     groups = draw(st.sampled_from((1, 1, 2, 4, 8)))
     size = draw(st.integers(1, 300 // groups))
     experts, renormalise = groups * size, draw(st.booleans())
@@ -175,75 +186,81 @@ def odd_blocks(draw: st.DrawFn) -> Scores:
         ),
         resident=draw(st.sampled_from((None, torch.rand(experts, generator=generator) < 0.4))),
         slots=draw(st.sampled_from((None, 1 + experts // 3, experts))),
-        previous_coresets=draw(st.sampled_from((None, incumbents(shape[0], experts, generator)))),
+        previous_coresets=draw(
+            st.sampled_from((None, previous_coresets(shape[0], experts, generator)))
+        ),
         forward_indices=(1,) * shape[0],
     )
 
 
-def incumbents(rows: int, experts: int, generator: torch.Generator) -> PreviousCoresets:
-    """Coresets of any size; of some rows none."""
-    there = torch.rand(rows, experts, generator=generator) < torch.rand(
+def previous_coresets(rows: int, experts: int, generator: torch.Generator) -> PreviousCoresets:
+    """Coresets of any size; some rows have none."""
+    coresets = torch.rand(rows, experts, generator=generator) < torch.rand(
         rows, 1, generator=generator
     )
-    drift = float(torch.rand((), generator=generator))
-    return PreviousCoresets(drift, there & (torch.rand(rows, 1, generator=generator) < 0.8))
+    reuse_tolerance = float(torch.rand((), generator=generator))
+    return PreviousCoresets(
+        reuse_tolerance, coresets & (torch.rand(rows, 1, generator=generator) < 0.8)
+    )
 
 
 @st.composite
-def ruled(draw: st.DrawFn) -> str:
-    """A policy that has a rule: every vote, size, protection, residency, voters and scope."""
+def kernel_policies(draw: st.DrawFn) -> str:
+    """A policy with a kernel rule: any vote, size, protection, bonus, voters and scope."""
     size = draw(st.sampled_from(("beta=0.15", "beta=0.6", "m=5", "tau=0.8", "tau=0.5,least=9")))
-    said = {
-        "vote": draw(st.sampled_from(("masked", "weight", "count", "full", "margin", "max"))),
+    options = {
+        "vote": draw(st.sampled_from(("topk-prob", "weight", "count", "full", "margin", "max"))),
         "protect": draw(st.sampled_from(("none", "top1"))),
-        "voters": draw(st.sampled_from(("all", "unfilled", "masked", "uncertain"))),
+        "voters": draw(st.sampled_from(("all", "before-eos", "masked", "uncertain"))),
         "scope": draw(st.sampled_from(("block", "batch"))),
-        "lam": draw(st.sampled_from((0, 0.5, 2))),
-        "eps": draw(st.sampled_from((0, 0.02, 0.3))),
+        "resident_bonus": draw(st.sampled_from((0, 0.5, 2))),
+        "max_vote_loss": draw(st.sampled_from((0, 0.02, 0.3))),
     }
     if draw(st.booleans()):
-        said["most"] = draw(st.sampled_from((1, 7, "slots")))
-    point = f"coreset:{size},{','.join(f'{name}={value}' for name, value in said.items())}"
-    union = ("voters", "scope", "most")
-    kept = ",".join(f"{name}={said[name]}" for name in union if name in said)
-    first = f"des-seq:k={draw(st.integers(1, 9))},{kept}"
-    return draw(st.sampled_from((point, point, first, "vanilla")))
+        options["max"] = draw(st.sampled_from((1, 7, "slots")))
+    coreset = f"coreset:{size},{','.join(f'{name}={value}' for name, value in options.items())}"
+    union = ("voters", "scope", "max")
+    union_options = ",".join(f"{name}={options[name]}" for name in union if name in options)
+    first = f"des-seq:k={draw(st.integers(1, 9))},{union_options}"
+    return draw(st.sampled_from((coreset, coreset, first, "vanilla")))
 
 
-def with_isa(isa: str, told: KernelRouting) -> Routing | None:
+def with_isa(isa: str, routing: KernelRouting) -> Routing | None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("COTERIE_ISA", isa)
-        return ops.route(told.scores, told.rule, told.vote_weight)
+        return ops.route(routing.scores, routing.rule, routing.vote_weight)
 
 
 @needs_kernels
-@given(odd_blocks(), ruled(), st.sampled_from(ISAS))
+@given(odd_blocks(), kernel_policies(), st.sampled_from(ISAS))
 @law(400)
-def test_one_call_routes_as_plain_torch_does(scores: Scores, text: str, isa: str):
-    if text == "vanilla" or "scope=batch" in text:  # these keep no coresets
+def test_the_kernel_routes_like_plain_torch(scores: Scores, text: str, isa: str):
+    if text == "vanilla" or "scope=batch" in text:  # these reuse no coresets
         scores = replace(scores, previous_coresets=None)
-    told, expected = ruling(text, scores), route_by_mask(scores, parse_policy(text))
-    assert told is not None
-    found = with_isa(isa, told)
-    assert found is not None
+    routing, expected = kernel_routing(text, scores), route_by_mask(scores, parse_policy(text))
+    assert routing is not None
+    result = with_isa(isa, routing)
+    assert result is not None
     for one, other in (
-        (found.topk_ids, expected.topk_ids),
-        (found.vanilla_ids, expected.vanilla_ids),
+        (result.topk_ids, expected.topk_ids),
+        (result.vanilla_ids, expected.vanilla_ids),
     ):
         assert torch.equal(one, other)
-    assert torch.equal(found.used, expected.used)
+    assert torch.equal(result.used, expected.used)
     torch.testing.assert_close(
-        found.topk_weights, expected.topk_weights, rtol=2e-6, atol=0, equal_nan=True
+        result.topk_weights, expected.topk_weights, rtol=2e-6, atol=0, equal_nan=True
     )
     assert (
-        (found.coreset_reuse is None)
+        (result.coreset_reuse is None)
         == (expected.coreset_reuse is None)
         == (scores.previous_coresets is None)
     )
-    if found.coreset_reuse is not None and expected.coreset_reuse is not None:
-        for one, other in zip(vars(found.coreset_reuse), vars(expected.coreset_reuse), strict=True):
+    if result.coreset_reuse is not None and expected.coreset_reuse is not None:
+        for one, other in zip(
+            vars(result.coreset_reuse), vars(expected.coreset_reuse), strict=True
+        ):
             assert torch.equal(
-                getattr(found.coreset_reuse, one), getattr(expected.coreset_reuse, other)
+                getattr(result.coreset_reuse, one), getattr(expected.coreset_reuse, other)
             )
 
 
@@ -251,7 +268,7 @@ def test_one_call_routes_as_plain_torch_does(scores: Scores, text: str, isa: str
 @pytest.mark.parametrize("isa", ISAS)
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
 @pytest.mark.parametrize("at", [0, 100, 2 * 6 * 32 - 1])
-def test_logits_that_are_not_numbers_are_left_to_torch(isa: str, bad: float, at: int):
+def test_non_finite_logits_have_no_kernel_and_raise(isa: str, bad: float, at: int):
     logits = SCORES.logits.clone()
     logits.view(-1)[at] = bad
     assert with_isa(isa, KernelRouting(replace(SCORES, logits=logits))) is None
@@ -260,18 +277,18 @@ def test_logits_that_are_not_numbers_are_left_to_torch(isa: str, bad: float, at:
 
 
 @needs_kernels
-def test_what_lies_otherwise_in_memory_is_left_to_torch():
-    turned = replace(SCORES, logits=SCORES.logits.transpose(0, 1).contiguous().transpose(0, 1))
-    learning = replace(SCORES, logits=SCORES.logits.clone().requires_grad_())
-    for scores in (turned, learning, replace(SCORES, logits=SCORES.logits.double())):
+def test_other_strides_and_dtypes_have_no_kernel():
+    transposed = replace(SCORES, logits=SCORES.logits.transpose(0, 1).contiguous().transpose(0, 1))
+    with_grad = replace(SCORES, logits=SCORES.logits.clone().requires_grad_())
+    for scores in (transposed, with_grad, replace(SCORES, logits=SCORES.logits.double())):
         assert ops.route(scores, None, None) is None
     assert torch.equal(
-        route(turned, parse_policy("vanilla")).topk_ids, route(SCORES, VANILLA).topk_ids
+        route(transposed, parse_policy("vanilla")).topk_ids, route(SCORES, VANILLA).topk_ids
     )
-    assert route(learning, VANILLA).topk_weights.requires_grad
+    assert route(with_grad, VANILLA).topk_weights.requires_grad
 
 
 @needs_kernels
-def test_routing_takes_the_kernel(monkeypatch: pytest.MonkeyPatch):
+def test_route_uses_the_kernel_only(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(router, "route_by_mask", None)
     assert route(SCORES, VANILLA).topk_ids.shape == (12, 4)

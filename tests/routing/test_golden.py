@@ -1,4 +1,4 @@
-"""Router logits of the reference checkpoints give the reference's experts and weights."""
+"""Router logits of the reference checkpoints give the experts and weights of the reference."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def test_reference_choices_and_weights(name: str, policy: str):
 
 
 @pytest.mark.parametrize("name", golden_sets())
-def test_every_row_of_the_reference_routes_alone_as_in_its_batch(name: str):
+def test_a_row_of_the_reference_routes_alone_as_in_its_batch(name: str):
     for scores, ids, _ in reference(name):
         rows = [Scores(row[None], scores.router, bias=scores.bias) for row in scores.logits]
         assert torch.equal(torch.cat([route(row, Vanilla()).topk_ids for row in rows]), ids)
@@ -36,18 +36,18 @@ def reference(name: str) -> list[tuple[Scores, torch.Tensor, torch.Tensor]]:
     """(scores, ids [T, k], weights [T, k]) of every layer that routes."""
     folder = golden(*name.split("/"))
     router = router_of(json.loads((folder / "config.json").read_text()))
-    found = np.load(folder / "reference.npz")
+    arrays = np.load(folder / "reference.npz")
     layers = []
-    for at, layer in enumerate(found["moe_layer_index"]):
+    for index, layer in enumerate(arrays["moe_layer_index"]):
         bias = bias_of(folder / "model.safetensors", int(layer))
-        scores = Scores(torch.tensor(found["router_logits"][at]), router, bias=bias)
-        ids, weights = (torch.tensor(found[f"topk_{part}"][at]) for part in ("ids", "weights"))
+        scores = Scores(torch.tensor(arrays["router_logits"][index]), router, bias=bias)
+        ids, weights = (torch.tensor(arrays[f"topk_{part}"][index]) for part in ("ids", "weights"))
         layers.append((scores, ids.flatten(0, 1).long(), weights.flatten(0, 1)))
     return layers
 
 
 def router_of(config: dict) -> RouterSpec:
-    """Written out here on purpose: a second reading of the config beside the families'."""
+    """An independent implementation: it must not use that of the families."""
     sigmoid = config.get("score_function") == "sigmoid"
     return RouterSpec(
         experts=config["num_experts"],

@@ -1,4 +1,4 @@
-"""What holds for every router, every policy and every block: the invariants of routing."""
+"""Invariants of routing for every router, policy and block."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from policy_strategies import coresets, law, policies
+from score_strategies import blocks
 from torch import Tensor
 
 from coterie.errors import CoterieError
@@ -32,60 +33,6 @@ WITHOUT_TIES = (
 )
 
 
-@st.composite
-def routers(draw: st.DrawFn, *, groups: bool = True) -> RouterSpec:
-    count = draw(st.sampled_from((1, 2, 4, 8) if groups else (1,)))
-    size = draw(st.integers(max(2, math.ceil(4 / count)), 64 // count))
-    kept = draw(st.integers(1, count))
-    renormalise = draw(st.booleans())
-    return RouterSpec(
-        experts=count * size,
-        k=draw(st.integers(1, min(8, kept * size))),
-        activation=draw(st.sampled_from(("softmax", "sigmoid"))),
-        renormalise=renormalise,
-        scale=draw(st.sampled_from((1.0, 2.5))),
-        groups=count,
-        topk_groups=kept,
-        biased_weight=draw(st.booleans()) and not renormalise,
-        epsilon=draw(st.sampled_from((0.0, 1e-20))),
-    )
-
-
-@st.composite
-def blocks(
-    draw: st.DrawFn,
-    *,
-    ties: bool | None = None,
-    groups: bool = True,
-    rows: int | None = None,
-) -> Scores:
-    """Scores of a block: any router, 1 - 40 tokens, ties when logits are small whole numbers."""
-    router = draw(routers(groups=groups))
-    generator = torch.Generator().manual_seed(draw(st.integers(0, 2**32 - 1)))
-    shape = (rows or draw(st.integers(1, 3)), draw(st.integers(1, 40)))
-    if draw(st.booleans()) if ties is None else ties:
-        logits = torch.randint(-2, 3, (*shape, router.experts), generator=generator).float()
-        bias = torch.randint(-1, 2, (router.experts,), generator=generator) / 4
-    else:
-        logits = 2 * torch.randn(*shape, router.experts, generator=generator)
-        bias = torch.randn(router.experts, generator=generator) / 4
-    return Scores(
-        logits=logits,
-        router=router,
-        bias=bias if draw(st.booleans()) else None,
-        voters=_coin(shape, generator) if draw(st.booleans()) else None,
-        progress=DecodeProgress(
-            masked=_coin(shape, generator),
-            after_eos=_coin(shape, generator),
-            uncertainty=torch.rand(shape, generator=generator),
-        ),
-        importance=torch.rand(shape, generator=generator),
-        resident=_coin((router.experts,), generator),
-        layer=draw(st.integers(0, 20)),
-        forward_indices=tuple(range(5, 5 + shape[0])),
-    )
-
-
 @given(blocks())
 @law(150)
 def test_vanilla_is_the_unmodified_model_bit_for_bit(scores: Scores):
@@ -96,7 +43,7 @@ def test_vanilla_is_the_unmodified_model_bit_for_bit(scores: Scores):
     for routing in (route(scores, Vanilla()), route_by_mask(scores, Vanilla())):
         assert torch.equal(routing.topk_ids, ids)
         assert torch.equal(routing.vanilla_ids, ids)
-        # A kernel adds up a token's weights in an order of its own.
+        # A kernel sums the weights of a token in another order.
         torch.testing.assert_close(routing.topk_weights, weights, rtol=1e-6, atol=0)
     assert torch.equal(routing.topk_weights, weights)
 
@@ -116,7 +63,7 @@ def test_every_token_stays_inside_the_coreset(scores: Scores, policy: Policy):
 @given(blocks(), coresets())
 @law(100)
 def test_every_token_keeps_as_many_experts_as_the_coreset_allows(scores: Scores, policy: Policy):
-    """Nobody is dropped: min(k, |C|) experts each, and a best-by-rank choice among C."""
+    """min(k, |C|) experts each: the best by rank in C."""
     coreset = policy.eligible(scores, scores.router.k).expand(scores.logits.shape)
     ids = route(scores, policy).topk_ids.view(*scores.logits.shape[:2], -1)
     expected = coreset.sum(-1).clamp(max=scores.router.k)
@@ -141,7 +88,7 @@ def test_a_coreset_of_all_experts_is_vanilla_bit_for_bit(scores: Scores):
 
 @given(blocks(), st.integers(0, 3), st.sampled_from(("block", "batch")))
 @law()
-def test_des_seq_with_all_of_a_tokens_experts_is_vanilla(scores: Scores, more: int, scope: str):
+def test_des_seq_with_all_top_k_experts_is_vanilla(scores: Scores, more: int, scope: str):
     policy = parse_policy(f"des-seq:k={scores.router.k + more},scope={scope}")
     _assert_same(route(scores, policy), route(scores, Vanilla()))
 
@@ -149,10 +96,10 @@ def test_des_seq_with_all_of_a_tokens_experts_is_vanilla(scores: Scores, more: i
 @given(
     blocks(),
     st.floats(0.01, 1),
-    st.sampled_from(("masked", "weight", "count", "full", "margin", "max")),
+    st.sampled_from(("topk-prob", "weight", "count", "full", "margin", "max")),
 )
 @law(120)
-def test_a_share_of_experts_is_exact_whatever_the_block(scores: Scores, beta: float, vote: str):
+def test_a_share_of_experts_is_exact_for_every_block(scores: Scores, beta: float, vote: str):
     policy = parse_policy(f"des-vote:beta={beta!r},vote={vote}")
     size = policy.eligible(scores, scores.router.k).sum(-1)
     assert size.unique().tolist() == [max(1, math.floor(beta * scores.router.experts + 1e-9))]
@@ -161,7 +108,7 @@ def test_a_share_of_experts_is_exact_whatever_the_block(scores: Scores, beta: fl
 @pytest.mark.parametrize(
     ("beta", "experts", "elected"), [(0.15, 256, 38), (0.1, 256, 25), (0.6, 64, 38), (0.4, 64, 25)]
 )
-def test_the_papers_budgets_come_out_exactly(beta: float, experts: int, elected: int):
+def test_budgets_of_the_paper_are_exact(beta: float, experts: int, elected: int):
     scores = Scores(torch.randn(1, 32, experts), RouterSpec(experts, 8, "softmax", True))
     for name in ("des-vote", "uniform-vote", "random", "resident-vote"):
         assert int(parse_policy(f"{name}:beta={beta}").eligible(scores, 8).sum()) == elected
@@ -201,7 +148,7 @@ def test_renaming_experts_renames_the_coreset(scores: Scores, policy: Policy, rn
 
 @given(blocks(), policies(), st.sampled_from((math.nan, math.inf, -math.inf)), st.data())
 @law()
-def test_logits_that_are_not_numbers_raise(scores: Scores, policy: Policy, bad: float, data):
+def test_non_finite_logits_raise(scores: Scores, policy: Policy, bad: float, data):
     logits = scores.logits.clone()
     logits.view(-1)[data.draw(st.integers(0, logits.numel() - 1))] = bad
     with pytest.raises(CoterieError, match=f"layer {scores.layer}: router logits"):
@@ -222,8 +169,8 @@ def test_a_row_in_a_batch_routes_as_it_does_alone(scores: Scores, policy: Policy
 
 @given(blocks(rows=3), coresets())
 @law()
-def test_a_finished_row_elects_nobody_for_the_others(scores: Scores, policy: Policy):
-    """With one coreset for all rows, what the row without a voter holds is of no account."""
+def test_a_finished_row_does_not_vote_for_other_rows(scores: Scores, policy: Policy):
+    """Also with one coreset for all rows."""
     voters = torch.ones(scores.logits.shape[:2])
     voters[1] = 0
     scores = replace(scores, voters=voters, forward_indices=(5, 5, 5))
@@ -237,7 +184,7 @@ def test_a_finished_row_elects_nobody_for_the_others(scores: Scores, policy: Pol
 
 @given(blocks(), policies())
 @law(120)
-def test_weights_follow_the_family_and_nobody_is_counted_for_nothing(scores: Scores, policy):
+def test_weights_follow_the_family_and_ids_are_unique(scores: Scores, policy):
     routing = route(scores, policy)
     absent = routing.topk_ids < 0
     assert bool((routing.topk_weights[absent] == 0).all())
@@ -252,7 +199,7 @@ def test_weights_follow_the_family_and_nobody_is_counted_for_nothing(scores: Sco
 
 
 def _unmodified(scores: Scores) -> tuple[Tensor, Tensor]:
-    """The model's own routing, one token at a time and without tensors where it decides."""
+    """The unmodified routing, one token at a time and with plain numbers."""
     everywhere = torch.ones_like(scores.logits, dtype=torch.bool)
     ids = _choice_inside(scores, everywhere)
     router = scores.router
@@ -266,28 +213,26 @@ def _unmodified(scores: Scores) -> tuple[Tensor, Tensor]:
 
 
 def _choice_inside(scores: Scores, coreset: Tensor) -> Tensor:
-    """Best of the coreset inside the model's own groups, then the best of the rest of it."""
+    """The best of the coreset in the model's groups, then the best of its rest."""
     router, size = scores.router, scores.router.experts // scores.router.groups
-    chosen = []
+    ids = []
     for c, allowed in zip(_rank(scores), coreset.flatten(0, 1).tolist(), strict=True):
         groups = [sorted(c[g * size : (g + 1) * size])[-2:] for g in range(router.groups)]
         score = [torch.tensor(best).sum().item() for best in groups]
-        kept = sorted(range(router.groups), key=lambda g: (-score[g], g))[: router.topk_groups]
+        top_groups = sorted(range(router.groups), key=lambda g: (-score[g], g))[
+            : router.topk_groups
+        ]
         order = sorted(
             (e for e in range(router.experts) if allowed[e]),
-            key=lambda e: (e // size not in kept, -c[e], e),
+            key=lambda e: (e // size not in top_groups, -c[e], e),
         )
-        chosen.append((order + [-1] * router.k)[: router.k])
-    return torch.tensor(chosen)
+        ids.append((order + [-1] * router.k)[: router.k])
+    return torch.tensor(ids)
 
 
 def _rank(scores: Scores) -> list[list[float]]:
     p = scores.probability
     return (p if scores.bias is None else p + scores.bias).flatten(0, 1).tolist()
-
-
-def _coin(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
-    return torch.randint(0, 2, shape, generator=generator).bool()
 
 
 def _of_row(flat: Tensor, scores: Scores, row: int) -> Tensor:
@@ -322,7 +267,7 @@ def _indexed(scores: Scores, take) -> Scores:
 
 
 def _assert_same(one: Routing, other: Routing, *, rounding: float = 0) -> None:
-    """With ``rounding``, weights may differ by as much: kernels add them up in their own order."""
+    """Weights may differ by ``rounding``: kernels sum them in another order."""
     assert torch.equal(one.topk_ids, other.topk_ids)
     torch.testing.assert_close(one.topk_weights, other.topk_weights, rtol=rounding, atol=0)
     assert torch.equal(one.used, other.used)

@@ -1,4 +1,4 @@
-"""A policy has one spelling: what is printed reads back, and what is wrong is named."""
+"""Policy texts: each policy has one, it parses back, and errors name what is wrong."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ from coterie.routing import (
         "des-vote:beta=1e-05",
     ],
 )
-def test_the_usual_spellings_print_as_written(text: str):
+def test_a_canonical_text_formats_unchanged(text: str):
     assert format_policy(parse_policy(text)) == text
 
 
@@ -63,7 +63,7 @@ def test_the_usual_spellings_print_as_written(text: str):
         ("xshare:beta=0.5,protect=top1", "xshare:beta=0.5"),
     ],
 )
-def test_other_spellings_print_as_the_one(text: str, printed: str):
+def test_another_text_formats_as_the_canonical_one(text: str, printed: str):
     assert format_policy(parse_policy(text)) == printed
 
 
@@ -107,38 +107,38 @@ def test_every_combination_of_options_round_trips(text: str):
         ("des-vote:beta=0.1,beta=0.2", "beta is given twice"),
         ("coreset:vote=full", "takes exactly one of beta, m, tau, price, k"),
         ("coreset:beta=0.1,m=2", "takes exactly one of beta, m, tau, price, k"),
-        ("coreset:m=2,least=2", "least goes with tau"),
+        ("coreset:m=2,least=2", "least needs tau"),
     ],
 )
-def test_what_is_wrong_is_named(text: str, message: str):
-    with pytest.raises(CoterieError, match=re.escape(message)) as caught:
+def test_an_invalid_text_is_an_error_of_one_line(text: str, message: str):
+    with pytest.raises(CoterieError, match=re.escape(message)) as error:
         parse_policy(text)
-    assert "\n" not in str(caught.value)
+    assert "\n" not in str(error.value)
 
 
-def test_policies_made_in_code_are_checked_too():
+def test_policies_in_code_are_checked():
     with pytest.raises(CoterieError, match="beta must be above 0"):
         DesVote(beta=2)
     with pytest.raises(CoterieError, match="resident_bonus must be at least 0"):
-        Election(lam=-1)
+        Election(resident_bonus=-1)
     assert format_policy(DesVote(beta=1)) == "des-vote:beta=1"
 
 
-def test_a_policy_without_a_name_cannot_be_spelled():
-    class Mine:
+def test_a_policy_outside_the_table_has_no_text():
+    class Custom:
         def eligible(self, scores, k):
             return scores
 
     with pytest.raises(CoterieError, match="has no name; known: coreset"):
-        format_policy(Mine())
+        format_policy(Custom())
 
 
-def test_equal_policies_are_one_key():
+def test_equal_policies_have_one_hash():
     assert len({parse_policy("des-vote:beta=0.5"), parse_policy("des-vote:beta=.5")}) == 1
 
 
 @pytest.mark.parametrize(
-    ("before", "now"),
+    ("old", "new"),
     [
         ("des-vote:beta=0.3,lam=1,eps=0.1", "des-vote:beta=0.3,resident_bonus=1,max_vote_loss=0.1"),
         ("des-vote:beta=0.3,voters=unfilled", "des-vote:beta=0.3,voters=before-eos"),
@@ -147,15 +147,15 @@ def test_equal_policies_are_one_key():
         ("uniform-vote:beta=0.3/0.2,lam=2", "uniform-vote:beta=0.3/0.2,resident_bonus=2"),
     ],
 )
-def test_names_of_before_are_read_and_written_as_now(before: str, now: str):
-    assert format_policy(parse_policy(before)) == now
-    assert update_policy_text(f"{before} block=16; {before}") == f"{now} block=16; {now}"
-    assert update_policies_in_json(
-        {before: [before, 1, {"kept": before}]}, skip_keys=("kept",)
-    ) == {now: [now, 1, {"kept": before}]}
+def test_old_names_are_read_and_formatted_as_new_ones(old: str, new: str):
+    assert format_policy(parse_policy(old)) == new
+    assert update_policy_text(f"{old} block=16; {old}") == f"{new} block=16; {new}"
+    document = {old: [old, 1, {"skipped": old}]}
+    updated = {new: [new, 1, {"skipped": old}]}
+    assert update_policies_in_json(document, skip_keys=("skipped",)) == updated
 
 
-def test_a_value_is_read_by_both_of_its_words():
+def test_a_value_alias_is_read():
     for word in ("masked", "topk-prob"):
         assert format_policy(parse_policy(f"des-vote:beta=0.3,vote={word}")) == "des-vote:beta=0.3"
     assert update_policy_text("des-vote:beta=0.3,vote=masked") == "des-vote:beta=0.3,vote=topk-prob"

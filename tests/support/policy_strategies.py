@@ -1,4 +1,4 @@
-"""Policies to draw from: every name in the table, with any of its options."""
+"""Policies to draw from: every name of the table with any of its options."""
 
 from __future__ import annotations
 
@@ -13,28 +13,28 @@ from coterie.values import Policy
 
 SIZES = ("beta=0.2", "beta=0.5", "m=3", "m=9", "tau=0.5", "tau=0.9,least=2", "price=0.3", "k=2")
 
-NO_BALLOT = ("vote=max", "vote=random")  # which no token casts
+WITHOUT_BALLOTS = ("vote=max", "vote=random")  # votes that tokens do not cast one by one
 
 
 def law(examples: int = 60) -> settings:
-    """At least so many examples; more where the profile says so."""
+    """At least this many examples, or as many as the profile has."""
     return settings(max_examples=max(examples, settings().max_examples))
 
 
 @st.composite
 def spellings(draw: st.DrawFn, names: Iterable[str] = tuple(POLICIES)) -> str:
-    """``name:option=value,..``: what is required, and some of the rest."""
+    """``name:option=value,..`` with the required options and some of the optional ones."""
     name = draw(st.sampled_from(sorted(names)))
-    said = [draw(st.sampled_from(SIZES))] if name == "coreset" else []
-    taken = {"beta", "m", "tau", "least", "price", "k"} if name == "coreset" else set()
+    options = [draw(st.sampled_from(SIZES))] if name == "coreset" else []
+    excluded = {"beta", "m", "tau", "least", "price", "k"} if name == "coreset" else set()
     for option in spec_options(POLICIES[name]).values():
-        if option.name in taken:
+        if option.name in excluded:
             continue
         if option.default == "required" or draw(st.integers(0, 3)) == 0:
-            said.append(f"{option.name}={draw(_value_of(option))}")
-    if "tally=proportional" in said:
-        said = [word for word in said if not word.startswith(NO_BALLOT)]
-    return f"{name}:{','.join(said)}" if said else name
+            options.append(f"{option.name}={draw(_value_of(option))}")
+    if "tally=proportional" in options:
+        options = [text for text in options if not text.startswith(WITHOUT_BALLOTS)]
+    return f"{name}:{','.join(options)}" if options else name
 
 
 def policies() -> st.SearchStrategy[Policy]:
@@ -42,14 +42,14 @@ def policies() -> st.SearchStrategy[Policy]:
 
 
 def coresets() -> st.SearchStrategy[Policy]:
-    """Those that elect one set for a block."""
+    """Policies that elect one coreset for a block."""
     names = [name for name, cls in POLICIES.items() if "voters" in spec_options(cls)]
     return spellings(names).map(parse_policy)
 
 
 def _value_of(option: Option) -> st.SearchStrategy[object]:
-    if option.choices:
-        return st.sampled_from(option.choices)
+    if option.value_type is str:
+        return st.sampled_from(option.words)
     if option.value_type is int:
-        return st.integers(1, 12) | st.sampled_from(option.keywords or (1,))
+        return st.integers(1, 12) | st.sampled_from(option.words or (1,))
     return st.floats(0.01, min(1, option.bounds.le)).map(lambda value: repr(round(value, 3)))

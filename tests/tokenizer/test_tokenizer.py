@@ -1,4 +1,4 @@
-"""Text: what goes in comes out, templates are data in a sandbox, damage is named."""
+"""Tokenizers round-trip, templates run in a sandbox, and damaged files are named."""
 
 from __future__ import annotations
 
@@ -10,14 +10,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
+from coterie.errors import CoterieError, TokenizerError
 from coterie.families import FAMILIES
-from coterie.tokenizer import (
-    IdTokenizer,
-    SubwordTokenizer,
-    TextError,
-    load_tokenizer,
-    read_template,
-)
+from coterie.tokenizer import IdTokenizer, SubwordTokenizer, load_tokenizer, read_template
 
 LLADA2 = FAMILIES["LLaDA2MoeModelLM"].defaults.chat_template
 SDAR = FAMILIES["SDARMoeForCausalLM"].defaults.chat_template
@@ -39,73 +34,73 @@ def write_json(path: Path, content: object) -> None:
     path.write_text(json.dumps(content), encoding="utf-8")
 
 
-def codec(folder: Path, vocabulary: int = 300) -> SubwordTokenizer:
-    found = load_tokenizer(folder, template=LLADA2, vocab_size=vocabulary)
-    assert isinstance(found, SubwordTokenizer)
-    return found
+def subword_tokenizer(folder: Path, vocab_size: int = 300) -> SubwordTokenizer:
+    tokenizer = load_tokenizer(folder, template=LLADA2, vocab_size=vocab_size)
+    assert isinstance(tokenizer, SubwordTokenizer)
+    return tokenizer
 
 
 @given(ids=st.lists(st.integers(0, 99), min_size=1, max_size=20))
-def test_numbers_read_their_own_writing(ids: list[int]) -> None:
-    numbers = IdTokenizer(100)
-    assert numbers.encode(numbers.decode(ids)) == ids
-    assert numbers.prompt_note(numbers.decode(ids)) is None
+def test_decoded_ids_encode_to_the_same_ids(ids: list[int]) -> None:
+    tokenizer = IdTokenizer(100)
+    assert tokenizer.encode(tokenizer.decode(ids)) == ids
+    assert tokenizer.prompt_note(tokenizer.decode(ids)) is None
 
 
 @given(prompt=st.text(st.characters(codec="utf-8"), min_size=1, max_size=20))
-def test_numbers_fall_back_to_bytes_and_say_so(prompt: str) -> None:
-    numbers = IdTokenizer(256)
-    if numbers.prompt_note(prompt) is not None:
-        assert bytes(numbers.encode(prompt)).decode("utf-8") == prompt
+def test_text_without_a_tokenizer_is_its_bytes_with_a_note(prompt: str) -> None:
+    tokenizer = IdTokenizer(256)
+    if tokenizer.prompt_note(prompt) is not None:
+        assert bytes(tokenizer.encode(prompt)).decode("utf-8") == prompt
 
 
-def test_numbers_refuse_what_the_vocabulary_lacks() -> None:
-    with pytest.raises(TextError, match="token id 512 is outside the vocabulary of 512"):
+def test_ids_outside_the_vocabulary_are_an_error() -> None:
+    with pytest.raises(TokenizerError, match="token id 512 is outside the vocabulary of 512"):
         IdTokenizer(512).encode("5 512")
-    with pytest.raises(TextError, match="token id 195"):
+    with pytest.raises(TokenizerError, match="token id 195"):
         IdTokenizer(128).encode("Ü")
 
 
-def test_what_was_no_utf8_is_refused(tmp_path: Path) -> None:
-    for text in (IdTokenizer(512), codec(write_tokenizer(tmp_path))):
-        with pytest.raises(TextError, match="not valid UTF-8"):
-            text.encode("a\udcff")
+def test_a_prompt_that_is_not_utf8_is_an_error(tmp_path: Path) -> None:
+    for tokenizer in (IdTokenizer(512), subword_tokenizer(write_tokenizer(tmp_path))):
+        with pytest.raises(TokenizerError, match="not valid UTF-8"):
+            tokenizer.encode("a\udcff")
 
 
-def test_a_folder_without_a_tokenizer_speaks_numbers(tmp_path: Path) -> None:
+def test_a_folder_without_a_tokenizer_uses_ids(tmp_path: Path) -> None:
     assert load_tokenizer(tmp_path, template="", vocab_size=512) == IdTokenizer(512)
 
 
 def test_raw_text_comes_back_unchanged(tmp_path: Path) -> None:
-    text = codec(write_tokenizer(tmp_path))
+    tokenizer = subword_tokenizer(write_tokenizer(tmp_path))
     for line in ["Tom has 3 boxes.", "def f(x):\n    return x\n", "Grüße, ☕"]:
-        assert text.decode(text.encode(line, raw=True)) == line
+        assert tokenizer.decode(tokenizer.encode(line, raw=True)) == line
 
 
 def test_special_ids_come_from_the_files(tmp_path: Path) -> None:
-    text = codec(write_tokenizer(tmp_path))
-    assert (text.mask_id, text.eos_ids) == (256, ())
+    tokenizer = subword_tokenizer(write_tokenizer(tmp_path))
+    assert (tokenizer.mask_id, tokenizer.eos_ids) == (256, ())
     write_json(tmp_path / "tokenizer_config.json", {"eos_token": {"content": "<|endoftext|>"}})
     write_json(tmp_path / "generation_config.json", {"eos_token_id": [260, 257]})
-    assert codec(tmp_path).eos_ids == (257, 260)
+    assert subword_tokenizer(tmp_path).eos_ids == (257, 260)
 
 
-def test_decoding_drops_special_tokens_and_a_piece_shows_them(tmp_path: Path) -> None:
-    text = codec(write_tokenizer(tmp_path))
-    ids = [*text.encode("yes", raw=True), 257]
-    assert text.decode(ids) == "yes"
-    assert text.decode_token(257) == "<|endoftext|>"
+def test_decode_drops_special_tokens_and_decode_token_shows_them(tmp_path: Path) -> None:
+    tokenizer = subword_tokenizer(write_tokenizer(tmp_path))
+    ids = [*tokenizer.encode("yes", raw=True), 257]
+    assert tokenizer.decode(ids) == "yes"
+    assert tokenizer.decode_token(257) == "<|endoftext|>"
 
 
-def test_llada2_asks_in_its_own_words(tmp_path: Path) -> None:
-    text = codec(write_tokenizer(tmp_path))
-    assert text.tokenizer.decode(text.encode("Hi"), skip_special_tokens=False) == (
+def test_the_llada2_template(tmp_path: Path) -> None:
+    tokenizer = subword_tokenizer(write_tokenizer(tmp_path))
+    assert tokenizer.tokenizer.decode(tokenizer.encode("Hi"), skip_special_tokens=False) == (
         "<role>SYSTEM</role>detailed thinking off<|role_end|>"
         "<role>HUMAN</role>Hi<|role_end|><role>ASSISTANT</role>"
     )
 
 
-def test_a_system_turn_stands_before_the_thinking_line(tmp_path: Path) -> None:
+def test_a_system_turn_precedes_the_thinking_line(tmp_path: Path) -> None:
     messages = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hi"}]
     assert (
         read_template(tmp_path, LLADA2)
@@ -116,12 +111,12 @@ def test_a_system_turn_stands_before_the_thinking_line(tmp_path: Path) -> None:
     )
 
 
-def test_sdar_speaks_chatml(tmp_path: Path) -> None:
+def test_the_sdar_template_is_chatml(tmp_path: Path) -> None:
     rendered = read_template(tmp_path, SDAR).render([{"role": "user", "content": "Hi"}])
     assert rendered == "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n"
 
 
-def test_the_checkpoints_own_template_wins(tmp_path: Path) -> None:
+def test_the_template_of_the_checkpoint_has_priority(tmp_path: Path) -> None:
     named = [{"name": "tool", "template": "no"}, {"name": "default", "template": "two"}]
     write_json(tmp_path / "tokenizer_config.json", {"chat_template": named})
     assert read_template(tmp_path, LLADA2).render([]) == "two"
@@ -142,9 +137,9 @@ def test_the_checkpoints_own_template_wins(tmp_path: Path) -> None:
         "{% include 'other' %}",
     ],
 )
-def test_a_hostile_or_broken_template_is_an_error_not_an_act(tmp_path: Path, source: str) -> None:
+def test_a_hostile_or_broken_template_is_an_error(tmp_path: Path, source: str) -> None:
     (tmp_path / "chat_template.jinja").write_text(source, encoding="utf-8")
-    with pytest.raises(TextError, match=r"chat_template\.jinja"):
+    with pytest.raises(TokenizerError, match=r"chat_template\.jinja"):
         read_template(tmp_path, LLADA2).render([{"role": "user", "content": "Hi"}])
 
 
@@ -152,31 +147,33 @@ def test_a_hostile_or_broken_template_is_an_error_not_an_act(tmp_path: Path, sou
     "name", ["tokenizer.json", "tokenizer_config.json", "generation_config.json"]
 )
 @pytest.mark.parametrize("content", [b"", b"{", b"[1]", b"\xff\xfe"])
-def test_a_damaged_file_is_named(tmp_path: Path, name: str, content: bytes) -> None:
+def test_a_damaged_file_is_an_error_that_names_it(
+    tmp_path: Path, name: str, content: bytes
+) -> None:
     write_tokenizer(tmp_path)
     (tmp_path / name).write_bytes(content)
-    with pytest.raises(TextError, match=name.replace(".", r"\.")):
-        codec(tmp_path)
+    with pytest.raises(CoterieError, match=name.replace(".", r"\.")):
+        subword_tokenizer(tmp_path)
 
 
 @pytest.mark.parametrize(
     "name",
     ["tokenizer.json", "tokenizer_config.json", "generation_config.json", "chat_template.jinja"],
 )
-def test_a_link_that_leads_nowhere_is_named(tmp_path: Path, name: str) -> None:
+def test_a_broken_link_is_an_error_that_names_it(tmp_path: Path, name: str) -> None:
     write_tokenizer(tmp_path)
     (tmp_path / name).unlink(missing_ok=True)
     (tmp_path / name).symlink_to("nowhere")
-    with pytest.raises(TextError, match=name.replace(".", r"\.")):
-        codec(tmp_path)
+    with pytest.raises(CoterieError, match=name.replace(".", r"\.")):
+        subword_tokenizer(tmp_path)
 
 
-def test_a_tokenizer_larger_than_the_model_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(TextError, match="holds token id 260, but the model knows 200 ids"):
-        codec(write_tokenizer(tmp_path), vocabulary=200)
+def test_a_tokenizer_larger_than_the_model_is_an_error(tmp_path: Path) -> None:
+    with pytest.raises(TokenizerError, match=r"token id 260.* 200 ids"):
+        subword_tokenizer(write_tokenizer(tmp_path), vocab_size=200)
 
 
-def test_an_unknown_end_token_is_refused(tmp_path: Path) -> None:
+def test_an_unknown_eos_token_is_an_error(tmp_path: Path) -> None:
     write_json(write_tokenizer(tmp_path) / "tokenizer_config.json", {"eos_token": "<end>"})
-    with pytest.raises(TextError, match="'<end>' is not in tokenizer"):
-        codec(tmp_path)
+    with pytest.raises(TokenizerError, match="'<end>' is not in tokenizer"):
+        subword_tokenizer(tmp_path)

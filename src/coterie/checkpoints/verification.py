@@ -14,7 +14,7 @@ from coterie.errors import CoterieError
 from coterie.keys import Key
 from coterie.model.checkpoint import Checkpoint
 from coterie.model.safetensors_file import TensorEntry, read_chunks
-from coterie.model.strict_json import read_object
+from coterie.strict_json import read_object
 from coterie.ops import cpu
 
 

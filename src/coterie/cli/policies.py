@@ -43,9 +43,7 @@ def option_table() -> Table:
     table = plain_table("option", "values")
     values_by_option: dict[str, dict[str, None]] = {}
     for option in (each for cls in POLICIES.values() for each in spec_options(cls).values()):
-        values = " | ".join(map(option.word, option.choices)) or " | ".join(
-            (str(option.bounds), *option.keywords)
-        )
+        values = str(option)
         values += " (or one for each layer: 0.3/0.2/0.25)" if option.accepts_list else ""
         values_by_option.setdefault(option.name, {})[values] = None
     for name, values in values_by_option.items():
@@ -59,12 +57,7 @@ def policy_documents() -> list[dict[str, object]]:
         {
             "name": name,
             "meaning": policy_doc(cls),
-            "options": {
-                option.name: option.word(option.default)
-                if isinstance(option.default, str)
-                else option.default
-                for option in spec_options(cls).values()
-            },
+            "options": {option.name: option.default for option in spec_options(cls).values()},
         }
         for name, cls in POLICIES.items()
     ]

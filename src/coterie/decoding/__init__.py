@@ -1,4 +1,4 @@
-"""How a row is filled: where to look, what to propose, what to keep. No model is known here."""
+"""Decoding of one request: forward passes, proposals and unmasking, independent of the model."""
 
 from coterie.decoding.kv_schemes import DecodePlan, parse_plan
 from coterie.decoding.refinements import UnmaskStrategy, parse_unmask

@@ -1,4 +1,4 @@
-"""One row's tokens: a prompt that stands, and masks that fill up block by block."""
+"""The tokens of one request: the prompt, and masks that are filled block by block."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Block:
-    """Positions ``start .. stop`` that are unmasked together; the first may begin in the prompt."""
+    """Positions ``start .. stop`` that are unmasked together; the first block may start in the
+    prompt."""
 
     index: int
     start: int
@@ -23,14 +24,14 @@ class Block:
 
 
 class Canvas:
-    """The tokens of one row, on the host. Mutable: filling it is what decoding does."""
+    """The tokens of one row, on the host. Mutable: decoding fills it."""
 
     def __init__(self, prompt_ids: Sequence[int], length: int, mask_id: int) -> None:
         self.prompt_length = len(prompt_ids)
         self.mask_id = mask_id
         self.tokens = torch.full((length,), mask_id, dtype=torch.int64)
         self.tokens[: self.prompt_length] = torch.tensor(prompt_ids, dtype=torch.int64)
-        self.confidence = torch.zeros(length)  # of the token that stands, or was last proposed
+        self.confidence = torch.zeros(length)  # of the written token, or of the last proposal
         self.confidence[: self.prompt_length] = 1.0
 
     @property
@@ -38,19 +39,19 @@ class Canvas:
         return self.tokens.shape[0]
 
     def is_masked(self, start: int, stop: int) -> Tensor:
-        """Bool [stop - start]."""
+        """Which positions hold the mask, bool [stop - start]."""
         return self.tokens[start:stop] == self.mask_id
 
     def is_filled(self, start: int, stop: int) -> bool:
         return not bool(self.is_masked(start, stop).any())
 
     def is_generated(self, start: int, stop: int) -> Tensor:
-        """Which positions lie after the prompt and hold a token, bool [stop - start]."""
+        """Which positions after the prompt hold a token, bool [stop - start]."""
         after_prompt = torch.arange(start, stop) >= self.prompt_length
         return after_prompt & ~self.is_masked(start, stop)
 
     def write(self, block: Block, write_mask: Tensor, ids: Tensor) -> None:
-        """Put ids [width] at the block's positions ``where`` (bool [width])."""
+        """Writes ids [width] at the positions of the block in ``write_mask`` (bool [width])."""
         span = self.tokens[block.start : block.stop]
         span[write_mask] = ids[write_mask]
 
@@ -58,10 +59,10 @@ class Canvas:
 def split_into_blocks(
     prompt_length: int, max_new_tokens: int, block_length: int, *, aligned: bool, whole_blocks: bool
 ) -> tuple[Block, ...]:
-    """The blocks that hold ``new`` tokens after ``prompt``.
+    """The blocks that hold ``max_new_tokens`` after the prompt.
 
-    ``aligned``: block borders are multiples of the width, so the first block may begin in the
-    prompt; else the first block begins at the prompt's end. ``whole``: the last block is not cut
+    ``aligned``: block borders are multiples of ``block_length``, so the first block may start in
+    the prompt; otherwise it starts after the prompt. ``whole_blocks``: the last block is not cut
     off at the last new token.
     """
     first = prompt_length // block_length * block_length if aligned else prompt_length

@@ -1,7 +1,7 @@
-"""Where to look: a caching scheme is a sequence of windows over one row.
+"""KV-caching schemes: which positions each forward of a row computes.
 
-Keys and values are written by position and a later write wins, so a plan needs no state: the next
-look follows from the block and from how many forwards there were (``Clock``).
+Keys and values are written by position and a later write wins, so a scheme has no state: the next
+forward follows from the block and the number of forwards so far (``StepCounter``).
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Literal, Protocol
 
 from coterie.decoding.canvas import Block, split_into_blocks
-from coterie.errors import CoterieError
+from coterie.errors import SpecError
 from coterie.specs import NonNegativeInt, PositiveInt, check_options, format_spec, parse_spec
 
 PassKind = Literal["prefill", "decode", "refresh", "commit"]
@@ -18,10 +18,11 @@ PassKind = Literal["prefill", "decode", "refresh", "commit"]
 
 @dataclass(frozen=True)
 class ForwardPass:
-    """One forward of one row: compute ``start .. stop``, see keys before ``visible``.
+    """One forward of one row: it computes ``start .. stop`` and attends to keys before ``visible``.
 
-    Who votes on experts: positions ``voters[0] .. voters[1]``. ``causal`` > 0: block-causal inside,
-    with blocks of that width. ``cached`` False: the window is all there is, keys are not kept.
+    Positions ``voters[0] .. voters[1]`` vote on experts. ``causal_block`` > 0 makes attention
+    block-causal inside the window. Without ``use_cache`` it attends only to the window, and its
+    keys are not stored.
     """
 
     start: int
@@ -38,34 +39,34 @@ class ForwardPass:
 
     @property
     def is_denoising(self) -> bool:
-        """Whether its logits are used; the others only write keys."""
+        """Whether its logits are used. Other passes only write keys."""
         return self.kind in ("decode", "refresh")
 
 
 @dataclass(frozen=True)
 class StepCounter:
-    """Denoising forwards so far: of the row, and of its present block."""
+    """Denoising forwards so far, of the row and of its current block."""
 
     total: int = 0
     in_block: int = 0
 
     @property
     def before_block(self) -> int:
-        """The row's forwards when the block was entered."""
+        """The row's forwards before the current block."""
         return self.total - self.in_block
 
 
 @dataclass(frozen=True)
 class SchemeTraits:
-    """What a scheme needs of the rest of a plan."""
+    """Properties of a scheme that decide blocks, prefill and commits."""
 
-    aligned: bool = False  # block borders are multiples of the width; else they follow the prompt
+    aligned: bool = False  # block borders are multiples of the width, not counted from the prompt
     whole_blocks: bool = False  # the last block is not cut off at the last new token
-    writes_kv: bool = False  # prompt and finished blocks are computed for their keys alone
+    writes_kv: bool = False  # the prompt and finished blocks are computed once for their keys
 
 
 class CachingScheme(Protocol):
-    """How a caching scheme looks at a block."""
+    """A KV-caching scheme; a frozen dataclass of options."""
 
     @property
     def traits(self) -> SchemeTraits: ...
@@ -77,7 +78,7 @@ class CachingScheme(Protocol):
 
 @dataclass(frozen=True)
 class NoCache:
-    """The whole row, every time (LLaDA)."""
+    """Every forward computes the whole row (LLaDA)."""
 
     aligned: bool = False
 
@@ -91,7 +92,7 @@ class NoCache:
 
 @dataclass(frozen=True)
 class PrefixCache:
-    """The whole row on entering a block, then from the block to the end (Fast-dLLM)."""
+    """The first forward of a block computes the row, later ones from the block on (Fast-dLLM)."""
 
     aligned: bool = False
 
@@ -107,10 +108,11 @@ class PrefixCache:
 
 @dataclass(frozen=True)
 class DualCache:
-    """The whole row on entering a block, then the block and what is near it.
+    """The first forward of a block computes the row, later ones the block and its surroundings.
 
-    Keys of everything else are kept as they are. Without a neighbourhood this is Fast-dLLM's dual
-    cache, with one dInfer's vicinity. The row's first ``warmup`` forwards are uncached.
+    These are ``before`` and ``after`` positions; cached keys serve the rest of the row. Without
+    surroundings this is the dual cache of Fast-dLLM, with them the vicinity cache of dInfer. The
+    first ``warmup`` forwards of a row are uncached.
     """
 
     before: NonNegativeInt = 0
@@ -135,10 +137,10 @@ class DualCache:
 
 @dataclass(frozen=True)
 class BlockCausalCache:
-    """A block sees what is before it and itself: kept keys are exact (LLaDA2, SDAR).
+    """Each block attends to itself and all earlier blocks, so cached keys are exact (LLaDA2, SDAR).
 
-    The prompt's whole blocks are prefilled; a finished block is computed once more, unmasked, so
-    that later blocks see its keys (counted apart).
+    The whole blocks of the prompt are prefilled. A finished block is computed once more without
+    masks (a commit, counted separately) to store its final keys.
     """
 
     @property
@@ -151,7 +153,7 @@ class BlockCausalCache:
 
 @dataclass(frozen=True)
 class BlockCausalNoCache:
-    """The same attention, with everything up to the block computed every time (official LLaDA2)."""
+    """Block-causal attention; a forward computes everything up to the block (official LLaDA2)."""
 
     @property
     def traits(self) -> SchemeTraits:
@@ -166,11 +168,11 @@ class BlockCausalNoCache:
 
 @dataclass(frozen=True)
 class Unroll:
-    """Ask less often whether a block is finished (dInfer).
+    """Several forwards run before the next check whether a block is finished (dInfer).
 
-    Up to ``most`` rounds are made at once, one per ``tokens`` masks, and never fewer than
-    ``least``; a round that begins with a refresh looks twice. Forwards after the last mask change
-    no token, but they count.
+    One round runs for every ``tokens`` masks, at most ``most`` and at least ``least``; a round that
+    starts with a refresh has two forwards. Forwards after the last mask change no token, but they
+    count.
     """
 
     most: PositiveInt = 4
@@ -185,7 +187,7 @@ class Unroll:
 
 @dataclass(frozen=True)
 class DecodePlan:
-    """Every window of a row, in order, as far as tokens do not decide it."""
+    """A caching scheme and its additions: the forward passes of a row."""
 
     scheme: CachingScheme
     unroll: Unroll | None = None
@@ -193,7 +195,7 @@ class DecodePlan:
     def blocks(
         self, prompt_length: int, max_new_tokens: int, block_length: int
     ) -> tuple[Block, ...]:
-        """The blocks to fill, in order; the last one's ``stop`` is the canvas's length."""
+        """The blocks to fill, in order; the ``stop`` of the last is the length of the canvas."""
         traits = self.scheme.traits
         return split_into_blocks(
             prompt_length,
@@ -204,7 +206,7 @@ class DecodePlan:
         )
 
     def prefill_passes(self, first: Block) -> tuple[ForwardPass, ...]:
-        """What is computed before the first block."""
+        """The passes before the first block."""
         if not self.scheme.traits.writes_kv or first.start == 0:
             return ()
         span = (0, first.start)
@@ -219,7 +221,7 @@ class DecodePlan:
     def steps_until_check(
         self, block: Block, length: int, steps: StepCounter, num_masked: int
     ) -> int:
-        """Denoising forwards to make before asking again whether the block is finished."""
+        """Denoising forwards until the next check whether the block is finished."""
         if self.unroll is None:
             return 1
         forwards = 0
@@ -229,13 +231,11 @@ class DecodePlan:
         return forwards
 
     def commit_passes(self, block: Block) -> tuple[ForwardPass, ...]:
-        """What is computed after a block, before the next one."""
+        """The passes between a finished block and the next one."""
+        if not self.scheme.traits.writes_kv:
+            return ()
         span = (block.start, block.stop)
-        return (
-            (ForwardPass(*span, block.stop, "commit", span),)
-            if self.scheme.traits.writes_kv
-            else ()
-        )
+        return (ForwardPass(*span, block.stop, "commit", span),)
 
     def __str__(self) -> str:
         text = format_spec(self.scheme, PLANS)
@@ -243,10 +243,10 @@ class DecodePlan:
 
 
 def parse_plan(text: str) -> DecodePlan:
-    """``dual:before=16,after=16`` or ``prefix+unroll:most=4,tokens=8`` -> the plan it spells."""
+    """The plan of a text such as ``dual:before=16`` or ``prefix+unroll:most=4,tokens=8``."""
     first, *rest = text.split("+")
     if len(rest) > 1:
-        raise CoterieError(f"a plan has at most one addition, not {len(rest)}: {text!r}")
+        raise SpecError(f"a plan has at most one addition, not {len(rest)}: {text!r}")
     unroll = parse_spec(rest[0], PLAN_ADDITIONS, "addition to a plan") if rest else None
     return DecodePlan(parse_spec(first, PLANS, "plan"), unroll)
 
@@ -256,7 +256,7 @@ def _refresh_pass(block: Block, length: int) -> ForwardPass:
 
 
 def _has_late_refresh(scheme: CachingScheme, block: Block, steps: StepCounter) -> bool:
-    """dInfer notes the block of its cache one round late where warm-up ends in a later block."""
+    """If warm-up ends in a later block, dInfer records the block of its cache one round late."""
     if not isinstance(scheme, DualCache) or scheme.warmup == 0 or block.index == 0:
         return False
     return steps.before_block <= scheme.warmup and steps.total == scheme.warmup + 2

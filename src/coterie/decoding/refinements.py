@@ -1,4 +1,4 @@
-"""What may surround an unmasking rule: editing, credit, smoothing; and the whole as one value."""
+"""Refinements of an unmasking rule: editing, credit and smoothing; and the whole strategy."""
 
 from __future__ import annotations
 
@@ -8,15 +8,15 @@ import torch
 from torch import Tensor
 
 from coterie.decoding.unmask import RULES, BlockState, UnmaskRule
-from coterie.errors import CoterieError
+from coterie.errors import SpecError
 from coterie.specs import NonNegativeInt, UnitFraction, check_options, format_spec, parse_spec
 
 
 @dataclass(frozen=True)
 class Edit:
-    """A written token whose proposal differs and is surer than ``p`` is replaced (LLaDA2.1).
+    """A written token is replaced by a different proposal with confidence above ``p`` (LLaDA2.1).
 
-    Once nothing is masked the block has up to ``post`` more forwards, until one edits nothing.
+    A block without masks has up to ``post`` more forwards, until one of them edits nothing.
     """
 
     p: UnitFraction = 0.5
@@ -25,17 +25,17 @@ class Edit:
     __post_init__ = check_options
 
     def choose(self, state: BlockState) -> Tensor:
-        """Bool [w]: the answered positions to replace now."""
+        """Bool [w]: the generated positions to replace now."""
         differs = state.proposal.ids != state.tokens
         return state.generated & differs & (state.proposal.confidence > self.p)
 
 
 @dataclass(frozen=True)
 class Credit:
-    """Tokens that keep being the first choice of a masked position gain logits (dInfer).
+    """A token that repeatedly has the top probability of a masked position gains logits (dInfer).
 
-    Memory decays by ``beta`` a forward and gains (top probability) ** ``gamma``; logits gain
-    ``alpha`` * log(1 + memory).
+    In each forward the memory is multiplied by ``beta`` and gains (top probability) ** ``gamma``.
+    Logits gain ``alpha`` * log(1 + memory).
     """
 
     alpha: float = 0.7
@@ -58,10 +58,10 @@ class Credit:
 
 @dataclass(frozen=True)
 class Smooth:
-    """Masks are fed the expected embedding of what was last proposed there (dInfer).
+    """The input of a mask includes the expected embedding of its last proposal (dInfer).
 
-    Its weight grows from ``init`` by ``growth`` a forward up to ``weight``; thresholds fall from 1
-    by ``decay`` a forward, so that early forwards commit little.
+    The weight of that grows from ``init`` by ``growth`` a forward up to ``weight``. Thresholds are
+    at least 1 - ``decay`` * forward, so early forwards commit few tokens.
     """
 
     weight: float = 0.3
@@ -80,14 +80,14 @@ class Smooth:
     def mix_embeddings(
         self, embeddings: Tensor, expected: Tensor, masked: Tensor, forward: int
     ) -> Tensor:
-        """[w, H] to feed next, from the tokens' and the expected embeddings, masked [w] bool."""
+        """The next input [w, H] from token and expected embeddings; masked is [w] bool."""
         mixed = self.mix_weight(forward) * expected + embeddings
         return torch.where(masked[:, None].to(embeddings.device), mixed, embeddings)
 
 
 @dataclass(frozen=True)
 class UnmaskStrategy:
-    """A rule and what surrounds it, spelled ``rule:..+edit:..+credit:..+smooth:..``."""
+    """A rule with its refinements; its text is ``rule:..+edit:..+credit:..+smooth:..``."""
 
     rule: UnmaskRule
     edit: Edit | None = None
@@ -96,23 +96,19 @@ class UnmaskStrategy:
 
     def __str__(self) -> str:
         refinements = (part for part in (self.edit, self.credit, self.smooth) if part is not None)
-        return "+".join(
-            (
-                format_spec(self.rule, RULES),
-                *(format_spec(part, REFINEMENTS) for part in refinements),
-            )
-        )
+        specs = (format_spec(part, REFINEMENTS) for part in refinements)
+        return "+".join((format_spec(self.rule, RULES), *specs))
 
 
 def parse_unmask(text: str) -> UnmaskStrategy:
-    """``threshold:p=0.7+edit:p=0.5,post=16`` -> the value it spells."""
+    """The strategy of a text such as ``threshold:p=0.7+edit:p=0.5,post=16``."""
     first, *rest = text.split("+")
     parts: dict[str, Edit | Credit | Smooth] = {}
     for spec in rest:
         part = parse_spec(spec, REFINEMENTS, "addition to an unmasking rule")
         name = type(part).__name__.lower()
         if name in parts:
-            raise CoterieError(f"{name} is given twice in {text!r}")
+            raise SpecError(f"{name} is given twice in {text!r}")
         parts[name] = part
     return UnmaskStrategy(parse_spec(first, RULES, "unmasking rule"), **parts)  # pyright: ignore[reportArgumentType]
 

@@ -1,4 +1,4 @@
-"""From logits to one proposed token per position, and how sure the model is of it."""
+"""Sampling: one proposed token for each position, and its confidence, from logits."""
 
 from __future__ import annotations
 
@@ -7,17 +7,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from coterie.errors import CoterieError
+from coterie.errors import ConfigError, NonFiniteLogitsError
 from coterie.specs import NonNegativeFloat, NonNegativeInt, PositiveFraction, check_options
 from coterie.values import LogitsSummary
 
-
-class NonFiniteError(CoterieError):
-    """The model's logits are no numbers."""
-
-
-NON_FINITE_MESSAGE = "the model's logits are not finite (NaN or inf): nothing was written"
-MIN_TEMPERATURE = 1e-3  # logits divided by less may leave fp32
+NON_FINITE_MESSAGE = "the model's logits are NaN or infinite: no token was written"
+MIN_TEMPERATURE = 1e-3  # logits divided by less may overflow fp32
 
 
 @dataclass(frozen=True)
@@ -31,27 +26,28 @@ class Sampling:
     def __post_init__(self) -> None:
         check_options(self)
         if 0 < self.temperature < MIN_TEMPERATURE:
-            raise CoterieError(
-                f"temperature must be 0 (greedy) or at least {MIN_TEMPERATURE}, not {self.temperature:g}"
+            raise ConfigError(
+                f"temperature must be 0 (greedy) or at least {MIN_TEMPERATURE}, "
+                f"not {self.temperature:g}"
             )
 
 
 @dataclass(frozen=True)
 class Proposal:
-    """What the model would write at each of w positions, on the host."""
+    """The model's proposal for each of w positions, on the host."""
 
     ids: Tensor  # [w] int64
-    confidence: Tensor  # [w] fp32: probability of that id
-    unmasked_ids: Tensor  # [w] int64: the same, but never the mask id
-    unmasked_confidence: Tensor  # [w] fp32: probability of that one
+    confidence: Tensor  # [w] fp32: the probability of that id
+    unmasked_ids: Tensor  # [w] int64: the same, but never the mask
+    unmasked_confidence: Tensor  # [w] fp32: the probability of that id
     entropy: Tensor | None = None  # [w] fp32, nats
 
     def confidence_of(self, ids: Tensor) -> Tensor:
-        """Probability of ``ids`` [w], each of which is proposed here, as it is or unmasked."""
+        """The probability of ids [w], each from ``ids`` or ``unmasked_ids``."""
         return self.confidence.where(ids == self.ids, self.unmasked_confidence)
 
     def scatter(self, indices: Tensor, width: int) -> Proposal:
-        """The same at positions ``at`` of so many; elsewhere no token, of no confidence."""
+        """The same at positions ``indices`` of ``width``; elsewhere id -1 with confidence 0."""
         ids = torch.full((2, width), -1)
         ids[:, indices] = torch.stack((self.ids, self.unmasked_ids))
         parts = [self.confidence, self.unmasked_confidence]
@@ -71,13 +67,12 @@ def propose(
     entropy: bool = False,
     summary: LogitsSummary | None = None,
 ) -> Proposal:
-    """Proposal from logits [w, V]; equal logits go to the lower id.
+    """The proposal from logits [w, V]; of equal logits the lower id wins.
 
-    ``survey`` is theirs and on the host, if it is known.
-
-    Confidence is the probability at the sampling temperature before top-k and top-p cut. Draws are
-    w uniform numbers from a generator on the host, so that they depend on neither device nor
-    neighbours. NaN raises.
+    ``summary`` is that of the logits, on the host, if it is known. Confidence is the probability at
+    the sampling temperature before the top-k and top-p cut. A generator on the host draws w uniform
+    numbers, so they depend neither on the device nor on the batch. Raises NonFiniteLogitsError and
+    leaves the generator as it was.
     """
     if summary is not None and sampling.temperature == 0:
         return _propose_from_summary(logits, summary, entropy=entropy)
@@ -85,7 +80,7 @@ def propose(
     logsumexp = scaled.logsumexp(dim=-1)
     finite = torch.isfinite(logsumexp)
     if not _is_on_device(logits) and not bool(finite.all()):
-        raise NonFiniteError(NON_FINITE_MESSAGE)
+        raise NonFiniteLogitsError(NON_FINITE_MESSAGE)
     generator_state = generator.get_state()
     if sampling.temperature == 0:
         ids = logits.argmax(dim=-1)
@@ -97,27 +92,25 @@ def propose(
     probabilities = (candidate_logits - logsumexp[:, None]).exp()
     entropies = _entropies(scaled) if entropy else None
     if _is_on_device(logits):
-        # One read: whole numbers and fp32 fit into fp64 as they are.
+        # One transfer: token ids and fp32 are exact in fp64.
         finite = finite & torch.isfinite(logits).all(-1)
         columns = [ids, unmasked_ids, finite, *probabilities.unbind(-1)]
         columns += [] if entropies is None else [entropies]
         host_values = torch.stack([column.double() for column in columns]).cpu()
         ids, unmasked_ids, finite = (column.long() for column in host_values[:3])
-        probabilities, entropies = (
-            host_values[3:5].T.float(),
-            host_values[5].float() if entropy else None,
-        )
+        probabilities = host_values[3:5].T.float()
+        entropies = host_values[5].float() if entropy else None
         if not bool(finite.all()):
             generator.set_state(generator_state)
-            raise NonFiniteError(NON_FINITE_MESSAGE)
+            raise NonFiniteLogitsError(NON_FINITE_MESSAGE)
     confidence, unmasked_confidence = probabilities.unbind(-1)
     return Proposal(ids, confidence, unmasked_ids, unmasked_confidence, entropies)
 
 
 def _propose_from_summary(logits: Tensor, summary: LogitsSummary, *, entropy: bool) -> Proposal:
-    """The greedy proposal, of which all but the entropy is on the host already."""
+    """The greedy proposal; everything but the entropy is on the host already."""
     if not bool(torch.isfinite(summary.logsumexp).all()):
-        raise NonFiniteError(NON_FINITE_MESSAGE)
+        raise NonFiniteLogitsError(NON_FINITE_MESSAGE)
     confidence, unmasked_confidence = summary.probabilities.unbind(-1)
     entropies = _entropies(logits.float()).cpu() if entropy else None
     return Proposal(
@@ -130,12 +123,12 @@ def _entropies(logits: Tensor) -> Tensor:
 
 
 def _is_on_device(tensor: Tensor) -> bool:
-    """Whether the host waits for whatever it reads of it."""
+    """Whether reading the tensor makes the host wait for a device."""
     return tensor.device.type != "cpu"
 
 
 def _sample(probabilities: Tensor, sampling: Sampling, uniform: Tensor) -> Tensor:
-    """Ids [w]: where the shares that top-k and top-p keep, best first, sum past draws [w]."""
+    """Ids [w] by inverse transform sampling of what top-k and top-p keep, from draws [w]."""
     sorted_probs = probabilities.sort(dim=-1, descending=True, stable=True)
     retained = sorted_probs.values
     if sampling.top_k:
@@ -147,12 +140,12 @@ def _sample(probabilities: Tensor, sampling: Sampling, uniform: Tensor) -> Tenso
     cumulative = retained.cumsum(dim=-1)
     index = torch.searchsorted(cumulative, uniform[:, None] * cumulative[:, -1:], right=True)
     last = (retained > 0).sum(dim=-1, keepdim=True) - 1
-    # Of NaN nothing is kept; who asked for it finds out, but not by an index of -1.
+    # NaN keeps nothing: the index must stay valid until the caller raises.
     return sorted_probs.indices.gather(-1, torch.minimum(index, last).clamp(min=0))[:, 0]
 
 
 def _replace_mask(mask_id: int, ids: Tensor, logits: Tensor) -> Tensor:
-    """``ids``, with the best other token where the id is the mask's."""
+    """``ids``, with the best other token in place of the mask."""
     is_mask = ids == mask_id
     if _is_on_device(logits):
         return torch.where(is_mask, _best_unmasked(mask_id, logits), ids)
@@ -166,7 +159,7 @@ def _replace_mask(mask_id: int, ids: Tensor, logits: Tensor) -> Tensor:
 
 
 def _best_unmasked(mask_id: int, logits: Tensor) -> Tensor:
-    """Ids [w] of the best token that is not the mask, in two looks and without a copy."""
+    """Ids [w] of the best token other than the mask, from two views and without a copy."""
     before, after = logits[:, :mask_id], logits[:, mask_id + 1 :]
     maxima = [side.max(dim=-1) for side in (before, after) if side.shape[1]]
     if len(maxima) == 1:

@@ -1,4 +1,4 @@
-"""One request on its way over its canvas: look, propose, keep some, look again."""
+"""The state machine of one request: forward, propose, commit, and the next forward."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ EarlyStop = Literal["off", "block", "token"]
 
 @dataclass(frozen=True)
 class DecodeRequest:
-    """What one row was asked for. ``stops``: end-of-text ids."""
+    """The parameters of one row. ``eos_ids`` are the end-of-text ids."""
 
     prompt_ids: tuple[int, ...]
     max_new_tokens: int
@@ -37,7 +37,7 @@ class DecodeRequest:
 
 @dataclass(frozen=True)
 class Token:
-    """``position`` counts from the row's first new token; ``confidence`` is a probability."""
+    """A new token; ``position`` counts from the first one, ``confidence`` is a probability."""
 
     position: int
     id: int
@@ -46,7 +46,7 @@ class Token:
 
 @dataclass(frozen=True)
 class BlockUpdate:
-    """What one forward did to a row's block."""
+    """The changes that one forward makes to the block of a row."""
 
     committed: tuple[Token, ...] = ()
     edited: tuple[Token, ...] = ()
@@ -54,10 +54,10 @@ class BlockUpdate:
 
 
 class SequenceState:
-    """The loop over blocks and forwards (``looks``) and what one forward leads to (``receive``).
+    """The state of one request. Mutable: ``receive`` takes the result of each forward.
 
-    Mutable: it is the state of one request. ``look`` is the forward it waits for, None at the end;
-    ``cut`` says that an end-of-text ended it inside a block.
+    ``next_pass`` is the forward that the request waits for, None at the end. ``stopped_early``
+    means that an end-of-text ended the answer inside a block.
     """
 
     def __init__(self, request: DecodeRequest) -> None:
@@ -74,7 +74,7 @@ class SequenceState:
         self.next_pass: ForwardPass | None = next(self._pass_iterator, None)
 
     def _passes(self) -> Iterator[ForwardPass]:
-        """Every forward of the row, in order; between two of them ``receive`` fills the canvas."""
+        """The forward passes of the row in order; ``receive`` fills the canvas between them."""
         plan, length = self.request.plan, self.canvas.length
         yield from plan.prefill_passes(self.blocks[0])
         for block in self.blocks:
@@ -92,9 +92,9 @@ class SequenceState:
             yield from plan.commit_passes(block)
 
     def logits_indices(self) -> Tensor:
-        """Positions [n] of the block whose logits can change something, int64.
+        """Positions [n] of the block whose logits are needed, int64.
 
-        Those that are masked; all where others are edited, remembered, or given a share of luck.
+        These are the masked ones, or all of them for editing, credit, smoothing and sampling.
         """
         unmask, block = self.request.unmask, self.block
         masked = self.canvas.is_masked(block.start, block.stop)
@@ -111,11 +111,11 @@ class SequenceState:
         summary: LogitsSummary | None = None,
         indices: Tensor | None = None,
     ) -> BlockUpdate:
-        """Take the answer of the forward waited for and move on to the next.
+        """Takes the result of ``next_pass`` and moves on to the following pass.
 
-        logits [n, V] where the look denoises, else None: those ``at`` positions that are wanted, or
-        of the whole block. ``survey`` says what they say, if that is known. If they are not finite
-        this raises, and the row is as it was.
+        logits [n, V] of a denoising pass belong to the positions ``indices`` of the block, or to
+        the whole block; other passes have None. ``summary`` is that of the logits, if it is known.
+        Raises NonFiniteLogitsError and leaves the state as it was.
         """
         update = BlockUpdate() if logits is None else self._denoise(logits, summary, indices)
         self.next_pass = next(self._pass_iterator, None)
@@ -160,10 +160,10 @@ class SequenceState:
         )
 
     def _select_commits(self, state: BlockState) -> tuple[Tensor, Tensor]:
-        """Ids to write and where, [w] each: the rule's choice, or the best where it writes nothing.
+        """Ids to write and the mask of positions, [w] each: the rule's choice, else the best one.
 
-        A proposal can be the mask itself, and a rule may then choose nothing that is new: published
-        loops would repeat that forward for ever.
+        A proposal can be the mask itself, so the rule may choose no new token. Published loops
+        repeat such a forward forever; this one writes the most confident token.
         """
         proposal = state.proposal
         if not bool(state.masked.any()):
@@ -214,9 +214,9 @@ class SequenceState:
         self.block = block
         self.steps = StepCounter(self.steps.total, 0)
         self._initial_masked = int(self.canvas.is_masked(block.start, block.stop).sum())
-        self._credit_memory: Tensor | None = None  # credit's
-        self._edit_forwards = 0  # forwards that began without a mask
-        self._edits_converged = False  # the last of them edited nothing
+        self._credit_memory: Tensor | None = None  # of ``credit``
+        self._edit_forwards = 0  # forwards that started without a mask
+        self._edits_converged = False  # whether the last of them edited nothing
         self.stopped_early = False
 
     def _is_block_done(self) -> bool:
@@ -227,40 +227,38 @@ class SequenceState:
         return edit is None or self._edits_converged or self._edit_forwards >= edit.post
 
     def _edit_limit_reached(self) -> bool:
-        """Edits may write masks again; nothing published bounds that."""
+        """Whether the block has had too many forwards: edits can write masks again, without end."""
         edit = self.request.unmask.edit
         return edit is not None and self.steps.in_block >= 8 * self.block.width + edit.post
 
     def _has_complete_answer(self) -> bool:
-        """Whether the answer holds an end-of-text with everything before it filled."""
+        """Whether the answer has an end-of-text and no mask before it."""
         answer = self.canvas.tokens[self.canvas.prompt_length : self.block.stop].tolist()
         end = first_index_of(answer, self.request.eos_ids)
         return end is not None and self.request.mask_id not in answer[:end]
 
     @property
     def answer(self) -> list[int]:
-        """The new tokens: at most as many as asked for, up to the first end-of-text."""
-        tokens = self.canvas.tokens[self.canvas.prompt_length :].tolist()[
-            : self.request.max_new_tokens
-        ]
-        end = (
-            first_index_of(tokens, self.request.eos_ids)
-            if self.request.early_stop != "off"
-            else None
-        )
-        return [token for token in tokens[:end] if token != self.request.mask_id]
+        """The new tokens, at most ``max_new_tokens``, up to the first end-of-text."""
+        tokens = self._new_tokens()[: self._eos_index()]
+        return [token for token in tokens if token != self.request.mask_id]
 
     @property
     def ended_by_eos(self) -> bool:
-        """Whether the answer ends because the model ended it."""
+        """Whether an end-of-text of the model ends the answer."""
+        return self._eos_index() is not None
+
+    def _new_tokens(self) -> list[int]:
+        start = self.canvas.prompt_length
+        return self.canvas.tokens[start : start + self.request.max_new_tokens].tolist()
+
+    def _eos_index(self) -> int | None:
+        """Where the first end-of-text ends the answer; None if it does not end early."""
         if self.request.early_stop == "off":
-            return False
-        tokens = self.canvas.tokens[self.canvas.prompt_length :].tolist()[
-            : self.request.max_new_tokens
-        ]
-        return first_index_of(tokens, self.request.eos_ids) is not None
+            return None
+        return first_index_of(self._new_tokens(), self.request.eos_ids)
 
 
 def first_index_of(tokens: Sequence[int], targets: Sequence[int]) -> int | None:
-    """Index of the first token that is one of ``wanted``."""
+    """Index of the first token that is one of ``targets``."""
     return next((i for i, token in enumerate(tokens) if token in targets), None)

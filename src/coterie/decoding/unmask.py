@@ -1,7 +1,6 @@
-"""Which proposals to keep: the published rules, each a small frozen dataclass.
+"""Unmasking rules: which masked positions of a block are written after a forward.
 
-A rule answers one question: of the positions still masked, which are written now? What surrounds
-it (editing, credit, smoothing) is in ``refine``.
+Each published rule is a frozen dataclass. Editing, credit and smoothing are in ``refinements``.
 """
 
 from __future__ import annotations
@@ -27,20 +26,20 @@ NEG_INF = float("-inf")
 
 @dataclass(frozen=True)
 class BlockState:
-    """What a rule sees of one block after one forward; w positions."""
+    """The state of one block of w positions after a forward, as rules see it."""
 
     proposal: Proposal
-    tokens: Tensor  # [w] int64, as they went into the forward
+    tokens: Tensor  # [w] int64, the input of the forward
     masked: Tensor  # [w] bool
-    generated: Tensor  # [w] bool: written by an earlier step, not by the prompt
-    mask_id: int  # the mask token's id
-    step: int  # forwards this block has had before
-    initial_masked: int  # positions that were masked when the block was entered
-    threshold_floor: float = NEG_INF  # thresholds are at least this (iteration smoothing)
+    generated: Tensor  # [w] bool: written by an earlier step, not part of the prompt
+    mask_id: int
+    step: int  # earlier forwards of this block
+    initial_masked: int  # masked positions before the first forward of the block
+    threshold_floor: float = NEG_INF  # the minimum of thresholds (smoothing)
 
     @property
     def confidence(self) -> Tensor:
-        """[w] fp32, -inf where nothing is masked."""
+        """[w] fp32, -inf at positions that are not masked."""
         return self.proposal.confidence.masked_fill(~self.masked, NEG_INF)
 
     @property
@@ -49,19 +48,19 @@ class BlockState:
 
 
 class UnmaskRule(Protocol):
-    """A frozen dataclass of options."""
+    """An unmasking rule; a frozen dataclass of options."""
 
     def choose(self, state: BlockState) -> Tensor:
-        """Bool [w]: the masked positions to write now."""
+        """The masked positions to write now, bool [w]."""
         ...
 
 
 @dataclass(frozen=True)
 class ThresholdRule:
-    """All as sure as ``p``, and always the best (Fast-dLLM).
+    """Writes positions with confidence of at least ``p``, and always the best (Fast-dLLM).
 
-    With ``slack`` also all that are within it of the best (dInfer: 1e-5). A position whose proposal
-    is the mask itself is passed over (dInfer).
+    Positions within ``slack`` of the best are written, too (dInfer: 1e-5). A position whose
+    proposal is the mask itself is skipped (dInfer).
     """
 
     p: PositiveFraction = 0.9
@@ -80,10 +79,10 @@ class ThresholdRule:
 
 @dataclass(frozen=True)
 class DynamicRule:
-    """All surer than ``p`` if they are enough, else the best of them until they are.
+    """Writes positions with confidence above ``p``; if they are too few, the best ones.
 
-    Enough is an even share of the block over ``steps`` forwards (LLaDA2.0, SDAR), or ``least``
-    where ``steps`` is 0 (LLaDA2.1).
+    The minimum is an even share of the block over ``steps`` forwards (LLaDA2.0, SDAR), and at least
+    ``least`` (LLaDA2.1, with ``steps`` 0).
     """
 
     p: PositiveFraction = 0.9
@@ -106,7 +105,7 @@ class DynamicRule:
 
 @dataclass(frozen=True)
 class FixedRule:
-    """The best of what is masked, an even share of it in each of ``steps`` forwards (LLaDA)."""
+    """Writes the best positions, an even share of the masks in each of ``steps`` (LLaDA)."""
 
     steps: PositiveInt = 32
 
@@ -120,7 +119,7 @@ class FixedRule:
 
 @dataclass(frozen=True)
 class StaticRule:
-    """The best, an even share of the whole block in each of ``steps`` forwards (SDAR)."""
+    """Writes the best positions, an even share of the block in each of ``steps`` (SDAR)."""
 
     steps: PositiveInt = 4
 
@@ -134,7 +133,7 @@ class StaticRule:
 
 @dataclass(frozen=True)
 class SequentialRule:
-    """From left to right, an even share of the block in each of ``steps`` forwards (SDAR)."""
+    """Writes from left to right, an even share of the block in each of ``steps`` (SDAR)."""
 
     steps: PositiveInt = 4
 
@@ -149,7 +148,7 @@ class SequentialRule:
 
 @dataclass(frozen=True)
 class EntropyRule:
-    """The least uncertain, as many as keep their summed entropy under ``bound`` nats (SDAR)."""
+    """Writes the positions of least entropy whose sum is below ``bound`` nats (SDAR)."""
 
     bound: NonNegativeFloat = 0.35
 
@@ -157,7 +156,7 @@ class EntropyRule:
 
     def choose(self, state: BlockState) -> Tensor:
         if state.proposal.entropy is None:
-            raise RuntimeError("the entropy rule needs proposals that know their entropy")
+            raise RuntimeError("the entropy rule needs proposals with `entropy`")
         entropy = state.proposal.entropy.masked_fill(~state.masked, float("inf"))
         total = entropy.sort().values.cumsum(dim=0)
         return top_positions(-entropy, max(1, int((total < self.bound).sum())))
@@ -165,9 +164,9 @@ class EntropyRule:
 
 @dataclass(frozen=True)
 class HierarchyRule:
-    """All surer than ``p``, the best of every run of masks if surer than ``low``, and the best.
+    """Writes positions with confidence above ``p``, and the best of each run of masks (dInfer).
 
-    Splitting each run in its middle lets few forwards reach everywhere (dInfer).
+    The best of a run needs confidence above ``low``, except for the best of all.
     """
 
     p: PositiveFraction = 0.9
@@ -186,12 +185,12 @@ class HierarchyRule:
 
 
 def even_share(total: int, steps: int, step: int) -> int:
-    """How many of ``total`` fall to ``step`` when they are spread evenly, the first steps more."""
+    """The part of ``total`` in ``step`` if it is spread evenly; the first steps have more."""
     return total // steps + (1 if step < total % steps else 0)
 
 
 def top_positions(confidence: Tensor, count: int) -> Tensor:
-    """Bool [w]: the ``count`` greatest of confidence [w], the lower position first; never -inf."""
+    """Bool [w]: the ``count`` greatest of confidence [w], not -inf; of ties the lower position."""
     order = confidence.sort(descending=True, stable=True).indices
     selected = torch.zeros_like(confidence, dtype=torch.bool)
     selected[order[:count]] = True

@@ -12,12 +12,11 @@ from torch import Tensor
 from coterie import ops
 from coterie.decoding import BlockUpdate, SequenceState
 from coterie.decoding.kv_schemes import ForwardPass
-from coterie.decoding.sampling import NonFiniteError
 from coterie.decoding.sequence import first_index_of
 from coterie.engine.cuda_graphs import CudaGraphs
 from coterie.engine.generation_config import GenerationConfig
 from coterie.engine.kv_pool import KVCachePool
-from coterie.errors import CoterieError
+from coterie.errors import NonFiniteLogitsError
 from coterie.model.cache import KVCache
 from coterie.model.forward_context import CoresetState, ForwardContext
 from coterie.model.transformer import Transformer
@@ -152,7 +151,7 @@ def run_forward(
                 strict=True,
             )
         ]
-    except NonFiniteError as error:
+    except NonFiniteLogitsError as error:
         raise _non_finite_error(transformer, tokens, replace(context, cache=cache())) from error
     if context.coresets is not None:
         for active, block, coresets in zip(
@@ -197,11 +196,11 @@ def _coresets(group: Sequence[ActiveSequence], transformer: Transformer) -> Core
 
 def _non_finite_error(
     transformer: Transformer, tokens: Tensor, context: ForwardContext
-) -> CoterieError:
+) -> NonFiniteLogitsError:
     """What to raise over such a forward."""
     device = transformer.device
     source = _first_non_finite(transformer, tokens.to(device), _to_device(context, device))
-    return CoterieError(f"{source} NaN or infinite numbers: no token was written")
+    return NonFiniteLogitsError(f"{source} NaN or infinite numbers: no token was written")
 
 
 def _to_device(context: ForwardContext, device: torch.device) -> ForwardContext:

@@ -15,17 +15,10 @@ from coterie.decoding.canvas import Block
 from coterie.decoding.kv_schemes import PassKind
 from coterie.engine.batch import NULL_RECORDER, ActiveSequence, group_sequences, run_forward
 from coterie.engine.cuda_graphs import CudaGraphs
-from coterie.engine.events import (
-    Denoised,
-    Event,
-    ExpertUsage,
-    Finished,
-    NonFiniteLogitsError,
-    Result,
-)
+from coterie.engine.events import Denoised, Event, ExpertUsage, Finished, Result
 from coterie.engine.generation_config import GenerationConfig, make_request
 from coterie.engine.kv_pool import KVCachePool
-from coterie.errors import CoterieError
+from coterie.errors import CoterieError, NonFiniteLogitsError
 from coterie.loading.expert_memory import ExpertMemoryConfig
 from coterie.loading.load import Model, load_model
 from coterie.model.weights import expert_bytes

@@ -6,7 +6,6 @@ from dataclasses import dataclass
 
 from coterie.decoding import Token
 from coterie.decoding.kv_schemes import PassKind
-from coterie.errors import CoterieError
 from coterie.offload.traffic import Traffic
 
 
@@ -116,14 +115,6 @@ class Finished:
 
     row: int
     result: Result
-
-
-class NonFiniteLogitsError(CoterieError):
-    """A forward whose logits are not finite. ``rows`` shared it: at least one is at fault."""
-
-    def __init__(self, reason: str, rows: tuple[int, ...]) -> None:
-        super().__init__(reason)
-        self.rows = rows
 
 
 Event = Denoised | Finished

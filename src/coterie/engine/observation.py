@@ -14,7 +14,7 @@ from coterie.engine.events import Finished, Result
 from coterie.errors import CoterieError
 from coterie.loading.load import Model
 from coterie.model.moe import MoE
-from coterie.telemetry import RowId, TensorRecorder
+from coterie.telemetry import Recorder, RowId, TensorRecorder
 from coterie.values import Policy, Routing, Scores
 
 
@@ -169,7 +169,7 @@ def moe_output(model: Model, observation: LayerObservation, routing: Routing) ->
 
 
 @dataclass  # not frozen: it follows the forwards
-class _ObservationRecorder:
+class _ObservationRecorder(Recorder):
     """The recorder that turns what it is shown into ``Watched``."""
 
     on_layer: Callable[[LayerObservation], None]
@@ -196,9 +196,6 @@ class _ObservationRecorder:
         starts, kinds = zip(*map(self.start_and_kind, self._rows), strict=True)
         x, scores = self._moe_inputs.pop(layer), replace(scores, vanilla_ids=vanilla_ids)
         self.on_layer(LayerObservation(layer, self._rows, starts, x, scores, routing, kinds[0]))
-
-    def on_layer_output(self, layer: int, x: Tensor) -> None:
-        del layer, x
 
 
 def _routing_layers(model: Model, layers: Collection[int] | None) -> frozenset[int]:

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from coterie.errors import CoterieError
-from coterie.model.strict_json import read_object
+from coterie.strict_json import read_object
 
 MAX_SIZE = 1 << 24
 """No size of a model is larger; what is must be damage, and would take for ever to refuse."""

@@ -19,7 +19,7 @@ from coterie.loading.expert_memory import ExpertMemoryConfig, ExpertMemoryPlan
 from coterie.loading.low_precision import LowPrecisionExperts, PrecisionSplit
 from coterie.loading.placement import LoadedModel
 from coterie.loading.target import LoadTarget, ModelFolder, ProgressCallback
-from coterie.model.strict_json import read_object
+from coterie.strict_json import read_object
 from coterie.offload.capacity import format_bytes
 from coterie.offload.eviction import ByVotes, FloatArray
 from coterie.offload.mixed_precision_store import MixedPrecisionStore, PrecisionErrors

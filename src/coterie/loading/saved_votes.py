@@ -16,7 +16,7 @@ from coterie.errors import ConfigError, CoterieError
 from coterie.loading.target import ModelFolder
 from coterie.model.safetensors_file import read_chunks
 from coterie.model.spec import ModelSpec
-from coterie.model.strict_json import read_object
+from coterie.strict_json import read_object
 
 VOTES_FORMAT, VOTES_VERSION = "coterie votes", 1
 VOTE_DIGITS = 6

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from coterie.errors import CoterieError
 from coterie.model.safetensors_file import DTYPES, TensorEntry, not_float_message, read_header
-from coterie.model.strict_json import read_object
+from coterie.strict_json import read_object
 from coterie.model.weights import TensorTarget
 
 TensorLoader = Callable[[int, TensorEntry, TensorTarget], None]

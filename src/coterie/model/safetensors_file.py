@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from coterie.errors import CoterieError
-from coterie.model.strict_json import parse_object
+from coterie.strict_json import parse_object
 
 FLOAT_DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 DTYPES = FLOAT_DTYPES | {

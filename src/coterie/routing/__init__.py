@@ -1,4 +1,4 @@
-"""Which experts each token uses: policies, their spelling, and the one ``route`` they share."""
+"""Expert-routing policies, their text form, and ``route``, which applies them."""
 
 from coterie.routing.coreset import Election
 from coterie.routing.coreset_policies import (

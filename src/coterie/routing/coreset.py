@@ -1,7 +1,7 @@
-"""Coresets: one set of experts per block.
+"""Coresets: one set of experts for all tokens of a block.
 
-A rule is a point of a grid: who votes x for whom x how it is tallied x how many are elected x who
-is protected x what residency counts. Every published rule is one such point; this file is the grid.
+A coreset policy is a combination of voters, kind of vote, tally, size, protected experts and bonus
+for resident experts. Every published policy is such a combination; this file implements them all.
 """
 
 from __future__ import annotations
@@ -14,13 +14,21 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from coterie.errors import CoterieError
+from coterie.errors import SpecError
 from coterie.keys import Key
 from coterie.ops import top_ids
 from coterie.routing.proportional import ResidencyBonus, elect_sequentially
 from coterie.routing.router import KernelRouting, vanilla_ids
 from coterie.routing.size import CoresetSize, Fixed, Fraction, Mass, Union
-from coterie.routing.votes import BALLOTS, BEFORE_EOS, TOPK_PROB, VOTES, Vote, Voters, vote_weights
+from coterie.routing.votes import (
+    BALLOTS,
+    VOTE_ALIAS,
+    VOTERS_ALIAS,
+    VOTES,
+    Vote,
+    Voters,
+    vote_weights,
+)
 from coterie.specs import (
     NonNegativeFloat,
     NonNegativeInt,
@@ -35,42 +43,44 @@ MaxExperts = Literal["slots"] | PositiveInt
 
 @dataclass(frozen=True)
 class Election:
-    """How a coreset is elected, whatever its size.
+    """The options of an election, except for the size of the coreset.
 
-    ``lam`` favours experts already in fast memory, V' = V * (1 + lam * resident), as long as the
-    coreset still holds 1 - ``eps`` of the votes that the plain one would hold. The tally is
-    ``plain``: most votes first; or ``proportional``: one by one, each token's weight falling with
-    the part of its vote that is seated (see ``proportional``); there gains are favoured, and the
-    seats keep 1 - ``eps`` of what they could gain. No coreset has more than ``most``: a number, or
-    "slots", as many as the layer has in fast memory (where all experts are there, any number). Of a
-    union, or of protected experts, too many of them, those with most votes stay.
+    tally: ``plain`` takes the experts with most votes. ``proportional`` takes one expert at a time
+    and lowers the weight of tokens whose vote is elected (see ``proportional``).
+
+    resident_bonus favours experts in fast memory: V' = V * (1 + resident_bonus * resident). The
+    coreset keeps at least 1 - max_vote_loss of the votes (or gains, if proportional) that it would
+    hold without the bonus.
+
+    max_experts limits the coreset to a number, or to the ``slots`` of the layer in fast memory. If
+    a union or the protected experts exceed the limit, those with most votes are used.
     """
 
-    voters: Annotated[Voters, BEFORE_EOS] = "all"
+    voters: Annotated[Voters, VOTERS_ALIAS] = "all"
     protect: Literal["none", "top1"] = "none"
-    vote: Annotated[Vote, TOPK_PROB] = "masked"
+    vote: Annotated[Vote, VOTE_ALIAS] = "topk-prob"
     scope: Literal["block", "batch"] = "block"
-    lam: Annotated[NonNegativeFloat, Key("resident_bonus", "lam")] = 0.0
-    eps: Annotated[UnitFraction, Key("max_vote_loss", "eps")] = 0.02
+    resident_bonus: Annotated[NonNegativeFloat, Key("resident_bonus", "lam")] = 0.0
+    max_vote_loss: Annotated[UnitFraction, Key("max_vote_loss", "eps")] = 0.02
     seed: NonNegativeInt = 0
     tally: Literal["plain", "proportional"] = "plain"
-    most: Annotated[MaxExperts | None, Key("max", "most")] = None
+    max_experts: Annotated[MaxExperts | None, Key("max", "most")] = None
 
     def __post_init__(self) -> None:
         check_options(self)
         if self.tally == "proportional" and self.vote not in BALLOTS:
-            raise CoterieError(
+            raise SpecError(
                 f"tally=proportional needs a vote that each token casts: one of "
-                f"{', '.join(map(TOPK_PROB.of, BALLOTS))}, not {self.vote}"
+                f"{', '.join(BALLOTS)}, not {self.vote}"
             )
 
-    def max_experts(self, slots: int | None) -> int | None:
-        """How many a coreset has at most, in a layer with so many slots."""
-        return slots if self.most == "slots" else self.most
+    def size_limit(self, slots: int | None) -> int | None:
+        """The most experts of a coreset in a layer with this many slots; None if unlimited."""
+        return slots if self.max_experts == "slots" else self.max_experts
 
 
 class CoresetPolicy(Protocol):
-    """A policy that is a point of the grid: how many to elect where, and how."""
+    """A policy that elects a coreset."""
 
     @property
     def election(self) -> Election: ...
@@ -79,14 +89,14 @@ class CoresetPolicy(Protocol):
 
 
 def coreset_mask(policy: CoresetPolicy, scores: Scores, k: int) -> Tensor:
-    """The policy's ``eligible``."""
+    """The ``eligible`` of a coreset policy."""
     return elect(scores, policy.size(scores), policy.election, k)
 
 
 def coreset_kernel_rule(policy: CoresetPolicy, scores: Scores, k: int) -> KernelRouting | None:
-    """The policy's ``ruling``: the same election in plain numbers, where these can say it."""
+    """The ``kernel_rule`` of a coreset policy: the same election in plain numbers, if possible."""
     size, election = policy.size(scores), policy.election
-    max_experts = election.max_experts(scores.slots)
+    max_experts = election.size_limit(scores.slots)
     if (
         scores.previous_coresets is None
         and max_experts is None
@@ -103,12 +113,12 @@ def coreset_kernel_rule(policy: CoresetPolicy, scores: Scores, k: int) -> Kernel
     all_vote = election.voters == "all" and scores.voters is None
     if is_full_union(size, election, k) and not all_vote:
         if max_experts is not None:
-            return None  # kernels have one voice for the union and the votes
+            return None  # kernels use the same vote weights for the union and the votes
         all_vote = True
     return KernelRouting(scores, rule, None if all_vote else vote_weights(scores, election.voters))
 
 
-@lru_cache(maxsize=256)  # the same few for every layer of every forward
+@lru_cache(maxsize=256)  # a few rules serve every layer of every forward
 def coreset_rule(
     size: CoresetSize | Union,
     election: Election,
@@ -116,7 +126,7 @@ def coreset_rule(
     experts: int,
     max_experts: int | None = None,
 ) -> CoresetRule | None:
-    """What ``elect`` does, in plain numbers; None for lots, other tallies and other sizes."""
+    """``elect`` in plain numbers; None for random votes, other tallies and other sizes."""
     if isinstance(size, Union) and max_experts is None:
         return CoresetRule(union=size.k)
     if election.tally != "plain" or election.vote == "random":
@@ -124,31 +134,31 @@ def coreset_rule(
     rule = CoresetRule(
         vote=election.vote,
         protect=1 if election.protect == "top1" else 0,
-        lam=election.lam,
-        eps=election.eps,
-        most=max_experts or 0,
+        resident_bonus=election.resident_bonus,
+        max_vote_loss=election.max_vote_loss,
+        max_experts=max_experts or 0,
     )
     match size:
         case Union():
             return replace(rule, union=size.k, protect=0)
         case Fraction() | Fixed():
             count = min(size.search_limits(experts)[0], max_experts or experts)
-            # Where nobody is protected, a smaller count says it all.
-            return replace(rule, count=count, most=rule.most if rule.protect else 0)
+            # Without protected experts the count alone is the limit.
+            return replace(rule, count=count, max_experts=rule.max_experts if rule.protect else 0)
         case Mass():
-            return replace(rule, mass=size.tau, least=size.minimum(experts, k))
+            return replace(rule, mass=size.tau, min_experts=size.minimum(experts, k))
         case _:
             return None
 
 
 def is_full_union(size: CoresetSize | Union, election: Election, k: int) -> bool:
-    """Whether the union is of all that tokens have, those the engine does not let vote too."""
+    """Whether the coreset is the union of the top-k of all tokens, voters or not."""
     return isinstance(size, Union) and size.k >= k and election.voters == "all"
 
 
 def elect(scores: Scores, size: CoresetSize | Union, election: Election, k: int) -> Tensor:
-    """The coreset as a mask [S, 1, E]; [1, 1, E] when all rows share one."""
-    max_experts = election.max_experts(scores.slots)
+    """The coreset as a mask [S, 1, E]; [1, 1, E] if all rows share one."""
+    max_experts = election.size_limit(scores.slots)
     full_union = is_full_union(size, election, k)
     if full_union and max_experts is None:
         return scores.logits.new_ones((1, 1, 1), dtype=torch.bool)
@@ -172,15 +182,15 @@ def elect(scores: Scores, size: CoresetSize | Union, election: Election, k: int)
         ).unsqueeze(1)
     votes = VOTES[election.vote](scores, vote_weight, election.seed)  # [S, E]
     coreset = take_by_votes(votes, protected, size, k, max_experts=max_experts)
-    if election.lam > 0 and scores.resident is not None:
-        bonus_votes = votes * (1 + election.lam * scores.resident.double())
+    if election.resident_bonus > 0 and scores.resident is not None:
+        bonus_votes = votes * (1 + election.resident_bonus * scores.resident.double())
         bonus_coreset = take_by_votes(bonus_votes, protected, size, k, max_experts=max_experts)
-        coreset = restore_votes(bonus_coreset, coreset, votes, election.eps)
+        coreset = restore_votes(bonus_coreset, coreset, votes, election.max_vote_loss)
     return coreset.unsqueeze(1)
 
 
 def union_of_topm(scores: Scores, vote_weight: Tensor, m: int) -> Tensor:
-    """Mask [S, E]: the union over voters of the first ``m`` of their own experts."""
+    """Mask [S, E]: the union of the first ``m`` own experts of each voter."""
     ids = vanilla_ids(scores)[..., :m].masked_fill((vote_weight <= 0).unsqueeze(-1), -1)
     return expert_mask(ids.flatten(1), scores.router.experts)
 
@@ -190,8 +200,8 @@ def take_by_votes(
 ) -> Tensor:
     """Mask [S, E]: the protected experts, then those with most votes until ``size`` is reached.
 
-    Protected experts use up the budget; when they alone exceed it, they are the coreset, as
-    far as the ``cap`` lets them.
+    Protected experts count towards the size. If they alone exceed it, they are the coreset, up to
+    ``max_experts``.
     """
     order = top_ids(votes, votes.shape[-1], tier=~protected)
     return take_in_order(
@@ -200,10 +210,10 @@ def take_by_votes(
 
 
 def residency_bonus(scores: Scores, election: Election) -> ResidencyBonus | None:
-    """What residency counts where seats are taken in turn; None where it counts nothing."""
-    if election.lam == 0 or scores.resident is None:
+    """The bonus of resident experts in a proportional election; None if there is none."""
+    if election.resident_bonus == 0 or scores.resident is None:
         return None
-    return ResidencyBonus(scores.resident, election.lam, election.eps)
+    return ResidencyBonus(scores.resident, election.resident_bonus, election.max_vote_loss)
 
 
 def take_sequentially(
@@ -216,7 +226,7 @@ def take_sequentially(
     max_experts: int | None = None,
     bonus: ResidencyBonus | None = None,
 ) -> Tensor:
-    """Mask [S, E]: the protected experts, then one by one, votes being tallied again for each."""
+    """Mask [S, E]: the protected experts, then one expert at a time, with new votes for each."""
     max_steps, min_gain = size.search_limits(protected.shape[-1])
     max_steps = max(max_steps, int(protected.sum(-1).max()))
     max_steps = max_steps if max_experts is None else min(max_steps, max_experts)
@@ -235,7 +245,10 @@ def take_in_order(
     *,
     max_experts: int | None = None,
 ) -> Tensor:
-    """Mask [S, E]: as many of ``order`` [S, m] as ``size`` says of their votes [S, m]."""
+    """Mask [S, E]: the first experts of ``order`` [S, m], as many as ``size`` says.
+
+    ``votes`` [S, m] are in that order.
+    """
     experts, ranked = protected.shape[-1], order.shape[-1]
     budget = size.count(F.pad(votes, (0, experts - ranked)), k)
     budget = budget.maximum(protected.sum(dim=-1, keepdim=True))  # [S, 1]
@@ -245,27 +258,24 @@ def take_in_order(
 
 
 def restore_votes(
-    bonus_coreset: Tensor, plain_coreset: Tensor, votes: Tensor, eps: float
+    bonus_coreset: Tensor, plain_coreset: Tensor, votes: Tensor, max_vote_loss: float
 ) -> Tensor:
-    """Mask [S, E]: ``favoured``, with the least change that holds (1 - eps) of ``plain``'s votes.
+    """Mask [S, E]: ``bonus_coreset``, changed until it holds 1 - ``max_vote_loss`` of the votes of
+    ``plain_coreset``.
 
-    The largest missing experts come back one by one, each in the place of the weakest that had
-    taken their seats: the budget stands.
+    Each change swaps the weakest expert that only the bonus elected for the strongest one that it
+    displaced, so the size stays.
     """
     missing, extra = plain_coreset & ~bonus_coreset, bonus_coreset & ~plain_coreset
     experts = votes.shape[-1]
-    restore_order, remove_order = (
-        top_ids(votes, experts, tier=~missing),
-        top_ids(-votes, experts, tier=~extra),
-    )
-    swap_gain = (votes * missing).gather(-1, restore_order) - (votes * extra).gather(
-        -1, remove_order
-    )
+    restore_order = top_ids(votes, experts, tier=~missing)
+    remove_order = top_ids(-votes, experts, tier=~extra)
+    restored_votes = (votes * missing).gather(-1, restore_order)
+    removed_votes = (votes * extra).gather(-1, remove_order)
     total = (votes * bonus_coreset).sum(-1, keepdim=True)
-    total = torch.cat(
-        [total, total + swap_gain.cumsum(-1)], dim=-1
-    )  # [S, 1 + E]: after 0, 1, .. swaps
-    min_total = (votes * plain_coreset).sum(-1, keepdim=True).double() * (1 - eps)
+    swapped_total = total + (restored_votes - removed_votes).cumsum(-1)
+    total = torch.cat([total, swapped_total], dim=-1)  # [S, 1 + E]: after 0, 1, .. swaps
+    min_total = (votes * plain_coreset).sum(-1, keepdim=True).double() * (1 - max_vote_loss)
     swaps = (total < min_total).long().cumprod(-1).sum(-1, keepdim=True)
     swapped = torch.arange(experts, device=votes.device) < swaps
     restored = torch.zeros_like(plain_coreset).scatter_(-1, restore_order, swapped) & missing

@@ -1,14 +1,14 @@
-"""The coreset rules that have a name: points of the grid of vote, size, protection, residency.
+"""The named coreset policies. ``coterie policies`` prints the docstrings of their classes.
 
-A ``beta`` is one share for all layers, or a list with one for each layer that routes.
+``beta`` is one share for all layers, or a list with one share for each layer that routes.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Annotated
+from typing import Annotated, Protocol
 
-from coterie.errors import CoterieError
+from coterie.errors import SpecError
 from coterie.routing.coreset import Election, coreset_kernel_rule, coreset_mask
 from coterie.routing.size import CoresetSize, Fixed, Fraction, Mass, Priced, Union
 from coterie.specs import (
@@ -34,13 +34,12 @@ ELECTION_OPTIONS = (
     "max",
 )
 ALL_ELECTION_OPTIONS = NestedOptions((*ELECTION_OPTIONS, "tally"))
-MARGIN_VOTE_OPTIONS = NestedOptions(
-    ("voters", "protect", "scope", "resident_bonus", "max_vote_loss", "max")
-)
 FIXED_VOTE_OPTIONS = NestedOptions(
     ("voters", "protect", "scope", "resident_bonus", "max_vote_loss", "max")
 )
-PREFERRING = NestedOptions(ELECTION_OPTIONS, always_printed=("resident_bonus", "max_vote_loss"))
+RESIDENT_OPTIONS = NestedOptions(
+    ELECTION_OPTIONS, always_printed=("resident_bonus", "max_vote_loss")
+)
 
 PROBABILITY_ELECTION = Election()
 COUNT_ELECTION = Election(vote="count")
@@ -48,12 +47,27 @@ FULL_PROBABILITY_ELECTION = Election(vote="full", protect="top1")
 MAX_SCORE_ELECTION = Election(vote="max")
 RANDOM_ELECTION = Election(vote="random")
 PROPORTIONAL_ELECTION = Election(vote="margin", tally="proportional")
-RESIDENT_ELECTION = Election(lam=1.0, eps=0.02)
+RESIDENT_ELECTION = Election(resident_bonus=1.0, max_vote_loss=0.02)
+
+
+class _BetaPolicy(Protocol):
+    @property
+    def beta(self) -> PositiveFractions: ...
+
+
+def beta_size(policy: _BetaPolicy, scores: Scores) -> Fraction:
+    """The ``size`` of a policy with a ``beta``."""
+    return layer_fraction(policy.beta, scores)
+
+
+def layer_fraction(beta: PositiveFractions, scores: Scores) -> Fraction:
+    """The share of the layer that the scores belong to."""
+    return Fraction(beta[scores.moe_index] if isinstance(beta, tuple) else beta)
 
 
 @dataclass(frozen=True)
 class DesSeq:
-    """The union of every token's first ``k`` experts (DES, Eq. 5; simplified OEA)."""
+    """A block uses the union of each token's first ``k`` experts (DES, Eq. 5; simplified OEA)."""
 
     k: PositiveInt
     election: Annotated[Election, NestedOptions(("voters", "scope", "max"))] = PROBABILITY_ELECTION
@@ -67,50 +81,43 @@ class DesSeq:
 
 @dataclass(frozen=True)
 class DesVote:
-    """The share ``beta`` of experts with most votes, each token voting for its own experts with
-    the router's probability (DES, Eq. 6)."""
+    """A block uses the share ``beta`` of experts with most votes; a token's vote for each of its
+    top-k experts is the router's probability (DES, Eq. 6)."""
 
     beta: PositiveFractions
     election: Annotated[Election, ALL_ELECTION_OPTIONS] = PROBABILITY_ELECTION
 
     __post_init__ = check_options
-    eligible, kernel_rule = coreset_mask, coreset_kernel_rule
-
-    def size(self, scores: Scores) -> Fraction:
-        return layer_fraction(self.beta, scores)
+    eligible, kernel_rule, size = coreset_mask, coreset_kernel_rule, beta_size
 
 
 @dataclass(frozen=True)
 class UniformVote:
-    """As DES-Vote, but each vote counts one (DES, the naive variant)."""
+    """Like ``des-vote``, but every vote counts 1 (DES, the naive variant)."""
 
     beta: PositiveFractions
     election: Annotated[Election, FIXED_VOTE_OPTIONS] = COUNT_ELECTION
 
     __post_init__ = check_options
-    eligible, kernel_rule = coreset_mask, coreset_kernel_rule
-
-    def size(self, scores: Scores) -> Fraction:
-        return layer_fraction(self.beta, scores)
+    eligible, kernel_rule, size = coreset_mask, coreset_kernel_rule, beta_size
 
 
 @dataclass(frozen=True)
 class XShare:
-    """Votes for all experts, every token's best one protected (XShare, arXiv 2602.07265)."""
+    """Like ``des-vote``, but tokens vote for all experts, and the best expert of each token is
+    always included (XShare, arXiv 2602.07265)."""
 
     beta: PositiveFractions
     election: Annotated[Election, FIXED_VOTE_OPTIONS] = FULL_PROBABILITY_ELECTION
 
     __post_init__ = check_options
-    eligible, kernel_rule = coreset_mask, coreset_kernel_rule
-
-    def size(self, scores: Scores) -> Fraction:
-        return layer_fraction(self.beta, scores)
+    eligible, kernel_rule, size = coreset_mask, coreset_kernel_rule, beta_size
 
 
 @dataclass(frozen=True)
 class Racing:
-    """The ``m`` experts with the best score from any token (LLaDA2.2's block routing)."""
+    """A block uses the ``m`` experts with the highest score of any token (LLaDA2.2's block
+    routing)."""
 
     m: PositiveInt
     election: Annotated[Election, FIXED_VOTE_OPTIONS] = MAX_SCORE_ELECTION
@@ -124,8 +131,8 @@ class Racing:
 
 @dataclass(frozen=True)
 class MassVote:
-    """The fewest experts that hold the share ``tau`` of votes (dMoE's rule, arXiv 2605.30876);
-    at least ``least``, by default as many as a token uses."""
+    """A block uses the fewest experts that hold the share ``tau`` of all votes, but not fewer than
+    ``least``, by default k (dMoE's rule, arXiv 2605.30876)."""
 
     tau: PositiveFraction
     least: PositiveInt | None = None
@@ -140,26 +147,23 @@ class MassVote:
 
 @dataclass(frozen=True)
 class ProportionalVote:
-    """The share ``beta`` of experts, elected one by one: each token splits one vote by its margins,
-    and weighs less the more of its vote is seated (ours)."""
+    """A block elects the share ``beta`` of experts one at a time; each token splits one vote by the
+    margins of its experts, and weighs less once these are elected (ours)."""
 
     beta: PositiveFractions
-    election: Annotated[Election, MARGIN_VOTE_OPTIONS] = PROPORTIONAL_ELECTION
+    election: Annotated[Election, FIXED_VOTE_OPTIONS] = PROPORTIONAL_ELECTION
 
     __post_init__ = check_options
-    eligible, kernel_rule = coreset_mask, coreset_kernel_rule
-
-    def size(self, scores: Scores) -> Fraction:
-        return layer_fraction(self.beta, scores)
+    eligible, kernel_rule, size = coreset_mask, coreset_kernel_rule, beta_size
 
 
 @dataclass(frozen=True)
 class PricedVote:
-    """As ``proportional-vote``, but as long as the next expert is worth ``price`` to the block,
-    1 being a whole token's vote: blocks and layers of like tokens elect fewer (ours)."""
+    """Like ``proportional-vote``, but a block elects experts as long as the next one gains at least
+    ``price`` votes, so similar tokens share fewer experts (ours)."""
 
     price: Price
-    election: Annotated[Election, MARGIN_VOTE_OPTIONS] = PROPORTIONAL_ELECTION
+    election: Annotated[Election, FIXED_VOTE_OPTIONS] = PROPORTIONAL_ELECTION
 
     __post_init__ = check_options
     eligible, kernel_rule = coreset_mask, coreset_kernel_rule
@@ -170,7 +174,8 @@ class PricedVote:
 
 @dataclass(frozen=True)
 class Random:
-    """A seeded random set of the share ``beta``, new in each layer and forward: the control."""
+    """A block uses a random share ``beta`` of experts, drawn anew in each layer and forward, as a
+    control."""
 
     beta: PositiveFractions
     election: Annotated[Election, NestedOptions(("seed", "voters", "protect", "scope", "max"))] = (
@@ -178,29 +183,24 @@ class Random:
     )
 
     __post_init__ = check_options
-    eligible, kernel_rule = coreset_mask, coreset_kernel_rule
-
-    def size(self, scores: Scores) -> Fraction:
-        return layer_fraction(self.beta, scores)
+    eligible, kernel_rule, size = coreset_mask, coreset_kernel_rule, beta_size
 
 
 @dataclass(frozen=True)
 class ResidentVote:
-    """DES-Vote that prefers experts already in fast memory."""
+    """Like ``des-vote``, but experts that are already in fast memory get a bonus."""
 
     beta: PositiveFractions
-    election: Annotated[Election, PREFERRING] = RESIDENT_ELECTION
+    election: Annotated[Election, RESIDENT_OPTIONS] = RESIDENT_ELECTION
 
     __post_init__ = check_options
-    eligible, kernel_rule = coreset_mask, coreset_kernel_rule
-
-    def size(self, scores: Scores) -> Fraction:
-        return layer_fraction(self.beta, scores)
+    eligible, kernel_rule, size = coreset_mask, coreset_kernel_rule, beta_size
 
 
 @dataclass(frozen=True)
 class Coreset:
-    """Any point of the grid: one of ``beta``, ``m``, ``tau``, ``price`` or ``k`` says how many."""
+    """A block uses a coreset with any combination of options; one of ``beta``, ``m``, ``tau``,
+    ``price`` or ``k`` gives its size."""
 
     beta: PositiveFractions | None = None
     m: PositiveInt | None = None
@@ -215,11 +215,11 @@ class Coreset:
         sizes = {name: getattr(self, name) for name in ("beta", "m", "tau", "price", "k")}
         set_sizes = [name for name, value in sizes.items() if value is not None]
         if len(set_sizes) != 1:
-            raise CoterieError(
+            raise SpecError(
                 f"takes exactly one of {', '.join(sizes)}, not {' and '.join(set_sizes) or 'none'}"
             )
         if self.least is not None and self.tau is None:
-            raise CoterieError("least goes with tau")
+            raise SpecError("least needs tau")
 
     eligible, kernel_rule = coreset_mask, coreset_kernel_rule
 
@@ -233,8 +233,3 @@ class Coreset:
         if self.price is not None:
             return Priced(self.price)
         return Union(self.k or 1)
-
-
-def layer_fraction(beta: PositiveFractions, scores: Scores) -> Fraction:
-    """The budget of the layer whose scores these are."""
-    return Fraction(beta[scores.moe_index] if isinstance(beta, tuple) else beta)

@@ -1,13 +1,12 @@
-"""Proportional election: experts are seated one by one, and a token that has its own weighs less.
+"""Proportional election: one expert at a time; tokens whose experts are elected weigh less.
 
-The block's tokens are not alike: of 32, twenty may want the same experts. Counted once, their votes
-take every seat, and what an odd token needs is lost. Here a token's weight falls with the square of
-the share of its vote that is seated, as weights fall in Thiele's and Phragmen's rules of 1895 (see
-Lackner and Skowron, "Multi-Winner Voting with Approval Preferences", arXiv 2007.01795).
+The tokens of a block differ: of 32, twenty may vote for the same experts. In a plain election these
+votes decide every expert, and an unusual token gets none of its own. Here a token's weight is the
+square of the share of its vote that is not elected yet, similar to the rules of Thiele and Phragmen
+(1895; Lackner and Skowron, "Multi-Winner Voting with Approval Preferences", arXiv 2007.01795).
 
-All numbers are whole and no sum passes 2**53, so float64 holds them: exact in any order, on any
-device, and the same as in integers. (Where residents are favoured, their gains are multiplied by
-one number, which every device rounds alike.)
+All numbers are integers below 2**53 in float64, so sums are exact in any order and on any device.
+(The bonus of resident experts multiplies gains by one number, which every device rounds alike.)
 """
 
 from __future__ import annotations
@@ -17,23 +16,21 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-VOTE_PARTS = 2**16  # what each token's vote is split into
-WEIGHT_UNITS = 2**20  # units of a token's say
-GAIN_DIVISOR = (
-    2**28
-)  # takes VOICE * SHARE**2 to 2**24: a whole vote's gain is 2**40, the unit of votes
+VOTE_PARTS = 2**16  # parts of each token's vote
+WEIGHT_UNITS = 2**20  # a vote weight of 1 in integer units
+GAIN_DIVISOR = 2**28  # makes the gain of a whole vote 2**40, the unit of votes
 PROTECTED_BONUS = 2.0**52  # above any gain
 
 
 @dataclass(frozen=True)
 class ResidencyBonus:
-    """Who is in fast memory, bool [E] or [S, E], and what that counts.
+    """A bonus for experts in fast memory.
 
-    Their gains are taken as 1 + ``lam`` times as much, as long as what all seats have lost by it is
-    at most ``eps`` of what they could have gained.
+    Their gains count 1 + ``factor`` times, as long as the gain lost by that, over all elected
+    experts, is at most ``max_vote_loss`` of the best possible gain.
     """
 
-    resident: Tensor
+    resident: Tensor  # [E] or [S, E] bool
     factor: float
     max_vote_loss: float
 
@@ -48,18 +45,16 @@ def elect_sequentially(
     min_gain: float,
     bonus: ResidencyBonus | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Experts [S, m] in the order they are seated, and the gain [S, m] int64 of each, m <= most.
+    """Experts [S, m] in the order of their election and the gain [S, m] int64 of each.
 
-    ballots [S, N, E] >= 0, of any sum; voice [S, N]. Those of ``first`` [S, E] come before all
-    others; from there on gains never rise, unless somebody is favoured: then these are gains as
-    they were taken. On a CPU the walk ends when nobody's gain is ``worth`` it (in units of 2**-40)
-    in any row, but not before k seats.
+    m <= ``max_steps``. ballots [S, N, E] >= 0 of any sum; vote_weight [S, N]. ``protected`` [S, E]
+    are elected first. After these, gains never rise, except with a ``bonus``: then they include it.
+    On a CPU the election stops after k experts when every gain is below ``min_gain`` (in units of
+    2**-40) in all rows.
     """
     vote_parts = split_votes(ballots)
     weight_units = (vote_weight.double() * WEIGHT_UNITS).round()
-    unelected_parts = torch.full_like(
-        weight_units, VOTE_PARTS
-    )  # [S, N]: the part of each vote that is not seated
+    unelected_parts = torch.full_like(weight_units, VOTE_PARTS)  # [S, N], of each token's vote
     elected = torch.zeros_like(protected)
     loss = BonusLoss.zero(protected, bonus)
     order, gains = [], []
@@ -79,18 +74,18 @@ def elect_sequentially(
 
 
 def split_votes(ballots: Tensor) -> Tensor:
-    """[S, N, E]: each ballot as parts of SHARE, rounded down; nothing where it is empty."""
+    """[S, N, E]: each ballot in ``VOTE_PARTS`` parts, rounded down; 0 for an empty ballot."""
     units = (ballots.double() * VOTE_PARTS).round()
     return torch.floor(units * VOTE_PARTS / units.sum(-1, keepdim=True).clamp(min=1))
 
 
 @dataclass(frozen=True)
 class BonusLoss:
-    """Who is seated next, and what favour has cost so far; both [S, 1], in units of gain."""
+    """The gain that the bonus has cost so far. Tensors are [S, 1], in units of gain."""
 
     bonus: ResidencyBonus | None
-    best_gain: Tensor  # the best gains that there were, added up
-    lost_gain: Tensor  # of these, what was not taken
+    best_gain: Tensor  # the sum of the best gain of each step
+    lost_gain: Tensor  # the part of it that the elected experts did not gain
 
     @staticmethod
     def zero(protected: Tensor, bonus: ResidencyBonus | None) -> BonusLoss:
@@ -98,15 +93,14 @@ class BonusLoss:
         return BonusLoss(bonus, zeros, zeros)
 
     def next_expert(self, gain: Tensor, pending: Tensor) -> tuple[Tensor, Tensor, BonusLoss]:
-        """The next one [S, 1] of gains [S, E], these gains as they are taken, and the loss then."""
-        best_expert = (gain + PROTECTED_BONUS * pending).argmax(
-            -1, keepdim=True
-        )  # of ties, the lower
+        """The next expert [S, 1], the gains [S, E] with the bonus, and the loss after this step."""
+        # Of ties, the lower index.
+        best_expert = (gain + PROTECTED_BONUS * pending).argmax(-1, keepdim=True)
         if self.bonus is None:
             return best_expert, gain, self
         scale = 1 + self.bonus.factor
         adjusted_gain = gain.where(~self.bonus.resident, gain * scale)
-        # Over the scale, for nobody's may pass FIRST.
+        # Divided by the scale, so that no gain exceeds PROTECTED_BONUS.
         bonus_expert = (adjusted_gain / scale + PROTECTED_BONUS * pending).argmax(-1, keepdim=True)
         step_best = gain.gather(-1, best_expert)
         best_gain = self.best_gain + step_best
@@ -120,5 +114,5 @@ class BonusLoss:
 
 
 def _can_stop(too_low: Tensor, pending: Tensor) -> bool:
-    """Whether the walk may end; an accelerator is not asked, for that would stall it."""
+    """Whether the election may stop; on a GPU this is not checked, because it would wait."""
     return too_low.device.type == "cpu" and bool(too_low.all()) and not bool(pending.any())

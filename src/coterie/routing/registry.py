@@ -1,4 +1,4 @@
-"""The policies by name, and the spelling that they have."""
+"""The policies by name, their text form, and checks of a policy against a model."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import re
 from collections.abc import Collection
 from typing import Any
 
-from coterie.errors import CoterieError
+from coterie.errors import ConfigError
 from coterie.routing.coreset import Election
 from coterie.routing.coreset_policies import (
     Coreset,
@@ -22,29 +22,33 @@ from coterie.routing.coreset_policies import (
     XShare,
 )
 from coterie.routing.token_policies import McMoe, Naee, TopK, Vanilla
-from coterie.specs import format_spec, parse_spec, respelled
+from coterie.specs import format_spec, parse_spec, update_spec_text
 from coterie.values import Policy
 
 
 def parse_policy(text: str) -> Policy:
-    """The policy that ``text`` spells, such as ``des-vote:beta=0.15,voters=before-eos``."""
+    """The policy of a text such as ``des-vote:beta=0.15,voters=before-eos``."""
     return parse_spec(text, POLICIES, "policy")
 
 
 def format_policy(policy: Policy) -> str:
-    """The text that ``parse_policy`` reads back as ``policy``; defaults are left out."""
+    """The text that ``parse_policy`` reads back as ``policy``, without defaults."""
     return format_spec(policy, POLICIES)
 
 
 def update_policy_text(text: str) -> str:
-    """A text that another version wrote, each policy in it with the present names of its options:
-    ``racing:m=4,lam=1 block=16`` becomes ``racing:m=4,resident_bonus=1 block=16``."""
-    return _POLICY_TEXT.sub(lambda found: respelled(found[0], POLICIES), text)
+    """A text of an older version, with the current option names in each policy that it contains.
+
+    ``racing:m=4,lam=1 block=16`` becomes ``racing:m=4,resident_bonus=1 block=16``.
+    """
+    return _POLICY_TEXT.sub(lambda match: update_spec_text(match[0], POLICIES), text)
 
 
 def update_policies_in_json(value: object, *, skip_keys: Collection[str] = ()) -> Any:
-    """A JSON value with all policies in it respelled, keys too; what is under the keys ``but``
-    stays."""
+    """A JSON value with ``update_policy_text`` applied to every text and key in it.
+
+    Values under ``skip_keys`` stay.
+    """
     if isinstance(value, str):
         return update_policy_text(value)
     if isinstance(value, list):
@@ -60,30 +64,30 @@ def update_policies_in_json(value: object, *, skip_keys: Collection[str] = ()) -
 
 
 def check_layers(policy: Policy, layers: int) -> None:
-    """Raises CoterieError for a list of budgets that is not one for each of the ``layers`` that
-    route; what it checks is ``beta``, of the policies in the table."""
+    """Raises ConfigError if ``beta`` is a list whose length is not ``layers``, the number of layers
+    that route. Policies outside the table are not checked."""
     beta = getattr(policy, "beta", None)
     if isinstance(beta, tuple) and len(beta) != layers and type(policy) in POLICIES.values():
-        raise CoterieError(
-            f"policy {format_policy(policy)!r}: beta lists {len(beta)} shares, and the model has {layers} "
-            f"layers that route; give one share for all, or {layers}"
+        raise ConfigError(
+            f"policy {format_policy(policy)!r}: beta lists {len(beta)} shares, and the model has "
+            f"{layers} layers that route; give one share for all layers, or {layers}"
         )
 
 
 def check_coreset_reuse(policy: Policy) -> None:
-    """Raises CoterieError for a policy of the table whose blocks cannot keep a coreset."""
+    """Raises ConfigError for a policy of the table whose coresets cannot be reused."""
     if type(policy) not in POLICIES.values():
         return
     election = vars(policy).get("election")
     if not isinstance(election, Election):
-        raise CoterieError(
-            f"drift keeps coresets, and {format_policy(policy)} elects none; use it with one that does, "
-            "such as des-vote:beta=0.3"
+        raise ConfigError(
+            f"`reuse_tolerance` reuses coresets, and {format_policy(policy)} elects none; use a "
+            "coreset policy such as des-vote:beta=0.3"
         )
     if election.scope == "batch":
-        raise CoterieError(
-            f"drift keeps the coresets of a row's block, and {format_policy(policy)} elects one for the "
-            "rows that happen to share a forward; use it with scope=block"
+        raise ConfigError(
+            f"`reuse_tolerance` reuses the coreset of a block, and {format_policy(policy)} elects "
+            "one for all rows of a batch; use scope=block"
         )
 
 

@@ -1,4 +1,4 @@
-"""One shared ``route``: constrain, select, weigh, count. Policies differ in the mask they give."""
+"""``route``: the one top-k routing that all policies share; policies differ in their masks."""
 
 from __future__ import annotations
 
@@ -10,41 +10,40 @@ import torch
 from torch import Tensor
 
 from coterie import ops
-from coterie.errors import CoterieError
+from coterie.errors import ConfigError, NonFiniteLogitsError
 from coterie.ops import top_ids, top_mask
 from coterie.routing.reuse import reuse_coresets
-from coterie.values import CoresetRule, Policy, RouterSpec, Routing, Scores, expert_mask
+from coterie.values import CoresetRule, Policy, Routing, Scores, expert_mask
 
 VOTE_UNIT = 2.0**40
-"""Of a vote: votes are counted in whole numbers of its parts, so that any order of them adds up
-to the same."""
+"""One vote in integer units, in which any order of summation gives the same result."""
 
 
 @dataclass(frozen=True)
 class KernelRouting:
-    """A policy's word on these scores in plain numbers: what ``ops.route`` is asked."""
+    """The arguments of ``ops.route``: a policy's choice for these scores in plain numbers."""
 
-    scores: Scores  # those that elect together: as one sequence, where rows share a coreset
+    scores: Scores  # merged into one sequence if rows share a coreset
     rule: CoresetRule | None = None  # None: the unmodified model
-    vote_weight: Tensor | None = None  # [S, N] fp32; None: everybody 1
+    vote_weight: Tensor | None = None  # [S, N] fp32; None: 1 for every token
 
 
 @runtime_checkable
 class KernelPolicy(Protocol):
-    """A policy that kernels can follow: its ruling routes as its mask does."""
+    """A policy with a kernel form that routes as its mask does."""
 
     def kernel_rule(self, scores: Scores, k: int) -> KernelRouting | None:
-        """None where only the mask can say it."""
+        """The kernel form, or None if only the mask can express the policy."""
         ...
 
 
 def route(scores: Scores, policy: Policy) -> Routing:
-    """Each token's best experts among those ``policy`` lets it use; never an expert outside."""
+    """The top-k experts of each token among those that ``policy`` lets it use."""
     return _route_by_kernel(scores, policy) or route_by_mask(scores, policy)
 
 
 def route_by_mask(scores: Scores, policy: Policy) -> Routing:
-    """``route`` in plain torch from what the policy finds eligible: the truth about it."""
+    """``route`` in plain torch from the policy's mask: the reference for kernels."""
     scores = check_finite(scores)
     scores = replace(scores, vanilla_ids=vanilla_ids(scores))
     mask = policy.eligible(scores, scores.router.k)
@@ -54,7 +53,7 @@ def route_by_mask(scores: Scores, policy: Policy) -> Routing:
             scores.previous_coresets, coreset_of(scores, mask), vanilla_votes(scores)
         )
         mask = reuse.coresets.unsqueeze(1)
-    # A mask of one element can only say "everybody": the unmodified model, already chosen.
+    # A mask of one element allows every expert: the unmodified model.
     ids = vanilla_ids(scores) if mask.numel() == 1 else select_topk(scores, mask)
     return Routing(
         topk_ids=ids.flatten(0, 1),
@@ -66,22 +65,24 @@ def route_by_mask(scores: Scores, policy: Policy) -> Routing:
 
 
 def coreset_of(scores: Scores, mask: Tensor) -> Tensor:
-    """[S, E]: whom a policy's ``mask`` lets every token of a row use; of "everybody", all that the
-    tokens take."""
+    """[S, E]: the experts that a policy's ``mask`` allows to all tokens of a row.
+
+    If the mask allows every expert, the coreset is the union of the tokens' own experts.
+    """
     rows, _, experts = scores.logits.shape
     if mask.numel() == 1:
         return expert_mask(vanilla_ids(scores).flatten(1), experts)
     if mask.shape[1] != 1:
-        raise CoterieError(
-            f"layer {scores.layer}: drift keeps coresets, and this policy elects none: each token "
-            "has a mask of its own"
+        raise ConfigError(
+            f"layer {scores.layer}: `reuse_tolerance` reuses coresets, and this policy elects "
+            "none: each token has its own mask"
         )
     return mask[:, 0].expand(rows, experts)
 
 
 def vanilla_votes(scores: Scores) -> Tensor:
-    """[S, E] int64: the router's probability of the engine's voters' own experts, in UNITs of a
-    vote (DES, Eq. 6), whatever a policy's own votes are; by these a coreset stays or goes."""
+    """[S, E] int64: the engine's voters' probability of their own experts (DES, Eq. 6), in
+    ``VOTE_UNIT``. Coreset reuse depends on these votes, whatever the policy's own votes are."""
     votes = scores.probability.gather(-1, vanilla_ids(scores))
     if scores.voters is not None:
         votes = votes * ops.vote_weights(scores.voters, None).unsqueeze(-1)
@@ -92,18 +93,16 @@ def vanilla_votes(scores: Scores) -> Tensor:
 
 
 def vanilla_ids(scores: Scores) -> Tensor:
-    """R[n], [S, N, k]: what token n takes in the unmodified model, best first by rank."""
+    """R[n], [S, N, k]: the unmodified model's top-k ids of token n, best first."""
     return select_topk(scores, None) if scores.vanilla_ids is None else scores.vanilla_ids
 
 
 def select_topk(scores: Scores, mask: Tensor | None, k: int | None = None) -> Tensor:
-    """Ids [S, N, k] of every token's best experts inside ``mask``; -1 where there are too few.
+    """Ids [S, N, k] of each token's best experts inside ``mask``; -1 if there are too few.
 
-    Without ``k``, as many as the router takes.
-
-    Groups are chosen from the unrestricted scores, as the model does; then come the best allowed
-    experts inside these groups, then those outside. (Masking before the group step would drop
-    groups, and could then choose experts that the mask forbids.)
+    ``k`` defaults to that of the router. Groups are selected from the unmasked scores, as the model
+    does. The best allowed experts inside these groups come first, then those outside. Masking
+    before the group step would drop groups and could select experts that the mask forbids.
     """
     k = scores.router.k if k is None else k
     dropped = _dropped_group_mask(scores)  # [S, N, E] or None
@@ -118,7 +117,7 @@ def select_topk(scores: Scores, mask: Tensor | None, k: int | None = None) -> Te
 
 
 def combine_weights(scores: Scores, ids: Tensor) -> Tensor:
-    """What multiplies the outputs of ``ids`` [S, N, k]: the family's own rule; 0 where id is -1."""
+    """The weights of ``ids`` [S, N, k] by the family's rule; 0 for an id of -1."""
     router = scores.router
     weights = scores.gate_weights.gather(-1, ids.clamp(min=0)).masked_fill(ids < 0, 0.0)
     if router.renormalise:
@@ -127,16 +126,16 @@ def combine_weights(scores: Scores, ids: Tensor) -> Tensor:
 
 
 def check_finite(scores: Scores) -> Scores:
-    """The same scores, or an error that names the layer whose logits are not numbers.
+    """The same scores; on a CPU raises NonFiniteLogitsError that names the layer.
 
-    Asking an accelerator would stall it. There, such a token's logits all become NaN, which its
-    weights and then the model's logits inherit, so that whoever reads these can raise.
+    On a GPU a check would wait for the device. There all logits of such a token become NaN, and so
+    do its weights and the model's logits, whose reader raises.
     """
     if scores.logits.device.type != "cpu":
         nan_if_not_finite = (scores.logits * 0).sum(dim=-1, keepdim=True)
         return replace(scores, logits=scores.logits + nan_if_not_finite)
     if not bool(torch.isfinite(scores.logits).all()):
-        raise CoterieError(
+        raise NonFiniteLogitsError(
             f"layer {scores.layer}: router logits are NaN or infinite; "
             "check the weights, or run in a wider dtype"
         )
@@ -144,34 +143,31 @@ def check_finite(scores: Scores) -> Scores:
 
 
 def _route_by_kernel(scores: Scores, policy: Policy) -> Routing | None:
-    """None where the policy, the device or the rule has none."""
-    kernel_routing = (
-        policy.kernel_rule(scores, scores.router.k) if _is_kernel_policy(policy) else None
-    )
-    return (
-        None
-        if kernel_routing is None
-        else ops.route(kernel_routing.scores, kernel_routing.rule, kernel_routing.vote_weight)
-    )
+    """None if the policy has no kernel form, or the device has no kernel for it."""
+    if not _is_kernel_policy(policy):
+        return None
+    kernel_routing = policy.kernel_rule(scores, scores.router.k)
+    if kernel_routing is None:
+        return None
+    return ops.route(kernel_routing.scores, kernel_routing.rule, kernel_routing.vote_weight)
 
 
 def _is_kernel_policy(policy: Policy) -> TypeGuard[KernelPolicy]:
     return _implements_kernel_policy(type(policy))
 
 
-@cache  # asking a protocol takes as long as half a kernel
+@cache  # a protocol check takes half as long as a kernel
 def _implements_kernel_policy(policy_type: type) -> bool:
     return issubclass(policy_type, KernelPolicy)
 
 
 def _dropped_group_mask(scores: Scores) -> Tensor | None:
-    """Mask [S, N, E] of the experts whose group the model drops; None without group limits."""
-    router: RouterSpec = scores.router
+    """Mask [S, N, E] of the experts in groups that the model drops; None without group limits."""
+    router = scores.router
     if router.topk_groups >= router.groups:
         return None
-    group_scores = scores.selection_scores.unflatten(
-        -1, (router.groups, -1)
-    )  # [S, N, groups, E / groups]
+    # [S, N, groups, E / groups]
+    group_scores = scores.selection_scores.unflatten(-1, (router.groups, -1))
     group_rank = group_scores.gather(-1, top_ids(group_scores, 2)).sum(dim=-1)
     kept_groups = top_mask(group_rank, router.topk_groups)
     return ~kept_groups.repeat_interleave(router.experts // router.groups, dim=-1)

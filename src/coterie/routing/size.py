@@ -1,4 +1,4 @@
-"""How large a coreset is: so many, a share, the fewest that hold enough votes, or a union."""
+"""Coreset sizes: a fixed count, a share, enough votes, a minimum vote, or a union."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from coterie.routing.router import VOTE_UNIT
 
 
 class CoresetSize(Protocol):
-    """How many experts to elect."""
+    """How many experts a coreset has."""
 
     def count(self, votes: Tensor, k: int) -> Tensor:
         """[S, 1] or a scalar, from votes [S, m] in the order in which experts are taken."""
         ...
 
     def search_limits(self, experts: int) -> tuple[int, float]:
-        """How far a walk down the votes needs to go: so many experts, and down to such votes."""
+        """The most experts that can be taken, and the fewest votes of one worth taking."""
         ...
 
 
@@ -55,10 +55,13 @@ class Fixed:
 
 @dataclass(frozen=True)
 class Mass:
-    """The fewest experts that hold the share ``tau`` of all votes, at least ``least`` (None: k)."""
+    """The fewest experts that hold the share ``tau`` of all votes.
+
+    There are at least ``min_experts``, or k if it is None.
+    """
 
     tau: float
-    least: int | None = None
+    min_experts: int | None = None
 
     def count(self, votes: Tensor, k: int) -> Tensor:
         cumulative = votes.cumsum(dim=-1)
@@ -69,20 +72,21 @@ class Mass:
         return experts, 0.0
 
     def minimum(self, experts: int, k: int) -> int:
-        return k if self.least is None else min(self.least, experts)
+        return k if self.min_experts is None else min(self.min_experts, experts)
 
 
 @dataclass(frozen=True)
 class Priced:
-    """Every expert with at least ``price`` votes, a full vote being 1; at least k experts."""
+    """Every expert with at least ``price`` votes (a token has one vote); at least k experts."""
 
     price: float
 
     def count(self, votes: Tensor, k: int) -> Tensor:
         position = torch.arange(1, votes.shape[-1] + 1, device=votes.device)
-        # In float64: compared with a Python number, whole ones would be rounded to float32.
+        # In float64: comparing int64 with a Python float rounds the integers to float32.
         qualifies = votes.double() >= self.price * VOTE_UNIT
-        # Those behind a protected expert with few votes may have more: up to the last worthy one.
+        # A protected expert may have fewer votes than later ones: count up to the last that
+        # qualifies.
         return (qualifies * position).amax(dim=-1, keepdim=True).clamp(min=k)
 
     def search_limits(self, experts: int) -> tuple[int, float]:
@@ -91,6 +95,6 @@ class Priced:
 
 @dataclass(frozen=True)
 class Union:
-    """Every voter's first ``k`` own experts (DES, Eq. 5); nothing is counted."""
+    """The first ``k`` own experts of every voter (DES, Eq. 5), without counting votes."""
 
     k: int

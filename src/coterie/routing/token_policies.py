@@ -1,4 +1,4 @@
-"""Policies in which every token decides for itself: the unmodified model and the baselines."""
+"""Policies that choose experts for each token alone: the unmodified model and the baselines."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Annotated
 import torch
 from torch import Tensor
 
-from coterie.errors import CoterieError
+from coterie.errors import ConfigError
 from coterie.ops import top_ids, top_mask
 from coterie.routing.router import KernelRouting, vanilla_ids
 from coterie.specs import ALWAYS_PRINTED, PositiveInt, UnitFraction, check_options
@@ -18,7 +18,7 @@ from coterie.values import Scores, expert_mask
 
 @dataclass(frozen=True)
 class Vanilla:
-    """The unmodified model."""
+    """Each token uses its own top-k experts: the unmodified model."""
 
     def eligible(self, scores: Scores, k: int) -> Tensor:
         return scores.logits.new_ones((1, 1, 1), dtype=torch.bool)
@@ -29,7 +29,7 @@ class Vanilla:
 
 @dataclass(frozen=True)
 class TopK:
-    """The first ``k`` of every token's own experts."""
+    """Each token uses only the first ``k`` of its own experts."""
 
     k: PositiveInt
 
@@ -41,8 +41,8 @@ class TopK:
 
 @dataclass(frozen=True)
 class Naee:
-    """Drops the longest tail of a token's experts that holds less than ``beta`` of their
-    probability, never the first (NAEE, arXiv 2402.14800)."""
+    """Each token drops its weakest experts as long as they hold less than the share ``beta`` of its
+    top-k probability (NAEE, arXiv 2402.14800)."""
 
     beta: UnitFraction
 
@@ -54,8 +54,8 @@ class Naee:
 
 @dataclass(frozen=True)
 class McMoe:
-    """As NAEE, but the share ``protect`` of tokens with most importance keeps all of its experts
-    (MC-MoE, arXiv 2410.06270). The share is rounded up: any ``protect`` > 0 protects a token."""
+    """Tokens drop experts as under ``naee``, but the share ``protect`` of tokens with the highest
+    importance, rounded up, keeps all of its experts (MC-MoE, arXiv 2410.06270)."""
 
     beta: UnitFraction
     protect: Annotated[UnitFraction, ALWAYS_PRINTED] = 0.02
@@ -64,7 +64,7 @@ class McMoe:
 
     def eligible(self, scores: Scores, k: int) -> Tensor:
         if scores.importance is None:
-            raise CoterieError("mc-moe needs the importance of each token, and none was given")
+            raise ConfigError("mc-moe needs the importance of each token; set `Scores.importance`")
         count = math.ceil(self.protect * scores.importance.shape[-1] - 1e-9)
         important = top_mask(scores.importance, count).unsqueeze(-1)  # [S, N, 1]
         return mask_without_tail(scores, self.beta) | (
@@ -73,7 +73,10 @@ class McMoe:
 
 
 def mask_without_tail(scores: Scores, beta: float) -> Tensor:
-    """Mask [S, N, E] of every token's own experts less their tail (by probability) below beta."""
+    """Mask [S, N, E] of each token's own experts without its tail.
+
+    The tail is the longest run of the least probable ones with less than ``beta`` of their sum.
+    """
     experts = scores.router.experts
     vanilla_mask = expert_mask(vanilla_ids(scores), experts)
     ids = top_ids(scores.probability.masked_fill(~vanilla_mask, -1.0), scores.router.k)

@@ -1,7 +1,7 @@
-"""Who votes, and for whom: V[i] = sum over n of a[n] * v[n, i] (DES, Eq. 6).
+"""Votes of tokens for experts: V[i] = sum over n of a[n] * v[n, i] (DES, Eq. 6).
 
-Votes are whole numbers in units of 2**-40, so that their sum is exact and the same in any order:
-the same tokens in another order, on another device, elect the same experts.
+Votes are integers in units of 2**-40, so their sum is exact in any order: the same tokens elect the
+same experts in another order and on another device.
 """
 
 from __future__ import annotations
@@ -14,16 +14,16 @@ import torch
 from torch import Tensor
 
 from coterie import ops
-from coterie.errors import CoterieError
+from coterie.errors import ConfigError
 from coterie.routing.router import VOTE_UNIT, select_topk, vanilla_ids
-from coterie.specs import Spelt
+from coterie.specs import ValueAlias
 from coterie.values import DecodeProgress, Scores, expert_mask
 
-Voters = Literal["all", "unfilled", "masked", "uncertain"]
-Vote = Literal["masked", "weight", "count", "full", "margin", "max", "random"]
+Voters = Literal["all", "before-eos", "masked", "uncertain"]
+Vote = Literal["topk-prob", "weight", "count", "full", "margin", "max", "random"]
 
-BEFORE_EOS = Spelt("unfilled", "before-eos")
-TOPK_PROB = Spelt("masked", "topk-prob")
+VOTERS_ALIAS = ValueAlias("unfilled", "before-eos")
+VOTE_ALIAS = ValueAlias("masked", "topk-prob")
 
 MARGIN_FLOOR = 2.0**-10
 
@@ -31,13 +31,13 @@ MARGIN_FLOOR = 2.0**-10
 def vote_weights(scores: Scores, voters: Voters) -> Tensor:
     """a[n], [S, N] fp32 >= 0: the engine's voters, narrowed by a policy's ``voters=``.
 
-    Where that leaves a sequence without a voter, the engine's voters stand; without these too (a
-    finished row), everybody votes, so that an election always has a result.
+    A row that would have no voter keeps the engine's voters. If it has none of these either (a
+    finished row), all of its tokens vote, so an election always has a result.
     """
     voter_mask = None if voters == "all" else _voter_mask(scores.progress, voters)
     if scores.voters is None and voter_mask is None:
         return torch.ones(scores.logits.shape[:2], device=scores.logits.device)
-    return ops.vote_weights(scores.voters, voter_mask, invert_filter=voters == "unfilled")
+    return ops.vote_weights(scores.voters, voter_mask, invert_filter=voters == "before-eos")
 
 
 def topk_probability(scores: Scores) -> Tensor:
@@ -46,7 +46,7 @@ def topk_probability(scores: Scores) -> Tensor:
 
 
 def topk_weight(scores: Scores) -> Tensor:
-    """Combine weights, renormalised whatever the family does: every token has one vote to split."""
+    """Combine weights, always renormalised: every token splits one vote."""
     return _normalise(scores.gate_weights * _vanilla_mask(scores))
 
 
@@ -61,27 +61,27 @@ def full_probability(scores: Scores) -> Tensor:
 
 
 def topk_margin(scores: Scores) -> Tensor:
-    """How far each own expert ranks above the one that the token would take next, as a share.
+    """The margin of each own expert over the token's next best expert, as a share of one vote.
 
-    A trained gate's weights are nearly even among a token's own experts, while what these add to
-    the output is not: the first adds several times what the last does. The margin tells them apart.
+    A trained router's weights are nearly even among a token's own experts, but the first expert
+    contributes several times as much to the output as the last. The margin reflects that.
     """
     k = scores.router.k
     ids = select_topk(scores, None, k + 1)
     topk_scores = scores.selection_scores.gather(-1, ids)
-    # Above a small floor, so that a token whose margins are all nothing has a vote all the same.
+    # A small floor gives a token whose margins are all 0 a vote, too.
     margins = (topk_scores[..., :k] - topk_scores[..., -1:]).clamp(min=0) + MARGIN_FLOOR
     return _normalise(torch.zeros_like(scores.selection_scores).scatter(-1, ids[..., :k], margins))
 
 
 def max_score(scores: Scores, vote_weight: Tensor, seed: int) -> Tensor:
-    """The best selection score that any voter gives (LLaDA2.2); a voice counts as yes or no."""
+    """The best selection score of any voter (LLaDA2.2); a vote weight > 0 counts fully."""
     cannot_vote = (vote_weight <= 0).unsqueeze(-1)
     return _to_units(scores.selection_scores.masked_fill(cannot_vote, -torch.inf).amax(dim=1))
 
 
 def random_votes(scores: Scores, vote_weight: Tensor, seed: int) -> Tensor:
-    """Votes from a seeded lot, which depend on the layer and the row's own forward number only."""
+    """Seeded random votes, which depend only on the layer and the row's own forward number."""
     rows = scores.logits.shape[0]
     forward = scores.forward_indices or (0,) * rows
     draws = [
@@ -94,11 +94,13 @@ def random_votes(scores: Scores, vote_weight: Tensor, seed: int) -> Tensor:
 
 
 def _sum_over_voters(ballot: Callable[[Scores], Tensor]) -> Callable[[Scores, Tensor, int], Tensor]:
-    return lambda scores, voice, seed: _to_units(ballot(scores) * voice.unsqueeze(-1)).sum(dim=1)
+    return lambda scores, vote_weight, seed: _to_units(
+        ballot(scores) * vote_weight.unsqueeze(-1)
+    ).sum(dim=1)
 
 
 BALLOTS: dict[Vote, Callable[[Scores], Tensor]] = {  # v[n, i]: each gives [S, N, E]
-    "masked": topk_probability,
+    "topk-prob": topk_probability,
     "weight": topk_weight,
     "count": topk_count,
     "full": full_probability,
@@ -113,16 +115,15 @@ VOTES: dict[Vote, Callable[[Scores, Tensor, int], Tensor]] = {  # each gives [S,
 
 
 def _voter_mask(progress: DecodeProgress | None, voters: Voters) -> Tensor:
-    """Whom it leaves a voice; of ``unfilled`` the opposite, as progress has it."""
+    """[S, N] where > 0 means a voter; for ``before-eos`` it means no voter."""
     progress = progress or DecodeProgress()
     mask = {
-        "unfilled": progress.after_eos,
+        "before-eos": progress.after_eos,
         "masked": progress.masked,
         "uncertain": progress.uncertainty,
     }[voters]
     if mask is None:
-        voters_text = BEFORE_EOS.of(voters)
-        raise CoterieError(f"voters={voters_text} needs the canvas's progress, which was not given")
+        raise ConfigError(f"voters={voters} needs the decoding progress; set `Scores.progress`")
     return mask
 
 
@@ -131,7 +132,7 @@ def _vanilla_mask(scores: Scores) -> Tensor:
 
 
 def _normalise(values: Tensor) -> Tensor:
-    """[..., E] >= 0 as shares of one vote; nothing stays nothing."""
+    """[..., E] >= 0 as shares of one vote; a row of zeros stays zero."""
     total = values.sum(dim=-1, keepdim=True)
     return values / total.where(total != 0, 1.0)
 

@@ -1,10 +1,9 @@
-"""Text in, ids out, and back: a checkpoint's tokenizer and chat template, and no remote code."""
+"""A checkpoint's tokenizer and chat template, without remote code."""
 
 from coterie.tokenizer.chat_template import ChatTemplate, read_template
 from coterie.tokenizer.tokenizer import (
     IdTokenizer,
     SubwordTokenizer,
-    TextError,
     TextTokenizer,
     load_tokenizer,
 )
@@ -13,7 +12,6 @@ __all__ = [
     "ChatTemplate",
     "IdTokenizer",
     "SubwordTokenizer",
-    "TextError",
     "TextTokenizer",
     "load_tokenizer",
     "read_template",

@@ -1,4 +1,4 @@
-"""Codecs: how prompts become ids and ids become text, with a tokenizer file and without one."""
+"""Tokenizers: prompts to ids and ids to text, with a ``tokenizer.json`` or without one."""
 
 from __future__ import annotations
 
@@ -10,27 +10,28 @@ from typing import Protocol
 
 from tokenizers import Tokenizer
 
+from coterie.errors import TokenizerError
+from coterie.strict_json import read_object
 from coterie.tokenizer.chat_template import ChatTemplate, read_template, special_tokens
-from coterie.tokenizer.errors import TextError, read_json_object
 
 MASK_TOKEN = "<|mask|>"
 
 
 class TextTokenizer(Protocol):
-    """Text to ids and back; ``mask`` and ``ends`` are missing where no file tells them."""
+    """Text to ids and back."""
 
     @property
     def mask_id(self) -> int | None:
-        """The id of an undecided position, or None where no file tells."""
+        """The id of the mask token, or None if no file defines it."""
         ...
 
     @property
     def eos_ids(self) -> tuple[int, ...]:
-        """The ids that end a text, ascending; empty where no file tells."""
+        """The end-of-text ids, ascending; empty if no file defines any."""
         ...
 
     def encode(self, prompt: str, *, raw: bool = False) -> list[int]:
-        """The ids of ``prompt`` as a user's turn, or of the bare text where ``raw``."""
+        """The ids of ``prompt`` in the chat template; with ``raw``, of the text alone."""
         ...
 
     def decode(self, ids: Sequence[int]) -> str:
@@ -38,11 +39,11 @@ class TextTokenizer(Protocol):
         ...
 
     def decode_token(self, token: int) -> str:
-        """One id as a reader may see it, special tokens too."""
+        """The text of one id, including special tokens."""
         ...
 
     def prompt_note(self, prompt: str) -> str | None:
-        """What the user should know of how ``prompt`` was read, in one line; mostly nothing."""
+        """A note for the user about how ``prompt`` was read, in one line; usually None."""
         ...
 
 
@@ -60,7 +61,7 @@ class SubwordTokenizer:
         if raw:
             return self.tokenizer.encode(prompt).ids
         text = self.template.render([{"role": "user", "content": prompt}])
-        # The template writes every special token itself: the tokenizer must add no second one.
+        # The template already contains every special token.
         return self.tokenizer.encode(text, add_special_tokens=False).ids
 
     def decode(self, ids: Sequence[int]) -> str:
@@ -75,7 +76,7 @@ class SubwordTokenizer:
 
 @dataclass(frozen=True)
 class IdTokenizer:
-    """Without a tokenizer: a prompt is ids ("5 17 33"); any other text is its UTF-8 bytes."""
+    """A model without a tokenizer: a prompt is ids ("5 17 33"), or its UTF-8 bytes are the ids."""
 
     vocab_size: int
     mask_id: int | None = None
@@ -86,9 +87,9 @@ class IdTokenizer:
         ids = list(_encode_utf8(prompt)) if parsed_ids is None else parsed_ids
         out_of_range = [token for token in ids if token >= self.vocab_size]
         if out_of_range:
-            raise TextError(
+            raise TokenizerError(
                 f"token id {out_of_range[0]} is outside the vocabulary of {self.vocab_size} "
-                "(this model has no tokenizer, so a prompt is ids such as '5 17 33')"
+                "(this model has no tokenizer: give ids such as '5 17 33')"
             )
         return ids
 
@@ -105,10 +106,10 @@ class IdTokenizer:
 
 
 def load_tokenizer(folder: Path, *, template: str, vocab_size: int) -> TextTokenizer:
-    """The codec of a checkpoint folder: its ``tokenizer.json``, else plain numbers.
+    """The tokenizer of a checkpoint folder: its ``tokenizer.json``, else ids as text.
 
-    ``template`` (jinja) serves where the folder has none of its own. Raises TextError naming the
-    file where the tokenizer is damaged or holds ids that the model lacks.
+    ``template`` (jinja) is used if the folder has none. Raises TokenizerError that names the file
+    if the tokenizer is damaged or has ids outside the vocabulary.
     """
     path = folder / "tokenizer.json"
     if not os.path.lexists(path):
@@ -125,44 +126,46 @@ def load_tokenizer(folder: Path, *, template: str, vocab_size: int) -> TextToken
 def _encode_utf8(prompt: str) -> bytes:
     try:
         return prompt.encode("utf-8")
-    # Bytes that were no UTF-8 where the prompt came from arrive as lone surrogates.
+    # Bytes that are not UTF-8 arrive from the command line as lone surrogates.
     except UnicodeEncodeError:
-        raise TextError("the prompt is not valid UTF-8 text") from None
+        raise TokenizerError("the prompt is not valid UTF-8 text") from None
 
 
 def _parse_ids(prompt: str) -> list[int] | None:
-    """The ids in "5 17 33" (also with commas), or None where the prompt is anything else."""
-    words = prompt.replace(",", " ").split()
-    if words and all(word.isascii() and word.isdigit() for word in words):
-        return [int(word) for word in words]
+    """The ids in "5 17 33" (also with commas), or None for any other text."""
+    parts = prompt.replace(",", " ").split()
+    if parts and all(part.isascii() and part.isdigit() for part in parts):
+        return [int(part) for part in parts]
     return None
 
 
 def _read_tokenizer(path: Path, vocab_size: int) -> Tokenizer:
     try:
         tokenizer = Tokenizer.from_file(str(path))
-    # The library raises bare Exception for every kind of damage.
+    # The library raises a bare Exception for every kind of damage.
     except Exception as error:
-        raise TextError(f"{path}: not a tokenizer ({error})") from None
+        raise TokenizerError(f"{path}: not a tokenizer ({error})") from None
     highest = max(tokenizer.get_vocab(with_added_tokens=True).values(), default=-1)
     if highest >= vocab_size:
-        raise TextError(f"{path}: holds token id {highest}, but the model knows {vocab_size} ids")
+        raise TokenizerError(
+            f"{path}: has token id {highest}, but the model's vocabulary has {vocab_size} ids"
+        )
     return tokenizer
 
 
 def _read_eos_ids(folder: Path, tokenizer: Tokenizer) -> tuple[int, ...]:
-    """End ids: eos_token of the tokenizer_config, eos_token_id of the generation_config."""
+    """``eos_token`` of tokenizer_config.json and ``eos_token_id`` of generation_config.json."""
     eos_ids: set[int] = set()
     config = folder / "tokenizer_config.json"
     if os.path.lexists(config):
-        token = special_tokens(read_json_object(config)).get("eos_token")
+        token = special_tokens(read_object(config)).get("eos_token")
         token_id = None if token is None else tokenizer.token_to_id(token)
         if token is not None and token_id is None:
-            raise TextError(f"{config}: eos_token {token!r} is not in tokenizer.json")
+            raise TokenizerError(f"{config}: eos_token {token!r} is not in tokenizer.json")
         eos_ids |= set() if token_id is None else {token_id}
     generation = folder / "generation_config.json"
     if os.path.lexists(generation):
-        configured = read_json_object(generation).get("eos_token_id")
+        configured = read_object(generation).get("eos_token_id")
         for value in configured if isinstance(configured, list) else [configured]:
             eos_ids |= {value} if isinstance(value, int) else set()
     return tuple(sorted(eos_ids))

@@ -8,8 +8,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from coterie.engine.engine import Engine
-from coterie.engine.events import Finished, NonFiniteLogitsError, Result
+from coterie.engine.events import Finished, Result
 from coterie.engine.generation_config import GenerationConfig
+from coterie.errors import NonFiniteLogitsError
 from coterie.lab.evals.task import Item, Task
 from coterie.values import Policy
 

@@ -11,7 +11,7 @@ import numpy as np
 
 from coterie.errors import CoterieError
 from coterie.lab.parity.arrays import ReferenceArrays
-from coterie.model.strict_json import read_object
+from coterie.strict_json import read_object
 
 TIE_MARGIN = 2e-6
 """Runs whose own decisions are nearer than this to a tie are reported, not judged."""

@@ -251,7 +251,7 @@ def depends_on_residents(replay_policy: ReplayPolicy) -> bool:
 
 def depends_on_slots(replay_policy: ReplayPolicy) -> bool:
     """Whether it elects otherwise where fast memory has room for others."""
-    return election_of(replay_policy.policy).most == "slots"
+    return election_of(replay_policy.policy).max_experts == "slots"
 
 
 def _union_of_rows(used: Mask, indices: Sequence[int]) -> Mask:

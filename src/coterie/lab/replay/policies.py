@@ -35,7 +35,7 @@ def fidelity(policy: Policy) -> Fidelity:
     if election.voters == "uncertain":
         raise CoterieError(f"{format_policy(policy)}: a trace keeps no uncertainty of its voters")
     is_union = isinstance(policy, DesSeq) or (isinstance(policy, Coreset) and policy.k is not None)
-    is_union = is_union and election.most is None  # else votes say who of the union stays
+    is_union = is_union and election.max_experts is None  # else votes say who of the union stays
     if election.vote in ("full", "max") and not is_union:
         raise CoterieError(
             f"{format_policy(policy)}: vote={election.vote} asks for scores of experts that no token "
@@ -52,7 +52,7 @@ def election_of(policy: Policy) -> Election:
 
 def prefers_residents(policy: Policy) -> bool:
     """Whether what is in fast memory changes what it elects."""
-    return election_of(policy).lam > 0
+    return election_of(policy).resident_bonus > 0
 
 
 def select_from_trace(

@@ -45,7 +45,7 @@ MEASURE_NAMES: Mapping[ImportanceMeasure, str] = {
     "words": "output, words",
     "hidden": "hidden state",
 }
-VOTE_KINDS: tuple[Vote, ...] = ("weight", "masked", "count", "full", "max")
+VOTE_KINDS: tuple[Vote, ...] = ("weight", "topk-prob", "count", "full", "max")
 SHARES = ("0.03125", "0.0625", "0.1", "0.15", "0.2", "0.3", "0.4", "0.5", "0.75")
 POLICY_CURVES = {
     "DES-Vote": [f"des-vote:beta={share}" for share in SHARES],

@@ -23,7 +23,7 @@ from coterie.errors import CoterieError
 from coterie.keys import to_json
 from coterie.lab.evals.answer_log import Answer, answer_from_dict
 from coterie.offload.eviction import Mask
-from coterie.telemetry import RowId
+from coterie.telemetry import Recorder, RowId
 from coterie.values import Routing, Scores, expert_mask
 
 Key = tuple[str, str]  # task, id
@@ -43,7 +43,7 @@ class AnswerEntry:
 
 
 @dataclass  # not frozen: it gathers
-class ExpertUseRecorder:
+class ExpertUseRecorder(Recorder):
     """A recorder of whom every forward of every row uses; ``kind`` tells what a row's is for."""
 
     kind: Callable[[int], str]
@@ -56,17 +56,10 @@ class ExpertUseRecorder:
         for row in self._rows:
             self._forwards.setdefault(row, []).append((self.kind(row), []))
 
-    def on_moe_input(self, layer: int, x: Tensor) -> None:
-        del layer, x
-
     def on_routed(self, layer: int, scores: Scores, routing: Routing) -> None:
-        del layer
         masks = expert_mask(routing.topk_ids.view(len(self._rows), -1), scores.router.experts)
         for row, mask in zip(self._rows, masks, strict=True):
             self._forwards[row][-1][1].append(mask)
-
-    def on_layer_output(self, layer: int, x: Tensor) -> None:
-        del layer, x
 
     def pop(self, row: int | None) -> tuple[str, Mask]:
         """Kinds and uses [F, L, E] of a row, which is then forgotten; forwards that broke off are

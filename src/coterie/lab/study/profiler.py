@@ -191,7 +191,7 @@ class _TimedPolicy:
 
 
 @dataclass(frozen=True)
-class _TimedRecorder:
+class _TimedRecorder(Recorder):
     inner: Recorder
     watch: Stopwatch
 

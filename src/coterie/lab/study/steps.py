@@ -205,7 +205,7 @@ def coreset_mask(observation: LayerObservation, policy: Policy) -> Tensor:
 
 def summed_votes(scores: Scores) -> Tensor:
     """[S, E] float64: everybody's probability for their own experts."""
-    return VOTES["masked"](scores, vote_weights(scores, "all"), 0).double()
+    return VOTES["topk-prob"](scores, vote_weights(scores, "all"), 0).double()
 
 
 def overlap_row(previous: ElectedSets, current: ElectedSets) -> Tensor:

@@ -27,7 +27,7 @@ from coterie.ops.packed_layout import LAYOUT_VERSION
 
 ABI_VERSION = 5
 FORMAT_IDS: Mapping[str, int] = {"bf16": 0, "int8": 1, "int4": 2}
-VOTE_KINDS = ("masked", "weight", "count", "full", "margin", "max")  # by their numbers
+VOTE_KINDS = ("topk-prob", "weight", "count", "full", "margin", "max")  # by their numbers
 ISA_VARIABLE = "COTERIE_ISA"
 
 

@@ -48,8 +48,8 @@ def route(scores: Scores, rule: CoresetRule | None, vote_weight: Tensor | None) 
         stayed=None if reuse is None else reuse.reused.data_ptr(),
         lost=None if reuse is None else reuse.vote_loss.data_ptr(),
         mass=effective_rule.mass,
-        lam=effective_rule.lam,
-        eps=effective_rule.eps,
+        lam=effective_rule.resident_bonus,
+        eps=effective_rule.max_vote_loss,
         drift=0.0 if previous is None else previous.reuse_tolerance,
         scale=router.scale,
         epsilon=router.epsilon,
@@ -65,12 +65,12 @@ def route(scores: Scores, rule: CoresetRule | None, vote_weight: Tensor | None) 
         vote=VOTE_KINDS.index(effective_rule.vote),
         first=effective_rule.union,
         count=effective_rule.count,
-        least=effective_rule.least,
+        least=effective_rule.min_experts,
         protect=effective_rule.protect,
-        most=effective_rule.most,
+        most=effective_rule.max_experts,
     )
     run, isa = kernels.handle.coterie_route, kernels.isa()
-    if rule is not None and (rule.most or not rule.union) and rule.vote in SPLIT_VOTES:
+    if rule is not None and (rule.max_experts or not rule.union) and rule.vote in SPLIT_VOTES:
         ballots = torch.empty(scores.logits.shape)
         args.ballots = ballots.data_ptr()
         if run(isa, ctypes.byref(args)) != STATUS_OK:

@@ -302,7 +302,7 @@ def token_votes(p, c, weight, selected, valid_column, last_score, VOTE: tl.const
         return tl.where(valid_column, p, 0.0)
     if VOTE == "count":
         return tl.where(selected, 1.0, 0.0)
-    if VOTE == "masked":
+    if VOTE == "topk-prob":
         return tl.where(selected, p, 0.0)
     if VOTE == "margin":
         gain = c - last_score[:, None]

@@ -55,7 +55,7 @@ def route(scores: Scores, rule: CoresetRule | None, vote_weight: Tensor | None) 
         num_warps=config.vote_warps,
         **config.constants,
     )
-    resident = scores.resident if rule is not None and rule.lam > 0 else None
+    resident = scores.resident if rule is not None and rule.resident_bonus > 0 else None
     launch(
         choose_kernel,
         (ceil_div(tokens, config.choose_tokens), rows),
@@ -88,7 +88,7 @@ def route(scores: Scores, rule: CoresetRule | None, vote_weight: Tensor | None) 
 def supports(scores: Scores, rule: CoresetRule | None) -> bool:
     """Whether the kernels take these scores and this rule."""
     router, logits = scores.router, scores.logits
-    if scores.previous_coresets is not None or (rule is not None and rule.most > 0):
+    if scores.previous_coresets is not None or (rule is not None and rule.max_experts > 0):
         return False
     if logits.numel() == 0 or logits.requires_grad:
         return False
@@ -167,5 +167,5 @@ def _rule_numbers(rule: CoresetRule | None) -> tuple[int, int, int, int, int]:
     """Seats, seats at least; share of votes, lam and eps as the bits of doubles: a kernel would
     take a float in single precision."""
     numbers = rule or CoresetRule()
-    doubles = struct.pack("ddd", numbers.mass, numbers.lam, numbers.eps)
-    return numbers.count, numbers.least, *struct.unpack("qqq", doubles)
+    doubles = struct.pack("ddd", numbers.mass, numbers.resident_bonus, numbers.max_vote_loss)
+    return numbers.count, numbers.min_experts, *struct.unpack("qqq", doubles)
