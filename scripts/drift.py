@@ -120,7 +120,7 @@ def answered(
     engine: Engine, tasks: Sequence[Task], play: ReplayPolicy, way: Mapping[str, object]
 ) -> Run:
     """Every problem of every task, with an empty memory at first."""
-    model = engine.model.with_simulated_cache(ExpertMemoryConfig.parse(MEMORY, simulated=True))
+    model = coterie.load(expert_memory=ExpertMemoryConfig.parse(MEMORY, simulated=True)).model
     own = Engine(model, generation=engine.generation)
     asked: dict[str, object] = {**way, "commit": "policy" if play.routes_commits else "vanilla"}
     asked |= {} if play.reuse_tolerance is None else {"drift": play.reuse_tolerance}

@@ -258,7 +258,7 @@ class Answered:
 
 
 def answer(engine: Engine, tasks: Sequence[Task], rule: str) -> Answered:
-    simulated = engine.model.with_simulated_cache(ExpertMemoryConfig.parse(SHARE, simulated=True))
+    simulated = coterie.load(expert_memory=ExpertMemoryConfig.parse(SHARE, simulated=True)).model
     # The plain model has no store to reset between problems.
     model = replace(engine.model, transformer=simulated.transformer)
     own = Engine(model, generation=engine.generation)

@@ -46,7 +46,7 @@ from coterie.model.moe import MoE
 from coterie.offload.cached_store import CachedExpertStore
 from coterie.offload.cpu_experts import CpuExperts
 from coterie.offload.fetchers import ThreadedFetcher
-from coterie.offload.gpu_fetchers import CopyStream, PinnedCopyFetcher
+from coterie.offload.gpu_fetchers import CopyStream, GpuFetcher
 from coterie.offload.pinned_memory import allocate_pinned
 from coterie.offload.resident_store import ResidentExpertStore
 from coterie.offload.store import TrackedExpertStore, total_traffic
@@ -270,7 +270,7 @@ class Bench:
         tier = HostTier(dict.fromkeys(self.trace.header.layers, self.host))
         if far(self.device):
             lane = CopyStream(self.device)
-            courier = Watched(PinnedCopyFetcher(tier, lane), lane.stream)
+            courier = Watched(GpuFetcher(tier, lane), lane.stream)
         else:
             courier = Watched(ThreadedFetcher(tier), None)
         return CachedExpertStore(

@@ -186,8 +186,8 @@ def test_compare_shows_what_was_moved_where_memory_is_short(capsys: Capture) -> 
     ("typed", "said"),
     [
         (["--expert-memory", "5"], "--imagine-memory stands in place of --expert-memory"),
-        (["--host-memory", "1GiB"], "--host-memory has no effect"),
-        (["--coarse", "elsewhere"], "--coarse has no effect"),
+        (["--host-memory", "1GiB"], "has no effect"),
+        (["--coarse", "elsewhere"], "has no effect"),
     ],
 )
 def test_what_would_have_no_effect_beside_an_imagined_memory_is_one_line(

@@ -24,7 +24,9 @@ from coterie.errors import CoterieError
 from coterie.loading import gpu_offload
 from coterie.loading.expert_memory import ExpertMemoryConfig, non_expert_bytes
 from coterie.offload import pinned_memory
-from coterie.offload.gpu_fetchers import PinnedCopyFetcher, StagedFetcher
+from coterie.offload.gpu_fetchers import GpuFetcher
+from coterie.offload.host_cache import HostCache
+from coterie.offload.tiers import HostTier
 from coterie.testing import write_checkpoint
 
 pytestmark = pytest.mark.usefixtures("gpu")
@@ -60,7 +62,8 @@ def test_few_slots_answer_like_all_experts_resident(tmp_path: Path, family: str,
             assert found.tokens == true.tokens
         store, plan = cached_store_of(few), few.model.placement.plan
         assert plan is not None
-        assert isinstance(store.fetcher, PinnedCopyFetcher)
+        assert isinstance(store.fetcher, GpuFetcher)
+        assert isinstance(store.fetcher.source, HostTier)
         assert (store.capacity, store.traffic_log.traffic().experts_moved > 0) == (
             {"1": 1, "35%": 5, "15": 15}[memory],
             True,
@@ -80,7 +83,9 @@ def test_less_host_memory_stands_before_a_packed_checkpoint(tmp_path: Path, kept
     folder = plain_or_packed_checkpoint(tmp_path, kept)
     whole = load_engine(folder)
     few = load_engine(folder, host_memory("30KB"))
-    assert isinstance(cached_store_of(few).fetcher, StagedFetcher)
+    fetcher = cached_store_of(few).fetcher
+    assert isinstance(fetcher, GpuFetcher)
+    assert isinstance(fetcher.source, HostCache)
     assert "some, in front of the disk" in describe(few)
     assert few.generate(PROMPT, **OPTIONS).tokens == whole.generate(PROMPT, **OPTIONS).tokens
 

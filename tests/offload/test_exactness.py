@@ -110,7 +110,7 @@ class Chain:
         tier: Tier = Faulty(files(sizes) if self.disk else HostTier(blobs(sizes)), self.fail)
         if self.host is not None:
             memory = torch.full((self.host, size), 255, dtype=torch.uint8)
-            tier = HostCache(tier, memory, layers, experts)
+            tier = HostCache(tier, memory)
         votes = [] if self.warm is None else [(one * self.warm) % 7 / 7 for one in range(experts)]
         return CachedExpertStore(
             ThreadedFetcher(tier),

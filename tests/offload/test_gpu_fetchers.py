@@ -20,7 +20,7 @@ from coterie.offload.cached_store import CachedExpertStore
 from coterie.offload.cpu_experts import CpuExperts, TokenCounts
 from coterie.offload.eviction import Lfu, Lru, Mask
 from coterie.offload.fetchers import ExpertFetcher
-from coterie.offload.gpu_fetchers import CopyStream, PinnedCopyFetcher, StagedFetcher
+from coterie.offload.gpu_fetchers import CopyStream, GpuFetcher
 from coterie.offload.host_cache import HostCache
 from coterie.offload.tiers import HostTier, Tier
 from coterie.values import ExpertRequest, Routing, Slab
@@ -43,14 +43,12 @@ def shown(memory: Tensor, slot_of: Tensor) -> Slab:
 
 
 def by_copies(tier: HostTier) -> ExpertFetcher:
-    return PinnedCopyFetcher(tier, CopyStream(DEVICE))
+    return GpuFetcher(tier, CopyStream(DEVICE))
 
 
 def by_relays(tier: Tier) -> ExpertFetcher:
     """Through memory for five experts of any layer: who comes there later takes others' places."""
-    return StagedFetcher(
-        HostCache(tier, torch.zeros(5, SIZE).byte(), LAYERS, EXPERTS), CopyStream(DEVICE)
-    )
+    return GpuFetcher(HostCache(tier, torch.zeros(5, SIZE).byte()), CopyStream(DEVICE))
 
 
 @dataclass
@@ -151,10 +149,9 @@ def outcome(
             slabs = {layer: shown(blob, everybody) for layer, blob in run.true.items()}
             run.own.cpu_experts = CpuExperts(ByLot(seed), slabs)
         wrong = run.all_of(*wishes(experts, seed, count))
-        if isinstance(
-            run.own.fetcher, StagedFetcher
-        ):  # who waited for nobody leaves threads at work
-            run.own.fetcher._threads.shutdown()
+        # An abandoned forward leaves threads at work.
+        assert isinstance(run.own.fetcher, GpuFetcher)
+        run.own.fetcher._threads.shutdown()
         return wrong
 
 

@@ -16,7 +16,6 @@ from policy_strategies import law
 from torch import Tensor
 
 from coterie.errors import CoterieError
-from coterie.offload.eviction import ByVotes, Eviction, Lfu, Lru
 from coterie.offload.host_cache import HostCache, host_cache_slots
 from coterie.offload.tiers import HostTier, Tier
 
@@ -46,10 +45,8 @@ class Counted:
         return HostTier(WHOLE).fetch(layer, expert, into)
 
 
-def host(below: Tier, slots: int, rule: Eviction | None = None) -> HostCache:
-    return HostCache(
-        below, torch.zeros(slots, SIZE, dtype=torch.uint8), LAYERS, EXPERTS, rule or Lru()
-    )
+def host(below: Tier, slots: int) -> HostCache:
+    return HostCache(below, torch.zeros(slots, SIZE, dtype=torch.uint8))
 
 
 def fetched(tier: Tier, one: Asked) -> Tensor:
@@ -58,26 +55,23 @@ def fetched(tier: Tier, one: Asked) -> Tensor:
     return into
 
 
-@given(st.lists(asked, max_size=40), st.integers(1, 12), st.sets(st.integers(0, 30)), st.booleans())
+@given(st.lists(asked, max_size=40), st.integers(1, 12), st.sets(st.integers(0, 30)))
 @law(80)
 def test_one_after_the_other_it_is_a_cache_over_the_whole_model(
-    wishes: list[Asked], slots: int, fail: set[int], lately: bool
+    wishes: list[Asked], slots: int, fail: set[int]
 ) -> None:
     """A second book, kept here, says who is read; what failed is read again when asked for."""
     below = Counted(fail=fail)
-    tier = host(below, slots, Lru() if lately else Lfu())
+    tier = host(below, slots)
     here: set[Asked] = set()
     used: Counter[Asked] = Counter()
-    last: dict[Asked, int] = {}
     reads = 0
-    for clock, one in enumerate(wishes):
+    for one in wishes:
         used[one] += 1
-        last[one] = clock
         if one not in here:
             reads += 1
             if len(here) == slots:
-                worth = last if lately else used
-                here.remove(min(here, key=lambda who: (worth[who], (-who[0], -who[1]))))
+                here.remove(min(here, key=lambda key: (used[key], (-key[0], -key[1]))))
             if reads - 1 in fail:
                 with pytest.raises(CoterieError, match="cannot be read"):
                     fetched(tier, one)
@@ -145,5 +139,3 @@ def test_what_it_cannot_do_is_said() -> None:
     assert host_cache_slots(1 << 40, layers=2, experts=5, expert_bytes=SIZE) == 10
     with pytest.raises(CoterieError, match="63 bytes are less than one expert"):
         host_cache_slots(SIZE - 1, layers=2, experts=5, expert_bytes=SIZE)
-    with pytest.raises(CoterieError, match="lru and lfu"):
-        host(Counted(), 1, ByVotes())

@@ -28,11 +28,8 @@ from torch import Tensor
 from coterie.errors import CoterieError
 from coterie.offload.eviction import ByVotes, Eviction, FloatArray, Lru
 from coterie.offload.fetchers import ThreadedFetcher
-from coterie.offload.mixed_precision_store import (
-    MixedPrecisionStore,
-    PrecisionErrors,
-    vote_shares,
-)
+from coterie.offload.mixed_precision_store import MixedPrecisionStore
+from coterie.offload.precision_stats import PrecisionErrors, vote_shares
 from coterie.offload.resident_store import ResidentExpertStore
 from coterie.offload.tiers import HostTier, Tier
 from coterie.values import ExpertRequest, Routing, Slab

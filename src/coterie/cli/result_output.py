@@ -22,8 +22,8 @@ def memory_document(engine: Engine, result: Result) -> dict[str, object]:
 
 def precision_document(engine: Engine) -> dict[str, object]:
     """As JSON, the votes served in each precision so far; empty with one precision."""
-    counts = engine.model.store.precision_counts
-    return {} if counts is None else {"expert_precision": counts.to_dict()}
+    stats = engine.model.store.precision_stats
+    return {} if stats is None else {"expert_precision": stats.to_dict()}
 
 
 def describe_traffic(traffic: Traffic) -> str:

@@ -27,7 +27,7 @@ from coterie.offload.cached_store import CachedExpertStore
 from coterie.offload.capacity import format_bytes
 from coterie.offload.cpu_experts import CpuExperts, CpuSelection
 from coterie.offload.fetchers import ExpertFetcher
-from coterie.offload.gpu_fetchers import CopyStream, PinnedCopyFetcher, StagedFetcher
+from coterie.offload.gpu_fetchers import CopyStream, GpuFetcher
 from coterie.offload.host_cache import HostCache, host_cache_slots
 from coterie.offload.pinned_memory import allocate_pinned
 from coterie.offload.tiers import DiskTier, HostTier, Tier
@@ -120,16 +120,16 @@ class HostOffload:
     def _fetcher(self, target: LoadTarget, blobs: Mapping[int, Tensor]) -> ExpertFetcher:
         stream = CopyStream(target.device)
         if self._host_holds_all:
-            return PinnedCopyFetcher(HostTier(blobs), stream)
-        layers, experts, size = target.spec.moe_layers, self.plan.experts, self.layout.size
+            return GpuFetcher(HostTier(blobs), stream)
+        plan, size = self.plan, self.layout.size
         disk = UnpackingTier(
             DiskTier(expert_file_spans(target.model)), target.model.spec, self.layout
         )
         slots = host_cache_slots(
-            self.plan.host_bytes or 0, layers=len(layers), experts=experts, expert_bytes=size
+            plan.host_bytes or 0, layers=plan.layers, experts=plan.experts, expert_bytes=size
         )
         memory = allocate_pinned(slots, size, target.device)
-        return StagedFetcher(HostCache(disk, memory, layers, experts), stream)
+        return GpuFetcher(HostCache(disk, memory), stream)
 
     def _cpu_experts(
         self, target: LoadTarget, fetcher: ExpertFetcher, blobs: Mapping[int, Tensor]

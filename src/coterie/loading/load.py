@@ -8,16 +8,14 @@ from pathlib import Path
 import torch
 
 from coterie.checkpoints.source import EMBEDDED, find_folder
-from coterie.errors import ConfigError, OffloadError
+from coterie.errors import ConfigError
 from coterie.families import Family, ModelConfig, eos_ids, mask_id
 from coterie.loading.disk_offload import DiskOffload
 from coterie.loading.expert_memory import ExpertMemoryConfig
 from coterie.loading.gpu_offload import HostOffload
 from coterie.loading.mixed_precision import MixedPrecision
-from coterie.loading.placement import Placement, Resident
-from coterie.loading.simulated_memory import Simulated
+from coterie.loading.placement import Placement, Resident, Simulated
 from coterie.loading.target import LoadTarget, ModelFolder, ProgressCallback
-from coterie.model.moe import MoE
 from coterie.model.spec import ModelSpec
 from coterie.model.transformer import Transformer, build
 from coterie.model.weights import weight_bytes
@@ -62,25 +60,6 @@ class Model:
     def memory_config(self) -> ExpertMemoryConfig | None:
         """The requested expert memory."""
         return None if self.placement.plan is None else self.placement.plan.config
-
-    def with_simulated_cache(self, config: ExpertMemoryConfig) -> Model:
-        """The same model with a simulated expert cache; raises OffloadError if it has a cache."""
-        if self.store.traffic_log is not None:
-            raise OffloadError("a cache can only be simulated if all experts are in memory")
-        if config.warm_start is not None and self.folder is not None:
-            config.warm_start.check(self.spec, self.folder)
-        placement = Simulated.of(config, self.spec, self.transformer.dtype)
-        blocks = [layer.feed_forward for layer in self.transformer.layers]
-        resident_store = next(block.store for block in blocks if isinstance(block, MoE))
-        store = placement.simulate(resident_store, self.spec, self.transformer.device)
-        layers = tuple(
-            replace(layer, feed_forward=replace(block, store=store))
-            if isinstance(block, MoE)
-            else layer
-            for layer, block in zip(self.transformer.layers, blocks, strict=True)
-        )
-        transformer = replace(self.transformer, layers=layers)
-        return replace(self, transformer=transformer, store=store, placement=placement)
 
 
 def load_model(
@@ -137,7 +116,7 @@ def choose_placement(
     if config.warm_start is not None:
         config.warm_start.check(target.spec, target.model.path)
     if config.simulated:
-        return Simulated.of(config, target.spec, target.dtype)
+        return Simulated.of(config, target)
     if target.has_device_memory:
         placement = HostOffload.of(config, target)
     elif config.fallback_model is not None:

@@ -45,11 +45,8 @@ class PromoteUsed:
     most: PositiveInt = 2
     share: OpenShare = 0.5
 
+    mass = 0.0
     __post_init__ = check_options
-
-    @property
-    def mass(self) -> float:
-        return 0.0
 
 
 @dataclass(frozen=True)
@@ -62,11 +59,8 @@ class VoteMassPrecision:
     mass: PositiveFraction = 0.7
     share: OpenShare = 0.5
 
+    most = 0
     __post_init__ = check_options
-
-    @property
-    def most(self) -> int:
-        return 0
 
 
 @dataclass(frozen=True)
@@ -75,15 +69,9 @@ class StaticVotes:
 
     share: OpenShare = 0.5
 
+    most = 0
+    mass = 0.0
     __post_init__ = check_options
-
-    @property
-    def most(self) -> int:
-        return 0
-
-    @property
-    def mass(self) -> float:
-        return 0.0
 
 
 PRECISION_POLICIES: dict[str, type[PrecisionPolicy]] = {

@@ -22,7 +22,8 @@ from coterie.loading.target import LoadTarget, ModelFolder, ProgressCallback
 from coterie.strict_json import read_object
 from coterie.offload.capacity import format_bytes
 from coterie.offload.eviction import ByVotes, FloatArray
-from coterie.offload.mixed_precision_store import MixedPrecisionStore, PrecisionErrors
+from coterie.offload.mixed_precision_store import MixedPrecisionStore
+from coterie.offload.precision_stats import PrecisionErrors
 
 UNVOTED_SCORE = 1e-9  # above 0, so that experts without votes fill the slots that are left
 PRECISION_KEYS = (EXPERT_FORMAT_KEY, EXPERT_LAYOUT_KEY)  # the only keys that two configs differ in

@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 from torch import Tensor
 
 from coterie import ops
-from coterie.loading.expert_memory import ExpertMemoryPlan
+from coterie.errors import OffloadError
+from coterie.loading.expert_memory import (
+    AUTO,
+    ExpertMemoryConfig,
+    ExpertMemoryPlan,
+    plan_expert_memory,
+)
 from coterie.loading.target import LoadTarget, ProgressCallback
-from coterie.model.weights import take_slab
+from coterie.model.weights import expert_bytes, take_slab
 from coterie.offload.resident_store import ResidentExpertStore
+from coterie.offload.simulated_store import SimulatedCacheStore
 from coterie.offload.store import TrackedExpertStore
 
 
@@ -66,3 +73,47 @@ class Resident:
             f"{self.plan.auto_note}all {self.plan.experts} experts per layer fit "
             f"({self.plan.slots_size})",
         )
+
+
+@dataclass(frozen=True)
+class Simulated:
+    """Every expert in memory, and a smaller expert cache that only exists as a slot table."""
+
+    plan: ExpertMemoryPlan
+
+    @staticmethod
+    def of(config: ExpertMemoryConfig, target: LoadTarget) -> Simulated:
+        """Raises OffloadError for less than one expert, and for options of a real cache."""
+        for option, is_given in (
+            ("`capacity=auto`", config.capacity == AUTO),
+            ("`host_memory`", config.host_memory is not None),
+            ("`fallback_model`", config.fallback_model is not None),
+            ("`cpu_experts`", config.cpu_experts is not None),
+        ):
+            if is_given:
+                raise OffloadError(
+                    f"{option} has no effect on a simulated cache; `expert_memory` makes a real one"
+                )
+        spec, dtype = target.spec, target.dtype
+        size = expert_bytes(spec, dtype)
+        return Simulated(
+            plan_expert_memory(config, spec, dtype, expert_bytes=size, free_bytes=None)
+        )
+
+    def load(self, target: LoadTarget, on_progress: ProgressCallback | None) -> LoadedModel:
+        loaded = Resident().load(target, on_progress)
+        store = SimulatedCacheStore(
+            loaded.store,
+            self.plan.experts,
+            self.plan.slots,
+            self.plan.config.eviction,
+            warm_votes=self.plan.config.warm_votes,
+            expert_bytes=self.plan.expert_bytes,
+            device=target.device,
+        )
+        for layer in target.spec.moe_layers:
+            store.resident(layer)
+        return replace(loaded, store=store, placement=self)
+
+    def describe(self) -> tuple[str, ...]:
+        return (f"{self.plan.summary} ({self.plan.slots_size}) simulated; in fact all are",)

@@ -68,7 +68,7 @@ class CachedExpertStore:
     _memory: dict[int, Tensor] = field(init=False, default_factory=dict)  # kept when emptied
     _failed_layers: set[int] = field(init=False, default_factory=set)
 
-    precision_counts = None
+    precision_stats = None
 
     def __post_init__(self) -> None:
         self.traffic_log = TrafficLog(

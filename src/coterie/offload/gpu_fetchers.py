@@ -81,36 +81,6 @@ class CopyStream:
             self._stall_seconds += start.elapsed_time(end) / 1e3
 
 
-@dataclass(frozen=True)
-class PinnedCopyFetcher:
-    """Copies directly from pinned host memory that holds every expert."""
-
-    source: HostTier
-    stream: CopyStream
-
-    @property
-    def stall_seconds(self) -> float:
-        return self.stream.stall_seconds
-
-    def fetch_async(self, layer: int, expert: int, target: Tensor) -> Future[str]:
-        self.stream.copy(self.source.blobs[layer][expert], target)
-        return DONE_FETCH
-
-    def wait(self, fetches: Collection[Future[str]]) -> None:
-        del fetches
-        self.stream.block_compute()
-
-    def mark_computed(self) -> None:
-        self.stream.wait_for_compute()
-
-    def drain(self, fetches: Collection[Future[str]]) -> None:
-        del fetches
-        self.stream.synchronize()
-
-    def to_device(self, table: NumpyTable) -> Tensor:
-        return self.stream.to_device(table)
-
-
 class PinnedSource(Protocol):
     """Pinned host memory that holds some experts and reads the others in."""
 
@@ -120,10 +90,14 @@ class PinnedSource(Protocol):
 
 
 @dataclass(frozen=True)
-class StagedFetcher:
-    """Threads that read experts into pinned memory if needed, and copy them from there."""
+class GpuFetcher:
+    """Copies experts from pinned host memory into GPU slots.
 
-    source: PinnedSource
+    From a ``HostTier``, which holds every expert, copies are enqueued directly. From any other
+    source, threads read the experts in, and copy them.
+    """
+
+    source: HostTier | PinnedSource
     stream: CopyStream
     _threads: ThreadPoolExecutor = field(default_factory=fetch_threads)
 
@@ -132,7 +106,10 @@ class StagedFetcher:
         return self.stream.stall_seconds
 
     def fetch_async(self, layer: int, expert: int, target: Tensor) -> Future[str]:
-        return self._threads.submit(self._stage, layer, expert, target)
+        if not isinstance(self.source, HostTier):
+            return self._threads.submit(self._stage, self.source, layer, expert, target)
+        self.stream.copy(self.source.blobs[layer][expert], target)
+        return DONE_FETCH
 
     def wait(self, fetches: Collection[Future[str]]) -> None:
         def wait_on_host() -> None:
@@ -151,9 +128,9 @@ class StagedFetcher:
     def to_device(self, table: NumpyTable) -> Tensor:
         return self.stream.to_device(table)
 
-    def _stage(self, layer: int, expert: int, target: Tensor) -> str:
+    def _stage(self, source: PinnedSource, layer: int, expert: int, target: Tensor) -> str:
         # Threads do not inherit inference mode, in which the slots may have been made.
-        with torch.inference_mode(), self.source.pin(layer, expert) as (blob, tier):
+        with torch.inference_mode(), source.pin(layer, expert) as (blob, tier):
             self.stream.copy(blob, target)
             self.stream.synchronize_copies()
             return tier

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from threading import Condition
 
-import numpy as np
 from torch import Tensor
 
 from coterie.errors import OffloadError
-from coterie.offload.eviction import CacheAccess, Eviction, FloatArray, Lfu
 from coterie.offload.tiers import HOST, Tier
+
+ExpertKey = tuple[int, int]
+"""A layer and an expert of it."""
 
 
 @dataclass  # not frozen: its users change
@@ -28,30 +30,24 @@ class HostSlot:
 class HostCache:
     """``memory`` for some experts of any layer, in front of a tier that holds all of them.
 
-    A miss is read into a slot that no thread uses, the one with the lowest eviction score. The rule
-    sees fetches, not votes; LFU is the default, since recently fetched experts are already in the
-    slots that requested them (`results/prefetch-replayed.json`). Several threads may fetch at once;
-    of those that need the same expert, one reads it and the others wait. A failed read frees its
-    slot and leaves all other experts cached.
+    A miss is read into the slot of the least frequently fetched expert that no thread uses. LRU
+    would do worse, since recently fetched experts are already in the slots that requested them
+    (`results/prefetch-replayed.json`). Several threads may fetch at once; of those that need the
+    same expert, one reads it and the others wait. A failed read frees its slot and leaves all other
+    experts cached.
     """
 
     backing_tier: Tier
     memory: Tensor  # [n, bytes of an expert] uint8
-    layers: Sequence[int]
-    experts: int  # per layer
-    eviction: Eviction = field(default_factory=Lfu)
     hits: int = 0
     misses: int = 0
-    _slots: dict[int, HostSlot] = field(init=False, default_factory=dict)  # by expert key
+    _slots: dict[ExpertKey, HostSlot] = field(init=False, default_factory=dict)
     _free: list[int] = field(init=False)
-    _scores: FloatArray = field(init=False)
+    _uses: Counter[ExpertKey] = field(init=False, default_factory=Counter)
     _changed: Condition = field(init=False, default_factory=Condition)
 
     def __post_init__(self) -> None:
-        if self.eviction.needs_votes:
-            raise OffloadError("the host cache does not see votes; use lru or lfu")
         self._free = list(range(len(self.memory)))
-        self._scores = self.eviction.initial_scores(np.zeros(len(self.layers) * self.experts))
 
     def fetch(self, layer: int, expert: int, target: Tensor) -> str:
         with self.pin(layer, expert) as (blob, tier):
@@ -64,7 +60,7 @@ class HostCache:
 
         A thread must not pin more experts than there are slots: it would wait forever.
         """
-        key = self.layers.index(layer) * self.experts + expert
+        key = layer, expert
         slot = self._acquire(key)
         try:
             blob = self.memory[slot.index]
@@ -76,10 +72,10 @@ class HostCache:
         finally:
             self._release(key, slot)
 
-    def _acquire(self, key: int) -> HostSlot:
+    def _acquire(self, key: ExpertKey) -> HostSlot:
         """The slot of an expert: ready, or new and to be filled by the caller."""
         with self._changed:
-            self._record_access(key)
+            self._uses[key] += 1
             while True:
                 host_slot = self._slots.get(key)
                 if host_slot is None and (free_index := self._reclaim_slot()) is not None:
@@ -97,19 +93,13 @@ class HostCache:
             slot.ready = True
             self._changed.notify_all()
 
-    def _release(self, key: int, slot: HostSlot) -> None:
+    def _release(self, key: ExpertKey, slot: HostSlot) -> None:
         with self._changed:
             slot.users -= 1
             if not slot.ready:
                 del self._slots[key]
                 self._free.append(slot.index)
             self._changed.notify_all()
-
-    def _record_access(self, key: int) -> None:
-        used = np.zeros(len(self._scores), dtype=bool)
-        used[key] = True
-        access = CacheAccess(self.hits + self.misses, used, np.zeros(len(used)))
-        self._scores = self.eviction.updated_scores(self._scores, access)
 
     def _reclaim_slot(self) -> int | None:
         """A free slot, or that of an unused expert; None while all are in use."""
@@ -118,7 +108,7 @@ class HostCache:
         idle = [key for key, slot in self._slots.items() if not slot.users]
         if not idle:
             return None
-        victim = min(idle, key=lambda key: (self._scores[key], -key))
+        victim = min(idle, key=lambda key: (self._uses[key], -key[0], -key[1]))
         return self._slots.pop(victim).index
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -12,63 +11,12 @@ from torch import Tensor
 
 from coterie.offload.cached_store import CachedExpertStore, LayerCache
 from coterie.offload.eviction import FloatArray, Lru, Mask
+from coterie.offload.precision_stats import PrecisionErrors, PrecisionStats, vote_shares
 from coterie.offload.slot_table import EMPTY, Slots
-from coterie.offload.store import PrecisionCounts
 from coterie.offload.traffic_log import TrafficLog
 from coterie.values import ExpertRequest, Slab
 
 SHARE_TOLERANCE = 1e-12  # rounding of a sum of shares, which depends on the order of the terms
-
-
-@dataclass(frozen=True)
-class PrecisionErrors:
-    """Relative output errors of a layer's experts for Gaussian input, [E] per precision."""
-
-    high: FloatArray
-    low: FloatArray
-
-
-@dataclass  # not frozen: it accumulates
-class PrecisionStats:
-    """The precision in which votes were served; sums over layers and forwards.
-
-    One layer's loss bound is the sum over used experts of vote share x relative error of the
-    precision served: the total error if all errors point the same way. The sum of squares estimates
-    it for errors in independent directions. Both stay 0 if the errors are unknown.
-    """
-
-    forwards: int = 0  # of one layer each
-    high_share_sum: float = 0.0
-    bound_sum: float = 0.0
-    square_sum: float = 0.0
-    promotions: int = 0
-
-    @property
-    def high_precision_share(self) -> float:
-        """Mean share of the votes served in high precision."""
-        return self.high_share_sum / max(1, self.forwards)
-
-    @property
-    def loss_bound(self) -> float:
-        """Mean loss bound of a layer."""
-        return self.bound_sum / max(1, self.forwards)
-
-    @property
-    def loss_rms(self) -> float:
-        """Root mean square error of a layer, close to the relative error of its output."""
-        return math.sqrt(self.square_sum / max(1, self.forwards))
-
-    def record(
-        self, votes: FloatArray, high_mask: Mask, low_mask: Mask, errors: PrecisionErrors | None
-    ) -> None:
-        """Add one forward of one layer; experts in neither mask were not used."""
-        share = vote_shares(votes, high_mask | low_mask)
-        self.forwards += 1
-        self.high_share_sum += float(share[high_mask].sum())
-        if errors is not None:
-            error = np.where(high_mask, errors.high, errors.low)
-            self.bound_sum += float((share * error).sum())
-            self.square_sum += float((share * error**2).sum())
 
 
 @dataclass  # not frozen: its caches change with every forward
@@ -88,7 +36,7 @@ class MixedPrecisionStore:
     vote_mass: float = 0.0
     errors: Mapping[int, PrecisionErrors] = field(default_factory=dict)  # by layer, where known
     format_names: tuple[str, str] = ("high", "low")
-    precision_stats: PrecisionStats = field(init=False, default_factory=PrecisionStats)
+    precision_stats: PrecisionStats = field(init=False)
     traffic_log: TrafficLog = field(init=False)  # vanilla: high precision in the same total memory
 
     def __post_init__(self) -> None:
@@ -99,6 +47,9 @@ class MixedPrecisionStore:
             high.expert_bytes,
             lambda layer: Slots(low.experts, equal_slots, Lru(), high.warm_votes.get(layer)),
             lambda: high.fetcher.stall_seconds + low.fetcher.stall_seconds,
+        )
+        self.precision_stats = PrecisionStats(
+            *self.format_names, high.capacity, low.capacity, self.errors
         )
         for store, name in zip((high, low), self.format_names, strict=True):
             store.log_transfer = partial(self._log_transfer, name, store.expert_bytes)
@@ -115,7 +66,7 @@ class MixedPrecisionStore:
         low_resident = self._low_resident(layer)
         hits = np.count_nonzero(high_mask & resident_before | low_mask & low_resident)
         self.traffic_log.log_layer(layer, request, used=int(np.count_nonzero(used)), hits=int(hits))
-        self.precision_stats.record(votes, high_mask, low_mask, self.errors.get(layer))
+        self.precision_stats.record(layer, votes, high_mask, low_mask)
         high_slabs = self._high_slabs(layer) if high_mask.any() else iter(())
         if low_mask.any():
             # While cached experts are computed, the others are fetched.
@@ -138,19 +89,6 @@ class MixedPrecisionStore:
     def capacity(self) -> int:
         """Slots per layer of both precisions; an expert may have one in each."""
         return self.high.capacity + self.low.capacity
-
-    @property
-    def precision_counts(self) -> PrecisionCounts:
-        stats = self.precision_stats
-        return PrecisionCounts(
-            *self.format_names,
-            high_slots=self.high.capacity,
-            low_slots=self.low.capacity,
-            high_precision_share=stats.high_precision_share,
-            promotions=stats.promotions,
-            loss_bound=stats.loss_bound if self.errors else None,
-            loss_rms=stats.loss_rms if self.errors else None,
-        )
 
     def reset(self) -> None:
         """Empty both caches once no fetch is in flight, and reload the warm-start experts."""
@@ -191,13 +129,6 @@ class MixedPrecisionStore:
 
     def _log_transfer(self, format_name: str, expert_bytes: int, tier: str) -> None:
         self.traffic_log.log_transfer(f"{tier}, {format_name}", total_bytes=expert_bytes)
-
-
-def vote_shares(votes: FloatArray, used: Mask) -> FloatArray:
-    """[E]: each used expert's share of the used experts' votes; equal shares without votes."""
-    used_votes = np.where(used, votes, 0.0)
-    total = used_votes.sum()
-    return used_votes / total if total > 0 else used / max(1, int(np.count_nonzero(used)))
 
 
 def top_by_mass(votes: FloatArray, used: Mask, mass: float) -> Mask:

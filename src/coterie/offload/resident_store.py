@@ -18,7 +18,7 @@ class ResidentExpertStore:
 
     traffic_log = None
     capacity = None
-    precision_counts = None
+    precision_stats = None
 
     def serve(self, layer: int, request: ExpertRequest) -> Iterator[Slab]:
         del request

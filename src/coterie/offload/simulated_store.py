@@ -63,7 +63,7 @@ class SimulatedCacheStore:
     cache: CacheSimulator = field(init=False)
     traffic_log: TrafficLog = field(init=False)
 
-    precision_counts = None
+    precision_stats = None
 
     def __post_init__(self) -> None:
         self.cache = CacheSimulator(self.experts, self.capacity, self.eviction, self.warm_votes)

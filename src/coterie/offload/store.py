@@ -2,40 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Protocol
 
+from coterie.offload.precision_stats import PrecisionStats
 from coterie.offload.traffic import Traffic
 from coterie.offload.traffic_log import TrafficLog
 from coterie.values import ExpertStore
-
-
-@dataclass(frozen=True)
-class PrecisionCounts:
-    """How a store with two precisions served its experts; means over layers and forwards."""
-
-    high_format: str
-    low_format: str
-    high_slots: int  # per layer
-    low_slots: int
-    high_precision_share: float  # share of the votes served in high precision
-    promotions: int
-    loss_bound: float | None  # None where the quantization errors are unknown
-    loss_rms: float | None
-
-    def to_dict(self) -> dict[str, object]:
-        """As JSON, under its stable keys."""
-        return {
-            "fine": self.high_format,
-            "coarse": self.low_format,
-            "fine_slots": self.high_slots,
-            "coarse_slots": self.low_slots,
-            "votes_fine": self.high_precision_share,
-            "votes_coarse": 1 - self.high_precision_share,
-            "upgrades": self.promotions,
-            "loss_bound": self.loss_bound,
-            "loss_rms": self.loss_rms,
-        }
 
 
 class TrackedExpertStore(ExpertStore, Protocol):
@@ -52,7 +24,7 @@ class TrackedExpertStore(ExpertStore, Protocol):
         ...
 
     @property
-    def precision_counts(self) -> PrecisionCounts | None:
+    def precision_stats(self) -> PrecisionStats | None:
         """None where all experts have one precision."""
         ...
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 
@@ -24,7 +25,7 @@ SlotsFactory = Callable[[int], Slots]
 """Makes a layer's slots as the store's at the start, under LRU."""
 
 
-@dataclass(frozen=True)
+@dataclass  # not frozen: it counts until its forward ends
 class ForwardTraffic:
     """The traffic of one forward, of all its sequences together."""
 
@@ -33,45 +34,13 @@ class ForwardTraffic:
     rows: tuple[int, ...]
     blocks: tuple[int, ...]  # the current block of each row
     traffic: Traffic
-
-
-@dataclass  # not frozen: it counts until its forward ends
-class ForwardCounters:
-    """The counters of one forward, or of all finished ones."""
-
-    number: int = 0
-    kind: str = ""
-    rows: tuple[int, ...] = ()
-    blocks: tuple[int, ...] = ()
-    forwards: int = 0
-    used: int = 0
-    hits: int = 0
-    on_cpu: int = 0
-    vanilla_misses: int = 0
-    stall_seconds: float = 0.0
-    seconds: float = 0.0
     start_time: float | None = None
     last_layer: int = -1  # the last layer served
-    transfers: dict[str, Transfer] = field(default_factory=dict)
 
     @property
-    def denoising_forwards(self) -> int:
-        """1 for a forward that served a layer and denoises, otherwise 0."""
-        return int(self.last_layer >= 0 and self.kind not in KV_ONLY_KINDS)
-
-    def add(self, other: ForwardCounters) -> None:
-        """Add another's counts, except vanilla's, which are replayed later."""
-        self.forwards += other.forwards
-        self.used += other.used
-        self.hits += other.hits
-        self.on_cpu += other.on_cpu
-        self.stall_seconds += other.stall_seconds
-        self.seconds += other.seconds
-        for tier, transfer in other.transfers.items():
-            self.add_transfer(tier, transfer)
-
-    def add_transfer(self, tier: str, transfer: Transfer) -> None:
-        self.transfers[tier] = self.transfers.get(tier, Transfer()).plus(transfer)
+    def denoises(self) -> bool:
+        """Whether it served a layer and does more than write keys and values."""
+        return self.last_layer >= 0 and self.kind not in KV_ONLY_KINDS
 
 
 @dataclass  # not frozen: it is appended to
@@ -87,36 +56,44 @@ class TrafficLog:
     expert_bytes: int
     vanilla_slots: SlotsFactory
     stall_clock: StallClock = lambda: 0.0
-    _current: ForwardCounters = field(default_factory=ForwardCounters)
-    _finished: deque[ForwardCounters] = field(default_factory=lambda: deque(maxlen=LOGGED_FORWARDS))
-    _totals: ForwardCounters = field(default_factory=ForwardCounters)  # of finished forwards
-    _tracks_vanilla: bool = False
-    # Counters, layer, vanilla ids and number of experts; None marks a reset.
-    _pending: list[tuple[ForwardCounters, int, torch.Tensor, int] | None] = field(
-        default_factory=list
+    _current: ForwardTraffic = field(init=False)
+    _finished: deque[ForwardTraffic] = field(
+        init=False, default_factory=lambda: deque(maxlen=LOGGED_FORWARDS)
     )
-    _pending_ids: int = 0
-    _vanilla_caches: dict[int, Slots] = field(default_factory=dict)
+    _totals: Traffic = field(init=False)  # of finished forwards
+    _tracks_vanilla: bool = field(init=False, default=False)
+    # Forward, layer, vanilla ids and number of experts; None marks a reset.
+    _pending: list[tuple[ForwardTraffic, int, torch.Tensor, int] | None] = field(
+        init=False, default_factory=list
+    )
+    _pending_ids: int = field(init=False, default=0)
+    _vanilla_caches: dict[int, Slots] = field(init=False, default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self._totals = self._traffic()
+        self._current = ForwardTraffic(0, "", (), (), self._traffic())
 
     def track_vanilla(self) -> None:
         """Count vanilla's misses from now on; raises RuntimeError after the first forward."""
-        if self._totals.used or self._current.used:
+        if self._totals.experts_used or self._current.traffic.experts_used:
             raise RuntimeError("vanilla's cache would start empty while the store's does not")
         self._tracks_vanilla = True
+        self._totals = replace(self._totals, vanilla_misses=0)
+        self._current.traffic = replace(self._current.traffic, vanilla_misses=0)
 
     def begin_forward(
         self, kind: str, rows: tuple[int, ...] = (), blocks: tuple[int, ...] = ()
     ) -> None:
         """A forward starts."""
         self._finish_forward()
-        self._current = ForwardCounters(
-            self._current.number, kind, rows, blocks, start_time=time.perf_counter()
+        self._current = ForwardTraffic(
+            self._current.number, kind, rows, blocks, self._traffic(), time.perf_counter()
         )
 
     def end_forward(self) -> None:
         """The forward is over."""
         if self._current.start_time is not None:
-            self._current.seconds = time.perf_counter() - self._current.start_time
+            self._count(seconds=time.perf_counter() - self._current.start_time)
         self._finish_forward()
 
     def log_layer(
@@ -125,14 +102,11 @@ class TrafficLog:
         """A layer is served: experts used, those of them cached, and those the CPU computes."""
         if layer <= self._current.last_layer:
             self._finish_forward()
-        counters = self._current
-        counters.last_layer = layer
-        counters.used += used
-        counters.hits += hits
-        counters.on_cpu += on_cpu
+        self._current.last_layer = layer
+        self._count(experts_used=used, hits=hits, on_cpu=on_cpu)
         if self._tracks_vanilla and request.routing is not None:
             vanilla_ids = request.routing.vanilla_ids
-            self._pending.append((counters, layer, vanilla_ids, len(request.used)))
+            self._pending.append((self._current, layer, vanilla_ids, len(request.used)))
             self._pending_ids += vanilla_ids.numel()
             if self._pending_ids > MAX_PENDING_IDS:
                 self._replay_vanilla()
@@ -141,7 +115,7 @@ class TrafficLog:
         """Experts were fetched from a tier; ``total_bytes`` if they do not have the usual size."""
         num_bytes = experts * self.expert_bytes if total_bytes is None else total_bytes
         if experts:
-            self._current.add_transfer(tier, Transfer(experts, num_bytes))
+            self._count(transfers={tier: Transfer(experts, num_bytes)})
 
     def log_reset(self) -> None:
         """The cache returns to its initial state, and vanilla's with it; the totals stay."""
@@ -153,33 +127,39 @@ class TrafficLog:
     def forwards(self) -> tuple[ForwardTraffic, ...]:
         """The last finished forwards, at most ``LOGGED_FORWARDS``."""
         self._replay_vanilla()
-        return tuple(
-            ForwardTraffic(one.number, one.kind, one.rows, one.blocks, self._to_traffic(one))
-            for one in self._finished
-        )
+        return tuple(self._finished)
 
     def traffic(self) -> Traffic:
         """The total of all forwards, including an unfinished one."""
         self._replay_vanilla()
-        total = ForwardCounters(vanilla_misses=self._totals.vanilla_misses)
-        total.add(self._totals)
-        total.add(self._current)
-        total.stall_seconds = self.stall_clock()
-        total.forwards += self._current.denoising_forwards
-        return self._to_traffic(total)
+        total = self._totals + self._current.traffic
+        forwards = total.forwards + self._current.denoises
+        return replace(total, forwards=forwards, stall_seconds=self.stall_clock())
+
+    def _traffic(self, **counts: Any) -> Traffic:
+        """These counts, which are fields of ``Traffic``."""
+        zeros = {"forwards": 0, "experts_used": 0, "hits": 0}
+        vanilla_misses = 0 if self._tracks_vanilla else None
+        fields = {**zeros, "vanilla_misses": vanilla_misses, **counts}
+        return Traffic(expert_bytes=self.expert_bytes, **fields)
+
+    def _count(self, **counts: Any) -> None:
+        self._current.traffic += self._traffic(**counts)
 
     def _finish_forward(self) -> None:
-        counters = self._current
-        if counters.last_layer < 0 and not counters.transfers:
+        current = self._current
+        if current.last_layer < 0 and not current.traffic.transfers:
             return
-        counters.forwards = counters.denoising_forwards
-        counters.stall_seconds = self.stall_clock() - self._totals.stall_seconds
-        self._totals.add(counters)
-        if counters.last_layer >= 0:
-            self._finished.append(counters)
+        stall_seconds = self.stall_clock() - self._totals.stall_seconds
+        self._count(forwards=int(current.denoises), stall_seconds=stall_seconds)
+        self._totals += current.traffic
+        if current.last_layer >= 0:
+            self._finished.append(current)
         # Without reports from the engine, the next forward counts as one of the same kind.
-        number = counters.number + (counters.last_layer >= 0)
-        self._current = ForwardCounters(number, counters.kind, counters.rows, counters.blocks)
+        number = current.number + (current.last_layer >= 0)
+        self._current = replace(
+            current, number=number, traffic=self._traffic(), start_time=None, last_layer=-1
+        )
 
     def _replay_vanilla(self) -> None:
         """Serve the pending vanilla requests from vanilla's simulated caches."""
@@ -187,25 +167,14 @@ class TrafficLog:
             if entry is None:
                 self._vanilla_caches.clear()
                 continue
-            counters, layer, vanilla_ids, experts = entry
+            forward, layer, vanilla_ids, experts = entry
             if layer not in self._vanilla_caches:
                 self._vanilla_caches[layer] = self.vanilla_slots(layer)
             used = expert_mask(vanilla_ids.flatten(), experts).cpu().numpy()
-            loads = sum(len(wave.loads) for wave in self._vanilla_caches[layer].serve(used))
-            counters.vanilla_misses += loads
-            self._totals.vanilla_misses += loads
+            misses = sum(len(wave.loads) for wave in self._vanilla_caches[layer].serve(used))
+            counts = self._traffic(vanilla_misses=misses)
+            forward.traffic += counts
+            if forward is not self._current:
+                self._totals += counts
         self._pending.clear()
         self._pending_ids = 0
-
-    def _to_traffic(self, counters: ForwardCounters) -> Traffic:
-        return Traffic(
-            counters.forwards,
-            self.expert_bytes,
-            counters.used,
-            counters.hits,
-            dict(counters.transfers),
-            counters.vanilla_misses if self._tracks_vanilla else None,
-            counters.stall_seconds,
-            counters.seconds,
-            counters.on_cpu,
-        )
