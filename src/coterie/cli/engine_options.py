@@ -6,18 +6,22 @@ import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
+from pathlib import Path
 
 from rich.progress import DownloadColumn, TransferSpeedColumn
 
 from coterie.checkpoints.source import EMBEDDED
-from coterie.cli import memory_options
 from coterie.cli import options as o
 from coterie.cli.output import print_note, progress_bar
 from coterie.decoding.kv_schemes import BlockCausalNoCache, NoCache, parse_plan
 from coterie.engine.engine import Engine, load
 from coterie.errors import ConfigError
 from coterie.lab.calibration import read_calibrated_policy
+from coterie.lab.replay.cache_simulation import TraceVotes
+from coterie.lab.replay.trace import is_trace, read_trace
 from coterie.loading.expert_memory import ExpertMemoryConfig
+from coterie.loading.low_precision import LowPrecisionExperts
+from coterie.loading.saved_votes import SavedVotes, read_votes
 from coterie.routing import check_coreset_reuse, format_policy, parse_policy
 
 PROGRESS_BYTES = 256 << 20  # bytes of weights from which loading shows a bar
@@ -51,12 +55,36 @@ class EngineOptions:
 
     @cached_property
     def memory(self) -> ExpertMemoryConfig | None:
-        """The memory for experts; None where all are in memory."""
-        names = ("host_memory", "eviction", "warm_start", "fallback_model", "precision_policy")
-        others = {name: getattr(self, name) for name in (*names, "cpu_experts")}
-        return memory_options.memory_config(
-            self.expert_memory, self.simulate_expert_memory, **others
+        """The memory for experts; None where all are in memory. Raises for options without
+        effect."""
+        if self.expert_memory is not None and self.simulate_expert_memory is not None:
+            raise ConfigError("`simulate_expert_memory` replaces `expert_memory`; give one of them")
+        if self.fallback_model is None and self.precision_policy is not None:
+            raise ConfigError("`precision_policy` has no effect without `fallback_model`")
+        simulated = self.simulate_expert_memory is not None
+        capacity = self.simulate_expert_memory if simulated else self.expert_memory
+        if capacity is None:
+            self._check_all_resident()
+            return None
+        return ExpertMemoryConfig.parse(
+            capacity,
+            host_memory=self.host_memory,
+            eviction=self.eviction,
+            warm_start=None if self.warm_start is None else load_votes(self.warm_start),
+            fallback_model=None
+            if self.fallback_model is None
+            else LowPrecisionExperts.parse(self.fallback_model, self.precision_policy),
+            cpu_experts=self.cpu_experts,
+            simulated=simulated,
         )
+
+    def _check_all_resident(self) -> None:
+        for name in ("host_memory", "eviction", "warm_start", "fallback_model", "cpu_experts"):
+            if getattr(self, name) is not None:
+                raise ConfigError(
+                    f"`{name}` has no effect where all experts are in memory; "
+                    "`expert_memory=35%` keeps fewer, `simulate_expert_memory=35%` simulates that"
+                )
 
     def resolve_batch_size(self, requested: int | None, default: int) -> int:
         """Prompts decoded together: 1 where memory holds only some of the experts."""
@@ -64,8 +92,8 @@ class EngineOptions:
             return default if requested is None else requested
         if requested not in (None, 1):
             raise ConfigError(
-                f"--batch-size {requested}: where memory holds only some of the experts, prompts "
-                "run one by one, so that no answer depends on another; leave --batch-size out"
+                f"`batch_size={requested}`: with limited expert memory prompts run one by one, "
+                "so that no answer depends on another; leave `batch_size` out"
             )
         return 1
 
@@ -131,6 +159,14 @@ class SamplingOptions:
                 if value is not None:
                     raise ConfigError(f"{flag} needs --temperature above 0: greedy takes the best")
         return {name: value for name, value in asdict(self).items() if value is not None}
+
+
+def load_votes(path: Path) -> SavedVotes:
+    """The votes of a file of votes, or the mean votes of a trace."""
+    if not is_trace(path):
+        return read_votes(path)
+    trace = read_trace(path)
+    return SavedVotes.of(trace.header.model, trace.header.layers, TraceVotes.of(trace).mean_votes)
 
 
 def read_prompt(source: str) -> str:
