@@ -1,4 +1,4 @@
-"""``coterie eval`` as people and programs meet it."""
+"""``coterie eval``: its output, its errors, and resumed runs."""
 
 from __future__ import annotations
 
@@ -33,39 +33,41 @@ ASKED = ["eval", "--task", "words", "--task", "algebra", "--num-problems", "3", 
 LONG = "des-vote:beta=0.3,voters=before-eos,protect=top1"
 
 
-def answer(arm: str, number: int, correct: bool, **others: object) -> Answer:
-    told: dict[str, object] = {
+def answer(variant: str, number: int, correct: bool, **others: object) -> Answer:
+    fields: dict[str, object] = {
         "extracted": None, "other_metrics": {}, "output": "", "finish_reason": "stop",
         "new_tokens": 10, "forwards": 2, "blocks": 1, "prefills": 1, "commits": 0, "experts": 8.0,
         "expert_forwards": 2, "expert_bytes": 100.0, "vote_mass_kept": 1.0, "seconds": 0.5,
     }  # fmt: skip
-    told |= {"variant": arm, "task": "quiz", "id": str(number), "correct": correct, **others}
-    return Answer(**told)  # type: ignore[arg-type]
+    fields |= {"variant": variant, "task": "quiz", "id": str(number), "correct": correct, **others}
+    return Answer(**fields)  # type: ignore[arg-type]
 
 
 def sheet(policy: str, right: Sequence[bool]) -> EvalResult:
-    arm = Variant(policy)
-    return EvalResult(arm, tuple(answer(arm.name, i, correct) for i, correct in enumerate(right)))
+    variant = Variant(policy)
+    return EvalResult(
+        variant, tuple(answer(variant.name, i, correct) for i, correct in enumerate(right))
+    )
 
 
 def refusal(capsys: Capture, *words: str) -> str:
     assert run(words) == 2
-    told = capsys.readouterr()
-    assert told.out == ""
-    return told.err
+    printed = capsys.readouterr()
+    assert printed.out == ""
+    return printed.err
 
 
-def test_one_document_holds_what_was_asked_and_what_came_of_it(capsys: Capture) -> None:
+def test_json_has_the_settings_and_the_results(capsys: Capture) -> None:
     assert run([*ASKED, "-p", "des-vote:beta=0.3", "-p", "vanilla", "--json"]) == 0
-    found = json.loads(capsys.readouterr().out)
-    assert found["model"] == "embedded"
-    assert list(found["run"]["tasks"]) == ["words", "algebra"]
-    words = found["run"]["tasks"]["words"]
+    result = json.loads(capsys.readouterr().out)
+    assert result["model"] == "embedded"
+    assert list(result["run"]["tasks"]) == ["words", "algebra"]
+    words = result["run"]["tasks"]["words"]
     assert words["items"] == 3
     assert words["settings"]["seed"] == 1
     assert words["generation"]["block"] == 32
-    assert re.fullmatch("[0-9a-f]{16}", found["run"]["model"])
-    vanilla, vote = found["policies"]
+    assert re.fullmatch("[0-9a-f]{16}", result["run"]["model"])
+    vanilla, vote = result["policies"]
     assert [vanilla["policy"], vote["policy"]] == ["vanilla", "des-vote:beta=0.3"]
     assert vanilla["change"] is None
     assert vanilla["accuracy"]["n"] == 6
@@ -76,7 +78,9 @@ def test_one_document_holds_what_was_asked_and_what_came_of_it(capsys: Capture) 
     assert min(vote["tokens_per_second"], vote["forwards_per_block"], vote["expert_bytes"]) > 0
 
 
-def test_a_stopped_run_goes_on_and_another_is_refused(capsys: Capture, tmp_path: Path) -> None:
+def test_a_stopped_run_continues_and_another_run_is_refused(
+    capsys: Capture, tmp_path: Path
+) -> None:
     words = [*ASKED, "--csv", "-o", str(tmp_path)]
     assert run(words) == 0
     first = capsys.readouterr()
@@ -91,7 +95,7 @@ def test_a_stopped_run_goes_on_and_another_is_refused(capsys: Capture, tmp_path:
     record = json.loads((tmp_path / f"{stem}.json").read_text())
     assert [line["policy"] for line in record["facts"]["policies"]] == ["vanilla", "des-seq:k=3"]
     assert (tmp_path / f"{stem}.csv").read_text() == again.out.replace("\r\n", "\n")
-    before, after = (next(csv.DictReader(io.StringIO(told.out))) for told in (first, again))
+    before, after = (next(csv.DictReader(io.StringIO(printed.out))) for printed in (first, again))
     assert {k: v for k, v in before.items() if k in ("policy", "right", "n", "accuracy_low")} == {
         k: v for k, v in after.items() if k in ("policy", "right", "n", "accuracy_low")
     }
@@ -103,7 +107,7 @@ def test_a_stopped_run_goes_on_and_another_is_refused(capsys: Capture, tmp_path:
 
 
 @pytest.mark.parametrize(
-    ("words", "told"),
+    ("words", "expected"),
     [
         (["-m", "somewhere/else"], "--task is needed with a model; tasks: gsm8k"),
         (
@@ -124,13 +128,13 @@ def test_a_stopped_run_goes_on_and_another_is_refused(capsys: Capture, tmp_path:
         (["-o", "/dev/null/x"], "/dev/null/x: Not a directory"),
     ],
 )
-def test_bad_input_is_one_line(capsys: Capture, words: list[str], told: str) -> None:
+def test_bad_input_is_one_line(capsys: Capture, words: list[str], expected: str) -> None:
     complaint = refusal(capsys, "eval", *words)
-    assert told in complaint
+    assert expected in complaint
     assert complaint.count("\n") == 1
 
 
-def test_an_interrupt_keeps_answers_and_says_how_to_go_on(tmp_path: Path) -> None:
+def test_an_interrupt_keeps_answers_and_names_the_folder(tmp_path: Path) -> None:
     words = ["eval", "--num-problems", "500", "--batch-size", "2", "-o", str(tmp_path)]
     items = tmp_path / "items.jsonl"
     with subprocess.Popen(
@@ -153,11 +157,11 @@ def test_an_interrupt_keeps_answers_and_says_how_to_go_on(tmp_path: Path) -> Non
 
 def test_tables_fit_the_terminal_and_lose_no_number() -> None:
     right = [True, True, False, True] * 5
-    found = summarize([sheet("vanilla", right), sheet(LONG, right[1:] + right[:1])], ["quiz"])
+    result = summarize([sheet("vanilla", right), sheet(LONG, right[1:] + right[:1])], ["quiz"])
     texts = {}
     for width in (200, 80, 60):
         to = Console(file=io.StringIO(), width=width)
-        for table in accuracy_tables(found, to):
+        for table in accuracy_tables(result, to):
             to.print(table)
         texts[width] = to.file.getvalue()  # type: ignore[attr-defined]
         assert max(map(len, texts[width].splitlines())) <= width
@@ -169,12 +173,12 @@ def test_tables_fit_the_terminal_and_lose_no_number() -> None:
     }
 
 
-def test_csv_has_a_line_a_policy_with_numbers_in_full() -> None:
+def test_csv_has_one_line_a_policy_with_all_digits() -> None:
     right = [True, True, False]
-    found = summarize(
+    result = summarize(
         [sheet("vanilla", right), sheet("des-seq:k=3", [False, True, True])], ["quiz"]
     )
-    first, second = csv.DictReader(io.StringIO(format_csv([csv_row(line) for line in found])))
+    first, second = csv.DictReader(io.StringIO(format_csv([csv_row(line) for line in result])))
     assert (first["policy"], first["right"], first["n"], first["change"]) == (
         "vanilla",
         "2",
@@ -189,28 +193,28 @@ def test_csv_has_a_line_a_policy_with_numbers_in_full() -> None:
 
 def test_the_readmes_table_can_be_drawn_from_a_record() -> None:
     right = [True, True, False]
-    found = summarize(
+    result = summarize(
         [sheet("vanilla", right), sheet("des-seq:k=3", [False, True, True])], ["quiz"]
     )
     figures = runpy.run_path(str(Path(__file__).parents[2] / "scripts" / "figures.py"))
     head, _, first, second = figures["accuracy"](
-        {"facts": accuracy_document("embedded", {}, found)}
+        {"facts": accuracy_document("embedded", {}, result)}
     ).splitlines()
     assert "| quiz |" in head
     assert first.startswith("| `vanilla` | 66.7% of 3, 20.8% to 93.9% | 66.7% |")
     assert second.endswith("| +0.0%, 1 | 8.0 | 2.0 |")
 
 
-def test_the_standing_counts_found_answers_and_compares_what_both_answered() -> None:
-    standing = EvalProgress(["vanilla", "des-seq:k=3"], 8)
+def test_progress_counts_resumed_answers_and_compares_common_items() -> None:
+    progress = EvalProgress(["vanilla", "des-seq:k=3"], 8)
     for number, correct in enumerate([True, True, False]):
-        standing.add(answer("vanilla", number, correct, from_disk=True))
+        progress.add(answer("vanilla", number, correct, from_disk=True))
     for number, correct in enumerate([True, False]):
-        standing.add(answer("des-seq:k=3", number, correct))
+        progress.add(answer("des-seq:k=3", number, correct))
     to = Console(file=io.StringIO(), width=100)
-    to.print(standing)
-    told = to.file.getvalue()  # type: ignore[attr-defined]
-    assert (standing.count, standing.resumed) == (5, 3)
-    assert "5/8" in told
-    assert re.search(r"vanilla +66.7% of 3", told)
-    assert re.search(r"des-seq:k=3 +50.0% of 2 +-50.0%", told)
+    to.print(progress)
+    printed = to.file.getvalue()  # type: ignore[attr-defined]
+    assert (progress.count, progress.resumed) == (5, 3)
+    assert "5/8" in printed
+    assert re.search(r"vanilla +66.7% of 3", printed)
+    assert re.search(r"des-seq:k=3 +50.0% of 2 +-50.0%", printed)

@@ -169,19 +169,21 @@ def warm_start_votes(path: Path, trace: Trace) -> VoteArray:
     """[L, E] of another trace or of a file of votes; raises ConfigError for other sizes."""
     if is_trace(path):
         other = read_trace(path)
-        model, layers, votes = (
-            other.header.model, other.header.layers, TraceVotes.of(other).mean_votes
-        )  # fmt: skip
-    else:
-        saved = read_votes(path)
-        model, layers, votes = saved.model, saved.layers, np.array(saved.votes)
-    header, experts = trace.header, votes.shape[1]
+        header = other.header
+        _check_sizes(path, header.model, header.layers, header.experts, trace)
+        return TraceVotes.of(other).mean_votes
+    saved = read_votes(path)
+    _check_sizes(path, saved.model, saved.layers, len(saved.votes[0]), trace)
+    return np.array(saved.votes)
+
+
+def _check_sizes(path: Path, model: str, layers: Sequence[int], experts: int, trace: Trace) -> None:
+    header = trace.header
     if (tuple(layers), experts) != (tuple(header.layers), header.experts):
         raise ConfigError(
             f"{path}: of {model}, with {len(layers)} layers of {experts} experts; "
             f"the trace is of {header.model}, with {len(header.layers)} of {header.experts}"
         )
-    return votes
 
 
 def print_results(

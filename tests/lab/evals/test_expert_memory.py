@@ -200,14 +200,14 @@ def test_eval_tells_what_was_moved(capsys: pytest.CaptureFixture[str], tmp_path:
     rows = list(csv.DictReader(io.StringIO(capsys.readouterr().out)))
     assert [int(row["bytes_moved"]) for row in rows] == [vanilla["moved"], other["moved"]]
     assert command(asked) == 0
-    assert {"hits", "moved/forward", "saved"} <= set(capsys.readouterr().out.split())
+    assert {"hit", "moved/forward", "saved"} <= set(capsys.readouterr().out.split())
 
 
 @pytest.mark.parametrize(
     ("typed", "said"),
     [
-        (["--imagine-memory", "25%", "--rows", "4"], "leave --rows out"),
-        (["--memory-lasts", "4"], "--memory-lasts has no effect"),
+        (["--simulate-expert-memory", "25%", "--batch-size", "4"], "leave --batch-size out"),
+        (["--reset-cache-every", "4"], "--reset-cache-every has no effect"),
         (["--eviction", "lfu"], "--eviction has no effect"),
     ],
 )

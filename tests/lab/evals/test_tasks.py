@@ -417,7 +417,7 @@ def test_how_many_are_right_is_told_beside(tmp_path, capsys):
     assert run(["grade", "math500", str(path), "-o", str(out)]) == 0
     told = capsys.readouterr()
     assert told.out == ""
-    assert "math500: 1 of 2 right, 50.0% (95 % interval 9.5% to 90.5%)" in told.err
+    assert "math500: 1 of 2 correct, 50.0% (95 % interval 9.5% to 90.5%)" in told.err
     assert [json.loads(line)["correct"] for line in out.read_text().splitlines()] == [False, True]
 
 
