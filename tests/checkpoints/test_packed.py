@@ -265,9 +265,9 @@ def test_what_was_killed_goes_on_and_comes_out_the_same(tmp_path: Path) -> None:
             convert(tmp_path / "whole", tmp_path / "killed", ConversionTarget.parse("int8"), told)
         with pytest.raises(CoterieError, match="conversion was not finished"):
             load_model(tmp_path / "killed")
-    with pytest.raises(CoterieError, match=r"beginning of another model \(int8 .*, packed,"):
+    with pytest.raises(CoterieError, match=r"unfinished conversion of another model \(int8 .*, packed,"):
         convert(tmp_path / "whole", tmp_path / "killed", ConversionTarget.parse("int4"))
-    with pytest.raises(CoterieError, match="beginning of another model"):
+    with pytest.raises(CoterieError, match="unfinished conversion of another model"):
         convert(
             tmp_path / "whole", tmp_path / "killed", ConversionTarget.parse("int8", layout="plain")
         )
@@ -370,7 +370,7 @@ def test_a_damaged_folder_is_refused_by_name(tmp_path: Path) -> None:
     with pytest.raises(CoterieError, match=r"packed has shape \[16, 128\], config.json makes it"):
         load_model(folder)
     (folder / MANIFEST).unlink()
-    with pytest.raises(CoterieError, match=r"manifest\.json: no such file; .* writes it"):
+    with pytest.raises(CoterieError, match=r"manifest\.json: no such file"):
         verify(folder)
 
 
@@ -420,7 +420,7 @@ def test_packed_experts_do_not_become_others(tmp_path: Path) -> None:
         ConversionTarget.parse("int4", layout="plain"),
     ):
         with pytest.raises(
-            CoterieError, match=r"are bf16, packed already; .* of the original only"
+            CoterieError, match=r"are bf16, packed already; .* from the original"
         ):
             convert(folder, tmp_path / "other", aim)
     assert load_model(packed(tmp_path / "int8"), experts="int8").spec.panels == cpu.is_available()
@@ -432,9 +432,9 @@ def test_the_command_complains_in_one_line(
     out = str(tmp_path / "out")
     for options, problem in (
         (["int8", "--layout", "rows"], "unknown layout 'rows'; known: panels, plain"),
-        (["int8", "--group", "128", "--layout", "panels"], "panels hold int8 in groups of 64 and"),
-        (["bf16", "--group", "64"], "--group has no effect with --experts bf16"),
-        (["bf16", "--layout", "plain"], "--layout plain leaves nothing to do for bf16 experts"),
+        (["int8", "--group", "128", "--layout", "panels"], "packed experts are int8"),
+        (["bf16", "--group", "64"], "has no effect with"),
+        (["bf16", "--layout", "plain"], "leaves bf16 experts unchanged"),
         (["fp8"], "unknown format 'fp8' for experts; known: int8, int4, bf16"),
     ):
         assert run(["quantize", "embedded", out, "--experts", *options]) == 2
@@ -464,17 +464,17 @@ def test_inspect_tells_the_sizes_of_what_is_stored(tmp_path: Path) -> None:
 MEMORY = """
 import re, sys
 from pathlib import Path
-from coterie.checkpoints.conversion import Aim, convert
+from coterie.checkpoints.conversion import ConversionTarget, convert
 from coterie.loading.load import load_model
-from coterie.quantization import FORMATS, quantise
+from coterie.quantization import FORMATS, quantize
 import torch
 
 def memory(name):
     return int(re.search(name + r":\\s*(\\d+) kB", Path("/proc/self/status").read_text())[1]) * 1024
 
-quantise(torch.ones(1, 64), FORMATS["int8"])
+quantize(torch.ones(1, 64), FORMATS["int8"])
 before = memory("VmRSS")
-convert(sys.argv[1], Path(sys.argv[2]), Aim.of("int8"))
+convert(sys.argv[1], Path(sys.argv[2]), ConversionTarget.parse("int8"))
 print(memory("VmHWM") - before)
 own = memory("RssAnon")
 model = load_model(sys.argv[2], dtype="bf16", device="cpu")

@@ -312,7 +312,7 @@ UP = "model.layers.2.mlp.experts.7.up_proj.weight"
         (change_tensors(lambda t: t[GATE][0].fill_(math.nan)), f"{GATE} holds NaN"),
         (change_tensors(lambda t: t[BIAS][:1].fill_(math.nan)), f"{BIAS} holds NaN"),
         (change_tensors(lambda t: t[UP][0].fill_(math.nan)), "layer 2 gives NaN"),
-        (change_tensors(lambda t: t["lm_head.weight"].fill_(math.inf)), "the head gives NaN"),
+        (change_tensors(lambda t: t["lm_head.weight"].fill_(math.inf)), "the head returned NaN"),
         (loop("config.json"), "config.json: cannot be read"),
         (loop("model.safetensors"), "model.safetensors: cannot be read"),
         (loop("model.safetensors.index.json"), "index.json: cannot be read"),

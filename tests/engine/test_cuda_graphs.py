@@ -152,7 +152,7 @@ def test_broken_weights_are_told_of_and_nothing_is_written(tmp_path: Path) -> No
         engine.step()
     engine.model.transformer.norm.fill_(float("nan"))
     before = engine.sequence(row).canvas.tokens.clone()
-    with pytest.raises(coterie.CoterieError, match="the last norm gives NaN"):
+    with pytest.raises(coterie.CoterieError, match="the final norm returned NaN"):
         engine.step()
     assert torch.equal(engine.sequence(row).canvas.tokens, before)
 
@@ -182,12 +182,12 @@ def test_between_layers_nothing_asks_the_host(
 ) -> None:
     """A device that holds no numbers at all: whoever asks for one finds out."""
     pytest.importorskip("triton", reason="NOT TESTED: kernels for a GPU (triton is not installed)")
-    for name in ("attention", "dispatch", "experts", "routing", "rows"):
+    for name in ("attention", "dispatch", "experts", "routing", "elementwise"):
         module = importlib.import_module(f"coterie.ops.triton.{name}")
         monkeypatch.setattr(module, "launch", lambda *args, **constants: None)
     monkeypatch.setattr(ops, "run_experts", triton_ops.run_experts)
     if kernels:
-        for name in ("attend", "gated", "rms_norm"):
+        for name in ("fused_attention", "silu_and_mul", "rms_norm"):
             monkeypatch.setattr(ops, name, getattr(triton_ops, name))
     monkeypatch.setattr(ops, "route", triton_ops.route if kernels else lambda *asked: None)
     _, spec = read_spec(tiny_config(family))

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from coterie.engine.batch import group_sequences
+from coterie.engine.active_sequence import group_sequences
 from coterie.engine.engine import Engine
 from coterie.engine.events import Denoised, Finished, Result
 from coterie.engine.generation_config import GenerationConfig
@@ -236,7 +236,7 @@ def test_closing_a_stream_frees_its_row() -> None:
     unbegun.close()
     assert host.rows == ()
     for ask in (host.cancel, host.sequence, host.result):
-        with pytest.raises(CoterieError, match="there is no row 0"):
+        with pytest.raises(CoterieError, match="no active request 0"):
             ask(0)
 
 
@@ -282,7 +282,7 @@ def test_numbers_that_are_none_raise_and_other_rows_go_on() -> None:
     tokens = host.sequence(number).canvas.tokens.tolist()
     kept = broken.transformer.head.clone()
     broken.transformer.head[3] = math.nan
-    with pytest.raises(CoterieError, match="the head gives NaN"):
+    with pytest.raises(CoterieError, match="the head returned NaN"):
         host.step()
     assert host.sequence(number).canvas.tokens.tolist() == tokens
     broken.transformer.head.copy_(kept)
@@ -293,9 +293,9 @@ def test_numbers_that_are_none_raise_and_other_rows_go_on() -> None:
     ("options", "told"),
     [
         ({"prompt": []}, "the prompt is empty"),
-        ({"prompt": [1, MASK]}, "the prompt holds the mask token"),
-        ({"prompt": [96]}, "96 in the prompt is no token id below 96"),
-        ({"prompt": [-1]}, "-1 in the prompt"),
+        ({"prompt": [1, MASK]}, "the prompt contains the mask token"),
+        ({"prompt": [96]}, "96 is not a token id below 96"),
+        ({"prompt": [-1]}, "prompt: -1 is not"),
         ({"prompt": [1] * 510}, "need at least 522 positions; the model has 512"),
         ({"max_new_tokens": 0}, "max_new_tokens must be at least 1"),
         ({"max_new_tokens": 2.5}, "max_new_tokens must be of type int"),

@@ -359,7 +359,7 @@ def test_a_hub_that_does_not_answer_is_one_clear_line(monkeypatch: pytest.Monkey
     with pytest.raises(CoterieError) as raised:
         find_folder("inclusionAI/LLaDA2.0-mini")
     assert str(raised.value) == (
-        "inclusionAI/LLaDA2.0-mini: not a folder here, and the hub did not deliver it "
+        "inclusionAI/LLaDA2.0-mini: no such folder, and the download from the hub failed "
         "(OSError: We could not connect)"
     )
 

@@ -1,1 +1,1 @@
-"""Checkpoint folders: finding, describing, converting and verifying them."""
+"""Checkpoint folders: locating, inspecting, converting and verifying them."""

@@ -1,28 +1,29 @@
-"""A checkpoint with its experts in few bits, or packed, or both, made of a published one.
+"""Conversion of a published checkpoint: quantizes its experts, packs them for a CPU, or both.
 
-What is killed goes on where it stopped: a journal names every file that is finished, and nothing
-has its own name before it is whole. The journal goes last, ``config.json`` before it.
+A conversion can be resumed: files are written atomically, and a journal lists the finished ones.
+``config.json`` is written last, and then the journal is removed.
 """
 
 from __future__ import annotations
 
 import hashlib
-import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from coterie.checkpoints.atomic_write import (
+from coterie.checkpoints.fingerprint import sample_bytes
+from coterie.checkpoints.journal import (
+    ConversionJournal,
     atomic_write,
     atomic_write_json,
     atomic_writer,
     remove_partial,
 )
-from coterie.checkpoints.manifest import MANIFEST, Checksums, ConversionJournal
+from coterie.checkpoints.manifest import MANIFEST, Checksums
 from coterie.checkpoints.output_files import ConvertedShard, OutputFile, PackedLayer, SourceFiles
 from coterie.checkpoints.source import MODEL_FILES, find_folder
-from coterie.errors import CoterieError
+from coterie.errors import CheckpointError, ConfigError
 from coterie.families import ModelConfig, detect_family
 from coterie.families.common import EXPERT_FORMAT_KEY, EXPERT_LAYOUT_KEY, PANEL_LAYOUT
 from coterie.families.names import is_expert, is_stacked, layer_of, packed_name, weight_map
@@ -37,30 +38,35 @@ CONFIG_FILE = "config.json"
 BF16 = "bf16"
 PLAIN_LAYOUT = "plain"
 LAYOUTS = (PANEL_LAYOUT, PLAIN_LAYOUT)
-FINGERPRINT_BYTES = 64  # bytes of each tensor that the source's fingerprint covers
+GIB = 1 << 30
 
 ProgressCallback = Callable[[int, int], None]
 
 
 @dataclass(frozen=True)
 class ConversionTarget:
-    """What becomes of the experts: few bits (None: bf16), in panels or as matrices."""
+    """The format that a conversion writes experts in."""
 
-    expert_format: QuantFormat | None
-    packed: bool
+    expert_format: QuantFormat | None  # None: bf16
+    packed: bool  # in the CPU kernels' layout
 
     @staticmethod
     def parse(
         experts: str, group_size: int | None = None, layout: str | None = None
     ) -> ConversionTarget:
-        """As typed. Panels, unless matrices are asked for or no panels hold such groups."""
+        """The target with these names. By default experts are packed if the format allows it.
+
+        Raises ConfigError for an unknown name, and for options that do not fit together.
+        """
         if experts == BF16 and group_size is not None:
-            raise CoterieError(f"--group has no effect with --experts {BF16}: nothing is scaled")
+            raise ConfigError(
+                f"`group_size` has no effect with `experts={BF16}`: bf16 has no scales"
+            )
         if experts not in (BF16, *FORMATS):
             known = ", ".join((*FORMATS, BF16))
-            raise CoterieError(f"unknown format {experts!r} for experts; known: {known}")
+            raise ConfigError(f"unknown format {experts!r} for experts; known: {known}")
         if layout not in (None, *LAYOUTS):
-            raise CoterieError(f"unknown layout {layout!r}; known: {', '.join(LAYOUTS)}")
+            raise ConfigError(f"unknown layout {layout!r}; known: {', '.join(LAYOUTS)}")
         expert_format = None if experts == BF16 else parse_format(experts, group_size)
         can_pack = expert_format is None or FORMATS[expert_format.name] == expert_format
         return ConversionTarget(
@@ -69,9 +75,9 @@ class ConversionTarget:
 
     def __post_init__(self) -> None:
         if self.expert_format is None and not self.packed:
-            raise CoterieError(
-                f"--layout {PLAIN_LAYOUT} leaves nothing to do for {BF16} experts; "
-                f"--layout {PANEL_LAYOUT} packs them"
+            raise ConfigError(
+                f"`layout={PLAIN_LAYOUT}` leaves {BF16} experts unchanged; "
+                f"`layout={PANEL_LAYOUT}` packs them"
             )
         if (
             self.packed
@@ -79,8 +85,9 @@ class ConversionTarget:
             and FORMATS[self.expert_format.name] != self.expert_format
         ):
             supported = " and ".join(map(str, FORMATS.values()))
-            raise CoterieError(
-                f"panels hold {supported}, not {self.expert_format}; --layout plain keeps any"
+            raise ConfigError(
+                f"packed experts are {supported}, not {self.expert_format}; "
+                f"`layout={PLAIN_LAYOUT}` supports every format"
             )
 
     def __str__(self) -> str:
@@ -88,24 +95,21 @@ class ConversionTarget:
 
     @property
     def manifest_entry(self) -> dict[str, object]:
-        """As the manifest says it."""
-        return (
-            {"format": BF16, "group": None}
-            if self.expert_format is None
-            else self.expert_format.to_dict()
-        )
+        if self.expert_format is None:
+            return {"format": BF16, "group": None}
+        return self.expert_format.to_dict()
 
 
 @dataclass(frozen=True)
 class ConversionResult:
-    """What came of it."""
+    """The output of a conversion."""
 
     folder: Path
     target: ConversionTarget
     bytes_before: int
     bytes_after: int
     files: int
-    files_resumed: int  # files that an earlier run had finished
+    files_resumed: int  # finished by an earlier run
 
     def to_dict(self) -> dict[str, object]:
         """As JSON."""
@@ -131,11 +135,11 @@ def convert(
     target: ConversionTarget,
     on_progress: ProgressCallback | None = None,
 ) -> ConversionResult:
-    """Write the model ``name`` with its experts as the ``aim`` has them into the folder ``out``.
+    """Write the model ``name`` into the folder ``out``, with its experts in the ``target`` format.
 
-    Needs a few megabytes beside one shard's header and, to pack, a few experts in fp32. ``told``
-    hears (bytes read, bytes in all). Raises CoterieError for what cannot be converted, a folder in
-    use, and a full disk.
+    Needs little memory: one shard's header, or a few experts in fp32 to pack them. ``on_progress``
+    gets (bytes read, total bytes). Raises CheckpointError if the model cannot be converted, the
+    folder is in use, or the disk is full.
     """
     folder = find_folder(name)
     config = ModelConfig.of(folder / CONFIG_FILE)
@@ -153,7 +157,7 @@ def convert(
         "layout": target.packed and LAYOUT_VERSION,
     }
     with ConversionJournal.open(out, identity) as journal:
-        # What a kill left would count as room that is taken.
+        # Partial files of a killed run would count as used disk space.
         for file in files:
             remove_partial(out / file.name)
         _check_disk_space(out, files, journal.finished)
@@ -169,12 +173,12 @@ def convert(
 
 
 def _check_source(folder: Path, spec: ModelSpec, target: ConversionTarget) -> None:
-    """Whole experts become anything; quantised ones can be packed as they are, and no more."""
+    """bf16 experts can be converted to any target; quantized ones can only be packed."""
     only_packs = target.packed and not spec.panels and spec.expert_format == target.expert_format
     if (spec.expert_format is not None or spec.panels) and not only_packs:
-        raise CoterieError(
+        raise CheckpointError(
             f"{folder}: its experts are {spec.expert_storage} already; "
-            f"{target} can be made of the original only"
+            f"{target} can only be made from the original model"
         )
 
 
@@ -184,7 +188,7 @@ def _output_files(
     spec: ModelSpec,
     target: ConversionTarget,
 ) -> Iterator[OutputFile]:
-    """One for each file of the source; in panels, of the experts one for each layer."""
+    """One file per source file, or packed, one per MoE layer besides those without its experts."""
     if not target.packed:
         for file, entries in checkpoint.files.items():
             yield ConvertedShard.for_source(file, entries, tensor_targets, target.expert_format)
@@ -207,14 +211,13 @@ def _output_files(
 
 
 def _fingerprint(config: ModelConfig, checkpoint: Checkpoint) -> str:
-    """Of the config, and of every tensor its name, type, shape and the bytes in its middle."""
+    """Identifies the source of a conversion: its config, and a sample of every tensor."""
     digest = hashlib.sha256(config.file.read_bytes())
     for file, entries in checkpoint.files.items():
         with file.open("rb") as handle:
             for entry in entries.values():
                 digest.update(f"{file.name} {entry.name} {entry.dtype} {entry.shape}".encode())
-                middle = entry.start + max(0, entry.size - FINGERPRINT_BYTES) // 2
-                digest.update(os.pread(handle.fileno(), min(FINGERPRINT_BYTES, entry.size), middle))
+                digest.update(sample_bytes(handle.fileno(), entry))
     return digest.hexdigest()
 
 
@@ -224,9 +227,8 @@ def _check_disk_space(
     needed_bytes = sum(file.total_bytes for file in files if file.name not in finished)
     free_bytes = shutil.disk_usage(out).free
     if needed_bytes > free_bytes:
-        gib = 1 << 30
-        raise CoterieError(
-            f"{out}: needs {needed_bytes / gib:.2f} GiB, {free_bytes / gib:.2f} GiB are free"
+        raise CheckpointError(
+            f"{out}: needs {needed_bytes / GIB:.2f} GiB, {free_bytes / GIB:.2f} GiB are free"
         )
 
 
@@ -269,7 +271,7 @@ def _write_metadata(
     provenance: Mapping[str, object],
     finished: Mapping[str, Checksums],
 ) -> None:
-    """The small files; a folder with a config is whole."""
+    """Write the small files, ``config.json`` last: a folder with one is complete."""
     for name in MODEL_FILES:
         if (
             "*" not in name

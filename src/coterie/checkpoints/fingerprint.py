@@ -1,4 +1,4 @@
-"""A model known again: a short hash of its files that reads little of them."""
+"""A short hash that identifies a model without reading all of its weights."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import os
 from pathlib import Path
 
 from coterie.model.checkpoint import Checkpoint
+from coterie.model.safetensors_file import TensorEntry
 
 HASHED_FILES = (
     "config.json",
@@ -15,15 +16,15 @@ HASHED_FILES = (
     "tokenizer_config.json",
     "chat_template.jinja",
 )
-SAMPLE_BYTES = 64  # bytes read in the middle of each tensor
+SAMPLE_BYTES = 64
 NUM_DIGITS = 16
 
 
 def fingerprint(folder: Path) -> str:
-    """Sixteen hex digits of what decides a model's answers, wherever its folder lies.
+    """Sixteen hex digits that depend on what decides a model's answers, and not on file names.
 
-    The small files count whole; of the weights, every tensor's name, type, shape and the bytes in
-    its middle: training moves them all. No times, no names of files.
+    Hashes the small files whole. Of each tensor it hashes the name, the dtype, the shape and the
+    bytes in the middle, since training changes all tensors.
     """
     digest = hashlib.sha256()
     for name in HASHED_FILES:
@@ -40,10 +41,15 @@ def fingerprint(folder: Path) -> str:
         for name, (file, entry) in sorted(tensors.items()):
             if file not in descriptors:
                 descriptors[file] = os.open(file, os.O_RDONLY)
-            middle = entry.start + max(0, entry.size - SAMPLE_BYTES) // 2
             digest.update(f"{name} {entry.dtype} {list(entry.shape)}\n".encode())
-            digest.update(os.pread(descriptors[file], min(SAMPLE_BYTES, entry.size), middle))
+            digest.update(sample_bytes(descriptors[file], entry))
     finally:
         for descriptor in descriptors.values():
             os.close(descriptor)
     return digest.hexdigest()[:NUM_DIGITS]
+
+
+def sample_bytes(descriptor: int, entry: TensorEntry) -> bytes:
+    """At most ``SAMPLE_BYTES`` from the middle of a tensor."""
+    middle = entry.start + max(0, entry.size - SAMPLE_BYTES) // 2
+    return os.pread(descriptor, min(SAMPLE_BYTES, entry.size), middle)

@@ -1,4 +1,4 @@
-"""What a model is and where it fits, from its config.json alone."""
+"""The sizes of a model and the memory it needs, from its config.json alone."""
 
 from __future__ import annotations
 
@@ -14,21 +14,20 @@ from coterie.model.size import ModelSize, experts_that_fit, model_size
 from coterie.model.spec import ModelSpec
 
 GIB = 1 << 30
-DEVICE_MEMORY_GIB = (8, 12, 16, 24, 32, 48, 80, 141)
-"""Memory of usual devices in GiB."""
+DEVICE_MEMORY_GIB = (8, 12, 16, 24, 32, 48, 80, 141)  # of common GPUs
 
 
 @dataclass(frozen=True)
 class MemoryFit:
-    """Experts of each layer that stay in ``memory`` bytes; -1 = the rest alone is too large."""
+    """The number of experts per layer that fit into ``memory`` bytes."""
 
     memory: int
-    experts: int
+    experts: int  # -1 if the weights other than experts are too large
 
 
 @dataclass(frozen=True)
 class ModelInfo:
-    """Everything that ``coterie inspect`` tells."""
+    """The output of ``coterie inspect``."""
 
     name: str
     family: Family
@@ -37,7 +36,7 @@ class ModelInfo:
     dtype: torch.dtype
     mask_id: int
     eos_ids: tuple[int, ...]
-    kv_length: int  # of the one row of keys and values that is counted in ``fits``
+    kv_length: int  # positions of the KV cache that ``fits`` includes, for one sequence
     fits: tuple[MemoryFit, ...]
 
     def to_dict(self) -> dict[str, object]:
@@ -79,7 +78,7 @@ def inspect(
     kv_length: int = 2048,
     memory_sizes: tuple[int, ...] = tuple(gib * GIB for gib in DEVICE_MEMORY_GIB),
 ) -> ModelInfo:
-    """Read a model's config and nothing else; raises CoterieError as loading would."""
+    """Read only a model's config.json. Raises the same errors as loading does."""
     config = ModelConfig.of(find_folder(name, CONFIG_FILES) / "config.json")
     family = detect_family(config)
     spec = family.read_spec(config)

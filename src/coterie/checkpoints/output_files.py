@@ -1,4 +1,4 @@
-"""The files of a converted checkpoint: what each holds, and how that comes out of the source."""
+"""The files of a converted checkpoint, and how each is made from the source."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from torch import Tensor
 from coterie import ops
 from coterie.checkpoints.manifest import Checksums
 from coterie.checkpoints.quantization_error import ERROR_KEY, quantization_error
-from coterie.errors import CoterieError
+from coterie.errors import CheckpointError, CoterieError
 from coterie.families.names import is_expert, quantised_targets
 from coterie.model.safetensors_file import DTYPES, TensorEntry, read_chunks, read_rows
 from coterie.model.spec import ModelSpec
@@ -29,18 +29,18 @@ from coterie.quantization import QTensor, QuantFormat, quantize
 from coterie.values import PackedExperts, Slab
 
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
-PAGE_BYTES = 4096  # bytes that packed experts begin at a multiple of in their file
+PAGE_BYTES = 4096  # alignment of packed experts in their file
 
 TensorLayout = tuple[tuple[int, ...], torch.dtype]
 """Shape and dtype of a tensor."""
 
 ByteCallback = Callable[[int], None]
-"""Told the bytes of the source that were read."""
+"""Gets the number of source bytes that were read."""
 
 
 @dataclass(frozen=True)
 class SourceFiles:
-    """The source's files, each opened once."""
+    """Open descriptors of the source's files."""
 
     descriptors: dict[Path, int] = field(default_factory=dict)
 
@@ -58,7 +58,7 @@ class SourceFiles:
 
 
 class OutputFile(Protocol):
-    """One file to be written, after its header."""
+    """One file to write: a safetensors header and tensors."""
 
     @property
     def name(self) -> str: ...
@@ -67,31 +67,28 @@ class OutputFile(Protocol):
     def header(self) -> bytes: ...
 
     @property
-    def total_bytes(self) -> int:
-        """Of the whole file."""
-        ...
+    def total_bytes(self) -> int: ...
 
     @property
-    def source_bytes(self) -> int:
-        """Bytes of the source."""
-        ...
+    def source_bytes(self) -> int: ...
 
     def write(
         self, sink: BufferedWriter, sources: SourceFiles, on_bytes: ByteCallback
     ) -> Checksums:
-        """Everything past the header; returns its checksums."""
+        """Write everything after the header; returns the checksums."""
         ...
 
 
 @dataclass(frozen=True)
 class ConvertedShard:
-    """One file of the source, its tensors as they are or each as numbers and their scales."""
+    """A source file with its expert tensors quantized, or copied unchanged.
+
+    ``outputs`` maps each source tensor to the tensors made from it: itself, or values and scales.
+    """
 
     source: Path
     entries: Mapping[str, TensorEntry]
-    outputs: Mapping[
-        str, Mapping[str, TensorLayout]
-    ]  # of each entry what becomes of it: one part, or two
+    outputs: Mapping[str, Mapping[str, TensorLayout]]
     expert_format: QuantFormat | None
 
     @staticmethod
@@ -101,7 +98,7 @@ class ConvertedShard:
         targets: Mapping[str, TensorTarget],
         expert_format: QuantFormat | None,
     ) -> ConvertedShard:
-        """``form``: of the experts; None: they stay as they are."""
+        """``expert_format=None`` copies the experts unchanged."""
 
         def outputs(entry: TensorEntry) -> dict[str, TensorLayout]:
             target = targets[entry.name]
@@ -148,30 +145,28 @@ class ConvertedShard:
         return checksums
 
     def _pieces(self, sources: SourceFiles, entry: TensorEntry) -> Iterator[tuple[str, Tensor]]:
-        """A tensor's bytes, or all its numbers and then all its scales."""
+        """A tensor's chunks under its name, or quantized: all of its values, then its scales."""
         names, source = tuple(self.outputs[entry.name]), sources.descriptor(self.source)
         if self.expert_format is None or len(names) == 1:
             yield from ((names[0], piece) for piece in read_chunks(source, entry))
             return
-        numbers, scales = names
+        values, scales = names
         scale_pieces = []
         for _, rows in read_rows(source, entry):
             quantized = quantize(rows, self.expert_format)
             scale_pieces.append(quantized.scales)
-            yield numbers, quantized.q
+            yield values, quantized.q
         yield from ((scales, piece) for piece in scale_pieces)
 
 
 @dataclass(frozen=True)
 class PackedLayer:
-    """All experts of a layer in one tensor, a row an expert, beginning at a page of the file."""
+    """All packed experts of a layer in one tensor: one row per expert, aligned to a page."""
 
     tensor: str
     layer: int
-    converted_spec: ModelSpec  # as the experts come out
-    sources: Sequence[
-        tuple[Path, TensorEntry, TensorTarget]
-    ]  # whatever of the source goes into them
+    converted_spec: ModelSpec
+    sources: Sequence[tuple[Path, TensorEntry, TensorTarget]]
 
     @property
     def name(self) -> str:
@@ -194,8 +189,10 @@ class PackedLayer:
     def write(
         self, sink: BufferedWriter, sources: SourceFiles, on_bytes: ByteCallback
     ) -> Checksums:
-        """Sums the bytes of each expert alone: so one that is read alone can be checked. Of those
-        that lose something here, it also tells how much."""
+        """Checksums each expert separately, since experts are also read separately.
+
+        Experts that are quantized here also get their quantization error.
+        """
         checksums, errors, expert_format = [], [], self.converted_spec.expert_format
         is_lossy = expert_format is not None and all(
             is_unquantized(target) for _, _, target in self.sources
@@ -208,18 +205,15 @@ class PackedLayer:
             checksums.append(f"{zlib.crc32(content):08x}")
             sink.write(content)
             if is_lossy:
-                errors.append(
-                    float(
-                        f"{quantization_error(self._expert_slab(expert, sources, None), slab):.4g}"
-                    )
-                )
+                error = quantization_error(self._expert_slab(expert, sources, None), slab)
+                errors.append(float(f"{error:.4g}"))
             on_bytes(self.source_bytes // self.converted_spec.router.experts)
         return {self.tensor: {"crc32": checksums, **({ERROR_KEY: errors} if is_lossy else {})}}
 
     def _expert_slab(
         self, expert: int, sources: SourceFiles, expert_format: QuantFormat | None
     ) -> Slab:
-        """A slab of one, in memory of its own."""
+        """A slab with one expert."""
         hidden, width = self.converted_spec.hidden, self.converted_spec.expert_width
         shapes = {"gate_up": (2 * width, hidden), "down": (hidden, width)}
         weights = dict(_allocate_weights(shapes, expert_format))
@@ -232,9 +226,9 @@ class PackedLayer:
                 elif expert_format is not None:
                     quantise_tensor(sources.descriptor(file), *part, weights, expert_format)
             except OSError as error:
-                raise CoterieError(f"{file}: cannot be read ({error.strerror})") from None
+                raise CheckpointError(f"{file}: cannot be read ({error.strerror})") from None
             except CoterieError as error:
-                raise CoterieError(f"{file}: {error}") from None
+                raise CheckpointError(f"{file}: {error}") from None
         slot_of = torch.zeros(1, dtype=torch.int64)
         if expert_format is None:
             return Slab(weights["gate_up"][None], weights["down"][None], slot_of)
@@ -246,7 +240,7 @@ class PackedLayer:
 
 
 def safetensors_header(layouts: Mapping[str, TensorLayout], alignment: int = 8) -> bytes:
-    """As safetensors begins: a length, then JSON, filled up to a multiple of ``to`` bytes."""
+    """The header of a safetensors file, padded so that the data starts at ``alignment`` bytes."""
     entries: dict[str, object] = {"__metadata__": {"format": "pt"}}
     end = 0
     for name, (shape, dtype) in layouts.items():
@@ -264,13 +258,13 @@ def safetensors_header(layouts: Mapping[str, TensorLayout], alignment: int = 8) 
 def _name_read_errors(
     file: Path, entry: TensorEntry, pieces: Iterator[tuple[str, Tensor]]
 ) -> Iterator[tuple[str, Tensor]]:
-    """What goes wrong while reading names what is read, lest it pass for an error of writing."""
+    """Adds the file to errors while reading, which would otherwise look like errors of writing."""
     try:
         yield from pieces
     except OSError as error:
-        raise CoterieError(f"{file}: cannot be read ({error.strerror})") from None
+        raise CheckpointError(f"{file}: cannot be read ({error.strerror})") from None
     except CoterieError as error:
-        raise CoterieError(f"{file}: {entry.name} {error}") from None
+        raise CheckpointError(f"{file}: {entry.name} {error}") from None
 
 
 def as_bytes(tensor: Tensor) -> memoryview:
@@ -289,14 +283,14 @@ def _allocate_weights(
 
 
 def is_unquantized(target: TensorTarget) -> bool:
-    """Whether this is a weight itself, and not the numbers or the scales of one in few bits."""
+    """Whether the tensor is a weight, and not the values or the scales of a quantized one."""
     return not target.weight.endswith((".q", ".scales"))
 
 
 def _expert_part(
     entry: TensorEntry, tensor_target: TensorTarget, expert: int
 ) -> tuple[TensorEntry, TensorTarget] | None:
-    """What of a tensor is this expert's, and where in it that goes; None where nothing is."""
+    """The part of a tensor that belongs to an expert, and its target; None if there is none."""
     name = tensor_target.weight.partition(".experts.")[2]
     region = tensor_target.region[0] if tensor_target.region else slice(None)
     if isinstance(region, int):

@@ -1,4 +1,4 @@
-"""How far experts in few bits are from what they were made of: measured once, told by manifests."""
+"""The quantization error of experts, measured once by conversion and read from the manifest."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from coterie import ops
-from coterie.checkpoints.verification import manifest_checksums
+from coterie.checkpoints.manifest import manifest_checksums
 from coterie.model.checkpoint import Checkpoint
 from coterie.model.spec import ModelSpec
 from coterie.model.weights import TensorTarget, is_packed
@@ -18,17 +18,14 @@ from coterie.quantization import QTensor, dequantize
 from coterie.values import PackedExperts, Slab
 
 ERROR_KEY = "error"
-INPUT_VALUES = (
-    1 << 16
-)  # Gaussian numbers that an expert is tried with: more tokens for smaller ones
-
-SEED = 2718  # not one that somebody draws weights with: tokens like an expert's rows are no tokens
+INPUT_VALUES = 1 << 16  # values of the random input; smaller experts get more tokens
+SEED = 2718  # unlike the seeds of random weights, which would equal the input
 
 FloatArray = NDArray[np.float64]
 
 
 def quantization_error(reference: Slab, quantized: Slab) -> float:
-    """Relative error of what one expert gives, in a slab of one each, for unit Gaussian tokens."""
+    """The relative error of an expert's output for unit Gaussian tokens; slabs of one expert."""
     generator = torch.Generator().manual_seed(SEED)
     hidden = reference.down.shape[1]
     x = torch.randn(-(-INPUT_VALUES // hidden), hidden, generator=generator)
@@ -38,7 +35,7 @@ def quantization_error(reference: Slab, quantized: Slab) -> float:
 
 
 def expert_output(slab: Slab, x: Tensor) -> Tensor:
-    """What the one expert of a slab makes of x [T, H], in fp32."""
+    """The output for x [T, H] of the only expert in a slab, in fp32."""
     gate_up, down = (_to_float(weight)[0] for weight in (slab.gate_up, slab.down))
     return ops.linear(ops.silu_and_mul(ops.linear(x, gate_up)), down)
 
@@ -46,18 +43,20 @@ def expert_output(slab: Slab, x: Tensor) -> Tensor:
 def quantization_errors(
     checkpoint: Checkpoint, targets: Mapping[str, TensorTarget], spec: ModelSpec
 ) -> dict[int, FloatArray] | None:
-    """Of each layer the relative errors [E] of its packed experts; None where the manifest does
-    not tell. Experts in bf16 are what the others are held against."""
+    """The errors [E] of each layer's packed experts, relative to bf16.
+
+    None if the manifest does not list them.
+    """
     if spec.expert_format is None:
         return {layer: np.zeros(spec.router.experts) for layer in spec.moe_layers}
-    checksums, errors = manifest_checksums(checkpoint.folder), {}
+    entries, errors = manifest_checksums(checkpoint.folder), {}
     for name in checkpoint.tensors:
         if not is_packed(target := targets[name].weight):
             continue
-        listed = checksums.get(name, {}).get(ERROR_KEY)
-        if not isinstance(listed, list) or len(listed) != spec.router.experts:
+        values = entries.get(name, {}).get(ERROR_KEY)
+        if not isinstance(values, list) or len(values) != spec.router.experts:
             return None
-        errors[int(target.split(".")[1])] = np.array(listed, dtype=np.float64)
+        errors[int(target.split(".")[1])] = np.array(values, dtype=np.float64)
     return errors
 
 

@@ -1,4 +1,4 @@
-"""From a name to a folder: the embedded model, a folder on disk, or a repository on the hub."""
+"""Locates a model by name: the embedded model, a folder, or a repository on the hub."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ from pathlib import Path
 
 from huggingface_hub import snapshot_download
 
-from coterie.checkpoints.manifest import JOURNAL
-from coterie.errors import CoterieError
+from coterie.checkpoints.journal import JOURNAL
+from coterie.errors import CheckpointError
 
 EMBEDDED = "embedded"
 CONFIG_FILES = ("config.json",)
-# No code and no pickles: nothing else of a repository is ever asked for.
+# Only these are downloaded: no code and no pickles.
 MODEL_FILES = (
     *("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json"),
     *("special_tokens_map.json", "chat_template.jinja", "chat_template.json", "manifest.json"),
@@ -23,36 +23,36 @@ HUB_ID_PATTERN = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*(@[\w./-]+)?"
 
 
 def find_folder(name: str | Path | None, patterns: tuple[str, ...] = MODEL_FILES) -> Path:
-    """The folder that holds a model; None and "embedded" are the one in the package.
+    """The folder of a model; None and "embedded" name the model in the package.
 
-    A hub id is "owner/name", or "owner/name@revision"; only its ``parts`` are downloaded, into the
-    hub's own cache. Raises CoterieError where there is nothing under that name.
+    A hub id is "owner/name" or "owner/name@revision". Files that match ``patterns`` are downloaded
+    into the hub's cache. Raises CheckpointError if there is no such model.
     """
     if name is None or str(name) == EMBEDDED:
         return _embedded_folder()
     path = Path(name).expanduser()
     if (path / JOURNAL).exists():
-        raise CoterieError(
-            f"{name}: its conversion was not finished; the same `coterie quantize` goes on with it"
+        raise CheckpointError(
+            f"{name}: its conversion was not finished; the same `coterie quantize` resumes it"
         )
     if path.is_dir():
         return path
     if path.exists():
-        raise CoterieError(f"{name}: not a folder; a model is a folder with a config.json")
+        raise CheckpointError(f"{name}: not a folder; a model is a folder with a config.json")
     if not isinstance(name, str) or not _is_hub_id(name):
-        raise CoterieError(f"{name}: no such folder (and not a hub id such as owner/name)")
+        raise CheckpointError(f"{name}: no such folder (and not a hub id such as owner/name)")
     return _download(name, patterns)
 
 
 def _embedded_folder() -> Path:
     folder = Path(str(resources.files("coterie") / EMBEDDED))
     if not (folder / "config.json").is_file():
-        raise CoterieError(f"{folder}: the embedded model is not installed; name another")
+        raise CheckpointError(f"{folder}: the embedded model is not installed; name another model")
     return folder
 
 
 def _is_hub_id(name: str) -> bool:
-    """A name of two parts whose first is no folder here: "runs/a" beside a runs/ is a typo."""
+    """Whether this is "owner/name", and not a misspelled path below an existing folder."""
     return (
         HUB_ID_PATTERN.fullmatch(name) is not None
         and not Path(name.split("/", maxsplit=1)[0]).exists()
@@ -65,10 +65,10 @@ def _download(name: str, patterns: tuple[str, ...]) -> Path:
         return Path(
             snapshot_download(repository, revision=revision or None, allow_patterns=list(patterns))
         )
-    # The hub's library raises its own, the network library's and the system's errors.
+    # The hub's library raises its own errors, those of the network library and of the system.
     except Exception as error:
         reason = " ".join(str(error).split("\n")[0].split())
-        raise CoterieError(
-            f"{name}: not a folder here, and the hub did not deliver it "
+        raise CheckpointError(
+            f"{name}: no such folder, and the download from the hub failed "
             f"({type(error).__name__}: {reason[:200]})"
         ) from None

@@ -1,4 +1,4 @@
-"""Whether a converted checkpoint still is what was written: its bytes against its manifest."""
+"""Verification of a converted checkpoint: its bytes against the checksums in its manifest."""
 
 from __future__ import annotations
 
@@ -9,34 +9,35 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
-from coterie.checkpoints.manifest import MANIFEST
-from coterie.errors import CoterieError
+from coterie.checkpoints.manifest import MANIFEST, manifest_checksums
+from coterie.errors import CheckpointError
 from coterie.keys import Key
 from coterie.model.checkpoint import Checkpoint
 from coterie.model.safetensors_file import TensorEntry, read_chunks
-from coterie.strict_json import read_object
 from coterie.ops import cpu
 
 
 @dataclass(frozen=True)
 class VerifyResult:
-    """What was compared, all of it as it was written."""
+    """What was compared. All of it matched."""
 
     tensors: Annotated[int, Key("tensors")]
-    experts: Annotated[int, Key("experts")]  # packed ones, each with a checksum of its own
+    experts: Annotated[int, Key("experts")]  # packed experts, which have a checksum each
     bytes: Annotated[int, Key("bytes")]
 
 
 def verify(folder: Path, on_progress: Callable[[int, int], None] | None = None) -> VerifyResult:
-    """Read every byte of the weights and compare; ``told`` hears (bytes read, bytes in all).
+    """Compare every byte of the weights with the manifest.
 
-    Raises CoterieError that names what differs, the first where there is more; also for a folder
-    without a manifest, as published ones are.
+    ``on_progress`` gets (bytes read, total bytes). Raises CheckpointError that names the first
+    difference, or if the folder has no manifest (published checkpoints have none).
     """
     checksums = manifest_checksums(folder)
     checkpoint = Checkpoint.of(folder)
     if mismatched := sorted(checkpoint.tensors ^ set(checksums)):
-        raise CoterieError(f"{folder / MANIFEST}: {mismatched[0]} is in it or in a file, not both")
+        raise CheckpointError(
+            f"{folder / MANIFEST}: {mismatched[0]} is missing in it or in the files"
+        )
     bytes_read, experts, differences = 0, 0, []
     for file, entries in checkpoint.files.items():
         descriptor = os.open(file, os.O_RDONLY)
@@ -54,8 +55,8 @@ def verify(folder: Path, on_progress: Callable[[int, int], None] | None = None) 
             os.close(descriptor)
     if differences:
         more = f", nor are {len(differences) - 1} more" if len(differences) > 1 else ""
-        raise CoterieError(
-            f"{differences[0]} is not what was written{more}; copy the files again, or convert again"
+        raise CheckpointError(
+            f"{differences[0]} is not what was written{more}; copy or convert the files again"
         )
     return VerifyResult(len(checksums), experts, bytes_read)
 
@@ -63,7 +64,7 @@ def verify(folder: Path, on_progress: Callable[[int, int], None] | None = None) 
 def _differences(
     descriptor: int, entry: TensorEntry, checksums: Mapping[str, Mapping[str, object]]
 ) -> Iterator[str]:
-    """The tensor, or the experts in it, whose bytes do not have their checksum."""
+    """The tensor, or the experts in it, with another checksum than the manifest's."""
     expected = checksums[entry.name].get("crc32")
     if not isinstance(expected, list):
         digest = hashlib.sha256()
@@ -87,16 +88,3 @@ def expert_checksum(descriptor: int, row: TensorEntry) -> int:
     for piece in read_chunks(descriptor, row):
         checksum = cpu.crc32(piece, checksum)
     return checksum
-
-
-def manifest_checksums(folder: Path) -> dict[str, Mapping[str, object]]:
-    """Of every tensor, as the manifest has them; raises CoterieError where there is none."""
-    path = folder / MANIFEST
-    if not path.is_file():
-        raise CoterieError(f"{path}: no such file; `coterie quantize` writes it with its models")
-    listed = read_object(path).get("tensors")
-    if not isinstance(listed, dict) or not all(
-        isinstance(checksum, dict) for checksum in listed.values()
-    ):
-        raise CoterieError(f"{path}: has no checksums of tensors")
-    return listed

@@ -1,1 +1,1 @@
-"""The engine: requests as rows, rows in shared forwards, events and results out."""
+"""The engine: requests share forwards, and events and results come out."""

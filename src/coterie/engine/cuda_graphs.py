@@ -1,7 +1,7 @@
-"""Forwards that a GPU keeps and plays again: between two layers nothing waits for Python.
+"""CUDA graphs of decode forwards, which remove the launch overhead between layers.
 
-Of a kind of forward (its rows, width, policy, how far it sees) the first is run as usual, the
-second is captured, and from then on what changes is copied into place and the capture replayed.
+Forwards of equal shapes, policy and attention length share a graph. The first one runs as usual,
+the second one is captured, and later ones copy their inputs into place and replay the graph.
 """
 
 from __future__ import annotations
@@ -23,31 +23,24 @@ from coterie.telemetry import ExpertCounter, RowId
 from coterie.values import DecodeProgress, Policy, Window
 
 ForwardOutput = tuple[Tensor, ExpertCounter]
-CaptureFunction = Callable[
-    [Callable[[], ForwardOutput]], tuple[ForwardOutput, Callable[[], object]]
-]
-"""Of work whose inputs stay in place: what it gives, in place too, and what does it again."""
+Replay = Callable[[], object]
+CaptureFunction = Callable[[Callable[[], ForwardOutput]], tuple[ForwardOutput, Replay]]
+"""Captures a function with inputs in fixed memory; a replay overwrites its output."""
 
-REACH_MULTIPLE = (
-    256  # keys are looked at in multiples of this, so that a longer row is rarely a new kind
-)
-MAX_GRAPHS = 32  # kinds kept at once
-ALIGNMENT = 64  # bytes that every input begins at a multiple of
+# Attention lengths are rounded up to a multiple of this, so that few lengths need a new graph.
+LENGTH_MULTIPLE = 256
+MAX_GRAPHS = 32
+ALIGNMENT = 64  # bytes
 
 
 class CudaGraphCapture:
-    """By CUDA graphs, which share the memory in which they work.
-
-    So one at a time may be played, and what it gave stands until then.
-    """
+    """Captures CUDA graphs in one memory pool: the next replay overwrites the last output."""
 
     def __init__(self) -> None:
         self._pool = torch.cuda.graph_pool_handle()
 
-    def __call__(
-        self, work: Callable[[], ForwardOutput]
-    ) -> tuple[ForwardOutput, Callable[[], object]]:
-        """Raises RuntimeError where something in ``work`` asks the host."""
+    def __call__(self, work: Callable[[], ForwardOutput]) -> tuple[ForwardOutput, Replay]:
+        """Raises RuntimeError if ``work`` synchronizes with the host."""
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
             output = work()
@@ -56,12 +49,12 @@ class CudaGraphCapture:
 
 @dataclass(frozen=True)
 class GraphInputs:
-    """Named tensors in one run of memory, on the host and on the device: one copy moves them."""
+    """Named tensors in one buffer on the host and one on the device, moved by one copy."""
 
-    host: Tensor  # [bytes] uint8, where the device can fetch it by itself
+    host: Tensor  # [bytes] uint8, pinned
     device: Tensor
-    host_views: Mapping[str, Tensor]  # views of the host's
-    device_views: Mapping[str, Tensor]  # views of the device's
+    host_views: Mapping[str, Tensor]
+    device_views: Mapping[str, Tensor]
 
     @staticmethod
     def allocate(tensors: Mapping[str, Tensor], device: torch.device) -> GraphInputs:
@@ -83,26 +76,26 @@ class GraphInputs:
         return GraphInputs(host_buffer, device_buffer, views(host_buffer), views(device_buffer))
 
     def fill(self, tensors: Mapping[str, Tensor]) -> None:
-        """Take new values. The last ones must have been used: who read a result knows that."""
+        """Copy new inputs in place. The previous forward must have finished."""
         for name, tensor in tensors.items():
             self.host_views[name].copy_(tensor)
         self.device.copy_(self.host, non_blocking=True)
 
 
-@dataclass  # not frozen: the second time it is captured
+@dataclass  # not frozen: its second run captures it
 class CapturedForward:
-    """One kind of forward."""
+    """Forwards that share a graph: their inputs, and from the second run on the graph's replay."""
 
     inputs: GraphInputs
     work: Callable[[], ForwardOutput]
     output: ForwardOutput | None = None
-    replay: Callable[[], object] | None = None
+    replay: Replay | None = None
 
 
 class CudaGraphs:
-    """The kinds of forward of one transformer. What ``run`` gives stands until it is called again.
+    """The graphs of one transformer. Each ``run`` may overwrite the output of the last one.
 
-    A capture that fails is said once; forwards of its policy then run as if there were no graphs.
+    If a capture fails, a warning is logged once and forwards of that policy run without graphs.
     """
 
     def __init__(self, transformer: Transformer, capture: CaptureFunction | None = None) -> None:
@@ -114,8 +107,7 @@ class CudaGraphs:
         self._failed_policies: set[Policy] = set()
 
     def can_run(self, context: ForwardContext) -> bool:
-        """Whether such forwards can be played again: nothing in them follows the host, and no
-        coreset is kept from one to the next."""
+        """Whether the forward can be captured: no work on the host, and no coreset to reuse."""
         return self._all_resident and context.coresets is None and is_capturable(context.policy)
 
     def run(
@@ -125,24 +117,23 @@ class CudaGraphs:
         cache_rows: Sequence[int],
         rows: tuple[RowId, ...],
     ) -> ForwardOutput:
-        """Logits of a step whose tensors are on the host, but for a cache of all rows; its counts.
+        """The logits and expert counts of one forward with inputs on the host.
 
-        ``places`` are this step's rows of the cache, ``rows`` the names that the counts go by.
+        ``context.cache`` has all cache rows; ``cache_rows`` are those of this forward. ``rows``
+        name its sequences in the counts.
         """
-        inputs = _changing_tensors(tokens, context)
+        inputs = _input_tensors(tokens, context)
         if context.cache is not None:
-            inputs["places"] = torch.tensor(cache_rows)
+            inputs["cache_rows"] = torch.tensor(cache_rows)
         captured = self._forward_for(inputs, context)
         captured.inputs.fill(inputs)
-        if captured.output is None:
-            captured.output = logits, counter = captured.work()
-            return logits, counter.cloned_for(rows)
-        if captured.replay is None and context.policy not in self._failed_policies:
+        is_first, can_capture = captured.output is None, context.policy not in self._failed_policies
+        if not is_first and captured.replay is None and can_capture:
             self._capture_forward(captured, context.policy)
-        if captured.replay is None:
-            logits, counter = captured.work()
-            return logits, counter.cloned_for(rows)
-        captured.replay()
+        if captured.output is None or captured.replay is None:
+            captured.output = captured.work()
+        else:
+            captured.replay()
         logits, counter = captured.output
         return logits, counter.cloned_for(rows)
 
@@ -150,22 +141,23 @@ class CudaGraphs:
         self, inputs: Mapping[str, Tensor], context: ForwardContext
     ) -> CapturedForward:
         if context.cache is not None and context.cache is not self._cache:
-            self._forwards.clear()  # they know where the old one lies; let its memory go too
+            # Graphs hold the addresses of the old cache, and keep its memory allocated.
+            self._forwards.clear()
             self._cache = context.cache
         shapes = tuple((name, tensor.shape) for name, tensor in inputs.items())
-        reach = 0 if context.cache is None else _reach(context.cache, context.window)
-        key = (context.policy, context.window.block, reach, shapes)
+        length = 0 if context.cache is None else _attention_length(context.cache, context.window)
+        key = (context.policy, context.window.block, length, shapes)
         if key not in self._forwards:
             while len(self._forwards) >= MAX_GRAPHS:
                 del self._forwards[next(iter(self._forwards))]
-            self._forwards[key] = self._new(inputs, context, reach)
+            self._forwards[key] = self._new_forward(inputs, context, length)
         return self._forwards[key]
 
-    def _new(
-        self, values: Mapping[str, Tensor], context: ForwardContext, reach: int
+    def _new_forward(
+        self, values: Mapping[str, Tensor], context: ForwardContext, length: int
     ) -> CapturedForward:
         if context.cache is not None:
-            context = replace(context, cache=_trimmed(context.cache, reach))
+            context = replace(context, cache=_truncated(context.cache, length))
         inputs = GraphInputs.allocate(values, self._transformer.device)
         tokens, device_context = _with_device_views(inputs.device_views, context)
 
@@ -188,17 +180,17 @@ class CudaGraphs:
             self._failed_policies.add(policy)
             reason = (str(error).splitlines() or [type(error).__name__])[0]
             logging.getLogger("coterie").warning(
-                "No CUDA graph: a forward under %s could not be captured (%s); its layers are "
-                "launched one by one",
+                "No CUDA graph: a forward under %s could not be captured (%s); "
+                "forwards under it run without graphs",
                 format_policy(policy),
                 reason,
             )
 
 
 def is_capturable(policy: Policy) -> bool:
-    """Whether a policy is ours and its choices follow from tensors alone, without weighing keys.
+    """Whether a policy is one of ``POLICIES`` and routes without the host.
 
-    Lots are drawn by the host, and where seats are taken one by one the host is asked how many.
+    Random votes are drawn on the host. A proportional tally reads the number of experts there.
     """
     election = vars(policy).get("election")
     if isinstance(election, Election) and (
@@ -215,27 +207,26 @@ def _all_experts_resident(transformer: Transformer) -> bool:
     )
 
 
-def _reach(cache: KVCache, window: Window) -> int:
-    """How far the window sees, rounded up."""
-    return min(cache.length, -(-int(window.visible.max()) // REACH_MULTIPLE) * REACH_MULTIPLE)
+def _attention_length(cache: KVCache, window: Window) -> int:
+    """The number of cached positions that the forward reads."""
+    return min(cache.length, -(-int(window.visible.max()) // LENGTH_MULTIPLE) * LENGTH_MULTIPLE)
 
 
-def _trimmed(cache: KVCache, reach: int) -> KVCache:
-    """Its first positions."""
+def _truncated(cache: KVCache, length: int) -> KVCache:
     keys, values = (
-        tuple(t[:, :, :reach] for t in tensors) for tensors in (cache.keys, cache.values)
+        tuple(t[:, :, :length] for t in tensors) for tensors in (cache.keys, cache.values)
     )
     return KVCache(keys, values, cache.row_indices)
 
 
-def _changing_tensors(tokens: Tensor, context: ForwardContext) -> dict[str, Tensor]:
-    """By name, the tensors that change from forward to forward."""
+def _input_tensors(tokens: Tensor, context: ForwardContext) -> dict[str, Tensor]:
+    """The tensors that change from forward to forward, by name."""
     progress = context.progress or DecodeProgress()
     tensors = {
         "tokens": tokens,
         "start": context.window.start,
         "visible": context.window.visible,
-        "wanted": context.logits_indices,
+        "logits_indices": context.logits_indices,
         "voters": context.voters,
         **{f"progress {name}": value for name, value in vars(progress).items()},
     }
@@ -245,18 +236,20 @@ def _changing_tensors(tokens: Tensor, context: ForwardContext) -> dict[str, Tens
 def _with_device_views(
     views: Mapping[str, Tensor], context: ForwardContext
 ) -> tuple[Tensor, ForwardContext]:
-    """The tokens and the step again, reading the tensors in their places."""
+    """The tokens, and the context with its tensors replaced by views of the device buffer."""
     window = Window(views["start"], context.window.width, views["visible"], context.window.block)
     progress = None
     if context.progress is not None:
         names = vars(context.progress)
         progress = DecodeProgress(**{name: views.get(f"progress {name}") for name in names})
-    cache = None if context.cache is None else replace(context.cache, row_indices=views["places"])
+    cache = (
+        None if context.cache is None else replace(context.cache, row_indices=views["cache_rows"])
+    )
     return views["tokens"], replace(
         context,
         window=window,
         cache=cache,
-        logits_indices=views.get("wanted"),
+        logits_indices=views.get("logits_indices"),
         voters=views.get("voters"),
         progress=progress,
     )

@@ -1,4 +1,4 @@
-"""The engine: requests come in as rows, rows share forwards, events come out."""
+"""The engine: submits requests, runs forwards that they share, and emits events."""
 
 from __future__ import annotations
 
@@ -13,12 +13,14 @@ import torch
 from coterie.decoding import BlockUpdate, DecodeRequest, SequenceState
 from coterie.decoding.canvas import Block
 from coterie.decoding.kv_schemes import PassKind
-from coterie.engine.batch import NULL_RECORDER, ActiveSequence, group_sequences, run_forward
+from coterie.engine.active_sequence import ActiveSequence, group_sequences
+from coterie.engine.batch import NULL_RECORDER
 from coterie.engine.cuda_graphs import CudaGraphs
 from coterie.engine.events import Denoised, Event, ExpertUsage, Finished, Result
+from coterie.engine.forward import run_forward
 from coterie.engine.generation_config import GenerationConfig, make_request
 from coterie.engine.kv_pool import KVCachePool
-from coterie.errors import CoterieError, NonFiniteLogitsError
+from coterie.errors import CoterieError, GenerationError, NonFiniteLogitsError
 from coterie.loading.expert_memory import ExpertMemoryConfig
 from coterie.loading.load import Model, load_model
 from coterie.model.weights import expert_bytes
@@ -31,11 +33,11 @@ Prompt = str | Sequence[int]
 
 
 class Engine:
-    """One model, any number of rows at once.
+    """One model that decodes any number of requests at once. Not thread-safe.
 
-    ``generation`` and ``policy`` are what a request gets where it asks for nothing else. A
-    ``watcher`` is shown every decoding forward, or ``every`` forward. With ``graphs``, a GPU keeps
-    the forwards that nobody watches and plays them again. Not safe to call from several threads.
+    ``policy`` and ``generation`` are the defaults of each request. ``recorder`` sees every decode
+    forward, or with ``record_all`` every forward. ``graphs`` replays unrecorded decode forwards as
+    CUDA graphs on a GPU.
     """
 
     def __init__(
@@ -64,7 +66,7 @@ class Engine:
     def generate(
         self, prompt: Prompt, *, policy: str | Policy | None = None, **options: object
     ) -> Result:
-        """The finished text of one prompt: ``stream``, exhausted."""
+        """Decode one prompt to its end. ``options`` are fields of ``GenerationConfig``."""
         *_, final = self.stream(prompt, policy=policy, **options)
         if not isinstance(final, Finished):
             raise RuntimeError("a stream ended without a result")
@@ -73,16 +75,21 @@ class Engine:
     def stream(
         self, prompt: Prompt, *, policy: str | Policy | None = None, **options: object
     ) -> Iterator[Event]:
-        """Events of one prompt, the last one ``Finished``. Closing the iterator frees the row."""
+        """The events of one prompt, up to ``Finished``. Closing the iterator cancels it."""
         number = self.submit(prompt, policy=policy, **options)
         events = self._event_stream(number)
-        next(events)  # a generator that has begun frees its row however it ends
+        # Only a generator that has started runs its ``finally``, which cancels the request.
+        next(events)
         return events
 
     def submit(
         self, prompt: Prompt, *, policy: str | Policy | None = None, **options: object
     ) -> int:
-        """Add a row; ``step`` works on it. ``options`` are the fields of ``Generation``."""
+        """Add a request for ``step`` to work on, and return its number.
+
+        ``options`` are fields of ``GenerationConfig``. Raises GenerationError for an invalid
+        prompt, and ConfigError for an invalid option.
+        """
         generation = self.generation.replace(**options)
         resolved_policy = self.policy if policy is None else _policy(policy)
         check_layers(resolved_policy, len(self.model.spec.moe_layers))
@@ -107,11 +114,11 @@ class Engine:
 
     @torch.inference_mode()
     def step(self) -> list[Event]:
-        """One forward for every row; rows of one width and policy share it.
+        """Run one forward for every request; requests with equal shapes and policy share it.
 
-        Returns the events of rows that no ``stream`` reads. Raises Stuck, once all rows have had
-        their turn, if the logits of some are not finite: rows that shared a forward with these stay
-        as they were, and events of the others are kept.
+        Returns the events of requests that no ``stream`` reads. Raises NonFiniteLogitsError after
+        all groups have run, if a group failed. The requests of that group have not advanced, and
+        the events of the other groups are returned by the next call.
         """
         reason, failed = "", []
         for group in group_sequences(self._active.values()):
@@ -145,7 +152,7 @@ class Engine:
 
     @contextmanager
     def _logged_forward(self, group: Sequence[ActiveSequence]) -> Iterator[None]:
-        """A forward in the ledger of a memory that does not hold all experts."""
+        """Mark the start and the end of a forward in the store's traffic log, if there is one."""
         if (log := self.model.store.traffic_log) is None:
             yield
             return
@@ -160,7 +167,7 @@ class Engine:
             log.end_forward()
 
     def cancel(self, number: int) -> None:
-        """Forget a row, finished or not."""
+        """Remove a request, finished or not. Raises GenerationError for an unknown number."""
         active = self._active_sequence(number)
         del self._active[number]
         self._kv_pool.free(active.cache_row)
@@ -168,15 +175,15 @@ class Engine:
 
     @property
     def rows(self) -> tuple[int, ...]:
-        """The rows still being worked on."""
+        """The numbers of the active requests."""
         return tuple(self._active)
 
     def sequence(self, number: int) -> SequenceState:
-        """The row itself: its canvas, its block, the forward it waits for."""
+        """The decoding state of an active request: its canvas, its block, its next forward."""
         return self._active_sequence(number).sequence
 
     def result(self, number: int) -> Result:
-        """What a row has come to so far."""
+        """The result of an active request so far."""
         active, model = self._active_sequence(number), self.model
         sequence, counts = active.sequence, self._counter.counts(number)
         answer = sequence.answer
@@ -214,23 +221,24 @@ class Engine:
         )
 
     def traffic(self, earlier: Traffic | None = None) -> Traffic | None:
-        """What all rows' forwards moved, ``since`` an earlier reading or ever; None where all
-        experts are in memory."""
+        """The expert traffic of all requests, since an ``earlier`` reading or since the start.
+
+        None if all experts are resident.
+        """
         if (log := self.model.store.traffic_log) is None:
             return None
         current = log.traffic()
         return current if earlier is None else current - earlier
 
     def reset_cache(self) -> None:
-        """Let the experts' memory be as it was at first, so that what comes depends on nothing
-        before. Raises RuntimeError while a row is on its way."""
+        """Reset the expert cache to its initial state; RuntimeError while a request is active."""
         if self._active:
-            raise RuntimeError("a row on its way may need what is in memory")
+            raise RuntimeError("an active request may need the cached experts")
         self.model.store.reset()
 
     def _active_sequence(self, number: int) -> ActiveSequence:
         if number not in self._active:
-            raise CoterieError(f"there is no row {number}")
+            raise GenerationError(f"there is no active request {number}")
         return self._active[number]
 
     def _request(self, prompt: Prompt, generation: GenerationConfig) -> DecodeRequest:
@@ -294,10 +302,10 @@ def load(
     graphs: bool = True,
     **options: object,
 ) -> Engine:
-    """An engine over a folder, a hub id, or (None) the embedded model; see ``load_model``.
+    """An engine for a model folder, a hub id, or (None) the embedded model; see ``load_model``.
 
-    ``graphs``: a GPU keeps decoding forwards and plays them again (on a CPU this says nothing).
-    ``options`` are fields of ``Generation``: what a request gets where it asks for nothing else.
+    ``graphs`` replays decode forwards as CUDA graphs on a GPU. ``options`` are fields of
+    ``GenerationConfig`` that each request gets by default.
     """
     resolved_policy = _policy(policy)
     model = load_model(
@@ -319,5 +327,5 @@ def _policy(policy: str | Policy) -> Policy:
 
 
 def _policy_name(policy: Policy) -> str:
-    """Its spelling; a policy of the caller's own, outside the table, tells of itself."""
+    """The spec of a policy in ``POLICIES``, or the ``repr`` of a user-defined one."""
     return format_policy(policy) if type(policy) in POLICIES.values() else repr(policy)

@@ -1,4 +1,4 @@
-"""What an engine tells while it works, and what it hands over at the end."""
+"""Events that an engine emits, and the result of a request."""
 
 from __future__ import annotations
 
@@ -11,19 +11,19 @@ from coterie.offload.traffic import Traffic
 
 @dataclass(frozen=True)
 class Denoised:
-    """One forward of one row. Positions count from the row's first new token.
+    """One denoising forward of one request. Positions count from its first new token.
 
-    ``committed`` and ``edited`` stand in the text from now on (later edits aside); ``provisional``
-    is what the model would write at the positions still masked. ``experts``: unique experts of each
-    routing layer in this forward, empty where it is no decoding forward (``kind``), and the votes
-    kept are None there; so is the share of them lost to ``drift`` where no coreset could stay.
+    ``committed`` and ``edited`` tokens are part of the text (later edits may change them).
+    ``provisional`` tokens are the model's current guess at positions that are still masked.
+    ``experts`` is the number of unique experts in each MoE layer. It is empty, and the votes are
+    None, unless ``kind`` is "decode". ``reuse_vote_loss`` is None if no coreset could be reused.
     """
 
     row: int
-    forward: int = 0  # denoising forwards of this row so far, this one included
+    forward: int = 0  # denoising forwards of this request so far, including this one
     kind: PassKind = "decode"
     block: int = 0
-    start: int = 0  # of the block; the first may begin before 0, inside the prompt
+    start: int = 0  # of the block; the first block may start inside the prompt, below 0
     stop: int = 0
     committed: tuple[Token, ...] = ()
     edited: tuple[Token, ...] = ()
@@ -35,18 +35,21 @@ class Denoised:
 
 @dataclass(frozen=True)
 class ExpertUsage:
-    """Experts that one row used in its decoding forwards; means are over layers and forwards."""
+    """Unique experts per layer in a request's decode forwards."""
 
     total: int  # routed experts of a layer
-    forwards: int  # those that were counted: re-forwards of a whole row are not
+    forwards: int  # counted forwards: those of kind "decode"
     max: int
-    mean: float
-    per_layer: tuple[float, ...]
+    mean: float  # over layers and forwards
+    per_layer: tuple[float, ...]  # mean over forwards
 
 
 @dataclass(frozen=True)
 class Result:
-    """A finished row. Only ``forwards`` denoise; the passes that write keys are counted apart."""
+    """The result of a request.
+
+    ``forwards`` counts denoising forwards. ``prefills`` and ``commits`` only write keys and values.
+    """
 
     text: str
     tokens: tuple[int, ...]
@@ -65,12 +68,14 @@ class Result:
     dtype: str
     device: str
     experts: ExpertUsage
-    expert_bytes: float  # read per layer and forward: mean experts x bytes of one
-    expert_bytes_vanilla: float  # the same for the unmodified model on the same scores
+    expert_bytes: float  # per layer and forward: mean experts x bytes of one expert
+    expert_bytes_vanilla: float  # the same under vanilla routing of the same scores
     vote_mass_kept: float
-    coreset_reuse_rate: float | None = None  # with drift: of a block's later steps, the share kept
-    reuse_vote_loss: float | None = None  # and the mean share of votes lost by it
-    # Of all rows' forwards since this one began; None where all experts are in memory.
+    # With ``reuse_tolerance``: the share of coresets that were reused after a block's first step,
+    # and the mean share of votes that reuse lost.
+    coreset_reuse_rate: float | None = None
+    reuse_vote_loss: float | None = None
+    # Of all requests, while this one was active; None if all experts are resident.
     traffic: Traffic | None = None
 
     @property
@@ -111,7 +116,7 @@ class Result:
 
 @dataclass(frozen=True)
 class Finished:
-    """A row is done; nothing more is told of it."""
+    """The last event of a request."""
 
     row: int
     result: Result

@@ -1,4 +1,4 @@
-"""What may be asked of one generation, checked where it enters."""
+"""The decoding options of a request, and their validation."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 
 from coterie.decoding import DecodeRequest, Sampling, parse_plan, parse_unmask
 from coterie.decoding.sequence import EarlyStop
-from coterie.errors import CoterieError
+from coterie.errors import ConfigError, GenerationError
 from coterie.families import FamilyDefaults
 from coterie.keys import Key, by_attribute, keys_of, names_of, to_json
 from coterie.specs import (
@@ -27,13 +27,16 @@ Seed = Annotated[int, Bounds(ge=0, le=2**63 - 1)]
 
 @dataclass(frozen=True)
 class GenerationConfig:
-    """How to generate. ``plan`` and ``unmask`` are spelled like policies.
+    """Decoding options of a request. Raises ConfigError for a value out of range.
 
-    The policy routes decoding forwards; ``prefill`` and ``commit`` say whether it also routes what
-    computes the prompt's keys (full re-forwards at block entry too) and a finished block's.
-    ``early_stop``: after the block that holds an end-of-text, as soon as everything before one is
-    filled ("token"), or never. ``drift``: a block keeps its coresets from step to step, each until
-    it has lost more than this share of the votes that a fresh one holds (None: elect every step).
+    ``plan`` (the KV-caching scheme) and ``unmask`` are specs, such as ``dual:before=16,after=16``.
+    The policy always routes decode forwards. ``commit_routing`` and ``prefill_routing`` select
+    whether it also routes the forwards that write keys: of finished blocks, and of the prompt.
+
+    ``early_stop`` ends decoding after the block with an end-of-text ("block"), as soon as all
+    tokens before the end-of-text are filled ("token"), or never ("off"). ``reuse_tolerance``
+    reuses a block's coreset in the next step unless it loses more than this share of the votes of
+    a newly elected one. None elects a coreset in every step.
     """
 
     max_new_tokens: Annotated[PositiveInt, Key("max_new_tokens")] = 256
@@ -59,21 +62,24 @@ class GenerationConfig:
         return Sampling(self.temperature, self.top_k, self.top_p)
 
     def replace(self, **options: object) -> GenerationConfig:
-        """The same with some options changed, by key or by field; an unknown one raises."""
+        """A copy with some options changed, by field name or by key.
+
+        Raises ConfigError for an unknown option.
+        """
         known = {*keys_of(GenerationConfig), *names_of(GenerationConfig)}
         unknown = [name for name in options if name not in known]
         if unknown:
             known_names = ", ".join(names_of(GenerationConfig))
-            raise CoterieError(f"unknown option {unknown[0]!r}; known: {known_names}")
+            raise ConfigError(f"unknown option {unknown[0]!r}; known: {known_names}")
         return replace(self, **by_attribute(GenerationConfig, options))
 
     def document(self) -> dict[str, Any]:
-        """All options by key, as they are kept on disk and as ``but`` takes them."""
+        """All options by their keys on disk; ``replace`` accepts them."""
         return to_json(self)
 
     @staticmethod
     def for_family(defaults: FamilyDefaults) -> GenerationConfig:
-        """As the family's models are meant to be used."""
+        """The decoding options that the family's models were published with."""
         return GenerationConfig(block=defaults.block, plan=defaults.plan, unmask=defaults.unmask)
 
 
@@ -86,14 +92,18 @@ def make_request(
     vocabulary: int,
     max_length: int,
 ) -> DecodeRequest:
-    """What a row needs to know, or a CoterieError that names what cannot be done."""
+    """The decode request of a prompt.
+
+    Raises GenerationError for an invalid prompt, or one that exceeds ``max_length`` positions.
+    """
     _check_prompt(prompt, mask_id, vocabulary)
     plan = parse_plan(config.plan)
     length = len(prompt) + config.max_new_tokens
-    if length <= max_length:  # else there may be more blocks than memory
+    # A larger request is refused below; its list of blocks could exceed memory.
+    if length <= max_length:
         length = plan.blocks(len(prompt), config.max_new_tokens, config.block)[-1].stop
     if length > max_length:
-        raise CoterieError(
+        raise GenerationError(
             f"a prompt of {len(prompt)} tokens and max_new_tokens={config.max_new_tokens} "
             f"need at least {length} positions; the model has {max_length}"
         )
@@ -113,11 +123,9 @@ def make_request(
 
 def _check_prompt(prompt: Sequence[int], mask_id: int, vocabulary: int) -> None:
     if not prompt:
-        raise CoterieError("the prompt is empty")
+        raise GenerationError("the prompt is empty")
     for token in prompt:
         if isinstance(token, bool) or not isinstance(token, int) or not 0 <= token < vocabulary:
-            raise CoterieError(f"{token!r} in the prompt is no token id below {vocabulary}")
+            raise GenerationError(f"prompt: {token!r} is not a token id below {vocabulary}")
         if token == mask_id:
-            raise CoterieError(
-                f"the prompt holds the mask token ({mask_id}), which stands for a gap"
-            )
+            raise GenerationError(f"the prompt contains the mask token ({mask_id})")

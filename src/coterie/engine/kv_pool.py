@@ -1,4 +1,4 @@
-"""Cache rows, taken and given back."""
+"""Allocation of KV cache rows."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ import torch
 from coterie.model.cache import KVCache
 from coterie.model.spec import ModelSpec
 
-SPARE_POSITIONS = 256  # positions by which a GPU's cache grows
+SPARE_POSITIONS = 256  # a GPU cache grows in multiples of this
 
 
 class KVCachePool:
-    """One cache for all rows of an engine; it grows, by copying, when rows or positions run out.
+    """One KV cache for all requests; it is copied into a larger one if rows or positions run out.
 
-    On a GPU it stays for the next request, with some positions to spare: forwards kept there know
-    its addresses.
+    On a GPU the cache is kept between requests, since captured CUDA graphs hold its addresses. On
+    a CPU it is freed when no request is active.
     """
 
     def __init__(self, spec: ModelSpec, dtype: torch.dtype, device: torch.device) -> None:
@@ -26,7 +26,7 @@ class KVCachePool:
         self._num_rows = 0
 
     def allocate(self, length: int) -> int:
-        """A cleared row with at least ``length`` positions."""
+        """The index of a cleared row with at least ``length`` positions."""
         if self._cache is None or not self._free_rows or self._cache.length < length:
             self._grow(length)
         row = self._free_rows.pop(0)
@@ -36,18 +36,16 @@ class KVCachePool:
 
     def free(self, row: int) -> None:
         self._free_rows = sorted((*self._free_rows, row))
-        if (
-            self._device.type == "cpu" and len(self._free_rows) == self._num_rows
-        ):  # nobody is left: the next request sets the size
+        if self._device.type == "cpu" and len(self._free_rows) == self._num_rows:
             self._cache, self._free_rows, self._num_rows = None, [], 0
 
     def rows(self, indices: Sequence[int]) -> KVCache:
         return self.full_cache().select_rows(indices)
 
     def full_cache(self) -> KVCache:
-        """All rows, taken or not."""
+        """The cache of all rows, allocated or free."""
         if self._cache is None:
-            raise RuntimeError("no row was taken")
+            raise RuntimeError("no row is allocated")
         return self._cache
 
     def _grow(self, length: int) -> None:

@@ -1,4 +1,4 @@
-"""Decoding forwards, watched: what each gate read, thought and chose, layer by layer."""
+"""Observation of forwards: the input, the scores and the routing of each MoE layer."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor
 from coterie.decoding.kv_schemes import PassKind
 from coterie.engine.engine import Engine, Prompt
 from coterie.engine.events import Finished, Result
-from coterie.errors import CoterieError
+from coterie.errors import ConfigError, GenerationError
 from coterie.loading.load import Model
 from coterie.model.moe import MoE
 from coterie.telemetry import Recorder, RowId, TensorRecorder
@@ -20,16 +20,16 @@ from coterie.values import Policy, Routing, Scores
 
 @dataclass(frozen=True)
 class LayerObservation:
-    """One layer that routes, in one forward of the S rows that shared it.
+    """One MoE layer in one forward of S sequences.
 
-    ``rows`` are the places of their prompts in what was asked. Row s computed the N positions from
-    ``starts[s]`` on, counted from its first new token. ``scores.forward`` numbers the forwards.
+    ``rows`` are the indices of their prompts. Sequence s computed N positions from ``starts[s]``
+    on, counted from its first new token. ``scores.forward`` numbers its denoising forwards.
     """
 
     layer: int
     rows: tuple[int, ...]
     starts: tuple[int, ...]
-    x: Tensor  # [S, N, H], what the gate and the experts read
+    x: Tensor  # [S, N, H], the input of the gate and the experts
     scores: Scores
     routing: Routing
     kind: PassKind = "decode"
@@ -49,19 +49,19 @@ def observe_forwards(
     reset_cache: bool = False,
     **options: object,
 ) -> list[Result]:
-    """Answer the prompts, ``rows`` at a time, showing ``see`` every decoding forward as it goes.
+    """Decode prompts, ``batch_size`` at a time, and observe each MoE layer of their forwards.
 
-    With ``every``, those too that compute the prompt's keys or a finished block's. Nothing is kept,
-    so memory does not grow. Only ``layers`` are shown (None: all that route), and
-    a row is given up after so many ``forwards``. ``engine`` lends its model and its generation,
-    of which ``options`` change fields; its own rows are left alone. ``fresh``: one row at a time,
-    and the experts' memory is emptied before each. Returns what became of each prompt; ``heard`` is
-    told of those that end by themselves as they do.
+    ``on_layer`` sees decode forwards, and with ``record_all`` those that write keys too; nothing
+    is stored. ``layers`` limits the observed layers (None: all MoE layers). A sequence is
+    cancelled after ``max_forwards``.
+
+    The model and the generation options are those of ``engine``, and ``options`` override fields of
+    the latter; requests of ``engine`` itself are not touched. ``reset_cache`` resets the expert
+    cache before each prompt; it needs a batch size of 1. Returns the result of each prompt.
+    ``on_result`` gets each result of a sequence that was not cancelled, as it finishes.
     """
     if reset_cache and batch_size != 1:
-        raise ValueError(
-            f"{batch_size} rows share a memory, which cannot be emptied for one of them"
-        )
+        raise ValueError(f"`reset_cache` needs a batch size of 1, not {batch_size}")
 
     def start_and_kind(row: int) -> tuple[int, PassKind]:
         sequence = observer.sequence(row)
@@ -80,7 +80,7 @@ def observe_forwards(
         for _, prompt in zip(range(batch_size - len(observer.rows)), remaining, strict=False):
             if reset_cache:
                 observer.reset_cache()
-            observer.submit(prompt)  # a new engine numbers its rows from 0
+            observer.submit(prompt)  # a new engine numbers its requests from 0
         if not observer.rows:
             return [results[row] for row in sorted(results)]
         for event in observer.step():
@@ -107,7 +107,7 @@ def collect_observations(
     max_forwards: int | None = None,
     **options: object,
 ) -> list[LayerObservation]:
-    """Everything that ``watch`` shows, kept. Memory grows by H + E numbers a position and layer."""
+    """All observations of ``observe_forwards`` in a list: H + E numbers per position and layer."""
     observations: list[LayerObservation] = []
     observe_forwards(
         engine,
@@ -127,7 +127,7 @@ def collect_observations(
 
 @dataclass(frozen=True)
 class FirstForwardTrace:
-    """A first decoding forward, whole; ``block`` is where the live block lies in its window."""
+    """All tensors of a first decode forward; ``block`` is the span of the block in its window."""
 
     trace: TensorRecorder
     block: slice
@@ -136,10 +136,9 @@ class FirstForwardTrace:
 def first_forward(
     engine: Engine, prompts: Sequence[Prompt], *, policy: str | Policy = "vanilla"
 ) -> FirstForwardTrace:
-    """Everything about the first decoding forward of these prompts, kept; then they are given up.
+    """Record the first decode forward of some prompts, which are then cancelled.
 
-    ``policy`` sees the rows in the order of the prompts. Raises CoterieError where the prompts do
-    not come to one forward together: equal lengths do.
+    Raises GenerationError if the prompts do not share that forward. Prompts of equal length do.
     """
     trace = TensorRecorder()
     observer = Engine(engine.model, policy=policy, generation=engine.generation, recorder=trace)
@@ -152,30 +151,30 @@ def first_forward(
         block = slice(block_start, block_start + sequence.block.width)
         observer.step()
     if trace.rows != [tuple(range(len(prompts)))]:
-        raise CoterieError("these prompts do not share their first decoding forward")
+        raise GenerationError(
+            "the prompts do not share their first decode forward; prompts of equal length do"
+        )
     return FirstForwardTrace(trace, block)
 
 
 @torch.inference_mode()
 def moe_output(model: Model, observation: LayerObservation, routing: Routing) -> Tensor:
-    """[S, N, H]: what the watched layer makes of the same input under another routing.
+    """[S, N, H]: the output of an observed MoE layer for the same input under another routing.
 
-    The whole layer, shared expert included, with the model's own weights out of their store.
+    Shared experts are included. Raises ConfigError if the layer has no experts.
     """
     layer = model.transformer.layers[observation.layer].feed_forward
     if not isinstance(layer, MoE):
-        raise CoterieError(f"layer {observation.layer} has no experts")
+        raise ConfigError(f"layer {observation.layer} has no experts")
     return layer.apply(observation.x, routing)
 
 
-@dataclass  # not frozen: it follows the forwards
+@dataclass  # not frozen: it holds the state of the current forward
 class _ObservationRecorder(Recorder):
-    """The recorder that turns what it is shown into ``Watched``."""
+    """A recorder that passes a ``LayerObservation`` to ``on_layer``."""
 
     on_layer: Callable[[LayerObservation], None]
-    start_and_kind: Callable[
-        [int], tuple[int, PassKind]
-    ]  # where a row's window starts, and what for
+    start_and_kind: Callable[[int], tuple[int, PassKind]]  # of a row's window
     layers: frozenset[int]
     _rows: tuple[int, ...] = ()
     _moe_inputs: dict[int, Tensor] = field(default_factory=dict)
@@ -191,7 +190,7 @@ class _ObservationRecorder(Recorder):
     def on_routed(self, layer: int, scores: Scores, routing: Routing) -> None:
         if layer not in self.layers:
             return
-        # Whoever routes these scores again need not find the model's own choice again.
+        # Routing these scores again can then skip the top-k of vanilla routing.
         vanilla_ids = routing.vanilla_ids.view(*scores.logits.shape[:2], -1)
         starts, kinds = zip(*map(self.start_and_kind, self._rows), strict=True)
         x, scores = self._moe_inputs.pop(layer), replace(scores, vanilla_ids=vanilla_ids)
@@ -203,5 +202,5 @@ def _routing_layers(model: Model, layers: Collection[int] | None) -> frozenset[i
     selected = moe_layers if layers is None else frozenset(layers)
     if not selected <= moe_layers:
         unknown = ", ".join(map(str, sorted(selected - moe_layers)))
-        raise CoterieError(f"no experts in layers {unknown}; there are in {sorted(moe_layers)}")
+        raise ConfigError(f"layers {unknown} have no experts; MoE layers: {sorted(moe_layers)}")
     return selected

@@ -19,11 +19,11 @@ from coterie.loading.expert_memory import ExpertMemoryConfig, ExpertMemoryPlan
 from coterie.loading.low_precision import LowPrecisionExperts, PrecisionSplit
 from coterie.loading.placement import LoadedModel
 from coterie.loading.target import LoadTarget, ModelFolder, ProgressCallback
-from coterie.strict_json import read_object
 from coterie.offload.capacity import format_bytes
 from coterie.offload.eviction import ByVotes, FloatArray
 from coterie.offload.mixed_precision_store import MixedPrecisionStore
 from coterie.offload.precision_stats import PrecisionErrors
+from coterie.strict_json import read_object
 
 UNVOTED_SCORE = 1e-9  # above 0, so that experts without votes fill the slots that are left
 PRECISION_KEYS = (EXPERT_FORMAT_KEY, EXPERT_LAYOUT_KEY)  # the only keys that two configs differ in

@@ -9,8 +9,8 @@ from pathlib import Path
 
 from coterie.errors import CoterieError
 from coterie.model.safetensors_file import DTYPES, TensorEntry, not_float_message, read_header
-from coterie.strict_json import read_object
 from coterie.model.weights import TensorTarget
+from coterie.strict_json import read_object
 
 TensorLoader = Callable[[int, TensorEntry, TensorTarget], None]
 """Takes an open file, one of its tensors, and where that goes."""

@@ -1,4 +1,4 @@
-"""Calibration: what is found meets the target, its neighbour does not, and the proof is kept."""
+"""Calibration: the selected policy meets the target, and its neighbor does not."""
 
 from __future__ import annotations
 
@@ -14,7 +14,8 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 
 import coterie
-from coterie.errors import CoterieError
+from coterie.engine.observation import LayerObservation
+from coterie.errors import ConfigError, CoterieError
 from coterie.lab.calibration import (
     CalibrationPrompt,
     PolicyEvaluator,
@@ -25,13 +26,15 @@ from coterie.lab.calibration import (
     prompts_from_file,
     prompts_from_tasks,
 )
-from coterie.lab.calibration.budget import allocation_order, experts_per_layer
-from coterie.lab.calibration.calibration import measure_policies
-from coterie.lab.calibration.frontier import best_point
-from coterie.lab.calibration.interval import drop_interval
-from coterie.lab.calibration.measurement import VANILLA
+from coterie.lab.calibration.calibration import best_point, measure_policies
+from coterie.lab.calibration.measurement import VANILLA, PolicyRun
 from coterie.lab.calibration.search import BoundarySearch
-from coterie.lab.calibration.search_space import SearchFamily, searchable_families
+from coterie.lab.calibration.search_space import (
+    SearchFamily,
+    allocation_order,
+    experts_per_layer,
+    searchable_families,
+)
 from coterie.lab.calibration.target import Estimate
 from coterie.lab.evals.stats import ratio_interval
 from coterie.lab.problems import PROBLEM_MAKERS, draw_problem, split_of
@@ -42,87 +45,85 @@ from coterie.values import RouterSpec
 ROUTER = RouterSpec(experts=16, k=4, activation="sigmoid", renormalise=True)
 
 
-def reading(value: float) -> Estimate:
+def estimate(value: float) -> Estimate:
     return Estimate(value, (value, value), 1)
 
 
-def looking(values: Sequence[float], target: Target, searcher: BoundarySearch):
-    """What a search finds on a ladder of these values, and the rungs that it measured."""
+def search(values: Sequence[float], target: Target, searcher: BoundarySearch):
+    """The result of a search over candidates with these values, and the measured indices."""
     measured: list[int] = []
 
-    def measure(rungs: Sequence[int]) -> list[Estimate]:
-        assert list(rungs) == sorted(rungs)
-        assert 1 <= len(rungs) <= max(1, searcher.batch_size)
-        measured.extend(rungs)
-        return [reading(values[rung]) for rung in rungs]
+    def measure(indices: Sequence[int]) -> list[Estimate]:
+        assert list(indices) == sorted(indices)
+        assert 1 <= len(indices) <= max(1, searcher.batch_size)
+        measured.extend(indices)
+        return [estimate(values[index]) for index in indices]
 
     return searcher.find(target, len(values), measure), measured
 
 
-ladders = st.lists(st.integers(1, 40), min_size=1, max_size=200)
-searchers = st.builds(BoundarySearch, together=st.integers(1, 9), coarse=st.integers(1, 9))
+value_lists = st.lists(st.integers(1, 40), min_size=1, max_size=200)
+searchers = st.builds(
+    BoundarySearch, batch_size=st.integers(1, 9), initial_points=st.integers(1, 9)
+)
 kinds = st.sampled_from(["experts", "mass", "loss", "drop"])
 
 
-@given(ladders, kinds, searchers, st.data())
-def test_on_an_ordered_ladder_the_search_finds_what_a_scan_does(numbers, kind, searcher, data):
+@given(value_lists, kinds, searchers, st.data())
+def test_search_of_ordered_values_equals_a_scan(numbers, kind, searcher, data):
     falls = kind in ("experts", "mass")
     values = [n / 40 for n in sorted(numbers, reverse=falls)]
     target = Target(kind, data.draw(st.sampled_from(values)))
-    found, measured = looking(values, target, searcher)
-    meeting = [rung for rung, value in enumerate(values) if target.is_met(reading(value))]
-    assert found.index == (meeting[0] if kind == "experts" else meeting[-1])
-    assert found.is_monotonic
+    result, measured = search(values, target, searcher)
+    meeting = [index for index, value in enumerate(values) if target.is_met(estimate(value))]
+    assert result.index == (meeting[0] if kind == "experts" else meeting[-1])
+    assert result.is_monotonic
     assert len(measured) == len(set(measured))
     if searcher == BoundarySearch():
         assert len(measured) <= math.ceil(math.log2(len(values) + 1))
 
 
-@given(ladders, kinds, searchers, st.integers(1, 40))
-def test_on_any_ladder_what_is_found_meets_the_target_and_its_neighbour_fails(
-    numbers, kind, searcher, wanted
-):
-    values, target = [n / 40 for n in numbers], Target(kind, wanted / 40)
-    assume(target.is_met(reading(values[-1 if kind == "experts" else 0])))
-    found, measured = looking(values, target, searcher)
-    assert target.is_met(reading(values[found.index]))
-    beside = found.index - 1 if kind == "experts" else found.index + 1
-    if 0 <= beside < len(values):
-        assert beside in measured
-        assert not target.is_met(reading(values[beside]))
+@given(value_lists, kinds, searchers, st.integers(1, 40))
+def test_result_meets_the_target_and_its_neighbor_does_not(numbers, kind, searcher, bound):
+    values, target = [n / 40 for n in numbers], Target(kind, bound / 40)
+    assume(target.is_met(estimate(values[-1 if kind == "experts" else 0])))
+    result, measured = search(values, target, searcher)
+    assert target.is_met(estimate(values[result.index]))
+    neighbor = result.index - 1 if kind == "experts" else result.index + 1
+    if 0 <= neighbor < len(values):
+        assert neighbor in measured
+        assert not target.is_met(estimate(values[neighbor]))
     falls = kind in ("experts", "mass")
-    seen = [values[rung] for rung in sorted(set(measured))]
-    assert found.is_monotonic == (seen == sorted(seen, reverse=falls))
+    ordered = [values[index] for index in sorted(set(measured))]
+    assert result.is_monotonic == (ordered == sorted(ordered, reverse=falls))
 
 
-@given(ladders, kinds, searchers)
-def test_a_target_that_no_rung_meets_is_told_with_the_range(numbers, kind, searcher):
+@given(value_lists, kinds, searchers)
+def test_unreachable_target_names_the_range(numbers, kind, searcher):
     values = [n / 50 for n in numbers]
     target = Target(kind, 0.9 if kind == "mass" else 0.01)
     low, high = sorted((values[0], values[-1]))
-    with pytest.raises(
-        CoterieError, match=f"no rung meets {target}: .* goes {low:.4g} to {high:.4g}"
-    ):
-        looking(values, target, searcher)
+    with pytest.raises(ConfigError, match=f"no policy meets {target}; .* {low:.4g} to {high:.4g}"):
+        search(values, target, searcher)
 
 
-def test_a_coarse_look_stays_on_the_gentle_side_of_the_first_failure():
+def test_initial_points_select_before_the_first_failure():
     drops = [0.0] * 30 + [0.5] * 3 + [0.0] * 67  # it fails, and then seems to recover
-    blind, _ = looking(drops, Target("drop", 0.01), BoundarySearch())
-    coarse, measured = looking(drops, Target("drop", 0.01), BoundarySearch(initial_points=31))
+    blind, _ = search(drops, Target("drop", 0.01), BoundarySearch())
+    coarse, measured = search(drops, Target("drop", 0.01), BoundarySearch(initial_points=31))
     assert (blind.index, coarse.index) == (99, 29)
     assert not coarse.is_monotonic
     assert len(measured) < 40
 
 
-def test_a_coarse_look_ends_where_it_has_failed_twice():
-    drops = [0.0] * 30 + [0.5] * 70  # answers take longest at the thrifty end
-    found, measured = looking(drops, Target("drop", 0.01), BoundarySearch(initial_points=31))
-    assert (found.index, found.is_monotonic) == (29, True)
+def test_initial_points_end_after_two_failures():
+    drops = [0.0] * 30 + [0.5] * 70  # policies with few experts take longest to decode
+    result, measured = search(drops, Target("drop", 0.01), BoundarySearch(initial_points=31))
+    assert (result.index, result.is_monotonic) == (29, True)
     assert max(measured) < 40
 
 
-def test_a_sure_target_is_met_by_the_far_end_of_the_interval():
+def test_confident_target_uses_the_interval():
     doubtful = Estimate(0.5, (0.4, 0.6), 10)
     for kind, near, far in [("experts", 0.5, 0.6), ("mass", 0.5, 0.4), ("drop", 0.5, 0.6)]:
         assert Target.parse(f"{kind}={near}").is_met(doubtful)
@@ -142,27 +143,26 @@ def test_a_sure_target_is_met_by_the_far_end_of_the_interval():
         ("drop=-1", "target drop must be at least 0 and at most 1, not -1"),
     ],
 )
-def test_a_wrong_target_is_named(text: str, message: str):
+def test_invalid_target_raises(text: str, message: str):
     with pytest.raises(CoterieError) as caught:
         Target.parse(text)
     assert str(caught.value).startswith(message)
 
 
 @given(st.integers(1, 600), st.data())
-def test_a_rung_elects_exactly_its_count(experts: int, data):
+def test_each_candidate_has_one_expert_less(experts: int, data):
     router = RouterSpec(experts=experts, k=1, activation="softmax", renormalise=False)
-    ladder = SearchFamily.parse("des-vote").search_space(router)
-    rung = data.draw(st.integers(0, experts - 1))
-    beta = getattr(parse_policy(ladder.policy_at(rung)), "beta")  # noqa: B009
-    assert math.floor(beta * experts + 1e-9) == experts - rung
+    index = data.draw(st.integers(0, experts - 1))
+    policy = SearchFamily.parse("des-vote").policies(router)[index]
+    beta = getattr(parse_policy(policy), "beta")  # noqa: B009
+    assert math.floor(beta * experts + 1e-9) == experts - index
 
 
 @pytest.mark.parametrize("name", [name for name in searchable_families() if name != "coreset"])
-def test_every_rung_of_every_family_is_a_policy(name: str):
-    ladder = SearchFamily.parse(name).search_space(ROUTER)
-    spelled = [ladder.policy_at(rung) for rung in range(len(ladder))]
-    assert len(set(spelled)) == len(ladder) >= ROUTER.k
-    assert all(format_policy(parse_policy(text)) == text for text in spelled)
+def test_every_candidate_of_every_family_is_a_policy(name: str):
+    policies = SearchFamily.parse(name).policies(ROUTER)
+    assert len(set(policies)) == len(policies) >= ROUTER.k
+    assert all(format_policy(parse_policy(text)) == text for text in policies)
 
 
 @pytest.mark.parametrize(
@@ -178,26 +178,26 @@ def test_every_rung_of_every_family_is_a_policy(name: str):
         ("racing", "racing:m=16", "racing:m=1"),
     ],
 )  # fmt: skip
-def test_a_ladder_goes_from_gentle_to_thrifty(text: str, first: str, last: str):
-    ladder = SearchFamily.parse(text).search_space(ROUTER)
-    assert (ladder.policy_at(0), ladder.policy_at(len(ladder) - 1)) == (first, last)
+def test_candidates_go_from_most_experts_to_fewest(text: str, first: str, last: str):
+    policies = SearchFamily.parse(text).policies(ROUTER)
+    assert (policies[0], policies[-1]) == (first, last)
 
 
 @pytest.mark.parametrize(
     ("text", "message"),
     [
         ("des-vot", "unknown policy family 'des-vot'; known: topk, naee, "),
-        ("vanilla", "vanilla has nothing to search for; families that have: topk, "),
-        ("des-vote:beta=0.3", "des-vote: beta is what is searched for; leave it out"),
-        ("coreset", "coreset: say which parameter is searched for: coreset:beta=? or coreset:m=?"),
-        ("des-vote:voters=?", "des-vote: voters cannot be searched for; beta can"),
-        ("coreset:m=?,k=?", "coreset: one parameter is searched for, not m and k"),
+        ("vanilla", "vanilla has no parameter to search; families that have: topk, "),
+        ("des-vote:beta=0.3", "des-vote: name one parameter to search: des-vote:beta=?"),
+        ("coreset", "coreset: name one parameter to search: coreset:beta=? or coreset:m=?"),
+        ("des-vote:voters=?", "des-vote: name one parameter to search: des-vote:beta=?"),
+        ("coreset:m=?,k=?", "coreset: name one parameter to search: "),
         ("des-vote:tau=1", "policy 'des-vote:beta=1.0,tau=1': unknown option 'tau'"),
     ],
 )
-def test_a_family_that_cannot_be_searched_is_named(text: str, message: str):
+def test_invalid_family_raises(text: str, message: str):
     with pytest.raises(CoterieError) as caught:
-        SearchFamily.parse(text).search_space(ROUTER)
+        SearchFamily.parse(text).policies(ROUTER)
     assert str(caught.value).startswith(message)
 
 
@@ -213,13 +213,13 @@ votes = st.integers(1, 3).flatmap(
 
 
 @given(votes)
-def test_budgets_by_marginal_votes_hold_the_most_votes_there_are(found):
-    falling = [sorted(layer, reverse=True) for layer in found]
+def test_budgets_per_layer_hold_the_most_votes(votes_by_layer):
+    falling = [sorted(layer, reverse=True) for layer in votes_by_layer]
     layers, experts = len(falling), len(falling[0])
     order = allocation_order(torch.tensor(falling, dtype=torch.float64))
     assert sorted(order) == sorted(list(range(layers)) * experts)
 
-    def held(counts: Sequence[int]) -> int:
+    def vote_sum(counts: Sequence[int]) -> int:
         return sum(sum(layer[:count]) for layer, count in zip(falling, counts, strict=True))
 
     for total in range(layers, layers * experts + 1):
@@ -227,41 +227,29 @@ def test_budgets_by_marginal_votes_hold_the_most_votes_there_are(found):
         assert sum(counts) == total
         assert min(counts) >= 1
         every = product(range(1, experts + 1), repeat=layers)
-        assert held(counts) == max(held(other) for other in every if sum(other) == total)
+        assert vote_sum(counts) == max(vote_sum(other) for other in every if sum(other) == total)
 
 
-pairs = st.lists(st.tuples(st.booleans(), st.booleans()), min_size=1, max_size=60)
+def drop_estimate(before: Sequence[bool], after: Sequence[bool]) -> Estimate:
+    runs = [
+        PolicyRun((1.0,) * len(correct), (1,) * len(correct), tuple(correct), 1.0, 1.0)
+        for correct in (before, after)
+    ]
+    return runs[1].drop_estimate(runs[0])
 
 
-@given(pairs)
-def test_the_interval_of_a_drop_holds_it_and_changes_sign_with_the_order(items):
+@given(st.lists(st.tuples(st.booleans(), st.booleans()), min_size=1, max_size=60))
+def test_drop_interval_contains_the_drop_and_is_antisymmetric(items):
     before, after = [a for a, _ in items], [b for _, b in items]
-    low, high = drop_interval(before, after)
-    drop = (sum(before) - sum(after)) / len(items)
-    assert -1 <= low <= drop + 1e-12
-    assert drop <= high + 1e-12 <= 1 + 1e-9
-    assert drop_interval(after, before) == pytest.approx((-high, -low), abs=1e-12)
-
-
-def test_the_interval_of_a_drop_does_not_vanish_where_nothing_changed():
-    z = 1.959963984540054
-    low, high = drop_interval([True] * 100, [True] * 100)
-    assert (low, high) == pytest.approx((-z * z / (100 + z * z), z * z / (100 + z * z)), abs=1e-12)
-
-
-def test_the_interval_of_a_drop_covers_the_truth():
-    rng = random.Random(5)
-    inside = 0
-    for _ in range(400):
-        before = [rng.random() < 0.9 for _ in range(80)]
-        after = [right and rng.random() < 0.9 for right in before]
-        low, high = drop_interval(before, after)
-        inside += low <= 0.09 <= high
-    assert 0.93 <= inside / 400 <= 0.99
+    drop = drop_estimate(before, after)
+    low, high = drop.interval
+    assert drop.value == (sum(before) - sum(after)) / len(items)
+    assert -1 <= low <= drop.value <= high <= 1
+    assert drop_estimate(after, before).interval == pytest.approx((-high, -low), abs=1e-9)
 
 
 @given(st.lists(st.tuples(st.floats(0, 10), st.integers(1, 5)), min_size=1, max_size=30))
-def test_the_interval_of_a_ratio_lies_between_its_extremes(items):
+def test_ratio_interval_lies_between_the_extremes(items):
     parts, wholes = [a for a, _ in items], [b for _, b in items]
     low, high = ratio_interval(parts, wholes)
     ratios = [a / b for a, b in items]
@@ -274,59 +262,57 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> PolicyEvaluator:
     """A tiny LLaDA2 with 16 experts and top-4, and four prompts."""
     folder = write_checkpoint(tmp_path_factory.mktemp("tiny"), "llada2", seed=3)
     engine = coterie.load(folder, max_new_tokens=8, block=8, unmask="fixed:steps=3")
-    asked = [CalibrationPrompt(str(n), f"{n + 3} {5 * n + 1} 7") for n in range(4)]
-    return PolicyEvaluator(engine, PromptSet(tuple(asked)), batch_size=4)
+    prompts = [CalibrationPrompt(str(n), f"{n + 3} {5 * n + 1} 7") for n in range(4)]
+    return PolicyEvaluator(engine, PromptSet(tuple(prompts)), batch_size=4)
 
 
-def every(bench: PolicyEvaluator, family: str) -> list[str]:
-    ladder = SearchFamily.parse(family).search_space(bench.engine.model.spec.router)
-    return [ladder.policy_at(rung) for rung in range(len(ladder))]
+def all_policies(evaluator: PolicyEvaluator, family: str) -> list[str]:
+    return SearchFamily.parse(family).policies(evaluator.engine.model.spec.router)
 
 
 @pytest.mark.parametrize("family", ["des-vote", "uniform-vote", "des-seq", "topk", "naee"])
-def test_experts_fall_along_a_ladder_on_equal_inputs(tiny: PolicyEvaluator, family: str):
-    policies = every(tiny, family)[:: 50 if family == "naee" else 1]
-    experts = [seen.experts.value for seen in tiny.estimate_on_trace(policies, with_loss=False)]
+def test_experts_fall_along_the_candidates_on_equal_inputs(tiny: PolicyEvaluator, family: str):
+    policies = all_policies(tiny, family)[:: 50 if family == "naee" else 1]
+    experts = [measured.value for measured in tiny.measure_on_trace("experts", policies)]
     assert all(after <= before for before, after in pairwise(experts))
     assert experts[0] > experts[-1]
 
 
 @pytest.mark.parametrize("protect", ["none", "top1"])
-def test_the_mass_falls_along_a_ladder_and_the_experts_are_the_budget(
-    tiny: PolicyEvaluator, protect: str
-):
-    policies = every(tiny, f"des-vote:protect={protect}")
-    seen = tiny.estimate_on_trace(policies, with_loss=True)
-    mass = [one.mass.value for one in seen]
+def test_mass_falls_along_the_candidates(tiny: PolicyEvaluator, protect: str):
+    policies = all_policies(tiny, f"des-vote:protect={protect}")
+    estimates = tiny.estimate_on_trace(policies, with_loss=True)
+    mass = [estimate["mass"].value for estimate in estimates]
     assert all(after <= before for before, after in pairwise(mass))
     assert mass[0] == 1
-    assert seen[0].estimate("loss").value == 0
+    assert estimates[0]["loss"].value == 0
 
 
-def test_votes_for_own_experts_elect_only_used_ones(tiny: PolicyEvaluator):
-    """Of a set elected by votes for own experts each is used, until all that vanilla uses are."""
-    every_share = [parse_policy(text) for text in every(tiny, "des-vote")]
-    looks = 0
+def test_votes_for_vanilla_experts_elect_only_used_experts(tiny: PolicyEvaluator):
+    """Each elected expert is used, as long as vanilla routing uses that many."""
+    policies = [parse_policy(text) for text in all_policies(tiny, "des-vote")]
+    comparisons = 0
 
-    def see(watched, first: int) -> None:
-        nonlocal looks
-        for row in range(len(watched.rows)):
-            own = watched.routing.own.view(*watched.scores.logits.shape[:2], -1)[row]
-            for elected, policy in zip(range(16, 0, -1), every_share, strict=True):
-                ids = route(watched.scores, policy).topk_ids.view(len(watched.rows), -1)[row]
+    def on_layer(observation: LayerObservation, first_prompt: int) -> None:
+        nonlocal comparisons
+        rows, shape = len(observation.rows), observation.scores.logits.shape[:2]
+        vanilla_ids = observation.routing.vanilla_ids.view(*shape, -1)
+        for row in range(rows):
+            for elected, policy in zip(range(16, 0, -1), policies, strict=True):
+                ids = route(observation.scores, policy).topk_ids.view(rows, -1)[row]
                 used = len(set(ids.tolist()) - {-1})
-                assert used == min(elected, len(own.unique()))
-                looks += 1
+                assert used == min(elected, len(vanilla_ids[row].unique()))
+                comparisons += 1
 
-    tiny.observe_vanilla(see, "")
-    assert looks > 16 * len(tiny.prompt_set.prompts)
+    tiny.observe_vanilla(on_layer, "")
+    assert comparisons > 16 * len(tiny.prompt_set.prompts)
 
 
-def test_what_is_read_on_the_trace_is_what_decoding_vanilla_tells(tiny: PolicyEvaluator):
-    (seen,) = tiny.estimate_on_trace([VANILLA], with_loss=True)
+def test_vanilla_on_the_trace_equals_decoding_vanilla(tiny: PolicyEvaluator):
+    (measured,) = tiny.estimate_on_trace([VANILLA], with_loss=True)
     run = tiny.run(VANILLA)
-    assert seen.experts.value == pytest.approx(run.experts_estimate().value)
-    assert (seen.mass.value, seen.estimate("loss").value) == (1, 0)
+    assert measured["experts"].value == pytest.approx(run.experts_estimate().value)
+    assert (measured["mass"].value, measured["loss"].value) == (1, 0)
 
 
 @pytest.mark.parametrize(
@@ -342,46 +328,45 @@ def test_what_is_read_on_the_trace_is_what_decoding_vanilla_tells(tiny: PolicyEv
         ("mass-vote:least=1", "experts=7"),
     ],
 )
-def test_the_found_policy_is_what_an_exhaustive_search_finds(tiny: PolicyEvaluator, family, target):
-    found = calibrate(tiny, family, target)
-    policies = every(tiny, family)
+def test_calibration_equals_an_exhaustive_search(tiny: PolicyEvaluator, family, target):
+    calibration = calibrate(tiny, family, target)
+    policies = all_policies(tiny, family)
     if family.startswith("mass-vote"):
-        near = policies.index(found.policy)
+        near = policies.index(calibration.policy)
         policies = policies[near - 3 : near + 3]
-    wanted = Target.parse(target)
-    met = [wanted.is_met(one) for one in measure_policies(tiny, wanted.kind, policies)]
-    expected = met.index(True) if wanted.kind == "experts" else met.index(False) - 1
-    assert found.policy == policies[expected]
-    assert wanted.is_met(found.achieved)
-    assert found.neighbor is not None
-    assert not wanted.is_met(found.neighbor.estimate)
-    assert found.is_monotonic
+    target = Target.parse(target)
+    met = [target.is_met(measured) for measured in measure_policies(tiny, target.kind, policies)]
+    expected = met.index(True) if target.kind == "experts" else met.index(False) - 1
+    assert calibration.policy == policies[expected]
+    assert target.is_met(calibration.achieved)
+    assert calibration.neighbor is not None
+    assert not target.is_met(calibration.neighbor.estimate)
+    assert calibration.is_monotonic
 
 
-def test_the_same_prompts_find_the_same(tiny: PolicyEvaluator):
+def test_batch_size_does_not_change_the_policy(tiny: PolicyEvaluator):
     again = PolicyEvaluator(tiny.engine, tiny.prompt_set, batch_size=2)
     first, second = (calibrate(bench, "des-vote", "experts=5") for bench in (tiny, again))
     assert first.policy == second.policy
     assert first.achieved.value == pytest.approx(second.achieved.value)
 
 
-def test_what_cannot_be_reached_is_told_with_what_can(tiny: PolicyEvaluator):
+def test_unreachable_calibration_names_the_range(tiny: PolicyEvaluator):
     low, high = (
         tiny.run(policy).experts_estimate().value for policy in ("des-seq:k=1", "des-seq:k=4")
     )
-    told = f"no rung meets experts=1: .* unique experts a layer goes {low:.4g} to {high:.4g}"
-    with pytest.raises(CoterieError, match=told):
+    with pytest.raises(ConfigError, match=f"no policy meets .* {low:.4g} to {high:.4g}"):
         calibrate(tiny, "des-seq", "experts=1")
 
 
-def test_ungraded_prompts_cannot_meet_an_accuracy(tiny: PolicyEvaluator):
-    with pytest.raises(CoterieError, match="drop needs graded prompts"):
+def test_drop_needs_graded_prompts(tiny: PolicyEvaluator):
+    with pytest.raises(ConfigError, match="graded prompts"):
         calibrate(tiny, "des-vote", "drop=0.1")
 
 
 def test_two_thresholds_are_searched_along_their_frontier(tiny: PolicyEvaluator):
-    target, found = Target.parse("experts=8"), calibrate(tiny, "mc-moe", "experts=8")
-    points = found.frontier_points
+    target, calibration = Target.parse("experts=8"), calibrate(tiny, "mc-moe", "experts=8")
+    points = calibration.frontier_points
     assert len(points) >= 2
     betas = [float(point.policy.partition("beta=")[2].partition(",")[0]) for point in points]
     assert betas == sorted(betas)
@@ -389,15 +374,15 @@ def test_two_thresholds_are_searched_along_their_frontier(tiny: PolicyEvaluator)
         f"mc-moe:beta={beta - 0.001:.3f},protect={point.protect!r}"
         for beta, point in zip(betas, points, strict=True)
     ]
-    for point, gentler in zip(points, tiny.estimate_on_trace(before, with_loss=False), strict=True):
-        assert point.experts.value <= 8 < gentler.experts.value
-    chosen = best_point(points, target)
-    assert chosen.loss.value == min(point.loss.value for point in points)
-    assert f"protect={chosen.protect:g}" in found.policy
-    assert found.achieved.value <= 8
+    for point, more in zip(points, tiny.measure_on_trace("experts", before), strict=True):
+        assert point.experts.value <= 8 < more.value
+    best = best_point(points, target)
+    assert best.loss.value == min(point.loss.value for point in points)
+    assert f"protect={best.protect:g}" in calibration.policy
+    assert calibration.achieved.value <= 8
 
 
-def test_accuracy_does_not_choose_between_two_thresholds(tiny: PolicyEvaluator):
+def test_drop_cannot_select_two_thresholds(tiny: PolicyEvaluator):
     graded = PromptSet(
         tuple(CalibrationPrompt(q.id, q.text, bool) for q in tiny.prompt_set.prompts)
     )
@@ -405,56 +390,59 @@ def test_accuracy_does_not_choose_between_two_thresholds(tiny: PolicyEvaluator):
         calibrate(PolicyEvaluator(tiny.engine, graded), "mc-moe", "drop=0.1")
 
 
-def test_budgets_of_layers_are_searched_as_one_ladder(tiny: PolicyEvaluator):
-    """Of 32 experts in two layers down to two; the shares are exact in counts."""
-    found = calibrate(tiny, "des-vote", "mass=0.8", per_layer=True)
-    shares = parse_policy(found.policy).beta  # type: ignore[attr-defined]
+def test_budgets_per_layer_keep_the_most_votes(tiny: PolicyEvaluator):
+    calibration = calibrate(tiny, "des-vote", "mass=0.8", per_layer=True)
+    shares = parse_policy(calibration.policy).beta  # type: ignore[attr-defined]
     counts = [math.floor(share * 16 + 1e-9) for share in shares]
     assert [count / 16 for count in counts] == list(shares)
-    assert found.achieved.value >= 0.8 > found.neighbor.estimate.value  # type: ignore[union-attr]
-    assert found.is_monotonic
+    assert calibration.neighbor is not None
+    assert calibration.achieved.value >= 0.8 > calibration.neighbor.estimate.value
+    assert calibration.is_monotonic
     total = sum(counts)
-    others = [(m, total - m) for m in range(max(1, total - 16), min(16, total - 1) + 1)]
-    spelled = [f"des-vote:beta={a / 16}/{b / 16}" for a, b in others]
-    held = [one.mass.value for one in tiny.estimate_on_trace(spelled, with_loss=False)]
-    assert found.achieved.value == pytest.approx(max(held))  # no other split of as many holds more
+    splits = [(m, total - m) for m in range(max(1, total - 16), min(16, total - 1) + 1)]
+    policies = [f"des-vote:beta={a / 16}/{b / 16}" for a, b in splits]
+    best = max(measured.value for measured in tiny.measure_on_trace("mass", policies))
+    assert calibration.achieved.value == pytest.approx(best)
 
 
-def test_a_family_without_budgets_of_layers_is_named(tiny: PolicyEvaluator):
-    with pytest.raises(CoterieError, match=r"racing has no budget for each layer; .*: des-vote"):
+def test_family_without_budgets_per_layer_raises(tiny: PolicyEvaluator):
+    with pytest.raises(CoterieError, match=r"no budget for each layer; .*: des-vote"):
         calibrate(tiny, "racing", "mass=0.8", per_layer=True)
 
 
 @given(st.integers(0, 2**32))
-def test_calibration_asks_nothing_that_an_exam_can_ask(seed: int):
-    names = ["words", "algebra"]  # the others look for a sandbox each time
-    asked = prompts_from_tasks(names, 3, TaskOptions("llada2", seed=seed)).prompts
-    assert len(asked) == 3 * len(names)
+def test_prompts_are_from_the_training_split(seed: int):
+    names = ["words", "algebra"]  # code tasks would start a sandbox
+    prompts = prompts_from_tasks(names, 3, TaskOptions("llada2", seed=seed)).prompts
+    assert len(prompts) == 3 * len(names)
     for name, n in product(names, range(3)):
         rng = random.Random(f"calibration/{name}/{seed}")
         drawn = [draw_problem(PROBLEM_MAKERS[name], rng, "train") for _ in range(n + 1)][n]
         assert split_of(drawn.key) == "train"
-        assert drawn.prompt in {question.text for question in asked}
+        assert drawn.prompt in {prompt.text for prompt in prompts}
 
 
-def test_a_right_answer_is_right_and_another_is_wrong():
+def test_prompts_grade_answers():
     rng = random.Random("calibration/words/4")
     problem = draw_problem(PROBLEM_MAKERS["words"], rng, "train")
-    (question,) = prompts_from_tasks(["words"], 1, TaskOptions("llada2", seed=4)).prompts
-    assert question.is_correct is not None
-    assert (question.text, question.is_correct(problem.answer)) == (problem.prompt, True)
-    assert not question.is_correct(problem.answer + "7")
+    (prompt,) = prompts_from_tasks(["words"], 1, TaskOptions("llada2", seed=4)).prompts
+    assert prompt.is_correct is not None
+    assert (prompt.text, prompt.is_correct(problem.answer)) == (problem.prompt, True)
+    assert not prompt.is_correct(problem.answer + "7")
 
 
 @pytest.mark.parametrize("target", ["drop=0.1", "experts=38"])
-def test_accuracy_and_experts_are_met_on_the_embedded_model(target: str):
-    asked = prompts_from_tasks(["words", "algebra"], 3, TaskOptions("llada2", seed=3))
-    bench = PolicyEvaluator(coterie.load(), asked, batch_size=12)
-    found = calibrate(bench, "des-seq" if target == "drop=0.1" else "uniform-vote", target)
-    assert Target.parse(target).is_met(found.achieved)
-    assert found.neighbor is None or not Target.parse(target).is_met(found.neighbor.estimate)
-    assert found.achieved.n == len(found.vanilla.correct) == 6
-    assert found.run.experts_estimate().value < found.vanilla.experts_estimate().value
+def test_targets_are_met_on_the_embedded_model(target: str):
+    prompts = prompts_from_tasks(["words", "algebra"], 3, TaskOptions("llada2", seed=3))
+    evaluator = PolicyEvaluator(coterie.load(), prompts, batch_size=12)
+    family = "des-seq" if target == "drop=0.1" else "uniform-vote"
+    calibration = calibrate(evaluator, family, target)
+    assert Target.parse(target).is_met(calibration.achieved)
+    neighbor = calibration.neighbor
+    assert neighbor is None or not Target.parse(target).is_met(neighbor.estimate)
+    assert calibration.achieved.n == len(calibration.vanilla.correct) == 6
+    experts, vanilla = (run.experts_estimate() for run in (calibration.run, calibration.vanilla))
+    assert experts.value < vanilla.value
 
 
 def test_prompts_come_from_a_file(tmp_path: Path):
@@ -477,7 +465,7 @@ def test_prompts_come_from_a_file(tmp_path: Path):
         (b"\xff\xfe", "not UTF-8 text"),
     ],
 )
-def test_a_broken_file_of_prompts_is_named(tmp_path: Path, content: bytes, message: str):
+def test_broken_prompt_file_raises(tmp_path: Path, content: bytes, message: str):
     path = tmp_path / "prompts.txt"
     path.write_bytes(content)
     with pytest.raises(CoterieError) as caught:

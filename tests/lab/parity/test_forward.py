@@ -83,7 +83,7 @@ def test_a_reference_that_is_not_finite_is_an_error(
     def spoil(arrays: Arrays) -> None:
         arrays[name].reshape(-1)[-1] = value
 
-    with pytest.raises(ValueError, match=f"{name} holds numbers that are not finite"):
+    with pytest.raises(ValueError, match=f"{name} contains values that are not finite"):
         forward_deviations(copied(tmp_path, spoil))
 
 
@@ -116,13 +116,13 @@ def test_one_other_expert_fails(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "value", "said"),
     [
-        ("topk_ids", 16, "experts that are not there"),
-        ("topk_ids", -1, "experts that are not there"),
-        ("input_ids", 512, "leave the vocabulary"),
-        ("position_ids", 7, "do not count from 0"),
+        ("topk_ids", 16, "topk_ids are not all below"),
+        ("topk_ids", -1, "topk_ids are not all below"),
+        ("input_ids", 512, "input_ids are not all below"),
+        ("position_ids", 7, "do not start at 0"),
         ("moe_layer_index", 0, "moe_layer_index is not"),
-        ("attention_mask_bool", True, "attention_mask_bool is not that of"),
-        ("block_length", 8, "attention_mask_bool is not that of"),
+        ("attention_mask_bool", True, "attention_mask_bool is not the mask of"),
+        ("block_length", 8, "attention_mask_bool is not the mask of"),
     ],
 )
 def test_arrays_at_odds_with_the_model_are_errors(

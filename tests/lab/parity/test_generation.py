@@ -107,8 +107,8 @@ CALLS = "gen_static_b4_calls_len_pos_store"
         (put("margins", [1e-7]), "not an object"),
         (put("route_margin", 1e-7), "margin 1.0e-07 is below the set's worst"),
         (put("route_margin", "1e-7"), "route_margin is '1e-7', not a margin"),
-        (change("eos_id", lambda x: x - 1), r"eos_id is 507; config.json says \(508,\)"),
-        (change(OUT, lambda x: x[None]), "prompt and out have not the same axes"),
+        (change("eos_id", lambda x: x - 1), r"eos_id is 507"),
+        (change(OUT, lambda x: x[None]), "prompt and out have different numbers of axes"),
         (drop(OUT), f"{OUT} is missing"),
         (drop(PROMPT), f"{PROMPT} is missing"),
         (drop(CALLS), f"{CALLS} is missing"),
@@ -116,7 +116,7 @@ CALLS = "gen_static_b4_calls_len_pos_store"
         (change(OUT, lambda x: x[None, None]), f"{OUT} has shape"),
         (change(OUT, lambda x: x[:0]), f"{OUT} has shape"),
         (change(CALLS, lambda x: x[:, :2]), CALLS),
-        (change(PROMPT, lambda x: x + 600), "no token id below 512"),
+        (change(PROMPT, lambda x: x + 600), "not a token id below 512"),
         (lambda meta, held: meta.pop("generations"), "lists no generations"),
         (lambda meta, held: meta["generations"].clear(), "lists no generations"),
         (lambda meta, held: meta["generations"].pop(), "belongs to no generation"),
@@ -286,7 +286,7 @@ def test_llada_takes_every_step_of_its_schedule() -> None:
     plan = parse_plan(loop.configs[0].plan)
     block = plan.blocks(3, 16, 8)[0]
     assert plan.steps_until_check(block, 19, StepCounter(), num_masked=8) == 12
-    with pytest.raises(CoterieError, match="25 steps, 16 ids, blocks of 8: no even shares"):
+    with pytest.raises(CoterieError, match="do not divide evenly"):
         make_loop(
             "ML-GSAI/LLaDA",
             ReferenceParameters("here", values | {"steps": 25}),
@@ -303,6 +303,6 @@ def test_llada_takes_every_step_of_its_schedule() -> None:
 
 
 def test_an_unknown_loop_is_told_what_is_known() -> None:
-    with pytest.raises(CoterieError, match=r"no loop known here; known: ML-GSAI/LLaDA"):
+    with pytest.raises(CoterieError, match="unknown loop"):
         make_loop("somebody/else", ReferenceParameters("here", {}), mask_id=1, eos_id=2)
     assert len(LOOP_BUILDERS) == 6

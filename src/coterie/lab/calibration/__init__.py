@@ -1,9 +1,9 @@
-"""Finds the parameter of a policy family that meets a target on given prompts.
+"""Calibration: finds the parameter of a policy family that meets a target on given prompts.
 
 >>> import coterie
->>> from coterie.lab.calibration import Bench, Wish, calibrate, from_tasks
->>> asked = from_tasks(["words"], 20, Wish(family="llada2", seed=1))
->>> calibrate(Bench(coterie.load(), asked), "des-vote", "experts=38").policy
+>>> from coterie.lab.calibration import PolicyEvaluator, TaskOptions, calibrate, prompts_from_tasks
+>>> prompts = prompts_from_tasks(["words"], 20, TaskOptions(family="llada2", seed=1))
+>>> calibrate(PolicyEvaluator(coterie.load(), prompts), "des-vote", "experts=38").policy
 """
 
 from coterie.lab.calibration.calibration import Calibration, calibrate
@@ -24,17 +24,7 @@ from coterie.lab.calibration.target import Target
 from coterie.lab.evals.task import TaskOptions
 
 __all__ = [
-    "CalibratedPolicy",
-    "Calibration",
-    "CalibrationPrompt",
-    "PolicyEvaluator",
-    "PromptSet",
-    "Target",
-    "TaskOptions",
-    "calibrate",
-    "calibration_record",
-    "prompts_from_file",
-    "prompts_from_tasks",
-    "read_calibrated_policy",
-    "write_calibrated_policy",
-]
+    "CalibratedPolicy", "Calibration", "CalibrationPrompt", "PolicyEvaluator", "PromptSet",
+    "Target", "TaskOptions", "calibrate", "calibration_record", "prompts_from_file",
+    "prompts_from_tasks", "read_calibrated_policy", "write_calibrated_policy",
+]  # fmt: skip

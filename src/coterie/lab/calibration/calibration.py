@@ -5,9 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from coterie.errors import CoterieError
-from coterie.lab.calibration.budget import per_layer_search_space
-from coterie.lab.calibration.frontier import FrontierPoint, best_point, find_frontier
+from coterie.errors import ConfigError, CoterieError
 from coterie.lab.calibration.measurement import (
     POLICIES_PER_PASS,
     VANILLA,
@@ -15,31 +13,43 @@ from coterie.lab.calibration.measurement import (
     PolicyRun,
 )
 from coterie.lab.calibration.search import BoundarySearch
-from coterie.lab.calibration.search_space import SearchFamily, SearchSpace
+from coterie.lab.calibration.search_space import SearchFamily, per_layer_policies
 from coterie.lab.calibration.target import Estimate, Target, TargetKind
 
-# Votes and losses are compared on equal inputs. Experts and accuracy depend on what a policy does
-# to the text that it decodes, so they are measured to the end.
+# Votes and losses are compared on equal inputs. Experts and accuracy depend on the text that a
+# policy decodes, so each policy decodes all prompts.
 TRACE_KINDS: tuple[TargetKind, ...] = ("mass", "loss")
-INITIAL_POINTS = 7  # rungs spread over the ladder before accuracy is bisected
+PROTECT_VALUES = (0.0, 0.02, 0.05, 0.1, 0.2, 0.3, 0.5)  # shares of a window's tokens
+INITIAL_POINTS = 7  # evenly spaced candidates that are measured before accuracy is bisected
 
 
 @dataclass(frozen=True)
 class MeasuredPolicy:
-    """One policy that was measured on the way."""
+    """A policy that the search measured."""
 
     policy: str
     estimate: Estimate
 
+    def to_dict(self) -> dict[str, object]:
+        return {"policy": self.policy, **self.estimate.to_dict()}
+
+
+@dataclass(frozen=True)
+class FrontierPoint:
+    """One policy of the frontier, measured on the forwards of vanilla routing."""
+
+    policy: str
+    protect: float
+    experts: Estimate
+    loss: Estimate
+
 
 @dataclass(frozen=True)
 class Calibration:
-    """The policy that was found, and the proof of it.
+    """The selected policy, and the measurements that led to it.
 
-    ``beyond`` is its neighbour on the ladder, which does not meet the target: one rung gentler for
-    experts, one more thrifty for all else; None where the ladder ends. ``ordered``: every reading
-    agrees with the order that a bisection takes for granted. ``run`` and ``vanilla`` decode the
-    same prompts to their end.
+    ``neighbor`` is the adjacent candidate, which does not meet the target: with one more expert for
+    a target on experts, with fewer experts for all others. It is None at the end of the list.
     """
 
     family: str
@@ -47,10 +57,10 @@ class Calibration:
     policy: str
     achieved: Estimate
     neighbor: MeasuredPolicy | None
-    is_monotonic: bool
-    steps: tuple[MeasuredPolicy, ...]  # in the order taken
-    frontier_points: tuple[FrontierPoint, ...]  # of the frontier, where there is one
-    run: PolicyRun
+    is_monotonic: bool  # all estimates agree with the order that a bisection assumes
+    steps: tuple[MeasuredPolicy, ...]  # in the order of measurement
+    frontier_points: tuple[FrontierPoint, ...]  # of MC-MoE, else empty
+    run: PolicyRun  # of the selected policy, on the same prompts as ``vanilla``
     vanilla: PolicyRun
 
 
@@ -61,86 +71,113 @@ def calibrate(
     *,
     per_layer: bool = False,
 ) -> Calibration:
-    """The gentlest policy with so few experts, or the most thrifty one that meets another target.
+    """The policy with the fewest experts that meets a target.
 
-    ``mass`` and ``loss`` are read on the inputs of vanilla's forwards, ``experts`` and ``drop``
-    from decoding to the end. ``per_layer`` searches budgets shared out by marginal votes. MC-MoE
-    without ``protect`` is searched along its frontier. Raises CoterieError, which names what can
-    be reached, where nothing meets the target.
+    A target on ``experts`` selects the policy with the most experts that meets it. ``mass`` and
+    ``loss`` are measured on the inputs of vanilla's forwards, ``experts`` and ``drop`` by decoding.
+    ``per_layer`` searches budgets per layer. MC-MoE without ``protect`` is searched along its
+    frontier. Raises ConfigError with the reachable range if no policy meets the target.
     """
     family = SearchFamily.parse(family) if isinstance(family, str) else family
     target = Target.parse(target) if isinstance(target, str) else target
     check_target(evaluator, family, target)
     points: list[FrontierPoint] = []
-    if has_two_thresholds(family):
+    if _has_two_thresholds(family):
         points = find_frontier(evaluator, family, target)
         family = family.with_fixed("protect", best_point(points, target).protect)
     if per_layer:
-        space = per_layer_search_space(evaluator, family)
+        policies = per_layer_policies(evaluator, family)
     else:
-        space = family.search_space(evaluator.engine.model.spec.router)
-    return _search(evaluator, space, target, points)
+        policies = family.policies(evaluator.engine.model.spec.router)
+    on_trace = target.kind in TRACE_KINDS
+    search = BoundarySearch(
+        batch_size=POLICIES_PER_PASS if on_trace else 1,
+        initial_points=INITIAL_POINTS if target.kind == "drop" else 1,
+    )
+    result = search.find(
+        target,
+        len(policies),
+        lambda indices: measure_policies(evaluator, target.kind, [policies[i] for i in indices]),
+    )
+    steps = {i: MeasuredPolicy(policies[i], estimate) for i, estimate in result.estimates.items()}
+    return Calibration(
+        family=str(family),
+        target=target,
+        policy=policies[result.index],
+        achieved=result.estimates[result.index],
+        neighbor=steps.get(result.index + (-1 if target.met_by_fewer_experts else 1)),
+        is_monotonic=result.is_monotonic,
+        steps=tuple(steps.values()),
+        frontier_points=tuple(points),
+        run=evaluator.run(policies[result.index]),
+        vanilla=evaluator.run(VANILLA),
+    )
 
 
 def check_target(evaluator: PolicyEvaluator, family: SearchFamily, target: Target) -> None:
-    """Raises for what would fail after the first hour."""
-    family.search_space(evaluator.engine.model.spec.router)
+    """Raises ConfigError or SpecError, before any measurement, if the search cannot succeed."""
+    family.policies(evaluator.engine.model.spec.router)
     if target.kind == "drop" and not evaluator.prompt_set.is_graded:
-        raise CoterieError("drop needs graded prompts: give --task instead of --prompts")
-    if target.kind == "drop" and has_two_thresholds(family):
-        raise CoterieError(
-            f"{family.name}: accuracy does not choose between two thresholds; fix one, such as "
+        raise ConfigError("drop needs graded prompts: name a task instead of a prompt file")
+    if target.kind == "drop" and _has_two_thresholds(family):
+        raise ConfigError(
+            f"{family.name}: accuracy cannot select two thresholds; fix one, such as "
             f"{family.name}:protect=0.02"
         )
 
 
-def has_two_thresholds(family: SearchFamily) -> bool:
-    """Whether MC-MoE's ``protect`` is free too."""
-    return family.name == "mc-moe" and not family.is_fixed("protect")
+def find_frontier(
+    evaluator: PolicyEvaluator, family: SearchFamily, target: Target
+) -> list[FrontierPoint]:
+    """MC-MoE's policies that just meet the target, one for each of ``PROTECT_VALUES``.
+
+    After the frontier search of MoDES (arXiv 2511.15690). Experts fall with ``beta`` and rise with
+    ``protect``, so each search starts at the ``beta`` of the previous one. Values without a policy
+    that meets the target are skipped; raises the last error if none is left.
+    """
+    policy_of: dict[float, str] = {}
+    last_error: CoterieError | None = None
+    start, router = 0, evaluator.engine.model.spec.router
+    for protect in PROTECT_VALUES:
+        policies = family.with_fixed("protect", protect).policies(router)[start:]
+
+        def measure(indices: Sequence[int], policies: Sequence[str] = policies) -> list[Estimate]:
+            return evaluator.measure_on_trace(target.kind, [policies[index] for index in indices])
+
+        search = BoundarySearch(batch_size=POLICIES_PER_PASS)
+        try:
+            index = search.find(target, len(policies), measure).index
+        except CoterieError as error:
+            last_error = error
+            continue
+        policy_of[protect] = policies[index]
+        start += index
+    if not policy_of and last_error is not None:
+        raise last_error
+    estimates = evaluator.estimate_on_trace(list(policy_of.values()), with_loss=True)
+    return [
+        FrontierPoint(policy, protect, estimate["experts"], estimate["loss"])
+        for (protect, policy), estimate in zip(policy_of.items(), estimates, strict=True)
+    ]
 
 
-def _search(
-    evaluator: PolicyEvaluator, space: SearchSpace, target: Target, points: Sequence[FrontierPoint]
-) -> Calibration:
-    def measure(indices: Sequence[int]) -> list[Estimate]:
-        return measure_policies(
-            evaluator, target.kind, [space.policy_at(index) for index in indices]
-        )
-
-    on_trace = target.kind in TRACE_KINDS
-    initial_points = INITIAL_POINTS if target.kind == "drop" else 1
-    searcher = BoundarySearch(
-        batch_size=POLICIES_PER_PASS if on_trace else 1, initial_points=initial_points
-    )
-    result = searcher.find(target, len(space), measure)
-    neighbor = result.index - 1 if target.met_by_fewer_experts else result.index + 1
-    steps = {
-        index: MeasuredPolicy(space.policy_at(index), estimate)
-        for index, estimate in result.estimates.items()
-    }
-    policy = steps[result.index].policy
-    return Calibration(
-        family=space.family,
-        target=target,
-        policy=policy,
-        achieved=steps[result.index].estimate,
-        neighbor=steps.get(neighbor),
-        is_monotonic=result.is_monotonic,
-        steps=tuple(steps.values()),
-        frontier_points=tuple(points),
-        run=evaluator.run(policy),
-        vanilla=evaluator.run(VANILLA),
-    )
+def best_point(points: Sequence[FrontierPoint], target: Target) -> FrontierPoint:
+    """The point with the least loss if the target limits experts, else that with fewest experts."""
+    if target.kind == "experts":
+        return min(points, key=lambda point: point.loss.value)
+    return min(points, key=lambda point: point.experts.value)
 
 
 def measure_policies(
     evaluator: PolicyEvaluator, kind: TargetKind, policies: Sequence[str]
 ) -> list[Estimate]:
-    """Of each policy, measured as this kind of target is."""
     if kind in TRACE_KINDS:
-        estimates = evaluator.estimate_on_trace(policies, with_loss=kind == "loss")
-        return [estimates_of_policy.estimate(kind) for estimates_of_policy in estimates]
+        return evaluator.measure_on_trace(kind, policies)
     if kind == "drop":
         vanilla = evaluator.run(VANILLA)
         return [evaluator.run(policy).drop_estimate(vanilla) for policy in policies]
     return [evaluator.run(policy).experts_estimate() for policy in policies]
+
+
+def _has_two_thresholds(family: SearchFamily) -> bool:
+    return family.name == "mc-moe" and not family.is_fixed("protect")

@@ -1,8 +1,8 @@
-"""What is measured: policies decoding to the end, and policies on vanilla's own forwards."""
+"""Measures policies: by decoding prompts, and on the inputs of vanilla's forwards."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import groupby
 
@@ -12,109 +12,101 @@ from torch import Tensor
 from coterie.engine.engine import Engine
 from coterie.engine.events import Result
 from coterie.engine.observation import LayerObservation, moe_output, observe_forwards
-from coterie.errors import CoterieError
-from coterie.lab.calibration.interval import drop_interval
-from coterie.lab.calibration.prompts import CalibrationPrompt, PromptSet
+from coterie.errors import ConfigError
+from coterie.lab.calibration.prompts import PromptSet
 from coterie.lab.calibration.target import Estimate, TargetKind
-from coterie.lab.evals.stats import ratio_interval
+from coterie.lab.evals.stats import paired_difference, ratio_interval
 from coterie.routing import needs_importance, parse_policy, route
 from coterie.telemetry import routing_stats
 from coterie.values import Policy
 
-LayerCallback = Callable[
-    [LayerObservation, int], None
-]  # what was watched; where its row 0 stands among all prompts
-PromptProgressCallback = Callable[
-    [str, int, int], None
-]  # what is run; prompts done of it, prompts in all
-POLICIES_PER_PASS = 7  # policies measured in one pass over vanilla's forwards
+LayerCallback = Callable[[LayerObservation, int], None]  # and the prompt index of its row 0
+PromptProgressCallback = Callable[[str, int, int], None]  # activity, finished prompts, all prompts
+TraceEstimates = Mapping[TargetKind, Estimate]  # "experts", "mass" and maybe "loss"
+POLICIES_PER_PASS = 7
 VANILLA = "vanilla"
-VANILLA_WITH_IMPORTANCE = (
-    "mc-moe:beta=0,protect=0"  # drops nothing, and has the importance computed
-)
+# Drops no expert, and makes the model compute each token's importance.
+VANILLA_WITH_IMPORTANCE = "mc-moe:beta=0,protect=0"
 
 
 @dataclass(frozen=True)
 class PolicyRun:
-    """One policy decoding every prompt to its end; experts and forwards stand prompt by prompt."""
+    """One policy that decoded every prompt; tuples have one entry per prompt."""
 
-    experts: tuple[float, ...]  # unique experts a layer, summed over the forwards that count
+    experts: tuple[float, ...]  # unique experts a layer, summed over the decode forwards
     forwards: tuple[int, ...]
-    correct: tuple[bool, ...]  # empty where nothing is graded
+    correct: tuple[bool, ...]  # empty if prompts are not graded
     vote_mass_kept: float
     forwards_per_block: float
+
+    @staticmethod
+    def of(results: Sequence[Result], correct: tuple[bool, ...]) -> PolicyRun:
+        forwards = tuple(result.experts.forwards for result in results)
+        weights = forwards if any(forwards) else (1,) * len(results)
+        mass = sum(r.vote_mass_kept * w for r, w in zip(results, weights, strict=True))
+        return PolicyRun(
+            experts=tuple(result.experts.mean * result.experts.forwards for result in results),
+            forwards=forwards,
+            correct=correct,
+            vote_mass_kept=mass / sum(weights),
+            forwards_per_block=sum(r.forwards for r in results) / sum(r.blocks for r in results),
+        )
 
     def experts_estimate(self) -> Estimate:
         mean = sum(self.experts) / max(1, sum(self.forwards))
         return Estimate(mean, ratio_interval(self.experts, self.forwards), len(self.experts), mean)
 
     def drop_estimate(self, vanilla: PolicyRun) -> Estimate:
-        """Accuracy lost against ``vanilla`` on the same prompts."""
-        n = len(self.correct)
-        lost = (sum(vanilla.correct) - sum(self.correct)) / n
-        interval = drop_interval(vanilla.correct, self.correct)
-        return Estimate(lost, interval, n, self.experts_estimate().value)
+        """The accuracy lost against ``vanilla`` on the same prompts."""
+        change = paired_difference(vanilla.correct, self.correct)
+        low, high = change.score_interval
+        drop, interval = (change.lost - change.gained) / change.n, (0.0 - high, 0.0 - low)
+        return Estimate(drop, interval, change.n, self.experts_estimate().value)
 
 
-@dataclass(frozen=True)
-class TraceEstimates:
-    """One policy on the inputs of vanilla's decoding forwards: every layer read what vanilla
-    gave it, so policies differ in nothing but their routing."""
-
-    experts: Estimate
-    mass: Estimate  # votes for experts used / all votes, as telemetry counts them
-    loss: Estimate | None  # |y - y_vanilla|^2 / |y_vanilla|^2 of a layer's output; None: not asked
-
-    def estimate(self, kind: TargetKind) -> Estimate:
-        """The one that a target is about; accuracy is none of them."""
-        estimate = {"experts": self.experts, "mass": self.mass, "loss": self.loss}.get(kind)
-        if estimate is None:
-            raise ValueError(f"{kind} was not measured on the trace")
-        return estimate
-
-
-@dataclass  # not frozen: it remembers runs
+@dataclass  # not frozen: it caches runs
 class PolicyEvaluator:
     """One model and the prompts that all policies are measured on.
 
-    Nothing of a forward is kept: figures of each prompt are added up as it is watched.
-    ``options`` are fields of ``Generation`` that were asked for, over what a task usually wants.
-    Where not all experts are in memory, ``rows`` is 1, and that memory is emptied before each.
+    ``options`` override the ``GenerationConfig`` fields of the engine and of each task. If experts
+    are offloaded, ``batch_size`` must be 1, and the expert cache is reset before each prompt.
     """
 
     engine: Engine
     prompt_set: PromptSet
     options: Mapping[str, object] = field(default_factory=dict)
     batch_size: int = 16
-    on_progress: PromptProgressCallback = lambda doing, done, whole: None
+    on_progress: PromptProgressCallback = lambda activity, done, total: None
     _runs: dict[str, PolicyRun] = field(default_factory=dict)
 
     def run(self, policy: str) -> PolicyRun:
-        """Decodes with ``policy`` (once: asked again, it is remembered)."""
+        """Decode all prompts under ``policy``; the run is cached."""
         if policy not in self._runs:
-            prompts = self.prompt_set.prompts
             results = self._decode(policy, policy, None)
-            is_correct = (
-                [prompt.is_correct for prompt in prompts] if self.prompt_set.is_graded else []
-            )
-            pairs = zip(is_correct, results, strict=False)
-            self._runs[policy] = _make_run(
-                results, tuple(bool(grader and grader(result.text)) for grader, result in pairs)
-            )
+            graders = [p.is_correct for p in self.prompt_set.prompts if self.prompt_set.is_graded]
+            pairs = zip(graders, results, strict=False)
+            correct = tuple(bool(grader and grader(result.text)) for grader, result in pairs)
+            self._runs[policy] = PolicyRun.of(results, correct)
         return self._runs[policy]
+
+    def measure_on_trace(self, kind: TargetKind, policies: Sequence[str]) -> list[Estimate]:
+        """One estimate per policy from ``estimate_on_trace``."""
+        estimates = self.estimate_on_trace(policies, with_loss=kind == "loss")
+        return [estimate[kind] for estimate in estimates]
 
     def estimate_on_trace(
         self, policies: Sequence[str], *, with_loss: bool
     ) -> list[TraceEstimates]:
-        """Several policies in one pass over vanilla's decoding; ``losses`` runs their experts.
+        """Several policies on the layer inputs of one decoding under vanilla routing.
 
-        Policies that prefer who is in memory are told who is there under vanilla. Raises where a
-        loss would bring others there.
+        ``mass`` is the share of votes for the experts used. ``loss`` is |y - y_vanilla|^2 over
+        |y_vanilla|^2 of a layer's output. Policies that prefer cached experts see vanilla's cache.
+        Raises ConfigError for ``with_loss`` if experts are offloaded.
         """
         if with_loss and self.engine.model.store.traffic_log is not None:
-            raise CoterieError(
-                "a loss is computed with experts that the run does not use, so that all must be in "
-                "memory; leave --expert-memory or --imagine-memory out"
+            raise ConfigError(
+                "a loss also runs experts that vanilla does not use; "
+                "leave `expert_memory` out, so that all experts are resident"
             )
         parsed = [parse_policy(policy) for policy in policies]
         sums = torch.zeros(len(parsed), len(self.prompt_set.prompts), 5, dtype=torch.float64)
@@ -127,19 +119,19 @@ class PolicyEvaluator:
                 else None
             )
             for index, policy in enumerate(parsed):
-                sums[index].index_add_(0, rows, self._layer_figures(observation, policy, vanilla))
+                sums[index].index_add_(0, rows, self._layer_stats(observation, policy, vanilla))
 
         self.observe_vanilla(on_layer, f"{len(parsed)} policies on vanilla's forwards", parsed)
-        return [_make_trace_estimates(policy_sums, with_loss) for policy_sums in sums]
+        return [_trace_estimates(policy_sums, with_loss) for policy_sums in sums]
 
     def observe_vanilla(
         self, on_layer: LayerCallback, activity: str, policies: Sequence[Policy] = ()
     ) -> None:
-        """Vanilla's decoding forwards, one by one; with importance where a policy needs it."""
+        """Observe vanilla's decode forwards, with importance if one of ``policies`` needs it."""
         with_importance = any(map(needs_importance, policies))
         self._decode(VANILLA_WITH_IMPORTANCE if with_importance else VANILLA, activity, on_layer)
 
-    def _layer_figures(
+    def _layer_stats(
         self, observation: LayerObservation, policy: Policy, vanilla: Tensor | None
     ) -> Tensor:
         """[S, 5]: unique experts, 1, votes kept, all votes, loss."""
@@ -147,32 +139,30 @@ class PolicyEvaluator:
         counts = routing_stats(observation.scores, routing).cpu()
         loss = torch.zeros(len(counts), dtype=torch.float64)
         if vanilla is not None:
-            other = moe_output(self.engine.model, observation, routing)
-            lost, total = ((y.double() ** 2).sum((1, 2)) for y in (other - vanilla, vanilla))
-            loss = (lost / total).cpu()
-        return torch.stack(
-            [counts[:, 0], torch.ones_like(loss), counts[:, 2], counts[:, 3], loss], dim=-1
-        )
+            output = moe_output(self.engine.model, observation, routing)
+            error, norm = ((y.double() ** 2).sum((1, 2)) for y in (output - vanilla, vanilla))
+            loss = (error / norm).cpu()
+        columns = [counts[:, 0], torch.ones_like(loss), counts[:, 2], counts[:, 3], loss]
+        return torch.stack(columns, dim=-1)
 
     def _decode(self, policy: str, activity: str, on_layer: LayerCallback | None) -> list[Result]:
-        """Every prompt's result, in order; prompts of one generation share forwards."""
+        """The result of every prompt, in order; prompts with equal options share forwards."""
         results: list[Result] = []
-        total, model = len(self.prompt_set.prompts), self.engine.model
+        num_done, total, model = 0, len(self.prompt_set.prompts), self.engine.model
 
         def on_result(_: Result) -> None:
             nonlocal num_done
             num_done += 1
             self.on_progress(activity, num_done, total)
 
-        num_done = 0
         self.on_progress(activity, num_done, total)
-        for generation, prompts in self._by_generation():
+        for options, prompts in groupby(self.prompt_set.prompts, lambda prompt: prompt.generation):
             first = len(results)
-            engine = Engine(model, generation=self.engine.generation.replace(**generation))
+            generation = self.engine.generation.replace(**{**options, **self.options})
             results += observe_forwards(
-                engine,
+                Engine(model, generation=generation),
                 [prompt.text for prompt in prompts],
-                lambda watched, first=first: on_layer and on_layer(watched, first),
+                lambda observation, first=first: on_layer and on_layer(observation, first),
                 policy=policy,
                 batch_size=self.batch_size,
                 reset_cache=model.store.traffic_log is not None,
@@ -181,37 +171,18 @@ class PolicyEvaluator:
             )
         return results
 
-    def _by_generation(self) -> Iterator[tuple[dict[str, object], list[CalibrationPrompt]]]:
-        for generation, prompts in groupby(
-            self.prompt_set.prompts, lambda prompts: prompts.generation
-        ):
-            yield {**generation, **self.options}, list(prompts)
 
-
-def _make_run(results: Sequence[Result], correct: tuple[bool, ...]) -> PolicyRun:
-    forwards = tuple(result.experts.forwards for result in results)
-    weights = forwards if any(forwards) else (1,) * len(results)
-    mass = sum(r.vote_mass_kept * w for r, w in zip(results, weights, strict=True))
-    return PolicyRun(
-        experts=tuple(result.experts.mean * result.experts.forwards for result in results),
-        forwards=forwards,
-        correct=correct,
-        vote_mass_kept=mass / sum(weights),
-        forwards_per_block=sum(r.forwards for r in results) / sum(r.blocks for r in results),
-    )
-
-
-def _make_trace_estimates(sums: Tensor, with_loss: bool) -> TraceEstimates:
-    """From [prompts, 5], as ``_seen`` orders them."""
-    experts, ones, votes_kept, votes, lost = (column.tolist() for column in sums.unbind(-1))
+def _trace_estimates(sums: Tensor, with_loss: bool) -> TraceEstimates:
+    """From sums [prompts, 5] of ``_layer_stats``."""
+    experts, ones, votes_kept, votes, loss = (column.tolist() for column in sums.unbind(-1))
     n, mean = len(ones), sum(experts) / max(1.0, sum(ones))
 
     def estimate(parts: list[float], wholes: list[float]) -> Estimate:
         value = sum(parts) / (sum(wholes) or 1.0)
         return Estimate(value, ratio_interval(parts, wholes), n, mean)
 
-    return TraceEstimates(
-        experts=estimate(experts, ones),
-        mass=estimate(votes_kept, votes),
-        loss=estimate(lost, ones) if with_loss else None,
-    )
+    estimates: dict[TargetKind, Estimate] = {
+        "experts": estimate(experts, ones),
+        "mass": estimate(votes_kept, votes),
+    }
+    return {**estimates, "loss": estimate(loss, ones)} if with_loss else estimates

@@ -1,133 +1,134 @@
-"""The file that a calibration leaves, and that ``--policy @file`` takes."""
+"""The file that a calibration writes, which serves as a policy (``@file``)."""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from coterie.checkpoints.fingerprint import fingerprint
 from coterie.engine.generation_config import GenerationConfig
-from coterie.errors import CoterieError
-from coterie.lab.calibration.calibration import TRACE_KINDS, Calibration, MeasuredPolicy
+from coterie.errors import ConfigError, CoterieError, SpecError
+from coterie.lab.calibration.calibration import TRACE_KINDS, Calibration
 from coterie.lab.calibration.measurement import PolicyEvaluator, PolicyRun
-from coterie.lab.calibration.target import Estimate
 from coterie.lab.records import make_record, write_json
 from coterie.loading.load import Model
+from coterie.strict_json import read_object
 from coterie.routing import format_policy, parse_policy
 
 TITLE = "Calibrated policy"
-MODEL_SIZES = ("layers", "experts")  # of a model, which a policy's budgets are made for
+# Keys of ``GenerationConfig`` that affect routing.
 DECODING_FIELDS = ("block", "plan", "unmask", "commit", "prefill", "drift")
-"""Of a generation: what routing feels."""
 
 
 @dataclass(frozen=True)
 class CalibratedPolicy:
-    """A policy read from such a file, and what it was found for."""
+    """A policy read from a file, and the model and options that it was calibrated for."""
 
     path: Path
     policy: str
-    model_name: str  # the model's
+    model_name: str
     fingerprint: str
-    layers: int  # those that route
+    layers: int  # MoE layers
     experts: int
     generation: Mapping[str, object] = field(default_factory=dict)
-    expert_format: str | None = None  # of the experts, where they were quantised
+    expert_format: str | None = None  # None: not quantized
 
     def check_model(self, model: Model, generation: GenerationConfig) -> list[str]:
-        """Remarks on other weights of the same sizes, and on another way of decoding.
+        """Warnings about other weights or other decoding options.
 
-        Raises CoterieError where ``model`` has another number of layers or experts: a share of 64
-        experts says nothing about 256.
+        Raises ConfigError if the model has another number of MoE layers or experts.
         """
         actual = model_identity(model)
         if (self.layers, self.experts) != (actual["layers"], actual["experts"]):
-            raise CoterieError(
+            raise ConfigError(
                 f"{self.path}: calibrated for {self.layers} routing layers of {self.experts} "
                 f"experts ({self.model_name}), but {model.name} has {actual['layers']} of "
                 f"{actual['experts']}; calibrate again, or give the policy: {self.policy}"
             )
-        warnings = []
-        if self.fingerprint != actual["fingerprint"]:
-            warnings.append(f"{self.path}: calibrated on other weights ({self.model_name})")
-        if self.expert_format != actual["expert_format"]:
-            stored, current_format = (
-                self.expert_format or "whole",
-                actual["expert_format"] or "whole",
-            )
-            warnings.append(f"{self.path}: calibrated with experts {stored} (now {current_format})")
         current = generation.document()
-        differences = {
-            key: stored
+        changes = [
+            f"{key}={stored} (now {current[key]})"
             for key in DECODING_FIELDS
             if (stored := self.generation.get(key, current[key])) != current[key]
-        }
-        if differences:
-            changes = ", ".join(
-                f"{key}={stored} (now {current[key]})" for key, stored in differences.items()
+        ]
+        differences = []
+        if self.fingerprint != actual["fingerprint"]:
+            differences.append(f"on other weights ({self.model_name})")
+        if self.expert_format != actual["expert_format"]:
+            before, now = (
+                text or "whole" for text in (self.expert_format, actual["expert_format"])
             )
-            warnings.append(f"{self.path}: calibrated with {changes}")
-        return warnings
+            differences.append(f"with experts {before} (now {now})")
+        if changes:
+            differences.append(f"with {', '.join(changes)}")
+        return [f"{self.path}: calibrated {difference}" for difference in differences]
 
 
 def read_calibrated_policy(path: Path | str) -> CalibratedPolicy:
-    """What ``coterie calibrate -o`` wrote; a CoterieError names the file and its fault."""
+    """Read the output of ``coterie calibrate -o``; a CoterieError names the file and the fault."""
     path = Path(path)
+    if not path.exists():
+        raise ConfigError(f"{path}: no such file; `coterie calibrate -o` writes one")
+    content = read_object(path)
+    if not isinstance(spec := content.get("policy"), str):
+        raise ConfigError(f'{path}: no "policy" in it; `coterie calibrate -o` writes one')
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise CoterieError(f"{path}: no such file; `coterie calibrate -o` writes one") from None
-    except OSError as error:
-        raise CoterieError(f"{path}: {error.strerror}") from None
-    except (ValueError, RecursionError) as error:
-        raise CoterieError(
-            f"{path}: not JSON ({error}); `coterie calibrate -o` writes it"
-        ) from None
-    if not isinstance(content, dict) or not isinstance(content.get("policy"), str):
-        raise CoterieError(f'{path}: no "policy" in it; `coterie calibrate -o` writes one')
-    try:
-        policy = format_policy(parse_policy(content["policy"]))
+        policy = format_policy(parse_policy(spec))
     except CoterieError as error:
-        raise CoterieError(f"{path}: {error}") from None
-    return _make_calibrated_policy(path, policy, content)
+        raise SpecError(f"{path}: {error}") from None
+    model, generation = (
+        part if isinstance(part := content.get(key), dict) else {}
+        for key in ("model", "generation")
+    )
+    name, digest = model.get("name"), model.get("fingerprint")
+    layers, experts = model.get("layers"), model.get("experts")
+    expert_format = model.get("expert_format")
+    expert_format = expert_format if isinstance(expert_format, str) else None
+    if not (isinstance(name, str) and isinstance(digest, str)) or not (
+        isinstance(layers, int) and isinstance(experts, int)
+    ):
+        raise ConfigError(
+            f'{path}: no "model" with name, fingerprint, layers and experts in it; '
+            f"give the policy itself: {policy}"
+        )
+    return CalibratedPolicy(path, policy, name, digest, layers, experts, generation, expert_format)
 
 
 def calibration_record(
     evaluator: PolicyEvaluator, calibration: Calibration, command: Sequence[str]
 ) -> dict[str, object]:
-    """The calibration as JSON values: what was found, the proof, the way there, what it ran on."""
-    model = evaluator.engine.model
+    """The calibration as JSON values: the policy, the measurements, the model and the prompts."""
+    model, target = evaluator.engine.model, calibration.target
     common = make_record(TITLE, command, [], device=str(model.transformer.device))
     del common["measures"], common["facts"]
+    neighbor = calibration.neighbor
     return {
         "policy": calibration.policy,
         "family": calibration.family,
         "target": {
-            "kind": calibration.target.kind,
-            "value": calibration.target.value,
-            "sure": calibration.target.confident,
-            "measured": measured_on(calibration),
+            "kind": target.kind,
+            "value": target.value,
+            "sure": target.confident,
+            "measured": "the inputs of vanilla's decoding forwards"
+            if target.kind in TRACE_KINDS
+            else "decoding to the end under each policy",
         },
-        "achieved": _estimate_dict(calibration.achieved),
-        "beyond": None
-        if calibration.neighbor is None
-        else _measured_policy_dict(calibration.neighbor),
+        "achieved": calibration.achieved.to_dict(),
+        "beyond": None if neighbor is None else neighbor.to_dict(),
         "ordered": calibration.is_monotonic,
-        "decoding": {name: _run_dict(run) for name, run in _runs_by_name(calibration).items()},
+        "decoding": {
+            "vanilla": _run_dict(calibration.vanilla),
+            "found": _run_dict(calibration.run),
+        },
         "model": model_identity(model),
         "prompts": evaluator.prompt_set.to_dict(),
         "generation": {**evaluator.engine.generation.document(), **evaluator.options},
         "rows": evaluator.batch_size,
         "memory": None if (memory := model.memory_config) is None else memory.to_dict(),
-        "search": [_measured_policy_dict(step) for step in calibration.steps],
+        "search": [step.to_dict() for step in calibration.steps],
         "frontier": [
-            {
-                "policy": p.policy,
-                "experts": _estimate_dict(p.experts),
-                "loss": _estimate_dict(p.loss),
-            }
+            {"policy": p.policy, "experts": p.experts.to_dict(), "loss": p.loss.to_dict()}
             for p in calibration.frontier_points
         ],
         **common,
@@ -135,68 +136,21 @@ def calibration_record(
 
 
 def write_calibrated_policy(path: Path, content: Mapping[str, object]) -> None:
-    """Writes a ``document``, whole or not at all."""
+    """Write a ``calibration_record`` atomically."""
     write_json(path, content)
 
 
 def model_identity(model: Model) -> dict[str, object]:
-    """Which model a policy was found for."""
+    """The properties of a model that a calibration depends on."""
+    expert_format = model.spec.expert_format
     return {
         "name": model.name,
         "fingerprint": "" if model.folder is None else fingerprint(model.folder),
         "layers": len(model.spec.moe_layers),
         "experts": model.spec.router.experts,
         "dtype": str(model.transformer.dtype).removeprefix("torch."),
-        "expert_format": None
-        if (expert_format := model.spec.expert_format) is None
-        else str(expert_format),
+        "expert_format": None if expert_format is None else str(expert_format),
     }
-
-
-def measured_on(calibration: Calibration) -> str:
-    """On what the target's readings were taken."""
-    if calibration.target.kind in TRACE_KINDS:
-        return "the inputs of vanilla's decoding forwards"
-    return "decoding to the end under each policy"
-
-
-def _make_calibrated_policy(
-    path: Path, policy: str, content: Mapping[str, object]
-) -> CalibratedPolicy:
-    model, generation = content.get("model"), content.get("generation")
-    fields = model if isinstance(model, dict) else {}
-    name, digest = (fields.get(key) for key in ("name", "fingerprint"))
-    layers, experts = (fields.get(key) for key in MODEL_SIZES)
-    if not (isinstance(name, str) and isinstance(digest, str)) or not (
-        isinstance(layers, int) and isinstance(experts, int)
-    ):
-        raise CoterieError(
-            f'{path}: no "model" with name, fingerprint, layers and experts in it; '
-            f"give the policy itself: {policy}"
-        )
-    generation_fields = generation if isinstance(generation, dict) else {}
-    expert_format = fields.get("expert_format")
-    expert_format = expert_format if isinstance(expert_format, str) else None
-    return CalibratedPolicy(
-        path, policy, name, digest, layers, experts, generation_fields, expert_format
-    )
-
-
-def _estimate_dict(estimate: Estimate) -> dict[str, object]:
-    return {
-        "value": estimate.value,
-        "interval": list(estimate.interval),
-        "n": estimate.n,
-        "experts": estimate.experts,
-    }
-
-
-def _measured_policy_dict(measured: MeasuredPolicy) -> dict[str, object]:
-    return {"policy": measured.policy, **_estimate_dict(measured.estimate)}
-
-
-def _runs_by_name(calibration: Calibration) -> dict[str, PolicyRun]:
-    return {"vanilla": calibration.vanilla, "found": calibration.run}
 
 
 def _run_dict(run: PolicyRun) -> dict[str, object]:

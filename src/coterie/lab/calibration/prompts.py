@@ -1,4 +1,4 @@
-"""What a calibration asks: problems that no exam draws, a benchmark's, or prompts from a file."""
+"""The prompts of a calibration: generated training problems, benchmark items, or a file."""
 
 from __future__ import annotations
 
@@ -9,20 +9,19 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from coterie.errors import CoterieError
-from coterie.lab.evals.task import Item, Task, TaskOptions
+from coterie.errors import TaskError
+from coterie.lab.evals.task import Task, TaskOptions
 from coterie.lab.evals.tasks import embedded, open_tasks
-from coterie.lab.problems import PROBLEM_MAKERS as EMBEDDED
-from coterie.lab.problems import draw_problem
+from coterie.lab.problems import PROBLEM_MAKERS, draw_problem
 
-SPLIT = "train"  # exams draw from "test"
+SPLIT = "train"  # evaluations draw from "test"
 
 
 @dataclass(frozen=True)
 class CalibrationPrompt:
-    """One prompt; ``right`` grades an answer, and is None where nobody knows what is right.
+    """One prompt. ``is_correct`` grades an output; None if the right answer is unknown.
 
-    ``generation`` holds the fields of ``Generation`` that its task is usually run with.
+    ``generation`` has the ``GenerationConfig`` fields that its task sets.
     """
 
     id: str
@@ -33,26 +32,26 @@ class CalibrationPrompt:
 
 @dataclass(frozen=True)
 class PromptSet:
-    """Prompts in the order in which they are asked, and where they come from, for the record."""
+    """Prompts in order, and their source for the record."""
 
     prompts: tuple[CalibrationPrompt, ...]
     tasks: tuple[str, ...] = ()
     seed: int | None = None
     source: str | None = None  # a file of prompts
-    includes_test_items: bool = False  # some are a benchmark's own items, which an exam asks too
+    includes_test_items: bool = False  # of a benchmark, which an evaluation would use too
 
     @property
     def is_graded(self) -> bool:
         return all(prompt.is_correct is not None for prompt in self.prompts)
 
     def to_dict(self) -> dict[str, object]:
-        """``sha256`` is of every prompt in order, so that it can be told what was asked."""
+        """The record of the prompts; ``sha256`` covers all texts in order."""
         digest = hashlib.sha256("\0".join(prompt.text for prompt in self.prompts).encode())
         return {
             "count": len(self.prompts),
             "tasks": list(self.tasks),
             "seed": self.seed,
-            "split": SPLIT if self.tasks and set(self.tasks) <= set(EMBEDDED) else None,
+            "split": SPLIT if self.tasks and set(self.tasks) <= set(PROBLEM_MAKERS) else None,
             "source": self.source,
             "exams_own": self.includes_test_items,
             "sha256": digest.hexdigest(),
@@ -60,50 +59,61 @@ class PromptSet:
 
 
 def prompts_from_tasks(names: Sequence[str], count: int, options: TaskOptions) -> PromptSet:
-    """``count`` of each task, drawn by ``wish.seed``.
+    """``count`` prompts of each task, sampled with ``options.seed``.
 
-    Embedded tasks give problems of the training split: no exam can draw one. A benchmark gives its
-    own items, or those of ``wish.data``; only in the first case are they the exam's.
+    Embedded tasks generate problems of the training split. A benchmark gives items of
+    ``options.data``, or else its own items, which an evaluation would use too.
     """
     tasks = open_tasks(names, options)
-    prompts = [prompt for task in tasks for prompt in _task_prompts(task, count, options.seed)]
-    includes_test_items = options.data is None and any(task.name not in EMBEDDED for task in tasks)
-    data = None if options.data is None else str(options.data)
     return PromptSet(
-        tuple(prompts), tuple(task.name for task in tasks), options.seed, data, includes_test_items
+        tuple(prompt for task in tasks for prompt in _task_prompts(task, count, options.seed)),
+        tuple(task.name for task in tasks),
+        options.seed,
+        None if options.data is None else str(options.data),
+        options.data is None and any(task.name not in PROBLEM_MAKERS for task in tasks),
     )
 
 
 def prompts_from_file(path: Path) -> PromptSet:
-    """Prompts, one a line; or JSONL, each line an object with "prompt". Blank lines are skipped.
+    """Prompts from a file with one per line, or from JSONL objects with "prompt".
 
-    Raises CoterieError that names the file and the line.
+    Skips blank lines. Raises TaskError with the file and the line of a malformed prompt.
     """
     try:
         lines = path.read_text(encoding="utf-8-sig").split("\n")
     except UnicodeDecodeError:
-        raise CoterieError(f"{path}: not UTF-8 text") from None
+        raise TaskError(f"{path}: not UTF-8 text") from None
     numbered = [(number, line.strip()) for number, line in enumerate(lines, 1) if line.strip()]
     if not numbered:
-        raise CoterieError(f"{path}: holds no prompts")
-    parse_line = _parse_json_line if numbered[0][1].startswith("{") else _parse_plain_line
+        raise TaskError(f"{path}: holds no prompts")
+    is_json = numbered[0][1].startswith("{")
     prompts = tuple(
-        CalibrationPrompt(f"{path.name}/{n}", parse_line(path, n, line)) for n, line in numbered
+        CalibrationPrompt(
+            f"{path.name}/{number}", _parse_json_line(path, number, line) if is_json else line
+        )
+        for number, line in numbered
     )
     return PromptSet(prompts, source=str(path))
 
 
 def _task_prompts(task: Task, count: int, seed: int) -> list[CalibrationPrompt]:
     rng = random.Random(f"calibration/{task.name}/{seed}")
-    if task.name in EMBEDDED:
+    if task.name in PROBLEM_MAKERS:
         return [_generated_prompt(task.name, rng, f"{SPLIT}/{seed}/{n}") for n in range(count)]
     items = list(task.items())
-    sample = rng.sample(items, min(count, len(items)))
-    return [_benchmark_prompt(task, item) for item in sample]
+    return [
+        CalibrationPrompt(
+            item.id,
+            task.prompt(item),
+            lambda output, item=item: task.grade(output, item).correct,
+            task.generation(),
+        )
+        for item in rng.sample(items, min(count, len(items)))
+    ]
 
 
 def _generated_prompt(name: str, rng: random.Random, number: str) -> CalibrationPrompt:
-    problem = draw_problem(EMBEDDED[name], rng, SPLIT)
+    problem = draw_problem(PROBLEM_MAKERS[name], rng, SPLIT)
     return CalibrationPrompt(
         f"{name}/{number}",
         problem.prompt,
@@ -111,26 +121,12 @@ def _generated_prompt(name: str, rng: random.Random, number: str) -> Calibration
     )
 
 
-def _benchmark_prompt(task: Task, item: Item) -> CalibrationPrompt:
-    return CalibrationPrompt(
-        item.id,
-        task.prompt(item),
-        lambda output: task.grade(output, item).correct,
-        task.generation(),
-    )
-
-
-def _parse_plain_line(path: Path, number: int, line: str) -> str:
-    del path, number
-    return line
-
-
 def _parse_json_line(path: Path, number: int, line: str) -> str:
     try:
         entry = json.loads(line)
     except (ValueError, RecursionError) as error:
-        raise CoterieError(f"{path}, line {number}: not JSON ({error})") from None
+        raise TaskError(f"{path}, line {number}: not JSON ({error})") from None
     prompt = entry.get("prompt") if isinstance(entry, dict) else None
     if not isinstance(prompt, str) or not prompt.strip():
-        raise CoterieError(f'{path}, line {number}: no text under "prompt"')
+        raise TaskError(f'{path}, line {number}: no text under "prompt"')
     return prompt

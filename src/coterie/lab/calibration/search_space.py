@@ -1,40 +1,38 @@
-"""A policy family as a ladder: one parameter, from the gentlest policy to the most thrifty."""
+"""The candidates of a search, from the most experts to the fewest."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
-from coterie.errors import CoterieError
-from coterie.routing import POLICIES, McMoe, Naee, format_policy, parse_policy, update_policy_text
+import torch
+from torch import Tensor
+
+from coterie.engine.observation import LayerObservation
+from coterie.errors import SpecError
+from coterie.lab.calibration.measurement import PolicyEvaluator
+from coterie.routing import (
+    POLICIES,
+    Election,
+    McMoe,
+    Naee,
+    format_policy,
+    parse_policy,
+    update_policy_text,
+)
+from coterie.routing.votes import VOTES, vote_weights
 from coterie.specs import LIST_SEPARATOR, spec_options
 from coterie.values import RouterSpec
 
-FREE_MARK = "?"  # in place of a value: this is what is searched for
-NUM_STEPS = 1000  # steps of a parameter that is a real number
-PRICE_STEPS = range(-600, 201)  # of a vote, in hundredths of a power of ten: 0.000001 to 100
-SIZE_PARAMETERS = ("beta", "m", "tau", "price", "k")  # one of which ``coreset`` needs
-
-
-@dataclass(frozen=True)
-class SearchSpace:
-    """The policies of a family, each rung more thrifty than the one before it.
-
-    ``spelling(rung)`` is a policy; ``values`` are what its parameter is there.
-    """
-
-    family: str
-    parameter: str
-    values: Sequence[object]
-    policy_at: Callable[[int], str]
-
-    def __len__(self) -> int:
-        return len(self.values)
+FREE_MARK = "?"  # the value of the searched parameter
+NUM_STEPS = 1000  # values of a real parameter
+PRICE_STEPS = range(-600, 201)  # price of a vote, as hundredths of a power of ten: 1e-6 to 100
+SIZE_PARAMETERS = ("beta", "m", "tau", "price", "k")  # ``coreset`` needs one of them
 
 
 @dataclass(frozen=True)
 class SearchFamily:
-    """What was asked for: a policy's name, the options that stand, and the one that is free."""
+    """A policy with fixed options and one searched parameter."""
 
     name: str
     fixed_options: tuple[str, ...]  # "option=value"
@@ -42,80 +40,134 @@ class SearchFamily:
 
     @staticmethod
     def parse(text: str) -> SearchFamily:
-        """``des-vote:voters=before-eos``, or with the free one shown: ``coreset:m=?,vote=weight``.
+        """A spec such as ``des-vote:voters=before-eos``, or ``coreset:m=?,vote=weight``.
 
-        Raises CoterieError for what is unknown, or given where it is to be found.
+        Raises SpecError for an unknown policy, and if not exactly one parameter is searched.
         """
         name, _, rest = (part.strip() for part in update_policy_text(text).partition(":"))
         if name not in POLICIES:
-            raise CoterieError(
-                f"unknown policy family {name!r}; known: {', '.join(searchable_families())}"
-            )
+            raise SpecError(f"unknown policy family {name!r}; known: {_families()}")
+        if not (known := searchable_parameters(name)):
+            raise SpecError(f"{name} has no parameter to search; families that have: {_families()}")
         parts = [part.strip() for part in rest.split(",") if part.strip()]
         values = {part.partition("=")[0].strip(): part.partition("=")[2].strip() for part in parts}
-        marked_free = [key for key, value in values.items() if value == FREE_MARK]
-        free = marked_free or [key for key in searchable_parameters(name) if name != "coreset"]
-        if len(free) != 1:
-            raise CoterieError(_ambiguous_parameter_message(name, free))
-        if free[0] not in searchable_parameters(name):
-            known = ", ".join(searchable_parameters(name)) or "nothing"
-            raise CoterieError(f"{name}: {free[0]} cannot be searched for; {known} can")
-        if free[0] in values and not marked_free:
-            raise CoterieError(f"{name}: {free[0]} is what is searched for; leave it out")
+        marked = [key for key, value in values.items() if value == FREE_MARK]
+        free = marked or [key for key in known if name != "coreset" and key not in values]
+        if len(free) != 1 or free[0] not in known:
+            choices = " or ".join(f"{name}:{key}={FREE_MARK}" for key in known)
+            raise SpecError(f"{name}: name one parameter to search: {choices}")
         fixed = tuple(part for part in parts if part.partition("=")[2].strip() != FREE_MARK)
         return SearchFamily(name, fixed, free[0])
 
     def policy_with(self, value: object) -> str:
-        """The policy at this value (a tuple: one for each layer); raises where options are wrong.
-
-        Of a single layer the tuple's one number is spelled as a number.
-        """
+        """The policy with this value of the parameter; a tuple has one value per layer."""
         entries = value if isinstance(value, tuple) else (value,)
-        option_text = ",".join(
-            (f"{self.parameter}={LIST_SEPARATOR.join(map(repr, entries))}", *self.fixed_options)
-        )
-        return format_policy(parse_policy(f"{self.name}:{option_text}"))
+        parameter = f"{self.parameter}={LIST_SEPARATOR.join(map(repr, entries))}"
+        spec = f"{self.name}:{','.join((parameter, *self.fixed_options))}"
+        return format_policy(parse_policy(spec))
 
     def is_fixed(self, option: str) -> bool:
-        """Whether a value was given for it."""
         return any(part.partition("=")[0].strip() == option for part in self.fixed_options)
 
     def with_fixed(self, option: str, value: object) -> SearchFamily:
-        """The same family with one more option that stands."""
         return SearchFamily(self.name, (*self.fixed_options, f"{option}={value!r}"), self.parameter)
 
-    def search_space(self, router: RouterSpec) -> SearchSpace:
-        """From the gentlest value to the most thrifty one, for this model's router."""
+    def policies(self, router: RouterSpec) -> list[str]:
+        """All candidates for a model's router. Raises SpecError for an invalid fixed option."""
         values = _parameter_values(POLICIES[self.name], self.parameter, router)
-        self.policy_with(values[0])  # what stands is wrong for each value or for none
-        return SearchSpace(
-            str(self), self.parameter, values, lambda rung: self.policy_with(values[rung])
-        )
+        return [self.policy_with(value) for value in values]
 
     def __str__(self) -> str:
         return f"{self.name}:{','.join((f'{self.parameter}={FREE_MARK}', *self.fixed_options))}"
 
 
 def searchable_families() -> list[str]:
-    """The names of policies with something to search for."""
     return [name for name in POLICIES if searchable_parameters(name)]
 
 
 def searchable_parameters(name: str) -> list[str]:
-    """The parameters of a policy that decide how much it saves."""
-    policy_options = spec_options(POLICIES[name]).values()
+    """The parameters of a policy that set the number of experts."""
+    options = spec_options(POLICIES[name]).values()
     if name == "coreset":
-        return [option.name for option in policy_options if option.name in SIZE_PARAMETERS]
-    return [option.name for option in policy_options if option.default == "required"]
+        return [option.name for option in options if option.name in SIZE_PARAMETERS]
+    return [option.name for option in options if option.default == "required"]
 
 
 def beta_for_count(count: int, experts: int) -> float:
-    """The ``beta`` that elects exactly ``count`` of them: floor(beta * E + 1e-9) is ``count``."""
+    """The ``beta`` with a coreset of exactly ``count``: floor(beta * E + 1e-9)."""
     return count / experts
 
 
+def per_layer_policies(evaluator: PolicyEvaluator, family: SearchFamily) -> list[str]:
+    """Candidates from all experts in each layer down to one in each.
+
+    Raises SpecError for a family without a budget per layer.
+    """
+    option = spec_options(POLICIES[family.name])[family.parameter]
+    if not (option.accepts_list and family.parameter == "beta"):
+        families = [
+            name
+            for name, policy in POLICIES.items()
+            if any(option.accepts_list for option in spec_options(policy).values())
+        ]
+        raise SpecError(
+            f"{family.name} has no budget for each layer; families that have: {', '.join(families)}"
+        )
+    experts = evaluator.engine.model.spec.router.experts
+    election = getattr(parse_policy(family.policy_with(1.0)), "election", Election())
+    order = allocation_order(sorted_vote_sums(evaluator, election))
+    return [
+        family.policy_with(
+            tuple(beta_for_count(count, experts) for count in experts_per_layer(order, total))
+        )
+        for total in range(len(order), max(order), -1)
+    ]
+
+
+def sorted_vote_sums(evaluator: PolicyEvaluator, election: Election) -> Tensor:
+    """[layers, E] float64: votes of each MoE layer's first, second, ... expert by votes.
+
+    Sums over the decode forwards of vanilla routing. Protection and tally are ignored.
+    """
+    spec = evaluator.engine.model.spec
+    ordinals = {layer: ordinal for ordinal, layer in enumerate(spec.moe_layers)}
+    sums = torch.zeros(len(ordinals), spec.router.experts, dtype=torch.float64)
+
+    def on_layer(observation: LayerObservation, first_prompt: int) -> None:
+        del first_prompt
+        scores = observation.scores
+        weight = vote_weights(scores, election.voters)
+        votes = VOTES[election.vote](scores, weight, election.seed).double()  # [S, E]
+        sums[ordinals[observation.layer]] += votes.sort(descending=True).values.sum(0).cpu()
+
+    evaluator.observe_vanilla(on_layer, "votes on vanilla's forwards")
+    return sums
+
+
+def allocation_order(votes: Tensor) -> list[int]:
+    """The layer that gets the next expert, one by one, until each layer has all E.
+
+    ``votes`` [layers, E] fall along each row, so the sum of votes is concave in each layer's count
+    and taking the largest next value is optimal for every total. Each layer gets one expert first.
+    Ties go to the layer with fewer experts, then to the earlier one.
+    """
+    layers, experts = votes.shape
+    values = votes.tolist()
+    candidates = [
+        (-values[layer][n] if n else -torch.inf, n, layer)
+        for layer in range(layers)
+        for n in range(experts)
+    ]
+    return [layer for _, _, layer in sorted(candidates)]
+
+
+def experts_per_layer(order: Sequence[int], total: int) -> tuple[int, ...]:
+    """The count of each layer after ``total`` allocations."""
+    allocated = order[:total]
+    return tuple(allocated.count(layer) for layer in range(max(order) + 1))
+
+
 def _parameter_values(cls: type, parameter: str, router: RouterSpec) -> Sequence[float]:
-    drops = issubclass(cls, Naee | McMoe)  # the larger their beta, the more they drop
     match parameter:
         case "k":
             return range(router.k, 0, -1)
@@ -125,18 +177,13 @@ def _parameter_values(cls: type, parameter: str, router: RouterSpec) -> Sequence
             return [step / NUM_STEPS for step in range(NUM_STEPS, 0, -1)]
         case "price":
             return [float(f"{10 ** (step / 100):.4g}") for step in PRICE_STEPS]
-        case "beta" if drops:
+        # A larger beta drops more experts here.
+        case "beta" if issubclass(cls, Naee | McMoe):
             return [step / NUM_STEPS for step in range(NUM_STEPS + 1)]
         case "beta":
             return [beta_for_count(count, router.experts) for count in range(router.experts, 0, -1)]
-    raise CoterieError(f"{parameter} has no ladder; {', '.join(SIZE_PARAMETERS)} have")
+    raise SpecError(f"{parameter} cannot be searched; {', '.join(SIZE_PARAMETERS)} can")
 
 
-def _ambiguous_parameter_message(name: str, free: Sequence[str]) -> str:
-    known = searchable_parameters(name)
-    if not known:
-        return f"{name} has nothing to search for; families that have: {', '.join(searchable_families())}"
-    if free:
-        return f"{name}: one parameter is searched for, not {' and '.join(free)}"
-    choices = " or ".join(f"{name}:{key}={FREE_MARK}" for key in known)
-    return f"{name}: say which parameter is searched for: {choices}"
+def _families() -> str:
+    return ", ".join(searchable_families())

@@ -1,53 +1,53 @@
-"""What a policy shall meet, and how a reading is held against it."""
+"""The target of a calibration, and the estimates that are compared with it."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from typing import Literal
 
-from coterie.errors import CoterieError
+from coterie.errors import ConfigError
 from coterie.specs import Bounds
 
 TargetKind = Literal["experts", "mass", "loss", "drop"]
+VALUE_FORMAT = "{:.4g}"
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """What one policy came to: a value with its 95 % interval over ``n`` prompts.
-
-    ``experts`` is its traffic, read in the same run where the value itself is another; None where
-    it was not looked at.
-    """
+    """The measured value of a policy, with its 95 % interval over ``n`` prompts."""
 
     value: float
     interval: tuple[float, float]
     n: int
-    experts: float | None = None
+    experts: float | None = None  # unique experts a layer in the same run
+
+    def to_dict(self) -> dict[str, object]:
+        interval = list(self.interval)
+        return {"value": self.value, "interval": interval, "n": self.n, "experts": self.experts}
 
 
 @dataclass(frozen=True)
 class TargetKindSpec:
-    """One kind of target. ``most``: a reading meets it from below, else from above."""
+    """One kind of target: an upper or a lower bound on a quantity."""
 
     valid_range: Bounds
     is_upper_bound: bool
     description: str
-    value_format: str  # one value, for people
 
 
 TARGET_KIND_SPECS: dict[TargetKind, TargetKindSpec] = {
-    "experts": TargetKindSpec(Bounds(gt=0), True, "unique experts a layer", "{:.4g}"),
-    "mass": TargetKindSpec(Bounds(gt=0, le=1), False, "vote mass kept", "{:.4g}"),
-    "loss": TargetKindSpec(Bounds(ge=0), True, "reconstruction loss", "{:.4g}"),
-    "drop": TargetKindSpec(Bounds(ge=0, le=1), True, "accuracy drop", "{:.4g}"),
+    "experts": TargetKindSpec(Bounds(gt=0), True, "unique experts a layer"),
+    "mass": TargetKindSpec(Bounds(gt=0, le=1), False, "vote mass kept"),
+    "loss": TargetKindSpec(Bounds(ge=0), True, "reconstruction loss"),
+    "drop": TargetKindSpec(Bounds(ge=0, le=1), True, "accuracy drop"),
 }
 
 
 @dataclass(frozen=True)
 class Target:
-    """``experts`` at most, ``mass`` at least, ``loss`` at most, ``drop`` of accuracy at most.
+    """A bound that a policy has to meet. ``confident``: its 95 % interval must meet it too.
 
-    ``sure``: the far end of the interval must meet it too.
+    ``experts``, ``loss`` and ``drop`` (of accuracy) are upper bounds; ``mass`` is a lower bound.
     """
 
     kind: TargetKind
@@ -56,20 +56,19 @@ class Target:
 
     @staticmethod
     def parse(text: str, *, confident: bool = False) -> Target:
-        """``experts=38``; raises CoterieError for other words and for values out of range."""
+        """A spec such as ``experts=38``; raises ConfigError for another kind or a bad value."""
         name, equals, value_text = (part.strip() for part in text.partition("="))
         kind: TargetKind | None = next((kind for kind in TARGET_KIND_SPECS if kind == name), None)
         if kind is None or not equals:
             known = ", ".join(f"{kind}=.." for kind in TARGET_KIND_SPECS)
-            raise CoterieError(f"unknown target {text!r}; known: {known}")
+            raise ConfigError(f"unknown target {text!r}; known: {known}")
         try:
             value = float(value_text)
         except ValueError:
-            raise CoterieError(f"target {kind} must be a number, not {value_text!r}") from None
-        if value not in TARGET_KIND_SPECS[kind].valid_range:
-            raise CoterieError(
-                f"target {kind} must be {TARGET_KIND_SPECS[kind].valid_range}, not {value_text}"
-            )
+            raise ConfigError(f"target {kind} must be a number, not {value_text!r}") from None
+        valid_range = TARGET_KIND_SPECS[kind].valid_range
+        if value not in valid_range:
+            raise ConfigError(f"target {kind} must be {valid_range}, not {value_text}")
         return Target(kind, value, confident)
 
     @property
@@ -78,7 +77,7 @@ class Target:
 
     @property
     def met_by_fewer_experts(self) -> bool:
-        """Whether the more thrifty policies are those that meet it: only fewer experts are."""
+        """Whether policies with fewer experts are those that meet it."""
         return self.kind == "experts"
 
     def is_met(self, estimate: Estimate) -> bool:

@@ -1,1 +1,1 @@
-"""Parity with published code: its recorded forwards and generations, run again and compared."""
+"""Parity with published code: reruns its recorded forwards and generations, and compares."""

@@ -1,4 +1,4 @@
-"""Parity with reference folders, printed: every maximum error, every generation's verdict."""
+"""Prints the comparison with reference folders: the maximum errors, and each generation."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ DEVICE = "--device="
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Exit status: 0 when every folder agrees, 1 when one does not or is damaged, 2 for usage."""
-    folders = [word for word in arguments if not word.startswith(DEVICE)]
-    devices = [word.removeprefix(DEVICE) for word in arguments if word.startswith(DEVICE)]
-    if not folders or any(word.startswith("-") for word in folders):
+    """Exit status: 0 if every folder agrees, 1 if one does not or is damaged, 2 for usage."""
+    folders = [argument for argument in arguments if not argument.startswith(DEVICE)]
+    devices = [argument.removeprefix(DEVICE) for argument in arguments if argument not in folders]
+    if not folders or any(folder.startswith("-") for folder in folders):
         print(
             f"usage: scripts/parity [{DEVICE}cuda] SET [SET ...]   (folders with reference.npz)",
             file=sys.stderr,
@@ -36,8 +36,8 @@ def main(arguments: Sequence[str]) -> int:
 
 
 def _compare(folder: Path, device: str) -> bool:
-    """Print one folder's comparison; whether it agrees."""
-    print(f"{folder}", flush=True)
+    """Print one folder's comparison. Returns whether it agrees."""
+    print(folder, flush=True)
     agrees = True
     try:
         for passed, text in _result_lines(folder, device):
@@ -46,7 +46,7 @@ def _compare(folder: Path, device: str) -> bool:
     except CoterieError as error:
         print(f"  DAMAGED  {error}")
         agrees = False
-    # A damaged file can fail in ways nobody listed; none of them may pass or stop the other sets.
+    # A damaged file may raise any error, which must not stop the other sets.
     except Exception as error:
         print(f"  DAMAGED  {folder}: {type(error).__name__}: {' '.join(str(error).split())}")
         agrees = False
@@ -63,17 +63,17 @@ def _result_lines(folder: Path, device: str) -> Iterator[tuple[bool, str]]:
 
 def _forward_line(deviation: Deviation) -> str:
     status = "ok" if deviation.within_tolerance else "FAILED"
-    return f"{status:8} {deviation.name:32} max error {deviation.max_error:.2e}  (tolerance {deviation.tolerance:.0e})"
+    error = f"max error {deviation.max_error:.2e}  (tolerance {deviation.tolerance:.0e})"
+    return f"{status:8} {deviation.name:32} {error}"
 
 
 def _generation_line(result: ParityResult) -> str:
     extra = f" + {result.extra_forwards} that write keys" if result.extra_forwards else ""
     counts = f"{result.forwards} forwards{extra}"
+    note = f"  (not judged: {result.excuse})" if result.excuse else ""
     if not result.problems:
-        note = f"  (not judged: {result.excuse})" if result.excuse else ""
         return f"{'ok':8} {result.name:56} ids equal, {counts}{note}"
     status = "reported" if result.excuse else "FAILED"
-    note = f"  (not judged: {result.excuse})" if result.excuse else ""
     return f"{status:8} {result.name:56} {'; '.join(result.problems)}; {counts}{note}"
 
 

@@ -1,4 +1,4 @@
-"""The arrays of a reference folder, read strictly."""
+"""The arrays of a reference folder, checked for presence, shape and dtype."""
 
 from __future__ import annotations
 
@@ -11,32 +11,32 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from coterie.errors import CoterieError
+from coterie.errors import CheckpointError
 
 
 @dataclass(frozen=True)
 class ReferenceArrays:
-    """A reference.npz whose every array is asked for by name, shape and kind."""
+    """The arrays of a reference.npz. Each getter raises CheckpointError for a malformed array."""
 
     file: Path
     arrays: dict[str, np.ndarray]
 
     @staticmethod
     def of(file: Path) -> ReferenceArrays:
-        """Raises CoterieError when the file cannot be read whole."""
+        """Raises CheckpointError if the file cannot be read."""
         try:
             with file.open("rb") as handle, np.load(handle, allow_pickle=False) as archive:
                 return ReferenceArrays(file, {name: archive[name] for name in archive.files})
         except FileNotFoundError:
-            raise CoterieError(f"{file}: no such file") from None
+            raise CheckpointError(f"{file}: no such file") from None
         except (OSError, EOFError, ValueError, BadZipFile, zlib.error, KeyError) as error:
-            raise CoterieError(f"{file}: not a readable npz file ({error})") from None
+            raise CheckpointError(f"{file}: not a readable npz file ({error})") from None
 
     def floats(self, name: str, *shape: int) -> Tensor:
         """Finite numbers of exactly this shape."""
         array = self._array(name, "f", shape)
         if not np.isfinite(array).all():
-            raise CoterieError(f"{self.file}: {name} holds numbers that are not finite")
+            raise CheckpointError(f"{self.file}: {name} contains values that are not finite")
         return torch.from_numpy(array)
 
     def integers(self, name: str, *shape: int) -> Tensor:
@@ -48,13 +48,15 @@ class ReferenceArrays:
     def shape(self, name: str, axes: int) -> tuple[int, ...]:
         shape = self._require(name).shape
         if len(shape) != axes or 0 in shape:
-            raise CoterieError(f"{self.file}: {name} has shape {list(shape)}, expected {axes} axes")
+            raise CheckpointError(
+                f"{self.file}: {name} has shape {list(shape)}, expected {axes} axes"
+            )
         return shape
 
     def _array(self, name: str, kinds: str, shape: tuple[int, ...]) -> np.ndarray:
         array = self._require(name)
         if array.shape != shape or array.dtype.kind not in kinds:
-            raise CoterieError(
+            raise CheckpointError(
                 f"{self.file}: {name} is {array.dtype}{list(array.shape)}, "
                 f"expected kind {kinds!r} and shape {list(shape)}"
             )
@@ -62,5 +64,5 @@ class ReferenceArrays:
 
     def _require(self, name: str) -> np.ndarray:
         if name not in self.arrays:
-            raise CoterieError(f"{self.file}: {name} is missing")
+            raise CheckpointError(f"{self.file}: {name} is missing")
         return self.arrays[name]

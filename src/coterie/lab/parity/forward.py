@@ -1,4 +1,4 @@
-"""Comparing one forward with a reference folder: config.json, model.safetensors, reference.npz."""
+"""Compares one forward with a reference folder (config.json, model.safetensors, reference.npz)."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from coterie.errors import CoterieError
+from coterie.errors import CheckpointError
 from coterie.lab.parity.arrays import ReferenceArrays
 from coterie.loading.load import Model, load_model
 from coterie.model.attention import AttentionMetadata
@@ -24,7 +24,7 @@ WEIGHTS_TOLERANCE = 1e-5
 
 @dataclass(frozen=True)
 class Deviation:
-    """The largest absolute error of one quantity; not a number is never within tolerance."""
+    """The largest absolute error of one quantity. NaN is not within the tolerance."""
 
     name: str
     max_error: float
@@ -36,10 +36,10 @@ class Deviation:
 
 
 def forward_deviations(folder: Path, device: str = "cpu") -> tuple[Deviation, ...]:
-    """Run the reference's input once in fp32 and compare all that it recorded.
+    """Run the reference's input in fp32 and compare all recorded quantities.
 
-    Raises CoterieError when the folder is damaged: a file or array missing, of another shape, not
-    finite, or at odds with config.json.
+    Raises CheckpointError if a file or an array is missing, has another shape, is not finite, or
+    contradicts config.json.
     """
     arrays = ReferenceArrays.of(folder / "reference.npz")
     model = load_model(folder, dtype=torch.float32, device=device)
@@ -65,14 +65,14 @@ def forward_deviations(folder: Path, device: str = "cpu") -> tuple[Deviation, ..
 
 
 def _tokens(arrays: ReferenceArrays, model: Model) -> Tensor:
-    """Input ids [B, T], at positions 0 .. T."""
+    """Input ids [B, T], at positions 0 to T - 1."""
     batch, length = arrays.shape("input_ids", 2)
     tokens = arrays.integers("input_ids", batch, length)
     if not bool(((tokens >= 0) & (tokens < model.spec.vocabulary)).all()):
-        raise CoterieError(f"{arrays.file}: input_ids leave the vocabulary")
+        raise CheckpointError(f"{arrays.file}: input_ids are not all below {model.spec.vocabulary}")
     positions = arrays.integers("position_ids", batch, length)
     if not bool((positions == torch.arange(length)).all()):
-        raise CoterieError(f"{arrays.file}: position_ids do not count from 0")
+        raise CheckpointError(f"{arrays.file}: position_ids do not start at 0")
     return tokens
 
 
@@ -88,15 +88,15 @@ def _check_mask(arrays: ReferenceArrays, model: Model, window: Window, tokens: T
     mask = AttentionMetadata.of(window, None, model.spec, torch.device("cpu")).mask
     ours = torch.ones_like(reference_mask) if mask is None else mask[:, None]
     if not torch.equal(ours, reference_mask):
-        raise CoterieError(
-            f"{arrays.file}: attention_mask_bool is not that of {model.family.title} "
-            f"in blocks of {window.block}"
+        raise CheckpointError(
+            f"{arrays.file}: attention_mask_bool is not the mask of {model.family.title} "
+            f"with blocks of {window.block}"
         )
 
 
 @torch.inference_mode()
 def _forward(model: Model, tokens: Tensor, window: Window, recorder: TensorRecorder) -> Tensor:
-    """Logits [B, T, V], on the host."""
+    """Logits [B, T, V] on the host."""
     context = ForwardContext(window, cache=None, policy=Vanilla(), recorder=recorder)
     device_tokens = tokens.to(model.transformer.device)
     return model.transformer(device_tokens, context).unflatten(0, tuple(tokens.shape)).cpu()
@@ -108,7 +108,7 @@ def _hidden(
     layers, shape = model.spec.layers, (*tokens.shape, model.spec.hidden)
     output_of = {layer: x.cpu().view(shape) for layer, x in recorder.outputs}
     outputs = torch.stack([output_of[layer] for layer in range(layers)])
-    # Before each layer, and after the last one normed.
+    # The input of each layer, and the output of the final norm.
     hidden = torch.stack([output_of[layer] for layer in (*range(-1, layers - 1), layers)])
     return [
         _deviation(
@@ -126,18 +126,18 @@ def _hidden(
 def _routers(
     arrays: ReferenceArrays, model: Model, tokens: Tensor, recorder: TensorRecorder
 ) -> list[Deviation]:
-    """Router logits, chosen experts as sets, and weights expert by expert."""
+    """Compares router logits, the selected experts as sets, and the weight of each expert."""
     router, layers = model.spec.router, model.spec.moe_layers
     shape = (len(layers), *tokens.shape)
     if arrays.integers("moe_layer_index", len(layers)).tolist() != list(layers):
-        raise CoterieError(f"{arrays.file}: moe_layer_index is not {list(layers)}")
+        raise CheckpointError(f"{arrays.file}: moe_layer_index is not {list(layers)}")
     routings = [routing for _, _, routing in recorder.routings]
     ids = torch.stack([routing.topk_ids for routing in routings]).cpu().view(*shape, router.k)
     weights = torch.stack([routing.topk_weights for routing in routings]).cpu().view_as(ids)
     logits = torch.stack([scores.logits for _, scores, _ in recorder.routings]).cpu()
     expected = arrays.integers("topk_ids", *ids.shape)
     if not bool(((expected >= 0) & (expected < router.experts)).all()):
-        raise CoterieError(f"{arrays.file}: topk_ids names experts that are not there")
+        raise CheckpointError(f"{arrays.file}: topk_ids are not all below {router.experts}")
     ours = torch.zeros(*shape, router.experts).scatter(-1, ids, weights)
     theirs = torch.zeros_like(ours).scatter(
         -1, expected, arrays.floats("topk_weights", *ids.shape).to(ours.dtype)

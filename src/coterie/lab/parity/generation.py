@@ -1,4 +1,4 @@
-"""Running the generations that a reference folder names, and comparing every id and forward."""
+"""Reruns the generations of a reference folder, and compares every id and forward."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from coterie.decoding import SequenceState
 from coterie.decoding.sequence import first_index_of
 from coterie.engine.engine import Engine
 from coterie.engine.generation_config import GenerationConfig
-from coterie.errors import CoterieError
+from coterie.errors import CheckpointError
 from coterie.lab.parity.arrays import ReferenceArrays
 from coterie.lab.parity.parameters import ReferenceParameters
 from coterie.lab.parity.published import PublishedLoop, make_loop
@@ -23,12 +23,12 @@ from coterie.loading.load import Model, load_model
 
 @dataclass(frozen=True)
 class ParityResult:
-    """How one generation came out; ``excused`` says why a difference is not held against it."""
+    """The comparison of one generation. With an ``excuse``, differences are reported only."""
 
     name: str
     problems: tuple[str, ...]
-    forwards: int
-    extra_forwards: int  # forwards beside: prefills and commits
+    forwards: int  # denoising forwards
+    extra_forwards: int  # prefills and commits
     excuse: str = ""
 
     @property
@@ -38,18 +38,18 @@ class ParityResult:
 
 @dataclass(frozen=True)
 class DenoisingForward:
-    """One denoising forward of all rows that are still going."""
+    """One denoising forward of all unfinished sequences."""
 
     rows: int
     width: int
     start: int
     stop: int
-    blocks: tuple[list[int], ...]  # tokens of each row's block as they went in
+    blocks: tuple[list[int], ...]  # input tokens of each sequence's block
 
 
 @dataclass(frozen=True)
 class GeneratedRun:
-    """What became of a run's prompts."""
+    """Our generations for the prompts of a run."""
 
     sequences: list[SequenceState]
     forwards: list[DenoisingForward]
@@ -57,28 +57,28 @@ class GeneratedRun:
 
 
 def generation_results(folder: Path, device: str = "cpu") -> tuple[ParityResult, ...]:
-    """Run everything the folder names, in fp32.
+    """Run all generations of a folder in fp32.
 
-    Raises CoterieError when the folder is damaged: an entry, an array or a parameter missing,
-    unknown or malformed.
+    Raises CheckpointError if an entry, an array or a parameter is missing, unknown or malformed.
     """
     arrays = ReferenceArrays.of(folder / "reference.npz")
     runs = read_runs(folder, arrays)
     model = load_model(folder, dtype=torch.float32, device=device)
-    mask, end = int(arrays.integers("mask_id")), int(arrays.integers("eos_id"))
-    if model.eos_ids and end not in model.eos_ids:
-        raise CoterieError(f"{arrays.file}: eos_id is {end}; config.json says {model.eos_ids}")
-    return tuple(result for run in runs for result in _compare_run(run, model, mask, end))
+    mask_id, eos_id = int(arrays.integers("mask_id")), int(arrays.integers("eos_id"))
+    if model.eos_ids and eos_id not in model.eos_ids:
+        raise CheckpointError(f"{arrays.file}: eos_id is {eos_id}; config.json has {model.eos_ids}")
+    return tuple(result for run in runs for result in _compare_run(run, model, mask_id, eos_id))
 
 
-def _compare_run(run: RecordedRun, model: Model, mask: int, end: int) -> list[ParityResult]:
+def _compare_run(run: RecordedRun, model: Model, mask_id: int, eos_id: int) -> list[ParityResult]:
     for fields in (run.entry, run.parameters):
-        if fields.get("mask_id", mask) != mask:
-            raise CoterieError(f"{run.location}: mask_id is {fields['mask_id']!r}, not {mask}")
+        if fields.get("mask_id", mask_id) != mask_id:
+            raise CheckpointError(
+                f"{run.location}: mask_id is {fields['mask_id']!r}, not {mask_id}"
+            )
     algorithm = ALGORITHM_NAMES.get(run.family) or str(run.entry.get("algo"))
-    loop = make_loop(
-        algorithm, ReferenceParameters(run.location, run.parameters), mask_id=mask, eos_id=end
-    )
+    parameters = ReferenceParameters(run.location, run.parameters)
+    loop = make_loop(algorithm, parameters, mask_id=mask_id, eos_id=eos_id)
     model = replace(model, mask_id=loop.mask_id, eos_ids=loop.stop_ids)
     configs = loop.configs[:1] if run.excuse else loop.configs
     return [
@@ -90,10 +90,9 @@ def _compare_run(run: RecordedRun, model: Model, mask: int, end: int) -> list[Pa
 def generate_run(
     model: Model, config: GenerationConfig, prompts: Sequence[Sequence[int]]
 ) -> GeneratedRun:
-    """Generate all prompts together and keep every forward."""
+    """Generate all prompts together and record every forward."""
     engine = Engine(model, generation=config)
-    request_ids = [engine.submit(list(prompt)) for prompt in prompts]
-    sequences = [engine.sequence(request_id) for request_id in request_ids]
+    sequences = [engine.sequence(engine.submit(list(prompt))) for prompt in prompts]
     forwards, extra_forwards = [], 0
     while engine.rows:
         active = [sequence for sequence in sequences if sequence.next_pass is not None]
@@ -125,9 +124,7 @@ def _compare_generation(
     for number, (ours, theirs) in enumerate(zip(outputs, run.outputs, strict=True)):
         if ours != theirs:
             mismatch = next((i for i, (a, b) in enumerate(zip(ours, theirs)) if a != b), None)  # noqa: B905
-            difference = (
-                f"differ from {mismatch} on" if mismatch is not None else "have another length"
-            )
+            difference = "have another length" if mismatch is None else f"differ from {mismatch} on"
             problems.append(f"ids of row {number} {difference}")
     expected = _expected_forwards(run)
     if len(generated.forwards) != expected:
@@ -140,13 +137,13 @@ def _compare_generation(
 
 
 def _expected_forwards(run: RecordedRun) -> int:
-    """Denoising forwards; SDAR's count holds the passes that store keys."""
+    """The number of denoising forwards; SDAR's ``nfe`` also counts those that store keys."""
     recorded = _recorded_forwards(run)
     if run.family != "sdar_moe":
         return recorded
     calls = _calls(run)
     if len(calls) != recorded:
-        raise CoterieError(
+        raise CheckpointError(
             f"{run.location}: nfe is {recorded}, but {len(calls)} calls are recorded"
         )
     return sum(1 for _, _, stored in calls if not stored)
@@ -155,7 +152,7 @@ def _expected_forwards(run: RecordedRun) -> int:
 def _trace_problems(
     run: RecordedRun, config: GenerationConfig, generated: GeneratedRun
 ) -> list[str]:
-    """Differences in what went into each forward, as far as the run recorded it."""
+    """Differences in the input of each forward, as far as the run recorded it."""
     ours: list[object]
     theirs: list[object]
     if run.family == "sdar_moe":
@@ -164,7 +161,7 @@ def _trace_problems(
         ours = [[f.rows, f.width] for f in generated.forwards]
         recorded_calls = run.entry.get("calls")
         if not isinstance(recorded_calls, list):
-            raise CoterieError(
+            raise CheckpointError(
                 f"{run.location}: calls is {type(recorded_calls).__name__}, not a list"
             )
         theirs = recorded_calls
@@ -180,7 +177,10 @@ def _trace_problems(
 
 
 def _calls_with_stores(generated: GeneratedRun) -> Iterator[list[int]]:
-    """(length, start, stores keys) of SDAR's calls: it stores prompt and blocks, the last too."""
+    """(width, start, stores keys) of our forwards, as SDAR counts them.
+
+    SDAR stores the keys of the prompt and of every block, including the last one.
+    """
     if prefill_length := generated.sequences[0].blocks[0].start:
         yield [prefill_length, 0, 1]
     for current, next_forward in zip_longest(generated.forwards, generated.forwards[1:]):
@@ -190,7 +190,7 @@ def _calls_with_stores(generated: GeneratedRun) -> Iterator[list[int]]:
 
 
 def _calls(run: RecordedRun) -> list[list[int]]:
-    """(width, start, stores keys) of every forward."""
+    """(width, start, stores keys) of every recorded forward."""
     name = f"gen_{run.tag}_calls_len_pos_store"
     count, _ = run.arrays.shape(name, 2)
     return run.arrays.integers(name, count, 3).tolist()
@@ -205,7 +205,7 @@ def _whole_canvas(sequence: SequenceState, loop: PublishedLoop, is_single: bool)
 
 
 def _llada_moe(sequence: SequenceState, loop: PublishedLoop, is_single: bool) -> list[int]:
-    """dInfer fills with end-of-text after a stop, and drops it from single rows."""
+    """dInfer fills the canvas with end-of-text after a stop, and drops it from single sequences."""
     tokens = sequence.canvas.tokens.tolist()
     if loop.fills_after_stop:
         tokens[sequence.block.stop :] = loop.stop_ids[:1] * (len(tokens) - sequence.block.stop)
@@ -213,7 +213,7 @@ def _llada_moe(sequence: SequenceState, loop: PublishedLoop, is_single: bool) ->
 
 
 def _llada2(sequence: SequenceState, loop: PublishedLoop, is_single: bool) -> list[int]:
-    """The answer with its end-of-text. Where 2.0 stops inside a block, the prompt comes along."""
+    """The answer with its end-of-text; LLaDA2.0 adds the prompt if it stops inside a block."""
     answer = sequence.canvas.tokens.tolist()[sequence.canvas.prompt_length :]
     answer = answer if sequence.stopped_early else answer[: sequence.request.max_new_tokens]
     end = first_index_of(answer, sequence.request.eos_ids)

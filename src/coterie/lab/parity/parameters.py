@@ -1,4 +1,4 @@
-"""The parameters that a reference run states, asked for one by one."""
+"""The parameters of a reference run, each read and checked by name."""
 
 from __future__ import annotations
 
@@ -6,70 +6,74 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from coterie.errors import CoterieError
+from coterie.errors import CheckpointError
 
-MIN_CONFIDENCE = 1e-30
-"""A confidence that everything passes."""
+MIN_CONFIDENCE = 1e-30  # every token passes this threshold
 
 
 @dataclass(frozen=True)
 class ReferenceParameters:
-    """A run's parameters and which were asked for; one that nobody asks for is an error."""
+    """A run's parameters, and the names that were read. A name that was never read is an error.
+
+    Each getter raises CheckpointError for a missing or malformed parameter.
+    """
 
     location: str
     values: Mapping[str, object]
-    read_names: set[str] = field(default_factory=set)  # grows while a loop is told
+    read_names: set[str] = field(default_factory=set)
 
     def integer(self, name: str, default: int | None = None) -> int:
         value = self._get(name, default)
         if isinstance(value, bool) or not isinstance(value, int):
-            raise CoterieError(f"{self.location}: {name} is {value!r}, not a whole number")
+            raise CheckpointError(f"{self.location}: {name} is {value!r}, not a whole number")
         return value
 
     def number(self, name: str, default: float | None = None) -> float:
         value = self._get(name, default)
         if isinstance(value, bool) or not isinstance(value, int | float):
-            raise CoterieError(f"{self.location}: {name} is {value!r}, not a number")
+            raise CheckpointError(f"{self.location}: {name} is {value!r}, not a number")
         if not math.isfinite(value):
-            raise CoterieError(f"{self.location}: {name} is {value!r}; it must be finite")
+            raise CheckpointError(f"{self.location}: {name} is {value!r}; it must be finite")
         return float(value)
 
     def threshold(self, name: str, default: float | None = None) -> float:
-        """A confidence to pass; below 0 it bars nothing, above 1 everything, as the ends do."""
+        """A confidence threshold, clamped to between ``MIN_CONFIDENCE`` and 1."""
         return min(max(self.number(name, default), MIN_CONFIDENCE), 1.0)
 
     def allow_only(self, name: str, *supported: object) -> None:
-        """Absent, or one of these: another would be another loop."""
+        """Raises for another value, which would change the loop. Absent means the first value."""
         value = self._get(name, supported[0], required=False)
         if value not in supported:
             known = " or ".join(map(repr, supported))
-            raise CoterieError(f"{self.location}: {name} is {value!r}; supported: {known}")
+            raise CheckpointError(f"{self.location}: {name} is {value!r}; supported: {known}")
 
     def flag(self, name: str, default: bool) -> bool:
         value = self._get(name, default)
         if not isinstance(value, bool):
-            raise CoterieError(f"{self.location}: {name} is {value!r}, not true or false")
+            raise CheckpointError(f"{self.location}: {name} is {value!r}, not true or false")
         return value
 
     def choice(self, name: str, known: Mapping[str, object], default: str | None = None) -> str:
         value = self._get(name, default)
         if not isinstance(value, str) or value not in known:
-            raise CoterieError(f"{self.location}: {name} is {value!r}; known: {', '.join(known)}")
+            raise CheckpointError(
+                f"{self.location}: {name} is {value!r}; known: {', '.join(known)}"
+            )
         return value
 
     def ids(self, name: str) -> tuple[int, ...]:
-        """Empty where absent."""
+        """Token ids; empty if absent."""
         value = self._get(name, [])
         items = value if isinstance(value, list) else [value]
         ids = tuple(i for i in items if isinstance(i, int) and not isinstance(i, bool))
         if len(ids) < len(items):
-            raise CoterieError(f"{self.location}: {name} is {value!r}, not token ids")
+            raise CheckpointError(f"{self.location}: {name} is {value!r}, not token ids")
         return ids
 
     def section(self, name: str) -> ReferenceParameters:
         value = self._get(name, {})
         if not isinstance(value, dict):
-            raise CoterieError(f"{self.location}: {name} is {value!r}, not an object")
+            raise CheckpointError(f"{self.location}: {name} is {value!r}, not an object")
         return ReferenceParameters(f"{self.location}: {name}", value)
 
     def has(self, name: str) -> bool:
@@ -78,7 +82,7 @@ class ReferenceParameters:
 
     def check_unknown_names(self) -> None:
         if unknown := sorted(set(self.values) - self.read_names):
-            raise CoterieError(
+            raise CheckpointError(
                 f"{self.location}: unknown parameter {', '.join(map(repr, unknown))}"
             )
 
@@ -87,5 +91,5 @@ class ReferenceParameters:
         value = self.values.get(name)
         value = default if value is None else value
         if value is None and required:
-            raise CoterieError(f"{self.location}: {name} is missing")
+            raise CheckpointError(f"{self.location}: {name} is missing")
         return value

@@ -1,4 +1,4 @@
-"""Published generation loops, told as ours: from the parameters of a reference run to options."""
+"""Published generation loops as our options, from the parameters of a reference run."""
 
 from __future__ import annotations
 
@@ -28,31 +28,31 @@ from coterie.decoding.unmask import (
     UnmaskRule,
 )
 from coterie.engine.generation_config import GenerationConfig
-from coterie.errors import CoterieError
+from coterie.errors import CheckpointError
 from coterie.lab.parity.parameters import ReferenceParameters
 
 
 @dataclass(frozen=True)
 class PublishedLoop:
-    """How to run what a published loop runs. Some can be run in more than one way."""
+    """The options that reproduce a published loop; equivalent ones where there are several."""
 
     configs: tuple[GenerationConfig, ...]
     mask_id: int
     stop_ids: tuple[int, ...]
-    fills_after_stop: bool = False  # what follows a stop is filled with end-of-text
+    fills_after_stop: bool = False  # with end-of-text
 
 
 def make_loop(
     algorithm: str, parameters: ReferenceParameters, *, mask_id: int, eos_id: int
 ) -> PublishedLoop:
-    """The loop of a reference run; ``mask`` and ``end`` are ids that parameters may overrule.
+    """The loop of a reference run; parameters may override ``mask_id`` and ``eos_id``.
 
-    ``algorithm`` is the family, or for LLaDA-MoE what the run says of its source.
+    ``algorithm`` is the family, or for LLaDA-MoE the source that the run names.
     """
     known = [name for name in LOOP_BUILDERS if name in algorithm]
     if len(known) != 1:
-        raise CoterieError(
-            f"{parameters.location}: {algorithm!r} is no loop known here; known: {', '.join(LOOP_BUILDERS)}"
+        raise CheckpointError(
+            f"{parameters.location}: unknown loop {algorithm!r}; known: {', '.join(LOOP_BUILDERS)}"
         )
     loop = LOOP_BUILDERS[known[0]](algorithm, parameters, mask_id, eos_id)
     if known[0] != "SDAR":
@@ -81,7 +81,7 @@ def _generation(
 def _llada(
     algorithm: str, parameters: ReferenceParameters, mask_id: int, eos_id: int
 ) -> PublishedLoop:
-    """Whole row; every block takes all its steps, even where nothing is left to do."""
+    """No cache; every block takes all of its steps, even after it is filled."""
     rule = _fixed_rule(parameters)
     plan = DecodePlan(NoCache(), Unroll(most=1, least=rule.steps))
     for name in ("logits_eos_inf", "confidence_eos_eot_inf"):
@@ -93,7 +93,7 @@ def _llada(
 def _fast_dllm(
     algorithm: str, parameters: ReferenceParameters, mask_id: int, eos_id: int
 ) -> PublishedLoop:
-    """With a cache, every block is looked at twice at least: whole, then through the cache."""
+    """With a cache, every block takes at least two forwards: without, then with the cache."""
     plans = {
         "with_prefix_cache": DecodePlan(PrefixCache(), Unroll(1, 1)),
         "with_dual_cache": DecodePlan(DualCache(), Unroll(1, 1)),
@@ -101,7 +101,7 @@ def _fast_dllm(
     plan = next((plan for name, plan in plans.items() if name in algorithm), DecodePlan(NoCache()))
     rule: UnmaskRule
     if parameters.has("threshold"):
-        parameters.has("steps")  # without effect beside a threshold
+        parameters.has("steps")  # has no effect with a threshold
         rule = ThresholdRule(parameters.threshold("threshold"), slack=0.0)
     else:
         rule = _fixed_rule(parameters)
@@ -110,12 +110,13 @@ def _fast_dllm(
 
 
 def _fixed_rule(parameters: ReferenceParameters) -> FixedRule:
-    """``steps`` are those of all blocks together."""
+    """``steps`` is the total over all blocks."""
     length, width = parameters.integer("gen_length"), max(1, parameters.integer("block_length"))
     steps, blocks = parameters.integer("steps"), max(1, length // width)
     if steps < blocks or steps % blocks or length % width:
-        raise CoterieError(
-            f"{parameters.location}: {steps} steps, {length} ids, blocks of {width}: no even shares"
+        raise CheckpointError(
+            f"{parameters.location}: {steps} steps and {length} ids do not divide evenly "
+            f"into blocks of {width}"
         )
     return FixedRule(steps // blocks)
 
@@ -123,7 +124,7 @@ def _fixed_rule(parameters: ReferenceParameters) -> FixedRule:
 def _dinfer(
     algorithm: str, parameters: ReferenceParameters, mask_id: int, eos_id: int
 ) -> PublishedLoop:
-    """Every run states all parameters of the benchmark; a runner uses those that concern it."""
+    """Every run has all parameters of the benchmark; each runner uses some of them."""
     schemes, smooth = _runner(parameters), _smooth(parameters)
     runner = parameters.choice("runner", schemes)
     max_unroll, expected_tokens = (
@@ -144,7 +145,7 @@ def _dinfer(
         smooth=smooth if runner.startswith("itersmooth") else None,
     )
     plan = DecodePlan(schemes[runner], Unroll(max(1, max_unroll), expected_tokens))
-    fills_after_stop = parameters.flag("early_stop", True)  # without it the row ends there too
+    fills_after_stop = parameters.flag("early_stop", True)  # false also ends the sequence
     config = _generation(parameters, plan, unmask, "block")
     mask_id = parameters.integer("mask_id", mask_id)
     return PublishedLoop(
@@ -202,7 +203,7 @@ def _llada20(
 def _llada21(
     algorithm: str, parameters: ReferenceParameters, mask_id: int, eos_id: int
 ) -> PublishedLoop:
-    parameters.integer("steps", 32)  # without effect: every block runs until it settles
+    parameters.integer("steps", 32)  # has no effect: every block runs until it converges
     parameters.integer("minimal_topk", 1)
     min_tokens = parameters.integer("num_to_transfer", 1)
     rule = DynamicRule(parameters.threshold("threshold", 0.95), least=min_tokens)
@@ -219,7 +220,7 @@ def _block_causal(
     mask_id: int,
     eos_id: int,
 ) -> PublishedLoop:
-    """Published without a cache; with one it must come out the same."""
+    """The published loop has no cache; a cache must give the same result."""
     configs = tuple(
         _generation(parameters, DecodePlan(scheme), unmask, stop)
         for scheme in (BlockCausalCache(), BlockCausalNoCache())
@@ -234,7 +235,9 @@ def _sdar(
     steps, p = parameters.integer("denoising_steps"), parameters.threshold("threshold", 1.0)
     width = parameters.integer("block_length")
     if not 1 <= steps <= width:
-        raise CoterieError(f"{parameters.location}: {steps} denoising_steps in a block of {width}")
+        raise CheckpointError(
+            f"{parameters.location}: {steps} denoising_steps in a block of {width}"
+        )
     rules: dict[str, UnmaskRule] = {
         "low_confidence": DynamicRule(p, steps) if p < 1 else StaticRule(steps),
         "low_confidence_dynamic": DynamicRule(p, steps),

@@ -1,4 +1,4 @@
-"""The generations that a reference folder records, each checked against its arrays."""
+"""The recorded generations of a reference folder, checked against its arrays."""
 
 from __future__ import annotations
 
@@ -9,24 +9,21 @@ from pathlib import Path
 
 import numpy as np
 
-from coterie.errors import CoterieError
+from coterie.errors import CheckpointError
 from coterie.lab.parity.arrays import ReferenceArrays
 from coterie.strict_json import read_object
 
+# Runs with a decision closer to a tie than this are reported, not judged.
 TIE_MARGIN = 2e-6
-"""Runs whose own decisions are nearer than this to a tie are reported, not judged."""
+# The families, as meta.json names them, and the arrays that only their sets have.
 EXTRA_ARRAYS = {"lladamoe": (), "llada2": ("logits_fullattn",), "llada21": (), "sdar_moe": ()}
-"""The families, as meta.json names them, and the arrays that only their sets hold."""
+# Runs with this tag reproduce a known error of published code: reported, not judged.
 KNOWN_ERROR_PREFIX = "off_"
-"""Runs so tagged reproduce a known error of published code: reported, not judged."""
 
 
 @dataclass(frozen=True)
 class RecordedRun:
-    """One entry of meta.json's ``generations`` with its arrays; B rows.
-
-    Where ``excused`` says why, a difference is not held against us.
-    """
+    """One entry of meta.json's ``generations`` with its arrays."""
 
     tag: str
     family: str
@@ -37,16 +34,17 @@ class RecordedRun:
 
     @property
     def excuse(self) -> str:
+        """Why differences are reported and not judged; empty if they are judged."""
         if self.family == "llada21" and self.tag.startswith(KNOWN_ERROR_PREFIX):
             return "reproduces a known error"
         return f"margin {self.margin:.1e}" if self.margin < TIE_MARGIN else ""
 
     @property
     def margin(self) -> float:
-        """The smallest that the run records."""
+        """The smallest recorded margin between two decisions."""
         listed_margins = self.entry.get("margins", {})
         if not isinstance(listed_margins, dict):
-            raise CoterieError(f"{self.location}: margins is {listed_margins!r}, not an object")
+            raise CheckpointError(f"{self.location}: margins is {listed_margins!r}, not an object")
         other_margins = {key: value for key, value in self.entry.items() if key.endswith("_margin")}
         return min(
             _margin_values(self.location, {**listed_margins, **other_margins}), default=math.inf
@@ -56,7 +54,7 @@ class RecordedRun:
     def parameters(self) -> Mapping[str, object]:
         values = self.entry.get("params")
         if not isinstance(values, dict):
-            raise CoterieError(f"{self.location}: params is {values!r}, not an object")
+            raise CheckpointError(f"{self.location}: params is {values!r}, not an object")
         return values
 
     @property
@@ -65,67 +63,74 @@ class RecordedRun:
 
 
 def read_runs(folder: Path, arrays: ReferenceArrays) -> list[RecordedRun]:
-    """Every generation of meta.json, checked against the arrays, and the arrays against it."""
+    """Every generation of meta.json. Raises CheckpointError if it and the arrays do not match."""
     meta = read_object(folder / "meta.json")
     family, entries = meta.get("family"), meta.get("generations")
     if not isinstance(family, str) or family not in EXTRA_ARRAYS:
-        raise CoterieError(
+        raise CheckpointError(
             f"{folder}: meta.json: family is {family!r}; known: {', '.join(EXTRA_ARRAYS)}"
         )
     if not isinstance(entries, list) or not entries:
-        raise CoterieError(f"{folder}: meta.json lists no generations")
+        raise CheckpointError(f"{folder}: meta.json lists no generations")
     runs = [_parse_run(folder, family, entry, arrays) for entry in entries]
     tags = [run.tag for run in runs]
     if len(set(tags)) < len(tags):
-        raise CoterieError(f"{folder}: meta.json lists a generation twice")
+        raise CheckpointError(f"{folder}: meta.json lists a generation twice")
     _check_arrays(family, tags, arrays)
     _check_margins(folder, meta, runs)
     return runs
 
 
 def _check_arrays(family: str, tags: list[str], arrays: ReferenceArrays) -> None:
-    """What the family needs is there, and nothing of a generation that is not listed."""
+    """Check that the family's arrays are present, and that each array has a generation."""
     for name in EXTRA_ARRAYS[family]:
         if name not in arrays.arrays:
-            raise CoterieError(f"{arrays.file}: {name} is missing")
+            raise CheckpointError(f"{arrays.file}: {name} is missing")
     output_names = {f"gen_{tag}_{part}" for tag in tags for part in ("prompt", "out")}
     for name in arrays.arrays:
         belongs = any(name.startswith(f"gen_{tag}_") for tag in tags)
-        if name.endswith(("_prompt", "_out")):  # one tag may begin as another does
+        if name.endswith(("_prompt", "_out")):  # one tag may be a prefix of another
             belongs = name in output_names
         if name.startswith("gen_") and not belongs:
-            raise CoterieError(f"{arrays.file}: {name} belongs to no generation of meta.json")
+            raise CheckpointError(f"{arrays.file}: {name} belongs to no generation of meta.json")
 
 
 def _check_margins(folder: Path, meta: Mapping[str, object], runs: list[RecordedRun]) -> None:
-    """A margin excuses a run, so none may be closer than the closest that the set states."""
+    """A margin can excuse a run, so none may be smaller than the smallest of the set."""
     margins = {key: value for key, value in meta.items() if key.startswith("worst_margin")}
     closest = min(_margin_values(f"{folder}: meta.json", margins), default=0.0)
     for run in runs:
         if run.margin < closest:
-            raise CoterieError(f"{run.location}: margin {run.margin:.1e} is below the set's worst")
+            raise CheckpointError(
+                f"{run.location}: margin {run.margin:.1e} is below the set's worst"
+            )
 
 
 def _parse_run(folder: Path, family: str, entry: object, arrays: ReferenceArrays) -> RecordedRun:
     if not isinstance(entry, dict) or not isinstance(entry.get("tag"), str):
-        raise CoterieError(f"{folder}: meta.json: a generation without a tag")
+        raise CheckpointError(f"{folder}: meta.json: a generation without a tag")
     tag = entry["tag"]
     prompts, outputs = (_rows(arrays, f"gen_{tag}_{part}") for part in ("prompt", "out"))
     if arrays.arrays[f"gen_{tag}_prompt"].ndim != arrays.arrays[f"gen_{tag}_out"].ndim:
-        raise CoterieError(f"{arrays.file}: {tag}: prompt and out have not the same axes")
+        raise CheckpointError(
+            f"{arrays.file}: {tag}: prompt and out have different numbers of axes"
+        )
     if len(prompts) != len(outputs):
-        raise CoterieError(f"{arrays.file}: {tag}: {len(prompts)} prompts, {len(outputs)} outputs")
+        raise CheckpointError(
+            f"{arrays.file}: {tag}: {len(prompts)} prompts, {len(outputs)} outputs"
+        )
     if entry.get("n_out", len(outputs[0])) != len(outputs[0]):
-        raise CoterieError(f"{folder}: {tag}: n_out is {entry['n_out']}, of {len(outputs[0])} ids")
+        raise CheckpointError(
+            f"{folder}: {tag}: n_out is {entry['n_out']}, of {len(outputs[0])} ids"
+        )
     return RecordedRun(tag, family, entry, prompts, outputs, arrays)
 
 
 def _margin_values(location: str, fields: Mapping[str, object]) -> list[float]:
-    """Numbers from 0 up, as margins are."""
     margins = []
     for name, value in fields.items():
         if isinstance(value, bool) or not isinstance(value, int | float) or not value >= 0:
-            raise CoterieError(f"{location}: {name} is {value!r}, not a margin")
+            raise CheckpointError(f"{location}: {name} is {value!r}, not a margin")
         margins.append(float(value))
     return margins
 

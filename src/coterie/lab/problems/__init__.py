@@ -1,4 +1,4 @@
-"""The four kinds of small problems that the embedded model solves."""
+"""The four tasks of the embedded model: small generated problems."""
 
 from coterie.lab.problems.algebra import algebra_problem
 from coterie.lab.problems.code import code_phrase, docstring_problem, sentence_problem
@@ -12,10 +12,7 @@ PROBLEM_MAKERS: dict[str, ProblemMaker] = {
     "sentence": sentence_problem,
     "algebra": algebra_problem,
 }
-TRAINING_MAKERS: dict[str, ProblemMaker] = {
-    **PROBLEM_MAKERS,
-    "words": training_word_problem,
-}  # what training draws from
+TRAINING_MAKERS: dict[str, ProblemMaker] = {**PROBLEM_MAKERS, "words": training_word_problem}
 
 __all__ = [
     "MAX_NUMBER",

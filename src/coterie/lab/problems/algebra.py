@@ -1,4 +1,4 @@
-r"""Algebra in the manner of MATH: worked steps, then ``\boxed{n}``."""
+r"""Algebra problems like those of MATH: worked steps, then ``\boxed{n}``."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ from coterie.lab.problems.facts import MAX_NUMBER, draw_product
 from coterie.lab.problems.problem import Problem, WorkedProblem
 
 LETTERS = ["x", "y", "n", "t"]
-
 
 AlgebraMaker = Callable[[random.Random, str], WorkedProblem]
 
@@ -113,7 +112,7 @@ KINDS: dict[str, AlgebraMaker] = {
 
 
 def algebra_problem(rng: random.Random) -> Problem:
-    """One exercise of a random kind."""
+    """One problem of a random kind."""
     kind = rng.choice(list(KINDS))
     problem = KINDS[kind](rng, rng.choice(LETTERS))
     return problem.to_problem("algebra", kind, r"The answer is \boxed{{}}.")

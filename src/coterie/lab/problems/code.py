@@ -1,4 +1,4 @@
-"""Small Python functions, asked for by a docstring (HumanEval) or a sentence and asserts (MBPP)."""
+"""Small Python functions from a docstring (HumanEval) or from a sentence and asserts (MBPP)."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ Integer = int
 
 @dataclass(frozen=True)
 class FunctionSpec:
-    """What a function does to a list: keep some numbers, change each, gather them.
+    """A function on a list of integers: a filter, a map and a reduction.
 
-    The words, the source and the meaning are read off the same three choices.
+    Its description, its source code and its result follow from these three choices.
     """
 
     filter_name: str
@@ -60,7 +60,7 @@ class FunctionSpec:
         return "\n".join([*lines, "    return out"])
 
     def evaluate(self, xs: list[Integer]) -> Integer | list[Integer]:
-        """What the function returns, computed without its source."""
+        """The return value of the function, computed without its source code."""
         values = [_apply_map(self, x) for x in xs if _passes_filter(self, x)]
         match self.reduce_name:
             case "sum":
@@ -73,7 +73,7 @@ class FunctionSpec:
                 return values if self.reduce_name == "list" else values[::-1]
 
 
-FILTERS = {  # words, test
+FILTERS = {  # description, test
     "all": ("the numbers", ""),
     "even": ("the even numbers", "x % 2 == 0"),
     "odd": ("the odd numbers", "x % 2 == 1"),
@@ -82,7 +82,7 @@ FILTERS = {  # words, test
     "except": ("the numbers other than {c}", "x != {c}"),
     "multiple": ("the multiples of {c}", "x % {c} == 0"),
 }
-MAPS = {  # words, expression
+MAPS = {  # description, expression
     "none": ("", "x"),
     "plus": (", each plus {c}", "x + {c}"),
     "minus": (", each minus {c}", "x - {c}"),
@@ -96,25 +96,25 @@ REDUCTIONS = {
     "list": "a list of",
     "reversed": "a reversed list of",
 }
-REDUCTION_CODE = {  # first line, step
+REDUCTION_CODE = {  # first line, loop body
     "sum": ("out = 0", "out = out + {value}"),
     "count": ("out = 0", "out = out + 1"),
     "max": ("out = 0", "out = max(out, {value})"),
     "list": ("out = []", "out.append({value})"),
     "reversed": ("out = []", "out.insert(0, {value})"),
 }
-WITHOUT_CONSTANT = {"all", "even", "odd", "none", "square"}  # choices without a constant
+WITHOUT_CONSTANT = {"all", "even", "odd", "none", "square"}  # filters and maps
 
 
 def docstring_problem(rng: random.Random) -> Problem:
-    """A function from its signature and docstring, as in HumanEval."""
+    """Complete a function from its signature and docstring, as in HumanEval."""
     spec, name = _draw_spec(rng), _draw_name(rng)
     prompt = f'def {name}(xs):\n    """Return {spec.description()}."""'
     return _make_problem("docstring", spec, name, prompt=prompt, rng=rng)
 
 
 def sentence_problem(rng: random.Random) -> Problem:
-    """A function from a sentence and an assert, as in MBPP."""
+    """Write a function from a sentence and asserts, as in MBPP."""
     spec, name = _draw_spec(rng), _draw_name(rng)
     examples = "\n".join(_draw_asserts(spec, name, rng, count=2, shortest=1, longest=2))
     prompt = f"Write a function that returns {spec.description()}.\n{examples}"
@@ -122,7 +122,7 @@ def sentence_problem(rng: random.Random) -> Problem:
 
 
 def code_phrase(rng: random.Random) -> tuple[str, str, str]:
-    """Words of a recipe with the line of code they become: shown, hidden, shown again."""
+    """A phrase of a description, the code that it becomes, and the text after that code."""
     spec = _draw_spec(rng)
     test = FILTERS[spec.filter_name][1].format(c=spec.filter_constant)
     if test and rng.random() < 0.5:

@@ -1,4 +1,4 @@
-"""The arithmetic that the embedded model knows: every number it computes lies in 0 .. 50."""
+"""Arithmetic of the embedded model's problems, with numbers from 0 to 50."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ PRODUCTS = [(a, b) for a in range(2, 10) for b in range(2, 10) if a * b <= MAX_N
 
 
 def draw_product(rng: random.Random, maximum: int = MAX_NUMBER) -> tuple[int, int, int]:
-    """Two factors in 2 .. 9 and their product, at most ``most``."""
+    """Two factors from 2 to 9 and their product, at most ``maximum``."""
     a, b = rng.choice([pair for pair in PRODUCTS if pair[0] * pair[1] <= maximum])
     return a, b, a * b
 
 
 def draw_equation(rng: random.Random, sign: str | None = None) -> str:
-    """One line of the tables, such as ``12 - 5 = 7``; sums and differences are most of them."""
+    """An equation such as ``12 - 5 = 7``; most are sums and differences."""
     kind = sign or rng.choices("+-*/", weights=(5, 5, 1, 1))[0]
     if kind in "*/":
         a, b, c = draw_product(rng)
@@ -31,9 +31,9 @@ def draw_equation(rng: random.Random, sign: str | None = None) -> str:
 
 
 def replace_equations(steps: str, rng: random.Random) -> Iterator[tuple[str, bool]]:
-    """Worked steps with each fact replaced by any of its sign, in parts: text, and is it a result?
+    """Worked steps with each equation replaced by a random one with the same operator.
 
-    What is left is the wording: no question goes with these numbers.
+    Yields parts: a text, and whether it is the result of an equation.
     """
     end = 0
     for match in EQUATION.finditer(steps):

@@ -1,4 +1,4 @@
-"""A small problem with a checkable answer, and the split that keeps training and test apart."""
+"""A small problem with a checkable answer, and its split into training and test problems."""
 
 from __future__ import annotations
 
@@ -10,16 +10,16 @@ from typing import Literal, Protocol
 Split = Literal["train", "test"]
 ProblemKey = tuple[str | int, ...]
 
-TEST_MODULUS = 8  # one combination in eight is never trained on
+TEST_MODULUS = 8  # one key in eight is a test problem
 
 
 @dataclass(frozen=True)
 class Problem:
     """One question and its worked answer.
 
-    ``gold`` is what the grader compares: the final number as text, or for code the assertions
-    that the function must pass. ``key`` names the combination of kind and numbers, which alone
-    decides the split, so that a test problem is new in more than its names.
+    ``gold`` is the graded result: the final number as text, or for code the assertions that must
+    pass. ``key`` is the kind of problem and its numbers. It alone determines the split, so a test
+    problem differs from training problems in more than its names.
     """
 
     task: str
@@ -31,7 +31,7 @@ class Problem:
 
 @dataclass(frozen=True)
 class WorkedProblem:
-    """A question with its steps: the numbers that it is made of, and the number it comes to."""
+    """A question with its numbers, its worked steps and its result."""
 
     numbers: tuple[int, ...]
     question: str
@@ -39,7 +39,7 @@ class WorkedProblem:
     result: int
 
     def to_problem(self, task: str, kind: str, ending: str) -> Problem:
-        """``ending`` ("#### {}") tells the result after the steps."""
+        """``ending`` is the last line of the answer, with {} for the result: "#### {}"."""
         return Problem(
             task=task,
             key=(kind, *self.numbers),
@@ -50,18 +50,18 @@ class WorkedProblem:
 
 
 class ProblemMaker(Protocol):
-    """Draws one problem of a kind, of either split."""
+    """Draws one problem of a task, of either split."""
 
     def __call__(self, rng: random.Random) -> Problem: ...
 
 
 def split_of(key: ProblemKey) -> Split:
-    """The side on which a combination lies: a fixed hash of the key, the same everywhere."""
+    """The split of a key, by a hash that is equal on all machines."""
     return "test" if zlib.crc32(repr(key).encode()) % TEST_MODULUS == 0 else "train"
 
 
 def draw_problem(maker: ProblemMaker, rng: random.Random, split: Split) -> Problem:
-    """A problem of ``split``: redraws until the combination lies on that side."""
+    """A problem of this split: redraws until its key lies in it."""
     while True:
         problem = maker(rng)
         if split_of(problem.key) == split:

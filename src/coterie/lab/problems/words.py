@@ -1,4 +1,4 @@
-"""Word problems in the manner of GSM8K: worked steps, then ``#### n``."""
+"""Word problems like those of GSM8K: worked steps, then ``#### n``."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ CONTAINERS = ["boxes", "bags", "packs", "jars", "rows", "piles", "baskets", "tra
 
 @dataclass(frozen=True)
 class ProblemSetting:
-    """Who and what a problem is about."""
+    """The names and the items of a problem."""
 
     name: str
     other_name: str
@@ -160,8 +160,8 @@ def three_steps(rng: random.Random, s: ProblemSetting) -> WorkedProblem:
     d = rng.randint(1, MAX_NUMBER - (p - c))
     return WorkedProblem(
         (a, b, c, d),
-        f"{s.name} has {a} {s.containers} of {b} {s.items}, gives {c} to {s.other_name} and then buys "
-        f"{d} more. How many {s.items} does {s.name} have now?",
+        f"{s.name} has {a} {s.containers} of {b} {s.items}, gives {c} to {s.other_name} "
+        f"and then buys {d} more. How many {s.items} does {s.name} have now?",
         f"{s.name} has {a} * {b} = {p} {s.items} in the {s.containers}. "
         f"After giving {c} to {s.other_name}, {s.name} has {p} - {c} = {p - c} {s.items}. "
         f"After buying {d} more, {s.name} has {p - c} + {d} = {p - c + d} {s.items}.",
@@ -180,14 +180,12 @@ KINDS: dict[str, WordProblemMaker] = {
     "there-and-back": there_and_back,
     "three-steps": three_steps,
 }
-
-
-# Two factors make 54 combinations. A model learns these by heart, so nothing is proved by asking.
+# Two factors have only 54 combinations, which a model memorizes.
 TRAINING_ONLY = {"times-as-many"}
 
 
 def word_problem(rng: random.Random) -> Problem:
-    """One word problem of a kind that is asked."""
+    """One word problem of a kind that evaluations use."""
     return _draw_word_problem(rng, [kind for kind in KINDS if kind not in TRAINING_ONLY])
 
 

@@ -1,4 +1,4 @@
-"""Masked attention for short rows: one row's scores fit the cache, so each row is done at a time.
+"""Masked attention for short rows, one at a time: the scores of one row fit the CPU cache.
 
 Shapes: B rows, h heads (query heads equal key heads), L positions, D head.
 """

@@ -1,4 +1,4 @@
-"""What one training step sees. Shapes: B rows, L positions, n = L / block blocks."""
+"""The batch of a training step. Shapes: B rows, L positions, n = L / block blocks."""
 
 from __future__ import annotations
 
@@ -11,22 +11,22 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class TrainingBatch:
-    """Noised rows and what they should have been."""
+    """Noised rows and their targets."""
 
     tokens: Tensor  # [B, L] int64, masked inputs
-    positions: Tensor  # [B, L] int64, absolute inside the problem
+    positions: Tensor  # [B, L] int64, from the start of the problem
     block_mask: Tensor  # [B, n, n] bool: query block sees key block
-    targets: Tensor  # [B, L] int64, -100 = no loss here
-    weights: Tensor  # [B, L] float32, weight of each target's loss
-    tasks: Tensor | None = None  # [B, L] int64, the task of each position, for the log only
-    loss_divisor: float = 0.0  # what the weighted loss is divided by; 0 = the batch's own weight
+    targets: Tensor  # [B, L] int64; -100: no loss
+    weights: Tensor  # [B, L] float32, of each target's loss
+    tasks: Tensor | None = None  # [B, L] int64, for the log only
+    loss_divisor: float = 0.0  # 0: the sum of the batch's weights
 
     def total_weight(self) -> float:
         """The divisor of the loss: the sum of weights over target positions."""
         return self.loss_divisor or float(self.weights[self.targets >= 0].sum())
 
     def split(self, parts: int) -> list[TrainingBatch]:
-        """Equal runs of rows that keep the divisor of the whole, so that gradients add up."""
+        """Equal parts with the divisor of the whole batch, so that their gradients add up."""
         if len(self.tokens) % parts:
             raise ValueError(f"{len(self.tokens)} rows do not split into {parts} equal parts")
         rows, divisor = len(self.tokens) // parts, self.total_weight()
@@ -39,7 +39,7 @@ class TrainingBatch:
 
     @staticmethod
     def from_arrays(arrays: tuple[np.ndarray | float | None, ...]) -> TrainingBatch:
-        """The inverse of ``arrays``."""
+        """The inverse of ``to_arrays``."""
         values = [torch.from_numpy(v) if isinstance(v, np.ndarray) else v for v in arrays]
         return TrainingBatch(*values)  # pyright: ignore[reportArgumentType]
 
@@ -49,9 +49,9 @@ class TrainingBatch:
             self,
             tokens=self.tokens[rows],
             positions=self.positions[rows],
-            visible=self.block_mask[rows],
+            block_mask=self.block_mask[rows],
             targets=self.targets[rows],
             weights=self.weights[rows],
             tasks=tasks,
-            total=divisor,
+            loss_divisor=divisor,
         )

@@ -1,9 +1,9 @@
 """Rows of block-diffusion training data: clean context blocks, noised answer blocks, drills.
 
-A row is a run of blocks. A problem brings its clean blocks once, one noised copy of the block that
-prompt and answer share, and one or two of each later block; a noised block sees the clean blocks
-before it and itself, as it will when the model decodes. What is left of a row is filled with
-drills: bare lines of arithmetic, words to copy, and words to put into code.
+A row is a sequence of blocks. A problem adds its clean blocks once, one noised copy of the block
+that prompt and answer share, and one or two copies of each later block. A noised block attends to
+itself and to the clean blocks before it, as in decoding. The rest of a row is filled with drills:
+equations, repeated words, and phrases with their code.
 """
 
 from __future__ import annotations
@@ -33,60 +33,53 @@ from coterie.lab.training.vocabulary import ASSISTANT, END_OF_TEXT, HUMAN, MASK_
 IGNORE_INDEX = -100
 DRILL_TASK = len(PROBLEM_MAKERS)  # the task number of a drill
 OPERATORS = {"+", "-", "*", "/", "%", "<", ">", "!=", "=="}
-CONTENT_WORDS = {
-    *NAMES,
-    *ITEMS,
-    *CONTAINERS,
-    *VERBS,
-    *NOUNS,
-}  # what an answer copies from its question
+CONTENT_WORDS = {*NAMES, *ITEMS, *CONTAINERS, *VERBS, *NOUNS}  # an answer copies them
 
 
 @dataclass(frozen=True)
 class DataMixture:
-    """What a batch is made of."""
+    """The composition of a batch."""
 
     rows: int = 16
     blocks: int = 8  # of a row
     block: int = 32  # positions
-    task_shares: tuple[float, ...] = (0.36, 0.14, 0.2, 0.3)  # of the tasks, in the order of TASKS
-    drill_row_share: float = 0.6  # share of rows with a block kept for drills
-    all_masked_share: float = 0.2  # share of noised blocks that start from nothing
-    fill_weight: float = 0.1  # of the loss on end-of-text after the first
-    content_weight: float = 3.0  # of the loss on numbers, names and things in worked answers
-    operator_weight: float = 1.0  # of the loss on operators in worked answers
-    copy_share: float = 0.4  # share of drills that repeat words in place of arithmetic
-    worked_steps_share: float = (
-        0.0  # share of the other drills that are worked steps with any facts in them
-    )
-    code_phrase_share: float = 0.0  # share of the rest that put words into code
-    result_masked_share: float = 0.75  # share of drill facts in which the result alone is masked
+    task_shares: tuple[float, ...] = (0.36, 0.14, 0.2, 0.3)  # in the order of PROBLEM_MAKERS
+    drill_row_share: float = 0.6  # rows that start with a drill
+    all_masked_share: float = 0.2  # noised blocks without any visible answer token
+    # Loss weights: end-of-text after the first; numbers, names and items; operators.
+    fill_weight: float = 0.1
+    content_weight: float = 3.0
+    operator_weight: float = 1.0
+    copy_share: float = 0.4  # drills that repeat words
+    worked_steps_share: float = 0.0  # of the other drills: worked steps with random equations
+    code_phrase_share: float = 0.0  # of the remaining drills: phrases with their code
+    result_masked_share: float = 0.75  # equations in which only the result is masked
 
 
 @dataclass(frozen=True)
 class TrainingBlock:
-    """One block of a row, and where it stands: which problem, which block of it, which task."""
+    """One block of a row: its problem in the row, its index in the problem, and its task."""
 
     ids: list[int]
     problem: int
     index: int
     task: int
     masked: list[bool] | None = None  # None: clean context
-    weights: list[float] = field(default_factory=list)  # of the loss; empty: all one
+    weights: list[float] = field(default_factory=list)  # of the loss; empty: all 1
 
 
 @dataclass(frozen=True)
 class TokenizedProblem:
-    """A problem in tokens, filled with end-of-text to whole blocks."""
+    """A problem in tokens, padded with end-of-text to whole blocks."""
 
     ids: list[int]
-    start: int  # where the answer begins
-    end: int  # one past the answer's own end-of-text
+    start: int  # of the answer
+    end: int  # of the answer, after its first end-of-text
     task: int
 
 
 class BatchMaker:
-    """Makes batch number i as a pure function of (seed, i)."""
+    """Makes the batch of a step, which depends on the seed and the step only."""
 
     def __init__(self, tokenizer: Tokenizer, mixture: DataMixture, seed: int) -> None:
         self.tokenizer = tokenizer
@@ -94,7 +87,7 @@ class BatchMaker:
         self.seed = seed
         vocabulary = tokenizer.get_vocab()
         self.mask_id, self.eos_id = vocabulary[MASK_TOKEN], vocabulary[END_OF_TEXT]
-        self.content_pieces = {  # in the order of ids, with the piece each stands for
+        self.content_pieces = {  # by id
             i: piece
             for piece, i in sorted(vocabulary.items(), key=lambda item: item[1])
             if (word := piece.lstrip("Ġ")) in CONTENT_WORDS or word.isdigit()
@@ -122,7 +115,7 @@ class BatchMaker:
         )
 
     def tokenize(self, problem: Problem) -> TokenizedProblem:
-        """``problem`` as the chat template writes it."""
+        """The tokens of a problem in the chat template."""
         prompt = self._encode(f"{HUMAN}{problem.prompt}{ROLE_END}{ASSISTANT}")
         answer = self._encode(problem.answer)
         ids = [*prompt, *answer, self.eos_id]
@@ -145,7 +138,7 @@ class BatchMaker:
             problem = self.tokenize(draw_problem(TRAINING_MAKERS[task], rng, "train"))
             num_later = len(problem.ids) // mixture.block - 1 - problem.start // mixture.block
             num_context = len(problem.ids) // mixture.block - 1
-            spare = remaining - num_context - 1 - num_later  # with one noised copy of each block
+            spare = remaining - num_context - 1 - num_later  # after one noised copy of each block
             if spare >= 0:
                 problem_index += 1
                 row += self._noised_blocks(
@@ -158,7 +151,7 @@ class BatchMaker:
     def _noised_blocks(
         self, rng: random.Random, problem: TokenizedProblem, *, problem_index: int, copies: int
     ) -> Iterator[TrainingBlock]:
-        """Clean context, the block shared with the prompt once, each later one ``copies`` times."""
+        """Clean context, one copy of the block shared with the prompt, ``copies`` of later ones."""
         width = self.mixture.block
         size, first = len(problem.ids) // width, problem.start // width
         spans = [slice(index * width, (index + 1) * width) for index in range(size)]
@@ -187,7 +180,7 @@ class BatchMaker:
         return TrainingBlock(ids, -1 - drill_index, rng.randrange(3), DRILL_TASK, masked)
 
     def _copy_drill(self, rng: random.Random) -> tuple[list[int], list[bool]]:
-        """A few words over and over: every masked one stands elsewhere in the block."""
+        """A few repeated words: each masked one also occurs unmasked."""
         width = self.mixture.block
         words = rng.sample(list(self.content_pieces), rng.randint(3, 12))
         ids = (words * width)[:width]
@@ -195,7 +188,7 @@ class BatchMaker:
         return ids, masked
 
     def _worked_steps_drill(self, rng: random.Random) -> tuple[list[int], list[bool]]:
-        """Worked steps with facts that no question asks for, every result masked."""
+        """Worked steps with random equations, every result masked."""
         width = self.mixture.block
         ids: list[int] = []
         masked: list[bool] = []
@@ -211,7 +204,7 @@ class BatchMaker:
         return ids[span], masked[span]
 
     def _code_phrase_drill(self, rng: random.Random) -> tuple[list[int], list[bool]]:
-        """What is asked for in words, and the code that does it, with that code masked."""
+        """Phrases of a description, and their code, which is masked."""
         width = self.mixture.block
         ids: list[int] = []
         masked: list[bool] = []
@@ -225,7 +218,7 @@ class BatchMaker:
         return ids[span], masked[span]
 
     def _equation_drill(self, rng: random.Random) -> tuple[list[int], list[bool]]:
-        """Lines of arithmetic, most of them with the result masked."""
+        """Equations, most of them with the result masked."""
         width = self.mixture.block
         ids: list[int] = []
         masked: list[bool] = []
@@ -243,7 +236,7 @@ class BatchMaker:
     def _draw_mask(
         self, rng: random.Random, answer: list[bool], copy: int, copies: int
     ) -> list[bool]:
-        """Mask rates stratified over the copies, and some blocks masked whole."""
+        """Mask rates are stratified over the copies; some blocks are masked completely."""
         rate = (copy + rng.random()) / copies
         if rng.random() < self.mixture.all_masked_share:
             rate = 1.0
@@ -263,7 +256,7 @@ class BatchMaker:
 
 
 class Curriculum:
-    """Lessons one after another: each mixture is drawn from its own step on."""
+    """A sequence of mixtures, each used from its start step on."""
 
     def __init__(self, tokenizer: Tokenizer, stages: Mapping[int, DataMixture], seed: int) -> None:
         self.makers = {
@@ -275,7 +268,7 @@ class Curriculum:
 
 
 def _block_mask(row: list[TrainingBlock]) -> Tensor:
-    """[n, n] bool: a block sees itself and the clean blocks before it in its own problem."""
+    """[n, n] bool: a block attends to itself and to earlier clean blocks of its problem."""
     problem = torch.tensor([block.problem for block in row])
     index = torch.tensor([block.index for block in row])
     clean = torch.tensor([block.masked is None for block in row])

@@ -1,4 +1,4 @@
-"""The embedded model, from nothing to a checkpoint folder, by one call and a seed."""
+"""Training of the embedded model: from a seed to a checkpoint folder."""
 
 from __future__ import annotations
 
@@ -6,7 +6,8 @@ import json
 from dataclasses import asdict, replace
 from pathlib import Path
 
-from coterie.errors import CoterieError
+from coterie.errors import ConfigError
+from coterie.keys import to_json
 from coterie.lab.problems import PROBLEM_MAKERS
 from coterie.lab.records import Measurement, make_record, write_record
 from coterie.lab.training import export, vocabulary
@@ -15,9 +16,9 @@ from coterie.lab.training.loop import LogCallback, TrainingConfig, train
 from coterie.lab.training.network import NetworkShape
 
 DEFAULT_STEPS = 10_000
-# What is slow to start: tables and copying ...
+# Equations and copying, which are learned slowly.
 FIRST_STAGE = DataMixture()
-# ... and then whole problems, operators weighted like numbers, and drills without guessing.
+# More whole problems, operators weighted like numbers, and drills with one possible answer.
 SECOND_STAGE = DataMixture(
     task_shares=(0.36, 0.18, 0.22, 0.24),
     drill_row_share=0.75,
@@ -26,7 +27,7 @@ SECOND_STAGE = DataMixture(
     operator_weight=3.0,
     result_masked_share=1.0,
 )
-# ... and last the facts in the wording that uses them, for numbers never met together.
+# Equations in the wording of problems, with numbers that no problem combines.
 THIRD_STAGE = replace(
     SECOND_STAGE,
     task_shares=(0.38, 0.16, 0.2, 0.26),
@@ -34,16 +35,16 @@ THIRD_STAGE = replace(
     worked_steps_share=0.7,
     code_phrase_share=0.4,
 )
-RECORD_EVERY = 500  # steps between the lines of the log that a record keeps
+RECORD_EVERY = 500  # steps between the log lines in a record
 
 
 def make_config(*, steps: int = DEFAULT_STEPS, seed: int = 0, workers: int = 2) -> TrainingConfig:
-    """The run that made the weights in the package, or a shorter one of the same form.
+    """The training run of the model in the package, or a shorter one of the same form.
 
-    Raises CoterieError unless the rows of a batch can be shared evenly by ``workers``.
+    Raises ConfigError if ``workers`` do not divide the rows of a batch evenly.
     """
     if FIRST_STAGE.rows % workers:
-        raise CoterieError(f"workers must divide {FIRST_STAGE.rows} rows evenly; {workers} do not")
+        raise ConfigError(f"`workers` must divide {FIRST_STAGE.rows} rows evenly, not {workers}")
     vocabulary_size = vocabulary.build_tokenizer().get_vocab_size()
     return TrainingConfig(
         steps=steps,
@@ -56,16 +57,15 @@ def make_config(*, steps: int = DEFAULT_STEPS, seed: int = 0, workers: int = 2) 
 
 
 def curriculum_stages(steps: int) -> dict[int, DataMixture]:
-    """From which step on each mixture is drawn."""
+    """The data mixtures by their start step."""
     return {0: FIRST_STAGE, steps // 2: SECOND_STAGE, steps * 3 // 4: THIRD_STAGE}
 
 
 def train_embedded(out: Path, config: TrainingConfig, *, on_log: LogCallback | None = None) -> Path:
-    """Train into ``out/run`` (resuming what is there) and write the checkpoint to ``out/model``.
+    """Train in ``out/run``, or resume there, and write a checkpoint to ``out/model``.
 
-    Takes about an hour on two cores for the default number of steps. Batches depend on
-    ``config.seed`` and the step alone. Returns the checkpoint's folder, which ``load`` reads; a
-    record of the run lies beside it.
+    The default number of steps takes about an hour on two cores. Batches depend on ``config.seed``
+    and the step only. Returns the checkpoint folder. A record of the run is written to ``out``.
     """
     tokenizer = vocabulary.build_tokenizer()
     curriculum = Curriculum(tokenizer, curriculum_stages(config.steps), config.seed)
@@ -81,13 +81,13 @@ def train_embedded(out: Path, config: TrainingConfig, *, on_log: LogCallback | N
 
 
 def write_training_record(out: Path, config: TrainingConfig) -> Path:
-    """Write what the log of ``out/run`` tells of speed, losses and balance."""
+    """Write a record of the speed, the losses and the expert balance in the log."""
     with (out / "run" / "log.jsonl").open(encoding="utf-8") as log:
         lines = [line for line in map(json.loads, log) if "loss" in line]
     speed = Measurement("speed", "positions/s", tuple(float(line["speed"]) for line in lines))
     log_lines = [line for line in lines if line["step"] % RECORD_EVERY == 0 or line is lines[-1]]
     facts = {
-        "config": asdict(config),
+        "config": to_json(config),
         "lessons": {
             step: asdict(mixture) for step, mixture in curriculum_stages(config.steps).items()
         },

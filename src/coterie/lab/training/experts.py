@@ -1,4 +1,4 @@
-"""Routed experts with a backward by hand: sort once, gather, multiply by group, gather back.
+"""Routed experts with a custom backward: sort by expert, gather, grouped matmuls, gather back.
 
 Shapes: T tokens, k experts each, R rows sorted by expert, E experts, I width, H hidden.
 """
@@ -12,30 +12,28 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import BackwardCFunction, once_differentiable
 
-# Each expert's rows are filled up to a multiple of this: the library that multiplies bf16 keeps a
-# compiled kernel per size, and would otherwise compile new ones at every step.
+# Each expert's rows are padded to a multiple of this. The bf16 matmul library compiles a kernel per
+# size, and would otherwise compile new ones in every step.
 ROW_ALIGNMENT = 32
 
 
 class ExpertOrder(NamedTuple):
-    """Rows sorted by expert, each expert's run filled up to a multiple of ``GRAIN``."""
+    """Rows sorted by expert, padded to a multiple of ``ROW_ALIGNMENT`` per expert."""
 
-    pair_index: (
-        Tensor  # [R] int64: the flat (token, choice) of each row; T*k where the row is a filler
-    )
+    pair_index: Tensor  # [R] int64: the flat (token, choice) of each row; T*k for padding
     row_index: Tensor  # [T, k] int64: the row of each (token, choice)
-    expert_ends: Tensor  # [E] int32: where each expert's rows end
-    counts: Tensor  # [E] int64, without fillers
+    expert_ends: Tensor  # [E] int32: the end of each expert's rows
+    counts: Tensor  # [E] int64, without padding
 
 
 def sort_by_expert(ids: Tensor, experts: int) -> ExpertOrder:
-    """Sort the choices ``ids`` [T, k] by expert."""
+    """Sort the expert ids [T, k] of all tokens by expert."""
     flat = ids.flatten()
     sorted_pairs = torch.sort(flat, stable=True).indices
     counts = torch.bincount(flat, minlength=experts)
     padded = (counts + ROW_ALIGNMENT - 1) // ROW_ALIGNMENT * ROW_ALIGNMENT
     ends = padded.cumsum(0)
-    shift = (ends - padded) - (counts.cumsum(0) - counts)  # [E] fillers before each expert
+    shift = (ends - padded) - (counts.cumsum(0) - counts)  # [E] padding rows before each expert
     rows = torch.arange(len(flat), device=ids.device) + shift.repeat_interleave(counts)
     row_index = torch.empty_like(flat).scatter_(0, sorted_pairs, rows)
     pair_index = flat.new_full((int(ends[-1]),), len(flat)).scatter_(0, rows, sorted_pairs)
@@ -43,10 +41,9 @@ def sort_by_expert(ids: Tensor, experts: int) -> ExpertOrder:
 
 
 def run_experts(x: Tensor, weights: Tensor, ids: Tensor, matrices: Tensor) -> tuple[Tensor, Tensor]:
-    """The weighted sum of experts, [T, H], and how many rows each expert took, [E].
+    """The weighted sum of experts [T, H], and the number of rows of each expert [E].
 
-    ``matrices`` [E, 3, I, H]: gate, up, and down transposed. The products run in the type of ``x``;
-    the sum over experts is returned in that type too.
+    ``matrices`` [E, 3, I, H]: gate, up, and down transposed. Matmuls run in the dtype of ``x``.
     """
     expert_order = sort_by_expert(ids, matrices.shape[0])
     output = _RoutedExperts.apply(
@@ -78,7 +75,7 @@ class _RoutedExperts(torch.autograd.Function):
         gate_up = F.grouped_mm(
             gathered, typed_matrices[:, :2].flatten(1, 2).mT, offs=expert_ends
         )  # [R, 2I]
-        # A filler has weight zero, which also keeps it out of every gradient.
+        # A padding row has weight 0, which also keeps it out of every gradient.
         scale = F.pad(weights.flatten(), (0, 1)).index_select(0, pair_index).to(x.dtype)[:, None]
         hidden = F.silu(gate_up[:, :width]).mul_(gate_up[:, width:]).mul_(scale)  # [R, I]
         rows = F.grouped_mm(hidden, typed_matrices[:, 2], offs=expert_ends)  # [R, H]
@@ -112,7 +109,7 @@ class _RoutedExperts(torch.autograd.Function):
         gate, up = gate_up[:, :width], gate_up[:, width:]
         sigmoid = torch.sigmoid(gate)
         active = gate * sigmoid  # silu
-        # The routing weight multiplies the hidden row: its slope is their inner product.
+        # The routing weight scales the hidden row, so its gradient is an inner product.
         grad_scale = (grad_hidden * active * up).sum(-1).float()  # [R]
         grad_hidden = grad_hidden * scale
         grad_gate_up = torch.empty_like(gate_up)

@@ -1,4 +1,4 @@
-"""Write a network as a LLaDA2 checkpoint that any loader of the official layout reads."""
+"""Writes a network as a checkpoint in the official LLaDA2 layout."""
 
 from __future__ import annotations
 
@@ -8,13 +8,14 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file, save_file
 
+from coterie.errors import CheckpointError
 from coterie.lab.training.network import NetworkShape, TrainingNetwork
 
 
 def save_network(
     network: TrainingNetwork, folder: Path, *, pad: int | None = None, mask: int | None = None
 ) -> None:
-    """``config.json`` and ``model.safetensors``, in bf16 but for the selection bias, in fp32."""
+    """Write ``config.json`` and ``model.safetensors``: bf16 weights and fp32 selection biases."""
     folder.mkdir(parents=True, exist_ok=True)
     tensors = {
         name: weight.to(torch.float32 if name.endswith("expert_bias") else torch.bfloat16).clone(
@@ -28,11 +29,13 @@ def save_network(
 
 
 def load_network(network: TrainingNetwork, folder: Path) -> None:
-    """Read a checkpoint of the same shape into a network."""
+    """Read a checkpoint of the same shape into a network; raises CheckpointError for another."""
     tensors = load_file(folder / "model.safetensors")
     views = network.checkpoint_tensors()
     if tensors.keys() != views.keys():
-        raise ValueError(f"{folder}: tensors differ: {sorted(tensors.keys() ^ views.keys())[:3]}")
+        raise CheckpointError(
+            f"{folder}: tensors differ: {sorted(tensors.keys() ^ views.keys())[:3]}"
+        )
     for name, view in views.items():
         view.copy_(tensors[name])
 
@@ -40,7 +43,7 @@ def load_network(network: TrainingNetwork, folder: Path) -> None:
 def hf_config(
     shape: NetworkShape, *, pad: int | None = None, mask: int | None = None
 ) -> dict[str, object]:
-    """The official keys of ``config.json``, and the mask's id, which official ones leave out."""
+    """The official keys of ``config.json``, and the mask id, which official files omit."""
     mask_entry = {} if mask is None else {"mask_token_id": mask}
     return {
         "architectures": ["LLaDA2MoeModelLM"],

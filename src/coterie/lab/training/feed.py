@@ -1,4 +1,4 @@
-"""Batches made in a forked process: a thread would hold the interpreter and cost 1.6 times more."""
+"""Batches from a forked process. A thread holds the interpreter lock and costs 1.6 times more."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ FORK_CONTEXT = mp.get_context("fork")
 
 
 class BatchLoader:
-    """One process that makes ``make(start)``, ``make(start + 1)``, ... and splits each over lanes.
+    """One process that makes the batches of all steps, and splits each among the workers.
 
-    Batch ``i`` depends on ``i`` alone, so that a resumed run sees what the first would have seen.
+    A batch depends on its step only, so a resumed run gets the same batches.
     """
 
     def __init__(
@@ -39,23 +39,23 @@ class BatchLoader:
         self._process = start_process(_produce_batches, make_batch, start, stop, self.queues)
 
     def next_batch(self, worker: int = 0) -> TrainingBatch:
-        """The next batch of a lane; RuntimeError when the maker has died."""
+        """The next part of a worker; raises RuntimeError if the batch process has died."""
         while True:
             try:
                 return TrainingBatch.from_arrays(self.queues[worker].get(timeout=10))
             except queue.Empty:
-                # A forked worker sees the maker as a sibling, which only its parent may ask after.
+                # Only the parent process, worker 0, may query the state of its child.
                 if worker == 0 and not self._process.is_alive():
                     raise RuntimeError("the process that makes batches has died") from None
 
     def close(self) -> None:
-        """End the maker."""
+        """Terminate the batch process."""
         self._process.terminate()
         self._process.join()
 
 
 def start_process(target: Callable[..., None], *args: object) -> BaseProcess:
-    """Start ``target`` in a forked process that dies with this one and uses one thread."""
+    """Start a forked process with one thread that is killed if this process ends."""
     process = FORK_CONTEXT.Process(target=_run_in_child, args=(target, *args), daemon=True)
     process.start()
     return process

@@ -1,8 +1,8 @@
-"""The training run: forked workers over shared weights, one optimiser step after another.
+"""The training loop: forked workers over weights in shared memory.
 
-Every worker computes gradients of its own rows on one thread, then updates its own part of the
-shared weights from the sum. Nothing is copied between processes, and a stolen core delays a step
-but never spins. Results depend on the seed and on the number of workers, on nothing else.
+In each step, a worker computes the gradients of its rows on one thread, and then updates its part
+of the weights from the sum of all gradients. Results depend on the seed and the number of workers
+only.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from coterie.errors import CoterieError
+from coterie.errors import ConfigError
 from coterie.keys import Key, to_json
 from coterie.lab.training.batch import TrainingBatch
 from coterie.lab.training.feed import FORK_CONTEXT, BatchFunction, BatchLoader, start_process
@@ -37,16 +37,15 @@ from coterie.lab.training.optim import (
     muon_step,
 )
 
-# Seconds that the leader waits for a worker before it takes it for dead.
-WORKER_TIMEOUT = 600.0
+WORKER_TIMEOUT = 600.0  # seconds that the leader waits for the other workers
 
 STATE_FILE = "state.safetensors"
-LogCallback = Callable[[dict[str, object]], None]  # hears each line of the log
+LogCallback = Callable[[dict[str, object]], None]  # gets each line of the log
 
 
 @dataclass(frozen=True)
 class TrainingConfig:
-    """A run, reproducible from these values."""
+    """The settings that determine a training run."""
 
     steps: Annotated[int, Key("steps")]
     seed: Annotated[int, Key("seed")] = 0
@@ -55,35 +54,30 @@ class TrainingConfig:
     shape: Annotated[NetworkShape, Key("shape")] = field(default_factory=NetworkShape)
     optimizer: Annotated[OptimizerOptions, Key("rates")] = field(default_factory=OptimizerOptions)
     warmup_steps: Annotated[int, Key("warm_up")] = 100
-    decay_fraction: Annotated[float, Key("decay")] = (
-        0.4  # the last part of the run, over which rates fall linearly
-    )
-    min_rate: Annotated[float, Key("floor")] = 0.0  # the rate at the end, as a part of the peak
-    momentum_warmup_steps: Annotated[int, Key("momentum_warm_up")] = (
-        300  # steps over which Muon's momentum rises from 0.85
-    )
+    # The learning rate falls linearly over the last ``decay_fraction`` of the run, to ``min_rate``
+    # of the peak. Muon's momentum rises from 0.85 over ``momentum_warmup_steps``.
+    decay_fraction: Annotated[float, Key("decay")] = 0.4
+    min_rate: Annotated[float, Key("floor")] = 0.0
+    momentum_warmup_steps: Annotated[int, Key("momentum_warm_up")] = 300
     max_grad_norm: Annotated[float, Key("clip")] = 1.0
-    bias_update_rate: Annotated[float, Key("balance")] = 1e-3  # the bias update
-    initial_bias_update_rate: Annotated[float, Key("balance_early")] = (
-        3e-3  # ... at the start, falling to ``balance``
-    )
-    bias_update_decay_steps: Annotated[int, Key("balance_steps")] = 2000  # ... over so many steps
+    # The selection bias update falls from the initial rate over ``bias_update_decay_steps``.
+    bias_update_rate: Annotated[float, Key("balance")] = 1e-3
+    initial_bias_update_rate: Annotated[float, Key("balance_early")] = 3e-3
+    bias_update_decay_steps: Annotated[int, Key("balance_steps")] = 2000
     log_every: Annotated[int, Key("log_every")] = 20
     save_every: Annotated[int, Key("save_every")] = 500
     task_names: Annotated[tuple[str, ...], Key("tasks")] = ()  # names of the task ids in batches
 
     def lr_factor(self, step: int) -> float:
-        """The learning rate as a part of the peak: up, flat, down."""
+        """The learning rate relative to the peak: warm-up, constant, linear decay."""
         remaining = (self.steps - step) / max(1, round(self.decay_fraction * self.steps))
         return min(1.0, (step + 1) / self.warmup_steps) * max(self.min_rate, min(1.0, remaining))
 
     def momentum_at(self, step: int) -> float:
-        """Muon's momentum."""
         full = self.optimizer.momentum
         return full - (full - 0.85) * max(0.0, 1 - step / self.momentum_warmup_steps)
 
     def bias_rate_at(self, step: int) -> float:
-        """The size of the bias update."""
         early = max(0.0, 1 - step / self.bias_update_decay_steps)
         return (
             self.bias_update_rate + (self.initial_bias_update_rate - self.bias_update_rate) * early
@@ -91,7 +85,7 @@ class TrainingConfig:
 
 
 class TrainingState:
-    """All that a run changes, in memory that workers share."""
+    """The state of a run, in memory that the workers share."""
 
     def __init__(self, config: TrainingConfig) -> None:
         precision = torch.bfloat16 if config.precision == "bf16" else torch.float32
@@ -117,12 +111,12 @@ class TrainingState:
         self.losses = torch.zeros(workers, tasks, 2, dtype=torch.float64).share_memory_()
 
     def tensors(self) -> list[Tensor]:
-        """What a checkpoint holds, in a fixed order."""
+        """The saved tensors, in a fixed order."""
         buffer_tensors = [t for buffer in self.buffers for t in (buffer.weights, *buffer.state)]
         return [*buffer_tensors, *self.network.biases()]
 
     def save(self, path: Path) -> None:
-        """Write everything to one file that appears whole or not at all."""
+        """Write the state to one file atomically."""
         partial = path.with_suffix(".partial")
         tensors_by_name = {f"{i:03}": tensor.clone() for i, tensor in enumerate(self.tensors())}
         save_file(
@@ -131,13 +125,11 @@ class TrainingState:
         os.replace(partial, path)
 
     def load(self, path: Path) -> None:
-        """Read what ``save`` wrote into this state; CoterieError if another run wrote it."""
+        """Read a saved state. Raises ConfigError if it is of a run with other settings."""
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata()
             if metadata["run"] != self.run_config:
-                raise CoterieError(
-                    f"{path}: left by a run of other settings; choose another folder"
-                )
+                raise ConfigError(f"{path}: a run with other settings; choose another folder")
             self.step = int(metadata["step"])
             for i, tensor in enumerate(self.tensors()):
                 tensor.copy_(file.get_tensor(f"{i:03}"))
@@ -150,11 +142,10 @@ def train(
     *,
     on_log: LogCallback | None = None,
 ) -> TrainingNetwork:
-    """Train to the last step, from what ``out`` holds of this run; log to ``out/log.jsonl``.
+    """Train to the last step, resuming the run in ``out``, and log to ``out/log.jsonl``.
 
-    ``make(step)`` gives the batch of a step and runs in a process of its own; it must depend on
-    nothing but the step and on what it was built with. ``told`` hears each line of the log. A run
-    that is continued may be given another number of steps, which moves its schedule.
+    ``make_batch`` runs in its own process, and its result may depend on the step only. A run may be
+    resumed with another number of steps, which changes its schedule.
     """
     out.mkdir(parents=True, exist_ok=True)
     torch.set_num_threads(1)  # before forking: an OpenMP pool does not survive a fork
@@ -163,7 +154,7 @@ def train(
         state.load(out / STATE_FILE)
     loader = BatchLoader(make_batch, state.step, config.steps, num_workers=config.workers)
     barrier = FORK_CONTEXT.Barrier(config.workers)
-    # Only the leader may be late (it saves and tells), so only the leader's patience ends.
+    # Only the leader saves and logs, so the others wait for it without a timeout.
     barrier_waits = [
         partial(barrier.wait, None if i else WORKER_TIMEOUT) for i in range(config.workers)
     ]
@@ -185,7 +176,7 @@ def train(
 
 
 class _TrainingWorker:
-    """One process's part of every step."""
+    """The part of one process in every step."""
 
     def __init__(
         self,
@@ -199,12 +190,12 @@ class _TrainingWorker:
         self.loader, self.barrier_wait = loader, barrier_wait
 
     def attach_gradients(self) -> None:
-        """Point this process's gradients at its own rows of the shared buffers."""
+        """Make backward write this worker's gradients into the shared buffers."""
         for buffer, pairs in zip(self.state.buffers, self.state.groups, strict=True):
             attach_gradients(buffer, [p for p, _ in pairs], self.index)
 
     def step(self) -> None:
-        """Gradients of own rows, then the update of own part of the weights."""
+        """Compute the gradients of this worker's rows, then update its part of the weights."""
         state, config = self.state, self.config
         for buffer in state.buffers:
             buffer.gradients[self.index].zero_()
@@ -293,7 +284,7 @@ def _run_follower(worker: _TrainingWorker, abort: Callable[[], None]) -> None:
 def _parameter_groups(
     network: TrainingNetwork, options: OptimizerOptions
 ) -> list[list[tuple[torch.nn.Parameter, float]]]:
-    """Parameters with their rates: first what AdamW moves, then matrices by their size."""
+    """Parameters with their learning rates: those for AdamW, then matrices for Muon by size."""
     matrices = network.matrices()
     hidden = network.shape.hidden_size
     matrix_ids = {id(p) for p in matrices}
@@ -305,14 +296,14 @@ def _parameter_groups(
     ]
     by_size: dict[torch.Size, list[tuple[torch.nn.Parameter, float]]] = {}
     for p in matrices:
-        # An orthogonal step of r x c has entries of size 1 / sqrt(max(r, c)): make all alike.
+        # The entries of an orthogonal r x c step are of size 1 / sqrt(max(r, c)).
         rate = options.matrix * math.sqrt(max(p.shape[-2:]) / hidden)
         by_size.setdefault(p.shape[-2:], []).append((p, rate))
     return [other_parameters, *by_size.values()]
 
 
 def _update_biases(state: TrainingState, rate: float) -> None:
-    """Raise the bias of every expert that got less than its share, lower the others."""
+    """Raise the bias of experts with less than the mean load, and lower that of all others."""
     loads = state.expert_loads.sum(0).float()  # [moe, E]
     for bias, load in zip(state.network.biases(), loads, strict=True):
         bias.add_(torch.sign(load.mean() - load), alpha=rate)

@@ -1,8 +1,9 @@
-"""The embedded model as it is trained: LLaDA2's architecture, laid out for a fast step.
+"""The LLaDA2 architecture for training, with a layout for fast optimizer steps.
 
 Shapes: B rows, L positions, T = B*L tokens, H hidden, D head, I width, E experts, k per token.
-Every matrix is stored [n, rows, columns] so that the optimiser sees one batch of small matrices:
-attention by head, experts as (gate, up, down transposed). ``official`` gives the checkpoint's view.
+Matrices are stored as [n, rows, columns], so that the optimizer gets batches of small matrices:
+attention by head, experts as (gate, up, down transposed). ``checkpoint_tensors`` are views in the
+official layout.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from coterie.lab.training.experts import run_experts
 
 @dataclass(frozen=True)
 class NetworkShape:
-    """The sizes of a LLaDA2 model. The defaults are those of the embedded one."""
+    """The sizes of a LLaDA2 model. The defaults are those of the embedded model."""
 
     vocab_size: Annotated[int, Key("vocabulary")] = 300
     hidden_size: Annotated[int, Key("hidden")] = 128
@@ -30,7 +31,7 @@ class NetworkShape:
     heads: Annotated[int, Key("heads")] = 4
     kv_heads: Annotated[int, Key("kv_heads")] = 4
     head_dim: Annotated[int, Key("head")] = 32
-    rotary_fraction: Annotated[float, Key("rotary")] = 0.5  # the part of a head that turns
+    rotary_fraction: Annotated[float, Key("rotary")] = 0.5  # of a head, with rotary embedding
     rope_theta: Annotated[float, Key("theta")] = 10_000.0
     dense_layers: Annotated[int, Key("dense_layers")] = 1
     dense_width: Annotated[int, Key("dense_width")] = 384
@@ -53,7 +54,7 @@ def additive_mask(block_mask: Tensor, block: int) -> Tensor:
 
 
 class TrainingNetwork(nn.Module):
-    """Tokens to logits, with gradients. ``precision`` is the type that products run in."""
+    """The trainable model. ``precision`` is the dtype of its matmuls."""
 
     def __init__(
         self, shape: NetworkShape, *, seed: int = 0, precision: torch.dtype = torch.float32
@@ -72,7 +73,7 @@ class TrainingNetwork(nn.Module):
     def forward(
         self, tokens: Tensor, positions: Tensor, mask: Tensor, logits_indices: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
-        """Logits [P, V] in fp32 at the flat positions ``wanted`` (None: all), and loads [moe, E].
+        """fp32 logits [P, V] at flat positions ``logits_indices`` (None: all), and loads [moe, E].
 
         tokens, positions [B, L]; mask [B, 1, L, L] additive.
         """
@@ -94,11 +95,11 @@ class TrainingNetwork(nn.Module):
         return [layer.mlp.bias for layer in self._layers if isinstance(layer.mlp, _MoE)]
 
     def matrices(self) -> list[nn.Parameter]:
-        """The parameters [..., rows, columns] whose last two dimensions are one map each."""
+        """The parameters [..., rows, columns] that Muon updates, as batches of matrices."""
         return [p for layer in self._layers for p in layer.matrices()]
 
     def checkpoint_tensors(self) -> dict[str, Tensor]:
-        """Every weight under its name in the checkpoint, as views that can be read and written."""
+        """Writable views of all weights, by their names in the checkpoint."""
         names = {
             "model.word_embeddings.weight": self.embeddings.data,
             "model.norm.weight": self.norm.data,
@@ -217,14 +218,14 @@ class _MoE(nn.Module):
 
 
 def select_experts(logits: Tensor, bias: Tensor, shape: NetworkShape) -> tuple[Tensor, Tensor]:
-    """Experts [T, k] by biased score inside the best groups, and their weights without the bias."""
+    """Experts [T, k] by biased score in the best groups, and their weights without the bias."""
     probability = torch.sigmoid(logits)  # [T, E] fp32
     with torch.no_grad():
         score = (probability + bias).view(len(logits), shape.groups, -1)
         best = score.amax(-1, keepdim=True)
         second_best = score.masked_fill(score == best, -torch.inf).amax(-1)
         group_score = best.squeeze(-1) + second_best  # [T, G]
-        # Counting the better groups is several times faster here than sorting them.
+        # Counting the better groups is several times faster than sorting them.
         num_better = (group_score[:, None, :] > group_score[:, :, None]).sum(-1)
         allowed_score = score.masked_fill((num_better >= shape.topk_groups)[..., None], -torch.inf)
         ids = allowed_score.flatten(1).topk(shape.k, sorted=False).indices
@@ -261,7 +262,7 @@ def _uniform(size: tuple[int, ...], inputs: int, generator: torch.Generator) -> 
 
 
 def _init_expert(size: tuple[int, int], generator: torch.Generator) -> Tensor:
-    """Gate, up, down transposed [3, I, H]; down starts at zero: a layer starts as nothing."""
+    """Gate, up and down transposed [3, I, H]. Down is 0, so the initial output of a layer is 0."""
     matrices = _uniform((3, *size), size[1], generator)
     matrices[2] = 0
     return matrices

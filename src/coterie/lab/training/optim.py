@@ -1,7 +1,7 @@
-"""Muon for matrices, AdamW for the rest, each over one flat buffer that workers share and divide.
+"""Muon for matrices and AdamW for other parameters, over flat buffers that workers share.
 
-A worker adds up every worker's gradients for its own part of a buffer, and writes that part of the
-weights. Shapes: W workers, n matrices of r rows and c columns.
+A worker sums all gradients of its part of a buffer, and updates that part of the weights.
+Shapes: W workers, n matrices of r rows and c columns.
 """
 
 from __future__ import annotations
@@ -13,17 +13,16 @@ from typing import Annotated
 import torch
 from torch import Tensor, nn
 
-# Quintic iteration of Muon (Jordan et al. 2024): steep at zero, singular values end near one.
 from coterie.keys import Key
 
+# The quintic iteration of Muon (Jordan et al. 2024), which moves singular values close to 1.
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)
-# Matrices of a chunk stay in a core's second-level cache through all passes.
-CHUNK_MATRICES = 64
+CHUNK_MATRICES = 64  # which fit a core's L2 cache
 
 
 @dataclass(frozen=True)
 class OptimizerOptions:
-    """Learning rates before the schedule, and the constants beside them."""
+    """Peak learning rates and optimizer constants."""
 
     matrix: Annotated[float, Key("matrix")] = 0.02
     embedding: Annotated[float, Key("embedding")] = 0.01
@@ -39,7 +38,7 @@ class OptimizerOptions:
 
 @dataclass(frozen=True)
 class ParameterBuffer:
-    """Parameters of one kind side by side, gradients by worker, and the optimiser's memory."""
+    """Concatenated parameters of one kind, their gradients by worker, and the optimizer state."""
 
     weights: Tensor  # [n, r, c] or [n]
     gradients: Tensor  # [W, *weights.shape]
@@ -47,15 +46,12 @@ class ParameterBuffer:
     rate: Tensor  # [n], of each matrix or element
 
     def worker_slice(self, worker: int) -> slice:
-        """The share of the leading dimension that a worker updates."""
+        """The part of the leading dimension that a worker updates."""
         workers, n = len(self.gradients), len(self.weights)
         return slice(n * worker // workers, n * (worker + 1) // workers)
 
     def reduce_gradients(self, worker: int) -> float:
-        """Add the other workers' gradients into the first's, over this worker's part.
-
-        Returns the squared length of the sum.
-        """
+        """Sum all gradients of this worker's part into the first; returns its squared norm."""
         part = self.worker_slice(worker)
         total = self.gradients[0, part]
         for other in self.gradients[1:]:
@@ -70,7 +66,7 @@ def build_buffer(
     *,
     matrices: bool,
 ) -> ParameterBuffer:
-    """Move parameters, each with its rate, into one shared buffer; they become views of it."""
+    """Move parameters and their rates into a shared buffer; the parameters become views of it."""
     pairs = list(parameters)
     size = pairs[0][0].shape[-2:] if matrices else ()
     reshaped = [p.data.reshape(-1, *size) for p, _ in pairs]
@@ -87,7 +83,7 @@ def build_buffer(
 def attach_gradients(
     buffer: ParameterBuffer, parameters: Iterable[nn.Parameter], worker: int
 ) -> None:
-    """Let backward write this worker's gradients straight into the flat buffer."""
+    """Make backward write this worker's gradients into the buffer."""
     gradient, start = buffer.gradients[worker].view(-1), 0
     for parameter in parameters:
         parameter.grad = gradient[start : start + parameter.numel()].view_as(parameter)
@@ -103,7 +99,7 @@ def muon_step(
     momentum: float,
     clip: float,
 ) -> None:
-    """Nesterov momentum, made orthogonal, so that every direction of a matrix learns alike."""
+    """Update matrices by orthogonalized Nesterov momentum."""
     for start in range(part.start, part.stop, CHUNK_MATRICES):
         span = slice(start, min(start + CHUNK_MATRICES, part.stop))
         gradient, momentum_buffer, weight = (
@@ -118,7 +114,7 @@ def muon_step(
 
 
 def orthogonalize(matrices: Tensor, iterations: int = 5) -> Tensor:
-    """The nearest matrices [n, r, c] with singular values near one, by Newton-Schulz in bf16."""
+    """Matrices [n, r, c] with singular values close to 1, by Newton-Schulz iteration in bf16."""
     a, b, c = COEFFICIENTS
     tall = matrices.shape[-2] > matrices.shape[-1]
     x = matrices.mT if tall else matrices
@@ -138,7 +134,7 @@ def adamw_step(
     step: int,
     clip: float,
 ) -> None:
-    """Adam with bias correction; nothing here decays."""
+    """Adam with bias correction, without weight decay."""
     gradient, weight = buffer.gradients[0, part].mul_(clip), buffer.weights[part]
     first, second = (memory[part] for memory in buffer.state)
     first.lerp_(gradient, 1 - options.beta1)

@@ -1,4 +1,4 @@
-"""The embedded model's tokenizer: whole words and numbers, with single bytes underneath."""
+"""The embedded model's tokenizer: whole words and numbers, and single bytes for other text."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ CHAT_TEMPLATE = (
 
 
 def build_tokenizer(num_problems: int = 20_000, seed: int = 0) -> Tokenizer:
-    """A lossless tokenizer that knows each piece seen in ``sample`` problems of every task."""
+    """A lossless tokenizer with each piece of ``num_problems`` problems per task."""
     splitter = Sequence(
         [
             Split(Regex(PIECE_PATTERN), behavior="isolated"),
@@ -54,7 +54,7 @@ def build_tokenizer(num_problems: int = 20_000, seed: int = 0) -> Tokenizer:
 
 
 def save_tokenizer(tokenizer: Tokenizer, folder: Path) -> None:
-    """Writes tokenizer.json and tokenizer_config.json with the chat template."""
+    """Write tokenizer.json, and tokenizer_config.json with the chat template."""
     tokenizer.save(str(folder / "tokenizer.json"))
     config = {
         "tokenizer_class": "PreTrainedTokenizerFast",

@@ -1,0 +1,77 @@
+"""One request in the engine, and which requests can share a forward."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+from torch import Tensor
+
+from coterie.decoding import SequenceState
+from coterie.decoding.kv_schemes import ForwardPass
+from coterie.engine.generation_config import GenerationConfig
+from coterie.offload.traffic import Traffic
+from coterie.routing import Vanilla
+from coterie.values import Policy
+
+VANILLA = Vanilla()
+
+
+@dataclass  # not frozen: it counts the passes of its sequence
+class ActiveSequence:
+    """A submitted request: its decoding state, its KV cache row, its policy and its counters."""
+
+    number: int
+    sequence: SequenceState
+    cache_row: int
+    policy: Policy
+    generation: GenerationConfig
+    embeddings: Tensor | None = None  # [length, H], the input under a ``smooth`` unmask strategy
+    coresets: tuple[int, Tensor] | None = None  # block index, its coresets [L, E] of the last step
+    prefills: int = 0
+    commits: int = 0
+    traffic_before: Traffic | None = None  # of all requests, when this one was submitted
+    start_time: float = field(default_factory=time.perf_counter)
+
+    @property
+    def next_pass(self) -> ForwardPass:
+        """The next forward; raises RuntimeError if the sequence is finished."""
+        if self.sequence.next_pass is None:
+            raise RuntimeError(f"row {self.number} is finished")
+        return self.sequence.next_pass
+
+    @property
+    def span(self) -> slice:
+        """The canvas positions that the next forward computes."""
+        return slice(self.next_pass.start, self.next_pass.stop)
+
+    def next_policy(self) -> Policy:
+        """The routing policy of the next forward."""
+        kind = self.next_pass.kind
+        config = self.generation
+        routing = config.commit_routing if kind == "commit" else config.prefill_routing
+        return self.policy if kind == "decode" or routing == "policy" else VANILLA
+
+    def reuse_tolerance(self) -> float | None:
+        """The share of votes that a reused coreset may lose; None if every forward elects anew."""
+        return self.generation.reuse_tolerance if self.next_pass.kind == "decode" else None
+
+    def previous_coresets(self) -> Tensor | None:
+        """[L, E]: the coresets of the last step in the same block; None in a block's first step."""
+        block, coresets = self.coresets or (None, None)
+        return coresets if block == self.sequence.block.index else None
+
+
+def group_sequences(sequences: Iterable[ActiveSequence]) -> list[list[ActiveSequence]]:
+    """Groups that can share a forward, in order of arrival: only positions differ in a group."""
+    groups: dict[tuple[object, ...], list[ActiveSequence]] = {}
+    for active in sequences:
+        next_pass = active.next_pass
+        has_embeddings = active.embeddings is not None
+        key = (
+            *(next_pass.width, next_pass.kind, next_pass.causal_block, next_pass.use_cache),
+            *(active.next_policy(), active.reuse_tolerance(), has_embeddings),
+        )
+        groups.setdefault(key, []).append(active)
+    return list(groups.values())
