@@ -44,7 +44,7 @@ from coterie.model.cache import KVCache
 from coterie.model.forward_context import ForwardContext
 from coterie.model.moe import MoE
 from coterie.offload.cached_store import CachedExpertStore
-from coterie.offload.cpu_experts import CpuExperts
+from coterie.offload.cpu_experts import BreakEven, CpuExperts
 from coterie.offload.fetchers import ThreadedFetcher
 from coterie.offload.gpu_fetchers import CopyStream, GpuFetcher
 from coterie.offload.pinned_memory import allocate_pinned
@@ -323,7 +323,7 @@ class Bench:
             "kernels of the CPU": packs,
             "threads": torch.get_num_threads(),
             "ms": {name: 1e3 * seconds for name, seconds in vars(even).items()},
-            "copied sooner from so many tokens on": even.max_tokens() + 1,
+            "copied sooner from so many tokens on": tokens_of_break_even(even) + 1,
             "ms of an expert on the CPU": {
                 n: 1e3 * (even.expert_seconds + n * even.token_seconds) for n in TOKENS
             },
@@ -386,6 +386,14 @@ class Bench:
     def finish(self) -> None:
         if far(self.device):
             torch.cuda.synchronize()
+
+
+def tokens_of_break_even(even: BreakEven) -> int:
+    """Tokens of an expert up to which the CPU computes a further one before it is copied."""
+    if even.expert_seconds >= even.copy_seconds:
+        return 0
+    spare = even.copy_seconds - even.expert_seconds
+    return int(spare / even.token_seconds) if even.token_seconds else 1 << 30
 
 
 def far(device: torch.device) -> bool:

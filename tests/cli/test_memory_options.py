@@ -59,7 +59,7 @@ def test_memory_is_parsed_from_text() -> None:
             parse_bytes(text, "--host-memory")
 
 
-def test_auto_takes_what_all_else_leaves() -> None:
+def test_auto_leaves_memory_for_all_else() -> None:
     _, spec = read_spec(tiny_config("llada2"))
     layers, dtype, size = len(spec.moe_layers), torch.float32, 1 << 20
 
@@ -168,7 +168,7 @@ def test_a_trace_of_a_packed_model_has_the_size_of_its_experts(
 
 
 @needs_kernels
-def test_slots_for_all_experts_leave_none_on_disk(
+def test_note_mentions_disk_only_if_experts_are_absent(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     words = [*WORDS, "-m", str(packed_checkpoint(tmp_path)), "--expert-memory"]
@@ -181,7 +181,7 @@ def test_slots_for_all_experts_leave_none_on_disk(
 
 
 @needs_kernels
-def test_a_plot_of_no_traffic_is_refused_before_generation(
+def test_plotting_traffic_needs_a_cache(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     pytest.importorskip("matplotlib")

@@ -12,8 +12,8 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from policy_strategies import coresets, law
 from offload_cases import load_engine, needs_kernels, packed_checkpoint
+from policy_strategies import coresets, law
 from score_strategies import blocks
 from test_observation import PROMPTS, engine, tiny, untimed
 from torch import Tensor

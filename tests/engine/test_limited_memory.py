@@ -44,13 +44,13 @@ def traffic(result: Result) -> Traffic:
     return result.traffic
 
 
-def test_where_all_experts_are_in_memory_nothing_is_told() -> None:
+def test_resident_model_has_no_traffic() -> None:
     own = engine(None)
     assert own.generate(PROMPTS[0], **ASKED).traffic is None
     own.reset_cache()
 
 
-def test_a_result_tells_what_its_forwards_moved() -> None:
+def test_result_has_the_traffic_of_its_forwards() -> None:
     own, whole = engine(), engine(None)
     for prompt in PROMPTS:
         found, true = (one.generate(prompt, **ASKED) for one in (own, whole))
@@ -70,7 +70,7 @@ def test_a_result_tells_what_its_forwards_moved() -> None:
     assert blocks == sorted(blocks)
 
 
-def test_in_an_emptied_memory_an_answer_depends_on_nothing_before() -> None:
+def test_after_a_reset_an_answer_depends_on_nothing_before() -> None:
     """Under a policy that prefers who is there, it does otherwise."""
     fresh = [engine().generate(prompt, policy=PREFERRING, **ASKED) for prompt in PROMPTS]
     for between in (True, False):
@@ -86,7 +86,7 @@ def test_in_an_emptied_memory_an_answer_depends_on_nothing_before() -> None:
         assert all(same) == between
 
 
-def test_a_memory_is_not_emptied_under_a_row() -> None:
+def test_reset_is_refused_while_a_request_is_active() -> None:
     own = engine()
     row = own.submit(PROMPTS[0], **ASKED)
     with pytest.raises(RuntimeError, match="on its way"):
@@ -95,7 +95,7 @@ def test_a_memory_is_not_emptied_under_a_row() -> None:
     own.reset_cache()
 
 
-def test_rows_that_share_forwards_tell_of_all_of_them() -> None:
+def test_batched_requests_share_their_traffic() -> None:
     own = engine()
     for prompt in PROMPTS[:2]:
         own.submit(prompt, **ASKED)
@@ -106,7 +106,7 @@ def test_rows_that_share_forwards_tell_of_all_of_them() -> None:
     assert traffic(found[0]).experts_moved <= traffic(found[1]).experts_moved
 
 
-def test_a_warm_memory_is_warm_again_when_it_was_emptied() -> None:
+def test_reset_reloads_the_warm_start() -> None:
     """Votes for the same six experts of each layer: they are there before anybody asks."""
     votes = torch.zeros(2, 16)
     votes[:, :6] = 1.0
@@ -139,7 +139,7 @@ def test_a_warm_memory_is_warm_again_when_it_was_emptied() -> None:
         (ExpertMemoryConfig.parse("1%", simulated=True), "less than one expert"),
     ],
 )
-def test_what_nobody_can_imagine_is_an_error(asked: ExpertMemoryConfig, told: str) -> None:
+def test_options_of_a_real_cache_are_refused(asked: ExpertMemoryConfig, told: str) -> None:
     with pytest.raises(CoterieError, match=told):
         coterie.load(folder(), expert_memory=asked)
 
@@ -170,7 +170,7 @@ def test_each_policy_that_is_compared_begins_in_an_empty_memory(capsys: Capture)
     assert runs[2]["expert_traffic"]["hit_rate"] > runs[1]["expert_traffic"]["hit_rate"]
 
 
-def test_compare_shows_what_was_moved_where_memory_is_short(capsys: Capture) -> None:
+def test_compare_shows_traffic_of_a_cache(capsys: Capture) -> None:
     assert run(["compare", *WORDS, "-p", "des-vote:beta=0.3"]) == 0
     said = capsys.readouterr()
     assert "5 of 16 experts per layer in memory" in said.err
@@ -190,7 +190,7 @@ def test_compare_shows_what_was_moved_where_memory_is_short(capsys: Capture) -> 
         (["--coarse", "elsewhere"], "has no effect"),
     ],
 )
-def test_what_would_have_no_effect_beside_an_imagined_memory_is_one_line(
+def test_options_without_effect_on_a_simulation_are_one_line_errors(
     typed: list[str], said: str, capsys: Capture
 ) -> None:
     assert run(["generate", *WORDS, *typed]) == 2
@@ -199,7 +199,7 @@ def test_what_would_have_no_effect_beside_an_imagined_memory_is_one_line(
     assert said in told.err
 
 
-def test_what_every_forward_moved_is_drawn_and_told(tmp_path: Path, capsys: Capture) -> None:
+def test_plot_shows_every_forward(tmp_path: Path, capsys: Capture) -> None:
     pytest.importorskip("matplotlib")
     asked = [*WORDS, "-p", "uniform-vote:beta=0.3", "--unmask", "fixed:steps=3", "--drift", "0.2"]
     found = told(["generate", *asked, "--traffic", str(tmp_path / "moved")], capsys)

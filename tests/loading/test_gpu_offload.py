@@ -90,7 +90,7 @@ def test_less_host_memory_stands_before_a_packed_checkpoint(tmp_path: Path, kept
     assert few.generate(PROMPT, **OPTIONS).tokens == whole.generate(PROMPT, **OPTIONS).tokens
 
 
-def test_what_host_memory_cannot_hold_is_said(
+def test_too_little_host_memory_is_an_error(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = plain_or_packed_checkpoint(tmp_path, "plain")
@@ -103,7 +103,7 @@ def test_what_host_memory_cannot_hold_is_said(
         load_engine(folder, "auto")
 
 
-def test_auto_takes_what_is_free_and_all_where_that_is_enough(
+def test_auto_takes_free_gpu_memory_or_all_experts(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = plain_or_packed_checkpoint(tmp_path, "plain")

@@ -119,7 +119,7 @@ def drawn_votes(layers: Sequence[int]) -> SavedVotes:
         ("llada2", ("int8", "int4"), "75%", StaticVotes()),
     ],
 )
-def test_a_model_answers_as_if_each_expert_had_the_precision_of_its_placement(
+def test_model_matches_the_precision_reference(
     tmp_path: Path, family: str, kinds: tuple[str, str], memory: str, placement: PrecisionPolicy
 ) -> None:
     fine, coarse = folders(tmp_path, kinds, family)
@@ -149,7 +149,7 @@ def mixed_of(engine: Engine) -> MixedPrecisionStore:
 
 
 @needs_kernels
-def test_a_whole_model_in_two_precisions_reads_each_expert_once(tmp_path: Path) -> None:
+def test_two_precisions_that_fit_read_each_expert_once(tmp_path: Path) -> None:
     fine, coarse = folders(tmp_path, ("int8", "int4"))
     warm = drawn_votes(load_engine(fine).model.spec.moe_layers)
     engine = load_engine(
@@ -170,7 +170,7 @@ def test_a_whole_model_in_two_precisions_reads_each_expert_once(tmp_path: Path) 
 
 
 @needs_kernels
-def test_an_evaluation_knows_its_coarse_experts_wherever_they_lie(tmp_path: Path) -> None:
+def test_run_identity_fingerprints_the_fallback_model(tmp_path: Path) -> None:
     fine, coarse = folders(tmp_path, ("int8", "int4"))
     asked = [ExpertMemoryConfig.parse("75%", fallback_model=LowPrecisionExperts(coarse))]
     moved_to = coarse.rename(tmp_path / "elsewhere")

@@ -100,7 +100,7 @@ class Slow:
         return found
 
 
-def test_what_is_being_computed_with_is_not_overwritten() -> None:
+def test_slots_are_not_overwritten_during_compute() -> None:
     """Twelve experts through five slots: while a slab is out, its bytes stand."""
     slow = Slow(HostTier(expert_blobs(12)))
     own = cached_store(slow, 12, 5)
@@ -118,7 +118,7 @@ def test_what_is_being_computed_with_is_not_overwritten() -> None:
     assert own.traffic_log.traffic().stall_seconds > 0
 
 
-def test_who_is_here_is_computed_while_others_come() -> None:
+def test_cached_experts_are_computed_during_fetches() -> None:
     slow = Slow(HostTier(expert_blobs(8)))
     own = cached_store(slow, 8, 6)
     first, both = torch.zeros(8, dtype=torch.bool), torch.zeros(8, dtype=torch.bool)
@@ -136,7 +136,7 @@ def test_who_is_here_is_computed_while_others_come() -> None:
     assert (rest.slot_of >= 0).tolist() == (both & ~first).tolist()
 
 
-def test_a_slab_of_all_that_are_here_is_made_anew_when_others_came() -> None:
+def test_resident_slab_is_rebuilt_after_a_fetch() -> None:
     whole = expert_blobs(6)
     own, true = cached_store(HostTier(whole), 6, 3), fp32_slab(whole[1], torch.arange(6))
     for wanted in ({0, 1, 2}, {0, 1}, {1, 2}, {1, 4}, {4}, {1, 4}, {0, 1}, {0}):
@@ -150,7 +150,7 @@ def test_a_slab_of_all_that_are_here_is_made_anew_when_others_came() -> None:
     assert own.traffic_log.traffic().experts_moved == 5
 
 
-def test_a_store_that_was_left_in_the_middle_fetches_anew() -> None:
+def test_abandoned_store_fetches_again() -> None:
     whole = expert_blobs(9)
     own = cached_store(HostTier(whole), 9, 3)
     served = own.serve(1, ExpertRequest(torch.ones(9, dtype=torch.bool)))
@@ -284,7 +284,7 @@ def test_a_model_answers_the_same_with_few_experts_in_memory(
 
 
 @needs_kernels
-def test_an_election_prefers_who_is_in_memory(tmp_path: Path) -> None:
+def test_resident_vote_raises_the_hit_rate(tmp_path: Path) -> None:
     folder = packed_checkpoint(tmp_path)
     hits = []
     for lam in (0, 8):
@@ -311,7 +311,7 @@ def test_the_command_says_what_is_in_memory_and_what_was_moved(
 
 
 @needs_kernels
-def test_what_cannot_be_kept_outside_memory_is_one_line(
+def test_checkpoints_without_offload_are_one_line_errors(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     folder = packed_checkpoint(tmp_path)
@@ -334,7 +334,7 @@ def test_what_cannot_be_kept_outside_memory_is_one_line(
 
 
 @pytest.mark.parametrize("error", [OSError(errno.ENOMEM, "Cannot allocate"), RuntimeError("no")])
-def test_memory_that_is_not_to_be_had_is_said_and_may_be_had_later(error: Exception) -> None:
+def test_failed_allocation_is_an_error_and_can_be_retried(error: Exception) -> None:
     own, left = cached_store(HostTier(expert_blobs(4)), 4, 2), [error]
     allocate = own.allocate
 
@@ -349,7 +349,7 @@ def test_memory_that_is_not_to_be_had_is_said_and_may_be_had_later(error: Except
     assert own.resident(1) is not None
 
 
-def test_an_expert_that_was_to_be_here_from_the_start_is_said_and_not_asked_for_again() -> None:
+def test_unreadable_warm_start_expert_fails_once() -> None:
     tier = FailingTier(HostTier(expert_blobs(4)), {2})
     own = cached_store(tier, 4, 3, warm_votes={1: np.array([0.0, 1.0, 2.0, 0.5])})
     with pytest.raises(CoterieError, match="expert 2"):

@@ -120,7 +120,7 @@ def test_prices_are_read_off_three_layers(prices: tuple[float, float, float, flo
         assert getattr(found, name) == pytest.approx(price, abs=1e-9)
 
 
-def test_a_slow_cpu_computes_nobody_and_a_fast_one_everybody() -> None:
+def test_slow_cpu_computes_no_miss_and_fast_cpu_all() -> None:
     missed, tokens = np.ones(5, dtype=bool), np.array([1, 9, 2, 4, 3])
     slow, fast = BreakEven(1e-4, 1.0, 0.0, 0.0), BreakEven(1e-2, 0.0, 1e-6, 1e-6)
     assert slow.select(missed, tokens).tolist() == [False] * 5
@@ -196,7 +196,7 @@ def test_kernels_need_memory_of_their_own(tmp_path: Path, monkeypatch: pytest.Mo
 
 
 @simulated_gpu
-def test_where_it_has_no_effect_it_is_an_error(tmp_path: Path) -> None:
+def test_cpu_experts_without_effect_is_an_error(tmp_path: Path) -> None:
     folder = plain_or_packed_checkpoint(tmp_path, "int8")
     for memory, told in (
         (
@@ -212,7 +212,7 @@ def test_where_it_has_no_effect_it_is_an_error(tmp_path: Path) -> None:
             load_engine(folder, memory)
 
 
-def test_a_cpu_has_no_cpu_beside_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_cpu_experts_needs_a_gpu(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = str(plain_or_packed_checkpoint(tmp_path, "int8"))
     words = ["generate", "5 17", "-m", folder, "--device", "cpu", "--cpu-experts", "auto"]
     assert run(words) == 2
@@ -223,7 +223,7 @@ def test_a_cpu_has_no_cpu_beside_it(tmp_path: Path, capsys: pytest.CaptureFixtur
 
 
 @simulated_gpu
-def test_the_command_says_whom_a_cpu_computes(
+def test_command_notes_the_cpu_selection(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     words = [

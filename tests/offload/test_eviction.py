@@ -61,7 +61,7 @@ def votes(size: int, used: frozenset[int]) -> np.ndarray:
 
 @given(histories(), st.integers(1, 14), st.booleans())
 @law(150)
-def test_every_needed_expert_is_served_once_and_from_where_it_lies(drawn, capacity: int, warm):
+def test_every_used_expert_is_served_once_from_its_slot(drawn, capacity: int, warm):
     """A second book, kept from the loads alone, agrees at every wave."""
     size, sets = drawn
     for rule in rules(size, sets):
@@ -102,7 +102,7 @@ def test_capacity_is_never_exceeded_and_what_fits_stays(drawn, capacity: int):
 
 @given(histories(), st.integers(1, 14))
 @law()
-def test_who_is_here_is_not_loaded(drawn, capacity: int):
+def test_cached_experts_are_not_loaded(drawn, capacity: int):
     size, sets = drawn
     for rule in rules(size, sets):
         slots = Slots(size, capacity, rule)
@@ -123,7 +123,7 @@ def test_no_rule_misses_less_than_belady(drawn, capacity: int):
 
 @given(histories(experts=5, longest=6), st.integers(1, 4))
 @law(100)
-def test_belady_is_the_least_of_all_that_could_be_kept(drawn, capacity: int):
+def test_belady_is_optimal_where_each_forward_fits(drawn, capacity: int):
     """Every set that may stay is tried, where each forward fits: its waves add no misses."""
     size, sets = drawn
     capacity = max(capacity, *(len(used) for used in sets))
@@ -173,7 +173,7 @@ def test_with_room_for_all_each_expert_moves_once(drawn):
         assert loads(size, size, rule, sets) == len(frozenset().union(*sets))
 
 
-def test_who_leaves_by_hand() -> None:
+def test_evicted_experts_by_hand() -> None:
     """Three slots hold 0, 1, 2; then 3 comes. 0 was used thrice, 1 last, 2 is voted for."""
     sets = [frozenset({0, 1, 2}), frozenset({0}), frozenset({0}), frozenset({1})]
     ballots = [np.array(v, dtype=float) for v in ([1, 1, 1, 0], [1, 0, 9, 0], [1, 0, 9, 0])]
@@ -212,7 +212,7 @@ def test_slots_start_with_the_most_voted() -> None:
     assert slots.serve(mask(6, frozenset({0})))[0].loads == ((0, 2),)  # 1 had the fewest votes
 
 
-def test_belady_knows_only_what_it_was_told() -> None:
+def test_belady_needs_the_uses_of_every_forward() -> None:
     rule = Belady.from_uses([mask(2, frozenset({0})), mask(2, frozenset({1}))])
     assert rule.next_uses.tolist() == [[NEVER_USED, 1.0], [NEVER_USED, NEVER_USED]]
     with pytest.raises(CoterieError, match="only 2 forwards"):

@@ -240,7 +240,7 @@ def test_every_store_answers_as_if_all_were_in_memory(sizes, chain, requests) ->
 
 @given(models, chains(faults=False).map(lambda chain: replace(chain, warm=None)), rows(RESIDENT))
 @law(12)
-def test_who_prefers_residents_answers_as_over_an_imagined_memory(sizes, chain, requests) -> None:
+def test_residency_bonus_acts_as_over_a_simulated_cache(sizes, chain, requests) -> None:
     hold_same_election(sizes, chain, requests)
 
 
@@ -254,5 +254,5 @@ def test_every_store_answers_as_if_all_were_in_memory_at_length(sizes, chain, re
 @pytest.mark.slow
 @given(models, chains(faults=False).map(lambda chain: replace(chain, warm=None)), rows(RESIDENT))
 @law(500)
-def test_who_prefers_residents_answers_the_same_at_length(sizes, chain, requests) -> None:
+def test_residency_bonus_acts_the_same_at_length(sizes, chain, requests) -> None:
     hold_same_election(sizes, chain, requests)

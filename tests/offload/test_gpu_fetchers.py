@@ -178,7 +178,7 @@ class ByLot:
     aside=st.booleans(),
 )
 @law(300)
-def test_no_slab_reads_what_has_not_arrived_or_is_gone(
+def test_no_slab_reads_other_bytes(
     seed: int, sizes: tuple[int, int], eager: float, lru: bool, aside: bool
 ) -> None:
     experts, capacity = sizes
@@ -193,7 +193,7 @@ def test_no_slab_reads_what_has_not_arrived_or_is_gone(
     eager=st.sampled_from((0.0, 0.5)),
 )
 @law(30)
-def test_nor_where_threads_fetch_first(
+def test_no_slab_of_a_staged_fetcher_reads_other_bytes(
     seed: int, experts: int, capacity: int, eager: float
 ) -> None:
     assert outcome(seed, by_relays, experts=experts, capacity=capacity, eager=eager) == []
@@ -201,7 +201,7 @@ def test_nor_where_threads_fetch_first(
 
 @pytest.mark.parametrize("make", [by_copies, by_relays])
 @pytest.mark.parametrize("left_out", ["wait_for_compute", "block_compute"])
-def test_an_order_that_is_left_out_is_found(
+def test_simulator_finds_a_missing_order(
     monkeypatch: pytest.MonkeyPatch, left_out: str, make: Callable[[HostTier], ExpertFetcher]
 ) -> None:
     """The world is harsh enough: without one of the two, some slab reads what it must not."""
@@ -213,7 +213,7 @@ def test_an_order_that_is_left_out_is_found(
     assert any(outcome(seed, make, eager=0.1) for seed in range(10))
 
 
-def test_nobody_waits_on_the_host(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_pinned_copies_never_block_the_host(monkeypatch: pytest.MonkeyPatch) -> None:
     """With all experts in pinned memory a forward is only asked for: nothing has run by its end."""
     world = World(0, eager=0.0)
     world.install(monkeypatch)
@@ -229,7 +229,7 @@ def test_nobody_waits_on_the_host(monkeypatch: pytest.MonkeyPatch) -> None:
     )  # of three waves that are waited for, a millisecond each
 
 
-def test_copies_for_the_next_wave_go_beside_computing(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_copies_of_the_next_wave_overlap_compute(monkeypatch: pytest.MonkeyPatch) -> None:
     """Hits are being computed, and go on being; meanwhile who is missing arrives in free slots."""
     world = World(0, eager=0.0)
     world.install(monkeypatch)
@@ -249,7 +249,7 @@ def test_copies_for_the_next_wave_go_beside_computing(monkeypatch: pytest.Monkey
 
 
 @pytest.mark.parametrize("make", [by_copies, by_relays])
-def test_a_forward_that_is_left_in_the_middle_spoils_nothing(
+def test_abandoned_forward_leaves_a_correct_store(
     make: Callable[[HostTier], ExpertFetcher],
 ) -> None:
     for seed in range(12):
@@ -268,7 +268,7 @@ def test_a_forward_that_is_left_in_the_middle_spoils_nothing(
             assert run.wrong == []
 
 
-def test_a_tier_that_fails_is_an_error_and_the_next_forward_is_right() -> None:
+def test_failing_tier_is_an_error_and_the_next_forward_is_right() -> None:
     class Failing:
         def __init__(self, tier: HostTier) -> None:
             self.tier, self.broken, self.lock = tier, True, threading.Lock()

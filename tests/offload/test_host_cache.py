@@ -57,7 +57,7 @@ def fetched(tier: Tier, one: Asked) -> Tensor:
 
 @given(st.lists(asked, max_size=40), st.integers(1, 12), st.sets(st.integers(0, 30)))
 @law(80)
-def test_one_after_the_other_it_is_a_cache_over_the_whole_model(
+def test_host_cache_is_least_frequently_used(
     wishes: list[Asked], slots: int, fail: set[int]
 ) -> None:
     """A second book, kept here, says who is read; what failed is read again when asked for."""
@@ -84,7 +84,7 @@ def test_one_after_the_other_it_is_a_cache_over_the_whole_model(
 
 @given(st.lists(asked, min_size=8, max_size=40), st.integers(1, 4), st.sets(st.integers(0, 20)))
 @law(12)
-def test_from_many_threads_nobody_sees_other_bytes(
+def test_threads_read_the_right_bytes(
     wishes: list[Asked], slots: int, fail: set[int]
 ) -> None:
     below = Counted(slow=2e-4, fail=fail)
@@ -108,7 +108,7 @@ def test_from_many_threads_nobody_sees_other_bytes(
     assert all(torch.equal(fetched(tier, one), WHOLE[one[0]][one[1]]) for one in set(wishes))
 
 
-def test_who_wants_what_another_reads_waits_for_it() -> None:
+def test_threads_share_one_read() -> None:
     below = Counted(slow=0.02)
     tier = host(below, 2)
     with ThreadPoolExecutor(4) as threads:
@@ -117,7 +117,7 @@ def test_who_wants_what_another_reads_waits_for_it() -> None:
     assert (below.reads, tier.misses, tier.hits) == ([(1, 3)], 1, 3)
 
 
-def test_where_the_reader_fails_one_who_waits_reads() -> None:
+def test_after_a_failed_read_a_waiting_thread_reads() -> None:
     below = Counted(slow=0.02, fail={0})
     tier = host(below, 1)
 
@@ -134,7 +134,7 @@ def test_where_the_reader_fails_one_who_waits_reads() -> None:
     assert len(below.reads) == 2
 
 
-def test_what_it_cannot_do_is_said() -> None:
+def test_host_cache_needs_one_slot() -> None:
     assert host_cache_slots(3 * SIZE + 1, layers=2, experts=5, expert_bytes=SIZE) == 3
     assert host_cache_slots(1 << 40, layers=2, experts=5, expert_bytes=SIZE) == 10
     with pytest.raises(CoterieError, match="63 bytes are less than one expert"):

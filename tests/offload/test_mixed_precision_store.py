@@ -100,7 +100,7 @@ def blended(fine: Slab, coarse: Slab, who: set[int]) -> ResidentExpertStore:
 
 @given(st.integers(1, 10), ROOMS, st.booleans(), st.integers(0, 2**20))
 @law(40)
-def test_each_expert_is_computed_in_the_precision_of_its_placement(
+def test_store_matches_the_precision_reference(
     experts: int, room: Room, warmed: bool, seed: int
 ) -> None:
     """Whatever the sizes, the places, the upgrades a forward, and when they come."""
@@ -133,7 +133,7 @@ def test_each_expert_is_computed_in_the_precision_of_its_placement(
         plain[layer].after_forward(used)
 
 
-def test_who_is_worth_more_is_never_evicted() -> None:
+def test_higher_scores_are_never_evicted() -> None:
     own = mixed(
         HostTier(expert_blobs(6)),
         HostTier(expert_blobs(6)),
@@ -150,7 +150,7 @@ def test_who_is_worth_more_is_never_evicted() -> None:
     assert own.high.layer_cache(1).slots.resident.tolist() == [True, *[False] * 4, True]
 
 
-def test_without_upgrades_the_placement_stays() -> None:
+def test_without_promotions_precisions_never_change() -> None:
     votes = np.array([0.0, 3.0, 1.0, 2.0, 0.0])
     own = mixed(
         HostTier(expert_blobs(5)), HostTier(expert_blobs(5)), 5, Room(2, 5, 0), warm={1: votes}
@@ -174,7 +174,7 @@ def test_the_loss_bound_is_vote_share_times_error() -> None:
     assert own.precision_stats.loss_rms == pytest.approx((0.5 * 0.2**2 + 0.5 * 0.01**2) ** 0.5)
 
 
-def test_who_holds_most_votes_is_fine_at_once_and_the_loss_is_bounded() -> None:
+def test_vote_mass_is_served_in_high_precision_and_bounds_the_loss() -> None:
     """Where they have places."""
     experts, mass = 12, 0.6
     errors = {1: PrecisionErrors(np.full(experts, 0.01), np.full(experts, 0.1))}
@@ -189,13 +189,13 @@ def test_who_holds_most_votes_is_fine_at_once_and_the_loss_is_bounded() -> None:
     assert own.precision_stats.high_share_sum < 6
 
 
-def test_votes_of_the_unused_are_nobodys_share() -> None:
+def test_unused_experts_have_no_vote_share() -> None:
     votes, used = np.array([3.0, 1.0, 4.0, 0.0]), np.array([True, True, False, True])
     assert vote_shares(votes, used).tolist() == [0.75, 0.25, 0.0, 0.0]
     assert vote_shares(np.zeros(4), used).tolist() == pytest.approx([1 / 3, 1 / 3, 0.0, 1 / 3])
 
 
-def test_an_upgrade_that_fails_is_an_error_of_the_next_forward_and_nothing_stays() -> None:
+def test_failed_promotion_fails_the_next_forward_and_empties_the_layer() -> None:
     best, rough = expert_blobs(6), expert_blobs(6, 1)
     flaky = Whimsical(HostTier(best), random.Random(0), {2})
     own = mixed(flaky, HostTier(rough), 6, Room(3, 6, 3), eviction=Lru())
@@ -252,7 +252,7 @@ def test_what_fails_or_is_left_in_the_middle_leaves_no_wrong_weights(part: str) 
     assert failed > 2
 
 
-def test_who_cannot_even_be_begun_is_not_taken_to_be_fine(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_promotion_that_cannot_start_is_rolled_back(monkeypatch: pytest.MonkeyPatch) -> None:
     """The book has given out places by then."""
     best, rough, begun, left = (
         expert_blobs(6),
@@ -279,7 +279,7 @@ def test_who_cannot_even_be_begun_is_not_taken_to_be_fine(monkeypatch: pytest.Mo
     )
 
 
-def test_who_was_to_be_fine_from_the_start_is_said_and_not_asked_for_again() -> None:
+def test_unreadable_warm_start_promotion_fails_once() -> None:
     flaky = Whimsical(HostTier(expert_blobs(6)), random.Random(0), {1})
     own = mixed(
         flaky,
@@ -315,7 +315,7 @@ def test_what_fills_the_memory_is_in_no_forward_and_nothing_that_came_is_lost() 
     assert first.traffic.experts_moved == 0
 
 
-def test_emptied_it_is_as_at_the_start() -> None:
+def test_reset_restores_the_initial_state() -> None:
     votes = np.array([0.0, 3.0, 1.0, 2.0, 0.0, 0.0])
     best, rough = HostTier(expert_blobs(6)), HostTier(expert_blobs(6, 1))
     own, new = (mixed(best, rough, 6, Room(2, 3, 2), warm={1: votes}) for _ in range(2))
@@ -331,7 +331,7 @@ def test_emptied_it_is_as_at_the_start() -> None:
     )
 
 
-def test_who_is_here_in_either_precision_is_resident() -> None:
+def test_experts_in_either_precision_are_resident() -> None:
     own = mixed(HostTier(expert_blobs(6)), HostTier(expert_blobs(6)), 6, Room(1, 2, 1))
     for _ in range(2):
         list(own.serve(1, request_for(6, 4)))

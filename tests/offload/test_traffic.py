@@ -76,7 +76,7 @@ def loads(asked: list[Asked], experts: int, capacity: int, *, own: bool) -> int:
 
 @given(st.integers(2, 12), st.integers(1, 12), st.integers(1, 6), st.integers(0, 2**20))
 @law(40)
-def test_a_ledger_says_what_was_moved_and_what_vanilla_would_have(
+def test_log_counts_moved_experts_and_vanilla_misses(
     experts: int, capacity: int, forwards: int, seed: int
 ) -> None:
     asked = drawn(experts, forwards, seed)
@@ -99,7 +99,7 @@ def test_a_ledger_says_what_was_moved_and_what_vanilla_would_have(
 
 @given(st.integers(2, 12), st.integers(1, 12), st.integers(0, 2**20), st.integers(0, 5))
 @law(25)
-def test_lines_add_up_to_the_whole_and_to_what_was_read_between(
+def test_forwards_add_up_to_the_total(
     experts: int, capacity: int, seed: int, early: int
 ) -> None:
     """Six forwards; somebody reads after ``early`` of them."""
@@ -127,7 +127,7 @@ def counted(traffic: Traffic) -> Traffic:
     return replace(traffic, seconds=0.0, stall_seconds=0.0)
 
 
-def test_an_emptied_memory_moves_the_same_again_and_so_does_vanillas() -> None:
+def test_traffic_after_a_reset_repeats() -> None:
     asked = drawn(9, 4, 3)
     store = imagined(9, 4)
     serve(store, asked)
@@ -138,7 +138,7 @@ def test_an_emptied_memory_moves_the_same_again_and_so_does_vanillas() -> None:
     assert store.traffic_log.traffic() - once == once
 
 
-def test_who_serves_the_unmodified_model_moves_what_vanilla_does() -> None:
+def test_vanilla_routing_has_vanilla_misses() -> None:
     asked = [Asked(one.layer, expert_mask(one.own.flatten(), 9), one.own) for one in drawn(9, 5, 4)]
     store = imagined(9, 4)
     serve(store, asked)
@@ -146,7 +146,7 @@ def test_who_serves_the_unmodified_model_moves_what_vanilla_does() -> None:
     assert (found.vanilla_misses, found.fraction_saved) == (found.experts_moved, 0.0)
 
 
-def test_vanilla_is_unknown_where_nobody_asked_and_cannot_be_asked_for_late() -> None:
+def test_vanilla_must_be_tracked_from_the_start() -> None:
     store = imagined(9, 4, compared=False)
     serve(store, drawn(9, 2, 5))
     found = store.traffic_log.traffic()
@@ -160,7 +160,7 @@ def test_vanilla_is_unknown_where_nobody_asked_and_cannot_be_asked_for_late() ->
         store.traffic_log.track_vanilla()
 
 
-def test_a_ledger_stays_small(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_log_has_bounded_size(monkeypatch: pytest.MonkeyPatch) -> None:
     """Of many forwards it keeps the sum; what waits for vanilla goes through its memory in time."""
     store, plain = imagined(9, 4), imagined(9, 4)
     serve(plain, asked := drawn(9, 50, 6))
@@ -175,7 +175,7 @@ def test_a_ledger_stays_small(monkeypatch: pytest.MonkeyPatch) -> None:
     assert [line.number for line in store.traffic_log.forwards] == list(range(44, 49))
 
 
-def test_tiers_and_waits_are_told_apart() -> None:
+def test_tiers_and_stalls_are_counted_separately() -> None:
     clock = iter((0.25, 0.25))
     ledger = TrafficLog(SIZE, lambda _: Slots(4, 2, Lru()), lambda: next(clock))
     ledger.begin_forward("decode")

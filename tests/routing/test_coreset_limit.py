@@ -9,8 +9,8 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from policy_strategies import coresets, law
 from offload_cases import cached_store, expert_blobs
+from policy_strategies import coresets, law
 from score_strategies import blocks
 from test_replay import drawn, grid, imagined, play
 

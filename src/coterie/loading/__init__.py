@@ -1,1 +1,1 @@
-"""From a name to a model in memory: what is loaded, and where its experts are placed."""
+"""Loading a model: its expert memory, and the placement of its experts."""

@@ -90,8 +90,8 @@ class ExpertMemoryConfig:
         if self.fallback_model is not None:
             config |= self.fallback_model.to_dict()
         if self.cpu_experts is not None:
-            auto = self.cpu_experts == AUTO
-            config["cpu_experts"] = AUTO if auto else self.cpu_experts.max_tokens
+            limit = self.cpu_experts
+            config["cpu_experts"] = AUTO if limit == AUTO else limit.max_tokens
         if self.simulated:
             config["imagined"] = True
         return config

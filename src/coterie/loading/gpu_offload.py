@@ -170,8 +170,8 @@ def _plan_host_bytes(plan: ExpertMemoryPlan, *, packed: bool) -> int:
     if budget < total_bytes and not packed:
         raise OffloadError(
             f"all experts together need {total_bytes:,} bytes, more than the {budget:,} of "
-            "`host_memory`; `coterie quantize` makes a packed checkpoint, whose experts can be "
-            "fetched one by one"
+            "`host_memory`; single experts can be fetched from a packed checkpoint, which "
+            "`coterie quantize` makes"
         )
     if free_bytes is not None and budget > free_bytes:
         raise OffloadError(

@@ -34,7 +34,7 @@ DTYPES = {
     "fp16": torch.float16,
 }
 FP32_MAX_BYTES = 4 << 30
-"""On a CPU, models whose fp32 weights are smaller run in fp32, which costs them little."""
+"""On a CPU, models with smaller fp32 weights run in fp32, which costs them little."""
 
 
 @dataclass(frozen=True)
@@ -74,7 +74,7 @@ def load_model(
     """Load a folder, a hub id, or (None) the embedded model.
 
     ``device`` "auto" is CUDA if available. ``dtype`` None or "auto" is bf16; on a CPU it is fp32
-    for models whose fp32 weights stay below 4 GiB. ``experts`` "int8" or "int4" quantizes the
+    for models with less than 4 GiB of fp32 weights. ``experts`` "int8" or "int4" quantizes the
     routed experts while they are read. Packed experts are mapped from their file for the CPU
     kernels, and unpacked for other devices.
 
@@ -82,7 +82,7 @@ def load_model(
     as many as fit); the others are fetched when used, and policies may prefer those in memory. A
     simulated expert memory fetches nothing and counts.
 
-    Bad input raises a CoterieError whose message is one line.
+    Bad input raises a CoterieError with a message of one line.
     """
     model = ModelFolder.open(find_folder(name_or_path))
     family, vocab_size = model.family, model.spec.vocabulary

@@ -34,7 +34,7 @@ class PrecisionPolicy(Protocol):
 
     @property
     def mass(self) -> float:
-        """Share of a forward's votes whose experts are promoted before it."""
+        """Share of a forward's votes: the experts that hold it are promoted before the forward."""
         ...
 
 

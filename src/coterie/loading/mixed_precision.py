@@ -104,7 +104,7 @@ class MixedPrecision:
         return self.high.spec.panel_kind, self.low.spec.panel_kind
 
     def _low_precision_votes(self, votes: FloatArray) -> FloatArray:
-        """[E]: votes for the low-precision cache, which starts without the high-precision experts."""
+        """[E]: votes for the low-precision cache: 0 for the initial high-precision experts."""
         top_ids = np.lexsort((np.arange(len(votes)), -votes))[: self.split.high_slots]
         low_votes = votes + UNVOTED_SCORE
         low_votes[top_ids] = 0.0

@@ -1,1 +1,1 @@
-"""Where experts live. A store knows slots and copies, never who asked."""
+"""Expert stores: resident, cached, mixed-precision and simulated, with tiers and fetchers."""

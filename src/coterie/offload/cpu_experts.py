@@ -56,7 +56,7 @@ class BreakEven:
     token_seconds: float  # on the CPU, per token of an expert
 
     def select(self, missed_mask: Mask, token_counts: TokenCounts) -> Mask:
-        """The split whose later end is earliest; ties go to fewer experts on the CPU."""
+        """The split that ends first; ties go to fewer experts on the CPU."""
         experts = np.flatnonzero(missed_mask)
         order = experts[np.argsort(token_counts[experts], kind="stable")]
         copy_ends = self.copy_seconds * np.arange(len(order), -1, -1)

@@ -93,7 +93,7 @@ class ByVotes:
 
 @dataclass(frozen=True)
 class Belady:
-    """Evicts the expert whose next use is furthest away: the optimum, for replays only."""
+    """Evicts the expert with the furthest next use: the optimum, for replays only."""
 
     next_uses: FloatArray  # [F, E]: after each forward, the next one that uses the expert, or inf
 

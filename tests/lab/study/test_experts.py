@@ -106,7 +106,7 @@ def test_a_book_is_the_least_recently_used_by_hand(uses: list[list[int]], capaci
         here = [expert for expert in here if expert not in there] + sorted(there, reverse=True)
         here = here[-capacity:]
         assert book.count_loads(0, used) == len(come)
-        assert set(np.flatnonzero(book.slots[0].resident)) == set(here)
+        assert set(np.flatnonzero(book.slots(0).resident)) == set(here)
 
 
 @given(USES, st.lists(st.integers(5, 10), min_size=2, max_size=4))
@@ -149,7 +149,7 @@ def test_a_logbook_says_what_a_memory_of_any_size_has_moved(tmp_path: Path, capa
         for forward in entry.used:
             for layer, used in enumerate(forward):
                 book.count_loads(layer, used)
-    real = [sorted(np.flatnonzero(one.resident)) for _, one in sorted(memories[0].caches.items())]
+    real = [sorted(np.flatnonzero(one.resident)) for _, one in sorted(memories[0].cache.layers.items())]
     assert real == [sorted(np.flatnonzero(one.resident)) for _, one in sorted(book.slots.items())]
     assert made.sum_by_answer(made.loads, 6).sum() == made.loads.sum() == memories[0].experts_moved
     assert made.used.sum() == sum(int(entry.used.sum()) for entry in entries)

@@ -13,8 +13,8 @@ from coterie.lab.calibration.calibration import TRACE_KINDS, Calibration
 from coterie.lab.calibration.measurement import PolicyEvaluator, PolicyRun
 from coterie.lab.records import make_record, write_json
 from coterie.loading.load import Model
-from coterie.strict_json import read_object
 from coterie.routing import format_policy, parse_policy
+from coterie.strict_json import read_object
 
 TITLE = "Calibrated policy"
 # Keys of ``GenerationConfig`` that affect routing.
