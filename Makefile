@@ -2,10 +2,11 @@
 .PHONY: demo test check format clean
 
 QUESTION = Tom has 3 boxes of 4 pens and gives away 5. How many pens are left?
+POLICY = priced-vote:price=0.022
 
 demo:
 	@scripts/setup core
-	@.venv/bin/coterie generate "$(QUESTION)"
+	@.venv/bin/coterie generate "$(QUESTION)" --policy $(POLICY) --compare-vanilla
 
 test:
 	@scripts/test

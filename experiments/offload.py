@@ -20,12 +20,11 @@ import torch
 from torch import Tensor
 
 from coterie.families import ModelConfig, detect_family
-from coterie.families.names import is_stacked, weight_map
 from coterie.lab.records import Measurement
 from coterie.lab.replay.cache_simulation import ReplayPolicy
 from coterie.lab.replay.trace import Trace
 from coterie.loading.disk_offload import expert_file_spans
-from coterie.model.checkpoint import Checkpoint
+from coterie.loading.target import ModelFolder
 from coterie.model.spec import ModelSpec
 from coterie.offload.cached_store import CachedExpertStore
 from coterie.offload.capacity import Capacity
@@ -100,11 +99,9 @@ def main(argv: Sequence[str]) -> int:
 
 def disk_tier(folder: Path, layers: int) -> DiskTier:
     """The experts of the first layers that have some, numbered from 1; out of the page cache."""
-    checkpoint, config = Checkpoint.of(folder), ModelConfig.of(folder / "config.json")
-    family = detect_family(config)
-    stacked = is_stacked(checkpoint.tensors)
-    targets = weight_map(family.tensor_names, family.read_spec(config), stacked=stacked)
-    spans = [span for _, span in sorted(expert_file_spans(checkpoint, targets).items())][:layers]
+    spans = [span for _, span in sorted(expert_file_spans(ModelFolder.open(folder)).items())][
+        :layers
+    ]
     for span in spans:
         descriptor = os.open(span.path, os.O_RDONLY)
         os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)

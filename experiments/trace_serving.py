@@ -25,7 +25,6 @@ from coterie.lab.replay.cache_simulation import (
 )
 from coterie.lab.replay.policies import select_from_trace
 from coterie.lab.replay.trace import Mask, Trace, TraceForward
-from coterie.offload.cached_store import CachedExpertStore
 from coterie.values import ExpertRequest, ExpertStore, Routing
 
 
@@ -103,6 +102,7 @@ def routing_from_trace(
 
 def store_counters(store: ExpertStore) -> tuple[int, float]:
     """Experts moved and seconds stalled so far; 0 for a store without a cache."""
-    if not isinstance(store, CachedExpertStore):
+    if store.traffic_log is None:
         return 0, 0.0
-    return store.experts_moved, store.stall_seconds
+    traffic = store.traffic_log.traffic()
+    return traffic.experts_moved, traffic.stall_seconds

@@ -23,8 +23,7 @@ from rich.console import Console
 from rich.text import Text
 
 import coterie
-from coterie.cli.live_view import LiveView
-from coterie.cli.watch import make_view
+from coterie.cli.live_view import LiveView, make_view
 from coterie.lab.plotting import ColourScheme
 from coterie.lab.study.markdown import render_markdown
 from coterie.lab.study.report import SCHEMES, ReportSection, make_section

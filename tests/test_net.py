@@ -1,8 +1,8 @@
-"""What the commands print and refuse, held against snapshots in ``tests/net``.
+"""The output and the errors of the commands equal the snapshots in ``tests/net``.
 
-Each case is a command line; its snapshot has the exit status, the document (times, speeds, machine
-and versions left out) and the line on standard error. Policies are compared as they are spelled
-now. After an intended change the snapshots are written again, and the difference is reviewed:
+Each case is a command line. Its snapshot has the exit status, the document (without times, speeds,
+machine and versions) and standard error. Policies are compared in their current form. After an
+intended change, write the snapshots again and review the difference:
 
     OMP_NUM_THREADS=1 PYTHONPATH=src:tests .venv/bin/python tests/test_net.py [NAME ...]
 """
@@ -27,28 +27,47 @@ import coterie
 from coterie.cli.entry import run
 from coterie.testing import write_checkpoint
 
-HERE = Path(__file__).parent
-NET, KEPT = HERE / "net", HERE / "kept"
+TESTS = Path(__file__).parent
+NET, KEPT = TESTS / "net", TESTS / "kept"
 PROMPT = "Tom has 3 boxes of 4 pens and gives away 5. How many pens are left?"
 TIMED = {
-    *("seconds", "tokens_per_second", "stall_seconds", "stalled", "waited", "when", "commit_of"),
+    *(
+        "seconds",
+        "tokens_per_second",
+        "stall_seconds",
+        "stalled",
+        "stall_fraction",
+        "waited",
+        "when",
+        "commit_of",
+    ),
     *("machine", "versions", "command", "took", "ms", "samples", "median", "spread", "path"),
     *("folder", "out", "device", "free", "fits", "made", "bytes_per_second", "started"),
 }
 G, TINY = ["generate", PROMPT, "-n", "32"], ["-m", "tiny"]
-PREFERRING = ["-p", "resident-vote:beta=0.3,lam=1,eps=0.1", "--imagine-memory", "35%"]
-WORDS = ["eval", "--task", "words", "--items", "2", "-n", "32", "-p"]
-RIGHT: Mapping[str, list[str]] = {
+PREFERRING = ["-p", "resident-vote:beta=0.3,lam=1,eps=0.1", "--simulate-expert-memory", "35%"]
+WORDS = ["eval", "--task", "words", "--num-problems", "2", "-n", "32", "-p"]
+COMMANDS: Mapping[str, list[str]] = {
     "generate": [*G, "--json"],
     "generate-text": G,
+    "generate-old-names": [*G, "--plan", "uncached", "--imagine-memory=35%", "--json"],
+    "generate-vanilla": [*G, "-p", "priced-vote:price=0.022", "--compare-vanilla"],
     "generate-policy": [*G, "-p", "des-vote:beta=0.3,voters=unfilled,protect=top1", "--json"],
-    "generate-memory": [*G, *PREFERRING, "--commit", "policy", "--drift", "0.05", "--json"],
-    "generate-warm": [*G, *PREFERRING, "--warm", "kept/words.votes", "--json"],
+    "generate-memory": [
+        *G,
+        *PREFERRING,
+        "--commit-routing",
+        "policy",
+        "--coreset-reuse",
+        "0.05",
+        "--json",
+    ],
+    "generate-warm": [*G, *PREFERRING, "--warm-start", "kept/words.votes", "--json"],
     "generate-calibrated": [*G, "-p", "@kept/calibrated.json", "--json"],
-    "generate-dual": [*G, "--plan", "dual:before=16,after=16", "--block", "16", "--json"],
+    "generate-dual": [*G, "--kv-cache", "dual:before=16,after=16", "--block", "16", "--json"],
     "generate-drawn": [*G, "-t", "0.7", "--top-k", "5", "--seed", "3", "--json"],
     "generate-tiny": ["generate", "5 17 33", *TINY, "-n", "9", "--early-stop", "off", "--json"],
-    "generate-int8": ["generate", "5 17 33", *TINY, "-n", "9", "--experts", "int8", "--json"],
+    "generate-int8": ["generate", "5 17 33", *TINY, "-n", "9", "--expert-dtype", "int8", "--json"],
     "generate-packed": ["generate", "5 17 33", "-m", "int8", "-n", "9", "--json"],
     "generate-rationed": [
         *("generate", "5 17 33", "-m", "int8", "-n", "9", "--expert-memory", "50%"),
@@ -56,7 +75,7 @@ RIGHT: Mapping[str, list[str]] = {
     ],
     "generate-mixed": [
         *("generate", "5 17 33", "-m", "int8", "-n", "9", "--expert-memory", "50%"),
-        *("--coarse", "int4", "--placement", "upgrades:most=2,share=0.5", "--json"),
+        *("--fallback-model", "int4", "--precision-policy", "promote:most=2,share=0.5", "--json"),
     ],
     "compare": [
         "compare",
@@ -80,24 +99,48 @@ RIGHT: Mapping[str, list[str]] = {
     "grade": ["grade", "gsm8k", "outputs.jsonl"],
     "calibrate": [
         *("calibrate", "des-vote:protect=top1", "--target", "mass=0.9", "--task", "words"),
-        *("--items", "2", "-n", "32", "--json"),
+        *("--num-problems", "2", "-n", "32", "--json"),
     ],
     "trace": [
-        *("trace", "--task", "words", "--items", "1", "-n", "32", "--forwards", "3"),
-        *("-o", "new.trace", "--votes", "new.votes", "--json"),
+        *("trace", "--task", "words", "--num-problems", "1", "-n", "32", "--max-forwards", "3"),
+        *("-o", "new.trace", "--save-votes", "new.votes", "--json"),
     ],
     "replay": [
-        *("replay", "kept/words.trace", "-p", "des-vote:beta=0.3", "--cache", "lru,votes,belady"),
-        *("--capacity", "35%,60", "--rest", "3", "--memory", "60GB/s", "--json"),
+        *(
+            "replay",
+            "kept/words.trace",
+            "-p",
+            "des-vote:beta=0.3",
+            "--eviction",
+            "lru,votes,belady",
+        ),
+        *("--expert-memory", "35%,60", "--other-ms", "3", "--memory-bandwidth", "60GB/s", "--json"),
     ],
-    "replay-csv": ["replay", "kept/words.trace", "-p", PREFERRING[1], "--drift", "0.1", "--csv"],
-    "quantize": ["quantize", "tiny", "again", "--experts", "int4", "--group", "16", "--json"],
+    "replay-csv": [
+        "replay",
+        "kept/words.trace",
+        "-p",
+        PREFERRING[1],
+        "--coreset-reuse",
+        "0.1",
+        "--csv",
+    ],
+    "quantize": [
+        "quantize",
+        "tiny",
+        "again",
+        "--expert-dtype",
+        "int4",
+        "--group-size",
+        "16",
+        "--json",
+    ],
 }
 BENCH = [
-    *("bench", "layer", "--shape", "llada-moe", "--dtype", "int4", "--peer", "none"),
-    *("--turns", "1", "--tokens", "8", "-p", "vanilla", "-o", "bench", "--json"),
+    *("bench", "layer", "--shape", "llada-moe", "--dtype", "int4", "--baseline", "none"),
+    *("--repeats", "1", "--tokens", "8", "-p", "vanilla", "-o", "bench", "--json"),
 ]
-WRONG: list[list[str]] = [
+REFUSED_COMMANDS: list[list[str]] = [
     *([*G, "-p", text] for text in (
         "nothing", "des-vote", "des-vote:beta", "des-vote:beta=", "des-vote:beta=two",
         "des-vote:beta=0", "des-vote:beta=1.5", "des-vote:beta=0.3,beta=0.2",
@@ -107,12 +150,12 @@ WRONG: list[list[str]] = [
         "des-vote:beta=0.2,vote=random,tally=proportional", "@absent.json", "@kept/words.trace",
     )),
     *([*G, *more] for more in (
-        ["--plan", "none"], ["--plan", "dual:before=-1"], ["--unmask", "often"],
+        ["--kv-cache", "none"], ["--kv-cache", "dual:before=-1"], ["--unmask", "often"],
         ["--unmask", "threshold:p=2"], ["--threshold", "3"], ["--temperature", "-1"],
-        ["--commit", "never"], ["--drift", "1"], ["--drift", "0.1"], ["--dtype", "float8"],
-        ["--device", "tpu"], ["--experts", "int3"], ["--expert-memory", "35%"],
-        ["--imagine-memory", "some"], ["--imagine-memory", "35%", "--eviction", "oldest"],
-        ["--warm", "kept/words.votes"], ["--placement", "votes"], ["--no-such-option"],
+        ["--commit-routing", "never"], ["--coreset-reuse", "1"], ["--coreset-reuse", "0.1"], ["--dtype", "float8"],
+        ["--device", "tpu"], ["--expert-dtype", "int3"], ["--expert-memory", "35%"],
+        ["--simulate-expert-memory", "some"], ["--simulate-expert-memory", "35%", "--eviction", "oldest"],
+        ["--warm-start", "kept/words.votes"], ["--precision-policy", "static"], ["--no-such-option"],
         ["-n", "0"],
     )),
     ["generate", "5 17 33", "-m", "truncated"],
@@ -129,16 +172,16 @@ WRONG: list[list[str]] = [
     ["calibrate", "vanilla", "--target", "drop=0.01"],
     ["calibrate", "des-vote", "--target", "taste=1"],
     ["replay", "tiny/config.json"],
-    ["replay", "kept/words.trace", "--cache", "oldest"],
-    ["replay", "kept/words.trace", "--capacity", "many"],
-    ["quantize", "tiny", "int8", "--experts", "int8"],
-    ["study", "-o", "new", "--chapter", "none"],
+    ["replay", "kept/words.trace", "--eviction", "oldest"],
+    ["replay", "kept/words.trace", "--expert-memory", "many"],
+    ["quantize", "tiny", "int8", "--expert-dtype", "int8"],
+    ["study", "-o", "new", "--experiment", "none"],
     ["nonsense"],
 ]  # fmt: skip
 
 
-def prepared(folder: Path) -> None:
-    """Everything that the command lines name, in a folder of its own."""
+def make_files(folder: Path) -> None:
+    """Writes every file that the command lines name."""
     shutil.copytree(KEPT, folder / "kept")
     write_checkpoint(folder / "tiny", "llada2", seed=3)
     with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
@@ -146,7 +189,8 @@ def prepared(folder: Path) -> None:
             ("int8", ["int8"]), ("int4", ["int4"]), ("plain", ["int8", "--layout", "plain"])
         ):  # fmt: skip
             assert (
-                run(["quantize", str(folder / "tiny"), str(folder / name), "--experts", *more]) == 0
+                run(["quantize", str(folder / "tiny"), str(folder / name), "--expert-dtype", *more])
+                == 0
             )
     for name, of in (("truncated", "tiny"), ("strange", "tiny"), ("damaged", "plain")):
         shutil.copytree(folder / of, folder / name)
@@ -170,41 +214,41 @@ def prepared(folder: Path) -> None:
 COMMIT = re.compile(r"\b[0-9a-f]{40}\b(\+changes)?")
 
 
-def seen(words: list[str]) -> dict[str, Any]:
-    """What a command line comes to, as far as it is the same on every run."""
+def run_command(words: list[str]) -> dict[str, Any]:
+    """The result of a command line, without what differs between runs."""
     out, err = io.StringIO(), io.StringIO()
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
         status = run(words)
-    said: Any = out.getvalue()
+    text: Any = out.getvalue()
     if "--json" in words and status == 0:
-        said = cleaned(json.loads(said))
+        text = without_times(json.loads(text))
         if words[0] == "trace":  # its size counts the commit in the header
-            del said["bytes"], said["bytes_a_forward"]
+            del text["bytes"], text["bytes_a_forward"], text["bytes_per_forward"]
     elif "--csv" in words and status == 0:
-        said = said.splitlines()[0]
+        text = text.splitlines()[0]
     line = err.getvalue().replace(str(Path(coterie.__file__).parent), "coterie")
-    return {"status": status, "out": said, "err": line}
+    return {"status": status, "out": text, "err": line}
 
 
-def cleaned(value: Any) -> Any:
-    """Without what differs from run to run; numbers to six digits."""
+def without_times(value: Any) -> Any:
+    """The document without what differs between runs; numbers have six digits."""
     if isinstance(value, dict):
-        return {key: cleaned(inner) for key, inner in value.items() if key not in TIMED}
+        return {key: without_times(inner) for key, inner in value.items() if key not in TIMED}
     if isinstance(value, str):
         return COMMIT.sub("COMMIT", value)
     if isinstance(value, list):
-        return [cleaned(inner) for inner in value]
+        return [without_times(inner) for inner in value]
     return float(f"{value:.6g}") if isinstance(value, float) else value
 
 
 def keys(value: Any) -> Any:
-    """Only the keys of a document, whose numbers are times; of a list, those of its first entry."""
+    """The keys of a document whose numbers are times; a list counts as its first entry."""
     if isinstance(value, dict):
         return {key: keys(inner) for key, inner in value.items()}
     return [keys(inner) for inner in value[:1]] if isinstance(value, list) else None
 
 
-def benched() -> Any:
+def bench_keys() -> Any:
     out = io.StringIO()
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(io.StringIO()):
         assert run(BENCH) == 0
@@ -216,57 +260,65 @@ def snapshot(name: str) -> Any:
 
 
 @pytest.fixture(scope="module")
-def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def folder_of_files(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("net")
-    prepared(folder)
+    make_files(folder)
     return folder
 
 
-@pytest.mark.parametrize("name", RIGHT)
-def test_a_command_says_what_it_said(
-    name: str, place: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("name", COMMANDS)
+def test_output_equals_its_snapshot(
+    name: str, folder_of_files: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from coterie.routing import update_policies_in_json  # here: older versions write snapshots too
 
-    monkeypatch.chdir(place)
-    assert update_policies_in_json(seen(RIGHT[name])) == update_policies_in_json(snapshot(name))
+    monkeypatch.chdir(folder_of_files)
+    assert update_policies_in_json(run_command(COMMANDS[name])) == update_policies_in_json(
+        snapshot(name)
+    )
 
 
-@pytest.mark.parametrize("number", range(len(WRONG)))
-def test_a_refusal_says_what_it_said(
-    number: int, place: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("number", range(len(REFUSED_COMMANDS)))
+def test_refusal_equals_its_snapshot(
+    number: int, folder_of_files: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from coterie.routing import update_policies_in_json
 
-    monkeypatch.chdir(place)
-    kept = snapshot("refused")[number]
-    assert kept["words"] == WRONG[number]
-    found = {"words": WRONG[number], **seen(WRONG[number])}
-    assert update_policies_in_json(found) == update_policies_in_json(kept)
+    monkeypatch.chdir(folder_of_files)
+    refused = snapshot("refused")[number]
+    assert refused["words"] == REFUSED_COMMANDS[number]
+    result = {"words": REFUSED_COMMANDS[number], **run_command(REFUSED_COMMANDS[number])}
+    assert update_policies_in_json(result) == update_policies_in_json(refused)
 
 
 @pytest.mark.slow
-def test_a_bench_has_the_same_keys(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_bench_keys_equal_their_snapshot(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    assert benched() == snapshot("bench-layer")
+    assert bench_keys() == snapshot("bench-layer")
 
 
-def test_the_names_to_import_are_the_same() -> None:
+def test_exported_names_equal_their_snapshot() -> None:
     assert sorted(coterie.__all__) == snapshot("exports")
 
 
 def write(names: list[str]) -> None:
     NET.mkdir(exist_ok=True)
     with tempfile.TemporaryDirectory() as folder:
-        prepared(Path(folder))
+        make_files(Path(folder))
         os.chdir(folder)
-        found: dict[str, Any] = {"exports": sorted(coterie.__all__)}
-        found |= {name: seen(words) for name, words in RIGHT.items() if not names or name in names}
+        result: dict[str, Any] = {"exports": sorted(coterie.__all__)}
+        result |= {
+            name: run_command(words)
+            for name, words in COMMANDS.items()
+            if not names or name in names
+        }
         if not names or "refused" in names:
-            found["refused"] = [{"words": words, **seen(words)} for words in WRONG]
+            result["refused"] = [
+                {"words": words, **run_command(words)} for words in REFUSED_COMMANDS
+            ]
         if not names or "bench-layer" in names:
-            found["bench-layer"] = benched()
-        for name, value in found.items():
+            result["bench-layer"] = bench_keys()
+        for name, value in result.items():
             text = json.dumps(value, indent=1, ensure_ascii=False) + "\n"
             (NET / f"{name}.json").write_text(text, encoding="utf-8")
 

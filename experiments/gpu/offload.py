@@ -26,7 +26,7 @@ from coterie.model.forward_context import ForwardContext
 from coterie.model.moe import MoE
 from coterie.offload.cached_store import CachedExpertStore
 from coterie.offload.fetchers import ThreadedFetcher
-from coterie.offload.gpu_fetchers import CopyStream, PinnedCopyFetcher
+from coterie.offload.gpu_fetchers import CopyStream, GpuFetcher
 from coterie.offload.pinned_memory import allocate_pinned
 from coterie.offload.resident_store import ResidentExpertStore
 from coterie.offload.tiers import HostTier
@@ -220,7 +220,7 @@ class OffloadBench:
     def cached(self) -> CachedExpertStore:
         tier, pinned = HostTier(dict.fromkeys(self.trace.header.layers, self.host)), None
         if has_own_memory(self.device):
-            pinned = PinnedCopyFetcher(tier, CopyStream(self.device))
+            pinned = GpuFetcher(tier, CopyStream(self.device))
         return CachedExpertStore(
             pinned or ThreadedFetcher(tier),
             self.layout.as_slab,

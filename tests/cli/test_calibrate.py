@@ -1,4 +1,4 @@
-"""``coterie calibrate`` and the file it leaves: what ``--policy @file`` takes and refuses."""
+"""``coterie calibrate`` and its file, which ``--policy @file`` reads."""
 
 from __future__ import annotations
 
@@ -41,16 +41,16 @@ def prompts(tmp_path_factory: pytest.TempPathFactory) -> str:
 def kept(model: str, prompts: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The file of a calibration to six experts."""
     path = tmp_path_factory.mktemp("kept") / "six.json"
-    words = ("calibrate", "des-vote:vote=weight", "--target", "experts=6", "--prompts", prompts)
+    words = ("calibrate", "des-vote:vote=weight", "--target", "experts=6", "--prompt-file", prompts)
     assert run([*words, "-m", model, *DECODING, "-o", str(path)]) == 0
     return path
 
 
 def refusal(capsys: Capture, *words: str) -> str:
     assert run(words) == 2
-    said = capsys.readouterr()
-    assert (said.out, said.err.count("\n")) == ("", 1)
-    return said.err
+    printed = capsys.readouterr()
+    assert (printed.out, printed.err.count("\n")) == ("", 1)
+    return printed.err
 
 
 def altered(kept: Path, tmp_path: Path, change: Change) -> str:
@@ -62,60 +62,60 @@ def altered(kept: Path, tmp_path: Path, change: Change) -> str:
 
 
 def test_the_file_holds_the_policy_and_its_proof(kept: Path, model: str, prompts: str) -> None:
-    found = json.loads(kept.read_text())
-    assert found["family"] == "des-vote:beta=?,vote=weight"
-    assert (found["target"]["kind"], found["target"]["value"]) == ("experts", 6)
-    assert found["achieved"]["value"] <= 6 < found["beyond"]["value"]
-    low, high = found["achieved"]["interval"]
-    assert low <= found["achieved"]["value"] <= high
-    assert found["achieved"]["n"] == found["prompts"]["count"] == 3
-    assert found["policy"] in [step["policy"] for step in found["search"]]
-    assert (found["model"]["name"], found["model"]["layers"]) == (model, 2)
-    assert (found["model"]["experts"], len(found["model"]["fingerprint"])) == (16, 16)
-    assert (found["prompts"]["source"], found["generation"]["block"]) == (prompts, 8)
-    assert {"command", "commit", "machine", "versions", "when"} <= set(found)
+    record = json.loads(kept.read_text())
+    assert record["family"] == "des-vote:beta=?,vote=weight"
+    assert (record["target"]["kind"], record["target"]["value"]) == ("experts", 6)
+    assert record["achieved"]["value"] <= 6 < record["beyond"]["value"]
+    low, high = record["achieved"]["interval"]
+    assert low <= record["achieved"]["value"] <= high
+    assert record["achieved"]["n"] == record["prompts"]["count"] == 3
+    assert record["policy"] in [step["policy"] for step in record["search"]]
+    assert (record["model"]["name"], record["model"]["layers"]) == (model, 2)
+    assert (record["model"]["experts"], len(record["model"]["fingerprint"])) == (16, 16)
+    assert (record["prompts"]["source"], record["generation"]["block"]) == (prompts, 8)
+    assert {"command", "commit", "machine", "versions", "when"} <= set(record)
 
 
 def test_a_policy_option_takes_the_file(capsys: Capture, kept: Path, model: str) -> None:
-    found = json.loads(kept.read_text())
+    record = json.loads(kept.read_text())
     words = ("generate", "5 17 33", "-m", model, *DECODING, "--json", "-p")
     results = []
-    for policy in (f"@{kept}", found["policy"]):
+    for policy in (f"@{kept}", record["policy"]):
         assert run([*words, policy]) == 0
-        said = capsys.readouterr()
-        assert said.err == ""
-        results.append(json.loads(said.out))
-    assert results[0]["policy"] == found["policy"]
+        printed = capsys.readouterr()
+        assert printed.err == ""
+        results.append(json.loads(printed.out))
+    assert results[0]["policy"] == record["policy"]
     assert results[0]["text"] == results[1]["text"]
     assert run(["compare", "5 17 33", "-m", model, *DECODING, "--json", "-p", f"@{kept}"]) == 0
     compared = json.loads(capsys.readouterr().out)
-    assert [one["policy"] for one in compared["runs"]] == ["vanilla", found["policy"]]
+    assert [one["policy"] for one in compared["runs"]] == ["vanilla", record["policy"]]
 
 
-def test_an_exam_takes_the_file(capsys: Capture, tmp_path: Path) -> None:
+def test_an_evaluation_takes_the_file(capsys: Capture, tmp_path: Path) -> None:
     path = tmp_path / "found.json"
-    words = ("--task", "algebra", "--items", "2", "--json")
+    words = ("--task", "algebra", "--num-problems", "2", "--json")
     assert run(["calibrate", "topk", "--target", "experts=60", *words, "-o", str(path)]) == 0
-    found = json.loads(capsys.readouterr().out)
+    record = json.loads(capsys.readouterr().out)
     assert run(["eval", *words, "-p", f"@{path}"]) == 0
     sat = json.loads(capsys.readouterr().out)
-    assert [one["policy"] for one in sat["policies"]] == ["vanilla", found["policy"]]
+    assert [one["policy"] for one in sat["policies"]] == ["vanilla", record["policy"]]
 
 
-def test_people_see_what_was_found(capsys: Capture, model: str, prompts: str) -> None:
-    words = ("calibrate", "topk", "--target", "mass=0.6", "--prompts", prompts, "-m", model)
+def test_the_table_shows_the_policy_and_its_cost(capsys: Capture, model: str, prompts: str) -> None:
+    words = ("calibrate", "topk", "--target", "mass=0.6", "--prompt-file", prompts, "-m", model)
     assert run([*words, *DECODING]) == 0
-    said = capsys.readouterr()
-    assert "topk:k=" in said.out
-    assert "meets mass=0.6: vote mass kept" in said.out
-    assert "experts a layer" in said.out
+    printed = capsys.readouterr()
+    assert "topk:k=" in printed.out
+    assert "meets mass=0.6: vote mass kept" in printed.out
+    assert "experts a layer" in printed.out
 
 
 def test_the_policy_is_for_python_too(kept: Path, model: str) -> None:
-    found = read_calibrated_policy(kept)
+    record = read_calibrated_policy(kept)
     engine = coterie.load(model, max_new_tokens=8, block=8, unmask="fixed:steps=3")
-    assert found.check_model(engine.model, engine.generation) == []
-    assert engine.generate("5 17 33", policy=found.policy).policy == found.policy
+    assert record.check_model(engine.model, engine.generation) == []
+    assert engine.generate("5 17 33", policy=record.policy).policy == record.policy
 
 
 def test_another_way_of_decoding_is_remarked(capsys: Capture, kept: Path, model: str) -> None:
@@ -126,15 +126,15 @@ def test_another_way_of_decoding_is_remarked(capsys: Capture, kept: Path, model:
 
 def test_experts_of_another_kind_are_remarked(capsys: Capture, kept: Path, model: str) -> None:
     words = ("generate", "5 17 33", "-m", model, *DECODING, "-p", f"@{kept}")
-    assert run([*words, "--experts", "int8"]) == 0
+    assert run([*words, "--expert-dtype", "int8"]) == 0
     told = capsys.readouterr().err
     assert told == f"coterie: {kept}: calibrated with experts whole (now int8 in groups of 64)\n"
 
 
 def test_experts_are_quantised_for_a_calibration(tmp_path: Path, model: str, prompts: str) -> None:
     path = tmp_path / "eight.json"
-    words = ("calibrate", "des-vote:vote=weight", "--target", "experts=6", "--prompts", prompts)
-    assert run([*words, "-m", model, *DECODING, "--experts", "int8", "-o", str(path)]) == 0
+    words = ("calibrate", "des-vote:vote=weight", "--target", "experts=6", "--prompt-file", prompts)
+    assert run([*words, "-m", model, *DECODING, "--expert-dtype", "int8", "-o", str(path)]) == 0
     assert json.loads(path.read_text())["model"]["expert_format"] == "int8 in groups of 64"
 
 
@@ -149,9 +149,9 @@ def test_other_sizes_are_refused(
     capsys: Capture, kept: Path, model: str, tmp_path: Path, noun: str
 ) -> None:
     text = altered(kept, tmp_path, lambda content: content["model"].update({noun: 3}))
-    said = refusal(capsys, "generate", "5 17 33", "-m", model, *DECODING, "-p", text)
-    assert {"layers": "for 3 routing layers", "experts": "of 3 experts"}[noun] in said
-    assert "has 2 of 16; calibrate again, or give the policy: des-vote:beta=" in said
+    printed = refusal(capsys, "generate", "5 17 33", "-m", model, *DECODING, "-p", text)
+    assert {"layers": "for 3 routing layers", "experts": "of 3 experts"}[noun] in printed
+    assert "has 2 of 16; calibrate again, or give the policy: des-vote:beta=" in printed
 
 
 @pytest.mark.parametrize(
@@ -174,16 +174,16 @@ def test_a_broken_file_is_named(
 ) -> None:
     path = tmp_path / "broken.json"
     path.write_text(content)
-    said = refusal(capsys, "generate", "5 17 33", "-m", model, "-p", f"@{path}")
-    assert said.startswith(f"coterie: {path}: ")
-    assert message in said
+    printed = refusal(capsys, "generate", "5 17 33", "-m", model, "-p", f"@{path}")
+    assert printed.startswith(f"coterie: {path}: ")
+    assert message in printed
 
 
 def test_a_file_that_is_not_there_is_named(capsys: Capture, model: str, tmp_path: Path) -> None:
     path = tmp_path / "absent.json"
     for command in ("generate", "compare"):
-        said = refusal(capsys, command, "5 17 33", "-m", model, "-p", f"@{path}")
-        assert said == f"coterie: {path}: no such file; `coterie calibrate -o` writes one\n"
+        printed = refusal(capsys, command, "5 17 33", "-m", model, "-p", f"@{path}")
+        assert printed == f"coterie: {path}: no such file; `coterie calibrate -o` writes one\n"
     with pytest.raises(CoterieError, match=f"{tmp_path}: Is a directory"):
         read_calibrated_policy(tmp_path)
 
@@ -193,18 +193,21 @@ def test_a_file_that_is_not_there_is_named(capsys: Capture, model: str, tmp_path
     [
         (("des-vote:beta=0.3", "--target", "mass=0.5"), "leave it out"),
         (("des-vote", "--target", "much"), "unknown target 'much'"),
-        (("des-vote", "--target", "mass=0.5"), "--task or --prompts is needed with --model"),
-        (("des-vote", "--target", "drop=0.5", "--prompts"), "drop needs graded prompts"),
-        (("racing", "--per-layer", "--target", "mass=0.5", "--prompts"), "no budget for each"),
-        (("des-seq", "--target", "experts=1", "--prompts"), "no rung meets experts=1"),
-        (("topk", "--target", "mass=0.5", "-o", "no/such/x.json", "--prompts"), "folder is not"),
-        (("topk", "--target", "mass=0.5", "-o", ".", "--prompts"), ".: is a folder"),
-        (("topk", "--target", "mass=0.5", "--task", "words", "--prompts"), "give one of them"),
+        (("des-vote", "--target", "mass=0.5"), "--task or --prompt-file is needed with --model"),
+        (("des-vote", "--target", "drop=0.5", "--prompt-file"), "drop needs graded prompts"),
+        (("racing", "--per-layer", "--target", "mass=0.5", "--prompt-file"), "no budget for each"),
+        (("des-seq", "--target", "experts=1", "--prompt-file"), "no rung meets experts=1"),
+        (
+            ("topk", "--target", "mass=0.5", "-o", "no/such/x.json", "--prompt-file"),
+            "does not exist",
+        ),
+        (("topk", "--target", "mass=0.5", "-o", ".", "--prompt-file"), ".: a folder"),
+        (("topk", "--target", "mass=0.5", "--task", "words", "--prompt-file"), "give one of them"),
         (("topk", "--target", "mass=0.5", "--task", "wrds"), "unknown task 'wrds'"),
     ],
 )
 def test_what_cannot_be_calibrated_is_named(
     capsys: Capture, model: str, prompts: str, words: tuple[str, ...], message: str
 ) -> None:
-    words = (*words, prompts) if words[-1] == "--prompts" else words
+    words = (*words, prompts) if words[-1] == "--prompt-file" else words
     assert message in refusal(capsys, "calibrate", *words, "-m", model, *DECODING)

@@ -19,13 +19,15 @@ from safetensors.torch import load_file, save_file
 
 from coterie.cli.entry import run
 from coterie.cli.live_view import CONFIDENCE_COLOURS, END_GLYPH, MASK_GLYPH, LiveView
-from coterie.cli.tables import format_bytes, split_source
+from coterie.cli.policies import split_source
 from coterie.decoding import Token
 from coterie.engine.events import Denoised
+from coterie.offload.capacity import format_bytes
 from coterie.routing import POLICIES
 from coterie.testing import write_checkpoint
 
 FIELDS = [
+    "schema",
     *("text", "finish_reason", "prompt_tokens", "new_tokens", "forwards", "prefills", "commits"),
     *("blocks", "seconds", "tokens_per_second"),
     *("policy", "model", "dtype", "device", "experts", "expert_bytes"),
@@ -43,19 +45,19 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 def document(capsys: Capture, *words: str) -> dict:
     assert run([*words, "--json"]) == 0
-    said = capsys.readouterr()
-    assert said.err == ""
-    return json.loads(said.out)
+    printed = capsys.readouterr()
+    assert printed.err == ""
+    return json.loads(printed.out)
 
 
 def refusal(capsys: Capture, *words: str) -> str:
     """The one line of an invocation that must fail."""
     assert run(words) == 2
-    said = capsys.readouterr()
-    assert said.out == ""
-    assert said.err.startswith("coterie: ")
-    assert said.err.count("\n") == 1
-    return said.err
+    printed = capsys.readouterr()
+    assert printed.out == ""
+    assert printed.err.startswith("coterie: ")
+    assert printed.err.count("\n") == 1
+    return printed.err
 
 
 def command(*words: str, **options: object) -> subprocess.Popen[str]:
@@ -71,21 +73,21 @@ def command(*words: str, **options: object) -> subprocess.Popen[str]:
 
 def test_generate_prints_the_text_alone(capsys: Capture, model: str) -> None:
     assert run(["generate", "5 17 33", "-m", model, "-n", "7"]) == 0
-    said = capsys.readouterr()
-    assert said.err == ""
-    assert re.fullmatch(r"(\d+ ){,6}\d+\n", said.out)
+    printed = capsys.readouterr()
+    assert printed.err == ""
+    assert re.fullmatch(r"(\d+ ){,6}\d+\n", printed.out)
 
 
 def test_json_is_one_document_with_these_fields(capsys: Capture, model: str) -> None:
-    found = document(capsys, "generate", "5 17 33", "-m", model, "-n", "20")
-    assert list(found) == FIELDS
-    assert list(found["experts"]) == ["total", "max", "mean", "per_layer"]
-    assert (found["experts"]["total"], len(found["experts"]["per_layer"])) == (16, 2)
-    assert (found["prompt_tokens"], found["model"], found["policy"]) == (3, model, "vanilla")
-    assert (found["dtype"], found["device"], found["vote_mass_kept"]) == ("float32", "cpu", 1.0)
-    assert found["expert_bytes"] == found["expert_bytes_vanilla"] > 0
-    assert found["new_tokens"] == len(found["text"].split())
-    assert found["finish_reason"] in ("stop", "length")
+    result = document(capsys, "generate", "5 17 33", "-m", model, "-n", "20")
+    assert list(result) == FIELDS
+    assert list(result["experts"]) == ["total", "max", "mean", "per_layer"]
+    assert (result["experts"]["total"], len(result["experts"]["per_layer"])) == (16, 2)
+    assert (result["prompt_tokens"], result["model"], result["policy"]) == (3, model, "vanilla")
+    assert (result["dtype"], result["device"], result["vote_mass_kept"]) == ("float32", "cpu", 1.0)
+    assert result["expert_bytes"] == result["expert_bytes_vanilla"] > 0
+    assert result["new_tokens"] == len(result["text"].split())
+    assert result["finish_reason"] in ("stop", "length")
 
 
 @pytest.mark.parametrize(
@@ -102,18 +104,18 @@ def test_json_is_one_document_with_these_fields(capsys: Capture, model: str) -> 
 def test_counted_experts_stay_inside_the_budget(
     capsys: Capture, model: str, policy: str, most: int
 ) -> None:
-    found = document(capsys, "generate", "5 17 33", "-m", model, "-n", "20", "-p", policy)
-    assert found["experts"]["max"] <= most
-    assert 0 < found["vote_mass_kept"] < 1
-    assert found["expert_bytes"] < found["expert_bytes_vanilla"]
+    result = document(capsys, "generate", "5 17 33", "-m", model, "-n", "20", "-p", policy)
+    assert result["experts"]["max"] <= most
+    assert 0 < result["vote_mass_kept"] < 1
+    assert result["expert_bytes"] < result["expert_bytes_vanilla"]
 
 
 @pytest.mark.parametrize("policy", ["des-vote:beta=1", "des-seq:k=4", "topk:k=4", "des-seq:k=8"])
 def test_a_full_share_is_vanilla(capsys: Capture, model: str, policy: str) -> None:
     vanilla = document(capsys, "generate", "5 17 33", "-m", model, "-n", "20")
-    found = document(capsys, "generate", "5 17 33", "-m", model, "-n", "20", "-p", policy)
+    result = document(capsys, "generate", "5 17 33", "-m", model, "-n", "20", "-p", policy)
     for name in ("text", "forwards", "experts", "vote_mass_kept"):
-        assert found[name] == vanilla[name]
+        assert result[name] == vanilla[name]
 
 
 def test_a_seed_decides_what_is_drawn(capsys: Capture, model: str) -> None:
@@ -124,17 +126,33 @@ def test_a_seed_decides_what_is_drawn(capsys: Capture, model: str) -> None:
 
 def test_a_greedy_answer_is_the_same_under_every_seed(capsys: Capture, model: str) -> None:
     words = ["generate", "5 17 33", "-m", model, "-n", "20"]
-    found = [document(capsys, *words, *seed)["text"] for seed in ([], ["--seed", "7"])]
-    assert found[0] == found[1]
+    result = [document(capsys, *words, *seed)["text"] for seed in ([], ["--seed", "7"])]
+    assert result[0] == result[1]
+
+
+def test_a_comparison_with_vanilla_is_one_line(capsys: Capture, model: str) -> None:
+    words = ["generate", "5 17 33", "-m", model, "-n", "8", "-p", "racing:m=3"]
+    assert run([*words, "--compare-vanilla"]) == 0
+    text, line = capsys.readouterr().out.splitlines()
+    pattern = r"racing:m=3 read \d+ of 16 experts a layer \(vanilla \d+\), 0\.\d\dx the bytes"
+    assert re.match(pattern, line)
+    result = document(capsys, *words, "--compare-vanilla")
+    assert result["text"] == text
+    assert 0 < result["vanilla"]["bytes_ratio"] < 1
+
+
+def test_vanilla_compared_with_itself_is_the_same(capsys: Capture, model: str) -> None:
+    assert run(["generate", "5 17 33", "-m", model, "-n", "8", "--compare-vanilla"]) == 0
+    assert "1.00x the bytes; the same answer" in capsys.readouterr().out
 
 
 def test_compare_runs_vanilla_first_and_each_policy_once(capsys: Capture, model: str) -> None:
     named = ["-p", "des-vote:beta=1", "-p", "racing:m=3", "-p", "racing:m=3", "-p", "vanilla"]
-    found = document(capsys, "compare", "5 17 33", "-m", model, "-n", "20", *named)
-    assert found["prompt"] == "5 17 33"
-    assert [r["policy"] for r in found["runs"]] == ["vanilla", "des-vote:beta=1", "racing:m=3"]
-    assert [r["equals_vanilla"] for r in found["runs"]][:2] == [True, True]
-    assert set(found["runs"][0]) == {*FIELDS, "equals_vanilla"}
+    result = document(capsys, "compare", "5 17 33", "-m", model, "-n", "20", *named)
+    assert result["prompt"] == "5 17 33"
+    assert [r["policy"] for r in result["runs"]] == ["vanilla", "des-vote:beta=1", "racing:m=3"]
+    assert [r["equals_vanilla"] for r in result["runs"]][:2] == [True, True]
+    assert set(result["runs"][0]) == {*FIELDS[1:], "equals_vanilla"}
 
 
 def test_compare_prints_one_line_a_policy(capsys: Capture, model: str) -> None:
@@ -146,15 +164,17 @@ def test_compare_prints_one_line_a_policy(capsys: Capture, model: str) -> None:
 
 def test_inspect_reads_the_config_alone(capsys: Capture, model: str, tmp_path: Path) -> None:
     (tmp_path / "config.json").write_bytes((Path(model) / "config.json").read_bytes())
-    found = document(capsys, "inspect", str(tmp_path), "--memory", "8", "--dtype", "float32")
-    assert (found["family"], found["experts"], found["experts_per_token"]) == ("llada2", 16, 4)
-    assert found["expert_bytes"] == 3 * 32 * 16 * 4
-    assert found["fits"] == [{"memory": 8 << 30, "experts_per_layer": 16}]
+    result = document(capsys, "inspect", str(tmp_path), "--fit-gib", "8", "--dtype", "float32")
+    assert (result["family"], result["experts"], result["experts_per_token"]) == ("llada2", 16, 4)
+    assert result["expert_bytes"] == 3 * 32 * 16 * 4
+    assert result["fits"] == [{"memory": 8 << 30, "experts_per_layer": 16}]
     assert run(["inspect", str(tmp_path)]) == 0
     assert "16 a layer, 4 a token" in capsys.readouterr().out
 
 
-def test_inspect_says_how_a_model_trained_by_block_routes(capsys: Capture, tmp_path: Path) -> None:
+def test_inspect_names_the_policy_of_a_model_trained_by_block(
+    capsys: Capture, tmp_path: Path
+) -> None:
     write_checkpoint(tmp_path, "llada2", expert_capacity=12)
     assert run(["inspect", str(tmp_path)]) == 0
     assert "trained with 12 a block (--policy racing:m=12)" in capsys.readouterr().out
@@ -163,8 +183,8 @@ def test_inspect_says_how_a_model_trained_by_block_routes(capsys: Capture, tmp_p
 def test_policies_lists_every_policy(capsys: Capture) -> None:
     assert [entry["name"] for entry in document(capsys, "policies")] == list(POLICIES)  # type: ignore[index]
     assert run(["policies"]) == 0
-    said = capsys.readouterr().out
-    assert all(name in said for name in POLICIES)
+    printed = capsys.readouterr().out
+    assert all(name in printed for name in POLICIES)
 
 
 def test_help_and_version_succeed(capsys: Capture) -> None:
@@ -192,10 +212,10 @@ def test_help_and_version_succeed(capsys: Capture) -> None:
         (["generate", "5", "-n", "0"], "--max-new-tokens"),
         (["generate", "5", "-n", "100000"], "the model has 512"),
         (["generate", "5", "--block", "0"], "--block"),
-        (["generate", "5", "--plan", "nope"], "unknown plan 'nope'; known: block-causal"),
+        (["generate", "5", "--kv-cache", "nope"], "unknown plan 'nope'; known: block-causal"),
         (["generate", "5", "--unmask", "nope"], "unknown unmasking rule 'nope'"),
         (["generate", "5", "--unmask", "threshold:p=7"], "p must be above 0 and at most 1"),
-        (["generate", "5", "--unmask", "threshold", "--threshold", "0.5"], "give one of them"),
+        (["generate", "5", "--unmask", "threshold", "--threshold", "0.5"], "is short for"),
         (["generate", "5", "--threshold", "nan"], "threshold"),
         (["generate", "5", "--temperature", "-1"], "--temperature"),
         (["generate", "5", "--temperature", "nan"], "temperature"),
@@ -203,16 +223,25 @@ def test_help_and_version_succeed(capsys: Capture) -> None:
         (["generate", "5", "--top-p", "0.5"], "--top-p needs --temperature above 0"),
         (["generate", "5", "--temperature", "1e-9"], "temperature must be 0 (greedy) or at least"),
         (["generate", "5", "-n", "1" + "0" * 20], "the model has 512"),
-        (["inspect", "--memory", "inf"], "--memory"),
-        (["eval", "--items", "1", "--out", "/dev/null/x"], "/dev/null/x: Not a directory"),
+        (["inspect", "--fit-gib", "inf"], "--fit-gib"),
+        (["eval", "--num-problems", "1", "--out", "/dev/null/x"], "/dev/null/x: Not a directory"),
         (["eval", "--task", "chess"], "unknown task 'chess'; known: "),
-        (["eval", "--items", "1", "--plan", "uncached", "--commit", "policy"], "commit"),
+        (
+            ["eval", "--num-problems", "1", "--kv-cache", "uncached", "--commit-routing", "policy"],
+            "commit",
+        ),
         (["train", "--out", "/dev/null/x"], "/dev/null/x: Not a directory"),
         (["generate", "5", "-p", "coreset:m=4,beta=0.3"], "not beta and m"),
         (["generate", "5", "--seed", "-1", "-t", "1"], "--seed"),
-        (["generate", "5", "--commit", "maybe"], "--commit"),
-        (["generate", "5", "--commit", "policy", "--plan", "uncached"], "commits no blocks"),
-        (["generate", "5", "--prefill", "policy", "--plan", "uncached"], "every forward decodes"),
+        (["generate", "5", "--commit-routing", "maybe"], "--commit-routing"),
+        (
+            ["generate", "5", "--commit-routing", "policy", "--kv-cache", "uncached"],
+            "commits no blocks",
+        ),
+        (
+            ["generate", "5", "--prefill-routing", "policy", "--kv-cache", "uncached"],
+            "every forward decodes",
+        ),
         (["generate", "5", "--dtype", "int3"], "unknown dtype 'int3'"),
         (["generate", "5", "--device", "tpu"], "unknown device 'tpu'"),
         (["generate", "5", "--device", "cuda:99"], "'cuda:99' is not there"),
@@ -313,16 +342,16 @@ def test_a_prompt_may_come_from_standard_input(
     (tmp_path / "prompt").write_text("5 17 33\n")
     with (tmp_path / "prompt").open() as stream:
         monkeypatch.setattr(sys, "stdin", stream)
-        found = document(capsys, "generate", "-", "-m", model, "-n", "9")
-    assert found["text"] == document(capsys, "generate", "5 17 33", "-m", model, "-n", "9")["text"]
+        result = document(capsys, "generate", "-", "-m", model, "-n", "9")
+    assert result["text"] == document(capsys, "generate", "5 17 33", "-m", model, "-n", "9")["text"]
 
 
 def test_text_without_a_tokenizer_is_bytes_with_one_remark(capsys: Capture, tmp_path: Path) -> None:
     model = str(write_checkpoint(tmp_path, "llada2", vocab_size=300, eos_token_id=299))
     assert run(["generate", "Hi!", "-m", model, "-n", "4", "--json"]) == 0
-    said = capsys.readouterr()
-    assert json.loads(said.out)["prompt_tokens"] == 3
-    assert said.err == (
+    printed = capsys.readouterr()
+    assert json.loads(printed.out)["prompt_tokens"] == 3
+    assert printed.err == (
         "coterie: this model has no tokenizer: the prompt's UTF-8 bytes serve as token ids\n"
     )
 
@@ -337,7 +366,7 @@ def test_a_full_disk_is_one_line(
     assert process.returncode == 2
 
 
-def test_a_closed_stderr_costs_no_answer(
+def test_a_closed_stderr_does_not_lose_the_answer(
     capsys: Capture, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     model = str(write_checkpoint(tmp_path, "llada2", vocab_size=300, eos_token_id=299))
@@ -356,8 +385,8 @@ def test_an_interrupt_during_imports_leaves_no_traceback() -> None:
         assert process.stderr is not None
         next(line for line in process.stderr if "torch" in line)
         process.send_signal(signal.SIGINT)
-        said = process.communicate(timeout=60)
-    assert (said[0], "Traceback" in said[1]) == ("", False)
+        printed = process.communicate(timeout=60)
+    assert (printed[0], "Traceback" in printed[1]) == ("", False)
     assert process.returncode == -signal.SIGINT
 
 
@@ -372,7 +401,7 @@ def test_a_closed_pipe_ends_quietly() -> None:
 
 def test_an_interrupt_ends_with_130_and_no_traceback(tmp_path: Path) -> None:
     model = str(write_checkpoint(tmp_path, "llada2", vocab_size=300))
-    slow = ["--plan", "uncached", "--block", "480", "--unmask", "fixed:steps=480", "-n", "480"]
+    slow = ["--kv-cache", "uncached", "--block", "480", "--unmask", "fixed:steps=480", "-n", "480"]
     with command("generate", "Hi!", "-m", model, *slow, stdout=subprocess.PIPE) as process:
         assert process.stderr is not None
         assert "no tokenizer" in process.stderr.readline()  # from here on it decodes
@@ -381,7 +410,7 @@ def test_an_interrupt_ends_with_130_and_no_traceback(tmp_path: Path) -> None:
     assert process.returncode == 130
 
 
-def test_watch_shows_the_block_and_the_experts_on_a_terminal(model: str) -> None:
+def test_watch_shows_block_and_experts_on_a_terminal(model: str) -> None:
     ours, theirs = pty.openpty()
     with command("generate", "5 17", "-m", model, "-n", "9", "--watch", stdout=theirs) as process:
         os.close(theirs)
@@ -395,16 +424,16 @@ def test_watch_shows_the_block_and_the_experts_on_a_terminal(model: str) -> None
 
 def read_all(descriptor: int) -> str:
     """Everything that is written to a terminal until it closes, which Linux reports as an error."""
-    found = b""
+    result = b""
     while select.select([descriptor], [], [], 60)[0]:
         try:
-            found += os.read(descriptor, 65536)
+            result += os.read(descriptor, 65536)
         except OSError:
             break
-    return found.decode("utf-8", "replace")
+    return result.decode("utf-8", "replace")
 
 
-def test_a_view_keeps_what_was_written_last() -> None:
+def test_the_live_view_shows_the_last_tokens() -> None:
     view = LiveView(
         title="vanilla", decode_token=str, num_experts=8, moe_layers=(1, 2), eos_ids=(9,)
     )

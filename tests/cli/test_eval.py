@@ -1,4 +1,4 @@
-"""``coterie eval`` as people and programs meet it."""
+"""``coterie eval``: its output, its errors, and resumed runs."""
 
 from __future__ import annotations
 
@@ -19,51 +19,55 @@ from rich.console import Console
 from script_modules import load_script
 
 from coterie.cli.entry import run
-from coterie.cli.eval_output import accuracy_csv, accuracy_document, accuracy_tables
+from coterie.cli.eval_output import accuracy_document, accuracy_tables
 from coterie.cli.eval_progress import EvalProgress
+from coterie.cli.output import format_csv
 from coterie.lab.evals.answer_log import Answer
 from coterie.lab.evals.report import summarize
 from coterie.lab.evals.run import EvalResult, Variant
+from coterie.lab.evals.summary_csv import csv_row
 
 Capture = pytest.CaptureFixture[str]
 
-ASKED = ["eval", "--task", "words", "--task", "algebra", "--items", "3", "--rows", "6"]
+ASKED = ["eval", "--task", "words", "--task", "algebra", "--num-problems", "3", "--batch-size", "6"]
 LONG = "des-vote:beta=0.3,voters=before-eos,protect=top1"
 
 
-def answer(arm: str, number: int, correct: bool, **others: object) -> Answer:
-    told: dict[str, object] = {
-        "extracted": None, "also": {}, "output": "", "finish": "stop", "new_tokens": 10,
-        "forwards": 2, "blocks": 1, "prefills": 1, "commits": 0, "experts": 8.0,
+def answer(variant: str, number: int, correct: bool, **others: object) -> Answer:
+    fields: dict[str, object] = {
+        "extracted": None, "other_metrics": {}, "output": "", "finish_reason": "stop",
+        "new_tokens": 10, "forwards": 2, "blocks": 1, "prefills": 1, "commits": 0, "experts": 8.0,
         "expert_forwards": 2, "expert_bytes": 100.0, "vote_mass_kept": 1.0, "seconds": 0.5,
     }  # fmt: skip
-    told |= {"arm": arm, "task": "quiz", "id": str(number), "correct": correct, **others}
-    return Answer(**told)  # type: ignore[arg-type]
+    fields |= {"variant": variant, "task": "quiz", "id": str(number), "correct": correct, **others}
+    return Answer(**fields)  # type: ignore[arg-type]
 
 
 def sheet(policy: str, right: Sequence[bool]) -> EvalResult:
-    arm = Variant(policy)
-    return EvalResult(arm, tuple(answer(arm.name, i, correct) for i, correct in enumerate(right)))
+    variant = Variant(policy)
+    return EvalResult(
+        variant, tuple(answer(variant.name, i, correct) for i, correct in enumerate(right))
+    )
 
 
 def refusal(capsys: Capture, *words: str) -> str:
     assert run(words) == 2
-    told = capsys.readouterr()
-    assert told.out == ""
-    return told.err
+    printed = capsys.readouterr()
+    assert printed.out == ""
+    return printed.err
 
 
-def test_one_document_holds_what_was_asked_and_what_came_of_it(capsys: Capture) -> None:
+def test_json_has_the_settings_and_the_results(capsys: Capture) -> None:
     assert run([*ASKED, "-p", "des-vote:beta=0.3", "-p", "vanilla", "--json"]) == 0
-    found = json.loads(capsys.readouterr().out)
-    assert found["model"] == "embedded"
-    assert list(found["run"]["tasks"]) == ["words", "algebra"]
-    words = found["run"]["tasks"]["words"]
+    result = json.loads(capsys.readouterr().out)
+    assert result["model"] == "embedded"
+    assert list(result["run"]["tasks"]) == ["words", "algebra"]
+    words = result["run"]["tasks"]["words"]
     assert words["items"] == 3
     assert words["settings"]["seed"] == 1
     assert words["generation"]["block"] == 32
-    assert re.fullmatch("[0-9a-f]{16}", found["run"]["model"])
-    vanilla, vote = found["policies"]
+    assert re.fullmatch("[0-9a-f]{16}", result["run"]["model"])
+    vanilla, vote = result["policies"]
     assert [vanilla["policy"], vote["policy"]] == ["vanilla", "des-vote:beta=0.3"]
     assert vanilla["change"] is None
     assert vanilla["accuracy"]["n"] == 6
@@ -74,7 +78,9 @@ def test_one_document_holds_what_was_asked_and_what_came_of_it(capsys: Capture) 
     assert min(vote["tokens_per_second"], vote["forwards_per_block"], vote["expert_bytes"]) > 0
 
 
-def test_a_stopped_run_goes_on_and_another_is_refused(capsys: Capture, tmp_path: Path) -> None:
+def test_a_stopped_run_continues_and_another_run_is_refused(
+    capsys: Capture, tmp_path: Path
+) -> None:
     words = [*ASKED, "--csv", "-o", str(tmp_path)]
     assert run(words) == 0
     first = capsys.readouterr()
@@ -82,36 +88,39 @@ def test_a_stopped_run_goes_on_and_another_is_refused(capsys: Capture, tmp_path:
     (tmp_path / "items.jsonl").write_bytes(b"".join(lines[:4]) + lines[4][:30])
     assert run([*words, "-p", "des-seq:k=3"]) == 0
     again = capsys.readouterr()
-    assert "4 of 12 answers were there already" in again.err
+    assert "4 of 12 answers are from an earlier run" in again.err
     names = {path.name for path in tmp_path.iterdir()}
     stem = "embedded-tasks-by-policy"
     assert names == {"items.jsonl", "run.json", f"{stem}.json", f"{stem}.csv"}
     record = json.loads((tmp_path / f"{stem}.json").read_text())
     assert [line["policy"] for line in record["facts"]["policies"]] == ["vanilla", "des-seq:k=3"]
     assert (tmp_path / f"{stem}.csv").read_text() == again.out.replace("\r\n", "\n")
-    before, after = (next(csv.DictReader(io.StringIO(told.out))) for told in (first, again))
+    before, after = (next(csv.DictReader(io.StringIO(printed.out))) for printed in (first, again))
     assert {k: v for k, v in before.items() if k in ("policy", "right", "n", "accuracy_low")} == {
         k: v for k, v in after.items() if k in ("policy", "right", "n", "accuracy_low")
     }
     assert "limit is not set there and 2 here" in refusal(capsys, *words, "--limit", "2")
-    few = refusal(capsys, *words, "--experts", "int8")
+    few = refusal(capsys, *words, "--expert-dtype", "int8")
     assert 'experts is not set there and "int8 in groups of 64" here' in few
     assert run(words) == 0
-    assert "all 6 answers were there already" in capsys.readouterr().err
+    assert "all 6 answers are from an earlier run" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
-    ("words", "told"),
+    ("words", "expected"),
     [
-        (["-m", "somewhere/else"], "--task is needed with --model; of gsm8k"),
-        (["--task", "gsm8k", "--items", "3"], "--items has no effect on gsm8k; --limit"),
+        (["-m", "somewhere/else"], "--task is needed with a model; tasks: gsm8k"),
+        (
+            ["--task", "gsm8k", "--num-problems", "3"],
+            "has no effect on gsm8k; --limit",
+        ),
         (["--data", "."], "--data has no effect on words"),
         (["--task", "chess"], "unknown task 'chess'; known: gsm8k"),
         (["--task", "gsm8k", "--data", "/no/such"], "/no/such: no such file or folder"),
         (["--json", "--csv"], "give one of them"),
         (["--shots", "2"], "asked without examples"),
         (["--limit", "0"], "--limit"),
-        (["--rows", "0"], "--rows"),
+        (["--batch-size", "0"], "--batch-size"),
         (["-p", "chess"], "unknown policy 'chess'"),
         (["-p", "@/no/such"], "/no/such"),
         (["-n", "100000"], "max_new_tokens=100000"),
@@ -119,14 +128,14 @@ def test_a_stopped_run_goes_on_and_another_is_refused(capsys: Capture, tmp_path:
         (["-o", "/dev/null/x"], "/dev/null/x: Not a directory"),
     ],
 )
-def test_bad_input_is_one_line(capsys: Capture, words: list[str], told: str) -> None:
+def test_bad_input_is_one_line(capsys: Capture, words: list[str], expected: str) -> None:
     complaint = refusal(capsys, "eval", *words)
-    assert told in complaint
+    assert expected in complaint
     assert complaint.count("\n") == 1
 
 
-def test_an_interrupt_keeps_answers_and_says_how_to_go_on(tmp_path: Path) -> None:
-    words = ["eval", "--items", "500", "--rows", "2", "-o", str(tmp_path)]
+def test_an_interrupt_keeps_answers_and_names_the_folder(tmp_path: Path) -> None:
+    words = ["eval", "--num-problems", "500", "--batch-size", "2", "-o", str(tmp_path)]
     items = tmp_path / "items.jsonl"
     with subprocess.Popen(
         [sys.executable, "-m", "coterie", *words],
@@ -140,19 +149,19 @@ def test_an_interrupt_keeps_answers_and_says_how_to_go_on(tmp_path: Path) -> Non
     assert (child.returncode, out) == (130, "")
     count = len(items.read_bytes().splitlines())
     assert re.fullmatch(
-        rf"coterie: {count} of 2000 answers are in {tmp_path}; the same command goes on from "
-        r"there\n",
+        rf"coterie: {count} of 2000 answers are in {tmp_path}; the same command continues "
+        r"from there\n",
         err,
     ), err
 
 
 def test_tables_fit_the_terminal_and_lose_no_number() -> None:
     right = [True, True, False, True] * 5
-    found = summarize([sheet("vanilla", right), sheet(LONG, right[1:] + right[:1])], ["quiz"])
+    result = summarize([sheet("vanilla", right), sheet(LONG, right[1:] + right[:1])], ["quiz"])
     texts = {}
     for width in (200, 80, 60):
         to = Console(file=io.StringIO(), width=width)
-        for table in accuracy_tables(found, to):
+        for table in accuracy_tables(result, to):
             to.print(table)
         texts[width] = to.file.getvalue()  # type: ignore[attr-defined]
         assert max(map(len, texts[width].splitlines())) <= width
@@ -164,12 +173,12 @@ def test_tables_fit_the_terminal_and_lose_no_number() -> None:
     }
 
 
-def test_csv_has_a_line_a_policy_with_numbers_in_full() -> None:
+def test_csv_has_one_line_a_policy_with_all_digits() -> None:
     right = [True, True, False]
-    found = summarize(
+    result = summarize(
         [sheet("vanilla", right), sheet("des-seq:k=3", [False, True, True])], ["quiz"]
     )
-    first, second = csv.DictReader(io.StringIO(accuracy_csv(found)))
+    first, second = csv.DictReader(io.StringIO(format_csv([csv_row(line) for line in result])))
     assert (first["policy"], first["right"], first["n"], first["change"]) == (
         "vanilla",
         "2",
@@ -184,26 +193,26 @@ def test_csv_has_a_line_a_policy_with_numbers_in_full() -> None:
 
 def test_the_readmes_table_can_be_drawn_from_a_record() -> None:
     right = [True, True, False]
-    found = summarize(
+    result = summarize(
         [sheet("vanilla", right), sheet("des-seq:k=3", [False, True, True])], ["quiz"]
     )
-    record = {"facts": accuracy_document("embedded", {}, found)}
+    record = {"facts": accuracy_document("embedded", {}, result)}
     head, _, first, second = load_script("docs.py").accuracy_table(record).splitlines()
     assert "| quiz |" in head
     assert first.startswith("| `vanilla` | 66.7% of 3, 20.8% to 93.9% | 66.7% |")
     assert second.endswith("| +0.0%, 1 | 8.0 | 2.0 |")
 
 
-def test_the_standing_counts_found_answers_and_compares_what_both_answered() -> None:
-    standing = EvalProgress(["vanilla", "des-seq:k=3"], 8)
+def test_progress_counts_resumed_answers_and_compares_common_items() -> None:
+    progress = EvalProgress(["vanilla", "des-seq:k=3"], 8)
     for number, correct in enumerate([True, True, False]):
-        standing.add(answer("vanilla", number, correct, found=True))
+        progress.add(answer("vanilla", number, correct, from_disk=True))
     for number, correct in enumerate([True, False]):
-        standing.add(answer("des-seq:k=3", number, correct))
+        progress.add(answer("des-seq:k=3", number, correct))
     to = Console(file=io.StringIO(), width=100)
-    to.print(standing)
-    told = to.file.getvalue()  # type: ignore[attr-defined]
-    assert (standing.count, standing.resumed) == (5, 3)
-    assert "5/8" in told
-    assert re.search(r"vanilla +66.7% of 3", told)
-    assert re.search(r"des-seq:k=3 +50.0% of 2 +-50.0%", told)
+    to.print(progress)
+    printed = to.file.getvalue()  # type: ignore[attr-defined]
+    assert (progress.count, progress.resumed) == (5, 3)
+    assert "5/8" in printed
+    assert re.search(r"vanilla +66.7% of 3", printed)
+    assert re.search(r"des-seq:k=3 +50.0% of 2 +-50.0%", printed)

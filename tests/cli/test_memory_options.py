@@ -1,4 +1,4 @@
-"""Memory for experts: what is asked for, what it comes to, and who is there from the start."""
+"""Memory for experts: its options, its plan, and warm starts."""
 
 from __future__ import annotations
 
@@ -39,15 +39,15 @@ from coterie.testing import read_spec, tiny_config, write_checkpoint
 WORDS = ["generate", "5 17 33", "-n", "8", "--block", "8"]
 
 
-def test_memory_is_read_from_what_is_typed() -> None:
-    found = ExpertMemoryConfig.parse("35%", host_memory="20GiB", eviction="votes:decay=0.9")
-    assert (found.host_memory, found.eviction) == (20 << 30, ByVotes(0.9))
+def test_memory_is_parsed_from_text() -> None:
+    config = ExpertMemoryConfig.parse("35%", host_memory="20GiB", eviction="votes:decay=0.9")
+    assert (config.host_memory, config.eviction) == (20 << 30, ByVotes(0.9))
     assert (
         ExpertMemoryConfig.parse("auto").capacity
         == ExpertMemoryConfig.parse("1", host_memory="auto").host_memory
         == "auto"
     )
-    assert found.to_dict() == {
+    assert config.to_dict() == {
         "expert_memory": "35%",
         "host_memory": 20 << 30,
         "eviction": "votes:decay=0.9",
@@ -86,7 +86,7 @@ def test_auto_leaves_memory_for_all_else() -> None:
 
 
 @needs_kernels
-def test_auto_says_what_was_free_and_what_it_took(
+def test_auto_reports_free_and_used_memory(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = packed_checkpoint(tmp_path)
@@ -111,9 +111,7 @@ def test_auto_says_what_was_free_and_what_it_took(
 @pytest.mark.parametrize(
     ("names", "controllers"), [(CGROUP_V1, "memory"), (CGROUP_V2, "")], ids=["first", "second"]
 )
-def test_a_group_that_may_take_less_than_the_machine_has_is_believed(
-    tmp_path: Path, names, controllers: str
-) -> None:
+def test_the_limit_of_a_cgroup_counts(tmp_path: Path, names, controllers: str) -> None:
     groups = tmp_path / "cgroup"
     groups.write_text(f"3:cpu:/x\n0:{controllers}:/outer/inner\n")
     folder = tmp_path / "mounted" / controllers
@@ -128,38 +126,38 @@ def test_a_group_that_may_take_less_than_the_machine_has_is_believed(
 
 
 @needs_kernels
-def test_an_option_without_effect_says_what_would_give_it_one(
+def test_an_option_without_effect_is_refused_with_a_remedy(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     folder = str(packed_checkpoint(tmp_path))
-    for more, told in (
+    for more, expected in (
         (["--eviction", "lfu"], "--eviction has no effect where all experts are in memory"),
         (["--host-memory", "1GiB"], "--expert-memory 35% keeps"),
-        (["--warm", folder], "--warm has no effect"),
+        (["--warm-start", folder], "--warm-start has no effect"),
         (["--expert-memory", "3", "--host-memory", "1GiB"], "no effect on a CPU"),
         (["--expert-memory", "3", "--eviction", "fifo"], "known: lfu, lru, votes"),
-        (["--expert-memory", "3", "--warm", folder], "cannot be read"),
-        (["--expert-memory", "3", "--warm", __file__], "`coterie trace` saves votes"),
+        (["--expert-memory", "3", "--warm-start", folder], "cannot be read"),
+        (["--expert-memory", "3", "--warm-start", __file__], "`coterie trace` saves votes"),
         (
             ["--expert-memory", "nonsense"],
-            "`expert_memory` is 'nonsense'; use a share of the experts",
+            "--expert-memory is 'nonsense'; use a share of the experts",
         ),
         (["--expert-memory", "0.35"], "or bytes (6GiB), or auto"),
         (
-            ["--imagine-memory", "25GB/s"],
-            "`simulate_expert_memory` is '25GB/s'; use a share of the experts",
+            ["--simulate-expert-memory", "25GB/s"],
+            "--simulate-expert-memory is '25GB/s'; use a share of the experts",
         ),
-        (["--expert-memory", "3", "--warm", f"{folder}/config.json"], "has no votes"),
+        (["--expert-memory", "3", "--warm-start", f"{folder}/config.json"], "has no votes"),
     ):
         assert run([*WORDS, "-m", folder, *more]) == 2
-        said = capsys.readouterr()
-        assert (said.out, said.err.count("\n")) == ("", 1)
-        assert told in said.err
+        printed = capsys.readouterr()
+        assert (printed.out, printed.err.count("\n")) == ("", 1)
+        assert expected in printed.err
 
 
 @needs_kernels
 @pytest.mark.parametrize("kind", ["bf16", "int8", "int4"])
-def test_a_trace_of_a_packed_model_knows_what_its_experts_weigh(
+def test_a_trace_of_a_packed_model_has_the_size_of_its_experts(
     tmp_path: Path, kind: PackedFormat
 ) -> None:
     """So that as many bytes are as many slots to the replay as to the engine."""
@@ -175,23 +173,21 @@ def test_note_mentions_disk_only_if_experts_are_absent(
 ) -> None:
     words = [*WORDS, "-m", str(packed_checkpoint(tmp_path)), "--expert-memory"]
     assert run([*words, "100%"]) == 0
-    said = capsys.readouterr().err
-    assert "all 16 experts per layer in memory" in said
-    assert "on disk" not in said
+    printed = capsys.readouterr().err
+    assert "all 16 experts per layer in memory" in printed
+    assert "on disk" not in printed
     assert run([*words, "15"]) == 0
     assert "15 of 16 experts per layer in memory" in capsys.readouterr().err
 
 
 @needs_kernels
-def test_plotting_traffic_needs_a_cache(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_plotting_traffic_needs_a_cache(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     pytest.importorskip("matplotlib")
     words = [*WORDS, "-m", str(packed_checkpoint(tmp_path)), "--expert-memory", "auto"]
-    assert run([*words, "--traffic", str(tmp_path / "moved")]) == 2
-    told = capsys.readouterr()
-    assert (told.out, list(tmp_path.glob("moved*"))) == ("", [])
-    assert "nothing moves; --expert-memory 35% keeps fewer there" in told.err
+    assert run([*words, "--plot-traffic", str(tmp_path / "moved")]) == 2
+    expected = capsys.readouterr()
+    assert (expected.out, list(tmp_path.glob("moved*"))) == ("", [])
+    assert "nothing is moved; --expert-memory 35% keeps fewer" in expected.err
 
 
 @needs_kernels
@@ -201,9 +197,9 @@ def test_votes_saved_by_a_trace_fill_the_slots(tmp_path: Path, rule) -> None:
     folder = packed_checkpoint(tmp_path)
     prompts, votes = tmp_path / "prompts", tmp_path / "votes.json"
     prompts.write_text(json.dumps({"prompt": "5 17 33"}) + "\n")
-    words = ["trace", "-m", str(folder), "--prompts", str(prompts), "-n", "16", "--block", "8"]
+    words = ["trace", "-m", str(folder), "--prompt-file", str(prompts), "-n", "16", "--block", "8"]
     traced = tmp_path / "trace"
-    assert run([*words, "-o", str(traced), "--votes", str(votes)]) == 0
+    assert run([*words, "-o", str(traced), "--save-votes", str(votes)]) == 0
     saved = read_votes(votes)
     assert saved.router_checksum == router_checksum(folder)
     true = load_engine(folder).generate(PROMPT, **OPTIONS).tokens
@@ -218,7 +214,9 @@ def test_votes_saved_by_a_trace_fill_the_slots(tmp_path: Path, rule) -> None:
         assert resident is not None
         assert resident.numpy().tolist() == np.isin(np.arange(16), np.argsort(-row)[:6]).tolist()
     assert engine.generate(PROMPT, **OPTIONS).tokens == true
-    assert run([*WORDS, "-m", str(folder), "--expert-memory", "6", "--warm", str(traced)]) == 0
+    assert (
+        run([*WORDS, "-m", str(folder), "--expert-memory", "6", "--warm-start", str(traced)]) == 0
+    )
 
 
 def test_votes_of_another_model_are_refused(tmp_path: Path) -> None:

@@ -187,9 +187,7 @@ def test_what_was_killed_goes_on_and_comes_out_the_same(tmp_path: Path) -> None:
 def test_a_folder_in_the_making_is_no_model(tmp_path: Path) -> None:
     source = write_checkpoint(tmp_path / "whole", "llada2", shards=2)
     out = cut_off(source, tmp_path / "small", after=40)
-    with pytest.raises(
-        CoterieError, match="conversion was not finished"
-    ):
+    with pytest.raises(CoterieError, match="conversion was not finished"):
         coterie.load(out)
 
 
@@ -306,7 +304,9 @@ def test_another_model_or_format_does_not_go_on_with_a_folder(tmp_path: Path) ->
     out = cut_off(source, tmp_path / "small", after=40)
     begun = files(out)
     for model, form in ((source, INT4), (other, INT8)):
-        with pytest.raises(CoterieError, match=r"unfinished conversion of another model \(int8 in groups of"):
+        with pytest.raises(
+            CoterieError, match=r"unfinished conversion of another model \(int8 in groups of"
+        ):
             convert(model, out, form)
     assert files(out) == begun
 
@@ -385,14 +385,14 @@ def test_the_command_makes_a_model_that_the_command_runs(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = str(tmp_path / "small")
-    assert run(["quantize", "embedded", out, "--experts", "int8", "--json"]) == 0
+    assert run(["quantize", "embedded", out, "--expert-dtype", "int8", "--json"]) == 0
     made = json.loads(capsys.readouterr().out)
     assert (made["experts"], made["group"], made["found"]) == ("int8", 64, 0)
     assert made["bytes_after"] < made["bytes_before"]
     question = "Tom has 3 boxes of 4 pens and gives away 5. How many pens are left?"
     assert run(["generate", question, "--model", out]) == 0
     stored = capsys.readouterr().out
-    assert run(["generate", question, "--experts", "int8"]) == 0
+    assert run(["generate", question, "--expert-dtype", "int8"]) == 0
     assert capsys.readouterr().out == stored
     assert "7" in stored
     assert run(["inspect", out]) == 0
@@ -404,9 +404,9 @@ def test_the_command_complains_in_one_line(
 ) -> None:
     out = str(tmp_path / "small")
     for arguments, problem in (
-        (["embedded", out, "--experts", "int2"], "unknown format 'int2'"),
-        (["embedded", out, "--experts", "int8", "--group", "12"], "a group of 12"),
-        ([str(tmp_path / "nowhere"), out, "--experts", "int8"], "no such folder"),
+        (["embedded", out, "--expert-dtype", "int2"], "unknown format 'int2'"),
+        (["embedded", out, "--expert-dtype", "int8", "--group-size", "12"], "a group of 12"),
+        ([str(tmp_path / "nowhere"), out, "--expert-dtype", "int8"], "no such folder"),
     ):
         assert run(["quantize", *arguments]) == 2
         complaint = capsys.readouterr().err

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from coterie import ops
 from coterie.cli.entry import run as command
-from coterie.cli.eval_train import make_variants
+from coterie.cli.eval import make_variants
 from coterie.engine.engine import Engine
 from coterie.engine.events import Result
 from coterie.engine.generation_config import GenerationConfig

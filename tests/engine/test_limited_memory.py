@@ -117,8 +117,7 @@ def test_reset_restores_the_warm_start() -> None:
         log = own.model.store.traffic_log
         assert log is not None
         assert not any(
-            line.traffic.experts_moved > line.traffic.experts_used
-            for line in log.forwards
+            line.traffic.experts_moved > line.traffic.experts_used for line in log.forwards
         )
         here = own.model.transformer.layers[layers[0]].feed_forward.store.resident(layers[0])
         assert here.tolist() == [True] * 6 + [False] * 10
@@ -190,9 +189,7 @@ def test_compare_reports_traffic(capsys: Capture) -> None:
         (["--coarse", "elsewhere"], "has no effect"),
     ],
 )
-def test_options_without_effect_raise(
-    typed: list[str], said: str, capsys: Capture
-) -> None:
+def test_options_without_effect_raise(typed: list[str], said: str, capsys: Capture) -> None:
     assert run(["generate", *WORDS, *typed]) == 2
     told = capsys.readouterr()
     assert (told.out, told.err.count("\n")) == ("", 1)

@@ -9,8 +9,8 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from policy_strategies import law
 from offload_cases import HIDDEN, SIZE, fp32_slab
+from policy_strategies import law
 from torch import Tensor
 
 from coterie.errors import CoterieError

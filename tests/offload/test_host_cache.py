@@ -84,9 +84,7 @@ def test_host_cache_is_least_frequently_used(
 
 @given(st.lists(asked, min_size=8, max_size=40), st.integers(1, 4), st.sets(st.integers(0, 20)))
 @law(12)
-def test_threads_read_the_right_bytes(
-    wishes: list[Asked], slots: int, fail: set[int]
-) -> None:
+def test_threads_read_the_right_bytes(wishes: list[Asked], slots: int, fail: set[int]) -> None:
     below = Counted(slow=2e-4, fail=fail)
     tier = host(below, slots)
 

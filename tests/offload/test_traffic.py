@@ -99,9 +99,7 @@ def test_log_counts_moved_experts_and_vanilla_misses(
 
 @given(st.integers(2, 12), st.integers(1, 12), st.integers(0, 2**20), st.integers(0, 5))
 @law(25)
-def test_forwards_add_up_to_the_total(
-    experts: int, capacity: int, seed: int, early: int
-) -> None:
+def test_forwards_add_up_to_the_total(experts: int, capacity: int, seed: int, early: int) -> None:
     """Six forwards; the traffic is read after ``early`` of them."""
     asked = drawn(experts, 6, seed)
     store = imagined(experts, capacity)

@@ -116,8 +116,12 @@ def test_a_replay_of_a_limited_policy_predicts_a_run(policy: str) -> None:
     point = replay(
         trace, grid(ReplayPolicy(parse_policy(policy), routes_commits=True), capacity="4")
     ).points[0]
-    assert point.traffic.experts_used == pytest.approx(store.traffic_log.traffic().experts_used, rel=0.1)
-    assert point.traffic.experts_moved == pytest.approx(store.traffic_log.traffic().experts_moved, rel=0.1)
+    assert point.traffic.experts_used == pytest.approx(
+        store.traffic_log.traffic().experts_used, rel=0.1
+    )
+    assert point.traffic.experts_moved == pytest.approx(
+        store.traffic_log.traffic().experts_moved, rel=0.1
+    )
 
 
 def test_each_capacity_of_a_replay_has_its_own_coresets() -> None:

@@ -111,6 +111,23 @@ class ConversionResult:
     files: int
     files_resumed: int  # finished by an earlier run
 
+    def to_dict(self) -> dict[str, object]:
+        """As JSON."""
+        entry = self.target.manifest_entry
+        return {
+            "folder": str(self.folder),
+            "experts": entry["format"],
+            "group": entry["group"],
+            "group_size": entry["group"],
+            "layout": PANEL_LAYOUT if self.target.packed else PLAIN_LAYOUT,
+            "packed": self.target.packed,
+            "bytes_before": self.bytes_before,
+            "bytes_after": self.bytes_after,
+            "files": self.files,
+            "found": self.files_resumed,
+            "files_resumed": self.files_resumed,
+        }
+
 
 def convert(
     name: str | Path,

@@ -9,6 +9,7 @@ import torch
 
 from coterie.checkpoints.source import CONFIG_FILES, EMBEDDED, find_folder
 from coterie.families import Family, ModelConfig, detect_family, eos_ids, mask_id
+from coterie.keys import to_json
 from coterie.model.size import ModelSize, experts_that_fit, model_size
 from coterie.model.spec import ModelSpec
 
@@ -37,6 +38,35 @@ class ModelInfo:
     eos_ids: tuple[int, ...]
     kv_length: int  # positions of the KV cache that ``fits`` includes, for one sequence
     fits: tuple[MemoryFit, ...]
+
+    def to_dict(self) -> dict[str, object]:
+        """As JSON; sizes in bytes."""
+        spec, size = self.spec, self.size
+        return {
+            "model": self.name,
+            "family": self.family.name,
+            "architecture": self.family.architecture,
+            "parameters": size.parameters,
+            "active_parameters": size.active_parameters,
+            "layers": spec.layers,
+            "moe_layers": len(spec.moe_layers),
+            "hidden": spec.hidden,
+            "vocabulary": spec.vocabulary,
+            "experts": spec.router.experts,
+            "experts_per_token": spec.router.k,
+            "expert_width": spec.expert_width,
+            "shared_width": spec.shared_width,
+            "mask_id": self.mask_id,
+            "eos_ids": list(self.eos_ids),
+            "dtype": str(self.dtype).removeprefix("torch."),
+            "expert_format": None if spec.expert_format is None else to_json(spec.expert_format),
+            "experts_packed": spec.panels,
+            "bytes": size.bytes,
+            "expert_bytes": size.expert_bytes,
+            "layer_expert_bytes": size.layer_expert_bytes,
+            "cache_bytes_per_position": size.kv_bytes_per_token,
+            "fits": [{"memory": fit.memory, "experts_per_layer": fit.experts} for fit in self.fits],
+        }
 
 
 def inspect(

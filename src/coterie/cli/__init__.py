@@ -1,4 +1,4 @@
-"""The command line: ``coterie generate | compare | eval | inspect | policies | train``."""
+"""The command line: one module for each command, and the options and output they share."""
 
 from coterie.cli.entry import main
 

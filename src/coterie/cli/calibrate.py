@@ -1,10 +1,8 @@
-"""``coterie calibrate``: the parameter of a policy family that meets a target on given prompts."""
+"""``coterie calibrate``: searches for the option of a policy that meets a target."""
 
 from __future__ import annotations
 
-import os
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
 
@@ -12,245 +10,141 @@ import typer
 from rich.progress import MofNCompleteColumn, Progress, TimeElapsedColumn
 from rich.table import Table
 
-from coterie.checkpoints.model_info import inspect
-from coterie.checkpoints.source import EMBEDDED
-from coterie.cli import eval_options as e
 from coterie.cli import options as o
-from coterie.cli.engine_options import GenerationOptions, check_options, greedy_options, open_engine
-from coterie.cli.json_output import print_document
-from coterie.cli.memory_options import expert_memory_config, resolve_batch_size
-from coterie.cli.option_groups import option_group
-from coterie.cli.tables import console, plain_table, print_note, progress_bar
-from coterie.errors import CoterieError
+from coterie.cli import output
+from coterie.cli.benchmark_options import PromptOptions
+from coterie.cli.engine_options import DecodeOptions, EngineOptions, check_engine
+from coterie.cli.option_groups import with_option_groups
 from coterie.lab.calibration import (
     Calibration,
     PolicyEvaluator,
-    PromptSet,
     Target,
     calibrate,
     calibration_record,
-    prompts_from_file,
-    prompts_from_tasks,
     write_calibrated_policy,
 )
 from coterie.lab.calibration.calibration import check_target
 from coterie.lab.calibration.measurement import PolicyRun, PromptProgressCallback
 from coterie.lab.calibration.search_space import SearchFamily
 from coterie.lab.calibration.target import Estimate
-from coterie.lab.evals.task import TaskOptions
-from coterie.lab.evals.tasks import TASKS
-from coterie.lab.problems import PROBLEM_MAKERS as OWN
-from coterie.loading.expert_memory import ExpertMemoryConfig
 
 DEFAULT_PROBLEMS = 40  # of each task
 
-PolicyFamily = Annotated[
-    str,
-    typer.Argument(
-        metavar="FAMILY",
-        help="A policy without the option that is searched for: des-vote:voters=before-eos; "
-        "or with ? in its place: coreset:m=?,vote=weight.",
-    ),
-]
-TargetSpec = Annotated[
-    str,
-    typer.Option(
-        "--target",
-        metavar="KIND=VALUE",
-        help="experts=38 (a layer, at most), mass=0.9 (of the votes, at least), loss=0.05 "
-        "(of a layer's output, squared, at most) or drop=0.01 (of accuracy, at most).",
-    ),
-]
-Confident = Annotated[
-    bool, typer.Option("--sure", help="The far end of the 95 % interval must meet it too.")
-]
-PerLayer = Annotated[
-    bool, typer.Option("--per-layer", help="A budget for each layer, by marginal votes.")
-]
-PromptFile = Annotated[
-    Path | None,
-    typer.Option(
-        "--prompts",
-        help='A file of prompts, one a line, or JSONL with "prompt"; in place of --task.',
-        rich_help_panel=e.BENCHMARK_PANEL,
-        show_default=False,
-    ),
-]
-NumProblems = Annotated[
-    int,
-    typer.Option("--items", min=1, help="Prompts of each task.", rich_help_panel=e.BENCHMARK_PANEL),
-]
-ProblemSeed = Annotated[
-    int,
-    typer.Option("--seed", min=0, help="Of the prompts drawn.", rich_help_panel=e.BENCHMARK_PANEL),
-]
-OutputFile = Annotated[
-    Path | None,
-    typer.Option(
-        "--out",
-        "-o",
-        help="A JSON file, which --policy @FILE takes.",
-        rich_help_panel=o.OUTPUT_PANEL,
-        show_default=False,
-    ),
-]
+
+FAMILY_HELP = (
+    "Policy without the option to search for, e.g. des-vote:voters=before-eos; or with ? in its "
+    "place: coreset:m=?,vote=weight."
+)
+TARGET_HELP = (
+    "Target: experts=38 (a layer, at most), mass=0.9 (of the votes, at least), loss=0.05 (of a "
+    "layer's output, squared, at most) or drop=0.01 (of accuracy, at most)."
+)
 
 
-@option_group(memory=expert_memory_config, options=greedy_options)
+@with_option_groups
 def calibrate_command(
-    family: PolicyFamily,
+    family: Annotated[str, typer.Argument(metavar="FAMILY", help=FAMILY_HELP)],
     *,
-    target: TargetSpec,
-    confident: Confident = False,
-    per_layer: PerLayer = False,
-    task: e.Tasks = None,
-    prompt_file: PromptFile = None,
-    num_problems: NumProblems = DEFAULT_PROBLEMS,
-    seed: ProblemSeed = 1,
-    data: e.DataPath = None,
-    shots: e.NumShots = None,
-    options: GenerationOptions,
-    model: o.Model = None,
-    dtype: o.Dtype = None,
-    device: o.Device = "auto",
-    expert_dtype: o.ExpertDtype = None,
-    memory: ExpertMemoryConfig | None = None,
-    batch_size: e.BatchSize = None,
-    trust_code: e.TrustCode = False,
-    out: OutputFile = None,
-    json: o.JsonOutput = False,
+    target: Annotated[str, typer.Option(metavar="KIND=VALUE", help=TARGET_HELP)],
+    confident: Annotated[
+        bool, typer.Option("--confident", help="Require the 95 % interval to meet the target too.")
+    ] = False,
+    per_layer: Annotated[
+        bool, typer.Option("--per-layer", help="Give each layer its own budget, by its votes.")
+    ] = False,
+    prompts: PromptOptions,
+    decode: DecodeOptions,
+    engine_options: EngineOptions,
+    batch_size: o.BatchSize = None,
+    trust_code: o.TrustCode = False,
+    out: Annotated[
+        Path | None, o.output("JSON file of the result, for --policy @FILE.", "--out", "-o")
+    ] = None,
+    json: o.Json = False,
 ) -> None:
-    """Find the parameter of a policy family that meets a target and saves as much as it can.
+    """Find the option of a policy that meets a target and reads as few experts as possible.
 
-    The prompts are problems that no exam draws, a benchmark's items, or your own. Where not all
-    experts are in memory, the memory is emptied before each.
+    The prompts are problems that no evaluation draws, a benchmark's items, or a file. Where memory
+    holds only some of the experts, the cache is emptied before each prompt.
 
     \b
-    coterie calibrate des-vote:voters=before-eos,protect=top1 --target drop=0.01 -o found.json
-    coterie generate "..." --policy @found.json
+    coterie calibrate des-vote:voters=before-eos,protect=top1 --target drop=0.01 -o policy.json
+    coterie generate "..." --policy @policy.json
     """
-    search_family, parsed_target = (
-        SearchFamily.parse(family),
-        Target.parse(target, confident=confident),
+    search_family = SearchFamily.parse(family)
+    parsed_target = Target.parse(target, confident=confident)
+    options = decode.to_fields()
+    output.check_output_file(out)
+    prompt_set = prompts.load(
+        engine_options.model, default_count=DEFAULT_PROBLEMS, trust_code=trust_code
     )
-    check_output_file(out)
-    task_options = TaskOptions(
-        inspect(model).family.name, data, shots, num_problems, seed, trust_code
-    )
-    prompt_set = load_questions(
-        task, prompt_file, task_options, is_embedded=model in (None, EMBEDDED)
-    )
-    effective_batch_size = resolve_batch_size(batch_size, memory, e.DEFAULT_BATCH_SIZE)
-    engine = open_engine(
-        model, dtype=dtype, device=device, expert_dtype=expert_dtype, memory=memory
-    )
-    check_options(engine, options)
-    with progress_bar(MofNCompleteColumn(), TimeElapsedColumn()) as progress:
-        bench = PolicyEvaluator(
-            engine, prompt_set, options, effective_batch_size, _progress_callback(progress)
-        )
-        check_target(bench, search_family, parsed_target)
-        calibration = calibrate(bench, search_family, parsed_target, per_layer=per_layer)
-    content = calibration_record(bench, calibration, ["coterie", *sys.argv[1:]])
+    effective_batch_size = engine_options.resolve_batch_size(batch_size, o.DEFAULT_BATCH_SIZE)
+    engine = engine_options.open()
+    check_engine(engine, (), options)
+    with output.progress_bar(MofNCompleteColumn(), TimeElapsedColumn()) as progress:
+        on_progress = _progress_callback(progress)
+        evaluator = PolicyEvaluator(engine, prompt_set, options, effective_batch_size, on_progress)
+        check_target(evaluator, search_family, parsed_target)
+        calibration = calibrate(evaluator, search_family, parsed_target, per_layer=per_layer)
+    content = calibration_record(evaluator, calibration, ["coterie", *sys.argv[1:]])
     if out is not None:
         write_calibrated_policy(out, content)
-        print_note(f"{out}; --policy @{out} takes it")
+        output.print_note(f"{out}; --policy @{out} takes it")
     if json:
-        print_document(content)
+        output.print_document(content)
     else:
-        console().print(calibration_table(calibration), *summary_lines(calibration), sep="\n")
-
-
-def check_output_file(out: Path | None) -> None:
-    """Raises for a file that could not be written, now and not after the search."""
-    if out is None:
-        return
-    if out.is_dir():
-        raise CoterieError(f"{out}: is a folder; give a file in it, such as {out / 'found.json'}")
-    folder = out.absolute().parent
-    if not folder.is_dir():
-        raise CoterieError(f"{out}: its folder is not there")
-    if not os.access(folder, os.W_OK):
-        raise CoterieError(f"{out}: its folder cannot be written to")
-
-
-def load_questions(
-    tasks: Sequence[str] | None,
-    prompt_file: Path | None,
-    task_options: TaskOptions,
-    *,
-    is_embedded: bool,
-) -> PromptSet:
-    """What is asked; says so where an exam would ask the same."""
-    if tasks and prompt_file:
-        raise CoterieError("--prompts stands in place of --task; give one of them")
-    if prompt_file is not None:
-        return prompts_from_file(prompt_file)
-    if not tasks and not is_embedded:
-        raise CoterieError(f"--task or --prompts is needed with --model; of {', '.join(TASKS)}")
-    task_questions = prompts_from_tasks(
-        list(dict.fromkeys(tasks or OWN)), task_options.count, task_options
-    )
-    if task_questions.includes_test_items:
-        print_note(
-            "these are a benchmark's own items: an exam on them is not held out any more; "
-            "--data or --prompts takes others"
+        output.console().print(
+            calibration_table(calibration), *summary_lines(calibration), sep="\n"
         )
-    return task_questions
 
 
 def calibration_table(calibration: Calibration) -> Table:
-    """What was measured, in the ladder's order of traffic; then vanilla and the policy found."""
-    meaning = calibration.target.spec
-    columns = (meaning.description, "95 %", "meets it")
-    table = plain_table("policy", *columns, number_columns=columns[:2])
+    """The measurements, ordered by traffic."""
+    target = calibration.target
+    table = output.plain_table("policy", numbers=(target.spec.description, "95 %"))
+    table.add_column("meets it")
     for step in calibration.steps:
-        table.add_row(
-            step.policy,
-            *format_reading(step.estimate),
-            "yes" if calibration.target.is_met(step.estimate) else "no",
-        )
+        meets = "yes" if target.is_met(step.estimate) else "no"
+        table.add_row(step.policy, *format_estimate(step.estimate), meets)
     return table
 
 
-def format_reading(reading: Estimate) -> tuple[str, str]:
-    low, high = reading.interval
-    return f"{reading.value:.4g}", f"{low:.4g} to {high:.4g}"
+def format_estimate(estimate: Estimate) -> tuple[str, str]:
+    low, high = estimate.interval
+    return f"{estimate.value:.4g}", f"{low:.4g} to {high:.4g}"
 
 
 def summary_lines(calibration: Calibration) -> list[str]:
-    """The policy, what it costs, and what is doubtful, in lines."""
-    value, interval = format_reading(calibration.achieved)
+    """The policy, its cost, and a warning where the search was not monotonic."""
+    value, interval = format_estimate(calibration.achieved)
     noun = calibration.target.spec.description
     lines = [
         "",
         f"{calibration.policy} meets {calibration.target}: {noun} {value} ({interval}) "
         f"on {calibration.achieved.n} prompts",
-        f"decoding them takes {describe_run(calibration.run)}; vanilla, {describe_run(calibration.vanilla)}",
+        f"its decoding: {describe_run(calibration.run)}; vanilla: "
+        f"{describe_run(calibration.vanilla)}",
     ]
     if not calibration.is_monotonic:
-        lines.append(
-            f"{noun} does not move one way along this ladder: another policy on it may do as well"
-        )
+        lines.append(f"{noun} is not monotonic in this search: another policy may do as well")
     return lines
 
 
 def describe_run(run: PolicyRun) -> str:
-    score = f", {sum(run.correct)} of {len(run.correct)} right" if run.correct else ""
+    score = f", {sum(run.correct)} of {len(run.correct)} correct" if run.correct else ""
     experts = run.experts_estimate().value
     return f"{experts:.1f} experts a layer, {run.forwards_per_block:.2f} forwards a block{score}"
 
 
 def _progress_callback(progress: Progress) -> PromptProgressCallback:
-    """One bar, which begins anew with every measurement."""
+    """One bar, which starts again with every measurement."""
     task = progress.add_task("", total=None)
     measurements = 0
 
     def on_progress(label: str, completed: int, total: int) -> None:
         nonlocal measurements
         measurements += completed == 0
-        progress.update(
-            task, completed=completed, total=total, description=f"{measurements}. {label}"
-        )
+        description = f"{measurements}. {label}"
+        progress.update(task, completed=completed, total=total, description=description)
 
     return on_progress

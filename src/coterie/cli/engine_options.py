@@ -1,123 +1,218 @@
-"""From what was typed to what the engine is asked."""
+"""From the options of a command to an engine and its generation settings."""
 
 from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from pathlib import Path
 
 from rich.progress import DownloadColumn, TransferSpeedColumn
 
+from coterie.checkpoints.source import EMBEDDED
 from coterie.cli import options as o
-from coterie.cli.tables import print_note, progress_bar
+from coterie.cli.output import print_note, progress_bar
 from coterie.decoding.kv_schemes import BlockCausalNoCache, NoCache, parse_plan
 from coterie.engine.engine import Engine, load
-from coterie.errors import CoterieError
+from coterie.errors import ConfigError
 from coterie.lab.calibration import read_calibrated_policy
+from coterie.lab.replay.cache_simulation import TraceVotes
+from coterie.lab.replay.trace import is_trace, read_trace
 from coterie.loading.expert_memory import ExpertMemoryConfig
+from coterie.loading.low_precision import LowPrecisionExperts
+from coterie.loading.saved_votes import SavedVotes, read_votes
 from coterie.routing import check_coreset_reuse, format_policy, parse_policy
 
 PROGRESS_BYTES = 256 << 20  # bytes of weights from which loading shows a bar
 FILE_PREFIX = "@"
 VANILLA = "vanilla"
-GenerationOptions = dict[str, object]
+DEFAULT_POLICIES = ("des-vote:beta=0.5", "des-vote:beta=0.3", "des-vote:beta=0.15", "des-seq:k=3")
+GenerationOptions = dict[str, object]  # fields of GenerationConfig
+
+
+@dataclass(frozen=True)
+class EngineOptions:
+    """Which model to load, where to, and how much memory its experts get."""
+
+    model: o.Model = None
+    dtype: o.Dtype = None
+    device: o.Device = "auto"
+    expert_dtype: o.ExpertDtype = None
+    expert_memory: o.ExpertMemory = None
+    simulate_expert_memory: o.SimulateExpertMemory = None
+    host_memory: o.HostMemory = None
+    eviction: o.Eviction = None
+    warm_start: o.WarmStart = None
+    fallback_model: o.FallbackModel = None
+    precision_policy: o.PrecisionPolicy = None
+    cpu_experts: o.CpuExperts = None
+
+    @property
+    def is_embedded(self) -> bool:
+        """Whether the model is the one in the package."""
+        return self.model in (None, EMBEDDED)
+
+    @cached_property
+    def memory(self) -> ExpertMemoryConfig | None:
+        """The memory for experts; None where all are in memory. Raises for options without
+        effect."""
+        if self.expert_memory is not None and self.simulate_expert_memory is not None:
+            raise ConfigError("`simulate_expert_memory` replaces `expert_memory`; give one of them")
+        if self.fallback_model is None and self.precision_policy is not None:
+            raise ConfigError("`precision_policy` has no effect without `fallback_model`")
+        simulated = self.simulate_expert_memory is not None
+        capacity = self.simulate_expert_memory if simulated else self.expert_memory
+        if capacity is None:
+            self._check_all_resident()
+            return None
+        return ExpertMemoryConfig.parse(
+            capacity,
+            host_memory=self.host_memory,
+            eviction=self.eviction,
+            warm_start=None if self.warm_start is None else load_votes(self.warm_start),
+            fallback_model=None
+            if self.fallback_model is None
+            else LowPrecisionExperts.parse(self.fallback_model, self.precision_policy),
+            cpu_experts=self.cpu_experts,
+            simulated=simulated,
+        )
+
+    def _check_all_resident(self) -> None:
+        for name in ("host_memory", "eviction", "warm_start", "fallback_model", "cpu_experts"):
+            if getattr(self, name) is not None:
+                raise ConfigError(
+                    f"`{name}` has no effect where all experts are in memory; "
+                    "`expert_memory=35%` keeps fewer, `simulate_expert_memory=35%` simulates that"
+                )
+
+    def resolve_batch_size(self, requested: int | None, default: int) -> int:
+        """Prompts decoded together: 1 where memory holds only some of the experts."""
+        if self.memory is None:
+            return default if requested is None else requested
+        if requested not in (None, 1):
+            raise ConfigError(
+                f"`batch_size={requested}`: with limited expert memory prompts run one by one, "
+                "so that no answer depends on another; leave `batch_size` out"
+            )
+        return 1
+
+    def open(self, *, count_vanilla: bool = False) -> Engine:
+        """The engine, with a bar on stderr while large weights load; notes say which experts are
+        in memory. ``count_vanilla`` also counts the traffic of the unmodified model."""
+        memory = self.memory
+        with progress_bar(DownloadColumn(binary_units=True), TransferSpeedColumn()) as progress:
+            task = progress.add_task("loading weights", visible=False)
+
+            def on_progress(completed: int, total: int) -> None:
+                visible = total >= PROGRESS_BYTES
+                progress.update(task, completed=completed, total=total, visible=visible)
+
+            engine = load(
+                self.model, dtype=self.dtype, device=self.device, experts=self.expert_dtype,
+                expert_memory=memory, on_progress=on_progress,
+            )  # fmt: skip
+        if count_vanilla and (log := engine.model.store.traffic_log) is not None:
+            log.track_vanilla()
+        for note in engine.model.placement.describe():
+            print_note(note)
+        return engine
+
+
+@dataclass(frozen=True)
+class DecodeOptions:
+    """How blocks are decoded."""
+
+    max_new_tokens: o.MaxNewTokens = None
+    block: o.Block = None
+    kv_cache: o.KVCache = None
+    unmask: o.Unmask = None
+    threshold: o.Threshold = None
+    commit_routing: o.CommitRouting = None
+    prefill_routing: o.PrefillRouting = None
+
+    def to_fields(self) -> GenerationOptions:
+        """Fields of a GenerationConfig; raises ConfigError for options that exclude each other."""
+        options = {name: value for name, value in asdict(self).items() if value is not None}
+        if self.threshold is not None:
+            if self.unmask is not None:
+                raise ConfigError("--threshold P is short for --unmask threshold:p=P; give one")
+            options["unmask"] = f"threshold:p={options.pop('threshold')!r}"
+        if "kv_cache" in options:
+            options["plan"] = options.pop("kv_cache")
+        return options
+
+
+@dataclass(frozen=True)
+class SamplingOptions:
+    """How tokens are sampled, and where an answer ends."""
+
+    temperature: o.Temperature = None
+    top_k: o.TopK = None
+    top_p: o.TopP = None
+    early_stop: o.EarlyStop = None
+
+    def to_fields(self) -> GenerationOptions:
+        """Fields of a GenerationConfig; raises ConfigError for options without effect."""
+        if not self.temperature:
+            for flag, value in (("--top-k", self.top_k), ("--top-p", self.top_p)):
+                if value is not None:
+                    raise ConfigError(f"{flag} needs --temperature above 0: greedy takes the best")
+        return {name: value for name, value in asdict(self).items() if value is not None}
+
+
+def load_votes(path: Path) -> SavedVotes:
+    """The votes of a file of votes, or the mean votes of a trace."""
+    if not is_trace(path):
+        return read_votes(path)
+    trace = read_trace(path)
+    return SavedVotes.of(trace.header.model, trace.header.layers, TraceVotes.of(trace).mean_votes)
 
 
 def read_prompt(source: str) -> str:
-    """The prompt as typed, or standard input for "-", without its last line break."""
+    """The prompt; for "-", standard input without its last line break."""
     if source == "-" and sys.stdin is None:
-        raise CoterieError("standard input is closed, and the prompt was to come from there")
+        raise ConfigError("standard input is closed, so no prompt can be read from it")
     prompt = sys.stdin.read().removesuffix("\n") if source == "-" else source
     if not prompt.strip():
-        raise CoterieError("the prompt is empty")
+        raise ConfigError("the prompt is empty")
     return prompt
 
 
-def generation_options(
-    *, unmask: str | None, threshold: float | None, temperature: float | None, **others: object
-) -> GenerationOptions:
-    """Fields of ``Generation`` for what was typed; raises for what would have no effect.
-
-    A seed may always be given: scripts do, and a greedy answer is the same under each.
-    """
-    if threshold is not None and unmask is not None:
-        raise CoterieError("--threshold is short for --unmask threshold:p=..; give one of them")
-    if threshold is not None:
-        unmask = f"threshold:p={threshold!r}"
-    if not temperature:
-        sampling_options = {"top_k": "--top-k", "top_p": "--top-p"}
-        ignored = [flag for name, flag in sampling_options.items() if others.get(name) is not None]
-        if ignored:
-            raise CoterieError(f"{ignored[0]} needs --temperature above 0: at 0 nothing is drawn")
-    options = {"unmask": unmask, "temperature": temperature, **others}
-    return {name: value for name, value in options.items() if value is not None}
-
-
-def decode_options(
-    *,
-    max_new_tokens: o.MaxNewTokens = None,
-    block: o.BlockLength = None,
-    plan: o.KVCacheScheme = None,
-    unmask: o.UnmaskRule = None,
-    threshold: o.Threshold = None,
-    temperature: o.Temperature = None,
-    top_k: o.TopK = None,
-    top_p: o.TopP = None,
-    seed: o.Seed = None,
-    early_stop: o.EarlyStop = None,
-    commit_routing: o.CommitRouting = None,
-    prefill_routing: o.PrefillRouting = None,
-) -> GenerationOptions:
-    """Fields of ``Generation`` that a prompt may be answered with."""
-    return generation_options(
-        max_new_tokens=max_new_tokens, block=block, plan=plan, unmask=unmask,
-        threshold=threshold, temperature=temperature, top_k=top_k, top_p=top_p, seed=seed,
-        early_stop=early_stop, commit=commit_routing, prefill=prefill_routing,
-    )  # fmt: skip
-
-
-def greedy_options(
-    *,
-    max_new_tokens: o.MaxNewTokens = None,
-    block: o.BlockLength = None,
-    plan: o.KVCacheScheme = None,
-    unmask: o.UnmaskRule = None,
-    threshold: o.Threshold = None,
-    commit_routing: o.CommitRouting = None,
-    prefill_routing: o.PrefillRouting = None,
-) -> GenerationOptions:
-    """The same where nothing is drawn and prompts are answered to their ends."""
-    return generation_options(
-        max_new_tokens=max_new_tokens, block=block, plan=plan, unmask=unmask,
-        threshold=threshold, temperature=None, commit=commit_routing, prefill=prefill_routing,
-    )  # fmt: skip
-
-
 def canonical_policy(spec: str) -> str:
-    """The policy as it is spelled; of ``@file``, the one that was calibrated there."""
+    """The policy in its canonical form; for ``@file``, the calibrated policy of that file."""
     if spec.startswith(FILE_PREFIX):
         return read_calibrated_policy(spec.removeprefix(FILE_PREFIX)).policy
     return format_policy(parse_policy(spec))
 
 
-def reuse_options(
-    policy_specs: Sequence[str], reuse_tolerance: float | None
-) -> dict[str, GenerationOptions]:
-    """Of each policy, what it gets of ``--drift``: vanilla, beside others, has no coreset to keep.
+def distinct_policies(specs: Sequence[str]) -> list[str]:
+    """The canonical policies, each once."""
+    return list(dict.fromkeys(map(canonical_policy, specs)))
 
-    Raises where nobody has one, and for a policy that cannot keep its own.
+
+def reuse_options(
+    policy_specs: Sequence[str], coreset_reuse: float | None
+) -> dict[str, GenerationOptions]:
+    """The generation options of each policy that come from --coreset-reuse.
+
+    Vanilla has no coreset to reuse. Raises where no policy has one, and for a policy whose coresets
+    cannot be reused.
     """
-    if reuse_tolerance is None:
+    if coreset_reuse is None:
         return {name: {} for name in policy_specs}
     electing = [name for name in policy_specs if name != VANILLA]
     if not electing:
-        raise CoterieError("--drift keeps coresets: give a --policy that elects one")
+        raise ConfigError("--coreset-reuse reuses coresets: give a --policy that elects one")
     for name in electing:
         check_coreset_reuse(parse_policy(name))
-    return {name: {"drift": reuse_tolerance} if name in electing else {} for name in policy_specs}
+    return {name: {"drift": coreset_reuse} if name in electing else {} for name in policy_specs}
 
 
-def check_policy_files(engine: Engine, specs: Sequence[str], options: GenerationOptions) -> None:
-    """Raises for an ``@file`` made for a model of other sizes; remarks on what else differs."""
+def check_engine(engine: Engine, specs: Sequence[str], options: GenerationOptions) -> None:
+    """Raises for options without effect on this engine, and for an ``@file`` of a model with other
+    sizes; notes say what else differs from the calibration."""
+    _check_routing_options(engine, options)
     generation = engine.generation.replace(**options)
     for spec in specs:
         if spec.startswith(FILE_PREFIX):
@@ -126,50 +221,21 @@ def check_policy_files(engine: Engine, specs: Sequence[str], options: Generation
                 print_note(note)
 
 
-def open_engine(
-    model: str | None,
-    *,
-    dtype: str | None,
-    device: str,
-    expert_dtype: str | None = None,
-    memory: ExpertMemoryConfig | None = None,
-    count_vanilla: bool = False,
-) -> Engine:
-    """The engine, with a bar on stderr while large weights load; where memory for experts was asked
-    for, a remark says what it came to. ``compared``: traffic is held against vanilla's."""
-    with progress_bar(DownloadColumn(binary_units=True), TransferSpeedColumn()) as progress:
-        task = progress.add_task("loading weights", visible=False)
-
-        def on_progress(completed: int, total: int) -> None:
-            progress.update(task, completed=completed, total=total, visible=total >= PROGRESS_BYTES)
-
-        engine = load(
-            model, dtype=dtype, device=device, experts=expert_dtype, expert_memory=memory,
-            on_progress=on_progress,
-        )  # fmt: skip
-    if count_vanilla and (log := engine.model.store.traffic_log) is not None:
-        log.track_vanilla()
-    for note in engine.model.placement.describe():
-        print_note(note)
-    return engine
-
-
-def check_options(engine: Engine, options: GenerationOptions) -> None:
-    """Raises for an option that this plan has no use for."""
-    scheme_spec = str(options.get("plan", engine.generation.plan))
-    scheme = parse_plan(scheme_spec).scheme
-    if "commit" in options and not scheme.traits.writes_kv:
-        raise CoterieError(
-            f"--commit has no effect with --plan {scheme_spec}: it commits no blocks"
+def _check_routing_options(engine: Engine, options: GenerationOptions) -> None:
+    spec = str(options.get("plan", engine.generation.plan))
+    scheme = parse_plan(spec).scheme
+    if "commit_routing" in options and not scheme.traits.writes_kv:
+        raise ConfigError(
+            f"--commit-routing has no effect with --kv-cache {spec}: it commits no blocks"
         )
-    if "prefill" in options and isinstance(scheme, NoCache | BlockCausalNoCache):
-        raise CoterieError(
-            f"--prefill has no effect with --plan {scheme_spec}: every forward decodes"
+    if "prefill_routing" in options and isinstance(scheme, NoCache | BlockCausalNoCache):
+        raise ConfigError(
+            f"--prefill-routing has no effect with --kv-cache {spec}: every forward decodes"
         )
 
 
 def encode_prompt(engine: Engine, prompt: str, *, raw: bool) -> list[int]:
-    """The prompt's token ids; a remark of the codec goes to stderr."""
+    """The prompt's token ids; a note of the tokenizer goes to stderr."""
     note = engine.model.codec.prompt_note(prompt)
     if note is not None:
         print_note(note)

@@ -1,4 +1,4 @@
-"""How an evaluation stands while it runs: how far it is, and every policy's accuracy so far."""
+"""The progress of an evaluation: answers so far, and the accuracy of each policy."""
 
 from __future__ import annotations
 
@@ -12,13 +12,15 @@ from rich.live import Live
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
 from rich.table import Table
 
-from coterie.cli.tables import console, plain_table
+from coterie.cli.output import console, plain_table
 from coterie.lab.evals.answer_log import Answer
 
+PROGRESS_COLUMNS = (BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(compact=True))
 
-@dataclass  # not frozen: it is what the eye sees now
+
+@dataclass  # not frozen: each answer updates it
 class EvalProgress:
-    """``total`` answers are wanted of ``arms``, the first of which the others are held against."""
+    """Counts the answers of all variants; the others are compared with the first."""
 
     variants: Sequence[str]
     total: int
@@ -32,11 +34,11 @@ class EvalProgress:
 
     @property
     def count(self) -> int:
-        """Answers so far, those found among them."""
+        """Answers so far, with those of an earlier run."""
         return sum(len(answers) for answers in self.correct.values())
 
     def add(self, answer: Answer) -> None:
-        """One more answer; those found do not count as speed."""
+        """Adds an answer; one of an earlier run does not count for the speed."""
         self.correct.setdefault(answer.variant, {})[answer.task, answer.id] = answer.correct
         self.failed += answer.error is not None
         self.resumed += answer.from_disk
@@ -46,12 +48,11 @@ class EvalProgress:
             self.progress.update(self.task_id, completed=self.count)
 
     def __rich__(self) -> Group:
-        # The bar first: where a terminal is low, the last lines are the ones cut off.
+        # The bar first: a low terminal cuts off the last lines.
         return Group(self.progress, self._scores())
 
     def _scores(self) -> Table:
-        number_columns = ("right so far", "against the first")
-        table = plain_table("policy", *number_columns, number_columns=number_columns)
+        table = plain_table("policy", numbers=("correct so far", "against the first"))
         table.columns[0].overflow = "fold"
         for variant in self.variants:
             answers = self.correct.get(variant, {})
@@ -63,21 +64,17 @@ class EvalProgress:
     def _difference_to_first(self, answers: dict[tuple[str, str], bool]) -> str:
         """The difference on the items that both have answered."""
         first = self.correct.get(self.variants[0], {})
-        differences = [
-            int(is_correct) - int(first[key]) for key, is_correct in answers.items() if key in first
-        ]
+        common = [key for key in answers if key in first]
+        differences = [int(answers[key]) - int(first[key]) for key in common]
         return f"{fmean(differences):+.1%}" if differences and answers is not first else ""
 
 
 @contextmanager
 def live_progress(progress: EvalProgress) -> Iterator[None]:
-    """Draws it on stderr until the end; where that is no terminal, nothing."""
+    """Draws it on stderr; silent where that is no terminal."""
     terminal = console(stderr=True)
     if not terminal.is_terminal:
         yield
         return
     with Live(progress, console=terminal, transient=True, refresh_per_second=4):
         yield
-
-
-PROGRESS_COLUMNS = (BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(compact=True))

@@ -1,54 +1,58 @@
-"""The picture of a block being unmasked: words coloured by confidence, experts beside them."""
+"""The live view of ``--watch``: tokens coloured by confidence, and the experts of each layer."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import sys
+import time
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from itertools import repeat
 
 from rich.console import Console, ConsoleOptions, RenderResult
+from rich.live import Live
 from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
-from coterie.engine.events import Denoised
+from coterie.cli.output import console
+from coterie.engine.engine import Engine
+from coterie.engine.events import Denoised, Event, Finished, Result
+from coterie.errors import ConfigError
 
 MASK_GLYPH, END_GLYPH = "▒", "∎"
-ANSWER_WIDTH, BAR_WIDTH = (
-    64,
-    24,
-)  # columns of the answer and of a full bar, where there is room for both
-MIN_BAR_WIDTH = 12  # columns of a bar that leaves room for the answer beside it
+ANSWER_WIDTH, BAR_WIDTH = 64, 24  # columns of the answer and of a full bar, in a wide terminal
+MIN_BAR_WIDTH = 12  # columns of a bar that shares a line with the answer
 NARROW_WIDTH = 72  # columns below which the experts stand under the answer
-# Confidence from 0 to 1 in five steps, readable on dark and on light ground.
+MIN_FRAME_SECONDS = 0.08  # a small model is faster than the eye
+# Confidence from 0 to 1 in five steps, readable on a dark and on a light background.
 CONFIDENCE_COLOURS = ("#d7005f", "#d75f00", "#af8700", "#5f8700", "#008787")
 
 
 @dataclass(frozen=True)
 class TokenMark:
-    """What stands at one position now."""
+    """What one position shows."""
 
     text: str
     confidence: float
     state: str  # "committed", "edited" or "provisional"
 
 
-@dataclass
+@dataclass  # not frozen: each forward updates it
 class LiveView:
-    """Gathers events and draws itself; mutable, because it is what the eye sees now."""
+    """Collects events and draws them."""
 
     title: str
     decode_token: Callable[[int], str]
     num_experts: int  # routed experts of a layer
-    moe_layers: tuple[int, ...]  # those that route
-    eos_ids: tuple[int, ...] = ()  # token ids that end a text
+    moe_layers: tuple[int, ...]
+    eos_ids: tuple[int, ...] = ()
     tokens: dict[int, TokenMark] = field(default_factory=dict)
     experts: tuple[int, ...] = ()
     forwards: int = 0
     blocks: int = 0
 
     def update(self, event: Denoised) -> None:
-        """One forward: what it wrote, what it still weighs, unique experts by layer."""
+        """Adds one forward."""
         tokens_by_state = {"committed": event.committed, "edited": event.edited}
         for state, tokens in {**tokens_by_state, "provisional": event.provisional}.items():
             for token in tokens:
@@ -61,10 +65,9 @@ class LiveView:
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         width, frame_width = options.max_width, self._frame_width()
         if width < NARROW_WIDTH:
+            bar_width = min(width, ANSWER_WIDTH, frame_width + BAR_WIDTH) - frame_width
             yield self.answer_panel(min(width, ANSWER_WIDTH))
-            yield self.experts_panel(
-                max(0, min(width, ANSWER_WIDTH, frame_width + BAR_WIDTH) - frame_width)
-            )
+            yield self.experts_panel(max(0, bar_width))
         else:
             bar_width = min(BAR_WIDTH, max(MIN_BAR_WIDTH, width - ANSWER_WIDTH - frame_width - 1))
             grid = Table.grid(padding=(0, 1, 0, 0))
@@ -74,23 +77,18 @@ class LiveView:
         yield legend()
 
     def answer_panel(self, width: int) -> Panel:
-        heading = Text.assemble(
-            (self.title, "bold"), f"  block {self.blocks}, forward {self.forwards}"
-        )
-        return Panel(
-            self.answer_text(), title=heading, title_align="left", border_style="dim", width=width
-        )
+        position = f"  block {self.blocks}, forward {self.forwards}"
+        heading = Text.assemble((self.title, "bold"), position)
+        return _panel(self.answer_text(), heading, width)
 
     def _frame_width(self) -> int:
-        """Columns of the experts' panel beside its bars."""
-        return (
-            len(f"layer {max(self.moe_layers)} ")
-            + len(f" {self.num_experts}/{self.num_experts}")
-            + 4
-        )
+        """Columns of the experts' panel without its bars."""
+        label, count = f"layer {max(self.moe_layers)} ", f" {self.num_experts}/{self.num_experts}"
+        return len(label) + len(count) + 4
 
     def answer_text(self) -> Text:
-        """The answer so far: firm words in the colour of their confidence, guesses in italics."""
+        """The answer so far: committed tokens in the colour of their confidence, guesses in
+        italics."""
         text = Text()
         for position in range(max(self.tokens, default=-1) + 1):
             token = self.tokens.get(position)
@@ -101,36 +99,59 @@ class LiveView:
         return text
 
     def experts_panel(self, width: int = BAR_WIDTH) -> Panel:
-        """One bar a layer: the unique experts of the last forward out of all there are."""
+        """One bar a layer: the distinct experts of the last forward."""
         table = Table.grid(padding=(0, 1))
-        table.add_column(no_wrap=True)
-        table.add_column(no_wrap=True)
-        table.add_column(justify="right", no_wrap=True)
+        for justify in ("left", "left", "right"):
+            table.add_column(justify=justify, no_wrap=True)
         for layer, count in zip(self.moe_layers, self.experts or repeat(0), strict=False):
             filled = round(width * count / self.num_experts)
             bar = Text.assemble(("━" * filled, "#5f87d7"), ("─" * (width - filled), "dim"))
             table.add_row(f"layer {layer}", bar, f"{count}/{self.num_experts}")
-        return Panel(
-            table,
-            title="experts touched",
-            title_align="left",
-            border_style="dim",
-            width=self._frame_width() + width,
-        )
+        return _panel(table, "experts touched", self._frame_width() + width)
 
 
-def token_style(token: TokenMark) -> str:
-    """A rich style: colour says confidence, form says state."""
-    colour = CONFIDENCE_COLOURS[
-        min(int(max(token.confidence, 0.0) * len(CONFIDENCE_COLOURS)), len(CONFIDENCE_COLOURS) - 1)
-    ]
-    return {"committed": colour, "edited": f"underline {colour}"}.get(
-        token.state, f"dim italic {colour}"
+def show_live(engine: Engine, events: Iterator[Event], policy: str) -> Result:
+    """The result at the end of a stream, which the terminal shows at a readable speed."""
+    live_view = make_view(engine, policy)
+    with Live(live_view, console=console(), auto_refresh=False) as live:
+        for event in events:
+            if isinstance(event, Finished):
+                return event.result
+            frame_start = time.perf_counter()
+            live_view.update(event)
+            live.refresh()
+            time.sleep(max(0.0, MIN_FRAME_SECONDS - (time.perf_counter() - frame_start)))
+    raise RuntimeError("a stream ended without a result")
+
+
+def require_terminal() -> None:
+    """Raises where standard output is no terminal."""
+    if not sys.stdout.isatty():
+        raise ConfigError("--watch needs a terminal, and standard output is none; leave it out")
+
+
+def make_view(engine: Engine, policy: str) -> LiveView:
+    """An empty view of this engine's model."""
+    model = engine.model
+    return LiveView(
+        title=policy,
+        decode_token=model.codec.decode_token,
+        num_experts=model.spec.router.experts,
+        moe_layers=model.spec.moe_layers,
+        eos_ids=model.eos_ids,
     )
 
 
+def token_style(token: TokenMark) -> str:
+    """A rich style: the colour shows the confidence, the form shows the state."""
+    step = int(max(token.confidence, 0.0) * len(CONFIDENCE_COLOURS))
+    colour = CONFIDENCE_COLOURS[min(step, len(CONFIDENCE_COLOURS) - 1)]
+    styles = {"committed": colour, "edited": f"underline {colour}"}
+    return styles.get(token.state, f"dim italic {colour}")
+
+
 def legend() -> Text:
-    """How to read the colours."""
+    """The key to the colours."""
     text = Text.assemble((" confidence  ", "dim"))
     for step, colour in enumerate(CONFIDENCE_COLOURS):
         text.append(f"{step / len(CONFIDENCE_COLOURS):.1f} ", style=colour)
@@ -140,3 +161,7 @@ def legend() -> Text:
     text.append("edited", style="underline dim")
     text.append(f"  {MASK_GLYPH} still masked", style="dim")
     return text
+
+
+def _panel(content: Text | Table, title: Text | str, width: int) -> Panel:
+    return Panel(content, title=title, title_align="left", border_style="dim", width=width)

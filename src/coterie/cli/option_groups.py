@@ -1,57 +1,39 @@
-"""Options that several commands take together, and that one function reads."""
+"""Options that several commands share, as fields of one dataclass parameter."""
 
 from __future__ import annotations
 
 import functools
 import inspect
 from collections.abc import Callable
-from typing import get_type_hints
+from dataclasses import fields, is_dataclass
+from typing import Any, get_type_hints
 
-AnyFunction = Callable[..., object]
-Parameters = list[inspect.Parameter]
-
-
-def option_group(**readers: AnyFunction) -> Callable[[AnyFunction], AnyFunction]:
-    """A command that gets, by each of these names, what a reader makes of its own options.
-
-    The readers' options stand in the command's in the place of that name; all are keywords.
-    """
-
-    def decorate(command: AnyFunction) -> AnyFunction:
-        flattened: Parameters = []
-        for parameter in parameters(command):
-            flattened += (
-                parameters(readers[parameter.name]) if parameter.name in readers else [parameter]
-            )
-        groups = {
-            name: [parameter.name for parameter in parameters(read)]
-            for name, read in readers.items()
-        }
-
-        @functools.wraps(command)
-        def run_command(**option_values: object) -> object:
-            for name, option_names in groups.items():
-                option_values[name] = readers[name](
-                    **{option: option_values.pop(option) for option in option_names}
-                )
-            return command(**option_values)
-
-        signature = inspect.Signature(
-            [parameter.replace(kind=parameter.KEYWORD_ONLY) for parameter in flattened]
-        )
-        run_command.__signature__ = signature  # type: ignore[attr-defined]
-        run_command.__annotations__ = {
-            parameter.name: parameter.annotation for parameter in flattened
-        }
-        return run_command
-
-    return decorate
+Command = Callable[..., object]
 
 
-def parameters(function: AnyFunction) -> Parameters:
-    """Those of a function, with the types that their annotations name."""
-    types = get_type_hints(function, include_extras=True)
-    return [
-        parameter.replace(annotation=types[parameter.name])
-        for parameter in inspect.signature(function).parameters.values()
-    ]
+def with_option_groups(command: Command) -> Command:
+    """The command as typer reads it: a parameter whose type is a dataclass becomes one option for
+    each field. All parameters become keywords."""
+    hints = get_type_hints(command, include_extras=True)
+    groups: dict[str, Any] = {name: hint for name, hint in hints.items() if is_dataclass(hint)}
+    options: dict[str, inspect.Parameter] = {}
+    for parameter in inspect.signature(command).parameters.values():
+        group = groups.get(parameter.name)
+        if group is None:
+            entries = [(parameter.name, hints[parameter.name], parameter.default)]
+        else:
+            types = get_type_hints(group, include_extras=True)
+            entries = [(field.name, types[field.name], field.default) for field in fields(group)]
+        for name, hint, default in entries:
+            kind = inspect.Parameter.KEYWORD_ONLY
+            options[name] = inspect.Parameter(name, kind, default=default, annotation=hint)
+
+    @functools.wraps(command)
+    def run_command(**values: object) -> object:
+        for name, group in groups.items():
+            values[name] = group(**{field.name: values.pop(field.name) for field in fields(group)})
+        return command(**values)
+
+    run_command.__signature__ = inspect.Signature(list(options.values()))  # type: ignore[attr-defined]
+    run_command.__annotations__ = {name: option.annotation for name, option in options.items()}
+    return run_command

@@ -1,305 +1,153 @@
-"""The options that commands share, each said once."""
+"""The options that several commands share. A parameter's name is the name of its flag."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import typer
 
 from coterie.decoding.kv_schemes import PLANS
 from coterie.decoding.unmask import RULES
+from coterie.lab.evals.tasks import TASKS
+from coterie.lab.problems import PROBLEM_MAKERS
 from coterie.loading.low_precision import PRECISION_POLICIES
 from coterie.offload.eviction import EVICTIONS
 
-DECODING_PANEL = "How to decode"
-RUNTIME_PANEL = "What to run it on"
-MEMORY_PANEL = "Which experts to keep in memory"
-OUTPUT_PANEL = "What to show"
+DEFAULT_PROBLEMS = 50  # problems that `coterie eval` draws of each task of the package
+DEFAULT_BATCH_SIZE = 16
+RoutingMode = Literal["vanilla", "policy"]
 
-Prompt = Annotated[str, typer.Argument(help="The question; - reads it from standard input.")]
-Model = Annotated[
-    str | None,
-    typer.Option(
-        "--model",
-        "-m",
-        help="A folder in the official layout, or a hub id. Default: the model in the package.",
-        rich_help_panel=RUNTIME_PANEL,
-        show_default=False,
-    ),
-]
-PolicySpec = Annotated[
-    str,
-    typer.Option(
-        "--policy",
-        "-p",
-        help="Who may use which experts, as in `coterie policies`; @FILE: as calibrated.",
-        rich_help_panel=DECODING_PANEL,
-    ),
-]
+
+def panel(title: str) -> Callable[..., Any]:
+    """Makes options of one panel of the help."""
+
+    def option(help: str, *flags: str, **settings: Any) -> Any:
+        return typer.Option(*flags, help=help, rich_help_panel=title, **settings)
+
+    return option
+
+
+def one_of(names: Iterable[object]) -> str:
+    return f"One of: {', '.join(map(str, names))}."
+
+
+decoding = panel("How to decode")
+runtime = panel("What to run it on")
+memory = panel("Which experts to keep in memory")
+benchmark = panel("What to ask")
+output = panel("What to show")
+
+# How to decode
+
+Prompt = Annotated[str, typer.Argument(help="Prompt; - reads it from standard input.")]
+POLICY_HELP = "Expert-routing policy, e.g. des-vote:beta=0.15 (see `coterie policies`), or @FILE"
+PolicySpec = Annotated[str, decoding(f"{POLICY_HELP} of `coterie calibrate`.", "--policy", "-p")]
 PolicySpecs = Annotated[
     list[str] | None,
-    typer.Option(
-        "--policy",
-        "-p",
-        help="A policy to compare, or @FILE as calibrated; give it several times. vanilla "
-        "always runs too.",
-        rich_help_panel=DECODING_PANEL,
-        show_default=False,
-    ),
+    decoding(f"{POLICY_HELP}; may be repeated. Vanilla always runs too.", "--policy", "-p"),
 ]
-MaxNewTokens = Annotated[
-    int | None,
-    typer.Option(
-        "--max-new-tokens",
-        "-n",
-        min=1,
-        help="Tokens to write at most; default 256.",
-        rich_help_panel=DECODING_PANEL,
-    ),
+TOKENS_HELP = "Maximum of new tokens (default 256; for a benchmark, the task's own)."
+MaxNewTokens = Annotated[int | None, decoding(TOKENS_HELP, "--max-new-tokens", "-n", min=1)]
+Block = Annotated[
+    int | None, decoding("Tokens unmasked together (default: the model family's).", min=1)
 ]
-BlockLength = Annotated[
-    int | None,
-    typer.Option(
-        "--block",
-        min=1,
-        help="Tokens unmasked together; default as the model's family is meant to be used, "
-        "and so for --plan and --unmask.",
-        rich_help_panel=DECODING_PANEL,
-    ),
-]
-KVCacheScheme = Annotated[
-    str | None,
-    typer.Option(
-        "--plan",
-        help=f"The caching scheme, such as dual:before=16,after=16; of {', '.join(PLANS)}.",
-        rich_help_panel=DECODING_PANEL,
-    ),
-]
-UnmaskRule = Annotated[
-    str | None,
-    typer.Option(
-        "--unmask",
-        help="Which proposals to keep, such as fixed:steps=32 or threshold:p=0.7+edit:p=0.5; "
-        f"of {', '.join(RULES)}.",
-        rich_help_panel=DECODING_PANEL,
-    ),
-]
+CACHE_HELP = "KV-caching scheme, e.g. dual:before=16,after=16 (default: the model family's)."
+KVCache = Annotated[str | None, decoding(f"{CACHE_HELP} {one_of(PLANS)}")]
+UNMASK_HELP = "Unmasking rule, e.g. threshold:p=0.7+edit:p=0.5 (default: the model family's)."
+Unmask = Annotated[str | None, decoding(f"{UNMASK_HELP} {one_of(RULES)}")]
 Threshold = Annotated[
-    float | None,
-    typer.Option(
-        "--threshold",
-        min=0.0,
-        max=1.0,
-        help="Short for --unmask threshold:p=...",
-        rich_help_panel=DECODING_PANEL,
-    ),
+    float | None, decoding("Probability P; short for --unmask threshold:p=P.", min=0.0, max=1.0)
 ]
 Temperature = Annotated[
     float | None,
-    typer.Option(
-        "--temperature",
-        "-t",
-        min=0.0,
-        help="0, the default, is greedy.",
-        rich_help_panel=DECODING_PANEL,
-    ),
+    decoding("Sampling temperature (default 0: greedy).", "--temperature", "-t", min=0.0),
 ]
 TopK = Annotated[
-    int | None,
-    typer.Option(
-        "--top-k",
-        min=1,
-        help="Draw from the k likeliest tokens; needs a temperature.",
-        rich_help_panel=DECODING_PANEL,
-    ),
+    int | None, decoding("Number of likeliest tokens to sample from (default: all).", min=1)
 ]
 TopP = Annotated[
     float | None,
-    typer.Option(
-        "--top-p",
-        min=0.0,
-        max=1.0,
-        help="Draw from the likeliest tokens that hold this share; needs a temperature.",
-        rich_help_panel=DECODING_PANEL,
-    ),
+    decoding("Probability of the likeliest tokens to sample from (default 1).", min=0.0, max=1.0),
 ]
-Seed = Annotated[
-    int | None,
-    typer.Option(
-        "--seed",
-        min=0,
-        help="Of the draws, default 0; at temperature 0 nothing is drawn.",
-        rich_help_panel=DECODING_PANEL,
-    ),
-]
-EarlyStop = Annotated[
-    Literal["block", "token", "off"] | None,
-    typer.Option(
-        "--early-stop",
-        help="After an end-of-text: finish its block (the default), stop at once, or go on.",
-        rich_help_panel=DECODING_PANEL,
-    ),
-]
-CommitRouting = Annotated[
-    Literal["vanilla", "policy"] | None,
-    typer.Option(
-        "--commit",
-        help="Routing of the pass that stores a finished block; default vanilla.",
-        rich_help_panel=DECODING_PANEL,
-    ),
-]
-PrefillRouting = Annotated[
-    Literal["vanilla", "policy"] | None,
-    typer.Option(
-        "--prefill",
-        help="Routing of the forwards that store the prompt; default vanilla.",
-        rich_help_panel=DECODING_PANEL,
-    ),
-]
-Dtype = Annotated[
-    str | None,
-    typer.Option(
-        "--dtype",
-        help="float32, bfloat16 or float16. Default: what fits the device.",
-        rich_help_panel=RUNTIME_PANEL,
-        show_default=False,
-    ),
-]
-Device = Annotated[
-    str, typer.Option("--device", help="auto, cpu, cuda, cuda:1.", rich_help_panel=RUNTIME_PANEL)
-]
-ExpertDtype = Annotated[
-    str | None,
-    typer.Option(
-        "--experts",
-        help="int8 or int4: quantise the routed experts while loading. Default: as stored.",
-        rich_help_panel=RUNTIME_PANEL,
-        show_default=False,
-    ),
-]
+Seed = Annotated[int | None, decoding("Seed of the sampling (default 0).", min=0)]
+STOP_HELP = "Stop after an end-of-text: at the end of its block (default), at once, or never."
+EarlyStop = Annotated[Literal["block", "token", "off"] | None, decoding(STOP_HELP)]
+COMMIT_HELP = "Routing of the forward that caches a finished block"
+CommitRouting = Annotated[RoutingMode | None, decoding(f"{COMMIT_HELP} (default vanilla).")]
+PREFILL_HELP = "Routing of the forwards that cache the prompt (default vanilla)."
+PrefillRouting = Annotated[RoutingMode | None, decoding(PREFILL_HELP)]
+NoChatTemplate = Annotated[bool, decoding("Skip the chat template.", "--no-chat-template")]
+
+# What to run it on
+
+MODEL_HELP = "Model folder in the official layout, or hub id (default: the model in the package)."
+Model = Annotated[str | None, runtime(MODEL_HELP, "--model", "-m")]
+ModelArgument = Annotated[str | None, typer.Argument(help=MODEL_HELP, show_default=False)]
+DTYPE_HELP = "Data type of the weights: float32, bfloat16 or float16 (default: the device's)."
+Dtype = Annotated[str | None, runtime(DTYPE_HELP)]
+Device = Annotated[str, runtime("Device: auto, cpu, cuda or cuda:1.")]
+EXPERTS_HELP = "Format to quantize the routed experts to: int8 or int4 (default: as stored)."
+ExpertDtype = Annotated[str | None, runtime(EXPERTS_HELP)]
+BATCH_HELP = f"Prompts decoded together (default {DEFAULT_BATCH_SIZE}; 1 with limited memory)."
+BatchSize = Annotated[int | None, runtime(BATCH_HELP, min=1)]
+TRUST_HELP = "Run generated code even where no sandbox is available."
+TrustCode = Annotated[bool, runtime(TRUST_HELP, "--trust-generated-code")]
+
+# Which experts to keep in memory
+
 ExpertMemory = Annotated[
     str | None,
-    typer.Option(
-        "--expert-memory",
-        help="Keep only so many routed experts in memory: a share (35%), slots a layer (47), "
-        "bytes (6GiB), or auto, as many as fit into what is free; the others are read from a "
-        "packed checkpoint. Default: all.",
-        rich_help_panel=MEMORY_PANEL,
-        show_default=False,
+    memory(
+        "Memory for routed experts: a share (35%), slots of each layer (47), bytes (6GiB), or "
+        "auto: what is free (default: all experts). A packed checkpoint serves the rest."
     ),
 ]
-SimulatedExpertMemory = Annotated[
+SimulateExpertMemory = Annotated[
     str | None,
-    typer.Option(
-        "--imagine-memory",
-        help="Act as if only so many experts were in memory (35%, 47 or 6GiB), though all are: "
-        "policies elect, and traffic is counted, as it would be. For any model.",
-        rich_help_panel=MEMORY_PANEL,
-        show_default=False,
+    memory(
+        "Memory for routed experts to simulate (35%, 47, 6GiB) while all are in memory; routing "
+        "and traffic are those of the smaller memory."
     ),
 ]
-HostMemory = Annotated[
-    str | None,
-    typer.Option(
-        "--host-memory",
-        help="Of the host, for experts between a GPU's slots and the disk: bytes (20GiB) or auto.",
-        rich_help_panel=MEMORY_PANEL,
-        show_default=False,
-    ),
-]
+HOST_HELP = "Host memory for experts, between a GPU and the disk: bytes (20GiB) or auto."
+HostMemory = Annotated[str | None, memory(HOST_HELP)]
 CpuExperts = Annotated[
     str | None,
-    typer.Option(
-        "--cpu-experts",
-        help="Of experts that a GPU misses, compute on the CPU: those of at most so many tokens (4)"
-        ", auto: those that a measurement at the start says it has done sooner, or off, the "
-        "default.",
-        rich_help_panel=MEMORY_PANEL,
-        show_default=False,
+    memory(
+        "Cache misses of a GPU to compute on the CPU: off (default), auto (decided by a "
+        "measurement at the start), or the most tokens of such an expert (4)."
     ),
 ]
-Eviction = Annotated[
-    str | None,
-    typer.Option(
-        "--eviction",
-        help=f"Who leaves a slot, such as votes:decay=0.9; of {', '.join(EVICTIONS)}. Default: "
-        "lru.",
-        rich_help_panel=MEMORY_PANEL,
-        show_default=False,
-    ),
-]
-WarmStart = Annotated[
-    Path | None,
-    typer.Option(
-        "--warm",
-        help="Fill the slots with the experts most voted for before: a file of `coterie trace "
-        "--votes`, or a trace.",
-        rich_help_panel=MEMORY_PANEL,
-        show_default=False,
-    ),
-]
-FallbackModel = Annotated[
-    str | None,
-    typer.Option(
-        "--coarse",
-        help="The same model packed in fewer bits: it serves experts that are not in memory as "
-        "they are, until they are there.",
-        rich_help_panel=MEMORY_PANEL,
-        show_default=False,
-    ),
-]
+EVICTION_HELP = "Eviction policy, e.g. votes:decay=0.9 (default lru)."
+Eviction = Annotated[str | None, memory(f"{EVICTION_HELP} {one_of(EVICTIONS)}")]
+WARM_HELP = "Trace, or file of `coterie trace --save-votes`: its top experts are loaded first."
+WarmStart = Annotated[Path | None, memory(WARM_HELP)]
+FALLBACK_HELP = "Folder of the same model, packed in fewer bits; it serves the cache misses."
+FallbackModel = Annotated[str | None, memory(FALLBACK_HELP)]
 PrecisionPolicy = Annotated[
     str | None,
-    typer.Option(
-        "--placement",
-        help="With --coarse, who is served as it is: upgrades:most=2,share=0.5 (those voted for "
-        "lately; most come after each forward of a layer; a share of --expert-memory; the "
-        "default), ballot:mass=0.7 (who holds so much of a forward's votes, at once) or votes "
-        f"(those of --warm, for good); of {', '.join(PRECISION_POLICIES)}.",
-        rich_help_panel=MEMORY_PANEL,
-        show_default=False,
+    memory(
+        "Experts to serve in high precision with --fallback-model: promote:most=2,share=0.5 (most "
+        "used of late; default), vote-mass:mass=0.7 (this share of a forward's votes) or static "
+        f"(top experts of --warm-start). {one_of(PRECISION_POLICIES)}"
     ),
 ]
-ReuseTolerance = Annotated[
-    float | None,
-    typer.Option(
-        "--drift",
-        help="A block keeps its coreset of a layer from step to step, until that holds less than "
-        "1 - DRIFT of the votes that a fresh one would hold. Default: a fresh one every step.",
-        rich_help_panel=MEMORY_PANEL,
-        show_default=False,
-    ),
-]
-RawPrompt = Annotated[
-    bool,
-    typer.Option(
-        "--raw", help="The prompt as it is, without chat template.", rich_help_panel=DECODING_PANEL
-    ),
-]
-JsonOutput = Annotated[
-    bool,
-    typer.Option(
-        "--json", help="One JSON document on standard output.", rich_help_panel=OUTPUT_PANEL
-    ),
-]
-TrafficPlot = Annotated[
-    Path | None,
-    typer.Option(
-        "--traffic",
-        metavar="NAME",
-        help="Draw what every forward moved where not all experts are in memory: NAME-light.svg, "
-        "NAME-dark.svg, and the numbers in NAME.json.",
-        rich_help_panel=OUTPUT_PANEL,
-        show_default=False,
-    ),
-]
-LiveDisplay = Annotated[
-    bool,
-    typer.Option(
-        "--watch",
-        "-w",
-        help="Show the block being unmasked, live, with the experts touched per layer.",
-        rich_help_panel=OUTPUT_PANEL,
-    ),
-]
+REUSE_HELP = "Share of the votes that a block's coreset may lose before a new one is elected"
+CoresetReuse = Annotated[float | None, memory(f"{REUSE_HELP} (default: elect at each step).")]
+
+# What to ask
+
+TASK_HELP = f"Benchmark task; may be repeated (default: {', '.join(PROBLEM_MAKERS)})."
+Tasks = Annotated[list[str] | None, benchmark(f"{TASK_HELP} {one_of(TASKS)}", "--task")]
+DATA_HELP = "File or folder of the benchmark's data (default: $COTERIE_DATA, else the hub)."
+DataPath = Annotated[Path | None, benchmark(DATA_HELP)]
+SHOTS_HELP = "Worked examples before each question (default: the model family's)."
+NumShots = Annotated[int | None, benchmark(SHOTS_HELP, min=0)]
+ProblemSeed = Annotated[int, benchmark("Seed of the problems that are drawn.", min=0)]
+
+# What to show
+
+Json = Annotated[bool, output("Print one JSON document.", "--json")]
+Csv = Annotated[bool, output("Print CSV.", "--csv")]

@@ -1,214 +1,149 @@
-"""``coterie trace``: what gates thought in real runs, in a small file for `coterie replay`."""
+"""``coterie trace``: records the routing of real runs, for ``coterie replay``."""
 
 from __future__ import annotations
 
 import sys
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
-import typer
 from rich.progress import MofNCompleteColumn, TimeElapsedColumn
 
-from coterie.checkpoints.model_info import inspect
-from coterie.checkpoints.source import EMBEDDED
-from coterie.cli import eval_options as e
 from coterie.cli import options as o
-from coterie.cli.calibrate import (
-    NumProblems,
-    ProblemSeed,
-    PromptFile,
-    check_output_file,
-    load_questions,
-)
+from coterie.cli import output
+from coterie.cli.benchmark_options import PromptOptions
 from coterie.cli.engine_options import (
+    VANILLA,
+    DecodeOptions,
+    EngineOptions,
     GenerationOptions,
     canonical_policy,
-    check_options,
-    check_policy_files,
-    greedy_options,
-    open_engine,
+    check_engine,
     reuse_options,
 )
-from coterie.cli.json_output import print_document
-from coterie.cli.memory_options import expert_memory_config, resolve_batch_size
-from coterie.cli.option_groups import option_group
-from coterie.cli.tables import console, format_bytes, progress_bar
+from coterie.cli.option_groups import with_option_groups
 from coterie.engine.engine import Engine
 from coterie.lab.calibration import PromptSet
-from coterie.lab.evals.task import TaskOptions
 from coterie.lab.records import git_commit
 from coterie.lab.replay.cache_simulation import TraceVotes
 from coterie.lab.replay.recorder import bias_of, record_trace, trace_header
 from coterie.lab.replay.replay import steps_per_block
 from coterie.lab.replay.trace import KINDS, Trace, TraceWriter, read_trace
-from coterie.loading.expert_memory import ExpertMemoryConfig as Asked
 from coterie.loading.load import Model
 from coterie.loading.saved_votes import SavedVotes, router_checksum, write_votes
+from coterie.offload.capacity import format_bytes
 
 DEFAULT_PROBLEMS = 20  # of each task
 
-TraceOutput = Annotated[
-    Path, typer.Option("--out", "-o", help="The trace, one file.", rich_help_panel=o.OUTPUT_PANEL)
-]
-VotesOutput = Annotated[
-    Path | None,
-    typer.Option(
-        "--votes",
-        help="Save the votes too, on average: a small file for --warm.",
-        rich_help_panel=o.OUTPUT_PANEL,
-        show_default=False,
-    ),
-]
-MaxForwards = Annotated[
-    int | None,
-    typer.Option(
-        "--forwards",
-        min=1,
-        help="Give each prompt up after so many denoising forwards.",
-        rich_help_panel=o.DECODING_PANEL,
-    ),
-]
-BatchSize = Annotated[
-    int | None,
-    typer.Option(
-        "--rows",
-        min=1,
-        help="Rows decoded together, 1 by default.",
-        rich_help_panel=o.RUNTIME_PANEL,
-    ),
-]
 
-
-@option_group(memory=expert_memory_config, options=greedy_options)
+@with_option_groups
 def trace(
     *,
-    out: TraceOutput,
-    task: e.Tasks = None,
-    prompt_file: PromptFile = None,
-    num_problems: NumProblems = DEFAULT_PROBLEMS,
-    seed: ProblemSeed = 1,
-    data: e.DataPath = None,
-    shots: e.NumShots = None,
-    policy: o.PolicySpec = "vanilla",
-    max_forwards: MaxForwards = None,
-    options: GenerationOptions,
-    model: o.Model = None,
-    dtype: o.Dtype = None,
-    device: o.Device = "auto",
-    expert_dtype: o.ExpertDtype = None,
-    memory: Asked | None = None,
-    reuse_tolerance: o.ReuseTolerance = None,
-    batch_size: BatchSize = None,
-    votes_out: VotesOutput = None,
-    json: o.JsonOutput = False,
+    out: Annotated[Path, o.output("File of the trace.", "--out", "-o")],
+    prompts: PromptOptions,
+    policy: o.PolicySpec = VANILLA,
+    max_forwards: Annotated[
+        int | None,
+        o.decoding("Maximum of denoising forwards of each prompt (default: no limit).", min=1),
+    ] = None,
+    decode: DecodeOptions,
+    engine_options: EngineOptions,
+    coreset_reuse: o.CoresetReuse = None,
+    batch_size: Annotated[
+        int | None, o.runtime("Prompts decoded together (default 1).", min=1)
+    ] = None,
+    save_votes: Annotated[
+        Path | None, o.output("File for the mean votes, which --warm-start reads.")
+    ] = None,
+    json: o.Json = False,
 ) -> None:
     """Record votes, routing and steps of real runs, for `coterie replay`.
 
-    At most 8 KiB for a forward of 32 tokens in 19 layers of 256 experts. What a run was killed in
-    the middle of is a trace of all forwards before.
+    A forward of 32 tokens in 19 layers of 256 experts takes at most 8 KiB. The trace of a run that
+    was killed holds all earlier forwards.
 
     \b
     coterie trace -o vanilla.trace
     coterie trace -m inclusionAI/LLaDA2.0-mini --task gsm8k -o mini.trace
-    coterie replay vanilla.trace -p des-vote:beta=0.3 --cache lru --capacity 35%
+    coterie replay vanilla.trace -p des-vote:beta=0.3 --eviction lru --expert-memory 35%
     """
-    policy_spec = canonical_policy(policy)
-    options |= reuse_options([policy_spec], reuse_tolerance)[policy_spec]
-    check_output_file(out)
-    check_output_file(votes_out)
-    task_options = TaskOptions(inspect(model).family.name, data, shots, num_problems, seed)
-    prompt_set = load_questions(
-        task, prompt_file, task_options, is_embedded=model in (None, EMBEDDED)
-    )
-    effective_batch_size = resolve_batch_size(batch_size, memory, 1)
-    engine = open_engine(
-        model, dtype=dtype, device=device, expert_dtype=expert_dtype, memory=memory
-    )
-    check_options(engine, options)
-    check_policy_files(engine, [policy], options)
-    run = TraceRun(engine, prompt_set, policy_spec, effective_batch_size, max_forwards, options)
-    record_run(out, run)
+    spec = canonical_policy(policy)
+    options = decode.to_fields() | reuse_options([spec], coreset_reuse)[spec]
+    output.check_output_file(out)
+    output.check_output_file(save_votes)
+    prompt_set = prompts.load(engine_options.model, default_count=DEFAULT_PROBLEMS)
+    effective_batch_size = engine_options.resolve_batch_size(batch_size, 1)
+    engine = engine_options.open()
+    check_engine(engine, [policy], options)
+    record_run(
+        out, engine, prompt_set, policy=spec, batch_size=effective_batch_size,
+        max_forwards=max_forwards, options=options,
+    )  # fmt: skip
     recorded = read_trace(out)
-    if votes_out is not None:
-        save_votes(votes_out, recorded, engine.model)
-    trace_summary = trace_document(out, recorded)
+    if save_votes is not None:
+        write_mean_votes(save_votes, recorded, engine.model)
     if json:
-        print_document(trace_summary)
+        output.print_document(trace_document(out, recorded))
     else:
-        console().print(summary_line(trace_summary))
+        output.console().print(summary_line(out, recorded))
 
 
-@dataclass(frozen=True)
-class TraceRun:
-    """What is run for a trace; ``wanted`` are options of the generation."""
-
-    engine: Engine
-    questions: PromptSet
-    policy: str
-    batch_size: int
-    max_forwards: int | None
-    options: GenerationOptions
-
-
-def record_run(out: Path, run: TraceRun) -> None:
-    """The run, each forward in the file as soon as it is done."""
-    engine = run.engine
+def record_run(
+    out: Path,
+    engine: Engine,
+    prompt_set: PromptSet,
+    *,
+    policy: str,
+    batch_size: int,
+    max_forwards: int | None,
+    options: GenerationOptions,
+) -> None:
+    """Runs the prompts; each forward is in the file as soon as it is done."""
+    command = ["coterie", *sys.argv[1:]]
     header = trace_header(
         engine,
-        policy=run.policy,
-        generation=engine.generation.replace(**run.options),
-        prompts=run.questions.to_dict(),
-        provenance={
-            "command": ["coterie", *sys.argv[1:]],
-            "commit": git_commit(),
-            "rows": run.batch_size,
-        },
+        policy=policy,
+        generation=engine.generation.replace(**options),
+        prompts=prompt_set.to_dict(),
+        provenance={"command": command, "commit": git_commit(), "rows": batch_size},
     )
-    prompts = [question.text for question in run.questions.prompts]
-    with progress_bar(MofNCompleteColumn(), TimeElapsedColumn()) as progress:
-        task_id = progress.add_task("tracing", total=len(prompts))
+    texts = [prompt.text for prompt in prompt_set.prompts]
+    with output.progress_bar(MofNCompleteColumn(), TimeElapsedColumn()) as progress:
+        task_id = progress.add_task("tracing", total=len(texts))
         with TraceWriter(out, header, bias_of(engine.model)) as writer:
             record_trace(
-                engine, prompts, writer, policy=run.policy, batch_size=run.batch_size, max_forwards=run.max_forwards,
-                on_result=lambda _: progress.advance(task_id), **run.options,
+                engine, texts, writer, policy=policy, batch_size=batch_size,
+                max_forwards=max_forwards, on_result=lambda _: progress.advance(task_id), **options,
             )  # fmt: skip
 
 
-def save_votes(path: Path, recorded: Trace, model: Model) -> None:
-    """Of every forward of the trace, on average."""
+def write_mean_votes(path: Path, recorded: Trace, model: Model) -> None:
     routers = "" if model.folder is None else router_checksum(model.folder)
-    mean = TraceVotes.of(recorded).mean_votes
-    write_votes(path, SavedVotes.of(model.name, recorded.header.layers, mean, routers))
+    mean_votes = TraceVotes.of(recorded).mean_votes
+    write_votes(path, SavedVotes.of(model.name, recorded.header.layers, mean_votes, routers))
 
 
 def trace_document(path: Path, recorded: Trace) -> dict[str, object]:
-    """What is in a trace, in short."""
-    count = len(recorded.forwards)
+    """The contents of a trace in short, as JSON."""
+    forwards, size = recorded.forwards, path.stat().st_size
     return {
         "trace": str(path),
         "model": recorded.header.model,
         "policy": recorded.header.policy,
-        "forwards": count,
-        "rows": len({forward.row for forward in recorded.forwards}),
-        "kinds": {
-            kind: sum(forward.kind == kind for forward in recorded.forwards) for kind in KINDS
-        },
-        "steps_per_block": steps_per_block(recorded) if count else None,
-        "bytes": path.stat().st_size,
-        "bytes_a_forward": path.stat().st_size / count if count else None,
+        "forwards": len(forwards),
+        "rows": len({forward.row for forward in forwards}),
+        "kinds": {kind: sum(forward.kind == kind for forward in forwards) for kind in KINDS},
+        "steps_per_block": steps_per_block(recorded) if forwards else None,
+        "bytes": size,
+        "bytes_a_forward": size / len(forwards) if forwards else None,
     }
 
 
-def summary_line(trace_summary: dict[str, object]) -> str:
-    """The same in a line."""
-    forward_bytes, file_bytes = trace_summary["bytes_a_forward"], trace_summary["bytes"]
-    average_size = (
-        format_bytes(float(forward_bytes)) if isinstance(forward_bytes, float) else "nothing"
-    )
-    total_size = format_bytes(float(file_bytes)) if isinstance(file_bytes, int) else ""
-    sequence_noun = "row" if trace_summary["rows"] == 1 else "rows"
+def summary_line(path: Path, recorded: Trace) -> str:
+    count, size = len(recorded.forwards), path.stat().st_size
+    sequences = len({forward.row for forward in recorded.forwards})
+    each = f", {format_bytes(size / count)} each" if count else ""
+    noun = "sequence" if sequences == 1 else "sequences"
     return (
-        f"{trace_summary['trace']}: {trace_summary['forwards']} forwards of {trace_summary['rows']} {sequence_noun} under "
-        f"{trace_summary['policy']}, {average_size} each, {total_size} in all"
+        f"{path}: {count} forwards of {sequences} {noun} under {recorded.header.policy}{each}, "
+        f"{format_bytes(size)} in all"
     )

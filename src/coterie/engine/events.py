@@ -82,6 +82,37 @@ class Result:
     def tokens_per_second(self) -> float:
         return self.new_tokens / self.seconds if self.seconds > 0 else 0.0
 
+    def to_dict(self) -> dict[str, object]:
+        """As JSON, without the token ids and the traffic; experts and bytes are per layer and
+        decoding forward."""
+        return {
+            "text": self.text,
+            "finish_reason": self.finish_reason,
+            "prompt_tokens": self.prompt_tokens,
+            "new_tokens": self.new_tokens,
+            "forwards": self.forwards,
+            "prefills": self.prefills,
+            "commits": self.commits,
+            "blocks": self.blocks,
+            "seconds": self.seconds,
+            "tokens_per_second": self.tokens_per_second,
+            "policy": self.policy,
+            "model": self.model,
+            "dtype": self.dtype,
+            "device": self.device,
+            "experts": {
+                "total": self.experts.total,
+                "max": self.experts.max,
+                "mean": self.experts.mean,
+                "per_layer": list(self.experts.per_layer),
+            },
+            "expert_bytes": self.expert_bytes,
+            "expert_bytes_vanilla": self.expert_bytes_vanilla,
+            "vote_mass_kept": self.vote_mass_kept,
+            "coresets_kept": self.coreset_reuse_rate,
+            "drift": self.reuse_vote_loss,
+        }
+
 
 @dataclass(frozen=True)
 class Finished:

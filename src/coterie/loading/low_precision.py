@@ -75,10 +75,11 @@ class StaticVotes:
 
 
 PRECISION_POLICIES: dict[str, type[PrecisionPolicy]] = {
-    "upgrades": PromoteUsed,
-    "ballot": VoteMassPrecision,
-    "votes": StaticVotes,
+    "promote": PromoteUsed,
+    "vote-mass": VoteMassPrecision,
+    "static": StaticVotes,
 }
+SAVED_NAMES = {"promote": "upgrades", "vote-mass": "ballot", "static": "votes"}  # in run.json
 
 
 @dataclass(frozen=True)
@@ -90,19 +91,18 @@ class LowPrecisionExperts:
 
     @staticmethod
     def parse(folder: str, precision_policy: str | None = None) -> LowPrecisionExperts:
-        """ "votes:share=0.3"; upgrades where nothing is said."""
+        """From "static:share=0.3"; promote by default."""
         if precision_policy is None:
             return LowPrecisionExperts(folder)
         return LowPrecisionExperts(
-            folder, parse_spec(precision_policy, PRECISION_POLICIES, "placement")
+            folder, parse_spec(precision_policy, PRECISION_POLICIES, "precision policy")
         )
 
     def to_dict(self) -> dict[str, object]:
-        """As plain values, by the names of the options."""
-        return {
-            "coarse": str(self.folder),
-            "placement": format_spec(self.precision_policy, PRECISION_POLICIES),
-        }
+        """As JSON, under the keys of saved runs."""
+        spec = format_spec(self.precision_policy, PRECISION_POLICIES)
+        name, colon, options = spec.partition(":")
+        return {"coarse": str(self.folder), "placement": f"{SAVED_NAMES[name]}{colon}{options}"}
 
 
 @dataclass(frozen=True)

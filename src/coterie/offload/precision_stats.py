@@ -54,6 +54,20 @@ class PrecisionStats:
         """Root mean square error of a layer, close to the relative error of its output."""
         return math.sqrt(self.square_sum / max(1, self.forwards)) if self.errors else None
 
+    def to_dict(self) -> dict[str, object]:
+        """As JSON, under its stable keys."""
+        return {
+            "fine": self.high_format,
+            "coarse": self.low_format,
+            "fine_slots": self.high_slots,
+            "coarse_slots": self.low_slots,
+            "votes_fine": self.high_precision_share,
+            "votes_coarse": 1 - self.high_precision_share,
+            "upgrades": self.promotions,
+            "loss_bound": self.loss_bound,
+            "loss_rms": self.loss_rms,
+        }
+
     def record(self, layer: int, votes: FloatArray, high_mask: Mask, low_mask: Mask) -> None:
         """Add one forward of one layer; experts in neither mask were not used."""
         share = vote_shares(votes, high_mask | low_mask)

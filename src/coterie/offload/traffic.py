@@ -97,6 +97,24 @@ class Traffic:
         """Share of the forwards' time spent waiting for fetches; None if they were not timed."""
         return self.stall_seconds / self.seconds if self.seconds else None
 
+    def to_dict(self) -> dict[str, object]:
+        """As JSON. Vanilla stands for the unmodified model on the same forwards, with LRU and the
+        same slots."""
+        return {
+            "forwards": self.forwards,
+            "experts_used": self.experts_used,
+            "experts_moved": self.experts_moved,
+            "experts_on_cpu": self.on_cpu,
+            "hit_rate": self.hit_rate,
+            "bytes_moved": self.bytes_moved,
+            "bytes_moved_from": {tier: moved.bytes for tier, moved in self.transfers.items()},
+            "bytes_avoided": self.bytes_saved,
+            "bytes_avoided_against_vanilla": self.bytes_saved_vs_vanilla,
+            "saved_against_vanilla": self.fraction_saved,
+            "stall_seconds": self.stall_seconds,
+            "stalled": self.stall_fraction,
+        }
+
     def __add__(self, other: Traffic) -> Traffic:
         """The sum, for experts of one size."""
         return self._combined(other, 1)

@@ -212,14 +212,14 @@ def test_eval_reports_the_traffic(capsys: pytest.CaptureFixture[str], tmp_path: 
     rows = list(csv.DictReader(io.StringIO(capsys.readouterr().out)))
     assert [int(row["bytes_moved"]) for row in rows] == [vanilla["moved"], other["moved"]]
     assert command(arguments) == 0
-    assert {"hits", "moved/forward", "saved"} <= set(capsys.readouterr().out.split())
+    assert {"hit", "moved/forward", "saved"} <= set(capsys.readouterr().out.split())
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--imagine-memory", "25%", "--rows", "4"], "leave --rows out"),
-        (["--memory-lasts", "4"], "--memory-lasts has no effect"),
+        (["--simulate-expert-memory", "25%", "--batch-size", "4"], "leave --batch-size out"),
+        (["--reset-cache-every", "4"], "--reset-cache-every has no effect"),
         (["--eviction", "lfu"], "--eviction has no effect"),
     ],
 )

@@ -424,7 +424,7 @@ def test_the_proportion_of_correct_lines_is_printed_on_stderr(tmp_path, capsys):
     assert run(["grade", "math500", str(path), "-o", str(out)]) == 0
     captured = capsys.readouterr()
     assert captured.out == ""
-    assert "math500: 1 of 2 right, 50.0% (95 % interval 9.5% to 90.5%)" in captured.err
+    assert "math500: 1 of 2 correct, 50.0% (95 % interval 9.5% to 90.5%)" in captured.err
     assert [json.loads(line)["correct"] for line in out.read_text().splitlines()] == [False, True]
 
 

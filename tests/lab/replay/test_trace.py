@@ -123,7 +123,9 @@ def test_a_forward_comes_back_as_near_as_the_format_says(tmp_path_factory, drawn
         margins = forward.rank[layer] - forward.next_score[layer][:, None]
         kept = found.rank[layer] - found.next_score[layer][:, None]
         top, span = margins.max(), np.ptp(forward.next_score[layer])
-        assert np.abs(found.next_score[layer] - forward.next_score[layer]).max() <= span / 500 + 1e-6
+        assert (
+            np.abs(found.next_score[layer] - forward.next_score[layer]).max() <= span / 500 + 1e-6
+        )
         assert np.abs(kept - margins).max() <= top / 16 + 1e-6
         near = np.maximum(np.sqrt(margins / top) / 16 + 1 / 1024, 1 / 256) if top > 0 else 0
         assert (np.abs(kept - margins) <= top * near + 1e-6).all()

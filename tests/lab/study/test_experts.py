@@ -149,7 +149,9 @@ def test_a_logbook_says_what_a_memory_of_any_size_has_moved(tmp_path: Path, capa
         for forward in entry.used:
             for layer, used in enumerate(forward):
                 book.count_loads(layer, used)
-    real = [sorted(np.flatnonzero(one.resident)) for _, one in sorted(memories[0].cache.layers.items())]
+    real = [
+        sorted(np.flatnonzero(one.resident)) for _, one in sorted(memories[0].cache.layers.items())
+    ]
     assert real == [sorted(np.flatnonzero(one.resident)) for _, one in sorted(book.slots.items())]
     assert made.sum_by_answer(made.loads, 6).sum() == made.loads.sum() == memories[0].experts_moved
     assert made.used.sum() == sum(int(entry.used.sum()) for entry in entries)

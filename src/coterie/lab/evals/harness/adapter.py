@@ -233,8 +233,8 @@ def _generation_options(request_options: Mapping[str, object], seed: int) -> dic
     lengths = [set_options[name] for name in LENGTH_OPTIONS if name in set_options]
     options: dict[str, object] = {"max_new_tokens": lengths[0]} if lengths else {}
     temperature = set_options.get("temperature")
-    samples = set_options.get("do_sample") is not False and isinstance(temperature, int | float)
-    if samples and temperature:
+    samples = set_options.get("do_sample") is not False
+    if samples and isinstance(temperature, int | float) and temperature:
         options |= {name: set_options[name] for name in SAMPLING_OPTIONS if name in set_options}
         options |= {"temperature": float(temperature), "seed": seed}  # repeats differ by seed
     ignored = [name for name in request_options if name not in HANDLED_OPTIONS]

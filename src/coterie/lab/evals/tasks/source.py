@@ -148,7 +148,8 @@ def _row_problem(row: object, keys: Mapping[str, type]) -> str | None:
             return f"{key!r} is missing"
         value = row[key]
         has_type = isinstance(value, kind) and not isinstance(value, bool)
-        if not has_type or (kind is list and not all(isinstance(part, str) for part in value)):
+        is_text_list = isinstance(value, list) and all(isinstance(part, str) for part in value)
+        if not has_type or (kind is list and not is_text_list):
             return f"{key!r} is not {TYPE_NAMES[kind]}"
     return None
 

@@ -1,20 +1,16 @@
-"""``coterie lm-eval``: lm-evaluation-harness with ``--model coterie`` in its table."""
+"""``coterie lm-eval``: lm-evaluation-harness with ``--model coterie`` among its models."""
 
 from __future__ import annotations
 
 import typer
 
-from coterie.errors import CoterieError
+from coterie.errors import ConfigError
 
-PASS_THROUGH = {
-    "ignore_unknown_options": True,
-    "allow_extra_args": True,
-    "help_option_names": [],
-}
+PASS_THROUGH = {"ignore_unknown_options": True, "allow_extra_args": True, "help_option_names": []}
 
 
 def lm_eval(context: typer.Context) -> None:
-    r"""Run lm-evaluation-harness, which then knows `--model coterie`; its own options follow.
+    r"""Run lm-evaluation-harness with `--model coterie`; all options are its own.
 
     \b
     coterie lm-eval --model coterie --model_args pretrained=FOLDER,policy=des-vote:beta=0.3
@@ -25,7 +21,7 @@ def lm_eval(context: typer.Context) -> None:
     except ModuleNotFoundError as error:
         if (error.name or "").partition(".")[0] not in ("lm_eval", "tqdm"):
             raise
-        raise CoterieError(
+        raise ConfigError(
             "lm-evaluation-harness is not installed: pip install 'coterie[harness]'"
         ) from None
     run_harness(context.args)

@@ -1,21 +1,20 @@
-"""What ``coterie bench`` shows and keeps: tables, records, figures."""
+"""The tables, records and figures of ``coterie bench``."""
 
 from __future__ import annotations
 
 import sys
 from collections.abc import Mapping, Sequence
-from importlib import import_module
 from pathlib import Path
 
 from rich.table import Table
 
-from coterie.cli.json_output import print_document
-from coterie.cli.tables import console, format_bytes, plain_table, print_note
-from coterie.errors import CoterieError
-from coterie.lab.bench import forward as forwards
-from coterie.lab.bench import generate as answers
+from coterie.cli import output
+from coterie.errors import ConfigError
+from coterie.lab.bench.forward import ForwardTiming
+from coterie.lab.bench.generate import GenerationTiming
 from coterie.lab.bench.interleaved import LayerBenchResult
 from coterie.lab.records import Measurement, make_record, write_record
+from coterie.offload.capacity import format_bytes
 
 JsonContent = dict[str, object]
 
@@ -27,60 +26,49 @@ def save_record(
     facts: Mapping[str, object],
     device: str = "cpu",
 ) -> JsonContent:
-    """The record, written, and its figures where they can be drawn."""
+    """Writes the record, and its figures where matplotlib is installed."""
     content = make_record(title, ["coterie", *sys.argv[1:]], measures, facts=facts, device=device)
     path = write_record(out, content)
     try:
-        figures = ", ".join(file.name for file in plot_record(path))
-        print_note(f"{path}, {figures}")
-    except CoterieError as error:
-        print_note(f"{path}; {error}")
+        output.print_note(f"{path}, {', '.join(file.name for file in plot_record(path))}")
+    except ConfigError as error:
+        output.print_note(f"{path}; {error}")
     return content
 
 
 def plot_record(path: Path) -> list[Path]:
-    """Here and not above, for matplotlib is of an extra."""
-    try:
-        plotting = import_module("coterie.lab.bench.plots")
-    except ModuleNotFoundError as error:
-        raise CoterieError(
-            f"a figure needs {error.name}, which is not installed: pip install 'coterie[lab]'"
-        ) from None
-    return plotting.plot_record(path)
+    """Draws the figures of a record, next to it."""
+    return output.require_extra("coterie.lab.bench.plots", "a figure").plot_record(path)
 
 
 def print_report(content: JsonContent, table: Table, *, json: bool) -> None:
     if json:
-        print_document(content)
+        output.print_document(content)
     else:
-        console().print(table)
+        output.console().print(table)
 
 
 def layer_table(result: LayerBenchResult) -> Table:
-    number_columns = ("experts", "ms", "times ours", "off by")
-    table = plain_table("policy", "work", *number_columns, number_columns=number_columns)
+    table = output.plain_table("policy", "kernel", numbers=("experts", "ms", "times ours", "error"))
     for timing in result.timings:
         for kernel in sorted(timing.samples, key=timing.median):
-            error = result.errors.get(kernel)
+            error, median = result.errors.get(kernel), timing.median(kernel)
+            rate = f", {timing.bytes / median / 1e9:.1f} GB/s" if kernel == "read" else ""
             table.add_row(
                 timing.policy,
-                f"{kernel}, {timing.bytes / timing.median(kernel) / 1e9:.1f} GB/s"
-                if kernel == "read"
-                else kernel,
+                kernel + rate,
                 f"{timing.experts:.1f}",
-                f"{timing.median(kernel) * 1e3:.2f}",
+                f"{median * 1e3:.2f}",
                 f"{timing.ratio_to_ours(kernel):.2f}",
                 "" if error is None else f"{error:.2%}",
             )
     return table
 
 
-def forward_table(timings: Sequence[forwards.ForwardTiming]) -> Table:
-    number_columns = (
-        "experts a layer", "bytes", "GB/s", "read, ms", "floor, ms", "forward, ms",
-        "times the read", "times the floor",
-    )  # fmt: skip
-    table = plain_table("policy", *number_columns, number_columns=number_columns)
+def forward_table(timings: Sequence[ForwardTiming]) -> Table:
+    sizes = ("experts a layer", "bytes", "GB/s")
+    times = ("read, ms", "roofline, ms", "forward, ms", "times the read", "times the roofline")
+    table = output.plain_table("policy", numbers=(*sizes, *times))
     for timing in timings:
         read, roofline, forward = timing.measures()
         table.add_row(
@@ -97,9 +85,9 @@ def forward_table(timings: Sequence[forwards.ForwardTiming]) -> Table:
     return table
 
 
-def generation_table(timings: Sequence[answers.GenerationTiming]) -> Table:
-    number_columns = ("tokens/s", "spread", "experts", "forwards", "a block", "texts as vanilla")
-    table = plain_table("policy", *number_columns, number_columns=number_columns)
+def generation_table(timings: Sequence[GenerationTiming]) -> Table:
+    numbers = ("tokens/s", "spread", "experts", "forwards", "forwards/block", "texts as vanilla")
+    table = output.plain_table("policy", numbers=numbers)
     for timing in timings:
         counts, speed = timing.facts(timings[0]), timing.measure()
         table.add_row(

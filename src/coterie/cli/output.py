@@ -1,0 +1,158 @@
+"""What commands print: text, notes, tables, progress bars and JSON documents."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import os
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from importlib import import_module
+from pathlib import Path
+from types import ModuleType
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, ProgressColumn, TextColumn
+from rich.table import Table
+
+from coterie.errors import ConfigError
+
+PIPE_WIDTH = 200  # columns of a table that goes to a file or a pipe
+SCHEMA = 2  # version of the JSON documents; schema 1 has only the old keys
+NEW_KEYS = {  # old key -> new key; schema 2 has both, and the old ones go with 0.2
+    "stalled": "stall_fraction",
+    "votes_fine": "high_precision_share",
+    "votes_coarse": "low_precision_share",
+    "fine_slots": "high_precision_slots",
+    "coarse_slots": "low_precision_slots",
+    "also": "other_metrics",
+    "moved_a_forward": "bytes_per_forward",
+    "bytes_a_forward": "bytes_per_forward",
+    "saved_on_same_forwards": "saved_vs_vanilla_same_forwards",
+    "lasts": "reset_every",
+    "foretold_ms": "predicted_ms",
+    "off_by": "relative_error",
+    "rates_learnt_from_it": "used_for_fit",
+    "torn": "truncated",
+}
+
+
+def console(*, stderr: bool = False) -> Console:
+    """A console of the terminal's width; wide where the output goes to a file or a pipe."""
+    stream = sys.stderr if stderr else sys.stdout
+    is_terminal = stream is not None and stream.isatty()  # None: the shell closed it
+    return Console(
+        file=stream if stream is not None else io.StringIO(),
+        width=None if is_terminal else PIPE_WIDTH,
+        highlight=False,
+        markup=False,
+    )
+
+
+def progress_bar(*columns: ProgressColumn) -> Progress:
+    """A bar on stderr that disappears when it is done; silent where stderr is no terminal."""
+    terminal = console(stderr=True)
+    return Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        *columns,
+        console=terminal,
+        transient=True,
+        disable=not terminal.is_terminal,
+    )
+
+
+@contextmanager
+def counted_progress(
+    description: str, *columns: ProgressColumn
+) -> Iterator[Callable[[int, int], None]]:
+    """Yields a callback for (done, total), which moves one bar."""
+    with progress_bar(*columns) as progress:
+        task = progress.add_task(description, total=None)
+        yield lambda done, total: progress.update(task, completed=done, total=total)
+
+
+def plain_table(*columns: str, numbers: Sequence[str] = ()) -> Table:
+    """A table without a frame; ``numbers`` are further columns, flush right."""
+    table = Table(box=None, pad_edge=False, header_style="bold", padding=(0, 2))
+    for column in columns:
+        table.add_column(column)
+    for column in numbers:
+        table.add_column(column, justify="right")
+    return table
+
+
+def add_caption(table: Table, caption: str) -> Table:
+    """The same table with a caption, flush left."""
+    table.caption, table.caption_justify = caption, "left"
+    return table
+
+
+def print_text(text: str) -> None:
+    """Plain text on standard output, flushed, so that a full disk or a closed pipe is noticed."""
+    print(text, flush=True)
+
+
+def print_note(note: str) -> None:
+    """One line on stderr, unless the shell closed it."""
+    if sys.stderr is not None:
+        print(f"coterie: {note}", file=sys.stderr, flush=True)
+
+
+def print_document(document: Mapping[str, object] | Sequence[object]) -> None:
+    """One JSON document on standard output, in ASCII; keys with a new name appear under both."""
+    with_names = with_new_keys(document)
+    if isinstance(with_names, dict):
+        with_names = {"schema": SCHEMA, **with_names}
+    json.dump(with_names, sys.stdout, indent=1, allow_nan=False)
+    sys.stdout.write("\n")
+    sys.stdout.flush()
+
+
+def with_new_keys(value: object) -> object:
+    """The same JSON value; each old key is followed by its new name with the same value."""
+    if isinstance(value, Mapping):
+        names = {key: [key, *filter(None, [NEW_KEYS.get(key)])] for key in value}
+        return {name: with_new_keys(value[key]) for key in value for name in names[key]}
+    return [with_new_keys(inner) for inner in value] if isinstance(value, list | tuple) else value
+
+
+def format_csv(rows: Sequence[Mapping[str, object]]) -> str:
+    """CSV with one column for each key of any row."""
+    text = io.StringIO()
+    columns = dict.fromkeys(key for row in rows for key in row)
+    writer = csv.DictWriter(text, list(columns), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    return text.getvalue()
+
+
+def check_one_format(*, json: bool, csv: bool) -> None:
+    """Raises for two formats on one standard output."""
+    if json and csv:
+        raise ConfigError("--json and --csv both write to standard output; give one of them")
+
+
+def check_output_file(out: Path | None) -> None:
+    """Raises for a file that could not be written, before hours of work."""
+    if out is None:
+        return
+    folder = out.absolute().parent
+    if out.is_dir():
+        raise ConfigError(f"{out}: a folder; name a file, such as {out / 'result.json'}")
+    if not folder.is_dir():
+        raise ConfigError(f"{out}: its folder does not exist")
+    if not os.access(folder, os.W_OK):
+        raise ConfigError(f"{out}: its folder cannot be written to")
+
+
+def require_extra(module: str, purpose: str, extra: str = "lab") -> ModuleType:
+    """Imports a module that needs an optional dependency; raises ConfigError that names it."""
+    try:
+        return import_module(module)
+    except ModuleNotFoundError as error:
+        raise ConfigError(
+            f"{purpose} needs {error.name}, which is not installed: pip install 'coterie[{extra}]'"
+        ) from None
