@@ -202,7 +202,7 @@ def test_traffic_of_every_forward_is_plotted(tmp_path: Path, capsys: Capture) ->
     found = told(["generate", *asked, "--traffic", str(tmp_path / "moved")], capsys)
     for dress in ("light", "dark"):
         drawn = (tmp_path / f"moved-{dress}.svg").read_text()
-        for said in ("would come", "vanilla with LRU", "without a cache", "votes kept", "block 0"):
+        for said in ("simulated copies", "vanilla with LRU", "without a cache", "block 0"):
             assert said in drawn
     forwards = json.loads((tmp_path / "moved.json").read_text())["forwards"]
     moved = found["expert_traffic"]
