@@ -25,7 +25,8 @@ from coterie.lab.replay.cache_simulation import (
 )
 from coterie.lab.replay.policies import select_from_trace
 from coterie.lab.replay.trace import Mask, Trace, TraceForward
-from coterie.values import ExpertRequest, ExpertStore, Routing
+from coterie.offload.store import TrackedExpertStore
+from coterie.values import ExpertRequest, Routing
 
 
 @dataclass(frozen=True)
@@ -39,7 +40,7 @@ class ServedTrace:
 
 
 def serve_trace(
-    trace: Trace, replay_policy: ReplayPolicy, store: ExpertStore, x: Tensor
+    trace: Trace, replay_policy: ReplayPolicy, store: TrackedExpertStore, x: Tensor
 ) -> ServedTrace:
     """Serve a trace of single rows of N tokens; ``x`` [N, H] is the input of each layer.
 
@@ -65,7 +66,7 @@ def serve_trace(
 
 
 def elections(
-    trace: Trace, replay_policy: ReplayPolicy, store: ExpertStore
+    trace: Trace, replay_policy: ReplayPolicy, store: TrackedExpertStore
 ) -> Iterator[tuple[TraceForward, Mask]]:
     """Each forward and its experts [L, E]; the caller serves them before it asks for the next."""
     votes, history = TraceVotes.of(trace).votes, CoresetHistory(replay_policy.reuse_tolerance)
@@ -100,7 +101,7 @@ def routing_from_trace(
     return Routing(ids, weights, used, vanilla_ids)
 
 
-def store_counters(store: ExpertStore) -> tuple[int, float]:
+def store_counters(store: TrackedExpertStore) -> tuple[int, float]:
     """Experts moved and seconds stalled so far; 0 for a store without a cache."""
     if store.traffic_log is None:
         return 0, 0.0
