@@ -116,7 +116,7 @@ def study(
             out,
             config=config,
             observer=StudyProgressBar(progress, study_module.TYPICAL_SECONDS),
-            experiments=experiments or (),
+            names=experiments or (),
             rerun=rerun or (),
             command=["coterie", *sys.argv[1:]],
         )
