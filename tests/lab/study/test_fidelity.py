@@ -464,16 +464,16 @@ def test_predictors_read_the_accuracy_record(tmp_path: Path) -> None:
     assert kept["agreement"]["usual"]["loss"]["rho"] == 1.0  # the least loss, the most right
     by_recall, by_loss, nearest = PredictorsExperiment().findings(kept)
     assert isinstance(by_recall, Finding)
-    assert by_recall.claim.startswith("Top-K recall tells")
+    assert by_recall.claim.startswith("The top-K recall of single forwards predicts")
     assert isinstance(by_loss, Finding)
-    assert by_loss.claim.startswith("Reconstruction loss tells")
+    assert by_loss.claim.startswith("The reconstruction loss of single forwards")
     assert isinstance(nearest, str)
     assert nearest.startswith("Over 3 policies")
     kept["agreement"]["usual"]["experts"]["rho"] = 0.9
     kept["agreement"]["usual"]["loss"]["interval"] = [0.8, 1.0]
     assert [f.verdict for f in PredictorsExperiment().findings(kept) if isinstance(f, Finding)] == [
         "holds",
-        "cannot be told here",
+        "inconclusive",
     ]
     (drawing,) = PredictorsExperiment().drawings(kept)
     assert render_svg(drawing.draw, name=drawing.name, scheme="dark").startswith("<svg")
