@@ -140,6 +140,8 @@ def test_simulated_loads_equal_those_of_a_real_run(tmp_path: Path, capacity: int
         own.generate(question.task.prompt(question.item), policy="des-seq:k=2", max_new_tokens=8)
     made = simulate_cache(entries, capacity)
     assert len(memories) == 1
+    transfers = memories[0].traffic_log.traffic().transfers.values()
+    assert sum(transfer.experts for transfer in transfers) == made.loads.sum()
     book = CacheSimulator(16, capacity)
     for entry in entries:
         for forward in entry.used:
@@ -148,8 +150,8 @@ def test_simulated_loads_equal_those_of_a_real_run(tmp_path: Path, capacity: int
     real = [
         sorted(np.flatnonzero(one.resident)) for _, one in sorted(memories[0].cache.layers.items())
     ]
-    assert real == [sorted(np.flatnonzero(one.resident)) for _, one in sorted(book.slots.items())]
-    assert made.sum_by_answer(made.loads, 6).sum() == made.loads.sum() == memories[0].experts_moved
+    assert real == [sorted(np.flatnonzero(one.resident)) for _, one in sorted(book.layers.items())]
+    assert made.sum_by_answer(made.loads, 6).sum() == made.loads.sum()
     assert made.used.sum() == sum(int(entry.used.sum()) for entry in entries)
 
 
