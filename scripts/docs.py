@@ -27,7 +27,8 @@ from coterie.cli.live_view import LiveView, make_view
 from coterie.lab.plotting import ColourScheme
 from coterie.lab.study.markdown import render_markdown
 from coterie.lab.study.report import SCHEMES, ReportSection, make_section
-from coterie.lab.study.study import EXPERIMENTS, renewed
+from coterie.lab.study.study import EXPERIMENTS, update_record
+from coterie.lab.study.summary import summary_points
 from coterie.routing import update_policies_in_json
 
 ROOT = Path(__file__).parents[1]
@@ -152,7 +153,7 @@ def report_sections(schemes: Sequence[ColourScheme] = SCHEMES) -> list[ReportSec
     """Every experiment that has a record, in the study's order; drawn in these colour schemes."""
     paths = {name: STUDY_RECORDS / f"{name}.json" for name in EXPERIMENTS}
     sections = [
-        make_section(EXPERIMENTS[name], renewed(read_json(path)), schemes=schemes)
+        make_section(EXPERIMENTS[name], update_record(read_json(path)), schemes=schemes)
         for name, path in paths.items()
         if path.is_file()
     ]
@@ -166,11 +167,16 @@ def report_sections(schemes: Sequence[ColourScheme] = SCHEMES) -> list[ReportSec
 def results_page(sections: list[ReportSection]) -> str:
     """The Markdown text of docs/results.md."""
     names = {figure.name for section in sections for figure in section.figures}
-    facts = read_json(STUDY_RECORDS / "accuracy.json")["facts"]
-    experts = f"{facts['experts']} experts in a layer, of which a token uses {facts['k']},"
+    paths = {name: STUDY_RECORDS / f"{name}.json" for name in EXPERIMENTS}
+    facts = {n: update_record(read_json(path))["facts"] for n, path in paths.items()}
+    size = facts["accuracy"]
+    experts = f"{size['experts']} experts per layer, of which a token uses {size['k']}"
     records = STUDY_RECORDS.relative_to(ROOT).as_posix()
     figures = names & set(SHOWN_FIGURES)
-    return render_markdown(sections, records=records, experts=experts, figures=figures)
+    points = summary_points(sections, facts)
+    return render_markdown(
+        sections, records=records, experts=experts, figures=figures, points=points
+    )
 
 
 def draw_picture() -> str:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
 import numpy as np
 import pytest
@@ -20,33 +21,10 @@ from coterie.engine.engine import Engine
 from coterie.errors import CoterieError
 from coterie.lab import plotting
 from coterie.lab.evals.run import Answer, Variant
-from coterie.lab.study import simulated_cache
-from coterie.lab.study.context import StudyContext
-from coterie.lab.study.experiment import Finding, Verdict
-from coterie.lab.study.experts import (
-    REDUCED_ITEMS_DIVISOR,
-    ExpertCacheExperiment,
-    engine_with_precision,
-    precision_names,
-    slots_by_share,
-)
-from coterie.lab.study.experts_facts import (
-    CacheOutcome,
-    CacheRun,
-    ExpertCacheRecord,
-    PrecisionInfo,
-    ResultGrid,
-)
-from coterie.lab.study.experts_told import (
-    CACHING_CLAIM,
-    HALF_BYTES_CLAIM,
-    LOW_PRECISION_CLAIM,
-    cache_findings,
-    cache_tables,
-)
-from coterie.lab.study.logbook import AnswerEntry, AnswerTraceLog
-from coterie.lab.study.results import VariantResult
-from coterie.lab.study.simulated_cache import (
+from coterie.lab.study import cache_simulation
+from coterie.lab.study.cache_simulation import (
+    AnswerEntry,
+    AnswerTraceLog,
     CacheTransfers,
     ReplayRequest,
     answer_questions,
@@ -54,6 +32,26 @@ from coterie.lab.study.simulated_cache import (
     simulate_cache,
     with_store,
 )
+from coterie.lab.study.context import StudyContext
+from coterie.lab.study.experiment import Finding, Verdict
+from coterie.lab.study.expert_cache import (
+    REDUCED_ITEMS_DIVISOR,
+    CacheOutcome,
+    CacheRun,
+    ExpertCacheRecord,
+    PrecisionInfo,
+    engine_with_precision,
+    precision_names,
+    slots_by_share,
+)
+from coterie.lab.study.expert_cache_report import (
+    CACHING_CLAIM,
+    HALF_BYTES_CLAIM,
+    LOW_PRECISION_CLAIM,
+    ExpertCacheExperiment,
+    ResultGrid,
+)
+from coterie.lab.study.results import VariantResult
 from coterie.model.moe import MoE
 from coterie.offload.resident_store import ResidentExpertStore
 from coterie.offload.simulated_store import CacheSimulator, SimulatedCacheStore
@@ -95,7 +93,7 @@ USES = st.lists(st.lists(st.integers(0, 9), min_size=1, max_size=5), min_size=1,
 
 
 @given(USES, st.integers(5, 10))
-def test_a_book_is_the_least_recently_used_by_hand(uses: list[list[int]], capacity: int) -> None:
+def test_the_simulated_cache_is_lru(uses: list[list[int]], capacity: int) -> None:
     book, here = CacheSimulator(10, capacity), []
     for wanted in uses:
         used = np.zeros(10, dtype=bool)
@@ -110,9 +108,7 @@ def test_a_book_is_the_least_recently_used_by_hand(uses: list[list[int]], capaci
 
 
 @given(USES, st.lists(st.integers(5, 10), min_size=2, max_size=4))
-def test_books_kept_together_are_the_books_kept_alone(
-    uses: list[list[int]], capacities: list[int]
-) -> None:
+def test_cache_sizes_are_independent(uses: list[list[int]], capacities: list[int]) -> None:
     masks = [np.isin(np.arange(10), wanted) for wanted in uses]
     together = [CacheSimulator(10, capacity) for capacity in capacities]
     loads = [[book.count_loads(0, mask) for book in together] for mask in masks]
@@ -129,7 +125,7 @@ def test_books_kept_together_are_the_books_kept_alone(
 
 
 @pytest.mark.parametrize("capacity", [2, 6, 16])
-def test_a_logbook_says_what_a_memory_of_any_size_has_moved(tmp_path: Path, capacity: int) -> None:
+def test_simulated_loads_equal_those_of_a_real_run(tmp_path: Path, capacity: int) -> None:
     """Answers are given many at once; the memory served them one after the other."""
     engine = tiny(tmp_path)
     entries = ask(engine, ReplayRequest(Variant("des-seq:k=2"), 6), tmp_path / "together")
@@ -144,6 +140,8 @@ def test_a_logbook_says_what_a_memory_of_any_size_has_moved(tmp_path: Path, capa
         own.generate(question.task.prompt(question.item), policy="des-seq:k=2", max_new_tokens=8)
     made = simulate_cache(entries, capacity)
     assert len(memories) == 1
+    transfers = memories[0].traffic_log.traffic().transfers.values()
+    assert sum(transfer.experts for transfer in transfers) == made.loads.sum()
     book = CacheSimulator(16, capacity)
     for entry in entries:
         for forward in entry.used:
@@ -153,17 +151,17 @@ def test_a_logbook_says_what_a_memory_of_any_size_has_moved(tmp_path: Path, capa
         sorted(np.flatnonzero(one.resident)) for _, one in sorted(memories[0].cache.layers.items())
     ]
     assert real == [sorted(np.flatnonzero(one.resident)) for _, one in sorted(book.slots.items())]
-    assert made.sum_by_answer(made.loads, 6).sum() == made.loads.sum() == memories[0].experts_moved
+    assert made.sum_by_answer(made.loads, 6).sum() == made.loads.sum()
     assert made.used.sum() == sum(int(entry.used.sum()) for entry in entries)
 
 
-def test_questions_take_turns_and_fewer_are_the_beginning_of_more(tmp_path: Path) -> None:
+def test_problems_alternate_between_tasks(tmp_path: Path) -> None:
     asked = interleave_questions(TASKS, 7, tiny(tmp_path))
     assert [one.task.name for one in asked] == ["quiz", "other"] * 3 + ["quiz"]
     assert interleave_questions(TASKS, 4, tiny(tmp_path)) == asked[:4]
 
 
-def test_a_forward_is_known_by_its_kind(tmp_path: Path) -> None:
+def test_forward_kinds_are_recorded(tmp_path: Path) -> None:
     (entry, *_) = ask(tiny(tmp_path), ReplayRequest(Variant("vanilla"), 1), tmp_path)
     answer = entry.answer
     assert [entry.kinds.count(kind) for kind in "pdc"] == [
@@ -178,9 +176,7 @@ def test_a_forward_is_known_by_its_kind(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("left", [0, 3])
-def test_a_stopped_run_of_a_policy_that_looks_goes_on_with_the_same_memory(
-    tmp_path: Path, left: int
-) -> None:
+def test_interrupted_run_resumes_with_the_same_cache(tmp_path: Path, left: int) -> None:
     engine = tiny(tmp_path)
     whole = ask(engine, LOOKING, tmp_path / "whole")
     told = (tmp_path / "whole" / LOOKING.file).read_bytes().splitlines(keepends=True)
@@ -192,7 +188,7 @@ def test_a_stopped_run_of_a_policy_that_looks_goes_on_with_the_same_memory(
     assert without_seconds(cold) != without_seconds(whole), "what is in memory changes nothing here"
 
 
-def test_an_item_that_fails_costs_only_itself(tmp_path: Path) -> None:
+def test_failed_item_affects_only_itself(tmp_path: Path) -> None:
     """A prompt that the model has no room for, in the middle."""
     engine = tiny(tmp_path)
     odd = {2: " ".join(["3"] * 600)}
@@ -207,7 +203,7 @@ def test_an_item_that_fails_costs_only_itself(tmp_path: Path) -> None:
     assert without_seconds(again) == without_seconds(found)
 
 
-def test_two_processes_do_not_write_one_logbook(tmp_path: Path) -> None:
+def test_log_refuses_a_second_process(tmp_path: Path) -> None:
     with (
         AnswerTraceLog(tmp_path / "one", (2, 4)),
         pytest.raises(CoterieError, match="another process"),
@@ -217,7 +213,7 @@ def test_two_processes_do_not_write_one_logbook(tmp_path: Path) -> None:
 
 @settings(max_examples=20)
 @given(st.integers(0, 3), st.integers(0, 2**32 - 1))
-def test_an_entry_comes_back_from_its_line(forwards: int, seed: int) -> None:
+def test_log_entry_round_trip(forwards: int, seed: int) -> None:
     used = np.random.default_rng(seed).random((forwards, 2, 11)) < 0.4
     answer = Answer(
         "arm", "quiz", "quiz/1", True, None, {}, "out ✓\n", "stop", 8, 2, 1, 1, 1, 3.5, 2, 1.0, 0.9,
@@ -236,12 +232,12 @@ def test_an_entry_comes_back_from_its_line(forwards: int, seed: int) -> None:
 # The chapter
 
 
-def test_the_chapter_is_measured_once_and_told_from_its_record(
+def test_expert_cache_renders_from_its_record(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     chapter, asked = ExpertCacheExperiment(), lab(tmp_path, tiny(tmp_path))
     facts = json.loads(json.dumps(chapter.measure(asked), allow_nan=False))
-    grid = ResultGrid.from_data(facts)
+    grid = ResultGrid.from_record(facts)
     shares = len(slots_by_share(asked.engine))
     assert [one["name"] for one in grid.record["precisions"]] == ["bf16", "int8", "int4"]
     sizes = [one["expert_bytes"] for one in grid.record["precisions"]]
@@ -259,18 +255,18 @@ def test_the_chapter_is_measured_once_and_told_from_its_record(
         assert {len(row) for row in table.rows} == {len(table.heads)}
     assert all(chapter.findings(facts))
     monkeypatch.setattr(
-        simulated_cache, "generate_outcomes", lambda *_, **__: pytest.fail("asked again")
+        cache_simulation, "generate_outcomes", lambda *_, **__: pytest.fail("asked again")
     )
     assert json.loads(json.dumps(chapter.measure(asked))) == facts
 
 
-def test_experts_that_came_in_few_bits_are_measured_as_they_are(tmp_path: Path) -> None:
+def test_quantised_experts_keep_their_precision(tmp_path: Path) -> None:
     engine = tiny(tmp_path, experts="int8")
     assert precision_names(engine) == ["int8"]
     assert engine_with_precision(engine, "int8") is engine
 
 
-def test_sixteen_bits_are_what_was_loaded_or_made_of_it(tmp_path: Path) -> None:
+def test_baseline_precision_has_sixteen_bits(tmp_path: Path) -> None:
     whole, half = tiny(tmp_path, dtype="fp32"), tiny(tmp_path, dtype="fp16")
     assert [precision_names(one)[0] for one in (whole, half)] == ["bf16", "fp16"]
     assert engine_with_precision(half, "fp16") is half
@@ -308,24 +304,22 @@ def made_up(
     )  # fmt: skip
 
 
-def record(*runs: CacheRun) -> dict[str, object]:
+def record(*runs: CacheRun) -> ExpertCacheRecord:
     names = dict.fromkeys(run["precision"] for run in runs)
     sizes = {"bf16": 2000, "int8": 1040}
     said = [PrecisionInfo(name=one, dtype="bfloat16", expert_bytes=sizes[one]) for one in names]
-    return dict(
-        ExpertCacheRecord(
-            experts=128, k=8, layers=4, block=32, main="35%", commits=False, precisions=said,
-            left_out=[{"name": "int4", "why": "no room"}], runs=list(runs),
-        )
+    return ExpertCacheRecord(
+        experts=128, k=8, layers=4, block=32, main="35%", commits=False, precisions=said,
+        left_out=[{"name": "int4", "why": "no room"}], runs=list(runs),
     )  # fmt: skip
 
 
-def verdicts(facts: Mapping[str, object]) -> dict[str, list[Verdict | None]]:
+def verdicts(facts: Any) -> dict[str, list[Verdict | None]]:
     found: dict[str, list[Verdict | None]] = {}
-    for one in cache_findings(facts):
+    for one in ExpertCacheExperiment().findings(facts):
         if isinstance(one, Finding):
             found.setdefault(one.claim, []).append(one.verdict)
-    assert all(table.rows for table in cache_tables(facts))
+    assert all(table.rows for table in ExpertCacheExperiment().tables(facts))
     return found
 
 
@@ -342,29 +336,27 @@ VANILLA = made_up("vanilla", 998)
         (made_up("priced-vote:price=1", 996, saved=0.6, slower=1.5, looks=True), "does not hold",
          "holds"),
         (made_up("priced-vote:price=1", 39, n=40, saved=0.6, looks=True),
-         *["cannot be told here"] * 2),
-        (made_up("priced-vote:price=1", 996, saved=0.6), "holds", "cannot be told here"),
+         *["inconclusive"] * 2),
+        (made_up("priced-vote:price=1", 996, saved=0.6), "holds", "inconclusive"),
     ],
 )  # fmt: skip
-def test_caching_is_judged_by_what_is_saved_and_what_is_lost(
-    rule: CacheRun, caching: Verdict, half: Verdict
-) -> None:
+def test_caching_verdicts(rule: CacheRun, caching: Verdict, half: Verdict) -> None:
     told = verdicts(record(VANILLA, rule))
     assert (told[CACHING_CLAIM], told[HALF_BYTES_CLAIM]) == ([caching], [half])
 
 
-def test_where_vanilla_answers_nothing_right_nothing_is_said_to_be_kept() -> None:
+def test_caching_is_inconclusive_without_correct_answers() -> None:
     facts = record(made_up("vanilla", 0), made_up("priced-vote:price=1", 0, saved=0.6, looks=True))
-    assert verdicts(facts) == {CACHING_CLAIM: ["cannot be told here"]}
+    assert verdicts(facts) == {CACHING_CLAIM: ["inconclusive"]}
 
 
-def test_a_task_that_was_not_reached_leaves_its_column_empty() -> None:
+def test_missing_task_has_an_empty_column() -> None:
     one, other = made_up("vanilla", 9, n=10), made_up("vanilla", 9, n=10, few=0.5, precision="int8")
     rule, few = (made_up("topk:k=1", 9, n=10, saved=0.5) for _ in range(2))
     for run in (one, other):
         run["tally"]["right"] = {"words": "1" * 9 + "0", "late": "1"}
     few["precision"] = "int8"
-    table = cache_tables(record(one, rule, other, few))[-1]
+    table = ExpertCacheExperiment().tables(record(one, rule, other, few))[-1]
     assert [row[-1] for row in table.rows] == ["+0.0%", ""]
 
 
@@ -374,19 +366,20 @@ def test_a_task_that_was_not_reached_leaves_its_column_empty() -> None:
         (997, 1000, 0.52, "holds"),
         (960, 1000, 0.52, "does not hold"),
         (997, 1000, 1.2, "does not hold"),
-        (39, 40, 0.52, "cannot be told here"),
+        (39, 40, 0.52, "inconclusive"),
     ],
 )
-def test_few_bits_are_judged_by_bytes_and_answers(
-    right: int, n: int, few: float, verdict: Verdict
-) -> None:
+def test_low_precision_verdicts(right: int, n: int, few: float, verdict: Verdict) -> None:
     coarse = made_up("vanilla", right, n=n, few=few, precision="int8")
     facts = record(VANILLA, coarse)
     assert verdicts(facts)[LOW_PRECISION_CLAIM.format(name="int8")] == [verdict]
-    assert any("int4 was not measured: no room" in str(one) for one in cache_findings(facts))
+    assert any(
+        "int4 was not measured: no room" in str(one)
+        for one in ExpertCacheExperiment().findings(facts)
+    )
 
 
-def test_policies_are_told_who_is_in_an_imagined_memory_where_votes_are() -> None:
+def test_simulated_residents_reach_the_policy_on_its_device() -> None:
     there = SimulatedCacheStore(
         ResidentExpertStore({}), 8, 5, device=torch.device("meta")
     ).resident(0)

@@ -30,9 +30,10 @@ from coterie.lab.study.fidelity import (
     COLUMN_INDEX,
     COLUMNS,
     FidelitySums,
+    answer_mask,
     bootstrap,
     compare_policies,
-    content_mask,
+    compare_to_curve,
     fidelity_scores,
     gaps_to_curve,
     interpolate,
@@ -56,7 +57,7 @@ from coterie.lab.study.importance import (
 from coterie.lab.study.maps import ExpertUseCounter, HitRateCounter, MapsExperiment, position_kinds
 from coterie.lab.study.predictors import PredictorsExperiment
 from coterie.lab.study.rank_stats import mean_interval, ranks, spearman
-from coterie.lab.study.reconstruction import ReconstructionExperiment, compare_to_curve
+from coterie.lab.study.reconstruction import ReconstructionExperiment
 from coterie.lab.study.results import VariantResult as Arm
 from coterie.lab.study.steps import OverlapCounter, StepsExperiment, coreset_mask
 from coterie.lab.study.votes import VoteFidelityExperiment
@@ -132,7 +133,7 @@ def watched(family: str = "llada2") -> tuple[LayerObservation, ...]:
 def facts(chapter: Experiment, family: str = "llada2") -> tuple[str, tuple[float, ...]]:
     """Its record of two prompts, and how far it said it was."""
     shares: list[float] = []
-    few = replace(lab(family, shares), prompts=2)
+    few = replace(lab(family, shares), num_prompts=2)
     return json.dumps(chapter.measure(few), allow_nan=False), tuple(shares)
 
 
@@ -158,7 +159,7 @@ def by_hand(spelling: str, seen: LayerObservation, family: str = "llada2") -> li
 
 @law(20)
 @given(family=st.sampled_from(FAMILIES), look=st.integers(0, 5))
-def test_the_full_coreset_keeps_everything_and_loses_nothing(family: str, look: int) -> None:
+def test_full_coreset_has_no_loss(family: str, look: int) -> None:
     k = engine(family).model.spec.router.k
     for spelling in ("vanilla", "des-vote:beta=1.0", f"des-seq:k={k}", "random:beta=1.0"):
         sums = columns(watched(family)[look], spelling, family)
@@ -169,7 +170,7 @@ def test_the_full_coreset_keeps_everything_and_loses_nothing(family: str, look: 
 
 @law(40)
 @given(spelling=spellings(WATCHABLE), family=st.sampled_from(FAMILIES))
-def test_recall_experts_and_mass_are_what_telemetry_counts(spelling: str, family: str) -> None:
+def test_metrics_equal_telemetry(spelling: str, family: str) -> None:
     counting, sums = ExpertCounter(), torch.zeros(len(COLUMNS), dtype=torch.float64)
     for seen in watched(family)[:6]:
         routing = route(seen.scores, parse_policy(spelling))
@@ -187,21 +188,21 @@ def test_recall_experts_and_mass_are_what_telemetry_counts(spelling: str, family
 
 @law(20)
 @given(spelling=spellings(WATCHABLE), look=st.integers(0, 5))
-def test_the_loss_is_the_relative_square_by_hand(spelling: str, look: int) -> None:
+def test_loss_is_the_relative_squared_error(spelling: str, look: int) -> None:
     seen = watched()[look]
     assert columns(seen, spelling)["loss"].tolist() == pytest.approx(by_hand(spelling, seen))
 
 
-def test_words_are_the_answer_and_its_end() -> None:
+def test_answer_mask_includes_the_end_of_text() -> None:
     trace, (seen, *_) = trace_vanilla(lab()), watched()
     short = [replace(result, new_tokens=2) for result in trace.results]
-    here = content_mask(replace(trace, results=tuple(short)), seen)
+    here = answer_mask(replace(trace, results=tuple(short)), seen)
     for row, start in enumerate(seen.starts):
         expected = [0 <= start + n <= 2 for n in range(seen.x.shape[1])]
         assert here[row].tolist() == expected
 
 
-def test_policies_are_compared_prompt_by_prompt() -> None:
+def test_policies_are_compared_by_prompt() -> None:
     shares: list[float] = []
     trace = trace_vanilla(lab())
     tally = compare_policies(lab(), trace, ["vanilla", "des-vote:beta=0.25"], shares.append)
@@ -218,12 +219,12 @@ def test_policies_are_compared_prompt_by_prompt() -> None:
     assert low <= part["loss"] <= high
 
 
-def test_what_is_not_watched_is_refused() -> None:
-    with pytest.raises(CoterieError, match="importance is not watched"):
+def test_mc_moe_is_refused() -> None:
+    with pytest.raises(CoterieError, match="mc-moe"):
         compare_policies(lab(), trace_vanilla(lab()), ["mc-moe:beta=0.5"], lambda _: None)
 
 
-def test_a_gap_is_the_distance_to_the_curve_at_the_same_size() -> None:
+def test_gap_to_curve_at_equal_size() -> None:
     sums = torch.zeros(4, 5, len(COLUMNS), dtype=torch.float64)
     sums[..., COLUMN_INDEX["looks"]] = 1
     for place, (size, loss) in enumerate([(10, 0.4), (20, 0.2), (15, 0.1), (40, 0.0)]):
@@ -244,15 +245,13 @@ def test_a_gap_is_the_distance_to_the_curve_at_the_same_size() -> None:
     points=st.lists(st.tuples(FLOATS, FLOATS), min_size=2, max_size=6, unique_by=lambda p: p[0]),
     size=FLOATS,
 )
-def test_curves_are_straight_between_their_points(
-    points: list[tuple[float, float]], size: float
-) -> None:
+def test_curves_are_linear_between_points(points: list[tuple[float, float]], size: float) -> None:
     ends, heights = (np.array(side) for side in zip(*sorted(points), strict=True))
     found = interpolate(np.array([size]), ends[None], heights[None])
     assert found.tolist() == pytest.approx([float(np.interp(size, ends, heights))])
 
 
-def test_a_bootstrap_draws_as_many_prompts_as_there_are() -> None:
+def test_bootstrap_draws_all_prompts() -> None:
     drawn_sums = bootstrap(torch.ones(2, 7, 3, dtype=torch.float64), draws=50)
     assert np.array_equal(drawn_sums, np.full((50, 2, 3), 7.0))
     varied = bootstrap(torch.arange(7.0, dtype=torch.float64).view(1, 7, 1), draws=4000)
@@ -260,7 +259,7 @@ def test_a_bootstrap_draws_as_many_prompts_as_there_are() -> None:
     assert varied.std() == pytest.approx(math.sqrt(7 * 4), rel=0.05)  # n times the variance
 
 
-def test_few_layers_are_spread_from_the_first_to_the_last() -> None:
+def test_sampled_layers_include_first_and_last() -> None:
     assert sample_layers(lab(), 2) == (1, 2)
     assert sample_layers(lab(), 9) == (1, 2)
 
@@ -276,14 +275,14 @@ def test_spearman_is_scipys(pairs: list[tuple[float, float]]) -> None:
         assert spearman(first, second) == 0.0
 
 
-def test_the_interval_of_a_mean_holds_it() -> None:
+def test_mean_interval_contains_the_mean() -> None:
     values = [0.1, 0.4, 0.2, 0.9, 0.5]
     low, high = mean_interval(values)
     assert low < sum(values) / 5 < high
     assert mean_interval([0.3] * 4) == pytest.approx([0.3, 0.3])
 
 
-def test_divergence_is_torchs_and_nothing_from_itself() -> None:
+def test_divergence_equals_torch() -> None:
     first, second = torch.randn(2, 3, 4, 11, generator=torch.Generator().manual_seed(0)).unbind()
     p, q = (x.double().log_softmax(-1) for x in (first, second))
     expected = torch.nn.functional.kl_div(q, p, log_target=True, reduction="none").sum(-1)
@@ -294,7 +293,7 @@ def test_divergence_is_torchs_and_nothing_from_itself() -> None:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_an_opened_block_is_all_answer(family: str) -> None:
+def test_first_block_is_all_answer(family: str) -> None:
     host = engine(family)
     for prompt, ids in zip(PROMPTS, prompts_at_block_start(host, PROMPTS), strict=True):
         assert list(ids[: len(prompt.split())]) == [int(token) for token in prompt.split()]
@@ -308,7 +307,7 @@ def test_an_opened_block_is_all_answer(family: str) -> None:
         assert int(masked.sum()) == 8 or family == "llada-moe"
 
 
-def test_a_block_of_a_model_in_few_bits_is_opened_too(tmp_path: Path) -> None:
+def test_first_forward_of_a_quantised_model(tmp_path: Path) -> None:
     """In bf16 its head is packed where kernels are, and has no rows to multiply by."""
     folder = write_checkpoint(tmp_path, "llada2", seed=3)
     wide, narrow = (coterie.load(folder, block=8, dtype=dtype) for dtype in ("fp32", "bf16"))
@@ -317,14 +316,14 @@ def test_a_block_of_a_model_in_few_bits_is_opened_too(tmp_path: Path) -> None:
     assert float((one - other).norm() / one.norm()) < 0.1
 
 
-def test_words_end_with_the_first_end_of_text() -> None:
+def test_content_mask_ends_at_the_first_end_of_text() -> None:
     ids = torch.tensor([[3, 94, 5, 94], [1, 2, 3, 4], [94, 1, 1, 1]])
     expected = [[True, True, False, False], [True] * 4, [True, False, False, False]]
     assert content_mask(engine(), ids).tolist() == expected
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_taking_away_who_is_not_used_changes_nothing(family: str) -> None:
+def test_ablating_an_unused_expert_changes_nothing(family: str) -> None:
     host = engine(family)
     (ids, *_) = prompts_at_block_start(host, PROMPTS[:1])
     plain = run_first_forward(host, ids, "vanilla")
@@ -336,7 +335,7 @@ def test_taking_away_who_is_not_used_changes_nothing(family: str) -> None:
     assert kl_divergence(plain.logits, other.logits).max() < 1e-9
 
 
-def test_who_is_taken_away_serves_nobody_and_only_there() -> None:
+def test_ablated_expert_is_not_used_in_its_layer() -> None:
     host = engine()
     (ids, *_) = prompts_at_block_start(host, PROMPTS[:1])
     plain = run_first_forward(host, ids, "vanilla")
@@ -354,7 +353,7 @@ def test_who_is_taken_away_serves_nobody_and_only_there() -> None:
     torch.testing.assert_close(other.logits[1], plain.logits[0])
 
 
-def test_only_experts_in_use_matter() -> None:
+def test_only_experts_in_use_have_importance() -> None:
     host = engine()
     (ids, *_) = prompts_at_block_start(host, PROMPTS[:1])
     taken = ablate_layer(host, ids, 1)
@@ -367,7 +366,7 @@ def test_only_experts_in_use_matter() -> None:
     assert part["experts"] == 4
 
 
-def test_a_map_of_vanilla_is_full_everywhere() -> None:
+def test_vanilla_hit_rates_are_one() -> None:
     hits, used = HitRateCounter((parse_policy("vanilla"),), (1, 2)), ExpertUseCounter((1, 2), 16)
     for seen in watched():
         hits.on_layer(seen)
@@ -385,14 +384,14 @@ def test_a_map_of_vanilla_is_full_everywhere() -> None:
     assert activation["effective"] == pytest.approx(math.exp(stats.entropy(choices)))
 
 
-def test_every_position_is_masked_written_or_fill() -> None:
+def test_each_position_has_one_kind() -> None:
     for seen in watched():
         assert torch.equal(
             position_kinds(seen).sum(0), torch.ones(seen.x.shape[:2], dtype=torch.float64)
         )
 
 
-def test_the_overlap_of_forwards_by_hand() -> None:
+def test_overlap_of_consecutive_forwards() -> None:
     pairs, policy = (
         OverlapCounter((parse_policy("des-vote:beta=0.25"),)),
         parse_policy("des-vote:beta=0.25"),
@@ -417,14 +416,14 @@ def test_the_overlap_of_forwards_by_hand() -> None:
     assert found["fresh"] >= max(found["last"], found["first"])
 
 
-def test_one_forward_a_block_has_nothing_to_overlap() -> None:
+def test_single_forward_has_no_overlap() -> None:
     pairs = OverlapCounter((parse_policy("vanilla"),))
     with pytest.raises(CoterieError, match="no block took a second forward"):
         pairs.to_overlap(0, "vanilla", 16)
 
 
 @pytest.mark.parametrize("chapter", CHAPTERS, ids=lambda chapter: chapter.name)
-def test_a_chapter_is_told_and_drawn_from_its_record_alone(chapter: Experiment) -> None:
+def test_experiment_renders_from_its_record(chapter: Experiment) -> None:
     kept = json.loads(facts(chapter)[0])
     assert chapter.drawings(kept)
     for drawing in chapter.drawings(kept):
@@ -445,16 +444,16 @@ def test_a_chapter_is_told_and_drawn_from_its_record_alone(chapter: Experiment) 
 
 
 @pytest.mark.parametrize("chapter", CHAPTERS, ids=lambda chapter: chapter.name)
-def test_a_chapter_tells_how_far_it_is(chapter: Experiment) -> None:
+def test_experiment_reports_progress(chapter: Experiment) -> None:
     _, shares = facts(chapter)
     assert list(shares) == sorted(shares)
     assert shares[0] >= 0
     assert 0.5 < shares[-1] <= 1
 
 
-def test_what_foretells_accuracy_is_read_beside_its_record(tmp_path: Path) -> None:
+def test_predictors_read_the_accuracy_record(tmp_path: Path) -> None:
     here = replace(lab(), folder=tmp_path)
-    with pytest.raises(CoterieError, match="needs the record of the chapter accuracy"):
+    with pytest.raises(CoterieError, match=r"accuracy.* is missing"):
         PredictorsExperiment().measure(here)
     right = {"vanilla": "1111", "des-vote:beta=0.5": "1110", "random:beta=0.5": "0000"}
     leave_accuracy(tmp_path, right)
@@ -465,16 +464,16 @@ def test_what_foretells_accuracy_is_read_beside_its_record(tmp_path: Path) -> No
     assert kept["agreement"]["usual"]["loss"]["rho"] == 1.0  # the least loss, the most right
     by_recall, by_loss, nearest = PredictorsExperiment().findings(kept)
     assert isinstance(by_recall, Finding)
-    assert by_recall.claim.startswith("Top-K recall tells")
+    assert by_recall.claim.startswith("The top-K recall of single forwards predicts")
     assert isinstance(by_loss, Finding)
-    assert by_loss.claim.startswith("Reconstruction loss tells")
+    assert by_loss.claim.startswith("The reconstruction loss of single forwards")
     assert isinstance(nearest, str)
     assert nearest.startswith("Over 3 policies")
     kept["agreement"]["usual"]["experts"]["rho"] = 0.9
     kept["agreement"]["usual"]["loss"]["interval"] = [0.8, 1.0]
     assert [f.verdict for f in PredictorsExperiment().findings(kept) if isinstance(f, Finding)] == [
         "holds",
-        "cannot be told here",
+        "inconclusive",
     ]
     (drawing,) = PredictorsExperiment().drawings(kept)
     assert render_svg(drawing.draw, name=drawing.name, scheme="dark").startswith("<svg")
@@ -499,7 +498,7 @@ def leave_accuracy(folder: Path, right: dict[str, str]) -> None:
     (folder / "records" / "accuracy.json").write_text(json.dumps({"when": "now", "facts": record}))
 
 
-def test_a_bidirectional_model_can_be_studied_too() -> None:
+def test_bidirectional_model() -> None:
     for chapter in (ImportanceExperiment(), MapsExperiment()):
         kept = json.loads(facts(chapter, "llada-moe")[0])
         assert chapter.findings(kept)

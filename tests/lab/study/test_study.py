@@ -27,36 +27,35 @@ from coterie.lab import plotting
 from coterie.lab.evals.run import Variant
 from coterie.lab.study import markdown
 from coterie.lab.study import study as room
+from coterie.lab.study.ablations import BEYOND, MASS, VOTES
 from coterie.lab.study.accuracy import (
     ACCURACY,
     MIN_RELATIVE_ACCURACY,
     accuracy_findings,
     all_policy_groups,
 )
-from coterie.lab.study.beyond import BEYOND
 from coterie.lab.study.blocks import BlockSizeExperiment
 from coterie.lab.study.cached_grading import CachedGradesTask
+from coterie.lab.study.charts import pareto_front
 from coterie.lab.study.context import StudyContext
-from coterie.lab.study.curves import pareto_front
-from coterie.lab.study.experiment import Drawing, Experiment, ExperimentData, Finding, Table
+from coterie.lab.study.experiment import Drawing, Experiment, Finding, Table, format_bytes
 from coterie.lab.study.experts_per_token import (
     ExpertsPerTokenExperiment,
     LimitTopK,
     evaluate_policy,
 )
-from coterie.lab.study.paired import claim_finding, compare_pairs, verdict_on
+from coterie.lab.study.paired import claim_finding, compare_pairs, is_better
 from coterie.lab.study.report import ReportSection, collect_claims, make_section, render_page
-from coterie.lab.study.results import VariantResult, VariantResults
+from coterie.lab.study.results import JsonObject, VariantResult, VariantResults
 from coterie.lab.study.speed import ForwardCountExperiment
 from coterie.lab.study.study import EXPERIMENTS, ExperimentOutcome, StudyConfig, run_study
-from coterie.lab.study.table import TableOneExperiment, format_bytes
+from coterie.lab.study.table import TableOneExperiment
 from coterie.lab.study.variants import (
     MAX_EXPERT_DIFFERENCE,
     coreset_size,
     run_comparison,
     vote_of_size,
 )
-from coterie.lab.study.vote_variants import MASS, VOTES
 from coterie.routing import POLICIES, Vanilla, parse_policy, route
 from coterie.testing import write_checkpoint
 from coterie.values import RouterSpec, Scores
@@ -79,7 +78,7 @@ class Counted:
     title: str = "A chapter (Fig. 0)"
     question: str = "How often?"
 
-    def measure(self, lab: StudyContext) -> ExperimentData:
+    def measure(self, lab: StudyContext) -> JsonObject:
         lab.on_progress(0.5, "counting")
         self.measured.append(self.name)
         if self.breaks is not None:
@@ -87,16 +86,16 @@ class Counted:
         other = lab.record(self.reads) if self.reads else {}
         return {"value": len(self.measured) / 7, "hostile": HOSTILE, "other": other}
 
-    def drawings(self, facts: ExperimentData) -> Sequence[Drawing]:
+    def drawings(self, facts: JsonObject) -> Sequence[Drawing]:
         return [Drawing(f"{self.name}-figure", HOSTILE, lambda: self._figure(facts))]
 
-    def tables(self, facts: ExperimentData) -> Sequence[Table]:
+    def tables(self, facts: JsonObject) -> Sequence[Table]:
         return [Table(["what", "value"], [[HOSTILE, f"{facts['value']:.3f}"]], "Values", [1])]
 
-    def findings(self, facts: ExperimentData) -> Sequence[Finding | str]:
+    def findings(self, facts: JsonObject) -> Sequence[Finding | str]:
         return [Finding(f"It is {facts['value']:.3f}.", HOSTILE, "does not hold"), HOSTILE]
 
-    def _figure(self, facts: ExperimentData) -> Figure:
+    def _figure(self, facts: JsonObject) -> Figure:
         if not self.draws:
             raise KeyError("line")
         figure, one = plotting.new_axes("x", str(facts["hostile"]))
@@ -112,14 +111,14 @@ class Looking:
     done: list[ExperimentOutcome] = field(default_factory=list)
     moves: list[float] = field(default_factory=list)
 
-    def began(self, chapter: Experiment, wanted: Sequence[Experiment]) -> None:
+    def on_experiment_start(self, chapter: Experiment, wanted: Sequence[Experiment]) -> None:
         assert chapter in wanted
 
-    def moved(self, share: float, doing: str) -> None:
+    def on_progress(self, share: float, doing: str) -> None:
         assert doing
         self.moves.append(share)
 
-    def ended(self, done: ExperimentOutcome) -> None:
+    def on_experiment_end(self, done: ExperimentOutcome) -> None:
         self.done.append(done)
 
 
@@ -134,7 +133,7 @@ def studied(
 ) -> tuple[list[ReportSection], Looking]:
     watch = Looking()
     known = {chapter.name: chapter for chapter in chapters}
-    asked: dict = {"effort": SMALL, **options}
+    asked: dict = {"config": SMALL, **options}
     return run_study(engine, [QUIZ], folder, observer=watch, experiments=known, **asked), watch
 
 
@@ -149,9 +148,7 @@ def tally(name: str, right: str, experts: float = 10.0) -> VariantResult:
 # What is measured, and what is only drawn
 
 
-def test_a_second_study_measures_nothing_and_runs_no_forward(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_second_study_reuses_all_records(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     engine, measured = tiny(tmp_path), []
     real = [replace(VOTES, name="votes"), Counted("a", measured)]
     first, _ = studied(engine, tmp_path, real)
@@ -164,7 +161,7 @@ def test_a_second_study_measures_nothing_and_runs_no_forward(
     assert (tmp_path / "report.html").read_text() == before
 
 
-def test_a_study_that_was_killed_goes_on_where_it_was(tmp_path: Path) -> None:
+def test_interrupted_study_resumes(tmp_path: Path) -> None:
     """An interrupt, like a kill, passes through whatever a chapter was doing."""
     engine, measured = tiny(tmp_path), []
     a, c = Counted("a", measured), Counted("c", measured)
@@ -175,7 +172,7 @@ def test_a_study_that_was_killed_goes_on_where_it_was(tmp_path: Path) -> None:
     assert [one.failure for one in sections] == [None, None, None]
 
 
-def test_answers_that_were_given_are_not_given_again(tmp_path: Path) -> None:
+def test_stored_answers_are_reused(tmp_path: Path) -> None:
     """Also when the chapter that asked for them did not come to its end."""
     engine = tiny(tmp_path)
     asked = lab(tmp_path)
@@ -188,37 +185,33 @@ def test_answers_that_were_given_are_not_given_again(tmp_path: Path) -> None:
     assert len(told) == len(lines) * 3 // 2
 
 
-def test_a_record_that_is_torn_or_of_other_settings_is_made_again(tmp_path: Path) -> None:
+def test_invalid_record_is_measured_again(tmp_path: Path) -> None:
     engine, measured = tiny(tmp_path), []
     chapter = Counted("a", measured)
     studied(engine, tmp_path, [chapter])
     path = tmp_path / "records" / "a.json"
     path.write_text(path.read_text()[:-9])
     studied(engine, tmp_path, [chapter])
-    studied(engine, tmp_path, [chapter], effort=replace(SMALL, items=4))
+    studied(engine, tmp_path, [chapter], config=replace(SMALL, items=4))
     engine.generation = engine.generation.replace(block=4)
-    studied(engine, tmp_path, [chapter], effort=replace(SMALL, items=4))
+    studied(engine, tmp_path, [chapter], config=replace(SMALL, items=4))
     assert len(measured) == 4
 
 
-def test_what_is_asked_for_again_is_measured_again_with_all_that_read_it(tmp_path: Path) -> None:
+def test_rerun_includes_dependent_experiments(tmp_path: Path) -> None:
     engine, measured = tiny(tmp_path), []
-    chapters = [
-        Counted("a", measured),
-        Counted("b", measured, reads="a"),
-        Counted("c", measured),
-    ]
+    chapters = [Counted("a", measured), Counted("b", measured, reads="a"), Counted("c", measured)]
     studied(engine, tmp_path, chapters)
     record = json.loads((tmp_path / "records" / "a.json").read_text())
     record["when"] = "long ago"  # so that the clock's second does not matter
     (tmp_path / "records" / "a.json").write_text(json.dumps(record))
     measured.clear()
-    sections, _ = studied(engine, tmp_path, chapters, again=["c"])
+    sections, _ = studied(engine, tmp_path, chapters, rerun=["c"])
     assert measured == ["b", "c"]
     assert len(sections) == 3
 
 
-def test_chapters_that_are_not_asked_for_stand_in_the_report_if_they_have_a_record(
+def test_report_includes_other_experiments_with_a_record(
     tmp_path: Path,
 ) -> None:
     engine, measured = tiny(tmp_path), []
@@ -229,7 +222,7 @@ def test_chapters_that_are_not_asked_for_stand_in_the_report_if_they_have_a_reco
     assert measured == ["a", "c"]
 
 
-def test_a_chapter_that_breaks_says_why_and_costs_only_itself(tmp_path: Path) -> None:
+def test_failed_experiment_does_not_stop_the_study(tmp_path: Path) -> None:
     engine, measured = tiny(tmp_path), []
     chapters = [
         Counted("a", measured),
@@ -242,17 +235,17 @@ def test_a_chapter_that_breaks_says_why_and_costs_only_itself(tmp_path: Path) ->
     failures = {one.name: one.failure for one in sections if one.failure}
     assert failures["b"] == "needs a larger model"
     assert failures["c"] == "ZeroDivisionError: by nothing"
-    assert "cannot be drawn (KeyError: 'line')" in failures["d"]
+    assert "cannot be rendered (KeyError: 'line')" in failures["d"]
     assert [done.failure is None for done in watch.done] == [True, False, False, False, True]
     html = (tmp_path / "report.html").read_text()
     assert all(text.replace("'", "&#39;") in html for text in failures.values())
     assert {path.stem for path in (tmp_path / "records").iterdir()} == {"a", "d", "e"}
 
 
-def test_facts_that_are_no_json_are_that_chapters_failure(tmp_path: Path) -> None:
+def test_record_must_be_json(tmp_path: Path) -> None:
     @dataclass(frozen=True)
     class Odd(Counted):
-        def measure(self, lab: StudyContext) -> ExperimentData:
+        def measure(self, lab: StudyContext) -> JsonObject:
             return {"value": float("nan")}
 
     sections, _ = studied(tiny(tmp_path), tmp_path, [Odd("odd", [])])
@@ -260,7 +253,7 @@ def test_facts_that_are_no_json_are_that_chapters_failure(tmp_path: Path) -> Non
     assert not (tmp_path / "records" / "odd.json").exists()
 
 
-def test_a_record_says_how_it_was_made(tmp_path: Path) -> None:
+def test_record_has_provenance(tmp_path: Path) -> None:
     studied(tiny(tmp_path), tmp_path, [Counted("a", [])], command=["coterie", "study"])
     record = json.loads((tmp_path / "records" / "a.json").read_text())
     assert record["command"] == ["coterie", "study"]
@@ -270,7 +263,7 @@ def test_a_record_says_how_it_was_made(tmp_path: Path) -> None:
     assert len(record["settings"]["fingerprint"]) == 16
 
 
-def test_experts_in_few_bits_are_another_study(tmp_path: Path) -> None:
+def test_expert_format_is_part_of_the_settings(tmp_path: Path) -> None:
     studied(tiny(tmp_path), tmp_path, [Counted("a", (measured := []))])
     few = coterie.load(
         tmp_path / "model", unmask="fixed:steps=2", block=8, device="cpu", experts="int4"
@@ -329,7 +322,7 @@ def read(html: str) -> Reader:
     return reader
 
 
-def test_the_page_is_whole_in_itself_and_has_every_figure_in_both_dresses(tmp_path: Path) -> None:
+def test_page_is_self_contained(tmp_path: Path) -> None:
     chapters = [Counted("a", []), Counted("b", [])]
     sections, _ = studied(tiny(tmp_path), tmp_path, chapters)
     html = (tmp_path / "report.html").read_text()
@@ -349,20 +342,18 @@ def test_the_page_is_whole_in_itself_and_has_every_figure_in_both_dresses(tmp_pa
     assert len(sections) == 2
 
 
-def test_a_claim_stands_once_for_each_chapter_with_all_its_verdicts() -> None:
+def test_claims_are_collected_by_experiment() -> None:
     said = [Finding("a", "Big", "holds"), Finding("b", "Big", "does not hold"), Finding("c")]
     one = ReportSection("one", "One", "?", findings=(*said, Finding("d", "Big", "holds")))
-    other = ReportSection(
-        "other", "Other", "?", findings=(Finding("e", "Big", "cannot be told here"),)
-    )
+    other = ReportSection("other", "Other", "?", findings=(Finding("e", "Big", "inconclusive"),))
     told = [(claim.section.name, claim.verdict_texts) for claim in collect_claims([one, other])]
     assert told == [
         ("one", [("holds", "holds (2)"), ("does not hold", "does not hold (1)")]),
-        ("other", [("cannot be told here", "cannot be told here")]),
+        ("other", [("inconclusive", "inconclusive")]),
     ]
 
 
-def test_numbers_of_the_page_are_those_of_the_record(tmp_path: Path) -> None:
+def test_page_numbers_equal_the_record(tmp_path: Path) -> None:
     studied(tiny(tmp_path), tmp_path, [Counted("a", [])])
     value = json.loads((tmp_path / "records" / "a.json").read_text())["facts"]["value"]
     text = read((tmp_path / "report.html").read_text()).text
@@ -370,7 +361,7 @@ def test_numbers_of_the_page_are_those_of_the_record(tmp_path: Path) -> None:
     assert text.count(f"{value:.3f}") == 2
 
 
-def test_figures_lie_beside_the_page_as_files(tmp_path: Path) -> None:
+def test_figures_are_written_as_files(tmp_path: Path) -> None:
     studied(tiny(tmp_path), tmp_path, [Counted("a", [])])
     light, dark = (
         (tmp_path / "figures" / f"a-figure-{s}.svg").read_text() for s in plotting.BACKGROUND
@@ -382,7 +373,7 @@ def test_figures_lie_beside_the_page_as_files(tmp_path: Path) -> None:
     assert plotting.BACKGROUND["dark"] not in light
 
 
-def test_a_page_without_any_chapter_is_still_a_page() -> None:
+def test_page_without_experiments() -> None:
     assert "nothing yet" in read(render_page([])).text
 
 
@@ -401,12 +392,12 @@ def contrast(one: str, other: str) -> float:
 
 
 @pytest.mark.parametrize("paper", plotting.BACKGROUND.values())
-def test_every_colour_stands_out_from_the_paper(paper: str) -> None:
+def test_series_colours_have_contrast(paper: str) -> None:
     colours = {*plotting.SERIES_COLOURS, *(look.colour for look in plotting.POLICY_STYLES.values())}
     assert min(contrast(colour, paper) for colour in colours) >= 3
 
 
-def test_ink_reads_on_its_paper() -> None:
+def test_text_has_contrast() -> None:
     assert (
         min(
             contrast(plotting.FOREGROUND[scheme], plotting.BACKGROUND[scheme])
@@ -416,7 +407,7 @@ def test_ink_reads_on_its_paper() -> None:
     )
 
 
-def test_every_policy_has_a_look_of_its_own() -> None:
+def test_every_policy_has_its_own_style() -> None:
     assert set(POLICIES) <= set(plotting.POLICY_STYLES)
     looks = [plotting.policy_style(name) for name in POLICIES]
     assert len({(look.colour, look.marker) for look in looks}) == len(looks)
@@ -424,7 +415,7 @@ def test_every_policy_has_a_look_of_its_own() -> None:
     assert plotting.policy_style("of-somebody-else:x=1") == plotting.OTHER_STYLE
 
 
-def test_a_figure_is_the_same_bytes_every_time_and_its_text_is_text() -> None:
+def test_figures_are_reproducible() -> None:
     chapter = Counted("a", [])
     drawing = chapter.drawings({"value": 1.0, "hostile": "right & wrong"})[0]
     first, second = (plotting.render_svg(drawing.draw, name="one", scheme="dark") for _ in range(2))
@@ -442,7 +433,7 @@ BITS = st.integers(2, 40).flatmap(lambda n: st.tuples(*[st.text("01", min_size=n
 
 
 @given(BITS)
-def test_a_tally_comes_back_from_its_record(bits: tuple[str, str]) -> None:
+def test_variant_result_round_trip(bits: tuple[str, str]) -> None:
     first, second = tally("vanilla", bits[0]), tally("topk:k=2", bits[1])
     document = json.loads(json.dumps(second.to_json(first)))
     assert VariantResult.from_json(document) == second
@@ -453,25 +444,25 @@ def test_a_tally_comes_back_from_its_record(bits: tuple[str, str]) -> None:
 
 
 @given(st.lists(BITS, min_size=1, max_size=4))
-def test_a_verdict_turns_round_with_its_sides(pairs: list[tuple[str, str]]) -> None:
+def test_comparison_is_antisymmetric(pairs: list[tuple[str, str]]) -> None:
     forth = compare_pairs([(tally("a", a), tally("b", b)) for a, b in pairs])
     back = compare_pairs([(tally("b", b), tally("a", a)) for a, b in pairs])
     assert [duel.sign for duel in forth] == [-duel.sign for duel in back]
     if {duel.sign for duel in forth} == {0}:
-        assert verdict_on(forth) == verdict_on(back) == "cannot be told here"
+        assert is_better(forth) is is_better(back) is None
 
 
-def test_a_claim_holds_where_it_is_won_and_never_lost() -> None:
+def test_claim_holds_with_wins_and_no_losses() -> None:
     bad, good = "0" * 30 + "1" * 10, "1" * 40
     won, lost = (tally("a", bad), tally("b", good)), (tally("a", good), tally("b", bad))
     even = (tally("a", good), tally("b", good))
-    assert verdict_on(compare_pairs([won, even])) == "holds"
-    assert verdict_on(compare_pairs([won, lost])) == "does not hold"
-    assert verdict_on(compare_pairs([even])) == "cannot be told here"
+    assert is_better(compare_pairs([won, even])) is True
+    assert is_better(compare_pairs([won, lost])) is False
+    assert is_better(compare_pairs([even])) is None
     told = claim_finding("B is better.", compare_pairs([won, even]), second="b", first="a")
-    assert "above a in 1, below in 0, and not to be told apart in 1" in told.text
+    assert "better than a in 1, worse in 0 and not significantly different in 1" in told.text
     assert "+75.0%" in told.text
-    assert claim_finding("B is better.", [], second="b", first="a").verdict == "cannot be told here"
+    assert claim_finding("B is better.", [], second="b", first="a").verdict == "inconclusive"
 
 
 POINTS = st.lists(
@@ -480,11 +471,11 @@ POINTS = st.lists(
 
 
 @given(POINTS)
-def test_nobody_beats_the_front_and_the_front_beats_the_rest(
+def test_pareto_front_of_results(
     points: list[tuple[float, str]],
 ) -> None:
     tallies = [tally(str(n), right, experts) for n, (experts, right) in enumerate(points)]
-    front = pareto_front(tallies)
+    front = pareto_front(tallies, lambda one: (one.experts, one.accuracy))
     for one, other in pairwise(front):
         assert one.experts <= other.experts
         assert one.accuracy < other.accuracy
@@ -493,15 +484,15 @@ def test_nobody_beats_the_front_and_the_front_beats_the_rest(
 
 
 @given(st.integers(1, 512).flatmap(lambda total: st.tuples(st.integers(1, total), st.just(total))))
-def test_a_vote_of_a_size_elects_so_many(sizes: tuple[int, int]) -> None:
+def test_vote_of_size_has_that_size(sizes: tuple[int, int]) -> None:
     size, total = sizes
     assert coreset_size(vote_of_size(size, total).policy, total) == size
 
 
-def test_des_vote_is_met_with_others_at_equal_experts(tmp_path: Path) -> None:
+def test_votes_are_matched_at_equal_experts(tmp_path: Path) -> None:
     others = [Variant("topk:k=1"), Variant("topk:k=2"), Variant("random:beta=0.5")]
     votes = [Variant("des-vote:beta=0.25"), Variant("des-vote:beta=0.75")]
-    arms = VariantResults.from_data(
+    arms = VariantResults.from_record(
         run_comparison(
             lab(tmp_path), {"votes": votes, "others": others}, matched={"des-vote": others}
         )
@@ -513,9 +504,9 @@ def test_des_vote_is_met_with_others_at_equal_experts(tmp_path: Path) -> None:
         assert abs(other.experts - vote.experts) <= MAX_EXPERT_DIFFERENCE
 
 
-def test_a_comparison_is_of_the_same_items_and_vanilla_comes_first(tmp_path: Path) -> None:
+def test_comparison_uses_the_same_items(tmp_path: Path) -> None:
     facts = json.loads(json.dumps(run_comparison(lab(tmp_path), {"all": [Variant("des-seq:k=4")]})))
-    arms = VariantResults.from_data(facts)
+    arms = VariantResults.from_record(facts)
     assert arms.vanilla.name == "vanilla"
     seq = arms.groups["all"][0]
     assert (
@@ -525,7 +516,7 @@ def test_a_comparison_is_of_the_same_items_and_vanilla_comes_first(tmp_path: Pat
     assert arms.vanilla.accuracy_share().n == 6
 
 
-def test_grades_are_remembered_by_item_and_output() -> None:
+def test_grades_are_cached_by_item_and_output() -> None:
     task = CachedGradesTask(QUIZ)
     first, second = task.items()[:2]
     outputs = ["1 2", "3 4", "1 2"]
@@ -538,7 +529,7 @@ SCORES = st.tuples(st.integers(0, 2**31), st.integers(1, 8), st.integers(1, 4))
 
 
 @given(SCORES)
-def test_narrow_keeps_the_best_of_the_same_coreset(drawn: tuple[int, int, int]) -> None:
+def test_limited_k_uses_the_best_of_the_coreset(drawn: tuple[int, int, int]) -> None:
     seed, tokens, k = drawn
     router = RouterSpec(experts=16, k=4, activation="sigmoid", renormalise=True)
     logits = torch.randn((2, tokens, 16), generator=torch.Generator().manual_seed(seed))
@@ -550,7 +541,7 @@ def test_narrow_keeps_the_best_of_the_same_coreset(drawn: tuple[int, int, int]) 
     assert route(scores, LimitTopK(Vanilla(), 4)).topk_ids.equal(route(scores, Vanilla()).topk_ids)
 
 
-def test_an_unspelled_policy_is_answered_as_a_spelled_one_is(tmp_path: Path) -> None:
+def test_policy_object_equals_its_spelling(tmp_path: Path) -> None:
     asked = lab(tmp_path)
     own = evaluate_policy(asked, parse_policy("topk:k=2"), "mine", "topk:k=2")
     kept = VariantResult.from_eval_result(asked.evaluate([Variant("topk:k=2")])[0])
@@ -576,7 +567,7 @@ CHECKED: Mapping[str, Experiment] = {
 
 
 @pytest.mark.parametrize("name", CHECKED)
-def test_a_chapter_about_accuracy_can_be_measured_drawn_and_told(name: str, tmp_path: Path) -> None:
+def test_accuracy_experiment_renders_from_its_record(name: str, tmp_path: Path) -> None:
     chapter = CHECKED[name]
     facts = json.loads(json.dumps(chapter.measure(lab(tmp_path)), allow_nan=False))
     for drawing in chapter.drawings(facts):
@@ -589,7 +580,7 @@ def test_a_chapter_about_accuracy_can_be_measured_drawn_and_told(name: str, tmp_
     assert all(chapter.findings(facts))
 
 
-def test_the_headline_claim_is_judged_by_the_smallest_policy_that_keeps_the_accuracy() -> None:
+def test_headline_verdict_uses_the_smallest_accurate_policy() -> None:
     n = 100
     groups = {label: [tally(arm.name, "1" * 30 + "0" * 70) for arm in of]
               for label, of in all_policy_groups(4).items()}  # fmt: skip
@@ -605,17 +596,17 @@ def test_the_headline_claim_is_judged_by_the_smallest_policy_that_keeps_the_accu
     assert judged(37.0, int(MIN_RELATIVE_ACCURACY * n)).verdict == "does not hold"
     assert judged(35.0, int(MIN_RELATIVE_ACCURACY * n) - 1).verdict == "does not hold"
     arms = replace(arms, by_name={"vanilla": tally("vanilla", "0" * n, 80.0)})
-    assert judged(35.0, 0).verdict == "cannot be told here"
+    assert judged(35.0, 0).verdict == "inconclusive"
 
 
-def test_every_chapter_stands_under_its_own_name_and_asks_a_question() -> None:
+def test_experiments_have_names_and_questions() -> None:
     assert all(chapter.name == name for name, chapter in EXPERIMENTS.items())
     assert all(chapter.question.endswith("?") for chapter in EXPERIMENTS.values())
     titles = [chapter.title for chapter in EXPERIMENTS.values()]
     assert len(set(titles)) == len(titles)
 
 
-def test_bytes_are_readable() -> None:
+def test_format_bytes() -> None:
     assert [format_bytes(size) for size in (999, 24_576, 6_291_456)] == [
         "999 B",
         "24.6 KB",
@@ -626,7 +617,7 @@ def test_bytes_are_readable() -> None:
 # The command
 
 
-def test_a_model_that_is_not_ours_needs_a_task(capsys: pytest.CaptureFixture[str]) -> None:
+def test_other_model_needs_a_task(capsys: pytest.CaptureFixture[str]) -> None:
     assert run(["study", "some/model", "-o", "never"]) == 2
     said = capsys.readouterr().err
     assert "--task" in said
@@ -634,7 +625,7 @@ def test_a_model_that_is_not_ours_needs_a_task(capsys: pytest.CaptureFixture[str
 
 
 @pytest.mark.parametrize("flag", ["--chapter", "--again", "--task"])
-def test_an_unknown_name_is_refused_with_those_that_are_known(
+def test_unknown_name_lists_the_known_ones(
     flag: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert run(["study", "-o", str(tmp_path), flag, "bogus"]) == 2
@@ -643,7 +634,7 @@ def test_an_unknown_name_is_refused_with_those_that_are_known(
     assert ("words" if flag == "--task" else "explosion") in said
 
 
-def test_without_matplotlib_the_command_says_what_to_install(
+def test_missing_matplotlib_names_the_extra(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     rooms = ("coterie.lab.study", "coterie.lab.plotting")
@@ -657,7 +648,7 @@ def test_without_matplotlib_the_command_says_what_to_install(
 
 
 @pytest.mark.parametrize(("broken", "status"), [(None, 0), (CoterieError("too small"), 1)])
-def test_the_status_tells_whether_every_chapter_came_through(
+def test_exit_status_reports_failures(
     broken: CoterieError | None,
     status: int,
     tmp_path: Path,
@@ -675,7 +666,7 @@ def test_the_status_tells_whether_every_chapter_came_through(
 # The document
 
 
-def test_the_document_has_what_the_page_has(tmp_path: Path) -> None:
+def test_markdown_has_the_content_of_the_page(tmp_path: Path) -> None:
     chapter = Counted("a", [], title="A chapter (Fig. 0)")
     studied(tiny(tmp_path), tmp_path, [chapter])
     record = json.loads((tmp_path / "records" / "a.json").read_text())
@@ -692,7 +683,7 @@ def test_the_document_has_what_the_page_has(tmp_path: Path) -> None:
     assert "figures/a-figure-dark.svg" in shown
 
 
-def test_the_results_page_is_what_the_committed_records_say() -> None:
+def test_results_page_equals_the_committed_records() -> None:
     docs = load_script("docs.py")
     found = docs.report_sections(())
     assert len(found) == len(EXPERIMENTS), "a chapter has no record under results/study"

@@ -25,8 +25,9 @@ from coterie.lab.bench.shapes import PAPER_LAYERS, LayerShape
 from coterie.lab.bench.timing import TimingBudget, TimingStats
 from coterie.lab.evals.task import Grade, Item
 from coterie.lab.plotting import render_svg
-from coterie.lab.study import layers, roofline, selection, tradeoff
+from coterie.lab.study import layers, roofline, selection
 from coterie.lab.study.breakdown import BreakdownExperiment
+from coterie.lab.study.charts import pareto_front
 from coterie.lab.study.context import StudyContext
 from coterie.lab.study.experiment import Experiment, Finding
 from coterie.lab.study.explosion import (
@@ -37,14 +38,13 @@ from coterie.lab.study.explosion import (
     summarize_block_size,
 )
 from coterie.lab.study.latency import LatencyExperiment
-from coterie.lab.study.layers import model_bench_layer
+from coterie.lab.study.layers import FORWARDS_PER_PROMPT, model_bench_layer
 from coterie.lab.study.profiler import OTHER, PARTS, Stopwatch, timed_model
 from coterie.lab.study.results import VariantResult
 from coterie.lab.study.roofline import RooflineExperiment
-from coterie.lab.study.routings import FORWARDS_PER_PROMPT
 from coterie.lab.study.selection import VERSIONS, SelectionExperiment
 from coterie.lab.study.study import EXPERIMENTS
-from coterie.lab.study.tradeoff import TradeoffExperiment
+from coterie.lab.study.tradeoff import OBSERVED_POLICY, TradeoffExperiment
 from coterie.routing import parse_policy, route
 from coterie.testing import write_checkpoint
 from coterie.values import RouterSpec
@@ -80,7 +80,7 @@ class Numbers:
 
 
 @dataclass
-class Told:
+class ProgressLog:
     shares: list[float] = field(default_factory=list)
 
     def __call__(self, share: float, doing: str) -> None:
@@ -94,7 +94,9 @@ def tiny(folder: Path, longest: int = 512) -> Engine:
     return coterie.load(where, max_new_tokens=20, unmask="fixed:steps=2", device="cpu")
 
 
-def lab(folder: Path, engine: Engine | None = None, told: Told | None = None) -> StudyContext:
+def lab(
+    folder: Path, engine: Engine | None = None, told: ProgressLog | None = None
+) -> StudyContext:
     return StudyContext(
         engine=engine or tiny(folder),
         tasks=[Numbers()],
@@ -102,7 +104,7 @@ def lab(folder: Path, engine: Engine | None = None, told: Told | None = None) ->
         num_problems=4,
         num_prompts=3,
         seed=1,
-        on_progress=told or Told(),
+        on_progress=told or ProgressLog(),
     )
 
 
@@ -133,9 +135,7 @@ def accuracy(experts: int) -> dict[str, object]:
 
 
 @given(t0=positive, b=positive, a=positive, seed=st.integers(0, 99))
-def test_a_fit_finds_the_coefficients_that_made_the_times(
-    t0: float, b: float, a: float, seed: int
-) -> None:
+def test_fit_recovers_the_coefficients(t0: float, b: float, a: float, seed: int) -> None:
     draw = torch.Generator().manual_seed(seed)
     experts = torch.randint(8, 257, (12,), generator=draw).tolist()
     pairs = torch.randint(64, 513, (12,), generator=draw).tolist()
@@ -149,7 +149,7 @@ def test_a_fit_finds_the_coefficients_that_made_the_times(
     assert timing.predict_seconds(found, 100, 256) == pytest.approx(t0 + 100 * b + 256 * a)
 
 
-def test_r2_falls_when_times_do_not_follow_the_experts() -> None:
+def test_r2_falls_without_a_linear_relation() -> None:
     experts, pairs = [8, 16, 32, 64, 96, 128], [64, 128, 64, 128, 64, 128]
     straight = timing.fit_latency(experts, pairs, [1.0, 2.0, 4.0, 8.0, 12.0, 16.0])
     crooked = timing.fit_latency(experts, pairs, [9.0, 2.0, 1.0, 14.0, 5.0, 2.0])
@@ -157,12 +157,12 @@ def test_r2_falls_when_times_do_not_follow_the_experts() -> None:
     assert crooked["r2"] < 0.9
 
 
-def test_a_fit_of_points_that_tell_nothing_apart_is_refused() -> None:
+def test_fit_refuses_degenerate_points() -> None:
     with pytest.raises(ValueError, match="must vary"):
         timing.fit_latency([8, 16, 32], [256, 256, 256], [1.0, 2.0, 3.0])
 
 
-def test_a_spread_is_the_median_between_the_quartiles() -> None:
+def test_timing_stats_have_median_and_quartiles() -> None:
     assert timing.timing_stats([5.0, 1.0, 4.0, 2.0, 3.0]) == TimingStats(
         median=3, low=2, high=4, samples=5
     )
@@ -171,7 +171,7 @@ def test_a_spread_is_the_median_between_the_quartiles() -> None:
         timing.timing_stats([])
 
 
-def test_works_take_turns_and_the_first_round_is_not_kept() -> None:
+def test_functions_are_timed_in_turns() -> None:
     calls: list[str] = []
     works = {name: (lambda name=name: calls.append(name)) for name in "abc"}
     taken = timing.time_interleaved(works, 4, device=CPU)
@@ -181,7 +181,7 @@ def test_works_take_turns_and_the_first_round_is_not_kept() -> None:
 
 
 @pytest.mark.parametrize(("load", "quiet"), [(None, True), (2.4, True), (9.1, False)])
-def test_times_taken_on_a_busy_machine_are_said_to_be(load: float | None, quiet: bool) -> None:
+def test_busy_machine_gives_a_warning(load: float | None, quiet: bool) -> None:
     there = timing.TimingConditions(device="cpu", threads=2, cores=2, load=load)
     told = timing.load_warnings(there)
     assert (told == []) == quiet
@@ -192,7 +192,7 @@ def test_times_taken_on_a_busy_machine_are_said_to_be(load: float | None, quiet:
 
 
 @given(tokens=st.integers(1, 40), share=st.floats(0, 1), seed=st.integers(0, 99))
-def test_a_controlled_routing_uses_exactly_as_many_experts(
+def test_balanced_routing_uses_exactly_that_many_experts(
     tokens: int, share: float, seed: int
 ) -> None:
     most = min(tokens * ROUTER.k, ROUTER.experts)
@@ -207,13 +207,13 @@ def test_a_controlled_routing_uses_exactly_as_many_experts(
 
 
 @pytest.mark.parametrize("used", [2, 13, 65])
-def test_a_routing_that_cannot_be_is_refused(used: int) -> None:
+def test_impossible_routing_is_refused(used: int) -> None:
     with pytest.raises(ValueError, match="cannot use"):
         routings.balanced_routing(ROUTER, 4, used, torch.Generator(), CPU)
 
 
 @pytest.mark.parametrize("shape", PAPER_LAYERS, ids=lambda shape: shape.name)
-def test_a_skewed_router_uses_the_experts_that_the_paper_saw(shape: LayerShape) -> None:
+def test_skewed_router_uses_the_published_experts(shape: LayerShape) -> None:
     bend = routings.find_skew(shape.router, shape.unique_experts)
     assert routings.mean_unique_experts(shape.router, 32, bend, 8) == pytest.approx(
         shape.unique_experts, abs=2
@@ -221,25 +221,25 @@ def test_a_skewed_router_uses_the_experts_that_the_paper_saw(shape: LayerShape) 
     assert routings.mean_unique_experts(shape.router, 1, bend, 8) == shape.router.k
 
 
-def test_the_large_shapes_are_the_published_ones() -> None:
+def test_large_shapes_are_the_published_ones() -> None:
     sizes = {shape.name: shape.bytes // shape.router.experts for shape in PAPER_LAYERS}
     assert sizes == {"LLaDA2.0-mini": 6_291_456, "LLaDA-MoE": 12_582_912}
 
 
-def test_a_layer_that_does_not_fit_is_left_out_and_said_to_be(
+def test_layer_without_memory_is_skipped(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(layers, "free_memory", lambda _device: layers.MEMORY_MARGIN)
     said = layers.random_bench_layer(PAPER_LAYERS[0], CPU)
     assert isinstance(said, str)
-    assert "LLaDA2.0-mini's shape was left out: it needs 1.5 GiB" in said
+    assert "LLaDA2.0-mini's shape is not measured: it needs 1.5 GiB" in said
 
 
-def test_the_layer_that_is_timed_is_the_layer_of_the_model(tmp_path: Path) -> None:
+def test_timed_layer_equals_the_model_layer(tmp_path: Path) -> None:
     engine = tiny(tmp_path)
     moes = {moe.layer: moe for moe in layers.moe_layers(engine.model.transformer)}
     for watched in collect_observations(
-        engine, list(QUESTIONS), batch_size=1, policy=tradeoff.OBSERVED_POLICY
+        engine, list(QUESTIONS), batch_size=1, policy=OBSERVED_POLICY
     ):
         for spelling in ("vanilla", "des-vote:beta=0.4", "mc-moe:beta=0.5,protect=0.1"):
             policy = parse_policy(spelling)
@@ -250,12 +250,10 @@ def test_the_layer_that_is_timed_is_the_layer_of_the_model(tmp_path: Path) -> No
             assert torch.equal(found, expected)
 
 
-def test_what_is_watched_for_importance_routes_as_vanilla(tmp_path: Path) -> None:
+def test_observed_policy_routes_as_vanilla(tmp_path: Path) -> None:
     engine = tiny(tmp_path)
     plain = collect_observations(engine, list(QUESTIONS), batch_size=1)
-    weighed = collect_observations(
-        engine, list(QUESTIONS), batch_size=1, policy=tradeoff.OBSERVED_POLICY
-    )
+    weighed = collect_observations(engine, list(QUESTIONS), batch_size=1, policy=OBSERVED_POLICY)
     assert len(plain) == len(weighed)
     for one, other in zip(plain, weighed, strict=True):
         assert torch.equal(one.routing.topk_ids, other.routing.topk_ids)
@@ -266,9 +264,7 @@ def test_what_is_watched_for_importance_routes_as_vanilla(tmp_path: Path) -> Non
 
 
 @given(experts=st.integers(1, 512), share=st.floats(0, 1), tokens=st.integers(1, 200))
-def test_by_lot_lies_between_one_token_and_all_experts(
-    experts: int, share: float, tokens: int
-) -> None:
+def test_uniform_routing_is_bounded(experts: int, share: float, tokens: int) -> None:
     k = max(1, round(share * experts))
     assert expected_uniform(experts, k, 1) == pytest.approx(k)
     assert (
@@ -279,19 +275,19 @@ def test_by_lot_lies_between_one_token_and_all_experts(
     assert expected_uniform(experts, k, tokens) <= experts
 
 
-def test_by_lot_is_what_the_paper_says_for_blocks_of_32() -> None:
+def test_uniform_routing_equals_the_paper() -> None:
     assert round(expected_uniform(256, 8, 32)) == 163
     assert round(expected_uniform(64, 8, 32)) == 63
 
 
-def test_a_point_of_the_curve_by_hand() -> None:
+def test_block_size_summary() -> None:
     seen = {1: torch.tensor([4.0, 8.0, 6.0]), 2: torch.tensor([2.0, 4.0, 12.0])}
     found = summarize_block_size(16, seen)  # means over layers: 3, 6, 9
     assert (found["mean"], found["low"], found["high"]) == (6.0, 4.5, 7.5)
     assert (found["forwards"], found["layers"]) == (3, [6.0, 6.0])
 
 
-def test_forwards_are_put_together_by_how_many_positions_are_masked() -> None:
+def test_forwards_are_binned_by_masked_positions() -> None:
     masked, mean = torch.tensor([32, 31, 4, 1]), torch.tensor([10.0, 20.0, 30.0, 50.0])
     assert bin_by_masked(masked, mean, 32) == [
         {"masked": 2.5, "forwards": 2, "mean": 40.0},
@@ -299,7 +295,7 @@ def test_forwards_are_put_together_by_how_many_positions_are_masked() -> None:
     ]
 
 
-def test_experts_are_counted_as_the_engine_counts_them(tmp_path: Path) -> None:
+def test_expert_counts_equal_the_engine(tmp_path: Path) -> None:
     engine = tiny(tmp_path)
     facts = ExplosionExperiment(blocks=(8, 32)).measure(lab(tmp_path, engine))
     curves = {curve["policy"]: curve for curve in facts["curves"]}  # type: ignore[attr-defined]
@@ -320,12 +316,12 @@ def test_experts_are_counted_as_the_engine_counts_them(tmp_path: Path) -> None:
         assert all(there["high"] <= coreset for there in curves[policy]["points"])
 
 
-def test_blocks_that_do_not_fit_are_left_out_and_said_to_be(tmp_path: Path) -> None:
+def test_block_size_that_does_not_fit_is_skipped(tmp_path: Path) -> None:
     engine = tiny(tmp_path, longest=60)
     found = ExplosionExperiment(blocks=(8, 64))
     facts = found.measure(lab(tmp_path, engine))
     told = [each for each in found.findings(facts) if isinstance(each, str)]
-    assert [each.split(" were")[0] for each in told] == ["Blocks of 64"]
+    assert [each.split(" are not")[0] for each in told] == ["Blocks of 64"]
     assert "the model has 60" in told[0]
 
 
@@ -333,12 +329,12 @@ def test_blocks_that_do_not_fit_are_left_out_and_said_to_be(tmp_path: Path) -> N
 
 
 @given(peak=st.floats(1, 1e12), read=st.floats(1, 1e12), at=st.floats(1e-3, 1e3))
-def test_nothing_is_attainable_above_either_roof(peak: float, read: float, at: float) -> None:
+def test_attainable_rate_is_below_both_roofs(peak: float, read: float, at: float) -> None:
     best = roofline.attainable_flops(at, peak, read)
     assert best == min(peak, at * read)
 
 
-def test_bytes_come_from_experts_and_operations_from_pairs(tmp_path: Path) -> None:
+def test_roofline_counts(tmp_path: Path) -> None:
     chapter = RooflineExperiment(shapes=(SMALL,), pace=QUICK)
     facts = chapter.measure(lab(tmp_path))
     own, small = facts["roofs"]  # type: ignore[misc]
@@ -356,7 +352,7 @@ def test_bytes_come_from_experts_and_operations_from_pairs(tmp_path: Path) -> No
 
 
 @pytest.mark.parametrize("experts", ["int8", "int4"])
-def test_experts_in_few_bits_are_timed_with_the_models_tokens(tmp_path: Path, experts: str) -> None:
+def test_quantised_layer_is_timed_with_model_dtype(tmp_path: Path, experts: str) -> None:
     tiny(tmp_path)
     engine = coterie.load(
         tmp_path / "model", max_new_tokens=20, unmask="fixed:steps=2", device="cpu", experts=experts
@@ -370,9 +366,7 @@ def test_experts_in_few_bits_are_timed_with_the_models_tokens(tmp_path: Path, ex
 
 
 @given(fixed=positive, each=positive, pair=positive)
-def test_the_reading_share_is_what_goes_with_experts(
-    fixed: float, each: float, pair: float
-) -> None:
+def test_reading_share_is_the_expert_term(fixed: float, each: float, pair: float) -> None:
     points = [
         roofline.RooflinePoint(
             policy="vanilla", tokens=1, used=used, pairs=pairs, intensity=1, flops=1,
@@ -387,7 +381,7 @@ def test_the_reading_share_is_what_goes_with_experts(
 # Parts of a forward
 
 
-def test_the_time_of_an_inner_part_is_not_the_outer_ones(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_stopwatch_times_are_exclusive(monkeypatch: pytest.MonkeyPatch) -> None:
     now = iter([0.0, 1.0, 3.0, 3.5, 7.5, 8.5])
     monkeypatch.setattr(time, "perf_counter", lambda: next(now))
     watch = Stopwatch(CPU)
@@ -400,7 +394,7 @@ def test_the_time_of_an_inner_part_is_not_the_outer_ones(monkeypatch: pytest.Mon
 
 
 @pytest.mark.parametrize("policy", ["vanilla", "des-vote:beta=0.3", "des-seq:k=2"])
-def test_a_timed_model_says_what_the_model_says(tmp_path: Path, policy: str) -> None:
+def test_timed_model_equals_the_model(tmp_path: Path, policy: str) -> None:
     engine = tiny(tmp_path)
     watch = Stopwatch(CPU)
     wrapped = Engine(timed_model(engine.model, watch), generation=engine.generation)
@@ -413,7 +407,7 @@ def test_a_timed_model_says_what_the_model_says(tmp_path: Path, policy: str) -> 
     assert set(watch.laps) == set(PARTS)
 
 
-def test_the_parts_add_up_to_the_forward(tmp_path: Path) -> None:
+def test_parts_add_up_to_the_forward(tmp_path: Path) -> None:
     facts = BreakdownExperiment(rounds=1).measure(lab(tmp_path))
     for each in facts["policies"]:  # type: ignore[attr-defined]
         assert sum(each["shares"].values()) == pytest.approx(1.0)
@@ -423,7 +417,7 @@ def test_the_parts_add_up_to_the_forward(tmp_path: Path) -> None:
 # The selection
 
 
-def test_every_version_selects_what_routing_selects() -> None:
+def test_selection_versions_agree() -> None:
     router = selection.scale_router(RouterSpec(16, 4, "sigmoid", True, groups=4, topk_groups=2), 64)
     assert (router.groups, router.topk_groups, router.experts) == (4, 2, 64)
     scores = routings.skewed_scores(router, 16, 1.0, torch.Generator().manual_seed(3))
@@ -435,7 +429,7 @@ def test_every_version_selects_what_routing_selects() -> None:
             torch.testing.assert_close(found.topk_weights, expected.topk_weights, rtol=1e-6, atol=0)
 
 
-def test_groups_that_do_not_divide_are_given_up() -> None:
+def test_indivisible_groups_are_dropped() -> None:
     router = selection.scale_router(RouterSpec(18, 4, "sigmoid", True, groups=6, topk_groups=2), 64)
     assert (router.groups, router.topk_groups) == (1, 1)
 
@@ -446,8 +440,8 @@ places = st.lists(st.tuples(st.floats(0, 9), st.floats(0, 1)), min_size=1, max_s
 
 
 @given(points=places)
-def test_the_front_holds_what_nothing_beats(points: list[tuple[float, float]]) -> None:
-    best = tradeoff.pareto_points(points)
+def test_pareto_front(points: list[tuple[float, float]]) -> None:
+    best = pareto_front(points, lambda point: point)
     assert set(best) <= set(points)
     for cost, gain in points:
         assert any(c <= cost and g >= gain for c, g in best)
@@ -455,7 +449,7 @@ def test_the_front_holds_what_nothing_beats(points: list[tuple[float, float]]) -
     assert [gain for _, gain in best] == sorted({gain for _, gain in best})
 
 
-def test_every_policy_of_the_accuracy_record_is_timed_and_counted(tmp_path: Path) -> None:
+def test_tradeoff_times_every_policy(tmp_path: Path) -> None:
     here = lab(tmp_path)
     leave(tmp_path, "accuracy", accuracy(16))
     facts = TradeoffExperiment(rounds=1).measure(here)
@@ -470,8 +464,8 @@ def test_every_policy_of_the_accuracy_record_is_timed_and_counted(tmp_path: Path
     assert found["des-vote:beta=0.3"]["accuracy"] == 0.3
 
 
-def test_without_an_accuracy_record_the_chapter_says_what_it_needs(tmp_path: Path) -> None:
-    with pytest.raises(CoterieError, match="record of the chapter accuracy"):
+def test_tradeoff_needs_the_accuracy_record(tmp_path: Path) -> None:
+    with pytest.raises(CoterieError, match=r"accuracy.*missing"):
         TradeoffExperiment().measure(lab(tmp_path))
 
 
@@ -490,8 +484,8 @@ def chapters() -> list[Experiment]:
     ]
 
 
-def test_chapters_draw_and_tell_from_stored_facts_alone(tmp_path: Path) -> None:
-    told = Told()
+def test_timing_experiments_render_from_records(tmp_path: Path) -> None:
+    told = ProgressLog()
     here = lab(tmp_path, told=told)
     leave(tmp_path, "accuracy", accuracy(16))
     for chapter in chapters():
@@ -523,7 +517,7 @@ def test_chapters_draw_and_tell_from_stored_facts_alone(tmp_path: Path) -> None:
     assert len(names) == len(set(names)) == 11
 
 
-def test_the_study_has_these_chapters() -> None:
+def test_study_has_the_timing_experiments() -> None:
     names = {chapter.name for chapter in chapters()}
     assert names <= set(EXPERIMENTS)
     assert [EXPERIMENTS[name].name for name in names] == list(names)

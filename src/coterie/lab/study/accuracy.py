@@ -1,20 +1,20 @@
-"""Accuracy against experts for every policy (Fig. 1c), and the tables and sizes behind it."""
+"""Accuracy against experts for every policy (Fig. 1c), and the size of the coreset (Fig. 7a)."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
 from coterie.lab.evals.run import Variant
+from coterie.lab.study.charts import pareto_front
 from coterie.lab.study.comparison import PolicyComparison
-from coterie.lab.study.curves import pareto_front
-from coterie.lab.study.experiment import Finding, Table
+from coterie.lab.study.experiment import Finding, Table, judge
 from coterie.lab.study.paired import (
     claim_finding,
     compare_pairs,
     comparison_sentence,
     comparison_table,
 )
-from coterie.lab.study.results import VariantResult, VariantResults
+from coterie.lab.study.results import Pair, VariantResults
 from coterie.lab.study.variants import (
     ALL_BETAS,
     GUARD_OPTIONS,
@@ -26,16 +26,15 @@ from coterie.lab.study.variants import (
 )
 
 DES_VOTE, DES_SEQ, TOP_K, RANDOM = "DES-Vote", "DES-Seq", "top-k", "random"
-GUARDED = "DES-Vote, guarded"  # words vote, not fill; every voter's best expert is kept
+GUARDED = "DES-Vote, guarded"  # answer tokens vote, and each voter's best expert is protected
 PROPORTIONAL, PRICED = "proportional vote", "priced vote"
-MIN_RELATIVE_ACCURACY, MIN_EXPERT_REDUCTION = (
-    0.99,
-    0.55,
-)  # the paper's headline: of the accuracy, fewer experts
+# The paper's headline: 99 % of the accuracy with 55 % fewer experts.
+MIN_RELATIVE_ACCURACY, MIN_EXPERT_REDUCTION = 0.99, 0.55
+NO_ACCURACY = "Vanilla has no correct answer, so there is no accuracy to keep."
 
 
 def all_policy_groups(k: int) -> VariantGroups:
-    """Every rule over its range, for a model whose tokens use ``k`` experts."""
+    """Every policy over its range of sizes, for a model with ``k`` experts per token."""
     return {
         DES_VOTE: beta_variants("des-vote", ALL_BETAS),
         DES_SEQ: count_variants("des-seq", smaller_counts(k)),
@@ -52,12 +51,12 @@ def all_policy_groups(k: int) -> VariantGroups:
 
 
 def smaller_counts(k: int) -> list[int]:
-    """Experts for each token, where the model uses ``k``."""
+    """Numbers of experts per token below the model's ``k``."""
     return [count for count in (1, 2, 3, 4, 6) if count < k]
 
 
 def own_policy_groups() -> dict[str, list[Variant]]:
-    """The rules that no paper has."""
+    """The policies that are this project's own."""
     return {
         PROPORTIONAL: beta_variants("proportional-vote", (0.1, 0.15, 0.2, 0.3)),
         PRICED: [Variant(f"priced-vote:price={price}") for price in (0.17, 0.07, 0.03)],
@@ -65,144 +64,127 @@ def own_policy_groups() -> dict[str, list[Variant]]:
 
 
 def vote_rivals(k: int) -> RivalVariants:
-    """What DES-Vote is held against at equal experts."""
-    rivals = all_policy_groups(k)
-    smaller = [*rivals[DES_SEQ][:3], *rivals[TOP_K][: k // 2]]
+    """The policies that DES-Vote is compared with at equal experts."""
+    groups = all_policy_groups(k)
+    smaller = [*groups[DES_SEQ][:3], *groups[TOP_K][: k // 2]]
     return {
-        "des-vote": smaller + [a for label in ("NAEE", "MC-MoE", RANDOM) for a in rivals[label]]
+        "des-vote": smaller + [v for label in ("NAEE", "MC-MoE", RANDOM) for v in groups[label]]
     }
 
 
-def matched_pairs(results: VariantResults, label: str) -> list[tuple[VariantResult, VariantResult]]:
-    """(the other, DES-Vote) at equal experts, for one group."""
+def matched_pairs(results: VariantResults, label: str) -> list[Pair]:
+    """(the other policy, DES-Vote) at equal experts, for one group."""
     return [(other, vote) for other, vote in results.pairs if other in results.groups[label]]
 
 
 def accuracy_findings(results: VariantResults) -> list[Finding | str]:
-    """What the figure says of the paper's claims."""
-    by_rival = {
-        label: compare_pairs(matched_pairs(results, label)) for label in (RANDOM, TOP_K, DES_SEQ)
-    }
-    pruning = compare_pairs(matched_pairs(results, "NAEE") + matched_pairs(results, "MC-MoE"))
+    claims = (
+        ("An elected coreset is better than a random one of the same size.",
+         (RANDOM,), "the random coreset"),
+        ("At equal experts, DES-Vote is more accurate than fewer experts for each token (top-k).",
+         (TOP_K,), TOP_K),
+        ("At equal experts, DES-Vote is more accurate than dropping unlikely experts (NAEE, "
+         "MC-MoE).", ("NAEE", "MC-MoE"), "NAEE or MC-MoE"),
+        ("At equal experts, DES-Vote is more accurate than DES-Seq.", (DES_SEQ,), DES_SEQ),
+    )  # fmt: skip
     return [
-        claim_finding(
-            "An elected coreset is better than a random one of the same size.",
-            by_rival[RANDOM], second=DES_VOTE, first="the random coreset",
-        ),
-        claim_finding(
-            "At equal experts, sharing by DES-Vote is more accurate than keeping fewer experts "
-            "for each token (top-k).",
-            by_rival[TOP_K], second=DES_VOTE, first=TOP_K,
-        ),
-        claim_finding(
-            "At equal experts, DES-Vote is more accurate than dropping unlikely experts "
-            "(NAEE, MC-MoE).",
-            pruning, second=DES_VOTE, first="NAEE or MC-MoE",
-        ),
-        claim_finding(
-            "At equal experts, DES-Vote is more accurate than DES-Seq.",
-            by_rival[DES_SEQ], second=DES_VOTE, first=DES_SEQ,
+        *(
+            claim_finding(
+                claim,
+                compare_pairs(pair for label in labels for pair in matched_pairs(results, label)),
+                second=DES_VOTE,
+                first=first,
+            )
+            for claim, labels, first in claims
         ),
         headline_finding(results, [DES_VOTE, DES_SEQ]),
         guarded_sentence(results),
         pareto_sentence(results),
-    ]  # fmt: skip
+    ]
 
 
 def headline_finding(results: VariantResults, labels: Sequence[str]) -> Finding:
-    """99 % of the accuracy with 55 % fewer experts: the smallest of DES that keeps so much."""
-    variant_results = [result for label in labels for result in results.groups[label]]
-    accurate = [
-        t for t in variant_results if t.accuracy >= MIN_RELATIVE_ACCURACY * results.vanilla.accuracy
-    ]
-    claim = "DES cuts unique experts by over 55 % and keeps 99 % of vanilla's accuracy."
-    if not results.vanilla.accuracy:
-        text = "Vanilla itself answers nothing right: there is no accuracy to keep."
-        return Finding(text, claim, "cannot be told here")
+    """The smallest DES policy that keeps 99 % of the accuracy, against 55 % fewer experts."""
+    vanilla = results.vanilla
+    variants = [result for label in labels for result in results.groups[label]]
+    accurate = [r for r in variants if r.accuracy >= MIN_RELATIVE_ACCURACY * vanilla.accuracy]
+    claim = "DES uses at least 55 % fewer unique experts and keeps 99 % of vanilla's accuracy."
+    if not vanilla.accuracy:
+        return judge(NO_ACCURACY, claim, None)
     if not accurate:
-        text = (
-            f"No DES policy that was run keeps {MIN_RELATIVE_ACCURACY:.0%} of vanilla's accuracy."
-        )
-        return Finding(text, claim, "does not hold")
-    best = min(accurate, key=lambda tally: tally.experts)
-    saved = 1 - best.experts / results.vanilla.experts
-    low, high = best.accuracy_share().interval
+        text = f"No DES policy in this run keeps {MIN_RELATIVE_ACCURACY:.0%} of vanilla's accuracy."
+        return judge(text, claim, False)
+    best = min(accurate, key=lambda result: result.experts)
+    saved, (low, high) = 1 - best.experts / vanilla.experts, best.interval
     text = (
-        f"The smallest DES policy that keeps {MIN_RELATIVE_ACCURACY:.0%} of vanilla's accuracy is {best.name}: "
-        f"{best.accuracy:.1%} right ({low:.1%} to {high:.1%}) with {best.experts:.1f} experts, "
-        f"{saved:.0%} fewer than vanilla's {results.vanilla.experts:.1f}."
+        f"The smallest DES policy that keeps {MIN_RELATIVE_ACCURACY:.0%} of vanilla's accuracy is "
+        f"{best.name}: {best.accuracy:.1%} ({low:.1%} to {high:.1%}) with {best.experts:.1f} "
+        f"experts, {saved:.0%} fewer than vanilla's {vanilla.experts:.1f}."
     )
-    return Finding(text, claim, "holds" if saved > MIN_EXPERT_REDUCTION else "does not hold")
+    return judge(text, claim, saved > MIN_EXPERT_REDUCTION)
 
 
 def guarded_sentence(results: VariantResults) -> str:
-    """Not a claim of the paper: who votes, and what is kept, at the same sizes."""
     by_policy = {result.policy: result for result in results.groups[DES_VOTE]}
-    pairs = [(by_policy[t.policy.partition(",")[0]], t) for t in results.groups[GUARDED]]
-    largest = max(compare_pairs(pairs), key=lambda duel: duel.change.difference)
+    pairs = [(by_policy[r.policy.partition(",")[0]], r) for r in results.groups[GUARDED]]
+    largest = max(compare_pairs(pairs), key=lambda comparison: comparison.change.difference)
     return (
-        "Beyond the paper: letting only words vote (not the fill after the end of the text) and "
-        f"keeping every token's best expert changes most where {comparison_sentence(largest)}"
+        "Not in the paper: the guarded vote counts only answer tokens (not the fill after the "
+        "end-of-text token) and protects each token's best expert. Its largest gain: "
+        f"{comparison_sentence(largest)}"
     )
 
 
 def pareto_sentence(results: VariantResults) -> str:
-    front = pareto_front(
-        [results.vanilla, *(t for group in results.groups.values() for t in group)]
-    )
-    text = ", ".join(f"{t.name} ({t.experts:.0f}, {t.accuracy:.1%})" for t in front)
-    return f"Nobody beats these with as few experts (experts, right): {text}."
+    front = pareto_front(results.all, lambda result: (result.experts, result.accuracy))
+    text = ", ".join(f"{r.name} ({r.experts:.0f}, {r.accuracy:.1%})" for r in front)
+    return f"The Pareto front (experts, accuracy): {text}."
 
 
 def accuracy_tables(results: VariantResults) -> list[Table]:
     comparisons = compare_pairs(results.pairs)
-    return (
-        [comparison_table(comparisons, "DES-Vote against others at equal experts.")]
-        if comparisons
-        else []
-    )
+    caption = "DES-Vote against other policies at equal experts."
+    return [comparison_table(comparisons, caption)] if comparisons else []
 
 
 def size_findings(results: VariantResults) -> list[Finding | str]:
-    """How far the coreset can shrink."""
+    """How small the coreset can be."""
     votes, vanilla = results.groups[DES_VOTE], results.vanilla
-    by_name = {
-        comparison.second.name: comparison
-        for comparison in compare_pairs([(vanilla, vote) for vote in votes])
-    }
-    indistinguishable = [vote for vote in votes if by_name[vote.name].sign == 0]
-    smallest = min(indistinguishable, key=lambda vote: vote.experts, default=None)
-    small = next((vote for vote in votes if "beta=0.15" in vote.name), None)
-    findings: list[Finding | str] = []
     if not vanilla.accuracy:
-        return ["Vanilla itself answers nothing right: there is no accuracy to keep."]
+        return [NO_ACCURACY]
+    comparisons = {c.second.name: c for c in compare_pairs([(vanilla, vote) for vote in votes])}
+    findings: list[Finding | str] = []
+    small = next((vote for vote in votes if "beta=0.15" in vote.name), None)
     if small is not None:
         relative = small.accuracy / vanilla.accuracy
-        findings.append(
-            Finding(
-                f"{comparison_sentence(by_name[small.name])} It keeps {relative:.1%} of vanilla's accuracy.",
-                "A coreset of 15 % of the experts keeps nearly all accuracy (the paper's setting "
-                "for 256 experts).",
-                "holds" if relative >= MIN_RELATIVE_ACCURACY else "does not hold",
-            )
+        text = (
+            f"{comparison_sentence(comparisons[small.name])} It keeps {relative:.1%} of vanilla's "
+            "accuracy."
         )
+        claim = (
+            "A coreset of 15 % of the experts keeps nearly all accuracy (the paper's setting for "
+            "256 experts)."
+        )
+        findings.append(judge(text, claim, relative >= MIN_RELATIVE_ACCURACY))
+    similar = [vote for vote in votes if comparisons[vote.name].sign == 0]
+    smallest = min(similar, key=lambda vote: vote.experts, default=None)
     if smallest is None:
-        return [*findings, "Every size that was run is below vanilla, beyond the interval."]
+        return [*findings, "Every size in this run is significantly less accurate than vanilla."]
     return [
         *findings,
-        f"The smallest coreset that cannot be told from vanilla is {smallest.name}: "
-        f"{smallest.accuracy:.1%} right against {vanilla.accuracy:.1%}.",
+        f"The smallest coreset without a significant difference to vanilla is {smallest.name}: an "
+        f"accuracy of {smallest.accuracy:.1%} against {vanilla.accuracy:.1%}.",
     ]
 
 
 ACCURACY = PolicyComparison(
     name="accuracy",
     title="Accuracy against experts (Fig. 1c)",
-    question="What does each way of touching fewer experts cost in right answers?",
-    caption="Right answers against unique experts, with 95 % Wilson intervals; each marker is one "
+    question="How much accuracy does each way to use fewer experts cost?",
+    caption="Accuracy against unique experts, with 95 % Wilson intervals; each marker is one "
     "policy at one size. Dotted: vanilla's accuracy, and the Pareto front over all policies. "
-    "Guarded: only words vote, not the fill after the end of the text, and every voter's best "
-    "expert is kept.",
+    "Guarded: only answer tokens vote (not the fill after the end-of-text token), and every "
+    "voter's best expert is protected.",
     figures={
         "accuracy": (),
         "accuracy-few": (DES_VOTE, DES_SEQ, TOP_K, RANDOM, GUARDED, PROPORTIONAL),
@@ -216,9 +198,9 @@ ACCURACY = PolicyComparison(
 CORESET_SIZE = PolicyComparison(
     name="coreset-size",
     title="The size of the coreset (Fig. 7a)",
-    question="How small can the elected set become before answers go wrong?",
-    caption="Right answers of DES-Vote and of a random coreset as the coreset grows, with 95 % "
-    "Wilson intervals.",
+    question="How small can the coreset be before accuracy drops?",
+    caption="Accuracy of DES-Vote and of a random coreset against the size of the coreset, with "
+    "95 % Wilson intervals.",
     groups=lambda _: {
         DES_VOTE: beta_variants("des-vote", ALL_BETAS),
         RANDOM: beta_variants("random", MAIN_BETAS),

@@ -1,4 +1,4 @@
-"""A task that remembers its grades: policies often write the same, and code is slow to run."""
+"""A task with cached grades: policies often give the same output, and code is slow to run."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from coterie.lab.evals.task import Grade, Item, Task
 
 @dataclass(frozen=True)
 class CachedGradesTask:
-    """Another task, which is asked once for the grade of the same output of the same item."""
+    """A task that grades the same output of the same item once."""
 
     task: Task
     grades: dict[tuple[str, str], Grade] = field(default_factory=dict)

@@ -1,15 +1,16 @@
-"""What a chapter works with: a model, its questions, one size of effort, and the accuracy runs."""
+"""The context of an experiment: a model, tasks, sample sizes, records and accuracy runs."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from itertools import chain, zip_longest
 from pathlib import Path
+from typing import Any
 
 from coterie.engine.engine import Engine
-from coterie.errors import CoterieError
+from coterie.errors import TaskError
 from coterie.lab.evals.run import Answer, EvalResult, Variant, run_eval
 from coterie.lab.evals.task import Task
 
@@ -18,11 +19,12 @@ BATCH_SIZE = 64  # decoded together in accuracy runs
 
 @dataclass(frozen=True)
 class StudyContext:
-    """One study of one model. ``items`` is n for each policy over all tasks; ``prompts`` how many
-    questions the chapters look at that watch single forwards.
+    """One study of one model.
 
-    ``answers`` is where accuracy runs keep theirs (None: in ``folder``). ``read`` gathers what
-    ``record`` gave to the chapter at work: its own record is made again when one of these is.
+    ``num_problems`` counts the problems per policy over all tasks; ``num_prompts`` counts the
+    prompts of experiments that observe single forwards. ``answers`` is the folder of the answers
+    (default: below ``folder``). ``used_records`` collects the records that the experiment has
+    read; its own record is measured again when one of them changes.
     """
 
     engine: Engine
@@ -31,24 +33,20 @@ class StudyContext:
     num_problems: int
     num_prompts: int
     seed: int
-    on_progress: Callable[
-        [float, str], None
-    ]  # share of the chapter done (0 .. 1), what is being done
+    on_progress: Callable[[float, str], None]  # share of the experiment done (0 .. 1), activity
     answers: Path | None = None
-    used_records: dict[str, str] = field(
-        default_factory=dict
-    )  # chapter -> when its record was made
+    used_records: dict[str, str] = field(default_factory=dict)  # experiment -> record's time
 
     def questions(self) -> list[str]:
-        """The first ``prompts`` questions, the tasks taking turns."""
+        """The first ``num_prompts`` prompts, alternating between tasks."""
         prompts_by_task = [
             [task.prompt(i) for i in task.items()[: self.num_prompts]] for task in self.tasks
         ]
         interleaved = chain.from_iterable(zip_longest(*prompts_by_task))
         return [prompt for prompt in interleaved if prompt is not None][: self.num_prompts]
 
-    def record(self, experiment: str) -> Mapping[str, object] | None:
-        """The facts that another chapter has left, None where it has not run yet."""
+    def record(self, experiment: str) -> Any:
+        """The facts of another experiment's record as JSON, None where it has not run."""
         path = self.folder / "records" / f"{experiment}.json"
         if not path.is_file():
             return None
@@ -56,13 +54,20 @@ class StudyContext:
         self.used_records[experiment] = content["when"]
         return content["facts"]
 
+    def needed_record(self, experiment: str) -> Any:
+        """As ``record``; raises TaskError where there is none."""
+        facts = self.record(experiment)
+        if facts is None:
+            raise TaskError(f"the record of `{experiment}` is missing; run both experiments")
+        return facts
+
     def evaluate(
         self, variants: Sequence[Variant], progress_span: tuple[float, float] = (0.0, 1.0)
     ) -> list[EvalResult]:
-        """What every arm makes of ``items`` questions, the tasks in equal shares; in their order.
+        """The result of every variant on ``num_problems`` problems, equally many of each task.
 
-        Answers are kept in the study's folder and shared by all chapters: an arm is run once.
-        ``part``: the share of the chapter before and after this, for the bar.
+        All experiments share the stored answers, so a variant is run once. ``progress_span`` are
+        the shares of the experiment done before and after this call.
         """
         per_task = -(-self.num_problems // len(self.tasks))
         total = len(variants) * sum(min(per_task, len(task.items())) for task in self.tasks)
@@ -72,9 +77,8 @@ class StudyContext:
             nonlocal num_answered
             num_answered += 1
             first, last = progress_span
-            self.on_progress(
-                first + (last - first) * min(1.0, num_answered / total), answer.variant
-            )
+            share = min(1.0, num_answered / total)
+            self.on_progress(first + (last - first) * share, answer.variant)
 
         eval_results = run_eval(
             self.engine,
@@ -87,7 +91,7 @@ class StudyContext:
         )
         for eval_result in eval_results:
             if eval_result.num_failed == len(eval_result.answers):
-                raise CoterieError(
-                    f"{eval_result.policy}: no item got an answer: {eval_result.answers[0].error}"
+                raise TaskError(
+                    f"{eval_result.policy}: every item failed: {eval_result.answers[0].error}"
                 )
         return eval_results

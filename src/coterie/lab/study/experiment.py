@@ -1,22 +1,22 @@
-"""A chapter of the study: measured once, kept as a record, drawn and told as often as wanted."""
+"""The parts of an experiment: a record, and the drawings, tables and findings rendered from it."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol, TypeVar
 
 from matplotlib.figure import Figure
 
 from coterie.lab.study.context import StudyContext
 
-ExperimentData = Mapping[str, object]  # JSON values, as they come back from the record
-Verdict = Literal["holds", "does not hold", "cannot be told here"]
+Verdict = Literal["holds", "does not hold", "inconclusive"]
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
 class Drawing:
-    """One figure. ``draw`` makes it anew under the style that is in force (light or dark)."""
+    """One figure. ``draw`` renders it in the colour scheme in force (light or dark)."""
 
     name: str  # the file's, such as "explosion"
     caption: str
@@ -25,7 +25,7 @@ class Drawing:
 
 @dataclass(frozen=True)
 class Table:
-    """Rows of text under their heads; ``numbers`` are the columns that stand flush right."""
+    """Rows of text under column heads; ``numbers`` are the right-aligned columns."""
 
     heads: Sequence[str]
     rows: Sequence[Sequence[str]]
@@ -35,7 +35,7 @@ class Table:
 
 @dataclass(frozen=True)
 class Finding:
-    """What was found, beside the paper's ``claim`` where it makes one, which then has a verdict."""
+    """A result in prose. A ``claim`` of the paper that it tests comes with a verdict."""
 
     text: str
     claim: str = ""
@@ -43,32 +43,83 @@ class Finding:
 
 
 class Experiment(Protocol):
-    """One question of the study. Everything but ``measure`` works from the record alone."""
+    """One question of the study. All methods but ``measure`` work from the record alone.
+
+    ``record`` is the JSON value that ``measure`` returned; each experiment declares its shape.
+    """
 
     @property
     def name(self) -> str:
-        """Of the record's file and the report's anchor: "explosion"."""
+        """Name of the record's file and of the report's anchor: "explosion"."""
         ...
 
     @property
     def title(self) -> str:
-        """With the paper's place: "The expert explosion (Fig. 1a)"."""
+        """Title with the place in the paper: "The expert explosion (Fig. 1a)"."""
         ...
 
     @property
     def question(self) -> str:
-        """What the chapter asks, in a sentence for somebody who has not read the paper."""
+        """The experiment's question, in a sentence for readers without knowledge of the paper."""
         ...
 
-    def measure(self, context: StudyContext) -> ExperimentData:
-        """Runs what must be run; ``lab.tell(share done, doing)`` moves the bar."""
+    def measure(self, context: StudyContext) -> Mapping[str, object]:
+        """Run the measurements; ``context.on_progress(share, activity)`` reports progress."""
         ...
 
-    def drawings(self, data: ExperimentData) -> Sequence[Drawing]: ...
+    def drawings(self, record: Any) -> Sequence[Drawing]: ...
 
-    def tables(self, data: ExperimentData) -> Sequence[Table]: ...
+    def tables(self, record: Any) -> Sequence[Table]: ...
 
-    def findings(self, data: ExperimentData) -> Sequence[Finding | str]:
-        """Sentences that say what was found, with the paper's claim beside it: numbers come from
-        ``facts``, and so does whether the claim holds."""
+    def findings(self, record: Any) -> Sequence[Finding | str]:
+        """Results in prose; numbers and verdicts are computed from the record."""
         ...
+
+
+def judge(text: str, claim: str, holds: bool | None) -> Finding:
+    """A finding on a claim; ``holds`` is None where the evidence is inconclusive."""
+    verdicts: Mapping[bool | None, Verdict] = {True: "holds", False: "does not hold"}
+    return Finding(text, claim, verdicts.get(holds, "inconclusive"))
+
+
+def make_table(
+    caption: str,
+    rows: Sequence[T],
+    columns: Mapping[str, str | Callable[[T], str]],
+    *,
+    text_columns: int = 1,
+) -> Table:
+    """One row per item. A column is a function of the item, or a template for ``str.format``.
+
+    A template names the keys of a mapping (``{experts:.1f}``) or the attributes of an object
+    (``{0.experts:.1f}``). The columns after the first ``text_columns`` are right-aligned.
+    """
+
+    def cell(column: str | Callable[[T], str], item: T) -> str:
+        if isinstance(column, str):
+            return column.format(item, **(item if isinstance(item, Mapping) else {}))
+        return column(item)
+
+    cells = [[cell(column, item) for column in columns.values()] for item in rows]
+    return Table(list(columns), cells, caption, range(text_columns, len(columns)))
+
+
+def format_p(p: float, *, bare: bool = False) -> str:
+    """A p value with three digits: "p 0.042", or "0.042" when ``bare``."""
+    if p < 0.001:
+        return "< 0.001" if bare else "p < 0.001"
+    return f"{p:.3f}" if bare else f"p {p:.3f}"
+
+
+def format_interval(value: float, interval: Sequence[float], spec: str) -> str:
+    """A value with its interval: "0.71 (0.68 to 0.75)"."""
+    low, high = interval
+    return f"{value:{spec}} ({low:{spec}} to {high:{spec}})"
+
+
+def format_bytes(size: float) -> str:
+    """Bytes with a decimal unit: 393216 -> "393 KB"."""
+    units, unit = ("B", "KB", "MB", "GB"), 0
+    while size >= 1000 and unit < len(units) - 1:
+        size, unit = size / 1000, unit + 1
+    return f"{size:.{0 if size >= 100 else 1}f} {units[unit]}"

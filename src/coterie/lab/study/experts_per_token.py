@@ -1,5 +1,4 @@
-"""K = 8 against K = 4 at the same coreset (Fig. 8): is it the set that counts, or how many each
-token takes of it?"""
+"""K = 8 against K = 4 at the same coreset (Fig. 8): the effect of experts per token."""
 
 from __future__ import annotations
 
@@ -10,11 +9,11 @@ from statistics import fmean
 from torch import Tensor
 
 from coterie.lab.evals.generation import EvalRequest, GenerationOutcome, generate_outcomes
+from coterie.lab.study.comparison import draw_comparison, variant_table
 from coterie.lab.study.context import BATCH_SIZE, StudyContext
-from coterie.lab.study.curves import draw_comparison, variant_table
-from coterie.lab.study.experiment import Drawing, ExperimentData, Finding, Table
+from coterie.lab.study.experiment import Drawing, Finding, Table
 from coterie.lab.study.paired import claim_finding, compare_pairs
-from coterie.lab.study.results import VariantResult, VariantResults
+from coterie.lab.study.results import VariantResult, VariantResults, VariantsRecord
 from coterie.lab.study.variants import MAIN_BETAS, beta_variants, run_comparison
 from coterie.routing import DesVote
 from coterie.routing.router import select_topk
@@ -23,9 +22,16 @@ from coterie.values import Policy, Scores, expert_mask
 FULL_K_LABEL = "all of a token's experts"
 
 
+class HalfKRecord(VariantsRecord):
+    """``narrow`` are the names of the results with ``half`` of the model's K."""
+
+    half: int
+    narrow: list[str]
+
+
 @dataclass(frozen=True)
 class LimitTopK:
-    """Another policy's coreset, of which every token takes its best ``k`` only."""
+    """The coreset of another policy, of which every token uses its best ``k`` experts only."""
 
     policy: Policy
     k: int
@@ -42,68 +48,63 @@ class ExpertsPerTokenExperiment:
     name: str = "experts-per-token"
     title: str = "K = 8 against K = 4 at the same coreset (Fig. 8)"
     question: str = (
-        "Experts in the coreset cost no further traffic, so a token may use as many as the model "
-        "was trained with. Would half of them do?"
+        "Experts of the coreset are loaded in any case, so a token may use as many of them as the "
+        "model was trained with. Are half of them enough?"
     )
 
-    def measure(self, context: StudyContext) -> ExperimentData:
+    def measure(self, context: StudyContext) -> HalfKRecord:
         half = max(1, context.engine.model.spec.router.k // 2)
         full_k_variants = beta_variants("des-vote")
-        variant_results = []
+        half_k_results = []
         for index, (variant, beta) in enumerate(zip(full_k_variants, MAIN_BETAS, strict=True)):
             name = f"{variant.name} K={half}"
             context.on_progress(index / (len(MAIN_BETAS) + 1), name)
-            variant_results.append(
+            half_k_results.append(
                 evaluate_policy(context, LimitTopK(DesVote(beta), half), name, variant.policy)
             )
-        data = dict(run_comparison(context, {FULL_K_LABEL: full_k_variants}, extra=variant_results))
-        return {**data, "half": half, "narrow": [result.name for result in variant_results]}
+        record = run_comparison(context, {FULL_K_LABEL: full_k_variants}, extra=half_k_results)
+        return HalfKRecord(**record, half=half, narrow=[result.name for result in half_k_results])
 
-    def drawings(self, data: ExperimentData) -> Sequence[Drawing]:
-        results = _results_with_half_k(data)
+    def drawings(self, record: HalfKRecord) -> Sequence[Drawing]:
+        results = _results_with_half_k(record)
         caption = (
-            "Right answers of DES-Vote where a token uses as many experts of the coreset as the "
-            "model was trained with, and half as many."
+            "Accuracy of DES-Vote where a token uses as many experts of the coreset as the model "
+            "was trained with, and half as many."
         )
-        return [Drawing(self.name, caption, lambda: draw_comparison(results, looks="place"))]
+        return [Drawing(self.name, caption, lambda: draw_comparison(results, color_by="place"))]
 
-    def tables(self, data: ExperimentData) -> Sequence[Table]:
-        results = _results_with_half_k(data)
+    def tables(self, record: HalfKRecord) -> Sequence[Table]:
         caption = (
-            "The coreset is the same on the same block; experts are those touched, which are fewer "
-            "where tokens take fewer. Forwards are per block."
+            "The coreset is the same on the same block. The experts are those in use, which are "
+            "fewer where tokens use fewer. Forwards are per block."
         )
-        return [variant_table(results.groups, results.vanilla, caption)]
+        return [variant_table(_results_with_half_k(record), caption)]
 
-    def findings(self, data: ExperimentData) -> Sequence[Finding | str]:
-        results = _results_with_half_k(data)
-        half_k, full_k = (results.groups[label] for label in (_half_k_label(data), FULL_K_LABEL))
+    def findings(self, record: HalfKRecord) -> Sequence[Finding | str]:
+        results = _results_with_half_k(record)
+        half_k, full_k = (results.groups[label] for label in (_half_k_label(record), FULL_K_LABEL))
+        half, k = f"K = {record['half']}", f"K = {results.k}"
+        claim = (
+            f"At the same coreset, {k} is more accurate than {half}: a token should use the "
+            "experts that are loaded."
+        )
         comparisons = compare_pairs(zip(half_k, full_k, strict=True))
-        half, k = f"K = {data['half']}", f"K = {results.k}"
-        return [
-            claim_finding(
-                f"At the same coreset, {k} is more accurate than {half}: experts already loaded "
-                "should be used.",
-                comparisons, second=k, first=half, condition="at the same coreset",
-            )
-        ]  # fmt: skip
+        condition = "at the same coreset"
+        return [claim_finding(claim, comparisons, second=k, first=half, condition=condition)]
 
 
 def evaluate_policy(
     context: StudyContext, policy: Policy, name: str, policy_spec: str
 ) -> VariantResult:
-    """A tally under a policy that has no spelling; its answers are not kept."""
+    """The result of a policy object that has no spelling. Its answers are not stored."""
     per_task = -(-context.num_problems // len(context.tasks))
     questions = [
         EvalRequest(task, item, context.engine.generation.replace(**task.generation()))
         for task in context.tasks
         for item in task.items()[:per_task]
     ]
-    finished = [
-        o
-        for batch in generate_outcomes(context.engine, questions, policy, batch_size=BATCH_SIZE)
-        for o in batch
-    ]
+    batches = generate_outcomes(context.engine, questions, policy, batch_size=BATCH_SIZE)
+    finished = [outcome for batch in batches for outcome in batch]
     by_question = {(o.request.task.name, o.request.item.id): o for o in finished}
     in_order = [by_question[question.task.name, question.item.id] for question in questions]
     results = [outcome.result for outcome in in_order if outcome.result is not None]
@@ -124,23 +125,21 @@ def evaluate_policy(
     )
 
 
-def _grade_digits(ordered: Sequence[GenerationOutcome]) -> dict[str, str]:
-    """Task -> "0110", as a tally has it."""
-    digits: dict[str, list[str]] = {}
-    for outcome in ordered:
+def _grade_digits(outcomes: Sequence[GenerationOutcome]) -> dict[str, str]:
+    """Task -> "0110", one digit per item."""
+    digits: dict[str, str] = {}
+    for outcome in outcomes:
         task, item, result = outcome.request.task, outcome.request.item, outcome.result
-        right = result is not None and task.grade(result.text, item).correct
-        digits.setdefault(task.name, []).append(str(int(right)))
-    return {task: "".join(digits_of_task) for task, digits_of_task in digits.items()}
+        correct = result is not None and task.grade(result.text, item).correct
+        digits[task.name] = digits.get(task.name, "") + str(int(correct))
+    return digits
 
 
-def _half_k_label(data: ExperimentData) -> str:
-    return f"{data['half']} of them"
+def _half_k_label(record: HalfKRecord) -> str:
+    return f"{record['half']} of them"
 
 
-def _results_with_half_k(data: ExperimentData) -> VariantResults:
-    """The arms with the narrow ones as a group of their own."""
-    variants, names = VariantResults.from_data(data), data["narrow"]
-    assert isinstance(names, list)
-    groups = {**variants.groups, _half_k_label(data): [variants.by_name[name] for name in names]}
-    return replace(variants, groups=groups)
+def _results_with_half_k(record: HalfKRecord) -> VariantResults:
+    results = VariantResults.from_record(record, [FULL_K_LABEL])
+    half_k = [results.by_name[name] for name in record["narrow"]]
+    return replace(results, groups={**results.groups, _half_k_label(record): half_k})

@@ -1,33 +1,36 @@
-"""The expert explosion (Fig. 1a): how many experts a block asks for as it grows."""
+"""The expert explosion (Fig. 1a): how many experts a block uses as it grows."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import TypedDict, cast
+from typing import TypedDict
 
 import torch
 from matplotlib.figure import Figure
 from torch import Tensor
 
 from coterie.engine.observation import LayerObservation, observe_forwards
-from coterie.errors import CoterieError
-from coterie.lab.plotting import add_legend, foreground, new_axes, policy_colour, policy_style
+from coterie.errors import CoterieError, TaskError
+from coterie.lab.plotting import add_legend, new_axes, policy_colour
+from coterie.lab.study.charts import LineStyle, draw_guide, draw_series, line_chart, policy_series
 from coterie.lab.study.context import StudyContext
-from coterie.lab.study.experiment import Drawing, ExperimentData, Finding, Table
+from coterie.lab.study.experiment import Drawing, Finding, Table, judge, make_table
 from coterie.telemetry import routing_stats
 
 BLOCK_SIZES = (8, 16, 24, 32, 48, 64)
 VANILLA = "vanilla"
 POLICIES = (VANILLA, "des-seq:k=3", "des-vote:beta=0.3", "des-vote:beta=0.15")
-STEPS = 32  # of the slow decoding that passes every count of masks
-DASHES = ("-", (0, (1, 1.5)), (0, (4, 1.5)), (0, (6, 1.5, 1, 1.5)))
+STEPS = 32  # forwards per block in slow decoding, which passes every number of masks
+DASHES: Sequence[LineStyle] = ("-", (0, (1, 1.5)), (0, (4, 1.5)), (0, (6, 1.5, 1, 1.5)))
 
 
 class BlockSizePoint(TypedDict):
-    """Unique experts of the forwards at one block size: quartiles over forwards of the mean over
-    layers, and each layer's mean over forwards."""
+    """Unique experts at one block size: mean and quartiles over forwards of the mean over layers.
+
+    ``layers`` are the means of each layer over forwards.
+    """
 
     block: int
     forwards: int
@@ -38,7 +41,7 @@ class BlockSizePoint(TypedDict):
 
 
 class ExplosionCurve(TypedDict):
-    """One policy; ``budget`` is the size of its coreset where it has a fixed one."""
+    """One policy; ``budget`` is the size of its coreset where that is fixed."""
 
     policy: str
     budget: int | None
@@ -46,7 +49,7 @@ class ExplosionCurve(TypedDict):
 
 
 class MaskedCount(TypedDict):
-    """Vanilla forwards of the usual block with about so many positions still masked."""
+    """Vanilla forwards of the usual block with about ``masked`` positions still masked."""
 
     masked: float
     forwards: int
@@ -54,7 +57,7 @@ class MaskedCount(TypedDict):
 
 
 class ExplosionRecord(TypedDict):
-    """``skipped`` says in sentences what could not be run."""
+    """``skipped`` explains block sizes that were not measured."""
 
     experts: int
     k: int
@@ -68,18 +71,18 @@ class ExplosionRecord(TypedDict):
 
 @dataclass(frozen=True)
 class ExplosionExperiment:
-    """Real prompts through the engine, block size by block size, every decoding forward counted."""
+    """Unique experts of every decoding forward on real prompts, by block size and policy."""
 
     name: str = "explosion"
     title: str = "The expert explosion (Fig. 1a)"
     question: str = (
-        "A block of words is computed together, and each word asks for its own experts. "
-        "How many different experts does the whole block ask for, as blocks grow?"
+        "A block of tokens is computed together, and each token selects its own experts. How many "
+        "different experts does the block use as it grows?"
     )
 
     blocks: Sequence[int] = BLOCK_SIZES
 
-    def measure(self, context: StudyContext) -> ExperimentData:
+    def measure(self, context: StudyContext) -> ExplosionRecord:
         prompts = context.questions()
         curves: dict[str, list[BlockSizePoint]] = {policy: [] for policy in POLICIES}
         skipped: dict[int, str] = {}
@@ -91,22 +94,17 @@ class ExplosionExperiment:
             try:
                 counts = _count_experts(context, prompts, policy, block=block)
             except CoterieError as error:
-                skipped[block] = f"Blocks of {block} were left out: {error}."
+                skipped[block] = f"Blocks of {block} are not measured: {error}."
                 continue
             curves[policy].append(summarize_block_size(block, counts.per_layer))
-        context.on_progress(len(runs) / (len(runs) + 1), "one word at a time")
-        spec, default_block = context.engine.model.spec, context.engine.generation.block
-        slow = _count_experts(
-            context,
-            prompts[: -(-len(prompts) // 2)],
-            VANILLA,
-            block=default_block,
-            unmask=f"fixed:steps={STEPS}",
-        )
-        record = ExplosionRecord(
+        context.on_progress(len(runs) / (len(runs) + 1), "slow decoding")
+        spec, block = context.engine.model.spec, context.engine.generation.block
+        half, unmask = prompts[: -(-len(prompts) // 2)], f"fixed:steps={STEPS}"
+        slow = _count_experts(context, half, VANILLA, block=block, unmask=unmask)
+        return ExplosionRecord(
             experts=spec.router.experts,
             k=spec.router.k,
-            usual=default_block,
+            usual=block,
             prompts=len(prompts),
             layers=list(spec.moe_layers),
             curves=[
@@ -115,80 +113,78 @@ class ExplosionExperiment:
                 )
                 for policy, points in curves.items()
             ],
-            masked=bin_by_masked(slow.masked, slow.mean, default_block),
+            masked=bin_by_masked(slow.masked, slow.mean, block),
             skipped=list(skipped.values()),
         )
-        return cast("ExperimentData", record)
 
-    def drawings(self, data: ExperimentData) -> Sequence[Drawing]:
-        record = cast("ExplosionRecord", data)
+    def drawings(self, record: ExplosionRecord) -> Sequence[Drawing]:
+        bins, y = record["masked"], f"unique experts of {record['experts']}"
+        masked_series = policy_series(
+            VANILLA, [entry["masked"] for entry in bins], [entry["mean"] for entry in bins]
+        )
+        xlim, ylim = (record["usual"] + 1, 0), (0, record["experts"])
         return [
             Drawing(
                 self.name,
                 "Unique experts of a decoding forward against block size, mean over layers and "
-                "forwards; the band spans the layers under vanilla. Broken above: what routing by "
-                "lot would touch.",
+                "forwards. The band covers the layers under vanilla. Dashed, at the top: uniform "
+                "random routing.",
                 lambda: _draw_blocks(record),
             ),
             Drawing(
                 f"{self.name}-masked",
-                f"The same under vanilla for blocks of {record['usual']}, against the positions "
-                "still masked, decoding one word at a time.",
-                lambda: _draw_masked(record),
+                f"Unique experts under vanilla for blocks of {record['usual']}, against the number "
+                "of positions still masked, in slow decoding.",
+                lambda: line_chart(
+                    [masked_series], "positions still masked", y, xlim=xlim, ylim=ylim
+                ),
             ),
         ]
 
-    def tables(self, data: ExperimentData) -> Sequence[Table]:
-        record = cast("ExplosionRecord", data)
+    def tables(self, record: ExplosionRecord) -> Sequence[Table]:
+        experts, k = record["experts"], record["k"]
         blocks = [point["block"] for point in record["curves"][0]["points"]]
         rows = [
-            [curve["policy"], *(f"{point['mean']:.1f}" for point in curve["points"])]
-            for curve in record["curves"]
+            *([c["policy"], *(f"{p['mean']:.1f}" for p in c["points"])] for c in record["curves"]),
+            ["random routing", *(f"{expected_uniform(experts, k, block):.1f}" for block in blocks)],
         ]
-        random_row = [
-            f"{expected_uniform(record['experts'], record['k'], block):.1f}" for block in blocks
-        ]
-        return [
-            Table(
-                heads=["policy", *(f"block {block}" for block in blocks)],
-                rows=[*rows, ["by lot", *random_row]],
-                caption=f"Unique experts of {record['experts']}, mean over layers and forwards; "
-                f"{record['prompts']} prompts. Each token takes {record['k']}.",
-                numbers=list(range(1, len(blocks) + 1)),
-            )
-        ]
+        caption = (
+            f"Unique experts of {experts}, mean over layers and forwards; {record['prompts']} "
+            f"prompts. Each token uses {k}."
+        )
+        heads = ["policy", *(f"block {block}" for block in blocks)]
+        return [make_table(caption, rows, {h: f"{{0[{i}]}}" for i, h in enumerate(heads)})]
 
-    def findings(self, data: ExperimentData) -> Sequence[Finding | str]:
-        record = cast("ExplosionRecord", data)
-        voted = [curve for curve in record["curves"] if curve["budget"] is not None]
+    def findings(self, record: ExplosionRecord) -> Sequence[Finding | str]:
+        elected = [curve for curve in record["curves"] if curve["budget"] is not None]
         return [
             _growth_finding(record),
             _skew_finding(record),
-            *map(_flatness_finding, voted),
+            *map(_flatness_finding, elected),
             *record["skipped"],
         ]
 
 
 @dataclass(frozen=True)
 class UniqueExpertCounts:
-    """Unique experts row by row, forward by forward."""
+    """Unique experts of every row and forward."""
 
     per_layer: Mapping[int, Tensor]  # layer -> [rows and forwards]
     masked: Tensor  # [rows and forwards], positions still masked
 
     @property
     def mean(self) -> Tensor:
-        """Over layers, [rows and forwards]."""
+        """The mean over layers, [rows and forwards]."""
         return torch.stack(list(self.per_layer.values())).mean(dim=0)
 
 
 def expected_uniform(experts: int, k: int, tokens: float) -> float:
-    """Unique experts if every token drew its own by lot: M (1 - (1 - K/M)^N)."""
+    """Expected unique experts under uniform random routing: M (1 - (1 - K/M)^N)."""
     return experts * (1 - (1 - k / experts) ** tokens)
 
 
 def coreset_budget(policy: str, experts: int) -> int | None:
-    """Of the DES-Vote policies in ``POLICIES``: the experts of a coreset."""
+    """The coreset size of the DES-Vote policies in ``POLICIES``; None for the other policies."""
     family, _, beta = policy.partition(":beta=")
     return int(float(beta) * experts + 1e-9) if family == "des-vote" else None
 
@@ -208,20 +204,18 @@ def summarize_block_size(block: int, per_layer: Mapping[int, Tensor]) -> BlockSi
 
 
 def bin_by_masked(masked: Tensor, mean: Tensor, block: int, bins: int = 8) -> list[MaskedCount]:
-    """Means over forwards with nearly as many masks, an eighth of a block together."""
+    """Means over forwards with similar numbers of masks; a bin is an eighth of a block."""
     bin_index = ((masked.double() - 1) * bins / block).floor().clamp(0, bins - 1)
-    entries = []
-    for number in range(bins):
-        in_bin = bin_index == number
-        if bool(in_bin.any()):
-            entries.append(
-                MaskedCount(
-                    masked=float(masked[in_bin].double().mean()),
-                    forwards=int(in_bin.sum()),
-                    mean=float(mean[in_bin].double().mean()),
-                )
-            )
-    return entries
+    selections = [bin_index == index for index in range(bins)]
+    return [
+        MaskedCount(
+            masked=float(masked[in_bin].double().mean()),
+            forwards=int(in_bin.sum()),
+            mean=float(mean[in_bin].double().mean()),
+        )
+        for in_bin in selections
+        if bool(in_bin.any())
+    ]
 
 
 def _count_experts(
@@ -232,106 +226,79 @@ def _count_experts(
     block: int,
     unmask: str | None = None,
 ) -> UniqueExpertCounts:
-    """What every decoding forward of these prompts used."""
-    unmask = unmask or context.engine.generation.unmask
-    per_layer: dict[int, list[Tensor]] = {
-        layer: [] for layer in context.engine.model.spec.moe_layers
-    }
+    """Unique experts of every decoding forward of these prompts."""
+    layers = context.engine.model.spec.moe_layers
+    per_layer: dict[int, list[Tensor]] = {layer: [] for layer in layers}
     masked: list[Tensor] = []
 
     def on_layer(observation: LayerObservation) -> None:
-        per_layer[observation.layer].append(
-            routing_stats(observation.scores, observation.routing)[:, 0].cpu()
-        )
+        stats = routing_stats(observation.scores, observation.routing)
+        per_layer[observation.layer].append(stats[:, 0].cpu())
         progress = observation.scores.progress
-        if (
-            observation.layer == min(per_layer)
-            and progress is not None
-            and progress.masked is not None
-        ):
+        is_first = observation.layer == min(layers)
+        if is_first and progress is not None and progress.masked is not None:
             masked.append(progress.masked.sum(dim=1).cpu())
 
+    unmask = unmask or context.engine.generation.unmask
     observe_forwards(context.engine, prompts, on_layer, policy=policy, block=block, unmask=unmask)
     if not masked:
-        raise CoterieError("no decoding forward was made")
-    return UniqueExpertCounts(
-        {layer: torch.cat(counts) for layer, counts in per_layer.items()}, torch.cat(masked)
-    )
+        raise TaskError("no decoding forward was made")
+    counts = {layer: torch.cat(stats) for layer, stats in per_layer.items()}
+    return UniqueExpertCounts(counts, torch.cat(masked))
 
 
 def _draw_blocks(record: ExplosionRecord) -> Figure:
     figure, ax = new_axes("block size (positions)", f"unique experts of {record['experts']}")
     sizes = [point["block"] for point in record["curves"][0]["points"]]
     span = range(1, sizes[-1] + 1)
-    expected = [expected_uniform(record["experts"], record["k"], tokens) for tokens in span]
-    ax.plot(span, expected, color=foreground(), linestyle="--", linewidth=1, label="by lot")
+    uniform = [expected_uniform(record["experts"], record["k"], tokens) for tokens in span]
+    draw_guide(ax, span, uniform, "random routing")
     for curve, dashes in zip(record["curves"], DASHES, strict=True):
         policy, points = curve["policy"], curve["points"]
         blocks = [point["block"] for point in points]
         if policy == VANILLA:
             lowest, highest = ([edge(p["layers"]) for p in points] for edge in (min, max))
-            ax.fill_between(
-                blocks, lowest, highest, color=policy_colour(policy), alpha=0.2, linewidth=0
-            )
-        ax.plot(
-            blocks,
-            [point["mean"] for point in points],
-            color=policy_colour(policy),
-            marker=policy_style(policy).marker,
-            linestyle=dashes,
-            label=policy,
-        )
+            colour = policy_colour(policy)
+            ax.fill_between(blocks, lowest, highest, color=colour, alpha=0.2, linewidth=0)
+        means = [point["mean"] for point in points]
+        draw_series(ax, policy_series(policy, blocks, means, line=dashes))
     ax.set(xticks=sizes, xlim=(4, sizes[-1] + 2), ylim=(0, record["experts"]))
     add_legend(ax)
-    return figure
-
-
-def _draw_masked(record: ExplosionRecord) -> Figure:
-    figure, ax = new_axes("positions still masked", f"unique experts of {record['experts']}")
-    bins = record["masked"]
-    ax.plot(
-        [entry["masked"] for entry in bins],
-        [entry["mean"] for entry in bins],
-        color=policy_colour(VANILLA),
-        marker=policy_style(VANILLA).marker,
-    )
-    ax.set(ylim=(0, record["experts"]), xlim=(record["usual"] + 1, 0))
     return figure
 
 
 def _growth_finding(record: ExplosionRecord) -> Finding:
     points = record["curves"][0]["points"]
     first, last = points[0], points[-1]
-    grows = all(a["mean"] < b["mean"] for a, b in pairwise(points)) and len(points) > 1
-    return Finding(
-        f"Under vanilla a forward touches {first['mean']:.0f} experts of {record['experts']} with "
+    return judge(
+        f"Under vanilla a forward uses {first['mean']:.0f} experts of {record['experts']} with "
         f"blocks of {first['block']} and {last['mean']:.0f} with blocks of {last['block']}, "
-        f"{last['mean'] / record['k']:.1f} times what one token uses.",
-        claim="The experts that a forward reads grow with the block, far past those of one token.",
-        verdict="holds" if grows else "does not hold",
+        f"{last['mean'] / record['k']:.1f} times the experts of one token.",
+        "The experts that a forward reads grow with the block, far beyond those of one token.",
+        all(a["mean"] < b["mean"] for a, b in pairwise(points)) and len(points) > 1,
     )
 
 
 def _skew_finding(record: ExplosionRecord) -> Finding:
+    experts, k = record["experts"], record["k"]
     points = record["curves"][0]["points"]
-    shares = [
-        p["mean"] / expected_uniform(record["experts"], record["k"], p["block"]) for p in points
-    ]
-    return Finding(
-        f"That is {min(shares):.0%} to {max(shares):.0%} of what routing by lot would touch: "
-        "words of one block want many of the same experts.",
-        claim="Real routing shares experts: fewer are touched than by lot (84 of 163 for 256).",
-        verdict="holds" if max(shares) < 1 else "does not hold",
+    shares = [point["mean"] / expected_uniform(experts, k, point["block"]) for point in points]
+    return judge(
+        f"That is {min(shares):.0%} to {max(shares):.0%} of the experts under uniform random "
+        "routing: the tokens of a block select many of the same experts.",
+        "Tokens share experts: a forward uses fewer than under uniform random routing (84 against "
+        "163 of 256).",
+        max(shares) < 1,
     )
 
 
 def _flatness_finding(curve: ExplosionCurve) -> Finding:
     points, coreset_size = curve["points"], curve["budget"] or 0
-    largest = max(point["high"] for point in points)
-    return Finding(
-        f"Under {curve['policy']} it touches {points[0]['mean']:.1f} with blocks of "
+    return judge(
+        f"Under {curve['policy']} a forward uses {points[0]['mean']:.1f} experts with blocks of "
         f"{points[0]['block']} and {points[-1]['mean']:.1f} with blocks of {points[-1]['block']}; "
-        f"the coreset holds {coreset_size}.",
-        claim="A voted coreset decouples what is read from how many tokens are decoded together.",
-        verdict="holds" if largest <= coreset_size else "does not hold",
+        f"the coreset has {coreset_size}.",
+        "With an elected coreset, the experts read do not depend on the number of tokens decoded "
+        "together.",
+        max(point["high"] for point in points) <= coreset_size,
     )

@@ -1,15 +1,16 @@
-"""How near policies stay to vanilla: the same inputs of the same layers, routed again by each.
+"""Fidelity of policies to vanilla: the inputs of the same layers, routed by each policy.
 
-Every number is a mean over looks; a look is one row in one layer in one decoding forward of
-vanilla. *Words* are the positions of the answer up to its end-of-text, without the prompt before
-and the fill behind; *open* ones are still masked. Intervals are bootstraps over prompts.
+Every number is a mean over observations; an observation is one row in one layer in one decoding
+forward of vanilla. In keys, ``word`` marks the tokens of the answer up to the end-of-text token,
+without the prompt before them and the fill after them; ``open`` marks those still masked.
+Intervals are bootstraps over prompts.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TypedDict, cast
+from typing import Literal, TypedDict, cast
 
 import numpy as np
 import torch
@@ -21,29 +22,43 @@ from coterie.engine.events import Result
 from coterie.engine.observation import LayerObservation, moe_output, observe_forwards
 from coterie.errors import CoterieError
 from coterie.lab.study.context import StudyContext
+from coterie.lab.study.experiment import Table, format_interval, make_table
 from coterie.routing import needs_importance, parse_policy, route
 from coterie.telemetry import routing_stats
 from coterie.values import Routing, expert_mask
 
 FloatArray = NDArray[np.float64]  # [.., columns]
-ProgressCallback = Callable[[float], None]  # share of it done
+ProgressCallback = Callable[[float], None]  # the share done
+Metric = Literal[
+    "recall", "loss", "word_recall", "word_loss", "open_loss", "experts", "mass", "cosine"
+]
 
-MAX_LAYERS = 4  # of those that route, evenly spread: a large model's need not all be looked at
-MAX_FORWARDS = 24  # of a row, from its first
-SLOW_STEPS = 8  # forwards a block where steps are to be told apart: a sure model takes one or two
+MAX_LAYERS = 4  # MoE layers observed, evenly spread over a large model
+MAX_FORWARDS = 24  # forwards observed per row, from its first
+SLOW_STEPS = 8  # forwards per block in slow decoding; a confident model needs one or two
 BOOTSTRAP_DRAWS = 1000
 COLUMNS = (
     *("looks", "unique", "squared", "held", "votes", "hits", "choices", "loss", "cosine"),
     *("word_looks", "word_hits", "word_choices", "word_loss", "open_looks", "open_loss"),
 )
-COLUMN_INDEX = {name: place for place, name in enumerate(COLUMNS)}
+COLUMN_INDEX = {name: index for index, name in enumerate(COLUMNS)}
+METRIC_NAMES: Mapping[Metric, str] = {
+    "experts": "unique experts",
+    "mass": "votes kept",
+    "recall": "top-K recall",
+    "word_recall": "top-K recall, answer tokens",
+    "loss": "reconstruction loss",
+    "word_loss": "reconstruction loss, answer tokens",
+    "open_loss": "reconstruction loss, masked answer tokens",
+    "cosine": "cosine of the layer's output",
+}
 
 
 class FidelityScores(TypedDict):
-    """One policy; ``spread`` is the standard deviation of ``experts`` over looks.
+    """The metrics of one policy; ``spread`` is the standard deviation of ``experts``.
 
-    ``experts`` counts unique experts really used; ``mass`` votes for them (of all votes);
-    ``loss`` |y - y_vanilla|^2 / |y_vanilla|^2 of the layer's output; ``cosine`` of the two.
+    ``experts`` counts unique experts in use, ``mass`` is their share of the votes, ``loss`` is
+    |y - y_vanilla|^2 / |y_vanilla|^2 of the layer's output y, and ``cosine`` is that of y.
     """
 
     policy: str
@@ -61,7 +76,7 @@ class FidelityScores(TypedDict):
 
 
 class CurveGap(TypedDict):
-    """A policy less the curve at the same number of experts, with its 95 % interval."""
+    """A policy minus a curve at the same number of experts, with its 95 % interval."""
 
     policy: str
     experts: float
@@ -73,7 +88,7 @@ class CurveGap(TypedDict):
 
 @dataclass(frozen=True)
 class VanillaTrace:
-    """Prompts that vanilla has answered once, so that later looks know where answers end."""
+    """Prompts answered once by vanilla, which fixes where the answers end."""
 
     prompts: tuple[str, ...]
     results: tuple[Result, ...]
@@ -82,20 +97,20 @@ class VanillaTrace:
 
     @property
     def num_observations(self) -> int:
-        """Rows in layers in forwards that ``see`` will be shown."""
+        """The number of observations that a replay yields."""
         return sum(min(result.forwards, MAX_FORWARDS) for result in self.results) * len(self.layers)
 
 
-@dataclass  # not frozen: it adds up
+@dataclass  # mutable: it accumulates
 class FidelitySums:
-    """Sums of every policy, prompt by prompt: [policies, prompts, columns]."""
+    """Sums per policy and prompt: [policies, prompts, columns]."""
 
     policies: tuple[str, ...]
     sums: Tensor = field(default_factory=lambda: torch.zeros(0))
 
 
 def trace_vanilla(context: StudyContext, *, slow: bool = False) -> VanillaTrace:
-    """The lab's questions as the model is used, or ``slow``: in ``SLOW`` forwards a block."""
+    """Answer the study's prompts with vanilla; ``slow`` uses ``SLOW_STEPS`` forwards per block."""
     prompts = context.questions()
     unmask = f"fixed:steps={SLOW_STEPS}" if slow else context.engine.generation.unmask
     results = observe_forwards(
@@ -107,7 +122,7 @@ def trace_vanilla(context: StudyContext, *, slow: bool = False) -> VanillaTrace:
 
 
 def sample_layers(context: StudyContext, count: int = MAX_LAYERS) -> tuple[int, ...]:
-    """At most so many of the layers that route, the first and the last among them."""
+    """At most ``count`` of the MoE layers, with the first and the last."""
     moe_layers = context.engine.model.spec.moe_layers
     if len(moe_layers) <= count:
         return moe_layers
@@ -121,7 +136,7 @@ def replay_vanilla(
     on_layer: Callable[[LayerObservation], None],
     on_progress: ProgressCallback,
 ) -> None:
-    """Vanilla's forwards once more, shown to ``see``."""
+    """Run vanilla's forwards again and pass every observation to ``on_layer``."""
     num_done = 0
 
     def on_observation(observation: LayerObservation) -> None:
@@ -140,8 +155,8 @@ def replay_vanilla(
     )
 
 
-def content_mask(trace: VanillaTrace, observation: LayerObservation) -> Tensor:
-    """Bool [S, N]: positions of the answer, its end-of-text included."""
+def answer_mask(trace: VanillaTrace, observation: LayerObservation) -> Tensor:
+    """Bool [S, N]: positions of the answer, including its end-of-text token."""
     position = torch.tensor(observation.starts)[:, None] + torch.arange(observation.x.shape[1])
     ends = torch.tensor([trace.results[row].new_tokens for row in observation.rows])[:, None]
     return ((position >= 0) & (position <= ends)).to(observation.x.device)
@@ -153,15 +168,15 @@ def compare_policies(
     policies: Sequence[str],
     on_progress: ProgressCallback,
 ) -> FidelitySums:
-    """Every policy on every look. Memory: one layer of one forward."""
+    """Measure every policy on every observation. Memory: one layer of one forward."""
     parsed = [parse_policy(policy) for policy in policies]
     if any(map(needs_importance, parsed)):
-        raise CoterieError("importance is not watched: mc-moe cannot be compared here")
+        raise CoterieError("mc-moe needs token importance, which is not recorded here")
     sums = torch.zeros(len(policies), len(trace.prompts), len(COLUMNS), dtype=torch.float64)
 
     def on_layer(observation: LayerObservation) -> None:
         vanilla_output = moe_output(context.engine.model, observation, observation.routing)
-        content = content_mask(trace, observation)
+        content = answer_mask(trace, observation)
         rows = torch.tensor(observation.rows)
         for number, policy in enumerate(parsed):
             routing = route(observation.scores, policy)
@@ -181,7 +196,7 @@ def measure_layer(
     vanilla_output: Tensor,
     words: Tensor,
 ) -> Tensor:
-    """[S, columns] float64 of one policy in one layer; outputs are [S, N, H], words [S, N]."""
+    """[S, columns] float64 of one policy in one layer; outputs are [S, N, H], ``words`` [S, N]."""
     unique, _, votes_kept, votes, hits, choices = routing_stats(observation.scores, routing).unbind(
         -1
     )
@@ -214,18 +229,18 @@ def masked_positions(observation: LayerObservation) -> Tensor:
     """Bool [S, N]: positions still masked."""
     progress = observation.scores.progress
     if progress is None or progress.masked is None:
-        raise RuntimeError("the engine tells how far decoding is")
+        raise RuntimeError("the observation has no decoding progress")
     return progress.masked
 
 
 def count_kept_experts(observation: LayerObservation, routing: Routing) -> Tensor:
-    """[S, N]: how many of a token's own experts it still has."""
+    """[S, N]: how many of its own experts each token keeps."""
     shape = observation.scores.logits.shape
     in_use = expert_mask(routing.topk_ids, shape[-1])  # [T, E]
     return in_use.gather(-1, routing.vanilla_ids).sum(-1).view(shape[:2])
 
 
-METRICS: Mapping[str, Callable[[FloatArray], FloatArray]] = {  # each from sums [.., columns]
+METRICS: Mapping[Metric, Callable[[FloatArray], FloatArray]] = {  # from sums [.., columns]
     "experts": lambda sums: _ratio(sums, "unique", "looks"),
     "mass": lambda sums: _ratio(sums, "held", "votes"),
     "recall": lambda sums: _ratio(sums, "hits", "choices"),
@@ -238,11 +253,12 @@ METRICS: Mapping[str, Callable[[FloatArray], FloatArray]] = {  # each from sums 
 
 
 def fidelity_scores(fidelity: FidelitySums) -> list[FidelityScores]:
-    """One a policy, in their order."""
+    """The scores of every policy, in order."""
     totals, samples = fidelity.sums.sum(dim=1).numpy(), bootstrap(fidelity.sums)
-    values_by_metric = {name: figure(totals) for name, figure in METRICS.items()}
+    values_by_metric = {name: metric(totals) for name, metric in METRICS.items()}
     squares = _ratio(totals, "squared", "looks") - values_by_metric["experts"] ** 2
-    intervals = {name: _interval(METRICS[name](samples)) for name in ("recall", "loss")}
+    interval_metrics: tuple[Metric, ...] = ("recall", "loss")
+    intervals = {name: _interval(METRICS[name](samples)) for name in interval_metrics}
     return [
         cast(
             "FidelityScores",
@@ -258,11 +274,11 @@ def fidelity_scores(fidelity: FidelitySums) -> list[FidelityScores]:
 
 
 def gaps_to_curve(
-    fidelity: FidelitySums, policies: Sequence[str], curve: Sequence[str], figure: str = "loss"
+    fidelity: FidelitySums, policies: Sequence[str], curve: Sequence[str], metric: Metric = "loss"
 ) -> list[CurveGap]:
-    """How each policy's figure differs from a curve of policies, at the policy's own size.
+    """Each policy's metric minus that of a curve of policies, at the policy's own size.
 
-    Between the curve's points it is taken as straight; a policy beyond its ends is left out.
+    The curve is linear between its points; a policy beyond its ends is omitted.
     """
     totals, samples = fidelity.sums.sum(dim=1).numpy()[None], bootstrap(fidelity.sums)
     curve_indices = [fidelity.policies.index(policy) for policy in curve]
@@ -273,8 +289,8 @@ def gaps_to_curve(
         ends = METRICS["experts"](totals)[0, curve_indices]
         if not ends.min() <= size <= ends.max():
             continue
-        value, curve_value = _value_and_curve(totals, index, curve_indices, figure)
-        gap = np.subtract(*_value_and_curve(samples, index, curve_indices, figure))
+        value, curve_value = _value_and_curve(totals, index, curve_indices, metric)
+        gap = np.subtract(*_value_and_curve(samples, index, curve_indices, metric))
         curve_gaps.append(
             CurveGap(
                 policy=policy,
@@ -288,6 +304,65 @@ def gaps_to_curve(
     return curve_gaps
 
 
+def metric_gaps(
+    fidelity: FidelitySums, policies: Sequence[str], curve: Sequence[str], metrics: Sequence[Metric]
+) -> dict[Metric, list[CurveGap]]:
+    """``gaps_to_curve`` for each of these metrics."""
+    return {metric: gaps_to_curve(fidelity, policies, curve, metric) for metric in metrics}
+
+
+def compare_to_curve(gap: CurveGap, metric: Metric) -> int:
+    """1 where the policy beats the curve beyond the interval, -1 where it loses, else 0."""
+    sign = -1 if metric.endswith("loss") else 1
+    low, high = sorted(sign * end for end in gap["interval"])
+    return int(low > 0) - int(high < 0)
+
+
+def count_outcomes(gaps: Sequence[CurveGap], metric: Metric) -> tuple[int, int, int]:
+    """The numbers of sizes at which policies are better than the curve, worse, and similar."""
+    signs = [compare_to_curve(gap, metric) for gap in gaps]
+    return signs.count(1), signs.count(-1), signs.count(0)
+
+
+def outcomes_text(gaps_by_metric: Mapping[Metric, Sequence[CurveGap]]) -> str:
+    """Metric by metric: the numbers of sizes that are better, worse and similar."""
+    clauses = []
+    for metric, gaps in gaps_by_metric.items():
+        better, worse, similar = count_outcomes(gaps, metric)
+        clauses.append(f"{METRIC_NAMES[metric]} {better} better, {worse} worse, {similar} similar")
+    return "; ".join(clauses)
+
+
+def gaps_table(
+    gaps_by_metric: Mapping[Metric, Sequence[CurveGap]], first_head: str, caption: str
+) -> Table:
+    """One policy per row, one metric per column: the gap to the curve."""
+    by_policy: dict[str, list[str]] = {}
+    for gap in (gap for gaps in gaps_by_metric.values() for gap in gaps):
+        row = by_policy.setdefault(gap["policy"], [gap["policy"], f"{gap['experts']:.1f}"])
+        row.append(format_interval(gap["gap"], gap["interval"], "+.3f"))
+    heads = [first_head, "experts", *(METRIC_NAMES[metric] for metric in gaps_by_metric)]
+    return Table(heads, list(by_policy.values()), caption, range(1, len(heads)))
+
+
+def scores_table(scores: Sequence[FidelityScores], caption: str) -> Table:
+    """One policy per row."""
+    return make_table(
+        caption,
+        scores,
+        {
+            "policy": "{policy}",
+            "experts": "{experts:.1f}",
+            "votes kept": "{mass:.1%}",
+            "recall": "{recall:.1%}",
+            "recall, answer tokens": "{word_recall:.1%}",
+            "loss": "{loss:.3f}",
+            "loss, answer tokens": "{word_loss:.3f}",
+            "loss, masked answer tokens": "{open_loss:.3f}",
+        },
+    )
+
+
 def bootstrap(sums: Tensor, *, draws: int = BOOTSTRAP_DRAWS, seed: int = 0) -> FloatArray:
     """Bootstrap over prompts: [policies, prompts, C] -> [draws, policies, C]."""
     prompts = sums.shape[1]
@@ -296,10 +371,10 @@ def bootstrap(sums: Tensor, *, draws: int = BOOTSTRAP_DRAWS, seed: int = 0) -> F
 
 
 def _value_and_curve(
-    sums: FloatArray, index: int, curve_indices: Sequence[int], figure: str
+    sums: FloatArray, index: int, curve_indices: Sequence[int], metric: Metric
 ) -> tuple[FloatArray, FloatArray]:
-    """[draws] twice: the policy's figure, and the curve's at the policy's number of experts."""
-    sizes, values = METRICS["experts"](sums), METRICS[figure](sums)
+    """[draws] twice: the policy's metric, and the curve's at the policy's number of experts."""
+    sizes, values = METRICS["experts"](sums), METRICS[metric](sums)
     order = np.argsort(sizes[:, curve_indices], axis=1, kind="stable")
     ends, heights = (
         np.take_along_axis(array[:, curve_indices], order, axis=1) for array in (sizes, values)
@@ -308,8 +383,10 @@ def _value_and_curve(
 
 
 def interpolate(size: FloatArray, ends: FloatArray, heights: FloatArray) -> FloatArray:
-    """[draws]: at size [draws] on lines through (ends, heights) [draws, points], from left to
-    right; the ends' heights go on beyond them."""
+    """[draws]: linear interpolation at size [draws] through (ends, heights) [draws, points].
+
+    ``ends`` ascend; beyond them the first and last heights continue.
+    """
     right = (ends < size[:, None]).sum(axis=1).clip(1, ends.shape[1] - 1)[:, None]
     (x0, x1), (y0, y1) = (
         [np.take_along_axis(array, index, axis=1)[:, 0] for index in (right - 1, right)]
@@ -320,12 +397,12 @@ def interpolate(size: FloatArray, ends: FloatArray, heights: FloatArray) -> Floa
 
 
 def _masked_share(error: Tensor, total: Tensor, mask: Tensor) -> Tensor:
-    """[S]: missed of whole [S, N] at some positions; 0 where there are none."""
+    """[S]: the ratio of two [S, N] summed over ``mask``; 0 where the mask is empty."""
     return (error * mask).sum(-1) / (total * mask).sum(-1).where(mask.any(-1), 1.0)
 
 
 def _ratio(sums: FloatArray, numerator_name: str, denominator_name: str) -> FloatArray:
-    """Where nothing was looked at, of choices: all kept; of losses: none."""
+    """The ratio of two columns; without observations, 1 for shares kept and 0 for losses."""
     denominator = sums[..., COLUMN_INDEX[denominator_name]]
     default = 1.0 if denominator_name in ("choices", "word_choices", "votes") else 0.0
     return np.where(
@@ -336,6 +413,6 @@ def _ratio(sums: FloatArray, numerator_name: str, denominator_name: str) -> Floa
 
 
 def _interval(samples: FloatArray) -> list[list[float]]:
-    """[draws, n] -> n pairs: the middle 95 %."""
+    """[draws, n] -> n pairs: the central 95 %."""
     low, high = np.quantile(samples, [0.025, 0.975], axis=0)
     return [[float(a), float(b)] for a, b in zip(low, high, strict=True)]

@@ -1,4 +1,4 @@
-"""Blocks at the moment they are opened: every position masked, all of them part of the answer."""
+"""First forwards of blocks: every position is masked and belongs to the answer."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor
 from coterie import ops
 from coterie.engine.engine import Engine
 from coterie.engine.observation import first_forward, observe_forwards
-from coterie.errors import CoterieError
+from coterie.errors import TaskError
 from coterie.telemetry import TensorRecorder
 from coterie.values import Policy
 
@@ -20,24 +20,24 @@ Prompt = tuple[int, ...]
 
 @dataclass(frozen=True)
 class BlockForward:
-    """One block's first forward under one policy, which S rows share."""
+    """The first forward of one block under one policy, repeated in S rows."""
 
     trace: TensorRecorder
-    block: slice  # where it lies in the window
-    hidden: Tensor  # [S, N, H], as the head reads it
+    block: slice  # its positions in the window
+    hidden: Tensor  # [S, N, H], the input of the head
     logits: Tensor  # [S, N, vocabulary]
 
     @property
     def ids(self) -> Tensor:
-        """[S, N] what would be written."""
+        """[S, N]: the most likely tokens."""
         return self.logits.argmax(-1)
 
 
 def prompts_at_block_start(engine: Engine, prompts: Sequence[str]) -> list[Prompt]:
-    """Each prompt, and vanilla's answer as far as it shares a block with the prompt.
+    """Each prompt, extended by vanilla's answer up to the next block boundary.
 
-    A block that begins inside the prompt is mostly read, not written; the one after it is all
-    answer. An answer that ends before it is left out; where all do, CoterieError.
+    The block after the boundary holds answer tokens only. An answer that ends before it is
+    omitted; raises TaskError where all do.
     """
     blocks = [_first_block(engine, prompt) for prompt in prompts]
     results = observe_forwards(
@@ -51,7 +51,7 @@ def prompts_at_block_start(engine: Engine, prompts: Sequence[str]) -> list[Promp
         ):
             extended.append((*engine.model.codec.encode(prompt), *result.tokens[:shared]))
     if not extended:
-        raise CoterieError("every answer ended in the block of its prompt: nothing to look at")
+        raise TaskError("every answer ends in the block of its prompt, so no block is all answer")
     return extended
 
 
@@ -59,7 +59,7 @@ def prompts_at_block_start(engine: Engine, prompts: Sequence[str]) -> list[Promp
 def run_first_forward(
     engine: Engine, prompt: Prompt, policy: str | Policy, rows: int = 1
 ) -> BlockForward:
-    """The prompt's first block under the policy, ``rows`` times side by side."""
+    """The first block of the prompt under the policy, in ``rows`` equal rows."""
     first = first_forward(engine, [prompt] * rows, policy=policy)
     transformer = engine.model.transformer
     hidden = first.trace.outputs[-1][1].view(rows, -1, transformer.spec.hidden)
@@ -68,22 +68,22 @@ def run_first_forward(
 
 
 def _first_block(engine: Engine, prompt: str) -> tuple[int, int]:
-    """Its start and stop, counted from the first new token."""
+    """Start and stop of the first block, counted from the first new token."""
     probe_engine = Engine(engine.model, generation=engine.generation)
     row = probe_engine.sequence(probe_engine.submit(prompt))
     return row.block.start - row.canvas.prompt_length, row.block.stop - row.canvas.prompt_length
 
 
 def content_mask(engine: Engine, ids: Tensor) -> Tensor:
-    """Bool [S, N] of proposals [S, N]: up to the first end-of-text, which is a word too."""
+    """Bool [S, N] of tokens [S, N]: up to and including the first end-of-text token."""
     ends = torch.isin(ids, torch.tensor(engine.model.eos_ids, device=ids.device)).long()
     return ends.cumsum(-1) - ends == 0
 
 
 def kl_divergence(vanilla: Tensor, other: Tensor) -> Tensor:
-    """Kullback and Leibler's, [S, N] float64 nats, of logits [1 or S, N, vocabulary].
+    """The Kullback-Leibler divergence in nats, [S, N] float64, of logits [1 or S, N, vocabulary].
 
-    In float64 and row by row: in float32 the logarithms' last digits would pass for small changes.
+    It is computed in float64, because rounding in float32 is as large as small divergences.
     """
     vanilla, rows = vanilla.expand(other.shape), []
     for vanilla_row, other_row in zip(vanilla, other, strict=True):
@@ -93,6 +93,6 @@ def kl_divergence(vanilla: Tensor, other: Tensor) -> Tensor:
 
 
 def relative_squared_error(vanilla: Tensor, other: Tensor) -> Tensor:
-    """[S]: how far hidden states [1 or S, N, H] lie from vanilla's, squared, relative to these."""
+    """[S]: squared distance of hidden states [1 or S, N, H] to vanilla's, relative to vanilla's."""
     squared_error = (other.double() - vanilla.double()).square().sum((1, 2))
     return squared_error / vanilla.double().square().sum((1, 2))

@@ -1,170 +1,139 @@
-"""Latency against experts (Fig. 2, right), and how well Equation 2 tells it."""
+"""Latency against experts (Fig. 2, right), and the fit of Equation 2."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TypedDict, cast
+from typing import TypedDict
 
 import torch
-from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from coterie.lab.bench import timing
 from coterie.lab.bench.routings import BLOCK_LENGTH, balanced_routing
 from coterie.lab.bench.shapes import PAPER_LAYERS, LayerShape
-from coterie.lab.bench.timing import (
-    FULL_BUDGET,
-    DeviceLimits,
-    LatencyFit,
-    TimingBudget,
-    TimingConditions,
-    TimingStats,
-    describe_conditions,
-    fit_latency,
-    load_warnings,
-    measure_limits,
-    predict_seconds,
-    time_interleaved,
-    timing_conditions,
+from coterie.lab.plotting import SeriesStyle, add_legend, foreground, new_axes
+from coterie.lab.study.charts import (
+    Series,
+    draw_series,
+    indexed_style,
+    milliseconds,
+    timing_series,
 )
-from coterie.lab.plotting import SERIES_COLOURS, add_legend, foreground, new_axes
 from coterie.lab.study.context import StudyContext
-from coterie.lab.study.experiment import Drawing, ExperimentData, Finding, Table
+from coterie.lab.study.experiment import Drawing, Finding, Table, judge, make_table
 from coterie.lab.study.layers import (
+    INPUTS_PER_WIDTH,
     BenchLayer,
     BenchLayerInfo,
     ProgressCallback,
     for_each_layer,
     layer_description,
+    layer_label,
+    make_blocks,
+    rotate_inputs,
+    route_blocks,
 )
-from coterie.lab.study.routings import INPUTS_PER_WIDTH, make_blocks, rotate_inputs, route_blocks
 
 TOKEN_COUNTS = (8, 16, 32, 64)
-EXPERT_COUNTS = (
-    8,
-    12,
-    19,
-    25,
-    38,
-    51,
-    64,
-    84,
-    112,
-    128,
-    163,
-    200,
-    256,
-)  # unique experts that are tried
-ROUNDS = {False: 40, True: 8}  # of the model's own small layer, of a large one
+EXPERT_COUNTS = (8, 12, 19, 25, 38, 51, 64, 84, 112, 128, 163, 200, 256)  # unique experts timed
+ROUNDS = {False: 40, True: 8}  # of the model's own small layers, of a large random layer
 CHECKED_POLICIES = ("vanilla", "des-seq:k=3", "des-vote:beta=0.3", "des-vote:beta=0.15")
-MARKERS = ("o", "s", "D", "^")
-MIN_R2 = 0.95  # R^2 from which Equation 2 is said to hold
+MIN_R2 = 0.95  # least R^2 at which Equation 2 holds
 
 
 class LatencyPoint(TypedDict):
-    """``tokens`` that use exactly ``used`` experts, ``pairs`` token-expert pairs."""
+    """``tokens`` that use exactly ``used`` experts in ``pairs`` token-expert pairs."""
 
     tokens: int
     used: int
     pairs: int
-    seconds: TimingStats
+    seconds: timing.TimingStats
 
 
 class FitCheck(TypedDict):
-    """A block as a router would route it, held against what the fit says of it."""
+    """A block routed by a policy, and the prediction of the fit."""
 
     policy: str
     used: float
     pairs: float
-    seconds: TimingStats
+    seconds: timing.TimingStats
     predicted: float
 
 
 class LayerLatency(TypedDict):
-    """One layer: its size, what was measured, and the line through it.
+    """One layer: its shape, the measured points, and the fit through them.
 
-    ``read`` is the bandwidth that ``b`` amounts to, in bytes a second; None where b is not above 0.
+    ``read`` is 1/b as a bandwidth in bytes per second; None where b is not positive.
     """
 
     bench: BenchLayerInfo
     points: list[LatencyPoint]
-    fit: LatencyFit
+    fit: timing.LatencyFit
     read: float | None
     checks: list[FitCheck]
 
 
 class LatencyRecord(TypedDict):
-    machine: TimingConditions
-    limits: DeviceLimits
+    machine: timing.TimingConditions
+    limits: timing.DeviceLimits
     lines: list[LayerLatency]
     skipped: list[str]
 
 
 @dataclass(frozen=True)
 class LatencyExperiment:
-    """Layers timed in turns with experts and tokens set, and a plane laid through the times."""
+    """Layers timed in turns over a grid of tokens and experts, and a plane fitted to the times."""
 
     name: str = "latency"
     title: str = "Latency against experts (Fig. 2, right)"
     question: str = (
-        "Is the time of a layer of experts set by how many different experts it reads, "
-        "or by how many words pass through it?"
+        "Does the time of an MoE layer depend on the number of different experts that it reads, or "
+        "on the number of tokens?"
     )
 
     shapes: Sequence[LayerShape] = PAPER_LAYERS
-    pace: TimingBudget = FULL_BUDGET
+    pace: timing.TimingBudget = timing.FULL_BUDGET
 
-    def measure(self, context: StudyContext) -> ExperimentData:
-        context.on_progress(0.0, "how fast this machine reads and multiplies")
-        device = context.engine.model.transformer.device
-        dtypes = {context.engine.model.transformer.dtype, *(shape.dtype for shape in self.shapes)}
-        machine_limits = measure_limits(device, dtypes, self.pace)
+    def measure(self, context: StudyContext) -> LatencyRecord:
+        context.on_progress(0.0, "memory bandwidth and arithmetic of this machine")
+        transformer = context.engine.model.transformer
+        dtypes = {transformer.dtype, *(shape.dtype for shape in self.shapes)}
+        machine_limits = timing.measure_limits(transformer.device, dtypes, self.pace)
         layers, skipped = for_each_layer(
             context,
             self.shapes,
-            lambda bench, tell: measure_layer_latency(
-                context, bench, on_progress=tell, pace=self.pace
+            lambda bench, on_progress: measure_layer_latency(
+                context, bench, on_progress=on_progress, pace=self.pace
             ),
         )
-        return cast(
-            "ExperimentData",
-            LatencyRecord(
-                machine=timing_conditions(device),
-                limits=machine_limits,
-                lines=layers,
-                skipped=skipped,
-            ),
-        )
+        machine = timing.timing_conditions(transformer.device)
+        return LatencyRecord(machine=machine, limits=machine_limits, lines=layers, skipped=skipped)
 
-    def drawings(self, data: ExperimentData) -> Sequence[Drawing]:
-        record = cast("LatencyRecord", data)
+    def drawings(self, record: LatencyRecord) -> Sequence[Drawing]:
         return [
             Drawing(
                 f"{self.name}-{number}",
-                f"The experts of {layer_description(layer['bench'])}: time against the unique experts that are "
-                "read, for different numbers of tokens. Lines are the fit of Equation 2, bars span "
-                "the quartiles.",
-                lambda one=layer: _draw(one),
+                f"The experts of {layer_description(layer['bench'])}: time against unique experts, "
+                "for several numbers of tokens. Lines are the fit of Equation 2, bars are "
+                "quartiles.",
+                lambda layer=layer: _draw(layer),
             )
             for number, layer in enumerate(record["lines"])
         ]
 
-    def tables(self, data: ExperimentData) -> Sequence[Table]:
-        record = cast("LatencyRecord", data)
-        return [
-            _fit_table(record),
-            *(_check_table(layer) for layer in record["lines"] if layer["checks"]),
-        ]
+    def tables(self, record: LatencyRecord) -> Sequence[Table]:
+        checked = [layer for layer in record["lines"] if layer["checks"]]
+        return [_fit_table(record), *map(_check_table, checked)]
 
-    def findings(self, data: ExperimentData) -> Sequence[Finding | str]:
-        record = cast("LatencyRecord", data)
-        read = record["limits"]["bytes_per_second"]
-        layers = record["lines"]
-        findings_list = [
+    def findings(self, record: LatencyRecord) -> Sequence[Finding | str]:
+        layers, bandwidth = record["lines"], record["limits"]["bytes_per_second"]
+        return [
             *map(_linearity_finding, layers),
-            *(_reading_finding(layer, read) for layer in layers if layer["checks"]),
+            *(_reading_finding(layer, bandwidth) for layer in layers if layer["checks"]),
+            *record["skipped"],
+            *timing.load_warnings(record["machine"]),
         ]
-        return [*findings_list, *record["skipped"], *load_warnings(record["machine"])]
 
 
 def measure_layer_latency(
@@ -172,56 +141,46 @@ def measure_layer_latency(
     bench: BenchLayer,
     *,
     on_progress: ProgressCallback,
-    pace: TimingBudget = FULL_BUDGET,
+    pace: timing.TimingBudget = timing.FULL_BUDGET,
 ) -> LayerLatency:
-    """Measure a layer over a grid of tokens and experts, and fit it."""
+    """Time a layer over a grid of tokens and experts, and fit Equation 2."""
     rounds = pace.rounds or ROUNDS[bench.random]
-    draw = torch.Generator().manual_seed(0)
+    draw, k = torch.Generator().manual_seed(0), bench.router.k
     grid = {
         (tokens, used): _controlled_run(bench, tokens, used, draw)
         for tokens in TOKEN_COUNTS
-        for used in sorted({bench.router.k, *EXPERT_COUNTS, bench.router.experts})
-        if bench.router.k <= used <= min(tokens * bench.router.k, bench.router.experts)
+        for used in sorted({k, *EXPERT_COUNTS, bench.router.experts})
+        if k <= used <= min(tokens * k, bench.router.experts)
     }
     scored_blocks = make_blocks(context, bench, BLOCK_LENGTH)
-    checks = (
-        {policy: route_blocks(bench, scored_blocks, policy) for policy in CHECKED_POLICIES}
-        if scored_blocks
-        else {}
-    )
+    policies = CHECKED_POLICIES if scored_blocks else ()
+    checks = {policy: route_blocks(bench, scored_blocks, policy) for policy in policies}
     runs = {**grid, **{policy: block.run for policy, block in checks.items()}}
-    timings = time_interleaved(runs, rounds, device=bench.device, on_progress=on_progress)
+    timings = timing.time_interleaved(runs, rounds, device=bench.device, on_progress=on_progress)
     points = [
-        LatencyPoint(
-            tokens=tokens, used=used, pairs=tokens * bench.router.k, seconds=timings[tokens, used]
-        )
+        LatencyPoint(tokens=tokens, used=used, pairs=tokens * k, seconds=timings[tokens, used])
         for tokens, used in grid
     ]
-    fitted = fit_points(points)
+    fit = timing.fit_latency(
+        [point["used"] for point in points],
+        [point["pairs"] for point in points],
+        [point["seconds"]["median"] for point in points],
+    )
     return LayerLatency(
         bench=bench.to_info(),
         points=points,
-        fit=fitted,
-        read=bench.expert_bytes / fitted["b"] if fitted["b"] > 0 else None,
+        fit=fit,
+        read=bench.expert_bytes / fit["b"] if fit["b"] > 0 else None,
         checks=[
             FitCheck(
                 policy=policy,
                 used=block.used,
                 pairs=block.pairs,
                 seconds=timings[policy],
-                predicted=predict_seconds(fitted, block.used, block.pairs),
+                predicted=timing.predict_seconds(fit, block.used, block.pairs),
             )
             for policy, block in checks.items()
         ],
-    )
-
-
-def fit_points(points: Sequence[LatencyPoint]) -> LatencyFit:
-    """Through the medians."""
-    return fit_latency(
-        [point["used"] for point in points],
-        [point["pairs"] for point in points],
-        [point["seconds"]["median"] for point in points],
     )
 
 
@@ -236,117 +195,89 @@ def _controlled_run(
 
 
 def _draw(layer: LayerLatency) -> Figure:
-    figure, plot = new_axes(f"unique experts of {layer['bench']['experts']}", "milliseconds")
-    for tokens, color, marker in zip(TOKEN_COUNTS, SERIES_COLOURS, MARKERS, strict=False):
+    figure, ax = new_axes(f"unique experts of {layer['bench']['experts']}", "milliseconds")
+    for index, tokens in enumerate(TOKEN_COUNTS):
         points = [point for point in layer["points"] if point["tokens"] == tokens]
-        if points:
-            _draw_tokens(plot, layer["fit"], points, color=color, marker=marker)
-    for check in layer["checks"]:
-        ms = check["seconds"]["median"] * 1e3
-        plot.plot(
-            check["used"],
-            ms,
-            marker="x",
-            color=foreground(),
-            linestyle="",
-            label="routed blocks of 32",
-        )
+        if not points:
+            continue
+        used, style = [point["used"] for point in points], indexed_style(index)
+        timings = [point["seconds"] for point in points]
+        draw_series(ax, timing_series(style, used, timings, f"{tokens} tokens", ""))
+        ends, pairs = (min(used), max(used)), points[0]["pairs"]
+        fit_ms = [timing.predict_seconds(layer["fit"], end, pairs) * 1e3 for end in ends]
+        ax.plot(ends, fit_ms, color=style.colour, linewidth=1)
+    checks, label = layer["checks"], f"routed blocks of {BLOCK_LENGTH}"
+    x, y = [c["used"] for c in checks], [c["seconds"]["median"] * 1e3 for c in checks]
+    if checks:
+        draw_series(ax, Series(label, x, y, SeriesStyle(foreground(), "x", ""), line=""))
     slowest = max(point["seconds"]["median"] for point in layer["points"])
-    plot.set(xlim=(0, None), ylim=(0, 1.25e3 * slowest))
-    add_legend(plot, columns=3)
+    ax.set(xlim=(0, None), ylim=(0, 1.25e3 * slowest))
+    add_legend(ax, columns=3)
     return figure
 
 
-def _draw_tokens(
-    plot: Axes, fitted: LatencyFit, points: Sequence[LatencyPoint], *, color: str, marker: str
-) -> None:
-    used = [point["used"] for point in points]
-    timings = [point["seconds"] for point in points]
-    medians = [timing["median"] * 1e3 for timing in timings]
-    lower = [(timing["median"] - timing["low"]) * 1e3 for timing in timings]
-    upper = [(timing["high"] - timing["median"]) * 1e3 for timing in timings]
-    label = f"{points[0]['tokens']} tokens"
-    plot.errorbar(
-        used, medians, yerr=[lower, upper], fmt=marker, color=color, label=label, elinewidth=1
-    )
-    ends = (min(used), max(used))
-    fit_ms = [predict_seconds(fitted, end, points[0]["pairs"]) * 1e3 for end in ends]
-    plot.plot(ends, fit_ms, color=color, linewidth=1)
-
-
 def _fit_table(record: LatencyRecord) -> Table:
-    rows = []
-    for layer in record["lines"]:
-        fitted, bench = layer["fit"], layer["bench"]
-        rows.append(
-            [
-                bench["name"] + (" (random)" if bench["random"] else ""),
-                f"{bench['experts']} x 3 x {bench['hidden']} x {bench['width']} {bench['dtype']}",
-                f"{fitted['t0'] * 1e3:.3f}",
-                f"{fitted['b'] * 1e6:.2f}",
-                f"{fitted['a'] * 1e6:.3f}",
-                f"{fitted['r2']:.4f}",
-                f"{fitted['error']:.1%}",
-                "" if layer["read"] is None else f"{layer['read'] / 1e9:.1f}",
-            ]
-        )
-    machine_limits = record["limits"]
-    return Table(
-        heads=["layer", "experts", "t0, ms", "b, us", "a, us", "R2", "median error", "GB/s by b"],
-        rows=rows,
-        caption="t = t0 + b T + a N K, least squares over the medians of all points. "
-        f"This machine reads {machine_limits['bytes_per_second'] / 1e9:.1f} GB/s ({machine_limits['reader']}, "
-        f"{describe_conditions(record['machine'])}).",
-        numbers=list(range(2, 8)),
+    limits = record["limits"]
+    return make_table(
+        "t = t0 + b T + a N K, least squares over the medians of all points. This machine reads "
+        f"{limits['bytes_per_second'] / 1e9:.1f} GB/s ({limits['reader']}, "
+        f"{timing.describe_conditions(record['machine'])}).",
+        record["lines"],
+        {
+            "layer": lambda layer: layer_label(layer["bench"]),
+            "experts": "{bench[experts]} x 3 x {bench[hidden]} x {bench[width]} {bench[dtype]}",
+            "t0, ms": lambda layer: f"{layer['fit']['t0'] * 1e3:.3f}",
+            "b, us": lambda layer: f"{layer['fit']['b'] * 1e6:.2f}",
+            "a, us": lambda layer: f"{layer['fit']['a'] * 1e6:.3f}",
+            "R2": "{fit[r2]:.4f}",
+            "median error": "{fit[error]:.1%}",
+            "GB/s by b": lambda layer: f"{layer['read'] / 1e9:.1f}" if layer["read"] else "",
+        },
+        text_columns=2,
     )
 
 
 def _check_table(layer: LayerLatency) -> Table:
-    source = "routed by a skewed router" if layer["bench"]["random"] else "as they come in decoding"
-    return Table(
-        heads=["policy", "unique experts", "measured, ms", "by the fit, ms", "off by"],
-        rows=[
-            [
-                check["policy"],
-                f"{check['used']:.1f}",
-                f"{check['seconds']['median'] * 1e3:.2f}",
-                f"{check['predicted'] * 1e3:.2f}",
-                f"{check['predicted'] / check['seconds']['median'] - 1:+.1%}",
-            ]
-            for check in layer["checks"]
-        ],
-        caption=f"Blocks of {BLOCK_LENGTH}, {source}, through the experts of {layer_description(layer['bench'])}; the "
-        "fit saw none of these.",
-        numbers=[1, 2, 3, 4],
+    source = "of a skewed router" if layer["bench"]["random"] else "from real decoding"
+    return make_table(
+        f"Blocks of {BLOCK_LENGTH} {source}, through the experts of "
+        f"{layer_description(layer['bench'])}. The fit does not include these points.",
+        layer["checks"],
+        {
+            "policy": "{policy}",
+            "unique experts": "{used:.1f}",
+            "measured, ms": lambda check: milliseconds(check["seconds"]),
+            "predicted, ms": lambda check: f"{check['predicted'] * 1e3:.2f}",
+            "error": lambda c: f"{c['predicted'] / c['seconds']['median'] - 1:+.1%}",
+        },
     )
 
 
 def _linearity_finding(layer: LayerLatency) -> Finding:
-    fitted = layer["fit"]
-    description = layer_description(layer["bench"])
-    return Finding(
-        f"{description[0].upper()}{description[1:]}: each unique expert costs {fitted['b'] * 1e6:.1f} us, "
-        f"each token's use of one {fitted['a'] * 1e6:.2f} us, and {fitted['t0'] * 1e3:.2f} ms go "
-        f"whatever is read; R2 is {fitted['r2']:.3f}, the fit is off by {fitted['error']:.1%} at the "
-        "median.",
-        claim="Equation 2: the latency of a MoE layer is linear in its unique experts.",
-        verdict="holds" if fitted["r2"] >= MIN_R2 and fitted["b"] > 0 else "does not hold",
+    fit, description = layer["fit"], layer_description(layer["bench"])
+    return judge(
+        f"{description[0].upper()}{description[1:]}: each unique expert costs {fit['b'] * 1e6:.1f} "
+        f"us, each token-expert pair {fit['a'] * 1e6:.2f} us, and the layer itself "
+        f"{fit['t0'] * 1e3:.2f} ms; R2 is {fit['r2']:.3f}, the median error {fit['error']:.1%}.",
+        "Equation 2: the latency of an MoE layer is linear in its unique experts.",
+        fit["r2"] >= MIN_R2 and fit["b"] > 0,
     )
 
 
-def _reading_finding(layer: LayerLatency, read: float) -> Finding:
+def _reading_finding(layer: LayerLatency, bandwidth: float) -> Finding:
     vanilla = next(check for check in layer["checks"] if check["policy"] == CHECKED_POLICIES[0])
-    share = layer["fit"]["b"] * vanilla["used"] / vanilla["predicted"]
+    share, read = layer["fit"]["b"] * vanilla["used"] / vanilla["predicted"], layer["read"]
     rate = ""
-    if layer["read"] is not None:
+    if read is not None:
+        cached = ", because they are in its caches" if read > bandwidth else ""
         rate = (
-            f" b amounts to {layer['read'] / 1e9:.1f} GB/s, {layer['read'] / read:.0%} of what this"
+            f" The rate 1/b is {read / 1e9:.1f} GB/s, {read / bandwidth:.0%} of this machine's "
+            f"memory bandwidth{cached}."
         )
-        rate += " machine reads at best"
-        rate += ": they come out of its caches." if layer["read"] > read else "."
-    return Finding(
-        f"Of a vanilla block of {BLOCK_LENGTH}, which uses {vanilla['used']:.0f} experts of "
-        f"{layer_description(layer['bench'])}, {share:.0%} of the time goes with the experts read.{rate}",
-        claim="Reading experts is what a MoE layer's time goes into.",
-        verdict="holds" if share >= 0.5 else "does not hold",
+    return judge(
+        f"A vanilla block of {BLOCK_LENGTH} uses {vanilla['used']:.0f} experts of "
+        f"{layer_description(layer['bench'])}; {share:.0%} of its time is proportional to the "
+        f"experts read.{rate}",
+        "Most of the time of an MoE layer is spent on reading experts.",
+        share >= 0.5,
     )

@@ -1,4 +1,4 @@
-"""The study as a document in Markdown: the same findings and tables as the page has."""
+"""The study as a Markdown document, with a summary and the findings and tables of the report."""
 
 from __future__ import annotations
 
@@ -10,31 +10,54 @@ from coterie.lab.study.report import VERDICT_MARKS, ReportSection, collect_claim
 INTRODUCTION = """\
 # Results
 
-What the study of the model in the package found, beside what the paper says (*Dynamic Expert
-Sharing*, arXiv 2602.00879). `scripts/docs` writes this page from the records under `{records}`;
-nothing on it is typed by hand. `coterie study -o DIR` measures all of it again, on this model or
-another, and tells the same on one page with every figure.
+Results of the study of the model in the package, compared with the paper (*Dynamic Expert
+Sharing*, arXiv 2602.00879). `scripts/docs` generates this page from the records under
+`{records}`. `coterie study -o DIR` measures everything again, on this model or another, and writes
+a report with every figure.
 
-The model has {experts} and was made to need its router on small problems that can be checked; it
-is no language model of the size that the paper speaks of. Where a claim holds here, that is one
-more model on which it does. Where it does not, the claim needs more than the mechanism.
+The model has {experts}.
+It was trained on small problems with checkable answers. It is much smaller than the language models
+of the paper, so a claim that does not hold on it may still hold on a large model.
 """
 
 
 def render_markdown(
-    sections: Sequence[ReportSection], *, records: str, experts: str, figures: Collection[str] = ()
+    sections: Sequence[ReportSection],
+    *,
+    records: str,
+    experts: str,
+    figures: Collection[str] = (),
+    points: Sequence[tuple[str, str]] = (),
 ) -> str:
-    """The whole page; ``figures`` are those that lie beside it, in ``figures/``."""
+    """The whole page. ``figures`` are the files in ``figures/``, ``points`` the summary."""
     parts = [
         INTRODUCTION.format(records=records, experts=experts),
+        *([summary_section(sections, points)] if points else []),
         claims_section(sections),
         *(experiment_section(section, records, figures) for section in sections),
     ]
     return "\n".join(parts).rstrip() + "\n"
 
 
+def summary_section(sections: Sequence[ReportSection], points: Sequence[tuple[str, str]]) -> str:
+    """The sample sizes, and the main findings with links to their sections."""
+    by_name = {section.name: section for section in sections}
+    source = next((one.source for one in sections if one.source is not None), None)
+    lines = []
+    if source is not None:
+        lines.append(
+            f"{len(sections)} experiments on `{source.model}`, with {source.items} problems per "
+            f"policy and {source.prompts} prompts for experiments on single forwards, on "
+            f"{source.machine}. Differences are paired on the same problems.\n"
+        )
+    for name, text in points:
+        link = f" [Details](#{anchor(by_name[name])})" if name else " [Table](#claims)"
+        lines.append(f"- {text}{link}")
+    return "## Summary\n\n" + "\n".join(lines) + "\n"
+
+
 def claims_section(sections: Sequence[ReportSection]) -> str:
-    """Where the paper's claims hold, and where they do not."""
+    """Every claim with its verdicts."""
     rows = [
         [
             f"[{claim.text}](#{anchor(claim.section)})",
@@ -42,12 +65,12 @@ def claims_section(sections: Sequence[ReportSection]) -> str:
         ]
         for claim in collect_claims(sections)
     ]
-    table = Table(["the claim, and the chapter that looked", "here"], rows)
-    return f"## The claims, at this scale\n\n{markdown_table(table)}"
+    table = Table(["claim, with a link to the experiment", "verdict"], rows)
+    return f"## Claims\n\n{markdown_table(table)}"
 
 
 def experiment_section(section: ReportSection, records: str, figures: Collection[str]) -> str:
-    """One chapter: question, findings, figures, tables, source."""
+    """One experiment: question, findings, figures, tables, source."""
     parts = [f"## {section.title}\n", f"*{section.question}*\n"]
     if section.findings:
         parts.append("\n".join(map(_finding, section.findings)) + "\n")
@@ -63,14 +86,14 @@ def experiment_section(section: ReportSection, records: str, figures: Collection
 
 
 def markdown_table(table: Table) -> str:
-    """A Markdown table; policies keep their spelling."""
+    """A Markdown table."""
     rules = ["---:" if column in table.numbers else "---" for column in range(len(table.heads))]
     rows = [table.heads, rules, *table.rows]
     return "".join(f"| {' | '.join(map(_cell, row))} |\n" for row in rows)
 
 
 def anchor(section: ReportSection) -> str:
-    """As code hosts make it of a heading."""
+    """The anchor that code hosts generate from the heading."""
     slug = "".join(sign for sign in section.title.lower() if sign.isalnum() or sign in " -_")
     return slug.replace(" ", "-")
 

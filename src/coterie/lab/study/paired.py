@@ -1,4 +1,4 @@
-"""Two arms on the same items, and what many such comparisons say together."""
+"""Paired comparisons of policies on the same items, and the conclusions from many of them."""
 
 from __future__ import annotations
 
@@ -6,15 +6,15 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from coterie.lab.evals.stats import PairedDifference, holm_adjust
-from coterie.lab.study.experiment import Finding, Table, Verdict
-from coterie.lab.study.results import VariantResult
+from coterie.lab.study.experiment import Finding, Table, format_p, judge, make_table
+from coterie.lab.study.results import Pair, VariantResult
 
 SIGNIFICANCE_LEVEL = 0.05
 
 
 @dataclass(frozen=True)
 class PairedComparison:
-    """``second`` minus ``first``; ``p`` is raised for the comparisons made beside it (Holm)."""
+    """``second`` minus ``first``. ``p`` is adjusted for the comparisons of the same list (Holm)."""
 
     first: VariantResult
     second: VariantResult
@@ -23,29 +23,31 @@ class PairedComparison:
 
     @property
     def sign(self) -> int:
-        """+1 where the second is above beyond the interval and the test, -1 below, else 0."""
+        """+1 or -1 where both the interval and the test exclude zero, else 0."""
         low, high = self.change.interval
         if self.p >= SIGNIFICANCE_LEVEL or low <= 0 <= high:
             return 0
         return 1 if self.change.difference > 0 else -1
 
+    @property
+    def size(self) -> float:
+        return abs(self.change.difference)
 
-def compare_pairs(pairs: Iterable[tuple[VariantResult, VariantResult]]) -> list[PairedComparison]:
-    """Every pair, tested together."""
+
+def compare_pairs(pairs: Iterable[Pair]) -> list[PairedComparison]:
+    """The comparison of every pair, tested together."""
     changes = [(first, second, second.compare_to(first)) for first, second in pairs]
     adjusted = holm_adjust([change.p_value for *_, change in changes])
     return [
-        PairedComparison(a, b, change, p)
-        for (a, b, change), p in zip(changes, adjusted, strict=True)
+        PairedComparison(first, second, change, p)
+        for (first, second, change), p in zip(changes, adjusted, strict=True)
     ]
 
 
-def verdict_on(comparisons: Sequence[PairedComparison]) -> Verdict:
-    """On "the second is above": it must be so somewhere, and nowhere the other way round."""
+def is_better(comparisons: Sequence[PairedComparison]) -> bool | None:
+    """Whether ``second`` is better: at least once, and never worse; None if never different."""
     signs = {comparison.sign for comparison in comparisons}
-    if -1 in signs:
-        return "does not hold"
-    return "holds" if 1 in signs else "cannot be told here"
+    return False if -1 in signs else True if 1 in signs else None
 
 
 def claim_finding(
@@ -56,60 +58,59 @@ def claim_finding(
     first: str,
     condition: str = "at equal experts",
 ) -> Finding:
-    """One sentence over all duels: how many were won, and the widest of each kind."""
+    """The finding on "``second`` is better": counts of wins and losses, and the largest of each."""
     if not comparisons:
-        text = f"{second} was not met with {first} {condition} on this model."
-        return Finding(text, claim, "cannot be told here")
-    wins, losses = ([d for d in comparisons if d.sign == sign] for sign in (1, -1))
+        text = f"No comparison of {second} with {first} {condition} was possible on this model."
+        return judge(text, claim, None)
+    wins, losses = ([c for c in comparisons if c.sign == sign] for sign in (1, -1))
     ties = len(comparisons) - len(wins) - len(losses)
     text = (
-        f"Of {len(comparisons)} comparisons {condition}, {second} is above {first} in {len(wins)}, "
-        f"below in {len(losses)}, and not to be told apart in {ties}."
+        f"In {len(comparisons)} comparisons {condition}, {second} is better than {first} in "
+        f"{len(wins)}, worse in {len(losses)} and not significantly different in {ties}."
     )
-    largest = [
-        max(group, key=lambda d: abs(d.change.difference)) for group in (wins, losses) if group
-    ]
-    return Finding(
-        " ".join([text, *map(comparison_sentence, largest)]), claim, verdict_on(comparisons)
-    )
+    largest = [max(group, key=lambda c: c.size) for group in (wins, losses) if group]
+    sentences = " ".join([text, *map(comparison_sentence, largest)])
+    return judge(sentences, claim, is_better(comparisons))
 
 
 def comparison_sentence(comparison: PairedComparison) -> str:
-    """One duel in words."""
     low, high = comparison.change.interval
     first, second = comparison.first, comparison.second
     return (
-        f"{second.name} answers {second.accuracy:.1%} right with {second.experts:.1f} experts, "
-        f"{first.name} {first.accuracy:.1%} with {first.experts:.1f}: "
-        f"{comparison.change.difference:+.1%} ({low:+.1%} to {high:+.1%}, {format_p(comparison.p)})."
+        f"{second.name} has an accuracy of {second.accuracy:.1%} with {second.experts:.1f} "
+        f"experts, {first.name} {first.accuracy:.1%} with {first.experts:.1f}: "
+        f"{comparison.change.difference:+.1%} ({low:+.1%} to {high:+.1%}, "
+        f"{format_p(comparison.p)})."
+    )
+
+
+def count_sentence(label: str, comparisons: Sequence[PairedComparison], unit: str) -> str:
+    """Counts of wins and losses, and the largest difference."""
+    signs = [comparison.sign for comparison in comparisons]
+    largest = max(comparisons, key=lambda c: c.size)
+    return (
+        f"{label}: better in {signs.count(1)} of {len(signs)} {unit}, worse in "
+        f"{signs.count(-1)}. {comparison_sentence(largest)}"
     )
 
 
 def comparison_table(comparisons: Sequence[PairedComparison], caption: str) -> Table:
-    """One duel a row."""
-    heads = ("this", "right", "experts", "against", "right", "experts", "difference, 95 %", "p")
-    rows = []
-    for comparison in comparisons:
-        low, high = comparison.change.interval
-        sides = [
-            text
-            for result in (comparison.second, comparison.first)
-            for text in (result.name, f"{result.accuracy:.1%}", f"{result.experts:.1f}")
-        ]
-        change = f"{comparison.change.difference:+.1%}, {low:+.1%} to {high:+.1%}"
-        rows.append([*sides, change, format_p(comparison.p, bare=True)])
+    """One comparison per row."""
     n = len(comparisons[0].first.correct_flags()) if comparisons else 0
-    return Table(
-        heads,
-        rows,
-        f"{caption} The same {n} items; p is McNemar's, exact, raised for the {len(comparisons)} "
-        "comparisons of the table (Holm).",
-        numbers=(1, 2, 4, 5, 6, 7),
+    table = make_table(
+        f"{caption} The same {n} items; p is from McNemar's exact test, adjusted for the "
+        f"{len(comparisons)} comparisons of the table (Holm).",
+        comparisons,
+        {
+            "policy": "{0.second.name}",
+            "accuracy": "{0.second.accuracy:.1%}",
+            "experts": "{0.second.experts:.1f}",
+            "compared with": "{0.first.name}",
+            "its accuracy": "{0.first.accuracy:.1%}",
+            "its experts": "{0.first.experts:.1f}",
+            "difference, 95 %": "{0.change.difference:+.1%}, {0.change.interval[0]:+.1%} to "
+            "{0.change.interval[1]:+.1%}",
+            "p": lambda c: format_p(c.p, bare=True),
+        },
     )
-
-
-def format_p(p: float, *, bare: bool = False) -> str:
-    """For people: nobody reads beyond a thousandth."""
-    if p < 0.001:
-        return "< 0.001" if bare else "p < 0.001"
-    return f"{p:.3f}" if bare else f"p {p:.3f}"
+    return Table(table.heads, table.rows, table.caption, (1, 2, 4, 5, 6, 7))

@@ -1,24 +1,23 @@
-"""A model whose parts tell how long they took: the product's own code, each part in a wrapper.
+"""A model with timed parts: the model's own code, each part in a wrapper.
 
-Time is exclusive: while an inner part runs, the outer one's clock stands. So the parts of a
-forward add up to the whole of it.
+Times are exclusive: the outer part's clock stops while an inner part runs. The parts of a forward
+therefore add up to the whole.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 
 from coterie.lab.bench.timing import wait_until_idle
 from coterie.loading.load import Model
-from coterie.model.attention import Attention, AttentionMetadata
-from coterie.model.cache import KVCache
+from coterie.model.attention import Attention
 from coterie.model.forward_context import ForwardContext
 from coterie.model.moe import Dense, FeedForward, MoE
 from coterie.model.transformer import TransformerLayer
@@ -34,13 +33,13 @@ SHARED = "shared expert"
 DENSE = "dense layers"
 NORMS = "norms and sums"
 COUNTING = "counting"
-OTHER = "the rest"  # embedding, head, choosing words
+OTHER = "the rest"  # embedding, head, sampling
 PARTS = (EXPERTS, GATE, ELECTION, SHARED, ATTENTION, DENSE, NORMS, COUNTING, OTHER)
 
 
-@dataclass(eq=False)  # not frozen: it runs; equal to itself alone
+@dataclass(eq=False)  # mutable: it runs; equal to itself alone
 class Stopwatch:
-    """Seconds of every part since ``laps`` was last emptied."""
+    """Seconds of every part since ``laps`` was last cleared."""
 
     device: torch.device
     laps: dict[str, float] = field(default_factory=dict)
@@ -58,7 +57,7 @@ class Stopwatch:
             self._active_parts.pop()
 
     def _charge_elapsed(self) -> None:
-        """Give what has passed to the part that is running."""
+        """Add the elapsed time to the running part."""
         wait_until_idle(self.device)
         now = time.perf_counter()
         if self._active_parts:
@@ -68,25 +67,25 @@ class Stopwatch:
 
 
 def timed_model(model: Model, stopwatch: Stopwatch) -> Model:
-    """The same model over the same weights, its parts in wrappers.
+    """The same model with the same weights and with timed parts.
 
-    ``mc-moe`` cannot run on it: it asks for importance, which only an unwrapped layer gives.
+    It cannot run ``mc-moe``, which needs the importance that only an unwrapped layer returns.
     """
     layers = tuple(_timed_layer(layer, stopwatch) for layer in model.transformer.layers)
     return replace(model, transformer=replace(model.transformer, layers=layers))
 
 
 def _timed_layer(layer: TransformerLayer, stopwatch: Stopwatch) -> TransformerLayer:
-    # A wrapper stands in for what it wraps: it is called alike, and that is all that is asked.
-    attention = cast("Attention", _TimedAttention(layer.attention, stopwatch))
+    # A wrapper has the call signature of the wrapped part; callers use nothing else.
+    attention = cast("Attention", _TimedCall(layer.attention, stopwatch, ATTENTION))
     inner = replace(layer, attention=attention, feed_forward=_timed_feed_forward(layer, stopwatch))
-    return cast("TransformerLayer", _TimedLayer(inner, stopwatch))
+    return cast("TransformerLayer", _TimedCall(inner, stopwatch, NORMS))
 
 
 def _timed_feed_forward(layer: TransformerLayer, stopwatch: Stopwatch) -> FeedForward:
     feed_forward = layer.feed_forward
     if not isinstance(feed_forward, MoE):
-        return _TimedDense(feed_forward, stopwatch)
+        return _TimedCall(feed_forward, stopwatch, DENSE)
     shared = (
         None
         if feed_forward.shared is None
@@ -99,40 +98,21 @@ def _timed_feed_forward(layer: TransformerLayer, stopwatch: Stopwatch) -> FeedFo
 
 
 @dataclass(frozen=True)
-class _TimedLayer:
-    inner: TransformerLayer
+class _TimedCall:
+    """Calls a part of the model and charges the time to its name."""
+
+    inner: Callable[..., Any]
     watch: Stopwatch
+    part: str
 
-    def __call__(self, x: Tensor, metadata: AttentionMetadata, context: ForwardContext) -> Tensor:
-        with self.watch(NORMS):
-            return self.inner(x, metadata, context)
-
-
-@dataclass(frozen=True)
-class _TimedAttention:
-    inner: Attention
-    watch: Stopwatch
-
-    def __call__(
-        self, x: Tensor, metadata: AttentionMetadata, cache: KVCache | None, *, weigh: bool = False
-    ) -> tuple[Tensor, Tensor | None]:
-        with self.watch(ATTENTION):
-            return self.inner(x, metadata, cache, return_received=weigh)
-
-
-@dataclass(frozen=True)
-class _TimedDense:
-    inner: FeedForward
-    watch: Stopwatch
-
-    def __call__(self, x: Tensor, context: ForwardContext, importance: Tensor | None) -> Tensor:
-        with self.watch(DENSE):
-            return self.inner(x, context, importance)
+    def __call__(self, *arguments: Any, **options: Any) -> Any:
+        with self.watch(self.part):
+            return self.inner(*arguments, **options)
 
 
 @dataclass(frozen=True)
 class _TimedMoE:
-    """Gate and routing are what is left of the layer once its other parts are taken off."""
+    """Gate and routing are the remainder of the layer after its other parts."""
 
     inner: MoE
     watch: Stopwatch
@@ -156,7 +136,7 @@ class _TimedShared:
 
 @dataclass(frozen=True)
 class _TimedStore:
-    """What is done with a slab happens between two turns of the loop that takes it."""
+    """The caller's work on a slab runs between two steps of its loop."""
 
     inner: ExpertStore
     watch: Stopwatch
@@ -183,7 +163,7 @@ class _TimedPolicy:
             return self.inner.eligible(scores, k)
 
     def kernel_rule(self, scores: Scores, k: int) -> KernelRouting | None:
-        # What a kernel elects by is told here; that it elects is part of gate and routing.
+        # This only returns the rule; the kernel's election counts as gate and routing.
         with self.watch(ELECTION):
             return (
                 self.inner.kernel_rule(scores, k) if isinstance(self.inner, KernelPolicy) else None

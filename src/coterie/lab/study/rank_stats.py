@@ -1,4 +1,4 @@
-"""Rank correlation, and intervals of a mean over prompts."""
+"""Rank correlation, and intervals of means over prompts."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ FloatValues = Sequence[float] | NDArray[np.float64]
 
 
 def spearman(first: FloatValues, second: FloatValues) -> float:
-    """Correlation of the ranks, ties at their mean rank; 0 where one side does not vary."""
+    """Spearman's rank correlation, with mean ranks for ties; 0 where one side is constant."""
     a, b = ranks(first), ranks(second)
     a, b = a - a.mean(), b - b.mean()
     size = float(np.sqrt((a @ a) * (b @ b)))
@@ -19,13 +19,13 @@ def spearman(first: FloatValues, second: FloatValues) -> float:
 
 
 def ranks(values: FloatValues) -> NDArray[np.float64]:
-    """From 1, the least first; equal values share the mean of their places."""
+    """Ranks from 1, ascending; equal values share their mean rank."""
     _, inverse, counts = np.unique(np.asarray(values), return_inverse=True, return_counts=True)
     return (counts.cumsum() - (counts - 1) / 2)[inverse]
 
 
 def mean_interval(by_prompt: FloatValues, *, draws: int = 2000, seed: int = 0) -> list[float]:
-    """The middle 95 % of the mean under a bootstrap over prompts, one value each."""
+    """The 95 % interval of the mean, by a bootstrap over prompts (one value each)."""
     values = np.asarray(by_prompt, dtype=np.float64)
     indices = np.random.default_rng(seed).integers(0, len(values), size=(draws, len(values)))
     low, high = np.quantile(values[indices].mean(axis=1), [0.025, 0.975])

@@ -1,11 +1,12 @@
-"""The report: what every chapter found, on one page that needs nothing else."""
+"""The report: every experiment on one self-contained HTML page."""
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import jinja2
 
@@ -16,14 +17,14 @@ SCHEMES: tuple[ColourScheme, ...] = ("light", "dark")
 VERDICT_MARKS: Mapping[Verdict, str] = {
     "holds": "✓",
     "does not hold": "✗",
-    "cannot be told here": "?",
+    "inconclusive": "?",
 }
 TEMPLATE = Path(__file__).with_name("report.html")
 
 
 @dataclass(frozen=True)
 class RenderedFigure:
-    """A figure in both dresses, as SVG text."""
+    """A figure as SVG text in both colour schemes."""
 
     name: str
     caption: str
@@ -32,7 +33,7 @@ class RenderedFigure:
 
 @dataclass(frozen=True)
 class RecordSource:
-    """Where a chapter's numbers come from, in words; ``path`` is the record's, in the folder."""
+    """The provenance of an experiment's numbers; ``path`` is that of the record."""
 
     path: str
     command: str
@@ -48,7 +49,7 @@ class RecordSource:
 
 @dataclass(frozen=True)
 class ReportSection:
-    """One chapter of the page; where it has a ``failure``, what could be shown is still there."""
+    """One section of the page; after a ``failure`` it has the parts that could be rendered."""
 
     name: str
     title: str
@@ -62,7 +63,7 @@ class ReportSection:
 
 @dataclass(frozen=True)
 class ReportedClaim:
-    """Something the paper says, the chapter that looked, and what each finding came to."""
+    """A claim of the paper, the experiment on it, and the verdicts of its findings."""
 
     text: str
     section: ReportSection
@@ -70,14 +71,14 @@ class ReportedClaim:
 
     @property
     def verdict_texts(self) -> list[tuple[Verdict, str]]:
-        """Each verdict once, in words, with how often it was found where they differ."""
+        """Each verdict once, with its count where verdicts differ."""
         counts = Counter(self.verdicts)
         differ = len(counts) > 1
         return [(v, f"{v} ({counts[v]})" if differ else v) for v in VERDICT_MARKS if counts[v]]
 
 
 def collect_claims(sections: Sequence[ReportSection]) -> list[ReportedClaim]:
-    """Every claim once for each chapter, in the order of the page."""
+    """Every claim once per experiment, in the order of the page."""
     by_key: dict[tuple[str, str], ReportedClaim] = {}
     for section in sections:
         for finding in section.findings:
@@ -90,75 +91,64 @@ def collect_claims(sections: Sequence[ReportSection]) -> list[ReportedClaim]:
 
 def make_section(
     experiment: Experiment,
-    record: Mapping[str, object] | None,
+    record: Mapping[str, Any] | None,
     failure: str | None = None,
     *,
     schemes: Sequence[ColourScheme] = SCHEMES,
 ) -> ReportSection:
-    """The chapter as it is told and drawn from its record; without ``schemes`` it is only told."""
-    empty = ReportSection(experiment.name, experiment.title, experiment.question, failure=failure)
+    """Render an experiment from its record; without ``schemes`` the figures have no SVG."""
+    section = ReportSection(experiment.name, experiment.title, experiment.question, failure=failure)
     if record is None:
-        return empty
-    data = record["facts"]
-    assert isinstance(data, dict)
+        return section
+    section = replace(section, source=record_source(experiment.name, record), failure=None)
+    data, findings = record["facts"], []
     try:
-        return ReportSection(
-            name=experiment.name,
-            title=experiment.title,
-            question=experiment.question,
+        for finding in experiment.findings(data):
+            findings.append(finding if isinstance(finding, Finding) else Finding(finding))
+        return replace(
+            section,
             figures=tuple(render_figure(drawing, schemes) for drawing in experiment.drawings(data)),
             tables=tuple(experiment.tables(data)),
-            findings=tuple(map(_as_finding, experiment.findings(data))),
-            source=record_source(experiment.name, record),
+            findings=tuple(findings),
         )
-    # A chapter that cannot be drawn, such as from an older version's record, costs only itself.
+    # A record of an older version may not render; the other sections must.
     except Exception as error:
         text = f"{type(error).__name__}: {error}"
-        return ReportSection(
-            experiment.name,
-            experiment.title,
-            experiment.question,
-            source=record_source(experiment.name, record),
-            failure=f"it was measured but cannot be drawn ({text}); measure it --again",
+        return replace(
+            section, failure=f"the record cannot be rendered ({text}); measure the experiment again"
         )
 
 
 def render_figure(drawing: Drawing, schemes: Sequence[ColourScheme] = SCHEMES) -> RenderedFigure:
-    """A figure drawn in its dresses."""
+    """Draw a figure in these colour schemes."""
     svg: dict[ColourScheme, str] = {
         scheme: render_svg(drawing.draw, name=drawing.name, scheme=scheme) for scheme in schemes
     }
     return RenderedFigure(drawing.name, drawing.caption, svg)
 
 
-def record_source(name: str, record: Mapping[str, object]) -> RecordSource:
-    """What a record says of itself."""
-    machine, settings, versions, command = (
-        record[key] for key in ("machine", "settings", "versions", "command")
-    )
-    assert isinstance(machine, dict)
-    assert isinstance(settings, dict)
-    assert isinstance(versions, dict)
-    assert isinstance(command, list)
+def record_source(name: str, record: Mapping[str, Any]) -> RecordSource:
+    """The provenance in a record."""
+    machine, settings, versions = (record[key] for key in ("machine", "settings", "versions"))
     memory_mib = machine.get("memory_mib")
     return RecordSource(
         path=f"records/{name}.json",
-        command=" ".join(command),
-        when=str(record["when"]),
-        commit=str(record["commit"]),
+        command=" ".join(record["command"]),
+        when=record["when"],
+        commit=record["commit"],
         machine=f"{machine['cores']} cores of {machine['processor']}"
         + (f", {memory_mib / 1024:.0f} GiB" if memory_mib else "")
         + ("" if machine["device"] == "cpu" else f", on {machine['device']}"),
         versions=", ".join(f"{package} {version}" for package, version in versions.items()),
-        seconds=float(str(record["seconds"])),
-        model=str(settings["model"]),
-        items=int(str(settings["items"])),
-        prompts=int(str(settings["prompts"])),
+        seconds=record["seconds"],
+        model=settings["model"],
+        items=settings["items"],
+        prompts=settings["prompts"],
     )
 
 
 def render_page(sections: Sequence[ReportSection]) -> str:
-    """HTML with everything inside: no script, no network, no other file."""
+    """Self-contained HTML: no script, no network access, no other file."""
     environment = jinja2.Environment(
         autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
@@ -172,7 +162,3 @@ def render_page(sections: Sequence[ReportSection]) -> str:
         claims=collect_claims(sections),
         failures=[section for section in sections if section.failure is not None],
     )
-
-
-def _as_finding(finding: Finding | str) -> Finding:
-    return finding if isinstance(finding, Finding) else Finding(finding)

@@ -1,10 +1,10 @@
-"""What one arm came to, small enough for a record and whole enough to be compared again."""
+"""The result of one policy on all problems, compact enough for a record and still comparable."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Annotated, TypedDict, cast
+from typing import Annotated, TypedDict
 
 from coterie.engine.generation_config import GenerationConfig
 from coterie.keys import Key, by_key, from_json, names_of, to_json
@@ -16,16 +16,16 @@ JsonObject = dict[str, object]
 
 @dataclass(frozen=True)
 class VariantResult:
-    """Right and wrong, item by item of each task, and what was read and done for it.
+    """Correct and wrong answers, item by item of each task, with the experts and forwards used.
 
-    Experts and bytes are per layer and decoding forward; ``tokens_per_second`` is of all rows that
-    were decoded together.
+    Experts and bytes are per layer and decoding forward. ``tokens_per_second`` covers all rows of
+    a batch together.
     """
 
-    name: Annotated[str, Key("name")]  # the arm's: policy, then the generation that is its own
+    name: Annotated[str, Key("name")]  # the policy and the generation options of the variant
     policy: Annotated[str, Key("policy")]
     generation: Annotated[Mapping[str, object], Key("generation")]
-    right: Annotated[Mapping[str, str], Key("right")]  # task -> "0110", an item a digit
+    right: Annotated[Mapping[str, str], Key("right")]  # task -> "0110", one digit per item
     experts: Annotated[float, Key("experts")]
     expert_bytes: Annotated[float, Key("expert_bytes")]
     vote_mass_kept: Annotated[float, Key("vote_mass_kept")]
@@ -53,15 +53,13 @@ class VariantResult:
 
     @staticmethod
     def from_json(document: Mapping[str, object]) -> VariantResult:
-        """Back from a record."""
         return from_json(VariantResult, {name: document[name] for name in names_of(VariantResult)})
 
     def to_json(self, baseline: VariantResult) -> JsonObject:
-        """As JSON values, with what follows from them; ``first`` is what changes are against."""
-        fields_json: JsonObject = to_json(self)
-        change = self.compare_to(baseline)
+        """JSON values, with accuracies and the change against ``baseline`` computed from them."""
+        change, base = self.compare_to(baseline), baseline.accuracy
         return {
-            **fields_json,
+            **to_json(self),
             "accuracy": _share_to_json(self.accuracy_share()),
             "by_task": {task: _share_to_json(self.accuracy_share(task)) for task in self.right},
             "change": {
@@ -71,75 +69,92 @@ class VariantResult:
                 "interval": list(change.interval),
                 "p": change.p_value,
             },
-            "relative_accuracy": self.accuracy_share().value / baseline.accuracy_share().value
-            if baseline.accuracy_share().successes
-            else None,
+            "relative_accuracy": self.accuracy / base if base else None,
         }
 
     def correct_flags(self, task: str | None = None) -> list[bool]:
-        """Right or wrong, of one task or of all in their order."""
+        """One flag per item, of one task or of all tasks in order."""
         digit_strings = self.right.values() if task is None else [self.right[task]]
         return [digit == "1" for digits in digit_strings for digit in digits]
 
     def accuracy_share(self, task: str | None = None) -> Proportion:
-        bits = self.correct_flags(task)
-        return Proportion(sum(bits), len(bits))
+        flags = self.correct_flags(task)
+        return Proportion(sum(flags), len(flags))
 
     @property
     def accuracy(self) -> float:
         return self.accuracy_share().value
 
+    @property
+    def interval(self) -> tuple[float, float]:
+        """The 95 % Wilson interval of the accuracy."""
+        return self.accuracy_share().interval
+
+    @property
+    def experts_per_block(self) -> float:
+        """Unique experts of a layer over all forwards of a block."""
+        return self.experts * self.forwards_per_block
+
     def compare_to(self, baseline: VariantResult) -> PairedDifference:
-        """This minus ``first``, on the same items."""
+        """The paired difference to ``baseline`` on the same items."""
         return paired_difference(baseline.correct_flags(), self.correct_flags())
+
+    def relative_accuracy(self, baseline: VariantResult) -> str:
+        """The share of the baseline's accuracy, as text; empty where the baseline has none."""
+        return f"{self.accuracy / baseline.accuracy:.1%}" if baseline.accuracy else ""
 
 
 class VariantsRecord(TypedDict):
-    """Arms compared on one model: vanilla first, each once, and which belong together."""
+    """Variants compared on one model. Vanilla is the first arm; each arm is stored once."""
 
     experts: int
     k: int
     block: int
     arms: list[JsonObject]
-    groups: dict[str, list[str]]  # what a line is called -> names of its arms, in order
-    pairs: list[list[str]]  # two names each, at nearly equal experts
+    groups: dict[str, list[str]]  # label of a line -> names of its arms, in order
+    pairs: list[list[str]]  # pairs of names at nearly equal experts
+
+
+Pair = tuple[VariantResult, VariantResult]
 
 
 @dataclass(frozen=True)
 class VariantResults:
-    """The same, read back."""
+    """A ``VariantsRecord`` with its results parsed."""
 
     experts: int
     k: int
     block: int
     by_name: Mapping[str, VariantResult]
     groups: Mapping[str, list[VariantResult]]
-    pairs: Sequence[tuple[VariantResult, VariantResult]]
+    pairs: Sequence[Pair]
 
     @staticmethod
-    def from_data(data: Mapping[str, object]) -> VariantResults:
-        record = cast("VariantsRecord", data)
-        variant_results = {
-            str(variant["name"]): VariantResult.from_json(variant) for variant in record["arms"]
-        }
+    def from_record(record: VariantsRecord, labels: Sequence[str] = ()) -> VariantResults:
+        """``labels`` rename the groups of a record, in order, where there is one for each."""
+        by_name = {str(arm["name"]): VariantResult.from_json(arm) for arm in record["arms"]}
+        groups = record["groups"]
+        names = labels if len(labels) == len(groups) else list(groups)
         return VariantResults(
             experts=record["experts"],
             k=record["k"],
             block=record["block"],
-            by_name=variant_results,
+            by_name=by_name,
             groups={
-                label: [variant_results[n] for n in names]
-                for label, names in record["groups"].items()
+                label: [by_name[name] for name in group]
+                for label, group in zip(names, groups.values(), strict=True)
             },
-            pairs=[
-                (variant_results[first], variant_results[second])
-                for first, second in record["pairs"]
-            ],
+            pairs=[(by_name[first], by_name[second]) for first, second in record["pairs"]],
         )
 
     @property
     def vanilla(self) -> VariantResult:
         return next(iter(self.by_name.values()))
+
+    @property
+    def all(self) -> list[VariantResult]:
+        """Vanilla, then the results of every group."""
+        return [self.vanilla, *(result for group in self.groups.values() for result in group)]
 
 
 def _share_to_json(share: Proportion) -> JsonObject:

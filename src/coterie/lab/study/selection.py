@@ -1,63 +1,44 @@
-"""The time of the selection itself (Fig. 6): scores in, experts and weights out."""
+"""The time of the selection itself (Fig. 6): from router scores to experts and weights."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal, TypedDict, cast
+from typing import Literal, TypedDict
 
 import torch
-from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from coterie.engine.engine import Engine
 from coterie.engine.observation import collect_observations
+from coterie.lab.bench import timing
 from coterie.lab.bench.routings import BLOCK_LENGTH, find_skew, skewed_scores
-from coterie.lab.bench.timing import (
-    TimingConditions,
-    TimingStats,
-    describe_conditions,
-    load_warnings,
-    mean_timing_stats,
-    time_interleaved,
-    timing_conditions,
-)
 from coterie.lab.plotting import new_panels, policy_style
+from coterie.lab.study.charts import draw_series, milliseconds, quartiles_text, timing_series
 from coterie.lab.study.context import StudyContext
-from coterie.lab.study.experiment import Drawing, ExperimentData, Finding, Table
-from coterie.lab.study.latency import LayerLatency
-from coterie.lab.study.layers import layer_runner, moe_layers
+from coterie.lab.study.experiment import Drawing, Finding, Table, judge, make_table
+from coterie.lab.study.layers import NUM_PROMPTS, layer_runner, moe_layers
 from coterie.routing import parse_policy, route
 from coterie.routing.router import route_by_mask
 from coterie.values import DecodeProgress, Policy, RouterSpec, Routing, Scores
 
 EXPERT_COUNTS = (64, 128, 256)
 TOKEN_COUNTS = (8, 16, 32, 64)
-VANILLA = "vanilla"
+VANILLA, DES_VOTE = "vanilla", "des-vote:beta=0.15"
+DRAWN_POLICIES = (VANILLA, "topk:k=4", "des-seq:k=3", DES_VOTE, "xshare:beta=0.15")
 POLICIES = (
-    VANILLA,
-    "topk:k=4",
-    "naee:beta=0.6",
-    "des-seq:k=3",
-    "des-vote:beta=0.15",
-    "xshare:beta=0.15",
-    "mass-vote:tau=0.8",
-    "des-vote:beta=0.15,voters=before-eos,protect=top1",
+    *(VANILLA, "topk:k=4", "naee:beta=0.6", "des-seq:k=3", DES_VOTE, "xshare:beta=0.15"),
+    *("mass-vote:tau=0.8", f"{DES_VOTE},voters=before-eos,protect=top1"),
 )
-DRAWN_POLICIES = (VANILLA, "topk:k=4", "des-seq:k=3", "des-vote:beta=0.15", "xshare:beta=0.15")
 ROUNDS = 12
-NUM_PROMPTS = 4
-UNIQUE_SHARE = 0.5  # of what a block would use by lot: how skewed the scores are that are drawn
-MAX_SELECTION_SHARE = (
-    0.1  # of the layer's time, up to which a selection is said to cost next to nothing
-)
+UNIQUE_SHARE = 0.5  # unique experts relative to uniform random routing: sets the skew of scores
+MAX_SELECTION_SHARE = 0.1  # of the layer's time: the limit of a negligible selection
 
 SelectFunction = Callable[[Scores, Policy], Routing]
 
+# Every version of the selection by name. Models run ``fused``: one kernel where the device and the
+# policy support it, otherwise eager torch.
 EAGER, FUSED = "eager", "fused"
-
-# Every version of the selection by name. ``fused`` is what models run: one kernel where the device
-# and the policy have one, and eager torch where they have not.
 VERSIONS: dict[str, SelectFunction] = {EAGER: route_by_mask, FUSED: route}
 
 
@@ -68,29 +49,29 @@ class SelectionTiming(TypedDict):
     policy: str
     experts: int
     tokens: int
-    seconds: TimingStats
+    seconds: timing.TimingStats
 
 
 class SelectionLayerTiming(TypedDict):
-    """The model's own MoE layer and the selection in it, on real blocks of ``tokens``."""
+    """The model's own MoE layer and its selection, on real blocks of ``tokens``."""
 
     policy: str
     tokens: int
-    layer: TimingStats
-    selection: TimingStats
+    layer: timing.TimingStats
+    selection: timing.TimingStats
 
 
 class LargeLayerTiming(TypedDict):
-    """A random layer's experts on a vanilla block of 32, as the latency chapter timed them."""
+    """A random layer's experts on a vanilla block of 32, from the record of ``latency``."""
 
     name: str
     experts: int
-    seconds: TimingStats
+    seconds: timing.TimingStats
 
 
 class SelectionRecord(TypedDict):
     activation: str
-    machine: TimingConditions
+    machine: timing.TimingConditions
     points: list[SelectionTiming]
     layers: list[SelectionLayerTiming]
     large: list[LargeLayerTiming]
@@ -98,86 +79,87 @@ class SelectionRecord(TypedDict):
 
 @dataclass(frozen=True)
 class SelectionExperiment:
-    """Scores drawn for every number of experts, then the model's own, each policy in turn."""
+    """Random scores for several numbers of experts, then the model's own layers, in turns."""
 
     name: str = "selection"
-    title: str = "What the selection costs (Fig. 6)"
+    title: str = "The cost of the selection (Fig. 6)"
     question: str = (
-        "Electing a coreset and routing inside it is work as well. "
-        "How long does it take beside the layer whose bytes it saves?"
+        "Electing a coreset and routing within it take time. How long, compared with the layer?"
     )
 
     rounds: int = ROUNDS
 
-    def measure(self, context: StudyContext) -> ExperimentData:
+    def measure(self, context: StudyContext) -> SelectionRecord:
         spec, device = context.engine.model.spec, context.engine.model.transformer.device
         points: list[SelectionTiming] = []
+        steps = len(EXPERT_COUNTS) + 1
         for number, experts in enumerate(EXPERT_COUNTS):
-            share, activity = (
-                number / (len(EXPERT_COUNTS) + 1),
-                f"selections among {experts} experts",
-            )
 
-            def on_progress(
-                fraction: float, share: float = share, activity: str = activity
-            ) -> None:
-                context.on_progress(share + fraction / (len(EXPERT_COUNTS) + 1), activity)
+            def on_progress(share: float, number: int = number, experts: int = experts) -> None:
+                activity = f"selections among {experts} experts"
+                context.on_progress((number + share) / steps, activity)
 
-            points += time_selections(
-                scale_router(spec.router, experts),
-                device,
-                on_progress=on_progress,
-                rounds=self.rounds,
-            )
-        context.on_progress(len(EXPERT_COUNTS) / (len(EXPERT_COUNTS) + 1), "the model's own layers")
-        record = SelectionRecord(
+            router = scale_router(spec.router, experts)
+            points += time_selections(router, device, on_progress=on_progress, rounds=self.rounds)
+        context.on_progress((steps - 1) / steps, "the model's own layers")
+        prompts = context.questions()[:NUM_PROMPTS]
+        return SelectionRecord(
             activation=spec.router.activation,
-            machine=timing_conditions(device),
+            machine=timing.timing_conditions(device),
             points=points,
-            layers=time_model_layers(
-                context.engine, context.questions()[:NUM_PROMPTS], rounds=self.rounds
-            ),
+            layers=time_model_layers(context.engine, prompts, rounds=self.rounds),
             large=large_layer_timings(context),
         )
-        return cast("ExperimentData", record)
 
-    def drawings(self, data: ExperimentData) -> Sequence[Drawing]:
-        record = cast("SelectionRecord", data)
-        versions = list(dict.fromkeys(point["version"] for point in record["points"]))
-        where = f"{record['activation']} router, {describe_conditions(record['machine'])}"
+    def drawings(self, record: SelectionRecord) -> Sequence[Drawing]:
+        conditions = (
+            f"{record['activation']} router, {timing.describe_conditions(record['machine'])}"
+        )
         return [
             Drawing(
                 f"{self.name}-{version}",
-                f"Time of one {version} selection against the experts to choose from, for a block "
-                f"of {BLOCK_LENGTH} (left), and against the tokens of the block, among {EXPERT_COUNTS[-1]} "
-                f"experts (right); {where}. Bars span the quartiles.",
+                f"Time of one {version} selection against the number of experts, for a block of "
+                f"{BLOCK_LENGTH} (left), and against the tokens of the block, among "
+                f"{EXPERT_COUNTS[-1]} experts (right); {conditions}. Bars are quartiles.",
                 lambda version=version: _draw(record, version),
             )
-            for version in versions
+            for version in dict.fromkeys(point["version"] for point in record["points"])
         ]
 
-    def tables(self, data: ExperimentData) -> Sequence[Table]:
-        record = cast("SelectionRecord", data)
-        return [*_version_tables(record), _layer_table(record)]
-
-    def findings(self, data: ExperimentData) -> Sequence[Finding | str]:
-        record = cast("SelectionRecord", data)
-        vanilla = next(entry for entry in record["layers"] if entry["policy"] == VANILLA)
-        cost_findings = [
-            _cost_finding(e, vanilla) for e in record["layers"] if e["policy"].startswith("des-")
-        ]
-        large = [_large_layer_finding(record, entry) for entry in record["large"]]
+    def tables(self, record: SelectionRecord) -> Sequence[Table]:
+        versions = dict.fromkeys(point["version"] for point in record["points"])
         return [
-            *cost_findings,
-            *large,
+            *(_version_table(record, version) for version in versions),
+            make_table(
+                f"The model's own MoE layer on real blocks of {record['layers'][0]['tokens']}. The "
+                "whole layer is gate, selection, experts and shared expert.",
+                record["layers"],
+                {
+                    "policy": "{policy}",
+                    "selection, ms": lambda entry: milliseconds(entry["selection"], 3),
+                    "whole layer, ms": lambda entry: milliseconds(entry["layer"], 3),
+                    "quartiles": lambda entry: quartiles_text(entry["layer"], 3),
+                    "selection's share": lambda e: (
+                        f"{e['selection']['median'] / e['layer']['median']:.0%}"
+                    ),
+                },
+            ),
+        ]
+
+    def findings(self, record: SelectionRecord) -> Sequence[Finding | str]:
+        vanilla, *others = record["layers"]
+        des = [entry for entry in others if entry["policy"].startswith("des-")]
+        return [
+            *(_cost_finding(entry, vanilla) for entry in des),
+            *(_large_layer_finding(record, entry) for entry in record["large"]),
             _width_sentence(record),
             *_fused_sentences(record),
-            *load_warnings(record["machine"]),
+            *timing.load_warnings(record["machine"]),
         ]
 
 
 def scale_router(router: RouterSpec, experts: int) -> RouterSpec:
-    """The same router over another number of experts; without groups where these do not divide."""
+    """The same router with another number of experts, without groups that do not divide it."""
     grouped = experts % router.groups == 0 and experts // router.groups >= 2
     return replace(
         router,
@@ -195,10 +177,10 @@ def time_selections(
     on_progress: Callable[[float], None],
     rounds: int,
 ) -> list[SelectionTiming]:
-    """Every version and policy at every block size, on scores drawn once."""
+    """Every version and policy at every block size, on the same random scores."""
     generator = torch.Generator().manual_seed(0)
-    expected_unique = router.experts * (1 - (1 - router.k / router.experts) ** BLOCK_LENGTH)
-    skew = find_skew(router, UNIQUE_SHARE * expected_unique)
+    uniform = router.experts * (1 - (1 - router.k / router.experts) ** BLOCK_LENGTH)
+    skew = find_skew(router, UNIQUE_SHARE * uniform)
     blocks = {
         count: _with_progress(skewed_scores(router, count, skew, generator), device)
         for count in TOKEN_COUNTS
@@ -209,7 +191,7 @@ def time_selections(
         for policy in POLICIES
         for version, select in VERSIONS.items()
     }
-    timings = time_interleaved(runs, rounds, device=device, on_progress=on_progress)
+    timings = timing.time_interleaved(runs, rounds, device=device, on_progress=on_progress)
     return [
         SelectionTiming(
             version=version, policy=policy, experts=router.experts, tokens=count, seconds=seconds
@@ -221,42 +203,42 @@ def time_selections(
 def time_model_layers(
     engine: Engine, prompts: Sequence[str], *, rounds: int
 ) -> list[SelectionLayerTiming]:
-    """Layer and selection in turns, over the real decoding forwards of one row at a time."""
+    """Layer and selection in turns, over real decoding forwards of one row at a time."""
     observations = collect_observations(engine, prompts, batch_size=1, max_forwards=1)
     moes = {moe.layer: moe for moe in moe_layers(engine.model.transformer)}
     runs: dict[tuple[str, str, int], Callable[[], object]] = {}
     for spelling in POLICIES:
+        policy = parse_policy(spelling)
         for index, observation in enumerate(observations):
-            policy, scores = parse_policy(spelling), replace(observation.scores, vanilla_ids=None)
-            runs["layer", spelling, index] = layer_runner(
-                moes[observation.layer], observation, policy
-            )
+            scores, moe = replace(observation.scores, vanilla_ids=None), moes[observation.layer]
+            runs["layer", spelling, index] = layer_runner(moe, observation, policy)
             runs["selection", spelling, index] = selection_runner(VERSIONS[FUSED], scores, policy)
-    timings = time_interleaved(runs, rounds, device=engine.model.transformer.device)
+    timings = timing.time_interleaved(runs, rounds, device=engine.model.transformer.device)
+
+    def mean(part: str, policy: str) -> timing.TimingStats:
+        return timing.mean_timing_stats(
+            [timings[part, policy, i] for i in range(len(observations))]
+        )
+
     return [
         SelectionLayerTiming(
             policy=policy,
             tokens=observations[0].x.shape[1],
-            layer=mean_timing_stats(
-                [timings["layer", policy, index] for index in range(len(observations))]
-            ),
-            selection=mean_timing_stats(
-                [timings["selection", policy, index] for index in range(len(observations))]
-            ),
+            layer=mean("layer", policy),
+            selection=mean("selection", policy),
         )
         for policy in POLICIES
     ]
 
 
 def large_layer_timings(context: StudyContext) -> list[LargeLayerTiming]:
-    """Those of the latency chapter whose experts are as many as here; none where it has not run."""
-    data = context.record("latency")
-    layers = cast("list[LayerLatency]", data["lines"]) if data is not None else []
+    """The random layers of the record ``latency`` with a number of experts that is timed here."""
+    record = context.record("latency")
     return [
         LargeLayerTiming(
             name=layer["bench"]["name"], experts=layer["bench"]["experts"], seconds=check["seconds"]
         )
-        for layer in layers
+        for layer in (record["lines"] if record is not None else ())
         for check in layer["checks"]
         if check["policy"] == VANILLA
         and layer["bench"]["random"]
@@ -267,20 +249,16 @@ def large_layer_timings(context: StudyContext) -> list[LargeLayerTiming]:
 def selection_runner(
     select: SelectFunction, scores: Scores, policy: Policy
 ) -> Callable[[], Routing]:
-    """Every time from the logits on: what scores remember of themselves is forgotten."""
+    """Run the selection from the logits; a copy of the scores drops their cached values."""
     return lambda: select(replace(scores), policy)
 
 
 def _with_progress(scores: Scores, device: torch.device) -> Scores:
-    """On the device, with a canvas on which nothing but the last quarter is fill."""
+    """On the device, with a masked block; its last quarter is after the end-of-text token."""
     tokens = scores.logits.shape[1]
     filled = (torch.arange(tokens, device=device) >= tokens - tokens // 4).unsqueeze(0)
-    masked = torch.ones_like(filled)
-    return replace(
-        scores,
-        logits=scores.logits.to(device),
-        progress=DecodeProgress(masked=masked, after_eos=filled),
-    )
+    progress = DecodeProgress(masked=torch.ones_like(filled), after_eos=filled)
+    return replace(scores, logits=scores.logits.to(device), progress=progress)
 
 
 def _draw(record: SelectionRecord, version: str) -> Figure:
@@ -288,147 +266,100 @@ def _draw(record: SelectionRecord, version: str) -> Figure:
         p for p in record["points"] if p["version"] == version and p["policy"] in DRAWN_POLICIES
     ]
     figure, (left, right) = new_panels(2, height=3.4)
-    left.set(xlabel="experts to choose from", ylabel="milliseconds", xticks=EXPERT_COUNTS)
+    left.set(xlabel="number of experts", ylabel="milliseconds", xticks=EXPERT_COUNTS)
     right.set(xlabel="tokens of the block", xticks=TOKEN_COUNTS)
-    _draw_against(left, "experts", [point for point in points if point["tokens"] == BLOCK_LENGTH])
-    _draw_against(
-        right, "tokens", [point for point in points if point["experts"] == EXPERT_COUNTS[-1]]
+    panels: tuple[tuple[Literal["experts", "tokens"], list[SelectionTiming]], ...] = (
+        ("experts", [point for point in points if point["tokens"] == BLOCK_LENGTH]),
+        ("tokens", [point for point in points if point["experts"] == EXPERT_COUNTS[-1]]),
     )
     slowest = max(point["seconds"]["median"] for point in points)
-    for ax in (left, right):
+    for ax, (key, shown) in zip((left, right), panels, strict=True):
+        for policy in DRAWN_POLICIES:
+            of_policy = [point for point in shown if point["policy"] == policy]
+            x, timings = [p[key] for p in of_policy], [p["seconds"] for p in of_policy]
+            draw_series(ax, timing_series(policy_style(policy), x, timings, policy))
         ax.set(ylim=(0, 1.3e3 * slowest))
     right.tick_params(labelleft=False)
-    handles, labels = left.get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside upper left", ncols=2)
+    figure.legend(*left.get_legend_handles_labels(), loc="outside upper left", ncols=2)
     return figure
 
 
-def _draw_against(
-    ax: Axes, key: Literal["experts", "tokens"], points: Sequence[SelectionTiming]
-) -> None:
-    for policy in DRAWN_POLICIES:
-        policy_points = [point for point in points if point["policy"] == policy]
-        timings = [point["seconds"] for point in policy_points]
-        lower = [(timing["median"] - timing["low"]) * 1e3 for timing in timings]
-        upper = [(timing["high"] - timing["median"]) * 1e3 for timing in timings]
-        ax.errorbar(
-            [point[key] for point in policy_points],
-            [timing["median"] * 1e3 for timing in timings],
-            yerr=[lower, upper],
-            color=policy_style(policy).colour,
-            marker=policy_style(policy).marker,
-            elinewidth=1,
-            label=policy,
+def _version_table(record: SelectionRecord, version: str) -> Table:
+    """Policies by numbers of experts and tokens."""
+    points = [point for point in record["points"] if point["version"] == version]
+    sizes = dict.fromkeys((p["experts"], p["tokens"]) for p in points if p["tokens"] >= 32)
+    seconds = {(p["policy"], p["experts"], p["tokens"]): p["seconds"] for p in points}
+    columns = {
+        f"{experts}, N = {tokens}": lambda policy, size=(experts, tokens): milliseconds(
+            seconds[policy, *size]
         )
-
-
-def _version_tables(record: SelectionRecord) -> list[Table]:
-    """A table for each version: policies against experts and tokens."""
-    tables = []
-    for version in dict.fromkeys(point["version"] for point in record["points"]):
-        points = [point for point in record["points"] if point["version"] == version]
-        sizes = list(
-            dict.fromkeys((p["experts"], p["tokens"]) for p in points if p["tokens"] >= 32)
-        )
-        medians = {(p["policy"], p["experts"], p["tokens"]): p["seconds"]["median"] for p in points}
-        tables.append(
-            Table(
-                heads=["policy", *(f"{experts}, N = {tokens}" for experts, tokens in sizes)],
-                rows=[
-                    [policy, *(f"{medians[policy, *size] * 1e3:.2f}" for size in sizes)]
-                    for policy in POLICIES
-                ],
-                caption=f"Median milliseconds of one {version} selection, from the logits to "
-                "experts and weights: by experts to choose from and tokens of the block.",
-                numbers=list(range(1, len(sizes) + 1)),
-            )
-        )
-    return tables
-
-
-def _layer_table(record: SelectionRecord) -> Table:
-    rows = [
-        [
-            entry["policy"],
-            f"{entry['selection']['median'] * 1e3:.3f}",
-            f"{entry['layer']['median'] * 1e3:.3f}",
-            f"{entry['layer']['low'] * 1e3:.3f} to {entry['layer']['high'] * 1e3:.3f}",
-            f"{entry['selection']['median'] / entry['layer']['median']:.0%}",
-        ]
-        for entry in record["layers"]
-    ]
-    return Table(
-        heads=["policy", "selection, ms", "whole layer, ms", "quartiles", "selection's share"],
-        rows=rows,
-        caption=f"The model's own MoE layer on real blocks of {record['layers'][0]['tokens']}; the "
-        "whole layer is gate, selection, experts and shared expert.",
-        numbers=[1, 2, 3, 4],
+        for experts, tokens in sizes
+    }
+    caption = (
+        f"Median milliseconds of one {version} selection, from the logits to experts and weights, "
+        "by number of experts and tokens of the block."
     )
+    return make_table(caption, POLICIES, {"policy": "{0}", **columns})
 
 
 def _cost_finding(layer: SelectionLayerTiming, vanilla: SelectionLayerTiming) -> Finding:
     extra = layer["selection"]["median"] - vanilla["selection"]["median"]
     share = extra / vanilla["layer"]["median"]
-    return Finding(
-        f"{layer['policy']} selects in {layer['selection']['median'] * 1e3:.2f} ms, "
+    return judge(
+        f"{layer['policy']} selects in {milliseconds(layer['selection'])} ms, "
         f"{abs(extra) * 1e3:.2f} ms {'more' if extra > 0 else 'less'} than vanilla: "
         f"{abs(share):.0%} of vanilla's layer.",
-        claim="The selection costs next to nothing beside the layer.",
-        verdict="holds" if share <= MAX_SELECTION_SHARE else "does not hold",
+        "The cost of the selection is negligible compared with the layer.",
+        share <= MAX_SELECTION_SHARE,
     )
 
 
-def _large_layer_finding(record: SelectionRecord, large: LargeLayerTiming) -> Finding:
-    policy = "des-vote:beta=0.15"
-    medians = {
-        p["policy"]: p["seconds"]["median"]
-        for p in record["points"]
-        if (p["version"], p["experts"], p["tokens"])
-        == (_model_version(record), large["experts"], BLOCK_LENGTH)
+def _medians(record: SelectionRecord, **conditions: object) -> dict[tuple[str, int], float]:
+    """Median seconds by policy and tokens, of the points with these values."""
+    return {
+        (point["policy"], point["tokens"]): point["seconds"]["median"]
+        for point in record["points"]
+        if conditions.items() <= point.items()
     }
-    extra, layer_seconds = medians[policy] - medians[VANILLA], large["seconds"]["median"]
-    return Finding(
-        f"Beside the experts of a random layer of {large['name']}'s shape, {layer_seconds * 1e3:.0f} ms "
-        f"under vanilla, the {extra * 1e3:.2f} ms more that {policy} takes to select among "
-        f"{large['experts']} are {extra / layer_seconds:.1%}.",
-        claim="The selection costs next to nothing beside the layer.",
-        verdict="holds" if extra <= MAX_SELECTION_SHARE * layer_seconds else "does not hold",
+
+
+def _large_layer_finding(record: SelectionRecord, large: LargeLayerTiming) -> Finding:
+    medians = _medians(record, version=_model_version(record), experts=large["experts"])
+    extra = medians[DES_VOTE, BLOCK_LENGTH] - medians[VANILLA, BLOCK_LENGTH]
+    layer_seconds = large["seconds"]["median"]
+    return judge(
+        f"The experts of a random layer of {large['name']}'s shape take {layer_seconds * 1e3:.0f} "
+        f"ms under vanilla. {DES_VOTE} selects among {large['experts']} experts in "
+        f"{extra * 1e3:.2f} ms more than vanilla, which is {extra / layer_seconds:.1%}.",
+        "The cost of the selection is negligible compared with the layer.",
+        extra <= MAX_SELECTION_SHARE * layer_seconds,
     )
 
 
 def _width_sentence(record: SelectionRecord) -> str:
-    medians = {
-        (p["policy"], p["tokens"]): p["seconds"]["median"]
-        for p in record["points"]
-        if p["experts"] == EXPERT_COUNTS[-1] and p["version"] == _model_version(record)
-    }
-    policy, (fewest, largest_block) = "des-vote:beta=0.15", (TOKEN_COUNTS[0], TOKEN_COUNTS[-1])
-    ratio = medians[policy, largest_block] / medians[policy, fewest]
+    medians = _medians(record, version=_model_version(record), experts=EXPERT_COUNTS[-1])
+    fewest, most = TOKEN_COUNTS[0], TOKEN_COUNTS[-1]
     return (
-        f"Among {EXPERT_COUNTS[-1]} experts, a selection by {policy} for {largest_block} tokens takes {ratio:.1f} "
-        f"times as long as one for {fewest}."
+        f"Among {EXPERT_COUNTS[-1]} experts, a selection by {DES_VOTE} for {most} tokens takes "
+        f"{medians[DES_VOTE, most] / medians[DES_VOTE, fewest]:.1f} times as long as one for "
+        f"{fewest}."
     )
 
 
 def _model_version(record: SelectionRecord) -> str:
-    """The version that models ran when this was measured."""
+    """The version that models ran at the time of the measurement."""
     return FUSED if any(point["version"] == FUSED for point in record["points"]) else EAGER
 
 
 def _fused_sentences(record: SelectionRecord) -> list[str]:
-    """Of one kernel over eager torch, among the most experts."""
     if _model_version(record) == EAGER:
-        return [
-            "There is no fused selection yet: every time here is that of eager torch operations."
-        ]
-    medians = {
-        (p["version"], p["policy"]): p["seconds"]["median"] * 1e6
-        for p in record["points"]
-        if (p["experts"], p["tokens"]) == (EXPERT_COUNTS[-1], BLOCK_LENGTH)
-    }
+        return ["No fused selection was measured; every time is that of eager torch operations."]
+    size: Mapping[str, object] = {"experts": EXPERT_COUNTS[-1]}
+    fused, eager = (_medians(record, version=version, **size) for version in (FUSED, EAGER))
     return [
-        f"Among {EXPERT_COUNTS[-1]} experts, a block of {BLOCK_LENGTH} is routed under {policy} in "
-        f"{medians[FUSED, policy]:.0f} us as models do it, and in {medians[EAGER, policy]:.0f} us by "
-        f"eager torch operations: {medians[EAGER, policy] / medians[FUSED, policy]:.1f} times as long."
-        for policy in (VANILLA, "des-vote:beta=0.15")
+        f"Among {EXPERT_COUNTS[-1]} experts, routing a block of {BLOCK_LENGTH} under {policy} "
+        f"takes {fused[policy, BLOCK_LENGTH] * 1e6:.0f} us as models run it and "
+        f"{eager[policy, BLOCK_LENGTH] * 1e6:.0f} us with eager torch operations, "
+        f"{eager[policy, BLOCK_LENGTH] / fused[policy, BLOCK_LENGTH]:.1f} times as long."
+        for policy in (VANILLA, DES_VOTE)
     ]

@@ -1,4 +1,4 @@
-"""What a policy costs and saves end to end: forwards for each block, and tokens a second."""
+"""End-to-end cost of a policy: forwards per block, and tokens per second."""
 
 from __future__ import annotations
 
@@ -6,15 +6,23 @@ import statistics
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TypedDict, cast
+from typing import TypedDict
 
 from matplotlib.figure import Figure
 
-from coterie.lab.plotting import add_legend, foreground, new_axes, policy_colour, policy_style
+from coterie.lab.plotting import (
+    add_legend,
+    foreground,
+    new_axes,
+    policy_colour,
+    policy_style,
+)
 from coterie.lab.study.accuracy import DES_SEQ, DES_VOTE, GUARDED, RANDOM, TOP_K, smaller_counts
+from coterie.lab.study.charts import Series, draw_guide, draw_series
+from coterie.lab.study.comparison import unique_experts_label, vanilla_series
 from coterie.lab.study.context import StudyContext
-from coterie.lab.study.experiment import Drawing, ExperimentData, Finding, Table
-from coterie.lab.study.results import VariantResult, VariantResults
+from coterie.lab.study.experiment import Drawing, Finding, Table, judge, make_table
+from coterie.lab.study.results import VariantResults, VariantsRecord
 from coterie.lab.study.variants import (
     ALL_BETAS,
     GUARD_OPTIONS,
@@ -25,21 +33,21 @@ from coterie.lab.study.variants import (
 )
 
 ROUNDS = 5
-PAPER_LATENCY_CUT = 0.38  # the paper's: latency cut by up to so much
+PAPER_LATENCY_CUT = 0.38  # the paper: latency falls by up to this share
 
 
 @dataclass(frozen=True)
 class ForwardCountExperiment:
-    """Runs shared with the accuracy chapters, looked at for their forwards."""
+    """The runs are shared with the accuracy experiments; this one reads their forwards."""
 
     name: str = "forwards"
     title: str = "Forwards for each block"
     question: str = (
-        "Where sharing makes the model less sure, a block takes more forwards. How much of what a "
-        "forward saves is spent again?"
+        "A coreset can make the model less confident, and then a block needs more forwards. How "
+        "much of the saving per forward is lost?"
     )
 
-    def measure(self, context: StudyContext) -> ExperimentData:
+    def measure(self, context: StudyContext) -> VariantsRecord:
         k = context.engine.model.spec.router.k
         groups = {
             DES_VOTE: beta_variants("des-vote", ALL_BETAS),
@@ -50,64 +58,58 @@ class ForwardCountExperiment:
         }
         return run_comparison(context, groups)
 
-    def drawings(self, data: ExperimentData) -> Sequence[Drawing]:
-        results = VariantResults.from_data(data)
+    def drawings(self, record: VariantsRecord) -> Sequence[Drawing]:
+        results = VariantResults.from_record(record)
+        caption = (
+            "Denoising forwards per block against unique experts per forward. On the dashed line a "
+            "policy reads as many experts per block as vanilla does."
+        )
+        return [Drawing(self.name, caption, lambda: _draw_forwards(results))]
+
+    def tables(self, record: VariantsRecord) -> Sequence[Table]:
+        results = VariantResults.from_record(record)
+        per_block = results.vanilla.experts_per_block
         return [
-            Drawing(
-                self.name,
-                "Denoising forwards for each block against unique experts of a forward. On the "
-                "broken line a policy reads as many experts for a block as vanilla does.",
-                lambda: _draw(results),
+            make_table(
+                "Experts per block: over all its forwards.",
+                results.all,
+                {
+                    "policy": "{0.name}",
+                    "forwards": "{0.forwards_per_block:.2f}",
+                    "experts": "{0.experts:.1f}",
+                    "experts per block": "{0.experts_per_block:.0f}",
+                    "of vanilla's": lambda r: f"{r.experts_per_block / per_block:.0%}",
+                    "accuracy": "{0.accuracy:.1%}",
+                },
             )
         ]
 
-    def tables(self, data: ExperimentData) -> Sequence[Table]:
-        results = VariantResults.from_data(data)
-        vanilla_per_block = _experts_per_block(results.vanilla)
-        all_results = [
-            results.vanilla,
-            *(result for group in results.groups.values() for result in group),
-        ]
-        rows = [
-            [
-                result.name,
-                f"{result.forwards_per_block:.2f}",
-                f"{result.experts:.1f}",
-                f"{_experts_per_block(result):.0f}",
-                f"{_experts_per_block(result) / vanilla_per_block:.0%}",
-                f"{result.accuracy:.1%}",
-            ]
-            for result in all_results
-        ]
-        heads = ["policy", "forwards", "experts", "experts a block", "of vanilla's", "right"]
-        return [Table(heads, rows, "Experts a block: of all its forwards.", numbers=range(1, 6))]
-
-    def findings(self, data: ExperimentData) -> Sequence[Finding | str]:
-        results = VariantResults.from_data(data)
-        vanilla = results.vanilla
-        votes = [t for t in results.groups[DES_VOTE] if t.experts < vanilla.experts]
-        sentences = [
-            f"{t.name} reads {1 - t.experts / vanilla.experts:.0%} fewer experts a forward than "
-            f"vanilla and takes {t.forwards_per_block:.2f} forwards a block against "
-            f"{vanilla.forwards_per_block:.2f}: for a whole block it reads "
-            f"{_format_change(_experts_per_block(t) / _experts_per_block(vanilla))}."
-            for t in (votes[1], votes[-2])
-        ]
-        slowest = max(results.groups[DES_VOTE], key=lambda t: t.forwards_per_block)
+    def findings(self, record: VariantsRecord) -> Sequence[Finding | str]:
+        results = VariantResults.from_record(record)
+        vanilla, group = results.vanilla, results.groups[DES_VOTE]
+        votes = [result for result in group if result.experts < vanilla.experts]
+        sentences = []
+        for result in (votes[1], votes[-2]):
+            ratio = result.experts_per_block / vanilla.experts_per_block
+            change = f"{1 - ratio:.0%} fewer" if ratio < 1 else f"{ratio - 1:.0%} more"
+            sentences.append(
+                f"{result.name} reads {1 - result.experts / vanilla.experts:.0%} fewer experts per "
+                f"forward than vanilla and needs {result.forwards_per_block:.2f} forwards per "
+                f"block against {vanilla.forwards_per_block:.2f}: per block it reads {change}."
+            )
+        slowest = max(group, key=lambda result: result.forwards_per_block)
         return [
-            Finding(
+            judge(
                 " ".join(sentences),
-                "Fewer experts a forward are fewer experts read (the paper counts forwards as "
-                "given).",
-                "holds"
-                if _experts_per_block(slowest) < _experts_per_block(vanilla)
-                else "does not hold",
+                "Fewer experts per forward mean fewer experts read per block (the paper takes the "
+                "number of forwards as given).",
+                slowest.experts_per_block < vanilla.experts_per_block,
             )
         ]
 
 
 class PolicySpeed(TypedDict):
-    """One policy: tokens a second of each round, and what was written and done in one."""
+    """Tokens per second of each round; tokens, forwards and experts of one round."""
 
     policy: str
     rounds: list[float]
@@ -116,15 +118,20 @@ class PolicySpeed(TypedDict):
     experts: float
 
 
+class SpeedRecord(TypedDict):
+    timed: list[PolicySpeed]
+    prompts: int
+
+
 @dataclass(frozen=True)
 class SpeedExperiment:
-    """One row at a time, as somebody who waits for an answer has it; the policies in turns."""
+    """One row at a time, as in interactive use; the policies take turns."""
 
     name: str = "speed"
-    title: str = "Tokens a second, end to end"
-    question: str = "Does a shared coreset make answers come faster on this machine?"
+    title: str = "Tokens per second, end to end"
+    question: str = "Does a coreset make generation faster on this machine?"
 
-    def measure(self, context: StudyContext) -> ExperimentData:
+    def measure(self, context: StudyContext) -> SpeedRecord:
         k = context.engine.model.spec.router.k
         policies = [
             "vanilla", f"topk:k={max(1, k // 2)}", f"des-seq:k={min(3, k)}", "des-vote:beta=0.5",
@@ -137,9 +144,8 @@ class SpeedExperiment:
         context.engine.generate(prompts[0])  # the first forwards of a process are slow
         for turn in range(ROUNDS):
             for index, policy in enumerate(policies):
-                context.on_progress(
-                    (turn + index / len(policies)) / ROUNDS, f"{policy}, round {turn + 1}"
-                )
+                share = (turn + index / len(policies)) / ROUNDS
+                context.on_progress(share, f"{policy}, round {turn + 1}")
                 start = time.perf_counter()
                 results = [context.engine.generate(prompt, policy=policy) for prompt in prompts]
                 seconds = time.perf_counter() - start
@@ -148,103 +154,79 @@ class SpeedExperiment:
                 entry["forwards"] = sum(result.forwards for result in results)
                 entry["experts"] = statistics.fmean(result.experts.mean for result in results)
                 entry["rounds"].append(entry["tokens"] / seconds)
-        return {"timed": list(timed.values()), "prompts": len(prompts)}
+        return SpeedRecord(timed=list(timed.values()), prompts=len(prompts))
 
-    def drawings(self, data: ExperimentData) -> Sequence[Drawing]:
-        timed = cast("list[PolicySpeed]", data["timed"])
+    def drawings(self, record: SpeedRecord) -> Sequence[Drawing]:
         caption = (
-            "Tokens a second of one row at a time: the median of the rounds, with the least and "
-            "the most."
+            "Tokens per second of one row at a time: median, minimum and maximum of the rounds."
         )
-        return [Drawing(self.name, caption, lambda: _draw_bars(timed))]
+        return [Drawing(self.name, caption, lambda: _draw_bars(record["timed"]))]
 
-    def tables(self, data: ExperimentData) -> Sequence[Table]:
-        timed = cast("list[PolicySpeed]", data["timed"])
-        base = statistics.median(timed[0]["rounds"])
-        rows = [
-            [
-                entry["policy"],
-                f"{statistics.median(entry['rounds']):.0f}",
-                f"{min(entry['rounds']):.0f} to {max(entry['rounds']):.0f}",
-                f"{statistics.median(entry['rounds']) / base:.2f}",
-                f"{entry['experts']:.1f}",
-                f"{entry['forwards']}",
-            ]
-            for entry in timed
-        ]
-        heads = ["policy", "tokens/s", "rounds", "of vanilla's", "experts", "forwards"]
-        caption = f"{data['prompts']} questions, one at a time, {ROUNDS} rounds in turns."
-        return [Table(heads, rows, caption, numbers=range(1, 6))]
-
-    def findings(self, data: ExperimentData) -> Sequence[Finding | str]:
-        timed = cast("list[PolicySpeed]", data["timed"])
-        base = statistics.median(timed[0]["rounds"])
-        des = [entry for entry in timed if entry["policy"].startswith("des-")]
-        best = max(des, key=lambda one: statistics.median(one["rounds"]))
-        speed = statistics.median(best["rounds"])
-        is_separated = min(best["rounds"]) > max(timed[0]["rounds"])
-        saved = 1 - base / speed
+    def tables(self, record: SpeedRecord) -> Sequence[Table]:
+        base = _median_speed(record["timed"][0])
         return [
-            Finding(
-                f"The fastest DES policy here is {best['policy']} with {speed:.0f} tokens a "
-                f"second, vanilla writes {base:.0f} ({speed / base:.2f} times). On a model that "
-                "lives in a processor's cache and is run by plain operations, reading fewer "
-                "experts saves little, and the vote costs some.",
-                f"DES cuts latency by up to {PAPER_LATENCY_CUT:.0%}.",
-                "holds" if is_separated and saved >= PAPER_LATENCY_CUT else "does not hold",
+            make_table(
+                f"{record['prompts']} problems, one at a time; {ROUNDS} rounds, policies in turns.",
+                record["timed"],
+                {
+                    "policy": "{policy}",
+                    "tokens/s": lambda entry: f"{_median_speed(entry):.0f}",
+                    "rounds": lambda e: f"{min(e['rounds']):.0f} to {max(e['rounds']):.0f}",
+                    "of vanilla's": lambda entry: f"{_median_speed(entry) / base:.2f}",
+                    "experts": "{experts:.1f}",
+                    "forwards": "{forwards}",
+                },
+            )
+        ]
+
+    def findings(self, record: SpeedRecord) -> Sequence[Finding | str]:
+        vanilla, *others = record["timed"]
+        des = [entry for entry in others if entry["policy"].startswith("des-")]
+        best = max(des, key=_median_speed)
+        base, speed = _median_speed(vanilla), _median_speed(best)
+        is_separated = min(best["rounds"]) > max(vanilla["rounds"])
+        return [
+            judge(
+                f"The fastest DES policy is {best['policy']} with {speed:.0f} tokens per second; "
+                f"vanilla generates {base:.0f} ({speed / base:.2f} times). This model fits in a "
+                "processor's cache and runs on plain operations, so reading fewer experts saves "
+                "little and the vote has a cost.",
+                f"DES reduces latency by up to {PAPER_LATENCY_CUT:.0%}.",
+                is_separated and 1 - base / speed >= PAPER_LATENCY_CUT,
             )
         ]
 
 
-def _experts_per_block(result: VariantResult) -> float:
-    return result.experts * result.forwards_per_block
+def _median_speed(entry: PolicySpeed) -> float:
+    return statistics.median(entry["rounds"])
 
 
-def _format_change(ratio: float) -> str:
-    return f"{1 - ratio:.0%} fewer" if ratio < 1 else f"{ratio - 1:.0%} more"
-
-
-def _draw(results: VariantResults) -> Figure:
-    figure, ax = new_axes(
-        f"unique experts of {results.experts}, a layer and forward", "forwards a block"
-    )
-    vanilla_per_block = _experts_per_block(results.vanilla)
-    max_forwards = max(t.forwards_per_block for group in results.groups.values() for t in group)
-    xs = [vanilla_per_block / (1 + (max_forwards - 1) * step / 50) for step in range(51)]
-    ax.plot(
-        xs,
-        [vanilla_per_block / x for x in xs],
-        color=foreground(),
-        lw=0.9,
-        ls="--",
-        label="as much read as by vanilla",
-    )
-    for label, variant_results in results.groups.items():
-        style = policy_style(variant_results[-1].policy)
-        ordered = sorted(variant_results, key=lambda tally: tally.experts)
-        ax.plot(
-            [t.experts for t in ordered], [t.forwards_per_block for t in ordered],
-            color=style.colour, marker=style.marker, label=label,
-        )  # fmt: skip
+def _draw_forwards(results: VariantResults) -> Figure:
+    figure, ax = new_axes(unique_experts_label(results), "forwards per block")
     vanilla = results.vanilla
-    ax.plot([vanilla.experts], [vanilla.forwards_per_block], marker="*", ms=11, ls="",
-             color=policy_colour("vanilla"), label="vanilla")  # fmt: skip
+    most = max(result.forwards_per_block for result in results.all[1:])
+    xs = [vanilla.experts_per_block / (1 + (most - 1) * step / 50) for step in range(51)]
+    draw_guide(ax, xs, [vanilla.experts_per_block / x for x in xs], "reads as much as vanilla")
+    for label, group in results.groups.items():
+        ordered = sorted(group, key=lambda result: result.experts)
+        x, y = [r.experts for r in ordered], [r.forwards_per_block for r in ordered]
+        draw_series(ax, Series(label, x, y, policy_style(group[-1].policy)))
+    draw_series(ax, vanilla_series(vanilla, vanilla.forwards_per_block))
     ax.set(xlim=(0, None), ylim=(0, None))
     add_legend(ax, columns=2)
     return figure
 
 
 def _draw_bars(timed: Sequence[PolicySpeed]) -> Figure:
-    figure, ax = new_axes("tokens a second", height=0.42 * len(timed) + 0.9)
-    positions = range(len(timed))
-    medians = [statistics.median(t["rounds"]) for t in timed]
-    low = [m - min(t["rounds"]) for m, t in zip(medians, timed, strict=True)]
-    high = [max(t["rounds"]) - m for m, t in zip(medians, timed, strict=True)]
-    colours = [policy_colour(t["policy"]) for t in timed]
-    ax.barh(positions, medians, color=colours, height=0.65, xerr=[low, high], ecolor=foreground(),
-             error_kw={"elinewidth": 0.9})  # fmt: skip
-    labels = [t["policy"].replace(f",{GUARD_OPTIONS}", ", guarded") for t in timed]
-    ax.set_yticks(list(positions), labels)
+    figure, ax = new_axes("tokens per second", height=0.42 * len(timed) + 0.9)
+    medians = [_median_speed(entry) for entry in timed]
+    low = [m - min(entry["rounds"]) for m, entry in zip(medians, timed, strict=True)]
+    high = [max(entry["rounds"]) - m for m, entry in zip(medians, timed, strict=True)]
+    colours = [policy_colour(entry["policy"]) for entry in timed]
+    ax.barh(range(len(timed)), medians, color=colours, height=0.65, xerr=[low, high],
+            ecolor=foreground(), error_kw={"elinewidth": 0.9})  # fmt: skip
+    labels = [entry["policy"].replace(f",{GUARD_OPTIONS}", ", guarded") for entry in timed]
+    ax.set_yticks(range(len(timed)), labels)
     ax.invert_yaxis()
     ax.grid(visible=False, axis="y")
     return figure

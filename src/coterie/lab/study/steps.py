@@ -1,40 +1,41 @@
-"""From one forward of a block to the next: how much of a coreset stays, and what staying costs."""
+"""Coresets in consecutive forwards of a block: how much they overlap, and the cost of reuse."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import TypedDict, cast
+from typing import TypedDict
 
 import torch
-from matplotlib.figure import Figure
 from torch import Tensor
 from torch.nn import functional as F
 
 from coterie.engine.observation import LayerObservation
-from coterie.errors import CoterieError
-from coterie.lab.plotting import add_legend, format_percent, new_axes, policy_style
+from coterie.errors import TaskError
+from coterie.lab.study.charts import dash_repeats, line_chart, policy_series
 from coterie.lab.study.context import StudyContext
-from coterie.lab.study.experiment import Drawing, ExperimentData, Finding, Table
+from coterie.lab.study.experiment import Drawing, Finding, Table, make_table
 from coterie.lab.study.fidelity import SLOW_STEPS, replay_vanilla, trace_vanilla
+from coterie.lab.study.variants import GUARD_OPTIONS
 from coterie.routing import parse_policy
 from coterie.routing.votes import VOTES, vote_weights
 from coterie.values import Policy, Scores, expert_mask
 
-VANILLA = "vanilla"
 POLICIES = (
-    *(VANILLA, "des-vote:beta=0.3", "des-vote:beta=0.15", "des-seq:k=3"),
-    *("des-vote:beta=0.15,voters=before-eos,protect=top1", "random:beta=0.15"),
+    *("vanilla", "des-vote:beta=0.3", "des-vote:beta=0.15", "des-seq:k=3"),
+    *(f"des-vote:beta=0.15,{GUARD_OPTIONS}", "random:beta=0.15"),
 )
-CORESET_AGES = ("fresh", "last", "first")
-COLUMNS = ("pairs", "jaccard", "size", "votes", *CORESET_AGES)
+COLUMNS = ("pairs", "jaccard", "size", "votes", "fresh", "last", "first")
 
 
 class CoresetOverlap(TypedDict):
-    """One policy. ``jaccard``: of its sets in two forwards in a row (vanilla: of the experts in
-    use); ``by_step`` from each forward of a block to the next; ``chance``: of random sets of that
-    ``size``. ``votes``: cosine of the votes. ``fresh``, ``last``, ``first``: votes held by this
-    forward's own coreset, by the one elected a forward before, by the block's first."""
+    """Overlaps under one policy.
+
+    ``jaccard`` compares the coresets of two consecutive forwards (under vanilla: the experts in
+    use), ``by_step`` does so for each forward of a block, and ``chance`` is the value for random
+    sets of that ``size``. ``votes`` is the cosine of the votes. ``fresh``, ``last`` and ``first``
+    are the votes held by the forward's own coreset, the previous one, and the block's first.
+    """
 
     policy: str
     size: float
@@ -51,94 +52,103 @@ class StepsRecord(TypedDict):
     experts: int
     prompts: int
     layers: list[int]
-    forwards: int  # a block
+    forwards: int  # per block
     overlaps: list[CoresetOverlap]
 
 
 @dataclass(frozen=True)
 class StepsExperiment:
-    """Vanilla decoding, eight forwards a block; every policy elects in each of them."""
+    """Vanilla decodes with eight forwards per block; every policy elects in each of them."""
 
     name: str = "steps"
-    title: str = "Coresets from forward to forward (not in the paper)"
+    title: str = "Coresets in consecutive forwards (not in the paper)"
     question: str = (
-        "A block is forwarded several times while it fills. Does it elect the same experts again, "
-        "so that they could stay where they are, or be elected once?"
+        "A block takes several forwards. Do they elect the same experts, so that these could stay "
+        "in memory or be elected once?"
     )
 
-    def measure(self, context: StudyContext) -> ExperimentData:
-        context.on_progress(0.0, "decoding slowly")
+    def measure(self, context: StudyContext) -> StepsRecord:
+        context.on_progress(0.0, "slow decoding")
         trace = trace_vanilla(context, slow=True)
-        pairs = OverlapCounter(tuple(map(parse_policy, POLICIES)))
+        counter = OverlapCounter(tuple(map(parse_policy, POLICIES)))
         replay_vanilla(
             context,
             trace,
-            pairs.on_layer,
-            lambda share: context.on_progress(0.1 + 0.9 * share, "electing"),
+            counter.on_layer,
+            lambda share: context.on_progress(0.1 + 0.9 * share, "elections"),
         )
         experts = context.engine.model.spec.router.experts
-        record = StepsRecord(
+        overlaps = [counter.to_overlap(i, policy, experts) for i, policy in enumerate(POLICIES)]
+        return StepsRecord(
             experts=experts,
             prompts=len(trace.prompts),
             layers=list(trace.layers),
             forwards=SLOW_STEPS,
-            overlaps=[
-                pairs.to_overlap(number, policy, experts) for number, policy in enumerate(POLICIES)
-            ],
+            overlaps=overlaps,
         )
-        return cast("ExperimentData", record)
 
-    def drawings(self, data: ExperimentData) -> Sequence[Drawing]:
-        record = cast("StepsRecord", data)
+    def drawings(self, record: StepsRecord) -> Sequence[Drawing]:
+        overlaps = record["overlaps"]
+        lines = dash_repeats([overlap["policy"] for overlap in overlaps])
+        series = [
+            policy_series(
+                overlap["policy"],
+                range(1, 1 + len(overlap["by_step"])),
+                overlap["by_step"],
+                label=overlap["policy"].replace(f",{GUARD_OPTIONS}", ", guarded"),
+                line=line,
+            )
+            for overlap, line in zip(overlaps, lines, strict=True)
+        ]
+        caption = (
+            "Overlap (Jaccard) of the experts elected in one forward of a block and in the next; "
+            f"under vanilla: of those in use. {record['prompts']} prompts, {record['forwards']} "
+            "forwards per block."
+        )
+        x, y = "forward of the block", "overlap with the next"
         return [
             Drawing(
                 "coreset-overlap",
-                "Overlap (Jaccard) of the experts elected in one forward of a block and in the "
-                f"next; vanilla: of those in use. {record['prompts']} prompts, "
-                f"{record['forwards']} forwards a block.",
-                lambda: draw_overlaps(record),
+                caption,
+                lambda: line_chart(series, x, y, ylim=(0, 1.03), percent="y", height=3.8),
             )
         ]
 
-    def tables(self, data: ExperimentData) -> Sequence[Table]:
-        record = cast("StepsRecord", data)
+    def tables(self, record: StepsRecord) -> Sequence[Table]:
         return [
-            Table(
-                heads=["policy", "experts", "overlap", "by lot", "votes", *CORESET_AGES],
-                rows=[
-                    [
-                        entry["policy"],
-                        f"{entry['size']:.1f}",
-                        f"{entry['jaccard']:.2f}",
-                        f"{entry['chance']:.2f}",
-                        f"{entry['votes']:.3f}",
-                        *(f"{entry[age]:.1%}" for age in CORESET_AGES),
-                    ]
-                    for entry in record["overlaps"]
-                ],
-                caption="Overlap (Jaccard) of a forward's coreset with the last one's, and what "
-                "random sets of that size would share; cosine of the votes; votes held by a fresh "
-                "coreset, by the last forward's, and by the one of the block's first forward.",
-                numbers=[1, 2, 3, 4, 5, 6, 7],
+            make_table(
+                "Overlap (Jaccard) of a forward's coreset with the previous one, and the overlap "
+                "of random sets of that size; cosine of the votes; votes held by a fresh coreset, "
+                "by the previous forward's, and by that of the block's first forward.",
+                record["overlaps"],
+                {
+                    "policy": "{policy}",
+                    "experts": "{size:.1f}",
+                    "overlap": "{jaccard:.2f}",
+                    "random sets": "{chance:.2f}",
+                    "votes": "{votes:.3f}",
+                    "fresh": "{fresh:.1%}",
+                    "previous": "{last:.1%}",
+                    "first": "{first:.1%}",
+                },
             )
         ]
 
-    def findings(self, data: ExperimentData) -> Sequence[Finding | str]:
-        record = cast("StepsRecord", data)
+    def findings(self, record: StepsRecord) -> Sequence[Finding | str]:
         vanilla, vote = record["overlaps"][:2]
         return [
-            f"Under {vote['policy']}, the coresets of two forwards in a row overlap by "
-            f"{vote['jaccard']:.0%} (Jaccard; {vote['chance']:.0%} by lot), under vanilla the "
-            f"experts in use by {vanilla['jaccard']:.0%}.",
-            f"A coreset elected one forward earlier holds {vote['last']:.1%} of the votes, the one "
-            f"of the block's first forward {vote['first']:.1%}, a fresh one {vote['fresh']:.1%}: "
-            "what electing less often would save in selection it would pay in votes.",
+            f"Under {vote['policy']}, the coresets of two consecutive forwards overlap by "
+            f"{vote['jaccard']:.0%} (Jaccard; random sets: {vote['chance']:.0%}). Under vanilla "
+            f"the experts in use overlap by {vanilla['jaccard']:.0%}.",
+            f"The coreset of the previous forward holds {vote['last']:.1%} of the votes, that of "
+            f"the block's first forward {vote['first']:.1%}, and a fresh one {vote['fresh']:.1%}. "
+            "Fewer elections save selection time and cost votes.",
         ]
 
 
 @dataclass(frozen=True)
 class ElectedSets:
-    """One forward's sets and votes of one row in one layer; ``first``: its block's first sets."""
+    """Coresets and votes of one row in one layer and forward; ``first``: those of the block."""
 
     start: int
     step: int
@@ -147,36 +157,33 @@ class ElectedSets:
     first: Tensor
 
 
-@dataclass  # not frozen: it adds up
+@dataclass  # mutable: it accumulates
 class OverlapCounter:
-    """What two forwards in a row have in common, by policy and by the step of the earlier one."""
+    """Overlaps of consecutive forwards, by policy and by the step of the earlier one."""
 
     policies: tuple[Policy, ...]
     _last: dict[tuple[int, int], ElectedSets] = field(default_factory=dict)  # row, layer
     _sums: dict[int, Tensor] = field(default_factory=dict)  # step -> [policies, columns]
 
     def on_layer(self, observation: LayerObservation) -> None:
-        sets = torch.stack(
-            [coreset_mask(observation, policy) for policy in self.policies]
-        ).cpu()  # [P, S, E]
-        votes = summed_votes(observation.scores).cpu()
-        for index, (row, start) in enumerate(
-            zip(observation.rows, observation.starts, strict=True)
-        ):
+        masks = [coreset_mask(observation, policy) for policy in self.policies]
+        all_sets = torch.stack(masks).cpu()  # [policies, S, E]
+        all_votes = summed_votes(observation.scores).cpu()
+        rows = zip(observation.rows, observation.starts, strict=True)
+        for index, (row, start) in enumerate(rows):
+            sets, votes = all_sets[:, index], all_votes[index]
             previous = self._last.get((row, observation.layer))
-            current = ElectedSets(start, 0, sets[:, index], votes[index], sets[:, index])
+            current = ElectedSets(start, 0, sets, votes, sets)
             if previous is not None and previous.start == start:
-                current = ElectedSets(
-                    start, previous.step + 1, current.sets, current.votes, previous.first
-                )
+                current = ElectedSets(start, previous.step + 1, sets, votes, previous.first)
                 zeros = torch.zeros(len(self.policies), len(COLUMNS), dtype=torch.float64)
                 self._sums.setdefault(previous.step, zeros).add_(overlap_row(previous, current))
             self._last[row, observation.layer] = current
 
-    def to_overlap(self, number: int, policy: str, experts: int) -> CoresetOverlap:
+    def to_overlap(self, index: int, policy: str, experts: int) -> CoresetOverlap:
         if not self._sums:
-            raise CoterieError("no block took a second forward")
-        sums = torch.stack([self._sums[step][number] for step in sorted(self._sums)])
+            raise TaskError("no block took a second forward")
+        sums = torch.stack([self._sums[step][index] for step in sorted(self._sums)])
         means = dict(zip(COLUMNS, (sums.sum(0) / sums[:, 0].sum()).tolist(), strict=True))
         size = means["size"]
         shared = size * size / experts
@@ -194,7 +201,7 @@ class OverlapCounter:
 
 
 def coreset_mask(observation: LayerObservation, policy: Policy) -> Tensor:
-    """[S, E] bool: the coreset; of the unmodified model, the experts in use."""
+    """[S, E] bool: the coreset; under vanilla, the experts in use."""
     scores = observation.scores
     mask = policy.eligible(scores, scores.router.k)
     if mask.numel() > 1:
@@ -204,42 +211,19 @@ def coreset_mask(observation: LayerObservation, policy: Policy) -> Tensor:
 
 
 def summed_votes(scores: Scores) -> Tensor:
-    """[S, E] float64: everybody's probability for their own experts."""
+    """[S, E] float64: the probabilities of each token's own experts, summed over tokens."""
     return VOTES["topk-prob"](scores, vote_weights(scores, "all"), 0).double()
 
 
 def overlap_row(previous: ElectedSets, current: ElectedSets) -> Tensor:
-    """[policies, columns] float64 of two forwards in a row."""
-    intersection, union = (
-        (previous.sets & current.sets).sum(-1),
-        (previous.sets | current.sets).sum(-1),
-    )
+    """[policies, columns] float64 of two consecutive forwards."""
+    intersection = (previous.sets & current.sets).sum(-1)
+    union = (previous.sets | current.sets).sum(-1)
     cosine = F.cosine_similarity(previous.votes, current.votes, dim=0)
-    votes_kept = [
+    votes_held = [
         (sets * current.votes).sum(-1) / current.votes.sum()
         for sets in (current.sets, previous.sets, current.first)
     ]
     ones = torch.ones_like(intersection, dtype=torch.float64)
-    return torch.stack(
-        [ones, intersection / union, current.sets.sum(-1), cosine * ones, *votes_kept], dim=-1
-    ).double()
-
-
-def draw_overlaps(record: StepsRecord) -> Figure:
-    figure, ax = new_axes("forward of the block", "overlap with the next", height=3.8)
-    num_by_color: dict[str, int] = {}
-    for overlap in record["overlaps"]:
-        style = policy_style(overlap["policy"])
-        number = num_by_color[style.colour] = num_by_color.get(style.colour, -1) + 1
-        ax.plot(
-            range(1, 1 + len(overlap["by_step"])),
-            overlap["by_step"],
-            color=style.colour,
-            marker=style.marker,
-            linestyle="--" if number else "-",
-            label=overlap["policy"].replace(",voters=before-eos,protect=top1", ", words, top-1"),
-        )
-    ax.set_ylim(0, 1.03)
-    format_percent(ax)
-    add_legend(ax)
-    return figure
+    columns = [ones, intersection / union, current.sets.sum(-1), cosine * ones, *votes_held]
+    return torch.stack(columns, dim=-1).double()

@@ -1,4 +1,4 @@
-"""The study: chapter after chapter, each measured once, kept as a record, drawn again at will."""
+"""The study: experiments that are measured once, stored as records, and rendered at will."""
 
 from __future__ import annotations
 
@@ -12,18 +12,18 @@ from typing import Annotated, Any, Protocol
 
 from coterie.checkpoints.fingerprint import fingerprint
 from coterie.engine.engine import Engine
-from coterie.errors import CoterieError
+from coterie.errors import ConfigError, CoterieError
 from coterie.keys import Key, to_json
 from coterie.lab.evals.task import Task
 from coterie.lab.records import make_record, write_record
+from coterie.lab.study.ablations import BEYOND, CONTROL, MASS, PROTECTION, VOTERS, VOTES
 from coterie.lab.study.accuracy import ACCURACY, CORESET_SIZE
-from coterie.lab.study.beyond import BEYOND
 from coterie.lab.study.blocks import BlockSizeExperiment
 from coterie.lab.study.breakdown import BreakdownExperiment
 from coterie.lab.study.cached_grading import CachedGradesTask
 from coterie.lab.study.context import StudyContext
 from coterie.lab.study.experiment import Experiment
-from coterie.lab.study.experts import ExpertCacheExperiment
+from coterie.lab.study.expert_cache_report import ExpertCacheExperiment
 from coterie.lab.study.experts_per_token import ExpertsPerTokenExperiment
 from coterie.lab.study.explosion import ExplosionExperiment
 from coterie.lab.study.importance import ImportanceExperiment
@@ -38,7 +38,6 @@ from coterie.lab.study.speed import ForwardCountExperiment, SpeedExperiment
 from coterie.lab.study.steps import StepsExperiment
 from coterie.lab.study.table import TableOneExperiment
 from coterie.lab.study.tradeoff import TradeoffExperiment
-from coterie.lab.study.vote_variants import CONTROL, MASS, PROTECTION, VOTERS, VOTES
 from coterie.lab.study.votes import VoteFidelityExperiment
 from coterie.routing import update_policies_in_json
 
@@ -47,7 +46,7 @@ REPORT = "report.html"
 
 @dataclass(frozen=True)
 class StudyConfig:
-    """``items``: questions for each policy; ``prompts``: where single forwards are watched."""
+    """``items`` are problems per policy, ``prompts`` those of experiments on single forwards."""
 
     items: Annotated[int, Key("items")] = 500
     prompts: Annotated[int, Key("prompts")] = 32
@@ -55,14 +54,14 @@ class StudyConfig:
 
 
 class StudyObserver(Protocol):
-    """Somebody who looks on while a study runs."""
+    """Receives the progress of a running study."""
 
     def on_experiment_start(self, experiment: Experiment, selected: Sequence[Experiment]) -> None:
-        """One of the ``wanted``, which come in their order."""
+        """Called before each experiment in ``selected``, in order."""
         ...
 
     def on_progress(self, share: float, activity: str) -> None:
-        """How far the chapter is, 0 .. 1."""
+        """``share`` of the experiment done, 0 .. 1."""
         ...
 
     def on_experiment_end(self, outcome: ExperimentOutcome) -> None: ...
@@ -70,11 +69,11 @@ class StudyObserver(Protocol):
 
 @dataclass(frozen=True)
 class ExperimentOutcome:
-    """What became of one chapter; ``failure`` says why there is no record, or no drawing of it."""
+    """The outcome of one experiment; ``failure`` explains a missing record or figure."""
 
     experiment: Experiment
-    record: Mapping[str, object] | None = None
-    measured: bool = False  # now, and not before
+    record: Mapping[str, Any] | None = None
+    measured: bool = False  # in this run; otherwise the record was there
     failure: str | None = None
 
 
@@ -90,12 +89,11 @@ def run_study(
     rerun: Collection[str] = (),
     command: Sequence[str] = (),
 ) -> list[ReportSection]:
-    """Measures what has no record yet, draws everything, writes ``report.html``.
+    """Measure experiments without a record, render all of them, and write ``report.html``.
 
-    Only the chapters in ``names``, where there are any: of the others, those with a record stand
-    in the report too. ``again`` names chapters that are measured although their record is there.
-    A chapter that fails tells why in its section, and the others go on. Stopped and called again,
-    a study goes on where it was.
+    ``names`` selects experiments (default: all); the report includes every other experiment with a
+    valid record. ``rerun`` names experiments to measure again. The section of a failed experiment
+    gives the error, and the study continues. An interrupted study resumes at the next call.
     """
     available = EXPERIMENTS if experiments is None else experiments
     selected = select_experiments([*names, *rerun] if names else [], available)
@@ -129,7 +127,7 @@ def run_study(
 
 
 def write_report(folder: Path, sections: Sequence[ReportSection]) -> Path:
-    """The page, and every figure of it as files beside it."""
+    """Write the page, and its figures as files in ``figures``."""
     figures = folder / "figures"
     figures.mkdir(parents=True, exist_ok=True)
     for figure in (figure for section in sections for figure in section.figures):
@@ -143,19 +141,19 @@ def write_report(folder: Path, sections: Sequence[ReportSection]) -> Path:
 def select_experiments(
     names: Sequence[str], experiments: Mapping[str, Experiment]
 ) -> list[Experiment]:
-    """The chapters of these names, in the study's order; all where none is named."""
+    """The experiments of these names, in the study's order; all where ``names`` is empty."""
     unknown = [name for name in names if name not in experiments]
     if unknown:
-        raise CoterieError(f"unknown chapter {unknown[0]!r}; known: {', '.join(experiments)}")
+        raise ConfigError(f"unknown experiment {unknown[0]!r}; known: {', '.join(experiments)}")
     return [experiment for name, experiment in experiments.items() if not names or name in names]
 
 
 def settings_of(engine: Engine, tasks: Sequence[Task], config: StudyConfig) -> dict[str, object]:
-    """What two measurements must agree in to be the same, as JSON values."""
+    """The settings that identify a measurement, as JSON values."""
     model = engine.model
     if model.folder is None:
-        raise CoterieError(f"{model.name}: a model without a folder cannot be known again")
-    # Only where it says something: records from before it was said still stand.
+        raise ConfigError(f"{model.name}: a model without a folder has no fingerprint")
+    # Omitted by default, so that records without this key stay valid.
     expert_format = model.spec.expert_format
     expert_settings = {} if expert_format is None else {"experts": str(expert_format)}
     return {
@@ -182,7 +180,7 @@ def _run_experiment(
     *,
     rerun: bool,
 ) -> ExperimentOutcome:
-    """The chapter with its record, which is measured where none fits."""
+    """The experiment's record, measured where no valid one exists."""
     folder = context.folder / "records"
     saved = None if rerun else _read_valid_record(folder, experiment.name, settings)
     if saved is not None:
@@ -198,7 +196,7 @@ def _run_experiment(
             "read": context.used_records,
         }
         path = write_record(folder, content)
-    # A chapter may fail in any way it likes; the others shall not.
+    # No failure of one experiment may stop the study.
     except Exception as error:
         return ExperimentOutcome(experiment, failure=_format_error(error))
     return ExperimentOutcome(
@@ -208,15 +206,15 @@ def _run_experiment(
 
 def _read_valid_record(
     folder: Path, name: str, settings: Mapping[str, object]
-) -> Mapping[str, object] | None:
-    """The record of a chapter, if it was measured just so and from records that still stand."""
+) -> Mapping[str, Any] | None:
+    """The record, if its settings match and the records that it read are unchanged."""
     content = _read_json(folder / f"{name}.json")
     if content is None or content.get("settings") != json.loads(json.dumps(settings)):
         return None
     read = content.get("read")
     others = read.items() if isinstance(read, dict) else ()
-    for name_of_source, when in others:
-        source = _read_json(folder / f"{name_of_source}.json")
+    for other, when in others:
+        source = _read_json(folder / f"{other}.json")
         if source is None or source.get("when") != when:
             return None
     return content
@@ -227,11 +225,11 @@ def _read_json(path: Path) -> dict[str, object] | None:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return None
-    return renewed(content) if isinstance(content, dict) else None
+    return update_record(content) if isinstance(content, dict) else None
 
 
-def renewed(content: Mapping[str, Any]) -> dict[str, Any]:
-    """A record with its policies spelled as they are now; how it was made stays as it was."""
+def update_record(content: Mapping[str, Any]) -> dict[str, Any]:
+    """A record with its policies in the current spelling; command and settings are unchanged."""
     return update_policies_in_json(content, skip_keys=("command", "settings"))
 
 
@@ -239,7 +237,7 @@ def _format_error(error: Exception) -> str:
     return str(error) if isinstance(error, CoterieError) else f"{type(error).__name__}: {error}"
 
 
-TYPICAL_SECONDS: Mapping[str, int] = {  # where it is not about half a minute; only a bar asks
+TYPICAL_SECONDS: Mapping[str, int] = {  # for the progress bar; default: half a minute
     "accuracy": 550,
     "latency-accuracy": 100,
     "block-size": 120,
@@ -256,7 +254,7 @@ EXPERIMENTS: dict[str, Experiment] = {
     "accuracy": ACCURACY,
     "breakdown": BreakdownExperiment(),
     "latency": LatencyExperiment(),
-    "latency-accuracy": TradeoffExperiment(),  # reads the records of accuracy and latency
+    "latency-accuracy": TradeoffExperiment(),  # reads the records `accuracy` and `latency`
     "importance": ImportanceExperiment(),
     "reconstruction": ReconstructionExperiment(),
     "selection": SelectionExperiment(),
@@ -271,7 +269,7 @@ EXPERIMENTS: dict[str, Experiment] = {
     "protection": PROTECTION,
     "mass": MASS,
     "votes-fidelity": VoteFidelityExperiment(),
-    "foretelling": PredictorsExperiment(),  # reads the record of accuracy
+    "foretelling": PredictorsExperiment(),  # reads the record `accuracy`
     "steps": StepsExperiment(),
     "beyond": BEYOND,
     "forwards": ForwardCountExperiment(),

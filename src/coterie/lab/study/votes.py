@@ -1,10 +1,10 @@
-"""What the paper leaves open: how votes are weighed, who is protected, how many, who votes."""
+"""Ablations by fidelity in single layers: vote definitions, protection, size and voters."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TypedDict, cast
+from typing import Any, TypedDict
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -17,71 +17,63 @@ from coterie.lab.plotting import (
     PURPLE,
     RED,
     TEAL,
+    SeriesStyle,
     add_legend,
     new_panels,
 )
+from coterie.lab.study.charts import Series, draw_series, set_log_axis
 from coterie.lab.study.context import StudyContext
-from coterie.lab.study.experiment import Drawing, ExperimentData, Finding, Table
+from coterie.lab.study.experiment import Drawing, Finding, Table, judge
 from coterie.lab.study.fidelity import (
+    METRIC_NAMES,
     SLOW_STEPS,
     CurveGap,
     FidelityScores,
+    Metric,
+    VanillaTrace,
     compare_policies,
+    count_outcomes,
     fidelity_scores,
-    gaps_to_curve,
+    gaps_table,
+    metric_gaps,
+    outcomes_text,
+    scores_table,
     trace_vanilla,
-)
-from coterie.lab.study.reconstruction import (
-    HEADS,
-    compare_to_curve,
-    gap_rows,
-    scores_row,
-    set_log_axis,
 )
 
 SHARES = ("0.1", "0.15", "0.2", "0.3", "0.4", "0.5")
 MAIN_SHARES = ("0.15", "0.3", "0.5")
 MASSES = ("0.3", "0.4", "0.5", "0.6", "0.7", "0.8", "0.9")
 CURVE_SHARES = (
-    "0.03125",
-    "0.0625",
-    "0.1",
-    "0.125",
-    "0.15",
-    "0.2",
-    "0.25",
-    "0.3",
-    "0.4",
-    "0.5",
-    "0.6",
+    *("0.03125", "0.0625", "0.1", "0.125", "0.15", "0.2", "0.25", "0.3", "0.4", "0.5", "0.6"),
 )
-VOTE_STYLES: Mapping[str, tuple[str, str]] = {  # colour, marker
-    "masked": (BLUE, "o"),
-    "weight": (GREEN, "D"),
-    "count": (TEAL, "p"),
-    "full": (PURPLE, "h"),
-    "max": (BROWN, ">"),
-}
-VOTER_STYLES: Mapping[str, tuple[str, str]] = {
-    "all": (BLUE, "o"),
-    "unfilled": (RED, "P"),
-    "masked": (ORANGE, "s"),
-    "uncertain": (PURPLE, "h"),
-}
-LOSS_NAMES = {"loss": "loss", "word_loss": "loss, words", "open_loss": "loss, masked words"}
-COMPARED_METRICS = ("recall", *LOSS_NAMES)
 CURVE_POLICIES = [f"des-vote:beta={share}" for share in CURVE_SHARES]
+STYLES: Mapping[str, SeriesStyle] = {
+    name: SeriesStyle(colour, marker, name)
+    for name, colour, marker in (
+        *(("masked", BLUE, "o"), ("weight", GREEN, "D"), ("count", TEAL, "p")),
+        *(("full", PURPLE, "h"), ("max", BROWN, ">"), ("share of experts", BLUE, "o")),
+        *(("all", BLUE, "o"), ("unfilled", RED, "P"), ("masked positions", ORANGE, "s")),
+        *(("uncertain", PURPLE, "h"), ("share of votes", TEAL, "^")),
+    )
+}
+LOSSES: tuple[Metric, ...] = ("loss", "word_loss", "open_loss")
+COMPARED_METRICS: tuple[Metric, ...] = ("recall", *LOSSES)
 
 
 class VoteGroup(TypedDict):
-    """Policies that differ in one choice, by its values; ``gaps``: less the plain vote's curve at
-    the same number of experts, figure by figure."""
+    """Policies that differ in one choice, by its values.
+
+    ``gaps`` are the differences to the plain vote at the same number of experts, by metric.
+    """
 
     readings: dict[str, list[FidelityScores]]
-    gaps: dict[str, dict[str, list[CurveGap]]]
+    gaps: dict[str, dict[Metric, list[CurveGap]]]
 
 
 class VotesRecord(TypedDict):
+    """``looks`` are the numbers of observations in usual and slow decoding."""
+
     experts: int
     prompts: int
     looks: dict[str, int]
@@ -94,132 +86,134 @@ class VotesRecord(TypedDict):
 
 @dataclass(frozen=True)
 class VoteFidelityExperiment:
-    """Votes, protection and size on vanilla's usual forwards; voters on slow ones, for where a
-    block takes one forward, nothing is written yet and everybody is a word."""
+    """Votes, protection and size on vanilla's usual forwards, voters on slow ones.
+
+    Where a block takes a single forward, no position is written yet and all positions vote alike.
+    """
 
     name: str = "votes-fidelity"
-    title: str = "Votes, protection, size and voters: what they do to one layer"
+    title: str = "Votes, protection, size and voters: their effect on one layer"
     question: str = (
-        "The paper sums the router's probabilities of every position. Would other votes, other "
-        "voters, a protected best expert or a share of the votes in place of a fixed size keep "
-        "the layer's output nearer to vanilla's?"
+        "The paper sums the router's probabilities of all positions. Do other votes, other voters, "
+        "top-1 protection or a size by vote mass keep the layer's output nearer to vanilla's?"
     )
 
-    def measure(self, context: StudyContext) -> ExperimentData:
-        default, slow = trace_vanilla(context), trace_vanilla(context, slow=True)
+    def measure(self, context: StudyContext) -> VotesRecord:
+        usual, slow = trace_vanilla(context), trace_vanilla(context, slow=True)
         usual_groups = {
             "votes": vote_kind_policies(),
-            "protection": protected_policies(),
-            "mass": mass_policies(),
+            "protection": {"top1": [f"des-vote:beta={share},protect=top1" for share in SHARES]},
+            "mass": {"mass": [f"mass-vote:tau={mass},least=1" for mass in MASSES]},
         }
         slow_groups = {
             "voters": voter_policies(""),
             "voters_protected": voter_policies(",protect=top1"),
         }
-        vote_groups: dict[str, VoteGroup] = {}
-        for trace, groups, start, activity in (
-            (default, usual_groups, 0.02, "votes, protection, size"),
-            (slow, slow_groups, 0.4, "voters"),
-        ):
-            all_policies = list(dict.fromkeys([*CURVE_POLICIES, *_all_policies(groups)]))
 
-            def on_progress(share: float, start: float = start, activity: str = activity) -> None:
-                context.on_progress(start + (0.6 if start > 0.1 else 0.38) * share, activity)
+        def progress(first: float, last: float, activity: str) -> Callable[[float], None]:
+            return lambda share: context.on_progress(first + (last - first) * share, activity)
 
-            fidelity = compare_policies(context, trace, all_policies, on_progress)
-            by_policy = dict(zip(all_policies, fidelity_scores(fidelity), strict=True))
-            for name, group in groups.items():
-                vote_groups[name] = VoteGroup(
-                    readings={
-                        value: [by_policy[p] for p in family] for value, family in group.items()
-                    },
-                    gaps={
-                        value: {
-                            figure: gaps_to_curve(fidelity, family, CURVE_POLICIES, figure)
-                            for figure in COMPARED_METRICS
-                        }
-                        for value, family in group.items()
-                    },
-                )
-        record = {
-            "experts": context.engine.model.spec.router.experts,
-            "prompts": len(default.prompts),
-            "looks": {"usual": default.num_observations, "slow": slow.num_observations},
-            **vote_groups,
+        on_usual = progress(0.02, 0.4, "votes, protection, size")
+        groups: Any = {
+            **measure_groups(context, usual, usual_groups, on_usual),
+            **measure_groups(context, slow, slow_groups, progress(0.4, 1.0, "voters")),
         }
-        return cast("ExperimentData", record)
+        return VotesRecord(
+            experts=context.engine.model.spec.router.experts,
+            prompts=len(usual.prompts),
+            looks={"usual": usual.num_observations, "slow": slow.num_observations},
+            **groups,
+        )
 
-    def drawings(self, data: ExperimentData) -> Sequence[Drawing]:
-        record = cast("VotesRecord", data)
+    def drawings(self, record: VotesRecord) -> Sequence[Drawing]:
         return [
             Drawing(
                 "vote-definitions",
-                "Reconstruction loss of coresets elected by five kinds of votes, at equal numbers "
-                "elected, over all positions and over the answer's words.",
-                lambda: draw_group(record, record["votes"]),
+                "Reconstruction loss of coresets of equal size by five definitions of a vote, over "
+                "all positions and over answer tokens.",
+                lambda: draw_losses(record, ("loss", "word_loss"), [(record["votes"], "-")]),
             ),
             Drawing(
-                "who-votes",
-                f"The same by who votes, on vanilla decoding in {SLOW_STEPS} forwards a block: over all "
-                "positions, over words, over words still masked. Broken lines: everybody's best "
-                "expert protected.",
-                lambda: draw_voters(record),
+                "voters-fidelity",
+                "Reconstruction loss by the positions that vote, while vanilla decodes in "
+                f"{SLOW_STEPS} forwards per block: over all positions, over answer tokens, over "
+                "masked answer tokens. Dashed: with top-1 protection.",
+                lambda: draw_losses(
+                    record, LOSSES, [(record["voters"], "-"), (record["voters_protected"], "--")]
+                ),
             ),
             Drawing(
                 "mass-or-fraction",
-                "A share of the votes in place of a share of the experts: loss at equal mean size, "
-                "and how far sizes spread from layer to layer and forward to forward.",
+                "A share of the votes instead of a share of the experts: loss at equal mean size, "
+                "and the spread of sizes over layers and forwards.",
                 lambda: draw_mass(record),
             ),
         ]
 
-    def tables(self, data: ExperimentData) -> Sequence[Table]:
-        record = cast("VotesRecord", data)
-        titles = {
-            "votes": ("Votes", record["votes"]),
-            "protection": ("Top-1 protection", record["protection"]),
-            "mass": ("Mass", record["mass"]),
-            "voters": ("Voters, slow decoding", record["voters"]),
-            "protected": ("Voters with top-1 protection", record["voters_protected"]),
+    def tables(self, record: VotesRecord) -> Sequence[Table]:
+        groups = {
+            "Votes": record["votes"],
+            "Top-1 protection": record["protection"],
+            "Mass": record["mass"],
+            "Voters, slow decoding": record["voters"],
+            "Voters with top-1 protection": record["voters_protected"],
         }
-        heads = ["policy", "experts", "recall", *LOSS_NAMES.values()]
-        return [
-            Table(
-                heads=heads,
-                rows=[
-                    cells
-                    for value in group["gaps"]
-                    if value != "masked" or title != "Votes"
-                    for cells in gap_rows(group["gaps"][value])
-                ],
-                caption=f"{title}: less plain DES-Vote at the same number of experts, with 95 % "
-                "intervals over prompts.",
-                numbers=[1, 2, 3, 4, 5],
+        tables = []
+        for title, group in groups.items():
+            gaps: dict[Metric, list[CurveGap]] = {metric: [] for metric in COMPARED_METRICS}
+            for value, gaps_of_value in group["gaps"].items():
+                for metric in COMPARED_METRICS if (title, value) != ("Votes", "masked") else ():
+                    gaps[metric] += gaps_of_value[metric]
+            caption = (
+                f"{title}: the difference to plain DES-Vote at the same number of experts, with "
+                "95 % intervals over prompts."
             )
-            for title, group in titles.values()
-        ] + [
-            Table(
-                heads=HEADS,
-                rows=[
-                    scores_row(reading)
-                    for _, group in titles.values()
-                    for family in group["readings"].values()
-                    for reading in family
-                ],
-                caption="Every policy of this chapter.",
-                numbers=list(range(1, len(HEADS))),
-            )
+            tables.append(gaps_table(gaps, "policy", caption))
+        scores = [
+            reading
+            for group in groups.values()
+            for family in group["readings"].values()
+            for reading in family
         ]
+        return [*tables, scores_table(scores, "Every policy of this experiment.")]
 
-    def findings(self, data: ExperimentData) -> Sequence[Finding | str]:
-        record = cast("VotesRecord", data)
+    def findings(self, record: VotesRecord) -> Sequence[Finding | str]:
         return [
             _uniform_finding(record),
             _vote_kinds_sentence(record),
-            _protection_sentence(record),
+            "Top-1 protection, compared with plain votes at the same number of experts (numbers of "
+            f"sizes): {outcomes_text(record['protection']['gaps']['top1'])}.",
             _mass_sentence(record),
-            *_voter_sentences(record),
+            _voters_sentence("Without protection", record["voters"]),
+            _voters_sentence("With top-1 protection", record["voters_protected"]),
         ]
+
+
+def measure_groups(
+    context: StudyContext,
+    trace: VanillaTrace,
+    groups: Mapping[str, Mapping[str, Sequence[str]]],
+    on_progress: Callable[[float], None],
+) -> dict[str, VoteGroup]:
+    """Scores and gaps of all policies of these groups on one trace."""
+    policies = [
+        policy for group in groups.values() for family in group.values() for policy in family
+    ]
+    policies = list(dict.fromkeys([*CURVE_POLICIES, *policies]))
+    fidelity = compare_policies(context, trace, policies, on_progress)
+    scores = dict(zip(policies, fidelity_scores(fidelity), strict=True))
+    return {
+        name: VoteGroup(
+            readings={
+                value: [scores[policy] for policy in family] for value, family in group.items()
+            },
+            gaps={
+                value: metric_gaps(fidelity, family, CURVE_POLICIES, COMPARED_METRICS)
+                for value, family in group.items()
+            },
+        )
+        for name, group in groups.items()
+    }
 
 
 def vote_kind_policies() -> dict[str, list[str]]:
@@ -227,53 +221,41 @@ def vote_kind_policies() -> dict[str, list[str]]:
     return {kind: [f"coreset:beta={s},vote={kind}" for s in SHARES] for kind in kinds}
 
 
-def protected_policies() -> dict[str, list[str]]:
-    return {"top1": [f"des-vote:beta={share},protect=top1" for share in SHARES]}
-
-
-def mass_policies() -> dict[str, list[str]]:
-    return {"mass": [f"mass-vote:tau={mass},least=1" for mass in MASSES]}
-
-
 def voter_policies(extra_options: str) -> dict[str, list[str]]:
-    """By who votes; "masked" are the positions still masked."""
+    """By voters; "masked" are the positions still masked."""
     return {
         voters: [f"des-vote:beta={share},voters={voters}{extra_options}" for share in MAIN_SHARES]
         for voters in ("all", "unfilled", "masked", "uncertain")
     }
 
 
-def draw_group(record: VotesRecord, group: VoteGroup) -> Figure:
-    """Two panels: loss over all positions, over words."""
-    figure, subplots = new_panels(2, columns=1, height=2.6)
-    for ax, name in zip(subplots, ("loss", "word_loss"), strict=True):
-        _draw_lines(ax, group, name, VOTE_STYLES)
-    add_legend(subplots[0], columns=5)
-    subplots[1].set_xlabel(f"unique experts of {record['experts']}")
-    return figure
-
-
-def draw_voters(record: VotesRecord) -> Figure:
-    figure, subplots = new_panels(3, columns=1, height=2.5)
-    for ax, name in zip(subplots, LOSS_NAMES, strict=True):
-        _draw_lines(ax, record["voters"], name, VOTER_STYLES)
-        _draw_lines(ax, record["voters_protected"], name, VOTER_STYLES, dashed=True)
-    add_legend(subplots[0], columns=4)
-    subplots[2].set_xlabel(f"unique experts of {record['experts']}")
+def draw_losses(
+    record: VotesRecord, metrics: Sequence[Metric], groups: Sequence[tuple[VoteGroup, str]]
+) -> Figure:
+    """One panel per loss; every group has its line style."""
+    figure, subplots = new_panels(len(metrics), columns=1, height=2.6 if len(metrics) < 3 else 2.5)
+    for ax, metric in zip(subplots, metrics, strict=True):
+        for group, line in groups:
+            for value, family in group["readings"].items():
+                is_voter = value == "masked" and len(groups) > 1
+                style = STYLES["masked positions" if is_voter else value]
+                label = value if line == "-" else None
+                _draw_family(ax, family, metric, style, label=label, line=line)
+        set_log_axis(ax)
+        ax.set_ylabel(METRIC_NAMES[metric].replace("reconstruction ", ""))
+    add_legend(subplots[0], columns=5 if len(groups) == 1 else 4)
+    subplots[-1].set_xlabel(f"unique experts of {record['experts']}")
     return figure
 
 
 def draw_mass(record: VotesRecord) -> Figure:
     figure, (loss, spread) = new_panels(2, columns=1, height=2.6)
-    fraction = record["votes"]["readings"]["masked"]
-    for name, family, colour, marker in (
-        ("fraction", fraction, BLUE, "o"),
-        ("mass", record["mass"]["readings"]["mass"], TEAL, "^"),
+    for label, family in (
+        ("share of experts", record["votes"]["readings"]["masked"]),
+        ("share of votes", record["mass"]["readings"]["mass"]),
     ):
-        sizes = [reading["experts"] for reading in family]
-        for ax, figure_name in ((loss, "loss"), (spread, "spread")):
-            values = cast("list[float]", [reading[figure_name] for reading in family])
-            ax.plot(sizes, values, color=colour, marker=marker, label=name)
+        for ax, key in ((loss, "loss"), (spread, "spread")):
+            _draw_family(ax, family, key, STYLES[label], label=label)
     set_log_axis(loss)
     loss.set(ylabel="reconstruction loss")
     spread.set(ylabel="standard deviation", xlabel=f"unique experts of {record['experts']}")
@@ -281,104 +263,59 @@ def draw_mass(record: VotesRecord) -> Figure:
     return figure
 
 
-def _draw_lines(
+def _draw_family(
     ax: Axes,
-    group: VoteGroup,
-    name: str,
-    styles: Mapping[str, tuple[str, str]],
+    family: Sequence[FidelityScores],
+    key: str,
+    style: SeriesStyle,
     *,
-    dashed: bool = False,
+    label: str | None,
+    line: str = "-",
 ) -> None:
-    for value, family in group["readings"].items():
-        colour, marker = styles[value]
-        ax.plot(
-            [reading["experts"] for reading in family],
-            cast("list[float]", [reading[name] for reading in family]),
-            color=colour,
-            marker=marker,
-            linestyle="--" if dashed else "-",
-            label=None if dashed else value,
-        )
-    set_log_axis(ax)
-    ax.set_ylabel(LOSS_NAMES[name])
-
-
-def _all_policies(groups: Mapping[str, Mapping[str, Sequence[str]]]) -> list[str]:
-    return [policy for group in groups.values() for family in group.values() for policy in family]
-
-
-def _count_outcomes(curve_gaps: Sequence[CurveGap], metric: str) -> tuple[int, int, int]:
-    """Sizes at which it is better than the plain vote, worse, and how many there are."""
-    marks = [compare_to_curve(gap, metric) for gap in curve_gaps]
-    return marks.count(1), marks.count(-1), len(marks)
-
-
-def _gaps_clause(gaps_of_value: Mapping[str, Sequence[CurveGap]]) -> str:
-    """Figure by figure, in a clause."""
-    clauses = []
-    for figure, name in (("recall", "recall"), *LOSS_NAMES.items()):
-        wins, losses, sizes = _count_outcomes(gaps_of_value[figure], figure)
-        clauses.append(f"{name} better at {wins} and worse at {losses} of {sizes} sizes")
-    return "; ".join(clauses)
+    values = [float(str(reading[key])) for reading in family]
+    draw_series(ax, Series(label, [reading["experts"] for reading in family], values, style, line))
 
 
 def _uniform_finding(record: VotesRecord) -> Finding:
-    gaps_by_metric = record["votes"]["gaps"]["count"]
-    wins, losses, sizes = _count_outcomes(gaps_by_metric["loss"], "loss")
-    otherwise = "does not hold" if wins else "cannot be told here"
-    return Finding(
-        f"Counting votes instead of summing probabilities (`count`): {_gaps_clause(gaps_by_metric)}. "
-        "Recall is what counting maximises, by definition.",
-        claim="Votes weighted by the router's probability lose less than uniform votes.",
-        verdict="holds" if losses > sizes / 2 and not wins else otherwise,
+    gaps = record["votes"]["gaps"]["count"]
+    better, worse, similar = count_outcomes(gaps["loss"], "loss")
+    holds = worse > (better + worse + similar) / 2 and not better
+    return judge(
+        "Counting votes instead of summing probabilities (`count`), compared at the same number of "
+        f"experts (numbers of sizes): {outcomes_text(gaps)}. Counting maximises recall by "
+        "definition.",
+        "Votes weighted by the router's probability have a lower loss than uniform votes.",
+        True if holds else False if better else None,
     )
 
 
 def _vote_kinds_sentence(record: VotesRecord) -> str:
-    by_loss = {
+    losses = {
         value: sum(reading["loss"] for reading in family) / len(family)
         for value, family in record["votes"]["readings"].items()
     }
-    ordered = sorted(by_loss, key=lambda value: by_loss[value])
-    text = ", ".join(f"`{value}` {by_loss[value]:.3f}" for value in ordered)
+    ordered = sorted(losses.items(), key=lambda entry: entry[1])
+    text = ", ".join(f"`{value}` {loss:.3f}" for value, loss in ordered)
     return f"Mean reconstruction loss over the sizes, by vote: {text}."
 
 
-def _protection_sentence(record: VotesRecord) -> str:
-    return (
-        "Protecting everybody's best expert, against plain votes at the same number of experts: "
-        f"{_gaps_clause(record['protection']['gaps']['top1'])}."
-    )
-
-
 def _mass_sentence(record: VotesRecord) -> str:
-    gaps_by_metric, mass_scores = record["mass"]["gaps"]["mass"], record["mass"]["readings"]["mass"]
-    largest = max(mass_scores, key=lambda reading: reading["spread"])
+    largest = max(record["mass"]["readings"]["mass"], key=lambda reading: reading["spread"])
     return (
-        f"A share of the votes (mass) in place of a share of the experts, at equal mean size: "
-        f"{_gaps_clause(gaps_by_metric)}. Its sizes spread: {largest['policy']} uses {largest['experts']:.0f} experts "
-        f"with a standard deviation of {largest['spread']:.0f}, so that what is read cannot be "
-        "planned for."
+        "A share of the votes (mass) instead of a share of the experts, at equal mean size "
+        f"(numbers of sizes): {outcomes_text(record['mass']['gaps']['mass'])}. Its sizes vary: "
+        f"{largest['policy']} uses {largest['experts']:.0f} experts with a standard deviation of "
+        f"{largest['spread']:.0f}, so the number of experts to load is not known in advance."
     )
 
 
-def _voter_sentences(record: VotesRecord) -> list[str]:
-    """By what is judged, who had better vote."""
-    sentences = []
-    for name, group in (
-        ("Without protection", record["voters"]),
-        ("With everybody's best expert protected", record["voters_protected"]),
-    ):
-        clauses = []
-        for figure, loss_name in LOSS_NAMES.items():
-            middle_scores = {voters: family[1] for voters, family in group["readings"].items()}
-            best = min(middle_scores, key=lambda who: cast("float", middle_scores[who][figure]))
-            value, all_value = (
-                cast("float", middle_scores[voters][figure]) for voters in (best, "all")
-            )
-            comparison_text = "" if best == "all" else f"; `all`: {all_value:.3f}"
-            clauses.append(f"{loss_name} is least with `{best}` ({value:.3f}{comparison_text})")
-        sentences.append(
-            f"{name}, by who votes at {MAIN_SHARES[1]} of the experts: {', '.join(clauses)}."
-        )
-    return sentences
+def _voters_sentence(label: str, group: VoteGroup) -> str:
+    """The voters with the least loss, by metric."""
+    middle = {voters: family[1] for voters, family in group["readings"].items()}
+    clauses = []
+    for metric in LOSSES:
+        values = {voters: float(str(reading[metric])) for voters, reading in middle.items()}
+        best = min(values, key=lambda voters: values[voters])
+        baseline = "" if best == "all" else f"; `all`: {values['all']:.3f}"
+        clauses.append(f"{METRIC_NAMES[metric]} with `{best}` ({values[best]:.3f}{baseline})")
+    return f"{label}, the lowest losses at {MAIN_SHARES[1]} of the experts: {', '.join(clauses)}."

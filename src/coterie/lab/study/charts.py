@@ -1,0 +1,163 @@
+"""Line and scatter charts of the study: one description of a series, one way to draw it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal, TypeVar
+
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, NullFormatter
+
+from coterie.lab.bench.timing import TimingStats
+from coterie.lab.plotting import (
+    FIGURE_HEIGHT,
+    SERIES_COLOURS,
+    SeriesStyle,
+    add_legend,
+    foreground,
+    format_percent,
+    new_axes,
+    policy_style,
+)
+
+T = TypeVar("T")
+LineStyle = str | tuple[int, tuple[float, ...]]
+MARKERS = "oDs^vPXp*"
+DASHES: Sequence[LineStyle] = ("-", (0, (4, 1.5)), ":", "-.")
+
+
+@dataclass(frozen=True)
+class Series:
+    """Points of one label. ``intervals`` are the ends of each point's error bar."""
+
+    label: str | None
+    x: Sequence[float]
+    y: Sequence[float]
+    style: SeriesStyle
+    line: LineStyle = "-"  # "" draws the points alone
+    intervals: Sequence[Sequence[float]] | None = None
+    width: float = 1.6
+    alpha: float = 1.0
+    size: float | None = None
+
+
+def policy_series(
+    policy: str,
+    x: Sequence[float],
+    y: Sequence[float],
+    *,
+    label: str | None = None,
+    line: LineStyle = "-",
+    intervals: Sequence[Sequence[float]] | None = None,
+    alpha: float = 1.0,
+) -> Series:
+    """A series in the colour and marker of a policy's family; ``label`` defaults to the policy."""
+    return Series(label or policy, x, y, policy_style(policy), line, intervals, alpha=alpha)
+
+
+def indexed_style(index: int) -> SeriesStyle:
+    """The style of a series that has no policy family of its own."""
+    colour, marker = SERIES_COLOURS[index % len(SERIES_COLOURS)], MARKERS[index % len(MARKERS)]
+    return SeriesStyle(colour, marker, "")
+
+
+def dash_repeats(policies: Sequence[str]) -> list[LineStyle]:
+    """Line styles that differ between policies of the same colour."""
+    counts: dict[str, int] = {}
+    lines = []
+    for policy in policies:
+        colour = policy_style(policy).colour
+        lines.append(DASHES[counts.get(colour, 0) % len(DASHES)])
+        counts[colour] = counts.get(colour, 0) + 1
+    return lines
+
+
+def draw_series(ax: Axes, series: Series) -> None:
+    errors = None
+    if series.intervals is not None:
+        ends = list(zip(series.y, series.intervals, strict=True))
+        errors = [[max(0.0, y - i[0]) for y, i in ends], [max(0.0, i[1] - y) for y, i in ends]]
+    ax.errorbar(
+        series.x, series.y, yerr=errors, label=series.label, color=series.style.colour,
+        marker=series.style.marker, ls=series.line, lw=series.width, alpha=series.alpha,
+        ms=series.size, elinewidth=0.8,
+    )  # fmt: skip
+
+
+def line_chart(
+    series: Iterable[Series],
+    x: str,
+    y: str,
+    *,
+    xlim: tuple[float | None, float | None] | None = None,
+    ylim: tuple[float | None, float | None] | None = None,
+    percent: Literal["", "x", "y"] = "",
+    log: Literal["", "x", "y"] = "",
+    columns: int = 2,
+    height: float = FIGURE_HEIGHT,
+) -> Figure:
+    """A figure with one pair of axes, all series, and a legend above it."""
+    figure, ax = new_axes(x, y, height=height)
+    for one in series:
+        draw_series(ax, one)
+    if log:
+        set_log_axis(ax, log)
+    if percent:
+        format_percent(ax, axis=percent)
+    ax.set(**{key: lim for key, lim in (("xlim", xlim), ("ylim", ylim)) if lim is not None})
+    add_legend(ax, columns=columns)
+    return figure
+
+
+def draw_guide(ax: Axes, x: Sequence[float], y: Sequence[float], label: str | None = None) -> None:
+    """A thin dashed line in the text colour: a bound or a reference curve."""
+    ax.plot(x, y, color=foreground(), ls="--", lw=1, label=label)
+
+
+def set_log_axis(ax: Axes, axis: Literal["x", "y"] = "y") -> None:
+    """A logarithmic axis with labels 0.01, 0.02, 0.05, 0.1 ..."""
+    (ax.set_yscale if axis == "y" else ax.set_xscale)("log")
+    target = ax.yaxis if axis == "y" else ax.xaxis
+    target.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+    target.set_major_formatter(lambda value, _: f"{value:g}")
+    target.set_minor_formatter(NullFormatter())
+
+
+def legend_by_label(ax: Axes) -> Mapping[str, object]:
+    """Legend handles by label, each label once."""
+    handles, labels = ax.get_legend_handles_labels()
+    return dict(zip(labels, handles, strict=True))
+
+
+def pareto_front(items: Iterable[T], key: Callable[[T], tuple[float, float]]) -> list[T]:
+    """The items that no other beats in both of ``key``'s (cost, gain), by rising cost."""
+    front: list[T] = []
+    for item in sorted(items, key=lambda item: (key(item)[0], -key(item)[1])):
+        if not front or key(item)[1] > key(front[-1])[1]:
+            front.append(item)
+    return front
+
+
+def timing_series(
+    style: SeriesStyle,
+    x: Sequence[float],
+    timings: Sequence[TimingStats],
+    label: str,
+    line: LineStyle = "-",
+) -> Series:
+    """Median milliseconds with quartiles as error bars."""
+    medians = [timing["median"] * 1e3 for timing in timings]
+    quartiles = [(timing["low"] * 1e3, timing["high"] * 1e3) for timing in timings]
+    return Series(label, x, medians, style, line, quartiles)
+
+
+def milliseconds(timing: TimingStats, digits: int = 2) -> str:
+    """The median in milliseconds."""
+    return f"{timing['median'] * 1e3:.{digits}f}"
+
+
+def quartiles_text(timing: TimingStats, digits: int = 2) -> str:
+    """The quartiles in milliseconds: "0.98 to 1.21"."""
+    return f"{timing['low'] * 1e3:.{digits}f} to {timing['high'] * 1e3:.{digits}f}"
