@@ -11,7 +11,7 @@ from typing import Annotated
 import typer
 from rich.progress import MofNCompleteColumn, TimeRemainingColumn
 
-from coterie.checkpoints.atomic_write import atomic_write
+from coterie.checkpoints.journal import atomic_write
 from coterie.cli import options as o
 from coterie.cli.output import check_output_file, print_note, print_text, progress_bar
 from coterie.errors import TaskError
