@@ -3,6 +3,9 @@
 import os
 import signal
 
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ.setdefault("OMP_NUM_THREADS", "1")  # for child processes too
+
 # Before anything imports torch or triton; a GPU shows by its device file.
 if not os.path.exists("/dev/nvidiactl"):
     os.environ.setdefault("TRITON_INTERPRET", "1")
@@ -15,15 +18,17 @@ from hypothesis import settings
 from shared_data import missing
 from torch import Tensor
 
-settings.register_profile("default", deadline=None, max_examples=40, derandomize=True)
+settings.register_profile("default", deadline=None, max_examples=15, derandomize=True)
 settings.register_profile("thorough", deadline=None, max_examples=1000)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "default"))
 
-# Who runs the tests in the background may have them ignore interrupts, and children inherit that.
+# A shell's background job ignores interrupts, and the tests' child processes inherit that.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
-torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "2")))
+# Workers of pytest-xdist share the cores: more threads would only wait for each other.
+PARALLEL = "PYTEST_XDIST_WORKER" in os.environ
+torch.set_num_threads(1 if PARALLEL else int(os.environ.get("OMP_NUM_THREADS", "2")))
 
 
 def pytest_report_header() -> list[str]:
@@ -37,7 +42,7 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
 
 @pytest.fixture(autouse=True)
 def poisoned_memory(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Memory that nobody has written yet is NaN (integers: their largest): reading it shows."""
+    """Unwritten memory is NaN (integers: their largest value), so that reading it shows."""
     monkeypatch.setattr(torch, "empty", poisoning(torch.empty))
     monkeypatch.setattr(torch, "empty_like", poisoning(torch.empty_like))
     monkeypatch.setattr(Tensor, "new_empty", poisoning(Tensor.new_empty))
@@ -45,10 +50,11 @@ def poisoned_memory(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def poisoning(make: Callable[..., Tensor]) -> Callable[..., Tensor]:
     def poisoned(*args: object, **kwargs: object) -> Tensor:
-        made = make(*args, **kwargs)
+        tensor = make(*args, **kwargs)
         with torch.no_grad():
-            if made.is_floating_point() or made.is_complex():
-                return made.fill_(float("nan"))
-            return made.fill_(True if made.dtype == torch.bool else torch.iinfo(made.dtype).max)
+            if tensor.is_floating_point() or tensor.is_complex():
+                return tensor.fill_(float("nan"))
+            is_bool = tensor.dtype == torch.bool
+            return tensor.fill_(True if is_bool else torch.iinfo(tensor.dtype).max)
 
     return poisoned

@@ -92,7 +92,7 @@ def answer(folder: Path, **options: str) -> tuple[int, ...]:
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("stacked", [False, True])
 @pytest.mark.parametrize("kind", PACKED_FORMATS)
-def test_packed_experts_are_what_loading_makes_of_the_original(
+def test_packed_checkpoint_equals_packing_at_load(
     tmp_path: Path, family: str, stacked: bool, kind: str
 ) -> None:
     folder = packed(tmp_path, kind, family=family, stacked=stacked)
@@ -117,7 +117,7 @@ def test_odd_sizes_are_packed_and_mapped_too(
 
 @needs_kernels
 @pytest.mark.parametrize("kind", PACKED_FORMATS)
-def test_without_kernels_the_same_is_written_and_loaded(
+def test_conversion_works_without_kernels(
     tmp_path: Path, kind: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = packed(tmp_path, kind, **ODD)
@@ -143,7 +143,7 @@ def test_unpacked_experts_have_the_type_of_the_model(
     assert answer(folder, dtype="fp32") == answer(tmp_path / "whole", dtype="fp32")
 
 
-def test_a_quantised_checkpoint_is_packed_as_it_is(tmp_path: Path) -> None:
+def test_quantized_checkpoint_can_be_packed(tmp_path: Path) -> None:
     folder = packed(tmp_path, "int4", shards=3)
     convert(tmp_path / "whole", tmp_path / "plain", ConversionTarget.parse("int4", layout="plain"))
     convert(tmp_path / "plain", tmp_path / "again", ConversionTarget.parse("int4"))
@@ -176,7 +176,7 @@ def test_every_expert_has_a_checksum(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("kind", ["int8", "int4"])
-def test_every_expert_tells_what_it_lost(tmp_path: Path, kind: str) -> None:
+def test_every_expert_has_a_quantization_error(tmp_path: Path, kind: str) -> None:
     """By what it gives for Gaussian tokens; drawn once more here, so equal but for the draw."""
     whole = write_checkpoint(tmp_path / "whole", "llada2", dtype=torch.bfloat16)
     convert(whole, tmp_path / kind, ConversionTarget.parse(kind))
@@ -201,7 +201,7 @@ def test_every_expert_tells_what_it_lost(tmp_path: Path, kind: str) -> None:
 
 
 @needs_kernels
-def test_nothing_writes_into_the_map(tmp_path: Path) -> None:
+def test_mapped_experts_are_read_only(tmp_path: Path) -> None:
     folder = packed(tmp_path, "int8")
     before = contents(folder)
     engine = coterie.load(folder, max_new_tokens=8, block=4)
@@ -219,16 +219,14 @@ def test_nothing_writes_into_the_map(tmp_path: Path) -> None:
     assert contents(folder) == before
 
 
-def test_a_system_without_the_advice_reads_the_map_all_the_same(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_mapping_works_without_madvise(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = packed(tmp_path, "int8")
     usual = load_model(folder)
     monkeypatch.setattr(weight_loader, "POPULATE_READ", 9999)
     assert same(load_model(folder), usual)
 
 
-def test_a_file_that_shrinks_before_it_is_mapped_is_noticed(tmp_path: Path) -> None:
+def test_truncation_before_mapping_raises(tmp_path: Path) -> None:
     file = packed(tmp_path, "int8") / LAYER
     entry = Checkpoint.of(file.parent).files[file][PACKED]
     os.truncate(file, entry.start + entry.size - 1)
@@ -237,7 +235,7 @@ def test_a_file_that_shrinks_before_it_is_mapped_is_noticed(tmp_path: Path) -> N
 
 
 @needs_kernels
-def test_a_file_that_shrinks_while_it_is_mapped_is_noticed(tmp_path: Path) -> None:
+def test_truncation_while_mapped_raises(tmp_path: Path) -> None:
     file = tmp_path / "file"
     file.write_bytes(bytes(1 << 16))
     with file.open("rb") as opened:
@@ -265,7 +263,7 @@ def test_what_was_killed_goes_on_and_comes_out_the_same(tmp_path: Path) -> None:
             convert(tmp_path / "whole", tmp_path / "killed", ConversionTarget.parse("int8"), told)
         with pytest.raises(CoterieError, match="conversion was not finished"):
             load_model(tmp_path / "killed")
-    with pytest.raises(CoterieError, match=r"unfinished conversion of another model \(int8 .*, packed,"):
+    with pytest.raises(CoterieError, match=r"unfinished conversion .*\(int8 .*, packed,"):
         convert(tmp_path / "whole", tmp_path / "killed", ConversionTarget.parse("int4"))
     with pytest.raises(CoterieError, match="unfinished conversion of another model"):
         convert(
@@ -284,7 +282,7 @@ def test_what_was_killed_goes_on_and_comes_out_the_same(tmp_path: Path) -> None:
         (lambda file: os.truncate(file, 4000), "cannot be read to its end"),
     ],
 )
-def test_a_source_that_goes_away_meanwhile_is_named(
+def test_missing_source_file_raises(
     tmp_path: Path, layout: str, harm: Callable[[Path], None], problem: str
 ) -> None:
     last = sorted(source(tmp_path, shards=3).glob("*.safetensors"))[-1]
@@ -303,7 +301,7 @@ def test_a_source_that_goes_away_meanwhile_is_named(
     assert list((tmp_path / "out").glob("*.part")) == []
 
 
-def test_progress_tells_every_byte_of_the_source(tmp_path: Path) -> None:
+def test_progress_counts_every_byte_of_the_source(tmp_path: Path) -> None:
     heard: list[tuple[int, int]] = []
     convert(
         source(tmp_path),
@@ -320,7 +318,7 @@ def test_progress_tells_every_byte_of_the_source(tmp_path: Path) -> None:
     assert heard[-1] == (whole, whole)
 
 
-def test_a_flipped_bit_is_found_and_its_expert_named(
+def test_verify_names_the_expert_with_a_flipped_bit(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     folder = packed(tmp_path, "int8")
@@ -350,7 +348,7 @@ def flip(file: Path, at: int) -> None:
     file.write_bytes(content)
 
 
-def test_a_damaged_folder_is_refused_by_name(tmp_path: Path) -> None:
+def test_damaged_folder_raises(tmp_path: Path) -> None:
     folder = packed(tmp_path, "int8")
     content = (folder / LAYER).read_bytes()
     for damaged, problem in (
@@ -388,7 +386,7 @@ def test_a_damaged_folder_is_refused_by_name(tmp_path: Path) -> None:
         ({"name": "panels", "version": 0}, "packed by an older Coterie.*pack the original again"),
     ],
 )
-def test_another_layout_is_refused(tmp_path: Path, stated: object, problem: str) -> None:
+def test_other_layout_version_raises(tmp_path: Path, stated: object, problem: str) -> None:
     folder = packed(tmp_path, "int8")
     restate(folder, coterie_layout=stated)
     with pytest.raises(CoterieError, match=r"config\.json: coterie_layout .*" + problem):
@@ -410,7 +408,7 @@ def restate(folder: Path, **keys: object) -> None:
     (folder / "config.json").write_text(json.dumps({**config, **keys}))
 
 
-def test_packed_experts_do_not_become_others(tmp_path: Path) -> None:
+def test_packed_experts_cannot_be_converted(tmp_path: Path) -> None:
     folder = packed(tmp_path, "bf16")
     with pytest.raises(CoterieError, match="are bf16, packed already; int8 in groups of 64 can be"):
         load_model(folder, experts="int8")
@@ -419,9 +417,7 @@ def test_packed_experts_do_not_become_others(tmp_path: Path) -> None:
         ConversionTarget.parse("bf16"),
         ConversionTarget.parse("int4", layout="plain"),
     ):
-        with pytest.raises(
-            CoterieError, match=r"are bf16, packed already; .* from the original"
-        ):
+        with pytest.raises(CoterieError, match=r"are bf16, packed already; .* from the original"):
             convert(folder, tmp_path / "other", aim)
     assert load_model(packed(tmp_path / "int8"), experts="int8").spec.panels == cpu.is_available()
 
@@ -444,14 +440,14 @@ def test_the_command_complains_in_one_line(
     assert not Path(out).exists()
 
 
-def test_other_groups_stay_matrices_unless_panels_are_asked_for() -> None:
+def test_other_group_sizes_are_not_packed_by_default() -> None:
     assert ConversionTarget.parse("int8").packed
     assert not ConversionTarget.parse("int8", 128).packed
     assert ConversionTarget.parse("int4", 32, "panels").packed
     assert not ConversionTarget.parse("int4", 32, "plain").packed
 
 
-def test_inspect_tells_the_sizes_of_what_is_stored(tmp_path: Path) -> None:
+def test_inspect_reports_stored_sizes(tmp_path: Path) -> None:
     folder = packed(tmp_path, "int4", **ODD)
     facts = inspect(folder)
     whole = inspect(tmp_path / "whole")

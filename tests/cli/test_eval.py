@@ -7,7 +7,6 @@ import io
 import json
 import os
 import re
-import runpy
 import signal
 import subprocess
 import sys
@@ -17,6 +16,7 @@ from pathlib import Path
 
 import pytest
 from rich.console import Console
+from script_modules import load_script
 
 from coterie.cli.entry import run
 from coterie.cli.eval_output import accuracy_document, accuracy_tables
@@ -196,10 +196,8 @@ def test_the_readmes_table_can_be_drawn_from_a_record() -> None:
     result = summarize(
         [sheet("vanilla", right), sheet("des-seq:k=3", [False, True, True])], ["quiz"]
     )
-    figures = runpy.run_path(str(Path(__file__).parents[2] / "scripts" / "figures.py"))
-    head, _, first, second = figures["accuracy"](
-        {"facts": accuracy_document("embedded", {}, result)}
-    ).splitlines()
+    record = {"facts": accuracy_document("embedded", {}, result)}
+    head, _, first, second = load_script("docs.py").accuracy_table(record).splitlines()
     assert "| quiz |" in head
     assert first.startswith("| `vanilla` | 66.7% of 3, 20.8% to 93.9% | 66.7% |")
     assert second.endswith("| +0.0%, 1 | 8.0 | 2.0 |")

@@ -67,7 +67,7 @@ seeds = st.integers(0, 2**32 - 1)
 
 @given(blocks(), coresets(), drifts, seeds)
 @law(60)
-def test_a_row_stays_as_long_as_it_holds_its_votes(
+def test_coreset_is_reused_within_the_tolerance(
     scores: Scores, policy: Policy, drift: float, seed: int
 ) -> None:
     scores = drawn(scores, drift, seed)
@@ -84,7 +84,7 @@ def test_a_row_stays_as_long_as_it_holds_its_votes(
 
 @given(blocks(), coresets(), drifts, seeds)
 @law(40)
-def test_nobody_uses_what_is_outside_the_coreset_that_stayed(
+def test_no_token_uses_experts_outside_the_reused_coreset(
     scores: Scores, policy: Policy, drift: float, seed: int
 ) -> None:
     scores = drawn(scores, drift, seed)
@@ -100,7 +100,7 @@ def test_nobody_uses_what_is_outside_the_coreset_that_stayed(
 
 @given(blocks(ties=False, groups=False), st.sampled_from(WITHOUT_TIES), drifts, seeds)
 @law(30)
-def test_renaming_experts_renames_what_stayed(
+def test_permuting_experts_permutes_reused_coresets(
     scores: Scores, name: str, drift: float, seed: int
 ) -> None:
     scores, policy = drawn(scores, drift, seed), parse_policy(name)
@@ -121,9 +121,7 @@ def test_renaming_experts_renames_what_stayed(
 
 @given(blocks(), drifts, seeds)
 @law(30)
-def test_rows_that_route_together_stay_as_they_would_alone(
-    scores: Scores, drift: float, seed: int
-) -> None:
+def test_batched_reuse_equals_reuse_alone(scores: Scores, drift: float, seed: int) -> None:
     scores, policy = drawn(scores, drift, seed), parse_policy("des-vote:beta=0.3,voters=masked")
     whole = settled(scores, policy)
     for row in range(len(scores.logits)):
@@ -144,7 +142,7 @@ def test_rows_that_route_together_stay_as_they_would_alone(
         assert bool(found.reused[0]) == bool(whole.reused[row])
 
 
-def test_an_empty_vote_keeps_nobody_who_was_not_there() -> None:
+def test_empty_vote_adds_no_experts() -> None:
     """Probabilities may all be nothing; a row without a coreset elects one all the same."""
     logits = torch.full((2, 3, 8), -200.0)
     router = replace(tiny().spec.router, experts=8, k=2, groups=1, topk_groups=1)
@@ -160,7 +158,7 @@ def test_an_empty_vote_keeps_nobody_who_was_not_there() -> None:
         assert routing.coreset_reuse.vote_loss.tolist() == [0.0, 0.0]
 
 
-def test_numbers_that_are_none_raise_whatever_stays() -> None:
+def test_non_finite_scores_raise() -> None:
     scores = Scores(
         torch.full((1, 2, 16), math.nan),
         replace(tiny().spec.router, experts=16),
@@ -170,13 +168,13 @@ def test_numbers_that_are_none_raise_whatever_stays() -> None:
         route(scores, parse_policy("des-vote:beta=0.5"))
 
 
-def test_a_policy_whose_tokens_decide_alone_keeps_nothing() -> None:
+def test_policy_without_coreset_cannot_reuse() -> None:
     scores = Scores(
         torch.zeros(1, 2, 16),
         replace(tiny().spec.router, experts=16),
         previous_coresets=PreviousCoresets(0.5, torch.ones(1, 16, dtype=torch.bool)),
     )
-    with pytest.raises(CoterieError, match="layer 0.*elects none"):
+    with pytest.raises(CoterieError, match=r"layer 0.*elects none"):
         route(scores, parse_policy("topk:k=1"))
 
 
@@ -228,7 +226,7 @@ def run(policy: str, rows: int, **options: object) -> tuple[Seen, Trace, list[Re
 @pytest.mark.parametrize(
     "policy", ["uniform-vote:beta=0.3", "des-seq:k=1", "des-vote:beta=0.3", "des-seq:k=8"]
 )
-def test_a_run_keeps_what_its_replay_keeps(policy: str, drift: float) -> None:
+def test_decoding_reuses_like_its_replay(policy: str, drift: float) -> None:
     """Two rows at a time, several blocks of several steps each, commits by vanilla."""
     seen, trace, results = run(policy, rows=2, drift=drift)
     chosen = select_experts(TraceVotes.of(trace), ReplayPolicy(parse_policy(policy), drift))
@@ -245,7 +243,7 @@ def test_a_run_keeps_what_its_replay_keeps(policy: str, drift: float) -> None:
     assert steps == pytest.approx(chosen.reused)
 
 
-def test_commits_elect_anew_and_leave_the_memory_alone() -> None:
+def test_commits_elect_anew() -> None:
     seen, trace, _ = run("uniform-vote:beta=0.3", rows=2, drift=0.3, commit="policy")
     play = ReplayPolicy(parse_policy("uniform-vote:beta=0.3"), 0.3, routes_commits=True)
     chosen = select_experts(TraceVotes.of(trace), play)
@@ -254,7 +252,7 @@ def test_commits_elect_anew_and_leave_the_memory_alone() -> None:
         assert used is None or np.array_equal(foretold, used)
 
 
-def test_a_wide_bound_keeps_a_block_s_first_coreset_and_a_new_block_elects_anew() -> None:
+def test_wide_tolerance_keeps_the_first_coreset_of_a_block() -> None:
     seen, trace, _ = run("des-vote:beta=0.3", rows=2, drift=1 - 1e-9)
     firsts: dict[tuple[int, int], np.ndarray] = {}
     for one, used in zip(trace.forwards, seen.used, strict=True):
@@ -264,7 +262,7 @@ def test_a_wide_bound_keeps_a_block_s_first_coreset_and_a_new_block_elects_anew(
     assert any(not np.array_equal(blocks_of_a_row[0], other) for other in blocks_of_a_row[1:])
 
 
-def test_rows_decode_together_as_alone_and_kernels_keep_what_torch_keeps(
+def test_batched_decoding_and_kernels_reuse_equally(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     policy, options = "des-vote:beta=0.3,protect=top1", {**STEPS, "drift": 0.2}
@@ -282,7 +280,7 @@ def test_rows_decode_together_as_alone_and_kernels_keep_what_torch_keeps(
     assert untimed(plain) == untimed(alone)
 
 
-def test_drift_is_told_and_changes_what_is_used() -> None:
+def test_reuse_is_reported_and_changes_experts() -> None:
     own_engine = engine("llada2", **STEPS)
     usual = own_engine.generate(PROMPTS[0], policy="des-vote:beta=0.3")
     assert (usual.coreset_reuse_rate, usual.reuse_vote_loss) == (None, None)
@@ -298,7 +296,7 @@ def test_drift_is_told_and_changes_what_is_used() -> None:
         assert 0 <= one.reuse_vote_loss <= bound
 
 
-def test_rows_of_other_drifts_share_no_forward() -> None:
+def test_other_tolerances_do_not_share_a_forward() -> None:
     own_engine = engine("llada2", **STEPS)
     numbers = [
         own_engine.submit(PROMPTS[0], policy="des-vote:beta=0.3", drift=drift)
@@ -318,23 +316,23 @@ def test_rows_of_other_drifts_share_no_forward() -> None:
 
 
 @pytest.mark.parametrize("policy", ["vanilla", "topk:k=2", "naee:beta=0.5", "mc-moe:beta=0.5"])
-def test_who_elects_no_coreset_keeps_none(policy: str) -> None:
+def test_vanilla_reuses_no_coreset(policy: str) -> None:
     with pytest.raises(CoterieError, match=f"{policy}.* elects none"):
         engine(**STEPS).generate(PROMPTS[0], policy=policy, drift=0.1)
 
 
-def test_rows_that_elect_together_keep_nothing_of_their_own() -> None:
+def test_batch_coresets_cannot_be_reused() -> None:
     with pytest.raises(CoterieError, match="use scope=block"):
         engine(**STEPS).generate(PROMPTS[0], policy="des-seq:k=2,scope=batch", drift=0.1)
 
 
 @pytest.mark.parametrize("drift", [-0.1, 1, 1.5, math.nan])
-def test_a_bound_is_a_share_below_one(drift: float) -> None:
+def test_tolerance_is_below_one(drift: float) -> None:
     with pytest.raises(CoterieError, match="drift must be at least 0 and below 1"):
         GenerationConfig(reuse_tolerance=drift)
 
 
-def test_a_broken_forward_leaves_the_memory_as_it_was() -> None:
+def test_failed_forward_keeps_previous_coresets() -> None:
     own_engine = Engine(
         tiny(), policy="des-vote:beta=0.3", generation=engine(**STEPS, drift=0.5).generation
     )
@@ -355,7 +353,7 @@ def test_a_broken_forward_leaves_the_memory_as_it_was() -> None:
 
 
 @needs_kernels
-def test_few_experts_in_memory_change_nothing_of_what_is_kept(tmp_path: Path) -> None:
+def test_offloading_does_not_change_reuse(tmp_path: Path) -> None:
     folder, policy = packed_checkpoint(tmp_path), "des-vote:beta=0.3,protect=top1"
     found = []
     for memory in (None, "35%"):
@@ -368,7 +366,7 @@ def test_few_experts_in_memory_change_nothing_of_what_is_kept(tmp_path: Path) ->
 # Commands
 
 
-def test_arms_are_told_apart_by_their_drift() -> None:
+def test_variants_differ_by_tolerance() -> None:
     vanilla, arm = make_variants(["des-vote:beta=0.3"], 0.05)
     assert (vanilla.name, arm.name) == ("vanilla", "des-vote:beta=0.3 drift=0.05")
     assert [one.name for one in make_variants(["des-vote:beta=0.3"])] == [
@@ -377,7 +375,7 @@ def test_arms_are_told_apart_by_their_drift() -> None:
     ]
 
 
-def test_compare_tells_what_each_policy_kept(capsys: pytest.CaptureFixture[str]) -> None:
+def test_compare_reports_reuse(capsys: pytest.CaptureFixture[str]) -> None:
     words = ["compare", "Solve 3x + 4 = 19 for x.", "-p", "des-vote:beta=0.3", "-n", "16"]
     words += ["--unmask", "fixed:steps=4", "--drift", "0.1"]
     assert command([*words, "--json"]) == 0
@@ -401,7 +399,7 @@ def test_compare_tells_what_each_policy_kept(capsys: pytest.CaptureFixture[str])
         (["generate", "x", "-p", "des-seq:k=2,scope=batch", "--drift", "0"], "scope=block"),
     ],
 )
-def test_a_drift_without_effect_is_an_error(
+def test_tolerance_without_effect_raises(
     words: list[str], why: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert command(words) == 2

@@ -23,7 +23,6 @@ from coterie.model.forward_context import ForwardContext
 from coterie.model.transformer import build
 from coterie.model.weights import allocate, slabs
 from coterie.offload.resident_store import ResidentExpertStore
-from coterie.ops import triton_ops
 from coterie.telemetry import ExpertCounter
 from coterie.testing import FAMILY_CONFIGS, read_spec, tiny_config, write_checkpoint
 from coterie.values import DecodeProgress, Window
@@ -88,7 +87,7 @@ def told(engine: coterie.Engine, **options: object) -> list[object]:
         ("llada-moe", "xshare:beta=0.3", {"plan": "uncached", "unmask": "entropy:bound=0.5"}),
     ],
 )
-def test_what_is_played_again_is_what_was_run(
+def test_replayed_forwards_equal_eager_ones(
     tmp_path: Path, family: str, policy: str, options: dict[str, object]
 ) -> None:
     folder = write_checkpoint(tmp_path, family, seed=5)
@@ -102,7 +101,7 @@ def test_what_is_played_again_is_what_was_run(
     assert capture.replays > capture.captures
 
 
-def test_longer_rows_see_all_they_should(tmp_path: Path) -> None:
+def test_longer_sequences_attend_to_all_positions(tmp_path: Path) -> None:
     folder = write_checkpoint(tmp_path, "llada2", seed=6)
     engine = coterie.load(folder, device="cpu")
     prompts = [[3 + i % 80 for i in range(length)] for length in (20, 300, 250)]
@@ -112,9 +111,7 @@ def test_longer_rows_see_all_they_should(tmp_path: Path) -> None:
     assert [engine.generate(prompt, **options).tokens for prompt in prompts] == expected
 
 
-def test_a_capture_that_fails_is_said_once(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_failed_capture_warns_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     def failing(work: Callable[[], ForwardOutput]) -> tuple[ForwardOutput, Callable[[], object]]:
         raise RuntimeError("operation not permitted when stream is capturing\nand more")
 
@@ -129,7 +126,7 @@ def test_a_capture_that_fails_is_said_once(
     assert "not permitted when stream is capturing)" in record.getMessage()
 
 
-def test_what_follows_the_host_is_not_played(tmp_path: Path) -> None:
+def test_host_dependent_policies_are_not_captured(tmp_path: Path) -> None:
     folder = write_checkpoint(tmp_path, "llada2", seed=8)
     engine = coterie.load(folder, device="cpu")
     capture = Counted()
@@ -143,7 +140,7 @@ def test_what_follows_the_host_is_not_played(tmp_path: Path) -> None:
         assert not is_capturable(coterie.parse_policy(asking))
 
 
-def test_broken_weights_are_told_of_and_nothing_is_written(tmp_path: Path) -> None:
+def test_non_finite_logits_raise_and_write_nothing(tmp_path: Path) -> None:
     folder = write_checkpoint(tmp_path, "llada2", seed=9)
     engine = coterie.load(folder, device="cpu")
     engine._graphs = CudaGraphs(engine.model.transformer, Counted())
@@ -152,7 +149,7 @@ def test_broken_weights_are_told_of_and_nothing_is_written(tmp_path: Path) -> No
         engine.step()
     engine.model.transformer.norm.fill_(float("nan"))
     before = engine.sequence(row).canvas.tokens.clone()
-    with pytest.raises(coterie.CoterieError, match="the final norm returned NaN"):
+    with pytest.raises(coterie.CoterieError, match="the last norm gives NaN"):
         engine.step()
     assert torch.equal(engine.sequence(row).canvas.tokens, before)
 
@@ -177,7 +174,7 @@ class Asking(TorchDispatchMode):
 
 @pytest.mark.parametrize("kernels", [True, False])
 @pytest.mark.parametrize("family", sorted(FAMILY_CONFIGS))
-def test_between_layers_nothing_asks_the_host(
+def test_forward_does_not_synchronize(
     monkeypatch: pytest.MonkeyPatch, family: str, kernels: bool
 ) -> None:
     """A device that holds no numbers at all: whoever asks for one finds out."""
@@ -185,11 +182,12 @@ def test_between_layers_nothing_asks_the_host(
     for name in ("attention", "dispatch", "experts", "routing", "elementwise"):
         module = importlib.import_module(f"coterie.ops.triton.{name}")
         monkeypatch.setattr(module, "launch", lambda *args, **constants: None)
-    monkeypatch.setattr(ops, "run_experts", triton_ops.run_experts)
+    triton = importlib.import_module("coterie.ops.triton")
+    monkeypatch.setattr(ops, "run_experts", triton.run_experts)
     if kernels:
         for name in ("fused_attention", "silu_and_mul", "rms_norm"):
-            monkeypatch.setattr(ops, name, getattr(triton_ops, name))
-    monkeypatch.setattr(ops, "route", triton_ops.route if kernels else lambda *asked: None)
+            monkeypatch.setattr(ops, name, getattr(triton, name))
+    monkeypatch.setattr(ops, "route", triton.route if kernels else lambda *args: None)
     _, spec = read_spec(tiny_config(family))
     weights = allocate(spec, torch.bfloat16, torch.device("meta"))
     transformer = build(spec, weights, ResidentExpertStore(slabs(spec, weights)))
@@ -198,7 +196,7 @@ def test_between_layers_nothing_asks_the_host(
     def there(*shape: int, dtype: torch.dtype = torch.int64) -> torch.Tensor:
         return torch.empty(shape, dtype=dtype, device="meta")
 
-    bools = [there(2, 8, dtype=torch.bool) for _ in range(2)]
+    masked, after_eos = (there(2, 8, dtype=torch.bool) for _ in range(2))
     for policy in filter(is_capturable, map(coterie.parse_policy, EVERY)):
         counting = ExpertCounter()
         step = ForwardContext(
@@ -208,7 +206,7 @@ def test_between_layers_nothing_asks_the_host(
             counting,
             logits_indices=there(16),
             voters=there(2, 8, dtype=torch.float32),
-            progress=DecodeProgress(*bools, there(2, 8, dtype=torch.float32)),
+            progress=DecodeProgress(masked, after_eos, there(2, 8, dtype=torch.float32)),
         )
         with torch.inference_mode(), Asking() as asking:
             logits = transformer(there(2, 8), step)
@@ -224,7 +222,7 @@ EVERY = (
 )
 
 
-def test_inputs_move_together() -> None:
+def test_inputs_are_copied_together() -> None:
     draw = torch.Generator().manual_seed(0)
     first, second = (
         {
@@ -243,7 +241,7 @@ def test_inputs_move_together() -> None:
 
 @pytest.mark.parametrize("entropy", [False, True])
 @pytest.mark.parametrize("mask", [0, 7, 20])
-def test_one_read_says_what_many_do(
+def test_proposals_from_one_read_equal_many(
     monkeypatch: pytest.MonkeyPatch, mask: int, entropy: bool
 ) -> None:
     draw = torch.Generator().manual_seed(mask)
@@ -262,7 +260,7 @@ def test_one_read_says_what_many_do(
             assert value is other or (torch.equal(value, other) and value.dtype == other.dtype)
 
 
-def test_one_read_finds_what_is_broken_and_draws_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_non_finite_logits_do_not_advance_the_generator(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sampling, "_is_on_device", lambda _: True)
     generator = torch.Generator().manual_seed(1)
     before = generator.get_state()

@@ -19,7 +19,7 @@ needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a C
 @needs_cuda
 @pytest.mark.parametrize("family", sorted(FAMILY_CONFIGS))
 @pytest.mark.parametrize("policy", ["vanilla", "des-vote:beta=0.3", "des-seq:k=2", "naee:beta=0.2"])
-def test_cuda_writes_what_the_cpu_writes(tmp_path: Path, family: str, policy: str) -> None:
+def test_cuda_equals_cpu(tmp_path: Path, family: str, policy: str) -> None:
     folder = write_checkpoint(tmp_path, family, seed=5)
     here, there = (
         coterie.load(folder, device=device, dtype="float32").generate(
@@ -47,7 +47,7 @@ def test_every_plan_of_a_bidirectional_model_agrees(tmp_path: Path, plan: str) -
 
 
 @needs_cuda
-def test_a_seed_draws_the_same_on_both(tmp_path: Path) -> None:
+def test_seed_samples_equally_on_both_devices(tmp_path: Path) -> None:
     folder = write_checkpoint(tmp_path, "llada2", seed=7)
     here, there = (
         coterie.load(folder, device=device, dtype="float32").generate(
@@ -61,9 +61,7 @@ def test_a_seed_draws_the_same_on_both(tmp_path: Path) -> None:
 @needs_cuda
 @pytest.mark.parametrize("kept", ["plain", "int8", "int4", "bf16"])
 @pytest.mark.parametrize("host", [None, "30KB"])
-def test_few_experts_on_the_device_answer_like_all(
-    tmp_path: Path, kept: str, host: str | None
-) -> None:
+def test_gpu_offload_equals_resident(tmp_path: Path, kept: str, host: str | None) -> None:
     """Behind few slots stands host memory for all, or for some before a packed checkpoint."""
     dtype = torch.float32 if kept == "plain" else torch.bfloat16
     folder = write_checkpoint(tmp_path / "whole", "llada2", seed=8, dtype=dtype)
@@ -87,7 +85,7 @@ def test_few_experts_on_the_device_answer_like_all(
 
 
 @needs_cuda
-def test_a_cpu_beside_the_device_changes_no_answer(tmp_path: Path) -> None:
+def test_cpu_experts_equal_resident(tmp_path: Path) -> None:
     folder = write_checkpoint(tmp_path, "llada2", seed=9)
     asked = {"max_new_tokens": 24, "block": 8, "unmask": "fixed:steps=3"}
     whole = coterie.load(folder, device="cuda", dtype="float32").generate(PROMPT, **asked)

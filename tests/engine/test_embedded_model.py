@@ -47,7 +47,7 @@ def test_the_weights_are_small_and_whole():
     assert engine().model.spec.router.experts == 128
 
 
-def test_what_its_config_alone_tells_is_what_runs(tmp_path):
+def test_inspect_equals_the_loaded_model(tmp_path):
     facts = inspect()
     assert (facts.mask_id, facts.eos_ids) == (engine().model.mask_id, engine().model.eos_ids)
     shutil.copytree(FOLDER, tmp_path / "model")

@@ -79,7 +79,7 @@ requests = st.fixed_dictionaries(
 
 @settings(max_examples=15)
 @given(st.lists(requests, min_size=2, max_size=4), st.integers(0, 3))
-def test_rows_in_a_batch_are_the_rows_alone(wanted: list[dict], late: int) -> None:
+def test_batched_requests_equal_single_requests(wanted: list[dict], late: int) -> None:
     host = engine()
     numbers = [host.submit(**wanted[0])]
     for _ in range(late):
@@ -101,7 +101,7 @@ def test_rows_in_a_batch_are_the_rows_alone(wanted: list[dict], late: int) -> No
         assert result.vote_mass_kept == pytest.approx(alone.vote_mass_kept, rel=1e-5)
 
 
-def test_rows_of_one_width_share_a_forward(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_requests_of_one_width_share_a_forward(monkeypatch: pytest.MonkeyPatch) -> None:
     host = engine()
     for prompt in ([1, 2, 3], [4] * 13, [7] * 30):
         host.submit(prompt)
@@ -116,7 +116,7 @@ def test_rows_of_one_width_share_a_forward(monkeypatch: pytest.MonkeyPatch) -> N
 
 @given(st.sampled_from(["uncached", "prefix", "dual", "block-causal"]), st.integers(0, 20))
 @settings(max_examples=10)
-def test_the_whole_share_is_the_unmodified_model(plan: str, seed: int) -> None:
+def test_full_share_is_vanilla(plan: str, seed: int) -> None:
     prompt = torch.randint(0, 90, (9,), generator=torch.Generator().manual_seed(seed)).tolist()
     expected = engine(plan=plan).generate(prompt)
     for policy in ("des-vote:beta=1", "des-seq:k=8", "topk:k=4"):
@@ -145,7 +145,7 @@ def test_a_coreset_bounds_the_experts_of_decoding(beta: float) -> None:
 
 
 @pytest.mark.parametrize("plan", ["block-causal", "dual"])
-def test_a_policy_routes_decoding_only_unless_asked(plan: str) -> None:
+def test_policy_routes_only_decode_forwards_by_default(plan: str) -> None:
     policy = parse_policy("des-vote:beta=0.25")
     for asked in ("vanilla", "policy"):
         host = engine(plan=plan, prefill=asked, commit=asked)
@@ -178,13 +178,13 @@ class Lowest:
         return (torch.arange(scores.router.experts) < self.m).view(1, 1, -1)
 
 
-def test_a_policy_of_the_callers_own_runs_without_a_name() -> None:
+def test_user_defined_policy_runs() -> None:
     result = engine().generate(PROMPT, policy=Lowest(5))
     assert result.experts.max <= 5
     assert result.policy == "Lowest(m=5)"
 
 
-def test_a_seed_draws_the_same_and_another_does_not() -> None:
+def test_seed_determines_samples() -> None:
     draws = [
         engine(temperature=1.0, early_stop="off").generate(PROMPT, seed=seed).tokens
         for seed in (1, 1, 2)
@@ -192,7 +192,7 @@ def test_a_seed_draws_the_same_and_another_does_not() -> None:
     assert draws[0] == draws[1] != draws[2]
 
 
-def test_a_row_stops_after_the_block_that_ends_its_text() -> None:
+def test_request_stops_after_the_block_with_end_of_text() -> None:
     whole = engine().generate(PROMPT, max_new_tokens=20)
     assert (whole.finish_reason, whole.new_tokens) == ("length", 20)
     end = whole.tokens[5]
@@ -206,7 +206,7 @@ def test_a_row_stops_after_the_block_that_ends_its_text() -> None:
 
 
 @pytest.mark.parametrize("unmask", ["threshold:p=0.2", "dynamic:p=0.3+edit:p=0.3,post=3"])
-def test_events_tell_the_whole_text(unmask: str) -> None:
+def test_events_add_up_to_the_text(unmask: str) -> None:
     *events, last = engine(unmask=unmask).stream(PROMPT)
     assert isinstance(last, Finished)
     told: dict[int, int] = {}
@@ -227,7 +227,7 @@ def test_text_goes_in_and_comes_out() -> None:
     assert (result.policy, result.model, result.dtype) == ("vanilla", "tiny llada2", "float32")
 
 
-def test_closing_a_stream_frees_its_row() -> None:
+def test_closing_a_stream_cancels_its_request() -> None:
     host = engine()
     begun, unbegun = host.stream(PROMPT), host.stream(PROMPT)
     next(begun)
@@ -240,7 +240,7 @@ def test_closing_a_stream_frees_its_row() -> None:
             ask(0)
 
 
-def test_streams_beside_each_other_get_their_own_events() -> None:
+def test_interleaved_streams_get_their_own_events() -> None:
     host = engine()
     first, second = host.stream(PROMPT), host.stream([8, 8])
     loose = host.submit([4, 4])
@@ -262,7 +262,7 @@ class Refusing:
         raise CoterieError("not today")
 
 
-def test_rows_whose_forward_fails_do_not_hold_others_up() -> None:
+def test_failed_group_does_not_stop_other_requests() -> None:
     host = Engine(tiny(), generation=GenerationConfig().replace(block=8, max_new_tokens=12))
     stuck, well = host.submit(PROMPT, policy=Refusing()), host.submit(PROMPT)
     while well in host.rows:
@@ -273,7 +273,7 @@ def test_rows_whose_forward_fails_do_not_hold_others_up() -> None:
     assert known(finished.result) == known(engine().generate(PROMPT))
 
 
-def test_numbers_that_are_none_raise_and_other_rows_go_on() -> None:
+def test_non_finite_logits_raise_and_do_not_advance() -> None:
     model = tiny()
     broken = replace(model, transformer=replace(model.transformer, head=model.transformer.head * 1))
     host = Engine(broken, generation=GenerationConfig().replace(block=8, max_new_tokens=12))
@@ -315,7 +315,7 @@ def test_numbers_that_are_none_raise_and_other_rows_go_on() -> None:
         ({"steps": 3}, "unknown option 'steps'; known: max_new_tokens, block"),
     ],
 )
-def test_what_cannot_be_done_is_said(options: dict[str, object], told: str) -> None:
+def test_invalid_options_raise(options: dict[str, object], told: str) -> None:
     host = engine()
     with pytest.raises(CoterieError, match=told):
         host.generate(**({"prompt": PROMPT} | options))  # type: ignore[arg-type]
@@ -323,7 +323,7 @@ def test_what_cannot_be_done_is_said(options: dict[str, object], told: str) -> N
 
 
 @pytest.mark.parametrize("family", ["llada2", "llada-moe", "sdar-moe"])
-def test_every_family_runs_as_it_is_meant_to(family: str) -> None:
+def test_every_family_runs_with_its_defaults(family: str) -> None:
     model = tiny(family)
     result = Engine(model).generate(PROMPT, max_new_tokens=40)
     assert result.new_tokens == 40 or result.finish_reason == "stop"

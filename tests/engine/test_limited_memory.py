@@ -44,13 +44,13 @@ def traffic(result: Result) -> Traffic:
     return result.traffic
 
 
-def test_resident_model_has_no_traffic() -> None:
+def test_resident_experts_have_no_traffic() -> None:
     own = engine(None)
     assert own.generate(PROMPTS[0], **ASKED).traffic is None
     own.reset_cache()
 
 
-def test_result_has_the_traffic_of_its_forwards() -> None:
+def test_result_reports_traffic() -> None:
     own, whole = engine(), engine(None)
     for prompt in PROMPTS:
         found, true = (one.generate(prompt, **ASKED) for one in (own, whole))
@@ -70,7 +70,7 @@ def test_result_has_the_traffic_of_its_forwards() -> None:
     assert blocks == sorted(blocks)
 
 
-def test_after_a_reset_an_answer_depends_on_nothing_before() -> None:
+def test_reset_cache_makes_traffic_reproducible() -> None:
     """Under a policy that prefers who is there, it does otherwise."""
     fresh = [engine().generate(prompt, policy=PREFERRING, **ASKED) for prompt in PROMPTS]
     for between in (True, False):
@@ -86,16 +86,16 @@ def test_after_a_reset_an_answer_depends_on_nothing_before() -> None:
         assert all(same) == between
 
 
-def test_reset_is_refused_while_a_request_is_active() -> None:
+def test_cache_cannot_be_reset_during_a_request() -> None:
     own = engine()
     row = own.submit(PROMPTS[0], **ASKED)
-    with pytest.raises(RuntimeError, match="on its way"):
+    with pytest.raises(RuntimeError, match="active request"):
         own.reset_cache()
     own.cancel(row)
     own.reset_cache()
 
 
-def test_batched_requests_share_their_traffic() -> None:
+def test_traffic_covers_all_requests_that_share_forwards() -> None:
     own = engine()
     for prompt in PROMPTS[:2]:
         own.submit(prompt, **ASKED)
@@ -106,7 +106,7 @@ def test_batched_requests_share_their_traffic() -> None:
     assert traffic(found[0]).experts_moved <= traffic(found[1]).experts_moved
 
 
-def test_reset_reloads_the_warm_start() -> None:
+def test_reset_restores_the_warm_start() -> None:
     """Votes for the same six experts of each layer: they are there before anybody asks."""
     votes = torch.zeros(2, 16)
     votes[:, :6] = 1.0
@@ -139,7 +139,7 @@ def test_reset_reloads_the_warm_start() -> None:
         (ExpertMemoryConfig.parse("1%", simulated=True), "less than one expert"),
     ],
 )
-def test_options_of_a_real_cache_are_refused(asked: ExpertMemoryConfig, told: str) -> None:
+def test_invalid_simulated_memory_raises(asked: ExpertMemoryConfig, told: str) -> None:
     with pytest.raises(CoterieError, match=told):
         coterie.load(folder(), expert_memory=asked)
 
@@ -153,7 +153,7 @@ def told(words: list[str], capsys: Capture) -> dict:
     return json.loads(capsys.readouterr().out)
 
 
-def test_each_policy_that_is_compared_begins_in_an_empty_memory(capsys: Capture) -> None:
+def test_compare_resets_the_cache_for_each_policy(capsys: Capture) -> None:
     """So that it moves what it moves alone."""
     policies = ["-p", "des-vote:beta=0.3", "-p", PREFERRING]
     runs = told(["compare", *WORDS, *policies], capsys)["runs"]
@@ -170,7 +170,7 @@ def test_each_policy_that_is_compared_begins_in_an_empty_memory(capsys: Capture)
     assert runs[2]["expert_traffic"]["hit_rate"] > runs[1]["expert_traffic"]["hit_rate"]
 
 
-def test_compare_shows_traffic_of_a_cache(capsys: Capture) -> None:
+def test_compare_reports_traffic(capsys: Capture) -> None:
     assert run(["compare", *WORDS, "-p", "des-vote:beta=0.3"]) == 0
     said = capsys.readouterr()
     assert "5 of 16 experts per layer in memory" in said.err
@@ -190,7 +190,7 @@ def test_compare_shows_traffic_of_a_cache(capsys: Capture) -> None:
         (["--coarse", "elsewhere"], "has no effect"),
     ],
 )
-def test_options_without_effect_on_a_simulation_are_one_line_errors(
+def test_options_without_effect_raise(
     typed: list[str], said: str, capsys: Capture
 ) -> None:
     assert run(["generate", *WORDS, *typed]) == 2
@@ -199,7 +199,7 @@ def test_options_without_effect_on_a_simulation_are_one_line_errors(
     assert said in told.err
 
 
-def test_plot_shows_every_forward(tmp_path: Path, capsys: Capture) -> None:
+def test_traffic_of_every_forward_is_plotted(tmp_path: Path, capsys: Capture) -> None:
     pytest.importorskip("matplotlib")
     asked = [*WORDS, "-p", "uniform-vote:beta=0.3", "--unmask", "fixed:steps=3", "--drift", "0.2"]
     found = told(["generate", *asked, "--traffic", str(tmp_path / "moved")], capsys)
@@ -225,7 +225,7 @@ def test_plot_shows_every_forward(tmp_path: Path, capsys: Capture) -> None:
     assert {one["vote_mass_kept"] for one in forwards if one not in decoding} == {None}
 
 
-def test_nothing_is_drawn_where_nothing_moves(tmp_path: Path, capsys: Capture) -> None:
+def test_no_plot_without_traffic(tmp_path: Path, capsys: Capture) -> None:
     for words, said in (
         ([*WORDS[:-2], "--traffic", str(tmp_path / "moved")], "--imagine-memory 35% acts as if"),
         ([*WORDS, "--traffic", str(tmp_path / "no" / "moved")], "its folder is not there"),

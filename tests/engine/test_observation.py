@@ -59,7 +59,7 @@ def untimed(results: list[Result]) -> list[Result]:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_what_was_watched_is_what_the_gate_read(family: str) -> None:
+def test_observed_input_is_the_gate_input(family: str) -> None:
     for seen in collect_observations(engine(family), PROMPTS):
         logits = F.linear(seen.x.float(), layer(seen, family).gate)
         assert torch.equal(logits, seen.scores.logits)
@@ -69,7 +69,7 @@ def test_what_was_watched_is_what_the_gate_read(family: str) -> None:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_the_output_under_the_same_routing_is_the_layers_own(family: str) -> None:
+def test_moe_output_equals_the_layer_output(family: str) -> None:
     host = engine(family)
     slow = TensorRecorder()
     eye = Engine(host.model, generation=host.generation, recorder=slow)
@@ -99,7 +99,7 @@ def _alone(moe: MoE, seen: LayerObservation, flat: torch.Tensor, token: int) -> 
 
 @law(1)
 @given(spelling=spellings(), family=st.sampled_from(FAMILIES))
-def test_watching_changes_nothing(spelling: str, family: str) -> None:
+def test_observation_does_not_change_results(spelling: str, family: str) -> None:
     host = engine(family, max_new_tokens=9)
     plain = [host.generate(prompt, policy=spelling) for prompt in PROMPTS[:2]]
     watched = observe_forwards(host, PROMPTS[:2], lambda _: None, policy=spelling, batch_size=1)
@@ -108,7 +108,7 @@ def test_watching_changes_nothing(spelling: str, family: str) -> None:
 
 @law(1)
 @given(spelling=spellings(), rows=st.integers(1, 5))
-def test_a_watcher_counts_what_the_engine_counts(spelling: str, rows: int) -> None:
+def test_observed_experts_equal_the_engines_counts(spelling: str, rows: int) -> None:
     counting = ExpertCounter()
 
     def count(seen: LayerObservation) -> None:
@@ -125,7 +125,7 @@ def test_a_watcher_counts_what_the_engine_counts(spelling: str, rows: int) -> No
         assert counts.vote_mass_kept == result.vote_mass_kept
 
 
-def test_every_prompt_is_answered_however_few_rows_there_are() -> None:
+def test_batch_size_does_not_change_results() -> None:
     many, few = (
         observe_forwards(engine(), PROMPTS, lambda _: None, batch_size=rows) for rows in (4, 2)
     )
@@ -134,7 +134,7 @@ def test_every_prompt_is_answered_however_few_rows_there_are() -> None:
     assert [r.tokens for r in few] == [r.tokens for r in many]
 
 
-def test_only_decoding_forwards_are_shown() -> None:
+def test_only_decode_forwards_are_observed() -> None:
     """Not the prompt's, and not the passes that write a block's keys."""
     seen: list[LayerObservation] = []
     (result,) = observe_forwards(engine(), [[*range(3, 20)]], seen.append)
@@ -159,7 +159,7 @@ class _Starts:
         self.found += seen.starts
 
 
-def test_layers_and_forwards_can_be_fewer() -> None:
+def test_layers_and_forwards_can_be_limited() -> None:
     host = engine()
     seen = collect_observations(host, PROMPTS, layers=[2], max_forwards=1)
     assert {look.layer for look in seen} == {2}
@@ -167,7 +167,7 @@ def test_layers_and_forwards_can_be_fewer() -> None:
     assert all(look.scores.forward_indices == (0,) * len(look.rows) for look in seen)
 
 
-def test_the_engines_own_rows_are_left_alone() -> None:
+def test_observation_does_not_touch_the_engines_requests() -> None:
     host = engine()
     number = host.submit(PROMPTS[0])
     before = host.sequence(number).next_pass
@@ -176,7 +176,7 @@ def test_the_engines_own_rows_are_left_alone() -> None:
     assert host.sequence(number).next_pass is before
 
 
-def test_a_layer_without_experts_is_refused() -> None:
+def test_layer_without_experts_raises() -> None:
     with pytest.raises(CoterieError, match="layers 0, 9 have no experts"):
         collect_observations(engine(), PROMPTS, layers=[0, 1, 9])
     (seen, *_) = collect_observations(engine(), PROMPTS[:1])
@@ -184,7 +184,7 @@ def test_a_layer_without_experts_is_refused() -> None:
         moe_output(tiny(), replace(seen, layer=0), seen.routing)
 
 
-def test_recorders_together_each_see_everything() -> None:
+def test_recorder_group_calls_each_recorder() -> None:
     first, second = TensorRecorder(), TensorRecorder()
     both: Recorder = RecorderGroup((first, NullRecorder(), second))
     (seen, *_) = collect_observations(engine(), PROMPTS[:1])

@@ -46,7 +46,7 @@ def test_released_configs_are_read_whole(name: str) -> None:
     assert spec_of(RELEASED[name]).moe_layers
 
 
-def test_released_models_weigh_what_their_checkpoints_weigh() -> None:
+def test_sizes_of_released_models() -> None:
     # The checkpoints hold the router in bf16 where it is kept in fp32 here.
     def as_stored(values: dict) -> int:
         return sum(2 * prod(shape) for shape in weight_shapes(spec_of(values)).values())
@@ -58,7 +58,7 @@ def test_released_models_weigh_what_their_checkpoints_weigh() -> None:
     assert as_stored(LLADA2_FLASH) == pytest.approx(205.8e9, rel=1e-3)
 
 
-def test_one_expert_weighs_what_the_paper_counts() -> None:
+def test_expert_sizes_equal_the_paper() -> None:
     experts = [
         model_size(spec_of(config), BF16).expert_bytes
         for config in (LLADA_MOE, LLADA2_MINI, LLADA2_FLASH, SDAR)
@@ -78,7 +78,7 @@ def test_the_mini_model_is_read_as_it_is() -> None:
     assert spec.capacity == 0
 
 
-def test_block_routed_checkpoints_tell_their_capacity() -> None:
+def test_block_routed_checkpoints_have_a_capacity() -> None:
     assert spec_of(LLADA22_MINI).capacity == 48
 
 
@@ -165,8 +165,8 @@ def test_sizes_and_numbers_must_be_what_they_are(family: str, key: str, value: o
     ("family", "keys", "said"),
     [
         ("llada2", {"rotary_dim": 6}, "rotary_dim is 6, but partial_rotary_factor 0.5 of 8 is 4"),
-        ("llada2", {"partial_rotary_factor": 1.5}, "turns 12 of 8"),
-        ("llada2", {"partial_rotary_factor": 0.4}, "turns 3 of 8"),
+        ("llada2", {"partial_rotary_factor": 1.5}, "rotates 12 of 8"),
+        ("llada2", {"partial_rotary_factor": 0.4}, "rotates 3 of 8"),
         ("llada2", {"n_group": 3}, "n_group is 3, no divisor of num_experts 16"),
         ("llada2", {"topk_group": 5}, "topk_group is 5, more than n_group 4"),
         ("llada2", {"n_group": 16, "topk_group": 8}, "a group's score needs two"),
@@ -194,7 +194,7 @@ def test_sizes_and_numbers_must_be_what_they_are(family: str, key: str, value: o
         ("llada2", {"vocab_size": 10**12}, "vocab_size is 1000000000000; it must lie between"),
         ("llada2", {"torch_dtype": "bfloat16"}, "'float32', but torch_dtype is 'bfloat16'"),
         ("llada2", {"dtype": "int4"}, "dtype is"),
-        ("llada2", {"quantization_config": {"bits": 4}}, "quantised checkpoints do not load"),
+        ("llada2", {"quantization_config": {"bits": 4}}, "checkpoints quantised by other tools"),
         ("llada-moe", {"moe_layer_freq": [1, 1]}, "lists 2 of 3 layers"),
         ("llada-moe", {"moe_layer_freq": [1, 2, 1]}, "not a list of 0 and 1"),
         ("llada-moe", {"moe_layer_freq": 1}, "not a list of 0 and 1"),
@@ -264,7 +264,7 @@ def test_facts_need_the_config_alone(tmp_path: Path) -> None:
 
 
 @given(memory=st.integers(0, 40 * GIB), length=st.integers(1, 8192))
-def test_what_is_said_to_fit_fits_and_one_more_expert_does_not(memory: int, length: int) -> None:
+def test_the_reported_fit_is_exact(memory: int, length: int) -> None:
     spec = spec_of(LLADA2_MINI)
     weight = model_size(spec, BF16)
     layers = len(spec.moe_layers)

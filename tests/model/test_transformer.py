@@ -133,7 +133,7 @@ def test_a_view_of_some_rows_reads_and_writes_those_rows(
 
 
 def test_a_view_of_a_view_is_refused() -> None:
-    with pytest.raises(ValueError, match="take them from the whole cache"):
+    with pytest.raises(ValueError, match="select from the whole cache"):
         cache_for(MODELS["llada2"], 3).select_rows([2, 0]).select_rows([0])
 
 
@@ -148,7 +148,7 @@ def test_a_later_write_wins(family: str) -> None:
 
 
 @given(family=FAMILIES, visible=st.integers(8, LENGTH))
-def test_what_lies_beyond_the_visible_does_not_matter(family: str, visible: int) -> None:
+def test_keys_past_visible_have_no_effect(family: str, visible: int) -> None:
     transformer, ids = MODELS[family], tokens(1)
     clean, dirty = cache_for(transformer, 1), cache_for(transformer, 1)
     for tensor in (*dirty.keys, *dirty.values):
@@ -160,7 +160,7 @@ def test_what_lies_beyond_the_visible_does_not_matter(family: str, visible: int)
     assert torch.equal(found[0], found[1])
 
 
-def test_a_row_that_is_cleared_remembers_nothing() -> None:
+def test_a_cleared_row_equals_an_empty_one() -> None:
     transformer = MODELS["llada-moe"]
     cache = cache_for(transformer, 2)
     run(transformer, tokens(2), window(0, 0, width=LENGTH, visible=LENGTH), cache)
@@ -169,9 +169,7 @@ def test_a_row_that_is_cleared_remembers_nothing() -> None:
 
 
 @given(family=FAMILIES, wanted=st.lists(st.integers(0, 2 * LENGTH - 1), max_size=6))
-def test_wanted_positions_get_the_logits_they_would_have_had(
-    family: str, wanted: list[int]
-) -> None:
+def test_logits_indices_do_not_change_logits(family: str, wanted: list[int]) -> None:
     transformer, ids = MODELS[family], tokens(2)
     view = window(0, 0, width=LENGTH, visible=LENGTH)
     every = run(transformer, ids, view).flatten(0, 1)
@@ -181,7 +179,7 @@ def test_wanted_positions_get_the_logits_they_would_have_had(
 
 
 @given(family=FAMILIES)
-def test_embeddings_take_the_place_of_tokens(family: str) -> None:
+def test_embeddings_replace_tokens(family: str) -> None:
     transformer, ids = MODELS[family], tokens(2)
     view = window(0, 0, width=LENGTH, visible=LENGTH)
     given_instead = run(transformer, ids * 0, view, embeddings=transformer.embed(ids))
@@ -189,7 +187,7 @@ def test_embeddings_take_the_place_of_tokens(family: str) -> None:
 
 
 @given(block=BLOCKS, start=st.integers(0, 12), width=st.integers(1, 12), reach=st.integers(0, 12))
-def test_the_mask_is_what_the_window_says(block: int, start: int, width: int, reach: int) -> None:
+def test_the_mask_follows_the_window(block: int, start: int, width: int, reach: int) -> None:
     transformer, visible = MODELS["llada2"], min(LENGTH, start + width + reach)
     spec, cache = transformer.spec, cache_for(transformer, 1)
     view = window(start, width=width, visible=visible, block=block)
@@ -205,7 +203,7 @@ def test_the_mask_is_what_the_window_says(block: int, start: int, width: int, re
         assert mask[0, query].tolist() == allowed
 
 
-def test_importance_is_made_only_for_policies_that_ask() -> None:
+def test_importance_is_computed_only_for_policies_that_need_it() -> None:
     plain = TensorRecorder()
     run(MODELS["llada2"], tokens(1), window(0, width=LENGTH, visible=LENGTH), recorder=plain)
     assert all(scores.importance is None for _, scores, _ in plain.routings)

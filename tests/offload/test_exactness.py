@@ -232,7 +232,7 @@ def hold_same_election(sizes: Sizes, chain: Chain, requests: list[dict[str, obje
 
 
 @given(models, chains(faults=True), rows(FIXED))
-@law(30)
+@law(20)
 def test_every_store_answers_as_if_all_were_in_memory(sizes, chain, requests) -> None:
     """Tiers, slots, rules, waves, rows side by side, failing reads and interruptions."""
     hold_same_tokens(sizes, chain, requests)

@@ -102,9 +102,10 @@ def test_log_counts_moved_experts_and_vanilla_misses(
 def test_forwards_add_up_to_the_total(
     experts: int, capacity: int, seed: int, early: int
 ) -> None:
-    """Six forwards; somebody reads after ``early`` of them."""
+    """Six forwards; the traffic is read after ``early`` of them."""
     asked = drawn(experts, 6, seed)
     store = imagined(experts, capacity)
+    before = store.traffic_log.traffic()
     for place in range(6):
         if place == early:
             before = store.traffic_log.traffic()

@@ -1,4 +1,4 @@
-// Every instruction set, format and many odd sizes, for the sanitizers to watch; all must agree.
+// Runs every instruction set and format on many odd sizes, under the sanitizers; all must agree.
 #include <cmath>
 #include <cstdio>
 #include <cstdlib>
@@ -19,7 +19,7 @@ uint16_t half(float x) {
   return uint16_t(wide >> 16);
 }
 
-// As many bytes as needed and no more, so that reading past them is seen.
+// Buffers have exactly the needed size, so that the sanitizers see reads past the end.
 std::vector<uint8_t> pack_random(int format, int experts, int hidden, int width, size_t stride) {
   size_t ups = size_t(experts) * 2 * width, downs = size_t(experts) * hidden;
   int size = coterie_group_size(format);
@@ -30,16 +30,22 @@ std::vector<uint8_t> pack_random(int format, int experts, int hidden, int width,
   for (size_t i = 0; i < downs * width; i++) down.push_back(half(noise() / std::sqrt(float(width))));
   for (auto* scales : {&up_scales, &down_scales})
     for (auto& scale : *scales) scale = half(0.01f * noise());
-  int most = format == INT8 ? 127 : 7;
-  for (size_t i = 0; i < up.size(); i++) up_whole.push_back(int8_t(between(-most - 1, most)));
-  for (size_t i = 0; i < down.size(); i++) down_whole.push_back(int8_t(between(-most - 1, most)));
+  int largest = format == INT8 ? 127 : 7;
+  for (size_t i = 0; i < up.size(); i++) up_whole.push_back(int8_t(between(-largest - 1, largest)));
+  for (size_t i = 0; i < down.size(); i++) down_whole.push_back(int8_t(between(-largest - 1, largest)));
   std::vector<uint8_t> panels(experts * stride);
   bool plain = format == BF16;
   PackArgs packing{plain ? static_cast<void*>(up.data()) : up_whole.data(),
-                  plain ? static_cast<void*>(down.data()) : down_whole.data(),
-                  plain ? nullptr : up_scales.data(),
-                  plain ? nullptr : down_scales.data(),
-                  panels.data(), stride, experts, hidden, width, 2, format};
+                   plain ? static_cast<void*>(down.data()) : down_whole.data(),
+                   plain ? nullptr : up_scales.data(),
+                   plain ? nullptr : down_scales.data(),
+                   panels.data(),
+                   stride,
+                   experts,
+                   hidden,
+                   width,
+                   2,
+                   format};
   coterie_pack(&packing);
   return panels;
 }
@@ -60,7 +66,8 @@ bool experts_agree(int format) {
     if (!coterie_isa_supported(isa)) continue;
     std::vector<float> out(size_t(tokens) * hidden, NAN);
     ExpertsArgs call{x.data(), ids.data(), slot_of.data(), weights.data(), out.data(), panels.data(), stride,
-              tokens, k, experts, experts, hidden, width, threads, format, 0};
+                     tokens,   k,          experts,        experts,        hidden,     width,         threads,
+                     format,   0};
     if (coterie_run_experts(isa, &call) != STATUS_OK) return false;
     if (isa == 0) first = out;
     double error = 0, size = 1e-30;
@@ -76,18 +83,20 @@ bool experts_agree(int format) {
   return true;
 }
 
-// What a selection writes: the same numbers under every instruction set, or the first one's name.
+// The outputs of routing, which are identical under every instruction set.
 struct RouteOutput {
   std::vector<int64_t> ids, vanilla_ids;
   std::vector<float> weights;
   std::vector<uint8_t> used;
   bool operator==(const RouteOutput& other) const {
-    return ids == other.ids && vanilla_ids == other.vanilla_ids && used == other.used && weights == other.weights;
+    return ids == other.ids && vanilla_ids == other.vanilla_ids && used == other.used &&
+           weights == other.weights;
   }
 };
 
 bool routes_agree() {
-  int groups = 1 << between(0, 3), experts = groups * between(1, 40), k = between(1, experts < 20 ? experts : 20);
+  int groups = 1 << between(0, 3), experts = groups * between(1, 40),
+      k = between(1, experts < 20 ? experts : 20);
   int rows = between(1, 3), tokens = between(1, 40), all = rows * tokens;
   std::vector<float> logits, p, bias, vote_weight;
   std::vector<uint8_t> resident;
@@ -98,11 +107,13 @@ bool routes_agree() {
   for (int i = 0; i < all; i++) vote_weight.push_back(i % tokens ? float(between(0, 2)) / 2 : 1);
   RouteArgs e{};
   e.logits = logits.data(), e.p = p.data(), e.stride = experts, e.sequences = rows, e.tokens = tokens;
-  e.bias = between(0, 1) ? bias.data() : nullptr, e.vote_weight = between(0, 1) ? vote_weight.data() : nullptr;
-  e.resident = between(0, 1) ? resident.data() : nullptr, e.lam = between(0, 2), e.eps = 0.1;
+  e.bias = between(0, 1) ? bias.data() : nullptr,
+  e.vote_weight = between(0, 1) ? vote_weight.data() : nullptr;
+  e.resident = between(0, 1) ? resident.data() : nullptr, e.resident_bonus = between(0, 2),
+  e.max_vote_loss = 0.1;
   e.experts = experts, e.k = k, e.groups = groups, e.kept_groups = between(1, groups), e.scale = 1;
-  e.vote = between(MASKED, MAX), e.protect = between(0, 1), e.renormalise = between(0, 1);
-  e.union_size = between(0, 3) ? 0 : between(1, k), e.count = between(1, experts), e.least = 1;
+  e.vote = between(TOPK_PROB, MAX), e.protect = between(0, 1), e.renormalise = between(0, 1);
+  e.union_size = between(0, 3) ? 0 : between(1, k), e.count = between(1, experts), e.min_experts = 1;
   e.mass = between(0, 1) ? 0.8 : 0;
   bool vanilla = !between(0, 4), splits = e.vote == WEIGHT || e.vote == MARGIN;
   RouteOutput first;
@@ -110,7 +121,7 @@ bool routes_agree() {
     if (!coterie_isa_supported(isa)) continue;
     size_t pairs = size_t(all) * k;
     RouteOutput c{std::vector<int64_t>(pairs), std::vector<int64_t>(pairs), std::vector<float>(pairs),
-             std::vector<uint8_t>(experts)};
+                  std::vector<uint8_t>(experts)};
     std::vector<float> ballots(logits.size()), sums(all);
     e.vanilla_ids = c.vanilla_ids.data(), e.ids = vanilla ? e.vanilla_ids : c.ids.data();
     e.weights = c.weights.data(), e.used = c.used.data(), e.ballots = nullptr, e.sums = nullptr;
@@ -132,7 +143,7 @@ bool routes_agree() {
   return coterie_route(0, &e) == NOT_FINITE;
 }
 
-// Whether numbers that every instruction set makes are those of the first, to rounding.
+// Whether the results of all instruction sets equal those of the first, to rounding.
 template <class Make>
 bool same_on_all_isas(const char* what, Make make) {
   std::vector<float> first;
@@ -170,7 +181,7 @@ std::vector<float> to_floats(const std::vector<uint16_t>& halves) {
   return result;
 }
 
-// One after the other, in a call that may not fail.
+// Runs the operations in one call; returns whether that succeeded.
 template <class... OpTypes>
 bool run_ops(int isa, int threads, const OpTypes&... ops) {
   const Op op_array[] = {ops...};
@@ -195,9 +206,9 @@ bool products_agree() {
     std::vector<uint16_t> narrow(out.size());
     for (int out_is_bf16 : {1, 0}) {
       void* to = out_is_bf16 ? static_cast<void*>(narrow.data()) : out.data();
-      const float* more = out_is_bf16 ? nullptr : residual.data();
-      MatmulArgs product{x_data, panels.data(), more, to, tokens, k, rows, format, x_is_bf16, out_is_bf16};
-      if (!run_ops(isa, threads, Op{&product, PRODUCT})) out.assign(out.size(), NAN);
+      const float* added = out_is_bf16 ? nullptr : residual.data();
+      MatmulArgs product{x_data, panels.data(), added, to, tokens, k, rows, format, x_is_bf16, out_is_bf16};
+      if (!run_ops(isa, threads, Op{&product, MATMUL})) out.assign(out.size(), NAN);
     }
     return out;
   });
@@ -219,15 +230,33 @@ bool attention_agrees() {
     cache_rows.push_back(rows - 1 - row);
     for (int i = 0; i < width; i++) {
       positions.push_back(start + i);
-      limits.push_back(between(1, length + 9));  // past all keys too
+      limits.push_back(between(1, length + 9));  // also past the last key
     }
   }
   return same_on_all_isas("attention", [&](int isa) {
     std::vector<uint16_t> out(tokens * heads * dim);
-    AttentionArgs call{qkv.data(), norm.data(), norm.data(), cos.data(), sin.data(), positions.data(),
-                   cache_rows.data(), limits.data(), keys.data(), values.data(), out.data(), row_size,
-                   size_t(length) * dim, 1e-6f, 0.2f, rows, width, heads, kv_heads, dim, rotary_half,
-                   length};
+    AttentionArgs call{qkv.data(),
+                       norm.data(),
+                       norm.data(),
+                       cos.data(),
+                       sin.data(),
+                       positions.data(),
+                       cache_rows.data(),
+                       limits.data(),
+                       keys.data(),
+                       values.data(),
+                       out.data(),
+                       row_size,
+                       size_t(length) * dim,
+                       1e-6f,
+                       0.2f,
+                       rows,
+                       width,
+                       heads,
+                       kv_heads,
+                       dim,
+                       rotary_half,
+                       length};
     if (!run_ops(isa, threads, Op{&call, ATTENTION})) return std::vector<float>{NAN};
     return to_floats(out);
   });
@@ -242,12 +271,12 @@ bool rows_agree() {
     std::vector<int64_t> best(rows), unmasked(rows);
     std::vector<float> total(rows);
     RmsNormArgs norm_args{x.data(), nullptr, weight.data(), nullptr, both.data(), 1e-6f, rows, width};
-    RmsNormArgs second{x.data(), both.data(), weight.data(), sum.data(), both.data() + x.size(), 1e-6f, rows,
-                   width};
+    RmsNormArgs second{x.data(), both.data(), weight.data(), sum.data(), both.data() + x.size(),
+                       1e-6f,    rows,        width};
     SiluMulArgs silu_args{both.data(), out.data(), rows, width};
-    LogitsSummaryArgs summary_args{logits.data(), best.data(), unmasked.data(), total.data(), rows, width,
-                        between(0, width - 1), threads};
-    Op ops[] = {{&norm_args, NORM}, {&second, NORM}, {&silu_args, GATE}};
+    LogitsSummaryArgs summary_args{logits.data(), best.data(), unmasked.data(),       total.data(),
+                                   rows,          width,       between(0, width - 1), threads};
+    Op ops[] = {{&norm_args, RMS_NORM}, {&second, RMS_NORM}, {&silu_args, SILU_MUL}};
     if (!run_ops(isa, threads, ops[0], ops[1], ops[2]) || coterie_summarize_logits(isa, &summary_args))
       return std::vector<float>{NAN};
     std::vector<float> result = to_floats(out);
@@ -258,7 +287,7 @@ bool rows_agree() {
 }
 
 bool sums_agree() {
-  std::vector<uint8_t> bytes(size_t(between(0, 3000)));  // as many as are summed, and no more
+  std::vector<uint8_t> bytes(size_t(between(0, 3000)));  // exactly the summed size
   for (auto& byte : bytes) byte = uint8_t(draw());
   uint32_t before = draw(), true_sum = ~before, sum = before;
   for (uint8_t byte : bytes)
@@ -266,14 +295,14 @@ bool sums_agree() {
       bool odd = (true_sum ^ byte >> bit) & 1;
       true_sum = odd ? true_sum >> 1 ^ 0xEDB88320 : true_sum >> 1;
     }
-  bool same_on_all_isas = coterie_crc32(bytes.data(), bytes.size(), &sum) != STATUS_OK || sum == ~true_sum;
-  if (!same_on_all_isas) std::printf("the checksum of %zu bytes differs\n", bytes.size());
-  return same_on_all_isas;
+  bool same = coterie_crc32(bytes.data(), bytes.size(), &sum) != STATUS_OK || sum == ~true_sum;
+  if (!same) std::printf("the checksum of %zu bytes differs\n", bytes.size());
+  return same;
 }
 
 }  // namespace
 
-// So many rounds, or 300.
+// The argument is the number of rounds (default 300).
 int main(int count, char** arguments) {
   int rounds = count > 1 ? std::atoi(arguments[1]) : 300;
   for (int i = 0; i < rounds; i++)

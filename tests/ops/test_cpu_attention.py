@@ -48,7 +48,7 @@ ISAS = cpu.available_isas()
     packed=st.booleans(),
 )
 @law(150)
-def test_it_equals_plain_attention(
+def test_attention_equals_plain_torch(
     *,
     seed: int,
     isa: str,
@@ -79,13 +79,13 @@ def test_it_equals_plain_attention(
 
 @pytest.mark.parametrize("isa", ISAS)
 @pytest.mark.parametrize("dim", [64, 128])
-def test_it_sees_far(isa: str, dim: int):
+def test_attention_over_many_keys(isa: str, dim: int):
     case = Case(0, kv_heads=2, shared=4, dim=dim)
     window = Window(torch.tensor([2100]), 32, torch.tensor([2132]))
     assert case.error(window, 2150, isa) < NEAR
 
 
-def test_a_long_prompt_is_seen_block_by_block():
+def test_a_long_prompt_with_a_block_causal_mask():
     case = Case(1, kv_heads=2, shared=2, dim=64)
     window = Window(torch.tensor([0]), 1500, torch.tensor([1500]), block=32)
     assert case.error(window, 1600, ISAS[-1]) < NEAR
@@ -101,7 +101,7 @@ def test_threads_do_not_change_a_bit():
         assert torch.equal(found, first)
 
 
-def test_what_is_hidden_is_not_felt():
+def test_masked_keys_have_no_effect():
     case = Case(3, kv_heads=2, shared=2, dim=32)
     window = Window(torch.tensor([10, 40]), 8, torch.tensor([18, 48]))
     found, cache = case.run(window, 64, ISAS[-1])
@@ -112,7 +112,7 @@ def test_what_is_hidden_is_not_felt():
     assert torch.equal(found, again)
 
 
-def test_not_a_number_does_not_vanish():
+def test_nan_propagates():
     case = Case(4, kv_heads=2, shared=2, dim=32)
     window = Window(torch.tensor([3, 3]), 8, torch.tensor([11, 11]))
     case.x = case.inputs(window)
@@ -122,7 +122,7 @@ def test_not_a_number_does_not_vanish():
     assert found[1].isnan().all()
 
 
-def test_other_types_go_another_way():
+def test_other_dtypes_are_not_supported():
     case = Case(5, kv_heads=1, shared=1, dim=8)
     window = Window(torch.tensor([0]), 4, torch.tensor([4]))
     heads = torch.zeros(1, 4, 3, 8)

@@ -26,7 +26,7 @@ ISAS = cpu.available_isas()
     size=st.sampled_from((1e-3, 1.0, 1e3)),
 )
 @law(100)
-def test_norms_are_those_of_plain_torch(*, seed: int, isa: str, rows: int, width: int, size: float):
+def test_rms_norm_equals_plain_torch(*, seed: int, isa: str, rows: int, width: int, size: float):
     draw = torch.Generator().manual_seed(seed)
     x = (torch.randn(rows, width, generator=draw) * size).bfloat16()
     weight = torch.randn(width, generator=draw).bfloat16()
@@ -44,7 +44,7 @@ def test_norms_are_those_of_plain_torch(*, seed: int, isa: str, rows: int, width
     width=st.integers(1, 150),
 )
 @law(60)
-def test_norms_of_sums_are_those_of_plain_torch(*, seed: int, isa: str, rows: int, width: int):
+def test_add_rms_norm_equals_plain_torch(*, seed: int, isa: str, rows: int, width: int):
     draw = torch.Generator().manual_seed(seed)
     x, more = torch.randn(2, rows, width, generator=draw).bfloat16()
     weight = torch.randn(width, generator=draw).bfloat16()
@@ -56,7 +56,7 @@ def test_norms_of_sums_are_those_of_plain_torch(*, seed: int, isa: str, rows: in
     assert torch.allclose(found.float(), expected.float(), rtol=2**-6)
 
 
-def test_sums_of_other_types_are_normed_too():
+def test_add_rms_norm_of_mixed_dtypes():
     x, more, weight = torch.randn(3, 5), torch.randn(3, 5), torch.randn(5)
     total, found = ops.add_rms_norm(x, more, weight, 1e-6)
     assert torch.equal(total, x + more)
@@ -66,7 +66,7 @@ def test_sums_of_other_types_are_normed_too():
     assert torch.equal(total, x.bfloat16() + half)
 
 
-def test_norms_keep_shapes_and_other_types():
+def test_rms_norm_keeps_shapes_and_dtypes():
     x, weight = torch.randn(2, 3, 5), torch.randn(5)
     assert torch.equal(ops.rms_norm(x, weight, 1e-6), reference.rms_norm(x, weight, 1e-6))
     half = x.bfloat16().transpose(0, 1)
@@ -84,7 +84,7 @@ def test_norms_keep_shapes_and_other_types():
     data=st.data(),
 )
 @law(200)
-def test_surveys_say_what_plain_torch_does(
+def test_logits_summary_equals_plain_torch(
     *, seed: int, isa: str, rows: int, width: int, levels: int, data: st.DataObject
 ):
     draw = torch.Generator().manual_seed(seed)
@@ -113,7 +113,9 @@ def test_a_whole_vocabulary(isa: str, monkeypatch: pytest.MonkeyPatch):
 
 @pytest.mark.parametrize("isa", ISAS)
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf])
-def test_what_is_no_number_does_not_vanish(bad: float, isa: str, monkeypatch: pytest.MonkeyPatch):
+def test_non_finite_logits_make_logsumexp_non_finite(
+    bad: float, isa: str, monkeypatch: pytest.MonkeyPatch
+):
     monkeypatch.setenv("COTERIE_ISA", isa)
     logits: Tensor = torch.zeros(3, 50)
     logits[1, 17] = bad

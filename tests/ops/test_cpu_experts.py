@@ -58,13 +58,13 @@ def test_kernels_equal_plain_arithmetic(
 
 @pytest.mark.parametrize("isa", ISAS)
 @pytest.mark.parametrize("kind", KINDS)
-def test_kernels_take_many_tokens(kind: str, isa: str):
+def test_kernels_with_many_tokens(kind: str, isa: str):
     assert Case(kind, tokens=512, hidden=96, width=80, experts=3, k=2).error(isa) < TIGHT
 
 
 @pytest.mark.parametrize("isa", ISAS)
 @pytest.mark.parametrize("kind", KINDS)
-def test_kernels_take_the_true_shape(kind: str, isa: str):
+def test_kernels_with_published_shapes(kind: str, isa: str):
     assert Case(kind, tokens=9, hidden=2048, width=512, experts=4, k=2).error(isa) < TIGHT
 
 
@@ -97,7 +97,7 @@ def test_every_number_of_the_output_is_written(kind: str, isa: str):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_what_nobody_chose_is_not_read(kind: str):
+def test_unused_experts_are_not_read(kind: str):
     case = Case(kind, tokens=3, hidden=64, width=32, experts=12, k=2)
     panels = case.packed.gate_up
     assert isinstance(panels, PackedExperts)
@@ -106,15 +106,15 @@ def test_what_nobody_chose_is_not_read(kind: str):
     assert torch.equal(case.run(), before)
 
 
-def test_nobody_and_the_absent_add_nothing():
+def test_empty_choices_and_absent_experts_add_nothing():
     case = Case("bf16", tokens=4, hidden=40, width=24, experts=3, k=2)
-    nobody = Routing(
+    empty = Routing(
         torch.full((4, 2), -1),
         case.routing.topk_weights,
         case.routing.used,
         case.routing.vanilla_ids,
     )
-    assert not cpu.run_experts(case.x, nobody, case.packed).any()
+    assert not cpu.run_experts(case.x, empty, case.packed).any()
     absent = Slab(case.packed.gate_up, case.packed.down, torch.full((3,), -1))
     assert not cpu.run_experts(case.x, case.routing, absent).any()
 
@@ -127,7 +127,7 @@ def test_no_tokens_are_no_rows():
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_not_a_number_does_not_vanish(kind: str):
+def test_nan_propagates(kind: str):
     case = Case(kind, tokens=3, hidden=40, width=24)
     case.x[1, 7] = torch.nan
     clean = torch.tensor([0, 2])
@@ -136,7 +136,7 @@ def test_not_a_number_does_not_vanish(kind: str):
     assert found[clean].isfinite().all()
 
 
-def test_a_routing_that_names_what_is_not_there_raises():
+def test_a_routing_with_unknown_experts_raises():
     case = Case("bf16", tokens=2, hidden=40, width=24, experts=3, k=1)
     for ids in (torch.tensor([[0], [3]]), torch.tensor([[9], [0]])):
         wrong = Routing(ids, torch.ones(2, 1), case.routing.used, ids)
@@ -155,7 +155,7 @@ def test_a_routing_that_names_what_is_not_there_raises():
         (torch.zeros(3, 1, dtype=torch.int64), torch.ones(3, 1).bfloat16()),
     ],
 )
-def test_a_routing_that_memory_does_not_hold_so_raises(ids: Tensor, weights: Tensor):
+def test_a_routing_of_other_dtypes_raises(ids: Tensor, weights: Tensor):
     case = Case("bf16", tokens=3, hidden=40, width=24)
     with pytest.raises(ValueError, match=r"ids .* and weights"):
         cpu.run_experts(case.x, Routing(ids, weights, case.routing.used, ids), case.packed)
@@ -168,7 +168,7 @@ def test_an_unknown_instruction_set_is_refused(monkeypatch: pytest.MonkeyPatch):
         cpu.run_experts(case.x, case.routing, case.packed)
 
 
-def test_what_no_kernel_takes_stays_as_it_is():
+def test_unsupported_slabs_are_not_packed():
     plain = Slab(torch.zeros(2, 8, 4), torch.zeros(2, 4, 4), torch.arange(2))
     assert ops.prepare(plain) is plain
     odd = quantize(torch.ones(2, 8, 24), QuantFormat(8, 24))
@@ -178,25 +178,25 @@ def test_what_no_kernel_takes_stays_as_it_is():
         cpu.pack(plain)
 
 
-def test_both_sides_agree_on_the_groups():
-    found = library.load_library()
-    assert found is not None
+def test_both_sides_agree_on_the_group_sizes():
+    kernels = library.load_library()
+    assert kernels is not None
     for name, form in FORMATS.items():
-        assert found.handle.coterie_group(library.FORMAT_IDS[name]) == form.group
+        assert kernels.handle.coterie_group_size(library.FORMAT_IDS[name]) == form.group
 
 
-def test_packed_experts_weigh_what_their_numbers_do():
+def test_packed_experts_have_no_overhead():
     whole = 3 * 2048 * 512
     sizes = [cpu.expert_bytes(kind, hidden=2048, width=512) for kind in KINDS]
     assert sizes == [whole * 2, whole * 66 // 64, whole * 18 // 32]
 
 
-def test_without_the_library_it_is_said_once(tmp_path: Path):
+def test_a_missing_library_is_logged_once(tmp_path: Path):
     program = (
         "from pathlib import Path; import torch\n"
         "from coterie import ops; from coterie.ops.cpu import library\n"
         "from coterie.values import Slab\n"
-        "library.LIBRARY = Path('nowhere.so')\n"
+        "library.LIBRARY_PATH = Path('nowhere.so')\n"
         "one = torch.ones(1, 2, 1).bfloat16()\n"
         "half = Slab(one, one[:, :1], torch.arange(1))\n"
         "assert ops.prepare(half) is half and ops.prepare(half) is half\n"
@@ -209,7 +209,7 @@ def test_without_the_library_it_is_said_once(tmp_path: Path):
         text=True,
         check=True,
     )
-    assert done.stderr.count("without its own kernels") == 1
+    assert done.stderr.count("kernels are not available") == 1
 
 
 def test_a_library_that_does_not_load_is_not_a_missing_compiler(
@@ -219,7 +219,7 @@ def test_a_library_that_does_not_load_is_not_a_missing_compiler(
     broken.write_bytes(b"of another machine")
     monkeypatch.setattr(library, "LIBRARY_PATH", broken)
     assert library.load_library.__wrapped__() is None
-    assert "they do not load here" in caplog.text
+    assert "the library does not load" in caplog.text
     assert "compiler" not in caplog.text
 
 
@@ -230,12 +230,13 @@ def test_without_a_compiler_the_reason_is_named(monkeypatch: pytest.MonkeyPatch,
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.slow
 def test_sanitizers_find_nothing(tmp_path: Path):
     watched(tmp_path, 30, "-O0", "-DCOTERIE_SMALL")
 
 
 @pytest.mark.slow
-def test_sanitizers_find_nothing_in_what_is_shipped(tmp_path: Path):
+def test_sanitizers_find_nothing_in_the_release_build(tmp_path: Path):
     watched(tmp_path, 300, "-g")
 
 

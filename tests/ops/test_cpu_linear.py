@@ -41,7 +41,7 @@ DTYPES = st.sampled_from((HALF, FULL))
     kinds=st.tuples(DTYPES, DTYPES, DTYPES),
 )
 @law(200)
-def test_a_packed_matrix_multiplies_as_its_rows_do(
+def test_linear_equals_plain_torch(
     *,
     seed: int,
     isa: str,
@@ -65,7 +65,7 @@ def test_a_packed_matrix_multiplies_as_its_rows_do(
     threads=st.integers(1, 3),
 )
 @law(100)
-def test_swiglu_is_two_products_and_what_is_between(
+def test_swiglu_equals_plain_torch(
     *, seed: int, isa: str, tokens: int, hidden: int, width: int, beside: bool, threads: int
 ):
     x = drawn(tokens, hidden, HALF, seed)
@@ -98,7 +98,7 @@ def test_swiglu_of_rows_is_the_same():
         ops.swiglu(x, packed[0], packed[0])
 
 
-def test_a_chain_has_an_end():
+def test_too_many_operations_raise():
     x, out = drawn(2, 8, HALF), torch.empty(2, 4, dtype=HALF)
     work = SiluMulArgs(x.data_ptr(), out.data_ptr(), 2, 4)
     run_ops(*[work] * 8)
@@ -109,7 +109,7 @@ def test_a_chain_has_an_end():
 
 @pytest.mark.parametrize("isa", ISAS)
 @pytest.mark.parametrize("tokens", [1, 13, 32, 512])
-def test_true_sizes(isa: str, tokens: int):
+def test_published_sizes(isa: str, tokens: int):
     assert error(drawn(tokens, 2048, HALF), drawn(48, 2048, HALF), FULL, isa) < NEAR[FULL]
 
 
@@ -121,7 +121,7 @@ def test_threads_do_not_change_a_bit(isa: str):
 
 
 @pytest.mark.parametrize("dtype", [HALF, FULL])
-def test_a_token_does_not_feel_who_is_beside_it(dtype: torch.dtype):
+def test_a_token_does_not_depend_on_its_batch(dtype: torch.dtype):
     x, packed = drawn(40, 90, dtype), ops.prepare_matrix(drawn(70, 90, dtype))
     together = product(x, packed, FULL)
     assert all(torch.equal(product(x[i : i + 1], packed, FULL)[0], together[i]) for i in range(40))
@@ -135,7 +135,7 @@ def test_sums_are_rounded_to_nearest_even():
         assert torch.equal(found, x.sum(dim=1, keepdim=True).to(HALF))
 
 
-def test_not_a_number_does_not_vanish():
+def test_nan_propagates():
     x, packed = drawn(3, 40, HALF), ops.prepare_matrix(drawn(50, 40, HALF))
     x[1, 7] = torch.nan
     for isa in ISAS:
@@ -145,7 +145,7 @@ def test_not_a_number_does_not_vanish():
             assert found[::2].isfinite().all()
 
 
-def test_shapes_stay():
+def test_shapes_are_kept():
     packed = ops.prepare_matrix(drawn(50, 40, HALF))
     assert ops.linear(drawn(6, 40, HALF).view(2, 3, 40), packed).shape == (2, 3, 50)
     assert ops.linear(torch.zeros(0, 40), packed).shape == (0, 50)
@@ -159,7 +159,7 @@ def test_rows_multiply_in_their_own_precision():
     assert ops.linear(x, weight).dtype == HALF
 
 
-def test_what_is_spent_is_packed_all_the_same():
+def test_a_released_source_gives_the_same_packing():
     weight = drawn(9000, 64, HALF)
     kept = ops.prepare_matrix(weight)
     spent = ops.prepare_matrix(weight.clone(), release_source=True)
@@ -168,7 +168,7 @@ def test_what_is_spent_is_packed_all_the_same():
     assert torch.equal(kept.packed, spent.packed)
 
 
-def test_other_types_stay_as_they_are():
+def test_other_dtypes_are_not_packed():
     weight = torch.zeros(3, 4, dtype=torch.float16)
     assert ops.prepare_matrix(weight) is weight
 

@@ -52,7 +52,7 @@ def made(
     seed=st.integers(0, 2**31),
 )
 @law(60)
-def test_what_is_put_in_comes_out(
+def test_a_filled_layout_equals_its_slab(
     kept: torch.dtype | QuantFormat, sizes: tuple[int, int], seed: int
 ) -> None:
     slab = made(kept, sizes, seed)
@@ -68,7 +68,7 @@ def test_what_is_put_in_comes_out(
         assert first <= one.data_ptr() < last  # nothing was copied
 
 
-def test_an_expert_of_a_published_model_weighs_what_its_weights_do() -> None:
+def test_sizes_of_a_published_model() -> None:
     sizes = {kept: ExpertLayout(2048, 512, kept).size for kept in (BF16, *FORMATS.values())}
     assert list(sizes.values()) == [6_291_456, 3_244_032, 1_769_472]
 
@@ -76,13 +76,13 @@ def test_an_expert_of_a_published_model_weighs_what_its_weights_do() -> None:
 def test_other_weights_are_refused() -> None:
     slab = made(BF16, (32, 16), 1)
     memory = torch.empty(len(slab.down), 8192, dtype=torch.uint8, device=DEVICE)
-    with pytest.raises(ValueError, match="none in int8"):
+    with pytest.raises(ValueError, match="do not fit a layout of int8"):
         ExpertLayout(32, 16, FORMATS["int8"]).fill(memory, slab)
 
 
 @pytest.mark.parametrize("kept", KEPT)
 @pytest.mark.parametrize("sizes", [(64, 32), (33, 17)])
-def test_kernels_read_blobs_where_they_lie(
+def test_kernels_read_the_layout_in_place(
     kept: torch.dtype | QuantFormat, sizes: tuple[int, int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As the reference, bit for bit as over weights without gaps, and nothing is copied."""
@@ -105,7 +105,7 @@ def test_kernels_read_blobs_where_they_lie(
 
 
 @pytest.mark.parametrize("kept", [BF16, FORMATS["int8"], FORMATS["int4"]])
-def test_a_slot_further_on_is_that_expert(kept: torch.dtype | QuantFormat) -> None:
+def test_slots_of_a_larger_cache_hold_their_experts(kept: torch.dtype | QuantFormat) -> None:
     """Few of many slots, as a store has them: the others are other bytes."""
     from coterie.ops.triton import experts
 
@@ -127,7 +127,7 @@ def test_a_slot_further_on_is_that_expert(kept: torch.dtype | QuantFormat) -> No
 
 @pytest.mark.skipif(DEVICE == "cuda", reason="of what a CPU does without kernels of its own")
 @pytest.mark.parametrize("kept", KEPT)
-def test_a_cpu_computes_over_blobs_too(kept: torch.dtype | QuantFormat) -> None:
+def test_a_cpu_computes_over_the_layout(kept: torch.dtype | QuantFormat) -> None:
     slab = made(kept, (64, 32), 5)
     _, _, apart = in_blobs(slab, kept)
     dtype = FP32 if isinstance(kept, QuantFormat) else kept

@@ -55,9 +55,7 @@ def test_kernels_pack_as_plain_torch_does(
 
 @given(seed=st.integers(0, 999), kind=st.sampled_from(PACKED_FORMATS), **SIZES)
 @law(60)
-def test_what_was_packed_comes_out_again(
-    seed: int, kind: PackedFormat, hidden: int, width: int
-) -> None:
+def test_unpack_inverts_pack(seed: int, kind: PackedFormat, hidden: int, width: int) -> None:
     slab = random_slab(kind, seed, hidden=hidden, width=width)
     again = unpack(pack(slab))
     assert again.slot_of.equal(slab.slot_of)
@@ -73,7 +71,7 @@ def test_what_was_packed_comes_out_again(
 
 
 @pytest.mark.parametrize("kind", PACKED_FORMATS)
-def test_every_byte_of_an_expert_says_something(kind: PackedFormat) -> None:
+def test_every_byte_of_an_expert_matters(kind: PackedFormat) -> None:
     """At sizes that fill their panels: so no byte is lost between two that say the same."""
     hidden, width = 128, 64
     size = expert_bytes(kind, hidden=hidden, width=width)
@@ -84,7 +82,7 @@ def test_every_byte_of_an_expert_says_something(kind: PackedFormat) -> None:
     assert packed(pack(unpack(slab))).equal(blobs.to(torch.uint8))
 
 
-def test_gate_and_up_of_a_row_stand_side_by_side() -> None:
+def test_gate_and_up_of_a_row_are_paired() -> None:
     gate_up = torch.zeros(1, 40, 6)
     gate_up[0, 3, 2], gate_up[0, 20 + 3, 2] = 1.0, 2.0
     slab = Slab(gate_up.bfloat16(), torch.zeros(1, 6, 20).bfloat16(), torch.arange(1))
@@ -94,40 +92,41 @@ def test_gate_and_up_of_a_row_stand_side_by_side() -> None:
     assert {at: float(found[at]) for at in found.nonzero().flatten().tolist()} == places
 
 
-def test_what_no_panels_hold_is_refused() -> None:
+def test_unsupported_weights_are_refused() -> None:
     plain = Slab(torch.zeros(1, 4, 2), torch.zeros(1, 2, 2), torch.arange(1))
-    with pytest.raises(ValueError, match=r"no panels hold experts in torch\.float32"):
+    with pytest.raises(ValueError, match=r"not support experts in torch\.float32"):
         ops.pack(plain)
     coarse = QuantFormat(8, 128)
-    slab = Slab(*(quantize(t, coarse) for t in (plain.gate_up, plain.down)), plain.slot_of)  # pyright: ignore[reportArgumentType]
-    with pytest.raises(ValueError, match=r"no panels hold experts in torch\.int8"):
+    gate_up, down = (quantize(weight, coarse) for weight in (plain.gate_up, plain.down))
+    slab = Slab(gate_up, down, plain.slot_of)
+    with pytest.raises(ValueError, match=r"not support experts in torch\.int8"):
         ops.pack(slab)
     assert unpack(plain) is plain
 
 
-def test_both_languages_say_one_layout() -> None:
+def test_both_languages_have_the_same_layout_version() -> None:
     header = Path(str(cpu.__file__)).with_name("api.hpp").read_text()
     [said] = re.findall(r"#define COTERIE_LAYOUT (\d+)", header)
     assert int(said) == packed_layout.LAYOUT_VERSION
 
 
 @needs_kernels
-def test_experts_that_kernels_do_not_take_are_said_to_be_slow(
+def test_experts_in_unsupported_formats_log_a_warning(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    form = QuantFormat(8, 40)  # no other test has it: it is said once in a process
+    form = QuantFormat(8, 40)  # used by no other test: the warning is logged once per process
     slab = Slab(
         quantize(torch.ones(1, 4, 40), form), quantize(torch.ones(1, 40, 2), form), torch.arange(1)
     )
     assert ops.prepare(slab) is slab
     assert ops.prepare(slab) is slab
-    [told] = [line.getMessage() for line in caplog.records]
-    assert told.startswith("Experts in int8 in groups of 40 run on PyTorch alone")
-    assert told.endswith("take int8 in groups of 64 and int4 in groups of 32")
+    [message] = [record.getMessage() for record in caplog.records]
+    assert message.startswith("Experts in int8 in groups of 40 run on PyTorch alone")
+    assert message.endswith("int8 in groups of 64 and int4 in groups of 32")
 
 
 @needs_kernels
-def test_packed_experts_lie_in_memory_of_their_own_process() -> None:
+def test_packed_experts_are_in_private_memory() -> None:
     """Shared memory would get no huge pages where they are for the asking only."""
     slab = cpu.pack(random_slab("bf16", 0, hidden=512, width=512, experts=4))
     start, owner = packed(slab).data_ptr(), ""

@@ -49,7 +49,7 @@ def test_zero_is_one_number_whatever_its_sign():
     assert ops.top_ids(torch.tensor([-0.0, 0.0, -0.0, -1e-45]), 4).tolist() == [0, 1, 2, 3]
 
 
-def test_membership_ignores_nobody():
+def test_expert_mask_ignores_empty_ids():
     assert expert_mask(torch.tensor([[2, -1], [-1, -1]]), 3).tolist() == [
         [False, False, True],
         [False, False, False],
@@ -95,7 +95,7 @@ def test_slabs_of_a_layer_add_up_to_it(seed: int, parts: int):
 
 
 @pytest.mark.parametrize("hidden", [5, 8])
-def test_an_expert_that_nobody_chose_is_never_read(hidden: int):
+def test_an_unused_expert_is_never_read(hidden: int):
     x, routing, slab = layer("des-vote:beta=0.25", hidden=hidden, width=8)
     expected = ops.run_experts(x, routing, slab)
     slab.gate_up[~routing.used] = torch.nan
@@ -103,7 +103,7 @@ def test_an_expert_that_nobody_chose_is_never_read(hidden: int):
     assert torch.equal(ops.run_experts(x, routing, slab), expected)
 
 
-def test_nobody_to_run_gives_zeros():
+def test_no_experts_give_zeros():
     x, routing, slab = layer("vanilla")
     absent = Slab(slab.gate_up[:0], slab.down[:0], torch.full_like(slab.slot_of, -1))
     assert torch.equal(ops.run_experts(x, routing, absent), torch.zeros(x.shape))

@@ -1,4 +1,4 @@
-"""A peer for tests, in one of several moods: it answers as ``worker.py`` does, or does not."""
+"""A baseline for tests: it answers as ``worker.py`` does, or fails in a named way."""
 
 from __future__ import annotations
 
@@ -9,42 +9,42 @@ from pathlib import Path
 import numpy as np
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "src" / "coterie" / "lab" / "bench"))
-import worker
+import worker  # pyright: ignore[reportMissingImports]
 
-MOOD, FOLDER = sys.argv[1], Path(sys.argv[2])
+BEHAVIOUR, FOLDER = sys.argv[1], Path(sys.argv[2])
 
 
-def experts(folder: Path, case: int) -> np.ndarray:
+def layer_output(folder: Path, case_index: int) -> np.ndarray:
     """The layer in fp32, one token and one expert after the other."""
-    work, cases = worker.read_work(folder)
-    up, down = worker.few_experts(work)
-    one = cases[case]
-    out = np.zeros_like(one.x)
-    for token, (ids, weights) in enumerate(zip(one.ids, one.weights, strict=True)):
-        for expert, share in zip(ids % worker.FEW, weights, strict=True):
-            gate, value = np.split(up[expert] @ one.x[token], 2)
-            out[token] += share * (down[expert] @ (gate / (1 + np.exp(-gate)) * value))
+    workload, cases = worker.read_workload(folder)
+    up, down = worker.make_experts(workload)
+    case = cases[case_index]
+    out = np.zeros_like(case.x)
+    for token, (ids, weights) in enumerate(zip(case.ids, case.weights, strict=True)):
+        for expert, weight in zip(ids % worker.DISTINCT_EXPERTS, weights, strict=True):
+            gate, value = np.split(up[expert] @ case.x[token], 2)
+            out[token] += weight * (down[expert] @ (gate / (1 + np.exp(-gate)) * value))
     return out
 
 
-def answered(verb: str, case: int, file: str) -> str:
-    if verb == "time":
-        if MOOD == "hangs":
+def answer(command: str, case_index: int, file: str) -> str:
+    if command == "time":
+        if BEHAVIOUR == "hangs":
             time.sleep(60)
-        if MOOD == "dies":
+        if BEHAVIOUR == "dies":
             print("out of sheep", file=sys.stderr, flush=True)
             sys.exit(3)
-        return "nonsense" if MOOD == "babbles" else "0.25"
-    y = experts(FOLDER, case)
-    np.save(file, {"lies": y * 1.5, "shrinks": y[:1]}.get(MOOD, y))
+        return "nonsense" if BEHAVIOUR == "babbles" else "0.25"
+    y = layer_output(FOLDER, case_index)
+    np.save(file, {"lies": y * 1.5, "shrinks": y[:1]}.get(BEHAVIOUR, y))
     return "kept"
 
 
 if __name__ == "__main__":
-    if MOOD == "fails":
+    if BEHAVIOUR == "fails":
         print("failed ImportError: no sheep", flush=True)
         sys.exit(1)
     print('ready {"works": ["graze"], "versions": {"sheep": "1.0"}}', flush=True)
     for line in sys.stdin:
-        verb, _, case, *rest = line.split()
-        print(answered(verb, int(case), rest[0] if rest else ""), flush=True)
+        command, _, case_index, *rest = line.split()
+        print(answer(command, int(case_index), rest[0] if rest else ""), flush=True)

@@ -16,7 +16,7 @@ SIZES = ("beta=0.2", "beta=0.5", "m=3", "m=9", "tau=0.5", "tau=0.9,least=2", "pr
 WITHOUT_BALLOTS = ("vote=max", "vote=random")  # votes that tokens do not cast one by one
 
 
-def law(examples: int = 60) -> settings:
+def law(examples: int = 30) -> settings:
     """At least this many examples, or as many as the profile has."""
     return settings(max_examples=max(examples, settings().max_examples))
 

@@ -81,7 +81,7 @@ def _run(
 
 
 def _advance(transformer: Transformer, batch: ForwardBatch, logits: Tensor) -> list[BlockUpdate]:
-    """Give each sequence its logits; raises NonFiniteLogitsError before any sequence has advanced."""
+    """Give each sequence its logits; NonFiniteLogitsError before any sequence has advanced."""
     # The only read from the device in a step, whatever the number of sequences.
     mask_id = batch.sequences[0].sequence.request.mask_id
     summary = ops.summarize_logits(logits, mask_id).to_host()

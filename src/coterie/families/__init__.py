@@ -1,8 +1,8 @@
-"""The families that Coterie knows, and how a config tells which one it is."""
+"""The supported model families, and detection of the family from a config."""
 
 from __future__ import annotations
 
-from coterie.errors import CoterieError
+from coterie.errors import ConfigError
 from coterie.families.config import ModelConfig, token_ids
 from coterie.families.family import Family, FamilyDefaults
 from coterie.families.llada2 import FAMILY as LLADA2
@@ -19,14 +19,14 @@ __all__ = [
     "mask_id",
 ]
 
-# Dense models that share a model_type with one of ours, or are often tried.
+# Dense models that share a model_type with a supported family, or are often tried.
 DENSE_ARCHITECTURES = ("LLaDAModelLM", "LLaDAModel", "SDARForCausalLM", "DreamModel")
 
 
 def detect_family(config: ModelConfig) -> Family:
-    """The family that ``architectures`` names; ``model_type`` alone does not tell.
+    """The family of ``architectures``; ``model_type`` is not unique.
 
-    Raises CoterieError for a model that is dense, unknown, or at odds with itself.
+    Raises ConfigError for a model that is dense, unknown or inconsistent.
     """
     architectures = config.values.get("architectures")
     if (
@@ -49,7 +49,7 @@ def detect_family(config: ModelConfig) -> Family:
 
 
 def mask_id(config: ModelConfig, family: Family, vocabulary: int) -> int:
-    """The config's, else the family's, else the last of a small vocabulary."""
+    """The mask token: the config's, else the family's, else the last id of a small vocabulary."""
     config_ids = _checked_ids(config, "mask_token_id", vocabulary)
     if config_ids:
         return config_ids[0]
@@ -58,7 +58,7 @@ def mask_id(config: ModelConfig, family: Family, vocabulary: int) -> int:
 
 
 def eos_ids(config: ModelConfig, family: Family, vocabulary: int) -> tuple[int, ...]:
-    """The config's and the family's, without repeats; a model with neither ends on its padding."""
+    """The end-of-text tokens: the config's and the family's, else the padding token."""
     config_ids = _checked_ids(config, "eos_token_id", vocabulary)
     defaults = tuple(i for i in family.defaults.eos_ids if i < vocabulary)
     return tuple(dict.fromkeys(config_ids + defaults)) or _checked_ids(
@@ -69,7 +69,7 @@ def eos_ids(config: ModelConfig, family: Family, vocabulary: int) -> tuple[int, 
 def _checked_ids(config: ModelConfig, key: str, vocabulary: int) -> tuple[int, ...]:
     ids = token_ids(config, key)
     if any(i >= vocabulary for i in ids):
-        raise CoterieError(f"{config.file}: {key} is {ids}, outside a vocabulary of {vocabulary}")
+        raise ConfigError(f"{config.file}: {key} is {ids}, outside a vocabulary of {vocabulary}")
     return ids
 
 

@@ -1,8 +1,8 @@
-"""What the configs of all families say alike, checked against itself."""
+"""Reading the config keys that all families share, with consistency checks."""
 
 from __future__ import annotations
 
-from coterie.errors import CoterieError
+from coterie.errors import ConfigError, CoterieError
 from coterie.families.config import ModelConfig
 from coterie.model.spec import ModelSpec
 from coterie.ops.packed_layout import LAYOUT_VERSION
@@ -10,16 +10,16 @@ from coterie.quantization import FORMATS, QuantFormat, parse_format
 from coterie.values import RouterSpec
 
 EXPERT_FORMAT_KEY = "coterie_experts"
-"""The key under which a quantised checkpoint says so; ``quantization_config`` is others' word."""
+"""The config key of quantised experts; ``quantization_config`` belongs to other tools."""
 
 EXPERT_LAYOUT_KEY = "coterie_layout"
-"""The key under which a packed checkpoint says that it is, and in which layout."""
+"""The config key of the layout of packed experts."""
 
 PANEL_LAYOUT = "panels"
-"""The only layout that has a name: without one, experts are stored as matrices."""
+"""The name of the packed layout. Without ``EXPERT_LAYOUT_KEY``, experts are stored as matrices."""
 
 MAX_TOTAL_EXPERTS = 1 << 17
-"""Of all layers together; each has tensors to look for, and a damaged config asks for millions."""
+"""Upper limit over all layers; a damaged config could require millions of tensors."""
 
 
 def model_spec(
@@ -35,14 +35,14 @@ def model_spec(
     rotary_fraction: float | None = 1.0,
     capacity: int = 0,
 ) -> ModelSpec:
-    """Read what is left of a config: the keys that every family has; none may be unknown then.
+    """Reads the keys that every family has, then rejects unknown keys.
 
-    ``dense_width`` and ``expert_width`` are keys; ``turning`` is the part of a head that turns with
-    position where the config does not say (None: it must). ``own_head_dim``: the family has the
-    key ``head_dim``.
+    ``dense_width`` and ``expert_width`` are config keys. ``rotary_fraction`` is the default share
+    of a head that RoPE rotates (None: the config must have it). ``has_head_dim_key``: the family
+    has the key ``head_dim``.
     """
     if not any(moe):
-        raise CoterieError(f"{config.file}: no layer has experts")
+        raise ConfigError(f"{config.file}: no layer has experts")
     if sum(moe) * router.experts > MAX_TOTAL_EXPERTS:
         raise config.error("num_experts", f"is {router.experts} in {sum(moe)} layers, too many")
     hidden, heads = config.size("hidden_size"), config.size("num_attention_heads")
@@ -75,7 +75,7 @@ def model_spec(
 
 
 def expert_format(config: ModelConfig) -> QuantFormat | None:
-    """Of the experts in the checkpoint, such as ``{"format": "int8", "group": 64}``."""
+    """The format of quantised experts, from a value such as ``{"format": "int8", "group": 64}``."""
     value = config.get(EXPERT_FORMAT_KEY)
     if value is None:
         return None
@@ -91,7 +91,7 @@ def expert_format(config: ModelConfig) -> QuantFormat | None:
 
 
 def has_packed_experts(config: ModelConfig, form: QuantFormat | None) -> bool:
-    """Whether the checkpoint's experts are packed: ``{"name": "panels", "version": 1}``."""
+    """Whether the experts are packed, as in ``{"name": "panels", "version": 1}``."""
     value = config.get(EXPERT_LAYOUT_KEY)
     if value is None:
         return False
@@ -101,25 +101,25 @@ def has_packed_experts(config: ModelConfig, form: QuantFormat | None) -> bool:
     if name != PANEL_LAYOUT or type(version) is not int or version > LAYOUT_VERSION:
         raise config.error(
             EXPERT_LAYOUT_KEY,
-            f"is {value!r}, which this version of Coterie does not know (it reads {PANEL_LAYOUT!r} up "
-            f"to version {LAYOUT_VERSION}): a newer one reads it, or pack the original again with "
-            "`coterie quantize`",
+            f"is {value!r}, which this version of Coterie does not know (it reads {PANEL_LAYOUT!r} "
+            f"up to version {LAYOUT_VERSION}): use a newer version, or pack the original again "
+            "with `coterie quantize`",
         )
     if version < LAYOUT_VERSION:
         raise config.error(
             EXPERT_LAYOUT_KEY,
-            f"has version {version}, packed by an older Coterie; this one reads version {LAYOUT_VERSION}: "
-            "pack the original again with `coterie quantize`",
+            f"has version {version}, packed by an older Coterie; this one reads version "
+            f"{LAYOUT_VERSION}: pack the original again with `coterie quantize`",
         )
     if form is not None and FORMATS[form.name] != form:
         raise config.error(
-            EXPERT_LAYOUT_KEY, f"is {PANEL_LAYOUT!r}, which do not hold experts in {form}"
+            EXPERT_LAYOUT_KEY, f"is {PANEL_LAYOUT!r}; packed panels do not hold experts in {form}"
         )
     return True
 
 
 def check_supported(config: ModelConfig) -> None:
-    """What no family here does: other activations, stretched positions, biases, local attention."""
+    """Rejects what no family supports, such as RoPE scaling, biases and local attention."""
     dtypes = [config.values.get(key) for key in ("dtype", "torch_dtype")]
     if None not in dtypes and dtypes[0] != dtypes[1]:
         raise config.error("dtype", f"is {dtypes[0]!r}, but torch_dtype is {dtypes[1]!r}")
@@ -132,7 +132,7 @@ def check_supported(config: ModelConfig) -> None:
 
 
 def dense_layer_width(config: ModelConfig, key: str, *, required: bool) -> int:
-    """The width of dense layers, 0 where there are none."""
+    """The width of dense layers, 0 without such layers."""
     width = config.optional_size(key)
     if width is None and required:
         raise config.error(key, "is missing, and some layers are dense")
@@ -140,9 +140,9 @@ def dense_layer_width(config: ModelConfig, key: str, *, required: bool) -> int:
 
 
 def head_dim(config: ModelConfig, hidden: int, heads: int, *, has_key: bool) -> int:
-    """The config's own, else hidden / heads, which must come out even.
+    """Features per head: the config's ``head_dim``, else hidden / heads, which must be an integer.
 
-    Not ``own``: the family's code always divides, and a config that says otherwise contradicts it.
+    Without ``has_key``, the family always divides; a different ``head_dim`` is an error.
     """
     configured = config.optional_size("head_dim")
     if has_key and configured is not None:
@@ -150,12 +150,12 @@ def head_dim(config: ModelConfig, hidden: int, heads: int, *, has_key: bool) -> 
     if hidden % heads:
         raise config.error("num_attention_heads", f"is {heads}, no divisor of hidden_size {hidden}")
     if configured not in (None, hidden // heads):
-        raise config.error("head_dim", f"is {configured}, but {hidden} in {heads} heads is not")
+        raise config.error("head_dim", f"is {configured}, but {hidden} / {heads} heads is not")
     return hidden // heads
 
 
 def rotary_dim(config: ModelConfig, dim: int, *, default: float | None) -> int:
-    """Features of a head that turn: ``rotary_dim`` and ``partial_rotary_factor`` must agree."""
+    """Rotated features per head; ``rotary_dim`` and ``partial_rotary_factor`` must agree."""
     configured = config.optional_size("rotary_dim")
     if configured is not None and config.get("partial_rotary_factor") is None:
         rotated = configured
@@ -169,12 +169,12 @@ def rotary_dim(config: ModelConfig, dim: int, *, default: float | None) -> int:
         )
     if not 0 < rotated <= dim or rotated % 2:
         name = "partial_rotary_factor" if configured is None else "rotary_dim"
-        raise config.error(name, f"turns {rotated} of {dim} features; an even part is needed")
+        raise config.error(name, f"rotates {rotated} of {dim} features; the number must be even")
     return rotated
 
 
 def kv_head_count(config: ModelConfig, heads: int) -> int:
-    """As many as query heads where not stated; query heads share them evenly."""
+    """Number of KV heads, by default that of query heads, which it must divide."""
     kv_heads = config.optional_size("num_key_value_heads") or heads
     if heads % kv_heads:
         raise config.error(
@@ -188,12 +188,12 @@ def layer_count(config: ModelConfig) -> int:
 
 
 def expert_count(config: ModelConfig) -> int:
-    """Routed experts of a layer."""
+    """Routed experts per layer."""
     return config.size("num_experts", maximum=16384)
 
 
 def experts_per_token(config: ModelConfig, experts: int) -> int:
-    """Experts per token, no more than there are."""
+    """Experts per token, at most ``experts``."""
     k = config.size("num_experts_per_tok")
     if k > experts:
         raise config.error("num_experts_per_tok", f"is {k}, more than num_experts {experts}")

@@ -1,4 +1,4 @@
-"""Reading a config.json strictly: every key is used, known to be without effect, or an error."""
+"""Strict reading of a config.json: a key is used, known to have no effect, or an error."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from coterie.errors import CoterieError
+from coterie.errors import ConfigError
 from coterie.strict_json import read_object
 
 MAX_SIZE = 1 << 24
-"""No size of a model is larger; what is must be damage, and would take for ever to refuse."""
+"""Upper limit of every size; a larger one means a damaged config."""
 
 IGNORED_KEYS = frozenset(
     (
@@ -26,12 +26,12 @@ IGNORED_KEYS = frozenset(
         *("transformers_version", "use_cache"),
     )
 )
-"""Keys that say nothing about a forward pass: training, bookkeeping, and token ids (read apart)."""
+"""Keys without effect on a forward pass: training, bookkeeping, and token ids (read separately)."""
 
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """A config and what has been asked of it; errors name ``file`` and the key."""
+    """A config and the keys read so far; errors name ``file`` and the key."""
 
     file: Path
     values: Mapping[str, object]
@@ -40,23 +40,23 @@ class ModelConfig:
     @staticmethod
     def of(file: Path) -> ModelConfig:
         if not os.path.lexists(file):
-            raise CoterieError(f"{file}: no such file; a model folder has a config.json")
+            raise ConfigError(f"{file}: no such file; a model folder has a config.json")
         return ModelConfig(file, read_object(file))
 
     def get(self, key: str) -> object:
-        """The value, None where absent."""
+        """The value, or None if the key is absent."""
         self.read_keys.add(key)
         return self.values.get(key)
 
     def size(self, key: str, *, maximum: int = MAX_SIZE) -> int:
-        """A required whole number, at least 1."""
+        """A required integer, at least 1."""
         value = self.get(key)
         if value is None:
             raise self.error(key, "is missing")
         return self._checked_int(key, value, 1, maximum)
 
     def optional_size(self, key: str, *, minimum: int = 1) -> int | None:
-        """A whole number, None where the key is absent or null."""
+        """An integer, or None if the key is absent or null."""
         value = self.get(key)
         return None if value is None else self._checked_int(key, value, minimum, MAX_SIZE)
 
@@ -76,7 +76,7 @@ class ModelConfig:
         return float(value)
 
     def flag(self, key: str, default: bool) -> bool:
-        """True or false; null and absent mean the default."""
+        """A boolean; null and absent mean the default."""
         value = self.get(key)
         if value is None:
             return default
@@ -85,7 +85,7 @@ class ModelConfig:
         return value
 
     def allow_only(self, key: str, *supported: bool | int | float | str | None) -> None:
-        """Absent, or one of these: the others would be another model."""
+        """Raises ConfigError if the key is present with another value than these."""
         if key not in self.values:
             return
         value = self.get(key)
@@ -95,15 +95,18 @@ class ModelConfig:
             raise self.error(key, f"is {json.dumps(value)}; supported: {known}")
 
     def check_unknown_keys(self) -> None:
-        """Raise when a key is neither used nor known to be without effect."""
+        """Raises ConfigError for keys that are neither read nor known to have no effect."""
         if self.values.get("quantization_config") is not None:
-            raise self.error("quantization_config", "is set; quantised checkpoints do not load")
+            raise self.error(
+                "quantization_config",
+                "is set; checkpoints quantised by other tools are not supported",
+            )
         known = self.read_keys | IGNORED_KEYS | {"quantization_config"}
         if unknown := sorted(set(self.values) - known):
-            raise CoterieError(f"{self.file}: unknown key {', '.join(map(repr, unknown))}")
+            raise ConfigError(f"{self.file}: unknown key {', '.join(map(repr, unknown))}")
 
-    def error(self, key: str, problem: str) -> CoterieError:
-        return CoterieError(f"{self.file}: {key} {problem}")
+    def error(self, key: str, problem: str) -> ConfigError:
+        return ConfigError(f"{self.file}: {key} {problem}")
 
     def _checked_int(self, key: str, value: object, minimum: int, maximum: int) -> int:
         if isinstance(value, bool) or not isinstance(value, int):
@@ -114,7 +117,7 @@ class ModelConfig:
 
 
 def token_ids(config: ModelConfig, key: str) -> tuple[int, ...]:
-    """The id or ids under ``key``, in order; none where absent."""
+    """The id or ids under ``key``, in order; empty if absent."""
     value = config.values.get(key)
     if value is None:
         return ()

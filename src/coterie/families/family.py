@@ -1,4 +1,4 @@
-"""What a family is: a way to read its config, the names of its tensors, and its habits."""
+"""The definition of a model family: config reader, tensor names and defaults."""
 
 from __future__ import annotations
 
@@ -12,24 +12,24 @@ from coterie.model.spec import ModelSpec
 
 @dataclass(frozen=True)
 class FamilyDefaults:
-    """How a family's released models are meant to be used where nothing else is asked."""
+    """Generation defaults of a family's released models."""
 
     block: int  # tokens denoised together
-    block_causal: bool  # attention: True = blocks on an absolute grid, False = all sees all
-    plan: str  # as decoding spells it
-    unmask: str
+    block_causal: bool  # True = block-causal attention on an absolute grid, False = bidirectional
+    plan: str  # spec of the KV-caching scheme
+    unmask: str  # spec of the unmasking rule
     mask_id: int
     eos_ids: tuple[int, ...]
-    chat_template: str  # jinja, for checkpoints that bring none of their own
+    chat_template: str  # jinja, for checkpoints without a template
 
 
 @dataclass(frozen=True)
 class Family:
-    """A family is data; the transformer is the same for all."""
+    """A model family. A family is data; all families share one transformer."""
 
     name: str
     title: str
-    architecture: str  # config.json's ``architectures``: what decides
+    architecture: str  # config.json's ``architectures``, which identifies the family
     model_types: tuple[str, ...]
     read_spec: Callable[[ModelConfig], ModelSpec]
     tensor_names: TensorNames

@@ -1,4 +1,4 @@
-"""LLaDA2.0, 2.1 and 2.2, mini and flash: sigmoid router with bias and groups, block-causal."""
+"""LLaDA2.0, 2.1 and 2.2: sigmoid router with bias and groups, block-causal attention."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ CHAT_TEMPLATE = (
 
 
 def read_spec(config: ModelConfig) -> ModelSpec:
-    """Raise a CoterieError that names the key when the config is not one this family can be."""
+    """The spec of a config; raises ConfigError, with the key, if the family does not support it."""
     _check_supported(config)
     layers = layer_count(config)
     dense = config.optional_size("first_k_dense_replace", minimum=0) or 0
@@ -63,7 +63,7 @@ def _check_supported(config: ModelConfig) -> None:
 
 
 def _shared_width(config: ModelConfig) -> int:
-    """Shared experts act as one network of their summed width."""
+    """Width of the shared expert: several shared experts act as one of their summed width."""
     expert_width = config.size("moe_intermediate_size")
     shared_width = config.optional_size("moe_shared_expert_intermediate_size")
     if shared_width not in (None, expert_width):
@@ -84,7 +84,7 @@ def _router(config: ModelConfig) -> RouterSpec:
     group_size = experts // groups
     if groups > 1 and group_size < 2:
         raise config.error(
-            "n_group", f"leaves {group_size} expert a group; a group's score needs two"
+            "n_group", f"leaves {group_size} expert per group; a group's score needs two"
         )
     if k > kept_groups * group_size:
         raise config.error(

@@ -1,4 +1,4 @@
-"""LLaDA-MoE-7B-A1B: softmax router without renormalising, attention in both directions."""
+"""LLaDA-MoE-7B-A1B: softmax router without renormalisation, bidirectional attention."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ CHAT_TEMPLATE = (
 
 
 def read_spec(config: ModelConfig) -> ModelSpec:
-    """Raise a CoterieError that names the key when the config is not one this family can be."""
+    """The spec of a config; raises ConfigError, with the key, if the family does not support it."""
     _check_supported(config)
     has_bias = config.flag("moe_router_enable_expert_bias", False)
     return model_spec(
@@ -54,7 +54,7 @@ def _check_supported(config: ModelConfig) -> None:
 
 
 def _moe_layers(config: ModelConfig, layers: int) -> tuple[bool, ...]:
-    """``moe_layer_freq``: a 0 or 1 for each layer; absent = all have experts."""
+    """Which layers have experts: ``moe_layer_freq`` is 0 or 1 per layer; absent = all."""
     frequencies = config.get("moe_layer_freq")
     if frequencies is None:
         return (True,) * layers

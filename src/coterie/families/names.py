@@ -1,4 +1,4 @@
-"""The official tensor names of a family, and where each tensor goes."""
+"""The published tensor names of a family, and the target of each tensor."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ TargetPairs = Iterator[tuple[str, TensorTarget]]
 
 @dataclass(frozen=True)
 class TensorNames:
-    """What differs between the families' names; the rest is the same for all.
+    """The tensor names that differ between families.
 
-    ``qkv`` is one fused tensor or three, in the order query, key, value.
+    ``qkv`` is one fused tensor, or three in the order query, key, value.
     """
 
     embedding: str
@@ -54,10 +54,10 @@ SPLIT_QKV_NAMES = TensorNames(
 
 
 def weight_map(names: TensorNames, spec: ModelSpec, *, stacked: bool) -> dict[str, TensorTarget]:
-    """Official name -> place, for every tensor a checkpoint of this model must hold.
+    """Published name -> target, for every tensor that a checkpoint of this model must have.
 
-    ``stacked`` checkpoints hold a layer's experts as three tensors [E, ...], the others as three
-    for each expert; of a quantised weight, its two parts. Packed experts are one tensor a layer.
+    A layer's experts are three tensors [E, ...] in ``stacked`` checkpoints, else three per expert.
+    A quantised weight is two tensors. Packed experts are one tensor per layer.
     """
     targets = dict(_outer_targets(names, spec))
     for layer in range(spec.layers):
@@ -66,39 +66,36 @@ def weight_map(names: TensorNames, spec: ModelSpec, *, stacked: bool) -> dict[st
     form = spec.expert_format
     if form is None or spec.panels:
         return targets
-    return {
-        stored_name: stored_target
-        for name, target in targets.items()
-        for stored_name, stored_target in (
-            quantised_targets(form, name, target) if is_expert(target) else [(name, target)]
-        )
-    }
+    stored: dict[str, TensorTarget] = {}
+    for name, target in targets.items():
+        stored |= quantised_targets(form, name, target) if is_expert(target) else {name: target}
+    return stored
 
 
 def is_stacked(tensors: set[str]) -> bool:
-    """Does a checkpoint with these tensor names hold its experts stacked."""
+    """Whether a checkpoint with these tensor names has stacked experts."""
     suffixes = (".mlp.experts.gate_proj", ".mlp.experts.gate_proj.q")
     return any(name.endswith(suffixes) for name in tensors)
 
 
 def quantised_targets(form: QuantFormat, name: str, target: TensorTarget) -> TargetPairs:
-    """What a quantised checkpoint holds in place of the expert's weight of this name."""
+    """The two tensors of a quantised expert weight of this name."""
     for part, (shape, dtype) in quantised_parts(form, target.shape).items():
         yield f"{name}.{part}", TensorTarget(f"{target.weight}.{part}", shape, target.region, dtype)
 
 
 def packed_name(layer: int) -> str:
-    """The tensor that holds all packed experts of a layer."""
+    """The name of the tensor with all packed experts of a layer."""
     return f"model.layers.{layer}.mlp.experts.{PACKED_NAME}"
 
 
 def layer_of(target: TensorTarget) -> int:
-    """Whose weight goes here, where it is a layer's."""
+    """The layer of a target that belongs to one."""
     return int(target.weight.split(".")[1])
 
 
 def is_expert(target: TensorTarget) -> bool:
-    """Does a routed expert's weight go here."""
+    """Whether the target is a weight of a routed expert."""
     return ".experts." in target.weight
 
 
@@ -110,29 +107,20 @@ def _outer_targets(names: TensorNames, spec: ModelSpec) -> TargetPairs:
 
 
 def _attention_targets(names: TensorNames, spec: ModelSpec, layer: int) -> TargetPairs:
-    source_prefix, weight_prefix = f"model.layers.{layer}", f"layers.{layer}"
-    block = f"{source_prefix}.{names.attention}"
+    source, weight = f"model.layers.{layer}", f"layers.{layer}"
+    attention = f"{source}.{names.attention}"
+    width, hidden, head = spec.heads * spec.head_dim, (spec.hidden,), (spec.head_dim,)
+    yield f"{source}.input_layernorm.weight", TensorTarget(f"{weight}.attention_norm", hidden)
     yield (
-        f"{source_prefix}.input_layernorm.weight",
-        TensorTarget(f"{weight_prefix}.attention_norm", (spec.hidden,)),
+        f"{source}.post_attention_layernorm.weight",
+        TensorTarget(f"{weight}.feed_forward_norm", hidden),
     )
-    yield (
-        f"{source_prefix}.post_attention_layernorm.weight",
-        TensorTarget(f"{weight_prefix}.feed_forward_norm", (spec.hidden,)),
-    )
-    yield (
-        f"{block}.{names.query_norm}.weight",
-        TensorTarget(f"{weight_prefix}.query_norm", (spec.head_dim,)),
-    )
-    yield (
-        f"{block}.{names.key_norm}.weight",
-        TensorTarget(f"{weight_prefix}.key_norm", (spec.head_dim,)),
-    )
-    width = spec.heads * spec.head_dim
-    yield f"{block}.{names.out}.weight", TensorTarget(f"{weight_prefix}.out", (spec.hidden, width))
+    yield f"{attention}.{names.query_norm}.weight", TensorTarget(f"{weight}.query_norm", head)
+    yield f"{attention}.{names.key_norm}.weight", TensorTarget(f"{weight}.key_norm", head)
+    yield f"{attention}.{names.out}.weight", TensorTarget(f"{weight}.out", (spec.hidden, width))
     for name, rows in zip(names.qkv, _qkv_rows(names, spec), strict=True):
         shape = (rows.stop - rows.start, spec.hidden)
-        yield f"{block}.{name}.weight", TensorTarget(f"{weight_prefix}.qkv", shape, (rows,))
+        yield f"{attention}.{name}.weight", TensorTarget(f"{weight}.qkv", shape, (rows,))
 
 
 def _qkv_rows(names: TensorNames, spec: ModelSpec) -> tuple[slice, ...]:
@@ -146,81 +134,47 @@ def _qkv_rows(names: TensorNames, spec: ModelSpec) -> tuple[slice, ...]:
 def _feed_forward_targets(
     names: TensorNames, spec: ModelSpec, layer: int, *, stacked: bool
 ) -> TargetPairs:
-    source_prefix, weight_prefix = f"model.layers.{layer}", f"layers.{layer}"
+    source, weight = f"model.layers.{layer}", f"layers.{layer}"
     hidden, experts = spec.hidden, spec.router.experts
     if not spec.moe[layer]:
-        yield from _mlp_targets(
-            f"{source_prefix}.mlp", f"{weight_prefix}.dense", hidden, spec.dense_width
-        )
+        yield from _mlp_targets(f"{source}.mlp", f"{weight}.dense", hidden, spec.dense_width)
         return
-    yield (
-        f"{source_prefix}.mlp.gate.weight",
-        TensorTarget(f"{weight_prefix}.gate", (experts, hidden)),
-    )
+    yield f"{source}.mlp.gate.weight", TensorTarget(f"{weight}.gate", (experts, hidden))
     if spec.expert_bias:
-        yield (
-            f"{source_prefix}.{names.gate_bias}",
-            TensorTarget(f"{weight_prefix}.gate_bias", (experts,)),
-        )
+        yield f"{source}.{names.gate_bias}", TensorTarget(f"{weight}.gate_bias", (experts,))
     if spec.shared_width:
-        yield from _mlp_targets(
-            f"{source_prefix}.{names.shared}", f"{weight_prefix}.shared", hidden, spec.shared_width
-        )
+        shared = f"{source}.{names.shared}"
+        yield from _mlp_targets(shared, f"{weight}.shared", hidden, spec.shared_width)
+    experts_source, experts_weight = f"{source}.mlp.experts", f"{weight}.experts"
     if spec.panels:
-        target = TensorTarget(
-            f"{weight_prefix}.experts.{PACKED_NAME}", packed_shape(spec), dtype=torch.uint8
-        )
-        yield packed_name(layer), target
-        return
-    if stacked:
-        yield from _stacked_targets(
-            f"{source_prefix}.mlp.experts", f"{weight_prefix}.experts", spec
-        )
-        return
-    for expert in range(experts):
-        prefix = f"{source_prefix}.mlp.experts.{expert}"
-        yield from _mlp_targets(
-            prefix, f"{weight_prefix}.experts", hidden, spec.expert_width, (expert,)
-        )
+        packed = f"{experts_weight}.{PACKED_NAME}"
+        yield packed_name(layer), TensorTarget(packed, packed_shape(spec), dtype=torch.uint8)
+    elif stacked:
+        yield from _stacked_targets(experts_source, experts_weight, spec)
+    else:
+        for expert in range(experts):
+            prefix = f"{experts_source}.{expert}"
+            yield from _mlp_targets(prefix, experts_weight, hidden, spec.expert_width, (expert,))
 
 
 def _mlp_targets(
-    source_prefix: str,
-    weight_prefix: str,
-    hidden: int,
-    width: int,
-    expert_index: tuple[int, ...] = (),
+    source: str, weight: str, hidden: int, width: int, expert_index: tuple[int, ...] = ()
 ) -> TargetPairs:
-    """Gate, up and down of one network; gate rows come first in the fused weight."""
-    gate_up, gate, up = f"{weight_prefix}.gate_up", slice(0, width), slice(width, 2 * width)
-    yield (
-        f"{source_prefix}.gate_proj.weight",
-        TensorTarget(gate_up, (width, hidden), (*expert_index, gate)),
-    )
-    yield (
-        f"{source_prefix}.up_proj.weight",
-        TensorTarget(gate_up, (width, hidden), (*expert_index, up)),
-    )
-    yield (
-        f"{source_prefix}.down_proj.weight",
-        TensorTarget(f"{weight_prefix}.down", (hidden, width), expert_index),
-    )
+    """Gate, up and down of one network; gate rows are first in the fused weight."""
+    shape = (width, hidden)
+    for name, rows in (("gate_proj", slice(0, width)), ("up_proj", slice(width, 2 * width))):
+        target = TensorTarget(f"{weight}.gate_up", shape, (*expert_index, rows))
+        yield f"{source}.{name}.weight", target
+    yield f"{source}.down_proj.weight", TensorTarget(f"{weight}.down", shape[::-1], expert_index)
 
 
-def _stacked_targets(source_prefix: str, weight_prefix: str, spec: ModelSpec) -> TargetPairs:
-    """A whole layer's experts in three tensors."""
+def _stacked_targets(source: str, weight: str, spec: ModelSpec) -> TargetPairs:
+    """The three tensors of a layer's stacked experts."""
     experts, hidden, width = spec.router.experts, spec.hidden, spec.expert_width
-    all_experts, gate_up = slice(0, experts), f"{weight_prefix}.gate_up"
-    gate, up = slice(0, width), slice(width, 2 * width)
-    yield (
-        f"{source_prefix}.gate_proj",
-        TensorTarget(gate_up, (experts, width, hidden), (all_experts, gate)),
-    )
-    yield (
-        f"{source_prefix}.up_proj",
-        TensorTarget(gate_up, (experts, width, hidden), (all_experts, up)),
-    )
-    yield (
-        f"{source_prefix}.down_proj",
-        TensorTarget(f"{weight_prefix}.down", (experts, hidden, width)),
-    )
+    for name, rows in (("gate_proj", slice(0, width)), ("up_proj", slice(width, 2 * width))):
+        region = (slice(0, experts), rows)
+        yield (
+            f"{source}.{name}",
+            TensorTarget(f"{weight}.gate_up", (experts, width, hidden), region),
+        )
+    yield f"{source}.down_proj", TensorTarget(f"{weight}.down", (experts, hidden, width))

@@ -24,7 +24,7 @@ CHAT_TEMPLATE = (
 
 
 def read_spec(config: ModelConfig) -> ModelSpec:
-    """Raise a CoterieError that names the key when the config is not one this family can be."""
+    """The spec of a config; raises ConfigError, with the key, if the family does not support it."""
     check_supported(config)
     experts = expert_count(config)
     router = RouterSpec(
@@ -43,7 +43,7 @@ def read_spec(config: ModelConfig) -> ModelSpec:
 
 
 def _moe_layers(config: ModelConfig, layers: int) -> tuple[bool, ...]:
-    """Every ``decoder_sparse_step``-th layer has experts, but for those in ``mlp_only_layers``."""
+    """Which layers have experts: every ``decoder_sparse_step``-th, except ``mlp_only_layers``."""
     step = config.optional_size("decoder_sparse_step") or 1
     mlp_only = config.get("mlp_only_layers")
     dense = [] if mlp_only is None else mlp_only

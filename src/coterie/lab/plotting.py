@@ -1,15 +1,15 @@
-"""One look for every figure: a colour and a marker per policy family, in a light and a dark dress.
+"""One style for all figures: a colour and a marker per policy family, light and dark schemes.
 
-A chapter's ``draw`` takes its axes from ``axes`` or ``panels`` and its colours from ``colour`` and
-``SERIES``; the runner draws it twice, inside ``dressed``. Nothing here keeps state: what differs
-between the dresses (paper, ink, grid) lives in matplotlib's settings while it draws.
+A drawing function takes its axes from ``new_axes`` or ``new_panels`` and its colours from
+``policy_colour`` and ``SERIES_COLOURS``. It runs once per scheme, inside ``style_context``. The
+scheme is held in matplotlib's settings during the drawing.
 """
 
 from __future__ import annotations
 
 import io
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Literal
@@ -21,28 +21,30 @@ from matplotlib.rcsetup import cycler
 
 ColourScheme = Literal["light", "dark"]
 
-FIGURE_WIDTH, FIGURE_HEIGHT = 5.2, 3.5  # inches: what a phone shows at four fifths of its size
-STROKE_STYLE = 'style="stroke-linejoin: round; stroke-linecap: butt"'  # in place of a style sheet
-FONTS = ["DejaVu Sans", "Verdana", "Arial"]  # laid out by the first, which is the widest
+FIGURE_WIDTH, FIGURE_HEIGHT = 5.2, 3.5  # inches
+STROKE_STYLE = 'style="stroke-linejoin: round; stroke-linecap: butt"'  # replaces the style sheet
+FONTS = ["DejaVu Sans", "Verdana", "Arial"]  # text is laid out with the first, the widest
 
 BACKGROUND: Mapping[ColourScheme, str] = {"light": "#ffffff", "dark": "#14171c"}
 FOREGROUND: Mapping[ColourScheme, str] = {"light": "#1c2128", "dark": "#e4e7eb"}
 GRID_COLOUR: Mapping[ColourScheme, str] = {"light": "#d5d9df", "dark": "#363c45"}
 
-# Every colour stands out from both papers by 3 : 1, so that a policy has one colour in both.
+# Every colour has a contrast of 3:1 on both backgrounds, so a policy has one colour in both.
 BLUE, RED, GREEN, ORANGE = "#2477c9", "#d1495b", "#2a9165", "#c07a00"
 PURPLE, TEAL, BROWN, PINK, GREY = "#8b62c9", "#1f919b", "#a0673c", "#c659a5", "#7d848e"
 OLIVE, INDIGO, FUCHSIA = "#7d8a1f", "#5b6ee1", "#c026d3"
+MARKERS = "osD^vPX*"
+ROW_HEIGHT = 0.27  # inches
 SERIES_COLOURS = (BLUE, ORANGE, GREEN, RED, PURPLE, TEAL, PINK, BROWN, GREY)
 
 
 @dataclass(frozen=True)
 class SeriesStyle:
-    """How a policy family is drawn; the marker tells it apart where colours do not."""
+    """How a policy family is drawn; the marker distinguishes families of similar colour."""
 
     colour: str
     marker: str
-    name: str  # as a legend calls it
+    name: str  # in legends
 
 
 POLICY_STYLES: Mapping[str, SeriesStyle] = {
@@ -67,7 +69,7 @@ OTHER_STYLE = SeriesStyle(PURPLE, "8", "other")
 
 
 def policy_style(policy: str) -> SeriesStyle:
-    """Of the family that a spelling belongs to: "des-vote:beta=0.3" -> DES-Vote's."""
+    """The style of a policy's family: that of DES-Vote for "des-vote:beta=0.3"."""
     guarded = "voters=before-eos" in policy and "protect=top1" in policy
     if policy.startswith("des-vote") and guarded:
         return GUARDED_STYLE
@@ -83,12 +85,12 @@ def policy_marker(policy: str) -> str:
 
 
 def foreground() -> str:
-    """What text and lines of no policy are drawn in, in the dress in force."""
+    """The current scheme's colour of text and of lines that belong to no policy."""
     return str(mpl.rcParams["text.color"])
 
 
 def grid_colour() -> str:
-    """For grids and what only guides the eye."""
+    """The current scheme's colour of grids and guide lines."""
     return str(mpl.rcParams["grid.color"])
 
 
@@ -99,7 +101,7 @@ def background() -> str:
 def new_axes(
     x: str = "", y: str = "", *, width: float = FIGURE_WIDTH, height: float = FIGURE_HEIGHT
 ) -> tuple[Figure, Axes]:
-    """A new figure with one pair of axes, labelled; sizes in inches."""
+    """A new figure with one pair of labelled axes; sizes in inches."""
     figure = Figure(figsize=(width, height), layout="constrained")
     ax = figure.add_subplot()
     ax.set(xlabel=x, ylabel=y)
@@ -109,14 +111,14 @@ def new_axes(
 def new_panels(
     count: int, *, columns: int = 2, width: float = FIGURE_WIDTH, height: float = 2.4
 ) -> tuple[Figure, list[Axes]]:
-    """A new figure of ``count`` axes, row by row; ``height`` is a row's."""
+    """A new figure of ``count`` axes, row by row; ``height`` is that of one row."""
     rows = -(-count // columns)
     figure = Figure(figsize=(width, height * rows), layout="constrained")
     return figure, [figure.add_subplot(rows, columns, index + 1) for index in range(count)]
 
 
 def add_legend(ax: Axes, *, columns: int = 2, above: bool = True) -> None:
-    """Above the axes, where it hides nothing; or inside, where matplotlib finds room."""
+    """Adds a legend above the axes, or inside at matplotlib's best place."""
     handles, labels = ax.get_legend_handles_labels()
     by_label = dict(zip(labels, handles, strict=True))
     if not by_label:
@@ -128,39 +130,71 @@ def add_legend(ax: Axes, *, columns: int = 2, above: bool = True) -> None:
 
 
 def format_percent(ax: Axes, *, axis: Literal["x", "y"] = "y") -> None:
-    """Shares as percent."""
+    """Formats an axis of fractions as percentages."""
     target = ax.yaxis if axis == "y" else ax.xaxis
     target.set_major_formatter(lambda value, _: f"{value:.0%}")
 
 
+@dataclass(frozen=True)
+class IntervalSeries:
+    """One value per row with the ends of its interval, as in ``interval_chart``."""
+
+    label: str
+    style: SeriesStyle
+    values: Mapping[str, tuple[float, float, float]]  # by row: low, middle, high
+
+
+def interval_chart(rows: Sequence[str], series: Sequence[IntervalSeries], unit: str) -> Figure:
+    """Horizontal chart of medians with intervals: one line per row, read from top to bottom."""
+    height = 1.3 + ROW_HEIGHT * len(rows) * max(1, len(series) / 2)
+    figure, ax = new_axes(unit, height=height)
+    spacing = 0.5 / max(1, len(series))
+    for number, one in enumerate(series):
+        offset = (number - (len(series) - 1) / 2) * spacing
+        present = [
+            (rows.index(row) + offset, *one.values[row]) for row in rows if row in one.values
+        ]
+        ax.errorbar(
+            [middle for _, _, middle, _ in present],
+            [position for position, *_ in present],
+            xerr=[
+                [max(0.0, middle - low) for _, low, middle, _ in present],
+                [max(0.0, high - middle) for _, _, middle, high in present],
+            ],
+            fmt=one.style.marker,
+            color=one.style.colour,
+            elinewidth=1,
+            label=one.label,
+        )
+    ax.set_yticks(range(len(rows)), rows)
+    ax.set(ylim=(len(rows) - 0.4, -0.6), xlim=(0, None))
+    if len(series) > 1:
+        add_legend(ax)
+    return figure
+
+
+def indexed_style(index: int) -> SeriesStyle:
+    """The style of a series that belongs to no policy family."""
+    colour, marker = SERIES_COLOURS[index % len(SERIES_COLOURS)], MARKERS[index % len(MARKERS)]
+    return SeriesStyle(colour, marker, "")
+
+
 @contextmanager
 def style_context(scheme: ColourScheme, *, salt: str = "") -> Iterator[None]:
-    """Figures made and written inside look so; ``salt`` keeps the ids of two figures apart."""
+    """Applies a scheme to figures drawn and saved inside; ``salt`` makes SVG ids unique."""
     with mpl.rc_context():
         mpl.rcParams.update({**rc_params(scheme), "svg.hashsalt": f"{salt}-{scheme}"})  # pyright: ignore[reportArgumentType, reportCallIssue]
         yield
 
 
 def rc_params(scheme: ColourScheme) -> dict[str, object]:
-    """Matplotlib's settings of one dress."""
-    background, foreground, grid_colour = (
-        BACKGROUND[scheme],
-        FOREGROUND[scheme],
-        GRID_COLOUR[scheme],
-    )
-    foreground_keys = (
-        "axes.edgecolor",
-        "xtick.color",
-        "ytick.color",
-        "axes.labelcolor",
-        "text.color",
-    )
+    """Matplotlib settings of a colour scheme."""
+    foreground_keys = ("axes.edgecolor", "xtick.color", "ytick.color", "axes.labelcolor")
+    background_keys = ("figure.facecolor", "axes.facecolor", "savefig.facecolor")
     return {
-        **dict.fromkeys(foreground_keys, foreground),
-        "figure.facecolor": background,
-        "axes.facecolor": background,
-        "savefig.facecolor": background,
-        "grid.color": grid_colour,
+        **dict.fromkeys((*foreground_keys, "text.color"), FOREGROUND[scheme]),
+        **dict.fromkeys(background_keys, BACKGROUND[scheme]),
+        "grid.color": GRID_COLOUR[scheme],
         "axes.grid": True,
         "axes.axisbelow": True,
         "grid.linewidth": 0.7,
@@ -186,10 +220,10 @@ def rc_params(scheme: ColourScheme) -> dict[str, object]:
 
 
 def render_svg(draw: Callable[[], Figure], *, name: str, scheme: ColourScheme) -> str:
-    """A figure as SVG text that needs nothing else, the same bytes every time.
+    """A figure as self-contained, reproducible SVG text.
 
-    Text stays text. What matplotlib says of itself (dates, its address) is left out, and ids are
-    made this figure's own, so that many can stand in one page.
+    Text remains text. Matplotlib's metadata is removed, and ids get the figure's name as a prefix,
+    so that several figures can be embedded in one page.
     """
     buffer = io.StringIO()
     with style_context(scheme, salt=name):
@@ -200,7 +234,7 @@ def render_svg(draw: Callable[[], Figure], *, name: str, scheme: ColourScheme) -
 
 
 def _prefix_ids(svg: str, prefix: str) -> str:
-    """Only the ids that something refers to, each with the figure's name before it."""
+    """Prefixes referenced ids and removes the rest."""
     referenced = set(re.findall(r"(?:url\(#|href=\"#)([^)\"]+)", svg))
 
     def replace_id(match: re.Match[str]) -> str:

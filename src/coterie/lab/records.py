@@ -1,4 +1,4 @@
-"""Records of measurements: what was run, where, on which code, and how far the samples spread."""
+"""Records of measurements: the command, the machine, the commit and all samples."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import re
 import statistics
 import subprocess
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib import metadata
@@ -19,7 +20,7 @@ PACKAGES = ("coterie", "torch", "triton", "numpy", "safetensors", "tokenizers")
 
 @dataclass(frozen=True)
 class Measurement:
-    """Repeated readings of one quantity, in the order they were taken."""
+    """Repeated readings of one quantity, in the order of measurement."""
 
     name: str
     unit: str
@@ -27,7 +28,7 @@ class Measurement:
 
     def __post_init__(self) -> None:
         if not self.samples:
-            raise ValueError(f"measure {self.name!r} has no samples")
+            raise ValueError(f"measurement {self.name!r} has no samples")
 
     @property
     def median(self) -> float:
@@ -35,7 +36,7 @@ class Measurement:
 
     @property
     def spread(self) -> float:
-        """Distance between the quartiles; of fewer than four samples, between the extremes."""
+        """Interquartile range; the full range if there are fewer than four samples."""
         if len(self.samples) < 4:
             return max(self.samples) - min(self.samples)
         low, _, high = statistics.quantiles(self.samples, n=4, method="inclusive")
@@ -51,6 +52,19 @@ class Measurement:
         }
 
 
+def measurements_ms(policy: str, samples: Mapping[str, Sequence[float]]) -> list[Measurement]:
+    """Measurements in ms, named by policy and key, of samples in seconds."""
+    return [
+        Measurement(f"{policy} {name}", "ms", tuple(seconds * 1e3 for seconds in values))
+        for name, values in samples.items()
+    ]
+
+
+def median_ratio(samples: Sequence[float], references: Sequence[float]) -> float:
+    """The median ratio of paired samples."""
+    return statistics.median(a / b for a, b in zip(samples, references, strict=True))
+
+
 def make_record(
     title: str,
     command: Sequence[str],
@@ -59,7 +73,7 @@ def make_record(
     facts: Mapping[str, object] | None = None,
     device: str = "cpu",
 ) -> dict[str, object]:
-    """The whole record as a JSON object; ``facts`` holds what was counted and not timed."""
+    """A record as a JSON object; ``facts`` holds results other than samples."""
     return {
         "title": title,
         "command": list(command),
@@ -73,7 +87,7 @@ def make_record(
 
 
 def write_record(folder: Path, content: Mapping[str, object]) -> Path:
-    """Writes ``<title>.json`` in ``folder``, whole or not at all; returns its path."""
+    """Writes ``<title>.json`` in ``folder`` atomically and returns its path."""
     name = re.sub(r"[^a-z0-9]+", "-", str(content["title"]).lower()).strip("-")
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{name}.json"
@@ -82,14 +96,14 @@ def write_record(folder: Path, content: Mapping[str, object]) -> Path:
 
 
 def write_json(path: Path, content: Mapping[str, object]) -> None:
-    """The file, whole or not at all."""
+    """Writes a JSON file atomically."""
     temporary = path.with_suffix(f".{os.getpid()}.tmp")
     temporary.write_text(json.dumps(content, indent=1, allow_nan=False) + "\n", encoding="utf-8")
     temporary.replace(path)
 
 
 def git_commit(folder: Path | None = None) -> str:
-    """The commit around ``folder`` (default: this file), "+changes" where files differ from it."""
+    """The commit of the repository of ``folder`` (default: this file), "+changes" if dirty."""
     directory = folder or Path(__file__).parent
     head = _git(directory, "rev-parse", "HEAD")
     if head is None:
@@ -98,7 +112,7 @@ def git_commit(folder: Path | None = None) -> str:
 
 
 def machine_info() -> dict[str, object]:
-    """Processor, cores and memory (MiB, where the system tells)."""
+    """Processor, cores and memory (MiB; None if unknown)."""
     return {
         "system": f"{platform.system()} {platform.release()}",
         "processor": _processor_name(),
@@ -109,13 +123,11 @@ def machine_info() -> dict[str, object]:
 
 
 def package_versions() -> dict[str, str]:
-    """Of the packages that a measurement depends on, as far as they are installed."""
+    """Versions of the installed packages that affect measurements."""
     versions = {}
     for package in PACKAGES:
-        try:
+        with suppress(metadata.PackageNotFoundError):
             versions[package] = metadata.version(package)
-        except metadata.PackageNotFoundError:
-            continue
     return versions
 
 

@@ -1,1 +1,1 @@
-"""One transformer over a ModelSpec: what it is, how it is loaded, how it runs."""
+"""The transformer: its spec, its weights and how it runs."""

@@ -1,4 +1,4 @@
-"""Grouped-query attention over keys written by position, and what all layers of a forward share."""
+"""Grouped-query attention over a KV cache, and the metadata that all layers of a forward share."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from coterie.values import LayerKV, Matrix, PackedMatrix, QueryPositions, Window
 
 @dataclass(frozen=True)
 class AttentionMetadata:
-    """What every layer of one forward sees alike."""
+    """Positions, key limits and mask of one forward, the same for all layers."""
 
     queries: QueryPositions
-    mask: Tensor | None  # [B, W, reach] bool, True = may attend; None = all of it
+    mask: Tensor | None  # [B, W, kv_length] bool, True = may attend; None = all keys
 
     @property
     def positions(self) -> Tensor:
@@ -33,7 +33,7 @@ class AttentionMetadata:
     def of(
         window: Window, cache: KVCache | None, spec: ModelSpec, device: torch.device
     ) -> AttentionMetadata:
-        """Windows come from the host, so their reach is known without asking the device."""
+        """The metadata of a window; ``kv_length`` is read from the window, which is on the host."""
         position_ids = window_positions(window, device)
         length = window.width if cache is None else cache.length
         kv_length = length
@@ -66,20 +66,15 @@ class Attention:
         *,
         return_received: bool = False,
     ) -> tuple[Tensor, Tensor | None]:
-        """Output [B, W, H] and, when asked to weigh, the mean attention each position receives.
+        """Output [B, W, H] and, with ``return_received``, the attention each position receives.
 
-        That mean is over heads and over the window's queries, [B, W] fp32.
+        Received attention is the mean over heads and the window's queries, [B, W] fp32.
         """
-        if (
-            not return_received
-            and (output := self._attention_kernel(x, metadata, cache)) is not None
-        ):
+        fuse = not return_received
+        if fuse and (output := self._fused_layer(x, metadata, cache)) is not None:
             return output, None
         heads = ops.linear(x, self.qkv).unflatten(-1, (-1, self.spec.head_dim))
-        if (
-            not return_received
-            and (attn_output := self._fused_attention(heads, metadata, cache)) is not None
-        ):
+        if fuse and (attn_output := self._fused_attention(heads, metadata, cache)) is not None:
             return ops.linear(attn_output.flatten(2), self.out), None
         query, key, value = self._split_heads(heads, metadata)
         if cache is None:
@@ -92,15 +87,14 @@ class Attention:
         received_attention = _received_attention(query, keys, metadata) if return_received else None
         return ops.linear(attn_output.flatten(2), self.out), received_attention
 
-    def _attention_kernel(
+    def _fused_layer(
         self, x: Tensor, metadata: AttentionMetadata, cache: KVCache | None
     ) -> Tensor | None:
-        """[B, W, H] by one kernel from x on, where there is one."""
+        """The whole layer [B, W, H] in one kernel call; None without such a kernel."""
         if not isinstance(self.qkv, PackedMatrix):
             return None
         weights, norms = (self.qkv, self.out), (self.query_norm, self.key_norm)
-        kv = _temporary_kv(x, self.spec) if cache is None else cache.layer_kv(self.layer, len(x))
-        epsilon = self.spec.norm_epsilon
+        kv, epsilon = self._layer_kv(x, cache), self.spec.norm_epsilon
         return ops.fused_attention_layer(
             x, weights, norms, queries=metadata.queries, kv=kv, epsilon=epsilon
         )
@@ -108,19 +102,23 @@ class Attention:
     def _fused_attention(
         self, heads: Tensor, metadata: AttentionMetadata, cache: KVCache | None
     ) -> Tensor | None:
-        """Mixed values [B, W, heads, D] by one kernel, where there is one."""
+        """Attention output [B, W, heads, D] in one kernel call; None without such a kernel."""
         norms = (self.query_norm, self.key_norm)
-        kv = (
-            _temporary_kv(heads, self.spec)
-            if cache is None
-            else cache.layer_kv(self.layer, len(heads))
-        )
-        return ops.fused_attention(heads, norms, metadata.queries, kv, self.spec.norm_epsilon)
+        kv, epsilon = self._layer_kv(heads, cache), self.spec.norm_epsilon
+        return ops.fused_attention(heads, norms, metadata.queries, kv, epsilon)
+
+    def _layer_kv(self, x: Tensor, cache: KVCache | None) -> LayerKV:
+        """Where the window x [B, W, ..] stores its keys and values: the cache, or new memory."""
+        if cache is not None:
+            return cache.layer_kv(self.layer, len(x))
+        rows, width = x.shape[:2]
+        keys, values = x.new_zeros(2, rows, self.spec.kv_heads, width, self.spec.head_dim)
+        return LayerKV(keys, values, torch.arange(rows, device=x.device))
 
     def _split_heads(
         self, heads: Tensor, metadata: AttentionMetadata
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Query [B, W, heads, D], key and value [B, W, kv_heads, D], normed and turned."""
+        """Query [B, W, heads, D], key and value [B, W, kv_heads, D], normed and rotated."""
         spec, queries = self.spec, metadata.queries
         query, key, value = heads.split([spec.heads, spec.kv_heads, spec.kv_heads], dim=2)
         query = ops.rms_norm(query, self.query_norm, spec.norm_epsilon)
@@ -130,7 +128,7 @@ class Attention:
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Turn the first features of x [B, W, heads, D] by position; halves pair up, not neighbours."""
+    """RoPE on the first features of x [B, W, heads, D], in pairs of one feature of each half."""
     half = cos.shape[-1]
     cos, sin = cos.to(x.dtype), sin.to(x.dtype)
     first, second, rest = x[..., :half], x[..., half : 2 * half], x[..., 2 * half :]
@@ -143,7 +141,7 @@ def _inverse_frequencies(spec: ModelSpec, device: torch.device) -> Tensor:
 
 
 def _causal_limits(window: Window, position_ids: Tensor) -> Tensor:
-    """[B, W]: the query at ``where`` [B, W] may attend to keys before that position."""
+    """[B, W]: the query at ``position_ids`` [B, W] may attend to keys before this position."""
     limit = window.visible.to(position_ids.device, non_blocking=True)[:, None]
     if window.block:
         limit = torch.minimum(limit, (position_ids // window.block + 1) * window.block)
@@ -151,22 +149,18 @@ def _causal_limits(window: Window, position_ids: Tensor) -> Tensor:
 
 
 def _attention_mask(window: Window, limits: Tensor, kv_length: int) -> Tensor | None:
-    """True where a query with these limits [B, W] may attend to a key, [B, W, reach]."""
+    """True where a query with these limits [B, W] may attend to a key, [B, W, kv_length]."""
     on_host = window.visible.device.type == "cpu"
     if window.block == 0 and on_host and bool((window.visible >= kv_length).all()):
         return None
     return torch.arange(kv_length, device=limits.device) < limits[:, :, None]
 
 
-def _temporary_kv(x: Tensor, spec: ModelSpec) -> LayerKV:
-    """Room for the keys and values of the window x [B, W, ..] alone."""
-    rows, width = x.shape[:2]
-    keys, values = x.new_zeros(2, rows, spec.kv_heads, width, spec.head_dim)
-    return LayerKV(keys, values, torch.arange(rows, device=x.device))
-
-
 def _sdpa(query: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None) -> Tensor:
-    """Mixed values [B, W, heads, D]. Heads that share keys queue as further queries: no copies."""
+    """Attention output [B, W, heads, D].
+
+    Query heads that share a KV head are treated as further queries, which avoids copies of keys.
+    """
     batch, width, heads, dim = query.shape
     queries_per_kv_head = heads // keys.shape[1]
     query = _group_by_kv_head(query, keys.shape[1])
@@ -189,5 +183,5 @@ def _received_attention(query: Tensor, keys: Tensor, metadata: AttentionMetadata
     scores = scores.reshape(batch, heads, width, -1) * dim**-0.5
     if metadata.mask is not None:
         scores = scores.masked_fill(~metadata.mask[:, None], float("-inf"))
-    share = scores.softmax(dim=-1).mean(dim=(1, 2))  # [B, reach]
+    share = scores.softmax(dim=-1).mean(dim=(1, 2))  # [B, kv_length]
     return share.gather(1, metadata.positions)

@@ -1,4 +1,4 @@
-"""Keys and values by position. A later write wins, so the cache has no modes."""
+"""The KV cache, indexed by position. A later write to a position replaces an earlier one."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from coterie.values import LayerKV, Window
 class KVCache:
     """Keys and values of every layer, each [rows, kv_heads, length, head_dim].
 
-    ``chosen`` ([B] int64) makes this a view of some rows; reading through it copies them, writing
-    lands in the rows themselves. Memory starts at zero: a position nobody wrote is hidden by the
-    window, and zero times hidden is zero where NaN would not be.
+    ``row_indices`` ([B] int64) makes this a view of some rows: reads copy them, writes change the
+    cache itself. Memory starts at zero: the mask gives unwritten positions weight zero, and zero
+    times NaN would be NaN.
     """
 
     keys: tuple[Tensor, ...]
@@ -34,7 +34,7 @@ class KVCache:
         dtype: torch.dtype,
         device: torch.device | str = "cpu",
     ) -> KVCache:
-        """An empty cache of so many rows, each with ``length`` positions."""
+        """An empty cache of ``rows`` rows with ``length`` positions each."""
         shape = (rows, spec.kv_heads, length, spec.head_dim)
         keys = tuple(torch.zeros(shape, dtype=dtype, device=device) for _ in range(spec.layers))
         values = tuple(torch.zeros(shape, dtype=dtype, device=device) for _ in range(spec.layers))
@@ -45,9 +45,9 @@ class KVCache:
         return self.keys[0].shape[2]
 
     def select_rows(self, indices: Sequence[int]) -> KVCache:
-        """These rows in this order: without a copy where they are neighbours."""
+        """A view of these rows in this order; consecutive rows are a slice."""
         if self.row_indices is not None:
-            raise ValueError("rows() of a gathered view: take them from the whole cache")
+            raise ValueError("cannot select rows of a view; select from the whole cache")
         first = indices[0]
         if list(indices) == list(range(first, first + len(indices))):
             span = slice(first, first + len(indices))
@@ -57,7 +57,7 @@ class KVCache:
         )
 
     def layer_kv(self, layer: int, rows: int) -> LayerKV:
-        """The layer's keys and values, to be written and read in place for so many rows."""
+        """The layer's keys and values for ``rows`` rows, to be read and written in place."""
         return LayerKV(self.keys[layer], self.values[layer], self._cache_rows(rows))
 
     def write(self, layer: int, positions: Tensor, key: Tensor, value: Tensor) -> None:
@@ -67,25 +67,25 @@ class KVCache:
         self.values[layer][rows, :, positions] = value
 
     def read(self, layer: int, kv_length: int) -> tuple[Tensor, Tensor]:
-        """Keys and values before position ``reach``, each [B, kv_heads, reach, head_dim]."""
+        """Keys and values before ``kv_length``, each [B, kv_heads, kv_length, head_dim]."""
         keys, values = self.keys[layer], self.values[layer]
         if self.row_indices is not None:
             keys, values = keys[self.row_indices], values[self.row_indices]
         return keys[:, :, :kv_length], values[:, :, :kv_length]
 
     def clear(self, indices: Sequence[int]) -> None:
-        """Forget these rows, so that a new request starts as in a fresh cache."""
+        """Zeroes these rows, so that a new request starts as in an empty cache."""
         for tensor in (*self.keys, *self.values):
             tensor[list(indices)] = 0
 
     def _cache_rows(self, rows: int) -> Tensor:
-        """[rows] int64: which of the cache's rows they are."""
+        """[rows] int64: the rows of the underlying tensors."""
         if self.row_indices is not None:
             return self.row_indices
         return torch.arange(rows, device=self.keys[0].device)
 
 
 def window_positions(window: Window, device: torch.device | str) -> Tensor:
-    """Absolute position of everything the window computes, [B, W]."""
+    """Absolute positions of the window's tokens, [B, W]."""
     start = window.start.to(device, non_blocking=True)
     return start[:, None] + torch.arange(window.width, device=device)

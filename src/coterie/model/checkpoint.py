@@ -1,4 +1,4 @@
-"""From a folder of safetensors to weights in place: strict, streaming, one pass over each file."""
+"""Loading a folder of safetensors: strict checks, then one streaming pass over each file."""
 
 from __future__ import annotations
 
@@ -7,13 +7,13 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from coterie.errors import CoterieError
+from coterie.errors import CheckpointError, CoterieError
 from coterie.model.safetensors_file import DTYPES, TensorEntry, not_float_message, read_header
 from coterie.model.weights import TensorTarget
 from coterie.strict_json import read_object
 
 TensorLoader = Callable[[int, TensorEntry, TensorTarget], None]
-"""Takes an open file, one of its tensors, and where that goes."""
+"""Called with an open file, one of its tensors, and the target of that tensor."""
 
 INDEX_FILE = "model.safetensors.index.json"
 SINGLE_FILE = "model.safetensors"
@@ -21,14 +21,14 @@ SINGLE_FILE = "model.safetensors"
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """What a folder holds: every file's tensors, headers checked, nothing loaded."""
+    """The tensors of a checkpoint folder. Headers are checked; weights are not loaded."""
 
     folder: Path
     files: Mapping[Path, Mapping[str, TensorEntry]]
 
     @staticmethod
     def of(folder: Path) -> Checkpoint:
-        """Raises CoterieError when there are no safetensors, or index and files disagree."""
+        """Reads the headers. Raises CheckpointError without safetensors or with a wrong index."""
         index, single_file = folder / INDEX_FILE, folder / SINGLE_FILE
         if os.path.lexists(index):
             return Checkpoint(folder, _read_indexed_files(index))
@@ -45,21 +45,22 @@ class Checkpoint:
         return sum(e.size for entries in self.files.values() for e in entries.values())
 
     def check(self, targets: Mapping[str, TensorTarget]) -> None:
-        """Raise unless exactly these tensors are here, each in its shape."""
+        """Raises CheckpointError unless exactly these tensors exist, with shape and dtype."""
         file_of = {name: file for file, entries in self.files.items() for name in entries}
         if missing := sorted(set(targets) - set(file_of)):
-            raise CoterieError(f"{self._listing_file()}: {_first_of(missing)} missing")
+            raise CheckpointError(f"{self._listing_file()}: {_first_of(missing)} missing")
         if extra := sorted(set(file_of) - set(targets)):
-            raise CoterieError(
-                f"{file_of[extra[0]]}: {_first_of(extra)} not part of the model that config.json tells"
+            raise CheckpointError(
+                f"{file_of[extra[0]]}: {_first_of(extra)} not part of the model that config.json "
+                "describes"
             )
         for name, target in targets.items():
             entry = self.files[file_of[name]][name]
             if problem := _dtype_problem(entry, target):
-                raise CoterieError(f"{file_of[name]}: {problem}")
+                raise CheckpointError(f"{file_of[name]}: {problem}")
             shape = entry.shape
             if shape != target.shape:
-                raise CoterieError(
+                raise CheckpointError(
                     f"{file_of[name]}: {name} has shape {list(shape)}, "
                     f"config.json makes it {list(target.shape)}"
                 )
@@ -70,9 +71,10 @@ class Checkpoint:
         load_tensor: TensorLoader,
         on_progress: Callable[[int], None] | None = None,
     ) -> None:
-        """Hand every tensor with its place to ``fill``; progress hears bytes as they land.
+        """Calls ``load_tensor`` with every tensor and its target.
 
-        One pass over each file, a few megabytes beside the weights, however the shards are cut.
+        One pass over each file, with a few megabytes besides the weights for any sharding.
+        ``on_progress`` receives the bytes of each loaded tensor.
         """
         self.check(targets)
         for file, entries in self.files.items():
@@ -83,14 +85,14 @@ class Checkpoint:
                     if on_progress is not None:
                         on_progress(entry.size)
             except OSError as error:
-                raise CoterieError(f"{file}: cannot be read ({error.strerror})") from None
+                raise CheckpointError(f"{file}: cannot be read ({error.strerror})") from None
             except CoterieError as error:
-                raise CoterieError(f"{file}: {error}") from None
+                raise CheckpointError(f"{file}: {error}") from None
             finally:
                 os.close(descriptor)
 
     def _listing_file(self) -> Path:
-        """The file that should have named every tensor."""
+        """The file that lists all tensors."""
         index = self.folder / INDEX_FILE
         return index if index.exists() else self.folder / SINGLE_FILE
 
@@ -106,7 +108,7 @@ def _dtype_problem(entry: TensorEntry, target: TensorTarget) -> str | None:
 
 
 def _read_indexed_files(index: Path) -> dict[Path, dict[str, TensorEntry]]:
-    """Every file that the index names, holding exactly the tensors that the index says."""
+    """The headers of all indexed files, checked against the index."""
     indexed_names: dict[str, set[str]] = {}
     for name, file in _weight_map(index).items():
         indexed_names.setdefault(file, set()).add(name)
@@ -115,11 +117,11 @@ def _read_indexed_files(index: Path) -> dict[Path, dict[str, TensorEntry]]:
     for file, names in indexed_names.items():
         path = index.parent / file
         if not path.exists():
-            raise CoterieError(f"{index}: names {file} for {min(names)}: no such file")
+            raise CheckpointError(f"{index}: names {file} for {min(names)}: no such file")
         headers[path] = read_header(path)
         for name in headers[path]:
             if name in file_of:
-                raise CoterieError(f"{path}: {name} is also in {file_of[name]}")
+                raise CheckpointError(f"{path}: {name} is also in {file_of[name]}")
             file_of[name] = file
     for file, names in indexed_names.items():
         _check_index_entry(index, file, names, headers[index.parent / file], file_of)
@@ -132,34 +134,38 @@ def _check_index_entry(
     if missing := sorted(names - set(stored)):
         other_file = file_of.get(missing[0])
         hint = f"it is in {other_file}" if other_file else "it is in no file"
-        raise CoterieError(f"{index}: says {missing[0]} is in {file}, but {hint}")
+        raise CheckpointError(f"{index}: maps {missing[0]} to {file}, but {hint}")
     if unlisted := sorted(set(stored) - names):
-        raise CoterieError(f"{index}: does not list {unlisted[0]}, which is in {file}")
+        raise CheckpointError(f"{index}: does not list {unlisted[0]}, which is in {file}")
 
 
 def _weight_map(index: Path) -> dict[str, str]:
     names = read_object(index).get("weight_map")
     if not isinstance(names, dict) or not names:
-        raise CoterieError(f"{index}: has no weight_map from tensors to files")
+        raise CheckpointError(f"{index}: has no weight_map from tensors to files")
     for name, file in names.items():
         if not isinstance(file, str) or Path(file).name != file or file in ("", ".", ".."):
-            raise CoterieError(f"{index}: {name} is said to be in {file!r}, not a file beside it")
+            raise CheckpointError(
+                f"{index}: {name} maps to {file!r}, which is not a file name in this folder"
+            )
     return names
 
 
-def _no_weights_error(folder: Path) -> CoterieError:
+def _no_weights_error(folder: Path) -> CheckpointError:
     if not folder.is_dir():
-        return CoterieError(f"{folder}: no such folder")
+        return CheckpointError(f"{folder}: no such folder")
     pickles = sorted(f.name for f in folder.iterdir() if f.suffix in (".bin", ".pt", ".pth"))
     if pickles:
-        return CoterieError(
+        return CheckpointError(
             f"{folder}: has {pickles[0]} but no {SINGLE_FILE}; pickled weights are never opened, "
             "convert them to safetensors"
         )
     shards = sorted(f.name for f in folder.glob("*.safetensors"))
     if shards:
-        return CoterieError(f"{folder}: has {shards[0]} but neither {SINGLE_FILE} nor {INDEX_FILE}")
-    return CoterieError(f"{folder}: has neither {SINGLE_FILE} nor {INDEX_FILE}")
+        return CheckpointError(
+            f"{folder}: has {shards[0]} but neither {SINGLE_FILE} nor {INDEX_FILE}"
+        )
+    return CheckpointError(f"{folder}: has neither {SINGLE_FILE} nor {INDEX_FILE}")
 
 
 def _first_of(names: list[str]) -> str:

@@ -1,4 +1,4 @@
-"""What changes from one forward to the next, in one value."""
+"""The inputs of a forward pass besides tokens and weights."""
 
 from __future__ import annotations
 
@@ -14,19 +14,21 @@ from coterie.values import CoresetReuse, DecodeProgress, Policy, PreviousCoreset
 
 @dataclass(frozen=True)
 class CoresetState:
-    """What a block's last step elected, and what this one does: [L, B, E] bool of the layers that
-    route. A row that has none yet elects anew."""
+    """Coresets of the previous and the current step of a block: [MoE layers, B, E] bool.
+
+    A row without a previous coreset, all False, elects a new one.
+    """
 
     reuse_tolerance: float
     previous: Tensor
-    current: Tensor  # written layer by layer, as a cache is; before that, nobody
+    current: Tensor  # written layer by layer; all False before
 
     @staticmethod
     def of(reuse_tolerance: float, previous: Tensor) -> CoresetState:
         return CoresetState(reuse_tolerance, previous, torch.zeros_like(previous))
 
     def previous_coresets(self, ordinal: int) -> PreviousCoresets:
-        """Those of a layer, by its place among the layers that route."""
+        """The previous coresets of a layer; ``ordinal`` counts MoE layers."""
         return PreviousCoresets(self.reuse_tolerance, self.previous[ordinal])
 
     def set_current(self, ordinal: int, reuse: CoresetReuse) -> None:
@@ -35,20 +37,18 @@ class CoresetState:
 
 @dataclass(frozen=True)
 class ForwardContext:
-    """One forward: where it looks, what it may use, who watches, and what it must answer.
+    """The window, cache, policy, recorder and requested logits of one forward.
 
-    Without a cache the window is all there is: it starts at 0 and keys are not kept.
+    Without a cache, the window starts at 0 and its keys are not stored.
     """
 
     window: Window
     cache: KVCache | None
     policy: Policy
     recorder: Recorder
-    logits_indices: Tensor | None = (
-        None  # [P] int64 into B*width: positions to make logits for; None = all
-    )
-    voters: Tensor | None = None  # [B, width] weight of each position's vote; None = everybody
-    progress: DecodeProgress | None = None  # for policies that choose who votes
+    logits_indices: Tensor | None = None  # [P] int64 into B * width: where to compute logits
+    voters: Tensor | None = None  # [B, width] weight of each position's vote; None = all 1
+    progress: DecodeProgress | None = None  # for policies that filter voters
     forward: tuple[int, ...] = ()  # decode-forward number of each row
-    coresets: CoresetState | None = None  # where a block keeps its own from step to step
-    embeddings: Tensor | None = None  # [B, width, H], in place of the tokens' embeddings
+    coresets: CoresetState | None = None  # for policies that reuse coresets between steps
+    embeddings: Tensor | None = None  # [B, width, H], replaces the tokens' embeddings

@@ -1,4 +1,4 @@
-"""The feed-forward half of a layer: one network for all tokens, or experts that a router elects."""
+"""The feed-forward part of a layer: a dense network, or a router with experts."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from coterie.values import ExpertRequest, ExpertStore, Matrix, Routing, Scores
 
 
 class FeedForward(Protocol):
-    """x [B, W, H] -> [B, W, H]; importance [B, W] only where the policy asked for it."""
+    """x [B, W, H] -> [B, W, H]; importance [B, W] only if the policy needs it."""
 
     def __call__(self, x: Tensor, context: ForwardContext, importance: Tensor | None) -> Tensor: ...
 
 
 @dataclass(frozen=True)
 class Dense:
-    """silu(gate(x)) * up(x), then down: the same weights for every token."""
+    """A SwiGLU network: down(silu(gate(x)) * up(x))."""
 
     gate_up: Matrix  # [2 I, H], gate rows first
     down: Matrix  # [H, I]
@@ -34,13 +34,13 @@ class Dense:
         return self.apply(x)
 
     def apply(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
-        """[..., H] -> [..., H], whatever the step; added to ``beside``, as many numbers in fp32."""
+        """x [..., H] -> [..., H], plus ``residual`` (fp32, same number of elements)."""
         return ops.swiglu(x, self.gate_up, self.down, residual)
 
 
 @dataclass(frozen=True)
 class MoE:
-    """A gate, experts wherever their store keeps them, and perhaps one that all tokens share."""
+    """A router, experts served by a store, and optionally a shared expert."""
 
     spec: ModelSpec
     layer: int
@@ -48,9 +48,7 @@ class MoE:
     bias: Tensor | None  # [E] fp32, for selection
     shared: Dense | None
     store: ExpertStore
-    score_override: Callable[[Scores], Scores] | None = (
-        None  # says it in the gate's place, for a replay
-    )
+    score_override: Callable[[Scores], Scores] | None = None  # replaces the router, for replay
 
     def __call__(self, x: Tensor, context: ForwardContext, importance: Tensor | None) -> Tensor:
         scores = self._router_scores(x, context, importance)
@@ -62,14 +60,16 @@ class MoE:
         return self.apply(x, routing, scores)
 
     def apply(self, x: Tensor, routing: Routing, scores: Scores | None = None) -> Tensor:
-        """[B, W, H] -> [B, W, H] under any routing; the shared expert is part of it. A store may
-        ask the ``scores`` for votes."""
+        """[B, W, H] -> [B, W, H] under any routing, including the shared expert.
+
+        A store that evicts by votes needs ``scores``.
+        """
         flat = x.flatten(0, 1)
         out: Tensor | None = None
         for slab in self.store.serve(self.layer, ExpertRequest(routing.used, routing, scores)):
             part = ops.run_experts(flat, routing, slab)
             out = part if out is None else out.add_(part)
-        if out is None:  # nobody was needed
+        if out is None:  # no expert is used
             out = torch.zeros(flat.shape, dtype=torch.float32, device=x.device)
         if self.shared is None:
             return out.to(x.dtype).view_as(x)

@@ -1,7 +1,7 @@
-"""One safetensors file, read without mapping it: a checked header, then bytes straight into place.
+"""Reading a safetensors file: a checked header, then bytes directly into tensors.
 
-A mapped file counts towards the memory of the process for as long as it is mapped; reads into a
-small buffer do not. Format: 8 bytes of header length, a JSON header, then the tensors' bytes.
+The file is not mapped, because a mapped file counts as memory of the process. Format: 8 bytes of
+header length, a JSON header, then the tensors' bytes.
 """
 
 from __future__ import annotations
@@ -15,21 +15,19 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from coterie.errors import CoterieError
+from coterie.errors import CheckpointError
 from coterie.strict_json import parse_object
 
 FLOAT_DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
-DTYPES = FLOAT_DTYPES | {
-    "I8": torch.int8,
-    "U8": torch.uint8,
-}  # these two only as parts of quantised ones
+# The integer types occur only as parts of quantised weights.
+DTYPES = FLOAT_DTYPES | {"I8": torch.int8, "U8": torch.uint8}
 MAX_HEADER_BYTES = 100_000_000
-CHUNK_BYTES = 4 << 20  # bytes read at once where dtype or device differ
+CHUNK_BYTES = 4 << 20  # bytes read at once if dtype or device differ
 
 
 @dataclass(frozen=True)
 class TensorEntry:
-    """One tensor in a shard; ``start`` counts from the beginning of the file."""
+    """One tensor of a file; ``start`` is its offset in the file."""
 
     name: str
     dtype: torch.dtype
@@ -42,10 +40,10 @@ class TensorEntry:
 
 
 def read_header(file: Path) -> dict[str, TensorEntry]:
-    """What the file holds, in file order.
+    """The tensors of the file, in file order.
 
-    Raises CoterieError, naming the file and where it can the tensor, when the file is missing,
-    truncated, not safetensors, or holds a dtype that is not a plain float.
+    Raises CheckpointError, with the file and if possible the tensor, if the file is missing,
+    truncated, not safetensors, or has a dtype that is not in DTYPES.
     """
     try:
         with file.open("rb") as handle:
@@ -53,7 +51,7 @@ def read_header(file: Path) -> dict[str, TensorEntry]:
             header_size = _header_size(handle.read(8), file_size, file)
             raw = handle.read(header_size)
     except OSError as error:
-        raise CoterieError(f"{file}: cannot be read ({error.strerror})") from None
+        raise CheckpointError(f"{file}: cannot be read ({error.strerror})") from None
     listing = parse_object(raw, str(file), "a safetensors file")
     listing.pop("__metadata__", None)
     entries = [
@@ -65,7 +63,7 @@ def read_header(file: Path) -> dict[str, TensorEntry]:
 
 
 def read_into(descriptor: int, entry: TensorEntry, view: Tensor) -> None:
-    """Copy the tensor's bytes into ``view``, which has its shape but perhaps another dtype."""
+    """Reads the tensor into ``view``, which has its shape but may have another dtype."""
     if not view.is_contiguous():
         part_size = entry.size // entry.shape[0]
         for index, part in enumerate(view):
@@ -90,7 +88,7 @@ def read_into(descriptor: int, entry: TensorEntry, view: Tensor) -> None:
 def read_rows(
     descriptor: int, entry: TensorEntry
 ) -> Iterator[tuple[tuple[int | slice, ...], Tensor]]:
-    """A float tensor's rows in fp32, a few megabytes at a time, each with its place in it."""
+    """The rows of a float tensor in fp32, a few megabytes at a time, each with its index."""
     is_stacked = len(entry.shape) > 2
     if is_stacked:
         part = entry.size // entry.shape[0]
@@ -110,7 +108,7 @@ def read_rows(
 
 
 def read_chunks(descriptor: int, entry: TensorEntry) -> Iterator[Tensor]:
-    """A tensor's bytes as they are, a few megabytes at a time."""
+    """The bytes of a tensor, a few megabytes at a time."""
     for first in range(0, entry.size, CHUNK_BYTES):
         piece = torch.empty(min(CHUNK_BYTES, entry.size - first), dtype=torch.uint8)
         _read_exact(descriptor, piece, entry.start + first)
@@ -118,34 +116,36 @@ def read_chunks(descriptor: int, entry: TensorEntry) -> Iterator[Tensor]:
 
 
 def not_float_message(name: str, dtype: str) -> str:
-    """Why a tensor of this safetensors dtype is no weight."""
-    return f"{name} is {dtype}; weights load from {', '.join(FLOAT_DTYPES)}, quantised ones do not"
+    """The message for a tensor of a dtype that is not a float."""
+    return f"{name} is {dtype}; supported: {', '.join(FLOAT_DTYPES)}"
 
 
 def _header_size(prefix: bytes, file_size: int, file: Path) -> int:
     if len(prefix) < 8:
-        raise CoterieError(
+        raise CheckpointError(
             f"{file}: truncated: {file_size} bytes, too short for a safetensors file"
         )
     length = int.from_bytes(prefix, "little")
     if length > MAX_HEADER_BYTES:
-        raise CoterieError(f"{file}: not a safetensors file (a header of {length} bytes)")
+        raise CheckpointError(f"{file}: not a safetensors file (a header of {length} bytes)")
     if 8 + length > file_size:
-        raise CoterieError(f"{file}: truncated: its header needs {8 + length} of {file_size} bytes")
+        raise CheckpointError(
+            f"{file}: truncated: its header needs {8 + length} of {file_size} bytes"
+        )
     return length
 
 
 def _parse_entry(name: str, fields: object, offset: int, file: Path) -> TensorEntry:
     if not isinstance(fields, dict) or set(fields) != {"dtype", "shape", "data_offsets"}:
-        raise CoterieError(f"{file}: {name}: its header entry is not dtype, shape, data_offsets")
+        raise CheckpointError(f"{file}: {name}: its header entry is not dtype, shape, data_offsets")
     if fields["dtype"] not in DTYPES:
-        raise CoterieError(f"{file}: {not_float_message(name, str(fields['dtype']))}")
+        raise CheckpointError(f"{file}: {not_float_message(name, str(fields['dtype']))}")
     shape, offsets = _int_tuple(fields["shape"]), _int_tuple(fields["data_offsets"])
     if shape is None or offsets is None or len(offsets) != 2:
-        raise CoterieError(f"{file}: {name}: shape or data_offsets are not whole numbers")
+        raise CheckpointError(f"{file}: {name}: shape or data_offsets are not whole numbers")
     entry = TensorEntry(name, DTYPES[fields["dtype"]], shape, offset + offsets[0])
     if offsets[1] - offsets[0] != entry.size:
-        raise CoterieError(
+        raise CheckpointError(
             f"{file}: {name} has {offsets[1] - offsets[0]} bytes, but its shape {list(shape)} "
             f"needs {entry.size}"
         )
@@ -159,18 +159,18 @@ def _int_tuple(value: object) -> tuple[int, ...] | None:
 
 
 def _check_layout(entries: list[TensorEntry], data_start: int, file_size: int, file: Path) -> None:
-    """The tensors fill the file one after the other: no gap, no overlap, no missing end."""
+    """Checks that the tensors fill the file without gap, overlap or truncation."""
     end = data_start
     for entry in entries:
         if entry.start != end:
-            raise CoterieError(f"{file}: {entry.name} starts at {entry.start}, expected {end}")
+            raise CheckpointError(f"{file}: {entry.name} starts at {entry.start}, expected {end}")
         end += entry.size
         if end > file_size:
-            raise CoterieError(
+            raise CheckpointError(
                 f"{file}: truncated: {entry.name} ends at byte {end}, the file at {file_size}"
             )
     if end != file_size:
-        raise CoterieError(f"{file}: {file_size - end} bytes follow the last tensor")
+        raise CheckpointError(f"{file}: {file_size - end} bytes follow the last tensor")
 
 
 def _read_exact(descriptor: int, flat: Tensor, start: int) -> None:
@@ -178,5 +178,5 @@ def _read_exact(descriptor: int, flat: Tensor, start: int) -> None:
     while memory:
         read = os.preadv(descriptor, [memory[: 1 << 28]], start)
         if read == 0:
-            raise CoterieError("cannot be read to its end: it became shorter meanwhile")
+            raise CheckpointError("cannot be read to its end: it became shorter while being read")
         memory, start = memory[read:], start + read

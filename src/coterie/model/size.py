@@ -1,4 +1,4 @@
-"""What a model weighs, from its spec alone."""
+"""Parameter counts and memory of a model, computed from its spec."""
 
 from __future__ import annotations
 
@@ -13,12 +13,13 @@ from coterie.model.weights import expert_bytes, weight_bytes, weight_shapes
 
 @dataclass(frozen=True)
 class ModelSize:
-    """Parameters are counts; bytes are in the dtype that was asked for, the router's in fp32,
-    quantised experts as they are.
+    """Parameter counts, and bytes in a given dtype.
+
+    The router is counted in fp32, quantised experts in their format.
     """
 
     parameters: int
-    active_parameters: int  # that one token passes through
+    active_parameters: int  # used by one token
     bytes: int  # all weights
     expert_bytes: int  # one routed expert
     layer_expert_bytes: int  # all routed experts of one layer
@@ -26,7 +27,7 @@ class ModelSize:
 
 
 def model_size(spec: ModelSpec, dtype: torch.dtype) -> ModelSize:
-    """What a model of this spec weighs in ``dtype``."""
+    """The size of a model of this spec in ``dtype``."""
     parameters = sum(prod(shape) for shape in weight_shapes(spec).values())
     inactive = spec.router.experts - spec.router.k
     one_expert_bytes = expert_bytes(spec, dtype)
@@ -41,9 +42,9 @@ def model_size(spec: ModelSpec, dtype: torch.dtype) -> ModelSize:
 
 
 def experts_that_fit(spec: ModelSpec, dtype: torch.dtype, *, memory: int, length: int) -> int:
-    """Experts of each layer that fit into ``memory`` bytes beside all else and one row of keys.
+    """Experts per layer that fit into ``memory`` bytes, besides other weights and one KV cache row.
 
-    All of them when the whole model fits; -1 when not even the rest does.
+    Returns all experts if the whole model fits, and -1 if not even the other weights fit.
     """
     total = model_size(spec, dtype)
     layers = len(spec.moe_layers)

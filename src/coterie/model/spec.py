@@ -1,4 +1,4 @@
-"""What a model is, as numbers: everything that the transformer needs and nothing it does not."""
+"""The architecture of a model as numbers: exactly what the transformer needs."""
 
 from __future__ import annotations
 
@@ -21,20 +21,20 @@ class ModelSpec:
     heads: int
     kv_heads: int
     head_dim: int
-    rotary_dim: int  # the first features of each head turn with position, the others do not
+    rotary_dim: int  # features of each head that RoPE rotates, from the first on
     rope_theta: float
     norm_epsilon: float
-    dense_width: int  # of the layers without experts; 0 = there are none
+    dense_width: int  # of layers without experts; 0 = no such layers
     expert_width: int
-    shared_width: int  # of the expert that every token passes through; 0 = none
-    moe: tuple[bool, ...]  # per layer: does it have experts
+    shared_width: int  # of the shared expert; 0 = none
+    moe: tuple[bool, ...]  # per layer: whether it has experts
     router: RouterSpec
     expert_bias: bool
-    tie_embeddings: bool  # the head is the embedding
+    tie_embeddings: bool  # the output head is the embedding
     max_length: int
-    capacity: int = 0  # experts a block may use together as the model was trained; 0 = all
-    expert_format: QuantFormat | None = None  # of the routed experts' weights; None: as all others
-    panels: bool = False  # the routed experts are packed as the kernels of a CPU read them
+    capacity: int = 0  # most experts per block in training; 0 = all
+    expert_format: QuantFormat | None = None  # of the routed experts; None = not quantised
+    panels: bool = False  # the routed experts are in the packed layout
 
     @property
     def moe_layers(self) -> tuple[int, ...]:
@@ -42,21 +42,21 @@ class ModelSpec:
 
     @property
     def expert_storage(self) -> str:
-        """How the experts are stored, in words."""
+        """The storage of the experts, for display."""
         if self.panels:
             return f"{self.expert_format or 'bf16'}, packed"
         return str(self.expert_format or UNQUANTISED)
 
     @property
     def panel_kind(self) -> PackedFormat:
-        """Of the experts where they are packed: those that are not quantised are bf16."""
+        """The packed format of the experts: bf16 if they are not quantised."""
         if self.expert_format is None:
             return "bf16"
         return "int8" if self.expert_format.bits == 8 else "int4"
 
     @property
     def expert_stride(self) -> int:
-        """Bytes from one packed expert to the next."""
+        """Bytes of one packed expert, aligned."""
         return expert_bytes(self.panel_kind, hidden=self.hidden, width=self.expert_width)
 
     @property
@@ -66,5 +66,5 @@ class ModelSpec:
 
     @property
     def expert_parameters(self) -> int:
-        """Of one routed expert: gate, up and down."""
+        """Parameters of one routed expert: gate, up and down."""
         return 3 * self.hidden * self.expert_width

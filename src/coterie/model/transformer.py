@@ -1,4 +1,4 @@
-"""The one transformer of all families: norm, attention, norm, feed-forward; then the head."""
+"""The transformer of all families: norm, attention, norm, feed-forward; then the head."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from coterie.values import ExpertStore, Matrix
 
 @dataclass(frozen=True)
 class TransformerLayer:
-    """Attention, then a feed-forward half, each behind a norm and added to what came in."""
+    """Attention and feed-forward, each with a pre-norm and a residual connection."""
 
     spec: ModelSpec
     attention_norm: Tensor  # [H]
@@ -34,16 +34,16 @@ class TransformerLayer:
         attn_output, received_attention = self.attention(
             normed, metadata, context.cache, return_received=needs_received
         )
-        importance = (
-            None if received_attention is None else received_attention * x.float().abs().sum(-1)
-        )
+        importance = None
+        if received_attention is not None:
+            importance = received_attention * x.float().abs().sum(-1)
         x, normed = ops.add_rms_norm(x, attn_output, self.feed_forward_norm, self.spec.norm_epsilon)
         return x + self.feed_forward(normed, context, importance)
 
 
 @dataclass(frozen=True)
 class Transformer:
-    """Tokens in, logits out; everything that may differ between two calls is in the step."""
+    """Maps tokens to logits; all inputs that vary between calls are in the ForwardContext."""
 
     spec: ModelSpec
     embedding: Tensor  # [vocabulary, H]
@@ -52,10 +52,10 @@ class Transformer:
     head: Matrix  # [vocabulary, H]
 
     def __call__(self, tokens: Tensor, context: ForwardContext) -> Tensor:
-        """Logits [P, vocabulary] fp32 of the wanted positions of tokens [B, W] int64.
+        """Logits [P, vocabulary] fp32 of tokens [B, W] int64 at ``context.logits_indices``.
 
-        The recorder is shown every layer's output and, as layer ``spec.layers``, the normed
-        hidden states [P, H] that the head reads.
+        The recorder receives every layer's output and, as layer ``spec.layers``, the normed hidden
+        states [P, H] that the head reads.
         """
         metadata = AttentionMetadata.of(context.window, context.cache, self.spec, self.device)
         x = self.embed(tokens) if context.embeddings is None else context.embeddings
@@ -84,9 +84,9 @@ class Transformer:
 
 
 def build(spec: ModelSpec, weights: dict[str, Tensor], store: ExpertStore) -> Transformer:
-    """Assemble it from weights named as in ``weights.shapes``; the experts stay in the store.
+    """Assembles a transformer from weights named as in ``weight_shapes`` and a store of experts.
 
-    In bf16 on a CPU the matrices are packed, and those in ``weights`` spent: they leave it.
+    In bf16 on a CPU the matrices are packed, and their originals are removed from ``weights``.
     """
     layers = tuple(_layer(spec, layer, weights, store) for layer in range(spec.layers))
     embedding = weights["embedding"]

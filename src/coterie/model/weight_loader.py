@@ -1,4 +1,4 @@
-"""From one tensor of a file to its place in memory: read, quantised, unpacked, or mapped."""
+"""Loading one tensor of a file: reading, quantising, unpacking or mapping it."""
 
 from __future__ import annotations
 
@@ -11,29 +11,29 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from coterie.errors import CoterieError
+from coterie.errors import CheckpointError, CoterieError
 from coterie.model.safetensors_file import TensorEntry, read_into, read_rows
 from coterie.model.spec import ModelSpec
 from coterie.model.weights import PACKED_NAME, TensorTarget, is_always_fp32, is_packed
 from coterie.ops.packed_layout import unpack_expert
 from coterie.quantization import QTensor, QuantFormat, quantize
 
-POPULATE_READ = 22  # madvise's, which Python does not name everywhere
-TRUNCATED_FILE = "cannot be read to its end: it became shorter meanwhile, or the disk failed"
-POPULATE_CHUNK = 64 << 20  # bytes of a mapped file made present in one call
+POPULATE_READ = 22  # MADV_POPULATE_READ, which not every Python version defines
+TRUNCATED_FILE = "cannot be read to its end: it became shorter while being read, or the disk failed"
+POPULATE_CHUNK = 64 << 20  # bytes of a mapped file read per call
 
 
 @dataclass(frozen=True)
 class WeightLoader:
-    """Puts each tensor of a checkpoint of ``stored`` where a model of ``kept`` has it."""
+    """Converts tensors of a checkpoint (``stored_spec``) to a model's (``loaded_spec``)."""
 
     stored_spec: ModelSpec
     loaded_spec: ModelSpec
-    weights: dict[str, Tensor]  # grows by what is mapped
-    skip_packed: bool = False  # packed experts stay in their file, and nothing is read of them
+    weights: dict[str, Tensor]  # mapped tensors are added
+    skip_packed: bool = False  # do not read packed experts
 
     def __call__(self, descriptor: int, entry: TensorEntry, target: TensorTarget) -> None:
-        """Raises CoterieError, naming the tensor where that helps."""
+        """Loads one tensor. Raises CheckpointError if that fails."""
         if is_packed(target.weight) and self.skip_packed:
             return
         if is_packed(target.weight) and self.loaded_spec.panels:
@@ -46,7 +46,7 @@ class WeightLoader:
             quantise_tensor(descriptor, entry, target, self.weights, self.loaded_spec.expert_format)
 
     def _unpack(self, descriptor: int, entry: TensorEntry, target: TensorTarget) -> None:
-        """One expert at a time, on the device that it is for."""
+        """Unpacks one expert at a time, on the target device."""
         experts = target.weight.removesuffix(PACKED_NAME)
         kind, spec = self.stored_spec.panel_kind, self.stored_spec
         size = spec.expert_stride
@@ -67,12 +67,16 @@ class WeightLoader:
 def read_tensor(
     descriptor: int, entry: TensorEntry, target: TensorTarget, weights: Mapping[str, Tensor]
 ) -> None:
-    """What decides must be finite: a NaN there would elect experts and leave no trace in logits."""
+    """Reads a tensor into its target.
+
+    Router weights and scales must be finite: a NaN there would change the routing without a NaN in
+    the logits.
+    """
     view = weights[target.weight][target.region]
     read_into(descriptor, entry, view)
     must_be_finite = is_always_fp32(target.weight) or target.weight.endswith(".scales")
     if must_be_finite and not bool(torch.isfinite(view).all()):
-        raise CoterieError(f"{entry.name} holds NaN or infinity")
+        raise CheckpointError(f"{entry.name} holds NaN or infinity")
 
 
 def quantise_tensor(
@@ -82,33 +86,33 @@ def quantise_tensor(
     weights: Mapping[str, Tensor],
     form: QuantFormat,
 ) -> None:
-    """Float weights into numbers and scales, a few megabytes of rows at a time."""
+    """Quantises float weights into values and scales, a few megabytes of rows at a time."""
     numbers = weights[f"{target.weight}.q"][target.region]
     scales = weights[f"{target.weight}.scales"][target.region]
     for index, rows in read_rows(descriptor, entry):
         try:
             quantised = quantize(rows, form)
         except CoterieError as error:
-            raise CoterieError(f"{entry.name} {error}") from None
+            raise CheckpointError(f"{entry.name} {error}") from None
         numbers[index].copy_(quantised.q)
         scales[index].copy_(quantised.scales)
 
 
 def map_tensor(descriptor: int, entry: TensorEntry) -> Tensor:
-    """The tensor's bytes as they lie in the file, present in memory when this returns.
+    """Maps the tensor's bytes and reads them into memory.
 
-    They are the system's cache of the file: every process that maps it has the same. The map is
-    private, so that even a write into it would not reach the file. A file that is made shorter
-    while it is mapped ends the process (SIGBUS) when what is gone is read.
+    The memory is the page cache of the file, shared by all processes that map it. The map is
+    private, so writes do not reach the file. If the file is truncated while it is mapped, reading
+    the missing part kills the process (SIGBUS).
     """
     end = entry.start + entry.size
     try:
         memory = mmap.mmap(
             descriptor, end, flags=mmap.MAP_PRIVATE, prot=mmap.PROT_READ | mmap.PROT_WRITE
         )
-    except ValueError:  # the file ends before
-        raise CoterieError(TRUNCATED_FILE) from None
-    # Where the system's cache keeps files in large pieces this finds huge pages; elsewhere nothing.
+    except ValueError:  # the file is shorter
+        raise CheckpointError(TRUNCATED_FILE) from None
+    # Uses huge pages if the page cache has them for this file system.
     with suppress(OSError, AttributeError):
         memory.madvise(mmap.MADV_HUGEPAGE)
     populate_pages(memory, end)
@@ -117,12 +121,12 @@ def map_tensor(descriptor: int, entry: TensorEntry) -> Tensor:
 
 
 def populate_pages(memory: mmap.mmap, end: int) -> None:
-    """Read in what is not in the system's cache, and enter all of it into the page table."""
+    """Reads missing pages from disk and maps all pages."""
     try:
         for start in range(0, end, POPULATE_CHUNK):
             memory.madvise(POPULATE_READ, start, min(POPULATE_CHUNK, end - start))
     except OSError as error:
         if error.errno in (errno.EFAULT, errno.EIO):
-            raise CoterieError(TRUNCATED_FILE) from None
-        # A system without that advice: touching each page does the same, less quickly.
+            raise CheckpointError(TRUNCATED_FILE) from None
+        # Without that advice, touching each page does the same, slower.
         torch.frombuffer(memory, dtype=torch.uint8)[:: mmap.PAGESIZE].sum()

@@ -1,4 +1,4 @@
-"""The tensors a transformer is built from: their names here, their shapes, their memory."""
+"""The weights of a transformer: names, shapes and memory."""
 
 from __future__ import annotations
 
@@ -19,18 +19,18 @@ PACKED_NAME = "packed"
 
 @dataclass(frozen=True)
 class TensorTarget:
-    """Where a checkpoint's tensor of this shape goes: a region of one of our weights."""
+    """The target of a checkpoint tensor of this shape: a region of one weight."""
 
     weight: str
     shape: tuple[int, ...]
     region: tuple[int | slice, ...] = ()
-    dtype: torch.dtype | None = None  # that the checkpoint must have; None: any float
+    dtype: torch.dtype | None = None  # required in the checkpoint; None = any float
 
 
 def weight_shapes(spec: ModelSpec) -> dict[str, tuple[int, ...]]:
-    """Every weight by name; ``layers.3.experts.gate_up`` and ``.down`` become the layer's slab.
+    """The shape of every weight; ``layers.3.experts.gate_up`` and ``.down`` form the layer's slab.
 
-    Where experts are quantised, this is what their weights stand for; see ``kept``.
+    Quantised experts have their unquantised shapes here; see ``loaded_tensors``.
     """
     shapes = {"embedding": (spec.vocabulary, spec.hidden), "norm": (spec.hidden,)}
     if not spec.tie_embeddings:
@@ -42,12 +42,12 @@ def weight_shapes(spec: ModelSpec) -> dict[str, tuple[int, ...]]:
 
 
 def is_always_fp32(name: str) -> bool:
-    """The router decides on small differences: its weights stay fp32 whatever the model's dtype."""
+    """Whether a weight is fp32 in every dtype: the router decides on small differences."""
     return name.endswith((".gate", ".gate_bias"))
 
 
 def weight_bytes(spec: ModelSpec, dtype: torch.dtype) -> int:
-    """Memory of all weights; those that are not quantised are in this dtype."""
+    """Bytes of all weights; those that are not quantised have this dtype."""
     return sum(
         prod(shape) * stored_dtype.itemsize
         for _, shape, stored_dtype in loaded_tensors(spec, dtype)
@@ -55,7 +55,7 @@ def weight_bytes(spec: ModelSpec, dtype: torch.dtype) -> int:
 
 
 def expert_bytes(spec: ModelSpec, dtype: torch.dtype) -> int:
-    """Memory of one routed expert."""
+    """Bytes of one routed expert."""
     tensor_sizes = (
         prod(shape) * stored_dtype.itemsize
         for name, shape, stored_dtype in loaded_tensors(spec, dtype)
@@ -67,9 +67,9 @@ def expert_bytes(spec: ModelSpec, dtype: torch.dtype) -> int:
 def loaded_tensors(
     spec: ModelSpec, dtype: torch.dtype
 ) -> Iterator[tuple[str, tuple[int, ...], torch.dtype]]:
-    """Name, shape and dtype of all that is in memory: of a quantised weight its two parts.
+    """Name, shape and dtype of every tensor in memory.
 
-    Of a layer's packed experts, the one tensor that holds them.
+    A quantised weight consists of two tensors; a layer's packed experts are one tensor.
     """
     for name, shape in weight_shapes(spec).items():
         if spec.panels and ".experts." in name:
@@ -86,19 +86,19 @@ def loaded_tensors(
 
 
 def packed_shape(spec: ModelSpec) -> tuple[int, int]:
-    """Of a layer's packed experts: one row an expert."""
+    """The shape of a layer's packed experts: one row per expert."""
     return spec.router.experts, spec.expert_stride
 
 
 def is_packed(weight: str) -> bool:
-    """Whether all packed experts of a layer go there."""
+    """Whether this is the tensor of a layer's packed experts."""
     return weight.endswith(f".experts.{PACKED_NAME}")
 
 
 def quantised_parts(
     form: QuantFormat, shape: tuple[int, ...]
 ) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
-    """What a quantised weight of this shape consists of: numbers ``q``, and ``scales``."""
+    """Shape and dtype of the two tensors of a quantised weight: values ``q``, and ``scales``."""
     numbers, scales = form.storage_shapes(shape)
     return {"q": (numbers, form.dtype), "scales": (scales, torch.bfloat16)}
 
@@ -106,8 +106,10 @@ def quantised_parts(
 def allocate(
     spec: ModelSpec, dtype: torch.dtype, device: torch.device, *, experts: bool = True
 ) -> dict[str, Tensor]:
-    """Uninitialised memory for every weight, perhaps without ``experts``; for packed ones none, for
-    a file holds them."""
+    """Uninitialised memory for every weight except packed experts, which are mapped from a file.
+
+    With ``experts`` False, for no expert.
+    """
     return {
         name: torch.empty(shape, dtype=stored_dtype, device=device)
         for name, shape, stored_dtype in loaded_tensors(spec, dtype)
@@ -116,12 +118,12 @@ def allocate(
 
 
 def slabs(spec: ModelSpec, weights: dict[str, Tensor]) -> dict[int, Slab]:
-    """One slab per layer with experts, over the weights' own memory: expert e sits in slot e."""
+    """One slab per MoE layer, over the memory of ``weights``: expert e is in slot e."""
     return {layer: take_slab(spec, layer, dict(weights)) for layer in spec.moe_layers}
 
 
 def take_slab(spec: ModelSpec, layer: int, weights: dict[str, Tensor]) -> Slab:
-    """The layer's slab; its experts are taken out of ``weights``, and live as long as it does."""
+    """The layer's slab; its experts are removed from ``weights``."""
     if spec.panels:
         packed = weights.pop(f"layers.{layer}.experts.{PACKED_NAME}")
         slot_of = torch.arange(spec.router.experts, device=packed.device)

@@ -1,7 +1,7 @@
-"""The contracts of every operation that may have a faster twin, and the one place that picks one.
+"""The operations of a forward pass: one contract each, and the choice of the implementation.
 
-``reference`` is the truth: plain torch, correct on any device. A faster version has the same name
-and signature and is compared with it by value.
+``reference`` defines every result: plain torch, correct on any device. Faster implementations have
+the same name and signature (``cpu``: C++, ``triton``: GPU); tests compare them by value.
 """
 
 from __future__ import annotations
@@ -12,9 +12,10 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from coterie.ops import cpu, grouped_gemm, packed_layout, reference, triton_ops
+from coterie.ops import cpu, grouped_gemm, packed_layout, reference
 from coterie.ops.packed_layout import unpack
 from coterie.ops.reference import top_ids, top_mask
+from coterie.ops.triton_ops import kernels_for
 from coterie.quantization import FORMATS, QTensor
 from coterie.values import (
     CoresetRule,
@@ -51,41 +52,42 @@ __all__ = [
 
 
 def route(scores: Scores, rule: CoresetRule | None, vote_weight: Tensor | None) -> Routing | None:
-    """Election, choice inside the coreset and weights by one kernel; None where there is none.
+    """Elects the coreset, selects each token's experts in it and weighs them, in one kernel.
 
-    Without a ``rule``, the unmodified model. ``voice`` [S, N] fp32 >= 0 is what each token's vote
-    weighs, with a voter in every row (None: everybody 1). What it gives equals what
-    ``routing.route`` makes of the same rule in plain torch: ids, used, own and what came of
-    incumbents exactly, weights to rounding. Also None for logits on a CPU that are no numbers: who
-    asks then finds out which. A GPU computes probabilities itself: what differs in the last bits
-    there may decide otherwise; of incumbents its kernel knows nothing (None).
+    ``rule`` None runs the unmodified model. ``vote_weight`` [S, N] fp32 >= 0 is the weight of each
+    token's vote, with a positive weight in every row; None: all 1. The result equals that of
+    ``routing.route`` in plain torch: ids, used and coreset reuse exactly, weights to rounding. A
+    GPU computes its own probabilities, and their last bits may change a choice.
+
+    Returns None where no kernel supports the inputs: previous coresets on a GPU, or NaN or infinite
+    logits on a CPU.
     """
-    device = scores.logits.device.type
-    if device == "cuda" and triton_ops.is_available():
-        return triton_ops.route(scores, rule, vote_weight)
-    return cpu.route(scores, rule, vote_weight) if device == "cpu" else None
+    if (gpu := kernels_for(scores.logits)) is not None:
+        return gpu.route(scores, rule, vote_weight)
+    is_on_cpu = scores.logits.device.type == "cpu"
+    return cpu.route(scores, rule, vote_weight) if is_on_cpu else None
 
 
 def vote_weights(
     voters: Tensor | None, voter_filter: Tensor | None, *, invert_filter: bool = False
 ) -> Tensor:
-    """What each token's vote weighs, [S, N] fp32: ``asked``, times ``narrowing``, both >= 0.
+    """Weight of each token's vote, [S, N] fp32: ``voters`` times ``voter_filter``, both >= 0.
 
-    A row that narrowing leaves without a voter keeps those asked; a row without these has all of
-    its tokens vote. At least one of the two is given. ``opposite``: narrowing, a mask, names those
-    who do not vote.
+    A row without a voter after filtering falls back to ``voters``; a row without any voter has all
+    of its tokens vote. At least one argument is not None. With ``invert_filter`` the filter, a bool
+    mask, marks the tokens that do not vote.
     """
     template = voters if voter_filter is None else voter_filter
-    if template is not None and template.device.type == "cuda" and triton_ops.is_available():
-        return triton_ops.vote_weights(voters, voter_filter, invert_filter)
+    if template is not None and (gpu := kernels_for(template)) is not None:
+        return gpu.vote_weights(voters, voter_filter, invert_filter=invert_filter)
     return reference.vote_weights(voters, voter_filter, invert_filter=invert_filter)
 
 
 def run_experts(x: Tensor, routing: Routing, slab: Slab) -> Tensor:
-    """Weighted sum of the SwiGLU experts that ``slab`` holds: x [T, H] -> [T, H], always fp32.
+    """Weighted sum of the SwiGLU experts in ``slab``: x [T, H] -> [T, H], always fp32.
 
-    Ids of -1 and experts absent from the slab add nothing, so the slabs of one layer add up. A slab
-    on another device than x is computed there: what it needs goes once, and waits for x.
+    Ids of -1 and experts absent from the slab contribute nothing, so the results of a layer's slabs
+    add up. A slab on another device is computed there; inputs and output are copied.
     """
     if (slab_device := slab.gate_up.device) != x.device:
         ids, weights = routing.topk_ids.to(slab_device), routing.topk_weights.to(slab_device)
@@ -95,19 +97,15 @@ def run_experts(x: Tensor, routing: Routing, slab: Slab) -> Tensor:
         return cpu.run_experts(x, routing, slab)
     if x.device.type == "cpu" and grouped_gemm.supports(x, slab):
         return grouped_gemm.run_experts(x, routing, slab)
-    if (
-        x.is_cuda
-        and triton_ops.is_available()
-        and (out := triton_ops.run_experts(x, routing, slab)) is not None
-    ):
-        return out
+    if (gpu := kernels_for(x)) is not None and gpu.supports_experts(x, slab):
+        return gpu.run_experts(x, routing, slab)
     return reference.run_experts(x, routing, slab)
 
 
 def linear(x: Tensor, weight: Matrix, *, dtype: torch.dtype | None = None) -> Tensor:
     """x [..., k] times the transpose of weight [rows, k] -> [..., rows], in ``dtype`` or x's own.
 
-    Computed in the weight's precision, whatever that of x; sums are fp32.
+    Computed in the weight's precision with fp32 sums, whatever the precision of x.
     """
     dtype = x.dtype if dtype is None else dtype
     if isinstance(weight, PackedMatrix):
@@ -118,19 +116,18 @@ def linear(x: Tensor, weight: Matrix, *, dtype: torch.dtype | None = None) -> Te
 def fused_attention(
     qkv: Tensor, norms: tuple[Tensor, Tensor], queries: QueryPositions, kv: LayerKV, epsilon: float
 ) -> Tensor | None:
-    """Attention from projections to mixed values by one kernel; None where there is none.
+    """Attention from projections to output heads in one kernel; None without such a kernel.
 
-    qkv [B, W, heads + 2 kv_heads, D]: queries and keys are normed (``norms`` [D] each), turned by
-    position, keys and values written into ``held``, and what every query sees is mixed, [B, W,
-    heads, D]. What it equals is in ``model.attention``, in plain torch.
+    qkv [B, W, heads + 2 kv_heads, D]. Queries and keys are RMS-normalised (``norms`` [D] each) and
+    rotated; keys and values are written into ``kv``; the result is [B, W, heads, D]. The same
+    computation in plain torch is ``model.attention``.
     """
-    if qkv.is_cuda and triton_ops.is_available():
-        return triton_ops.fused_attention(qkv, norms, queries, kv, epsilon)
-    return (
-        cpu.fused_attention(qkv, norms, queries, kv, epsilon)
-        if cpu.supports_attention(qkv)
-        else None
-    )
+    if (gpu := kernels_for(qkv)) is not None:
+        if gpu.supports_attention(qkv, kv):
+            return gpu.fused_attention(qkv, norms, queries, kv, epsilon)
+    elif cpu.supports_attention(qkv):
+        return cpu.fused_attention(qkv, norms, queries, kv, epsilon)
+    return None
 
 
 def fused_attention_layer(
@@ -142,8 +139,9 @@ def fused_attention_layer(
     kv: LayerKV,
     epsilon: float,
 ) -> Tensor | None:
-    """``attend`` between the products before and after it, x [B, W, H] -> [B, W, H], by one call;
-    None where there is none. ``weights`` are those of queries, keys and values, and of the output.
+    """QKV projection, ``fused_attention`` and output projection in one call; None without a kernel.
+
+    x [B, W, H] -> [B, W, H]. ``weights`` are the fused QKV projection and the output projection.
     """
     qkv_proj, o_proj = weights
     if not isinstance(qkv_proj, PackedMatrix) or not isinstance(o_proj, PackedMatrix):
@@ -159,19 +157,15 @@ def rms_norm(x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
     """x / rms(x) over the last axis, computed in fp32 and rounded before the weight multiplies."""
     if cpu.supports_rms_norm(x, weight):
         return cpu.rms_norm(x, weight, epsilon)
-    if (
-        x.is_cuda
-        and triton_ops.is_available()
-        and (out := triton_ops.rms_norm(x, weight, epsilon)) is not None
-    ):
-        return out
+    if (gpu := kernels_for(x)) is not None and gpu.supports_rms_norm(x, weight):
+        return gpu.rms_norm(x, weight, epsilon)
     return reference.rms_norm(x, weight, epsilon)
 
 
 def add_rms_norm(
     x: Tensor, residual: Tensor, weight: Tensor, epsilon: float
 ) -> tuple[Tensor, Tensor]:
-    """x + more, both of one shape and type, and its ``rms_norm``."""
+    """x + residual (same shape and dtype), and its ``rms_norm``."""
     if cpu.supports_rms_norm(x, weight) and residual.dtype == x.dtype and residual.shape == x.shape:
         return cpu.add_rms_norm(x, residual, weight, epsilon)
     total = x + residual
@@ -179,15 +173,17 @@ def add_rms_norm(
 
 
 def silu_and_mul(gate_up: Tensor) -> Tensor:
-    """silu of the first half of [..., 2 I] times the second, [..., I]."""
-    if gate_up.is_cuda and triton_ops.is_available():
-        return triton_ops.silu_and_mul(gate_up)
+    """silu(first half) * second half of [..., 2 I] -> [..., I]."""
+    if (gpu := kernels_for(gate_up)) is not None:
+        return gpu.silu_and_mul(gate_up)
     return reference.silu_and_mul(gate_up)
 
 
 def swiglu(x: Tensor, gate_up: Matrix, down: Matrix, residual: Tensor | None = None) -> Tensor:
-    """``gated`` between two products: x [..., H] -> [..., H], added to ``beside`` (fp32, as many
-    numbers) where that is given, which one rounding may do or two."""
+    """A SwiGLU network, x [..., H] -> [..., H], plus ``residual`` (fp32, same number of elements).
+
+    Adding the residual may round once or twice, depending on the implementation.
+    """
     is_bf16 = x.dtype == torch.bfloat16
     if is_bf16 and isinstance(gate_up, PackedMatrix) and isinstance(down, PackedMatrix):
         return cpu.swiglu(x, gate_up, down, residual)
@@ -196,43 +192,39 @@ def swiglu(x: Tensor, gate_up: Matrix, down: Matrix, residual: Tensor | None = N
 
 
 def summarize_logits(logits: Tensor, mask_id: int) -> LogitsSummary:
-    """What each row of logits [w, V] says, where ``mask`` is no answer."""
+    """Argmax, argmax without ``mask_id`` and logsumexp of each row of logits [w, V]."""
     if cpu.supports_logits_summary(logits):
         return cpu.summarize_logits(logits, mask_id)
-    if logits.is_cuda and logits.dtype == torch.float32 and triton_ops.is_available():
-        return triton_ops.summarize_logits(logits, mask_id)
+    if logits.dtype == torch.float32 and (gpu := kernels_for(logits)) is not None:
+        return gpu.summarize_logits(logits, mask_id)
     return reference.summarize_logits(logits, mask_id)
 
 
 def prepare_matrix(weight: Tensor, *, release_source: bool = False) -> Matrix:
-    """The same matrix as ``linear`` reads it fastest here; see ``prepare``."""
-    return (
-        cpu.pack_matrix(weight, release_source=release_source)
-        if cpu.can_pack_matrix(weight) and cpu.is_available()
-        else weight
-    )
+    """The matrix in the fastest layout for ``linear`` on its device; see ``prepare``."""
+    if cpu.can_pack_matrix(weight) and cpu.is_available():
+        return cpu.pack_matrix(weight, release_source=release_source)
+    return weight
 
 
 def prepare(slab: Slab, *, release_source: bool = False) -> Slab:
-    """The same experts as they run fastest here; their old memory is not needed any more.
+    """The experts in the fastest layout for their device; the source memory is no longer needed.
 
-    ``spend``: nobody else has that memory, and it may be given back expert by expert meanwhile.
+    With ``release_source`` the source memory is freed expert by expert; it must have no other user.
     """
     if cpu.packed_format(slab) is not None and cpu.is_available():
         return cpu.pack(slab, release_source=release_source)
-    if (
-        slab.gate_up.device.type == "cpu"
-        and isinstance(slab.gate_up, QTensor)
-        and cpu.is_available()
-    ):
-        _warn_slow_format(str(slab.gate_up.format))
+    gate_up = slab.gate_up
+    if gate_up.device.type == "cpu" and isinstance(gate_up, QTensor) and cpu.is_available():
+        _warn_slow_format(str(gate_up.format))
     return slab
 
 
 def pack(slab: Slab) -> Slab:
-    """The same experts in panels, byte for byte alike with and without kernels; see ``panels``.
+    """The experts in the packed layout; the same bytes with and without the compiled kernels.
 
-    Raises ValueError for experts that no panels hold: floats other than bf16, other groups.
+    Raises ValueError for formats that the layout does not support: floats other than bf16, and
+    other group sizes.
     """
     if cpu.packed_format(slab) is not None and cpu.is_available():
         return cpu.pack(slab)
@@ -241,10 +233,10 @@ def pack(slab: Slab) -> Slab:
 
 @cache
 def _warn_slow_format(format_name: str) -> None:
-    """Says, once for each form of experts, that they are slow."""
+    """Logs once per format that no kernel supports it."""
     logging.getLogger("coterie").warning(
-        "Experts in %s run on PyTorch alone, many times slower than need be: the kernels for CPUs "
-        "take %s",
+        "Experts in %s run on PyTorch alone, which is many times slower; the CPU kernels support "
+        "bf16 and %s",
         format_name,
         " and ".join(str(format_) for format_ in FORMATS.values()),
     )

@@ -1,8 +1,8 @@
-"""An expert as one run of bytes that a GPU's kernels read where it lies: rows stay rows.
+"""The expert layout for GPUs: all tensors of an expert in one contiguous run of bytes.
 
-First gate and up, then down, then the scales of both where there are any; each begins at a
-multiple of 256 bytes, as the expert itself does. One copy brings it all, and a slab over such
-memory is views whose experts are further apart than their weights are long.
+Gate-up, down, then the scales of both if quantised. Each tensor, and each expert, starts at a
+multiple of 256 bytes. One copy moves a whole expert, and a slab over such memory consists of
+strided views that the kernels read in place.
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ from torch import Tensor
 from coterie.quantization import QTensor, QuantFormat
 from coterie.values import Slab
 
-ALIGNMENT = 256  # bytes; what a GPU's widest accesses like addresses to be multiples of
+ALIGNMENT = 256  # bytes; alignment of the widest GPU memory accesses
 WEIGHT_NAMES = ("gate_up", "down")
 
 
 @dataclass(frozen=True)
 class TensorSpan:
-    """One tensor [rows, columns] of every expert, from byte ``start`` of it on."""
+    """One tensor [rows, columns] of an expert, at byte ``start`` of the expert."""
 
     start: int
     shape: tuple[int, int]
@@ -35,13 +35,13 @@ class TensorSpan:
         return self.start + rows * columns * self.dtype.itemsize
 
     def view(self, memory: Tensor) -> Tensor:
-        """[n, rows, columns] of memory [n, bytes of an expert] uint8, over the same bytes."""
+        """A view [n, rows, columns] of this tensor in memory [n, expert bytes] uint8."""
         return memory[:, self.start : self.stop].view(self.dtype).unflatten(1, self.shape)
 
 
 @dataclass(frozen=True)
 class ExpertLayout:
-    """The bytes of an expert: floats of a dtype, or whole numbers of a format and their scales."""
+    """The byte layout of one expert, in a float dtype or a quantised format with scales."""
 
     hidden: int
     width: int
@@ -49,7 +49,7 @@ class ExpertLayout:
 
     @cached_property
     def spans(self) -> Mapping[str, TensorSpan]:
-        """By name: ``gate_up`` and ``down``, or ``.q`` and ``.scales`` of these."""
+        """The tensors by name: ``gate_up`` and ``down``, or ``.q`` and ``.scales`` of both."""
         spans: dict[str, TensorSpan] = {}
         start = 0
         for name, shape, dtype in self._tensors():
@@ -59,11 +59,11 @@ class ExpertLayout:
 
     @property
     def size(self) -> int:
-        """Bytes from one expert to the next."""
+        """Bytes of one expert, aligned."""
         return _align_up(max(span.stop for span in self.spans.values()))
 
     def views(self, memory: Tensor) -> dict[str, Tensor]:
-        """Of memory [n, size] uint8, each part by name."""
+        """Views of memory [n, size] uint8, by tensor name."""
         return {name: span.view(memory) for name, span in self.spans.items()}
 
     def as_slab(self, memory: Tensor, slot_of: Tensor) -> Slab:
@@ -87,7 +87,9 @@ class ExpertLayout:
             elif isinstance(destination, Tensor) and isinstance(weight, Tensor):
                 destination.copy_(weight)
             else:
-                raise ValueError(f"experts in {weight.dtype} are none in {self.element_type}")
+                raise ValueError(
+                    f"experts in {weight.dtype} do not fit a layout of {self.element_type}"
+                )
 
     def _tensors(self) -> Iterator[tuple[str, tuple[int, int], torch.dtype]]:
         shapes = ((2 * self.width, self.hidden), (self.hidden, self.width))

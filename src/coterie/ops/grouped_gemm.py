@@ -1,4 +1,4 @@
-"""Experts in one grouped product: token-expert pairs sorted by expert, no expert read in vain."""
+"""Experts by torch's grouped matrix product: unused experts are not read."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from torch.nn import functional as F
 
 from coterie.values import Routing, Slab
 
-ROW_ALIGNMENT = 16  # bytes that every row must be a multiple of
+ROW_ALIGNMENT = 16  # bytes; every row must be a multiple
 
 
 def supports(x: Tensor, slab: Slab) -> bool:
-    """Whether the grouped product takes these shapes and types."""
+    """Whether the grouped product supports these shapes and dtypes."""
     if not isinstance(slab.gate_up, Tensor) or not isinstance(slab.down, Tensor):
         return False
     widths = (slab.gate_up.shape[-1], slab.down.shape[-1])
@@ -21,21 +21,20 @@ def supports(x: Tensor, slab: Slab) -> bool:
 
 
 def run_experts(x: Tensor, routing: Routing, slab: Slab) -> Tensor:
-    """See ``ops.run_experts``. Does not ask the host anything."""
+    """See ``ops.run_experts``. Does not synchronise with the host."""
     gate_up, down = slab.gate_up, slab.down
-    assert isinstance(gate_up, Tensor)  # as ``fits`` found them
+    assert isinstance(gate_up, Tensor)  # checked by ``supports``
     assert isinstance(down, Tensor)
     experts = len(gate_up)
-    slots = (
-        slab.slot_of[routing.topk_ids.clamp(min=0)].where(routing.topk_ids >= 0, -1).flatten()
-    )  # [T k]
-    slots = slots.where(slots >= 0, experts)  # nobody sorts last, past the end of every group
+    ids = routing.topk_ids
+    slots = slab.slot_of[ids.clamp(min=0)].where(ids >= 0, -1).flatten()  # [T k]
+    slots = slots.where(slots >= 0, experts)  # absent experts sort last, past every group
     order = slots.argsort(stable=True)
-    token = order // routing.topk_ids.shape[-1]
+    token = order // ids.shape[-1]
     ends = F.one_hot(slots, experts + 1).sum(0)[:experts].cumsum(0).to(torch.int32)
     gate, up = F.grouped_mm(x[token], gate_up.mT, offs=ends).chunk(2, dim=-1)
     y = F.grouped_mm(F.silu(gate) * up, down.mT, offs=ends)
-    # Rows past the last group were never written.
+    # Rows past the last group are uninitialised.
     valid = (torch.arange(len(token), device=x.device) < ends[-1]).unsqueeze(-1)
     y = y.float().where(valid, 0.0) * routing.topk_weights.flatten()[order].unsqueeze(-1)
     out = torch.zeros(x.shape, dtype=torch.float32, device=x.device)

@@ -1,10 +1,11 @@
-"""The layout that the kernels of a CPU read, in plain torch: into it and back, on any device.
+"""The packed layout of the CPU kernels, in plain torch: packing and unpacking on any device.
 
-Rows stand sixteen at a time beside sixteen others: gate beside up of the same rows, in down the
-next sixteen. Such a couple holds, step by step along k, four bytes of each row: two bf16, four
-int8, or eight int4, of which the later four are the high halves. Whole numbers are stored with
-their zero in the middle of the unsigned range; before each group of them come its scales. What is
-past the end of a matrix weighs nothing. An expert is its couples of gate and up, then of down.
+A panel is 16 rows; panels are stored in interleaved pairs. A gate panel is paired with the up panel
+of the same rows; a down panel is paired with the next one. A pair stores, step by step along k,
+four bytes of each row: two bf16, four int8, or eight int4 (the later four in the high nibbles).
+Integers are stored unsigned, with their zero point in the middle of the range; each group is
+preceded by its scales. Rows and columns past the end are zero. An expert is its gate-up pairs, then
+its down pairs.
 """
 
 from __future__ import annotations
@@ -19,21 +20,21 @@ from coterie.quantization import FORMATS, QTensor, QuantFormat, pack_values
 from coterie.values import PackedExperts, Slab
 
 LAYOUT_VERSION = 1
-"""Raised whenever the same weight becomes other bytes; ``api.hpp`` says it too."""
+"""Incremented whenever the bytes of a packed weight change; ``api.hpp`` has the same number."""
 
 PackedFormat: TypeAlias = Literal["bf16", "int8", "int4"]
 UnpackedWeight: TypeAlias = Tensor | QTensor
 
 PACKED_FORMATS: tuple[PackedFormat, ...] = ("bf16", "int8", "int4")
 PANEL_ROWS = 16  # rows of a panel
-STEP_BYTES = 4  # bytes of a row in a step
-EXPERT_ALIGNMENT = 64  # bytes that every expert begins at a multiple of
+STEP_BYTES = 4  # bytes of one row per step
+EXPERT_ALIGNMENT = 64  # bytes; every expert starts at a multiple
 
 
 def packed_format_of(
     gate_up: UnpackedWeight | PackedExperts, down: UnpackedWeight | PackedExperts
 ) -> PackedFormat | None:
-    """What these weights are in panels; None where they are none that panels hold."""
+    """The packed format of these weights; None if the layout does not support them."""
     if isinstance(gate_up, QTensor) and isinstance(down, QTensor):
         formats: tuple[PackedFormat, ...] = ("int8", "int4")
         same_format = gate_up.format == down.format
@@ -46,18 +47,18 @@ def packed_format_of(
 
 
 def expert_bytes(format_: PackedFormat, *, hidden: int, width: int) -> int:
-    """Bytes from one packed expert to the next."""
+    """Bytes of one packed expert, aligned."""
     gate_up_pairs, down_pairs = _pair_count(width, PANEL_ROWS), _pair_count(hidden, 2 * PANEL_ROWS)
     size = gate_up_pairs * _pair_bytes(format_, hidden) + down_pairs * _pair_bytes(format_, width)
     return -(-size // EXPERT_ALIGNMENT) * EXPERT_ALIGNMENT
 
 
 def pack(slab: Slab) -> Slab:
-    """The same experts in panels, in memory of their own; the kernels' own pack is far faster."""
+    """The experts in the packed layout, in new memory; ``cpu.pack`` is far faster."""
     gate_up, down, (experts, hidden, width) = slab.gate_up, slab.down, slab.down.shape
     format_ = packed_format_of(gate_up, down)
     if format_ is None or isinstance(gate_up, PackedExperts) or isinstance(down, PackedExperts):
-        raise ValueError(f"no panels hold experts in {gate_up.dtype}")
+        raise ValueError(f"the packed layout does not support experts in {gate_up.dtype}")
     size = expert_bytes(format_, hidden=hidden, width=width)
     packed = torch.zeros(experts, size, dtype=torch.uint8, device=gate_up.device)
     for expert in range(experts):
@@ -67,7 +68,7 @@ def pack(slab: Slab) -> Slab:
 
 
 def unpack(slab: Slab) -> Slab:
-    """The experts of a slab in panels as they were before; needs their memory once more."""
+    """The experts of a packed slab as matrices again, in new memory."""
     packed = slab.gate_up
     if not isinstance(packed, PackedExperts):
         return slab
@@ -89,7 +90,7 @@ def slab_of_packed(
 
 
 def pack_expert(gate_up: UnpackedWeight, down: UnpackedWeight) -> Tensor:
-    """Bytes [expert_bytes or up to 63 fewer] of gate_up [2 I, H] and down [H, I]."""
+    """The packed bytes of gate_up [2 I, H] and down [H, I], without padding to the alignment."""
     parts = []
     for weight, pair_rows in ((gate_up, _pair_gate_with_up), (down, _pair_consecutive_panels)):
         if isinstance(weight, QTensor):
@@ -103,7 +104,7 @@ def pack_expert(gate_up: UnpackedWeight, down: UnpackedWeight) -> Tensor:
 def unpack_expert(
     expert_data: Tensor, format_: PackedFormat, *, hidden: int, width: int
 ) -> tuple[UnpackedWeight, UnpackedWeight]:
-    """gate_up [2 I, H] and down [H, I] of an expert's bytes."""
+    """gate_up [2 I, H] and down [H, I] of one packed expert."""
     gate_up_pairs, down_pairs = _pair_count(width, PANEL_ROWS), _pair_count(hidden, 2 * PANEL_ROWS)
     gate_up_size = gate_up_pairs * _pair_bytes(format_, hidden)
     gate_up_data = expert_data[:gate_up_size].view(gate_up_pairs, -1)
@@ -131,7 +132,7 @@ def _pair_bytes(format_: PackedFormat, k: int) -> int:
 
 
 def _pair_gate_with_up(weight: Tensor) -> Tensor:
-    """[2 I, k] as couples [c, 2, 16, k]: gate, and up of the same rows."""
+    """[2 I, k] as panel pairs [c, 2, 16, k]: gate, and up of the same rows."""
     gate_and_up = weight.unflatten(0, (2, -1))
     return (
         _pad_to_multiple(gate_and_up, -2, PANEL_ROWS).unflatten(1, (-1, PANEL_ROWS)).transpose(0, 1)
@@ -139,7 +140,7 @@ def _pair_gate_with_up(weight: Tensor) -> Tensor:
 
 
 def _pair_consecutive_panels(weight: Tensor) -> Tensor:
-    """[H, k] as couples [c, 2, 16, k]: sixteen rows, and the next sixteen."""
+    """[H, k] as panel pairs [c, 2, 16, k]: sixteen rows, and the next sixteen."""
     return _pad_to_multiple(weight, -2, 2 * PANEL_ROWS).unflatten(0, (-1, 2, PANEL_ROWS))
 
 
@@ -150,7 +151,7 @@ def _encode_bf16(panel_pairs: Tensor) -> Tensor:
 
 
 def _encode_integers(numbers: Tensor, scales: Tensor, quant_format: QuantFormat) -> Tensor:
-    """int8 numbers [c, 2, 16, k] and their bf16 scales [c, 2, 16, groups] as bytes."""
+    """int8 values [c, 2, 16, k] and their bf16 scales [c, 2, 16, groups] as bytes."""
     unsigned = (
         _pad_to_multiple(numbers, -1, quant_format.group).view(torch.uint8) - quant_format.qmin
     )
@@ -163,7 +164,7 @@ def _encode_integers(numbers: Tensor, scales: Tensor, quant_format: QuantFormat)
 
 
 def _decode_pairs(panel_pairs: Tensor, format_: PackedFormat, k: int) -> list[Tensor]:
-    """Of couples' bytes [c, n]: bf16 [c, 2, 16, k]; or numbers like that, and their scales."""
+    """From bytes [c, n]: [bf16 [c, 2, 16, k]], or [int8 values of that shape, their scales]."""
     if format_ == "bf16":
         step_pairs = panel_pairs.view(torch.bfloat16).unflatten(-1, (-1, 2, PANEL_ROWS, 2))
         return [step_pairs.permute(0, 2, 3, 1, 4).flatten(-2)[..., :k]]
@@ -198,6 +199,6 @@ def _stack(weights: list[UnpackedWeight]) -> UnpackedWeight:
 
 
 def _pad_to_multiple(tensor: Tensor, dim: int, multiple: int) -> Tensor:
-    """Zeros at the end of the last or the last but one dimension, up to a multiple."""
+    """Pads the last (-1) or second to last (-2) dimension with zeros to a multiple."""
     padding = -tensor.shape[dim] % multiple
     return F.pad(tensor, (0, padding) if dim == -1 else (0, 0, 0, padding)) if padding else tensor

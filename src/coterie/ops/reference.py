@@ -1,4 +1,4 @@
-"""The truth that faster operations are compared with: short, plain, any device."""
+"""The reference implementations: short, plain torch, correct on any device."""
 
 from __future__ import annotations
 
@@ -14,23 +14,23 @@ from coterie.values import LogitsSummary, PackedExperts, Routing, Slab, expert_m
 
 @dataclass(frozen=True)
 class Dispatch:
-    """Pairs of a token and one of its choices, sorted by the slot of the expert, then by token.
+    """Token-expert pairs sorted by the expert's slot, then by token.
 
-    ``begin[s] .. begin[s + 1]`` are the pairs of slot s. From ``begin[-1]`` on, where the expert is
-    absent or the id -1, there is nothing to compute, and ``token`` and ``pair`` are -1.
+    The pairs of slot s are ``slot_begin[s] .. slot_begin[s + 1]``. Pairs without an expert, or with
+    an expert that is not in the slab, are last; their ``token_ids`` and ``pair_ids`` are -1.
     """
 
     slot_begin: Tensor  # [slots + 1] int32
     token_ids: Tensor  # [T * k] int32
-    pair_ids: Tensor  # [T * k] int32: token * k + choice, the place in the flat ids and weights
-    active_slots: Tensor  # [slots] int32: the slots that have pairs, ascending; then -1
+    pair_ids: Tensor  # [T * k] int32: token * k + choice, the index into flat ids and weights
+    active_slots: Tensor  # [slots] int32: slots with pairs, ascending; then -1
 
 
 def top_ids(key: Tensor, k: int, tier: Tensor | None = None) -> Tensor:
     """Indices [..., k] of the largest of key [..., E], best first; ties go to the lower index.
 
-    With ``tier`` [..., E] of small whole numbers, a lower tier comes first whatever its key. This
-    is the only top-k: ``torch.topk`` leaves ties open, and backends would disagree.
+    With ``tier`` [..., E] of small integers, a lower tier precedes a higher one, whatever the keys.
+    All top-k selection uses this function: ``torch.topk`` does not define the order of ties.
     """
     if key.dtype == torch.float32:
         return torch.topk(_sort_codes(key, tier), min(k, key.shape[-1])).indices
@@ -54,13 +54,13 @@ def rms_norm(x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
 
 
 def silu_and_mul(gate_up: Tensor) -> Tensor:
-    """See ``ops.gated``."""
+    """See ``ops.silu_and_mul``."""
     gate, up = gate_up.chunk(2, dim=-1)
     return F.silu(gate) * up
 
 
 def summarize_logits(logits: Tensor, mask_id: int) -> LogitsSummary:
-    """See ``ops.survey``."""
+    """See ``ops.summarize_logits``."""
     best = logits.argmax(dim=-1)
     unmasked_logits = logits.clone()
     unmasked_logits[:, mask_id] = float("-inf")
@@ -70,25 +70,24 @@ def summarize_logits(logits: Tensor, mask_id: int) -> LogitsSummary:
 
 
 def linear(x: Tensor, weight: Tensor, dtype: torch.dtype) -> Tensor:
-    """See ``ops.linear``: in the weight's own precision."""
+    """See ``ops.linear``."""
     return F.linear(x.to(weight.dtype), weight).to(dtype)
 
 
 def run_experts(x: Tensor, routing: Routing, slab: Slab) -> Tensor:
-    """See ``ops.run_experts``. One expert at a time; asks the host which are there.
+    """See ``ops.run_experts``. One expert at a time; synchronises with the host.
 
-    Quantised experts are computed with in fp32.
+    Quantised experts are dequantised and computed in fp32.
     """
     if isinstance(slab.gate_up, QTensor):
         x = x.float()
     gate_up, down = slab.gate_up, slab.down
-    # Panels cannot be read a matrix at a time: only the kernels that packed them take them.
+    # Only the CPU kernels read the packed layout.
     assert not isinstance(gate_up, PackedExperts)
     assert not isinstance(down, PackedExperts)
     out = torch.zeros(x.shape, dtype=torch.float32, device=x.device)
-    slots = slab.slot_of[routing.topk_ids.clamp(min=0)].masked_fill(
-        routing.topk_ids < 0, -1
-    )  # [T, k]
+    ids = routing.topk_ids
+    slots = slab.slot_of[ids.clamp(min=0)].masked_fill(ids < 0, -1)  # [T, k]
     for slot in slots[slots >= 0].unique().tolist():
         token, choice = torch.nonzero(slots == slot, as_tuple=True)
         y = _swiglu_mlp(x[token], _dequantise(gate_up[slot]), _dequantise(down[slot]))
@@ -99,9 +98,9 @@ def run_experts(x: Tensor, routing: Routing, slab: Slab) -> Tensor:
 def vote_weights(
     voters: Tensor | None, voter_filter: Tensor | None, *, invert_filter: bool = False
 ) -> Tensor:
-    """See ``ops.voices``."""
+    """See ``ops.vote_weights``."""
     template = voters if voter_filter is None else voter_filter
-    assert template is not None  # or there is nothing to say of anybody
+    assert template is not None
     ones = torch.ones(template.shape, device=template.device)
     weights, fallback = ones, ones
     if voters is not None:
@@ -115,13 +114,12 @@ def vote_weights(
 
 
 def dispatch(routing: Routing, slot_of: Tensor, slots: int) -> Dispatch:
-    """The pairs of ``routing`` by slot, where ``slot_of`` [E] of each expert is -1 if absent.
+    """Sorts the pairs of ``routing`` by slot; ``slot_of`` [E] is -1 for absent experts.
 
-    Does not ask the host anything. ``routing.used`` must be the experts of ``routing.ids``.
+    Does not synchronise with the host. ``routing.used`` must be the set of ``routing.topk_ids``.
     """
-    slot = (
-        slot_of[routing.topk_ids.clamp(min=0)].where(routing.topk_ids >= 0, -1).flatten()
-    )  # [T * k]
+    ids = routing.topk_ids
+    slot = slot_of[ids.clamp(min=0)].where(ids >= 0, -1).flatten()  # [T * k]
     slot = slot.where(slot >= 0, slots)
     order = slot.argsort(stable=True)
     order = order.where(slot[order] < slots, -1)
@@ -130,7 +128,7 @@ def dispatch(routing: Routing, slot_of: Tensor, slots: int) -> Dispatch:
     active = slot_ids.where(count > 0, slots).sort().values
     return Dispatch(
         slot_begin=F.pad(count.cumsum(0), (1, 0)).to(torch.int32),
-        token_ids=order.div(routing.topk_ids.shape[-1], rounding_mode="floor").to(torch.int32),
+        token_ids=order.div(ids.shape[-1], rounding_mode="floor").to(torch.int32),
         pair_ids=order.to(torch.int32),
         active_slots=active.where(active < slots, -1).to(torch.int32),
     )
@@ -151,8 +149,8 @@ def _dequantise(weight: Tensor | QTensor) -> Tensor:
 
 def _sort_codes(key: Tensor, tier: Tensor | None) -> Tensor:
     """int64 [..., E] without ties, sorted as (lower tier, larger key, lower index): E < 2**16."""
-    # The bits of an IEEE float sort as integers do once those of the negative ones are flipped;
-    # adding 0 turns -0 into 0.
+    # IEEE floats sort as integers once the bits of negative ones are flipped. Adding 0 turns -0
+    # into 0.
     bits = (key + 0.0).view(torch.int32)
     bits = bits ^ ((bits >> 31) & 0x7FFFFFFF)
     size = key.shape[-1]

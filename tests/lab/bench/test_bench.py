@@ -1,4 +1,4 @@
-"""The bench: shapes, random models, peers that behave and peers that do not, records and plots.
+"""Benchmarks: shapes, random models, baselines that work and that fail, records and figures.
 
 No test here asserts how long anything took.
 """
@@ -48,7 +48,7 @@ from coterie.telemetry import ExpertCounter
 from coterie.testing import read_spec
 from coterie.values import PackedExperts, Routing, Window, expert_mask
 
-FAKE = Path(__file__).parent / "fake_peer.py"
+FAKE_BASELINE = Path(__file__).parents[2] / "support" / "fake_baseline.py"
 TINY = SHAPES["tiny"]
 
 
@@ -59,82 +59,84 @@ TINY = SHAPES["tiny"]
     ("name", "config"),
     [("llada2-mini", LLADA2_MINI), ("llada2-flash", LLADA2_FLASH), ("llada-moe", LLADA_MOE)],
 )
-def test_a_shape_is_what_the_released_config_says(name: str, config: dict) -> None:
+def test_a_shape_equals_the_released_config(name: str, config: dict) -> None:
     family, spec = read_spec(config)
     assert SHAPES[name].spec == spec
     assert SHAPES[name].family is family
 
 
-def test_an_unknown_shape_names_those_that_are_known() -> None:
+def test_an_unknown_shape_lists_the_known_ones() -> None:
     with pytest.raises(CoterieError, match=r"unknown shape 'llada3'; known: llada2-mini, .*tiny"):
         find_shape("llada3")
 
 
-def test_a_shape_is_cut_to_layers_that_route() -> None:
+def test_a_truncated_shape_has_a_moe_layer() -> None:
     assert TINY.truncate(2).spec.moe == (False, True)
     assert TINY.truncate(None) is TINY
     for layers in (0, 1, 4):
-        with pytest.raises(CoterieError, match=f"{layers} layers of Tiny; it takes 2 to 3"):
+        with pytest.raises(CoterieError, match=f"`layers` is {layers} for Tiny; must be 2 to 3"):
             TINY.truncate(layers)
 
 
-def test_routers_that_nobody_counted_are_as_skewed_as_minis() -> None:
-    bend = find_skew(SHAPES["llada2-mini"].spec.router, SHAPES["llada2-mini"].unique_experts)
+def test_uncounted_routers_are_as_skewed_as_minis() -> None:
+    skew = find_skew(SHAPES["llada2-mini"].spec.router, SHAPES["llada2-mini"].unique_experts)
     assert find_skew(
         SHAPES["sdar-moe"].spec.router, SHAPES["sdar-moe"].unique_experts
-    ) == pytest.approx(bend, abs=0.05)
+    ) == pytest.approx(skew, abs=0.05)
 
 
 # Random models
 
 
 @pytest.mark.parametrize("experts", ["fp32", "bf16", "int8", "int4"])
-def test_a_random_models_experts_are_a_few_over_and_over(experts: str) -> None:
-    draw = torch.Generator().manual_seed(3)
+def test_a_random_model_repeats_a_few_experts(experts: str) -> None:
+    generator = torch.Generator().manual_seed(3)
     spec = TINY.spec
-    few = random_experts(spec, experts, draw, torch.device("cpu"))
-    many = repeat_experts(few, 7)
-    x = torch.randn(9, spec.hidden, generator=draw)
+    distinct = random_experts(spec, experts, generator, torch.device("cpu"))
+    repeated = repeat_experts(distinct, 7)
+    x = torch.randn(9, spec.hidden, generator=generator)
     x = x if experts == "fp32" else x.bfloat16()
-    ids = torch.randint(0, 7, (9, 3), generator=draw)
-    weights = torch.rand(9, 3, generator=draw)
+    ids = torch.randint(0, 7, (9, 3), generator=generator)
+    weights = torch.rand(9, 3, generator=generator)
 
     def routing(ids: torch.Tensor, count: int) -> Routing:
         return Routing(ids, weights, expert_mask(ids.flatten(), count), ids)
 
-    y = run_experts(x, routing(ids, 7), many)
-    assert torch.allclose(y, run_experts(x, routing(ids % 2, 2), few), rtol=1e-5, atol=1e-7)
+    y = run_experts(x, routing(ids, 7), repeated)
+    assert torch.allclose(y, run_experts(x, routing(ids % 2, 2), distinct), rtol=1e-5, atol=1e-7)
     assert float(y.abs().mean()) > 0
 
 
-def test_each_copy_of_an_expert_is_in_memory_of_its_own() -> None:
-    few = random_experts(TINY.spec, "bf16", torch.Generator(), torch.device("cpu"))
-    many = repeat_experts(few, 32)
-    whole = many.gate_up.packed if isinstance(many.gate_up, PackedExperts) else many.gate_up
-    assert len(whole) == 32
-    assert whole.stride(0) == whole[0].numel()
+def test_each_copy_of_an_expert_has_its_own_memory() -> None:
+    distinct = random_experts(TINY.spec, "bf16", torch.Generator(), torch.device("cpu"))
+    repeated = repeat_experts(distinct, 32)
+    total_bytes = (
+        repeated.gate_up.packed if isinstance(repeated.gate_up, PackedExperts) else repeated.gate_up
+    )
+    assert len(total_bytes) == 32
+    assert total_bytes.stride(0) == total_bytes[0].numel()
 
 
 @pytest.mark.parametrize("name", ["tiny", "llada-moe"])
-def test_gates_are_bent_until_a_block_uses_as_many_experts_as_the_model_does(name: str) -> None:
+def test_skewed_gates_use_as_many_experts_as_the_model(name: str) -> None:
     shape = SHAPES[name]
     if name != "tiny":
-        few = {"heads": 2, "kv_heads": 2, "head_dim": 16, "rotary_dim": 8}
-        small = {"vocabulary": 512, "hidden": 256, "expert_width": 16, **few}
+        attention = {"heads": 2, "kv_heads": 2, "head_dim": 16, "rotary_dim": 8}
+        small = {"vocabulary": 512, "hidden": 256, "expert_width": 16, **attention}
         shape = replace(shape, spec=replace(shape.spec, **small)).truncate(4)
     model = random_model(shape, "bf16")
-    counting, draw = ExpertCounter(), torch.Generator().manual_seed(1)
+    counter, generator = ExpertCounter(), torch.Generator().manual_seed(1)
     for number in range(6):
-        ids = torch.randint(0, model.mask_id, (1, 32), generator=draw)
-        counting.on_forward((number,))
+        ids = torch.randint(0, model.mask_id, (1, 32), generator=generator)
+        counter.on_forward((number,))
         span = torch.tensor([32])
-        step = ForwardContext(Window(span * 0, 32, span), None, Vanilla(), counting)
+        step = ForwardContext(Window(span * 0, 32, span), None, Vanilla(), counter)
         model.transformer(ids, step)
-    seen = sum(counting.counts(number).mean for number in range(6)) / 6
-    assert seen == pytest.approx(shape.unique_experts, rel=0.12)
+    unique_experts = sum(counter.counts(number).mean for number in range(6)) / 6
+    assert unique_experts == pytest.approx(shape.unique_experts, rel=0.12)
 
 
-def test_a_random_model_is_the_same_for_the_same_seed_and_generates() -> None:
+def test_a_random_model_depends_on_its_seed_only() -> None:
     first, again, other = (random_model(TINY, "int8", layers=2, seed=s) for s in (1, 1, 2))
     options = GenerationConfig.for_family(TINY.family.defaults).replace(max_new_tokens=8, block=8)
     texts = [
@@ -143,138 +145,143 @@ def test_a_random_model_is_the_same_for_the_same_seed_and_generates() -> None:
     assert texts[0] == texts[1] != texts[2]
 
 
-def test_a_model_that_does_not_fit_says_what_would(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_model_that_does_not_fit_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("coterie.lab.bench.model.free_memory", lambda _device: 1 << 10)
-    with pytest.raises(CoterieError, match="GiB are free; --layers cuts it, --dtype int8"):
+    with pytest.raises(CoterieError, match="GiB are free; reduce `layers`"):
         random_model(TINY)
 
 
-# One layer, and peers
+# One layer, and baselines
 
 
-def asked(dtype: str = "bf16", **others: object) -> BenchConfig:
+def bench_config(dtype: str = "bf16", **others: object) -> BenchConfig:
     return BenchConfig(
         TINY, dtype, ("vanilla", "des-vote:beta=0.25"), tokens=9, repeats=2, **others
     )
 
 
-def fake(mood: str, *, named: bool = False) -> ResolvedBaseline:
-    """A peer of these tests. Its name is its mood."""
-    peer = Baseline(mood, ("graze",), ("fp32", "bf16"), script=str(FAKE))
-    return ResolvedBaseline(peer, Path(sys.executable), named)
+def fake_baseline(behaviour: str, *, required: bool = False) -> ResolvedBaseline:
+    """A baseline of these tests; its name is its behaviour."""
+    baseline = Baseline(behaviour, ("graze",), ("fp32", "bf16"), script=str(FAKE_BASELINE))
+    return ResolvedBaseline(baseline, Path(sys.executable), required)
 
 
-def test_ours_and_the_read_take_their_turns_and_count_their_bytes() -> None:
-    found = time_layer(asked("int8"), [], budget=0)
-    slab = make_slab(TINY.layer, asked("int8"))
-    whole = sum(each.nbytes for each in weight_buffers([slab.gate_up, slab.down]))
-    for line in found.timings:
-        assert {work: len(taken) for work, taken in line.samples.items()} == {"ours": 2, "read": 2}
-        assert line.bytes == pytest.approx(line.experts * whole / 32)
-    assert found.timings[1].experts == 8
-    assert found.timings[0].experts > 8
+def test_our_kernel_and_the_read_are_timed_with_their_bytes() -> None:
+    result = time_layer(bench_config("int8"), [], budget=0)
+    slab = make_slab(TINY.layer, bench_config("int8"))
+    total_bytes = sum(each.nbytes for each in weight_buffers([slab.gate_up, slab.down]))
+    for timing in result.timings:
+        assert {workload: len(taken) for workload, taken in timing.samples.items()} == {
+            "ours": 2,
+            "read": 2,
+        }
+        assert timing.bytes == pytest.approx(timing.experts * total_bytes / 32)
+    assert result.timings[1].experts == 8
+    assert result.timings[0].experts > 8
 
 
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
-def test_torch_computes_what_we_do_in_a_process_of_its_own(dtype: str) -> None:
-    who, skipped = resolve_baselines(["torch"], {"torch": Path(sys.executable)}, dtype)
-    found = time_layer(asked(dtype), who, budget=0)
-    assert skipped == found.skipped == {}
-    assert set(found.errors) == {"torch loop", "torch grouped_mm"}
-    assert all(0 <= error < MAX_RELATIVE_ERROR[dtype] for error in found.errors.values())
-    assert found.versions["torch"]["torch"] == torch.__version__
-    for line in found.timings:
-        assert {len(taken) for taken in line.samples.values()} == {2}
-        times = line.facts()["times_ours"]
-        assert times["torch loop"] == line.ratio_to_ours("torch loop") > 0
+def test_torch_computes_our_output_in_its_own_process(dtype: str) -> None:
+    baselines, skipped = resolve_baselines(["torch"], {"torch": Path(sys.executable)}, dtype)
+    result = time_layer(bench_config(dtype), baselines, budget=0)
+    assert skipped == result.skipped == {}
+    assert set(result.errors) == {"torch loop", "torch grouped_mm"}
+    assert all(0 <= error < MAX_RELATIVE_ERROR[dtype] for error in result.errors.values())
+    assert result.versions["torch"]["torch"] == torch.__version__
+    for timing in result.timings:
+        assert {len(taken) for taken in timing.samples.values()} == {2}
+        times = timing.facts()["times_ours"]
+        assert times["torch loop"] == timing.ratio_to_ours("torch loop") > 0
 
 
-def test_peers_take_turns_and_their_own_seconds_count() -> None:
-    found = time_layer(asked(), [fake("grazes")], budget=0)
-    assert found.sessions == [["grazes"]]
-    assert found.versions == {"grazes": {"sheep": "1.0"}}
-    assert found.errors["grazes graze"] < MAX_RELATIVE_ERROR["bf16"]
-    assert [line.samples["grazes graze"] for line in found.timings] == [[0.25, 0.25]] * 2
+def test_baselines_report_their_own_seconds() -> None:
+    result = time_layer(bench_config(), [fake_baseline("grazes")], budget=0)
+    assert result.sessions == [["grazes"]]
+    assert result.versions == {"grazes": {"sheep": "1.0"}}
+    assert result.errors["grazes graze"] < MAX_RELATIVE_ERROR["bf16"]
+    assert [timing.samples["grazes graze"] for timing in result.timings] == [[0.25, 0.25]] * 2
 
 
 @pytest.mark.parametrize(
-    ("mood", "why"),
+    ("behaviour", "reason"),
     [
-        ("lies", "lies graze computes something else: off by 50.0%"),
-        ("shrinks", "shrinks graze computes something else: off by inf%"),
+        ("lies", "lies graze is wrong: relative error 50.0%"),
+        ("shrinks", "shrinks graze is wrong: relative error inf%"),
         ("dies", "dies ended with status 3: out of sheep"),
-        ("babbles", "babbles answered 'nonsense'"),
+        ("babbles", "babbles replied 'nonsense'"),
         ("fails", "fails: ImportError: no sheep"),
-        ("hangs", "hangs said nothing for 0.3 s"),
+        ("hangs", "hangs did not reply in 0.3 s"),
     ],
 )
-def test_a_peer_that_fails_is_left_out_and_why_is_told(
-    mood: str, why: str, monkeypatch: pytest.MonkeyPatch
+def test_a_failing_baseline_is_skipped_with_its_reason(
+    behaviour: str, reason: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    if mood == "hangs":
+    if behaviour == "hangs":
         monkeypatch.setattr(
             interleaved, "BaselineProcess", partial(BaselineProcess, answer_timeout=0.3)
         )
-    found = time_layer(asked(), [fake(mood)], budget=0)
-    assert found.skipped[mood].startswith(why)
-    assert all(set(line.samples) == {"ours", "read"} for line in found.timings)
-    if mood == "dies":
-        with pytest.raises(BaselineError, match=why):
-            time_layer(asked(), [fake(mood, named=True)], budget=0)
+    result = time_layer(bench_config(), [fake_baseline(behaviour)], budget=0)
+    assert result.skipped[behaviour].startswith(reason)
+    assert all(set(timing.samples) == {"ours", "read"} for timing in result.timings)
+    if behaviour == "dies":
+        with pytest.raises(BaselineError, match=reason):
+            time_layer(bench_config(), [fake_baseline(behaviour, required=True)], budget=0)
 
 
-def test_peers_sit_together_as_far_as_memory_holds_them() -> None:
-    torch_, hf, zen, llama = (ResolvedBaseline(peer, Path(), False) for peer in BASELINES.values())
+def test_baselines_share_a_session_if_they_fit_in_memory() -> None:
+    torch_, hf, zen, llama = (
+        ResolvedBaseline(baseline, Path(), False) for baseline in BASELINES.values()
+    )
     assert group_by_memory([torch_, hf, zen, llama], 1.0, 3.0) == [[torch_, hf], [zen], [llama]]
     assert group_by_memory([torch_, hf, zen, llama], 1.0, 0.5) == [[torch_], [hf], [zen], [llama]]
     assert group_by_memory([torch_, hf, zen, llama], 1.0, 9.0) == [[torch_, hf, zen, llama]]
     assert group_by_memory([], 1.0, 9.0) == []
 
 
-def test_a_slow_work_rests_once_it_has_had_its_share(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_slow_kernel_stops_after_its_share(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(interleaved, "MAX_SECONDS", 0.5)
-    found = time_layer(replace(asked(), turns=9), [fake("grazes")], budget=0)
-    line = found.timings[0]
+    result = time_layer(replace(bench_config(), repeats=9), [fake_baseline("grazes")], budget=0)
+    timing = result.timings[0]
     assert (
-        len(line.samples["grazes graze"])
-        == len(line.paired_samples["grazes graze"])
+        len(timing.samples["grazes graze"])
+        == len(timing.paired_samples["grazes graze"])
         == interleaved.MIN_REPEATS
     )
-    assert len(line.samples["ours"]) == 9
+    assert len(timing.samples["ours"]) == 9
 
 
-def test_a_peer_that_is_not_there_is_skipped_unless_it_was_asked_for(
+def test_a_missing_baseline_is_skipped_unless_required(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    who, skipped = resolve_baselines([], {}, "bf16")
-    assert [each.baseline.name for each in who] == ["torch"]
+    baselines, skipped = resolve_baselines([], {}, "bf16")
+    assert [each.baseline.name for each in baselines] == ["torch"]
     assert set(skipped) == {"transformers", "zentorch", "llama.cpp"}
     with pytest.raises(CoterieError, match=r"zentorch: not installed; `scripts/peers zentorch`"):
         resolve_baselines(["zentorch"], {}, "bf16")
     with pytest.raises(CoterieError, match="torch: has no experts in int8; it has fp32, bf16"):
         resolve_baselines(["torch"], {}, "int8")
-    with pytest.raises(CoterieError, match=r"unknown peer 'onnx'; known: torch, .*llama.cpp"):
+    with pytest.raises(CoterieError, match=r"unknown baseline 'onnx'; known: torch, .*llama.cpp"):
         resolve_baselines([], {"onnx": Path("python")}, "bf16")
-    with pytest.raises(CoterieError, match="zentorch: nowhere is no program"):
+    with pytest.raises(CoterieError, match="zentorch: nowhere is not executable"):
         resolve_baselines([], {"zentorch": Path("nowhere")}, "bf16")
 
 
-def test_a_policy_that_takes_experts_away_is_timed_alone() -> None:
-    naee = replace(asked(), policies=("naee:beta=0.6",))
+def test_a_policy_with_fewer_experts_is_timed_without_baselines() -> None:
+    naee = replace(bench_config(), policies=("naee:beta=0.6",))
     assert time_layer(naee, [], budget=0).timings[0].experts > 0
-    with pytest.raises(CoterieError, match="no peer does; --peer none"):
-        time_layer(naee, [fake("grazes")], budget=0)
+    with pytest.raises(CoterieError, match="no baseline supports"):
+        time_layer(naee, [fake_baseline("grazes")], budget=0)
 
 
-def test_llama_cpps_gates_choose_what_a_case_asks_for() -> None:
-    cases = draw_cases(asked())
-    work = worker.LayerWorkload(32, 4, 64, 32, "bf16", 1, 1)
+def test_the_gates_for_llama_cpp_select_the_experts_of_a_case() -> None:
+    cases = draw_cases(bench_config())
+    workload = worker.LayerWorkload(32, 4, 64, 32, "bf16", 1, 1)
     some = [
         worker.TimedCase(x.float().numpy(), routing.topk_ids.numpy(), routing.topk_weights.numpy())
         for x, routing in cases["vanilla"][:2]
     ]
-    rows = llama.make_embeddings(work, 18)
+    rows = llama.make_embeddings(workload, 18)
     logits = rows @ llama.make_gate(rows, some, 32).T
     ids = np.concatenate([case.ids for case in some])
     weights = np.concatenate([case.weights for case in some])
@@ -284,10 +291,10 @@ def test_llama_cpps_gates_choose_what_a_case_asks_for() -> None:
     assert np.allclose(shares / shares.sum(axis=1, keepdims=True), expected, atol=1e-3)
 
 
-def test_llama_cpps_error_is_a_part_of_what_a_layer_adds() -> None:
-    draw = np.random.default_rng(2)
+def test_the_error_of_llama_cpp_is_relative_to_the_layers_effect() -> None:
+    generator = np.random.default_rng(2)
     rows = llama.make_embeddings(worker.LayerWorkload(4, 2, 64, 8, "bf16", 1, 1), 12)
-    added = draw.standard_normal(64).astype(np.float32) * 0.1
+    added = generator.standard_normal(64).astype(np.float32) * 0.1
     x = rows[3] + added
     right = rows @ (x / np.sqrt((x**2).mean())) * (8 / 64)
     assert llama.relative_error(right + 5, rows, 3, added) < 1e-4
@@ -299,148 +306,148 @@ def test_llama_cpps_error_is_a_part_of_what_a_layer_adds() -> None:
 
 
 @pytest.mark.parametrize("experts", ["fp32", "bf16", "int4"])
-def test_a_forward_needs_every_weight_once_and_of_the_experts_those_it_uses(experts: str) -> None:
+def test_a_forward_reads_every_weight_once_and_the_used_experts(experts: str) -> None:
     model = random_model(TINY, experts)
     blocks = random_blocks(model, 32, 33, 1)
-    needs = forward_cost(model.transformer, blocks)
+    cost = forward_cost(model.transformer, blocks)
     assert int(blocks.window.start) == 64
     spec, dtype = model.spec, model.transformer.dtype
-    all_of_them = {layer: torch.ones(32, dtype=torch.bool) for layer in spec.moe_layers}
-    keys = needs.part_bytes["keys and values"]
+    all_experts = {layer: torch.ones(32, dtype=torch.bool) for layer in spec.moe_layers}
+    keys = cost.part_bytes["keys and values"]
     assert keys == 2 * spec.layers * spec.kv_heads * spec.head_dim * 96 * dtype.itemsize
-    whole = needs.used_expert_bytes(all_of_them) + sum(needs.part_bytes.values()) - keys
-    looked_up = spec.vocabulary * spec.hidden * dtype.itemsize
-    assert whole == pytest.approx(weight_bytes(spec, dtype) - looked_up, rel=0.06)
+    total_bytes = cost.used_expert_bytes(all_experts) + sum(cost.part_bytes.values()) - keys
+    embedding_bytes = spec.vocabulary * spec.hidden * dtype.itemsize
+    assert total_bytes == pytest.approx(weight_bytes(spec, dtype) - embedding_bytes, rel=0.06)
     none = {layer: torch.zeros(32, dtype=torch.bool) for layer in spec.moe_layers}
-    assert needs.used_expert_bytes(none) == 0
+    assert cost.used_expert_bytes(none) == 0
 
 
-def test_forwards_are_timed_beside_their_reads() -> None:
+def test_forwards_are_timed_with_their_reads() -> None:
     model = random_model(TINY, "int8")
-    heard: list[float] = []
-    found = time_forward(
+    progress: list[float] = []
+    result = time_forward(
         model,
         ["vanilla", "des-vote:beta=0.25"],
         repeats=3,
         context=40,
-        on_progress=lambda share, _doing: heard.append(share),
+        on_progress=lambda share, _doing: progress.append(share),
     )
-    lines = found.timings
+    timings = result.timings
     assert (
-        [len(line.seconds) for line in lines]
-        == [len(line.read_seconds) for line in lines]
+        [len(timing.seconds) for timing in timings]
+        == [len(timing.read_seconds) for timing in timings]
         == [3, 3]
     )
     assert all(
         a >= b
-        for line in lines
-        for a, b in zip(line.roofline_seconds, line.read_seconds, strict=True)
+        for timing in timings
+        for a, b in zip(timing.roofline_seconds, timing.read_seconds, strict=True)
     )
-    assert lines[0].part_flops == lines[1].part_flops
-    assert found.logit_counts == (32, 28, 24, 20, 16, 12, 8, 4)
-    assert [len(taken) for taken in found.rates.values()] == [6, 6, 6]
-    assert lines[1].experts == 8 < lines[0].experts
-    assert lines[0].bytes > lines[1].bytes > sum(lines[1].part_bytes.values()) - 1
-    assert heard[-1] == 1.0
+    assert timings[0].part_flops == timings[1].part_flops
+    assert result.logit_counts == (32, 28, 24, 20, 16, 12, 8, 4)
+    assert [len(taken) for taken in result.rates.values()] == [6, 6, 6]
+    assert timings[1].experts == 8 < timings[0].experts
+    assert timings[0].bytes > timings[1].bytes > sum(timings[1].part_bytes.values()) - 1
+    assert progress[-1] == 1.0
     with pytest.raises(CoterieError, match="need 576 positions; the model has 512"):
         time_forward(model, ["vanilla"], context=543)
 
 
 @pytest.mark.parametrize("experts", ["fp32", "bf16", "int8"])
-def test_operations_are_two_for_every_number_and_token_that_meet(experts: str) -> None:
+def test_flops_are_two_per_weight_and_token(experts: str) -> None:
     model = random_model(TINY, experts)
     spec, transformer = model.spec, model.transformer
-    needs = forward_cost(transformer, random_blocks(model, 32, 64, 1))
-    flops = needs.flops_by_part(pairs=32 * 4 * 2, num_logits=5)
-    assert set(flops) == {"experts", *needs.part_bytes}
+    cost = forward_cost(transformer, random_blocks(model, 32, 64, 1))
+    flops = cost.flops_by_part(pairs=32 * 4 * 2, num_logits=5)
+    assert set(flops) == {"experts", *cost.part_bytes}
     size = transformer.dtype.itemsize
     for part in ("attention", "shared", "dense"):
-        assert flops[part] == 2 * 32 * needs.part_bytes[part] // size
-    assert flops["router"] == 2 * 32 * needs.part_bytes["router"] // 4
+        assert flops[part] == 2 * 32 * cost.part_bytes[part] // size
+    assert flops["router"] == 2 * 32 * cost.part_bytes["router"] // 4
     assert flops["head"] == 2 * 5 * spec.vocabulary * spec.hidden
     assert flops["experts"] == 2 * (32 * 4 * 2) * spec.expert_parameters
     assert flops["keys and values"] == 4 * 32 * 96 * spec.heads * spec.head_dim * spec.layers
     assert all(rate > 0 for rate in compute_probe(transformer, 32).measure_rates().values())
 
 
-def test_a_floor_takes_of_every_part_what_takes_longer() -> None:
-    found = roofline_seconds(
+def test_the_roofline_sums_the_longer_time_of_each_part() -> None:
+    result = roofline_seconds(
         {"experts": 60.0, "head": 20.0, "router": 10.0},
         {"experts": 100.0, "head": 90.0, "router": 8.0},
         bandwidth=10.0,
         rates={"experts": 50.0, "matrix": 30.0, "router": 4.0},
     )
-    assert found == 6 + 3 + 2
+    assert result == 6 + 3 + 2
 
 
-def test_a_block_is_filled_evenly() -> None:
+def test_logit_counts_of_a_block_decrease_evenly() -> None:
     assert logits_per_forward(7, 32) == (7,)
     assert logits_per_forward("block", 4) == (4, 3, 2, 1)
     assert logits_per_forward("block", 12) == (12, 11, 9, 8, 6, 5, 3, 2)
-    with pytest.raises(CoterieError, match="33 logits of a block of 32; it has 1 to 32"):
+    with pytest.raises(CoterieError, match="`num_logits` is 33; must be 1 to 32"):
         logits_per_forward(33, 32)
 
 
-def test_bytes_are_read_without_kernels_too(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("coterie.lab.bench.bandwidth.cpu.ready", lambda: False)
+def test_bytes_are_read_without_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("coterie.lab.bench.bandwidth.cpu.is_available", lambda: False)
     rows = readable_rows([torch.ones(3, 4, 5)])
     assert isinstance(rows[0], torch.Tensor)
     read_rows(rows, torch.tensor([True, False, True]))
 
 
-def test_answers_are_timed_policy_beside_policy_vanilla_first() -> None:
+def test_answers_are_timed_with_vanilla_first() -> None:
     engine = Engine(
         random_model(TINY, "fp32"),
         generation=GenerationConfig.for_family(TINY.family.defaults).replace(early_stop="off"),
     )
     prompts = random_prompts(2, 5, 100)
-    lines = time_generation(
+    timings = time_generation(
         engine,
         prompts,
         ["des-vote:beta=0.25", "vanilla"],
         num_repeats=2,
         options={"max_new_tokens": 27},
     )
-    assert [line.policy for line in lines] == ["vanilla", "des-vote:beta=0.25"]
-    counted = lines[1].facts(lines[0])
-    assert counted["new_tokens"] == 54
-    assert counted["experts_mean"] <= 8
-    assert counted["forwards_per_block"] == counted["forwards"] / 2
-    assert lines[0].facts(lines[0])["texts_as_vanilla"] == 2
-    assert len(lines[0].measure().samples) == 2
+    assert [timing.policy for timing in timings] == ["vanilla", "des-vote:beta=0.25"]
+    counts = timings[1].facts(timings[0])
+    assert counts["new_tokens"] == 54
+    assert counts["experts_mean"] <= 8
+    assert counts["forwards_per_block"] == counts["forwards"] / 2
+    assert timings[0].facts(timings[0])["texts_as_vanilla"] == 2
+    assert len(timings[0].measure().samples) == 2
 
 
 # The command, its records and their figures
 
 
-def test_the_command_leaves_a_record_and_figures_drawn_from_it(
+def test_the_layer_command_writes_a_record_and_figures(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    words = ["bench", "layer", "--shape", "tiny", "--peer", "none", "--turns", "2", "--json"]
-    assert run([*words, "-p", "vanilla", "-p", "des-vote:beta=0.25", "-o", str(tmp_path)]) == 0
-    said = json.loads(capsys.readouterr().out)
-    kept = json.loads((tmp_path / "bench-layer-tiny-bf16.json").read_text())
-    assert said == kept
-    assert [each["policy"] for each in kept["facts"]["policies"]] == [
+    arguments = ["bench", "layer", "--shape", "tiny", "--peer", "none", "--turns", "2", "--json"]
+    assert run([*arguments, "-p", "vanilla", "-p", "des-vote:beta=0.25", "-o", str(tmp_path)]) == 0
+    document = json.loads(capsys.readouterr().out)
+    record = json.loads((tmp_path / "bench-layer-tiny-bf16.json").read_text())
+    assert document == record
+    assert [each["policy"] for each in record["facts"]["policies"]] == [
         "vanilla",
         "des-vote:beta=0.25",
     ]
-    chart = make_chart(kept)
+    chart = make_chart(record)
     assert set(chart.rows) == {"read", "ours"}
-    samples = {each["name"]: each["samples"] for each in kept["measures"]}
+    samples = {each["name"]: each["samples"] for each in record["measures"]}
     assert chart.samples["ours", "vanilla"] == samples["vanilla ours"]
-    drawn = tmp_path / "bench-layer-tiny-bf16-dark.svg"
-    before = drawn.read_text()
-    drawn.unlink()
+    figure = tmp_path / "bench-layer-tiny-bf16-dark.svg"
+    before = figure.read_text()
+    figure.unlink()
     assert run(["bench", "plot", str(tmp_path / "bench-layer-tiny-bf16.json")]) == 0
-    assert drawn.read_text() == before
+    assert figure.read_text() == before
     assert "des-vote:beta=0.25" in before
 
 
-def test_forward_and_generate_leave_records_that_can_be_drawn(tmp_path: Path) -> None:
-    usual = ["--shape", "tiny", "--turns", "1", "-o", str(tmp_path), "-p", "des-vote:beta=0.25"]
-    assert run(["bench", "forward", *usual, "--layers", "2", "--context", "0"]) == 0
-    assert run(["bench", "generate", *usual, "--prompts", "1", "--tokens", "8"]) == 0
+def test_forward_and_generate_write_records_with_figures(tmp_path: Path) -> None:
+    options = ["--shape", "tiny", "--turns", "1", "-o", str(tmp_path), "-p", "des-vote:beta=0.25"]
+    assert run(["bench", "forward", *options, "--layers", "2", "--context", "0"]) == 0
+    assert run(["bench", "generate", *options, "--prompts", "1", "--tokens", "8"]) == 0
     forward = json.loads((tmp_path / "bench-forward-tiny-int8-2-layers.json").read_text())
     assert set(make_chart(forward).rows) == {"read", "floor", "forward"}
     assert forward["facts"]["wanted"] == "block"
@@ -449,13 +456,13 @@ def test_forward_and_generate_leave_records_that_can_be_drawn(tmp_path: Path) ->
     assert len(list(tmp_path.glob("*.svg"))) == 4
 
 
-def test_other_sizes_leave_records_of_other_names(tmp_path: Path) -> None:
-    usual = ["--shape", "tiny", "--turns", "1", "-o", str(tmp_path), "-p", "vanilla"]
-    assert run(["bench", "layer", *usual, "--peer", "none", "--tokens", "8"]) == 0
-    assert run(["bench", "forward", *usual, "--tokens", "8", "--context", "0"]) == 0
-    few = [*usual, "--prompts", "1", "--tokens", "8"]
-    assert run(["bench", "generate", *few, "--dtype", "int8", "--layers", "2"]) == 0
-    assert run(["bench", "generate", *few, "--dtype", "bf16"]) == 0
+def test_other_sizes_have_other_record_names(tmp_path: Path) -> None:
+    options = ["--shape", "tiny", "--turns", "1", "-o", str(tmp_path), "-p", "vanilla"]
+    assert run(["bench", "layer", *options, "--peer", "none", "--tokens", "8"]) == 0
+    assert run(["bench", "forward", *options, "--tokens", "8", "--context", "0"]) == 0
+    distinct = [*options, "--prompts", "1", "--tokens", "8"]
+    assert run(["bench", "generate", *distinct, "--dtype", "int8", "--layers", "2"]) == 0
+    assert run(["bench", "generate", *distinct, "--dtype", "bf16"]) == 0
     assert {path.stem for path in tmp_path.glob("*.json")} == {
         "bench-layer-tiny-bf16-8-tokens",
         "bench-forward-tiny-int8-8-tokens",
@@ -465,7 +472,7 @@ def test_other_sizes_leave_records_of_other_names(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("words", "said"),
+    ("arguments", "message"),
     [
         (["layer", "--shape", "llada3"], "unknown shape 'llada3'"),
         (["layer", "--peer", "none", "--peer", "torch"], "--peer none leaves no peer"),
@@ -474,45 +481,47 @@ def test_other_sizes_leave_records_of_other_names(tmp_path: Path) -> None:
         (["layer", "--peer-python", "zentorch"], "not NAME=PATH"),
         (["layer", "--peer", "torch", "--peer-python", "zentorch=x"], "not among --peer torch"),
         (["layer", "-p", "des-votes"], "unknown policy"),
-        (["forward", "--shape", "tiny", "--layers", "1"], "it takes 2 to 3"),
+        (["forward", "--shape", "tiny", "--layers", "1"], "must be 2 to 3"),
         (["forward", "--wanted", "most"], "neither a number nor block"),
-        (["forward", "--wanted", "0"], "it has 1 to 32"),
+        (["forward", "--wanted", "0"], "must be 1 to 32"),
         (["generate", "--layers", "2"], "--layers needs --shape"),
         (["generate", "--shape", "tiny", "--experts", "int8"], "--experts has no effect"),
         (["generate", "--shape", "tiny", "--dtype", "fp8"], "known: fp32, bf16, int8, int4"),
         (["generate", "--prompt", "a", "--prompts", "3"], "--prompts has no effect"),
         (["generate", "--model", "some/where"], "--model needs --prompt"),
-        (["plot", "pyproject.toml"], "no record of a bench"),
+        (["plot", "pyproject.toml"], "not a benchmark record"),
     ],
 )
-def test_what_cannot_be_timed_is_said_in_one_line(
-    words: list[str], said: str, capsys: pytest.CaptureFixture[str]
+def test_a_refusal_is_one_line(
+    arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert run(["bench", *words]) == 2
-    told = capsys.readouterr().err
-    assert said in told
-    assert told.count("\n") == 1
+    assert run(["bench", *arguments]) == 2
+    stderr = capsys.readouterr().err
+    assert message in stderr
+    assert stderr.count("\n") == 1
 
 
-def test_the_command_alone_tells_what_it_can_do(capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_command_alone_prints_help(capsys: pytest.CaptureFixture[str]) -> None:
     assert run(["bench"]) == 0
     assert "generate" in capsys.readouterr().out
 
 
-def test_a_record_of_something_else_has_no_figure(tmp_path: Path) -> None:
+def test_another_record_has_no_figure(tmp_path: Path) -> None:
     path = write_record(tmp_path, make_record("embedded training", [], []))
     with pytest.raises(CoterieError, match="'embedded training' has no figure; known: bench layer"):
         plot_record(path)
 
 
-def test_a_peer_that_was_left_out_leaves_nothing_but_the_reason() -> None:
-    found = time_layer(asked(), [fake("dies"), fake("grazes")], budget=9e9)
-    assert set(found.skipped) == {"dies"}
-    assert found.sessions == [["grazes"]]
-    assert set(found.versions) == {"grazes"}
-    assert set(found.errors) == {"grazes graze"}
+def test_a_skipped_baseline_leaves_only_its_reason() -> None:
+    result = time_layer(
+        bench_config(), [fake_baseline("dies"), fake_baseline("grazes")], budget=9e9
+    )
+    assert set(result.skipped) == {"dies"}
+    assert result.sessions == [["grazes"]]
+    assert set(result.versions) == {"grazes"}
+    assert set(result.errors) == {"grazes graze"}
 
 
-def test_each_shape_is_timed_at_the_papers_sizes() -> None:
+def test_each_shape_is_timed_at_the_sizes_of_the_paper() -> None:
     assert SHAPES["llada2-mini"].policies == ("vanilla", "des-vote:beta=0.15", "des-vote:beta=0.1")
     assert SHAPES["llada-moe"].policies == ("vanilla", "des-vote:beta=0.6", "des-vote:beta=0.4")

@@ -1,4 +1,4 @@
-"""HumanEval and MBPP: what is asked, what is read out of an output, and what passes."""
+"""HumanEval and MBPP: prompts, extraction of code, and grades."""
 
 from __future__ import annotations
 
@@ -43,8 +43,8 @@ check(add)
 """
 FUNCTION = "def add(a, b):\n    return a + b"
 
-needs_a_fence = pytest.mark.skipif(
-    available_backend() is None, reason="NOT TESTED: nothing here can keep generated code in"
+needs_a_sandbox = pytest.mark.skipif(
+    available_backend() is None, reason="NOT TESTED: no sandbox for generated code works here"
 )
 
 
@@ -52,11 +52,11 @@ def humaneval(family: str = "llada2") -> HumanEval:
     return open_humaneval(TaskOptions(family, data=benchmark("humaneval", "HumanEval.jsonl.gz")))
 
 
-def mbpp(family: str = "llada2", file: str = "sanitized-mbpp.json", **wish: int) -> Mbpp:
-    return open_mbpp(TaskOptions(family, data=benchmark("mbpp", file), **wish))
+def mbpp(family: str = "llada2", file: str = "sanitized-mbpp.json", **options: int) -> Mbpp:
+    return open_mbpp(TaskOptions(family, data=benchmark("mbpp", file), **options))
 
 
-def right(task: HumanEval | Mbpp) -> list[str]:
+def reference_answers(task: HumanEval | Mbpp) -> list[str]:
     answer = "canonical_solution" if isinstance(task, HumanEval) else "code"
     return [str(row[answer]) for row in task.source.rows]
 
@@ -66,58 +66,61 @@ def grades(task: HumanEval | Mbpp, outputs: Sequence[str], items: Sequence[Item]
         return list(pool.map(task.grade, outputs, items))
 
 
-def failed(task: HumanEval | Mbpp, outputs: Sequence[str], items: Sequence[Item]) -> list[str]:
+def failed_ids(task: HumanEval | Mbpp, outputs: Sequence[str], items: Sequence[Item]) -> list[str]:
     graded = zip(grades(task, outputs, items), items, strict=True)
     return [item.id for grade, item in graded if not grade.correct]
 
 
-@needs_a_fence
+@needs_a_sandbox
 def test_all_164_canonical_solutions_of_humaneval_pass():
     task = humaneval()
     assert len(task.items()) == 164
-    assert failed(task, right(task), task.items()) == []
+    assert failed_ids(task, reference_answers(task), task.items()) == []
 
 
-@needs_a_fence
+@pytest.mark.slow
+@needs_a_sandbox
 def test_all_427_reference_codes_of_sanitized_mbpp_pass():
     task = mbpp()
     assert len(task.items()) == 427
-    assert failed(task, right(task), task.items()) == []
+    assert failed_ids(task, reference_answers(task), task.items()) == []
 
 
-def altered(source: str) -> str:
+def alter_returns(source: str) -> str:
     """Every return gives something that nothing equals."""
 
     class Alter(ast.NodeTransformer):
         def visit_Return(self, node: ast.Return) -> ast.Return:
             return ast.Return(ast.parse("object()", mode="eval").body)
 
-    return ast.unparse(ast.fix_missing_locations(Alter().visit(parsed(source))))
+    return ast.unparse(ast.fix_missing_locations(Alter().visit(parse(source))))
 
 
-def parsed(source: str) -> ast.Module:
+def parse(source: str) -> ast.Module:
     with warnings.catch_warnings(action="ignore"):
         return ast.parse(source)
 
 
-def emptied(source: str) -> str:
-    tree = parsed(source)
+def empty_bodies(source: str) -> str:
+    tree = parse(source)
     for node in tree.body:
         if isinstance(node, ast.FunctionDef):
             node.body = [ast.Pass()]
     return ast.unparse(tree)
 
 
-def wholly(task: HumanEval | Mbpp) -> list[str]:
+def full_programs(task: HumanEval | Mbpp) -> list[str]:
     """The right answers as whole programs."""
     if isinstance(task, Mbpp):
-        return right(task)
-    return [i.question + answer for i, answer in zip(task.items(), right(task), strict=True)]
+        return reference_answers(task)
+    return [
+        i.question + answer for i, answer in zip(task.items(), reference_answers(task), strict=True)
+    ]
 
 
-SPOILED: dict[str, Callable[[list[str]], list[str]]] = {
-    "an altered return": lambda sources: [altered(source) for source in sources],
-    "an empty body": lambda sources: [emptied(source) for source in sources],
+WRONG_ANSWERS: dict[str, Callable[[list[str]], list[str]]] = {
+    "an altered return": lambda sources: [alter_returns(source) for source in sources],
+    "an empty body": lambda sources: [empty_bodies(source) for source in sources],
     "another problem's solution": lambda sources: [*sources[1:], sources[0]],
     "nothing": lambda sources: [""] * len(sources),
     "no code": lambda sources: ["I am sorry, I cannot do that."] * len(sources),
@@ -125,16 +128,16 @@ SPOILED: dict[str, Callable[[list[str]], list[str]]] = {
 }
 
 
-@needs_a_fence
-@pytest.mark.parametrize("spoil", SPOILED)
-@pytest.mark.parametrize("opened", [humaneval, mbpp])
+@needs_a_sandbox
+@pytest.mark.parametrize("wrong_kind", WRONG_ANSWERS)
+@pytest.mark.parametrize("open_task", [humaneval, mbpp])
 @pytest.mark.parametrize(
     "every", [pytest.param(1, marks=pytest.mark.slow, id="all"), pytest.param(16, id="some")]
 )
-def test_wrong_answers_fail(opened, spoil, every):
-    task = opened()
-    items, wrong = task.items()[::every], SPOILED[spoil](wholly(task))[::every]
-    passed = {item.id for item in items} - set(failed(task, wrong, items))
+def test_wrong_answers_fail(open_task, wrong_kind, every):
+    task = open_task()
+    items, wrong = task.items()[::every], WRONG_ANSWERS[wrong_kind](full_programs(task))[::every]
+    passed = {item.id for item in items} - set(failed_ids(task, wrong, items))
     assert passed == set()
 
 
@@ -240,17 +243,17 @@ WRONG = {
 }
 
 
-@needs_a_fence
+@needs_a_sandbox
 @pytest.mark.parametrize("kind", OUTPUTS)
-def test_the_right_code_is_found_in(kind):
+def test_the_code_is_extracted_from(kind):
     assert code.grade(OUTPUTS[kind], TESTS, header=HEADER).correct, code.extract_code(
         OUTPUTS[kind], ["add"], HEADER
     )
 
 
-@needs_a_fence
+@needs_a_sandbox
 @pytest.mark.parametrize("kind", WRONG)
-def test_what_is_wrong_stays_wrong(kind):
+def test_a_wrong_output_fails(kind):
     assert not code.grade(WRONG[kind], TESTS, header=HEADER).correct
 
 
@@ -268,33 +271,33 @@ proses = st.sampled_from(["", "Here is the code:\n\n", "Sure, this works.\n"])
 
 @given(bodies, fences, proses, st.sampled_from(["", "\n\nThis adds, doesn't it?"]))
 @settings(deadline=None)
-def test_code_comes_back_as_it_was_written(lines, fence, before, after):
+def test_extracted_code_is_unchanged(lines, fence, before, after):
     function = "def add(a, b):\n" + textwrap.indent("\n".join([*lines, "return a + b"]), "    ")
     if fence == "```py\n{}":
         after = ""
-    found = code.extract_code(before + fence.format(function) + after, ["add"])
-    assert found is not None
-    assert found.strip() == function.strip()
+    code_text = code.extract_code(before + fence.format(function) + after, ["add"])
+    assert code_text is not None
+    assert code_text.strip() == function.strip()
 
 
 @given(st.text(alphabet=st.sampled_from("`~\n #defreturn:()[]'\"\\\0\u00a0é"), max_size=80))
 @settings(deadline=None)
-def test_no_output_breaks_the_reading(text):
-    found = code.extract_code(text, ["add"], HEADER)
-    assert (found is None) == (not text.strip())
+def test_no_output_breaks_the_extraction(text):
+    code_text = code.extract_code(text, ["add"], HEADER)
+    assert (code_text is None) == (not text.strip())
 
 
 @pytest.mark.parametrize(
     "piece", ["```x", "`", "'", " ", "(", "def add(", "from x ", "[BEGIN]", "~~~\n"]
 )
-def test_reading_a_long_output_takes_no_time(piece):
-    began = time.process_time()
+def test_extraction_from_a_long_output_is_fast(piece):
+    start = time.process_time()
     code.extract_code(f"[BEGIN]'{piece * (40_000 // len(piece))}x", ["add"], HEADER)
     code.extract_code("\n".join([piece] * 4000), ["add"], HEADER)
-    assert time.process_time() - began < 4
+    assert time.process_time() - start < 4
 
 
-def test_threads_leave_warnings_as_they_were():
+def test_threads_keep_the_warning_filters():
     before = list(warnings.filters)
     with ThreadPoolExecutor(8) as pool:
         list(
@@ -303,7 +306,7 @@ def test_threads_leave_warnings_as_they_were():
     assert list(warnings.filters) == before
 
 
-def test_what_is_tested_is_read_off_the_tests():
+def test_called_functions_are_read_from_the_tests():
     assert code.called_functions(TESTS) == ("add",)
     assert code.called_functions("import math\nassert math.isclose(set(f(1)), g(len([])))") == (
         "f",
@@ -312,7 +315,7 @@ def test_what_is_tested_is_read_off_the_tests():
     assert code.called_functions("not python (") == ()
 
 
-def test_of_a_header_what_stands_above_the_function_is_kept():
+def test_the_preamble_is_the_code_above_the_function():
     assert code.preamble(HEADER, ["add"]).endswith("return x / 2")
     assert code.preamble("def add(a, b):", ["add"]) == ""
     assert code.preamble("", ["add"]) == ""
@@ -323,7 +326,7 @@ def test_items_have_the_benchmarks_own_names():
     assert [item.id for item in mbpp().items()][:3] == ["2", "3", "4"]
 
 
-def test_a_family_is_asked_as_it_usually_is():
+def test_a_family_has_its_usual_prompts():
     item = humaneval().items()[0]
     assert (
         humaneval("llada-moe").prompt(item)
@@ -331,46 +334,50 @@ def test_a_family_is_asked_as_it_usually_is():
     )
     assert f"```python\n{item.question}\n```" in humaneval("llada2").prompt(item)
     item = mbpp().items()[50]
-    few, none = mbpp("llada-moe").prompt(item), mbpp("llada2").prompt(item)
-    assert few.count("[BEGIN]") == 4
-    assert few.count("[DONE]") == 3
-    assert few.endswith("[BEGIN]\n")
-    assert "[BEGIN]" not in none
-    assert all(test in few and test in none for test in item.gold.splitlines() if "assert" in test)
+    few_shot, zero_shot = mbpp("llada-moe").prompt(item), mbpp("llada2").prompt(item)
+    assert few_shot.count("[BEGIN]") == 4
+    assert few_shot.count("[DONE]") == 3
+    assert few_shot.endswith("[BEGIN]\n")
+    assert "[BEGIN]" not in zero_shot
+    assert all(
+        test in few_shot and test in zero_shot
+        for test in item.gold.splitlines()
+        if "assert" in test
+    )
 
 
-def test_no_item_is_shown_its_own_answer():
+def test_no_prompt_contains_its_own_answer():
     task = mbpp("llada-moe")
     rows = {str(row["task_id"]): str(row["code"]) for row in task.source.rows}
-    shown = [item for item in task.items() if rows[item.id].strip() in task.prompt(item)]
-    assert shown == []
+    leaked = [item for item in task.items() if rows[item.id].strip() in task.prompt(item)]
+    assert leaked == []
     assert {task.prompt(item).count("[DONE]") for item in task.items()} == {3}
 
 
-def test_the_whole_file_gives_its_500_tests_and_imports_stand_before_asserts():
+def test_the_full_file_has_500_tests_with_imports_before_asserts():
     assert [int(item.id) for item in mbpp(file="mbpp.jsonl").items()] == list(range(11, 511))
     math = [item for item in mbpp().items() if item.gold.startswith("import math\n")]
     assert len(math) == 13
 
 
-@needs_a_fence
+@needs_a_sandbox
 def test_the_whole_files_reference_codes_pass():
     task = mbpp(file="mbpp.jsonl")
     answers = {str(row["task_id"]): str(row["code"]) for row in task.source.rows}
     items = task.items()[::25]
-    assert failed(task, [answers[item.id] for item in items], items) == []
+    assert failed_ids(task, [answers[item.id] for item in items], items) == []
 
 
-def test_settings_say_what_decides_and_are_json():
+def test_settings_are_json_with_data_and_limits():
     for task in (humaneval(), mbpp(), mbpp(shots=2)):
-        told = json.loads(json.dumps(dict(task.settings())))
-        assert told["sha256"] == task.source.sha256
-        assert told["limits"]["processor"] == 5
+        document = json.loads(json.dumps(dict(task.settings())))
+        assert document["sha256"] == task.source.sha256
+        assert document["limits"]["processor"] == 5
     assert mbpp(shots=2).settings()["shots"] == 2
 
 
-def test_what_cannot_be_asked_is_refused_by_name(tmp_path: Path):
-    with pytest.raises(CoterieError, match="without examples; 2 shots"):
+def test_invalid_options_are_refused(tmp_path: Path):
+    with pytest.raises(CoterieError, match="zero-shot; `shots` is 2"):
         open_humaneval(TaskOptions("llada2", shots=2))
     with pytest.raises(CoterieError, match=r"7 shots.*at most 6"):
         mbpp(shots=7)
@@ -381,9 +388,9 @@ def test_what_cannot_be_asked_is_refused_by_name(tmp_path: Path):
 
 
 @pytest.mark.parametrize("name", ["humaneval", "mbpp", "docstring", "sentence"])
-def test_without_a_fence_a_code_task_does_not_open_unless_trusted(name, monkeypatch):
+def test_without_a_sandbox_a_code_task_opens_only_if_trusted(name, monkeypatch):
     data = {"humaneval": ("humaneval",), "mbpp": ("mbpp",)}.get(name, ())
-    monkeypatch.setattr("coterie.lab.sandbox.runner.candidates", list)
-    with pytest.raises(CoterieError, match=r"install bubblewrap.*--trust-generated-code"):
+    monkeypatch.setattr("coterie.lab.sandbox.runner.backend_candidates", list)
+    with pytest.raises(CoterieError, match=r"install bubblewrap.*`trust`"):
         TASKS[name](TaskOptions("llada2", data=benchmark(*data)))
     assert TASKS[name](TaskOptions("llada2", data=benchmark(*data), trust=True)).name == name

@@ -20,13 +20,13 @@ INSTALLED = find_spec("lm_eval") is not None
 POLICY = "des-vote:beta=0.5"
 
 needs_harness = pytest.mark.skipif(
-    not INSTALLED, reason="lm-evaluation-harness is not here: pip install 'coterie[harness]'"
+    not INSTALLED, reason="lm-evaluation-harness is not installed: pip install 'coterie[harness]'"
 )
 
 
 def problems(count: int) -> list[Problem]:
     rng = random.Random("lm-eval")
-    return [draw_problem(PROBLEM_MAKERS["words"], rng, "test") for _ in range(count)]
+    return [draw_problem(PROBLEM_MAKERS["arguments"], rng, "test") for _ in range(count)]
 
 
 def write_task(folder: Path, count: int) -> None:
@@ -55,10 +55,10 @@ def write_task(folder: Path, count: int) -> None:
     (folder / "words.yaml").write_text(json.dumps(task))  # JSON is YAML
 
 
-def harness(folder: Path, *words: str) -> subprocess.CompletedProcess[str]:
+def harness(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     offline = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "HF_HOME": str(folder / "hf")}
     return subprocess.run(
-        [sys.executable, "-m", "coterie", "lm-eval", "--model", "coterie", *words],
+        [sys.executable, "-m", "coterie", "lm-eval", "--model", "coterie", *arguments],
         env={**os.environ, **offline, "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
@@ -68,25 +68,25 @@ def harness(folder: Path, *words: str) -> subprocess.CompletedProcess[str]:
 
 @pytest.mark.slow
 @needs_harness
-def test_the_harness_finds_what_the_engine_answers(tmp_path: Path) -> None:
+def test_the_harness_reports_the_engines_answers(tmp_path: Path) -> None:
     write_task(tmp_path, 6)
-    done = harness(
+    process = harness(
         tmp_path, "--model_args", f"policy={POLICY}", "--include_path", str(tmp_path),
         "--tasks", "local_words", "--batch_size", "4", "--apply_chat_template",
         "--log_samples", "--output_path", str(tmp_path / "out"),
     )  # fmt: skip
-    assert done.returncode == 0, done.stderr
+    assert process.returncode == 0, process.stderr
     (results,) = (tmp_path / "out").rglob("results_*.json")
     (samples,) = (tmp_path / "out").rglob("samples_*.jsonl")
-    told = [json.loads(line) for line in samples.read_text().splitlines()]
+    records = [json.loads(line) for line in samples.read_text().splitlines()]
     engine = coterie.load(policy=POLICY, max_new_tokens=96)
     texts = [engine.generate(problem.prompt).text for problem in problems(6)]
-    assert [sample["resps"][0][0] for sample in sorted(told, key=lambda s: s["doc_id"])] == texts
-    right = sum(f"#### {p.gold}" in t for p, t in zip(problems(6), texts, strict=True))
-    found = json.loads(results.read_text())
-    assert found["results"]["local_words"]["exact_match,last"] == pytest.approx(right / 6)
-    assert found["config"]["policy"] == POLICY
-    assert right >= 4
+    assert [sample["resps"][0][0] for sample in sorted(records, key=lambda s: s["doc_id"])] == texts
+    num_correct = sum(f"#### {p.gold}" in t for p, t in zip(problems(6), texts, strict=True))
+    document = json.loads(results.read_text())
+    assert document["results"]["local_words"]["exact_match,last"] == pytest.approx(num_correct / 6)
+    assert document["config"]["policy"] == POLICY
+    assert num_correct >= 4
 
 
 @pytest.mark.slow
@@ -98,20 +98,22 @@ def test_likelihoods_and_unknown_arguments_are_refused_by_name(tmp_path: Path) -
     for name in ("filter_list", "generation_kwargs", "metric_list"):
         del task[name]
     (tmp_path / "words.yaml").write_text(json.dumps({**task, **choice}))
-    asked = ("--include_path", str(tmp_path), "--tasks", "local_words")
-    assert "output_type generate_until" in harness(tmp_path, *asked).stderr
-    done = harness(tmp_path, *asked, "--model_args", "policy=des-vote:beta=0.3,voters=before-eos")
-    assert "unknown model_args 'voters'" in done.stderr
-    assert "a policy with commas needs JSON" in done.stderr
+    arguments = ("--include_path", str(tmp_path), "--tasks", "local_words")
+    assert "output_type generate_until" in harness(tmp_path, *arguments).stderr
+    process = harness(
+        tmp_path, *arguments, "--model_args", "policy=des-vote:beta=0.3,voters=before-eos"
+    )
+    assert "unknown model_args 'voters'" in process.stderr
+    assert "a policy with commas needs JSON" in process.stderr
 
 
 @pytest.mark.slow
 @needs_harness
-def test_an_answer_ends_at_the_first_of_its_until() -> None:
+def test_an_answer_ends_at_the_first_stop_string() -> None:
     script = """
 from types import SimpleNamespace
-from coterie.lab.evals.harness.adapter import Coterie
-model = Coterie(batch_size=2, device="cpu")
+from coterie.lab.evals.harness.adapter import CoterieLM
+model = CoterieLM(batch_size=2, device="cpu")
 prompt = model.apply_chat_template([{"role": "user", "content": QUESTION}])
 texts = model.generate_until([
     SimpleNamespace(args=(prompt, {"until": until, "max_gen_toks": 64}))
@@ -125,18 +127,18 @@ assert one != other
 assert model.engine.rows == ()
 """
     question = "Tom has 3 boxes of 4 pens and gives away 5. How many pens are left?"
-    done = subprocess.run(
+    process = subprocess.run(
         [sys.executable, "-c", f"QUESTION = {question!r}\n{script}"],
         env={**os.environ, "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
         check=False,
     )
-    assert done.returncode == 0, done.stderr
+    assert process.returncode == 0, process.stderr
 
 
-@pytest.mark.skipif(INSTALLED, reason="what is said where the harness is absent")
-def test_without_the_harness_the_command_says_what_to_install(
+@pytest.mark.skipif(INSTALLED, reason="the message without the harness")
+def test_without_the_harness_the_command_names_the_extra(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     assert run(["lm-eval", "--model", "coterie"]) == 2

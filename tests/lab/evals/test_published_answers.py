@@ -22,16 +22,16 @@ BOXED = [r"\boxed{{{}}}", r"Thus $\boxed{{{}}}$. It follows from $x=3$ that 12 i
 
 
 @cache
-def opened(name: str) -> Task:
+def open_task(name: str) -> Task:
     return open_tasks([name], TaskOptions("llada2", data=benchmark(name).parent))[0]
 
 
-def wrong(task: Task, pairs: Sequence[tuple[str, Item]]) -> list[tuple[str, str]]:
+def graded_wrong(task: Task, pairs: Sequence[tuple[str, Item]]) -> list[tuple[str, str]]:
     """(gold, output) of those that are not graded right."""
     return [(item.gold, out) for out, item in pairs if not task.grade(out, item).correct]
 
 
-def right(task: Task, pairs: Sequence[tuple[str, Item]]) -> list[tuple[str, str]]:
+def graded_correct(task: Task, pairs: Sequence[tuple[str, Item]]) -> list[tuple[str, str]]:
     return [(item.gold, out) for out, item in pairs if task.grade(out, item).correct]
 
 
@@ -39,8 +39,8 @@ def bare(item: Item) -> str:
     return item.gold.rpartition("#### ")[2]
 
 
-def test_all_1319_worked_answers_of_gsm8k_are_right_by_every_measure():
-    task = opened("gsm8k")
+def test_all_1319_solutions_of_gsm8k_are_correct_by_every_metric():
+    task = open_task("gsm8k")
     grades = [task.grade(item.gold, item) for item in task.items()]
     assert len(grades) == 1319
     assert all(grade.correct and grade.other_metrics["strict"] for grade in grades)
@@ -48,41 +48,41 @@ def test_all_1319_worked_answers_of_gsm8k_are_right_by_every_measure():
 
 
 @pytest.mark.parametrize("form", FORMS)
-def test_all_answers_of_gsm8k_are_right_in_every_form_and_altered_ones_wrong(form):
-    task = opened("gsm8k")
+def test_answers_of_gsm8k_are_correct_in_every_form_and_altered_ones_wrong(form):
+    task = open_task("gsm8k")
     items = task.items()
-    assert wrong(task, [(form.format(bare(item)), item) for item in items]) == []
+    assert graded_wrong(task, [(form.format(bare(item)), item) for item in items]) == []
     for alter in (lambda n: n + 1, lambda n: n - 1, lambda n: -n, lambda n: 10 * n):
         values = [(int(bare(item).replace(",", "")), item) for item in items]
         altered = [(form.format(alter(n)), item) for n, item in values if alter(n) != n]
-        assert right(task, altered) == []
+        assert graded_correct(task, altered) == []
 
 
 def test_another_items_answer_of_gsm8k_is_wrong():
-    task, rng = opened("gsm8k"), random.Random(0)
+    task, rng = open_task("gsm8k"), random.Random(0)
     items = list(task.items())
     others = [(other.gold, item) for item in items for other in rng.sample(items, 3)
               if bare(other).replace(",", "") != bare(item).replace(",", "")]  # fmt: skip
     assert len(others) > 3800
-    assert right(task, others) == []
+    assert graded_correct(task, others) == []
 
 
-def test_all_500_reference_solutions_of_math500_are_right():
-    task = opened("math500")
+def test_all_500_reference_solutions_of_math500_are_correct():
+    task = open_task("math500")
     solutions = [(str(row["solution"]), item)
                  for row, item in zip(task.source.rows, task.items(), strict=True)]  # type: ignore[attr-defined]  # fmt: skip
     assert len(solutions) == 500
-    assert wrong(task, solutions) == []
+    assert graded_wrong(task, solutions) == []
 
 
 @pytest.mark.parametrize("form", BOXED)
-def test_all_500_answers_of_math500_are_right_in_every_form(form):
-    task = opened("math500")
-    assert wrong(task, [(form.format(item.gold), item) for item in task.items()]) == []
+def test_all_500_answers_of_math500_are_correct_in_every_form(form):
+    task = open_task("math500")
+    assert graded_wrong(task, [(form.format(item.gold), item) for item in task.items()]) == []
 
 
 def test_altered_numbers_of_math500_are_wrong():
-    task = opened("math500")
+    task = open_task("math500")
     altered = []
     for item in task.items():
         for value in possible_values(normalize(item.gold)):
@@ -90,11 +90,11 @@ def test_altered_numbers_of_math500_are_wrong():
                 if other != value and other * 100 != value:
                     altered.append((rf"\boxed{{{other}}}", item))
     assert len(altered) > 1200
-    assert right(task, altered) == []
+    assert graded_correct(task, altered) == []
 
 
 def test_another_items_answer_of_math500_is_wrong():
-    task, rng = opened("math500"), random.Random(0)
+    task, rng = open_task("math500"), random.Random(0)
     items = list(task.items())
     values = {
         item.id: possible_values(normalize(item.gold)) or {normalize(item.gold)} for item in items
@@ -103,12 +103,12 @@ def test_another_items_answer_of_math500_is_wrong():
               for other in rng.sample(items, 1)
               if not values[other.id] & values[item.id]]  # fmt: skip
     assert len(others) > 450
-    assert right(task, others) == []
+    assert graded_correct(task, others) == []
 
 
 def test_altered_formulas_of_math500_are_wrong():
     """One more, less, or twice as much, of everything that has no plain value."""
-    task = opened("math500")
+    task = open_task("math500")
     altered = []
     for item in task.items():
         if possible_values(normalize(item.gold)) or r"\text" in item.gold or "_" in item.gold:
@@ -117,4 +117,4 @@ def test_altered_formulas_of_math500_are_wrong():
             altered += [(rf"\boxed{{{item.gold} + 1}}", item),
                         (rf"\boxed{{2({item.gold})}}", item)]  # fmt: skip
     assert len(altered) > 90
-    assert right(task, altered) == []
+    assert graded_correct(task, altered) == []

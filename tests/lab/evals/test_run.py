@@ -1,4 +1,4 @@
-"""Evaluations: what is asked, what is kept, and that a stopped run goes on as if it never had."""
+"""Evaluations: items, stored answers, and runs that continue after an interrupt."""
 
 from __future__ import annotations
 
@@ -17,25 +17,27 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from process_killer import ARMS, QUIZ
+from process_killer import QUIZ, VARIANTS
 from tiny_task import Quiz
 
 import coterie
 from coterie.checkpoints.fingerprint import fingerprint
 from coterie.errors import CoterieError
+from coterie.keys import to_json
 from coterie.lab.evals.answer_log import Answer, AnswerLog
 from coterie.lab.evals.report import summarize
 from coterie.lab.evals.run import EvalResult, Variant, run_eval
 from coterie.testing import write_checkpoint
 
-TESTS = Path(__file__).parent
+TESTS = Path(__file__).parents[2]
+KILLER = TESTS / "support" / "process_killer.py"
 VANILLA, VOTE = Variant("vanilla"), Variant("des-vote:beta=0.25")
-KEEP = TemporaryDirectory()
+MODELS = TemporaryDirectory()
 
 
 @cache
 def model(family: str = "llada2") -> Path:
-    folder = Path(KEEP.name) / family
+    folder = Path(MODELS.name) / family
     write_checkpoint(folder, family, seed=3)
     return folder
 
@@ -46,134 +48,146 @@ def engine() -> coterie.Engine:
 
 
 @cache
-def whole() -> tuple[bytes, bytes]:
+def complete_run() -> tuple[bytes, bytes]:
     """The two files of an uninterrupted run."""
     with TemporaryDirectory() as folder:
         run_eval(engine(), [Quiz()], [VANILLA, VOTE], Path(folder), batch_size=3)
         return tuple((Path(folder) / name).read_bytes() for name in ("items.jsonl", "run.json"))  # type: ignore[return-value]
 
 
-def parsed(content: bytes) -> dict[tuple[str, str], dict[str, object]]:
-    """Lines by arm and id, comparable; fails where one is there twice."""
-    found = {}
+def parse_answers(content: bytes) -> dict[tuple[str, str], dict[str, object]]:
+    """Answers by variant and id; fails if one is repeated."""
+    answers_by_key = {}
     for line in content.splitlines():
         answer = json.loads(line)
-        assert (answer["arm"], answer["id"]) not in found
-        found[answer["arm"], answer["id"]] = comparable(answer)
-    return found
+        assert (answer["arm"], answer["id"]) not in answers_by_key
+        answers_by_key[answer["arm"], answer["id"]] = comparable(answer)
+    return answers_by_key
 
 
 def comparable(answer: Mapping[str, object]) -> dict[str, object]:
-    """Without the time it took; who shared a forward shows in a float's last digits."""
+    """Without times, floats rounded: the batch affects their last digits."""
     return {
         name: float(f"{value:.5g}") if isinstance(value, float) else value
         for name, value in answer.items()
-        if name not in ("seconds", "found")
+        if name != "seconds"
     }
 
 
-def answered(folder: Path) -> dict[tuple[str, str], dict[str, object]]:
-    return parsed((folder / "items.jsonl").read_bytes())
+def read_answers(folder: Path) -> dict[tuple[str, str], dict[str, object]]:
+    return parse_answers((folder / "items.jsonl").read_bytes())
 
 
 @settings(max_examples=12)
 @given(st.floats(0, 1))
-def test_a_run_cut_off_at_any_byte_goes_on_as_if_it_never_had(share: float) -> None:
-    items, about = whole()
-    left = items[: int(share * len(items))]
+def test_a_run_truncated_at_any_byte_continues(fraction: float) -> None:
+    items, run_config = complete_run()
+    remaining = items[: int(fraction * len(items))]
     with TemporaryDirectory() as name:
         folder = Path(name)
-        (folder / "items.jsonl").write_bytes(left)
-        (folder / "run.json").write_bytes(about)
-        heard: list[Answer] = []
-        sheets = run_eval(
-            engine(), [Quiz()], [VANILLA, VOTE], folder, batch_size=3, on_answer=heard.append
+        (folder / "items.jsonl").write_bytes(remaining)
+        (folder / "run.json").write_bytes(run_config)
+        reported: list[Answer] = []
+        results = run_eval(
+            engine(), [Quiz()], [VANILLA, VOTE], folder, batch_size=3, on_answer=reported.append
         )
-        assert answered(folder) == parsed(items)
-        assert (folder / "items.jsonl").read_bytes().startswith(left[: left.rfind(b"\n") + 1])
-    assert [a.from_disk for a in heard] == [True] * left.count(b"\n") + [False] * (
-        12 - left.count(b"\n")
+        assert read_answers(folder) == parse_answers(items)
+        assert (
+            (folder / "items.jsonl")
+            .read_bytes()
+            .startswith(remaining[: remaining.rfind(b"\n") + 1])
+        )
+    assert [a.from_disk for a in reported] == [True] * remaining.count(b"\n") + [False] * (
+        12 - remaining.count(b"\n")
     )
     expected = run_eval(engine(), [Quiz()], [VANILLA, VOTE], None, batch_size=3)
-    assert sheets_of(sheets) == sheets_of(expected)
+    assert answers_by_key_of(results) == answers_by_key_of(expected)
 
 
-def sheets_of(sheets: Sequence[EvalResult]) -> dict[tuple[str, str], dict[str, object]]:
-    answers = [answer for sheet in sheets for answer in sheet.answers]
-    return {(answer.variant, answer.id): comparable(vars(answer)) for answer in answers}
+def answers_by_key_of(results: Sequence[EvalResult]) -> dict[tuple[str, str], dict[str, object]]:
+    answers = [answer for result in results for answer in result.answers]
+    return {(answer.variant, answer.id): comparable(to_json(answer)) for answer in answers}
 
 
-def kill(folder: Path, kills: int) -> None:
-    done = subprocess.run(
-        [sys.executable, str(TESTS / "killing.py"), str(model()), str(folder), str(kills)],
-        env={**os.environ, "PYTHONPATH": str(TESTS.parent / "src"), "OMP_NUM_THREADS": "1"},
+def run_with_kills(folder: Path, kills: int) -> None:
+    process = subprocess.run(
+        [sys.executable, str(KILLER), str(model()), str(folder), str(kills)],
+        env={
+            **os.environ,
+            "PYTHONPATH": f"{TESTS.parent / 'src'}:{TESTS / 'support'}",
+            "OMP_NUM_THREADS": "1",
+        },
         capture_output=True,
         text=True,
         check=False,
     )
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.split().count("killed") >= kills // 2, done.stdout
-    expected = run_eval(coterie.load(model()), [QUIZ], ARMS, None, batch_size=4)
-    assert answered(folder) == sheets_of(expected)
+    assert process.returncode == 0, process.stderr
+    assert process.stdout.split().count("killed") >= kills // 2, process.stdout
+    expected = run_eval(coterie.load(model()), [QUIZ], VARIANTS, None, batch_size=4)
+    assert read_answers(folder) == answers_by_key_of(expected)
 
 
-def test_a_run_that_is_killed_again_and_again_answers_every_item_once(tmp_path: Path) -> None:
-    kill(tmp_path, 4)
+def test_a_killed_run_answers_every_item_once(tmp_path: Path) -> None:
+    run_with_kills(tmp_path, 4)
 
 
 @pytest.mark.slow
-def test_a_run_that_is_killed_very_often_answers_every_item_once(tmp_path: Path) -> None:
-    kill(tmp_path, 20)
+def test_a_run_killed_often_answers_every_item_once(tmp_path: Path) -> None:
+    run_with_kills(tmp_path, 20)
 
 
 CHANGES: Mapping[str, tuple[Callable[[], object], str]] = {
-    "limit": (lambda: {"limit": 3}, "limit is not set there and 3 here"),
-    "order": (lambda: {"shuffle_seed": 1}, "shuffle_seed is not set there and 1 here"),
-    "generation": (lambda: {"asked": {"block": 4}}, "generation.block is 8 there and 4 here"),
-    "tokens": (lambda: {"asked": {"max_new_tokens": 4}}, "max_new_tokens is 12 there and 4 here"),
-    "settings": (lambda: {"tasks": [Quiz(note="x")]}, 'settings.note is "" there and "x" here'),
+    "limit": (lambda: {"limit": 3}, "limit is not set in the folder and 3 in this run"),
+    "order": (lambda: {"shuffle_seed": 1}, "shuffle_seed is not set in the folder and 1"),
+    "generation": (lambda: {"options": {"block": 4}}, "generation.block is 8 in the folder and 4"),
+    "tokens": (
+        lambda: {"options": {"max_new_tokens": 4}},
+        "max_new_tokens is 12 in the folder and 4",
+    ),
+    "settings": (lambda: {"tasks": [Quiz(note="x")]}, 'settings.note is "" in the folder and "x"'),
     "question": (lambda: {"tasks": [Quiz(odd={2: "1 2"})]}, "tasks.quiz.questions is"),
-    "task": (lambda: {"tasks": [Quiz(), Quiz("other")]}, "tasks.other is not set there"),
+    "task": (lambda: {"tasks": [Quiz(), Quiz("other")]}, "tasks.other is not set in the folder"),
     "model": (lambda: {"engine": coterie.load(model("sdar-moe"), block=8)}, "model is"),
-    "dtype": (lambda: {"engine": coterie.load(model(), dtype="bf16", block=8)}, '"float32" there'),
+    "dtype": (
+        lambda: {"engine": coterie.load(model(), dtype="bf16", block=8)},
+        '"float32" in the folder',
+    ),
 }
 
 
 @pytest.mark.parametrize("change", CHANGES)
-def test_another_run_is_refused_by_what_differs(change: str, tmp_path: Path) -> None:
-    for name, content in zip(("items.jsonl", "run.json"), whole(), strict=True):
+def test_another_run_is_refused_with_the_difference(change: str, tmp_path: Path) -> None:
+    for name, content in zip(("items.jsonl", "run.json"), complete_run(), strict=True):
         (tmp_path / name).write_bytes(content)
-    changed, told = CHANGES[change]
-    asked = {"engine": engine(), "tasks": [Quiz()], **changed()}  # type: ignore[dict-item]
+    change_run, message = CHANGES[change]
+    arguments = {"engine": engine(), "tasks": [Quiz()], **change_run()}  # type: ignore[dict-item]
     with pytest.raises(CoterieError, match="holds another run") as raised:
-        run_eval(asked.pop("engine"), asked.pop("tasks"), [VANILLA], tmp_path, **asked)
-    assert told in str(raised.value)
-    assert (tmp_path / "items.jsonl").read_bytes() == whole()[0]
+        run_eval(arguments.pop("engine"), arguments.pop("tasks"), [VANILLA], tmp_path, **arguments)
+    assert message in str(raised.value)
+    assert (tmp_path / "items.jsonl").read_bytes() == complete_run()[0]
 
 
-def test_an_arm_may_come_later_and_asks_only_for_itself(tmp_path: Path) -> None:
+def test_a_later_variant_generates_only_its_own_answers(tmp_path: Path) -> None:
     first = run_eval(engine(), [Quiz()], [VANILLA, VOTE], tmp_path)
     before = (tmp_path / "items.jsonl").read_bytes()
-    own = Variant("des-vote:beta=0.25", {"block": 4})
-    heard: list[Answer] = []
-    sheets = run_eval(engine(), [Quiz()], [VANILLA, own], tmp_path, on_answer=heard.append)
-    assert own.name == "des-vote:beta=0.25 block=4"
-    assert [a.variant for a in heard if not a.from_disk] == [own.name] * 6
-    assert [a.variant for a in heard if a.from_disk] == ["vanilla"] * 6
+    variant = Variant("des-vote:beta=0.25", {"block": 4})
+    reported: list[Answer] = []
+    results = run_eval(engine(), [Quiz()], [VANILLA, variant], tmp_path, on_answer=reported.append)
+    assert variant.name == "des-vote:beta=0.25 block=4"
+    assert [a.variant for a in reported if not a.from_disk] == [variant.name] * 6
+    assert [a.variant for a in reported if a.from_disk] == ["vanilla"] * 6
     assert (tmp_path / "items.jsonl").read_bytes().startswith(before)
-    assert sheets[0] == first[0]
+    assert results[0] == first[0]
     alone = run_eval(coterie.load(model(), block=4), [Quiz()], [VOTE], None)
-    assert [a.output for a in sheets[1].answers] == [a.output for a in alone[0].answers]
+    assert [a.output for a in results[1].answers] == [a.output for a in alone[0].answers]
 
 
 @given(st.integers(0, 2**32), st.integers(1, 8))
 @settings(max_examples=20)
-def test_a_limit_takes_the_first_of_an_order_that_its_seed_alone_decides(
-    seed: int, limit: int
-) -> None:
-    def ids(*tasks: Quiz, **asked: int) -> list[str]:
-        (sheet,) = run_eval(engine(), tasks, [VANILLA], None, **asked)
-        return [answer.id for answer in sheet.answers]
+def test_a_limit_takes_the_first_items_of_the_seeds_order(seed: int, limit: int) -> None:
+    def ids(*tasks: Quiz, **arguments: int) -> list[str]:
+        (result,) = run_eval(engine(), tasks, [VANILLA], None, **arguments)
+        return [answer.id for answer in result.answers]
 
     quiz, other = Quiz(count=8, tokens=1), Quiz("other", 2, tokens=1)
     shuffled = ids(quiz, shuffle_seed=seed)
@@ -196,92 +210,97 @@ def test_some_seeds_shuffle_differently() -> None:
     assert len(orders) > 2
 
 
-def test_a_folder_serves_one_process_at_a_time(tmp_path: Path) -> None:
-    with AnswerLog(tmp_path, {}), pytest.raises(CoterieError, match="another process is at work"):
+def test_a_folder_is_locked_for_other_processes(tmp_path: Path) -> None:
+    with AnswerLog(tmp_path, {}), pytest.raises(CoterieError, match="another process"):
         run_eval(engine(), [Quiz()], [VANILLA], tmp_path)
     run_eval(engine(), [Quiz()], [VANILLA], tmp_path)
 
 
-def test_a_full_disk_is_told_and_what_was_written_stays(tmp_path: Path) -> None:
-    run_eval(engine(), [Quiz()], [VANILLA], tmp_path / "whole")
-    size = (tmp_path / "whole" / "items.jsonl").stat().st_size
+def test_a_full_disk_keeps_the_written_answers(tmp_path: Path) -> None:
+    run_eval(engine(), [Quiz()], [VANILLA], tmp_path / "complete_run")
+    size = (tmp_path / "complete_run" / "items.jsonl").stat().st_size
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (size * 3 // 4, hard))
     try:
-        with pytest.raises(CoterieError, match="File too large; the 4 answers before are kept"):
+        with pytest.raises(CoterieError, match="File too large; 4 answers"):
             run_eval(engine(), [Quiz()], [VANILLA], tmp_path / "full")
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-    assert len(answered(tmp_path / "full")) == 4
+    assert len(read_answers(tmp_path / "full")) == 4
     assert (tmp_path / "full" / "items.jsonl").read_bytes().endswith(b"}\n")
     run_eval(engine(), [Quiz()], [VANILLA], tmp_path / "full")
-    assert answered(tmp_path / "full") == answered(tmp_path / "whole")
+    assert read_answers(tmp_path / "full") == read_answers(tmp_path / "complete_run")
 
 
 @pytest.mark.parametrize(
-    ("spoil", "told"),
+    ("damage", "message"),
     [
         (lambda lines: [*lines, lines[0]], "line 13 repeats vanilla quiz quiz/0"),
         (lambda lines: [lines[0], b"{}", *lines[1:]], "line 2 is not an answer"),
         (lambda lines: [lines[0], lines[1][:50], *lines[2:]], "line 2 is not an answer"),
     ],
 )
-def test_a_spoilt_file_is_refused_by_the_line(
-    spoil: Callable[[list[bytes]], list[bytes]], told: str, tmp_path: Path
+def test_a_damaged_file_is_refused_with_the_line(
+    damage: Callable[[list[bytes]], list[bytes]], message: str, tmp_path: Path
 ) -> None:
-    items, about = whole()
-    (tmp_path / "run.json").write_bytes(about)
-    (tmp_path / "items.jsonl").write_bytes(b"\n".join(spoil(items.splitlines())) + b"\n")
-    with pytest.raises(CoterieError, match=told):
+    items, run_config = complete_run()
+    (tmp_path / "run.json").write_bytes(run_config)
+    (tmp_path / "items.jsonl").write_bytes(b"\n".join(damage(items.splitlines())) + b"\n")
+    with pytest.raises(CoterieError, match=message):
         run_eval(engine(), [Quiz()], [VANILLA], tmp_path)
 
 
-def test_answers_without_their_run_are_refused(tmp_path: Path) -> None:
-    (tmp_path / "items.jsonl").write_bytes(whole()[0])
-    with pytest.raises(CoterieError, match="does not say whose answers"):
+def test_answers_without_a_run_file_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "items.jsonl").write_bytes(complete_run()[0])
+    with pytest.raises(CoterieError, match="does not identify"):
         run_eval(engine(), [Quiz()], [VANILLA], tmp_path)
 
 
-def test_blocks_that_a_power_cut_left_empty_are_cut_off(tmp_path: Path) -> None:
-    items, about = whole()
-    (tmp_path / "run.json").write_bytes(about)
+def test_empty_blocks_after_a_power_cut_are_removed(tmp_path: Path) -> None:
+    items, run_config = complete_run()
+    (tmp_path / "run.json").write_bytes(run_config)
     (tmp_path / "items.jsonl").write_bytes(items + bytes(100) + b"\n")
     run_eval(engine(), [Quiz()], [VANILLA, VOTE], tmp_path)
     assert (tmp_path / "items.jsonl").read_bytes() == items
 
 
-def test_numbers_that_break_fail_their_own_item_and_no_other() -> None:
+def test_nan_logits_fail_only_their_item() -> None:
     broken = coterie.load(model(), block=8)
     broken.model.transformer.embedding[77] = torch.nan
-    quiz, heard = Quiz(odd={2: "5 77 3", 4: "77"}), []
-    (sheet,) = run_eval(broken, [quiz], [VANILLA], None, batch_size=4, on_answer=heard.append)
-    failed = [answer for answer in sheet.answers if answer.error]
+    quiz, reported = Quiz(odd={2: "5 77 3", 4: "77"}), []
+    (result,) = run_eval(broken, [quiz], [VANILLA], None, batch_size=4, on_answer=reported.append)
+    failed = [answer for answer in result.answers if answer.error]
     assert [answer.id for answer in failed] == ["quiz/2", "quiz/4"]
     assert all("NaN" in (a.error or "") and not a.correct and not a.output for a in failed)
-    assert len(heard) == len(sheet.answers) == 6
-    (sound,) = run_eval(engine(), [Quiz()], [VANILLA], None, batch_size=4)
+    assert len(reported) == len(result.answers) == 6
+    (intact,) = run_eval(engine(), [Quiz()], [VANILLA], None, batch_size=4)
     others = [i for i in range(6) if i not in (2, 4)]
-    assert [sheet.answers[i].output for i in others] == [sound.answers[i].output for i in others]
-    assert (sheet.num_failed, sound.num_failed, broken.rows) == (2, 0, ())
-    assert sheet.experts == pytest.approx(
-        sum(sound.answers[i].experts * sound.answers[i].expert_forwards for i in others)
-        / sum(sound.answers[i].expert_forwards for i in others)
+    assert [result.answers[i].output for i in others] == [intact.answers[i].output for i in others]
+    assert (result.num_failed, intact.num_failed, broken.rows) == (2, 0, ())
+    assert result.experts == pytest.approx(
+        sum(intact.answers[i].experts * intact.answers[i].expert_forwards for i in others)
+        / sum(intact.answers[i].expert_forwards for i in others)
     )
 
 
-def test_prompts_that_do_not_fit_fail_alone() -> None:
+def test_prompts_that_do_not_fit_fail_only_their_items() -> None:
     quiz = Quiz(odd={1: " ".join(["5"] * 510), 3: "95", 5: "7 500"})
-    (sheet,) = run_eval(engine(), [quiz], [VANILLA], None, batch_size=4)
-    errors = {answer.id: answer.error for answer in sheet.answers if answer.error}
+    (result,) = run_eval(engine(), [quiz], [VANILLA], None, batch_size=4)
+    errors = {answer.id: answer.error for answer in result.answers if answer.error}
     assert list(errors) == ["quiz/1", "quiz/3", "quiz/5"]
     assert "the model has 512" in str(errors["quiz/1"])
     assert "outside the vocabulary" in str(errors["quiz/5"])
 
 
-def test_a_model_that_answers_nothing_still_has_a_line() -> None:
-    (sheet,) = run_eval(engine(), [Quiz(count=1, odd={0: "900"})], [VANILLA], None)
-    (line,) = summarize([sheet], ["quiz"])
-    assert (line.accuracy.successes, sheet.num_failed, sheet.experts, sheet.forwards_per_block) == (
+def test_a_model_without_answers_has_a_summary() -> None:
+    (result,) = run_eval(engine(), [Quiz(count=1, odd={0: "900"})], [VANILLA], None)
+    (line,) = summarize([result], ["quiz"])
+    assert (
+        line.accuracy.successes,
+        result.num_failed,
+        result.experts,
+        result.forwards_per_block,
+    ) == (
         0,
         1,
         0,
@@ -290,19 +309,19 @@ def test_a_model_that_answers_nothing_still_has_a_line() -> None:
     json.dumps(line.to_dict(), allow_nan=False)
 
 
-def test_an_arm_that_cannot_run_is_refused_before_anything_is_written(tmp_path: Path) -> None:
-    for arm in (
+def test_an_invalid_variant_is_refused_before_anything_is_written(tmp_path: Path) -> None:
+    for variant in (
         Variant("chess"),
         Variant("vanilla", {"blok": 3}),
         Variant("vanilla", {"max_new_tokens": 999}),
     ):
         with pytest.raises(CoterieError):
-            run_eval(engine(), [Quiz()], [VANILLA, arm], tmp_path / "run")
+            run_eval(engine(), [Quiz()], [VANILLA, variant], tmp_path / "run")
     assert not (tmp_path / "run").exists()
     assert engine().rows == ()
 
 
-def test_what_is_asked_beats_the_task_and_an_arm_beats_both() -> None:
+def test_options_override_the_task_and_a_variant_overrides_both() -> None:
     eight, four = run_eval(
         engine(), [Quiz(count=2)], [VANILLA, Variant("vanilla", {"max_new_tokens": 4})], None,
         options={"max_new_tokens": 8, "early_stop": "off"},
@@ -311,7 +330,7 @@ def test_what_is_asked_beats_the_task_and_an_arm_beats_both() -> None:
     assert [a.new_tokens for a in four.answers] == [4, 4]
 
 
-def test_rows_decoded_together_answer_as_rows_alone_do() -> None:
+def test_batched_answers_equal_single_ones() -> None:
     quiz, other = Quiz(count=4), Quiz("other", 2)
     alone, together = (
         run_eval(engine(), [quiz, other], [VOTE], None, batch_size=rows)[0] for rows in (1, 6)
@@ -328,29 +347,31 @@ def test_rows_decoded_together_answer_as_rows_alone_do() -> None:
     ]
 
 
-def test_only_forwards_that_were_counted_weigh() -> None:
+def test_only_counted_forwards_have_weight() -> None:
     dual = coterie.load(model("llada-moe"), block=8, plan="dual")
-    (sheet,) = run_eval(dual, [Quiz(tokens=16)], [VOTE], None, batch_size=4)
-    answers = sheet.answers
+    (result,) = run_eval(dual, [Quiz(tokens=16)], [VOTE], None, batch_size=4)
+    answers = result.answers
     assert all(0 < a.expert_forwards < a.forwards for a in answers)  # a re-forward at each block
-    assert min(a.experts for a in answers) <= sheet.experts <= 4
+    assert min(a.experts for a in answers) <= result.experts <= 4
     weighed = sum(a.experts * a.expert_forwards for a in answers)
-    assert sheet.experts == pytest.approx(weighed / sum(a.expert_forwards for a in answers))
-    (once,) = run_eval(dual, [Quiz()], [Variant(VOTE.policy, {"unmask": "threshold:p=1e-9"})], None)
-    assert (once.experts, once.vote_mass_kept, once.forwards_per_block) == (0.0, 1.0, 1.0)
+    assert result.experts == pytest.approx(weighed / sum(a.expert_forwards for a in answers))
+    (single,) = run_eval(
+        dual, [Quiz()], [Variant(VOTE.policy, {"unmask": "threshold:p=1e-9"})], None
+    )
+    assert (single.experts, single.vote_mass_kept, single.forwards_per_block) == (0.0, 1.0, 1.0)
 
 
-def test_grading_beside_generation_changes_no_answer(
+def test_background_grading_changes_no_answer(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    slow, heard = Quiz(count=9, pause=0.02), []
+    slow, reported = Quiz(count=9, pause=0.02), []
     expected = run_eval(engine(), [Quiz(count=9)], [VANILLA, VOTE], None, batch_size=3)
-    monkeypatch.setattr("coterie.lab.evals.run._grades_beside", lambda _: True)
-    sheets = run_eval(
-        engine(), [slow], [VANILLA, VOTE], tmp_path, batch_size=3, on_answer=heard.append
+    monkeypatch.setattr("coterie.lab.evals.run._grades_in_background", lambda _: True)
+    results = run_eval(
+        engine(), [slow], [VANILLA, VOTE], tmp_path, batch_size=3, on_answer=reported.append
     )
-    assert sheets_of(sheets) == sheets_of(expected) == answered(tmp_path)
-    assert len(heard) == 18
+    assert answers_by_key_of(results) == answers_by_key_of(expected) == read_answers(tmp_path)
+    assert len(reported) == 18
 
 
 def test_a_task_without_items_is_refused_at_once() -> None:
@@ -358,26 +379,26 @@ def test_a_task_without_items_is_refused_at_once() -> None:
         run_eval(engine(), [Quiz(), Quiz("other", 0)], [VANILLA], None)
 
 
-def test_seconds_add_up_to_the_arms_time() -> None:
-    sheets: list[EvalResult] = run_eval(
+def test_seconds_add_up_to_the_variants_time() -> None:
+    results: list[EvalResult] = run_eval(
         engine(), [Quiz(count=9)], [VANILLA, VOTE], None, batch_size=2
     )
-    for sheet in sheets:
-        assert sheet.seconds > 0
-        tokens = sum(a.new_tokens for a in sheet.answers)
-        assert sheet.tokens_per_second == pytest.approx(tokens / sheet.seconds)
+    for result in results:
+        assert result.seconds > 0
+        tokens = sum(a.new_tokens for a in result.answers)
+        assert result.tokens_per_second == pytest.approx(tokens / result.seconds)
 
 
-def test_a_model_is_known_again_by_what_it_holds_and_not_by_where(tmp_path: Path) -> None:
+def test_a_model_is_identified_by_its_content(tmp_path: Path) -> None:
     copied = Path(shutil.copytree(model(), tmp_path / "elsewhere"))
     known = fingerprint(copied)
     assert known == fingerprint(model())
     config = copied / "config.json"
     config.write_text(config.read_text().replace("10000.0", "10001.0"))
-    changed = fingerprint(copied)
-    assert changed != known
+    change_run = fingerprint(copied)
+    assert change_run != known
     weights = copied / "model.safetensors"
     content = bytearray(weights.read_bytes())
     content[len(content) // 2 :] = bytes(len(content) - len(content) // 2)
     weights.write_bytes(content)
-    assert fingerprint(copied) not in (known, changed)
+    assert fingerprint(copied) not in (known, change_run)

@@ -32,17 +32,17 @@ def of(gained: int, lost: int, same: int) -> tuple[list[bool], list[bool]]:
 
 @given(counts)
 def test_the_interval_is_wilsons(counted: tuple[int, int]) -> None:
-    right, n = counted
-    theirs = stats.binomtest(right, n).proportion_ci(0.95, method="wilson")
-    assert Proportion(right, n).interval == pytest.approx((theirs.low, theirs.high), abs=1e-12)
+    correct, n = counted
+    theirs = stats.binomtest(correct, n).proportion_ci(0.95, method="wilson")
+    assert Proportion(correct, n).interval == pytest.approx((theirs.low, theirs.high), abs=1e-12)
 
 
 @given(counts)
 def test_the_interval_holds_the_share_and_mirrors(counted: tuple[int, int]) -> None:
-    right, n = counted
-    low, high = Proportion(right, n).interval
-    assert 0 <= low <= right / n <= high <= 1
-    mirrored = Proportion(n - right, n).interval
+    correct, n = counted
+    low, high = Proportion(correct, n).interval
+    assert 0 <= low <= correct / n <= high <= 1
+    mirrored = Proportion(n - correct, n).interval
     assert mirrored == pytest.approx((1 - high, 1 - low), abs=1e-12)
 
 
@@ -55,11 +55,11 @@ def test_intervals_computed_by_hand() -> None:
 
 @given(st.integers(0, 400), st.integers(0, 400))
 def test_p_is_the_exact_binomial_test_of_the_changes(gained: int, lost: int) -> None:
-    found = paired_difference(*of(gained, lost, 1), resamples=1).p_value
+    result = paired_difference(*of(gained, lost, 1), resamples=1).p_value
     if gained + lost == 0:
-        assert found == 1.0
+        assert result == 1.0
     else:
-        assert found == pytest.approx(stats.binomtest(gained, gained + lost, 0.5).pvalue, rel=1e-9)
+        assert result == pytest.approx(stats.binomtest(gained, gained + lost, 0.5).pvalue, rel=1e-9)
 
 
 def test_p_computed_by_hand() -> None:
@@ -88,31 +88,31 @@ def test_the_bootstrap_interval_is_the_one_of_resampled_items(
 
 
 def test_the_bootstrap_covers_the_truth_about_as_often_as_it_says() -> None:
-    rng, held = np.random.default_rng(5), 0
+    rng, covered = np.random.default_rng(5), 0
     for seed in range(300):
         gained, lost, same = rng.multinomial(200, [0.15, 0.25, 0.6])
         low, high = paired_difference(
             *of(int(gained), int(lost), int(same)), resamples=1000, seed=seed
         ).interval
-        held += low <= -0.1 <= high
-    assert 0.91 <= held / 300 <= 0.98
+        covered += low <= -0.1 <= high
+    assert 0.91 <= covered / 300 <= 0.98
 
 
 @given(pairs)
 def test_the_difference_changes_sign_with_the_order(answers: Sequence[tuple[bool, bool]]) -> None:
     first, second = [a for a, _ in answers], [b for _, b in answers]
-    one, other = paired_difference(first, second), paired_difference(second, first)
-    assert one.difference == -other.difference
-    assert one.difference == pytest.approx((sum(second) - sum(first)) / len(answers))
-    assert one.p_value == other.p_value
-    low, high = one.interval
-    assert -1 <= low <= one.difference <= high <= 1
+    forward, other = paired_difference(first, second), paired_difference(second, first)
+    assert forward.difference == -other.difference
+    assert forward.difference == pytest.approx((sum(second) - sum(first)) / len(answers))
+    assert forward.p_value == other.p_value
+    low, high = forward.interval
+    assert -1 <= low <= forward.difference <= high <= 1
 
 
 @given(st.lists(st.booleans(), min_size=1, max_size=60))
-def test_equal_answers_do_not_differ(right: list[bool]) -> None:
-    found = paired_difference(right, right)
-    assert (found.difference, found.p_value, found.interval) == (0.0, 1.0, (0.0, 0.0))
+def test_equal_answers_do_not_differ(correct: list[bool]) -> None:
+    result = paired_difference(correct, correct)
+    assert (result.difference, result.p_value, result.interval) == (0.0, 1.0, (0.0, 0.0))
 
 
 @given(pairs, st.randoms())
@@ -128,9 +128,9 @@ def test_the_order_of_the_items_does_not_matter(
 
 @given(st.integers(0, 40), st.integers(0, 40), st.integers(80, 500))
 def test_the_score_interval_holds_the_difference_and_mirrors(a: int, b: int, n: int) -> None:
-    one, other = (PairedDifference(*changed, n, (0.0, 0.0)) for changed in ((a, b), (b, a)))
-    low, high = one.score_interval
-    assert -1 <= low < one.difference < high <= 1
+    forward, other = (PairedDifference(*changed, n, (0.0, 0.0)) for changed in ((a, b), (b, a)))
+    low, high = forward.score_interval
+    assert -1 <= low < forward.difference < high <= 1
     assert other.score_interval == (-high, -low)
     wider = PairedDifference(a, b, n, (0.0, 0.0)), PairedDifference(2 * a, 2 * b, 2 * n, (0.0, 0.0))
     assert np.diff(wider[0].score_interval) > np.diff(wider[1].score_interval)
@@ -147,11 +147,11 @@ def test_the_score_interval_of_no_change_is_known(n: int) -> None:
 
 def test_the_score_interval_covers_the_truth_about_as_often_as_it_says() -> None:
     draw, n = np.random.default_rng(3), 120
-    held = 0
+    covered = 0
     for gained, lost, _ in draw.multinomial(n, [0.02, 0.06, 0.92], size=800):
         low, high = PairedDifference(int(gained), int(lost), n, (0.0, 0.0)).score_interval
-        held += low <= -0.04 <= high
-    assert 0.92 < held / 800 < 0.98
+        covered += low <= -0.04 <= high
+    assert 0.92 < covered / 800 < 0.98
 
 
 def test_lists_that_do_not_pair_raise() -> None:
@@ -162,9 +162,9 @@ def test_lists_that_do_not_pair_raise() -> None:
 
 
 def test_a_whole_benchmark_is_compared_in_no_time() -> None:
-    began = time.perf_counter()
+    start = time.perf_counter()
     paired_difference(*of(120, 180, 1019))
-    assert time.perf_counter() - began < 1
+    assert time.perf_counter() - start < 1
 
 
 @given(st.lists(st.floats(0, 1), max_size=12))

@@ -1,4 +1,4 @@
-"""Where benchmarks come from, how they ask, and that hard answers are read as a person would."""
+"""Benchmarks: data, prompts, and grades of answers that are hard to parse."""
 
 from __future__ import annotations
 
@@ -35,33 +35,33 @@ integers = st.integers(-(10**7), 10**7)
 prose = st.text(st.characters(exclude_characters="\\#:<{}"), max_size=60)
 
 
-def written(path: Path, rows: list[dict[str, object]]) -> Path:
+def write_rows(path: Path, rows: list[dict[str, object]]) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     return path
 
 
-def folder(path: Path) -> Path:
-    written(path / "gsm8k" / "test.jsonl", ROWS)
-    written(path / "gsm8k" / "train.jsonl", TRAIN)
+def write_benchmark(path: Path) -> Path:
+    write_rows(path / "gsm8k" / "test.jsonl", ROWS)
+    write_rows(path / "gsm8k" / "train.jsonl", TRAIN)
     return path
 
 
 # Hard answers
 
 
-@pytest.mark.parametrize(("gold", "output", "right"), GSM8K)
-def test_gsm8k_reads_hard_answers(gold, output, right):
-    assert gsm8k.grade(output, gold).correct is right
+@pytest.mark.parametrize(("gold", "output", "is_correct"), GSM8K)
+def test_gsm8k_reads_hard_answers(gold, output, is_correct):
+    assert gsm8k.grade(output, gold).correct is is_correct
 
 
-@pytest.mark.parametrize(("gold", "output", "right"), MATH500)
-def test_math500_reads_hard_answers(gold, output, right):
-    assert math500.grade(output, gold).correct is right
+@pytest.mark.parametrize(("gold", "output", "is_correct"), MATH500)
+def test_math500_reads_hard_answers(gold, output, is_correct):
+    assert math500.grade(output, gold).correct is is_correct
 
 
 @given(integers, integers)
-def test_a_number_is_right_only_if_it_is_the_gold(number, gold):
+def test_a_number_is_correct_only_if_it_is_the_gold(number, gold):
     for output in (f"#### {number}", rf"\boxed{{{number}}}", f"The answer is {number}."):
         assert gsm8k.grade(output, str(gold)).correct is (number == gold)
     assert is_equivalent(str(number), str(gold)) is (number == gold)
@@ -79,14 +79,14 @@ def test_thousands_commas_change_nothing(number):
 
 
 @given(integers, integers, prose)
-def test_text_after_a_box_never_changes_the_verdict(number, gold, after):
+def test_text_after_a_box_never_changes_the_grade(number, gold, after):
     output = rf"So it is $\boxed{{{number}}}$"
     for grade in (gsm8k.grade, math500.grade):
         assert grade(f"{output}. {after}", str(gold)).correct is (number == gold)
 
 
 @given(integers, prose)
-def test_text_after_hashes_never_changes_the_verdict(number, after):
+def test_text_after_hashes_never_changes_the_grade(number, after):
     assert gsm8k.grade(f"#### {number}\n{after}", str(number)).correct
 
 
@@ -99,14 +99,14 @@ def test_the_last_box_counts(first, last):
 
 
 @given(st.integers(-999, 999), st.integers(1, 999))
-def test_fractions_are_equal_however_they_are_written(over, under):
-    value = Fraction(over, under)
-    sign = "-" if over < 0 else ""
-    ways = [f"{over}/{under}", rf"{sign}\frac{{{abs(over)}}}{{{under}}}",
-            rf"{sign}\dfrac{{{abs(over)}}}{{{under}}}", str(value)]  # fmt: skip
-    for way in ways:
-        assert gsm8k.gold_value(way) == value
-        assert all(is_equivalent(way, other) for other in ways)
+def test_fractions_are_equal_in_every_notation(numerator, denominator):
+    value = Fraction(numerator, denominator)
+    sign = "-" if numerator < 0 else ""
+    forms = [f"{numerator}/{denominator}", rf"{sign}\frac{{{abs(numerator)}}}{{{denominator}}}",
+            rf"{sign}\dfrac{{{abs(numerator)}}}{{{denominator}}}", str(value)]  # fmt: skip
+    for form in forms:
+        assert gsm8k.gold_value(form) == value
+        assert all(is_equivalent(form, other) for other in forms)
 
 
 @given(st.text(max_size=200), st.text(max_size=20))
@@ -126,19 +126,19 @@ def test_no_answer_makes_math500_raise(answer):
 
 
 @given(st.lists(st.integers(0, 10**6), min_size=1, max_size=5))
-def test_every_number_of_a_text_is_found(values):
+def test_all_numbers_of_a_text_are_parsed(values):
     text = " and ".join(f"${value:,}" for value in values)
     assert [number.value for number in find_numbers(latex_to_plain(text))] == values
 
 
-def test_what_the_harness_measures_is_kept_beside():
-    told = gsm8k.grade("#### 18\nShe keeps 7.", "18")
-    assert (told.correct, told.other_metrics) == (True, {"strict": True, "flexible": False})
+def test_the_metrics_of_the_harness_are_recorded():
+    hashes = gsm8k.grade("#### 18\nShe keeps 7.", "18")
+    assert (hashes.correct, hashes.other_metrics) == (True, {"strict": True, "flexible": False})
     boxed = gsm8k.grade(r"\boxed{18}", "18")
     assert (boxed.correct, boxed.other_metrics) == (True, {"strict": False, "flexible": True})
 
 
-def test_a_gold_of_any_form_is_read_and_one_without_a_number_raises():
+def test_a_gold_without_a_number_raises():
     for gold in ("1234", "1,234", "She has 1,200 + 34.\n#### 1,234", r"\boxed{1234}", "$1234"):
         assert gsm8k.gold_value(gold) == 1234
     with pytest.raises(CoterieError, match="holds no number"):
@@ -148,19 +148,19 @@ def test_a_gold_of_any_form_is_read_and_one_without_a_number_raises():
 # The deadline
 
 
-def test_an_answer_that_cannot_be_worked_out_is_wrong_soon_and_the_next_is_judged(monkeypatch):
+def test_an_answer_over_the_time_limit_is_wrong_and_the_next_is_graded(monkeypatch):
     monkeypatch.setattr(verify, "CPU_SECONDS", 0.5)
     monkeypatch.setattr(verify, "_idle_verifiers", [])
     try:
-        started = time.monotonic()
+        start = time.monotonic()
         assert not verify.is_equivalent_latex("5", "10^{10^{10^{10}}}")
-        assert time.monotonic() - started < 20
+        assert time.monotonic() - start < 20
         assert verify.is_equivalent_latex("3x", r"x \cdot 3")
     finally:
         verify._close_all()
 
 
-def test_a_verifier_that_does_not_start_is_told(monkeypatch, tmp_path):
+def test_a_verifier_that_does_not_start_raises(monkeypatch, tmp_path):
     monkeypatch.setattr(verify, "_idle_verifiers", [])
     (tmp_path / "broken.py").write_text("raise RuntimeError('no grammar')")
     monkeypatch.setattr(verify, "SCRIPT_PATH", tmp_path / "broken.py")
@@ -173,24 +173,24 @@ def test_a_verifier_that_does_not_start_is_told(monkeypatch, tmp_path):
 
 def test_answers_are_compared_in_threads():
     pairs = [(f"{n}x + 1", f"1 + x \\cdot {n}") for n in range(2, 5)]
-    found: list[bool] = []
-    threads = [threading.Thread(target=lambda p=p: found.append(is_equivalent(*p))) for p in pairs]
+    results: list[bool] = []
+    threads = [
+        threading.Thread(target=lambda p=p: results.append(is_equivalent(*p))) for p in pairs
+    ]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    assert found == [True] * len(pairs)
+    assert results == [True] * len(pairs)
 
 
 # Data
 
 
-def test_a_file_its_folder_the_folder_above_and_the_usual_folder_are_the_same(
-    tmp_path, monkeypatch
-):
-    folder(tmp_path)
-    places = [tmp_path, tmp_path / "gsm8k", tmp_path / "gsm8k" / "test.jsonl"]
-    sources = [source.read_benchmark(gsm8k.TEST, place) for place in places]
+def test_file_folder_parent_and_default_folder_give_the_same_data(tmp_path, monkeypatch):
+    write_benchmark(tmp_path)
+    locations = [tmp_path, tmp_path / "gsm8k", tmp_path / "gsm8k" / "test.jsonl"]
+    sources = [source.read_benchmark(gsm8k.TEST, location) for location in locations]
     monkeypatch.setenv(source.DATA_ENV_VAR, str(tmp_path))
     sources.append(source.read_benchmark(gsm8k.TEST, None))
     assert len(set(map(repr, sources))) == 1
@@ -200,84 +200,87 @@ def test_a_file_its_folder_the_folder_above_and_the_usual_folder_are_the_same(
     }  # fmt: skip
 
 
-def test_jsonl_json_and_gzip_hold_the_same_rows(tmp_path):
-    plain_file = written(tmp_path / "a.jsonl", ROWS)
+def test_jsonl_json_and_gzip_have_the_same_rows(tmp_path):
+    plain_file = write_rows(tmp_path / "a.jsonl", ROWS)
     (tmp_path / "a.json").write_text(json.dumps(ROWS, indent=1), encoding="utf-8")
     (tmp_path / "a.gz").write_bytes(gzip.compress(plain_file.read_bytes(), mtime=0))
-    found = [
+    results = [
         source.read_benchmark(gsm8k.TEST, tmp_path / f"a.{end}").rows
         for end in ("jsonl", "json", "gz")
     ]
-    assert found[0] == found[1] == found[2] == tuple(ROWS)
+    assert results[0] == results[1] == results[2] == tuple(ROWS)
 
 
 @pytest.mark.parametrize(
-    ("content", "said"),
+    ("content", "message"),
     [
-        (b"", "holds nothing; expected objects with 'question' (text), 'answer' (text)"),
-        (b"\n\n", "holds nothing"),
-        (b'{"question": "a", "answer": "#### 1"}\n{"question": "b", "ans', "line 2: not JSON"),
+        (b"", "empty; expected objects with 'question' (text), 'answer' (text)"),
+        (b"\n\n", "empty; expected"),
+        (
+            b'{"question": "a", "answer": "#### 1"}\n{"question": "b", "ans',
+            "line 2: invalid or truncated JSON",
+        ),
         (b'{"question": "a"}\n', "line 1: 'answer' is missing"),
         (b'{"question": "a", "answer": 3}\n', "line 1: 'answer' is not text"),
         (b'{"question": "a", "answer": "b"}\n[1]\n', "line 2: not an object but list"),
         (b'[{"question": "a", "answer": "b"}, 3]', "item 2: not an object but int"),
-        (b'[{"question": "a",\n "answer"', "line 2: not JSON"),
+        (b'[{"question": "a",\n "answer"', "line 2: invalid or truncated JSON"),
         (b'{"question": "a", "answer": "b"}\n\xff\n', "line 2: not UTF-8"),
-        (gzip.compress(b"[" * 1000, mtime=0)[:-9], "broken or cut off gzip"),
-        (b"\x1f\x8b\x00", "broken or cut off gzip"),
+        (gzip.compress(b"[" * 1000, mtime=0)[:-9], "broken or truncated gzip"),
+        (b"\x1f\x8b\x00", "broken or truncated gzip"),
         (b'{"question": "a", "answer": "none"}\n', "row 1: 'none' holds no number"),
     ],
 )
-def test_a_broken_file_is_named_with_the_line_and_what_was_expected(tmp_path, content, said):
+def test_a_broken_file_is_reported_with_the_line_and_the_expected_form(tmp_path, content, message):
     path = tmp_path / "broken.jsonl"
     path.write_bytes(content)
-    with pytest.raises(CoterieError) as raised:
+    with pytest.raises(CoterieError) as error:
         open_tasks(["gsm8k"], TaskOptions("llada2", data=path))
-    assert said in str(raised.value)
-    assert "broken.jsonl" in str(raised.value)
+    assert message in str(error.value)
+    assert "broken.jsonl" in str(error.value)
 
 
-def test_a_place_without_the_data_is_named(tmp_path):
-    for place, said in ((tmp_path / "no", "no such file or folder"), (tmp_path, "neither")):
-        with pytest.raises(CoterieError, match=said):
-            source.read_benchmark(gsm8k.TEST, place)
+def test_a_location_without_the_data_is_reported(tmp_path):
+    for location, message in ((tmp_path / "no", "no such file or folder"), (tmp_path, "neither")):
+        with pytest.raises(CoterieError, match=message):
+            source.read_benchmark(gsm8k.TEST, location)
 
 
-def test_two_rows_of_one_id_raise(tmp_path):
+def test_two_rows_with_one_id_raise(tmp_path):
     row = {"problem": "1+1?", "answer": "2", "unique_id": "test/a"}
     with pytest.raises(CoterieError, match="two rows with 'unique_id' 'test/a'"):
         open_tasks(
-            ["math500"], TaskOptions("llada2", data=written(tmp_path / "m.jsonl", [row, row]))
+            ["math500"], TaskOptions("llada2", data=write_rows(tmp_path / "m.jsonl", [row, row]))
         )
 
 
-def test_without_data_the_hub_is_asked_for_the_published_file(tmp_path, monkeypatch):
-    asked = []
+def test_without_data_the_published_file_is_downloaded(tmp_path, monkeypatch):
+    downloads = []
 
     def deliver(repository: str, file: str, *, repo_type: str) -> str:
-        asked.append((repository, file, repo_type))
+        downloads.append((repository, file, repo_type))
         row = {"problem": "1+1?", "answer": "2", "unique_id": "test/a"}
-        return str(written(tmp_path / "hub.jsonl", [row]))
+        return str(write_rows(tmp_path / "hub.jsonl", [row]))
 
     monkeypatch.delenv(source.DATA_ENV_VAR, raising=False)
     monkeypatch.setattr(source, "hf_hub_download", deliver)
     [task] = open_tasks(["math500"], TaskOptions("llada2"))
-    assert asked == [("HuggingFaceH4/MATH-500", "test.jsonl", "dataset")]
+    assert downloads == [("HuggingFaceH4/MATH-500", "test.jsonl", "dataset")]
     assert task.settings()["data"] == "HuggingFaceH4/MATH-500"
     assert [item.id for item in task.items()] == ["math500/test/a"]
 
 
-def test_a_hub_out_of_reach_is_one_line_that_names_the_way_out(monkeypatch):
+def test_a_failed_download_is_one_line_with_a_solution(monkeypatch):
     def fail(*_args: object, **_named: object) -> str:
         raise ConnectionError("no route")
 
     monkeypatch.delenv(source.DATA_ENV_VAR, raising=False)
     monkeypatch.setattr(source, "hf_hub_download", fail)
-    with pytest.raises(CoterieError, match=r"no route.*--data.*gsm8k/test.jsonl"):
+    with pytest.raises(CoterieError, match=r"no route.*`data`.*gsm8k/test.jsonl"):
         source.read_benchmark(gsm8k.TEST, None)
 
 
-def test_parquet_is_read_where_pyarrow_is_and_says_so_where_not(tmp_path, monkeypatch):
+def test_parquet_needs_pyarrow(tmp_path, monkeypatch):
     path = tmp_path / "test.parquet"
     path.write_bytes(b"PAR1...PAR1")
 
@@ -295,17 +298,17 @@ def test_parquet_is_read_where_pyarrow_is_and_says_so_where_not(tmp_path, monkey
         source.read_benchmark(gsm8k.TEST, path)
 
 
-# Asking
+# Prompts
 
 
-def test_gsm8k_shows_the_first_examples_without_calculator_notes(tmp_path):
-    [task] = open_tasks(["gsm8k"], TaskOptions("llada-moe", data=folder(tmp_path)))
-    asked = task.prompt(task.items()[0])
-    assert asked.count("Question:") == 5
-    assert asked.startswith(
+def test_gsm8k_examples_have_no_calculator_notes(tmp_path):
+    [task] = open_tasks(["gsm8k"], TaskOptions("llada-moe", data=write_benchmark(tmp_path)))
+    prompt = task.prompt(task.items()[0])
+    assert prompt.count("Question:") == 5
+    assert prompt.startswith(
         "Question: Q0?\nLet's think step by step\nAnswer: 1+0=1\n#### 1\n\nQuestion: Q1?"
     )
-    assert asked.endswith("Question: How many?\nLet's think step by step\nAnswer:")
+    assert prompt.endswith("Question: How many?\nLet's think step by step\nAnswer:")
     assert (task.settings()["shots"], task.generation()) == (4, {"max_new_tokens": 1024})
     content = (tmp_path / "gsm8k" / "train.jsonl").read_bytes()
     assert task.settings()["examples"] == {
@@ -313,38 +316,38 @@ def test_gsm8k_shows_the_first_examples_without_calculator_notes(tmp_path):
     }  # fmt: skip
 
 
-def test_other_families_are_asked_without_examples_unless_wished(tmp_path):
-    data = folder(tmp_path)
+def test_other_families_are_zero_shot_by_default(tmp_path):
+    data = write_benchmark(tmp_path)
     [task] = open_tasks(["gsm8k"], TaskOptions("llada2", data=data))
     assert task.prompt(task.items()[0]) == (
         "How many?\nPlease reason step by step, and put your final answer within \\boxed{}."
     )
-    [two] = open_tasks(["gsm8k"], TaskOptions("llada2", data=data, shots=2))
-    assert two.prompt(two.items()[0]).count("Question:") == 3
+    [two_shot] = open_tasks(["gsm8k"], TaskOptions("llada2", data=data, shots=2))
+    assert two_shot.prompt(two_shot.items()[0]).count("Question:") == 3
     with pytest.raises(CoterieError, match="holds 5 examples, not 6"):
         open_tasks(["gsm8k"], TaskOptions("llada2", data=data, shots=6))
 
 
-def test_examples_that_are_not_there_are_named(tmp_path):
-    alone = written(tmp_path / "alone.jsonl", ROWS)
-    with pytest.raises(CoterieError, match=r"train.jsonl: not there.*--shots 0"):
-        open_tasks(["gsm8k"], TaskOptions("llada-moe", data=alone))
-    assert open_tasks(["gsm8k"], TaskOptions("llada-moe", data=alone, shots=0))
+def test_missing_examples_are_reported(tmp_path):
+    test_file = write_rows(tmp_path / "alone.jsonl", ROWS)
+    with pytest.raises(CoterieError, match=r"train.jsonl: not found.*`shots` to 0"):
+        open_tasks(["gsm8k"], TaskOptions("llada-moe", data=test_file))
+    assert open_tasks(["gsm8k"], TaskOptions("llada-moe", data=test_file, shots=0))
 
 
 @given(st.integers(0, 2**32), st.integers(1, 6))
-def test_embedded_items_are_held_out_and_a_longer_draw_begins_with_the_shorter(seed, count):
+def test_embedded_items_are_held_out_and_a_larger_count_extends_them(seed, count):
     for task in open_tasks(list(MAKERS), TaskOptions("llada2", count=count, seed=seed, trust=True)):
         items = task.items()
         longer = embedded.EmbeddedTask(task.name, count + 2, seed).items()
         assert items == longer[:count]
         assert [item.id for item in items] == [f"{task.name}/{seed}/{n}" for n in range(count)]
-        drawn = embedded._draw_problems(task.name, seed, count)
-        assert all(split_of(problem.key) == "test" for problem in drawn)
+        problems = embedded._draw_problems(task.name, seed, count)
+        assert all(split_of(problem.key) == "test" for problem in problems)
 
 
 @pytest.mark.parametrize("name", list(MAKERS))
-def test_embedded_answers_are_right_and_others_wrong(name):
+def test_embedded_answers_are_correct_and_others_wrong(name):
     [task] = open_tasks([name], TaskOptions("llada2", count=3, seed=5, trust=True))
     for item, problem in zip(task.items(), embedded._draw_problems(name, 5, 3), strict=True):
         assert task.prompt(item) == problem.prompt
@@ -353,34 +356,38 @@ def test_embedded_answers_are_right_and_others_wrong(name):
 
 
 def test_settings_of_every_task_are_json(tmp_path):
-    wish = TaskOptions("llada2", data=folder(tmp_path), trust=True)
-    for task in open_tasks(["gsm8k", *MAKERS], wish):
+    options = TaskOptions("llada2", data=write_benchmark(tmp_path), trust=True)
+    for task in open_tasks(["gsm8k", *MAKERS], options):
         assert json.loads(json.dumps(dict(task.settings()))) == dict(task.settings())
 
 
-def test_names_and_wishes_that_cannot_be_are_refused(tmp_path):
-    one = written(tmp_path / "one.jsonl", ROWS)
-    for names, wish, said in (
+def test_invalid_names_and_options_are_refused(tmp_path):
+    single_file = write_rows(tmp_path / "one.jsonl", ROWS)
+    for names, options, message in (
         (["gsm"], TaskOptions("llada2"), "unknown task 'gsm'; known: gsm8k, humaneval"),
         (["words"], TaskOptions("llada2", count=0), "0 items"),
-        (["words"], TaskOptions("llada2", shots=2), "without examples"),
-        (["math500"], TaskOptions("llada2", shots=4), "without examples"),
-        (["gsm8k", "math500"], TaskOptions("llada2", data=one), "one file, for gsm8k and math500"),
+        (["words"], TaskOptions("llada2", shots=2), "zero-shot"),
+        (["math500"], TaskOptions("llada2", shots=4), "zero-shot"),
+        (
+            ["gsm8k", "math500"],
+            TaskOptions("llada2", data=single_file),
+            "one file, .* for gsm8k and math500",
+        ),
     ):
-        with pytest.raises(CoterieError, match=said):
-            open_tasks(names, wish)
+        with pytest.raises(CoterieError, match=message):
+            open_tasks(names, options)
     assert [task.name for task in open_tasks(["words", "words"], TaskOptions("llada2"))] == [
         "words"
     ]
     assert list(TASKS) == ["gsm8k", "humaneval", "mbpp", "math500", *MAKERS]
 
 
-def test_code_is_refused_once_where_nothing_keeps_it_in(monkeypatch):
+def test_code_is_refused_without_a_sandbox(monkeypatch):
     def refuse(trust: bool = False) -> None:
         if not trust:
             raise CoterieError("nothing here can keep generated code in")
 
-    monkeypatch.setattr(embedded, "require_fence", refuse)
+    monkeypatch.setattr(embedded, "require_backend", refuse)
     assert open_tasks(["words", "algebra"], TaskOptions("llada2"))
     with pytest.raises(CoterieError, match="keep generated code in"):
         open_tasks(["docstring"], TaskOptions("llada2"))
@@ -390,46 +397,46 @@ def test_code_is_refused_once_where_nothing_keeps_it_in(monkeypatch):
 # coterie grade
 
 
-def graded(capsys: pytest.CaptureFixture[str]) -> list[dict[str, object]]:
+def read_grades(capsys: pytest.CaptureFixture[str]) -> list[dict[str, object]]:
     return [json.loads(line) for line in capsys.readouterr().out.splitlines()]
 
 
-def test_grades_come_in_the_order_of_the_lines_under_the_ids_given(tmp_path, capsys):
+def test_grades_are_in_the_order_of_the_lines(tmp_path, capsys):
     rows: list[dict[str, object]] = [
         {"id": "b", "output": "#### 18", "gold": "... #### 18"},
         {"id": 7, "output": "none", "gold": 18},
         {"id": "b", "output": r"\boxed{19}", "gold": "$18"},
     ]
-    assert run(["grade", "gsm8k", str(written(tmp_path / "o.jsonl", rows))]) == 0
-    assert graded(capsys) == [
+    assert run(["grade", "gsm8k", str(write_rows(tmp_path / "o.jsonl", rows))]) == 0
+    assert read_grades(capsys) == [
         {"id": "b", "correct": True, "extracted": "18"},
         {"id": 7, "correct": False, "extracted": None},
         {"id": "b", "correct": False, "extracted": "19"},
     ]
 
 
-def test_how_many_are_right_is_told_beside(tmp_path, capsys):
+def test_the_proportion_of_correct_lines_is_printed_on_stderr(tmp_path, capsys):
     rows: list[dict[str, object]] = [
         {"id": n, "output": rf"\boxed{{{n}}}", "gold": r"$\frac{2}{2}$"} for n in range(2)
     ]
     out = tmp_path / "grades.jsonl"
-    path = written(tmp_path / "o.jsonl", rows)
+    path = write_rows(tmp_path / "o.jsonl", rows)
     assert run(["grade", "math500", str(path), "-o", str(out)]) == 0
-    told = capsys.readouterr()
-    assert told.out == ""
-    assert "math500: 1 of 2 correct, 50.0% (95 % interval 9.5% to 90.5%)" in told.err
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert "math500: 1 of 2 correct, 50.0% (95 % interval 9.5% to 90.5%)" in captured.err
     assert [json.loads(line)["correct"] for line in out.read_text().splitlines()] == [False, True]
 
 
 def test_an_id_without_a_gold_is_looked_up(tmp_path, capsys):
-    data = folder(tmp_path)
+    data = write_benchmark(tmp_path)
     rows: list[dict[str, object]] = [
         {"id": "gsm8k/1", "output": "#### 8"},
         {"id": "0", "output": "#### 8"},
     ]
-    path = written(tmp_path / "o.jsonl", rows)
+    path = write_rows(tmp_path / "o.jsonl", rows)
     assert run(["grade", "gsm8k", str(path), "--data", str(data)]) == 0
-    assert [line["correct"] for line in graded(capsys)] == [True, False]
+    assert [line["correct"] for line in read_grades(capsys)] == [True, False]
 
 
 def test_an_embedded_function_is_looked_up_by_its_id(tmp_path, capsys):
@@ -438,19 +445,22 @@ def test_an_embedded_function_is_looked_up_by_its_id(tmp_path, capsys):
         {"id": "docstring/3/1", "output": problem.answer},
         {"id": "docstring/3/0", "output": problem.answer},
     ]
-    path = str(written(tmp_path / "o.jsonl", rows))
+    path = str(write_rows(tmp_path / "o.jsonl", rows))
     assert run(["grade", "docstring", path, "--trust-generated-code"]) == 0
-    assert [line["correct"] for line in graded(capsys)] == [True, False]
+    assert [line["correct"] for line in read_grades(capsys)] == [True, False]
 
 
 @pytest.mark.parametrize(
-    ("text", "said"),
+    ("text", "message"),
     [
         ("", "empty"),
-        ('{"id": 1, "output": "a", "gold": "1"}\n{"id": 2, "outp', "line 2: not JSON"),
+        (
+            '{"id": 1, "output": "a", "gold": "1"}\n{"id": 2, "outp',
+            "line 2: invalid or truncated JSON",
+        ),
         ('{"id": 1, "gold": "1"}', "line 1: 'output' is missing"),
         ('{"output": "a", "gold": "1"}', "line 1: 'id' is missing"),
-        ('{"id": 1, "output": null, "gold": "1"}', "line 1: 'output' is not a text"),
+        ('{"id": 1, "output": null, "gold": "1"}', "line 1: 'output' is not a string"),
         ('{"id": [1], "output": "", "gold": "1"}', "line 1: 'id' is neither"),
         ('{"id": 1, "output": "", "gold": [1]}', "line 1: 'gold' is neither"),
         ("3", "line 1: not an object"),
@@ -458,19 +468,19 @@ def test_an_embedded_function_is_looked_up_by_its_id(tmp_path, capsys):
         ('{"id": "gsm8k/9", "output": ""}', "no item 'gsm8k/9' (line 1); known are gsm8k/0 to"),
     ],
 )
-def test_bad_lines_are_named_before_anything_is_graded(tmp_path, capsys, text, said):
+def test_bad_lines_are_reported_before_anything_is_graded(tmp_path, capsys, text, message):
     good = '{"id": "x", "output": "#### 1", "gold": "1"}\n' if text else ""
     path = tmp_path / "o.jsonl"
     path.write_text(good + text, encoding="utf-8")
-    said = said.replace("line 2", "line 3").replace("line 1", "line 2")
-    assert run(["grade", "gsm8k", str(path), "--data", str(folder(tmp_path))]) == 2
-    told = capsys.readouterr()
-    assert told.out == ""
-    assert said in told.err
+    message = message.replace("line 2", "line 3").replace("line 1", "line 2")
+    assert run(["grade", "gsm8k", str(path), "--data", str(write_benchmark(tmp_path))]) == 2
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert message in captured.err
 
 
-def test_what_stood_in_the_file_stays_until_all_is_graded(tmp_path, capsys, monkeypatch):
-    path = written(tmp_path / "o.jsonl", [{"id": 1, "output": "1", "gold": "1"}])
+def test_the_output_file_is_kept_until_all_is_graded(tmp_path, capsys, monkeypatch):
+    path = write_rows(tmp_path / "o.jsonl", [{"id": 1, "output": "1", "gold": "1"}])
     out = tmp_path / "grades.jsonl"
     out.write_text("before")
 
@@ -478,9 +488,9 @@ def test_what_stood_in_the_file_stays_until_all_is_graded(tmp_path, capsys, monk
         raise CoterieError("no sandbox starts any more")
 
     monkeypatch.setattr(gsm8k.Gsm8k, "grade", fail)
-    monkeypatch.setattr("coterie.lab.evals.grading.GOLDEN", {})
-    data = folder(tmp_path)
-    written(path, [{"id": "gsm8k/0", "output": "1"}])
+    monkeypatch.setattr("coterie.lab.evals.grading.GOLD_GRADERS", {})
+    data = write_benchmark(tmp_path)
+    write_rows(path, [{"id": "gsm8k/0", "output": "1"}])
     assert run(["grade", "gsm8k", str(path), "-o", str(out), "--data", str(data)]) == 2
     assert out.read_text() == "before"
     assert sorted(p.name for p in tmp_path.iterdir()) == ["grades.jsonl", "gsm8k", "o.jsonl"]
@@ -488,6 +498,6 @@ def test_what_stood_in_the_file_stays_until_all_is_graded(tmp_path, capsys, monk
     assert "overwrite" in capsys.readouterr().err
 
 
-def test_items_have_a_gold_that_a_person_can_read(tmp_path):
-    [task] = open_tasks(["gsm8k"], TaskOptions("llada2", data=folder(tmp_path)))
+def test_items_have_a_readable_gold(tmp_path):
+    [task] = open_tasks(["gsm8k"], TaskOptions("llada2", data=write_benchmark(tmp_path)))
     assert task.items()[0] == Item("gsm8k/0", "How many?", "It is 7.\n#### 7")

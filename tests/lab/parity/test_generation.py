@@ -126,7 +126,7 @@ CALLS = "gen_static_b4_calls_len_pos_store"
         (lambda meta, held: meta.__setitem__("family", "gpt"), "family is 'gpt'; known: "),
     ],
 )
-def test_a_damaged_reference_is_told(damaged, harm, told: str) -> None:
+def test_damaged_reference_raises(damaged, harm, told: str) -> None:
     with pytest.raises(CoterieError, match=told):
         generation_results(damaged(harm))
 
@@ -143,7 +143,7 @@ def test_a_damaged_reference_is_told(damaged, harm, told: str) -> None:
         (ask("denoising_steps", 3), "forwards, not 30"),
     ],
 )
-def test_a_reference_that_says_otherwise_fails(damaged, harm, problem: str) -> None:
+def test_other_reference_fails(damaged, harm, problem: str) -> None:
     def harm_lengths_too(meta: Meta, held: Held) -> None:
         harm(meta, held)
         entry(meta).pop("n_out", None)
@@ -154,7 +154,7 @@ def test_a_reference_that_says_otherwise_fails(damaged, harm, problem: str) -> N
     assert any(problem in line for line in verdict.problems), verdict.problems
 
 
-def test_what_says_nothing_of_a_run_is_let_be(damaged) -> None:
+def test_unused_entries_are_ignored(damaged) -> None:
     def add(meta: Meta, held: Held) -> None:
         meta["note"] = entry(meta)["note"] = "made on a Tuesday"
         entry(meta)["params"] |= {"cfg_scale": 0.0, "threshold": 1.5}
@@ -173,7 +173,7 @@ def test_only_known_errors_are_excused_by_their_tag(damaged) -> None:
     assert not generation_results(damaged(disguise))[0].passed
 
 
-def test_calls_left_out_are_missed(damaged) -> None:
+def test_missing_calls_fail(damaged) -> None:
     def shorten(meta: Meta, held: Held) -> None:
         kept = meta["generations"] = [g for g in meta["generations"] if g["tag"] == "llada_s8_b8"]
         for name in [name for name in held if name.startswith("gen_")]:
@@ -185,7 +185,7 @@ def test_calls_left_out_are_missed(damaged) -> None:
     assert verdict.problems == ("forward 7 has another input",)
 
 
-def test_a_stop_inside_a_block_may_lie_beyond_the_length_asked_for() -> None:
+def test_stop_may_exceed_the_requested_length() -> None:
     values = {"gen_length": 2, "block_length": 16, "steps": 16, "threshold": 0.5}
     stated = ReferenceParameters("here", values | {"eos_early_stop": True})
     loop = make_loop("LLaDA2.0", stated, mask_id=511, eos_id=223)
@@ -197,7 +197,7 @@ def test_a_stop_inside_a_block_may_lie_beyond_the_length_asked_for() -> None:
         assert OUTPUT_IDS["llada2"](row, loop, True) == [5, 17, 33, 40, 249, 249, 223]
 
 
-def test_the_command_fails_where_a_set_does(damaged, capsys: pytest.CaptureFixture[str]) -> None:
+def test_command_fails_if_a_set_fails(damaged, capsys: pytest.CaptureFixture[str]) -> None:
     whole, broken = golden("sdar_moe", "a2"), damaged(change(OUT, other_id))
     assert parity.main([str(whole)]) == 0
     assert parity.main([str(whole), str(broken), str(broken / "none")]) == 1
@@ -232,7 +232,7 @@ DINFER = {
 }
 
 
-def test_every_parameter_of_dinfer_is_honoured() -> None:
+def test_every_parameter_of_dinfer_is_used() -> None:
     loop = make_loop(
         "inclusionAI/dInfer@fce4e32", ReferenceParameters("here", DINFER), mask_id=511, eos_id=508
     )
@@ -248,7 +248,7 @@ def test_every_parameter_of_dinfer_is_honoured() -> None:
 
 
 @pytest.mark.parametrize("name", [*DINFER, "unheard_of"])
-def test_no_parameter_of_dinfer_may_be_of_another_kind(name: str) -> None:
+def test_malformed_parameter_of_dinfer_raises(name: str) -> None:
     wrong = ReferenceParameters("here", DINFER | {name: ["x"]})
     with pytest.raises(CoterieError, match=name):
         make_loop("inclusionAI/dInfer@fce4e32", wrong, mask_id=511, eos_id=508)
@@ -258,9 +258,7 @@ def test_no_parameter_of_dinfer_may_be_of_another_kind(name: str) -> None:
     ("name", "stated", "spelled"),
     [("threshold", 7, "threshold:p=1+"), ("threshold", -1.0, "threshold:p=1e-30+")],
 )
-def test_a_threshold_beyond_its_ends_means_what_the_end_means(
-    name: str, stated: float, spelled: str
-) -> None:
+def test_threshold_is_clamped(name: str, stated: float, spelled: str) -> None:
     loop = make_loop(
         "inclusionAI/dInfer",
         ReferenceParameters("here", DINFER | {name: stated}),
@@ -270,7 +268,7 @@ def test_a_threshold_beyond_its_ends_means_what_the_end_means(
     assert loop.configs[0].unmask.startswith(spelled)
 
 
-def test_dinfer_ends_with_a_stop_and_fills_what_follows_only_if_asked() -> None:
+def test_dinfer_fills_after_a_stop_with_early_stop() -> None:
     for early in (True, False):
         values = DINFER | {"early_stop": early}
         loop = make_loop(
@@ -302,7 +300,7 @@ def test_llada_takes_every_step_of_its_schedule() -> None:
         )
 
 
-def test_an_unknown_loop_is_told_what_is_known() -> None:
+def test_unknown_loop_raises() -> None:
     with pytest.raises(CoterieError, match="unknown loop"):
         make_loop("somebody/else", ReferenceParameters("here", {}), mask_id=1, eos_id=2)
     assert len(LOOP_BUILDERS) == 6

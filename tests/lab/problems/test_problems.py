@@ -41,11 +41,11 @@ def test_a_problem_is_a_pure_function_of_its_seed(task, seed):
 
 
 @given(tasks, seeds, st.sampled_from(["train", "test"]))
-def test_a_drawn_problem_lies_on_the_side_asked_for(task, seed, split):
+def test_drawn_problem_has_the_requested_split(task, seed, split):
     assert split_of(draw_problem(PROBLEM_MAKERS[task], random.Random(seed), split).key) == split
 
 
-def test_the_two_sides_share_no_combination_and_no_question():
+def test_splits_share_no_key_and_no_question():
     rng = random.Random(0)
     sides = {side: [draw_problem(m, rng, side) for m in PROBLEM_MAKERS.values() for _ in range(500)]
              for side in ("train", "test")}  # fmt: skip
@@ -92,7 +92,7 @@ def test_worked_functions_pass_their_asserts_and_broken_ones_do_not(task):
 
 
 @given(st.lists(st.integers(0, 20), max_size=8), seeds)
-def test_the_source_of_a_recipe_does_what_its_meaning_says(xs, seed):
+def test_source_code_equals_evaluate(xs, seed):
     key = PROBLEM_MAKERS["docstring"](random.Random(seed)).key
     recipe = FunctionSpec(*key)  # type: ignore[arg-type]
     scope: dict[str, object] = {}
@@ -148,7 +148,7 @@ def test_a_phrase_shows_the_words_and_hides_code_that_python_reads(seed):
     assert not any(sign in after for sign in "<>%*/")
 
 
-def test_what_is_asked_is_no_lookup_every_kind_has_many_combinations():
+def test_every_evaluated_kind_has_many_combinations():
     rng = random.Random(0)
     combinations: dict[str, set[tuple[str | int, ...]]] = {}
     for maker in (PROBLEM_MAKERS["words"], PROBLEM_MAKERS["algebra"]):
@@ -159,6 +159,6 @@ def test_what_is_asked_is_no_lookup_every_kind_has_many_combinations():
     assert {kind: len(keys) for kind, keys in combinations.items() if len(keys) < 200} == {}
 
 
-def test_training_also_draws_what_is_not_asked():
+def test_training_includes_training_only_kinds():
     rng = random.Random(0)
     assert "times-as-many" in {TRAINING_MAKERS["words"](rng).key[0] for _ in range(200)}

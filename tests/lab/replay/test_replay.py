@@ -17,8 +17,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from policy_strategies import law
-from test_trace import made as traced
 from test_observation import PROMPTS, engine
+from test_trace import made as traced
 
 from coterie.cli.entry import run
 from coterie.cli.replay import hardware_models
@@ -48,15 +48,6 @@ from coterie.lab.replay.replay import (
     replay,
     steps_per_block,
 )
-from coterie.lab.replay.synthetic import (
-    RoutingLaw,
-    RoutingStats,
-    SyntheticShape,
-    calibrate_law,
-    rescale_stats,
-    routing_stats,
-    synthetic_trace,
-)
 from coterie.lab.replay.trace import Trace, TraceWriter, read_trace
 from coterie.loading.saved_votes import SavedVotes, write_votes
 from coterie.model.moe import MoE
@@ -67,6 +58,7 @@ from coterie.offload.simulated_store import SimulatedCacheStore
 from coterie.offload.traffic import Traffic
 from coterie.routing import parse_policy
 from coterie.routing.reuse import reuse_masks
+from experiments.synthetic_trace import RoutingLaw, SyntheticShape, synthetic_trace
 
 Capture = pytest.CaptureFixture[str]
 SHAPE = SyntheticShape(layers=2, experts=24, k=3, tokens=6, steps=4, expert_bytes=(("bf16", 100),))
@@ -86,7 +78,7 @@ def play(text: str, drift: float | None = None) -> ReplayPolicy:
 def grid(
     *plays: ReplayPolicy, caches: str = "lru", capacity: str = "50%", **more: object
 ) -> ReplayGrid:
-    usual = {"sizes": {"bf16": 100}, "links": LINK}
+    usual = {"expert_bytes": {"bf16": 100}, "links": LINK}
     capacities = [Capacity.parse(text) for text in capacity.split(",")]
     return ReplayGrid(plays, caches.split(","), capacities, **{**usual, **more})  # type: ignore[arg-type]
 
@@ -300,7 +292,7 @@ def test_an_imagined_memory_changes_answers_only_where_residents_are_preferred()
     assert [result.tokens for result in imagined("vanilla", 3)[1]] == plain
     own, preferred = (
         imagined(f"uniform-vote:beta=0.3{preferring}", 5)[0].traffic_log.traffic()
-        for preferring in ("", ",lam=8,eps=0.5")
+        for preferring in ("", ",resident_bonus=8,max_vote_loss=0.5")
     )
     assert preferred.hit_rate > own.hit_rate
 
@@ -360,31 +352,14 @@ def test_refusals_say_what_would_have_worked() -> None:
         1572864,
         6291456,
     )
-    with pytest.raises(CoterieError, match="the trace knows bf16"):
+    with pytest.raises(CoterieError, match="sizes for bf16"):
         expert_sizes({"bf16": 1}, ["int3"], "auto")
     with pytest.raises(CoterieError, match="not several"):
         expert_sizes({"bf16": 1}, ["bf16", "int8"], "6MiB")
-    with pytest.raises(CoterieError, match="belady cannot be replayed"):
+    with pytest.raises(CoterieError, match="leave out belady"):
         replay(drawn(), grid(play("resident-vote:beta=0.2"), caches="lru,belady"))
     with pytest.raises(CoterieError, match="holds no forward that decodes"):
         replay(Trace(drawn().header, None, ()), grid(play("vanilla")))
-    with pytest.raises(CoterieError, match="blocks of several forwards"):
-        routing_stats(Trace(drawn().header, None, drawn().forwards[:1]))
-
-
-def test_drawn_routing_looks_as_it_was_asked_to() -> None:
-    shape = SyntheticShape(layers=4, experts=64, k=4, tokens=16, steps=4)
-    wanted = RoutingStats(unique=30.0, step_overlap=0.85, block_overlap=0.6)
-    found = routing_stats(synthetic_trace(shape, calibrate_law(shape, wanted), blocks=12, seed=5))
-    assert found.unique == pytest.approx(wanted.unique, rel=0.06)
-    assert found.step_overlap == pytest.approx(wanted.step_overlap, abs=0.04)
-    assert found.block_overlap == pytest.approx(wanted.block_overlap, abs=0.06)
-
-
-def test_an_overlap_carried_over_keeps_its_place_above_chance() -> None:
-    chance = rescale_stats(RoutingStats(64, 0.5, 1.0), 128, 84, 256)
-    assert (chance.unique, chance.block_overlap) == (84, 1.0)
-    assert chance.step_overlap == pytest.approx(84 / 256)
 
 
 @pytest.fixture
@@ -404,7 +379,7 @@ def test_the_command_replays_a_grid(file: str, tmp_path: Path, capsys: Capture) 
     told = json.loads(capsys.readouterr().out)
     assert len(told["points"]) == 3 * 2 * 2 * 2
     assert {p["policy"] for p in told["points"]} == set(told["overlap"]) == {
-        *("vanilla", "des-vote:beta=0.25", "des-vote:beta=0.25 --drift 0.1")
+        *("vanilla", "des-vote:beta=0.25", "des-vote:beta=0.25 coreset-reuse=0.1")
     }  # fmt: skip
     alike = told["overlap"]["vanilla"]
     assert alike["means"]["step_jaccard"] == pytest.approx(np.mean(alike["step_jaccard"]))
@@ -422,7 +397,7 @@ def test_the_command_replays_a_grid(file: str, tmp_path: Path, capsys: Capture) 
     assert run([*words, "--csv"]) == 0
     assert capsys.readouterr().out == (tmp_path / "out" / "replay.csv").read_text()
     assert run(words) == 0
-    assert "des-vote:beta=0.25 --drift 0.1" in capsys.readouterr().out
+    assert "des-vote:beta=0.25 coreset-reuse=0.1" in capsys.readouterr().out
 
 
 def test_the_machine_is_as_typed() -> None:
@@ -453,7 +428,7 @@ def test_figures_stand_beside_the_record(file: str, tmp_path: Path) -> None:
         (["--eviction", "fifo"], "known"),
         (["--expert-memory", "lots"], "35%"),
         (["--link-bandwidth", "fast"], "25GB/s"),
-        (["--expert-dtype", "int3"], "the trace knows bf16"),
+        (["--expert-dtype", "int3"], "sizes for bf16"),
         (["--coreset-reuse", "0.1"], "give a --policy"),
         (["-p", "topk:k=2", "--coreset-reuse", "0.1"], "elects none"),
         (["-p", "des-seq:k=2", "--coreset-reuse", "2"], "share of the votes"),

@@ -19,7 +19,6 @@ from test_observation import PROMPTS, engine
 from coterie.cli.entry import run
 from coterie.engine.observation import LayerObservation, collect_observations
 from coterie.errors import CoterieError
-from coterie.lab.replay import bit_packing
 from coterie.lab.replay.policies import fidelity, forward_votes, select_from_trace
 from coterie.lab.replay.recorder import bias_of, record_trace, trace_header
 from coterie.lab.replay.replay import decoding_only
@@ -31,7 +30,10 @@ from coterie.lab.replay.trace import (
     TraceWriter,
     encode_forward,
     frame_record,
+    ids_size,
+    pack_ids,
     read_trace,
+    unpack_ids,
 )
 from coterie.routing import parse_policy
 from coterie.testing import write_checkpoint
@@ -89,13 +91,17 @@ def drawn_forwards(draw: st.DrawFn) -> tuple[TraceForward, TraceHeader]:
     marks = (rng.random((3, tokens)) < draw(st.sampled_from((0, 0.5, 1)))).astype(bool)
     numbers = [int(n) for n in rng.integers(0, 2**31, size=5)]
     used = np.zeros((layers, experts), dtype=bool)
-    made = TraceForward(*numbers, *marks, ids, rank, following, used)
+    voters, masked, filled = marks
+    made = TraceForward(
+        *(numbers[0], numbers[1], numbers[2], numbers[3], numbers[4]),
+        *(voters, masked, filled, ids, rank, following, used),
+    )
     made = replace(
         made, used=made.vanilla_mask if draw(st.booleans()) else rng.random(used.shape) < 0.3
     )
     made = replace(made, kind=draw(st.sampled_from(KINDS)))
     if draw(st.integers(0, 4)) == 0:
-        none = {name: getattr(made, name)[:, :0] for name in ("ids", "rank", "following")}
+        none = {name: getattr(made, name)[:, :0] for name in ("vanilla_ids", "rank", "next_score")}
         made = replace(made, **none, **dict.fromkeys(("voters", "masked", "filled"), marks[0][:0]))
     sizes = {"bf16": 6}
     return made, TraceHeader("m", "p", "", "", tuple(range(layers)), experts, k, sizes)
@@ -109,15 +115,15 @@ def test_a_forward_comes_back_as_near_as_the_format_says(tmp_path_factory, drawn
     with TraceWriter(path, said) as writer:
         writer.write(forward)
     (found,) = read_trace(path).forwards
-    for name in ("number", "row", "forward", "block", "start", "kind", "tokens"):
+    for name in ("number", "row", "decode_index", "block_start", "window_start", "kind"):
         assert getattr(found, name) == getattr(forward, name)
-    for name in ("voters", "masked", "filled", "ids", "used"):
+    for name in ("voters", "masked", "filled", "vanilla_ids", "used"):
         assert np.array_equal(getattr(found, name), getattr(forward, name))
     for layer in range(len(said.layers) if forward.tokens else 0):
-        margins = forward.rank[layer] - forward.following[layer][:, None]
+        margins = forward.rank[layer] - forward.next_score[layer][:, None]
         kept = found.rank[layer] - found.next_score[layer][:, None]
-        top, span = margins.max(), np.ptp(forward.following[layer])
-        assert np.abs(found.next_score[layer] - forward.following[layer]).max() <= span / 500 + 1e-6
+        top, span = margins.max(), np.ptp(forward.next_score[layer])
+        assert np.abs(found.next_score[layer] - forward.next_score[layer]).max() <= span / 500 + 1e-6
         assert np.abs(kept - margins).max() <= top / 16 + 1e-6
         near = np.maximum(np.sqrt(margins / top) / 16 + 1 / 1024, 1 / 256) if top > 0 else 0
         assert (np.abs(kept - margins) <= top * near + 1e-6).all()
@@ -130,8 +136,11 @@ def test_the_largest_record_of_a_large_model_takes_eight_kib() -> None:
     ids = np.argsort(rng.random((19, 32, 256)), axis=-1)[..., :8].astype(np.int16)
     rank = -np.sort(-rng.random((19, 32, 8)), axis=-1).astype(np.float32)
     following = (rank[..., -1] * rng.random((19, 32))).astype(np.float32)
-    marks = rng.random((3, 32)) < 0.5
-    forward = TraceForward(1, 1, 1, 0, 0, *marks, ids, rank, following, np.zeros((19, 256), bool))
+    voters, masked, filled = rng.random((3, 32)) < 0.5
+    used = np.zeros((19, 256), bool)
+    forward = TraceForward(
+        *(1, 1, 1, 0, 0, voters, masked, filled, ids, rank, following, used),
+    )
     vanilla = replace(forward, used=forward.vanilla_mask)
     assert len(encode_forward(vanilla, 256)) + 9 == 8177
     assert len(frame_record(encode_forward(vanilla, 256))) <= 8177 <= 8 * 1024
@@ -142,9 +151,9 @@ def test_the_largest_record_of_a_large_model_takes_eight_kib() -> None:
 @law(80)
 def test_packed_numbers_are_those_that_were_packed(experts: int, count: int, seed: int) -> None:
     ids = np.random.default_rng(seed).integers(0, experts, size=count).astype(np.int16)
-    packed = bit_packing.pack_ids(ids, experts)
-    assert len(packed) == bit_packing.ids_size(count, experts)
-    assert np.array_equal(bit_packing.unpack_ids(packed, count, experts), ids)
+    packed = pack_ids(ids, experts)
+    assert len(packed) == ids_size(count, experts)
+    assert np.array_equal(unpack_ids(packed, count, experts), ids)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -294,7 +303,7 @@ def test_damage_is_an_error_and_not_another_trace(tmp_path: Path) -> None:
         read_trace(path)
     for other in (b"", b"{}\n", b"\x80\x03 no text", b'{"format": "coterie trace"'):
         path.write_bytes(other)
-        with pytest.raises(CoterieError, match="no trace"):
+        with pytest.raises(CoterieError, match="not a trace"):
             read_trace(path)
 
 

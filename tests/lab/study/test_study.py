@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import json
 import re
-import runpy
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from html.parser import HTMLParser
 from itertools import pairwise
@@ -17,6 +16,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from matplotlib.figure import Figure
+from script_modules import load_script
 from tiny_task import Quiz
 
 import coterie
@@ -693,12 +693,11 @@ def test_the_document_has_what_the_page_has(tmp_path: Path) -> None:
 
 
 def test_the_results_page_is_what_the_committed_records_say() -> None:
-    script = runpy.run_path(str(ROOT / "scripts" / "results.py"))
-    sections: Callable[[Sequence[str]], list[ReportSection]] = script["sections"]
-    found = sections(())
+    docs = load_script("docs.py")
+    found = docs.report_sections(())
     assert len(found) == len(EXPERIMENTS), "a chapter has no record under results/study"
     written = (ROOT / "docs" / "results.md").read_text(encoding="utf-8")
-    assert written == script["written"](found)
+    assert written == docs.results_page(found)
     named = set(re.findall(r"figures/[\w-]+\.svg", written))
     assert named
     assert all((ROOT / "docs" / name).is_file() for name in named)

@@ -38,7 +38,7 @@ def test_numbers_of_the_tables_are_one_token_each(task, seed):
 @given(st.integers(0, 1000), st.integers(0, 10**6))
 def test_a_batch_is_a_pure_function_of_seed_and_number(seed, step):
     first, again = (BatchMaker(TOKENIZER, MIXTURE, seed)(step) for _ in range(2))
-    for name in ("tokens", "positions", "visible", "targets", "weights", "tasks"):
+    for name in ("tokens", "positions", "block_mask", "targets", "weights", "tasks"):
         assert torch.equal(getattr(first, name), getattr(again, name))
 
 
@@ -53,7 +53,7 @@ def test_only_masked_positions_have_targets_and_every_noised_block_has_one(step)
 
 
 @given(st.integers(0, 10**6))
-def test_a_block_sees_itself_and_earlier_clean_blocks_alone(step):
+def test_block_attends_to_itself_and_earlier_clean_blocks(step):
     batch = BatchMaker(TOKENIZER, MIXTURE, 1)(step)
     index = batch.positions[:, ::32] // 32
     noised = (batch.targets != IGNORE_INDEX).unflatten(1, (-1, 32)).any(-1)
@@ -63,7 +63,7 @@ def test_a_block_sees_itself_and_earlier_clean_blocks_alone(step):
     assert (index[:, None, :] < index[:, :, None])[seen].all()
 
 
-def test_a_sheet_is_the_chat_template_with_whole_blocks_and_mostly_answer():
+def test_tokenized_problem_follows_the_chat_template():
     maker = BatchMaker(TOKENIZER, MIXTURE, 0)
     rng = random.Random(3)
     filled = answered = 0
@@ -87,14 +87,14 @@ def test_drills_have_their_own_task_number():
 
 
 @given(st.integers(0, 20))
-def test_a_course_draws_each_step_from_its_own_lesson(step):
+def test_curriculum_uses_the_mixture_of_each_step(step):
     lessons = {0: MIXTURE, 10: DataMixture(rows=2, drill_row_share=0.0)}
     drawn = Curriculum(TOKENIZER, lessons, 4)(step)
     expected = BatchMaker(TOKENIZER, lessons[10 if step >= 10 else 0], 4)(step)
     assert torch.equal(drawn.tokens, expected.tokens)
 
 
-def test_words_to_copy_and_operators_weigh_more_where_asked():
+def test_content_and_operator_weights():
     mixture = DataMixture(rows=4, content_weight=5.0, operator_weight=7.0, fill_weight=0.0)
     batch = BatchMaker(TOKENIZER, mixture, 0)(0)
     assert batch.tasks is not None

@@ -150,7 +150,7 @@ def test_experts_and_their_gradients_equal_the_definition() -> None:
         torch.testing.assert_close(found, wanted, atol=1e-4, rtol=1e-4)
 
 
-def test_order_is_a_way_there_and_back() -> None:
+def test_expert_order_is_invertible() -> None:
     ids = torch.tensor([[3, 0], [0, 1], [3, 1]])
     rows = sort_by_expert(ids, 4)
     assert rows.counts.tolist() == [2, 2, 0, 2]
@@ -172,7 +172,7 @@ def test_attention_and_its_gradients_equal_the_library() -> None:
         torch.testing.assert_close(found, wanted, atol=1e-5, rtol=1e-5)
 
 
-def test_weights_ignore_the_bias_that_chooses() -> None:
+def test_weights_ignore_the_selection_bias() -> None:
     logits = torch.randn(6, 8, generator=torch.Generator().manual_seed(3))
     bias = torch.zeros(8)
     bias[5] = 10.0
@@ -218,7 +218,7 @@ def _interrupt(line: dict[str, object]) -> None:
         raise InterruptedError
 
 
-def test_a_folder_of_another_run_is_refused(tmp_path: Path) -> None:
+def test_folder_of_another_run_raises(tmp_path: Path) -> None:
     train(counting, replace(CONFIG, steps=1), tmp_path)
     with pytest.raises(CoterieError, match="other settings"):
         train(counting, replace(CONFIG, seed=1), tmp_path)

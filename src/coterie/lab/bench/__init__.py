@@ -1,1 +1,1 @@
-"""What is timed, of which shape, and against whom."""
+"""Benchmarks of layers, forwards and answers, against a memory read and other libraries."""

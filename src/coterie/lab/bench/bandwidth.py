@@ -1,4 +1,4 @@
-"""Reading the bytes of weights and doing nothing else: what the memory allows."""
+"""Bandwidth probe: reads the bytes of weights and computes nothing."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ AnyWeight = Tensor | QTensor | PackedExperts | PackedMatrix
 
 
 def weight_buffers(weights: Iterable[AnyWeight]) -> list[Tensor]:
-    """Their memory, each once: a slab's panels share theirs. Tensors of any shape and type."""
+    """The distinct buffers of weights; the packed matrices of a slab share one."""
     buffers: dict[int, Tensor] = {}
     for weight in weights:
         if isinstance(weight, QTensor):
@@ -27,7 +27,7 @@ def weight_buffers(weights: Iterable[AnyWeight]) -> list[Tensor]:
 
 
 def readable_rows(buffers: Iterable[Tensor]) -> list[Slab | Tensor]:
-    """The same as ``read_rows`` takes it, so that no reading pays for that: each [n, ..]."""
+    """Buffers [n, ...] in the form that ``read_rows`` takes."""
     use_kernel = cpu.is_available()
     return [
         _as_slab(buffer) if use_kernel and buffer.device.type == "cpu" else buffer
@@ -36,7 +36,7 @@ def readable_rows(buffers: Iterable[Tensor]) -> list[Slab | Tensor]:
 
 
 def read_rows(rows: Iterable[Slab | Tensor], used: Tensor) -> None:
-    """Read the rows ``used`` (bool [n]) of each."""
+    """Reads the rows ``used`` (bool [n]) of each buffer."""
     for matrix in rows:
         if isinstance(matrix, Slab):
             cpu.read_experts(matrix, used)
@@ -46,7 +46,7 @@ def read_rows(rows: Iterable[Slab | Tensor], used: Tensor) -> None:
 
 
 def _as_slab(rows: Tensor) -> Slab:
-    """As the kernels' probe takes memory; nothing is computed with it."""
+    """A buffer in the form of the kernels' read probe."""
     rows = rows.view(torch.uint8).flatten(1)
     panels = PackedExperts(rows, "bf16", (len(rows), 0, 0))
     return Slab(panels, panels, torch.arange(len(rows)))

@@ -1,4 +1,4 @@
-"""Whom we are timed against, where their Python is, and how a process of theirs is spoken to."""
+"""The libraries that a layer is timed against: their interpreters and processes."""
 
 from __future__ import annotations
 
@@ -16,24 +16,24 @@ from typing import Self
 
 import numpy as np
 
-from coterie.errors import CoterieError
+from coterie.errors import ConfigError, CoterieError
 
 SCRIPT_FOLDER = Path(__file__).parent
 ENVIRONMENTS_FOLDER = Path(".peers")
-"""Where ``scripts/peers`` makes a virtual environment for each of them."""
+"""Where ``scripts/peers`` creates a virtual environment for each baseline."""
 
-START_TIMEOUT, ANSWER_TIMEOUT = 240.0, 60.0  # seconds until a peer counts as hung
+START_TIMEOUT, ANSWER_TIMEOUT = 240.0, 60.0  # seconds
 
 
 class BaselineError(CoterieError):
-    """A peer that did not start, died, hung, or computes something else."""
+    """A baseline that does not start, ends, does not respond, or computes a wrong output."""
 
 
 @dataclass(frozen=True)
 class Baseline:
-    """Another way to compute the same layer. ``memory``: what it holds, in layers of experts.
+    """Another implementation of a layer of experts; its ``slow_kernels`` are timed on request.
 
-    ``works`` can be asked for; all of them are but those in ``slow``.
+    ``memory_layers`` is the memory of its process, in layers of experts.
     """
 
     name: str
@@ -42,11 +42,11 @@ class Baseline:
     script: str = "worker.py"
     memory_layers: float = 1.0
     slow_kernels: tuple[str, ...] = ()
-    in_our_python: bool = False  # whether our own Python has what it needs
-    returns_output: bool = True  # its output; else it tells its own error
+    in_our_python: bool = False  # whether this interpreter has its packages
+    returns_output: bool = True  # else it reports its own error
 
     def find_python(self, python_paths: Mapping[str, Path]) -> Path | None:
-        """The interpreter: as given, else in ``.peers``, else ours where that will do."""
+        """The interpreter in ``python_paths``, in ``.peers``, or this one if it suffices."""
         if self.name in python_paths:
             return python_paths[self.name]
         environment_python = ENVIRONMENTS_FOLDER / self.name / "bin" / "python"
@@ -77,7 +77,7 @@ BASELINES = {
 
 @dataclass(frozen=True)
 class ResolvedBaseline:
-    """A peer that takes part, under this interpreter. ``asked``: by name, so it must not fail."""
+    """A baseline and its interpreter; a ``required`` one must not fail."""
 
     baseline: Baseline
     python: Path
@@ -87,13 +87,13 @@ class ResolvedBaseline:
 def resolve_baselines(
     names: Sequence[str], pythons: Mapping[str, Path], dtype: str
 ) -> tuple[list[ResolvedBaseline], dict[str, str]]:
-    """Who takes part, and why others do not. Without names, whoever is there.
+    """The baselines to time, and the reasons for those left out; by default all installed ones.
 
-    Raises CoterieError for a name that is unknown, not installed, or has no such experts.
+    Raises ConfigError for a named baseline that is unknown, not installed, or lacks the dtype.
     """
     for name in (*names, *pythons):
         if name not in BASELINES:
-            raise CoterieError(f"unknown peer {name!r}; known: {', '.join(BASELINES)}")
+            raise ConfigError(f"unknown baseline {name!r}; known: {', '.join(BASELINES)}")
     resolved, skipped = [], {}
     for baseline in BASELINES.values():
         if names and baseline.name not in names:
@@ -102,7 +102,7 @@ def resolve_baselines(
         python = baseline.find_python(pythons)
         reason = _why_unavailable(baseline, python, dtype)
         if reason is not None and required:
-            raise CoterieError(f"{baseline.name}: {reason}")
+            raise ConfigError(f"{baseline.name}: {reason}")
         if reason is not None or python is None:
             skipped[baseline.name] = reason or ""
         else:
@@ -115,18 +115,18 @@ def _why_unavailable(baseline: Baseline, python: Path | None, dtype: str) -> str
         return f"has no experts in {dtype}; it has {', '.join(baseline.dtypes)}"
     if python is None:
         return (
-            f"not installed; `scripts/peers {baseline.name}` makes {ENVIRONMENTS_FOLDER / baseline.name}, "
-            f"or --peer-python {baseline.name}=PATH names a Python that has it"
+            f"not installed; `scripts/peers {baseline.name}` installs it in {ENVIRONMENTS_FOLDER}, "
+            "or `baseline_pythons` names an interpreter that has it"
         )
     if not os.access(python, os.X_OK):
-        return f"{python} is no program"
+        return f"{python} is not executable"
     return None
 
 
 class BaselineProcess:
-    """A peer's process: one line in is one turn, one line out its answer.
+    """The process of a baseline: one line in is one command, one line out its reply.
 
-    Raises PeerError, in words of one line, when it answers with anything else or not in time.
+    Raises BaselineError for an unexpected reply or a timeout.
     """
 
     def __init__(
@@ -137,7 +137,6 @@ class BaselineProcess:
         threads: int,
         start_timeout: float = START_TIMEOUT,
         answer_timeout: float = ANSWER_TIMEOUT,
-        script: Path | None = None,
     ) -> None:
         self.baseline = resolved.baseline
         self.kernels: tuple[str, ...] = ()
@@ -147,14 +146,10 @@ class BaselineProcess:
         self._answers: queue.Queue[str | None] = queue.Queue()
         environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
         environment |= {"OMP_NUM_THREADS": str(threads), "OMP_WAIT_POLICY": "PASSIVE"}
-        command = [
-            resolved.python,
-            script or SCRIPT_FOLDER / resolved.baseline.script,
-            resolved.baseline.name,
-            folder,
-        ]
+        baseline = resolved.baseline
+        command = (resolved.python, SCRIPT_FOLDER / baseline.script, baseline.name, folder)
         self._process = subprocess.Popen(
-            [str(argument) for argument in command],
+            list(map(str, command)),
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
@@ -176,7 +171,7 @@ class BaselineProcess:
         self.close()
 
     def wait_until_ready(self) -> None:
-        """Wait until it is ready."""
+        """Waits for the process to load its libraries and experts."""
         status, _, payload = self._read_answer(self._start_timeout).partition(" ")
         if status != "ready":
             raise self._unexpected_answer(f"{status} {payload}")
@@ -184,22 +179,22 @@ class BaselineProcess:
         self.kernels, self.versions = tuple(description["works"]), description["versions"]
 
     def time_kernel(self, kernel: str, case: int) -> float:
-        """Seconds that a work takes for a case."""
+        """Seconds of one kernel call on a case."""
         return self._request_number(f"time {kernel} {case}")
 
     def relative_error(self, kernel: str, case: int) -> float:
-        """How far its output is from what it should be, where it cannot be shown."""
+        """The relative error that the baseline measures itself."""
         return self._request_number(f"check {kernel} {case}")
 
     def output(self, kernel: str, case: int, file: Path) -> np.ndarray:
-        """What the work makes of a case, [T, H]; by way of that file."""
+        """The output [T, H] of a kernel on a case, passed in ``file``."""
         answer = self._request(f"keep {kernel} {case} {file}")
         if answer != "kept":
             raise self._unexpected_answer(answer)
         return np.load(file)
 
     def close(self) -> None:
-        """End the process, whatever it is doing."""
+        """Kills the process."""
         process = self._process
         process.kill()
         process.wait()
@@ -222,25 +217,25 @@ class BaselineProcess:
             self._process.stdin.write(line + "\n")
             self._process.stdin.flush()
         except OSError:
-            pass  # it is dead: the answer will say so
+            pass  # the process has ended; the reply is its error
         return self._read_answer(self._answer_timeout)
 
     def _read_answer(self, timeout: float) -> str:
         try:
             line = self._answers.get(timeout=timeout)
         except queue.Empty:
-            raise BaselineError(f"{self.baseline.name} said nothing for {timeout:g} s") from None
+            raise BaselineError(f"{self.baseline.name} did not reply in {timeout:g} s") from None
         if line is None:
             status = self._process.wait()
             self._reader_threads[1].join()
-            last_errors = " / ".join(self._last_errors) or "without a word"
+            last_errors = " / ".join(self._last_errors) or "no error message"
             raise BaselineError(f"{self.baseline.name} ended with status {status}: {last_errors}")
         if line.startswith("failed "):
             raise BaselineError(f"{self.baseline.name}: {line.removeprefix('failed ')}")
         return line
 
     def _unexpected_answer(self, answer: str) -> BaselineError:
-        return BaselineError(f"{self.baseline.name} answered {answer.strip()!r}")
+        return BaselineError(f"{self.baseline.name} replied {answer.strip()!r}")
 
     def _collect_answers(self) -> None:
         assert self._process.stdout is not None
@@ -249,7 +244,7 @@ class BaselineProcess:
         self._answers.put(None)
 
     def _collect_errors(self) -> None:
-        """Keep the last of what it says beside the point: an error's reason, mostly."""
+        """Keeps the last lines on stderr, usually the reason of an error."""
         assert self._process.stderr is not None
         for line in self._process.stderr:
             if line.strip():

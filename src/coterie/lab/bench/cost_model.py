@@ -1,4 +1,4 @@
-"""What a forward reads and multiplies, part by part, and the least that both can take."""
+"""Bytes and FLOPs of a forward by part, and the roofline time that follows from them."""
 
 from __future__ import annotations
 
@@ -25,14 +25,14 @@ ForwardPart = Literal[
 KernelKind = Literal["matrix", "router", "experts"]
 
 ONE_ROW = torch.ones(1, dtype=torch.bool)
-MATRIX_ROWS = 2048  # of the matrix that stays in a cache
-CACHED_EXPERTS = 4  # experts that stay there
-REPEATS = 4  # how often they are used for one reading of the clock
+MATRIX_ROWS = 2048  # rows of a matrix that fits in the processor cache
+CACHED_EXPERTS = 4  # experts that fit in it
+REPEATS = 4  # kernel calls per reading of the clock
 
 
 @dataclass(frozen=True)
 class RandomBlocks:
-    """Random blocks behind a context of random keys; ``visible`` positions are looked at."""
+    """Random blocks after a context of random keys and values."""
 
     tokens: list[Tensor]  # each [1, N]
     window: Window
@@ -41,33 +41,32 @@ class RandomBlocks:
 
 @dataclass(frozen=True)
 class ForwardCost:
-    """The bytes of one forward by part, and the memory in which they lie.
+    """Bytes and FLOPs of one forward by part, and the buffers that it reads.
 
-    ``slabs``: each layer's experts, of which a forward reads those it uses; ``whole``: all that is
-    read whatever the routing. ``pair`` and ``logits`` are the operations of a token that meets an
-    expert, and of one position's logits; ``flops`` those of the other parts.
+    ``slabs`` are the experts of each layer, of which a forward reads the used ones. ``always_read``
+    are the buffers that it reads with any routing.
     """
 
     slabs: dict[int, list[Slab | Tensor]]
     expert_bytes: dict[int, int]  # bytes of one expert, by layer
     always_read: list[Slab | Tensor]
-    part_bytes: Mapping[ForwardPart, int]  # of all but the experts
-    part_flops: Mapping[ForwardPart, int]  # of all but the experts and the head
-    flops_per_pair: int
-    flops_per_logit: int
+    part_bytes: Mapping[ForwardPart, int]  # without the experts
+    part_flops: Mapping[ForwardPart, int]  # without the experts and the head
+    flops_per_pair: int  # one token in one expert
+    flops_per_logit: int  # the logits of one position
 
     def used_expert_bytes(self, used: dict[int, Tensor]) -> int:
-        """Bytes of the experts used (by layer, bool [E])."""
+        """Bytes of the used experts (by layer, bool [E])."""
         return sum(size * int(used[layer].sum()) for layer, size in self.expert_bytes.items())
 
     def read(self, used: dict[int, Tensor]) -> None:
-        """Read all of it once."""
+        """Reads all bytes of a forward once."""
         for layer, rows in self.slabs.items():
             read_rows(rows, used[layer])
         read_rows(self.always_read, ONE_ROW)
 
     def flops_by_part(self, pairs: float, num_logits: float) -> dict[ForwardPart, float]:
-        """By part, with so many pairs of a token and an expert and logits of so many positions."""
+        """FLOPs by part, for a number of token-expert pairs and of positions with logits."""
         return {
             "experts": self.flops_per_pair * pairs,
             **self.part_flops,
@@ -77,16 +76,16 @@ class ForwardCost:
 
 @dataclass(frozen=True)
 class ComputeProbe:
-    """Products of weights that stay in a cache: arithmetic, and next to nothing to wait for."""
+    """Kernels on weights in the processor cache, which measure arithmetic without memory reads."""
 
-    kernels: Mapping[KernelKind, tuple[Callable[[], object], float]]  # and its operations
+    kernels: Mapping[KernelKind, tuple[Callable[[], object], float]]  # with FLOPs per call
     device: torch.device
 
     def measure_rates(self) -> dict[KernelKind, float]:
-        """Operations a second."""
+        """FLOPs per second by kind."""
         rates: dict[KernelKind, float] = {}
         for kind, (kernel, flops) in self.kernels.items():
-            kernel()  # now the weights are there
+            kernel()  # loads the weights into the cache
             rates[kind] = REPEATS * flops / time_once(partial(_repeat, kernel), self.device)
         return rates
 
@@ -98,7 +97,7 @@ def roofline_seconds(
     bandwidth: float,
     rates: Mapping[KernelKind, float],
 ) -> float:
-    """Seconds: of every part, whatever takes longer of its bytes and its arithmetic."""
+    """The sum over parts of the longer of read time and compute time, in seconds."""
     return sum(
         max(size / bandwidth, part_flops[part] / rates[_kernel_kind(part)])
         for part, size in part_bytes.items()
@@ -106,7 +105,7 @@ def roofline_seconds(
 
 
 def compute_probe(transformer: Transformer, tokens: int) -> ComputeProbe:
-    """The model's own kinds of products, of so many tokens each."""
+    """The model's kinds of matrix products, with ``tokens`` tokens each."""
     spec, device = transformer.spec, transformer.device
     x = torch.randn(tokens, spec.hidden).to(device, transformer.dtype)
     kernels: dict[KernelKind, tuple[Callable[[], object], float]] = {}
@@ -117,23 +116,20 @@ def compute_probe(transformer: Transformer, tokens: int) -> ComputeProbe:
     slab = _first_slab(transformer)
     num_experts = min(CACHED_EXPERTS, len(slab.slot_of))
     ids = torch.arange(num_experts, device=device)
-    cached_slab = Slab(
-        _first_experts(slab.gate_up, num_experts), _first_experts(slab.down, num_experts), ids
-    )
+    gate_up, down = (_first_experts(part, num_experts) for part in (slab.gate_up, slab.down))
     topk_ids = ids.expand(tokens, num_experts).contiguous()
     weights = torch.full((tokens, num_experts), 1 / num_experts, device=device)
     routing = Routing(topk_ids, weights, torch.ones_like(ids, dtype=torch.bool), topk_ids)
     flops = tokens * num_experts * _flops_per_pair(transformer)
-    kernels["experts"] = (partial(ops.run_experts, x, routing, cached_slab), flops)
+    kernels["experts"] = (partial(ops.run_experts, x, routing, Slab(gate_up, down, ids)), flops)
     return ComputeProbe(kernels, device)
 
 
 def forward_cost(transformer: Transformer, blocks: RandomBlocks) -> ForwardCost:
-    """Everything that a forward reads; of the embedding, only the rows it looks up, left out."""
+    """The cost of a forward; the looked-up rows of the embedding are ignored."""
     spec = transformer.spec
     slabs: dict[int, list[Slab | Tensor]] = {}
     expert_bytes: dict[int, int] = {}
-    all_experts = torch.ones(spec.router.experts, dtype=torch.bool, device=transformer.device)
     parts: dict[ForwardPart, list[AnyWeight]] = {
         name: [] for name in ("attention", "shared", "dense", "router")
     }
@@ -141,7 +137,7 @@ def forward_cost(transformer: Transformer, blocks: RandomBlocks) -> ForwardCost:
         parts["attention"] += [layer.attention.qkv, layer.attention.out]
         feed_forward = layer.feed_forward
         if isinstance(feed_forward, MoE):
-            (slab,) = feed_forward.store.serve(layer_index, ExpertRequest(all_experts))
+            (slab,) = feed_forward.store.serve(layer_index, _all_experts(transformer))
             buffers = weight_buffers([slab.gate_up, slab.down])
             slabs[layer_index] = readable_rows(buffers)
             expert_bytes[layer_index] = sum(buffer.nbytes // len(buffer) for buffer in buffers)
@@ -163,18 +159,20 @@ def forward_cost(transformer: Transformer, blocks: RandomBlocks) -> ForwardCost:
     flat = [buffer.view(1, -1) for buffers in part_buffers.values() for buffer in buffers]
     flops = _part_flops(transformer, blocks)
     return ForwardCost(
-        slabs, expert_bytes, readable_rows(flat), part_bytes, {part: flops[part] for part in part_bytes if part in flops},
-        flops_per_pair=_flops_per_pair(transformer), flops_per_logit=2 * spec.hidden * spec.vocabulary,
-    )  # fmt: skip
+        slabs,
+        expert_bytes,
+        readable_rows(flat),
+        part_bytes,
+        {part: flops[part] for part in part_bytes if part in flops},
+        flops_per_pair=_flops_per_pair(transformer),
+        flops_per_logit=2 * spec.hidden * spec.vocabulary,
+    )
 
 
 def _part_flops(transformer: Transformer, blocks: RandomBlocks) -> dict[ForwardPart, int]:
-    """Two for every number of a weight and token; of attention, what the block looks at."""
-    spec, tokens, num_moe_layers = (
-        transformer.spec,
-        blocks.window.width,
-        len(transformer.spec.moe_layers),
-    )
+    """Two FLOPs per weight and token; for attention also the products with visible keys."""
+    spec, tokens = transformer.spec, blocks.window.width
+    num_moe_layers = len(spec.moe_layers)
     flops_per_column = 2 * tokens * spec.hidden
     query_width = spec.heads * spec.head_dim
     projected = query_width + 2 * spec.kv_heads * spec.head_dim + query_width
@@ -189,7 +187,6 @@ def _part_flops(transformer: Transformer, blocks: RandomBlocks) -> dict[ForwardP
 
 
 def _flops_per_pair(transformer: Transformer) -> int:
-    """Operations of one token in one expert."""
     return 6 * transformer.spec.hidden * transformer.spec.expert_width
 
 
@@ -198,14 +195,16 @@ def _kernel_kind(part: ForwardPart) -> KernelKind:
 
 
 def _first_slab(transformer: Transformer) -> Slab:
-    """Of the first layer that has experts."""
+    """The experts of the first MoE layer."""
     layer_index = transformer.spec.moe_layers[0]
     feed_forward = transformer.layers[layer_index].feed_forward
     assert isinstance(feed_forward, MoE)
-    all_experts = torch.ones(
-        transformer.spec.router.experts, dtype=torch.bool, device=transformer.device
-    )
-    return next(iter(feed_forward.store.serve(layer_index, ExpertRequest(all_experts))))
+    return next(iter(feed_forward.store.serve(layer_index, _all_experts(transformer))))
+
+
+def _all_experts(transformer: Transformer) -> ExpertRequest:
+    experts, device = transformer.spec.router.experts, transformer.device
+    return ExpertRequest(torch.ones(experts, dtype=torch.bool, device=device))
 
 
 def _first_experts(

@@ -1,4 +1,4 @@
-"""Whole answers, timed: tokens a second, forwards, and forwards a block, policy beside policy."""
+"""Timing of whole answers: tokens per second, forwards and forwards per block by policy."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from coterie.engine.events import Result
 from coterie.lab.problems import PROBLEM_MAKERS, draw_problem
 from coterie.lab.records import Measurement
 
-SEED = 20_260_000  # of the prompts; they lie in the held-out split
+SEED = 20_260_000  # of the prompts
 VANILLA = "vanilla"
 ProgressCallback = Callable[[float, str], None]
 
 
 class GenerationCounts(TypedDict):
-    """What does not depend on the clock: means or sums over the prompts of one turn."""
+    """Results other than times: means or sums over the prompts of one repeat."""
 
     experts_mean: float
     experts_total: int
@@ -28,20 +28,20 @@ class GenerationCounts(TypedDict):
     forwards_per_block: float
     new_tokens: int
     texts_as_vanilla: int
-    coresets_kept: float | None  # of later steps' layers, mean over prompts; None without drift
-    hit_rate: float | None  # of experts used; None where all are in memory, and so below
-    bytes_moved: float | None  # an answer, prompt and commits among it
+    coresets_kept: float | None  # fraction of reused coresets; None without reuse
+    hit_rate: float | None  # None, like the next, if all experts are in memory
+    bytes_moved: float | None  # per answer, prefills and commits included
 
 
 @dataclass(frozen=True)
 class GenerationTiming:
-    """One policy: its results, turn by turn and prompt by prompt."""
+    """One policy: its results by repeat and prompt."""
 
     policy: str
     repeats: list[list[Result]]
 
     def measure(self) -> Measurement:
-        """One sample is one turn: all prompts' new tokens over all their seconds."""
+        """Tokens per second; one sample is one repeat over all prompts."""
         samples = [
             sum(r.new_tokens for r in results) / sum(r.seconds for r in results)
             for results in self.repeats
@@ -70,14 +70,14 @@ class GenerationTiming:
 
 
 def held_out_problems(count: int) -> list[str]:
-    """Held-out problems that the model in the package can solve, the tasks taking turns."""
+    """Held-out problems of the embedded model, with alternating tasks."""
     rng = random.Random(SEED)
     tasks = list(PROBLEM_MAKERS.values())
     return [draw_problem(tasks[i % len(tasks)], rng, "test").prompt for i in range(count)]
 
 
 def random_prompts(count: int, length: int, vocabulary: int) -> list[list[int]]:
-    """Ids for a model that knows no words."""
+    """Random token ids for a model without a tokenizer."""
     rng = random.Random(SEED)
     return [[rng.randrange(vocabulary) for _ in range(length)] for _ in range(count)]
 
@@ -92,17 +92,17 @@ def time_generation(
     policy_options: Mapping[str, Mapping[str, object]] | None = None,
     on_progress: ProgressCallback = lambda share, doing: None,
 ) -> list[GenerationTiming]:
-    """Policies take turns, vanilla first; one turn before the first is not kept. ``apart``: of some
-    policies, options of their own. A memory that does not hold all experts is emptied before every
-    answer."""
+    """Times all policies in alternation, vanilla first; the first repeat is a warm-up.
+
+    ``policy_options`` are options of single policies. A cache of experts is emptied before every
+    answer.
+    """
     timings = [GenerationTiming(policy, []) for policy in dict.fromkeys([VANILLA, *policies])]
     total, completed = (num_repeats + 1) * len(timings) * len(prompts), 0
     for repeat in range(num_repeats + 1):
         for timing in timings:
-            results, merged_options = (
-                [],
-                {**(options or {}), **(policy_options or {}).get(timing.policy, {})},
-            )
+            results = []
+            merged_options = {**(options or {}), **(policy_options or {}).get(timing.policy, {})}
             for prompt in prompts:
                 engine.reset_cache()
                 results.append(engine.generate(prompt, policy=timing.policy, **merged_options))

@@ -1,4 +1,4 @@
-"""Works in turns: ours, a plain read of the same bytes, and those of the peers' processes."""
+"""Interleaved timing of our kernel, a read of the same bytes, and baseline processes."""
 
 from __future__ import annotations
 
@@ -19,32 +19,25 @@ from coterie import ops
 from coterie.lab.bench.bandwidth import read_rows, readable_rows, weight_buffers
 from coterie.lab.bench.baselines import BaselineError, BaselineProcess, ResolvedBaseline
 from coterie.lab.bench.shapes import ModelShape
-from coterie.lab.records import Measurement
+from coterie.lab.records import Measurement, measurements_ms, median_ratio
 from coterie.values import Routing, Slab
 
-NUM_ROUTINGS = 4  # routings that take turns
-FLUSH_BYTES = (
-    128 << 20
-)  # bytes read before each work, so that it finds nothing of its own in a cache
-MIN_REPEATS, MAX_SECONDS = (
-    3,
-    4.0,
-)  # turns at least, and seconds in all after which a slow work rests
+NUM_ROUTINGS = 4  # routings in rotation
+FLUSH_BYTES = 128 << 20  # read before each kernel, to flush the processor cache
+MIN_REPEATS, MAX_SECONDS = 3, 4.0  # a slow kernel stops after both
 MAX_RELATIVE_ERROR = {"fp32": 1e-4, "bf16": 0.03, "int8": 0.06, "int4": 0.3}
-"""Relative error from which a peer computes something else."""
+"""A baseline with a larger relative error is wrong."""
 
 READ, OURS = "read", "ours"
 LayerDtype: TypeAlias = Literal["fp32", "bf16", "int8", "int4"]
-ProgressCallback: TypeAlias = Callable[
-    [float, str], None
-]  # the share that is done, what is being done
+ProgressCallback: TypeAlias = Callable[[float, str], None]  # completed fraction, activity
 CasesByPolicy: TypeAlias = Mapping[str, Sequence[tuple[Tensor, Routing]]]
-"""By policy, so many blocks as there are draws: x [T, H] and who computes it."""
+"""By policy, ``NUM_ROUTINGS`` blocks: x [T, H] and its routing."""
 
 
 @dataclass(frozen=True)
 class BenchConfig:
-    """What is timed. ``even``: routers that prefer nobody, in place of skewed ones."""
+    """Options of a layer benchmark; ``uniform_routing`` replaces skewed routers by uniform ones."""
 
     shape: ModelShape
     dtype: LayerDtype
@@ -58,9 +51,9 @@ class BenchConfig:
 
 @dataclass(frozen=True)
 class KernelTimings:
-    """One policy: experts and bytes of a turn, and every work's samples in seconds.
+    """One policy: experts and bytes of a layer, and samples in seconds by kernel.
 
-    ``beside`` are ours in the very turns in which a work had its samples: ratios are of pairs.
+    ``paired_samples`` are our times in the repeats in which a kernel was timed, for paired ratios.
     """
 
     policy: str
@@ -70,29 +63,22 @@ class KernelTimings:
     paired_samples: dict[str, list[float]]
 
     def ratio_to_ours(self, kernel: str) -> float:
-        """How many times as long as ours it takes: the median over turns."""
-        pairs = zip(self.samples[kernel], self.paired_samples[kernel], strict=True)
-        return statistics.median(theirs / ours for theirs, ours in pairs)
+        """Median ratio of a kernel's time to ours in the same repeats."""
+        return median_ratio(self.samples[kernel], self.paired_samples[kernel])
 
     def median(self, kernel: str) -> float:
         return statistics.median(self.samples[kernel])
 
     def measures(self) -> list[Measurement]:
-        return [
-            Measurement(
-                f"{self.policy} {kernel}", "ms", tuple(seconds * 1e3 for seconds in samples)
-            )
-            for kernel, samples in self.samples.items()
-        ]
+        return measurements_ms(self.policy, self.samples)
 
     def facts(self) -> dict[str, object]:
-        read_seconds = self.median(READ)
         others = [kernel for kernel in self.samples if kernel not in (READ, OURS)]
         return {
             "policy": self.policy,
             "experts": self.experts,
             "bytes": self.bytes,
-            "read_gb_per_s": self.bytes / read_seconds / 1e9,
+            "read_gb_per_s": self.bytes / self.median(READ) / 1e9,
             "ours_ms": self.median(OURS) * 1e3,
             "share_of_read_limit": self.ratio_to_ours(READ),
             "times_ours": {kernel: self.ratio_to_ours(kernel) for kernel in others},
@@ -102,9 +88,9 @@ class KernelTimings:
         }
 
 
-@dataclass  # not frozen: it gathers
+@dataclass  # not frozen: results are added
 class LayerBenchResult:
-    """What came of it. ``errors`` of works are relative to ours; of llama.cpp, to fp32."""
+    """Timings by policy; ``errors`` are relative to our output (llama.cpp: to fp32)."""
 
     timings: list[KernelTimings]
     versions: dict[str, dict[str, str]] = field(default_factory=dict)
@@ -113,9 +99,9 @@ class LayerBenchResult:
     sessions: list[list[str]] = field(default_factory=list)
 
 
-@dataclass  # not frozen: it keeps account of who still takes part
+@dataclass  # not frozen: failed baselines are dropped
 class TimingSession:
-    """Some peers at work beside us."""
+    """Baselines that run at the same time, and the timing of all kernels."""
 
     config: BenchConfig
     slab: Slab
@@ -133,51 +119,41 @@ class TimingSession:
     def start_baselines(
         self, group: Sequence[ResolvedBaseline], stack: ExitStack, on_progress: ProgressCallback
     ) -> None:
-        """Start the peers, one after the other, and compare what they compute."""
+        """Starts the baselines one after another and checks their outputs."""
         for resolved in group:
             on_progress(0.0, f"starting {resolved.baseline.name}")
             try:
-                threads = self.config.threads
-                process = stack.enter_context(
-                    BaselineProcess(resolved, self.folder, threads=threads)
-                )
+                process = BaselineProcess(resolved, self.folder, threads=self.config.threads)
+                stack.enter_context(process)
                 process.wait_until_ready()
                 self._register(resolved, process)
             except BaselineError as error:
                 self._drop_baseline(resolved, error)
-        self.result.sessions.append(
-            sorted({resolved.baseline.name for resolved, _, _ in self.kernels.values()})
-        )
+        names = {resolved.baseline.name for resolved, _, _ in self.kernels.values()}
+        self.result.sessions.append(sorted(names))
 
     def run_repeats(self, on_progress: ProgressCallback) -> None:
-        """The first turns, one for each draw, are not kept."""
+        """Times all kernels; the first repeat of each routing is a warm-up."""
         rng, num_repeats = random.Random(0), self.config.repeats + NUM_ROUTINGS
         for repeat in range(num_repeats):
             for timing in self.result.timings:
                 self._run_repeat(timing, repeat, rng)
-            on_progress((repeat + 1) / num_repeats, "taking turns")
+            on_progress((repeat + 1) / num_repeats, "timing kernels")
 
     def _run_repeat(self, timing: KernelTimings, repeat: int, rng: random.Random) -> None:
-        """Every work once, on one routing, in an order drawn anew."""
+        """Times every kernel once on one routing, in random order."""
         routing_index = repeat % NUM_ROUTINGS
         x, routing = self.cases[timing.policy][routing_index]
         case = self.config.policies.index(timing.policy) * NUM_ROUTINGS + routing_index
-        order = [
-            READ,
-            OURS,
-            *(
-                kernel
-                for kernel in self.kernels
-                if not self._has_enough_samples(kernel, timing, repeat)
-            ),
-        ]
+        order = [READ, OURS]
+        order += [k for k in self.kernels if not self._has_enough_samples(k, timing, repeat)]
         rng.shuffle(order)
         times: dict[str, float] = {}
         for kernel in order:
             read_rows(self.flush_rows, torch.tensor([True]))
             if kernel in (READ, OURS):
                 times[kernel] = self._time_local(kernel, x, routing)
-            elif kernel in self.kernels:  # its peer may have gone meanwhile
+            elif kernel in self.kernels:  # its baseline may have failed in this repeat
                 resolved, process, name = self.kernels[kernel]
                 try:
                     times[kernel] = process.time_kernel(name, case)
@@ -198,7 +174,6 @@ class TimingSession:
         return time.perf_counter() - start
 
     def _has_enough_samples(self, kernel: str, timing: KernelTimings, repeat: int) -> bool:
-        """Whether a slow work has had its share."""
         seconds_spent = self.seconds_spent.get((timing.policy, kernel), [])
         return (
             len(seconds_spent) >= MIN_REPEATS
@@ -218,23 +193,22 @@ class TimingSession:
     def _checked_error(
         self, resolved: ResolvedBaseline, process: BaselineProcess, name: str
     ) -> float:
-        """Relative to ours, or as it says itself; the largest over one case of each policy."""
+        """The largest error over one case of each policy, relative to ours or self-reported."""
         cases = range(0, len(self.config.policies) * NUM_ROUTINGS, NUM_ROUTINGS)
         if resolved.baseline.returns_output:
             file = self.folder / f"{resolved.baseline.name}.npy"
-            worst = max(
-                self._relative_error(case, process.output(name, case, file)) for case in cases
-            )
+            errors = [self._relative_error(c, process.output(name, c, file)) for c in cases]
         else:
-            worst = max(process.relative_error(name, case) for case in cases)
-        if not worst <= MAX_RELATIVE_ERROR[self.config.dtype]:  # NaN is beyond any limit
+            errors = [process.relative_error(name, case) for case in cases]
+        worst = max(errors)
+        if not worst <= MAX_RELATIVE_ERROR[self.config.dtype]:  # also true for NaN
             raise BaselineError(
-                f"{resolved.baseline.name} {name} computes something else: off by {worst:.1%}"
+                f"{resolved.baseline.name} {name} is wrong: relative error {worst:.1%}"
             )
         return worst
 
     def _relative_error(self, case: int, output: np.ndarray) -> float:
-        """Infinite where not even the shape is right."""
+        """Infinite if the shape is wrong or a value is not finite."""
         x, routing = self.cases[self.config.policies[case // NUM_ROUTINGS]][case % NUM_ROUTINGS]
         expected = ops.run_experts(x, routing, self.slab)
         if output.shape != tuple(expected.shape) or not np.isfinite(output).all():

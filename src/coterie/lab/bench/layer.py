@@ -1,4 +1,4 @@
-"""One layer of experts, timed: ours, a plain read of the same bytes, and the peers, in turns."""
+"""Timing of one layer of experts against a read of its bytes and against other libraries."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from coterie import ops
-from coterie.errors import CoterieError
+from coterie.errors import ConfigError
 from coterie.lab.bench import worker
 from coterie.lab.bench.bandwidth import weight_buffers
 from coterie.lab.bench.baselines import ResolvedBaseline
@@ -44,9 +44,9 @@ def time_layer(
     budget: float,
     on_progress: ProgressCallback = lambda share, doing: None,
 ) -> LayerBenchResult:
-    """All works in turns. Peers share a sitting as far as ``budget`` bytes hold them beside ours.
+    """Times all kernels interleaved; baselines share a session if ``budget`` bytes hold them.
 
-    A peer that fails is left out, and why is told; where it was asked for by name, it raises.
+    A baseline that fails is skipped with a reason; a required one raises BaselineError.
     """
     torch.set_num_threads(config.threads)
     shape = config.shape.layer
@@ -72,7 +72,7 @@ def time_layer(
 
 
 def make_slab(shape: LayerShape, config: BenchConfig) -> Slab:
-    """The experts that every worker makes too, as they run fastest here."""
+    """The experts that every worker generates too, in the kernels' format."""
     up, down = (
         torch.from_numpy(distinct)
         for distinct in worker.make_experts(_make_workload(shape, config))
@@ -90,7 +90,7 @@ def make_slab(shape: LayerShape, config: BenchConfig) -> Slab:
 def group_by_memory(
     baselines: Sequence[ResolvedBaseline], layer_bytes: float, budget: float
 ) -> list[list[ResolvedBaseline]]:
-    """Peers whose memory fits together, in order; one that fits nowhere still gets its own."""
+    """Groups of baselines that fit in ``budget`` bytes together; each group has at least one."""
     groups: list[list[ResolvedBaseline]] = []
     available = 0.0
     for resolved in baselines:
@@ -104,7 +104,7 @@ def group_by_memory(
 
 
 def draw_cases(config: BenchConfig) -> CasesByPolicy:
-    """By policy, ``DRAWS`` blocks; every policy routes the same scores."""
+    """``NUM_ROUTINGS`` random blocks by policy; every policy routes the same scores."""
     shape = config.shape.layer
     generator = torch.Generator().manual_seed(config.seed)
     skew = 0.0 if config.uniform_routing else find_skew(shape.router, shape.unique_experts)
@@ -125,10 +125,13 @@ def draw_cases(config: BenchConfig) -> CasesByPolicy:
 
 
 def _check_full_topk(cases: CasesByPolicy) -> None:
-    """Peers give every token as many experts as the router does."""
+    """Raises for a policy that gives a token fewer than k experts, which baselines cannot run."""
     for policy, blocks in cases.items():
         if any(bool((routing.topk_ids < 0).any()) for _, routing in blocks):
-            raise CoterieError(f"{policy} takes experts from tokens, no peer does; --peer none")
+            raise ConfigError(
+                f"{policy} gives tokens fewer than k experts, which no baseline supports; "
+                "set `baselines` to none"
+            )
 
 
 def _empty_timing(
@@ -144,7 +147,7 @@ def _empty_timing(
 def _write_workload(
     folder: Path, config: BenchConfig, shape: LayerShape, cases: CasesByPolicy
 ) -> None:
-    """What a worker reads."""
+    """Writes the files that a worker reads."""
     all_cases = [case for policy in config.policies for case in cases[policy]]
     workload = json.dumps(asdict(_make_workload(shape, config)))
     (folder / "work.json").write_text(workload, encoding="utf-8")

@@ -1,9 +1,9 @@
-"""llama.cpp at work, as ``worker.py`` is: a random model of one shape, through xllamacpp.
+"""The worker process of llama.cpp: random models of one shape, through xllamacpp.
 
-Its last layer computes one token only, so a layer's time is what a model of two layers takes longer
-for the same prompt than a model of one. Attention is narrow, and adds nothing to what passes
-through; so a token's hidden state is its embedding, and gates can be made for which llama.cpp
-chooses, in every layer, the very experts that a case asks for, and weighs them as the case does.
+llama.cpp computes a single token in its last layer. So the time of a layer is the difference
+between a model of two layers and one of one layer, for the same prompt. The output of attention is
+zero, so a token's hidden state is its embedding. Router gates are solved for, so that every layer
+selects the experts of a case with its weights.
 """
 
 from __future__ import annotations
@@ -19,27 +19,23 @@ import numpy as np
 
 if TYPE_CHECKING or __name__ != "__main__":
     from coterie.lab.bench import worker
-else:  # under a peer's Python, with its folder on the path and nothing of ours installed
+else:  # run as a script, where the package is not installed
     import worker
 
-HEAD_DIM = 64  # features of the one head
-GATE_LOGIT = 24.0  # logit of a chosen expert's weight 1; of experts that are not chosen it is 0
-EXPERT_SCALE = 0.05  # of what experts add: it must not move the router of the next layer
-LOGIT_SCALE = np.float32(
-    8
-)  # a token's own logit: far larger ones would leave nothing of the others
+HEAD_DIM = 64  # features of the single head
+GATE_LOGIT = 24.0  # logit of a selected expert of weight 1; those not selected have 0
+EXPERT_SCALE = 0.05  # scale of the experts' output, so that it does not affect the next router
+LOGIT_SCALE = np.float32(8)  # a larger scale would hide all logits but the token's own
 GGUF_TYPES = {"bf16": "BF16", "int8": "Q8_0", "int4": "Q4_0"}
 
 
 def start_baseline(
     folder: Path, workload: worker.LayerWorkload, cases: list[worker.TimedCase]
 ) -> worker.BaselineRunner:
-    """Writes the two models, and loads them."""
+    """Writes and loads the two models."""
     tokens = [token for case in cases for token in range(len(case.ids))]
     if len(tokens) > workload.hidden // 2:
-        raise ValueError(
-            f"{len(tokens)} tokens are too many to route in {workload.hidden} features"
-        )
+        raise ValueError(f"{len(tokens)} tokens are too many for {workload.hidden} features")
     embedding = make_embeddings(workload, len(tokens))
     gate = make_gate(embedding, cases, workload.experts)
     servers = {}
@@ -71,15 +67,18 @@ def start_baseline(
 
 
 def make_embeddings(workload: worker.LayerWorkload, count: int) -> np.ndarray:
-    """[count, H] fp32, each of unit size: a norm leaves them as they are."""
+    """[count, H] fp32 rows with a root mean square of 1, which a norm does not change."""
     rng = np.random.default_rng(workload.seed + 1)
     rows = rng.standard_normal((count, workload.hidden), dtype=np.float32)
     return rows / np.sqrt((rows**2).mean(axis=1, keepdims=True))
 
 
 def make_gate(embedding: np.ndarray, cases: list[worker.TimedCase], experts: int) -> np.ndarray:
-    """[E, H] whose logits of every case's tokens are far above 0 at its experts, and 0 elsewhere:
-    after a softmax over the chosen ones, their shares are the case's weights."""
+    """A gate [E, H] that selects the experts of every case's tokens, with its weights.
+
+    Logits are far above 0 at a token's experts and 0 elsewhere; the softmax over the selected ones
+    gives the weights.
+    """
     logits = np.zeros((len(embedding), experts))
     rows = iter(range(len(embedding)))
     for case in cases:
@@ -93,12 +92,11 @@ def make_gate(embedding: np.ndarray, cases: list[worker.TimedCase], experts: int
 def expert_output(
     workload: worker.LayerWorkload, x: np.ndarray, ids: np.ndarray, weights: np.ndarray
 ) -> np.ndarray:
-    """What the layer adds to a token x [H], in fp32; shares add up to 1, as Qwen3-MoE has them."""
+    """The layer's output for a token x [H], in fp32, with normalized weights as in Qwen3-MoE."""
     up, down = worker.make_experts(workload)
     out = np.zeros_like(x)
-    for expert, expert_weight in zip(
-        ids % worker.DISTINCT_EXPERTS, weights / weights.sum(), strict=True
-    ):
+    experts = ids % worker.DISTINCT_EXPERTS
+    for expert, expert_weight in zip(experts, weights / weights.sum(), strict=True):
         gate, value = np.split(up[expert] @ x, 2)
         out += expert_weight * (down[expert] @ (gate / (1 + np.exp(-gate)) * value))
     return out * np.float32(EXPERT_SCALE)
@@ -107,17 +105,17 @@ def expert_output(
 def relative_error(
     actual: np.ndarray, embedding: np.ndarray, last: int, expert_delta: np.ndarray
 ) -> float:
-    """How far logits [V] are from those of token ``last`` after one layer, as a part of what that
-    layer changes in them. What all logits have in common does not count: a softmax loses it."""
+    """The error of logits [V] of token ``last`` after one layer, relative to the layer's effect.
+
+    Logits are centred, since a softmax ignores a common offset.
+    """
 
     def output_logits(x: np.ndarray) -> np.ndarray:
         centred = embedding @ (x / np.sqrt((x**2).mean())) * (LOGIT_SCALE / len(x))
         return centred - centred.mean()
 
-    expected, without_layer = (
-        output_logits(embedding[last] + expert_delta),
-        output_logits(embedding[last]),
-    )
+    expected = output_logits(embedding[last] + expert_delta)
+    without_layer = output_logits(embedding[last])
     deviation = actual - actual.mean() - expected
     return float(np.linalg.norm(deviation) / np.linalg.norm(expected - without_layer))
 
@@ -125,7 +123,7 @@ def relative_error(
 def write_model(
     path: Path, workload: worker.LayerWorkload, layers: int, embedding: np.ndarray, gate: np.ndarray
 ) -> None:
-    """A Qwen3-MoE of random weights; one matrix at a time, for a layer may be gigabytes."""
+    """Writes a Qwen3-MoE with random weights, one matrix at a time: a layer may have gigabytes."""
     gguf = import_module("gguf")
     expert_type = gguf.GGMLQuantizationType[GGUF_TYPES[workload.dtype]]
     float_type = gguf.GGMLQuantizationType.F32
@@ -149,40 +147,30 @@ def write_model(
 
 
 def write_metadata(writer, workload: worker.LayerWorkload, layers: int, vocabulary: int) -> None:
-    """The model's sizes, and a vocabulary that only counts."""
-    writer.add_block_count(layers)
-    writer.add_context_length(512)
-    writer.add_embedding_length(workload.hidden)
-    writer.add_feed_forward_length(workload.width)
-    writer.add_expert_feed_forward_length(workload.width)
-    writer.add_expert_count(workload.experts)
-    writer.add_expert_used_count(workload.k)
-    writer.add_head_count(1)
-    writer.add_head_count_kv(1)
-    writer.add_key_length(HEAD_DIM)
-    writer.add_value_length(HEAD_DIM)
-    writer.add_layer_norm_rms_eps(1e-6)
-    writer.add_rope_freq_base(10000.0)
-    writer.add_vocab_size(vocabulary)
-    writer.add_tokenizer_model("gpt2")
-    writer.add_token_list([f"t{token}" for token in range(vocabulary)])
-    writer.add_token_types([1] * vocabulary)
-    writer.add_token_merges(["t 0"])
-    writer.add_eos_token_id(vocabulary - 1)
-    writer.add_add_bos_token(False)
+    """Writes the model's sizes and a vocabulary of numbers."""
+    metadata: dict[str, object] = {"block_count": layers, "context_length": 512}
+    metadata |= {"embedding_length": workload.hidden, "feed_forward_length": workload.width}
+    metadata |= {"expert_feed_forward_length": workload.width, "expert_count": workload.experts}
+    metadata |= {"expert_used_count": workload.k, "head_count": 1, "head_count_kv": 1}
+    metadata |= {"key_length": HEAD_DIM, "value_length": HEAD_DIM, "layer_norm_rms_eps": 1e-6}
+    metadata |= {"rope_freq_base": 10000.0, "vocab_size": vocabulary, "tokenizer_model": "gpt2"}
+    metadata |= {"token_list": [f"t{token}" for token in range(vocabulary)]}
+    metadata |= {"token_types": [1] * vocabulary, "token_merges": ["t 0"]}
+    metadata |= {"eos_token_id": vocabulary - 1, "add_bos_token": False}
+    for name, value in metadata.items():
+        getattr(writer, f"add_{name}")(value)
 
 
 def model_tensors(
     workload: worker.LayerWorkload, layers: int, embedding: np.ndarray, gate: np.ndarray
 ) -> Iterator[tuple[str, np.ndarray, int]]:
-    """Name, values and, of experts, how many copies of so few there are; 0: fp32, as it is."""
+    """Name, values and the number of copies of the experts; 0 for fp32 tensors."""
     up, down = worker.make_experts(workload)
     hidden = workload.hidden
     rng = np.random.default_rng(workload.seed + 2)
     ones = np.ones(hidden, dtype=np.float32)
-    attention_weight = rng.standard_normal((HEAD_DIM, hidden), dtype=np.float32) * np.float32(
-        hidden**-0.5
-    )
+    attention_weight = rng.standard_normal((HEAD_DIM, hidden), dtype=np.float32)
+    attention_weight *= np.float32(hidden**-0.5)
     yield "token_embd.weight", embedding, 0
     yield "output.weight", embedding * (LOGIT_SCALE / hidden), 0
     yield "output_norm.weight", ones, 0
@@ -201,7 +189,7 @@ def model_tensors(
 
 
 def start_server(path: Path, workload: worker.LayerWorkload, tokens: int):
-    """llama.cpp's server over a model, with prompt batches of ``tokens``."""
+    """Starts llama.cpp's server for a model, with prompt batches of ``tokens``."""
     xllamacpp = import_module("xllamacpp")
     params = xllamacpp.CommonParams()
     params.model.path = str(path)
@@ -210,29 +198,31 @@ def start_server(path: Path, workload: worker.LayerWorkload, tokens: int):
     params.cache_prompt, params.cache_ram_mib, params.ctx_shift = False, 0, False
     for cores in (params.cpuparams, params.cpuparams_batch):
         cores.n_threads = workload.threads
-        cores.poll = 0  # threads that spin after their work would slow whoever comes next
+        cores.poll = 0  # spinning threads would slow the next kernel
     return xllamacpp.Server(params)
 
 
 def prompt_seconds(server, prompt: list[int]) -> float:
-    """Of one prompt, as the server itself counts them."""
-    request = {"prompt": prompt, "n_predict": 1, "cache_prompt": False, "temperature": 0.0}
-    response = server.handle_completions(request)
-    response = json.loads(response) if isinstance(response, str) else response
+    """Seconds of one prompt, as the server reports them."""
+    response = _complete(server, prompt)
     if response["timings"]["prompt_n"] != len(prompt):
-        raise ValueError(f"llama.cpp computed {response['timings']['prompt_n']} tokens of a prompt")
+        raise ValueError(f"llama.cpp computed {response['timings']['prompt_n']} prompt tokens")
     return response["timings"]["prompt_ms"] / 1e3
 
 
 def prompt_logits(server, prompt: list[int], vocabulary: int) -> np.ndarray:
-    """[V] of the prompt's last token, up to a constant."""
-    request = {"prompt": prompt, "n_predict": 1, "cache_prompt": False, "temperature": 0.0}
-    response = server.handle_completions({**request, "n_probs": vocabulary})
-    response = json.loads(response) if isinstance(response, str) else response
+    """Logits [V] of the prompt's last token, up to a constant."""
+    response = _complete(server, prompt, n_probs=vocabulary)
     values = np.full(vocabulary, np.nan, dtype=np.float32)
     for entry in response["choices"][0]["logprobs"]["content"][0]["top_logprobs"]:
         values[entry["id"]] = entry["logprob"]
     return values
+
+
+def _complete(server, prompt: list[int], **options: int) -> dict:
+    request = {"prompt": prompt, "n_predict": 1, "cache_prompt": False, "temperature": 0.0}
+    response = server.handle_completions({**request, **options})
+    return json.loads(response) if isinstance(response, str) else response
 
 
 if __name__ == "__main__":

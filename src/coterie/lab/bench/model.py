@@ -1,7 +1,7 @@
-"""A whole random model of a published shape: nothing is downloaded, nothing is packed twice.
+"""Random models of published shapes, for benchmarks without a download.
 
-Its experts are a few random ones, over and over, each in memory of its own and in the form in which
-it runs. Its gates are bent until a block uses as many experts together as the published model does.
+A few random experts are repeated, each copy in its own memory and in the kernels' format. Router
+gates are skewed so that a block uses as many experts as in the published model.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from coterie import ops
-from coterie.errors import CoterieError
+from coterie.errors import ConfigError
 from coterie.lab.bench.routings import find_skew
 from coterie.lab.bench.shapes import ModelShape
 from coterie.loading.free_memory import free_memory
@@ -30,13 +30,11 @@ from coterie.values import PackedExperts, Slab
 
 ExpertDtype: TypeAlias = Literal["fp32", "bf16", "int8", "int4"]
 
-DISTINCT_EXPERTS = 2  # different experts in a slab
+DISTINCT_EXPERTS = 2  # random experts of a slab
 SHARED_FRACTION = (
-    0.5  # of a token's direction: what all tokens share, which the gates' bend listens to
+    0.5  # weight of the direction that all embeddings share; gates read popularity from it
 )
-RESIDUAL_SCALE = (
-    0.02  # what a layer adds, beside what comes in: random layers shall not drown the tokens
-)
+RESIDUAL_SCALE = 0.02  # scale of a layer's output, so that random layers do not hide the tokens
 POOL_SIZE = (1 << 24) + 43  # random numbers that all weights are cut from; no width divides it
 CHUNK_SIZE = 1 << 24
 
@@ -49,10 +47,10 @@ def random_model(
     seed: int = 0,
     device: torch.device | None = None,
 ) -> Model:
-    """The first ``layers`` of such a model, everything but the experts in bf16 (fp32 with "fp32").
+    """A random model of the first ``layers`` layers.
 
-    Needs little more memory than its weights; raises CoterieError where there is too little. A
-    prompt is ids, for it has no tokenizer.
+    All weights but the experts are bf16 (fp32 if the experts are). The model has no tokenizer, so
+    prompts are token ids. Raises ConfigError if there is too little memory for the weights.
     """
     target_device, truncated = device or torch.device("cpu"), shape.truncate(layers)
     expert_format = FORMATS.get(expert_dtype)
@@ -81,14 +79,11 @@ def random_model(
 def random_experts(
     spec: ModelSpec, expert_dtype: ExpertDtype, generator: torch.Generator, device: torch.device
 ) -> Slab:
-    """A slab of a few random experts, as they run fastest here."""
+    """A slab of a few random experts in the kernels' format."""
     hidden, width = spec.hidden, spec.expert_width
     up = torch.randn(DISTINCT_EXPERTS, 2 * width, hidden, generator=generator) * hidden**-0.5
-    down = (
-        torch.randn(DISTINCT_EXPERTS, hidden, width, generator=generator)
-        * width**-0.5
-        * RESIDUAL_SCALE
-    )
+    down = torch.randn(DISTINCT_EXPERTS, hidden, width, generator=generator)
+    down *= width**-0.5 * RESIDUAL_SCALE
 
     def convert(weight: Tensor) -> Tensor | QTensor:
         if expert_dtype in FORMATS:
@@ -101,11 +96,11 @@ def random_experts(
 
 
 def repeat_experts(slab: Slab, num_experts: int) -> Slab:
-    """So many experts, those of ``slab`` over and over, each in memory of its own."""
+    """A slab of ``num_experts`` copies of the experts of ``slab``, each in its own memory."""
     gate_up, down = slab.gate_up, slab.down
     slots = torch.arange(num_experts, device=slab.slot_of.device)
     if isinstance(gate_up, PackedExperts) and isinstance(down, PackedExperts):
-        # Gate, up and down share their memory.
+        # Gate, up and down share one buffer.
         packed = cpu.allocate(num_experts, gate_up.packed.shape[1])
         _fill_repeating(packed, gate_up.packed)
         return Slab(_with_packed(gate_up, packed), _with_packed(down, packed), slots)
@@ -113,7 +108,7 @@ def repeat_experts(slab: Slab, num_experts: int) -> Slab:
 
 
 def _repeat_weight(weight: Tensor | QTensor | PackedExperts, num_experts: int) -> Tensor | QTensor:
-    assert not isinstance(weight, PackedExperts)  # those of a slab come in pairs
+    assert not isinstance(weight, PackedExperts)  # packed weights come in pairs
     if isinstance(weight, QTensor):
         q, scales = (_repeat_weight(part, num_experts) for part in (weight.q, weight.scales))
         assert isinstance(q, Tensor)
@@ -129,7 +124,7 @@ def _with_packed(weight: PackedExperts, packed: Tensor) -> PackedExperts:
 
 
 def _fill_repeating(target: Tensor, source: Tensor) -> None:
-    """The first axis of ``few`` over and over, without a copy in between."""
+    """Repeats ``source`` along the first axis of ``target``."""
     for start in range(0, len(target), len(source)):
         part = target[start : start + len(source)]
         part.copy_(source[: len(part)])
@@ -147,10 +142,10 @@ def _random_weights(
     dtype: torch.dtype,
     device: torch.device,
 ) -> dict[str, Tensor]:
-    """Everything but the routed experts."""
+    """All weights but the routed experts."""
     pool = torch.randn(POOL_SIZE, generator=generator)
     shared = torch.randn(spec.hidden, generator=generator)
-    shared /= shared.square().mean().sqrt()  # what all tokens have in common, of unit size
+    shared /= shared.square().mean().sqrt()  # the direction that all tokens share, of unit size
     weights: dict[str, Tensor] = {}
     start = 0
     for name, shape in weight_shapes(spec).items():
@@ -171,8 +166,10 @@ def _random_weights(
 
 
 def skewed_gate(gate: Tensor, shared: Tensor, skew: float, generator: torch.Generator) -> Tensor:
-    """A gate [E, H] whose logits differ by 1 from token to token and by ``bend`` from expert to
-    expert: it hears what tokens share only as how wanted each expert is."""
+    """A gate [E, H] with logits that vary by 1 over tokens and by ``skew`` over experts.
+
+    These are standard deviations. The shared direction of all tokens sets an expert's popularity.
+    """
     independent = gate - (gate @ shared)[:, None] * shared / shared.square().sum()
     popularity = torch.randn(len(gate), generator=generator) * skew
     common = popularity[:, None] * shared / shared.square().sum() / SHARED_FRACTION
@@ -180,7 +177,7 @@ def skewed_gate(gate: Tensor, shared: Tensor, skew: float, generator: torch.Gene
 
 
 def _init_std(name: str, shape: tuple[int, ...]) -> float:
-    """Standard deviation of a weight's numbers; 0 = all of them are 1."""
+    """Standard deviation of a weight; 0 for a weight of ones."""
     if len(shape) == 1:
         return 1e-3 if "bias" in name else 0.0
     if name == "embedding":
@@ -190,7 +187,7 @@ def _init_std(name: str, shape: tuple[int, ...]) -> float:
 
 
 def _fill_from_pool(weight: Tensor, pool: Tensor, start: int, *, scale: float) -> None:
-    """Numbers of the pool from ``start`` on, over and over."""
+    """Fills a weight with the pool's numbers from ``start``, repeated."""
     flat = weight.view(-1)
     if not scale:
         flat.fill_(1.0)
@@ -207,7 +204,7 @@ def _fill_from_pool(weight: Tensor, pool: Tensor, start: int, *, scale: float) -
 def _check_memory(shape: ModelShape, required: int, device: torch.device) -> None:
     free = free_memory(device)
     if free is not None and required > free:
-        raise CoterieError(
+        raise ConfigError(
             f"{shape.title} with {shape.spec.layers} layers needs {required / 2**30:.1f} GiB, "
-            f"{free / 2**30:.1f} GiB are free; --layers cuts it, --dtype int8 shrinks it"
+            f"{free / 2**30:.1f} GiB are free; reduce `layers` or use `dtype` int8"
         )

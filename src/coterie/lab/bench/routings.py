@@ -1,4 +1,4 @@
-"""Routings that are timed: set one by one, or drawn as a skewed router would."""
+"""Routings to time: balanced, or drawn from a skewed router."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import torch
 from coterie.routing import Vanilla, route
 from coterie.values import Policy, RouterSpec, Routing, Scores, expert_mask
 
-BLOCK_LENGTH = 32  # at which the paper counted unique experts
+BLOCK_LENGTH = 32  # the paper's block length for counts of unique experts
 
 
 def balanced_routing(
@@ -17,9 +17,9 @@ def balanced_routing(
     generator: torch.Generator,
     device: torch.device,
 ) -> Routing:
-    """Every token takes k of exactly ``used`` random experts, all of them equally often.
+    """Every token uses k of ``unique_experts`` random experts, all of them equally often.
 
-    Raises ValueError unless k <= used <= tokens * k.
+    Raises ValueError unless k <= unique_experts <= tokens * k.
     """
     if not router.k <= unique_experts <= min(tokens * router.k, router.experts):
         raise ValueError(
@@ -38,8 +38,11 @@ def balanced_routing(
 def skewed_scores(
     router: RouterSpec, tokens: int, skew: float, generator: torch.Generator
 ) -> Scores:
-    """What a gate could think of one block: experts differ in how wanted they are, by ``bend``
-    times as much as two tokens differ about one of them. [1, tokens, E]."""
+    """Random router logits of one block, [1, tokens, E].
+
+    Each logit is the expert's popularity plus noise per token. ``skew`` is the standard deviation
+    of the popularity; that of the noise is 1.
+    """
     popularity = torch.randn(router.experts, generator=generator) * skew
     logits = popularity + torch.randn(1, tokens, router.experts, generator=generator)
     return Scores(logits=logits, router=router)
@@ -48,7 +51,7 @@ def skewed_scores(
 def find_skew(
     router: RouterSpec, unique_experts: float, *, tokens: int = BLOCK_LENGTH, samples: int = 8
 ) -> float:
-    """The ``bend`` under which a block uses ``unique`` experts on average: bisection."""
+    """The skew with which a block uses ``unique_experts`` on average, by bisection."""
     low, high = 0.0, 16.0
     for _ in range(20):
         middle = (low + high) / 2
@@ -60,7 +63,7 @@ def find_skew(
 
 
 def mean_unique_experts(router: RouterSpec, tokens: int, skew: float, samples: int) -> float:
-    """Unique experts of skewed blocks, always the same draws."""
+    """Mean unique experts of skewed blocks, with fixed random numbers."""
     generator = torch.Generator().manual_seed(0)
     blocks = (
         route(skewed_scores(router, tokens, skew, generator), Vanilla()) for _ in range(samples)
@@ -69,7 +72,7 @@ def mean_unique_experts(router: RouterSpec, tokens: int, skew: float, samples: i
 
 
 def route_on_device(scores: Scores, policy: Policy, device: torch.device) -> Routing:
-    """The routing of skewed scores, on the device where the experts are."""
+    """Routes on the CPU and copies the routing to ``device``."""
     routing = route(scores, policy)
     ids, weights, used, vanilla_ids = (
         part.to(device)

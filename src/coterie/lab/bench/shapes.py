@@ -1,4 +1,4 @@
-"""The published models as shapes: what can be timed without a download."""
+"""Shapes of the published models, for benchmarks without a download."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from coterie.errors import CoterieError
+from coterie.errors import ConfigError
 from coterie.families.family import Family
 from coterie.families.llada2 import FAMILY as LLADA2
 from coterie.families.llada_moe import FAMILY as LLADA_MOE
@@ -15,12 +15,12 @@ from coterie.families.sdar_moe import FAMILY as SDAR_MOE
 from coterie.model.spec import ModelSpec
 from coterie.values import RouterSpec, Slab
 
-DISTINCT_EXPERTS = 8  # random experts that a large layer is filled with, over and over
+DISTINCT_EXPERTS = 8  # random experts that are repeated to fill a layer
 
 
 @dataclass(frozen=True)
 class LayerShape:
-    """A published model's layer of experts, and the unique experts a block of 32 uses in it."""
+    """A model's layer of experts, and the unique experts that a block of 32 uses in it."""
 
     name: str
     router: RouterSpec
@@ -31,14 +31,17 @@ class LayerShape:
 
     @property
     def bytes(self) -> int:
-        """Of all its experts."""
+        """Bytes of all experts."""
         return self.router.experts * 3 * self.hidden * self.width * self.dtype.itemsize
 
 
 @dataclass(frozen=True)
 class ModelShape:
-    """A whole model's shape. ``unique``: experts of a layer that a block of 32 uses together;
-    ``betas``: shares of the experts at which the paper reports it."""
+    """A model's shape.
+
+    ``unique_experts`` is the number per layer that a block of 32 uses; ``betas`` are the coreset
+    sizes at which the paper reports the model.
+    """
 
     title: str
     family: Family
@@ -48,39 +51,36 @@ class ModelShape:
 
     @property
     def policies(self) -> tuple[str, ...]:
-        """What is timed where nothing else is asked."""
+        """The policies that are timed by default."""
         return ("vanilla", *(f"des-vote:beta={beta:g}" for beta in self.betas))
 
     @property
     def layer(self) -> LayerShape:
-        """Its layer of experts."""
-        spec = self.spec
-        return LayerShape(
-            self.title, spec.router, spec.hidden, spec.expert_width, self.unique_experts
-        )
+        s = self.spec
+        return LayerShape(self.title, s.router, s.hidden, s.expert_width, self.unique_experts)
 
     def truncate(self, layers: int | None) -> ModelShape:
-        """The same with its first so many layers only (None: all of them)."""
+        """The shape with its first ``layers`` layers (None: all)."""
         max_layers = self.spec.layers
         if layers is None or layers == max_layers:
             return self
         if not 1 <= layers <= max_layers or not any(self.spec.moe[:layers]):
             min_layers = self.spec.moe.index(True) + 1
-            raise CoterieError(
-                f"{layers} layers of {self.title}; it takes {min_layers} to {max_layers}"
+            raise ConfigError(
+                f"`layers` is {layers} for {self.title}; must be {min_layers} to {max_layers}"
             )
         return replace(self, spec=replace(self.spec, layers=layers, moe=self.spec.moe[:layers]))
 
 
 def find_shape(name: str) -> ModelShape:
-    """By its name on the command line; raises CoterieError for one that is not known."""
+    """The shape with a name; raises ConfigError for an unknown one."""
     if name not in SHAPES:
-        raise CoterieError(f"unknown shape {name!r}; known: {', '.join(SHAPES)}")
+        raise ConfigError(f"unknown shape {name!r}; known: {', '.join(SHAPES)}")
     return SHAPES[name]
 
 
 def random_slab(shape: LayerShape, device: torch.device) -> Slab:
-    """Few random experts, over and over: every copy is read from its own memory all the same."""
+    """A few random experts, repeated; every copy has its own memory."""
     experts, hidden, width = shape.router.experts, shape.hidden, shape.width
     generator = torch.Generator().manual_seed(0)
 
@@ -170,18 +170,14 @@ _TINY = replace(
     max_length=512,
 )
 
-# The paper counted unique experts of LLaDA2.0-mini and LLaDA-MoE. Of flash and SDAR nobody has:
-# their routers are taken to be as skewed as LLaDA2.0-mini's.
+# The paper counts unique experts of LLaDA2.0-mini and LLaDA-MoE. The routers of flash and SDAR are
+# assumed to be as skewed as LLaDA2.0-mini's.
 SHAPES = {
     "llada2-mini": ModelShape("LLaDA2.0-mini", LLADA2, _LLADA2_MINI, unique_experts=84),
     "llada2-flash": ModelShape("LLaDA2.0-flash", LLADA2, _LLADA2_FLASH, unique_experts=84),
-    "llada-moe": ModelShape(
-        "LLaDA-MoE", LLADA_MOE, _LLADA_MOE, unique_experts=59, betas=(0.6, 0.4)
-    ),
+    "llada-moe": ModelShape("LLaDA-MoE", LLADA_MOE, _LLADA_MOE, 59, betas=(0.6, 0.4)),
     "sdar-moe": ModelShape("SDAR-MoE", SDAR_MOE, _SDAR, unique_experts=63),
-    "tiny": ModelShape(
-        "Tiny", LLADA2, _TINY, unique_experts=18, betas=(0.25,)
-    ),  # to try a command out
+    "tiny": ModelShape("Tiny", LLADA2, _TINY, unique_experts=18, betas=(0.25,)),  # for tests
 }
 PAPER_LAYERS = (SHAPES["llada2-mini"].layer, SHAPES["llada-moe"].layer)
 """The layers that the paper measures."""

@@ -1,4 +1,4 @@
-"""How time is taken: works in turns, medians with quartiles, and what the machine can do."""
+"""Timing: interleaved calls, medians with quartiles, and the limits of the machine."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ import torch
 Key = TypeVar("Key", bound=Hashable)
 TimedFunction = Callable[[], object]
 
-READ_BYTES = 256 << 20  # bytes: several times the largest cache of most processors
-DEFAULT_ROUNDS = 9  # readings of each
-MATRIX_SIZE = 1024  # rows of the product that stands for peak arithmetic
+READ_BYTES = 256 << 20  # several times the cache of most processors
+DEFAULT_ROUNDS = 9  # samples of each function
+MATRIX_SIZE = 1024  # rows of the matrix product that measures peak arithmetic
 
 
 @dataclass(frozen=True)
 class TimingBudget:
-    """How much is done to time a work; less of it to try a chapter out."""
+    """The effort of a measurement; a smaller one serves to test an experiment."""
 
-    rounds: int | None = None  # None: as many as the work needs
+    rounds: int | None = None  # None: the measurement's default
     read_bytes: int = READ_BYTES
     matrix_size: int = MATRIX_SIZE
 
@@ -34,7 +34,7 @@ FULL_BUDGET = TimingBudget()
 
 
 class TimingStats(TypedDict):
-    """Seconds that one work took: median, quartiles, how many times it was done."""
+    """Seconds of one function: median, quartiles and number of samples."""
 
     median: float
     low: float
@@ -43,8 +43,11 @@ class TimingStats(TypedDict):
 
 
 class TimingConditions(TypedDict):
-    """Under which something was timed; ``load`` is how many processes wanted a core over the last
-    minute, this one's own threads among them (None where the system does not tell)."""
+    """The conditions of a measurement.
+
+    ``load`` is the mean number of runnable threads over the last minute, this process's included;
+    None if the system does not report it.
+    """
 
     device: str
     threads: int
@@ -53,9 +56,9 @@ class TimingConditions(TypedDict):
 
 
 class DeviceLimits(TypedDict):
-    """What the device does at best, as measured: a roof for everything else.
+    """The measured peak bandwidth and arithmetic of a device.
 
-    ``reader`` names the operation that read fastest; ``flops_per_second`` is by dtype.
+    ``reader`` is the fastest read operation; ``flops_per_second`` is by dtype.
     """
 
     bytes_per_second: float
@@ -68,14 +71,14 @@ class LatencyFit(TypedDict):
     """t = t0 + b T + a P: T unique experts, P token-expert pairs (DES, Eq. 2)."""
 
     t0: float  # seconds
-    b: float  # seconds an expert
-    a: float  # seconds a pair
+    b: float  # seconds per expert
+    a: float  # seconds per pair
     r2: float
     error: float  # median of |predicted - measured| / measured
 
 
 def timing_stats(samples: Sequence[float]) -> TimingStats:
-    """Raises ValueError where there are none."""
+    """Median and quartiles of samples; raises ValueError if there are none."""
     if not samples:
         raise ValueError("no samples to take the median of")
     low, high = samples[0], samples[0]
@@ -85,7 +88,7 @@ def timing_stats(samples: Sequence[float]) -> TimingStats:
 
 
 def mean_timing_stats(all_stats: Sequence[TimingStats]) -> TimingStats:
-    """Of several works' medians and quartiles: what a mean work takes."""
+    """The mean of several functions' medians and quartiles."""
     return TimingStats(
         median=statistics.fmean(stats["median"] for stats in all_stats),
         low=statistics.fmean(stats["low"] for stats in all_stats),
@@ -101,8 +104,9 @@ def time_interleaved(
     device: torch.device,
     on_progress: Callable[[float], None] = lambda share: None,
 ) -> dict[Key, TimingStats]:
-    """Does every work once a round, in an order drawn anew each time: what slows the machine for a
-    while slows them all. One round before the first is not kept.
+    """Calls every function once per round, in random order: slow periods affect all of them.
+
+    The first round is a warm-up.
     """
     rng = random.Random(0)
     order = list(functions)
@@ -119,7 +123,7 @@ def time_interleaved(
 
 
 def time_once(function: TimedFunction, device: torch.device) -> float:
-    """Seconds until the device is done with it."""
+    """Seconds until the device has finished the call."""
     wait_until_idle(device)
     start = time.perf_counter()
     function()
@@ -128,18 +132,16 @@ def time_once(function: TimedFunction, device: torch.device) -> float:
 
 
 def wait_until_idle(device: torch.device) -> None:
-    """Wait for a device that works on its own."""
+    """Waits for an asynchronous device."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 
 
 @torch.inference_mode()
 def measure_limits(
-    device: torch.device,
-    dtypes: Iterable[torch.dtype],
-    budget: TimingBudget = FULL_BUDGET,
+    device: torch.device, dtypes: Iterable[torch.dtype], budget: TimingBudget = FULL_BUDGET
 ) -> DeviceLimits:
-    """Read much memory with whatever torch reads fastest; multiply square matrices."""
+    """Measures the fastest of torch's read operations, and products of square matrices."""
     matrix_size = budget.matrix_size
     buffer = torch.ones(budget.read_bytes // 4, device=device)
     rows = buffer.view(-1, min(4096, len(buffer)))
@@ -158,7 +160,7 @@ def measure_limits(
     stats = time_interleaved(
         read_functions | products, budget.rounds or DEFAULT_ROUNDS, device=device
     )
-    reader = min(read_functions, key=lambda said: stats[said]["median"])
+    reader = min(read_functions, key=lambda name: stats[name]["median"])
     return DeviceLimits(
         bytes_per_second=buffer.nbytes / stats[reader]["median"],
         reader=reader,
@@ -168,48 +170,46 @@ def measure_limits(
 
 
 def timing_conditions(device: torch.device) -> TimingConditions:
-    """Of the minute that has passed: ask at the end of the work."""
+    """The conditions of the last minute; call this after a measurement."""
     try:
         load = os.getloadavg()[0]
     except (AttributeError, OSError):
         load = None
-    cores = os.cpu_count() or 1
-    return TimingConditions(
-        device=device.type, threads=torch.get_num_threads(), cores=cores, load=load
-    )
+    cores, threads = os.cpu_count() or 1, torch.get_num_threads()
+    return TimingConditions(device=device.type, threads=threads, cores=cores, load=load)
 
 
 def describe_conditions(machine: TimingConditions) -> str:
-    """As in "cpu, 2 threads"."""
+    """A text such as "cpu, 2 threads"."""
     return f"{machine['device']}, {pluralize(machine['threads'], 'thread')}"
 
 
 def load_warnings(machine: TimingConditions) -> list[str]:
-    """A sentence for whoever reads the times, where others worked on the machine as well."""
+    """A warning if other processes used the machine during the measurement."""
     load = machine["load"]
     if load is None or load <= max(machine["cores"], machine["threads"]) + 0.5:
         return []
     return [
-        f"The machine was not quiet: {load:.1f} processes wanted its "
-        f"{pluralize(machine['cores'], 'core')} while these times were taken, so they are too long."
+        f"The machine was busy: {load:.1f} threads shared its "
+        f"{pluralize(machine['cores'], 'core')} during these measurements, so times are too long."
     ]
 
 
 def dtype_name(dtype: torch.dtype) -> str:
-    """As in "bfloat16"."""
+    """A name such as "bfloat16"."""
     return str(dtype).removeprefix("torch.")
 
 
 def fit_latency(
     experts: Sequence[float], pairs: Sequence[float], seconds: Sequence[float]
 ) -> LatencyFit:
-    """Least squares over measured layers; raises ValueError where t0, b, a cannot be told apart."""
+    """Least squares over measured layers; raises ValueError if t0, b and a are not determined."""
     measured = np.array(seconds, dtype=np.float64)
     terms = np.stack([np.ones_like(measured), np.array(experts), np.array(pairs)], axis=1)
     scale = np.abs(terms).max(axis=0)
     coefficients, _, rank, _ = np.linalg.lstsq(terms / scale, measured, rcond=1e-9)
     if rank < 3:
-        raise ValueError("experts and pairs must vary, each for itself, to fit what each costs")
+        raise ValueError("experts and pairs must vary independently to fit their costs")
     t0, b, a = (float(value) for value in coefficients / scale)
     residuals = terms @ np.array([t0, b, a]) - measured
     variation = float(((measured - measured.mean()) ** 2).sum())
@@ -223,10 +223,10 @@ def fit_latency(
 
 
 def predict_seconds(latency_fit: LatencyFit, experts: float, pairs: float) -> float:
-    """Seconds (DES, Eq. 2)."""
+    """Seconds of a layer (DES, Eq. 2)."""
     return latency_fit["t0"] + latency_fit["b"] * experts + latency_fit["a"] * pairs
 
 
 def pluralize(count: int, noun: str) -> str:
-    """As in "1 thread", "2 threads"."""
+    """A text such as "1 thread" or "2 threads"."""
     return f"{count} {noun}" + ("" if count == 1 else "s")

@@ -1,13 +1,13 @@
-"""A peer at work, in a process and under a Python of its own: ``PYTHON worker.py PEER FOLDER``.
+"""The process of a baseline, under its own interpreter: ``PYTHON worker.py BASELINE FOLDER``.
 
-This file imports nothing of Coterie, for a peer's environment need not hold it: numpy, and what the
-peer itself is made of. FOLDER holds ``work.json`` (a layer's sizes, dtype, seed, threads) and
-``cases.npz``: x [C, T, H] fp32, ids [C, T, k], weights [C, T, k] of so many routed blocks.
+It imports numpy and the baseline's packages, and not Coterie, which its environment may lack.
+FOLDER contains ``work.json`` (sizes of the layer, dtype, seed, threads) and ``cases.npz``:
+x [C, T, H] fp32, ids [C, T, k] and weights [C, T, k] of C routed blocks.
 
-It says ``ready {..}`` with the names of what it can do and its packages' versions, then answers
-each line: ``time WORK CASE`` with seconds, ``keep WORK CASE FILE`` with ``kept`` once the layer's
-output [T, H] is in that .npy file, ``check WORK CASE`` with its own relative error, where a peer
-cannot show its output. What goes wrong is answered with ``failed ..``, and ends it.
+It writes ``ready {..}`` with its kernels and versions, then one reply per line of input:
+``time KERNEL CASE``: seconds; ``keep KERNEL CASE FILE``: ``kept``, after writing the output [T, H]
+to a .npy file; ``check KERNEL CASE``: the relative error, for a baseline that cannot return its
+output. An error is reported as ``failed ..`` and ends the process.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ import numpy as np
 if TYPE_CHECKING:
     from torch import Tensor
 
-DISTINCT_EXPERTS = 4  # different experts in a layer; every copy lies in memory of its own
+DISTINCT_EXPERTS = 4  # random experts of a layer; every copy has its own memory
 
 LayerFunction: TypeAlias = "Callable[[Tensor, Tensor, Tensor], Tensor]"
 ExpertWeights: TypeAlias = "tuple[Tensor, Tensor]"
@@ -35,7 +35,7 @@ ExpertWeights: TypeAlias = "tuple[Tensor, Tensor]"
 
 @dataclass(frozen=True)
 class LayerWorkload:
-    """One layer of experts: its sizes, and what it is computed in."""
+    """One layer of experts: sizes, dtype, seed and threads."""
 
     experts: int
     k: int
@@ -57,7 +57,7 @@ class TimedCase:
 
 @dataclass(frozen=True)
 class BaselineRunner:
-    """What a peer can do: the seconds of a work on a case, its output or else its error."""
+    """The functions of a baseline: it has either ``output`` or ``relative_error``."""
 
     kernels: tuple[str, ...]
     time_kernel: Callable[[str, int], float]
@@ -67,19 +67,16 @@ class BaselineRunner:
 
 
 def make_experts(workload: LayerWorkload) -> tuple[np.ndarray, np.ndarray]:
-    """fp32 gate_up [FEW, 2 I, H] and down [FEW, H, I]: expert e of a layer is number e % FEW."""
+    """fp32 gate_up [D, 2 I, H] and down [D, H, I]; expert e of a layer is number e % D."""
     rng = np.random.default_rng(workload.seed)
-    up = rng.standard_normal(
-        (DISTINCT_EXPERTS, 2 * workload.width, workload.hidden), dtype=np.float32
-    )
-    down = rng.standard_normal(
-        (DISTINCT_EXPERTS, workload.hidden, workload.width), dtype=np.float32
-    )
-    return up * np.float32(workload.hidden**-0.5), down * np.float32(workload.width**-0.5)
+    experts, width, hidden = DISTINCT_EXPERTS, workload.width, workload.hidden
+    up = rng.standard_normal((experts, 2 * width, hidden), dtype=np.float32)
+    down = rng.standard_normal((experts, hidden, width), dtype=np.float32)
+    return up * np.float32(hidden**-0.5), down * np.float32(width**-0.5)
 
 
 def read_workload(folder: Path) -> tuple[LayerWorkload, list[TimedCase]]:
-    """What the folder asks for."""
+    """The layer and the cases of a folder."""
     workload = LayerWorkload(**json.loads((folder / "work.json").read_text(encoding="utf-8")))
     with np.load(folder / "cases.npz") as arrays:
         parts = [arrays[name] for name in ("x", "ids", "weights")]
@@ -87,7 +84,7 @@ def read_workload(folder: Path) -> tuple[LayerWorkload, list[TimedCase]]:
 
 
 def main() -> int:
-    # Libraries chatter on standard output: what they write goes to the error stream instead.
+    # Libraries print on standard output; that is redirected to the error stream.
     output = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)
     try:
@@ -120,14 +117,11 @@ def answer(runner: BaselineRunner, fields: list[str]) -> str:
     raise ValueError(f"cannot {command}")
 
 
-# What runs on PyTorch: tensors in, a tensor out
-
-
 def torch_baseline(
     make_kernels: Callable[[LayerWorkload, ExpertWeights], Mapping[str, LayerFunction]],
     packages: tuple[str, ...],
 ) -> Callable[[Path, LayerWorkload, list[TimedCase]], BaselineRunner]:
-    """A peer whose works are functions of x, ids and weights, made once the experts are there."""
+    """A baseline on PyTorch; its kernels are functions of x, ids and weights."""
 
     def start_baseline(
         folder: Path, workload: LayerWorkload, cases: list[TimedCase]
@@ -172,7 +166,7 @@ def torch_baseline(
 
 
 def torch_kernels(workload: LayerWorkload, experts: ExpertWeights) -> dict[str, LayerFunction]:
-    """A loop over the experts that somebody chose, and torch's grouped product."""
+    """A loop over the used experts, and torch's grouped matrix product."""
     import torch
     from torch.nn import functional as F
 
@@ -184,9 +178,8 @@ def torch_kernels(workload: LayerWorkload, experts: ExpertWeights) -> dict[str, 
         return order, order // ids.shape[1], counts
 
     def combine(x: Tensor, outputs: Tensor, token: Tensor, token_weights: Tensor) -> Tensor:
-        return torch.zeros_like(x).index_add_(
-            0, token, (outputs * token_weights[:, None]).to(x.dtype)
-        )
+        weighted = (outputs * token_weights[:, None]).to(x.dtype)
+        return torch.zeros_like(x).index_add_(0, token, weighted)
 
     def loop(x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
         order, token, counts = group_by_expert(ids)
@@ -212,7 +205,7 @@ def torch_kernels(workload: LayerWorkload, experts: ExpertWeights) -> dict[str, 
 def transformers_kernels(
     workload: LayerWorkload, experts: ExpertWeights
 ) -> dict[str, LayerFunction]:
-    """The implementations that transformers chooses from, in its Qwen3-MoE layer."""
+    """The implementations of transformers' Qwen3-MoE layer."""
     import torch
 
     config_class = import_module("transformers").Qwen3MoeConfig
@@ -240,7 +233,7 @@ def transformers_kernels(
 
 
 def zentorch_kernels(workload: LayerWorkload, experts: ExpertWeights) -> dict[str, LayerFunction]:
-    """AMD's fused layer."""
+    """AMD's fused MoE layer."""
     import torch
 
     import_module("zentorch")

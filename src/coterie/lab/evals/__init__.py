@@ -1,1 +1,1 @@
-"""What a routing policy costs: the same problems under every policy, compared item by item."""
+"""Accuracy of routing policies: the same problems under every policy, compared item by item."""

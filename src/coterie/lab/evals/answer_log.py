@@ -1,4 +1,4 @@
-"""What a run has answered so far, on disk: one line an answer, there for good once it is told."""
+"""The log of a run's answers on disk: one JSON line per answer, synced before it is reported."""
 
 from __future__ import annotations
 
@@ -10,23 +10,23 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any
 
-from coterie.errors import CoterieError
+from coterie.errors import TaskError
 from coterie.keys import Key, from_json, names_of, to_json
 from coterie.lab.evals.traffic import AnswerTraffic
 from coterie.routing import update_policy_text
 
 ANSWERS_FILE, RUN_FILE = "items.jsonl", "run.json"
-AnswerKey = tuple[str, str, str]  # arm, task, id
-MAX_DIFFERENCES_SHOWN = 3  # differences told where a folder holds another run
+AnswerKey = tuple[str, str, str]  # variant, task, item id
+MAX_DIFFERENCES_SHOWN = 3
 
 
 @dataclass(frozen=True)
 class Answer:
-    """What one arm made of one item; figures are of its row, experts and bytes a layer and forward.
+    """One variant's answer to one item; experts and bytes are per layer and forward.
 
-    ``seconds`` passed since the arm's answer before, grading and other arms left out: they add up
-    to the arm's time. ``error`` says why there is no output (then ``correct`` is false and every
-    figure 0); ``found`` that it was read from the folder and not answered now.
+    ``seconds`` is the generation time since the variant's previous answer, so the sum is the
+    variant's total. ``error`` is the reason of a failure; then ``correct`` is false and all counts
+    are 0. ``from_disk`` marks an answer that was read from the log.
     """
 
     variant: Annotated[str, Key("arm")]
@@ -35,22 +35,20 @@ class Answer:
     correct: Annotated[bool, Key("correct")]
     extracted: Annotated[str | None, Key("extracted")]
     other_metrics: Annotated[Mapping[str, bool], Key("also")]
-    output: Annotated[str, Key("output")]
-    finish_reason: Annotated[str, Key("finish")]  # "stop", "length" or "error"
-    new_tokens: Annotated[int, Key("new_tokens")]
-    forwards: Annotated[int, Key("forwards")]  # that denoised
-    blocks: Annotated[int, Key("blocks")]
-    prefills: Annotated[int, Key("prefills")]
-    commits: Annotated[int, Key("commits")]
-    experts: Annotated[float, Key("experts")]  # unique ones, mean over layers and counted forwards
-    expert_forwards: Annotated[int, Key("expert_forwards")]  # those counted
-    expert_bytes: Annotated[float, Key("expert_bytes")]
-    vote_mass_kept: Annotated[float, Key("vote_mass_kept")]
-    seconds: Annotated[float, Key("seconds")]
+    output: Annotated[str, Key("output")] = ""
+    finish_reason: Annotated[str, Key("finish")] = "error"  # or "stop", "length"
+    new_tokens: Annotated[int, Key("new_tokens")] = 0
+    forwards: Annotated[int, Key("forwards")] = 0  # denoising forwards
+    blocks: Annotated[int, Key("blocks")] = 0
+    prefills: Annotated[int, Key("prefills")] = 0
+    commits: Annotated[int, Key("commits")] = 0
+    experts: Annotated[float, Key("experts")] = 0.0  # mean unique experts
+    expert_forwards: Annotated[int, Key("expert_forwards")] = 0  # forwards in the means
+    expert_bytes: Annotated[float, Key("expert_bytes")] = 0.0
+    vote_mass_kept: Annotated[float, Key("vote_mass_kept")] = 0.0
+    seconds: Annotated[float, Key("seconds")] = 0.0
     error: Annotated[str | None, Key("error")] = None
-    traffic: Annotated[AnswerTraffic | None, Key("served")] = (
-        None  # where not all experts are in memory
-    )
+    traffic: Annotated[AnswerTraffic | None, Key("served")] = None  # None: experts are in memory
     from_disk: bool = field(default=False, compare=False)
 
     @property
@@ -59,13 +57,13 @@ class Answer:
 
 
 class AnswerLog:
-    """The answers of one run; in a folder where there is one, else in memory.
+    """The answers of one run, in memory and, with a folder, on disk.
 
-    Mutable: it grows. While it is open no other process can open the same folder.
+    Mutable: answers are appended. An open log locks its folder for other processes.
     """
 
     def __init__(self, folder: Path | None, run_config: Mapping[str, object]) -> None:
-        """Raises CoterieError where the folder holds another run, or somebody writes there."""
+        """Raises TaskError if the folder holds another run or is in use."""
         self.answers: dict[AnswerKey, Answer] = {}
         self._path = None if folder is None else folder / ANSWERS_FILE
         self._file = -1
@@ -76,8 +74,7 @@ class AnswerLog:
         try:
             self._acquire_lock(folder)
             _check_same_run(folder, run_config, is_new=os.fstat(self._file).st_size == 0)
-            for answer in self._read_answers():
-                self.answers[answer.key] = answer
+            self.answers |= {answer.key: answer for answer in self._read_answers()}
         except BaseException:
             self.close()
             raise
@@ -89,15 +86,15 @@ class AnswerLog:
         self.close()
 
     def close(self) -> None:
-        """Lets others write there."""
+        """Unlocks the folder."""
         if self._file >= 0:
             os.close(self._file)
             self._file = -1
 
     def add(self, answers: Sequence[Answer]) -> None:
-        """Keeps them: on the disk, not on the way to it, when this returns.
+        """Appends answers; they are on disk when this returns.
 
-        Where one cannot be written this raises, and the file ends with the line before.
+        If a write fails, it raises and the file ends with the previous line.
         """
         for answer in answers:
             if answer.key in self.answers:
@@ -116,25 +113,25 @@ class AnswerLog:
                 line = line[os.write(self._file, line) :]
         except OSError as error:
             os.ftruncate(self._file, end)
-            raise CoterieError(
-                f"{self._path}: {error.strerror}; the {len(self.answers)} answers before are kept, "
-                "and the same command goes on from them"
+            raise TaskError(
+                f"{self._path}: {error.strerror}; {len(self.answers)} answers are stored, and the "
+                "same command continues from them"
             ) from None
 
     def _acquire_lock(self, folder: Path) -> None:
         try:
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise CoterieError(
-                f"{folder}: another process is at work there; wait for it or name another folder"
+            raise TaskError(
+                f"{folder}: in use by another process; wait for it or use another folder"
             ) from None
 
     def _read_answers(self) -> Iterator[Answer]:
-        """Every whole line; the torn one that a killed process may have left is cut off."""
+        """Reads all complete lines; an incomplete last line of a killed process is removed."""
         content = self._path.read_bytes() if self._path is not None else b""
         lines = content.split(b"\n")
         incomplete = lines.pop()
-        if lines and _decode_answer(lines[-1]) is None:  # blocks that a power cut left unwritten
+        if lines and _decode_answer(lines[-1]) is None:  # blocks not written before a power cut
             incomplete = lines.pop() + b"\n" + incomplete
         if incomplete:
             os.ftruncate(self._file, len(content) - len(incomplete))
@@ -142,15 +139,18 @@ class AnswerLog:
         for number, line in enumerate(lines, start=1):
             answer = _decode_answer(line)
             if answer is None:
-                raise CoterieError(f"{self._path}: line {number} is not an answer of a run")
+                raise TaskError(f"{self._path}: line {number} is not an answer of a run")
             if answer.key in keys:
-                raise CoterieError(f"{self._path}: line {number} repeats {' '.join(answer.key)}")
+                raise TaskError(f"{self._path}: line {number} repeats {' '.join(answer.key)}")
             keys.add(answer.key)
             yield answer
 
 
 def answer_from_dict(values: Mapping[str, Any]) -> Answer:
-    """Back from its JSON values, its arm as it is spelled now; raises TypeError for others."""
+    """An answer from its JSON values, with the policy in current spelling.
+
+    Raises TypeError for missing or unknown keys.
+    """
     values = {"served": None, **values}
     if set(values) != set(names_of(Answer)):
         raise TypeError("not the values of an answer")
@@ -161,9 +161,8 @@ def answer_from_dict(values: Mapping[str, Any]) -> Answer:
 
 
 def _encode_answer(answer: Answer) -> bytes:
-    record = to_json(answer)
-    # Escaped to ASCII: an output may hold any character, a line separator among them.
-    return (json.dumps(record, allow_nan=False) + "\n").encode("ascii")
+    # ASCII, since an output may hold any character, line separators included.
+    return (json.dumps(to_json(answer), allow_nan=False) + "\n").encode("ascii")
 
 
 def _decode_answer(line: bytes) -> Answer | None:
@@ -174,7 +173,7 @@ def _decode_answer(line: bytes) -> Answer | None:
 
 
 def _check_same_run(folder: Path, run_config: Mapping[str, object], *, is_new: bool) -> None:
-    """Writes down which run this folder holds, or raises unless it is this one."""
+    """Writes the run's identity to a new folder; raises if the folder holds another run."""
     path, expected = folder / RUN_FILE, json.dumps(run_config, indent=1, allow_nan=False) + "\n"
     if is_new:
         partial = path.with_suffix(".tmp")
@@ -187,15 +186,11 @@ def _check_same_run(folder: Path, run_config: Mapping[str, object], *, is_new: b
     try:
         stored = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise CoterieError(
-            f"{path}: does not say whose answers {ANSWERS_FILE} holds ({error})"
-        ) from None
+        raise TaskError(f"{path}: does not identify the run of {ANSWERS_FILE} ({error})") from None
     if differences := list(_differences(stored, json.loads(expected), "")):
-        more = len(differences) - MAX_DIFFERENCES_SHOWN
-        shown = "; ".join(differences[:MAX_DIFFERENCES_SHOWN]) + (
-            f"; and {more} more" if more > 0 else ""
-        )
-        raise CoterieError(f"{folder}: holds another run: {shown}; name another folder")
+        shown, more = differences[:MAX_DIFFERENCES_SHOWN], len(differences) - MAX_DIFFERENCES_SHOWN
+        shown += [f"and {more} more"] if more > 0 else []
+        raise TaskError(f"{folder}: holds another run: {'; '.join(shown)}; use another folder")
 
 
 def _differences(stored: object, expected: object, name: str) -> Iterator[str]:
@@ -204,13 +199,11 @@ def _differences(stored: object, expected: object, name: str) -> Iterator[str]:
             inner = f"{name}.{key}" if name else str(key)
             yield from _differences(stored.get(key), expected.get(key), inner)
     elif stored != expected:
-        yield f"{name} is {_shorten(stored)} there and {_shorten(expected)} here"
+        yield f"{name} is {_shorten(stored)} in the folder and {_shorten(expected)} in this run"
 
 
 def _shorten(value: object) -> str:
-    if value is None:
-        return "not set"
-    if isinstance(value, dict):
-        return "set"
+    if value is None or isinstance(value, dict):
+        return "not set" if value is None else "set"
     text = json.dumps(value, ensure_ascii=False)
     return text if len(text) <= 60 else f"{text[:57]}..."

@@ -1,4 +1,4 @@
-"""Questions in, outputs out: rows of one engine, each as soon as another is done."""
+"""Generation of answers: a queue of items kept in one engine at a fixed batch size."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from coterie.values import Policy
 
 @dataclass(frozen=True)
 class EvalRequest:
-    """One item, and how answers to its task are generated."""
+    """One item and the generation options of its task."""
 
     task: Task
     item: Item
@@ -29,8 +29,11 @@ class EvalRequest:
 
 @dataclass(frozen=True)
 class GenerationOutcome:
-    """A result, or why there is none; ``seconds`` of generation since the outcome before, ``row``
-    the engine's, which a refused question has not."""
+    """A result, or an error message.
+
+    ``seconds`` is the generation time since the previous outcome. ``row`` is the engine's row; a
+    request that the engine refused has none.
+    """
 
     request: EvalRequest
     result: Result | None
@@ -42,9 +45,9 @@ class GenerationOutcome:
 def generate_outcomes(
     engine: Engine, requests: Sequence[EvalRequest], policy: str | Policy, *, batch_size: int
 ) -> Iterator[list[GenerationOutcome]]:
-    """The outcomes of each step that had any; what the caller does meanwhile costs no ``seconds``.
+    """Yields the outcomes of each step that has any; ``seconds`` excludes the caller's work.
 
-    Leaving early frees the rows.
+    Closing the iterator cancels its rows.
     """
     batch, seconds = _RequestBatch(engine, policy, batch_size, deque(requests)), 0.0
     try:
@@ -53,14 +56,14 @@ def generate_outcomes(
             finished = [*batch.admit(), *batch.step()]
             seconds += time.perf_counter() - start
             if finished:
-                # The first of a step bears its time, so that the sum over all is right.
+                # The first outcome of a step carries its time, so that the sum is right.
                 yield [replace(finished[0], seconds=seconds), *finished[1:]]
                 seconds = 0.0
     finally:
         batch.cancel_all()
 
 
-@dataclass  # not frozen: it is the state of questions on their way
+@dataclass  # not frozen: holds the requests in progress
 class _RequestBatch:
     engine: Engine
     policy: str | Policy
@@ -74,10 +77,10 @@ class _RequestBatch:
         return bool(self.waiting or self.active or self.retries)
 
     def admit(self) -> Iterator[GenerationOutcome]:
-        """Opens rows; a question that the engine refuses ends here.
+        """Submits requests up to the batch size; yields those that the engine refuses.
 
-        Those that shared a forward with broken numbers come last, one at a time: then it shows
-        whose numbers they were.
+        Requests that shared a forward with NaN logits are retried last and one at a time, which
+        isolates the request at fault.
         """
         if not self.waiting and not self.active and self.retries:
             yield from self._submit(self.retries.pop(0))
@@ -94,21 +97,19 @@ class _RequestBatch:
             return
         for event in events:
             if isinstance(event, Finished) and event.row in self.active:
-                yield GenerationOutcome(
-                    self.active.pop(event.row), event.result, None, row=event.row
-                )
+                request = self.active.pop(event.row)
+                yield GenerationOutcome(request, event.result, None, row=event.row)
 
     def cancel_all(self) -> None:
         for row in set(self.active) & set(self.engine.rows):
             self.engine.cancel(row)
 
     def _submit(self, request: EvalRequest) -> Iterator[GenerationOutcome]:
-        generation = request.generation
-        options = generation.document()
+        options = request.generation.document()
         try:
             prompt = request.task.prompt(request.item)
             self.active[self.engine.submit(prompt, policy=self.policy, **options)] = request
-        # What the codec, the canvas or the engine refuse of one prompt is that item's failure.
+        # A prompt that the tokenizer or the engine refuses is a failure of this item only.
         except ValueError as error:
             yield GenerationOutcome(request, None, str(error))
 

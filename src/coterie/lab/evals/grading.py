@@ -1,4 +1,4 @@
-"""Outputs that were made elsewhere, graded as our own are: JSONL in, a grade for each line out."""
+"""Grading of outputs from elsewhere: JSON lines in, one grade per line out."""
 
 from __future__ import annotations
 
@@ -7,32 +7,31 @@ import os
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
-from coterie.errors import CoterieError
+from coterie.errors import TaskError
 from coterie.lab.evals.task import Grade, Item, Task, TaskOptions
 from coterie.lab.evals.tasks import check_task_name, embedded, gsm8k, math500, open_tasks
 from coterie.lab.evals.tasks.verify import require_math_verify
-from coterie.lab.problems import PROBLEM_MAKERS as DRAWN
+from coterie.lab.problems import PROBLEM_MAKERS
 
-MAX_GENERATED = 100_000  # of one seed
-MAX_IDS_SHOWN = 3  # unknown ids told at most
-
-Grader = Callable[[str, str], Grade]  # output, gold
+MAX_GENERATED = 100_000  # items of one seed
+MAX_IDS_SHOWN = 3
+EXPECTED_LINE = "a line has id, output and gold"
 
 
 @dataclass(frozen=True)
 class GoldGrader:
-    """A task whose gold may come with the output; ``check`` raises for a gold that is none."""
+    """Grading against a gold that comes with the output; ``check`` raises for an invalid gold."""
 
-    grade: Grader
+    grade: Callable[[str, str], Grade]  # output, gold
     check: Callable[[str], object]
 
 
 @dataclass(frozen=True)
 class OutputToGrade:
-    """One output, of line ``number``. ``id`` is as it was given: a text, or MBPP's number."""
+    """The output of line ``number``. ``id`` is as in the file: a string, or MBPP's number."""
 
     number: int
     id: str | int
@@ -45,14 +44,14 @@ ItemIndex = Mapping[str, tuple[Task, Item]]
 
 @dataclass(frozen=True)
 class GradingJob:
-    """What is to be graded, and what its lines are held against: their own gold, or an item."""
+    """Outputs and their references: the gold of a line, or the item with its id."""
 
     outputs: Sequence[OutputToGrade]
     gold_grader: GoldGrader | None
     items: ItemIndex
 
     def grades(self) -> Iterator[Grade]:
-        """In the order of the lines, some at a time: what is slow runs in processes beside."""
+        """Grades in the order of the lines, several at a time."""
         pool = ThreadPoolExecutor(len(os.sched_getaffinity(0)))
         try:
             yield from pool.map(self._grade, self.outputs)
@@ -67,24 +66,21 @@ class GradingJob:
 
 
 def read_outputs(text: str, source: str) -> list[OutputToGrade]:
-    """Every line, or a CoterieError that names the first that cannot be read."""
-    outputs = [
-        _parse_output(number, line, source)
-        for number, line in enumerate(text.split("\n"), start=1)
-        if line.strip()
-    ]
+    """Parses all lines; raises TaskError with the first line that cannot be read."""
+    lines = enumerate(text.split("\n"), start=1)
+    outputs = [_parse_output(number, line, source) for number, line in lines if line.strip()]
     if not outputs:
-        raise CoterieError(f"{source}: empty; expected lines of id, output and gold")
+        raise TaskError(f"{source}: empty; {EXPECTED_LINE}")
     return outputs
 
 
 def prepare_grading(
     task: str, outputs: Sequence[OutputToGrade], options: TaskOptions, source: str
 ) -> GradingJob:
-    """Finds what every line is held against, before any is graded.
+    """Resolves the reference of every line before any is graded.
 
-    A line's own gold comes first, where the task has one that can be told; else its id is looked
-    up. Raises CoterieError by line for a gold that is none, and names unknown ids.
+    A line's own gold is used if the task can grade with it; otherwise the item with its id. Raises
+    TaskError for an invalid gold, with its line, and for unknown ids.
     """
     check_task_name(task)
     gold_grader = GOLD_GRADERS.get(task)
@@ -92,7 +88,7 @@ def prepare_grading(
     items = _index_items(task, without_gold, options) if without_gold else {}
     unknown = [output for output in without_gold if _normalize_id(output.id) not in items]
     if unknown:
-        raise CoterieError(_unknown_ids_message(task, unknown, items, source))
+        raise TaskError(_unknown_ids_message(task, unknown, items, source))
     if gold_grader is not None:
         for output in outputs:
             _check_gold(gold_grader, output, source)
@@ -106,37 +102,38 @@ def _parse_output(number: int, line: str, source: str) -> OutputToGrade:
     try:
         row = json.loads(line)
     except (ValueError, RecursionError) as error:
-        raise CoterieError(f"{position}: not JSON, or cut off ({error})") from None
+        raise TaskError(f"{position}: invalid or truncated JSON ({error})") from None
     if not isinstance(row, dict):
-        raise CoterieError(f"{position}: not an object with id, output and gold")
+        raise TaskError(f"{position}: not an object; {EXPECTED_LINE}")
     for key in ("id", "output"):
         if key not in row:
-            raise CoterieError(f"{position}: {key!r} is missing; a line has id, output and gold")
-    name, output, gold = row["id"], row["output"], row.get("gold")
-    if isinstance(name, bool) or not isinstance(name, str | int):
-        raise CoterieError(f"{position}: 'id' is neither a text nor a whole number")
+            raise TaskError(f"{position}: {key!r} is missing; {EXPECTED_LINE}")
+    id, output, gold = row["id"], row["output"], row.get("gold")
+    if isinstance(id, bool) or not isinstance(id, str | int):
+        raise TaskError(f"{position}: 'id' is neither a string nor an integer")
     if not isinstance(output, str):
-        raise CoterieError(f"{position}: 'output' is not a text")
+        raise TaskError(f"{position}: 'output' is not a string")
     if isinstance(gold, bool) or not isinstance(gold, str | int | float | None):
-        raise CoterieError(f"{position}: 'gold' is neither a text nor a number")
-    return OutputToGrade(number, name, output, None if gold is None else str(gold))
+        raise TaskError(f"{position}: 'gold' is neither a string nor a number")
+    return OutputToGrade(number, id, output, None if gold is None else str(gold))
 
 
 def _check_gold(gold_grader: GoldGrader, output: OutputToGrade, source: str) -> None:
-    if output.gold is None:
-        return
     try:
-        gold_grader.check(output.gold)
-    except CoterieError as error:
-        raise CoterieError(f"{source}, line {output.number}: gold {error}") from None
+        if output.gold is not None:
+            gold_grader.check(output.gold)
+    except TaskError as error:
+        raise TaskError(f"{source}, line {output.number}: gold {error}") from None
 
 
 def _index_items(task: str, outputs: Sequence[OutputToGrade], options: TaskOptions) -> ItemIndex:
-    """Every name under which an item may be asked for: "HumanEval/0", "humaneval/0", "0"."""
+    """Items by every accepted form of their id: "HumanEval/0", "humaneval/0", "0"."""
+    is_generated = task in PROBLEM_MAKERS
+    tasks = (
+        _generated_tasks(task, outputs, options) if is_generated else open_tasks([task], options)
+    )
     index: dict[str, tuple[Task, Item]] = {}
-    for benchmark in (
-        _generated_tasks(task, outputs, options) if task in DRAWN else open_tasks([task], options)
-    ):
+    for benchmark in tasks:
         for item in benchmark.items():
             short_id = item.id.partition("/")[2] or item.id
             for name in (item.id, short_id, f"{task}/{short_id}"):
@@ -147,7 +144,7 @@ def _index_items(task: str, outputs: Sequence[OutputToGrade], options: TaskOptio
 def _generated_tasks(
     task: str, outputs: Sequence[OutputToGrade], options: TaskOptions
 ) -> Iterator[Task]:
-    """The package's own problems are drawn again: "words/7/19" is the twentieth of seed 7."""
+    """Regenerates the embedded model's items: "words/7/19" is number 19 of seed 7."""
     counts: dict[int, int] = defaultdict(int)
     for output in outputs:
         parts = str(output.id).split("/")
@@ -156,36 +153,33 @@ def _generated_tasks(
             if number < MAX_GENERATED:
                 counts[seed] = max(counts[seed], number + 1)
     for seed, count in counts.items():
-        yield from open_tasks(
-            [task], TaskOptions(options.family, count=count, seed=seed, trust=options.trust)
-        )
+        yield from open_tasks([task], replace(options, data=None, count=count, seed=seed))
 
 
-def _normalize_id(name: str | int) -> str:
-    return str(name).casefold()
+def _normalize_id(id: str | int) -> str:
+    return str(id).casefold()
 
 
 def _unknown_ids_message(
     task: str, unknown: Sequence[OutputToGrade], items: ItemIndex, source: str
 ) -> str:
-    names = [item.id for _, item in items.values()]
+    ids = [item.id for _, item in items.values()]
     shown = ", ".join(f"{output.id!r} (line {output.number})" for output in unknown[:MAX_IDS_SHOWN])
     more = f" and {len(unknown) - MAX_IDS_SHOWN} more" if len(unknown) > MAX_IDS_SHOWN else ""
-    gold = "; or give the lines a gold" if task in GOLD_GRADERS else ""
-    expected = f"known are {names[0]} to {names[-1]}" if names else f"as in {task}/<seed>/<n>"
+    expected = f"known are {ids[0]} to {ids[-1]}" if ids else f"an id is {task}/<seed>/<n>"
+    gold = "; or add a gold to each line" if task in GOLD_GRADERS else ""
     return f"{source}: {task} has no item {shown}{more}; {expected}{gold}"
 
 
 def _check_not_empty(gold: str) -> None:
     if not gold.strip():
-        raise CoterieError("is empty")
+        raise TaskError("is empty")
 
 
-GOLD_GRADERS: dict[str, GoldGrader] = {
+GOLD_GRADERS = {
     "gsm8k": GoldGrader(gsm8k.grade, gsm8k.gold_value),
     "math500": GoldGrader(math500.grade, _check_not_empty),
-    "words": GoldGrader(partial(embedded.grade, "words"), partial(embedded.gold_number, "words")),
-    "algebra": GoldGrader(
-        partial(embedded.grade, "algebra"), partial(embedded.gold_number, "algebra")
-    ),
+} | {
+    name: GoldGrader(partial(embedded.grade, name), partial(embedded.gold_number, name))
+    for name in embedded.ANSWER_PATTERNS
 }

@@ -1,102 +1,96 @@
-"""What a run found, one line a policy, for a table or a document."""
+"""Summaries of evaluation results, one per variant, for tables and JSON."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from coterie.keys import to_json
 from coterie.lab.evals.results import EvalResult
 from coterie.lab.evals.stats import PairedDifference, Proportion, holm_adjust, paired_difference
-from coterie.lab.evals.traffic import TrafficSavings, traffic_savings
+from coterie.lab.evals.traffic import AnswerTraffic, TrafficSavings, traffic_savings
 
 
 @dataclass(frozen=True)
 class PolicySummary:
-    """One policy: accuracy whole and by task; the change against the first policy, item by item.
+    """Accuracy of one variant, overall and by task, and its paired change against the first.
 
-    ``p_holm`` is the change's p raised for the number of policies that were compared; ``relative``
-    is the accuracy as a share of the first one's, None where that is 0; ``saved`` are bytes moved,
-    where not all experts are in memory.
+    ``p_holm`` is the change's p adjusted for the number of comparisons. ``relative_accuracy`` is a
+    fraction of the first variant's accuracy, None if that is 0. ``savings`` is None if all experts
+    are in memory.
     """
 
     result: EvalResult
     accuracy: Proportion
     by_task: dict[str, Proportion]
-    other_metrics: dict[str, Proportion]  # a task's other measures: "gsm8k flexible"
-    change: PairedDifference | None = None  # None: this is the first
+    other_metrics: dict[str, Proportion]  # by task and metric: "gsm8k flexible"
+    change: PairedDifference | None = None  # None for the first variant
     p_holm: float | None = None
     relative_accuracy: float | None = None
     savings: TrafficSavings | None = None
 
     def to_dict(self) -> dict[str, object]:
-        """As JSON values; experts and bytes are per layer and decoding forward."""
+        """The summary as JSON values; experts and bytes are per layer and decoding forward."""
+        result = self.result
         return {
-            "policy": self.result.policy,
+            "policy": result.policy,
             "accuracy": _proportion_dict(self.accuracy),
-            "by_task": {
-                task: _proportion_dict(accuracy) for task, accuracy in self.by_task.items()
-            },
-            "also": {
-                name: _proportion_dict(accuracy) for name, accuracy in self.other_metrics.items()
-            },
+            "by_task": _proportion_dicts(self.by_task),
+            "also": _proportion_dicts(self.other_metrics),
             "change": None if self.change is None else _change_dict(self.change, self.p_holm),
             "relative_accuracy": self.relative_accuracy,
-            "failed": self.result.num_failed,
-            "experts": self.result.experts,
-            "expert_bytes": self.result.expert_bytes,
-            "vote_mass_kept": self.result.vote_mass_kept,
-            "forwards_per_block": self.result.forwards_per_block,
-            "new_tokens": self.result.new_tokens,
-            "tokens_per_second": self.result.tokens_per_second,
-            "seconds": self.result.seconds,
+            "failed": result.num_failed,
+            "experts": result.experts,
+            "expert_bytes": result.expert_bytes,
+            "vote_mass_kept": result.vote_mass_kept,
+            "forwards_per_block": result.forwards_per_block,
+            "new_tokens": result.new_tokens,
+            "tokens_per_second": result.tokens_per_second,
+            "seconds": result.seconds,
             **_traffic_dict(self),
         }
 
 
 def summarize(results: Sequence[EvalResult], tasks: Sequence[str]) -> list[PolicySummary]:
-    """The first sheet is the one that the others are compared with."""
-    first, others = results[0], results[1:]
-    baseline_accuracy = proportion(first.correct()).value
-    changes = [paired_difference(first.correct(), result.correct()) for result in others]
+    """One summary per result; each is compared with the first."""
+    first, summaries = results[0], [_summary(result, tasks) for result in results]
+    baseline = summaries[0].accuracy.value
+    changes = [paired_difference(first.correct(), result.correct()) for result in results[1:]]
     adjusted = holm_adjust([change.p_value for change in changes])
-    summaries = [
+    compared = [
         replace(
-            _summary(result, tasks),
+            summary,
             change=change,
             p_holm=p,
-            relative_accuracy=proportion(result.correct()).value / baseline_accuracy
-            if baseline_accuracy
-            else None,
-            savings=traffic_savings(
-                *([answer.traffic for answer in pair.answers] for pair in (first, result))
-            ),
+            relative_accuracy=summary.accuracy.value / baseline if baseline else None,
+            savings=traffic_savings(_answer_traffic(first), _answer_traffic(summary.result)),
         )
-        for result, change, p in zip(others, changes, adjusted, strict=True)
+        for summary, change, p in zip(summaries[1:], changes, adjusted, strict=True)
     ]
-    return [_summary(first, tasks), *summaries]
-
-
-def _summary(result: EvalResult, tasks: Sequence[str]) -> PolicySummary:
-    return PolicySummary(
-        result=result,
-        accuracy=proportion(result.correct()),
-        by_task={task: proportion(result.correct(task)) for task in tasks},
-        other_metrics={
-            f"{task} {name}": proportion(correct)
-            for task in tasks
-            for name, correct in result.other_metrics(task).items()
-        },
-    )
+    return [summaries[0], *compared]
 
 
 def proportion(correct: Sequence[bool]) -> Proportion:
-    """How many are right of how many."""
+    """The proportion of true values."""
     return Proportion(sum(correct), len(correct))
 
 
+def _summary(result: EvalResult, tasks: Sequence[str]) -> PolicySummary:
+    other_metrics = {
+        f"{task} {name}": proportion(correct)
+        for task in tasks
+        for name, correct in result.other_metrics(task).items()
+    }
+    by_task = {task: proportion(result.correct(task)) for task in tasks}
+    return PolicySummary(result, proportion(result.correct()), by_task, other_metrics)
+
+
+def _answer_traffic(result: EvalResult) -> list[AnswerTraffic | None]:
+    return [answer.traffic for answer in result.answers]
+
+
 def _traffic_dict(summary: PolicySummary) -> dict[str, object]:
-    """Nothing where all experts are in memory."""
+    """Empty if all experts are in memory."""
     traffic, savings = summary.result.traffic, summary.savings
     if traffic is None:
         return {}
@@ -109,6 +103,10 @@ def _traffic_dict(summary: PolicySummary) -> dict[str, object]:
         "saved_interval": None if savings is None else list(savings.interval),
     }
     return {"expert_traffic": fields}
+
+
+def _proportion_dicts(proportions: Mapping[str, Proportion]) -> dict[str, object]:
+    return {name: _proportion_dict(accuracy) for name, accuracy in proportions.items()}
 
 
 def _proportion_dict(accuracy: Proportion) -> dict[str, object]:

@@ -1,4 +1,4 @@
-"""What is compared, and what came of it."""
+"""The variants of an evaluation and their results."""
 
 from __future__ import annotations
 
@@ -15,25 +15,25 @@ from coterie.routing import format_policy, parse_policy
 
 @dataclass(frozen=True)
 class Variant:
-    """One thing compared: a policy, and the fields of ``Generation`` that are this arm's own."""
+    """One compared configuration: a policy and overrides of ``GenerationConfig`` fields."""
 
     policy: str
     generation: Mapping[str, object] = field(default_factory=dict)
 
     @property
     def name(self) -> str:
-        """Its spelling, then what it changes: ``des-vote:beta=0.3 block=16``."""
-        changed = by_key(GenerationConfig, self.generation)
-        overrides = [f"{name}={value}" for name, value in sorted(changed.items())]
-        return " ".join([format_policy(parse_policy(self.policy)), *overrides])
+        """The policy, then the overrides: ``des-vote:beta=0.3 block=16``."""
+        overrides = by_key(GenerationConfig, self.generation)
+        options = [f"{name}={value}" for name, value in sorted(overrides.items())]
+        return " ".join([format_policy(parse_policy(self.policy)), *options])
 
 
 @dataclass(frozen=True)
 class EvalResult:
-    """All answers of one arm, in the order of the items; the same order in every sheet of a run.
+    """All answers of one variant, in the order of the items.
 
-    Means over forwards weigh every answer by the decoding forwards that were counted in it.
-    Answers that failed (``Answer.error``) count as wrong and have no figures.
+    Means over forwards weight each answer by its counted decoding forwards. Failed answers
+    (``Answer.error``) count as wrong and are left out of these means.
     """
 
     variant: Variant
@@ -41,19 +41,19 @@ class EvalResult:
 
     @property
     def policy(self) -> str:
-        """The arm's name."""
+        """The variant's name."""
         return self.variant.name
 
     def for_task(self, task: str | None = None) -> list[Answer]:
-        """The answers to one task's items, or all."""
+        """The answers to one task's items, or all of them."""
         return [answer for answer in self.answers if task in (None, answer.task)]
 
     def correct(self, task: str | None = None) -> list[bool]:
-        """Item by item, of one task or of all."""
+        """Whether each answer to one task, or each of all, is correct."""
         return [answer.correct for answer in self.for_task(task)]
 
     def other_metrics(self, task: str) -> dict[str, list[bool]]:
-        """A task's other measures, item by item; an answer that lacks one counts as wrong."""
+        """A task's further metrics, item by item; an answer without a metric counts as wrong."""
         answers = self.for_task(task)
         names = dict.fromkeys(name for answer in answers for name in answer.other_metrics)
         return {
@@ -62,12 +62,12 @@ class EvalResult:
 
     @property
     def num_failed(self) -> int:
-        """Items without an output: the model gave NaN, or the prompt did not fit."""
+        """Items without an output: NaN logits, or a prompt that does not fit."""
         return sum(answer.error is not None for answer in self.answers)
 
     @property
     def experts(self) -> float:
-        """Unique experts a forward, over layers, forwards and items."""
+        """Mean unique experts per layer and forward."""
         return self._forward_mean(lambda answer: answer.experts)
 
     @property
@@ -76,50 +76,48 @@ class EvalResult:
 
     @property
     def expert_bytes(self) -> float:
-        """Bytes of experts a layer and forward."""
+        """Mean bytes of experts per layer and forward."""
         return self._forward_mean(lambda answer: answer.expert_bytes)
 
     @property
     def traffic(self) -> AnswerTraffic | None:
-        """Of all answers together; None where all experts are in memory."""
+        """The traffic of all answers; None if all experts are in memory."""
         parts = [answer.traffic for answer in self.answers if answer.traffic is not None]
         return sum(parts[1:], start=parts[0]) if parts else None
 
     @property
     def bytes_per_forward(self) -> float:
-        """Bytes, laid on the forwards that denoise; those that only write keys move some too."""
-        total_bytes = sum(
-            answer.traffic.bytes_moved for answer in self.answers if answer.traffic is not None
-        )
-        return total_bytes / max(1, sum(answer.forwards for answer in self.answers))
+        """Bytes moved by all passes, divided by the number of denoising forwards."""
+        moved = 0 if self.traffic is None else self.traffic.bytes_moved
+        return moved / max(1, self._total("forwards"))
 
     @property
     def forwards_per_block(self) -> float:
-        """Denoising forwards; those that only write keys are not among them."""
-        blocks = sum(answer.blocks for answer in self.answers)
-        return sum(answer.forwards for answer in self.answers) / max(blocks, 1)
+        """Denoising forwards per block; passes that only write keys are not counted."""
+        return self._total("forwards") / max(1, self._total("blocks"))
 
     @property
     def new_tokens(self) -> float:
-        """A mean item's."""
+        """Mean new tokens per item."""
         return fmean(answer.new_tokens for answer in self.answers)
 
     @property
     def seconds(self) -> float:
-        """What this arm's generation took, grading left out, with the rows that ran together."""
-        return sum(answer.seconds for answer in self.answers)
+        """Generation time of this variant, without grading."""
+        return self._total("seconds")
 
     @property
     def tokens_per_second(self) -> float:
-        """New tokens of all rows together in a second of the wall clock."""
-        tokens = sum(answer.new_tokens for answer in self.answers)
-        return tokens / self.seconds if self.seconds > 0 else 0.0
+        """New tokens of all sequences per second of wall clock."""
+        return self._total("new_tokens") / self.seconds if self.seconds > 0 else 0.0
+
+    def _total(self, name: str) -> float:
+        return sum(getattr(answer, name) for answer in self.answers)
 
     def _forward_mean(self, metric: Callable[[Answer], float]) -> float:
         answers = [answer for answer in self.answers if answer.error is None]
         if not answers:
             return 0.0
-        counted = [answer.expert_forwards for answer in answers]
-        # Where a plan looks at each block once, in a re-forward, no forward was the policy's.
-        weights = counted if any(counted) else [1] * len(answers)
-        return fmean(map(metric, answers), weights)
+        counts = [answer.expert_forwards for answer in answers]
+        # A plan that processes each block once, in a refresh, has no forward under the policy.
+        return fmean(map(metric, answers), counts if any(counts) else [1] * len(answers))

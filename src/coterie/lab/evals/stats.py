@@ -1,4 +1,4 @@
-"""Intervals and paired tests for right-or-wrong answers."""
+"""Confidence intervals and paired tests for binary outcomes."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ import numpy as np
 
 from coterie.keys import Key
 
-Z_95 = 1.959963984540054  # of a two-sided 95 % interval
+Z_95 = 1.959963984540054  # two-sided 95 % quantile of the normal distribution
 NUM_RESAMPLES = 10_000
 RATIO_RESAMPLES, SEED = 2000, 0
-MAX_CELLS = 1 << 22  # numbers drawn at once
+MAX_CELLS = 1 << 22  # random numbers per draw
 
 
 @dataclass(frozen=True)
 class Proportion:
-    """A count of right answers with its Wilson interval."""
+    """A number of successes among ``n`` with its Wilson interval."""
 
     successes: int
     n: int
@@ -34,7 +34,7 @@ class Proportion:
         p, n = self.value, self.n
         middle = (p + Z_95 * Z_95 / (2 * n)) / (1 + Z_95 * Z_95 / n)
         half = Z_95 / (1 + Z_95 * Z_95 / n) * math.sqrt(p * (1 - p) / n + Z_95 * Z_95 / (4 * n * n))
-        # At 0 and n of n the exact end is the share itself, which rounding may pass by.
+        # At 0 or n successes the exact end is p itself; rounding must not exclude it.
         return min(p, max(0.0, middle - half)), max(p, min(1.0, middle + half))
 
 
@@ -42,11 +42,10 @@ class Proportion:
 class PairedDifference:
     """The difference between two policies on the same items: second minus first."""
 
-    gained: Annotated[int, Key("gained")]  # wrong before, right now
-    lost: Annotated[int, Key("lost")]  # right before, wrong now
+    gained: Annotated[int, Key("gained")]  # wrong in the first, correct in the second
+    lost: Annotated[int, Key("lost")]  # correct in the first, wrong in the second
     n: Annotated[int, Key("n")]
-    # bootstrap over items, 95 %, between percentiles
-    interval: Annotated[tuple[float, float], Key("interval")]
+    interval: Annotated[tuple[float, float], Key("interval")]  # bootstrap over items, 95 %
 
     @property
     def difference(self) -> float:
@@ -54,15 +53,17 @@ class PairedDifference:
 
     @property
     def p_value(self) -> float:
-        """McNemar's exact two-sided p: a sign test on the items that changed."""
+        """McNemar's exact two-sided p: a sign test on the changed items."""
         changed = self.gained + self.lost
         tail = sum(math.comb(changed, i) for i in range(min(self.gained, self.lost) + 1))
         return min(1.0, 2 * tail / 2**changed)
 
     @property
     def score_interval(self) -> tuple[float, float]:
-        """The 95 % score interval of Tango (Statistics in Medicine 17, 1998), which does not shrink
-        to nothing where no answer changed."""
+        """The 95 % score interval of Tango (Statistics in Medicine 17, 1998).
+
+        Unlike a bootstrap interval it has a positive width if no answer changed.
+        """
         low = -_score_bound(self.lost, self.gained, self.n)
         return low, _score_bound(self.gained, self.lost, self.n)
 
@@ -70,16 +71,16 @@ class PairedDifference:
 def paired_difference(
     first: Sequence[bool], second: Sequence[bool], *, resamples: int = NUM_RESAMPLES, seed: int = 0
 ) -> PairedDifference:
-    """Compare two lists of right answers, item by item.
+    """Compares two lists of outcomes, item by item.
 
-    Raises ValueError when the lists are empty or differ in length.
+    Raises ValueError if the lists are empty or differ in length.
     """
     if len(first) != len(second) or not first:
         raise ValueError(f"paired lists of {len(first)} and {len(second)} items")
     n = len(first)
     gained = sum(b and not a for a, b in zip(first, second, strict=True))
     lost = sum(a and not b for a, b in zip(first, second, strict=True))
-    # Items drawn with replacement count as often as a multinomial says: three kinds, one draw.
+    # A bootstrap over items of three kinds is a draw from a multinomial distribution.
     counts = np.random.default_rng(seed).multinomial(
         n, [gained / n, lost / n, (n - gained - lost) / n], size=resamples
     )
@@ -88,7 +89,7 @@ def paired_difference(
 
 
 def _score_bound(gained: int, lost: int, n: int) -> float:
-    """The greatest difference from which so many changes are no further than ``Z``."""
+    """The largest difference with a score statistic of at most ``Z_95``, by bisection."""
     low, high = (gained - lost) / n, 1.0
     for _ in range(60):
         middle = (low + high) / 2
@@ -98,18 +99,17 @@ def _score_bound(gained: int, lost: int, n: int) -> float:
 
 
 def _score_statistic(difference: float, gained: int, lost: int, n: int) -> float:
-    """Standard errors, under ``difference``, from what was found up to it."""
+    """Distance of the observed difference from ``difference``, in standard errors."""
     variance = difference * (1 - difference)
     linear_term = (2 * n - gained + lost) * difference - gained - lost
-    lost_rate = (
-        math.sqrt(max(0.0, linear_term * linear_term + 8 * n * lost * variance)) - linear_term
-    ) / (4 * n)  # of being lost
+    discriminant = max(0.0, linear_term * linear_term + 8 * n * lost * variance)
+    lost_rate = (math.sqrt(discriminant) - linear_term) / (4 * n)
     scale = n * (2 * lost_rate + variance)
     return (n * difference - gained + lost) / math.sqrt(scale) if scale > 0 else 0.0
 
 
 def ratio_interval(parts: Sequence[float], wholes: Sequence[float]) -> tuple[float, float]:
-    """Of sum(parts) / sum(wholes), prompt by prompt: bootstrap over prompts, seeded."""
+    """The 95 % interval of sum(parts) / sum(wholes): a seeded bootstrap over prompts."""
     rng, n = np.random.default_rng(SEED), len(parts)
     numerators, denominators = np.asarray(parts, dtype=float), np.asarray(wholes, dtype=float)
     ratios: list[float] = []
@@ -122,7 +122,7 @@ def ratio_interval(parts: Sequence[float], wholes: Sequence[float]) -> tuple[flo
 
 
 def holm_adjust(p_values: Sequence[float]) -> list[float]:
-    """p values of several comparisons, each raised so that all hold together (Holm 1979)."""
+    """Adjusts p values for the number of comparisons (Holm 1979)."""
     adjusted, running_max = [0.0] * len(p_values), 0.0
     for rank, index in enumerate(sorted(range(len(p_values)), key=lambda index: p_values[index])):
         running_max = max(running_max, min(1.0, (len(p_values) - rank) * p_values[index]))

@@ -1,4 +1,4 @@
-"""What a benchmark is to the lab: items, how one is asked, and how its answer is graded."""
+"""The benchmark protocol: items, their prompts and how answers are graded."""
 
 from __future__ import annotations
 
@@ -7,12 +7,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
 
+from coterie.errors import TaskError
+
 
 @dataclass(frozen=True)
 class Item:
-    """One question. ``id`` is the task's own and never changes: "HumanEval/0", "gsm8k/17".
+    """One problem. ``id`` is stable across versions: "HumanEval/0", "gsm8k/17".
 
-    ``gold`` is what a grader compares with: a number, LaTeX, or the program that tests an answer.
+    ``gold`` is the reference for the grader: a number, LaTeX, or a program that tests an answer.
     """
 
     id: str
@@ -22,9 +24,9 @@ class Item:
 
 @dataclass(frozen=True)
 class Grade:
-    """What came of one output; ``extracted`` is what was read out of it (None: nothing found).
+    """The grade of one output. ``extracted`` is the answer read from it, None if there is none.
 
-    ``also`` holds a task's other measures beside the one that counts ("flexible": True).
+    ``other_metrics`` holds a task's further measures ("flexible": True).
     """
 
     correct: bool
@@ -33,39 +35,39 @@ class Grade:
 
 
 class Task(Protocol):
-    """One benchmark, with every choice made that decides its prompts and grades."""
+    """A benchmark with all options resolved that affect its prompts and grades."""
 
     @property
     def name(self) -> str: ...
 
     def settings(self) -> Mapping[str, object]:
-        """Those choices as JSON values, for the record: shots, template, extraction, sources."""
+        """The options as JSON values, for records: shots, template, extraction, data."""
         ...
 
     def generation(self) -> Mapping[str, object]:
-        """Fields of ``Generation`` that the benchmark is usually run with (``max_new_tokens``)."""
+        """The benchmark's default fields of ``GenerationConfig`` (``max_new_tokens``)."""
         ...
 
     def items(self) -> Sequence[Item]:
-        """All of them, in the benchmark's own order."""
+        """All items in the benchmark's order."""
         ...
 
     def prompt(self, item: Item) -> str:
-        """What the model is asked, before its chat template."""
+        """The prompt, without a chat template."""
         ...
 
     def grade(self, output: str, item: Item) -> Grade:
-        """Never raises for an output, whatever it holds."""
+        """Grades any output; never raises because of its content."""
         ...
 
 
 @dataclass(frozen=True)
 class TaskOptions:
-    """What a person may ask of a task; None is the benchmark's usual choice for the family.
+    """Options of a task; None selects the benchmark's default for the model family.
 
-    ``data`` is a file, or a folder laid out as the benchmark publishes it; ``family`` decides
-    what is usual ("llada-moe": few shots, "llada2": none); ``count`` and ``seed`` are for tasks
-    that draw their items. ``trust`` lets generated code run where no sandbox can be had.
+    ``data`` is a file, or a folder with the benchmark's published layout. ``family`` selects
+    defaults ("llada-moe": few shots, "llada2": none). ``count`` and ``seed`` apply to tasks with
+    generated items. ``trust`` runs generated code unsandboxed if no sandbox works.
     """
 
     family: str
@@ -74,3 +76,8 @@ class TaskOptions:
     count: int = 100
     seed: int = 1
     trust: bool = False
+
+    def require_zero_shot(self, task: str) -> None:
+        """Raises TaskError if examples are requested of a task that has none."""
+        if self.shots:
+            raise TaskError(f"{task} is zero-shot; `shots` is {self.shots}")

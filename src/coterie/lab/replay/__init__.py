@@ -1,1 +1,1 @@
-"""What a machine would do, told without it: routing traced in real runs, and replayed."""
+"""Replays of recorded routing: cache hits, bytes moved and predicted time under other policies."""

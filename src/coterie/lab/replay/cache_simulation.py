@@ -1,8 +1,8 @@
-"""A policy replayed over a trace: whom each forward uses, and what must be moved for it."""
+"""A policy replayed over a trace: the experts that each forward uses, and the copies they need."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import groupby
 
@@ -11,14 +11,8 @@ import torch
 from numpy.typing import NDArray
 
 from coterie.errors import CoterieError
-from coterie.lab.replay.bit_packing import Mask
-from coterie.lab.replay.policies import (
-    election_of,
-    forward_votes,
-    prefers_residents,
-    select_from_trace,
-)
-from coterie.lab.replay.trace import Trace, TraceForward
+from coterie.lab.replay.policies import election_of, forward_votes, select_from_trace
+from coterie.lab.replay.trace import Mask, Trace, TraceForward
 from coterie.offload.eviction import Belady, Eviction
 from coterie.offload.slot_table import Slots
 from coterie.routing import format_policy
@@ -27,45 +21,45 @@ from coterie.values import Policy
 
 CountArray = NDArray[np.int64]
 VoteArray = NDArray[np.float64]
-EvictionFactory = Callable[[int], Eviction]
 
-FORWARDS_PER_ELECTION = 64  # forwards that elect together where they do not depend on each other
+FORWARDS_PER_ELECTION = 64  # forwards that elect in one call where they are independent
 
 
 @dataclass(frozen=True)
 class TraceVotes:
-    """What is not the policy's: votes of each forward, and which forwards were one."""
+    """What every policy shares: the votes of each forward, and the rows of each batch."""
 
     trace: Trace
     votes: tuple[VoteArray, ...]  # of each forward, [L, E]
-    passes: tuple[tuple[int, ...], ...]  # places of the rows that shared a forward
+    passes: tuple[tuple[int, ...], ...]  # indices of the rows that shared a forward pass
 
     @staticmethod
     def of(trace: Trace) -> TraceVotes:
         """Raises CoterieError for a trace without a forward that decodes."""
-        if not any(forward.kind == "decode" for forward in trace.forwards):
+        if not trace.decode_indices:
             raise CoterieError("the trace holds no forward that decodes")
         indices = range(len(trace.forwards))
-        groups = groupby(indices, key=lambda place: trace.forwards[place].number)
+        groups = groupby(indices, key=lambda index: trace.forwards[index].number)
         votes = tuple(forward_votes(trace, forward) for forward in trace.forwards)
         return TraceVotes(trace, votes, tuple(tuple(members) for _, members in groups))
 
     @property
     def mean_votes(self) -> VoteArray:
-        """[L, E] of a forward: what a warm start begins with."""
+        """[L, E] mean over forwards: the votes that a warm start begins with."""
         return np.mean(self.votes, axis=0)
 
     @property
     def is_decode(self) -> Mask:
-        """[P]: which forwards decode."""
-        first_forwards = [self.trace.forwards[indices[0]] for indices in self.passes]
-        return np.array([forward.kind == "decode" for forward in first_forwards])
+        """[P]: whether each pass decodes."""
+        return np.array([self.trace.forwards[rows[0]].kind == "decode" for rows in self.passes])
 
 
 @dataclass(frozen=True)
 class SelectedExperts:
-    """Whom each row of each forward uses: [F, L, E]; and of how many (row, layer) it was kept from
-    the step before, where there was one."""
+    """The experts of each row of each forward, [F, L, E].
+
+    ``reused`` of ``reusable`` (row, layer) pairs kept the coreset of the previous step.
+    """
 
     used: Mask
     reused: int = 0
@@ -74,84 +68,100 @@ class SelectedExperts:
 
 @dataclass(frozen=True)
 class CacheReplay:
-    """What one cache moves for one policy: experts used and loaded, [P, L], of each forward of all
-    rows together."""
+    """The outcome of a cache and a policy: experts used and loaded by each pass, [P, L]."""
 
     selected: SelectedExperts
     used: CountArray
     loads: CountArray
 
-    @property
-    def hit_rate(self) -> float:
-        return 1 - self.loads.sum() / max(1, self.used.sum())
-
 
 @dataclass(frozen=True)
 class ReplayPolicy:
-    """A policy, how much of its votes a coreset may lose before a block moves on from it, and
-    whether forwards that commit are routed by it too; the prompt's are as they were."""
+    """A policy and how it is applied; prefill forwards stay as recorded.
+
+    ``reuse_tolerance``: the share of its votes that a reused coreset may lose; None: no reuse.
+    ``routes_commits``: whether the policy also routes forwards that commit a block.
+    """
 
     policy: Policy
     reuse_tolerance: float | None = None
     routes_commits: bool = False
 
     def routes(self, forward: TraceForward) -> bool:
-        """Whether this forward is the policy's to route."""
+        """Whether the policy routes this forward."""
         return forward.kind == "decode" or (self.routes_commits and forward.kind == "commit")
 
     def __str__(self) -> str:
-        return format_policy(self.policy) + (
-            "" if self.reuse_tolerance is None else f" --drift {self.reuse_tolerance:g}"
-        )
-
-
-def select_experts(
-    trace_votes: TraceVotes, replay_policy: ReplayPolicy, slots: int | None = None
-) -> SelectedExperts:
-    """Whom a policy uses that does not ask what is in fast memory, of which each layer has so many
-    ``slots`` (None: for all)."""
-    trace, layers = trace_votes.trace, len(trace_votes.trace.header.layers)
-    used = np.stack([recorded_experts(forward) for forward in trace.forwards])
-    for indices in _election_batches(trace_votes, replay_policy):
-        forwards = [trace.forwards[index] for index in indices]
-        for ordinal in range(layers):
-            selected = select_from_trace(
-                trace, replay_policy.policy, forwards, ordinal, slots=slots
-            )
-            used[list(indices), ordinal] = selected
-    history, reused, reusable = CoresetHistory(replay_policy.reuse_tolerance), 0, 0
-    for index, forward in enumerate(trace.forwards):
-        used[index], newly_reused, newly_reusable = history.reuse(
-            forward, used[index], trace_votes.votes[index]
-        )
-        reused, reusable = reused + newly_reused, reusable + newly_reusable
-    return SelectedExperts(used, reused, reusable)
-
-
-def recorded_experts(forward: TraceForward) -> Mask:
-    """[L, E]: who is used where the policy has no say."""
-    return forward.vanilla_mask if forward.kind == "commit" else forward.used
+        tolerance = self.reuse_tolerance
+        suffix = "" if tolerance is None else f" coreset-reuse={tolerance:g}"
+        return format_policy(self.policy) + suffix
 
 
 @dataclass(frozen=True)
 class CacheConfig:
-    """Slots of each layer and who leaves them; ``rule`` None is Belady's optimum.
+    """An expert cache: slots of each layer and the eviction rule; None: Belady's optimum.
 
-    ``warm`` [L, E]: votes of earlier runs, whose best are there from the start.
+    ``warm`` [L, E]: votes of earlier runs; the experts with most votes are cached at the start.
     """
 
     eviction: Eviction | None
     slots: int
     warm: VoteArray | None = None
 
-    def make_slots(self, experts: int, used: Sequence[Sequence[Mask]]) -> list[Slots]:
-        """Of every layer; ``used`` tells of each what its forwards will use, for Belady alone."""
-        evictions = [self.eviction or Belady.from_uses(future) for future in used]
-        warm = [None] * len(used) if self.warm is None else list(self.warm)
-        return [
-            Slots(experts, self.slots, eviction, votes)
-            for eviction, votes in zip(evictions, warm, strict=True)
-        ]
+    def make_slots(self, experts: int, uses: Sequence[Sequence[Mask]]) -> list[Slots]:
+        """Slots of every layer; ``uses`` are each layer's future experts, for Belady alone."""
+        evictions = [self.eviction or Belady.from_uses(future) for future in uses]
+        warm = [None] * len(uses) if self.warm is None else list(self.warm)
+        pairs = zip(evictions, warm, strict=True)
+        return [Slots(experts, self.slots, eviction, votes) for eviction, votes in pairs]
+
+
+@dataclass  # not frozen: it changes with every forward
+class CoresetHistory:
+    """The last coreset of every row while its block lasts, and counts of reuse."""
+
+    reuse_tolerance: float | None
+    reused: int = 0
+    reusable: int = 0
+    last_coresets: dict[int, tuple[int, Mask]] = field(default_factory=dict)
+
+    def reuse(self, forward: TraceForward, fresh: Mask, votes: VoteArray) -> Mask:
+        """The coreset [L, E] to use: the previous one where it loses few votes, else ``fresh``."""
+        block, previous = self.last_coresets.get(forward.row, (None, fresh))
+        if forward.kind != "decode":
+            return fresh
+        used = fresh
+        if self.reuse_tolerance is not None and block == forward.block_start:
+            arrays = (torch.from_numpy(np.ascontiguousarray(x)) for x in (previous, fresh, votes))
+            used = reuse_masks(*arrays, reuse_tolerance=self.reuse_tolerance).numpy()
+            self.reused += int((used == previous).all(-1).sum())
+            self.reusable += len(used)
+        self.last_coresets[forward.row] = (forward.block_start, used)
+        return used
+
+
+def select_experts(
+    trace_votes: TraceVotes, replay_policy: ReplayPolicy, slots: int | None = None
+) -> SelectedExperts:
+    """The experts that a policy selects, for policies that ignore what is cached.
+
+    ``slots``: the cache slots of each layer; None: enough for all experts.
+    """
+    trace, used = trace_votes.trace, recorded_experts(trace_votes.trace.forwards)
+    for indices in _election_batches(trace_votes, replay_policy):
+        rows = [trace.forwards[index] for index in indices]
+        for ordinal in range(len(trace.header.layers)):
+            mask = select_from_trace(trace, replay_policy.policy, rows, ordinal, slots=slots)
+            used[list(indices), ordinal] = mask
+    history = CoresetHistory(replay_policy.reuse_tolerance)
+    for index, forward in enumerate(trace.forwards):
+        used[index] = history.reuse(forward, used[index], trace_votes.votes[index])
+    return SelectedExperts(used, history.reused, history.reusable)
+
+
+def recorded_experts(forwards: Sequence[TraceForward]) -> Mask:
+    """[F, L, E]: the experts of forwards that the policy does not route."""
+    return np.stack([f.vanilla_mask if f.kind == "commit" else f.used for f in forwards])
 
 
 def replay_cache(
@@ -160,132 +170,79 @@ def replay_cache(
     selected: SelectedExperts | None,
     cache: CacheConfig,
 ) -> CacheReplay:
-    """Serve a policy's experts out of a cache.
+    """Serve a policy's experts from a cache; ``selected`` comes from ``select_experts``.
 
-    ``chosen`` is what ``choose`` gave, or None where a policy asks what is in fast memory; then
-    the optimum is not defined, for nobody knows what will be used.
+    It is None for a policy that prefers cached experts: each forward then depends on the last one.
     """
-    if selected is None:
-        return _replay_resident_aware(trace_votes, replay_policy, cache)
-    pass_used = [_union_of_rows(selected.used, indices) for indices in trace_votes.passes]
-    layers, experts = len(trace_votes.trace.header.layers), trace_votes.trace.header.experts
-    slots = cache.make_slots(
-        experts, [[used[layer] for used in pass_used] for layer in range(layers)]
-    )
-    loads = [
-        _count_loads(slots, used, _sum_of_votes(trace_votes, indices))
-        for indices, used in zip(trace_votes.passes, pass_used, strict=True)
-    ]
+    trace, history = trace_votes.trace, CoresetHistory(replay_policy.reuse_tolerance)
+    used = recorded_experts(trace.forwards) if selected is None else selected.used
+    pass_used = [_union(used, rows) for rows in trace_votes.passes]
+    layers = range(len(trace.header.layers))
+    uses = [[] if selected is None else [mask[layer] for mask in pass_used] for layer in layers]
+    slots = cache.make_slots(trace.header.experts, uses)
+    loads = []
+    for index, rows in enumerate(trace_votes.passes):
+        if selected is None:
+            _elect_by_residents(trace_votes, replay_policy, rows, slots, used)
+            for row in rows:
+                used[row] = history.reuse(trace.forwards[row], used[row], trace_votes.votes[row])
+            pass_used[index] = _union(used, rows)
+        votes = np.sum([trace_votes.votes[row] for row in rows], axis=0)
+        tables = zip(slots, pass_used[index], votes, strict=True)
+        loads.append([sum(len(wave.loads) for wave in s.serve(u, v)) for s, u, v in tables])
+    selected = selected or SelectedExperts(used, history.reused, history.reusable)
     return CacheReplay(selected, np.stack(pass_used).sum(-1), np.array(loads))
 
 
-@dataclass  # not frozen: it remembers
-class CoresetHistory:
-    """The last coreset of every row, while its block lasts."""
-
-    reuse_tolerance: float | None
-    last_coresets: dict[int, tuple[int, Mask]] = field(default_factory=dict)
-
-    def reuse(self, forward: TraceForward, fresh: Mask, votes: VoteArray) -> tuple[Mask, int, int]:
-        """[L, E] that is used in place of ``fresh``; layers that stayed, and layers that could."""
-        block, previous = self.last_coresets.get(forward.row, (None, fresh))
-        if forward.kind != "decode":
-            return fresh, 0, 0
-        if self.reuse_tolerance is None or block != forward.block_start:
-            self.last_coresets[forward.row] = (forward.block_start, fresh)
-            return fresh, 0, 0
-        arrays = (torch.from_numpy(np.ascontiguousarray(x)) for x in (previous, fresh, votes))
-        used = reuse_masks(*arrays, reuse_tolerance=self.reuse_tolerance).numpy()
-        self.last_coresets[forward.row] = (forward.block_start, used)
-        return used, int((used == previous).all(-1).sum()), len(used)
-
-
-def _replay_resident_aware(
-    trace_votes: TraceVotes, replay_policy: ReplayPolicy, cache: CacheConfig
-) -> CacheReplay:
-    """As ``book``, forward by forward, each electing by what the one before has left."""
-    trace = trace_votes.trace
-    slots = cache.make_slots(trace.header.experts, [()] * len(trace.header.layers))
-    used_by_row = np.stack([recorded_experts(forward) for forward in trace.forwards])
-    loads, used = [], []
-    history, reused, reusable = CoresetHistory(replay_policy.reuse_tolerance), 0, 0
-    for indices in trace_votes.passes:
-        forwards = [trace.forwards[index] for index in indices]
-        routed_indices = [index for index in indices if replay_policy.routes(trace.forwards[index])]
-        for batch in _group_by_width(trace_votes, routed_indices):
-            rows = [trace.forwards[index] for index in batch]
-            for layer, layer_slots in enumerate(slots):
-                used_by_row[batch, layer] = select_from_trace(
-                    trace,
-                    replay_policy.policy,
-                    rows,
-                    layer,
-                    layer_slots.resident,
-                    slots=layer_slots.capacity,
-                )
-        for index, forward in zip(indices, forwards, strict=True):
-            votes = trace_votes.votes[index]
-            used_by_row[index], newly_reused, newly_reusable = history.reuse(
-                forward, used_by_row[index], votes
-            )
-            reused, reusable = reused + newly_reused, reusable + newly_reusable
-        pass_used = _union_of_rows(used_by_row, indices)
-        used.append(pass_used.sum(-1))
-        loads.append(_count_loads(slots, pass_used, _sum_of_votes(trace_votes, indices)))
-    return CacheReplay(
-        SelectedExperts(used_by_row, reused, reusable), np.array(used), np.array(loads)
-    )
-
-
-def _count_loads(slots: Sequence[Slots], used: Mask, votes: VoteArray) -> list[int]:
-    """Experts that must come, of each layer, for these [L, E] to be used."""
-    return [
-        sum(len(wave.loads) for wave in layer_slots.serve(used[layer], votes[layer]))
-        for layer, layer_slots in enumerate(slots)
-    ]
-
-
 def depends_on_residents(replay_policy: ReplayPolicy) -> bool:
-    return prefers_residents(replay_policy.policy)
+    """Whether cached experts change what the policy elects."""
+    return election_of(replay_policy.policy).resident_bonus > 0
 
 
 def depends_on_slots(replay_policy: ReplayPolicy) -> bool:
-    """Whether it elects otherwise where fast memory has room for others."""
+    """Whether the number of slots changes what the policy elects."""
     return election_of(replay_policy.policy).max_experts == "slots"
 
 
-def _union_of_rows(used: Mask, indices: Sequence[int]) -> Mask:
-    """[L, E]: who is used by any of these rows."""
-    return np.logical_or.reduce(used[list(indices)], axis=0)
+def _union(used: Mask, rows: Sequence[int]) -> Mask:
+    """[L, E]: the experts that any of these rows uses."""
+    return np.logical_or.reduce(used[list(rows)], axis=0)
 
 
-def _sum_of_votes(trace_votes: TraceVotes, indices: Sequence[int]) -> VoteArray:
-    return np.sum([trace_votes.votes[index] for index in indices], axis=0)
+def _elect_by_residents(
+    trace_votes: TraceVotes,
+    replay_policy: ReplayPolicy,
+    rows: Sequence[int],
+    slots: Sequence[Slots],
+    used: Mask,
+) -> None:
+    """Write the experts of these rows of one pass into ``used``, given the cached ones."""
+    trace, policy = trace_votes.trace, replay_policy.policy
+    routed = [row for row in rows if replay_policy.routes(trace.forwards[row])]
+    for batch in _group_by_width(trace, routed):
+        forwards = [trace.forwards[row] for row in batch]
+        for ordinal, table in enumerate(slots):
+            used[batch, ordinal] = select_from_trace(
+                trace, policy, forwards, ordinal, table.resident, slots=table.capacity
+            )
 
 
 def _election_batches(
     trace_votes: TraceVotes, replay_policy: ReplayPolicy
 ) -> Iterator[Sequence[int]]:
-    """Places of forwards that may elect in one call: of one width; where rows elect jointly, those
-    that shared a forward."""
-    forwards = trace_votes.trace.forwards
+    """Indices of forwards that elect in one call: of one width, or the rows of one pass."""
+    trace = trace_votes.trace
+    routed = [i for i, forward in enumerate(trace.forwards) if replay_policy.routes(forward)]
     if election_of(replay_policy.policy).scope == "batch":
-        yield from (
-            indices for indices in trace_votes.passes if replay_policy.routes(forwards[indices[0]])
-        )
+        yield from (rows for rows in trace_votes.passes if rows[0] in routed)
         return
-    routed_indices = [
-        index for index, forward in enumerate(forwards) if replay_policy.routes(forward)
-    ]
-    for group in _group_by_width(trace_votes, routed_indices):
-        yield from (
-            group[first : first + FORWARDS_PER_ELECTION]
-            for first in range(0, len(group), FORWARDS_PER_ELECTION)
-        )
+    for group in _group_by_width(trace, routed):
+        for first in range(0, len(group), FORWARDS_PER_ELECTION):
+            yield group[first : first + FORWARDS_PER_ELECTION]
 
 
-def _group_by_width(trace_votes: TraceVotes, indices: Sequence[int]) -> list[list[int]]:
+def _group_by_width(trace: Trace, indices: Sequence[int]) -> list[list[int]]:
     groups: dict[int, list[int]] = {}
     for index in indices:
-        groups.setdefault(trace_votes.trace.forwards[index].tokens, []).append(index)
+        groups.setdefault(trace.forwards[index].tokens, []).append(index)
     return list(groups.values())

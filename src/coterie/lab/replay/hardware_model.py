@@ -1,18 +1,15 @@
-"""The machine that a replay imagines: how much fast memory, over which link; and its clock.
+"""The time model of a replay: predicted milliseconds from experts used and loaded.
 
-The clock, layer by layer. Experts that are in fast memory (hits) are computed while the others
-(misses) come over the link, and these are computed when they are there:
+Hits, experts in fast memory, are computed while misses are copied over the link. Misses are
+computed once they are copied. For each layer, in bytes and bytes per second:
 
-    here = hits / memory                        in bytes over bytes a second
-    copies = latency + misses / link            0 where nothing is missing
-    layer = here + copies - overlap * min(here, copies) + misses / memory
+    hit_time = hits / memory
+    copy_time = latency + misses / link        0 where nothing is missing
+    layer = hit_time + copy_time - overlap * min(hit_time, copy_time) + misses / memory
 
-``overlap`` is the share of the shorter of the two that the longer hides: 1 where a link works
-beside those who compute, less where the same cores check what comes. ``rest`` is a forward's time
-for all else: attention, router, shared experts, and what each layer's experts cost whatever their
-number. What it leaves out: any copy begun before its layer, waves of a coreset beyond the slots,
-and how many tokens each expert has. With ``memory`` unknown computing takes no time, and what
-remains is what the link alone takes.
+``overlap`` is the share of the shorter of both that the longer one hides: 1 where copies need no
+compute core, less where the same cores verify the copied bytes. The model leaves out copies that
+start before their layer, coresets larger than the cache, and how many tokens each expert has.
 """
 
 from __future__ import annotations
@@ -24,7 +21,7 @@ from typing import Annotated
 import numpy as np
 from numpy.typing import NDArray
 
-from coterie.errors import CoterieError
+from coterie.errors import ConfigError
 from coterie.keys import Key
 from coterie.offload.capacity import BYTE_UNITS, parse_amount
 
@@ -34,20 +31,19 @@ SecondsArray = NDArray[np.float64]
 
 @dataclass(frozen=True)
 class HardwareModel:
-    """Rates in bytes a second; ``memory`` None: computing takes no time. ``rest`` in seconds of a
-    forward, ``latency`` in seconds of a layer that misses anybody, ``overlap`` a share."""
+    """Bandwidths in bytes per second; ``memory_bandwidth`` None: computing takes no time."""
 
     link_bandwidth: Annotated[float, Key("link")]
     memory_bandwidth: Annotated[float | None, Key("memory")] = None
+    # Seconds of a forward for all else: attention, router, shared experts, fixed costs.
     other_seconds: Annotated[float, Key("rest")] = 0.0
     overlap: Annotated[float, Key("overlap")] = 1.0
-    transfer_latency: Annotated[float, Key("latency")] = 0.0
+    transfer_latency: Annotated[float, Key("latency")] = 0.0  # seconds of a layer with a miss
 
 
 @dataclass(frozen=True)
 class PredictedTime:
-    """Seconds of a forward that decodes, and how much of them nothing was computed; forwards that
-    only write keys are laid on those that decode."""
+    """Seconds of all forwards per decoding forward; in stall seconds nothing is computed."""
 
     forward_seconds: float
     stall_seconds: float
@@ -61,8 +57,7 @@ def predict_time(
     *,
     decode_forwards: int,
 ) -> PredictedTime:
-    """What forwards take that use and load so many experts [P, L] of ``size`` bytes; of these
-    forwards, ``decoding`` decode."""
+    """Time of forwards that use and load these numbers of experts, [P, L]."""
     total, stall = predict_seconds(hardware, used, loads, expert_bytes)
     return PredictedTime(float(total.sum()) / decode_forwards, float(stall.sum()) / decode_forwards)
 
@@ -70,58 +65,45 @@ def predict_time(
 def predict_seconds(
     hardware: HardwareModel, used: CountArray, loads: CountArray, expert_bytes: int
 ) -> tuple[SecondsArray, SecondsArray]:
-    """[P] of each forward, and [P] in which nothing is computed."""
-    seconds_per_expert = (
-        0.0 if hardware.memory_bandwidth is None else expert_bytes / hardware.memory_bandwidth
-    )
-    hit_seconds, miss_seconds = (used - loads) * seconds_per_expert, loads * seconds_per_expert
-    copy_seconds = (
-        loads * (expert_bytes / hardware.link_bandwidth) + (loads > 0) * hardware.transfer_latency
-    )
-    stall = copy_seconds - hardware.overlap * np.minimum(hit_seconds, copy_seconds)  # [P, L]
-    return hardware.other_seconds + (hit_seconds + stall + miss_seconds).sum(-1), stall.sum(-1)
-
-
-def format_hardware(hardware: HardwareModel) -> str:
-    """As `coterie replay` takes it."""
-    memory_option = (
-        ""
-        if hardware.memory_bandwidth is None
-        else f" --memory {hardware.memory_bandwidth / 1e9:.3g}GB/s"
-    )
-    return (
-        f"--link {hardware.link_bandwidth / 1e9:.3g}GB/s{memory_option} --rest {1e3 * hardware.other_seconds:.3g} "
-        f"--latency {1e3 * hardware.transfer_latency:.3g} --overlap {hardware.overlap:.3g}"
-    )
+    """[P] seconds of each forward, and [P] seconds in which nothing is computed."""
+    memory = hardware.memory_bandwidth
+    compute = 0.0 if memory is None else expert_bytes / memory
+    hits, misses = (used - loads) * compute, loads * compute
+    copies = loads * (expert_bytes / hardware.link_bandwidth)
+    copies = copies + (loads > 0) * hardware.transfer_latency
+    stall = copies - hardware.overlap * np.minimum(hits, copies)  # [P, L]
+    return hardware.other_seconds + (hits + stall + misses).sum(-1), stall.sum(-1)
 
 
 def parse_bytes(text: str, option: str) -> float:
-    """ "6291456" or "6MiB" in bytes."""
-    amount, unit, rate = parse_amount(text)
-    if rate or unit.upper() not in ("", *BYTE_UNITS) or amount <= 0:
-        raise CoterieError(f"{option} {text!r}: say bytes, such as 6291456 or 6MiB")
-    return amount * BYTE_UNITS[unit.upper() or "B"]
+    """Bytes in "6291456" or "6MiB"; ``option`` names the value in an error."""
+    return _parse(text, option, is_rate=False, example="bytes, such as 6291456 or 6MiB")
 
 
 def parse_bandwidth(text: str, option: str) -> float:
-    """ "25GB/s" in bytes a second."""
-    amount, unit, rate = parse_amount(text)
-    if not rate or unit.upper() not in BYTE_UNITS or amount <= 0:
-        raise CoterieError(f"{option} {text!r}: say bytes a second, such as 25GB/s")
-    return amount * BYTE_UNITS[unit.upper()]
+    """Bytes per second in "25GB/s"; ``option`` names the value in an error."""
+    return _parse(text, option, is_rate=True, example="bytes per second, such as 25GB/s")
 
 
 def expert_sizes(
     known_sizes: Mapping[str, int], precisions: list[str], expert_bytes: str
 ) -> dict[str, int]:
-    """Bytes of one expert in each of the precisions: as the trace knows, or as typed for one."""
+    """Bytes of one expert by precision: from the trace, or ``expert_bytes`` for a single one."""
     if expert_bytes != "auto":
         if len(precisions) != 1:
-            raise CoterieError(f"--expert-bytes {expert_bytes} is of one --precision, not several")
-        return {precisions[0]: int(parse_bytes(expert_bytes, "--expert-bytes"))}
+            raise ConfigError(f"`expert_bytes` {expert_bytes} fits one precision, not several")
+        return {precisions[0]: int(parse_bytes(expert_bytes, "`expert_bytes`"))}
     if unknown := [name for name in precisions if name not in known_sizes]:
-        raise CoterieError(
-            f"precision {unknown[0]!r}: the trace knows {', '.join(known_sizes)}; "
-            "--expert-bytes says what an expert weighs in another"
+        raise ConfigError(
+            f"precision {unknown[0]!r}: the trace has sizes for {', '.join(known_sizes)}; "
+            "`expert_bytes` sets the size of an expert in another precision"
         )
     return {name: known_sizes[name] for name in precisions}
+
+
+def _parse(text: str, option: str, *, is_rate: bool, example: str) -> float:
+    amount, unit, has_rate = parse_amount(text)
+    unit = unit.upper() or ("" if is_rate else "B")
+    if has_rate != is_rate or unit not in BYTE_UNITS or amount <= 0:
+        raise ConfigError(f"{option} {text!r}: give {example}")
+    return amount * BYTE_UNITS[unit]

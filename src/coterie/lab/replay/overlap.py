@@ -1,8 +1,7 @@
-"""How alike the experts of one step and the next are: what caching can hope for at all."""
+"""How similar the experts of consecutive steps are: the upper limit of what caching can save."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Annotated
 
@@ -10,81 +9,66 @@ import numpy as np
 from numpy.typing import NDArray
 
 from coterie.keys import Key, to_json
-from coterie.lab.replay.bit_packing import Mask
 from coterie.lab.replay.cache_simulation import TraceVotes
+from coterie.lab.replay.trace import Mask
 
-Means = tuple[float, ...]  # of each layer
+LayerMeans = tuple[float, ...]
 METRICS = ("step_jaccard", "block_jaccard", "step_cosine", "block_cosine")
 
 
 @dataclass(frozen=True)
 class StepOverlap:
-    """Means over consecutive decoding forwards of a row; empty where there are none.
+    """Means over pairs of consecutive decoding forwards of a row, for each layer; empty without.
 
-    ``steps``: within one block; ``blocks``: the last of one block and the first of the next.
-    Jaccard: experts in both over experts in either. Cosine: of the votes.
+    ``steps`` pairs lie within one block, ``blocks`` pairs span two. Jaccard: experts in both over
+    experts in either. Cosine: of the votes.
     """
 
-    steps: Annotated[int, Key("steps")]  # how many pairs there were
+    steps: Annotated[int, Key("steps")]
     blocks: Annotated[int, Key("blocks")]
-    step_jaccard: Annotated[Means, Key("step_jaccard")]
-    block_jaccard: Annotated[Means, Key("block_jaccard")]
-    step_cosine: Annotated[Means, Key("step_cosine")]
-    block_cosine: Annotated[Means, Key("block_cosine")]
+    step_jaccard: Annotated[LayerMeans, Key("step_jaccard")]
+    block_jaccard: Annotated[LayerMeans, Key("block_jaccard")]
+    step_cosine: Annotated[LayerMeans, Key("step_cosine")]
+    block_cosine: Annotated[LayerMeans, Key("block_cosine")]
 
     def mean(self, name: str) -> float | None:
-        """Over layers, of one of the four."""
+        """The mean over layers of one of the METRICS."""
         values = to_json(self)[name]
         return sum(values) / len(values) if values else None
 
     def to_dict(self) -> dict[str, object]:
-        """Of each layer, and the means."""
         return {**to_json(self), "means": {name: self.mean(name) for name in METRICS}}
 
 
 def measure_overlap(trace_votes: TraceVotes, used: Mask) -> StepOverlap:
-    """Of what was used, [F, L, E], and the votes of the trace."""
-    pairs_by_block: dict[bool, list[tuple[NDArray[np.float64], NDArray[np.float64]]]] = {
-        True: [],
-        False: [],
-    }
-    for previous, current, same_block in consecutive_pairs(trace_votes):
-        jaccards = jaccard(used[previous], used[current])
-        cosines = cosine(trace_votes.votes[previous], trace_votes.votes[current])
-        pairs_by_block[same_block].append((jaccards, cosines))
-    within, between = pairs_by_block[True], pairs_by_block[False]
+    """The overlap of the experts used, [F, L, E], and of the trace's votes."""
+    forwards, votes = trace_votes.trace.forwards, trace_votes.votes
+    pairs: dict[bool, list[tuple[int, int]]] = {True: [], False: []}  # whether in one block
+    last_of_row: dict[int, int] = {}
+    for index in trace_votes.trace.decode_indices:
+        row, block = forwards[index].row, forwards[index].block_start
+        if (previous := last_of_row.get(row)) is not None:
+            pairs[forwards[previous].block_start == block].append((previous, index))
+        last_of_row[row] = index
+    groups = within, between = (pairs[True], pairs[False])
     return StepOverlap(
-        len(within),
-        len(between),
-        *(_means([pair[0] for pair in group]) for group in (within, between)),
-        *(_means([pair[1] for pair in group]) for group in (within, between)),
+        *(len(within), len(between)),
+        *(_means([jaccard(used[a], used[b]) for a, b in group]) for group in groups),
+        *(_means([cosine(votes[a], votes[b]) for a, b in group]) for group in groups),
     )
 
 
-def consecutive_pairs(trace_votes: TraceVotes) -> Iterator[tuple[int, int, bool]]:
-    """Places of consecutive forwards of one row, and whether they are of one block."""
-    last_of_row: dict[int, int] = {}
-    forwards = trace_votes.trace.forwards
-    for index, forward in enumerate(forwards):
-        if forward.kind != "decode":
-            continue
-        previous = last_of_row.get(forward.row)
-        if previous is not None:
-            yield previous, index, forwards[previous].block_start == forward.block_start
-        last_of_row[forward.row] = index
-
-
 def jaccard(first: Mask, second: Mask) -> NDArray[np.float64]:
-    """[L] of masks [L, E]; two empty ones are alike."""
+    """[L] from masks [L, E]; 1 where both are empty."""
     union = (first | second).sum(-1)
     return np.where(union > 0, (first & second).sum(-1) / np.maximum(union, 1), 1.0)
 
 
 def cosine(first: NDArray[np.float64], second: NDArray[np.float64]) -> NDArray[np.float64]:
-    """[L] of vectors [L, E]; 0 where one is nothing."""
+    """[L] from vectors [L, E]; 0 where one is zero."""
     norms = np.linalg.norm(first, axis=-1) * np.linalg.norm(second, axis=-1)
     return np.where(norms > 0, (first * second).sum(-1) / np.maximum(norms, 1e-300), 0.0)
 
 
-def _means(values: list[NDArray[np.float64]]) -> Means:
+def _means(values: list[NDArray[np.float64]]) -> LayerMeans:
     return tuple(np.mean(values, axis=0).tolist()) if values else ()

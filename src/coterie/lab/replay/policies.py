@@ -1,4 +1,4 @@
-"""Who would have been elected: policies asked again, over what a trace has kept."""
+"""Policies evaluated again on the scores that a trace holds."""
 
 from __future__ import annotations
 
@@ -9,50 +9,51 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from coterie.errors import CoterieError
-from coterie.lab.replay.bit_packing import Mask
-from coterie.lab.replay.trace import Trace, TraceForward
+from coterie.errors import ConfigError
+from coterie.lab.replay.trace import Mask, Trace, TraceForward
 from coterie.routing import Coreset, DesSeq, Election, McMoe, Naee, TopK, Vanilla, format_policy
 from coterie.values import DecodeProgress, Policy, RouterSpec, Scores
 
 Fidelity = Literal["exact", "nearly"]
 
-UNKNOWN_LOGIT = -80.0  # logits of experts that a trace says nothing of: no probability
-UNKNOWN_BIAS = -10.0  # their bias: none ranks among those that it knows
-MIN_MARGIN = 1e-6  # of a margin
-MAX_PROBABILITY = 1 - 2.0**-20  # a probability beyond has no finite logit in fp32
+UNKNOWN_LOGIT = -80.0  # of experts without a score: their probability is 0
+UNKNOWN_BIAS = -10.0  # of experts without a score: they rank below all others
+MIN_MARGIN = 1e-6
+MAX_PROBABILITY = 1 - 2.0**-20  # a larger one has no finite logit in fp32
 
 
 def fidelity(policy: Policy) -> Fidelity:
-    """How well a trace replays it; raises CoterieError where it lacks what the policy asks for."""
+    """How well a trace replays a policy; raises ConfigError where it lacks needed scores.
+
+    Exact: vanilla, topk, des-seq, random and coresets with vote=count. Nearly: naee and coresets
+    with vote=topk-prob, weight or margin. An error: scores of experts outside the top-k (xshare,
+    racing, vote=full, vote=max), uncertainty (voters=uncertain) and importance (mc-moe).
+    """
     if isinstance(policy, McMoe):
-        raise CoterieError("a trace keeps no importance, so mc-moe cannot be replayed")
+        raise ConfigError("a trace keeps no importance, so mc-moe cannot be replayed")
     if isinstance(policy, Vanilla | TopK):
         return "exact"
     if isinstance(policy, Naee):
         return "nearly"
     election = election_of(policy)
     if election.voters == "uncertain":
-        raise CoterieError(f"{format_policy(policy)}: a trace keeps no uncertainty of its voters")
+        raise ConfigError(f"{format_policy(policy)}: a trace keeps no uncertainty of its voters")
     is_union = isinstance(policy, DesSeq) or (isinstance(policy, Coreset) and policy.k is not None)
-    is_union = is_union and election.max_experts is None  # else votes say who of the union stays
+    is_union = (
+        is_union and election.max_experts is None
+    )  # a limited union drops experts by their votes
     if election.vote in ("full", "max") and not is_union:
-        raise CoterieError(
-            f"{format_policy(policy)}: vote={election.vote} asks for scores of experts that no token "
-            "would take, and a trace keeps none"
+        raise ConfigError(
+            f"{format_policy(policy)}: vote={election.vote} needs scores of experts outside the "
+            "top-k, and a trace keeps none"
         )
     return "exact" if is_union or election.vote in ("count", "random") else "nearly"
 
 
 def election_of(policy: Policy) -> Election:
-    """The election behind a policy; of one without, one without options."""
+    """The election of a coreset policy; default options for other policies."""
     election = getattr(policy, "election", None)
     return election if isinstance(election, Election) else Election()
-
-
-def prefers_residents(policy: Policy) -> bool:
-    """Whether what is in fast memory changes what it elects."""
-    return election_of(policy).resident_bonus > 0
 
 
 def select_from_trace(
@@ -64,23 +65,23 @@ def select_from_trace(
     *,
     slots: int | None = None,
 ) -> Mask:
-    """[F, E]: whom each of these forwards (of one width) would use in a layer; ``ordinal`` is its
-    place among those that route, ``slots`` what it has of fast memory.
+    """[F, E]: the experts that each forward uses in one layer; forwards have one width.
 
-    A coreset counts as used whole: what tokens take in it beside their own is not in a trace.
+    ``ordinal`` counts layers with a router, ``resident`` [E] are the cached experts. A coreset
+    counts as used whole, since a trace does not show all experts that a token takes from it.
     """
     vanilla_mask = np.stack([forward.vanilla_mask[ordinal] for forward in forwards])
     joint = election_of(policy).scope == "batch"
     scores = trace_scores(trace, forwards, ordinal, resident, slots=slots, joint=joint)
-    mask = policy.eligible(scores, trace.header.k)
+    mask, ids = policy.eligible(scores, trace.header.k), scores.vanilla_ids
+    assert ids is not None
     if mask.numel() == 1:
         return vanilla_mask
     if mask.shape[1] == 1:
         return np.broadcast_to(mask[:, 0].numpy(), vanilla_mask.shape)
-    allowed = mask.gather(-1, trace_vanilla_ids(scores))  # [F, N, k]
-    ids = torch.where(allowed, trace_vanilla_ids(scores), trace.header.experts).flatten(1)
+    allowed = torch.where(mask.gather(-1, ids), ids, trace.header.experts).flatten(1)  # [F, N k]
     used = torch.zeros(len(ids), trace.header.experts + 1, dtype=torch.bool)
-    return used.scatter_(1, ids, True)[:, :-1].numpy()
+    return used.scatter_(1, allowed, True)[:, :-1].numpy()
 
 
 def trace_scores(
@@ -92,43 +93,33 @@ def trace_scores(
     slots: int | None = None,
     joint: bool = False,
 ) -> Scores:
-    """What a gate thought, as far as it was kept: own experts, their scores, the next one's score.
+    """A layer's router scores as far as a trace holds them; ``joint`` merges rows into a sequence.
 
-    The next expert's name was not kept: the first one that is no token's own stands for it.
-    ``joint``: all rows as one sequence.
+    The trace has the score of the expert ranked k + 1 but not its index. The first expert outside
+    the token's top-k takes that score.
     """
     header = trace.header
     ids = _stack([forward.vanilla_ids[ordinal] for forward in forwards]).long()
     next_score = _stack([forward.next_score[ordinal] for forward in forwards]).unsqueeze(-1)
     rank = _stack([forward.rank[ordinal] for forward in forwards]).maximum(next_score + MIN_MARGIN)
-    flags = [
-        _stack([getattr(forward, name) for forward in forwards])
-        for name in ("voters", "masked", "filled")
-    ]
+    names = ("voters", "masked", "filled")
+    flags = [_stack([getattr(forward, name) for forward in forwards]) for name in names]
     if joint:
-        ids, rank, next_score, *flags = (
-            x.flatten(0, 1).unsqueeze(0) for x in (ids, rank, next_score, *flags)
-        )
+        tensors = (ids, rank, next_score, *flags)
+        ids, rank, next_score, *flags = (x.flatten(0, 1).unsqueeze(0) for x in tensors)
     voters, masked, filled = flags
     bias = torch.zeros(header.experts) if trace.bias is None else torch.tensor(trace.bias[ordinal])
     p = (rank - bias[ids]).clamp(1e-9, MAX_PROBABILITY)
     shape = (*ids.shape[:2], header.experts)
-    next_expert = torch.zeros(shape).scatter_(-1, ids, 1.0).argmin(-1, keepdim=True)
-    bias_by_token = (
-        torch.full(shape, UNKNOWN_BIAS)
-        .scatter_(-1, next_expert, next_score)
-        .scatter_(-1, ids, rank - p)
+    next_id = torch.zeros(shape).scatter_(-1, ids, 1.0).argmin(-1, keepdim=True)
+    token_bias = torch.full(shape, UNKNOWN_BIAS).scatter_(-1, next_id, next_score)
+    router = RouterSpec(
+        header.experts, header.k, "sigmoid", True, biased_weight=header.biased_weight
     )
     return Scores(
         logits=torch.full(shape, UNKNOWN_LOGIT).scatter_(-1, ids, torch.logit(p)),
-        router=RouterSpec(
-            header.experts,
-            header.k,
-            "sigmoid",
-            renormalise=True,
-            biased_weight=header.biased_weight,
-        ),
-        bias=bias_by_token,  # [F, N, E], where a model's is [E]
+        router=router,
+        bias=token_bias.scatter_(-1, ids, rank - p),  # [F, N, E]; a model's is [E]
         voters=voters.float(),
         progress=DecodeProgress(masked=masked, after_eos=filled),
         resident=None if resident is None else torch.from_numpy(resident),
@@ -140,16 +131,11 @@ def trace_scores(
     )
 
 
-def trace_vanilla_ids(scores: Scores) -> Tensor:
-    """[F, N, k]: the own ids that ``scores_of`` has put in."""
-    if scores.vanilla_ids is None:
-        raise RuntimeError("these scores are of no trace")
-    return scores.vanilla_ids
-
-
 def forward_votes(trace: Trace, forward: TraceForward) -> np.ndarray:
-    """[L, E] float64: the router's probability of own experts, summed over voters (DES-Vote's);
-    nothing where scores were not kept."""
+    """[L, E] float64: DES-Vote's votes, router probabilities of the top-k summed over voters.
+
+    Zero where no scores are stored.
+    """
     votes = np.zeros(forward.used.shape)
     if not forward.tokens:
         return votes

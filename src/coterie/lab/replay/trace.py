@@ -1,27 +1,22 @@
-"""Traces: what gates thought in real forwards, small enough to keep, on disk.
+"""Trace files: the router's choices and scores in real forwards, small enough to store.
 
-A file is one line of JSON (``About``), the selection bias where the model has one ([L, E] float32),
-and records, one for each row of each forward. All is little-endian; numpy alone reads it. A record:
+A file is one line of JSON (``TraceHeader``), the selection bias where the model has one
+([L, E] float32), and one record for each row of each forward. All is little-endian; numpy reads it.
+A record:
 
     size u32, crc32 u32 of what follows; then one byte, 1 where the rest is compressed (zlib); then
     number u32, row u32, forward u32, block i32, start i32, tokens u16, flags u16;
-    voters, masked, filled: a bit a token each;
-    of each layer: scores (``bit_packing.packed_scores``), own ids (``bit_packing.packed_ids``);
-    used: a bit an expert and layer, where these are not just the own ids' (flag 1).
+    voters, masked, filled: a bit for each token;
+    for each layer: scores (``pack_scores``), top-k ids (``pack_ids``);
+    used: a bit for each layer and expert, where it differs from the top-k ids (flag 1).
 
-The next two bits of the flags say what a forward was for: to decode, commit, prefill or refresh.
-Of the last two only what they used is kept: tokens is 0.
+The next two bits of the flags are the kind of forward: decode, commit, prefill or refresh. For the
+last two only ``used`` is stored, and ``tokens`` is 0. With 32 tokens, 19 layers, 256 experts and
+top-8, a record takes at most 8,177 bytes; a policy that changes ``used`` adds 608 bytes.
 
-With 32 tokens, 19 layers, 256 experts and 8 a token that is at most 8,177 bytes, and 608 more
-before compression where a policy chose other experts than the tokens' own.
-
-What a replay can say of a policy. Ids are exact, in order, so these elect exactly what they would
-have: vanilla, topk, des-seq, random, and any coreset by vote=count. Scores are in few bits, with
-the errors told in ``bit_packing.packed_scores``, so these elect nearly what they would have: coresets by
-vote=topk-prob, weight or margin, in either tally, and naee. Not kept, so an error: scores of
-experts that no token would take (xshare, racing, vote=full, vote=max), uncertainty
-(voters=uncertain), and importance (mc-moe). What a policy would have changed is not in the trace of
-another: tokens, steps and hidden states stay those of the run.
+Ids are exact and scores have few bits, so a replay is exact for policies that need only the ids
+and nearly exact for others (``policies.fidelity``). Tokens, steps and hidden states stay those of
+the recorded run: a trace does not show how another policy would change them.
 """
 
 from __future__ import annotations
@@ -32,68 +27,68 @@ import zlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from types import TracebackType
 from typing import Annotated, BinaryIO, Literal
 
 import numpy as np
+from numpy.typing import NDArray
 
 from coterie.errors import CoterieError
 from coterie.keys import Key, from_json, to_json
-from coterie.lab.replay import bit_packing
-from coterie.lab.replay.bit_packing import Floats, Ids, Mask
+
+Mask = NDArray[np.bool_]
+Ids = NDArray[np.int16]
+Floats = NDArray[np.float32]
+ForwardKind = Literal["decode", "commit", "prefill", "refresh"]
 
 FORMAT, VERSION = "coterie trace", 1
-ForwardKind = Literal["decode", "commit", "prefill", "refresh"]
 MAGIC = json.dumps({"format": FORMAT})[:-1].encode() + b","
 KINDS: tuple[ForwardKind, ...] = ("decode", "commit", "prefill", "refresh")
-SCORED_KINDS = ("decode", "commit")  # whose scores are kept: they compute a block, the others a row
+SCORED_KINDS = ("decode", "commit")  # they compute one block; the others compute a whole row
 FRAME_HEADER = struct.Struct("<II")
 RECORD_HEADER = struct.Struct("<IIIiiHH")
+SCALE_HEADER = struct.Struct("<3f")  # least next score, span of next scores, largest margin
+MARGIN_LEVELS, NEXT_LEVELS = 16, 255
 HAS_USED_MASK = 1
-MAX_BYTES = 1 << 26  # bytes of a header or a record; more is damage
+MAX_BYTES = 1 << 26  # of a header or a record; a larger size means damage
 
 
 @dataclass(frozen=True)
 class TraceHeader:
-    """What was run. ``expert_bytes`` says what one expert weighs in each precision."""
+    """The recorded run: model, policy and options, and one expert's bytes in each precision."""
 
     model: Annotated[str, Key("model")]
     policy: Annotated[str, Key("policy")]
     plan: Annotated[str, Key("plan")]
     unmask: Annotated[str, Key("unmask")]
-    layers: Annotated[tuple[int, ...], Key("layers")]  # those that route
+    layers: Annotated[tuple[int, ...], Key("layers")]  # the layers with a router
     experts: Annotated[int, Key("experts")]
     k: Annotated[int, Key("k")]
     expert_bytes: Annotated[Mapping[str, int], Key("expert_bytes")]
     biased_weight: Annotated[bool, Key("biased_weight")] = False
-    commit_routing: Annotated[str, Key("commit")] = (
-        "vanilla"  # what routed the forwards that commit
-    )
+    commit_routing: Annotated[str, Key("commit")] = "vanilla"
     prompts: Annotated[Mapping[str, object], Key("prompts")] = field(default_factory=dict)
-    provenance: Annotated[Mapping[str, object], Key("made")] = field(
-        default_factory=dict
-    )  # command, commit, parameters ..
+    provenance: Annotated[Mapping[str, object], Key("made")] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class TraceForward:
-    """One row in one forward: N tokens, L layers that route, E experts, k a token.
+    """One row in one forward: N tokens, L layers with a router, E experts, top-k.
 
-    N is 0 where only ``used`` was kept.
+    N is 0 where only ``used`` is stored.
     """
 
-    number: int  # of the forward; rows that shared it have one number
+    number: int  # of the forward; rows of one batch share it
     row: int
     decode_index: int  # decoding forwards of this row before it
-    block_start: int  # where its live block starts, counted from the first new token
-    window_start: int  # where its window starts
+    block_start: int  # of the active block, counted from the first new token
+    window_start: int
     voters: Mask  # [N]
     masked: Mask  # [N]
     filled: Mask  # [N]
-    vanilla_ids: Ids  # [L, N, k] the unmodified model's choice, best first
-    rank: Floats  # [L, N, k] what these score
-    next_score: Floats  # [L, N] what the next one would score
-    used: Mask  # [L, E] what was computed with
+    vanilla_ids: Ids  # [L, N, k] the unmodified model's top-k ids, best first
+    rank: Floats  # [L, N, k] their selection scores
+    next_score: Floats  # [L, N] the score of the expert ranked k + 1
+    used: Mask  # [L, E] the experts that the forward computed
     kind: ForwardKind = "decode"
 
     @property
@@ -102,28 +97,32 @@ class TraceForward:
 
     @property
     def vanilla_mask(self) -> Mask:
-        """[L, E]: what the unmodified model would have computed with, where that was kept."""
+        """[L, E]: the experts of the unmodified model; ``used`` where no scores are stored."""
         if not self.tokens:
             return self.used
         mask = np.zeros(self.used.shape, dtype=bool)
-        np.put_along_axis(
-            mask, self.vanilla_ids.reshape(len(mask), -1).astype(np.int64), True, axis=1
-        )
+        ids = self.vanilla_ids.reshape(len(mask), -1).astype(np.int64)
+        np.put_along_axis(mask, ids, True, axis=1)
         return mask
 
 
 @dataclass(frozen=True)
 class Trace:
-    """A whole file. ``torn``: its last record was cut off, as when a run was killed."""
+    """A trace file in memory. ``truncated``: its last record is incomplete and left out."""
 
     header: TraceHeader
-    bias: Floats | None  # [L, E], in rank and not in the router's probability
+    bias: Floats | None  # [L, E], part of ``rank`` but not of the router's probability
     forwards: tuple[TraceForward, ...]
     truncated: bool = False
 
+    @property
+    def decode_indices(self) -> list[int]:
+        """Indices of the forwards that decode."""
+        return [i for i, forward in enumerate(self.forwards) if forward.kind == "decode"]
+
 
 class TraceWriter:
-    """Writes a trace as it comes; every record is whole on its way before the next is begun."""
+    """Writes a trace record by record; each record is flushed before the next one starts."""
 
     def __init__(self, path: Path, header: TraceHeader, bias: Floats | None = None) -> None:
         self.header, self.records, self.bytes = header, 0, 0
@@ -136,12 +135,7 @@ class TraceWriter:
     def __enter__(self) -> TraceWriter:
         return self
 
-    def __exit__(
-        self,
-        exc_type: type[BaseException] | None,
-        exc: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *exc: object) -> None:
         self._file.close()
 
     def write(self, forward: TraceForward) -> None:
@@ -153,23 +147,19 @@ class TraceWriter:
 
 
 def read_trace(path: Path) -> Trace:
-    """The whole trace, without a last record that was cut off.
+    """A whole trace; an incomplete last record is left out.
 
-    Raises CoterieError where it is no trace, of another version, or damaged before its end.
+    Raises CoterieError for a file that is not a trace, has another version or is damaged.
     """
     with path.open("rb") as file:
         header, bias = _read_header(file, path)
-        forwards, truncated = [], False
-        for body in _read_records(file, path):
-            if body is None:
-                truncated = True
-            else:
-                forwards.append(decode_forward(body, header))
-    return Trace(header, bias, tuple(forwards), truncated)
+        bodies = list(_read_records(file, path))
+    forwards = tuple(decode_forward(body, header) for body in bodies if body is not None)
+    return Trace(header, bias, forwards, truncated=None in bodies)
 
 
 def is_trace(path: Path) -> bool:
-    """Whether a file begins as traces do; raises CoterieError where it cannot be read."""
+    """Whether a file starts as traces do; raises CoterieError where it cannot be read."""
     try:
         with path.open("rb") as file:
             return file.read(len(MAGIC)) == MAGIC
@@ -178,77 +168,127 @@ def is_trace(path: Path) -> bool:
 
 
 def encode_forward(forward: TraceForward, experts: int) -> bytes:
-    """A record's content."""
-    has_used_mask = not forward.tokens or not np.array_equal(forward.used, forward.vanilla_mask)
-    parts = [
-        RECORD_HEADER.pack(
-            *(
-                forward.number,
-                forward.row,
-                forward.decode_index,
-                forward.block_start,
-                forward.window_start,
-            ),
-            *(forward.tokens, HAS_USED_MASK * has_used_mask | KINDS.index(forward.kind) << 1),
-        ),
-        *map(bit_packing.pack_mask, (forward.voters, forward.masked, forward.filled)),
-    ]
+    """The content of a record, without its size and checksum."""
+    has_used = not forward.tokens or not np.array_equal(forward.used, forward.vanilla_mask)
+    place = (forward.number, forward.row, forward.decode_index)
+    starts = (forward.block_start, forward.window_start)
+    flags = HAS_USED_MASK * has_used | KINDS.index(forward.kind) << 1
+    parts = [RECORD_HEADER.pack(*place, *starts, forward.tokens, flags)]
+    parts += map(pack_mask, (forward.voters, forward.masked, forward.filled))
     layers = zip(forward.vanilla_ids, forward.rank, forward.next_score, strict=True)
     for ids, rank, next_score in layers if forward.tokens else ():
-        parts += [bit_packing.pack_scores(rank, next_score), bit_packing.pack_ids(ids, experts)]
-    if has_used_mask:
-        parts.append(bit_packing.pack_mask(forward.used))
+        parts += [pack_scores(rank, next_score), pack_ids(ids, experts)]
+    if has_used:
+        parts.append(pack_mask(forward.used))
     return b"".join(parts)
 
 
 def frame_record(body: bytes) -> bytes:
-    """With its size and checksum before it, compressed where that is shorter."""
+    """A record with its size and checksum, compressed where that is shorter."""
     compressed = zlib.compress(body, 6)
     content = b"\1" + compressed if len(compressed) < len(body) else b"\0" + body
     return FRAME_HEADER.pack(len(content), zlib.crc32(content)) + content
 
 
 def decode_forward(body: bytes, header: TraceHeader) -> TraceForward:
-    """The record of this content."""
+    """The forward that ``encode_forward`` wrote."""
     number, row, decode_index, block, start, tokens, flags = RECORD_HEADER.unpack_from(body)
     layers, experts, k = len(header.layers), header.experts, header.k
-    kind, offset = KINDS[flags >> 1 & 3], RECORD_HEADER.size
+    offset = RECORD_HEADER.size
 
     def take(size: int) -> bytes:
         nonlocal offset
         offset += size
         return body[offset - size : offset]
 
-    voters, masked, filled = (
-        bit_packing.unpack_mask(take(bit_packing.mask_size(tokens)), tokens) for _ in range(3)
-    )
-    scores, ids = [], []
-    for _ in range(layers):
-        if not tokens:
-            scores.append((np.zeros((0, k), np.float32), np.zeros(0, np.float32)))
-            ids.append(np.zeros((0, k), np.int16))
-            continue
-        scores.append(
-            bit_packing.unpack_scores(take(bit_packing.scores_size(tokens, k)), tokens, k)
-        )
-        packed = take(bit_packing.ids_size(tokens * k, experts))
-        ids.append(bit_packing.unpack_ids(packed, tokens * k, experts).reshape(tokens, k))
-    record = TraceForward(
+    masks = (unpack_mask(take(mask_size(tokens)), tokens) for _ in range(3))
+    voters, masked, filled = masks
+    ids = np.zeros((layers, tokens, k), np.int16)
+    rank = np.zeros((layers, tokens, k), np.float32)
+    next_score = np.zeros((layers, tokens), np.float32)
+    for layer in range(layers if tokens else 0):
+        rank[layer], next_score[layer] = unpack_scores(take(scores_size(tokens, k)), tokens, k)
+        packed = take(ids_size(tokens * k, experts))
+        ids[layer] = unpack_ids(packed, tokens * k, experts).reshape(tokens, k)
+    used = np.zeros((layers, experts), dtype=bool)
+    forward = TraceForward(
         *(number, row, decode_index, block, start, voters, masked, filled),
-        vanilla_ids=np.stack(ids),
-        rank=np.stack([rank for rank, _ in scores]),
-        next_score=np.stack([next_score for _, next_score in scores]),
-        used=np.zeros((layers, experts), dtype=bool),
-        kind=kind,
+        *(ids, rank, next_score, used, KINDS[flags >> 1 & 3]),
     )
     if flags & HAS_USED_MASK:
-        count = layers * experts
-        used = bit_packing.unpack_mask(take(bit_packing.mask_size(count)), count).reshape(
-            layers, experts
-        )
+        used = unpack_mask(take(mask_size(used.size)), used.size).reshape(used.shape)
     else:
-        used = record.vanilla_mask
-    return replace(record, used=used)
+        used = forward.vanilla_mask
+    return replace(forward, used=used)
+
+
+def bits_per_id(experts: int) -> int:
+    return max(1, (experts - 1).bit_length())
+
+
+def ids_size(count: int, experts: int) -> int:
+    return -(-count * bits_per_id(experts) // 8)
+
+
+def pack_ids(ids: Ids, experts: int) -> bytes:
+    """Expert indices of any shape in order, each low bit first."""
+    bits = (ids.reshape(-1, 1) >> np.arange(bits_per_id(experts))) & 1
+    return np.packbits(bits.astype(bool).reshape(-1), bitorder="little").tobytes()
+
+
+def unpack_ids(data: bytes, count: int, experts: int) -> Ids:
+    """[count] indices that ``pack_ids`` packed."""
+    size = bits_per_id(experts)
+    bits = np.unpackbits(np.frombuffer(data, np.uint8), bitorder="little", count=count * size)
+    return (bits.reshape(count, size).astype(np.int16) << np.arange(size)).sum(1, dtype=np.int16)
+
+
+def mask_size(count: int) -> int:
+    return -(-count // 8)
+
+
+def pack_mask(mask: Mask) -> bytes:
+    return np.packbits(mask.reshape(-1), bitorder="little").tobytes()
+
+
+def unpack_mask(data: bytes, count: int) -> Mask:
+    return np.unpackbits(np.frombuffer(data, np.uint8), bitorder="little", count=count) > 0
+
+
+def scores_size(tokens: int, k: int) -> int:
+    return SCALE_HEADER.size + tokens + -(-tokens * k // 2)
+
+
+def pack_scores(rank: Floats, next_score: Floats) -> bytes:
+    """A layer's scores in one forward: ``rank`` [N, k] and ``next_score`` [N].
+
+    A next score takes 8 bits between the least and the largest one. A margin, the difference of a
+    rank and its next score, takes 4 bits: the square root of its share of the largest margin, since
+    most margins are small. A next score is off by at most 1/510 of the span, a margin by at most a
+    sixteenth of the largest one. The order within a token is kept.
+    """
+    low, high = float(next_score.min()), float(next_score.max())
+    span, margins = high - low, np.maximum(rank - next_score[:, None], 0)
+    largest = float(margins.max())
+    next_codes = np.rint((next_score - low) * (NEXT_LEVELS / span if span > 0 else 0))
+    roots = np.sqrt(margins / largest) if largest > 0 else np.zeros_like(margins)
+    codes = np.clip(np.rint(roots * MARGIN_LEVELS) - 1, 0, MARGIN_LEVELS - 1).astype(np.uint8)
+    codes = np.append(codes.reshape(-1), np.zeros(codes.size % 2, np.uint8))
+    pairs = (codes[::2] | codes[1::2] << 4).tobytes()
+    return SCALE_HEADER.pack(low, span, largest) + next_codes.astype(np.uint8).tobytes() + pairs
+
+
+def unpack_scores(data: bytes, tokens: int, k: int) -> tuple[Floats, Floats]:
+    """rank [N, k] and next_score [N]; ranks lie above next scores unless all margins are 0."""
+    low, span, largest = SCALE_HEADER.unpack_from(data)
+    codes = np.frombuffer(data, np.uint8, offset=SCALE_HEADER.size)
+    step = np.float32(span / NEXT_LEVELS)
+    next_score = np.float32(low) + codes[:tokens].astype(np.float32) * step
+    pairs = codes[tokens:]
+    margins = np.stack([pairs & 15, pairs >> 4], axis=1).reshape(-1)[: tokens * k]
+    shares = ((margins.astype(np.float32) + 1) / MARGIN_LEVELS) ** 2
+    rank = next_score[:, None] + (shares * np.float32(largest)).reshape(tokens, k)
+    return rank.astype(np.float32), next_score
 
 
 def _read_header(file: BinaryIO, path: Path) -> tuple[TraceHeader, Floats | None]:
@@ -259,7 +299,7 @@ def _read_header(file: BinaryIO, path: Path) -> tuple[TraceHeader, Floats | None
     except ValueError:
         fields, recognised = {}, False
     if not recognised or not line.endswith(b"\n"):
-        raise CoterieError(f"{path}: no trace; `coterie trace -o NEW` makes one")
+        raise CoterieError(f"{path}: not a trace; `coterie trace -o NEW` makes one")
     if (version := fields.pop("version", None)) != VERSION:
         raise CoterieError(f"{path}: a trace of version {version}; this reads version {VERSION}")
     shape, checksum = fields.pop("bias_shape"), fields.pop("bias_crc32")
@@ -271,12 +311,11 @@ def _read_header(file: BinaryIO, path: Path) -> tuple[TraceHeader, Floats | None
 
 
 def _read_records(file: BinaryIO, path: Path) -> Iterator[bytes | None]:
-    """Contents in order; None at the end where the last one is not whole."""
+    """Contents in order; None at the end where the last record is incomplete."""
     count = 0
     while frame := file.read(FRAME_HEADER.size):
-        size, checksum = (
-            FRAME_HEADER.unpack(frame) if len(frame) == FRAME_HEADER.size else (MAX_BYTES, 0)
-        )
+        complete = len(frame) == FRAME_HEADER.size
+        size, checksum = FRAME_HEADER.unpack(frame) if complete else (MAX_BYTES, 0)
         content = file.read(size) if size < MAX_BYTES else b""
         if len(content) < size:
             yield None

@@ -1,4 +1,4 @@
-"""The ways to start a warden: inside bubblewrap, inside namespaces of our own, or in the open."""
+"""Sandbox backends: each starts a supervisor, in bubblewrap, in plain namespaces or unsandboxed."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ from coterie.lab.sandbox.syscalls import seccomp_filter
 SYSTEM_PATHS = ("/usr", "/lib", "/lib32", "/lib64", "/nix/store")
 CONFIG_PATHS = ("/etc/ld.so.cache", "/etc/alternatives")
 DEVICE_PATHS = ("/dev/null", "/dev/zero", "/dev/full", "/dev/random", "/dev/urandom")
-# What the warden keeps of root's: to give the program another user, and to see where it stands.
+# Root's capabilities that the supervisor keeps: change the program's user, read its stack pointer.
 CAPABILITIES = {"CAP_SETGID": 6, "CAP_SETUID": 7, "CAP_SYS_PTRACE": 19}
-# All that a program sees of the environment: a fixed order of sets, so that the same program gets
-# the same verdict, and where the interpreter's own libraries lie.
+# A program's whole environment. A fixed hash seed makes results repeatable; the interpreter may
+# need its library path.
 ENVIRONMENT = {"PYTHONHASHSEED": "0"} | {
     name: os.environ[name] for name in ("LD_LIBRARY_PATH",) if name in os.environ
 }
@@ -31,10 +31,11 @@ ENVIRONMENT = {"PYTHONHASHSEED": "0"} | {
 
 @dataclass(frozen=True)
 class SupervisorCommand:
-    """A command that becomes a warden, and the file descriptors that it inherits.
+    """The command line of a supervisor, and the file descriptors that it inherits.
 
-    ``apart``: the warden is root and gives the program a user of its own. ``alone``: it is
-    process 1 of a namespace, so that its end is the end of whatever was started there.
+    With ``separate_user`` the supervisor is root and runs the program as another user. With
+    ``own_pid_namespace`` it is process 1 of a namespace: when it ends, the kernel kills every
+    process in it.
     """
 
     command: Sequence[str]
@@ -45,7 +46,7 @@ class SupervisorCommand:
 
 
 class SandboxBackend(Protocol):
-    """One way to keep a program in."""
+    """A way to isolate a program (protocol)."""
 
     @property
     def name(self) -> str: ...
@@ -55,7 +56,7 @@ class SandboxBackend(Protocol):
 
 @dataclass(frozen=True)
 class Bubblewrap:
-    """``bwrap`` from ``path``; ``apart`` as in ``Start``, else one user in a user namespace."""
+    """bubblewrap; without ``separate_user`` it maps one user in a user namespace."""
 
     path: str
     separate_user: bool
@@ -67,7 +68,7 @@ class Bubblewrap:
         options += ["--unshare-cgroup-try", "--die-with-parent", "--new-session", "--as-pid-1"]
         options += ["--cap-drop", "ALL"]
         if self.separate_user:
-            options += [word for capability in CAPABILITIES for word in ("--cap-add", capability)]
+            options += [part for name in CAPABILITIES for part in ("--cap-add", name)]
         else:
             options += ["--unshare-user", "--uid", "1000", "--gid", "1000"]
         for path in parent_folders():
@@ -91,7 +92,7 @@ class Bubblewrap:
 
 @dataclass(frozen=True)
 class Namespaces:
-    """The same room, built with system calls of our own; ``apart`` as in ``Start``."""
+    """The same isolation by direct system calls, where bubblewrap is missing."""
 
     separate_user: bool
     name: str = "namespaces"
@@ -99,14 +100,14 @@ class Namespaces:
     @contextmanager
     def supervisor_command(self, limits: Limits) -> Iterator[SupervisorCommand]:
         plan = {
-            "apart": self.separate_user,
-            "shown": visible_paths(),
-            "above": parent_folders(),
-            "links": symlinks(),
+            "separate_user": self.separate_user,
+            "visible_paths": visible_paths(),
+            "parent_folders": parent_folders(),
+            "symlinks": symlinks(),
             "devices": available_devices(),
             "disk": limits.disk,
-            "rights": list(CAPABILITIES.values()) if self.separate_user else [],
-            "filter": seccomp_filter() or b"",
+            "capabilities": list(CAPABILITIES.values()) if self.separate_user else [],
+            "seccomp_filter": seccomp_filter() or b"",
             "command": _python_command(_script_text("supervisor")),
             "environment": ENVIRONMENT,
         }
@@ -116,7 +117,7 @@ class Namespaces:
 
 @dataclass(frozen=True)
 class Unsandboxed:
-    """No fence: a child with limits, in a temporary folder, that may read, write and connect."""
+    """No isolation: a child process with limits and all permissions of its user."""
 
     name: str = "none"
 
@@ -129,7 +130,7 @@ class Unsandboxed:
 
 
 def backend_candidates() -> list[SandboxBackend]:
-    """Best first. Root gives a program a user of its own, where the machine has users to give."""
+    """Backends for this system, best first; as root, those with a separate user come first."""
     backends: list[SandboxBackend] = []
     if not sys.platform.startswith("linux"):
         return backends
@@ -141,7 +142,7 @@ def backend_candidates() -> list[SandboxBackend]:
 
 @cache
 def visible_paths() -> tuple[str, ...]:
-    """What is seen inside, read-only: the system, and of the interpreter's prefix what it runs."""
+    """Paths that a program can read: system libraries and the interpreter."""
     prefix = Path(sys.base_prefix).resolve()
     interpreter = [prefix / part for part in ("bin", "lib", "lib64")]
     paths = (
@@ -156,21 +157,17 @@ def visible_paths() -> tuple[str, ...]:
 
 @cache
 def symlinks() -> tuple[tuple[str, str], ...]:
-    """Folders of the system that are links: "/lib" to "usr/lib"."""
+    """System folders that are symbolic links, with their targets: ("/lib", "usr/lib")."""
     return tuple((path, os.readlink(path)) for path in SYSTEM_PATHS if os.path.islink(path))
 
 
 def parent_folders() -> list[str]:
-    """The folders on the way to all that is there, highest first.
+    """The parent folders of all visible paths, outermost first.
 
-    To pass through, not to look around in: the interpreter may lie in somebody's home.
+    A program can enter them and cannot list them: the interpreter may lie in a home folder.
     """
-    parents = {
-        str(parent)
-        for path in (*visible_paths(), *available_devices())
-        for parent in Path(path).parents
-    }
-    return sorted(parents - {"/"})
+    paths = (*visible_paths(), *available_devices())
+    return sorted({str(parent) for path in paths for parent in Path(path).parents} - {"/"})
 
 
 @cache
@@ -179,7 +176,7 @@ def available_devices() -> tuple[str, ...]:
 
 
 def _python_command(code: str) -> list[str]:
-    """The interpreter without site packages or a path of ours, with ``text`` to run."""
+    """Runs ``code`` in the base interpreter, without site packages or our import path."""
     interpreter = getattr(sys, "_base_executable", sys.executable)
     return [os.path.realpath(interpreter), "-P", "-s", "-S", "-B", "-c", code]
 
@@ -191,7 +188,7 @@ def _script_text(name: str) -> str:
 
 @contextmanager
 def _pipe_with(content: bytes | None) -> Iterator[tuple[int, ...]]:
-    """A descriptor that gives ``content`` (less than a pipe holds), or none for None."""
+    """Yields the read end of a pipe that holds ``content`` (at most a pipe's buffer), if any."""
     if content is None:
         yield ()
         return

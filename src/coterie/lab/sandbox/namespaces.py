@@ -1,7 +1,7 @@
-"""Makes a sandbox out of namespaces alone and becomes, inside it, the program that it is told.
+"""Builds a sandbox from Linux namespaces, then executes the supervisor inside it.
 
-It runs as text (``python -c``), with the standard library only: mounts need system calls that
-Python has no functions for. The plan in its first argument says what is to be seen inside.
+It runs as text (``python -c``) with the standard library only. Python has no functions for mounts,
+so it makes the system calls through libc. Its first argument is the marshalled plan.
 """
 
 import ctypes
@@ -17,14 +17,14 @@ MNT_DETACH = 2
 SYS_MOUNT_SETATTR, AT_FDCWD, AT_RECURSIVE = 442, -100, 0x8000  # the number is the same everywhere
 MOUNT_ATTR_RDONLY_NOSUID = 1 | 2
 PR_SET_PDEATHSIG, PR_CAPBSET_DROP, PR_SET_NO_NEW_PRIVS, PR_SET_SECCOMP = 1, 24, 38, 22
-INNER_UID = 1000  # the user that one sees inside who came without rights
+INNER_UID = 1000  # the user inside, where the caller is not root
 LIBC = ctypes.CDLL(None, use_errno=True)
 
 
 def main() -> None:
     plan = marshal.loads(bytes.fromhex(sys.argv[1]))
     _check(LIBC.prctl(PR_SET_PDEATHSIG, 9, 0, 0, 0), "prctl")
-    _unshare(plan["apart"])
+    _unshare(plan["separate_user"])
     child = os.fork()
     if child == 0:
         _check(LIBC.prctl(PR_SET_PDEATHSIG, 9, 0, 0, 0), "prctl")
@@ -36,7 +36,7 @@ def main() -> None:
 
 
 def _unshare(separate_user: bool) -> None:
-    """Own namespaces: as root those alone, otherwise inside a user namespace of one user."""
+    """Enters new namespaces; without root, inside a user namespace that maps one user."""
     if separate_user:
         return _check(LIBC.unshare(CLONE_OTHER_NAMESPACES), "unshare")
     user, group = os.geteuid(), os.getegid()
@@ -51,7 +51,7 @@ def _unshare(separate_user: bool) -> None:
 
 
 def _enter_root(plan: dict) -> None:
-    """An own root that holds what the plan shows, all of it read-only, and a private /tmp."""
+    """Switches to a new root with the plan's paths, read-only, and a private /tmp."""
     _mount(None, "/", None, MS_REC | MS_PRIVATE)
     _mount("tmpfs", "/tmp", "tmpfs", MS_NOSUID | MS_NODEV, "size=1m,mode=755")
     os.mkdir("/tmp/old")
@@ -59,16 +59,17 @@ def _enter_root(plan: dict) -> None:
     _check(LIBC.pivot_root(b"/tmp", b"/tmp/old"), "pivot_root")
     os.chdir("/")
     _mount("tmpfs", "/new", "tmpfs", MS_NOSUID, "size=1m,mode=755")
-    for path in plan["shown"]:
+    for path in plan["visible_paths"]:
         _bind_read_only(path, MS_BIND | MS_REC)
-    for path, target in plan["links"]:
+    for path, target in plan["symlinks"]:
         os.symlink(target, f"/new{path}")
     for path in plan["devices"]:
         _make_mount_point(path, folder=False)
     for name in ("proc", "tmp"):
         os.mkdir(f"/new/{name}", 0o755)
-    for path in plan["above"]:
-        os.chmod(f"/new{path}", 0o111)  # whatever mask we inherit: others must pass
+    # The inherited umask may be tight; another user must be able to enter these folders.
+    for path in plan["parent_folders"]:
+        os.chmod(f"/new{path}", 0o111)
     _make_read_only("/new")
     for path in plan["devices"]:
         _mount(f"/old{path}", f"/new{path}", None, MS_BIND)
@@ -86,7 +87,6 @@ def _bind_read_only(path: str, flags: int) -> None:
 
 
 def _make_mount_point(path: str, *, folder: bool) -> None:
-    """Something empty to mount upon."""
     os.makedirs(f"/new{path}" if folder else os.path.dirname(f"/new{path}"), 0o755, exist_ok=True)
     if not folder:
         open(f"/new{path}", "x").close()
@@ -106,16 +106,17 @@ def _make_read_only(path: str) -> None:
 
 
 def _drop_privileges(plan: dict) -> None:
-    """Of root's rights only those of ``plan``; no system call that its filter refuses."""
+    """Keeps only the plan's capabilities and installs its seccomp filter."""
     with open("/proc/sys/kernel/cap_last_cap", encoding="ascii") as file:
         last = int(file.read())
     for capability in range(last + 1):
-        if capability not in plan["rights"]:
+        if capability not in plan["capabilities"]:
             _check(LIBC.prctl(PR_CAPBSET_DROP, capability, 0, 0, 0), "prctl")
     _check(LIBC.prctl(PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0), "prctl")
-    if plan["filter"]:
-        lines = ctypes.create_string_buffer(plan["filter"], len(plan["filter"]))
-        program = struct.pack("@HP", len(plan["filter"]) // 8, ctypes.addressof(lines))
+    if plan["seccomp_filter"]:
+        instructions = plan["seccomp_filter"]
+        buffer = ctypes.create_string_buffer(instructions, len(instructions))
+        program = struct.pack("@HP", len(instructions) // 8, ctypes.addressof(buffer))
         _check(LIBC.prctl(PR_SET_SECCOMP, 2, program, 0, 0), "seccomp")
 
 

@@ -1,4 +1,4 @@
-"""What a program may use, and what came of it."""
+"""Resource limits of a sandboxed program, and its result."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ ExecutionStatus = Literal["passed", "failed", "timeout"]
 
 @dataclass(frozen=True)
 class Limits:
-    """What one program and all that it starts may use.
+    """Resource limits of one program, its child processes included.
 
-    ``processor`` is seconds of processor time, so that a busy machine fails nobody; ``seconds``
-    is the wall clock's, for programs that sleep. ``memory`` holds for the address space of each
-    process and for what all of them keep resident; ``disk`` is what the private folder holds,
-    and the largest file; ``output`` what may be printed. Bytes, all four.
+    ``cpu_seconds`` is processor time, so that load on the machine fails no program.
+    ``wall_seconds`` also ends a program that sleeps. ``memory`` limits the address space of each
+    process and the resident memory of all of them. ``disk`` limits the private folder and each
+    file; ``output`` limits stdout and stderr. These three are in bytes.
     """
 
     cpu_seconds: Annotated[int, Key("processor")] = 5

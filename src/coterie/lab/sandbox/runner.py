@@ -1,4 +1,4 @@
-"""Runs programs behind the best fence that works here, some at a time."""
+"""Runs programs in the best sandbox that works on this machine, several at a time."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache, lru_cache
 
-from coterie.errors import CoterieError
+from coterie.errors import CoterieError, TaskError
 from coterie.lab.sandbox.backends import (
     ENVIRONMENT,
     SandboxBackend,
@@ -24,27 +24,26 @@ from coterie.lab.sandbox.result import ExecutionResult, Limits
 
 DEFAULT_LIMITS = Limits()
 PROBE_LIMITS = Limits(cpu_seconds=2, wall_seconds=10.0)
-# Does as the launcher does, from inside; the alarm ends it, for nobody answers.
+# Sends the launcher's report from inside the program. No reply comes, so an alarm ends it.
 FAKE_EXIT_PROGRAM = """
 import os, signal
 signal.setitimer(signal.ITIMER_REAL, 0.1)
 os.write(4, b".")
 os.read(3, 2)
 """
-STARTUP_SECONDS = 20.0  # seconds that a warden may take before and after its program
-MAX_REPLY = 4096  # bytes: more than a warden ever says
+STARTUP_SECONDS = 20.0  # allowance for the supervisor before and after its program
+MAX_REPLY = 4096  # bytes; a supervisor writes less
 MAX_ATTEMPTS = 3
-TEMPORARY_UIDS = range(61184, 65520)  # ids that systems keep for users who live for a moment
+TEMPORARY_UIDS = range(61184, 65520)  # ids that systems reserve for transient users
 
 
 def run_program(
     program: str, limits: Limits = DEFAULT_LIMITS, trust: bool = False
 ) -> ExecutionResult:
-    """Whether ``program``, a whole Python text, runs to its end without an error.
+    """Runs ``program``, a complete Python source; it passes if it reaches its end without an error.
 
-    An exit on the way, of whatever status, is no pass. CoterieError where nothing can keep it in
-    and it is not trusted, or where no sandbox starts any more. Policies often write the same
-    program: its verdict is remembered.
+    An early exit with any status fails. Results are cached, since policies often write the same
+    program. Raises TaskError if no sandbox works and ``trust`` is false.
     """
     return _run_cached(require_backend(trust), program, limits)
 
@@ -56,22 +55,20 @@ def run_programs(
     *,
     workers: int | None = None,
 ) -> list[ExecutionResult]:
-    """Every program's verdict, in order; ``workers`` at a time (one for each core)."""
+    """Runs ``workers`` programs at a time (default: one per core); results in their order."""
     backend = require_backend(trust)
     with ThreadPoolExecutor(workers or os.cpu_count()) as pool:
         return list(pool.map(lambda program: _run_cached(backend, program, limits), programs))
 
 
 def available_backend() -> str | None:
-    """What keeps programs in on this machine, "bubblewrap" or "namespaces", if anything does."""
-    return next(
-        (backend.name for backend in backend_candidates() if _backend_problem(backend) is None),
-        None,
-    )
+    """The sandbox that works on this machine, "bubblewrap" or "namespaces", or None."""
+    working = (backend for backend in backend_candidates() if _backend_problem(backend) is None)
+    return next((backend.name for backend in working), None)
 
 
 def require_backend(trust: bool = False) -> SandboxBackend:
-    """The best fence that works; without any, none at all if trusted and a CoterieError if not."""
+    """The best backend that works; without one, ``Unsandboxed`` if ``trust``, else a TaskError."""
     problems: list[str] = []
     for backend in backend_candidates():
         problem = _backend_problem(backend)
@@ -80,22 +77,22 @@ def require_backend(trust: bool = False) -> SandboxBackend:
         problems.append(f"{backend.name}: {problem}")
     if trust:
         return Unsandboxed()
-    raise CoterieError(
-        "nothing here can keep generated code in"
-        f" ({'; '.join(dict.fromkeys(problems)) or 'this needs Linux'});"
-        " install bubblewrap, allow user namespaces, or pass --trust-generated-code"
+    raise TaskError(
+        "no sandbox for generated code works here"
+        f" ({'; '.join(dict.fromkeys(problems)) or 'sandboxes need Linux'});"
+        " install bubblewrap, allow user namespaces, or set `trust`"
     )
 
 
 @cache
 def _backend_problem(backend: SandboxBackend) -> str | None:
-    """Why a fence does not work, tried once: what is right must pass, an early exit must not."""
+    """Why a backend does not work, or None: a correct program must pass, a forged report fail."""
     try:
         result = _run_in(backend, "import math\nassert math.sqrt(4) == 2", PROBE_LIMITS)
         if not result.passed:
-            return f"a right program ends with {result.reason}"
+            return f"a correct program ends with {result.reason}"
         if _run_in(backend, FAKE_EXIT_PROGRAM, PROBE_LIMITS).passed:
-            return "a program that only claims to have ended passes"
+            return "a program that forges its end passes"
     except (CoterieError, OSError) as error:
         return str(error)
     return None
@@ -107,20 +104,20 @@ def _run_cached(backend: SandboxBackend, program: str, limits: Limits) -> Execut
 
 
 def _run_in(backend: SandboxBackend, program: str, limits: Limits) -> ExecutionResult:
-    """Asks again when the sandbox itself, and not the program, did not get going."""
+    """Retries when the sandbox, not the program, failed to start."""
     error_line = ""
     for _ in range(MAX_ATTEMPTS):
         with backend.supervisor_command(limits) as command:
             started, result, error_line = _run_supervisor(command, program, limits)
         if started:
             return result
-    raise CoterieError(f"the sandbox does not start: {error_line or 'it says nothing'}")
+    raise TaskError(f"the sandbox does not start: {error_line or 'no error message'}")
 
 
 def _run_supervisor(
     command: SupervisorCommand, program: str, limits: Limits
 ) -> tuple[bool, ExecutionResult, str]:
-    """Whether the program was begun, what came of it, and the last complaint of what ran it."""
+    """Whether the program started, its result, and the last line on the supervisor's stderr."""
     process = subprocess.Popen(
         command.command,
         stdin=subprocess.PIPE,
@@ -144,24 +141,24 @@ def _run_supervisor(
     lines = reply.decode("utf-8", "replace").split("\n")
     error_line = stderr.decode("utf-8", "replace").strip().rpartition("\n")[2]
     match lines:
-        case ["begun", ("passed" | "failed" | "timeout") as status, reason, *_]:
+        case ["started", ("passed" | "failed" | "timeout") as status, reason, *_]:
             return True, ExecutionResult(status, reason), error_line
-        case ["begun", *_]:
-            return True, ExecutionResult("failed", "ended together with its sandbox"), error_line
+        case ["started", *_]:
+            return True, ExecutionResult("failed", "ended its sandbox"), error_line
         case _:
             return False, ExecutionResult("failed"), error_line
 
 
 def _make_request(command: SupervisorCommand, program: str, limits: Limits) -> dict[str, object]:
-    """What the warden is told. ``uid`` is new each time, for limits that count by user."""
+    """The supervisor's request. Each program gets a fresh ``uid``: some limits count per user."""
     return {
-        "program": program.encode("utf-8", "replace").decode(),  # a lone surrogate is no text
+        "program": program.encode("utf-8", "replace").decode(),  # replaces lone surrogates
         "folder": command.folder,
         "uid": random.SystemRandom().choice(TEMPORARY_UIDS) if command.separate_user else 0,
-        "apart": command.separate_user,
-        "alone": command.own_pid_namespace,
-        "seconds": limits.wall_seconds,
-        "processor": limits.cpu_seconds,
+        "separate_user": command.separate_user,
+        "own_pid_namespace": command.own_pid_namespace,
+        "wall_seconds": limits.wall_seconds,
+        "cpu_seconds": limits.cpu_seconds,
         "memory": limits.memory,
         "output": limits.output,
         "processes": limits.processes,
@@ -181,11 +178,11 @@ def _write_all(fd: int, content: bytes) -> None:
         while content:
             content = content[os.write(fd, content) :]
     except BrokenPipeError:
-        pass  # it did not start: its complaint says why
+        pass  # it did not start; its stderr holds the reason
 
 
 def _read_streams(fds: tuple[int, int], seconds: float) -> tuple[bytes, bytes]:
-    """What a warden says and complains of, until it ends, says too much, or takes too long."""
+    """The last bytes of both streams, read until they close or ``seconds`` have passed."""
     received = dict.fromkeys(fds, b"")
     deadline = time.monotonic() + seconds
     with selectors.DefaultSelector() as selector:

@@ -1,13 +1,12 @@
-"""Process 1 of a sandbox: runs one program as its child and tells whether it came to its end.
+"""Process 1 of a sandbox: runs one program as its child and reports whether it reached its end.
 
-It runs as text (``python -c``) where nothing of ours can be imported, so it imports only what
-starts fast.
+It runs as text (``python -c``) where the package cannot be imported, and imports only modules that
+load fast.
 
-How the end is known. No secret is handed over that a program could find or print. The child asks
-to be let go before the program and again after it, from one and the same line, and both times
-waits in a read. The kernel tells where its stack stands (``/proc/PID/syscall``): whoever asks from
-inside the program stands deeper, so only the line after the program's last statement is believed.
-Where the kernel does not tell, the word alone counts.
+A program could find and print any secret, so the end is detected without one. The launcher waits
+in a read before the program and again after it, from the same source line. The kernel reports the
+stack pointer of a waiting process (``/proc/PID/syscall``). A report from inside the program has a
+deeper stack, so it is rejected. If the kernel hides the stack pointer, the report is accepted.
 """
 
 import marshal
@@ -19,11 +18,11 @@ import time
 from contextlib import suppress
 from types import ModuleType
 
-POLL_SECONDS = 0.05  # seconds between looks at memory, and at a child that asked
-MAX_FILES = 5000  # empty ones too take memory, which nobody else counts
+POLL_SECONDS = 0.05  # interval of the checks of memory and of a child that reported its end
+MAX_FILES = 5000  # empty files use kernel memory that no other limit counts
 MAX_KILL_ROUNDS = 1000
-STDERR_TAIL_BYTES = 2000  # bytes of what was written to stderr
-STACK_SLACK = 160  # bytes: a read is 40 deeper once there were threads, one from inside exec 700
+STDERR_TAIL_BYTES = 2000
+STACK_SLACK = 160  # bytes; a read is 40 deeper after threads, 700 deeper inside exec
 PAGE_BYTES = 4096
 WAIT_FD, DONE_FD = 3, 4  # file descriptors of the child
 
@@ -40,15 +39,15 @@ def main() -> None:
         _run_program(request["program"], ModuleType("__main__"))
     for fd in (stdout_write, stderr_write, wait_read, done_write):
         os.close(fd)
-    if not request["alone"]:
+    if not request["own_pid_namespace"]:
         _prctl(36, 1)  # PR_SET_CHILD_SUBREAPER: daemons become our children
     start_state = _wait_state(child, 1)
     if start_state == ():
-        raise TimeoutError("the program's process does not get ready")
-    if not request["apart"]:
-        # PR_SET_DUMPABLE: nobody of the same user may look into us or write to our descriptors.
+        raise TimeoutError("the program's process does not become ready")
+    if not request["separate_user"]:
+        # PR_SET_DUMPABLE: a process of the same user cannot read our memory or our descriptors.
         _prctl(4, 0)
-    os.write(1, b"begun\n")
+    os.write(1, b"started\n")
     os.write(wait_write, b".")
     status, reason = ChildMonitor(
         request, child, start_state, done_fd=done_read, stdout_fd=stdout_read, stderr_fd=stderr_read
@@ -59,7 +58,7 @@ def main() -> None:
 
 
 def _read_request() -> dict:
-    """What the host asks: eight bytes of length, then marshalled values. Stdin stays open."""
+    """Reads eight bytes of length, then marshalled values. Stdin remains open."""
     size = int.from_bytes(_read_exactly(8), "big")
     return marshal.loads(_read_exactly(size))
 
@@ -75,9 +74,9 @@ def _read_exactly(size: int) -> bytes:
 
 
 def _set_up_child(request: dict, fds: tuple[int, ...]) -> None:
-    """The child's side: no descriptor but five, all limits, and no right that it does not need.
+    """Applies limits and user in the child, and closes all but five descriptors.
 
-    ``ends`` become its stdout, its stderr, WAIT and TELL.
+    ``fds`` become stdout, stderr, WAIT_FD and DONE_FD.
     """
     os.setsid()
     high_fds = [os.dup2(fd, 100 + index) for index, fd in enumerate(fds)]
@@ -87,15 +86,15 @@ def _set_up_child(request: dict, fds: tuple[int, ...]) -> None:
     os.closerange(DONE_FD + 1, 256)
     os.chdir(request["folder"])
     with suppress(OSError), open("/proc/self/oom_score_adj", "w", encoding="ascii") as file:
-        file.write("1000")  # should memory run out before a limit holds
+        file.write("1000")  # the program is killed first if the machine runs out of memory
     for name, soft, hard in request["limits"]:
         limit = getattr(resource, name)
         hard_limit = resource.getrlimit(limit)[1]
         ceiling = hard if hard_limit == resource.RLIM_INFINITY else min(hard, hard_limit)
         try:
             resource.setrlimit(limit, (min(soft, ceiling), ceiling))
-        except ValueError:  # macOS knows no limit of the address space
-            if request["alone"]:
+        except ValueError:  # macOS has no limit of the address space
+            if request["own_pid_namespace"]:
                 raise
     if request["uid"]:
         os.setgroups([])
@@ -115,11 +114,11 @@ def _run_program(
     describe=repr,
     encode=str.encode,
 ) -> None:
-    """Never returns. Whatever it calls is its own before the program could put another there."""
+    """Runs the program, then exits. Functions are bound as defaults, out of the program's reach."""
     sys.modules["__main__"] = module
     namespace, wait_fd, done_fd = vars(module), WAIT_FD, DONE_FD
     try:
-        # One line: both reads stand equally deep, and no trace can jump between them.
+        # One statement: both reads have the same stack depth, and no trace can jump between them.
         _ = (
             read(wait_fd, 1),
             execute(compile_program(program, "program", "exec"), namespace),
@@ -135,9 +134,9 @@ def _run_program(
 
 
 def _wait_state(child: int, size: int, timeout: float = 2.0) -> tuple[str, ...] | None:
-    """Where the child stands when it waits in a read of ``size`` bytes; empty if it does not.
+    """Call, stack pointer and address of a child that waits in a read of ``size`` bytes.
 
-    None where the kernel does not tell.
+    Empty if it does not wait there in time; None if the kernel hides its state.
     """
     deadline = time.monotonic() + timeout
     while True:
@@ -154,10 +153,10 @@ def _wait_state(child: int, size: int, timeout: float = 2.0) -> tuple[str, ...] 
 
 
 def _is_same_state(state: tuple[str, ...], start_state: tuple[str, ...]) -> bool:
-    """The same call, from the same depth and the same place in memory.
+    """Whether both states are the same call at the same stack depth and address.
 
-    A little apart, as two ways through one C function are; a process that has replaced itself by
-    another is far from there, for the kernel gave that other addresses.
+    Two paths through one C function differ slightly. A process that replaced itself by exec has
+    other addresses.
     """
     call, stack, address = state
     is_near = abs(int(stack, 16) - int(start_state[1], 16)) <= STACK_SLACK
@@ -169,7 +168,7 @@ def _is_same_state(state: tuple[str, ...], start_state: tuple[str, ...]) -> bool
 
 
 def _prctl(option: int, value: int) -> None:
-    """prctl(2), where there is one."""
+    """Calls prctl(2) on systems that have it."""
     import ctypes
 
     with suppress(AttributeError):
@@ -177,7 +176,7 @@ def _prctl(option: int, value: int) -> None:
 
 
 class ChildMonitor:
-    """Looks at the child until it has come to its end, or ends otherwise, or takes too much."""
+    """Watches the child until it reaches its end, exits or exceeds a limit."""
 
     def __init__(
         self,
@@ -195,7 +194,7 @@ class ChildMonitor:
         self.has_reported, self.bytes_written, self.stderr_tail = False, 0, b""
 
     def wait_for_result(self) -> tuple[str, str]:
-        deadline = time.monotonic() + self.request["seconds"]
+        deadline = time.monotonic() + self.request["wall_seconds"]
         while (remaining := deadline - time.monotonic()) > 0:
             ready, _, _ = select.select(list(self.open_fds), [], [], min(remaining, POLL_SECONDS))
             for fd in ready:
@@ -207,9 +206,9 @@ class ChildMonitor:
             pid, status = os.waitpid(self.child, os.WNOHANG)
             if pid:
                 return self._exit_reason(status)
-            if self.request["alone"] and (excess := _exceeded_limit(self.request)):
+            if self.request["own_pid_namespace"] and (excess := _exceeded_limit(self.request)):
                 return "failed", excess
-        return "timeout", f"still running after {self.request['seconds']:g} s"
+        return "timeout", f"still running after {self.request['wall_seconds']:g} s"
 
     def _has_ended(self) -> bool:
         if self.start_state is None:
@@ -219,7 +218,7 @@ class ChildMonitor:
 
     def _read_fd(self, fd: int) -> None:
         chunk = os.read(fd, 65536)
-        if fd == 0:  # whoever asked is gone
+        if fd == 0:  # the caller has ended
             _kill_all(self.request, self.child)
             os._exit(3)
         if not chunk:
@@ -232,24 +231,21 @@ class ChildMonitor:
             self.stderr_tail = (self.stderr_tail + chunk)[-STDERR_TAIL_BYTES:]
 
     def _exit_reason(self, status: int) -> tuple[str, str]:
-        """Of a child that ended by itself: what it wrote last, or what killed it."""
+        """Status and reason of a child that has exited: its last error line, or its signal."""
         if os.WIFSIGNALED(status):
             if os.WTERMSIG(status) in (9, 24):  # SIGKILL at the hard limit, SIGXCPU at the soft one
-                return (
-                    "timeout",
-                    f"killed, or used up {self.request['processor']} s of processor time",
-                )
+                seconds = self.request["cpu_seconds"]
+                return "timeout", f"killed, or used up {seconds} s of processor time"
             return "failed", f"killed by signal {os.WTERMSIG(status)}"
         if select.select([self.stderr_fd], [], [], 0)[0]:
             self._read_fd(self.stderr_fd)
-        lines = self.stderr_tail.decode("utf-8", "replace").strip().splitlines() or [
-            "left on the way"
-        ]
-        return "failed", "".join(c for c in lines[-1] if c.isprintable())[:200]
+        lines = self.stderr_tail.decode("utf-8", "replace").strip().splitlines()
+        reason = lines[-1] if lines else "exited before its end"
+        return "failed", "".join(c for c in reason if c.isprintable())[:200]
 
 
 def _exceeded_limit(request: dict) -> str:
-    """What all processes here use too much of; nothing where there is no /proc."""
+    """The limit that all processes of the sandbox exceed together, or an empty text."""
     pages = processes = 0
     try:
         names = [name for name in os.listdir("/proc") if name.isdecimal()]
@@ -261,10 +257,10 @@ def _exceeded_limit(request: dict) -> str:
                 pages += int(file.read().split()[1])
             processes += name != "1"
         except (OSError, IndexError):
-            continue  # it ended while it was looked at
+            continue  # it ended meanwhile
     filesystem = os.statvfs(request["folder"])
     if filesystem.f_files - filesystem.f_ffree > MAX_FILES:
-        return f"made more than {MAX_FILES} files"
+        return f"created more than {MAX_FILES} files"
     if pages * resource.getpagesize() > request["memory"]:
         return f"used more than {request['memory'] >> 20} MB of memory"
     if processes > request["processes"]:
@@ -273,13 +269,13 @@ def _exceeded_limit(request: dict) -> str:
 
 
 def _kill_all(request: dict, child: int) -> None:
-    """All that was started; where we are process 1, our own end takes it along."""
-    if request["alone"]:
+    """Kills all descendants; in an own pid namespace, the kernel does so when process 1 ends."""
+    if request["own_pid_namespace"]:
         return
     with suppress(OSError):
         os.killpg(child, 9)
     with suppress(OSError, ValueError):
-        for _ in range(MAX_KILL_ROUNDS):  # what loses its parent becomes our child only then
+        for _ in range(MAX_KILL_ROUNDS):  # orphans become our children one level at a time
             with open(f"/proc/self/task/{os.getpid()}/children", encoding="ascii") as file:
                 for pid in file.read().split():
                     os.kill(int(pid), 9)

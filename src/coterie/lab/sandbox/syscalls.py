@@ -1,4 +1,4 @@
-"""The system calls that no answer needs and that reach out of a namespace, as a seccomp filter."""
+"""A seccomp filter for system calls that reach out of a namespace and that no program needs."""
 
 from __future__ import annotations
 
@@ -7,23 +7,18 @@ import platform
 import struct
 from dataclasses import dataclass
 
-AF_UNIX = 1  # the one family of sockets that ends inside the network namespace
-CLONE_NEW_FLAGS = 0x7E020000  # CLONE_NEW*: a new one would give back what this one took
+AF_UNIX = 1  # the only socket family that cannot leave the network namespace
+CLONE_NEW_FLAGS = 0x7E020000  # CLONE_NEW*: a new namespace would restore denied rights
 
-BPF_LOAD, BPF_JUMP_EQUAL, BPF_JUMP_GREATER_EQUAL, BPF_JUMP_ANY_BIT, BPF_RETURN = (
-    0x20,
-    0x15,
-    0x35,
-    0x45,
-    0x06,
-)
+BPF_LOAD, BPF_RETURN = 0x20, 0x06
+BPF_JUMP_EQUAL, BPF_JUMP_GREATER_EQUAL, BPF_JUMP_ANY_BIT = 0x15, 0x35, 0x45
 SYSCALL_OFFSET, ARCH_OFFSET, FIRST_ARGUMENT_OFFSET = 0, 4, 16  # offsets into seccomp_data
 SECCOMP_ALLOW, SECCOMP_ERRNO, SECCOMP_KILL = 0x7FFF0000, 0x00050000, 0x80000000
 
 
 @dataclass(frozen=True)
 class SyscallTable:
-    """Audit number of an architecture, and its numbers of the calls that matter."""
+    """An architecture's audit number and its numbers of the filtered system calls."""
 
     audit_arch: int
     clone: int
@@ -31,7 +26,7 @@ class SyscallTable:
     denied: tuple[int, ...]
 
 
-# Same on both: io_uring, the new mount calls, pidfd_getfd, mount_setattr, memfd_secret, ...
+# Equal on both: io_uring, the new mount calls, pidfd_getfd, mount_setattr, memfd_secret, ...
 COMMON_DENIED = (*range(425, 434), 438, 442, 447, 467)
 CLONE3 = 435
 SYSCALL_TABLES = {
@@ -70,10 +65,10 @@ SYSCALL_TABLES = {
 
 
 def seccomp_filter(machine: str = "") -> bytes | None:
-    """A BPF program for this machine (or the one named), or None where its numbers are unknown.
+    """The BPF program for ``machine`` (default: this one), or None for an unknown architecture.
 
-    Refused calls fail as forbidden; clone3 as unknown, for its flags lie where no filter looks
-    and the C library then falls back to clone.
+    Denied calls return EPERM. clone3 returns ENOSYS, because a filter cannot read its flags; the C
+    library then falls back to clone.
     """
     table = SYSCALL_TABLES.get(machine or platform.machine())
     if table is None:
@@ -84,9 +79,8 @@ def seccomp_filter(machine: str = "") -> bytes | None:
         _instruction(BPF_JUMP_EQUAL, table.audit_arch, then=1),
         _instruction(BPF_RETURN, SECCOMP_KILL),
         _instruction(BPF_LOAD, SYSCALL_OFFSET),
-        *_return_if(
-            BPF_JUMP_GREATER_EQUAL, 0x40000000, deny
-        ),  # x32, other numbers for the same calls
+        # x32 has other numbers for the same calls.
+        *_return_if(BPF_JUMP_GREATER_EQUAL, 0x40000000, deny),
         *_return_if(BPF_JUMP_EQUAL, CLONE3, not_implemented),
         *(
             instruction
@@ -111,7 +105,7 @@ def _return_if(test: int, value: int, action: int) -> list[bytes]:
 def _return_by_argument(
     call: int, test: int, value: int, *, then: int, otherwise: int
 ) -> list[bytes]:
-    """What becomes of ``call`` by its first argument, of which the low 32 bits are looked at."""
+    """Decides ``call`` by the low 32 bits of its first argument."""
     return [
         _instruction(BPF_JUMP_EQUAL, call, otherwise=4),
         _instruction(BPF_LOAD, FIRST_ARGUMENT_OFFSET),

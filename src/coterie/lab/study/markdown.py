@@ -11,7 +11,7 @@ INTRODUCTION = """\
 # Results
 
 What the study of the model in the package found, beside what the paper says (*Dynamic Expert
-Sharing*, arXiv 2602.00879). `scripts/results` writes this page from the records under `{records}`;
+Sharing*, arXiv 2602.00879). `scripts/docs` writes this page from the records under `{records}`;
 nothing on it is typed by hand. `coterie study -o DIR` measures all of it again, on this model or
 another, and tells the same on one page with every figure.
 

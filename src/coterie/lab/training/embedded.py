@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -93,5 +94,5 @@ def write_training_record(out: Path, config: TrainingConfig) -> Path:
         },
         "log": log_lines,
     }
-    command = ["coterie", "train", "--steps", str(config.steps), "--seed", str(config.seed)]
+    command = ["coterie", *sys.argv[1:]]
     return write_record(out, make_record("Embedded training", command, [speed], facts=facts))

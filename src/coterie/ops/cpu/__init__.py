@@ -1,7 +1,7 @@
-"""Experts on a CPU, at the speed of its memory: weights packed once, read as one stream.
+"""CPU kernels: weights are packed once and streamed at the speed of memory.
 
-The kernels are C++ behind a plain C interface. Where they were not built nothing is packed, and
-PyTorch does the work.
+The kernels are C++ behind a C interface. If they are not built, nothing is packed and PyTorch
+computes everything.
 """
 
 from coterie.ops.cpu.attention import fused_attention, fused_attention_layer, supports_attention
@@ -15,14 +15,13 @@ from coterie.ops.cpu.elementwise import (
 )
 from coterie.ops.cpu.experts import (
     allocate,
-    available_isas,
     expert_bytes,
-    is_available,
     pack,
     packed_format,
     read_experts,
     run_experts,
 )
+from coterie.ops.cpu.library import available_isas, is_available
 from coterie.ops.cpu.linear import can_pack_matrix, linear, pack_matrix, swiglu
 from coterie.ops.cpu.routing import route
 

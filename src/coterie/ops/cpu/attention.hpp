@@ -1,19 +1,21 @@
-// Attention of a window over keys written by position. Included once per instruction set.
+// Attention of a window over cached keys. Included once per instruction set.
 //
-// Queries are the weights here: 2 x 16 of them side by side in panels, so that a key, as it lies in the
-// cache, is a token that meets them, and neither scores nor shares are ever added across lanes.
+// Queries take the part of weights in a matrix product: 2 x 16 of them are packed into a pair of
+// panels, and each cached key takes the part of a token. Neither scores nor softmax weights are
+// ever summed across lanes.
 #pragma once
 #include "elementwise.hpp"
 
 namespace COTERIE_ISA {
 
-constexpr int QUERY_LANES = 2 * LANES;  // queries in a couple of panels
-constexpr int KEYS_PER_PASS = 1024;       // keys whose scores are kept
-constexpr float MASKED_SCORE = -3e38f;   // the score of a key that is not seen
+constexpr int QUERY_LANES = 2 * LANES;  // queries in a pair of panels
+constexpr int KEYS_PER_PASS = 1024;     // keys per softmax pass
+constexpr float MASKED_SCORE = -3e38f;  // score of a key past the query's limit
 
-static inline int ceil_div(int n, int of) { return (n + of - 1) / of; }
+static inline int ceil_div(int n, int size) { return (n + size - 1) / size; }
 
-// Two neighbours along k, of each of 2 x 16 rows in w, times those of M tokens `apart` bytes apart.
+// Multiplies two adjacent k of 2 x 16 rows in w with those of M tokens, `stride` bytes apart, and
+// adds to sum.
 template <int M>
 static inline void multiply_step(const uint8_t* w, const uint8_t* x, size_t stride, F (&sum)[2][M]) {
   U first = load<U>(w), second = load<U>(w + 64);
@@ -38,8 +40,8 @@ static inline void multiply_step(const uint8_t* w, const uint8_t* x, size_t stri
 #endif
 }
 
-// A tile of keys against a couple of queries. Their width is known beforehand where it is usual, so
-// that one register points at all keys of a tile.
+// Scores of a tile of keys against a pair of query panels. DIM is the head size if known at compile
+// time (then one register addresses all keys of a tile), else 0.
 template <int DIM>
 struct ScoreTile {
   const uint8_t *queries, *keys;
@@ -66,10 +68,10 @@ struct ScoreTile {
   }
 };
 
-// A tile of the values' features, each weighted by what every key's share is.
+// Adds, for a tile of the values' features, each key's softmax weight times its value.
 struct ValueTile {
-  const uint8_t *shares, *values;  // both two keys a step
-  F* out;                          // [dim][2], added to
+  const uint8_t *shares, *values;  // both hold two keys per step
+  F* out;                          // [dim][2], accumulated into
   int steps, dim;
 
   template <int M>
@@ -90,12 +92,12 @@ struct ValueTile {
   }
 };
 
-// Where a thread's things lie in the room, all its own: memory that two of them write costs more than
-// to do its work twice.
+// One thread's scratch memory. Nothing is shared: sharing written cache lines costs more than
+// repeating work.
 struct SoftmaxState {
-  F *scores, *out;                       // [keys][2], [dim][2]
-  uint8_t *queries, *shares, *values;    // a couple of panels each of the first two; a head's values
-  float* head;                           // a head's numbers
+  F *scores, *out;                     // [keys][2], [dim][2]
+  uint8_t *queries, *shares, *values;  // a panel pair; a panel pair; all values of a head, interleaved
+  float* head;                         // one head of one token in fp32
   uint16_t* rotated;
   size_t bytes = 0;
 
@@ -113,18 +115,18 @@ struct SoftmaxState {
  private:
   template <class T>
   T* carve(uint8_t* scratch, size_t count) {
-    T* in_range = reinterpret_cast<T*>(reinterpret_cast<uintptr_t>(scratch) + bytes);
+    T* array = reinterpret_cast<T*>(reinterpret_cast<uintptr_t>(scratch) + bytes);
     bytes += (count * sizeof(T) + 63) / 64 * 64;
-    return in_range;
+    return array;
   }
 };
 
-// A head's numbers, normed and turned by position; `room` holds as many floats.
-static void norm_and_rope(const AttentionArgs& a, int64_t token, const uint16_t* x, const uint16_t* rms_norm,
-                 float* scratch, uint16_t* to) {
+// RMS norm and RoPE of one head of one token; `scratch` holds `dim` floats.
+static void norm_and_rope(const AttentionArgs& a, int64_t token, const uint16_t* x, const uint16_t* weight,
+                          float* scratch, uint16_t* to) {
   float scale = inverse_rms(x, a.dim, a.epsilon);
   for (int i = 0; i < a.dim; i += LANES)
-    store_some(scratch + i, rms_normed(x + i, rms_norm + i, scale, a.dim - i), a.dim - i);
+    store_some(scratch + i, rms_normed(x + i, weight + i, scale, a.dim - i), a.dim - i);
   const float *cos = a.cos + token * a.rotary_half, *sin = a.sin + token * a.rotary_half;
   for (int i = 0; i < a.rotary_half; i += LANES) {
     int valid = a.rotary_half - i;
@@ -141,7 +143,7 @@ static const uint16_t* head_of(const AttentionArgs& a, int64_t token, int head) 
   return a.qkv + (token * (a.heads + 2 * a.kv_heads) + head) * a.dim;
 }
 
-// A token's keys and values into the cache.
+// Writes a token's keys and values into the cache.
 static void store_kv(const AttentionArgs& a, const SoftmaxState& state, int64_t token) {
   size_t offset = size_t(a.cache_rows[token / a.width]) * a.row_stride + size_t(a.positions[token]) * a.dim;
   for (int h = 0; h < a.kv_heads; h++, offset += a.head_stride) {
@@ -151,7 +153,8 @@ static void store_kv(const AttentionArgs& a, const SoftmaxState& state, int64_t 
   }
 }
 
-// Two keys' values side by side, word by word.
+// Interleaves the values of two keys, element by element. The last key of an odd count has no
+// partner.
 static void interleave_values(const AttentionArgs& a, const uint16_t* even, bool last_key, uint8_t* to) {
   const uint16_t* odd = even + a.dim;
   int i = 0;
@@ -163,6 +166,7 @@ static void interleave_values(const AttentionArgs& a, const uint16_t* even, bool
   for (; i < a.dim; i++) store(to + 4 * i, uint32_t(even[i]) | (last_key ? 0 : uint32_t(odd[i]) << 16));
 }
 
+// e**((score - peak) * scale) as bf16 bits, and adds it to total.
 static inline U softmax_share(F score, F peak, float scale, F& total) {
   F power = (score - peak) * scale, e = exponential(power);
   e = power < F{} - 87.0f ? F{} : e;
@@ -174,23 +178,25 @@ static inline U softmax_share(F score, F peak, float scale, F& total) {
 #endif
 }
 
-// The queries that share a head's keys, couple by couple.
+// The queries of one batch row that share a KV head, processed in pairs of panels.
 struct QueryGroup {
   const AttentionArgs& a;
   const SoftmaxState& state;
-  int64_t group;  // of queries: a row's key head
+  int64_t group;  // row * kv_heads + kv_head
   int pair = 0;
   I limit[2];
-  int min_limit = 0, max_limit = 0;  // keys that all queries of the couple see, and any
+  int min_limit = 0, max_limit = 0;  // keys seen by all queries of the pair; keys seen by any
 
-  QueryGroup(const AttentionArgs& a, const SoftmaxState& state, int64_t group) : a(a), state(state), group(group) {
-    const uint16_t* values = a.values + head();
+  QueryGroup(const AttentionArgs& a, const SoftmaxState& state, int64_t group)
+      : a(a), state(state), group(group) {
+    const uint16_t* values = a.values + head_offset();
     for (int key = 0; key < a.kv_length; key += 2)
       interleave_values(a, values + size_t(key) * a.dim, key + 1 == a.kv_length,
-              state.values + size_t(key / 2) * a.dim * 4);
+                        state.values + size_t(key / 2) * a.dim * 4);
   }
-  size_t head() const {
-    return size_t(a.cache_rows[group / a.kv_heads]) * a.row_stride + size_t(group % a.kv_heads) * a.head_stride;
+  size_t head_offset() const {
+    return size_t(a.cache_rows[group / a.kv_heads]) * a.row_stride +
+           size_t(group % a.kv_heads) * a.head_stride;
   }
   int query(int lane) const { return pair * QUERY_LANES + lane; }
   bool valid(int lane) const { return query(lane) < a.heads / a.kv_heads * a.width; }
@@ -199,25 +205,28 @@ struct QueryGroup {
     return int(group % a.kv_heads) * (a.heads / a.kv_heads) + query(lane) / a.width;
   }
 
-  // The couple's queries into panels; what they see.
+  // Packs the pair's queries into panels and reads their limits.
   void load_queries() {
     min_limit = a.kv_length, max_limit = 1;
     for (int lane = 0; lane < QUERY_LANES; lane++) {
       bool in_range = valid(lane);
       if (in_range)
-        norm_and_rope(a, token(lane), head_of(a, token(lane), query_head(lane)), a.query_norm, state.head, state.rotated);
+        norm_and_rope(a, token(lane), head_of(a, token(lane), query_head(lane)), a.query_norm, state.head,
+                      state.rotated);
       for (int s = 0; s < a.dim / 2; s++)
         store(state.queries + s * STEP + lane * 4, in_range ? load<uint32_t>(state.rotated + 2 * s) : 0u);
-      int limits = in_range ? min_int(a.limits[token(lane)], a.kv_length) : 1;
-      limit[lane / LANES][lane % LANES] = limits;
-      if (in_range) min_limit = min_int(min_limit, limits), max_limit = limits > max_limit ? limits : max_limit;
+      int lane_limit = in_range ? min_int(a.limits[token(lane)], a.kv_length) : 1;
+      limit[lane / LANES][lane % LANES] = lane_limit;
+      if (in_range)
+        min_limit = min_int(min_limit, lane_limit),
+        max_limit = lane_limit > max_limit ? lane_limit : max_limit;
     }
   }
 
   void run(int index) {
     pair = index;
     load_queries();
-    const uint16_t* keys = a.keys + head();
+    const uint16_t* keys = a.keys + head_offset();
     F peak[2] = {F{} + MASKED_SCORE, F{} + MASKED_SCORE}, total[2] = {};
     memset(static_cast<void*>(state.out), 0, size_t(a.dim) * 2 * sizeof(F));
     for (int start = 0; start < max_limit; start += KEYS_PER_PASS) {
@@ -237,7 +246,8 @@ struct QueryGroup {
       tiles<tile_of(2)>(count, ScoreTile<0>{state.queries, keys, state.scores, a.dim});
   }
 
-  // Scores become shares; what was mixed before shrinks where a greater score is found.
+  // Turns scores into softmax weights (online softmax): earlier sums are rescaled if the maximum
+  // grows.
   void softmax(int start, int count, F (&peak)[2], F (&total)[2]) {
     F *scores = state.scores, *out = state.out;
     for (int p = 0; p < 2; p++) {
@@ -265,7 +275,7 @@ struct QueryGroup {
   void write_output(const F (&total)[2]) const {
     F* out = state.out;
     F inverse[2] = {1.0f / total[0], 1.0f / total[1]};
-    uint16_t* output = reinterpret_cast<uint16_t*>(out);  // no longer than what it is made of
+    uint16_t* output = reinterpret_cast<uint16_t*>(out);  // in place: half the size of its fp32 source
     for (int i = 0; i < 2 * a.dim; i++) store(output + i * LANES, narrow(out[i] * inverse[i % 2]));
     for (int lane = 0; lane < QUERY_LANES && valid(lane); lane++) {
       uint16_t* to = a.out + (token(lane) * a.heads + query_head(lane)) * a.dim;
@@ -276,7 +286,8 @@ struct QueryGroup {
 
 static size_t scratch_bytes(const AttentionArgs& a) { return SoftmaxState(a, nullptr).bytes; }
 
-// This thread's part: of the keys and values first, then, when all are there, of the queries.
+// This thread's share of the keys and values; then, once all threads have stored theirs, of the
+// queries.
 static void fused_attention(const AttentionArgs& a, uint8_t* scratch, int* arrivals) {
   SoftmaxState state(a, scratch);
   ThreadRange tokens(a.rows * a.width);
@@ -285,8 +296,8 @@ static void fused_attention(const AttentionArgs& a, uint8_t* scratch, int* arriv
   int pairs = ceil_div(a.heads / a.kv_heads * a.width, QUERY_LANES);
   ThreadRange part(a.rows * a.kv_heads * pairs);
   for (int i = part.first; i < part.last;) {
-    QueryGroup group_pass(a, state, i / pairs);
-    do group_pass.run(i % pairs);
+    QueryGroup group(a, state, i / pairs);
+    do group.run(i % pairs);
     while (++i < part.last && i % pairs);
   }
 }

@@ -1,4 +1,4 @@
-"""Attention over keys written by position, in one call of the kernels."""
+"""Attention over cached keys, in one kernel call."""
 
 from __future__ import annotations
 
@@ -7,15 +7,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from coterie.ops.cpu.experts import is_available
-from coterie.ops.cpu.library import AttentionArgs
+from coterie.ops.cpu.library import AttentionArgs, is_available
 from coterie.ops.cpu.linear import empty_product, matmul_args
 from coterie.ops.cpu.op_chain import run_ops
 from coterie.values import LayerKV, PackedMatrix, QueryPositions
 
 
 def supports_attention(qkv: Tensor) -> bool:
-    """Whether ``attend`` takes it."""
+    """Whether ``fused_attention`` supports these projections."""
     is_bf16 = qkv.device.type == "cpu" and qkv.dtype == torch.bfloat16 and qkv.shape[-1] % 2 == 0
     return is_bf16 and is_available()
 
@@ -23,7 +22,7 @@ def supports_attention(qkv: Tensor) -> bool:
 def fused_attention(
     qkv: Tensor, norms: tuple[Tensor, Tensor], queries: QueryPositions, kv: LayerKV, epsilon: float
 ) -> Tensor:
-    """See ``ops.attend``. Rounds where the eager way does or later, sums in fp32."""
+    """See ``ops.fused_attention``. Sums in fp32; rounds where plain torch does, or later."""
     call = AttentionCall.create(qkv.contiguous(), norms, queries, kv, epsilon)
     run_ops(call.args)
     return call.out
@@ -38,7 +37,7 @@ def fused_attention_layer(
     kv: LayerKV,
     epsilon: float,
 ) -> Tensor:
-    """See ``ops.attention``."""
+    """See ``ops.fused_attention_layer``."""
     x = x.detach().contiguous()
     qkv_out = empty_product(x, weights[0], x.dtype)
     qkv = qkv_out.unflatten(-1, (-1, kv.keys.shape[-1]))
@@ -51,7 +50,7 @@ def fused_attention_layer(
 
 @dataclass(frozen=True)
 class AttentionCall:
-    """The work of attention, and all memory that it names."""
+    """The kernel arguments of one attention call, and the tensors that they point to."""
 
     args: AttentionArgs
     out: Tensor
@@ -65,16 +64,15 @@ class AttentionCall:
         kv: LayerKV,
         epsilon: float,
     ) -> AttentionCall:
-        """Of qkv [B, W, heads + 2 kv_heads, D], which may be written later."""
+        """Prepares the call. qkv [B, W, heads + 2 kv_heads, D] may be written later."""
         rows, width, all_heads, dim = qkv.shape
         kv_heads = kv.keys.shape[1]
         heads = all_heads - 2 * kv_heads
         if kv.keys.stride() != kv.values.stride() or kv.keys.stride()[2:] != (dim, 1):
-            raise ValueError("keys and values lie in memory otherwise than a cache's do")
+            raise ValueError("keys and values do not have the strides of a KV cache")
         limits = queries.key_limits.to(torch.int32).contiguous()
-        positions, cos, sin = (
-            t.contiguous() for t in (queries.positions, queries.cos, queries.sin)
-        )
+        positions, cos = queries.positions.contiguous(), queries.cos.contiguous()
+        sin = queries.sin.contiguous()
         out = torch.empty(rows, width, heads, dim, dtype=torch.bfloat16)
         args = AttentionArgs(
             qkv=qkv.data_ptr(),
@@ -83,7 +81,7 @@ class AttentionCall:
             cos=cos.data_ptr(),
             sin=sin.data_ptr(),
             positions=positions.data_ptr(),
-            places=kv.cache_rows.data_ptr(),
+            cache_rows=kv.cache_rows.data_ptr(),
             limits=limits.data_ptr(),
             keys=kv.keys.data_ptr(),
             values=kv.values.data_ptr(),
@@ -97,8 +95,8 @@ class AttentionCall:
             heads=heads,
             kv_heads=kv_heads,
             dim=dim,
-            half=cos.shape[-1],
-            reach=queries.kv_length,
+            rotary_half=cos.shape[-1],
+            kv_length=queries.kv_length,
         )
         references = (qkv, limits, positions, cos, sin, kv.cache_rows)
         return AttentionCall(args, out, references)

@@ -1,6 +1,6 @@
-"""Compile the kernels: the standard library only, for it runs before the package is installed.
+"""Compiles the kernels. Uses only the standard library, as it runs before installation.
 
-``python src/coterie/ops/cpu/build.py`` builds the library again in place.
+``python src/coterie/ops/cpu/build.py`` rebuilds the library in place.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from pathlib import Path
 SOURCE_DIR = Path(__file__).parent
 LIBRARY_PATH = SOURCE_DIR / "libcoterie.so"
 COMPILERS = ("c++", "g++", "clang++")
-# -O3 takes many times as long and is no faster: the loops that count are written out by pragmas.
+# -O3 compiles far slower and is no faster: pragmas already unroll the loops that matter.
 FLAGS = (
     "-O2 -std=c++17 -fPIC -fvisibility=hidden -fno-exceptions -ffp-contract=fast "
     "-Wall -Wextra -Wno-psabi"
@@ -26,7 +26,7 @@ AVX512_FLAGS = "-mavx2 -mfma -mavx512f -mavx512bw -mavx512dq -mavx512vl -mprefer
 LINUX_LINK_FLAGS = ("-static-libstdc++", "-static-libgcc", "-Wl,--exclude-libs,ALL")
 ISA_FLAGS: Mapping[str, str] = {"portable": ""}
 if platform.machine() in ("x86_64", "AMD64"):
-    # Flag by flag, for compilers older than the processors.
+    # Single flags instead of -march: compilers may be older than the CPU.
     ISA_FLAGS = {
         "portable": "",
         "avx2": "-mavx2 -mfma",
@@ -36,26 +36,26 @@ if platform.machine() in ("x86_64", "AMD64"):
 
 
 class NoCompilerError(RuntimeError):
-    """There is no compiler, or it does not compile this; the message says which."""
+    """No compiler exists, or compilation failed; the message names the command."""
 
 
 def build(
     output: Path = LIBRARY_PATH, *, program: Path | None = None, extra_flags: Sequence[str] = ()
 ) -> Path:
-    """The library, built with the first compiler found ($CXX, else c++, g++, clang++).
+    """Builds the library with the first available compiler: $CXX, else c++, g++, clang++.
 
-    With ``program``, the source of one, that program around the kernels instead.
+    With ``program``, a source file, builds that program with the kernels instead.
     """
     compiler = find_compiler()
     with tempfile.TemporaryDirectory() as folder:
         try:
             binary = _compile(compiler, Path(folder), program, [*extra_flags, "-fopenmp"])
         except NoCompilerError:
-            # Apple's clang has no OpenMP: one thread then.
+            # Apple's clang has no OpenMP: build for one thread.
             binary = _compile(
                 compiler, Path(folder), program, [*extra_flags, "-Wno-unknown-pragmas"]
             )
-        # Beside its place first: a process that has the old one mapped keeps it.
+        # Written next to the target, then renamed: processes keep the old file that they mapped.
         temporary = output.with_suffix(f".{os.getpid()}")
         shutil.copy(binary, temporary)
         temporary.replace(output)
@@ -73,7 +73,7 @@ def find_compiler() -> list[str]:
 
 
 def sources(program: Path | None = None) -> dict[str, list[str]]:
-    """Every object by name: its source and the flags of its own."""
+    """The objects by name: source file and specific flags."""
     objects = {
         isa: [str(SOURCE_DIR / "isa.cpp"), f"-DCOTERIE_ISA={isa}", *flags.split()]
         for isa, flags in ISA_FLAGS.items()
@@ -90,16 +90,16 @@ def _compile(
         [*compiler, *FLAGS.split(), *extra_flags, *source_args, "-c", "-o", objects[name]]
         for name, source_args in sources(program).items()
     )
-    binary = folder / "made"
+    binary = folder / "kernels"
     shared = [] if program else ["-shared"]
-    # A machine that only runs it may have no C++ runtime beside the one that torch brings.
+    # The target machine may have no C++ runtime other than the one that torch ships.
     static = LINUX_LINK_FLAGS if sys.platform == "linux" and not program else ()
     _run_all([[*compiler, *extra_flags, *shared, *static, *objects.values(), "-o", str(binary)]])
     return binary
 
 
 def _run_all(commands: Iterable[list[str]]) -> None:
-    """All of them at once: there are few."""
+    """Runs all commands in parallel."""
     commands = list(commands)
     try:
         processes = [

@@ -1,9 +1,9 @@
-// CRC-32 as zlib has it, many bytes at a time, by products without carries.
+// zlib's CRC-32, many bytes at a time, with carry-less multiplication.
 //
-// Bytes are the coefficients of a polynomial over two elements, and their checksum is what is left of
-// it after a division. Whatever lies D bits ahead of other bytes may be added to these once it is
-// multiplied by x^D, of which again only what the division leaves counts. So the sum so far is folded
-// onto what follows, piece by piece, until 16 bytes are left that have the checksum of everything.
+// The bytes are the coefficients of a polynomial over GF(2); the checksum is its remainder modulo
+// POLYNOMIAL. A block that lies D bits before another can be added to it after multiplication by
+// x^D mod POLYNOMIAL. The sum so far is folded onto the next block this way, until 16 bytes remain
+// that have the checksum of all bytes.
 #include "api.hpp"
 
 #ifdef __x86_64__
@@ -11,15 +11,15 @@
 
 namespace {
 
-constexpr uint32_t POLYNOMIAL = 0xEDB88320;  // its bits, like all here, from the lowest power up
-// An array of sums stays in registers only where the loops over it are written out.
+constexpr uint32_t POLYNOMIAL = 0xEDB88320;  // lowest power in the highest bit, as everywhere here
+// An array of accumulators stays in registers only if the loops over it are unrolled.
 #define UNROLL _Pragma("GCC unroll 4")
 
-constexpr int PIECE = 16;                    // bytes of a product's factors
+constexpr int PIECE = 16;  // bytes folded by one multiplication
 
 constexpr uint32_t times_x(uint32_t p) { return p & 1 ? p >> 1 ^ POLYNOMIAL : p >> 1; }
 
-// x^power after the division. Products of two such numbers come out one bit low: hence the shift.
+// x^power mod POLYNOMIAL. Shifted, because the product of two bit-reflected numbers is one bit low.
 constexpr int64_t factor(int power) {
   uint32_t p = 0x80000000;
   for (int i = 0; i < power; i++) p = times_x(p);
@@ -42,22 +42,22 @@ uint32_t crc_by_byte(const uint8_t* bytes, size_t size, uint32_t sum) {
   return sum;
 }
 
-// The lower half of a piece stands 64 bits before the upper one.
+// The factors of both halves of a piece; the lower half precedes the upper by 64 bits.
 #define FACTORS(bits) factor((bits) - 32), factor((bits) + 32)
 
 #define PCLMUL_TARGET __attribute__((target("pclmul,sse4.1")))
 #define AVX512_TARGET __attribute__((target("avx512f,avx512dq,vpclmulqdq,pclmul")))
 
 PCLMUL_TARGET inline __m128i fold(__m128i sum, __m128i onto, __m128i by) {
-  return _mm_xor_si128(onto, _mm_xor_si128(_mm_clmulepi64_si128(sum, by, 0x00),
-                                           _mm_clmulepi64_si128(sum, by, 0x11)));
+  return _mm_xor_si128(
+      onto, _mm_xor_si128(_mm_clmulepi64_si128(sum, by, 0x00), _mm_clmulepi64_si128(sum, by, 0x11)));
 }
 
 PCLMUL_TARGET inline __m128i load_piece(const uint8_t* from) {
   return _mm_loadu_si128(reinterpret_cast<const __m128i*>(from));
 }
 
-// What is left once the sum of some pieces stands before the last bytes.
+// The checksum of a folded sum followed by the last bytes.
 PCLMUL_TARGET uint32_t reduce(__m128i sum, const uint8_t* bytes, size_t size) {
   const __m128i next = _mm_set_epi64x(FACTORS(128));
   for (; size >= PIECE; bytes += PIECE, size -= PIECE) sum = fold(sum, load_piece(bytes), next);
@@ -71,7 +71,7 @@ AVX512_TARGET inline __m512i fold(__m512i sum, __m512i onto, __m512i by) {
                                    _mm512_clmulepi64_epi128(sum, by, 0x11), 0x96);
 }
 
-// At least 256 bytes.
+// The checksum of at least 256 bytes.
 AVX512_TARGET uint32_t fold_all(const uint8_t* bytes, size_t size, uint32_t initial) {
   const __m512i fold_2048 = _mm512_broadcast_i64x2(_mm_set_epi64x(FACTORS(2048)));
   const __m512i next = _mm512_broadcast_i64x2(_mm_set_epi64x(FACTORS(512)));
@@ -79,10 +79,10 @@ AVX512_TARGET uint32_t fold_all(const uint8_t* bytes, size_t size, uint32_t init
   __m512i sums[4];
   for (int i = 0; i < 4; i++) sums[i] = _mm512_loadu_si512(bytes + 64 * i);
   sums[0] = _mm512_xor_si512(sums[0], _mm512_zextsi128_si512(_mm_cvtsi32_si128(int(initial))));
-  for (bytes += 256, size -= 256; size >= 256; bytes += 256, size -= 256)
+  for (bytes += 256, size -= 256; size >= 256; bytes += 256, size -= 256) {
     UNROLL
-    for (int i = 0; i < 4; i++)
-      sums[i] = fold(sums[i], _mm512_loadu_si512(bytes + 64 * i), fold_2048);
+    for (int i = 0; i < 4; i++) sums[i] = fold(sums[i], _mm512_loadu_si512(bytes + 64 * i), fold_2048);
+  }
   __m512i sum = sums[0];
   for (int i = 1; i < 4; i++) sum = fold(sum, sums[i], next);
   for (; size >= 64; bytes += 64, size -= 64) sum = fold(sum, _mm512_loadu_si512(bytes), next);
@@ -97,7 +97,7 @@ AVX512_TARGET uint32_t fold_all(const uint8_t* bytes, size_t size, uint32_t init
 
 int32_t coterie_crc32(const uint8_t* bytes, size_t size, uint32_t* sum) {
   bool supported = __builtin_cpu_supports("pclmul") && __builtin_cpu_supports("avx512f") &&
-               __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("vpclmulqdq");
+                   __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("vpclmulqdq");
   if (!supported) return NO_SUCH_ISA;
   *sum = ~(size < 256 ? crc_by_byte(bytes, size, ~*sum) : fold_all(bytes, size, ~*sum));
   return STATUS_OK;

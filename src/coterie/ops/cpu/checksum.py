@@ -1,4 +1,4 @@
-"""The checksum of bytes: zlib's CRC-32, by the kernels where they are faster."""
+"""zlib's CRC-32, by the kernels where they are faster."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ STATUS_OK = 0
 
 
 def crc32(content: Tensor, initial: int = 0) -> int:
-    """``zlib.crc32`` of contiguous bytes on the host; several threads may ask at once."""
+    """``zlib.crc32`` of a contiguous tensor on the host; thread-safe."""
     kernels = load_library()
     if kernels is not None and kernels.is_widest_isa():
         checksum = ctypes.c_uint32(initial)

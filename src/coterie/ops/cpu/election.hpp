@@ -1,12 +1,13 @@
-// A coreset from votes. Included once per instruction set. See `routing/coreset.py: elect`.
+// Elects a coreset from votes. Included once per instruction set. See `routing/coreset.py: elect`.
 #pragma once
 #include <math.h>
 #include "selection.hpp"
 
 namespace COTERIE_ISA::routing {
 
-// What a token gives each of its own experts before its vote is split: [experts], nothing else.
-static void write_split_votes(const RouteArgs& e, const SelectionScratch& scratch, size_t token, int choices) {
+// Writes a token's unnormalised votes [experts]: nonzero only for its top-k experts.
+static void write_split_votes(const RouteArgs& e, const SelectionScratch& scratch, size_t token,
+                              int choices) {
   const int64_t* vanilla_ids = e.vanilla_ids + token * e.k;
   float* split_votes = e.ballots + token * e.experts;
   float last_score = score_of(scratch.best[choices - 1]);
@@ -19,7 +20,7 @@ static void write_split_votes(const RouteArgs& e, const SelectionScratch& scratc
   }
 }
 
-// One token's votes, of those that it casts for its own experts alone.
+// Adds one token's votes, of the kinds that vote only for the token's top-k experts.
 static void vote_topk(const RouteArgs& e, size_t token, float vote_weight, Code* votes) {
   const int64_t* vanilla_ids = e.vanilla_ids + token * e.k;
   const float* split_row = e.sums ? e.ballots + token * e.experts : e.p + token * e.stride;
@@ -28,6 +29,7 @@ static void vote_topk(const RouteArgs& e, size_t token, float vote_weight, Code*
     votes[vanilla_ids[j]] += units((e.vote == COUNT ? 1 : split_row[vanilla_ids[j]] / sum) * vote_weight);
 }
 
+// Adds one token's votes where it votes for all experts with their probabilities.
 static void vote_full(const RouteArgs& e, size_t token, float vote_weight, Code* votes) {
   const float* p = e.p + token * e.stride;
   int i = 0;
@@ -42,7 +44,7 @@ static void vote_full(const RouteArgs& e, size_t token, float vote_weight, Code*
   for (; i < e.experts; i++) votes[i] += units(p[i] * vote_weight);
 }
 
-// The best score that any voter gives each expert.
+// Votes are the maximum score of each expert over all voters.
 static void vote_max(const RouteArgs& e, const SelectionScratch& scratch, int row) {
   float* best = scratch.score;
   for (int i = 0; i < e.experts; i++) best[i] = -INFINITY;
@@ -63,7 +65,7 @@ static void vote_max(const RouteArgs& e, const SelectionScratch& scratch, int ro
   for (int i = 0; i < e.experts; i++) scratch.votes[i] = units(best[i]);
 }
 
-// The votes of one sequence.
+// Counts the votes of one sequence.
 static void count_votes(const RouteArgs& e, const SelectionScratch& scratch, int row) {
   if (e.vote == MAX) return vote_max(e, scratch, row);
   memset(scratch.votes, 0, size_t(e.experts) * sizeof(Code));
@@ -77,7 +79,7 @@ static void count_votes(const RouteArgs& e, const SelectionScratch& scratch, int
   }
 }
 
-// Every voter's first so many own experts.
+// Marks the first `first_k` experts of every voter.
 static void mark_first_choices(const RouteArgs& e, int row, int first_k, uint8_t* mask) {
   memset(mask, 0, size_t(e.experts));
   for (size_t t = size_t(row) * e.tokens; t < size_t(row + 1) * e.tokens; t++) {
@@ -86,7 +88,7 @@ static void mark_first_choices(const RouteArgs& e, int row, int first_k, uint8_t
   }
 }
 
-// Experts by their key, largest first and the lower index first of equals: a merge sort.
+// Sorts experts by key, largest first, lower index first on ties: a merge sort.
 static void sort_down(const RouteArgs& e, const SelectionScratch& scratch, const Code* key) {
   int32_t *from = scratch.order, *to = scratch.swap;
   for (int i = 0; i < e.experts; i++) from[i] = i;
@@ -102,7 +104,7 @@ static void sort_down(const RouteArgs& e, const SelectionScratch& scratch, const
     int32_t* swapped = from;
     from = to, to = swapped;
   }
-  // The protected before the others.
+  // Stable partition: protected experts first.
   int count = 0;
   for (int is_protected = 1; is_protected >= 0; is_protected--)
     for (int i = 0; i < e.experts; i++)
@@ -110,25 +112,26 @@ static void sort_down(const RouteArgs& e, const SelectionScratch& scratch, const
   if (to != scratch.order) memcpy(scratch.order, to, size_t(e.experts) * sizeof *to);
 }
 
-// The fewest of the order that hold the share of all votes: as `routing/coreset.py: Mass`.
+// Size of the smallest prefix of the order that holds the share `mass` of all votes: as
+// `routing/coreset.py: Mass`.
 template <class Vote>
 static int smallest_size(const RouteArgs& e, const SelectionScratch& scratch, const Vote* votes) {
-  Vote all_votes = 0, held_votes = 0;
+  Vote all_votes = 0, prefix_votes = 0;
   for (int i = 0; i < e.experts; i++) all_votes += votes[scratch.order[i]];
   int count = 1;
   for (int i = 0; i < e.experts; i++) {
-    held_votes += votes[scratch.order[i]];
-    count += double(held_votes) < e.mass * double(all_votes);
+    prefix_votes += votes[scratch.order[i]];
+    count += double(prefix_votes) < e.mass * double(all_votes);
   }
-  return count > e.least ? count : e.least;
+  return count > e.min_experts ? count : e.min_experts;
 }
 
-// The `size` experts with the largest keys, the protected before the others: bisection for the least
-// of them, then the lower index. Where the protected alone are too many, it is among them.
-static void select_largest(const RouteArgs& e, const SelectionScratch& scratch, const Code* key, int size, bool only_protected,
-                      uint8_t* coreset) {
+// Marks the `size` experts with the largest keys, protected experts first; lower indices win ties.
+// A bisection finds the smallest selected key. With `only_protected`, all others are excluded.
+static void select_largest(const RouteArgs& e, const SelectionScratch& scratch, const Code* key, int size,
+                           bool only_protected, uint8_t* coreset) {
   Code low = INT64_MAX, high = LOWEST_CODE;
-  int count = 0;  // how many reach `low`
+  int count = 0;  // experts with a key of at least `low`
   for (int i = 0; i < e.experts; i++) {
     if (only_protected && !scratch.protected_mask[i]) continue;
     low = key[i] < low ? key[i] : low;
@@ -136,8 +139,10 @@ static void select_largest(const RouteArgs& e, const SelectionScratch& scratch, 
     count++;
   }
   for (int i = 0; i < padded_codes(e.experts); i++) {
-    bool has_previous = i < e.experts && (!only_protected || scratch.protected_mask[i]);
-    scratch.candidates[i] = !has_previous ? LOWEST_CODE : scratch.protected_mask[i] && !only_protected ? high + 1 : key[i];
+    bool eligible = i < e.experts && (!only_protected || scratch.protected_mask[i]);
+    scratch.candidates[i] = !eligible                                      ? LOWEST_CODE
+                            : scratch.protected_mask[i] && !only_protected ? high + 1
+                                                                           : key[i];
   }
   high++;
   while (low < high && count != size) {
@@ -161,9 +166,10 @@ static void select_largest(const RouteArgs& e, const SelectionScratch& scratch, 
   }
 }
 
-// The coreset by these votes, which `key` sorts.
+// Elects the coreset; `key` orders the experts, `votes` decide its size if `mass` is set.
 template <class Vote>
-static void select_coreset(const RouteArgs& e, const SelectionScratch& scratch, const Code* key, const Vote* votes, uint8_t* coreset) {
+static void select_coreset(const RouteArgs& e, const SelectionScratch& scratch, const Code* key,
+                           const Vote* votes, uint8_t* coreset) {
   int protect = 0, size = e.count;
   for (int i = 0; i < e.experts; i++) protect += scratch.protected_mask[i];
   if (e.mass > 0) {
@@ -171,13 +177,14 @@ static void select_coreset(const RouteArgs& e, const SelectionScratch& scratch, 
     size = smallest_size(e, scratch, votes);
   }
   size = min_int(size > protect ? size : protect, e.experts);
-  if (e.most > 0) size = min_int(size, e.most);
+  if (e.max_experts > 0) size = min_int(size, e.max_experts);
   select_largest(e, scratch, key, size, protect > size, coreset);
 }
 
-// Those of one set that are not in the other, by votes: most first, or fewest first.
-static int difference_by_votes(const RouteArgs& e, const SelectionScratch& scratch, const uint8_t* from_set, const uint8_t* not_in,
-                   bool most, int32_t* to) {
+// Writes the experts of one set that are not in the other, sorted by votes in ascending or
+// descending order.
+static int difference_by_votes(const RouteArgs& e, const SelectionScratch& scratch, const uint8_t* from_set,
+                               const uint8_t* not_in, bool descending, int32_t* to) {
   int count = 0;
   for (int i = 0; i < e.experts; i++) {
     if (!from_set[i] || not_in[i]) continue;
@@ -185,7 +192,7 @@ static int difference_by_votes(const RouteArgs& e, const SelectionScratch& scrat
     Code mine = scratch.votes[i];
     for (; at > 0; at--) {
       Code previous = scratch.votes[to[at - 1]];
-      if (most ? previous >= mine : previous <= mine) break;
+      if (descending ? previous >= mine : previous <= mine) break;
       to[at] = to[at - 1];
     }
     to[at] = i;
@@ -193,11 +200,12 @@ static int difference_by_votes(const RouteArgs& e, const SelectionScratch& scrat
   return count;
 }
 
-// Favour the experts in fast memory, then bring back the votes that this may not cost.
+// Elects with a bonus for resident experts, then swaps experts back until at most `max_vote_loss`
+// of the votes is lost.
 static void apply_resident_bonus(const RouteArgs& e, const SelectionScratch& scratch) {
   double* votes = reinterpret_cast<double*>(scratch.other);
   for (int i = 0; i < e.experts; i++) {
-    double x = double(scratch.votes[i]) * (e.resident[i] ? 1 + e.lam : 1.0) + 0.0;
+    double x = double(scratch.votes[i]) * (e.resident[i] ? 1 + e.resident_bonus : 1.0) + 0.0;
     Code bits = load<Code>(&x);
     store(votes + i, x);
     scratch.key[i] = bits ^ ((bits >> 63) & INT64_MAX);
@@ -205,28 +213,33 @@ static void apply_resident_bonus(const RouteArgs& e, const SelectionScratch& scr
   select_coreset(e, scratch, scratch.key, votes, scratch.coreset);
   int restore_count = difference_by_votes(e, scratch, scratch.plain, scratch.coreset, true, scratch.restored);
   int evict_count = difference_by_votes(e, scratch, scratch.coreset, scratch.plain, false, scratch.evicted);
-  Code held_votes = 0, all_votes = 0;
+  Code coreset_votes = 0, plain_votes = 0;
   for (int i = 0; i < e.experts; i++) {
-    held_votes += scratch.coreset[i] ? scratch.votes[i] : 0;
-    all_votes += scratch.plain[i] ? scratch.votes[i] : 0;
+    coreset_votes += scratch.coreset[i] ? scratch.votes[i] : 0;
+    plain_votes += scratch.plain[i] ? scratch.votes[i] : 0;
   }
-  double floor = double(all_votes) * (1 - e.eps);
-  for (int i = 0; (i < restore_count || i < evict_count) && double(held_votes) < floor; i++) {
-    if (i < restore_count) held_votes += scratch.votes[scratch.restored[i]], scratch.coreset[scratch.restored[i]] = 1;
-    if (i < evict_count) held_votes -= scratch.votes[scratch.evicted[i]], scratch.coreset[scratch.evicted[i]] = 0;
+  double floor = double(plain_votes) * (1 - e.max_vote_loss);
+  for (int i = 0; (i < restore_count || i < evict_count) && double(coreset_votes) < floor; i++) {
+    if (i < restore_count)
+      coreset_votes += scratch.votes[scratch.restored[i]], scratch.coreset[scratch.restored[i]] = 1;
+    if (i < evict_count)
+      coreset_votes -= scratch.votes[scratch.evicted[i]], scratch.coreset[scratch.evicted[i]] = 0;
   }
 }
 
+// Elects the coreset of one sequence.
 static void elect(const RouteArgs& e, const SelectionScratch& scratch, int row) {
-  if (e.union_size > 0 && e.most == 0) return mark_first_choices(e, row, e.union_size, scratch.coreset);
+  if (e.union_size > 0 && e.max_experts == 0)
+    return mark_first_choices(e, row, e.union_size, scratch.coreset);
   mark_first_choices(e, row, e.union_size > 0 ? e.union_size : e.protect, scratch.protected_mask);
   count_votes(e, scratch, row);
-  bool has_bonus = e.lam > 0 && e.resident;
+  bool has_bonus = e.resident_bonus > 0 && e.resident;
   select_coreset(e, scratch, scratch.votes, scratch.votes, has_bonus ? scratch.plain : scratch.coreset);
   if (has_bonus) apply_resident_bonus(e, scratch);
 }
 
-// The votes by which a coreset stays or goes, whatever elected it: see `routing/select.py: own_votes`.
+// The votes that decide whether a previous coreset is reused, independent of the rule; see
+// `routing/reuse.py`.
 static void count_reuse_votes(const RouteArgs& e, int row, Code* votes) {
   size_t begin = size_t(row) * e.tokens, end = begin + e.tokens;
   bool no_voter = true;
@@ -239,21 +252,21 @@ static void count_reuse_votes(const RouteArgs& e, int row, Code* votes) {
     }
 }
 
-// The coreset of before in the place of the fresh one, if it still holds enough: as
-// `routing/persistent.py: settle`.
+// Replaces the new coreset by the previous one if that still holds enough votes; see
+// `routing/reuse.py`.
 static void reuse_coreset(const RouteArgs& e, const SelectionScratch& scratch, int row) {
   const uint8_t* previous = e.previous_coresets + size_t(row) * e.experts;
   uint8_t* coreset = e.coresets + size_t(row) * e.experts;
-  Code held_votes = 0, best = 0;
+  Code previous_votes = 0, new_votes = 0;
   bool has_previous = false;
   count_reuse_votes(e, row, scratch.other);
   for (int i = 0; i < e.experts; i++) {
     has_previous |= previous[i] != 0;
-    held_votes += previous[i] ? scratch.other[i] : 0;
-    best += scratch.coreset[i] ? scratch.other[i] : 0;
+    previous_votes += previous[i] ? scratch.other[i] : 0;
+    new_votes += scratch.coreset[i] ? scratch.other[i] : 0;
   }
-  bool reuses = has_previous && double(held_votes) >= (1 - e.reuse_tolerance) * double(best);
-  double loss = reuses && best > 0 ? 1 - double(held_votes) / double(best) : 0;
+  bool reuses = has_previous && double(previous_votes) >= (1 - e.reuse_tolerance) * double(new_votes);
+  double loss = reuses && new_votes > 0 ? 1 - double(previous_votes) / double(new_votes) : 0;
   e.reused[row] = reuses;
   e.vote_loss[row] = loss > 0 ? loss : 0;
   if (reuses) memcpy(scratch.coreset, previous, size_t(e.experts));

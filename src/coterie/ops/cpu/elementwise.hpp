@@ -1,11 +1,10 @@
-// What is done to every row by itself: norms, gates, and what a row of logits says. Included once per
-// instruction set.
+// Row-wise operations: RMS norm, silu_and_mul, logits summary. Included once per instruction set.
 #pragma once
 #include "linear.hpp"
 
 namespace COTERIE_ISA {
 
-// 1 / the root mean square of a row of bf16.
+// 1 / sqrt(mean(x^2) + epsilon) of a bf16 row.
 static inline float inverse_rms(const uint16_t* x, int width, float epsilon) {
   F squares = {};
   for (int i = 0; i < width; i += LANES) {
@@ -17,22 +16,24 @@ static inline float inverse_rms(const uint16_t* x, int width, float epsilon) {
   return 1 / sqrtf(square / width + epsilon);
 }
 
-// Sixteen of them, rounded before the weight multiplies.
+// Up to sixteen normalised elements: rounded to bf16, then multiplied by the weight.
 static inline F rms_normed(const uint16_t* x, const uint16_t* weight, float scale, int count) {
-  return widen(narrow(widen(load_some<HalfVector>(x, count)) * scale)) * widen(load_some<HalfVector>(weight, count));
+  return widen(narrow(widen(load_some<HalfVector>(x, count)) * scale)) *
+         widen(load_some<HalfVector>(weight, count));
 }
 
-// This thread's part of the rows.
+// Norms this thread's share of the rows.
 static void rms_norm(const RmsNormArgs& n) {
   ThreadRange part(n.rows);
   for (int64_t row = part.first; row < part.last; row++) {
     const uint16_t* x = n.x + row * n.width;
     if (n.residual) {
-      const uint16_t* more = n.residual + row * n.width;
+      const uint16_t* residual = n.residual + row * n.width;
       uint16_t* sum = n.sum + row * n.width;
       for (int i = 0; i < n.width; i += LANES) {
         int count = n.width - i;
-        F total = widen(load_some<HalfVector>(x + i, count)) + widen(load_some<HalfVector>(more + i, count));
+        F total =
+            widen(load_some<HalfVector>(x + i, count)) + widen(load_some<HalfVector>(residual + i, count));
         store_some(sum + i, narrow(total), count);
       }
       x = sum;
@@ -40,18 +41,19 @@ static void rms_norm(const RmsNormArgs& n) {
     float scale = inverse_rms(x, n.width, n.epsilon);
     for (int i = 0; i < n.width; i += LANES)
       store_some(n.out + row * n.width + i, narrow(rms_normed(x + i, n.weight + i, scale, n.width - i)),
-               n.width - i);
+                 n.width - i);
   }
 }
 
-// silu of the first half of a row times the second: this thread's part of the rows.
+// silu(first half) * second half, for this thread's share of the rows.
 static void silu_and_mul(const SiluMulArgs& g) {
   ThreadRange part(g.rows);
   for (int64_t row = part.first; row < part.last; row++) {
     const uint16_t *first = g.gate_up + 2 * row * g.width, *second = first + g.width;
     for (int i = 0; i < g.width; i += LANES) {
       int count = g.width - i;
-      F y = silu_times(widen(load_some<HalfVector>(first + i, count)), widen(load_some<HalfVector>(second + i, count)));
+      F y = silu_times(widen(load_some<HalfVector>(first + i, count)),
+                       widen(load_some<HalfVector>(second + i, count)));
       store_some(g.out + row * g.width + i, narrow(y), count);
     }
   }
@@ -59,17 +61,17 @@ static void silu_and_mul(const SiluMulArgs& g) {
 
 constexpr float NEG_INF = -__builtin_inff();
 
-// The place of the greatest number of a row, the first of equals, without place `but`; -1 where there
-// is none that is more than minus infinity.
+// Index of the row's largest number, skipping index `excluded`; the lowest index on ties; -1 if no
+// number is greater than minus infinity.
 static int64_t argmax(const float* x, int width, int64_t excluded) {
   F best = F{} + NEG_INF;
   I best_index = I{} - 1, index;
   for (int lane = 0; lane < LANES; lane++) index[lane] = lane;
   for (int i = 0; i < width; i += LANES, index += LANES) {
-    F count = load_some<F>(x + i, width - i);
-    I more = (count > best) & (index < width) & (index != int32_t(excluded));
-    best = more ? count : best;
-    best_index = more ? index : best_index;
+    F lanes = load_some<F>(x + i, width - i);
+    I greater = (lanes > best) & (index < width) & (index != int32_t(excluded));
+    best = greater ? lanes : best;
+    best_index = greater ? index : best_index;
   }
   int result = -1;
   float peak = NEG_INF;
@@ -81,7 +83,7 @@ static int64_t argmax(const float* x, int width, int64_t excluded) {
   return result;
 }
 
-// log of the sum of e**x, for numbers none of which is more than `most`.
+// log(sum(e**x)), given the maximum `peak` of x.
 static float log_sum_exp(const float* x, int width, float peak) {
   F sum = {};
   for (int i = 0; i < width; i += LANES) {

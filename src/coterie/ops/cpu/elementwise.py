@@ -1,4 +1,4 @@
-"""What is done to every row by itself: norms, and what a row of logits says."""
+"""Row-wise kernels: RMS norm and logits summary."""
 
 from __future__ import annotations
 
@@ -7,14 +7,19 @@ import ctypes
 import torch
 from torch import Tensor
 
-from coterie.ops.cpu.experts import ERROR_MESSAGES, is_available, require_library
-from coterie.ops.cpu.library import LogitsSummaryArgs, RmsNormArgs
+from coterie.ops.cpu.library import (
+    ERROR_MESSAGES,
+    LogitsSummaryArgs,
+    RmsNormArgs,
+    is_available,
+    require_library,
+)
 from coterie.ops.cpu.op_chain import run_ops
 from coterie.values import LogitsSummary
 
 
 def supports_rms_norm(x: Tensor, weight: Tensor) -> bool:
-    """Whether ``rms_norm`` takes them."""
+    """Whether ``rms_norm`` supports these tensors."""
     is_bf16 = x.dtype == weight.dtype == torch.bfloat16
     return is_bf16 and x.device.type == "cpu" and x.is_contiguous() and is_available()
 
@@ -29,16 +34,16 @@ def rms_norm(x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
 def add_rms_norm(
     x: Tensor, residual: Tensor, weight: Tensor, epsilon: float
 ) -> tuple[Tensor, Tensor]:
-    """See ``ops.add_norm``."""
+    """See ``ops.add_rms_norm``."""
     residual, total, out = residual.contiguous(), torch.empty_like(x), torch.empty_like(x)
     args = rms_norm_args(x, weight, epsilon, out)
-    args.more, args.sum = residual.data_ptr(), total.data_ptr()
+    args.residual, args.sum = residual.data_ptr(), total.data_ptr()
     run_ops(args)
     return total, out
 
 
 def rms_norm_args(x: Tensor, weight: Tensor, epsilon: float, out: Tensor) -> RmsNormArgs:
-    """The work of a norm; ``norms`` says of what."""
+    """The kernel arguments of an RMS norm."""
     width = x.shape[-1]
     return RmsNormArgs(
         x=x.data_ptr(),
@@ -51,27 +56,27 @@ def rms_norm_args(x: Tensor, weight: Tensor, epsilon: float, out: Tensor) -> Rms
 
 
 def supports_logits_summary(logits: Tensor) -> bool:
-    """Whether ``survey`` takes them."""
+    """Whether ``summarize_logits`` supports these logits."""
     return logits.dtype == torch.float32 and logits.device.type == "cpu" and is_available()
 
 
 def summarize_logits(logits: Tensor, mask_id: int) -> LogitsSummary:
-    """See ``ops.survey``."""
+    """See ``ops.summarize_logits``."""
     logits = logits.detach().contiguous()
     rows, width = logits.shape
     best, unmasked = torch.empty(2, rows, dtype=torch.int64)
-    total = torch.empty(rows)
+    logsumexp = torch.empty(rows)
     args = LogitsSummaryArgs(
         logits=logits.data_ptr(),
         best=best.data_ptr(),
         unmasked=unmasked.data_ptr(),
-        total=total.data_ptr(),
+        logsumexp=logsumexp.data_ptr(),
         rows=rows,
         width=width,
-        mask=mask_id,
+        mask_id=mask_id,
         threads=torch.get_num_threads(),
     )
     kernels = require_library()
     if status := kernels.handle.coterie_summarize_logits(kernels.isa(), ctypes.byref(args)):
-        raise RuntimeError(f"the logits could not be surveyed: {ERROR_MESSAGES[status]}")
-    return LogitsSummary.from_logits(logits, best, unmasked, total)
+        raise RuntimeError(f"summarize_logits failed: {ERROR_MESSAGES[status]}")
+    return LogitsSummary.from_logits(logits, best, unmasked, logsumexp)

@@ -1,11 +1,11 @@
-// One layer's experts over the tokens routed to them. Included once per instruction set.
+// Runs one layer's experts on the tokens routed to them. Included once per instruction set.
 #pragma once
 #include "workspace.hpp"
 #include "prefetch.hpp"
 
 namespace COTERIE_ISA {
 
-// Calls body.run<M>(first) over tiles of tokens, as even as can be: 14 are 7 and 7, not 13 and 1.
+// Calls body.run<count>(first): turns a runtime tile size of at most M into a template argument.
 template <int M, class Body>
 static void tile(int count, int first, const Body& body) {
   if constexpr (M > 0) {
@@ -17,6 +17,8 @@ static void tile(int count, int first, const Body& body) {
   }
 }
 
+// Calls body.run<M>(first) over tiles of at most TILE tokens of nearly equal size: 14 become 7 and
+// 7, not 13 and 1.
 template <int TILE, class Body>
 static void tiles(int count, const Body& body) {
   int parts = (count + TILE - 1) / TILE;
@@ -27,12 +29,12 @@ static void tiles(int count, const Body& body) {
   }
 }
 
-// A couple of panels against the tokens of one expert.
+// Multiplies a pair of panels with the tokens of one expert.
 template <class Format>
 struct PanelPair {
   const WeightWalk<Format>& walk;
   Prefetcher<Format>& prefetcher;
-  int k, pair_index, begin;  // the first pair of a token and this expert
+  int k, pair_index, begin;  // begin: the expert's first token-expert pair
 
   template <int A, int M>
   void dot(int first, const uint8_t* const (&rows)[M], F (&sum)[2][M]) const {
@@ -42,7 +44,7 @@ struct PanelPair {
   }
 };
 
-// silu(gate) * up: sixteen columns of h.
+// Computes sixteen columns of h = silu(gate) * up.
 template <class Format>
 struct GateUp {
   PanelPair<Format> panel_pair;
@@ -62,7 +64,7 @@ struct GateUp {
   }
 };
 
-// Up to 32 columns of the output, weighted and added.
+// Computes up to 32 columns of the output and adds them, weighted.
 template <class Format>
 struct Down {
   PanelPair<Format> panel_pair;
@@ -96,7 +98,7 @@ static void multiply_run(const WeightWalk<Format>& walk, Prefetcher<Format>& pre
     tiles<Format::TILE>(walk.d.count(walk.i), Body<Format>{{walk, prefetcher, k, pair_index, begin}});
 }
 
-// Sixteen numbers of a token from column k on; zeros past the end.
+// Sixteen numbers of a token from column k on, zero past the end.
 static inline F load_activations(const ExpertsArgs& c, size_t token, int k) {
   size_t at = token * c.hidden + k;
   int count = min_int(LANES, c.hidden - k);
@@ -114,7 +116,8 @@ static inline F load_activations(const ExpertsArgs& c, size_t token, int k) {
   return values;
 }
 
-// This thread's part of the tokens, as the weights' format meets them, and of the output, empty.
+// Encodes this thread's share of the tokens for the weight format, and zeroes its share of the
+// output.
 template <class Format>
 static void encode_tokens(const ExpertsArgs& c, const Workspace<Format>& d) {
   constexpr int A = Format::OF_X;
@@ -128,7 +131,7 @@ static void encode_tokens(const ExpertsArgs& c, const Workspace<Format>& d) {
     }
   }
   if (padded(c.width, LANES) == padded(c.width, Format::ROW)) return;
-  ThreadRange pairs(d.begin[c.slots]);  // the ends of rows that no column of h fills
+  ThreadRange pairs(d.begin[c.slots]);  // zero the padding of h that no column fills
   memset(d.h + pairs.first * d.h_row, 0, (pairs.last - pairs.first) * d.h_row);
 }
 

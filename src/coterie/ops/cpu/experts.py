@@ -1,4 +1,4 @@
-"""Packing experts, and calling the kernels on them."""
+"""Packs experts and runs them with the kernels."""
 
 from __future__ import annotations
 
@@ -10,14 +10,13 @@ from contextlib import suppress
 import torch
 from torch import Tensor
 
-from coterie.errors import CoterieError
 from coterie.ops.cpu.library import (
+    ERROR_MESSAGES,
     FORMAT_IDS,
     ExpertsArgs,
-    KernelLibrary,
     PackArgs,
     ReadArgs,
-    load_library,
+    require_library,
 )
 from coterie.ops.packed_layout import (
     EXPERT_ALIGNMENT,
@@ -28,38 +27,21 @@ from coterie.ops.packed_layout import (
 from coterie.quantization import QTensor
 from coterie.values import PackedExperts, Routing, Slab
 
-ERROR_MESSAGES = {
-    1: "this instruction set is not there",
-    2: "no memory is left for it",
-    3: "the routing names an expert or a slot that is not there",
-    6: "these are more works than one call takes",
-}
-
-
-def is_available() -> bool:
-    """Whether the kernels were built and fit this package; if not, why is said once."""
-    return load_library() is not None
-
-
-def available_isas() -> tuple[str, ...]:
-    """The instruction sets that run here, from the plainest to the best."""
-    return tuple(require_library().isas)
-
 
 def packed_format(slab: Slab) -> PackedFormat | None:
-    """What ``pack`` makes of a slab: None where its weights are none that the kernels take."""
+    """The format in which ``pack`` stores a slab; None if the kernels do not support it."""
     return packed_format_of(slab.gate_up, slab.down) if slab.gate_up.device.type == "cpu" else None
 
 
 def pack(slab: Slab, *, release_source: bool = False) -> Slab:
-    """The same experts in panels, in memory of their own; ``packed_format`` says which slabs can.
+    """The experts in the packed layout, in new memory; see ``packed_format`` for supported slabs.
 
-    One expert a thread: beyond the result this needs a few megabytes. With ``spend`` the pages of
-    what is packed go back to the system, and the slab that was given is rubble.
+    Packs one expert per thread, so it needs only a few megabytes besides the result. With
+    ``release_source`` the source pages are returned to the system and ``slab`` becomes invalid.
     """
     format_, (experts, hidden, width) = packed_format(slab), slab.down.shape
     if format_ is None:
-        raise ValueError(f"no kernel takes experts in {slab.gate_up.dtype}")
+        raise ValueError(f"the kernels do not support experts in {slab.gate_up.dtype}")
     packed = allocate(experts, expert_bytes(format_, hidden=hidden, width=width))
     gate_up, down = slab.gate_up, slab.down
     batch_size = torch.get_num_threads()
@@ -79,30 +61,27 @@ def pack(slab: Slab, *, release_source: bool = False) -> Slab:
 
 
 def expert_bytes(format_: PackedFormat, *, hidden: int, width: int) -> int:
-    """Bytes from one packed expert to the next."""
+    """Bytes of one packed expert, aligned."""
     size = require_library().handle.coterie_expert_bytes(FORMAT_IDS[format_], hidden, width)
     return -(-size // EXPERT_ALIGNMENT) * EXPERT_ALIGNMENT
 
 
 def run_experts(x: Tensor, routing: Routing, slab: Slab) -> Tensor:
-    """See ``ops.run_experts``. Bit for bit the same whatever the number of threads."""
+    """See ``ops.run_experts``. The result is bit-identical for any number of threads."""
     packed, (tokens, hidden) = slab.gate_up, x.shape
     assert isinstance(packed, PackedExperts)
     slots, gate_up_rows, expert_hidden = packed.shape
     if hidden != expert_hidden:
-        raise ValueError(f"tokens of {hidden} numbers meet experts of {expert_hidden}")
+        raise ValueError(f"tokens have {hidden} features, the experts {expert_hidden}")
     x = x.detach() if x.dtype in (torch.float32, torch.bfloat16) else x.detach().float()
-    x, ids, weights = (
-        x.contiguous(),
-        routing.topk_ids.contiguous(),
-        routing.topk_weights.contiguous(),
-    )
+    x, ids = x.contiguous(), routing.topk_ids.contiguous()
+    weights = routing.topk_weights.contiguous()
     if ids.shape != weights.shape or len(ids) != tokens:
         raise ValueError(
             f"{tokens} tokens, ids {tuple(ids.shape)} and weights {tuple(weights.shape)}"
         )
     if ids.dtype != torch.int64 or weights.dtype != torch.float32:
-        raise ValueError(f"ids in {ids.dtype} and weights in {weights.dtype}: int64 and float32")
+        raise ValueError(f"ids are {ids.dtype} and weights {weights.dtype}; use int64 and float32")
     out = torch.empty(tokens, hidden)
     kernels = require_library()
     args = ExpertsArgs(
@@ -124,12 +103,12 @@ def run_experts(x: Tensor, routing: Routing, slab: Slab) -> Tensor:
         x_is_bf16=x.dtype == torch.bfloat16,
     )
     if status := kernels.handle.coterie_run_experts(kernels.isa(), ctypes.byref(args)):
-        raise RuntimeError(f"the experts could not run: {ERROR_MESSAGES[status]}")
+        raise RuntimeError(f"run_experts failed: {ERROR_MESSAGES[status]}")
     return out
 
 
 def read_experts(slab: Slab, used: Tensor) -> int:
-    """Read the bytes of the experts ``used`` (bool [E]) and do nothing else: what memory allows."""
+    """Reads the bytes of the experts ``used`` (bool [E]) and computes nothing else."""
     packed = slab.gate_up
     assert isinstance(packed, PackedExperts)
     slots = slab.slot_of[used]
@@ -145,10 +124,10 @@ def read_experts(slab: Slab, used: Tensor) -> int:
 
 
 def allocate(experts: int, size: int) -> Tensor:
-    """Uninitialised [experts, size] uint8, in huge pages where the system has them."""
+    """Uninitialised [experts, size] uint8, in huge pages if the system supports them."""
     if not experts:
         return torch.empty(0, size, dtype=torch.uint8)
-    # Shared memory, which is what mmap makes unless told, gets huge pages on few systems.
+    # Private: mmap's default, shared memory, gets huge pages on few systems.
     mapping = mmap.mmap(-1, experts * size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     with suppress(OSError, AttributeError):  # a system without huge pages
         mapping.madvise(mmap.MADV_HUGEPAGE)
@@ -156,7 +135,7 @@ def allocate(experts: int, size: int) -> Tensor:
 
 
 def release_pages(tensors: Sequence[Tensor]) -> None:
-    """Hand the pages inside these tensors to the system; whoever reads them now finds zeros."""
+    """Returns the pages inside these tensors to the system; reading them yields zeros."""
     if not hasattr(mmap, "MADV_DONTNEED"):
         return
     for tensor in tensors:
@@ -171,7 +150,7 @@ def release_pages(tensors: Sequence[Tensor]) -> None:
 def _pack_into(
     packed: Tensor, format_: PackedFormat, weights: Sequence[Tensor], scales: Sequence[Tensor]
 ) -> None:
-    """Weights are gate_up [n, 2 I, H] and down [n, H, I]; scales theirs, or none for bf16."""
+    """Packs gate_up [n, 2 I, H] and down [n, H, I] with their scales (none for bf16)."""
     experts, hidden, width = weights[1].shape
     if weights[0].shape != (experts, 2 * width, hidden):
         raise ValueError(f"gate_up {tuple(weights[0].shape)} and down {tuple(weights[1].shape)}")
@@ -188,11 +167,3 @@ def _pack_into(
         FORMAT_IDS[format_],
     )
     require_library().handle.coterie_pack(ctypes.byref(args))
-
-
-def require_library() -> KernelLibrary:
-    """The kernels; raises CoterieError where there are none."""
-    kernels = load_library()
-    if kernels is None:
-        raise CoterieError("the kernels for CPUs are not built; with a C++ compiler, install again")
-    return kernels

@@ -1,19 +1,20 @@
-// How a weight lies in memory and meets an activation. Rows are read sixteen at a time, two such panels
-// (gate and up of the same rows, or two neighbours of down) side by side, so that one contiguous run
-// of bytes feeds both. Included once per instruction set; the layout is the same for all of them.
+// The weight formats: memory layout, activation encoding and dot product. A panel is sixteen rows.
+// Panels come in pairs (gate and up of the same rows, or two adjacent panels of down), interleaved
+// so that one contiguous stream feeds both. Included once per instruction set; the layout is the
+// same for all of them.
 #pragma once
 #include "api.hpp"
 #include "simd.hpp"
 
 namespace COTERIE_ISA {
 
-constexpr int STEP = 128;          // bytes of both panels in one step: four of each row
-constexpr int PAIR_COLUMNS = 2 * LANES;  // columns of the output that a couple of panels of down makes
+constexpr int STEP = 128;                // bytes of a panel pair in one step: four of each row
+constexpr int PAIR_COLUMNS = 2 * LANES;  // output columns of one panel pair of down
 
-// What is asked of memory while panels are met: so many bytes each time, of panels that are met later.
+// Prefetches `pace` bytes per step from a stream of weights that is read later.
 struct PrefetchCursor {
-  static constexpr int MAX_BYTES = 192;  // bytes at a time
-  const uint8_t *at, *end, *next;   // from `end` on it goes on at `next`
+  static constexpr int MAX_BYTES = 192;  // bytes per step
+  const uint8_t *at, *end, *next;        // at `end` it continues at `next`
   size_t pace;
   inline void advance() {
     prefetch(at);
@@ -26,14 +27,15 @@ struct PrefetchCursor {
   }
 };
 
-// Tokens in a tile, each with so many vectors of sums that stay in registers. Small ones compile faster.
+// Tokens in a tile such that `vectors` accumulators per token stay in registers. COTERIE_SMALL
+// compiles faster.
 static constexpr int tile_of(int vectors) {
 #if defined(COTERIE_SMALL)
   return 2 + 0 * vectors;
 #elif defined(__AVX512F__)
   return 26 / vectors;
 #elif defined(__AVX2__)
-  return vectors > 2 ? 2 : 3;  // two registers to a vector, and only sixteen of them
+  return vectors > 2 ? 2 : 3;  // a vector takes two of only sixteen registers
 #else
   return 4 + 0 * vectors;
 #endif
@@ -41,12 +43,12 @@ static constexpr int tile_of(int vectors) {
 
 static inline int padded(int n, int to) { return (n + to - 1) / to * to; }
 
-// bf16 weights, two k's a step: [K / 2][2 panels][16 rows][2 k's].
+// bf16 weights, two k per step: [K / 2][2 panels][16 rows][2 k].
 struct Bf16 {
   static constexpr int GROUP = 2;
   static constexpr int TILE = tile_of(2);
-  static constexpr int ROW = LANES;                 // activations are kept in multiples of it
-  static constexpr int OF_X = LANES, OF_H = LANES;  // no activations share a scale
+  static constexpr int ROW = LANES;                 // activation rows are padded to a multiple of this
+  static constexpr int OF_X = LANES, OF_H = LANES;  // activations per encode call; bf16 has no scales
 #ifdef __AVX512BF16__
   using Activation = uint16_t;
 #else
@@ -55,9 +57,11 @@ struct Bf16 {
   static int steps(int k) { return padded(k, GROUP) / 2; }
   static size_t panel_bytes(int k) { return size_t(steps(k)) * STEP; }
   template <int>
-  static size_t row_bytes(int k) { return size_t(padded(k, ROW)) * sizeof(Activation); }
+  static size_t row_bytes(int k) {
+    return size_t(padded(k, ROW)) * sizeof(Activation);
+  }
 
-  // Sixteen activations from k on.
+  // Encodes sixteen activations from k on.
   template <int>
   static void encode(const F (&x)[1], int k, uint8_t* row) {
 #ifdef __AVX512BF16__
@@ -101,7 +105,8 @@ struct Bf16 {
   }
 };
 
-// acc + the four products of bytes in each lane: unsigned w, signed x (the same four in every lane).
+// acc + the dot product of four bytes in each lane: unsigned w, signed x (the same four bytes in
+// every lane).
 static inline I dot4(I acc, U w, int32_t x) {
 #if defined(__AVX512VNNI__)
   return (I)_mm512_dpbusd_epi32((__m512i)acc, (__m512i)w, _mm512_set1_epi32(x));
@@ -132,27 +137,30 @@ static inline I dot4(I acc, U w, int32_t x) {
 #endif
 }
 
-// Whole-number weights, G k's of a row to a scale, against whole-number activations: X of a token's to
-// a scale, and sixteen of h. A weight is kept without its sign: a zero is added, and taken off again
-// through the sums of activations.
-// A panel's group in memory: scales [2 panels][16 rows] in bf16, then [G / PER_STEP][2][16][PER_STEP].
-// An activation's group of A in memory: A bytes, its scale, and minus the weights' zero times its sum.
+// Integer weights with one scale per G k of a row; integer activations with one scale per X
+// elements of a token and per sixteen elements of h. Weights are stored unsigned, with a zero point
+// of ZERO. The zero point is subtracted through the sum of the activations.
+// Layout of a weight group: scales [2 panels][16 rows] in bf16, then [G /
+// PER_STEP][2][16][PER_STEP].
+// Layout of an activation group of A: A bytes, the fp32 scale, and -ZERO times the int32 sum.
 template <int BITS, int G, int X>
 struct IntFormat {
   static constexpr int GROUP = G;
   static constexpr int ROW = G;
   static constexpr int OF_X = X, OF_H = LANES;
-  static constexpr int PER_STEP = 32 / BITS;  // k's of one row in a step
+  static constexpr int PER_STEP = 32 / BITS;  // k of one row in a step
   static constexpr int STEPS = G / PER_STEP;
   static constexpr int ZERO = 1 << (BITS - 1);
-  static constexpr int TILE = tile_of(4);  // sums of an activation's group and of a weight's
+  static constexpr int TILE = tile_of(4);  // accumulators per activation group and per weight group
   static constexpr size_t SCALES = 64, PANEL_GROUP = SCALES + STEPS * STEP;
   static int steps(int k) { return padded(k, G) / PER_STEP; }
   static size_t panel_bytes(int k) { return padded(k, G) / G * PANEL_GROUP; }
   template <int A>
-  static size_t row_bytes(int k) { return padded(k, ROW) / A * size_t(A + 8); }
+  static size_t row_bytes(int k) {
+    return padded(k, ROW) / A * size_t(A + 8);
+  }
 
-  // Activations from k on, as many as share a scale.
+  // Encodes the A activations from k on, which share a scale.
   template <int A>
   static void encode(const F (&x)[A / LANES], int k, uint8_t* row) {
     row += k / A * (A + 8);
@@ -190,8 +198,7 @@ struct IntFormat {
       for (int a = 0; a < G / A; a++, at += A + 8) {
         I acc[2][M];
         UNROLL
-        for (int m = 0; m < M; m++)
-          acc[0][m] = acc[1][m] = I{} + load<int32_t>(rows[m] + at + A + 4);
+        for (int m = 0; m < M; m++) acc[0][m] = acc[1][m] = I{} + load<int32_t>(rows[m] + at + A + 4);
         UNROLL
         for (int s = 0; s < A / PER_STEP; s++, w += STEP) {
           cursor.advance();
@@ -217,9 +224,10 @@ struct IntFormat {
     UNROLL
     for (int part = 0; part < 8 / BITS; part++) {
       U four[2] = {panel[0], panel[1]};
-      if (BITS == 4)
+      if (BITS == 4) {
         UNROLL
         for (int p = 0; p < 2; p++) four[p] = (panel[p] >> (4 * part)) & 0x0f0f0f0fu;
+      }
       UNROLL
       for (int m = 0; m < M; m++) {
         int32_t x = load<int32_t>(rows[m] + at + 4 * part);

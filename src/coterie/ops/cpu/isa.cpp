@@ -1,4 +1,4 @@
-// Compiled once per instruction set, under its flags and with COTERIE_ISA naming it.
+// Compiled once per instruction set, with its compiler flags and COTERIE_ISA as its name.
 #include "op_chain.hpp"
 #include "experts.hpp"
 #include "routing.hpp"
@@ -16,9 +16,7 @@ extern "C" int32_t CONCAT(run_experts_, COTERIE_ISA)(const ExpertsArgs& args) {
   }
 }
 
-extern "C" int32_t CONCAT(run_ops_, COTERIE_ISA)(const OpList& ops) {
-  return COTERIE_ISA::run_ops(ops);
-}
+extern "C" int32_t CONCAT(run_ops_, COTERIE_ISA)(const OpList& ops) { return COTERIE_ISA::run_ops(ops); }
 
 extern "C" int32_t CONCAT(route_, COTERIE_ISA)(const RouteArgs& args) {
   return COTERIE_ISA::routing::run_route(args);

@@ -1,4 +1,4 @@
-"""The compiled kernels as Python sees them: ``api.hpp`` written down a second time."""
+"""The compiled kernels and their argument structs, which mirror ``api.hpp`` field by field."""
 
 from __future__ import annotations
 
@@ -21,14 +21,21 @@ from ctypes import (
 from dataclasses import dataclass
 from functools import cache
 
-from coterie.errors import CoterieError
+from coterie.errors import ConfigError
 from coterie.ops.cpu.build import LIBRARY_PATH
 from coterie.ops.packed_layout import LAYOUT_VERSION
 
 ABI_VERSION = 5
 FORMAT_IDS: Mapping[str, int] = {"bf16": 0, "int8": 1, "int4": 2}
-VOTE_KINDS = ("topk-prob", "weight", "count", "full", "margin", "max")  # by their numbers
+VOTE_KINDS = ("topk-prob", "weight", "count", "full", "margin", "max")  # in the order of their ids
 ISA_VARIABLE = "COTERIE_ISA"
+ERROR_MESSAGES = {
+    1: "the CPU does not support this instruction set",
+    2: "out of memory",
+    3: "the routing names an expert or a slot that does not exist",
+    6: "too many operations for one call",
+}
+"""By status code."""
 
 
 class ExpertsArgs(Structure):
@@ -76,7 +83,7 @@ class MatmulArgs(Structure):
     """See ``api.hpp``."""
 
     _fields_ = (
-        *((name, c_void_p) for name in ("x", "panels", "beside", "out")),
+        *((name, c_void_p) for name in ("x", "panels", "residual", "out")),
         *((name, c_int32) for name in ("tokens", "k", "rows", "format")),
         *((name, c_int32) for name in ("x_is_bf16", "out_is_bf16")),
     )
@@ -86,14 +93,17 @@ class RouteArgs(Structure):
     """See ``api.hpp``."""
 
     _fields_ = (
-        *((name, c_void_p) for name in ("logits", "p", "bias", "voice", "resident")),
-        *((name, c_void_p) for name in ("ids", "own", "weights", "used", "ballots", "sums")),
-        *((name, c_void_p) for name in ("before", "say", "coresets", "stayed", "lost")),
-        *((name, c_double) for name in ("mass", "lam", "eps", "drift")),
+        *((name, c_void_p) for name in ("logits", "p", "bias", "vote_weight", "resident")),
+        *((name, c_void_p) for name in ("ids", "vanilla_ids", "weights", "used")),
+        *((name, c_void_p) for name in ("ballots", "sums", "previous_coresets")),
+        *((name, c_void_p) for name in ("reuse_vote_weight", "coresets", "reused", "vote_loss")),
+        *((name, c_double) for name in ("mass", "resident_bonus", "max_vote_loss")),
+        ("reuse_tolerance", c_double),
         *((name, c_float) for name in ("scale", "epsilon")),
         *((name, c_int32) for name in ("stride", "sequences", "tokens", "experts", "k")),
-        *((name, c_int32) for name in ("groups", "kept", "renormalise", "biased")),
-        *((name, c_int32) for name in ("vote", "first", "count", "least", "protect", "most")),
+        *((name, c_int32) for name in ("groups", "kept_groups", "renormalise", "biased")),
+        *((name, c_int32) for name in ("vote", "union_size", "count", "min_experts")),
+        *((name, c_int32) for name in ("protect", "max_experts")),
     )
 
 
@@ -102,11 +112,12 @@ class AttentionArgs(Structure):
 
     _fields_ = (
         *((name, c_void_p) for name in ("qkv", "query_norm", "key_norm", "cos", "sin")),
-        *((name, c_void_p) for name in ("positions", "places", "limits", "keys", "values", "out")),
+        *((name, c_void_p) for name in ("positions", "cache_rows", "limits")),
+        *((name, c_void_p) for name in ("keys", "values", "out")),
         *((name, c_size_t) for name in ("row_stride", "head_stride")),
         *((name, c_float) for name in ("epsilon", "scale")),
-        *((name, c_int32) for name in ("rows", "width", "heads", "kv_heads", "dim", "half")),
-        ("reach", c_int32),
+        *((name, c_int32) for name in ("rows", "width", "heads", "kv_heads", "dim")),
+        *((name, c_int32) for name in ("rotary_half", "kv_length")),
     )
 
 
@@ -114,7 +125,7 @@ class RmsNormArgs(Structure):
     """See ``api.hpp``."""
 
     _fields_ = (
-        *((name, c_void_p) for name in ("x", "more", "weight", "sum", "out")),
+        *((name, c_void_p) for name in ("x", "residual", "weight", "sum", "out")),
         ("epsilon", c_float),
         *((name, c_int32) for name in ("rows", "width")),
     )
@@ -124,7 +135,7 @@ class SiluMulArgs(Structure):
     """See ``api.hpp``."""
 
     _fields_ = (
-        *((name, c_void_p) for name in ("both", "out")),
+        *((name, c_void_p) for name in ("gate_up", "out")),
         *((name, c_int32) for name in ("rows", "width")),
     )
 
@@ -132,60 +143,59 @@ class SiluMulArgs(Structure):
 class Op(Structure):
     """See ``api.hpp``."""
 
-    _fields_ = (("work", c_void_p), ("kind", c_int32))
+    _fields_ = (("args", c_void_p), ("kind", c_int32))
 
 
 class OpList(Structure):
     """See ``api.hpp``."""
 
-    _fields_ = (("links", c_void_p), ("count", c_int32), ("threads", c_int32))
+    _fields_ = (("ops", c_void_p), ("count", c_int32), ("threads", c_int32))
 
 
 class LogitsSummaryArgs(Structure):
     """See ``api.hpp``."""
 
     _fields_ = (
-        *((name, c_void_p) for name in ("logits", "best", "unmasked", "total")),
-        *((name, c_int32) for name in ("rows", "width", "mask", "threads")),
+        *((name, c_void_p) for name in ("logits", "best", "unmasked", "logsumexp")),
+        *((name, c_int32) for name in ("rows", "width", "mask_id", "threads")),
     )
 
 
 @dataclass(frozen=True)
 class KernelLibrary:
-    """The loaded library, and which of its instruction sets run here: name -> its number."""
+    """The loaded library and the supported instruction sets: name -> id, slowest first."""
 
     handle: ctypes.CDLL
     isas: Mapping[str, int]
 
     def isa(self) -> int:
-        """The best one, or what COTERIE_ISA asks for."""
+        """The id of the fastest instruction set, or of the one in $COTERIE_ISA."""
         isa_name = os.environ.get(ISA_VARIABLE)
         if not isa_name:
             return max(self.isas.values())
         if isa_name not in self.isas:
-            raise CoterieError(
-                f"{ISA_VARIABLE}={isa_name}: no such instruction set here; known: {', '.join(self.isas)}"
-            )
+            known = ", ".join(self.isas)
+            raise ConfigError(f"{ISA_VARIABLE}={isa_name}: not supported here; known: {known}")
         return self.isas[isa_name]
 
     def is_widest_isa(self) -> bool:
-        """Whether that one has the widest registers."""
+        """Whether the selected instruction set has 512-bit registers, if any supported one has."""
         return self.isa() >= self.isas.get("avx512", len(self.isas))
 
 
 @cache
 def load_library() -> KernelLibrary | None:
-    """The kernels, or None where they were not built; why is said once."""
+    """The kernels, or None if they cannot be used; the reason is logged once."""
     try:
         handle = ctypes.CDLL(str(LIBRARY_PATH))
         handle.coterie_abi_version.argtypes = handle.coterie_layout_version.argtypes = ()
         versions = handle.coterie_abi_version(), handle.coterie_layout_version()
     except (OSError, AttributeError) as error:
         if LIBRARY_PATH.exists():
-            return _warn_unavailable(f"they do not load here ({error})")
-        return _warn_unavailable("no compiler was found when it was installed")
+            return _warn_unavailable(f"the library does not load ({error})")
+        return _warn_unavailable("no compiler was available at installation")
     if versions != (ABI_VERSION, LAYOUT_VERSION):
-        return _warn_unavailable("they were built for another version; install it again")
+        return _warn_unavailable("the library is of another version; reinstall")
     handle.coterie_isa_name.argtypes = (c_int32,)
     handle.coterie_isa_name.restype = c_char_p
     handle.coterie_isa_supported.argtypes = (c_int32,)
@@ -208,6 +218,24 @@ def load_library() -> KernelLibrary | None:
     return KernelLibrary(handle, _isas(handle))
 
 
+def is_available() -> bool:
+    """Whether the kernels can be used; if not, the reason is logged once."""
+    return load_library() is not None
+
+
+def require_library() -> KernelLibrary:
+    """The kernels; raises ConfigError if they are not available."""
+    kernels = load_library()
+    if kernels is None:
+        raise ConfigError("the CPU kernels are not built; install a C++ compiler and reinstall")
+    return kernels
+
+
+def available_isas() -> tuple[str, ...]:
+    """The supported instruction sets, slowest first."""
+    return tuple(require_library().isas)
+
+
 def _isas(handle: ctypes.CDLL) -> dict[str, int]:
     isas, index = {}, 0
     while (name := handle.coterie_isa_name(index)) is not None:
@@ -219,5 +247,5 @@ def _isas(handle: ctypes.CDLL) -> dict[str, int]:
 
 def _warn_unavailable(reason: str) -> None:
     logging.getLogger("coterie").warning(
-        "Coterie runs on PyTorch alone, without its own kernels for CPUs: %s", reason
+        "The CPU kernels are not available, PyTorch is used instead, which is slower: %s", reason
     )

@@ -1,11 +1,12 @@
-// One matrix for all tokens: out = x times the weight's transpose. Included once per instruction set.
+// Matrix product: out = x times the transpose of the weight. Included once per instruction set.
 #pragma once
 #include "experts.hpp"
 
 namespace COTERIE_ISA {
 
-// A step is 128 bytes of weight: of 2 x 16 rows two k's in bf16, or one in fp32. The activations that
-// it meets lie together, those of all tokens of a tile: `WORDS` times four bytes for each.
+// A step is 128 bytes of weights: 2 x 16 rows times two k in bf16, or one k in fp32. The
+// activations of a step are contiguous for all tokens of a tile: `WORDS` times four bytes per
+// token.
 struct Bf16Matrix {
   static constexpr int PER_STEP = 2;
 #ifdef __AVX512BF16__
@@ -15,11 +16,11 @@ struct Bf16Matrix {
     store(to, uint32_t(narrow(even)) | uint32_t(narrow(odd)) << 16);
   }
 #else
-  static constexpr int WORDS = 2;  // two floats, `apart` bytes from each other
+  static constexpr int WORDS = 2;  // two floats, `stride` bytes apart
 
-  static void encode(float even, float odd, uint8_t* to, size_t apart) {
+  static void encode(float even, float odd, uint8_t* to, size_t stride) {
     store(to, even);
-    store(to + apart, odd);
+    store(to + stride, odd);
   }
 #endif
 
@@ -66,7 +67,7 @@ struct Fp32Matrix {
 };
 
 #ifdef __AVX512F__
-// Sixteen rows of sixteen words become columns.
+// Transposes a 16 x 16 matrix of 32-bit words.
 static inline void transpose16(__m512i (&row)[LANES]) {
   __m512i two[LANES];
   UNROLL
@@ -82,7 +83,7 @@ static inline void transpose16(__m512i (&row)[LANES]) {
     row[i + 3] = _mm512_unpackhi_epi64(two[i + 1], two[i + 3]);
   }
   UNROLL
-  for (int i = 0; i < 4; i++) {  // of four rows' quarters: the even ones, then the odd ones
+  for (int i = 0; i < 4; i++) {  // even quarters of four rows, then odd quarters
     two[i] = _mm512_shuffle_i32x4(row[i], row[i + 4], 0x88);
     two[i + 4] = _mm512_shuffle_i32x4(row[i], row[i + 4], 0xdd);
     two[i + 8] = _mm512_shuffle_i32x4(row[i + 8], row[i + 12], 0x88);
@@ -101,19 +102,18 @@ static inline size_t tile_offset(int first, int steps) {
   return size_t(first) * steps * 4 * MatrixFormat::WORDS;
 }
 
-// Lays a tile of tokens out as its steps will meet it.
+// Reorders a tile of tokens into the order in which the steps read it.
 template <class MatrixFormat>
 struct RowTile {
   const MatmulArgs& p;
-  uint8_t* x;  // all tiles
+  uint8_t* x;  // output: all tiles
   int steps;
-  const uint8_t* first_pair;  // comes to the second cache meanwhile
+  const uint8_t* first_pair;  // prefetched to L2 meanwhile
 
-  float number(int token, int i) const {
+  float element(int token, int i) const {
     if (i >= p.k) return 0;
     size_t at = size_t(token) * p.k + i;
-    return p.x_is_bf16 ? widen(static_cast<const uint16_t*>(p.x)[at])
-                       : static_cast<const float*>(p.x)[at];
+    return p.x_is_bf16 ? widen(static_cast<const uint16_t*>(p.x)[at]) : static_cast<const float*>(p.x)[at];
   }
 
   template <int M>
@@ -134,13 +134,13 @@ struct RowTile {
     for (; s < steps; s++, to += STEP_BYTES) {
       int i = s * MatrixFormat::PER_STEP;
       for (int m = 0; m < M; m++)
-        MatrixFormat::encode(number(first + m, i), number(first + m, i + 1), to + 4 * m, 4 * M);
+        MatrixFormat::encode(element(first + m, i), element(first + m, i + 1), to + 4 * m, 4 * M);
     }
   }
 
 #ifdef __AVX512F__
-  // Sixteen steps of a tile. Each writes sixteen words, of which the next one, or the next tile, keeps
-  // as many as there are tokens.
+  // Reorders sixteen steps of a tile. Each step writes sixteen words; the next step or tile
+  // overwrites those past the M tokens.
   template <int M>
   void transpose_steps(int first, int s, uint8_t* to) const {
     static_assert(M <= LANES, "a tile is no wider than a register");
@@ -160,12 +160,12 @@ struct RowTile {
 #endif
 };
 
-// A tile of tokens against a couple of panels. Arithmetic takes longer than reading once tokens are
-// many: meanwhile the tile's share of the next couple comes to the second cache, and what is met soon
-// from there to the first.
+// Multiplies a tile of tokens with a panel pair. With many tokens arithmetic takes longer than
+// reading, so each tile prefetches its share of the next panel pair to L2, and the weights needed
+// soon from L2 to L1.
 template <class MatrixFormat>
 struct MatmulTile {
-  static constexpr size_t PREFETCH_BYTES = 16 << 10;  // bytes
+  static constexpr size_t PREFETCH_BYTES = 16 << 10;  // distance to the weights in use
   const MatmulArgs& p;
   const uint8_t *w, *x, *next;
   int steps, column;
@@ -177,8 +177,10 @@ struct MatmulTile {
     for (int m = 0; m < M; m++) sum[0][m] = sum[1][m] = F{};
     const uint8_t *panel = w, *words = x + tile_offset<MatrixFormat>(first, steps);
     const uint8_t* prefetch_at = next + size_t(steps) * STEP * size_t(first) / size_t(p.tokens);
-    size_t prefetch_step = size_t(M) * STEP * 256 / size_t(p.tokens), prefetch_offset = 0;  // in 256ths of a byte
-    for (int s = 0; s < steps; s++, panel += STEP, words += 4 * M * MatrixFormat::WORDS, prefetch_offset += prefetch_step) {
+    size_t prefetch_step = size_t(M) * STEP * 256 / size_t(p.tokens),
+           prefetch_offset = 0;  // in 256ths of a byte
+    for (int s = 0; s < steps;
+         s++, panel += STEP, words += 4 * M * MatrixFormat::WORDS, prefetch_offset += prefetch_step) {
       __builtin_prefetch(prefetch_at + (prefetch_offset >> 8), 0, 2);
       if (2 * M > p.tokens) __builtin_prefetch(prefetch_at + (prefetch_offset >> 8) + 64, 0, 2);
       prefetch(panel + PREFETCH_BYTES);
@@ -206,7 +208,8 @@ struct MatmulTile {
   }
 };
 
-// What a thread needs for itself: lines that another one wrote come slower than they are made.
+// Scratch bytes of one thread. Each thread reorders the tokens itself: that is faster than reading
+// cache lines that another thread wrote.
 static size_t scratch_bytes(const MatmulArgs& p) {
   bool is_fp32 = p.format == FP32;
   int steps = is_fp32 ? p.k : padded(p.k, Bf16Matrix::PER_STEP) / Bf16Matrix::PER_STEP;
@@ -228,7 +231,7 @@ static void multiply(const MatmulArgs& p, uint8_t* x) {
   }
 }
 
-// This thread's part of the columns.
+// Computes this thread's share of the output columns.
 static void multiply(const MatmulArgs& p, uint8_t* scratch) {
   p.format == FP32 ? multiply<Fp32Matrix>(p, scratch) : multiply<Bf16Matrix>(p, scratch);
 }

@@ -1,4 +1,4 @@
-"""Matrices in panels, and all tokens times one of them."""
+"""Packed matrices and their products."""
 
 from __future__ import annotations
 
@@ -8,26 +8,26 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from coterie.ops.cpu.experts import allocate, release_pages, require_library
-from coterie.ops.cpu.library import MatmulArgs, PackMatrixArgs, SiluMulArgs
+from coterie.ops.cpu.experts import allocate, release_pages
+from coterie.ops.cpu.library import MatmulArgs, PackMatrixArgs, SiluMulArgs, require_library
 from coterie.ops.cpu.op_chain import run_ops
 from coterie.values import PackedMatrix
 
 _FORMAT_IDS: Mapping[torch.dtype, int] = {torch.bfloat16: 0, torch.float32: 3}
 """See ``api.hpp``."""
 
-PACK_CHUNK_ROWS = 1 << 12  # rows packed at once: a multiple of those in a couple of panels
+PACK_CHUNK_ROWS = 1 << 12  # rows packed at once; a multiple of a panel pair's rows
 
 
 def can_pack_matrix(weight: Tensor) -> bool:
-    """Whether ``pack_matrix`` takes it."""
+    """Whether ``pack_matrix`` supports this matrix."""
     return weight.device.type == "cpu" and weight.dim() == 2 and weight.dtype in _FORMAT_IDS
 
 
 def pack_matrix(weight: Tensor, *, release_source: bool = False) -> PackedMatrix:
-    """A matrix [rows, k] in bf16 or fp32 as ``linear`` reads it, in memory of its own.
+    """A matrix [rows, k] in bf16 or fp32 in the packed layout, in new memory.
 
-    With ``spend`` the pages of what is packed go back to the system meanwhile.
+    With ``release_source`` the source pages are returned to the system during packing.
     """
     rows, k = weight.shape
     weight = weight.detach().contiguous()
@@ -49,7 +49,7 @@ def pack_matrix(weight: Tensor, *, release_source: bool = False) -> PackedMatrix
 
 
 def linear(x: Tensor, weight: PackedMatrix, dtype: torch.dtype) -> Tensor:
-    """See ``ops.linear``. Bit for bit the same whatever the number of threads."""
+    """See ``ops.linear``. The result is bit-identical for any number of threads."""
     x = (x if x.dtype in _FORMAT_IDS else x.float()).detach().contiguous()
     out = empty_product(x, weight, dtype if dtype in _FORMAT_IDS else torch.float32)
     run_ops(matmul_args(x, weight, out))
@@ -61,7 +61,7 @@ def swiglu(x: Tensor, gate_up: PackedMatrix, down: PackedMatrix, residual: Tenso
     x = x.detach().contiguous()
     gate_up_out, width = empty_product(x, gate_up, x.dtype), down.shape[1]
     if gate_up.shape[0] != 2 * width:
-        raise ValueError(f"gate and up {gate_up.shape} and down {down.shape}")
+        raise ValueError(f"gate_up {gate_up.shape} does not match down {down.shape}")
     hidden, rows = gate_up_out.new_empty(*x.shape[:-1], width), x.numel() // x.shape[-1]
     out = empty_product(hidden, down, x.dtype)
     silu_args = SiluMulArgs(gate_up_out.data_ptr(), hidden.data_ptr(), rows, width)
@@ -70,23 +70,24 @@ def swiglu(x: Tensor, gate_up: PackedMatrix, down: PackedMatrix, residual: Tenso
         residual = residual.contiguous()
         if residual.dtype != torch.float32 or residual.numel() != out.numel():
             raise ValueError(
-                f"{tuple(residual.shape)} in {residual.dtype} beside {tuple(out.shape)}"
+                f"residual {tuple(residual.shape)} in {residual.dtype} does not match "
+                f"{tuple(out.shape)} in fp32"
             )
-        down_args.beside = residual.data_ptr()
+        down_args.residual = residual.data_ptr()
     run_ops(matmul_args(x, gate_up, gate_up_out), silu_args, down_args)
     return out
 
 
 def empty_product(x: Tensor, weight: PackedMatrix, dtype: torch.dtype) -> Tensor:
-    """Memory for the product of x with a matrix."""
+    """Uninitialised memory for the product of x with a matrix."""
     return torch.empty(*x.shape[:-1], weight.shape[0], dtype=dtype)
 
 
 def matmul_args(x: Tensor, weight: PackedMatrix, out: Tensor) -> MatmulArgs:
-    """The work of a product; both dtypes are those of matrices."""
+    """The kernel arguments of a product; x and out are bf16 or fp32."""
     rows, k = weight.shape
     if x.shape[-1] != k:
-        raise ValueError(f"tokens of {x.shape[-1]} numbers meet a matrix of {k} columns")
+        raise ValueError(f"tokens have {x.shape[-1]} features, the matrix {k} columns")
     return MatmulArgs(
         x=x.data_ptr(),
         panels=weight.packed.data_ptr(),

@@ -1,13 +1,12 @@
-// Which instruction sets there are, and the way to each.
+// The instruction sets, and dispatch to the kernels of each.
 #include "api.hpp"
 
-#define DECLARE_ISA(isa)                   \
-  int32_t run_experts_##isa(const ExpertsArgs&);       \
-  int32_t run_ops_##isa(const OpList&);   \
-  int32_t route_##isa(const RouteArgs&); \
+#define DECLARE_ISA(isa)                         \
+  int32_t run_experts_##isa(const ExpertsArgs&); \
+  int32_t run_ops_##isa(const OpList&);          \
+  int32_t route_##isa(const RouteArgs&);         \
   int32_t summarize_logits_##isa(const LogitsSummaryArgs&);
-#define ISA_FUNCTIONS(isa) \
-  run_experts_##isa, run_ops_##isa, route_##isa, summarize_logits_##isa
+#define ISA_FUNCTIONS(isa) run_experts_##isa, run_ops_##isa, route_##isa, summarize_logits_##isa
 
 extern "C" {
 DECLARE_ISA(portable)
@@ -34,8 +33,7 @@ bool has_avx512() {
          __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
 }
 bool has_avx512bf16() {
-  return has_avx512() && __builtin_cpu_supports("avx512bf16") &&
-         __builtin_cpu_supports("avx512vnni");
+  return has_avx512() && __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512vnni");
 }
 #endif
 

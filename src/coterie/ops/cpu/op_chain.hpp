@@ -1,5 +1,5 @@
-// Several works, one after the other, in one parallel region: to wake threads takes as long as a small
-// work. Included once per instruction set.
+// Runs several operations in one parallel region, because waking threads takes as long as a small
+// operation. Included once per instruction set.
 #pragma once
 #include "attention.hpp"
 
@@ -7,18 +7,18 @@ namespace COTERIE_ISA {
 
 static size_t scratch_bytes(const Op& op) {
   switch (op.kind) {
-    case PRODUCT: return scratch_bytes(*static_cast<const MatmulArgs*>(op.args));
+    case MATMUL: return scratch_bytes(*static_cast<const MatmulArgs*>(op.args));
     case ATTENTION: return scratch_bytes(*static_cast<const AttentionArgs*>(op.args));
     default: return 0;
   }
 }
 
-static void run_ops(const Op& op, uint8_t* scratch, int* arrivals) {
+static void run_op(const Op& op, uint8_t* scratch, int* arrivals) {
   switch (op.kind) {
-    case PRODUCT: return multiply(*static_cast<const MatmulArgs*>(op.args), scratch);
+    case MATMUL: return multiply(*static_cast<const MatmulArgs*>(op.args), scratch);
     case ATTENTION: return fused_attention(*static_cast<const AttentionArgs*>(op.args), scratch, arrivals);
-    case NORM: return rms_norm(*static_cast<const RmsNormArgs*>(op.args));
-    case GATE: return silu_and_mul(*static_cast<const SiluMulArgs*>(op.args));
+    case RMS_NORM: return rms_norm(*static_cast<const RmsNormArgs*>(op.args));
+    case SILU_MUL: return silu_and_mul(*static_cast<const SiluMulArgs*>(op.args));
   }
 }
 
@@ -30,7 +30,7 @@ static int32_t run_ops(const OpList& list) {
     size_t needed = scratch_bytes(list.ops[i]);
     each = needed > each ? needed : each;
   }
-  each = (each + 4096) / 4096 * 4096;  // threads begin in pages of their own
+  each = (each + 4096) / 4096 * 4096;  // each thread's scratch starts on its own page
   uint8_t* memory = scratch.get(each * size_t(list.threads));
   if (!memory) return NO_MEMORY;
   int arrivals[2 * MAX_OPS] = {};
@@ -42,7 +42,7 @@ static int32_t run_ops(const OpList& list) {
 #endif
     for (int i = 0; i < list.count; i++) {
       if (i) barrier(arrivals + 2 * i);
-      run_ops(list.ops[i], thread_memory, arrivals + 2 * i + 1);
+      run_op(list.ops[i], thread_memory, arrivals + 2 * i + 1);
     }
   }
   return STATUS_OK;

@@ -1,4 +1,4 @@
-"""Works one after the other in one call of the kernels."""
+"""Runs several operations in one kernel call."""
 
 from __future__ import annotations
 
@@ -8,8 +8,16 @@ from typing import TypeAlias
 
 import torch
 
-from coterie.ops.cpu.experts import ERROR_MESSAGES, require_library
-from coterie.ops.cpu.library import AttentionArgs, MatmulArgs, Op, OpList, RmsNormArgs, SiluMulArgs
+from coterie.ops.cpu.library import (
+    ERROR_MESSAGES,
+    AttentionArgs,
+    MatmulArgs,
+    Op,
+    OpList,
+    RmsNormArgs,
+    SiluMulArgs,
+    require_library,
+)
 
 OpArgs: TypeAlias = MatmulArgs | AttentionArgs | RmsNormArgs | SiluMulArgs
 
@@ -23,13 +31,13 @@ _OP_KINDS: Mapping[type[OpArgs], int] = {
 
 
 def run_ops(*ops: OpArgs) -> None:
-    """Do them in this order: what one writes, the next ones may read.
+    """Runs the operations in order; each may read what earlier ones wrote.
 
-    The caller keeps all memory that they name until it returns.
+    The caller keeps all tensors that the arguments point to alive.
     """
     array = (Op * len(ops))(*((ctypes.addressof(op), _OP_KINDS[type(op)]) for op in ops))
     op_list = OpList(ctypes.addressof(array), len(ops), torch.get_num_threads())
     kernels = require_library()
     if status := kernels.handle.coterie_run_ops(kernels.isa(), ctypes.byref(op_list)):
         names = ", ".join(type(op).__name__.lower() for op in ops)
-        raise RuntimeError(f"the kernels could not run ({names}): {ERROR_MESSAGES[status]}")
+        raise RuntimeError(f"run_ops failed ({names}): {ERROR_MESSAGES[status]}")

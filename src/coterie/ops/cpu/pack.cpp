@@ -1,5 +1,5 @@
-// From rows as checkpoints have them to panels as the kernels read them: one layout for every
-// instruction set.
+// Packs row-major weights into the layout that the kernels read. The layout is the same for all
+// instruction sets.
 #define COTERIE_ISA layout
 #include "api.hpp"
 #include "formats.hpp"
@@ -8,7 +8,7 @@ using namespace layout;
 
 namespace {
 
-// Rows of one matrix [rows, k], four bytes of a row at a time; columns past the end weigh nothing.
+// Reads the rows of a matrix [rows, k] four packed bytes at a time; columns past the end are zero.
 struct Bf16Rows {
   using Format = Bf16;
   static constexpr bool SCALED = false;
@@ -58,18 +58,18 @@ struct IntRows {
       for (int j = 0; j < 4; j++) {
         int i = step * IntFormat::PER_STEP + part * 4 + j;
         uint32_t stored = uint8_t(i < k ? row[i] : 0) & ((1u << BITS) - 1);
-        // Adding the zero to a number of BITS bits turns its sign bit over.
+        // XOR with the zero point flips the sign bit, which adds the zero point.
         combined ^= stored << (8 * j + 4 * part);
       }
     return combined;
   }
 };
 
-// Sixteen rows from `first` that end before `last`, into one of the two panels of a couple.
+// Packs sixteen rows from `first`, of which those before `last` exist, into one panel of a pair.
 template <class Rows>
 void pack_panel(const Rows& rows, int first, int last, uint8_t* panel) {
   int steps = Rows::steps(rows.k);
-  // A block of steps at a time stays in the first cache while sixteen rows are written across it.
+  // Each block of steps stays in L1 while its sixteen rows are written.
   for (int block = 0; block < steps; block += Rows::STEPS)
     for (int lane = 0; lane < LANES; lane++) {
       bool valid = first + lane < last;
@@ -89,7 +89,8 @@ void pack_scales(const uint16_t* scales, int groups, int first, int last, uint8_
     }
 }
 
-// One expert's couples are counted through: gate and up first, then down.
+// Packs one panel pair. Pairs are numbered through all experts; in an expert gate-up pairs precede
+// down pairs.
 template <class Rows>
 void pack_pair(const PackArgs& p, int64_t pair) {
   using Format = typename Rows::Format;
@@ -98,8 +99,9 @@ void pack_pair(const PackArgs& p, int64_t pair) {
   int at = int(pair % (gate_up_pairs + down_pairs));
   bool up = at < gate_up_pairs;
   int row = up ? at * LANES : (at - gate_up_pairs) * 2 * LANES, k = up ? p.hidden : p.width;
-  size_t offset = up ? at * Format::panel_bytes(k)
-                     : gate_up_pairs * Format::panel_bytes(p.hidden) + (at - gate_up_pairs) * Format::panel_bytes(k);
+  size_t offset =
+      up ? at * Format::panel_bytes(k)
+         : gate_up_pairs * Format::panel_bytes(p.hidden) + (at - gate_up_pairs) * Format::panel_bytes(k);
   uint8_t* to = p.panels + size_t(expert) * p.stride + offset;
   int height = up ? 2 * p.width : p.hidden, second = row + (up ? p.width : LANES);
   int first_end = up ? p.width : p.hidden;
@@ -169,13 +171,13 @@ void coterie_pack_matrix(const PackMatrixArgs* p) {
 }
 
 uint64_t coterie_read_experts(const ReadArgs* r) {
-  constexpr int PREFETCH_BYTES = 2048;  // bytes
+  constexpr int PREFETCH_BYTES = 2048;
   uint64_t checksum = 0;
-  int64_t runs = int64_t(r->count) * r->threads;
+  int64_t run_count = int64_t(r->count) * r->threads;
   size_t share = r->bytes / size_t(r->threads) / 256 * 256;
 #pragma omp parallel for num_threads(r->threads) schedule(static) reduction(^ : checksum)
-  for (int64_t run = 0; run < runs; run++) {
-    // Each thread reads its part of every expert, as the kernels do.
+  for (int64_t run = 0; run < run_count; run++) {
+    // Each thread reads its share of every expert, as the kernels do.
     const uint8_t* from = r->panels + size_t(r->slots[run % r->count]) * r->stride;
     from += size_t(run / r->count) * share;
     U accumulator[4] = {};

@@ -1,26 +1,28 @@
-// In which order a thread meets panels, and what it asks of memory meanwhile.
+// The order in which a thread reads the weights, and software prefetching along that order.
 #pragma once
 #include "workspace.hpp"
 
 namespace COTERIE_ISA {
 
-// One thread's way, run after run: some panels of each expert of a team in turn, then the panels beside
-// them; gate and up of all teams first, then down. A run is long enough to be read at full speed, and
-// short enough that experts of many tokens and of few take turns.
+// Iterates over one thread's weights in runs of adjacent panel pairs of one expert. Within a tile
+// of experts, each expert contributes one run in turn, then the next run of each follows. The
+// gate-up phase of all tiles precedes the down phase. A run is long enough to be read at full speed
+// and short enough to alternate experts of many and few tokens.
 template <class Format>
 struct WeightWalk {
-  static constexpr int MAX_TILE_PAIRS = 512;      // pairs of a team, whose activations stay in a cache
-  static constexpr size_t RUN_BYTES = 512 << 10;  // bytes
+  static constexpr int MAX_TILE_PAIRS = 512;  // pairs of a tile: their activations fit a cache
+  static constexpr size_t RUN_BYTES = 512 << 10;
   const ExpertsArgs& c;
   const Workspace<Format>& d;
   struct Phase {
-    int first, last, run_pairs;   // couples of this thread, and of a run
-    size_t pair, offset;  // bytes
+    int first, last, run_pairs;  // panel pairs of this thread [first, last), and of a run
+    size_t pair, offset;         // bytes of a panel pair; of the phase within an expert
   } phases[2];
   int phase = 0, tile = 0, end = 0, pair = 0, i = 0;
 
   WeightWalk(const ExpertsArgs& c, const Workspace<Format>& d) : c(c), d(d) {
-    int gate_up_pairs = padded(c.width, LANES) / LANES, down_pairs = padded(c.hidden, PAIR_COLUMNS) / PAIR_COLUMNS;
+    int gate_up_pairs = padded(c.width, LANES) / LANES,
+        down_pairs = padded(c.hidden, PAIR_COLUMNS) / PAIR_COLUMNS;
     phases[0] = make_phase(gate_up_pairs, Format::panel_bytes(c.hidden), 0);
     phases[1] = make_phase(down_pairs, Format::panel_bytes(c.width), gate_up_pairs * phases[0].pair);
     start();
@@ -65,16 +67,17 @@ struct WeightWalk {
   }
 };
 
-// Bytes asked of memory are spread evenly over the arithmetic: while an expert of many tokens is
-// computed, more than its own, so that those of few need not wait.
+// Spreads prefetches evenly over the arithmetic. While an expert of many tokens is computed, more
+// than its own bytes are prefetched, so that experts of few tokens do not wait for memory.
 template <class Format>
 struct Prefetcher {
-  static constexpr int64_t MIN_LEAD = 4 << 10, MAX_LEAD = 384 << 10;  // bytes ahead of what is computed
-  WeightWalk<Format> walk;  // as far as it was asked for, but for `left` bytes of this run
+  static constexpr int64_t MIN_LEAD = 4 << 10, MAX_LEAD = 384 << 10;  // bytes ahead of the computation
+  WeightWalk<Format> walk;  // the prefetch position, except `left_bytes` of its run
   int64_t left_bytes, lead = 0;
-  float share[Format::TILE + 1];  // of a couple's bytes, for one pass of so many tokens over it
+  float share[Format::TILE + 1];  // of a panel pair's bytes, by tokens of a pass
 
-  explicit Prefetcher(const WeightWalk<Format>& start_walk) : walk(start_walk), left_bytes(start_walk.is_done() ? 0 : start_walk.size()) {
+  explicit Prefetcher(const WeightWalk<Format>& start_walk)
+      : walk(start_walk), left_bytes(start_walk.is_done() ? 0 : start_walk.size()) {
     float total = 0;
     for (int i = 0; i < walk.d.used; i++) {
       int count = walk.d.count(i), passes = (count + Format::TILE - 1) / Format::TILE;
@@ -83,7 +86,8 @@ struct Prefetcher {
     for (int m = 0; m <= Format::TILE; m++) share[m] = walk.d.used * cost(m) / total;
   }
 
-  // What a pass of so many tokens over so many bytes asks for; the first one uses them up.
+  // The prefetches of one pass of `tokens` tokens over `bytes` of weights; only the first pass
+  // reads new bytes.
   PrefetchCursor advance(int64_t bytes, int steps, int tokens, bool first) {
     if (walk.is_done()) return {walk.c.panels, walk.c.panels + 1, walk.c.panels, 0};
     if (first) lead -= bytes;
@@ -108,7 +112,7 @@ struct Prefetcher {
   }
 
  private:
-  // Steps of few tokens wait for their sums.
+  // Relative time of a pass. Steps of fewer than six tokens wait for the latency of their sums.
   static float cost(float tokens) { return (tokens < 6 ? 6 : tokens) + 1; }
 };
 

@@ -1,10 +1,11 @@
-// One layer's selection, from probabilities to weights. Included once per instruction set.
+// Routes the tokens of one layer, from probabilities to expert weights. Included once per
+// instruction set.
 #pragma once
 #include "election.hpp"
 
 namespace COTERIE_ISA::routing {
 
-// Experts of dropped groups come behind all others.
+// Ranks experts of dropped groups after all others.
 static void penalise_dropped_groups(Code dropped, const Code* group, int n, Code* code) {
   int i = 0;
   for (; i + WIDTH <= n; i += WIDTH) {
@@ -14,7 +15,7 @@ static void penalise_dropped_groups(Code dropped, const Code* group, int n, Code
   for (; i < n; i++) code[i] -= in(dropped, int(group[i])) ? OUTSIDE_PENALTY : 0;
 }
 
-// Each token's best of the coreset: inside the groups that the model keeps, then of the rest.
+// Each token's top k of the coreset: first from the token's kept groups, then from the rest.
 static void choose_inside(const RouteArgs& e, const SelectionScratch& scratch, int row) {
   int count = 0, size = e.experts / e.groups;
   for (int i = 0; i < e.experts; i++) {
@@ -29,14 +30,14 @@ static void choose_inside(const RouteArgs& e, const SelectionScratch& scratch, i
     const float* p = e.p + t * e.stride;
     for (int i = 0; i < count; i++) scratch.score[i] = p[scratch.member[i]];
     write_codes(scratch.score, bias, scratch.coreset_tie_break, count, scratch.code);
-    if (e.kept_groups < e.groups) penalise_dropped_groups(scratch.dropped[t], scratch.group, count, scratch.code);
+    if (e.kept_groups < e.groups)
+      penalise_dropped_groups(scratch.dropped[t], scratch.group, count, scratch.code);
     int chosen_count = choose(scratch.code, count, e.k, scratch.candidates, scratch.best);
-    for (int j = 0; j < e.k; j++)
-      e.ids[t * e.k + j] = j < chosen_count ? expert_of(e, scratch.best[j]) : -1;
+    for (int j = 0; j < e.k; j++) e.ids[t * e.k + j] = j < chosen_count ? expert_of(e, scratch.best[j]) : -1;
   }
 }
 
-// The family's weights of what a token uses.
+// A token's expert weights, by the rules of the model family; marks the experts as used.
 static void write_weights(const RouteArgs& e, size_t token) {
   const int64_t* ids = e.ids + token * e.k;
   const float* p = e.p + token * e.stride;
@@ -53,7 +54,7 @@ static void write_weights(const RouteArgs& e, size_t token) {
   }
 }
 
-static bool finite(const float* x, size_t n) {
+static bool all_finite(const float* x, size_t n) {
   U bad = {};
   size_t i = 0;
   for (; i + LANES <= n; i += LANES) {
@@ -68,17 +69,18 @@ static bool finite(const float* x, size_t n) {
 
 static int32_t run_route(const RouteArgs& e) {
   if (e.k > e.experts || e.experts > 65535 || e.groups > MAX_GROUPS || e.experts % e.groups)
-    return NO_SUCH_ROUTER;
+    return UNSUPPORTED_ROUTER;
   size_t tokens = size_t(e.sequences) * e.tokens;
-  if (!finite(e.logits, tokens * e.experts)) return NOT_FINITE;
+  if (!all_finite(e.logits, tokens * e.experts)) return NOT_FINITE;
   SelectionScratch scratch(e);
   if (!scratch.is_allocated()) return NO_MEMORY;
   bool splits = e.ballots && !e.sums;
-  int more = splits && e.vote == MARGIN ? min_int(e.k + 1, e.experts) : e.k;
+  // Margins are measured from the best score outside the top k.
+  int choices = splits && e.vote == MARGIN ? min_int(e.k + 1, e.experts) : e.k;
   for (size_t t = 0; t < tokens; t++) {
-    choose_vanilla(e, scratch, t, more);
+    choose_vanilla(e, scratch, t, choices);
     for (int j = 0; j < e.k; j++) e.vanilla_ids[t * e.k + j] = expert_of(e, scratch.best[j]);
-    if (splits) write_split_votes(e, scratch, t, more);
+    if (splits) write_split_votes(e, scratch, t, choices);
   }
   if (splits) return STATUS_OK;
   for (int row = 0; row < e.sequences && e.vanilla_ids != e.ids; row++) {

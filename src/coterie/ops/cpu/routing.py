@@ -1,4 +1,4 @@
-"""Routing by one call. The activation is torch's own, so that every bit that votes is."""
+"""Routing in one kernel call. Probabilities come from torch, so that votes are bit-identical."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from coterie.values import CoresetReuse, CoresetRule, PreviousCoresets, Routing,
 
 STATUS_OK = 0
 SPLIT_VOTES = ("weight", "margin")
-"""Votes that each token splits: torch adds up the parts, whose order decides the last bit."""
+"""Votes normalised per token; torch computes the sums, as the order decides the last bit."""
 VANILLA_RULE = CoresetRule()
 
 
@@ -36,21 +36,21 @@ def route(scores: Scores, rule: CoresetRule | None, vote_weight: Tensor | None) 
         logits=scores.logits.data_ptr(),
         p=p.data_ptr(),
         bias=_address(scores.bias),
-        voice=_address(vote_weight),
+        vote_weight=_address(vote_weight),
         resident=_address(scores.resident),
         ids=ids.data_ptr(),
-        own=vanilla_ids.data_ptr(),
+        vanilla_ids=vanilla_ids.data_ptr(),
         weights=weights.data_ptr(),
         used=used.data_ptr(),
-        before=None if previous is None else previous.coresets.data_ptr(),
-        say=_address(voter_weight),
+        previous_coresets=None if previous is None else previous.coresets.data_ptr(),
+        reuse_vote_weight=_address(voter_weight),
         coresets=None if reuse is None else reuse.coresets.data_ptr(),
-        stayed=None if reuse is None else reuse.reused.data_ptr(),
-        lost=None if reuse is None else reuse.vote_loss.data_ptr(),
+        reused=None if reuse is None else reuse.reused.data_ptr(),
+        vote_loss=None if reuse is None else reuse.vote_loss.data_ptr(),
         mass=effective_rule.mass,
-        lam=effective_rule.resident_bonus,
-        eps=effective_rule.max_vote_loss,
-        drift=0.0 if previous is None else previous.reuse_tolerance,
+        resident_bonus=effective_rule.resident_bonus,
+        max_vote_loss=effective_rule.max_vote_loss,
+        reuse_tolerance=0.0 if previous is None else previous.reuse_tolerance,
         scale=router.scale,
         epsilon=router.epsilon,
         stride=p.stride(1) if tokens > 1 else p.stride(0),
@@ -59,15 +59,15 @@ def route(scores: Scores, rule: CoresetRule | None, vote_weight: Tensor | None) 
         experts=experts,
         k=router.k,
         groups=router.groups,
-        kept=min(router.topk_groups, router.groups),
+        kept_groups=min(router.topk_groups, router.groups),
         renormalise=router.renormalise,
         biased=router.biased_weight,
         vote=VOTE_KINDS.index(effective_rule.vote),
-        first=effective_rule.union,
+        union_size=effective_rule.union,
         count=effective_rule.count,
-        least=effective_rule.min_experts,
+        min_experts=effective_rule.min_experts,
         protect=effective_rule.protect,
-        most=effective_rule.max_experts,
+        max_experts=effective_rule.max_experts,
     )
     run, isa = kernels.handle.coterie_route, kernels.isa()
     if rule is not None and (rule.max_experts or not rule.union) and rule.vote in SPLIT_VOTES:
@@ -82,7 +82,7 @@ def route(scores: Scores, rule: CoresetRule | None, vote_weight: Tensor | None) 
 
 
 def _allocate_reuse(previous: PreviousCoresets) -> CoresetReuse:
-    """Where the kernel writes what came of them."""
+    """Uninitialised output memory for the kernel."""
     rows = len(previous.coresets)
     return CoresetReuse(
         torch.empty_like(previous.coresets),
@@ -96,7 +96,7 @@ def _as_float(voters: Tensor | None) -> Tensor | None:
 
 
 def _supports(scores: Scores, vote_weight: Tensor | None) -> bool:
-    """Whether all of it lies in memory as the kernel reads it, and nobody asks for a gradient."""
+    """Whether dtypes and strides are those that the kernel reads, and no gradient is needed."""
     logits, resident, p = scores.logits, scores.resident, scores.probability
     rows, tokens, _ = logits.shape
     return (

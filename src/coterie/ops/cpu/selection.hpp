@@ -1,5 +1,5 @@
-// A token's best experts. Included once per instruction set. Whole numbers decide, as in `routing/`:
-// every build and plain torch choose the same.
+// A token's top-k experts. Included once per instruction set. Comparisons use integers, as in
+// `routing/`, so that every build and plain torch select the same experts.
 #pragma once
 #include <stdlib.h>
 #include "api.hpp"
@@ -7,10 +7,11 @@
 
 namespace COTERIE_ISA::routing {
 
-// What sorts an expert, largest first: inside the kept groups, its score's bits, the lower index.
+// Sort key of an expert, largest first: inside the kept groups, then the score's bits, then the
+// lower index.
 using Code = int64_t;
 #if defined(__AVX512F__)
-constexpr int WIDTH = 8;  // codes at a time: what a register holds
+constexpr int WIDTH = 8;  // codes per register
 #elif defined(__AVX2__)
 constexpr int WIDTH = 4;
 #else
@@ -20,25 +21,25 @@ using Codes = Code __attribute__((vector_size(8 * WIDTH), may_alias));
 using Scores = float __attribute__((vector_size(4 * WIDTH), may_alias));
 using Bits = int32_t __attribute__((vector_size(4 * WIDTH), may_alias));
 using Doubles = double __attribute__((vector_size(8 * WIDTH), may_alias));
-constexpr int CODE_STRIDE = 16;  // what arrays of codes are filled up to
+constexpr int CODE_STRIDE = 16;  // arrays of codes are padded to a multiple of this
 constexpr int PARTS = CODE_STRIDE / WIDTH;
 constexpr Code LOWEST_CODE = INT64_MIN;  // below every code
 constexpr Code OUTSIDE_PENALTY = Code(1) << 49;
-constexpr float VOTE_UNIT = 1099511627776.0f;      // 2**40
-constexpr float MARGIN_FLOOR = 0.0009765625f;        // 2**-10, which votes by margin are above
-constexpr double ROUNDING_MAGIC = 6755399441055744.0;  // 1.5 * 2**52: what is added to it is rounded
+constexpr float VOTE_UNIT = 1099511627776.0f;          // 2**40
+constexpr float MARGIN_FLOOR = 0.0009765625f;          // 2**-10, added to every vote by margin
+constexpr double ROUNDING_MAGIC = 6755399441055744.0;  // 1.5 * 2**52: adding it rounds to an integer
 
 static inline int padded_codes(int n) { return (n + CODE_STRIDE - 1) / CODE_STRIDE * CODE_STRIDE; }
 
-// Working memory of one call; every array but the last is one of all experts, filled up.
+// Working memory of one call. Every array but the last has one padded entry per expert.
 struct SelectionScratch {
   Code *code, *candidates, *best, *key, *votes, *other;
-  Code *tie_break, *coreset_tie_break;  // what tells experts of one score apart: of all of them, of the coreset's
-  Code* group;         // the coreset's
+  Code *tie_break, *coreset_tie_break;  // of all experts; of the coreset's
+  Code* group;                          // of each coreset member
   int32_t *order, *swap, *restored, *evicted, *member;
-  float *score, *bias;  // the coreset's
+  float *score, *bias;  // of each coreset member
   uint8_t *protected_mask, *plain, *coreset;
-  Code* dropped;  // [T]: the groups that the model does not look into, as bits
+  Code* dropped;  // [T] groups that the router dropped for this token, as bits
 
   explicit SelectionScratch(const RouteArgs& e) : wide_(size_t(padded_codes(e.experts)) + CODE_STRIDE) {
     size_t all = wide_ * (9 * sizeof(Code) + 5 * sizeof(int32_t) + 2 * sizeof(float) + 3);
@@ -46,8 +47,10 @@ struct SelectionScratch {
     memory_ = aligned_alloc(64, (all + 63) / 64 * 64);
     at_ = static_cast<uint8_t*>(memory_);
     if (!memory_) return;
-    carve(code), carve(candidates), carve(best), carve(key), carve(votes), carve(other), carve(tie_break), carve(coreset_tie_break);
-    carve(group), carve(order), carve(swap), carve(restored), carve(evicted), carve(member), carve(score), carve(bias);
+    carve(code), carve(candidates), carve(best), carve(key), carve(votes), carve(other), carve(tie_break),
+        carve(coreset_tie_break);
+    carve(group), carve(order), carve(swap), carve(restored), carve(evicted), carve(member), carve(score),
+        carve(bias);
     carve(protected_mask), carve(plain), carve(coreset), carve(dropped);
     for (int i = 0; i < e.experts; i++) tie_break[i] = e.experts - 1 - i;
   }
@@ -73,9 +76,7 @@ static inline Code code_of(float score, Code tie_break) {
   return Code(bits ^ ((bits >> 31) & 0x7fffffff)) * 65536 + tie_break;
 }
 
-static inline int64_t expert_of(const RouteArgs& e, Code code) {
-  return e.experts - 1 - (code & 0xffff);
-}
+static inline int64_t expert_of(const RouteArgs& e, Code code) { return e.experts - 1 - (code & 0xffff); }
 
 static inline float score_of(Code code) {
   int32_t bits = int32_t(code >> 16);
@@ -83,17 +84,17 @@ static inline float score_of(Code code) {
   return load<float>(&bits);
 }
 
-// A vote in whole units, rounded to even as torch does it.
+// A vote in units of 2**-40, rounded half to even as torch does.
 static inline int64_t units(float vote) {
   double x = vote * VOTE_UNIT;
   if (x > -1e15 && x < 1e15) {
     x += ROUNDING_MAGIC;
     return load<int64_t>(&x) - load<int64_t>(&ROUNDING_MAGIC);
   }
-  return x > -9.2e18 && x < 9.2e18 ? int64_t(x) : INT64_MIN;  // whole already, or too much
+  return x > -9.2e18 && x < 9.2e18 ? int64_t(x) : INT64_MIN;  // already an integer, or out of range
 }
 
-// The codes of n experts by their scores, filled up with nobody.
+// The codes of n experts, padded with LOWEST_CODE.
 static void write_codes(const float* p, const float* bias, const Code* tie_break, int n, Code* to) {
   int i = 0;
   for (; WIDTH > 2 && i + WIDTH <= n; i += WIDTH) {
@@ -111,7 +112,8 @@ static void write_codes(const float* p, const float* bias, const Code* tie_break
 static inline Codes larger(Codes a, Codes b) { return a > b ? a : b; }
 static inline Codes lower(Codes a, Codes b) { return a > b ? b : a; }
 
-// A bound that at least k codes reach and, as a rule, few more: the k-th of sixteen lanes' largest.
+// A lower bound that at least k codes reach, and usually few more: the k-th largest of sixteen
+// lanes' maxima.
 static Code bound_of(const Code* code, int n, int k) {
   if (k > CODE_STRIDE) return LOWEST_CODE + 1;
   Codes maxima[PARTS], above[PARTS] = {}, least = Codes{} + INT64_MAX;
@@ -129,15 +131,14 @@ static Code bound_of(const Code* code, int n, int k) {
     for (int p = 0; p < PARTS; p++) above[p] -= lane[i] > maxima[p];
   }
   UNROLL
-  for (int p = 0; p < PARTS; p++)
-    least = lower(least, above[p] < k ? maxima[p] : Codes{} + INT64_MAX);
+  for (int p = 0; p < PARTS; p++) least = lower(least, above[p] < k ? maxima[p] : Codes{} + INT64_MAX);
   store(lane, least);
   Code bound = lane[0];
   for (int i = 1; i < WIDTH; i++) bound = lane[i] < bound ? lane[i] : bound;
   return bound > LOWEST_CODE ? bound : LOWEST_CODE + 1;
 }
 
-// The k largest of n codes (filled up), best first, into `found`; how many there are.
+// Writes the k largest of n codes (padded) to `best`, largest first. Returns how many there are.
 static int choose(const Code* code, int n, int k, Code* spare, Code* best) {
   Code bound = bound_of(code, n, k);
   int count = 0, chosen_count;
@@ -166,7 +167,7 @@ static int choose(const Code* code, int n, int k, Code* spare, Code* best) {
   return chosen_count;
 }
 
-// The two best codes of a run.
+// The two largest of n codes.
 static void two_best(const Code* code, int n, Code* best, Code* second) {
   Code high = LOWEST_CODE, low = LOWEST_CODE;
   int i = 0;
@@ -204,7 +205,8 @@ static void two_best(const Code* code, int n, Code* best, Code* second) {
   *best = high, *second = low;
 }
 
-// The groups that the model drops for a token: all but those whose two best add up to most.
+// The groups that the router drops for a token: all but the `kept_groups` with the largest sum of
+// two best scores.
 static Code drop_groups(const RouteArgs& e, const Code* code) {
   int size = e.experts / e.groups;
   Code sums[MAX_GROUPS], dropped = 0;
@@ -227,7 +229,7 @@ static Code drop_groups(const RouteArgs& e, const Code* code) {
 
 static inline bool in(Code groups, int g) { return (groups >> g) & 1; }
 
-// A token's best experts in the unmodified model, as codes into `hall.best`.
+// A token's top-k experts in the unmodified model, as codes in `scratch.best`.
 static void choose_vanilla(const RouteArgs& e, const SelectionScratch& scratch, size_t token, int k) {
   write_codes(e.p + token * e.stride, e.bias, scratch.tie_break, e.experts, scratch.code);
   if (e.kept_groups == e.groups) {
@@ -243,7 +245,7 @@ static void choose_vanilla(const RouteArgs& e, const SelectionScratch& scratch, 
   }
   for (int g = 0; g < e.groups; g++) {
     if (in(dropped, g)) continue;
-    // Up to a register more than there is: what comes next is written over it.
+    // May write up to one register past the group; the next group overwrites that.
     for (int i = 0; i < size; i += WIDTH)
       store(scratch.key + count + i, load<Codes>(scratch.code + g * size + i));
     count += size;

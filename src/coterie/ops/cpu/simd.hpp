@@ -1,18 +1,19 @@
-// Sixteen lanes at a time, in the vector extensions that gcc and clang share; what an instruction set
-// does better is written out beside the plain version. Included once per instruction set, and nothing
-// here is a template of the standard library: the linker would keep one copy for all of them.
+// Vectors of sixteen lanes, in the vector extensions that gcc and clang share. Instruction sets
+// with better instructions have their own code next to the portable version. Included once per
+// instruction set. Templates of the standard library are not used: the linker would keep one copy
+// for all instruction sets.
 #pragma once
 #include <stddef.h>
 #include <stdint.h>
 #include <string.h>
 #if defined(__AVX512F__) || defined(__AVX2__)
 #if defined(__GNUC__) && !defined(__clang__)
-#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"  // gcc 12's own headers, wherever inlined
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"  // false positive in gcc 12's headers
 #endif
 #include <immintrin.h>
 #endif
 
-// Sums stay in registers only where every loop over them is written out.
+// Accumulators stay in registers only if every loop over them is unrolled.
 #ifdef __clang__
 #define UNROLL _Pragma("unroll")
 #else
@@ -47,7 +48,7 @@ static inline U bits(F v) { return reinterpret_cast<U>(v); }
 static inline F to_float(I v) { return __builtin_convertvector(v, F); }
 static inline F widen(HalfVector v) { return bits(__builtin_convertvector(v, U) << 16); }
 
-// Up to a vector of what is there, and nothing after it.
+// Loads `count` elements, at most a vector, and reads nothing past them.
 template <class V, class T>
 static inline V load_some(const T* from, int count) {
   V v = {};
@@ -66,7 +67,7 @@ static inline float widen(uint16_t x) {
   return load<float>(&wide);
 }
 
-// To the nearest, ties to even; NaN stays NaN.
+// fp32 to bf16: rounds to nearest, ties to even; NaN stays NaN.
 static inline uint16_t narrow(float x) {
   uint32_t wide = load<uint32_t>(&x);
   if ((wide & 0x7fffffff) > 0x7f800000) return uint16_t((wide >> 16) | 64);
@@ -79,11 +80,11 @@ static inline HalfVector narrow(F x) {
   return __builtin_convertvector((wide & 0x7fffffffu) > 0x7f800000u ? nan : rounded, HalfVector);
 }
 
-// To the nearest whole number, for |x| < 2**22: the float's own rounding at this size.
+// Rounds to the nearest integer, for |x| < 2**22: floats of the size of NEAREST are integers.
 constexpr float NEAREST = 12582912.0f;  // 1.5 * 2**23
 static inline F nearest(F x) { return (x + NEAREST) - NEAREST; }
 
-// e**x to two units in the last place; what overflows stays at e**88, NaN stays NaN.
+// e**x to two units in the last place, clamped to e**88; NaN stays NaN.
 static inline F exponential(F x) {
   F low = F{} - 87.0f, high = F{} + 88.0f;
   x = x < low ? low : x;
@@ -102,7 +103,8 @@ static inline F exponential(F x) {
 
 static inline F silu_times(F gate, F up) { return gate * up / (exponential(-gate) + 1.0f); }
 
-// The largest of sixteen magnitudes, told by their bits: NaN is above infinity, and does not vanish.
+// The largest of sixteen magnitudes, compared as bits: NaN is greater than infinity, so it is not
+// lost.
 static inline float max_of_bits(U v) {
   using U8 = uint32_t __attribute__((vector_size(32), may_alias));
   using U4 = uint32_t __attribute__((vector_size(16), may_alias));

@@ -1,4 +1,5 @@
-// What threads share while they compute one layer's experts: who has which tokens, and working memory.
+// What threads share while they compute one layer's experts: sorted token-expert pairs and working
+// memory.
 #pragma once
 #include <math.h>
 #include <stdlib.h>
@@ -11,7 +12,8 @@
 
 namespace COTERIE_ISA {
 
-// This thread's part of n. Columns are shared out, never experts: no thread waits for the last one.
+// This thread's share of n items. Work is split by columns, never by experts, so that shares are
+// equal.
 struct ThreadRange {
   int first, last;
   explicit ThreadRange(int n) : first(0), last(n) {
@@ -23,10 +25,10 @@ struct ThreadRange {
   }
 };
 
-// Working memory that a thread keeps from call to call; what a long prompt took, a short call gives
-// back.
+// Working memory that a thread reuses from call to call. After a long prompt a short call releases
+// the excess.
 struct ScratchBuffer {
-  static constexpr size_t MAX_RETAINED = 64 << 20;  // bytes, whatever was needed once
+  static constexpr size_t MAX_RETAINED = 64 << 20;  // bytes; larger buffers are released
   uint8_t* begin = nullptr;
   size_t size = 0;
   ScratchBuffer() = default;
@@ -43,12 +45,12 @@ struct ScratchBuffer {
   }
 };
 
-// Where things lie in the room: the same walk measures and places.
+// Arrays carved from one buffer. Constructed with memory 0 it only computes `bytes`.
 template <class Format>
 struct Workspace {
-  int *begin, *token, *order;  // token-expert pairs by slot; the slots that have any, twice as long
+  int *begin, *token, *order;  // first pair of each slot; token of each pair; slots with pairs
   float* weight;               // of each pair
-  uint8_t *x, *h;              // activations as the weights' format meets them
+  uint8_t *x, *h;              // activations in the encoding of the weight format
   size_t x_row, h_row, bytes = 0;
   int used = 0;
 
@@ -75,8 +77,8 @@ struct Workspace {
   }
 };
 
-// Pairs of each slot one after the other, lower tokens first. False where a slot or an expert is told
-// that is not there.
+// Sorts token-expert pairs by slot, then token. Returns false if an expert or a slot is out of
+// range.
 template <class Format>
 static bool sort_by_slot(const ExpertsArgs& c, Workspace<Format>& d) {
   int total = c.tokens * c.k;
@@ -106,8 +108,8 @@ static bool sort_by_slot(const ExpertsArgs& c, Workspace<Format>& d) {
   return true;
 }
 
-// Experts of many tokens among those of few: memory brings the ones while others are computed. `sorted`
-// is room for them.
+// Interleaves experts of many tokens with experts of few, so that weights of the latter load while
+// the former are computed. `sorted` is scratch memory for the slots.
 template <class Format>
 static void interleave_by_load(const Workspace<Format>& d, int* sorted) {
   auto count = [&d](int slot) { return d.begin[slot + 1] - d.begin[slot]; };
@@ -124,7 +126,7 @@ static void interleave_by_load(const Workspace<Format>& d, int* sorted) {
   }
 }
 
-// Threads meet: they look around for a moment before they let others run.
+// Waits until all threads arrive: spins briefly, then yields.
 static inline void barrier(int* arrivals) {
 #ifdef _OPENMP
   constexpr int MAX_SPINS = 4000;

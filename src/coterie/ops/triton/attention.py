@@ -1,7 +1,7 @@
-"""Attention for a block over keys by position: placed, mixed in parts, summed; three launches.
+"""Split-KV attention of a block over cached keys, in three launches.
 
-A block has few queries and may see many keys: programs share the keys out among themselves, and a
-last one adds up what they found, always in the same order.
+1: RMS norm, RoPE and the write into the cache. 2: partial attention over splits of the keys, as a
+block has few queries and may see many keys. 3: the merge of the splits, in a fixed order.
 """
 
 from __future__ import annotations
@@ -18,15 +18,17 @@ from coterie.values import LayerKV, QueryPositions
 FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 INTERPRETER_MODE = bool(knobs.runtime.interpret)
 TILE_SIZES = {2: (64, 64), 4: (16, 16)}
-"""By bytes of a number: queries and keys that a program looks at together, at most. Heads that
-share keys queue as further queries; fp32 is multiplied in registers, of which there are few."""
-TARGET_PROGRAMS = 264  # that shall share the work: two for each processor of a large GPU
-MAX_SPLITS = 64  # into which the keys are cut at most
-MAX_HEAD_DIM = 256  # numbers of a head
+"""Largest tile (queries, keys) of a program, by bytes of an element.
+
+Query heads that share a KV head count as further queries. fp32 is multiplied in registers, which
+limits the tile."""
+TARGET_PROGRAMS = 264  # two for each multiprocessor of a large GPU
+MAX_SPLITS = 64  # of the keys
+MAX_HEAD_DIM = 256
 
 
 def supports_attention(qkv: Tensor, kv: LayerKV) -> bool:
-    """Whether the kernels take these types and sizes."""
+    """Whether the kernels support these dtypes and sizes."""
     same_dtype = qkv.dtype == kv.keys.dtype == kv.values.dtype
     return same_dtype and qkv.dtype in FLOAT_DTYPES and qkv.shape[-1] <= MAX_HEAD_DIM
 
@@ -34,12 +36,12 @@ def supports_attention(qkv: Tensor, kv: LayerKV) -> bool:
 def fused_attention(
     qkv: Tensor, norms: tuple[Tensor, Tensor], queries: QueryPositions, kv: LayerKV, epsilon: float
 ) -> Tensor:
-    """See ``ops.attend``. Sums in fp32; asks the host nothing."""
+    """See ``ops.fused_attention``. Sums in fp32; does not synchronise with the host."""
     rows, width, all_heads, dim = qkv.shape
     kv_heads = kv.keys.shape[1]
     heads = all_heads - 2 * kv_heads
     if kv.keys.stride() != kv.values.stride() or kv.keys.stride(3) != 1:
-        raise ValueError("keys and values lie in memory otherwise than a cache's do")
+        raise ValueError("keys and values do not have the strides of a KV cache")
     sizes = {"HEADS": heads, "KV": kv_heads, "DIM": dim, "PADDED": _padded_dim(dim)}
     strides = kv.keys.stride()[:3]
     query = torch.empty(rows, width, heads, dim, dtype=qkv.dtype, device=qkv.device)
@@ -62,7 +64,7 @@ def fused_attention(
         num_warps=1,
         **sizes,
     )
-    query_count = width * heads // kv_heads  # queries that share a head's keys
+    query_count = width * heads // kv_heads  # queries that share a KV head
     max_tile, keys = TILE_SIZES[qkv.element_size()]
     tile = min(max_tile, max(16, next_power_of_two(query_count)))
     tiles = ceil_div(query_count, tile)
@@ -92,7 +94,7 @@ def fused_attention(
         SCALE=dim**-0.5,
         QUERIES=tile,
         KEYS=keys,
-        WIDE=INTERPRETER_MODE,
+        UPCAST=INTERPRETER_MODE,
         num_warps=4,
         num_stages=2,
         **sizes,
@@ -141,7 +143,7 @@ def _norm_rope_store_kernel(
     HALF: tl.constexpr,
     EPSILON: tl.constexpr,
 ):
-    """One head of one token: normed and turned into ``query`` or ``keys``, or into ``values``."""
+    """One head of one token: normed and rotated into ``query`` or ``keys``, or copied to values."""
     token, head = tl.program_id(0), tl.program_id(1)
     d = tl.arange(0, PADDED)
     inside = d < DIM
@@ -150,7 +152,7 @@ def _norm_rope_store_kernel(
     row = tl.load(cache_rows + token // width)
     cache_offset = row * row_stride + tl.load(positions + token) * position_stride
     if head < HEADS + KV:
-        # Halves pair up, not neighbours; features past both stay as they are.
+        # RoPE pairs a feature with that of the other half; features past both are unchanged.
         partner = tl.where(d < HALF, d + HALF, tl.where(d < 2 * HALF, d - HALF, d))
         other = tl.load(head_pointer + partner, mask=inside, other=0.0)
         x_fp32 = x.to(tl.float32)
@@ -192,8 +194,8 @@ def _attention_kernel(
     values,
     limits,  # [B, W] int64
     cache_rows,
-    sums,  # [parts, B, W, HEADS, DIM] fp32
-    peaks,  # [parts, B, W, HEADS] fp32
+    sums,  # [splits, B, W, HEADS, DIM] fp32
+    peaks,  # [splits, B, W, HEADS] fp32
     totals,
     width,
     kv_length,
@@ -208,9 +210,9 @@ def _attention_kernel(
     SCALE: tl.constexpr,
     QUERIES: tl.constexpr,
     KEYS: tl.constexpr,
-    WIDE: tl.constexpr,
+    UPCAST: tl.constexpr,
 ):
-    """Queries of one row and head of keys, over the ``each`` keys of one part."""
+    """Attention of a tile of queries of one row and KV head, over one split of the keys."""
     SHARED: tl.constexpr = HEADS // KV
     row = tl.program_id(1) // KV
     kv_head = tl.program_id(1) % KV
@@ -234,7 +236,7 @@ def _attention_kernel(
         valid = (position < kv_length)[:, None] & inside[None, :]
         k = tl.load(keys + cache_index, mask=valid, other=0.0)
         v = tl.load(values + cache_index, mask=valid, other=0.0)
-        if WIDE:
+        if UPCAST:
             score = tl.dot(q.to(tl.float32), tl.trans(k.to(tl.float32)), input_precision="ieee")
         else:
             score = tl.dot(q, tl.trans(k), input_precision="ieee")
@@ -245,7 +247,7 @@ def _attention_kernel(
         rescale = tl.exp(peak - new_peak)
         total = total * rescale + tl.sum(p, axis=1)
         p = p.to(v.dtype)
-        if WIDE:
+        if UPCAST:
             pv = tl.dot(p.to(tl.float32), v.to(tl.float32), input_precision="ieee")
         else:
             pv = tl.dot(p, v, input_precision="ieee")
@@ -259,27 +261,27 @@ def _attention_kernel(
     tl.store(totals + split_offset + head_index, total, mask=valid_query)
 
 
-@triton.jit(do_not_specialize=["parts"])
+@triton.jit(do_not_specialize=["splits"])
 def _merge_splits_kernel(
     sums,
     peaks,
     totals,
     out,  # [B, W, HEADS, DIM]
     count,
-    parts,
+    splits,
     DIM: tl.constexpr,
     PADDED: tl.constexpr,
 ):
-    """What all parts found for one query."""
+    """Combines the splits of one query."""
     head_index = tl.program_id(0)
     d = tl.arange(0, PADDED)
     inside = d < DIM
     peak = tl.load(peaks + head_index)
-    for split in range(1, parts):
+    for split in range(1, splits):
         peak = tl.maximum(peak, tl.load(peaks + split * count + head_index))
     total = peak * 0.0
     accumulator = tl.zeros((PADDED,), tl.float32)
-    for split in range(parts):
+    for split in range(splits):
         index = split * count + head_index
         weight = tl.exp(tl.load(peaks + index) - peak)
         total += weight * tl.load(totals + index)

@@ -1,4 +1,4 @@
-"""Which tokens each expert computes: each expert has a program that lists its own; one launch."""
+"""Sorts token-expert pairs by slot, in one launch with a program per slot."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from coterie.ops.reference import Dispatch
 from coterie.ops.triton.launch import launch, next_power_of_two
 from coterie.values import Routing
 
-MAX_PAIRS_PER_STEP = 1024  # pairs that a program looks at together
+MAX_PAIRS_PER_STEP = 1024  # pairs that a program reads at once
 
 
 def dispatch(routing: Routing, slot_of: Tensor, slots: int) -> Dispatch:
-    """See ``reference.dispatch``; nothing is asked of the host, and shapes follow from shapes."""
+    """See ``reference.dispatch``. Does not synchronise with the host."""
     device, (tokens, k) = routing.topk_ids.device, routing.topk_ids.shape
     pairs = tokens * k
     result = Dispatch(
@@ -51,7 +51,7 @@ def _dispatch_kernel(
     ids,  # [pairs] int64
     used,  # [experts] bool
     slot_of,  # [experts] int64
-    slot_begin,  # [slots + 1] int32, and so are the others
+    slot_begin,  # [slots + 1] int32, as the next three
     token_ids,
     pair_ids,
     active_slots,
@@ -63,7 +63,7 @@ def _dispatch_kernel(
     EXPERTS: tl.constexpr,
     SLOTS: tl.constexpr,
 ):
-    """Program ``slot`` lists the pairs of one slot; the last one those that no slot computes."""
+    """Program ``slot`` lists the pairs of that slot; the last program those without a slot."""
     slot = tl.program_id(0)
     offset = tl.arange(0, PAIRS)
     count_before = tl.program_id(0) * 0
@@ -98,7 +98,7 @@ def _dispatch_kernel(
 
 @triton.jit
 def _load_slots(ids, slot_of, pair, pairs, slots):
-    """The slot of each pair: ``slots`` where nobody computes it, one more past the last pair."""
+    """The slot of each pair: ``slots`` if it has none, ``slots + 1`` past the last pair."""
     expert = tl.load(ids + pair, mask=pair < pairs, other=-1)
     slot = tl.load(slot_of + expert, mask=expert >= 0, other=-1).to(tl.int32)
     return tl.where(pair < pairs, tl.where(slot < 0, slots, slot), slots + 1)

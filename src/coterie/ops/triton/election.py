@@ -1,16 +1,17 @@
-"""An election in two launches: tokens choose and cast votes; seats are given and tokens served.
+"""Routing with a coreset election, in two launches.
 
-Launch 1, ``vote``, has a program for a few tokens: scores, own experts, and what these tokens vote
-for together. Launch 2, ``serve``, adds these up (each program again, for no program may wait for
-another), elects, and chooses inside the coreset. Votes are whole numbers: any order adds up to
-the same, so parts are summed rather than added atomically, and no memory must be clean before.
+``vote_kernel`` has a program for each tile of a few tokens. It computes probabilities, the vanilla
+top-k and the tile's votes. ``choose_kernel`` sums the votes of all tiles (in every program, since
+programs cannot wait for each other), elects the coreset and selects each token's experts in it.
+Votes are integers, so their sum does not depend on the order. No atomics and no zeroed memory are
+needed.
 
-Columns: groups of experts are padded to powers of two, so column ``g * WIDE + i`` is expert
-``g * SIZE + i``; W = MANY * WIDE columns in all. Scores wait between the launches as the bits of p,
-the sign saying that the expert's group was dropped.
+Columns: groups of experts are padded to powers of two, so column ``g * PADDED_SIZE + i`` is expert
+``g * GROUP_SIZE + i``; there are COLUMNS = PADDED_GROUPS * PADDED_SIZE. Between the launches,
+probabilities are stored as bits; the sign bit marks experts of dropped groups.
 """
 
-# Kernels are in the language of Triton, which types of Python do not describe.
+# Python's types do not describe the Triton language.
 # pyright: reportArgumentType=false, reportIndexIssue=false, reportOperatorIssue=false
 # pyright: reportCallIssue=false, reportAssignmentType=false
 from __future__ import annotations
@@ -41,36 +42,36 @@ def vote_kernel(
     vote_weight,  # [S, N] fp32, or None
     p_bits,  # out [S, N, E] int32: bits of p
     vanilla_ids,  # out [S, N, K] int64
-    vote_sums,  # out [S, tiles, E] int64: votes, where any are counted
-    marks,  # out [S, tiles, E] int32: experts of somebody's first MARKS
-    used,  # out [E] uint8: cleared for the next launch
+    vote_sums,  # out [S, tiles, E] int64: votes of each tile, if VOTE
+    marks,  # out [S, tiles, E] int32: whether a voter has the expert among its first MARKS
+    used,  # out [E] uint8: zeroed for the next launch
     tokens,  # N
     VOTE: tl.constexpr,  # "" for none
     MARKS: tl.constexpr,
     SIGMOID: tl.constexpr,
-    BIASED: tl.constexpr,  # c multiplies, not p
+    BIASED: tl.constexpr,  # weights are c = p + bias, not p
     EXPERTS: tl.constexpr,
     K: tl.constexpr,
     GROUPS: tl.constexpr,
-    KEPT: tl.constexpr,
-    MANY: tl.constexpr,
-    SIZE: tl.constexpr,
-    WIDE: tl.constexpr,
+    TOPK_GROUPS: tl.constexpr,
+    PADDED_GROUPS: tl.constexpr,
+    GROUP_SIZE: tl.constexpr,
+    PADDED_SIZE: tl.constexpr,
     CHOICES: tl.constexpr,  # K, padded
-    TOKENS: tl.constexpr,  # of a program
+    TOKENS: tl.constexpr,  # per program
 ):
     tile, row = tl.program_id(0), tl.program_id(1)
     token = tile * TOKENS + tl.arange(0, TOKENS)
     valid_token = token < tokens
-    column = tl.arange(0, MANY * WIDE)
-    expert = (column // WIDE) * SIZE + column % WIDE
-    valid_column = (column // WIDE < GROUPS) & (column % WIDE < SIZE)
+    column = tl.arange(0, PADDED_GROUPS * PADDED_SIZE)
+    expert = (column // PADDED_SIZE) * GROUP_SIZE + column % PADDED_SIZE
+    valid_column = (column // PADDED_SIZE < GROUPS) & (column % PADDED_SIZE < GROUP_SIZE)
     valid = valid_token[:, None] & valid_column[None, :]
     token_index = row * tokens + token
     offset = token_index[:, None] * EXPERTS + expert[None, :]
 
     z = tl.load(logits + offset, mask=valid, other=0.0)
-    # No number, no vote; and p that is no number, so that whoever reads the weights finds out.
+    # Tokens with non-finite logits do not vote, and their p is NaN, which shows in the weights.
     non_finite = ((z.to(tl.int32, bitcast=True) & 0x7F800000) == 0x7F800000).to(tl.int32)
     finite = tl.max(non_finite, axis=1) == 0
     z = tl.where(finite[:, None], z, 0.0)
@@ -81,30 +82,42 @@ def vote_kernel(
     key = tl.where(valid_column[None, :], float_to_key(c), LOWEST_KEY)
     bits = tl.where(finite[:, None], p, float("nan")).to(tl.int32, bitcast=True)
     in_groups = valid_column[None, :]
-    if KEPT < GROUPS:
-        dropped = dropped_groups(key, KEPT, SIZE, TOKENS, MANY, WIDE) & in_groups
+    if TOPK_GROUPS < GROUPS:
+        dropped = (
+            dropped_groups(key, TOPK_GROUPS, GROUP_SIZE, TOKENS, PADDED_GROUPS, PADDED_SIZE)
+            & in_groups
+        )
         in_groups = in_groups & ~dropped
         bits = tl.where(dropped, bits | LOWEST_KEY, bits)
     tl.store(p_bits + offset, bits, mask=valid)
 
-    # One more than a token takes, where a margin is measured from there.
-    MORE: tl.constexpr = 1 if VOTE == "margin" and K < EXPERTS else 0
-    TWO: tl.constexpr = KEPT * SIZE < K + MORE
+    # Margins are measured from the best score outside the top k.
+    EXTRA: tl.constexpr = 1 if VOTE == "margin" and K < EXPERTS else 0
+    HAS_OUTER: tl.constexpr = TOPK_GROUPS * GROUP_SIZE < K + EXTRA
     choice = tl.arange(0, CHOICES)
-    marked = tl.zeros((TOKENS, MANY * WIDE), tl.int1)
+    marked = tl.zeros((TOKENS, PADDED_GROUPS * PADDED_SIZE), tl.int1)
     inner = tl.where(in_groups, key, LOWEST_KEY)
     outer = tl.where(in_groups, LOWEST_KEY, key)
-    inner_count = tl.full((TOKENS,), KEPT * SIZE, tl.int32)
+    inner_count = tl.full((TOKENS,), TOPK_GROUPS * GROUP_SIZE, tl.int32)
     columns, inner, outer, last_key, marked = topk_columns(
-        inner, outer, inner_count, column, choice, marked, K, MARKS, TWO, MANY * WIDE
+        inner,
+        outer,
+        inner_count,
+        column,
+        choice,
+        marked,
+        K,
+        MARKS,
+        HAS_OUTER,
+        PADDED_GROUPS * PADDED_SIZE,
     )
-    if MORE:
-        last_key = tl.max(inner if K < KEPT * SIZE else outer, axis=1)
-    # Taken is who was there and has no key any more.
-    selected = (valid_column[None, :] if TWO else in_groups) & (inner == LOWEST_KEY)
-    if TWO:
+    if EXTRA:
+        last_key = tl.max(inner if K < TOPK_GROUPS * GROUP_SIZE else outer, axis=1)
+    # The key of a selected column was removed.
+    selected = (valid_column[None, :] if HAS_OUTER else in_groups) & (inner == LOWEST_KEY)
+    if HAS_OUTER:
         selected = selected & (outer == LOWEST_KEY)
-    ids = (columns // WIDE) * SIZE + columns % WIDE
+    ids = (columns // PADDED_SIZE) * GROUP_SIZE + columns % PADDED_SIZE
     valid_choice = valid_token[:, None] & (choice < K)[None, :]
     tl.store(
         vanilla_ids + token_index[:, None] * K + choice[None, :],
@@ -112,7 +125,7 @@ def vote_kernel(
         mask=valid_choice,
     )
     clear_mask = valid_column & (column * 0 + tile + row == 0)
-    tl.store(used + expert, tl.zeros((MANY * WIDE,), tl.uint8), mask=clear_mask)
+    tl.store(used + expert, tl.zeros((PADDED_GROUPS * PADDED_SIZE,), tl.uint8), mask=clear_mask)
 
     weight = tl.where(valid_token, 1.0, 0.0)
     if vote_weight is not None:
@@ -138,9 +151,19 @@ def vote_kernel(
         )
 
 
-@triton.jit(do_not_specialize=["tokens", "tiles", "count", "least", "tau", "lam", "eps"])
+@triton.jit(
+    do_not_specialize=[
+        "tokens",
+        "tiles",
+        "count",
+        "min_experts",
+        "mass_bits",
+        "bonus_bits",
+        "loss_bits",
+    ]
+)
 def choose_kernel(
-    p_bits,  # [S, N, E] int32, and the next four: what ``vote`` left
+    p_bits,  # [S, N, E] int32; this and the next four are outputs of ``vote_kernel``
     vanilla_ids,
     vote_sums,
     marks,
@@ -150,14 +173,14 @@ def choose_kernel(
     ids,  # out [S, N, K] int64
     weights,  # out [S, N, K] fp32
     tokens,
-    tiles,  # of the first launch, in a row
-    count,  # seats, unless MASS
-    least,  # seats at least, if MASS
-    tau,  # the bits of a double, and the next two
-    lam,
-    eps,
+    tiles,  # tiles per sequence in the first launch
+    count,  # coreset size, unless MASS
+    min_experts,  # minimum coreset size, if MASS
+    mass_bits,  # bits of a double, as the next two
+    bonus_bits,
+    loss_bits,
     RULE: tl.constexpr,  # none, union, count, mass
-    BEST: tl.constexpr,  # votes are the best score anybody gives
+    BEST: tl.constexpr,  # votes are maximum scores, not sums
     PROTECT: tl.constexpr,
     RENORMALISE: tl.constexpr,
     SCALE: tl.constexpr,
@@ -166,10 +189,10 @@ def choose_kernel(
     EXPERTS: tl.constexpr,
     K: tl.constexpr,
     GROUPS: tl.constexpr,
-    KEPT: tl.constexpr,
-    MANY: tl.constexpr,
-    SIZE: tl.constexpr,
-    WIDE: tl.constexpr,
+    TOPK_GROUPS: tl.constexpr,
+    PADDED_GROUPS: tl.constexpr,
+    GROUP_SIZE: tl.constexpr,
+    PADDED_SIZE: tl.constexpr,
     CHOICES: tl.constexpr,
     TOKENS: tl.constexpr,
 ):
@@ -183,64 +206,107 @@ def choose_kernel(
     if RULE == "none":
         selected = tl.load(vanilla_ids + choice_offset, mask=valid_choice, other=-1)
     else:
-        column = tl.arange(0, MANY * WIDE)
-        expert = (column // WIDE) * SIZE + column % WIDE
-        valid_column = (column // WIDE < GROUPS) & (column % WIDE < SIZE)
+        column = tl.arange(0, PADDED_GROUPS * PADDED_SIZE)
+        expert = (column // PADDED_SIZE) * GROUP_SIZE + column % PADDED_SIZE
+        valid_column = (column // PADDED_SIZE < GROUPS) & (column % PADDED_SIZE < GROUP_SIZE)
         tile_offset = row * tiles * EXPERTS + expert
         coreset = valid_column
         if RULE == "union":
             coreset = (
-                reduce_tiles(marks + tile_offset, valid_column, tiles, EXPERTS, MANY * WIDE, "any")
+                reduce_tiles(
+                    marks + tile_offset,
+                    valid_column,
+                    tiles,
+                    EXPERTS,
+                    PADDED_GROUPS * PADDED_SIZE,
+                    "any",
+                )
                 > 0
             )
         else:
             reduction: tl.constexpr = "best" if BEST else "sum"
             votes = reduce_tiles(
-                vote_sums + tile_offset, valid_column, tiles, EXPERTS, MANY * WIDE, reduction
+                vote_sums + tile_offset,
+                valid_column,
+                tiles,
+                EXPERTS,
+                PADDED_GROUPS * PADDED_SIZE,
+                reduction,
             )
-            protected = tl.zeros((MANY * WIDE,), tl.int1)
+            protected = tl.zeros((PADDED_GROUPS * PADDED_SIZE,), tl.int1)
             if PROTECT:
                 protected = (
                     reduce_tiles(
-                        marks + tile_offset, valid_column, tiles, EXPERTS, MANY * WIDE, "any"
+                        marks + tile_offset,
+                        valid_column,
+                        tiles,
+                        EXPERTS,
+                        PADDED_GROUPS * PADDED_SIZE,
+                        "any",
                     )
                     > 0
                 )
             MASS: tl.constexpr = RULE == "mass"
             coreset = elect(
-                votes, protected, valid_column, count, least, tau, MASS, EXPERTS, MANY * WIDE
+                votes,
+                protected,
+                valid_column,
+                count,
+                min_experts,
+                mass_bits,
+                MASS,
+                EXPERTS,
+                PADDED_GROUPS * PADDED_SIZE,
             )
             if resident is not None:
                 is_resident = tl.load(resident + expert, mask=valid_column, other=0).to(tl.float64)
-                factor = 1.0 + lam.to(tl.int64).to(tl.float64, bitcast=True) * is_resident
+                factor = 1.0 + bonus_bits.to(tl.int64).to(tl.float64, bitcast=True) * is_resident
                 weighted_votes = votes.to(tl.float64) * factor
                 resident_coreset = elect(
                     weighted_votes,
                     protected,
                     valid_column,
                     count,
-                    least,
-                    tau,
+                    min_experts,
+                    mass_bits,
                     MASS,
                     EXPERTS,
-                    MANY * WIDE,
+                    PADDED_GROUPS * PADDED_SIZE,
                 )
-                coreset = restore_votes(resident_coreset, coreset, votes, eps, EXPERTS, MANY * WIDE)
+                coreset = restore_votes(
+                    resident_coreset,
+                    coreset,
+                    votes,
+                    loss_bits,
+                    EXPERTS,
+                    PADDED_GROUPS * PADDED_SIZE,
+                )
         offset = token_index[:, None] * EXPERTS + expert[None, :]
         bits = tl.load(p_bits + offset, mask=valid_token[:, None] & valid_column[None, :], other=0)
         c = (bits & 0x7FFFFFFF).to(tl.float32, bitcast=True)
         if bias is not None:
             c = c + tl.load(bias + expert, mask=valid_column, other=0.0)[None, :]
         key = tl.where((coreset & valid_column)[None, :], float_to_key(c), LOWEST_KEY)
-        TWO: tl.constexpr = KEPT < GROUPS
+        HAS_OUTER: tl.constexpr = TOPK_GROUPS < GROUPS
         outer = tl.where(bits < 0, key, LOWEST_KEY)
-        inner = tl.where(bits < 0, LOWEST_KEY, key) if TWO else key
+        inner = tl.where(bits < 0, LOWEST_KEY, key) if HAS_OUTER else key
         inner_count = tl.sum((inner != LOWEST_KEY).to(tl.int32), axis=1)
-        marked = tl.zeros((TOKENS, MANY * WIDE), tl.int1)
+        marked = tl.zeros((TOKENS, PADDED_GROUPS * PADDED_SIZE), tl.int1)
         columns, _, _, _, _ = topk_columns(
-            inner, outer, inner_count, column, choice, marked, K, 0, TWO, MANY * WIDE
+            inner,
+            outer,
+            inner_count,
+            column,
+            choice,
+            marked,
+            K,
+            0,
+            HAS_OUTER,
+            PADDED_GROUPS * PADDED_SIZE,
         )
-        selected = tl.where(columns < 0, -1, (columns // WIDE) * SIZE + columns % WIDE).to(tl.int64)
+        selected = tl.where(
+            columns < 0, -1, (columns // PADDED_SIZE) * GROUP_SIZE + columns % PADDED_SIZE
+        ).to(tl.int64)
         tl.store(ids + choice_offset, selected, mask=valid_choice)
 
     valid = valid_choice & (selected >= 0)
@@ -257,7 +323,7 @@ def choose_kernel(
 
 @triton.jit
 def activation(z, SIGMOID: tl.constexpr):
-    """p of logits [.., W], -inf where there is no expert."""
+    """p of logits [.., COLUMNS], which are -inf in padding columns."""
     if SIGMOID:
         exp_z = tl.exp(-tl.abs(z))
         return tl.div_rn(tl.where(z >= 0, 1.0, exp_z), 1.0 + exp_z)
@@ -268,36 +334,39 @@ def activation(z, SIGMOID: tl.constexpr):
 @triton.jit
 def dropped_groups(
     key,
-    KEPT: tl.constexpr,
-    SIZE: tl.constexpr,
+    TOPK_GROUPS: tl.constexpr,
+    GROUP_SIZE: tl.constexpr,
     TOKENS: tl.constexpr,
-    MANY: tl.constexpr,
-    WIDE: tl.constexpr,
+    PADDED_GROUPS: tl.constexpr,
+    PADDED_SIZE: tl.constexpr,
 ):
-    """Mask [tokens, W] of the columns whose group's two best scores do not add up to enough."""
-    keys = tl.reshape(key, (TOKENS, MANY, WIDE))
+    """Mask [tokens, COLUMNS] of dropped groups: all but the TOPK_GROUPS with the largest score.
+
+    A group's score is the sum of its two best scores.
+    """
+    keys = tl.reshape(key, (TOKENS, PADDED_GROUPS, PADDED_SIZE))
     best = tl.max(keys, axis=2)
     total = key_to_float(best)
-    if SIZE > 1:
-        column = tl.arange(0, WIDE)[None, None, :]
-        best_column = tl.min(tl.where(keys == best[:, :, None], column, WIDE), axis=2)
+    if GROUP_SIZE > 1:
+        column = tl.arange(0, PADDED_SIZE)[None, None, :]
+        best_column = tl.min(tl.where(keys == best[:, :, None], column, PADDED_SIZE), axis=2)
         total += key_to_float(
             tl.max(tl.where(column == best_column[:, :, None], LOWEST_KEY, keys), axis=2)
         )
-    # Groups of padding stay below all others.
+    # Padding groups rank below all others.
     score = tl.where(best == LOWEST_KEY, LOWEST_KEY, float_to_key(tl.where(total == 0, 0.0, total)))
-    group = tl.arange(0, MANY)
+    group = tl.arange(0, PADDED_GROUPS)
     score_a, score_b = score[:, :, None], score[:, None, :]
     lower_index = (group[None, :] < group[:, None])[None, :, :]
     ranked_above = (score_b > score_a) | ((score_b == score_a) & lower_index)
-    dropped = tl.sum(ranked_above.to(tl.int32), axis=2) >= KEPT
-    expanded = tl.broadcast_to(dropped[:, :, None], (TOKENS, MANY, WIDE))
-    return tl.reshape(expanded.to(tl.int32), (TOKENS, MANY * WIDE)) != 0
+    dropped = tl.sum(ranked_above.to(tl.int32), axis=2) >= TOPK_GROUPS
+    expanded = tl.broadcast_to(dropped[:, :, None], (TOKENS, PADDED_GROUPS, PADDED_SIZE))
+    return tl.reshape(expanded.to(tl.int32), (TOKENS, PADDED_GROUPS * PADDED_SIZE)) != 0
 
 
 @triton.jit
 def token_votes(p, c, weight, selected, valid_column, last_score, VOTE: tl.constexpr):
-    """v [tokens, W]: what each token gives each expert."""
+    """Each token's votes for each expert, [tokens, COLUMNS]."""
     if VOTE == "full":
         return tl.where(valid_column, p, 0.0)
     if VOTE == "count":
@@ -316,10 +385,10 @@ def token_votes(p, c, weight, selected, valid_column, last_score, VOTE: tl.const
 
 @triton.jit
 def vote_units(x):
-    """Votes as whole numbers of 2**-40, halves to the even one as everywhere."""
+    """Votes in units of 2**-40, rounded half to even."""
     scaled = x * VOTE_UNIT
     size = tl.abs(scaled)
-    # Adding 2**23 leaves no room behind the point, and the hardware rounds.
+    # Adding 2**23 makes the hardware round to an integer.
     size = tl.where(
         size < INTEGER_THRESHOLD, (size + INTEGER_THRESHOLD) - INTEGER_THRESHOLD, size
     ).to(tl.int64)
@@ -328,16 +397,16 @@ def vote_units(x):
 
 @triton.jit
 def reduce_tiles(
-    pointers, valid_column, tiles, EXPERTS: tl.constexpr, W: tl.constexpr, HOW: tl.constexpr
+    pointers, valid_column, tiles, EXPERTS: tl.constexpr, COLUMNS: tl.constexpr, HOW: tl.constexpr
 ):
-    """[W]: the tiles of one row put together, int64 votes or int32 marks."""
+    """[COLUMNS]: int64 votes or int32 marks of one row, reduced over its tiles."""
     tile = tl.arange(0, 8)
     if HOW == "best":
-        total = tl.full((W,), LOWEST_KEY64, tl.int64)
+        total = tl.full((COLUMNS,), LOWEST_KEY64, tl.int64)
     elif HOW == "sum":
-        total = tl.full((W,), 0, tl.int64)
+        total = tl.full((COLUMNS,), 0, tl.int64)
     else:
-        total = tl.full((W,), 0, tl.int32)
+        total = tl.full((COLUMNS,), 0, tl.int32)
     for start in range(0, tiles, 8):
         valid = (start + tile < tiles)[:, None] & valid_column[None, :]
         tile_pointers = pointers[None, :] + (start + tile)[:, None] * EXPERTS
@@ -354,18 +423,18 @@ def reduce_tiles(
 
 @triton.jit
 def elect(
-    votes,  # [W] int64, or fp64
+    votes,  # [COLUMNS] int64, or fp64
     protected,
     valid_column,
     count,
-    least,
-    tau,
+    min_experts,
+    mass_bits,
     MASS: tl.constexpr,
     EXPERTS: tl.constexpr,
-    W: tl.constexpr,
+    COLUMNS: tl.constexpr,
 ):
-    """Mask [W]: the safe, then those with most votes until as many have seats as the rule says."""
-    rank = tl.arange(0, W)
+    """The coreset, a mask [COLUMNS]: protected experts, then those with most votes."""
+    rank = tl.arange(0, COLUMNS)
     candidate = valid_column & ~protected
     protected_count = tl.sum(protected.to(tl.int32), axis=0)
     FLOATS: tl.constexpr = votes.dtype == tl.float64
@@ -380,20 +449,26 @@ def elect(
         protected_votes = tl.sum(tl.where(protected, votes, zero), axis=0)
         cumulative = (protected_votes + tl.cumsum(value, axis=0)).to(tl.float64)
         all_votes = (protected_votes + tl.sum(value, axis=0)).to(tl.float64)
-        required = tau.to(tl.int64).to(tl.float64, bitcast=True) * all_votes
+        required = mass_bits.to(tl.int64).to(tl.float64, bitcast=True) * all_votes
         below_count = tl.sum((inside & (cumulative < required)).to(tl.int32), axis=0)
-        # The safe alone may hold enough: then nobody joins them, unless ``least`` says so.
+        # Protected experts alone may hold enough votes; then only ``min_experts`` adds others.
         needs_more = (protected_count == 0) | (protected_votes.to(tl.float64) < required)
-        size = tl.maximum(tl.where(needs_more, protected_count + below_count + 1, 1), least)
+        size = tl.maximum(tl.where(needs_more, protected_count + below_count + 1, 1), min_experts)
     size = tl.minimum(tl.maximum(size - protected_count, 0), EXPERTS - protected_count)
     return protected | first_candidates(key, candidate, size, order, rank)
 
 
 @triton.jit
-def restore_votes(coreset, plain_coreset, votes, eps, EXPERTS: tl.constexpr, W: tl.constexpr):
-    """Mask [W]: ``liked``, the largest of ``plain`` that it lacks coming back one by one, each for
-    the weakest newcomer, until it holds (1 - eps) of the votes that ``plain`` holds."""
-    rank = tl.arange(0, W)
+def restore_votes(
+    coreset, plain_coreset, votes, loss_bits, EXPERTS: tl.constexpr, COLUMNS: tl.constexpr
+):
+    """``coreset`` with its largest losses restored, a mask [COLUMNS].
+
+    Missing experts of ``plain_coreset`` return one by one, most votes first. Each replaces the
+    extra expert with fewest votes, until the coreset holds (1 - max_vote_loss) of the votes that
+    ``plain_coreset`` holds.
+    """
+    rank = tl.arange(0, COLUMNS)
     missing, extra = plain_coreset & ~coreset, coreset & ~plain_coreset
     zero = tl.zeros_like(votes)
     gain = tl.where(missing, votes, LOWEST_KEY64)
@@ -404,9 +479,9 @@ def restore_votes(coreset, plain_coreset, votes, eps, EXPERTS: tl.constexpr, W: 
     )
     coreset_votes = tl.sum(tl.where(coreset, votes, zero), axis=0)
     plain_votes = tl.sum(tl.where(plain_coreset, votes, zero), axis=0).to(tl.float64)
-    floor = plain_votes * (1.0 - eps.to(tl.int64).to(tl.float64, bitcast=True))
+    floor = plain_votes * (1.0 - loss_bits.to(tl.int64).to(tl.float64, bitcast=True))
     after = (coreset_votes + tl.cumsum(swap_gain, axis=0)).to(tl.float64)
-    swaps = tl.min(tl.where(after >= floor, rank + 1, W), axis=0)
+    swaps = tl.min(tl.where(after >= floor, rank + 1, COLUMNS), axis=0)
     swaps = tl.where(coreset_votes.to(tl.float64) >= floor, 0, swaps)
     restored = first_candidates(gain, missing, swaps, sorted_gain, rank)
     return (coreset | restored) & ~first_candidates(loss, extra, swaps, sorted_loss, rank)

@@ -1,4 +1,4 @@
-"""What is done to every token alone: one launch in place of many."""
+"""Row-wise kernels: RMS norm, silu_and_mul and logits summary."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from coterie.ops.triton.launch import ceil_div, launch, next_power_of_two
 from coterie.values import LogitsSummary
 
 FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-MAX_ROW_SIZE = 16384  # numbers that a program holds
+MAX_ROW_SIZE = 16384  # elements that a program holds
 SILU_COLUMNS = 1024
-LOGITS_CHUNK = 4096  # logits that a program looks at
+LOGITS_CHUNK = 4096  # logits per program
 
 
 def supports_rms_norm(x: Tensor, weight: Tensor) -> bool:
-    """Whether ``rms_norm`` takes them."""
+    """Whether ``rms_norm`` supports these tensors."""
     return x.dtype == weight.dtype and x.dtype in FLOAT_DTYPES and 0 < x.shape[-1] <= MAX_ROW_SIZE
 
 
@@ -41,17 +41,17 @@ def rms_norm(x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
 
 
 def silu_and_mul(gate_up: Tensor) -> Tensor:
-    """See ``ops.gated``."""
+    """See ``ops.silu_and_mul``."""
     gate_up = gate_up.contiguous()
     width = gate_up.shape[-1] // 2
     out = gate_up.new_empty(*gate_up.shape[:-1], width)
     grid = (out.numel() // width, ceil_div(width, SILU_COLUMNS))
-    launch(_silu_and_mul_kernel, grid, gate_up, out, WIDTH=width, PIECE=SILU_COLUMNS, num_warps=4)
+    launch(_silu_and_mul_kernel, grid, gate_up, out, WIDTH=width, CHUNK=SILU_COLUMNS, num_warps=4)
     return out
 
 
 def summarize_logits(logits: Tensor, mask_id: int) -> LogitsSummary:
-    """See ``ops.survey``: logits [w, V] in fp32; infinite ones make a total NaN as well."""
+    """See ``ops.summarize_logits``. Logits are fp32; NaN or infinite ones make logsumexp NaN."""
     logits = logits.contiguous()
     (rows, size), device = logits.shape, logits.device
     chunks = ceil_div(size, LOGITS_CHUNK)
@@ -90,8 +90,8 @@ def summarize_logits(logits: Tensor, mask_id: int) -> LogitsSummary:
 @triton.jit
 def _summarize_chunk_kernel(
     logits,
-    values,  # [4, rows, parts] fp32: greatest, greatest but the mask's, sum of e**, no numbers
-    ids,  # [2, rows, parts] int32: where these two are
+    values,  # [4, rows, chunks] fp32: maximum, maximum without the mask, exp sum, non-finite count
+    ids,  # [2, rows, chunks] int32: the indices of the two maxima
     rows,
     size,
     mask_id,
@@ -102,7 +102,7 @@ def _summarize_chunk_kernel(
     index = chunk * CHUNK + tl.arange(0, CHUNK)
     inside = index < size
     values_in = tl.load(logits + row.to(tl.int64) * size + index, mask=inside, other=0.0)
-    # What is no number counts for nothing, and is told of.
+    # Non-finite logits are ignored here and counted below.
     finite = inside & (tl.abs(values_in) < float("inf"))
     x = tl.where(finite, values_in, float("-inf"))
     peak = tl.max(x, axis=0)
@@ -124,7 +124,7 @@ def _summarize_chunk_kernel(
 
 @triton.jit
 def _merge_chunks_kernel(values, ids, best, total, rows, chunks, PADDED: tl.constexpr):
-    """All chunks of one row."""
+    """Combines the chunks of one row."""
     row = tl.program_id(0)
     chunk = tl.arange(0, PADDED)
     inside, index, plane_stride = chunk < chunks, row * chunks + chunk, rows * chunks
@@ -137,7 +137,7 @@ def _merge_chunks_kernel(values, ids, best, total, rows, chunks, PADDED: tl.cons
     unmasked_id = tl.min(
         tl.where((unmasked_peaks == unmasked_peak) & inside, unmasked_ids, 2147483647), axis=0
     )
-    # Where nothing equals the greatest, there are no numbers: any id will do.
+    # Nothing equals the maximum if all are NaN: any id will do.
     fallback = tl.min(peak_ids, axis=0)
     tl.store(best + row, tl.where(best_id == 2147483647, fallback, best_id).to(tl.int64))
     tl.store(
@@ -169,10 +169,10 @@ def _rms_norm_kernel(
 
 
 @triton.jit
-def _silu_and_mul_kernel(gate_up, out, WIDTH: tl.constexpr, PIECE: tl.constexpr):
-    """PIECE columns of one row: silu of the first half times the second."""
+def _silu_and_mul_kernel(gate_up, out, WIDTH: tl.constexpr, CHUNK: tl.constexpr):
+    """CHUNK columns of one row: silu(first half) * second half."""
     row = tl.program_id(0).to(tl.int64)
-    column = tl.program_id(1) * PIECE + tl.arange(0, PIECE)
+    column = tl.program_id(1) * CHUNK + tl.arange(0, CHUNK)
     inside = column < WIDTH
     gate = tl.load(gate_up + row * 2 * WIDTH + column, mask=inside, other=0.0).to(tl.float32)
     up = tl.load(gate_up + row * 2 * WIDTH + WIDTH + column, mask=inside, other=0.0).to(tl.float32)

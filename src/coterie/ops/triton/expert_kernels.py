@@ -1,8 +1,9 @@
-"""Triton's half of the experts: weights are streamed once, along k.
+"""The expert kernels: gate-up, down and the weighted sum.
 
-A program takes one expert and a few rows of its weights. The expert's tokens come in tiles; for few
-tokens that is one tile, and the weights pass by once. With TURNED, rows of weights stand where
-a tensor core wants many and tokens where it is content with few.
+A program computes a few weight rows of one expert for all of its tokens, one tile of tokens at a
+time. Few tokens are one tile, so the weights are streamed once along k. With TRANSPOSED, weight
+rows are the M dimension of the tensor core product, which is at least 64 on Hopper, and tokens the
+N dimension, which may be small. UPCAST computes in fp32, for Triton's interpreter.
 """
 
 from __future__ import annotations
@@ -14,27 +15,27 @@ import triton.language as tl
 @triton.jit
 def gate_up_kernel(
     x,  # [tokens, HIDDEN]
-    weight,  # [slots, 2 * WIDTH, STORED] of numbers as they are stored, slots APART
-    scales,  # [slots, 2 * WIDTH, SCALED] bf16, SCALES_APART; not read where BITS is 16
+    weight,  # [slots, 2 * WIDTH, ROW_SIZE] stored elements, slots STRIDE apart
+    scales,  # [slots, 2 * WIDTH, SCALES_SIZE] bf16, SCALES_STRIDE apart; not read if BITS is 16
     token_ids,  # [pairs] int32, sorted by slot; see ``reference.Dispatch``
     slot_begin,  # [slots + 1] int32
     active_slots,  # [slots] int32
-    h,  # [pairs, WIDTH], sorted as ``token``
+    h,  # output [pairs, WIDTH], in the order of ``token_ids``
     HIDDEN: tl.constexpr,
     WIDTH: tl.constexpr,
-    STORED: tl.constexpr,
-    APART: tl.constexpr,
-    SCALED: tl.constexpr,
-    SCALES_APART: tl.constexpr,
+    ROW_SIZE: tl.constexpr,
+    STRIDE: tl.constexpr,
+    SCALES_SIZE: tl.constexpr,
+    SCALES_STRIDE: tl.constexpr,
     BITS: tl.constexpr,
     GROUP: tl.constexpr,
     TOKENS: tl.constexpr,
     COLUMNS: tl.constexpr,
     STEP: tl.constexpr,
-    TURNED: tl.constexpr,
-    WIDE: tl.constexpr,
+    TRANSPOSED: tl.constexpr,
+    UPCAST: tl.constexpr,
 ):
-    """silu(gate) * up: COLUMNS of it, for the pairs of one expert."""
+    """COLUMNS of silu(gate) * up, for the pairs of one expert."""
     tiles: tl.constexpr = (WIDTH + COLUMNS - 1) // COLUMNS
     active_index = tl.program_id(0) // tiles
     first_column = (tl.program_id(0) % tiles) * COLUMNS
@@ -42,12 +43,12 @@ def gate_up_kernel(
     if slot >= 0:
         start = tl.load(slot_begin + slot)
         stop = tl.load(slot_begin + slot + 1)
-        # Rows of gate and up take turns, so that two neighbours are one column of both. Rows past
-        # the end are the last one again: nobody stores what comes of them.
+        # Gate and up rows alternate, so that two adjacent results belong to one column. Rows past
+        # the end repeat the last row; their results are not stored.
         interleaved = tl.arange(0, 2 * COLUMNS)
         row = (interleaved % 2) * WIDTH + tl.minimum(first_column + interleaved // 2, WIDTH - 1)
-        weight_offset = slot.to(tl.int64) * APART
-        scales_offset = slot.to(tl.int64) * SCALES_APART
+        weight_offset = slot.to(tl.int64) * STRIDE
+        scales_offset = slot.to(tl.int64) * SCALES_STRIDE
         column = first_column + tl.arange(0, COLUMNS)
         for first in range(start, stop, TOKENS):
             pair_index = first + tl.arange(0, TOKENS)
@@ -58,17 +59,17 @@ def gate_up_kernel(
                 token * HIDDEN,
                 valid,
                 weight,
-                weight_offset + row * STORED,
+                weight_offset + row * ROW_SIZE,
                 scales,
-                scales_offset + row * SCALED,
+                scales_offset + row * SCALES_SIZE,
                 HIDDEN,
                 TOKENS,
                 2 * COLUMNS,
                 STEP,
                 BITS,
                 GROUP,
-                TURNED,
-                WIDE,
+                TRANSPOSED,
+                UPCAST,
             )
             gate, up = tl.split(tl.reshape(total, (TOKENS, COLUMNS, 2)))
             hidden = gate / (1.0 + tl.exp(-gate)) * up
@@ -81,28 +82,28 @@ def gate_up_kernel(
 
 @triton.jit
 def down_kernel(
-    h,  # [pairs, WIDTH], sorted as ``pair`` is
-    weight,  # [slots, HIDDEN, STORED], APART
-    scales,  # [slots, HIDDEN, SCALED], SCALES_APART
+    h,  # [pairs, WIDTH], in the order of ``pair_ids``
+    weight,  # [slots, HIDDEN, ROW_SIZE], slots STRIDE apart
+    scales,  # [slots, HIDDEN, SCALES_SIZE], SCALES_STRIDE apart
     pair_ids,  # [pairs] int32
     slot_begin,
     active_slots,
-    y,  # [pairs, HIDDEN] fp32, by the pair's number; rows of pairs without a slot are not written
+    y,  # output [pairs, HIDDEN] fp32, by pair id; rows of pairs without a slot are not written
     HIDDEN: tl.constexpr,
     WIDTH: tl.constexpr,
-    STORED: tl.constexpr,
-    APART: tl.constexpr,
-    SCALED: tl.constexpr,
-    SCALES_APART: tl.constexpr,
+    ROW_SIZE: tl.constexpr,
+    STRIDE: tl.constexpr,
+    SCALES_SIZE: tl.constexpr,
+    SCALES_STRIDE: tl.constexpr,
     BITS: tl.constexpr,
     GROUP: tl.constexpr,
     TOKENS: tl.constexpr,
     COLUMNS: tl.constexpr,
     STEP: tl.constexpr,
-    TURNED: tl.constexpr,
-    WIDE: tl.constexpr,
+    TRANSPOSED: tl.constexpr,
+    UPCAST: tl.constexpr,
 ):
-    """What one expert says to its pairs: COLUMNS of it."""
+    """COLUMNS of one expert's output, for its pairs."""
     tiles: tl.constexpr = (HIDDEN + COLUMNS - 1) // COLUMNS
     active_index = tl.program_id(0) // tiles
     column = (tl.program_id(0) % tiles) * COLUMNS + tl.arange(0, COLUMNS)
@@ -111,8 +112,8 @@ def down_kernel(
         start = tl.load(slot_begin + slot)
         stop = tl.load(slot_begin + slot + 1)
         row = tl.minimum(column, HIDDEN - 1)
-        weight_offset = slot.to(tl.int64) * APART
-        scales_offset = slot.to(tl.int64) * SCALES_APART
+        weight_offset = slot.to(tl.int64) * STRIDE
+        scales_offset = slot.to(tl.int64) * SCALES_STRIDE
         for first in range(start, stop, TOKENS):
             pair_index = first + tl.arange(0, TOKENS)
             valid = pair_index < stop
@@ -122,17 +123,17 @@ def down_kernel(
                 pair_index * WIDTH,
                 valid,
                 weight,
-                weight_offset + row * STORED,
+                weight_offset + row * ROW_SIZE,
                 scales,
-                scales_offset + row * SCALED,
+                scales_offset + row * SCALES_SIZE,
                 WIDTH,
                 TOKENS,
                 COLUMNS,
                 STEP,
                 BITS,
                 GROUP,
-                TURNED,
-                WIDE,
+                TRANSPOSED,
+                UPCAST,
             )
             tl.store(
                 y + pair[:, None] * HIDDEN + column[None, :],
@@ -152,7 +153,7 @@ def sum_kernel(
     CHOICES: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
-    """COLUMNS of a token's weighted sum, first choice first; nobody adds nothing."""
+    """COLUMNS of a token's weighted sum, in the order of its choices."""
     token = tl.program_id(0)
     column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
     total = tl.zeros((COLUMNS,), tl.float32)
@@ -161,7 +162,7 @@ def sum_kernel(
         expert = tl.load(ids + pair)
         slot = tl.where(expert >= 0, tl.load(slot_of + tl.maximum(expert, 0)), -1)
         weight = tl.load(weights + pair)
-        # What is read of a row that nobody wrote is thrown away.
+        # Rows of absent experts are uninitialised and count as zero.
         expert_out = tl.load(y + pair * HIDDEN + column, mask=column < HIDDEN, other=0.0)
         total += weight * tl.where(slot >= 0, expert_out, 0.0)
     tl.store(out + token * HIDDEN + column, total, mask=column < HIDDEN)
@@ -182,24 +183,24 @@ def _tiled_matmul(
     STEP: tl.constexpr,
     BITS: tl.constexpr,
     GROUP: tl.constexpr,
-    TURNED: tl.constexpr,
-    WIDE: tl.constexpr,
+    TRANSPOSED: tl.constexpr,
+    UPCAST: tl.constexpr,
 ):
-    """fp32 [TOKENS, ROWS]: ``real`` rows of x times rows of weights, each beginning at its _at."""
+    """fp32 [TOKENS, ROWS]: the ``valid`` rows of x times weight rows, at these offsets."""
     x_dtype = x.dtype.element_ty
     groups: tl.constexpr = (K + GROUP - 1) // GROUP
-    out_rows: tl.constexpr = ROWS if TURNED else TOKENS
-    out_columns: tl.constexpr = TOKENS if TURNED else ROWS
+    out_rows: tl.constexpr = ROWS if TRANSPOSED else TOKENS
+    out_columns: tl.constexpr = TOKENS if TRANSPOSED else ROWS
     total = tl.zeros((out_rows, out_columns), tl.float32)
     if BITS == 16:
         for first in range(0, K, STEP):
             tokens = _token_tile(x, x_offset, valid, first, K, STEP)
             rows = _weight_tile(weight, weight_offset, first, K, STEP)
-            total = _matmul_add(tokens, rows, total, TURNED, WIDE)
+            total = _matmul_add(tokens, rows, total, TRANSPOSED, UPCAST)
     else:
-        # The product of a whole number and a scale is rounded once, in bf16 as in fp32.
-        scale_dtype = tl.bfloat16 if x_dtype == tl.bfloat16 and not WIDE else tl.float32
-        # Scales are too narrow for asynchronous copies: they are fetched a step ahead by hand.
+        # The product of an integer and a scale is rounded once, in bf16 as in fp32.
+        scale_dtype = tl.bfloat16 if x_dtype == tl.bfloat16 and not UPCAST else tl.float32
+        # Scales are too narrow for asynchronous copies: they are loaded one step ahead by hand.
         next_scales = _load_scales(scales, scales_offset, 0, groups, STEP // GROUP)
         for first in range(0, K, STEP):
             tokens = _token_tile(x, x_offset, valid, first, K, STEP)
@@ -211,25 +212,25 @@ def _tiled_matmul(
                 raw = _weight_tile(weight, weight_offset, first, K, STEP)
                 scale = _repeat_columns(step_scales.to(scale_dtype), ROWS, STEP // GROUP, GROUP)
                 rows = raw.to(scale_dtype) * scale
-                total = _matmul_add(tokens, rows.to(x_dtype), total, TURNED, WIDE)
+                total = _matmul_add(tokens, rows.to(x_dtype), total, TRANSPOSED, UPCAST)
             else:
                 raw = _weight_tile(weight, weight_offset, first // 2, (K + 1) // 2, STEP // 2)
                 step_scales = step_scales.to(scale_dtype)
                 scale = _repeat_columns(step_scales, ROWS, STEP // GROUP, GROUP // 2)
                 high_scale = _repeat_columns(step_scales * 0.0625, ROWS, STEP // GROUP, GROUP // 2)
-                # A high nibble stays where it is: sixteen times the number, times a scale of that
-                # much less. Turning bytes into bf16 is cheap four at a time.
+                # The high nibble is not shifted: it is 16 times the value, times a scale / 16.
+                # Converting bytes to bf16 is cheap four at a time.
                 low = ((raw & 15).to(tl.int8, bitcast=True).to(scale_dtype) - 8.0) * scale
                 high = ((raw & 240) ^ 128).to(tl.int8, bitcast=True).to(scale_dtype) * high_scale
                 even, odd = tl.split(tl.reshape(tokens, (TOKENS, STEP // 2, 2)))
-                total = _matmul_add(even, low.to(x_dtype), total, TURNED, WIDE)
-                total = _matmul_add(odd, high.to(x_dtype), total, TURNED, WIDE)
-    return tl.trans(total) if TURNED else total
+                total = _matmul_add(even, low.to(x_dtype), total, TRANSPOSED, UPCAST)
+                total = _matmul_add(odd, high.to(x_dtype), total, TRANSPOSED, UPCAST)
+    return tl.trans(total) if TRANSPOSED else total
 
 
 @triton.jit
 def _weight_tile(weight, offset, first, K: tl.constexpr, STEP: tl.constexpr):
-    """[rows, STEP] of what is stored, from column ``first`` on; zero past column K."""
+    """[rows, STEP] stored elements from column ``first`` on; zero past column K."""
     k = first + tl.arange(0, STEP)
     pointers = weight + (offset[:, None] + k[None, :])
     tile = tl.load(pointers) if K % STEP == 0 else tl.load(pointers, mask=(k < K)[None, :], other=0)
@@ -238,7 +239,7 @@ def _weight_tile(weight, offset, first, K: tl.constexpr, STEP: tl.constexpr):
 
 @triton.jit
 def _token_tile(x, offset, valid, first, K: tl.constexpr, STEP: tl.constexpr):
-    """[tokens, STEP]: zero where a token is not ``real``, or past column K."""
+    """[tokens, STEP] of x; zero where a token is not ``valid``, or past column K."""
     k = first + tl.arange(0, STEP)
     pointers = x + (offset[:, None] + k[None, :])
     if K % STEP == 0:
@@ -249,31 +250,31 @@ def _token_tile(x, offset, valid, first, K: tl.constexpr, STEP: tl.constexpr):
 
 
 @triton.jit
-def _load_scales(scales, offset, first, COUNT: tl.constexpr, SOME: tl.constexpr):
-    """[rows, SOME] from number ``first`` on; a row has COUNT, and zeros after them."""
-    group = first + tl.arange(0, SOME)
+def _load_scales(scales, offset, first, COUNT: tl.constexpr, GROUPS: tl.constexpr):
+    """[rows, GROUPS] scales from group ``first`` on; zero past the COUNT groups of a row."""
+    group = first + tl.arange(0, GROUPS)
     pointers = scales + (offset[:, None] + group[None, :])
     return tl.load(pointers, mask=(group < COUNT)[None, :], other=0.0)
 
 
 @triton.jit
-def _repeat_columns(values, ROWS: tl.constexpr, SOME: tl.constexpr, EACH: tl.constexpr):
-    """[ROWS, SOME * EACH]: every one of found [ROWS, SOME] EACH times."""
-    expanded = tl.broadcast_to(values[:, :, None], (ROWS, SOME, EACH))
-    return tl.reshape(expanded, (ROWS, SOME * EACH))
+def _repeat_columns(values, ROWS: tl.constexpr, GROUPS: tl.constexpr, REPEATS: tl.constexpr):
+    """[ROWS, GROUPS * REPEATS]: each of values [ROWS, GROUPS] REPEATS times."""
+    expanded = tl.broadcast_to(values[:, :, None], (ROWS, GROUPS, REPEATS))
+    return tl.reshape(expanded, (ROWS, GROUPS * REPEATS))
 
 
 @triton.jit
-def _matmul_add(tokens, rows, total, TURNED: tl.constexpr, WIDE: tl.constexpr):
-    """``total`` + tokens [t, k] times rows [r, k]: [t, r], or [r, t] where TURNED.
+def _matmul_add(tokens, rows, total, TRANSPOSED: tl.constexpr, UPCAST: tl.constexpr):
+    """``total`` + tokens [t, k] times rows [r, k]: [t, r], or [r, t] if TRANSPOSED.
 
-    WIDE is for Triton's interpreter, whose arithmetic in bf16 is wrong.
+    UPCAST is for Triton's interpreter: its bf16 arithmetic is wrong.
     """
-    if WIDE:
+    if UPCAST:
         a, b = tokens.to(tl.float32), rows.to(tl.float32)
     else:
         a, b = tokens, rows
-    if TURNED:
+    if TRANSPOSED:
         out = tl.dot(b, tl.trans(a), total, input_precision="ieee")
     else:
         out = tl.dot(a, tl.trans(b), total, input_precision="ieee")

@@ -1,11 +1,13 @@
-"""Experts for few tokens each: two products that stream the weights once, then a sum; 4 launches.
+"""Experts for few tokens each, in 4 launches: dispatch, gate-up, down, weighted sum.
 
-Only experts that have tokens are read. What comes out does not depend on the order in which
-programs run: every pair of a token and an expert has a row of its own, and a token's rows are added
-choice by choice.
+Only experts with tokens are read, once. The result does not depend on the order in which programs
+run: each token-expert pair has its own row, and a token's rows are added in the order of its
+choices.
 """
 
 from __future__ import annotations
+
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -21,11 +23,11 @@ from coterie.values import Routing, Slab
 FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 GROUP_SIZES = (16, 32, 64, 128, 256)
 INTERPRETER_MODE = bool(knobs.runtime.interpret)
-SUM_COLUMNS = 512  # columns that one program adds up
+SUM_COLUMNS = 512  # columns per program of the sum
 
 
-def supports(x: Tensor, slab: Slab) -> bool:
-    """Whether the kernels take these types: floats like x, or whole numbers in usual groups."""
+def supports_experts(x: Tensor, slab: Slab) -> bool:
+    """Whether the kernels support these weights: x's dtype, or int8/int4 in GROUP_SIZES."""
     gate_up, down = slab.gate_up, slab.down
     if x.dtype not in FLOAT_DTYPES or not x.numel() or not len(down):
         return False
@@ -38,9 +40,10 @@ def supports(x: Tensor, slab: Slab) -> bool:
 def run_experts(
     x: Tensor, routing: Routing, slab: Slab, configs: tuple[TileConfig, TileConfig] | None = None
 ) -> Tensor:
-    """See ``ops.run_experts``. Asks the host nothing; ``plans`` are those of gate-up and down.
+    """See ``ops.run_experts``. Does not synchronise with the host.
 
-    Where experts are quantised, weights and products are in x's precision; sums are always fp32.
+    ``configs`` are the tilings of gate-up and down. Quantised weights are dequantised to x's dtype;
+    sums are always fp32.
     """
     (tokens, hidden), (slots, _, width) = x.shape, slab.down.shape
     choices = routing.topk_ids.shape[1]
@@ -52,7 +55,7 @@ def run_experts(
     h = torch.empty(tokens * choices, width, dtype=x.dtype, device=x.device)
     y = torch.empty(tokens * choices, hidden, dtype=torch.float32, device=x.device)
     out = torch.empty(tokens, hidden, dtype=torch.float32, device=x.device)
-    constants = {"HIDDEN": hidden, "WIDTH": width, "WIDE": INTERPRETER_MODE}
+    constants = {"HIDDEN": hidden, "WIDTH": width, "UPCAST": INTERPRETER_MODE}
     gate_up_tensors, down_tensors = _weight_and_scales(slab.gate_up), _weight_and_scales(slab.down)
     launch(
         kernels.gate_up_kernel,
@@ -97,57 +100,39 @@ def run_experts(
 
 
 def gemm_shapes(x: Tensor, slab: Slab) -> tuple[GemmShape, GemmShape]:
-    """The two products of a layer, as plans know them."""
+    """The shapes of a layer's two products, as ``tuning`` keys them."""
     (tokens, hidden), width = x.shape, slab.down.shape[2]
     quant_format = slab.down.format if isinstance(slab.down, QTensor) else None
     dtype = str(x.dtype).removeprefix("torch.")
     weight_format, group = (
         ("", 1) if quant_format is None else (quant_format.name, quant_format.group)
     )
-    return (
-        GemmShape(
-            "gate-up",
-            tokens,
-            rows=width,
-            k=hidden,
-            dtype=dtype,
-            weight_format=weight_format,
-            group=group,
-        ),
-        GemmShape(
-            "down",
-            tokens,
-            rows=hidden,
-            k=width,
-            dtype=dtype,
-            weight_format=weight_format,
-            group=group,
-        ),
-    )
+    gate_up = GemmShape("gate-up", tokens, width, hidden, dtype, weight_format, group)
+    return gate_up, replace(gate_up, name="down", rows=hidden, k=width)
 
 
 def _weight_and_scales(weight: object) -> tuple[Tensor, Tensor]:
-    """What is read of a weight: numbers and scales, or the weight twice where it has none."""
+    """The tensors to read: values and scales, or the weight twice if it has no scales."""
     if isinstance(weight, QTensor):
         return contiguous_experts(weight.q), contiguous_experts(weight.scales)
-    assert isinstance(weight, Tensor)  # as ``fits`` found it
+    assert isinstance(weight, Tensor)  # checked by ``supports_experts``
     return contiguous_experts(weight), weight
 
 
 def contiguous_experts(weight: Tensor) -> Tensor:
-    """The same [n, rows, columns] with each of the n in one run; these may be any way apart."""
+    """weight [n, rows, columns] with each of the n contiguous; the stride between them is free."""
     return weight if weight[:1].is_contiguous() else weight.contiguous()
 
 
 def _layout_constants(numbers: Tensor, scales: Tensor, weight: object) -> dict[str, int]:
-    """How far apart rows and experts are, and how their numbers are kept."""
-    strides = {"STORED": numbers.shape[-1], "APART": numbers.stride(0)}
+    """Strides and number format as kernel constants."""
+    strides = {"ROW_SIZE": numbers.shape[-1], "STRIDE": numbers.stride(0)}
     if isinstance(weight, QTensor):
         return {
             **strides,
-            "SCALED": scales.shape[-1],
-            "SCALES_APART": scales.stride(0),
+            "SCALES_SIZE": scales.shape[-1],
+            "SCALES_STRIDE": scales.stride(0),
             "BITS": weight.format.bits,
             "GROUP": weight.format.group,
         }
-    return {**strides, "SCALED": 0, "SCALES_APART": 0, "BITS": 16, "GROUP": 1}
+    return {**strides, "SCALES_SIZE": 0, "SCALES_STRIDE": 0, "BITS": 16, "GROUP": 1}

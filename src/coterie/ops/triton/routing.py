@@ -1,4 +1,4 @@
-"""Routing on a GPU: two launches, whatever the rule, and the host is never waited for."""
+"""Routing on a GPU: two launches for any rule, without synchronising with the host."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ from coterie.ops.triton.election import choose_kernel, vote_kernel
 from coterie.ops.triton.launch import ceil_div, launch, next_power_of_two
 from coterie.values import CoresetRule, RouterSpec, Routing, Scores
 
-MAX_COLUMNS = 1024  # columns that a program holds, and so experts
+MAX_COLUMNS = 1024  # columns of a program: the largest number of experts
 
 
 def route(scores: Scores, rule: CoresetRule | None, vote_weight: Tensor | None) -> Routing | None:
-    """See ``ops.route``. Logits that are no numbers give weights that are none."""
+    """See ``ops.route``. Non-finite logits give NaN weights."""
     if not supports(scores, rule):
         return None
     rows, tokens, experts = scores.logits.shape
-    if rule is None:  # nobody asks which tokens belong together
+    if rule is None:  # without an election, sequences do not matter
         rows, tokens = 1, rows * tokens
     config = launch_config(scores.router, tokens, rule is not None)
     empty = scores.logits.new_empty
@@ -86,7 +86,7 @@ def route(scores: Scores, rule: CoresetRule | None, vote_weight: Tensor | None) 
 
 
 def supports(scores: Scores, rule: CoresetRule | None) -> bool:
-    """Whether the kernels take these scores and this rule."""
+    """Whether the kernels support these scores and this rule."""
     router, logits = scores.router, scores.logits
     if scores.previous_coresets is not None or (rule is not None and rule.max_experts > 0):
         return False
@@ -97,27 +97,32 @@ def supports(scores: Scores, rule: CoresetRule | None) -> bool:
     if logits.numel() >= 2**31 or router.k > router.experts or router.experts % router.groups:
         return False
     if rule is not None and rule.vote == "max" and rule.mass > 0 and rule.protect > 0:
-        return False  # sums of votes that may be negative, in an order that the kernel forgets
-    return _column_constants(router)["MANY"] * _column_constants(router)["WIDE"] <= MAX_COLUMNS
+        # Votes may be negative here, and their sums depend on an order that the kernel drops.
+        return False
+    constants = _column_constants(router)
+    return constants["PADDED_GROUPS"] * constants["PADDED_SIZE"] <= MAX_COLUMNS
 
 
 @dataclass(frozen=True)
 class RouteLaunch:
-    """How a router's work is cut up; ``columns`` are the constants that both kernels share."""
+    """The grid of both launches; ``constants`` are the kernel constants that they share."""
 
-    vote_tokens: int  # tokens of a program of the first launch
-    vote_warps: int  # of such a program
-    choose_tokens: int  # tokens of a program of the second
-    tiles: int  # programs of a row in the first launch
+    vote_tokens: int  # tokens per program of the first launch
+    vote_warps: int  # warps per program of the first launch
+    choose_tokens: int  # tokens per program of the second launch
+    tiles: int  # programs per sequence of the first launch
     constants: dict[str, int]
 
 
 @lru_cache(maxsize=1024)
 def launch_config(router: RouterSpec, tokens: int, has_rule: bool) -> RouteLaunch:
-    """One warp for two tokens keeps a maximum inside the warp; many tokens share more of them,
-    so that the second launch has fewer parts to add up."""
+    """The grid for a router and ``tokens`` per sequence.
+
+    One warp for two tokens keeps reductions inside the warp. Many tokens use larger tiles, so that
+    the second launch has fewer tiles to add up.
+    """
     constants = _column_constants(router)
-    width = constants["MANY"] * constants["WIDE"]
+    width = constants["PADDED_GROUPS"] * constants["PADDED_SIZE"]
     few = tokens <= 64 and width <= 512
     vote_tokens, warps = (2, 1) if few else (8, 4)
     return RouteLaunch(
@@ -138,10 +143,10 @@ def _column_constants(router: RouterSpec) -> dict[str, int]:
         "EXPERTS": router.experts,
         "K": router.k,
         "GROUPS": groups,
-        "KEPT": router.topk_groups if has_group_limit else 1,
-        "MANY": next_power_of_two(groups),
-        "SIZE": size,
-        "WIDE": next_power_of_two(size),
+        "TOPK_GROUPS": router.topk_groups if has_group_limit else 1,
+        "PADDED_GROUPS": next_power_of_two(groups),
+        "GROUP_SIZE": size,
+        "PADDED_SIZE": next_power_of_two(size),
         "CHOICES": next_power_of_two(router.k),
     }
 
@@ -164,8 +169,10 @@ def _size_kind(rule: CoresetRule | None) -> str:
 
 @lru_cache(maxsize=1024)
 def _rule_numbers(rule: CoresetRule | None) -> tuple[int, int, int, int, int]:
-    """Seats, seats at least; share of votes, lam and eps as the bits of doubles: a kernel would
-    take a float in single precision."""
+    """count, min_experts, then mass, resident_bonus and max_vote_loss as the bits of doubles.
+
+    Bits, because Triton passes float arguments in single precision.
+    """
     numbers = rule or CoresetRule()
     doubles = struct.pack("ddd", numbers.mass, numbers.resident_bonus, numbers.max_vote_loss)
     return numbers.count, numbers.min_experts, *struct.unpack("qqq", doubles)

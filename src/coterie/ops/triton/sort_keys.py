@@ -1,9 +1,9 @@
-"""How kernels compare: as whole numbers, the larger first, and of equals the lower index.
+"""Sorting by integer keys: larger first, lower column index on ties.
 
-Indices are columns, which padding may follow: see ``election``.
+See ``election`` for the column layout with its padding.
 """
 
-# Kernels are in the language of Triton, which types of Python do not describe.
+# Python's types do not describe the Triton language.
 # pyright: reportArgumentType=false, reportIndexIssue=false, reportOperatorIssue=false
 # pyright: reportCallIssue=false, reportAssignmentType=false
 from __future__ import annotations
@@ -11,66 +11,69 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-LOWEST_KEY = tl.constexpr(-0x80000000)  # below the order of every number
-LOWEST_KEY64 = tl.constexpr(-0x7FFFFFFFFFFFFFFF)  # the same in 64 bits
+LOWEST_KEY = tl.constexpr(-0x80000000)  # below the key of every number
+LOWEST_KEY64 = tl.constexpr(-0x7FFFFFFFFFFFFFFF)  # the same for 64 bits
 
 
 @triton.jit
 def float_to_key(x):
-    """fp32 -> int32 that sorts as the numbers do; -0 must not occur."""
+    """fp32 -> int32 with the same order; -0 must not occur."""
     bits = x.to(tl.int32, bitcast=True)
     return bits ^ ((bits >> 31) & 0x7FFFFFFF)
 
 
 @triton.jit
 def key_to_float(key):
-    """What ``float_order`` was given."""
+    """The inverse of ``float_to_key``."""
     bits = key ^ ((key >> 31) & 0x7FFFFFFF)
     return bits.to(tl.float32, bitcast=True)
 
 
 @triton.jit
 def double_to_key(x):
-    """fp64 -> int64 that sorts as the numbers do."""
+    """fp64 -> int64 with the same order."""
     bits = x.to(tl.int64, bitcast=True)
     return bits ^ ((bits >> 63) & 0x7FFFFFFFFFFFFFFF)
 
 
 @triton.jit
 def key_to_double(key):
-    """What ``double_order`` was given."""
+    """The inverse of ``double_to_key``."""
     bits = key ^ ((key >> 63) & 0x7FFFFFFFFFFFFFFF)
     return bits.to(tl.float64, bitcast=True)
 
 
 @triton.jit
 def topk_columns(
-    inner,  # [n, W] int32: keys that come first, LOW where there is none
-    outer,  # the others' keys, read if TWO
-    inner_count,  # [n] int32: how many there are of the first
-    column,  # [W]
+    inner,  # [n, COLUMNS] int32: keys of preferred columns, LOWEST_KEY elsewhere
+    outer,  # keys of the remaining columns, read if HAS_OUTER
+    inner_count,  # [n] int32: number of preferred columns
+    column,  # [COLUMNS]
     choice,  # [CHOICES], at least ROUNDS
-    marked,  # [n, W] bool: gains the first MARKS columns
+    marked,  # [n, COLUMNS] bool: set for the first MARKS selected columns
     ROUNDS: tl.constexpr,
     MARKS: tl.constexpr,
-    TWO: tl.constexpr,
-    W: tl.constexpr,
+    HAS_OUTER: tl.constexpr,
+    COLUMNS: tl.constexpr,
 ):
-    """Each row's ROUNDS best columns [n, CHOICES], -1 where there are too few; what is left of the
-    keys; the last key taken [n]; what is marked."""
+    """Each row's ROUNDS best columns, preferred columns first.
+
+    Returns the columns [n, CHOICES] (-1 if there are too few), the keys of ``inner`` and ``outer``
+    that remain, the last selected key [n], and ``marked``.
+    """
     best = tl.max(inner, axis=1)
     columns = tl.full((inner.shape[0], choice.shape[0]), -1, tl.int32)
     for rank in range(ROUNDS):
         keys = inner
-        if TWO:
+        if HAS_OUTER:
             keys = tl.where((rank < inner_count)[:, None], inner, outer)
         best = tl.max(keys, axis=1)
-        best_column = tl.min(tl.where(keys == best[:, None], column[None, :], W), axis=1)
+        best_column = tl.min(tl.where(keys == best[:, None], column[None, :], COLUMNS), axis=1)
         hit = column[None, :] == best_column[:, None]
         column_or_none = tl.where(best == LOWEST_KEY, -1, best_column)
         columns = tl.where((choice == rank)[None, :], column_or_none[:, None], columns)
         inner = tl.where(hit, LOWEST_KEY, inner)
-        if TWO:
+        if HAS_OUTER:
             outer = tl.where(hit, LOWEST_KEY, outer)
         if MARKS > 0:
             marked = marked | (hit & (rank < MARKS))
@@ -79,9 +82,9 @@ def topk_columns(
 
 @triton.jit
 def first_candidates(key, candidate, count, descending, rank):
-    """Mask [W]: the ``seats`` candidates whose key is largest; of equals those that come first.
+    """Mask [COLUMNS]: the ``count`` candidates with the largest keys, lower columns on ties.
 
-    ``descending`` [W] are the candidates' keys, sorted.
+    ``descending`` [COLUMNS] are the candidates' keys, sorted.
     """
     threshold = tl.sum(tl.where(rank == count - 1, descending, 0), axis=0)
     above = candidate & (key > threshold)

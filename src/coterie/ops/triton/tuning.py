@@ -1,8 +1,8 @@
-"""How a product of experts is cut up: plans that are good without measuring, and measured ones.
+"""Tile sizes of the expert products: measured ones, and defaults that need no measurement.
 
-What was measured on a device is kept in a file (``$COTERIE_CACHE``, else ``~/.cache/coterie``) and
-used from then on; so is what lies beside this module as ``plans.json``, measured before. Without
-either a plan follows from the shape alone.
+Measured configurations are stored by device and shape in ``tuning.json`` in ``$COTERIE_CACHE``
+(default ``~/.cache/coterie``). The package may ship a ``tuning.json`` next to this module. Without
+an entry in either file, the shape decides.
 """
 
 from __future__ import annotations
@@ -23,31 +23,31 @@ from coterie.keys import Key, from_json, to_json
 from coterie.ops.triton.launch import next_power_of_two
 
 MAX_SHARED_BYTES = 220 << 10
-"""Bytes of shared memory that a program may plan to take: what Hopper has, less a little."""
+"""Bytes of shared memory per program: a little less than Hopper has."""
 
 
-BUNDLED_CONFIGS = Path(__file__).with_name("plans.json")
+BUNDLED_CONFIGS = Path(__file__).with_name("tuning.json")
 
 
 @dataclass(frozen=True)
 class GemmShape:
-    """One of the two products: ``rows`` columns of output, sums over ``k``."""
+    """One of the two products of a layer: ``rows`` output columns, sums over ``k``."""
 
-    name: str  # "gate-up", where every column has two rows of weights, or "down"
+    name: str  # "gate-up" (two weight rows per column) or "down"
     tokens: int
     rows: int
     k: int
-    dtype: str  # of tokens
-    weight_format: str  # "" for weights like tokens, "int8" or "int4"
-    group: int
+    dtype: str  # of the tokens
+    weight_format: str  # "" for the tokens' dtype, "int8" or "int4"
+    group: int  # columns that share a scale; 1 if not quantised
 
     @property
     def max_tile_tokens(self) -> int:
-        """Tokens that a tile must take for one to be enough: 16, 32 or 64 (and then again)."""
+        """Tokens of a tile: 16, 32 or 64, the smallest that holds all tokens if one does."""
         return 16 if self.tokens <= 16 else 32 if self.tokens <= 32 else 64
 
     def key(self) -> str:
-        """By what a measured plan is found again."""
+        """The key of a measured configuration."""
         shape = (
             self.name,
             self.max_tile_tokens,
@@ -62,39 +62,38 @@ class GemmShape:
 
 @dataclass(frozen=True)
 class TileConfig:
-    """Tokens, columns of output and numbers along k that a program takes at a time."""
+    """A tile: tokens, output columns and elements along k that a program computes at a time."""
 
     tokens: Annotated[int, Key("tokens")]
     columns: Annotated[int, Key("columns")]
     step: Annotated[int, Key("step")]
     warps: Annotated[int, Key("warps")]
     stages: Annotated[int, Key("stages")]
-    transposed: Annotated[bool, Key("turned")] = (
-        False  # rows of weights stand where tensor cores want 64
-    )
+    transposed: Annotated[bool, Key("turned")] = False  # weight rows are the M dimension
 
     def launch_options(self) -> dict[str, int]:
-        """As the kernels are launched with it."""
+        """The kernel constants and launch options."""
         return {
             "TOKENS": self.tokens,
             "COLUMNS": self.columns,
             "STEP": self.step,
-            "TURNED": self.transposed,
+            "TRANSPOSED": self.transposed,
             "num_warps": self.warps,
             "num_stages": self.stages,
         }
 
 
 def best_config(gemm: GemmShape) -> TileConfig:
-    """The measured plan where there is one, else the usual one."""
+    """The measured configuration if there is one, else the default."""
     return _tuned_configs().get(gemm.key()) or default_config(gemm)
 
 
 def default_config(gemm: GemmShape) -> TileConfig:
-    """A plan that follows from the shape alone: the same on every machine.
+    """The configuration for a shape, the same on every machine.
 
-    Some 64 rows of weights a program, so that 25 experts keep 132 processors busy and the tokens,
-    read anew by every program, are little beside the weights; 24 to 48 KB under way in each.
+    About 64 weight rows per program: 25 experts then occupy 132 multiprocessors, and the tokens,
+    which every program reads again, are small compared with the weights. 24 to 48 KB are in flight
+    per program.
     """
     rows = 64 if gemm.name == "down" else 32
     config = TileConfig(gemm.max_tile_tokens, rows, step=64, warps=4, stages=4)
@@ -106,15 +105,14 @@ def default_config(gemm: GemmShape) -> TileConfig:
 
 
 def candidate_configs(gemm: GemmShape) -> Iterator[TileConfig]:
-    """Plans worth measuring, the usual one first."""
+    """Configurations worth measuring, the default first."""
     default = default_config(gemm)
     yielded = {default}
     yield default
     row_factor = 2 if gemm.name == "gate-up" else 1
+    shapes = CANDIDATE_SHAPES["quantised" if gemm.weight_format else "bf16"]
     for tokens in sorted({16, gemm.max_tile_tokens}):
-        for rows, step, warps, stages in CANDIDATE_SHAPES[
-            "bf16" if not gemm.weight_format else gemm.weight_format
-        ]:
+        for rows, step, warps, stages in shapes:
             for transposed in (False, True):
                 config = TileConfig(tokens, rows // row_factor, step, warps, stages, transposed)
                 config = _clamp_to_shape(config, gemm)
@@ -134,22 +132,19 @@ CANDIDATE_SHAPES = {
         *((32, 128, 4, 4), (32, 128, 2, 4), (32, 256, 4, 3)),
         *((128, 64, 4, 4), (128, 64, 8, 4), (128, 128, 8, 3)),
     ),
-    "int8": (
-        *((64, 64, 4, 6), (64, 128, 4, 4), (64, 128, 4, 6), (64, 128, 8, 4), (64, 256, 8, 3)),
-        *((32, 128, 4, 4), (32, 256, 4, 4), (128, 128, 8, 4)),
-    ),
-    "int4": (
+    "quantised": (
         *((64, 64, 4, 6), (64, 128, 4, 4), (64, 128, 4, 6), (64, 128, 8, 4), (64, 256, 8, 3)),
         *((32, 128, 4, 4), (32, 256, 4, 4), (128, 128, 8, 4)),
     ),
 }
-"""Rows of weights, numbers along k, warps and stages that are worth a try."""
+"""(weight rows, elements along k, warps, stages) to measure, by kind of weights."""
 
 
 def tune(gemm: GemmShape, measure: Callable[[TileConfig], float]) -> dict[TileConfig, float]:
-    """Measures the candidates by ``time`` (in any unit; an error means no) and keeps the best.
+    """Measures the candidates with ``measure`` (time in any unit) and saves the fastest.
 
-    Returns what was measured. Not for use while a graph is captured: it waits for the device.
+    Returns the times; candidates that raise an error are skipped. Synchronises with the device, so
+    it must not run during CUDA graph capture.
     """
     timings: dict[TileConfig, float] = {}
     for config in candidate_configs(gemm):
@@ -163,7 +158,7 @@ def tune(gemm: GemmShape, measure: Callable[[TileConfig], float]) -> dict[TileCo
 
 
 def save_config(gemm: GemmShape, config: TileConfig) -> None:
-    """Use ``plan`` for such work from now on, here and in later runs."""
+    """Uses ``config`` for this shape from now on, in this process and in later ones."""
     _tuned_configs()[gemm.key()] = config
     document = {key: to_json(config) for key, config in sorted(_tuned_configs().items())}
     path = cache_path()
@@ -174,16 +169,16 @@ def save_config(gemm: GemmShape, config: TileConfig) -> None:
         temporary.replace(path)
     except OSError as error:
         logging.getLogger("coterie").warning(
-            "Measured plans are not kept for later runs: %s (COTERIE_CACHE names another folder)",
+            "Measured tile sizes are not saved: %s (set COTERIE_CACHE to another folder)",
             error,
         )
 
 
 def cache_path() -> Path:
-    """The file of measured plans."""
-    folder = os.environ.get("COTERIE_CACHE")
-    default_folder = os.path.expanduser("~/.cache/coterie")  # as it is where nobody is at home
-    return Path(folder or default_folder) / "plans.json"
+    """The file of measured configurations."""
+    # ``expanduser`` of os.path does not fail for users without a home folder.
+    folder = os.environ.get("COTERIE_CACHE") or os.path.expanduser("~/.cache/coterie")
+    return Path(folder) / "tuning.json"
 
 
 @cache
@@ -193,7 +188,7 @@ def device_name() -> str:
 
 @cache
 def _tuned_configs() -> dict[str, TileConfig]:
-    """By key; a file that cannot be read is as good as none."""
+    """The configurations of both files by key; unreadable files are ignored."""
     configs: dict[str, TileConfig] = {}
     for path in (BUNDLED_CONFIGS, cache_path()):
         try:
@@ -205,14 +200,14 @@ def _tuned_configs() -> dict[str, TileConfig]:
 
 
 def _clamp_to_shape(config: TileConfig, gemm: GemmShape) -> TileConfig:
-    """The same for small shapes: no tile much larger than what there is; whole groups of scales."""
+    """The configuration with tiles no larger than the shape needs, in whole groups of scales."""
     step = max(min(config.step, next_power_of_two(gemm.k)), 32, gemm.group)
     columns = max(min(config.columns, next_power_of_two(gemm.rows)), 16)
     return replace(config, step=step, columns=columns)
 
 
 def _shared_memory_bytes(config: TileConfig, gemm: GemmShape) -> int:
-    """About how many bytes of shared memory it takes."""
+    """Estimated bytes of shared memory."""
     size = {"int8": 1.0, "int4": 0.5}.get(gemm.weight_format, 2.0)
     rows = config.columns * (2 if gemm.name == "gate-up" else 1)
     return int(config.stages * config.step * (rows * size + config.tokens * 2))

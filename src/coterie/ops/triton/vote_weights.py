@@ -1,6 +1,6 @@
-"""Who votes, in one launch: a program for each row."""
+"""Vote weights of all tokens, in one launch with a program per row."""
 
-# Kernels are in the language of Triton, which types of Python do not describe.
+# Python's types do not describe the Triton language.
 # pyright: reportOperatorIssue=false
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from coterie.ops.triton.launch import launch, next_power_of_two
 def vote_weights(
     voters: Tensor | None, voter_filter: Tensor | None, *, invert_filter: bool = False
 ) -> Tensor:
-    """See ``ops.voices``."""
+    """See ``ops.vote_weights``."""
     template = voters if voter_filter is None else voter_filter
     assert template is not None
     rows, tokens = template.shape
@@ -28,7 +28,7 @@ def vote_weights(
         _as_bytes(voter_filter),
         weights,
         tokens,
-        OPPOSITE=invert_filter,
+        INVERT_FILTER=invert_filter,
         TOKENS=next_power_of_two(tokens),
         num_warps=4 if tokens > 128 else 1,
     )
@@ -43,11 +43,11 @@ def _as_bytes(values: Tensor | None) -> Tensor | None:
 
 @triton.jit(do_not_specialize=["tokens"])
 def _vote_weights_kernel(
-    voters,  # [S, N] of any type, or None
-    voter_filter,  # the same
-    out,  # out [S, N] fp32
+    voters,  # [S, N] of any dtype, or None
+    voter_filter,  # [S, N] of any dtype, or None
+    out,  # output [S, N] fp32
     tokens,
-    OPPOSITE: tl.constexpr,
+    INVERT_FILTER: tl.constexpr,
     TOKENS: tl.constexpr,
 ):
     token = tl.arange(0, TOKENS)
@@ -60,7 +60,7 @@ def _vote_weights_kernel(
         result = tl.where(tl.max(weights, axis=0) > 0, weights, result)
     if voter_filter is not None:
         filter_weights = tl.load(voter_filter + index, mask=valid, other=0).to(tl.float32)
-        if OPPOSITE:
+        if INVERT_FILTER:
             filter_weights = 1.0 - filter_weights
         filtered = tl.where(valid, weights * filter_weights, 0.0)
         result = tl.where(tl.max(filtered, axis=0) > 0, filtered, result)

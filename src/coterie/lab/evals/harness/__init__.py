@@ -1,1 +1,1 @@
-"""Coterie as a model of lm-evaluation-harness; needs the extra ``harness``."""
+"""An lm-evaluation-harness model for Coterie; needs the extra ``harness``."""

@@ -1,7 +1,7 @@
-"""A model class for lm-evaluation-harness: ``--model coterie --model_args pretrained=..,policy=..``
+"""A model class for lm-evaluation-harness, registered as "coterie".
 
-The harness finds models in its own table only, so this module must have been imported: by
-``coterie lm-eval``, which hands over to the harness, or by the program that calls it.
+The harness only finds registered models, so this module must be imported first. ``coterie lm-eval``
+imports it and then runs the harness's own command.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from tqdm import tqdm
 from coterie.engine.engine import load
 from coterie.engine.events import Denoised, Finished
 from coterie.engine.generation_config import GenerationConfig
-from coterie.errors import CoterieError
+from coterie.errors import ConfigError
 from coterie.keys import names_of
 from coterie.loading.expert_memory import ExpertMemoryConfig
 from coterie.tokenizer.tokenizer import SubwordTokenizer
@@ -28,18 +28,13 @@ NAME = "coterie"
 DEFAULT_BATCH_SIZE = 16
 LENGTH_OPTIONS = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")
 SAMPLING_OPTIONS = ("temperature", "top_k", "top_p")
-HANDLED_OPTIONS = (
-    "do_sample",
-    "until",
-    *LENGTH_OPTIONS,
-    *SAMPLING_OPTIONS,
-)  # read here, or not an option of ``Generation``
+HANDLED_OPTIONS = ("do_sample", "until", *LENGTH_OPTIONS, *SAMPLING_OPTIONS)
 
 log = logging.getLogger(__name__)
 
 
 class HarnessRequest(Protocol):
-    """What the harness asks: of ``generate_until``, a prompt and how to generate."""
+    """A request of the harness: a prompt and its generation options."""
 
     @property
     def args(self) -> tuple[str, Mapping[str, object]]: ...
@@ -47,7 +42,7 @@ class HarnessRequest(Protocol):
 
 @register_model(NAME)
 class CoterieLM(LM):
-    """Answers ``generate_until``; other options are fields of ``Generation``."""
+    """Implements ``generate_until``; further options are fields of ``GenerationConfig``."""
 
     def __init__(
         self,
@@ -68,32 +63,31 @@ class CoterieLM(LM):
         _check_options(options)
         memory = _expert_memory(expert_memory, imagine_memory, eviction)
         self.engine = load(
-            pretrained, policy=policy, dtype=dtype, device=_available_device(device), experts=experts,
-            expert_memory=memory,
+            pretrained, policy=policy, dtype=dtype, device=_available_device(device),
+            experts=experts, expert_memory=memory,
         )  # fmt: skip
-        length = (
-            {"max_new_tokens": options.pop("max_gen_toks")} if "max_gen_toks" in options else {}
-        )
-        self.engine.generation = self.engine.generation.replace(**length, **options)
-        # "auto" would try out what fits in memory; rows of one canvas each need little of it.
+        if "max_gen_toks" in options:
+            options["max_new_tokens"] = options.pop("max_gen_toks")
+        self.engine.generation = self.engine.generation.replace(**options)
+        # The harness's "auto" searches for the largest batch; a fixed default is enough here.
         default_batch_size = 1 if memory is not None else max_batch_size or DEFAULT_BATCH_SIZE
         self.rows = int(str(batch_size)) if str(batch_size).isdigit() else default_batch_size
         if memory is not None and self.rows != 1:
-            raise CoterieError(
+            raise ConfigError(
                 f"batch_size {batch_size}: where not all experts are in memory, an answer may "
-                "depend on who is beside it; leave it out, or give 1"
+                "depend on the others of its batch; use 1"
             )
         if self.rows < 1:
-            raise CoterieError(f"batch_size must be at least 1, not {batch_size!r}")
+            raise ConfigError(f"batch_size must be at least 1, not {batch_size!r}")
         self.policy, self.uses_template = policy, False
 
     @property
     def tokenizer_name(self) -> str:
-        """Names the template in the harness's cache of requests."""
+        """The key of the chat template in the harness's request cache."""
         return self.engine.model.name.replace("/", "__")
 
     def chat_template(self, chat_template: bool | str = False) -> str:
-        """The template's source, for the harness's record; asked for when one is applied."""
+        """The template's source; the harness calls this before it applies a template."""
         codec = self.engine.model.codec
         self.uses_template = bool(chat_template) and isinstance(codec, SubwordTokenizer)
         return codec.template.source if isinstance(codec, SubwordTokenizer) else ""
@@ -101,17 +95,17 @@ class CoterieLM(LM):
     def apply_chat_template(
         self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True
     ) -> str:
-        """The text of a conversation; without a generation prompt its last turn is begun."""
+        """The text of a conversation; without a generation prompt it ends in an open last turn."""
         codec = self.engine.model.codec
         if not isinstance(codec, SubwordTokenizer):
-            raise CoterieError(f"{self.engine.model.name}: has no tokenizer, so no chat template")
+            raise ConfigError(f"{self.engine.model.name}: no chat template without a tokenizer")
         self.uses_template = True
         if add_generation_prompt:
             return codec.template.render(chat_history)
         return codec.template.render(chat_history[:-1]) + chat_history[-1]["content"]
 
     def get_model_info(self) -> dict[str, object]:
-        """For the harness's record of its configuration."""
+        """Metadata for the harness's results file."""
         model = self.engine.model
         return {
             "policy": self.policy,
@@ -122,23 +116,21 @@ class CoterieLM(LM):
         }
 
     def generate_until(self, requests: Sequence[HarnessRequest]) -> list[str]:
-        """Each answer up to the first of its ``until`` texts."""
+        """Each answer, cut at the first of its ``until`` strings."""
         waiting = list(enumerate(requests))[::-1]
         texts: dict[int, str] = {}
-        active: dict[int, tuple[int, tuple[str, ...]]] = {}
+        active: dict[int, tuple[int, tuple[str, ...]]] = {}  # row: request, stop strings
         with tqdm(total=len(requests), desc="coterie") as bar:
             while waiting or active:
                 while waiting and len(active) < self.rows:
                     if not active:
                         self.engine.reset_cache()
                     index, request = waiting.pop()
-                    active[self._submit(*request.args, seed=index)] = (
-                        index,
-                        _stop_texts(request.args[1]),
-                    )
-                for row, text in self._step({row: stop for row, (_, stop) in active.items()}):
-                    index, stop = active.pop(row)
-                    texts[index] = _truncate_at_stop(text, stop)
+                    row = self._submit(*request.args, seed=index)
+                    active[row] = index, _stop_texts(request.args[1])
+                for row, text in self._step({row: stops for row, (_, stops) in active.items()}):
+                    index, stops = active.pop(row)
+                    texts[index] = _truncate_at_stop(text, stops)
                     self.cache_hook.add_partial(
                         "generate_until", requests[index].args, texts[index]
                     )
@@ -155,7 +147,7 @@ class CoterieLM(LM):
         options = _generation_options(request_options, seed)
         generation, model = self.engine.generation.replace(**options), self.engine.model
         ids = self._encode(prompt)
-        # As the harness does elsewhere: what does not fit is cut from the beginning.
+        # Long prompts lose their beginning, as with the harness's other models.
         max_prompt_tokens = model.spec.max_length - generation.max_new_tokens - 2 * generation.block
         if len(ids) > max_prompt_tokens > 0:
             log.warning("a prompt of %d tokens is cut to its last %d", len(ids), max_prompt_tokens)
@@ -170,22 +162,20 @@ class CoterieLM(LM):
         return codec.encode(prompt, raw=True)
 
     def _step(self, stop_by_row: Mapping[int, Sequence[str]]) -> list[tuple[int, str]]:
-        """Rows that are done, with their texts: finished, or past one of their ``until``."""
+        """Rows that finished or reached a stop string, with their texts."""
         finished: dict[int, str] = {}
         for event in self.engine.step():
             if isinstance(event, Finished):
                 finished[event.row] = event.result.text
-            elif (
-                event.row in stop_by_row
-                and (text := self._stopped_text(event, stop_by_row[event.row])) is not None
-            ):
-                finished[event.row] = text
+            elif event.row in stop_by_row:
+                text = self._stopped_text(event, stop_by_row[event.row])
+                finished |= {} if text is None else {event.row: text}
         for row in set(finished) & set(self.engine.rows):
             self.engine.cancel(row)
         return list(finished.items())
 
     def _stopped_text(self, event: Denoised, stops: Sequence[str]) -> str | None:
-        """The text of the blocks before the event's, where one of ``until`` is in it."""
+        """The text before the event's block if it contains a stop string, else None."""
         if event.start <= 0 or event.row not in self.engine.rows:
             return None
         token_ids = self.engine.sequence(event.row).answer[: event.start]
@@ -194,7 +184,7 @@ class CoterieLM(LM):
 
 
 def run_harness(args: Sequence[str]) -> None:
-    """The harness's own command, with this model in its table."""
+    """Runs the harness's command with this model registered."""
     from lm_eval.__main__ import cli_evaluate  # pyright: ignore[reportMissingImports]
 
     sys.argv = ["lm_eval", *args]
@@ -205,7 +195,7 @@ def _check_options(options: Mapping[str, object]) -> None:
     known = ["max_gen_toks", *names_of(GenerationConfig)]
     unknown = [name for name in options if name not in known]
     if unknown:
-        raise CoterieError(
+        raise ConfigError(
             f"unknown model_args {unknown[0]!r}; known: pretrained, policy, dtype, device, "
             f"experts, expert_memory, imagine_memory, eviction, batch_size, {', '.join(known)}; "
             "a policy with commas needs JSON: "
@@ -216,52 +206,40 @@ def _check_options(options: Mapping[str, object]) -> None:
 def _expert_memory(
     expert_memory: str | None, simulated_memory: str | None, eviction: str | None
 ) -> ExpertMemoryConfig | None:
-    """As the commands' options of these names; raises for what would have no effect."""
+    """The memory config of these options; raises for combinations without effect."""
     if expert_memory is not None and simulated_memory is not None:
-        raise CoterieError("imagine_memory stands in place of expert_memory; give one of them")
+        raise ConfigError("imagine_memory replaces expert_memory; set one of them")
     size = simulated_memory if expert_memory is None else expert_memory
     if size is not None:
         return ExpertMemoryConfig.parse(
             str(size), eviction=eviction, simulated=simulated_memory is not None
         )
     if eviction is not None:
-        raise CoterieError("eviction has no effect without expert_memory or imagine_memory")
+        raise ConfigError("eviction has no effect without expert_memory or imagine_memory")
     return None
 
 
 def _available_device(device: str | None) -> str:
-    """The one asked for; the harness asks for cuda:0 unless told, GPU or not."""
+    """The device, or the CPU without a GPU: the harness's default is cuda:0 on every machine."""
     if device and device.startswith("cuda") and not torch.cuda.is_available():
-        log.warning("there is no %s: running on the CPU", device)
+        log.warning("%s is not available: running on the CPU", device)
         return "cpu"
     return device or "auto"
 
 
 def _generation_options(request_options: Mapping[str, object], seed: int) -> dict[str, object]:
-    """Fields of ``Generation`` for a task's ``generation_kwargs``."""
-    options: dict[str, object] = {}
-    length = next(
-        (request_options[name] for name in LENGTH_OPTIONS if request_options.get(name) is not None),
-        None,
-    )
-    if length is not None:
-        options["max_new_tokens"] = length
-    temperature = request_options.get("temperature")
-    if (
-        request_options.get("do_sample") is not False
-        and isinstance(temperature, int | float)
-        and temperature
-    ):
-        options |= {
-            name: request_options[name]
-            for name in SAMPLING_OPTIONS
-            if request_options.get(name) is not None
-        }
-        options["temperature"] = float(temperature)
-        options["seed"] = seed  # repeats of one question draw differently
+    """Fields of ``GenerationConfig`` for a task's ``generation_kwargs``."""
+    set_options = {name: value for name, value in request_options.items() if value is not None}
+    lengths = [set_options[name] for name in LENGTH_OPTIONS if name in set_options]
+    options: dict[str, object] = {"max_new_tokens": lengths[0]} if lengths else {}
+    temperature = set_options.get("temperature")
+    samples = set_options.get("do_sample") is not False and isinstance(temperature, int | float)
+    if samples and temperature:
+        options |= {name: set_options[name] for name in SAMPLING_OPTIONS if name in set_options}
+        options |= {"temperature": float(temperature), "seed": seed}  # repeats differ by seed
     ignored = [name for name in request_options if name not in HANDLED_OPTIONS]
     if ignored:
-        log.warning("generation_kwargs without effect here: %s", ", ".join(ignored))
+        log.warning("generation_kwargs without effect: %s", ", ".join(ignored))
     return options
 
 
@@ -275,6 +253,6 @@ def _truncate_at_stop(text: str, stops: Sequence[str]) -> str:
 
 
 NO_LIKELIHOOD = (
-    "a diffusion model writes a block at once and has no left-to-right likelihood: choose tasks "
-    "with output_type generate_until (such as gsm8k, humaneval, mbpp, minerva_math500)"
+    "a diffusion model has no left-to-right likelihood; choose tasks with "
+    "output_type generate_until (such as gsm8k, humaneval, mbpp, minerva_math500)"
 )

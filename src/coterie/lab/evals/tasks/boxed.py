@@ -1,4 +1,4 @@
-r"""Where an output ends, and the ``\boxed{...}`` in it."""
+r"""Marks of an answer that tasks share: end marks, ``\boxed{...}``, "the answer is"."""
 
 from __future__ import annotations
 
@@ -6,15 +6,23 @@ import re
 from dataclasses import dataclass
 
 BOX = re.compile(r"\\(?:boxed|fbox)\s*")
-UNBRACED = re.compile(r"[^\s{}$\\,;]+")  # of "\boxed 5"
-# A chat model's own end marks: published tokenizers spell them so.
+UNBRACED = re.compile(r"[^\s{}$\\,;]+")  # the content of "\boxed 5"
+# End marks of chat models, as published tokenizers spell them.
 END_OF_TEXT = re.compile(r"</s>|<\|(?:im_end|endoftext|eot_id|end|role_end)\|>")
-BRACE_OR_ESCAPE = re.compile(r"\\.|[{}]", re.DOTALL)  # an escaped brace opens nothing
+BRACE_OR_ESCAPE = re.compile(r"\\.|[{}]", re.DOTALL)  # an escaped brace is no brace
+
+
+# The start of a line "Final answer"; a colon or an equals sign follows.
+ANSWER_LINE_START = (
+    r"^[ \t>*_#]*(?:(?:so|thus|therefore|hence),?\s+)?(?:(?:the|my)\s+)?"
+    r"(?:final\s+|correct\s+)?answer"
+)
+ZERO_SHOT = "{question}\nPlease reason step by step, and put your final answer within \\boxed{{}}."
 
 
 @dataclass(frozen=True)
 class Box:
-    """``content`` stood in a box over ``start .. stop`` of the text."""
+    """A box with ``content`` at ``start .. stop`` of a text."""
 
     start: int
     stop: int
@@ -22,13 +30,13 @@ class Box:
 
 
 def strip_end_marks(output: str) -> str:
-    """The output up to its end mark."""
+    """The output before its end mark."""
     end = END_OF_TEXT.search(output)
     return output if end is None else output[: end.start()]
 
 
 def find_boxes(text: str) -> list[Box]:
-    """Every box that is closed and not empty, by where it begins; of nested ones, all."""
+    """All closed, non-empty boxes in order of their start, nested ones included."""
     boxes: list[Box] = []
     closing_braces = _match_braces(text)
     for opening in BOX.finditer(text):
@@ -46,7 +54,7 @@ def find_boxes(text: str) -> list[Box]:
 
 
 def _match_braces(text: str) -> dict[int, int]:
-    """From every opening brace to its closing one, in one pass: outputs may hold thousands."""
+    """The position of the closing brace of each opening one, in linear time."""
     stack: list[int] = []
     pairs: dict[int, int] = {}
     for token in BRACE_OR_ESCAPE.finditer(text):

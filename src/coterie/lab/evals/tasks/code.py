@@ -1,4 +1,4 @@
-"""Finds the program in what a model wrote, and asks the sandbox whether it passes its tests."""
+"""Extracts a program from a model's output and runs its tests in the sandbox."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import textwrap
 import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from threading import Lock
 
 from coterie.lab.evals.task import Grade
@@ -16,9 +17,9 @@ from coterie.lab.evals.tasks.boxed import strip_end_marks
 from coterie.lab.sandbox import run_program
 
 PYTHON_LANGUAGES = ("", "python", "python3", "py", "py3", "python-repl", "pycon")
-MAX_FENCE_LINE = 500  # characters of a line that may open one
-MAX_BLOCKS = 100  # from the last
-MAX_TRIMS = 60  # cuts of an unfenced text at its next error
+MAX_FENCE_LINE = 500  # characters; a longer line opens no fence
+MAX_BLOCKS = 100  # the last ones are read
+MAX_TRIMS = 60  # cuts of a text at its next syntax error
 
 FENCE_OPENING = re.compile(
     r"(?P<before>.*?)(?P<fence>`{3,}|~{3,})[ \t]*\{?\.?(?P<language>[\w+-]*)[^`~]*$"
@@ -31,29 +32,25 @@ CODE_START = re.compile(
 )
 BODY_END = re.compile(r"^(?:def|class|@|if|print|assert|#|```|~~~|\[DONE\]|<)", re.MULTILINE)
 FUTURE_IMPORT = re.compile(r"^from __future__ import .*$", re.MULTILINE)
-UNUSUAL_SPACES = {
-    0xA0: " ",
-    0xFEFF: None,
-    0x200B: None,
-}  # what editors put between: hard and no spaces
+UNUSUAL_SPACES = {0xA0: " ", 0xFEFF: None, 0x200B: None}  # hard and zero-width spaces
 SESSION_PROMPT = re.compile(r"^(?:>>>|\.\.\.)(?: |$)", re.MULTILINE)
-TEST_MODULES = ("doctest", "unittest")  # modules whose calls at top level only try the answer out
+TEST_MODULES = ("doctest", "unittest")  # their calls at top level only test the answer
 
-PARSE_LOCK = Lock()  # warnings are silenced for the whole process: one thread at a time
+PARSE_LOCK = Lock()  # the warnings filter is global to the process
 
 Function = ast.FunctionDef | ast.AsyncFunctionDef
 
 
 @dataclass(frozen=True)
 class CodeBlock:
-    """What stood in one code fence; ``language`` in lower case, empty when none was given."""
+    """The content of a code fence; ``language`` is in lower case, empty if unknown."""
 
     code: str
     language: str
 
 
 def grade(output: str, tests: str, *, header: str = "", trust: bool = False) -> Grade:
-    """Runs the program found in ``output`` before ``tests``; ``header`` as in ``extract``."""
+    """Runs the program in ``output``, then ``tests``; ``header`` as in ``extract_code``."""
     functions = called_functions(tests)
     code = extract_code(output, functions, header)
     if code is None:
@@ -64,29 +61,29 @@ def grade(output: str, tests: str, *, header: str = "", trust: bool = False) -> 
 
 
 def extract_code(output: str, functions: Sequence[str], header: str = "") -> str | None:
-    """The code that defines one of ``wanted``, without its own trials; None for a blank output.
+    """The code that defines one of ``functions``, without demo code; None for a blank output.
 
-    ``header`` is what the model was to continue: an output that gives only a function's body
-    comes back behind it. Of several fences that define it the last counts, and what earlier ones
-    define comes along. Where nothing can be read as such, the likeliest text is returned.
+    ``header`` is the code of the prompt: it is prepended to an output that is only a function body.
+    Of several fences that define a function the last counts, with the definitions of earlier ones.
+    If no code can be parsed, the last block or the whole text is returned.
     """
     answer = _answer_text(output)
     if not answer.strip():
         return None
     for text in dict.fromkeys([answer, answer.translate(UNUSUAL_SPACES).replace("\\_", "_")]):
-        for code in (
-            *_whole_programs(text, functions),
-            *_completed_bodies(text, header, functions),
-        ):
+        programs = chain(
+            _whole_programs(text, functions), _completed_bodies(text, header, functions)
+        )
+        if (code := next(programs, None)) is not None:
             return code
     blocks = _find_blocks(answer)
     return blocks[-1].code if blocks else answer
 
 
 def called_functions(tests: str) -> tuple[str, ...]:
-    """The functions that ``tests`` call and neither define nor find among the builtins.
+    """The functions that ``tests`` call, without their own and the builtin ones.
 
-    Of HumanEval's form, ``check(name)``, the one that is checked.
+    For HumanEval's form, ``check(name)``, the checked function.
     """
     tree = _parse(tests)
     if tree is None:
@@ -102,7 +99,7 @@ def called_functions(tests: str) -> tuple[str, ...]:
 
 
 def preamble(header: str, functions: Sequence[str]) -> str:
-    """What stands in ``header`` above the function to write: imports, and functions to use."""
+    """The part of ``header`` above the function to write: imports and helper functions."""
     starts = [
         re.search(rf"^(?:async\s+)?def\s+{name}\b", header, re.MULTILINE) for name in functions
     ]
@@ -111,32 +108,30 @@ def preamble(header: str, functions: Sequence[str]) -> str:
 
 
 def _future_first(program: str) -> str:
-    """Python wants these imports above all others, and an answer comes below the header's."""
+    """Moves ``from __future__`` imports to the top, where Python requires them."""
     return "\n".join([*FUTURE_IMPORT.findall(program), FUTURE_IMPORT.sub("", program)])
 
 
 def _answer_text(output: str) -> str:
-    """The answer itself: after any thinking, between ``[BEGIN]`` and ``[DONE]``, up to the end."""
+    """The answer: after a thinking part, in ``[BEGIN]`` and ``[DONE]``, before an end mark."""
     text = strip_end_marks(output).replace("\r\n", "\n").rpartition("</think>")[2]
     before, marker, after = text.partition("[DONE]")[0].rpartition("[BEGIN]")
     text = (after if marker else before + after).strip("\n")
     stripped = text.strip()
-    quoted = (
-        marker and len(stripped) > 1 and stripped[0] == stripped[-1] == "'"
-    )  # as OpenCompass shows it
+    # OpenCompass shows answers in quotes.
+    quoted = marker and len(stripped) > 1 and stripped[0] == stripped[-1] == "'"
     return stripped[1:-1] if quoted else text
 
 
 def _whole_programs(text: str, functions: Sequence[str]) -> Iterator[str]:
-    """Readings of ``text`` as a whole program that defines what is wanted, best first."""
+    """Interpretations of ``text`` as a program that defines one of the functions, best first."""
     blocks = sorted(_find_blocks(text), key=lambda block: block.language in PYTHON_LANGUAGES)
     for index in reversed(range(len(blocks))):
         for code in _parseable_versions(blocks[index].code):
             if _is_answer(code, functions):
+                later = [block.code for block in blocks[index + 1 :]]
                 helpers = [block.code for block in blocks[:index]]
-                helpers += [
-                    b.code for b in blocks[index + 1 :] if _defines_missing_names(b.code, code)
-                ]
+                helpers += [text for text in later if _defines_missing_names(text, code)]
                 definitions = filter(None, map(_only_definitions, helpers))
                 yield "\n".join([*definitions, _strip_demo_code(code)])
     for code in _unfenced_code(text, functions):
@@ -145,9 +140,9 @@ def _whole_programs(text: str, functions: Sequence[str]) -> Iterator[str]:
 
 
 def _completed_bodies(text: str, header: str, functions: Sequence[str]) -> Iterator[str]:
-    """Readings of ``text`` as what follows ``header``, each returned behind the header's own.
+    """Interpretations of ``text`` as the body after ``header``, each with the header.
 
-    Those that drop the fewest lines come first: a body that was moved wrongly has an early error.
+    Those that drop the fewest lines come first: a wrong indentation causes an early error.
     """
     if not header:
         return
@@ -161,19 +156,18 @@ def _completed_bodies(text: str, header: str, functions: Sequence[str]) -> Itera
                 trimmed = _trim_to_error(program, min_lines=prefix.count("\n") + 1)
                 if trimmed is not None and _is_answer(trimmed, functions):
                     candidates.append((program.count("\n") - trimmed.count("\n"), trimmed))
-    yield from (
-        _strip_demo_code(trimmed) for _, trimmed in sorted(candidates, key=lambda pair: pair[0])
-    )
+    for _, trimmed in sorted(candidates, key=lambda pair: pair[0]):
+        yield _strip_demo_code(trimmed)
 
 
 def _indentation_variants(body: str) -> list[str]:
-    """A body as it stands, with only its first line moved back, and moved as a whole."""
+    """A body unchanged, with its first line indented, and indented as a whole."""
     first, _, rest = body.lstrip("\n").partition("\n")
     return [body, f"    {first.lstrip()}\n{rest}", textwrap.indent(textwrap.dedent(body), "    ")]
 
 
 def _find_blocks(text: str) -> list[CodeBlock]:
-    """Every fenced block, of backticks or tildes; one that is never closed runs to the end."""
+    """All blocks in fences of backticks or tildes; an unclosed one extends to the end."""
     blocks: list[CodeBlock] = []
     lines = text.split("\n")
     fence, language, content = "", "", list[str]()
@@ -181,10 +175,8 @@ def _find_blocks(text: str) -> list[CodeBlock]:
         if not fence:
             if len(line) > MAX_FENCE_LINE:
                 continue
-            inline = [
-                CodeBlock(match["code"].strip(), "inline") for match in INLINE_CODE.finditer(line)
-            ]
-            blocks += inline
+            inline = [match["code"].strip() for match in INLINE_CODE.finditer(line)]
+            blocks += [CodeBlock(code, "inline") for code in inline]
             if opening := FENCE_OPENING.fullmatch(INLINE_CODE.sub("", line)):
                 fence, language, content = opening["fence"], opening["language"].lower(), []
             continue
@@ -200,7 +192,7 @@ def _find_blocks(text: str) -> list[CodeBlock]:
 
 
 def _split_closing_fence(line: str, fence: str) -> tuple[str, bool]:
-    """What a line holds before a closing fence, and whether there is one."""
+    """The part of a line before a closing fence, and whether there is one."""
     stripped = line.rstrip()
     if not stripped.endswith(fence):
         return line, False
@@ -209,11 +201,10 @@ def _split_closing_fence(line: str, fence: str) -> tuple[str, bool]:
 
 
 def _parseable_versions(code: str) -> Iterator[str]:
-    """A block as it stands, else up to its first error (it was cut off, or prose follows)."""
+    """A block, or its part before the first syntax error."""
     if code.lstrip().startswith(">>>"):
-        code = "\n".join(
-            SESSION_PROMPT.sub("", line) for line in code.split("\n") if SESSION_PROMPT.match(line)
-        )
+        typed = [line for line in code.split("\n") if SESSION_PROMPT.match(line)]
+        code = "\n".join(SESSION_PROMPT.sub("", line) for line in typed)
     if _parse(code) is not None:
         yield code
     elif (trimmed := _trim_to_error(code)) is not None:
@@ -221,13 +212,13 @@ def _parseable_versions(code: str) -> Iterator[str]:
 
 
 def _unfenced_code(text: str, functions: Sequence[str]) -> Iterator[str]:
-    """Readings that begin where code may begin: the first such line, and the wanted function's."""
+    """Interpretations from the lines where code may begin, or where a function is defined."""
     if _parse(text) is not None:
         yield text
     lines = text.split("\n")
     starts = [n for n, line in enumerate(lines) if CODE_START.match(line.lstrip())][:8]
     tails = [lines[start:] for start in starts]
-    # Also in the middle of a line: "Answer: def add(a, b): ..."
+    # A definition may start within a line: "Answer: def add(a, b): ..."
     for match in re.finditer(rf"def\s+(?:{'|'.join(functions) or '$'})\b", text):
         column = match.start() - text.rfind("\n", 0, match.start()) - 1
         tails.append((" " * column + text[match.start() :]).split("\n"))
@@ -238,7 +229,7 @@ def _unfenced_code(text: str, functions: Sequence[str]) -> Iterator[str]:
 
 
 def _trim_to_error(code: str, *, min_lines: int = 0) -> str | None:
-    """``code`` without the lines from its first error on; None where no more than ``keep`` stay."""
+    """``code`` before its first syntax error; None if at most ``min_lines`` lines remain."""
     lines = code.split("\n")
     for _ in range(MAX_TRIMS):
         error = _error_line("\n".join(lines))
@@ -251,33 +242,34 @@ def _trim_to_error(code: str, *, min_lines: int = 0) -> str | None:
 
 
 def _parse(code: str) -> ast.Module | None:
-    try:
-        with PARSE_LOCK, warnings.catch_warnings(action="ignore"):
-            return ast.parse(code)
-    except (SyntaxError, ValueError, RecursionError, MemoryError):
-        return None
+    parsed = _parse_or_error_line(code)
+    return None if isinstance(parsed, int) else parsed
 
 
 def _error_line(code: str) -> int | None:
-    """The line, from 1, of the first error; None where all can be read."""
+    """The line, from 1, of the first syntax error, or None."""
+    parsed = _parse_or_error_line(code)
+    return parsed if isinstance(parsed, int) else None
+
+
+def _parse_or_error_line(code: str) -> ast.Module | int:
     try:
         with PARSE_LOCK, warnings.catch_warnings(action="ignore"):
-            ast.parse(code)
+            return ast.parse(code)
     except SyntaxError as error:
         return error.lineno or 1
     except (ValueError, RecursionError, MemoryError):
         return 1
-    return None
 
 
 def _is_answer(code: str, functions: Sequence[str]) -> bool:
-    """Whether it defines, beyond a stub, what is wanted; anything, where nobody says what."""
+    """Whether it defines one of the functions (any, if none is named) with more than a stub."""
     tree = _parse(code)
     return tree is not None and _defines(tree, functions) and not _returns_outside(tree.body)
 
 
 def _returns_outside(nodes: Sequence[ast.AST]) -> bool:
-    """Whether a return stands in no function, which is an error that only compiling finds."""
+    """Whether there is a return outside a function, which parsing alone does not detect."""
     for node in nodes:
         if isinstance(node, ast.Return):
             return True
@@ -306,7 +298,7 @@ def _is_placeholder(node: ast.stmt) -> bool:
 
 
 def _defines_missing_names(later: str, code: str) -> bool:
-    """Whether a block below the answer defines what the answer uses and does not define."""
+    """Whether a later block defines a name that the answer uses and does not define."""
     later_tree, code_tree = _parse(later), _parse(code)
     if later_tree is None or code_tree is None:
         return False
@@ -320,7 +312,7 @@ def _defined_names(tree: ast.Module) -> set[str]:
 
 
 def _only_definitions(code: str) -> str:
-    """Only what another block imports and defines: what it runs belongs to the prose."""
+    """The imports and definitions of a block, without statements that run something."""
     tree = _parse(code)
     return "\n".join(map(ast.unparse, filter(_is_definition, tree.body if tree else [])))
 
@@ -331,8 +323,10 @@ def _is_definition(node: ast.stmt) -> bool:
 
 
 def _strip_demo_code(code: str) -> str:
-    """Without what only tries the answer out at top level, or does nothing: prints, asserts,
-    what is typed in, a main part, a word of prose that happens to be an expression."""
+    """Removes top-level code that only demonstrates the answer.
+
+    This is: prints, asserts, reads of input, a main part, and prose that parses as an expression.
+    """
     tree = _parse(code)
     if tree is None:
         return code
@@ -344,7 +338,7 @@ def _strip_demo_code(code: str) -> str:
 
 
 def _is_setup_call(node: ast.stmt, tree: ast.Module) -> bool:
-    """Whether it calls, for its effect alone, a function of the answer's own: ``fill_table()``."""
+    """Whether it calls a function of the answer for its side effect: ``fill_table()``."""
     if not (isinstance(node, ast.Expr) and isinstance(node.value, ast.Call)):
         return False
     function = node.value.func
@@ -361,7 +355,7 @@ def _is_setup_call(node: ast.stmt, tree: ast.Module) -> bool:
 
 
 def _has_output(function: ast.FunctionDef) -> bool:
-    """Whether it returns or prints something: then a call at top level only shows it."""
+    """Whether a function returns or prints something, so that a call only demonstrates it."""
     return any(
         (isinstance(node, ast.Return) and node.value is not None)
         or (isinstance(node, ast.Name) and node.id == "print")
@@ -384,6 +378,6 @@ def _is_demo_code(node: ast.stmt) -> bool:
 
 
 def _reads_input(node: ast.stmt) -> bool:
-    """Whether it waits for somebody to type: nobody does."""
+    """Whether it reads standard input, which is empty here."""
     calls = [child.func for child in ast.walk(node) if isinstance(child, ast.Call)]
     return any(isinstance(call, ast.Name) and call.id == "input" for call in calls)

@@ -1,20 +1,19 @@
-r"""The four kinds of small problems that the model in the package solves, as benchmarks."""
+"""The four kinds of generated problems that the embedded model solves, as benchmarks."""
 
 from __future__ import annotations
 
 import random
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache, partial
+from functools import cache
 
-from coterie.errors import CoterieError
-from coterie.lab.evals.task import Grade, Item, Task, TaskOptions
-from coterie.lab.problems import PROBLEM_MAKERS as MAKERS
-from coterie.lab.problems import Problem, draw_problem
+from coterie.errors import TaskError
+from coterie.lab.evals.task import Grade, Item, TaskOptions
+from coterie.lab.problems import PROBLEM_MAKERS, Problem, draw_problem
 from coterie.lab.sandbox import require_backend, run_program
 
-ANSWER_PATTERNS = {  # the last of these in the output is its answer
+ANSWER_PATTERNS = {  # the last match in an output is its answer
     "words": re.compile(r"####\s*(-?\d+)"),
     "algebra": re.compile(r"\\boxed\{\s*(-?\d+)\s*\}"),
 }
@@ -22,9 +21,9 @@ ANSWER_PATTERNS = {  # the last of these in the output is its answer
 
 @dataclass(frozen=True)
 class EmbeddedTask:
-    """``count`` held-out problems of one kind, drawn from ``seed``; code runs in the sandbox.
+    """``count`` held-out problems of one kind, generated from ``seed``.
 
-    A longer draw begins with the shorter one's items. ``id`` is "words/<seed>/<n>".
+    A larger ``count`` extends the items of a smaller one. An id is "words/<seed>/<n>".
     """
 
     name: str
@@ -33,19 +32,18 @@ class EmbeddedTask:
     trust: bool = False
 
     def settings(self) -> Mapping[str, object]:
+        pattern = ANSWER_PATTERNS.get(self.name)
         return {
             "split": "test",
             "seed": self.seed,
             "count": self.count,
             "shots": 0,
             "template": "{question}",
-            "counts": ANSWER_PATTERNS[self.name].pattern
-            if self.name in ANSWER_PATTERNS
-            else "asserts pass",
+            "counts": "asserts pass" if pattern is None else pattern.pattern,
         }
 
     def generation(self) -> Mapping[str, object]:
-        """The model's own defaults: it was trained with them."""
+        """Empty: the model is trained with the engine's defaults."""
         return {}
 
     def items(self) -> Sequence[Item]:
@@ -61,15 +59,20 @@ class EmbeddedTask:
         return grade(self.name, output, item.gold, trust=self.trust)
 
 
-def task_opener(name: str) -> Callable[[TaskOptions], Task]:
-    """What opens the kind ``name``."""
-    return partial(_open, name)
+def open_embedded(name: str, options: TaskOptions) -> EmbeddedTask:
+    """The task ``name``; raises TaskError for options that it does not have."""
+    if options.count < 1:
+        raise TaskError(f"{name}: {options.count} items; at least 1")
+    options.require_zero_shot(name)
+    if name not in ANSWER_PATTERNS:
+        require_backend(options.trust)
+    return EmbeddedTask(name, options.count, options.seed, options.trust)
 
 
 def grade(name: str, output: str, gold: str, *, trust: bool = False) -> Grade:
-    """Of an output of the kind ``name``; ``gold`` is a number, or asserts that follow the code.
+    """Grades an output of the kind ``name``; ``gold`` is a number, or asserts that follow the code.
 
-    Raises CoterieError for code, where nothing can keep it in and it is not trusted.
+    Raises TaskError for code if no sandbox works and ``trust`` is false.
     """
     if name in ANSWER_PATTERNS:
         matches = ANSWER_PATTERNS[name].findall(output)
@@ -79,28 +82,18 @@ def grade(name: str, output: str, gold: str, *, trust: bool = False) -> Grade:
 
 
 def gold_number(name: str, gold: str) -> str:
-    """The number of a gold answer, bare or as the answers of ``name`` end ("... #### 18").
+    """The number of a gold answer: the bare number, or a text that ends like the task's answers.
 
-    Raises CoterieError where there is none.
+    Raises TaskError if there is none.
     """
     matches = ANSWER_PATTERNS[name].findall(gold)
     number = matches[-1] if matches else gold.strip()
     if not re.fullmatch(r"-?\d+", number):
-        raise CoterieError(f"{gold!r} is no whole number, nor does one stand at its end as usual")
+        raise TaskError(f"{gold!r} is no integer and does not end in one")
     return number
-
-
-def _open(name: str, options: TaskOptions) -> EmbeddedTask:
-    if options.count < 1:
-        raise CoterieError(f"{name}: {options.count} items; at least 1")
-    if options.shots:
-        raise CoterieError(f"{name} is asked without examples; {options.shots} shots were wanted")
-    if name not in ANSWER_PATTERNS:
-        require_backend(options.trust)
-    return EmbeddedTask(name, options.count, options.seed, options.trust)
 
 
 @cache
 def _draw_problems(name: str, seed: int, count: int) -> tuple[Problem, ...]:
     rng = random.Random(f"{name}/{seed}")
-    return tuple(draw_problem(MAKERS[name], rng, "test") for _ in range(count))
+    return tuple(draw_problem(PROBLEM_MAKERS[name], rng, "test") for _ in range(count))

@@ -1,9 +1,8 @@
-"""GSM8K: grade-school word problems whose answer is a number (Cobbe et al., arXiv 2110.14168).
+"""GSM8K: grade-school word problems with a number as answer (Cobbe et al., arXiv 2110.14168).
 
-What counts is what a reader takes for the answer. The two measures of lm-evaluation-harness (and
-dInfer, which uses it) are recorded beside: ``strict``, the number after the first ``####``, and
-``flexible``, the last number of all. They can be wrong where the answer is right: the one when the
-prompt asked for a box, the other when a sentence follows.
+The grade reads the answer as a person would. The two metrics of lm-evaluation-harness (and dInfer)
+are recorded as well: ``strict``, the number after the first ``####``, and ``flexible``, the last
+number. ``strict`` fails if the prompt asks for a box, ``flexible`` if a sentence follows.
 """
 
 from __future__ import annotations
@@ -15,9 +14,9 @@ from fractions import Fraction
 from itertools import islice
 from pathlib import Path
 
-from coterie.errors import CoterieError
+from coterie.errors import TaskError
 from coterie.lab.evals.task import Grade, Item, TaskOptions
-from coterie.lab.evals.tasks.boxed import find_boxes, strip_end_marks
+from coterie.lab.evals.tasks.boxed import ANSWER_LINE_START, ZERO_SHOT, find_boxes, strip_end_marks
 from coterie.lab.evals.tasks.numbers import (
     ParsedNumber,
     find_numbers,
@@ -33,26 +32,25 @@ TEST, TRAIN = (
     )
     for split in ("test", "train")
 )
-DEFAULT_SHOTS = {"llada-moe": 4}  # as dInfer asks it; families that are not named: none
-MAX_NEW_TOKENS = {"llada-moe": 1024}  # tokens, as dInfer lets it write; others: 2048
+DEFAULT_SHOTS = {"llada-moe": 4}  # dInfer's; other families: none
+MAX_NEW_TOKENS = {"llada-moe": 1024}  # dInfer's; other families: 2048
 
 FEW_SHOT = "Question: {question}\nLet's think step by step\nAnswer:"
-ZERO_SHOT = "{question}\nPlease reason step by step, and put your final answer within \\boxed{{}}."
 
 GOLD_MARK = re.compile(r"####\s*(\S[^\n]*)")
 BOLD = re.compile(r"\*\*([^\w*\n]{0,4}\d[\d,./ ]*[A-Za-z %/]{0,40}[.!]?)\*\*")
 DIGIT = re.compile(r"\d")
 ANSWER_TAG = re.compile(r"<answer>([^<>]*)</answer>", re.IGNORECASE)
 NEXT_QUESTION = re.compile(r"^Question:", re.MULTILINE)
-MAX_SENTENCE = 500  # characters after "the answer is" that are looked at
-ANNOTATION = re.compile(r"<<[^<>\n]*>>")  # the data's own calculator: "2*3=<<2*3=6>>6"
+MAX_SENTENCE = 500  # characters read after "the answer is"
+ANNOTATION = re.compile(r"<<[^<>\n]*>>")  # calculator notes of the data: "2*3=<<2*3=6>>6"
 
 NEXT_PROBLEM = re.compile(r"^[ \t>*#]*(?:Question|Problem|Q)[ \t*]*\d*[ \t*]*:", re.MULTILINE)
 # Not a heading such as "#### 1. Find the cost" or "#### Step 1".
 HASHES = re.compile(r"####[ \t*_=(]*(?!\d+[.)][ \t]+\S)(?=\\?(?:US)?[-\u2212.$€£¥₹\d])")
 ANSWER_PHRASE = re.compile(
-    r"(?:^[ \t>*_#]*(?:(?:so|thus|therefore|hence),?\s+)?(?:(?:the|my)\s+)?(?:final\s+|correct\s+)?"
-    r"answer[\s*_]*[:=]|\banswer\b[^.\n:=]{0,80}?\b(?:is|was|equals)\b[\s*_]*:?)"
+    rf"(?:{ANSWER_LINE_START}[\s*_]*[:=]|"
+    r"\banswer\b[^.\n:=]{0,80}?\b(?:is|was|equals)\b[\s*_]*:?)"
     r"(?P<gap>[\s*_`$(\[]*(?:(?:therefore|thus|then|about|approximately|exactly|simply)[\s,*_]*)?)",
     re.IGNORECASE | re.MULTILINE,
 )
@@ -64,7 +62,7 @@ HARNESS_FLEXIBLE = re.compile(r"-?[$0-9.,]{2,}|-?[0-9]+")
 
 @dataclass(frozen=True)
 class Gsm8k:
-    """The 1,319 test problems, asked after ``examples`` (of ``train``) or, without, for a box."""
+    """The 1,319 test problems: with ``examples`` from ``train``, or zero-shot with a box."""
 
     source: BenchmarkData
     questions: tuple[Item, ...]
@@ -95,18 +93,15 @@ class Gsm8k:
     def prompt(self, item: Item) -> str:
         if not self.examples:
             return ZERO_SHOT.format(question=item.question)
-        examples = [
-            f"{FEW_SHOT.format(question=example.question)} {example.gold}"
-            for example in self.examples
-        ]
-        return "\n\n".join([*examples, FEW_SHOT.format(question=item.question)])
+        shots = [f"{FEW_SHOT.format(question=shot.question)} {shot.gold}" for shot in self.examples]
+        return "\n\n".join([*shots, FEW_SHOT.format(question=item.question)])
 
     def grade(self, output: str, item: Item) -> Grade:
         return grade(output, item.gold)
 
 
 def open_gsm8k(options: TaskOptions) -> Gsm8k:
-    """With as many examples as wished, or as is usual for the family."""
+    """The task with ``options.shots`` examples, or the family's default."""
     source = read_benchmark(TEST, options.data)
     shots = DEFAULT_SHOTS.get(options.family, 0) if options.shots is None else options.shots
     train = _read_train(source.folder, shots) if shots else None
@@ -115,33 +110,35 @@ def open_gsm8k(options: TaskOptions) -> Gsm8k:
 
 
 def grade(output: str, gold: str) -> Grade:
-    """Compares as numbers; ``gold`` is the number, or the data's whole "... #### 1,234"."""
+    """Compares numbers; ``gold`` is a number, or a solution "... #### 1,234" of the data."""
     expected = gold_value(gold)
     text = strip_end_marks(output)
     answer = extract_number(_first_problem(text))
-    before_next = text.partition("Question:")[0]  # where the harness stops generating
+    before_next = text.partition("Question:")[0]  # the harness stops here
     return Grade(
         answer is not None and expected in (answer.value, answer.value * answer.scale),
         None if answer is None else answer.text,
         {
-            "strict": _strict_value(before_next) == expected,
-            "flexible": _flexible_value(before_next) == expected,
+            "strict": _harness_value(HARNESS_STRICT.findall(before_next)[:1]) == expected,
+            "flexible": _harness_value(HARNESS_FLEXIBLE.findall(before_next)[-1:]) == expected,
         },
     )
 
 
 def gold_value(gold: str) -> Fraction:
-    """The number that is right; raises CoterieError where ``gold`` holds none."""
+    """The number in ``gold``; raises TaskError if there is none."""
     matches = GOLD_MARK.findall(gold)
     number = extract_number(matches[-1] if matches else gold)
     if number is None:
-        raise CoterieError(f"{gold!r} holds no number; a gold answer is 1234 or '... #### 1,234'")
+        raise TaskError(f"{gold!r} holds no number; a gold answer is 1234 or '... #### 1,234'")
     return number.value * number.scale
 
 
 def extract_number(text: str) -> ParsedNumber | None:
-    """The answer: the last box, ``<answer>`` or ``####`` that holds a number; else as said, as set
-    in bold at the end, or the last of all."""
+    """The answer: the last number in a box, ``<answer>`` or after ``####``.
+
+    Without one: the number after "the answer is", the last one in bold, or the last one.
+    """
     plain_text = latex_to_plain(text)
     return (
         _marked_number(text)
@@ -152,19 +149,19 @@ def extract_number(text: str) -> ParsedNumber | None:
 
 
 def _read_train(folder: Path | None, shots: int) -> BenchmarkData:
-    """Where examples come from: beside the test problems, or the hub as these do."""
+    """The training data from the folder of the test data, or from the hub."""
     if shots < 0:
-        raise CoterieError(f"gsm8k: {shots} shots; 0 or more")
+        raise TaskError(f"gsm8k: {shots} shots; 0 or more")
     path = None if folder is None else folder / "train.jsonl"
     if path is not None and not path.is_file():
-        raise CoterieError(f"{path}: not there, and {shots} shots are taken from it; or --shots 0")
+        raise TaskError(f"{path}: not found; {shots} shots need it, or set `shots` to 0")
     return read_benchmark(TRAIN, path)
 
 
 def _examples(train: BenchmarkData, shots: int) -> tuple[Item, ...]:
-    """The first ones, without the calculator's annotations."""
+    """The first examples, without calculator notes."""
     if len(train.rows) < shots:
-        raise CoterieError(f"{train.name} holds {len(train.rows)} examples, not {shots}")
+        raise TaskError(f"{train.name} holds {len(train.rows)} examples, not {shots}")
     return tuple(
         Item(f"gsm8k/train/{n}", str(row["question"]), ANNOTATION.sub("", str(row["answer"])))
         for n, row in enumerate(train.rows[:shots])
@@ -175,25 +172,25 @@ def _items(source: BenchmarkData) -> Iterator[Item]:
     for number, row in enumerate(source.rows):
         try:
             gold_value(str(row["answer"]))
-        except CoterieError as error:
-            raise CoterieError(f"{source.name}, row {number + 1}: {error}") from None
+        except TaskError as error:
+            raise TaskError(f"{source.name}, row {number + 1}: {error}") from None
         yield Item(f"gsm8k/{number}", str(row["question"]), str(row["answer"]))
 
 
 def _first_problem(text: str) -> str:
-    """Up to where a model that saw examples goes on to the next problem."""
+    """The text up to the point where a few-shot model continues with a new problem."""
     for start in islice(NEXT_PROBLEM.finditer(text), 20):
         before = text[: start.start()]
         if _marked_number(before) or _stated_number(latex_to_plain(before)):
             return before
-    # A heading "Question" is no next problem; without an answer before it, only the bare word is.
+    # Without an answer before it, only a bare "Question:" after a number starts a new problem.
     digit = DIGIT.search(text)
     next_question = None if digit is None else NEXT_QUESTION.search(text, digit.end())
     return text if next_question is None else text[: next_question.start()]
 
 
 def _marked_number(text: str) -> ParsedNumber | None:
-    """From the last box, tag or ``####`` that holds a number, wherever it stands."""
+    """The number in the last box or tag, or after the last ``####``, that has one."""
     candidates = [(box.start, box.content) for box in find_boxes(text)]
     candidates += [(tag.start(), tag[1]) for tag in ANSWER_TAG.finditer(text)]
     for hashes in HASHES.finditer(text):
@@ -206,28 +203,25 @@ def _marked_number(text: str) -> ParsedNumber | None:
 
 
 def _stated_number(text: str) -> ParsedNumber | None:
-    """After the last "the answer is" or "Answer:" that a number follows at once."""
+    """The number directly after the last "the answer is" or "Answer:"."""
     for phrase in reversed(list(ANSWER_PHRASE.finditer(text))):
         rest = text[phrase.end("gap") : phrase.end("gap") + MAX_SENTENCE]
         first = next(find_numbers(rest), None)
         if first is not None and not rest[: first.start].strip(" -$€£¥₹"):
             computation = COMPUTATION.match(rest, first.start)
-            return (
-                first
-                if computation is None
-                else next(find_numbers(rest[computation.end() :]), first)
-            )
+            result = "" if computation is None else rest[computation.end() :]
+            return next(find_numbers(result), first)
     return None
 
 
 def _result_number(text: str) -> ParsedNumber | None:
-    """Of "9 * 2 = 18 dollars" the 18, of "42 apples in 3 bags" the 42."""
+    """The 18 of "9 * 2 = 18 dollars", the 42 of "42 apples in 3 bags"."""
     after = next(find_numbers(text.rpartition("=")[2]), None)
     return after or next(find_numbers(text), None)
 
 
 def _bold_number(text: str) -> ParsedNumber | None:
-    """The last number set in bold, alone or with its unit, after which nothing is worked out."""
+    """The last number in bold, alone or with its unit, if no computation follows."""
     *_, last = (None, *BOLD.finditer(text))
     if last is None or "=" in text[last.end() :]:
         return None
@@ -239,19 +233,9 @@ def _last_number(text: str) -> ParsedNumber | None:
     return last
 
 
-def _strict_value(text: str) -> Fraction | None:
-    match = HARNESS_STRICT.search(text)
-    return None if match is None else _parse_as_harness(match[1])
-
-
-def _flexible_value(text: str) -> Fraction | None:
-    matches = HARNESS_FLEXIBLE.findall(text)
-    return _parse_as_harness(matches[-1]) if matches else None
-
-
-def _parse_as_harness(text: str) -> Fraction | None:
-    """Less what the harness ignores: commas, dollars, one full stop at the end."""
+def _harness_value(matches: Sequence[str]) -> Fraction | None:
+    """The number that the harness reads: without commas, dollars and one final full stop."""
     try:
-        return Fraction(text.replace(",", "").replace("$", "").removesuffix("."))
-    except (ValueError, ZeroDivisionError):
+        return Fraction(matches[0].replace(",", "").replace("$", "").removesuffix("."))
+    except (IndexError, ValueError, ZeroDivisionError):
         return None

@@ -1,11 +1,10 @@
-"""HumanEval: Python functions written from a docstring (Chen et al., arXiv 2107.03374); pass@1."""
+"""HumanEval: Python functions from a docstring (Chen et al., arXiv 2107.03374); pass@1."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
-from coterie.errors import CoterieError
 from coterie.keys import to_json
 from coterie.lab.evals.task import Grade, Item, TaskOptions
 from coterie.lab.evals.tasks import code
@@ -20,17 +19,17 @@ TEST = BenchmarkFile(
     unique_key="task_id",
 )
 COMPLETE = "Complete the following python code:\n{prompt}"  # OpenCompass, for chat models
-INSTRUCT = (  # OpenCompass's for models that explain themselves
+INSTRUCT = (  # OpenCompass, for models that explain their answers
     "You are an intelligent programming assistant to produce Python algorithmic solutions.\n"
     "Can you complete the following Python function?\n```python\n{prompt}\n```"
 )
-TEMPLATES = {"llada-moe": COMPLETE}  # families that are not named: INSTRUCT
-MAX_NEW_TOKENS = {"llada-moe": 512}  # tokens; others: 2048
+TEMPLATES = {"llada-moe": COMPLETE}  # other families: INSTRUCT
+MAX_NEW_TOKENS = {"llada-moe": 512}  # other families: 2048
 
 
 @dataclass(frozen=True)
 class HumanEval:
-    """The 164 problems, zero-shot. ``gold`` is the problem's tests and the call that runs them."""
+    """The 164 problems, zero-shot. ``gold`` is the tests and the call that runs them."""
 
     source: BenchmarkData
     family: str
@@ -50,13 +49,11 @@ class HumanEval:
         return {"max_new_tokens": MAX_NEW_TOKENS.get(self.family, 2048)}
 
     def items(self) -> Sequence[Item]:
+        rows = self.source.rows
+        golds = [f"{row['test']}\n\ncheck({row['entry_point']})\n" for row in rows]
         return [
-            Item(
-                str(row["task_id"]),
-                str(row["prompt"]),
-                f"{row['test']}\n\ncheck({row['entry_point']})\n",
-            )
-            for row in self.source.rows
+            Item(str(row["task_id"]), str(row["prompt"]), gold)
+            for row, gold in zip(rows, golds, strict=True)
         ]
 
     def prompt(self, item: Item) -> str:
@@ -71,10 +68,7 @@ class HumanEval:
 
 
 def open_humaneval(options: TaskOptions) -> HumanEval:
-    """Refuses, before anything is generated, where no sandbox can be had for the answers."""
-    if options.shots:
-        raise CoterieError(
-            f"humaneval is asked without examples; {options.shots} shots were wanted"
-        )
+    """Raises TaskError if no sandbox works and ``options.trust`` is false."""
+    options.require_zero_shot("humaneval")
     require_backend(options.trust)
     return HumanEval(read_benchmark(TEST, options.data), options.family, options.trust)

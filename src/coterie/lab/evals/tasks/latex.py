@@ -1,7 +1,7 @@
-r"""Short answers in LaTeX, and whether two of them say the same: ``\frac12``, 0.5, ``x = 1/2``.
+r"""Equivalence of short LaTeX answers: ``\frac12``, 0.5 and ``x = 1/2`` are the same.
 
-What can be decided without algebra is decided here: numbers, words, options, digits in a base.
-The rest goes to math-verify, in a form that it reads well.
+Numbers, words, options and digits in a base are compared here. The rest is normalized and compared
+by math-verify.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from coterie.lab.evals.tasks.numbers import (
 )
 from coterie.lab.evals.tasks.verify import is_equivalent_latex
 
-MAX_LENGTH = 1000  # characters: beyond, an answer is none
+MAX_LENGTH = 1000  # characters; a longer text is no answer
 
 TEXT_COMMAND = (
     r"\\(?:text(?:bf|it|rm|sf|tt|normal|up)?|mathrm|mathbf|mathit|mbox|hbox|operatorname)\*?"
@@ -53,15 +53,15 @@ NORMALIZATIONS = [
     (re.compile(r"(?<!\\)\\[,;:> ]|~|\\q?quad(?![a-zA-Z])|\\hspace\{[^{}]*\}"), " "),
     (re.compile(r"\^\s*\{?\s*\\(?:circ|degree)\s*\}?(?:\s*[CF]\b)?|\\degree(?![a-zA-Z])"), ""),
     (re.compile(r"\bdegrees?\b"), ""),
-    (re.compile(r"(?<=\d)\s*\^\s*(?:\{\s*o\s*\}|o\b)"), ""),  # degrees, by hand
+    (re.compile(r"(?<=\d)\s*\^\s*(?:\{\s*o\s*\}|o\b)"), ""),  # "o" for degrees
     (re.compile(r"(?<![a-zA-Z\\])pi(?![a-zA-Z])"), r"\\pi"),
     (re.compile(r"\\?[$€£¥₹]|(?<!\\)\\[()\[\]]"), ""),
     (re.compile(r"\\?%|\bper\s?cent\b"), r"\\%"),
     (re.compile(r"\*\*|__"), ""),
-    (re.compile(r"\\\\|&"), r" \g<0> "),  # math-verify loses rows that touch
+    (re.compile(r"\\\\|&"), r" \g<0> "),  # math-verify needs spaces between rows
     (re.compile(r"\s+"), " "),
 ]
-DOUBLE_ESCAPE = re.compile(r"\\\\(?=[a-zA-Z,;!$%])")  # escaped twice, on the way through JSON
+DOUBLE_ESCAPE = re.compile(r"\\\\(?=[a-zA-Z,;!$%])")  # escaped twice by a JSON encoder
 REPEATED_COMMAS = re.compile(r",(?:\s*,)+")
 REPEATING_DECIMAL = re.compile(r"(\d*)\.(\d*)\\overline\s*\{\s*(\d+)\s*\}")
 OUTER_BRACES = re.compile(r"^\{([^{}]*)\}$")
@@ -84,7 +84,7 @@ FUNCTION = r"(?:sin|cos|tan|cot|sec|csc|log|ln|exp|sqrt|max|min|mod|gcd|lcm|not?
 LEADING_WORDS = re.compile(rf"^(?:(?!{FUNCTION})[A-Za-z]{{2,}}:?\s+)+", re.IGNORECASE)
 SHORT_UNIT = r"(?:[ckmn]?m|kg?|g|m?l|lb|oz|ft|yd|mi|in|hr?|[ap]m|[sLNJWV])"
 ATTACHED_UNIT = r"(?:[ckmn]m|kg|ml|lbs?|oz|ft|yd|mi|in|hrs?|mins?|mph|km/hr?|[ap]m)"
-TRAILING_UNITS = re.compile(  # alternatives that exclude each other, or a long text takes for ever
+TRAILING_UNITS = re.compile(  # exclusive alternatives, for linear time
     rf"(?:(?:(?<=\d){ATTACHED_UNIT}\b|(?<=[\d)}}A-Za-z.])\s+(?:(?!{FUNCTION})[A-Za-z]{{3,}}\.?|{SHORT_UNIT}\b))"
     r"(?:\s*\^\s*\{?[23]\}?)?(?:\s*/\s*[A-Za-z]+(?:\^\{?\d\}?)?)?)+$"
 )
@@ -105,18 +105,18 @@ FLIPPED = {"<": ">", ">": "<", "<=": ">=", ">=": "<="}
 
 
 def is_equivalent(answer: str, gold: str) -> bool:
-    """Whether ``answer`` says what ``gold`` does; both as in a box, without it."""
+    """Whether two box contents are the same answer."""
     if max(len(answer), len(gold)) > MAX_LENGTH:
         return False
-    given, expected = normalize(answer), normalize(gold)
-    if not given or not expected:
+    answer, gold = normalize(answer), normalize(gold)
+    if not answer or not gold:
         return False
-    equal = True if given == expected else _compare_directly(given, expected)
-    return _compare_symbolically(given, expected) if equal is None else equal
+    equal = True if answer == gold else _compare_directly(answer, gold)
+    return _compare_symbolically(answer, gold) if equal is None else equal
 
 
 def normalize(latex: str) -> str:
-    r"""One spelling of what only looks different: ``\dfrac``, ``\left(``, ``$``, degrees."""
+    r"""Unifies spellings: ``\dfrac``, ``\left(``, ``$``, degree signs."""
     text = latex.translate(SIGN_TABLE)
     for sign, replacement in SYMBOLS.items():
         text = text.replace(sign, replacement)
@@ -124,30 +124,28 @@ def normalize(latex: str) -> str:
         text = DOUBLE_ESCAPE.sub(r"\\", text)
     for pattern, replacement in NORMALIZATIONS:
         text = pattern.sub(replacement, text)
-    text = REPEATING_DECIMAL.sub(
-        _expand_repeating, REPEATED_COMMAS.sub(",", CONJUNCTION.sub(", ", text))
-    )
+    text = REPEATED_COMMAS.sub(",", CONJUNCTION.sub(", ", text))
+    text = REPEATING_DECIMAL.sub(_expand_repeating, text)
     text = text.strip().rstrip(".,;: ").strip()
     outer = OUTER_BRACES.match(text)
     return outer[1].strip() if outer else text
 
 
 def possible_values(text: str) -> set[Fraction]:
-    """What a text that is one number, with or without a unit, may mean; 15% is 15, or 0.15."""
+    """The possible values of one number, with or without a unit; 15% is 15 or 0.15."""
     stripped = LEADING_WORDS.sub("", strip_units(text)).replace(r"\%", "%").strip()
     percent = stripped.endswith("%")
-    normalized = join_digit_groups(
-        latex_to_plain(stripped.removesuffix("%")).strip().removesuffix(".").strip()
-    )
-    matches = list(find_numbers(normalized))
-    if len(matches) != 1 or (matches[0].start, matches[0].stop) != (0, len(normalized)):
+    plain = latex_to_plain(stripped.removesuffix("%")).strip().removesuffix(".").strip()
+    plain = join_digit_groups(plain)
+    matches = list(find_numbers(plain))
+    if len(matches) != 1 or (matches[0].start, matches[0].stop) != (0, len(plain)):
         return set()
     value = matches[0].value * matches[0].scale
     return {value, value / 100} if percent else {value}
 
 
 def strip_units(text: str) -> str:
-    r"""Without ``\text{ cm}^2`` and "square units", where a value is left."""
+    r"""Removes ``\text{ cm}^2`` and "square units" if a value remains."""
     stripped = UNIT.sub(" ", text)
     if not re.search(r"[0-9a-zA-Z]", stripped):
         return TEXT_GROUP.sub(r"\1", text).strip()
@@ -155,60 +153,51 @@ def strip_units(text: str) -> str:
 
 
 def normalize_words(text: str) -> str:
-    r"""``\text{The Ellipse}.`` as ellipse."""
+    r"""``\text{The Ellipse}.`` becomes "ellipse"."""
     unwrapped = re.sub(r"[${}]", "", TEXT_GROUP.sub(r" \1 ", text))
     return NOISE.sub("", NOISE.sub("", " ".join(unwrapped.split()))).casefold()
 
 
 def _expand_repeating(match: re.Match[str]) -> str:
-    r"""``0.1\overline{6}`` as a fraction."""
+    r"""``0.1\overline{6}`` becomes a fraction."""
     integer_part, fixed_digits, repeating_digits = match.groups()
-    value = Fraction(
-        int(f"{integer_part}{fixed_digits}{repeating_digits}")
-        - int(f"{integer_part}{fixed_digits}" or 0)
-    )
+    prefix = f"{integer_part}{fixed_digits}"
+    value = Fraction(int(prefix + repeating_digits) - int(prefix or 0))
     value /= (10 ** len(repeating_digits) - 1) * 10 ** len(fixed_digits)
     return rf"\frac{{{value.numerator}}}{{{value.denominator}}}"
 
 
 def _compare_directly(answer: str, gold: str) -> bool | None:
-    """By words, numbers and digits alone; None: they do not tell."""
+    """Compares words, numbers and digits; None if these do not decide."""
     if not re.search(r"[0-9a-zA-Z\\]", TEXT_GROUP.sub("", gold)) or OPTION.fullmatch(gold):
         return _same_words(answer, gold)
     gold_in_base = NUMBER_IN_BASE.match(gold)
     if gold_in_base is not None and gold_in_base[2]:
         return _same_digits(answer, gold_in_base)
-    values, gold_values = (
-        possible_values(_strip_assignment(answer)),
-        possible_values(_strip_assignment(gold)),
-    )
+    values, gold_values = (possible_values(_strip_assignment(text)) for text in (answer, gold))
     if values and gold_values:
-        equal = max(values) == max(gold_values) or (
-            len(values) != len(gold_values) and values & gold_values
-        )
-        return True if equal else None  # 0.3333333 may still do for 1/3
+        overlap = len(values) != len(gold_values) and values & gold_values
+        # 0.3333333 may still be accepted for 1/3.
+        return True if overlap or max(values) == max(gold_values) else None
     return True if _same_words(answer, gold) else None
 
 
 def _same_words(answer: str, gold: str) -> bool:
-    given, expected = normalize_words(answer), normalize_words(gold)
-    option = OPTION.fullmatch(expected)
-    if option is not None:
-        given_option = OPTION.match(given)
-        return given_option is not None and (given_option[1] or given_option[2]) == (
-            option[1] or option[2]
-        )
-    return given == expected or given.rpartition(" is ")[2] == expected
+    answer, gold = normalize_words(answer), normalize_words(gold)
+    gold_option, option = OPTION.fullmatch(gold), OPTION.match(answer)
+    if gold_option is not None:
+        letter = gold_option[1] or gold_option[2]
+        return option is not None and (option[1] or option[2]) == letter
+    return answer == gold or answer.rpartition(" is ")[2] == gold
 
 
 def _same_digits(answer: str, gold: re.Match[str]) -> bool:
-    r"""``52_8``: the digits count, and the base where it is given."""
-    given = NUMBER_IN_BASE.match(
-        " ".join(TEXT_GROUP.sub(r" \1 ", _strip_assignment(answer)).split())
-    )
-    if given is None:
+    r"""Compares ``52_8`` by digits, and by base if the answer has one."""
+    plain = " ".join(TEXT_GROUP.sub(r" \1 ", _strip_assignment(answer)).split())
+    number = NUMBER_IN_BASE.match(plain)
+    if number is None or number[1].upper() != gold[1].upper():
         return False
-    return given[1].upper() == gold[1].upper() and (given[2] or given[3]) in (None, gold[2])
+    return (number[2] or number[3]) in (None, gold[2])
 
 
 def _strip_assignment(text: str) -> str:
@@ -221,23 +210,21 @@ def _strip_assignment(text: str) -> str:
 
 
 def _compare_symbolically(answer: str, gold: str) -> bool:
-    given, expected = strip_units(answer), strip_units(gold)
-    if "=" not in expected:
-        given, expected = (
-            EACH_ASSIGNMENT.sub(r"\1", _strip_assignment(given)),
-            _strip_assignment(expected),
-        )
-        if _is_interval(expected):
-            given = as_interval(given)
-    elif "=" not in given:
-        expected = _strip_assignment(expected)
-    if _is_list(given):
-        # A point written without its brackets keeps its order; "100,200" is two in a list.
-        if expected.startswith("(") and expected.endswith(")") and "," in expected:
-            given = f"({given})"
-        elif _is_list(expected):
-            given = given.replace(",", ", ")
-    return is_equivalent_latex(expected, given)
+    answer, gold = strip_units(answer), strip_units(gold)
+    if "=" not in gold:
+        answer = EACH_ASSIGNMENT.sub(r"\1", _strip_assignment(answer))
+        gold = _strip_assignment(gold)
+        if _is_interval(gold):
+            answer = as_interval(answer)
+    elif "=" not in answer:
+        gold = _strip_assignment(gold)
+    if _is_list(answer):
+        # A point without brackets is ordered; "100,200" in a list is two numbers.
+        if gold.startswith("(") and gold.endswith(")") and "," in gold:
+            answer = f"({answer})"
+        elif _is_list(gold):
+            answer = answer.replace(",", ", ")
+    return is_equivalent_latex(gold, answer)
 
 
 def _is_list(text: str) -> bool:
@@ -251,12 +238,10 @@ def _is_interval(text: str) -> bool:
 
 
 def as_interval(text: str) -> str:
-    r"""``2 < x \le 5`` and ``\{x \mid 2 < x \le 5\}`` as ``(2, 5]``; anything else as it is."""
+    r"""``2 < x \le 5`` and ``\{x \mid 2 < x \le 5\}`` become ``(2, 5]``; other texts stay."""
     set_builder = SET_BUILDER.match(text)
-    parts = [
-        _parse_interval(p)
-        for p in re.split(r"\\cup(?![a-z])|,", set_builder[1] if set_builder else text)
-    ]
+    condition = set_builder[1] if set_builder else text
+    parts = [_parse_interval(part) for part in re.split(r"\\cup(?![a-z])|,", condition)]
     return r" \cup ".join(part for part in parts if part) if all(parts) else text
 
 

@@ -1,8 +1,8 @@
-r"""MATH500: competition problems whose answer is a number, a formula, an interval or a word.
+r"""MATH500: competition problems; an answer is a number, a formula, an interval or a text.
 
 The 500 test problems of MATH (Hendrycks et al., arXiv 2103.03874) that PRM800K holds out (Lightman
-et al., arXiv 2305.20050), asked without examples for a boxed answer. Answers are compared by
-math-verify; what is done before it is asked stands in ``latex``.
+et al., arXiv 2305.20050), zero-shot with a boxed answer. Answers are normalized in ``latex`` and
+compared by math-verify.
 """
 
 from __future__ import annotations
@@ -11,9 +11,14 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from coterie.errors import CoterieError
 from coterie.lab.evals.task import Grade, Item, TaskOptions
-from coterie.lab.evals.tasks.boxed import Box, find_boxes, strip_end_marks
+from coterie.lab.evals.tasks.boxed import (
+    ANSWER_LINE_START,
+    ZERO_SHOT,
+    Box,
+    find_boxes,
+    strip_end_marks,
+)
 from coterie.lab.evals.tasks.latex import is_equivalent
 from coterie.lab.evals.tasks.source import BenchmarkData, BenchmarkFile, read_benchmark
 from coterie.lab.evals.tasks.verify import require_math_verify
@@ -25,17 +30,15 @@ TEST = BenchmarkFile(
     {"problem": str, "answer": str, "unique_id": str},
     unique_key="unique_id",
 )
-MAX_NEW_TOKENS = {"llada-moe": 1024}  # tokens, as dInfer lets it write; others: 2048
-
-ZERO_SHOT = "{question}\nPlease reason step by step, and put your final answer within \\boxed{{}}."
+MAX_NEW_TOKENS = {"llada-moe": 1024}  # dInfer's; other families: 2048
 
 FENCE = re.compile(r"^[ \t]*```[^\n]*$", re.MULTILINE)
 MATH = re.compile(
     r"\$\$(.+?)\$\$|\\\[(.+?)\\\]|\\\((.+?)\\\)|(?<!\\)\$((?:[^$\n\\]|\\.)+?)\$", re.DOTALL
 )
 ANSWER_PHRASE = re.compile(
-    r"(?:^[ \t>*_#]*(?:(?:so|thus|therefore|hence),?\s+)?(?:(?:the|my)\s+)?(?:final\s+|correct\s+)?"
-    r"answer[ \t*_]*:|\banswer\b[^.\n:=]{0,80}?\b(?:is|are|equals)\b[ \t*_]*:?)[\s*_`]*",
+    rf"(?:{ANSWER_LINE_START}[ \t*_]*:|"
+    r"\banswer\b[^.\n:=]{0,80}?\b(?:is|are|equals)\b[ \t*_]*:?)[\s*_`]*",
     re.IGNORECASE | re.MULTILINE,
 )
 ANSWER_TAG = re.compile(r"<answer>(.+?)</answer>", re.DOTALL | re.IGNORECASE)
@@ -43,14 +46,14 @@ SENTENCE_END = re.compile(r"(?<!\\)[.!?](?=\s|$)|\n")
 BETWEEN_BOXES = re.compile(
     r"[\s$.,;]*(?:(?:and|or|\\q?quad|\\text\s*\{\s*(?:and|or)\s*\}|[a-zA-Z](?:_\w)?\s*=)[\s$.,;]*)*"
 )
-MAX_TAIL = 10_000  # characters of an output without a box that are looked at
+MAX_TAIL = 10_000  # characters read of an output without a box
 ANSWER_LINE = re.compile(r"\W*(?:[a-zA-Z]\s*=\s*)?[-\d.,/\\$]+(?:\s*[a-z]+)?\W*")
 NUMBER = re.compile(r"(?<![\w.])-?\$?\d[\d,]*(?:\.\d+)?(?:/\d+)?")
 
 
 @dataclass(frozen=True)
 class Math500:
-    """The problems with their bare answers as gold; the worked solutions are not used."""
+    """The problems; ``gold`` is the bare answer, without the solution."""
 
     source: BenchmarkData
     questions: tuple[Item, ...]
@@ -79,9 +82,8 @@ class Math500:
 
 
 def open_math500(options: TaskOptions) -> Math500:
-    """Raises without math-verify: before anything is generated."""
-    if options.shots:
-        raise CoterieError(f"math500 is asked without examples; {options.shots} shots were wanted")
+    """Raises TaskError if math-verify is not installed."""
+    options.require_zero_shot("math500")
     require_math_verify()
     source = read_benchmark(TEST, options.data)
     questions = (
@@ -92,7 +94,7 @@ def open_math500(options: TaskOptions) -> Math500:
 
 
 def grade(output: str, gold: str) -> Grade:
-    r"""``gold`` is the bare answer, with or without dollars, or a text that ends in its box."""
+    """Grades an output; ``gold`` is the bare answer, or a solution that ends in its box."""
     text = strip_end_marks(output)
     gold_boxes = find_boxes(gold)
     expected = gold_boxes[-1].content if gold_boxes else gold
@@ -104,18 +106,18 @@ def grade(output: str, gold: str) -> Grade:
 
 
 def extract_latex(text: str) -> str | None:
-    """The answer in an output, as LaTeX without its dollars; None: there is none."""
+    """The answer in an output, as LaTeX without dollar signs, or None."""
     return next(_candidates(text), None)
 
 
 def _candidates(text: str) -> Iterator[str]:
-    """The answer, and where several boxes stand side by side, all of them as one list."""
+    """The answer; then, for several adjacent boxes, all of them as one list."""
     boxed = find_boxes(text)
     if boxed:
         yield boxed[-1].content
-        side_by_side = _adjacent_boxes(text, boxed)
-        if len(side_by_side) > 1:
-            yield ", ".join(box.content for box in side_by_side)
+        adjacent = _adjacent_boxes(text, boxed)
+        if len(adjacent) > 1:
+            yield ", ".join(box.content for box in adjacent)
         return
     unboxed = _unboxed_answer(FENCE.sub("", text).strip()[-MAX_TAIL:])
     if unboxed:
@@ -123,7 +125,7 @@ def _candidates(text: str) -> Iterator[str]:
 
 
 def _adjacent_boxes(text: str, boxed: Sequence[Box]) -> list[Box]:
-    """The last boxes that only commas, "and" and "or" keep apart."""
+    """The last boxes with only commas, "and" or "or" between them."""
     adjacent = [boxed[-1]]
     for box in reversed(boxed[:-1]):
         if not BETWEEN_BOXES.fullmatch(text, box.stop, max(box.stop, adjacent[0].start)):
@@ -133,7 +135,7 @@ def _adjacent_boxes(text: str, boxed: Sequence[Box]) -> list[Box]:
 
 
 def _unboxed_answer(text: str) -> str | None:
-    """After "the answer is"; or all there is, if that is one line; or the last formula, number."""
+    """The text after "the answer is", a text of one line, the last formula, or the last number."""
     tags = ANSWER_TAG.findall(text)
     if tags:
         return tags[-1].strip().strip("$")
@@ -148,7 +150,7 @@ def _unboxed_answer(text: str) -> str | None:
             inner = MATH.search(sentence)
             return sentence if inner is None else _formula_content(inner)
     first, _, last = text.rpartition("\n")
-    # Of a longer text only a last line that is no prose.
+    # The last line of a longer text is an answer unless it is prose.
     short = (not first or ANSWER_LINE.fullmatch(last)) and not SENTENCE_END.search(last[:-1])
     if short and last and not MATH.search(last):
         return last.strip("`* ")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
-from coterie.errors import CoterieError
+from coterie.errors import TaskError
 from coterie.keys import to_json
 from coterie.lab.evals.task import Grade, Item, TaskOptions
 from coterie.lab.evals.tasks import code
@@ -28,10 +28,10 @@ SANITIZED = BenchmarkFile(
     {"task_id": int, "code": str, "test_list": list},
     unique_key="task_id",
 )
-TEST_IDS = range(11, 511)  # of the whole file, 974 problems; of the sanitized one all 427
-EXAMPLE_IDS = range(1, 11)  # the publication's own examples
-DEFAULT_SHOTS = {"llada-moe": 3}  # families that are not named: none
-MAX_NEW_TOKENS = {"llada-moe": 512}  # tokens; others: 2048
+TEST_IDS = range(11, 511)  # of the full file, 974 problems; the sanitized file is all tests
+EXAMPLE_IDS = range(1, 11)  # the publication's examples
+DEFAULT_SHOTS = {"llada-moe": 3}  # other families: none
+MAX_NEW_TOKENS = {"llada-moe": 512}  # other families: 2048
 
 INSTRUCTION = (
     "You are an expert Python programmer, and here is your task: {task} "
@@ -45,9 +45,9 @@ ZERO_SHOT = INSTRUCTION + (
 
 @dataclass(frozen=True)
 class Mbpp:
-    """The sanitized 427, or of the whole file its 500 tests. ``gold`` is imports, then asserts.
+    """The 427 sanitized problems, or the 500 tests of the full file. ``gold``: imports, asserts.
 
-    An item that is itself among the first ``shots`` examples is shown the next ones instead.
+    The examples of a prompt are the first ``shots`` ones, without the item itself.
     """
 
     source: BenchmarkData
@@ -92,20 +92,18 @@ class Mbpp:
 
 
 def open_mbpp(options: TaskOptions) -> Mbpp:
-    """Refuses, before anything is generated, where no sandbox can be had for the answers."""
+    """Raises TaskError for broken data, too many shots, or if no sandbox works."""
     shots = DEFAULT_SHOTS.get(options.family, 0) if options.shots is None else options.shots
     require_backend(options.trust)
     source = read_benchmark(SANITIZED, options.data)
     for row in source.rows:
         if not isinstance(row.get("prompt", row.get("text")), str):
-            raise CoterieError(
+            raise TaskError(
                 f"{source.name}: problem {row['task_id']} has neither 'prompt' nor 'text'"
             )
     max_shots = len([row for row in source.rows if row["task_id"] in EXAMPLE_IDS]) - 1
     if shots > max(max_shots, 0):
-        raise CoterieError(
-            f"mbpp: {shots} shots; {source.name} has examples for at most {max_shots}"
-        )
+        raise TaskError(f"mbpp: {shots} shots; {source.name} has examples for at most {max_shots}")
     return Mbpp(source, options.family, shots, options.trust)
 
 

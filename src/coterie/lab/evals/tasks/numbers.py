@@ -1,4 +1,4 @@
-r"""Numbers as models write them: ``$1,234.50``, ``-\frac{1}{2}``, ``2 1/2``, ``18.00 dollars``."""
+r"""Numbers in texts of models: ``$1,234.50``, ``-\frac{1}{2}``, ``2 1/2``, ``18.00 dollars``."""
 
 from __future__ import annotations
 
@@ -41,14 +41,14 @@ NUMBER = re.compile(
     r"(?P<scale>\s*(?:thousand|million|billion)\b)?"
 )
 SCALES = {"thousand": 10**3, "million": 10**6, "billion": 10**9}
-MAX_DIGITS = 300  # digits: beyond, nothing is a count of apples, and Python refuses thousands
+MAX_DIGITS = 300  # Python refuses to parse thousands of digits
 
 
 @dataclass(frozen=True)
 class ParsedNumber:
-    """A number in a text: as written, less commas and currency; ``start .. stop`` is its place.
+    """A number at ``start .. stop`` of a text; ``text`` has no commas and no currency.
 
-    ``scale`` is the million of "1.5 million", which may also be no more than a unit.
+    ``scale`` is the million of "1.5 million", which a gold may treat as a unit.
     """
 
     text: str
@@ -59,23 +59,22 @@ class ParsedNumber:
 
 
 def latex_to_plain(text: str) -> str:
-    r"""LaTeX as one would type it: ``\$1{,}234`` is $1,234, ``\frac{1}{2}`` is 1/2."""
+    r"""Plain text for LaTeX: ``\$1{,}234`` becomes $1,234 and ``\frac{1}{2}`` becomes 1/2."""
     text = text.translate(SIGN_TABLE | VULGAR_FRACTIONS)
     text = SPACE.sub(" ", THIN_SPACE.sub("", COMMA.sub(",", text)))
     text = text.replace(r"\times", "*").replace(r"\cdot", "*").replace(r"\div", "/")
-    text = POWER_OF_TEN.sub(lambda found: f"e{found[1] or found[2]}", text)
-    return UNIT_POWER.sub(
-        "", INVISIBLE.sub("", TEXT_COMMAND.sub(r" \1", FRACTION.sub(_format_fraction, text)))
-    )
+    text = POWER_OF_TEN.sub(lambda match: f"e{match[1] or match[2]}", text)
+    text = TEXT_COMMAND.sub(r" \1", FRACTION.sub(_format_fraction, text))
+    return UNIT_POWER.sub("", INVISIBLE.sub("", text))
 
 
 def join_digit_groups(text: str) -> str:
-    """Without the spaces of "1 234 567": only where the text is an answer, not prose."""
+    """Removes the spaces of "1 234 567"; for answers only, not for prose."""
     return GROUP_SPACE.sub("", text)
 
 
 def find_numbers(text: str) -> Iterator[ParsedNumber]:
-    """Every number of a plain text, left to right; "16 - 3" holds 16 and 3."""
+    """All numbers of a plain text, from left to right; "16 - 3" has 16 and 3."""
     for match in NUMBER.finditer(text):
         number = _parse_number(match, text)
         if number is not None:
@@ -103,7 +102,7 @@ def _parse_number(match: re.Match[str], text: str) -> ParsedNumber | None:
 
 
 def _is_sign(match: re.Match[str], text: str) -> bool:
-    """Whether a minus says "negative": not in "16 - 3", "a-3" or a list's "- 3 eggs"."""
+    """Whether a minus is a sign: not in "16 - 3", "a-3" or a list item "- 3 eggs"."""
     before = text[max(0, match.start() - 40) : match.start()]
     last = before.rstrip()[-1:]
     line_start = not before.rpartition("\n")[2].strip()

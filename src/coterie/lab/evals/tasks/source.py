@@ -1,4 +1,4 @@
-"""Where a benchmark's rows come from: a file, a folder laid out as published, or the hub."""
+"""Benchmark data: read from a file, a folder with the published layout, or the hub."""
 
 from __future__ import annotations
 
@@ -15,22 +15,22 @@ from pathlib import Path
 
 from huggingface_hub import hf_hub_download
 
-from coterie.errors import CoterieError
+from coterie.errors import TaskError
 
-DATA_ENV_VAR = "COTERIE_DATA"  # the environment variable that names the usual folder
+DATA_ENV_VAR = "COTERIE_DATA"  # names the default data folder
 
 GZIP_MAGIC, PARQUET_MAGIC = b"\x1f\x8b", b"PAR1"
-TYPE_NAMES: dict[type, str] = {str: "text", int: "a whole number", list: "a list of texts"}
+TYPE_NAMES: dict[type, str] = {str: "text", int: "an integer", list: "a list of texts"}
 
 DataRow = Mapping[str, object]
 
 
 @dataclass(frozen=True)
 class BenchmarkFile:
-    """One file of a benchmark: where it lies below a data folder, where on the hub, what is in it.
+    """One file of a benchmark: its path in a data folder, its files on the hub, and its columns.
 
-    ``keys`` are what every row must hold, as text, a whole number or a list of texts; ``unique``
-    is the key that names a row, where one does. Several files of the hub are read as one.
+    ``keys`` are the required columns with their types; ``unique_key`` identifies a row. Several hub
+    files are read as one.
     """
 
     path: str
@@ -41,17 +41,14 @@ class BenchmarkFile:
 
     @property
     def expected_form(self) -> str:
-        """For errors: what a row should be."""
+        """The expected form of the rows, for error messages."""
         columns = ", ".join(f"{key!r} ({TYPE_NAMES[kind]})" for key, kind in self.keys.items())
         return f"objects with {columns}"
 
 
 @dataclass(frozen=True)
 class BenchmarkData:
-    """What was read: its name for people, the sha256 of the files' bytes, the rows in order.
-
-    ``beside`` is the folder that the file lay in; None: it came from the hub.
-    """
+    """Rows with the sha256 of their files; ``folder`` is None for data from the hub."""
 
     name: str
     sha256: str
@@ -59,15 +56,14 @@ class BenchmarkData:
     folder: Path | None = None
 
     def settings(self) -> dict[str, object]:
-        """For the record: the same bytes under another path are the same source."""
+        """The identity of the data, for records; it does not depend on the path."""
         return {"data": self.name, "sha256": self.sha256, "rows": len(self.rows)}
 
 
 def read_benchmark(benchmark: BenchmarkFile, data: Path | None) -> BenchmarkData:
-    """Its rows, from ``data`` (a file, the benchmark's folder, or the one above), else from the
-    folder that $COTERIE_DATA names, else from the hub.
+    """Reads ``data`` (a file, the benchmark's folder or its parent), $COTERIE_DATA or the hub.
 
-    Raises CoterieError naming file, line and what was expected.
+    Raises TaskError with the file, the line and the expected form.
     """
     location = data or _default_folder()
     if location is None:
@@ -77,7 +73,7 @@ def read_benchmark(benchmark: BenchmarkFile, data: Path | None) -> BenchmarkData
 
 
 def text_list(row: DataRow, key: str) -> list[str]:
-    """A list of texts, whose form has been checked."""
+    """A checked column that is a list of texts."""
     value = row[key]
     return [str(part) for part in value] if isinstance(value, list) else []
 
@@ -91,12 +87,12 @@ def _find_below(folder: Path, benchmark: BenchmarkFile) -> Path:
     if not folder.is_dir():
         if folder.exists():
             return folder
-        raise CoterieError(f"{folder}: no such file or folder; it should hold {benchmark.path}")
+        raise TaskError(f"{folder}: no such file or folder; expected {benchmark.path} in it")
     relative = Path(benchmark.path)
     for candidate in (folder / relative, folder / relative.name):
         if candidate.is_file():
             return candidate
-    raise CoterieError(f"{folder}: neither {relative} nor {relative.name} is in this folder")
+    raise TaskError(f"{folder}: neither {relative} nor {relative.name} is in this folder")
 
 
 def _read_from_hub(benchmark: BenchmarkFile) -> BenchmarkData:
@@ -107,13 +103,13 @@ def _read_from_hub(benchmark: BenchmarkFile) -> BenchmarkData:
 def _download(benchmark: BenchmarkFile, file: str) -> Path:
     try:
         return Path(hf_hub_download(benchmark.repository, file, repo_type="dataset"))
-    # The hub's library raises its own, the network library's and the system's errors.
+    # The library raises its own errors, the network library's and the system's.
     except Exception as error:
         reason = " ".join(str(error).split("\n")[0].split()).split(". ")[0][:120]
-        raise CoterieError(
-            f"the hub did not deliver {file} of {benchmark.repository} "
-            f"({type(error).__name__}: {reason}); give the data with --data, or a folder "
-            f"that holds {benchmark.path} in ${DATA_ENV_VAR}"
+        raise TaskError(
+            f"cannot download {file} of {benchmark.repository} "
+            f"({type(error).__name__}: {reason}); set `data` or ${DATA_ENV_VAR} to a folder with "
+            f"{benchmark.path}"
         ) from None
 
 
@@ -132,17 +128,16 @@ def _read_files(
 
 
 def _checked_rows(benchmark: BenchmarkFile, path: Path, content: bytes) -> Iterator[DataRow]:
-    """Every row, or a CoterieError that names the first that is not as published."""
-    empty = True
+    """All rows; raises TaskError for the first row that has not the expected form."""
+    position = ""
     for position, row in _parse_rows(path, content, benchmark):
         problem = _row_problem(row, benchmark.keys)
         if problem is not None:
-            raise CoterieError(f"{path}, {position}: {problem}; expected {benchmark.expected_form}")
+            raise TaskError(f"{path}, {position}: {problem}; expected {benchmark.expected_form}")
         assert isinstance(row, dict)
-        empty = False
         yield row
-    if empty:
-        raise CoterieError(f"{path}: holds nothing; expected {benchmark.expected_form}")
+    if not position:
+        raise TaskError(f"{path}: empty; expected {benchmark.expected_form}")
 
 
 def _row_problem(row: object, keys: Mapping[str, type]) -> str | None:
@@ -152,10 +147,8 @@ def _row_problem(row: object, keys: Mapping[str, type]) -> str | None:
         if key not in row:
             return f"{key!r} is missing"
         value = row[key]
-        is_text_list = isinstance(value, list) and all(isinstance(part, str) for part in value)
-        if isinstance(value, bool) or not (
-            is_text_list if kind is list else isinstance(value, kind)
-        ):
+        has_type = isinstance(value, kind) and not isinstance(value, bool)
+        if not has_type or (kind is list and not all(isinstance(part, str) for part in value)):
             return f"{key!r} is not {TYPE_NAMES[kind]}"
     return None
 
@@ -163,7 +156,7 @@ def _row_problem(row: object, keys: Mapping[str, type]) -> str | None:
 def _parse_rows(
     path: Path, content: bytes, benchmark: BenchmarkFile
 ) -> Iterator[tuple[str, object]]:
-    """(where, row) for every row of a JSONL, JSON or Parquet file, gzipped or not."""
+    """(position, row) of all rows of a JSONL, JSON or Parquet file, gzipped or not."""
     if content.startswith(GZIP_MAGIC):
         content = _decompress(path, content)
     if content.startswith(PARQUET_MAGIC):
@@ -173,7 +166,7 @@ def _parse_rows(
         text = content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         line = content.count(b"\n", 0, error.start) + 1
-        raise CoterieError(
+        raise TaskError(
             f"{path}, line {line}: not UTF-8; expected {benchmark.expected_form}"
         ) from None
     is_list = text.lstrip().startswith("[")
@@ -184,7 +177,7 @@ def _decompress(path: Path, content: bytes) -> bytes:
     try:
         return gzip.decompress(content)
     except (OSError, EOFError, zlib.error) as error:
-        raise CoterieError(f"{path}: broken or cut off gzip ({error})") from None
+        raise TaskError(f"{path}: broken or truncated gzip ({error})") from None
 
 
 def _json_lines(path: Path, text: str, benchmark: BenchmarkFile) -> Iterator[tuple[str, object]]:
@@ -193,9 +186,8 @@ def _json_lines(path: Path, text: str, benchmark: BenchmarkFile) -> Iterator[tup
             try:
                 yield f"line {number}", json.loads(line)
             except (ValueError, RecursionError) as error:
-                raise CoterieError(
-                    f"{path}, line {number}: not JSON, or cut off ({error}); "
-                    f"expected one a line: {benchmark.expected_form}"
+                raise _json_error(
+                    path, number, error, f"one per line: {benchmark.expected_form}"
                 ) from None
 
 
@@ -205,26 +197,28 @@ def _json_rows(path: Path, text: str, benchmark: BenchmarkFile) -> Iterator[tupl
             yield f"item {number}", row
     except (ValueError, RecursionError) as error:
         line = getattr(error, "lineno", 1)
-        raise CoterieError(
-            f"{path}, line {line}: not JSON, or cut off ({error}); "
-            f"expected a list of {benchmark.expected_form}"
-        ) from None
+        raise _json_error(path, line, error, f"a list of {benchmark.expected_form}") from None
+
+
+def _json_error(path: Path, line: int, error: Exception, expected: str) -> TaskError:
+    return TaskError(
+        f"{path}, line {line}: invalid or truncated JSON ({error}); expected {expected}"
+    )
 
 
 def _parquet_rows(path: Path, content: bytes) -> Iterator[tuple[str, object]]:
-    """As most benchmarks lie on the hub; the library comes with lm-eval."""
+    """Rows of a Parquet file, the usual format on the hub."""
     try:
         parquet = import_module("pyarrow.parquet")
     except ImportError:
-        raise CoterieError(
-            f"{path}: Parquet, which needs pyarrow: pip install 'coterie[harness]', "
-            "or give the data as JSONL with --data"
+        raise TaskError(
+            f"{path}: Parquet needs pyarrow: pip install 'coterie[harness]', or set `data` to JSONL"
         ) from None
     try:
         rows = parquet.read_table(BytesIO(content)).to_pylist()
-    # pyarrow has a tree of errors of its own.
+    # pyarrow raises many types.
     except Exception as error:
-        raise CoterieError(f"{path}: broken or cut off Parquet ({error})") from None
+        raise TaskError(f"{path}: broken or truncated Parquet ({error})") from None
     yield from ((f"row {number}", row) for number, row in enumerate(rows, start=1))
 
 
@@ -232,5 +226,5 @@ def _check_unique(rows: Sequence[DataRow], key: str, path: Path) -> None:
     names: set[object] = set()
     for row in rows:
         if row[key] in names:
-            raise CoterieError(f"{path}: two rows with {key!r} {row[key]!r}")
+            raise TaskError(f"{path}: two rows with {key!r} {row[key]!r}")
         names.add(row[key])

@@ -1,7 +1,7 @@
-"""A process of its own that asks math-verify whether two answers are the same; see ``verify``.
+"""A script that compares answers with math-verify; see ``verify``.
 
-Run as a script, it imports nothing of ours: it starts in a second and can be killed at any time.
-Lines of JSON come in, ``[gold, answer]``; "1" or "0" goes out for each.
+It does not import the package, so it starts in a second, and it can be killed at any time. It reads
+lines of JSON, ``[gold, answer]``, and writes "1" or "0" for each.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ MEMORY_LIMIT = 3 << 30  # bytes of address space
 
 
 def main() -> None:
-    """Answers until standard input ends; a pair that takes too long ends the process.
+    """Compares pairs until standard input ends; a pair over the time limit ends the process.
 
-    The argument: seconds of processor time for a pair, so that a busy machine changes no verdict.
+    The argument is the limit in seconds of processor time.
     """
     seconds = float(sys.argv[1])
     warnings.simplefilter("ignore")
@@ -34,7 +34,7 @@ def main() -> None:
         replies.flush()
         for line in sys.stdin:
             gold, answer = json.loads(line)
-            # The kernel's own end for it: no handler could interrupt a power of large integers.
+            # The signal kills the process: no handler could interrupt a power of large integers.
             signal.setitimer(signal.ITIMER_PROF, seconds)
             equal = is_equal(gold, answer)
             signal.setitimer(signal.ITIMER_PROF, 0)
@@ -47,19 +47,19 @@ def _load_comparison() -> Callable[[str, str], bool]:
 
     def is_equal(gold: str, answer: str) -> bool:
         try:
-            # Its own timeouts are signals, which would need handlers: the kernel's is enough.
+            # 0 turns off math-verify's own timeouts.
             pair = [parse(f"${text}$", parsing_timeout=0) for text in (gold, answer)]
             return all(pair) and bool(verify(pair[0], pair[1], timeout_seconds=0))
-        # sympy and the parser raise what they like; what they cannot compare is not the same.
+        # sympy and the parser raise many types; pairs that they cannot compare are unequal.
         except Exception:
             return False
 
-    is_equal("1", "2")  # the first call builds the grammar
+    is_equal("1", "2")  # builds the grammar
     return is_equal
 
 
 def _silence_output() -> None:
-    """Standard output and error go nowhere: the parser prints."""
+    """Discards standard output and error, to which the parser prints."""
     devnull = os.open(os.devnull, os.O_WRONLY)
     for stream in (1, 2):
         os.dup2(devnull, stream)

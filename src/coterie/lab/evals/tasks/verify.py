@@ -1,8 +1,8 @@
-"""Whether two LaTeX answers mean the same, by math-verify, with a deadline that nothing escapes.
+"""Equivalence of LaTeX answers by math-verify, with a deadline that always holds.
 
-math-verify's own timeouts are signal handlers: they work in a main thread only, and not while one
-large number is being computed. So it runs in processes that the kernel ends, kept for the next
-pair; any thread may ask.
+math-verify's own timeouts are signal handlers. They work in the main thread only, and cannot
+interrupt the computation of one large number. So it runs in a pool of child processes with a kernel
+limit. Any thread may call it.
 """
 
 from __future__ import annotations
@@ -17,15 +17,15 @@ from functools import lru_cache
 from importlib.util import find_spec
 from pathlib import Path
 
-from coterie.errors import CoterieError
+from coterie.errors import TaskError
 
-CPU_SECONDS = 4.0  # of processor time for one pair
+CPU_SECONDS = 4.0  # per pair
 SCRIPT_PATH = Path(__file__).with_name("verifier.py")
 
 
 @lru_cache(maxsize=1 << 14)
 def is_equivalent_latex(gold: str, answer: str) -> bool:
-    """False also for a pair that is no mathematics or takes longer than the deadline."""
+    """Whether two answers are equal; false for invalid LaTeX or a timeout."""
     verifier = _acquire()
     try:
         equal = verifier.compare(gold, answer)
@@ -40,9 +40,9 @@ def is_equivalent_latex(gold: str, answer: str) -> bool:
 
 
 def require_math_verify() -> None:
-    """Raises where math-verify is not installed or does not start; else one process is ready."""
+    """Starts one process; raises TaskError if math-verify is not installed or does not start."""
     if find_spec("math_verify") is None:
-        raise CoterieError("math500 is graded by math-verify: pip install 'coterie[lab]'")
+        raise TaskError("math500 needs math-verify: pip install 'coterie[lab]'")
     _idle_verifiers.append(_acquire())
 
 
@@ -50,7 +50,7 @@ class _VerifierProcess:
     """One process of ``verifier.py``."""
 
     def __init__(self) -> None:
-        # -P: a module beside the script must not pass for one of the standard library.
+        # -P: a module in the script's folder must not replace one of the standard library.
         self.process = subprocess.Popen(
             [sys.executable, "-P", str(SCRIPT_PATH), str(CPU_SECONDS)],
             stdin=subprocess.PIPE,
@@ -61,13 +61,13 @@ class _VerifierProcess:
         assert self.process.stdout is not None
         if self.process.stdout.readline() != "ready\n":
             message = self.process.communicate()[1].strip().split("\n")[-1]
-            raise CoterieError(
-                f"math-verify does not start ({message}); see pip install coterie[lab]"
+            raise TaskError(
+                f"math-verify does not start ({message}); try pip install 'coterie[lab]'"
             )
         self.owner_pid = os.getpid()
 
     def compare(self, gold: str, answer: str) -> bool | None:
-        """None: it ended over the pair."""
+        """Whether a pair is equal; None if the process ended on it."""
         assert self.process.stdin is not None
         assert self.process.stdout is not None
         with suppress(BrokenPipeError):
@@ -87,9 +87,9 @@ _idle_verifiers: list[_VerifierProcess] = []
 
 
 def _acquire() -> _VerifierProcess:
-    """One that waits, and is this process's own: a fork inherits its parent's."""
+    """An idle process, or a new one; a fork must not use those of its parent."""
     while _idle_verifiers:
-        with suppress(IndexError):  # another thread was faster
+        with suppress(IndexError):  # taken by another thread
             verifier = _idle_verifiers.pop()
             if verifier.owner_pid == os.getpid():
                 return verifier

@@ -1,0 +1,1 @@
+"""The GPU suite: correctness checks and measurements that need a CUDA device."""
