@@ -33,7 +33,7 @@ from coterie.offload.capacity import format_bytes
 from coterie.offload.traffic import Traffic
 from coterie.offload.traffic_log import KV_ONLY_KINDS
 
-PLOTTING = "coterie.lab.replay.traffic_plot"
+PLOTTING = "coterie.lab.traffic_plot"
 ALL_RESIDENT = "--plot-traffic: all experts are in memory, so nothing is moved; "
 
 
