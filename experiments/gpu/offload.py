@@ -29,6 +29,7 @@ from coterie.offload.fetchers import ThreadedFetcher
 from coterie.offload.gpu_fetchers import CopyStream, GpuFetcher
 from coterie.offload.pinned_memory import allocate_pinned
 from coterie.offload.resident_store import ResidentExpertStore
+from coterie.offload.store import TrackedExpertStore
 from coterie.offload.tiers import HostTier
 from coterie.ops.expert_layout import ExpertLayout
 from coterie.quantization import FORMATS
@@ -175,7 +176,12 @@ class OffloadBench:
         return report.add_times(f"{self.kind}: a forward without routed experts", samples) / 1e6
 
     def time_policy(
-        self, where: str, policy: ReplayPolicy, store: ExpertStore, rest: float, report: PartReport
+        self,
+        where: str,
+        policy: ReplayPolicy,
+        store: TrackedExpertStore,
+        rest: float,
+        report: PartReport,
     ) -> float:
         """Time every forward of the trace, elections excluded; returns tokens per second."""
         seconds, used, x = [], 0, self.x
@@ -248,7 +254,7 @@ def expert_slabs(model: Model) -> Iterator[Slab]:
             yield from layer.feed_forward.store.serve(number, nothing)
 
 
-def sum_experts(store: ExpertStore, layer: int, routing: Routing, x: Tensor) -> Tensor:
+def sum_experts(store: TrackedExpertStore, layer: int, routing: Routing, x: Tensor) -> Tensor:
     """A layer's output, summed over slabs."""
     total: Tensor | None = None
     for slab in store.serve(layer, ExpertRequest(routing.used, routing)):

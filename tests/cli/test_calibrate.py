@@ -159,7 +159,7 @@ def test_other_sizes_are_refused(
     [
         ("", "not a JSON file"),
         ('{"policy": "des-vote:beta=0.5"', "not a JSON file"),
-        ("[1]", 'not a JSON file'),
+        ("[1]", "not a JSON file"),
         ('{"policy": 3}', 'no "policy" in it'),
         ('{"policy": "des-vot"}', "unknown policy 'des-vot'"),
         ('{"policy": "topk:k=2"}', 'no "model" with name, fingerprint, layers and experts in it'),

@@ -97,7 +97,7 @@ def test_too_little_host_memory_is_an_error(
     with pytest.raises(CoterieError, match="packed checkpoint"):
         load_engine(folder, host_memory("30KB"))
     monkeypatch.setattr(gpu_offload, "free_memory", lambda device: 1000)
-    with pytest.raises(CoterieError, match="1,000 are free.*host_memory"):
+    with pytest.raises(CoterieError, match=r"1,000 are free.*host_memory"):
         load_engine(folder, "25%")
     with pytest.raises(CoterieError, match="expert_memory=auto`: 1,000 bytes are free"):
         load_engine(folder, "auto")

@@ -191,7 +191,7 @@ def test_kernels_need_memory_of_their_own(tmp_path: Path, monkeypatch: pytest.Mo
         pytest.skip("the kernels for CPUs are not built")
     folder = plain_or_packed_checkpoint(tmp_path, "int8")
     monkeypatch.setattr(cpu_experts, "free_memory", lambda device: 5)
-    with pytest.raises(CoterieError, match="more bytes of host memory .* 5 are free"):
+    with pytest.raises(CoterieError, match=r"more bytes of host memory .* 5 are free"):
         load_engine(folder, ExpertMemoryConfig.parse("35%", cpu_experts="auto"))
 
 

@@ -1,4 +1,4 @@
-"""Cases shared by the tests of expert stores: small experts, tiers that fail, packed checkpoints."""
+"""Cases shared by tests of expert stores: small experts, failing tiers, packed checkpoints."""
 
 from __future__ import annotations
 
