@@ -35,7 +35,7 @@ from coterie.ops.expert_layout import ExpertLayout
 from coterie.quantization import FORMATS
 from coterie.routing import parse_policy
 from coterie.telemetry import NullRecorder
-from coterie.values import ExpertRequest, ExpertStore, Routing, Slab, Window
+from coterie.values import ExpertRequest, Routing, Slab, Window
 from experiments.gpu.forward import random_cache
 from experiments.gpu.report import PartReport
 from experiments.gpu.timing import time_launches
@@ -219,7 +219,7 @@ class OffloadBench:
             ids, weights, used, vanilla_ids = (part.to(self.device) for part in parts)
             yield layer, Routing(ids, weights, used, vanilla_ids)
 
-    def resident(self) -> ExpertStore:
+    def resident(self) -> TrackedExpertStore:
         slabs = map(ops.unpack, expert_slabs(self.model))
         return ResidentExpertStore(dict(zip(self.trace.header.layers, slabs, strict=True)))
 
