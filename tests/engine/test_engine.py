@@ -303,7 +303,7 @@ def test_non_finite_logits_raise_and_do_not_advance() -> None:
         ({"block": True}, "block must be of type int"),
         ({"unmask": "threshold:p=1.1"}, "p must be above 0 and at most 1, not 1.1"),
         ({"unmask": "certain"}, "unknown unmasking rule 'certain'; known: dynamic"),
-        ({"plan": "none"}, "unknown plan 'none'; known: block-causal"),
+        ({"plan": "none"}, "unknown KV scheme 'none'; known: block-causal"),
         ({"policy": "des-vite"}, "unknown policy 'des-vite'; known"),
         ({"temperature": -0.1}, "temperature must be at least 0"),
         ({"temperature": math.nan}, "temperature must be at least 0, not nan"),

@@ -53,6 +53,10 @@ class GenerationConfig:
     reuse_tolerance: Annotated[ReuseTolerance | None, Key("drift")] = None
 
     def __post_init__(self) -> None:
+        # The option is named by its field: its key on disk is an older name.
+        drift = self.reuse_tolerance
+        if isinstance(drift, int | float) and not 0 <= drift < 1:
+            raise ConfigError(f"`reuse_tolerance` must be at least 0 and below 1, not {drift}")
         check_options(self)
         parse_plan(self.plan)
         parse_unmask(self.unmask)
