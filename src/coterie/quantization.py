@@ -22,7 +22,7 @@ CHUNK_SIZE = 1 << 18
 """Weights that are quantized together: as many as the cache of a core holds."""
 
 MIN_GROUP_MAX = 2.0**-100
-"""A group whose largest weight is smaller becomes zero: its scale would underflow bf16."""
+"""A group with a smaller largest weight becomes zero: its scale would underflow bf16."""
 
 
 @dataclass(frozen=True)

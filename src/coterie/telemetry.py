@@ -15,7 +15,7 @@ RowId = Hashable
 
 
 class Recorder:
-    """A base class whose hooks do nothing: a recorder overrides those that it needs.
+    """A base class with hooks that do nothing; a recorder overrides those that it needs.
 
     A hook must not change what is computed and must not wait for the device.
     """

@@ -377,7 +377,7 @@ def test_damaged_folder_raises(tmp_path: Path) -> None:
     [
         (1, "not a name and a version"),
         ({"name": "panels"}, "not a name and a version"),
-        ({"name": "tiles", "version": 1}, "does not know .*a newer one reads it, or pack the orig"),
+        ({"name": "tiles", "version": 1}, "does not know .*use a newer version"),
         (
             {"name": "panels", "version": LAYOUT_VERSION + 1},
             "does not know .*'panels' up to version",
@@ -427,13 +427,13 @@ def test_the_command_complains_in_one_line(
 ) -> None:
     out = str(tmp_path / "out")
     for options, problem in (
-        (["int8", "--layout", "rows"], "unknown layout 'rows'; known: panels, plain"),
-        (["int8", "--group", "128", "--layout", "panels"], "packed experts are int8"),
-        (["bf16", "--group", "64"], "has no effect with"),
+        (["int8", "--layout", "rows"], "is not one of 'packed', 'plain'"),
+        (["int8", "--group-size", "128", "--layout", "packed"], "packed experts are int8"),
+        (["bf16", "--group-size", "64"], "has no effect with"),
         (["bf16", "--layout", "plain"], "leaves bf16 experts unchanged"),
         (["fp8"], "unknown format 'fp8' for experts; known: int8, int4, bf16"),
     ):
-        assert run(["quantize", "embedded", out, "--experts", *options]) == 2
+        assert run(["quantize", "embedded", out, "--expert-dtype", *options]) == 2
         complaint = capsys.readouterr().err
         assert problem in complaint
         assert complaint.count("\n") == 1

@@ -99,9 +99,9 @@ def test_a_stopped_run_continues_and_another_run_is_refused(
     assert {k: v for k, v in before.items() if k in ("policy", "right", "n", "accuracy_low")} == {
         k: v for k, v in after.items() if k in ("policy", "right", "n", "accuracy_low")
     }
-    assert "limit is not set there and 2 here" in refusal(capsys, *words, "--limit", "2")
+    assert "limit is not set in the folder and 2 in this run" in refusal(capsys, *words, "--limit", "2")
     few = refusal(capsys, *words, "--expert-dtype", "int8")
-    assert 'experts is not set there and "int8 in groups of 64" here' in few
+    assert 'experts is not set in the folder and "int8 in groups of 64" in this run' in few
     assert run(words) == 0
     assert "all 6 answers are from an earlier run" in capsys.readouterr().err
 
@@ -118,7 +118,7 @@ def test_a_stopped_run_continues_and_another_run_is_refused(
         (["--task", "chess"], "unknown task 'chess'; known: gsm8k"),
         (["--task", "gsm8k", "--data", "/no/such"], "/no/such: no such file or folder"),
         (["--json", "--csv"], "give one of them"),
-        (["--shots", "2"], "asked without examples"),
+        (["--shots", "2"], "words is zero-shot"),
         (["--limit", "0"], "--limit"),
         (["--batch-size", "0"], "--batch-size"),
         (["-p", "chess"], "unknown policy 'chess'"),

@@ -29,7 +29,7 @@ def inspect(
     *,
     dtype: Annotated[str, typer.Option(help="Data type that sizes are given for.")] = "bf16",
     length: Annotated[
-        int, typer.Option(help="Positions of the sequence whose KV cache must fit too.", min=1)
+        int, typer.Option(help="Sequence length; its KV cache must fit too.", min=1)
     ] = 2048,
     fit_gib: Annotated[
         list[float] | None,

@@ -8,7 +8,7 @@ from coterie.cli.output import print_note
 
 LAST_VERSION = "0.2"
 END_OF_OPTIONS = "--"
-UNTOUCHED = ("lm-eval",)  # commands whose options belong to another program
+UNTOUCHED = ("lm-eval",)  # commands with the options of another program
 OLD_OPTIONS = {
     "--plan": "--kv-cache",
     "--experts": "--expert-dtype",

@@ -26,10 +26,10 @@ if TYPE_CHECKING:
     from coterie.lab.study.study import ExperimentOutcome
 
 QUICK_PROBLEMS, QUICK_PROMPTS = 64, 8
-USUAL_SECONDS = 30  # of an experiment whose length is not known
+USUAL_SECONDS = 30  # of an experiment of unknown length
 EXIT_FAILED = 1
 PROBLEMS_HELP = "Number of questions for each policy, over all tasks (default 500)."
-PROMPTS_HELP = "Number of questions whose forwards are observed (default 32)."
+PROMPTS_HELP = "Number of questions to observe forwards of (default 32)."
 QUICK_HELP = f"Use {QUICK_PROBLEMS} problems and {QUICK_PROMPTS} prompts."
 
 

@@ -92,7 +92,7 @@ class SequenceState:
             yield from plan.commit_passes(block)
 
     def logits_indices(self) -> Tensor:
-        """Positions [n] of the block whose logits are needed, int64.
+        """Positions [n] of the block that need logits, int64.
 
         These are the masked ones, or all of them for editing, credit, smoothing and sampling.
         """

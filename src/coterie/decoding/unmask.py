@@ -59,8 +59,8 @@ class UnmaskRule(Protocol):
 class ThresholdRule:
     """Writes positions with confidence of at least ``p``, and always the best (Fast-dLLM).
 
-    Positions within ``slack`` of the best are written, too (dInfer: 1e-5). A position whose
-    proposal is the mask itself is skipped (dInfer).
+    Positions within ``slack`` of the best are written, too (dInfer: 1e-5). A position
+    with the mask itself as its proposal is skipped (dInfer).
     """
 
     p: PositiveFraction = 0.9
@@ -148,7 +148,7 @@ class SequentialRule:
 
 @dataclass(frozen=True)
 class EntropyRule:
-    """Writes the positions of least entropy whose sum is below ``bound`` nats (SDAR)."""
+    """Writes the positions of least entropy, up to a sum of ``bound`` nats (SDAR)."""
 
     bound: NonNegativeFloat = 0.35
 

@@ -20,7 +20,7 @@ from coterie.specs import format_spec
 Auto = Literal["auto"]
 
 AUTO: Auto = "auto"
-AUTO_KV_LENGTH = 2048  # positions of one sequence whose keys and values "auto" leaves room for
+AUTO_KV_LENGTH = 2048  # "auto" leaves room for the keys and values of so many positions
 AUTO_MARGIN_BYTES = 512 << 20  # bytes that "auto" leaves for a forward's activations
 AUTO_SPARE_SHARE = 0.05  # share of the free memory that "auto" leaves to other processes
 

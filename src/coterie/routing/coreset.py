@@ -46,7 +46,7 @@ class Election:
     """The options of an election, except for the size of the coreset.
 
     tally: ``plain`` takes the experts with most votes. ``proportional`` takes one expert at a time
-    and lowers the weight of tokens whose vote is elected (see ``proportional``).
+    and lowers the weight of tokens with an elected expert (see ``proportional``).
 
     resident_bonus favours experts in fast memory: V' = V * (1 + resident_bonus * resident). The
     coreset keeps at least 1 - max_vote_loss of the votes (or gains, if proportional) that it would

@@ -1,4 +1,4 @@
-"""Proportional election: one expert at a time; tokens whose experts are elected weigh less.
+"""Proportional election: one expert at a time; tokens with elected experts weigh less.
 
 The tokens of a block differ: of 32, twenty may vote for the same experts. In a plain election these
 votes decide every expert, and an unusual token gets none of its own. Here a token's weight is the

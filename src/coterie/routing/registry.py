@@ -64,7 +64,7 @@ def update_policies_in_json(value: object, *, skip_keys: Collection[str] = ()) -
 
 
 def check_layers(policy: Policy, layers: int) -> None:
-    """Raises ConfigError if ``beta`` is a list whose length is not ``layers``, the number of layers
+    """Raises ConfigError if ``beta`` is a list of a length other than ``layers``, the number of layers
     that route. Policies outside the table are not checked."""
     beta = getattr(policy, "beta", None)
     if isinstance(beta, tuple) and len(beta) != layers and type(policy) in POLICIES.values():
@@ -75,7 +75,7 @@ def check_layers(policy: Policy, layers: int) -> None:
 
 
 def check_coreset_reuse(policy: Policy) -> None:
-    """Raises ConfigError for a policy of the table whose coresets cannot be reused."""
+    """Raises ConfigError for a policy of the table without reusable coresets."""
     if type(policy) not in POLICIES.values():
         return
     election = vars(policy).get("election")

@@ -129,7 +129,7 @@ def check_finite(scores: Scores) -> Scores:
     """The same scores; on a CPU raises NonFiniteLogitsError that names the layer.
 
     On a GPU a check would wait for the device. There all logits of such a token become NaN, and so
-    do its weights and the model's logits, whose reader raises.
+    do its weights and the model's logits; the reader of the logits raises.
     """
     if scores.logits.device.type != "cpu":
         nan_if_not_finite = (scores.logits * 0).sum(dim=-1, keepdim=True)

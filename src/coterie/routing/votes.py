@@ -69,7 +69,7 @@ def topk_margin(scores: Scores) -> Tensor:
     k = scores.router.k
     ids = select_topk(scores, None, k + 1)
     topk_scores = scores.selection_scores.gather(-1, ids)
-    # A small floor gives a token whose margins are all 0 a vote, too.
+    # A small floor gives a token a vote even if all its margins are 0.
     margins = (topk_scores[..., :k] - topk_scores[..., -1:]).clamp(min=0) + MARGIN_FLOOR
     return _normalise(torch.zeros_like(scores.selection_scores).scatter(-1, ids[..., :k], margins))
 

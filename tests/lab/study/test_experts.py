@@ -150,7 +150,7 @@ def test_simulated_loads_equal_those_of_a_real_run(tmp_path: Path, capacity: int
     real = [
         sorted(np.flatnonzero(one.resident)) for _, one in sorted(memories[0].cache.layers.items())
     ]
-    assert real == [sorted(np.flatnonzero(one.resident)) for _, one in sorted(book.slots.items())]
+    assert real == [sorted(np.flatnonzero(one.resident)) for _, one in sorted(book.layers.items())]
     assert made.sum_by_answer(made.loads, 6).sum() == made.loads.sum()
     assert made.used.sum() == sum(int(entry.used.sum()) for entry in entries)
 

@@ -185,7 +185,7 @@ def test_busy_machine_gives_a_warning(load: float | None, quiet: bool) -> None:
     there = timing.TimingConditions(device="cpu", threads=2, cores=2, load=load)
     told = timing.load_warnings(there)
     assert (told == []) == quiet
-    assert all("9.1 processes wanted its 2 cores" in each for each in told)
+    assert all("9.1 threads shared its 2 cores" in each for each in told)
 
 
 # Routings that are timed
