@@ -82,7 +82,9 @@ class Option:
     name: str  # as printed
     aliases: tuple[str, ...]  # other names that are read as this one
     attribute: str  # the field that holds the value
-    parent_field: str  # the field with the dataclass that has that attribute; "" for the spec itself
+    parent_field: (
+        str  # the field with the dataclass that has that attribute; "" for the spec itself
+    )
     value_type: type  # int, float or bool; str if only words are valid
     bounds: Bounds
     words: tuple[str, ...]  # valid words; with a number type, in addition to numbers

@@ -41,7 +41,9 @@ output = panel("What to show")
 
 # How to decode
 
-Prompt = Annotated[str, typer.Argument(metavar="PROMPT", help="Prompt; - reads it from standard input.")]
+Prompt = Annotated[
+    str, typer.Argument(metavar="PROMPT", help="Prompt; - reads it from standard input.")
+]
 POLICY_HELP = "Expert-routing policy, e.g. des-vote:beta=0.15 (see `coterie policies`), or @FILE"
 PolicySpec = Annotated[str, decoding(f"{POLICY_HELP} of `coterie calibrate`.", "--policy", "-p")]
 PolicySpecs = Annotated[
