@@ -121,7 +121,7 @@ def summary_lines(calibration: Calibration) -> list[str]:
     lines = [
         "",
         f"{calibration.policy} meets {calibration.target}: {noun} {value} ({interval}) "
-        f"on {calibration.achieved.n} prompts",
+        f"on {calibration.achieved.n} prompt{'s' * (calibration.achieved.n != 1)}",
         f"its decoding: {describe_run(calibration.run)}; vanilla: "
         f"{describe_run(calibration.vanilla)}",
     ]
