@@ -33,7 +33,7 @@ class CacheAccess:
 
 
 class Eviction(Protocol):
-    """An eviction rule, which maintains scores [E]."""
+    """An eviction policy, which maintains scores [E]."""
 
     @property
     def needs_votes(self) -> bool:
