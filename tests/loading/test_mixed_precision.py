@@ -221,12 +221,12 @@ def test_two_folders_that_are_not_one_model_are_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("memory", "placement", "told"),
     [
-        ("35%", "votes", "warm_start"),
-        ("100%", "upgrades", "fallback_model` has no effect"),
-        ("1", "upgrades:share=0.5", "less than one of each"),
-        ("35%", "upgrades:share=1", "share must be at least 0.01"),
-        ("35%", "upgrades:most=0", "most must be at least 1"),
-        ("35%", "best", "unknown placement 'best'; known: ballot, upgrades, votes"),
+        ("35%", "static", "warm_start"),
+        ("100%", "promote", "fallback_model` has no effect"),
+        ("1", "promote:share=0.5", "less than one of each"),
+        ("35%", "promote:share=1", "share must be at least 0.01"),
+        ("35%", "promote:most=0", "most must be at least 1"),
+        ("35%", "best", "unknown precision policy 'best'; known: promote, static, vote-mass"),
     ],
 )
 def test_two_precisions_that_cannot_be_had_are_refused(
@@ -297,8 +297,11 @@ def test_an_option_of_two_precisions_without_them_is_an_error(
 ) -> None:
     fine, coarse = folders(tmp_path, ("int8", "int4"))
     for options, told in (
-        (["--coarse", str(coarse)], "--coarse has no effect"),
-        (["--expert-memory", "35%", "--placement", "votes"], "--placement has no effect without"),
+        (["--fallback-model", str(coarse)], "--fallback-model has no effect"),
+        (
+            ["--expert-memory", "35%", "--precision-policy", "static"],
+            "--precision-policy has no effect without",
+        ),
     ):
         assert run(["generate", "5 17", "-m", str(fine), *options]) == 2
         said = capsys.readouterr()
