@@ -196,8 +196,8 @@ def reuse_options(
 ) -> dict[str, GenerationOptions]:
     """The generation options of each policy that come from --coreset-reuse.
 
-    Vanilla has no coreset to reuse. Raises where no policy has one, and for a policy without reusable
-    coresets.
+    Vanilla has no coreset to reuse. Raises where no policy has one, and for a policy
+    without reusable coresets.
     """
     if coreset_reuse is None:
         return {name: {} for name in policy_specs}

@@ -12,8 +12,9 @@ Command = Callable[..., object]
 
 
 def with_option_groups(command: Command) -> Command:
-    """The command as typer reads it: a parameter with a dataclass as its type becomes one option for
-    each field. All parameters become keywords."""
+    """The command as typer reads it: each field of a dataclass parameter becomes one option.
+
+    All parameters become keywords."""
     hints = get_type_hints(command, include_extras=True)
     groups: dict[str, Any] = {name: hint for name, hint in hints.items() if is_dataclass(hint)}
     options: dict[str, inspect.Parameter] = {}

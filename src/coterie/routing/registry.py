@@ -7,20 +7,8 @@ from collections.abc import Collection
 from typing import Any
 
 from coterie.errors import ConfigError
+from coterie.routing import coreset_policies
 from coterie.routing.coreset import Election
-from coterie.routing.coreset_policies import (
-    Coreset,
-    DesSeq,
-    DesVote,
-    MassVote,
-    PricedVote,
-    ProportionalVote,
-    Racing,
-    Random,
-    ResidentVote,
-    UniformVote,
-    XShare,
-)
 from coterie.routing.token_policies import McMoe, Naee, TopK, Vanilla
 from coterie.specs import format_spec, parse_spec, update_spec_text
 from coterie.values import Policy
@@ -64,8 +52,8 @@ def update_policies_in_json(value: object, *, skip_keys: Collection[str] = ()) -
 
 
 def check_layers(policy: Policy, layers: int) -> None:
-    """Raises ConfigError if ``beta`` is a list of a length other than ``layers``, the number of layers
-    that route. Policies outside the table are not checked."""
+    """Raises ConfigError if ``beta`` is a list of another length than ``layers``, the number of
+    layers that route. Policies outside the table are not checked."""
     beta = getattr(policy, "beta", None)
     if isinstance(beta, tuple) and len(beta) != layers and type(policy) in POLICIES.values():
         raise ConfigError(
@@ -101,17 +89,17 @@ POLICIES: dict[str, type[Policy]] = {
     "topk": TopK,
     "naee": Naee,
     "mc-moe": McMoe,
-    "des-seq": DesSeq,
-    "des-vote": DesVote,
-    "uniform-vote": UniformVote,
-    "xshare": XShare,
-    "racing": Racing,
-    "mass-vote": MassVote,
-    "proportional-vote": ProportionalVote,
-    "priced-vote": PricedVote,
-    "random": Random,
-    "resident-vote": ResidentVote,
-    "coreset": Coreset,
+    "des-seq": coreset_policies.DesSeq,
+    "des-vote": coreset_policies.DesVote,
+    "uniform-vote": coreset_policies.UniformVote,
+    "xshare": coreset_policies.XShare,
+    "racing": coreset_policies.Racing,
+    "mass-vote": coreset_policies.MassVote,
+    "proportional-vote": coreset_policies.ProportionalVote,
+    "priced-vote": coreset_policies.PricedVote,
+    "random": coreset_policies.Random,
+    "resident-vote": coreset_policies.ResidentVote,
+    "coreset": coreset_policies.Coreset,
 }
 
 _POLICY_TEXT = re.compile(rf"(?<![\w-])(?:{'|'.join(map(re.escape, POLICIES))}):[^\s\"';)]+")

@@ -39,16 +39,23 @@ class PolicySummary:
             "also": _proportion_dicts(self.other_metrics),
             "change": None if self.change is None else _change_dict(self.change, self.p_holm),
             "relative_accuracy": self.relative_accuracy,
-            "failed": result.num_failed,
-            "experts": result.experts,
-            "expert_bytes": result.expert_bytes,
-            "vote_mass_kept": result.vote_mass_kept,
-            "forwards_per_block": result.forwards_per_block,
-            "new_tokens": result.new_tokens,
-            "tokens_per_second": result.tokens_per_second,
-            "seconds": result.seconds,
+            **run_figures(result),
             **_traffic_dict(self),
         }
+
+
+def run_figures(result: EvalResult) -> dict[str, object]:
+    """Counts, means and times of a variant, by JSON key."""
+    return {
+        "failed": result.num_failed,
+        "experts": result.experts,
+        "expert_bytes": result.expert_bytes,
+        "vote_mass_kept": result.vote_mass_kept,
+        "forwards_per_block": result.forwards_per_block,
+        "new_tokens": result.new_tokens,
+        "tokens_per_second": result.tokens_per_second,
+        "seconds": result.seconds,
+    }
 
 
 def summarize(results: Sequence[EvalResult], tasks: Sequence[str]) -> list[PolicySummary]:

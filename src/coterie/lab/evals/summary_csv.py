@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from coterie.lab.evals.report import PolicySummary
+from coterie.lab.evals.report import PolicySummary, run_figures
 
 
 def csv_row(summary: PolicySummary) -> dict[str, object]:
@@ -25,14 +25,7 @@ def csv_row(summary: PolicySummary) -> dict[str, object]:
         "p": None if change is None else change.p_value,
         "p_holm": summary.p_holm,
         "relative_accuracy": summary.relative_accuracy,
-        "failed": result.num_failed,
-        "experts": result.experts,
-        "expert_bytes": result.expert_bytes,
-        "vote_mass_kept": result.vote_mass_kept,
-        "forwards_per_block": result.forwards_per_block,
-        "new_tokens": result.new_tokens,
-        "tokens_per_second": result.tokens_per_second,
-        "seconds": result.seconds,
+        **run_figures(result),
         **_traffic_columns(summary),
     }
 

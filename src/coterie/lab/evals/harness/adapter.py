@@ -198,8 +198,8 @@ def _check_options(options: Mapping[str, object]) -> None:
         raise ConfigError(
             f"unknown model_args {unknown[0]!r}; known: pretrained, policy, dtype, device, "
             f"experts, expert_memory, imagine_memory, eviction, batch_size, {', '.join(known)}; "
-            "a policy with commas needs JSON: "
-            '--model_args \'{"policy": "des-vote:beta=0.3,voters=before-eos"}\''
+            "a policy with commas needs model_args in JSON: "
+            '{"policy": "des-vote:beta=0.3,voters=before-eos"}'
         )
 
 
