@@ -10,7 +10,7 @@ EXPERIMENTS = {"gpu": "experiments.gpu.suite", "offload": "experiments.offload"}
 
 def main(argv: list[str]) -> int:
     if not argv or argv[0] not in EXPERIMENTS:
-        print(f"usage: python -m experiments {{{','.join(EXPERIMENTS)}}} ...", file=sys.stderr)
+        print(f"usage: python -m experiments {{{','.join(EXPERIMENTS)}}} [--help]", file=sys.stderr)
         return 2
     return import_module(EXPERIMENTS[argv[0]]).main(argv[1:])
 

@@ -212,7 +212,7 @@ def test_help_and_version_succeed(capsys: Capture) -> None:
         (["generate", "5", "-n", "0"], "--max-new-tokens"),
         (["generate", "5", "-n", "100000"], "the model has 512"),
         (["generate", "5", "--block", "0"], "--block"),
-        (["generate", "5", "--kv-cache", "nope"], "unknown plan 'nope'; known: block-causal"),
+        (["generate", "5", "--kv-cache", "nope"], "unknown KV scheme 'nope'; known: block-causal"),
         (["generate", "5", "--unmask", "nope"], "unknown unmasking rule 'nope'"),
         (["generate", "5", "--unmask", "threshold:p=7"], "p must be above 0 and at most 1"),
         (["generate", "5", "--unmask", "threshold", "--threshold", "0.5"], "is short for"),

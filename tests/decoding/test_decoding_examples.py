@@ -314,11 +314,11 @@ def test_an_invalid_unmasking_rule_is_an_error_with_the_valid_values(
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("duel", "unknown plan 'duel'; known: block-causal, .*dual"),
+        ("duel", "unknown KV scheme 'duel'; known: block-causal, .*dual"),
         ("dual:before=-1", "before must be at least 0, not -1"),
         ("dual:around=3", "unknown option 'around'; it has: before, after, warmup, aligned"),
         ("uncached:aligned=maybe", "aligned must be yes or no, not 'maybe'"),
-        ("uncached+roll", "unknown addition to a plan 'roll'; known: unroll"),
+        ("uncached+roll", "unknown addition to a KV scheme 'roll'; known: unroll"),
         ("uncached+unroll+unroll", "at most one addition"),
     ],
 )

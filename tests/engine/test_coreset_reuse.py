@@ -328,7 +328,7 @@ def test_batch_coresets_cannot_be_reused() -> None:
 
 @pytest.mark.parametrize("drift", [-0.1, 1, 1.5, math.nan])
 def test_tolerance_is_below_one(drift: float) -> None:
-    with pytest.raises(CoterieError, match="drift must be at least 0 and below 1"):
+    with pytest.raises(CoterieError, match="`reuse_tolerance` must be at least 0 and below 1"):
         GenerationConfig(reuse_tolerance=drift)
 
 

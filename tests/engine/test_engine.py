@@ -303,7 +303,7 @@ def test_non_finite_logits_raise_and_do_not_advance() -> None:
         ({"block": True}, "block must be of type int"),
         ({"unmask": "threshold:p=1.1"}, "p must be above 0 and at most 1, not 1.1"),
         ({"unmask": "certain"}, "unknown unmasking rule 'certain'; known: dynamic"),
-        ({"plan": "none"}, "unknown plan 'none'; known: block-causal"),
+        ({"plan": "none"}, "unknown KV scheme 'none'; known: block-causal"),
         ({"policy": "des-vite"}, "unknown policy 'des-vite'; known"),
         ({"temperature": -0.1}, "temperature must be at least 0"),
         ({"temperature": math.nan}, "temperature must be at least 0, not nan"),
@@ -311,7 +311,7 @@ def test_non_finite_logits_raise_and_do_not_advance() -> None:
         ({"top_p": 0.0}, "top_p must be above 0 and at most 1"),
         ({"seed": -1}, "seed must be at least 0"),
         ({"early_stop": True}, "early_stop must be one of off, block, token"),
-        ({"commit": "maybe"}, "commit must be one of vanilla, policy"),
+        ({"commit": "maybe"}, "`commit_routing` must be one of vanilla, policy"),
         ({"steps": 3}, "unknown option 'steps'; known: max_new_tokens, block"),
     ],
 )

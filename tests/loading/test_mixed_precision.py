@@ -226,7 +226,7 @@ def test_two_folders_that_are_not_one_model_are_refused(tmp_path: Path) -> None:
         ("1", "promote:share=0.5", "less than one of each"),
         ("35%", "promote:share=1", "share must be at least 0.01"),
         ("35%", "promote:most=0", "most must be at least 1"),
-        ("35%", "best", "unknown placement 'best'; known: ballot, upgrades, votes"),
+        ("35%", "best", "unknown precision policy 'best'; known: promote, static, vote-mass"),
     ],
 )
 def test_two_precisions_that_cannot_be_had_are_refused(
@@ -269,7 +269,7 @@ def test_the_command_says_which_precision_served(
 ) -> None:
     fine, coarse = folders(tmp_path, ("int8", "int4"))
     words = ["generate", "5 17 33", "-m", str(fine), "-n", "8", "--block", "8", "--json"]
-    words += ["--expert-memory", "50%", "--fallback-model", str(coarse), "--precision-policy", "promote:most=1"]
+    words += ["--expert-memory", "50%", "--coarse", str(coarse), "--placement", "upgrades:most=1"]
     assert run(words) == 0
     said = capsys.readouterr()
     told = json.loads(said.out)
@@ -297,8 +297,11 @@ def test_an_option_of_two_precisions_without_them_is_an_error(
 ) -> None:
     fine, coarse = folders(tmp_path, ("int8", "int4"))
     for options, told in (
-        (["--coarse", str(coarse)], "--coarse has no effect"),
-        (["--expert-memory", "35%", "--precision-policy", "static"], "--precision-policy has no effect without"),
+        (["--fallback-model", str(coarse)], "--fallback-model has no effect"),
+        (
+            ["--expert-memory", "35%", "--precision-policy", "static"],
+            "--precision-policy has no effect without",
+        ),
     ):
         assert run(["generate", "5 17", "-m", str(fine), *options]) == 2
         said = capsys.readouterr()

@@ -308,6 +308,8 @@ def generate_command(
 ) -> None:
     """Time whole answers under several policies: tokens a second, forwards, forwards a block.
 
+    Without --policy, des-vote runs with beta 0.5, 0.3 and 0.15, and des-seq with k=3.
+
     With --shape, --expert-dtype is the format of a random model's experts: fp32, bf16 (default),
     int8 or int4. A random model writes one token a forward.
 

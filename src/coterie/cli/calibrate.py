@@ -31,7 +31,7 @@ from coterie.lab.calibration.target import Estimate
 DEFAULT_PROBLEMS = 40  # of each task
 
 
-FAMILY_HELP = (
+POLICY_HELP = (
     "Policy without the option to search for, e.g. des-vote:voters=before-eos; or with ? in its "
     "place: coreset:m=?,vote=weight."
 )
@@ -43,7 +43,7 @@ TARGET_HELP = (
 
 @with_option_groups
 def calibrate_command(
-    family: Annotated[str, typer.Argument(metavar="FAMILY", help=FAMILY_HELP)],
+    family: Annotated[str, typer.Argument(metavar="POLICY", help=POLICY_HELP)],
     *,
     target: Annotated[str, typer.Option(metavar="KIND=VALUE", help=TARGET_HELP)],
     confident: Annotated[
@@ -99,7 +99,7 @@ def calibrate_command(
 
 
 def calibration_table(calibration: Calibration) -> Table:
-    """The measurements, ordered by traffic."""
+    """The measured policies, in the order of the search."""
     target = calibration.target
     table = output.plain_table("policy", numbers=(target.spec.description, "95 %"))
     table.add_column("meets it")
@@ -121,7 +121,7 @@ def summary_lines(calibration: Calibration) -> list[str]:
     lines = [
         "",
         f"{calibration.policy} meets {calibration.target}: {noun} {value} ({interval}) "
-        f"on {calibration.achieved.n} prompts",
+        f"on {calibration.achieved.n} prompt{'s' * (calibration.achieved.n != 1)}",
         f"its decoding: {describe_run(calibration.run)}; vanilla: "
         f"{describe_run(calibration.vanilla)}",
     ]

@@ -42,6 +42,8 @@ def compare(
 ) -> None:
     """Run several policies on one prompt and print one table; vanilla is always the first.
 
+    Without --policy, des-vote runs with beta 0.5, 0.3 and 0.15, and des-seq with k=3.
+
     Where memory holds only some of the experts, each policy starts with the same cache: empty, or
     filled by --warm-start.
 

@@ -41,7 +41,9 @@ output = panel("What to show")
 
 # How to decode
 
-Prompt = Annotated[str, typer.Argument(help="Prompt; - reads it from standard input.")]
+Prompt = Annotated[
+    str, typer.Argument(metavar="PROMPT", help="Prompt; - reads it from standard input.")
+]
 POLICY_HELP = "Expert-routing policy, e.g. des-vote:beta=0.15 (see `coterie policies`), or @FILE"
 PolicySpec = Annotated[str, decoding(f"{POLICY_HELP} of `coterie calibrate`.", "--policy", "-p")]
 PolicySpecs = Annotated[
@@ -84,7 +86,9 @@ NoChatTemplate = Annotated[bool, decoding("Skip the chat template.", "--no-chat-
 
 MODEL_HELP = "Model folder in the official layout, or hub id (default: the model in the package)."
 Model = Annotated[str | None, runtime(MODEL_HELP, "--model", "-m")]
-ModelArgument = Annotated[str | None, typer.Argument(help=MODEL_HELP, show_default=False)]
+ModelArgument = Annotated[
+    str | None, typer.Argument(metavar="MODEL", help=MODEL_HELP, show_default=False)
+]
 DTYPE_HELP = "Data type of the weights: float32, bfloat16 or float16 (default: the device's)."
 Dtype = Annotated[str | None, runtime(DTYPE_HELP)]
 Device = Annotated[str, runtime("Device: auto, cpu, cuda or cuda:1.")]

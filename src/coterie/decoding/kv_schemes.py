@@ -246,9 +246,9 @@ def parse_plan(text: str) -> DecodePlan:
     """The plan of a text such as ``dual:before=16`` or ``prefix+unroll:most=4,tokens=8``."""
     first, *rest = text.split("+")
     if len(rest) > 1:
-        raise SpecError(f"a plan has at most one addition, not {len(rest)}: {text!r}")
-    unroll = parse_spec(rest[0], PLAN_ADDITIONS, "addition to a plan") if rest else None
-    return DecodePlan(parse_spec(first, PLANS, "plan"), unroll)
+        raise SpecError(f"a KV scheme has at most one addition, not {len(rest)}: {text!r}")
+    unroll = parse_spec(rest[0], PLAN_ADDITIONS, "addition to a KV scheme") if rest else None
+    return DecodePlan(parse_spec(first, PLANS, "KV scheme"), unroll)
 
 
 def _refresh_pass(block: Block, length: int) -> ForwardPass:

@@ -139,9 +139,9 @@ def _smooth_embeddings(
 
 def _non_finite_source(transformer: Transformer, pool: KVCachePool, batch: ForwardBatch) -> str:
     """The first part of the model with a non-finite output, from running the forward again."""
-    trace, last = TensorRecorder(), transformer.spec.layers
-    _run(transformer, pool, batch, trace)
-    for layer, x in trace.outputs:
+    recorder, last = TensorRecorder(), transformer.spec.layers
+    _run(transformer, pool, batch, recorder)
+    for layer, x in recorder.outputs:
         if not bool(torch.isfinite(x).all()):
             return {-1: "the embedding", last: "the final norm"}.get(layer, f"layer {layer}")
     return "the head"

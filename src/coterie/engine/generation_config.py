@@ -17,7 +17,7 @@ from coterie.specs import (
     NonNegativeInt,
     PositiveFraction,
     PositiveInt,
-    check_options,
+    spec_options,
 )
 
 RoutingMode = Literal["vanilla", "policy"]
@@ -53,7 +53,10 @@ class GenerationConfig:
     reuse_tolerance: Annotated[ReuseTolerance | None, Key("drift")] = None
 
     def __post_init__(self) -> None:
-        check_options(self)
+        for option in spec_options(GenerationConfig).values():
+            # Some keys are older names: errors name the field.
+            label = option.name if option.name == option.attribute else f"`{option.attribute}`"
+            replace(option, name=label).check(option.value_of(self))
         parse_plan(self.plan)
         parse_unmask(self.unmask)
 
@@ -69,7 +72,7 @@ class GenerationConfig:
         known = {*keys_of(GenerationConfig), *names_of(GenerationConfig)}
         unknown = [name for name in options if name not in known]
         if unknown:
-            known_names = ", ".join(names_of(GenerationConfig))
+            known_names = ", ".join(keys_of(GenerationConfig))
             raise ConfigError(f"unknown option {unknown[0]!r}; known: {known_names}")
         return replace(self, **by_attribute(GenerationConfig, options))
 

@@ -142,7 +142,7 @@ def choose_target(
     if spec.expert_format is not None or spec.panels:
         raise ConfigError(
             f"{model.path}: its experts are {spec.expert_storage} already; "
-            f"{expert_format} can be made of the original only"
+            f"{expert_format} can only be made from the original model"
         )
     return replace(target, spec=replace(spec, expert_format=expert_format))
 

@@ -116,4 +116,4 @@ class Simulated:
         return replace(loaded, store=store, placement=self)
 
     def describe(self) -> tuple[str, ...]:
-        return (f"{self.plan.summary} ({self.plan.slots_size}) simulated; in fact all are",)
+        return (f"{self.plan.summary} ({self.plan.slots_size}), simulated: all are loaded",)

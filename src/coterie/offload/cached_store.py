@@ -81,7 +81,7 @@ class CachedExpertStore:
     def serve(self, layer: int, request: ExpertRequest) -> Iterator[Slab]:
         cache = self.layer_cache(layer)
         used_mask, token_counts = self._used_and_tokens(request)
-        # If nothing is ever evicted, no rule needs votes.
+        # If nothing is ever evicted, no eviction policy needs votes.
         evicts = self.capacity < self.experts
         votes = eviction_votes(self.eviction, request) if evicts else None
         if cache.slots.holds_all(used_mask):

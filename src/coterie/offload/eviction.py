@@ -33,7 +33,7 @@ class CacheAccess:
 
 
 class Eviction(Protocol):
-    """An eviction rule, which maintains scores [E]."""
+    """An eviction policy, which maintains scores [E]."""
 
     @property
     def needs_votes(self) -> bool:
@@ -136,5 +136,5 @@ EVICTIONS: dict[str, type[Eviction]] = {"lru": Lru, "lfu": Lfu, "votes": ByVotes
 
 
 def parse_eviction(text: str) -> Eviction:
-    """Parse an eviction rule such as ``lru`` or ``votes:decay=0.9``."""
-    return parse_spec(text, EVICTIONS, "eviction")
+    """Parse an eviction policy such as ``lru`` or ``votes:decay=0.9``."""
+    return parse_spec(text, EVICTIONS, "eviction policy")

@@ -32,7 +32,7 @@ class Wave:
 
 @dataclass  # not frozen: its content changes with every forward
 class Slots:
-    """``capacity`` slots for the ``experts`` of one layer, under one eviction rule.
+    """``capacity`` slots for the ``experts`` of one layer, under one eviction policy.
 
     After a forward that fits, all its experts are cached. A forward that does not fit is served in
     waves, cached experts first; afterwards the experts with the highest scores stay cached.

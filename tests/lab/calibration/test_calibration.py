@@ -186,8 +186,8 @@ def test_candidates_go_from_most_experts_to_fewest(text: str, first: str, last: 
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("des-vot", "unknown policy family 'des-vot'; known: topk, naee, "),
-        ("vanilla", "vanilla has no parameter to search; families that have: topk, "),
+        ("des-vot", "unknown policy 'des-vot'; known: topk, naee, "),
+        ("vanilla", "vanilla has no parameter to search; policies with one: topk, "),
         ("des-vote:beta=0.3", "des-vote: name one parameter to search: des-vote:beta=?"),
         ("coreset", "coreset: name one parameter to search: coreset:beta=? or coreset:m=?"),
         ("des-vote:voters=?", "des-vote: name one parameter to search: des-vote:beta=?"),

@@ -46,9 +46,9 @@ class SearchFamily:
         """
         name, _, rest = (part.strip() for part in update_policy_text(text).partition(":"))
         if name not in POLICIES:
-            raise SpecError(f"unknown policy family {name!r}; known: {_families()}")
+            raise SpecError(f"unknown policy {name!r}; known: {_families()}")
         if not (known := searchable_parameters(name)):
-            raise SpecError(f"{name} has no parameter to search; families that have: {_families()}")
+            raise SpecError(f"{name} has no parameter to search; policies with one: {_families()}")
         parts = [part.strip() for part in rest.split(",") if part.strip()]
         values = {part.partition("=")[0].strip(): part.partition("=")[2].strip() for part in parts}
         marked = [key for key, value in values.items() if value == FREE_MARK]
@@ -111,7 +111,7 @@ def per_layer_policies(evaluator: PolicyEvaluator, family: SearchFamily) -> list
             if any(option.accepts_list for option in spec_options(policy).values())
         ]
         raise SpecError(
-            f"{family.name} has no budget for each layer; families that have: {', '.join(families)}"
+            f"{family.name} has no budget for each layer; policies with one: {', '.join(families)}"
         )
     experts = evaluator.engine.model.spec.router.experts
     election = getattr(parse_policy(family.policy_with(1.0)), "election", Election())

@@ -190,7 +190,9 @@ def _check_same_run(folder: Path, run_config: Mapping[str, object], *, is_new: b
     if differences := list(_differences(stored, json.loads(expected), "")):
         shown, more = differences[:MAX_DIFFERENCES_SHOWN], len(differences) - MAX_DIFFERENCES_SHOWN
         shown += [f"and {more} more"] if more > 0 else []
-        raise TaskError(f"{folder}: holds another run: {'; '.join(shown)}; use another folder")
+        raise TaskError(
+            f"{folder}: holds another run: {'; '.join(shown)}; give its options or a new folder"
+        )
 
 
 def _differences(stored: object, expected: object, name: str) -> Iterator[str]:

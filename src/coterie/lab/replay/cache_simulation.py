@@ -99,7 +99,7 @@ class ReplayPolicy:
 
 @dataclass(frozen=True)
 class CacheConfig:
-    """An expert cache: slots of each layer and the eviction rule; None: Belady's optimum.
+    """An expert cache: slots of each layer and the eviction policy; None: Belady's optimum.
 
     ``warm`` [L, E]: votes of earlier runs; the experts with most votes are cached at the start.
     """

@@ -91,12 +91,12 @@ def expert_sizes(
     """Bytes of one expert by precision: from the trace, or ``expert_bytes`` for a single one."""
     if expert_bytes != "auto":
         if len(precisions) != 1:
-            raise ConfigError(f"`expert_bytes` {expert_bytes} fits one precision, not several")
+            raise ConfigError(f"`expert_bytes` {expert_bytes} fits one `precision`, not several")
         return {precisions[0]: int(parse_bytes(expert_bytes, "`expert_bytes`"))}
     if unknown := [name for name in precisions if name not in known_sizes]:
         raise ConfigError(
-            f"precision {unknown[0]!r}: the trace has sizes for {', '.join(known_sizes)}; "
-            "`expert_bytes` sets the size of an expert in another precision"
+            f"`precision` {unknown[0]!r}: the trace has sizes for {', '.join(known_sizes)}; "
+            "`expert_bytes` sets the size of an expert in another format"
         )
     return {name: known_sizes[name] for name in precisions}
 

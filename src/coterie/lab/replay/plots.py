@@ -13,7 +13,7 @@ from coterie.lab.replay.replay import ReplayPoint, ReplayResult
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-LINE_STYLES, MIB = ("-", "--", ":", "-."), 1 << 20  # a style for each eviction rule
+LINE_STYLES, MIB = ("-", "--", ":", "-."), 1 << 20  # a style for each eviction policy
 
 
 def write_figures(folder: Path, result: ReplayResult) -> list[Path]:

@@ -178,7 +178,7 @@ def decoding_only(trace: Trace) -> Trace:
 def _cache_runs(
     trace_votes: TraceVotes, evictions: Mapping[str, Eviction | None], warm: VoteArray | None
 ) -> CacheRuns:
-    """Replays of a policy with an eviction rule and slots, each computed once."""
+    """Replays of a policy with an eviction policy and slots, each computed once."""
 
     @cache
     def select(replay_policy: ReplayPolicy, slots: int | None) -> SelectedExperts:

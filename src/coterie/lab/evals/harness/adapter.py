@@ -20,7 +20,7 @@ from coterie.engine.engine import load
 from coterie.engine.events import Denoised, Finished
 from coterie.engine.generation_config import GenerationConfig
 from coterie.errors import ConfigError
-from coterie.keys import names_of
+from coterie.keys import keys_of, names_of
 from coterie.loading.expert_memory import ExpertMemoryConfig
 from coterie.tokenizer.tokenizer import SubwordTokenizer
 
@@ -192,8 +192,8 @@ def run_harness(args: Sequence[str]) -> None:
 
 
 def _check_options(options: Mapping[str, object]) -> None:
-    known = ["max_gen_toks", *names_of(GenerationConfig)]
-    unknown = [name for name in options if name not in known]
+    known = ["max_gen_toks", *keys_of(GenerationConfig)]
+    unknown = [name for name in options if name not in {*known, *names_of(GenerationConfig)}]
     if unknown:
         raise ConfigError(
             f"unknown model_args {unknown[0]!r}; known: pretrained, policy, dtype, device, "
