@@ -7,6 +7,7 @@ from typing import Annotated
 import typer
 
 import coterie
+from coterie.cli import options as o
 from coterie.cli.bench import bench
 from coterie.cli.calibrate import calibrate_command
 from coterie.cli.compare import compare
@@ -41,7 +42,7 @@ app = typer.Typer(
     add_completion=False,
     rich_markup_mode="rich",
     pretty_exceptions_enable=False,
-    context_settings={"help_option_names": ["-h", "--help"]},
+    context_settings=o.HELP_NAMES,
 )
 for name, command in COMMANDS.items():
     app.command(name)(command)

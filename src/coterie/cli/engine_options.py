@@ -66,17 +66,14 @@ class EngineOptions:
         if capacity is None:
             self._check_all_resident()
             return None
+        fallback = None
+        if self.fallback_model is not None:
+            fallback = LowPrecisionExperts.parse(self.fallback_model, self.precision_policy)
+        votes = None if self.warm_start is None else load_votes(self.warm_start)
         return ExpertMemoryConfig.parse(
-            capacity,
-            host_memory=self.host_memory,
-            eviction=self.eviction,
-            warm_start=None if self.warm_start is None else load_votes(self.warm_start),
-            fallback_model=None
-            if self.fallback_model is None
-            else LowPrecisionExperts.parse(self.fallback_model, self.precision_policy),
-            cpu_experts=self.cpu_experts,
-            simulated=simulated,
-        )
+            capacity, host_memory=self.host_memory, eviction=self.eviction, warm_start=votes,
+            fallback_model=fallback, cpu_experts=self.cpu_experts, simulated=simulated,
+        )  # fmt: skip
 
     def _check_all_resident(self) -> None:
         for name in ("host_memory", "eviction", "warm_start", "fallback_model", "cpu_experts"):
@@ -191,28 +188,33 @@ def distinct_policies(specs: Sequence[str]) -> list[str]:
     return list(dict.fromkeys(map(canonical_policy, specs)))
 
 
-def reuse_options(
-    policy_specs: Sequence[str], coreset_reuse: float | None
-) -> dict[str, GenerationOptions]:
-    """The generation options of each policy that come from --coreset-reuse.
+def reuse_options(specs: Sequence[str], reuse: float | None) -> dict[str, GenerationOptions]:
+    """The options of each policy from --coreset-reuse; raises where no coreset can be reused."""
+    if reuse is None:
+        return {name: {} for name in specs}
+    check_reuse(specs)
+    return {name: {} if name == VANILLA else {"drift": reuse} for name in specs}
 
-    Vanilla has no coreset to reuse. Raises where no policy has one, and for a policy whose coresets
-    cannot be reused.
-    """
-    if coreset_reuse is None:
-        return {name: {} for name in policy_specs}
-    electing = [name for name in policy_specs if name != VANILLA]
+
+def check_reuse(specs: Sequence[str]) -> None:
+    """Raises where no policy elects a coreset, and for one whose coresets cannot be reused."""
+    electing = [name for name in specs if name != VANILLA]
     if not electing:
         raise ConfigError("--coreset-reuse reuses coresets: give a --policy that elects one")
     for name in electing:
         check_coreset_reuse(parse_policy(name))
-    return {name: {"drift": coreset_reuse} if name in electing else {} for name in policy_specs}
 
 
 def check_engine(engine: Engine, specs: Sequence[str], options: GenerationOptions) -> None:
     """Raises for options without effect on this engine, and for an ``@file`` of a model with other
     sizes; notes say what else differs from the calibration."""
-    _check_routing_options(engine, options)
+    plan = str(options.get("plan", engine.generation.plan))
+    scheme = parse_plan(plan).scheme
+    ignored = f"has no effect with --kv-cache {plan}"
+    if "commit_routing" in options and not scheme.traits.writes_kv:
+        raise ConfigError(f"--commit-routing {ignored}: it commits no blocks")
+    if "prefill_routing" in options and isinstance(scheme, NoCache | BlockCausalNoCache):
+        raise ConfigError(f"--prefill-routing {ignored}: every forward decodes")
     generation = engine.generation.replace(**options)
     for spec in specs:
         if spec.startswith(FILE_PREFIX):
@@ -221,22 +223,8 @@ def check_engine(engine: Engine, specs: Sequence[str], options: GenerationOption
                 print_note(note)
 
 
-def _check_routing_options(engine: Engine, options: GenerationOptions) -> None:
-    spec = str(options.get("plan", engine.generation.plan))
-    scheme = parse_plan(spec).scheme
-    if "commit_routing" in options and not scheme.traits.writes_kv:
-        raise ConfigError(
-            f"--commit-routing has no effect with --kv-cache {spec}: it commits no blocks"
-        )
-    if "prefill_routing" in options and isinstance(scheme, NoCache | BlockCausalNoCache):
-        raise ConfigError(
-            f"--prefill-routing has no effect with --kv-cache {spec}: every forward decodes"
-        )
-
-
 def encode_prompt(engine: Engine, prompt: str, *, raw: bool) -> list[int]:
     """The prompt's token ids; a note of the tokenizer goes to stderr."""
-    note = engine.model.codec.prompt_note(prompt)
-    if note is not None:
+    if (note := engine.model.codec.prompt_note(prompt)) is not None:
         print_note(note)
     return engine.model.codec.encode(prompt, raw=raw)

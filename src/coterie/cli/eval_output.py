@@ -32,14 +32,11 @@ def accuracy_tables(summaries: Sequence[PolicySummary], terminal: Console) -> li
     """
     tasks = _task_columns(summaries)
     transfer = {} if summaries[0].result.traffic is None else TRANSFER_COLUMNS
-    wide = [
-        _table(summaries, {**ACCURACY_COLUMNS, **tasks, **CHANGE_COLUMNS}),
-        _table(summaries, {**EXPERT_COLUMNS, **transfer, **SPEED_COLUMNS}),
-    ]
-    if max(_natural_width(table, terminal) for table in wide) <= terminal.width:
+    groups = [ACCURACY_COLUMNS, tasks, CHANGE_COLUMNS, EXPERT_COLUMNS, transfer, SPEED_COLUMNS]
+    wide = [_table(summaries, {**a, **b, **c}) for a, b, c in (groups[:3], groups[3:])]
+    options = terminal.options.update(max_width=10_000)  # no cell wraps
+    if max(terminal.measure(table, options=options).maximum for table in wide) <= terminal.width:
         return wide
-    accuracy, cost = (ACCURACY_COLUMNS, tasks, CHANGE_COLUMNS), (EXPERT_COLUMNS, transfer)
-    groups = (*accuracy, *cost, SPEED_COLUMNS)
     return [_table(summaries, columns) for columns in groups if columns]
 
 
@@ -56,19 +53,12 @@ def _format_metric(name: str, summary: PolicySummary) -> str:
 
 
 def _table(summaries: Sequence[PolicySummary], columns: Columns) -> Table:
-    table = plain_table("policy", numbers=tuple(columns))
+    rows = [(s.result.policy, *(cell(s) for cell in columns.values())) for s in summaries]
+    table = plain_table("policy", numbers=tuple(columns), rows=rows)
     table.columns[0].overflow = "fold"
     for column in table.columns[1:]:
         column.no_wrap = True
-    for summary in summaries:
-        cells = (format_cell(summary) for format_cell in columns.values())
-        table.add_row(summary.result.policy, *cells)
     return table
-
-
-def _natural_width(table: Table, terminal: Console) -> int:
-    """Columns of the terminal that the table needs without wrapping."""
-    return terminal.measure(table, options=terminal.options.update(max_width=10_000)).maximum
 
 
 def _interval(low: float, high: float, sign: str = "") -> str:

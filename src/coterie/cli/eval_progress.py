@@ -52,13 +52,14 @@ class EvalProgress:
         return Group(self.progress, self._scores())
 
     def _scores(self) -> Table:
-        table = plain_table("policy", numbers=("correct so far", "against the first"))
-        table.columns[0].overflow = "fold"
+        rows = []
         for variant in self.variants:
-            answers = self.correct.get(variant, {})
-            if answers:
+            if answers := self.correct.get(variant, {}):
                 accuracy = f"{fmean(answers.values()):.1%} of {len(answers)}"
-                table.add_row(variant, accuracy, self._difference_to_first(answers))
+                rows.append((variant, accuracy, self._difference_to_first(answers)))
+        numbers = ("correct so far", "against the first")
+        table = plain_table("policy", numbers=numbers, rows=rows)
+        table.columns[0].overflow = "fold"
         return table
 
     def _difference_to_first(self, answers: dict[tuple[str, str], bool]) -> str:

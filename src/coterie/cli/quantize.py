@@ -36,7 +36,7 @@ def quantize(
         str,
         typer.Option(
             help=f"Format of the experts: {', '.join(FORMATS)}, or {BF16} to pack them only "
-            "(wider ones are rounded).",
+            "(wider ones are rounded)."
         ),
     ],
     group_size: Annotated[
@@ -47,7 +47,7 @@ def quantize(
         Literal["packed", "plain"] | None,
         typer.Option(
             help="Layout of the experts: packed for the kernels of a CPU, which map the file, or "
-            "plain matrices (default packed; plain for other group sizes).",
+            "plain matrices (default packed; plain for other group sizes)."
         ),
     ] = None,
     json: o.Json = False,

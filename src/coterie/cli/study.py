@@ -15,7 +15,6 @@ from rich.table import Table
 from coterie.checkpoints.model_info import inspect
 from coterie.cli import options as o
 from coterie.cli import output
-from coterie.cli.benchmark_options import task_names
 from coterie.cli.engine_options import EngineOptions
 from coterie.lab.evals.task import TaskOptions
 from coterie.lab.evals.tasks import open_tasks
@@ -73,7 +72,7 @@ def study(
         prompts=num_prompts or (QUICK_PROMPTS if quick else lab.StudyConfig.prompts),
         seed=seed,
     )
-    names = task_names(task, model, data=data)
+    names = o.task_names(task, model, data=data)
     per_task = -(-config.items // len(names))
     family = inspect(model).family.name
     task_options = TaskOptions(family, data, count=per_task, seed=seed, trust=trust_code)
