@@ -1,7 +1,5 @@
 """The application: its help, and the table of its commands."""
 
-from __future__ import annotations
-
 from typing import Annotated
 
 import typer
@@ -24,19 +22,10 @@ from coterie.cli.trace import trace
 from coterie.cli.train import train
 
 COMMANDS = {
-    "generate": generate,
-    "compare": compare,
-    "inspect": inspect,
-    "policies": policies,
-    "eval": evaluate,
-    "grade": grade,
-    "calibrate": calibrate_command,
-    "quantize": quantize,
-    "train": train,
-    "study": study,
-    "trace": trace,
-    "replay": replay_command,
-}
+    "generate": generate, "compare": compare, "inspect": inspect, "policies": policies,
+    "eval": evaluate, "grade": grade, "calibrate": calibrate_command, "quantize": quantize,
+    "train": train, "study": study, "trace": trace, "replay": replay_command,
+}  # fmt: skip
 
 app = typer.Typer(
     add_completion=False,

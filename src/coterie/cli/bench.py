@@ -1,7 +1,5 @@
 """``coterie bench``: times a layer, a forward or whole answers."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -52,12 +50,13 @@ Threads = Annotated[int | None, measuring("Threads of each program (default: PyT
 Tokens = Annotated[int, measuring("Tokens of the block.", min=1)]
 LAYERS_HELP = "Number of layers to keep, from the first (default: all)."
 Layers = Annotated[int | None, measuring(LAYERS_HELP, min=1)]
-BASELINE_HELP = f"Baseline to time, or {NO_BASELINE}; may be repeated (default: installed ones)."
+BASELINE_HELP = f"Baseline to time, or {NO_BASELINE}; may be repeated (default: installed ones). "
+BASELINE_HELP += o.one_of(BASELINES)
 PYTHON_HELP = "Python of a baseline (default: .peers/NAME, from scripts/peers)."
 UNIFORM_HELP = "Use all experts equally often."
 SLOW_HELP = "Time kernels that take about a second, too."
 MEMORY_HELP = "GiB for the baselines that run together (default: what is free)."
-MODEL_SHAPE_HELP = "Shape of a random model to use for --model."
+MODEL_SHAPE_HELP = f"Shape of a random model to use for --model. {o.one_of(SHAPES)}"
 BENCH_PROMPT_HELP = "Prompt; may be repeated (default: held-out problems)."
 LENGTH_HELP = "Tokens of a random model's prompts (default 64)."
 OutputFolder = Annotated[Path, measuring("Folder for the record and its figures.", "--out", "-o")]
@@ -84,9 +83,7 @@ def bench_command(context: typer.Context) -> None:
 class BaselineOptions:
     """The other programs to time."""
 
-    baseline: Annotated[list[str] | None, measuring(f"{BASELINE_HELP} {o.one_of(BASELINES)}")] = (
-        None
-    )
+    baseline: Annotated[list[str] | None, measuring(BASELINE_HELP)] = None
     baseline_python: Annotated[list[str] | None, measuring(PYTHON_HELP, metavar="NAME=PATH")] = None
     include_slow: Annotated[bool, measuring(SLOW_HELP, "--include-slow")] = False
     baseline_memory: Annotated[float | None, measuring(MEMORY_HELP, min=0.1)] = None
@@ -121,18 +118,12 @@ class BaselineOptions:
 @bench.command("layer")
 @o.with_option_groups
 def layer_command(
-    *,
-    shape: ShapeName = "llada2-mini",
-    expert_dtype: ExpertFormat = "bf16",
-    policies: BenchPolicies = None,
-    tokens: Tokens = DEFAULT_TOKENS,
-    repeats: Repeats = 40,
+    *, shape: ShapeName = "llada2-mini", expert_dtype: ExpertFormat = "bf16",
+    policies: BenchPolicies = None, tokens: Tokens = DEFAULT_TOKENS, repeats: Repeats = 40,
     threads: Threads = None,
     uniform_routing: Annotated[bool, measuring(UNIFORM_HELP, "--uniform-routing")] = False,
-    baselines: BaselineOptions,
-    out: OutputFolder = Path("results"),
-    json: o.Json = False,
-) -> None:
+    baselines: BaselineOptions, out: OutputFolder = Path("results"), json: o.Json = False,
+) -> None:  # fmt: skip
     """Time one layer of experts of a published shape, a read of its bytes, and the baselines.
 
     Weights are random; nothing is downloaded. The router is as skewed as the published one: a block
@@ -174,20 +165,14 @@ def layer_command(
 
 @bench.command("forward")
 def forward_command(
-    *,
-    shape: ShapeName = "llada2-mini",
-    expert_dtype: ExpertFormat = "int8",
-    policies: BenchPolicies = None,
-    tokens: Tokens = DEFAULT_TOKENS,
+    *, shape: ShapeName = "llada2-mini", expert_dtype: ExpertFormat = "int8",
+    policies: BenchPolicies = None, tokens: Tokens = DEFAULT_TOKENS,
     context: Annotated[int, measuring("Positions before the block.", min=0)] = 512,
     logits: Annotated[str, measuring(LOGITS_HELP, metavar="N|block")] = "block",
-    layers: Layers = None,
-    repeats: Repeats = 10,
-    threads: Threads = None,
+    layers: Layers = None, repeats: Repeats = 10, threads: Threads = None,
     seed: Annotated[int, measuring("Seed of weights and tokens.", min=0)] = 0,
-    out: OutputFolder = Path("results"),
-    json: o.Json = False,
-) -> None:
+    out: OutputFolder = Path("results"), json: o.Json = False,
+) -> None:  # fmt: skip
     """Time whole forwards of a random model of a published shape, and a read of their bytes.
 
     A block uses as many experts as with the published model. The roofline takes, for each part of a
@@ -226,7 +211,7 @@ def forward_command(
 class WorkloadOptions:
     """The model's shape and the prompts of ``bench generate``."""
 
-    shape: Annotated[str | None, o.runtime(f"{MODEL_SHAPE_HELP} {o.one_of(SHAPES)}")] = None
+    shape: Annotated[str | None, o.runtime(MODEL_SHAPE_HELP)] = None
     layers: Layers = None
     prompt: Annotated[list[str] | None, measuring(BENCH_PROMPT_HELP)] = None
     num_prompts: Annotated[int | None, measuring("Number of prompts (default 8).", min=1)] = None
@@ -256,17 +241,12 @@ class WorkloadOptions:
 @bench.command("generate")
 @o.with_option_groups
 def generate_command(
-    *,
-    engine_options: engines.EngineOptions,
-    workload: WorkloadOptions,
-    policies: o.PolicySpecs = None,
-    coreset_reuse: o.CoresetReuse = None,
+    *, engine_options: engines.EngineOptions, workload: WorkloadOptions,
+    policies: o.PolicySpecs = None, coreset_reuse: o.CoresetReuse = None,
     tokens: Annotated[int, measuring("Maximum of new tokens of a prompt.", min=1)] = 256,
-    repeats: Repeats = 5,
-    threads: Threads = None,
-    out: OutputFolder = Path("results"),
+    repeats: Repeats = 5, threads: Threads = None, out: OutputFolder = Path("results"),
     json: o.Json = False,
-) -> None:
+) -> None:  # fmt: skip
     """Time whole answers under several policies: tokens a second, forwards, forwards a block.
 
     With --shape, --expert-dtype is the format of a random model's experts: fp32, bf16 (default),

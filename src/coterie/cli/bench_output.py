@@ -1,7 +1,5 @@
 """The tables, records and figures of ``coterie bench``."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -17,15 +15,9 @@ from coterie.offload.capacity import format_bytes
 
 
 def report(
-    table: Table,
-    out: Path,
-    title: str,
-    *,
-    measures: Sequence[Measurement],
-    facts: output.Document,
-    json: bool,
-    device: str = "cpu",
-) -> None:
+    table: Table, out: Path, title: str, *, measures: Sequence[Measurement], facts: output.Document,
+    json: bool, device: str = "cpu",
+) -> None:  # fmt: skip
     """Writes the record, and its figures where matplotlib is installed; prints it or the table."""
     path, content = output.save_record(out, title, facts, measures, device)
     try:

@@ -1,7 +1,5 @@
 """``coterie calibrate``: searches for the option of a policy that meets a target."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Annotated
 
@@ -34,19 +32,14 @@ TARGET_HELP = (
 
 @o.with_option_groups
 def calibrate_command(
-    family: Annotated[str, typer.Argument(metavar="FAMILY", help=FAMILY_HELP)],
-    *,
+    family: Annotated[str, typer.Argument(metavar="FAMILY", help=FAMILY_HELP)], *,
     target: Annotated[str, typer.Option(metavar="KIND=VALUE", help=TARGET_HELP)],
     confident: Annotated[bool, typer.Option("--confident", help=CONFIDENT_HELP)] = False,
     per_layer: Annotated[bool, typer.Option("--per-layer", help=LAYER_HELP)] = False,
-    prompts: o.PromptOptions,
-    decode: DecodeOptions,
-    engine_options: EngineOptions,
-    batch_size: o.BatchSize = None,
-    trust_code: o.TrustCode = False,
-    out: Annotated[Path | None, o.output(OUT_HELP, "--out", "-o")] = None,
-    json: o.Json = False,
-) -> None:
+    prompts: o.PromptOptions, decode: DecodeOptions, engine_options: EngineOptions,
+    batch_size: o.BatchSize = None, trust_code: o.TrustCode = False,
+    out: Annotated[Path | None, o.output(OUT_HELP, "--out", "-o")] = None, json: o.Json = False,
+) -> None:  # fmt: skip
     """Find the option of a policy that meets a target and reads as few experts as possible.
 
     The prompts are problems that no evaluation draws, a benchmark's items, or a file. Where memory

@@ -1,7 +1,5 @@
 """``coterie compare``: several policies on one prompt."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 from rich.table import Table
@@ -17,17 +15,11 @@ from coterie.offload.capacity import format_bytes
 
 @o.with_option_groups
 def compare(
-    prompt: o.Prompt,
-    *,
-    policies: o.PolicySpecs = None,
-    decode: engines.DecodeOptions,
-    sampling: engines.SamplingOptions,
-    seed: o.Seed = None,
-    no_chat_template: o.NoChatTemplate = False,
-    engine_options: engines.EngineOptions,
-    coreset_reuse: o.CoresetReuse = None,
-    json: o.Json = False,
-) -> None:
+    prompt: o.Prompt, *, policies: o.PolicySpecs = None, decode: engines.DecodeOptions,
+    sampling: engines.SamplingOptions, seed: o.Seed = None,
+    no_chat_template: o.NoChatTemplate = False, engine_options: engines.EngineOptions,
+    coreset_reuse: o.CoresetReuse = None, json: o.Json = False,
+) -> None:  # fmt: skip
     """Run several policies on one prompt and print one table; vanilla is always the first.
 
     Where memory holds only some of the experts, each policy starts with the same cache: empty, or
@@ -69,8 +61,7 @@ def run_documents(engine: Engine, results: Sequence[Result]) -> list[dict[str, o
 
 
 def saved_share(result: Result, vanilla: Result) -> float | None:
-    """The share of vanilla's bytes that were not moved; None for vanilla itself, and where it moved
-    none."""
+    """The share of vanilla's bytes that were not moved; None for vanilla, or if it moved none."""
     if result == vanilla or result.traffic is None or vanilla.traffic is None:
         return None
     total = vanilla.traffic.bytes_moved

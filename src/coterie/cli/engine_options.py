@@ -1,7 +1,5 @@
 """From the options of a command to an engine and its generation settings."""
 
-from __future__ import annotations
-
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -28,6 +26,10 @@ PROGRESS_BYTES = 256 << 20  # bytes of weights from which loading shows a bar
 FILE_PREFIX = "@"
 VANILLA = "vanilla"
 DEFAULT_POLICIES = ("des-vote:beta=0.5", "des-vote:beta=0.3", "des-vote:beta=0.15", "des-seq:k=3")
+NO_EFFECT = (
+    "has no effect where all experts are in memory; "
+    "`expert_memory=35%` keeps fewer, `simulate_expert_memory=35%` simulates that"
+)
 GenerationOptions = dict[str, object]  # fields of GenerationConfig
 
 
@@ -55,8 +57,7 @@ class EngineOptions:
 
     @cached_property
     def memory(self) -> ExpertMemoryConfig | None:
-        """The memory for experts; None where all are in memory. Raises for options without
-        effect."""
+        """The memory for experts; None where all are in memory."""
         if self.expert_memory is not None and self.simulate_expert_memory is not None:
             raise ConfigError("`simulate_expert_memory` replaces `expert_memory`; give one of them")
         if self.fallback_model is None and self.precision_policy is not None:
@@ -64,7 +65,9 @@ class EngineOptions:
         simulated = self.simulate_expert_memory is not None
         capacity = self.simulate_expert_memory if simulated else self.expert_memory
         if capacity is None:
-            self._check_all_resident()
+            for name in ("host_memory", "eviction", "warm_start", "fallback_model", "cpu_experts"):
+                if getattr(self, name) is not None:
+                    raise ConfigError(f"`{name}` {NO_EFFECT}")
             return None
         fallback = None
         if self.fallback_model is not None:
@@ -74,14 +77,6 @@ class EngineOptions:
             capacity, host_memory=self.host_memory, eviction=self.eviction, warm_start=votes,
             fallback_model=fallback, cpu_experts=self.cpu_experts, simulated=simulated,
         )  # fmt: skip
-
-    def _check_all_resident(self) -> None:
-        for name in ("host_memory", "eviction", "warm_start", "fallback_model", "cpu_experts"):
-            if getattr(self, name) is not None:
-                raise ConfigError(
-                    f"`{name}` has no effect where all experts are in memory; "
-                    "`expert_memory=35%` keeps fewer, `simulate_expert_memory=35%` simulates that"
-                )
 
     def resolve_batch_size(self, requested: int | None, default: int) -> int:
         """Prompts decoded together: 1 where memory holds only some of the experts."""

@@ -1,7 +1,5 @@
 """``coterie eval``: benchmark accuracy under several policies."""
 
-from __future__ import annotations
-
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -25,7 +23,7 @@ from coterie.lab.evals.task import Task, TaskOptions
 from coterie.lab.evals.tasks import open_tasks
 from coterie.lab.problems import PROBLEM_MAKERS
 
-RECORD_TITLE, EMBEDDED_TITLE = "Accuracy by policy", "Embedded tasks by policy"
+TITLES = {True: "Embedded tasks by policy", False: "Accuracy by policy"}  # of all its own tasks
 PROBLEMS_HELP = f"Problems of {', '.join(PROBLEM_MAKERS)} (default {o.DEFAULT_PROBLEMS} each)."
 SEED_HELP = "Seed of the problems; with a temperature, of the sampling too."
 LIMIT_HELP = "Number of items of each task to use (default: all)."
@@ -67,28 +65,17 @@ class EvalConfig:
     reset_every: int  # questions between resets of the expert cache
     output: Path | None
 
-    @property
-    def total(self) -> int:
-        """Answers of all variants."""
-        return len(self.variants) * sum(len(task.items()[: self.limit]) for task in self.tasks)
-
 
 @o.with_option_groups
 def evaluate(
-    *,
-    items: ItemOptions,
-    policies: o.PolicySpecs = None,
-    decode: engines.DecodeOptions,
-    sampling: engines.SamplingOptions,
-    engine_options: engines.EngineOptions,
+    *, items: ItemOptions, policies: o.PolicySpecs = None, decode: engines.DecodeOptions,
+    sampling: engines.SamplingOptions, engine_options: engines.EngineOptions,
     reset_cache_every: Annotated[int | None, o.memory(RESET_HELP, min=1)] = None,
-    coreset_reuse: o.CoresetReuse = None,
-    batch_size: o.BatchSize = None,
+    coreset_reuse: o.CoresetReuse = None, batch_size: o.BatchSize = None,
     trust_code: o.TrustCode = False,
-    out: Annotated[Path | None, o.output(OUT_HELP, "--out", "-o")] = None,
-    json: o.Json = False,
+    out: Annotated[Path | None, o.output(OUT_HELP, "--out", "-o")] = None, json: o.Json = False,
     csv: o.Csv = False,
-) -> None:
+) -> None:  # fmt: skip
     """Measure accuracy on a benchmark under several policies, paired by item, with their traffic.
 
     Vanilla always runs first; each policy is compared with it item by item. With -o every answer is
@@ -125,7 +112,8 @@ def make_variants(
 
 def run_with_progress(engine: Engine, config: EvalConfig) -> list[PolicySummary]:
     """Runs all variants with live accuracy on stderr."""
-    progress = EvalProgress([variant.name for variant in config.variants], config.total)
+    total = len(config.variants) * sum(len(t.items()[: config.limit]) for t in config.tasks)
+    progress = EvalProgress([variant.name for variant in config.variants], total)
 
     def on_answer(answer: Answer) -> None:
         if not answer.from_disk and progress.count == progress.resumed > 0:
@@ -136,8 +124,7 @@ def run_with_progress(engine: Engine, config: EvalConfig) -> list[PolicySummary]
         results = run_eval(
             engine, config.tasks, config.variants, config.output, limit=config.limit,
             shuffle_seed=config.shuffle_seed, batch_size=config.batch_size,
-            reset_every=config.reset_every, on_answer=on_answer,
-            options=config.options,
+            reset_every=config.reset_every, on_answer=on_answer, options=config.options,
         )  # fmt: skip
     if progress.resumed == progress.total:
         print_note(f"all {progress.total} answers are from an earlier run")
@@ -158,8 +145,7 @@ def print_results(
     document = accuracy_document(engine.model.name, about, summaries)
     table = output.format_csv([csv_row(summary) for summary in summaries])
     if config.output is not None:
-        is_embedded = set(summaries[0].by_task) <= set(PROBLEM_MAKERS)
-        title = EMBEDDED_TITLE if is_embedded else RECORD_TITLE
+        title = TITLES[set(summaries[0].by_task) <= set(PROBLEM_MAKERS)]
         device = str(engine.model.transformer.device)
         path, _ = output.save_record(config.output, title, document, device=device)
         path.with_suffix(".csv").write_text(table, encoding="utf-8")

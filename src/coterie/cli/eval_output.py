@@ -1,7 +1,5 @@
 """The results of an evaluation as tables, JSON and CSV."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 
@@ -19,8 +17,7 @@ def accuracy_document(
     model: str, about: Mapping[str, object], summaries: Sequence[PolicySummary]
 ) -> dict[str, object]:
     """The settings of the run and the result of each policy."""
-    policies = [summary.to_dict() for summary in summaries]
-    return {"model": model, "run": dict(about), "policies": policies}
+    return {"model": model, "run": dict(about), "policies": [each.to_dict() for each in summaries]}
 
 
 def accuracy_tables(summaries: Sequence[PolicySummary], terminal: Console) -> list[Table]:

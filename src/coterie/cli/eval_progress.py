@@ -1,7 +1,5 @@
 """The progress of an evaluation: answers so far, and the accuracy of each policy."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field

@@ -1,7 +1,5 @@
 """``coterie generate``: answers one prompt."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
@@ -33,20 +31,14 @@ PLOT_HELP = (
 
 @o.with_option_groups
 def generate(
-    prompt: o.Prompt,
-    *,
-    policy: o.PolicySpec = engines.VANILLA,
-    decode: engines.DecodeOptions,
-    sampling: engines.SamplingOptions,
-    seed: o.Seed = None,
-    no_chat_template: o.NoChatTemplate = False,
-    engine_options: engines.EngineOptions,
-    coreset_reuse: o.CoresetReuse = None,
-    json: o.Json = False,
+    prompt: o.Prompt, *, policy: o.PolicySpec = engines.VANILLA, decode: engines.DecodeOptions,
+    sampling: engines.SamplingOptions, seed: o.Seed = None,
+    no_chat_template: o.NoChatTemplate = False, engine_options: engines.EngineOptions,
+    coreset_reuse: o.CoresetReuse = None, json: o.Json = False,
     live: Annotated[bool, o.output(LIVE_HELP, "--watch", "--live", "-w")] = False,
     compare_vanilla: Annotated[bool, o.output(VANILLA_HELP, "--compare-vanilla")] = False,
     plot_traffic: Annotated[Path | None, o.output(PLOT_HELP, metavar="NAME")] = None,
-) -> None:
+) -> None:  # fmt: skip
     """Answer a prompt.
 
     \b
@@ -128,13 +120,10 @@ def vanilla_document(result: Result, vanilla: Result) -> dict[str, object]:
     """The same as JSON. The ratio is of a layer's bytes, over all decoding forwards."""
     sizes = [run.expert_bytes * run.experts.forwards for run in (result, vanilla)]
     return {
-        "text": vanilla.text,
-        "forwards": vanilla.forwards,
-        "experts_mean": vanilla.experts.mean,
-        "expert_bytes": vanilla.expert_bytes,
-        "bytes_ratio": sizes[0] / sizes[1],
+        "text": vanilla.text, "forwards": vanilla.forwards, "experts_mean": vanilla.experts.mean,
+        "expert_bytes": vanilla.expert_bytes, "bytes_ratio": sizes[0] / sizes[1],
         "same_answer": result.tokens == vanilla.tokens,
-    }
+    }  # fmt: skip
 
 
 def result_summary(result: Result, *, timed: bool) -> str:

@@ -1,7 +1,5 @@
 """The live view of ``--watch``: tokens coloured by confidence, and the experts of each layer."""
 
-from __future__ import annotations
-
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -77,8 +75,7 @@ class LiveView:
 
     def answer_panel(self, width: int) -> Panel:
         position = f"  block {self.blocks}, forward {self.forwards}"
-        heading = Text.assemble((self.title, "bold"), position)
-        return _panel(self.answer_text(), heading, width)
+        return _panel(self.answer_text(), Text.assemble((self.title, "bold"), position), width)
 
     def _frame_width(self) -> int:
         """Columns of the experts' panel without its bars."""
@@ -86,8 +83,7 @@ class LiveView:
         return len(label) + len(count) + 4
 
     def answer_text(self) -> Text:
-        """The answer so far: committed tokens in the colour of their confidence, guesses in
-        italics."""
+        """The answer so far: the colour shows the confidence, guesses are in italics."""
         text = Text()
         for position in range(max(self.tokens, default=-1) + 1):
             token = self.tokens.get(position)

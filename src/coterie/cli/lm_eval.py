@@ -1,7 +1,5 @@
 """``coterie lm-eval``: lm-evaluation-harness with ``--model coterie`` among its models."""
 
-from __future__ import annotations
-
 import typer
 
 from coterie.errors import ConfigError

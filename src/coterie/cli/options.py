@@ -3,8 +3,6 @@
 A parameter's name is the name of its flag. A group is a dataclass with one option for each field.
 """
 
-from __future__ import annotations
-
 import functools
 import inspect
 from collections.abc import Callable, Iterable, Sequence
@@ -132,43 +130,31 @@ TrustCode = Annotated[bool, runtime(TRUST_HELP, "--trust-generated-code")]
 
 # Which experts to keep in memory
 
-ExpertMemory = Annotated[
-    str | None,
-    memory(
-        "Memory for routed experts: a share (35%), slots of each layer (47), bytes (6GiB), or "
-        "auto: what is free (default: all experts). A packed checkpoint serves the rest."
-    ),
-]
-SimulateExpertMemory = Annotated[
-    str | None,
-    memory(
-        "Memory for routed experts to simulate (35%, 47, 6GiB) while all are in memory; routing "
-        "and traffic are those of the smaller memory."
-    ),
-]
+ExpertMemory = Annotated[str | None, memory(
+    "Memory for routed experts: a share (35%), slots of each layer (47), bytes (6GiB), or "
+    "auto: what is free (default: all experts). A packed checkpoint serves the rest."
+)]  # fmt: skip
+SimulateExpertMemory = Annotated[str | None, memory(
+    "Memory for routed experts to simulate (35%, 47, 6GiB) while all are in memory; routing "
+    "and traffic are those of the smaller memory."
+)]  # fmt: skip
 HOST_HELP = "Host memory for experts, between a GPU and the disk: bytes (20GiB) or auto."
 HostMemory = Annotated[str | None, memory(HOST_HELP)]
-CpuExperts = Annotated[
-    str | None,
-    memory(
-        "Cache misses of a GPU to compute on the CPU: off (default), auto (decided by a "
-        "measurement at the start), or the most tokens of such an expert (4)."
-    ),
-]
+CpuExperts = Annotated[str | None, memory(
+    "Cache misses of a GPU to compute on the CPU: off (default), auto (decided by a "
+    "measurement at the start), or the most tokens of such an expert (4)."
+)]  # fmt: skip
 EVICTION_HELP = "Eviction policy, e.g. votes:decay=0.9 (default lru)."
 Eviction = Annotated[str | None, memory(f"{EVICTION_HELP} {one_of(EVICTIONS)}")]
 WARM_HELP = "Trace, or file of `coterie trace --save-votes`: its top experts are loaded first."
 WarmStart = Annotated[Path | None, memory(WARM_HELP)]
 FALLBACK_HELP = "Folder of the same model, packed in fewer bits; it serves the cache misses."
 FallbackModel = Annotated[str | None, memory(FALLBACK_HELP)]
-PrecisionPolicy = Annotated[
-    str | None,
-    memory(
-        "Experts to serve in high precision with --fallback-model: promote:most=2,share=0.5 (most "
-        "used of late; default), vote-mass:mass=0.7 (this share of a forward's votes) or static "
-        f"(top experts of --warm-start). {one_of(PRECISION_POLICIES)}"
-    ),
-]
+PrecisionPolicy = Annotated[str | None, memory(
+    "Experts to serve in high precision with --fallback-model: promote:most=2,share=0.5 (most "
+    "used of late; default), vote-mass:mass=0.7 (this share of a forward's votes) or static "
+    f"(top experts of --warm-start). {one_of(PRECISION_POLICIES)}"
+)]  # fmt: skip
 REUSE_HELP = "Share of the votes that a block's coreset may lose before a new one is elected"
 CoresetReuse = Annotated[float | None, memory(f"{REUSE_HELP} (default: elect at each step).")]
 

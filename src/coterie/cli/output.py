@@ -1,7 +1,5 @@
 """What commands print: text, notes, tables, progress bars and JSON documents."""
 
-from __future__ import annotations
-
 import csv
 import io
 import json
@@ -23,22 +21,16 @@ from coterie.lab.records import Measurement, make_record, write_record
 Document = Mapping[str, object]
 PIPE_WIDTH = 200  # columns of a table that goes to a file or a pipe
 SCHEMA = 2  # version of the JSON documents; schema 1 has only the old keys
-NEW_KEYS = {  # old key -> new key; schema 2 has both, and the old ones go with 0.2
-    "stalled": "stall_fraction",
-    "votes_fine": "high_precision_share",
-    "votes_coarse": "low_precision_share",
-    "fine_slots": "high_precision_slots",
-    "coarse_slots": "low_precision_slots",
-    "also": "other_metrics",
-    "moved_a_forward": "bytes_per_forward",
-    "bytes_a_forward": "bytes_per_forward",
-    "saved_on_same_forwards": "saved_vs_vanilla_same_forwards",
-    "lasts": "reset_every",
-    "foretold_ms": "predicted_ms",
-    "off_by": "relative_error",
-    "rates_learnt_from_it": "used_for_fit",
-    "torn": "truncated",
-}
+# Old key -> new key; schema 2 has both, and the old ones go with 0.2.
+NEW_KEYS = {
+    "stalled": "stall_fraction", "votes_fine": "high_precision_share",
+    "votes_coarse": "low_precision_share", "fine_slots": "high_precision_slots",
+    "coarse_slots": "low_precision_slots", "also": "other_metrics",
+    "moved_a_forward": "bytes_per_forward", "bytes_a_forward": "bytes_per_forward",
+    "saved_on_same_forwards": "saved_vs_vanilla_same_forwards", "lasts": "reset_every",
+    "foretold_ms": "predicted_ms", "off_by": "relative_error",
+    "rates_learnt_from_it": "used_for_fit", "torn": "truncated",
+}  # fmt: skip
 
 
 def console(*, stderr: bool = False) -> Console:
@@ -121,12 +113,9 @@ def format_csv(rows: Sequence[Document]) -> str:
 
 
 def save_record(
-    out: Path,
-    title: str,
-    facts: Document,
-    measures: Sequence[Measurement] = (),
+    out: Path, title: str, facts: Document, measures: Sequence[Measurement] = (),
     device: str = "cpu",
-) -> tuple[Path, dict[str, object]]:
+) -> tuple[Path, dict[str, object]]:  # fmt: skip
     """Writes the record of this command in the folder; returns its path and its content."""
     content = make_record(title, command_line(), measures, facts=facts, device=device)
     return write_record(out, content), content

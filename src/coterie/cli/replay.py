@@ -1,7 +1,5 @@
 """``coterie replay``: predicts traffic and time with a small expert memory, from a trace."""
 
-from __future__ import annotations
-
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -62,20 +60,16 @@ class HardwareOptions:
 
 @o.with_option_groups
 def replay_command(
-    path: Annotated[Path, typer.Argument(metavar="TRACE", help="File of `coterie trace`.")],
-    *,
-    policies: o.PolicySpecs = None,
-    eviction: Annotated[str, replayed(EVICTION_HELP)] = "lru",
+    path: Annotated[Path, typer.Argument(metavar="TRACE", help="File of `coterie trace`.")], *,
+    policies: o.PolicySpecs = None, eviction: Annotated[str, replayed(EVICTION_HELP)] = "lru",
     expert_memory: Annotated[str, replayed(CAPACITY_HELP)] = "25%,35%,50%",
     coreset_reuse: Annotated[str | None, replayed(f"{o.REUSE_HELP}, e.g. 0.05,0.1.")] = None,
     warm_start: Annotated[Path | None, replayed(o.WARM_HELP)] = None,
     commit_routing: Annotated[o.RoutingMode | None, replayed(COMMIT_HELP)] = None,
     decoding_only: Annotated[bool, replayed(DECODING_HELP, "--decoding-only")] = False,
-    machine: HardwareOptions,
-    out: Annotated[Path | None, o.output(OUT_HELP, "--out", "-o")] = None,
-    json: o.Json = False,
-    csv: o.Csv = False,
-) -> None:
+    machine: HardwareOptions, out: Annotated[Path | None, o.output(OUT_HELP, "--out", "-o")] = None,
+    json: o.Json = False, csv: o.Csv = False,
+) -> None:  # fmt: skip
     """Predict hit rate, bytes and milliseconds with a small expert memory, without the model.
 
     Replays every policy with every eviction policy, memory, format and link. A layer takes

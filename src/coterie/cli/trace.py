@@ -1,7 +1,5 @@
 """``coterie trace``: records the routing of real runs, for ``coterie replay``."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Annotated
 
@@ -27,18 +25,14 @@ VOTES_HELP = "File for the mean votes, which --warm-start reads."
 
 @o.with_option_groups
 def trace(
-    *,
-    out: Annotated[Path, o.output("File of the trace.", "--out", "-o")],
-    prompts: o.PromptOptions,
-    policy: o.PolicySpec = engines.VANILLA,
+    *, out: Annotated[Path, o.output("File of the trace.", "--out", "-o")],
+    prompts: o.PromptOptions, policy: o.PolicySpec = engines.VANILLA,
     max_forwards: Annotated[int | None, o.decoding(FORWARDS_HELP, min=1)] = None,
-    decode: engines.DecodeOptions,
-    engine_options: engines.EngineOptions,
+    decode: engines.DecodeOptions, engine_options: engines.EngineOptions,
     coreset_reuse: o.CoresetReuse = None,
     batch_size: Annotated[int | None, o.runtime(BATCH_HELP, min=1)] = None,
-    save_votes: Annotated[Path | None, o.output(VOTES_HELP)] = None,
-    json: o.Json = False,
-) -> None:
+    save_votes: Annotated[Path | None, o.output(VOTES_HELP)] = None, json: o.Json = False,
+) -> None:  # fmt: skip
     """Record votes, routing and steps of real runs, for `coterie replay`.
 
     A forward of 32 tokens in 19 layers of 256 experts takes at most 8 KiB. The trace of a run that
@@ -89,17 +83,13 @@ def write_mean_votes(path: Path, recorded: Trace, engine: Engine) -> None:
 def trace_document(path: Path, recorded: Trace) -> dict[str, object]:
     """The contents of a trace in short, as JSON."""
     forwards, size = recorded.forwards, path.stat().st_size
+    kinds = {kind: sum(forward.kind == kind for forward in forwards) for kind in KINDS}
     return {
-        "trace": str(path),
-        "model": recorded.header.model,
-        "policy": recorded.header.policy,
-        "forwards": len(forwards),
-        "rows": len({forward.row for forward in forwards}),
-        "kinds": {kind: sum(forward.kind == kind for forward in forwards) for kind in KINDS},
-        "steps_per_block": steps_per_block(recorded) if forwards else None,
-        "bytes": size,
-        "bytes_a_forward": size / len(forwards) if forwards else None,
-    }
+        "trace": str(path), "model": recorded.header.model, "policy": recorded.header.policy,
+        "forwards": len(forwards), "rows": len({forward.row for forward in forwards}),
+        "kinds": kinds, "steps_per_block": steps_per_block(recorded) if forwards else None,
+        "bytes": size, "bytes_a_forward": size / len(forwards) if forwards else None,
+    }  # fmt: skip
 
 
 def summary_line(path: Path, recorded: Trace) -> str:
