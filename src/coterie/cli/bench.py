@@ -1,7 +1,7 @@
 """``coterie bench``: times a layer, a forward or whole answers."""
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
@@ -36,15 +36,12 @@ measuring = o.panel("How to measure")
 LOGITS_HELP = "Logits per forward: a number, or block for the mean over a block of 8 steps."
 
 ShapeName = Annotated[str, o.runtime(f"Shape of a published model. {o.one_of(SHAPES)}")]
-ExpertFormat = Annotated[
-    Literal["fp32", "bf16", "int8", "int4"], o.runtime("Format of the experts.")
-]
-POLICIES_HELP = (
-    "Expert-routing policy; may be repeated (default: vanilla, and des-vote at the sizes"
-)
-BenchPolicies = Annotated[
-    list[str] | None, o.decoding(f"{POLICIES_HELP} of the paper).", "--policy", "-p")
-]
+FORMAT_HELP = "Format of the experts."
+ExpertFormat = Annotated[Literal["fp32", "bf16", "int8", "int4"], o.runtime(FORMAT_HELP)]
+BenchPolicies = Annotated[list[str] | None, o.decoding(
+    "Expert-routing policy; may be repeated (default: vanilla, and des-vote at the sizes of the "
+    "paper).", "--policy", "-p",
+)]  # fmt: skip
 Repeats = Annotated[int, measuring("Samples of each measurement.", min=1)]
 Threads = Annotated[int | None, measuring("Threads of each program (default: PyTorch's).", min=1)]
 Tokens = Annotated[int, measuring("Tokens of the block.", min=1)]
@@ -339,11 +336,10 @@ def _parse_num_logits(text: str, tokens: int) -> forwards.LogitCount:
 
 def _peak_memory() -> int | None:
     """The peak memory of this process in bytes; None where the system does not report it."""
-    try:
+    with suppress(ModuleNotFoundError):
         resource = import_module("resource")
-    except ModuleNotFoundError:
-        return None
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    return None
 
 
 @contextmanager

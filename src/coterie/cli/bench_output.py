@@ -24,10 +24,7 @@ def report(
         output.print_note(f"{path}, {', '.join(file.name for file in plot_record(path))}")
     except ConfigError as error:
         output.print_note(f"{path}; {error}")
-    if json:
-        output.print_document(content)
-    else:
-        output.console().print(table)
+    output.print_result(content, table, json=json)
 
 
 def plot_record(path: Path) -> list[Path]:

@@ -67,10 +67,7 @@ def calibrate_command(
     if out is not None:
         lab.write_calibrated_policy(out, content)
         output.print_note(f"{out}; --policy @{out} takes it")
-    if json:
-        output.print_document(content)
-    else:
-        output.console().print(calibration_table(result), *summary_lines(result), sep="\n")
+    output.print_result(content, calibration_table(result), *summary_lines(result), json=json)
 
 
 def calibration_table(calibration: lab.Calibration) -> Table:

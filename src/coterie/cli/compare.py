@@ -7,7 +7,7 @@ from rich.table import Table
 from coterie.cli import engine_options as engines
 from coterie.cli import options as o
 from coterie.cli.generate import memory_document
-from coterie.cli.output import console, plain_table, print_document
+from coterie.cli.output import plain_table, print_result
 from coterie.engine.engine import Engine
 from coterie.engine.events import Result
 from coterie.offload.capacity import format_bytes
@@ -43,10 +43,8 @@ def compare(
     for spec in specs:
         engine.reset_cache()
         results.append(engine.generate(ids, policy=spec, **options, **reuse_by_policy[spec]))
-    if json:
-        print_document({"prompt": text, "runs": run_documents(engine, results)})
-    else:
-        console().print(comparison_table(results))
+    document = {"prompt": text, "runs": run_documents(engine, results)}
+    print_result(document, comparison_table(results), json=json)
 
 
 def run_documents(engine: Engine, results: Sequence[Result]) -> list[dict[str, object]]:

@@ -90,8 +90,7 @@ class EngineOptions:
         return 1
 
     def open(self, *, count_vanilla: bool = False) -> Engine:
-        """The engine, with a bar on stderr while large weights load; notes say which experts are
-        in memory. ``count_vanilla`` also counts the traffic of the unmodified model."""
+        """The engine. ``count_vanilla`` also counts the traffic of the unmodified model."""
         memory = self.memory
         with progress_bar(DownloadColumn(binary_units=True), TransferSpeedColumn()) as progress:
             task = progress.add_task("loading weights", visible=False)
@@ -201,8 +200,7 @@ def check_reuse(specs: Sequence[str]) -> None:
 
 
 def check_engine(engine: Engine, specs: Sequence[str], options: GenerationOptions) -> None:
-    """Raises for options without effect on this engine, and for an ``@file`` of a model with other
-    sizes; notes say what else differs from the calibration."""
+    """Raises for options without effect, and for an ``@file`` of a model with other sizes."""
     plan = str(options.get("plan", engine.generation.plan))
     scheme = parse_plan(plan).scheme
     ignored = f"has no effect with --kv-cache {plan}"

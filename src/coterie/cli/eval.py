@@ -11,8 +11,7 @@ from coterie.checkpoints.model_info import inspect
 from coterie.cli import engine_options as engines
 from coterie.cli import options as o
 from coterie.cli import output
-from coterie.cli.eval_output import accuracy_document, accuracy_tables
-from coterie.cli.eval_progress import EvalProgress, live_progress
+from coterie.cli.eval_output import EvalProgress, accuracy_document, accuracy_tables, live_progress
 from coterie.cli.output import print_note
 from coterie.engine.engine import Engine
 from coterie.errors import ConfigError

@@ -1,5 +1,6 @@
 """``coterie generate``: answers one prompt."""
 
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
@@ -7,9 +8,9 @@ from typing import Annotated
 from coterie.cli import engine_options as engines
 from coterie.cli import options as o
 from coterie.cli import output
-from coterie.cli.live_view import require_terminal, show_live
+from coterie.cli.live_view import show_live
 from coterie.engine.engine import Engine
-from coterie.engine.events import Denoised, Finished, Result
+from coterie.engine.events import Denoised, Event, Finished, Result
 from coterie.errors import ConfigError
 from coterie.lab.records import write_json
 from coterie.loading.expert_memory import ExpertMemoryConfig
@@ -60,11 +61,11 @@ def generate(
     engines.check_engine(engine, [policy], options | reuse)
     ids = engines.encode_prompt(engine, text, raw=no_chat_template)
     events = engine.stream(ids, policy=spec, **options, **reuse)
-    *denoised, last = show_live(engine, events, spec) if live else events
+    *forwards, last = show_live(engine, events, spec) if live else events
     if not isinstance(last, Finished):
         raise RuntimeError("a stream ended without a result")
     if plot_traffic is not None:
-        write_traffic_plot(engine, plot_traffic, last.result, denoised)
+        write_traffic_plot(engine, plot_traffic, last.result, forwards)
     vanilla = None
     if compare_vanilla:
         engine.reset_cache()
@@ -150,8 +151,8 @@ def _check_output(
     """Raises for outputs that exclude each other, and for a plot that could not be made."""
     if json and live:
         raise ConfigError("--json and --watch both write to standard output; give one of them")
-    if live:
-        require_terminal()
+    if live and not sys.stdout.isatty():
+        raise ConfigError("--watch needs a terminal, and standard output is none; leave it out")
     if plot is None:
         return
     if memory is None:
@@ -162,13 +163,14 @@ def _check_output(
 
 
 def write_traffic_plot(
-    engine: Engine, name: Path, result: Result, denoised: Sequence[Denoised]
+    engine: Engine, name: Path, result: Result, forwards: Sequence[Event]
 ) -> None:
     """Writes NAME-light.svg, NAME-dark.svg and NAME.json for the one answer of this engine."""
     store = engine.model.store
     if store.traffic_log is None or result.traffic is None:
         raise ConfigError(ALL_RESIDENT)
-    plotting, events = output.require_extra(PLOTTING, "--plot-traffic"), iter(denoised)
+    plotting = output.require_extra(PLOTTING, "--plot-traffic")
+    events = (event for event in forwards if isinstance(event, Denoised))
     points = []
     for forward in store.traffic_log.forwards:
         event = None if forward.kind in KV_ONLY_KINDS else next(events)

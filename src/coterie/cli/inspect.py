@@ -1,18 +1,17 @@
 """``coterie inspect``: the sizes of a model, from its config alone."""
 
-from pathlib import Path
 from typing import Annotated
 
 import typer
 from rich.progress import DownloadColumn, TimeRemainingColumn
 from rich.table import Table
 
+from coterie.checkpoints import verification as manifests
 from coterie.checkpoints.model_info import GIB, MemoryFit, ModelInfo
 from coterie.checkpoints.model_info import inspect as read_model_info
 from coterie.checkpoints.source import find_folder
-from coterie.checkpoints.verification import VerifyResult, verify
 from coterie.cli import options as o
-from coterie.cli.output import console, counted_progress, print_document
+from coterie.cli.output import counted_progress, print_result
 from coterie.errors import ConfigError
 from coterie.keys import to_json
 from coterie.loading.load import DTYPES
@@ -50,27 +49,20 @@ def inspect(
         raise ConfigError(f"unknown dtype {dtype!r}; known: {', '.join(DTYPES)}")
     sizes = tuple(round(gib * GIB) for gib in fit_gib or DEFAULT_FIT_GIB)
     info = read_model_info(model, dtype=DTYPES[dtype], kv_length=length, memory_sizes=sizes)
-    verification = verify_folder(find_folder(model)) if verify else None
-    if json:
-        verified = {} if verification is None else {"verified": to_json(verification)}
-        print_document({**info.to_dict(), **verified})
-        return
+    verification = None
+    if verify:
+        columns = (DownloadColumn(binary_units=True), TimeRemainingColumn())
+        with counted_progress("verifying", *columns) as on_progress:
+            verification = manifests.verify(find_folder(model), on_progress)
+    verified = {} if verification is None else {"verified": to_json(verification)}
     table = Table.grid(padding=(0, 2))
     for row in model_rows(info):
         table.add_row(*row)
-    console().print(table)
-    if verification is not None:
-        console().print(describe_verification(verification))
+    lines = [] if verification is None else [describe_verification(verification)]
+    print_result({**info.to_dict(), **verified}, table, *lines, json=json)
 
 
-def verify_folder(folder: Path) -> VerifyResult:
-    """Compares a folder with its manifest, with a progress bar."""
-    columns = (DownloadColumn(binary_units=True), TimeRemainingColumn())
-    with counted_progress("verifying", *columns) as on_progress:
-        return verify(folder, on_progress)
-
-
-def describe_verification(verification: VerifyResult) -> str:
+def describe_verification(verification: manifests.VerifyResult) -> str:
     experts = f", among them {verification.experts} packed experts" if verification.experts else ""
     size = format_bytes(verification.bytes)
     return f"verified: {verification.tensors} tensors{experts} ({size}) are what was written"

@@ -1,6 +1,5 @@
 """The live view of ``--watch``: tokens coloured by confidence, and the experts of each layer."""
 
-import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
@@ -15,7 +14,6 @@ from rich.text import Text
 from coterie.cli.output import console
 from coterie.engine.engine import Engine
 from coterie.engine.events import Denoised, Event
-from coterie.errors import ConfigError
 
 MASK_GLYPH, END_GLYPH = "▒", "∎"
 ANSWER_WIDTH, BAR_WIDTH = 64, 24  # columns of the answer and of a full bar, in a wide terminal
@@ -116,12 +114,6 @@ def show_live(engine: Engine, events: Iterable[Event], policy: str) -> Iterator[
                 live.refresh()
                 time.sleep(max(0.0, MIN_FRAME_SECONDS - (time.perf_counter() - frame_start)))
             yield event
-
-
-def require_terminal() -> None:
-    """Raises where standard output is no terminal."""
-    if not sys.stdout.isatty():
-        raise ConfigError("--watch needs a terminal, and standard output is none; leave it out")
 
 
 def make_view(engine: Engine, policy: str) -> LiveView:

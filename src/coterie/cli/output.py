@@ -11,7 +11,7 @@ from importlib import import_module
 from pathlib import Path
 from types import ModuleType
 
-from rich.console import Console
+from rich.console import Console, RenderableType
 from rich.progress import BarColumn, Progress, ProgressColumn, TextColumn
 from rich.table import Table
 
@@ -50,21 +50,17 @@ def progress_bar(*columns: ProgressColumn) -> Progress:
 
 
 @contextmanager
-def counted_progress(
-    description: str, *columns: ProgressColumn
-) -> Iterator[Callable[[int, int], None]]:
+def counted_progress(text: str, *columns: ProgressColumn) -> Iterator[Callable[[int, int], None]]:
     """Yields a callback for (done, total), which moves one bar."""
     with progress_bar(*columns) as progress:
-        task = progress.add_task(description, total=None)
+        task = progress.add_task(text, total=None)
         yield lambda done, total: progress.update(task, completed=done, total=total)
 
 
 def plain_table(
-    *texts: str,
-    numbers: Sequence[str] = (),
-    rows: Iterable[Iterable[str]] = (),
+    *texts: str, numbers: Sequence[str] = (), rows: Iterable[Iterable[str]] = (),
     caption: str | None = None,
-) -> Table:
+) -> Table:  # fmt: skip
     """A table without a frame; the columns ``numbers``, after those of text, are flush right."""
     table = Table(box=None, pad_edge=False, header_style="bold", padding=(0, 2), caption=caption)
     table.caption_justify = "left"
@@ -92,6 +88,14 @@ def print_document(document: Document | Sequence[object]) -> None:
     if isinstance(with_names, dict):
         with_names = {"schema": SCHEMA, **with_names}
     print_text(json.dumps(with_names, indent=1, allow_nan=False))
+
+
+def print_result(document: Document | Sequence[object], *parts: RenderableType, json: bool) -> None:
+    """The document as JSON, or the parts of the text: tables and lines."""
+    if json:
+        print_document(document)
+    else:
+        console().print(*parts, sep="\n")
 
 
 def with_new_keys(value: object) -> object:

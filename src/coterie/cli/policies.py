@@ -5,7 +5,7 @@ import re
 from rich.table import Table
 
 from coterie.cli import options as o
-from coterie.cli.output import console, plain_table, print_document
+from coterie.cli.output import plain_table, print_result
 from coterie.routing import POLICIES
 from coterie.specs import spec_options
 
@@ -17,11 +17,12 @@ def policies(json: o.Json = False) -> None:
     coterie policies
     coterie policies --json
     """
-    if json:
-        print_document(policy_documents())
-    else:
-        console().print(policy_table(), "", option_table(), sep="\n")
-        console().print("\nSeveral options: des-vote:beta=0.15,voters=before-eos,protect=top1")
+    documents = []
+    for name, cls in POLICIES.items():
+        options = {option.name: option.default for option in spec_options(cls).values()}
+        documents.append({"name": name, "meaning": policy_doc(cls), "options": options})
+    last = "\nSeveral options: des-vote:beta=0.15,voters=before-eos,protect=top1"
+    print_result(documents, policy_table(), "", option_table(), last, json=json)
 
 
 def policy_table() -> Table:
@@ -45,15 +46,6 @@ def option_table() -> Table:
         values_by_option.setdefault(option.name, {})[values] = None
     rows = [(name, ", or ".join(values)) for name, values in values_by_option.items()]
     return plain_table("option", "values", rows=rows)
-
-
-def policy_documents() -> list[dict[str, object]]:
-    """The policies as JSON."""
-    documents = []
-    for name, cls in POLICIES.items():
-        options = {option.name: option.default for option in spec_options(cls).values()}
-        documents.append({"name": name, "meaning": policy_doc(cls), "options": options})
-    return documents
 
 
 def policy_doc(cls: type) -> str:

@@ -8,7 +8,7 @@ from rich.progress import DownloadColumn, TimeRemainingColumn
 
 from coterie.checkpoints import conversion as checkpoints
 from coterie.cli import options as o
-from coterie.cli.output import console, counted_progress, print_document
+from coterie.cli.output import counted_progress, print_result
 from coterie.offload.capacity import format_bytes
 from coterie.quantization import FORMATS
 
@@ -49,10 +49,7 @@ def quantize(
     columns = (DownloadColumn(binary_units=True), TimeRemainingColumn())
     with counted_progress(f"experts to {target}", *columns) as on_progress:
         result = checkpoints.convert(model, output, target, on_progress)
-    if json:
-        print_document(result.to_dict())
-        return
     before, after = format_bytes(result.bytes_before), format_bytes(result.bytes_after)
     line = f"{result.folder}: experts in {result.target}; {before} became {after} in "
     resumed = f", {result.files_resumed} of them finished before" if result.files_resumed else ""
-    console().print(f"{line}{result.files} files{resumed}")
+    print_result(result.to_dict(), f"{line}{result.files} files{resumed}", json=json)

@@ -108,13 +108,11 @@ def replay_command(
     table = output.format_csv([point.to_dict() for point in results.points])
     if out is not None:
         _save_results(out, content, table, results)
-    if json:
-        output.print_document(content)
-    elif csv:
+    if csv:
         sys.stdout.write(table)
     else:
         tables = (results_table(results.points), "", overlap_table(results.overlaps))
-        output.console().print(*tables, sep="\n")
+        output.print_result(content, *tables, json=json)
 
 
 def replay_policies(

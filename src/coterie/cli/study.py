@@ -95,8 +95,7 @@ class StudyProgressBar:
     def __init__(self, progress: Progress, usual_seconds: Mapping[str, int]) -> None:
         self._progress, self._usual_seconds = progress, usual_seconds
         self._task_id: TaskID | None = None
-        self._completed, self._length, self._start = 0.0, 0.0, 0.0
-        self._label = ""
+        self._completed, self._length, self._start, self._label = 0.0, 0.0, 0.0, ""
 
     def on_experiment_start(self, experiment: Experiment, selected: Sequence[Experiment]) -> None:
         index = selected.index(experiment)

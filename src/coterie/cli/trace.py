@@ -8,7 +8,6 @@ from rich.progress import MofNCompleteColumn, TimeElapsedColumn
 from coterie.cli import engine_options as engines
 from coterie.cli import options as o
 from coterie.cli import output
-from coterie.engine.engine import Engine
 from coterie.lab.records import git_commit
 from coterie.lab.replay.cache_simulation import TraceVotes
 from coterie.lab.replay.recorder import bias_of, record_trace, trace_header
@@ -67,17 +66,11 @@ def trace(
             )  # fmt: skip
     recorded = read_trace(out)
     if save_votes is not None:
-        write_mean_votes(save_votes, recorded, engine)
-    if json:
-        output.print_document(trace_document(out, recorded))
-    else:
-        output.console().print(summary_line(out, recorded))
-
-
-def write_mean_votes(path: Path, recorded: Trace, engine: Engine) -> None:
-    model, mean_votes = engine.model, TraceVotes.of(recorded).mean_votes
-    routers = "" if model.folder is None else router_checksum(model.folder)
-    write_votes(path, SavedVotes.of(model.name, recorded.header.layers, mean_votes, routers))
+        model, mean_votes = engine.model, TraceVotes.of(recorded).mean_votes
+        routers = "" if model.folder is None else router_checksum(model.folder)
+        saved = SavedVotes.of(model.name, recorded.header.layers, mean_votes, routers)
+        write_votes(save_votes, saved)
+    output.print_result(trace_document(out, recorded), summary_line(out, recorded), json=json)
 
 
 def trace_document(path: Path, recorded: Trace) -> dict[str, object]:
