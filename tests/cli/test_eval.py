@@ -19,8 +19,7 @@ from rich.console import Console
 from script_modules import load_script
 
 from coterie.cli.entry import run
-from coterie.cli.eval_output import accuracy_document, accuracy_tables
-from coterie.cli.eval_progress import EvalProgress
+from coterie.cli.eval_output import EvalProgress, accuracy_document, accuracy_tables
 from coterie.cli.output import format_csv
 from coterie.lab.evals.answer_log import Answer
 from coterie.lab.evals.report import summarize

@@ -1,12 +1,11 @@
 """The application: its help, and the table of its commands."""
 
-from __future__ import annotations
-
 from typing import Annotated
 
 import typer
 
 import coterie
+from coterie.cli import options as o
 from coterie.cli.bench import bench
 from coterie.cli.calibrate import calibrate_command
 from coterie.cli.compare import compare
@@ -14,38 +13,30 @@ from coterie.cli.eval import evaluate
 from coterie.cli.generate import generate
 from coterie.cli.grade import grade
 from coterie.cli.inspect import inspect
-from coterie.cli.lm_eval import PASS_THROUGH, lm_eval
 from coterie.cli.policies import policies
 from coterie.cli.quantize import quantize
 from coterie.cli.replay import replay_command
 from coterie.cli.study import study
 from coterie.cli.trace import trace
 from coterie.cli.train import train
+from coterie.errors import ConfigError
 
 COMMANDS = {
-    "generate": generate,
-    "compare": compare,
-    "inspect": inspect,
-    "policies": policies,
-    "eval": evaluate,
-    "grade": grade,
-    "calibrate": calibrate_command,
-    "quantize": quantize,
-    "train": train,
-    "study": study,
-    "trace": trace,
-    "replay": replay_command,
-}
+    "generate": generate, "compare": compare, "inspect": inspect, "policies": policies,
+    "eval": evaluate, "grade": grade, "calibrate": calibrate_command, "quantize": quantize,
+    "train": train, "study": study, "trace": trace, "replay": replay_command,
+}  # fmt: skip
+
+PASS_THROUGH = {"ignore_unknown_options": True, "allow_extra_args": True, "help_option_names": []}
 
 app = typer.Typer(
     add_completion=False,
     rich_markup_mode="rich",
     pretty_exceptions_enable=False,
-    context_settings={"help_option_names": ["-h", "--help"]},
+    context_settings=o.HELP_NAMES,
 )
 for name, command in COMMANDS.items():
     app.command(name)(command)
-app.command("lm-eval", context_settings=PASS_THROUGH, add_help_option=False)(lm_eval)
 app.add_typer(bench, name="bench")
 
 
@@ -71,3 +62,22 @@ def coterie_command(
         raise typer.Exit
     if context.invoked_subcommand is None:
         typer.echo(context.get_help())
+
+
+@app.command("lm-eval", context_settings=PASS_THROUGH, add_help_option=False)
+def lm_eval(context: typer.Context) -> None:
+    r"""Run lm-evaluation-harness with `--model coterie`; all options are its own.
+
+    \b
+    coterie lm-eval --model coterie --model_args pretrained=FOLDER,policy=des-vote:beta=0.3
+      --tasks gsm8k --apply_chat_template
+    """
+    try:
+        from coterie.lab.evals.harness.adapter import run_harness
+    except ModuleNotFoundError as error:
+        if (error.name or "").partition(".")[0] not in ("lm_eval", "tqdm"):
+            raise
+        raise ConfigError(
+            "lm-evaluation-harness is not installed: pip install 'coterie[harness]'"
+        ) from None
+    run_harness(context.args)

@@ -1,9 +1,7 @@
 """``coterie bench``: times a layer, a forward or whole answers."""
 
-from __future__ import annotations
-
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
@@ -13,23 +11,9 @@ import torch
 import typer
 from rich.progress import TimeElapsedColumn
 
+from coterie.cli import bench_output as output
+from coterie.cli import engine_options as engines
 from coterie.cli import options as o
-from coterie.cli.bench_output import (
-    JsonContent,
-    forward_table,
-    generation_table,
-    layer_table,
-    plot_record,
-    print_report,
-    save_record,
-)
-from coterie.cli.engine_options import (
-    DEFAULT_POLICIES,
-    EngineOptions,
-    distinct_policies,
-    reuse_options,
-)
-from coterie.cli.option_groups import with_option_groups
 from coterie.cli.output import print_note, print_text, progress_bar
 from coterie.engine.engine import Engine
 from coterie.engine.generation_config import GenerationConfig
@@ -52,28 +36,29 @@ measuring = o.panel("How to measure")
 LOGITS_HELP = "Logits per forward: a number, or block for the mean over a block of 8 steps."
 
 ShapeName = Annotated[str, o.runtime(f"Shape of a published model. {o.one_of(SHAPES)}")]
-ExpertFormat = Annotated[
-    Literal["fp32", "bf16", "int8", "int4"], o.runtime("Format of the experts.")
-]
-BenchPolicies = Annotated[
-    list[str] | None,
-    o.decoding(
-        "Expert-routing policy; may be repeated (default: vanilla, and des-vote at the sizes of "
-        "the paper).",
-        *("--policy", "-p"),
-    ),
-]
+FORMAT_HELP = "Format of the experts."
+ExpertFormat = Annotated[Literal["fp32", "bf16", "int8", "int4"], o.runtime(FORMAT_HELP)]
+BenchPolicies = Annotated[list[str] | None, o.decoding(
+    "Expert-routing policy; may be repeated (default: vanilla, and des-vote at the sizes of the "
+    "paper).", "--policy", "-p",
+)]  # fmt: skip
 Repeats = Annotated[int, measuring("Samples of each measurement.", min=1)]
 Threads = Annotated[int | None, measuring("Threads of each program (default: PyTorch's).", min=1)]
 Tokens = Annotated[int, measuring("Tokens of the block.", min=1)]
-Layers = Annotated[
-    int | None, measuring("Number of layers to keep, from the first (default: all).", min=1)
-]
+LAYERS_HELP = "Number of layers to keep, from the first (default: all)."
+Layers = Annotated[int | None, measuring(LAYERS_HELP, min=1)]
+BASELINE_HELP = f"Baseline to time, or {NO_BASELINE}; may be repeated (default: installed ones). "
+BASELINE_HELP += o.one_of(BASELINES)
+PYTHON_HELP = "Python of a baseline (default: .peers/NAME, from scripts/peers)."
+UNIFORM_HELP = "Use all experts equally often."
+SLOW_HELP = "Time kernels that take about a second, too."
+MEMORY_HELP = "GiB for the baselines that run together (default: what is free)."
+MODEL_SHAPE_HELP = f"Shape of a random model to use for --model. {o.one_of(SHAPES)}"
+BENCH_PROMPT_HELP = "Prompt; may be repeated (default: held-out problems)."
+LENGTH_HELP = "Tokens of a random model's prompts (default 64)."
 OutputFolder = Annotated[Path, measuring("Folder for the record and its figures.", "--out", "-o")]
 
-bench = typer.Typer(
-    rich_markup_mode="rich", context_settings={"help_option_names": ["-h", "--help"]}
-)
+bench = typer.Typer(rich_markup_mode="rich", context_settings=o.HELP_NAMES)
 
 
 @bench.callback(invoke_without_command=True)
@@ -95,39 +80,18 @@ def bench_command(context: typer.Context) -> None:
 class BaselineOptions:
     """The other programs to time."""
 
-    baseline: Annotated[
-        list[str] | None,
-        measuring(
-            f"Baseline to time, or {NO_BASELINE}; may be repeated (default: installed ones). "
-            + o.one_of(BASELINES)
-        ),
-    ] = None
-    baseline_python: Annotated[
-        list[str] | None,
-        measuring(
-            "Python of a baseline (default: .peers/NAME, from scripts/peers).", metavar="NAME=PATH"
-        ),
-    ] = None
-    include_slow: Annotated[
-        bool, measuring("Time kernels that take about a second, too.", "--include-slow")
-    ] = False
-    baseline_memory: Annotated[
-        float | None,
-        measuring("GiB for the baselines that run together (default: what is free).", min=0.1),
-    ] = None
+    baseline: Annotated[list[str] | None, measuring(BASELINE_HELP)] = None
+    baseline_python: Annotated[list[str] | None, measuring(PYTHON_HELP, metavar="NAME=PATH")] = None
+    include_slow: Annotated[bool, measuring(SLOW_HELP, "--include-slow")] = False
+    baseline_memory: Annotated[float | None, measuring(MEMORY_HELP, min=0.1)] = None
 
     def resolve(self, dtype: str) -> tuple[list[ResolvedBaseline], dict[str, str]]:
         """The baselines, and why others are skipped; raises for options without effect."""
         names = self.baseline or []
         if NO_BASELINE in names:
-            others = {
-                "--baseline": len(names) > 1,
-                "--baseline-python": bool(self.baseline_python),
-                "--include-slow": self.include_slow,
-                "--baseline-memory": self.baseline_memory is not None,
-            }
-            for flag in (flag for flag, is_set in others.items() if is_set):
-                raise ConfigError(f"{flag} has no effect with --baseline {NO_BASELINE}")
+            others = (len(names) > 1, self.baseline_python, self.include_slow, self.baseline_memory)
+            flags = ("--baseline", "--baseline-python", "--include-slow", "--baseline-memory")
+            _check_unused(dict(zip(flags, others, strict=True)), f"--baseline {NO_BASELINE}")
             return [], {}
         pythons: dict[str, Path] = {}
         for text in self.baseline_python or ():
@@ -144,27 +108,19 @@ class BaselineOptions:
         if self.baseline_memory is not None:
             return self.baseline_memory * 2**30
         free = free_memory(torch.device("cpu"))
-        own = config.shape.layer.bytes
-        return 4.0 * 2**30 if free is None else float(free - RESERVED_BYTES - own)
+        reserved = RESERVED_BYTES + config.shape.layer.bytes
+        return 4.0 * 2**30 if free is None else float(free - reserved)
 
 
 @bench.command("layer")
-@with_option_groups
+@o.with_option_groups
 def layer_command(
-    *,
-    shape: ShapeName = "llada2-mini",
-    expert_dtype: ExpertFormat = "bf16",
-    policies: BenchPolicies = None,
-    tokens: Tokens = DEFAULT_TOKENS,
-    repeats: Repeats = 40,
+    *, shape: ShapeName = "llada2-mini", expert_dtype: ExpertFormat = "bf16",
+    policies: BenchPolicies = None, tokens: Tokens = DEFAULT_TOKENS, repeats: Repeats = 40,
     threads: Threads = None,
-    uniform_routing: Annotated[
-        bool, measuring("Use all experts equally often.", "--uniform-routing")
-    ] = False,
-    baselines: BaselineOptions,
-    out: OutputFolder = Path("results"),
-    json: o.Json = False,
-) -> None:
+    uniform_routing: Annotated[bool, measuring(UNIFORM_HELP, "--uniform-routing")] = False,
+    baselines: BaselineOptions, out: OutputFolder = Path("results"), json: o.Json = False,
+) -> None:  # fmt: skip
     """Time one layer of experts of a published shape, a read of its bytes, and the baselines.
 
     Weights are random; nothing is downloaded. The router is as skewed as the published one: a block
@@ -175,11 +131,11 @@ def layer_command(
     coterie bench layer --baseline zentorch --baseline-python zentorch=/opt/zen/bin/python
     coterie bench layer --expert-dtype int8 --baseline none --threads 2
     """
-    found_shape = find_shape(shape)
-    specs = tuple(distinct_policies(policies or found_shape.policies))
+    model_shape = find_shape(shape)
+    specs = tuple(engines.distinct_policies(policies or model_shape.policies))
     num_threads = threads or torch.get_num_threads()
     config = BenchConfig(
-        found_shape, expert_dtype, specs, tokens, repeats, num_threads, uniform_routing
+        model_shape, expert_dtype, specs, tokens, repeats, num_threads, uniform_routing
     )
     resolved, skipped = baselines.resolve(expert_dtype)
     with _progress_callback() as on_progress:
@@ -188,7 +144,7 @@ def layer_command(
             on_progress=on_progress
         )  # fmt: skip
     result.skipped.update(skipped)
-    facts: JsonContent = {
+    facts: dict[str, object] = {
         "shape": shape, "dtype": expert_dtype, "tokens": tokens, "threads": num_threads,
         "even": uniform_routing,
         "policies": [timing.facts() for timing in result.timings],
@@ -200,25 +156,20 @@ def layer_command(
     routing = " even" if uniform_routing else ""
     title = f"bench layer {shape} {expert_dtype}{routing}{_tokens_suffix(tokens)}"
     measures = [measure for timing in result.timings for measure in timing.measures()]
-    print_report(save_record(out, title, measures, facts), layer_table(result), json=json)
+    table = output.layer_table(result)
+    output.report(table, out, title, measures=measures, facts=facts, json=json)
 
 
 @bench.command("forward")
 def forward_command(
-    *,
-    shape: ShapeName = "llada2-mini",
-    expert_dtype: ExpertFormat = "int8",
-    policies: BenchPolicies = None,
-    tokens: Tokens = DEFAULT_TOKENS,
+    *, shape: ShapeName = "llada2-mini", expert_dtype: ExpertFormat = "int8",
+    policies: BenchPolicies = None, tokens: Tokens = DEFAULT_TOKENS,
     context: Annotated[int, measuring("Positions before the block.", min=0)] = 512,
     logits: Annotated[str, measuring(LOGITS_HELP, metavar="N|block")] = "block",
-    layers: Layers = None,
-    repeats: Repeats = 10,
-    threads: Threads = None,
+    layers: Layers = None, repeats: Repeats = 10, threads: Threads = None,
     seed: Annotated[int, measuring("Seed of weights and tokens.", min=0)] = 0,
-    out: OutputFolder = Path("results"),
-    json: o.Json = False,
-) -> None:
+    out: OutputFolder = Path("results"), json: o.Json = False,
+) -> None:  # fmt: skip
     """Time whole forwards of a random model of a published shape, and a read of their bytes.
 
     A block uses as many experts as with the published model. The roofline takes, for each part of a
@@ -228,7 +179,7 @@ def forward_command(
     coterie bench forward --shape llada2-mini --expert-dtype int8 --context 1024
     coterie bench forward --shape llada2-flash --layers 4 -p vanilla
     """
-    specs = distinct_policies(policies or find_shape(shape).policies)
+    specs = engines.distinct_policies(policies or find_shape(shape).policies)
     truncated = find_shape(shape).truncate(layers)
     num_logits = _parse_num_logits(logits, tokens)
     num_threads = threads or torch.get_num_threads()
@@ -240,7 +191,7 @@ def forward_command(
             threads=num_threads, seed=seed + 1, on_progress=on_progress
         )  # fmt: skip
     model_bytes, peak_memory = weight_bytes(model.spec, model.transformer.dtype), _peak_memory()
-    facts: JsonContent = {
+    facts: dict[str, object] = {
         "shape": shape, "dtype": expert_dtype, "layers": truncated.spec.layers, "tokens": tokens,
         "context": context, "wanted": num_logits, "logits": result.logit_counts,
         "threads": num_threads, "weights": model_bytes, "peak_memory": peak_memory,
@@ -249,27 +200,21 @@ def forward_command(
     }  # fmt: skip
     layers_suffix = "" if layers is None else f" {layers} layers"
     title = f"bench forward {shape} {expert_dtype}{layers_suffix}{_tokens_suffix(tokens)}"
-    content = save_record(out, title, result.measures(), facts)
-    print_report(content, forward_table(result.timings), json=json)
+    table, measures = output.forward_table(result.timings), result.measures()
+    output.report(table, out, title, measures=measures, facts=facts, json=json)
 
 
 @dataclass(frozen=True)
 class WorkloadOptions:
     """The model's shape and the prompts of ``bench generate``."""
 
-    shape: Annotated[
-        str | None, o.runtime(f"Shape of a random model to use for --model. {o.one_of(SHAPES)}")
-    ] = None
+    shape: Annotated[str | None, o.runtime(MODEL_SHAPE_HELP)] = None
     layers: Layers = None
-    prompt: Annotated[
-        list[str] | None, measuring("Prompt; may be repeated (default: held-out problems).")
-    ] = None
+    prompt: Annotated[list[str] | None, measuring(BENCH_PROMPT_HELP)] = None
     num_prompts: Annotated[int | None, measuring("Number of prompts (default 8).", min=1)] = None
-    length: Annotated[
-        int | None, measuring("Tokens of a random model's prompts (default 64).", min=1)
-    ] = None
+    length: Annotated[int | None, measuring(LENGTH_HELP, min=1)] = None
 
-    def check(self, engine_options: EngineOptions) -> None:
+    def check(self, engine_options: engines.EngineOptions) -> None:
         """Raises for options that would have no effect."""
         memory = engine_options.memory
         if memory is not None and memory.simulated:
@@ -278,8 +223,7 @@ class WorkloadOptions:
             ignored = {
                 "--model": engine_options.model, "--prompt": self.prompt, "--expert-memory": memory
             }  # fmt: skip
-            for flag in (flag for flag, value in ignored.items() if value is not None):
-                raise ConfigError(f"{flag} has no effect with --shape: its model is random")
+            _check_unused(ignored, "--shape: its model is random")
             return
         for flag, value in (("--layers", self.layers), ("--length", self.length)):
             if value is not None:
@@ -287,25 +231,19 @@ class WorkloadOptions:
         if self.prompt and self.num_prompts:
             raise ConfigError("--num-prompts has no effect with --prompt")
         if not engine_options.is_embedded and not self.prompt:
-            raise ConfigError(
-                "--model needs --prompt: the problems are for the model in the package"
-            )
+            reason = "the problems are for the model in the package"
+            raise ConfigError(f"--model needs --prompt: {reason}")
 
 
 @bench.command("generate")
-@with_option_groups
+@o.with_option_groups
 def generate_command(
-    *,
-    engine_options: EngineOptions,
-    workload: WorkloadOptions,
-    policies: o.PolicySpecs = None,
-    coreset_reuse: o.CoresetReuse = None,
+    *, engine_options: engines.EngineOptions, workload: WorkloadOptions,
+    policies: o.PolicySpecs = None, coreset_reuse: o.CoresetReuse = None,
     tokens: Annotated[int, measuring("Maximum of new tokens of a prompt.", min=1)] = 256,
-    repeats: Repeats = 5,
-    threads: Threads = None,
-    out: OutputFolder = Path("results"),
+    repeats: Repeats = 5, threads: Threads = None, out: OutputFolder = Path("results"),
     json: o.Json = False,
-) -> None:
+) -> None:  # fmt: skip
     """Time whole answers under several policies: tokens a second, forwards, forwards a block.
 
     Without --policy, des-vote runs with beta 0.5, 0.3 and 0.15, and des-seq with k=3.
@@ -319,8 +257,8 @@ def generate_command(
     coterie bench generate --shape llada2-mini --layers 4 --expert-dtype int8 --tokens 64
     """
     workload.check(engine_options)
-    specs = distinct_policies(policies or DEFAULT_POLICIES)
-    reuse_by_policy = reuse_options(specs, coreset_reuse)
+    specs = engines.distinct_policies(policies or engines.DEFAULT_POLICIES)
+    reuse_by_policy = engines.reuse_options(specs, coreset_reuse)
     if threads is not None:
         torch.set_num_threads(threads)
     count = workload.num_prompts or 8
@@ -340,8 +278,18 @@ def generate_command(
             policy_options=reuse_by_policy, on_progress=on_progress
         )  # fmt: skip
     layers = None if workload.layers is None else f"{workload.layers} layers"
-    title_parts = [part for part in (*dtypes, layers) if part]
-    _report_generation(engine, timings, len(prompts), out, title_parts=title_parts, json=json)
+    model, device = engine.model, str(engine.model.transformer.device)
+    parts = ("generate", Path(model.name).name, device.partition(":")[0], *dtypes, layers)
+    facts = {
+        "model": model.name, "dtype": str(model.transformer.dtype).removeprefix("torch."),
+        "prompts": len(prompts),
+        "policies": {timing.policy: timing.facts(timings[0]) for timing in timings},
+    }  # fmt: skip
+    device_name = torch.cuda.get_device_name(device) if device.startswith("cuda") else device
+    output.report(
+        output.generation_table(timings), out, " ".join(filter(None, parts)), facts=facts,
+        measures=[timing.measure() for timing in timings], json=json, device=device_name,
+    )  # fmt: skip
 
 
 @bench.command("plot")
@@ -354,14 +302,13 @@ def plot_command(
     coterie bench plot results/bench-layer-llada2-mini-bf16.json
     """
     for path in records:
-        for file in plot_record(path):
+        for file in output.plot_record(path):
             print_text(str(file))
 
 
 def _random_engine(shape: str, dtype: str, layers: int | None, device: str) -> Engine:
     if dtype not in RANDOM_DTYPES:
-        known = ", ".join(RANDOM_DTYPES)
-        raise ConfigError(f"--expert-dtype {dtype} with --shape; known: {known}")
+        raise ConfigError(f"--expert-dtype {dtype} with --shape; known: {', '.join(RANDOM_DTYPES)}")
     if device not in ("auto", "cpu"):
         raise ConfigError(f"--device {device} with --shape: random models run on a CPU")
     model = random_model(find_shape(shape), dtype, layers=layers)
@@ -369,27 +316,11 @@ def _random_engine(shape: str, dtype: str, layers: int | None, device: str) -> E
     return Engine(model, generation=generation)
 
 
-def _report_generation(
-    engine: Engine,
-    timings: Sequence[answers.GenerationTiming],
-    num_prompts: int,
-    out: Path,
-    *,
-    title_parts: Sequence[str],
-    json: bool,
-) -> None:
-    model, device = engine.model, str(engine.model.transformer.device)
-    facts: JsonContent = {
-        "model": model.name,
-        "dtype": str(model.transformer.dtype).removeprefix("torch."),
-        "prompts": num_prompts,
-        "policies": {timing.policy: timing.facts(timings[0]) for timing in timings},
-    }
-    device_name = torch.cuda.get_device_name(device) if device.startswith("cuda") else device
-    words = ("generate", Path(model.name).name, device.partition(":")[0], *title_parts)
-    measures = [timing.measure() for timing in timings]
-    content = save_record(out, " ".join(words), measures, facts, device=device_name)
-    print_report(content, generation_table(timings), json=json)
+def _check_unused(options: Mapping[str, object], cause: str) -> None:
+    """Raises for the first option that is given and that ``cause`` leaves without effect."""
+    for flag, value in options.items():
+        if value not in (None, False, []):
+            raise ConfigError(f"{flag} has no effect with {cause}")
 
 
 def _tokens_suffix(tokens: int) -> str:
@@ -407,11 +338,10 @@ def _parse_num_logits(text: str, tokens: int) -> forwards.LogitCount:
 
 def _peak_memory() -> int | None:
     """The peak memory of this process in bytes; None where the system does not report it."""
-    try:
+    with suppress(ModuleNotFoundError):
         resource = import_module("resource")
-    except ModuleNotFoundError:
-        return None
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    return None
 
 
 @contextmanager

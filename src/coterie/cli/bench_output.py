@@ -1,9 +1,6 @@
 """The tables, records and figures of ``coterie bench``."""
 
-from __future__ import annotations
-
-import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 from rich.table import Table
@@ -13,27 +10,21 @@ from coterie.errors import ConfigError
 from coterie.lab.bench.forward import ForwardTiming
 from coterie.lab.bench.generate import GenerationTiming
 from coterie.lab.bench.interleaved import LayerBenchResult
-from coterie.lab.records import Measurement, make_record, write_record
+from coterie.lab.records import Measurement
 from coterie.offload.capacity import format_bytes
 
-JsonContent = dict[str, object]
 
-
-def save_record(
-    out: Path,
-    title: str,
-    measures: Sequence[Measurement],
-    facts: Mapping[str, object],
-    device: str = "cpu",
-) -> JsonContent:
-    """Writes the record, and its figures where matplotlib is installed."""
-    content = make_record(title, ["coterie", *sys.argv[1:]], measures, facts=facts, device=device)
-    path = write_record(out, content)
+def report(
+    table: Table, out: Path, title: str, *, measures: Sequence[Measurement], facts: output.Document,
+    json: bool, device: str = "cpu",
+) -> None:  # fmt: skip
+    """Writes the record, and its figures where matplotlib is installed; prints it or the table."""
+    path, content = output.save_record(out, title, facts, measures, device)
     try:
         output.print_note(f"{path}, {', '.join(file.name for file in plot_record(path))}")
     except ConfigError as error:
         output.print_note(f"{path}; {error}")
-    return content
+    output.print_result(content, table, json=json)
 
 
 def plot_record(path: Path) -> list[Path]:
@@ -41,62 +32,44 @@ def plot_record(path: Path) -> list[Path]:
     return output.require_extra("coterie.lab.bench.plots", "a figure").plot_record(path)
 
 
-def print_report(content: JsonContent, table: Table, *, json: bool) -> None:
-    if json:
-        output.print_document(content)
-    else:
-        output.console().print(table)
-
-
 def layer_table(result: LayerBenchResult) -> Table:
-    table = output.plain_table("policy", "kernel", numbers=("experts", "ms", "times ours", "error"))
+    rows = []
     for timing in result.timings:
         for kernel in sorted(timing.samples, key=timing.median):
             error, median = result.errors.get(kernel), timing.median(kernel)
             rate = f", {timing.bytes / median / 1e9:.1f} GB/s" if kernel == "read" else ""
-            table.add_row(
-                timing.policy,
-                kernel + rate,
-                f"{timing.experts:.1f}",
-                f"{median * 1e3:.2f}",
-                f"{timing.ratio_to_ours(kernel):.2f}",
-                "" if error is None else f"{error:.2%}",
-            )
-    return table
+            cells = (f"{median * 1e3:.2f}", f"{timing.ratio_to_ours(kernel):.2f}")
+            error_cell = "" if error is None else f"{error:.2%}"
+            rows.append((timing.policy, kernel + rate, f"{timing.experts:.1f}", *cells, error_cell))
+    numbers = ("experts", "ms", "times ours", "error")
+    return output.plain_table("policy", "kernel", numbers=numbers, rows=rows)
 
 
 def forward_table(timings: Sequence[ForwardTiming]) -> Table:
     sizes = ("experts a layer", "bytes", "GB/s")
     times = ("read, ms", "roofline, ms", "forward, ms", "times the read", "times the roofline")
-    table = output.plain_table("policy", numbers=(*sizes, *times))
+    rows = []
     for timing in timings:
-        read, roofline, forward = timing.measures()
-        table.add_row(
-            timing.policy,
-            f"{timing.experts:.1f}",
-            format_bytes(round(timing.bytes)),
-            f"{timing.bytes / read.median / 1e6:.1f}",
-            f"{read.median:.1f}",
-            f"{roofline.median:.1f}",
-            f"{forward.median:.1f}",
-            f"{timing.times_read:.2f}",
-            f"{timing.times_roofline:.2f}",
+        read, roofline, forward = (measure.median for measure in timing.measures())
+        rates = (
+            f"{timing.bytes / read / 1e6:.1f}",
+            *(f"{t:.1f}" for t in (read, roofline, forward)),
         )
-    return table
+        ratios = (f"{timing.times_read:.2f}", f"{timing.times_roofline:.2f}")
+        size = format_bytes(round(timing.bytes))
+        rows.append((timing.policy, f"{timing.experts:.1f}", size, *rates, *ratios))
+    return output.plain_table("policy", numbers=(*sizes, *times), rows=rows)
 
 
 def generation_table(timings: Sequence[GenerationTiming]) -> Table:
-    numbers = ("tokens/s", "spread", "experts", "forwards", "forwards/block", "texts as vanilla")
-    table = output.plain_table("policy", numbers=numbers)
+    rows = []
     for timing in timings:
         counts, speed = timing.facts(timings[0]), timing.measure()
-        table.add_row(
-            timing.policy,
-            f"{speed.median:.1f}",
-            f"{speed.spread:.1f}",
-            f"{counts['experts_mean']:.1f} of {counts['experts_total']}",
-            str(counts["forwards"]),
+        rows.append((
+            timing.policy, f"{speed.median:.1f}", f"{speed.spread:.1f}",
+            f"{counts['experts_mean']:.1f} of {counts['experts_total']}", str(counts["forwards"]),
             f"{counts['forwards_per_block']:.1f}",
             f"{counts['texts_as_vanilla']} of {len(timing.repeats[0])}",
-        )
-    return table
+        ))  # fmt: skip
+    numbers = ("tokens/s", "spread", "experts", "forwards", "forwards/block", "texts as vanilla")
+    return output.plain_table("policy", numbers=numbers, rows=rows)

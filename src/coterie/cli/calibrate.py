@@ -1,8 +1,5 @@
 """``coterie calibrate``: searches for the option of a policy that meets a target."""
 
-from __future__ import annotations
-
-import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -12,25 +9,17 @@ from rich.table import Table
 
 from coterie.cli import options as o
 from coterie.cli import output
-from coterie.cli.benchmark_options import PromptOptions
 from coterie.cli.engine_options import DecodeOptions, EngineOptions, check_engine
-from coterie.cli.option_groups import with_option_groups
-from coterie.lab.calibration import (
-    Calibration,
-    PolicyEvaluator,
-    Target,
-    calibrate,
-    calibration_record,
-    write_calibrated_policy,
-)
+from coterie.lab import calibration as lab
 from coterie.lab.calibration.calibration import check_target
 from coterie.lab.calibration.measurement import PolicyRun, PromptProgressCallback
 from coterie.lab.calibration.search_space import SearchFamily
 from coterie.lab.calibration.target import Estimate
 
 DEFAULT_PROBLEMS = 40  # of each task
-
-
+CONFIDENT_HELP = "Require the 95 % interval to meet the target too."
+LAYER_HELP = "Give each layer its own budget, by its votes."
+OUT_HELP = "JSON file of the result, for --policy @FILE."
 POLICY_HELP = (
     "Policy without the option to search for, e.g. des-vote:voters=before-eos; or with ? in its "
     "place: coreset:m=?,vote=weight."
@@ -41,27 +30,16 @@ TARGET_HELP = (
 )
 
 
-@with_option_groups
+@o.with_option_groups
 def calibrate_command(
-    family: Annotated[str, typer.Argument(metavar="POLICY", help=POLICY_HELP)],
-    *,
+    family: Annotated[str, typer.Argument(metavar="POLICY", help=POLICY_HELP)], *,
     target: Annotated[str, typer.Option(metavar="KIND=VALUE", help=TARGET_HELP)],
-    confident: Annotated[
-        bool, typer.Option("--confident", help="Require the 95 % interval to meet the target too.")
-    ] = False,
-    per_layer: Annotated[
-        bool, typer.Option("--per-layer", help="Give each layer its own budget, by its votes.")
-    ] = False,
-    prompts: PromptOptions,
-    decode: DecodeOptions,
-    engine_options: EngineOptions,
-    batch_size: o.BatchSize = None,
-    trust_code: o.TrustCode = False,
-    out: Annotated[
-        Path | None, o.output("JSON file of the result, for --policy @FILE.", "--out", "-o")
-    ] = None,
-    json: o.Json = False,
-) -> None:
+    confident: Annotated[bool, typer.Option("--confident", help=CONFIDENT_HELP)] = False,
+    per_layer: Annotated[bool, typer.Option("--per-layer", help=LAYER_HELP)] = False,
+    prompts: o.PromptOptions, decode: DecodeOptions, engine_options: EngineOptions,
+    batch_size: o.BatchSize = None, trust_code: o.TrustCode = False,
+    out: Annotated[Path | None, o.output(OUT_HELP, "--out", "-o")] = None, json: o.Json = False,
+) -> None:  # fmt: skip
     """Find the option of a policy that meets a target and reads as few experts as possible.
 
     The prompts are problems that no evaluation draws, a benchmark's items, or a file. Where memory
@@ -72,39 +50,33 @@ def calibrate_command(
     coterie generate "..." --policy @policy.json
     """
     search_family = SearchFamily.parse(family)
-    parsed_target = Target.parse(target, confident=confident)
+    parsed_target = lab.Target.parse(target, confident=confident)
     options = decode.to_fields()
     output.check_output_file(out)
-    prompt_set = prompts.load(
-        engine_options.model, default_count=DEFAULT_PROBLEMS, trust_code=trust_code
-    )
-    effective_batch_size = engine_options.resolve_batch_size(batch_size, o.DEFAULT_BATCH_SIZE)
+    model = engine_options.model
+    prompt_set = prompts.load(model, default_count=DEFAULT_PROBLEMS, trust_code=trust_code)
+    batch_size = engine_options.resolve_batch_size(batch_size, o.DEFAULT_BATCH_SIZE)
     engine = engine_options.open()
     check_engine(engine, (), options)
     with output.progress_bar(MofNCompleteColumn(), TimeElapsedColumn()) as progress:
         on_progress = _progress_callback(progress)
-        evaluator = PolicyEvaluator(engine, prompt_set, options, effective_batch_size, on_progress)
+        evaluator = lab.PolicyEvaluator(engine, prompt_set, options, batch_size, on_progress)
         check_target(evaluator, search_family, parsed_target)
-        calibration = calibrate(evaluator, search_family, parsed_target, per_layer=per_layer)
-    content = calibration_record(evaluator, calibration, ["coterie", *sys.argv[1:]])
+        result = lab.calibrate(evaluator, search_family, parsed_target, per_layer=per_layer)
+    content = lab.calibration_record(evaluator, result, output.command_line())
     if out is not None:
-        write_calibrated_policy(out, content)
+        lab.write_calibrated_policy(out, content)
         output.print_note(f"{out}; --policy @{out} takes it")
-    if json:
-        output.print_document(content)
-    else:
-        output.console().print(
-            calibration_table(calibration), *summary_lines(calibration), sep="\n"
-        )
+    output.print_result(content, calibration_table(result), *summary_lines(result), json=json)
 
 
-def calibration_table(calibration: Calibration) -> Table:
-    """The measured policies, in the order of the search."""
-    target = calibration.target
-    table = output.plain_table("policy", numbers=(target.spec.description, "95 %"))
+def calibration_table(calibration: lab.Calibration) -> Table:
+    """The measurements, ordered by traffic."""
+    noun, is_met = calibration.target.spec.description, calibration.target.is_met
+    table = output.plain_table("policy", numbers=(noun, "95 %"))
     table.add_column("meets it")
     for step in calibration.steps:
-        meets = "yes" if target.is_met(step.estimate) else "no"
+        meets = "yes" if is_met(step.estimate) else "no"
         table.add_row(step.policy, *format_estimate(step.estimate), meets)
     return table
 
@@ -114,16 +86,16 @@ def format_estimate(estimate: Estimate) -> tuple[str, str]:
     return f"{estimate.value:.4g}", f"{low:.4g} to {high:.4g}"
 
 
-def summary_lines(calibration: Calibration) -> list[str]:
+def summary_lines(calibration: lab.Calibration) -> list[str]:
     """The policy, its cost, and a warning where the search was not monotonic."""
     value, interval = format_estimate(calibration.achieved)
     noun = calibration.target.spec.description
+    run, vanilla = describe_run(calibration.run), describe_run(calibration.vanilla)
     lines = [
         "",
         f"{calibration.policy} meets {calibration.target}: {noun} {value} ({interval}) "
         f"on {calibration.achieved.n} prompt{'s' * (calibration.achieved.n != 1)}",
-        f"its decoding: {describe_run(calibration.run)}; vanilla: "
-        f"{describe_run(calibration.vanilla)}",
+        f"its decoding: {run}; vanilla: {vanilla}",
     ]
     if not calibration.is_monotonic:
         lines.append(f"{noun} is not monotonic in this search: another policy may do as well")

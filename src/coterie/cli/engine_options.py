@@ -1,7 +1,5 @@
 """From the options of a command to an engine and its generation settings."""
 
-from __future__ import annotations
-
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -28,6 +26,10 @@ PROGRESS_BYTES = 256 << 20  # bytes of weights from which loading shows a bar
 FILE_PREFIX = "@"
 VANILLA = "vanilla"
 DEFAULT_POLICIES = ("des-vote:beta=0.5", "des-vote:beta=0.3", "des-vote:beta=0.15", "des-seq:k=3")
+NO_EFFECT = (
+    "has no effect where all experts are in memory; "
+    "`expert_memory=35%` keeps fewer, `simulate_expert_memory=35%` simulates that"
+)
 GenerationOptions = dict[str, object]  # fields of GenerationConfig
 
 
@@ -55,8 +57,7 @@ class EngineOptions:
 
     @cached_property
     def memory(self) -> ExpertMemoryConfig | None:
-        """The memory for experts; None where all are in memory. Raises for options without
-        effect."""
+        """The memory for experts; None where all are in memory."""
         if self.expert_memory is not None and self.simulate_expert_memory is not None:
             raise ConfigError("`simulate_expert_memory` replaces `expert_memory`; give one of them")
         if self.fallback_model is None and self.precision_policy is not None:
@@ -64,27 +65,18 @@ class EngineOptions:
         simulated = self.simulate_expert_memory is not None
         capacity = self.simulate_expert_memory if simulated else self.expert_memory
         if capacity is None:
-            self._check_all_resident()
+            for name in ("host_memory", "eviction", "warm_start", "fallback_model", "cpu_experts"):
+                if getattr(self, name) is not None:
+                    raise ConfigError(f"`{name}` {NO_EFFECT}")
             return None
+        fallback = None
+        if self.fallback_model is not None:
+            fallback = LowPrecisionExperts.parse(self.fallback_model, self.precision_policy)
+        votes = None if self.warm_start is None else load_votes(self.warm_start)
         return ExpertMemoryConfig.parse(
-            capacity,
-            host_memory=self.host_memory,
-            eviction=self.eviction,
-            warm_start=None if self.warm_start is None else load_votes(self.warm_start),
-            fallback_model=None
-            if self.fallback_model is None
-            else LowPrecisionExperts.parse(self.fallback_model, self.precision_policy),
-            cpu_experts=self.cpu_experts,
-            simulated=simulated,
-        )
-
-    def _check_all_resident(self) -> None:
-        for name in ("host_memory", "eviction", "warm_start", "fallback_model", "cpu_experts"):
-            if getattr(self, name) is not None:
-                raise ConfigError(
-                    f"`{name}` has no effect where all experts are in memory; "
-                    "`expert_memory=35%` keeps fewer, `simulate_expert_memory=35%` simulates that"
-                )
+            capacity, host_memory=self.host_memory, eviction=self.eviction, warm_start=votes,
+            fallback_model=fallback, cpu_experts=self.cpu_experts, simulated=simulated,
+        )  # fmt: skip
 
     def resolve_batch_size(self, requested: int | None, default: int) -> int:
         """Prompts decoded together: 1 where memory holds only some of the experts."""
@@ -98,8 +90,7 @@ class EngineOptions:
         return 1
 
     def open(self, *, count_vanilla: bool = False) -> Engine:
-        """The engine, with a bar on stderr while large weights load; notes say which experts are
-        in memory. ``count_vanilla`` also counts the traffic of the unmodified model."""
+        """The engine. ``count_vanilla`` also counts the traffic of the unmodified model."""
         memory = self.memory
         with progress_bar(DownloadColumn(binary_units=True), TransferSpeedColumn()) as progress:
             task = progress.add_task("loading weights", visible=False)
@@ -191,28 +182,32 @@ def distinct_policies(specs: Sequence[str]) -> list[str]:
     return list(dict.fromkeys(map(canonical_policy, specs)))
 
 
-def reuse_options(
-    policy_specs: Sequence[str], coreset_reuse: float | None
-) -> dict[str, GenerationOptions]:
-    """The generation options of each policy that come from --coreset-reuse.
+def reuse_options(specs: Sequence[str], reuse: float | None) -> dict[str, GenerationOptions]:
+    """The options of each policy from --coreset-reuse; raises where no coreset can be reused."""
+    if reuse is None:
+        return {name: {} for name in specs}
+    check_reuse(specs)
+    return {name: {} if name == VANILLA else {"drift": reuse} for name in specs}
 
-    Vanilla has no coreset to reuse. Raises where no policy has one, and for a policy
-    without reusable coresets.
-    """
-    if coreset_reuse is None:
-        return {name: {} for name in policy_specs}
-    electing = [name for name in policy_specs if name != VANILLA]
+
+def check_reuse(specs: Sequence[str]) -> None:
+    """Raises where no policy elects a coreset, and for one whose coresets cannot be reused."""
+    electing = [name for name in specs if name != VANILLA]
     if not electing:
         raise ConfigError("--coreset-reuse reuses coresets: give a --policy that elects one")
     for name in electing:
         check_coreset_reuse(parse_policy(name))
-    return {name: {"drift": coreset_reuse} if name in electing else {} for name in policy_specs}
 
 
 def check_engine(engine: Engine, specs: Sequence[str], options: GenerationOptions) -> None:
-    """Raises for options without effect on this engine, and for an ``@file`` of a model with other
-    sizes; notes say what else differs from the calibration."""
-    _check_routing_options(engine, options)
+    """Raises for options without effect, and for an ``@file`` of a model with other sizes."""
+    plan = str(options.get("plan", engine.generation.plan))
+    scheme = parse_plan(plan).scheme
+    ignored = f"has no effect with --kv-cache {plan}"
+    if "commit_routing" in options and not scheme.traits.writes_kv:
+        raise ConfigError(f"--commit-routing {ignored}: it commits no blocks")
+    if "prefill_routing" in options and isinstance(scheme, NoCache | BlockCausalNoCache):
+        raise ConfigError(f"--prefill-routing {ignored}: every forward decodes")
     generation = engine.generation.replace(**options)
     for spec in specs:
         if spec.startswith(FILE_PREFIX):
@@ -221,22 +216,8 @@ def check_engine(engine: Engine, specs: Sequence[str], options: GenerationOption
                 print_note(note)
 
 
-def _check_routing_options(engine: Engine, options: GenerationOptions) -> None:
-    spec = str(options.get("plan", engine.generation.plan))
-    scheme = parse_plan(spec).scheme
-    if "commit_routing" in options and not scheme.traits.writes_kv:
-        raise ConfigError(
-            f"--commit-routing has no effect with --kv-cache {spec}: it commits no blocks"
-        )
-    if "prefill_routing" in options and isinstance(scheme, NoCache | BlockCausalNoCache):
-        raise ConfigError(
-            f"--prefill-routing has no effect with --kv-cache {spec}: every forward decodes"
-        )
-
-
 def encode_prompt(engine: Engine, prompt: str, *, raw: bool) -> list[int]:
     """The prompt's token ids; a note of the tokenizer goes to stderr."""
-    note = engine.model.codec.prompt_note(prompt)
-    if note is not None:
+    if (note := engine.model.codec.prompt_note(prompt)) is not None:
         print_note(note)
     return engine.model.codec.encode(prompt, raw=raw)

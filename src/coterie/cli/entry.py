@@ -1,7 +1,5 @@
 """The program: runs a command line; bad input ends in one line on stderr and status 2."""
 
-from __future__ import annotations
-
 import os
 import re
 import sys
@@ -19,22 +17,13 @@ BAD_INPUT, BROKEN_PIPE = 2, 1
 FIELD = re.compile(r"`(\w+)(?:=([^`]*))?`")
 # Fields of the library that the command line calls something else.
 OTHER_FIELDS = {
-    "capacity": "expert_memory",
-    "simulated": "simulate_expert_memory",
-    "low_precision": "fallback_model",
-    "experts": "expert_dtype",
-    "plan": "kv_cache",
-    "commit": "commit_routing",
-    "prefill": "prefill_routing",
-    "reuse_tolerance": "coreset_reuse",
-    "drift": "coreset_reuse",
-    "items": "num_problems",
-    "count": "num_problems",
-    "prompts": "prompt_file",
-    "precision": "expert_dtype",
-    "baselines": "baseline",
+    "capacity": "expert_memory", "simulated": "simulate_expert_memory",
+    "low_precision": "fallback_model", "experts": "expert_dtype", "plan": "kv_cache",
+    "commit": "commit_routing", "prefill": "prefill_routing", "reuse_tolerance": "coreset_reuse",
+    "drift": "coreset_reuse", "items": "num_problems", "count": "num_problems",
+    "prompts": "prompt_file", "precision": "expert_dtype", "baselines": "baseline",
     "python": "baseline_python",
-}
+}  # fmt: skip
 
 
 def main() -> None:

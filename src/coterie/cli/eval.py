@@ -1,46 +1,33 @@
 """``coterie eval``: benchmark accuracy under several policies."""
 
-from __future__ import annotations
-
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
 from coterie.checkpoints.model_info import inspect
+from coterie.cli import engine_options as engines
 from coterie.cli import options as o
-from coterie.cli.benchmark_options import task_names
-from coterie.cli.engine_options import (
-    VANILLA,
-    DecodeOptions,
-    EngineOptions,
-    GenerationOptions,
-    SamplingOptions,
-    check_engine,
-    distinct_policies,
-    reuse_options,
-)
-from coterie.cli.eval_output import accuracy_document, accuracy_tables
-from coterie.cli.eval_progress import EvalProgress, live_progress
-from coterie.cli.option_groups import with_option_groups
-from coterie.cli.output import check_one_format, console, format_csv, print_document, print_note
+from coterie.cli import output
+from coterie.cli.eval_output import EvalProgress, accuracy_document, accuracy_tables, live_progress
+from coterie.cli.output import print_note
 from coterie.engine.engine import Engine
 from coterie.errors import ConfigError
 from coterie.lab.evals.report import PolicySummary, summarize
-from coterie.lab.evals.run import Answer, AnswerCallback, Variant, run_eval, run_identity
+from coterie.lab.evals.run import Answer, Variant, run_eval, run_identity
 from coterie.lab.evals.summary_csv import csv_row
 from coterie.lab.evals.task import Task, TaskOptions
 from coterie.lab.evals.tasks import open_tasks
 from coterie.lab.problems import PROBLEM_MAKERS
-from coterie.lab.records import make_record, write_record
 
-RECORD_TITLE, EMBEDDED_TITLE = "Accuracy by policy", "Embedded tasks by policy"
-
-
+TITLES = {True: "Embedded tasks by policy", False: "Accuracy by policy"}  # of all its own tasks
 PROBLEMS_HELP = f"Problems of {', '.join(PROBLEM_MAKERS)} (default {o.DEFAULT_PROBLEMS} each)."
 SEED_HELP = "Seed of the problems; with a temperature, of the sampling too."
+LIMIT_HELP = "Number of items of each task to use (default: all)."
+SHUFFLE_HELP = "Seed of the items' order; with --limit, of a sample."
+OUT_HELP = "Folder for answers, record and CSV; a stopped run continues."
 RESET_HELP = "Questions between resets of the expert cache (default 1: answers are independent)."
 
 
@@ -53,20 +40,15 @@ class ItemOptions:
     shots: o.NumShots = None
     num_problems: Annotated[int | None, o.benchmark(PROBLEMS_HELP, min=1)] = None
     seed: Annotated[int, o.benchmark(SEED_HELP, min=0)] = 1
-    limit: Annotated[
-        int | None, o.benchmark("Number of items of each task to use (default: all).", min=1)
-    ] = None
-    shuffle_seed: Annotated[
-        int | None, o.benchmark("Seed of the items' order; with --limit, of a sample.", min=0)
-    ] = None
+    limit: Annotated[int | None, o.benchmark(LIMIT_HELP, min=1)] = None
+    shuffle_seed: Annotated[int | None, o.benchmark(SHUFFLE_HELP, min=0)] = None
 
     def open(self, model: str | None, *, trust_code: bool) -> list[Task]:
         """The tasks; raises ConfigError for options without effect."""
-        names = task_names(self.task, model, num_problems=self.num_problems, data=self.data)
+        names = o.task_names(self.task, model, self.data, self.num_problems)
         family, count = inspect(model).family.name, self.num_problems or o.DEFAULT_PROBLEMS
-        return open_tasks(
-            names, TaskOptions(family, self.data, self.shots, count, self.seed, trust_code)
-        )
+        options = TaskOptions(family, self.data, self.shots, count, self.seed, trust_code)
+        return open_tasks(names, options)
 
 
 @dataclass(frozen=True)
@@ -75,38 +57,24 @@ class EvalConfig:
 
     tasks: Sequence[Task]
     variants: Sequence[Variant]
-    options: GenerationOptions
+    options: engines.GenerationOptions
     limit: int | None
     shuffle_seed: int | None
     batch_size: int
     reset_every: int  # questions between resets of the expert cache
     output: Path | None
 
-    @property
-    def total(self) -> int:
-        """Answers of all variants."""
-        return len(self.variants) * sum(len(task.items()[: self.limit]) for task in self.tasks)
 
-
-@with_option_groups
+@o.with_option_groups
 def evaluate(
-    *,
-    items: ItemOptions,
-    policies: o.PolicySpecs = None,
-    decode: DecodeOptions,
-    sampling: SamplingOptions,
-    engine_options: EngineOptions,
+    *, items: ItemOptions, policies: o.PolicySpecs = None, decode: engines.DecodeOptions,
+    sampling: engines.SamplingOptions, engine_options: engines.EngineOptions,
     reset_cache_every: Annotated[int | None, o.memory(RESET_HELP, min=1)] = None,
-    coreset_reuse: o.CoresetReuse = None,
-    batch_size: o.BatchSize = None,
+    coreset_reuse: o.CoresetReuse = None, batch_size: o.BatchSize = None,
     trust_code: o.TrustCode = False,
-    out: Annotated[
-        Path | None,
-        o.output("Folder for answers, record and CSV; a stopped run continues.", "--out", "-o"),
-    ] = None,
-    json: o.Json = False,
+    out: Annotated[Path | None, o.output(OUT_HELP, "--out", "-o")] = None, json: o.Json = False,
     csv: o.Csv = False,
-) -> None:
+) -> None:  # fmt: skip
     """Measure accuracy on a benchmark under several policies, paired by item, with their traffic.
 
     Vanilla always runs first; each policy is compared with it item by item. With -o every answer is
@@ -117,7 +85,7 @@ def evaluate(
     coterie eval -p resident-vote:beta=0.3 --simulate-expert-memory 35% --commit-routing policy
     coterie eval -m inclusionAI/LLaDA2.0-mini --task gsm8k -p des-vote:beta=0.15 -o runs/gsm8k
     """
-    check_one_format(json=json, csv=csv)
+    output.check_one_format(json=json, csv=csv)
     options = {**decode.to_fields(), **sampling.to_fields()}
     options |= {"seed": items.seed} if options.get("temperature") else {}
     if reset_cache_every is not None and engine_options.memory is None:
@@ -125,13 +93,11 @@ def evaluate(
     # Raises before weights are loaded.
     tasks = items.open(engine_options.model, trust_code=trust_code)
     variants = make_variants(policies, coreset_reuse)
-    effective_batch_size = engine_options.resolve_batch_size(batch_size, o.DEFAULT_BATCH_SIZE)
-    config = EvalConfig(
-        tasks, variants, options, items.limit, items.shuffle_seed, effective_batch_size,
-        reset_cache_every or 1, out,
-    )  # fmt: skip
+    batch_size = engine_options.resolve_batch_size(batch_size, o.DEFAULT_BATCH_SIZE)
+    limit, order, reset_every = items.limit, items.shuffle_seed, reset_cache_every or 1
+    config = EvalConfig(tasks, variants, options, limit, order, batch_size, reset_every, out)
     engine = engine_options.open(count_vanilla=True)
-    check_engine(engine, policies or (), options)
+    engines.check_engine(engine, policies or (), options)
     print_results(engine, config, run_with_progress(engine, config), json=json, csv=csv)
 
 
@@ -139,20 +105,25 @@ def make_variants(
     policies: Sequence[str] | None, coreset_reuse: float | None = None
 ) -> list[Variant]:
     """Vanilla and the policies, each once; ``coreset_reuse`` applies to the policies."""
-    specs = distinct_policies([VANILLA, *(policies or [])])
-    reuse_by_policy = reuse_options(specs, coreset_reuse)
-    return [Variant(policy, overrides) for policy, overrides in reuse_by_policy.items()]
+    specs = engines.distinct_policies([engines.VANILLA, *(policies or [])])
+    return [Variant(*item) for item in engines.reuse_options(specs, coreset_reuse).items()]
 
 
 def run_with_progress(engine: Engine, config: EvalConfig) -> list[PolicySummary]:
     """Runs all variants with live accuracy on stderr."""
-    progress = EvalProgress([variant.name for variant in config.variants], config.total)
+    total = len(config.variants) * sum(len(t.items()[: config.limit]) for t in config.tasks)
+    progress = EvalProgress([variant.name for variant in config.variants], total)
+
+    def on_answer(answer: Answer) -> None:
+        if not answer.from_disk and progress.count == progress.resumed > 0:
+            print_note(f"{progress.resumed} of {progress.total} answers are from an earlier run")
+        progress.add(answer)
+
     with _resume_hint(progress, config.output), live_progress(progress):
         results = run_eval(
             engine, config.tasks, config.variants, config.output, limit=config.limit,
             shuffle_seed=config.shuffle_seed, batch_size=config.batch_size,
-            reset_every=config.reset_every, on_answer=_answer_callback(progress),
-            options=config.options,
+            reset_every=config.reset_every, on_answer=on_answer, options=config.options,
         )  # fmt: skip
     if progress.resumed == progress.total:
         print_note(f"all {progress.total} answers are from an earlier run")
@@ -171,40 +142,21 @@ def print_results(
     )  # fmt: skip
     about = {**identity, "rows": config.batch_size}
     document = accuracy_document(engine.model.name, about, summaries)
+    table = output.format_csv([csv_row(summary) for summary in summaries])
     if config.output is not None:
-        _save_record(config.output, engine, document, summaries)
+        title = TITLES[set(summaries[0].by_task) <= set(PROBLEM_MAKERS)]
+        device = str(engine.model.transformer.device)
+        path, _ = output.save_record(config.output, title, document, device=device)
+        path.with_suffix(".csv").write_text(table, encoding="utf-8")
+        print_note(f"{path}, {path.stem}.csv")
     if json:
-        print_document(document)
+        output.print_document(document)
     elif csv:
-        sys.stdout.write(format_csv([csv_row(summary) for summary in summaries]))
+        sys.stdout.write(table)
     else:
-        terminal = console()
-        for number, table in enumerate(accuracy_tables(summaries, terminal)):
-            terminal.print(*([""] if number else []), table, sep="\n")
-
-
-def _save_record(
-    out: Path, engine: Engine, document: Mapping[str, object], summaries: Sequence[PolicySummary]
-) -> None:
-    is_embedded = set(summaries[0].by_task) <= set(PROBLEM_MAKERS)
-    title = EMBEDDED_TITLE if is_embedded else RECORD_TITLE
-    device = str(engine.model.transformer.device)
-    content = make_record(title, ["coterie", *sys.argv[1:]], [], facts=document, device=device)
-    path = write_record(out, content)
-    table = path.with_suffix(".csv")
-    table.write_text(format_csv([csv_row(summary) for summary in summaries]), encoding="utf-8")
-    print_note(f"{path}, {table.name}")
-
-
-def _answer_callback(progress: EvalProgress) -> AnswerCallback:
-    """Counts every answer; notes once how many an earlier run had."""
-
-    def on_answer(answer: Answer) -> None:
-        if not answer.from_disk and progress.count == progress.resumed > 0:
-            print_note(f"{progress.resumed} of {progress.total} answers are from an earlier run")
-        progress.add(answer)
-
-    return on_answer
+        terminal = output.console()
+        for number, accuracy_table in enumerate(accuracy_tables(summaries, terminal)):
+            terminal.print(*([""] if number else []), accuracy_table, sep="\n")
 
 
 @contextmanager

@@ -1,29 +1,14 @@
 """``coterie generate``: answers one prompt."""
 
-from __future__ import annotations
-
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
 
+from coterie.cli import engine_options as engines
 from coterie.cli import options as o
 from coterie.cli import output
-from coterie.cli.engine_options import (
-    VANILLA,
-    DecodeOptions,
-    EngineOptions,
-    GenerationOptions,
-    SamplingOptions,
-    canonical_policy,
-    check_engine,
-    encode_prompt,
-    read_prompt,
-    reuse_options,
-)
-from coterie.cli.live_view import require_terminal, show_live
-from coterie.cli.option_groups import with_option_groups
-from coterie.cli.result_output import describe_traffic, memory_document, precision_document
+from coterie.cli.live_view import show_live
 from coterie.engine.engine import Engine
 from coterie.engine.events import Denoised, Event, Finished, Result
 from coterie.errors import ConfigError
@@ -34,44 +19,27 @@ from coterie.offload.traffic import Traffic
 from coterie.offload.traffic_log import KV_ONLY_KINDS
 
 PLOTTING = "coterie.lab.traffic_plot"
-ALL_RESIDENT = "--plot-traffic: all experts are in memory, so nothing is moved; "
+ALL_RESIDENT = (
+    "--plot-traffic: all experts are in memory, so nothing is moved; "
+    "--expert-memory 35% keeps fewer"
+)
+LIVE_HELP = "Show the block live, with the experts that each layer reads."
+VANILLA_HELP = "Run the unmodified model too, and print how much of its expert memory was read."
+PLOT_HELP = (
+    "Files NAME-light.svg, NAME-dark.svg and NAME.json to write: the bytes that each forward moved."
+)
 
 
-@with_option_groups
+@o.with_option_groups
 def generate(
-    prompt: o.Prompt,
-    *,
-    policy: o.PolicySpec = VANILLA,
-    decode: DecodeOptions,
-    sampling: SamplingOptions,
-    seed: o.Seed = None,
-    no_chat_template: o.NoChatTemplate = False,
-    engine_options: EngineOptions,
-    coreset_reuse: o.CoresetReuse = None,
-    json: o.Json = False,
-    live: Annotated[
-        bool,
-        o.output(
-            "Show the block live, with the experts that each layer reads.",
-            *("--watch", "--live", "-w"),
-        ),
-    ] = False,
-    compare_vanilla: Annotated[
-        bool,
-        o.output(
-            "Run the unmodified model too, and print how much of its expert memory was read.",
-            "--compare-vanilla",
-        ),
-    ] = False,
-    plot_traffic: Annotated[
-        Path | None,
-        o.output(
-            "Files NAME-light.svg, NAME-dark.svg and NAME.json to write: the bytes that each "
-            "forward moved.",
-            metavar="NAME",
-        ),
-    ] = None,
-) -> None:
+    prompt: o.Prompt, *, policy: o.PolicySpec = engines.VANILLA, decode: engines.DecodeOptions,
+    sampling: engines.SamplingOptions, seed: o.Seed = None,
+    no_chat_template: o.NoChatTemplate = False, engine_options: engines.EngineOptions,
+    coreset_reuse: o.CoresetReuse = None, json: o.Json = False,
+    live: Annotated[bool, o.output(LIVE_HELP, "--watch", "--live", "-w")] = False,
+    compare_vanilla: Annotated[bool, o.output(VANILLA_HELP, "--compare-vanilla")] = False,
+    plot_traffic: Annotated[Path | None, o.output(PLOT_HELP, metavar="NAME")] = None,
+) -> None:  # fmt: skip
     """Answer a prompt.
 
     \b
@@ -81,24 +49,28 @@ def generate(
     coterie generate "5 17 33" --model ./folder-without-tokenizer -n 32
     coterie generate "..." -p resident-vote:beta=0.3 --expert-memory 35% --plot-traffic moved
     """
-    spec = canonical_policy(policy)
-    options: GenerationOptions = {**decode.to_fields(), **sampling.to_fields()}
+    spec = engines.canonical_policy(policy)
+    options: engines.GenerationOptions = {**decode.to_fields(), **sampling.to_fields()}
     options |= {} if seed is None else {"seed": seed}
-    options |= reuse_options([spec], coreset_reuse)[spec]
+    reuse = engines.reuse_options([spec], coreset_reuse)[spec]
     _check_output(engine_options.memory, json=json, live=live, plot=plot_traffic)
-    text = read_prompt(prompt)
+    text = engines.read_prompt(prompt)
     engine = engine_options.open(count_vanilla=json or plot_traffic is not None)
     if plot_traffic is not None and engine.model.store.traffic_log is None:
-        raise ConfigError(ALL_RESIDENT + "--expert-memory 35% keeps fewer")
-    check_engine(engine, [policy], options)
-    ids = encode_prompt(engine, text, raw=no_chat_template)
-    collector = TrafficCollector()
-    events = collector.collect(engine.stream(ids, policy=spec, **options))
-    result = show_live(engine, events, spec) if live else final_result(events)
+        raise ConfigError(ALL_RESIDENT)
+    engines.check_engine(engine, [policy], options | reuse)
+    ids = engines.encode_prompt(engine, text, raw=no_chat_template)
+    events = engine.stream(ids, policy=spec, **options, **reuse)
+    *forwards, last = show_live(engine, events, spec) if live else events
+    if not isinstance(last, Finished):
+        raise RuntimeError("a stream ended without a result")
     if plot_traffic is not None:
-        write_traffic_plot(engine, plot_traffic, result, collector)
-    vanilla = _run_vanilla(engine, ids, options) if compare_vanilla else None
-    print_result(engine, result, vanilla, json=json, live=live)
+        write_traffic_plot(engine, plot_traffic, last.result, forwards)
+    vanilla = None
+    if compare_vanilla:
+        engine.reset_cache()
+        vanilla = engine.generate(ids, policy=engines.VANILLA, **options)
+    print_result(engine, last.result, vanilla, json=json, live=live)
 
 
 def print_result(
@@ -107,8 +79,10 @@ def print_result(
     """Prints the answer; a terminal also gets one line of counts."""
     if json:
         comparison = {} if vanilla is None else {"vanilla": vanilla_document(result, vanilla)}
-        memory = memory_document(engine, result) | precision_document(engine)
-        output.print_document(result.to_dict() | memory | comparison)
+        stats = engine.model.store.precision_stats
+        precision = {} if stats is None else {"expert_precision": stats.to_dict()}
+        memory = memory_document(engine, result)
+        output.print_document(result.to_dict() | memory | precision | comparison)
         return
     if not live:
         output.print_text(result.text)
@@ -119,36 +93,38 @@ def print_result(
         terminal.print(result_summary(result, timed=not live), style="dim")
 
 
+def memory_document(engine: Engine, result: Result) -> dict[str, object]:
+    """As JSON, what the forwards of a result moved; empty where all experts are in memory. A
+    simulated cache has no stalls: both are None."""
+    if result.traffic is None:
+        return {}
+    document = {"slots": engine.model.store.capacity, **result.traffic.to_dict()}
+    if engine.model.memory_config is not None and engine.model.memory_config.simulated:
+        document |= {"stall_seconds": None, "stalled": None}
+    return {"expert_traffic": document}
+
+
 def vanilla_line(result: Result, vanilla: Result) -> str:
     """One line: what a policy read, against a run of the unmodified model on the same prompt."""
-    share = bytes_read(result) / bytes_read(vanilla)
-    forwards = (
-        ""
-        if result.forwards == vanilla.forwards
-        else f" in {result.forwards} forwards (vanilla {vanilla.forwards})"
-    )
-    same = "the same answer" if result.tokens == vanilla.tokens else "another answer"
+    counts = vanilla_document(result, vanilla)
+    forwards = f" in {result.forwards} forwards (vanilla {vanilla.forwards})"
+    forwards = "" if result.forwards == vanilla.forwards else forwards
+    same = "the same answer" if counts["same_answer"] else "another answer"
     return (
         f"{result.policy} read {result.experts.mean:.0f} of {result.experts.total} experts a layer "
-        f"(vanilla {vanilla.experts.mean:.0f}), {share:.2f}x the bytes{forwards}; {same}"
+        f"(vanilla {vanilla.experts.mean:.0f}), {counts['bytes_ratio']:.2f}x the bytes{forwards}; "
+        f"{same}"
     )
 
 
 def vanilla_document(result: Result, vanilla: Result) -> dict[str, object]:
-    """The same as JSON."""
+    """The same as JSON. The ratio is of a layer's bytes, over all decoding forwards."""
+    sizes = [run.expert_bytes * run.experts.forwards for run in (result, vanilla)]
     return {
-        "text": vanilla.text,
-        "forwards": vanilla.forwards,
-        "experts_mean": vanilla.experts.mean,
-        "expert_bytes": vanilla.expert_bytes,
-        "bytes_ratio": bytes_read(result) / bytes_read(vanilla),
+        "text": vanilla.text, "forwards": vanilla.forwards, "experts_mean": vanilla.experts.mean,
+        "expert_bytes": vanilla.expert_bytes, "bytes_ratio": sizes[0] / sizes[1],
         "same_answer": result.tokens == vanilla.tokens,
-    }
-
-
-def bytes_read(result: Result) -> float:
-    """Bytes of experts that a run read in a layer, over all its decoding forwards."""
-    return result.expert_bytes * result.experts.forwards
+    }  # fmt: skip
 
 
 def result_summary(result: Result, *, timed: bool) -> str:
@@ -161,11 +137,12 @@ def result_summary(result: Result, *, timed: bool) -> str:
     )
 
 
-def _run_vanilla(engine: Engine, ids: list[int], options: GenerationOptions) -> Result:
-    """The unmodified model on the same prompt, from an empty expert cache."""
-    engine.reset_cache()
-    options = {name: value for name, value in options.items() if name != "drift"}
-    return engine.generate(ids, policy=VANILLA, **options)
+def describe_traffic(traffic: Traffic) -> str:
+    """The hit rate, the bytes from each tier, and the time without computation."""
+    sizes = {tier: format_bytes(moved.bytes) for tier, moved in traffic.transfers.items()}
+    moved = " and ".join(f"{size} from {tier}" for tier, size in sizes.items()) or "nothing moved"
+    stall = f", {traffic.stall_seconds:.2f} s waited" if traffic.stall_seconds else ""
+    return f"; {traffic.hit_rate:.1%} cache hits, {moved}{stall}"
 
 
 def _check_output(
@@ -174,49 +151,26 @@ def _check_output(
     """Raises for outputs that exclude each other, and for a plot that could not be made."""
     if json and live:
         raise ConfigError("--json and --watch both write to standard output; give one of them")
-    if live:
-        require_terminal()
+    if live and not sys.stdout.isatty():
+        raise ConfigError("--watch needs a terminal, and standard output is none; leave it out")
     if plot is None:
         return
     if memory is None:
-        raise ConfigError(
-            ALL_RESIDENT + "--expert-memory 35% keeps fewer, --simulate-expert-memory 35% "
-            "simulates that"
-        )
+        raise ConfigError(f"{ALL_RESIDENT}, --simulate-expert-memory 35% simulates that")
     if not plot.absolute().parent.is_dir():
         raise ConfigError(f"{plot}: its folder does not exist")
     output.require_extra(PLOTTING, "--plot-traffic")
 
 
-@dataclass  # not frozen: it collects
-class TrafficCollector:
-    """The forwards of one answer, in order."""
-
-    denoised: list[Denoised] = field(default_factory=list)
-
-    def collect(self, events: Iterator[Event]) -> Iterator[Event]:
-        for event in events:
-            if isinstance(event, Denoised):
-                self.denoised.append(event)
-            yield event
-
-
-def final_result(events: Iterator[Event]) -> Result:
-    """The result at the end of a stream."""
-    *_, last = events
-    if not isinstance(last, Finished):
-        raise RuntimeError("a stream ended without a result")
-    return last.result
-
-
 def write_traffic_plot(
-    engine: Engine, name: Path, result: Result, collector: TrafficCollector
+    engine: Engine, name: Path, result: Result, forwards: Sequence[Event]
 ) -> None:
     """Writes NAME-light.svg, NAME-dark.svg and NAME.json for the one answer of this engine."""
     store = engine.model.store
     if store.traffic_log is None or result.traffic is None:
-        raise ConfigError(ALL_RESIDENT + "--expert-memory 35% keeps fewer")
-    plotting, events = output.require_extra(PLOTTING, "--plot-traffic"), iter(collector.denoised)
+        raise ConfigError(ALL_RESIDENT)
+    plotting = output.require_extra(PLOTTING, "--plot-traffic")
+    events = (event for event in forwards if isinstance(event, Denoised))
     points = []
     for forward in store.traffic_log.forwards:
         event = None if forward.kind in KV_ONLY_KINDS else next(events)
@@ -232,10 +186,8 @@ def write_traffic_plot(
 
 def traffic_summary(traffic: Traffic) -> str:
     """One line: bytes moved, without a cache, and by the unmodified model."""
-    summary = (
-        f"{format_bytes(traffic.bytes_moved)} moved, without a cache "
-        f"{format_bytes(traffic.bytes_without_cache)}"
-    )
+    moved, without_cache = map(format_bytes, (traffic.bytes_moved, traffic.bytes_without_cache))
+    summary = f"{moved} moved, without a cache {without_cache}"
     if traffic.vanilla_bytes is None or traffic.fraction_saved is None:
         return summary
     vanilla = format_bytes(traffic.vanilla_bytes)

@@ -1,7 +1,5 @@
 """``coterie grade``: grades outputs of any program."""
 
-from __future__ import annotations
-
 import json
 import sys
 from collections.abc import Iterator
@@ -20,23 +18,16 @@ from coterie.lab.evals.report import proportion
 from coterie.lab.evals.task import TaskOptions
 from coterie.lab.evals.tasks import TASKS, check_task_name
 
+FILE_HELP = "JSONL of outputs; - reads standard input."
+OUT_HELP = "File for the grades (default: standard output)."
+
 
 def grade(
     task: Annotated[str, typer.Argument(metavar="TASK", help=o.one_of(TASKS), show_default=False)],
-    file: Annotated[
-        str,
-        typer.Argument(
-            metavar="FILE", help="JSONL of outputs; - reads standard input.", show_default=False
-        ),
-    ],
-    *,
-    out: Annotated[
-        Path | None,
-        typer.Option("--out", "-o", help="File for the grades (default: standard output)."),
-    ] = None,
-    data: o.DataPath = None,
-    trust_code: o.TrustCode = False,
-) -> None:
+    file: Annotated[str, typer.Argument(metavar="FILE", help=FILE_HELP, show_default=False)], *,
+    out: Annotated[Path | None, typer.Option("--out", "-o", help=OUT_HELP)] = None,
+    data: o.DataPath = None, trust_code: o.TrustCode = False,
+) -> None:  # fmt: skip
     """Grade outputs of any program, as `coterie eval` grades its own.
 
     \b
@@ -75,10 +66,8 @@ def grade(
         atomic_write(out, "".join(lines).encode())
     accuracy = proportion(correct)
     low, high = accuracy.interval
-    print_note(
-        f"{task}: {accuracy.successes} of {accuracy.n} correct, {accuracy.value:.1%} "
-        f"(95 % interval {low:.1%} to {high:.1%})"
-    )
+    share = f"{accuracy.value:.1%} (95 % interval {low:.1%} to {high:.1%})"
+    print_note(f"{task}: {accuracy.successes} of {accuracy.n} correct, {share}")
 
 
 def _read_text(file: str) -> str:

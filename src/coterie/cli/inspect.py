@@ -1,47 +1,39 @@
 """``coterie inspect``: the sizes of a model, from its config alone."""
 
-from __future__ import annotations
-
-from pathlib import Path
 from typing import Annotated
 
 import typer
 from rich.progress import DownloadColumn, TimeRemainingColumn
 from rich.table import Table
 
+from coterie.checkpoints import verification as manifests
 from coterie.checkpoints.model_info import GIB, MemoryFit, ModelInfo
 from coterie.checkpoints.model_info import inspect as read_model_info
 from coterie.checkpoints.source import find_folder
-from coterie.checkpoints.verification import VerifyResult, verify
 from coterie.cli import options as o
-from coterie.cli.output import console, counted_progress, print_document
+from coterie.cli.output import counted_progress, print_result
 from coterie.errors import ConfigError
 from coterie.keys import to_json
 from coterie.loading.load import DTYPES
-from coterie.model.spec import UNQUANTISED, ModelSpec
+from coterie.model.spec import UNQUANTISED
 from coterie.offload.capacity import format_bytes
 
 DEFAULT_FIT_GIB = (8.0, 16.0, 24.0)
+DTYPE_HELP = "Data type that sizes are given for."
+LENGTH_HELP = "Positions of the sequence whose KV cache must fit too."
+FIT_HELP = "Memory in GiB to fit into; may be repeated (default 8, 16, 24)."
+VERIFY_HELP = "Compare all weights with the folder's manifest."
 
 
 def inspect(
     model: o.ModelArgument = None,
     *,
-    dtype: Annotated[str, typer.Option(help="Data type that sizes are given for.")] = "bf16",
-    length: Annotated[
-        int, typer.Option(help="Sequence length; its KV cache must fit too.", min=1)
-    ] = 2048,
+    dtype: Annotated[str, typer.Option(help=DTYPE_HELP)] = "bf16",
+    length: Annotated[int, typer.Option(help=LENGTH_HELP, min=1)] = 2048,
     fit_gib: Annotated[
-        list[float] | None,
-        typer.Option(
-            help="Memory in GiB to fit into; may be repeated (default 8, 16, 24).",
-            min=0.0,
-            max=float(1 << 30),
-        ),
+        list[float] | None, typer.Option(help=FIT_HELP, min=0.0, max=float(1 << 30))
     ] = None,
-    verify: Annotated[
-        bool, typer.Option("--verify", help="Compare all weights with the folder's manifest.")
-    ] = False,
+    verify: Annotated[bool, typer.Option("--verify", help=VERIFY_HELP)] = False,
     json: o.Json = False,
 ) -> None:
     """Print a model's family, sizes and experts, and how much of it fits into memory.
@@ -57,49 +49,38 @@ def inspect(
         raise ConfigError(f"unknown dtype {dtype!r}; known: {', '.join(DTYPES)}")
     sizes = tuple(round(gib * GIB) for gib in fit_gib or DEFAULT_FIT_GIB)
     info = read_model_info(model, dtype=DTYPES[dtype], kv_length=length, memory_sizes=sizes)
-    verification = verify_folder(find_folder(model)) if verify else None
-    if json:
-        verified = {} if verification is None else {"verified": to_json(verification)}
-        print_document({**info.to_dict(), **verified})
-        return
-    console().print(model_table(info))
-    if verification is not None:
-        console().print(describe_verification(verification))
-
-
-def verify_folder(folder: Path) -> VerifyResult:
-    """Compares a folder with its manifest, with a progress bar."""
-    columns = (DownloadColumn(binary_units=True), TimeRemainingColumn())
-    with counted_progress("verifying", *columns) as on_progress:
-        return verify(folder, on_progress)
-
-
-def describe_verification(verification: VerifyResult) -> str:
-    experts = f", among them {verification.experts} packed experts" if verification.experts else ""
-    return (
-        f"verified: {verification.tensors} tensors{experts} ({format_bytes(verification.bytes)}) "
-        "are what was written"
-    )
-
-
-def model_table(info: ModelInfo) -> Table:
-    """One fact a line."""
+    verification = None
+    if verify:
+        columns = (DownloadColumn(binary_units=True), TimeRemainingColumn())
+        with counted_progress("verifying", *columns) as on_progress:
+            verification = manifests.verify(find_folder(model), on_progress)
+    verified = {} if verification is None else {"verified": to_json(verification)}
     table = Table.grid(padding=(0, 2))
     for row in model_rows(info):
         table.add_row(*row)
-    return table
+    lines = [] if verification is None else [describe_verification(verification)]
+    print_result({**info.to_dict(), **verified}, table, *lines, json=json)
+
+
+def describe_verification(verification: manifests.VerifyResult) -> str:
+    experts = f", among them {verification.experts} packed experts" if verification.experts else ""
+    size = format_bytes(verification.bytes)
+    return f"verified: {verification.tensors} tensors{experts} ({size}) are what was written"
 
 
 def model_rows(info: ModelInfo) -> list[tuple[str, str]]:
     spec, size, router = info.spec, info.size, info.spec.router
     dtype = str(info.dtype).removeprefix("torch.")
+    # A model trained to route by block (LLaDA2.2) names its own policy.
+    racing = f", trained with {spec.capacity} a block (--policy racing:m={spec.capacity})"
+    racing = racing if spec.capacity else ""
     storage = spec.expert_storage if spec.expert_storage != UNQUANTISED else dtype
     return [
         ("model", info.name),
         ("family", f"{info.family.title} ({info.family.architecture})"),
         ("parameters", f"{size.parameters:,}, of which a token uses {size.active_parameters:,}"),
         ("layers", f"{spec.layers}, of which {len(spec.moe_layers)} have experts"),
-        ("experts", f"{router.experts} a layer, {router.k} a token{_racing_note(spec)}"),
+        ("experts", f"{router.experts} a layer, {router.k} a token{racing}"),
         ("hidden, expert, shared", f"{spec.hidden}, {spec.expert_width}, {spec.shared_width}"),
         ("heads", f"{spec.heads} of {spec.head_dim}, {spec.kv_heads} for keys and values"),
         ("vocabulary", f"{spec.vocabulary:,}"),
@@ -109,24 +90,15 @@ def model_rows(info: ModelInfo) -> list[tuple[str, str]]:
         ("one expert", f"{format_bytes(size.expert_bytes)} ({size.expert_bytes:,} bytes)"),
         ("a layer's experts", format_bytes(size.layer_expert_bytes)),
         ("keys and values", f"{format_bytes(size.kv_bytes_per_token)} a position"),
-        *(
-            (f"in {format_bytes(fit.memory)}", describe_fit(fit, router.experts, info.kv_length))
-            for fit in info.fits
-        ),
+        *((f"in {format_bytes(fit.memory)}", describe_fit(fit, info)) for fit in info.fits),
     ]
 
 
-def _racing_note(spec: ModelSpec) -> str:
-    """The policy of a model trained to route by block (LLaDA2.2)."""
-    if not spec.capacity:
-        return ""
-    return f", trained with {spec.capacity} a block (--policy racing:m={spec.capacity})"
-
-
-def describe_fit(fit: MemoryFit, num_experts: int, length: int) -> str:
+def describe_fit(fit: MemoryFit, info: ModelInfo) -> str:
     """How much of a model fits with the KV cache of one sequence."""
+    num_experts = info.spec.router.experts
     if fit.experts < 0:
         return "does not fit, even without its experts"
     if fit.experts >= num_experts:
-        return f"all of it, with a sequence of {length} positions"
+        return f"all of it, with a sequence of {info.kv_length} positions"
     return f"all but the experts, and {fit.experts} of {num_experts} experts a layer"

@@ -1,10 +1,7 @@
 """The live view of ``--watch``: tokens coloured by confidence, and the experts of each layer."""
 
-from __future__ import annotations
-
-import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from itertools import repeat
 
@@ -16,8 +13,7 @@ from rich.text import Text
 
 from coterie.cli.output import console
 from coterie.engine.engine import Engine
-from coterie.engine.events import Denoised, Event, Finished, Result
-from coterie.errors import ConfigError
+from coterie.engine.events import Denoised, Event
 
 MASK_GLYPH, END_GLYPH = "▒", "∎"
 ANSWER_WIDTH, BAR_WIDTH = 64, 24  # columns of the answer and of a full bar, in a wide terminal
@@ -59,8 +55,7 @@ class LiveView:
                 text = END_GLYPH if token.id in self.eos_ids else self.decode_token(token.id)
                 self.tokens[token.position] = TokenMark(text, token.confidence, state)
         self.experts = event.experts or self.experts
-        self.forwards = event.forward
-        self.blocks = event.block + 1
+        self.forwards, self.blocks = event.forward, event.block + 1
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         width, frame_width = options.max_width, self._frame_width()
@@ -71,15 +66,14 @@ class LiveView:
         else:
             bar_width = min(BAR_WIDTH, max(MIN_BAR_WIDTH, width - ANSWER_WIDTH - frame_width - 1))
             grid = Table.grid(padding=(0, 1, 0, 0))
-            answer = self.answer_panel(min(ANSWER_WIDTH, width - bar_width - frame_width - 1))
-            grid.add_row(answer, self.experts_panel(bar_width))
+            answer_width = min(ANSWER_WIDTH, width - bar_width - frame_width - 1)
+            grid.add_row(self.answer_panel(answer_width), self.experts_panel(bar_width))
             yield grid
         yield legend()
 
     def answer_panel(self, width: int) -> Panel:
         position = f"  block {self.blocks}, forward {self.forwards}"
-        heading = Text.assemble((self.title, "bold"), position)
-        return _panel(self.answer_text(), heading, width)
+        return _panel(self.answer_text(), Text.assemble((self.title, "bold"), position), width)
 
     def _frame_width(self) -> int:
         """Columns of the experts' panel without its bars."""
@@ -87,8 +81,7 @@ class LiveView:
         return len(label) + len(count) + 4
 
     def answer_text(self) -> Text:
-        """The answer so far: committed tokens in the colour of their confidence, guesses in
-        italics."""
+        """The answer so far: the colour shows the confidence, guesses are in italics."""
         text = Text()
         for position in range(max(self.tokens, default=-1) + 1):
             token = self.tokens.get(position)
@@ -110,36 +103,24 @@ class LiveView:
         return _panel(table, "experts touched", self._frame_width() + width)
 
 
-def show_live(engine: Engine, events: Iterator[Event], policy: str) -> Result:
-    """The result at the end of a stream, which the terminal shows at a readable speed."""
+def show_live(engine: Engine, events: Iterable[Event], policy: str) -> Iterator[Event]:
+    """The same events; the terminal shows each forward, at a readable speed."""
     live_view = make_view(engine, policy)
     with Live(live_view, console=console(), auto_refresh=False) as live:
         for event in events:
-            if isinstance(event, Finished):
-                return event.result
             frame_start = time.perf_counter()
-            live_view.update(event)
-            live.refresh()
-            time.sleep(max(0.0, MIN_FRAME_SECONDS - (time.perf_counter() - frame_start)))
-    raise RuntimeError("a stream ended without a result")
-
-
-def require_terminal() -> None:
-    """Raises where standard output is no terminal."""
-    if not sys.stdout.isatty():
-        raise ConfigError("--watch needs a terminal, and standard output is none; leave it out")
+            if isinstance(event, Denoised):
+                live_view.update(event)
+                live.refresh()
+                time.sleep(max(0.0, MIN_FRAME_SECONDS - (time.perf_counter() - frame_start)))
+            yield event
 
 
 def make_view(engine: Engine, policy: str) -> LiveView:
     """An empty view of this engine's model."""
-    model = engine.model
-    return LiveView(
-        title=policy,
-        decode_token=model.codec.decode_token,
-        num_experts=model.spec.router.experts,
-        moe_layers=model.spec.moe_layers,
-        eos_ids=model.eos_ids,
-    )
+    model, spec = engine.model, engine.model.spec
+    decode = model.codec.decode_token
+    return LiveView(policy, decode, spec.router.experts, spec.moe_layers, model.eos_ids)
 
 
 def token_style(token: TokenMark) -> str:
@@ -155,12 +136,9 @@ def legend() -> Text:
     text = Text.assemble((" confidence  ", "dim"))
     for step, colour in enumerate(CONFIDENCE_COLOURS):
         text.append(f"{step / len(CONFIDENCE_COLOURS):.1f} ", style=colour)
-    text.append("1.0", style=CONFIDENCE_COLOURS[-1])
-    text.append("   guess", style="dim italic")
-    text.append("  ")
-    text.append("edited", style="underline dim")
-    text.append(f"  {MASK_GLYPH} still masked", style="dim")
-    return text
+    guess, edited = ("   guess", "dim italic"), ("edited", "underline dim")
+    rest = (("1.0", CONFIDENCE_COLOURS[-1]), guess, "  ", edited)
+    return Text.assemble(text, *rest, (f"  {MASK_GLYPH} still masked", "dim"))
 
 
 def _panel(content: Text | Table, title: Text | str, width: int) -> Panel:

@@ -1,7 +1,5 @@
 """Old names of options and values, accepted until 0.2 with one note each."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 
 from coterie.cli.output import print_note
@@ -10,53 +8,35 @@ LAST_VERSION = "0.2"
 END_OF_OPTIONS = "--"
 UNTOUCHED = ("lm-eval",)  # commands with the options of another program
 OLD_OPTIONS = {
-    "--plan": "--kv-cache",
-    "--experts": "--expert-dtype",
-    "--imagine-memory": "--simulate-expert-memory",
-    "--warm": "--warm-start",
-    "--coarse": "--fallback-model",
-    "--placement": "--precision-policy",
-    "--drift": "--coreset-reuse",
-    "--commit": "--commit-routing",
-    "--prefill": "--prefill-routing",
-    "--traffic": "--plot-traffic",
-    "--raw": "--no-chat-template",
-    "--rows": "--batch-size",
-    "--memory-lasts": "--reset-cache-every",
-    "--items": "--num-problems",
-}
+    "--plan": "--kv-cache", "--experts": "--expert-dtype",
+    "--imagine-memory": "--simulate-expert-memory", "--warm": "--warm-start",
+    "--coarse": "--fallback-model", "--placement": "--precision-policy",
+    "--drift": "--coreset-reuse", "--commit": "--commit-routing",
+    "--prefill": "--prefill-routing", "--traffic": "--plot-traffic",
+    "--raw": "--no-chat-template", "--rows": "--batch-size",
+    "--memory-lasts": "--reset-cache-every", "--items": "--num-problems",
+}  # fmt: skip
 OLD_OPTIONS_OF: Mapping[str, Mapping[str, str]] = {
     "inspect": {"--memory": "--fit-gib"},
     "calibrate": {"--prompts": "--prompt-file", "--sure": "--confident"},
     "trace": {
-        "--prompts": "--prompt-file",
-        "--votes": "--save-votes",
-        "--forwards": "--max-forwards",
+        "--prompts": "--prompt-file", "--votes": "--save-votes", "--forwards": "--max-forwards",
     },
     "quantize": {"--group": "--group-size"},
     "study": {"--prompts": "--num-prompts", "--chapter": "--experiment", "--again": "--rerun"},
     "replay": {
-        "--cache": "--eviction",
-        "--capacity": "--expert-memory",
-        "--precision": "--expert-dtype",
-        "--link": "--link-bandwidth",
-        "--memory": "--memory-bandwidth",
-        "--latency": "--transfer-latency-ms",
-        "--rest": "--other-ms",
+        "--cache": "--eviction", "--capacity": "--expert-memory", "--precision": "--expert-dtype",
+        "--link": "--link-bandwidth", "--memory": "--memory-bandwidth",
+        "--latency": "--transfer-latency-ms", "--rest": "--other-ms",
     },
     "bench": {
-        "--even": "--uniform-routing",
-        "--slow": "--include-slow",
-        "--turns": "--repeats",
-        "--wanted": "--logits",
-        "--peer": "--baseline",
-        "--peer-python": "--baseline-python",
-        "--memory": "--baseline-memory",
-        "--prompts": "--num-prompts",
+        "--even": "--uniform-routing", "--slow": "--include-slow", "--turns": "--repeats",
+        "--wanted": "--logits", "--peer": "--baseline", "--peer-python": "--baseline-python",
+        "--memory": "--baseline-memory", "--prompts": "--num-prompts",
     },
     "bench layer": {"--dtype": "--expert-dtype"},
     "bench forward": {"--dtype": "--expert-dtype"},
-}
+}  # fmt: skip
 OLD_VALUES: Mapping[str, Mapping[str, str]] = {
     "--layout": {"panels": "packed"},
     "--precision-policy": {"upgrades": "promote", "ballot": "vote-mass", "votes": "static"},

@@ -1,92 +1,73 @@
 """What commands print: text, notes, tables, progress bars and JSON documents."""
 
-from __future__ import annotations
-
 import csv
 import io
 import json
 import os
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from importlib import import_module
 from pathlib import Path
 from types import ModuleType
 
-from rich.console import Console
+from rich.console import Console, RenderableType
 from rich.progress import BarColumn, Progress, ProgressColumn, TextColumn
 from rich.table import Table
 
 from coterie.errors import ConfigError
+from coterie.lab.records import Measurement, make_record, write_record
 
+Document = Mapping[str, object]
 PIPE_WIDTH = 200  # columns of a table that goes to a file or a pipe
 SCHEMA = 2  # version of the JSON documents; schema 1 has only the old keys
-NEW_KEYS = {  # old key -> new key; schema 2 has both, and the old ones go with 0.2
-    "stalled": "stall_fraction",
-    "votes_fine": "high_precision_share",
-    "votes_coarse": "low_precision_share",
-    "fine_slots": "high_precision_slots",
-    "coarse_slots": "low_precision_slots",
-    "also": "other_metrics",
-    "moved_a_forward": "bytes_per_forward",
-    "bytes_a_forward": "bytes_per_forward",
-    "saved_on_same_forwards": "saved_vs_vanilla_same_forwards",
-    "lasts": "reset_every",
-    "foretold_ms": "predicted_ms",
-    "off_by": "relative_error",
-    "rates_learnt_from_it": "used_for_fit",
-    "torn": "truncated",
-}
+# Old key -> new key; schema 2 has both, and the old ones go with 0.2.
+NEW_KEYS = {
+    "stalled": "stall_fraction", "votes_fine": "high_precision_share",
+    "votes_coarse": "low_precision_share", "fine_slots": "high_precision_slots",
+    "coarse_slots": "low_precision_slots", "also": "other_metrics",
+    "moved_a_forward": "bytes_per_forward", "bytes_a_forward": "bytes_per_forward",
+    "saved_on_same_forwards": "saved_vs_vanilla_same_forwards", "lasts": "reset_every",
+    "foretold_ms": "predicted_ms", "off_by": "relative_error",
+    "rates_learnt_from_it": "used_for_fit", "torn": "truncated",
+}  # fmt: skip
 
 
 def console(*, stderr: bool = False) -> Console:
     """A console of the terminal's width; wide where the output goes to a file or a pipe."""
     stream = sys.stderr if stderr else sys.stdout
     is_terminal = stream is not None and stream.isatty()  # None: the shell closed it
-    return Console(
-        file=stream if stream is not None else io.StringIO(),
-        width=None if is_terminal else PIPE_WIDTH,
-        highlight=False,
-        markup=False,
-    )
+    width, file = None if is_terminal else PIPE_WIDTH, io.StringIO() if stream is None else stream
+    return Console(file=file, width=width, highlight=False, markup=False)
 
 
 def progress_bar(*columns: ProgressColumn) -> Progress:
     """A bar on stderr that disappears when it is done; silent where stderr is no terminal."""
     terminal = console(stderr=True)
-    return Progress(
-        TextColumn("{task.description}"),
-        BarColumn(),
-        *columns,
-        console=terminal,
-        transient=True,
-        disable=not terminal.is_terminal,
-    )
+    columns = (TextColumn("{task.description}"), BarColumn(), *columns)
+    disable = not terminal.is_terminal
+    return Progress(*columns, console=terminal, transient=True, disable=disable)
 
 
 @contextmanager
-def counted_progress(
-    description: str, *columns: ProgressColumn
-) -> Iterator[Callable[[int, int], None]]:
+def counted_progress(text: str, *columns: ProgressColumn) -> Iterator[Callable[[int, int], None]]:
     """Yields a callback for (done, total), which moves one bar."""
     with progress_bar(*columns) as progress:
-        task = progress.add_task(description, total=None)
+        task = progress.add_task(text, total=None)
         yield lambda done, total: progress.update(task, completed=done, total=total)
 
 
-def plain_table(*columns: str, numbers: Sequence[str] = ()) -> Table:
-    """A table without a frame; ``numbers`` are further columns, flush right."""
-    table = Table(box=None, pad_edge=False, header_style="bold", padding=(0, 2))
-    for column in columns:
-        table.add_column(column)
-    for column in numbers:
-        table.add_column(column, justify="right")
-    return table
-
-
-def add_caption(table: Table, caption: str) -> Table:
-    """The same table with a caption, flush left."""
-    table.caption, table.caption_justify = caption, "left"
+def plain_table(
+    *texts: str, numbers: Sequence[str] = (), rows: Iterable[Iterable[str]] = (),
+    caption: str | None = None,
+) -> Table:  # fmt: skip
+    """A table without a frame; the columns ``numbers``, after those of text, are flush right."""
+    table = Table(box=None, pad_edge=False, header_style="bold", padding=(0, 2), caption=caption)
+    table.caption_justify = "left"
+    for column in (*texts, *numbers):
+        table.add_column(column, justify="right" if column in numbers else "left")
+    for row in rows:
+        table.add_row(*row)
     return table
 
 
@@ -101,14 +82,20 @@ def print_note(note: str) -> None:
         print(f"coterie: {note}", file=sys.stderr, flush=True)
 
 
-def print_document(document: Mapping[str, object] | Sequence[object]) -> None:
+def print_document(document: Document | Sequence[object]) -> None:
     """One JSON document on standard output, in ASCII; keys with a new name appear under both."""
     with_names = with_new_keys(document)
     if isinstance(with_names, dict):
         with_names = {"schema": SCHEMA, **with_names}
-    json.dump(with_names, sys.stdout, indent=1, allow_nan=False)
-    sys.stdout.write("\n")
-    sys.stdout.flush()
+    print_text(json.dumps(with_names, indent=1, allow_nan=False))
+
+
+def print_result(document: Document | Sequence[object], *parts: RenderableType, json: bool) -> None:
+    """The document as JSON, or the parts of the text: tables and lines."""
+    if json:
+        print_document(document)
+    else:
+        console().print(*parts, sep="\n")
 
 
 def with_new_keys(value: object) -> object:
@@ -119,7 +106,7 @@ def with_new_keys(value: object) -> object:
     return [with_new_keys(inner) for inner in value] if isinstance(value, list | tuple) else value
 
 
-def format_csv(rows: Sequence[Mapping[str, object]]) -> str:
+def format_csv(rows: Sequence[Document]) -> str:
     """CSV with one column for each key of any row."""
     text = io.StringIO()
     columns = dict.fromkeys(key for row in rows for key in row)
@@ -127,6 +114,20 @@ def format_csv(rows: Sequence[Mapping[str, object]]) -> str:
     writer.writeheader()
     writer.writerows(rows)
     return text.getvalue()
+
+
+def save_record(
+    out: Path, title: str, facts: Document, measures: Sequence[Measurement] = (),
+    device: str = "cpu",
+) -> tuple[Path, dict[str, object]]:  # fmt: skip
+    """Writes the record of this command in the folder; returns its path and its content."""
+    content = make_record(title, command_line(), measures, facts=facts, device=device)
+    return write_record(out, content), content
+
+
+def command_line() -> list[str]:
+    """The command line of this process, as records keep it."""
+    return ["coterie", *sys.argv[1:]]
 
 
 def check_one_format(*, json: bool, csv: bool) -> None:

@@ -1,13 +1,11 @@
 """``coterie policies``: the routing policies and their options."""
 
-from __future__ import annotations
-
 import re
 
 from rich.table import Table
 
 from coterie.cli import options as o
-from coterie.cli.output import console, plain_table, print_document
+from coterie.cli.output import plain_table, print_result
 from coterie.routing import POLICIES
 from coterie.specs import spec_options
 
@@ -19,48 +17,35 @@ def policies(json: o.Json = False) -> None:
     coterie policies
     coterie policies --json
     """
-    if json:
-        print_document(policy_documents())
-    else:
-        console().print(policy_table(), "", option_table(), sep="\n")
-        console().print("\nSeveral options: des-vote:beta=0.15,voters=before-eos,protect=top1")
+    documents = []
+    for name, cls in POLICIES.items():
+        options = {option.name: option.default for option in spec_options(cls).values()}
+        documents.append({"name": name, "meaning": policy_doc(cls), "options": options})
+    last = "\nSeveral options: des-vote:beta=0.15,voters=before-eos,protect=top1"
+    print_result(documents, policy_table(), "", option_table(), last, json=json)
 
 
 def policy_table() -> Table:
-    table = plain_table("policy", "meaning", "source", "options")
+    rows = []
     for name, cls in POLICIES.items():
-        policy_options = spec_options(cls).values()
-        meaning, source = split_source(policy_doc(cls))
-        needed = [option.name for option in policy_options if option.default == "required"]
-        optional = " ".join(each.name for each in policy_options if each.name not in needed)
+        options = spec_options(cls).values()
+        needed = [option.name for option in options if option.default == "required"]
+        optional = " ".join(option.name for option in options if option.name not in needed)
         required = ",".join(f"{option}=.." for option in needed)
-        table.add_row(f"{name}:{required}" if required else name, meaning, source, optional)
-    return table
+        spec = f"{name}:{required}" if required else name
+        rows.append((spec, *split_source(policy_doc(cls)), optional))
+    return plain_table("policy", "meaning", "source", "options", rows=rows)
 
 
 def option_table() -> Table:
     """Each option of any policy, once, with its values."""
-    table = plain_table("option", "values")
     values_by_option: dict[str, dict[str, None]] = {}
     for option in (each for cls in POLICIES.values() for each in spec_options(cls).values()):
         values = str(option)
         values += " (or one for each layer: 0.3/0.2/0.25)" if option.accepts_list else ""
         values_by_option.setdefault(option.name, {})[values] = None
-    for name, values in values_by_option.items():
-        table.add_row(name, ", or ".join(values))
-    return table
-
-
-def policy_documents() -> list[dict[str, object]]:
-    """The policies as JSON."""
-    return [
-        {
-            "name": name,
-            "meaning": policy_doc(cls),
-            "options": {option.name: option.default for option in spec_options(cls).values()},
-        }
-        for name, cls in POLICIES.items()
-    ]
+    rows = [(name, ", or ".join(values)) for name, values in values_by_option.items()]
+    return plain_table("option", "values", rows=rows)
 
 
 def policy_doc(cls: type) -> str:

@@ -1,55 +1,38 @@
 """``coterie quantize``: writes a checkpoint with quantized or packed experts."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Annotated, Literal
 
 import typer
 from rich.progress import DownloadColumn, TimeRemainingColumn
 
-from coterie.checkpoints.conversion import (
-    BF16,
-    PANEL_LAYOUT,
-    PLAIN_LAYOUT,
-    ConversionResult,
-    ConversionTarget,
-    convert,
-)
+from coterie.checkpoints import conversion as checkpoints
 from coterie.cli import options as o
-from coterie.cli.output import console, counted_progress, print_document
+from coterie.cli.output import counted_progress, print_result
 from coterie.offload.capacity import format_bytes
 from coterie.quantization import FORMATS
 
-LAYOUT_NAMES = {"packed": PANEL_LAYOUT, "plain": PLAIN_LAYOUT}
+LAYOUT_NAMES = {"packed": checkpoints.PANEL_LAYOUT, "plain": checkpoints.PLAIN_LAYOUT}
+MODEL_HELP = "Folder in the official layout, or a hub id."
+OUTPUT_HELP = "New folder, or one that this command did not finish."
+FORMAT_HELP = (
+    f"Format of the experts: {', '.join(FORMATS)}, or {checkpoints.BF16} to pack them only "
+    "(wider ones are rounded)."
+)
+GROUP_HELP = "Weights that share a scale (default 64 in int8, 32 in int4)."
+LAYOUT_HELP = (
+    "Layout of the experts: packed for the kernels of a CPU, which map the file, or plain matrices "
+    "(default packed; plain for other group sizes)."
+)
 
 
 def quantize(
-    model: Annotated[
-        str, typer.Argument(metavar="MODEL", help="Folder in the official layout, or a hub id.")
-    ],
-    output: Annotated[
-        Path, typer.Argument(help="New folder, or one that this command did not finish.")
-    ],
+    model: Annotated[str, typer.Argument(metavar="MODEL", help=MODEL_HELP)],
+    output: Annotated[Path, typer.Argument(help=OUTPUT_HELP)],
     *,
-    expert_dtype: Annotated[
-        str,
-        typer.Option(
-            help=f"Format of the experts: {', '.join(FORMATS)}, or {BF16} to pack them only "
-            "(wider ones are rounded).",
-        ),
-    ],
-    group_size: Annotated[
-        int | None,
-        typer.Option(help="Weights that share a scale (default 64 in int8, 32 in int4).", min=1),
-    ] = None,
-    layout: Annotated[
-        Literal["packed", "plain"] | None,
-        typer.Option(
-            help="Layout of the experts: packed for the kernels of a CPU, which map the file, or "
-            "plain matrices (default packed; plain for other group sizes).",
-        ),
-    ] = None,
+    expert_dtype: Annotated[str, typer.Option(help=FORMAT_HELP)],
+    group_size: Annotated[int | None, typer.Option(help=GROUP_HELP, min=1)] = None,
+    layout: Annotated[Literal["packed", "plain"] | None, typer.Option(help=LAYOUT_HELP)] = None,
     json: o.Json = False,
 ) -> None:
     """Write a model with its routed experts in 8 or 4 bits; other weights stay as they are.
@@ -62,21 +45,11 @@ def quantize(
     coterie generate "..." --model ./mini-int8
     """
     stored_layout = None if layout is None else LAYOUT_NAMES[layout]
-    target = ConversionTarget.parse(expert_dtype, group_size, stored_layout)
+    target = checkpoints.ConversionTarget.parse(expert_dtype, group_size, stored_layout)
     columns = (DownloadColumn(binary_units=True), TimeRemainingColumn())
     with counted_progress(f"experts to {target}", *columns) as on_progress:
-        conversion = convert(model, output, target, on_progress)
-    if json:
-        print_document(conversion.to_dict())
-    else:
-        console().print(conversion_line(conversion))
-
-
-def conversion_line(conversion: ConversionResult) -> str:
-    resumed = conversion.files_resumed
-    finished_before = f", {resumed} of them finished before" if resumed else ""
-    return (
-        f"{conversion.folder}: experts in {conversion.target}; "
-        f"{format_bytes(conversion.bytes_before)} became {format_bytes(conversion.bytes_after)} in "
-        f"{conversion.files} files{finished_before}"
-    )
+        result = checkpoints.convert(model, output, target, on_progress)
+    before, after = format_bytes(result.bytes_before), format_bytes(result.bytes_after)
+    line = f"{result.folder}: experts in {result.target}; {before} became {after} in "
+    resumed = f", {result.files_resumed} of them finished before" if result.files_resumed else ""
+    print_result(result.to_dict(), f"{line}{result.files} files{resumed}", json=json)

@@ -1,7 +1,5 @@
 """``coterie replay``: predicts traffic and time with a small expert memory, from a trace."""
 
-from __future__ import annotations
-
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -15,22 +13,36 @@ from rich.table import Table
 
 from coterie.cli import options as o
 from coterie.cli import output
-from coterie.cli.engine_options import VANILLA, distinct_policies
-from coterie.cli.option_groups import with_option_groups
+from coterie.cli.engine_options import VANILLA, check_reuse, distinct_policies, load_votes
 from coterie.errors import ConfigError
-from coterie.lab.records import make_record, write_record
-from coterie.lab.replay.cache_simulation import ReplayPolicy, TraceVotes, VoteArray
+from coterie.lab.replay.cache_simulation import ReplayPolicy, VoteArray
 from coterie.lab.replay.hardware_model import HardwareModel, expert_sizes, parse_bandwidth
 from coterie.lab.replay.overlap import StepOverlap
 from coterie.lab.replay.replay import EVICTION_NAMES, ReplayGrid, ReplayPoint, ReplayResult, replay
 from coterie.lab.replay.replay import decoding_only as only_decoding
-from coterie.lab.replay.trace import KINDS, Trace, is_trace, read_trace
-from coterie.loading.saved_votes import read_votes
+from coterie.lab.replay.trace import KINDS, Trace, read_trace
 from coterie.offload.capacity import Capacity, format_bytes
-from coterie.routing import check_coreset_reuse, check_layers, parse_policy
+from coterie.routing import check_layers, parse_policy
 
-RECORD_TITLE = "Replay"
 replayed, hardware = o.panel("What to replay"), o.panel("On what machine")
+LINK_HELP = "Bandwidths of the link to where all experts are, e.g. 12GB/s,25GB/s."
+BANDWIDTH_HELP = "Bandwidth of fast memory, e.g. 60GB/s (default: no compute time)."
+LATENCY_HELP = "Milliseconds of a layer's transfers beyond their bytes."
+OTHER_HELP = "Milliseconds of a forward for all but the routed experts."
+OVERLAP_HELP = "Share of the shorter of copy and compute to hide."
+EVICTION_HELP = f"Eviction policies, separated by commas. {o.one_of(EVICTION_NAMES)}"
+CAPACITY_HELP = "Memory for experts: shares (35%), slots of a layer (47) or bytes (6GiB)."
+COMMIT_HELP = f"{o.COMMIT_HELP} (default: as traced)."
+DECODING_HELP = "Leave out the forwards that only write the KV cache."
+OUT_HELP = "Folder for the record, a CSV and the figures."
+RESULTS_CAPTION = (
+    "experts and loads: of a layer in a decoding forward; moved, ms and stall: of all forwards, "
+    "per decoding one; saved: against vanilla with lru and the same slots; ~: from rounded votes"
+)
+OVERLAP_CAPTION = (
+    "similarity of one step of a block and the next, and of a block's last step and the next "
+    "block's first: experts by Jaccard index, votes by cosine"
+)
 
 
 @dataclass(frozen=True)
@@ -38,50 +50,26 @@ class HardwareOptions:
     """The machine of a replay."""
 
     expert_dtype: Annotated[str, hardware("Formats of the experts: bf16, int8, int4.")] = "bf16"
-    link_bandwidth: Annotated[
-        str, hardware("Bandwidths of the link to where all experts are, e.g. 12GB/s,25GB/s.")
-    ] = "25GB/s"
-    memory_bandwidth: Annotated[
-        str | None, hardware("Bandwidth of fast memory, e.g. 60GB/s (default: no compute time).")
-    ] = None
-    transfer_latency_ms: Annotated[
-        float, hardware("Milliseconds of a layer's transfers beyond their bytes.", min=0.0)
-    ] = 0.0
-    other_ms: Annotated[
-        float, hardware("Milliseconds of a forward for all but the routed experts.", min=0.0)
-    ] = 0.0
-    overlap: Annotated[
-        float, hardware("Share of the shorter of copy and compute to hide.", min=0.0, max=1.0)
-    ] = 1.0
+    link_bandwidth: Annotated[str, hardware(LINK_HELP)] = "25GB/s"
+    memory_bandwidth: Annotated[str | None, hardware(BANDWIDTH_HELP)] = None
+    transfer_latency_ms: Annotated[float, hardware(LATENCY_HELP, min=0.0)] = 0.0
+    other_ms: Annotated[float, hardware(OTHER_HELP, min=0.0)] = 0.0
+    overlap: Annotated[float, hardware(OVERLAP_HELP, min=0.0, max=1.0)] = 1.0
     expert_bytes: Annotated[str, hardware("Bytes of one expert; auto: as in the trace.")] = "auto"
 
 
-@with_option_groups
+@o.with_option_groups
 def replay_command(
-    path: Annotated[Path, typer.Argument(metavar="TRACE", help="File of `coterie trace`.")],
-    *,
-    policies: o.PolicySpecs = None,
-    eviction: Annotated[
-        str, replayed(f"Eviction policies, separated by commas. {o.one_of(EVICTION_NAMES)}")
-    ] = "lru",
-    expert_memory: Annotated[
-        str, replayed("Memory for experts: shares (35%), slots of a layer (47) or bytes (6GiB).")
-    ] = "25%,35%,50%",
+    path: Annotated[Path, typer.Argument(metavar="TRACE", help="File of `coterie trace`.")], *,
+    policies: o.PolicySpecs = None, eviction: Annotated[str, replayed(EVICTION_HELP)] = "lru",
+    expert_memory: Annotated[str, replayed(CAPACITY_HELP)] = "25%,35%,50%",
     coreset_reuse: Annotated[str | None, replayed(f"{o.REUSE_HELP}, e.g. 0.05,0.1.")] = None,
     warm_start: Annotated[Path | None, replayed(o.WARM_HELP)] = None,
-    commit_routing: Annotated[
-        o.RoutingMode | None, replayed(f"{o.COMMIT_HELP} (default: as traced).")
-    ] = None,
-    decoding_only: Annotated[
-        bool, replayed("Leave out the forwards that only write the KV cache.", "--decoding-only")
-    ] = False,
-    machine: HardwareOptions,
-    out: Annotated[
-        Path | None, o.output("Folder for the record, a CSV and the figures.", "--out", "-o")
-    ] = None,
-    json: o.Json = False,
-    csv: o.Csv = False,
-) -> None:
+    commit_routing: Annotated[o.RoutingMode | None, replayed(COMMIT_HELP)] = None,
+    decoding_only: Annotated[bool, replayed(DECODING_HELP, "--decoding-only")] = False,
+    machine: HardwareOptions, out: Annotated[Path | None, o.output(OUT_HELP, "--out", "-o")] = None,
+    json: o.Json = False, csv: o.Csv = False,
+) -> None:  # fmt: skip
     """Predict hit rate, bytes and milliseconds with a small expert memory, without the model.
 
     Replays every policy with every eviction policy, memory, format and link. A layer takes
@@ -101,13 +89,12 @@ def replay_command(
         raise ConfigError(f"--commit-routing has an effect {requirement} only")
     trace = only_decoding(trace) if decoding_only else trace
     commits_routed = (commit_routing or trace.header.commit_routing) == "policy"
+    header, formats = trace.header, _split_list(machine.expert_dtype)
     grid = ReplayGrid(
         replay_policies(trace, policies or (), coreset_reuse, commits_routed=commits_routed),
         _split_list(eviction),
         [Capacity.parse(text, "--expert-memory") for text in _split_list(expert_memory)],
-        expert_sizes(
-            trace.header.expert_bytes, _split_list(machine.expert_dtype), machine.expert_bytes
-        ),
+        expert_sizes(header.expert_bytes, formats, machine.expert_bytes),
         hardware_models(
             machine.link_bandwidth, machine.memory_bandwidth, machine.other_ms,
             latency_ms=machine.transfer_latency_ms, overlap=machine.overlap,
@@ -117,7 +104,15 @@ def replay_command(
     columns = (MofNCompleteColumn(), TimeElapsedColumn())
     with output.counted_progress("replaying", *columns) as on_progress:
         results = replay(trace, grid, on_progress)
-    print_results(trace, path, results, out=out, json=json, csv=csv)
+    content = results_document(trace, path, results)
+    table = output.format_csv([point.to_dict() for point in results.points])
+    if out is not None:
+        _save_results(out, content, table, results)
+    if csv:
+        sys.stdout.write(table)
+    else:
+        tables = (results_table(results.points), "", overlap_table(results.overlaps))
+        output.print_result(content, *tables, json=json)
 
 
 def replay_policies(
@@ -125,168 +120,98 @@ def replay_policies(
 ) -> list[ReplayPolicy]:
     """Vanilla and the policies, each once, and each again for every share of --coreset-reuse."""
     shares = [] if coreset_reuse is None else [_parse_share(s) for s in _split_list(coreset_reuse)]
-    replay_list = [ReplayPolicy(parse_policy(VANILLA))]
     others = [spec for spec in distinct_policies(specs) if spec != VANILLA]
-    for spec in others:
-        policy = parse_policy(spec)
+    replay_list = [ReplayPolicy(parse_policy(VANILLA))]
+    for policy in map(parse_policy, others):
         check_layers(policy, len(trace.header.layers))
-        if shares:
-            check_coreset_reuse(policy)
         replay_list.append(ReplayPolicy(policy, routes_commits=commits_routed))
         replay_list += [ReplayPolicy(policy, share, commits_routed) for share in shares]
-    if shares and not others:
-        raise ConfigError("--coreset-reuse reuses coresets: give a --policy that elects one")
+    if shares:
+        check_reuse(others)
     return replay_list
 
 
 def hardware_models(
-    link_bandwidths: str,
-    memory_bandwidth: str | None,
-    other_ms: float,
-    *,
-    latency_ms: float,
-    overlap: float,
+    links: str, memory: str | None, other_ms: float, *, latency_ms: float, overlap: float
 ) -> dict[str, HardwareModel]:
-    """One model for each link; raises ConfigError for an overlap with computing that takes no
-    time."""
-    if memory_bandwidth is None and overlap != 1:
+    """One model for each link; raises for an overlap with computing that takes no time."""
+    if memory is None and overlap != 1:
         raise ConfigError("--overlap has no effect without --memory-bandwidth")
-    bytes_per_second = (
-        None
-        if memory_bandwidth is None
-        else parse_bandwidth(memory_bandwidth, "--memory-bandwidth")
-    )
+    speed = None if memory is None else parse_bandwidth(memory, "--memory-bandwidth")
+    bandwidths = {text: parse_bandwidth(text, "--link-bandwidth") for text in _split_list(links)}
     return {
-        text: HardwareModel(
-            parse_bandwidth(text, "--link-bandwidth"), bytes_per_second, other_ms / 1e3, overlap,
-            latency_ms / 1e3,
-        )
-        for text in _split_list(link_bandwidths)
-    }  # fmt: skip
+        text: HardwareModel(bandwidth, speed, other_ms / 1e3, overlap, latency_ms / 1e3)
+        for text, bandwidth in bandwidths.items()
+    }
 
 
 def warm_start_votes(path: Path, trace: Trace) -> VoteArray:
     """[L, E] of another trace or of a file of votes; raises ConfigError for other sizes."""
-    if is_trace(path):
-        other = read_trace(path)
-        header = other.header
-        _check_sizes(path, header.model, header.layers, header.experts, trace)
-        return TraceVotes.of(other).mean_votes
-    saved = read_votes(path)
-    _check_sizes(path, saved.model, saved.layers, len(saved.votes[0]), trace)
-    return np.array(saved.votes)
-
-
-def _check_sizes(path: Path, model: str, layers: Sequence[int], experts: int, trace: Trace) -> None:
-    header = trace.header
+    saved, header = load_votes(path), trace.header
+    layers, experts = saved.layers, len(saved.votes[0])
     if (tuple(layers), experts) != (tuple(header.layers), header.experts):
         raise ConfigError(
-            f"{path}: of {model}, with {len(layers)} layers of {experts} experts; "
+            f"{path}: of {saved.model}, with {len(layers)} layers of {experts} experts; "
             f"the trace is of {header.model}, with {len(header.layers)} of {header.experts}"
         )
-
-
-def print_results(
-    trace: Trace, path: Path, results: ReplayResult, *, out: Path | None, json: bool, csv: bool
-) -> None:
-    """Prints the results, and writes them to the folder where there is one."""
-    content, table = results_document(trace, path, results), results_csv(results.points)
-    if out is not None:
-        _save_results(out, content, table, results)
-    if json:
-        output.print_document(content)
-    elif csv:
-        sys.stdout.write(table)
-    else:
-        output.console().print(
-            results_table(results.points), "", overlap_table(results.overlaps), sep="\n"
-        )
+    return np.array(saved.votes)
 
 
 def results_document(trace: Trace, path: Path, results: ReplayResult) -> dict[str, object]:
     header = trace.header
+    kinds = {kind: sum(each.kind == kind for each in trace.forwards) for kind in KINDS}
     return {
-        "trace": str(path),
-        "torn": trace.truncated,
-        "model": header.model,
-        "traced_under": header.policy,
-        "plan": header.plan,
-        "unmask": header.unmask,
-        "layers": list(header.layers),
-        "experts": header.experts,
-        "prompts": dict(header.prompts),
-        "made": dict(header.provenance),
-        "forwards": {kind: sum(each.kind == kind for each in trace.forwards) for kind in KINDS},
+        "trace": str(path), "torn": trace.truncated, "model": header.model,
+        "traced_under": header.policy, "plan": header.plan, "unmask": header.unmask,
+        "layers": list(header.layers), "experts": header.experts,
+        "prompts": dict(header.prompts), "made": dict(header.provenance), "forwards": kinds,
         "steps_per_block": results.steps_per_block,
         "points": [point.to_dict() for point in results.points],
         "overlap": {name: overlap.to_dict() for name, overlap in results.overlaps.items()},
-    }
+    }  # fmt: skip
 
 
-def _save_results(
-    out: Path, content: Mapping[str, object], table: str, results: ReplayResult
-) -> None:
+def _save_results(out: Path, content: output.Document, table: str, results: ReplayResult) -> None:
     """The record, the CSV, and the figures where matplotlib is installed."""
-    record = make_record(RECORD_TITLE, ["coterie", *sys.argv[1:]], [], facts=content)
-    path = write_record(out, record)
+    path, _ = output.save_record(out, "Replay", content)
     path.with_suffix(".csv").write_text(table, encoding="utf-8")
     try:
-        figures = output.require_extra("coterie.lab.replay.plots", "a figure").write_figures(
-            out, results
-        )
-        output.print_note(", ".join(map(str, (path, *figures))))
+        plots = output.require_extra("coterie.lab.replay.plots", "a figure")
+        output.print_note(", ".join(map(str, (path, *plots.write_figures(out, results)))))
     except ConfigError as error:
         output.print_note(f"{path}; {error}")
 
 
 def results_table(points: Sequence[ReplayPoint]) -> Table:
     """One point a line."""
-    counts = ("slots", "experts", "loads", "hit rate", "moved", "bytes saved")
-    table = output.plain_table(
-        "policy", "eviction", "format", "link", numbers=(*counts, "ms", "stall", "votes kept")
-    )
+    rows = []
     for point in points:
         values, traffic, saved = point.to_dict(), point.traffic, point.traffic.fraction_saved
-        table.add_row(
+        rows.append((
             *(str(values[name]) for name in ("policy", "cache", "precision", "link")),
-            f"{point.slots} ({point.case.capacity.text})",
-            f"{point.experts:.1f}",
-            f"{point.loads:.2f}",
-            f"{traffic.hit_rate:.1%}",
+            f"{point.slots} ({point.case.capacity.text})", f"{point.experts:.1f}",
+            f"{point.loads:.2f}", f"{traffic.hit_rate:.1%}",
             format_bytes(traffic.bytes_moved / traffic.forwards),
-            "" if saved is None else f"{saved:.1%}",
-            f"{1e3 * point.predicted_time.forward_seconds:.3g}",
-            f"{1e3 * point.predicted_time.stall_seconds:.3g}",
+            "" if saved is None else f"{saved:.1%}", f"{values['ms']:.3g}",
+            f"{values['stall_ms']:.3g}",
             f"{point.vote_share:.3f}" + ("" if point.fidelity == "exact" else " ~"),
-        )
-    return output.add_caption(
-        table,
-        "experts and loads: of a layer in a decoding forward; moved, ms and stall: of all "
-        "forwards, per decoding one; saved: against vanilla with lru and the same slots; ~: from "
-        "rounded votes",
-    )
+        ))  # fmt: skip
+    counts = ("slots", "experts", "loads", "hit rate", "moved", "bytes saved")
+    return output.plain_table(
+        "policy", "eviction", "format", "link", numbers=(*counts, "ms", "stall", "votes kept"),
+        rows=rows, caption=RESULTS_CAPTION,
+    )  # fmt: skip
 
 
 def overlap_table(overlaps: Mapping[str, StepOverlap]) -> Table:
     """The similarity of consecutive forwards, one policy a line."""
-    columns = ("steps", "experts alike", "votes alike", "blocks", "experts", "votes")
-    table = output.plain_table("policy", numbers=columns)
+    rows = []
     for name, overlap in overlaps.items():
-        means = [
-            _format_optional(overlap.mean(key))
-            for key in ("step_jaccard", "step_cosine", "block_jaccard", "block_cosine")
-        ]
-        table.add_row(name, str(overlap.steps), *means[:2], str(overlap.blocks), *means[2:])
-    return output.add_caption(
-        table,
-        "similarity of one step of a block and the next, and of a block's last step and the next "
-        "block's first: experts by Jaccard index, votes by cosine",
-    )
-
-
-def results_csv(points: Sequence[ReplayPoint]) -> str:
-    """One point a line, under the keys of the JSON."""
-    return output.format_csv([point.to_dict() for point in points])
+        keys = ("step_jaccard", "step_cosine", "block_jaccard", "block_cosine")
+        means = ["" if (mean := overlap.mean(key)) is None else f"{mean:.3f}" for key in keys]
+        rows.append((name, str(overlap.steps), *means[:2], str(overlap.blocks), *means[2:]))
+    numbers = ("steps", "experts alike", "votes alike", "blocks", "experts", "votes")
+    return output.plain_table("policy", numbers=numbers, rows=rows, caption=OVERLAP_CAPTION)
 
 
 def _split_list(text: str) -> list[str]:
@@ -303,11 +228,6 @@ def _parse_share(text: str) -> float:
     except ValueError:
         value = -1.0
     if not 0 <= value < 1:
-        raise ConfigError(
-            f"--coreset-reuse {text!r}: not a share of the votes below 1, such as 0.05"
-        )
+        reason = "not a share of the votes below 1, such as 0.05"
+        raise ConfigError(f"--coreset-reuse {text!r}: {reason}")
     return value
-
-
-def _format_optional(value: float | None) -> str:
-    return "" if value is None else f"{value:.3f}"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -15,7 +14,6 @@ from rich.table import Table
 from coterie.checkpoints.model_info import inspect
 from coterie.cli import options as o
 from coterie.cli import output
-from coterie.cli.benchmark_options import task_names
 from coterie.cli.engine_options import EngineOptions
 from coterie.lab.evals.task import TaskOptions
 from coterie.lab.evals.tasks import open_tasks
@@ -28,34 +26,26 @@ if TYPE_CHECKING:
 QUICK_PROBLEMS, QUICK_PROMPTS = 64, 8
 USUAL_SECONDS = 30  # of an experiment of unknown length
 EXIT_FAILED = 1
+OUT_HELP = "Folder for report, records, figures and answers."
+EXPERIMENT_HELP = "Experiment to run; may be repeated (default: all)."
+RERUN_HELP = "Experiment to measure again; may be repeated."
 PROBLEMS_HELP = "Number of questions for each policy, over all tasks (default 500)."
 PROMPTS_HELP = "Number of questions to observe forwards of (default 32)."
 QUICK_HELP = f"Use {QUICK_PROBLEMS} problems and {QUICK_PROMPTS} prompts."
 
 
 def study(
-    model: o.ModelArgument = None,
-    *,
-    out: Annotated[
-        Path, typer.Option("--out", "-o", help="Folder for report, records, figures and answers.")
-    ],
-    experiment: Annotated[
-        list[str] | None, typer.Option(help="Experiment to run; may be repeated (default: all).")
-    ] = None,
-    rerun: Annotated[
-        list[str] | None, typer.Option(help="Experiment to measure again; may be repeated.")
-    ] = None,
+    model: o.ModelArgument = None, *,
+    out: Annotated[Path, typer.Option("--out", "-o", help=OUT_HELP)],
+    experiment: Annotated[list[str] | None, typer.Option(help=EXPERIMENT_HELP)] = None,
+    rerun: Annotated[list[str] | None, typer.Option(help=RERUN_HELP)] = None,
     num_problems: Annotated[int | None, typer.Option(help=PROBLEMS_HELP, min=1)] = None,
     num_prompts: Annotated[int | None, typer.Option(help=PROMPTS_HELP, min=1)] = None,
-    task: o.Tasks = None,
-    data: o.DataPath = None,
-    seed: o.ProblemSeed = 1,
+    task: o.Tasks = None, data: o.DataPath = None, seed: o.ProblemSeed = 1,
     trust_code: o.TrustCode = False,
-    quick: Annotated[bool, typer.Option("--quick", help=QUICK_HELP)] = False,
-    dtype: o.Dtype = None,
-    device: o.Device = "auto",
-    expert_dtype: o.ExpertDtype = None,
-) -> int:
+    quick: Annotated[bool, typer.Option("--quick", help=QUICK_HELP)] = False, dtype: o.Dtype = None,
+    device: o.Device = "auto", expert_dtype: o.ExpertDtype = None,
+) -> int:  # fmt: skip
     """Measure every table and figure of the paper on a model, and report which claims hold.
 
     Writes OUT/report.html, figures and records. Called again, it measures what is missing and draws
@@ -73,9 +63,8 @@ def study(
         prompts=num_prompts or (QUICK_PROMPTS if quick else lab.StudyConfig.prompts),
         seed=seed,
     )
-    names = task_names(task, model, data=data)
-    per_task = -(-config.items // len(names))
-    family = inspect(model).family.name
+    names = o.task_names(task, model, data)
+    per_task, family = -(-config.items // len(names)), inspect(model).family.name
     task_options = TaskOptions(family, data, count=per_task, seed=seed, trust=trust_code)
     tasks = open_tasks(names, task_options)  # raises before weights are loaded
     out.mkdir(parents=True, exist_ok=True)
@@ -84,7 +73,7 @@ def study(
         observer = StudyProgressBar(progress, lab.TYPICAL_SECONDS)
         sections = lab.run_study(
             engine, tasks, out, config=config, observer=observer, names=experiment or (),
-            rerun=rerun or (), command=["coterie", *sys.argv[1:]],
+            rerun=rerun or (), command=output.command_line(),
         )  # fmt: skip
     output.console().print(findings_table(sections))
     output.print_text(str(out / lab.REPORT))
@@ -93,13 +82,11 @@ def study(
 
 def findings_table(sections: Sequence[ReportSection]) -> Table:
     """One finding a line, with the verdict on the paper's claim."""
-    table = output.plain_table("experiment", "claim", "finding")
+    rows = []
     for section in sections:
-        for finding in section.findings:
-            table.add_row(section.name, finding.verdict or "", finding.text)
-        if section.failure:
-            table.add_row(section.name, "failed", section.failure)
-    return table
+        rows += [(section.name, each.verdict or "", each.text) for each in section.findings]
+        rows += [(section.name, "failed", section.failure)] if section.failure else []
+    return output.plain_table("experiment", "claim", "finding", rows=rows)
 
 
 class StudyProgressBar:
@@ -108,8 +95,7 @@ class StudyProgressBar:
     def __init__(self, progress: Progress, usual_seconds: Mapping[str, int]) -> None:
         self._progress, self._usual_seconds = progress, usual_seconds
         self._task_id: TaskID | None = None
-        self._completed, self._length, self._start = 0.0, 0.0, 0.0
-        self._label = ""
+        self._completed, self._length, self._start, self._label = 0.0, 0.0, 0.0, ""
 
     def on_experiment_start(self, experiment: Experiment, selected: Sequence[Experiment]) -> None:
         index = selected.index(experiment)
@@ -123,8 +109,8 @@ class StudyProgressBar:
 
     def on_progress(self, share: float, activity: str) -> None:
         if self._task_id is not None:
-            completed, description = self._completed + share * self._length, self._label
-            description += f": {activity}"
+            completed = self._completed + share * self._length
+            description = f"{self._label}: {activity}"
             self._progress.update(self._task_id, completed=completed, description=description)
 
     def on_experiment_end(self, outcome: ExperimentOutcome) -> None:

@@ -1,7 +1,5 @@
 """``coterie train``: trains the model in the package again."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, cast
@@ -12,11 +10,11 @@ from rich.progress import MofNCompleteColumn, TimeRemainingColumn
 from coterie.cli.output import print_note, print_text, progress_bar
 from coterie.lab.training import embedded
 
+OUT_HELP = "Folder for the run and the checkpoint."
+
 
 def train(
-    out: Annotated[
-        Path, typer.Option("--out", "-o", help="Folder for the run and the checkpoint.")
-    ] = Path("runs/embedded"),
+    out: Annotated[Path, typer.Option("--out", "-o", help=OUT_HELP)] = Path("runs/embedded"),
     steps: Annotated[int, typer.Option(help="Optimizer steps.", min=1)] = embedded.DEFAULT_STEPS,
     seed: Annotated[int, typer.Option(help="Seed of the data and the weights.", min=0)] = 0,
     workers: Annotated[int, typer.Option(help="Number of processes.", min=1)] = 2,
