@@ -49,7 +49,9 @@ def test_the_readme_is_short() -> None:
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_lines_of_pages_fit(page: Path) -> None:
-    """Outside tables, code, HTML and lines that a long link makes."""
+    """Outside tables, code and HTML; docs/results.md is generated."""
+    if page.name == "results.md":
+        return
     text = FENCED.sub("", page.read_text(encoding="utf-8"))
     long = [line for line in text.splitlines() if len(line) > COLUMNS]
     assert [line for line in long if not line.startswith(("|", "<", "    ", "!["))] == []

@@ -377,7 +377,7 @@ def test_variants_differ_by_tolerance() -> None:
 
 def test_compare_reports_reuse(capsys: pytest.CaptureFixture[str]) -> None:
     words = ["compare", "Solve 3x + 4 = 19 for x.", "-p", "des-vote:beta=0.3", "-n", "16"]
-    words += ["--unmask", "fixed:steps=4", "--drift", "0.1"]
+    words += ["--unmask", "fixed:steps=4", "--coreset-reuse", "0.1"]
     assert command([*words, "--json"]) == 0
     vanilla, elected = json.loads(capsys.readouterr().out)["runs"]
     assert (vanilla["coresets_kept"], vanilla["drift"]) == (None, None)
@@ -390,13 +390,22 @@ def test_compare_reports_reuse(capsys: pytest.CaptureFixture[str]) -> None:
 @pytest.mark.parametrize(
     ("words", "why"),
     [
-        (["generate", "x", "--drift", "0.1"], "give a --policy that elects one"),
-        (["eval", "--drift", "0.1", "--items", "1"], "give a --policy that elects one"),
-        (["compare", "x", "-p", "topk:k=2", "--drift", "0.1"], "topk:k=2 elects none"),
-        (["bench", "generate", "-p", "vanilla", "--drift", "0.1"], "that elects one"),
-        (["trace", "-o", "x.trace", "-p", "naee:beta=0.5", "--drift", "0.1"], "elects none"),
-        (["generate", "x", "-p", "des-vote:beta=0.3", "--drift", "1"], "at least 0 and below 1"),
-        (["generate", "x", "-p", "des-seq:k=2,scope=batch", "--drift", "0"], "scope=block"),
+        (["generate", "x", "--coreset-reuse", "0.1"], "give a --policy that elects one"),
+        (
+            ["eval", "--coreset-reuse", "0.1", "--num-problems", "1"],
+            "give a --policy that elects one",
+        ),
+        (["compare", "x", "-p", "topk:k=2", "--coreset-reuse", "0.1"], "topk:k=2 elects none"),
+        (["bench", "generate", "-p", "vanilla", "--coreset-reuse", "0.1"], "that elects one"),
+        (
+            ["trace", "-o", "x.trace", "-p", "naee:beta=0.5", "--coreset-reuse", "0.1"],
+            "elects none",
+        ),
+        (
+            ["generate", "x", "-p", "des-vote:beta=0.3", "--coreset-reuse", "1"],
+            "at least 0 and below 1",
+        ),
+        (["generate", "x", "-p", "des-seq:k=2,scope=batch", "--coreset-reuse", "0"], "scope=block"),
     ],
 )
 def test_tolerance_without_effect_raises(

@@ -149,7 +149,7 @@ def test_non_finite_logits_raise_and_write_nothing(tmp_path: Path) -> None:
         engine.step()
     engine.model.transformer.norm.fill_(float("nan"))
     before = engine.sequence(row).canvas.tokens.clone()
-    with pytest.raises(coterie.CoterieError, match="the last norm gives NaN"):
+    with pytest.raises(coterie.CoterieError, match="final norm returned NaN"):
         engine.step()
     assert torch.equal(engine.sequence(row).canvas.tokens, before)
 

@@ -144,7 +144,17 @@ def test_invalid_simulated_memory_raises(asked: ExpertMemoryConfig, told: str) -
 
 
 Capture = pytest.CaptureFixture[str]
-WORDS = ["5 17 33 9", "-m", str(folder()), "-n", "16", "--block", "8", "--imagine-memory", "35%"]
+WORDS = [
+    "5 17 33 9",
+    "-m",
+    str(folder()),
+    "-n",
+    "16",
+    "--block",
+    "8",
+    "--simulate-expert-memory",
+    "35%",
+]
 
 
 def told(words: list[str], capsys: Capture) -> dict:
@@ -175,7 +185,7 @@ def test_compare_reports_traffic(capsys: Capture) -> None:
     assert "5 of 16 experts per layer in memory" in said.err
     assert "simulated" in said.err
     header, vanilla, other = (line.split() for line in said.out.splitlines()[:3])
-    assert header[-3:] == ["hits", "moved", "saved"]
+    assert header[-3:] == ["moved", "bytes", "saved"]
     assert (other[-1][-1], vanilla[-1]) == ("%", "KiB")
     assert run(["compare", *WORDS[:-2], "-p", "des-vote:beta=0.3"]) == 0
     assert "saved" not in capsys.readouterr().out
@@ -184,9 +194,9 @@ def test_compare_reports_traffic(capsys: Capture) -> None:
 @pytest.mark.parametrize(
     ("typed", "said"),
     [
-        (["--expert-memory", "5"], "--imagine-memory stands in place of --expert-memory"),
+        (["--expert-memory", "5"], "--simulate-expert-memory replaces --expert-memory"),
         (["--host-memory", "1GiB"], "has no effect"),
-        (["--coarse", "elsewhere"], "has no effect"),
+        (["--fallback-model", "elsewhere"], "has no effect"),
     ],
 )
 def test_options_without_effect_raise(typed: list[str], said: str, capsys: Capture) -> None:
@@ -198,8 +208,16 @@ def test_options_without_effect_raise(typed: list[str], said: str, capsys: Captu
 
 def test_traffic_of_every_forward_is_plotted(tmp_path: Path, capsys: Capture) -> None:
     pytest.importorskip("matplotlib")
-    asked = [*WORDS, "-p", "uniform-vote:beta=0.3", "--unmask", "fixed:steps=3", "--drift", "0.2"]
-    found = told(["generate", *asked, "--traffic", str(tmp_path / "moved")], capsys)
+    asked = [
+        *WORDS,
+        "-p",
+        "uniform-vote:beta=0.3",
+        "--unmask",
+        "fixed:steps=3",
+        "--coreset-reuse",
+        "0.2",
+    ]
+    found = told(["generate", *asked, "--plot-traffic", str(tmp_path / "moved")], capsys)
     for dress in ("light", "dark"):
         drawn = (tmp_path / f"moved-{dress}.svg").read_text()
         for said in ("simulated copies", "vanilla with LRU", "without a cache", "block 0"):
@@ -224,8 +242,11 @@ def test_traffic_of_every_forward_is_plotted(tmp_path: Path, capsys: Capture) ->
 
 def test_no_plot_without_traffic(tmp_path: Path, capsys: Capture) -> None:
     for words, said in (
-        ([*WORDS[:-2], "--traffic", str(tmp_path / "moved")], "--imagine-memory 35% acts as if"),
-        ([*WORDS, "--traffic", str(tmp_path / "no" / "moved")], "its folder is not there"),
+        (
+            [*WORDS[:-2], "--plot-traffic", str(tmp_path / "moved")],
+            "--simulate-expert-memory 35% simulate",
+        ),
+        ([*WORDS, "--plot-traffic", str(tmp_path / "no" / "moved")], "its folder is not there"),
     ):
         assert run(["generate", *words]) == 2
         told = capsys.readouterr()

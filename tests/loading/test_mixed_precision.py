@@ -269,7 +269,14 @@ def test_the_command_says_which_precision_served(
 ) -> None:
     fine, coarse = folders(tmp_path, ("int8", "int4"))
     words = ["generate", "5 17 33", "-m", str(fine), "-n", "8", "--block", "8", "--json"]
-    words += ["--expert-memory", "50%", "--coarse", str(coarse), "--placement", "upgrades:most=1"]
+    words += [
+        "--expert-memory",
+        "50%",
+        "--fallback-model",
+        str(coarse),
+        "--precision-policy",
+        "promote:most=1",
+    ]
     assert run(words) == 0
     said = capsys.readouterr()
     told = json.loads(said.out)

@@ -191,7 +191,7 @@ def reuse_options(specs: Sequence[str], reuse: float | None) -> dict[str, Genera
 
 
 def check_reuse(specs: Sequence[str]) -> None:
-    """Raises where no policy elects a coreset, and for one whose coresets cannot be reused."""
+    """Raises where no policy elects a coreset, and for one without reusable coresets."""
     electing = [name for name in specs if name != VANILLA]
     if not electing:
         raise ConfigError("--coreset-reuse reuses coresets: give a --policy that elects one")

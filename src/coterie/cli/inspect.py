@@ -20,7 +20,7 @@ from coterie.offload.capacity import format_bytes
 
 DEFAULT_FIT_GIB = (8.0, 16.0, 24.0)
 DTYPE_HELP = "Data type that sizes are given for."
-LENGTH_HELP = "Positions of the sequence whose KV cache must fit too."
+LENGTH_HELP = "Sequence length; its KV cache must fit too."
 FIT_HELP = "Memory in GiB to fit into; may be repeated (default 8, 16, 24)."
 VERIFY_HELP = "Compare all weights with the folder's manifest."
 

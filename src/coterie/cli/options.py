@@ -45,8 +45,8 @@ def one_of(names: Iterable[object]) -> str:
 
 
 def with_option_groups(command: Callable[..., object]) -> Callable[..., object]:
-    """The command as typer reads it: a parameter whose type is a dataclass becomes one option for
-    each field. All parameters become keywords."""
+    """The command as typer reads it: each field of a dataclass parameter becomes one option.
+    All parameters become keywords."""
     hints = get_type_hints(command, include_extras=True)
     groups: dict[str, Any] = {name: hint for name, hint in hints.items() if is_dataclass(hint)}
     options: dict[str, inspect.Parameter] = {}

@@ -423,11 +423,16 @@ def test_answers_are_timed_with_vanilla_first() -> None:
 def test_the_layer_command_writes_a_record_and_figures(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    arguments = ["bench", "layer", "--shape", "tiny", "--peer", "none", "--turns", "2", "--json"]
-    assert run([*arguments, "-p", "vanilla", "-p", "des-vote:beta=0.25", "-o", str(tmp_path)]) == 0
+    arguments = ["bench", "layer", "--shape", "tiny", "--baseline", "none", "--repeats", "2"]
+    assert (
+        run(
+            [*arguments, "--json", "-p", "vanilla", "-p", "des-vote:beta=0.25", "-o", str(tmp_path)]
+        )
+        == 0
+    )
     document = json.loads(capsys.readouterr().out)
     record = json.loads((tmp_path / "bench-layer-tiny-bf16.json").read_text())
-    assert document == record
+    assert document == {"schema": 2, **record}
     assert [each["policy"] for each in record["facts"]["policies"]] == [
         "vanilla",
         "des-vote:beta=0.25",
@@ -445,9 +450,9 @@ def test_the_layer_command_writes_a_record_and_figures(
 
 
 def test_forward_and_generate_write_records_with_figures(tmp_path: Path) -> None:
-    options = ["--shape", "tiny", "--turns", "1", "-o", str(tmp_path), "-p", "des-vote:beta=0.25"]
+    options = ["--shape", "tiny", "--repeats", "1", "-o", str(tmp_path), "-p", "des-vote:beta=0.25"]
     assert run(["bench", "forward", *options, "--layers", "2", "--context", "0"]) == 0
-    assert run(["bench", "generate", *options, "--prompts", "1", "--tokens", "8"]) == 0
+    assert run(["bench", "generate", *options, "--num-prompts", "1", "--tokens", "8"]) == 0
     forward = json.loads((tmp_path / "bench-forward-tiny-int8-2-layers.json").read_text())
     assert set(make_chart(forward).rows) == {"read", "floor", "forward"}
     assert forward["facts"]["wanted"] == "block"
@@ -457,10 +462,10 @@ def test_forward_and_generate_write_records_with_figures(tmp_path: Path) -> None
 
 
 def test_other_sizes_have_other_record_names(tmp_path: Path) -> None:
-    options = ["--shape", "tiny", "--turns", "1", "-o", str(tmp_path), "-p", "vanilla"]
-    assert run(["bench", "layer", *options, "--peer", "none", "--tokens", "8"]) == 0
+    options = ["--shape", "tiny", "--repeats", "1", "-o", str(tmp_path), "-p", "vanilla"]
+    assert run(["bench", "layer", *options, "--baseline", "none", "--tokens", "8"]) == 0
     assert run(["bench", "forward", *options, "--tokens", "8", "--context", "0"]) == 0
-    distinct = [*options, "--prompts", "1", "--tokens", "8"]
+    distinct = [*options, "--num-prompts", "1", "--tokens", "8"]
     assert run(["bench", "generate", *distinct, "--dtype", "int8", "--layers", "2"]) == 0
     assert run(["bench", "generate", *distinct, "--dtype", "bf16"]) == 0
     assert {path.stem for path in tmp_path.glob("*.json")} == {
@@ -475,19 +480,25 @@ def test_other_sizes_have_other_record_names(tmp_path: Path) -> None:
     ("arguments", "message"),
     [
         (["layer", "--shape", "llada3"], "unknown shape 'llada3'"),
-        (["layer", "--peer", "none", "--peer", "torch"], "--peer none leaves no peer"),
-        (["layer", "--peer", "none", "--slow"], "--slow has no effect with --peer none"),
-        (["layer", "--peer", "none", "--memory", "2"], "--memory has no effect with --peer none"),
-        (["layer", "--peer-python", "zentorch"], "not NAME=PATH"),
-        (["layer", "--peer", "torch", "--peer-python", "zentorch=x"], "not among --peer torch"),
+        (
+            ["layer", "--baseline", "none", "--baseline", "torch"],
+            "has no effect with --baseline none",
+        ),
+        (["layer", "--baseline", "none", "--include-slow"], "--include-slow has no effect"),
+        (
+            ["layer", "--baseline", "none", "--baseline-memory", "2"],
+            "--baseline-memory has no effect",
+        ),
+        (["layer", "--baseline-python", "zentorch"], "not NAME=PATH"),
+        (["layer", "--baseline", "torch", "--baseline-python", "zentorch=x"], "not one of torch"),
         (["layer", "-p", "des-votes"], "unknown policy"),
         (["forward", "--shape", "tiny", "--layers", "1"], "must be 2 to 3"),
-        (["forward", "--wanted", "most"], "neither a number nor block"),
-        (["forward", "--wanted", "0"], "must be 1 to 32"),
+        (["forward", "--logits", "most"], "neither a number nor block"),
+        (["forward", "--logits", "0"], "must be 1 to 32"),
         (["generate", "--layers", "2"], "--layers needs --shape"),
-        (["generate", "--shape", "tiny", "--experts", "int8"], "--experts has no effect"),
+        (["generate", "--shape", "tiny", "--expert-dtype", "int8"], "--expert-dtype has no effect"),
         (["generate", "--shape", "tiny", "--dtype", "fp8"], "known: fp32, bf16, int8, int4"),
-        (["generate", "--prompt", "a", "--prompts", "3"], "--prompts has no effect"),
+        (["generate", "--prompt", "a", "--num-prompts", "3"], "--num-prompts has no effect"),
         (["generate", "--model", "some/where"], "--model needs --prompt"),
         (["plot", "pyproject.toml"], "not a benchmark record"),
     ],

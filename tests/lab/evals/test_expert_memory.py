@@ -193,7 +193,7 @@ def test_savings_are_relative_to_the_first_variant() -> None:
     assert uneven.interval[0] < uneven.value == 0.5 < uneven.interval[1]
 
 
-WORDS = ["eval", "--task", "words", "--items", "2", "--imagine-memory", "25%"]
+WORDS = ["eval", "--task", "words", "--num-problems", "2", "--simulate-expert-memory", "25%"]
 
 
 def test_eval_reports_the_traffic(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:

@@ -327,6 +327,6 @@ def test_the_command_traces_and_says_what(tmp_path: Path, capsys: Capture) -> No
     decode = [forward for forward in trace.forwards if forward.kind == "decode"]
     assert all(forward.used.sum(-1).max() <= 4 for forward in decode)
     assert run([*words, "-o", str(tmp_path / "nowhere" / "a.trace")]) == 2
-    assert run([*words, "--forwards", "1", "-o", str(path)]) == 0
+    assert run([*words, "--max-forwards", "1", "-o", str(path)]) == 0
     kinds = [(forward.kind, forward.decode_index) for forward in read_trace(path).forwards]
     assert [kind for kind in kinds if kind[0] == "decode"] == [("decode", 0)] * 2

@@ -624,7 +624,7 @@ def test_other_model_needs_a_task(capsys: pytest.CaptureFixture[str]) -> None:
     assert "gsm8k" in said
 
 
-@pytest.mark.parametrize("flag", ["--chapter", "--again", "--task"])
+@pytest.mark.parametrize("flag", ["--experiment", "--rerun", "--task"])
 def test_unknown_name_lists_the_known_ones(
     flag: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
