@@ -15,8 +15,7 @@ from coterie.cli.output import print_note
 
 BAD_INPUT, BROKEN_PIPE = 2, 1
 FIELD = re.compile(r"`(\w+)(?:=([^`]*))?`")
-# Fields of the library that the command line calls something else.
-OTHER_FIELDS = {
+OTHER_FIELDS = {  # from field of the library to option
     "capacity": "expert_memory", "simulated": "simulate_expert_memory",
     "low_precision": "fallback_model", "experts": "expert_dtype", "plan": "kv_cache",
     "commit": "commit_routing", "prefill": "prefill_routing", "reuse_tolerance": "coreset_reuse",

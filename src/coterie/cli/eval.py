@@ -90,7 +90,6 @@ def evaluate(
     options |= {"seed": items.seed} if options.get("temperature") else {}
     if reset_cache_every is not None and engine_options.memory is None:
         raise ConfigError("--reset-cache-every has no effect where all experts are in memory")
-    # Raises before weights are loaded.
     tasks = items.open(engine_options.model, trust_code=trust_code)
     variants = make_variants(policies, coreset_reuse)
     batch_size = engine_options.resolve_batch_size(batch_size, o.DEFAULT_BATCH_SIZE)

@@ -45,8 +45,7 @@ def one_of(names: Iterable[object]) -> str:
 
 
 def with_option_groups(command: Callable[..., object]) -> Callable[..., object]:
-    """The command as typer reads it: each field of a dataclass parameter becomes one option.
-    All parameters become keywords."""
+    """The command with one keyword option for each field of a dataclass parameter."""
     hints = get_type_hints(command, include_extras=True)
     groups: dict[str, Any] = {name: hint for name, hint in hints.items() if is_dataclass(hint)}
     options: dict[str, inspect.Parameter] = {}
