@@ -140,7 +140,7 @@ def test_a_routing_with_unknown_experts_raises():
     case = Case("bf16", tokens=2, hidden=40, width=24, experts=3, k=1)
     for ids in (torch.tensor([[0], [3]]), torch.tensor([[9], [0]])):
         wrong = Routing(ids, torch.ones(2, 1), case.routing.used, ids)
-        with pytest.raises(RuntimeError, match="an expert or a slot that is not there"):
+        with pytest.raises(RuntimeError, match="an expert or a slot that does not exist"):
             cpu.run_experts(case.x, wrong, case.packed)
     with pytest.raises(ValueError, match="tokens of 41 numbers meet experts of 40"):
         cpu.run_experts(torch.zeros(2, 41), case.routing, case.packed)
@@ -174,7 +174,7 @@ def test_unsupported_slabs_are_not_packed():
     odd = quantize(torch.ones(2, 8, 24), QuantFormat(8, 24))
     slab = Slab(odd, quantize(torch.ones(2, 24, 4), QuantFormat(8, 24)), torch.arange(2))
     assert ops.prepare(slab) is slab
-    with pytest.raises(ValueError, match="no kernel takes"):
+    with pytest.raises(ValueError, match="do not support experts"):
         cpu.pack(plain)
 
 
