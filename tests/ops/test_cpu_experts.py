@@ -142,7 +142,7 @@ def test_a_routing_with_unknown_experts_raises():
         wrong = Routing(ids, torch.ones(2, 1), case.routing.used, ids)
         with pytest.raises(RuntimeError, match="an expert or a slot that does not exist"):
             cpu.run_experts(case.x, wrong, case.packed)
-    with pytest.raises(ValueError, match="tokens of 41 numbers meet experts of 40"):
+    with pytest.raises(ValueError, match="tokens have 41 features, the experts 40"):
         cpu.run_experts(torch.zeros(2, 41), case.routing, case.packed)
 
 
@@ -157,7 +157,7 @@ def test_a_routing_with_unknown_experts_raises():
 )
 def test_a_routing_of_other_dtypes_raises(ids: Tensor, weights: Tensor):
     case = Case("bf16", tokens=3, hidden=40, width=24)
-    with pytest.raises(ValueError, match=r"ids .* and weights"):
+    with pytest.raises(ValueError, match=r"ids|weights"):
         cpu.run_experts(case.x, Routing(ids, weights, case.routing.used, ids), case.packed)
 
 
