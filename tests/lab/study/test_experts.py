@@ -232,6 +232,7 @@ def test_log_entry_round_trip(forwards: int, seed: int) -> None:
 # The chapter
 
 
+@pytest.mark.slow
 def test_expert_cache_renders_from_its_record(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

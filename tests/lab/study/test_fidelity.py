@@ -422,7 +422,20 @@ def test_single_forward_has_no_overlap() -> None:
         pairs.to_overlap(0, "vanilla", 16)
 
 
-@pytest.mark.parametrize("chapter", CHAPTERS, ids=lambda chapter: chapter.name)
+SLOW_TO_RENDER = ("votes-fidelity", "reconstruction")  # they draw many panels
+
+
+@pytest.mark.parametrize(
+    "chapter",
+    [
+        pytest.param(
+            chapter,
+            marks=[pytest.mark.slow] if chapter.name in SLOW_TO_RENDER else [],
+            id=chapter.name,
+        )
+        for chapter in CHAPTERS
+    ],
+)
 def test_experiment_renders_from_its_record(chapter: Experiment) -> None:
     kept = json.loads(facts(chapter)[0])
     assert chapter.drawings(kept)
