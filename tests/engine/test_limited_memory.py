@@ -246,7 +246,7 @@ def test_no_plot_without_traffic(tmp_path: Path, capsys: Capture) -> None:
             [*WORDS[:-2], "--plot-traffic", str(tmp_path / "moved")],
             "--simulate-expert-memory 35% simulate",
         ),
-        ([*WORDS, "--plot-traffic", str(tmp_path / "no" / "moved")], "its folder is not there"),
+        ([*WORDS, "--plot-traffic", str(tmp_path / "no" / "moved")], "its folder does not exist"),
     ):
         assert run(["generate", *words]) == 2
         told = capsys.readouterr()
