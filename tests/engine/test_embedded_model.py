@@ -89,13 +89,13 @@ def test_no_expert_of_any_layer_is_idle():
 
 def blocks_to_fill(count: int) -> Iterator[list[int]]:
     """Held-out problems of every task as decoding meets them: text so far, then a masked block."""
-    model, codec = engine().model, engine().model.codec
+    model, tokenizer = engine().model, engine().model.tokenizer
     rng = random.Random(SEED)
     for problem in [
         draw_problem(maker, rng, "test") for maker in PROBLEM_MAKERS.values() for _ in range(count)
     ]:
-        prompt = codec.encode(problem.prompt)
-        ids = prompt + codec.encode(problem.answer, raw=True)
+        prompt = tokenizer.encode(problem.prompt)
+        ids = prompt + tokenizer.encode(problem.answer, raw=True)
         for start in range(len(prompt) // 32 * 32, len(ids), 32):
             known = ids[: max(start, len(prompt))]
             yield known + [model.mask_id] * (start + 32 - len(known))

@@ -34,7 +34,7 @@ def tiny(family: str = "llada2", ends: tuple[int, ...] = (94,)) -> Model:
         name=f"tiny {family}",
         family=kind,
         transformer=random_transformer(spec, seed=1),
-        codec=IdTokenizer(VOCABULARY),
+        tokenizer=IdTokenizer(VOCABULARY),
         mask_id=MASK,
         eos_ids=ends,
     )

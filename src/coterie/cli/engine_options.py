@@ -218,6 +218,6 @@ def check_engine(engine: Engine, specs: Sequence[str], options: GenerationOption
 
 def encode_prompt(engine: Engine, prompt: str, *, raw: bool) -> list[int]:
     """The prompt's token ids; a note of the tokenizer goes to stderr."""
-    if (note := engine.model.codec.prompt_note(prompt)) is not None:
+    if (note := engine.model.tokenizer.prompt_note(prompt)) is not None:
         print_note(note)
-    return engine.model.codec.encode(prompt, raw=raw)
+    return engine.model.tokenizer.encode(prompt, raw=raw)

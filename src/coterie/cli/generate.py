@@ -118,11 +118,11 @@ def vanilla_line(result: Result, vanilla: Result) -> str:
 
 
 def vanilla_document(result: Result, vanilla: Result) -> dict[str, object]:
-    """The same as JSON. The ratio is of a layer's bytes, over all decoding forwards."""
-    sizes = [run.expert_bytes * run.experts.forwards for run in (result, vanilla)]
+    """The same as JSON. The ratio is of expert bytes over all decoding forwards, 1 without any."""
+    size, base = (run.expert_bytes * run.experts.forwards for run in (result, vanilla))
     return {
         "text": vanilla.text, "forwards": vanilla.forwards, "experts_mean": vanilla.experts.mean,
-        "expert_bytes": vanilla.expert_bytes, "bytes_ratio": sizes[0] / sizes[1],
+        "expert_bytes": vanilla.expert_bytes, "bytes_ratio": size / base if base else 1.0,
         "same_answer": result.tokens == vanilla.tokens,
     }  # fmt: skip
 

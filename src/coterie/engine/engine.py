@@ -189,7 +189,7 @@ class Engine:
         answer = sequence.answer
         size = expert_bytes(model.spec, model.transformer.dtype)
         return Result(
-            text=model.codec.decode(answer),
+            text=model.tokenizer.decode(answer),
             tokens=tuple(answer),
             finish_reason="stop" if sequence.ended_by_eos else "length",
             prompt_tokens=len(sequence.request.prompt_ids),
@@ -242,7 +242,7 @@ class Engine:
         return self._active[number]
 
     def _request(self, prompt: Prompt, generation: GenerationConfig) -> DecodeRequest:
-        ids = self.model.codec.encode(prompt) if isinstance(prompt, str) else list(prompt)
+        ids = self.model.tokenizer.encode(prompt) if isinstance(prompt, str) else list(prompt)
         return make_request(
             ids,
             generation,

@@ -44,7 +44,7 @@ class Model:
     name: str
     family: Family
     transformer: Transformer
-    codec: TextTokenizer
+    tokenizer: TextTokenizer
     mask_id: int
     eos_ids: tuple[int, ...]
     folder: Path | None = None  # None: made in memory
@@ -90,14 +90,16 @@ def load_model(
     placement = choose_placement(target, expert_memory)
     loaded = placement.load(target, on_progress)
     template = family.defaults.chat_template
-    codec = load_tokenizer(model.path, template=template, vocab_size=vocab_size)
+    tokenizer = load_tokenizer(model.path, template=template, vocab_size=vocab_size)
     return Model(
         name=EMBEDDED if name_or_path is None else str(name_or_path),
         family=family,
         transformer=build(target.spec, loaded.weights, loaded.store),
-        codec=codec,
-        mask_id=_resolve_mask_id(model.config, codec, mask_id(model.config, family, vocab_size)),
-        eos_ids=tuple(dict.fromkeys(codec.eos_ids + eos_ids(model.config, family, vocab_size))),
+        tokenizer=tokenizer,
+        mask_id=_resolve_mask_id(
+            model.config, tokenizer, mask_id(model.config, family, vocab_size)
+        ),
+        eos_ids=tuple(dict.fromkeys(tokenizer.eos_ids + eos_ids(model.config, family, vocab_size))),
         folder=model.path,
         store=loaded.store,
         placement=loaded.placement,
@@ -178,10 +180,12 @@ def choose_dtype(
     return dtype
 
 
-def _resolve_mask_id(config: ModelConfig, codec: TextTokenizer, default: int) -> int:
+def _resolve_mask_id(config: ModelConfig, tokenizer: TextTokenizer, default: int) -> int:
     """The tokenizer's mask id, which must agree with the config's; without one, the default."""
-    if codec.mask_id is None:
+    if tokenizer.mask_id is None:
         return default
-    if config.values.get("mask_token_id") is not None and default != codec.mask_id:
-        raise config.error("mask_token_id", f"is {default}, but tokenizer.json has {codec.mask_id}")
-    return codec.mask_id
+    if config.values.get("mask_token_id") is not None and default != tokenizer.mask_id:
+        raise config.error(
+            "mask_token_id", f"is {default}, but tokenizer.json has {tokenizer.mask_id}"
+        )
+    return tokenizer.mask_id

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -48,7 +47,6 @@ class MoE:
     bias: Tensor | None  # [E] fp32, for selection
     shared: Dense | None
     store: ExpertStore
-    score_override: Callable[[Scores], Scores] | None = None  # replaces the router, for replay
 
     def __call__(self, x: Tensor, context: ForwardContext, importance: Tensor | None) -> Tensor:
         scores = self._router_scores(x, context, importance)
@@ -79,7 +77,7 @@ class MoE:
         self, x: Tensor, context: ForwardContext, importance: Tensor | None
     ) -> Scores:
         ordinal, coresets = sum(self.spec.moe[: self.layer]), context.coresets
-        scores = Scores(
+        return Scores(
             logits=ops.linear(x, self.gate, dtype=torch.float32),
             router=self.spec.router,
             bias=self.bias,
@@ -93,4 +91,3 @@ class MoE:
             moe_index=ordinal,
             forward_indices=context.forward,
         )
-        return scores if self.score_override is None else self.score_override(scores)

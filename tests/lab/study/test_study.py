@@ -38,7 +38,7 @@ from coterie.lab.study.blocks import BlockSizeExperiment
 from coterie.lab.study.cached_grading import CachedGradesTask
 from coterie.lab.study.charts import pareto_front
 from coterie.lab.study.context import StudyContext
-from coterie.lab.study.experiment import Drawing, Experiment, Finding, Table, format_bytes
+from coterie.lab.study.experiment import Drawing, Experiment, Finding, Table, decimal_bytes
 from coterie.lab.study.experts_per_token import (
     ExpertsPerTokenExperiment,
     LimitTopK,
@@ -607,7 +607,7 @@ def test_experiments_have_names_and_questions() -> None:
 
 
 def test_format_bytes() -> None:
-    assert [format_bytes(size) for size in (999, 24_576, 6_291_456)] == [
+    assert [decimal_bytes(size) for size in (999, 24_576, 6_291_456)] == [
         "999 B",
         "24.6 KB",
         "6.3 MB",

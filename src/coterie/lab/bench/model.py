@@ -69,7 +69,7 @@ def random_model(
         name=f"random {shape.title}",
         family=shape.family,
         transformer=build(spec, weights, store),
-        codec=IdTokenizer(spec.vocabulary),
+        tokenizer=IdTokenizer(spec.vocabulary),
         mask_id=min(defaults.mask_id, spec.vocabulary - 1),
         eos_ids=eos_ids or (spec.vocabulary - 2,),
         store=store,

@@ -117,7 +117,7 @@ def format_interval(value: float, interval: Sequence[float], spec: str) -> str:
     return f"{value:{spec}} ({low:{spec}} to {high:{spec}})"
 
 
-def format_bytes(size: float) -> str:
+def decimal_bytes(size: float) -> str:
     """Bytes with a decimal unit: 393216 -> "393 KB"."""
     units, unit = ("B", "KB", "MB", "GB"), 0
     while size >= 1000 and unit < len(units) - 1:

@@ -14,7 +14,7 @@ from matplotlib.ticker import MaxNLocator, NullLocator
 from coterie.lab import plotting
 from coterie.lab.plotting import SeriesStyle, foreground, format_percent, new_axes, new_panels
 from coterie.lab.study.charts import Series, draw_guide, draw_series
-from coterie.lab.study.experiment import format_bytes
+from coterie.lab.study.experiment import decimal_bytes
 from coterie.lab.study.expert_cache import MEMORY_SHARES, CachePoint, ResultGrid, format_share
 
 SHARE_MARKERS: Mapping[str, str] = dict(zip(MEMORY_SHARES, "so^vD", strict=True))
@@ -117,7 +117,7 @@ def set_error_scale(ax: Axes) -> None:
     ax.yaxis.set_minor_locator(NullLocator())
     ax.set_xlim(0, None)
     ax.xaxis.set_major_locator(MaxNLocator(6))
-    ax.xaxis.set_major_formatter(lambda value, _: format_bytes(value))
+    ax.xaxis.set_major_formatter(lambda value, _: decimal_bytes(value))
 
 
 def add_policy_legend(ax: Axes, colours: Mapping[str, str], markers: Mapping[str, str]) -> None:

@@ -12,7 +12,7 @@ from coterie.lab.study.experiment import (
     Drawing,
     Finding,
     Table,
-    format_bytes,
+    decimal_bytes,
     format_interval,
     format_p,
     judge,
@@ -313,12 +313,12 @@ def same_memory_sentences(grid: ResultGrid) -> list[str]:
         base_points = vanilla_points(grid.baseline_precision, "25%")
         for low, base in zip(vanilla_points(name, "50%"), base_points, strict=False):
             memory, low_memory = (
-                format_bytes(p.outcome["slots"] * sizes[p.run["precision"]]) for p in (base, low)
+                decimal_bytes(p.outcome["slots"] * sizes[p.run["precision"]]) for p in (base, low)
             )
             sentences.append(
                 f"Vanilla with {memory} per layer (25 % in {grid.baseline_precision}) moves "
-                f"{format_bytes(base.bytes)} per answer; with {low_memory} (50 % in {name}) it "
-                f"moves {format_bytes(low.bytes)}."
+                f"{decimal_bytes(base.bytes)} per answer; with {low_memory} (50 % in {name}) it "
+                f"moves {decimal_bytes(low.bytes)}."
             )
     return sentences
 
@@ -367,8 +367,8 @@ def precision_table(grid: ResultGrid, name: str) -> Table:
     size = next(p["expert_bytes"] for p in grid.record["precisions"] if p["name"] == name)
     commits = ", commits by the policy" if grid.record["commits"] else ""
     return make_table(
-        f"Experts in {name} ({format_bytes(size)} each){commits}. A policy that does not depend on "
-        "the resident experts has the same answers at every share, so its accuracy is shown once. "
+        f"Experts in {name} ({decimal_bytes(size)} each){commits}. A policy that does not depend "
+        "on the resident experts has the same answers at every share, so its accuracy is shown once. "
         "Saved: of vanilla's bytes at the same share. p is McNemar's, exact. Milliseconds per "
         "answer are predicted.",
         rows,
@@ -385,7 +385,7 @@ def precision_table(grid: ResultGrid, name: str) -> Table:
             "change": change(lambda paired: f"{paired.difference:+.1%}"),
             "p": change(lambda paired: format_p(paired.p_value, bare=True)),
             "hits": "{0[0].hit_rate:.1%}",
-            "bytes per answer": lambda row: format_bytes(row[0].bytes),
+            "bytes per answer": lambda row: decimal_bytes(row[0].bytes),
             "saved": lambda row: "" if row[0].saved is None else f"{row[0].saved[0]:.1%}",
             "forwards": once(lambda point: f"{point.result.forwards_per_block:.2f}"),
             **{f"ms by {link}": f"{{0[0].outcome[ms][{link}]:.3g}}" for link in LINKS},
@@ -419,7 +419,7 @@ def commit_table(grid: ResultGrid) -> Table:
             "accuracy": "{0[1].point.result.accuracy:.1%}",
             "change, 95 %": lambda row: change_text(row[1].change),
             "p": lambda row: format_p(row[1].change.p, bare=True),
-            "bytes per answer": lambda row: format_bytes(row[1].point.bytes),
+            "bytes per answer": lambda row: decimal_bytes(row[1].point.bytes),
             "saved, 95 %": lambda row: format_ratio(row[1].saved),
             "in decoding": decoding,
             "forwards against vanilla": lambda row: "{:.2f}, {:.2f} to {:.2f}".format(

@@ -49,7 +49,7 @@ def prompts_at_block_start(engine: Engine, prompts: Sequence[str]) -> list[Promp
         if shared < result.new_tokens or (
             shared == result.new_tokens and result.finish_reason == "length"
         ):
-            extended.append((*engine.model.codec.encode(prompt), *result.tokens[:shared]))
+            extended.append((*engine.model.tokenizer.encode(prompt), *result.tokens[:shared]))
     if not extended:
         raise TaskError("every answer ends in the block of its prompt, so no block is all answer")
     return extended

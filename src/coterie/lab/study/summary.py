@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from coterie.lab.study.accuracy import DES_SEQ, DES_VOTE, MIN_RELATIVE_ACCURACY, TOP_K
-from coterie.lab.study.experiment import format_bytes, format_p
+from coterie.lab.study.experiment import decimal_bytes, format_p
 from coterie.lab.study.expert_cache_report import ResultGrid, assess_policies, format_ratio
 from coterie.lab.study.report import ReportSection, collect_claims
 from coterie.lab.study.results import VariantResult, VariantResults
@@ -167,7 +167,7 @@ def _cache_point(record: Any) -> str | None:
     return (
         f"With {grid.main} of the experts in memory, {best.point.policy} saves "
         f"{format_ratio(best.saved)} of the bytes that vanilla moves "
-        f"({format_bytes(best.point.bytes)} instead of {format_bytes(best.vanilla.bytes)} per "
+        f"({decimal_bytes(best.point.bytes)} instead of {decimal_bytes(best.vanilla.bytes)} per "
         f"answer) at an accuracy of {best.point.result.accuracy:.1%} (vanilla: "
         f"{best.point.vanilla.accuracy:.1%})."
     )

@@ -12,7 +12,7 @@ from coterie.lab.study.experiment import (
     Drawing,
     Finding,
     Table,
-    format_bytes,
+    decimal_bytes,
     format_p,
     make_table,
 )
@@ -114,7 +114,7 @@ def _traffic_table(results: Sequence[VariantResult]) -> Table:
         {
             "policy": "{0.name}",
             "experts": "{0.experts:.1f}",
-            "bytes": lambda result: format_bytes(result.expert_bytes),
+            "bytes": lambda result: decimal_bytes(result.expert_bytes),
             "votes kept": "{0.vote_mass_kept:.3f}",
             "forwards": "{0.forwards_per_block:.2f}",
             "experts per block": "{0.experts_per_block:.0f}",

@@ -88,21 +88,21 @@ class CoterieLM(LM):
 
     def chat_template(self, chat_template: bool | str = False) -> str:
         """The template's source; the harness calls this before it applies a template."""
-        codec = self.engine.model.codec
-        self.uses_template = bool(chat_template) and isinstance(codec, SubwordTokenizer)
-        return codec.template.source if isinstance(codec, SubwordTokenizer) else ""
+        tokenizer = self.engine.model.tokenizer
+        self.uses_template = bool(chat_template) and isinstance(tokenizer, SubwordTokenizer)
+        return tokenizer.template.source if isinstance(tokenizer, SubwordTokenizer) else ""
 
     def apply_chat_template(
         self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True
     ) -> str:
         """The text of a conversation; without a generation prompt it ends in an open last turn."""
-        codec = self.engine.model.codec
-        if not isinstance(codec, SubwordTokenizer):
+        tokenizer = self.engine.model.tokenizer
+        if not isinstance(tokenizer, SubwordTokenizer):
             raise ConfigError(f"{self.engine.model.name}: no chat template without a tokenizer")
         self.uses_template = True
         if add_generation_prompt:
-            return codec.template.render(chat_history)
-        return codec.template.render(chat_history[:-1]) + chat_history[-1]["content"]
+            return tokenizer.template.render(chat_history)
+        return tokenizer.template.render(chat_history[:-1]) + chat_history[-1]["content"]
 
     def get_model_info(self) -> dict[str, object]:
         """Metadata for the harness's results file."""
@@ -155,11 +155,11 @@ class CoterieLM(LM):
         return self.engine.submit(ids, policy=self.policy, **options)
 
     def _encode(self, prompt: str) -> list[int]:
-        codec = self.engine.model.codec
-        if self.uses_template and isinstance(codec, SubwordTokenizer):
+        tokenizer = self.engine.model.tokenizer
+        if self.uses_template and isinstance(tokenizer, SubwordTokenizer):
             # The template writes every special token itself.
-            return codec.tokenizer.encode(prompt, add_special_tokens=False).ids
-        return codec.encode(prompt, raw=True)
+            return tokenizer.tokenizer.encode(prompt, add_special_tokens=False).ids
+        return tokenizer.encode(prompt, raw=True)
 
     def _step(self, stop_by_row: Mapping[int, Sequence[str]]) -> list[tuple[int, str]]:
         """Rows that finished or reached a stop string, with their texts."""
@@ -179,7 +179,7 @@ class CoterieLM(LM):
         if event.start <= 0 or event.row not in self.engine.rows:
             return None
         token_ids = self.engine.sequence(event.row).answer[: event.start]
-        text = self.engine.model.codec.decode(token_ids)
+        text = self.engine.model.tokenizer.decode(token_ids)
         return text if any(stop in text for stop in stops) else None
 
 
