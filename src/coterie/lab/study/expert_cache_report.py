@@ -368,8 +368,8 @@ def precision_table(grid: ResultGrid, name: str) -> Table:
     commits = ", commits by the policy" if grid.record["commits"] else ""
     return make_table(
         f"Experts in {name} ({decimal_bytes(size)} each){commits}. A policy that does not depend "
-        "on the resident experts has the same answers at every share, so its accuracy is shown once. "
-        "Saved: of vanilla's bytes at the same share. p is McNemar's, exact. Milliseconds per "
+        "on the resident experts has the same answers at every share, so its accuracy is shown "
+        "once. Saved: of vanilla's bytes at the same share. p is McNemar's, exact. Milliseconds per "
         "answer are predicted.",
         rows,
         {
