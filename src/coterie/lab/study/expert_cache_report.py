@@ -369,8 +369,8 @@ def precision_table(grid: ResultGrid, name: str) -> Table:
     return make_table(
         f"Experts in {name} ({decimal_bytes(size)} each){commits}. A policy that does not depend "
         "on the resident experts has the same answers at every share, so its accuracy is shown "
-        "once. Saved: of vanilla's bytes at the same share. p is McNemar's, exact. Milliseconds per "
-        "answer are predicted.",
+        "once. Saved: of vanilla's bytes at the same share. p is McNemar's, exact. Milliseconds "
+        "per answer are predicted.",
         rows,
         {
             "policy": once(lambda point: point.policy),
