@@ -410,7 +410,9 @@ def restate(folder: Path, **keys: object) -> None:
 
 def test_packed_experts_cannot_be_converted(tmp_path: Path) -> None:
     folder = packed(tmp_path, "bf16")
-    with pytest.raises(CoterieError, match="are bf16, packed already; int8 in groups of 64 can only"):
+    with pytest.raises(
+        CoterieError, match="are bf16, packed already; int8 in groups of 64 can only"
+    ):
         load_model(folder, experts="int8")
     for aim in (
         ConversionTarget.parse("int8"),
