@@ -601,8 +601,8 @@ def test_headline_verdict_uses_the_smallest_accurate_policy() -> None:
 
 def test_experiments_have_names_and_questions() -> None:
     assert all(chapter.name == name for name, chapter in EXPERIMENTS.items())
-    assert all(chapter.question.endswith("?") for chapter in EXPERIMENTS.values())
-    titles = [chapter.title for chapter in EXPERIMENTS.values()]
+    assert all(chapter.text.question.endswith("?") for chapter in EXPERIMENTS.values())
+    titles = [chapter.text.title for chapter in EXPERIMENTS.values()]
     assert len(set(titles)) == len(titles)
 
 

@@ -15,7 +15,7 @@ from coterie.lab.study.accuracy import (
     matched_pairs,
 )
 from coterie.lab.study.comparison import PolicyComparison
-from coterie.lab.study.experiment import Finding, Table
+from coterie.lab.study.experiment import ExperimentText, Finding, Table
 from coterie.lab.study.paired import (
     PairedComparison,
     claim_finding,
@@ -156,11 +156,7 @@ def beyond_tables(results: VariantResults) -> list[Table]:
 
 
 CONTROL = PolicyComparison(
-    name="random-control",
-    title="Control: a random coreset of the same size",
-    question="Does accuracy depend on the election, or would any shared set of experts do?",
-    caption="Accuracy with an elected coreset, with a random one, and with a random one that "
-    "includes every token's best expert.",
+    text=ExperimentText.load("random-control"),
     groups=lambda _: {
         "elected": des_votes(),
         "random": beta_variants("random"),
@@ -172,11 +168,7 @@ CONTROL = PolicyComparison(
     color_by="place",
 )
 VOTES = PolicyComparison(
-    name="votes",
-    title="Definitions of a vote",
-    question="The paper's votes are the router probabilities of a token's own experts. Do other "
-    "definitions do as well?",
-    caption="Accuracy of coresets elected by five definitions of a vote, at the same sizes.",
+    text=ExperimentText.load("votes"),
     groups=lambda _: {
         "probability of own experts": des_votes(betas=TWO_BETAS),
         "combine weight": des_votes("vote=weight", TWO_BETAS),
@@ -190,11 +182,7 @@ VOTES = PolicyComparison(
     color_by="place",
 )
 VOTERS = PolicyComparison(
-    name="voters",
-    title="Which positions vote",
-    question="After the end-of-text token a block is filled, and the fill votes too. What changes "
-    "if only answer tokens vote, or only masked positions?",
-    caption="Accuracy of DES-Vote by the positions that vote, at the same sizes.",
+    text=ExperimentText.load("voters"),
     groups=lambda _: {
         "all positions vote": des_votes(),
         "answer tokens vote": des_votes(ANSWER_TOKENS),
@@ -205,10 +193,7 @@ VOTERS = PolicyComparison(
     color_by="place",
 )
 PROTECTION = PolicyComparison(
-    name="protection",
-    title="Protecting every token's best expert",
-    question="What changes if each voter's best expert is in the coreset before votes are counted?",
-    caption="Accuracy of DES-Vote with and without top-1 protection, at the same sizes.",
+    text=ExperimentText.load("protection"),
     groups=lambda _: {
         "no protection": des_votes(),
         "top-1 protected": des_votes("protect=top1"),
@@ -219,24 +204,14 @@ PROTECTION = PolicyComparison(
     color_by="place",
 )
 MASS = PolicyComparison(
-    name="mass",
-    title="A share of the votes against a share of the experts",
-    question="Is a coreset better that holds a fixed share of the votes, or a fixed number of "
-    "experts?",
-    caption="Accuracy with coresets sized by vote mass and by number of experts. The pairs in the "
-    "table have equal mean experts.",
+    text=ExperimentText.load("mass"),
     groups=mass_groups,
     rivals=lambda k: {"des-vote": mass_groups(k)["share of votes"]},
     make_findings=mass_findings,
     color_by="place",
 )
 BEYOND = PolicyComparison(
-    name="beyond",
-    title="Not in the paper: seats in proportion to votes",
-    question="Can a policy without training be more accurate than DES-Vote at equal experts?",
-    caption="Accuracy of DES-Vote, of the guarded DES-Vote (only answer tokens vote, every voter's "
-    "best expert is protected), and of votes that allocate seats one by one, where a token weighs "
-    "less the more of its vote is satisfied; with 95 % Wilson intervals.",
+    text=ExperimentText.load("beyond"),
     groups=beyond_groups,
     rivals=beyond_rivals,
     make_findings=beyond_findings,

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from coterie.lab.evals.run import Variant
 from coterie.lab.study.charts import pareto_front
 from coterie.lab.study.comparison import PolicyComparison
-from coterie.lab.study.experiment import Finding, Table, judge
+from coterie.lab.study.experiment import ExperimentText, Finding, Table, judge
 from coterie.lab.study.paired import (
     claim_finding,
     compare_pairs,
@@ -178,13 +178,7 @@ def size_findings(results: VariantResults) -> list[Finding | str]:
 
 
 ACCURACY = PolicyComparison(
-    name="accuracy",
-    title="Accuracy against experts (Fig. 1c)",
-    question="How much accuracy does each way to use fewer experts cost?",
-    caption="Accuracy against unique experts, with 95 % Wilson intervals; each marker is one "
-    "policy at one size. Dotted: vanilla's accuracy, and the Pareto front over all policies. "
-    "Guarded: only answer tokens vote (not the fill after the end-of-text token), and every "
-    "voter's best expert is protected.",
+    text=ExperimentText.load("accuracy"),
     figures={
         "accuracy": (),
         "accuracy-few": (DES_VOTE, DES_SEQ, TOP_K, RANDOM, GUARDED, PROPORTIONAL),
@@ -196,11 +190,7 @@ ACCURACY = PolicyComparison(
     make_tables=accuracy_tables,
 )
 CORESET_SIZE = PolicyComparison(
-    name="coreset-size",
-    title="The size of the coreset (Fig. 7a)",
-    question="How small can the coreset be before accuracy drops?",
-    caption="Accuracy of DES-Vote and of a random coreset against the size of the coreset, with "
-    "95 % Wilson intervals.",
+    text=ExperimentText.load("coreset-size"),
     groups=lambda _: {
         DES_VOTE: beta_variants("des-vote", ALL_BETAS),
         RANDOM: beta_variants("random", MAIN_BETAS),

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import TypedDict
 
 from matplotlib.figure import Figure
@@ -13,7 +12,15 @@ from coterie.lab.evals.run import Variant
 from coterie.lab.plotting import add_legend, format_percent, new_axes
 from coterie.lab.study.charts import DASHES, draw_series, policy_series
 from coterie.lab.study.context import StudyContext
-from coterie.lab.study.experiment import Drawing, Finding, Table, judge, make_table
+from coterie.lab.study.experiment import (
+    Drawing,
+    Experiment,
+    ExperimentText,
+    Finding,
+    Table,
+    judge,
+    make_table,
+)
 from coterie.lab.study.paired import compare_pairs
 from coterie.lab.study.results import JsonObject, VariantResult
 from coterie.lab.study.variants import GUARD_OPTIONS
@@ -37,16 +44,10 @@ class BlockSizeRecord(TypedDict):
     skipped: list[str]
 
 
-@dataclass(frozen=True)
-class BlockSizeExperiment:
+class BlockSizeExperiment(Experiment):
     """The same problems with blocks of several sizes, each compared with vanilla at that size."""
 
-    name: str = "block-size"
-    title: str = "Robustness to the block size (Fig. 7b)"
-    question: str = (
-        "Larger blocks route more tokens together, and all of them share one coreset. Does "
-        "accuracy hold?"
-    )
+    text = ExperimentText.load("block-size")
 
     def measure(self, context: StudyContext) -> BlockSizeRecord:
         half_k = max(1, context.engine.model.spec.router.k // 2)

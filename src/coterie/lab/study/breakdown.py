@@ -15,7 +15,15 @@ from coterie.lab.bench import timing
 from coterie.lab.plotting import SERIES_COLOURS, new_axes
 from coterie.lab.study.charts import milliseconds, quartiles_text
 from coterie.lab.study.context import StudyContext
-from coterie.lab.study.experiment import Drawing, Finding, Table, judge, make_table
+from coterie.lab.study.experiment import (
+    Drawing,
+    Experiment,
+    ExperimentText,
+    Finding,
+    Table,
+    judge,
+    make_table,
+)
 from coterie.lab.study.profiler import (
     ELECTION,
     EXPERTS,
@@ -57,15 +65,10 @@ class BreakdownRecord(TypedDict):
 
 
 @dataclass(frozen=True)
-class BreakdownExperiment:
+class BreakdownExperiment(Experiment):
     """One row at a time; prompts and policies take turns, and every part of the model is timed."""
 
-    name: str = "breakdown"
-    title: str = "Time of a decoding forward by part (Fig. 2, left)"
-    question: str = (
-        "A forward runs attention, a router, the experts and more. Which share of its time do the "
-        "experts take, and how much can a coreset save?"
-    )
+    text = ExperimentText.load("breakdown")
 
     rounds: int = ROUNDS
 

@@ -18,7 +18,15 @@ from coterie.lab.plotting import (
 )
 from coterie.lab.study.charts import Series, draw_series, indexed_style, pareto_front
 from coterie.lab.study.context import StudyContext
-from coterie.lab.study.experiment import Drawing, Finding, Table, format_p, make_table
+from coterie.lab.study.experiment import (
+    Drawing,
+    Experiment,
+    ExperimentText,
+    Finding,
+    Table,
+    format_p,
+    make_table,
+)
 from coterie.lab.study.results import VariantResult, VariantResults, VariantsRecord
 from coterie.lab.study.variants import NO_RIVALS, RivalVariants, VariantGroups, run_comparison
 
@@ -26,16 +34,13 @@ ColorBy = Literal["family", "place"]  # a line's style: its policy family's, or 
 
 
 @dataclass(frozen=True)
-class PolicyComparison:
+class PolicyComparison(Experiment):
     """Accuracy against experts for groups of policies.
 
     ``groups`` and ``rivals`` depend on K, the experts of a token.
     """
 
-    name: str
-    title: str
-    question: str
-    caption: str
+    text: ExperimentText
     groups: Callable[[int], VariantGroups]
     make_findings: Callable[[VariantResults], Sequence[Finding | str]]
     rivals: Callable[[int], RivalVariants] = lambda _: NO_RIVALS
@@ -55,7 +60,7 @@ class PolicyComparison:
             def draw() -> Figure:
                 return draw_comparison(results, labels, self.color_by, pareto=self.show_pareto)
 
-            return Drawing(name, self.caption, draw)
+            return Drawing(name, self.text.caption("figure"), draw)
 
         views = self.figures or {self.name: ()}
         return [make_drawing(name, labels) for name, labels in views.items()]

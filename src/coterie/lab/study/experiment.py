@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import tomllib
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, Literal, Protocol, TypeVar
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, TypeVar
 
 from matplotlib.figure import Figure
 
@@ -42,38 +45,67 @@ class Finding:
     verdict: Verdict | None = None
 
 
-class Experiment(Protocol):
+@dataclass(frozen=True)
+class ExperimentText:
+    """The prose of an experiment, from ``texts/NAME.toml``: templates for ``str.format``, by key.
+
+    The code computes the values and the verdict. A sentence with an entry of the same key in
+    ``claims`` tests that claim of the paper.
+    """
+
+    name: str  # of the record's file and the report's anchor: "explosion"
+    title: str  # with the place in the paper: "The expert explosion (Fig. 1a)"
+    question: str  # in a sentence for readers without knowledge of the paper
+    captions: Mapping[str, str] = field(default_factory=dict)
+    sentences: Mapping[str, str] = field(default_factory=dict)
+    claims: Mapping[str, str] = field(default_factory=dict)
+
+    @staticmethod
+    def load(name: str) -> ExperimentText:
+        file = Path(__file__).with_name("texts") / f"{name}.toml"
+        return ExperimentText(name, **tomllib.loads(file.read_text("utf-8")))
+
+    def caption(self, key: str, **values: object) -> str:
+        return self.captions[key].format(**values)
+
+    def sentence(self, key: str, **values: object) -> str:
+        return self.sentences[key].format(**values)
+
+    def claim(self, key: str, **values: object) -> str:
+        return self.claims[key].format(**values)
+
+    def finding(self, key: str, holds: bool | None, **values: object) -> Finding:
+        """The sentence with the verdict on its claim; ``holds`` is None if inconclusive."""
+        return judge(self.sentence(key, **values), self.claim(key, **values), holds)
+
+
+class Experiment(ABC):
     """One question of the study. All methods but ``measure`` work from the record alone.
 
     ``record`` is the JSON value that ``measure`` returned; each experiment declares its shape.
     """
 
+    text: ExperimentText
+
     @property
     def name(self) -> str:
-        """Name of the record's file and of the report's anchor: "explosion"."""
-        ...
+        return self.text.name
 
-    @property
-    def title(self) -> str:
-        """Title with the place in the paper: "The expert explosion (Fig. 1a)"."""
-        ...
-
-    @property
-    def question(self) -> str:
-        """The experiment's question, in a sentence for readers without knowledge of the paper."""
-        ...
-
+    @abstractmethod
     def measure(self, context: StudyContext) -> Mapping[str, object]:
         """Run the measurements; ``context.on_progress(share, activity)`` reports progress."""
-        ...
 
-    def drawings(self, record: Any) -> Sequence[Drawing]: ...
+    def drawings(self, record: Any) -> Sequence[Drawing]:
+        del record
+        return ()
 
-    def tables(self, record: Any) -> Sequence[Table]: ...
+    def tables(self, record: Any) -> Sequence[Table]:
+        del record
+        return ()
 
+    @abstractmethod
     def findings(self, record: Any) -> Sequence[Finding | str]:
         """Results in prose; numbers and verdicts are computed from the record."""
-        ...
 
 
 def judge(text: str, claim: str, holds: bool | None) -> Finding:

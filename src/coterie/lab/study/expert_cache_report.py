@@ -10,6 +10,8 @@ from coterie.lab.study.accuracy import NO_ACCURACY
 from coterie.lab.study.context import StudyContext
 from coterie.lab.study.experiment import (
     Drawing,
+    Experiment,
+    ExperimentText,
     Finding,
     Table,
     decimal_bytes,
@@ -44,16 +46,10 @@ LOW_PRECISION_CLAIM = (
 )
 
 
-@dataclass(frozen=True)
-class ExpertCacheExperiment:
+class ExpertCacheExperiment(Experiment):
     """Policy x share of the experts in memory x precision: accuracy, hits, bytes, forwards."""
 
-    name: str = "experts"
-    title: str = "Experts that do not fit into memory: caching, election, low precision"
-    question: str = (
-        "With only some of the experts in fast memory, does a cache reduce the bytes moved and "
-        "keep accuracy and forwards? What do experts in low precision add, at what cost?"
-    )
+    text = ExperimentText.load("experts")
 
     def measure(self, context: StudyContext) -> ExpertCacheRecord:
         return measure_expert_cache(context)

@@ -11,7 +11,7 @@ from torch import Tensor
 from coterie.lab.evals.generation import EvalRequest, GenerationOutcome, generate_outcomes
 from coterie.lab.study.comparison import draw_comparison, variant_table
 from coterie.lab.study.context import BATCH_SIZE, StudyContext
-from coterie.lab.study.experiment import Drawing, Finding, Table
+from coterie.lab.study.experiment import Drawing, Experiment, ExperimentText, Finding, Table
 from coterie.lab.study.paired import claim_finding, compare_pairs
 from coterie.lab.study.results import VariantResult, VariantResults, VariantsRecord
 from coterie.lab.study.variants import MAIN_BETAS, beta_variants, run_comparison
@@ -41,16 +41,10 @@ class LimitTopK:
         return expert_mask(ids, scores.router.experts)
 
 
-@dataclass(frozen=True)
-class ExpertsPerTokenExperiment:
+class ExpertsPerTokenExperiment(Experiment):
     """The same votes, the same coreset, half the experts for each token."""
 
-    name: str = "experts-per-token"
-    title: str = "K = 8 against K = 4 at the same coreset (Fig. 8)"
-    question: str = (
-        "Experts of the coreset are loaded in any case, so a token may use as many of them as the "
-        "model was trained with. Are half of them enough?"
-    )
+    text = ExperimentText.load("experts-per-token")
 
     def measure(self, context: StudyContext) -> HalfKRecord:
         half = max(1, context.engine.model.spec.router.k // 2)
@@ -67,27 +61,17 @@ class ExpertsPerTokenExperiment:
 
     def drawings(self, record: HalfKRecord) -> Sequence[Drawing]:
         results = _results_with_half_k(record)
-        caption = (
-            "Accuracy of DES-Vote where a token uses as many experts of the coreset as the model "
-            "was trained with, and half as many."
-        )
+        caption = self.text.caption("figure")
         return [Drawing(self.name, caption, lambda: draw_comparison(results, color_by="place"))]
 
     def tables(self, record: HalfKRecord) -> Sequence[Table]:
-        caption = (
-            "The coreset is the same on the same block. The experts are those in use, which are "
-            "fewer where tokens use fewer. Forwards are per block."
-        )
-        return [variant_table(_results_with_half_k(record), caption)]
+        return [variant_table(_results_with_half_k(record), self.text.caption("table"))]
 
     def findings(self, record: HalfKRecord) -> Sequence[Finding | str]:
         results = _results_with_half_k(record)
         half_k, full_k = (results.groups[label] for label in (_half_k_label(record), FULL_K_LABEL))
         half, k = f"K = {record['half']}", f"K = {results.k}"
-        claim = (
-            f"At the same coreset, {k} is more accurate than {half}: a token should use the "
-            "experts that are loaded."
-        )
+        claim = self.text.claim("full", k=k, half=half)
         comparisons = compare_pairs(zip(half_k, full_k, strict=True))
         condition = "at the same coreset"
         return [claim_finding(claim, comparisons, second=k, first=half, condition=condition)]

@@ -16,7 +16,15 @@ from coterie.errors import CoterieError, TaskError
 from coterie.lab.plotting import add_legend, new_axes, policy_colour
 from coterie.lab.study.charts import LineStyle, draw_guide, draw_series, line_chart, policy_series
 from coterie.lab.study.context import StudyContext
-from coterie.lab.study.experiment import Drawing, Finding, Table, judge, make_table
+from coterie.lab.study.experiment import (
+    Drawing,
+    Experiment,
+    ExperimentText,
+    Finding,
+    Table,
+    judge,
+    make_table,
+)
 from coterie.telemetry import routing_stats
 
 BLOCK_SIZES = (8, 16, 24, 32, 48, 64)
@@ -70,15 +78,10 @@ class ExplosionRecord(TypedDict):
 
 
 @dataclass(frozen=True)
-class ExplosionExperiment:
+class ExplosionExperiment(Experiment):
     """Unique experts of every decoding forward on real prompts, by block size and policy."""
 
-    name: str = "explosion"
-    title: str = "The expert explosion (Fig. 1a)"
-    question: str = (
-        "A block of tokens is computed together, and each token selects its own experts. How many "
-        "different experts does the block use as it grows?"
-    )
+    text = ExperimentText.load("explosion")
 
     blocks: Sequence[int] = BLOCK_SIZES
 

@@ -26,6 +26,8 @@ from coterie.lab.study.charts import draw_guide, draw_series, policy_series
 from coterie.lab.study.context import StudyContext
 from coterie.lab.study.experiment import (
     Drawing,
+    Experiment,
+    ExperimentText,
     Finding,
     Table,
     format_interval,
@@ -157,20 +159,14 @@ class LayerAblation:
         return votes[0].double().cpu().numpy()
 
 
-@dataclass(frozen=True)
-class ImportanceExperiment:
+class ImportanceExperiment(Experiment):
     """First forwards of blocks that are all answer: each expert in use is removed in turn.
 
     The tokens of a removed expert use their next best one, and the model's output is compared with
     vanilla's.
     """
 
-    name: str = "importance"
-    title: str = "Expert importance and router weight (Fig. 4 left, middle)"
-    question: str = (
-        "If one expert is removed from a block, how much does the output change, and do router "
-        "weights predict the change?"
-    )
+    text = ExperimentText.load("importance")
 
     def measure(self, context: StudyContext) -> ImportanceRecord:
         spec, layers = context.engine.model.spec, sample_layers(context)

@@ -21,7 +21,15 @@ from coterie.lab.study.charts import (
     timing_series,
 )
 from coterie.lab.study.context import StudyContext
-from coterie.lab.study.experiment import Drawing, Finding, Table, judge, make_table
+from coterie.lab.study.experiment import (
+    Drawing,
+    Experiment,
+    ExperimentText,
+    Finding,
+    Table,
+    judge,
+    make_table,
+)
 from coterie.lab.study.layers import (
     INPUTS_PER_WIDTH,
     BenchLayer,
@@ -82,15 +90,10 @@ class LatencyRecord(TypedDict):
 
 
 @dataclass(frozen=True)
-class LatencyExperiment:
+class LatencyExperiment(Experiment):
     """Layers timed in turns over a grid of tokens and experts, and a plane fitted to the times."""
 
-    name: str = "latency"
-    title: str = "Latency against experts (Fig. 2, right)"
-    question: str = (
-        "Does the time of an MoE layer depend on the number of different experts that it reads, or "
-        "on the number of tokens?"
-    )
+    text = ExperimentText.load("latency")
 
     shapes: Sequence[LayerShape] = PAPER_LAYERS
     pace: timing.TimingBudget = timing.FULL_BUDGET

@@ -21,7 +21,15 @@ from coterie.lab.plotting import (
 )
 from coterie.lab.study.charts import Series, dash_repeats, line_chart, policy_series
 from coterie.lab.study.context import StudyContext
-from coterie.lab.study.experiment import Drawing, Finding, Table, judge, make_table
+from coterie.lab.study.experiment import (
+    Drawing,
+    Experiment,
+    ExperimentText,
+    Finding,
+    Table,
+    judge,
+    make_table,
+)
 from coterie.lab.study.fidelity import SLOW_STEPS, count_kept_experts, replay_vanilla, trace_vanilla
 from coterie.lab.study.first_forwards import (
     BlockForward,
@@ -96,19 +104,13 @@ class MapsRecord(TypedDict):
     activation: list[LayerActivation]
 
 
-@dataclass(frozen=True)
-class MapsExperiment:
+class MapsExperiment(Experiment):
     """Hit rates in slow decoding (eight forwards per block); hidden states in first forwards.
 
     In the first forward of a block, vanilla and the policy have the same input.
     """
 
-    name: str = "maps"
-    title: str = "Hit-rate maps, cosine to vanilla, sorted activation (Fig. 9)"
-    question: str = (
-        "In which layers, positions and steps do tokens lose their own experts, and how far do "
-        "hidden states drift from layer to layer?"
-    )
+    text = ExperimentText.load("maps")
 
     def measure(self, context: StudyContext) -> MapsRecord:
         spec = context.engine.model.spec

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import TypedDict
 
 import numpy as np
@@ -15,6 +15,8 @@ from coterie.lab.study.charts import Series, draw_series, set_log_axis
 from coterie.lab.study.context import StudyContext
 from coterie.lab.study.experiment import (
     Drawing,
+    Experiment,
+    ExperimentText,
     Finding,
     Table,
     format_interval,
@@ -62,16 +64,10 @@ class PredictorsRecord(TypedDict):
     agreement: dict[str, dict[Metric, RankAgreement]]  # trace -> metric
 
 
-@dataclass(frozen=True)
-class PredictorsExperiment:
+class PredictorsExperiment(Experiment):
     """Accuracy from the record ``accuracy``, metrics from vanilla's forwards alone."""
 
-    name: str = "foretelling"
-    title: str = "Predicting accuracy from single forwards (not in the paper)"
-    question: str = (
-        "Recall and loss of a layer are cheap to measure, accuracy is not. Does any of them rank "
-        "policies as accuracy does?"
-    )
+    text = ExperimentText.load("foretelling")
 
     def measure(self, context: StudyContext) -> PredictorsRecord:
         accuracy = _accuracies(context)

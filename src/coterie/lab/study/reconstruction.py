@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import TypedDict
 
 from matplotlib.figure import Figure
@@ -11,7 +10,7 @@ from matplotlib.figure import Figure
 from coterie.lab.plotting import foreground
 from coterie.lab.study.charts import line_chart, policy_series
 from coterie.lab.study.context import StudyContext
-from coterie.lab.study.experiment import Drawing, Finding, Table, judge
+from coterie.lab.study.experiment import Drawing, Experiment, ExperimentText, Finding, Table, judge
 from coterie.lab.study.fidelity import (
     METRIC_NAMES,
     CurveGap,
@@ -65,16 +64,10 @@ class ReconstructionRecord(TypedDict):
     control: dict[Metric, list[CurveGap]]
 
 
-@dataclass(frozen=True)
-class ReconstructionExperiment:
+class ReconstructionExperiment(Experiment):
     """Every policy routes the inputs of vanilla's layers, so errors do not accumulate."""
 
-    name: str = "reconstruction"
-    title: str = "Top-K recall and reconstruction loss against coreset size (Fig. 4 right)"
-    question: str = (
-        "With a coreset of a given size, how many of its own experts does a token keep, and how "
-        "far is the layer's output from vanilla's?"
-    )
+    text = ExperimentText.load("reconstruction")
 
     def measure(self, context: StudyContext) -> ReconstructionRecord:
         spec = context.engine.model.spec

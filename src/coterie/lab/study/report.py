@@ -97,7 +97,9 @@ def make_section(
     schemes: Sequence[ColourScheme] = SCHEMES,
 ) -> ReportSection:
     """Render an experiment from its record; without ``schemes`` the figures have no SVG."""
-    section = ReportSection(experiment.name, experiment.title, experiment.question, failure=failure)
+    section = ReportSection(
+        experiment.name, experiment.text.title, experiment.text.question, failure=failure
+    )
     if record is None:
         return section
     section = replace(section, source=record_source(experiment.name, record), failure=None)

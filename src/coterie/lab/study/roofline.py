@@ -14,7 +14,15 @@ from coterie.lab.bench.shapes import PAPER_LAYERS, LayerShape
 from coterie.lab.plotting import add_legend, foreground, new_axes
 from coterie.lab.study.charts import draw_series, milliseconds, policy_series
 from coterie.lab.study.context import StudyContext
-from coterie.lab.study.experiment import Drawing, Finding, Table, judge, make_table
+from coterie.lab.study.experiment import (
+    Drawing,
+    Experiment,
+    ExperimentText,
+    Finding,
+    Table,
+    judge,
+    make_table,
+)
 from coterie.lab.study.layers import (
     BenchLayer,
     BenchLayerInfo,
@@ -67,15 +75,10 @@ class RooflineRecord(TypedDict):
 
 
 @dataclass(frozen=True)
-class RooflineExperiment:
+class RooflineExperiment(Experiment):
     """Bytes from the experts in use, operations from token-expert pairs, both roofs measured."""
 
-    name: str = "roofline"
-    title: str = "The roofline of the MoE layer (Fig. 1b)"
-    question: str = (
-        "A processor has a memory bandwidth and an arithmetic rate. Which of the two bounds an MoE "
-        "layer, and what does a coreset change?"
-    )
+    text = ExperimentText.load("roofline")
 
     shapes: Sequence[LayerShape] = PAPER_LAYERS
     pace: timing.TimingBudget = timing.FULL_BUDGET

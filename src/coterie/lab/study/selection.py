@@ -16,7 +16,15 @@ from coterie.lab.bench.routings import BLOCK_LENGTH, find_skew, skewed_scores
 from coterie.lab.plotting import new_panels, policy_style
 from coterie.lab.study.charts import draw_series, milliseconds, quartiles_text, timing_series
 from coterie.lab.study.context import StudyContext
-from coterie.lab.study.experiment import Drawing, Finding, Table, judge, make_table
+from coterie.lab.study.experiment import (
+    Drawing,
+    Experiment,
+    ExperimentText,
+    Finding,
+    Table,
+    judge,
+    make_table,
+)
 from coterie.lab.study.layers import NUM_PROMPTS, layer_runner, moe_layers
 from coterie.routing import parse_policy, route
 from coterie.routing.router import route_by_mask
@@ -78,14 +86,10 @@ class SelectionRecord(TypedDict):
 
 
 @dataclass(frozen=True)
-class SelectionExperiment:
+class SelectionExperiment(Experiment):
     """Random scores for several numbers of experts, then the model's own layers, in turns."""
 
-    name: str = "selection"
-    title: str = "The cost of the selection (Fig. 6)"
-    question: str = (
-        "Electing a coreset and routing within it take time. How long, compared with the layer?"
-    )
+    text = ExperimentText.load("selection")
 
     rounds: int = ROUNDS
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import TypedDict
 
 from matplotlib.figure import Figure
@@ -21,7 +20,15 @@ from coterie.lab.study.accuracy import DES_SEQ, DES_VOTE, GUARDED, RANDOM, TOP_K
 from coterie.lab.study.charts import Series, draw_guide, draw_series
 from coterie.lab.study.comparison import unique_experts_label, vanilla_series
 from coterie.lab.study.context import StudyContext
-from coterie.lab.study.experiment import Drawing, Finding, Table, judge, make_table
+from coterie.lab.study.experiment import (
+    Drawing,
+    Experiment,
+    ExperimentText,
+    Finding,
+    Table,
+    judge,
+    make_table,
+)
 from coterie.lab.study.results import VariantResults, VariantsRecord
 from coterie.lab.study.variants import (
     ALL_BETAS,
@@ -36,16 +43,10 @@ ROUNDS = 5
 PAPER_LATENCY_CUT = 0.38  # the paper: latency falls by up to this share
 
 
-@dataclass(frozen=True)
-class ForwardCountExperiment:
+class ForwardCountExperiment(Experiment):
     """The runs are shared with the accuracy experiments; this one reads their forwards."""
 
-    name: str = "forwards"
-    title: str = "Forwards for each block"
-    question: str = (
-        "A coreset can make the model less confident, and then a block needs more forwards. How "
-        "much of the saving per forward is lost?"
-    )
+    text = ExperimentText.load("forwards")
 
     def measure(self, context: StudyContext) -> VariantsRecord:
         k = context.engine.model.spec.router.k
@@ -123,13 +124,10 @@ class SpeedRecord(TypedDict):
     prompts: int
 
 
-@dataclass(frozen=True)
-class SpeedExperiment:
+class SpeedExperiment(Experiment):
     """One row at a time, as in interactive use; the policies take turns."""
 
-    name: str = "speed"
-    title: str = "Tokens per second, end to end"
-    question: str = "Does a coreset make generation faster on this machine?"
+    text = ExperimentText.load("speed")
 
     def measure(self, context: StudyContext) -> SpeedRecord:
         k = context.engine.model.spec.router.k

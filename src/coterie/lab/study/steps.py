@@ -14,7 +14,14 @@ from coterie.engine.observation import LayerObservation
 from coterie.errors import TaskError
 from coterie.lab.study.charts import dash_repeats, line_chart, policy_series
 from coterie.lab.study.context import StudyContext
-from coterie.lab.study.experiment import Drawing, Finding, Table, make_table
+from coterie.lab.study.experiment import (
+    Drawing,
+    Experiment,
+    ExperimentText,
+    Finding,
+    Table,
+    make_table,
+)
 from coterie.lab.study.fidelity import SLOW_STEPS, replay_vanilla, trace_vanilla
 from coterie.lab.study.variants import GUARD_OPTIONS
 from coterie.routing import parse_policy
@@ -56,16 +63,10 @@ class StepsRecord(TypedDict):
     overlaps: list[CoresetOverlap]
 
 
-@dataclass(frozen=True)
-class StepsExperiment:
+class StepsExperiment(Experiment):
     """Vanilla decodes with eight forwards per block; every policy elects in each of them."""
 
-    name: str = "steps"
-    title: str = "Coresets in consecutive forwards (not in the paper)"
-    question: str = (
-        "A block takes several forwards. Do they elect the same experts, so that these could stay "
-        "in memory or be elected once?"
-    )
+    text = ExperimentText.load("steps")
 
     def measure(self, context: StudyContext) -> StepsRecord:
         context.on_progress(0.0, "slow decoding")

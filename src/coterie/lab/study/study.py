@@ -190,7 +190,7 @@ def _run_experiment(
         data = experiment.measure(context)
         content = {
             **make_record(experiment.name, command, [], facts=data, device=str(settings["device"])),
-            "about": experiment.title,
+            "about": experiment.text.title,
             "seconds": round(time.perf_counter() - start, 1),
             "settings": settings,
             "read": context.used_records,

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 from coterie.lab.evals.run import Variant
 from coterie.lab.study.accuracy import MIN_EXPERT_REDUCTION, MIN_RELATIVE_ACCURACY
 from coterie.lab.study.context import StudyContext
 from coterie.lab.study.experiment import (
     Drawing,
+    Experiment,
+    ExperimentText,
     Finding,
     Table,
     decimal_bytes,
@@ -34,13 +35,10 @@ def table_variants(k: int) -> list[Variant]:
     ]
 
 
-@dataclass(frozen=True)
-class TableOneExperiment:
+class TableOneExperiment(Experiment):
     """The runs are shared with the other experiments; this one tabulates them."""
 
-    name: str = "table-1"
-    title: str = "Every policy on every task (Table 1)"
-    question: str = "How much accuracy does each policy keep on each task, with how many experts?"
+    text = ExperimentText.load("table-1")
 
     def measure(self, context: StudyContext) -> VariantsRecord:
         return run_comparison(context, {"all": table_variants(context.engine.model.spec.router.k)})

@@ -20,7 +20,15 @@ from coterie.lab.study.charts import (
     quartiles_text,
 )
 from coterie.lab.study.context import StudyContext
-from coterie.lab.study.experiment import Drawing, Finding, Table, judge, make_table
+from coterie.lab.study.experiment import (
+    Drawing,
+    Experiment,
+    ExperimentText,
+    Finding,
+    Table,
+    judge,
+    make_table,
+)
 from coterie.lab.study.layers import FORWARDS_PER_PROMPT, NUM_PROMPTS, layer_runner, moe_layers
 from coterie.lab.study.results import VariantResult, VariantResults
 from coterie.routing import parse_policy, route
@@ -65,15 +73,13 @@ class TradeoffRecord(TypedDict):
 
 
 @dataclass(frozen=True)
-class TradeoffExperiment:
+class TradeoffExperiment(Experiment):
     """Accuracy from the record ``accuracy``; latency of the whole layer on the same real forwards.
 
     The latency includes gate, selection and experts. Large layers are predicted from their fits.
     """
 
-    name: str = "latency-accuracy"
-    title: str = "Latency of the MoE layer against accuracy (Fig. 1d)"
-    question: str = "Which policies make the MoE layers faster, and how much accuracy do they cost?"
+    text = ExperimentText.load("latency-accuracy")
 
     rounds: int = ROUNDS
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any, TypedDict
 
 from matplotlib.axes import Axes
@@ -23,7 +22,7 @@ from coterie.lab.plotting import (
 )
 from coterie.lab.study.charts import Series, draw_series, set_log_axis
 from coterie.lab.study.context import StudyContext
-from coterie.lab.study.experiment import Drawing, Finding, Table, judge
+from coterie.lab.study.experiment import Drawing, Experiment, ExperimentText, Finding, Table, judge
 from coterie.lab.study.fidelity import (
     METRIC_NAMES,
     SLOW_STEPS,
@@ -84,19 +83,13 @@ class VotesRecord(TypedDict):
     voters_protected: VoteGroup
 
 
-@dataclass(frozen=True)
-class VoteFidelityExperiment:
+class VoteFidelityExperiment(Experiment):
     """Votes, protection and size on vanilla's usual forwards, voters on slow ones.
 
     Where a block takes a single forward, no position is written yet and all positions vote alike.
     """
 
-    name: str = "votes-fidelity"
-    title: str = "Votes, protection, size and voters: their effect on one layer"
-    question: str = (
-        "The paper sums the router's probabilities of all positions. Do other votes, other voters, "
-        "top-1 protection or a size by vote mass keep the layer's output nearer to vanilla's?"
-    )
+    text = ExperimentText.load("votes-fidelity")
 
     def measure(self, context: StudyContext) -> VotesRecord:
         usual, slow = trace_vanilla(context), trace_vanilla(context, slow=True)
