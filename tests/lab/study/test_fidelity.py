@@ -60,7 +60,6 @@ from coterie.lab.study.rank_stats import mean_interval, ranks, spearman
 from coterie.lab.study.reconstruction import ReconstructionExperiment
 from coterie.lab.study.results import VariantResult as Arm
 from coterie.lab.study.steps import OverlapCounter, StepsExperiment, coreset_mask
-from coterie.lab.study.votes import VoteFidelityExperiment
 from coterie.loading.load import Model
 from coterie.routing import POLICIES, parse_policy, route
 from coterie.telemetry import ExpertCounter
@@ -73,7 +72,6 @@ CHAPTERS = (
     ReconstructionExperiment(),
     ImportanceExperiment(),
     MapsExperiment(),
-    VoteFidelityExperiment(),
     StepsExperiment(),
 )
 WATCHABLE = tuple(name for name in POLICIES if name != "mc-moe")
@@ -422,7 +420,7 @@ def test_single_forward_has_no_overlap() -> None:
         pairs.to_overlap(0, "vanilla", 16)
 
 
-SLOW_TO_RENDER = ("votes-fidelity", "reconstruction")  # they draw many panels
+SLOW_TO_RENDER = ("reconstruction",)  # it draws many panels
 
 
 @pytest.mark.parametrize(

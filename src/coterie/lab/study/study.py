@@ -38,7 +38,6 @@ from coterie.lab.study.speed import ForwardCountExperiment, SpeedExperiment
 from coterie.lab.study.steps import StepsExperiment
 from coterie.lab.study.table import TableOneExperiment
 from coterie.lab.study.tradeoff import TradeoffExperiment
-from coterie.lab.study.votes import VoteFidelityExperiment
 from coterie.routing import update_policies_in_json
 
 REPORT = "report.html"
@@ -268,7 +267,6 @@ EXPERIMENTS: dict[str, Experiment] = {
     "voters": VOTERS,
     "protection": PROTECTION,
     "mass": MASS,
-    "votes-fidelity": VoteFidelityExperiment(),
     "foretelling": PredictorsExperiment(),  # reads the record `accuracy`
     "steps": StepsExperiment(),
     "beyond": BEYOND,
