@@ -241,6 +241,15 @@ def test_report_includes_other_experiments_with_a_record(
     assert measured == ["a", "c"]
 
 
+def test_record_of_a_deleted_experiment_is_ignored(tmp_path: Path) -> None:
+    engine, measured = tiny(tmp_path), []
+    studied(engine, tmp_path, [counted("a", measured), counted("old", measured)])
+    kept = (tmp_path / "records" / "old.json").read_bytes()
+    sections, _ = studied(engine, tmp_path, [counted("a", measured)])
+    assert [section.name for section in sections] == ["a"]
+    assert (tmp_path / "records" / "old.json").read_bytes() == kept
+
+
 def test_failed_experiment_does_not_stop_the_study(tmp_path: Path) -> None:
     engine, measured = tiny(tmp_path), []
     chapters = [
@@ -643,7 +652,7 @@ def test_every_text_has_an_experiment_and_every_key_a_user() -> None:
     assert set(TEXTS) == set(EXPERIMENTS)
     trees = [ast.parse(path.read_text("utf-8")) for path in STUDY.glob("*.py")]
     strings = set().union(*map(strings_of, trees))
-    assert {name: text_keys(name) - strings for name in TEXTS} == dict.fromkeys(TEXTS, set())
+    assert {name: unused for name in TEXTS if (unused := text_keys(name) - strings)} == {}
 
 
 def test_every_key_that_a_module_uses_is_in_a_text() -> None:
