@@ -29,13 +29,11 @@ from coterie.lab.study.explosion import ExplosionExperiment
 from coterie.lab.study.importance import ImportanceExperiment
 from coterie.lab.study.latency import LatencyExperiment
 from coterie.lab.study.maps import MapsExperiment
-from coterie.lab.study.predictors import PredictorsExperiment
 from coterie.lab.study.reconstruction import ReconstructionExperiment
 from coterie.lab.study.report import ReportSection, make_section, render_page
 from coterie.lab.study.roofline import RooflineExperiment
 from coterie.lab.study.selection import SelectionExperiment
 from coterie.lab.study.speed import ForwardCountExperiment, SpeedExperiment
-from coterie.lab.study.steps import StepsExperiment
 from coterie.lab.study.table import TableOneExperiment
 from coterie.lab.study.tradeoff import TradeoffExperiment
 from coterie.routing import update_policies_in_json
@@ -267,8 +265,6 @@ EXPERIMENTS: dict[str, Experiment] = {
     "voters": VOTERS,
     "protection": PROTECTION,
     "mass": MASS,
-    "foretelling": PredictorsExperiment(),  # reads the record `accuracy`
-    "steps": StepsExperiment(),
     "beyond": BEYOND,
     "forwards": ForwardCountExperiment(),
     "speed": SpeedExperiment(),
