@@ -30,8 +30,6 @@ from coterie.lab.study.experiment import (
     ExperimentText,
     Finding,
     Table,
-    format_interval,
-    make_table,
 )
 from coterie.lab.study.fidelity import sample_layers
 from coterie.lab.study.first_forwards import (
@@ -50,11 +48,7 @@ from coterie.values import Scores, expert_mask
 
 NUM_BLOCKS = 12  # blocks ablated, one per prompt
 BATCH_SIZE = 32  # experts removed in one batch
-MEASURE_NAMES = {
-    "output": "output",
-    "words": "output, answer tokens",
-    "hidden": "hidden state",
-}
+MEASURES = ("output", "words", "hidden")
 VOTE_KINDS: tuple[Vote, ...] = ("weight", "topk-prob", "count", "full", "max")
 SHARES = ("0.03125", "0.0625", "0.1", "0.15", "0.2", "0.3", "0.4", "0.5", "0.75")
 POLICY_CURVES = {
@@ -155,7 +149,7 @@ class ImportanceExperiment(Experiment):
             "shown": [ablation.to_record() for ablation in shown],
             "correlations": {
                 measure: [vote_correlation(blocks, vote, measure) for vote in VOTE_KINDS]
-                for measure in MEASURE_NAMES
+                for measure in MEASURES
             },
             "curves": {
                 name: [importance_coverage(blocks, policy) for policy in family]
@@ -177,31 +171,15 @@ class ImportanceExperiment(Experiment):
         return [*drawings, Drawing("importance-covered", caption, partial(_draw_coverage, record))]
 
     def tables(self, record: Any) -> Sequence[Table]:
-        correlations = record["correlations"]
-        votes = [
-            dict(zip(correlations, entries, strict=True))
-            for entries in zip(*correlations.values(), strict=True)
+        by_measure = record["correlations"]
+        rows = [
+            dict(zip(by_measure, entries, strict=True))
+            for entries in zip(*by_measure.values(), strict=True)
         ]
-        columns: dict[str, Any] = {"vote": "{output[vote]}"}
-        for measure, name in MEASURE_NAMES.items():
-            for key, scope in (("every", "all"), ("used", "in use")):
-                columns[f"{name}: {scope}"] = partial(_format_correlation, measure=measure, key=key)
+        coverages = [entry for family in record["curves"].values() for entry in family]
         return [
-            make_table(
-                self.text.caption("correlations", record=record, layers=len(record["layers"])),
-                votes,
-                columns,
-            ),
-            make_table(
-                "",
-                [entry for family in record["curves"].values() for entry in family],
-                {
-                    "policy": "{policy}",
-                    "experts elected": "{experts:.1f}",
-                    "importance held": lambda e: format_interval(e["share"], e["interval"], ".1%"),
-                    "maximum at that size": "{best:.1%}",
-                },
-            ),
+            self.text.table("correlations", rows, record=record, layers=len(record["layers"])),
+            self.text.table("coverage", coverages),
         ]
 
     def findings(self, record: Any) -> Sequence[Finding | str]:
@@ -242,7 +220,7 @@ def ablate_layer(engine: Engine, prompt: Prompt, layer: int) -> LayerAblation:
     scores, routing = next((s, r) for index, s, r in vanilla.trace.routings if index == layer)
     used = routing.used.nonzero()[:, 0].tolist()
     content = content_mask(engine, vanilla.ids)[0].double().cpu()
-    importances = {measure: np.zeros(len(routing.used)) for measure in MEASURE_NAMES}
+    importances = {measure: np.zeros(len(routing.used)) for measure in MEASURES}
     flips = 0.0
     for first in range(0, len(used), BATCH_SIZE):
         removed = used[first : first + BATCH_SIZE]
@@ -348,8 +326,3 @@ def _short_name(policy: str) -> str:
     family, _, options = policy.partition(":")
     size = options.split(",")[0]
     return f"{family} {size}" + (" *" if "voters" in options else "")
-
-
-def _format_correlation(entries: Entry, *, measure: str, key: str) -> str:
-    entry = entries[measure]
-    return format_interval(entry[key], entry[f"{key}_interval"], ".2f")

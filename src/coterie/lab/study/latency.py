@@ -13,12 +13,10 @@ from matplotlib.figure import Figure
 from coterie.lab.bench import timing
 from coterie.lab.bench.routings import BLOCK_LENGTH, balanced_routing
 from coterie.lab.bench.shapes import PAPER_LAYERS, LayerShape
-from coterie.lab.plotting import SeriesStyle, foreground
+from coterie.lab.plotting import SeriesStyle, foreground, indexed_style
 from coterie.lab.study.charts import (
     Series,
-    indexed_style,
     line_chart,
-    milliseconds,
     timing_series,
 )
 from coterie.lab.study.context import StudyContext
@@ -29,7 +27,6 @@ from coterie.lab.study.experiment import (
     ExperimentText,
     Finding,
     Table,
-    make_table,
 )
 from coterie.lab.study.layers import (
     INPUTS_PER_WIDTH,
@@ -37,8 +34,8 @@ from coterie.lab.study.layers import (
     RunTimer,
     TimedRun,
     fit_points,
-    layer_description,
-    layer_label,
+    layer_names,
+    machine_values,
     measure_layers,
     rotate_inputs,
     routed_blocks,
@@ -73,40 +70,22 @@ class LatencyExperiment(Experiment):
         return {**machine, "lines": layers}
 
     def drawings(self, record: Any) -> Sequence[Drawing]:
+        layers = enumerate(map(_with_units, record["lines"]))
         return [
-            Drawing(
-                f"{self.name}-{number}",
-                self.text.caption("figure", layer=layer_description(layer["bench"])),
-                partial(_draw, layer),
-            )
-            for number, layer in enumerate(record["lines"])
+            Drawing(f"{self.name}-{n}", self.text.caption("figure", **layer), partial(_draw, layer))
+            for n, layer in layers
         ]
 
     def tables(self, record: Any) -> Sequence[Table]:
-        limits, machine = record["limits"], timing.describe_conditions(record["machine"])
-        read = limits["bytes_per_second"] / 1e9
-        fit_table = make_table(
-            self.text.caption("fit", read=read, limits=limits, machine=machine),
-            record["lines"],
-            {
-                "layer": lambda layer: layer_label(layer["bench"]),
-                "experts": "{bench[experts]} x 3 x {bench[hidden]} x {bench[width]} {bench[dtype]}",
-                "t0, ms": lambda layer: f"{layer['fit']['t0'] * 1e3:.3f}",
-                "b, us": lambda layer: f"{layer['fit']['b'] * 1e6:.2f}",
-                "a, us": lambda layer: f"{layer['fit']['a'] * 1e6:.3f}",
-                "R2": "{fit[r2]:.4f}",
-                "median error": "{fit[error]:.1%}",
-                "GB/s by b": lambda layer: f"{layer['read'] / 1e9:.1f}" if layer["read"] else "",
-            },
-            text_columns=2,
-        )
+        layers = [_with_units(layer) for layer in record["lines"]]
         return [
-            fit_table,
-            *(self._check_table(layer) for layer in record["lines"] if layer["checks"]),
+            self.text.table("fit", layers, **machine_values(record)),
+            *(self.text.table("checks", one["checks"], **one) for one in layers if one["checks"]),
         ]
 
     def findings(self, record: Any) -> Sequence[Finding | str]:
-        layers, bandwidth = record["lines"], record["limits"]["bytes_per_second"]
+        bandwidth = record["limits"]["bytes_per_second"]
+        layers = [_with_units(layer) for layer in record["lines"]]
         return [
             *(self._linearity_finding(layer) for layer in layers),
             *(self._reading_finding(layer, bandwidth) for layer in layers if layer["checks"]),
@@ -114,48 +93,18 @@ class LatencyExperiment(Experiment):
             *timing.load_warnings(record["machine"]),
         ]
 
-    def _check_table(self, layer: Entry) -> Table:
-        source = "of a skewed router" if layer["bench"]["random"] else "from real decoding"
-        name = layer_description(layer["bench"])
-        return make_table(
-            self.text.caption("checks", block=BLOCK_LENGTH, source=source, layer=name),
-            layer["checks"],
-            {
-                "policy": "{policy}",
-                "unique experts": "{used:.1f}",
-                "measured, ms": lambda check: milliseconds(check["seconds"]),
-                "predicted, ms": lambda check: f"{check['predicted'] * 1e3:.2f}",
-                "error": lambda c: f"{c['predicted'] / c['seconds']['median'] - 1:+.1%}",
-            },
-        )
-
     def _linearity_finding(self, layer: Entry) -> Finding:
-        fit, name = layer["fit"], layer_description(layer["bench"])
-        name = name[0].upper() + name[1:]
-        us = {key: fit[key] * 1e6 for key in ("a", "b")}
-        linear = fit["r2"] >= MIN_R2 and fit["b"] > 0
-        return self.text.finding("linear", linear, layer=name, us=us, ms=fit["t0"] * 1e3, fit=fit)
+        linear = layer["fit"]["r2"] >= MIN_R2 and layer["fit"]["b"] > 0
+        return self.text.finding("linear", linear, **layer)
 
     def _reading_finding(self, layer: Entry, bandwidth: float) -> Finding:
         vanilla = next(check for check in layer["checks"] if check["policy"] == CHECKED_POLICIES[0])
-        share, read, rate = (
-            layer["fit"]["b"] * vanilla["used"] / vanilla["predicted"],
-            layer["read"],
-            "",
-        )
-        if read is not None:
+        share, rate = layer["fit"]["b"] * vanilla["used"] / vanilla["predicted"], ""
+        if (read := layer["read"]) is not None:
             key = "rate_from_caches" if read > bandwidth else "rate"
-            rate = self.text.sentence(key, read=read / 1e9, share=read / bandwidth)
-        name = layer_description(layer["bench"])
-        return self.text.finding(
-            "reading",
-            share >= 0.5,
-            block=BLOCK_LENGTH,
-            layer=name,
-            vanilla=vanilla,
-            share=share,
-            rate=rate,
-        )
+            rate = self.text.sentence(key, share=read / bandwidth, **layer)
+        values = {**layer, "vanilla": vanilla, "share": share, "rate": rate}
+        return self.text.finding("reading", share >= 0.5, **values)
 
 
 def _measure_layer(
@@ -196,6 +145,25 @@ def _balanced_run(bench: BenchLayer, tokens: int, used: int, draw: torch.Generat
     return TimedRun(run, used, tokens * bench.router.k)
 
 
+def _with_units(layer: Entry) -> dict[str, Any]:
+    """A layer of the record with its names, and its numbers in the units of the texts."""
+    fit, read = layer["fit"], layer["read"]
+    checks = [
+        {
+            **check,
+            "ms": check["seconds"]["median"] * 1e3,
+            "predicted_ms": check["predicted"] * 1e3,
+            "error": check["predicted"] / check["seconds"]["median"] - 1,
+        }
+        for check in layer["checks"]
+    ]
+    units = {"ms": fit["t0"] * 1e3, "us": {key: fit[key] * 1e6 for key in ("a", "b")}}
+    rate = f"{read / 1e9:.1f}" if read else ""
+    source = "of a skewed router" if layer["bench"]["random"] else "from real decoding"
+    texts = {**layer_names(layer["bench"]), "gbps": rate, "source": source, "block": BLOCK_LENGTH}
+    return {**layer, **units, **texts, "checks": checks}
+
+
 def _draw(layer: Entry) -> Figure:
     series = []
     for index, tokens in enumerate(TOKEN_COUNTS):
@@ -209,7 +177,7 @@ def _draw(layer: Entry) -> Figure:
         fit_ms = [timing.predict_seconds(layer["fit"], end, pairs) * 1e3 for end in ends]
         series.append(Series(None, ends, fit_ms, replace(style, marker=""), width=1))
     if checks := layer["checks"]:
-        x, y = [c["used"] for c in checks], [c["seconds"]["median"] * 1e3 for c in checks]
+        x, y = ([check[key] for check in checks] for key in ("used", "ms"))
         style, label = SeriesStyle(foreground(), "x", ""), f"routed blocks of {BLOCK_LENGTH}"
         series.append(Series(label, x, y, style, line=""))
     slowest = max(point["seconds"]["median"] for point in layer["points"])

@@ -46,16 +46,19 @@ NUM_PROMPTS = 4
 FORWARDS_PER_PROMPT = 2
 
 
-def layer_label(bench: Entry) -> str:
-    """The layer's name in tables."""
-    return bench["name"] + (" (random)" if bench["random"] else "")
-
-
-def layer_description(bench: Entry) -> str:
-    """The layer as a phrase."""
+def layer_names(bench: Entry) -> dict[str, str]:
+    """A record's layer in tables (``label``), as a phrase (``layer``), and as its first word."""
+    name = bench["name"]
+    label, phrase = name, f"the {name} model's own layer"
     if bench["random"]:
-        return f"a random layer of {bench['name']}'s shape"
-    return f"the {bench['name']} model's own layer"
+        label, phrase = f"{name} (random)", f"a random layer of {name}'s shape"
+    return {"label": label, "layer": phrase, "Layer": phrase[0].upper() + phrase[1:]}
+
+
+def machine_values(record: Entry) -> dict[str, Any]:
+    """The values of a caption on the machine of a record of ``measure_layers``."""
+    limits, machine = record["limits"], timing.describe_conditions(record["machine"])
+    return {"limits": limits, "read": limits["bytes_per_second"] / 1e9, "machine": machine}
 
 
 @dataclass(frozen=True)

@@ -15,8 +15,8 @@ from torch.nn import functional as F
 
 from coterie.engine.engine import Engine
 from coterie.engine.observation import LayerObservation
-from coterie.lab.plotting import foreground, new_panels
-from coterie.lab.study.charts import Series, dash_repeats, indexed_style, line_chart, policy_series
+from coterie.lab.plotting import foreground, indexed_style, new_panels
+from coterie.lab.study.charts import Series, dash_repeats, line_chart, policy_series
 from coterie.lab.study.context import StudyContext
 from coterie.lab.study.experiment import (
     Drawing,
@@ -25,7 +25,6 @@ from coterie.lab.study.experiment import (
     ExperimentText,
     Finding,
     Table,
-    make_table,
 )
 from coterie.lab.study.fidelity import SLOW_STEPS, count_kept_experts, replay_vanilla, trace_vanilla
 from coterie.lab.study.first_forwards import (
@@ -105,26 +104,15 @@ class MapsExperiment(Experiment):
         ]
 
     def tables(self, record: Any) -> Sequence[Table]:
-        shares = record["share"]
+        shares, rows = record["share"], [_at_head(entry) for entry in record["depths"]]
         by_kind = {f"{k} ({shares[k]:.0%})": f"{{kinds[{k}]:.1%}}" for k in POSITION_KINDS}
-        columns = {
-            "policy": "{policy}",
-            "experts": "{experts:.1f}",
-            "cosine": lambda entry: f"{entry['cosine'][-1]:.3f}",
-            "answer tokens": lambda entry: f"{entry['words'][-1]:.3f}",
-            "lowest tenth": "{low:.3f}",
-            "same token": "{same:.1%}",
-        }
-        hit_rates = {"hit rate": "{policy}", **by_kind}
         return [
-            make_table(self.text.caption("kinds"), record["maps"], hit_rates),
-            make_table(self.text.caption("depths"), record["depths"], columns),
+            self.text.table("kinds", record["maps"], by_kind),
+            self.text.table("depths", rows),
         ]
 
     def findings(self, record: Any) -> Sequence[Finding | str]:
-        depths = {
-            entry["policy"]: {**entry, "cosine": entry["cosine"][-1]} for entry in record["depths"]
-        }
+        depths = {entry["policy"]: _at_head(entry) for entry in record["depths"]}
         vote, seq, topk, random = (
             depths[policy]
             for policy in ("des-vote:beta=0.3", "des-seq:k=3", "topk:k=4", "random:beta=0.3")
@@ -274,6 +262,11 @@ def depth_cosines(engine: Engine, prompts: Sequence[Prompt], policy: str) -> Ent
         "low": float(torch.quantile(torch.cat(last_cosines), 0.1)),
         "same": float(torch.stack(same_tokens).mean()),
     }
+
+
+def _at_head(entry: Entry) -> dict[str, Any]:
+    """An entry of ``depths`` with the cosines before the head only."""
+    return {**entry, "cosine": entry["cosine"][-1], "words": entry["words"][-1]}
 
 
 def _hidden_states(forward: BlockForward) -> list[Tensor]:

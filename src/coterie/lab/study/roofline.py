@@ -22,14 +22,13 @@ from coterie.lab.study.experiment import (
     ExperimentText,
     Finding,
     Table,
-    make_table,
 )
 from coterie.lab.study.layers import (
     BenchLayer,
     RunTimer,
     fit_points,
-    layer_description,
-    layer_label,
+    layer_names,
+    machine_values,
     measure_layers,
     routed_blocks,
 )
@@ -67,8 +66,7 @@ class RooflineExperiment(Experiment):
         drawings = []
         for number, layer in enumerate(record["roofs"]):
             tokens = ", ".join(map(str, sorted({point["tokens"] for point in layer["points"]})))
-            name = layer_description(layer["bench"])
-            caption = self.text.caption("figure", layer=name, tokens=tokens)
+            caption = self.text.caption("figure", tokens=tokens, **layer_names(layer["bench"]))
             draw = partial(_draw, layer, record["limits"])
             drawings.append(Drawing(f"{self.name}-{number}", caption, draw))
         return drawings
@@ -76,31 +74,15 @@ class RooflineExperiment(Experiment):
     def tables(self, record: Any) -> Sequence[Table]:
         limits = record["limits"]
         peaks = sorted(limits["flops_per_second"].items())
-        caption = self.text.caption(
-            "table",
-            block=BLOCK_LENGTH,
-            machine=timing.describe_conditions(record["machine"]),
-            read=limits["bytes_per_second"] / 1e9,
-            limits=limits,
-            peaks=", ".join(f"{peak / 1e9:.0f} in {dtype}" for dtype, peak in peaks),
-        )
         rows = [
-            {"layer": layer_label(layer["bench"]), **point}
+            point
             for layer in record["roofs"]
             for point in rated_points(layer, limits)
             if point["tokens"] == BLOCK_LENGTH
         ]
-        columns = {
-            "layer": "{layer}",
-            "policy": "{policy}",
-            "experts": "{used:.1f}",
-            "MB read": "{megabytes:.2f}",
-            "op/byte": "{intensity:.2f}",
-            "ms": "{ms:.2f}",
-            "Gop/s": "{gflops:.1f}",
-            "of attainable": "{attained:.0%}",
-        }
-        return [make_table(caption, rows, columns, text_columns=2)]
+        rates = ", ".join(f"{peak / 1e9:.0f} in {dtype}" for dtype, peak in peaks)
+        machine = machine_values(record)
+        return [self.text.table("points", rows, block=BLOCK_LENGTH, peaks=rates, **machine)]
 
     def findings(self, record: Any) -> Sequence[Finding | str]:
         limits = record["limits"]
@@ -116,11 +98,9 @@ class RooflineExperiment(Experiment):
         if VANILLA not in at_block:
             return []
         vanilla, coreset = at_block[VANILLA], at_block[CORESET]
-        ridge = layer["peak"] / limits["bytes_per_second"]
-        reading = reading_share(points, vanilla)
+        ridge, reading = layer["peak"] / limits["bytes_per_second"], reading_share(points, vanilla)
         is_read = reading >= MIN_READING_SHARE
         values = {
-            "layer": layer_description(layer["bench"]),
             "block": BLOCK_LENGTH,
             "vanilla": vanilla,
             "coreset": coreset,
@@ -166,16 +146,14 @@ def attainable_flops(intensity: float, peak: float, bytes_per_second: float) -> 
 
 def rated_points(layer: Entry, limits: timing.DeviceLimits) -> list[Entry]:
     """A layer's points with the bytes read and the rate: as measured, and as share of the roof."""
-    rated = []
+    rated, names = [], layer_names(layer["bench"])
     for point in layer["points"]:
         seconds = point["seconds"]["median"]
-        rate, megabytes = (
-            point["flops"] / seconds,
-            point["used"] * layer["bench"]["expert_bytes"] / 1e6,
-        )
+        rate = point["flops"] / seconds
         roof = attainable_flops(point["intensity"], layer["peak"], limits["bytes_per_second"])
-        measured = {"ms": seconds * 1e3, "gflops": rate / 1e9, "attained": rate / roof}
-        rated.append({**point, "megabytes": megabytes, **measured})
+        megabytes = point["used"] * layer["bench"]["expert_bytes"] / 1e6
+        values = {"ms": seconds * 1e3, "gflops": rate / 1e9, "attained": rate / roof}
+        rated.append({**point, **names, **values, "megabytes": megabytes})
     return rated
 
 
