@@ -33,8 +33,8 @@ from coterie.lab.study.reconstruction import ReconstructionExperiment
 from coterie.lab.study.report import ReportSection, make_section, render_page
 from coterie.lab.study.roofline import RooflineExperiment
 from coterie.lab.study.selection import SelectionExperiment
-from coterie.lab.study.speed import ForwardCountExperiment, SpeedExperiment
-from coterie.lab.study.table import TableOneExperiment
+from coterie.lab.study.speed import FORWARDS, SpeedExperiment
+from coterie.lab.study.table import TABLE_ONE
 from coterie.lab.study.tradeoff import TradeoffExperiment
 from coterie.routing import update_policies_in_json
 
@@ -259,14 +259,14 @@ EXPERIMENTS: dict[str, Experiment] = {
     "block-size": BlockSizeExperiment(),
     "experts-per-token": ExpertsPerTokenExperiment(),
     "maps": MapsExperiment(),
-    "table-1": TableOneExperiment(),
+    "table-1": TABLE_ONE,
     "random-control": CONTROL,
     "votes": VOTES,
     "voters": VOTERS,
     "protection": PROTECTION,
     "mass": MASS,
     "beyond": BEYOND,
-    "forwards": ForwardCountExperiment(),
+    "forwards": FORWARDS,
     "speed": SpeedExperiment(),
     "experts": ExpertCacheExperiment(),
 }
