@@ -7,8 +7,8 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from coterie.lab.study.accuracy import DES_SEQ, DES_VOTE, MIN_RELATIVE_ACCURACY, TOP_K
-from coterie.lab.study.experiment import decimal_bytes, format_p
-from coterie.lab.study.expert_cache_report import ResultGrid, assess_policies, format_ratio
+from coterie.lab.study.experiment import format_p
+from coterie.lab.study.expert_cache_report import ResultGrid, lowest_traffic
 from coterie.lab.study.report import ReportSection, collect_claims
 from coterie.lab.study.results import VariantResult, VariantResults
 
@@ -159,15 +159,12 @@ def _speed_point(record: Any) -> str:
 
 def _cache_point(record: Any) -> str | None:
     """The accurate policy with the lowest traffic at the main share of memory."""
-    grid = ResultGrid.from_record(record)
-    accurate = [one for one in assess_policies(grid, "policy") if one.change.keeps_accuracy]
-    best = max(accurate, key=lambda one: one.saved[0], default=None)
+    best = lowest_traffic(ResultGrid.from_record(record).against_vanilla())
     if best is None:
         return None
+    point, vanilla = best.point, best.baseline
     return (
-        f"With {grid.main} of the experts in memory, {best.point.policy} saves "
-        f"{format_ratio(best.saved)} of the bytes that vanilla moves "
-        f"({decimal_bytes(best.point.bytes)} instead of {decimal_bytes(best.vanilla.bytes)} per "
-        f"answer) at an accuracy of {best.point.result.accuracy:.1%} (vanilla: "
-        f"{best.point.vanilla.accuracy:.1%})."
+        f"With {point.share} of the experts in memory, {point.policy} saves {best.saved:.1%} of "
+        f"the bytes that vanilla moves ({point.moved} instead of {vanilla.moved} per answer) at an "
+        f"accuracy of {point.result.accuracy:.1%} (vanilla: {best.test.first.accuracy:.1%})."
     )
