@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 
@@ -55,12 +55,8 @@ from coterie.lab.study.importance import (
     importance_coverage,
 )
 from coterie.lab.study.maps import ExpertUseCounter, HitRateCounter, MapsExperiment, position_kinds
-from coterie.lab.study.predictors import PredictorsExperiment
 from coterie.lab.study.rank_stats import mean_interval, ranks, spearman
 from coterie.lab.study.reconstruction import ReconstructionExperiment
-from coterie.lab.study.results import VariantResult as Arm
-from coterie.lab.study.steps import OverlapCounter, StepsExperiment, coreset_mask
-from coterie.lab.study.votes import VoteFidelityExperiment
 from coterie.loading.load import Model
 from coterie.routing import POLICIES, parse_policy, route
 from coterie.telemetry import ExpertCounter
@@ -73,8 +69,6 @@ CHAPTERS = (
     ReconstructionExperiment(),
     ImportanceExperiment(),
     MapsExperiment(),
-    VoteFidelityExperiment(),
-    StepsExperiment(),
 )
 WATCHABLE = tuple(name for name in POLICIES if name != "mc-moe")
 FLOATS = st.floats(-5, 5).map(lambda value: round(value, 2))
@@ -391,38 +385,7 @@ def test_each_position_has_one_kind() -> None:
         )
 
 
-def test_overlap_of_consecutive_forwards() -> None:
-    pairs, policy = (
-        OverlapCounter((parse_policy("des-vote:beta=0.25"),)),
-        parse_policy("des-vote:beta=0.25"),
-    )
-    shared: list[float] = []
-    last: dict[tuple[int, int], tuple[int, set[int]]] = {}
-    for seen in watched():
-        pairs.on_layer(seen)
-        for row, start, mask in zip(
-            seen.rows, seen.starts, coreset_mask(seen, policy), strict=True
-        ):
-            now = set(mask.nonzero()[:, 0].tolist())
-            began, before = last.get((row, seen.layer), (None, set()))
-            if began == start:
-                shared.append(len(now & before) / len(now | before))
-            last[row, seen.layer] = (start, now)
-    found = pairs.to_overlap(0, "des-vote:beta=0.25", 16)
-    assert len(shared) > 20
-    assert found["jaccard"] == pytest.approx(np.mean(shared))
-    assert found["size"] == 4
-    assert found["chance"] == pytest.approx(1 / 7)  # one of four shared: 1 of 7 in either
-    assert found["fresh"] >= max(found["last"], found["first"])
-
-
-def test_single_forward_has_no_overlap() -> None:
-    pairs = OverlapCounter((parse_policy("vanilla"),))
-    with pytest.raises(CoterieError, match="no block took a second forward"):
-        pairs.to_overlap(0, "vanilla", 16)
-
-
-SLOW_TO_RENDER = ("votes-fidelity", "reconstruction")  # they draw many panels
+SLOW_TO_RENDER = ("reconstruction",)  # it draws many panels
 
 
 @pytest.mark.parametrize(
@@ -462,53 +425,6 @@ def test_experiment_reports_progress(chapter: Experiment) -> None:
     assert list(shares) == sorted(shares)
     assert shares[0] >= 0
     assert 0.5 < shares[-1] <= 1
-
-
-def test_predictors_read_the_accuracy_record(tmp_path: Path) -> None:
-    here = replace(lab(), folder=tmp_path)
-    with pytest.raises(CoterieError, match=r"accuracy.* is missing"):
-        PredictorsExperiment().measure(here)
-    right = {"vanilla": "1111", "des-vote:beta=0.5": "1110", "random:beta=0.5": "0000"}
-    leave_accuracy(tmp_path, right)
-    kept = json.loads(json.dumps(PredictorsExperiment().measure(here), allow_nan=False))
-    accuracies = {point["policy"]: point["accuracy"] for point in kept["points"]}
-    assert accuracies == {"vanilla": 1.0, "des-vote:beta=0.5": 0.75, "random:beta=0.5": 0.0}
-    assert kept["agreement"]["usual"]["recall"] == {"rho": 1.0, "interval": [1.0, 1.0]}
-    assert kept["agreement"]["usual"]["loss"]["rho"] == 1.0  # the least loss, the most right
-    by_recall, by_loss, nearest = PredictorsExperiment().findings(kept)
-    assert isinstance(by_recall, Finding)
-    assert by_recall.claim.startswith("The top-K recall of single forwards predicts")
-    assert isinstance(by_loss, Finding)
-    assert by_loss.claim.startswith("The reconstruction loss of single forwards")
-    assert isinstance(nearest, str)
-    assert nearest.startswith("Over 3 policies")
-    kept["agreement"]["usual"]["experts"]["rho"] = 0.9
-    kept["agreement"]["usual"]["loss"]["interval"] = [0.8, 1.0]
-    assert [f.verdict for f in PredictorsExperiment().findings(kept) if isinstance(f, Finding)] == [
-        "holds",
-        "inconclusive",
-    ]
-    (drawing,) = PredictorsExperiment().drawings(kept)
-    assert render_svg(drawing.draw, name=drawing.name, scheme="dark").startswith("<svg")
-    (table,) = PredictorsExperiment().tables(kept)
-    assert {len(row) for row in table.rows} == {3}
-
-
-def leave_accuracy(folder: Path, right: dict[str, str]) -> None:
-    """A record of the chapter on accuracy: policy -> "1010", an item a digit; one is mc-moe's."""
-    arms = [
-        {
-            **dict.fromkeys([field.name for field in fields(Arm)], 0.0),
-            "name": policy,
-            "policy": policy,
-            "generation": {},
-            "right": {"words": digits},
-        }
-        for policy, digits in {**right, "mc-moe:beta=0.5": "1111"}.items()
-    ]
-    record = {"experts": 16, "k": 4, "block": 8, "arms": arms, "groups": {}, "pairs": []}
-    (folder / "records").mkdir()
-    (folder / "records" / "accuracy.json").write_text(json.dumps({"when": "now", "facts": record}))
 
 
 def test_bidirectional_model() -> None:

@@ -12,11 +12,10 @@ from matplotlib.figure import Figure
 from coterie.lab.bench import timing
 from coterie.lab.bench.routings import BLOCK_LENGTH, balanced_routing
 from coterie.lab.bench.shapes import PAPER_LAYERS, LayerShape
-from coterie.lab.plotting import SeriesStyle, add_legend, foreground, new_axes
+from coterie.lab.plotting import SeriesStyle, add_legend, foreground, indexed_style, new_axes
 from coterie.lab.study.charts import (
     Series,
     draw_series,
-    indexed_style,
     milliseconds,
     timing_series,
 )

@@ -29,16 +29,13 @@ from coterie.lab.study.explosion import ExplosionExperiment
 from coterie.lab.study.importance import ImportanceExperiment
 from coterie.lab.study.latency import LatencyExperiment
 from coterie.lab.study.maps import MapsExperiment
-from coterie.lab.study.predictors import PredictorsExperiment
 from coterie.lab.study.reconstruction import ReconstructionExperiment
 from coterie.lab.study.report import ReportSection, make_section, render_page
 from coterie.lab.study.roofline import RooflineExperiment
 from coterie.lab.study.selection import SelectionExperiment
-from coterie.lab.study.speed import ForwardCountExperiment, SpeedExperiment
-from coterie.lab.study.steps import StepsExperiment
-from coterie.lab.study.table import TableOneExperiment
+from coterie.lab.study.speed import FORWARDS, SpeedExperiment
+from coterie.lab.study.table import TABLE_ONE
 from coterie.lab.study.tradeoff import TradeoffExperiment
-from coterie.lab.study.votes import VoteFidelityExperiment
 from coterie.routing import update_policies_in_json
 
 REPORT = "report.html"
@@ -262,17 +259,14 @@ EXPERIMENTS: dict[str, Experiment] = {
     "block-size": BlockSizeExperiment(),
     "experts-per-token": ExpertsPerTokenExperiment(),
     "maps": MapsExperiment(),
-    "table-1": TableOneExperiment(),
+    "table-1": TABLE_ONE,
     "random-control": CONTROL,
     "votes": VOTES,
     "voters": VOTERS,
     "protection": PROTECTION,
     "mass": MASS,
-    "votes-fidelity": VoteFidelityExperiment(),
-    "foretelling": PredictorsExperiment(),  # reads the record `accuracy`
-    "steps": StepsExperiment(),
     "beyond": BEYOND,
-    "forwards": ForwardCountExperiment(),
+    "forwards": FORWARDS,
     "speed": SpeedExperiment(),
     "experts": ExpertCacheExperiment(),
 }
