@@ -15,6 +15,7 @@ from coterie.lab.study.context import StudyContext
 
 Verdict = Literal["holds", "does not hold", "inconclusive"]
 T = TypeVar("T")
+Entry = Mapping[str, Any]  # a JSON object in a record
 Columns = Mapping[str, str | Callable[[T], str]]  # head -> cell of an item
 
 
