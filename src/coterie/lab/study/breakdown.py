@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import product
 from statistics import fmean
-from typing import Any
 
 import numpy as np
 from matplotlib.figure import Figure
@@ -19,11 +18,11 @@ from coterie.lab.study.charts import milliseconds, quartiles_text
 from coterie.lab.study.context import StudyContext
 from coterie.lab.study.experiment import (
     Drawing,
+    Entry,
     Experiment,
     ExperimentText,
     Finding,
     Table,
-    make_table,
 )
 from coterie.lab.study.profiler import (
     ELECTION,
@@ -35,7 +34,6 @@ from coterie.lab.study.profiler import (
     Stopwatch,
     timed_model,
 )
-from coterie.lab.study.results import JsonObject
 
 POLICIES = ("vanilla", "des-seq:k=3", "des-vote:beta=0.3")
 ROUNDS = 5
@@ -53,7 +51,7 @@ class BreakdownExperiment(Experiment):
 
     rounds: int = ROUNDS
 
-    def measure(self, context: StudyContext) -> JsonObject:
+    def measure(self, context: StudyContext) -> Entry:
         model, generation = context.engine.model, context.engine.generation
         prompts = context.questions()[:NUM_PROMPTS]
         stopwatch = Stopwatch(model.transformer.device)
@@ -72,13 +70,13 @@ class BreakdownExperiment(Experiment):
             "policies": [summarize_breakdown(policy, runs) for policy, runs in laps.items()],
         }
 
-    def drawings(self, record: JsonObject) -> Sequence[Drawing]:
+    def drawings(self, record: Entry) -> Sequence[Drawing]:
         conditions = timing.describe_conditions(record["machine"])
         caption = self.text.caption("figure", record=record, conditions=conditions)
         return [Drawing(self.name, caption, lambda: _draw(record["policies"]))]
 
-    def tables(self, record: JsonObject) -> Sequence[Table]:
-        def cell(entry: Mapping[str, Any], part: str) -> str:
+    def tables(self, record: Entry) -> Sequence[Table]:
+        def cell(entry: Entry, part: str) -> str:
             if part == WHOLE:
                 return f"{milliseconds(entry['forward'])} [{quartiles_text(entry['forward'])}]"
             if part not in entry["parts"]:
@@ -89,10 +87,9 @@ class BreakdownExperiment(Experiment):
         parts = [part for part in PARTS if any(part in e["parts"] for e in entries.values())]
         forwards = ", ".join(str(entry["forward"]["samples"]) for entry in entries.values())
         columns = {name: lambda part, e=entry: cell(e, part) for name, entry in entries.items()}
-        caption = self.text.caption("table", forwards=forwards)
-        return [make_table(caption, [*parts, WHOLE], {"part": "{0}", **columns})]
+        return [self.text.table("parts", [*parts, WHOLE], columns, forwards=forwards)]
 
-    def findings(self, record: JsonObject) -> Sequence[Finding | str]:
+    def findings(self, record: Entry) -> Sequence[Finding | str]:
         vanilla, *others = record["policies"]
         shares = vanilla["shares"]
         moe_share = sum(shares.get(part, 0.0) for part in MOE_PARTS)
@@ -110,8 +107,8 @@ class BreakdownExperiment(Experiment):
             *timing.load_warnings(record["machine"]),
         ]
 
-    def _saving_finding(self, vanilla: Mapping[str, Any], other: Mapping[str, Any]) -> Finding:
-        def median(entry: Mapping[str, Any], part: str) -> float:
+    def _saving_finding(self, vanilla: Entry, other: Entry) -> Finding:
+        def median(entry: Entry, part: str) -> float:
             return entry["parts"][part]["median"] if part in entry["parts"] else 0.0
 
         before, after = vanilla["forward"], other["forward"]
@@ -140,7 +137,7 @@ def time_answer(engine: Engine, stopwatch: Stopwatch, prompt: str, policy: str) 
     return timings
 
 
-def summarize_breakdown(policy: str, forwards: Sequence[Laps]) -> JsonObject:
+def summarize_breakdown(policy: str, forwards: Sequence[Laps]) -> Entry:
     """Statistics over the forwards; ``shares`` are of their total time.
 
     A part that never ran is missing.
@@ -158,7 +155,7 @@ def summarize_breakdown(policy: str, forwards: Sequence[Laps]) -> JsonObject:
     }
 
 
-def _draw(policies: Sequence[Mapping[str, Any]]) -> Figure:
+def _draw(policies: Sequence[Entry]) -> Figure:
     """A stacked bar per policy."""
     figure, ax = new_axes("milliseconds of the median forward", height=3.6)
     names = [entry["policy"] for entry in policies]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 import numpy as np
 import torch
@@ -24,7 +23,8 @@ from coterie.lab.study.cache_simulation import (
     simulate_cache,
 )
 from coterie.lab.study.context import StudyContext
-from coterie.lab.study.results import JsonObject, VariantResult
+from coterie.lab.study.experiment import Entry
+from coterie.lab.study.results import VariantResult
 from coterie.loading.load import load_model
 from coterie.model.weights import expert_bytes
 
@@ -64,15 +64,15 @@ class MeasuredRun:
         return self.request.variant.name, self.request.slots
 
 
-def measure_expert_cache(context: StudyContext) -> JsonObject:
+def measure_expert_cache(context: StudyContext) -> Entry:
     """Measure policies in every precision that loads, and simulate caches of every size."""
     spec, generation = context.engine.model.spec, context.engine.generation
     # A separate forward may write the keys of a finished block.
     commits = parse_plan(generation.plan).scheme.traits.writes_kv
     names, slots = precision_names(context.engine), slots_by_share(spec.router.experts)
-    precisions: list[JsonObject] = []
+    precisions: list[Entry] = []
     left_out: list[dict[str, str]] = []
-    runs: list[JsonObject] = []
+    runs: list[Entry] = []
     whole: Mapping[tuple[str, int | None], MeasuredRun] = {}
     for index, name in enumerate(names):
         try:
@@ -146,11 +146,11 @@ def run_requests(
     """The runs of one precision, vanilla first; the first precision has both kinds of commits."""
 
     def make(
-        policies: Sequence[str], options: JsonObject, slots: int | None = None, items: int = items
+        policies: Sequence[str], options: Entry, slots: int | None = None, items: int = items
     ) -> list[ReplayRequest]:
         return [ReplayRequest(Variant(policy, options), items, slots) for policy in policies]
 
-    by_policy: JsonObject = {"commit": "policy"} if commits else {}
+    by_policy: Entry = {"commit": "policy"} if commits else {}
     requests = [*make(["vanilla"], {}), *make(MEMORY_BLIND_POLICIES, by_policy)]
     for share, num_slots in slots.items():
         if is_first and share == MAIN_SHARE:
@@ -209,8 +209,8 @@ def run_record(
     run: MeasuredRun,
     vanilla: MeasuredRun,
     whole: MeasuredRun | None,
-    precisions: Sequence[Mapping[str, Any]],
-) -> JsonObject:
+    precisions: Sequence[Entry],
+) -> Entry:
     """A run for the record, compared with vanilla and with the first of ``precisions``.
 
     ``looks`` marks a policy that depends on the resident experts; it has one cache. ``commit`` is
@@ -240,8 +240,8 @@ def cache_record(
     share: str,
     vanilla: MeasuredRun,
     whole: MeasuredRun | None,
-    precisions: Sequence[Mapping[str, Any]],
-) -> JsonObject:
+    precisions: Sequence[Entry],
+) -> Entry:
     """Experts used and moved, and the predicted milliseconds of an answer by link."""
     cache, size = run.caches[share], precisions[-1]["expert_bytes"]
     moved = int(cache.loaded.sum())

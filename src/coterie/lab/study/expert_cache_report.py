@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from matplotlib.figure import Figure
 
@@ -13,6 +13,7 @@ from coterie.lab.study.charts import dash_repeats, line_chart, policy_series
 from coterie.lab.study.context import StudyContext
 from coterie.lab.study.experiment import (
     Drawing,
+    Entry,
     Experiment,
     ExperimentText,
     Finding,
@@ -20,11 +21,10 @@ from coterie.lab.study.experiment import (
     decimal_bytes,
     format_p,
     judge,
-    make_table,
 )
-from coterie.lab.study.expert_cache import LINKS, MEMORY_SHARES, measure_expert_cache
+from coterie.lab.study.expert_cache import MEMORY_SHARES, measure_expert_cache
 from coterie.lab.study.paired import SIGNIFICANCE_LEVEL, PairedComparison, compare_pairs
-from coterie.lab.study.results import JsonObject, VariantResult
+from coterie.lab.study.results import VariantResult
 
 MAX_ACCURACY_LOSS = 0.01  # "keeps accuracy" allows this loss at the interval's end
 MIN_BYTES_SAVED = 0.5  # the bytes that a policy with a resident bonus should save
@@ -52,8 +52,8 @@ class Interval(NamedTuple):
 class CachePoint:
     """One policy with one cache in one precision; ``run`` and ``cache`` are of the record."""
 
-    run: Mapping[str, Any]
-    cache: Mapping[str, Any]
+    run: Entry
+    cache: Entry
     result: VariantResult
     expert_bytes: int
 
@@ -98,6 +98,11 @@ class PointComparison:
         """Of accuracy: Tango's interval, and p adjusted for the list of comparisons."""
         change = self.test.change
         return Interval(change.difference, *change.score_interval, self.test.p)
+
+    @property
+    def single_p(self) -> str:
+        """The p value without an adjustment."""
+        return format_p(self.test.change.p_value, bare=True)
 
     @property
     def saved(self) -> Interval:
@@ -150,11 +155,11 @@ def lowest_traffic(comparisons: Sequence[PointComparison]) -> PointComparison | 
 class ResultGrid:
     """The points of a record, in its order."""
 
-    record: Mapping[str, Any]
+    record: Entry
     points: tuple[CachePoint, ...]
 
     @staticmethod
-    def from_record(record: Mapping[str, Any]) -> ResultGrid:
+    def from_record(record: Entry) -> ResultGrid:
         sizes = {entry["name"]: entry["expert_bytes"] for entry in record["precisions"]}
         results = [(run, VariantResult.from_json(run["tally"])) for run in record["runs"]]
         points = (
@@ -205,10 +210,10 @@ class ExpertCacheExperiment(Experiment):
 
     text = ExperimentText.load("experts")
 
-    def measure(self, context: StudyContext) -> JsonObject:
+    def measure(self, context: StudyContext) -> Entry:
         return measure_expert_cache(context)
 
-    def drawings(self, record: JsonObject) -> Sequence[Drawing]:
+    def drawings(self, record: Entry) -> Sequence[Drawing]:
         grid = ResultGrid.from_record(record)
         drawings = []
         for name in grid.precisions:
@@ -224,13 +229,13 @@ class ExpertCacheExperiment(Experiment):
             drawings.append(Drawing("experts-commits", caption, partial(draw_errors, points)))
         return drawings
 
-    def tables(self, record: JsonObject) -> Sequence[Table]:
+    def tables(self, record: Entry) -> Sequence[Table]:
         grid = ResultGrid.from_record(record)
         by_precision = [(grid.select(name), "policy") for name in grid.precisions]
         by_vanilla = [(grid.main_points(kind), kind) for kind in grid.commit_kinds[1:]]
         return [self._points_table(grid, *entry) for entry in (*by_precision, *by_vanilla)]
 
-    def findings(self, record: JsonObject) -> Sequence[Finding | str]:
+    def findings(self, record: Entry) -> Sequence[Finding | str]:
         grid, text = ResultGrid.from_record(record), self.text
         vanilla = [p for p in grid.select(grid.precisions[0]) if p.policy == "vanilla"]
         rates = ", ".join(text.sentence("hit_rate", point=point) for point in vanilla)
@@ -315,33 +320,14 @@ class ExpertCacheExperiment(Experiment):
         rows = compare_points(
             [(points[0], p) for p in sorted(points, key=lambda p: order.index(p.policy))]
         )
-        columns = {
-            "policy": "{0.point.policy}",
-            "in memory": "{0.point.share}",
-            "n": "{0.point.run[items]}",
-            "accuracy, 95 %": "{0.point.result.accuracy:.1%}, "
-            "{0.point.result.interval[0]:.1%} to {0.point.result.interval[1]:.1%}",
-            "change": "{0.change.value:+.1%}",
-            "p": lambda one: format_p(one.test.change.p_value, bare=True),
-            "hits": "{0.point.hit_rate:.1%}",
-            "bytes per answer": "{0.point.moved}",
-            "saved": "{0.saved.value:.1%}",
-            "forwards": "{0.point.result.forwards_per_block:.2f}",
-            **{f"ms by {link}": f"{{0.point.cache[ms][{link}]:.3g}}" for link in LINKS},
-        }
-        caption = self.text.caption(
-            "points",
-            point=points[0],
-            size=decimal_bytes(points[0].expert_bytes),
-            commits=self._commits_text(grid, commit),
-        )
-        table = make_table(caption, rows, columns, text_columns=2)
+        size, commits = decimal_bytes(points[0].expert_bytes), self._commits_text(grid, commit)
+        table = self.text.table("points", rows, point=points[0], size=size, commits=commits)
         shown: list[list[str]] = []
         for one, above, cells in zip(rows, [None, *rows], table.rows, strict=False):
             hidden = set(RUN_COLUMNS if above and above.point.run is one.point.run else ())
             hidden |= {"change", "p"} if one.point.policy == "vanilla" else set()
             hidden |= set() if one.point.cache["to_vanilla"] else {"saved"}
-            pairs = zip(columns, cells, strict=True)
+            pairs = zip(table.heads, cells, strict=True)
             shown.append(["" if head in hidden else cell for head, cell in pairs])
         return replace(table, rows=shown)
 

@@ -12,18 +12,16 @@ from torch import Tensor
 
 from coterie.engine.observation import LayerObservation, observe_forwards
 from coterie.errors import CoterieError, TaskError
-from coterie.lab.plotting import SeriesStyle, foreground
-from coterie.lab.study.charts import Series, dash_repeats, line_chart, policy_series
+from coterie.lab.study.charts import dash_repeats, guide_series, line_chart, policy_series
 from coterie.lab.study.context import StudyContext
 from coterie.lab.study.experiment import (
     Drawing,
+    Entry,
     Experiment,
     ExperimentText,
     Finding,
     Table,
-    make_table,
 )
-from coterie.lab.study.results import JsonObject
 from coterie.telemetry import routing_stats
 
 BLOCK_SIZES = (8, 16, 24, 32, 48, 64)
@@ -43,9 +41,9 @@ class ExplosionExperiment(Experiment):
 
     blocks: Sequence[int] = BLOCK_SIZES
 
-    def measure(self, context: StudyContext) -> JsonObject:
+    def measure(self, context: StudyContext) -> Entry:
         prompts, spec = context.questions(), context.engine.model.spec
-        curves: dict[str, list[JsonObject]] = {policy: [] for policy in POLICIES}
+        curves: dict[str, list[Entry]] = {policy: [] for policy in POLICIES}
         skipped: dict[int, str] = {}
         runs = list(product(self.blocks, POLICIES))
         for number, (block, policy) in enumerate(runs):
@@ -75,7 +73,7 @@ class ExplosionExperiment(Experiment):
             "skipped": list(skipped.values()),
         }
 
-    def drawings(self, record: JsonObject) -> Sequence[Drawing]:
+    def drawings(self, record: Entry) -> Sequence[Drawing]:
         bins, y = record["masked"], f"unique experts of {record['experts']}"
         masked, means = [entry["masked"] for entry in bins], [entry["mean"] for entry in bins]
         series = policy_series("vanilla", masked, means)
@@ -89,16 +87,15 @@ class ExplosionExperiment(Experiment):
             ),
         ]
 
-    def tables(self, record: JsonObject) -> Sequence[Table]:
+    def tables(self, record: Entry) -> Sequence[Table]:
         blocks = [point["block"] for point in record["curves"][0]["points"]]
         uniform = [expected_uniform(record["experts"], record["k"], block) for block in blocks]
         means = {c["policy"]: [point["mean"] for point in c["points"]] for c in record["curves"]}
         rows = [(name, *values) for name, values in (means | {"random routing": uniform}).items()]
         columns = {f"block {block}": f"{{0[{i}]:.1f}}" for i, block in enumerate(blocks, start=1)}
-        caption = self.text.caption("table", record=record)
-        return [make_table(caption, rows, {"policy": "{0[0]}", **columns})]
+        return [self.text.table("blocks", rows, columns, record=record)]
 
-    def findings(self, record: JsonObject) -> Sequence[Finding | str]:
+    def findings(self, record: Entry) -> Sequence[Finding | str]:
         experts, k, points = record["experts"], record["k"], record["curves"][0]["points"]
         grows = len(points) > 1 and all(a["mean"] < b["mean"] for a, b in pairwise(points))
         times = points[-1]["mean"] / k
@@ -134,7 +131,7 @@ def coreset_budget(policy: str, experts: int) -> int | None:
     return int(float(beta) * experts + 1e-9) if family == "des-vote" else None
 
 
-def summarize_block_size(block: int, counts: Tensor) -> JsonObject:
+def summarize_block_size(block: int, counts: Tensor) -> Entry:
     """From unique experts [L, F]: mean and quartiles over forwards of the mean over layers.
 
     ``layers`` are the means of each layer over forwards.
@@ -151,7 +148,7 @@ def summarize_block_size(block: int, counts: Tensor) -> JsonObject:
     }
 
 
-def bin_by_masked(masked: Tensor, mean: Tensor, block: int, bins: int = 8) -> list[JsonObject]:
+def bin_by_masked(masked: Tensor, mean: Tensor, block: int, bins: int = 8) -> list[Entry]:
     """Means over forwards with similar numbers of masks; a bin is an eighth of a block."""
     bin_index = ((masked.double() - 1) * bins / block).floor().clamp(0, bins - 1)
     return [
@@ -186,13 +183,12 @@ def count_experts(
     return torch.stack([torch.cat(counts) for counts in unique.values()]), torch.cat(masked)
 
 
-def _draw_blocks(record: JsonObject, y: str) -> Figure:
+def _draw_blocks(record: Entry, y: str) -> Figure:
     """One line per policy, and the range of the layers under vanilla."""
     experts, curves = record["experts"], record["curves"]
     span = range(1, curves[0]["points"][-1]["block"] + 1)
     uniform = [expected_uniform(experts, record["k"], tokens) for tokens in span]
-    style = SeriesStyle(foreground(), "", "")
-    series = [Series("random routing", span, uniform, style, line="--", width=1.0)]
+    series = [guide_series(span, uniform, "random routing")]
     for curve, line in zip(curves, dash_repeats([c["policy"] for c in curves]), strict=True):
         points = curve["points"]
         blocks, means = [p["block"] for p in points], [p["mean"] for p in points]
