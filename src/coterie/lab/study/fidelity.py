@@ -9,8 +9,9 @@ Intervals are bootstraps over prompts.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Literal, TypedDict, cast
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Literal
 
 import numpy as np
 import torch
@@ -22,12 +23,14 @@ from coterie.engine.events import Result
 from coterie.engine.observation import LayerObservation, moe_output, observe_forwards
 from coterie.errors import CoterieError
 from coterie.lab.study.context import StudyContext
-from coterie.lab.study.experiment import Table, format_interval, make_table
+from coterie.lab.study.experiment import Entry, Table, format_interval, make_table
+from coterie.lab.study.rank_stats import central_interval
 from coterie.routing import needs_importance, parse_policy, route
 from coterie.telemetry import routing_stats
 from coterie.values import Routing, expert_mask
 
-FloatArray = NDArray[np.float64]  # [.., columns]
+FloatArray = NDArray[np.float64]
+FidelityScores = CurveGap = Entry  # made by ``fidelity_scores`` and ``gaps_to_curve``
 ProgressCallback = Callable[[float], None]  # the share done
 Metric = Literal[
     "recall", "loss", "word_recall", "word_loss", "open_loss", "experts", "mass", "cosine"
@@ -42,48 +45,22 @@ COLUMNS = (
     *("word_looks", "word_hits", "word_choices", "word_loss", "open_looks", "open_loss"),
 )
 COLUMN_INDEX = {name: index for index, name in enumerate(COLUMNS)}
+RATIOS: Mapping[Metric, tuple[str, str]] = {  # of two columns
+    "experts": ("unique", "looks"),
+    "mass": ("held", "votes"),
+    "recall": ("hits", "choices"),
+    "loss": ("loss", "looks"),
+    "cosine": ("cosine", "looks"),
+    "word_recall": ("word_hits", "word_choices"),
+    "word_loss": ("word_loss", "word_looks"),
+    "open_loss": ("open_loss", "open_looks"),
+}
 METRIC_NAMES: Mapping[Metric, str] = {
-    "experts": "unique experts",
-    "mass": "votes kept",
     "recall": "top-K recall",
     "word_recall": "top-K recall, answer tokens",
     "loss": "reconstruction loss",
     "word_loss": "reconstruction loss, answer tokens",
-    "open_loss": "reconstruction loss, masked answer tokens",
-    "cosine": "cosine of the layer's output",
 }
-
-
-class FidelityScores(TypedDict):
-    """The metrics of one policy; ``spread`` is the standard deviation of ``experts``.
-
-    ``experts`` counts unique experts in use, ``mass`` is their share of the votes, ``loss`` is
-    |y - y_vanilla|^2 / |y_vanilla|^2 of the layer's output y, and ``cosine`` is that of y.
-    """
-
-    policy: str
-    experts: float
-    spread: float
-    mass: float
-    recall: float
-    loss: float
-    cosine: float
-    word_recall: float
-    word_loss: float
-    open_loss: float
-    recall_interval: list[float]
-    loss_interval: list[float]
-
-
-class CurveGap(TypedDict):
-    """A policy minus a curve at the same number of experts, with its 95 % interval."""
-
-    policy: str
-    experts: float
-    value: float  # of the policy
-    curve: float  # of the curve there
-    gap: float
-    interval: list[float]
 
 
 @dataclass(frozen=True)
@@ -101,12 +78,27 @@ class VanillaTrace:
         return sum(min(result.forwards, MAX_FORWARDS) for result in self.results) * len(self.layers)
 
 
-@dataclass  # mutable: it accumulates
+@dataclass(frozen=True)
 class FidelitySums:
     """Sums per policy and prompt: [policies, prompts, columns]."""
 
     policies: tuple[str, ...]
-    sums: Tensor = field(default_factory=lambda: torch.zeros(0))
+    sums: Tensor
+
+    @cached_property
+    def samples(self) -> FloatArray:
+        """[1 + draws, policies, columns]: over all prompts, then over bootstrap samples of them."""
+        prompts = self.sums.shape[1]
+        rng = np.random.default_rng(0)
+        draws = rng.multinomial(prompts, [1 / prompts] * prompts, size=BOOTSTRAP_DRAWS)
+        weights = np.vstack([np.ones(prompts), draws])
+        return np.einsum("dn,pnc->dpc", weights, self.sums.numpy())
+
+    def values(self, metric: Metric) -> FloatArray:
+        """[1 + draws, policies]; without observations, 1 for shares kept and 0 for losses."""
+        numerator, denominator = (self.samples[..., COLUMN_INDEX[name]] for name in RATIOS[metric])
+        default = np.full_like(numerator, metric in ("mass", "recall", "word_recall"))
+        return np.divide(numerator, denominator, out=default, where=denominator > 0)
 
 
 def trace_vanilla(context: StudyContext, *, slow: bool = False) -> VanillaTrace:
@@ -240,91 +232,83 @@ def count_kept_experts(observation: LayerObservation, routing: Routing) -> Tenso
     return in_use.gather(-1, routing.vanilla_ids).sum(-1).view(shape[:2])
 
 
-METRICS: Mapping[Metric, Callable[[FloatArray], FloatArray]] = {  # from sums [.., columns]
-    "experts": lambda sums: _ratio(sums, "unique", "looks"),
-    "mass": lambda sums: _ratio(sums, "held", "votes"),
-    "recall": lambda sums: _ratio(sums, "hits", "choices"),
-    "loss": lambda sums: _ratio(sums, "loss", "looks"),
-    "cosine": lambda sums: _ratio(sums, "cosine", "looks"),
-    "word_recall": lambda sums: _ratio(sums, "word_hits", "word_choices"),
-    "word_loss": lambda sums: _ratio(sums, "word_loss", "word_looks"),
-    "open_loss": lambda sums: _ratio(sums, "open_loss", "open_looks"),
-}
+def fidelity_scores(fidelity: FidelitySums) -> list[Entry]:
+    """The metrics of every policy, in order; ``spread`` is the standard deviation of ``experts``.
 
-
-def fidelity_scores(fidelity: FidelitySums) -> list[FidelityScores]:
-    """The scores of every policy, in order."""
-    totals, samples = fidelity.sums.sum(dim=1).numpy(), bootstrap(fidelity.sums)
-    values_by_metric = {name: metric(totals) for name, metric in METRICS.items()}
-    squares = _ratio(totals, "squared", "looks") - values_by_metric["experts"] ** 2
-    interval_metrics: tuple[Metric, ...] = ("recall", "loss")
-    intervals = {name: _interval(METRICS[name](samples)) for name in interval_metrics}
+    ``experts`` counts unique experts in use, ``mass`` is their share of the votes, ``loss`` is
+    |y - y_vanilla|^2 / |y_vanilla|^2 of the layer's output y, and ``cosine`` is that of y.
+    """
+    values = {metric: fidelity.values(metric) for metric in RATIOS}
+    squares, looks = (fidelity.samples[0, :, COLUMN_INDEX[name]] for name in ("squared", "looks"))
+    variances = squares / looks - values["experts"][0] ** 2
     return [
-        cast(
-            "FidelityScores",
-            {
-                "policy": policy,
-                **{name: float(values[index]) for name, values in values_by_metric.items()},
-                "spread": float(np.sqrt(max(0.0, squares[index]))),
-                **{f"{name}_interval": ends[index] for name, ends in intervals.items()},
-            },
-        )
+        {
+            "policy": policy,
+            **{metric: float(samples[0, index]) for metric, samples in values.items()},
+            "spread": float(max(0.0, variances[index]) ** 0.5),
+            "recall_interval": central_interval(values["recall"][1:, index]),
+            "loss_interval": central_interval(values["loss"][1:, index]),
+        }
         for index, policy in enumerate(fidelity.policies)
     ]
 
 
-def gaps_to_curve(
-    fidelity: FidelitySums, policies: Sequence[str], curve: Sequence[str], metric: Metric = "loss"
-) -> list[CurveGap]:
-    """Each policy's metric minus that of a curve of policies, at the policy's own size.
-
-    The curve is linear between its points; a policy beyond its ends is omitted.
-    """
-    totals, samples = fidelity.sums.sum(dim=1).numpy()[None], bootstrap(fidelity.sums)
-    curve_indices = [fidelity.policies.index(policy) for policy in curve]
-    curve_gaps = []
-    for policy in policies:
-        index = fidelity.policies.index(policy)
-        size = float(METRICS["experts"](totals)[0, index])
-        ends = METRICS["experts"](totals)[0, curve_indices]
-        if not ends.min() <= size <= ends.max():
-            continue
-        value, curve_value = _value_and_curve(totals, index, curve_indices, metric)
-        gap = np.subtract(*_value_and_curve(samples, index, curve_indices, metric))
-        curve_gaps.append(
-            CurveGap(
-                policy=policy,
-                experts=size,
-                value=float(value[0]),
-                curve=float(curve_value[0]),
-                gap=float(value[0] - curve_value[0]),
-                interval=_interval(gap[:, None])[0],
-            )
-        )
-    return curve_gaps
-
-
 def metric_gaps(
     fidelity: FidelitySums, policies: Sequence[str], curve: Sequence[str], metrics: Sequence[Metric]
-) -> dict[Metric, list[CurveGap]]:
+) -> dict[Metric, list[Entry]]:
     """``gaps_to_curve`` for each of these metrics."""
     return {metric: gaps_to_curve(fidelity, policies, curve, metric) for metric in metrics}
 
 
-def compare_to_curve(gap: CurveGap, metric: Metric) -> int:
+def gaps_to_curve(
+    fidelity: FidelitySums, policies: Sequence[str], curve: Sequence[str], metric: Metric
+) -> list[Entry]:
+    """Each policy's metric minus that of a curve of policies, at the policy's own size.
+
+    The curve is linear between its points; a policy beyond its ends is omitted.
+    """
+    sizes, values = fidelity.values("experts"), fidelity.values(metric)
+    points = [fidelity.policies.index(policy) for policy in curve]
+    gaps = []
+    for policy in policies:
+        index = fidelity.policies.index(policy)
+        if not sizes[0, points].min() <= sizes[0, index] <= sizes[0, points].max():
+            continue
+        orders = np.array(points)[np.argsort(sizes[:, points], axis=1, kind="stable")]
+        curve_values = np.array(
+            [
+                np.interp(size[index], size[order], value[order])
+                for size, value, order in zip(sizes, values, orders, strict=True)
+            ]
+        )
+        differences = values[:, index] - curve_values
+        gaps.append(
+            {
+                "policy": policy,
+                "experts": float(sizes[0, index]),
+                "value": float(values[0, index]),
+                "curve": float(curve_values[0]),
+                "gap": float(differences[0]),
+                "interval": central_interval(differences[1:]),
+            }
+        )
+    return gaps
+
+
+def compare_to_curve(gap: Entry, metric: Metric) -> int:
     """1 where the policy beats the curve beyond the interval, -1 where it loses, else 0."""
     sign = -1 if metric.endswith("loss") else 1
     low, high = sorted(sign * end for end in gap["interval"])
     return int(low > 0) - int(high < 0)
 
 
-def count_outcomes(gaps: Sequence[CurveGap], metric: Metric) -> tuple[int, int, int]:
+def count_outcomes(gaps: Sequence[Entry], metric: Metric) -> tuple[int, int, int]:
     """The numbers of sizes at which policies are better than the curve, worse, and similar."""
     signs = [compare_to_curve(gap, metric) for gap in gaps]
     return signs.count(1), signs.count(-1), signs.count(0)
 
 
-def outcomes_text(gaps_by_metric: Mapping[Metric, Sequence[CurveGap]]) -> str:
+def outcomes_text(gaps_by_metric: Mapping[Metric, Sequence[Entry]]) -> str:
     """Metric by metric: the numbers of sizes that are better, worse and similar."""
     clauses = []
     for metric, gaps in gaps_by_metric.items():
@@ -334,7 +318,7 @@ def outcomes_text(gaps_by_metric: Mapping[Metric, Sequence[CurveGap]]) -> str:
 
 
 def gaps_table(
-    gaps_by_metric: Mapping[Metric, Sequence[CurveGap]], first_head: str, caption: str
+    gaps_by_metric: Mapping[Metric, Sequence[Entry]], first_head: str, caption: str
 ) -> Table:
     """One policy per row, one metric per column: the gap to the curve."""
     by_policy: dict[str, list[str]] = {}
@@ -345,7 +329,7 @@ def gaps_table(
     return Table(heads, list(by_policy.values()), caption, range(1, len(heads)))
 
 
-def scores_table(scores: Sequence[FidelityScores], caption: str) -> Table:
+def scores_table(scores: Sequence[Entry], caption: str) -> Table:
     """One policy per row."""
     return make_table(
         caption,
@@ -363,56 +347,6 @@ def scores_table(scores: Sequence[FidelityScores], caption: str) -> Table:
     )
 
 
-def bootstrap(sums: Tensor, *, draws: int = BOOTSTRAP_DRAWS, seed: int = 0) -> FloatArray:
-    """Bootstrap over prompts: [policies, prompts, C] -> [draws, policies, C]."""
-    prompts = sums.shape[1]
-    weights = np.random.default_rng(seed).multinomial(prompts, [1 / prompts] * prompts, size=draws)
-    return np.einsum("dn,pnc->dpc", weights.astype(np.float64), sums.numpy())
-
-
-def _value_and_curve(
-    sums: FloatArray, index: int, curve_indices: Sequence[int], metric: Metric
-) -> tuple[FloatArray, FloatArray]:
-    """[draws] twice: the policy's metric, and the curve's at the policy's number of experts."""
-    sizes, values = METRICS["experts"](sums), METRICS[metric](sums)
-    order = np.argsort(sizes[:, curve_indices], axis=1, kind="stable")
-    ends, heights = (
-        np.take_along_axis(array[:, curve_indices], order, axis=1) for array in (sizes, values)
-    )
-    return values[:, index], interpolate(sizes[:, index], ends, heights)
-
-
-def interpolate(size: FloatArray, ends: FloatArray, heights: FloatArray) -> FloatArray:
-    """[draws]: linear interpolation at size [draws] through (ends, heights) [draws, points].
-
-    ``ends`` ascend; beyond them the first and last heights continue.
-    """
-    right = (ends < size[:, None]).sum(axis=1).clip(1, ends.shape[1] - 1)[:, None]
-    (x0, x1), (y0, y1) = (
-        [np.take_along_axis(array, index, axis=1)[:, 0] for index in (right - 1, right)]
-        for array in (ends, heights)
-    )
-    share = np.where(x1 > x0, (size - x0) / np.where(x1 > x0, x1 - x0, 1.0), 1.0)
-    return y0 + share.clip(0.0, 1.0) * (y1 - y0)
-
-
 def _masked_share(error: Tensor, total: Tensor, mask: Tensor) -> Tensor:
     """[S]: the ratio of two [S, N] summed over ``mask``; 0 where the mask is empty."""
     return (error * mask).sum(-1) / (total * mask).sum(-1).where(mask.any(-1), 1.0)
-
-
-def _ratio(sums: FloatArray, numerator_name: str, denominator_name: str) -> FloatArray:
-    """The ratio of two columns; without observations, 1 for shares kept and 0 for losses."""
-    denominator = sums[..., COLUMN_INDEX[denominator_name]]
-    default = 1.0 if denominator_name in ("choices", "word_choices", "votes") else 0.0
-    return np.where(
-        denominator > 0,
-        sums[..., COLUMN_INDEX[numerator_name]] / np.where(denominator > 0, denominator, 1.0),
-        default,
-    )
-
-
-def _interval(samples: FloatArray) -> list[list[float]]:
-    """[draws, n] -> n pairs: the central 95 %."""
-    low, high = np.quantile(samples, [0.025, 0.975], axis=0)
-    return [[float(a), float(b)] for a, b in zip(low, high, strict=True)]

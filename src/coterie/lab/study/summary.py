@@ -13,8 +13,8 @@ from coterie.lab.study.accuracy import (
     TOP_K,
     smallest_accurate,
 )
-from coterie.lab.study.experiment import ExperimentText, decimal_bytes, format_p
-from coterie.lab.study.expert_cache_report import ResultGrid, assess_policies, format_ratio
+from coterie.lab.study.experiment import ExperimentText, format_p
+from coterie.lab.study.expert_cache_report import ResultGrid, lowest_traffic
 from coterie.lab.study.report import ReportSection, collect_claims
 from coterie.lab.study.results import VariantResult, VariantResults
 from coterie.lab.study.speed import fastest_des, median_speed
@@ -121,18 +121,9 @@ def _speed_points(record: Any) -> Points:
 
 def _cache_points(record: Any) -> Points:
     """The accurate policy with the lowest traffic at the main share of memory."""
-    grid = ResultGrid.from_record(record)
-    accurate = [one for one in assess_policies(grid, "policy") if one.change.keeps_accuracy]
-    if accurate:
-        best = max(accurate, key=lambda one: one.saved[0])
-        yield TEXT.sentence(
-            "cache",
-            main=grid.main,
-            point=best.point,
-            saved=format_ratio(best.saved),
-            moved=decimal_bytes(best.point.bytes),
-            vanilla_moved=decimal_bytes(best.vanilla.bytes),
-        )
+    best = lowest_traffic(ResultGrid.from_record(record).against_vanilla())
+    if best is not None:
+        yield TEXT.sentence("cache", best=best)
 
 
 def _vote(results: VariantResults, policy: str) -> VariantResult | None:
