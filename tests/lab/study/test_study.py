@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import ast
+import errno
 import json
+import os
 import re
 import sys
 import tomllib
@@ -24,10 +26,9 @@ from tiny_task import Quiz
 import coterie
 from coterie.cli.entry import run
 from coterie.engine.engine import Engine
-from coterie.errors import CoterieError
+from coterie.errors import CheckpointError, CoterieError
 from coterie.lab import plotting
 from coterie.lab.evals.run import Variant
-from coterie.lab.study import markdown
 from coterie.lab.study import study as room
 from coterie.lab.study.ablations import BEYOND, MASS, VOTES
 from coterie.lab.study.accuracy import (
@@ -54,11 +55,17 @@ from coterie.lab.study.experts_per_token import (
     evaluate_policy,
 )
 from coterie.lab.study.paired import claim_finding, compare_pairs, is_better
-from coterie.lab.study.report import ReportSection, collect_claims, make_section, render_page
+from coterie.lab.study.report import (
+    ReportSection,
+    collect_claims,
+    make_section,
+    render_markdown,
+    render_page,
+)
 from coterie.lab.study.results import JsonObject, VariantResult, VariantResults
-from coterie.lab.study.speed import ForwardCountExperiment
+from coterie.lab.study.speed import FORWARDS
 from coterie.lab.study.study import EXPERIMENTS, ExperimentOutcome, StudyConfig, run_study
-from coterie.lab.study.table import TableOneExperiment
+from coterie.lab.study.table import TABLE_ONE
 from coterie.lab.study.variants import (
     MAX_EXPERT_DIFFERENCE,
     coreset_size,
@@ -401,6 +408,20 @@ def test_figures_are_written_as_files(tmp_path: Path) -> None:
     assert plotting.BACKGROUND["dark"] not in light
 
 
+def test_full_disk_leaves_the_old_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    engine, measured = tiny(tmp_path), []
+    studied(engine, tmp_path, [counted("a", measured)])
+    old = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+
+    def fill(descriptor: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", fill)
+    with pytest.raises(CheckpointError, match="No space left"):
+        studied(engine, tmp_path, [counted("a", measured)])
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == old
+
+
 def test_page_without_experiments() -> None:
     assert "nothing yet" in read(render_page([])).text
 
@@ -487,7 +508,7 @@ def test_claim_holds_with_wins_and_no_losses() -> None:
     assert is_better(compare_pairs([won, even])) is True
     assert is_better(compare_pairs([won, lost])) is False
     assert is_better(compare_pairs([even])) is None
-    told = claim_finding("B is better.", compare_pairs([won, even]), second="b", first="a")
+    told = claim_finding("B is better.", [won, even], second="b", first="a")
     assert "better than a in 1, worse in 0 and not significantly different in 1" in told.text
     assert "+75.0%" in told.text
     assert claim_finding("B is better.", [], second="b", first="a").verdict == "inconclusive"
@@ -520,10 +541,8 @@ def test_vote_of_size_has_that_size(sizes: tuple[int, int]) -> None:
 def test_votes_are_matched_at_equal_experts(tmp_path: Path) -> None:
     others = [Variant("topk:k=1"), Variant("topk:k=2"), Variant("random:beta=0.5")]
     votes = [Variant("des-vote:beta=0.25"), Variant("des-vote:beta=0.75")]
-    arms = VariantResults.from_record(
-        run_comparison(
-            lab(tmp_path), {"votes": votes, "others": others}, matched={"des-vote": others}
-        )
+    arms = run_comparison(
+        lab(tmp_path), {"votes": votes, "others": others}, rivals={"des-vote": others}
     )
     assert arms.pairs
     for other, vote in arms.pairs:
@@ -533,8 +552,9 @@ def test_votes_are_matched_at_equal_experts(tmp_path: Path) -> None:
 
 
 def test_comparison_uses_the_same_items(tmp_path: Path) -> None:
-    facts = json.loads(json.dumps(run_comparison(lab(tmp_path), {"all": [Variant("des-seq:k=4")]})))
-    arms = VariantResults.from_record(facts)
+    measured = run_comparison(lab(tmp_path), {"all": [Variant("des-seq:k=4")]})
+    arms = VariantResults.from_record(json.loads(json.dumps(measured.to_record())))
+    assert arms == measured
     assert arms.vanilla.name == "vanilla"
     seq = arms.groups["all"][0]
     assert (
@@ -588,8 +608,8 @@ CHECKED: Mapping[str, Experiment] = {
         MASS,
         BlockSizeExperiment(),
         ExpertsPerTokenExperiment(),
-        TableOneExperiment(),
-        ForwardCountExperiment(),
+        TABLE_ONE,
+        FORWARDS,
     )
 }
 
@@ -617,7 +637,7 @@ def test_headline_verdict_uses_the_smallest_accurate_policy() -> None:
     def judged(experts: float, right: int) -> Finding:
         vote = tally("des-vote:beta=0.3", "1" * right + "0" * (n - right), experts)
         changed = {**groups, "DES-Vote": [*groups["DES-Vote"], vote]}
-        found = accuracy_findings(replace(arms, groups=changed))
+        found = accuracy_findings(ACCURACY.text, replace(arms, groups=changed))
         return next(f for f in found if isinstance(f, Finding) and "55 %" in f.claim)
 
     assert judged(35.0, int(MIN_RELATIVE_ACCURACY * n)).verdict == "holds"
@@ -636,7 +656,7 @@ def test_experiments_have_names_and_questions() -> None:
 
 STUDY = ROOT / "src" / "coterie" / "lab" / "study"
 TEXTS = {path.stem: tomllib.loads(path.read_text("utf-8")) for path in STUDY.glob("texts/*.toml")}
-TEXT_METHODS = ("caption", "sentence", "claim", "finding")
+TEXT_METHODS = ("caption", "sentence", "claim", "finding", "table")
 
 
 def strings_of(tree: ast.AST) -> set[str]:
@@ -649,7 +669,7 @@ def text_keys(name: str) -> set[str]:
 
 
 def test_every_text_has_an_experiment_and_every_key_a_user() -> None:
-    assert set(TEXTS) == set(EXPERIMENTS)
+    assert {name for name in TEXTS if "title" in TEXTS[name]} == set(EXPERIMENTS)
     trees = [ast.parse(path.read_text("utf-8")) for path in STUDY.glob("*.py")]
     strings = set().union(*map(strings_of, trees))
     assert {name: unused for name in TEXTS if (unused := text_keys(name) - strings)} == {}
@@ -732,15 +752,13 @@ def test_markdown_has_the_content_of_the_page(tmp_path: Path) -> None:
     studied(tiny(tmp_path), tmp_path, [chapter])
     record = json.loads((tmp_path / "records" / "a.json").read_text())
     one = make_section(chapter, record, schemes=())
-    text = markdown.render_markdown(
-        [one], records="results/study", experts="16 experts", figures=()
-    )
+    text = render_markdown([one], records="results/study", experts="16 experts", figures=())
     assert f"| {HOSTILE} | {record['facts']['value']:.3f} |" in text
     assert "✗ does not hold" in text
     assert "(#a-chapter-fig-0)" in text
     assert "`results/study/a.json`" in text
     assert "<picture>" not in text
-    shown = markdown.render_markdown([one], records="r", experts="16 experts", figures=["a-figure"])
+    shown = render_markdown([one], records="r", experts="16 experts", figures=["a-figure"])
     assert "figures/a-figure-dark.svg" in shown
 
 
