@@ -29,7 +29,6 @@ from coterie.telemetry import routing_stats
 from coterie.values import Routing, expert_mask
 
 FloatArray = NDArray[np.float64]
-FidelityScores = CurveGap = Entry  # made by ``fidelity_scores`` and ``gaps_to_curve``
 ProgressCallback = Callable[[float], None]  # the share done
 Metric = Literal["experts", "mass", "recall", "loss", "word_recall", "word_loss", "open_loss"]
 
