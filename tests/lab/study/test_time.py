@@ -281,7 +281,7 @@ def test_uniform_routing_equals_the_paper() -> None:
 
 
 def test_block_size_summary() -> None:
-    seen = {1: torch.tensor([4.0, 8.0, 6.0]), 2: torch.tensor([2.0, 4.0, 12.0])}
+    seen = torch.tensor([[4.0, 8.0, 6.0], [2.0, 4.0, 12.0]])
     found = summarize_block_size(16, seen)  # means over layers: 3, 6, 9
     assert (found["mean"], found["low"], found["high"]) == (6.0, 4.5, 7.5)
     assert (found["forwards"], found["layers"]) == (3, [6.0, 6.0])
