@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import ast
+import errno
 import json
+import os
 import re
 import sys
 import tomllib
@@ -24,10 +26,9 @@ from tiny_task import Quiz
 import coterie
 from coterie.cli.entry import run
 from coterie.engine.engine import Engine
-from coterie.errors import CoterieError
+from coterie.errors import CheckpointError, CoterieError
 from coterie.lab import plotting
 from coterie.lab.evals.run import Variant
-from coterie.lab.study import markdown
 from coterie.lab.study import study as room
 from coterie.lab.study.ablations import BEYOND, MASS, VOTES
 from coterie.lab.study.accuracy import (
@@ -54,7 +55,13 @@ from coterie.lab.study.experts_per_token import (
     evaluate_policy,
 )
 from coterie.lab.study.paired import claim_finding, compare_pairs, is_better
-from coterie.lab.study.report import ReportSection, collect_claims, make_section, render_page
+from coterie.lab.study.report import (
+    ReportSection,
+    collect_claims,
+    make_section,
+    render_markdown,
+    render_page,
+)
 from coterie.lab.study.results import JsonObject, VariantResult, VariantResults
 from coterie.lab.study.speed import FORWARDS
 from coterie.lab.study.study import EXPERIMENTS, ExperimentOutcome, StudyConfig, run_study
@@ -401,6 +408,20 @@ def test_figures_are_written_as_files(tmp_path: Path) -> None:
     assert plotting.BACKGROUND["dark"] not in light
 
 
+def test_full_disk_leaves_the_old_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    engine, measured = tiny(tmp_path), []
+    studied(engine, tmp_path, [counted("a", measured)])
+    old = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+
+    def fill(descriptor: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", fill)
+    with pytest.raises(CheckpointError, match="No space left"):
+        studied(engine, tmp_path, [counted("a", measured)])
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == old
+
+
 def test_page_without_experiments() -> None:
     assert "nothing yet" in read(render_page([])).text
 
@@ -731,15 +752,13 @@ def test_markdown_has_the_content_of_the_page(tmp_path: Path) -> None:
     studied(tiny(tmp_path), tmp_path, [chapter])
     record = json.loads((tmp_path / "records" / "a.json").read_text())
     one = make_section(chapter, record, schemes=())
-    text = markdown.render_markdown(
-        [one], records="results/study", experts="16 experts", figures=()
-    )
+    text = render_markdown([one], records="results/study", experts="16 experts", figures=())
     assert f"| {HOSTILE} | {record['facts']['value']:.3f} |" in text
     assert "✗ does not hold" in text
     assert "(#a-chapter-fig-0)" in text
     assert "`results/study/a.json`" in text
     assert "<picture>" not in text
-    shown = markdown.render_markdown([one], records="r", experts="16 experts", figures=["a-figure"])
+    shown = render_markdown([one], records="r", experts="16 experts", figures=["a-figure"])
     assert "figures/a-figure-dark.svg" in shown
 
 

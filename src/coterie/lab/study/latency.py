@@ -112,12 +112,12 @@ def _measure_layer(
 ) -> Entry:
     """Time a layer over a grid of tokens and experts, and fit Equation 2."""
     del limits
-    draw, k = torch.Generator().manual_seed(0), bench.router.k
+    draw, k = torch.Generator().manual_seed(0), bench.shape.router.k
     grid = {
         (tokens, used): _balanced_run(bench, tokens, used, draw)
         for tokens in TOKEN_COUNTS
-        for used in sorted({k, *EXPERT_COUNTS, bench.router.experts})
-        if k <= used <= min(tokens * k, bench.router.experts)
+        for used in sorted({k, *EXPERT_COUNTS, bench.shape.router.experts})
+        if k <= used <= min(tokens * k, bench.shape.router.experts)
     }
     blocks = routed_blocks(context, bench, BLOCK_LENGTH, CHECKED_POLICIES)
     timed = time_runs({**grid, **blocks})
@@ -132,17 +132,23 @@ def _measure_layer(
         for policy, block in blocks.items()
     ]
     read = bench.expert_bytes / fit["b"] if fit["b"] > 0 else None
-    return {"bench": bench.to_info(), "points": points, "fit": fit, "read": read, "checks": checks}
+    return {
+        "bench": bench.to_record(),
+        "points": points,
+        "fit": fit,
+        "read": read,
+        "checks": checks,
+    }
 
 
 def _balanced_run(bench: BenchLayer, tokens: int, used: int, draw: torch.Generator) -> TimedRun:
     """Tokens that use exactly ``used`` experts, each of them equally often."""
     routings = [
-        balanced_routing(bench.router, tokens, used, draw, bench.device)
+        balanced_routing(bench.shape.router, tokens, used, draw, bench.device)
         for _ in range(max(INPUTS_PER_WIDTH, len(bench.slabs)))
     ]
     run = rotate_inputs(bench, [bench.inputs(tokens, draw) for _ in routings], routings)
-    return TimedRun(run, used, tokens * bench.router.k)
+    return TimedRun(run, used, tokens * bench.shape.router.k)
 
 
 def _with_units(layer: Entry) -> dict[str, Any]:

@@ -36,6 +36,7 @@ from coterie.lab.study.first_forwards import (
 )
 from coterie.lab.study.variants import GUARD_OPTIONS
 from coterie.routing import parse_policy, route
+from coterie.values import Routing
 
 POLICIES = (
     *("des-vote:beta=0.3", "des-seq:k=3"),
@@ -63,12 +64,11 @@ class MapsExperiment(Experiment):
         context.on_progress(0.0, "slow decoding")
         trace = trace_vanilla(context, slow=True)
         hit_rates = HitRateCounter(POLICIES, trace.layers)
-        zeros = torch.zeros(len(trace.layers), 2, router.experts, dtype=torch.float64)
-        expert_use = ExpertUseCounter(trace.layers, zeros)
+        routings: dict[int, list[Routing]] = {layer: [] for layer in trace.layers}
 
         def on_layer(observation: LayerObservation) -> None:
             hit_rates.on_layer(observation)
-            expert_use.on_layer(observation)
+            routings[observation.layer].append(observation.routing)
 
         def on_progress(share: float) -> None:
             context.on_progress(0.1 + 0.5 * share, "hit rates")
@@ -88,7 +88,10 @@ class MapsExperiment(Experiment):
             "layers": list(trace.layers),
             **hit_rates.to_record(),
             "depths": depths,
-            "activation": expert_use.to_record(),
+            "activation": [
+                expert_activation(layer, of_layer, router.experts)
+                for layer, of_layer in routings.items()
+            ],
         }
 
     def drawings(self, record: Any) -> Sequence[Drawing]:
@@ -206,32 +209,20 @@ def position_kinds(observation: LayerObservation) -> Tensor:
     return (1 + progress.after_eos.long()).where(~progress.masked, 0)
 
 
-@dataclass(frozen=True)
-class ExpertUseCounter:
-    """The number and the total weight of vanilla's selections of each expert."""
+def expert_activation(layer: int, routings: Sequence[Routing], experts: int) -> Entry:
+    """Shares of all selections and of their weights in a layer, each in descending order.
 
-    layers: tuple[int, ...]
-    sums: Tensor  # [layers, 2, E] float64
-
-    def on_layer(self, observation: LayerObservation) -> None:
-        routing = observation.routing
-        weights = routing.topk_weights.flatten().double().cpu()
-        both, ids = torch.stack([torch.ones_like(weights), weights]), routing.topk_ids.flatten()
-        self.sums[self.layers.index(observation.layer)].index_add_(1, ids.cpu(), both)
-
-    def to_record(self) -> list[Entry]:
-        """Shares of all selections and weights in each layer, in descending order.
-
-        ``effective`` is exp of the entropy of the selections.
-        """
-        activation = []
-        for layer, sums in zip(self.layers, self.sums, strict=True):
-            shares = sums / sums.sum(-1, keepdim=True)
-            choices, weight = shares.sort(dim=-1, descending=True).values
-            effective = float((-torch.xlogy(choices, choices).sum()).exp())
-            lists = {"choices": choices.tolist(), "weight": weight.tolist()}
-            activation.append({"layer": layer, **lists, "effective": effective})
-        return activation
+    ``effective`` is exp of the entropy of the selections.
+    """
+    ids = torch.cat([routing.topk_ids.flatten() for routing in routings])
+    weights = torch.cat([routing.topk_weights.flatten().double() for routing in routings])
+    choices, weight = (
+        torch.bincount(ids, each / each.sum(), minlength=experts).sort(descending=True).values
+        for each in (torch.ones_like(weights), weights)
+    )
+    effective = float((-torch.xlogy(choices, choices).sum()).exp())
+    lists = {"choices": choices.tolist(), "weight": weight.tolist()}
+    return {"layer": layer, **lists, "effective": effective}
 
 
 def depth_cosines(engine: Engine, prompts: Sequence[Prompt], policy: str) -> Entry:

@@ -135,8 +135,8 @@ def _measure_layer(
         }
         for (policy, tokens), point in time_runs(runs).items()
     ]
-    peak = limits["flops_per_second"][timing.dtype_name(bench.tokens_dtype)]
-    return {"bench": bench.to_info(), "peak": peak, "points": points}
+    peak = limits["flops_per_second"][timing.dtype_name(bench.dtype)]
+    return {"bench": bench.to_record(), "peak": peak, "points": points}
 
 
 def attainable_flops(intensity: float, peak: float, bytes_per_second: float) -> float:
