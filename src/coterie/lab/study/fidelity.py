@@ -22,7 +22,7 @@ from coterie.engine.events import Result
 from coterie.engine.observation import LayerObservation, moe_output, observe_forwards
 from coterie.errors import CoterieError
 from coterie.lab.study.context import StudyContext
-from coterie.lab.study.experiment import Entry, Table, format_interval, make_table
+from coterie.lab.study.experiment import Entry
 from coterie.lab.study.rank_stats import central_interval
 from coterie.routing import needs_importance, parse_policy, route
 from coterie.telemetry import routing_stats
@@ -225,13 +225,6 @@ def fidelity_scores(fidelity: FidelitySums) -> list[Entry]:
     ]
 
 
-def metric_gaps(
-    fidelity: FidelitySums, policies: Sequence[str], curve: Sequence[str], metrics: Sequence[Metric]
-) -> dict[Metric, list[Entry]]:
-    """``gaps_to_curve`` for each of these metrics."""
-    return {metric: gaps_to_curve(fidelity, policies, curve, metric) for metric in metrics}
-
-
 def gaps_to_curve(
     fidelity: FidelitySums, policies: Sequence[str], curve: Sequence[str], metric: Metric
 ) -> list[Entry]:
@@ -283,33 +276,3 @@ def outcomes_text(gaps_by_metric: Mapping[Metric, Sequence[Entry]]) -> str:
         better, worse, similar = count_outcomes(gaps, metric)
         clauses.append(f"{METRIC_NAMES[metric]} {better} better, {worse} worse, {similar} similar")
     return "; ".join(clauses)
-
-
-def gaps_table(
-    gaps_by_metric: Mapping[Metric, Sequence[Entry]], first_head: str, caption: str
-) -> Table:
-    """One policy per row, one metric per column: the gap to the curve."""
-    by_policy: dict[str, list[str]] = {}
-    for gap in (gap for gaps in gaps_by_metric.values() for gap in gaps):
-        row = by_policy.setdefault(gap["policy"], [gap["policy"], f"{gap['experts']:.1f}"])
-        row.append(format_interval(gap["gap"], gap["interval"], "+.3f"))
-    heads = [first_head, "experts", *(METRIC_NAMES[metric] for metric in gaps_by_metric)]
-    return Table(heads, list(by_policy.values()), caption, range(1, len(heads)))
-
-
-def scores_table(scores: Sequence[Entry], caption: str) -> Table:
-    """One policy per row."""
-    return make_table(
-        caption,
-        scores,
-        {
-            "policy": "{policy}",
-            "experts": "{experts:.1f}",
-            "votes kept": "{mass:.1%}",
-            "recall": "{recall:.1%}",
-            "recall, answer tokens": "{word_recall:.1%}",
-            "loss": "{loss:.3f}",
-            "loss, answer tokens": "{word_loss:.3f}",
-            "loss, masked answer tokens": "{open_loss:.3f}",
-        },
-    )

@@ -25,10 +25,8 @@ from coterie.lab.study.fidelity import (
     compare_to_curve,
     count_outcomes,
     fidelity_scores,
-    gaps_table,
-    metric_gaps,
+    gaps_to_curve,
     outcomes_text,
-    scores_table,
     trace_vanilla,
 )
 from coterie.lab.study.variants import GUARD_OPTIONS
@@ -87,7 +85,10 @@ class ReconstructionExperiment(Experiment):
                 for name, family in families.items()
             ],
             **{
-                key: metric_gaps(fidelity, selected, families[DES_VOTE], COMPARED_METRICS)
+                key: {
+                    metric: gaps_to_curve(fidelity, selected, families[DES_VOTE], metric)
+                    for metric in COMPARED_METRICS
+                }
                 for key, selected in compared.items()
             },
         }
@@ -104,10 +105,14 @@ class ReconstructionExperiment(Experiment):
         ]
 
     def tables(self, record: Entry) -> Sequence[Table]:
-        scores = [reading for curve in record["curves"] for reading in curve["readings"]]
+        readings = [reading for curve in record["curves"] for reading in curve["readings"]]
+        gaps = [
+            dict(zip(COMPARED_METRICS, gaps, strict=True))
+            for gaps in zip(*map(record["against"].get, COMPARED_METRICS), strict=True)
+        ]
         return [
-            scores_table(scores, self.text.caption("scores", record=record)),
-            gaps_table(record["against"], DES_SEQ, self.text.caption("gaps")),
+            self.text.table("scores", readings, record=record),
+            self.text.table("gaps", gaps),
         ]
 
     def findings(self, record: Entry) -> Sequence[Finding | str]:
