@@ -27,7 +27,7 @@ from coterie.lab.study.fidelity import (
     fidelity_scores,
     gaps_to_curve,
     outcomes_text,
-    trace_vanilla,
+    sample_layers,
 )
 from coterie.lab.study.variants import GUARD_OPTIONS
 
@@ -58,15 +58,15 @@ class ReconstructionExperiment(Experiment):
 
     def measure(self, context: StudyContext) -> Entry:
         spec = context.engine.model.spec
-        trace = trace_vanilla(context)
         families = policies_by_family(spec.router.k)
         policies = [policy for family in families.values() for policy in family]
-        context.on_progress(0.02, f"{len(policies)} policies on {len(trace.prompts)} prompts")
+        prompts = len(context.questions())
+        context.on_progress(0.02, f"{len(policies)} policies on {prompts} prompts")
 
         def on_progress(share: float) -> None:
             context.on_progress(0.02 + 0.95 * share, "routing")
 
-        fidelity = compare_policies(context, trace, policies, on_progress)
+        fidelity = compare_policies(context, policies, on_progress)
         scores = dict(zip(policies, fidelity_scores(fidelity), strict=True))
         compared = {
             "against": families[DES_SEQ][:-1],
@@ -77,9 +77,9 @@ class ReconstructionExperiment(Experiment):
         return {
             "experts": spec.router.experts,
             "k": spec.router.k,
-            "prompts": len(trace.prompts),
-            "looks": trace.num_observations,
-            "layers": list(trace.layers),
+            "prompts": prompts,
+            "looks": fidelity.num_observations,
+            "layers": list(sample_layers(context)),
             "curves": [
                 {"name": name, "readings": [scores[policy] for policy in family]}
                 for name, family in families.items()
