@@ -14,22 +14,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from coterie.engine.engine import Engine
-from coterie.lab.plotting import (
-    FIGURE_WIDTH,
-    foreground,
-    grid_colour,
-    policy_style,
-)
+from coterie.lab.plotting import FIGURE_WIDTH, foreground, grid_colour, policy_style
 from coterie.lab.study.charts import guide_series, line_chart, policy_series
 from coterie.lab.study.context import StudyContext
-from coterie.lab.study.experiment import (
-    Drawing,
-    Entry,
-    Experiment,
-    ExperimentText,
-    Finding,
-    Table,
-)
+from coterie.lab.study.experiment import Drawing, Entry, Experiment, ExperimentText, Finding, Table
 from coterie.lab.study.fidelity import sample_layers
 from coterie.lab.study.first_forwards import (
     Prompt,

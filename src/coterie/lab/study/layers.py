@@ -27,15 +27,7 @@ from coterie.model.moe import MoE
 from coterie.model.transformer import Transformer
 from coterie.routing import parse_policy
 from coterie.telemetry import NullRecorder
-from coterie.values import (
-    ExpertRequest,
-    PackedExperts,
-    Policy,
-    Routing,
-    Scores,
-    Slab,
-    Window,
-)
+from coterie.values import ExpertRequest, PackedExperts, Policy, Routing, Scores, Slab, Window
 
 Key = TypeVar("Key", bound=Hashable)
 

@@ -14,14 +14,7 @@ from coterie.lab.bench.routings import BLOCK_LENGTH
 from coterie.lab.bench.shapes import PAPER_LAYERS, LayerShape
 from coterie.lab.study.charts import guide_series, line_chart, policy_series
 from coterie.lab.study.context import StudyContext
-from coterie.lab.study.experiment import (
-    Drawing,
-    Entry,
-    Experiment,
-    ExperimentText,
-    Finding,
-    Table,
-)
+from coterie.lab.study.experiment import Drawing, Entry, Experiment, ExperimentText, Finding, Table
 from coterie.lab.study.layers import (
     BenchLayer,
     RunTimer,
