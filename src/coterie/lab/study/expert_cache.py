@@ -92,7 +92,10 @@ def measure_expert_cache(context: StudyContext) -> Entry:
         span = index / len(names), (index + 1) / len(names)
         measured = measure_runs(context, engine, name, requests, progress_span=span)
         del engine  # frees memory for the next precision
-        runs += [run_record(run, measured[0], whole.get(run.key), precisions) for run in measured]
+        size = precisions[-1]["expert_bytes"] / precisions[0]["expert_bytes"]
+        for run in measured:
+            others = {"to_vanilla": (measured[0], 1.0), "to_whole": (whole.get(run.key), size)}
+            runs.append(run_record(run, others, precisions[-1]))
         whole = whole or {run.key: run for run in measured}
     if not runs:
         raise TaskError("; ".join(entry["why"] for entry in left_out))
@@ -206,62 +209,53 @@ def measure_runs(
 
 
 def run_record(
-    run: MeasuredRun,
-    vanilla: MeasuredRun,
-    whole: MeasuredRun | None,
-    precisions: Sequence[Entry],
+    run: MeasuredRun, others: Mapping[str, tuple[MeasuredRun | None, float]], precision: Entry
 ) -> Entry:
-    """A run for the record, compared with vanilla and with the first of ``precisions``.
+    """A run for the record, compared with ``others``: run and relative bytes of an expert by key.
 
     ``looks`` marks a policy that depends on the resident experts; it has one cache. ``commit`` is
     empty where blocks have no separate commit forward. A ratio is [value, low, high] of the 95 %
-    interval, of denoising forwards in a run and of bytes in a cache; it is None where there is no
-    other run.
+    interval, of denoising forwards in a run and of bytes in a cache. ``ms`` is the predicted time
+    of an answer by link.
     """
-    variant, precision = run.request.variant, precisions[-1]
+    variant, items = run.request.variant, len(run.forwards)
     drift = variant.generation.get("drift")
+    caches = []
+    for share, cache in run.caches.items():
+        moved = int(cache.loaded.sum())
+        answer_bytes = moved * precision["expert_bytes"] / items
+        ratios = {
+            # Where all experts fit, each is loaded once at most.
+            key: None
+            if other is None or other is run or MEMORY_SHARES[share] == 1
+            else ratio_with_interval(cache.loaded, other.caches[share].loaded, size)
+            for key, (other, size) in others.items()
+        }
+        caches.append(
+            {
+                "share": share,
+                "slots": cache.slots,
+                "used": int(cache.used.sum()),
+                "moved": moved,
+                "moved_decoding": int(cache.loaded_decoding.sum()),
+                **ratios,
+                "ms": {link: 1e3 * answer_bytes / parse_bandwidth(link, "link") for link in LINKS},
+            }
+        )
     return {
         "precision": precision["name"],
         "policy": variant.policy if drift is None else f"{variant.policy} drift={drift}",
         "commit": variant.generation.get("commit", ""),
         "looks": run.request.slots is not None,
-        "items": len(run.forwards),
+        "items": items,
         "tally": to_json(run.result),
         "passes": run.passes,
         "decoding": float(run.forwards.mean()),
-        "to_vanilla": ratio_with_interval(run.forwards, vanilla.forwards),
-        "to_whole": whole and ratio_with_interval(run.forwards, whole.forwards),
-        "kept": [cache_record(run, share, vanilla, whole, precisions) for share in run.caches],
-    }
-
-
-def cache_record(
-    run: MeasuredRun,
-    share: str,
-    vanilla: MeasuredRun,
-    whole: MeasuredRun | None,
-    precisions: Sequence[Entry],
-) -> Entry:
-    """Experts used and moved, and the predicted milliseconds of an answer by link."""
-    cache, size = run.caches[share], precisions[-1]["expert_bytes"]
-    moved = int(cache.loaded.sum())
-    answer_bytes = moved * size / len(cache.loaded)
-
-    def ratio(other: MeasuredRun | None, scale: float = 1.0) -> list[float] | None:
-        # Where all experts fit, each is loaded once at most.
-        if other is None or other is run or MEMORY_SHARES[share] == 1:
-            return None
-        return ratio_with_interval(cache.loaded, other.caches[share].loaded, scale)
-
-    return {
-        "share": share,
-        "slots": cache.slots,
-        "used": int(cache.used.sum()),
-        "moved": moved,
-        "moved_decoding": int(cache.loaded_decoding.sum()),
-        "to_vanilla": ratio(vanilla),
-        "to_whole": ratio(whole, size / precisions[0]["expert_bytes"]),
-        "ms": {link: 1e3 * answer_bytes / parse_bandwidth(link, "link") for link in LINKS},
+        **{
+            key: other and ratio_with_interval(run.forwards, other.forwards)
+            for key, (other, _) in others.items()
+        },
+        "kept": caches,
     }
 
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
+from itertools import groupby
+from math import inf
 from typing import NamedTuple
 
 from matplotlib.figure import Figure
@@ -92,6 +94,7 @@ class PointComparison:
     point: CachePoint
     baseline: CachePoint
     test: PairedComparison
+    ratio: str  # the record's key of the ratios to the baseline's bytes and forwards
 
     @cached_property
     def change(self) -> Interval:
@@ -105,15 +108,18 @@ class PointComparison:
         return format_p(self.test.change.p_value, bare=True)
 
     @property
+    def bytes(self) -> Interval:
+        """Relative to the baseline's; 1 where each expert moves once."""
+        return Interval(*(self.point.cache[self.ratio] or (1.0, 1.0, 1.0)))
+
+    @property
     def saved(self) -> Interval:
-        """The share of vanilla's bytes that was not moved; 0 where each expert moves once."""
-        value, low, high = self.point.cache["to_vanilla"] or (1.0, 1.0, 1.0)
-        return Interval(1 - value, 1 - high, 1 - low)
+        return Interval(1 - self.bytes.value, 1 - self.bytes.high, 1 - self.bytes.low)
 
     @property
     def forwards(self) -> Interval:
-        """Denoising forwards relative to vanilla's."""
-        return Interval(*self.point.run["to_vanilla"])
+        """Denoising forwards relative to the baseline's."""
+        return Interval(*self.point.run[self.ratio])
 
     @property
     def keeps_accuracy(self) -> bool:
@@ -121,22 +127,42 @@ class PointComparison:
         return self.change.low >= -MAX_ACCURACY_LOSS
 
     @property
-    def keeps_forwards(self) -> bool:
-        return self.forwards.high <= MAX_FORWARD_RATIO
-
-    @property
-    def is_worse(self) -> bool:
-        return self.test.p < SIGNIFICANCE_LEVEL and self.change.value < 0
-
-    def task_change(self, task: str) -> float:
-        first, second = (r.accuracy_share(task) for r in (self.test.first, self.test.second))
-        return second.value - first.value
+    def task_changes(self) -> str:
+        first, second = self.test.first, self.test.second
+        changes = {
+            task: second.accuracy_share(task).value - first.accuracy_share(task).value
+            for task in second.right
+        }
+        return ", ".join(f"{task} {change:+.1%}" for task, change in changes.items())
 
 
-def compare_points(pairs: Sequence[tuple[CachePoint, CachePoint]]) -> list[PointComparison]:
+def compare_points(
+    pairs: Sequence[tuple[CachePoint, CachePoint]], ratio: str = "to_vanilla"
+) -> list[PointComparison]:
     """Each (baseline, point) on the items of the point, tested together (Holm)."""
     tests = compare_pairs([(restrict_to(a.result, b.result), b.result) for a, b in pairs])
-    return [PointComparison(b, a, test) for (a, b), test in zip(pairs, tests, strict=True)]
+    return [PointComparison(b, a, test, ratio) for (a, b), test in zip(pairs, tests, strict=True)]
+
+
+def saves_bytes(
+    comparisons: Sequence[PointComparison], least: float = 0.0, max_forwards: float = inf
+) -> bool | None:
+    """Whether one policy saves this share of the bytes and keeps accuracy and forwards.
+
+    It counts if it does so by its whole intervals. None where no policy does so and one may.
+    """
+    if any(
+        one.saved.low > least and one.keeps_accuracy and one.forwards.high <= max_forwards
+        for one in comparisons
+    ):
+        return True
+    fails = (
+        one.saved.high <= least
+        or one.forwards.low > max_forwards
+        or (one.test.p < SIGNIFICANCE_LEVEL and one.change.value < 0)
+        for one in comparisons
+    )
+    return False if all(fails) else None
 
 
 def restrict_to(result: VariantResult, other: VariantResult) -> VariantResult:
@@ -153,18 +179,20 @@ def lowest_traffic(comparisons: Sequence[PointComparison]) -> PointComparison | 
 
 @dataclass(frozen=True)
 class ResultGrid:
-    """The points of a record, in its order."""
+    """The points of a record."""
 
     record: Entry
     points: tuple[CachePoint, ...]
 
     @staticmethod
     def from_record(record: Entry) -> ResultGrid:
+        """The points are grouped by policy."""
         sizes = {entry["name"]: entry["expert_bytes"] for entry in record["precisions"]}
-        results = [(run, VariantResult.from_json(run["tally"])) for run in record["runs"]]
+        policies = list(dict.fromkeys(run["policy"] for run in record["runs"]))
         points = (
             CachePoint(run, cache, result, sizes[run["precision"]])
-            for run, result in results
+            for run in sorted(record["runs"], key=lambda run: policies.index(run["policy"]))
+            for result in [VariantResult.from_json(run["tally"])]
             for cache in run["kept"]
         )
         return ResultGrid(record, tuple(points))
@@ -179,7 +207,7 @@ class ResultGrid:
         return [*COMMITTERS] if self.record["commits"] else ["policy"]
 
     def select(
-        self, precision: str, share: str | None = None, commit: str = "policy"
+        self, precision: str, share: str | None = None, commit: str | None = "policy"
     ) -> list[CachePoint]:
         """The matching points, vanilla first; ``commit`` is ignored without commit forwards."""
         return [
@@ -187,10 +215,10 @@ class ResultGrid:
             for point in self.points
             if point.run["precision"] == precision
             and share in (None, point.cache["share"])
-            and point.run["commit"] in ("", commit)
+            and (commit is None or point.run["commit"] in ("", commit))
         ]
 
-    def main_points(self, commit: str = "policy") -> list[CachePoint]:
+    def main_points(self, commit: str | None = "policy") -> list[CachePoint]:
         return self.select(self.precisions[0], self.record["main"], commit)
 
     def against_vanilla(self, commit: str = "policy") -> list[PointComparison]:
@@ -199,10 +227,10 @@ class ResultGrid:
         return compare_points([(vanilla, p) for p in others if p.cache["to_vanilla"]])
 
     def in_precision(self, points: Sequence[CachePoint], name: str) -> list[PointComparison]:
-        """These points in another precision, compared with them."""
-        others = {(p.policy, p.cache["share"]): p for p in self.select(name)}
-        pairs = [(p, others.get((p.policy, p.cache["share"]))) for p in points]
-        return compare_points([(a, b) for a, b in pairs if b and b.cache["to_whole"]])
+        """The runs of these main points in another precision, compared with them."""
+        others = {p.policy: p for p in self.select(name, self.record["main"])}
+        pairs = [(p, others[p.policy]) for p in points if p.policy in others]
+        return compare_points(pairs, "to_whole")
 
 
 class ExpertCacheExperiment(Experiment):
@@ -215,19 +243,19 @@ class ExpertCacheExperiment(Experiment):
 
     def drawings(self, record: Entry) -> Sequence[Drawing]:
         grid = ResultGrid.from_record(record)
-        drawings = []
-        for name in grid.precisions:
-            caption = self.text.caption("bytes", name=name)
-            points = [p for p in grid.select(name) if MEMORY_SHARES[p.cache["share"]] < 1]
-            suffix = "" if name == grid.precisions[0] else f"-{name}"
-            drawings.append(
-                Drawing(f"experts-bytes{suffix}", caption, partial(draw_errors, points))
+        figures = {
+            "experts-bytes" if name == grid.precisions[0] else f"experts-bytes-{name}": (
+                "bytes",
+                [point for point in grid.select(name) if MEMORY_SHARES[point.cache["share"]] < 1],
             )
+            for name in grid.precisions
+        }
         if record["commits"]:
-            points = [point for kind in COMMITTERS for point in grid.main_points(kind)]
-            caption = self.text.caption("commits", point=points[0])
-            drawings.append(Drawing("experts-commits", caption, partial(draw_errors, points)))
-        return drawings
+            figures["experts-commits"] = "commits", grid.main_points(None)
+        return [
+            Drawing(name, self.text.caption(key, point=points[0]), partial(draw_errors, points))
+            for name, (key, points) in figures.items()
+        ]
 
     def tables(self, record: Entry) -> Sequence[Table]:
         grid = ResultGrid.from_record(record)
@@ -264,23 +292,9 @@ class ExpertCacheExperiment(Experiment):
         best = lowest_traffic(comparisons)
         resident = [one for one in comparisons if one.point.run["looks"]]
         resident.sort(key=lambda one: -one.saved.value)
-        saves = [
-            (
-                one.saved.low > 0 and one.keeps_accuracy and one.keeps_forwards,
-                one.saved.low <= 0 or one.is_worse or one.forwards.low > MAX_FORWARD_RATIO,
-            )
-            for one in comparisons
-        ]
-        saves_half = [
-            (
-                one.saved.low >= MIN_BYTES_SAVED and one.keeps_accuracy,
-                one.saved.high < MIN_BYTES_SAVED or one.is_worse,
-            )
-            for one in resident
-        ]
         caching = self.text.finding(
             "caching",
-            verdict_of(saves),
+            saves_bytes(comparisons, max_forwards=MAX_FORWARD_RATIO),
             commits=self._commits_text(grid, commit),
             accurate=sum(one.keeps_accuracy for one in comparisons),
             policies=len(comparisons),
@@ -290,36 +304,22 @@ class ExpertCacheExperiment(Experiment):
         if not resident:
             return [caching]
         policies = "; ".join(self.text.sentence("half_policy", one=one) for one in resident)
-        n = resident[0].point.run["items"]
-        return [caching, self.text.finding("half", verdict_of(saves_half), n=n, policies=policies)]
+        n, holds = resident[0].point.run["items"], saves_bytes(resident, MIN_BYTES_SAVED)
+        return [caching, self.text.finding("half", holds, n=n, policies=policies)]
 
     def _low_findings(self, grid: ResultGrid, name: str) -> list[Finding]:
         """Low precision under vanilla and under the accurate policy that saves most in 16 bits."""
-        best = lowest_traffic([one for one in grid.against_vanilla() if one.keeps_forwards])
+        comparisons = grid.against_vanilla()
+        best = lowest_traffic([c for c in comparisons if c.forwards.high <= MAX_FORWARD_RATIO])
         points = [*grid.main_points()[:1], *([] if best is None else [best.point])]
-        findings = []
-        for one in grid.in_precision(points, name):
-            saved = one.point.cache["to_whole"][2] < 1
-            tasks = [f"{task} {one.task_change(task):+.1%}" for task in one.point.result.right]
-            findings.append(
-                self.text.finding(
-                    "low_precision",
-                    verdict_of([(saved and one.keeps_accuracy, not saved or one.is_worse)]),
-                    name=name,
-                    one=one,
-                    bytes=Interval(*one.point.cache["to_whole"]),
-                    forwards=Interval(*one.point.run["to_whole"]),
-                    tasks=", ".join(tasks),
-                )
-            )
-        return findings
+        return [
+            self.text.finding("low_precision", saves_bytes([one]), name=name, one=one)
+            for one in grid.in_precision(points, name)
+        ]
 
     def _points_table(self, grid: ResultGrid, points: list[CachePoint], commit: str) -> Table:
         """Policies by shares of the experts in memory; what all shares have is shown once."""
-        order = list(dict.fromkeys(point.policy for point in points))
-        rows = compare_points(
-            [(points[0], p) for p in sorted(points, key=lambda p: order.index(p.policy))]
-        )
+        rows = compare_points([(points[0], point) for point in points])
         size, commits = decimal_bytes(points[0].expert_bytes), self._commits_text(grid, commit)
         table = self.text.table("points", rows, point=points[0], size=size, commits=commits)
         shown: list[list[str]] = []
@@ -336,18 +336,9 @@ class ExpertCacheExperiment(Experiment):
         return self.text.sentence("commits", committer=committer) if grid.record["commits"] else ""
 
 
-def verdict_of(policies: Sequence[tuple[bool, bool]]) -> bool | None:
-    """Whether one policy meets a claim; each is (meets it, fails it), or neither."""
-    if any(meets for meets, _ in policies):
-        return True
-    return False if all(fails for _, fails in policies) else None
-
-
 def draw_errors(points: Sequence[CachePoint]) -> Figure:
     """Error rates against the bytes moved; a line is a policy."""
-    by_policy: dict[str, list[CachePoint]] = {}
-    for point in points:
-        by_policy.setdefault(point.policy, []).append(point)
+    by_policy = {name: list(group) for name, group in groupby(points, lambda p: p.policy)}
 
     def error(accuracy: float) -> float:
         return max(1 - accuracy, MIN_ERROR_RATE)

@@ -13,21 +13,10 @@ from matplotlib.figure import Figure
 from coterie.lab.bench import timing
 from coterie.lab.bench.routings import BLOCK_LENGTH, balanced_routing
 from coterie.lab.bench.shapes import PAPER_LAYERS, LayerShape
-from coterie.lab.plotting import SeriesStyle, foreground, indexed_style
-from coterie.lab.study.charts import (
-    Series,
-    line_chart,
-    timing_series,
-)
+from coterie.lab.plotting import SeriesStyle, indexed_style
+from coterie.lab.study.charts import Series, line_chart, timing_series
 from coterie.lab.study.context import StudyContext
-from coterie.lab.study.experiment import (
-    Drawing,
-    Entry,
-    Experiment,
-    ExperimentText,
-    Finding,
-    Table,
-)
+from coterie.lab.study.experiment import Drawing, Entry, Experiment, ExperimentText, Finding, Table
 from coterie.lab.study.layers import (
     INPUTS_PER_WIDTH,
     BenchLayer,
@@ -87,15 +76,11 @@ class LatencyExperiment(Experiment):
         bandwidth = record["limits"]["bytes_per_second"]
         layers = [_with_units(layer) for layer in record["lines"]]
         return [
-            *(self._linearity_finding(layer) for layer in layers),
+            *(self.text.finding("linear", layer["is_linear"], **layer) for layer in layers),
             *(self._reading_finding(layer, bandwidth) for layer in layers if layer["checks"]),
             *record["skipped"],
             *timing.load_warnings(record["machine"]),
         ]
-
-    def _linearity_finding(self, layer: Entry) -> Finding:
-        linear = layer["fit"]["r2"] >= MIN_R2 and layer["fit"]["b"] > 0
-        return self.text.finding("linear", linear, **layer)
 
     def _reading_finding(self, layer: Entry, bandwidth: float) -> Finding:
         vanilla = next(check for check in layer["checks"] if check["policy"] == CHECKED_POLICIES[0])
@@ -112,12 +97,12 @@ def _measure_layer(
 ) -> Entry:
     """Time a layer over a grid of tokens and experts, and fit Equation 2."""
     del limits
-    draw, k = torch.Generator().manual_seed(0), bench.router.k
+    draw, k = torch.Generator().manual_seed(0), bench.shape.router.k
     grid = {
         (tokens, used): _balanced_run(bench, tokens, used, draw)
         for tokens in TOKEN_COUNTS
-        for used in sorted({k, *EXPERT_COUNTS, bench.router.experts})
-        if k <= used <= min(tokens * k, bench.router.experts)
+        for used in sorted({k, *EXPERT_COUNTS, bench.shape.router.experts})
+        if k <= used <= min(tokens * k, bench.shape.router.experts)
     }
     blocks = routed_blocks(context, bench, BLOCK_LENGTH, CHECKED_POLICIES)
     timed = time_runs({**grid, **blocks})
@@ -132,17 +117,23 @@ def _measure_layer(
         for policy, block in blocks.items()
     ]
     read = bench.expert_bytes / fit["b"] if fit["b"] > 0 else None
-    return {"bench": bench.to_info(), "points": points, "fit": fit, "read": read, "checks": checks}
+    return {
+        "bench": bench.to_record(),
+        "points": points,
+        "fit": fit,
+        "read": read,
+        "checks": checks,
+    }
 
 
 def _balanced_run(bench: BenchLayer, tokens: int, used: int, draw: torch.Generator) -> TimedRun:
     """Tokens that use exactly ``used`` experts, each of them equally often."""
     routings = [
-        balanced_routing(bench.router, tokens, used, draw, bench.device)
+        balanced_routing(bench.shape.router, tokens, used, draw, bench.device)
         for _ in range(max(INPUTS_PER_WIDTH, len(bench.slabs)))
     ]
     run = rotate_inputs(bench, [bench.inputs(tokens, draw) for _ in routings], routings)
-    return TimedRun(run, used, tokens * bench.router.k)
+    return TimedRun(run, used, tokens * bench.shape.router.k)
 
 
 def _with_units(layer: Entry) -> dict[str, Any]:
@@ -157,11 +148,12 @@ def _with_units(layer: Entry) -> dict[str, Any]:
         }
         for check in layer["checks"]
     ]
+    is_linear = fit["r2"] >= MIN_R2 and fit["b"] > 0
     units = {"ms": fit["t0"] * 1e3, "us": {key: fit[key] * 1e6 for key in ("a", "b")}}
     rate = f"{read / 1e9:.1f}" if read else ""
     source = "of a skewed router" if layer["bench"]["random"] else "from real decoding"
     texts = {**layer_names(layer["bench"]), "gbps": rate, "source": source, "block": BLOCK_LENGTH}
-    return {**layer, **units, **texts, "checks": checks}
+    return {**layer, **units, **texts, "checks": checks, "is_linear": is_linear}
 
 
 def _draw(layer: Entry) -> Figure:
@@ -178,7 +170,7 @@ def _draw(layer: Entry) -> Figure:
         series.append(Series(None, ends, fit_ms, replace(style, marker=""), width=1))
     if checks := layer["checks"]:
         x, y = ([check[key] for check in checks] for key in ("used", "ms"))
-        style, label = SeriesStyle(foreground(), "x", ""), f"routed blocks of {BLOCK_LENGTH}"
+        style, label = SeriesStyle("", "x", ""), f"routed blocks of {BLOCK_LENGTH}"
         series.append(Series(label, x, y, style, line=""))
     slowest = max(point["seconds"]["median"] for point in layer["points"])
     x, limit = f"unique experts of {layer['bench']['experts']}", (0, 1.25e3 * slowest)

@@ -27,16 +27,7 @@ from coterie.model.moe import MoE
 from coterie.model.transformer import Transformer
 from coterie.routing import parse_policy
 from coterie.telemetry import NullRecorder
-from coterie.values import (
-    ExpertRequest,
-    PackedExperts,
-    Policy,
-    RouterSpec,
-    Routing,
-    Scores,
-    Slab,
-    Window,
-)
+from coterie.values import ExpertRequest, PackedExperts, Policy, Routing, Scores, Slab, Window
 
 Key = TypeVar("Key", bound=Hashable)
 
@@ -63,42 +54,19 @@ def machine_values(record: Entry) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class BenchLayer:
-    """Experts of one layer shape, ready to be timed.
+    """Experts of one layer shape, ready to be timed, with router scores that are real or random.
 
     Several slabs take turns, so that repetition alone keeps no layer in the cache.
-    ``typical_unique`` is set for random layers: unique experts of a block of 32 tokens.
     """
 
-    name: str
-    router: RouterSpec
+    shape: LayerShape
     slabs: tuple[Slab, ...]
-    typical_unique: float | None = None
-    compute_dtype: torch.dtype | None = None  # of the tokens; None: that of the weights
-
-    @property
-    def random(self) -> bool:
-        """Whether the weights are random, and so the router scores."""
-        return self.typical_unique is not None
-
-    @property
-    def hidden(self) -> int:
-        return self.slabs[0].gate_up.shape[2]
-
-    @property
-    def width(self) -> int:
-        return self.slabs[0].down.shape[2]
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return self.slabs[0].down.dtype
+    dtype: torch.dtype  # of the tokens
+    random: bool = False
 
     @property
     def device(self) -> torch.device:
         return self.slabs[0].down.device
-
-    @property
-    def tokens_dtype(self) -> torch.dtype:
-        return self.compute_dtype or self.dtype
 
     @property
     def expert_bytes(self) -> int:
@@ -109,18 +77,24 @@ class BenchLayer:
 
     def flops(self, pairs: float) -> float:
         """Operations of ``pairs`` token-expert pairs: three products, two per element."""
-        return 6.0 * self.hidden * self.width * pairs
-
-    def to_info(self) -> dict[str, object]:
-        """The layer as a record describes it."""
-        sizes = {name: getattr(self, name) for name in ("hidden", "width", "expert_bytes")}
-        router = {"experts": self.router.experts, "k": self.router.k}
-        dtype = timing.dtype_name(self.dtype)
-        return {"name": self.name, "random": self.random, "dtype": dtype, **router, **sizes}
+        return 6.0 * self.shape.hidden * self.shape.width * pairs
 
     def inputs(self, tokens: int, draw: torch.Generator) -> Tensor:
         """Random hidden states [tokens, H]."""
-        return torch.randn(tokens, self.hidden, generator=draw).to(self.device, self.tokens_dtype)
+        return torch.randn(tokens, self.shape.hidden, generator=draw).to(self.device, self.dtype)
+
+    def to_record(self) -> Entry:
+        shape, router = self.shape, self.shape.router
+        return {
+            "name": shape.name,
+            "random": self.random,
+            "experts": router.experts,
+            "k": router.k,
+            "hidden": shape.hidden,
+            "width": shape.width,
+            "dtype": timing.dtype_name(shape.dtype),
+            "expert_bytes": self.expert_bytes,
+        }
 
 
 @dataclass(frozen=True)
@@ -161,7 +135,7 @@ def measure_layers(
             skipped.append(bench)
             continue
 
-        def on_progress(share: float, number: int = number, name: str = bench.name) -> None:
+        def on_progress(share: float, number: int = number, name: str = bench.shape.name) -> None:
             context.on_progress((number + share) / (len(makers) + 1), f"{name}'s layer")
 
         timer = partial(
@@ -196,15 +170,19 @@ def fit_points(points: Sequence[Entry]) -> timing.LatencyFit:
 
 def model_bench_layer(engine: Engine) -> BenchLayer:
     """All MoE layers of the model."""
-    model = engine.model
-    all_experts = torch.ones(model.spec.router.experts, dtype=torch.bool)
-    slabs = [
-        slab
-        for layer in moe_layers(model.transformer)
-        for slab in layer.store.serve(layer.layer, ExpertRequest(all_experts))
-    ]
-    tokens = model.transformer.dtype
-    return BenchLayer(Path(model.name).name, model.spec.router, tuple(slabs), compute_dtype=tokens)
+    model, spec = engine.model, engine.model.spec
+    request = ExpertRequest(torch.ones(spec.router.experts, dtype=torch.bool))
+    moes = moe_layers(model.transformer)
+    slabs = [slab for moe in moes for slab in moe.store.serve(moe.layer, request)]
+    shape = LayerShape(
+        Path(model.name).name,
+        spec.router,
+        spec.hidden,
+        spec.expert_width,
+        unique_experts=0,  # for random layers: the blocks of this one are real
+        dtype=slabs[0].down.dtype,
+    )
+    return BenchLayer(shape, tuple(slabs), model.transformer.dtype)
 
 
 def moe_layers(transformer: Transformer) -> list[MoE]:
@@ -225,7 +203,7 @@ def random_bench_layer(shape: LayerShape, device: torch.device) -> BenchLayer | 
             f"{shape.bytes / 2**30:.1f} GiB and a margin of {MEMORY_MARGIN / 2**30:.0f} GiB; "
             f"{free / 2**30:.1f} GiB are free."
         )
-    return BenchLayer(shape.name, shape.router, (random_slab(shape, device),), shape.unique_experts)
+    return BenchLayer(shape, (random_slab(shape, device),), shape.dtype, random=True)
 
 
 def layer_runner(moe: MoE, observation: LayerObservation, policy: Policy) -> Callable[[], Tensor]:
@@ -272,7 +250,7 @@ def _scored_blocks(
     """Inputs [N, H] and router scores of blocks: real decoding forwards of the model's layers, one
     row at a time; for a random layer, a router with the skew that the paper reports.
     """
-    if bench.typical_unique is None:
+    if not bench.random:
         prompts = context.questions()[:NUM_PROMPTS]
         options = {"batch_size": 1, "max_forwards": FORWARDS_PER_PROMPT, "block": tokens}
         try:
@@ -280,10 +258,11 @@ def _scored_blocks(
         except CoterieError:
             return []
         return [(observation.x.flatten(0, 1), observation.scores) for observation in observations]
-    skew = find_skew(bench.router, bench.typical_unique)
+    router = bench.shape.router
+    skew = find_skew(router, bench.shape.unique_experts)
     generator = torch.Generator().manual_seed(0)
     return [
-        (bench.inputs(tokens, generator), skewed_scores(bench.router, tokens, skew, generator))
+        (bench.inputs(tokens, generator), skewed_scores(router, tokens, skew, generator))
         for _ in range(INPUTS_PER_WIDTH)
     ]
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
+from itertools import count
 from typing import Any
 
 import numpy as np
@@ -14,19 +15,13 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from coterie.engine.engine import Engine
+from coterie.engine.events import Result
 from coterie.engine.observation import LayerObservation
-from coterie.lab.plotting import foreground, indexed_style, new_panels
-from coterie.lab.study.charts import Series, dash_repeats, line_chart, policy_series
+from coterie.lab.plotting import indexed_style, new_panels
+from coterie.lab.study.charts import Series, dash_repeats, guide_series, line_chart, policy_series
 from coterie.lab.study.context import StudyContext
-from coterie.lab.study.experiment import (
-    Drawing,
-    Entry,
-    Experiment,
-    ExperimentText,
-    Finding,
-    Table,
-)
-from coterie.lab.study.fidelity import SLOW_STEPS, count_kept_experts, replay_vanilla, trace_vanilla
+from coterie.lab.study.experiment import Drawing, Entry, Experiment, ExperimentText, Finding, Table
+from coterie.lab.study.fidelity import count_kept_experts, observe_vanilla, sample_layers
 from coterie.lab.study.first_forwards import (
     BlockForward,
     Prompt,
@@ -36,6 +31,7 @@ from coterie.lab.study.first_forwards import (
 )
 from coterie.lab.study.variants import GUARD_OPTIONS
 from coterie.routing import parse_policy, route
+from coterie.values import Routing
 
 POLICIES = (
     *("des-vote:beta=0.3", "des-seq:k=3"),
@@ -45,6 +41,7 @@ DEPTH_POLICIES = (  # compared layer by layer
     *("des-vote:beta=0.5", "des-vote:beta=0.3", f"des-vote:beta=0.3,{GUARD_OPTIONS}"),
     *("des-seq:k=3", "des-vote:beta=0.15", "topk:k=4", "random:beta=0.3"),
 )
+SLOW_STEPS = 8  # forwards per block in slow decoding; a confident model needs one or two
 POSITION_KINDS = ("masked", "written", "fill")
 
 
@@ -61,20 +58,20 @@ class MapsExperiment(Experiment):
     def measure(self, context: StudyContext) -> Mapping[str, object]:
         router, engine = context.engine.model.spec.router, context.engine
         context.on_progress(0.0, "slow decoding")
-        trace = trace_vanilla(context, slow=True)
-        hit_rates = HitRateCounter(POLICIES, trace.layers)
-        zeros = torch.zeros(len(trace.layers), 2, router.experts, dtype=torch.float64)
-        expert_use = ExpertUseCounter(trace.layers, zeros)
+        questions, layers = context.questions(), sample_layers(context)
+        hit_rates = HitRateCounter(POLICIES, layers)
+        routings: dict[int, list[Routing]] = {layer: [] for layer in layers}
+        finished = count(1)
 
         def on_layer(observation: LayerObservation) -> None:
             hit_rates.on_layer(observation)
-            expert_use.on_layer(observation)
+            routings[observation.layer].append(observation.routing)
 
-        def on_progress(share: float) -> None:
-            context.on_progress(0.1 + 0.5 * share, "hit rates")
+        def on_result(_: Result) -> None:
+            context.on_progress(0.6 * next(finished) / len(questions), "hit rates")
 
-        replay_vanilla(context, trace, on_layer, on_progress)
-        prompts = prompts_at_block_start(engine, trace.prompts)
+        observe_vanilla(context, on_layer, unmask=f"fixed:steps={SLOW_STEPS}", on_result=on_result)
+        prompts = prompts_at_block_start(engine, questions)
         depths = []
         for index, policy in enumerate(DEPTH_POLICIES):
             share = 0.6 + 0.4 * index / len(DEPTH_POLICIES)
@@ -83,12 +80,15 @@ class MapsExperiment(Experiment):
         return {
             "experts": router.experts,
             "k": router.k,
-            "prompts": len(trace.prompts),
+            "prompts": len(questions),
             "blocks": len(prompts),
-            "layers": list(trace.layers),
+            "layers": list(layers),
             **hit_rates.to_record(),
             "depths": depths,
-            "activation": expert_use.to_record(),
+            "activation": [
+                expert_activation(layer, of_layer, router.experts)
+                for layer, of_layer in routings.items()
+            ],
         }
 
     def drawings(self, record: Any) -> Sequence[Drawing]:
@@ -106,10 +106,8 @@ class MapsExperiment(Experiment):
     def tables(self, record: Any) -> Sequence[Table]:
         shares, rows = record["share"], [_at_head(entry) for entry in record["depths"]]
         by_kind = {f"{k} ({shares[k]:.0%})": f"{{kinds[{k}]:.1%}}" for k in POSITION_KINDS}
-        return [
-            self.text.table("kinds", record["maps"], by_kind),
-            self.text.table("depths", rows),
-        ]
+        kinds = self.text.table("kinds", record["maps"], by_kind)
+        return [kinds, self.text.table("depths", rows)]
 
     def findings(self, record: Any) -> Sequence[Finding | str]:
         depths = {entry["policy"]: _at_head(entry) for entry in record["depths"]}
@@ -117,6 +115,7 @@ class MapsExperiment(Experiment):
             depths[policy]
             for policy in ("des-vote:beta=0.3", "des-seq:k=3", "topk:k=4", "random:beta=0.3")
         )
+        beats_seq, beats_random = (vote["cosine"] > other["cosine"] for other in (seq, random))
         plain, guarded = (m for m in record["maps"] if m["policy"].startswith(POLICIES[2]))
         kinds = [
             f"{kind} {plain['kinds'][kind]:.0%} and {guarded['kinds'][kind]:.0%}"
@@ -126,10 +125,8 @@ class MapsExperiment(Experiment):
         top = max(entry["choices"][0] for entry in record["activation"]) * record["experts"]
         return [
             self.text.sentence("kinds", plain=plain, kinds=", ".join(kinds), record=record),
-            self.text.finding("seq", vote["cosine"] > seq["cosine"], vote=vote, seq=seq),
-            self.text.finding(
-                "random", vote["cosine"] > random["cosine"], random=random, topk=topk
-            ),
+            self.text.finding("seq", beats_seq, vote=vote, seq=seq),
+            self.text.finding("random", beats_random, random=random, topk=topk),
             self.text.sentence("skew", layers=", ".join(layers), top=top, record=record),
         ]
 
@@ -168,26 +165,27 @@ class HitRateCounter:
         """
         tokens = torch.cat(self._tokens, dim=1)
         (layer, position, step, kind), rates = tokens[:4].long(), tokens[4:]
+        is_kind = F.one_hot(kind, len(POSITION_KINDS)).double()  # [tokens, kinds]
         maps = [
             {
                 "policy": policy,
                 "positions": _group_means(rate, layer, position),
                 "steps": _group_means(rate, layer, step),
-                "kinds": {
-                    name: float(rate[kind == index].mean()) if bool((kind == index).any()) else 0.0
-                    for index, name in enumerate(POSITION_KINDS)
-                },
+                "kinds": _by_kind(rate @ is_kind / is_kind.sum(0).clamp(min=1)),
             }
             for policy, rate in zip(self.policies, rates, strict=True)
         ]
-        shares = [float((kind == index).double().mean()) for index in range(len(POSITION_KINDS))]
-        return {"share": dict(zip(POSITION_KINDS, shares, strict=True)), "maps": maps}
+        return {"share": _by_kind(is_kind.mean(0)), "maps": maps}
 
     def _steps(self, observation: LayerObservation) -> Tensor:
         """[S]: the index of this forward in its block."""
         keys = zip(observation.rows, observation.starts, strict=True)
         forwards = zip(keys, observation.scores.forward_indices, strict=True)
         return torch.tensor([n - self._first_forward.setdefault(key, n) for key, n in forwards])
+
+
+def _by_kind(values: Tensor) -> dict[str, float]:
+    return dict(zip(POSITION_KINDS, values.tolist(), strict=True))
 
 
 def _group_means(values: Tensor, rows: Tensor, columns: Tensor) -> list[list[float]]:
@@ -206,32 +204,20 @@ def position_kinds(observation: LayerObservation) -> Tensor:
     return (1 + progress.after_eos.long()).where(~progress.masked, 0)
 
 
-@dataclass(frozen=True)
-class ExpertUseCounter:
-    """The number and the total weight of vanilla's selections of each expert."""
+def expert_activation(layer: int, routings: Sequence[Routing], experts: int) -> Entry:
+    """Shares of all selections and of their weights in a layer, each in descending order.
 
-    layers: tuple[int, ...]
-    sums: Tensor  # [layers, 2, E] float64
-
-    def on_layer(self, observation: LayerObservation) -> None:
-        routing = observation.routing
-        weights = routing.topk_weights.flatten().double().cpu()
-        both, ids = torch.stack([torch.ones_like(weights), weights]), routing.topk_ids.flatten()
-        self.sums[self.layers.index(observation.layer)].index_add_(1, ids.cpu(), both)
-
-    def to_record(self) -> list[Entry]:
-        """Shares of all selections and weights in each layer, in descending order.
-
-        ``effective`` is exp of the entropy of the selections.
-        """
-        activation = []
-        for layer, sums in zip(self.layers, self.sums, strict=True):
-            shares = sums / sums.sum(-1, keepdim=True)
-            choices, weight = shares.sort(dim=-1, descending=True).values
-            effective = float((-torch.xlogy(choices, choices).sum()).exp())
-            lists = {"choices": choices.tolist(), "weight": weight.tolist()}
-            activation.append({"layer": layer, **lists, "effective": effective})
-        return activation
+    ``effective`` is exp of the entropy of the selections.
+    """
+    ids = torch.cat([routing.topk_ids.flatten() for routing in routings])
+    weights = torch.cat([routing.topk_weights.flatten().double() for routing in routings])
+    choices, weight = (
+        torch.bincount(ids, each / each.sum(), minlength=experts).sort(descending=True).values
+        for each in (torch.ones_like(weights), weights)
+    )
+    effective = float((-torch.xlogy(choices, choices).sum()).exp())
+    lists = {"choices": choices.tolist(), "weight": weight.tolist()}
+    return {"layer": layer, **lists, "effective": effective}
 
 
 def depth_cosines(engine: Engine, prompts: Sequence[Prompt], policy: str) -> Entry:
@@ -297,18 +283,16 @@ def _draw_maps(record: Any, key: str, label: str) -> Figure:
 
 
 def _draw_depths(record: Any) -> Figure:
-    policies = [entry["policy"] for entry in record["depths"]]
-    count = len(record["depths"][0]["cosine"])
+    depths, policies = record["depths"], [entry["policy"] for entry in record["depths"]]
+    size = len(depths[0]["cosine"])
     series = [
-        policy_series(policy, range(count), entry["cosine"], label=_short_name(policy), line=line)
-        for policy, entry, line in zip(
-            policies, record["depths"], dash_repeats(policies), strict=True
-        )
+        policy_series(policy, range(size), entry["cosine"], label=_short_name(policy), line=line)
+        for policy, entry, line in zip(policies, depths, dash_repeats(policies), strict=True)
     ]
     y = "cosine to vanilla's hidden state"
     figure = line_chart(series, "after layer", y, ylim=(None, 1.01), height=3.8)
-    names = ["-", *map(str, range(count - 2)), "head"]
-    ticks = [0, *range(1, count - 1, -(-(count - 2) // 8)), count - 1]
+    names = ["-", *map(str, range(size - 2)), "head"]
+    ticks = [0, *range(1, size - 1, -(-(size - 2) // 8)), size - 1]
     figure.axes[0].set_xticks(ticks, [names[tick] for tick in ticks])
     return figure
 
@@ -318,11 +302,10 @@ def _draw_activation(record: Any) -> Figure:
     for index, layer in enumerate(record["activation"]):
         x, style = range(1, 1 + experts), replace(indexed_style(index), marker="")
         series.append(Series(f"layer {layer['layer']}", x, layer["choices"], style))
+    series.append(guide_series((0, experts + 1), (1 / experts, 1 / experts)))
     x, y = f"experts of {experts}, in descending order", "share of all selections"
     figure = line_chart(series, x, y, xlim=(0, experts + 1), ylim=(0, None), columns=4)
-    ax = figure.axes[0]
-    ax.axhline(1 / experts, color=foreground(), linestyle="--", linewidth=1)
-    ax.yaxis.set_major_formatter(lambda value, _: f"{value:.1%}")
+    figure.axes[0].yaxis.set_major_formatter(lambda value, _: f"{value:.1%}")
     return figure
 
 

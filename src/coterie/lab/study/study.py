@@ -126,16 +126,14 @@ def run_study(
     return sections
 
 
-def write_report(folder: Path, sections: Sequence[ReportSection]) -> Path:
+def write_report(folder: Path, sections: Sequence[ReportSection]) -> None:
     """Write the page, and its figures as files in ``figures``."""
     figures = folder / "figures"
     figures.mkdir(parents=True, exist_ok=True)
     for figure in (figure for section in sections for figure in section.figures):
         for scheme, svg in figure.svg.items():
             atomic_write(figures / f"{figure.name}-{scheme}.svg", f"{svg}\n".encode())
-    path = folder / REPORT
-    atomic_write(path, render_page(sections).encode())
-    return path
+    atomic_write(folder / REPORT, render_page(sections).encode())
 
 
 def select_experiments(
