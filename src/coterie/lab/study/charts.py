@@ -128,11 +128,6 @@ def guide_series(
     return Series(label, x, y, TEXT_STYLE, **{"line": "--", "width": 1.0, **options})
 
 
-def draw_guide(ax: Axes, x: Sequence[float], y: Sequence[float], label: str | None = None) -> None:
-    """A thin dashed line in the text colour."""
-    draw_series(ax, guide_series(x, y, label))
-
-
 def set_log_axis(ax: Axes, axis: Literal["x", "y"] = "y") -> None:
     """A logarithmic axis with labels 0.01, 0.02, 0.05, 0.1 ..."""
     (ax.set_yscale if axis == "y" else ax.set_xscale)("log")

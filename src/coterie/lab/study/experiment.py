@@ -155,12 +155,6 @@ def format_p(p: float, *, bare: bool = False) -> str:
     return f"{p:.3f}" if bare else f"p {p:.3f}"
 
 
-def format_interval(value: float, interval: Sequence[float], spec: str) -> str:
-    """A value with its interval: "0.71 (0.68 to 0.75)"."""
-    low, high = interval
-    return f"{value:{spec}} ({low:{spec}} to {high:{spec}})"
-
-
 def decimal_bytes(size: float) -> str:
     """Bytes with a decimal unit: 393216 -> "393 KB"."""
     units, unit = ("B", "KB", "MB", "GB"), 0

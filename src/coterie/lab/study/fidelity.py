@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import numpy as np
 import torch
@@ -22,20 +22,17 @@ from coterie.engine.events import Result
 from coterie.engine.observation import LayerObservation, moe_output, observe_forwards
 from coterie.errors import CoterieError
 from coterie.lab.study.context import StudyContext
-from coterie.lab.study.experiment import Entry, Table, format_interval, make_table
+from coterie.lab.study.experiment import Entry
 from coterie.lab.study.rank_stats import central_interval
 from coterie.routing import needs_importance, parse_policy, route
 from coterie.telemetry import routing_stats
 from coterie.values import Routing, expert_mask
 
 FloatArray = NDArray[np.float64]
-FidelityScores = CurveGap = Entry  # made by ``fidelity_scores`` and ``gaps_to_curve``
-ProgressCallback = Callable[[float], None]  # the share done
 Metric = Literal["experts", "mass", "recall", "loss", "word_recall", "word_loss", "open_loss"]
 
 MAX_LAYERS = 4  # MoE layers observed, evenly spread over a large model
 MAX_FORWARDS = 24  # forwards observed per row, from its first
-SLOW_STEPS = 8  # forwards per block in slow decoding; a confident model needs one or two
 BOOTSTRAP_DRAWS = 1000
 METRICS: tuple[Metric, ...] = get_args(Metric)
 METRIC_NAMES: Mapping[Metric, str] = {
@@ -47,26 +44,15 @@ METRIC_NAMES: Mapping[Metric, str] = {
 
 
 @dataclass(frozen=True)
-class VanillaTrace:
-    """Prompts answered once by vanilla, which fixes where the answers end."""
-
-    prompts: tuple[str, ...]
-    results: tuple[Result, ...]
-    layers: tuple[int, ...]
-    unmask: str
-
-    @property
-    def num_observations(self) -> int:
-        """The number of observations that a replay yields."""
-        return sum(min(result.forwards, MAX_FORWARDS) for result in self.results) * len(self.layers)
-
-
-@dataclass(frozen=True)
 class FidelitySums:
     """Sums per policy and prompt: [policies, prompts, metrics, numerator and denominator]."""
 
     policies: tuple[str, ...]
     sums: Tensor
+
+    @property
+    def num_observations(self) -> int:
+        return int(self.sums[0, :, METRICS.index("loss"), 1].sum())
 
     @cached_property
     def samples(self) -> FloatArray:
@@ -83,16 +69,21 @@ class FidelitySums:
         return np.divide(numerator, denominator, out=default, where=denominator > 0)
 
 
-def trace_vanilla(context: StudyContext, *, slow: bool = False) -> VanillaTrace:
-    """Answer the study's prompts with vanilla; ``slow`` uses ``SLOW_STEPS`` forwards per block."""
-    prompts = context.questions()
-    unmask = f"fixed:steps={SLOW_STEPS}" if slow else context.engine.generation.unmask
+def observe_vanilla(
+    context: StudyContext, on_layer: Callable[[LayerObservation], None], **options: Any
+) -> list[Result]:
+    """Answer the study's prompts with vanilla; ``options`` are those of ``observe_forwards``."""
     results = observe_forwards(
-        context.engine, prompts, lambda _: None, unmask=unmask, max_forwards=MAX_FORWARDS
+        context.engine,
+        context.questions(),
+        on_layer,
+        layers=sample_layers(context),
+        max_forwards=MAX_FORWARDS,
+        **options,
     )
     if not any(result.forwards for result in results):
         raise CoterieError("no decoding forward was made")
-    return VanillaTrace(tuple(prompts), tuple(results), sample_layers(context), unmask)
+    return results
 
 
 def sample_layers(context: StudyContext, count: int = MAX_LAYERS) -> tuple[int, ...]:
@@ -104,63 +95,42 @@ def sample_layers(context: StudyContext, count: int = MAX_LAYERS) -> tuple[int, 
     return tuple(moe_layers[index] for index in indices)
 
 
-def replay_vanilla(
-    context: StudyContext,
-    trace: VanillaTrace,
-    on_layer: Callable[[LayerObservation], None],
-    on_progress: ProgressCallback,
-) -> None:
-    """Run vanilla's forwards again and pass every observation to ``on_layer``."""
-    num_done = 0
-
-    def on_observation(observation: LayerObservation) -> None:
-        nonlocal num_done
-        on_layer(observation)
-        num_done += len(observation.rows)
-        on_progress(min(1.0, num_done / max(1, trace.num_observations)))
-
-    observe_forwards(
-        context.engine,
-        trace.prompts,
-        on_observation,
-        layers=trace.layers,
-        max_forwards=MAX_FORWARDS,
-        unmask=trace.unmask,
-    )
-
-
-def answer_mask(trace: VanillaTrace, observation: LayerObservation) -> Tensor:
-    """Bool [S, N]: positions of the answer, including its end-of-text token."""
-    position = torch.tensor(observation.starts)[:, None] + torch.arange(observation.x.shape[1])
-    ends = torch.tensor([trace.results[row].new_tokens for row in observation.rows])[:, None]
-    return ((position >= 0) & (position <= ends)).to(observation.x.device)
-
-
 def compare_policies(
-    context: StudyContext,
-    trace: VanillaTrace,
-    policies: Sequence[str],
-    on_progress: ProgressCallback,
+    context: StudyContext, policies: Sequence[str], on_progress: Callable[[float], None]
 ) -> FidelitySums:
-    """Measure every policy on every observation. Memory: one layer of one forward."""
+    """Measure every policy on every observation. Memory: one layer of one forward.
+
+    Vanilla answers the prompts twice: the first time fixes where the answers end.
+    """
     parsed = [parse_policy(policy) for policy in policies]
     if any(map(needs_importance, parsed)):
         raise CoterieError("mc-moe needs token importance, which is not recorded here")
-    sums = torch.zeros(len(policies), len(trace.prompts), len(METRICS), 2, dtype=torch.float64)
+    results = observe_vanilla(context, lambda _: None)
+    num_forwards = sum(min(result.forwards, MAX_FORWARDS) for result in results)
+    num_left = total = num_forwards * len(sample_layers(context))
+    sums = torch.zeros(len(policies), len(results), len(METRICS), 2, dtype=torch.float64)
 
     def on_layer(observation: LayerObservation) -> None:
+        nonlocal num_left
         vanilla_output = moe_output(context.engine.model, observation, observation.routing)
-        content = answer_mask(trace, observation)
-        rows = torch.tensor(observation.rows)
+        content, rows = answer_mask(results, observation), torch.tensor(observation.rows)
         for number, policy in enumerate(parsed):
             routing = route(observation.scores, policy)
             output = moe_output(context.engine.model, observation, routing)
-            sums[number].index_add_(
-                0, rows, measure_layer(observation, routing, output, vanilla_output, content).cpu()
-            )
+            ratios = measure_layer(observation, routing, output, vanilla_output, content)
+            sums[number].index_add_(0, rows, ratios.cpu())
+        num_left -= len(rows)
+        on_progress(min(1.0, 1 - num_left / total))
 
-    replay_vanilla(context, trace, on_layer, on_progress)
+    observe_vanilla(context, on_layer)
     return FidelitySums(tuple(policies), sums)
+
+
+def answer_mask(results: Sequence[Result], observation: LayerObservation) -> Tensor:
+    """Bool [S, N]: positions of the answer, including its end-of-text token."""
+    position = torch.tensor(observation.starts)[:, None] + torch.arange(observation.x.shape[1])
+    ends = torch.tensor([results[row].new_tokens for row in observation.rows])[:, None]
+    return ((position >= 0) & (position <= ends)).to(observation.x.device)
 
 
 def measure_layer(
@@ -226,13 +196,6 @@ def fidelity_scores(fidelity: FidelitySums) -> list[Entry]:
     ]
 
 
-def metric_gaps(
-    fidelity: FidelitySums, policies: Sequence[str], curve: Sequence[str], metrics: Sequence[Metric]
-) -> dict[Metric, list[Entry]]:
-    """``gaps_to_curve`` for each of these metrics."""
-    return {metric: gaps_to_curve(fidelity, policies, curve, metric) for metric in metrics}
-
-
 def gaps_to_curve(
     fidelity: FidelitySums, policies: Sequence[str], curve: Sequence[str], metric: Metric
 ) -> list[Entry]:
@@ -284,33 +247,3 @@ def outcomes_text(gaps_by_metric: Mapping[Metric, Sequence[Entry]]) -> str:
         better, worse, similar = count_outcomes(gaps, metric)
         clauses.append(f"{METRIC_NAMES[metric]} {better} better, {worse} worse, {similar} similar")
     return "; ".join(clauses)
-
-
-def gaps_table(
-    gaps_by_metric: Mapping[Metric, Sequence[Entry]], first_head: str, caption: str
-) -> Table:
-    """One policy per row, one metric per column: the gap to the curve."""
-    by_policy: dict[str, list[str]] = {}
-    for gap in (gap for gaps in gaps_by_metric.values() for gap in gaps):
-        row = by_policy.setdefault(gap["policy"], [gap["policy"], f"{gap['experts']:.1f}"])
-        row.append(format_interval(gap["gap"], gap["interval"], "+.3f"))
-    heads = [first_head, "experts", *(METRIC_NAMES[metric] for metric in gaps_by_metric)]
-    return Table(heads, list(by_policy.values()), caption, range(1, len(heads)))
-
-
-def scores_table(scores: Sequence[Entry], caption: str) -> Table:
-    """One policy per row."""
-    return make_table(
-        caption,
-        scores,
-        {
-            "policy": "{policy}",
-            "experts": "{experts:.1f}",
-            "votes kept": "{mass:.1%}",
-            "recall": "{recall:.1%}",
-            "recall, answer tokens": "{word_recall:.1%}",
-            "loss": "{loss:.3f}",
-            "loss, answer tokens": "{word_loss:.3f}",
-            "loss, masked answer tokens": "{open_loss:.3f}",
-        },
-    )

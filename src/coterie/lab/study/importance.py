@@ -16,12 +16,11 @@ from torch import Tensor
 from coterie.engine.engine import Engine
 from coterie.lab.plotting import (
     FIGURE_WIDTH,
-    SeriesStyle,
     foreground,
     grid_colour,
     policy_style,
 )
-from coterie.lab.study.charts import Series, line_chart, policy_series
+from coterie.lab.study.charts import guide_series, line_chart, policy_series
 from coterie.lab.study.context import StudyContext
 from coterie.lab.study.experiment import (
     Drawing,
@@ -311,9 +310,9 @@ def _draw_block(block: Entry) -> Figure:
 
 
 def _draw_coverage(record: Any) -> Figure:
-    best, style = record["curves"]["DES-Vote"], SeriesStyle(foreground(), "", "")
+    best = record["curves"]["DES-Vote"]
     sizes, maxima = ([entry[key] for entry in best] for key in ("experts", "best"))
-    series = [Series("maximum", sizes, maxima, style, line="--", width=1)]
+    series = [guide_series(sizes, maxima, "maximum")]
     for label, family in zip(POLICY_CURVES, record["curves"].values(), strict=True):
         x, y, intervals = ([e[key] for e in family] for key in ("experts", "share", "interval"))
         policy = family[0]["policy"]

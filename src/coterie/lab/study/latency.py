@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 from coterie.lab.bench import timing
 from coterie.lab.bench.routings import BLOCK_LENGTH, balanced_routing
 from coterie.lab.bench.shapes import PAPER_LAYERS, LayerShape
-from coterie.lab.plotting import SeriesStyle, foreground, indexed_style
+from coterie.lab.plotting import SeriesStyle, indexed_style
 from coterie.lab.study.charts import (
     Series,
     line_chart,
@@ -184,7 +184,7 @@ def _draw(layer: Entry) -> Figure:
         series.append(Series(None, ends, fit_ms, replace(style, marker=""), width=1))
     if checks := layer["checks"]:
         x, y = ([check[key] for check in checks] for key in ("used", "ms"))
-        style, label = SeriesStyle(foreground(), "x", ""), f"routed blocks of {BLOCK_LENGTH}"
+        style, label = SeriesStyle("", "x", ""), f"routed blocks of {BLOCK_LENGTH}"
         series.append(Series(label, x, y, style, line=""))
     slowest = max(point["seconds"]["median"] for point in layer["points"])
     x, limit = f"unique experts of {layer['bench']['experts']}", (0, 1.25e3 * slowest)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
+from itertools import count
 from typing import Any
 
 import numpy as np
@@ -14,6 +15,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from coterie.engine.engine import Engine
+from coterie.engine.events import Result
 from coterie.engine.observation import LayerObservation
 from coterie.lab.plotting import foreground, indexed_style, new_panels
 from coterie.lab.study.charts import Series, dash_repeats, line_chart, policy_series
@@ -26,7 +28,7 @@ from coterie.lab.study.experiment import (
     Finding,
     Table,
 )
-from coterie.lab.study.fidelity import SLOW_STEPS, count_kept_experts, replay_vanilla, trace_vanilla
+from coterie.lab.study.fidelity import count_kept_experts, observe_vanilla, sample_layers
 from coterie.lab.study.first_forwards import (
     BlockForward,
     Prompt,
@@ -46,6 +48,7 @@ DEPTH_POLICIES = (  # compared layer by layer
     *("des-vote:beta=0.5", "des-vote:beta=0.3", f"des-vote:beta=0.3,{GUARD_OPTIONS}"),
     *("des-seq:k=3", "des-vote:beta=0.15", "topk:k=4", "random:beta=0.3"),
 )
+SLOW_STEPS = 8  # forwards per block in slow decoding; a confident model needs one or two
 POSITION_KINDS = ("masked", "written", "fill")
 
 
@@ -62,19 +65,20 @@ class MapsExperiment(Experiment):
     def measure(self, context: StudyContext) -> Mapping[str, object]:
         router, engine = context.engine.model.spec.router, context.engine
         context.on_progress(0.0, "slow decoding")
-        trace = trace_vanilla(context, slow=True)
-        hit_rates = HitRateCounter(POLICIES, trace.layers)
-        routings: dict[int, list[Routing]] = {layer: [] for layer in trace.layers}
+        questions, layers = context.questions(), sample_layers(context)
+        hit_rates = HitRateCounter(POLICIES, layers)
+        routings: dict[int, list[Routing]] = {layer: [] for layer in layers}
+        finished = count(1)
 
         def on_layer(observation: LayerObservation) -> None:
             hit_rates.on_layer(observation)
             routings[observation.layer].append(observation.routing)
 
-        def on_progress(share: float) -> None:
-            context.on_progress(0.1 + 0.5 * share, "hit rates")
+        def on_result(_: Result) -> None:
+            context.on_progress(0.6 * next(finished) / len(questions), "hit rates")
 
-        replay_vanilla(context, trace, on_layer, on_progress)
-        prompts = prompts_at_block_start(engine, trace.prompts)
+        observe_vanilla(context, on_layer, unmask=f"fixed:steps={SLOW_STEPS}", on_result=on_result)
+        prompts = prompts_at_block_start(engine, questions)
         depths = []
         for index, policy in enumerate(DEPTH_POLICIES):
             share = 0.6 + 0.4 * index / len(DEPTH_POLICIES)
@@ -83,9 +87,9 @@ class MapsExperiment(Experiment):
         return {
             "experts": router.experts,
             "k": router.k,
-            "prompts": len(trace.prompts),
+            "prompts": len(questions),
             "blocks": len(prompts),
-            "layers": list(trace.layers),
+            "layers": list(layers),
             **hit_rates.to_record(),
             "depths": depths,
             "activation": [

@@ -25,11 +25,9 @@ from coterie.lab.study.fidelity import (
     compare_to_curve,
     count_outcomes,
     fidelity_scores,
-    gaps_table,
-    metric_gaps,
+    gaps_to_curve,
     outcomes_text,
-    scores_table,
-    trace_vanilla,
+    sample_layers,
 )
 from coterie.lab.study.variants import GUARD_OPTIONS
 
@@ -60,15 +58,15 @@ class ReconstructionExperiment(Experiment):
 
     def measure(self, context: StudyContext) -> Entry:
         spec = context.engine.model.spec
-        trace = trace_vanilla(context)
         families = policies_by_family(spec.router.k)
         policies = [policy for family in families.values() for policy in family]
-        context.on_progress(0.02, f"{len(policies)} policies on {len(trace.prompts)} prompts")
+        prompts = len(context.questions())
+        context.on_progress(0.02, f"{len(policies)} policies on {prompts} prompts")
 
         def on_progress(share: float) -> None:
             context.on_progress(0.02 + 0.95 * share, "routing")
 
-        fidelity = compare_policies(context, trace, policies, on_progress)
+        fidelity = compare_policies(context, policies, on_progress)
         scores = dict(zip(policies, fidelity_scores(fidelity), strict=True))
         compared = {
             "against": families[DES_SEQ][:-1],
@@ -79,15 +77,18 @@ class ReconstructionExperiment(Experiment):
         return {
             "experts": spec.router.experts,
             "k": spec.router.k,
-            "prompts": len(trace.prompts),
-            "looks": trace.num_observations,
-            "layers": list(trace.layers),
+            "prompts": prompts,
+            "looks": fidelity.num_observations,
+            "layers": list(sample_layers(context)),
             "curves": [
                 {"name": name, "readings": [scores[policy] for policy in family]}
                 for name, family in families.items()
             ],
             **{
-                key: metric_gaps(fidelity, selected, families[DES_VOTE], COMPARED_METRICS)
+                key: {
+                    metric: gaps_to_curve(fidelity, selected, families[DES_VOTE], metric)
+                    for metric in COMPARED_METRICS
+                }
                 for key, selected in compared.items()
             },
         }
@@ -104,10 +105,14 @@ class ReconstructionExperiment(Experiment):
         ]
 
     def tables(self, record: Entry) -> Sequence[Table]:
-        scores = [reading for curve in record["curves"] for reading in curve["readings"]]
+        readings = [reading for curve in record["curves"] for reading in curve["readings"]]
+        gaps = [
+            dict(zip(COMPARED_METRICS, gaps, strict=True))
+            for gaps in zip(*map(record["against"].get, COMPARED_METRICS), strict=True)
+        ]
         return [
-            scores_table(scores, self.text.caption("scores", record=record)),
-            gaps_table(record["against"], DES_SEQ, self.text.caption("gaps")),
+            self.text.table("scores", readings, record=record),
+            self.text.table("gaps", gaps),
         ]
 
     def findings(self, record: Entry) -> Sequence[Finding | str]:

@@ -12,8 +12,7 @@ from matplotlib.figure import Figure
 from coterie.lab.bench import timing
 from coterie.lab.bench.routings import BLOCK_LENGTH
 from coterie.lab.bench.shapes import PAPER_LAYERS, LayerShape
-from coterie.lab.plotting import SeriesStyle, foreground
-from coterie.lab.study.charts import Series, line_chart, policy_series
+from coterie.lab.study.charts import guide_series, line_chart, policy_series
 from coterie.lab.study.context import StudyContext
 from coterie.lab.study.experiment import (
     Drawing,
@@ -173,7 +172,7 @@ def _draw(layer: Entry, limits: timing.DeviceLimits) -> Figure:
     left, right = min(intensities) / 2, max(4 * peak / read, 2 * max(intensities))
     corners = (left, peak / read, right)
     roof = [attainable_flops(intensity, peak, read) / 1e9 for intensity in corners]
-    series = [Series(None, corners, roof, SeriesStyle(foreground(), "", ""), width=1.2)]
+    series = [guide_series(corners, roof, line="-", width=1.2)]
     for policy, alpha in zip(POLICIES, LINE_ALPHAS, strict=True):
         own = [point for point in points if point["policy"] == policy]
         x, y = ([point[key] for point in own] for key in ("intensity", "gflops"))
