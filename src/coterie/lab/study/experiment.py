@@ -60,6 +60,7 @@ class ExperimentText:
     name: str  # of the record's file and the report's anchor: "explosion"
     title: str = ""  # with the place in the paper: "The expert explosion (Fig. 1a)"
     question: str = ""  # in a sentence for readers without knowledge of the paper
+    typical_seconds: int = 30  # for the progress bar
     captions: Mapping[str, str] = field(default_factory=dict)
     sentences: Mapping[str, str] = field(default_factory=dict)
     claims: Mapping[str, str] = field(default_factory=dict)
