@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise, product
+from typing import Any
 
 import torch
 from matplotlib.figure import Figure
@@ -163,7 +164,7 @@ def bin_by_masked(masked: Tensor, mean: Tensor, block: int, bins: int = 8) -> li
 
 
 def count_experts(
-    context: StudyContext, prompts: Sequence[str], policy: str = "vanilla", **options: object
+    context: StudyContext, prompts: Sequence[str], policy: str = "vanilla", **options: Any
 ) -> tuple[Tensor, Tensor]:
     """Unique experts [L, F] of every row and decoding forward, and positions still masked [F]."""
     layers = context.engine.model.spec.moe_layers

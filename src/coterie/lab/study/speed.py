@@ -4,46 +4,30 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
 from matplotlib.figure import Figure
 
-from coterie.lab.plotting import IntervalSeries, indexed_style, interval_chart, policy_style
-from coterie.lab.study.accuracy import DES_SEQ, DES_VOTE, GUARDED, RANDOM, TOP_K, smaller_counts
-from coterie.lab.study.charts import Series, guide_series, line_chart
+from coterie.lab.plotting import IntervalSeries, indexed_style, interval_chart
+from coterie.lab.study.accuracy import DES_VOTE
+from coterie.lab.study.charts import guide_series, line_chart
 from coterie.lab.study.comparison import (
     PolicyComparison,
+    group_series,
     unique_experts_label,
     vanilla_series,
     variant_rows,
 )
 from coterie.lab.study.context import StudyContext
-from coterie.lab.study.experiment import Drawing, Experiment, ExperimentText, Finding, Table
+from coterie.lab.study.experiment import Drawing, Entry, Experiment, ExperimentText, Finding, Table
 from coterie.lab.study.results import JsonObject, VariantResults
-from coterie.lab.study.variants import (
-    ALL_BETAS,
-    GUARD_OPTIONS,
-    MAIN_BETAS,
-    VariantGroups,
-    beta_variants,
-    count_variants,
-    short_name,
-)
+from coterie.lab.study.variants import GUARD_OPTIONS, short_name
 
 ROUNDS = 5
 PAPER_LATENCY_CUT = 0.38  # the paper: latency falls by up to this share
-
-
-def forward_groups(k: int) -> VariantGroups:
-    return {
-        DES_VOTE: beta_variants("des-vote", ALL_BETAS),
-        GUARDED: beta_variants("des-vote", MAIN_BETAS, GUARD_OPTIONS),
-        DES_SEQ: count_variants("des-seq", smaller_counts(k)),
-        TOP_K: count_variants("topk", smaller_counts(k)),
-        RANDOM: beta_variants("random"),
-    }
 
 
 def forward_findings(text: ExperimentText, results: VariantResults) -> list[Finding | str]:
@@ -62,18 +46,18 @@ def forward_findings(text: ExperimentText, results: VariantResults) -> list[Find
     return [text.finding("forwards", holds, policies=" ".join(sentences))]
 
 
-def draw_forwards(results: VariantResults) -> Figure:
+def draw_forwards(results: VariantResults, _: Sequence[str] = ()) -> Figure:
     """Forwards against experts; on the guide a policy reads as many experts as vanilla does."""
     vanilla = results.vanilla
     most = max(result.forwards_per_block for result in results.all[1:])
     xs = [vanilla.experts_per_block / (1 + (most - 1) * step / 50) for step in range(51)]
     ys = [vanilla.experts_per_block / x for x in xs]
-    series = [guide_series(xs, ys, "reads as much as vanilla")]
-    for label, group in results.groups.items():
-        ordered = sorted(group, key=lambda result: result.experts)
-        x, y = [r.experts for r in ordered], [r.forwards_per_block for r in ordered]
-        series.append(Series(label, x, y, policy_style(group[-1].policy)))
-    series.append(vanilla_series(vanilla, vanilla.forwards_per_block))
+    groups = [(label, group) for label, group in results.groups.items() if group]
+    series = [
+        guide_series(xs, ys, "reads as much as vanilla"),
+        *(group_series(label, group, "forwards_per_block") for label, group in groups),
+        vanilla_series(vanilla, "forwards_per_block"),
+    ]
     label = unique_experts_label(results)
     return line_chart(series, label, "forwards per block", xlim=(0, None), ylim=(0, None))
 
@@ -108,61 +92,49 @@ class SpeedExperiment(Experiment):
                 }
         return {"timed": list(timed.values()), "prompts": len(prompts)}
 
-    def drawings(self, record: Mapping[str, Any]) -> Sequence[Drawing]:
+    def drawings(self, record: Entry) -> Sequence[Drawing]:
         rows = {
-            short_name(e["policy"]): (min(e["rounds"]), median_speed(e), max(e["rounds"]))
-            for e in record["timed"]
+            short_name(entry["policy"]): (entry["slowest"], entry["speed"], entry["fastest"])
+            for entry in timed_policies(record)
         }
         series = [IntervalSeries("", indexed_style(0), rows)]
         draw = partial(interval_chart, list(rows), series, "tokens per second")
         return [Drawing(self.name, self.text.caption("figure"), draw)]
 
-    def tables(self, record: Mapping[str, Any]) -> Sequence[Table]:
-        base = median_speed(record["timed"][0])
-        rows = [
-            {
-                **entry,
-                "speed": median_speed(entry),
-                "slowest": min(entry["rounds"]),
-                "fastest": max(entry["rounds"]),
-                "ratio": median_speed(entry) / base,
-            }
-            for entry in record["timed"]
-        ]
-        return [self.text.table("speed", rows, prompts=record["prompts"], rounds=ROUNDS)]
+    def tables(self, record: Entry) -> Sequence[Table]:
+        rows, prompts = timed_policies(record), record["prompts"]
+        return [self.text.table("speed", rows, prompts=prompts, rounds=ROUNDS)]
 
-    def findings(self, record: Mapping[str, Any]) -> Sequence[Finding | str]:
-        vanilla, best = record["timed"][0], fastest_des(record)
-        base, speed = median_speed(vanilla), median_speed(best)
-        is_separated = min(best["rounds"]) > max(vanilla["rounds"])
-        holds = is_separated and 1 - base / speed >= PAPER_LATENCY_CUT
-        return [
-            self.text.finding(
-                "fastest",
-                holds,
-                policy=best["policy"],
-                speed=speed,
-                base=base,
-                ratio=speed / base,
-                cut=PAPER_LATENCY_CUT,
-            )
-        ]
+    def findings(self, record: Entry) -> Sequence[Finding | str]:
+        vanilla, best, cut = timed_policies(record)[0], fastest_des(record), PAPER_LATENCY_CUT
+        holds = best["slowest"] > vanilla["fastest"] and 1 - 1 / best["ratio"] >= cut
+        return [self.text.finding("fastest", holds, best=best, vanilla=vanilla, cut=cut)]
 
 
-def fastest_des(record: Mapping[str, Any]) -> Mapping[str, Any]:
+def timed_policies(record: Entry) -> list[Entry]:
+    """The entries with their median ``speed``, extremes, and ``ratio`` to vanilla's speed."""
+    speeds = [statistics.median(entry["rounds"]) for entry in record["timed"]]
+    return [
+        {
+            **entry,
+            "speed": speed,
+            "slowest": min(entry["rounds"]),
+            "fastest": max(entry["rounds"]),
+            "ratio": speed / speeds[0],
+        }
+        for entry, speed in zip(record["timed"], speeds, strict=True)
+    ]
+
+
+def fastest_des(record: Entry) -> Entry:
     """The entry of the fastest DES policy."""
-    des = [entry for entry in record["timed"] if entry["policy"].startswith("des-")]
-    return max(des, key=median_speed)
+    des = [entry for entry in timed_policies(record) if entry["policy"].startswith("des-")]
+    return max(des, key=lambda entry: entry["speed"])
 
 
-def median_speed(entry: Mapping[str, Any]) -> float:
-    return statistics.median(entry["rounds"])
-
-
-FORWARDS = PolicyComparison(  # its runs are shared with the accuracy experiments
-    text=ExperimentText.load("forwards"),
-    groups=forward_groups,
-    make_findings=forward_findings,
-    charts={"forwards": draw_forwards},
+FORWARDS = replace(  # its runs are shared with the accuracy experiments
+    PolicyComparison.load("forwards"),
+    findings_after=forward_findings,
     make_tables=lambda text, results: [text.table("forwards", variant_rows(results))],
+    draw=draw_forwards,
 )

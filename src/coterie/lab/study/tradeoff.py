@@ -2,28 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
+from statistics import fmean
 
 from matplotlib.figure import Figure
 
 from coterie.engine.observation import LayerObservation, collect_observations
+from coterie.errors import TaskError
 from coterie.lab.bench import timing
 from coterie.lab.bench.routings import BLOCK_LENGTH
 from coterie.lab.plotting import policy_style
-from coterie.lab.study.charts import (
-    Series,
-    guide_series,
-    line_chart,
-    milliseconds,
-    pareto_front,
-    quartiles_text,
-)
+from coterie.lab.study.charts import guide_series, line_chart, pareto_front, policy_series
 from coterie.lab.study.context import StudyContext
 from coterie.lab.study.experiment import (
     Drawing,
+    Entry,
     Experiment,
     ExperimentText,
     Finding,
@@ -31,17 +26,13 @@ from coterie.lab.study.experiment import (
     judge,
 )
 from coterie.lab.study.layers import FORWARDS_PER_PROMPT, NUM_PROMPTS, layer_runner, moe_layers
-from coterie.lab.study.results import JsonObject, VariantResult, VariantResults
+from coterie.lab.study.results import JsonObject, VariantResults
 from coterie.routing import parse_policy, route
 
-VANILLA = "vanilla"
 # Routes as vanilla does, and computes the importance of tokens, which mc-moe needs.
 OBSERVED_POLICY = "mc-moe:beta=0,protect=0"
 ROUNDS = 8
 INDISTINGUISHABLE_P = 0.05  # least p at which an accuracy counts as that of vanilla
-
-Point = Mapping[str, Any]  # one policy, as in ``time_policies``
-Layer = Mapping[str, Any]  # name, experts and latency fit of a layer of another shape
 
 
 @dataclass(frozen=True)
@@ -56,7 +47,10 @@ class TradeoffExperiment(Experiment):
     rounds: int = ROUNDS
 
     def measure(self, context: StudyContext) -> JsonObject:
-        results = VariantResults.from_record(context.needed_record("accuracy"))
+        accuracy = context.record("accuracy")
+        if accuracy is None:
+            raise TaskError("the record of `accuracy` is missing; run both experiments")
+        results = VariantResults.from_record(accuracy)
         generation = results.vanilla.generation
         variants = [r for r in results.by_name.values() if r.generation == generation]
         context.on_progress(0.0, "forwards to time")
@@ -67,110 +61,108 @@ class TradeoffExperiment(Experiment):
             batch_size=1,
             max_forwards=FORWARDS_PER_PROMPT,
         )
-        points = time_policies(context, observations, variants, results.vanilla, rounds=self.rounds)
+        policies = [result.policy for result in variants]
+        seconds = time_policies(context, observations, policies, rounds=self.rounds)
         latency = context.record("latency") or {"lines": ()}
         others = [line for line in latency["lines"] if line["bench"]["random"]]
         return {
             "experts": results.experts,
             "machine": timing.timing_conditions(context.engine.model.transformer.device),
             "forwards": len(observations),
-            "points": points,
+            "points": [
+                {
+                    "policy": result.policy,
+                    "accuracy": result.accuracy,
+                    "interval": list(result.interval),
+                    "p": result.compare_to(results.vanilla).p_value,  # McNemar's
+                    "items": result.accuracy_share().n,
+                    **mean_sizes(observations, result.policy),
+                    "seconds": seconds[result.policy],
+                }
+                for result in variants
+            ],
             "others": [
                 {key: line["bench"][key] for key in ("name", "experts")} | {"fit": line["fit"]}
                 for line in others
             ],
         }
 
-    def drawings(self, record: Mapping[str, Any]) -> Sequence[Drawing]:
-        measured = [point["seconds"]["median"] for point in record["points"]]
+    def drawings(self, record: Entry) -> Sequence[Drawing]:
+        points = timed_points(record)
         label = "milliseconds of the MoE layer, measured"
-        draw = partial(draw_tradeoff, record, measured, label)
+        draw = partial(draw_tradeoff, points, [point["ms"] for point in points], label)
         drawings = [Drawing(self.name, self.text.caption("measured"), draw)]
-        for layer in record["others"]:
-            name, seconds = layer["name"], list(predicted_seconds(record, layer).values())
+        for name in points[0]["predicted"]:
             label = f"milliseconds of {name}'s experts, predicted"
-            draw = partial(draw_tradeoff, record, seconds, label)
+            times = [point["predicted"][name] for point in points]
+            draw = partial(draw_tradeoff, points, times, label)
             caption = self.text.caption("predicted", name=name)
             drawings.append(Drawing(f"{self.name}-{name.lower()}", caption, draw))
         return drawings
 
-    def tables(self, record: Mapping[str, Any]) -> Sequence[Table]:
-        predicted = {}
-        for layer in record["others"]:
-            seconds = predicted_seconds(record, layer)
-            predicted[f"{layer['name']}, ms (predicted)"] = lambda point, seconds=seconds: (
-                f"{seconds[point['policy']] * 1e3:.1f}"
-            )
-        rows = [
-            {
-                **point,
-                "ms": milliseconds(point["seconds"], 3),
-                "quartiles": quartiles_text(point["seconds"], 3),
-            }
-            for point in sorted(record["points"], key=lambda point: -point["accuracy"])
-        ]
-        items, forwards = record["points"][0]["items"], record["forwards"]
-        return [self.text.table("points", rows, predicted, items=items, forwards=forwards)]
+    def tables(self, record: Entry) -> Sequence[Table]:
+        points = sorted(timed_points(record), key=lambda point: -point["accuracy"])
+        names = points[0]["predicted"]
+        columns = {f"{name}, ms (predicted)": f"{{predicted[{name}]:.1f}}" for name in names}
+        items, forwards = points[0]["items"], record["forwards"]
+        return [self.text.table("points", points, columns, items=items, forwards=forwards)]
 
-    def findings(self, record: Mapping[str, Any]) -> Sequence[Finding | str]:
+    def findings(self, record: Entry) -> Sequence[Finding | str]:
+        points = timed_points(record)
+        vanilla = next(point for point in points if point["policy"] == "vanilla")
+        others = [point for point in points if point is not vanilla]
+        similar = [point for point in others if point["p"] >= INDISTINGUISHABLE_P]
         return [
-            self._own_layer_finding(record),
-            *(self._predicted_finding(record, layer) for layer in record["others"]),
+            self._own_layer_finding(vanilla, similar),
+            *(self._predicted_finding(name, vanilla, similar) for name in vanilla["predicted"]),
             *timing.load_warnings(record["machine"]),
         ]
 
-    def _own_layer_finding(self, record: Mapping[str, Any]) -> Finding:
-        vanilla, *similar = vanilla_and_similar(record)
+    def _own_layer_finding(self, vanilla: Entry, similar: Sequence[Entry]) -> Finding:
         if not similar:
             return judge(self.text.sentence("none"), self.text.claim("own"), False)
-        best = min(similar, key=lambda point: point["seconds"]["median"])
-        return self.text.finding(
-            "own",
-            best["seconds"]["high"] < vanilla["seconds"]["low"],
-            n=len(similar),
-            best=best,
-            best_ms=milliseconds(best["seconds"], 3),
-            vanilla=vanilla,
-            vanilla_ms=milliseconds(vanilla["seconds"], 3),
-            ratio=vanilla["seconds"]["median"] / best["seconds"]["median"],
-        )
+        best, n = min(similar, key=lambda point: point["ms"]), len(similar)
+        ratio, is_faster = vanilla["ms"] / best["ms"], best["high"] < vanilla["low"]
+        return self.text.finding("own", is_faster, n=n, best=best, vanilla=vanilla, ratio=ratio)
 
-    def _predicted_finding(self, record: Mapping[str, Any], layer: Layer) -> Finding:
-        predicted = predicted_seconds(record, layer)
-        policies = [point["policy"] for point in vanilla_and_similar(record)]
-        best = min(policies, key=lambda policy: predicted[policy])
-        return self.text.finding(
-            "predicted",
-            None,
-            name=layer["name"],
-            best=best,
-            best_ms=predicted[best] * 1e3,
-            vanilla_ms=predicted[VANILLA] * 1e3,
-            ratio=predicted[VANILLA] / predicted[best],
-        )
+    def _predicted_finding(self, name: str, vanilla: Entry, similar: Sequence[Entry]) -> Finding:
+        best = min((vanilla, *similar), key=lambda point: point["predicted"][name])
+        ms, vanilla_ms = best["predicted"][name], vanilla["predicted"][name]
+        times = {"ms": ms, "vanilla_ms": vanilla_ms, "ratio": vanilla_ms / ms}
+        return self.text.finding("predicted", None, name=name, best=best, **times)
+
+
+def timed_points(record: Entry) -> list[Entry]:
+    """The points with milliseconds: median, quartiles, and ``predicted`` by the name of a layer.
+
+    A prediction is of another layer's experts, at the same share of experts and pairs per token.
+    """
+    points = []
+    for point in record["points"]:
+        ms, low, high = (point["seconds"][key] * 1e3 for key in ("median", "low", "high"))
+        share, pairs = point["used"] / record["experts"], point["pairs"] * BLOCK_LENGTH
+        predicted = {
+            each["name"]: 1e3 * timing.predict_seconds(each["fit"], share * each["experts"], pairs)
+            for each in record["others"]
+        }
+        points.append({**point, "ms": ms, "low": low, "high": high, "predicted": predicted})
+    return points
 
 
 def time_policies(
     context: StudyContext,
     observations: Sequence[LayerObservation],
-    results: Sequence[VariantResult],
-    vanilla: VariantResult,
+    policies: Sequence[str],
     *,
     rounds: int,
-) -> list[JsonObject]:
-    """Time the whole layer on every observation under every policy, in turns.
-
-    ``used`` and ``pairs`` (token-expert pairs per token) are of the timed forwards. ``p`` is
-    McNemar's, against vanilla on the same items.
-    """
-    transformer, indices = context.engine.model.transformer, range(len(observations))
+) -> dict[str, timing.TimingStats]:
+    """Time the whole layer on every observation under every policy, in turns."""
+    transformer = context.engine.model.transformer
     moes = {moe.layer: moe for moe in moe_layers(transformer)}
     runs = {
-        (result.policy, index): layer_runner(
-            moes[observation.layer], observation, parse_policy(result.policy)
-        )
-        for result in results
-        for index, observation in enumerate(observations)
+        (policy, index): layer_runner(moes[observed.layer], observed, parse_policy(policy))
+        for policy in policies
+        for index, observed in enumerate(observations)
     }
     timings = timing.time_interleaved(
         runs,
@@ -178,60 +170,30 @@ def time_policies(
         device=transformer.device,
         on_progress=lambda share: context.on_progress(share, "the layer under every policy"),
     )
-    points: list[JsonObject] = []
-    for result in results:
-        used, pairs = mean_sizes(observations, result.policy)
-        seconds = timing.mean_timing_stats([timings[result.policy, i] for i in indices])
-        points.append(
-            {
-                "policy": result.policy,
-                "accuracy": result.accuracy,
-                "interval": list(result.interval),
-                "p": result.compare_to(vanilla).p_value,
-                "items": result.accuracy_share().n,
-                "used": used,
-                "pairs": pairs,
-                "seconds": seconds,
-            }
-        )
-    return points
+    indices = range(len(observations))
+    return {p: timing.mean_timing_stats([timings[p, i] for i in indices]) for p in policies}
 
 
-def mean_sizes(observations: Sequence[LayerObservation], policy: str) -> tuple[float, float]:
-    """Mean unique experts, and mean experts per token."""
+def mean_sizes(observations: Sequence[LayerObservation], policy: str) -> dict[str, float]:
+    """Means of unique experts (``used``) and of token-expert pairs per token (``pairs``)."""
     parsed = parse_policy(policy)
     routings = [route(replace(o.scores, vanilla_ids=None), parsed) for o in observations]
-    used = sum(float(routing.used.sum()) for routing in routings) / len(routings)
-    pairs = sum(float((routing.topk_ids >= 0).sum(-1).double().mean()) for routing in routings)
-    return used, pairs / len(routings)
+    used = fmean(float(routing.used.sum()) for routing in routings)
+    pairs = fmean(float((r.topk_ids >= 0).sum(-1).double().mean()) for r in routings)
+    return {"used": used, "pairs": pairs}
 
 
-def predicted_seconds(record: Mapping[str, Any], layer: Layer) -> dict[str, float]:
-    """Policy -> seconds of another layer's experts, at the same share of experts and pairs."""
-    scale = layer["experts"] / record["experts"]
-    return {
-        point["policy"]: timing.predict_seconds(
-            layer["fit"], point["used"] * scale, point["pairs"] * BLOCK_LENGTH
+def draw_tradeoff(points: Sequence[Entry], times: Sequence[float], label: str) -> Figure:
+    """Accuracy against milliseconds, one marker per policy, with the Pareto front."""
+    series = [
+        policy_series(
+            point["policy"], [ms], [point["accuracy"]],
+            label=policy_style(point["policy"]).name, line="", intervals=[point["interval"]],
         )
-        for point in record["points"]
-    }
-
-
-def vanilla_and_similar(record: Mapping[str, Any]) -> list[Point]:
-    """Vanilla, then the other policies without a significant difference in accuracy."""
-    vanilla = next(point for point in record["points"] if point["policy"] == VANILLA)
-    others = [point for point in record["points"] if point is not vanilla]
-    return [vanilla, *(point for point in others if point["p"] >= INDISTINGUISHABLE_P)]
-
-
-def draw_tradeoff(record: Mapping[str, Any], seconds: Sequence[float], label: str) -> Figure:
-    """Accuracy against time, one marker per policy, with the Pareto front."""
-    series, points = [], []
-    for point, one in zip(record["points"], seconds, strict=True):
-        style, x, y = policy_style(point["policy"]), one * 1e3, point["accuracy"]
-        points.append((x, y))
-        series.append(Series(style.name, [x], [y], style, "", [point["interval"]]))
-    xs, ys = zip(*pareto_front(points, lambda point: point), strict=True)
+        for point, ms in zip(points, times, strict=True)
+    ]  # fmt: skip
+    pairs = zip(times, (point["accuracy"] for point in points), strict=True)
+    xs, ys = zip(*pareto_front(pairs, lambda pair: pair), strict=True)
     front = guide_series(xs, ys, line="-", width=0.8, steps=True)
     return line_chart(
         [front, *series], label, "accuracy",
