@@ -52,9 +52,8 @@ class LatencyExperiment(Experiment):
     pace: timing.TimingBudget = timing.FULL_BUDGET
 
     def measure(self, context: StudyContext) -> Mapping[str, object]:
-        work = partial(_measure_layer, context)
         layers, machine = measure_layers(
-            context, self.shapes, work, budget=self.pace, rounds=ROUNDS
+            context, self.shapes, _measure_layer, budget=self.pace, rounds=ROUNDS
         )
         return {**machine, "lines": layers}
 
@@ -108,22 +107,11 @@ def _measure_layer(
     timed = time_runs({**grid, **blocks})
     points = [{"tokens": tokens, **timed[tokens, used]} for tokens, used in grid]
     fit = fit_points(points)
-    checks = [
-        {
-            "policy": policy,
-            **timed[policy],
-            "predicted": timing.predict_seconds(fit, block.used, block.pairs),
-        }
-        for policy, block in blocks.items()
-    ]
+    predicted = {name: timing.predict_seconds(fit, b.used, b.pairs) for name, b in blocks.items()}
+    checks = [{"policy": p, **timed[p], "predicted": seconds} for p, seconds in predicted.items()]
     read = bench.expert_bytes / fit["b"] if fit["b"] > 0 else None
-    return {
-        "bench": bench.to_record(),
-        "points": points,
-        "fit": fit,
-        "read": read,
-        "checks": checks,
-    }
+    facts = {"bench": bench.to_record(), "points": points, "fit": fit}
+    return {**facts, "read": read, "checks": checks}
 
 
 def _balanced_run(bench: BenchLayer, tokens: int, used: int, draw: torch.Generator) -> TimedRun:

@@ -113,7 +113,7 @@ RunTimer = Callable[[Mapping[Key, TimedRun]], dict[Key, Entry]]
 def measure_layers(
     context: StudyContext,
     shapes: Sequence[LayerShape],
-    work: Callable[[BenchLayer, timing.DeviceLimits, RunTimer], Entry],
+    work: Callable[[StudyContext, BenchLayer, timing.DeviceLimits, RunTimer], Entry],
     *,
     budget: timing.TimingBudget,
     rounds: Mapping[bool, int],
@@ -144,7 +144,7 @@ def measure_layers(
             device=bench.device,
             on_progress=on_progress,
         )
-        outputs.append(work(bench, limits, timer))
+        outputs.append(work(context, bench, limits, timer))
         del bench  # two layers may not fit into memory
     machine = timing.timing_conditions(transformer.device)
     return outputs, {"machine": machine, "limits": limits, "skipped": skipped}
@@ -252,9 +252,9 @@ def _scored_blocks(
     """
     if not bench.random:
         prompts = context.questions()[:NUM_PROMPTS]
-        options = {"batch_size": 1, "max_forwards": FORWARDS_PER_PROMPT, "block": tokens}
+        options: dict[str, Any] = {"batch_size": 1, "max_forwards": FORWARDS_PER_PROMPT}
         try:
-            observations = collect_observations(context.engine, prompts, **options)
+            observations = collect_observations(context.engine, prompts, block=tokens, **options)
         except CoterieError:
             return []
         return [(observation.x.flatten(0, 1), observation.scores) for observation in observations]

@@ -48,9 +48,8 @@ class RooflineExperiment(Experiment):
     pace: timing.TimingBudget = timing.FULL_BUDGET
 
     def measure(self, context: StudyContext) -> Mapping[str, object]:
-        work = partial(_measure_layer, context)
         layers, machine = measure_layers(
-            context, self.shapes, work, budget=self.pace, rounds=ROUNDS
+            context, self.shapes, _measure_layer, budget=self.pace, rounds=ROUNDS
         )
         return {**machine, "roofs": layers}
 
