@@ -29,11 +29,7 @@ from coterie.lab.study.variants import Templates, beta_text, run_comparison
 
 TEXT = ExperimentText.load("comparison")
 DEFINITIONS = tomllib.loads(Path(__file__).with_name("comparisons.toml").read_text("utf-8"))
-CONDITIONS = {
-    "size": "at the same size",
-    "beta": "at the same beta",
-    "experts": "at equal experts",
-}
+CONDITION = {"size": "at the same size", "beta": "at the same beta", "experts": "at equal experts"}
 
 
 @dataclass(frozen=True)
@@ -64,7 +60,7 @@ class GroupComparison:
 
     def finding(self, text: ExperimentText, results: VariantResults) -> Finding | str:
         pairs, name = self.pairs(results), self.name or " or ".join(self.first)
-        names = {"second": self.second, "first": name, "condition": CONDITIONS[self.at]}
+        names = {"second": self.second, "first": name, "condition": CONDITION[self.at]}
         if self.claim:
             return claim_finding(text.claim(self.claim), pairs, **names)
         unit = "sizes" if self.at == "size" else "comparisons"
@@ -197,19 +193,17 @@ def variant_table(results: VariantResults, caption: str | None = None) -> Table:
 
 def variant_rows(results: VariantResults) -> list[dict[str, object]]:
     """One row per policy, vanilla first: the result ``r``, and values against vanilla."""
-    vanilla, rows = results.vanilla, []
-    for result in results.all:
-        change = result.compare_to(vanilla)
-        is_other = result is not vanilla
-        rows.append(
-            {
-                "r": result,
-                "change": change,
-                "difference": f"{change.difference:+.1%}" if is_other else "",
-                "p": format_p(change.p_value, bare=True) if is_other else "",
-                "relative": result.relative_accuracy(vanilla),
-                "bytes": decimal_bytes(result.expert_bytes),
-                "share": result.experts_per_block / vanilla.experts_per_block,
-            }
-        )
-    return rows
+    vanilla = results.vanilla
+    changes = [result.compare_to(vanilla) for result in results.all]
+    return [
+        {
+            "r": result,
+            "change": change,
+            "difference": "" if result is vanilla else f"{change.difference:+.1%}",
+            "p": "" if result is vanilla else format_p(change.p_value, bare=True),
+            "relative": result.relative_accuracy(vanilla),
+            "bytes": decimal_bytes(result.expert_bytes),
+            "share": result.experts_per_block / vanilla.experts_per_block,
+        }
+        for result, change in zip(results.all, changes, strict=True)
+    ]

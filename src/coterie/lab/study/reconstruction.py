@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 
 from matplotlib.figure import Figure
@@ -27,6 +27,8 @@ from coterie.lab.study.fidelity import (
     sample_layers,
 )
 from coterie.lab.study.variants import GUARD_OPTIONS
+
+GapsByMetric = Mapping[Metric, Sequence[Entry]]
 
 SHARES = (
     *("0.03125", "0.0625", "0.1", "0.15", "0.2", "0.25", "0.3", "0.35", "0.4", "0.45", "0.5"),
@@ -149,7 +151,7 @@ class ReconstructionExperiment(Experiment):
         )
         return judge(text, claim, counts["worse"] > len(gaps) / 2 and not counts["better"])
 
-    def _vote_sentence(self, key: str, gaps_by_metric: Entry) -> str:
+    def _vote_sentence(self, key: str, gaps_by_metric: GapsByMetric) -> str:
         """A vote of another kind against DES-Vote, metric by metric."""
         counts = {METRIC_NAMES[m]: count_outcomes(gaps, m) for m, gaps in gaps_by_metric.items()}
         clauses = [self.text.sentence("outcome", metric=m, **count) for m, count in counts.items()]
