@@ -143,6 +143,8 @@ def check_output_file(out: Path | None) -> None:
     folder = out.absolute().parent
     if out.is_dir():
         raise ConfigError(f"{out}: a folder; name a file, such as {out / 'result.json'}")
+    if out.exists() and not out.is_file():
+        raise ConfigError(f"{out}: a device or a pipe; name a file")
     if not folder.is_dir():
         raise ConfigError(f"{out}: its folder does not exist")
     if not os.access(folder, os.W_OK):

@@ -20,7 +20,8 @@ from coterie.lab.replay.hardware_model import HardwareModel, expert_sizes, parse
 from coterie.lab.replay.overlap import StepOverlap
 from coterie.lab.replay.replay import EVICTION_NAMES, ReplayGrid, ReplayPoint, ReplayResult, replay
 from coterie.lab.replay.replay import decoding_only as only_decoding
-from coterie.lab.replay.trace import KINDS, Trace, read_trace
+from coterie.lab.replay.trace import KINDS, Trace
+from coterie.lab.replay.trace_file import read_trace
 from coterie.offload.capacity import Capacity, format_bytes
 from coterie.routing import check_layers, parse_policy
 

@@ -48,7 +48,8 @@ from coterie.lab.replay.replay import (
     replay,
     steps_per_block,
 )
-from coterie.lab.replay.trace import Trace, TraceWriter, read_trace
+from coterie.lab.replay.trace import Trace
+from coterie.lab.replay.trace_file import TraceWriter, read_trace
 from coterie.loading.saved_votes import SavedVotes, write_votes
 from coterie.model.moe import MoE
 from coterie.offload.capacity import Capacity
