@@ -9,7 +9,7 @@ import struct
 import threading
 import tracemalloc
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
@@ -20,7 +20,7 @@ from test_trace import made
 
 from coterie.cli.entry import run
 from coterie.errors import CheckpointError, CoterieError
-from coterie.lab.replay.trace import FRAME_HEADER, encode_forward, frame_record
+from coterie.lab.replay.trace import FRAME_HEADER, TraceForward, encode_forward
 from coterie.lab.replay.trace_file import TraceWriter, check_new_trace, read_trace
 from coterie.testing import write_checkpoint
 
@@ -58,12 +58,11 @@ def test_a_torn_tail_costs_the_last_forward_alone(tmp_path_factory, cut: int) ->
 
 
 def read_or_refuse(path: Path) -> CoterieError | None:
-    """The error of reading; any other kind of error fails the test."""
+    """The error of reading, which names the file; another kind of error fails the test."""
     try:
         read_trace(path)
     except CoterieError as error:
-        assert str(path) in str(error)
-        return error
+        return error if str(path) in str(error) else pytest.fail(str(error))
     return None
 
 
@@ -169,13 +168,18 @@ def test_a_large_record_is_refused_before_it_takes_memory(tmp_path: Path, good: 
         read_trace(path)
 
 
+def stop_after(writer: TraceWriter, forwards: Sequence[TraceForward]) -> None:
+    for forward in forwards:
+        writer.write(forward)
+    raise KeyboardInterrupt
+
+
 def test_a_trace_takes_its_name_when_it_is_complete(tmp_path: Path) -> None:
     trace, _ = made()
     path = tmp_path / "t"
-    with pytest.raises(KeyboardInterrupt), TraceWriter(path, trace.header, trace.bias) as writer:
-        for forward in trace.forwards[:2]:
-            writer.write(forward)
-        raise KeyboardInterrupt
+    writer = TraceWriter(path, trace.header, trace.bias)
+    with pytest.raises(KeyboardInterrupt), writer:
+        stop_after(writer, trace.forwards[:2])
     assert not path.exists()
     assert len(read_trace(tmp_path / "t.part").forwards) == 2
     write_trace(path)
@@ -187,7 +191,7 @@ def test_a_trace_is_not_replaced_unasked(tmp_path: Path) -> None:
     write_trace(path)
     before = path.read_bytes()
     for refused in (check_new_trace, write_trace):
-        with pytest.raises(CoterieError, match="exists already.*`overwrite`"):
+        with pytest.raises(CoterieError, match=r"exists already.*`overwrite`"):
             refused(path, overwrite=False)
     assert [file.name for file in tmp_path.iterdir()] == ["t"]
     assert path.read_bytes() == before
