@@ -16,6 +16,7 @@ from rich.progress import BarColumn, Progress, ProgressColumn, TextColumn
 from rich.table import Table
 
 from coterie.errors import ConfigError
+from coterie.lab.journal import Journal
 from coterie.lab.records import Measurement, make_record, write_record
 
 Document = Mapping[str, object]
@@ -121,8 +122,30 @@ def save_record(
     device: str = "cpu",
 ) -> tuple[Path, dict[str, object]]:  # fmt: skip
     """Writes the record of this command in the folder; returns its path and its content."""
-    content = make_record(title, command_line(), measures, facts=facts, device=device)
+    content = command_record(title, facts, measures, device)
     return write_record(out, content), content
+
+
+def command_record(
+    title: str, facts: Document, measures: Sequence[Measurement] = (), device: str = "cpu"
+) -> dict[str, object]:
+    """The record of this command."""
+    return make_record(title, command_line(), measures, facts=facts, device=device)
+
+
+@contextmanager
+def resumable(journal: Journal) -> Iterator[Journal]:
+    """The journal of a command; notes say what it had at the start, and has after an error."""
+    with journal:
+        if journal.path and journal.steps:
+            print_note(f"going on after the {len(journal.steps)} measurements in {journal.path}")
+        try:
+            yield journal
+        except BaseException:
+            if journal.path and journal.steps:
+                count = len(journal.steps)
+                print_note(f"{journal.path} keeps {count} measurements; the same command goes on")
+            raise
 
 
 def command_line() -> list[str]:
