@@ -141,10 +141,12 @@ def resumable(journal: Journal) -> Iterator[Journal]:
             print_note(f"going on after the {len(journal.steps)} measurements in {journal.path}")
         try:
             yield journal
-        except BaseException:
-            if journal.path and journal.steps:
-                count = len(journal.steps)
+        except BaseException as error:
+            count = len(journal.steps)
+            if journal.path and count:
                 print_note(f"{journal.path} keeps {count} measurements; the same command goes on")
+            elif count and isinstance(error, KeyboardInterrupt):
+                print_note(f"{count} measurements are lost; --out would keep them")
             raise
 
 
