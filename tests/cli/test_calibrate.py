@@ -218,14 +218,20 @@ def test_what_cannot_be_calibrated_is_named(
     assert message in refusal(capsys, "calibrate", *words, "-m", model, *DECODING)
 
 
-@pytest.mark.parametrize("extra", [(), ("--per-layer",)])
-@pytest.mark.parametrize("target", ["experts=6", "mass=0.8"])
+@pytest.fixture(scope="module")
+def command(model: str, prompts: str) -> list[str]:
+    return ["calibrate", "des-vote", "--prompt-file", prompts, "-m", model, *DECODING]
+
+
+@pytest.mark.parametrize("target", ["experts=6", "mass=0.8 --per-layer", "experts=6 --per-layer"])
 def test_a_stopped_calibration_goes_on_with_the_same_command(
-    target: str, extra: tuple[str, ...], model: str, prompts: str, tmp_path: Path,
-    capsys: Capture, monkeypatch: pytest.MonkeyPatch,
-) -> None:  # fmt: skip
-    words = ["calibrate", "des-vote", "--target", target, "--prompt-file", prompts, "-m", model]
-    words += [*DECODING, *extra]
+    target: str,
+    command: list[str],
+    tmp_path: Path,
+    capsys: Capture,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    words = [*command, "--target", *target.split()]
     whole, path = tmp_path / "whole.json", tmp_path / "stopped.json"
     calls = 0
 
