@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from functools import partial
 from itertools import groupby
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, get_args
+from typing import TYPE_CHECKING, Any
 
 from coterie.lab import plotting
 from coterie.offload.simulated_store import SIMULATED_TIER
@@ -53,13 +53,7 @@ class TrafficPoint:
 
 def write_figures(name: Path, title: str, points: Sequence[TrafficPoint]) -> list[Path]:
     """Write NAME-light.svg and NAME-dark.svg; returns the paths."""
-    paths = []
-    for scheme in get_args(plotting.ColourScheme):
-        path = name.with_name(f"{name.name}-{scheme}.svg")
-        draw = partial(draw_traffic, title, points)
-        path.write_text(plotting.render_svg(draw, name="traffic", scheme=scheme), encoding="utf-8")
-        paths.append(path)
-    return paths
+    return plotting.write_figure(partial(draw_traffic, title, points), name, name="traffic")
 
 
 def draw_traffic(title: str, points: Sequence[TrafficPoint]) -> Figure:
