@@ -161,11 +161,13 @@ def check_one_format(*, json: bool, csv: bool) -> None:
         raise ConfigError("--json and --csv both write to standard output; give one of them")
 
 
-def check_output_file(out: Path | None) -> None:
+def check_output_file(out: Path | None, *, new_folder: bool = False) -> None:
     """Raises for a file that could not be written, before hours of work."""
     if out is None:
         return
     folder = out.absolute().parent
+    if new_folder:
+        folder.mkdir(parents=True, exist_ok=True)
     if out.is_dir():
         raise ConfigError(f"{out}: a folder; name a file, such as {out / 'result.json'}")
     if out.exists() and not out.is_file():

@@ -153,7 +153,8 @@ def _draw_blocks(axes: Axes, points: Sequence[TrafficPoint], *, with_labels: boo
             axes.text(*place, label, ha="center", va="top", fontsize=8, color=colour)
     marks = [index for index, point in enumerate(points) if point.forward.kind in KV_ONLY_KINDS]
     style: dict[str, Any] = {"color": colour, "markersize": 3.5, "clip_on": False, "zorder": 5}
-    axes.plot(marks, [0.0] * len(marks), "^", transform=axes.get_xaxis_transform(), **style)
+    if marks:  # an empty line without clipping would take all of the layout
+        axes.plot(marks, [0.0] * len(marks), "^", transform=axes.get_xaxis_transform(), **style)
 
 
 def _marker(points: Sequence[object]) -> str:

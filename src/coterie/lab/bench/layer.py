@@ -14,13 +14,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from coterie import ops
 from coterie.errors import ConfigError
 from coterie.lab.bench import worker
 from coterie.lab.bench.bandwidth import weight_buffers
 from coterie.lab.bench.baselines import ResolvedBaseline
 from coterie.lab.bench.interleaved import ProgressCallback, run_repeats
-from coterie.lab.bench.model import repeat_experts
+from coterie.lab.bench.model import make_experts_slab, repeat_experts
 from coterie.lab.bench.routings import find_skew, skewed_scores
 from coterie.lab.bench.session import (
     NUM_ROUTINGS,
@@ -34,7 +33,6 @@ from coterie.lab.bench.session import (
 )
 from coterie.lab.bench.shapes import LayerShape
 from coterie.lab.journal import Journal
-from coterie.quantization import FORMATS, QTensor, quantize
 from coterie.routing import parse_policy, route
 from coterie.values import Routing, Slab
 
@@ -84,17 +82,8 @@ def time_layer(
 
 def make_slab(shape: LayerShape, config: BenchConfig) -> Slab:
     """The experts that every worker generates too, in the kernels' format."""
-    up, down = (
-        torch.from_numpy(distinct)
-        for distinct in worker.make_experts(_make_workload(shape, config))
-    )
-
-    def convert(weight: Tensor) -> Tensor | QTensor:
-        if config.dtype in FORMATS:
-            return quantize(weight, FORMATS[config.dtype])
-        return weight if config.dtype == "fp32" else weight.bfloat16()
-
-    distinct = ops.prepare(Slab(convert(up), convert(down), torch.arange(worker.DISTINCT_EXPERTS)))
+    up, down = map(torch.from_numpy, worker.make_experts(_make_workload(shape, config)))
+    distinct = make_experts_slab(up, down, config.dtype, torch.device("cpu"))
     return repeat_experts(distinct, shape.router.experts)
 
 

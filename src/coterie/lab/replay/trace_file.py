@@ -147,35 +147,30 @@ def _read_header(file: BinaryIO, path: Path) -> tuple[TraceHeader, Floats | None
 
 
 def _parse_header(fields: Mapping[str, object], path: Path) -> TraceHeader:
-    layers, sizes = fields.get("layers"), fields.get("expert_bytes")
-    checks = {
-        "layers": isinstance(layers, list)
-        and 0 < len(layers) <= MAX_LAYERS
-        and all(_is_count(layer, MAX_LAYERS) for layer in layers),
-        "experts": _is_count(fields.get("experts"), MAX_EXPERTS, least=1),
-        "expert_bytes": isinstance(sizes, dict)
-        and all(_is_count(size, 1 << 40, least=1) for size in sizes.values()),
-        "biased_weight": isinstance(fields.get("biased_weight", False), bool),
-    }
-    checks |= {
-        name: isinstance(fields.get(name), str) for name in ("model", "policy", "plan", "unmask")
-    }
-    checks |= {
-        name: isinstance(fields.get(name, default), type(default))
-        for name, default in (("commit", ""), ("prompts", {}), ("made", {}))
-    }
-    wrong = [name for name, valid in checks.items() if not valid]
-    if not wrong and not _is_count(fields.get("k"), int(str(fields["experts"])), least=1):
-        wrong = ["k"]
-    if wrong:
-        raise CheckpointError(f"{path}: header: {wrong[0]} is missing or wrong")
+    """Raises CheckpointError for a missing, an unknown or a wrong field."""
     try:
-        return from_json(TraceHeader, {**fields, "layers": tuple(layers)})  # type: ignore[arg-type]
-    except TypeError as error:
-        raise CheckpointError(f"{path}: header: {error}") from None
+        layers = fields["layers"]
+        header = from_json(TraceHeader, {**fields, "layers": tuple(layers)})  # type: ignore[arg-type]
+    except (TypeError, KeyError) as error:
+        raise CheckpointError(f"{path}: header: {error} is missing or wrong") from None
+    texts = (header.model, header.policy, header.plan, header.unmask, header.commit_routing)
+    sizes = header.expert_bytes if isinstance(header.expert_bytes, dict) else {"": None}
+    valid = {
+        "a name": all(isinstance(text, str) for text in texts),
+        "layers": 0 < len(header.layers) <= MAX_LAYERS
+        and all(_is_count(layer, 0, MAX_LAYERS) for layer in header.layers),
+        "experts or k": _is_count(header.experts, 1, MAX_EXPERTS)
+        and _is_count(header.k, 1, header.experts),
+        "expert_bytes": all(_is_count(size, 1, 1 << 40) for size in sizes.values()),
+        "biased_weight": isinstance(header.biased_weight, bool),
+        "prompts or made": isinstance(header.prompts, dict) and isinstance(header.provenance, dict),
+    }
+    if wrong := [name for name, is_valid in valid.items() if not is_valid]:
+        raise CheckpointError(f"{path}: header: {wrong[0]} is wrong")
+    return header
 
 
-def _is_count(value: object, most: int, *, least: int = 0) -> bool:
+def _is_count(value: object, least: int, most: int) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and least <= value <= most
 
 
