@@ -33,7 +33,7 @@ def train(
     coterie generate "..." --model runs/embedded/model
     """
     folder = out / embedded.RUN
-    folder.mkdir(parents=True, exist_ok=True)
+    out.mkdir(parents=True, exist_ok=True)
     with progress_bar(MofNCompleteColumn(), TimeRemainingColumn()) as progress:
         task = progress.add_task("making the vocabulary", total=steps)
         config = embedded.make_config(

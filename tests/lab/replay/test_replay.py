@@ -447,7 +447,7 @@ def test_figures_stand_beside_the_record(file: str, tmp_path: Path) -> None:
     ("words", "told"),
     [
         (["-p", "xshare:beta=0.3"], "vote=full"),
-        (["--eviction", "fifo"], "known: lru, lfu, votes, belady"),
+        (["--eviction", "fifo"], "known: belady, lfu, lru, votes"),
         (["--expert-memory", "lots"], "35%"),
         (["--link-bandwidth", "fast"], "25GB/s"),
         (["--expert-dtype", "int3"], "sizes for bf16"),

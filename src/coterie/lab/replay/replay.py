@@ -135,7 +135,7 @@ def replay(
         )
     for rule in grid.evictions:
         if (name := rule.partition(":")[0]) not in EVICTION_NAMES:
-            known = ", ".join(EVICTION_NAMES)
+            known = ", ".join(sorted(EVICTION_NAMES))
             raise ConfigError(f"unknown eviction policy {name!r}; known: {known}")
     for replay_policy in grid.replay_policies:
         fidelity(replay_policy.policy)
