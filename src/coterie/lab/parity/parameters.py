@@ -30,9 +30,10 @@ class ReferenceParameters:
 
     def number(self, name: str, default: float | None = None) -> float:
         value = self._get(name, default)
-        is_number = isinstance(value, int | float) and not isinstance(value, bool)
-        if not is_number or not math.isfinite(value):
-            raise self._error(name, value, ", not a finite number")
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            raise self._error(name, value, ", not a number")
+        if not math.isfinite(value):
+            raise self._error(name, value, "; it must be finite")
         return float(value)
 
     def threshold(self, name: str, default: float | None = None) -> float:
