@@ -16,7 +16,7 @@ from coterie.cli.entry import run
 from coterie.keys import to_json
 from coterie.lab.calibration.policy_file import read_calibrated_policy
 from coterie.lab.evals.answer_log import answer_from_dict
-from coterie.lab.replay import trace
+from coterie.lab.replay import trace_file
 from coterie.loading.saved_votes import read_votes
 from coterie.routing import update_policies_in_json
 from coterie.testing import write_checkpoint
@@ -116,14 +116,14 @@ def test_a_calibrated_policy_is_read() -> None:
 
 
 def test_a_trace_and_saved_votes_are_read(tmp_path: Path) -> None:
-    found = trace.read_trace(KEPT / "words.trace")
+    found = trace_file.read_trace(KEPT / "words.trace")
     assert (len(found.forwards), found.truncated, found.header.experts) == (4, False, 128)
     head = json.loads((KEPT / "words.trace").read_bytes().partition(b"\n")[0])
     assert {**head, **to_json(found.header), "layers": head["layers"]} == head
-    with trace.TraceWriter(tmp_path / "again", found.header) as writer:
+    with trace_file.TraceWriter(tmp_path / "again", found.header) as writer:
         for one in found.forwards:
             writer.write(one)
-    assert len(trace.read_trace(tmp_path / "again").forwards) == 4
+    assert len(trace_file.read_trace(tmp_path / "again").forwards) == 4
     votes = read_votes(KEPT / "words.votes")
     assert (votes.model, len(votes.layers), len(votes.votes[0])) == ("embedded", 4, 128)
 

@@ -174,8 +174,7 @@ def _check_output(
         return
     if memory is None:
         raise ConfigError(f"{ALL_RESIDENT}, --simulate-expert-memory 35% simulates that")
-    if not plot.absolute().parent.is_dir():
-        raise ConfigError(f"{plot}: its folder does not exist")
+    output.check_output_file(plot.with_name(f"{plot.name}.json"))
     output.require_extra(PLOTTING, "--plot-traffic")
 
 

@@ -16,6 +16,7 @@ from rich.progress import BarColumn, Progress, ProgressColumn, TextColumn
 from rich.table import Table
 
 from coterie.errors import ConfigError
+from coterie.lab.journal import Journal
 from coterie.lab.records import Measurement, make_record, write_record
 
 Document = Mapping[str, object]
@@ -124,8 +125,32 @@ def save_record(
     device: str = "cpu",
 ) -> tuple[Path, dict[str, object]]:  # fmt: skip
     """Writes the record of this command in the folder; returns its path and its content."""
-    content = make_record(title, command_line(), measures, facts=facts, device=device)
+    content = command_record(title, facts, measures, device)
     return write_record(out, content), content
+
+
+def command_record(
+    title: str, facts: Document, measures: Sequence[Measurement] = (), device: str = "cpu"
+) -> dict[str, object]:
+    """The record of this command."""
+    return make_record(title, command_line(), measures, facts=facts, device=device)
+
+
+@contextmanager
+def resumable(journal: Journal) -> Iterator[Journal]:
+    """The journal of a command; notes say what it had at the start, and has after an error."""
+    with journal:
+        if journal.path and journal.steps:
+            print_note(f"going on after the {len(journal.steps)} measurements in {journal.path}")
+        try:
+            yield journal
+        except BaseException as error:
+            count = len(journal.steps)
+            if journal.path and count:
+                print_note(f"{journal.path} keeps {count} measurements; the same command goes on")
+            elif count and isinstance(error, KeyboardInterrupt):
+                print_note(f"{count} measurements are lost; --out would keep them")
+            raise
 
 
 def command_line() -> list[str]:
@@ -139,13 +164,17 @@ def check_one_format(*, json: bool, csv: bool) -> None:
         raise ConfigError("--json and --csv both write to standard output; give one of them")
 
 
-def check_output_file(out: Path | None) -> None:
+def check_output_file(out: Path | None, *, new_folder: bool = False) -> None:
     """Raises for a file that could not be written, before hours of work."""
     if out is None:
         return
     folder = out.absolute().parent
+    if new_folder:
+        folder.mkdir(parents=True, exist_ok=True)
     if out.is_dir():
         raise ConfigError(f"{out}: a folder; name a file, such as {out / 'result.json'}")
+    if out.exists() and not out.is_file():
+        raise ConfigError(f"{out}: a device or a pipe; name a file")
     if not folder.is_dir():
         raise ConfigError(f"{out}: its folder does not exist")
     if not os.access(folder, os.W_OK):

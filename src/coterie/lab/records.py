@@ -88,11 +88,15 @@ def make_record(
     }
 
 
+def record_path(folder: Path, title: str) -> Path:
+    """The file of a record with this title."""
+    return folder / f"{re.sub(r'[^a-z0-9]+', '-', title.lower()).strip('-')}.json"
+
+
 def write_record(folder: Path, content: Mapping[str, object]) -> Path:
     """Writes ``<title>.json`` in ``folder`` atomically and returns its path."""
-    name = re.sub(r"[^a-z0-9]+", "-", str(content["title"]).lower()).strip("-")
     folder.mkdir(parents=True, exist_ok=True)
-    path = folder / f"{name}.json"
+    path = record_path(folder, str(content["title"]))
     write_json(path, content)
     return path
 
