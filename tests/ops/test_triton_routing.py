@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import replace
+from functools import partial
 from typing import Literal
 
 import pytest
@@ -131,7 +132,8 @@ def rules(draw: st.DrawFn, router: RouterSpec) -> CoresetRule | None:
     if kind == "union":
         return CoresetRule(union=draw(st.integers(1, router.k)))
     vote = draw(st.sampled_from(VOTE_NAMES))
-    rule = CoresetRule(
+    rule = partial(
+        CoresetRule,
         vote=vote,
         protect=draw(st.integers(0, min(2, router.k))),
         # Halves keep every product exact, so that sums in another order are the same.
@@ -139,9 +141,8 @@ def rules(draw: st.DrawFn, router: RouterSpec) -> CoresetRule | None:
         max_vote_loss=draw(st.sampled_from((0.0, 0.02, 0.3, 1.0))),
     )
     if kind == "count" or vote == "max":
-        return replace(rule, count=draw(st.integers(1, router.experts)))
-    return replace(
-        rule,
+        return rule(count=draw(st.integers(1, router.experts)))
+    return rule(
         mass=draw(st.sampled_from((0.3, 0.8, 1.0))),
         min_experts=draw(st.integers(1, router.experts)),
     )

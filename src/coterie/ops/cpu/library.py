@@ -21,19 +21,24 @@ from ctypes import (
 from dataclasses import dataclass
 from functools import cache
 
+import torch
+
 from coterie.errors import ConfigError
 from coterie.ops.cpu.build import LIBRARY_PATH
 from coterie.ops.packed_layout import LAYOUT_VERSION
 
-ABI_VERSION = 5
+ABI_VERSION = 6
 FORMAT_IDS: Mapping[str, int] = {"bf16": 0, "int8": 1, "int4": 2}
-VOTE_KINDS = ("topk-prob", "weight", "count", "full", "margin", "max")  # in the order of their ids
+MIN_SHARE = 1 << 22
+"""Multiplications of one thread that take longer than waking it."""
+
 ISA_VARIABLE = "COTERIE_ISA"
 ERROR_MESSAGES = {
     1: "the CPU does not support this instruction set",
     2: "out of memory",
     3: "the routing names an expert or a slot that does not exist",
     6: "too many operations for one call",
+    7: "a position or a row lies outside the KV cache, or a query sees no key",
 }
 """By status code."""
 
@@ -88,6 +93,9 @@ class MatmulArgs(Structure):
         *((name, c_int32) for name in ("x_is_bf16", "out_is_bf16")),
     )
 
+    def multiplications(self) -> int:
+        return self.tokens * self.k * self.rows
+
 
 class RouteArgs(Structure):
     """See ``api.hpp``."""
@@ -117,8 +125,11 @@ class AttentionArgs(Structure):
         *((name, c_size_t) for name in ("row_stride", "head_stride")),
         *((name, c_float) for name in ("epsilon", "scale")),
         *((name, c_int32) for name in ("rows", "width", "heads", "kv_heads", "dim")),
-        *((name, c_int32) for name in ("rotary_half", "kv_length")),
+        *((name, c_int32) for name in ("rotary_half", "kv_length", "cache_size", "capacity")),
     )
+
+    def multiplications(self) -> int:
+        return 2 * self.rows * self.width * self.heads * self.kv_length * self.dim
 
 
 class RmsNormArgs(Structure):
@@ -130,6 +141,9 @@ class RmsNormArgs(Structure):
         *((name, c_int32) for name in ("rows", "width")),
     )
 
+    def multiplications(self) -> int:
+        return 4 * self.rows * self.width
+
 
 class SiluMulArgs(Structure):
     """See ``api.hpp``."""
@@ -138,6 +152,9 @@ class SiluMulArgs(Structure):
         *((name, c_void_p) for name in ("gate_up", "out")),
         *((name, c_int32) for name in ("rows", "width")),
     )
+
+    def multiplications(self) -> int:
+        return 8 * self.rows * self.width
 
 
 class Op(Structure):
@@ -200,8 +217,6 @@ def load_library() -> KernelLibrary | None:
     handle.coterie_isa_name.restype = c_char_p
     handle.coterie_isa_supported.argtypes = (c_int32,)
     handle.coterie_group_size.argtypes = (c_int32,)
-    handle.coterie_expert_bytes.argtypes = (c_int32, c_int32, c_int32)
-    handle.coterie_expert_bytes.restype = c_size_t
     handle.coterie_pack.argtypes = (POINTER(PackArgs),)
     handle.coterie_pack.restype = None
     handle.coterie_read_experts.argtypes = (POINTER(ReadArgs),)
@@ -229,6 +244,11 @@ def require_library() -> KernelLibrary:
     if kernels is None:
         raise ConfigError("the CPU kernels are not built; install a C++ compiler and reinstall")
     return kernels
+
+
+def busy_threads(multiplications: int) -> int:
+    """As many of torch's threads as so many multiplications keep busy."""
+    return min(torch.get_num_threads(), max(1, multiplications // MIN_SHARE))
 
 
 def available_isas() -> tuple[str, ...]:

@@ -173,6 +173,6 @@ def _rule_numbers(rule: CoresetRule | None) -> tuple[int, int, int, int, int]:
 
     Bits, because Triton passes float arguments in single precision.
     """
-    numbers = rule or CoresetRule()
+    numbers = rule or CoresetRule(union=1)  # no rule reads no number
     doubles = struct.pack("ddd", numbers.mass, numbers.resident_bonus, numbers.max_vote_loss)
     return numbers.count, numbers.min_experts, *struct.unpack("qqq", doubles)
