@@ -2,9 +2,9 @@
 
 import pytest
 
-from coterie.ops.cpu import library
+from coterie.ops import threads
 
 
 @pytest.fixture(autouse=True)
 def many_threads(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(library, "MIN_SHARE", 1)
+    monkeypatch.setattr(threads, "MIN_SHARE", 1)

@@ -12,11 +12,11 @@ from coterie.ops.cpu.library import (
     ERROR_MESSAGES,
     LogitsSummaryArgs,
     RmsNormArgs,
-    busy_threads,
     is_available,
     require_library,
 )
 from coterie.ops.cpu.op_chain import run_ops
+from coterie.ops.threads import busy_threads
 from coterie.values import LogitsSummary
 
 LOGIT_COST = 8  # of a logit's exponential, in multiplications

@@ -17,7 +17,6 @@ from coterie.ops.cpu.library import (
     ExpertsArgs,
     PackArgs,
     ReadArgs,
-    busy_threads,
     require_library,
 )
 from coterie.ops.packed_layout import (
@@ -25,6 +24,7 @@ from coterie.ops.packed_layout import (
     packed_format_of,
     slab_of_packed,
 )
+from coterie.ops.threads import busy_threads
 from coterie.quantization import QTensor
 from coterie.values import PackedExperts, PackedFormat, Routing, Slab
 

@@ -21,17 +21,12 @@ from ctypes import (
 from dataclasses import dataclass
 from functools import cache
 
-import torch
-
 from coterie.errors import ConfigError
 from coterie.ops.cpu.build import LIBRARY_PATH
 from coterie.ops.packed_layout import LAYOUT_VERSION
 
 ABI_VERSION = 6
 FORMAT_IDS: Mapping[str, int] = {"bf16": 0, "int8": 1, "int4": 2}
-MIN_SHARE = 1 << 22
-"""Multiplications of one thread that take longer than waking it."""
-
 ISA_VARIABLE = "COTERIE_ISA"
 ERROR_MESSAGES = {
     1: "the CPU does not support this instruction set",
@@ -244,11 +239,6 @@ def require_library() -> KernelLibrary:
     if kernels is None:
         raise ConfigError("the CPU kernels are not built; install a C++ compiler and reinstall")
     return kernels
-
-
-def busy_threads(multiplications: int) -> int:
-    """As many of torch's threads as so many multiplications keep busy."""
-    return min(torch.get_num_threads(), max(1, multiplications // MIN_SHARE))
 
 
 def available_isas() -> tuple[str, ...]:

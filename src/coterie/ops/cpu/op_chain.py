@@ -14,9 +14,9 @@ from coterie.ops.cpu.library import (
     OpList,
     RmsNormArgs,
     SiluMulArgs,
-    busy_threads,
     require_library,
 )
+from coterie.ops.threads import busy_threads
 
 OpArgs: TypeAlias = MatmulArgs | AttentionArgs | RmsNormArgs | SiluMulArgs
 
