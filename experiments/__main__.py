@@ -5,11 +5,7 @@ from __future__ import annotations
 import sys
 from importlib import import_module
 
-EXPERIMENTS = {
-    "gpu": "experiments.gpu.suite",
-    "offload": "experiments.offload",
-    "threads": "experiments.threads",
-}
+EXPERIMENTS = {"gpu": "experiments.gpu.suite", "offload": "experiments.offload"}
 
 
 def main(argv: list[str]) -> int:

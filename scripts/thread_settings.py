@@ -1,6 +1,6 @@
 """Times the model in the package under OpenMP's settings, on a quiet CPU and on a busy one.
 
-    python -m experiments threads --repeats 3
+    .venv/bin/python scripts/thread_settings.py [REPEATS]
 
 It runs as a command, as a module and imported, each time in a new process. "shipped" sets nothing,
 so that the package chooses; the other settings are OpenMP's own. A busy CPU runs two processes
@@ -18,8 +18,6 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from statistics import median
 
-from experiments.records import new_parser
-
 SETTINGS = {
     "shipped": {},
     "passive": {"OMP_WAIT_POLICY": "PASSIVE"},
@@ -32,21 +30,17 @@ import coterie, time
 engine, prompt = coterie.load(), "Tom has 3 boxes of 4 pens and gives away 5. How many are left?"
 engine.generate(prompt)
 start = time.perf_counter()
-tokens = sum(len(engine.generate(prompt).token_ids) for _ in range(40))
+tokens = sum(len(engine.generate(prompt).tokens) for _ in range(40))
 print("vanilla", tokens / (time.perf_counter() - start))
 """
 BENCH = ("bench", "generate", "--policy", "vanilla", "--out")
 SPEED = re.compile(r"^vanilla\s+([\d.]+)", re.MULTILINE)
 
 
-def main(argv: Sequence[str]) -> int:
-    parser = new_parser("threads", __doc__)
-    parser.add_argument("--repeats", type=int, default=3)
-    args = parser.parse_args(argv)
+def main(repeats: int) -> None:
     for busy in (0, 2):
         with busy_processes(busy), tempfile.TemporaryDirectory() as folder:
-            print_speeds(busy, folder, args.repeats)
-    return 0
+            print_speeds(busy, folder, repeats)
 
 
 def print_speeds(busy: int, folder: str, repeats: int) -> None:
@@ -88,3 +82,7 @@ def busy_processes(count: int) -> Iterator[None]:
         for process in processes:
             process.kill()
             process.wait()
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]) if len(sys.argv) > 1 else 3)
