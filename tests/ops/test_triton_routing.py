@@ -315,6 +315,17 @@ def test_votes_add_up_alike_in_any_order_and_are_rounded_to_the_even() -> None:
     agree(scores, CoresetRule(count=5), None)
 
 
+@pytest.mark.parametrize("activation", ["softmax", "sigmoid"])
+def test_a_token_far_from_its_coreset_weighs_by_its_logits(activation: Activation) -> None:
+    logits = torch.linspace(-1, 1, 16).repeat(1, 3, 1)
+    logits[:, 1:, 1:] -= 300
+    logits[:, :, 0] = torch.tensor([-200.0, 0.0, 0.0])
+    scores = on_device(Scores(logits, RouterSpec(16, 3, activation, True)))
+    call = (scores, CoresetRule("full", count=4), torch.tensor([[1.0, 0.0, 0.0]], device=DEVICE))
+    assert by_kernel(*call).topk_weights.isfinite().all()
+    agree(*call)
+
+
 @pytest.mark.parametrize("strange", [math.nan, math.inf, -math.inf])
 def test_non_finite_logits_give_nan_weights_and_no_vote(strange: float) -> None:
     generator = torch.Generator().manual_seed(6)
