@@ -319,8 +319,9 @@ def choose_kernel(
         total = tl.where(valid_token, tl.sum(w, axis=1) + EPSILON, 1.0)
         if EPSILON == 0:  # where all probabilities are 0, the logits weigh
             offset = token_index[:, None] * EXPERTS + selected
-            z = tl.load(logits + offset, mask=valid, other=float("-inf"))
-            exps = tl.where(valid, tl.exp(z - tl.max(z, axis=1)[:, None]), 0.0)
+            z = tl.load(logits + offset, mask=valid, other=-3e38)
+            peak = tl.max(z, axis=1)
+            exps = tl.where(valid, tl.exp(z - peak[:, None]), 0.0)
             w = tl.where((total == 0)[:, None], exps, w)
             total = tl.where(total == 0, tl.sum(exps, axis=1), total)
         w = tl.div_rn(w, tl.broadcast_to(total[:, None], (TOKENS, CHOICES)))
