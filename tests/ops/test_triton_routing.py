@@ -61,7 +61,7 @@ def with_probability(
         patch.setattr(routing, "launch", watched)
         found = routing.route(scores, rule, vote_weight)
     assert found is not None
-    bits = seen[1][0] & 0x7FFFFFFF  # what the first launch left for the second
+    bits = seen[1][1] & 0x7FFFFFFF  # what the first launch left for the second
     return found, bits.view(torch.float32).view(scores.logits.shape)
 
 
