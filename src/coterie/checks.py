@@ -1,4 +1,4 @@
-"""Checks of the tensors whose memory a kernel reads: C++ sees addresses only."""
+"""Checks of tensors before a kernel reads their memory: C++ sees addresses only."""
 
 from __future__ import annotations
 

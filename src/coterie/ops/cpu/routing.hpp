@@ -37,7 +37,7 @@ static void choose_inside(const RouteArgs& e, const SelectionScratch& scratch, i
   }
 }
 
-// The softmax of the logits of a token's experts, whose probabilities are all 0 in fp32.
+// The softmax of the logits of a token's experts, for probabilities that are all 0 in fp32.
 static void weigh_by_logits(const RouteArgs& e, size_t token) {
   const int64_t* ids = e.ids + token * e.k;
   const float* logits = e.logits + token * e.experts;
