@@ -4,35 +4,64 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import NoReturn
 
-from coterie.errors import CheckpointError
+from coterie.errors import CheckpointError, clip
+from coterie.files import MIB, read_file
+
+SMALL_FILE, LISTING_FILE = 16 * MIB, 64 * MIB
+"""Upper limits of a config, and of a file that lists tensors."""
+
+MAX_DEPTH, MAX_DIGITS = 48, 100
 
 
-def read_object(file: Path) -> dict[str, object]:
-    """The object in a file; raises CheckpointError if there is none."""
-    try:
-        return parse_object(file.read_bytes(), str(file), "a JSON file")
-    except OSError as error:
-        raise CheckpointError(f"{file}: cannot be read ({error.strerror})") from None
+def read_object(file: Path, limit: int = SMALL_FILE) -> dict[str, object]:
+    """The object in a regular file of at most ``limit`` bytes; raises CheckpointError otherwise."""
+    return parse_object(read_file(file, limit), str(file), "a JSON file")
 
 
 def parse_object(raw: bytes, file: str, kind: str) -> dict[str, object]:
-    """The object in ``raw``, a part of ``file``; errors call the file ``kind``."""
+    """The object in ``raw``, a part of ``file``; errors call the file ``kind``.
 
-    def reject_duplicates(pairs: list[tuple[str, object]]) -> dict[str, object]:
-        fields = dict(pairs)
-        if len(fields) < len(pairs):
-            names = [name for name, _ in pairs]
-            duplicate = next(name for name in names if names.count(name) > 1)
-            raise CheckpointError(f"{file}: {duplicate} is listed twice")
+    Raises CheckpointError for keys listed twice, deep nesting and endless numbers too: what is
+    returned can be compared, converted and shown.
+    """
+
+    def fail(problem: str) -> NoReturn:
+        raise CheckpointError(f"{file}: {problem}")
+
+    def unique(pairs: list[tuple[str, object]]) -> dict[str, object]:
+        fields: dict[str, object] = {}
+        for name, value in pairs:
+            if name in fields:
+                fail(f"{clip(name)} is listed twice")
+            fields[name] = value
         return fields
 
+    def whole_number(digits: str) -> int:
+        if len(digits) > MAX_DIGITS:
+            fail(f"a number has {len(digits)} digits")
+        return int(digits)
+
     try:
-        value = json.loads(raw.decode("utf-8"), object_pairs_hook=reject_duplicates)
-    except CheckpointError:
-        raise
-    except (ValueError, RecursionError):
-        raise CheckpointError(f"{file}: not {kind} (no valid JSON)") from None
+        value = json.loads(raw.decode("utf-8"), object_pairs_hook=unique, parse_int=whole_number)
+    except json.JSONDecodeError as error:
+        place = f"line {error.lineno} column {error.colno}"
+        fail(f"not {kind} (no valid JSON at {place}: {error.msg})")
+    except UnicodeDecodeError as error:
+        line = raw.count(b"\n", 0, error.start) + 1
+        fail(f"not {kind} (no valid JSON in line {line}: not UTF-8)")
+    except RecursionError:
+        fail(f"not {kind} (no valid JSON: nested too deeply)")
     if not isinstance(value, dict):
-        raise CheckpointError(f"{file}: not {kind} (its JSON is not an object)")
+        fail(f"not {kind} (its JSON is not an object)")
+    if _is_deeper(value, MAX_DEPTH):
+        fail(f"not {kind} (its JSON is nested more than {MAX_DEPTH} deep)")
     return value
+
+
+def _is_deeper(value: object, depth: int) -> bool:
+    if not isinstance(value, dict | list):
+        return False
+    inner = value.values() if isinstance(value, dict) else value
+    return depth == 0 or any(_is_deeper(item, depth - 1) for item in inner)

@@ -347,7 +347,7 @@ def test_a_prompt_may_come_from_standard_input(
 
 
 def test_text_without_a_tokenizer_is_bytes_with_one_remark(capsys: Capture, tmp_path: Path) -> None:
-    model = str(write_checkpoint(tmp_path, "llada2", vocab_size=300, eos_token_id=299))
+    model = str(write_checkpoint(tmp_path, "llada2", vocab_size=300, eos_token_id=298))
     assert run(["generate", "Hi!", "-m", model, "-n", "4", "--json"]) == 0
     printed = capsys.readouterr()
     assert json.loads(printed.out)["prompt_tokens"] == 3
@@ -369,7 +369,7 @@ def test_a_full_disk_is_one_line(
 def test_a_closed_stderr_does_not_lose_the_answer(
     capsys: Capture, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    model = str(write_checkpoint(tmp_path, "llada2", vocab_size=300, eos_token_id=299))
+    model = str(write_checkpoint(tmp_path, "llada2", vocab_size=300, eos_token_id=298))
     monkeypatch.setattr(sys, "stderr", None)
     assert run(["generate", "Hi!", "-m", model, "-n", "4"]) == 0
     assert re.fullmatch(r"(\d+ )*\d+\n", capsys.readouterr().out)  # the remark is not on stdout
