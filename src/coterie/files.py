@@ -2,61 +2,89 @@
 
 from __future__ import annotations
 
+import json
 import os
 import stat
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from io import BufferedWriter
 from pathlib import Path
 
-from coterie.errors import CheckpointError
+from coterie.errors import CheckpointError, CoterieError
 
 MIB = 1 << 20
+
+
+@dataclass(frozen=True)
+class OpenFiles:
+    """Descriptors of files that are read in turns."""
+
+    descriptors: dict[Path, int] = field(default_factory=dict)
+
+    def descriptor(self, file: Path) -> int:
+        if file not in self.descriptors:
+            self.descriptors[file] = open_file(file)
+        return self.descriptors[file]
+
+    def __enter__(self) -> OpenFiles:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for descriptor in self.descriptors.values():
+            os.close(descriptor)
 
 
 def open_file(file: Path) -> int:
     """A descriptor to read a regular file; opening a named pipe or a device neither waits nor acts.
 
-    Raises CheckpointError for anything else.
+    Raises OSError or CheckpointError, without the name, for anything else.
     """
-    try:
-        descriptor = os.open(file, os.O_RDONLY | os.O_NONBLOCK)
-    except OSError as error:
-        raise CheckpointError(f"{file}: cannot be read ({error.strerror})") from None
+    descriptor = os.open(file, os.O_RDONLY | os.O_NONBLOCK)
     if not stat.S_ISREG(os.fstat(descriptor).st_mode):
         os.close(descriptor)
-        raise CheckpointError(f"{file}: cannot be read (not a regular file)")
+        raise CheckpointError("cannot be read (not a regular file)")
     return descriptor
 
 
 @contextmanager
-def opened(file: Path) -> Iterator[int]:
-    """The descriptor of ``open_file``; raises CheckpointError if reading from it fails."""
-    descriptor = open_file(file)
+def read_errors(file: Path) -> Iterator[None]:
+    """Errors of reading a file become CheckpointError with its name."""
     try:
-        yield descriptor
+        yield
     except OSError as error:
         raise CheckpointError(f"{file}: cannot be read ({error.strerror})") from None
-    finally:
-        os.close(descriptor)
+    except CoterieError as error:
+        raise CheckpointError(f"{file}: {error}") from None
+
+
+@contextmanager
+def opened(file: Path) -> Iterator[int]:
+    """The descriptor of a regular file; errors inside are those of reading it."""
+    with read_errors(file):
+        descriptor = open_file(file)
+        try:
+            yield descriptor
+        finally:
+            os.close(descriptor)
 
 
 def read_file(file: Path, limit: int) -> bytes:
     """The content of a regular file; raises CheckpointError if it has more than ``limit`` bytes."""
     with opened(file) as descriptor, os.fdopen(descriptor, "rb", closefd=False) as source:
-        size = os.fstat(descriptor).st_size
-        content = b"" if size > limit else source.read(limit + 1)
-    if max(size, len(content)) > limit:
-        raise CheckpointError(f"{file}: too large: {size:,} bytes, at most {limit / MIB:g} MiB")
+        content = source.read(limit + 1) if os.fstat(descriptor).st_size <= limit else b""
+        if (size := max(os.fstat(descriptor).st_size, len(content))) > limit:
+            raise CheckpointError(f"too large: {size:,} bytes, at most {limit / MIB:g} MiB")
     return content
 
 
 def read_text(file: Path, limit: int) -> str:
     """The content as UTF-8 text."""
+    content = read_file(file, limit)
     try:
-        return read_file(file, limit).decode("utf-8")
+        return content.decode("utf-8")
     except UnicodeDecodeError as error:
-        raise CheckpointError(f"{file}: not readable as UTF-8 text ({error.reason})") from None
+        raise CheckpointError(f"{file}: not UTF-8 text ({error.reason})") from None
 
 
 @contextmanager
@@ -81,6 +109,10 @@ def atomic_writer(path: Path, remedy: str = "") -> Iterator[BufferedWriter]:
 def atomic_write(path: Path, content: bytes) -> None:
     with atomic_writer(path) as sink:
         sink.write(content)
+
+
+def atomic_write_json(path: Path, content: Mapping[str, object]) -> None:
+    atomic_write(path, json.dumps(content, indent=1, ensure_ascii=False).encode() + b"\n")
 
 
 def remove_partial(path: Path) -> None:

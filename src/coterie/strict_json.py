@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import NoReturn
 
 from coterie.errors import CheckpointError, clip
-from coterie.files import MIB, read_file
+from coterie.files import MIB, read_errors, read_file
 
 SMALL_FILE, LISTING_FILE = 16 * MIB, 64 * MIB
 """Upper limits of a config, and of a file that lists tensors."""
@@ -17,47 +16,47 @@ MAX_DEPTH, MAX_DIGITS = 48, 100
 
 def read_object(file: Path, limit: int = SMALL_FILE) -> dict[str, object]:
     """The object in a regular file of at most ``limit`` bytes; raises CheckpointError otherwise."""
-    return parse_object(read_file(file, limit), str(file), "a JSON file")
+    content = read_file(file, limit)
+    with read_errors(file):
+        return parse_object(content, "a JSON file")
 
 
-def parse_object(raw: bytes, file: str, kind: str) -> dict[str, object]:
-    """The object in ``raw``, a part of ``file``; errors call the file ``kind``.
+def parse_object(raw: bytes, kind: str) -> dict[str, object]:
+    """The object in ``raw``, a part of a file; errors call the file ``kind``.
 
     Raises CheckpointError for keys listed twice, deep nesting and endless numbers too: what is
     returned can be compared, converted and shown.
     """
-
-    def fail(problem: str) -> NoReturn:
-        raise CheckpointError(f"{file}: {problem}")
-
-    def unique(pairs: list[tuple[str, object]]) -> dict[str, object]:
-        fields: dict[str, object] = {}
-        for name, value in pairs:
-            if name in fields:
-                fail(f"{clip(name)} is listed twice")
-            fields[name] = value
-        return fields
-
-    def whole_number(digits: str) -> int:
-        if len(digits) > MAX_DIGITS:
-            fail(f"a number has {len(digits)} digits")
-        return int(digits)
-
     try:
-        value = json.loads(raw.decode("utf-8"), object_pairs_hook=unique, parse_int=whole_number)
+        value = json.loads(raw.decode("utf-8"), object_pairs_hook=_unique, parse_int=_whole_number)
     except json.JSONDecodeError as error:
         place = f"line {error.lineno} column {error.colno}"
-        fail(f"not {kind} (no valid JSON at {place}: {error.msg})")
+        raise CheckpointError(f"not {kind} (no valid JSON at {place}: {error.msg})") from None
     except UnicodeDecodeError as error:
         line = raw.count(b"\n", 0, error.start) + 1
-        fail(f"not {kind} (no valid JSON in line {line}: not UTF-8)")
+        raise CheckpointError(f"not {kind} (no valid JSON: line {line} is not UTF-8)") from None
     except RecursionError:
-        fail(f"not {kind} (no valid JSON: nested too deeply)")
+        raise CheckpointError(f"not {kind} (no valid JSON: nested too deeply)") from None
     if not isinstance(value, dict):
-        fail(f"not {kind} (its JSON is not an object)")
+        raise CheckpointError(f"not {kind} (its JSON is not an object)")
     if _is_deeper(value, MAX_DEPTH):
-        fail(f"not {kind} (its JSON is nested more than {MAX_DEPTH} deep)")
+        raise CheckpointError(f"not {kind} (its JSON is nested more than {MAX_DEPTH} deep)")
     return value
+
+
+def _unique(pairs: list[tuple[str, object]]) -> dict[str, object]:
+    fields: dict[str, object] = {}
+    for name, value in pairs:
+        if name in fields:
+            raise CheckpointError(f"{clip(name)} is listed twice")
+        fields[name] = value
+    return fields
+
+
+def _whole_number(digits: str) -> int:
+    if len(digits) > MAX_DIGITS:
+        raise CheckpointError(f"a number in it has {len(digits)} digits")
+    return int(digits)
 
 
 def _is_deeper(value: object, depth: int) -> bool:

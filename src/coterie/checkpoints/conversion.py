@@ -8,37 +8,42 @@ from __future__ import annotations
 
 import hashlib
 import shutil
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from coterie.checkpoints.fingerprint import sample_bytes
-from coterie.checkpoints.journal import (
-    ConversionJournal,
-    atomic_write,
-    atomic_write_json,
-    atomic_writer,
-    remove_partial,
-)
+from coterie.checkpoints.fingerprint import FILE_LIMIT, sample_bytes
+from coterie.checkpoints.journal import ConversionJournal
 from coterie.checkpoints.manifest import MANIFEST, Checksums
-from coterie.checkpoints.output_files import ConvertedShard, OutputFile, PackedLayer, SourceFiles
+from coterie.checkpoints.output_files import ConvertedShard, OutputFile, PackedLayer
 from coterie.checkpoints.source import MODEL_FILES, find_folder
 from coterie.errors import CheckpointError, ConfigError
 from coterie.families import ModelConfig, detect_family
 from coterie.families.common import EXPERT_FORMAT_KEY, EXPERT_LAYOUT_KEY, PANEL_LAYOUT
 from coterie.families.names import is_expert, is_stacked, layer_of, packed_name, weight_map
+from coterie.files import (
+    OpenFiles,
+    atomic_write,
+    atomic_write_json,
+    atomic_writer,
+    opened,
+    read_file,
+    remove_partial,
+)
 from coterie.model.checkpoint import INDEX_FILE, Checkpoint
 from coterie.model.safetensors_file import TensorEntry
 from coterie.model.spec import ModelSpec
 from coterie.model.weights import TensorTarget
 from coterie.ops.packed_layout import LAYOUT_VERSION
 from coterie.quantization import FORMATS, QuantFormat, parse_format
+from coterie.strict_json import SMALL_FILE
 
 CONFIG_FILE = "config.json"
 BF16 = "bf16"
 PLAIN_LAYOUT = "plain"
 LAYOUTS = (PANEL_LAYOUT, PLAIN_LAYOUT)
-GIB = 1 << 30
+RESUMABLE = "; finished files are kept, and the same command resumes"
 
 ProgressCallback = Callable[[int, int], None]
 
@@ -134,12 +139,13 @@ def convert(
     out: Path,
     target: ConversionTarget,
     on_progress: ProgressCallback | None = None,
+    on_note: Callable[[str], None] = warnings.warn,
 ) -> ConversionResult:
     """Write the model ``name`` into the folder ``out``, with its experts in the ``target`` format.
 
     Needs little memory: one shard's header, or a few experts in fp32 to pack them. ``on_progress``
-    gets (bytes read, total bytes). Raises CheckpointError if the model cannot be converted, the
-    folder is in use, or the disk is full.
+    gets (bytes read, total bytes), and ``on_note`` a line about a damaged journal. Raises
+    CheckpointError if the model cannot be converted, the folder is in use, or the disk is full.
     """
     folder = find_folder(name)
     config = ModelConfig.of(folder / CONFIG_FILE)
@@ -156,7 +162,7 @@ def convert(
         "experts": str(target),
         "layout": target.packed and LAYOUT_VERSION,
     }
-    with ConversionJournal.open(out, identity) as journal:
+    with ConversionJournal.open(out, identity, on_note) as journal:
         # Partial files of a killed run would count as used disk space.
         for file in files:
             remove_partial(out / file.name)
@@ -212,12 +218,12 @@ def _output_files(
 
 def _fingerprint(config: ModelConfig, checkpoint: Checkpoint) -> str:
     """Identifies the source of a conversion: its config, and a sample of every tensor."""
-    digest = hashlib.sha256(config.file.read_bytes())
+    digest = hashlib.sha256(read_file(config.file, SMALL_FILE))
     for file, entries in checkpoint.files.items():
-        with file.open("rb") as handle:
+        with opened(file) as descriptor:
             for entry in entries.values():
                 digest.update(f"{file.name} {entry.name} {entry.dtype} {entry.shape}".encode())
-                digest.update(sample_bytes(handle.fileno(), entry))
+                digest.update(sample_bytes(descriptor, entry))
     return digest.hexdigest()
 
 
@@ -228,7 +234,7 @@ def _check_disk_space(
     free_bytes = shutil.disk_usage(out).free
     if needed_bytes > free_bytes:
         raise CheckpointError(
-            f"{out}: needs {needed_bytes / GIB:.2f} GiB, {free_bytes / GIB:.2f} GiB are free"
+            f"{out}: needs {needed_bytes:,} bytes on the disk, {free_bytes:,} are free"
         )
 
 
@@ -246,7 +252,7 @@ def _write(
         if on_progress is not None:
             on_progress(done_bytes, total_bytes)
 
-    with SourceFiles() as sources:
+    with OpenFiles() as sources:
         for file in files:
             path = out / file.name
             if (
@@ -256,7 +262,7 @@ def _write(
             ):
                 on_bytes(file.source_bytes)
                 continue
-            with atomic_writer(path) as sink:
+            with atomic_writer(path, RESUMABLE) as sink:
                 sink.write(file.header)
                 checksums = file.write(sink, sources, on_bytes)
             journal.add(file.name, checksums)
@@ -278,7 +284,7 @@ def _write_metadata(
             and name not in (CONFIG_FILE, INDEX_FILE, MANIFEST)
             and (folder / name).is_file()
         ):
-            atomic_write(out / name, (folder / name).read_bytes())
+            atomic_write(out / name, read_file(folder / name, FILE_LIMIT))
     file_of_tensor = {tensor: file for file, checksums in finished.items() for tensor in checksums}
     total_bytes = sum((out / file).stat().st_size for file in finished)
     atomic_write_json(

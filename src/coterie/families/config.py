@@ -103,7 +103,9 @@ class ModelConfig:
             )
         known = self.read_keys | IGNORED_KEYS | {"quantization_config"}
         if unknown := sorted(set(self.values) - known):
-            raise ConfigError(f"{self.file}: unknown key {clip(', '.join(map(repr, unknown)), 300)}")
+            raise ConfigError(
+                f"{self.file}: unknown key {clip(', '.join(map(repr, unknown)), 300)}"
+            )
 
     def error(self, key: str, problem: str) -> ConfigError:
         return ConfigError(f"{self.file}: {key} {problem}")

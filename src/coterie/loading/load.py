@@ -9,7 +9,7 @@ import torch
 
 from coterie.checkpoints.source import EMBEDDED, find_folder
 from coterie.errors import ConfigError
-from coterie.families import Family, ModelConfig, eos_ids, mask_id
+from coterie.families import Family, eos_ids, mask_id
 from coterie.loading.disk_offload import DiskOffload
 from coterie.loading.expert_memory import ExpertMemoryConfig
 from coterie.loading.gpu_offload import HostOffload

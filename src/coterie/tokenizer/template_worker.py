@@ -14,10 +14,10 @@ from typing import NoReturn
 
 sys.path += sys.argv[1:]
 
-from jinja2 import Template, TemplateError, nodes  # noqa: E402
-from jinja2.ext import Extension, loopcontrols  # noqa: E402
-from jinja2.parser import Parser  # noqa: E402
-from jinja2.sandbox import ImmutableSandboxedEnvironment  # noqa: E402
+from jinja2 import Template, TemplateError, nodes
+from jinja2.ext import Extension, loopcontrols
+from jinja2.parser import Parser
+from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 MAX_BYTES, MAX_SECONDS, MAX_CHARACTERS = 1 << 29, 5, 16_000_000
 
