@@ -77,7 +77,10 @@ class ConversionJournal:
         for number, line in enumerate(self.file.read_bytes().splitlines(keepends=True), start=1):
             record = _parse_record(line)
             if record is None or (number > 1 and "file" not in record):
-                on_note(f"{self.file}: line {number} is damaged: what follows it is written again")
+                if line.endswith(b"\n") or b"\0" in line:  # else a stop cut it off
+                    on_note(
+                        f"{self.file}: line {number} is damaged: the files from there on are redone"
+                    )
                 break
             if number > 1:
                 self.finished[str(record["file"])] = record["tensors"]  # type: ignore[assignment]

@@ -14,6 +14,7 @@ from rich.text import Text
 from coterie.cli.output import console
 from coterie.engine.engine import Engine
 from coterie.engine.events import Denoised, Event
+from coterie.errors import printable
 
 MASK_GLYPH, END_GLYPH = "▒", "∎"
 ANSWER_WIDTH, BAR_WIDTH = 64, 24  # columns of the answer and of a full bar, in a wide terminal
@@ -119,7 +120,10 @@ def show_live(engine: Engine, events: Iterable[Event], policy: str) -> Iterator[
 def make_view(engine: Engine, policy: str) -> LiveView:
     """An empty view of this engine's model."""
     model, spec = engine.model, engine.model.spec
-    decode = model.tokenizer.decode_token
+
+    def decode(token: int) -> str:
+        return printable(model.tokenizer.decode_token(token))
+
     return LiveView(policy, decode, spec.router.experts, spec.moe_layers, model.eos_ids)
 
 

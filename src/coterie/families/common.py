@@ -120,7 +120,8 @@ def check_supported(config: ModelConfig) -> None:
     """Rejects what no family supports, such as RoPE scaling, biases and local attention."""
     dtypes = [config.values.get(key) for key in ("dtype", "torch_dtype")]
     if None not in dtypes and dtypes[0] != dtypes[1]:
-        raise config.error("dtype", f"is {quote(dtypes[0])}, but torch_dtype is {quote(dtypes[1])}")
+        pair = f"is {quote(dtypes[0])}, but torch_dtype is {quote(dtypes[1])}"
+        raise config.error("dtype", pair)
     for key in ("dtype", "torch_dtype"):
         config.allow_only(key, "float32", "bfloat16", "float16", None)
     config.allow_only("hidden_act", "silu")
