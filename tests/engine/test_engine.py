@@ -5,7 +5,9 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, replace
 from functools import cache
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -16,7 +18,7 @@ from coterie.engine.active_sequence import group_sequences
 from coterie.engine.engine import Engine
 from coterie.engine.events import Denoised, Finished, Result
 from coterie.engine.generation_config import GenerationConfig
-from coterie.errors import CoterieError
+from coterie.errors import CoterieError, GenerationError
 from coterie.loading.load import Model
 from coterie.routing import Vanilla, parse_policy
 from coterie.testing import random_transformer, read_spec, tiny_config
@@ -58,9 +60,10 @@ def finish(host: Engine, numbers: list[int]) -> list[Result]:
     return [found[number] for number in numbers]
 
 
+prompt_ids = st.lists(st.integers(0, 93), min_size=1, max_size=20)
 requests = st.fixed_dictionaries(
     {
-        "prompt": st.lists(st.integers(0, 93), min_size=1, max_size=20),
+        "prompt": prompt_ids,
         "policy": st.sampled_from(["vanilla", "des-vote:beta=0.5", "des-seq:k=2", "topk:k=2"]),
         "max_new_tokens": st.integers(1, 14),
         "block": st.sampled_from([4, 8]),
@@ -218,7 +221,60 @@ def test_events_add_up_to_the_text(unmask: str) -> None:
         assert all(event.start <= place < event.stop for place in places)
     text = tuple(told[place] for place in range(last.result.new_tokens))
     assert text == last.result.tokens
+    assert "".join(e.text for e in events if isinstance(e, Denoised)) == last.result.text
     assert known(engine(unmask=unmask).generate(PROMPT)) == known(last.result)
+
+
+@settings(max_examples=15)
+@given(wanted=requests)
+def test_streamed_text_only_grows_to_the_answer(wanted: dict) -> None:
+    host, text = engine(), ""
+    number = host.submit(**wanted)
+    while host.rows:
+        for event in host.step():
+            if isinstance(event, Denoised):
+                text += event.text
+            else:
+                assert text == event.result.text
+                assert event.row == number
+
+
+@settings(max_examples=10)
+@given(prompts=st.lists(prompt_ids, min_size=1, max_size=5), size=st.integers(1, 4))
+def test_a_list_of_prompts_gives_the_results_of_each(prompts: list[list[int]], size: int) -> None:
+    host = engine()
+    single = [known(engine().generate(prompt)) for prompt in prompts]
+    bystander = host.submit(PROMPT)
+    assert [known(result) for result in host.generate(prompts, batch_size=size)] == single
+    assert set(host.rows) <= {bystander}
+    assert {event.row for event in host.step()} <= {bystander}
+
+
+def test_prompts_may_be_arrays_tensors_and_texts() -> None:
+    answer = engine().generate(PROMPT).tokens
+    host: Any = engine()
+    rows = np.array([PROMPT, PROMPT])
+    for prompt in (np.array(PROMPT), torch.tensor(PROMPT), list(torch.tensor(PROMPT))):
+        assert host.generate(prompt).tokens == answer
+    for prompts in (
+        rows,
+        torch.tensor(rows),
+        list(rows),
+        ["5 17 33 2 9", PROMPT],
+        (PROMPT, PROMPT),
+    ):
+        results = host.generate(prompts)
+        assert [result.tokens for result in results] == [answer, answer]
+    with pytest.raises(GenerationError, match="token ids"):
+        host.generate([5.5, 6.0])
+
+
+def test_a_list_with_one_bad_prompt_leaves_no_request() -> None:
+    host = engine()
+    with pytest.raises(CoterieError):
+        host.generate([PROMPT, [VOCABULARY]])
+    assert host.rows == ()
+    assert host.step() == []
 
 
 def test_text_goes_in_and_comes_out() -> None:

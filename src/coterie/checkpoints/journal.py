@@ -78,9 +78,7 @@ class ConversionJournal:
             record = _parse_record(line)
             if record is None or (number > 1 and "file" not in record):
                 if line.endswith(b"\n") or b"\0" in line:  # else a stop cut it off
-                    on_note(
-                        f"{self.file}: line {number} is damaged: the files from there on are redone"
-                    )
+                    on_note(f"{self.file}: line {number} is damaged: redone from there on")
                 break
             if number > 1:
                 self.finished[str(record["file"])] = record["tensors"]  # type: ignore[assignment]

@@ -12,6 +12,7 @@ import typer
 from coterie.cli.app import app
 from coterie.cli.old_names import with_new_names
 from coterie.cli.output import print_note
+from coterie.errors import ConfigError
 
 BAD_INPUT, BROKEN_PIPE = 2, 1
 FIELD = re.compile(r"`(\w+)(?:=([^`]*))?`")
@@ -40,8 +41,8 @@ def run(arguments: Sequence[str]) -> int:
     """The exit status: 0, 2 with one line on stderr for bad input, 130 when interrupted."""
     if sys.stdout is None:
         return _print_error("standard output is closed")
-    arguments = with_new_names(arguments)
     try:
+        arguments = with_imports_first(with_new_names(arguments))
         status = app(arguments, prog_name="coterie", standalone_mode=False)
         return status if isinstance(status, int) else 0
     except typer.TyperException as error:
@@ -51,6 +52,23 @@ def run(arguments: Sequence[str]) -> int:
         if os.environ.get("COTERIE_DEBUG"):
             raise
         return _print_error(name_flags(_error_message(error), command_flags(arguments)))
+
+
+def with_imports_first(arguments: Sequence[str]) -> list[str]:
+    """The same command line with each --import FILE before the command, where it is an option."""
+    end = arguments.index("--") if "--" in arguments else len(arguments)
+    imports, others, rest = [], [], iter(arguments[:end])
+    for argument in rest:
+        name, equals, _ = argument.partition("=")
+        if name != "--import":
+            others.append(argument)
+        elif equals:
+            imports.append(argument)
+        elif (path := next(rest, None)) is not None:
+            imports += [argument, path]
+        else:
+            raise ConfigError("--import needs a Python file")
+    return [*imports, *others, *arguments[end:]]
 
 
 def name_flags(message: str, flags: Mapping[str, str]) -> str:

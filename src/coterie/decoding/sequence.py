@@ -244,6 +244,19 @@ class SequenceState:
         return [token for token in tokens if token != self.request.mask_id]
 
     @property
+    def final_tokens(self) -> list[int]:
+        """The start of ``answer`` that no later forward changes; all of it at the end.
+
+        Edits may still change a token of the current block.
+        """
+        if self.next_pass is None:
+            return self.answer
+        tokens = self._new_tokens()[: self._eos_index()]
+        if self.request.unmask.edit is not None:
+            tokens = tokens[: max(0, self.block.start - self.canvas.prompt_length)]
+        return tokens[: first_index_of(tokens, (self.request.mask_id,))]
+
+    @property
     def ended_by_eos(self) -> bool:
         """Whether an end-of-text of the model ends the answer."""
         return self._eos_index() is not None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 
 from torch import Tensor
@@ -16,6 +16,7 @@ from coterie.routing import Vanilla
 from coterie.values import Policy
 
 VANILLA = Vanilla()
+INCOMPLETE_CHARACTER = "\ufffd"  # what a tokenizer makes of the first bytes of a character
 
 
 @dataclass  # not frozen: it counts the passes of its sequence
@@ -28,6 +29,7 @@ class ActiveSequence:
     policy: Policy
     generation: GenerationConfig
     embeddings: Tensor | None = None  # [length, H], the input under a ``smooth`` unmask strategy
+    streamed_text: str = ""  # the part of the answer that events carried
     coresets: tuple[int, Tensor] | None = None  # block index, its coresets [L, E] of the last step
     prefills: int = 0
     commits: int = 0
@@ -45,6 +47,15 @@ class ActiveSequence:
     def span(self) -> slice:
         """The canvas positions that the next forward computes."""
         return slice(self.next_pass.start, self.next_pass.stop)
+
+    def next_text(self, decode: Callable[[Sequence[int]], str]) -> str:
+        """The text that has become final since the last call; complete characters only."""
+        text = decode(self.sequence.final_tokens)
+        if self.sequence.next_pass is not None:
+            text = text.rstrip(INCOMPLETE_CHARACTER)
+        new_text = text[len(self.streamed_text) :]
+        self.streamed_text += new_text
+        return new_text
 
     def next_policy(self) -> Policy:
         """The routing policy of the next forward."""

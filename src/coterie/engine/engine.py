@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import operator
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any, cast, overload
 
 import torch
 
@@ -20,7 +22,7 @@ from coterie.engine.events import Denoised, Event, ExpertUsage, Finished, Result
 from coterie.engine.forward import run_forward
 from coterie.engine.generation_config import GenerationConfig, make_request
 from coterie.engine.kv_pool import KVCachePool
-from coterie.errors import CoterieError, GenerationError, NonFiniteLogitsError
+from coterie.errors import ConfigError, CoterieError, GenerationError, NonFiniteLogitsError
 from coterie.loading.expert_memory import ExpertMemoryConfig
 from coterie.loading.load import Model, load_model
 from coterie.model.weights import expert_bytes
@@ -30,6 +32,7 @@ from coterie.telemetry import ExpertCounter, Recorder
 from coterie.values import Policy
 
 Prompt = str | Sequence[int]
+DEFAULT_BATCH_SIZE = 16  # prompts of one ``generate`` in progress together
 
 
 class Engine:
@@ -63,14 +66,63 @@ class Engine:
         self._events: list[Event] = []
         self._next_number = 0
 
+    @overload
     def generate(
-        self, prompt: Prompt, *, policy: str | Policy | None = None, **options: object
-    ) -> Result:
-        """Decode one prompt to its end. ``options`` are fields of ``GenerationConfig``."""
-        *_, final = self.stream(prompt, policy=policy, **options)
-        if not isinstance(final, Finished):
-            raise RuntimeError("a stream ended without a result")
-        return final.result
+        self, prompt: Prompt, *, policy: str | Policy | None = None, **options: Any
+    ) -> Result: ...
+
+    @overload
+    def generate(
+        self,
+        prompt: Sequence[Prompt],
+        *,
+        policy: str | Policy | None = None,
+        batch_size: int = DEFAULT_BATCH_SIZE,
+        **options: Any,
+    ) -> list[Result]: ...
+
+    def generate(
+        self,
+        prompt: Prompt | Sequence[Prompt],
+        *,
+        policy: str | Policy | None = None,
+        batch_size: int = DEFAULT_BATCH_SIZE,
+        **options: Any,
+    ) -> Result | list[Result]:
+        """Decode one prompt, or a list of them with ``batch_size`` in progress, to the end.
+
+        A prompt is text or token ids. ``options`` are fields of ``GenerationConfig``. Results are
+        in the order of the prompts. After an error no request of the call is active.
+        """
+        if batch_size < 1:
+            raise ConfigError(f"`batch_size` must be at least 1, not {batch_size}")
+        if _is_one_prompt(prompt):
+            return self._run([cast(Prompt, prompt)], policy, 1, options)[0]
+        return self._run(cast("list[Prompt]", list(prompt)), policy, batch_size, options)
+
+    def _run(
+        self,
+        prompts: Sequence[Prompt],
+        policy: str | Policy | None,
+        batch_size: int,
+        options: Mapping[str, Any],
+    ) -> list[Result]:
+        waiting, results = deque(enumerate(prompts)), dict[int, Result]()
+        indices: dict[int, int] = {}  # of the prompt, by request
+        try:
+            while len(results) < len(prompts):
+                while waiting and len(indices) - len(results) < batch_size:
+                    index, prompt = waiting.popleft()
+                    indices[self.submit(prompt, policy=policy, **options)] = index
+                events = self.step()
+                self._events += [event for event in events if event.row not in indices]
+                finished = (event for event in events if isinstance(event, Finished))
+                results |= {indices[e.row]: e.result for e in finished if e.row in indices}
+        finally:
+            for number in indices.keys() & self._active.keys():
+                self.cancel(number)
+            self._events = [event for event in self._events if event.row not in indices]
+        return [results[index] for index in range(len(prompts))]
 
     def stream(
         self, prompt: Prompt, *, policy: str | Policy | None = None, **options: object
@@ -238,13 +290,14 @@ class Engine:
 
     def _active_sequence(self, number: int) -> ActiveSequence:
         if number not in self._active:
-            raise GenerationError(f"there is no active request {number}")
+            ended = 0 <= number < self._next_number
+            hint = ": it has ended, and its Finished event held the result" if ended else ""
+            raise GenerationError(f"there is no active request {number}{hint}")
         return self._active[number]
 
     def _request(self, prompt: Prompt, generation: GenerationConfig) -> DecodeRequest:
-        ids = self.model.tokenizer.encode(prompt) if isinstance(prompt, str) else list(prompt)
         return make_request(
-            ids,
+            self.model.tokenizer.encode(prompt) if isinstance(prompt, str) else _read_ids(prompt),
             generation,
             mask_id=self.model.mask_id,
             stop_ids=self.model.eos_ids,
@@ -281,6 +334,7 @@ class Engine:
             block=block.index,
             start=block.start - prompt,
             stop=block.stop - prompt,
+            text=active.next_text(self.model.tokenizer.decode),
             committed=update.committed,
             edited=update.edited,
             provisional=update.provisional,
@@ -320,6 +374,20 @@ def load(
     return Engine(
         model, policy=resolved_policy, generation=default.replace(**options), graphs=graphs
     )
+
+
+def _is_one_prompt(prompt: Prompt | Sequence[Prompt]) -> bool:
+    """Whether this is text or a row of ids; a tensor or an array of two axes is many prompts."""
+    rows = () if isinstance(prompt, str) else prompt
+    return not any(getattr(row, "ndim", isinstance(row, Sequence)) for row in rows)
+
+
+def _read_ids(prompt: Sequence[int]) -> list[int]:
+    """The ids as ``int``, from any integers: those of NumPy and PyTorch too."""
+    try:
+        return [operator.index(value) for value in prompt]
+    except TypeError as error:
+        raise GenerationError(f"a prompt is text or token ids: {error}") from None
 
 
 def _policy(policy: str | Policy) -> Policy:

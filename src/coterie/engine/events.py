@@ -13,7 +13,8 @@ from coterie.offload.traffic import Traffic
 class Denoised:
     """One denoising forward of one request. Positions count from its first new token.
 
-    ``committed`` and ``edited`` tokens are part of the text (later edits may change them).
+    ``text`` is the part of the answer that has become final: joined, these parts are the answer.
+    ``committed`` and ``edited`` tokens are part of the answer, but later edits may change them.
     ``provisional`` tokens are the model's current guess at positions that are still masked.
     ``experts`` is the number of unique experts in each MoE layer. It is empty, and the votes are
     None, unless ``kind`` is "decode". ``reuse_vote_loss`` is None if no coreset could be reused.
@@ -25,6 +26,7 @@ class Denoised:
     block: int = 0
     start: int = 0  # of the block; the first block may start inside the prompt, below 0
     stop: int = 0
+    text: str = ""
     committed: tuple[Token, ...] = ()
     edited: tuple[Token, ...] = ()
     provisional: tuple[Token, ...] = ()

@@ -215,7 +215,7 @@ def _parquet_rows(path: Path, content: bytes) -> Iterator[tuple[str, object]]:
         parquet = import_module("pyarrow.parquet")
     except ImportError:
         raise TaskError(
-            f"{path}: Parquet needs pyarrow: pip install '.[harness]' in a clone, or set `data` to JSONL"
+            f"{path}: Parquet needs pyarrow: pip install '.[harness]', or set `data` to JSONL"
         ) from None
     try:
         rows = parquet.read_table(BytesIO(content)).to_pylist()
