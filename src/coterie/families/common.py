@@ -99,9 +99,9 @@ def has_packed_experts(config: ModelConfig, form: QuantFormat | None) -> bool:
     if name != PANEL_LAYOUT or type(version) is not int or version > LAYOUT_VERSION:
         raise config.error(
             EXPERT_LAYOUT_KEY,
-            f"is {quote(value)}, which this version of Coterie does not know (it reads {PANEL_LAYOUT!r} "
-            f"up to version {LAYOUT_VERSION}): use a newer version, or pack the original again "
-            "with `coterie quantize`",
+            f"is {quote(value)}, which this version of Coterie does not know (it reads "
+            f"{PANEL_LAYOUT!r} up to version {LAYOUT_VERSION}): use a newer version, or pack the "
+            "original again with `coterie quantize`",
         )
     if version < LAYOUT_VERSION:
         raise config.error(

@@ -19,7 +19,7 @@ from jinja2.ext import Extension, loopcontrols
 from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-MAX_BYTES, MAX_SECONDS, MAX_CHARACTERS = 1 << 29, 5, 16_000_000
+MAX_BYTES, MAX_SECONDS, MAX_CHARACTERS = 1 << 29, 5, 4_000_000
 
 
 class GenerationBlock(Extension):

@@ -17,7 +17,7 @@ from coterie.tokenizer.token_ids import read_token_ids
 from coterie.tokenizer.tokenizer_file import read_tokenizer_json
 
 MASK_TOKEN = "<|mask|>"
-MAX_CHARACTERS = 16_000_000  # of a prompt; on lack of memory, the library ends the process
+MAX_CHARACTERS = 4_000_000  # of a prompt; on lack of memory, the library ends the process
 
 T = TypeVar("T")
 

@@ -15,16 +15,20 @@ from coterie.files import MIB
 from coterie.strict_json import read_object
 
 FILE_LIMIT = 256 * MIB
+MAX_GROWTH = 16  # characters that a normalizer may put in place of one
 FIXED_LENGTH_KEYS = ("truncation", "padding")
 """Settings of the training; they would cut a prompt, or fill it up, without a word."""
 
 
 def read_tokenizer_json(path: Path) -> str:
     """The content without truncation and padding. Raises CoterieError for a damaged file."""
-    content = read_object(path, FILE_LIMIT)
+    content, growth = read_object(path, FILE_LIMIT), 1
     for part in _parts(content.get("normalizer")):
         if part.get("type") == "Precompiled" and not _is_character_map(part):
             raise TokenizerError(f"{path}: the character map of its normalizer is damaged")
+        growth *= max(1, len(str(part.get("content", ""))))
+    if growth > MAX_GROWTH:
+        raise TokenizerError(f"{path}: its normalizer makes a text {growth:,} times as long")
     return json.dumps(content | dict.fromkeys(FIXED_LENGTH_KEYS), ensure_ascii=False)
 
 
