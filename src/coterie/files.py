@@ -72,8 +72,9 @@ def opened(file: Path) -> Iterator[int]:
 def read_file(file: Path, limit: int) -> bytes:
     """The content of a regular file; raises CheckpointError if it has more than ``limit`` bytes."""
     with opened(file) as descriptor, os.fdopen(descriptor, "rb", closefd=False) as source:
-        content = source.read(limit + 1) if os.fstat(descriptor).st_size <= limit else b""
-        if (size := max(os.fstat(descriptor).st_size, len(content))) > limit:
+        size = os.fstat(descriptor).st_size
+        content = b"" if size > limit else source.read(size + 1)
+        if max(size, len(content)) > limit:
             raise CheckpointError(f"too large: {size:,} bytes, at most {limit / MIB:g} MiB")
     return content
 

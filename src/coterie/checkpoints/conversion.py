@@ -73,10 +73,8 @@ class ConversionTarget:
         if layout not in (None, *LAYOUTS):
             raise ConfigError(f"unknown layout {layout!r}; known: {', '.join(LAYOUTS)}")
         expert_format = None if experts == BF16 else parse_format(experts, group_size)
-        can_pack = expert_format is None or FORMATS[expert_format.name] == expert_format
-        return ConversionTarget(
-            expert_format, packed=can_pack if layout is None else layout == PANEL_LAYOUT
-        )
+        packed = _can_pack(expert_format) if layout is None else layout == PANEL_LAYOUT
+        return ConversionTarget(expert_format, packed)
 
     def __post_init__(self) -> None:
         if self.expert_format is None and not self.packed:
@@ -84,11 +82,7 @@ class ConversionTarget:
                 f"`layout={PLAIN_LAYOUT}` leaves {BF16} experts unchanged; "
                 f"`layout={PANEL_LAYOUT}` packs them"
             )
-        if (
-            self.packed
-            and self.expert_format is not None
-            and FORMATS[self.expert_format.name] != self.expert_format
-        ):
+        if self.packed and not _can_pack(self.expert_format):
             supported = " and ".join(map(str, FORMATS.values()))
             raise ConfigError(
                 f"packed experts are {supported}, not {self.expert_format}; "
@@ -157,11 +151,8 @@ def convert(
     checkpoint.check(tensor_targets)
     files = list(_output_files(checkpoint, tensor_targets, spec, target))
     fingerprint = _fingerprint(config, checkpoint)
-    identity = {
-        "source": fingerprint,
-        "experts": str(target),
-        "layout": target.packed and LAYOUT_VERSION,
-    }
+    layout = target.packed and LAYOUT_VERSION
+    identity = {"source": fingerprint, "experts": str(target), "layout": layout}
     with ConversionJournal.open(out, identity, on_note) as journal:
         # Partial files of a killed run would count as used disk space.
         for file in files:
@@ -170,12 +161,14 @@ def convert(
         files_resumed = len(journal.finished)
         _write(out, files, journal, on_progress)
         origin = {"name": str(name), "fingerprint": fingerprint, "bytes": checkpoint.bytes}
-        _write_metadata(
-            folder, out, config, target, provenance={"source": origin}, finished=journal.finished
-        )
+        _write_metadata(config, out, target, {"source": origin}, journal.finished)
         journal.remove()
     bytes_after = sum(file.total_bytes for file in files)
     return ConversionResult(out, target, checkpoint.bytes, bytes_after, len(files), files_resumed)
+
+
+def _can_pack(expert_format: QuantFormat | None) -> bool:
+    return expert_format is None or FORMATS[expert_format.name] == expert_format
 
 
 def _check_source(folder: Path, spec: ModelSpec, target: ConversionTarget) -> None:
@@ -205,8 +198,8 @@ def _output_files(
     for file, entries in checkpoint.files.items():
         other_entries = {}
         for name, entry in entries.items():
-            if is_expert(tensor_targets[name]):
-                experts[layer_of(tensor_targets[name])].append((file, entry, tensor_targets[name]))
+            if is_expert(expert_target := tensor_targets[name]):
+                experts[layer_of(expert_target)].append((file, entry, expert_target))
             else:
                 other_entries[name] = entry
         if other_entries:
@@ -255,11 +248,8 @@ def _write(
     with OpenFiles() as sources:
         for file in files:
             path = out / file.name
-            if (
-                file.name in journal.finished
-                and path.is_file()
-                and path.stat().st_size == file.total_bytes
-            ):
+            is_finished = file.name in journal.finished and path.is_file()
+            if is_finished and path.stat().st_size == file.total_bytes:
                 on_bytes(file.source_bytes)
                 continue
             with atomic_writer(path, RESUMABLE) as sink:
@@ -269,46 +259,34 @@ def _write(
 
 
 def _write_metadata(
-    folder: Path,
-    out: Path,
     config: ModelConfig,
+    out: Path,
     target: ConversionTarget,
-    *,
     provenance: Mapping[str, object],
     finished: Mapping[str, Checksums],
 ) -> None:
     """Write the small files, ``config.json`` last: a folder with one is complete."""
     for name in MODEL_FILES:
-        if (
-            "*" not in name
-            and name not in (CONFIG_FILE, INDEX_FILE, MANIFEST)
-            and (folder / name).is_file()
-        ):
-            atomic_write(out / name, read_file(folder / name, FILE_LIMIT))
+        source = config.file.with_name(name)
+        if name not in (CONFIG_FILE, INDEX_FILE, MANIFEST) and source.is_file():
+            atomic_write(out / name, read_file(source, FILE_LIMIT))
     file_of_tensor = {tensor: file for file, checksums in finished.items() for tensor in checksums}
     total_bytes = sum((out / file).stat().st_size for file in finished)
-    atomic_write_json(
-        out / INDEX_FILE, {"metadata": {"total_size": total_bytes}, "weight_map": file_of_tensor}
-    )
-    tensors = {
-        tensor: {"file": file, **checksum}
-        for file, checksums in finished.items()
-        for tensor, checksum in checksums.items()
-    }
-    layout = (
-        {EXPERT_LAYOUT_KEY: {"name": PANEL_LAYOUT, "version": LAYOUT_VERSION}}
-        if target.packed
-        else {}
-    )
-    content = {
+    index = {"metadata": {"total_size": total_bytes}, "weight_map": file_of_tensor}
+    atomic_write_json(out / INDEX_FILE, index)
+    layout: dict[str, object] = {}
+    if target.packed:
+        layout = {EXPERT_LAYOUT_KEY: {"name": PANEL_LAYOUT, "version": LAYOUT_VERSION}}
+    manifest = {
         "experts": target.manifest_entry,
         **layout,
         **provenance,
         "bytes": total_bytes,
-        "tensors": tensors,
+        "tensors": {
+            tensor: {"file": file, **finished[file][tensor]}
+            for tensor, file in file_of_tensor.items()
+        },
     }
-    atomic_write_json(out / MANIFEST, content)
-    format_entry = (
-        {} if target.expert_format is None else {EXPERT_FORMAT_KEY: target.manifest_entry}
-    )
-    atomic_write_json(out / CONFIG_FILE, {**config.values, **format_entry, **layout})
+    atomic_write_json(out / MANIFEST, manifest)
+    form = {} if target.expert_format is None else {EXPERT_FORMAT_KEY: target.manifest_entry}
+    atomic_write_json(out / CONFIG_FILE, {**config.values, **form, **layout})

@@ -53,7 +53,8 @@ class LiveView:
         tokens_by_state = {"committed": event.committed, "edited": event.edited}
         for state, tokens in {**tokens_by_state, "provisional": event.provisional}.items():
             for token in tokens:
-                text = END_GLYPH if token.id in self.eos_ids else self.decode_token(token.id)
+                text = printable(self.decode_token(token.id))
+                text = END_GLYPH if token.id in self.eos_ids else text
                 self.tokens[token.position] = TokenMark(text, token.confidence, state)
         self.experts = event.experts or self.experts
         self.forwards, self.blocks = event.forward, event.block + 1
@@ -119,11 +120,7 @@ def show_live(engine: Engine, events: Iterable[Event], policy: str) -> Iterator[
 
 def make_view(engine: Engine, policy: str) -> LiveView:
     """An empty view of this engine's model."""
-    model, spec = engine.model, engine.model.spec
-
-    def decode(token: int) -> str:
-        return printable(model.tokenizer.decode_token(token))
-
+    model, spec = engine.model, engine.model.spec    decode = model.tokenizer.decode_token
     return LiveView(policy, decode, spec.router.experts, spec.moe_layers, model.eos_ids)
 
 

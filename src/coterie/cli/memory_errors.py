@@ -13,7 +13,7 @@ REPORTS = re.compile(
     r"|can't allocate memory|can't start new thread|std::bad_alloc"
 )
 REQUEST = re.compile(
-    r"(?:allocate|Tried to allocate|Unable to allocate) ([\d.]+) ?(bytes|[KMGT]iB)"
+    r"(?:allocate|Tried to allocate|Unable to allocate) ([\d.]+) ?(bytes|[KMGTPE]iB)"
 )
 
 
@@ -33,9 +33,6 @@ def out_of_memory_message(error: BaseException) -> str:
         is_plain = match[2] == "bytes"
         wanted = format_bytes(int(match[1])) if is_plain else f"{match[1]} {match[2]}"
     frames = traceback.extract_tb(error.__traceback__)
-    ours = [frame for frame in frames if "/coterie/" in frame.filename]
+    ours = [f for f in frames if "/coterie/" in f.filename and not f.name.startswith("<")]
     place = f" in {ours[-1].filename.rpartition('/coterie/')[2]}: {ours[-1].name}" if ours else ""
-    return (
-        f"out of memory: {wanted} was wanted{place}; a smaller model, `expert_memory` or "
-        "`max_new_tokens` needs less"
-    )
+    return f"out of memory: {wanted} was wanted{place}"
