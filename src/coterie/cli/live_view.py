@@ -120,7 +120,8 @@ def show_live(engine: Engine, events: Iterable[Event], policy: str) -> Iterator[
 
 def make_view(engine: Engine, policy: str) -> LiveView:
     """An empty view of this engine's model."""
-    model, spec = engine.model, engine.model.spec    decode = model.tokenizer.decode_token
+    model, spec = engine.model, engine.model.spec
+    decode = model.tokenizer.decode_token
     return LiveView(policy, decode, spec.router.experts, spec.moe_layers, model.eos_ids)
 
 
