@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from pathlib import Path
 
-from coterie.errors import CheckpointError, clip
+from coterie.errors import CheckpointError, CoterieError, clip
 from coterie.files import MIB, read_errors, read_file
 
 SMALL_FILE, LISTING_FILE = 16 * MIB, 64 * MIB
 """Upper limits of a config, and of a file that lists tensors."""
 
-MAX_DEPTH, MAX_DIGITS = 48, 100
+MAX_DEPTH, MAX_BITS = 48, 333
+TOO_MANY_DIGITS = "a number in it has more than 100 digits"
 
 
 def read_object(file: Path, limit: int = SMALL_FILE) -> dict[str, object]:
@@ -28,7 +30,7 @@ def parse_object(raw: bytes, kind: str) -> dict[str, object]:
     returned can be compared, converted and shown.
     """
     try:
-        value = json.loads(raw.decode("utf-8"), object_pairs_hook=_unique, parse_int=_whole_number)
+        value = json.loads(raw.decode("utf-8"), object_pairs_hook=_unique)
     except json.JSONDecodeError as error:
         place = f"line {error.lineno} column {error.colno}"
         raise CheckpointError(f"not {kind} (no valid JSON at {place}: {error.msg})") from None
@@ -37,30 +39,30 @@ def parse_object(raw: bytes, kind: str) -> dict[str, object]:
         raise CheckpointError(f"not {kind} (no valid JSON: line {line} is not UTF-8)") from None
     except RecursionError:
         raise CheckpointError(f"not {kind} (no valid JSON: nested too deeply)") from None
+    except CoterieError:
+        raise
+    except ValueError:  # Python's own limit, thousands of digits
+        raise CheckpointError(TOO_MANY_DIGITS) from None
     if not isinstance(value, dict):
         raise CheckpointError(f"not {kind} (its JSON is not an object)")
-    if _is_deeper(value, MAX_DEPTH):
-        raise CheckpointError(f"not {kind} (its JSON is nested more than {MAX_DEPTH} deep)")
+    _check_values(value, MAX_DEPTH)
     return value
 
 
 def _unique(pairs: list[tuple[str, object]]) -> dict[str, object]:
-    fields: dict[str, object] = {}
-    for name, value in pairs:
-        if name in fields:
-            raise CheckpointError(f"{clip(name)} is listed twice")
-        fields[name] = value
+    fields = dict(pairs)
+    if len(fields) < len(pairs):
+        name, _ = Counter(name for name, _ in pairs).most_common(1)[0]
+        raise CheckpointError(f"{clip(name)} is listed twice")
     return fields
 
 
-def _whole_number(digits: str) -> int:
-    if len(digits) > MAX_DIGITS:
-        raise CheckpointError(f"a number in it has {len(digits)} digits")
-    return int(digits)
-
-
-def _is_deeper(value: object, depth: int) -> bool:
-    if not isinstance(value, dict | list):
-        return False
-    inner = value.values() if isinstance(value, dict) else value
-    return depth == 0 or any(_is_deeper(item, depth - 1) for item in inner)
+def _check_values(value: dict[str, object] | list[object], depth: int) -> None:
+    """Raises CheckpointError for deep nesting and for numbers too long to be shown."""
+    if depth == 0:
+        raise CheckpointError(f"its JSON is nested more than {MAX_DEPTH} deep")
+    for item in value.values() if isinstance(value, dict) else value:
+        if isinstance(item, dict | list):
+            _check_values(item, depth - 1)
+        elif isinstance(item, int) and item.bit_length() > MAX_BITS:
+            raise CheckpointError(TOO_MANY_DIGITS)

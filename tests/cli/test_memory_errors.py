@@ -66,10 +66,10 @@ def test_the_part_that_wanted_it_is_named() -> None:
 def test_the_command_ends_with_one_line(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(entry, "app", lambda *_, **__: bytearray(HUGE))
+    monkeypatch.setattr(entry, "with_new_names", lambda _arguments: bytearray(HUGE))
     assert entry.run(["policies"]) == 2
     assert capsys.readouterr().err.startswith("coterie: out of memory: ")
-    monkeypatch.setattr(entry, "app", lambda *_, **__: fail(RuntimeError("a defect")))
+    monkeypatch.setattr(entry, "with_new_names", lambda _: fail(RuntimeError("a defect")))
     with pytest.raises(RuntimeError, match="a defect"):
         entry.run(["policies"])
 

@@ -11,8 +11,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from coterie.errors import TokenizerError
-from coterie.files import MIB
-from coterie.strict_json import read_object
+from coterie.files import MIB, read_errors, read_file
+from coterie.strict_json import parse_object
 
 FILE_LIMIT = 256 * MIB
 MAX_GROWTH = 16  # characters that a normalizer may put in place of one
@@ -22,13 +22,17 @@ FIXED_LENGTH_KEYS = ("truncation", "padding")
 
 def read_tokenizer_json(path: Path) -> str:
     """The content without truncation and padding. Raises CoterieError for a damaged file."""
-    content, growth = read_object(path, FILE_LIMIT), 1
+    raw, growth = read_file(path, FILE_LIMIT), 1
+    with read_errors(path):
+        content = parse_object(raw, "a tokenizer")
     for part in _parts(content.get("normalizer")):
         if part.get("type") == "Precompiled" and not _is_character_map(part):
             raise TokenizerError(f"{path}: the character map of its normalizer is damaged")
         growth *= max(1, len(str(part.get("content", ""))))
     if growth > MAX_GROWTH:
         raise TokenizerError(f"{path}: its normalizer makes a text {growth:,} times as long")
+    if all(content.get(key) is None for key in FIXED_LENGTH_KEYS):
+        return raw.decode()
     return json.dumps(content | dict.fromkeys(FIXED_LENGTH_KEYS), ensure_ascii=False)
 
 
