@@ -16,7 +16,13 @@ from pathlib import Path
 from coterie.checkpoints.fingerprint import FILE_LIMIT, sample_bytes
 from coterie.checkpoints.journal import ConversionJournal
 from coterie.checkpoints.manifest import MANIFEST, Checksums
-from coterie.checkpoints.output_files import ConvertedShard, OutputFile, PackedLayer
+from coterie.checkpoints.output_files import (
+    ConvertedShard,
+    OutputFile,
+    PackedLayer,
+    header,
+    total_bytes,
+)
 from coterie.checkpoints.source import MODEL_FILES, find_folder
 from coterie.errors import CheckpointError, ConfigError
 from coterie.families import ModelConfig, detect_family
@@ -163,7 +169,7 @@ def convert(
         origin = {"name": str(name), "fingerprint": fingerprint, "bytes": checkpoint.bytes}
         _write_metadata(config, out, target, {"source": origin}, journal.finished)
         journal.remove()
-    bytes_after = sum(file.total_bytes for file in files)
+    bytes_after = sum(map(total_bytes, files))
     return ConversionResult(out, target, checkpoint.bytes, bytes_after, len(files), files_resumed)
 
 
@@ -223,7 +229,7 @@ def _fingerprint(config: ModelConfig, checkpoint: Checkpoint) -> str:
 def _check_disk_space(
     out: Path, files: Sequence[OutputFile], finished: Mapping[str, Checksums]
 ) -> None:
-    needed_bytes = sum(file.total_bytes for file in files if file.name not in finished)
+    needed_bytes = sum(total_bytes(file) for file in files if file.name not in finished)
     free_bytes = shutil.disk_usage(out).free
     if needed_bytes > free_bytes:
         raise CheckpointError(
@@ -237,23 +243,23 @@ def _write(
     journal: ConversionJournal,
     on_progress: ProgressCallback | None,
 ) -> None:
-    done_bytes, total_bytes = 0, sum(file.source_bytes for file in files)
+    done_bytes, source_bytes = 0, sum(file.source_bytes for file in files)
 
     def on_bytes(size: int) -> None:
         nonlocal done_bytes
         done_bytes += size
         if on_progress is not None:
-            on_progress(done_bytes, total_bytes)
+            on_progress(done_bytes, source_bytes)
 
     with OpenFiles() as sources:
         for file in files:
             path = out / file.name
             is_finished = file.name in journal.finished and path.is_file()
-            if is_finished and path.stat().st_size == file.total_bytes:
+            if is_finished and path.stat().st_size == total_bytes(file):
                 on_bytes(file.source_bytes)
                 continue
             with atomic_writer(path, RESUMABLE) as sink:
-                sink.write(file.header)
+                sink.write(header(file))
                 checksums = file.write(sink, sources, on_bytes)
             journal.add(file.name, checksums)
 
@@ -271,8 +277,8 @@ def _write_metadata(
         if name not in (CONFIG_FILE, INDEX_FILE, MANIFEST) and source.is_file():
             atomic_write(out / name, read_file(source, FILE_LIMIT))
     file_of_tensor = {tensor: file for file, checksums in finished.items() for tensor in checksums}
-    total_bytes = sum((out / file).stat().st_size for file in finished)
-    index = {"metadata": {"total_size": total_bytes}, "weight_map": file_of_tensor}
+    size = sum((out / file).stat().st_size for file in finished)
+    index = {"metadata": {"total_size": size}, "weight_map": file_of_tensor}
     atomic_write_json(out / INDEX_FILE, index)
     layout: dict[str, object] = {}
     if target.packed:
@@ -281,7 +287,7 @@ def _write_metadata(
         "experts": target.manifest_entry,
         **layout,
         **provenance,
-        "bytes": total_bytes,
+        "bytes": size,
         "tensors": {
             tensor: {"file": file, **finished[file][tensor]}
             for tensor, file in file_of_tensor.items()

@@ -20,15 +20,12 @@ from coterie.checkpoints.manifest import Checksums
 from coterie.checkpoints.quantization_error import ERROR_KEY, quantization_error
 from coterie.families.names import is_expert, quantised_targets
 from coterie.files import OpenFiles, read_errors
-from coterie.model.safetensors_file import DTYPES, TensorEntry, read_chunks, read_rows
+from coterie.model.safetensors_file import DTYPE_NAMES, TensorEntry, read_chunks, read_rows
 from coterie.model.spec import ModelSpec
 from coterie.model.weight_loader import quantise_tensor, read_tensor
 from coterie.model.weights import TensorTarget, packed_shape, quantised_parts
 from coterie.quantization import QTensor, QuantFormat, quantize
 from coterie.values import PackedExperts, Slab
-
-DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
-PAGE_BYTES = 4096  # alignment of packed experts in their file
 
 TensorLayout = tuple[tuple[int, ...], torch.dtype]
 """Shape and dtype of a tensor."""
@@ -44,13 +41,17 @@ class OutputFile(Protocol):
     def name(self) -> str: ...
 
     @property
-    def header(self) -> bytes: ...
-
-    @property
-    def total_bytes(self) -> int: ...
-
-    @property
     def source_bytes(self) -> int: ...
+
+    @property
+    def alignment(self) -> int:
+        """The data starts at a multiple of so many bytes."""
+        ...
+
+    @property
+    def layouts(self) -> Mapping[str, TensorLayout]:
+        """The tensors, in the order in which they are written."""
+        ...
 
     def write(self, sink: BufferedWriter, sources: OpenFiles, on_bytes: ByteCallback) -> Checksums:
         """Write everything after the header; returns the checksums."""
@@ -68,6 +69,7 @@ class ConvertedShard:
     entries: Mapping[str, TensorEntry]
     outputs: Mapping[str, Mapping[str, TensorLayout]]
     expert_format: QuantFormat | None
+    alignment: int = 8
 
     @staticmethod
     def for_source(
@@ -94,15 +96,8 @@ class ConvertedShard:
         return self.source.name
 
     @property
-    def header(self) -> bytes:
-        return safetensors_header(
-            {name: layout for outputs in self.outputs.values() for name, layout in outputs.items()}
-        )
-
-    @property
-    def total_bytes(self) -> int:
-        layouts = (layout for outputs in self.outputs.values() for layout in outputs.values())
-        return len(self.header) + sum(prod(shape) * dtype.itemsize for shape, dtype in layouts)
+    def layouts(self) -> Mapping[str, TensorLayout]:
+        return {name: layout for out in self.outputs.values() for name, layout in out.items()}
 
     @property
     def source_bytes(self) -> int:
@@ -146,20 +141,15 @@ class PackedLayer:
     layer: int
     converted_spec: ModelSpec
     sources: Sequence[tuple[Path, TensorEntry, TensorTarget]]
+    alignment: int = 4096  # a page: experts are read past the system's cache
 
     @property
     def name(self) -> str:
         return f"packed-experts-of-layer-{self.layer}.safetensors"
 
     @property
-    def header(self) -> bytes:
-        return safetensors_header(
-            {self.tensor: (packed_shape(self.converted_spec), torch.uint8)}, PAGE_BYTES
-        )
-
-    @property
-    def total_bytes(self) -> int:
-        return len(self.header) + prod(packed_shape(self.converted_spec))
+    def layouts(self) -> Mapping[str, TensorLayout]:
+        return {self.tensor: (packed_shape(self.converted_spec), torch.uint8)}
 
     @property
     def source_bytes(self) -> int:
@@ -212,20 +202,22 @@ class PackedLayer:
         return Slab(gate_up, down, slot_of)
 
 
-def safetensors_header(layouts: Mapping[str, TensorLayout], alignment: int = 8) -> bytes:
-    """The header of a safetensors file, padded so that the data starts at ``alignment`` bytes."""
+def header(file: OutputFile) -> bytes:
+    """The header of a safetensors file, padded to the file's alignment."""
     entries: dict[str, object] = {"__metadata__": {"format": "pt"}}
     end = 0
-    for name, (shape, dtype) in layouts.items():
+    for name, (shape, dtype) in file.layouts.items():
         start, end = end, end + prod(shape) * dtype.itemsize
-        entries[name] = {
-            "dtype": DTYPE_NAMES[dtype],
-            "shape": list(shape),
-            "data_offsets": [start, end],
-        }
+        offsets = {"data_offsets": [start, end]}
+        entries[name] = {"dtype": DTYPE_NAMES[dtype], "shape": list(shape), **offsets}
     text = json.dumps(entries, separators=(",", ":")).encode()
-    text += b" " * (-(8 + len(text)) % alignment)
+    text += b" " * (-(8 + len(text)) % file.alignment)
     return len(text).to_bytes(8, "little") + text
+
+
+def total_bytes(file: OutputFile) -> int:
+    sizes = (prod(shape) * dtype.itemsize for shape, dtype in file.layouts.values())
+    return len(header(file)) + sum(sizes)
 
 
 def as_bytes(tensor: Tensor) -> memoryview:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from coterie.errors import CheckpointError, clip, quote
 from coterie.files import opened
-from coterie.model.safetensors_file import DTYPES, TensorEntry, not_float_message, read_header
+from coterie.model.safetensors_file import DTYPE_NAMES, TensorEntry, not_float_message, read_header
 from coterie.model.weights import TensorTarget
 from coterie.strict_json import LISTING_FILE, read_object
 
@@ -92,12 +92,11 @@ class Checkpoint:
 
 
 def _dtype_problem(entry: TensorEntry, target: TensorTarget) -> str | None:
-    dtype_names = {dtype: name for name, dtype in DTYPES.items()}
+    name, dtype = clip(entry.name), DTYPE_NAMES[entry.dtype]
     if target.dtype is None and not entry.dtype.is_floating_point:
-        return not_float_message(entry.name, dtype_names[entry.dtype])
+        return not_float_message(name, dtype)
     if target.dtype not in (None, entry.dtype):
-        expected = dtype_names[target.dtype]
-        return f"{entry.name} is {dtype_names[entry.dtype]}, config.json makes it {expected}"
+        return f"{name} is {dtype}, config.json makes it {DTYPE_NAMES[target.dtype]}"
     return None
 
 

@@ -22,6 +22,7 @@ from coterie.strict_json import parse_object
 FLOAT_DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 # The integer types occur only as parts of quantised weights.
 DTYPES = FLOAT_DTYPES | {"I8": torch.int8, "U8": torch.uint8}
+DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 MAX_HEADER_BYTES, MAX_DIMENSIONS = 100_000_000, 8
 CHUNK_BYTES = 4 << 20  # bytes read at once: the processor's caches still hold them when checked
 
@@ -96,7 +97,7 @@ def read_rows(
             for index, rows in read_rows(descriptor, entry.part(entry.shape[1:], outer)):
                 yield (outer, *index), rows
         return
-    count, k = entry.shape
+    count, k = entry.shape[0], entry.shape[-1]
     step = max(1, CHUNK_BYTES // 4 // k)
     for first in range(0, count, step):
         rows = torch.empty(min(step, count - first), k)

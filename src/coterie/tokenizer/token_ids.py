@@ -14,13 +14,12 @@ def read_token_ids(
 
     Raises ConfigError for anything but whole numbers within the vocabulary.
     """
-    value = values.get(key)
-    items = value if isinstance(value, list) else [] if value is None else [value]
-    for item in items:
-        if type(item) is not int or item < 0:
+    value, ids = values.get(key), []
+    for item in value if isinstance(value, list) else [] if value is None else [value]:
+        if not isinstance(item, int) or isinstance(item, bool) or item < 0:
             raise ConfigError(f"{file}: {key} is {quote(value)}, not a token id")
         if item >= vocab_size:
-            raise ConfigError(
-                f"{file}: {key} is {quote(value)}, outside a vocabulary of {vocab_size}"
-            )
-    return tuple(dict.fromkeys(items))
+            problem = f"outside a vocabulary of {vocab_size}"
+            raise ConfigError(f"{file}: {key} is {quote(value)}, {problem}")
+        ids.append(item)
+    return tuple(dict.fromkeys(ids))
