@@ -232,6 +232,7 @@ def agree(
     close(ours.values[0], wide.values[0], NEAR[dtype])
 
 
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # NumPy's, of the interpreter
 def test_a_row_whose_square_overflows_becomes_nan() -> None:
     from coterie.ops.triton import elementwise as kernels
 
