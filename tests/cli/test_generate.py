@@ -7,8 +7,10 @@ import sys
 from pathlib import Path
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
-from coterie.cli.entry import run, with_imports_first
+from coterie.cli.entry import check_repeats, run, utf8_text, with_imports_first
 from coterie.cli.policies import MEANINGS
 from coterie.routing import POLICIES
 from coterie.specs import spec_options
@@ -110,3 +112,32 @@ def test_policies_explains_one(name: str, capsys: Capture) -> None:
 def test_unknown_policy_is_refused(capsys: Capture) -> None:
     assert run(["policies", "des-vot"]) == 2
     assert "des-vote" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("options", "flag"),
+    [
+        (["-n", "4", "--max-new-tokens=5"], "--max-new-tokens"),
+        (["-p", "vanilla", "-p", "des-seq:k=2"], "--policy"),
+    ],
+)
+def test_option_given_twice_is_refused(options: list[str], flag: str, capsys: Capture) -> None:
+    assert run(["generate", "5", *options]) == 2
+    assert f"{flag} is given twice" in capsys.readouterr().err
+
+
+def test_options_that_may_repeat_and_values_like_options_are_accepted() -> None:
+    check_repeats(["compare", "5", "-p", "vanilla", "-p", "topk:k=2"])
+    check_repeats(["generate", "--seed", "1", "--", "--seed"])
+    check_repeats(["generate", "-n", "-n"])
+
+
+@given(text=st.text(st.characters(exclude_categories=["Cs"])))
+def test_arguments_are_read_as_utf8_in_any_locale(text: str) -> None:
+    as_latin = text.encode().decode("ascii", "surrogateescape")
+    assert utf8_text(as_latin) == utf8_text(text) == text
+
+
+def test_more_experts_than_the_model_has_is_remarked(model: str, capsys: Capture) -> None:
+    assert run(["generate", "5", "-m", model, "-n", "2", "-p", "topk:k=100"]) == 0
+    assert "k=4 is the same" in capsys.readouterr().err

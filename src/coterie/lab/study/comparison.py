@@ -1,115 +1,177 @@
-"""An experiment that compares groups of policies by accuracy and unique experts."""
+"""Experiments that compare groups of policies by accuracy, experts and forwards."""
 
 from __future__ import annotations
 
+import tomllib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from functools import partial
+from pathlib import Path
 
 from matplotlib.figure import Figure
 
-from coterie.lab.plotting import (
-    FIGURE_HEIGHT,
-    add_legend,
-    foreground,
-    format_percent,
-    new_axes,
-    policy_style,
-)
-from coterie.lab.study.charts import Series, draw_series, indexed_style, pareto_front
+from coterie.lab.plotting import FIGURE_HEIGHT, indexed_style, policy_style
+from coterie.lab.study.charts import Series, guide_series, line_chart, pareto_front
 from coterie.lab.study.context import StudyContext
 from coterie.lab.study.experiment import (
     Drawing,
+    Entry,
     Experiment,
     ExperimentText,
     Finding,
     Table,
+    decimal_bytes,
     format_p,
-    make_table,
 )
-from coterie.lab.study.results import VariantResult, VariantResults, VariantsRecord
-from coterie.lab.study.variants import NO_RIVALS, RivalVariants, VariantGroups, run_comparison
+from coterie.lab.study.paired import claim_finding, comparison_table, count_sentence
+from coterie.lab.study.results import JsonObject, Pair, VariantResult, VariantResults
+from coterie.lab.study.variants import Templates, beta_text, run_comparison
 
-ColorBy = Literal["family", "place"]  # a line's style: its policy family's, or by its position
+TEXT = ExperimentText.load("comparison")
+DEFINITIONS = tomllib.loads(Path(__file__).with_name("comparisons.toml").read_text("utf-8"))
+CONDITIONS = {
+    "size": "at the same size",
+    "beta": "at the same beta",
+    "experts": "at equal experts",
+}
 
 
 @dataclass(frozen=True)
-class PolicyComparison(Experiment):
-    """Accuracy against experts for groups of policies.
+class GroupComparison:
+    """Whether the group ``second`` is better than the groups ``first``, as in comparisons.toml."""
 
-    ``groups`` and ``rivals`` depend on K, the experts of a token.
-    """
+    second: str
+    first: Sequence[str]
+    at: str = "size"
+    claim: str = ""
+    name: str = ""  # of ``first``
+    label: str = ""  # of a comparison without a claim
 
-    text: ExperimentText
-    groups: Callable[[int], VariantGroups]
-    make_findings: Callable[[VariantResults], Sequence[Finding | str]]
-    rivals: Callable[[int], RivalVariants] = lambda _: NO_RIVALS
-    color_by: ColorBy = "family"
-    show_pareto: bool = False
-    figures: Mapping[str, Sequence[str]] = field(default_factory=dict)  # figure -> its groups
-    make_tables: Callable[[VariantResults], Sequence[Table]] = lambda _: ()
+    def pairs(self, results: VariantResults) -> list[Pair]:
+        """(a first result, a second one)."""
+        firsts = [result for label in self.first for result in results.groups.get(label, ())]
+        seconds = results.groups.get(self.second, ())
+        if self.at == "size":
+            return list(zip(firsts, seconds, strict=True))
+        if self.at == "beta":
+            all_pairs = ((a, b) for a in firsts for b in seconds)
+            return [(a, b) for a, b in all_pairs if beta_text(a.policy) == beta_text(b.policy)]
+        families = ({r.family for r in firsts}, {r.family for r in seconds})
+        either_way = (pair for a, b in results.pairs for pair in ((a, b), (b, a)))
+        return [
+            (a, b) for a, b in either_way if a.family in families[0] and b.family in families[1]
+        ]
 
-    def measure(self, context: StudyContext) -> VariantsRecord:
-        k = context.engine.model.spec.router.k
-        return run_comparison(context, self.groups(k), matched=self.rivals(k))
-
-    def drawings(self, record: VariantsRecord) -> Sequence[Drawing]:
-        results = self._results(record)
-
-        def make_drawing(name: str, labels: Sequence[str]) -> Drawing:
-            def draw() -> Figure:
-                return draw_comparison(results, labels, self.color_by, pareto=self.show_pareto)
-
-            return Drawing(name, self.text.caption("figure"), draw)
-
-        views = self.figures or {self.name: ()}
-        return [make_drawing(name, labels) for name, labels in views.items()]
-
-    def tables(self, record: VariantsRecord) -> Sequence[Table]:
-        results = self._results(record)
-        n = len(results.vanilla.correct_flags())
-        caption = f"Every policy on the same {n} problems. Forwards are per block."
-        return [variant_table(results, caption), *self.make_tables(results)]
-
-    def findings(self, record: VariantsRecord) -> Sequence[Finding | str]:
-        return self.make_findings(self._results(record))
-
-    def _results(self, record: VariantsRecord) -> VariantResults:
-        return VariantResults.from_record(record, list(self.groups(record["k"])))
+    def finding(self, text: ExperimentText, results: VariantResults) -> Finding | str:
+        pairs, name = self.pairs(results), self.name or " or ".join(self.first)
+        names = {"second": self.second, "first": name, "condition": CONDITIONS[self.at]}
+        if self.claim:
+            return claim_finding(text.claim(self.claim), pairs, **names)
+        unit = "sizes" if self.at == "size" else "comparisons"
+        return count_sentence(pairs, unit, self.label, **names)
 
 
 def draw_comparison(
     results: VariantResults,
     labels: Sequence[str] = (),
-    color_by: ColorBy = "family",
     *,
+    by_family: bool = True,
     pareto: bool = False,
 ) -> Figure:
     """One line per group with Wilson intervals; vanilla is a star and a dotted line.
 
-    ``pareto`` adds the Pareto front over all groups.
+    Lines are styled by the family of their policies, or by their position. ``pareto`` adds the
+    Pareto front over all groups.
     """
-    shown = {label: results.groups[label] for label in labels or results.groups}
-    x_label, height = unique_experts_label(results), FIGURE_HEIGHT + 0.15 * len(shown)
-    figure, ax = new_axes(x_label, "accuracy", height=height)
-    for index, (label, group) in enumerate(shown.items()):
-        by_family = color_by == "family"
-        style = policy_style(group[-1].policy) if by_family else indexed_style(index)
-        ordered = sorted(group, key=lambda result: result.experts)
-        xs, ys = [r.experts for r in ordered], [r.accuracy for r in ordered]
-        draw_series(ax, Series(label, xs, ys, style, intervals=[r.interval for r in ordered]))
-    vanilla = results.vanilla
-    ax.axhline(vanilla.accuracy, color=foreground(), lw=0.7, ls=(0, (1, 3)))
-    draw_series(ax, vanilla_series(vanilla, vanilla.accuracy))
+    groups = {label: results.groups[label] for label in labels or results.groups}
+    groups = {label: group for label, group in groups.items() if group}
+    series = [
+        group_series(label, group, None if by_family else index)
+        for index, (label, group) in enumerate(groups.items())
+    ]
+    series.append(vanilla_series(results.vanilla, results.vanilla.accuracy))
     if pareto:
-        front = pareto_front(results.all, lambda r: (r.experts, r.accuracy))
-        xs, ys = [r.experts for r in front], [r.accuracy for r in front]
-        style = {"color": foreground(), "lw": 0.9, "ls": (0, (1, 2))}
-        ax.step(xs, ys, where="post", label="Pareto front", **style)
-    ax.set(ylim=(-0.02, 1.03), xlim=(0, None))
-    format_percent(ax)
-    add_legend(ax, columns=3 if color_by == "family" and len(shown) > 4 else 2)
-    return figure
+        front = pareto_front([(r.experts, r.accuracy) for r in results.all], lambda point: point)
+        xs, ys = zip(*front, strict=True)
+        series.append(guide_series(xs, ys, "Pareto front", line=(0, (1, 2)), width=0.9, steps=True))
+    return line_chart(
+        series,
+        unique_experts_label(results),
+        "accuracy",
+        xlim=(0, None),
+        ylim=(-0.02, 1.03),
+        percent="y",
+        level=results.vanilla.accuracy,
+        columns=3 if by_family and len(groups) > 4 else 2,
+        height=FIGURE_HEIGHT + 0.15 * len(groups),
+    )
+
+
+@dataclass(frozen=True)
+class PolicyComparison(Experiment):
+    """Groups of policies on the same problems, as defined in comparisons.toml.
+
+    ``findings_after`` those of the comparisons, ``make_tables`` and ``draw`` are for what an
+    experiment has of its own. Without ``draw`` it has no figure.
+    """
+
+    text: ExperimentText
+    groups: Mapping[str, Templates]
+    rivals: Mapping[str, Templates] = field(default_factory=dict)
+    comparisons: Sequence[GroupComparison] = ()
+    charts: Mapping[str, Sequence[str]] = field(default_factory=dict)
+    style: Mapping[str, bool] = field(default_factory=dict)  # options of ``draw``
+    draw: Callable[..., Figure] | None = draw_comparison
+    make_tables: Callable[[ExperimentText, VariantResults], Sequence[Table]] | None = None
+    findings_after: Callable[[ExperimentText, VariantResults], Sequence[Finding | str]] = (
+        lambda *_: ()
+    )
+
+    @staticmethod
+    def load(name: str) -> PolicyComparison:
+        definition = dict(DEFINITIONS[name])
+        comparisons = [GroupComparison(**entry) for entry in definition.pop("comparisons", ())]
+        return PolicyComparison(ExperimentText.load(name), **definition, comparisons=comparisons)
+
+    def measure(self, context: StudyContext) -> JsonObject:
+        return run_comparison(context, self.groups, self.rivals).to_record()
+
+    def drawings(self, record: Entry) -> Sequence[Drawing]:
+        results = self._results(record)
+        if self.draw is None:
+            return []
+        caption, charts = self.text.caption("figure"), self.charts or {self.name: ()}
+        return [
+            Drawing(name, caption, partial(self.draw, results, labels, **self.style))
+            for name, labels in charts.items()
+        ]
+
+    def tables(self, record: Entry) -> Sequence[Table]:
+        """Every policy, and every matched pair where the text has a caption for them."""
+        results = self._results(record)
+        if self.make_tables:
+            return self.make_tables(self.text, results)
+        oriented = [pair for each in self.comparisons for pair in each.pairs(results)]
+        pairs = [(a, b) if (a, b) in oriented else (b, a) for a, b in results.pairs]
+        has_pairs = pairs and "pairs" in self.text.captions
+        pair_tables = [comparison_table(pairs, self.text.caption("pairs"))] if has_pairs else []
+        return [variant_table(results), *pair_tables]
+
+    def findings(self, record: Entry) -> Sequence[Finding | str]:
+        results = self._results(record)
+        compared = (comparison.finding(self.text, results) for comparison in self.comparisons)
+        return [*compared, *self.findings_after(self.text, results)]
+
+    def _results(self, record: Entry) -> VariantResults:
+        return VariantResults.from_record(record, list(self.groups))
+
+
+def group_series(label: str, group: Sequence[VariantResult], index: int | None = None) -> Series:
+    """Accuracy against experts, in the style of the policies' family or of a position."""
+    style = policy_style(group[-1].policy) if index is None else indexed_style(index)
+    ordered = sorted(group, key=lambda result: result.experts)
+    xs, ys = [r.experts for r in ordered], [r.accuracy for r in ordered]
+    return Series(label, xs, ys, style, intervals=[r.interval for r in ordered])
 
 
 def vanilla_series(vanilla: VariantResult, y: float) -> Series:
@@ -120,24 +182,28 @@ def unique_experts_label(results: VariantResults) -> str:
     return f"unique experts of {results.experts}, per layer and forward"
 
 
-def variant_table(results: VariantResults, caption: str) -> Table:
+def variant_table(results: VariantResults, caption: str | None = None) -> Table:
     """One policy per row: accuracy, the paired change against vanilla, experts and forwards."""
-    vanilla = results.vanilla
-    changes = {result.name: result.compare_to(vanilla) for result in results.all}
+    n = results.vanilla.accuracy_share().n
+    caption = caption or TEXT.caption("table", n=n)
+    return TEXT.table("variants", variant_rows(results), caption=caption)
 
-    def unless_vanilla(text: Callable[[VariantResult], str]) -> Callable[[VariantResult], str]:
-        return lambda result: "" if result.name == vanilla.name else text(result)
 
-    return make_table(
-        caption,
-        list({result.name: result for result in results.all}.values()),
-        {
-            "policy": "{0.name}",
-            "accuracy, 95 %": "{0.accuracy:.1%}, {0.interval[0]:.1%} to {0.interval[1]:.1%}",
-            "against vanilla": unless_vanilla(lambda r: f"{changes[r.name].difference:+.1%}"),
-            "p": unless_vanilla(lambda r: format_p(changes[r.name].p_value, bare=True)),
-            "relative": lambda result: result.relative_accuracy(vanilla),
-            "experts": "{0.experts:.1f}",
-            "forwards": "{0.forwards_per_block:.2f}",
-        },
-    )
+def variant_rows(results: VariantResults) -> list[dict[str, object]]:
+    """One row per policy, vanilla first: the result ``r``, and values against vanilla."""
+    vanilla, rows = results.vanilla, []
+    for result in results.all:
+        change = result.compare_to(vanilla)
+        is_other = result is not vanilla
+        rows.append(
+            {
+                "r": result,
+                "change": change,
+                "difference": f"{change.difference:+.1%}" if is_other else "",
+                "p": format_p(change.p_value, bare=True) if is_other else "",
+                "relative": result.relative_accuracy(vanilla),
+                "bytes": decimal_bytes(result.expert_bytes),
+                "share": result.experts_per_block / vanilla.experts_per_block,
+            }
+        )
+    return rows

@@ -4,29 +4,26 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from statistics import fmean
+from functools import partial
 
 from torch import Tensor
 
-from coterie.lab.evals.generation import EvalRequest, GenerationOutcome, generate_outcomes
+from coterie.lab.evals.generation import EvalRequest, generate_outcomes
+from coterie.lab.evals.run import EvalResult, Variant, make_answer
+from coterie.lab.evals.task import Grade
 from coterie.lab.study.comparison import draw_comparison, variant_table
 from coterie.lab.study.context import BATCH_SIZE, StudyContext
-from coterie.lab.study.experiment import Drawing, Experiment, ExperimentText, Finding, Table
-from coterie.lab.study.paired import claim_finding, compare_pairs
-from coterie.lab.study.results import VariantResult, VariantResults, VariantsRecord
-from coterie.lab.study.variants import MAIN_BETAS, beta_variants, run_comparison
-from coterie.routing import DesVote
+from coterie.lab.study.experiment import Drawing, Entry, Experiment, ExperimentText, Finding, Table
+from coterie.lab.study.paired import claim_finding
+from coterie.lab.study.results import JsonObject, VariantResult, VariantResults
+from coterie.lab.study.variants import expand_policies, run_comparison
+from coterie.routing import parse_policy
 from coterie.routing.router import select_topk
 from coterie.values import Policy, Scores, expert_mask
 
 FULL_K_LABEL = "all of a token's experts"
-
-
-class HalfKRecord(VariantsRecord):
-    """``narrow`` are the names of the results with ``half`` of the model's K."""
-
-    half: int
-    narrow: list[str]
+NO_GRADE = Grade(correct=False, extracted=None)
+POLICIES = "des-vote:beta={0.15,0.3,0.5}"
 
 
 @dataclass(frozen=True)
@@ -46,35 +43,33 @@ class ExpertsPerTokenExperiment(Experiment):
 
     text = ExperimentText.load("experts-per-token")
 
-    def measure(self, context: StudyContext) -> HalfKRecord:
-        half = max(1, context.engine.model.spec.router.k // 2)
-        full_k_variants = beta_variants("des-vote")
+    def measure(self, context: StudyContext) -> JsonObject:
+        k = context.engine.model.spec.router.k
+        half = max(1, k // 2)
         half_k_results = []
-        for index, (variant, beta) in enumerate(zip(full_k_variants, MAIN_BETAS, strict=True)):
+        for index, variant in enumerate(expand_policies(POLICIES, k)):
             name = f"{variant.name} K={half}"
-            context.on_progress(index / (len(MAIN_BETAS) + 1), name)
-            half_k_results.append(
-                evaluate_policy(context, LimitTopK(DesVote(beta), half), name, variant.policy)
-            )
-        record = run_comparison(context, {FULL_K_LABEL: full_k_variants}, extra=half_k_results)
-        return HalfKRecord(**record, half=half, narrow=[result.name for result in half_k_results])
+            context.on_progress(index / 4, name)
+            policy = LimitTopK(parse_policy(variant.policy), half)
+            half_k_results.append(evaluate_policy(context, policy, name, variant.policy))
+        results = run_comparison(context, {FULL_K_LABEL: POLICIES}, extra=half_k_results)
+        narrow = [result.name for result in half_k_results]
+        return {**results.to_record(), "half": half, "narrow": narrow}
 
-    def drawings(self, record: HalfKRecord) -> Sequence[Drawing]:
-        results = _results_with_half_k(record)
-        caption = self.text.caption("figure")
-        return [Drawing(self.name, caption, lambda: draw_comparison(results, color_by="place"))]
+    def drawings(self, record: Entry) -> Sequence[Drawing]:
+        draw = partial(draw_comparison, _results_with_half_k(record), by_family=False)
+        return [Drawing(self.name, self.text.caption("figure"), draw)]
 
-    def tables(self, record: HalfKRecord) -> Sequence[Table]:
+    def tables(self, record: Entry) -> Sequence[Table]:
         return [variant_table(_results_with_half_k(record), self.text.caption("table"))]
 
-    def findings(self, record: HalfKRecord) -> Sequence[Finding | str]:
+    def findings(self, record: Entry) -> Sequence[Finding | str]:
         results = _results_with_half_k(record)
-        half_k, full_k = (results.groups[label] for label in (_half_k_label(record), FULL_K_LABEL))
+        full_k, half_k = results.groups.values()
         half, k = f"K = {record['half']}", f"K = {results.k}"
-        claim = self.text.claim("full", k=k, half=half)
-        comparisons = compare_pairs(zip(half_k, full_k, strict=True))
-        condition = "at the same coreset"
-        return [claim_finding(claim, comparisons, second=k, first=half, condition=condition)]
+        pairs = list(zip(half_k, full_k, strict=True))
+        claim, at = self.text.claim("full", k=k, half=half), "at the same coreset"
+        return [claim_finding(claim, pairs, second=k, first=half, condition=at)]
 
 
 def evaluate_policy(
@@ -82,48 +77,24 @@ def evaluate_policy(
 ) -> VariantResult:
     """The result of a policy object that has no spelling. Its answers are not stored."""
     per_task = -(-context.num_problems // len(context.tasks))
-    questions = [
+    requests = [
         EvalRequest(task, item, context.engine.generation.replace(**task.generation()))
         for task in context.tasks
         for item in task.items()[:per_task]
     ]
-    batches = generate_outcomes(context.engine, questions, policy, batch_size=BATCH_SIZE)
-    finished = [outcome for batch in batches for outcome in batch]
-    by_question = {(o.request.task.name, o.request.item.id): o for o in finished}
-    in_order = [by_question[question.task.name, question.item.id] for question in questions]
-    results = [outcome.result for outcome in in_order if outcome.result is not None]
-    weights = [result.experts.forwards for result in results]
-    seconds = sum(outcome.seconds for outcome in finished)
-    return VariantResult(
-        name=name,
-        policy=policy_spec,
-        generation={},
-        right=_grade_digits(in_order),
-        experts=fmean((result.experts.mean for result in results), weights),
-        expert_bytes=fmean((result.expert_bytes for result in results), weights),
-        vote_mass_kept=fmean((result.vote_mass_kept for result in results), weights),
-        forwards_per_block=sum(r.forwards for r in results) / sum(r.blocks for r in results),
-        new_tokens=fmean(result.new_tokens for result in results),
-        tokens_per_second=sum(result.new_tokens for result in results) / seconds,
-        failed=len(in_order) - len(results),
-    )
+    answers = {}
+    for outcomes in generate_outcomes(context.engine, requests, policy, batch_size=BATCH_SIZE):
+        for outcome in outcomes:
+            result, request = outcome.result, outcome.request
+            grade = request.task.grade(result.text, request.item) if result else NO_GRADE
+            answers[request.task.name, request.item.id] = make_answer(name, outcome, grade)
+    in_order = tuple(answers[request.task.name, request.item.id] for request in requests)
+    eval_result = EvalResult(Variant(policy_spec), in_order)
+    return replace(VariantResult.from_eval_result(eval_result), name=name)
 
 
-def _grade_digits(outcomes: Sequence[GenerationOutcome]) -> dict[str, str]:
-    """Task -> "0110", one digit per item."""
-    digits: dict[str, str] = {}
-    for outcome in outcomes:
-        task, item, result = outcome.request.task, outcome.request.item, outcome.result
-        correct = result is not None and task.grade(result.text, item).correct
-        digits[task.name] = digits.get(task.name, "") + str(int(correct))
-    return digits
-
-
-def _half_k_label(record: HalfKRecord) -> str:
-    return f"{record['half']} of them"
-
-
-def _results_with_half_k(record: HalfKRecord) -> VariantResults:
+def _results_with_half_k(record: Entry) -> VariantResults:
+    """Two groups: with all of a token's experts, and with half of them."""
     results = VariantResults.from_record(record, [FULL_K_LABEL])
     half_k = [results.by_name[name] for name in record["narrow"]]
-    return replace(results, groups={**results.groups, _half_k_label(record): half_k})
+    return replace(results, groups={**results.groups, f"{record['half']} of them": half_k})

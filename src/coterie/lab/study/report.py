@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,6 @@ VERDICT_MARKS: Mapping[Verdict, str] = {
     "does not hold": "✗",
     "inconclusive": "?",
 }
-TEMPLATE = Path(__file__).with_name("report.html")
 
 
 @dataclass(frozen=True)
@@ -32,24 +31,8 @@ class RenderedFigure:
 
 
 @dataclass(frozen=True)
-class RecordSource:
-    """The provenance of an experiment's numbers; ``path`` is that of the record."""
-
-    path: str
-    command: str
-    when: str
-    commit: str
-    machine: str
-    versions: str
-    seconds: float
-    model: str
-    items: int
-    prompts: int
-
-
-@dataclass(frozen=True)
 class ReportSection:
-    """One section of the page; after a ``failure`` it has the parts that could be rendered."""
+    """One section of the page; after a ``failure`` it has neither findings nor figures."""
 
     name: str
     title: str
@@ -57,7 +40,7 @@ class ReportSection:
     figures: tuple[RenderedFigure, ...] = ()
     tables: tuple[Table, ...] = ()
     findings: tuple[Finding, ...] = ()
-    source: RecordSource | None = None
+    record: Mapping[str, Any] | None = None  # the provenance of the numbers
     failure: str | None = None
 
 
@@ -79,14 +62,12 @@ class ReportedClaim:
 
 def collect_claims(sections: Sequence[ReportSection]) -> list[ReportedClaim]:
     """Every claim once per experiment, in the order of the page."""
-    by_key: dict[tuple[str, str], ReportedClaim] = {}
-    for section in sections:
-        for finding in section.findings:
-            if finding.verdict is not None:
-                key = section.name, finding.claim
-                verdicts = by_key[key].verdicts if key in by_key else ()
-                by_key[key] = ReportedClaim(finding.claim, section, (*verdicts, finding.verdict))
-    return list(by_key.values())
+    return [
+        ReportedClaim(claim, section, tuple(f.verdict for f in tested if f.claim == claim))
+        for section in sections
+        if (tested := [finding for finding in section.findings if finding.verdict is not None])
+        for claim in dict.fromkeys(finding.claim for finding in tested)
+    ]
 
 
 def make_section(
@@ -97,70 +78,77 @@ def make_section(
     schemes: Sequence[ColourScheme] = SCHEMES,
 ) -> ReportSection:
     """Render an experiment from its record; without ``schemes`` the figures have no SVG."""
-    section = ReportSection(
-        experiment.name, experiment.text.title, experiment.text.question, failure=failure
-    )
+    text = experiment.text
+    section = ReportSection(text.name, text.title, text.question, record=record, failure=failure)
     if record is None:
         return section
-    section = replace(section, source=record_source(experiment.name, record), failure=None)
-    data, findings = record["facts"], []
+    data = record["facts"]
     try:
-        for finding in experiment.findings(data):
-            findings.append(finding if isinstance(finding, Finding) else Finding(finding))
-        return replace(
-            section,
-            figures=tuple(render_figure(drawing, schemes) for drawing in experiment.drawings(data)),
-            tables=tuple(experiment.tables(data)),
-            findings=tuple(findings),
-        )
+        findings = [f if isinstance(f, Finding) else Finding(f) for f in experiment.findings(data)]
+        figures = [render_figure(drawing, schemes) for drawing in experiment.drawings(data)]
+        tables = tuple(experiment.tables(data))
     # A record of an older version may not render; the other sections must.
     except Exception as error:
-        text = f"{type(error).__name__}: {error}"
-        return replace(
-            section, failure=f"the record cannot be rendered ({text}); measure the experiment again"
-        )
+        reason = f"the record cannot be rendered ({type(error).__name__}: {error})"
+        return replace(section, failure=f"{reason}; measure the experiment again")
+    return replace(section, figures=tuple(figures), tables=tables, findings=tuple(findings))
 
 
-def render_figure(drawing: Drawing, schemes: Sequence[ColourScheme] = SCHEMES) -> RenderedFigure:
+def render_figure(drawing: Drawing, schemes: Sequence[ColourScheme]) -> RenderedFigure:
     """Draw a figure in these colour schemes."""
-    svg: dict[ColourScheme, str] = {
-        scheme: render_svg(drawing.draw, name=drawing.name, scheme=scheme) for scheme in schemes
-    }
+    svg = {scheme: render_svg(drawing.draw, name=drawing.name, scheme=scheme) for scheme in schemes}
     return RenderedFigure(drawing.name, drawing.caption, svg)
-
-
-def record_source(name: str, record: Mapping[str, Any]) -> RecordSource:
-    """The provenance in a record."""
-    machine, settings, versions = (record[key] for key in ("machine", "settings", "versions"))
-    memory_mib = machine.get("memory_mib")
-    return RecordSource(
-        path=f"records/{name}.json",
-        command=" ".join(record["command"]),
-        when=record["when"],
-        commit=record["commit"],
-        machine=f"{machine['cores']} cores of {machine['processor']}"
-        + (f", {memory_mib / 1024:.0f} GiB" if memory_mib else "")
-        + ("" if machine["device"] == "cpu" else f", on {machine['device']}"),
-        versions=", ".join(f"{package} {version}" for package, version in versions.items()),
-        seconds=record["seconds"],
-        model=settings["model"],
-        items=settings["items"],
-        prompts=settings["prompts"],
-    )
 
 
 def render_page(sections: Sequence[ReportSection]) -> str:
     """Self-contained HTML: no script, no network access, no other file."""
+    return _render("report.html", sections, autoescape=True, schemes=SCHEMES)
+
+
+def render_markdown(
+    sections: Sequence[ReportSection],
+    *,
+    records: str,
+    experts: str,
+    figures: Collection[str] = (),
+    points: Sequence[tuple[str, str]] = (),
+) -> str:
+    """A Markdown page. ``figures`` are the files in ``figures/``, ``points`` the summary."""
+    values = {"records": records, "experts": experts, "figures": figures, "points": points}
+    return _render("report.md", sections, autoescape=False, **values)
+
+
+def _render(
+    template: str, sections: Sequence[ReportSection], *, autoescape: bool, **values: object
+) -> str:
     environment = jinja2.Environment(
-        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
+        autoescape=autoescape,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
     )
-    sources = [section.source for section in sections if section.source is not None]
-    return environment.from_string(TEMPLATE.read_text(encoding="utf-8")).render(
+    environment.filters |= {"anchor": anchor, "machine": machine_text}
+    text = Path(__file__).with_name(template).read_text(encoding="utf-8")
+    return environment.from_string(text).render(
         sections=sections,
-        schemes=SCHEMES,
         marks=VERDICT_MARKS,
-        model=sources[0].model if sources else "nothing yet",
-        sources=sources,
+        sources=[section.record for section in sections if section.record is not None],
+        titles={section.name: section.title for section in sections},
         claims=collect_claims(sections),
-        failures=[section for section in sections if section.failure is not None],
+        **values,
     )
+
+
+def anchor(title: str) -> str:
+    """The anchor that code hosts generate from a heading."""
+    slug = "".join(sign for sign in title.lower() if sign.isalnum() or sign in " -_")
+    return slug.replace(" ", "-")
+
+
+def machine_text(machine: Mapping[str, Any]) -> str:
+    """Cores, processor, memory and device of a record's machine."""
+    memory_mib, device = machine.get("memory_mib"), machine["device"]
+    memory = f", {memory_mib / 1024:.0f} GiB" if memory_mib else ""
+    on_device = "" if device == "cpu" else f", on {device}"
+    return f"{machine['cores']} cores of {machine['processor']}{memory}{on_device}"

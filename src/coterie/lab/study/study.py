@@ -13,15 +13,16 @@ from typing import Annotated, Any, Protocol
 from coterie.checkpoints.fingerprint import fingerprint
 from coterie.engine.engine import Engine
 from coterie.errors import ConfigError, CoterieError
+from coterie.files import atomic_write
 from coterie.keys import Key, to_json
 from coterie.lab.evals.task import Task
 from coterie.lab.records import make_record, write_record
-from coterie.lab.study.ablations import BEYOND, CONTROL, MASS, PROTECTION, VOTERS, VOTES
-from coterie.lab.study.accuracy import ACCURACY, CORESET_SIZE
+from coterie.lab.study.accuracy import ACCURACY, BEYOND, CORESET_SIZE, TABLE_ONE
 from coterie.lab.study.blocks import BlockSizeExperiment
 from coterie.lab.study.breakdown import BreakdownExperiment
 from coterie.lab.study.cached_grading import CachedGradesTask
-from coterie.lab.study.context import StudyContext
+from coterie.lab.study.comparison import PolicyComparison
+from coterie.lab.study.context import StudyContext, read_record
 from coterie.lab.study.experiment import Experiment
 from coterie.lab.study.expert_cache_report import ExpertCacheExperiment
 from coterie.lab.study.experts_per_token import ExpertsPerTokenExperiment
@@ -29,17 +30,12 @@ from coterie.lab.study.explosion import ExplosionExperiment
 from coterie.lab.study.importance import ImportanceExperiment
 from coterie.lab.study.latency import LatencyExperiment
 from coterie.lab.study.maps import MapsExperiment
-from coterie.lab.study.predictors import PredictorsExperiment
 from coterie.lab.study.reconstruction import ReconstructionExperiment
 from coterie.lab.study.report import ReportSection, make_section, render_page
 from coterie.lab.study.roofline import RooflineExperiment
 from coterie.lab.study.selection import SelectionExperiment
-from coterie.lab.study.speed import ForwardCountExperiment, SpeedExperiment
-from coterie.lab.study.steps import StepsExperiment
-from coterie.lab.study.table import TableOneExperiment
+from coterie.lab.study.speed import FORWARDS, SpeedExperiment
 from coterie.lab.study.tradeoff import TradeoffExperiment
-from coterie.lab.study.votes import VoteFidelityExperiment
-from coterie.routing import update_policies_in_json
 
 REPORT = "report.html"
 
@@ -69,11 +65,9 @@ class StudyObserver(Protocol):
 
 @dataclass(frozen=True)
 class ExperimentOutcome:
-    """The outcome of one experiment; ``failure`` explains a missing record or figure."""
+    """``failure`` explains a missing record or figure."""
 
-    experiment: Experiment
-    record: Mapping[str, Any] | None = None
-    measured: bool = False  # in this run; otherwise the record was there
+    measured: bool  # in this run; otherwise the record was there
     failure: str | None = None
 
 
@@ -99,6 +93,7 @@ def run_study(
     selected = select_experiments([*names, *rerun] if names else [], available)
     select_experiments(list(rerun), available)
     settings = settings_of(engine, tasks, config)
+    digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:12]
     context = StudyContext(
         engine=engine,
         tasks=[CachedGradesTask(task) for task in tasks],
@@ -107,35 +102,38 @@ def run_study(
         num_prompts=config.prompts,
         seed=config.seed,
         on_progress=observer.on_progress,
-        answers=folder / "items" / digest(settings),
+        answers=folder / "items" / digest,
     )
     sections = []
     for experiment in available.values():
-        if experiment not in selected:
-            record = _read_valid_record(folder / "records", experiment.name, settings)
-            sections += [] if record is None else [make_section(experiment, record)]
-            continue
-        observer.on_experiment_start(experiment, selected)
-        experiment_context = replace(context, used_records={})
-        outcome = _run_experiment(
-            experiment_context, experiment, settings, command, rerun=experiment.name in rerun
-        )
-        sections.append(make_section(experiment, outcome.record, outcome.failure))
-        observer.on_experiment_end(replace(outcome, failure=sections[-1].failure))
+        name, is_selected, failure = experiment.name, experiment in selected, None
+        if is_selected:
+            observer.on_experiment_start(experiment, selected)
+        record = None if name in rerun else _read_valid_record(folder / "records", name, settings)
+        is_measured = is_selected and record is None
+        if is_measured:
+            try:
+                record = _measure(replace(context, used_records={}), experiment, settings, command)
+            # No failure of one experiment may stop the study.
+            except Exception as error:
+                kind = "" if isinstance(error, CoterieError) else f"{type(error).__name__}: "
+                failure = f"{kind}{error}"
+        if is_selected or record is not None:
+            sections.append(make_section(experiment, record, failure))
+        if is_selected:
+            observer.on_experiment_end(ExperimentOutcome(is_measured, sections[-1].failure))
     write_report(folder, sections)
     return sections
 
 
-def write_report(folder: Path, sections: Sequence[ReportSection]) -> Path:
+def write_report(folder: Path, sections: Sequence[ReportSection]) -> None:
     """Write the page, and its figures as files in ``figures``."""
     figures = folder / "figures"
     figures.mkdir(parents=True, exist_ok=True)
     for figure in (figure for section in sections for figure in section.figures):
         for scheme, svg in figure.svg.items():
-            (figures / f"{figure.name}-{scheme}.svg").write_text(svg + "\n", encoding="utf-8")
-    path = folder / REPORT
-    path.write_text(render_page(sections), encoding="utf-8")
-    return path
+            atomic_write(figures / f"{figure.name}-{scheme}.svg", f"{svg}\n".encode())
+    atomic_write(folder / REPORT, render_page(sections).encode())
 
 
 def select_experiments(
@@ -168,86 +166,40 @@ def settings_of(engine: Engine, tasks: Sequence[Task], config: StudyConfig) -> d
     }
 
 
-def digest(settings: Mapping[str, object]) -> str:
-    return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:12]
-
-
-def _run_experiment(
+def _measure(
     context: StudyContext,
     experiment: Experiment,
     settings: Mapping[str, object],
     command: Sequence[str],
-    *,
-    rerun: bool,
-) -> ExperimentOutcome:
-    """The experiment's record, measured where no valid one exists."""
-    folder = context.folder / "records"
-    saved = None if rerun else _read_valid_record(folder, experiment.name, settings)
-    if saved is not None:
-        return ExperimentOutcome(experiment, saved)
+) -> Mapping[str, Any]:
+    """The experiment's new record, as it was written."""
     start = time.perf_counter()
-    try:
-        data = experiment.measure(context)
-        content = {
-            **make_record(experiment.name, command, [], facts=data, device=str(settings["device"])),
-            "about": experiment.text.title,
-            "seconds": round(time.perf_counter() - start, 1),
-            "settings": settings,
-            "read": context.used_records,
-        }
-        path = write_record(folder, content)
-    # No failure of one experiment may stop the study.
-    except Exception as error:
-        return ExperimentOutcome(experiment, failure=_format_error(error))
-    return ExperimentOutcome(
-        experiment, json.loads(path.read_text(encoding="utf-8")), measured=True
-    )
+    data = experiment.measure(context)
+    content = {
+        **make_record(experiment.name, command, [], facts=data, device=str(settings["device"])),
+        "about": experiment.text.title,
+        "seconds": round(time.perf_counter() - start, 1),
+        "settings": settings,
+        "read": context.used_records,
+    }
+    path = write_record(context.folder / "records", content)
+    return json.loads(path.read_text(encoding="utf-8"))
 
 
 def _read_valid_record(
     folder: Path, name: str, settings: Mapping[str, object]
 ) -> Mapping[str, Any] | None:
     """The record, if its settings match and the records that it read are unchanged."""
-    content = _read_json(folder / f"{name}.json")
-    if content is None or content.get("settings") != json.loads(json.dumps(settings)):
+    record = read_record(folder, name)
+    if record is None or record.get("settings") != json.loads(json.dumps(settings)):
         return None
-    read = content.get("read")
-    others = read.items() if isinstance(read, dict) else ()
-    for other, when in others:
-        source = _read_json(folder / f"{other}.json")
-        if source is None or source.get("when") != when:
-            return None
-    return content
+    times = dict(record.get("read") or {})
+    sources = {other: read_record(folder, other) or {} for other in times}
+    is_current = all(sources[other].get("when") == when for other, when in times.items())
+    return record if is_current else None
 
 
-def _read_json(path: Path) -> dict[str, object] | None:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return None
-    return update_record(content) if isinstance(content, dict) else None
-
-
-def update_record(content: Mapping[str, Any]) -> dict[str, Any]:
-    """A record with its policies in the current spelling; command and settings are unchanged."""
-    return update_policies_in_json(content, skip_keys=("command", "settings"))
-
-
-def _format_error(error: Exception) -> str:
-    return str(error) if isinstance(error, CoterieError) else f"{type(error).__name__}: {error}"
-
-
-TYPICAL_SECONDS: Mapping[str, int] = {  # for the progress bar; default: half a minute
-    "accuracy": 550,
-    "latency-accuracy": 100,
-    "block-size": 120,
-    "voters": 80,
-    "table-1": 5,
-    "coreset-size": 5,
-    "forwards": 5,
-    "experts": 2400,
-}
-
+ABLATIONS = ("random-control", "votes", "voters", "protection", "mass")
 EXPERIMENTS: dict[str, Experiment] = {
     "explosion": ExplosionExperiment(),
     "roofline": RooflineExperiment(),
@@ -262,17 +214,10 @@ EXPERIMENTS: dict[str, Experiment] = {
     "block-size": BlockSizeExperiment(),
     "experts-per-token": ExpertsPerTokenExperiment(),
     "maps": MapsExperiment(),
-    "table-1": TableOneExperiment(),
-    "random-control": CONTROL,
-    "votes": VOTES,
-    "voters": VOTERS,
-    "protection": PROTECTION,
-    "mass": MASS,
-    "votes-fidelity": VoteFidelityExperiment(),
-    "foretelling": PredictorsExperiment(),  # reads the record `accuracy`
-    "steps": StepsExperiment(),
+    "table-1": TABLE_ONE,
+    **{name: PolicyComparison.load(name) for name in ABLATIONS},
     "beyond": BEYOND,
-    "forwards": ForwardCountExperiment(),
+    "forwards": FORWARDS,
     "speed": SpeedExperiment(),
     "experts": ExpertCacheExperiment(),
 }

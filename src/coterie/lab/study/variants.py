@@ -3,43 +3,46 @@
 from __future__ import annotations
 
 import math
-from bisect import bisect_left
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+
+import numpy as np
 
 from coterie.lab.evals.run import Variant
 from coterie.lab.study.context import StudyContext
-from coterie.lab.study.results import VariantResult, VariantsRecord
+from coterie.lab.study.results import Pair, VariantResult, VariantResults
 from coterie.routing import format_policy, parse_policy
 
 VANILLA = Variant("vanilla")
-ALL_BETAS = (0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.6)  # shares of a layer's experts
-MAIN_BETAS = (0.15, 0.3, 0.5)  # sizes at which variants of a rule are compared
 GUARD_OPTIONS = "voters=before-eos,protect=top1"
 MAX_EXPERT_DIFFERENCE = 0.75  # two variants this close count as at equal experts
 
-VariantGroups = Mapping[str, Sequence[Variant]]  # label of a line -> its variants, smallest first
-# Family of a vote -> the variants that it is compared with at equal experts.
-RivalVariants = Mapping[str, Sequence[Variant]]
-NO_RIVALS: RivalVariants = {}
+Templates = str | Sequence[str]  # of policies, as in comparisons.toml
+NO_RIVALS: Mapping[str, Templates] = {}
 
 
-def beta_variants(
-    family: str, betas: Iterable[float] = MAIN_BETAS, options: str = ""
-) -> list[Variant]:
-    """``family:beta=..`` at every size."""
-    rest = f",{options}" if options else ""
-    return [Variant(format_policy(parse_policy(f"{family}:beta={beta}{rest}"))) for beta in betas]
+def expand_policies(templates: Templates, k: int) -> list[Variant]:
+    """ "topk:k={1,2}" is two policies, and HALF is half of ``k``. Counts from ``k`` are omitted."""
+    variants = []
+    for template in [templates] if isinstance(templates, str) else templates:
+        head, _, rest = template.replace("HALF", str(max(1, k // 2))).partition("{")
+        values, _, tail = rest.partition("}")
+        policies = [f"{head}{value}{tail}" for value in values.split(",")]
+        counts = [policy.partition(":k=")[2] for policy in policies]
+        usable = [p for p, n in zip(policies, counts, strict=True) if int(n or 0) < k]
+        variants += [Variant(format_policy(parse_policy(policy))) for policy in usable]
+    return variants
 
 
-def count_variants(family: str, counts: Iterable[int]) -> list[Variant]:
-    """``family:k=..`` for every count."""
-    return [Variant(f"{family}:k={count}") for count in counts]
+def short_name(policy: str) -> str:
+    """A policy in a legend: "des-vote:beta=0.3, guarded"."""
+    return policy.replace(f",{GUARD_OPTIONS}", ", guarded")
 
 
 def vote_of_size(size: int, total: int, family: str = "des-vote") -> Variant:
     """The vote with a coreset of exactly ``size`` of ``total`` experts."""
-    return beta_variants(family, [math.ceil(size / total * 10_000) / 10_000])[0]
+    beta = math.ceil(size / total * 10_000) / 10_000
+    return Variant(format_policy(parse_policy(f"{family}:beta={beta}")))
 
 
 def coreset_size(policy: str, total: int) -> int:
@@ -54,36 +57,34 @@ def beta_text(policy: str) -> str:
 
 def run_comparison(
     context: StudyContext,
-    groups: VariantGroups,
+    groups: Mapping[str, Templates],
+    rivals: Mapping[str, Templates] = NO_RIVALS,
     *,
-    matched: RivalVariants = NO_RIVALS,
     extra: Sequence[VariantResult] = (),
-) -> VariantsRecord:
-    """Run vanilla and every variant of the groups; the groups include those of ``matched``.
+) -> VariantResults:
+    """Run vanilla, every policy of the groups, and votes with as many experts as the rivals use.
 
-    ``extra`` are results measured elsewhere that the record includes.
+    ``rivals`` are by the family of that vote. ``extra`` are results measured elsewhere that the
+    record includes.
     """
-    share = 0.7 if matched else 1.0
-    all_variants = [VANILLA, *(variant for group in groups.values() for variant in group)]
-    variants = list({variant.name: variant for variant in all_variants}.values())
-    results = {
-        eval_result.policy: VariantResult.from_eval_result(eval_result)
-        for eval_result in context.evaluate(variants, (0.0, share))
-    }
+    spec, share = context.engine.model.spec, 0.7 if rivals else 1.0
+    k = spec.router.k
+    variants = {label: expand_policies(templates, k) for label, templates in groups.items()}
+    by_name = {v.name: v for v in (VANILLA, *(v for group in variants.values() for v in group))}
+    results = {r.name: r for r in context.evaluate(list(by_name.values()), (0.0, share))}
     pairs = [
         pair
-        for family, rivals in matched.items()
+        for family, templates in rivals.items()
         for pair in SizeMatcher(context, results, family).match(
-            [results[variant.name] for variant in rivals], (share, 1.0)
+            [results[rival.name] for rival in expand_policies(templates, k)], (share, 1.0)
         )
     ]
-    vanilla, spec = results[VANILLA.name], context.engine.model.spec
-    return VariantsRecord(
+    return VariantResults(
         experts=spec.router.experts,
-        k=spec.router.k,
+        k=k,
         block=context.engine.generation.block,
-        arms=[result.to_json(vanilla) for result in (*results.values(), *extra)],
-        groups={label: [variant.name for variant in group] for label, group in groups.items()},
+        by_name={**results, **{result.name: result for result in extra}},
+        groups={label: [results[v.name] for v in group] for label, group in variants.items()},
         pairs=pairs,
     )
 
@@ -96,49 +97,43 @@ class SizeMatcher:
     results: dict[str, VariantResult]  # grows
     family: str = "des-vote"
 
+    @property
+    def _total(self) -> int:
+        return self.context.engine.model.spec.router.experts
+
     def match(
         self, others: Sequence[VariantResult], progress_span: tuple[float, float]
-    ) -> list[list[str]]:
-        """(name of the other, name of the vote) for each match within ``MAX_EXPERT_DIFFERENCE``.
+    ) -> list[Pair]:
+        """(other, vote) for each match within ``MAX_EXPERT_DIFFERENCE``.
 
         Two rounds: the first interpolates the size from known results, the second corrects it.
         """
         first, last = progress_span
         middle = first + 0.6 * (last - first)
-        for step in ((first, middle), (middle, last)):
+        for span in ((first, middle), (middle, last)):
             unmatched = [other for other in others if self._nearest_vote(other) is None]
             sizes = {self._estimate_size(other.experts) for other in unmatched}
-            variants = [self._vote_variant(size) for size in sorted(sizes)]
+            variants = [vote_of_size(size, self._total, self.family) for size in sorted(sizes)]
             new_variants = [variant for variant in variants if variant.name not in self.results]
-            for eval_result in self.context.evaluate(new_variants, step) if new_variants else ():
-                self.results[eval_result.policy] = VariantResult.from_eval_result(eval_result)
+            self.results.update({r.name: r for r in self.context.evaluate(new_variants, span)})
         matches = [(other, self._nearest_vote(other)) for other in others]
-        return [[other.name, vote.name] for other, vote in matches if vote is not None]
+        return [(other, vote) for other, vote in matches if vote is not None]
 
-    @property
-    def _num_experts(self) -> int:
-        return self.context.engine.model.spec.router.experts
-
-    def _vote_variant(self, size: int) -> Variant:
-        return vote_of_size(size, self._num_experts, self.family)
-
-    def _vote_results(self) -> list[VariantResult]:
-        """Results of the plain vote at every size that was run."""
-        sizes = (self._vote_variant(size) for size in range(1, self._num_experts + 1))
-        exact = {variant.name for variant in (*sizes, *beta_variants(self.family, ALL_BETAS))}
-        return [result for name, result in self.results.items() if name in exact]
+    def _votes(self) -> list[VariantResult]:
+        """Results of the plain vote, which has no option but its size."""
+        prefix = f"{self.family}:beta="
+        return [r for name, r in self.results.items() if name == f"{prefix}{beta_text(r.policy)}"]
 
     def _nearest_vote(self, other: VariantResult) -> VariantResult | None:
-        distances = [(abs(vote.experts - other.experts), vote) for vote in self._vote_results()]
-        near = [entry for entry in distances if entry[0] <= MAX_EXPERT_DIFFERENCE]
-        return min(near, key=lambda entry: entry[0])[1] if near else None
+        def distance(vote: VariantResult) -> float:
+            return abs(vote.experts - other.experts)
+
+        near = [vote for vote in self._votes() if distance(vote) <= MAX_EXPERT_DIFFERENCE]
+        return min(near, key=distance, default=None)
 
     def _estimate_size(self, experts: float) -> int:
         """The coreset size expected to use ``experts``, by linear interpolation."""
-        total = self._num_experts
-        votes = [(vote.experts, coreset_size(vote.policy, total)) for vote in self._vote_results()]
-        curve = sorted([(0.0, 0), *votes, (float(total), total)])
-        index = max(1, min(bisect_left(curve, (experts, 0)), len(curve) - 1))
-        (low, low_size), (high, high_size) = curve[index - 1], curve[index]
-        slope = (high_size - low_size) / (high - low) if high > low else 1.0
-        return max(1, min(total, round(low_size + (experts - low) * slope)))
+        total = self._total
+        votes = [(vote.experts, coreset_size(vote.policy, total)) for vote in self._votes()]
+        ends, sizes = zip(*sorted([(0.0, 0), *votes, (float(total), total)]), strict=True)
+        return max(1, round(float(np.interp(experts, ends, sizes))))
