@@ -15,6 +15,7 @@ from threading import Lock
 from coterie.errors import TokenizerError
 
 WORKER = Path(__file__).with_name("template_worker.py")
+LIBRARY_PATHS = ("LD_LIBRARY_PATH", "DYLD_LIBRARY_PATH")  # the interpreter may need them
 
 
 class TemplateProcess:
@@ -65,10 +66,11 @@ atexit.register(RENDERER.close)
 
 def _start() -> subprocess.Popen[bytes]:
     # Without the environment: a template that escaped its sandbox would find no secrets there.
+    environment = {name: os.environ[name] for name in LIBRARY_PATHS if name in os.environ}
     command = [sys.executable, "-I", str(WORKER), *filter(None, sys.path)]
     pipe, null = subprocess.PIPE, subprocess.DEVNULL
     try:
-        return subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=null, env={})
+        return subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=null, env=environment)
     except OSError as error:
         raise TokenizerError(f"its process does not start ({error.strerror})") from None
 
