@@ -99,9 +99,9 @@ def test_a_stopped_run_continues_and_another_run_is_refused(
         k: v for k, v in after.items() if k in ("policy", "right", "n", "accuracy_low")
     }
     limited = refusal(capsys, *words, "--limit", "2")
-    assert "limit is not set in the folder and 2 in this run" in limited
+    assert "--limit is not set in the folder and 2 in this run" in limited
     few = refusal(capsys, *words, "--expert-dtype", "int8")
-    assert 'experts is not set in the folder and "int8 in groups of 64" in this run' in few
+    assert '--expert-dtype is not set in the folder and "int8 in groups of 64" in this run' in few
     assert run(words) == 0
     assert "all 6 answers are from an earlier run" in capsys.readouterr().err
 

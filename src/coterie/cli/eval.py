@@ -1,6 +1,7 @@
 """``coterie eval``: benchmark accuracy under several policies."""
 
 import sys
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -14,7 +15,7 @@ from coterie.cli import output
 from coterie.cli.eval_output import EvalProgress, accuracy_document, accuracy_tables, live_progress
 from coterie.cli.output import print_note
 from coterie.engine.engine import Engine
-from coterie.errors import ConfigError
+from coterie.errors import ConfigError, CoterieError
 from coterie.lab.evals.report import PolicySummary, summarize
 from coterie.lab.evals.run import Answer, Variant, run_eval, run_identity
 from coterie.lab.evals.summary_csv import csv_row
@@ -22,6 +23,7 @@ from coterie.lab.evals.task import Task, TaskOptions
 from coterie.lab.evals.tasks import open_tasks
 from coterie.lab.problems import PROBLEM_MAKERS
 
+MAX_REASONS, ALL_FAILED = 3, 2
 TITLES = {True: "Embedded tasks by policy", False: "Accuracy by policy"}  # of all its own tasks
 PROBLEMS_HELP = f"Problems of {', '.join(PROBLEM_MAKERS)} (default {o.DEFAULT_PROBLEMS} each)."
 SEED_HELP = "Seed of the problems; with a temperature, of the sampling too."
@@ -74,11 +76,12 @@ def evaluate(
     trust_code: o.TrustCode = False,
     out: Annotated[Path | None, o.output(OUT_HELP, "--out", "-o")] = None, json: o.Json = False,
     csv: o.Csv = False,
-) -> None:  # fmt: skip
+) -> int:  # fmt: skip
     """Measure accuracy on a benchmark under several policies, paired by item, with their traffic.
 
     Vanilla always runs first; each policy is compared with it item by item. With -o every answer is
-    stored, and the same command continues a stopped run.
+    stored, and the same command continues a stopped run. The exit status is 1 where the logits of
+    an item were not finite, and 2 where those of all items were not, or after any other error.
 
     \b
     coterie eval --num-problems 50 -p des-vote:beta=0.3 -p random:beta=0.3
@@ -97,7 +100,9 @@ def evaluate(
     config = EvalConfig(tasks, variants, options, limit, order, batch_size, reset_every, out)
     engine = engine_options.open(count_vanilla=True)
     engines.check_engine(engine, policies or (), options)
-    print_results(engine, config, run_with_progress(engine, config), json=json, csv=csv)
+    summaries = run_with_progress(engine, config)
+    print_results(engine, config, summaries, json=json, csv=csv)
+    return print_failures(summaries)
 
 
 def make_variants(
@@ -122,12 +127,11 @@ def run_with_progress(engine: Engine, config: EvalConfig) -> list[PolicySummary]
         results = run_eval(
             engine, config.tasks, config.variants, config.output, limit=config.limit,
             shuffle_seed=config.shuffle_seed, batch_size=config.batch_size,
-            reset_every=config.reset_every, on_answer=on_answer, options=config.options,
+            reset_every=config.reset_every, on_answer=on_answer, on_remark=print_note,
+            options=config.options, all_variants=True,
         )  # fmt: skip
     if progress.resumed == progress.total:
         print_note(f"all {progress.total} answers are from an earlier run")
-    if progress.failed:
-        print_note(f"{progress.failed} items failed and count as wrong; their error says why")
     return summarize(results, [task.name for task in config.tasks])
 
 
@@ -158,15 +162,27 @@ def print_results(
             terminal.print(*([""] if number else []), accuracy_table, sep="\n")
 
 
+def print_failures(summaries: Sequence[PolicySummary]) -> int:
+    """Says how often items failed and why; returns the exit status."""
+    errors = sum((summary.result.errors for summary in summaries), Counter[str]())
+    for reason, count in errors.most_common(MAX_REASONS):
+        print_note(f"{count} answers failed and count as wrong: {reason}")
+    if len(errors) > MAX_REASONS:
+        print_note(f"and {len(errors) - MAX_REASONS} more reasons")
+    return ALL_FAILED if errors.total() == sum(s.accuracy.n for s in summaries) else bool(errors)
+
+
 @contextmanager
 def _resume_hint(progress: EvalProgress, out: Path | None) -> Iterator[None]:
-    """Says on an early end how many answers are stored."""
+    """Says on an early end how many answers are stored; an error becomes one line."""
     try:
         yield
-    except BaseException:
+    except BaseException as error:
         count = f"{progress.count} of {progress.total} answers are"
         if progress.count and out is None:
             print_note(f"{count} lost; -o DIR stores them")
         elif progress.count:
             print_note(f"{count} in {out}; the same command continues from there")
+        if isinstance(error, Exception) and not isinstance(error, ValueError | OSError):
+            raise CoterieError(f"{type(error).__name__}: {error}") from error
         raise

@@ -124,9 +124,9 @@ def test_a_different_stored_answer_stops_the_run(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("memory", "reset_every", "message"),
     [
-        ("6", 1, "memory.expert_memory is"),
-        ("35%", 2, "memory.lasts is 1 in the folder and 2"),
-        (None, 1, "memory is set in the folder and not set"),
+        ("6", 1, "`expert_memory` is"),
+        ("35%", 2, "`reset_every` is 1 in the folder and 2"),
+        (None, 1, "`expert_memory` is set in the folder and not set"),
     ],
 )
 def test_another_cache_is_another_run(

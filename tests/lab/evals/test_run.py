@@ -137,17 +137,17 @@ def test_a_run_killed_often_answers_every_item_once(tmp_path: Path) -> None:
 
 
 CHANGES: Mapping[str, tuple[Callable[[], object], str]] = {
-    "limit": (lambda: {"limit": 3}, "limit is not set in the folder and 3 in this run"),
-    "order": (lambda: {"shuffle_seed": 1}, "shuffle_seed is not set in the folder and 1"),
-    "generation": (lambda: {"options": {"block": 4}}, "generation.block is 8 in the folder and 4"),
+    "limit": (lambda: {"limit": 3}, "`limit` is not set in the folder and 3 in this run;"),
+    "order": (lambda: {"shuffle_seed": 1}, "`shuffle_seed` is not set in the folder and 1"),
+    "generation": (lambda: {"options": {"block": 4}}, "`block` of task quiz is 8 in the folder and 4"),
     "tokens": (
         lambda: {"options": {"max_new_tokens": 4}},
-        "max_new_tokens is 12 in the folder and 4",
+        "`max_new_tokens` of task quiz is 12 in the folder and 4",
     ),
-    "settings": (lambda: {"tasks": [Quiz(note="x")]}, 'settings.note is "" in the folder and "x"'),
-    "question": (lambda: {"tasks": [Quiz(odd={2: "1 2"})]}, "tasks.quiz.questions is"),
-    "task": (lambda: {"tasks": [Quiz(), Quiz("other")]}, "tasks.other is not set in the folder"),
-    "model": (lambda: {"engine": coterie.load(model("sdar-moe"), block=8)}, "model is"),
+    "settings": (lambda: {"tasks": [Quiz(note="x")]}, '`note` of task quiz is "" in the folder and "x"'),
+    "question": (lambda: {"tasks": [Quiz(odd={2: "1 2"})]}, "the content of the questions of task quiz differs"),
+    "task": (lambda: {"tasks": [Quiz(), Quiz("other")]}, "task other is not set in the folder"),
+    "model": (lambda: {"engine": coterie.load(model("sdar-moe"), block=8)}, "the model differs"),
     "dtype": (
         lambda: {"engine": coterie.load(model(), dtype="bf16", block=8)},
         '"float32" in the folder',
@@ -283,17 +283,40 @@ def test_nan_logits_fail_only_their_item() -> None:
     )
 
 
-def test_prompts_that_do_not_fit_fail_only_their_items() -> None:
-    quiz = Quiz(odd={1: " ".join(["5"] * 510), 3: "95", 5: "7 500"})
-    (result,) = run_eval(engine(), [quiz], [VANILLA], None, batch_size=4)
-    errors = {answer.id: answer.error for answer in result.answers if answer.error}
-    assert list(errors) == ["quiz/1", "quiz/3", "quiz/5"]
-    assert "the model has 512" in str(errors["quiz/1"])
-    assert "outside the vocabulary" in str(errors["quiz/5"])
+def test_answers_are_cut_to_the_room_beside_their_prompt() -> None:
+    quiz = Quiz(odd={1: " ".join(["5"] * 507), 3: " ".join(["5"] * 511)})
+    remarks: list[str] = []
+    (result,) = run_eval(engine(), [quiz], [VANILLA], None, batch_size=4, on_remark=remarks.append)
+    (intact,) = run_eval(engine(), [Quiz()], [VANILLA], None, batch_size=4)
+    assert [a.new_tokens for a in result.answers] == [
+        min(a.new_tokens, {1: 5, 3: 1}.get(n, 12)) for n, a in enumerate(intact.answers)
+    ]
+    assert {a.error for a in result.answers} == {None}
+    assert len(remarks) == 1
+    assert "task quiz: in 2 of 6 items" in remarks[0]
+
+
+def test_a_prompt_without_room_has_an_empty_answer() -> None:
+    quiz, remarks = Quiz(odd={1: " ".join(["5"] * 512)}), list[str]()
+    (result,) = run_eval(engine(), [quiz], [VANILLA], None, batch_size=4, on_remark=remarks.append)
+    full = result.answers[1]
+    assert (full.output, full.finish_reason, full.error) == ("", "length", None)
+    assert "1 prompts leave no room" in remarks[0]
+
+
+@pytest.mark.parametrize("prompt", ["95", "7 500", "pen"])
+def test_a_prompt_that_the_model_cannot_read_is_refused_at_once(
+    prompt: str, tmp_path: Path
+) -> None:
+    with pytest.raises(CoterieError, match="task quiz, quiz/3: "):
+        run_eval(engine(), [Quiz(odd={3: prompt})], [VANILLA], tmp_path / "run")
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_model_without_answers_has_a_summary() -> None:
-    (result,) = run_eval(engine(), [Quiz(count=1, odd={0: "900"})], [VANILLA], None)
+    broken = coterie.load(model(), block=8)
+    broken.model.transformer.embedding[77] = torch.nan
+    (result,) = run_eval(broken, [Quiz(count=1, odd={0: "77"})], [VANILLA], None)
     (line,) = summarize([result], ["quiz"])
     assert (
         line.accuracy.successes,

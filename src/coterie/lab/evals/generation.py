@@ -29,10 +29,10 @@ class EvalRequest:
 
 @dataclass(frozen=True)
 class GenerationOutcome:
-    """A result, or an error message.
+    """A result, or the reason why the model's logits were not finite.
 
-    ``seconds`` is the generation time since the previous outcome. ``row`` is the engine's row; a
-    request that the engine refused has none.
+    A prompt that leaves no room for an answer has neither, and no ``row`` of the engine.
+    ``seconds`` is the generation time since the previous outcome.
     """
 
     request: EvalRequest
@@ -47,7 +47,8 @@ def generate_outcomes(
 ) -> Iterator[list[GenerationOutcome]]:
     """Yields the outcomes of each step that has any; ``seconds`` excludes the caller's work.
 
-    Closing the iterator cancels its rows.
+    ``max_new_tokens`` is cut to what fits beside the prompt. Closing the iterator cancels its rows.
+    Raises every error of the engine but non-finite logits.
     """
     batch, seconds = _RequestBatch(engine, policy, batch_size, deque(requests)), 0.0
     try:
@@ -77,7 +78,7 @@ class _RequestBatch:
         return bool(self.waiting or self.active or self.retries)
 
     def admit(self) -> Iterator[GenerationOutcome]:
-        """Submits requests up to the batch size; yields those that the engine refuses.
+        """Submits requests up to the batch size; yields those that have no room for an answer.
 
         Requests that shared a forward with NaN logits are retried last and one at a time, which
         isolates the request at fault.
@@ -105,13 +106,14 @@ class _RequestBatch:
             self.engine.cancel(row)
 
     def _submit(self, request: EvalRequest) -> Iterator[GenerationOutcome]:
-        options = request.generation.document()
-        try:
-            prompt = request.task.prompt(request.item)
-            self.active[self.engine.submit(prompt, policy=self.policy, **options)] = request
-        # A prompt that the tokenizer or the engine refuses is a failure of this item only.
-        except ValueError as error:
-            yield GenerationOutcome(request, None, str(error))
+        model = self.engine.model
+        ids = model.tokenizer.encode(request.task.prompt(request.item))
+        generation = request.generation.fit(len(ids), model.spec.max_length)
+        if generation is None:
+            yield GenerationOutcome(request, None, None)
+            return
+        number = self.engine.submit(ids, policy=self.policy, **generation.document())
+        self.active[number] = request
 
     def _isolate_failure(self, error: NonFiniteLogitsError) -> Iterator[GenerationOutcome]:
         for row in error.rows:
