@@ -87,8 +87,14 @@ def test_an_unfinished_evaluation_with_a_memory_goes_on(tmp_path: Path) -> None:
     [
         (["--seed", "2"], "--seed of task words is 1 in the folder and 2 in this run"),
         (["--block", "16"], "--block of task words is 32 in the folder and 16 in this run"),
-        (["--plan", "uncached"], '--kv-cache of task words is "block-causal" in the folder and "uncached" in'),
-        (["--imagine-memory", "35%"], "holds another run: --expert-memory is not set in the folder and set"),
+        (
+            ["--plan", "uncached"],
+            '--kv-cache of task words is "block-causal" in the folder and "uncached" in',
+        ),
+        (
+            ["--imagine-memory", "35%"],
+            "holds another run: --expert-memory is not set in the folder and set",
+        ),
     ],
 )
 def test_an_evaluation_of_another_run_is_refused(

@@ -139,13 +139,22 @@ def test_a_run_killed_often_answers_every_item_once(tmp_path: Path) -> None:
 CHANGES: Mapping[str, tuple[Callable[[], object], str]] = {
     "limit": (lambda: {"limit": 3}, "`limit` is not set in the folder and 3 in this run;"),
     "order": (lambda: {"shuffle_seed": 1}, "`shuffle_seed` is not set in the folder and 1"),
-    "generation": (lambda: {"options": {"block": 4}}, "`block` of task quiz is 8 in the folder and 4"),
+    "generation": (
+        lambda: {"options": {"block": 4}},
+        "`block` of task quiz is 8 in the folder and 4",
+    ),
     "tokens": (
         lambda: {"options": {"max_new_tokens": 4}},
         "`max_new_tokens` of task quiz is 12 in the folder and 4",
     ),
-    "settings": (lambda: {"tasks": [Quiz(note="x")]}, '`note` of task quiz is "" in the folder and "x"'),
-    "question": (lambda: {"tasks": [Quiz(odd={2: "1 2"})]}, "the content of the questions of task quiz differs"),
+    "settings": (
+        lambda: {"tasks": [Quiz(note="x")]},
+        '`note` of task quiz is "" in the folder and "x"',
+    ),
+    "question": (
+        lambda: {"tasks": [Quiz(odd={2: "1 2"})]},
+        "the content of the questions of task quiz differs",
+    ),
     "task": (lambda: {"tasks": [Quiz(), Quiz("other")]}, "task other is not set in the folder"),
     "model": (lambda: {"engine": coterie.load(model("sdar-moe"), block=8)}, "the model differs"),
     "dtype": (
