@@ -169,7 +169,8 @@ def print_failures(summaries: Sequence[PolicySummary]) -> int:
         print_note(f"{count} answers failed and count as wrong: {reason}")
     if len(errors) > MAX_REASONS:
         print_note(f"and {len(errors) - MAX_REASONS} more reasons")
-    return ALL_FAILED if errors.total() == sum(s.accuracy.n for s in summaries) else bool(errors)
+    all_failed = errors.total() == sum(summary.accuracy.n for summary in summaries)
+    return ALL_FAILED if all_failed else int(bool(errors))
 
 
 @contextmanager

@@ -118,11 +118,11 @@ def test_eval_ends_with_status_2_and_the_same_command_continues(
     error: Exception, tmp_path: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     command = [
-        *("eval", "--task", "words", "--num-problems", "1", "-n", "32"),
+        *("eval", "--task", "words", "--num-problems", "2", "-n", "32"),
         *("--simulate-expert-memory", "35%", "-o", str(tmp_path)),
     ]
     with monkeypatch.context() as patch:
-        fail_once(patch, SimulatedCacheStore, error, after=12)
+        fail_once(patch, SimulatedCacheStore, error, after=14)
         assert run(command) == 2
     printed = capsys.readouterr()
     assert printed.out == ""
@@ -150,8 +150,8 @@ def rewrite(path: Path) -> None:
 @pytest.mark.parametrize("harm", [Path.unlink, rewrite])
 def test_weights_that_change_end_the_run(harm: Callable[[Path], object], tmp_path: Path) -> None:
     folder = write_checkpoint(tmp_path / "model", "llada2", seed=3)
-    weights, quiz = folder / "model.safetensors", Quiz(count=4)
-    expected = documents(run_eval(coterie.load(folder), [quiz], VARIANTS, None, batch_size=1))
+    weights = folder / "model.safetensors"
+    expected = documents(run_eval(coterie.load(folder), [QUIZ], VARIANTS, None, batch_size=1))
     content, asked = weights.read_bytes(), list[str]()
 
     def on_answer(answer: answer_log.Answer) -> None:
@@ -161,12 +161,12 @@ def test_weights_that_change_end_the_run(harm: Callable[[Path], object], tmp_pat
 
     with pytest.raises((CoterieError, OSError), match=r"model\.safetensors"):
         run_eval(
-            coterie.load(folder), [quiz], VARIANTS, tmp_path / "run", batch_size=1,
+            coterie.load(folder), [QUIZ], VARIANTS, tmp_path / "run", batch_size=1,
             on_answer=on_answer,
         )  # fmt: skip
     assert len(stored(tmp_path / "run")) == 2
     weights.write_bytes(content)
-    again = run_eval(coterie.load(folder), [quiz], VARIANTS, tmp_path / "run", batch_size=1)
+    again = run_eval(coterie.load(folder), [QUIZ], VARIANTS, tmp_path / "run", batch_size=1)
     assert documents(again) == expected
 
 

@@ -132,9 +132,7 @@ def paired_changes(pairs: Sequence[Pair]) -> list[PairedChange]:
     """The second minus the first of each pair, tested together (Holm)."""
     tests = [second.compare_to(first) for first, second in pairs]
     adjusted = holm_adjust([test.p_value for test in tests])
-    return [
-        PairedChange(test, p, test.score_interval) for test, p in zip(tests, adjusted, strict=True)
-    ]
+    return [PairedChange(test, p, test.interval) for test, p in zip(tests, adjusted, strict=True)]
 
 
 @dataclass(frozen=True)
