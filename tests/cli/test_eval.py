@@ -93,6 +93,7 @@ def test_a_stopped_run_continues_and_another_run_is_refused(
     assert names == {"items.jsonl", "run.json", f"{stem}.json", f"{stem}.csv"}
     record = json.loads((tmp_path / f"{stem}.json").read_text())
     assert [line["policy"] for line in record["facts"]["policies"]] == ["vanilla", "des-seq:k=3"]
+    assert "can tell a change" not in again.err
     assert (tmp_path / f"{stem}.csv").read_text() == again.out.replace("\r\n", "\n")
     before, after = (next(csv.DictReader(io.StringIO(printed.out))) for printed in (first, again))
     assert {k: v for k, v in before.items() if k in ("policy", "right", "n", "accuracy_low")} == {
@@ -104,6 +105,40 @@ def test_a_stopped_run_continues_and_another_run_is_refused(
     assert '--expert-dtype is not set in the folder and "int8 in groups of 64" in this run' in few
     assert run(words) == 0
     assert "all 6 answers are from an earlier run" in capsys.readouterr().err
+    record = json.loads((tmp_path / f"{stem}.json").read_text())
+    assert [line["policy"] for line in record["facts"]["policies"]] == ["vanilla", "des-seq:k=3"]
+
+
+def test_a_policy_that_joins_later_keeps_the_earlier_ones(capsys: Capture, tmp_path: Path) -> None:
+    words = [*ASKED[:3], "--num-problems", "2", "-o", str(tmp_path)]
+    for policy in ("des-seq:k=3", "topk:k=4"):
+        assert run([*words, "-p", policy]) == 0
+    assert "2 items can tell a change of more than 65.8%" in capsys.readouterr().err
+    items = tmp_path / "items.jsonl"
+    items.write_text("".join(items.read_text().splitlines(keepends=True)[:5]))
+    assert run([*words, "--csv"]) == 0
+    printed = capsys.readouterr()
+    assert "topk:k=4 has 1 of 2 answers and is left out" in printed.err
+    rows = list(csv.DictReader(io.StringIO(printed.out)))
+    assert [row["policy"] for row in rows] == ["vanilla", "des-seq:k=3"]
+
+
+@pytest.mark.parametrize(("broken", "status"), [({0}, 1), ({0, 1}, 2)])
+def test_failures_are_counted_by_their_reason(
+    broken: set[int], status: int, capsys: Capture, tmp_path: Path
+) -> None:
+    words = [*ASKED[:3], "--num-problems", "2", "-o", str(tmp_path)]
+    assert run(words) == 0
+    items = tmp_path / "items.jsonl"
+    answers = list(map(json.loads, items.read_text().splitlines()))
+    for number in broken:
+        reason = "the head returned NaN or infinite values; no token was written"
+        answers[number] |= {"correct": False, "finish": "error", "error": reason}
+    items.write_text("".join(json.dumps(one) + "\n" for one in answers))
+    capsys.readouterr()
+    assert run(words) == status
+    err = capsys.readouterr().err
+    assert f"{len(broken)} answers failed and count as wrong: the head returned NaN" in err
 
 
 @pytest.mark.parametrize(

@@ -18,6 +18,7 @@ from coterie.engine.engine import Engine
 from coterie.errors import ConfigError, CoterieError
 from coterie.lab.evals.report import PolicySummary, summarize
 from coterie.lab.evals.run import Answer, Variant, run_eval, run_identity
+from coterie.lab.evals.stats import unchanged_bound
 from coterie.lab.evals.summary_csv import csv_row
 from coterie.lab.evals.task import Task, TaskOptions
 from coterie.lab.evals.tasks import open_tasks
@@ -160,6 +161,10 @@ def print_results(
         terminal = output.console()
         for number, accuracy_table in enumerate(accuracy_tables(summaries, terminal)):
             terminal.print(*([""] if number else []), accuracy_table, sep="\n")
+        if len(summaries) > 1:
+            n = summaries[0].accuracy.n
+            bound = f"{unchanged_bound(n):.1%}"
+            print_note(f"{n} items can tell a change of more than {bound} from none")
 
 
 def print_failures(summaries: Sequence[PolicySummary]) -> int:

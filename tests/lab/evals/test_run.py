@@ -247,6 +247,10 @@ def test_a_full_disk_keeps_the_written_answers(tmp_path: Path) -> None:
         (lambda lines: [*lines, lines[0]], "line 13 repeats vanilla quiz quiz/0"),
         (lambda lines: [lines[0], b"{}", *lines[1:]], "line 2 is not an answer"),
         (lambda lines: [lines[0], lines[1][:50], *lines[2:]], "line 2 is not an answer"),
+        (lambda lines: [lines[0], bytes(40), *lines[1:]], "line 2 is not an answer"),
+        (lambda lines: [b"[" * 10**5, *lines], "line 1 is not an answer"),
+        (lambda lines: [b'{"arm": 3}', *lines], "line 1 is not an answer"),
+        (lambda lines: [lines[0].replace(b'"vanilla"', b"3"), *lines[1:]], "line 1 is not an"),
     ],
 )
 def test_a_damaged_file_is_refused_with_the_line(
@@ -259,18 +263,34 @@ def test_a_damaged_file_is_refused_with_the_line(
         run_eval(engine(), [Quiz()], [VANILLA], tmp_path)
 
 
-def test_answers_without_a_run_file_are_refused(tmp_path: Path) -> None:
+@pytest.mark.parametrize("content", [None, b"", bytes(40), b"[]", b"{}", b"[" * 10**5, b"\xff"])
+def test_answers_without_a_run_file_are_refused(content: bytes | None, tmp_path: Path) -> None:
     (tmp_path / "items.jsonl").write_bytes(complete_run()[0])
-    with pytest.raises(CoterieError, match="does not identify"):
+    if content is not None:
+        (tmp_path / "run.json").write_bytes(content)
+    with pytest.raises(CoterieError, match=r"run\.json: does not identify|holds another run"):
         run_eval(engine(), [Quiz()], [VANILLA], tmp_path)
+    assert (tmp_path / "items.jsonl").read_bytes() == complete_run()[0]
 
 
-def test_empty_blocks_after_a_power_cut_are_removed(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "damage", [bytes(100) + b"\n", bytes(100), b"[" * 10**5, b"[]\n", b"{}\n", b'{"arm": "va']
+)
+def test_a_damaged_last_line_is_dropped_with_a_remark(damage: bytes, tmp_path: Path) -> None:
     items, run_config = complete_run()
     (tmp_path / "run.json").write_bytes(run_config)
-    (tmp_path / "items.jsonl").write_bytes(items + bytes(100) + b"\n")
-    run_eval(engine(), [Quiz()], [VANILLA, VOTE], tmp_path)
+    (tmp_path / "items.jsonl").write_bytes(items + damage)
+    remarks: list[str] = []
+    run_eval(engine(), [Quiz()], [VANILLA, VOTE], tmp_path, on_remark=remarks.append)
     assert (tmp_path / "items.jsonl").read_bytes() == items
+    assert remarks == [f"{tmp_path}/items.jsonl: the damaged last line, 13, is dropped"]
+
+
+def test_a_power_cut_at_the_first_answer_starts_again(tmp_path: Path) -> None:
+    for name in ("items.jsonl", "run.json"):
+        (tmp_path / name).write_bytes(bytes(50))
+    run_eval(engine(), [Quiz()], [VANILLA, VOTE], tmp_path, batch_size=3)
+    assert read_answers(tmp_path) == parse_answers(complete_run()[0])
 
 
 def test_nan_logits_fail_only_their_item() -> None:

@@ -248,7 +248,7 @@ def _value_name(section: str, *names: str) -> str:
     name = names[-1] if names else section
     fields = {key.name: name for name, key in keys_of(GenerationConfig).items()} | FIELDS
     label = DIGESTS.get(name, f"`{fields.get(name, name)}`")
-    return f"{label} of task {names[0]}" if section == "tasks" else label
+    return f"{label} of task {names[0]}" if section == "tasks" and names else label
 
 
 def _shorten(value: object) -> str:

@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import logging
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import wraps
 from typing import Never, Protocol
 
 import torch
 from lm_eval.api.model import LM  # pyright: ignore[reportMissingImports]
 from lm_eval.api.registry import register_model  # pyright: ignore[reportMissingImports]
+from lm_eval.api.task import Task  # pyright: ignore[reportMissingImports]
 from tqdm import tqdm
 
 from coterie.engine.engine import load
@@ -24,7 +26,7 @@ from coterie.keys import keys_of, names_of
 from coterie.loading.expert_memory import ExpertMemoryConfig
 from coterie.tokenizer.tokenizer import SubwordTokenizer
 
-NAME = "coterie"
+NAME, OUTPUT_TYPE = "coterie", "generate_until"
 DEFAULT_BATCH_SIZE = 16
 LENGTH_OPTIONS = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")
 SAMPLING_OPTIONS = ("temperature", "top_k", "top_p")
@@ -117,6 +119,8 @@ class CoterieLM(LM):
 
     def generate_until(self, requests: Sequence[HarnessRequest]) -> list[str]:
         """Each answer, cut at the first of its ``until`` strings."""
+        if not self.uses_template and isinstance(self.engine.model.tokenizer, SubwordTokenizer):
+            log.warning(NO_TEMPLATE)
         waiting = list(enumerate(requests))[::-1]
         texts: dict[int, str] = {}
         active: dict[int, tuple[int, tuple[str, ...]]] = {}  # row: request, stop strings
@@ -187,8 +191,22 @@ def run_harness(args: Sequence[str]) -> None:
     """Runs the harness's command with this model registered."""
     from lm_eval.__main__ import cli_evaluate  # pyright: ignore[reportMissingImports]
 
+    if any(arg.removeprefix("--model=") == NAME for arg in args):
+        Task.build_all_requests = _checked(Task.build_all_requests)
     sys.argv = ["lm_eval", *args]
     cli_evaluate()
+
+
+def _checked(build: Callable[..., object]) -> Callable[..., object]:
+    """The harness builds the requests of all tasks before it runs the first one."""
+
+    @wraps(build)
+    def build_all_requests(task: Task, *args: object, **options: object) -> object:
+        if task.OUTPUT_TYPE != OUTPUT_TYPE:
+            raise ConfigError(f"task {task.config.task}: {NO_LIKELIHOOD}")
+        return build(task, *args, **options)
+
+    return build_all_requests
 
 
 def _check_options(options: Mapping[str, object]) -> None:
@@ -252,6 +270,9 @@ def _truncate_at_stop(text: str, stops: Sequence[str]) -> str:
     return text[: min([len(text), *(text.find(stop) for stop in stops if stop in text)])]
 
 
+NO_TEMPLATE = (
+    "the prompts have no chat template; answers of an instruct model need it: apply_chat_template"
+)
 NO_LIKELIHOOD = (
     "a diffusion model has no left-to-right likelihood; choose tasks with "
     "output_type generate_until (such as gsm8k, humaneval, mbpp, minerva_math500)"
