@@ -232,7 +232,7 @@ GSM8K: list[tuple[str, str, bool]] = [
     (
         "138",
         "They pay 46 a day.\nIn all that comes to 138 dollars for the 5 of them in 3 days.",
-        False,
+        True,
     ),
     ("138", "In all that comes to 138 dollars in 3 days of work.", True),
     ("3", "the total is 138 dollars for 5 people over 3 days.", False),

@@ -19,7 +19,6 @@ from coterie.errors import ConfigError, CoterieError
 from coterie.lab.evals.report import PolicySummary, summarize
 from coterie.lab.evals.run import Answer, Variant, run_eval, run_identity
 from coterie.lab.evals.stats import unchanged_bound
-from coterie.lab.evals.summary_csv import csv_row
 from coterie.lab.evals.task import Task, TaskOptions
 from coterie.lab.evals.tasks import open_tasks
 from coterie.lab.problems import PROBLEM_MAKERS
@@ -146,7 +145,7 @@ def print_results(
     )  # fmt: skip
     about = {**identity, "rows": config.batch_size}
     document = accuracy_document(engine.model.name, about, summaries)
-    table = output.format_csv([csv_row(summary) for summary in summaries])
+    table = output.format_csv([summary.csv_row() for summary in summaries])
     if config.output is not None:
         title = TITLES[set(summaries[0].by_task) <= set(PROBLEM_MAKERS)]
         device = str(engine.model.transformer.device)
@@ -163,8 +162,7 @@ def print_results(
             terminal.print(*([""] if number else []), accuracy_table, sep="\n")
         if len(summaries) > 1:
             n = summaries[0].accuracy.n
-            bound = f"{unchanged_bound(n):.1%}"
-            print_note(f"{n} items can tell a change of more than {bound} from none")
+            print_note(f"on {n} items a change below {unchanged_bound(n):.1%} may be chance")
 
 
 def print_failures(summaries: Sequence[PolicySummary]) -> int:

@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 
 from coterie.cli.entry import run
 from coterie.errors import CoterieError
-from coterie.lab.evals.task import Item, TaskOptions
+from coterie.lab.evals.task import Item, QuestionTask, TaskOptions
 from coterie.lab.evals.tasks import TASKS, embedded, gsm8k, math500, open_tasks, source, verify
 from coterie.lab.evals.tasks.latex import is_equivalent
 from coterie.lab.evals.tasks.numbers import find_numbers, latex_to_plain
@@ -339,7 +339,8 @@ def test_missing_examples_are_reported(tmp_path):
 def test_embedded_items_are_held_out_and_a_larger_count_extends_them(seed, count):
     for task in open_tasks(list(MAKERS), TaskOptions("llada2", count=count, seed=seed, trust=True)):
         items = task.items()
-        longer = embedded.EmbeddedTask(task.name, count + 2, seed).items()
+        options = TaskOptions("llada2", count=count + 2, seed=seed, trust=True)
+        longer = embedded.open_embedded(task.name, options).items()
         assert items == longer[:count]
         assert [item.id for item in items] == [f"{task.name}/{seed}/{n}" for n in range(count)]
         problems = embedded._draw_problems(task.name, seed, count)
@@ -487,7 +488,7 @@ def test_the_output_file_is_kept_until_all_is_graded(tmp_path, capsys, monkeypat
     def fail(_task: object, _output: str, _item: Item) -> None:
         raise CoterieError("no sandbox starts any more")
 
-    monkeypatch.setattr(gsm8k.Gsm8k, "grade", fail)
+    monkeypatch.setattr(QuestionTask, "grade", fail)
     monkeypatch.setattr("coterie.lab.evals.grading.GOLD_GRADERS", {})
     data = write_benchmark(tmp_path)
     write_rows(path, [{"id": "gsm8k/0", "output": "1"}])

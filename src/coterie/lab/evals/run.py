@@ -327,7 +327,7 @@ def _check_lengths(
     variants: Collection[Variant],
     options: Mapping[str, object],
 ) -> Iterator[str]:
-    """Checks each prompt and variant; yields a remark for a task whose answers are cut short.
+    """Checks each prompt and variant; yields a remark for a task with answers that are cut.
 
     Raises if the model cannot read a prompt, and if no prompt leaves room for an answer of a length
     that was asked for.

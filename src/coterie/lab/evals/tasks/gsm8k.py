@@ -9,14 +9,13 @@ first ``####``, and ``flexible``, the last number. ``strict`` fails if the promp
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Sequence
 from fractions import Fraction
 from itertools import islice, pairwise
 from pathlib import Path
 
 from coterie.errors import TaskError
-from coterie.lab.evals.task import Grade, Item, TaskOptions
+from coterie.lab.evals.task import QUESTION, Grade, Item, QuestionTask, TaskOptions
 from coterie.lab.evals.tasks.boxed import ANSWER_LINE_START, ZERO_SHOT, find_boxes, strip_end_marks
 from coterie.lab.evals.tasks.numbers import (
     ParsedNumber,
@@ -81,53 +80,28 @@ HARNESS_STRICT = re.compile(r"#### (-?[0-9.,]+)")
 HARNESS_FLEXIBLE = re.compile(r"-?[$0-9.,]{2,}|-?[0-9]+")
 
 
-@dataclass(frozen=True)
-class Gsm8k:
-    """The 1,319 test problems: with ``examples`` from ``train``, or zero-shot with a box."""
+def open_gsm8k(options: TaskOptions) -> QuestionTask:
+    """The 1,319 test problems with examples, or zero-shot with a box.
 
-    source: BenchmarkData
-    questions: tuple[Item, ...]
-    family: str
-    train: BenchmarkData | None = None
-    examples: tuple[Item, ...] = ()
-    name: str = field(default="gsm8k", init=False)
-
-    def settings(self) -> Mapping[str, object]:
-        return {
-            **self.source.settings(),
-            "shots": len(self.examples),
-            "examples": None if self.train is None else self.train.settings(),
-            "template": FEW_SHOT if self.examples else ZERO_SHOT.format(question="{question}"),
-            "counts": "the last box, <answer>, ####; else as said, in bold at the end, or the last",
-            "also": {
-                "strict": HARNESS_STRICT.pattern + " (first)",
-                "flexible": HARNESS_FLEXIBLE.pattern + " (last)",
-            },
-        }
-
-    def generation(self) -> Mapping[str, object]:
-        return {"max_new_tokens": MAX_NEW_TOKENS.get(self.family, 2048)}
-
-    def items(self) -> Sequence[Item]:
-        return self.questions
-
-    def prompt(self, item: Item) -> str:
-        if not self.examples:
-            return ZERO_SHOT.format(question=item.question)
-        shots = [f"{FEW_SHOT.format(question=shot.question)} {shot.gold}" for shot in self.examples]
-        return "\n\n".join([*shots, FEW_SHOT.format(question=item.question)])
-
-    def grade(self, output: str, item: Item) -> Grade:
-        return grade(output, item.gold)
-
-
-def open_gsm8k(options: TaskOptions) -> Gsm8k:
-    """The task with ``options.shots`` examples, or the family's default."""
+    The number of examples is ``options.shots``, or the default of the family.
+    """
     source = read_benchmark(TEST, options.data)
     shots = DEFAULT_SHOTS.get(options.family, 0) if options.shots is None else options.shots
     train = _read_train(source.folder, shots) if shots else None
-    examples = () if train is None else _examples(train, shots)
-    return Gsm8k(source, tuple(_items(source)), options.family, train, examples)
+    about = {
+        **source.settings(),
+        "shots": shots,
+        "examples": None if train is None else train.settings(),
+        "template": FEW_SHOT if shots else ZERO_SHOT,
+        "counts": "the last box, <answer>, ####; else as said, in bold at the end, or the last",
+        "also": {
+            "strict": HARNESS_STRICT.pattern + " (first)",
+            "flexible": HARNESS_FLEXIBLE.pattern + " (last)",
+        },
+    }
+    template = ZERO_SHOT if train is None else "\n\n".join([*_examples(train, shots), FEW_SHOT])
+    length = MAX_NEW_TOKENS.get(options.family, 2048)
+    return QuestionTask("gsm8k", tuple(_items(source)), template, grade, about, length)
 
 
 def grade(output: str, gold: str) -> Grade:
@@ -180,14 +154,13 @@ def _read_train(folder: Path | None, shots: int) -> BenchmarkData:
     return read_benchmark(TRAIN, path)
 
 
-def _examples(train: BenchmarkData, shots: int) -> tuple[Item, ...]:
+def _examples(train: BenchmarkData, shots: int) -> Iterator[str]:
     """The first examples, without calculator notes."""
     if len(train.rows) < shots:
         raise TaskError(f"{train.name} holds {len(train.rows)} examples, not {shots}")
-    return tuple(
-        Item(f"gsm8k/train/{n}", str(row["question"]), ANNOTATION.sub("", str(row["answer"])))
-        for n, row in enumerate(train.rows[:shots])
-    )
+    for row in train.rows[:shots]:
+        answer = ANNOTATION.sub("", str(row["answer"]))
+        yield f"{FEW_SHOT.replace(QUESTION, str(row['question']))} {answer}"
 
 
 def _items(source: BenchmarkData) -> Iterator[Item]:
