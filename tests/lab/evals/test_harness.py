@@ -110,8 +110,8 @@ def test_likelihoods_and_unknown_arguments_are_refused_by_name(tmp_path: Path) -
     process = harness(
         tmp_path, *arguments, "--model_args", "policy=des-vote:beta=0.3,voters=before-eos"
     )
-    assert "unknown model_args 'voters'" in process.stderr
-    assert "a policy with commas needs JSON" in process.stderr
+    assert "model_args: unknown option 'voters'" in process.stderr
+    assert "a policy with commas needs model_args in JSON" in process.stderr
 
 
 @pytest.mark.slow
@@ -213,6 +213,37 @@ def test_a_run_without_the_chat_template_warns(
     assert model.generate_until([]) == []
     assert len(caplog.records) == warnings
     assert all("chat template" in record.message for record in caplog.records)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"voters": "before-eos"}, "unknown option 'voters'.*needs model_args in JSON"),
+        ({"expert_memory": "35%", "batch_size": 2}, "batch_size is 2"),
+        ({"batch_size": "0"}, "batch_size is 0"),
+        ({"eviction": "lfu"}, "eviction has no effect"),
+    ],
+)
+def test_bad_model_args_are_refused_before_a_model_is_loaded(
+    options: dict[str, Any], message: str, stub_harness: Any
+) -> None:
+    with pytest.raises(CoterieError, match=message):
+        stub_harness(lambda _: None).CoterieLM("/no/such/folder", **options)
+
+
+def test_answers_are_cut_at_stop_strings_and_come_in_the_order_of_the_requests(
+    stub_harness: Any,
+) -> None:
+    model = stub_harness(lambda _: None).CoterieLM(batch_size=2, device="cpu", max_gen_toks=64)
+    model.cache_hook = MagicMock()
+    question = "Tom has 3 boxes of 4 pens and gives away 5. How many pens are left?"
+    prompt = model.apply_chat_template([{"role": "user", "content": question}])
+    stops = ([], ["####"], "12", ["no such", "5 = 7"])
+    requests = [SimpleNamespace(args=(prompt, {"until": until})) for until in stops]
+    whole, *cut = model.generate_until(requests)
+    assert whole == model.engine.generate(question).text
+    assert cut == [whole.split(stop)[0] for stop in ("####", "12", "5 = 7")]
+    assert model.engine.rows == ()
 
 
 @pytest.mark.skipif(INSTALLED, reason="the message without the harness")

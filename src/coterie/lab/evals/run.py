@@ -18,8 +18,9 @@ import hashlib
 import json
 import os
 import random
+from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor, wait
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from itertools import groupby
@@ -80,22 +81,29 @@ def run_eval(
     this model cannot run, before anything is written.
     """
     by_name = {variant.name: variant for variant in variants}
-    requests = _make_requests(engine, tasks, limit, shuffle_seed, options)
-    _check_run(engine, tasks, requests, by_name.values(), folder, batch_size=batch_size)
+    requests = [
+        EvalRequest(task, item, _default_generation(engine, task, options))
+        for task in tasks
+        for item in _select_items(task, limit, shuffle_seed)
+    ]
+    if not tasks or not variants:
+        raise TaskError("an evaluation needs at least one task and one variant")
+    _check_run(engine, tasks, requests, folder, batch_size=batch_size)
     for remark in _check_lengths(engine, requests, by_name.values(), options):
         on_remark(remark)
     run_config = run_identity(
         engine, tasks, limit=limit, shuffle_seed=shuffle_seed, reset_every=reset_every,
         options=options,
     )  # fmt: skip
-    scheduler, files = _Scheduler(engine, batch_size, reset_every), ModelFiles.of(engine.model)
+    files = ModelFiles.of(engine.model)
     with AnswerLog(folder, run_config, on_remark) as log, _grader_pool() as graders:
-        keys = {name: [_answer_key(name, request) for request in requests] for name in by_name}
-        for key in (key for names in keys.values() for key in names if key in log.answers):
-            on_answer(log.answers[key])
+        scheduler = _Scheduler(engine, batch_size, reset_every, graders)
+        for key in (_answer_key(name, request) for name in by_name for request in requests):
+            if key in log.answers:
+                on_answer(log.answers[key])
         for chunk in scheduler.chunks(requests):
             for variant in by_name.values():
-                for answers in scheduler.answers(variant, chunk, log.answers, graders):
+                for answers in scheduler.answers(variant, chunk, log.answers):
                     files.check_unchanged()
                     log.add(answers)
                     for answer in answers:
@@ -171,41 +179,57 @@ class _Scheduler:
     engine: Engine
     batch_size: int
     reset_every: int
+    graders: ThreadPoolExecutor
+
+    @property
+    def _has_cache(self) -> bool:
+        return self.engine.model.store.traffic_log is not None
 
     def chunks(self, requests: Sequence[EvalRequest]) -> Iterator[Sequence[EvalRequest]]:
         """Chunks that each variant answers in turn; with a cache, of whole segments."""
         size = CHUNK_FACTOR * self.batch_size
-        if self.engine.model.store.traffic_log is not None:
+        if self._has_cache:
             size = self.reset_every * -(-CHUNK_FACTOR // self.reset_every)
         return (requests[start : start + size] for start in range(0, len(requests), size))
 
     def answers(
-        self,
-        variant: Variant,
-        chunk: Sequence[EvalRequest],
-        stored: Mapping[AnswerKey, Answer],
-        graders: ThreadPoolExecutor,
+        self, variant: Variant, chunk: Sequence[EvalRequest], stored: Mapping[AnswerKey, Answer]
     ) -> Iterator[list[Answer]]:
         """A variant's answers to the items of a chunk that have none, in order of completion."""
-        is_missing = [_answer_key(variant.name, request) not in stored for request in chunk]
-        if self.engine.model.store.traffic_log is None:
-            missing = [r for r, missing in zip(chunk, is_missing, strict=True) if missing]
-            yield from _generate_answers(self.engine, variant, missing, self.batch_size, graders)
+        missing = [r for r in chunk if _answer_key(variant.name, r) not in stored]
+        if not self._has_cache:
+            yield from self._generate(variant, missing)
             return
         for start in range(0, len(chunk), self.reset_every):
-            stop = start + self.reset_every
-            while stop > start and not any(is_missing[stop - 1 : stop]):
-                stop -= 1
-            if stop == start:
-                continue
-            self.engine.reset_cache()
-            segment = chunk[start:stop]
-            for answers in _generate_answers(self.engine, variant, segment, 1, graders):
-                yield [
-                    answer
-                    for answer in answers
-                    if not _check_unchanged(answer, stored.get(answer.key))
-                ]
+            segment = chunk[start : start + self.reset_every]
+            while segment and segment[-1] not in missing:
+                segment = segment[:-1]
+            if segment:
+                self.engine.reset_cache()
+            for answers in self._generate(variant, segment):
+                yield [a for a in answers if not _check_unchanged(a, stored.get(a.key))]
+
+    def _generate(
+        self, variant: Variant, requests: Sequence[EvalRequest]
+    ) -> Iterator[list[Answer]]:
+        """Generates and grades; yields answers in order of completion."""
+        pending: list[tuple[GenerationOutcome, Future[Grade]]] = []
+        in_background = _grades_in_background(self.engine)
+        own_requests = [request.replace(variant.generation) for request in requests]
+        for outcomes in generate_outcomes(
+            self.engine, own_requests, variant.policy, batch_size=self.batch_size
+        ):
+            pending += [(outcome, self.graders.submit(_grade, outcome)) for outcome in outcomes]
+            ready = [entry for entry in pending if entry[1].done() or not in_background]
+            yield _graded(variant, ready)
+            pending = [entry for entry in pending if not any(entry is one for one in ready)]
+        yield _graded(variant, pending)
+
+
+def _graded(
+    variant: Variant, entries: Sequence[tuple[GenerationOutcome, Future[Grade]]]
+) -> list[Answer]:
+    return [make_answer(variant.name, outcome, future.result()) for outcome, future in entries]
 
 
 def _check_unchanged(answer: Answer, stored: Answer | None) -> bool:
@@ -218,35 +242,6 @@ def _check_unchanged(answer: Answer, stored: Answer | None) -> bool:
     return stored is not None
 
 
-def _generate_answers(
-    engine: Engine,
-    variant: Variant,
-    requests: Sequence[EvalRequest],
-    batch_size: int,
-    graders: ThreadPoolExecutor,
-) -> Iterator[list[Answer]]:
-    """Generates and grades; yields answers in order of completion."""
-    pending: list[tuple[GenerationOutcome, Future[Grade]]] = []
-
-    def graded(*, wait_for_all: bool) -> list[Answer]:
-        if wait_for_all:
-            wait([future for _, future in pending])
-        complete, waiting = [], []
-        for entry in pending:
-            (complete if entry[1].done() else waiting).append(entry)
-        pending[:] = waiting
-        return [make_answer(variant.name, outcome, future.result()) for outcome, future in complete]
-
-    in_background = _grades_in_background(engine)
-    variant_requests = [request.replace(variant.generation) for request in requests]
-    for outcomes in generate_outcomes(
-        engine, variant_requests, variant.policy, batch_size=batch_size
-    ):
-        pending += [(outcome, graders.submit(_grade, outcome)) for outcome in outcomes]
-        yield graded(wait_for_all=not in_background)
-    yield graded(wait_for_all=True)
-
-
 def _grades_in_background(engine: Engine) -> bool:
     """Whether to grade during generation; on a CPU both would compete for cores."""
     return engine.model.transformer.device.type != "cpu"
@@ -256,21 +251,6 @@ def _grade(outcome: GenerationOutcome) -> Grade:
     if outcome.result is None:
         return Grade(correct=False, extracted=None)
     return outcome.request.task.grade(outcome.result.text, outcome.request.item)
-
-
-def _make_requests(
-    engine: Engine,
-    tasks: Sequence[Task],
-    limit: int | None,
-    shuffle_seed: int | None,
-    options: Mapping[str, object],
-) -> list[EvalRequest]:
-    return [
-        EvalRequest(task, item, generation)
-        for task in tasks
-        for generation in [_default_generation(engine, task, options)]
-        for item in _select_items(task, limit, shuffle_seed)
-    ]
 
 
 def _select_items(task: Task, limit: int | None, shuffle_seed: int | None) -> list[Item]:
@@ -295,30 +275,23 @@ def _check_run(
     engine: Engine,
     tasks: Sequence[Task],
     requests: Sequence[EvalRequest],
-    variants: Collection[Variant],
     folder: Path | None,
     *,
     batch_size: int,
 ) -> None:
     """Raises for a run that would fail at every item or could not be resumed."""
-    if not tasks or not variants:
-        raise TaskError("an evaluation needs at least one task and one variant")
     if batch_size != 1 and engine.model.store.traffic_log is not None:
         raise TaskError(
             f"`batch_size` is {batch_size}; where not all experts are in memory, an answer may "
             "depend on the others of its batch, so `batch_size` must be 1"
         )
-    task_names = {request.task.name for request in requests}
-    if empty := [task.name for task in tasks if task.name not in task_names]:
-        raise TaskError(f"task {empty[0]} has no items")
     if folder is not None and engine.model.folder is None:
         raise TaskError(f"{engine.model.name}: not from a folder, so its run cannot be resumed")
-    item_keys: set[tuple[str, str]] = set()
-    for request in requests:
-        task, item = request.task.name, request.item.id
-        if (task, item) in item_keys:
-            raise TaskError(f"task {task}: two items have the id {item!r}")
-        item_keys.add((task, item))
+    counts = Counter((request.task.name, request.item.id) for request in requests)
+    if empty := {task.name for task in tasks} - {task for task, _ in counts}:
+        raise TaskError(f"task {min(empty)} has no items")
+    if repeated := [key for key, count in counts.items() if count > 1]:
+        raise TaskError(f"task {repeated[0][0]}: two items have the id {repeated[0][1]!r}")
 
 
 def _check_lengths(
