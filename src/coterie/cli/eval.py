@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
+from coterie.checkpoints.journal import atomic_write
 from coterie.checkpoints.model_info import inspect
 from coterie.cli import engine_options as engines
 from coterie.cli import options as o
@@ -150,7 +151,7 @@ def print_results(
         title = TITLES[set(summaries[0].by_task) <= set(PROBLEM_MAKERS)]
         device = str(engine.model.transformer.device)
         path, _ = output.save_record(config.output, title, document, device=device)
-        path.with_suffix(".csv").write_text(table, encoding="utf-8")
+        atomic_write(path.with_suffix(".csv"), table.encode())
         print_note(f"{path}, {path.stem}.csv")
     if json:
         output.print_document(document)

@@ -69,7 +69,7 @@ def complete_run(reset_every: int) -> tuple[bytes, bytes, list[dict[str, object]
         return *(file.read_bytes() for file in files), documents_of(results)  # type: ignore[return-value]
 
 
-@settings(max_examples=8)
+@settings(max_examples=4)
 @given(st.integers(0, 12), st.sampled_from((1, 4, 6)))
 def test_a_stopped_run_continues_with_the_same_cache(lines: int, reset_every: int) -> None:
     items, run_config, expected = complete_run(reset_every)

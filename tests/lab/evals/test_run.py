@@ -78,7 +78,7 @@ def read_answers(folder: Path) -> dict[tuple[str, str], dict[str, object]]:
     return parse_answers((folder / "items.jsonl").read_bytes())
 
 
-@settings(max_examples=12)
+@settings(max_examples=5)
 @given(st.floats(0, 1))
 def test_a_run_truncated_at_any_byte_continues(fraction: float) -> None:
     items, run_config = complete_run()
@@ -100,8 +100,7 @@ def test_a_run_truncated_at_any_byte_continues(fraction: float) -> None:
     assert [a.from_disk for a in reported] == [True] * remaining.count(b"\n") + [False] * (
         12 - remaining.count(b"\n")
     )
-    expected = run_eval(engine(), [Quiz()], [VANILLA, VOTE], None, batch_size=3)
-    assert answers_by_key_of(results) == answers_by_key_of(expected)
+    assert answers_by_key_of(results) == parse_answers(items)
 
 
 def answers_by_key_of(results: Sequence[EvalResult]) -> dict[tuple[str, str], dict[str, object]]:
@@ -128,7 +127,7 @@ def run_with_kills(folder: Path, kills: int) -> None:
 
 
 def test_a_killed_run_answers_every_item_once(tmp_path: Path) -> None:
-    run_with_kills(tmp_path, 4)
+    run_with_kills(tmp_path, 2)
 
 
 @pytest.mark.slow
@@ -192,7 +191,7 @@ def test_a_later_variant_generates_only_its_own_answers(tmp_path: Path) -> None:
 
 
 @given(st.integers(0, 2**32), st.integers(1, 8))
-@settings(max_examples=20)
+@settings(max_examples=5)
 def test_a_limit_takes_the_first_items_of_the_seeds_order(seed: int, limit: int) -> None:
     def ids(*tasks: Quiz, **arguments: int) -> list[str]:
         (result,) = run_eval(engine(), tasks, [VANILLA], None, **arguments)
