@@ -16,10 +16,12 @@ class Kernels(BuildHookInterface):
 
     def initialize(self, version: str, build_data: dict) -> None:
         script = runpy.run_path(str(Path(self.root) / FOLDER / "build.py"))
+        library = script["LIBRARY_PATH"]
         try:
-            library = script["build"]()
+            if script["is_stale"]():
+                script["build"]()
         except script["NoCompilerError"] as reason:
-            script["LIBRARY"].unlink(missing_ok=True)
+            library.unlink(missing_ok=True)
             self.app.display_warning(f"Coterie will run on PyTorch alone: {reason}")
             return
         build_data["artifacts"].append(f"/{FOLDER / library.name}")

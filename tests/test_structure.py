@@ -253,5 +253,5 @@ def duplicated(lines: dict[Path, list[tuple[int, str]]]) -> set[tuple[str, int]]
 PUBLIC = [
     *("CoterieError", "Denoised", "Engine", "Event", "ExpertMemoryConfig", "ExpertUsage"),
     *("Finished", "GenerationConfig", "LowPrecisionExperts", "POLICIES", "Result"),
-    *("__version__", "format_policy", "load", "parse_policy"),
+    *("__version__", "format_policy", "load", "parse_policy", "register_policy"),
 ]

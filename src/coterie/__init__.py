@@ -11,7 +11,7 @@ from coterie.engine.generation_config import GenerationConfig
 from coterie.errors import CoterieError
 from coterie.loading.expert_memory import ExpertMemoryConfig
 from coterie.loading.low_precision import LowPrecisionExperts
-from coterie.routing import POLICIES, format_policy, parse_policy
+from coterie.routing import POLICIES, format_policy, parse_policy, register_policy
 
 __version__ = "0.1.0"
 
@@ -31,4 +31,5 @@ __all__ = [
     "format_policy",
     "load",
     "parse_policy",
+    "register_policy",
 ]

@@ -1,5 +1,6 @@
 """The application: its help, and the table of its commands."""
 
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -20,6 +21,7 @@ from coterie.cli.study import study
 from coterie.cli.trace import trace
 from coterie.cli.train import train
 from coterie.errors import ConfigError
+from coterie.routing import import_policies, load_installed_policies
 
 COMMANDS = {
     "generate": generate, "compare": compare, "inspect": inspect, "policies": policies,
@@ -27,10 +29,10 @@ COMMANDS = {
     "train": train, "study": study, "trace": trace, "replay": replay_command,
 }  # fmt: skip
 
+IMPORT_HELP = "Python file that registers routing policies (docs/adding.md); for any command."
 PASS_THROUGH = {"ignore_unknown_options": True, "allow_extra_args": True, "help_option_names": []}
 
 app = typer.Typer(
-    add_completion=False,
     rich_markup_mode="rich",
     pretty_exceptions_enable=False,
     context_settings=o.HELP_NAMES,
@@ -44,6 +46,7 @@ app.add_typer(bench, name="bench")
 def coterie_command(
     context: typer.Context,
     version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False,
+    import_file: Annotated[list[Path] | None, typer.Option("--import", help=IMPORT_HELP)] = None,
 ) -> None:
     """Mixture-of-Experts diffusion language models, with one set of experts for each block.
 
@@ -57,6 +60,9 @@ def coterie_command(
     Without --model, a small model in the package answers. It only knows word
     problems, short Python functions and simple algebra.
     """
+    load_installed_policies()
+    for path in import_file or ():
+        import_policies(path)
     if version:
         typer.echo(f"coterie {coterie.__version__}")
         raise typer.Exit

@@ -1,6 +1,6 @@
 """``coterie compare``: several policies on one prompt."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 from rich.table import Table
 
@@ -20,7 +20,9 @@ def compare(
     no_chat_template: o.NoChatTemplate = False, engine_options: engines.EngineOptions,
     coreset_reuse: o.CoresetReuse = None, json: o.Json = False,
 ) -> None:  # fmt: skip
-    """Run several policies on one prompt and print one table; vanilla is always the first.
+    """Run several policies on one prompt; print one table, and each different answer once.
+
+    Vanilla is always the first.
 
     Without --policy, des-vote runs with beta 0.5, 0.3 and 0.15, and des-seq with k=3.
 
@@ -46,7 +48,7 @@ def compare(
         engine.reset_cache()
         results.append(engine.generate(ids, policy=spec, **options, **reuse_by_policy[spec]))
     document = {"prompt": text, "runs": run_documents(engine, results)}
-    print_result(document, comparison_table(results), json=json)
+    print_result(document, comparison_table(results), *answer_texts(results), json=json)
 
 
 def run_documents(engine: Engine, results: Sequence[Result]) -> list[dict[str, object]]:
@@ -58,6 +60,15 @@ def run_documents(engine: Engine, results: Sequence[Result]) -> list[dict[str, o
         document |= {} if result.traffic is None else {"saved": saved_share(result, vanilla)}
         documents.append(document | memory_document(engine, result))
     return documents
+
+
+def answer_texts(results: Sequence[Result]) -> Iterator[str]:
+    """Each different answer once, under the policies that gave it."""
+    policies: dict[str, list[str]] = {}
+    for result in results:
+        policies.setdefault(result.text, []).append(result.policy)
+    for text, names in policies.items():
+        yield f"\n{', '.join(names)}:\n{text}"
 
 
 def saved_share(result: Result, vanilla: Result) -> float | None:

@@ -11,7 +11,12 @@ from rich.progress import DownloadColumn, TransferSpeedColumn
 from coterie.checkpoints.source import EMBEDDED
 from coterie.cli import options as o
 from coterie.cli.output import print_note, progress_bar
-from coterie.decoding.kv_schemes import BlockCausalNoCache, NoCache, parse_plan
+from coterie.decoding.kv_schemes import (
+    BlockCausalCache,
+    BlockCausalNoCache,
+    NoCache,
+    parse_plan,
+)
 from coterie.engine.engine import Engine, load
 from coterie.errors import ConfigError
 from coterie.lab.calibration import read_calibrated_policy
@@ -209,11 +214,27 @@ def check_engine(engine: Engine, specs: Sequence[str], options: GenerationOption
     if "prefill_routing" in options and isinstance(scheme, NoCache | BlockCausalNoCache):
         raise ConfigError(f"--prefill-routing {ignored}: every forward decodes")
     generation = engine.generation.replace(**options)
+    trained = (
+        isinstance(scheme, BlockCausalCache | BlockCausalNoCache)
+        and "edit" not in generation.unmask
+    )
+    if engine.model.name == EMBEDDED and not trained:
+        print_note("the model in the package was trained for block-causal decoding without edits")
     for spec in specs:
+        _note_oversize(engine, spec)
         if spec.startswith(FILE_PREFIX):
             calibrated = read_calibrated_policy(spec.removeprefix(FILE_PREFIX))
             for note in calibrated.check_model(engine.model, generation):
                 print_note(note)
+
+
+def _note_oversize(engine: Engine, spec: str) -> None:
+    """A note for a policy that allows more experts than the model uses or has."""
+    policy, router = parse_policy(canonical_policy(spec)), engine.model.spec.router
+    for name, limit, noun in (("k", router.k, "uses"), ("m", router.experts, "has")):
+        value = getattr(policy, name, None)
+        if isinstance(value, int) and value > limit:
+            print_note(f"{spec}: the model {noun} {limit} experts, so {name}={limit} is the same")
 
 
 def encode_prompt(engine: Engine, prompt: str, *, raw: bool) -> list[int]:

@@ -8,12 +8,15 @@ from contextlib import suppress
 
 import torch
 import typer
+from typer.core import TyperOption
 
 from coterie.cli.app import app
 from coterie.cli.old_names import with_new_names
 from coterie.cli.output import print_note
+from coterie.errors import ConfigError
 
-BAD_INPUT, BROKEN_PIPE = 2, 1
+BAD_INPUT, BROKEN_PIPE, INTERRUPTED = 2, 1, 130
+RESUMABLE = {"study", "quantize"}  # `eval` says itself what it has kept
 FIELD = re.compile(r"`(\w+)(?:=([^`]*))?`")
 OTHER_FIELDS = {  # from field of the library to option
     "capacity": "expert_memory", "simulated": "simulate_expert_memory",
@@ -40,9 +43,12 @@ def run(arguments: Sequence[str]) -> int:
     """The exit status: 0, 2 with one line on stderr for bad input, 130 when interrupted."""
     if sys.stdout is None:
         return _print_error("standard output is closed")
-    arguments = with_new_names(arguments)
     try:
+        arguments = with_imports_first(with_new_names([utf8_text(each) for each in arguments]))
+        check_repeats(arguments)
         status = app(arguments, prog_name="coterie", standalone_mode=False)
+        if status == INTERRUPTED and RESUMABLE.intersection(arguments[:1]):
+            print_note("stopped; the same command continues from what it has kept")
         return status if isinstance(status, int) else 0
     except typer.TyperException as error:
         return _print_error(error.format_message())
@@ -51,6 +57,23 @@ def run(arguments: Sequence[str]) -> int:
         if os.environ.get("COTERIE_DEBUG"):
             raise
         return _print_error(name_flags(_error_message(error), command_flags(arguments)))
+
+
+def with_imports_first(arguments: Sequence[str]) -> list[str]:
+    """The same command line with each --import FILE before the command, where it is an option."""
+    end = arguments.index("--") if "--" in arguments else len(arguments)
+    imports, others, rest = [], [], iter(arguments[:end])
+    for argument in rest:
+        name, equals, _ = argument.partition("=")
+        if name != "--import":
+            others.append(argument)
+        elif equals:
+            imports.append(argument)
+        elif (path := next(rest, None)) is not None:
+            imports += [argument, path]
+        else:
+            raise ConfigError("--import needs a Python file")
+    return [*imports, *others, *arguments[end:]]
 
 
 def name_flags(message: str, flags: Mapping[str, str]) -> str:
@@ -64,16 +87,48 @@ def name_flags(message: str, flags: Mapping[str, str]) -> str:
     return FIELD.sub(flag, message)
 
 
+def utf8_text(argument: str) -> str:
+    """The argument read as UTF-8, also where the locale is another; as it was if it is no UTF-8."""
+    try:
+        return os.fsencode(argument).decode()
+    except UnicodeDecodeError:
+        return argument
+
+
+def check_repeats(arguments: Sequence[str]) -> None:
+    """Raises ConfigError for an option with one value that is given twice."""
+    counts: dict[str, int] = {}
+    options = command_options(arguments)
+    rest = iter(arguments[: arguments.index("--")] if "--" in arguments else arguments)
+    for argument in rest:
+        option = options.get(argument.partition("=")[0])
+        if option is None or option.multiple or option.is_flag:
+            continue
+        flag = max(option.opts, key=len)
+        counts[flag] = counts.get(flag, 0) + 1
+        if counts[flag] > 1:
+            raise ConfigError(f"{flag} is given twice; it takes one value")
+        if "=" not in argument:
+            next(rest, None)
+
+
 def command_flags(arguments: Sequence[str]) -> dict[str, str]:
     """The flag of each option of the command on this command line, by parameter."""
-    command = typer.main.get_command(app)
+    options = command_options(arguments).values()
+    flags = {option.name: max(option.opts, key=len) for option in options}
+    return {field: flag for field, flag in flags.items() if field and flag.startswith("--")}
+
+
+def command_options(arguments: Sequence[str]) -> dict[str, TyperOption]:
+    """The options of the command on this command line, by flag."""
+    command = root = typer.main.get_command(app)
     for name in arguments:
-        subcommands = getattr(command, "commands", {})
-        if name not in subcommands:
+        subcommand = getattr(command, "commands", {}).get(name)
+        if subcommand is None and command is not root:
             break
-        command = subcommands[name]
-    names = {option.name: max(option.opts, key=len) for option in command.params}
-    return {field: flag for field, flag in names.items() if field and flag.startswith("--")}
+        command = subcommand or command
+    options = (each for each in command.params if isinstance(each, TyperOption))
+    return {flag: option for option in options for flag in option.opts}
 
 
 def _error_message(error: Exception) -> str:

@@ -1,7 +1,7 @@
 """``coterie generate``: answers one prompt."""
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Annotated
 
@@ -11,7 +11,7 @@ from coterie.cli import output
 from coterie.cli.live_view import show_live
 from coterie.engine.engine import Engine
 from coterie.engine.events import Denoised, Event, Finished, Result
-from coterie.errors import ConfigError
+from coterie.errors import ConfigError, CoterieError
 from coterie.lab.records import write_json
 from coterie.loading.expert_memory import ExpertMemoryConfig
 from coterie.offload.capacity import format_bytes
@@ -61,7 +61,9 @@ def generate(
     engines.check_engine(engine, [policy], options | reuse)
     ids = engines.encode_prompt(engine, text, raw=no_chat_template)
     events = engine.stream(ids, policy=spec, **options, **reuse)
-    *forwards, last = show_live(engine, events, spec) if live else events
+    if not json:
+        events = show_live(engine, events, spec) if live else print_stream(events)
+    *forwards, last = events
     if not isinstance(last, Finished):
         raise RuntimeError("a stream ended without a result")
     if plot_traffic is not None:
@@ -73,10 +75,26 @@ def generate(
     print_result(engine, last.result, vanilla, json=json, live=live)
 
 
+def print_stream(events: Iterable[Event]) -> Iterator[Event]:
+    """The same events; text goes to standard output as soon as it is final."""
+    unfinished_line = False
+    try:
+        for event in events:
+            if isinstance(event, Denoised) and event.text:
+                print(event.text, end="", flush=True)
+                unfinished_line = True
+            yield event
+    except CoterieError:
+        if unfinished_line:
+            output.print_text("")
+        raise
+    output.print_text("")
+
+
 def print_result(
     engine: Engine, result: Result, vanilla: Result | None, *, json: bool, live: bool
 ) -> None:
-    """Prints the answer; a terminal also gets one line of counts."""
+    """Prints what follows the answer; a terminal also gets one line of counts."""
     if json:
         comparison = {} if vanilla is None else {"vanilla": vanilla_document(result, vanilla)}
         stats = engine.model.store.precision_stats
@@ -84,8 +102,6 @@ def print_result(
         memory = memory_document(engine, result)
         output.print_document(result.to_dict() | memory | precision | comparison)
         return
-    if not live:
-        output.print_text(result.text)
     terminal = output.console(stderr=True)
     if vanilla is not None:
         output.print_text(vanilla_line(result, vanilla))
@@ -130,8 +146,9 @@ def vanilla_document(result: Result, vanilla: Result) -> dict[str, object]:
 def result_summary(result: Result, *, timed: bool) -> str:
     """One line of counts; without times where the live view slowed the run down."""
     speed = f"{result.seconds:.2f} s, {result.tokens_per_second:.1f} tokens/s, " if timed else ""
+    cut = ", where -n cut the answer" if result.finish_reason == "length" else ""
     return (
-        f"{result.new_tokens} tokens in {result.forwards} forwards, {speed}"
+        f"{result.new_tokens} tokens{cut} in {result.forwards} forwards, {speed}"
         f"{result.experts.mean:.1f} of {result.experts.total} experts a layer ({result.policy})"
         f"{'' if result.traffic is None else describe_traffic(result.traffic)}"
     )

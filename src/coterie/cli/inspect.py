@@ -11,13 +11,14 @@ from coterie.checkpoints.model_info import GIB, MemoryFit, ModelInfo
 from coterie.checkpoints.model_info import inspect as read_model_info
 from coterie.checkpoints.source import find_folder
 from coterie.cli import options as o
-from coterie.cli.output import counted_progress, print_result
+from coterie.cli.output import counted_progress, print_note, print_result
 from coterie.errors import ConfigError
 from coterie.keys import to_json
 from coterie.loading.load import DTYPES
 from coterie.model.spec import UNQUANTISED
 from coterie.offload.capacity import format_bytes
 
+DEFAULT_LENGTH = 2048
 DEFAULT_FIT_GIB = (8.0, 16.0, 24.0)
 DTYPE_HELP = "Data type that sizes are given for."
 LENGTH_HELP = "Sequence length; its KV cache must fit too."
@@ -29,7 +30,7 @@ def inspect(
     model: o.ModelArgument = None,
     *,
     dtype: Annotated[str, typer.Option(help=DTYPE_HELP)] = "bf16",
-    length: Annotated[int, typer.Option(help=LENGTH_HELP, min=1)] = 2048,
+    length: Annotated[int, typer.Option(help=LENGTH_HELP, min=1)] = DEFAULT_LENGTH,
     fit_gib: Annotated[
         list[float] | None, typer.Option(help=FIT_HELP, min=0.0, max=float(1 << 30))
     ] = None,
@@ -49,6 +50,8 @@ def inspect(
         raise ConfigError(f"unknown dtype {dtype!r}; known: {', '.join(DTYPES)}")
     sizes = tuple(round(gib * GIB) for gib in fit_gib or DEFAULT_FIT_GIB)
     info = read_model_info(model, dtype=DTYPES[dtype], kv_length=length, memory_sizes=sizes)
+    if info.kv_length < length != DEFAULT_LENGTH:
+        print_note(f"the model has {info.kv_length} positions, fewer than --length {length}")
     verification = None
     if verify:
         columns = (DownloadColumn(binary_units=True), TimeRemainingColumn())
@@ -74,7 +77,7 @@ def model_rows(info: ModelInfo) -> list[tuple[str, str]]:
     # A model trained to route by block (LLaDA2.2) names its own policy.
     racing = f", trained with {spec.capacity} a block (--policy racing:m={spec.capacity})"
     racing = racing if spec.capacity else ""
-    storage = spec.expert_storage if spec.expert_storage != UNQUANTISED else dtype
+    quantised = spec.expert_storage != UNQUANTISED
     return [
         ("model", info.name),
         ("family", f"{info.family.title} ({info.family.architecture})"),
@@ -85,7 +88,7 @@ def model_rows(info: ModelInfo) -> list[tuple[str, str]]:
         ("heads", f"{spec.heads} of {spec.head_dim}, {spec.kv_heads} for keys and values"),
         ("vocabulary", f"{spec.vocabulary:,}"),
         ("mask id, end ids", f"{info.mask_id}, {' '.join(map(str, info.eos_ids)) or 'none'}"),
-        ("experts stored in", storage),
+        *([("experts stored in", spec.expert_storage)] if quantised else []),
         (f"weights in {dtype}", f"{format_bytes(size.bytes)} ({size.bytes:,} bytes)"),
         ("one expert", f"{format_bytes(size.expert_bytes)} ({size.expert_bytes:,} bytes)"),
         ("a layer's experts", format_bytes(size.layer_expert_bytes)),

@@ -59,13 +59,16 @@ def counted_progress(text: str, *columns: ProgressColumn) -> Iterator[Callable[[
 
 def plain_table(
     *texts: str, numbers: Sequence[str] = (), rows: Iterable[Iterable[str]] = (),
-    caption: str | None = None,
+    caption: str | None = None, unwrapped: Sequence[str] = (),
 ) -> Table:  # fmt: skip
-    """A table without a frame; the columns ``numbers``, after those of text, are flush right."""
+    """A table without a frame; the columns ``numbers``, after those of text, are flush right.
+
+    The columns ``unwrapped`` keep their width in a narrow terminal."""
     table = Table(box=None, pad_edge=False, header_style="bold", padding=(0, 2), caption=caption)
     table.caption_justify = "left"
     for column in (*texts, *numbers):
-        table.add_column(column, justify="right" if column in numbers else "left")
+        justify, no_wrap = "right" if column in numbers else "left", column in unwrapped
+        table.add_column(column, justify=justify, no_wrap=no_wrap)
     for row in rows:
         table.add_row(*row)
     return table

@@ -1,51 +1,92 @@
 """``coterie policies``: the routing policies and their options."""
 
 import re
+from collections.abc import Iterable
+from typing import Annotated
 
+import typer
 from rich.table import Table
 
 from coterie.cli import options as o
 from coterie.cli.output import plain_table, print_result
+from coterie.errors import ConfigError
 from coterie.routing import POLICIES
-from coterie.specs import spec_options
+from coterie.specs import Option, spec_options
+
+MEANINGS = {
+    "k": "experts of each token", "beta": "share of experts, or of probability (naee, mc-moe)",
+    "m": "experts of a block", "tau": "share of all votes that the coreset holds",
+    "least": "fewest experts of a block (default k)", "price": "price of one more expert, in votes",
+    "voters": "positions of the block that vote", "vote": "what a token gives each expert",
+    "tally": "how votes become a coreset", "scope": "rows that share one coreset",
+    "protect": "experts that are always elected; mc-moe: share of tokens that keep theirs",
+    "max": "most experts of a coreset; slots: those that fit into memory",
+    "resident_bonus": "factor on the votes of experts in fast memory",
+    "max_vote_loss": "most votes that the bonus may cost, as a share",
+    "seed": "seed of random coresets",
+}  # fmt: skip
+NAME_HELP = "Policy to explain, with every option (default: list all)."
 
 
-def policies(json: o.Json = False) -> None:
-    """List every routing policy with its meaning, its source and its options.
+def policies(
+    name: Annotated[str | None, typer.Argument(help=NAME_HELP)] = None, *, json: o.Json = False
+) -> None:
+    """List every routing policy with its meaning and its source, or explain one.
 
     \b
     coterie policies
+    coterie policies des-vote
     coterie policies --json
     """
+    if name is not None and name not in POLICIES:
+        raise ConfigError(f"unknown policy {name!r}; known: {', '.join(POLICIES)}")
+    shown = POLICIES if name is None else {name: POLICIES[name]}
     documents = []
-    for name, cls in POLICIES.items():
-        options = {option.name: option.default for option in spec_options(cls).values()}
-        documents.append({"name": name, "meaning": policy_doc(cls), "options": options})
-    last = "\nSeveral options: des-vote:beta=0.15,voters=before-eos,protect=top1"
-    print_result(documents, policy_table(), "", option_table(), last, json=json)
+    for policy, cls in shown.items():
+        defaults = {option.name: option.default for option in spec_options(cls).values()}
+        documents.append({"name": policy, "meaning": policy_doc(cls), "options": defaults})
+    if name is None:
+        options = (option for cls in POLICIES.values() for option in spec_options(cls).values())
+        last = "\nOptions of one policy: coterie policies des-vote"
+        parts = (policy_table(), "", option_table(options), last)
+    else:
+        options = list(spec_options(shown[name]).values())
+        parts = (f"{spec_form(name)}\n{policy_doc(shown[name]).replace('``', '')}\n",)
+        parts += (option_table(options, defaults=True),) if options else ("It has no options.",)
+    print_result(documents, *parts, json=json)
 
 
 def policy_table() -> Table:
-    rows = []
-    for name, cls in POLICIES.items():
-        options = spec_options(cls).values()
-        needed = [option.name for option in options if option.default == "required"]
-        optional = " ".join(option.name for option in options if option.name not in needed)
-        required = ",".join(f"{option}=.." for option in needed)
-        spec = f"{name}:{required}" if required else name
-        rows.append((spec, *split_source(policy_doc(cls)), optional))
-    return plain_table("policy", "meaning", "source", "options", rows=rows)
+    rows = ((spec_form(name), *split_source(policy_doc(cls))) for name, cls in POLICIES.items())
+    return plain_table("policy", "meaning", "source", rows=rows, unwrapped=("policy",))
 
 
-def option_table() -> Table:
-    """Each option of any policy, once, with its values."""
-    values_by_option: dict[str, dict[str, None]] = {}
-    for option in (each for cls in POLICIES.values() for each in spec_options(cls).values()):
-        values = str(option)
-        values += " (or one for each layer: 0.3/0.2/0.25)" if option.accepts_list else ""
-        values_by_option.setdefault(option.name, {})[values] = None
-    rows = [(name, ", or ".join(values)) for name, values in values_by_option.items()]
-    return plain_table("option", "values", rows=rows)
+def option_table(options: Iterable[Option], *, defaults: bool = False) -> Table:
+    """Each option once, with its values and its meaning."""
+    values: dict[str, dict[str, None]] = {}
+    default_texts: dict[str, str] = {}
+    for option in options:
+        text = str(option) + (", or one a layer: 0.3/0.2/0.25" if option.accepts_list else "")
+        values.setdefault(option.name, {})[text] = None
+        default_texts[option.name] = "none" if option.default is None else str(option.default)
+    rows = (
+        (
+            name,
+            *([default_texts[name]] if defaults else []),
+            MEANINGS.get(name, ""),
+            ", or ".join(v),
+        )
+        for name, v in values.items()
+    )
+    heads = ("option", *(["default"] if defaults else []), "meaning", "values")
+    return plain_table(*heads, rows=rows, unwrapped=("option", "default"))
+
+
+def spec_form(name: str) -> str:
+    """The policy with the options that it needs: ``des-vote:beta=..``."""
+    options = spec_options(POLICIES[name]).values()
+    needed = ",".join(f"{option.name}=.." for option in options if option.default == "required")
+    return f"{name}:{needed}" if needed else name
 
 
 def policy_doc(cls: type) -> str:

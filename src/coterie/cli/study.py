@@ -27,7 +27,11 @@ QUICK_PROBLEMS, QUICK_PROMPTS = 64, 8
 USUAL_SECONDS = 30  # of an experiment of unknown length
 EXIT_FAILED = 1
 OUT_HELP = "Folder for report, records, figures and answers."
-EXPERIMENT_HELP = "Experiment to run; may be repeated (default: all)."
+TEXTS = Path(__file__).parents[1] / "lab" / "study" / "texts"  # one file for each experiment
+EXPERIMENT_HELP = (
+    "Experiment to run; may be repeated (default: all). "
+    f"{o.one_of(sorted(path.stem for path in TEXTS.glob('*.toml')))}"
+)
 RERUN_HELP = "Experiment to measure again; may be repeated."
 PROBLEMS_HELP = "Number of questions for each policy, over all tasks (default 500)."
 PROMPTS_HELP = "Number of questions to observe forwards of (default 32)."

@@ -33,7 +33,7 @@ GRID_COLOUR: Mapping[ColourScheme, str] = {"light": "#d5d9df", "dark": "#363c45"
 BLUE, RED, GREEN, ORANGE = "#2477c9", "#d1495b", "#2a9165", "#c07a00"
 PURPLE, TEAL, BROWN, PINK, GREY = "#8b62c9", "#1f919b", "#a0673c", "#c659a5", "#7d848e"
 OLIVE, INDIGO, FUCHSIA = "#7d8a1f", "#5b6ee1", "#c026d3"
-MARKERS = "osD^vPX*"
+MARKERS = "oDs^vPXp*"
 ROW_HEIGHT = 0.27  # inches
 SERIES_COLOURS = (BLUE, ORANGE, GREEN, RED, PURPLE, TEAL, PINK, BROWN, GREY)
 

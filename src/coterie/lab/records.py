@@ -15,6 +15,8 @@ from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
 
+from coterie.checkpoints.journal import atomic_write
+
 PACKAGES = ("coterie", "torch", "triton", "numpy", "safetensors", "tokenizers")
 
 
@@ -97,9 +99,8 @@ def write_record(folder: Path, content: Mapping[str, object]) -> Path:
 
 def write_json(path: Path, content: Mapping[str, object]) -> None:
     """Writes a JSON file atomically."""
-    temporary = path.with_suffix(f".{os.getpid()}.tmp")
-    temporary.write_text(json.dumps(content, indent=1, allow_nan=False) + "\n", encoding="utf-8")
-    temporary.replace(path)
+    text = json.dumps(content, indent=1, allow_nan=False) + "\n"
+    atomic_write(path, text.encode())
 
 
 def git_commit(folder: Path | None = None) -> str:

@@ -14,6 +14,7 @@ from coterie.routing.coreset_policies import (
     UniformVote,
     XShare,
 )
+from coterie.routing.plugins import import_policies, load_installed_policies, register_policy
 from coterie.routing.registry import (
     POLICIES,
     check_coreset_reuse,
@@ -48,8 +49,11 @@ __all__ = [
     "check_coreset_reuse",
     "check_layers",
     "format_policy",
+    "import_policies",
+    "load_installed_policies",
     "needs_importance",
     "parse_policy",
+    "register_policy",
     "route",
     "update_policies_in_json",
     "update_policy_text",

@@ -6,7 +6,7 @@ import re
 from collections.abc import Collection
 from typing import Any
 
-from coterie.errors import ConfigError
+from coterie.errors import ConfigError, SpecError
 from coterie.routing import coreset_policies
 from coterie.routing.coreset import Election
 from coterie.routing.token_policies import McMoe, Naee, TopK, Vanilla
@@ -15,7 +15,15 @@ from coterie.values import Policy
 
 
 def parse_policy(text: str) -> Policy:
-    """The policy of a text such as ``des-vote:beta=0.15,voters=before-eos``."""
+    """The policy of a text such as ``des-vote:beta=0.15,voters=before-eos``.
+
+    Raises SpecError that names the valid names, options or values.
+    """
+    if text.startswith("@"):
+        raise SpecError(
+            f"policy {text!r}: only commands read a policy from a file; in Python, "
+            "coterie.lab.calibration.read_calibrated_policy(path).policy is its text"
+        )
     return parse_spec(text, POLICIES, "policy")
 
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from coterie import ops
-from coterie.errors import ConfigError, NonFiniteLogitsError
+from coterie.errors import ConfigError, CoterieError, NonFiniteLogitsError
 from coterie.ops import top_ids, top_mask
 from coterie.routing.reuse import reuse_coresets
 from coterie.values import CoresetRule, Policy, Routing, Scores, expert_mask
@@ -46,7 +46,7 @@ def route_by_mask(scores: Scores, policy: Policy) -> Routing:
     """``route`` in plain torch from the policy's mask: the reference for kernels."""
     scores = check_finite(scores)
     scores = replace(scores, vanilla_ids=vanilla_ids(scores))
-    mask = policy.eligible(scores, scores.router.k)
+    mask = policy_mask(policy, scores)
     reuse = None
     if scores.previous_coresets is not None:
         reuse = reuse_coresets(
@@ -62,6 +62,30 @@ def route_by_mask(scores: Scores, policy: Policy) -> Routing:
         vanilla_ids=vanilla_ids(scores).flatten(0, 1),
         coreset_reuse=reuse,
     )
+
+
+def policy_mask(policy: Policy, scores: Scores) -> Tensor:
+    """The policy's mask: bool, [S, N, E] or 1 in place of any of these.
+
+    Raises ConfigError that names the policy if it fails or returns anything else.
+    """
+    name = f"layer {scores.layer}: policy {type(policy).__name__}"
+    try:
+        mask = policy.eligible(scores, scores.router.k)
+    except CoterieError:
+        raise
+    except Exception as error:
+        raise ConfigError(f"{name} failed: {type(error).__name__}: {error}") from error
+    if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
+        returned = mask.dtype if isinstance(mask, Tensor) else type(mask).__name__
+        raise ConfigError(f"{name}: `eligible` must return a bool tensor, not {returned}")
+    sizes = tuple(scores.logits.shape)
+    if mask.ndim != 3 or any(a not in (1, b) for a, b in zip(mask.shape, sizes, strict=True)):
+        raise ConfigError(
+            f"{name}: `eligible` returned the shape {list(mask.shape)}; it must be "
+            f"{list(sizes)} (sequences, tokens, experts), or 1 in place of any of these"
+        )
+    return mask
 
 
 def coreset_of(scores: Scores, mask: Tensor) -> Tensor:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 
@@ -27,16 +27,13 @@ from coterie.lab.plotting import render_svg
 from coterie.lab.study.context import StudyContext
 from coterie.lab.study.experiment import Experiment, Finding
 from coterie.lab.study.fidelity import (
-    COLUMN_INDEX,
-    COLUMNS,
+    METRICS,
     FidelitySums,
     answer_mask,
-    bootstrap,
     compare_policies,
     compare_to_curve,
     fidelity_scores,
     gaps_to_curve,
-    interpolate,
     measure_layer,
     sample_layers,
     trace_vanilla,
@@ -54,13 +51,15 @@ from coterie.lab.study.importance import (
     ablate_layer,
     importance_coverage,
 )
-from coterie.lab.study.maps import ExpertUseCounter, HitRateCounter, MapsExperiment, position_kinds
-from coterie.lab.study.predictors import PredictorsExperiment
+from coterie.lab.study.maps import (
+    POSITION_KINDS,
+    HitRateCounter,
+    MapsExperiment,
+    expert_activation,
+    position_kinds,
+)
 from coterie.lab.study.rank_stats import mean_interval, ranks, spearman
 from coterie.lab.study.reconstruction import ReconstructionExperiment
-from coterie.lab.study.results import VariantResult as Arm
-from coterie.lab.study.steps import OverlapCounter, StepsExperiment, coreset_mask
-from coterie.lab.study.votes import VoteFidelityExperiment
 from coterie.loading.load import Model
 from coterie.routing import POLICIES, parse_policy, route
 from coterie.telemetry import ExpertCounter
@@ -73,10 +72,9 @@ CHAPTERS = (
     ReconstructionExperiment(),
     ImportanceExperiment(),
     MapsExperiment(),
-    VoteFidelityExperiment(),
-    StepsExperiment(),
 )
 WATCHABLE = tuple(name for name in POLICIES if name != "mc-moe")
+SIZES = st.integers(1, 60).map(float)
 FLOATS = st.floats(-5, 5).map(lambda value: round(value, 2))
 
 
@@ -137,15 +135,15 @@ def facts(chapter: Experiment, family: str = "llada2") -> tuple[str, tuple[float
     return json.dumps(chapter.measure(few), allow_nan=False), tuple(shares)
 
 
-def columns(
+def ratios(
     seen: LayerObservation, spelling: str, family: str = "llada2"
 ) -> dict[str, torch.Tensor]:
-    """Of one policy on one look, words being every position."""
+    """Numerators and denominators [S, 2] of one policy on one look, words being every position."""
     routing = route(seen.scores, parse_policy(spelling))
     plain, other = (moe_output(engine(family).model, seen, r) for r in (seen.routing, routing))
     everywhere = torch.ones(seen.x.shape[:2], dtype=torch.bool)
     sums = measure_layer(seen, routing, other, plain, everywhere)
-    return {name: sums[:, place] for name, place in COLUMN_INDEX.items()}
+    return dict(zip(METRICS, sums.unbind(1), strict=True))
 
 
 def by_hand(spelling: str, seen: LayerObservation, family: str = "llada2") -> list[float]:
@@ -162,16 +160,17 @@ def by_hand(spelling: str, seen: LayerObservation, family: str = "llada2") -> li
 def test_full_coreset_has_no_loss(family: str, look: int) -> None:
     k = engine(family).model.spec.router.k
     for spelling in ("vanilla", "des-vote:beta=1.0", f"des-seq:k={k}", "random:beta=1.0"):
-        sums = columns(watched(family)[look], spelling, family)
-        assert torch.equal(sums["hits"], sums["choices"])
-        assert torch.equal(sums["held"], sums["votes"])
-        assert sums["loss"].tolist() == sums["word_loss"].tolist() == [0.0] * len(sums["loss"])
+        sums = ratios(watched(family)[look], spelling, family)
+        for kept in ("recall", "word_recall", "mass"):
+            assert torch.equal(*sums[kept].unbind(-1))
+        for loss in ("loss", "word_loss", "open_loss"):
+            assert not sums[loss][:, 0].any()
 
 
 @law(40)
 @given(spelling=spellings(WATCHABLE), family=st.sampled_from(FAMILIES))
 def test_metrics_equal_telemetry(spelling: str, family: str) -> None:
-    counting, sums = ExpertCounter(), torch.zeros(len(COLUMNS), dtype=torch.float64)
+    counting, sums = ExpertCounter(), torch.zeros(len(METRICS), 2, dtype=torch.float64)
     for seen in watched(family)[:6]:
         routing = route(seen.scores, parse_policy(spelling))
         counting.on_forward(("all",) * len(seen.rows))
@@ -190,7 +189,9 @@ def test_metrics_equal_telemetry(spelling: str, family: str) -> None:
 @given(spelling=spellings(WATCHABLE), look=st.integers(0, 5))
 def test_loss_is_the_relative_squared_error(spelling: str, look: int) -> None:
     seen = watched()[look]
-    assert columns(seen, spelling)["loss"].tolist() == pytest.approx(by_hand(spelling, seen))
+    loss = ratios(seen, spelling)["loss"]
+    assert loss[:, 0].tolist() == pytest.approx(by_hand(spelling, seen))
+    assert loss[:, 1].tolist() == [1.0] * len(seen.rows)
 
 
 def test_answer_mask_includes_the_end_of_text() -> None:
@@ -206,7 +207,7 @@ def test_policies_are_compared_by_prompt() -> None:
     shares: list[float] = []
     trace = trace_vanilla(lab())
     tally = compare_policies(lab(), trace, ["vanilla", "des-vote:beta=0.25"], shares.append)
-    looks = tally.sums[..., COLUMN_INDEX["looks"]]
+    looks = tally.sums[..., METRICS.index("loss"), 1]
     assert torch.equal(looks[0], looks[1])
     assert float(looks[0].sum()) == trace.num_observations
     assert shares == sorted(shares)
@@ -224,15 +225,20 @@ def test_mc_moe_is_refused() -> None:
         compare_policies(lab(), trace_vanilla(lab()), ["mc-moe:beta=0.5"], lambda _: None)
 
 
+def tally_of(points: Sequence[tuple[float, float]], prompts: int = 5) -> FidelitySums:
+    """A policy per (experts, loss), the same for every prompt."""
+    sums = torch.ones(len(points), prompts, len(METRICS), 2, dtype=torch.float64)
+    for place, (size, loss) in enumerate(points):
+        sums[place, :, METRICS.index("experts"), 0] = size
+        sums[place, :, METRICS.index("loss"), 0] = loss
+    return FidelitySums(tuple(map(str, range(len(points)))), sums)
+
+
 def test_gap_to_curve_at_equal_size() -> None:
-    sums = torch.zeros(4, 5, len(COLUMNS), dtype=torch.float64)
-    sums[..., COLUMN_INDEX["looks"]] = 1
-    for place, (size, loss) in enumerate([(10, 0.4), (20, 0.2), (15, 0.1), (40, 0.0)]):
-        sums[place, :, COLUMN_INDEX["unique"]], sums[place, :, COLUMN_INDEX["loss"]] = size, loss
-    tally = FidelitySums(("a", "b", "c", "d"), sums)
-    on, below = gaps_to_curve(tally, ["a", "c", "d"], ["b", "a"])
-    assert (on["policy"], on["gap"]) == ("a", 0.0)
-    assert (below["policy"], below["experts"]) == ("c", 15.0)  # d lies beyond the curve
+    tally = tally_of([(10, 0.4), (20, 0.2), (15, 0.1), (40, 0.0)])
+    on, below = gaps_to_curve(tally, ["0", "2", "3"], ["1", "0"], "loss")
+    assert (on["policy"], on["gap"]) == ("0", 0.0)
+    assert (below["policy"], below["experts"]) == ("2", 15.0)  # "3" lies beyond the curve
     assert below["curve"] == pytest.approx(0.3)
     assert below["gap"] == pytest.approx(-0.2)
     assert below["interval"] == pytest.approx([-0.2, -0.2])
@@ -240,23 +246,31 @@ def test_gap_to_curve_at_equal_size() -> None:
     assert compare_to_curve(on, "loss") == 0
 
 
-@law(60)
+@law(20)
 @given(
-    points=st.lists(st.tuples(FLOATS, FLOATS), min_size=2, max_size=6, unique_by=lambda p: p[0]),
-    size=FLOATS,
+    curve=st.lists(st.tuples(SIZES, SIZES), min_size=2, max_size=5, unique_by=lambda p: p[0]),
+    size=SIZES,
+    loss=SIZES,
 )
-def test_curves_are_linear_between_points(points: list[tuple[float, float]], size: float) -> None:
-    ends, heights = (np.array(side) for side in zip(*sorted(points), strict=True))
-    found = interpolate(np.array([size]), ends[None], heights[None])
-    assert found.tolist() == pytest.approx([float(np.interp(size, ends, heights))])
+def test_curves_are_linear_between_points(
+    curve: list[tuple[float, float]], size: float, loss: float
+) -> None:
+    tally = tally_of([(size, loss), *curve])
+    gaps = gaps_to_curve(tally, ["0"], tally.policies[1:], "loss")
+    ends, heights = zip(*sorted(curve), strict=True)
+    assert len(gaps) == (ends[0] <= size <= ends[-1])
+    for gap in gaps:
+        assert gap["gap"] == pytest.approx(loss - np.interp(size, ends, heights), abs=1e-9)
 
 
 def test_bootstrap_draws_all_prompts() -> None:
-    drawn_sums = bootstrap(torch.ones(2, 7, 3, dtype=torch.float64), draws=50)
-    assert np.array_equal(drawn_sums, np.full((50, 2, 3), 7.0))
-    varied = bootstrap(torch.arange(7.0, dtype=torch.float64).view(1, 7, 1), draws=4000)
-    assert varied.mean() == pytest.approx(21, rel=0.02)
-    assert varied.std() == pytest.approx(math.sqrt(7 * 4), rel=0.05)  # n times the variance
+    samples = tally_of([(1, 1)], prompts=7).samples
+    assert np.array_equal(samples, np.full(samples.shape, 7.0))
+    sums = torch.arange(7.0, dtype=torch.float64).view(1, 7, 1, 1)
+    total, *draws = FidelitySums(("a",), sums).samples.flatten()
+    assert total == 21
+    assert np.mean(draws) == pytest.approx(21, rel=0.05)
+    assert np.std(draws) == pytest.approx(math.sqrt(7 * 4), rel=0.1)  # n times the variance
 
 
 def test_sampled_layers_include_first_and_last() -> None:
@@ -367,62 +381,67 @@ def test_only_experts_in_use_have_importance() -> None:
 
 
 def test_vanilla_hit_rates_are_one() -> None:
-    hits, used = HitRateCounter((parse_policy("vanilla"),), (1, 2)), ExpertUseCounter((1, 2), 16)
+    hits = HitRateCounter(("vanilla",), (1, 2))
     for seen in watched():
         hits.on_layer(seen)
-        used.on_layer(seen)
-    found = hits.to_map(0, "vanilla")
+    record = hits.to_record()
+    (found,) = record["maps"]
     assert [len(row) for row in found["positions"]] == [8, 8]
     for rows in (found["positions"], found["steps"]):
         rates = [rate for row in rows for rate in row]
         assert rates == pytest.approx([1.0] * len(rates))
-    assert sum(hits.kind_shares().values()) == pytest.approx(1.0)
-    activation = used.activation(1)
+    assert sum(record["share"].values()) == pytest.approx(1.0)
+
+
+def test_hit_rates_are_means_over_tokens() -> None:
+    """By position in one layer, counted with sets; and the kinds weigh up to the same mean."""
+    spelling, rates = "des-vote:beta=0.25", [[] for _ in range(8)]
+    hits = HitRateCounter((spelling,), (1,))
+    for seen in watched():
+        if seen.layer == 1:
+            hits.on_layer(seen)
+            routing = route(seen.scores, parse_policy(spelling))
+            for n, (own, used) in enumerate(
+                zip(routing.vanilla_ids, routing.topk_ids, strict=True)
+            ):
+                shared = set(own.tolist()) & set(used.tolist())
+                rates[n % seen.x.shape[1]].append(len(shared) / len(own))
+    record = hits.to_record()
+    (found,) = record["maps"]
+    assert found["positions"] == [pytest.approx([np.mean(rate) for rate in rates])]
+    assert 0 < min(found["positions"][0]) < 1
+    weighed = sum(share * found["kinds"][kind] for kind, share in record["share"].items())
+    assert weighed == pytest.approx(np.mean(rates))
+
+
+def test_activation_is_sorted() -> None:
+    routings = [seen.routing for seen in watched() if seen.layer == 1]
+    activation = expert_activation(1, routings, 16)
     choices = activation["choices"]
+    assert len(choices) == len(activation["weight"]) == 16
     assert sum(choices) == pytest.approx(1)
+    assert sum(activation["weight"]) == pytest.approx(1)
     assert choices == sorted(choices, reverse=True)
     assert activation["effective"] == pytest.approx(math.exp(stats.entropy(choices)))
 
 
-def test_each_position_has_one_kind() -> None:
+def test_kinds_of_positions() -> None:
+    names = set()
     for seen in watched():
+        progress = seen.scores.progress
+        assert progress is not None
+        assert progress.masked is not None
+        assert progress.after_eos is not None
+        kinds = position_kinds(seen)
+        assert torch.equal(kinds == POSITION_KINDS.index("masked"), progress.masked)
         assert torch.equal(
-            position_kinds(seen).sum(0), torch.ones(seen.x.shape[:2], dtype=torch.float64)
+            kinds == POSITION_KINDS.index("fill"), progress.after_eos & ~progress.masked
         )
+        names.update(POSITION_KINDS[kind] for kind in kinds.flatten().tolist())
+    assert {"masked", "written"} <= names
 
 
-def test_overlap_of_consecutive_forwards() -> None:
-    pairs, policy = (
-        OverlapCounter((parse_policy("des-vote:beta=0.25"),)),
-        parse_policy("des-vote:beta=0.25"),
-    )
-    shared: list[float] = []
-    last: dict[tuple[int, int], tuple[int, set[int]]] = {}
-    for seen in watched():
-        pairs.on_layer(seen)
-        for row, start, mask in zip(
-            seen.rows, seen.starts, coreset_mask(seen, policy), strict=True
-        ):
-            now = set(mask.nonzero()[:, 0].tolist())
-            began, before = last.get((row, seen.layer), (None, set()))
-            if began == start:
-                shared.append(len(now & before) / len(now | before))
-            last[row, seen.layer] = (start, now)
-    found = pairs.to_overlap(0, "des-vote:beta=0.25", 16)
-    assert len(shared) > 20
-    assert found["jaccard"] == pytest.approx(np.mean(shared))
-    assert found["size"] == 4
-    assert found["chance"] == pytest.approx(1 / 7)  # one of four shared: 1 of 7 in either
-    assert found["fresh"] >= max(found["last"], found["first"])
-
-
-def test_single_forward_has_no_overlap() -> None:
-    pairs = OverlapCounter((parse_policy("vanilla"),))
-    with pytest.raises(CoterieError, match="no block took a second forward"):
-        pairs.to_overlap(0, "vanilla", 16)
-
-
-SLOW_TO_RENDER = ("votes-fidelity", "reconstruction")  # they draw many panels
+SLOW_TO_RENDER = ("reconstruction",)  # it draws many panels
 
 
 @pytest.mark.parametrize(
@@ -462,53 +481,6 @@ def test_experiment_reports_progress(chapter: Experiment) -> None:
     assert list(shares) == sorted(shares)
     assert shares[0] >= 0
     assert 0.5 < shares[-1] <= 1
-
-
-def test_predictors_read_the_accuracy_record(tmp_path: Path) -> None:
-    here = replace(lab(), folder=tmp_path)
-    with pytest.raises(CoterieError, match=r"accuracy.* is missing"):
-        PredictorsExperiment().measure(here)
-    right = {"vanilla": "1111", "des-vote:beta=0.5": "1110", "random:beta=0.5": "0000"}
-    leave_accuracy(tmp_path, right)
-    kept = json.loads(json.dumps(PredictorsExperiment().measure(here), allow_nan=False))
-    accuracies = {point["policy"]: point["accuracy"] for point in kept["points"]}
-    assert accuracies == {"vanilla": 1.0, "des-vote:beta=0.5": 0.75, "random:beta=0.5": 0.0}
-    assert kept["agreement"]["usual"]["recall"] == {"rho": 1.0, "interval": [1.0, 1.0]}
-    assert kept["agreement"]["usual"]["loss"]["rho"] == 1.0  # the least loss, the most right
-    by_recall, by_loss, nearest = PredictorsExperiment().findings(kept)
-    assert isinstance(by_recall, Finding)
-    assert by_recall.claim.startswith("The top-K recall of single forwards predicts")
-    assert isinstance(by_loss, Finding)
-    assert by_loss.claim.startswith("The reconstruction loss of single forwards")
-    assert isinstance(nearest, str)
-    assert nearest.startswith("Over 3 policies")
-    kept["agreement"]["usual"]["experts"]["rho"] = 0.9
-    kept["agreement"]["usual"]["loss"]["interval"] = [0.8, 1.0]
-    assert [f.verdict for f in PredictorsExperiment().findings(kept) if isinstance(f, Finding)] == [
-        "holds",
-        "inconclusive",
-    ]
-    (drawing,) = PredictorsExperiment().drawings(kept)
-    assert render_svg(drawing.draw, name=drawing.name, scheme="dark").startswith("<svg")
-    (table,) = PredictorsExperiment().tables(kept)
-    assert {len(row) for row in table.rows} == {3}
-
-
-def leave_accuracy(folder: Path, right: dict[str, str]) -> None:
-    """A record of the chapter on accuracy: policy -> "1010", an item a digit; one is mc-moe's."""
-    arms = [
-        {
-            **dict.fromkeys([field.name for field in fields(Arm)], 0.0),
-            "name": policy,
-            "policy": policy,
-            "generation": {},
-            "right": {"words": digits},
-        }
-        for policy, digits in {**right, "mc-moe:beta=0.5": "1111"}.items()
-    ]
-    record = {"experts": 16, "k": 4, "block": 8, "arms": arms, "groups": {}, "pairs": []}
-    (folder / "records").mkdir()
-    (folder / "records" / "accuracy.json").write_text(json.dumps({"when": "now", "facts": record}))
 
 
 def test_bidirectional_model() -> None:

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import ast
+import errno
 import json
+import os
 import re
 import sys
+import tomllib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from html.parser import HTMLParser
@@ -22,10 +26,9 @@ from tiny_task import Quiz
 import coterie
 from coterie.cli.entry import run
 from coterie.engine.engine import Engine
-from coterie.errors import CoterieError
+from coterie.errors import CheckpointError, CoterieError
 from coterie.lab import plotting
 from coterie.lab.evals.run import Variant
-from coterie.lab.study import markdown
 from coterie.lab.study import study as room
 from coterie.lab.study.ablations import BEYOND, MASS, VOTES
 from coterie.lab.study.accuracy import (
@@ -38,18 +41,31 @@ from coterie.lab.study.blocks import BlockSizeExperiment
 from coterie.lab.study.cached_grading import CachedGradesTask
 from coterie.lab.study.charts import pareto_front
 from coterie.lab.study.context import StudyContext
-from coterie.lab.study.experiment import Drawing, Experiment, Finding, Table, decimal_bytes
+from coterie.lab.study.experiment import (
+    Drawing,
+    Experiment,
+    ExperimentText,
+    Finding,
+    Table,
+    decimal_bytes,
+)
 from coterie.lab.study.experts_per_token import (
     ExpertsPerTokenExperiment,
     LimitTopK,
     evaluate_policy,
 )
 from coterie.lab.study.paired import claim_finding, compare_pairs, is_better
-from coterie.lab.study.report import ReportSection, collect_claims, make_section, render_page
+from coterie.lab.study.report import (
+    ReportSection,
+    collect_claims,
+    make_section,
+    render_markdown,
+    render_page,
+)
 from coterie.lab.study.results import JsonObject, VariantResult, VariantResults
-from coterie.lab.study.speed import ForwardCountExperiment
+from coterie.lab.study.speed import FORWARDS
 from coterie.lab.study.study import EXPERIMENTS, ExperimentOutcome, StudyConfig, run_study
-from coterie.lab.study.table import TableOneExperiment
+from coterie.lab.study.table import TABLE_ONE
 from coterie.lab.study.variants import (
     MAX_EXPERT_DIFFERENCE,
     coreset_size,
@@ -67,41 +83,51 @@ HOSTILE = '<script src="http://evil.example/x.js"></script> & "quotes"'
 
 
 @dataclass(frozen=True)
-class Counted:
-    """A chapter that counts how often it was measured; it may read another one, or break."""
+class Counted(Experiment):
+    """An experiment that counts its measurements; it may read another record, or fail."""
 
-    name: str
+    text: ExperimentText
     measured: list[str]
     reads: str = ""
-    breaks: BaseException | None = None
+    error: BaseException | None = None
     draws: bool = True
-    title: str = "A chapter (Fig. 0)"
-    question: str = "How often?"
 
-    def measure(self, lab: StudyContext) -> JsonObject:
-        lab.on_progress(0.5, "counting")
+    def measure(self, context: StudyContext) -> JsonObject:
+        context.on_progress(0.5, "counting")
         self.measured.append(self.name)
-        if self.breaks is not None:
-            raise self.breaks
-        other = lab.record(self.reads) if self.reads else {}
+        if self.error is not None:
+            raise self.error
+        other = context.record(self.reads) if self.reads else {}
         return {"value": len(self.measured) / 7, "hostile": HOSTILE, "other": other}
 
-    def drawings(self, facts: JsonObject) -> Sequence[Drawing]:
-        return [Drawing(f"{self.name}-figure", HOSTILE, lambda: self._figure(facts))]
+    def drawings(self, record: JsonObject) -> Sequence[Drawing]:
+        return [Drawing(f"{self.name}-figure", HOSTILE, lambda: self._figure(record))]
 
-    def tables(self, facts: JsonObject) -> Sequence[Table]:
-        return [Table(["what", "value"], [[HOSTILE, f"{facts['value']:.3f}"]], "Values", [1])]
+    def tables(self, record: JsonObject) -> Sequence[Table]:
+        return [Table(["what", "value"], [[HOSTILE, f"{record['value']:.3f}"]], "Values", [1])]
 
-    def findings(self, facts: JsonObject) -> Sequence[Finding | str]:
-        return [Finding(f"It is {facts['value']:.3f}.", HOSTILE, "does not hold"), HOSTILE]
+    def findings(self, record: JsonObject) -> Sequence[Finding | str]:
+        return [Finding(f"It is {record['value']:.3f}.", HOSTILE, "does not hold"), HOSTILE]
 
-    def _figure(self, facts: JsonObject) -> Figure:
+    def _figure(self, record: JsonObject) -> Figure:
         if not self.draws:
             raise KeyError("line")
-        figure, one = plotting.new_axes("x", str(facts["hostile"]))
-        one.plot([0, 1], [0, float(str(facts["value"]))], label="a line")
-        plotting.add_legend(one)
+        figure, ax = plotting.new_axes("x", str(record["hostile"]))
+        ax.plot([0, 1], [0, float(str(record["value"]))], label="a line")
+        plotting.add_legend(ax)
         return figure
+
+
+def counted(
+    name: str,
+    measured: list[str],
+    *,
+    reads: str = "",
+    error: BaseException | None = None,
+    draws: bool = True,
+) -> Counted:
+    text = ExperimentText(name, "A chapter (Fig. 0)", "How often?")
+    return Counted(text, measured, reads, error, draws)
 
 
 @dataclass
@@ -150,7 +176,7 @@ def tally(name: str, right: str, experts: float = 10.0) -> VariantResult:
 
 def test_second_study_reuses_all_records(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     engine, measured = tiny(tmp_path), []
-    real = [replace(VOTES, name="votes"), Counted("a", measured)]
+    real = [VOTES, counted("a", measured)]
     first, _ = studied(engine, tmp_path, real)
     before = (tmp_path / "report.html").read_text()
     monkeypatch.setattr(Engine, "step", lambda self: pytest.fail("a forward was run"))
@@ -164,10 +190,10 @@ def test_second_study_reuses_all_records(tmp_path: Path, monkeypatch: pytest.Mon
 def test_interrupted_study_resumes(tmp_path: Path) -> None:
     """An interrupt, like a kill, passes through whatever a chapter was doing."""
     engine, measured = tiny(tmp_path), []
-    a, c = Counted("a", measured), Counted("c", measured)
+    a, c = counted("a", measured), counted("c", measured)
     with pytest.raises(KeyboardInterrupt):
-        studied(engine, tmp_path, [a, Counted("b", measured, breaks=KeyboardInterrupt()), c])
-    sections, _ = studied(engine, tmp_path, [a, Counted("b", measured), c])
+        studied(engine, tmp_path, [a, counted("b", measured, error=KeyboardInterrupt()), c])
+    sections, _ = studied(engine, tmp_path, [a, counted("b", measured), c])
     assert measured == ["a", "b", "b", "c"]
     assert [one.failure for one in sections] == [None, None, None]
 
@@ -187,7 +213,7 @@ def test_stored_answers_are_reused(tmp_path: Path) -> None:
 
 def test_invalid_record_is_measured_again(tmp_path: Path) -> None:
     engine, measured = tiny(tmp_path), []
-    chapter = Counted("a", measured)
+    chapter = counted("a", measured)
     studied(engine, tmp_path, [chapter])
     path = tmp_path / "records" / "a.json"
     path.write_text(path.read_text()[:-9])
@@ -200,7 +226,7 @@ def test_invalid_record_is_measured_again(tmp_path: Path) -> None:
 
 def test_rerun_includes_dependent_experiments(tmp_path: Path) -> None:
     engine, measured = tiny(tmp_path), []
-    chapters = [Counted("a", measured), Counted("b", measured, reads="a"), Counted("c", measured)]
+    chapters = [counted("a", measured), counted("b", measured, reads="a"), counted("c", measured)]
     studied(engine, tmp_path, chapters)
     record = json.loads((tmp_path / "records" / "a.json").read_text())
     record["when"] = "long ago"  # so that the clock's second does not matter
@@ -215,21 +241,30 @@ def test_report_includes_other_experiments_with_a_record(
     tmp_path: Path,
 ) -> None:
     engine, measured = tiny(tmp_path), []
-    chapters = [Counted("a", measured), Counted("b", measured), Counted("c", measured)]
+    chapters = [counted("a", measured), counted("b", measured), counted("c", measured)]
     studied(engine, tmp_path, chapters, names=["a"])
     sections, _ = studied(engine, tmp_path, chapters, names=["c"])
     assert [one.name for one in sections] == ["a", "c"]
     assert measured == ["a", "c"]
 
 
+def test_record_of_a_deleted_experiment_is_ignored(tmp_path: Path) -> None:
+    engine, measured = tiny(tmp_path), []
+    studied(engine, tmp_path, [counted("a", measured), counted("old", measured)])
+    kept = (tmp_path / "records" / "old.json").read_bytes()
+    sections, _ = studied(engine, tmp_path, [counted("a", measured)])
+    assert [section.name for section in sections] == ["a"]
+    assert (tmp_path / "records" / "old.json").read_bytes() == kept
+
+
 def test_failed_experiment_does_not_stop_the_study(tmp_path: Path) -> None:
     engine, measured = tiny(tmp_path), []
     chapters = [
-        Counted("a", measured),
-        Counted("b", measured, breaks=CoterieError("needs a larger model")),
-        Counted("c", measured, breaks=ZeroDivisionError("by nothing")),
-        Counted("d", measured, draws=False),
-        Counted("e", measured),
+        counted("a", measured),
+        counted("b", measured, error=CoterieError("needs a larger model")),
+        counted("c", measured, error=ZeroDivisionError("by nothing")),
+        counted("d", measured, draws=False),
+        counted("e", measured),
     ]
     sections, watch = studied(engine, tmp_path, chapters)
     failures = {one.name: one.failure for one in sections if one.failure}
@@ -245,16 +280,16 @@ def test_failed_experiment_does_not_stop_the_study(tmp_path: Path) -> None:
 def test_record_must_be_json(tmp_path: Path) -> None:
     @dataclass(frozen=True)
     class Odd(Counted):
-        def measure(self, lab: StudyContext) -> JsonObject:
+        def measure(self, context: StudyContext) -> JsonObject:
             return {"value": float("nan")}
 
-    sections, _ = studied(tiny(tmp_path), tmp_path, [Odd("odd", [])])
+    sections, _ = studied(tiny(tmp_path), tmp_path, [Odd(ExperimentText("odd", "Odd", "?"), [])])
     assert sections[0].failure is not None
     assert not (tmp_path / "records" / "odd.json").exists()
 
 
 def test_record_has_provenance(tmp_path: Path) -> None:
-    studied(tiny(tmp_path), tmp_path, [Counted("a", [])], command=["coterie", "study"])
+    studied(tiny(tmp_path), tmp_path, [counted("a", [])], command=["coterie", "study"])
     record = json.loads((tmp_path / "records" / "a.json").read_text())
     assert record["command"] == ["coterie", "study"]
     assert record["facts"]["value"] == 1 / 7
@@ -264,15 +299,15 @@ def test_record_has_provenance(tmp_path: Path) -> None:
 
 
 def test_expert_format_is_part_of_the_settings(tmp_path: Path) -> None:
-    studied(tiny(tmp_path), tmp_path, [Counted("a", (measured := []))])
+    studied(tiny(tmp_path), tmp_path, [counted("a", (measured := []))])
     few = coterie.load(
         tmp_path / "model", unmask="fixed:steps=2", block=8, device="cpu", experts="int4"
     )
-    studied(few, tmp_path, [Counted("a", measured)])
+    studied(few, tmp_path, [counted("a", measured)])
     assert measured == ["a", "a"]
     record = json.loads((tmp_path / "records" / "a.json").read_text())
     assert record["settings"]["experts"] == "int4 in groups of 32"
-    studied(few, tmp_path, [Counted("a", measured)])
+    studied(few, tmp_path, [counted("a", measured)])
     assert measured == ["a", "a"]
 
 
@@ -323,7 +358,7 @@ def read(html: str) -> Reader:
 
 
 def test_page_is_self_contained(tmp_path: Path) -> None:
-    chapters = [Counted("a", []), Counted("b", [])]
+    chapters = [counted("a", []), counted("b", [])]
     sections, _ = studied(tiny(tmp_path), tmp_path, chapters)
     html = (tmp_path / "report.html").read_text()
     reader = read(html)
@@ -354,7 +389,7 @@ def test_claims_are_collected_by_experiment() -> None:
 
 
 def test_page_numbers_equal_the_record(tmp_path: Path) -> None:
-    studied(tiny(tmp_path), tmp_path, [Counted("a", [])])
+    studied(tiny(tmp_path), tmp_path, [counted("a", [])])
     value = json.loads((tmp_path / "records" / "a.json").read_text())["facts"]["value"]
     text = read((tmp_path / "report.html").read_text()).text
     assert f"It is {value:.3f}." in text
@@ -362,7 +397,7 @@ def test_page_numbers_equal_the_record(tmp_path: Path) -> None:
 
 
 def test_figures_are_written_as_files(tmp_path: Path) -> None:
-    studied(tiny(tmp_path), tmp_path, [Counted("a", [])])
+    studied(tiny(tmp_path), tmp_path, [counted("a", [])])
     light, dark = (
         (tmp_path / "figures" / f"a-figure-{s}.svg").read_text() for s in plotting.BACKGROUND
     )
@@ -371,6 +406,20 @@ def test_figures_are_written_as_files(tmp_path: Path) -> None:
     assert dark.strip() in html
     assert plotting.BACKGROUND["dark"] in dark
     assert plotting.BACKGROUND["dark"] not in light
+
+
+def test_full_disk_leaves_the_old_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    engine, measured = tiny(tmp_path), []
+    studied(engine, tmp_path, [counted("a", measured)])
+    old = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+
+    def fill(descriptor: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", fill)
+    with pytest.raises(CheckpointError, match="No space left"):
+        studied(engine, tmp_path, [counted("a", measured)])
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == old
 
 
 def test_page_without_experiments() -> None:
@@ -416,7 +465,7 @@ def test_every_policy_has_its_own_style() -> None:
 
 
 def test_figures_are_reproducible() -> None:
-    chapter = Counted("a", [])
+    chapter = counted("a", [])
     drawing = chapter.drawings({"value": 1.0, "hostile": "right & wrong"})[0]
     first, second = (plotting.render_svg(drawing.draw, name="one", scheme="dark") for _ in range(2))
     other = plotting.render_svg(drawing.draw, name="other", scheme="dark")
@@ -459,7 +508,7 @@ def test_claim_holds_with_wins_and_no_losses() -> None:
     assert is_better(compare_pairs([won, even])) is True
     assert is_better(compare_pairs([won, lost])) is False
     assert is_better(compare_pairs([even])) is None
-    told = claim_finding("B is better.", compare_pairs([won, even]), second="b", first="a")
+    told = claim_finding("B is better.", [won, even], second="b", first="a")
     assert "better than a in 1, worse in 0 and not significantly different in 1" in told.text
     assert "+75.0%" in told.text
     assert claim_finding("B is better.", [], second="b", first="a").verdict == "inconclusive"
@@ -492,10 +541,8 @@ def test_vote_of_size_has_that_size(sizes: tuple[int, int]) -> None:
 def test_votes_are_matched_at_equal_experts(tmp_path: Path) -> None:
     others = [Variant("topk:k=1"), Variant("topk:k=2"), Variant("random:beta=0.5")]
     votes = [Variant("des-vote:beta=0.25"), Variant("des-vote:beta=0.75")]
-    arms = VariantResults.from_record(
-        run_comparison(
-            lab(tmp_path), {"votes": votes, "others": others}, matched={"des-vote": others}
-        )
+    arms = run_comparison(
+        lab(tmp_path), {"votes": votes, "others": others}, rivals={"des-vote": others}
     )
     assert arms.pairs
     for other, vote in arms.pairs:
@@ -505,8 +552,9 @@ def test_votes_are_matched_at_equal_experts(tmp_path: Path) -> None:
 
 
 def test_comparison_uses_the_same_items(tmp_path: Path) -> None:
-    facts = json.loads(json.dumps(run_comparison(lab(tmp_path), {"all": [Variant("des-seq:k=4")]})))
-    arms = VariantResults.from_record(facts)
+    measured = run_comparison(lab(tmp_path), {"all": [Variant("des-seq:k=4")]})
+    arms = VariantResults.from_record(json.loads(json.dumps(measured.to_record())))
+    assert arms == measured
     assert arms.vanilla.name == "vanilla"
     seq = arms.groups["all"][0]
     assert (
@@ -560,8 +608,8 @@ CHECKED: Mapping[str, Experiment] = {
         MASS,
         BlockSizeExperiment(),
         ExpertsPerTokenExperiment(),
-        TableOneExperiment(),
-        ForwardCountExperiment(),
+        TABLE_ONE,
+        FORWARDS,
     )
 }
 
@@ -589,7 +637,7 @@ def test_headline_verdict_uses_the_smallest_accurate_policy() -> None:
     def judged(experts: float, right: int) -> Finding:
         vote = tally("des-vote:beta=0.3", "1" * right + "0" * (n - right), experts)
         changed = {**groups, "DES-Vote": [*groups["DES-Vote"], vote]}
-        found = accuracy_findings(replace(arms, groups=changed))
+        found = accuracy_findings(ACCURACY.text, replace(arms, groups=changed))
         return next(f for f in found if isinstance(f, Finding) and "55 %" in f.claim)
 
     assert judged(35.0, int(MIN_RELATIVE_ACCURACY * n)).verdict == "holds"
@@ -604,6 +652,39 @@ def test_experiments_have_names_and_questions() -> None:
     assert all(chapter.text.question.endswith("?") for chapter in EXPERIMENTS.values())
     titles = [chapter.text.title for chapter in EXPERIMENTS.values()]
     assert len(set(titles)) == len(titles)
+
+
+STUDY = ROOT / "src" / "coterie" / "lab" / "study"
+TEXTS = {path.stem: tomllib.loads(path.read_text("utf-8")) for path in STUDY.glob("texts/*.toml")}
+TEXT_METHODS = ("caption", "sentence", "claim", "finding", "table")
+
+
+def strings_of(tree: ast.AST) -> set[str]:
+    constants = (node.value for node in ast.walk(tree) if isinstance(node, ast.Constant))
+    return {value for value in constants if isinstance(value, str)}
+
+
+def text_keys(name: str) -> set[str]:
+    return {key for part in TEXTS[name].values() if isinstance(part, dict) for key in part}
+
+
+def test_every_text_has_an_experiment_and_every_key_a_user() -> None:
+    assert {name for name in TEXTS if "title" in TEXTS[name]} == set(EXPERIMENTS)
+    trees = [ast.parse(path.read_text("utf-8")) for path in STUDY.glob("*.py")]
+    strings = set().union(*map(strings_of, trees))
+    assert {name: unused for name in TEXTS if (unused := text_keys(name) - strings)} == {}
+
+
+def test_every_key_that_a_module_uses_is_in_a_text() -> None:
+    for path in STUDY.glob("*.py"):
+        tree = ast.parse(path.read_text("utf-8"))
+        own = (strings_of(tree) & set(TEXTS)) or set(TEXTS)
+        known = set().union(*map(text_keys, own))
+        calls = [node for node in ast.walk(tree) if isinstance(node, ast.Call) and node.args]
+        for call in calls:
+            is_text = isinstance(call.func, ast.Attribute) and call.func.attr in TEXT_METHODS
+            if is_text and isinstance(key := call.args[0], ast.Constant):
+                assert key.value in known, f"{path.name}: {key.value}"
 
 
 def test_format_bytes() -> None:
@@ -655,7 +736,7 @@ def test_exit_status_reports_failures(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    monkeypatch.setattr(room, "EXPERIMENTS", {"a": Counted("a", [], breaks=broken)})
+    monkeypatch.setattr(room, "EXPERIMENTS", {"a": counted("a", [], error=broken)})
     assert run(["study", "-o", str(tmp_path / "out"), "--quick"]) == status
     said = capsys.readouterr()
     assert said.out.endswith(f"{tmp_path / 'out' / 'report.html'}\n")
@@ -667,19 +748,17 @@ def test_exit_status_reports_failures(
 
 
 def test_markdown_has_the_content_of_the_page(tmp_path: Path) -> None:
-    chapter = Counted("a", [], title="A chapter (Fig. 0)")
+    chapter = counted("a", [])
     studied(tiny(tmp_path), tmp_path, [chapter])
     record = json.loads((tmp_path / "records" / "a.json").read_text())
     one = make_section(chapter, record, schemes=())
-    text = markdown.render_markdown(
-        [one], records="results/study", experts="16 experts", figures=()
-    )
+    text = render_markdown([one], records="results/study", experts="16 experts", figures=())
     assert f"| {HOSTILE} | {record['facts']['value']:.3f} |" in text
     assert "✗ does not hold" in text
     assert "(#a-chapter-fig-0)" in text
     assert "`results/study/a.json`" in text
     assert "<picture>" not in text
-    shown = markdown.render_markdown([one], records="r", experts="16 experts", figures=["a-figure"])
+    shown = render_markdown([one], records="r", experts="16 experts", figures=["a-figure"])
     assert "figures/a-figure-dark.svg" in shown
 
 

@@ -24,7 +24,7 @@ from coterie.lab.bench import routings, timing
 from coterie.lab.bench.shapes import PAPER_LAYERS, LayerShape
 from coterie.lab.bench.timing import TimingBudget, TimingStats
 from coterie.lab.evals.task import Grade, Item
-from coterie.lab.plotting import render_svg
+from coterie.lab.plotting import ColourScheme, render_svg
 from coterie.lab.study import layers, roofline, selection
 from coterie.lab.study.breakdown import BreakdownExperiment
 from coterie.lab.study.charts import pareto_front
@@ -281,7 +281,7 @@ def test_uniform_routing_equals_the_paper() -> None:
 
 
 def test_block_size_summary() -> None:
-    seen = {1: torch.tensor([4.0, 8.0, 6.0]), 2: torch.tensor([2.0, 4.0, 12.0])}
+    seen = torch.tensor([[4.0, 8.0, 6.0], [2.0, 4.0, 12.0]])
     found = summarize_block_size(16, seen)  # means over layers: 3, 6, 9
     assert (found["mean"], found["low"], found["high"]) == (6.0, 4.5, 7.5)
     assert (found["forwards"], found["layers"]) == (3, [6.0, 6.0])
@@ -484,37 +484,42 @@ def chapters() -> list[Experiment]:
     ]
 
 
-def test_timing_experiments_render_from_records(tmp_path: Path) -> None:
-    told = ProgressLog()
-    here = lab(tmp_path, told=told)
+@pytest.mark.parametrize(
+    ("schemes", "figures"),
+    [(("light",), 1), pytest.param(("light", "dark"), 13, marks=pytest.mark.slow)],
+)
+def test_timing_experiments_render_from_records(
+    tmp_path: Path, schemes: Sequence[ColourScheme], figures: int
+) -> None:
+    """By default one figure of each experiment, in one scheme."""
+    progress = ProgressLog()
+    context = lab(tmp_path, told=progress)
     leave(tmp_path, "accuracy", accuracy(16))
-    for chapter in chapters():
-        told.shares.clear()
-        leave(tmp_path, chapter.name, chapter.measure(here))
-        assert told.shares
-        assert told.shares == sorted(told.shares)
-        assert all(0 <= share <= 1 for share in told.shares)
-    del here
+    for experiment in chapters():
+        progress.shares.clear()
+        leave(tmp_path, experiment.name, experiment.measure(context))
+        assert progress.shares
+        assert progress.shares == sorted(progress.shares)
+        assert all(0 <= share <= 1 for share in progress.shares)
+    del context
     names: list[str] = []
-    for chapter in chapters():
-        path = tmp_path / "records" / f"{chapter.name}.json"
-        facts = json.loads(path.read_text(encoding="utf-8"))["facts"]
-        for drawing in chapter.drawings(facts):
-            names.append(drawing.name)
-            light, dark = (
-                render_svg(drawing.draw, name=drawing.name, scheme=scheme)
-                for scheme in ("light", "dark")
-            )
-            assert light != dark
-            assert "<svg" in light
-        for table in chapter.tables(facts):
+    for experiment in chapters():
+        path = tmp_path / "records" / f"{experiment.name}.json"
+        record = json.loads(path.read_text(encoding="utf-8"))["facts"]
+        drawings = experiment.drawings(record)
+        names += [drawing.name for drawing in drawings]
+        for drawing in drawings[:figures]:
+            svgs = [render_svg(drawing.draw, name=drawing.name, scheme=s) for s in schemes]
+            assert all("<svg" in svg for svg in svgs)
+            assert len(set(svgs)) == len(schemes)
+        for table in experiment.tables(record):
             assert table.rows
             assert {len(row) for row in table.rows} == {len(table.heads)}
-        findings = chapter.findings(facts)
+        findings = experiment.findings(record)
         assert findings
-        judged = [each for each in findings if isinstance(each, Finding)]
-        assert all(each.verdict is not None for each in judged if each.claim)
-    assert len(names) == len(set(names)) == 11
+        judged = [finding for finding in findings if isinstance(finding, Finding)]
+        assert all(finding.verdict is not None for finding in judged if finding.claim)
+    assert len(names) == len(set(names)) == 13
 
 
 def test_study_has_the_timing_experiments() -> None:

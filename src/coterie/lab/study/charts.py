@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Literal, TypeVar
+from typing import Any, Literal, TypeVar
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -13,7 +13,6 @@ from matplotlib.ticker import LogLocator, NullFormatter
 from coterie.lab.bench.timing import TimingStats
 from coterie.lab.plotting import (
     FIGURE_HEIGHT,
-    SERIES_COLOURS,
     SeriesStyle,
     add_legend,
     foreground,
@@ -24,13 +23,17 @@ from coterie.lab.plotting import (
 
 T = TypeVar("T")
 LineStyle = str | tuple[int, tuple[float, ...]]
-MARKERS = "oDs^vPXp*"
+Limits = tuple[float | None, float | None]
+TEXT_STYLE = SeriesStyle("", "", "")
 DASHES: Sequence[LineStyle] = ("-", (0, (4, 1.5)), ":", "-.")
 
 
 @dataclass(frozen=True)
 class Series:
-    """Points of one label. ``intervals`` are the ends of each point's error bar."""
+    """Points of one label. ``intervals`` are the ends of each point's error bar.
+
+    A style without a colour draws in the text colour.
+    """
 
     label: str | None
     x: Sequence[float]
@@ -41,6 +44,7 @@ class Series:
     width: float = 1.6
     alpha: float = 1.0
     size: float | None = None
+    steps: bool = False  # a staircase: each value holds up to the next point
 
 
 def policy_series(
@@ -55,12 +59,6 @@ def policy_series(
 ) -> Series:
     """A series in the colour and marker of a policy's family; ``label`` defaults to the policy."""
     return Series(label or policy, x, y, policy_style(policy), line, intervals, alpha=alpha)
-
-
-def indexed_style(index: int) -> SeriesStyle:
-    """The style of a series that has no policy family of its own."""
-    colour, marker = SERIES_COLOURS[index % len(SERIES_COLOURS)], MARKERS[index % len(MARKERS)]
-    return SeriesStyle(colour, marker, "")
 
 
 def dash_repeats(policies: Sequence[str]) -> list[LineStyle]:
@@ -80,9 +78,10 @@ def draw_series(ax: Axes, series: Series) -> None:
         ends = list(zip(series.y, series.intervals, strict=True))
         errors = [[max(0.0, y - i[0]) for y, i in ends], [max(0.0, i[1] - y) for y, i in ends]]
     ax.errorbar(
-        series.x, series.y, yerr=errors, label=series.label, color=series.style.colour,
-        marker=series.style.marker, ls=series.line, lw=series.width, alpha=series.alpha,
-        ms=series.size, elinewidth=0.8,
+        series.x, series.y, yerr=errors, label=series.label,
+        color=series.style.colour or foreground(), marker=series.style.marker, ls=series.line,
+        lw=series.width, alpha=series.alpha, ms=series.size, elinewidth=0.8,
+        drawstyle="steps-post" if series.steps else None,
     )  # fmt: skip
 
 
@@ -91,19 +90,30 @@ def line_chart(
     x: str,
     y: str,
     *,
-    xlim: tuple[float | None, float | None] | None = None,
-    ylim: tuple[float | None, float | None] | None = None,
+    xlim: Limits | None = None,
+    ylim: Limits | None = None,
     percent: Literal["", "x", "y"] = "",
     log: Literal["", "x", "y"] = "",
+    doublings: Sequence[int] = (),
+    level: float | None = None,
     columns: int = 2,
     height: float = FIGURE_HEIGHT,
 ) -> Figure:
-    """A figure with one pair of axes, all series, and a legend above it."""
+    """A figure with one pair of axes, all series, and a legend above it.
+
+    ``doublings`` are the ticks of a binary logarithmic x axis; ``level`` is the height of a dotted
+    horizontal line.
+    """
     figure, ax = new_axes(x, y, height=height)
     for one in series:
         draw_series(ax, one)
+    if level is not None:
+        ax.axhline(level, color=foreground(), lw=0.7, ls=(0, (1, 3)))
     if log:
         set_log_axis(ax, log)
+    if doublings:
+        ax.set_xscale("log", base=2)
+        ax.set_xticks(doublings, [str(tick) for tick in doublings])
     if percent:
         format_percent(ax, axis=percent)
     ax.set(**{key: lim for key, lim in (("xlim", xlim), ("ylim", ylim)) if lim is not None})
@@ -111,9 +121,11 @@ def line_chart(
     return figure
 
 
-def draw_guide(ax: Axes, x: Sequence[float], y: Sequence[float], label: str | None = None) -> None:
-    """A thin dashed line in the text colour: a bound or a reference curve."""
-    ax.plot(x, y, color=foreground(), ls="--", lw=1, label=label)
+def guide_series(
+    x: Sequence[float], y: Sequence[float], label: str | None = None, **options: Any
+) -> Series:
+    """A thin line without markers in the text colour: a bound, a front or a reference curve."""
+    return Series(label, x, y, TEXT_STYLE, **{"line": "--", "width": 1.0, **options})
 
 
 def set_log_axis(ax: Axes, axis: Literal["x", "y"] = "y") -> None:
@@ -123,12 +135,6 @@ def set_log_axis(ax: Axes, axis: Literal["x", "y"] = "y") -> None:
     target.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
     target.set_major_formatter(lambda value, _: f"{value:g}")
     target.set_minor_formatter(NullFormatter())
-
-
-def legend_by_label(ax: Axes) -> Mapping[str, object]:
-    """Legend handles by label, each label once."""
-    handles, labels = ax.get_legend_handles_labels()
-    return dict(zip(labels, handles, strict=True))
 
 
 def pareto_front(items: Iterable[T], key: Callable[[T], tuple[float, float]]) -> list[T]:

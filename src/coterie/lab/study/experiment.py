@@ -5,7 +5,7 @@ from __future__ import annotations
 import tomllib
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -15,6 +15,8 @@ from coterie.lab.study.context import StudyContext
 
 Verdict = Literal["holds", "does not hold", "inconclusive"]
 T = TypeVar("T")
+Entry = Mapping[str, Any]  # a JSON object in a record
+Columns = Mapping[str, str | Callable[[T], str]]  # head -> cell of an item
 
 
 @dataclass(frozen=True)
@@ -50,15 +52,18 @@ class ExperimentText:
     """The prose of an experiment, from ``texts/NAME.toml``: templates for ``str.format``, by key.
 
     The code computes the values and the verdict. A sentence with an entry of the same key in
-    ``claims`` tests that claim of the paper.
+    ``claims`` tests that claim of the paper. A table has a ``caption``, ``columns`` as those of
+    ``make_table``, and ``left``, the heads of its text columns (default: the first). Texts that
+    several experiments share have no title and no question.
     """
 
     name: str  # of the record's file and the report's anchor: "explosion"
-    title: str  # with the place in the paper: "The expert explosion (Fig. 1a)"
-    question: str  # in a sentence for readers without knowledge of the paper
+    title: str = ""  # with the place in the paper: "The expert explosion (Fig. 1a)"
+    question: str = ""  # in a sentence for readers without knowledge of the paper
     captions: Mapping[str, str] = field(default_factory=dict)
     sentences: Mapping[str, str] = field(default_factory=dict)
     claims: Mapping[str, str] = field(default_factory=dict)
+    tables: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
 
     @staticmethod
     def load(name: str) -> ExperimentText:
@@ -77,6 +82,17 @@ class ExperimentText:
     def finding(self, key: str, holds: bool | None, **values: object) -> Finding:
         """The sentence with the verdict on its claim; ``holds`` is None if inconclusive."""
         return judge(self.sentence(key, **values), self.claim(key, **values), holds)
+
+    def table(
+        self, key: str, rows: Sequence[T], more: Columns[T] | None = None, **values: object
+    ) -> Table:
+        """The table of this key. ``more`` columns follow those of the text."""
+        entry = self.tables[key]
+        columns = {**entry["columns"], **(more or {})}
+        left = entry.get("left", list(columns)[:1])
+        table = make_table(entry["caption"].format(**values), rows, columns)
+        numbers = [index for index, head in enumerate(columns) if head not in left]
+        return replace(table, numbers=numbers)
 
 
 class Experiment(ABC):
@@ -115,11 +131,7 @@ def judge(text: str, claim: str, holds: bool | None) -> Finding:
 
 
 def make_table(
-    caption: str,
-    rows: Sequence[T],
-    columns: Mapping[str, str | Callable[[T], str]],
-    *,
-    text_columns: int = 1,
+    caption: str, rows: Sequence[T], columns: Columns[T], *, text_columns: int = 1
 ) -> Table:
     """One row per item. A column is a function of the item, or a template for ``str.format``.
 
@@ -141,12 +153,6 @@ def format_p(p: float, *, bare: bool = False) -> str:
     if p < 0.001:
         return "< 0.001" if bare else "p < 0.001"
     return f"{p:.3f}" if bare else f"p {p:.3f}"
-
-
-def format_interval(value: float, interval: Sequence[float], spec: str) -> str:
-    """A value with its interval: "0.71 (0.68 to 0.75)"."""
-    low, high = interval
-    return f"{value:{spec}} ({low:{spec}} to {high:{spec}})"
 
 
 def decimal_bytes(size: float) -> str:

@@ -2,31 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from statistics import fmean
+from typing import Any
 
 from torch import Tensor
 
 from coterie.lab.evals.generation import EvalRequest, GenerationOutcome, generate_outcomes
-from coterie.lab.study.comparison import draw_comparison, variant_table
+from coterie.lab.study.comparison import draw_by_position, variant_table
 from coterie.lab.study.context import BATCH_SIZE, StudyContext
 from coterie.lab.study.experiment import Drawing, Experiment, ExperimentText, Finding, Table
-from coterie.lab.study.paired import claim_finding, compare_pairs
-from coterie.lab.study.results import VariantResult, VariantResults, VariantsRecord
+from coterie.lab.study.paired import claim_finding
+from coterie.lab.study.results import JsonObject, VariantResult, VariantResults
 from coterie.lab.study.variants import MAIN_BETAS, beta_variants, run_comparison
 from coterie.routing import DesVote
 from coterie.routing.router import select_topk
 from coterie.values import Policy, Scores, expert_mask
 
 FULL_K_LABEL = "all of a token's experts"
-
-
-class HalfKRecord(VariantsRecord):
-    """``narrow`` are the names of the results with ``half`` of the model's K."""
-
-    half: int
-    narrow: list[str]
 
 
 @dataclass(frozen=True)
@@ -46,7 +41,7 @@ class ExpertsPerTokenExperiment(Experiment):
 
     text = ExperimentText.load("experts-per-token")
 
-    def measure(self, context: StudyContext) -> HalfKRecord:
+    def measure(self, context: StudyContext) -> JsonObject:
         half = max(1, context.engine.model.spec.router.k // 2)
         full_k_variants = beta_variants("des-vote")
         half_k_results = []
@@ -56,25 +51,24 @@ class ExpertsPerTokenExperiment(Experiment):
             half_k_results.append(
                 evaluate_policy(context, LimitTopK(DesVote(beta), half), name, variant.policy)
             )
-        record = run_comparison(context, {FULL_K_LABEL: full_k_variants}, extra=half_k_results)
-        return HalfKRecord(**record, half=half, narrow=[result.name for result in half_k_results])
+        results = run_comparison(context, {FULL_K_LABEL: full_k_variants}, extra=half_k_results)
+        narrow = [result.name for result in half_k_results]
+        return {**results.to_record(), "half": half, "narrow": narrow}
 
-    def drawings(self, record: HalfKRecord) -> Sequence[Drawing]:
-        results = _results_with_half_k(record)
-        caption = self.text.caption("figure")
-        return [Drawing(self.name, caption, lambda: draw_comparison(results, color_by="place"))]
+    def drawings(self, record: Mapping[str, Any]) -> Sequence[Drawing]:
+        draw = partial(draw_by_position, _results_with_half_k(record))
+        return [Drawing(self.name, self.text.caption("figure"), draw)]
 
-    def tables(self, record: HalfKRecord) -> Sequence[Table]:
+    def tables(self, record: Mapping[str, Any]) -> Sequence[Table]:
         return [variant_table(_results_with_half_k(record), self.text.caption("table"))]
 
-    def findings(self, record: HalfKRecord) -> Sequence[Finding | str]:
+    def findings(self, record: Mapping[str, Any]) -> Sequence[Finding | str]:
         results = _results_with_half_k(record)
-        half_k, full_k = (results.groups[label] for label in (_half_k_label(record), FULL_K_LABEL))
+        full_k, half_k = results.groups.values()
         half, k = f"K = {record['half']}", f"K = {results.k}"
-        claim = self.text.claim("full", k=k, half=half)
-        comparisons = compare_pairs(zip(half_k, full_k, strict=True))
-        condition = "at the same coreset"
-        return [claim_finding(claim, comparisons, second=k, first=half, condition=condition)]
+        pairs = list(zip(half_k, full_k, strict=True))
+        claim, at = self.text.claim("full", k=k, half=half), "at the same coreset"
+        return [claim_finding(claim, pairs, second=k, first=half, condition=at)]
 
 
 def evaluate_policy(
@@ -82,48 +76,42 @@ def evaluate_policy(
 ) -> VariantResult:
     """The result of a policy object that has no spelling. Its answers are not stored."""
     per_task = -(-context.num_problems // len(context.tasks))
-    questions = [
+    requests = [
         EvalRequest(task, item, context.engine.generation.replace(**task.generation()))
         for task in context.tasks
         for item in task.items()[:per_task]
     ]
-    batches = generate_outcomes(context.engine, questions, policy, batch_size=BATCH_SIZE)
-    finished = [outcome for batch in batches for outcome in batch]
-    by_question = {(o.request.task.name, o.request.item.id): o for o in finished}
-    in_order = [by_question[question.task.name, question.item.id] for question in questions]
-    results = [outcome.result for outcome in in_order if outcome.result is not None]
+    batches = generate_outcomes(context.engine, requests, policy, batch_size=BATCH_SIZE)
+    outcomes = [outcome for batch in batches for outcome in batch]
+    results = [outcome.result for outcome in outcomes if outcome.result is not None]
     weights = [result.experts.forwards for result in results]
-    seconds = sum(outcome.seconds for outcome in finished)
+    correct = {(o.request.task.name, o.request.item.id): _is_correct(o) for o in outcomes}
+    right = {
+        task.name: "".join(str(int(correct[task.name, i.id])) for i in task.items()[:per_task])
+        for task in context.tasks
+    }
     return VariantResult(
         name=name,
         policy=policy_spec,
         generation={},
-        right=_grade_digits(in_order),
+        right=right,
         experts=fmean((result.experts.mean for result in results), weights),
         expert_bytes=fmean((result.expert_bytes for result in results), weights),
         vote_mass_kept=fmean((result.vote_mass_kept for result in results), weights),
         forwards_per_block=sum(r.forwards for r in results) / sum(r.blocks for r in results),
         new_tokens=fmean(result.new_tokens for result in results),
-        tokens_per_second=sum(result.new_tokens for result in results) / seconds,
-        failed=len(in_order) - len(results),
+        tokens_per_second=sum(r.new_tokens for r in results) / sum(o.seconds for o in outcomes),
+        failed=len(outcomes) - len(results),
     )
 
 
-def _grade_digits(outcomes: Sequence[GenerationOutcome]) -> dict[str, str]:
-    """Task -> "0110", one digit per item."""
-    digits: dict[str, str] = {}
-    for outcome in outcomes:
-        task, item, result = outcome.request.task, outcome.request.item, outcome.result
-        correct = result is not None and task.grade(result.text, item).correct
-        digits[task.name] = digits.get(task.name, "") + str(int(correct))
-    return digits
+def _is_correct(outcome: GenerationOutcome) -> bool:
+    task, item, result = outcome.request.task, outcome.request.item, outcome.result
+    return result is not None and task.grade(result.text, item).correct
 
 
-def _half_k_label(record: HalfKRecord) -> str:
-    return f"{record['half']} of them"
-
-
-def _results_with_half_k(record: HalfKRecord) -> VariantResults:
+def _results_with_half_k(record: Mapping[str, Any]) -> VariantResults:
+    """Two groups: with all of a token's experts, and with half of them."""
     results = VariantResults.from_record(record, [FULL_K_LABEL])
     half_k = [results.by_name[name] for name in record["narrow"]]
-    return replace(results, groups={**results.groups, _half_k_label(record): half_k})
+    return replace(results, groups={**results.groups, f"{record['half']} of them": half_k})

@@ -9,116 +9,81 @@ Intervals are bootstraps over prompts.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Literal, TypedDict, cast
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, Literal, get_args
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from torch.nn import functional as F
 
 from coterie.engine.events import Result
 from coterie.engine.observation import LayerObservation, moe_output, observe_forwards
 from coterie.errors import CoterieError
 from coterie.lab.study.context import StudyContext
-from coterie.lab.study.experiment import Table, format_interval, make_table
+from coterie.lab.study.experiment import Entry
+from coterie.lab.study.rank_stats import central_interval
 from coterie.routing import needs_importance, parse_policy, route
 from coterie.telemetry import routing_stats
 from coterie.values import Routing, expert_mask
 
-FloatArray = NDArray[np.float64]  # [.., columns]
-ProgressCallback = Callable[[float], None]  # the share done
-Metric = Literal[
-    "recall", "loss", "word_recall", "word_loss", "open_loss", "experts", "mass", "cosine"
-]
+FloatArray = NDArray[np.float64]
+Metric = Literal["experts", "mass", "recall", "loss", "word_recall", "word_loss", "open_loss"]
 
 MAX_LAYERS = 4  # MoE layers observed, evenly spread over a large model
 MAX_FORWARDS = 24  # forwards observed per row, from its first
-SLOW_STEPS = 8  # forwards per block in slow decoding; a confident model needs one or two
 BOOTSTRAP_DRAWS = 1000
-COLUMNS = (
-    *("looks", "unique", "squared", "held", "votes", "hits", "choices", "loss", "cosine"),
-    *("word_looks", "word_hits", "word_choices", "word_loss", "open_looks", "open_loss"),
-)
-COLUMN_INDEX = {name: index for index, name in enumerate(COLUMNS)}
+METRICS: tuple[Metric, ...] = get_args(Metric)
 METRIC_NAMES: Mapping[Metric, str] = {
-    "experts": "unique experts",
-    "mass": "votes kept",
     "recall": "top-K recall",
     "word_recall": "top-K recall, answer tokens",
     "loss": "reconstruction loss",
     "word_loss": "reconstruction loss, answer tokens",
-    "open_loss": "reconstruction loss, masked answer tokens",
-    "cosine": "cosine of the layer's output",
 }
 
 
-class FidelityScores(TypedDict):
-    """The metrics of one policy; ``spread`` is the standard deviation of ``experts``.
-
-    ``experts`` counts unique experts in use, ``mass`` is their share of the votes, ``loss`` is
-    |y - y_vanilla|^2 / |y_vanilla|^2 of the layer's output y, and ``cosine`` is that of y.
-    """
-
-    policy: str
-    experts: float
-    spread: float
-    mass: float
-    recall: float
-    loss: float
-    cosine: float
-    word_recall: float
-    word_loss: float
-    open_loss: float
-    recall_interval: list[float]
-    loss_interval: list[float]
-
-
-class CurveGap(TypedDict):
-    """A policy minus a curve at the same number of experts, with its 95 % interval."""
-
-    policy: str
-    experts: float
-    value: float  # of the policy
-    curve: float  # of the curve there
-    gap: float
-    interval: list[float]
-
-
 @dataclass(frozen=True)
-class VanillaTrace:
-    """Prompts answered once by vanilla, which fixes where the answers end."""
+class FidelitySums:
+    """Sums per policy and prompt: [policies, prompts, metrics, numerator and denominator]."""
 
-    prompts: tuple[str, ...]
-    results: tuple[Result, ...]
-    layers: tuple[int, ...]
-    unmask: str
+    policies: tuple[str, ...]
+    sums: Tensor
 
     @property
     def num_observations(self) -> int:
-        """The number of observations that a replay yields."""
-        return sum(min(result.forwards, MAX_FORWARDS) for result in self.results) * len(self.layers)
+        return int(self.sums[0, :, METRICS.index("loss"), 1].sum())
+
+    @cached_property
+    def samples(self) -> FloatArray:
+        """Sums over prompts, [1 + draws, ..]: over all of them, then over bootstrap samples."""
+        prompts = self.sums.shape[1]
+        rng = np.random.default_rng(0)
+        draws = rng.multinomial(prompts, [1 / prompts] * prompts, size=BOOTSTRAP_DRAWS)
+        return np.einsum("dn,pn...->dp...", np.vstack([np.ones(prompts), draws]), self.sums.numpy())
+
+    def values(self, metric: Metric) -> FloatArray:
+        """[1 + draws, policies]; without observations, 1 for shares kept and 0 for losses."""
+        numerator, denominator = np.moveaxis(self.samples[:, :, METRICS.index(metric)], -1, 0)
+        default = np.full_like(numerator, metric in ("mass", "recall", "word_recall"))
+        return np.divide(numerator, denominator, out=default, where=denominator > 0)
 
 
-@dataclass  # mutable: it accumulates
-class FidelitySums:
-    """Sums per policy and prompt: [policies, prompts, columns]."""
-
-    policies: tuple[str, ...]
-    sums: Tensor = field(default_factory=lambda: torch.zeros(0))
-
-
-def trace_vanilla(context: StudyContext, *, slow: bool = False) -> VanillaTrace:
-    """Answer the study's prompts with vanilla; ``slow`` uses ``SLOW_STEPS`` forwards per block."""
-    prompts = context.questions()
-    unmask = f"fixed:steps={SLOW_STEPS}" if slow else context.engine.generation.unmask
+def observe_vanilla(
+    context: StudyContext, on_layer: Callable[[LayerObservation], None], **options: Any
+) -> list[Result]:
+    """Answer the study's prompts with vanilla; ``options`` are those of ``observe_forwards``."""
     results = observe_forwards(
-        context.engine, prompts, lambda _: None, unmask=unmask, max_forwards=MAX_FORWARDS
+        context.engine,
+        context.questions(),
+        on_layer,
+        layers=sample_layers(context),
+        max_forwards=MAX_FORWARDS,
+        **options,
     )
     if not any(result.forwards for result in results):
         raise CoterieError("no decoding forward was made")
-    return VanillaTrace(tuple(prompts), tuple(results), sample_layers(context), unmask)
+    return results
 
 
 def sample_layers(context: StudyContext, count: int = MAX_LAYERS) -> tuple[int, ...]:
@@ -130,63 +95,42 @@ def sample_layers(context: StudyContext, count: int = MAX_LAYERS) -> tuple[int, 
     return tuple(moe_layers[index] for index in indices)
 
 
-def replay_vanilla(
-    context: StudyContext,
-    trace: VanillaTrace,
-    on_layer: Callable[[LayerObservation], None],
-    on_progress: ProgressCallback,
-) -> None:
-    """Run vanilla's forwards again and pass every observation to ``on_layer``."""
-    num_done = 0
-
-    def on_observation(observation: LayerObservation) -> None:
-        nonlocal num_done
-        on_layer(observation)
-        num_done += len(observation.rows)
-        on_progress(min(1.0, num_done / max(1, trace.num_observations)))
-
-    observe_forwards(
-        context.engine,
-        trace.prompts,
-        on_observation,
-        layers=trace.layers,
-        max_forwards=MAX_FORWARDS,
-        unmask=trace.unmask,
-    )
-
-
-def answer_mask(trace: VanillaTrace, observation: LayerObservation) -> Tensor:
-    """Bool [S, N]: positions of the answer, including its end-of-text token."""
-    position = torch.tensor(observation.starts)[:, None] + torch.arange(observation.x.shape[1])
-    ends = torch.tensor([trace.results[row].new_tokens for row in observation.rows])[:, None]
-    return ((position >= 0) & (position <= ends)).to(observation.x.device)
-
-
 def compare_policies(
-    context: StudyContext,
-    trace: VanillaTrace,
-    policies: Sequence[str],
-    on_progress: ProgressCallback,
+    context: StudyContext, policies: Sequence[str], on_progress: Callable[[float], None]
 ) -> FidelitySums:
-    """Measure every policy on every observation. Memory: one layer of one forward."""
+    """Measure every policy on every observation. Memory: one layer of one forward.
+
+    Vanilla answers the prompts twice: the first time fixes where the answers end.
+    """
     parsed = [parse_policy(policy) for policy in policies]
     if any(map(needs_importance, parsed)):
         raise CoterieError("mc-moe needs token importance, which is not recorded here")
-    sums = torch.zeros(len(policies), len(trace.prompts), len(COLUMNS), dtype=torch.float64)
+    results = observe_vanilla(context, lambda _: None)
+    num_forwards = sum(min(result.forwards, MAX_FORWARDS) for result in results)
+    num_left = total = num_forwards * len(sample_layers(context))
+    sums = torch.zeros(len(policies), len(results), len(METRICS), 2, dtype=torch.float64)
 
     def on_layer(observation: LayerObservation) -> None:
+        nonlocal num_left
         vanilla_output = moe_output(context.engine.model, observation, observation.routing)
-        content = answer_mask(trace, observation)
-        rows = torch.tensor(observation.rows)
+        content, rows = answer_mask(results, observation), torch.tensor(observation.rows)
         for number, policy in enumerate(parsed):
             routing = route(observation.scores, policy)
             output = moe_output(context.engine.model, observation, routing)
-            sums[number].index_add_(
-                0, rows, measure_layer(observation, routing, output, vanilla_output, content).cpu()
-            )
+            ratios = measure_layer(observation, routing, output, vanilla_output, content)
+            sums[number].index_add_(0, rows, ratios.cpu())
+        num_left -= len(rows)
+        on_progress(min(1.0, 1 - num_left / total))
 
-    replay_vanilla(context, trace, on_layer, on_progress)
+    observe_vanilla(context, on_layer)
     return FidelitySums(tuple(policies), sums)
+
+
+def answer_mask(results: Sequence[Result], observation: LayerObservation) -> Tensor:
+    """Bool [S, N]: positions of the answer, including its end-of-text token."""
+    position = torch.tensor(observation.starts)[:, None] + torch.arange(observation.x.shape[1])
+    ends = torch.tensor([results[row].new_tokens for row in observation.rows])[:, None]
+    return ((position >= 0) & (position <= ends)).to(observation.x.device)
 
 
 def measure_layer(
@@ -196,41 +140,35 @@ def measure_layer(
     vanilla_output: Tensor,
     words: Tensor,
 ) -> Tensor:
-    """[S, columns] float64 of one policy in one layer; outputs are [S, N, H], ``words`` [S, N]."""
-    unique, _, votes_kept, votes, hits, choices = routing_stats(observation.scores, routing).unbind(
-        -1
-    )
-    squared_error = (output.double() - vanilla_output.double()).square().sum(-1)  # [S, N]
-    squared_norm = vanilla_output.double().square().sum(-1)
-    cosine = F.cosine_similarity(output.double(), vanilla_output.double(), dim=-1).mean(-1)
-    kept_experts = count_kept_experts(observation, routing)
-    masked_words = words & masked_positions(observation)
-    columns = {
-        "looks": torch.ones_like(unique),
-        "unique": unique,
-        "squared": unique.square(),
-        "held": votes_kept,
-        "votes": votes,
-        "hits": hits,
-        "choices": choices,
-        "loss": squared_error.sum(-1) / squared_norm.sum(-1),
-        "cosine": cosine,
-        "word_looks": words.any(-1).double(),
-        "word_hits": (kept_experts * words).sum(-1).double(),
-        "word_choices": (words.sum(-1) * observation.scores.router.k).double(),
-        "word_loss": _masked_share(squared_error, squared_norm, words),
-        "open_looks": masked_words.any(-1).double(),
-        "open_loss": _masked_share(squared_error, squared_norm, masked_words),
-    }
-    return torch.stack([columns[name] for name in COLUMNS], dim=-1)
+    """Numerator and denominator of every metric for one policy in one layer: [S, metrics, 2].
 
-
-def masked_positions(observation: LayerObservation) -> Tensor:
-    """Bool [S, N]: positions still masked."""
+    Outputs are [S, N, H]; ``words`` [S, N] are the positions of the answer.
+    """
     progress = observation.scores.progress
     if progress is None or progress.masked is None:
         raise RuntimeError("the observation has no decoding progress")
-    return progress.masked
+    stats = routing_stats(observation.scores, routing)
+    unique, _, votes_kept, votes, hits, choices = stats.unbind(-1)
+    error = (output.double() - vanilla_output.double()).square().sum(-1)  # [S, N]
+    norm = vanilla_output.double().square().sum(-1)
+    kept_experts, k = count_kept_experts(observation, routing), observation.scores.router.k
+    ratios: dict[Metric, tuple[Tensor, Tensor]] = {
+        "experts": (unique, torch.ones_like(unique)),
+        "mass": (votes_kept, votes),
+        "recall": (hits, choices),
+        "loss": _relative_loss(error, norm, torch.ones_like(words)),
+        "word_recall": ((kept_experts * words).sum(-1), words.sum(-1) * k),
+        "word_loss": _relative_loss(error, norm, words),
+        "open_loss": _relative_loss(error, norm, words & progress.masked),
+    }
+    pairs = [torch.stack(ratios[metric], dim=-1) for metric in METRICS]
+    return torch.stack(pairs, dim=1).double()
+
+
+def _relative_loss(error: Tensor, norm: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+    """[S] twice: error / norm [S, N] over ``mask``, and whether it has any position."""
+    any_masked = mask.any(-1)
+    return (error * mask).sum(-1) / (norm * mask).sum(-1).where(any_masked, 1.0), any_masked
 
 
 def count_kept_experts(observation: LayerObservation, routing: Routing) -> Tensor:
@@ -240,179 +178,72 @@ def count_kept_experts(observation: LayerObservation, routing: Routing) -> Tenso
     return in_use.gather(-1, routing.vanilla_ids).sum(-1).view(shape[:2])
 
 
-METRICS: Mapping[Metric, Callable[[FloatArray], FloatArray]] = {  # from sums [.., columns]
-    "experts": lambda sums: _ratio(sums, "unique", "looks"),
-    "mass": lambda sums: _ratio(sums, "held", "votes"),
-    "recall": lambda sums: _ratio(sums, "hits", "choices"),
-    "loss": lambda sums: _ratio(sums, "loss", "looks"),
-    "cosine": lambda sums: _ratio(sums, "cosine", "looks"),
-    "word_recall": lambda sums: _ratio(sums, "word_hits", "word_choices"),
-    "word_loss": lambda sums: _ratio(sums, "word_loss", "word_looks"),
-    "open_loss": lambda sums: _ratio(sums, "open_loss", "open_looks"),
-}
+def fidelity_scores(fidelity: FidelitySums) -> list[Entry]:
+    """The metrics of every policy, in order.
 
-
-def fidelity_scores(fidelity: FidelitySums) -> list[FidelityScores]:
-    """The scores of every policy, in order."""
-    totals, samples = fidelity.sums.sum(dim=1).numpy(), bootstrap(fidelity.sums)
-    values_by_metric = {name: metric(totals) for name, metric in METRICS.items()}
-    squares = _ratio(totals, "squared", "looks") - values_by_metric["experts"] ** 2
-    interval_metrics: tuple[Metric, ...] = ("recall", "loss")
-    intervals = {name: _interval(METRICS[name](samples)) for name in interval_metrics}
+    ``experts`` counts unique experts in use, ``mass`` is their share of the votes, and ``loss`` is
+    |y - y_vanilla|^2 / |y_vanilla|^2 of the layer's output y.
+    """
+    values = {metric: fidelity.values(metric) for metric in METRICS}
     return [
-        cast(
-            "FidelityScores",
-            {
-                "policy": policy,
-                **{name: float(values[index]) for name, values in values_by_metric.items()},
-                "spread": float(np.sqrt(max(0.0, squares[index]))),
-                **{f"{name}_interval": ends[index] for name, ends in intervals.items()},
-            },
-        )
+        {
+            "policy": policy,
+            **{metric: float(samples[0, index]) for metric, samples in values.items()},
+            "recall_interval": central_interval(values["recall"][1:, index]),
+            "loss_interval": central_interval(values["loss"][1:, index]),
+        }
         for index, policy in enumerate(fidelity.policies)
     ]
 
 
 def gaps_to_curve(
-    fidelity: FidelitySums, policies: Sequence[str], curve: Sequence[str], metric: Metric = "loss"
-) -> list[CurveGap]:
+    fidelity: FidelitySums, policies: Sequence[str], curve: Sequence[str], metric: Metric
+) -> list[Entry]:
     """Each policy's metric minus that of a curve of policies, at the policy's own size.
 
     The curve is linear between its points; a policy beyond its ends is omitted.
     """
-    totals, samples = fidelity.sums.sum(dim=1).numpy()[None], bootstrap(fidelity.sums)
-    curve_indices = [fidelity.policies.index(policy) for policy in curve]
-    curve_gaps = []
+    sizes, values = fidelity.values("experts"), fidelity.values(metric)
+    points = [fidelity.policies.index(policy) for policy in curve]
+    order = np.argsort(sizes[:, points], axis=1, kind="stable")
+    ends, heights = (np.take_along_axis(of[:, points], order, axis=1) for of in (sizes, values))
+    gaps = []
     for policy in policies:
         index = fidelity.policies.index(policy)
-        size = float(METRICS["experts"](totals)[0, index])
-        ends = METRICS["experts"](totals)[0, curve_indices]
-        if not ends.min() <= size <= ends.max():
+        if not ends[0, 0] <= sizes[0, index] <= ends[0, -1]:
             continue
-        value, curve_value = _value_and_curve(totals, index, curve_indices, metric)
-        gap = np.subtract(*_value_and_curve(samples, index, curve_indices, metric))
-        curve_gaps.append(
-            CurveGap(
-                policy=policy,
-                experts=size,
-                value=float(value[0]),
-                curve=float(curve_value[0]),
-                gap=float(value[0] - curve_value[0]),
-                interval=_interval(gap[:, None])[0],
-            )
+        curve_values = np.array([*map(np.interp, sizes[:, index], ends, heights)])
+        differences = values[:, index] - curve_values
+        gaps.append(
+            {
+                "policy": policy,
+                "experts": float(sizes[0, index]),
+                "value": float(values[0, index]),
+                "curve": float(curve_values[0]),
+                "gap": float(differences[0]),
+                "interval": central_interval(differences[1:]),
+            }
         )
-    return curve_gaps
+    return gaps
 
 
-def metric_gaps(
-    fidelity: FidelitySums, policies: Sequence[str], curve: Sequence[str], metrics: Sequence[Metric]
-) -> dict[Metric, list[CurveGap]]:
-    """``gaps_to_curve`` for each of these metrics."""
-    return {metric: gaps_to_curve(fidelity, policies, curve, metric) for metric in metrics}
-
-
-def compare_to_curve(gap: CurveGap, metric: Metric) -> int:
+def compare_to_curve(gap: Entry, metric: Metric) -> int:
     """1 where the policy beats the curve beyond the interval, -1 where it loses, else 0."""
     sign = -1 if metric.endswith("loss") else 1
     low, high = sorted(sign * end for end in gap["interval"])
     return int(low > 0) - int(high < 0)
 
 
-def count_outcomes(gaps: Sequence[CurveGap], metric: Metric) -> tuple[int, int, int]:
+def count_outcomes(gaps: Sequence[Entry], metric: Metric) -> tuple[int, int, int]:
     """The numbers of sizes at which policies are better than the curve, worse, and similar."""
     signs = [compare_to_curve(gap, metric) for gap in gaps]
     return signs.count(1), signs.count(-1), signs.count(0)
 
 
-def outcomes_text(gaps_by_metric: Mapping[Metric, Sequence[CurveGap]]) -> str:
+def outcomes_text(gaps_by_metric: Mapping[Metric, Sequence[Entry]]) -> str:
     """Metric by metric: the numbers of sizes that are better, worse and similar."""
     clauses = []
     for metric, gaps in gaps_by_metric.items():
         better, worse, similar = count_outcomes(gaps, metric)
         clauses.append(f"{METRIC_NAMES[metric]} {better} better, {worse} worse, {similar} similar")
     return "; ".join(clauses)
-
-
-def gaps_table(
-    gaps_by_metric: Mapping[Metric, Sequence[CurveGap]], first_head: str, caption: str
-) -> Table:
-    """One policy per row, one metric per column: the gap to the curve."""
-    by_policy: dict[str, list[str]] = {}
-    for gap in (gap for gaps in gaps_by_metric.values() for gap in gaps):
-        row = by_policy.setdefault(gap["policy"], [gap["policy"], f"{gap['experts']:.1f}"])
-        row.append(format_interval(gap["gap"], gap["interval"], "+.3f"))
-    heads = [first_head, "experts", *(METRIC_NAMES[metric] for metric in gaps_by_metric)]
-    return Table(heads, list(by_policy.values()), caption, range(1, len(heads)))
-
-
-def scores_table(scores: Sequence[FidelityScores], caption: str) -> Table:
-    """One policy per row."""
-    return make_table(
-        caption,
-        scores,
-        {
-            "policy": "{policy}",
-            "experts": "{experts:.1f}",
-            "votes kept": "{mass:.1%}",
-            "recall": "{recall:.1%}",
-            "recall, answer tokens": "{word_recall:.1%}",
-            "loss": "{loss:.3f}",
-            "loss, answer tokens": "{word_loss:.3f}",
-            "loss, masked answer tokens": "{open_loss:.3f}",
-        },
-    )
-
-
-def bootstrap(sums: Tensor, *, draws: int = BOOTSTRAP_DRAWS, seed: int = 0) -> FloatArray:
-    """Bootstrap over prompts: [policies, prompts, C] -> [draws, policies, C]."""
-    prompts = sums.shape[1]
-    weights = np.random.default_rng(seed).multinomial(prompts, [1 / prompts] * prompts, size=draws)
-    return np.einsum("dn,pnc->dpc", weights.astype(np.float64), sums.numpy())
-
-
-def _value_and_curve(
-    sums: FloatArray, index: int, curve_indices: Sequence[int], metric: Metric
-) -> tuple[FloatArray, FloatArray]:
-    """[draws] twice: the policy's metric, and the curve's at the policy's number of experts."""
-    sizes, values = METRICS["experts"](sums), METRICS[metric](sums)
-    order = np.argsort(sizes[:, curve_indices], axis=1, kind="stable")
-    ends, heights = (
-        np.take_along_axis(array[:, curve_indices], order, axis=1) for array in (sizes, values)
-    )
-    return values[:, index], interpolate(sizes[:, index], ends, heights)
-
-
-def interpolate(size: FloatArray, ends: FloatArray, heights: FloatArray) -> FloatArray:
-    """[draws]: linear interpolation at size [draws] through (ends, heights) [draws, points].
-
-    ``ends`` ascend; beyond them the first and last heights continue.
-    """
-    right = (ends < size[:, None]).sum(axis=1).clip(1, ends.shape[1] - 1)[:, None]
-    (x0, x1), (y0, y1) = (
-        [np.take_along_axis(array, index, axis=1)[:, 0] for index in (right - 1, right)]
-        for array in (ends, heights)
-    )
-    share = np.where(x1 > x0, (size - x0) / np.where(x1 > x0, x1 - x0, 1.0), 1.0)
-    return y0 + share.clip(0.0, 1.0) * (y1 - y0)
-
-
-def _masked_share(error: Tensor, total: Tensor, mask: Tensor) -> Tensor:
-    """[S]: the ratio of two [S, N] summed over ``mask``; 0 where the mask is empty."""
-    return (error * mask).sum(-1) / (total * mask).sum(-1).where(mask.any(-1), 1.0)
-
-
-def _ratio(sums: FloatArray, numerator_name: str, denominator_name: str) -> FloatArray:
-    """The ratio of two columns; without observations, 1 for shares kept and 0 for losses."""
-    denominator = sums[..., COLUMN_INDEX[denominator_name]]
-    default = 1.0 if denominator_name in ("choices", "word_choices", "votes") else 0.0
-    return np.where(
-        denominator > 0,
-        sums[..., COLUMN_INDEX[numerator_name]] / np.where(denominator > 0, denominator, 1.0),
-        default,
-    )
-
-
-def _interval(samples: FloatArray) -> list[list[float]]:
-    """[draws, n] -> n pairs: the central 95 %."""
-    low, high = np.quantile(samples, [0.025, 0.975], axis=0)
-    return [[float(a), float(b)] for a, b in zip(low, high, strict=True)]

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal, TypedDict
+from functools import partial
+from typing import Any
 
 import numpy as np
 import torch
@@ -15,24 +16,19 @@ from torch import Tensor
 from coterie.engine.engine import Engine
 from coterie.lab.plotting import (
     FIGURE_WIDTH,
-    add_legend,
     foreground,
-    format_percent,
     grid_colour,
-    new_axes,
     policy_style,
 )
-from coterie.lab.study.charts import draw_guide, draw_series, policy_series
+from coterie.lab.study.charts import guide_series, line_chart, policy_series
 from coterie.lab.study.context import StudyContext
 from coterie.lab.study.experiment import (
     Drawing,
+    Entry,
     Experiment,
     ExperimentText,
     Finding,
     Table,
-    format_interval,
-    judge,
-    make_table,
 )
 from coterie.lab.study.fidelity import sample_layers
 from coterie.lab.study.first_forwards import (
@@ -51,12 +47,7 @@ from coterie.values import Scores, expert_mask
 
 NUM_BLOCKS = 12  # blocks ablated, one per prompt
 BATCH_SIZE = 32  # experts removed in one batch
-ImportanceMeasure = Literal["output", "words", "hidden"]
-MEASURE_NAMES: Mapping[ImportanceMeasure, str] = {
-    "output": "output",
-    "words": "output, answer tokens",
-    "hidden": "hidden state",
-}
+MEASURES = ("output", "words", "hidden")
 VOTE_KINDS: tuple[Vote, ...] = ("weight", "topk-prob", "count", "full", "max")
 SHARES = ("0.03125", "0.0625", "0.1", "0.15", "0.2", "0.3", "0.4", "0.5", "0.75")
 POLICY_CURVES = {
@@ -70,59 +61,7 @@ DRAWN_POLICIES = (
     *("des-vote:beta=0.15", "des-vote:beta=0.3", "des-seq:k=1", "des-seq:k=3"),
     *(f"des-vote:beta=0.15,{GUARD_OPTIONS}", "random:beta=0.15"),
 )
-
-
-class BlockImportance(TypedDict):
-    """One block in one layer, by expert: router weight, importance, and the electing policies.
-
-    ``importance`` is the divergence of the output without the expert, in nats per position.
-    """
-
-    layer: int
-    weight: list[float]
-    importance: list[float]
-    elected: dict[str, list[int]]
-
-
-class VoteCorrelation(TypedDict):
-    """Rank correlation of a vote with importance, mean over blocks and layers.
-
-    ``every`` is over all experts, ``used`` over those in use, ``layers`` is ``used`` by layer.
-    """
-
-    vote: str
-    every: float
-    every_interval: list[float]
-    used: float
-    used_interval: list[float]
-    layers: list[float]
-
-
-class ImportanceCoverage(TypedDict):
-    """The share of all importance in a policy's coresets; ``best`` is the maximum at that size."""
-
-    policy: str
-    experts: float
-    share: float
-    interval: list[float]
-    best: float
-
-
-class ImportanceRecord(TypedDict):
-    """``used``: experts in use per layer of a block.
-
-    ``flips``: the share of tokens that change when one expert in use is removed.
-    """
-
-    experts: int
-    k: int
-    blocks: int
-    layers: list[int]
-    used: float
-    flips: float
-    shown: list[BlockImportance]
-    correlations: dict[ImportanceMeasure, list[VoteCorrelation]]
-    curves: dict[str, list[ImportanceCoverage]]
+FloatArray = NDArray[np.float64]
 
 
 @dataclass(frozen=True)
@@ -141,35 +80,54 @@ class AblateExpert:
 
 @dataclass(frozen=True)
 class LayerAblation:
-    """The ablations of one layer of one block. ``importances`` are [E] float64, by measure."""
+    """The ablations of one layer of one block; ``flips`` is the share of tokens that change.
+
+    ``importances`` are by measure. "output" is the divergence of the output without the expert, in
+    nats per position, "words" the same over answer tokens, "hidden" the relative squared change of
+    the last hidden states.
+    """
 
     layer: int
     scores: Scores
-    used: Tensor  # [E] bool
-    importances: Mapping[ImportanceMeasure, Tensor]
+    used: NDArray[np.bool_]  # [E]
+    importances: Mapping[str, FloatArray]  # [E]
     flips: float
 
     @property
-    def importance(self) -> Tensor:
+    def importance(self) -> FloatArray:
         return self.importances["output"]
 
-    def votes(self, definition: Vote) -> NDArray[np.float64]:
+    def votes(self, definition: Vote) -> FloatArray:
         """[E]: the votes of all positions."""
         votes = VOTES[definition](self.scores, vote_weights(self.scores, "all"), 0)
         return votes[0].double().cpu().numpy()
+
+    def coreset(self, policy: str) -> NDArray[np.int64]:
+        """The experts that the policy elects, ascending."""
+        mask = parse_policy(policy).eligible(self.scores, self.scores.router.k)[0, 0]
+        return mask.nonzero()[:, 0].cpu().numpy()
+
+    def to_record(self) -> Entry:
+        return {
+            "layer": self.layer,
+            "weight": (self.votes("weight") / 2.0**40).tolist(),
+            "importance": self.importance.tolist(),
+            "elected": {policy: self.coreset(policy).tolist() for policy in DRAWN_POLICIES},
+        }
 
 
 class ImportanceExperiment(Experiment):
     """First forwards of blocks that are all answer: each expert in use is removed in turn.
 
     The tokens of a removed expert use their next best one, and the model's output is compared with
-    vanilla's.
+    vanilla's. In the record, ``used`` counts the experts in use per layer, and ``shown`` is the
+    block with the most importance, an entry per layer.
     """
 
     text = ExperimentText.load("importance")
 
-    def measure(self, context: StudyContext) -> ImportanceRecord:
-        spec, layers = context.engine.model.spec, sample_layers(context)
+    def measure(self, context: StudyContext) -> Mapping[str, object]:
+        router, layers = context.engine.model.spec.router, sample_layers(context)
         prompts = prompts_at_block_start(context.engine, context.questions())[:NUM_BLOCKS]
         blocks: list[list[LayerAblation]] = []
         for number, prompt in enumerate(prompts):
@@ -179,77 +137,76 @@ class ImportanceExperiment(Experiment):
                 context.on_progress(done, f"block {number + 1} of {len(prompts)}, layer {layer}")
                 blocks[-1].append(ablate_layer(context.engine, prompt, layer))
         ablations = [ablation for block in blocks for ablation in block]
-        return ImportanceRecord(
-            experts=spec.router.experts,
-            k=spec.router.k,
-            blocks=len(prompts),
-            layers=list(layers),
-            used=float(np.mean([int(ablation.used.sum()) for ablation in ablations])),
-            flips=float(np.mean([ablation.flips for ablation in ablations])),
-            shown=[block_importance(ablation) for ablation in max(blocks, key=_total_importance)],
-            correlations={
+        shown = max(blocks, key=lambda block: sum(a.importance.sum() for a in block))
+        return {
+            "experts": router.experts,
+            "k": router.k,
+            "blocks": len(prompts),
+            "layers": list(layers),
+            "used": float(np.mean([ablation.used.sum() for ablation in ablations])),
+            "flips": float(np.mean([ablation.flips for ablation in ablations])),
+            "shown": [ablation.to_record() for ablation in shown],
+            "correlations": {
                 measure: [vote_correlation(blocks, vote, measure) for vote in VOTE_KINDS]
-                for measure in MEASURE_NAMES
+                for measure in MEASURES
             },
-            curves={
+            "curves": {
                 name: [importance_coverage(blocks, policy) for policy in family]
                 for name, family in POLICY_CURVES.items()
             },
-        )
+        }
 
-    def drawings(self, record: ImportanceRecord) -> Sequence[Drawing]:
-        ends = dict.fromkeys((0, len(record["shown"]) - 1))
-        return [
-            *(_block_drawing(record, record["shown"][index]) for index in ends),
+    def drawings(self, record: Any) -> Sequence[Drawing]:
+        shown = record["shown"]
+        drawings = [
             Drawing(
-                "importance-covered",
-                "Share of the summed importance of all experts that a coreset holds, mean over "
-                f"{record['blocks']} blocks and their layers. Dashed: the maximum for a set of "
-                "that size.",
-                lambda: draw_coverage(record),
-            ),
+                f"importance-layer-{block['layer']}",
+                self.text.caption("block", record=record, block=block),
+                partial(_draw_block, block),
+            )
+            for block in (shown if len(shown) == 1 else (shown[0], shown[-1]))
+        ]
+        caption = self.text.caption("coverage", record=record)
+        return [*drawings, Drawing("importance-covered", caption, partial(_draw_coverage, record))]
+
+    def tables(self, record: Any) -> Sequence[Table]:
+        by_measure = record["correlations"]
+        rows = [
+            dict(zip(by_measure, entries, strict=True))
+            for entries in zip(*by_measure.values(), strict=True)
+        ]
+        coverages = [entry for family in record["curves"].values() for entry in family]
+        return [
+            self.text.table("correlations", rows, record=record, layers=len(record["layers"])),
+            self.text.table("coverage", coverages),
         ]
 
-    def tables(self, record: ImportanceRecord) -> Sequence[Table]:
-        correlations = record["correlations"]
+    def findings(self, record: Any) -> Sequence[Finding | str]:
+        correlations, curves = record["correlations"], record["curves"]
+        weight, hidden = (correlations[measure][0] for measure in ("output", "hidden"))
+        low, high = weight["used_interval"]
+        predicts = True if low > 0.5 else False if high < 0.5 else None
+        by_vote = [f"`{entry['vote']}` {entry['used']:.2f}" for entry in correlations["output"]]
+        best = max(correlations["output"], key=lambda entry: entry["used"])
 
-        columns = {}
-        for measure, name in MEASURE_NAMES.items():
-            for entry in correlations[measure]:
-                every = format_interval(entry["every"], entry["every_interval"], ".2f")
-                used = format_interval(entry["used"], entry["used_interval"], ".2f")
-                columns.setdefault(f"{name}: all", {})[entry["vote"]] = every
-                columns.setdefault(f"{name}: in use", {})[entry["vote"]] = used
+        vote, seq = curves["DES-Vote"], curves["DES-Seq"]
+        sizes, shares = ([entry[key] for entry in vote] for key in ("experts", "share"))
+        wins = [np.interp(entry["experts"], sizes, shares) > entry["share"] for entry in seq]
+        example = next((e for e in vote if e["policy"] == "des-vote:beta=0.3"), vote[0])
+        pairs = [*zip(vote, curves["proportional"], strict=True)]
+        ahead = sum(own["share"] > other["share"] for other, own in pairs)
         return [
-            make_table(
-                "Rank correlation (Spearman) of an expert's votes in a block with its importance, "
-                "among all experts and among those in use: mean over "
-                f"{record['blocks']} blocks and {len(record['layers'])} layers, with 95 % "
-                "intervals over blocks. Importance is the divergence of the output (over all "
-                "positions or over answer tokens), or the change of the last hidden states.",
-                [entry["vote"] for entry in correlations["output"]],
-                {"vote": "{0}", **{head: cells.__getitem__ for head, cells in columns.items()}},
+            self.text.finding("weight", predicts, weight=weight, hidden=hidden, record=record),
+            self.text.sentence("votes", votes=", ".join(by_vote), best=best),
+            self.text.finding(
+                "coverage",
+                True if all(wins) else None if any(wins) else False,
+                example=example,
+                wins=sum(wins),
+                sizes=len(wins),
             ),
-            make_table(
-                "",
-                [entry for family in record["curves"].values() for entry in family],
-                {
-                    "policy": "{policy}",
-                    "experts elected": "{experts:.1f}",
-                    "importance held": lambda e: format_interval(e["share"], e["interval"], ".1%"),
-                    "maximum at that size": "{best:.1%}",
-                },
-            ),
-        ]
-
-    def findings(self, record: ImportanceRecord) -> Sequence[Finding | str]:
-        return [
-            _correlation_finding(record),
-            _vote_kinds_sentence(record),
-            _coverage_finding(record),
-            _proportional_sentence(record),
-            f"A block uses {record['used']:.0f} experts per layer. Removing one of them changes "
-            f"the most likely token at {record['flips']:.2%} of its positions.",
+            self.text.sentence("proportional", wins=ahead, sizes=len(pairs), pair=pairs[3]),
+            self.text.sentence("used", record=record),
         ]
 
 
@@ -262,11 +219,8 @@ def ablate_layer(engine: Engine, prompt: Prompt, layer: int) -> LayerAblation:
     scores, routing = next((s, r) for index, s, r in vanilla.trace.routings if index == layer)
     used = routing.used.nonzero()[:, 0].tolist()
     content = content_mask(engine, vanilla.ids)[0].double().cpu()
-    size = len(routing.used)
-    importances: dict[ImportanceMeasure, Tensor] = {
-        measure: torch.zeros(size, dtype=torch.float64) for measure in MEASURE_NAMES
-    }
-    flip_share = 0.0
+    importances = {measure: np.zeros(len(routing.used)) for measure in MEASURES}
+    flips = 0.0
     for first in range(0, len(used), BATCH_SIZE):
         removed = used[first : first + BATCH_SIZE]
         # One more row removes no expert: its difference to vanilla is rounding, not importance.
@@ -277,94 +231,62 @@ def ablate_layer(engine: Engine, prompt: Prompt, layer: int) -> LayerAblation:
         importances["output"][removed] = divergences.mean(-1)
         importances["words"][removed] = (divergences * content).sum(-1) / content.sum()
         importances["hidden"][removed] = errors
-        flip_share += float((ablated.ids[:-1] != vanilla.ids).double().mean(-1).sum())
-    return LayerAblation(layer, scores, routing.used, importances, flip_share / len(used))
+        flips += float((ablated.ids[:-1] != vanilla.ids).double().mean(-1).sum())
+    return LayerAblation(layer, scores, routing.used.cpu().numpy(), importances, flips / len(used))
 
 
-def _total_importance(block: Sequence[LayerAblation]) -> float:
-    return sum(float(ablation.importance.sum()) for ablation in block)
+def vote_correlation(blocks: Sequence[Sequence[LayerAblation]], vote: Vote, measure: str) -> Entry:
+    """Rank correlation of a vote with importance over ``blocks`` [blocks][layers].
 
-
-def block_importance(ablation: LayerAblation) -> BlockImportance:
-    return BlockImportance(
-        layer=ablation.layer,
-        weight=[float(v) for v in ablation.votes("weight") / 2.0**40],
-        importance=ablation.importance.tolist(),
-        elected={policy: elected_experts(ablation, policy).tolist() for policy in DRAWN_POLICIES},
-    )
-
-
-def elected_experts(ablation: LayerAblation, policy: str) -> NDArray[np.int64]:
-    """The experts of the policy's coreset, ascending."""
-    mask = parse_policy(policy).eligible(ablation.scores, ablation.scores.router.k)[0, 0]
-    return mask.nonzero()[:, 0].cpu().numpy()
-
-
-def vote_correlation(
-    blocks: Sequence[Sequence[LayerAblation]], vote: Vote, measure: ImportanceMeasure
-) -> VoteCorrelation:
-    """The correlation over ``blocks`` [blocks][layers]."""
+    ``every`` is over all experts, ``used`` over those in use, ``layers`` is ``used`` by layer.
+    """
     every, used = [], []
     for block in blocks:
-        pairs = [(a.votes(vote), a.importances[measure].numpy()) for a in block]
-        masks = [ablation.used.cpu().numpy() for ablation in block]
-        every.append([spearman(votes, importance) for votes, importance in pairs])
-        used.append([spearman(v[m], i[m]) for (v, i), m in zip(pairs, masks, strict=True)])
-    return VoteCorrelation(
-        vote=vote,
-        every=float(np.mean(every)),
-        every_interval=mean_interval(np.mean(every, axis=1)),
-        used=float(np.mean(used)),
-        used_interval=mean_interval(np.mean(used, axis=1)),
-        layers=np.mean(used, axis=0).tolist(),
-    )
+        pairs = [(a.votes(vote), a.importances[measure], a.used) for a in block]
+        every.append([spearman(votes, importance) for votes, importance, _ in pairs])
+        used.append([spearman(votes[mask], importance[mask]) for votes, importance, mask in pairs])
+    return {
+        "vote": vote,
+        "every": float(np.mean(every)),
+        "every_interval": mean_interval(np.mean(every, axis=1)),
+        "used": float(np.mean(used)),
+        "used_interval": mean_interval(np.mean(used, axis=1)),
+        "layers": np.mean(used, axis=0).tolist(),
+    }
 
 
-def importance_coverage(
-    blocks: Sequence[Sequence[LayerAblation]], policy: str
-) -> ImportanceCoverage:
-    """The coverage over ``blocks`` [blocks][layers]; a layer without importance counts as 0."""
+def importance_coverage(blocks: Sequence[Sequence[LayerAblation]], policy: str) -> Entry:
+    """The share of all importance in a policy's coresets over ``blocks`` [blocks][layers].
+
+    ``best`` is the maximum for coresets of their size. A layer without importance counts as 0.
+    """
     shares, best, sizes = [], [], []
     for number, block in enumerate(blocks):
         # Random coresets depend on the forward, and these are all first forwards: vary the seed.
         seeded_policy = f"{policy},seed={number}" if policy.startswith("random") else policy
-        layer_shares = []
         for ablation in block:
-            importance = ablation.importance.numpy()
-            selected = elected_experts(ablation, seeded_policy)
+            importance, coreset = ablation.importance, ablation.coreset(seeded_policy)
             total = importance.sum() or 1.0
-            layer_shares.append(importance[selected].sum() / total)
-            best.append(np.sort(importance)[::-1][: len(selected)].sum() / total)
-            sizes.append(len(selected))
-        shares.append(float(np.mean(layer_shares)))
-    return ImportanceCoverage(
-        policy=policy,
-        experts=float(np.mean(sizes)),
-        share=float(np.mean(shares)),
-        interval=mean_interval(shares),
-        best=float(np.mean(best)),
-    )
+            shares.append(importance[coreset].sum() / total)
+            best.append(np.sort(importance)[::-1][: len(coreset)].sum() / total)
+            sizes.append(len(coreset))
+    by_block = np.reshape(shares, (len(blocks), -1)).mean(axis=1)
+    return {
+        "policy": policy,
+        "experts": float(np.mean(sizes)),
+        "share": float(np.mean(by_block)),
+        "interval": mean_interval(by_block),
+        "best": float(np.mean(best)),
+    }
 
 
-def _block_drawing(record: ImportanceRecord, block: BlockImportance) -> Drawing:
-    return Drawing(
-        f"importance-layer-{block['layer']}",
-        f"The one of {record['blocks']} blocks that depends most on single experts, in layer "
-        f"{block['layer']}: the experts in use by total router weight (top), the change of the "
-        "output when each is removed (middle, logarithmic, mean over positions), and the policies "
-        "that elect it (bottom; *: guarded).",
-        lambda: draw_block(block),
-    )
-
-
-def draw_block(block: BlockImportance) -> Figure:
+def _draw_block(block: Entry) -> Figure:
     """Three panels over the same experts, in descending order of weight."""
     weight, importance = np.array(block["weight"]), np.array(block["importance"])
     ordered = [expert for expert in np.argsort(-weight, kind="stable") if weight[expert] > 0]
     figure = Figure(figsize=(FIGURE_WIDTH, 4.6), layout="constrained")
-    upper, middle, lower = figure.subplots(
-        3, 1, sharex=True, gridspec_kw={"height_ratios": [1.2, 1.2, 1]}
-    )
+    heights = {"height_ratios": [1.2, 1.2, 1]}
+    upper, middle, lower = figure.subplots(3, 1, sharex=True, gridspec_kw=heights)
     positions = np.arange(len(ordered))
     for ax, values, label in (
         (upper, weight, "router\nweight"),
@@ -387,69 +309,19 @@ def draw_block(block: BlockImportance) -> Figure:
     return figure
 
 
-def draw_coverage(record: ImportanceRecord) -> Figure:
-    figure, ax = new_axes(f"experts elected of {record['experts']}", "importance held")
+def _draw_coverage(record: Any) -> Figure:
     best = record["curves"]["DES-Vote"]
-    draw_guide(ax, [p["experts"] for p in best], [p["best"] for p in best], "maximum")
+    sizes, maxima = ([entry[key] for entry in best] for key in ("experts", "best"))
+    series = [guide_series(sizes, maxima, "maximum")]
     for label, family in zip(POLICY_CURVES, record["curves"].values(), strict=True):
-        x, y = [point["experts"] for point in family], [point["share"] for point in family]
-        intervals = [point["interval"] for point in family]
-        draw_series(ax, policy_series(family[0]["policy"], x, y, label=label, intervals=intervals))
-    ax.set(xlim=(0, None), ylim=(0, 1.03))
-    format_percent(ax)
-    add_legend(ax, columns=3)
-    return figure
+        x, y, intervals = ([e[key] for e in family] for key in ("experts", "share", "interval"))
+        policy = family[0]["policy"]
+        series.append(policy_series(policy, x, y, label=label, intervals=intervals))
+    x, y = f"experts elected of {record['experts']}", "importance held"
+    return line_chart(series, x, y, xlim=(0, None), ylim=(0, 1.03), percent="y", columns=3)
 
 
 def _short_name(policy: str) -> str:
     family, _, options = policy.partition(":")
     size = options.split(",")[0]
     return f"{family} {size}" + (" *" if "voters" in options else "")
-
-
-def _correlation_finding(record: ImportanceRecord) -> Finding:
-    weight, hidden = (record["correlations"][measure][0] for measure in ("output", "hidden"))
-    low, high = weight["used_interval"]
-    return judge(
-        f"The rank correlation of total router weight and importance is {weight['used']:.2f} "
-        f"({low:.2f} to {high:.2f}) among the experts in use and {weight['every']:.2f} among all "
-        f"{record['experts']}. With importance as the change of the last hidden states, it is "
-        f"{hidden['used']:.2f} among those in use.",
-        "Router weight predicts the importance of an expert for a block.",
-        True if low > 0.5 else False if high < 0.5 else None,
-    )
-
-
-def _vote_kinds_sentence(record: ImportanceRecord) -> str:
-    entries = record["correlations"]["output"]
-    best = max(entries, key=lambda entry: entry["used"])
-    text = ", ".join(f"`{entry['vote']}` {entry['used']:.2f}" for entry in entries)
-    return (
-        f"Rank correlation with importance among experts in use, by vote: {text}. The highest is "
-        f"that of `{best['vote']}`."
-    )
-
-
-def _coverage_finding(record: ImportanceRecord) -> Finding:
-    vote, seq = (record["curves"][name] for name in ("DES-Vote", "DES-Seq"))
-    sizes, shares = [p["experts"] for p in vote], [p["share"] for p in vote]
-    wins = [float(np.interp(p["experts"], sizes, shares)) > p["share"] for p in seq]
-    example = next((p for p in vote if p["policy"] == "des-vote:beta=0.3"), vote[0])
-    return judge(
-        f"{example['policy']} holds {example['share']:.0%} of all importance in "
-        f"{example['experts']:.0f} experts; the maximum is {example['best']:.0%}. At the sizes of "
-        f"DES-Seq, DES-Vote holds more at {sum(wins)} of {len(wins)}.",
-        "An elected coreset keeps the important experts, more of them than DES-Seq at equal size.",
-        True if all(wins) else None if any(wins) else False,
-    )
-
-
-def _proportional_sentence(record: ImportanceRecord) -> str:
-    pairs = [*zip(*(record["curves"][name] for name in ("DES-Vote", "proportional")), strict=True)]
-    wins = sum(own["share"] > vote["share"] for vote, own in pairs)
-    vote, own = pairs[3]
-    return (
-        "`proportional-vote` holds more of the importance than DES-Vote of the same size at "
-        f"{wins} of {len(pairs)} sizes; at {own['experts']:.0f} experts {own['share']:.0%} against "
-        f"{vote['share']:.0%}."
-    )

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
+from itertools import count
 from pathlib import Path
-from typing import TypedDict, TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -14,10 +16,11 @@ from coterie import ops
 from coterie.engine.engine import Engine
 from coterie.engine.observation import LayerObservation, collect_observations
 from coterie.errors import CoterieError, TaskError
+from coterie.lab.bench import timing
 from coterie.lab.bench.routings import find_skew, route_on_device, skewed_scores
 from coterie.lab.bench.shapes import LayerShape, random_slab
-from coterie.lab.bench.timing import dtype_name
 from coterie.lab.study.context import StudyContext
+from coterie.lab.study.experiment import Entry
 from coterie.loading.free_memory import free_memory
 from coterie.model.forward_context import ForwardContext
 from coterie.model.moe import MoE
@@ -28,15 +31,13 @@ from coterie.values import (
     ExpertRequest,
     PackedExperts,
     Policy,
-    RouterSpec,
     Routing,
     Scores,
     Slab,
     Window,
 )
 
-ProgressCallback = Callable[[float], None]  # the share done
-T = TypeVar("T")
+Key = TypeVar("Key", bound=Hashable)
 
 MEMORY_MARGIN = 2 << 30  # bytes left free next to a large layer
 INPUTS_PER_WIDTH = 4  # inputs of one block size that take turns
@@ -44,69 +45,36 @@ NUM_PROMPTS = 4
 FORWARDS_PER_PROMPT = 2
 
 
-class BenchLayerInfo(TypedDict):
-    """A ``BenchLayer`` as a record describes it."""
-
-    name: str
-    random: bool
-    experts: int
-    k: int
-    hidden: int
-    width: int
-    dtype: str
-    expert_bytes: int
-
-
-def layer_label(bench: BenchLayerInfo) -> str:
-    """The layer's name in tables."""
-    return bench["name"] + (" (random)" if bench["random"] else "")
-
-
-def layer_description(bench: BenchLayerInfo) -> str:
-    """The layer as a phrase."""
+def layer_names(bench: Entry) -> dict[str, str]:
+    """A record's layer in tables (``label``), as a phrase (``layer``), and as its first word."""
+    name = bench["name"]
+    label, phrase = name, f"the {name} model's own layer"
     if bench["random"]:
-        return f"a random layer of {bench['name']}'s shape"
-    return f"the {bench['name']} model's own layer"
+        label, phrase = f"{name} (random)", f"a random layer of {name}'s shape"
+    return {"label": label, "layer": phrase, "Layer": phrase[0].upper() + phrase[1:]}
+
+
+def machine_values(record: Entry) -> dict[str, Any]:
+    """The values of a caption on the machine of a record of ``measure_layers``."""
+    limits, machine = record["limits"], timing.describe_conditions(record["machine"])
+    return {"limits": limits, "read": limits["bytes_per_second"] / 1e9, "machine": machine}
 
 
 @dataclass(frozen=True)
 class BenchLayer:
-    """Experts of one layer shape, ready to be timed.
+    """Experts of one layer shape, ready to be timed, with router scores that are real or random.
 
     Several slabs take turns, so that repetition alone keeps no layer in the cache.
-    ``typical_unique`` is set for random layers: unique experts of a block of 32 tokens.
     """
 
-    name: str
-    router: RouterSpec
+    shape: LayerShape
     slabs: tuple[Slab, ...]
-    typical_unique: float | None = None
-    compute_dtype: torch.dtype | None = None  # of the tokens; None: that of the weights
-
-    @property
-    def random(self) -> bool:
-        """Whether the weights are random, and so the router scores."""
-        return self.typical_unique is not None
-
-    @property
-    def hidden(self) -> int:
-        return self.slabs[0].gate_up.shape[2]
-
-    @property
-    def width(self) -> int:
-        return self.slabs[0].down.shape[2]
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return self.slabs[0].down.dtype
+    dtype: torch.dtype  # of the tokens
+    random: bool = False
 
     @property
     def device(self) -> torch.device:
         return self.slabs[0].down.device
-
-    @property
-    def tokens_dtype(self) -> torch.dtype:
-        return self.compute_dtype or self.dtype
 
     @property
     def expert_bytes(self) -> int:
@@ -117,67 +85,112 @@ class BenchLayer:
 
     def flops(self, pairs: float) -> float:
         """Operations of ``pairs`` token-expert pairs: three products, two per element."""
-        return 6.0 * self.hidden * self.width * pairs
-
-    def to_info(self) -> BenchLayerInfo:
-        return BenchLayerInfo(
-            name=self.name,
-            random=self.random,
-            experts=self.router.experts,
-            k=self.router.k,
-            hidden=self.hidden,
-            width=self.width,
-            dtype=dtype_name(self.dtype),
-            expert_bytes=self.expert_bytes,
-        )
+        return 6.0 * self.shape.hidden * self.shape.width * pairs
 
     def inputs(self, tokens: int, draw: torch.Generator) -> Tensor:
         """Random hidden states [tokens, H]."""
-        return torch.randn(tokens, self.hidden, generator=draw).to(self.device, self.tokens_dtype)
+        return torch.randn(tokens, self.shape.hidden, generator=draw).to(self.device, self.dtype)
+
+    def to_record(self) -> Entry:
+        shape, router = self.shape, self.shape.router
+        return {
+            "name": shape.name,
+            "random": self.random,
+            "experts": router.experts,
+            "k": router.k,
+            "hidden": shape.hidden,
+            "width": shape.width,
+            "dtype": timing.dtype_name(shape.dtype),
+            "expert_bytes": self.expert_bytes,
+        }
 
 
-def bench_layers(engine: Engine, shapes: Sequence[LayerShape]) -> Iterator[BenchLayer | str]:
-    """The model's own layers, then one layer of each shape, or the reason why it is missing.
+@dataclass(frozen=True)
+class TimedRun:
+    """A call to time, which routes tokens to ``used`` unique experts in ``pairs`` pairs."""
 
-    Release each layer before taking the next one: two may not fit into memory.
-    """
-    yield model_bench_layer(engine)
-    for shape in shapes:
-        yield random_bench_layer(shape, engine.model.transformer.device)
+    run: Callable[[], Tensor]
+    used: float
+    pairs: float  # token-expert pairs
 
 
-def for_each_layer(
+# Times runs in turns; a point has the numbers of its run and ``seconds``, its TimingStats.
+RunTimer = Callable[[Mapping[Key, TimedRun]], dict[Key, Entry]]
+
+
+def measure_layers(
     context: StudyContext,
     shapes: Sequence[LayerShape],
-    work: Callable[[BenchLayer, ProgressCallback], T],
-) -> tuple[list[T], list[str]]:
-    """The outputs of ``work`` for every layer, and sentences about layers that are missing."""
-    outputs: list[T] = []
-    skipped: list[str] = []
-    for number, bench in enumerate(bench_layers(context.engine, shapes)):
+    work: Callable[[BenchLayer, timing.DeviceLimits, RunTimer], Entry],
+    *,
+    budget: timing.TimingBudget,
+    rounds: Mapping[bool, int],
+) -> tuple[list[Entry], dict[str, object]]:
+    """The output of ``work`` for the model's own layers and for one layer of each shape.
+
+    The second value is the record of the machine and of the layers that do not fit into it.
+    ``rounds`` are those of the model's own layers (False) and of random ones (True).
+    """
+    context.on_progress(0.0, "memory bandwidth and arithmetic of this machine")
+    transformer = context.engine.model.transformer
+    dtypes = {transformer.dtype, *(shape.dtype for shape in shapes)}
+    limits = timing.measure_limits(transformer.device, dtypes, budget)
+    outputs, skipped = [], []
+    makers = [partial(random_bench_layer, shape, transformer.device) for shape in shapes]
+    for number, make in enumerate((partial(model_bench_layer, context.engine), *makers)):
+        bench = make()
         if isinstance(bench, str):
             skipped.append(bench)
             continue
-        first, text = number / (len(shapes) + 1), f"{bench.name}'s layer"
 
-        def on_progress(share: float, first: float = first, text: str = text) -> None:
-            context.on_progress(first + share / (len(shapes) + 1), text)
+        def on_progress(share: float, number: int = number, name: str = bench.shape.name) -> None:
+            context.on_progress((number + share) / (len(makers) + 1), f"{name}'s layer")
 
-        outputs.append(work(bench, on_progress))
-    return outputs, skipped
+        timer = partial(
+            time_runs,
+            rounds=budget.rounds or rounds[bench.random],
+            device=bench.device,
+            on_progress=on_progress,
+        )
+        outputs.append(work(bench, limits, timer))
+        del bench  # two layers may not fit into memory
+    machine = timing.timing_conditions(transformer.device)
+    return outputs, {"machine": machine, "limits": limits, "skipped": skipped}
+
+
+def time_runs(runs: Mapping[Key, TimedRun], **options: Any) -> dict[Key, Entry]:
+    functions = {key: timed.run for key, timed in runs.items()}
+    seconds = timing.time_interleaved(functions, **options)
+    return {
+        key: {"used": timed.used, "pairs": timed.pairs, "seconds": seconds[key]}
+        for key, timed in runs.items()
+    }
+
+
+def fit_points(points: Sequence[Entry]) -> timing.LatencyFit:
+    """Equation 2, fitted to the medians of points."""
+    return timing.fit_latency(
+        [point["used"] for point in points],
+        [point["pairs"] for point in points],
+        [point["seconds"]["median"] for point in points],
+    )
 
 
 def model_bench_layer(engine: Engine) -> BenchLayer:
     """All MoE layers of the model."""
-    model = engine.model
-    all_experts = torch.ones(model.spec.router.experts, dtype=torch.bool)
-    slabs = [
-        slab
-        for layer in moe_layers(model.transformer)
-        for slab in layer.store.serve(layer.layer, ExpertRequest(all_experts))
-    ]
-    tokens = model.transformer.dtype
-    return BenchLayer(Path(model.name).name, model.spec.router, tuple(slabs), compute_dtype=tokens)
+    model, spec = engine.model, engine.model.spec
+    request = ExpertRequest(torch.ones(spec.router.experts, dtype=torch.bool))
+    moes = moe_layers(model.transformer)
+    slabs = [slab for moe in moes for slab in moe.store.serve(moe.layer, request)]
+    shape = LayerShape(
+        Path(model.name).name,
+        spec.router,
+        spec.hidden,
+        spec.expert_width,
+        unique_experts=0,  # for random layers: the blocks of this one are real
+        dtype=slabs[0].down.dtype,
+    )
+    return BenchLayer(shape, tuple(slabs), model.transformer.dtype)
 
 
 def moe_layers(transformer: Transformer) -> list[MoE]:
@@ -198,7 +211,7 @@ def random_bench_layer(shape: LayerShape, device: torch.device) -> BenchLayer | 
             f"{shape.bytes / 2**30:.1f} GiB and a margin of {MEMORY_MARGIN / 2**30:.0f} GiB; "
             f"{free / 2**30:.1f} GiB are free."
         )
-    return BenchLayer(shape.name, shape.router, (random_slab(shape, device),), shape.unique_experts)
+    return BenchLayer(shape, (random_slab(shape, device),), shape.dtype, random=True)
 
 
 def layer_runner(moe: MoE, observation: LayerObservation, policy: Policy) -> Callable[[], Tensor]:
@@ -218,74 +231,55 @@ def layer_runner(moe: MoE, observation: LayerObservation, policy: Policy) -> Cal
     return lambda: moe(observation.x, step, scores.importance)
 
 
-@dataclass(frozen=True)
-class ScoredBlock:
-    """The input and the router scores of one block in one layer."""
+def routed_blocks(
+    context: StudyContext, bench: BenchLayer, tokens: int, policies: Sequence[str]
+) -> dict[str, TimedRun]:
+    """Blocks of ``tokens`` routed under each policy, without the time of the routing.
 
-    x: Tensor  # [N, H]
-    scores: Scores
-
-
-def make_blocks(context: StudyContext, bench: BenchLayer, tokens: int) -> list[ScoredBlock]:
-    """Blocks of real decoding forwards of the model's own layers, one row at a time.
-
-    For a random layer, blocks of a router with the skew that the paper reports. Empty where
-    ``tokens`` is not a valid block size for this plan or model.
+    ``used`` and ``pairs`` are means over the blocks. Empty where ``tokens`` is not a valid block
+    size for this decoding plan or model.
     """
-    if bench.typical_unique is None:
+    blocks, runs = _scored_blocks(context, bench, tokens), {}
+    for policy in policies if blocks else ():
+        # A copy of the scores, because they keep what a routing computes from them.
+        parsed, copies = parse_policy(policy), [replace(scores) for _, scores in blocks]
+        routings = [route_on_device(scores, parsed, bench.device) for scores in copies]
+        runs[policy] = TimedRun(
+            run=rotate_inputs(bench, [x for x, _ in blocks], routings),
+            used=sum(int(routing.used.sum()) for routing in routings) / len(routings),
+            pairs=sum(int((routing.topk_ids >= 0).sum()) for routing in routings) / len(routings),
+        )
+    return runs
+
+
+def _scored_blocks(
+    context: StudyContext, bench: BenchLayer, tokens: int
+) -> list[tuple[Tensor, Scores]]:
+    """Inputs [N, H] and router scores of blocks: real decoding forwards of the model's layers, one
+    row at a time; for a random layer, a router with the skew that the paper reports.
+    """
+    if not bench.random:
+        prompts = context.questions()[:NUM_PROMPTS]
+        options = {"batch_size": 1, "max_forwards": FORWARDS_PER_PROMPT, "block": tokens}
         try:
-            prompts = context.questions()[:NUM_PROMPTS]
-            observations = collect_observations(
-                context.engine,
-                prompts,
-                batch_size=1,
-                max_forwards=FORWARDS_PER_PROMPT,
-                block=tokens,
-            )
+            observations = collect_observations(context.engine, prompts, **options)
         except CoterieError:
             return []
-        return [
-            ScoredBlock(observation.x.flatten(0, 1), observation.scores)
-            for observation in observations
-        ]
-    skew = find_skew(bench.router, bench.typical_unique)
+        return [(observation.x.flatten(0, 1), observation.scores) for observation in observations]
+    router = bench.shape.router
+    skew = find_skew(router, bench.shape.unique_experts)
     generator = torch.Generator().manual_seed(0)
-    pairs = [
-        (bench.inputs(tokens, generator), skewed_scores(bench.router, tokens, skew, generator))
+    return [
+        (bench.inputs(tokens, generator), skewed_scores(router, tokens, skew, generator))
         for _ in range(INPUTS_PER_WIDTH)
     ]
-    return [ScoredBlock(x, scores) for x, scores in pairs]
-
-
-@dataclass(frozen=True)
-class RoutedBlocks:
-    """Blocks routed under one policy; ``used`` and ``pairs`` are means over them."""
-
-    run: Callable[[], Tensor]
-    used: float  # unique experts
-    pairs: float  # token-expert pairs
-
-
-def route_blocks(
-    bench: BenchLayer, scored_blocks: Sequence[ScoredBlock], policy: str
-) -> RoutedBlocks:
-    """Route these blocks under a policy; ``run`` then times the experts without the routing."""
-    parsed = parse_policy(policy)
-    routings = [
-        route_on_device(replace(block.scores), parsed, bench.device) for block in scored_blocks
-    ]
-    return RoutedBlocks(
-        run=rotate_inputs(bench, [block.x for block in scored_blocks], routings),
-        used=sum(int(routing.used.sum()) for routing in routings) / len(routings),
-        pairs=sum(int((routing.topk_ids >= 0).sum()) for routing in routings) / len(routings),
-    )
 
 
 def rotate_inputs(
     bench: BenchLayer, xs: Sequence[Tensor], routings: Sequence[Routing]
 ) -> Callable[[], Tensor]:
     """Run the experts; each call uses the next input and routing, and the next slab."""
-    calls = iter(range(1 << 62))
+    calls = count()
 
     def run() -> Tensor:
         call = next(calls)

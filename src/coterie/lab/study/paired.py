@@ -6,10 +6,11 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from coterie.lab.evals.stats import PairedDifference, holm_adjust
-from coterie.lab.study.experiment import Finding, Table, format_p, judge, make_table
+from coterie.lab.study.experiment import ExperimentText, Finding, Table, format_p, judge
 from coterie.lab.study.results import Pair, VariantResult
 
 SIGNIFICANCE_LEVEL = 0.05
+TEXT = ExperimentText.load("paired")
 
 
 @dataclass(frozen=True)
@@ -33,6 +34,11 @@ class PairedComparison:
     def size(self) -> float:
         return abs(self.change.difference)
 
+    @property
+    def sentence(self) -> str:
+        """Both accuracies and the difference."""
+        return TEXT.sentence("comparison", c=self, p=format_p(self.p))
+
 
 def compare_pairs(pairs: Iterable[Pair]) -> list[PairedComparison]:
     """The comparison of every pair, tested together."""
@@ -52,65 +58,43 @@ def is_better(comparisons: Sequence[PairedComparison]) -> bool | None:
 
 def claim_finding(
     claim: str,
-    comparisons: Sequence[PairedComparison],
+    pairs: Iterable[Pair],
     *,
     second: str,
     first: str,
     condition: str = "at equal experts",
 ) -> Finding:
     """The finding on "``second`` is better": counts of wins and losses, and the largest of each."""
+    comparisons = compare_pairs(pairs)
+    names = {"second": second, "first": first, "condition": condition}
     if not comparisons:
-        text = f"No comparison of {second} with {first} {condition} was possible on this model."
-        return judge(text, claim, None)
+        return judge(TEXT.sentence("none", **names), claim, None)
     wins, losses = ([c for c in comparisons if c.sign == sign] for sign in (1, -1))
-    ties = len(comparisons) - len(wins) - len(losses)
-    text = (
-        f"In {len(comparisons)} comparisons {condition}, {second} is better than {first} in "
-        f"{len(wins)}, worse in {len(losses)} and not significantly different in {ties}."
-    )
-    largest = [max(group, key=lambda c: c.size) for group in (wins, losses) if group]
-    sentences = " ".join([text, *map(comparison_sentence, largest)])
-    return judge(sentences, claim, is_better(comparisons))
+    n, ties = len(comparisons), len(comparisons) - len(wins) - len(losses)
+    counts = TEXT.sentence("claim", n=n, wins=len(wins), losses=len(losses), ties=ties, **names)
+    largest = [max(group, key=lambda c: c.size).sentence for group in (wins, losses) if group]
+    return judge(" ".join([counts, *largest]), claim, is_better(comparisons))
 
 
-def comparison_sentence(comparison: PairedComparison) -> str:
-    low, high = comparison.change.interval
-    first, second = comparison.first, comparison.second
-    return (
-        f"{second.name} has an accuracy of {second.accuracy:.1%} with {second.experts:.1f} "
-        f"experts, {first.name} {first.accuracy:.1%} with {first.experts:.1f}: "
-        f"{comparison.change.difference:+.1%} ({low:+.1%} to {high:+.1%}, "
-        f"{format_p(comparison.p)})."
-    )
-
-
-def count_sentence(label: str, comparisons: Sequence[PairedComparison], unit: str) -> str:
+def count_sentence(label: str, pairs: Iterable[Pair], unit: str) -> str:
     """Counts of wins and losses, and the largest difference."""
+    comparisons = compare_pairs(pairs)
     signs = [comparison.sign for comparison in comparisons]
-    largest = max(comparisons, key=lambda c: c.size)
-    return (
-        f"{label}: better in {signs.count(1)} of {len(signs)} {unit}, worse in "
-        f"{signs.count(-1)}. {comparison_sentence(largest)}"
+    return TEXT.sentence(
+        "counts",
+        label=label,
+        n=len(signs),
+        wins=signs.count(1),
+        losses=signs.count(-1),
+        unit=unit,
+        largest=max(comparisons, key=lambda c: c.size),
     )
 
 
-def comparison_table(comparisons: Sequence[PairedComparison], caption: str) -> Table:
+def comparison_table(pairs: Sequence[Pair], caption: str) -> Table:
     """One comparison per row."""
-    n = len(comparisons[0].first.correct_flags()) if comparisons else 0
-    table = make_table(
-        f"{caption} The same {n} items; p is from McNemar's exact test, adjusted for the "
-        f"{len(comparisons)} comparisons of the table (Holm).",
-        comparisons,
-        {
-            "policy": "{0.second.name}",
-            "accuracy": "{0.second.accuracy:.1%}",
-            "experts": "{0.second.experts:.1f}",
-            "compared with": "{0.first.name}",
-            "its accuracy": "{0.first.accuracy:.1%}",
-            "its experts": "{0.first.experts:.1f}",
-            "difference, 95 %": "{0.change.difference:+.1%}, {0.change.interval[0]:+.1%} to "
-            "{0.change.interval[1]:+.1%}",
-            "p": lambda c: format_p(c.p, bare=True),
-        },
+    comparisons, items = compare_pairs(pairs), len(pairs[0][0].correct_flags())
+    p_column = {"p": lambda c: format_p(c.p, bare=True)}
+    return TEXT.table(
+        "comparisons", comparisons, p_column, caption=caption, items=items, n=len(comparisons)
     )
-    return Table(table.heads, table.rows, table.caption, (1, 2, 4, 5, 6, 7))

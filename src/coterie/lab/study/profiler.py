@@ -7,22 +7,22 @@ therefore add up to the whole.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from typing import Any, cast
+from types import SimpleNamespace
+from typing import cast
 
 import torch
 from torch import Tensor
 
 from coterie.lab.bench.timing import wait_until_idle
 from coterie.loading.load import Model
-from coterie.model.attention import Attention
 from coterie.model.forward_context import ForwardContext
 from coterie.model.moe import Dense, FeedForward, MoE
 from coterie.model.transformer import TransformerLayer
 from coterie.routing.router import KernelPolicy, KernelRouting
-from coterie.telemetry import Recorder, RowId
+from coterie.telemetry import Recorder
 from coterie.values import ExpertRequest, ExpertStore, Policy, Routing, Scores, Slab
 
 ATTENTION = "attention"
@@ -39,7 +39,10 @@ PARTS = (EXPERTS, GATE, ELECTION, SHARED, ATTENTION, DENSE, NORMS, COUNTING, OTH
 
 @dataclass(eq=False)  # mutable: it runs; equal to itself alone
 class Stopwatch:
-    """Seconds of every part since ``laps`` was last cleared."""
+    """Seconds of every part since ``laps`` was last cleared.
+
+    ``stopwatch(part)`` is a context manager, and a decorator of functions.
+    """
 
     device: torch.device
     laps: dict[str, float] = field(default_factory=dict)
@@ -76,62 +79,27 @@ def timed_model(model: Model, stopwatch: Stopwatch) -> Model:
 
 
 def _timed_layer(layer: TransformerLayer, stopwatch: Stopwatch) -> TransformerLayer:
-    # A wrapper has the call signature of the wrapped part; callers use nothing else.
-    attention = cast("Attention", _TimedCall(layer.attention, stopwatch, ATTENTION))
-    inner = replace(layer, attention=attention, feed_forward=_timed_feed_forward(layer, stopwatch))
-    return cast("TransformerLayer", _TimedCall(inner, stopwatch, NORMS))
+    attention = stopwatch(ATTENTION)(layer.attention)
+    feed_forward = _timed_feed_forward(layer.feed_forward, stopwatch)
+    return stopwatch(NORMS)(replace(layer, attention=attention, feed_forward=feed_forward))
 
 
-def _timed_feed_forward(layer: TransformerLayer, stopwatch: Stopwatch) -> FeedForward:
-    feed_forward = layer.feed_forward
+def _timed_feed_forward(feed_forward: FeedForward, stopwatch: Stopwatch) -> FeedForward:
     if not isinstance(feed_forward, MoE):
-        return _TimedCall(feed_forward, stopwatch, DENSE)
-    shared = (
-        None
-        if feed_forward.shared is None
-        else cast("Dense", _TimedShared(feed_forward.shared, stopwatch))
-    )
-    return _TimedMoE(
-        replace(feed_forward, store=_TimedStore(feed_forward.store, stopwatch), shared=shared),
-        stopwatch,
-    )
+        return stopwatch(DENSE)(feed_forward)
+    shared, store = feed_forward.shared, _TimedStore(feed_forward.store, stopwatch)
+    if shared is not None:  # the layer calls nothing else of it
+        shared = cast("Dense", SimpleNamespace(apply=stopwatch(SHARED)(shared.apply)))
+    inner = replace(feed_forward, store=store, shared=shared)
 
+    # Gate and routing are the remainder of the layer after its other parts.
+    @stopwatch(GATE)
+    def timed_moe(x: Tensor, context: ForwardContext, importance: Tensor | None) -> Tensor:
+        policy = _TimedPolicy(context.policy, stopwatch)
+        recorder = _TimedRecorder(context.recorder, stopwatch)
+        return inner(x, replace(context, policy=policy, recorder=recorder), importance)
 
-@dataclass(frozen=True)
-class _TimedCall:
-    """Calls a part of the model and charges the time to its name."""
-
-    inner: Callable[..., Any]
-    watch: Stopwatch
-    part: str
-
-    def __call__(self, *arguments: Any, **options: Any) -> Any:
-        with self.watch(self.part):
-            return self.inner(*arguments, **options)
-
-
-@dataclass(frozen=True)
-class _TimedMoE:
-    """Gate and routing are the remainder of the layer after its other parts."""
-
-    inner: MoE
-    watch: Stopwatch
-
-    def __call__(self, x: Tensor, context: ForwardContext, importance: Tensor | None) -> Tensor:
-        policy = _TimedPolicy(context.policy, self.watch)
-        recorder = _TimedRecorder(context.recorder, self.watch)
-        with self.watch(GATE):
-            return self.inner(x, replace(context, policy=policy, recorder=recorder), importance)
-
-
-@dataclass(frozen=True)
-class _TimedShared:
-    inner: Dense
-    watch: Stopwatch
-
-    def apply(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
-        with self.watch(SHARED):
-            return self.inner.apply(x, residual)
+    return timed_moe
 
 
 @dataclass(frozen=True)
@@ -163,20 +131,18 @@ class _TimedPolicy:
             return self.inner.eligible(scores, k)
 
     def kernel_rule(self, scores: Scores, k: int) -> KernelRouting | None:
-        # This only returns the rule; the kernel's election counts as gate and routing.
+        """The rule alone; the kernel's election counts as gate and routing."""
+        inner = self.inner
         with self.watch(ELECTION):
-            return (
-                self.inner.kernel_rule(scores, k) if isinstance(self.inner, KernelPolicy) else None
-            )
+            return inner.kernel_rule(scores, k) if isinstance(inner, KernelPolicy) else None
 
 
 @dataclass(frozen=True)
 class _TimedRecorder(Recorder):
+    """The hooks that an MoE layer calls."""
+
     inner: Recorder
     watch: Stopwatch
-
-    def on_forward(self, rows: tuple[RowId, ...]) -> None:
-        self.inner.on_forward(rows)
 
     def on_moe_input(self, layer: int, x: Tensor) -> None:
         with self.watch(COUNTING):
@@ -185,6 +151,3 @@ class _TimedRecorder(Recorder):
     def on_routed(self, layer: int, scores: Scores, routing: Routing) -> None:
         with self.watch(COUNTING):
             self.inner.on_routed(layer, scores, routing)
-
-    def on_layer_output(self, layer: int, x: Tensor) -> None:
-        self.inner.on_layer_output(layer, x)

@@ -1,4 +1,4 @@
-"""Rank correlation, and intervals of means over prompts."""
+"""Rank correlation, and intervals from samples."""
 
 from __future__ import annotations
 
@@ -28,5 +28,10 @@ def mean_interval(by_prompt: FloatValues, *, draws: int = 2000, seed: int = 0) -
     """The 95 % interval of the mean, by a bootstrap over prompts (one value each)."""
     values = np.asarray(by_prompt, dtype=np.float64)
     indices = np.random.default_rng(seed).integers(0, len(values), size=(draws, len(values)))
-    low, high = np.quantile(values[indices].mean(axis=1), [0.025, 0.975])
+    return central_interval(values[indices].mean(axis=1))
+
+
+def central_interval(samples: FloatValues) -> list[float]:
+    """The central 95 % of samples."""
+    low, high = np.quantile(samples, [0.025, 0.975])
     return [float(low), float(high)]

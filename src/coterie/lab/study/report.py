@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,6 @@ VERDICT_MARKS: Mapping[Verdict, str] = {
     "does not hold": "✗",
     "inconclusive": "?",
 }
-TEMPLATE = Path(__file__).with_name("report.html")
 
 
 @dataclass(frozen=True)
@@ -32,22 +31,6 @@ class RenderedFigure:
 
 
 @dataclass(frozen=True)
-class RecordSource:
-    """The provenance of an experiment's numbers; ``path`` is that of the record."""
-
-    path: str
-    command: str
-    when: str
-    commit: str
-    machine: str
-    versions: str
-    seconds: float
-    model: str
-    items: int
-    prompts: int
-
-
-@dataclass(frozen=True)
 class ReportSection:
     """One section of the page; after a ``failure`` it has the parts that could be rendered."""
 
@@ -57,7 +40,7 @@ class ReportSection:
     figures: tuple[RenderedFigure, ...] = ()
     tables: tuple[Table, ...] = ()
     findings: tuple[Finding, ...] = ()
-    source: RecordSource | None = None
+    record: Mapping[str, Any] | None = None  # the provenance of the numbers
     failure: str | None = None
 
 
@@ -102,7 +85,7 @@ def make_section(
     )
     if record is None:
         return section
-    section = replace(section, source=record_source(experiment.name, record), failure=None)
+    section = replace(section, record=record, failure=None)
     data, findings = record["facts"], []
     try:
         for finding in experiment.findings(data):
@@ -129,38 +112,56 @@ def render_figure(drawing: Drawing, schemes: Sequence[ColourScheme] = SCHEMES) -
     return RenderedFigure(drawing.name, drawing.caption, svg)
 
 
-def record_source(name: str, record: Mapping[str, Any]) -> RecordSource:
-    """The provenance in a record."""
-    machine, settings, versions = (record[key] for key in ("machine", "settings", "versions"))
-    memory_mib = machine.get("memory_mib")
-    return RecordSource(
-        path=f"records/{name}.json",
-        command=" ".join(record["command"]),
-        when=record["when"],
-        commit=record["commit"],
-        machine=f"{machine['cores']} cores of {machine['processor']}"
-        + (f", {memory_mib / 1024:.0f} GiB" if memory_mib else "")
-        + ("" if machine["device"] == "cpu" else f", on {machine['device']}"),
-        versions=", ".join(f"{package} {version}" for package, version in versions.items()),
-        seconds=record["seconds"],
-        model=settings["model"],
-        items=settings["items"],
-        prompts=settings["prompts"],
-    )
-
-
 def render_page(sections: Sequence[ReportSection]) -> str:
     """Self-contained HTML: no script, no network access, no other file."""
+    return _render("report.html", sections, autoescape=True, schemes=SCHEMES)
+
+
+def render_markdown(
+    sections: Sequence[ReportSection],
+    *,
+    records: str,
+    experts: str,
+    figures: Collection[str] = (),
+    points: Sequence[tuple[str, str]] = (),
+) -> str:
+    """A Markdown page. ``figures`` are the files in ``figures/``, ``points`` the summary."""
+    return _render(
+        "report.md", sections, records=records, experts=experts, figures=figures, points=points
+    )
+
+
+def _render(
+    template: str, sections: Sequence[ReportSection], *, autoescape: bool = False, **values: object
+) -> str:
     environment = jinja2.Environment(
-        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
+        autoescape=autoescape,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
     )
-    sources = [section.source for section in sections if section.source is not None]
-    return environment.from_string(TEMPLATE.read_text(encoding="utf-8")).render(
+    environment.filters |= {"anchor": anchor, "machine": machine_text}
+    text = Path(__file__).with_name(template).read_text(encoding="utf-8")
+    return environment.from_string(text).render(
         sections=sections,
-        schemes=SCHEMES,
         marks=VERDICT_MARKS,
-        model=sources[0].model if sources else "nothing yet",
-        sources=sources,
+        sources=[section.record for section in sections if section.record is not None],
+        titles={section.name: section.title for section in sections},
         claims=collect_claims(sections),
-        failures=[section for section in sections if section.failure is not None],
+        **values,
     )
+
+
+def anchor(title: str) -> str:
+    """The anchor that code hosts generate from a heading."""
+    slug = "".join(sign for sign in title.lower() if sign.isalnum() or sign in " -_")
+    return slug.replace(" ", "-")
+
+
+def machine_text(machine: Mapping[str, Any]) -> str:
+    """Cores, processor, memory and device of a record's machine."""
+    memory_mib, device = machine.get("memory_mib"), machine["device"]
+    memory = f", {memory_mib / 1024:.0f} GiB" if memory_mib else ""
+    on_device = "" if device == "cpu" else f", on {device}"
+    return f"{machine['cores']} cores of {machine['processor']}{memory}{on_device}"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Annotated, TypedDict
+from typing import Annotated, Any
 
 from coterie.engine.generation_config import GenerationConfig
 from coterie.keys import Key, by_key, from_json, names_of, to_json
@@ -104,36 +104,25 @@ class VariantResult:
         return f"{self.accuracy / baseline.accuracy:.1%}" if baseline.accuracy else ""
 
 
-class VariantsRecord(TypedDict):
-    """Variants compared on one model. Vanilla is the first arm; each arm is stored once."""
-
-    experts: int
-    k: int
-    block: int
-    arms: list[JsonObject]
-    groups: dict[str, list[str]]  # label of a line -> names of its arms, in order
-    pairs: list[list[str]]  # pairs of names at nearly equal experts
-
-
 Pair = tuple[VariantResult, VariantResult]
 
 
 @dataclass(frozen=True)
 class VariantResults:
-    """A ``VariantsRecord`` with its results parsed."""
+    """Variants compared on one model."""
 
     experts: int
     k: int
     block: int
-    by_name: Mapping[str, VariantResult]
-    groups: Mapping[str, list[VariantResult]]
-    pairs: Sequence[Pair]
+    by_name: Mapping[str, VariantResult]  # vanilla first
+    groups: Mapping[str, list[VariantResult]]  # label of a line -> its results, in order
+    pairs: Sequence[Pair]  # at nearly equal experts
 
     @staticmethod
-    def from_record(record: VariantsRecord, labels: Sequence[str] = ()) -> VariantResults:
+    def from_record(record: Mapping[str, Any], labels: Sequence[str] = ()) -> VariantResults:
         """``labels`` rename the groups of a record, in order, where there is one for each."""
-        by_name = {str(arm["name"]): VariantResult.from_json(arm) for arm in record["arms"]}
-        groups = record["groups"]
+        results = map(VariantResult.from_json, record["arms"])
+        by_name, groups = {result.name: result for result in results}, record["groups"]
         names = labels if len(labels) == len(groups) else list(groups)
         return VariantResults(
             experts=record["experts"],
@@ -147,14 +136,31 @@ class VariantResults:
             pairs=[(by_name[first], by_name[second]) for first, second in record["pairs"]],
         )
 
+    def to_record(self) -> JsonObject:
+        """JSON values in which each result is stored once."""
+        return {
+            "experts": self.experts,
+            "k": self.k,
+            "block": self.block,
+            "arms": [result.to_json(self.vanilla) for result in self.by_name.values()],
+            "groups": {label: [r.name for r in group] for label, group in self.groups.items()},
+            "pairs": [[first.name, second.name] for first, second in self.pairs],
+        }
+
     @property
     def vanilla(self) -> VariantResult:
         return next(iter(self.by_name.values()))
 
     @property
     def all(self) -> list[VariantResult]:
-        """Vanilla, then the results of every group."""
-        return [self.vanilla, *(result for group in self.groups.values() for result in group)]
+        """Vanilla, then the results of every group, each once."""
+        grouped = (result for group in self.groups.values() for result in group)
+        return list({result.name: result for result in (self.vanilla, *grouped)}.values())
+
+    def pairs_of(self, *labels: str) -> list[Pair]:
+        """The pairs whose first result is in one of these groups."""
+        members = [result for label in labels for result in self.groups[label]]
+        return [pair for pair in self.pairs if pair[0] in members]
 
 
 def _share_to_json(share: Proportion) -> JsonObject:

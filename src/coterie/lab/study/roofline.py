@@ -2,186 +2,140 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TypedDict
+from functools import partial
+from typing import Any
 
 from matplotlib.figure import Figure
 
 from coterie.lab.bench import timing
 from coterie.lab.bench.routings import BLOCK_LENGTH
 from coterie.lab.bench.shapes import PAPER_LAYERS, LayerShape
-from coterie.lab.plotting import add_legend, foreground, new_axes
-from coterie.lab.study.charts import draw_series, milliseconds, policy_series
+from coterie.lab.study.charts import guide_series, line_chart, policy_series
 from coterie.lab.study.context import StudyContext
 from coterie.lab.study.experiment import (
     Drawing,
+    Entry,
     Experiment,
     ExperimentText,
     Finding,
     Table,
-    judge,
-    make_table,
 )
 from coterie.lab.study.layers import (
     BenchLayer,
-    BenchLayerInfo,
-    ProgressCallback,
-    RoutedBlocks,
-    for_each_layer,
-    layer_description,
-    layer_label,
-    make_blocks,
-    route_blocks,
+    RunTimer,
+    fit_points,
+    layer_names,
+    machine_values,
+    measure_layers,
+    routed_blocks,
 )
 
 TOKEN_COUNTS = (1, 8, 16, 32, 64)
-VANILLA = "vanilla"
-POLICIES = (VANILLA, "des-seq:k=3", "des-vote:beta=0.3", "des-vote:beta=0.15")
+VANILLA, CORESET = "vanilla", "des-vote:beta=0.15"
+POLICIES = (VANILLA, "des-seq:k=3", "des-vote:beta=0.3", CORESET)
 LINE_ALPHAS = (1.0, 1.0, 0.55, 1.0)  # distinguish the two sizes of DES-Vote
 ROUNDS = {False: 30, True: 6}  # of the model's own small layers, of a large random layer
 MIN_READING_SHARE = 2 / 3  # of the time: below it, memory does not bound the layer
 
 
-class RooflinePoint(TypedDict):
-    """The experts of one forward of ``tokens`` positions, means over blocks.
-
-    ``used`` counts unique experts, ``pairs`` token-expert pairs, and ``intensity`` operations per
-    byte of experts read.
-    """
-
-    policy: str
-    tokens: int
-    used: float
-    pairs: float
-    intensity: float
-    flops: float
-    seconds: timing.TimingStats
-
-
-class LayerRoofline(TypedDict):
-    """One layer; ``peak`` is in operations per second, in the layer's dtype."""
-
-    bench: BenchLayerInfo
-    peak: float
-    points: list[RooflinePoint]
-
-
-class RooflineRecord(TypedDict):
-    machine: timing.TimingConditions
-    limits: timing.DeviceLimits
-    roofs: list[LayerRoofline]
-    skipped: list[str]
-
-
 @dataclass(frozen=True)
 class RooflineExperiment(Experiment):
-    """Bytes from the experts in use, operations from token-expert pairs, both roofs measured."""
+    """Bytes from the experts in use, operations from token-expert pairs, both roofs measured.
+
+    Each entry of ``roofs`` in the record is a layer with its ``peak`` operations per second. Its
+    ``points`` have a policy, a number of ``tokens``, means of unique experts (``used``),
+    token-expert ``pairs`` and operations (``flops``), and the ``intensity`` in operations per byte.
+    """
 
     text = ExperimentText.load("roofline")
 
     shapes: Sequence[LayerShape] = PAPER_LAYERS
     pace: timing.TimingBudget = timing.FULL_BUDGET
 
-    def measure(self, context: StudyContext) -> RooflineRecord:
-        context.on_progress(0.0, "memory bandwidth and arithmetic of this machine")
-        transformer = context.engine.model.transformer
-        dtypes = {transformer.dtype, *(shape.dtype for shape in self.shapes)}
-        limits = timing.measure_limits(transformer.device, dtypes, self.pace)
-        roofs, skipped = for_each_layer(
-            context,
-            self.shapes,
-            lambda bench, on_progress: measure_roofline(
-                context, bench, limits, on_progress=on_progress, pace=self.pace
-            ),
+    def measure(self, context: StudyContext) -> Mapping[str, object]:
+        work = partial(_measure_layer, context)
+        layers, machine = measure_layers(
+            context, self.shapes, work, budget=self.pace, rounds=ROUNDS
         )
-        machine = timing.timing_conditions(transformer.device)
-        return RooflineRecord(machine=machine, limits=limits, roofs=roofs, skipped=skipped)
+        return {**machine, "roofs": layers}
 
-    def drawings(self, record: RooflineRecord) -> Sequence[Drawing]:
-        return [
-            Drawing(
-                f"{self.name}-{number}",
-                f"The experts of {layer_description(layer['bench'])}: operations per second "
-                "against operations per byte of experts read, with "
-                f"{', '.join(map(str, sorted({p['tokens'] for p in layer['points']})))} tokens "
-                "from left to right. The line is the limit of this machine.",
-                lambda layer=layer: _draw(layer, record["limits"]),
-            )
-            for number, layer in enumerate(record["roofs"])
-        ]
+    def drawings(self, record: Any) -> Sequence[Drawing]:
+        drawings = []
+        for number, layer in enumerate(record["roofs"]):
+            tokens = ", ".join(map(str, sorted({point["tokens"] for point in layer["points"]})))
+            caption = self.text.caption("figure", tokens=tokens, **layer_names(layer["bench"]))
+            draw = partial(_draw, layer, record["limits"])
+            drawings.append(Drawing(f"{self.name}-{number}", caption, draw))
+        return drawings
 
-    def tables(self, record: RooflineRecord) -> Sequence[Table]:
+    def tables(self, record: Any) -> Sequence[Table]:
         limits = record["limits"]
-        read, peaks = limits["bytes_per_second"], sorted(limits["flops_per_second"].items())
-        peaks_text = ", ".join(f"{peak / 1e9:.0f} in {dtype}" for dtype, peak in peaks)
+        peaks = sorted(limits["flops_per_second"].items())
         rows = [
-            (layer, point)
+            point
             for layer in record["roofs"]
-            for point in layer["points"]
+            for point in rated_points(layer, limits)
             if point["tokens"] == BLOCK_LENGTH
         ]
-        return [
-            make_table(
-                f"With {BLOCK_LENGTH} tokens. The limits of this machine "
-                f"({timing.describe_conditions(record['machine'])}): {read / 1e9:.1f} GB/s "
-                f"({limits['reader']}), and in billion operations per second {peaks_text}.",
-                rows,
-                {
-                    "layer": lambda row: layer_label(row[0]["bench"]),
-                    "policy": "{0[1][policy]}",
-                    "experts": "{0[1][used]:.1f}",
-                    "MB read": lambda row: f"{read_bytes(*row) / 1e6:.2f}",
-                    "op/byte": "{0[1][intensity]:.2f}",
-                    "ms": lambda row: milliseconds(row[1]["seconds"]),
-                    "Gop/s": lambda row: f"{achieved_flops(row[1]) / 1e9:.1f}",
-                    "of attainable": lambda row: f"{attained_share(*row, limits):.0%}",
-                },
-                text_columns=2,
-            )
-        ]
+        rates = ", ".join(f"{peak / 1e9:.0f} in {dtype}" for dtype, peak in peaks)
+        machine = machine_values(record)
+        return [self.text.table("points", rows, block=BLOCK_LENGTH, peaks=rates, **machine)]
 
-    def findings(self, record: RooflineRecord) -> Sequence[Finding | str]:
+    def findings(self, record: Any) -> Sequence[Finding | str]:
+        limits = record["limits"]
         return [
-            *(f for layer in record["roofs"] for f in _roofline_findings(layer, record["limits"])),
+            *(finding for layer in record["roofs"] for finding in self._findings(layer, limits)),
             *record["skipped"],
             *timing.load_warnings(record["machine"]),
         ]
 
+    def _findings(self, layer: Entry, limits: timing.DeviceLimits) -> list[Finding]:
+        points = rated_points(layer, limits)
+        at_block = {point["policy"]: point for point in points if point["tokens"] == BLOCK_LENGTH}
+        if VANILLA not in at_block:
+            return []
+        vanilla, coreset = at_block[VANILLA], at_block[CORESET]
+        ridge, reading = layer["peak"] / limits["bytes_per_second"], reading_share(points, vanilla)
+        is_read = reading >= MIN_READING_SHARE
+        values = {
+            "block": BLOCK_LENGTH,
+            "vanilla": vanilla,
+            "coreset": coreset,
+            "ridge": ridge,
+            "reading": reading,
+            "overhead": "" if is_read else self.text.sentence("overhead"),
+            "speedup": coreset["gflops"] / vanilla["gflops"],
+        }
+        faster = coreset["seconds"]["high"] < vanilla["seconds"]["low"]
+        return [
+            self.text.finding("bound", vanilla["intensity"] < ridge and is_read, **values),
+            self.text.finding("coreset", faster, **values),
+        ]
 
-def measure_roofline(
-    context: StudyContext,
-    bench: BenchLayer,
-    limits: timing.DeviceLimits,
-    *,
-    on_progress: ProgressCallback,
-    pace: timing.TimingBudget = timing.FULL_BUDGET,
-) -> LayerRoofline:
+
+def _measure_layer(
+    context: StudyContext, bench: BenchLayer, limits: timing.DeviceLimits, time_runs: RunTimer
+) -> Entry:
     """Route blocks of every size under every policy, time the experts, count operations."""
-    runs: dict[tuple[str, int], RoutedBlocks] = {}
-    for tokens in TOKEN_COUNTS:
-        scored_blocks = make_blocks(context, bench, tokens)
-        for policy in POLICIES if scored_blocks else ():
-            runs[policy, tokens] = route_blocks(bench, scored_blocks, policy)
-    rounds = pace.rounds or ROUNDS[bench.random]
-    callables = {key: block.run for key, block in runs.items()}
-    timings = timing.time_interleaved(
-        callables, rounds, device=bench.device, on_progress=on_progress
-    )
+    runs = {
+        (policy, tokens): run
+        for tokens in TOKEN_COUNTS
+        for policy, run in routed_blocks(context, bench, tokens, POLICIES).items()
+    }
     points = [
-        RooflinePoint(
-            policy=policy,
-            tokens=tokens,
-            used=block.used,
-            pairs=block.pairs,
-            intensity=bench.flops(block.pairs) / (block.used * bench.expert_bytes),
-            flops=bench.flops(block.pairs),
-            seconds=timings[policy, tokens],
-        )
-        for (policy, tokens), block in runs.items()
+        {
+            "policy": policy,
+            "tokens": tokens,
+            **point,
+            "intensity": bench.flops(point["pairs"]) / (point["used"] * bench.expert_bytes),
+            "flops": bench.flops(point["pairs"]),
+        }
+        for (policy, tokens), point in time_runs(runs).items()
     ]
-    peak = limits["flops_per_second"][timing.dtype_name(bench.tokens_dtype)]
-    return LayerRoofline(bench=bench.to_info(), peak=peak, points=points)
+    peak = limits["flops_per_second"][timing.dtype_name(bench.dtype)]
+    return {"bench": bench.to_record(), "peak": peak, "points": points}
 
 
 def attainable_flops(intensity: float, peak: float, bytes_per_second: float) -> float:
@@ -189,89 +143,49 @@ def attainable_flops(intensity: float, peak: float, bytes_per_second: float) -> 
     return min(peak, intensity * bytes_per_second)
 
 
-def achieved_flops(point: RooflinePoint) -> float:
-    """Operations per second as measured."""
-    return point["flops"] / point["seconds"]["median"]
+def rated_points(layer: Entry, limits: timing.DeviceLimits) -> list[Entry]:
+    """A layer's points with the bytes read and the rate: as measured, and as share of the roof."""
+    rated, names = [], layer_names(layer["bench"])
+    for point in layer["points"]:
+        seconds = point["seconds"]["median"]
+        rate = point["flops"] / seconds
+        roof = attainable_flops(point["intensity"], layer["peak"], limits["bytes_per_second"])
+        megabytes = point["used"] * layer["bench"]["expert_bytes"] / 1e6
+        values = {"ms": seconds * 1e3, "gflops": rate / 1e9, "attained": rate / roof}
+        rated.append({**point, **names, **values, "megabytes": megabytes})
+    return rated
 
 
-def read_bytes(layer: LayerRoofline, point: RooflinePoint) -> float:
-    return point["used"] * layer["bench"]["expert_bytes"]
-
-
-def attained_share(
-    layer: LayerRoofline, point: RooflinePoint, limits: timing.DeviceLimits
-) -> float:
-    """The measured rate as a share of the roof."""
-    read = limits["bytes_per_second"]
-    return achieved_flops(point) / attainable_flops(point["intensity"], layer["peak"], read)
-
-
-def reading_share(points: Sequence[RooflinePoint], point: RooflinePoint) -> float:
+def reading_share(points: Sequence[Entry], point: Entry) -> float:
     """The share of a point's time that is proportional to its unique experts.
 
     It comes from the fit of Equation 2 through all points of the layer.
     """
-    fit = timing.fit_latency(
-        [entry["used"] for entry in points],
-        [entry["pairs"] for entry in points],
-        [entry["seconds"]["median"] for entry in points],
-    )
+    fit = fit_points(points)
     total = timing.predict_seconds(fit, point["used"], point["pairs"])
     return min(1.0, max(0.0, fit["b"] * point["used"] / total))
 
 
-def _draw(layer: LayerRoofline, limits: timing.DeviceLimits) -> Figure:
-    figure, ax = new_axes("operations per byte read", "billion operations per second")
-    read, peak = limits["bytes_per_second"], layer["peak"]
-    intensities = [point["intensity"] for point in layer["points"]]
+def _draw(layer: Entry, limits: timing.DeviceLimits) -> Figure:
+    points, read, peak = rated_points(layer, limits), limits["bytes_per_second"], layer["peak"]
+    intensities = [point["intensity"] for point in points]
     left, right = min(intensities) / 2, max(4 * peak / read, 2 * max(intensities))
     corners = (left, peak / read, right)
     roof = [attainable_flops(intensity, peak, read) / 1e9 for intensity in corners]
-    ax.plot(corners, roof, color=foreground(), linewidth=1.2)
+    series = [guide_series(corners, roof, line="-", width=1.2)]
     for policy, alpha in zip(POLICIES, LINE_ALPHAS, strict=True):
-        points = [point for point in layer["points"] if point["policy"] == policy]
-        xs = [point["intensity"] for point in points]
-        ys = [achieved_flops(point) / 1e9 for point in points]
-        draw_series(ax, policy_series(policy, xs, ys, alpha=alpha))
-        for x, y, point in zip(xs, ys, points, strict=True) if policy == VANILLA else ():
-            ax.annotate(f"{point['tokens']}", (x, y), xytext=(-5, 4), textcoords="offset points",
-                        ha="right", fontsize=8.5)  # fmt: skip
+        own = [point for point in points if point["policy"] == policy]
+        x, y = ([point[key] for point in own] for key in ("intensity", "gflops"))
+        series.append(policy_series(policy, x, y, alpha=alpha))
+    x, y = "operations per byte read", "billion operations per second"
+    figure = line_chart(series, x, y, xlim=(left, right))
+    ax = figure.axes[0]
     ax.set(xscale="log", yscale="log", xlim=(left, right))
     ax.grid(which="minor", visible=False)
-    ax.xaxis.set_major_formatter("{x:g}")
-    ax.yaxis.set_major_formatter("{x:g}")
-    add_legend(ax)
+    for axis in (ax.xaxis, ax.yaxis):
+        axis.set_major_formatter("{x:g}")
+    options = {"xytext": (-5, 4), "textcoords": "offset points", "ha": "right", "fontsize": 8.5}
+    for point in points:
+        if point["policy"] == VANILLA:
+            ax.annotate(f"{point['tokens']}", (point["intensity"], point["gflops"]), **options)
     return figure
-
-
-def _roofline_findings(layer: LayerRoofline, limits: timing.DeviceLimits) -> list[Finding]:
-    at_block = {p["policy"]: p for p in layer["points"] if p["tokens"] == BLOCK_LENGTH}
-    if VANILLA not in at_block:
-        return []
-    vanilla, coreset = at_block[VANILLA], at_block["des-vote:beta=0.15"]
-    ridge = layer["peak"] / limits["bytes_per_second"]
-    reading, name = reading_share(layer["points"], vanilla), layer_description(layer["bench"])
-    overhead = (
-        "; the overhead of many small operations bounds it, not memory"
-        if reading < MIN_READING_SHARE
-        else ""
-    )
-    return [
-        judge(
-            f"With {BLOCK_LENGTH} tokens, {name} makes {vanilla['intensity']:.1f} operations per "
-            f"byte; arithmetic bounds this machine above {ridge:.1f}. It reaches "
-            f"{attained_share(layer, vanilla, limits):.0%} of the rate that the memory bandwidth "
-            f"allows, and {reading:.0%} of its time is proportional to the experts "
-            f"read{overhead}.",
-            "Memory, not arithmetic, bounds the MoE layer of a parallel decoder.",
-            vanilla["intensity"] < ridge and reading >= MIN_READING_SHARE,
-        ),
-        judge(
-            f"Under {coreset['policy']} {name} reads {coreset['used']:.0f} experts instead of "
-            f"{vanilla['used']:.0f}: {coreset['intensity']:.1f} operations per byte instead of "
-            f"{vanilla['intensity']:.1f}, and "
-            f"{achieved_flops(coreset) / achieved_flops(vanilla):.2f} times as many per second.",
-            "A coreset raises the operations per byte read, so the layer runs faster.",
-            coreset["seconds"]["high"] < vanilla["seconds"]["low"],
-        ),
-    ]

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Annotated, Any, Protocol
 
 from coterie.checkpoints.fingerprint import fingerprint
+from coterie.checkpoints.journal import atomic_write
 from coterie.engine.engine import Engine
 from coterie.errors import ConfigError, CoterieError
 from coterie.keys import Key, to_json
@@ -29,16 +30,13 @@ from coterie.lab.study.explosion import ExplosionExperiment
 from coterie.lab.study.importance import ImportanceExperiment
 from coterie.lab.study.latency import LatencyExperiment
 from coterie.lab.study.maps import MapsExperiment
-from coterie.lab.study.predictors import PredictorsExperiment
 from coterie.lab.study.reconstruction import ReconstructionExperiment
 from coterie.lab.study.report import ReportSection, make_section, render_page
 from coterie.lab.study.roofline import RooflineExperiment
 from coterie.lab.study.selection import SelectionExperiment
-from coterie.lab.study.speed import ForwardCountExperiment, SpeedExperiment
-from coterie.lab.study.steps import StepsExperiment
-from coterie.lab.study.table import TableOneExperiment
+from coterie.lab.study.speed import FORWARDS, SpeedExperiment
+from coterie.lab.study.table import TABLE_ONE
 from coterie.lab.study.tradeoff import TradeoffExperiment
-from coterie.lab.study.votes import VoteFidelityExperiment
 from coterie.routing import update_policies_in_json
 
 REPORT = "report.html"
@@ -69,11 +67,9 @@ class StudyObserver(Protocol):
 
 @dataclass(frozen=True)
 class ExperimentOutcome:
-    """The outcome of one experiment; ``failure`` explains a missing record or figure."""
+    """``failure`` explains a missing record or figure."""
 
-    experiment: Experiment
-    record: Mapping[str, Any] | None = None
-    measured: bool = False  # in this run; otherwise the record was there
+    measured: bool  # in this run; otherwise the record was there
     failure: str | None = None
 
 
@@ -99,6 +95,7 @@ def run_study(
     selected = select_experiments([*names, *rerun] if names else [], available)
     select_experiments(list(rerun), available)
     settings = settings_of(engine, tasks, config)
+    digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:12]
     context = StudyContext(
         engine=engine,
         tasks=[CachedGradesTask(task) for task in tasks],
@@ -107,21 +104,25 @@ def run_study(
         num_prompts=config.prompts,
         seed=config.seed,
         on_progress=observer.on_progress,
-        answers=folder / "items" / digest(settings),
+        answers=folder / "items" / digest,
     )
     sections = []
     for experiment in available.values():
-        if experiment not in selected:
-            record = _read_valid_record(folder / "records", experiment.name, settings)
-            sections += [] if record is None else [make_section(experiment, record)]
-            continue
-        observer.on_experiment_start(experiment, selected)
-        experiment_context = replace(context, used_records={})
-        outcome = _run_experiment(
-            experiment_context, experiment, settings, command, rerun=experiment.name in rerun
-        )
-        sections.append(make_section(experiment, outcome.record, outcome.failure))
-        observer.on_experiment_end(replace(outcome, failure=sections[-1].failure))
+        name, is_selected, failure = experiment.name, experiment in selected, None
+        if is_selected:
+            observer.on_experiment_start(experiment, selected)
+        record = None if name in rerun else _read_valid_record(folder / "records", name, settings)
+        is_measured = is_selected and record is None
+        if is_measured:
+            try:
+                record = _measure(replace(context, used_records={}), experiment, settings, command)
+            # No failure of one experiment may stop the study.
+            except Exception as error:
+                failure = _format_error(error)
+        if is_selected or record is not None:
+            sections.append(make_section(experiment, record, failure))
+        if is_selected:
+            observer.on_experiment_end(ExperimentOutcome(is_measured, sections[-1].failure))
     write_report(folder, sections)
     return sections
 
@@ -132,9 +133,9 @@ def write_report(folder: Path, sections: Sequence[ReportSection]) -> Path:
     figures.mkdir(parents=True, exist_ok=True)
     for figure in (figure for section in sections for figure in section.figures):
         for scheme, svg in figure.svg.items():
-            (figures / f"{figure.name}-{scheme}.svg").write_text(svg + "\n", encoding="utf-8")
+            atomic_write(figures / f"{figure.name}-{scheme}.svg", f"{svg}\n".encode())
     path = folder / REPORT
-    path.write_text(render_page(sections), encoding="utf-8")
+    atomic_write(path, render_page(sections).encode())
     return path
 
 
@@ -168,40 +169,24 @@ def settings_of(engine: Engine, tasks: Sequence[Task], config: StudyConfig) -> d
     }
 
 
-def digest(settings: Mapping[str, object]) -> str:
-    return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:12]
-
-
-def _run_experiment(
+def _measure(
     context: StudyContext,
     experiment: Experiment,
     settings: Mapping[str, object],
     command: Sequence[str],
-    *,
-    rerun: bool,
-) -> ExperimentOutcome:
-    """The experiment's record, measured where no valid one exists."""
-    folder = context.folder / "records"
-    saved = None if rerun else _read_valid_record(folder, experiment.name, settings)
-    if saved is not None:
-        return ExperimentOutcome(experiment, saved)
+) -> Mapping[str, Any]:
+    """The experiment's new record, as it was written."""
     start = time.perf_counter()
-    try:
-        data = experiment.measure(context)
-        content = {
-            **make_record(experiment.name, command, [], facts=data, device=str(settings["device"])),
-            "about": experiment.text.title,
-            "seconds": round(time.perf_counter() - start, 1),
-            "settings": settings,
-            "read": context.used_records,
-        }
-        path = write_record(folder, content)
-    # No failure of one experiment may stop the study.
-    except Exception as error:
-        return ExperimentOutcome(experiment, failure=_format_error(error))
-    return ExperimentOutcome(
-        experiment, json.loads(path.read_text(encoding="utf-8")), measured=True
-    )
+    data = experiment.measure(context)
+    content = {
+        **make_record(experiment.name, command, [], facts=data, device=str(settings["device"])),
+        "about": experiment.text.title,
+        "seconds": round(time.perf_counter() - start, 1),
+        "settings": settings,
+        "read": context.used_records,
+    }
+    path = write_record(context.folder / "records", content)
+    return json.loads(path.read_text(encoding="utf-8"))
 
 
 def _read_valid_record(
@@ -211,16 +196,14 @@ def _read_valid_record(
     content = _read_json(folder / f"{name}.json")
     if content is None or content.get("settings") != json.loads(json.dumps(settings)):
         return None
-    read = content.get("read")
-    others = read.items() if isinstance(read, dict) else ()
-    for other, when in others:
+    for other, when in dict(content.get("read") or {}).items():
         source = _read_json(folder / f"{other}.json")
         if source is None or source.get("when") != when:
             return None
     return content
 
 
-def _read_json(path: Path) -> dict[str, object] | None:
+def _read_json(path: Path) -> dict[str, Any] | None:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -262,17 +245,14 @@ EXPERIMENTS: dict[str, Experiment] = {
     "block-size": BlockSizeExperiment(),
     "experts-per-token": ExpertsPerTokenExperiment(),
     "maps": MapsExperiment(),
-    "table-1": TableOneExperiment(),
+    "table-1": TABLE_ONE,
     "random-control": CONTROL,
     "votes": VOTES,
     "voters": VOTERS,
     "protection": PROTECTION,
     "mass": MASS,
-    "votes-fidelity": VoteFidelityExperiment(),
-    "foretelling": PredictorsExperiment(),  # reads the record `accuracy`
-    "steps": StepsExperiment(),
     "beyond": BEYOND,
-    "forwards": ForwardCountExperiment(),
+    "forwards": FORWARDS,
     "speed": SpeedExperiment(),
     "experts": ExpertCacheExperiment(),
 }

@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TypedDict
+from functools import partial
+from typing import Any
 
 from matplotlib.figure import Figure
 
 from coterie.engine.observation import LayerObservation, collect_observations
 from coterie.lab.bench import timing
 from coterie.lab.bench.routings import BLOCK_LENGTH
-from coterie.lab.plotting import add_legend, foreground, format_percent, new_axes, policy_style
+from coterie.lab.plotting import policy_style
 from coterie.lab.study.charts import (
     Series,
-    draw_series,
+    guide_series,
+    line_chart,
     milliseconds,
     pareto_front,
     quartiles_text,
@@ -27,10 +29,9 @@ from coterie.lab.study.experiment import (
     Finding,
     Table,
     judge,
-    make_table,
 )
 from coterie.lab.study.layers import FORWARDS_PER_PROMPT, NUM_PROMPTS, layer_runner, moe_layers
-from coterie.lab.study.results import VariantResult, VariantResults
+from coterie.lab.study.results import JsonObject, VariantResult, VariantResults
 from coterie.routing import parse_policy, route
 
 VANILLA = "vanilla"
@@ -39,37 +40,8 @@ OBSERVED_POLICY = "mc-moe:beta=0,protect=0"
 ROUNDS = 8
 INDISTINGUISHABLE_P = 0.05  # least p at which an accuracy counts as that of vanilla
 
-
-class TradeoffPoint(TypedDict):
-    """One policy. ``used`` and ``pairs`` (token-expert pairs per token) are of the timed forwards.
-
-    ``p`` is McNemar's, against vanilla on the same items.
-    """
-
-    policy: str
-    accuracy: float
-    interval: list[float]
-    p: float
-    items: int
-    used: float
-    pairs: float
-    seconds: timing.TimingStats
-
-
-class PredictedLayer(TypedDict):
-    """A layer of another shape with its latency fit, for predictions."""
-
-    name: str
-    experts: int
-    fit: timing.LatencyFit
-
-
-class TradeoffRecord(TypedDict):
-    experts: int
-    machine: timing.TimingConditions
-    forwards: int
-    points: list[TradeoffPoint]
-    others: list[PredictedLayer]
+Point = Mapping[str, Any]  # one policy, as in ``time_policies``
+Layer = Mapping[str, Any]  # name, experts and latency fit of a layer of another shape
 
 
 @dataclass(frozen=True)
@@ -83,7 +55,7 @@ class TradeoffExperiment(Experiment):
 
     rounds: int = ROUNDS
 
-    def measure(self, context: StudyContext) -> TradeoffRecord:
+    def measure(self, context: StudyContext) -> JsonObject:
         results = VariantResults.from_record(context.needed_record("accuracy"))
         generation = results.vanilla.generation
         variants = [r for r in results.by_name.values() if r.generation == generation]
@@ -96,75 +68,86 @@ class TradeoffExperiment(Experiment):
             max_forwards=FORWARDS_PER_PROMPT,
         )
         points = time_policies(context, observations, variants, results.vanilla, rounds=self.rounds)
-        latency = context.record("latency")
-        return TradeoffRecord(
-            experts=results.experts,
-            machine=timing.timing_conditions(context.engine.model.transformer.device),
-            forwards=len(observations),
-            points=points,
-            others=[
-                PredictedLayer(
-                    name=layer["bench"]["name"], experts=layer["bench"]["experts"], fit=layer["fit"]
-                )
-                for layer in (latency["lines"] if latency is not None else ())
-                if layer["bench"]["random"]
+        latency = context.record("latency") or {"lines": ()}
+        others = [line for line in latency["lines"] if line["bench"]["random"]]
+        return {
+            "experts": results.experts,
+            "machine": timing.timing_conditions(context.engine.model.transformer.device),
+            "forwards": len(observations),
+            "points": points,
+            "others": [
+                {key: line["bench"][key] for key in ("name", "experts")} | {"fit": line["fit"]}
+                for line in others
             ],
-        )
-
-    def drawings(self, record: TradeoffRecord) -> Sequence[Drawing]:
-        measured = [point["seconds"]["median"] for point in record["points"]]
-
-        def predicted_drawing(layer: PredictedLayer) -> Drawing:
-            seconds = [predicted_seconds(point, record, layer) for point in record["points"]]
-            label = f"milliseconds of {layer['name']}'s experts, predicted"
-            return Drawing(
-                f"{self.name}-{layer['name'].lower()}",
-                "The same accuracy (of the small model) against the time of the experts of a layer "
-                f"of {layer['name']}'s shape, predicted by the fit of Equation 2 for the same "
-                "share of its experts. The time of the selection is not included.",
-                lambda: _draw(record, seconds, label),
-            )
-
-        return [
-            Drawing(
-                self.name,
-                "Accuracy with its 95 % interval against the measured time of the model's own MoE "
-                "layer. The line is the Pareto front.",
-                lambda: _draw(record, measured, "milliseconds of the MoE layer, measured"),
-            ),
-            *map(predicted_drawing, record["others"]),
-        ]
-
-    def tables(self, record: TradeoffRecord) -> Sequence[Table]:
-        def prediction(layer: PredictedLayer) -> Callable[[TradeoffPoint], str]:
-            return lambda point: f"{predicted_seconds(point, record, layer) * 1e3:.1f}"
-
-        others = {
-            f"{layer['name']}, ms (predicted)": prediction(layer) for layer in record["others"]
         }
-        return [
-            make_table(
-                f"{record['points'][0]['items']} items; the layer was timed on "
-                f"{record['forwards']} real inputs, the same for all policies.",
-                sorted(record["points"], key=lambda point: -point["accuracy"]),
-                {
-                    "policy": "{policy}",
-                    "accuracy": "{accuracy:.1%}",
-                    "95 %": "{interval[0]:.1%} to {interval[1]:.1%}",
-                    "experts": "{used:.1f}",
-                    "layer, ms": lambda point: milliseconds(point["seconds"], 3),
-                    "quartiles": lambda point: quartiles_text(point["seconds"], 3),
-                    **others,
-                },
-            )
-        ]
 
-    def findings(self, record: TradeoffRecord) -> Sequence[Finding | str]:
+    def drawings(self, record: Mapping[str, Any]) -> Sequence[Drawing]:
+        measured = [point["seconds"]["median"] for point in record["points"]]
+        label = "milliseconds of the MoE layer, measured"
+        draw = partial(draw_tradeoff, record, measured, label)
+        drawings = [Drawing(self.name, self.text.caption("measured"), draw)]
+        for layer in record["others"]:
+            name, seconds = layer["name"], list(predicted_seconds(record, layer).values())
+            label = f"milliseconds of {name}'s experts, predicted"
+            draw = partial(draw_tradeoff, record, seconds, label)
+            caption = self.text.caption("predicted", name=name)
+            drawings.append(Drawing(f"{self.name}-{name.lower()}", caption, draw))
+        return drawings
+
+    def tables(self, record: Mapping[str, Any]) -> Sequence[Table]:
+        predicted = {}
+        for layer in record["others"]:
+            seconds = predicted_seconds(record, layer)
+            predicted[f"{layer['name']}, ms (predicted)"] = lambda point, seconds=seconds: (
+                f"{seconds[point['policy']] * 1e3:.1f}"
+            )
+        rows = [
+            {
+                **point,
+                "ms": milliseconds(point["seconds"], 3),
+                "quartiles": quartiles_text(point["seconds"], 3),
+            }
+            for point in sorted(record["points"], key=lambda point: -point["accuracy"])
+        ]
+        items, forwards = record["points"][0]["items"], record["forwards"]
+        return [self.text.table("points", rows, predicted, items=items, forwards=forwards)]
+
+    def findings(self, record: Mapping[str, Any]) -> Sequence[Finding | str]:
         return [
-            _own_layer_finding(record),
-            *(_predicted_finding(record, layer) for layer in record["others"]),
+            self._own_layer_finding(record),
+            *(self._predicted_finding(record, layer) for layer in record["others"]),
             *timing.load_warnings(record["machine"]),
         ]
+
+    def _own_layer_finding(self, record: Mapping[str, Any]) -> Finding:
+        vanilla, *similar = vanilla_and_similar(record)
+        if not similar:
+            return judge(self.text.sentence("none"), self.text.claim("own"), False)
+        best = min(similar, key=lambda point: point["seconds"]["median"])
+        return self.text.finding(
+            "own",
+            best["seconds"]["high"] < vanilla["seconds"]["low"],
+            n=len(similar),
+            best=best,
+            best_ms=milliseconds(best["seconds"], 3),
+            vanilla=vanilla,
+            vanilla_ms=milliseconds(vanilla["seconds"], 3),
+            ratio=vanilla["seconds"]["median"] / best["seconds"]["median"],
+        )
+
+    def _predicted_finding(self, record: Mapping[str, Any], layer: Layer) -> Finding:
+        predicted = predicted_seconds(record, layer)
+        policies = [point["policy"] for point in vanilla_and_similar(record)]
+        best = min(policies, key=lambda policy: predicted[policy])
+        return self.text.finding(
+            "predicted",
+            None,
+            name=layer["name"],
+            best=best,
+            best_ms=predicted[best] * 1e3,
+            vanilla_ms=predicted[VANILLA] * 1e3,
+            ratio=predicted[VANILLA] / predicted[best],
+        )
 
 
 def time_policies(
@@ -174,8 +157,12 @@ def time_policies(
     vanilla: VariantResult,
     *,
     rounds: int,
-) -> list[TradeoffPoint]:
-    """Time the whole layer on every observation under every policy, in turns."""
+) -> list[JsonObject]:
+    """Time the whole layer on every observation under every policy, in turns.
+
+    ``used`` and ``pairs`` (token-expert pairs per token) are of the timed forwards. ``p`` is
+    McNemar's, against vanilla on the same items.
+    """
     transformer, indices = context.engine.model.transformer, range(len(observations))
     moes = {moe.layer: moe for moe in moe_layers(transformer)}
     runs = {
@@ -191,20 +178,21 @@ def time_policies(
         device=transformer.device,
         on_progress=lambda share: context.on_progress(share, "the layer under every policy"),
     )
-    points = []
+    points: list[JsonObject] = []
     for result in results:
         used, pairs = mean_sizes(observations, result.policy)
+        seconds = timing.mean_timing_stats([timings[result.policy, i] for i in indices])
         points.append(
-            TradeoffPoint(
-                policy=result.policy,
-                accuracy=result.accuracy,
-                interval=list(result.interval),
-                p=result.compare_to(vanilla).p_value,
-                items=result.accuracy_share().n,
-                used=used,
-                pairs=pairs,
-                seconds=timing.mean_timing_stats([timings[result.policy, i] for i in indices]),
-            )
+            {
+                "policy": result.policy,
+                "accuracy": result.accuracy,
+                "interval": list(result.interval),
+                "p": result.compare_to(vanilla).p_value,
+                "items": result.accuracy_share().n,
+                "used": used,
+                "pairs": pairs,
+                "seconds": seconds,
+            }
         )
     return points
 
@@ -218,61 +206,34 @@ def mean_sizes(observations: Sequence[LayerObservation], policy: str) -> tuple[f
     return used, pairs / len(routings)
 
 
-def predicted_seconds(point: TradeoffPoint, record: TradeoffRecord, layer: PredictedLayer) -> float:
-    """Seconds of another layer's experts, at the same share of experts and pairs per token."""
-    experts = point["used"] / record["experts"] * layer["experts"]
-    return timing.predict_seconds(layer["fit"], experts, point["pairs"] * BLOCK_LENGTH)
+def predicted_seconds(record: Mapping[str, Any], layer: Layer) -> dict[str, float]:
+    """Policy -> seconds of another layer's experts, at the same share of experts and pairs."""
+    scale = layer["experts"] / record["experts"]
+    return {
+        point["policy"]: timing.predict_seconds(
+            layer["fit"], point["used"] * scale, point["pairs"] * BLOCK_LENGTH
+        )
+        for point in record["points"]
+    }
 
 
-def _draw(record: TradeoffRecord, seconds: Sequence[float], label: str) -> Figure:
-    figure, ax = new_axes(label, "accuracy", height=4.2)
-    points = [
-        (s * 1e3, point["accuracy"]) for s, point in zip(seconds, record["points"], strict=True)
-    ]
-    front = pareto_front(points, lambda point: point)
-    ax.plot(*zip(*front, strict=True), color=foreground(), linewidth=0.8, drawstyle="steps-post")
-    for (x, y), point in zip(points, record["points"], strict=True):
-        style = policy_style(point["policy"])
-        draw_series(ax, Series(style.name, [x], [y], style, "", [point["interval"]]))
-    ax.set(ylim=(-0.02, 1.04), xlim=(0, None))
-    format_percent(ax)
-    add_legend(ax, columns=3)
-    return figure
-
-
-def _vanilla_and_similar(record: TradeoffRecord) -> tuple[TradeoffPoint, list[TradeoffPoint]]:
-    """Vanilla, and the other policies without a significant difference in accuracy."""
+def vanilla_and_similar(record: Mapping[str, Any]) -> list[Point]:
+    """Vanilla, then the other policies without a significant difference in accuracy."""
     vanilla = next(point for point in record["points"] if point["policy"] == VANILLA)
-    others = [point for point in record["points"] if point["policy"] != VANILLA]
-    return vanilla, [point for point in others if point["p"] >= INDISTINGUISHABLE_P]
+    others = [point for point in record["points"] if point is not vanilla]
+    return [vanilla, *(point for point in others if point["p"] >= INDISTINGUISHABLE_P)]
 
 
-def _own_layer_finding(record: TradeoffRecord) -> Finding:
-    vanilla, similar = _vanilla_and_similar(record)
-    claim = "A coreset lowers the latency of the MoE layer at nearly no cost in accuracy."
-    if not similar:
-        return judge("No policy is as accurate as vanilla.", claim, False)
-    best = min(similar, key=lambda point: point["seconds"]["median"])
-    ratio = vanilla["seconds"]["median"] / best["seconds"]["median"]
-    return judge(
-        f"Of the {len(similar)} policies without a significant difference to vanilla's accuracy, "
-        f"{best['policy']} runs the model's own layer fastest: {milliseconds(best['seconds'], 3)} "
-        f"ms against {milliseconds(vanilla['seconds'], 3)}, {ratio:.2f} times as fast, with "
-        f"{best['used']:.0f} experts instead of {vanilla['used']:.0f}.",
-        claim,
-        best["seconds"]["high"] < vanilla["seconds"]["low"],
-    )
-
-
-def _predicted_finding(record: TradeoffRecord, layer: PredictedLayer) -> Finding:
-    vanilla, similar = _vanilla_and_similar(record)
-    seconds = {p["policy"]: predicted_seconds(p, record, layer) for p in (vanilla, *similar)}
-    best = min(seconds, key=lambda policy: seconds[policy])
-    return judge(
-        f"In a layer of {layer['name']}'s shape, the same share of experts would take "
-        f"{seconds[best] * 1e3:.0f} ms under {best} and {seconds[VANILLA] * 1e3:.0f} under "
-        f"vanilla, {seconds[VANILLA] / seconds[best]:.2f} times as fast. This is predicted from "
-        "the fit, with the accuracy of the small model.",
-        "A coreset lowers the latency of a large model's MoE layer at nearly no cost in accuracy.",
-        None,
-    )
+def draw_tradeoff(record: Mapping[str, Any], seconds: Sequence[float], label: str) -> Figure:
+    """Accuracy against time, one marker per policy, with the Pareto front."""
+    series, points = [], []
+    for point, one in zip(record["points"], seconds, strict=True):
+        style, x, y = policy_style(point["policy"]), one * 1e3, point["accuracy"]
+        points.append((x, y))
+        series.append(Series(style.name, [x], [y], style, "", [point["interval"]]))
+    xs, ys = zip(*pareto_front(points, lambda point: point), strict=True)
+    front = guide_series(xs, ys, line="-", width=0.8, steps=True)
+    return line_chart(
+        [front, *series], label, "accuracy",
+        xlim=(0, None), ylim=(-0.02, 1.04), percent="y", columns=3, height=4.2,
+    )  # fmt: skip

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from coterie.lab.evals.run import Variant
 from coterie.lab.study.context import StudyContext
-from coterie.lab.study.results import VariantResult, VariantsRecord
+from coterie.lab.study.results import Pair, VariantResult, VariantResults
 from coterie.routing import format_policy, parse_policy
 
 VANILLA = Variant("vanilla")
@@ -28,13 +28,18 @@ def beta_variants(
     family: str, betas: Iterable[float] = MAIN_BETAS, options: str = ""
 ) -> list[Variant]:
     """``family:beta=..`` at every size."""
-    rest = f",{options}" if options else ""
-    return [Variant(format_policy(parse_policy(f"{family}:beta={beta}{rest}"))) for beta in betas]
+    specs = (f"{family}:beta={beta}{options and ','}{options}" for beta in betas)
+    return [Variant(format_policy(parse_policy(spec))) for spec in specs]
 
 
 def count_variants(family: str, counts: Iterable[int]) -> list[Variant]:
     """``family:k=..`` for every count."""
     return [Variant(f"{family}:k={count}") for count in counts]
+
+
+def short_name(policy: str) -> str:
+    """A policy in a legend: "des-vote:beta=0.3, guarded"."""
+    return policy.replace(f",{GUARD_OPTIONS}", ", guarded")
 
 
 def vote_of_size(size: int, total: int, family: str = "des-vote") -> Variant:
@@ -56,36 +61,44 @@ def run_comparison(
     context: StudyContext,
     groups: VariantGroups,
     *,
-    matched: RivalVariants = NO_RIVALS,
+    rivals: RivalVariants = NO_RIVALS,
     extra: Sequence[VariantResult] = (),
-) -> VariantsRecord:
-    """Run vanilla and every variant of the groups; the groups include those of ``matched``.
+) -> VariantResults:
+    """Run vanilla and every variant of the groups; the groups include those of ``rivals``.
 
     ``extra`` are results measured elsewhere that the record includes.
     """
-    share = 0.7 if matched else 1.0
-    all_variants = [VANILLA, *(variant for group in groups.values() for variant in group)]
-    variants = list({variant.name: variant for variant in all_variants}.values())
-    results = {
-        eval_result.policy: VariantResult.from_eval_result(eval_result)
-        for eval_result in context.evaluate(variants, (0.0, share))
-    }
+    share = 0.7 if rivals else 1.0
+    variants = {v.name: v for v in (VANILLA, *(v for group in groups.values() for v in group))}
+    results: dict[str, VariantResult] = {}
+    add_results(context, results, list(variants.values()), (0.0, share))
     pairs = [
         pair
-        for family, rivals in matched.items()
+        for family, others in rivals.items()
         for pair in SizeMatcher(context, results, family).match(
-            [results[variant.name] for variant in rivals], (share, 1.0)
+            [results[variant.name] for variant in others], (share, 1.0)
         )
     ]
-    vanilla, spec = results[VANILLA.name], context.engine.model.spec
-    return VariantsRecord(
+    spec = context.engine.model.spec
+    return VariantResults(
         experts=spec.router.experts,
         k=spec.router.k,
         block=context.engine.generation.block,
-        arms=[result.to_json(vanilla) for result in (*results.values(), *extra)],
-        groups={label: [variant.name for variant in group] for label, group in groups.items()},
+        by_name={**results, **{result.name: result for result in extra}},
+        groups={label: [results[v.name] for v in group] for label, group in groups.items()},
         pairs=pairs,
     )
+
+
+def add_results(
+    context: StudyContext,
+    results: dict[str, VariantResult],
+    variants: Sequence[Variant],
+    progress_span: tuple[float, float],
+) -> None:
+    """Evaluate variants and add their results by name."""
+    for eval_result in context.evaluate(variants, progress_span) if variants else ():
+        results[eval_result.policy] = VariantResult.from_eval_result(eval_result)
 
 
 @dataclass(frozen=True)
@@ -98,45 +111,42 @@ class SizeMatcher:
 
     def match(
         self, others: Sequence[VariantResult], progress_span: tuple[float, float]
-    ) -> list[list[str]]:
-        """(name of the other, name of the vote) for each match within ``MAX_EXPERT_DIFFERENCE``.
+    ) -> list[Pair]:
+        """(other, vote) for each match within ``MAX_EXPERT_DIFFERENCE``.
 
         Two rounds: the first interpolates the size from known results, the second corrects it.
         """
         first, last = progress_span
         middle = first + 0.6 * (last - first)
-        for step in ((first, middle), (middle, last)):
+        for span in ((first, middle), (middle, last)):
             unmatched = [other for other in others if self._nearest_vote(other) is None]
             sizes = {self._estimate_size(other.experts) for other in unmatched}
-            variants = [self._vote_variant(size) for size in sorted(sizes)]
+            variants = [vote_of_size(size, self._total, self.family) for size in sorted(sizes)]
             new_variants = [variant for variant in variants if variant.name not in self.results]
-            for eval_result in self.context.evaluate(new_variants, step) if new_variants else ():
-                self.results[eval_result.policy] = VariantResult.from_eval_result(eval_result)
+            add_results(self.context, self.results, new_variants, span)
         matches = [(other, self._nearest_vote(other)) for other in others]
-        return [[other.name, vote.name] for other, vote in matches if vote is not None]
+        return [(other, vote) for other, vote in matches if vote is not None]
 
     @property
-    def _num_experts(self) -> int:
+    def _total(self) -> int:
         return self.context.engine.model.spec.router.experts
 
-    def _vote_variant(self, size: int) -> Variant:
-        return vote_of_size(size, self._num_experts, self.family)
-
-    def _vote_results(self) -> list[VariantResult]:
-        """Results of the plain vote at every size that was run."""
-        sizes = (self._vote_variant(size) for size in range(1, self._num_experts + 1))
-        exact = {variant.name for variant in (*sizes, *beta_variants(self.family, ALL_BETAS))}
-        return [result for name, result in self.results.items() if name in exact]
+    def _votes(self) -> list[VariantResult]:
+        """Results of the plain vote, which has no option but its size."""
+        prefix = f"{self.family}:beta="
+        return [r for name, r in self.results.items() if name == f"{prefix}{beta_text(r.policy)}"]
 
     def _nearest_vote(self, other: VariantResult) -> VariantResult | None:
-        distances = [(abs(vote.experts - other.experts), vote) for vote in self._vote_results()]
-        near = [entry for entry in distances if entry[0] <= MAX_EXPERT_DIFFERENCE]
-        return min(near, key=lambda entry: entry[0])[1] if near else None
+        def distance(vote: VariantResult) -> float:
+            return abs(vote.experts - other.experts)
+
+        near = [vote for vote in self._votes() if distance(vote) <= MAX_EXPERT_DIFFERENCE]
+        return min(near, key=distance, default=None)
 
     def _estimate_size(self, experts: float) -> int:
         """The coreset size expected to use ``experts``, by linear interpolation."""
-        total = self._num_experts
-        votes = [(vote.experts, coreset_size(vote.policy, total)) for vote in self._vote_results()]
+        total = self._total
+        votes = [(vote.experts, coreset_size(vote.policy, total)) for vote in self._votes()]
         curve = sorted([(0.0, 0), *votes, (float(total), total)])
         index = max(1, min(bisect_left(curve, (experts, 0)), len(curve) - 1))
         (low, low_size), (high, high_size) = curve[index - 1], curve[index]

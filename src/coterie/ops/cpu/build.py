@@ -62,6 +62,13 @@ def build(
     return output
 
 
+def is_stale() -> bool:
+    """Whether the library is missing, or older than a source file."""
+    sources = (*SOURCE_DIR.glob("*.[ch]pp"), Path(__file__))
+    newest = max(path.stat().st_mtime for path in sources)
+    return not LIBRARY_PATH.is_file() or LIBRARY_PATH.stat().st_mtime < newest
+
+
 def find_compiler() -> list[str]:
     """The command of a C++ compiler."""
     if command := os.environ.get("CXX", "").split():
