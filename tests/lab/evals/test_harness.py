@@ -154,11 +154,14 @@ class StubTask:
         return limit
 
 
+Main = Callable[[type[StubTask]], None]
+
+
 @pytest.fixture
-def stub_harness(monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[[], None]], ModuleType]:
+def stub_harness(monkeypatch: pytest.MonkeyPatch) -> Callable[[Main], ModuleType]:
     """The adapter, imported with stubs of the harness's modules."""
 
-    def load_adapter(main: Callable[[], None]) -> ModuleType:
+    def load_adapter(main: Main) -> ModuleType:
         class Task(StubTask):
             build_all_requests = StubTask.build_all_requests
 

@@ -104,7 +104,7 @@ def _summary(result: EvalResult, tasks: Sequence[str]) -> PolicySummary:
 
 
 def _run_figures(result: EvalResult) -> dict[str, object]:
-    return {"failed": result.num_failed} | {name: getattr(result, name) for name in RUN_FIGURES}
+    return {"failed": result.num_failed, **{name: getattr(result, name) for name in RUN_FIGURES}}
 
 
 def _traffic_dict(summary: PolicySummary) -> dict[str, object]:

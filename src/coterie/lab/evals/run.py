@@ -95,19 +95,14 @@ def run_eval(
         engine, tasks, limit=limit, shuffle_seed=shuffle_seed, reset_every=reset_every,
         options=options,
     )  # fmt: skip
-    files = ModelFiles.of(engine.model)
     with AnswerLog(folder, run_config, on_remark) as log, _grader_pool() as graders:
-        scheduler = _Scheduler(engine, batch_size, reset_every, graders)
         for key in (_answer_key(name, request) for name in by_name for request in requests):
             if key in log.answers:
                 on_answer(log.answers[key])
-        for chunk in scheduler.chunks(requests):
-            for variant in by_name.values():
-                for answers in scheduler.answers(variant, chunk, log.answers):
-                    files.check_unchanged()
-                    log.add(answers)
-                    for answer in answers:
-                        on_answer(answer)
+        scheduler = _Scheduler(engine, batch_size, reset_every, graders)
+        for answers in scheduler.run(by_name.values(), requests, log):
+            for answer in answers:
+                on_answer(answer)
         if all_variants:
             by_name = _with_stored(by_name, requests, log.answers, on_remark)
         return [
@@ -185,14 +180,25 @@ class _Scheduler:
     def _has_cache(self) -> bool:
         return self.engine.model.store.traffic_log is not None
 
-    def chunks(self, requests: Sequence[EvalRequest]) -> Iterator[Sequence[EvalRequest]]:
-        """Chunks that each variant answers in turn; with a cache, of whole segments."""
-        size = CHUNK_FACTOR * self.batch_size
+    def run(
+        self, variants: Collection[Variant], requests: Sequence[EvalRequest], log: AnswerLog
+    ) -> Iterator[list[Answer]]:
+        """The missing answers of each chunk, of all variants in turn, as they are stored.
+
+        With a cache a chunk has whole segments.
+        """
+        files, size = ModelFiles.of(self.engine.model), CHUNK_FACTOR * self.batch_size
         if self._has_cache:
             size = self.reset_every * -(-CHUNK_FACTOR // self.reset_every)
-        return (requests[start : start + size] for start in range(0, len(requests), size))
+        for start in range(0, len(requests), size):
+            for variant in variants:
+                chunk = requests[start : start + size]
+                for answers in self._answers(variant, chunk, log.answers):
+                    files.check_unchanged()
+                    log.add(answers)
+                    yield answers
 
-    def answers(
+    def _answers(
         self, variant: Variant, chunk: Sequence[EvalRequest], stored: Mapping[AnswerKey, Answer]
     ) -> Iterator[list[Answer]]:
         """A variant's answers to the items of a chunk that have none, in order of completion."""

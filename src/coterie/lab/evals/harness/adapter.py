@@ -76,8 +76,9 @@ class CoterieLM(LM):
             )
         self.engine = load(
             pretrained, policy=policy, dtype=dtype, device=_available_device(device),
-            experts=experts, expert_memory=memory, **options,
+            experts=experts, expert_memory=memory,
         )  # fmt: skip
+        self.engine.generation = self.engine.generation.replace(**options)
         self.policy, self.uses_template = policy, False
 
     @property

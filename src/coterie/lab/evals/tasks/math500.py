@@ -77,11 +77,6 @@ def grade(output: str, gold: str) -> Grade:
     return Grade(False, candidates[0] if candidates else None)
 
 
-def extract_latex(text: str) -> str | None:
-    """The answer in an output, as LaTeX without dollar signs, or None."""
-    return next(_candidates(text), None)
-
-
 def _candidates(text: str) -> Iterator[str]:
     """The answer; then, for several adjacent boxes, all of them as one list."""
     boxed = find_boxes(text)

@@ -139,8 +139,9 @@ def _row_problem(row: object, keys: Mapping[str, type]) -> str | None:
         if key not in row:
             return f"{key!r} is missing"
         value = row[key]
+        parts = value if isinstance(value, list) else ()
         has_type = isinstance(value, kind) and not isinstance(value, bool)
-        if not has_type or (kind is list and not all(isinstance(part, str) for part in value)):
+        if not (has_type and all(isinstance(part, str) for part in parts)):
             return f"{key!r} is not {TYPE_NAMES[kind]}"
     return None
 

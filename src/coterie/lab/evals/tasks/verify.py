@@ -97,8 +97,10 @@ def _acquire() -> _VerifierProcess:
     while _idle_verifiers:
         with suppress(IndexError):  # taken by another thread
             verifier = _idle_verifiers.pop()
-            if verifier.owner_pid == os.getpid() and verifier.process.poll() is None:
-                return verifier
+            if verifier.owner_pid == os.getpid():
+                if verifier.process.poll() is None:
+                    return verifier
+                verifier.close()
     return _VerifierProcess()
 
 
