@@ -158,7 +158,7 @@ def test_a_verifier_that_does_not_start_raises(monkeypatch, tmp_path):
     with pytest.raises(CoterieError, match=r"does not start.*no grammar"):
         open_tasks(["math500"], TaskOptions("llada2"))
     monkeypatch.setattr(verify, "find_spec", lambda _name: None)
-    with pytest.raises(CoterieError, match=r"pip install 'coterie\[lab\]'"):
+    with pytest.raises(CoterieError, match=r"pip install '\.\[lab\]'"):
         open_tasks(["math500"], TaskOptions("llada2"))
 
 

@@ -123,5 +123,5 @@ def test_parquet_needs_pyarrow(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "pyarrow.parquet", library)
     assert source.read_benchmark(gsm8k.TEST, path).rows == tuple(ROWS)
     monkeypatch.setitem(sys.modules, "pyarrow.parquet", None)
-    with pytest.raises(CoterieError, match=r"pip install 'coterie\[harness\]'"):
+    with pytest.raises(CoterieError, match=r"pip install '\.\[harness\]'"):
         source.read_benchmark(gsm8k.TEST, path)

@@ -60,7 +60,7 @@ COMPUTATION = re.compile(r"(?:[\s\d.,+*/()$€£%-]*=)+\s*")  # "9 * 2 = "
 # Between the numbers of a hedge: "138 or 149", "138 eggs or 149"; in a box also "138, 149".
 OR = re.compile(r"[\s*_`$]*(?P<unit>[A-Za-z]*)[\s*_`$]*,?[\s*_`$]*\bor\b[\s*_`$]*", re.IGNORECASE)
 LIST = re.compile(r"\s*(?:[,;]|,?\s*\band\b)\s*")
-WORD = re.compile(r"[\s*_`$]*(?P<unit>[A-Za-z]*)(?!\s*=)")  # "5A/5 or 20 = A" is no hedge
+WORD = re.compile(r"[\s*_`$]{0,9}(?P<unit>[A-Za-z]*)(?!\s{0,9}=)")  # "5A/5 or 20 = A" is no hedge
 BETWEEN_BOXES = re.compile(r"[\s$.,]*\bor\b[\s$]*", re.IGNORECASE)
 # "The total is 138 dollars for 5 people": the number of the claim, then numbers of its setting.
 CLAIM = re.compile(
@@ -74,7 +74,7 @@ SETTING = re.compile(
     re.IGNORECASE,
 )
 SENTENCE_END = re.compile(r"(?<=[.!?])\s+|\n")
-MAX_BEFORE = 60  # characters read before a number
+MAX_BEFORE, MAX_GAP = 60, 60  # characters read before a number, and between two of a hedge
 
 HARNESS_STRICT = re.compile(r"#### (-?[0-9.,]+)")
 HARNESS_FLEXIBLE = re.compile(r"-?[$0-9.,]{2,}|-?[0-9]+")
@@ -112,7 +112,7 @@ def grade(output: str, gold: str) -> Grade:
     before_next = text.partition("Question:")[0]  # the harness stops here
     return Grade(
         bool(values) and all(expected in (one.value, one.value * one.scale) for one in values),
-        " or ".join(one.text for one in values) or None,
+        " or ".join(dict.fromkeys(one.text for one in values)) or None,
         {
             "strict": _harness_value(HARNESS_STRICT.findall(before_next)[:1]) == expected,
             "flexible": _harness_value(HARNESS_FLEXIBLE.findall(before_next)[-1:]) == expected,
@@ -217,7 +217,7 @@ def _result_numbers(text: str) -> Numbers:
     result = text.rpartition("=")[2]
     numbers = list(find_numbers(result))
     gaps = [result[a.stop : b.start] for a, b in pairwise(numbers)]
-    if gaps and all(map(LIST.fullmatch, gaps)):
+    if gaps and all(len(gap) <= MAX_GAP and LIST.fullmatch(gap) for gap in gaps):
         return tuple(numbers)
     return _alternatives(result, 0) or _alternatives(text, 0)
 
@@ -264,6 +264,8 @@ def _alternatives(text: str, index: int) -> Numbers:
 
 def _is_hedge(text: str, first: ParsedNumber, second: ParsedNumber) -> bool:
     """Whether "or" joins two numbers of one unit; "120 minutes or 2 hours" is one value."""
+    if second.start - first.stop > MAX_GAP:
+        return False
     gap, after = OR.fullmatch(text, first.stop, second.start), WORD.match(text, second.stop)
     if gap is None or after is None:
         return False

@@ -203,7 +203,8 @@ def _parquet_rows(path: Path, content: bytes) -> list[object]:
         parquet = import_module("pyarrow.parquet")
     except ImportError:
         raise TaskError(
-            f"{path}: Parquet needs pyarrow: pip install 'coterie[harness]', or set `data` to JSONL"
+            f"{path}: Parquet needs pyarrow: pip install '.[harness]' in a clone, or set `data` to "
+            "JSONL"
         ) from None
     try:
         return parquet.read_table(BytesIO(content)).to_pylist()
