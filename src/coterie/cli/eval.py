@@ -2,11 +2,11 @@
 
 import sys
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 from coterie.checkpoints.journal import atomic_write
 from coterie.checkpoints.model_info import inspect
@@ -60,11 +60,8 @@ class EvalConfig:
 
     tasks: Sequence[Task]
     variants: Sequence[Variant]
-    options: engines.GenerationOptions
-    limit: int | None
-    shuffle_seed: int | None
+    settings: Mapping[str, Any]  # of the run's identity: limit, shuffle_seed, reset_every, options
     batch_size: int
-    reset_every: int  # questions between resets of the expert cache
     output: Path | None
 
 
@@ -97,8 +94,9 @@ def evaluate(
     tasks = items.open(engine_options.model, trust_code=trust_code)
     variants = make_variants(policies, coreset_reuse)
     batch_size = engine_options.resolve_batch_size(batch_size, o.DEFAULT_BATCH_SIZE)
-    limit, order, reset_every = items.limit, items.shuffle_seed, reset_cache_every or 1
-    config = EvalConfig(tasks, variants, options, limit, order, batch_size, reset_every, out)
+    settings = {"limit": items.limit, "shuffle_seed": items.shuffle_seed, "options": options}
+    settings |= {"reset_every": reset_cache_every or 1}
+    config = EvalConfig(tasks, variants, settings, batch_size, out)
     engine = engine_options.open(count_vanilla=True)
     engines.check_engine(engine, policies or (), options)
     summaries = run_with_progress(engine, config)
@@ -116,7 +114,8 @@ def make_variants(
 
 def run_with_progress(engine: Engine, config: EvalConfig) -> list[PolicySummary]:
     """Runs all variants with live accuracy on stderr."""
-    total = len(config.variants) * sum(len(t.items()[: config.limit]) for t in config.tasks)
+    limit = config.settings["limit"]
+    total = len(config.variants) * sum(len(task.items()[:limit]) for task in config.tasks)
     progress = EvalProgress([variant.name for variant in config.variants], total)
 
     def on_answer(answer: Answer) -> None:
@@ -126,10 +125,8 @@ def run_with_progress(engine: Engine, config: EvalConfig) -> list[PolicySummary]
 
     with _resume_hint(progress, config.output), live_progress(progress):
         results = run_eval(
-            engine, config.tasks, config.variants, config.output, limit=config.limit,
-            shuffle_seed=config.shuffle_seed, batch_size=config.batch_size,
-            reset_every=config.reset_every, on_answer=on_answer, on_remark=print_note,
-            options=config.options, all_variants=True,
+            engine, config.tasks, config.variants, config.output, batch_size=config.batch_size,
+            on_answer=on_answer, on_remark=print_note, all_variants=True, **config.settings,
         )  # fmt: skip
     if progress.resumed == progress.total:
         print_note(f"all {progress.total} answers are from an earlier run")
@@ -140,10 +137,7 @@ def print_results(
     engine: Engine, config: EvalConfig, summaries: Sequence[PolicySummary], *, json: bool, csv: bool
 ) -> None:
     """Prints the results, and writes them to the folder where there is one."""
-    identity = run_identity(
-        engine, config.tasks, limit=config.limit, shuffle_seed=config.shuffle_seed,
-        reset_every=config.reset_every, options=config.options,
-    )  # fmt: skip
+    identity = run_identity(engine, config.tasks, **config.settings)
     about = {**identity, "rows": config.batch_size}
     document = accuracy_document(engine.model.name, about, summaries)
     table = output.format_csv([summary.csv_row() for summary in summaries])

@@ -142,9 +142,10 @@ def test_a_verifier_that_was_killed_is_no_verdict(monkeypatch):
         idle.process.kill()
         idle.process.wait()
         assert verify.is_equivalent_latex("7x", r"x \cdot 7")
-        [busy] = verify._idle_verifiers
-        monkeypatch.setattr(busy.process, "poll", lambda: os.kill(busy.process.pid, signal.SIGKILL))
-        with pytest.raises(CoterieError, match="was killed"):
+        busy = verify._acquire()
+        os.kill(busy.process.pid, signal.SIGKILL)
+        with monkeypatch.context() as patch, pytest.raises(CoterieError, match="was killed"):
+            patch.setattr(verify, "_acquire", lambda: busy)
             verify.is_equivalent_latex("8x", r"x \cdot 8")
         assert verify.is_equivalent_latex("8x", r"x \cdot 8")
     finally:

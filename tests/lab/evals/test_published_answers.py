@@ -94,6 +94,7 @@ def test_altered_numbers_of_math500_are_wrong():
     assert graded_correct(task, altered) == []
 
 
+@pytest.mark.slow
 def test_another_items_answer_of_math500_is_wrong():
     task, rng = open_task("math500"), random.Random(0)
     items = list(task.items())
