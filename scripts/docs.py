@@ -25,8 +25,9 @@ from rich.text import Text
 import coterie
 from coterie.cli.live_view import LiveView, make_view
 from coterie.lab.plotting import ColourScheme
+from coterie.lab.study.context import read_record
 from coterie.lab.study.report import SCHEMES, ReportSection, make_section, render_markdown
-from coterie.lab.study.study import EXPERIMENTS, update_record
+from coterie.lab.study.study import EXPERIMENTS
 from coterie.lab.study.summary import summary_points
 from coterie.routing import update_policies_in_json
 
@@ -150,11 +151,11 @@ def write_results(study: Path | None) -> None:
 
 def report_sections(schemes: Sequence[ColourScheme] = SCHEMES) -> list[ReportSection]:
     """Every experiment that has a record, in the study's order; drawn in these colour schemes."""
-    paths = {name: STUDY_RECORDS / f"{name}.json" for name in EXPERIMENTS}
+    records = {name: read_record(STUDY_RECORDS, name) for name in EXPERIMENTS}
     sections = [
-        make_section(EXPERIMENTS[name], update_record(read_json(path)), schemes=schemes)
-        for name, path in paths.items()
-        if path.is_file()
+        make_section(EXPERIMENTS[name], record, schemes=schemes)
+        for name, record in records.items()
+        if record is not None
     ]
     if failures := [
         f"{section.name}: {section.failure}" for section in sections if section.failure
@@ -166,8 +167,7 @@ def report_sections(schemes: Sequence[ColourScheme] = SCHEMES) -> list[ReportSec
 def results_page(sections: list[ReportSection]) -> str:
     """The Markdown text of docs/results.md."""
     names = {figure.name for section in sections for figure in section.figures}
-    paths = {name: STUDY_RECORDS / f"{name}.json" for name in EXPERIMENTS}
-    facts = {n: update_record(read_json(path))["facts"] for n, path in paths.items()}
+    facts = {one.name: one.record["facts"] for one in sections if one.record is not None}
     size = facts["accuracy"]
     experts = f"{size['experts']} experts per layer, of which a token uses {size['k']}"
     records = STUDY_RECORDS.relative_to(ROOT).as_posix()

@@ -39,3 +39,26 @@ class Quiz:
         time.sleep(self.pause)
         whim = zlib.crc32(f"{item.id} {output}".encode())
         return Grade(whim % 3 > 0, output[:4], {"even": whim % 2 == 0})
+
+
+@dataclass(frozen=True)
+class Prompts:
+    """A task of given prompts, for experiments that grade nothing."""
+
+    name: str
+    prompts: Sequence[str]
+
+    def settings(self) -> Mapping[str, object]:
+        return {}
+
+    def generation(self) -> Mapping[str, object]:
+        return {}
+
+    def items(self) -> Sequence[Item]:
+        return [Item(f"{self.name}/{n}", prompt, "") for n, prompt in enumerate(self.prompts)]
+
+    def prompt(self, item: Item) -> str:
+        return item.question
+
+    def grade(self, output: str, item: Item) -> Grade:
+        return Grade(correct=False, extracted=None)

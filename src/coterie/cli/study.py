@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -24,7 +24,6 @@ if TYPE_CHECKING:
     from coterie.lab.study.study import ExperimentOutcome
 
 QUICK_PROBLEMS, QUICK_PROMPTS = 64, 8
-USUAL_SECONDS = 30  # of an experiment of unknown length
 EXIT_FAILED = 1
 OUT_HELP = "Folder for report, records, figures and answers."
 TEXTS = Path(__file__).parents[1] / "lab" / "study" / "texts"  # one file for each experiment
@@ -74,7 +73,7 @@ def study(
     out.mkdir(parents=True, exist_ok=True)
     engine = EngineOptions(model, dtype, device, expert_dtype).open()
     with output.progress_bar(TimeElapsedColumn(), TimeRemainingColumn()) as progress:
-        observer = StudyProgressBar(progress, lab.TYPICAL_SECONDS)
+        observer = StudyProgressBar(progress)
         sections = lab.run_study(
             engine, tasks, out, config=config, observer=observer, names=experiment or (),
             rerun=rerun or (), command=output.command_line(),
@@ -96,14 +95,14 @@ def findings_table(sections: Sequence[ReportSection]) -> Table:
 class StudyProgressBar:
     """One bar over all experiments, and one line for the end of each."""
 
-    def __init__(self, progress: Progress, usual_seconds: Mapping[str, int]) -> None:
-        self._progress, self._usual_seconds = progress, usual_seconds
+    def __init__(self, progress: Progress) -> None:
+        self._progress = progress
         self._task_id: TaskID | None = None
         self._completed, self._length, self._start, self._label = 0.0, 0.0, 0.0, ""
 
     def on_experiment_start(self, experiment: Experiment, selected: Sequence[Experiment]) -> None:
         index = selected.index(experiment)
-        lengths = [self._usual_seconds.get(each.name, USUAL_SECONDS) for each in selected]
+        lengths = [each.text.typical_seconds for each in selected]
         if self._task_id is None:
             self._task_id = self._progress.add_task("", total=sum(lengths))
         self._completed, self._length = sum(lengths[:index]), lengths[index]

@@ -31,7 +31,7 @@ from coterie.lab.study.cache_simulation import (
     simulate_cache,
     with_store,
 )
-from coterie.lab.study.context import StudyContext
+from coterie.lab.study.context import StudyContext, read_record
 from coterie.lab.study.experiment import Finding, Verdict
 from coterie.lab.study.expert_cache import (
     MEMORY_SHARES,
@@ -43,7 +43,6 @@ from coterie.lab.study.expert_cache import (
 )
 from coterie.lab.study.expert_cache_report import ExpertCacheExperiment, ResultGrid
 from coterie.lab.study.results import JsonObject, VariantResult
-from coterie.lab.study.study import update_record
 from coterie.model.moe import MoE
 from coterie.offload.capacity import Capacity
 from coterie.offload.resident_store import ResidentExpertStore
@@ -254,8 +253,9 @@ def check_rendering(record: JsonObject) -> None:
 
 
 def test_committed_record_renders() -> None:
-    file = Path(__file__).parents[3] / "results" / "study" / "experts.json"
-    record = update_record(json.loads(file.read_text(encoding="utf-8")))["facts"]
+    content = read_record(Path(__file__).parents[3] / "results" / "study", "experts")
+    assert content is not None
+    record = content["facts"]
     check_rendering(record)
     grid = ResultGrid.from_record(record)
     assert [point.share for point in grid.main_points()] == ["35 %"] * len(grid.main_points())

@@ -9,7 +9,7 @@ import os
 import re
 import sys
 import tomllib
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from html.parser import HTMLParser
 from itertools import pairwise
@@ -30,16 +30,10 @@ from coterie.errors import CheckpointError, CoterieError
 from coterie.lab import plotting
 from coterie.lab.evals.run import Variant
 from coterie.lab.study import study as room
-from coterie.lab.study.ablations import BEYOND, MASS, VOTES
-from coterie.lab.study.accuracy import (
-    ACCURACY,
-    MIN_RELATIVE_ACCURACY,
-    accuracy_findings,
-    all_policy_groups,
-)
-from coterie.lab.study.blocks import BlockSizeExperiment
+from coterie.lab.study.accuracy import ACCURACY, MIN_RELATIVE_ACCURACY, accuracy_findings
 from coterie.lab.study.cached_grading import CachedGradesTask
 from coterie.lab.study.charts import pareto_front
+from coterie.lab.study.comparison import DEFINITIONS, PolicyComparison
 from coterie.lab.study.context import StudyContext
 from coterie.lab.study.experiment import (
     Drawing,
@@ -50,7 +44,6 @@ from coterie.lab.study.experiment import (
     decimal_bytes,
 )
 from coterie.lab.study.experts_per_token import (
-    ExpertsPerTokenExperiment,
     LimitTopK,
     evaluate_policy,
 )
@@ -63,12 +56,11 @@ from coterie.lab.study.report import (
     render_page,
 )
 from coterie.lab.study.results import JsonObject, VariantResult, VariantResults
-from coterie.lab.study.speed import FORWARDS
 from coterie.lab.study.study import EXPERIMENTS, ExperimentOutcome, StudyConfig, run_study
-from coterie.lab.study.table import TABLE_ONE
 from coterie.lab.study.variants import (
     MAX_EXPERT_DIFFERENCE,
     coreset_size,
+    expand_policies,
     run_comparison,
     vote_of_size,
 )
@@ -176,7 +168,7 @@ def tally(name: str, right: str, experts: float = 10.0) -> VariantResult:
 
 def test_second_study_reuses_all_records(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     engine, measured = tiny(tmp_path), []
-    real = [VOTES, counted("a", measured)]
+    real = [EXPERIMENTS["votes"], counted("a", measured)]
     first, _ = studied(engine, tmp_path, real)
     before = (tmp_path / "report.html").read_text()
     monkeypatch.setattr(Engine, "step", lambda self: pytest.fail("a forward was run"))
@@ -502,16 +494,17 @@ def test_comparison_is_antisymmetric(pairs: list[tuple[str, str]]) -> None:
 
 
 def test_claim_holds_with_wins_and_no_losses() -> None:
+    names = {"second": "b", "first": "a", "condition": "at equal experts"}
     bad, good = "0" * 30 + "1" * 10, "1" * 40
     won, lost = (tally("a", bad), tally("b", good)), (tally("a", good), tally("b", bad))
     even = (tally("a", good), tally("b", good))
     assert is_better(compare_pairs([won, even])) is True
     assert is_better(compare_pairs([won, lost])) is False
     assert is_better(compare_pairs([even])) is None
-    told = claim_finding("B is better.", [won, even], second="b", first="a")
+    told = claim_finding("B is better.", [won, even], **names)
     assert "better than a in 1, worse in 0 and not significantly different in 1" in told.text
     assert "+75.0%" in told.text
-    assert claim_finding("B is better.", [], second="b", first="a").verdict == "inconclusive"
+    assert claim_finding("B is better.", [], **names).verdict == "inconclusive"
 
 
 POINTS = st.lists(
@@ -539,27 +532,25 @@ def test_vote_of_size_has_that_size(sizes: tuple[int, int]) -> None:
 
 
 def test_votes_are_matched_at_equal_experts(tmp_path: Path) -> None:
-    others = [Variant("topk:k=1"), Variant("topk:k=2"), Variant("random:beta=0.5")]
-    votes = [Variant("des-vote:beta=0.25"), Variant("des-vote:beta=0.75")]
+    others = ["topk:k={1,2}", "random:beta=0.5"]
+    votes = "des-vote:beta={0.25,0.75}"
     arms = run_comparison(
         lab(tmp_path), {"votes": votes, "others": others}, rivals={"des-vote": others}
     )
     assert arms.pairs
     for other, vote in arms.pairs:
-        assert other.name in {arm.name for arm in others}
+        assert other.name in {"topk:k=1", "topk:k=2", "random:beta=0.5"}
         assert vote.name.startswith("des-vote:beta=")
         assert abs(other.experts - vote.experts) <= MAX_EXPERT_DIFFERENCE
 
 
 def test_comparison_uses_the_same_items(tmp_path: Path) -> None:
-    measured = run_comparison(lab(tmp_path), {"all": [Variant("des-seq:k=4")]})
+    measured = run_comparison(lab(tmp_path), {"all": "des-vote:beta=1.0"})
     arms = VariantResults.from_record(json.loads(json.dumps(measured.to_record())))
     assert arms == measured
     assert arms.vanilla.name == "vanilla"
     seq = arms.groups["all"][0]
-    assert (
-        seq.correct_flags() == arms.vanilla.correct_flags()
-    )  # the union of all that everybody has is vanilla
+    assert seq.correct_flags() == arms.vanilla.correct_flags()  # with all experts in the coreset
     assert seq.experts == arms.vanilla.experts
     assert arms.vanilla.accuracy_share().n == 6
 
@@ -592,7 +583,7 @@ def test_limited_k_uses_the_best_of_the_coreset(drawn: tuple[int, int, int]) -> 
 def test_policy_object_equals_its_spelling(tmp_path: Path) -> None:
     asked = lab(tmp_path)
     own = evaluate_policy(asked, parse_policy("topk:k=2"), "mine", "topk:k=2")
-    kept = VariantResult.from_eval_result(asked.evaluate([Variant("topk:k=2")])[0])
+    kept = asked.evaluate([Variant("topk:k=2")])[0]
     same = replace(own, name=kept.name, tokens_per_second=kept.tokens_per_second)
     assert same == kept
 
@@ -600,23 +591,14 @@ def test_policy_object_equals_its_spelling(tmp_path: Path) -> None:
 # The chapters
 
 
-CHECKED: Mapping[str, Experiment] = {
-    chapter.name: chapter
-    for chapter in (
-        ACCURACY,
-        BEYOND,
-        MASS,
-        BlockSizeExperiment(),
-        ExpertsPerTokenExperiment(),
-        TABLE_ONE,
-        FORWARDS,
-    )
-}
+CHECKED = (
+    *("accuracy", "beyond", "mass", "block-size", "experts-per-token", "table-1", "forwards"),
+)
 
 
 @pytest.mark.parametrize("name", CHECKED)
 def test_accuracy_experiment_renders_from_its_record(name: str, tmp_path: Path) -> None:
-    chapter = CHECKED[name]
+    chapter = EXPERIMENTS[name]
     facts = json.loads(json.dumps(chapter.measure(lab(tmp_path)), allow_nan=False))
     for drawing in chapter.drawings(facts):
         assert plotting.render_svg(drawing.draw, name=drawing.name, scheme="light").startswith(
@@ -630,8 +612,10 @@ def test_accuracy_experiment_renders_from_its_record(name: str, tmp_path: Path) 
 
 def test_headline_verdict_uses_the_smallest_accurate_policy() -> None:
     n = 100
-    groups = {label: [tally(arm.name, "1" * 30 + "0" * 70) for arm in of]
-              for label, of in all_policy_groups(4).items()}  # fmt: skip
+    groups = {
+        label: [tally(arm.name, "1" * 30 + "0" * 70) for arm in expand_policies(templates, 4)]
+        for label, templates in ACCURACY.groups.items()
+    }
     arms = VariantResults(128, 4, 32, {"vanilla": tally("vanilla", "1" * n, 80.0)}, groups, [])
 
     def judged(experts: float, right: int) -> Finding:
@@ -671,8 +655,22 @@ def text_keys(name: str) -> set[str]:
 def test_every_text_has_an_experiment_and_every_key_a_user() -> None:
     assert {name for name in TEXTS if "title" in TEXTS[name]} == set(EXPERIMENTS)
     trees = [ast.parse(path.read_text("utf-8")) for path in STUDY.glob("*.py")]
-    strings = set().union(*map(strings_of, trees))
+    compared = [each for one in DEFINITIONS.values() for each in one.get("comparisons", ())]
+    strings = set().union(*map(strings_of, trees), (each.get("claim") for each in compared))
     assert {name: unused for name in TEXTS if (unused := text_keys(name) - strings)} == {}
+
+
+@pytest.mark.parametrize("name", DEFINITIONS)
+def test_comparisons_are_of_known_groups_and_claims(name: str) -> None:
+    comparison = PolicyComparison.load(name)
+    for each in comparison.comparisons:
+        assert {each.second, *each.first} <= set(comparison.groups)
+        assert not each.claim or each.claim in comparison.text.claims
+    used = {label for labels in (comparison.charts or {}).values() for label in labels}
+    assert used <= set(comparison.groups)
+    variants = [v for group in comparison.groups.values() for v in expand_policies(group, 8)]
+    rivals = [v for group in comparison.rivals.values() for v in expand_policies(group, 8)]
+    assert {rival.name for rival in rivals} <= {variant.name for variant in variants}
 
 
 def test_every_key_that_a_module_uses_is_in_a_text() -> None:

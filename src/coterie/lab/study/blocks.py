@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from functools import partial
-from typing import Any
 
 from matplotlib.figure import Figure
 
@@ -12,7 +11,7 @@ from coterie.errors import CoterieError
 from coterie.lab.evals.run import Variant
 from coterie.lab.study.charts import DASHES, line_chart, policy_series
 from coterie.lab.study.context import StudyContext
-from coterie.lab.study.experiment import Drawing, Experiment, ExperimentText, Finding, Table
+from coterie.lab.study.experiment import Drawing, Entry, Experiment, ExperimentText, Finding, Table
 from coterie.lab.study.paired import compare_pairs
 from coterie.lab.study.results import JsonObject, VariantResult
 from coterie.lab.study.variants import GUARD_OPTIONS, short_name
@@ -40,12 +39,11 @@ class BlockSizeExperiment(Experiment):
             variants = [Variant(policy, overrides) for policy in policies]
             progress_span = index / len(BLOCK_SIZES), (index + 1) / len(BLOCK_SIZES)
             try:
-                eval_results = context.evaluate(variants, progress_span)
+                results = context.evaluate(variants, progress_span)
             # Not every model supports every block size.
             except CoterieError as error:
                 skipped.append(self.text.sentence("skipped", size=size, error=error))
                 continue
-            results = [VariantResult.from_eval_result(eval_result) for eval_result in eval_results]
             entries += [{"block": size, "arm": r.to_json(results[0])} for r in results]
         if not entries:
             raise CoterieError(" ".join(skipped))
@@ -57,7 +55,7 @@ class BlockSizeExperiment(Experiment):
             "skipped": skipped,
         }
 
-    def drawings(self, record: Mapping[str, Any]) -> Sequence[Drawing]:
+    def drawings(self, record: Entry) -> Sequence[Drawing]:
         by_policy, label = _by_policy(record), f"unique experts of {record['experts']}"
         return [
             Drawing(
@@ -72,7 +70,7 @@ class BlockSizeExperiment(Experiment):
             ),
         ]
 
-    def tables(self, record: Mapping[str, Any]) -> Sequence[Table]:
+    def tables(self, record: Entry) -> Sequence[Table]:
         by_policy = _by_policy(record)
         cell = "{0.accuracy:.1%}, {0.experts:.1f}, {0.forwards_per_block:.2f}"
         columns = {
@@ -84,7 +82,7 @@ class BlockSizeExperiment(Experiment):
         n = next(iter(by_policy[VANILLA].values())).accuracy_share().n
         return [self.text.table("sizes", list(by_policy), columns, n=n)]
 
-    def findings(self, record: Mapping[str, Any]) -> Sequence[Finding | str]:
+    def findings(self, record: Entry) -> Sequence[Finding | str]:
         by_policy = _by_policy(record)
         accuracies = {size: r.accuracy for size, r in sorted(by_policy[VANILLA].items())}
         return [
@@ -128,7 +126,7 @@ def _by_size_text(values: Mapping[int, float]) -> str:
     return ", ".join(f"{value:.1%} at {size}" for size, value in values.items())
 
 
-def _by_policy(record: Mapping[str, Any]) -> ResultsByPolicy:
+def _by_policy(record: Entry) -> ResultsByPolicy:
     by_policy: ResultsByPolicy = {}
     for entry in record["found"]:
         result = VariantResult.from_json(entry["arm"])

@@ -53,12 +53,10 @@ def policy_series(
     y: Sequence[float],
     *,
     label: str | None = None,
-    line: LineStyle = "-",
-    intervals: Sequence[Sequence[float]] | None = None,
-    alpha: float = 1.0,
+    **options: Any,
 ) -> Series:
     """A series in the colour and marker of a policy's family; ``label`` defaults to the policy."""
-    return Series(label or policy, x, y, policy_style(policy), line, intervals, alpha=alpha)
+    return Series(label or policy, x, y, policy_style(policy), **options)
 
 
 def dash_repeats(policies: Sequence[str]) -> list[LineStyle]:
@@ -72,28 +70,15 @@ def dash_repeats(policies: Sequence[str]) -> list[LineStyle]:
     return lines
 
 
-def draw_series(ax: Axes, series: Series) -> None:
-    errors = None
-    if series.intervals is not None:
-        ends = list(zip(series.y, series.intervals, strict=True))
-        errors = [[max(0.0, y - i[0]) for y, i in ends], [max(0.0, i[1] - y) for y, i in ends]]
-    ax.errorbar(
-        series.x, series.y, yerr=errors, label=series.label,
-        color=series.style.colour or foreground(), marker=series.style.marker, ls=series.line,
-        lw=series.width, alpha=series.alpha, ms=series.size, elinewidth=0.8,
-        drawstyle="steps-post" if series.steps else None,
-    )  # fmt: skip
-
-
 def line_chart(
     series: Iterable[Series],
     x: str,
     y: str,
     *,
-    xlim: Limits | None = None,
-    ylim: Limits | None = None,
-    percent: Literal["", "x", "y"] = "",
-    log: Literal["", "x", "y"] = "",
+    xlim: Limits = (None, None),
+    ylim: Limits = (None, None),
+    percent: Literal["", "y"] = "",
+    log: Literal["", "y"] = "",
     doublings: Sequence[int] = (),
     level: float | None = None,
     columns: int = 2,
@@ -110,15 +95,32 @@ def line_chart(
     if level is not None:
         ax.axhline(level, color=foreground(), lw=0.7, ls=(0, (1, 3)))
     if log:
-        set_log_axis(ax, log)
+        ax.set_yscale("log")
+        ax.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+        ax.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
+        ax.yaxis.set_minor_formatter(NullFormatter())
     if doublings:
         ax.set_xscale("log", base=2)
         ax.set_xticks(doublings, [str(tick) for tick in doublings])
     if percent:
-        format_percent(ax, axis=percent)
-    ax.set(**{key: lim for key, lim in (("xlim", xlim), ("ylim", ylim)) if lim is not None})
+        format_percent(ax)
+    ax.set_xlim(*xlim)
+    ax.set_ylim(*ylim)
     add_legend(ax, columns=columns)
     return figure
+
+
+def draw_series(ax: Axes, series: Series) -> None:
+    errors = None
+    if series.intervals is not None:
+        ends = list(zip(series.y, series.intervals, strict=True))
+        errors = [[max(0.0, y - i[0]) for y, i in ends], [max(0.0, i[1] - y) for y, i in ends]]
+    ax.errorbar(
+        series.x, series.y, yerr=errors, label=series.label,
+        color=series.style.colour or foreground(), marker=series.style.marker, ls=series.line,
+        lw=series.width, alpha=series.alpha, ms=series.size, elinewidth=0.8,
+        drawstyle="steps-post" if series.steps else None,
+    )  # fmt: skip
 
 
 def guide_series(
@@ -126,15 +128,6 @@ def guide_series(
 ) -> Series:
     """A thin line without markers in the text colour: a bound, a front or a reference curve."""
     return Series(label, x, y, TEXT_STYLE, **{"line": "--", "width": 1.0, **options})
-
-
-def set_log_axis(ax: Axes, axis: Literal["x", "y"] = "y") -> None:
-    """A logarithmic axis with labels 0.01, 0.02, 0.05, 0.1 ..."""
-    (ax.set_yscale if axis == "y" else ax.set_xscale)("log")
-    target = ax.yaxis if axis == "y" else ax.xaxis
-    target.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
-    target.set_major_formatter(lambda value, _: f"{value:g}")
-    target.set_minor_formatter(NullFormatter())
 
 
 def pareto_front(items: Iterable[T], key: Callable[[T], tuple[float, float]]) -> list[T]:

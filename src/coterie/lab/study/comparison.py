@@ -1,10 +1,12 @@
-"""An experiment that compares groups of policies by accuracy and unique experts."""
+"""Experiments that compare groups of policies by accuracy, experts and forwards."""
 
 from __future__ import annotations
 
+import tomllib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from pathlib import Path
 
 from matplotlib.figure import Figure
 
@@ -13,6 +15,7 @@ from coterie.lab.study.charts import Series, guide_series, line_chart, pareto_fr
 from coterie.lab.study.context import StudyContext
 from coterie.lab.study.experiment import (
     Drawing,
+    Entry,
     Experiment,
     ExperimentText,
     Finding,
@@ -20,50 +23,52 @@ from coterie.lab.study.experiment import (
     decimal_bytes,
     format_p,
 )
-from coterie.lab.study.results import JsonObject, VariantResult, VariantResults
-from coterie.lab.study.variants import NO_RIVALS, RivalVariants, VariantGroups, run_comparison
+from coterie.lab.study.paired import claim_finding, comparison_table, count_sentence
+from coterie.lab.study.results import JsonObject, Pair, VariantResult, VariantResults
+from coterie.lab.study.variants import Templates, beta_text, run_comparison
 
 TEXT = ExperimentText.load("comparison")
-Chart = Callable[[VariantResults], Figure]
-FindingsMaker = Callable[[ExperimentText, VariantResults], Sequence[Finding | str]]
+DEFINITIONS = tomllib.loads(Path(__file__).with_name("comparisons.toml").read_text("utf-8"))
+CONDITIONS = {
+    "size": "at the same size",
+    "beta": "at the same beta",
+    "experts": "at equal experts",
+}
 
 
 @dataclass(frozen=True)
-class PolicyComparison(Experiment):
-    """Accuracy, experts and forwards of groups of policies.
+class GroupComparison:
+    """Whether the group ``second`` is better than the groups ``first``, as in comparisons.toml."""
 
-    ``groups`` and ``rivals`` depend on K, the experts of a token. The charts, tables and findings
-    are made from the results; the charts are named as their files.
-    """
+    second: str
+    first: Sequence[str]
+    at: str = "size"
+    claim: str = ""
+    name: str = ""  # of ``first``
+    label: str = ""  # of a comparison without a claim
 
-    text: ExperimentText
-    groups: Callable[[int], VariantGroups]
-    make_findings: FindingsMaker
-    rivals: Callable[[int], RivalVariants] = lambda _: NO_RIVALS
-    charts: Mapping[str, Chart] = field(default_factory=dict)
-    make_tables: Callable[[ExperimentText, VariantResults], Sequence[Table]] = lambda _, results: [
-        variant_table(results)
-    ]
-
-    def measure(self, context: StudyContext) -> JsonObject:
-        k = context.engine.model.spec.router.k
-        return run_comparison(context, self.groups(k), rivals=self.rivals(k)).to_record()
-
-    def drawings(self, record: JsonObject) -> Sequence[Drawing]:
-        results = self._results(record)
+    def pairs(self, results: VariantResults) -> list[Pair]:
+        """(a first result, a second one)."""
+        firsts = [result for label in self.first for result in results.groups.get(label, ())]
+        seconds = results.groups.get(self.second, ())
+        if self.at == "size":
+            return list(zip(firsts, seconds, strict=True))
+        if self.at == "beta":
+            all_pairs = ((a, b) for a in firsts for b in seconds)
+            return [(a, b) for a, b in all_pairs if beta_text(a.policy) == beta_text(b.policy)]
+        families = ({r.family for r in firsts}, {r.family for r in seconds})
+        either_way = (pair for a, b in results.pairs for pair in ((a, b), (b, a)))
         return [
-            Drawing(name, self.text.caption("figure"), partial(chart, results))
-            for name, chart in self.charts.items()
+            (a, b) for a, b in either_way if a.family in families[0] and b.family in families[1]
         ]
 
-    def tables(self, record: JsonObject) -> Sequence[Table]:
-        return self.make_tables(self.text, self._results(record))
-
-    def findings(self, record: JsonObject) -> Sequence[Finding | str]:
-        return self.make_findings(self.text, self._results(record))
-
-    def _results(self, record: Mapping) -> VariantResults:
-        return VariantResults.from_record(record, list(self.groups(record["k"])))
+    def finding(self, text: ExperimentText, results: VariantResults) -> Finding | str:
+        pairs, name = self.pairs(results), self.name or " or ".join(self.first)
+        names = {"second": self.second, "first": name, "condition": CONDITIONS[self.at]}
+        if self.claim:
+            return claim_finding(text.claim(self.claim), pairs, **names)
+        unit = "sizes" if self.at == "size" else "comparisons"
+        return count_sentence(pairs, unit, self.label, **names)
 
 
 def draw_comparison(
@@ -79,6 +84,7 @@ def draw_comparison(
     Pareto front over all groups.
     """
     groups = {label: results.groups[label] for label in labels or results.groups}
+    groups = {label: group for label, group in groups.items() if group}
     series = [
         group_series(label, group, None if by_family else index)
         for index, (label, group) in enumerate(groups.items())
@@ -101,7 +107,63 @@ def draw_comparison(
     )
 
 
-draw_by_position = partial(draw_comparison, by_family=False)
+@dataclass(frozen=True)
+class PolicyComparison(Experiment):
+    """Groups of policies on the same problems, as defined in comparisons.toml.
+
+    ``findings_after`` those of the comparisons, ``make_tables`` and ``draw`` are for what an
+    experiment has of its own. Without ``draw`` it has no figure.
+    """
+
+    text: ExperimentText
+    groups: Mapping[str, Templates]
+    rivals: Mapping[str, Templates] = field(default_factory=dict)
+    comparisons: Sequence[GroupComparison] = ()
+    charts: Mapping[str, Sequence[str]] = field(default_factory=dict)
+    style: Mapping[str, bool] = field(default_factory=dict)  # options of ``draw``
+    draw: Callable[..., Figure] | None = draw_comparison
+    make_tables: Callable[[ExperimentText, VariantResults], Sequence[Table]] | None = None
+    findings_after: Callable[[ExperimentText, VariantResults], Sequence[Finding | str]] = (
+        lambda *_: ()
+    )
+
+    @staticmethod
+    def load(name: str) -> PolicyComparison:
+        definition = dict(DEFINITIONS[name])
+        comparisons = [GroupComparison(**entry) for entry in definition.pop("comparisons", ())]
+        return PolicyComparison(ExperimentText.load(name), **definition, comparisons=comparisons)
+
+    def measure(self, context: StudyContext) -> JsonObject:
+        return run_comparison(context, self.groups, self.rivals).to_record()
+
+    def drawings(self, record: Entry) -> Sequence[Drawing]:
+        results = self._results(record)
+        if self.draw is None:
+            return []
+        caption, charts = self.text.caption("figure"), self.charts or {self.name: ()}
+        return [
+            Drawing(name, caption, partial(self.draw, results, labels, **self.style))
+            for name, labels in charts.items()
+        ]
+
+    def tables(self, record: Entry) -> Sequence[Table]:
+        """Every policy, and every matched pair where the text has a caption for them."""
+        results = self._results(record)
+        if self.make_tables:
+            return self.make_tables(self.text, results)
+        oriented = [pair for each in self.comparisons for pair in each.pairs(results)]
+        pairs = [(a, b) if (a, b) in oriented else (b, a) for a, b in results.pairs]
+        has_pairs = pairs and "pairs" in self.text.captions
+        pair_tables = [comparison_table(pairs, self.text.caption("pairs"))] if has_pairs else []
+        return [variant_table(results), *pair_tables]
+
+    def findings(self, record: Entry) -> Sequence[Finding | str]:
+        results = self._results(record)
+        compared = (comparison.finding(self.text, results) for comparison in self.comparisons)
+        return [*compared, *self.findings_after(self.text, results)]
+
+    def _results(self, record: Entry) -> VariantResults:
+        return VariantResults.from_record(record, list(self.groups))
 
 
 def group_series(label: str, group: Sequence[VariantResult], index: int | None = None) -> Series:

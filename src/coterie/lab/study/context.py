@@ -11,10 +11,26 @@ from typing import Any
 
 from coterie.engine.engine import Engine
 from coterie.errors import TaskError
-from coterie.lab.evals.run import Answer, EvalResult, Variant, run_eval
+from coterie.lab.evals.run import Answer, Variant, run_eval
 from coterie.lab.evals.task import Task
+from coterie.lab.study.results import VariantResult
+from coterie.routing import update_policies_in_json
 
 BATCH_SIZE = 64  # decoded together in accuracy runs
+
+
+def read_record(folder: Path, experiment: str) -> dict[str, Any] | None:
+    """An experiment's record with its policies in the current spelling; None where there is none.
+
+    Its command and settings are unchanged.
+    """
+    try:
+        content = json.loads((folder / f"{experiment}.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    if not isinstance(content, dict):
+        return None
+    return update_policies_in_json(content, skip_keys=("command", "settings"))
 
 
 @dataclass(frozen=True)
@@ -47,10 +63,9 @@ class StudyContext:
 
     def record(self, experiment: str) -> Any:
         """The facts of another experiment's record as JSON, None where it has not run."""
-        path = self.folder / "records" / f"{experiment}.json"
-        if not path.is_file():
+        content = read_record(self.folder / "records", experiment)
+        if content is None:
             return None
-        content = json.loads(path.read_text(encoding="utf-8"))
         self.used_records[experiment] = content["when"]
         return content["facts"]
 
@@ -63,7 +78,7 @@ class StudyContext:
 
     def evaluate(
         self, variants: Sequence[Variant], progress_span: tuple[float, float] = (0.0, 1.0)
-    ) -> list[EvalResult]:
+    ) -> list[VariantResult]:
         """The result of every variant on ``num_problems`` problems, equally many of each task.
 
         All experiments share the stored answers, so a variant is run once. ``progress_span`` are
@@ -91,7 +106,6 @@ class StudyContext:
         )
         for eval_result in eval_results:
             if eval_result.num_failed == len(eval_result.answers):
-                raise TaskError(
-                    f"{eval_result.policy}: every item failed: {eval_result.answers[0].error}"
-                )
-        return eval_results
+                reason = eval_result.answers[0].error
+                raise TaskError(f"{eval_result.policy}: every item failed: {reason}")
+        return [VariantResult.from_eval_result(eval_result) for eval_result in eval_results]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import tomllib
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -52,14 +52,15 @@ class ExperimentText:
     """The prose of an experiment, from ``texts/NAME.toml``: templates for ``str.format``, by key.
 
     The code computes the values and the verdict. A sentence with an entry of the same key in
-    ``claims`` tests that claim of the paper. A table has a ``caption``, ``columns`` as those of
-    ``make_table``, and ``left``, the heads of its text columns (default: the first). Texts that
-    several experiments share have no title and no question.
+    ``claims`` tests that claim of the paper. A table has a ``caption``, ``columns`` by
+    head, and ``left``, the heads of its text columns (default: the first). Texts that several
+    experiments share have no title and no question.
     """
 
     name: str  # of the record's file and the report's anchor: "explosion"
     title: str = ""  # with the place in the paper: "The expert explosion (Fig. 1a)"
     question: str = ""  # in a sentence for readers without knowledge of the paper
+    typical_seconds: int = 30  # for the progress bar
     captions: Mapping[str, str] = field(default_factory=dict)
     sentences: Mapping[str, str] = field(default_factory=dict)
     claims: Mapping[str, str] = field(default_factory=dict)
@@ -86,13 +87,17 @@ class ExperimentText:
     def table(
         self, key: str, rows: Sequence[T], more: Columns[T] | None = None, **values: object
     ) -> Table:
-        """The table of this key. ``more`` columns follow those of the text."""
+        """The table of this key, one row per item. ``more`` columns follow those of the text.
+
+        A column is a function of the item, or a template that names the keys of a mapping
+        (``{experts:.1f}``) or the attributes of an object (``{0.experts:.1f}``).
+        """
         entry = self.tables[key]
         columns = {**entry["columns"], **(more or {})}
         left = entry.get("left", list(columns)[:1])
-        table = make_table(entry["caption"].format(**values), rows, columns)
+        cells = [[_cell(column, item) for column in columns.values()] for item in rows]
         numbers = [index for index, head in enumerate(columns) if head not in left]
-        return replace(table, numbers=numbers)
+        return Table(list(columns), cells, entry["caption"].format(**values), numbers)
 
 
 class Experiment(ABC):
@@ -130,22 +135,10 @@ def judge(text: str, claim: str, holds: bool | None) -> Finding:
     return Finding(text, claim, verdicts.get(holds, "inconclusive"))
 
 
-def make_table(
-    caption: str, rows: Sequence[T], columns: Columns[T], *, text_columns: int = 1
-) -> Table:
-    """One row per item. A column is a function of the item, or a template for ``str.format``.
-
-    A template names the keys of a mapping (``{experts:.1f}``) or the attributes of an object
-    (``{0.experts:.1f}``). The columns after the first ``text_columns`` are right-aligned.
-    """
-
-    def cell(column: str | Callable[[T], str], item: T) -> str:
-        if isinstance(column, str):
-            return column.format(item, **(item if isinstance(item, Mapping) else {}))
-        return column(item)
-
-    cells = [[cell(column, item) for column in columns.values()] for item in rows]
-    return Table(list(columns), cells, caption, range(text_columns, len(columns)))
+def _cell(column: str | Callable[[T], str], item: T) -> str:
+    if isinstance(column, str):
+        return column.format(item, **(item if isinstance(item, Mapping) else {}))
+    return column(item)
 
 
 def format_p(p: float, *, bare: bool = False) -> str:

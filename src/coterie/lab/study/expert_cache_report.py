@@ -32,7 +32,7 @@ MAX_ACCURACY_LOSS = 0.01  # "keeps accuracy" allows this loss at the interval's 
 MIN_BYTES_SAVED = 0.5  # the bytes that a policy with a resident bonus should save
 MAX_FORWARD_RATIO = 1.1  # "keeps forwards" allows this ratio at the interval's end
 MIN_ERROR_RATE = 2e-4  # lower error rates are drawn here
-COMMITTERS = {"policy": "the policy", "vanilla": "vanilla"}
+COMMIT_TEXTS = {"": "no_commits", "policy": "policy_commits", "vanilla": "vanilla_commits"}
 RUN_COLUMNS = ("policy", "n", "accuracy, 95 %", "change", "p", "forwards")
 
 
@@ -204,7 +204,7 @@ class ResultGrid:
 
     @property
     def commit_kinds(self) -> list[str]:
-        return [*COMMITTERS] if self.record["commits"] else ["policy"]
+        return ["policy", "vanilla"] if self.record["commits"] else ["policy"]
 
     def select(
         self, precision: str, share: str | None = None, commit: str | None = "policy"
@@ -259,9 +259,9 @@ class ExpertCacheExperiment(Experiment):
 
     def tables(self, record: Entry) -> Sequence[Table]:
         grid = ResultGrid.from_record(record)
-        by_precision = [(grid.select(name), "policy") for name in grid.precisions]
-        by_vanilla = [(grid.main_points(kind), kind) for kind in grid.commit_kinds[1:]]
-        return [self._points_table(grid, *entry) for entry in (*by_precision, *by_vanilla)]
+        by_precision = [grid.select(name) for name in grid.precisions]
+        by_vanilla = [grid.main_points(kind) for kind in grid.commit_kinds[1:]]
+        return [self._points_table(points) for points in (*by_precision, *by_vanilla)]
 
     def findings(self, record: Entry) -> Sequence[Finding | str]:
         grid, text = ResultGrid.from_record(record), self.text
@@ -269,10 +269,10 @@ class ExpertCacheExperiment(Experiment):
         rates = ", ".join(text.sentence("hit_rate", point=point) for point in vanilla)
         findings: list[Finding | str] = [text.sentence("cache_alone", grid=grid, rates=rates)]
         if vanilla[0].result.accuracy:
-            findings += [
-                f for kind in grid.commit_kinds for f in self._caching_findings(grid, kind)
-            ]
-            findings += [f for name in grid.precisions[1:] for f in self._low_findings(grid, name)]
+            for kind in grid.commit_kinds:
+                findings += self._caching_findings(grid.against_vanilla(kind))
+            for name in grid.precisions[1:]:
+                findings += self._low_findings(grid, name)
         else:
             findings.append(judge(text.sentence("no_accuracy"), text.claim("caching"), None))
         for name in grid.precisions[1:]:
@@ -286,16 +286,15 @@ class ExpertCacheExperiment(Experiment):
         note = text.sentence("own_problems") if {"words", "docstring"} <= tasks else ""
         return [*findings, text.sentence("definitions", record=record, note=note)]
 
-    def _caching_findings(self, grid: ResultGrid, commit: str) -> list[Finding]:
-        """Whether a cache saves bytes, and whether it saves half of them, with these commits."""
-        comparisons = grid.against_vanilla(commit)
+    def _caching_findings(self, comparisons: Sequence[PointComparison]) -> list[Finding]:
+        """Whether a cache saves bytes, and whether it saves half of them."""
         best = lowest_traffic(comparisons)
         resident = [one for one in comparisons if one.point.run["looks"]]
         resident.sort(key=lambda one: -one.saved.value)
         caching = self.text.finding(
             "caching",
             saves_bytes(comparisons, max_forwards=MAX_FORWARD_RATIO),
-            commits=self._commits_text(grid, commit),
+            commits=self.text.sentence(COMMIT_TEXTS[comparisons[0].point.run["commit"]]),
             accurate=sum(one.keeps_accuracy for one in comparisons),
             policies=len(comparisons),
             selection=self.text.sentence("lowest" if best else "nearest"),
@@ -317,10 +316,11 @@ class ExpertCacheExperiment(Experiment):
             for one in grid.in_precision(points, name)
         ]
 
-    def _points_table(self, grid: ResultGrid, points: list[CachePoint], commit: str) -> Table:
+    def _points_table(self, points: Sequence[CachePoint]) -> Table:
         """Policies by shares of the experts in memory; what all shares have is shown once."""
         rows = compare_points([(points[0], point) for point in points])
-        size, commits = decimal_bytes(points[0].expert_bytes), self._commits_text(grid, commit)
+        size = decimal_bytes(points[0].expert_bytes)
+        commits = self.text.sentence(COMMIT_TEXTS[points[-1].run["commit"]])
         table = self.text.table("points", rows, point=points[0], size=size, commits=commits)
         shown: list[list[str]] = []
         for one, above, cells in zip(rows, [None, *rows], table.rows, strict=False):
@@ -330,10 +330,6 @@ class ExpertCacheExperiment(Experiment):
             pairs = zip(table.heads, cells, strict=True)
             shown.append(["" if head in hidden else cell for head, cell in pairs])
         return replace(table, rows=shown)
-
-    def _commits_text(self, grid: ResultGrid, commit: str) -> str:
-        committer = COMMITTERS[commit]
-        return self.text.sentence("commits", committer=committer) if grid.record["commits"] else ""
 
 
 def draw_errors(points: Sequence[CachePoint]) -> Figure:

@@ -2,26 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from statistics import fmean
-from typing import Any
 
 from torch import Tensor
 
-from coterie.lab.evals.generation import EvalRequest, GenerationOutcome, generate_outcomes
-from coterie.lab.study.comparison import draw_by_position, variant_table
+from coterie.lab.evals.generation import EvalRequest, generate_outcomes
+from coterie.lab.evals.run import EvalResult, Variant, make_answer
+from coterie.lab.evals.task import Grade
+from coterie.lab.study.comparison import draw_comparison, variant_table
 from coterie.lab.study.context import BATCH_SIZE, StudyContext
-from coterie.lab.study.experiment import Drawing, Experiment, ExperimentText, Finding, Table
+from coterie.lab.study.experiment import Drawing, Entry, Experiment, ExperimentText, Finding, Table
 from coterie.lab.study.paired import claim_finding
 from coterie.lab.study.results import JsonObject, VariantResult, VariantResults
-from coterie.lab.study.variants import MAIN_BETAS, beta_variants, run_comparison
-from coterie.routing import DesVote
+from coterie.lab.study.variants import expand_policies, run_comparison
+from coterie.routing import parse_policy
 from coterie.routing.router import select_topk
 from coterie.values import Policy, Scores, expert_mask
 
 FULL_K_LABEL = "all of a token's experts"
+NO_GRADE = Grade(correct=False, extracted=None)
+POLICIES = "des-vote:beta={0.15,0.3,0.5}"
 
 
 @dataclass(frozen=True)
@@ -42,27 +44,26 @@ class ExpertsPerTokenExperiment(Experiment):
     text = ExperimentText.load("experts-per-token")
 
     def measure(self, context: StudyContext) -> JsonObject:
-        half = max(1, context.engine.model.spec.router.k // 2)
-        full_k_variants = beta_variants("des-vote")
+        k = context.engine.model.spec.router.k
+        half = max(1, k // 2)
         half_k_results = []
-        for index, (variant, beta) in enumerate(zip(full_k_variants, MAIN_BETAS, strict=True)):
+        for index, variant in enumerate(expand_policies(POLICIES, k)):
             name = f"{variant.name} K={half}"
-            context.on_progress(index / (len(MAIN_BETAS) + 1), name)
-            half_k_results.append(
-                evaluate_policy(context, LimitTopK(DesVote(beta), half), name, variant.policy)
-            )
-        results = run_comparison(context, {FULL_K_LABEL: full_k_variants}, extra=half_k_results)
+            context.on_progress(index / 4, name)
+            policy = LimitTopK(parse_policy(variant.policy), half)
+            half_k_results.append(evaluate_policy(context, policy, name, variant.policy))
+        results = run_comparison(context, {FULL_K_LABEL: POLICIES}, extra=half_k_results)
         narrow = [result.name for result in half_k_results]
         return {**results.to_record(), "half": half, "narrow": narrow}
 
-    def drawings(self, record: Mapping[str, Any]) -> Sequence[Drawing]:
-        draw = partial(draw_by_position, _results_with_half_k(record))
+    def drawings(self, record: Entry) -> Sequence[Drawing]:
+        draw = partial(draw_comparison, _results_with_half_k(record), by_family=False)
         return [Drawing(self.name, self.text.caption("figure"), draw)]
 
-    def tables(self, record: Mapping[str, Any]) -> Sequence[Table]:
+    def tables(self, record: Entry) -> Sequence[Table]:
         return [variant_table(_results_with_half_k(record), self.text.caption("table"))]
 
-    def findings(self, record: Mapping[str, Any]) -> Sequence[Finding | str]:
+    def findings(self, record: Entry) -> Sequence[Finding | str]:
         results = _results_with_half_k(record)
         full_k, half_k = results.groups.values()
         half, k = f"K = {record['half']}", f"K = {results.k}"
@@ -81,36 +82,18 @@ def evaluate_policy(
         for task in context.tasks
         for item in task.items()[:per_task]
     ]
-    batches = generate_outcomes(context.engine, requests, policy, batch_size=BATCH_SIZE)
-    outcomes = [outcome for batch in batches for outcome in batch]
-    results = [outcome.result for outcome in outcomes if outcome.result is not None]
-    weights = [result.experts.forwards for result in results]
-    correct = {(o.request.task.name, o.request.item.id): _is_correct(o) for o in outcomes}
-    right = {
-        task.name: "".join(str(int(correct[task.name, i.id])) for i in task.items()[:per_task])
-        for task in context.tasks
-    }
-    return VariantResult(
-        name=name,
-        policy=policy_spec,
-        generation={},
-        right=right,
-        experts=fmean((result.experts.mean for result in results), weights),
-        expert_bytes=fmean((result.expert_bytes for result in results), weights),
-        vote_mass_kept=fmean((result.vote_mass_kept for result in results), weights),
-        forwards_per_block=sum(r.forwards for r in results) / sum(r.blocks for r in results),
-        new_tokens=fmean(result.new_tokens for result in results),
-        tokens_per_second=sum(r.new_tokens for r in results) / sum(o.seconds for o in outcomes),
-        failed=len(outcomes) - len(results),
-    )
+    answers = {}
+    for outcomes in generate_outcomes(context.engine, requests, policy, batch_size=BATCH_SIZE):
+        for outcome in outcomes:
+            result, request = outcome.result, outcome.request
+            grade = request.task.grade(result.text, request.item) if result else NO_GRADE
+            answers[request.task.name, request.item.id] = make_answer(name, outcome, grade)
+    in_order = tuple(answers[request.task.name, request.item.id] for request in requests)
+    eval_result = EvalResult(Variant(policy_spec), in_order)
+    return replace(VariantResult.from_eval_result(eval_result), name=name)
 
 
-def _is_correct(outcome: GenerationOutcome) -> bool:
-    task, item, result = outcome.request.task, outcome.request.item, outcome.result
-    return result is not None and task.grade(result.text, item).correct
-
-
-def _results_with_half_k(record: Mapping[str, Any]) -> VariantResults:
+def _results_with_half_k(record: Entry) -> VariantResults:
     """Two groups: with all of a token's experts, and with half of them."""
     results = VariantResults.from_record(record, [FULL_K_LABEL])
     half_k = [results.by_name[name] for name in record["narrow"]]

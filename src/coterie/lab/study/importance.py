@@ -14,22 +14,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from coterie.engine.engine import Engine
-from coterie.lab.plotting import (
-    FIGURE_WIDTH,
-    foreground,
-    grid_colour,
-    policy_style,
-)
+from coterie.lab.plotting import FIGURE_WIDTH, foreground, grid_colour, policy_style
 from coterie.lab.study.charts import guide_series, line_chart, policy_series
 from coterie.lab.study.context import StudyContext
-from coterie.lab.study.experiment import (
-    Drawing,
-    Entry,
-    Experiment,
-    ExperimentText,
-    Finding,
-    Table,
-)
+from coterie.lab.study.experiment import Drawing, Entry, Experiment, ExperimentText, Finding, Table
 from coterie.lab.study.fidelity import sample_layers
 from coterie.lab.study.first_forwards import (
     Prompt,
@@ -93,10 +81,6 @@ class LayerAblation:
     importances: Mapping[str, FloatArray]  # [E]
     flips: float
 
-    @property
-    def importance(self) -> FloatArray:
-        return self.importances["output"]
-
     def votes(self, definition: Vote) -> FloatArray:
         """[E]: the votes of all positions."""
         votes = VOTES[definition](self.scores, vote_weights(self.scores, "all"), 0)
@@ -111,7 +95,7 @@ class LayerAblation:
         return {
             "layer": self.layer,
             "weight": (self.votes("weight") / 2.0**40).tolist(),
-            "importance": self.importance.tolist(),
+            "importance": self.importances["output"].tolist(),
             "elected": {policy: self.coreset(policy).tolist() for policy in DRAWN_POLICIES},
         }
 
@@ -137,7 +121,7 @@ class ImportanceExperiment(Experiment):
                 context.on_progress(done, f"block {number + 1} of {len(prompts)}, layer {layer}")
                 blocks[-1].append(ablate_layer(context.engine, prompt, layer))
         ablations = [ablation for block in blocks for ablation in block]
-        shown = max(blocks, key=lambda block: sum(a.importance.sum() for a in block))
+        shown = max(blocks, key=lambda block: sum(a.importances["output"].sum() for a in block))
         return {
             "experts": router.experts,
             "k": router.k,
@@ -192,19 +176,14 @@ class ImportanceExperiment(Experiment):
         vote, seq = curves["DES-Vote"], curves["DES-Seq"]
         sizes, shares = ([entry[key] for entry in vote] for key in ("experts", "share"))
         wins = [np.interp(entry["experts"], sizes, shares) > entry["share"] for entry in seq]
+        covers = True if all(wins) else None if any(wins) else False
         example = next((e for e in vote if e["policy"] == "des-vote:beta=0.3"), vote[0])
         pairs = [*zip(vote, curves["proportional"], strict=True)]
         ahead = sum(own["share"] > other["share"] for other, own in pairs)
         return [
             self.text.finding("weight", predicts, weight=weight, hidden=hidden, record=record),
             self.text.sentence("votes", votes=", ".join(by_vote), best=best),
-            self.text.finding(
-                "coverage",
-                True if all(wins) else None if any(wins) else False,
-                example=example,
-                wins=sum(wins),
-                sizes=len(wins),
-            ),
+            self.text.finding("coverage", covers, example=example, wins=sum(wins), sizes=len(wins)),
             self.text.sentence("proportional", wins=ahead, sizes=len(pairs), pair=pairs[3]),
             self.text.sentence("used", record=record),
         ]
@@ -265,7 +244,7 @@ def importance_coverage(blocks: Sequence[Sequence[LayerAblation]], policy: str) 
         # Random coresets depend on the forward, and these are all first forwards: vary the seed.
         seeded_policy = f"{policy},seed={number}" if policy.startswith("random") else policy
         for ablation in block:
-            importance, coreset = ablation.importance, ablation.coreset(seeded_policy)
+            importance, coreset = ablation.importances["output"], ablation.coreset(seeded_policy)
             total = importance.sum() or 1.0
             shares.append(importance[coreset].sum() / total)
             best.append(np.sort(importance)[::-1][: len(coreset)].sum() / total)

@@ -14,20 +14,9 @@ from coterie.lab.bench import timing
 from coterie.lab.bench.routings import BLOCK_LENGTH, balanced_routing
 from coterie.lab.bench.shapes import PAPER_LAYERS, LayerShape
 from coterie.lab.plotting import SeriesStyle, indexed_style
-from coterie.lab.study.charts import (
-    Series,
-    line_chart,
-    timing_series,
-)
+from coterie.lab.study.charts import Series, line_chart, timing_series
 from coterie.lab.study.context import StudyContext
-from coterie.lab.study.experiment import (
-    Drawing,
-    Entry,
-    Experiment,
-    ExperimentText,
-    Finding,
-    Table,
-)
+from coterie.lab.study.experiment import Drawing, Entry, Experiment, ExperimentText, Finding, Table
 from coterie.lab.study.layers import (
     INPUTS_PER_WIDTH,
     BenchLayer,
@@ -63,9 +52,8 @@ class LatencyExperiment(Experiment):
     pace: timing.TimingBudget = timing.FULL_BUDGET
 
     def measure(self, context: StudyContext) -> Mapping[str, object]:
-        work = partial(_measure_layer, context)
         layers, machine = measure_layers(
-            context, self.shapes, work, budget=self.pace, rounds=ROUNDS
+            context, self.shapes, _measure_layer, budget=self.pace, rounds=ROUNDS
         )
         return {**machine, "lines": layers}
 
@@ -87,15 +75,11 @@ class LatencyExperiment(Experiment):
         bandwidth = record["limits"]["bytes_per_second"]
         layers = [_with_units(layer) for layer in record["lines"]]
         return [
-            *(self._linearity_finding(layer) for layer in layers),
+            *(self.text.finding("linear", layer["is_linear"], **layer) for layer in layers),
             *(self._reading_finding(layer, bandwidth) for layer in layers if layer["checks"]),
             *record["skipped"],
             *timing.load_warnings(record["machine"]),
         ]
-
-    def _linearity_finding(self, layer: Entry) -> Finding:
-        linear = layer["fit"]["r2"] >= MIN_R2 and layer["fit"]["b"] > 0
-        return self.text.finding("linear", linear, **layer)
 
     def _reading_finding(self, layer: Entry, bandwidth: float) -> Finding:
         vanilla = next(check for check in layer["checks"] if check["policy"] == CHECKED_POLICIES[0])
@@ -123,22 +107,11 @@ def _measure_layer(
     timed = time_runs({**grid, **blocks})
     points = [{"tokens": tokens, **timed[tokens, used]} for tokens, used in grid]
     fit = fit_points(points)
-    checks = [
-        {
-            "policy": policy,
-            **timed[policy],
-            "predicted": timing.predict_seconds(fit, block.used, block.pairs),
-        }
-        for policy, block in blocks.items()
-    ]
+    predicted = {name: timing.predict_seconds(fit, b.used, b.pairs) for name, b in blocks.items()}
+    checks = [{"policy": p, **timed[p], "predicted": seconds} for p, seconds in predicted.items()]
     read = bench.expert_bytes / fit["b"] if fit["b"] > 0 else None
-    return {
-        "bench": bench.to_record(),
-        "points": points,
-        "fit": fit,
-        "read": read,
-        "checks": checks,
-    }
+    facts = {"bench": bench.to_record(), "points": points, "fit": fit}
+    return {**facts, "read": read, "checks": checks}
 
 
 def _balanced_run(bench: BenchLayer, tokens: int, used: int, draw: torch.Generator) -> TimedRun:
@@ -163,11 +136,12 @@ def _with_units(layer: Entry) -> dict[str, Any]:
         }
         for check in layer["checks"]
     ]
+    is_linear = fit["r2"] >= MIN_R2 and fit["b"] > 0
     units = {"ms": fit["t0"] * 1e3, "us": {key: fit[key] * 1e6 for key in ("a", "b")}}
     rate = f"{read / 1e9:.1f}" if read else ""
     source = "of a skewed router" if layer["bench"]["random"] else "from real decoding"
     texts = {**layer_names(layer["bench"]), "gbps": rate, "source": source, "block": BLOCK_LENGTH}
-    return {**layer, **units, **texts, "checks": checks}
+    return {**layer, **units, **texts, "checks": checks, "is_linear": is_linear}
 
 
 def _draw(layer: Entry) -> Figure:

@@ -27,15 +27,7 @@ from coterie.model.moe import MoE
 from coterie.model.transformer import Transformer
 from coterie.routing import parse_policy
 from coterie.telemetry import NullRecorder
-from coterie.values import (
-    ExpertRequest,
-    PackedExperts,
-    Policy,
-    Routing,
-    Scores,
-    Slab,
-    Window,
-)
+from coterie.values import ExpertRequest, PackedExperts, Policy, Routing, Scores, Slab, Window
 
 Key = TypeVar("Key", bound=Hashable)
 
@@ -121,7 +113,7 @@ RunTimer = Callable[[Mapping[Key, TimedRun]], dict[Key, Entry]]
 def measure_layers(
     context: StudyContext,
     shapes: Sequence[LayerShape],
-    work: Callable[[BenchLayer, timing.DeviceLimits, RunTimer], Entry],
+    work: Callable[[StudyContext, BenchLayer, timing.DeviceLimits, RunTimer], Entry],
     *,
     budget: timing.TimingBudget,
     rounds: Mapping[bool, int],
@@ -152,7 +144,7 @@ def measure_layers(
             device=bench.device,
             on_progress=on_progress,
         )
-        outputs.append(work(bench, limits, timer))
+        outputs.append(work(context, bench, limits, timer))
         del bench  # two layers may not fit into memory
     machine = timing.timing_conditions(transformer.device)
     return outputs, {"machine": machine, "limits": limits, "skipped": skipped}

@@ -17,17 +17,10 @@ from torch.nn import functional as F
 from coterie.engine.engine import Engine
 from coterie.engine.events import Result
 from coterie.engine.observation import LayerObservation
-from coterie.lab.plotting import foreground, indexed_style, new_panels
-from coterie.lab.study.charts import Series, dash_repeats, line_chart, policy_series
+from coterie.lab.plotting import indexed_style, new_panels
+from coterie.lab.study.charts import Series, dash_repeats, guide_series, line_chart, policy_series
 from coterie.lab.study.context import StudyContext
-from coterie.lab.study.experiment import (
-    Drawing,
-    Entry,
-    Experiment,
-    ExperimentText,
-    Finding,
-    Table,
-)
+from coterie.lab.study.experiment import Drawing, Entry, Experiment, ExperimentText, Finding, Table
 from coterie.lab.study.fidelity import count_kept_experts, observe_vanilla, sample_layers
 from coterie.lab.study.first_forwards import (
     BlockForward,
@@ -113,10 +106,8 @@ class MapsExperiment(Experiment):
     def tables(self, record: Any) -> Sequence[Table]:
         shares, rows = record["share"], [_at_head(entry) for entry in record["depths"]]
         by_kind = {f"{k} ({shares[k]:.0%})": f"{{kinds[{k}]:.1%}}" for k in POSITION_KINDS}
-        return [
-            self.text.table("kinds", record["maps"], by_kind),
-            self.text.table("depths", rows),
-        ]
+        kinds = self.text.table("kinds", record["maps"], by_kind)
+        return [kinds, self.text.table("depths", rows)]
 
     def findings(self, record: Any) -> Sequence[Finding | str]:
         depths = {entry["policy"]: _at_head(entry) for entry in record["depths"]}
@@ -124,6 +115,7 @@ class MapsExperiment(Experiment):
             depths[policy]
             for policy in ("des-vote:beta=0.3", "des-seq:k=3", "topk:k=4", "random:beta=0.3")
         )
+        beats_seq, beats_random = (vote["cosine"] > other["cosine"] for other in (seq, random))
         plain, guarded = (m for m in record["maps"] if m["policy"].startswith(POLICIES[2]))
         kinds = [
             f"{kind} {plain['kinds'][kind]:.0%} and {guarded['kinds'][kind]:.0%}"
@@ -133,10 +125,8 @@ class MapsExperiment(Experiment):
         top = max(entry["choices"][0] for entry in record["activation"]) * record["experts"]
         return [
             self.text.sentence("kinds", plain=plain, kinds=", ".join(kinds), record=record),
-            self.text.finding("seq", vote["cosine"] > seq["cosine"], vote=vote, seq=seq),
-            self.text.finding(
-                "random", vote["cosine"] > random["cosine"], random=random, topk=topk
-            ),
+            self.text.finding("seq", beats_seq, vote=vote, seq=seq),
+            self.text.finding("random", beats_random, random=random, topk=topk),
             self.text.sentence("skew", layers=", ".join(layers), top=top, record=record),
         ]
 
@@ -175,26 +165,27 @@ class HitRateCounter:
         """
         tokens = torch.cat(self._tokens, dim=1)
         (layer, position, step, kind), rates = tokens[:4].long(), tokens[4:]
+        is_kind = F.one_hot(kind, len(POSITION_KINDS)).double()  # [tokens, kinds]
         maps = [
             {
                 "policy": policy,
                 "positions": _group_means(rate, layer, position),
                 "steps": _group_means(rate, layer, step),
-                "kinds": {
-                    name: float(rate[kind == index].mean()) if bool((kind == index).any()) else 0.0
-                    for index, name in enumerate(POSITION_KINDS)
-                },
+                "kinds": _by_kind(rate @ is_kind / is_kind.sum(0).clamp(min=1)),
             }
             for policy, rate in zip(self.policies, rates, strict=True)
         ]
-        shares = [float((kind == index).double().mean()) for index in range(len(POSITION_KINDS))]
-        return {"share": dict(zip(POSITION_KINDS, shares, strict=True)), "maps": maps}
+        return {"share": _by_kind(is_kind.mean(0)), "maps": maps}
 
     def _steps(self, observation: LayerObservation) -> Tensor:
         """[S]: the index of this forward in its block."""
         keys = zip(observation.rows, observation.starts, strict=True)
         forwards = zip(keys, observation.scores.forward_indices, strict=True)
         return torch.tensor([n - self._first_forward.setdefault(key, n) for key, n in forwards])
+
+
+def _by_kind(values: Tensor) -> dict[str, float]:
+    return dict(zip(POSITION_KINDS, values.tolist(), strict=True))
 
 
 def _group_means(values: Tensor, rows: Tensor, columns: Tensor) -> list[list[float]]:
@@ -292,18 +283,16 @@ def _draw_maps(record: Any, key: str, label: str) -> Figure:
 
 
 def _draw_depths(record: Any) -> Figure:
-    policies = [entry["policy"] for entry in record["depths"]]
-    count = len(record["depths"][0]["cosine"])
+    depths, policies = record["depths"], [entry["policy"] for entry in record["depths"]]
+    size = len(depths[0]["cosine"])
     series = [
-        policy_series(policy, range(count), entry["cosine"], label=_short_name(policy), line=line)
-        for policy, entry, line in zip(
-            policies, record["depths"], dash_repeats(policies), strict=True
-        )
+        policy_series(policy, range(size), entry["cosine"], label=_short_name(policy), line=line)
+        for policy, entry, line in zip(policies, depths, dash_repeats(policies), strict=True)
     ]
     y = "cosine to vanilla's hidden state"
     figure = line_chart(series, "after layer", y, ylim=(None, 1.01), height=3.8)
-    names = ["-", *map(str, range(count - 2)), "head"]
-    ticks = [0, *range(1, count - 1, -(-(count - 2) // 8)), count - 1]
+    names = ["-", *map(str, range(size - 2)), "head"]
+    ticks = [0, *range(1, size - 1, -(-(size - 2) // 8)), size - 1]
     figure.axes[0].set_xticks(ticks, [names[tick] for tick in ticks])
     return figure
 
@@ -313,11 +302,10 @@ def _draw_activation(record: Any) -> Figure:
     for index, layer in enumerate(record["activation"]):
         x, style = range(1, 1 + experts), replace(indexed_style(index), marker="")
         series.append(Series(f"layer {layer['layer']}", x, layer["choices"], style))
+    series.append(guide_series((0, experts + 1), (1 / experts, 1 / experts)))
     x, y = f"experts of {experts}, in descending order", "share of all selections"
     figure = line_chart(series, x, y, xlim=(0, experts + 1), ylim=(0, None), columns=4)
-    ax = figure.axes[0]
-    ax.axhline(1 / experts, color=foreground(), linestyle="--", linewidth=1)
-    ax.yaxis.set_major_formatter(lambda value, _: f"{value:.1%}")
+    figure.axes[0].yaxis.set_major_formatter(lambda value, _: f"{value:.1%}")
     return figure
 
 

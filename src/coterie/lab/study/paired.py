@@ -56,17 +56,12 @@ def is_better(comparisons: Sequence[PairedComparison]) -> bool | None:
     return False if -1 in signs else True if 1 in signs else None
 
 
-def claim_finding(
-    claim: str,
-    pairs: Iterable[Pair],
-    *,
-    second: str,
-    first: str,
-    condition: str = "at equal experts",
-) -> Finding:
-    """The finding on "``second`` is better": counts of wins and losses, and the largest of each."""
+def claim_finding(claim: str, pairs: Iterable[Pair], **names: str) -> Finding:
+    """The finding on "``second`` is better": counts of wins and losses, and the largest of each.
+
+    ``names`` are ``second``, ``first`` and the ``condition``: "at equal experts".
+    """
     comparisons = compare_pairs(pairs)
-    names = {"second": second, "first": first, "condition": condition}
     if not comparisons:
         return judge(TEXT.sentence("none", **names), claim, None)
     wins, losses = ([c for c in comparisons if c.sign == sign] for sign in (1, -1))
@@ -76,13 +71,15 @@ def claim_finding(
     return judge(" ".join([counts, *largest]), claim, is_better(comparisons))
 
 
-def count_sentence(label: str, pairs: Iterable[Pair], unit: str) -> str:
-    """Counts of wins and losses, and the largest difference."""
+def count_sentence(pairs: Iterable[Pair], unit: str, label: str = "", **names: str) -> str:
+    """Counts of wins and losses, and the largest difference; ``names`` as in ``claim_finding``."""
     comparisons = compare_pairs(pairs)
-    signs = [comparison.sign for comparison in comparisons]
+    if not comparisons:
+        return TEXT.sentence("none", **names)
+    signs, second = [comparison.sign for comparison in comparisons], names["second"]
     return TEXT.sentence(
         "counts",
-        label=label,
+        label=label or f"{second[:1].upper()}{second[1:]} against {names['first']}",
         n=len(signs),
         wins=signs.count(1),
         losses=signs.count(-1),

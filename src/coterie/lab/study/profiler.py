@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from types import SimpleNamespace
-from typing import cast
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,11 +19,10 @@ from torch import Tensor
 from coterie.lab.bench.timing import wait_until_idle
 from coterie.loading.load import Model
 from coterie.model.forward_context import ForwardContext
-from coterie.model.moe import Dense, FeedForward, MoE
+from coterie.model.moe import FeedForward, MoE
 from coterie.model.transformer import TransformerLayer
 from coterie.routing.router import KernelPolicy, KernelRouting
-from coterie.telemetry import Recorder
-from coterie.values import ExpertRequest, ExpertStore, Policy, Routing, Scores, Slab
+from coterie.values import ExpertRequest, ExpertStore, Policy, Scores, Slab
 
 ATTENTION = "attention"
 EXPERTS = "experts"
@@ -88,18 +87,24 @@ def _timed_feed_forward(feed_forward: FeedForward, stopwatch: Stopwatch) -> Feed
     if not isinstance(feed_forward, MoE):
         return stopwatch(DENSE)(feed_forward)
     shared, store = feed_forward.shared, _TimedStore(feed_forward.store, stopwatch)
-    if shared is not None:  # the layer calls nothing else of it
-        shared = cast("Dense", SimpleNamespace(apply=stopwatch(SHARED)(shared.apply)))
+    if shared is not None:
+        shared = _timed_methods(stopwatch, SHARED, shared, "apply")
     inner = replace(feed_forward, store=store, shared=shared)
 
     # Gate and routing are the remainder of the layer after its other parts.
     @stopwatch(GATE)
     def timed_moe(x: Tensor, context: ForwardContext, importance: Tensor | None) -> Tensor:
         policy = _TimedPolicy(context.policy, stopwatch)
-        recorder = _TimedRecorder(context.recorder, stopwatch)
+        names = "on_moe_input", "on_routed"
+        recorder = _timed_methods(stopwatch, COUNTING, context.recorder, *names)
         return inner(x, replace(context, policy=policy, recorder=recorder), importance)
 
     return timed_moe
+
+
+def _timed_methods(stopwatch: Stopwatch, part: str, inner: object, *names: str) -> Any:
+    """An object with the methods of ``inner`` that an MoE layer calls."""
+    return SimpleNamespace(**{name: stopwatch(part)(getattr(inner, name)) for name in names})
 
 
 @dataclass(frozen=True)
@@ -135,19 +140,3 @@ class _TimedPolicy:
         inner = self.inner
         with self.watch(ELECTION):
             return inner.kernel_rule(scores, k) if isinstance(inner, KernelPolicy) else None
-
-
-@dataclass(frozen=True)
-class _TimedRecorder(Recorder):
-    """The hooks that an MoE layer calls."""
-
-    inner: Recorder
-    watch: Stopwatch
-
-    def on_moe_input(self, layer: int, x: Tensor) -> None:
-        with self.watch(COUNTING):
-            self.inner.on_moe_input(layer, x)
-
-    def on_routed(self, layer: int, scores: Scores, routing: Routing) -> None:
-        with self.watch(COUNTING):
-            self.inner.on_routed(layer, scores, routing)

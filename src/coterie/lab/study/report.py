@@ -32,7 +32,7 @@ class RenderedFigure:
 
 @dataclass(frozen=True)
 class ReportSection:
-    """One section of the page; after a ``failure`` it has the parts that could be rendered."""
+    """One section of the page; after a ``failure`` it has neither findings nor figures."""
 
     name: str
     title: str
@@ -62,14 +62,12 @@ class ReportedClaim:
 
 def collect_claims(sections: Sequence[ReportSection]) -> list[ReportedClaim]:
     """Every claim once per experiment, in the order of the page."""
-    by_key: dict[tuple[str, str], ReportedClaim] = {}
-    for section in sections:
-        for finding in section.findings:
-            if finding.verdict is not None:
-                key = section.name, finding.claim
-                verdicts = by_key[key].verdicts if key in by_key else ()
-                by_key[key] = ReportedClaim(finding.claim, section, (*verdicts, finding.verdict))
-    return list(by_key.values())
+    return [
+        ReportedClaim(claim, section, tuple(f.verdict for f in tested if f.claim == claim))
+        for section in sections
+        if (tested := [finding for finding in section.findings if finding.verdict is not None])
+        for claim in dict.fromkeys(finding.claim for finding in tested)
+    ]
 
 
 def make_section(
@@ -80,35 +78,25 @@ def make_section(
     schemes: Sequence[ColourScheme] = SCHEMES,
 ) -> ReportSection:
     """Render an experiment from its record; without ``schemes`` the figures have no SVG."""
-    section = ReportSection(
-        experiment.name, experiment.text.title, experiment.text.question, failure=failure
-    )
+    text = experiment.text
+    section = ReportSection(text.name, text.title, text.question, record=record, failure=failure)
     if record is None:
         return section
-    section = replace(section, record=record, failure=None)
-    data, findings = record["facts"], []
+    data = record["facts"]
     try:
-        for finding in experiment.findings(data):
-            findings.append(finding if isinstance(finding, Finding) else Finding(finding))
-        return replace(
-            section,
-            figures=tuple(render_figure(drawing, schemes) for drawing in experiment.drawings(data)),
-            tables=tuple(experiment.tables(data)),
-            findings=tuple(findings),
-        )
+        findings = [f if isinstance(f, Finding) else Finding(f) for f in experiment.findings(data)]
+        figures = [render_figure(drawing, schemes) for drawing in experiment.drawings(data)]
+        tables = tuple(experiment.tables(data))
     # A record of an older version may not render; the other sections must.
     except Exception as error:
-        text = f"{type(error).__name__}: {error}"
-        return replace(
-            section, failure=f"the record cannot be rendered ({text}); measure the experiment again"
-        )
+        reason = f"the record cannot be rendered ({type(error).__name__}: {error})"
+        return replace(section, failure=f"{reason}; measure the experiment again")
+    return replace(section, figures=tuple(figures), tables=tables, findings=tuple(findings))
 
 
-def render_figure(drawing: Drawing, schemes: Sequence[ColourScheme] = SCHEMES) -> RenderedFigure:
+def render_figure(drawing: Drawing, schemes: Sequence[ColourScheme]) -> RenderedFigure:
     """Draw a figure in these colour schemes."""
-    svg: dict[ColourScheme, str] = {
-        scheme: render_svg(drawing.draw, name=drawing.name, scheme=scheme) for scheme in schemes
-    }
+    svg = {scheme: render_svg(drawing.draw, name=drawing.name, scheme=scheme) for scheme in schemes}
     return RenderedFigure(drawing.name, drawing.caption, svg)
 
 
@@ -126,13 +114,12 @@ def render_markdown(
     points: Sequence[tuple[str, str]] = (),
 ) -> str:
     """A Markdown page. ``figures`` are the files in ``figures/``, ``points`` the summary."""
-    return _render(
-        "report.md", sections, records=records, experts=experts, figures=figures, points=points
-    )
+    values = {"records": records, "experts": experts, "figures": figures, "points": points}
+    return _render("report.md", sections, autoescape=False, **values)
 
 
 def _render(
-    template: str, sections: Sequence[ReportSection], *, autoescape: bool = False, **values: object
+    template: str, sections: Sequence[ReportSection], *, autoescape: bool, **values: object
 ) -> str:
     environment = jinja2.Environment(
         autoescape=autoescape,

@@ -82,6 +82,10 @@ class VariantResult:
         return Proportion(sum(flags), len(flags))
 
     @property
+    def family(self) -> str:
+        return self.policy.partition(":")[0]
+
+    @property
     def accuracy(self) -> float:
         return self.accuracy_share().value
 
@@ -156,11 +160,6 @@ class VariantResults:
         """Vanilla, then the results of every group, each once."""
         grouped = (result for group in self.groups.values() for result in group)
         return list({result.name: result for result in (self.vanilla, *grouped)}.values())
-
-    def pairs_of(self, *labels: str) -> list[Pair]:
-        """The pairs whose first result is in one of these groups."""
-        members = [result for label in labels for result in self.groups[label]]
-        return [pair for pair in self.pairs if pair[0] in members]
 
 
 def _share_to_json(share: Proportion) -> JsonObject:

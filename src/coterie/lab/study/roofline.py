@@ -14,14 +14,7 @@ from coterie.lab.bench.routings import BLOCK_LENGTH
 from coterie.lab.bench.shapes import PAPER_LAYERS, LayerShape
 from coterie.lab.study.charts import guide_series, line_chart, policy_series
 from coterie.lab.study.context import StudyContext
-from coterie.lab.study.experiment import (
-    Drawing,
-    Entry,
-    Experiment,
-    ExperimentText,
-    Finding,
-    Table,
-)
+from coterie.lab.study.experiment import Drawing, Entry, Experiment, ExperimentText, Finding, Table
 from coterie.lab.study.layers import (
     BenchLayer,
     RunTimer,
@@ -55,9 +48,8 @@ class RooflineExperiment(Experiment):
     pace: timing.TimingBudget = timing.FULL_BUDGET
 
     def measure(self, context: StudyContext) -> Mapping[str, object]:
-        work = partial(_measure_layer, context)
         layers, machine = measure_layers(
-            context, self.shapes, work, budget=self.pace, rounds=ROUNDS
+            context, self.shapes, _measure_layer, budget=self.pace, rounds=ROUNDS
         )
         return {**machine, "roofs": layers}
 

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
 from matplotlib.figure import Figure
 
 from coterie.lab.plotting import IntervalSeries, indexed_style, interval_chart, policy_style
-from coterie.lab.study.accuracy import DES_SEQ, DES_VOTE, GUARDED, RANDOM, TOP_K, smaller_counts
+from coterie.lab.study.accuracy import DES_VOTE
 from coterie.lab.study.charts import Series, guide_series, line_chart
 from coterie.lab.study.comparison import (
     PolicyComparison,
@@ -20,30 +21,12 @@ from coterie.lab.study.comparison import (
     variant_rows,
 )
 from coterie.lab.study.context import StudyContext
-from coterie.lab.study.experiment import Drawing, Experiment, ExperimentText, Finding, Table
+from coterie.lab.study.experiment import Drawing, Entry, Experiment, ExperimentText, Finding, Table
 from coterie.lab.study.results import JsonObject, VariantResults
-from coterie.lab.study.variants import (
-    ALL_BETAS,
-    GUARD_OPTIONS,
-    MAIN_BETAS,
-    VariantGroups,
-    beta_variants,
-    count_variants,
-    short_name,
-)
+from coterie.lab.study.variants import GUARD_OPTIONS, short_name
 
 ROUNDS = 5
 PAPER_LATENCY_CUT = 0.38  # the paper: latency falls by up to this share
-
-
-def forward_groups(k: int) -> VariantGroups:
-    return {
-        DES_VOTE: beta_variants("des-vote", ALL_BETAS),
-        GUARDED: beta_variants("des-vote", MAIN_BETAS, GUARD_OPTIONS),
-        DES_SEQ: count_variants("des-seq", smaller_counts(k)),
-        TOP_K: count_variants("topk", smaller_counts(k)),
-        RANDOM: beta_variants("random"),
-    }
 
 
 def forward_findings(text: ExperimentText, results: VariantResults) -> list[Finding | str]:
@@ -62,7 +45,7 @@ def forward_findings(text: ExperimentText, results: VariantResults) -> list[Find
     return [text.finding("forwards", holds, policies=" ".join(sentences))]
 
 
-def draw_forwards(results: VariantResults) -> Figure:
+def draw_forwards(results: VariantResults, _: Sequence[str] = ()) -> Figure:
     """Forwards against experts; on the guide a policy reads as many experts as vanilla does."""
     vanilla = results.vanilla
     most = max(result.forwards_per_block for result in results.all[1:])
@@ -108,7 +91,7 @@ class SpeedExperiment(Experiment):
                 }
         return {"timed": list(timed.values()), "prompts": len(prompts)}
 
-    def drawings(self, record: Mapping[str, Any]) -> Sequence[Drawing]:
+    def drawings(self, record: Entry) -> Sequence[Drawing]:
         rows = {
             short_name(e["policy"]): (min(e["rounds"]), median_speed(e), max(e["rounds"]))
             for e in record["timed"]
@@ -117,7 +100,7 @@ class SpeedExperiment(Experiment):
         draw = partial(interval_chart, list(rows), series, "tokens per second")
         return [Drawing(self.name, self.text.caption("figure"), draw)]
 
-    def tables(self, record: Mapping[str, Any]) -> Sequence[Table]:
+    def tables(self, record: Entry) -> Sequence[Table]:
         base = median_speed(record["timed"][0])
         rows = [
             {
@@ -131,7 +114,7 @@ class SpeedExperiment(Experiment):
         ]
         return [self.text.table("speed", rows, prompts=record["prompts"], rounds=ROUNDS)]
 
-    def findings(self, record: Mapping[str, Any]) -> Sequence[Finding | str]:
+    def findings(self, record: Entry) -> Sequence[Finding | str]:
         vanilla, best = record["timed"][0], fastest_des(record)
         base, speed = median_speed(vanilla), median_speed(best)
         is_separated = min(best["rounds"]) > max(vanilla["rounds"])
@@ -149,20 +132,19 @@ class SpeedExperiment(Experiment):
         ]
 
 
-def fastest_des(record: Mapping[str, Any]) -> Mapping[str, Any]:
+def fastest_des(record: Entry) -> Entry:
     """The entry of the fastest DES policy."""
     des = [entry for entry in record["timed"] if entry["policy"].startswith("des-")]
     return max(des, key=median_speed)
 
 
-def median_speed(entry: Mapping[str, Any]) -> float:
+def median_speed(entry: Entry) -> float:
     return statistics.median(entry["rounds"])
 
 
-FORWARDS = PolicyComparison(  # its runs are shared with the accuracy experiments
-    text=ExperimentText.load("forwards"),
-    groups=forward_groups,
-    make_findings=forward_findings,
-    charts={"forwards": draw_forwards},
+FORWARDS = replace(  # its runs are shared with the accuracy experiments
+    PolicyComparison.load("forwards"),
+    findings_after=forward_findings,
     make_tables=lambda text, results: [text.table("forwards", variant_rows(results))],
+    draw=draw_forwards,
 )

@@ -17,12 +17,12 @@ from coterie.errors import ConfigError, CoterieError
 from coterie.keys import Key, to_json
 from coterie.lab.evals.task import Task
 from coterie.lab.records import make_record, write_record
-from coterie.lab.study.ablations import BEYOND, CONTROL, MASS, PROTECTION, VOTERS, VOTES
-from coterie.lab.study.accuracy import ACCURACY, CORESET_SIZE
+from coterie.lab.study.accuracy import ACCURACY, BEYOND, CORESET_SIZE, TABLE_ONE
 from coterie.lab.study.blocks import BlockSizeExperiment
 from coterie.lab.study.breakdown import BreakdownExperiment
 from coterie.lab.study.cached_grading import CachedGradesTask
-from coterie.lab.study.context import StudyContext
+from coterie.lab.study.comparison import PolicyComparison
+from coterie.lab.study.context import StudyContext, read_record
 from coterie.lab.study.experiment import Experiment
 from coterie.lab.study.expert_cache_report import ExpertCacheExperiment
 from coterie.lab.study.experts_per_token import ExpertsPerTokenExperiment
@@ -35,9 +35,7 @@ from coterie.lab.study.report import ReportSection, make_section, render_page
 from coterie.lab.study.roofline import RooflineExperiment
 from coterie.lab.study.selection import SelectionExperiment
 from coterie.lab.study.speed import FORWARDS, SpeedExperiment
-from coterie.lab.study.table import TABLE_ONE
 from coterie.lab.study.tradeoff import TradeoffExperiment
-from coterie.routing import update_policies_in_json
 
 REPORT = "report.html"
 
@@ -118,7 +116,8 @@ def run_study(
                 record = _measure(replace(context, used_records={}), experiment, settings, command)
             # No failure of one experiment may stop the study.
             except Exception as error:
-                failure = _format_error(error)
+                kind = "" if isinstance(error, CoterieError) else f"{type(error).__name__}: "
+                failure = f"{kind}{error}"
         if is_selected or record is not None:
             sections.append(make_section(experiment, record, failure))
         if is_selected:
@@ -127,16 +126,14 @@ def run_study(
     return sections
 
 
-def write_report(folder: Path, sections: Sequence[ReportSection]) -> Path:
+def write_report(folder: Path, sections: Sequence[ReportSection]) -> None:
     """Write the page, and its figures as files in ``figures``."""
     figures = folder / "figures"
     figures.mkdir(parents=True, exist_ok=True)
     for figure in (figure for section in sections for figure in section.figures):
         for scheme, svg in figure.svg.items():
             atomic_write(figures / f"{figure.name}-{scheme}.svg", f"{svg}\n".encode())
-    path = folder / REPORT
-    atomic_write(path, render_page(sections).encode())
-    return path
+    atomic_write(folder / REPORT, render_page(sections).encode())
 
 
 def select_experiments(
@@ -193,44 +190,16 @@ def _read_valid_record(
     folder: Path, name: str, settings: Mapping[str, object]
 ) -> Mapping[str, Any] | None:
     """The record, if its settings match and the records that it read are unchanged."""
-    content = _read_json(folder / f"{name}.json")
-    if content is None or content.get("settings") != json.loads(json.dumps(settings)):
+    record = read_record(folder, name)
+    if record is None or record.get("settings") != json.loads(json.dumps(settings)):
         return None
-    for other, when in dict(content.get("read") or {}).items():
-        source = _read_json(folder / f"{other}.json")
-        if source is None or source.get("when") != when:
-            return None
-    return content
+    times = dict(record.get("read") or {})
+    sources = {other: read_record(folder, other) or {} for other in times}
+    is_current = all(sources[other].get("when") == when for other, when in times.items())
+    return record if is_current else None
 
 
-def _read_json(path: Path) -> dict[str, Any] | None:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return None
-    return update_record(content) if isinstance(content, dict) else None
-
-
-def update_record(content: Mapping[str, Any]) -> dict[str, Any]:
-    """A record with its policies in the current spelling; command and settings are unchanged."""
-    return update_policies_in_json(content, skip_keys=("command", "settings"))
-
-
-def _format_error(error: Exception) -> str:
-    return str(error) if isinstance(error, CoterieError) else f"{type(error).__name__}: {error}"
-
-
-TYPICAL_SECONDS: Mapping[str, int] = {  # for the progress bar; default: half a minute
-    "accuracy": 550,
-    "latency-accuracy": 100,
-    "block-size": 120,
-    "voters": 80,
-    "table-1": 5,
-    "coreset-size": 5,
-    "forwards": 5,
-    "experts": 2400,
-}
-
+ABLATIONS = ("random-control", "votes", "voters", "protection", "mass")
 EXPERIMENTS: dict[str, Experiment] = {
     "explosion": ExplosionExperiment(),
     "roofline": RooflineExperiment(),
@@ -246,11 +215,7 @@ EXPERIMENTS: dict[str, Experiment] = {
     "experts-per-token": ExpertsPerTokenExperiment(),
     "maps": MapsExperiment(),
     "table-1": TABLE_ONE,
-    "random-control": CONTROL,
-    "votes": VOTES,
-    "voters": VOTERS,
-    "protection": PROTECTION,
-    "mass": MASS,
+    **{name: PolicyComparison.load(name) for name in ABLATIONS},
     "beyond": BEYOND,
     "forwards": FORWARDS,
     "speed": SpeedExperiment(),

@@ -60,7 +60,7 @@ def _accuracy_points(record: Any) -> Points:
 
 
 def _rival(results: VariantResults, label: str) -> str:
-    pairs = results.pairs_of(label)
+    pairs = [pair for pair in results.pairs if pair[0] in results.groups[label]]
     changes = [vote.compare_to(other).difference for other, vote in pairs]
     if not changes:
         return ""

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
+from statistics import fmean
 
 from matplotlib.figure import Figure
 
@@ -24,6 +24,7 @@ from coterie.lab.study.charts import (
 from coterie.lab.study.context import StudyContext
 from coterie.lab.study.experiment import (
     Drawing,
+    Entry,
     Experiment,
     ExperimentText,
     Finding,
@@ -31,7 +32,7 @@ from coterie.lab.study.experiment import (
     judge,
 )
 from coterie.lab.study.layers import FORWARDS_PER_PROMPT, NUM_PROMPTS, layer_runner, moe_layers
-from coterie.lab.study.results import JsonObject, VariantResult, VariantResults
+from coterie.lab.study.results import JsonObject, VariantResults
 from coterie.routing import parse_policy, route
 
 VANILLA = "vanilla"
@@ -39,9 +40,6 @@ VANILLA = "vanilla"
 OBSERVED_POLICY = "mc-moe:beta=0,protect=0"
 ROUNDS = 8
 INDISTINGUISHABLE_P = 0.05  # least p at which an accuracy counts as that of vanilla
-
-Point = Mapping[str, Any]  # one policy, as in ``time_policies``
-Layer = Mapping[str, Any]  # name, experts and latency fit of a layer of another shape
 
 
 @dataclass(frozen=True)
@@ -67,21 +65,33 @@ class TradeoffExperiment(Experiment):
             batch_size=1,
             max_forwards=FORWARDS_PER_PROMPT,
         )
-        points = time_policies(context, observations, variants, results.vanilla, rounds=self.rounds)
+        policies = [result.policy for result in variants]
+        seconds = time_policies(context, observations, policies, rounds=self.rounds)
         latency = context.record("latency") or {"lines": ()}
         others = [line for line in latency["lines"] if line["bench"]["random"]]
         return {
             "experts": results.experts,
             "machine": timing.timing_conditions(context.engine.model.transformer.device),
             "forwards": len(observations),
-            "points": points,
+            "points": [
+                {
+                    "policy": result.policy,
+                    "accuracy": result.accuracy,
+                    "interval": list(result.interval),
+                    "p": result.compare_to(results.vanilla).p_value,  # McNemar's
+                    "items": result.accuracy_share().n,
+                    **mean_sizes(observations, result.policy),
+                    "seconds": seconds[result.policy],
+                }
+                for result in variants
+            ],
             "others": [
                 {key: line["bench"][key] for key in ("name", "experts")} | {"fit": line["fit"]}
                 for line in others
             ],
         }
 
-    def drawings(self, record: Mapping[str, Any]) -> Sequence[Drawing]:
+    def drawings(self, record: Entry) -> Sequence[Drawing]:
         measured = [point["seconds"]["median"] for point in record["points"]]
         label = "milliseconds of the MoE layer, measured"
         draw = partial(draw_tradeoff, record, measured, label)
@@ -94,83 +104,61 @@ class TradeoffExperiment(Experiment):
             drawings.append(Drawing(f"{self.name}-{name.lower()}", caption, draw))
         return drawings
 
-    def tables(self, record: Mapping[str, Any]) -> Sequence[Table]:
-        predicted = {}
-        for layer in record["others"]:
+    def tables(self, record: Entry) -> Sequence[Table]:
+        def prediction(layer: Entry) -> Callable[[Entry], str]:
             seconds = predicted_seconds(record, layer)
-            predicted[f"{layer['name']}, ms (predicted)"] = lambda point, seconds=seconds: (
-                f"{seconds[point['policy']] * 1e3:.1f}"
-            )
-        rows = [
-            {
-                **point,
-                "ms": milliseconds(point["seconds"], 3),
-                "quartiles": quartiles_text(point["seconds"], 3),
-            }
-            for point in sorted(record["points"], key=lambda point: -point["accuracy"])
-        ]
-        items, forwards = record["points"][0]["items"], record["forwards"]
-        return [self.text.table("points", rows, predicted, items=items, forwards=forwards)]
+            return lambda point: f"{seconds[point['policy']] * 1e3:.1f}"
 
-    def findings(self, record: Mapping[str, Any]) -> Sequence[Finding | str]:
+        points = sorted(record["points"], key=lambda point: -point["accuracy"])
+        columns = {
+            "layer, ms": lambda point: milliseconds(point["seconds"], 3),
+            "quartiles": lambda point: quartiles_text(point["seconds"], 3),
+            **{f"{each['name']}, ms (predicted)": prediction(each) for each in record["others"]},
+        }
+        items, forwards = points[0]["items"], record["forwards"]
+        return [self.text.table("points", points, columns, items=items, forwards=forwards)]
+
+    def findings(self, record: Entry) -> Sequence[Finding | str]:
         return [
             self._own_layer_finding(record),
             *(self._predicted_finding(record, layer) for layer in record["others"]),
             *timing.load_warnings(record["machine"]),
         ]
 
-    def _own_layer_finding(self, record: Mapping[str, Any]) -> Finding:
+    def _own_layer_finding(self, record: Entry) -> Finding:
         vanilla, *similar = vanilla_and_similar(record)
         if not similar:
             return judge(self.text.sentence("none"), self.text.claim("own"), False)
         best = min(similar, key=lambda point: point["seconds"]["median"])
-        return self.text.finding(
-            "own",
-            best["seconds"]["high"] < vanilla["seconds"]["low"],
-            n=len(similar),
-            best=best,
-            best_ms=milliseconds(best["seconds"], 3),
-            vanilla=vanilla,
-            vanilla_ms=milliseconds(vanilla["seconds"], 3),
-            ratio=vanilla["seconds"]["median"] / best["seconds"]["median"],
-        )
+        is_faster = best["seconds"]["high"] < vanilla["seconds"]["low"]
+        ms, vanilla_ms = (milliseconds(point["seconds"], 3) for point in (best, vanilla))
+        ratio = vanilla["seconds"]["median"] / best["seconds"]["median"]
+        values = {"n": len(similar), "best": best, "best_ms": ms, "ratio": ratio}
+        return self.text.finding("own", is_faster, vanilla=vanilla, vanilla_ms=vanilla_ms, **values)
 
-    def _predicted_finding(self, record: Mapping[str, Any], layer: Layer) -> Finding:
-        predicted = predicted_seconds(record, layer)
+    def _predicted_finding(self, record: Entry, layer: Entry) -> Finding:
+        milliseconds = {p: s * 1e3 for p, s in predicted_seconds(record, layer).items()}
         policies = [point["policy"] for point in vanilla_and_similar(record)]
-        best = min(policies, key=lambda policy: predicted[policy])
-        return self.text.finding(
-            "predicted",
-            None,
-            name=layer["name"],
-            best=best,
-            best_ms=predicted[best] * 1e3,
-            vanilla_ms=predicted[VANILLA] * 1e3,
-            ratio=predicted[VANILLA] / predicted[best],
-        )
+        best = min(policies, key=lambda policy: milliseconds[policy])
+        ms, vanilla_ms = milliseconds[best], milliseconds[VANILLA]
+        values = {"name": layer["name"], "best": best, "best_ms": ms, "vanilla_ms": vanilla_ms}
+        return self.text.finding("predicted", None, ratio=vanilla_ms / ms, **values)
 
 
 def time_policies(
     context: StudyContext,
     observations: Sequence[LayerObservation],
-    results: Sequence[VariantResult],
-    vanilla: VariantResult,
+    policies: Sequence[str],
     *,
     rounds: int,
-) -> list[JsonObject]:
-    """Time the whole layer on every observation under every policy, in turns.
-
-    ``used`` and ``pairs`` (token-expert pairs per token) are of the timed forwards. ``p`` is
-    McNemar's, against vanilla on the same items.
-    """
-    transformer, indices = context.engine.model.transformer, range(len(observations))
+) -> dict[str, timing.TimingStats]:
+    """Time the whole layer on every observation under every policy, in turns."""
+    transformer = context.engine.model.transformer
     moes = {moe.layer: moe for moe in moe_layers(transformer)}
     runs = {
-        (result.policy, index): layer_runner(
-            moes[observation.layer], observation, parse_policy(result.policy)
-        )
-        for result in results
-        for index, observation in enumerate(observations)
+        (policy, index): layer_runner(moes[observed.layer], observed, parse_policy(policy))
+        for policy in policies
+        for index, observed in enumerate(observations)
     }
     timings = timing.time_interleaved(
         runs,
@@ -178,35 +166,20 @@ def time_policies(
         device=transformer.device,
         on_progress=lambda share: context.on_progress(share, "the layer under every policy"),
     )
-    points: list[JsonObject] = []
-    for result in results:
-        used, pairs = mean_sizes(observations, result.policy)
-        seconds = timing.mean_timing_stats([timings[result.policy, i] for i in indices])
-        points.append(
-            {
-                "policy": result.policy,
-                "accuracy": result.accuracy,
-                "interval": list(result.interval),
-                "p": result.compare_to(vanilla).p_value,
-                "items": result.accuracy_share().n,
-                "used": used,
-                "pairs": pairs,
-                "seconds": seconds,
-            }
-        )
-    return points
+    indices = range(len(observations))
+    return {p: timing.mean_timing_stats([timings[p, i] for i in indices]) for p in policies}
 
 
-def mean_sizes(observations: Sequence[LayerObservation], policy: str) -> tuple[float, float]:
-    """Mean unique experts, and mean experts per token."""
+def mean_sizes(observations: Sequence[LayerObservation], policy: str) -> dict[str, float]:
+    """Means of unique experts (``used``) and of token-expert pairs per token (``pairs``)."""
     parsed = parse_policy(policy)
     routings = [route(replace(o.scores, vanilla_ids=None), parsed) for o in observations]
-    used = sum(float(routing.used.sum()) for routing in routings) / len(routings)
-    pairs = sum(float((routing.topk_ids >= 0).sum(-1).double().mean()) for routing in routings)
-    return used, pairs / len(routings)
+    used = fmean(float(routing.used.sum()) for routing in routings)
+    pairs = fmean(float((r.topk_ids >= 0).sum(-1).double().mean()) for r in routings)
+    return {"used": used, "pairs": pairs}
 
 
-def predicted_seconds(record: Mapping[str, Any], layer: Layer) -> dict[str, float]:
+def predicted_seconds(record: Entry, layer: Entry) -> dict[str, float]:
     """Policy -> seconds of another layer's experts, at the same share of experts and pairs."""
     scale = layer["experts"] / record["experts"]
     return {
@@ -217,14 +190,14 @@ def predicted_seconds(record: Mapping[str, Any], layer: Layer) -> dict[str, floa
     }
 
 
-def vanilla_and_similar(record: Mapping[str, Any]) -> list[Point]:
+def vanilla_and_similar(record: Entry) -> list[Entry]:
     """Vanilla, then the other policies without a significant difference in accuracy."""
     vanilla = next(point for point in record["points"] if point["policy"] == VANILLA)
     others = [point for point in record["points"] if point is not vanilla]
     return [vanilla, *(point for point in others if point["p"] >= INDISTINGUISHABLE_P)]
 
 
-def draw_tradeoff(record: Mapping[str, Any], seconds: Sequence[float], label: str) -> Figure:
+def draw_tradeoff(record: Entry, seconds: Sequence[float], label: str) -> Figure:
     """Accuracy against time, one marker per policy, with the Pareto front."""
     series, points = [], []
     for point, one in zip(record["points"], seconds, strict=True):

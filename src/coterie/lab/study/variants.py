@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
-from bisect import bisect_left
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+
+import numpy as np
 
 from coterie.lab.evals.run import Variant
 from coterie.lab.study.context import StudyContext
@@ -13,28 +14,24 @@ from coterie.lab.study.results import Pair, VariantResult, VariantResults
 from coterie.routing import format_policy, parse_policy
 
 VANILLA = Variant("vanilla")
-ALL_BETAS = (0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.6)  # shares of a layer's experts
-MAIN_BETAS = (0.15, 0.3, 0.5)  # sizes at which variants of a rule are compared
 GUARD_OPTIONS = "voters=before-eos,protect=top1"
 MAX_EXPERT_DIFFERENCE = 0.75  # two variants this close count as at equal experts
 
-VariantGroups = Mapping[str, Sequence[Variant]]  # label of a line -> its variants, smallest first
-# Family of a vote -> the variants that it is compared with at equal experts.
-RivalVariants = Mapping[str, Sequence[Variant]]
-NO_RIVALS: RivalVariants = {}
+Templates = str | Sequence[str]  # of policies, as in comparisons.toml
+NO_RIVALS: Mapping[str, Templates] = {}
 
 
-def beta_variants(
-    family: str, betas: Iterable[float] = MAIN_BETAS, options: str = ""
-) -> list[Variant]:
-    """``family:beta=..`` at every size."""
-    specs = (f"{family}:beta={beta}{options and ','}{options}" for beta in betas)
-    return [Variant(format_policy(parse_policy(spec))) for spec in specs]
-
-
-def count_variants(family: str, counts: Iterable[int]) -> list[Variant]:
-    """``family:k=..`` for every count."""
-    return [Variant(f"{family}:k={count}") for count in counts]
+def expand_policies(templates: Templates, k: int) -> list[Variant]:
+    """ "topk:k={1,2}" is two policies, and HALF is half of ``k``. Counts from ``k`` are omitted."""
+    variants = []
+    for template in [templates] if isinstance(templates, str) else templates:
+        head, _, rest = template.replace("HALF", str(max(1, k // 2))).partition("{")
+        values, _, tail = rest.partition("}")
+        policies = [f"{head}{value}{tail}" for value in values.split(",")]
+        counts = [policy.partition(":k=")[2] for policy in policies]
+        usable = [p for p, n in zip(policies, counts, strict=True) if int(n or 0) < k]
+        variants += [Variant(format_policy(parse_policy(policy))) for policy in usable]
+    return variants
 
 
 def short_name(policy: str) -> str:
@@ -44,7 +41,8 @@ def short_name(policy: str) -> str:
 
 def vote_of_size(size: int, total: int, family: str = "des-vote") -> Variant:
     """The vote with a coreset of exactly ``size`` of ``total`` experts."""
-    return beta_variants(family, [math.ceil(size / total * 10_000) / 10_000])[0]
+    beta = math.ceil(size / total * 10_000) / 10_000
+    return Variant(format_policy(parse_policy(f"{family}:beta={beta}")))
 
 
 def coreset_size(policy: str, total: int) -> int:
@@ -59,46 +57,36 @@ def beta_text(policy: str) -> str:
 
 def run_comparison(
     context: StudyContext,
-    groups: VariantGroups,
+    groups: Mapping[str, Templates],
+    rivals: Mapping[str, Templates] = NO_RIVALS,
     *,
-    rivals: RivalVariants = NO_RIVALS,
     extra: Sequence[VariantResult] = (),
 ) -> VariantResults:
-    """Run vanilla and every variant of the groups; the groups include those of ``rivals``.
+    """Run vanilla, every policy of the groups, and votes with as many experts as the rivals use.
 
-    ``extra`` are results measured elsewhere that the record includes.
+    ``rivals`` are by the family of that vote. ``extra`` are results measured elsewhere that the
+    record includes.
     """
-    share = 0.7 if rivals else 1.0
-    variants = {v.name: v for v in (VANILLA, *(v for group in groups.values() for v in group))}
-    results: dict[str, VariantResult] = {}
-    add_results(context, results, list(variants.values()), (0.0, share))
+    spec, share = context.engine.model.spec, 0.7 if rivals else 1.0
+    k = spec.router.k
+    variants = {label: expand_policies(templates, k) for label, templates in groups.items()}
+    by_name = {v.name: v for v in (VANILLA, *(v for group in variants.values() for v in group))}
+    results = {r.name: r for r in context.evaluate(list(by_name.values()), (0.0, share))}
     pairs = [
         pair
-        for family, others in rivals.items()
+        for family, templates in rivals.items()
         for pair in SizeMatcher(context, results, family).match(
-            [results[variant.name] for variant in others], (share, 1.0)
+            [results[rival.name] for rival in expand_policies(templates, k)], (share, 1.0)
         )
     ]
-    spec = context.engine.model.spec
     return VariantResults(
         experts=spec.router.experts,
-        k=spec.router.k,
+        k=k,
         block=context.engine.generation.block,
         by_name={**results, **{result.name: result for result in extra}},
-        groups={label: [results[v.name] for v in group] for label, group in groups.items()},
+        groups={label: [results[v.name] for v in group] for label, group in variants.items()},
         pairs=pairs,
     )
-
-
-def add_results(
-    context: StudyContext,
-    results: dict[str, VariantResult],
-    variants: Sequence[Variant],
-    progress_span: tuple[float, float],
-) -> None:
-    """Evaluate variants and add their results by name."""
-    for eval_result in context.evaluate(variants, progress_span) if variants else ():
-        results[eval_result.policy] = VariantResult.from_eval_result(eval_result)
 
 
 @dataclass(frozen=True)
@@ -108,6 +96,10 @@ class SizeMatcher:
     context: StudyContext
     results: dict[str, VariantResult]  # grows
     family: str = "des-vote"
+
+    @property
+    def _total(self) -> int:
+        return self.context.engine.model.spec.router.experts
 
     def match(
         self, others: Sequence[VariantResult], progress_span: tuple[float, float]
@@ -123,13 +115,9 @@ class SizeMatcher:
             sizes = {self._estimate_size(other.experts) for other in unmatched}
             variants = [vote_of_size(size, self._total, self.family) for size in sorted(sizes)]
             new_variants = [variant for variant in variants if variant.name not in self.results]
-            add_results(self.context, self.results, new_variants, span)
+            self.results.update({r.name: r for r in self.context.evaluate(new_variants, span)})
         matches = [(other, self._nearest_vote(other)) for other in others]
         return [(other, vote) for other, vote in matches if vote is not None]
-
-    @property
-    def _total(self) -> int:
-        return self.context.engine.model.spec.router.experts
 
     def _votes(self) -> list[VariantResult]:
         """Results of the plain vote, which has no option but its size."""
@@ -147,8 +135,5 @@ class SizeMatcher:
         """The coreset size expected to use ``experts``, by linear interpolation."""
         total = self._total
         votes = [(vote.experts, coreset_size(vote.policy, total)) for vote in self._votes()]
-        curve = sorted([(0.0, 0), *votes, (float(total), total)])
-        index = max(1, min(bisect_left(curve, (experts, 0)), len(curve) - 1))
-        (low, low_size), (high, high_size) = curve[index - 1], curve[index]
-        slope = (high_size - low_size) / (high - low) if high > low else 1.0
-        return max(1, min(total, round(low_size + (experts - low) * slope)))
+        ends, sizes = zip(*sorted([(0.0, 0), *votes, (float(total), total)]), strict=True)
+        return max(1, round(float(np.interp(experts, ends, sizes))))
