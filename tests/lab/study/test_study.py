@@ -29,12 +29,13 @@ from coterie.engine.engine import Engine
 from coterie.errors import CheckpointError, CoterieError
 from coterie.lab import plotting
 from coterie.lab.evals.run import Variant
+from coterie.lab.study import speed
 from coterie.lab.study import study as room
 from coterie.lab.study.accuracy import ACCURACY, MIN_RELATIVE_ACCURACY, accuracy_findings
 from coterie.lab.study.cached_grading import CachedGradesTask
 from coterie.lab.study.charts import pareto_front
 from coterie.lab.study.comparison import DEFINITIONS, PolicyComparison
-from coterie.lab.study.context import StudyContext
+from coterie.lab.study.context import StudyContext, read_record
 from coterie.lab.study.experiment import (
     Drawing,
     Experiment,
@@ -591,23 +592,64 @@ def test_policy_object_equals_its_spelling(tmp_path: Path) -> None:
 # The chapters
 
 
-CHECKED = (
+MEASURED = (
     *("accuracy", "beyond", "mass", "block-size", "experts-per-token", "table-1", "forwards"),
 )
+DRAWN = {  # a record's experiment -> one figure of each kind
+    "accuracy": "accuracy-few",
+    "voters": "voters",
+    "forwards": "forwards",
+    "block-size": "block-size",
+    "latency-accuracy": "latency-accuracy",
+    "speed": "speed",
+}
 
 
-@pytest.mark.parametrize("name", CHECKED)
-def test_accuracy_experiment_renders_from_its_record(name: str, tmp_path: Path) -> None:
-    chapter = EXPERIMENTS[name]
-    facts = json.loads(json.dumps(chapter.measure(lab(tmp_path)), allow_nan=False))
-    for drawing in chapter.drawings(facts):
-        assert plotting.render_svg(drawing.draw, name=drawing.name, scheme="light").startswith(
-            "<svg"
-        )
-    for table in chapter.tables(facts):
+@pytest.mark.parametrize("name", MEASURED)
+def test_experiment_renders_from_its_record(name: str, tmp_path: Path) -> None:
+    experiment = EXPERIMENTS[name]
+    record = json.loads(json.dumps(experiment.measure(lab(tmp_path)), allow_nan=False))
+    for table in experiment.tables(record):
         assert {len(row) for row in table.rows} == {len(table.heads)}
         assert max(table.numbers, default=0) < len(table.heads)
-    assert all(chapter.findings(facts))
+    assert all(experiment.findings(record))
+    assert (name == "table-1") == (not experiment.drawings(record))
+
+
+def test_speed_renders_from_its_record(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(speed, "ROUNDS", 1)
+    context = lab(tmp_path)
+    context.engine.generation = context.engine.generation.replace(max_new_tokens=8)
+    experiment = speed.SpeedExperiment()
+    record = json.loads(json.dumps(experiment.measure(replace(context, num_prompts=1))))
+    (table,) = experiment.tables(record)
+    assert [row[0] for row in table.rows] == [entry["policy"] for entry in record["timed"]]
+    assert {len(row) for row in table.rows} == {len(table.heads)}
+    assert all(entry["rounds"][0] > 0 for entry in record["timed"])
+    (finding,) = experiment.findings(record)
+    assert isinstance(finding, Finding)
+    assert speed.fastest_des(record)["policy"] in finding.text
+
+
+@pytest.mark.parametrize("name", DRAWN)
+def test_each_kind_of_figure_is_drawn(name: str) -> None:
+    record = json.loads(study_record(name).read_text(encoding="utf-8"))["facts"]
+    drawings = {drawing.name: drawing for drawing in EXPERIMENTS[name].drawings(record)}
+    svg = plotting.render_svg(drawings[DRAWN[name]].draw, name=name, scheme="light")
+    assert svg.startswith("<svg")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", EXPERIMENTS)
+def test_every_figure_is_drawn_in_both_schemes(name: str) -> None:
+    record = read_record(study_record(name).parent, name)
+    section = make_section(EXPERIMENTS[name], record)
+    assert section.failure is None
+    assert all(figure.svg["light"] != figure.svg["dark"] for figure in section.figures)
+
+
+def study_record(name: str) -> Path:
+    return ROOT / "results" / "study" / f"{name}.json"
 
 
 def test_headline_verdict_uses_the_smallest_accurate_policy() -> None:

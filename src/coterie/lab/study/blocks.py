@@ -56,18 +56,13 @@ class BlockSizeExperiment(Experiment):
         }
 
     def drawings(self, record: Entry) -> Sequence[Drawing]:
-        by_policy, label = _by_policy(record), f"unique experts of {record['experts']}"
+        by_policy, usual = _by_policy(record), record["usual"]
+        draw_accuracy = partial(draw_by_size, by_policy, "accuracy", accuracy=True)
+        label = f"unique experts of {record['experts']}"
+        draw_experts = partial(draw_by_size, by_policy, label, accuracy=False)
         return [
-            Drawing(
-                self.name,
-                self.text.caption("accuracy", usual=record["usual"]),
-                partial(draw_by_size, by_policy, "accuracy", accuracy=True),
-            ),
-            Drawing(
-                f"{self.name}-experts",
-                self.text.caption("experts"),
-                partial(draw_by_size, by_policy, label, accuracy=False),
-            ),
+            Drawing(self.name, self.text.caption("accuracy", usual=usual), draw_accuracy),
+            Drawing(f"{self.name}-experts", self.text.caption("experts"), draw_experts),
         ]
 
     def tables(self, record: Entry) -> Sequence[Table]:

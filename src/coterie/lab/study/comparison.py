@@ -10,7 +10,7 @@ from pathlib import Path
 
 from matplotlib.figure import Figure
 
-from coterie.lab.plotting import FIGURE_HEIGHT, indexed_style, policy_style
+from coterie.lab.plotting import FIGURE_HEIGHT, SeriesStyle, indexed_style, policy_style
 from coterie.lab.study.charts import Series, guide_series, line_chart, pareto_front
 from coterie.lab.study.context import StudyContext
 from coterie.lab.study.experiment import (
@@ -29,11 +29,7 @@ from coterie.lab.study.variants import Templates, beta_text, run_comparison
 
 TEXT = ExperimentText.load("comparison")
 DEFINITIONS = tomllib.loads(Path(__file__).with_name("comparisons.toml").read_text("utf-8"))
-CONDITIONS = {
-    "size": "at the same size",
-    "beta": "at the same beta",
-    "experts": "at equal experts",
-}
+CONDITION = {"size": "at the same size", "beta": "at the same beta", "experts": "at equal experts"}
 
 
 @dataclass(frozen=True)
@@ -64,7 +60,7 @@ class GroupComparison:
 
     def finding(self, text: ExperimentText, results: VariantResults) -> Finding | str:
         pairs, name = self.pairs(results), self.name or " or ".join(self.first)
-        names = {"second": self.second, "first": name, "condition": CONDITIONS[self.at]}
+        names = {"second": self.second, "first": name, "condition": CONDITION[self.at]}
         if self.claim:
             return claim_finding(text.claim(self.claim), pairs, **names)
         unit = "sizes" if self.at == "size" else "comparisons"
@@ -83,13 +79,13 @@ def draw_comparison(
     Lines are styled by the family of their policies, or by their position. ``pareto`` adds the
     Pareto front over all groups.
     """
-    groups = {label: results.groups[label] for label in labels or results.groups}
-    groups = {label: group for label, group in groups.items() if group}
+    shown = labels or list(results.groups)
+    groups = {label: group for label, group in results.groups.items() if label in shown and group}
     series = [
-        group_series(label, group, None if by_family else index)
+        group_series(label, group, style=None if by_family else indexed_style(index))
         for index, (label, group) in enumerate(groups.items())
     ]
-    series.append(vanilla_series(results.vanilla, results.vanilla.accuracy))
+    series.append(vanilla_series(results.vanilla))
     if pareto:
         front = pareto_front([(r.experts, r.accuracy) for r in results.all], lambda point: point)
         xs, ys = zip(*front, strict=True)
@@ -166,16 +162,22 @@ class PolicyComparison(Experiment):
         return VariantResults.from_record(record, list(self.groups))
 
 
-def group_series(label: str, group: Sequence[VariantResult], index: int | None = None) -> Series:
-    """Accuracy against experts, in the style of the policies' family or of a position."""
-    style = policy_style(group[-1].policy) if index is None else indexed_style(index)
+def group_series(
+    label: str,
+    group: Sequence[VariantResult],
+    y: str = "accuracy",
+    style: SeriesStyle | None = None,
+) -> Series:
+    """An attribute of the results against their experts; accuracies have intervals."""
     ordered = sorted(group, key=lambda result: result.experts)
-    xs, ys = [r.experts for r in ordered], [r.accuracy for r in ordered]
-    return Series(label, xs, ys, style, intervals=[r.interval for r in ordered])
+    xs, ys = [result.experts for result in ordered], [getattr(r, y) for r in ordered]
+    intervals = [result.interval for result in ordered] if y == "accuracy" else None
+    return Series(label, xs, ys, style or policy_style(group[-1].policy), intervals=intervals)
 
 
-def vanilla_series(vanilla: VariantResult, y: float) -> Series:
-    return Series("vanilla", [vanilla.experts], [y], policy_style("vanilla"), line="", size=11)
+def vanilla_series(vanilla: VariantResult, y: str = "accuracy") -> Series:
+    point = [vanilla.experts], [getattr(vanilla, y)]
+    return Series("vanilla", *point, policy_style("vanilla"), line="", size=11)
 
 
 def unique_experts_label(results: VariantResults) -> str:
@@ -191,19 +193,17 @@ def variant_table(results: VariantResults, caption: str | None = None) -> Table:
 
 def variant_rows(results: VariantResults) -> list[dict[str, object]]:
     """One row per policy, vanilla first: the result ``r``, and values against vanilla."""
-    vanilla, rows = results.vanilla, []
-    for result in results.all:
-        change = result.compare_to(vanilla)
-        is_other = result is not vanilla
-        rows.append(
-            {
-                "r": result,
-                "change": change,
-                "difference": f"{change.difference:+.1%}" if is_other else "",
-                "p": format_p(change.p_value, bare=True) if is_other else "",
-                "relative": result.relative_accuracy(vanilla),
-                "bytes": decimal_bytes(result.expert_bytes),
-                "share": result.experts_per_block / vanilla.experts_per_block,
-            }
-        )
-    return rows
+    vanilla = results.vanilla
+    changes = [result.compare_to(vanilla) for result in results.all]
+    return [
+        {
+            "r": result,
+            "change": change,
+            "difference": "" if result is vanilla else f"{change.difference:+.1%}",
+            "p": "" if result is vanilla else format_p(change.p_value, bare=True),
+            "relative": result.relative_accuracy(vanilla),
+            "bytes": decimal_bytes(result.expert_bytes),
+            "share": result.experts_per_block / vanilla.experts_per_block,
+        }
+        for result, change in zip(results.all, changes, strict=True)
+    ]

@@ -69,13 +69,6 @@ class StudyContext:
         self.used_records[experiment] = content["when"]
         return content["facts"]
 
-    def needed_record(self, experiment: str) -> Any:
-        """As ``record``; raises TaskError where there is none."""
-        facts = self.record(experiment)
-        if facts is None:
-            raise TaskError(f"the record of `{experiment}` is missing; run both experiments")
-        return facts
-
     def evaluate(
         self, variants: Sequence[Variant], progress_span: tuple[float, float] = (0.0, 1.0)
     ) -> list[VariantResult]:

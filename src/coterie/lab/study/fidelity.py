@@ -8,7 +8,7 @@ Intervals are bootstraps over prompts.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Literal, get_args
@@ -35,12 +35,6 @@ MAX_LAYERS = 4  # MoE layers observed, evenly spread over a large model
 MAX_FORWARDS = 24  # forwards observed per row, from its first
 BOOTSTRAP_DRAWS = 1000
 METRICS: tuple[Metric, ...] = get_args(Metric)
-METRIC_NAMES: Mapping[Metric, str] = {
-    "recall": "top-K recall",
-    "word_recall": "top-K recall, answer tokens",
-    "loss": "reconstruction loss",
-    "word_loss": "reconstruction loss, answer tokens",
-}
 
 
 @dataclass(frozen=True)
@@ -232,18 +226,3 @@ def compare_to_curve(gap: Entry, metric: Metric) -> int:
     sign = -1 if metric.endswith("loss") else 1
     low, high = sorted(sign * end for end in gap["interval"])
     return int(low > 0) - int(high < 0)
-
-
-def count_outcomes(gaps: Sequence[Entry], metric: Metric) -> tuple[int, int, int]:
-    """The numbers of sizes at which policies are better than the curve, worse, and similar."""
-    signs = [compare_to_curve(gap, metric) for gap in gaps]
-    return signs.count(1), signs.count(-1), signs.count(0)
-
-
-def outcomes_text(gaps_by_metric: Mapping[Metric, Sequence[Entry]]) -> str:
-    """Metric by metric: the numbers of sizes that are better, worse and similar."""
-    clauses = []
-    for metric, gaps in gaps_by_metric.items():
-        better, worse, similar = count_outcomes(gaps, metric)
-        clauses.append(f"{METRIC_NAMES[metric]} {better} better, {worse} worse, {similar} similar")
-    return "; ".join(clauses)

@@ -252,9 +252,9 @@ def _scored_blocks(
     """
     if not bench.random:
         prompts = context.questions()[:NUM_PROMPTS]
-        options = {"batch_size": 1, "max_forwards": FORWARDS_PER_PROMPT, "block": tokens}
+        options: dict[str, Any] = {"batch_size": 1, "max_forwards": FORWARDS_PER_PROMPT}
         try:
-            observations = collect_observations(context.engine, prompts, **options)
+            observations = collect_observations(context.engine, prompts, block=tokens, **options)
         except CoterieError:
             return []
         return [(observation.x.flatten(0, 1), observation.scores) for observation in observations]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 
 from matplotlib.figure import Figure
@@ -19,17 +19,16 @@ from coterie.lab.study.experiment import (
     judge,
 )
 from coterie.lab.study.fidelity import (
-    METRIC_NAMES,
     Metric,
     compare_policies,
     compare_to_curve,
-    count_outcomes,
     fidelity_scores,
     gaps_to_curve,
-    outcomes_text,
     sample_layers,
 )
 from coterie.lab.study.variants import GUARD_OPTIONS
+
+GapsByMetric = Mapping[Metric, Sequence[Entry]]
 
 SHARES = (
     *("0.03125", "0.0625", "0.1", "0.15", "0.2", "0.25", "0.3", "0.35", "0.4", "0.45", "0.5"),
@@ -38,7 +37,12 @@ SHARES = (
 MAIN_SHARES = ("0.0625", "0.15", "0.3", "0.5", "0.75")
 DES_SEQ, DES_VOTE, RANDOM, TOP_K = "DES-Seq", "DES-Vote", "random", "top-k"
 GUARDED, PROPORTIONAL = "DES-Vote, guarded", "proportional"
-COMPARED_METRICS: tuple[Metric, ...] = ("recall", "word_recall", "loss", "word_loss")
+METRIC_NAMES: dict[Metric, str] = {
+    "recall": "top-K recall",
+    "word_recall": "top-K recall, answer tokens",
+    "loss": "reconstruction loss",
+    "word_loss": "reconstruction loss, answer tokens",
+}
 DRAWN_METRICS: dict[str, Metric] = {  # by figure
     "recall": "recall",
     "reconstruction-loss": "loss",
@@ -87,7 +91,7 @@ class ReconstructionExperiment(Experiment):
             **{
                 key: {
                     metric: gaps_to_curve(fidelity, selected, families[DES_VOTE], metric)
-                    for metric in COMPARED_METRICS
+                    for metric in METRIC_NAMES
                 }
                 for key, selected in compared.items()
             },
@@ -107,8 +111,8 @@ class ReconstructionExperiment(Experiment):
     def tables(self, record: Entry) -> Sequence[Table]:
         readings = [reading for curve in record["curves"] for reading in curve["readings"]]
         gaps = [
-            dict(zip(COMPARED_METRICS, gaps, strict=True))
-            for gaps in zip(*map(record["against"].get, COMPARED_METRICS), strict=True)
+            dict(zip(METRIC_NAMES, gaps, strict=True))
+            for gaps in zip(*map(record["against"].get, METRIC_NAMES), strict=True)
         ]
         return [
             self.text.table("scores", readings, record=record),
@@ -116,54 +120,52 @@ class ReconstructionExperiment(Experiment):
         ]
 
     def findings(self, record: Entry) -> Sequence[Finding | str]:
-        gaps = record["against"]["word_loss"]
-        worse, better, similar = count_outcomes(gaps, "word_loss")
-        counts = {"better": better, "worse": worse, "similar": similar, "sizes": len(gaps)}
+        content = count_outcomes(record["against"]["word_loss"], "word_loss")
         return [
             self._control_finding(record["control"]),
-            self._seq_finding(record, "recall"),
-            self._seq_finding(record, "loss"),
-            self.text.sentence("word_loss", **counts),
-            *(
-                self.text.sentence(
-                    key,
-                    sizes=max(map(len, record[key].values())),
-                    outcomes=outcomes_text(record[key]),
-                )
-                for key in ("guarded", "ours")
-            ),
+            self._seq_finding(record["against"]["recall"], "recall"),
+            self._seq_finding(record["against"]["loss"], "loss"),
+            self.text.sentence("word_loss", **content),
+            *(self._vote_sentence(key, record[key]) for key in ("guarded", "ours")),
         ]
-
-    def _seq_finding(self, record: Entry, metric: Metric) -> Finding:
-        gaps, claim = record["against"][metric], self.text.claim(metric)
-        if not gaps:
-            return judge(self.text.sentence("no_sizes"), claim, None)
-        worse, better, similar = count_outcomes(gaps, metric)
-        text = self.text.sentence(
-            "versus_seq",
-            metric=METRIC_NAMES[metric],
-            better=better,
-            worse=worse,
-            similar=similar,
-            sizes=len(gaps),
-            largest=max(gaps, key=lambda gap: abs(gap["gap"])),
-            remark=self.text.sentence("maximal") if metric == "recall" else "",
-        )
-        return judge(text, claim, better > len(gaps) / 2 and not worse)
 
     def _control_finding(self, control: Entry) -> Finding:
         """Random coresets against elected ones, in recall and in loss."""
-        metrics: tuple[Metric, ...] = ("recall", "loss")
-        signs = [compare_to_curve(gap, metric) for metric in metrics for gap in control[metric]]
-        is_worse = [sign < 0 for sign in signs]
+        counts = [count_outcomes(control[metric], metric) for metric in ("recall", "loss")]
+        worse, sizes = (sum(count[key] for count in counts) for key in ("worse", "sizes"))
         nearest = min(control["recall"], key=lambda gap: abs(gap["gap"]), default=None)
-        return self.text.finding(
-            "control",
-            bool(is_worse) and all(is_worse),
-            worse=sum(is_worse),
-            comparisons=len(is_worse),
-            nearest=self.text.sentence("nearest", gap=nearest) if nearest else "",
+        text = self.text.sentence("nearest", gap=nearest) if nearest else ""
+        holds = 0 < worse == sizes
+        return self.text.finding("control", holds, worse=worse, sizes=sizes, nearest=text)
+
+    def _seq_finding(self, gaps: Sequence[Entry], metric: Metric) -> Finding:
+        claim, counts = self.text.claim(metric), count_outcomes(gaps, metric)
+        if not gaps:
+            return judge(self.text.sentence("no_sizes"), claim, None)
+        text = self.text.sentence(
+            "versus_seq",
+            metric=METRIC_NAMES[metric],
+            largest=max(gaps, key=lambda gap: abs(gap["gap"])),
+            remark=self.text.sentence("maximal") if metric == "recall" else "",
+            **counts,
         )
+        return judge(text, claim, counts["worse"] > len(gaps) / 2 and not counts["better"])
+
+    def _vote_sentence(self, key: str, gaps_by_metric: GapsByMetric) -> str:
+        """A vote of another kind against DES-Vote, metric by metric."""
+        counts = {METRIC_NAMES[m]: count_outcomes(gaps, m) for m, gaps in gaps_by_metric.items()}
+        clauses = [self.text.sentence("outcome", metric=m, **count) for m, count in counts.items()]
+        sizes = max(count["sizes"] for count in counts.values())
+        return self.text.sentence(key, sizes=sizes, outcomes="; ".join(clauses))
+
+
+def count_outcomes(gaps: Sequence[Entry], metric: Metric) -> dict[str, int]:
+    """The numbers of sizes, and of those where policies are better than the curve, and so on."""
+    signs = [compare_to_curve(gap, metric) for gap in gaps]
+    counts = {
+        word: signs.count(sign) for sign, word in ((1, "better"), (-1, "worse"), (0, "similar"))
+    }
+    return {"sizes": len(signs), **counts}
 
 
 def policies_by_family(k: int) -> dict[str, list[str]]:

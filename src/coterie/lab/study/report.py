@@ -62,12 +62,14 @@ class ReportedClaim:
 
 def collect_claims(sections: Sequence[ReportSection]) -> list[ReportedClaim]:
     """Every claim once per experiment, in the order of the page."""
-    return [
-        ReportedClaim(claim, section, tuple(f.verdict for f in tested if f.claim == claim))
-        for section in sections
-        if (tested := [finding for finding in section.findings if finding.verdict is not None])
-        for claim in dict.fromkeys(finding.claim for finding in tested)
-    ]
+    claims = []
+    for section in sections:
+        verdicts: dict[str, list[Verdict]] = {}
+        for finding in section.findings:
+            if finding.verdict is not None:
+                verdicts.setdefault(finding.claim, []).append(finding.verdict)
+        claims += [ReportedClaim(text, section, tuple(each)) for text, each in verdicts.items()]
+    return claims
 
 
 def make_section(
@@ -96,7 +98,9 @@ def make_section(
 
 def render_figure(drawing: Drawing, schemes: Sequence[ColourScheme]) -> RenderedFigure:
     """Draw a figure in these colour schemes."""
-    svg = {scheme: render_svg(drawing.draw, name=drawing.name, scheme=scheme) for scheme in schemes}
+    svg: dict[ColourScheme, str] = {
+        scheme: render_svg(drawing.draw, name=drawing.name, scheme=scheme) for scheme in schemes
+    }
     return RenderedFigure(drawing.name, drawing.caption, svg)
 
 

@@ -62,13 +62,7 @@ class VariantResult:
             **to_json(self),
             "accuracy": _share_to_json(self.accuracy_share()),
             "by_task": {task: _share_to_json(self.accuracy_share(task)) for task in self.right},
-            "change": {
-                "value": change.difference,
-                "gained": change.gained,
-                "lost": change.lost,
-                "interval": list(change.interval),
-                "p": change.p_value,
-            },
+            "change": {"value": change.difference, **to_json(change), "p": change.p_value},
             "relative_accuracy": self.accuracy / base if base else None,
         }
 
@@ -163,9 +157,5 @@ class VariantResults:
 
 
 def _share_to_json(share: Proportion) -> JsonObject:
-    return {
-        "value": share.value,
-        "right": share.successes,
-        "n": share.n,
-        "interval": [*share.interval],
-    }
+    counts = {"right": share.successes, "n": share.n}
+    return {"value": share.value, **counts, "interval": [*share.interval]}

@@ -11,11 +11,12 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
-from coterie.lab.plotting import IntervalSeries, indexed_style, interval_chart, policy_style
+from coterie.lab.plotting import IntervalSeries, indexed_style, interval_chart
 from coterie.lab.study.accuracy import DES_VOTE
-from coterie.lab.study.charts import Series, guide_series, line_chart
+from coterie.lab.study.charts import guide_series, line_chart
 from coterie.lab.study.comparison import (
     PolicyComparison,
+    group_series,
     unique_experts_label,
     vanilla_series,
     variant_rows,
@@ -51,12 +52,12 @@ def draw_forwards(results: VariantResults, _: Sequence[str] = ()) -> Figure:
     most = max(result.forwards_per_block for result in results.all[1:])
     xs = [vanilla.experts_per_block / (1 + (most - 1) * step / 50) for step in range(51)]
     ys = [vanilla.experts_per_block / x for x in xs]
-    series = [guide_series(xs, ys, "reads as much as vanilla")]
-    for label, group in results.groups.items():
-        ordered = sorted(group, key=lambda result: result.experts)
-        x, y = [r.experts for r in ordered], [r.forwards_per_block for r in ordered]
-        series.append(Series(label, x, y, policy_style(group[-1].policy)))
-    series.append(vanilla_series(vanilla, vanilla.forwards_per_block))
+    groups = [(label, group) for label, group in results.groups.items() if group]
+    series = [
+        guide_series(xs, ys, "reads as much as vanilla"),
+        *(group_series(label, group, "forwards_per_block") for label, group in groups),
+        vanilla_series(vanilla, "forwards_per_block"),
+    ]
     label = unique_experts_label(results)
     return line_chart(series, label, "forwards per block", xlim=(0, None), ylim=(0, None))
 
@@ -93,53 +94,42 @@ class SpeedExperiment(Experiment):
 
     def drawings(self, record: Entry) -> Sequence[Drawing]:
         rows = {
-            short_name(e["policy"]): (min(e["rounds"]), median_speed(e), max(e["rounds"]))
-            for e in record["timed"]
+            short_name(entry["policy"]): (entry["slowest"], entry["speed"], entry["fastest"])
+            for entry in timed_policies(record)
         }
         series = [IntervalSeries("", indexed_style(0), rows)]
         draw = partial(interval_chart, list(rows), series, "tokens per second")
         return [Drawing(self.name, self.text.caption("figure"), draw)]
 
     def tables(self, record: Entry) -> Sequence[Table]:
-        base = median_speed(record["timed"][0])
-        rows = [
-            {
-                **entry,
-                "speed": median_speed(entry),
-                "slowest": min(entry["rounds"]),
-                "fastest": max(entry["rounds"]),
-                "ratio": median_speed(entry) / base,
-            }
-            for entry in record["timed"]
-        ]
-        return [self.text.table("speed", rows, prompts=record["prompts"], rounds=ROUNDS)]
+        rows, prompts = timed_policies(record), record["prompts"]
+        return [self.text.table("speed", rows, prompts=prompts, rounds=ROUNDS)]
 
     def findings(self, record: Entry) -> Sequence[Finding | str]:
-        vanilla, best = record["timed"][0], fastest_des(record)
-        base, speed = median_speed(vanilla), median_speed(best)
-        is_separated = min(best["rounds"]) > max(vanilla["rounds"])
-        holds = is_separated and 1 - base / speed >= PAPER_LATENCY_CUT
-        return [
-            self.text.finding(
-                "fastest",
-                holds,
-                policy=best["policy"],
-                speed=speed,
-                base=base,
-                ratio=speed / base,
-                cut=PAPER_LATENCY_CUT,
-            )
-        ]
+        vanilla, best, cut = timed_policies(record)[0], fastest_des(record), PAPER_LATENCY_CUT
+        holds = best["slowest"] > vanilla["fastest"] and 1 - 1 / best["ratio"] >= cut
+        return [self.text.finding("fastest", holds, best=best, vanilla=vanilla, cut=cut)]
+
+
+def timed_policies(record: Entry) -> list[Entry]:
+    """The entries with their median ``speed``, extremes, and ``ratio`` to vanilla's speed."""
+    speeds = [statistics.median(entry["rounds"]) for entry in record["timed"]]
+    return [
+        {
+            **entry,
+            "speed": speed,
+            "slowest": min(entry["rounds"]),
+            "fastest": max(entry["rounds"]),
+            "ratio": speed / speeds[0],
+        }
+        for entry, speed in zip(record["timed"], speeds, strict=True)
+    ]
 
 
 def fastest_des(record: Entry) -> Entry:
     """The entry of the fastest DES policy."""
-    des = [entry for entry in record["timed"] if entry["policy"].startswith("des-")]
-    return max(des, key=median_speed)
-
-
-def median_speed(entry: Entry) -> float:
-    return statistics.median(entry["rounds"])
+    des = [entry for entry in timed_policies(record) if entry["policy"].startswith("des-")]
+    return max(des, key=lambda entry: entry["speed"])
 
 
 FORWARDS = replace(  # its runs are shared with the accuracy experiments

@@ -17,7 +17,7 @@ from coterie.lab.study.experiment import ExperimentText, format_p
 from coterie.lab.study.expert_cache_report import ResultGrid, lowest_traffic
 from coterie.lab.study.report import ReportSection, collect_claims
 from coterie.lab.study.results import VariantResult, VariantResults
-from coterie.lab.study.speed import fastest_des, median_speed
+from coterie.lab.study.speed import fastest_des
 
 TEXT = ExperimentText.load("summary")
 Records = Mapping[str, Any]  # experiment -> the facts of its record
@@ -90,9 +90,7 @@ def _half_k_points(record: Any) -> Points:
     full = next(iter(results.groups.values()))
     half = [results.by_name[name] for name in record["narrow"]]
     if full and half:
-        yield TEXT.sentence(
-            "half-k", full=full[-1], k=results.k, half=half[-1], half_k=record["half"]
-        )
+        yield TEXT.sentence("half-k", full=full[-1], half=half[-1], record=record)
 
 
 def _own_policy_points(record: Any) -> Points:
@@ -114,9 +112,7 @@ def _forward_points(record: Any) -> Points:
 
 
 def _speed_points(record: Any) -> Points:
-    best = fastest_des(record)
-    ratio = median_speed(best) / median_speed(record["timed"][0])
-    yield TEXT.sentence("speed", policy=best["policy"], ratio=ratio)
+    yield TEXT.sentence("speed", best=fastest_des(record))
 
 
 def _cache_points(record: Any) -> Points:

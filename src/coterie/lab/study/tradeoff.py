@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from statistics import fmean
@@ -10,17 +10,11 @@ from statistics import fmean
 from matplotlib.figure import Figure
 
 from coterie.engine.observation import LayerObservation, collect_observations
+from coterie.errors import TaskError
 from coterie.lab.bench import timing
 from coterie.lab.bench.routings import BLOCK_LENGTH
 from coterie.lab.plotting import policy_style
-from coterie.lab.study.charts import (
-    Series,
-    guide_series,
-    line_chart,
-    milliseconds,
-    pareto_front,
-    quartiles_text,
-)
+from coterie.lab.study.charts import guide_series, line_chart, pareto_front, policy_series
 from coterie.lab.study.context import StudyContext
 from coterie.lab.study.experiment import (
     Drawing,
@@ -35,7 +29,6 @@ from coterie.lab.study.layers import FORWARDS_PER_PROMPT, NUM_PROMPTS, layer_run
 from coterie.lab.study.results import JsonObject, VariantResults
 from coterie.routing import parse_policy, route
 
-VANILLA = "vanilla"
 # Routes as vanilla does, and computes the importance of tokens, which mc-moe needs.
 OBSERVED_POLICY = "mc-moe:beta=0,protect=0"
 ROUNDS = 8
@@ -54,7 +47,10 @@ class TradeoffExperiment(Experiment):
     rounds: int = ROUNDS
 
     def measure(self, context: StudyContext) -> JsonObject:
-        results = VariantResults.from_record(context.needed_record("accuracy"))
+        accuracy = context.record("accuracy")
+        if accuracy is None:
+            raise TaskError("the record of `accuracy` is missing; run both experiments")
+        results = VariantResults.from_record(accuracy)
         generation = results.vanilla.generation
         variants = [r for r in results.by_name.values() if r.generation == generation]
         context.on_progress(0.0, "forwards to time")
@@ -92,57 +88,65 @@ class TradeoffExperiment(Experiment):
         }
 
     def drawings(self, record: Entry) -> Sequence[Drawing]:
-        measured = [point["seconds"]["median"] for point in record["points"]]
+        points = timed_points(record)
         label = "milliseconds of the MoE layer, measured"
-        draw = partial(draw_tradeoff, record, measured, label)
+        draw = partial(draw_tradeoff, points, [point["ms"] for point in points], label)
         drawings = [Drawing(self.name, self.text.caption("measured"), draw)]
-        for layer in record["others"]:
-            name, seconds = layer["name"], list(predicted_seconds(record, layer).values())
+        for name in points[0]["predicted"]:
             label = f"milliseconds of {name}'s experts, predicted"
-            draw = partial(draw_tradeoff, record, seconds, label)
+            times = [point["predicted"][name] for point in points]
+            draw = partial(draw_tradeoff, points, times, label)
             caption = self.text.caption("predicted", name=name)
             drawings.append(Drawing(f"{self.name}-{name.lower()}", caption, draw))
         return drawings
 
     def tables(self, record: Entry) -> Sequence[Table]:
-        def prediction(layer: Entry) -> Callable[[Entry], str]:
-            seconds = predicted_seconds(record, layer)
-            return lambda point: f"{seconds[point['policy']] * 1e3:.1f}"
-
-        points = sorted(record["points"], key=lambda point: -point["accuracy"])
-        columns = {
-            "layer, ms": lambda point: milliseconds(point["seconds"], 3),
-            "quartiles": lambda point: quartiles_text(point["seconds"], 3),
-            **{f"{each['name']}, ms (predicted)": prediction(each) for each in record["others"]},
-        }
+        points = sorted(timed_points(record), key=lambda point: -point["accuracy"])
+        names = points[0]["predicted"]
+        columns = {f"{name}, ms (predicted)": f"{{predicted[{name}]:.1f}}" for name in names}
         items, forwards = points[0]["items"], record["forwards"]
         return [self.text.table("points", points, columns, items=items, forwards=forwards)]
 
     def findings(self, record: Entry) -> Sequence[Finding | str]:
+        points = timed_points(record)
+        vanilla = next(point for point in points if point["policy"] == "vanilla")
+        others = [point for point in points if point is not vanilla]
+        similar = [point for point in others if point["p"] >= INDISTINGUISHABLE_P]
         return [
-            self._own_layer_finding(record),
-            *(self._predicted_finding(record, layer) for layer in record["others"]),
+            self._own_layer_finding(vanilla, similar),
+            *(self._predicted_finding(name, vanilla, similar) for name in vanilla["predicted"]),
             *timing.load_warnings(record["machine"]),
         ]
 
-    def _own_layer_finding(self, record: Entry) -> Finding:
-        vanilla, *similar = vanilla_and_similar(record)
+    def _own_layer_finding(self, vanilla: Entry, similar: Sequence[Entry]) -> Finding:
         if not similar:
             return judge(self.text.sentence("none"), self.text.claim("own"), False)
-        best = min(similar, key=lambda point: point["seconds"]["median"])
-        is_faster = best["seconds"]["high"] < vanilla["seconds"]["low"]
-        ms, vanilla_ms = (milliseconds(point["seconds"], 3) for point in (best, vanilla))
-        ratio = vanilla["seconds"]["median"] / best["seconds"]["median"]
-        values = {"n": len(similar), "best": best, "best_ms": ms, "ratio": ratio}
-        return self.text.finding("own", is_faster, vanilla=vanilla, vanilla_ms=vanilla_ms, **values)
+        best, n = min(similar, key=lambda point: point["ms"]), len(similar)
+        ratio, is_faster = vanilla["ms"] / best["ms"], best["high"] < vanilla["low"]
+        return self.text.finding("own", is_faster, n=n, best=best, vanilla=vanilla, ratio=ratio)
 
-    def _predicted_finding(self, record: Entry, layer: Entry) -> Finding:
-        milliseconds = {p: s * 1e3 for p, s in predicted_seconds(record, layer).items()}
-        policies = [point["policy"] for point in vanilla_and_similar(record)]
-        best = min(policies, key=lambda policy: milliseconds[policy])
-        ms, vanilla_ms = milliseconds[best], milliseconds[VANILLA]
-        values = {"name": layer["name"], "best": best, "best_ms": ms, "vanilla_ms": vanilla_ms}
-        return self.text.finding("predicted", None, ratio=vanilla_ms / ms, **values)
+    def _predicted_finding(self, name: str, vanilla: Entry, similar: Sequence[Entry]) -> Finding:
+        best = min((vanilla, *similar), key=lambda point: point["predicted"][name])
+        ms, vanilla_ms = best["predicted"][name], vanilla["predicted"][name]
+        times = {"ms": ms, "vanilla_ms": vanilla_ms, "ratio": vanilla_ms / ms}
+        return self.text.finding("predicted", None, name=name, best=best, **times)
+
+
+def timed_points(record: Entry) -> list[Entry]:
+    """The points with milliseconds: median, quartiles, and ``predicted`` by the name of a layer.
+
+    A prediction is of another layer's experts, at the same share of experts and pairs per token.
+    """
+    points = []
+    for point in record["points"]:
+        ms, low, high = (point["seconds"][key] * 1e3 for key in ("median", "low", "high"))
+        share, pairs = point["used"] / record["experts"], point["pairs"] * BLOCK_LENGTH
+        predicted = {
+            each["name"]: 1e3 * timing.predict_seconds(each["fit"], share * each["experts"], pairs)
+            for each in record["others"]
+        }
+        points.append({**point, "ms": ms, "low": low, "high": high, "predicted": predicted})
+    return points
 
 
 def time_policies(
@@ -179,32 +183,17 @@ def mean_sizes(observations: Sequence[LayerObservation], policy: str) -> dict[st
     return {"used": used, "pairs": pairs}
 
 
-def predicted_seconds(record: Entry, layer: Entry) -> dict[str, float]:
-    """Policy -> seconds of another layer's experts, at the same share of experts and pairs."""
-    scale = layer["experts"] / record["experts"]
-    return {
-        point["policy"]: timing.predict_seconds(
-            layer["fit"], point["used"] * scale, point["pairs"] * BLOCK_LENGTH
+def draw_tradeoff(points: Sequence[Entry], times: Sequence[float], label: str) -> Figure:
+    """Accuracy against milliseconds, one marker per policy, with the Pareto front."""
+    series = [
+        policy_series(
+            point["policy"], [ms], [point["accuracy"]],
+            label=policy_style(point["policy"]).name, line="", intervals=[point["interval"]],
         )
-        for point in record["points"]
-    }
-
-
-def vanilla_and_similar(record: Entry) -> list[Entry]:
-    """Vanilla, then the other policies without a significant difference in accuracy."""
-    vanilla = next(point for point in record["points"] if point["policy"] == VANILLA)
-    others = [point for point in record["points"] if point is not vanilla]
-    return [vanilla, *(point for point in others if point["p"] >= INDISTINGUISHABLE_P)]
-
-
-def draw_tradeoff(record: Entry, seconds: Sequence[float], label: str) -> Figure:
-    """Accuracy against time, one marker per policy, with the Pareto front."""
-    series, points = [], []
-    for point, one in zip(record["points"], seconds, strict=True):
-        style, x, y = policy_style(point["policy"]), one * 1e3, point["accuracy"]
-        points.append((x, y))
-        series.append(Series(style.name, [x], [y], style, "", [point["interval"]]))
-    xs, ys = zip(*pareto_front(points, lambda point: point), strict=True)
+        for point, ms in zip(points, times, strict=True)
+    ]  # fmt: skip
+    pairs = zip(times, (point["accuracy"] for point in points), strict=True)
+    xs, ys = zip(*pareto_front(pairs, lambda pair: pair), strict=True)
     front = guide_series(xs, ys, line="-", width=0.8, steps=True)
     return line_chart(
         [front, *series], label, "accuracy",

@@ -115,7 +115,8 @@ class SizeMatcher:
             sizes = {self._estimate_size(other.experts) for other in unmatched}
             variants = [vote_of_size(size, self._total, self.family) for size in sorted(sizes)]
             new_variants = [variant for variant in variants if variant.name not in self.results]
-            self.results.update({r.name: r for r in self.context.evaluate(new_variants, span)})
+            if new_variants:
+                self.results.update({r.name: r for r in self.context.evaluate(new_variants, span)})
         matches = [(other, self._nearest_vote(other)) for other in others]
         return [(other, vote) for other, vote in matches if vote is not None]
 
