@@ -50,14 +50,18 @@ class CodeBlock:
 
 
 def grade(output: str, tests: str, *, header: str = "", trust: bool = False) -> Grade:
-    """Runs the program in ``output``, then ``tests``; ``header`` as in ``extract_code``."""
+    """Runs the program in ``output``, then ``tests``; ``header`` as in ``extract_code``.
+
+    Both get the imports and helpers of ``header``: the program cannot replace those of the tests.
+    """
     functions = called_functions(tests)
     code = extract_code(output, functions, header)
     if code is None:
         return Grade(False, None)
-    parts = [preamble(header, functions), code, tests]
-    program = _future_first("\n\n".join(part for part in parts if part))
-    return Grade(run_program(program, trust=trust).passed, code)
+    program, tests = (
+        _future_first(f"{preamble(header, functions)}\n\n{part}") for part in (code, tests)
+    )
+    return Grade(run_program(program, tests, trust=trust).passed, code)
 
 
 def extract_code(output: str, functions: Sequence[str], header: str = "") -> str | None:

@@ -1,0 +1,209 @@
+"""Lets tests call the functions of a program that runs in another process.
+
+It runs where the package cannot be imported. Only plain data crosses. The process of the
+tests never runs the program's code, so the program cannot change what a test compares. An object
+that is no data stays in the program's process, and the tests hold its number.
+"""
+
+import builtins
+import os
+import sys
+from types import CodeType, ModuleType
+
+DICT_VIEWS = (type({}.keys()), type({}.items()))  # equal to sets
+# By tag: types, and the conversion to bytes and back. An object crosses as the first type that it
+# is an instance of: a named tuple as a tuple.
+SCALARS = {
+    "n": (type(None), lambda value: b"", lambda data: None),
+    "t": (bool, lambda value: b"1" if value else b"", bool),
+    "i": (int, lambda value: b"%x" % value, lambda data: int(data, 16)),
+    "f": (float, lambda value: float.hex(value).encode(), lambda data: float.fromhex(str(data, "ascii"))),
+    "s": (
+        str,
+        lambda value: str.encode(value, "utf-8", "surrogatepass"),
+        lambda data: str(data, "utf-8", "surrogatepass"),
+    ),
+    "b": ((bytes, bytearray), bytes, bytes),
+    "c": (complex, lambda value: b"%r" % value, lambda data: complex(str(data, "ascii"))),
+}  # fmt: skip
+CONTAINERS = {
+    "l": (list, list),
+    "u": (tuple, tuple),
+    "e": ((set, *DICT_VIEWS), set),
+    "z": (frozenset, frozenset),
+    "d": (dict, dict),
+}
+DATA_TYPES = (object, type(None), bool, int, float, str, bytes, complex, list, tuple, set, dict)
+
+
+class RemoteObject:
+    """An object of the program that is no data. The tests can use it and pass it back."""
+
+    def __init__(self, connection: "Connection", number: int) -> None:
+        vars(self).update(connection=connection, number=number)
+
+    def __call__(self, *args, **kwargs):
+        return self.connection.request("call", self, args, kwargs)
+
+    def __getattr__(self, name: str):
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return self.connection.request("getattr", self, name)
+
+    def __setattr__(self, name: str, value: object) -> None:
+        self.connection.request("setattr", self, name, value)
+
+    def __getitem__(self, key: object):
+        return self.connection.request("getitem", self, key)
+
+    def __iter__(self):
+        return self.connection.request("iter", self)
+
+    def __next__(self):
+        return self.connection.request("next", self)
+
+    def __len__(self) -> int:
+        return self.connection.request("len", self)
+
+    def __bool__(self) -> bool:
+        return self.connection.request("bool", self)
+
+
+class ProgramError(Exception):
+    """The program raised an error that is not a builtin one."""
+
+
+class Connection:
+    """One end of two pipes. Each message is eight bytes of length, then one encoded value."""
+
+    def __init__(self, read_fd: int, write_fd: int) -> None:
+        self.read_fd, self.write_fd = read_fd, write_fd
+
+    def send(self, message: bytes) -> None:
+        message = len(message).to_bytes(8, "big") + message
+        while message:
+            message = message[os.write(self.write_fd, message) :]
+
+    def receive(self) -> bytes:
+        return self._read(int.from_bytes(self._read(8), "big"))
+
+    def request(self, operation: str, *arguments: object):
+        """Returns what the program returns, or raises its error."""
+        self.send(encode((operation, *arguments), _remote_number))
+        succeeded, value, *args = decode(self.receive(), lambda n: RemoteObject(self, n))
+        if succeeded is True:
+            return value
+        kind = getattr(builtins, value, None)
+        if isinstance(kind, type) and issubclass(kind, Exception):
+            raise kind(*args)
+        raise ProgramError(value, *args)
+
+    def _read(self, size: int) -> bytes:
+        data = bytearray()
+        while len(data) < size:
+            chunk = os.read(self.read_fd, min(size - len(data), 1 << 20))
+            if not chunk:
+                raise EOFError("the program ended before its tests")
+            data += chunk
+        return bytes(data)
+
+
+def run_tests(source: str, connection: Connection) -> None:
+    """Runs tests. A name that they use and do not define comes from the program.
+
+    So does a builtin one if there is no other: a program may have to define ``sum``.
+    """
+    tests = compile(source, "tests", "exec")
+    used = _used_names(tests)
+    names = connection.request("start", used - set(dir(builtins)) or used)
+    exec(tests, {"__name__": "__main__", **names})
+
+
+def serve(source: str, connection: Connection) -> None:
+    """Runs the program at the first request, and executes requests until the tests end."""
+    module = sys.modules["__main__"] = ModuleType("__main__")
+    objects: list[object] = []
+
+    def start(names: set[str]) -> dict[str, object]:
+        exec(compile(source, "program", "exec"), vars(module))
+        return {name: value for name, value in vars(module).items() if name in names}
+
+    def object_number(value: object) -> int:
+        objects.append(value)
+        return len(objects) - 1
+
+    operations = {
+        **{function.__name__: function for function in (getattr, setattr, iter, next, len, bool)},
+        "call": lambda function, args, kwargs: function(*args, **kwargs),
+        "getitem": lambda value, key: value[key],
+        "start": start,
+    }
+    while True:
+        try:
+            operation, *arguments = decode(connection.receive(), objects.__getitem__)
+        except EOFError:
+            return
+        try:
+            reply = encode((True, operations[operation](*arguments)), object_number)
+        except BaseException as error:
+            reply = encode((False, type(error).__name__, *error.args), object_number)
+        connection.send(reply)
+
+
+def encode(value: object, object_number) -> bytes:
+    """``object_number`` gives the number of an object that is no data, or raises TypeError."""
+    for tag, (kinds, to_bytes, _) in SCALARS.items():
+        if isinstance(value, kinds):
+            data = to_bytes(value)
+            return b"%s%d:%s" % (tag.encode(), len(data), data)
+    for tag, (kinds, _) in CONTAINERS.items():
+        if isinstance(value, kinds):
+            items = value.items() if tag == "d" else value
+            parts = [encode(item, object_number) for item in items]
+            return b"%s%d:%s" % (tag.encode(), len(parts), b"".join(parts))
+    if isinstance(value, type) and value in DATA_TYPES:
+        return b"k%d:" % DATA_TYPES.index(value)
+    if hasattr(type(value), "as_integer_ratio"):  # Fraction, Decimal
+        return b"q%s" % encode(tuple(value.as_integer_ratio()), object_number)
+    return b"o%d:" % object_number(value)
+
+
+def decode(data: bytes, object_of) -> object:
+    """Builds only the types above; ``object_of`` maps a number to an object."""
+    value, stop = _decode(data, 0, object_of)
+    if stop != len(data):
+        raise ValueError("a message is not one value")
+    return value
+
+
+def _decode(data: bytes, start: int, object_of) -> tuple[object, int]:
+    tag = chr(data[start])
+    if tag == "q":
+        from fractions import Fraction
+
+        ratio, stop = _decode(data, start + 1, object_of)
+        return Fraction(*ratio), stop
+    colon = data.index(b":", start)
+    size, stop = int(data[start + 1 : colon]), colon + 1
+    if tag == "o":
+        return object_of(size), stop
+    if tag == "k":
+        return DATA_TYPES[size], stop
+    if tag in SCALARS:
+        return SCALARS[tag][2](data[stop : stop + size]), stop + size
+    parts = []
+    for _ in range(size):
+        part, stop = _decode(data, stop, object_of)
+        parts.append(part)
+    return CONTAINERS[tag][1](parts), stop
+
+
+def _remote_number(value: object) -> int:
+    if isinstance(value, RemoteObject):
+        return value.number
+    raise TypeError(f"a test passes a value of type {type(value).__name__}, which is no data")
+
+
+def _used_names(code: CodeType) -> set[str]:
+    inner = [part for part in code.co_consts if isinstance(part, CodeType)]
+    return set(code.co_names).union(*map(_used_names, inner))
