@@ -126,9 +126,7 @@ class Unsandboxed:
     @contextmanager
     def supervisor_command(self, limits: Limits) -> Iterator[SupervisorCommand]:
         with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
-            yield SupervisorCommand(
-                python_command("supervisor"), folder, own_pid_namespace=False
-            )
+            yield SupervisorCommand(python_command("supervisor"), folder, own_pid_namespace=False)
 
 
 def backend_candidates() -> list[SandboxBackend]:

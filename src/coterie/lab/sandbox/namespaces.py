@@ -116,7 +116,10 @@ def _drop_privileges(plan: dict) -> None:
         capability += 1
     mask = sum(1 << kept for kept in plan["capabilities"])
     # Effective, permitted, inheritable: the low words, then the high ones.
-    header, sets = struct.pack("=Ii", CAPABILITY_VERSION, 0), struct.pack("=6I", mask, mask, *[0] * 4)
+    header, sets = (
+        struct.pack("=Ii", CAPABILITY_VERSION, 0),
+        struct.pack("=6I", mask, mask, *[0] * 4),
+    )
     _check(LIBC.capset(header, sets), "capset")
     _check(LIBC.prctl(PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0), "prctl")
     instructions = plan["seccomp_filter"]

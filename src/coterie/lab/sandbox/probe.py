@@ -2,7 +2,7 @@
 
 import os
 import socket
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 
 def check_promises(host_file: str, memory: int) -> None:
@@ -10,7 +10,7 @@ def check_promises(host_file: str, memory: int) -> None:
     attempts = {
         "reads a file of the machine": lambda: open(host_file).close(),
         "reads or writes a file of the kernel": lambda: _open_any(_kernel_files()),
-        "writes into the system": lambda: _open_any(iter(["/x", "/usr/x"]), os.O_CREAT),
+        "writes into the system": lambda: _open_any(("/x", "/usr/x"), os.O_CREAT),
         "opens a network socket": lambda: socket.socket(socket.AF_INET),
         "becomes root": lambda: os.setuid(0),
         "takes memory beyond its limit": lambda: bytearray(memory + 1),
@@ -33,16 +33,20 @@ def _kernel_files() -> Iterator[str]:
     """All files of /proc but those of processes."""
     for entry in os.scandir("/proc"):
         if not entry.is_symlink() and not entry.name.isdecimal():
-            yield entry.path
+            if entry.is_file():
+                yield entry.path
             for folder, _, files in os.walk(entry.path):
                 yield from (f"{folder}/{name}" for name in files)
 
 
-def _open_any(paths: Iterator[str], flags: int = 0) -> None:
+def _open_any(paths: Iterable[str], flags: int = os.O_NONBLOCK) -> None:
+    """Opens the first file that can be read or written; else a PermissionError."""
     for path in paths:
-        for mode in (os.O_WRONLY, os.O_RDONLY | os.O_NONBLOCK):
-            if not os.path.isdir(path) and _succeeds(lambda: os.close(os.open(path, mode | flags))):
-                return
+        for mode in (os.O_RDONLY, os.O_WRONLY):
+            try:
+                return os.close(os.open(path, mode | flags))
+            except OSError:
+                continue
     raise PermissionError
 
 

@@ -17,15 +17,15 @@ SCALARS = {
     "n": (type(None), lambda value: b"", lambda data: None),
     "t": (bool, lambda value: b"1" if value else b"", bool),
     "i": (int, lambda value: b"%x" % value, lambda data: int(data, 16)),
-    "f": (float, lambda value: float.hex(value).encode(), lambda data: float.fromhex(str(data, "ascii"))),
+    "f": (float, lambda value: float.__repr__(value).encode(), float),
     "s": (
         str,
         lambda value: str.encode(value, "utf-8", "surrogatepass"),
         lambda data: str(data, "utf-8", "surrogatepass"),
     ),
     "b": ((bytes, bytearray), bytes, bytes),
-    "c": (complex, lambda value: b"%r" % value, lambda data: complex(str(data, "ascii"))),
-}  # fmt: skip
+    "c": (complex, lambda value: b"%r" % value, lambda data: complex(data.decode())),
+}
 CONTAINERS = {
     "l": (list, list),
     "u": (tuple, tuple),
@@ -36,37 +36,23 @@ CONTAINERS = {
 DATA_TYPES = (object, type(None), bool, int, float, str, bytes, complex, list, tuple, set, dict)
 
 
+def _forward(operation: str):
+    return lambda self, *args, **kwargs: self.connection.request(operation, self, *args, **kwargs)
+
+
 class RemoteObject:
     """An object of the program that is no data. The tests can use it and pass it back."""
 
     def __init__(self, connection: "Connection", number: int) -> None:
         vars(self).update(connection=connection, number=number)
 
-    def __call__(self, *args, **kwargs):
-        return self.connection.request("call", self, args, kwargs)
-
     def __getattr__(self, name: str):
         if name.startswith("__"):
             raise AttributeError(name)
         return self.connection.request("getattr", self, name)
 
-    def __setattr__(self, name: str, value: object) -> None:
-        self.connection.request("setattr", self, name, value)
-
-    def __getitem__(self, key: object):
-        return self.connection.request("getitem", self, key)
-
-    def __iter__(self):
-        return self.connection.request("iter", self)
-
-    def __next__(self):
-        return self.connection.request("next", self)
-
-    def __len__(self) -> int:
-        return self.connection.request("len", self)
-
-    def __bool__(self) -> bool:
-        return self.connection.request("bool", self)
+    __setattr__, __call__, __getitem__ = map(_forward, ("setattr", "call", "getitem"))
+    __iter__, __next__, __len__, __bool__ = map(_forward, ("iter", "next", "len", "bool"))
 
 
 class ProgramError(Exception):
@@ -87,16 +73,16 @@ class Connection:
     def receive(self) -> bytes:
         return self._read(int.from_bytes(self._read(8), "big"))
 
-    def request(self, operation: str, *arguments: object):
+    def request(self, operation: str, *args: object, **kwargs: object):
         """Returns what the program returns, or raises its error."""
-        self.send(encode((operation, *arguments), _remote_number))
-        succeeded, value, *args = decode(self.receive(), lambda n: RemoteObject(self, n))
+        self.send(encode((operation, args, kwargs), _remote_number))
+        succeeded, value, *error = decode(self.receive(), lambda n: RemoteObject(self, n))
         if succeeded is True:
             return value
         kind = getattr(builtins, value, None)
         if isinstance(kind, type) and issubclass(kind, Exception):
-            raise kind(*args)
-        raise ProgramError(value, *args)
+            raise kind(*error)
+        raise ProgramError(value, *error)
 
     def _read(self, size: int) -> bytes:
         data = bytearray()
@@ -134,17 +120,17 @@ def serve(source: str, connection: Connection) -> None:
 
     operations = {
         **{function.__name__: function for function in (getattr, setattr, iter, next, len, bool)},
-        "call": lambda function, args, kwargs: function(*args, **kwargs),
+        "call": lambda function, *args, **kwargs: function(*args, **kwargs),
         "getitem": lambda value, key: value[key],
         "start": start,
     }
     while True:
         try:
-            operation, *arguments = decode(connection.receive(), objects.__getitem__)
+            operation, args, kwargs = decode(connection.receive(), objects.__getitem__)
         except EOFError:
             return
         try:
-            reply = encode((True, operations[operation](*arguments)), object_number)
+            reply = encode((True, operations[operation](*args, **kwargs)), object_number)
         except BaseException as error:
             reply = encode((False, type(error).__name__, *error.args), object_number)
         connection.send(reply)

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import marshal
 import os
-import selectors
 import subprocess
 import tempfile
-import time
 from collections.abc import Sequence
 from functools import cache, lru_cache
 
@@ -27,7 +25,6 @@ from coterie.lab.sandbox.result import ExecutionResult, Limits
 DEFAULT_LIMITS = Limits()
 PROBE_LIMITS = Limits(cpu_seconds=2, wall_seconds=10.0)
 STARTUP_SECONDS = 20.0  # allowance for the supervisor before and after its program
-MAX_REPLY = 4096  # bytes; a supervisor writes less
 MAX_ATTEMPTS = 3
 
 
@@ -90,7 +87,8 @@ def _run_in(
     error_line = ""
     for _ in range(MAX_ATTEMPTS):
         with backend.supervisor_command(limits) as command:
-            messages = [_make_request(command, program, limits), _encodable(tests)]
+            sources = [source.encode("utf-8", "replace").decode() for source in (program, tests)]
+            messages = [_make_request(command, sources[0], limits), sources[1]]
             started, result, error_line = _run_supervisor(command, messages, limits.wall_seconds)
         if started:
             return result
@@ -101,6 +99,7 @@ def _run_supervisor(
     command: SupervisorCommand, messages: Sequence[object], seconds: float
 ) -> tuple[bool, ExecutionResult, str]:
     """Whether the program started, its result, and the last line on the supervisor's stderr."""
+    dumps = map(marshal.dumps, messages)
     process = subprocess.Popen(
         command.command,
         stdin=subprocess.PIPE,
@@ -115,14 +114,11 @@ def _run_supervisor(
         extra_groups=None if command.uid is None else [],
     )
     with process:
-        assert process.stdin is not None
-        assert process.stdout is not None
-        assert process.stderr is not None
         try:
-            for message in map(marshal.dumps, messages):
-                _write_all(process.stdin.fileno(), len(message).to_bytes(8, "big") + message)
-            fds = (process.stdout.fileno(), process.stderr.fileno())
-            reply, stderr = _read_streams(fds, seconds + STARTUP_SECONDS)
+            stdin = b"".join(len(dump).to_bytes(8, "big") + dump for dump in dumps)
+            reply, stderr = process.communicate(stdin, timeout=seconds + STARTUP_SECONDS)
+        except subprocess.TimeoutExpired:
+            reply = stderr = b""
         finally:
             process.kill()
     lines = reply.decode("utf-8", "replace").split("\n")
@@ -139,7 +135,7 @@ def _run_supervisor(
 def _make_request(command: SupervisorCommand, program: str, limits: Limits) -> dict[str, object]:
     """The supervisor's request. Each run has fresh users, of the program and of the tests."""
     return {
-        "program": _encodable(program),
+        "program": program,
         "remote_calls": script_code("remote_calls"),
         "folder": command.folder,
         "uids": temporary_uids(2) if command.separate_users else [0, 0],
@@ -149,7 +145,6 @@ def _make_request(command: SupervisorCommand, program: str, limits: Limits) -> d
         "cpu_seconds": limits.cpu_seconds,
         "memory": limits.memory,
         "output": limits.output,
-        "processes": limits.processes,
         "limits": [
             ("RLIMIT_CPU", limits.cpu_seconds, limits.cpu_seconds + 1),
             ("RLIMIT_AS", limits.memory, limits.memory),
@@ -160,32 +155,3 @@ def _make_request(command: SupervisorCommand, program: str, limits: Limits) -> d
             ("RLIMIT_CORE", 0, 0),
         ],
     }
-
-
-def _encodable(source: str) -> str:
-    """A source without lone surrogates."""
-    return source.encode("utf-8", "replace").decode()
-
-
-def _write_all(fd: int, content: bytes) -> None:
-    try:
-        while content:
-            content = content[os.write(fd, content) :]
-    except BrokenPipeError:
-        pass  # it did not start; its stderr holds the reason
-
-
-def _read_streams(fds: tuple[int, int], seconds: float) -> tuple[bytes, bytes]:
-    """The last bytes of both streams, read until they close or ``seconds`` have passed."""
-    received = dict.fromkeys(fds, b"")
-    deadline = time.monotonic() + seconds
-    with selectors.DefaultSelector() as selector:
-        for fd in fds:
-            selector.register(fd, selectors.EVENT_READ)
-        while selector.get_map() and (remaining := deadline - time.monotonic()) > 0:
-            for key, _ in selector.select(remaining):
-                chunk = os.read(key.fd, MAX_REPLY)
-                received[key.fd] = (received[key.fd] + chunk)[-MAX_REPLY:]
-                if not chunk:
-                    selector.unregister(key.fd)
-    return received[fds[0]], received[fds[1]]

@@ -1,7 +1,8 @@
 """Process 1 of a sandbox: runs a program and its tests in two child processes.
 
-It runs where the package cannot be imported, and imports only modules that load fast: no contextlib. It reads the tests after it has forked the program's process, so the memory of that
-process does not hold them. The process of the tests alone decides whether they pass.
+It runs where the package cannot be imported, and imports only modules that load fast. It reads the
+tests after it has forked the program's process, so the memory of that process does not hold them.
+The process of the tests alone decides whether they pass.
 """
 
 import _signal
@@ -46,6 +47,7 @@ def main() -> None:
     for fd in (stdout[1], stderr[1], *calls, *replies, end[1]):
         os.close(fd)
     if not request["own_pid_namespace"]:
+        _prctl(1, 9)  # PR_SET_PDEATHSIG: we end with the caller
         _prctl(36, 1)  # PR_SET_CHILD_SUBREAPER: daemons become our children
     os.write(1, b"started\n")
     status, reason = ChildMonitor(
@@ -57,7 +59,7 @@ def main() -> None:
 
 
 def _read_message():
-    """Reads eight bytes of length, then a marshalled value. Stdin remains open."""
+    """Reads eight bytes of length, then a marshalled value, and no byte of the next message."""
     return marshal.loads(_read_exactly(int.from_bytes(_read_exactly(8), "big")))
 
 
@@ -129,11 +131,18 @@ class ChildMonitor:
     """Watches the children until the tests end or a limit is exceeded."""
 
     def __init__(
-        self, request: dict, program: int, tests: int, *, end_fd: int, stdout_fd: int, stderr_fd: int
+        self,
+        request: dict,
+        program: int,
+        tests: int,
+        *,
+        end_fd: int,
+        stdout_fd: int,
+        stderr_fd: int,
     ) -> None:
         self.request, self.program, self.tests = request, program, tests
         self.end_fd, self.stderr_fd = end_fd, stderr_fd
-        self.open_fds = {0, end_fd, stdout_fd, stderr_fd}
+        self.open_fds = {end_fd, stdout_fd, stderr_fd}
         self.bytes_written, self.stderr_tail = 0, b""
 
     def wait_for_result(self) -> tuple[str, str]:
@@ -152,9 +161,6 @@ class ChildMonitor:
 
     def _read_fd(self, fd: int) -> None:
         chunk = os.read(fd, 65536)
-        if fd == 0:  # the caller has ended
-            _kill_all(self.request, self.program, self.tests)
-            os._exit(3)
         if not chunk:
             self.open_fds.discard(fd)
         self.bytes_written += len(chunk)
@@ -180,18 +186,17 @@ class ChildMonitor:
         return "failed", "".join(c for c in reason if c.isprintable())[:200]
 
     def _exceeded_limit(self) -> str:
-        """The limit that the program's processes exceed together, or an empty text.
+        """The limit that the program exceeds with all its processes, or an empty text.
 
         Address space counts: resident memory excludes pages that are shared and not mapped now.
         """
-        pages = processes = 0
+        pages = 0
         for name in filter(str.isdecimal, os.listdir("/proc")):
             if int(name) in (1, self.tests):
                 continue
             try:
                 with open(f"/proc/{name}/statm", encoding="ascii") as file:
                     pages += int(file.read().split()[0])
-                processes += 1
             except (OSError, IndexError):
                 continue  # it ended meanwhile
         filesystem = os.statvfs(self.request["folder"])
@@ -199,8 +204,6 @@ class ChildMonitor:
             return f"created more than {MAX_FILES} files"
         if pages * resource.getpagesize() > self.request["memory"]:
             return f"used more than {self.request['memory'] >> 20} MB of memory"
-        if processes > self.request["processes"]:
-            return f"started more than {self.request['processes']} processes"
         return ""
 
 
@@ -208,9 +211,12 @@ def _kill_all(request: dict, program: int, tests: int) -> None:
     """Kills all descendants; in an own pid namespace, the kernel does so when process 1 ends."""
     if request["own_pid_namespace"]:
         return
-    try:
-        for group in (program, tests):
+    for group in (program, tests):
+        try:
             os.killpg(group, 9)
+        except OSError:
+            continue  # it has ended
+    try:
         for _ in range(MAX_KILL_ROUNDS):  # orphans become our children one level at a time
             with open(f"/proc/self/task/{os.getpid()}/children", encoding="ascii") as file:
                 for pid in file.read().split():

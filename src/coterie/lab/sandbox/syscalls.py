@@ -88,9 +88,9 @@ def seccomp_filter(machine: str = "") -> bytes:
             for number in (*table.denied, *COMMON_DENIED)
             for instruction in _return_if(BPF_JUMP_EQUAL, number, deny)
         ),
-        *_return_by_argument(table.clone, 0, BPF_JUMP_ANY_BIT, CLONE_NEW_FLAGS, deny),
-        *_return_by_argument(table.fcntl, 1, BPF_JUMP_EQUAL, F_SETPIPE_SZ, deny),
-        *_return_by_argument(table.socket, 0, BPF_JUMP_EQUAL, AF_UNIX, SECCOMP_ALLOW, deny),
+        *_return_by_argument(table.clone, 0, (BPF_JUMP_ANY_BIT, CLONE_NEW_FLAGS), deny),
+        *_return_by_argument(table.fcntl, 1, (BPF_JUMP_EQUAL, F_SETPIPE_SZ), deny),
+        *_return_by_argument(table.socket, 0, (BPF_JUMP_EQUAL, AF_UNIX), SECCOMP_ALLOW, deny),
         _instruction(BPF_RETURN, SECCOMP_ALLOW),
     ]
     return b"".join(instructions)
@@ -101,14 +101,17 @@ def _return_if(test: int, value: int, action: int) -> list[bytes]:
 
 
 def _return_by_argument(
-    call: int, argument: int, test: int, value: int, then: int, otherwise: int = SECCOMP_ALLOW
+    call: int,
+    argument: int,
+    test: tuple[int, int],
+    then: int,
+    otherwise: int = SECCOMP_ALLOW,
 ) -> list[bytes]:
     """Decides ``call`` by the low 32 bits of an argument, counted from 0."""
     return [
         _instruction(BPF_JUMP_EQUAL, call, otherwise=4),
         _instruction(BPF_LOAD, ARGUMENTS_OFFSET + 8 * argument),
-        _instruction(test, value, otherwise=1),
-        _instruction(BPF_RETURN, then),
+        *_return_if(*test, then),
         _instruction(BPF_RETURN, otherwise),
     ]
 
