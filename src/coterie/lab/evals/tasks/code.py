@@ -9,7 +9,7 @@ import textwrap
 import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import chain
+from itertools import chain, islice
 from threading import Lock
 
 from coterie.lab.evals.task import Grade
@@ -19,6 +19,7 @@ from coterie.lab.sandbox import run_program
 PYTHON_LANGUAGES = ("", "python", "python3", "py", "py3", "python-repl", "pycon")
 MAX_FENCE_LINE = 500  # characters; a longer line opens no fence
 MAX_BLOCKS = 100  # the last ones are read
+MAX_STARTS = 16  # places where unfenced code may begin
 MAX_TRIMS = 60  # cuts of a text at its next syntax error
 
 FENCE_OPENING = re.compile(
@@ -220,14 +221,16 @@ def _unfenced_code(text: str, functions: Sequence[str]) -> Iterator[str]:
     if _parse(text) is not None:
         yield text
     lines = text.split("\n")
-    starts = [n for n, line in enumerate(lines) if CODE_START.match(line.lstrip())][:8]
-    tails = [lines[start:] for start in starts]
+    starts = (n for n, line in enumerate(lines) if CODE_START.match(line.lstrip()))
+    tails = ("\n".join(lines[start:]) for start in islice(starts, MAX_STARTS // 2))
     # A definition may start within a line: "Answer: def add(a, b): ..."
-    for match in re.finditer(rf"def\s+(?:{'|'.join(functions) or '$'})\b", text):
-        column = match.start() - text.rfind("\n", 0, match.start()) - 1
-        tails.append((" " * column + text[match.start() :]).split("\n"))
-    for tail in tails[:16]:
-        trimmed = _trim_to_error(textwrap.dedent("\n".join(tail)))
+    definitions = re.finditer(rf"def\s+(?:{'|'.join(functions) or '$'})\b", text)
+    indented = (
+        " " * (match.start() - text.rfind("\n", 0, match.start()) - 1) + text[match.start() :]
+        for match in definitions
+    )
+    for tail in islice(chain(tails, indented), MAX_STARTS):
+        trimmed = _trim_to_error(textwrap.dedent(tail))
         if trimmed is not None:
             yield trimmed
 
