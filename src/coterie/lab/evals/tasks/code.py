@@ -96,8 +96,8 @@ def called_functions(tests: str) -> tuple[str, ...]:
     calls = [node for node in ast.walk(tree) if isinstance(node, ast.Call)]
     calls.sort(key=lambda call: (call.lineno, call.col_offset))
     names = [(call.func.id, call) for call in calls if isinstance(call.func, ast.Name)]
-    checked = [call.args[0] for name, call in names if name == "check" and call.args]
-    if checked and _defines(tree, ["check"]):
+    if _defines(tree, ["check"]):
+        checked = [argument for name, call in names if name == "check" for argument in call.args]
         return tuple(argument.id for argument in checked if isinstance(argument, ast.Name))
     defined = {*dir(builtins), *(node.name for node in tree.body if isinstance(node, Function))}
     return tuple(dict.fromkeys(name for name, _ in names if name not in defined))
@@ -239,10 +239,10 @@ def _trim_to_error(code: str, *, min_lines: int = 0) -> str | None:
     """``code`` before its first syntax error; None if at most ``min_lines`` lines remain."""
     lines = code.split("\n")
     for _ in range(MAX_TRIMS):
-        error = _error_line("\n".join(lines))
-        if error is None:
+        parsed = _parse_or_error_line("\n".join(lines))
+        if not isinstance(parsed, int):
             return "\n".join(lines)
-        lines = lines[: max(0, min(error - 1, len(lines) - 1))]
+        lines = lines[: max(0, min(parsed - 1, len(lines) - 1))]
         if len(lines) <= min_lines:
             break
     return None
@@ -253,13 +253,8 @@ def _parse(code: str) -> ast.Module | None:
     return None if isinstance(parsed, int) else parsed
 
 
-def _error_line(code: str) -> int | None:
-    """The line, from 1, of the first syntax error, or None."""
-    parsed = _parse_or_error_line(code)
-    return parsed if isinstance(parsed, int) else None
-
-
 def _parse_or_error_line(code: str) -> ast.Module | int:
+    """The syntax tree, or the line, from 1, of the first syntax error."""
     try:
         with PARSE_LOCK, warnings.catch_warnings(action="ignore"):
             return ast.parse(code)
