@@ -308,7 +308,8 @@ def test_extraction_from_a_long_output_is_fast(piece):
 
 
 @pytest.mark.parametrize(
-    "piece", ["def add(a, b: return 1", "def add(a, b):\n    pass", "x = 1\nprose, prose", "  y = (1"]
+    "piece",
+    ["def add(a, b: return 1", "def add(a, b):\n    pass", "x = 1\nprose, prose", "  y = (1"],
 )
 @pytest.mark.parametrize("header", ["", HEADER])
 def test_extraction_takes_memory_and_parses_in_proportion(piece, header, monkeypatch):

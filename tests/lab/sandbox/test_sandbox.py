@@ -81,8 +81,8 @@ def mark(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     """A text on the command line of every process that the test starts in a sandbox."""
     mark, command = f"mark-{uuid.uuid4().hex}", backends.python_command
 
-    def marked_command(script: str) -> list[str]:
-        interpreter, *options = command(script)
+    def marked_command(*modules: str) -> list[str]:
+        interpreter, *options = command(*modules)
         return [interpreter, "-X", mark, *options]
 
     monkeypatch.setattr(backends, "python_command", marked_command)
@@ -269,7 +269,10 @@ import coterie.lab.sandbox.backends as backends
 from coterie.lab.sandbox.runner import _run_in
 from coterie.lab.sandbox.result import Limits
 command = backends.python_command
-backends.python_command = lambda script: [command(script)[0], "-X", {mark!r}, *command(script)[1:]]
+def marked_command(*modules):
+    interpreter, *options = command(*modules)
+    return [interpreter, "-X", {mark!r}, *options]
+backends.python_command = marked_command
 _run_in(backends.{backend!r}, "import time; time.sleep(99)", limits=Limits(wall_seconds=60))
 """
 

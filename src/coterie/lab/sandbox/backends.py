@@ -22,7 +22,12 @@ from coterie.lab.sandbox.syscalls import seccomp_filter
 SYSTEM_PATHS = ("/usr", "/lib", "/lib32", "/lib64", "/nix/store")
 CONFIG_PATHS = ("/etc/ld.so.cache", "/etc/alternatives")
 DEVICE_PATHS = ("/dev/null", "/dev/zero", "/dev/full", "/dev/random", "/dev/urandom")
-LOADER = "import marshal, sys; exec(marshal.loads(bytes.fromhex(sys.argv.pop(1))))"
+# Loads compiled modules, the last one as the main program.
+LOADER = """
+import marshal, sys
+for name, code in marshal.loads(bytes.fromhex(sys.argv.pop(1))):
+    exec(code, vars(sys.modules.setdefault(name, type(sys)(name))))
+"""
 SETGID, SETUID = 6, 7  # root's capabilities that the supervisor keeps
 TEMPORARY_UIDS = range(61184, 65520)  # ids that systems reserve for transient users
 # A program's whole environment. A fixed hash seed makes results repeatable; the interpreter may
@@ -83,7 +88,7 @@ class Bubblewrap:
         options += ["--clearenv"]
         for name, value in ENVIRONMENT.items():
             options += ["--setenv", name, value]
-        python = python_command("supervisor")
+        python = python_command("remote_calls", "supervisor")
         with _pipe_with(seccomp_filter()) as fd:
             command = [self.path, *options, "--seccomp", str(fd), "--", *python]
             yield SupervisorCommand(command, "/tmp", _unprivileged_uid(), inherited_fds=(fd,))
@@ -110,9 +115,9 @@ class Namespaces:
             "disk": limits.disk,
             "capabilities": [SETGID, SETUID] if self.separate_users else [],
             "seccomp_filter": seccomp_filter(),
-            "supervisor": script_code("supervisor"),
         }
-        command = [*python_command("namespaces"), marshal.dumps(plan).hex()]
+        python = python_command("remote_calls", "supervisor", "namespaces")
+        command = [*python, marshal.dumps(plan).hex()]
         uid = None if self.separate_users else _unprivileged_uid()
         yield SupervisorCommand(command, "/tmp", uid, self.separate_users)
 
@@ -126,7 +131,9 @@ class Unsandboxed:
     @contextmanager
     def supervisor_command(self, limits: Limits) -> Iterator[SupervisorCommand]:
         with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
-            yield SupervisorCommand(python_command("supervisor"), folder, own_pid_namespace=False)
+            yield SupervisorCommand(
+                python_command("remote_calls", "supervisor"), folder, own_pid_namespace=False
+            )
 
 
 def backend_candidates() -> list[SandboxBackend]:
@@ -184,14 +191,16 @@ def available_devices() -> tuple[str, ...]:
     return tuple(path for path in DEVICE_PATHS if os.path.exists(path))
 
 
-def python_command(script: str) -> list[str]:
-    """Runs a module of this folder in the base interpreter, without site packages.
+def python_command(*modules: str) -> list[str]:
+    """Runs the last of these modules of our folder in the base interpreter, without site packages.
 
-    It gets the compiled module, which loads fast: a virtual environment has its base's version.
+    It gets compiled modules, which load fast: a virtual environment has its base's version.
     """
     interpreter = getattr(sys, "_base_executable", sys.executable)
-    command = [os.path.realpath(interpreter), "-P", "-s", "-S", "-B", "-c", LOADER]
-    return [*command, marshal.dumps(script_code(script)).hex()]
+    names = [*(f"{__package__}.{module}" for module in modules[:-1]), "__main__"]
+    code = marshal.dumps(list(zip(names, map(script_code, modules), strict=True)))
+    command = [os.path.realpath(interpreter), "-P", "-s", "-S", "-B"]
+    return [*command, "-c", LOADER, code.hex()]
 
 
 @cache

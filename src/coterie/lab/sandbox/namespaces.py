@@ -1,7 +1,7 @@
 """Builds a sandbox from Linux namespaces, then runs the supervisor inside it.
 
-It runs where the package cannot be imported. Python has no functions for mounts,
-so it makes the system calls through libc. Its first argument is the marshalled plan.
+Python has no functions for mounts, so it makes the system calls through libc. Its first argument is
+the marshalled plan.
 """
 
 import ctypes
@@ -9,6 +9,8 @@ import marshal
 import os
 import struct
 import sys
+
+from coterie.lab.sandbox.supervisor import main as supervise
 
 CLONE_NEWUSER = 0x10000000
 CLONE_OTHER_NAMESPACES = 0x00020000 | 0x20000000 | 0x40000000 | 0x08000000 | 0x04000000 | 0x02000000
@@ -32,7 +34,7 @@ def main() -> None:
         _check(LIBC.prctl(PR_SET_PDEATHSIG, 9, 0, 0, 0), "prctl")
         _enter_root(plan)
         _drop_privileges(plan)
-        exec(plan["supervisor"], {"__name__": "__main__"})
+        supervise()
     _, status = os.waitpid(child, 0)
     os._exit(os.waitstatus_to_exitcode(status) & 0xFF)
 

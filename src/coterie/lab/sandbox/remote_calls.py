@@ -1,8 +1,8 @@
 """Lets tests call the functions of a program that runs in another process.
 
-It runs where the package cannot be imported. Only plain data crosses. The process of the
-tests never runs the program's code, so the program cannot change what a test compares. An object
-that is no data stays in the program's process, and the tests hold its number.
+Only plain data crosses. The process of the tests never runs the program's code, so the program
+cannot change what a test compares. An object that is no data stays in the program's process, and
+the tests hold its number.
 """
 
 import builtins
@@ -66,9 +66,9 @@ class Connection:
         self.read_fd, self.write_fd = read_fd, write_fd
 
     def send(self, message: bytes) -> None:
-        message = len(message).to_bytes(8, "big") + message
-        while message:
-            message = message[os.write(self.write_fd, message) :]
+        rest = memoryview(len(message).to_bytes(8, "big") + message)
+        while rest:
+            rest = rest[os.write(self.write_fd, rest) :]
 
     def receive(self) -> bytes:
         return self._read(int.from_bytes(self._read(8), "big"))
@@ -137,51 +137,60 @@ def serve(source: str, connection: Connection) -> None:
 
 
 def encode(value: object, object_number) -> bytes:
-    """``object_number`` gives the number of an object that is no data, or raises TypeError."""
+    """A tag, a length and the bytes of a value.
+
+    ``object_number`` gives the number of an object that is no data, or raises TypeError.
+    """
     for tag, (kinds, to_bytes, _) in SCALARS.items():
         if isinstance(value, kinds):
-            data = to_bytes(value)
-            return b"%s%d:%s" % (tag.encode(), len(data), data)
+            return _tagged(tag, to_bytes(value))
     for tag, (kinds, _) in CONTAINERS.items():
         if isinstance(value, kinds):
             items = value.items() if tag == "d" else value
-            parts = [encode(item, object_number) for item in items]
-            return b"%s%d:%s" % (tag.encode(), len(parts), b"".join(parts))
+            return _tagged(tag, b"".join(encode(item, object_number) for item in items))
     if isinstance(value, type) and value in DATA_TYPES:
-        return b"k%d:" % DATA_TYPES.index(value)
+        return _tagged("k", b"%d" % DATA_TYPES.index(value))
     if hasattr(type(value), "as_integer_ratio"):  # Fraction, Decimal
-        return b"q%s" % encode(tuple(value.as_integer_ratio()), object_number)
-    return b"o%d:" % object_number(value)
+        return _tagged("q", encode(tuple(value.as_integer_ratio()), object_number))
+    return _tagged("o", b"%d" % object_number(value))
 
 
-def decode(data: bytes, object_of) -> object:
+def _tagged(tag: str, data: bytes) -> bytes:
+    return b"%s%d:%s" % (tag.encode(), len(data), data)
+
+
+def decode(data: bytes, object_of):
     """Builds only the types above; ``object_of`` maps a number to an object."""
-    value, stop = _decode(data, 0, object_of)
-    if stop != len(data):
-        raise ValueError("a message is not one value")
+    (value,) = _items(data, object_of)
     return value
 
 
-def _decode(data: bytes, start: int, object_of) -> tuple[object, int]:
-    tag = chr(data[start])
+def _items(data: bytes, object_of):
+    """The values that are encoded one after the other."""
+    start = 0
+    while start < len(data):
+        colon = data.index(b":", start)
+        stop = colon + 1 + int(data[start + 1 : colon])
+        if not colon < stop <= len(data):
+            raise ValueError("a value exceeds its message")
+        yield _value(chr(data[start]), data[colon + 1 : stop], object_of)
+        start = stop
+
+
+def _value(tag: str, data: bytes, object_of) -> object:
+    if tag in SCALARS:
+        return SCALARS[tag][2](data)
+    if tag in CONTAINERS:
+        return CONTAINERS[tag][1](_items(data, object_of))
+    if tag == "k":
+        return DATA_TYPES[int(data)]
     if tag == "q":
         from fractions import Fraction
 
-        ratio, stop = _decode(data, start + 1, object_of)
-        return Fraction(*ratio), stop
-    colon = data.index(b":", start)
-    size, stop = int(data[start + 1 : colon]), colon + 1
+        return Fraction(*decode(data, object_of))
     if tag == "o":
-        return object_of(size), stop
-    if tag == "k":
-        return DATA_TYPES[size], stop
-    if tag in SCALARS:
-        return SCALARS[tag][2](data[stop : stop + size]), stop + size
-    parts = []
-    for _ in range(size):
-        part, stop = _decode(data, stop, object_of)
-        parts.append(part)
-    return CONTAINERS[tag][1](parts), stop
+        return object_of(int(data))
+    raise ValueError(f"no value has the tag {tag!r}")
 
 
 def _remote_number(value: object) -> int:

@@ -16,7 +16,6 @@ from coterie.lab.sandbox.backends import (
     SupervisorCommand,
     Unsandboxed,
     backend_candidates,
-    script_code,
     script_text,
     temporary_uids,
 )
@@ -136,7 +135,6 @@ def _make_request(command: SupervisorCommand, program: str, limits: Limits) -> d
     """The supervisor's request. Each run has fresh users, of the program and of the tests."""
     return {
         "program": program,
-        "remote_calls": script_code("remote_calls"),
         "folder": command.folder,
         "uids": temporary_uids(2) if command.separate_users else [0, 0],
         "separate_users": command.separate_users,

@@ -1,8 +1,8 @@
 """Process 1 of a sandbox: runs a program and its tests in two child processes.
 
-It runs where the package cannot be imported, and imports only modules that load fast. It reads the
-tests after it has forked the program's process, so the memory of that process does not hold them.
-The process of the tests alone decides whether they pass.
+It imports only modules that load fast. It reads the tests after it has forked the program's
+process, so the memory of that process does not hold them. The process of the tests alone decides
+whether they pass.
 """
 
 import _signal
@@ -14,6 +14,8 @@ import sys
 import time
 from collections.abc import Callable
 
+from coterie.lab.sandbox.remote_calls import Connection, run_tests, serve
+
 POLL_SECONDS = 0.05  # interval of the checks of memory
 EXIT_SECONDS = 0.003  # from the end of a process's pipes to its exit status
 MAX_FILES = 5000  # empty files use kernel memory that no other limit counts
@@ -23,23 +25,22 @@ READ_FD, WRITE_FD = 3, 4  # of a child: its pipes to the other child
 
 
 def main() -> None:
-    request = _read_message()
+    stdin = Connection(0, 1)
+    request = marshal.loads(stdin.receive())
     _signal.signal(_signal.SIGINT, _signal.SIG_IGN)
-    remote: dict = {"__name__": "remote_calls"}
-    exec(request["remote_calls"], remote)
-    connection = remote["Connection"](READ_FD, WRITE_FD)
+    connection = Connection(READ_FD, WRITE_FD)
     stdout, stderr, calls, replies = (os.pipe() for _ in range(4))
     program = _start_child(
-        lambda: remote["serve"](request["program"], connection),
+        lambda: serve(request["program"], connection),
         request,
         request["uids"][0],
         (stdout[1], stderr[1], calls[0], replies[1]),
     )
     if not request["separate_users"]:
         _prctl(4, 0)  # PR_SET_DUMPABLE: no process of our user can read our memory or the tests'
-    source, end = _read_message(), os.pipe()
+    source, end = marshal.loads(stdin.receive()), os.pipe()
     tests = _start_child(
-        lambda: remote["run_tests"](source, connection),
+        lambda: run_tests(source, connection),
         request,
         request["uids"][1],
         (stdout[1], stderr[1], replies[0], calls[1], end[1]),
@@ -56,21 +57,6 @@ def main() -> None:
     _kill_all(request, program, tests)
     os.write(1, f"{status}\n{reason}\n".encode("utf-8", "replace"))
     os._exit(0)
-
-
-def _read_message():
-    """Reads eight bytes of length, then a marshalled value, and no byte of the next message."""
-    return marshal.loads(_read_exactly(int.from_bytes(_read_exactly(8), "big")))
-
-
-def _read_exactly(size: int) -> bytes:
-    data = bytearray()
-    while len(data) < size:
-        chunk = os.read(0, size - len(data))
-        if not chunk:
-            os._exit(3)
-        data += chunk
-    return bytes(data)
 
 
 def _start_child(run: Callable[[], None], request: dict, uid: int, fds: tuple[int, ...]) -> int:
