@@ -136,7 +136,7 @@ def serve(source: str, connection: Connection) -> None:
         connection.send(reply)
 
 
-def encode(value: object, object_number) -> bytes:
+def encode(value, object_number) -> bytes:
     """A tag, a length and the bytes of a value.
 
     ``object_number`` gives the number of an object that is no data, or raises TypeError.
@@ -177,7 +177,7 @@ def _items(data: bytes, object_of):
         start = stop
 
 
-def _value(tag: str, data: bytes, object_of) -> object:
+def _value(tag: str, data: bytes, object_of):
     if tag in SCALARS:
         return SCALARS[tag][2](data)
     if tag in CONTAINERS:

@@ -87,18 +87,18 @@ def _run_in(
     for _ in range(MAX_ATTEMPTS):
         with backend.supervisor_command(limits) as command:
             sources = [source.encode("utf-8", "replace").decode() for source in (program, tests)]
-            messages = [_make_request(command, sources[0], limits), sources[1]]
-            started, result, error_line = _run_supervisor(command, messages, limits.wall_seconds)
+            dumps = [marshal.dumps(_make_request(command, sources[0], limits))]
+            dumps += [marshal.dumps(sources[1])]
+            started, result, error_line = _run_supervisor(command, dumps, limits.wall_seconds)
         if started:
             return result
     raise TaskError(f"the sandbox does not start: {error_line or 'no error message'}")
 
 
 def _run_supervisor(
-    command: SupervisorCommand, messages: Sequence[object], seconds: float
+    command: SupervisorCommand, messages: Sequence[bytes], seconds: float
 ) -> tuple[bool, ExecutionResult, str]:
     """Whether the program started, its result, and the last line on the supervisor's stderr."""
-    dumps = map(marshal.dumps, messages)
     process = subprocess.Popen(
         command.command,
         stdin=subprocess.PIPE,
@@ -114,7 +114,7 @@ def _run_supervisor(
     )
     with process:
         try:
-            stdin = b"".join(len(dump).to_bytes(8, "big") + dump for dump in dumps)
+            stdin = b"".join(len(each).to_bytes(8, "big") + each for each in messages)
             reply, stderr = process.communicate(stdin, timeout=seconds + STARTUP_SECONDS)
         except subprocess.TimeoutExpired:
             reply = stderr = b""

@@ -5,7 +5,7 @@ process, so the memory of that process does not hold them. The process of the te
 whether they pass.
 """
 
-import _signal
+import _signal  # pyright: ignore[reportMissingImports] -- loads faster than signal
 import marshal
 import os
 import resource
