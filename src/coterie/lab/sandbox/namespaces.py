@@ -77,7 +77,7 @@ def _enter_root(plan: dict) -> None:
     _make_read_only("/new")
     for path in plan["devices"]:
         _mount(f"/old{path}", f"/new{path}", None, MS_BIND)
-    # Only processes: no sysctl, no keys, nothing that is writable or tells of the machine.
+    # Only processes: no sysctl, no keys, nothing that is writable or describes the machine.
     _mount("proc", "/new/proc", "proc", MS_NOSUID | MS_NODEV | MS_NOEXEC, "subset=pid")
     _mount("tmpfs", "/new/tmp", "tmpfs", MS_NOSUID | MS_NODEV, f"size={plan['disk']},mode=1777")
     os.chdir("/new")

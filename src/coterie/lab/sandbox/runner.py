@@ -67,7 +67,7 @@ def _backend_problem(backend: SandboxBackend) -> str | None:
             result = _run_in(backend, script_text("probe"), tests, PROBE_LIMITS)
     except CoterieError as error:
         return str(error)
-    except OSError as error:  # root starts it as another user, who may not run the interpreter
+    except OSError as error:  # started by another user without access to the interpreter
         return f"a user without rights cannot start it ({error.strerror})"
     return None if result.passed else f"its probe ends with {result.reason}"
 
