@@ -54,7 +54,7 @@ def grade(name: str, output: str, gold: str, *, trust: bool = False) -> Grade:
         matches = ANSWER_PATTERNS[name].findall(output)
         expected = gold_number(name, gold)
         return Grade(bool(matches) and matches[-1] == expected, matches[-1] if matches else None)
-    return Grade(run_program(f"{output}\n{gold}\n", trust=trust).passed, output)
+    return Grade(run_program(output, gold, trust=trust).passed, output)
 
 
 def gold_number(name: str, gold: str) -> str:
