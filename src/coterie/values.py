@@ -46,6 +46,14 @@ MAX_EXPERTS = 2**16 - 1
 MAX_COUNT = 2**31 - 1
 
 
+Activation: TypeAlias = Literal["silu", "gelu-tanh"]
+"""The activation of a gate."""
+
+
+NO_MASK = -1
+"""The mask id of a model without a mask token: no token has it."""
+
+
 @dataclass(frozen=True)
 class Window:
     """The positions that a forward computes, and the keys that they attend to.
@@ -189,6 +197,7 @@ class Scores:
     logits: Tensor
     router: RouterSpec
     bias: Tensor | None = None  # [E], added for selection
+    expert_scale: Tensor | None = None  # [E] fp32, multiplied into the weights of each token
     voters: Tensor | None = None  # [S, N] vote weights >= 0; None: 1 for every token
     progress: DecodeProgress | None = None
     importance: Tensor | None = None  # [S, N], if the policy needs it

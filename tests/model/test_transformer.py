@@ -191,7 +191,7 @@ def test_the_mask_follows_the_window(block: int, start: int, width: int, reach: 
     transformer, visible = MODELS["llada2"], min(LENGTH, start + width + reach)
     spec, cache = transformer.spec, cache_for(transformer, 1)
     view = window(start, width=width, visible=visible, block=block)
-    seen = AttentionMetadata.of(view, cache, spec, torch.device("cpu"))
+    seen = AttentionMetadata.of(view, cache, spec.attention[0], torch.device("cpu"))
     for query in range(width):
         stop = min(visible, ((start + query) // block + 1) * block)
         allowed = [key < stop for key in range(seen.kv_length)]
@@ -232,7 +232,7 @@ def attention_received(
     spec, attention = transformer.spec, transformer.layers[layer].attention
     norm = transformer.layers[layer].attention_norm
     normed = x * torch.rsqrt(x.square().mean(-1, keepdim=True) + spec.norm_epsilon) * norm
-    seen = AttentionMetadata.of(view, cache, spec, x.device)
+    seen = AttentionMetadata.of(view, cache, spec.attention[0], x.device)
     heads = (normed @ attention.qkv.T).unflatten(-1, (-1, spec.head_dim))
     query, _, _ = attention._split_heads(heads, seen)
     received = torch.zeros(x.shape[:2])

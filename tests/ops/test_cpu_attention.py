@@ -127,7 +127,7 @@ def test_other_dtypes_are_not_supported():
     window = Window(torch.tensor([0]), 4, torch.tensor([4]))
     heads = torch.zeros(1, 4, 3, 8)
     cache = KVCache.allocate(case.spec, 1, 4, dtype=torch.float32)
-    sight = AttentionMetadata.of(window, cache, case.spec, torch.device("cpu")).queries
+    sight = AttentionMetadata.of(window, cache, case.spec.attention[0], torch.device("cpu")).queries
     assert (
         ops.fused_attention(heads, (case.norm, case.norm), sight, cache.layer_kv(0, 1), 1e-6)
         is None
@@ -153,7 +153,7 @@ class Case:
         self.plain = self.attention = Attention(
             self.spec,
             0,
-            qkv=self._half(self.spec.qkv_rows, HIDDEN) * 0.3,
+            qkv=self._half(self.spec.qkv_rows(0), HIDDEN) * 0.3,
             out=self._half(HIDDEN, kv_heads * shared * dim) * 0.1,
             query_norm=self.norm + self._half(dim) * 0.1,
             key_norm=self.norm + self._half(dim) * 0.1,
@@ -214,7 +214,7 @@ class Case:
         found = forced(self.attention, x, window, half, isa=isa, threads=threads)
         parts = ("qkv", "out", "query_norm", "key_norm")
         wide = {part: getattr(self.plain, part).float() for part in parts}
-        view = AttentionMetadata.of(window, full, self.spec, torch.device("cpu"))
+        view = AttentionMetadata.of(window, full, self.spec.attention[0], torch.device("cpu"))
         expected, _ = replace(self.plain, **wide)(x.float(), view, full)
         pairs = [(found, expected)]
         if half is not None and full is not None:
@@ -235,7 +235,7 @@ def forced(
     torch.set_num_threads(threads)
     os.environ["COTERIE_ISA"] = isa
     try:
-        return attention(x, AttentionMetadata.of(window, cache, attention.spec, x.device), cache)[0]
+        return attention(x, AttentionMetadata.of(window, cache, attention.spec.attention[0], x.device), cache)[0]
     finally:
         torch.set_num_threads(before)
         os.environ.pop("COTERIE_ISA")

@@ -77,7 +77,7 @@ def test_swiglu_equals_plain_torch(
     expected = expected if more is None else expected + more.double()
     packed = (ops.prepare_matrix(gate_up), ops.prepare_matrix(down))
     with forced(isa, threads):
-        found = ops.swiglu(x, *packed, more)
+        found = ops.gated_mlp(x, *packed, more)
     assert found.dtype == HALF
     # The activation and the sum are rounded to bf16 several times.
     assert float((found.double() - expected).norm()) <= 2e-2 * float(expected.norm())
@@ -87,15 +87,15 @@ def test_swiglu_of_rows_is_the_same():
     x, gate_up, down = drawn(5, 40, HALF), drawn(60, 40, HALF, 1), drawn(40, 30, HALF, 2)
     more = drawn(5, 40, FULL, 3)
     plain = ops.linear(ops.silu_and_mul(ops.linear(x, gate_up)), down)
-    assert torch.equal(ops.swiglu(x, gate_up, down), plain)
-    assert torch.equal(ops.swiglu(x, gate_up, down, more), more.to(HALF) + plain)
+    assert torch.equal(ops.gated_mlp(x, gate_up, down), plain)
+    assert torch.equal(ops.gated_mlp(x, gate_up, down, more), more.to(HALF) + plain)
     packed = (ops.prepare_matrix(gate_up), ops.prepare_matrix(down))
-    found = ops.swiglu(x, *packed, more)
+    found = ops.gated_mlp(x, *packed, more)
     assert torch.allclose(found, more.to(HALF) + plain, rtol=0.05, atol=0.5)
     with pytest.raises(ValueError, match="residual"):
-        ops.swiglu(x, *packed, more[:4])
+        ops.gated_mlp(x, *packed, more[:4])
     with pytest.raises(ValueError, match=r"gate_up .* does not match down"):
-        ops.swiglu(x, packed[0], packed[0])
+        ops.gated_mlp(x, packed[0], packed[0])
 
 
 def test_too_many_operations_raise():

@@ -67,7 +67,7 @@ def test_masked_keys_have_no_effect() -> None:
     window = Window(torch.tensor([10, 90]), 8, torch.tensor([18, 98]))
     cache = filled(attention, 2, 130, torch.float32, draw)
     qkv = torch.randn(2, 8, 8, dim, generator=draw).to(DEVICE)
-    sight = AttentionMetadata.of(window, cache, attention.spec, torch.device(DEVICE)).queries
+    sight = AttentionMetadata.of(window, cache, attention.spec.attention[0], torch.device(DEVICE)).queries
     both = []
     for hidden in (0.0, 1e30):
         for held in (*cache.keys, *cache.values):
@@ -93,7 +93,7 @@ def test_rows_equal_plain_torch(seed: int, dtype: torch.dtype, rows: int, size: 
     weight = torch.randn(size, generator=draw).to(DEVICE, dtype)
     close(kernels.rms_norm(x, weight, 1e-6), reference.rms_norm(x, weight, 1e-6))
     both = torch.randn(rows, 2 * size, generator=draw).to(DEVICE, dtype)
-    close(kernels.silu_and_mul(both), reference.silu_and_mul(both))
+    close(kernels.silu_and_mul(both), reference.activate_and_mul(both, "silu"))
 
 
 @settings(max_examples=10, phases=[Phase.explicit, Phase.reuse, Phase.generate])
@@ -182,7 +182,7 @@ def random_attention(kv_heads: int, shared: int, dim: int, draw: torch.Generator
         return (torch.randn(shape, generator=draw) * 0.3).to(DEVICE)
 
     norms = {name: 1 + some(dim) for name in ("query_norm", "key_norm")}
-    return Attention(spec, 0, qkv=some(spec.qkv_rows, 24), out=some(24, spec.heads * dim), **norms)
+    return Attention(spec, 0, qkv=some(spec.qkv_rows(0), 24), out=some(24, spec.heads * dim), **norms)
 
 
 def filled(
@@ -207,14 +207,14 @@ def agree(
     from coterie.ops.triton import attention as kernels
 
     spec, rows = attention.spec, len(window.start)
-    qkv = torch.randn(rows, window.width, spec.qkv_rows // spec.head_dim, spec.head_dim)
+    qkv = torch.randn(rows, window.width, spec.qkv_rows(0) // spec.head_dim, spec.head_dim)
     qkv = qkv.normal_(generator=draw).to(DEVICE, dtype)
     whole = filled(attention, rows + 1, length, dtype, draw)
     order = [rows, *range(rows - 1)] if gathered else list(range(rows))
     ours = whole.select_rows(order)
     wide = KVCache((whole.keys[0].float(),), (whole.values[0].float(),)).select_rows(order)
     norms = tuple(norm.to(dtype) for norm in (attention.query_norm, attention.key_norm))
-    view = AttentionMetadata.of(window, ours, spec, torch.device(DEVICE))
+    view = AttentionMetadata.of(window, ours, spec.attention[0], torch.device(DEVICE))
     assert kernels.supports_attention(qkv, ours.layer_kv(0, rows))
     found = kernels.fused_attention(
         qkv, norms, view.queries, ours.layer_kv(0, rows), spec.norm_epsilon
@@ -223,7 +223,7 @@ def agree(
         attention,
         query_norm=norms[0].float(),
         key_norm=norms[1].float(),
-        qkv=torch.eye(spec.qkv_rows, device=DEVICE),
+        qkv=torch.eye(spec.qkv_rows(0), device=DEVICE),
         out=torch.eye(spec.heads * spec.head_dim, device=DEVICE),
     )
     expected, _ = plain(qkv.float().flatten(2), view, wide)

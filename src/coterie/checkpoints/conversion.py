@@ -152,7 +152,7 @@ def convert(
     family = detect_family(config)
     spec = family.read_spec(config)
     _check_source(folder, spec, target)
-    checkpoint = Checkpoint.of(folder)
+    checkpoint = Checkpoint.of(folder).without(family.tensor_names.skipped)
     tensor_targets = weight_map(family.tensor_names, spec, stacked=is_stacked(checkpoint.tensors))
     checkpoint.check(tensor_targets)
     files = list(_output_files(checkpoint, tensor_targets, spec, target))

@@ -329,7 +329,7 @@ def _random_engine(shape: str, dtype: str, layers: int | None, device: str) -> E
     if device not in ("auto", "cpu"):
         raise ConfigError(f"--device {device} with --shape: random models run on a CPU")
     model = random_model(find_shape(shape), dtype, layers=layers)
-    generation = GenerationConfig.for_family(model.family.defaults).replace(early_stop="off")
+    generation = GenerationConfig.for_family(model.defaults).replace(early_stop="off")
     return Engine(model, generation=generation)
 
 

@@ -55,7 +55,7 @@ class Engine:
     ) -> None:
         self.model = model
         self.policy = _policy(policy)
-        self.generation = generation or GenerationConfig.for_family(model.family.defaults)
+        self.generation = generation or GenerationConfig.for_family(model.defaults)
         self._kv_pool = KVCachePool(model.spec, model.transformer.dtype, model.transformer.device)
         on_gpu = model.transformer.device.type == "cuda"
         self._graphs = CudaGraphs(model.transformer) if graphs and on_gpu else None
@@ -376,7 +376,7 @@ def load(
         expert_memory=expert_memory,
         on_progress=on_progress,
     )
-    default = GenerationConfig.for_family(model.family.defaults)
+    default = GenerationConfig.for_family(model.defaults)
     return Engine(
         model, policy=resolved_policy, generation=default.replace(**options), graphs=graphs
     )

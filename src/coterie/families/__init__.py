@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from coterie.errors import quote
 from coterie.families.config import ModelConfig
+from coterie.families.diffusion_gemma import FAMILY as DIFFUSION_GEMMA
 from coterie.families.family import Family, FamilyDefaults
 from coterie.families.llada2 import FAMILY as LLADA2
 from coterie.families.llada_moe import FAMILY as LLADA_MOE
@@ -25,11 +26,11 @@ DENSE_ARCHITECTURES = ("LLaDAModelLM", "LLaDAModel", "SDARForCausalLM", "DreamMo
 
 
 def detect_family(config: ModelConfig) -> Family:
-    """The family of ``architectures``; ``model_type`` is not unique.
+    """The family of ``architectures``; ``model_type`` alone identifies few families.
 
     Raises ConfigError for a model that is dense, unknown or inconsistent.
     """
-    architectures = config.values.get("architectures")
+    architectures = config.values.get("architectures", _only_architecture(config))
     if (
         not isinstance(architectures, list)
         or len(architectures) != 1
@@ -49,6 +50,15 @@ def detect_family(config: ModelConfig) -> Family:
         known = " or ".join(family.model_types)
         raise config.error("model_type", f"is {quote(model_type)}, but {name} is {known}")
     return family
+
+
+def _only_architecture(config: ModelConfig) -> list[str] | None:
+    """The architecture of a ``model_type`` that has only one."""
+    for family in FAMILIES.values():
+        identified = family.identified_by_model_type
+        if identified and config.values.get("model_type") in family.model_types:
+            return [family.architecture]
+    return None
 
 
 def mask_id(config: ModelConfig, family: Family, vocabulary: int) -> int | None:
@@ -72,4 +82,6 @@ def _token_ids(config: ModelConfig, key: str, vocabulary: int) -> tuple[int, ...
     return read_token_ids(config.values, key, file=config.file, vocab_size=vocabulary)
 
 
-FAMILIES = {family.architecture: family for family in (LLADA_MOE, LLADA2, SDAR_MOE)}
+FAMILIES = {family.architecture: family for family in (
+        LLADA_MOE, LLADA2, SDAR_MOE, DIFFUSION_GEMMA
+    )}

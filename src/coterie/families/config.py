@@ -48,6 +48,13 @@ class ModelConfig:
         self.read_keys.add(key)
         return self.values.get(key)
 
+    def section(self, key: str) -> ModelConfig:
+        """A config inside the config, read and checked on its own."""
+        value = self.get(key)
+        if not isinstance(value, Mapping):
+            raise self.error(key, "is missing" if value is None else f"is {quote(value)}")
+        return ModelConfig(self.file, value)
+
     def size(self, key: str, *, maximum: int = MAX_SIZE) -> int:
         """A required integer, at least 1."""
         value = self.get(key)

@@ -18,9 +18,10 @@ class FamilyDefaults:
     block_causal: bool  # True = block-causal attention on an absolute grid, False = bidirectional
     plan: str  # spec of the KV-caching scheme
     unmask: str  # spec of the unmasking rule
-    mask_id: int
+    mask_id: int  # NO_MASK for a model that denoises random tokens
     eos_ids: tuple[int, ...]
     chat_template: str  # jinja, for checkpoints without a template
+    hidden_span: tuple[str, str] | None = None  # marks around text that is no part of an answer
 
 
 @dataclass(frozen=True)
@@ -34,3 +35,4 @@ class Family:
     read_spec: Callable[[ModelConfig], ModelSpec]
     tensor_names: TensorNames
     defaults: FamilyDefaults
+    identified_by_model_type: bool = False  # even in a config without ``architectures``

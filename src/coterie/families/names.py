@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
 
 import torch
 
 from coterie.model.spec import ModelSpec
-from coterie.model.weights import PACKED_NAME, TensorTarget, packed_shape, quantised_parts
+from coterie.model.weights import (
+    PACKED_NAME,
+    TensorTarget,
+    packed_shape,
+    quantised_parts,
+    weight_shapes,
+)
 from coterie.quantization import QuantFormat
 
 TargetPairs = Iterator[tuple[str, TensorTarget]]
@@ -29,6 +35,16 @@ class TensorNames:
     key_norm: str
     gate_bias: str
     shared: str
+    stem: str = "model"  # of layers, the final norm and self-conditioning
+    vectors: tuple[tuple[str, str], ...] = (  # of a layer, and their weights
+        ("input_layernorm.weight", "attention_norm"),
+        ("post_attention_layernorm.weight", "feed_forward_norm"),
+    )
+    scale_stems: tuple[str, ...] = ()  # of the scales of passes that encode, and of others
+    gate: str = "mlp.gate.weight"
+    experts: str = "mlp.experts"
+    fused_gate_up: bool = False  # stacked experts have one tensor for gate and up
+    skipped: tuple[str, ...] = ()  # starts of names that are no part of the language model
 
 
 FUSED_QKV_NAMES = TensorNames(
@@ -51,6 +67,28 @@ SPLIT_QKV_NAMES = TensorNames(
     gate_bias="mlp.expert_bias",
     shared="shared_expert",
 )
+ENCODER_DECODER_NAMES = replace(
+    SPLIT_QKV_NAMES,
+    embedding="model.decoder.embed_tokens.weight",
+    shared="mlp",
+    stem="model.decoder",
+    vectors=(
+        ("input_layernorm.weight", "attention_norm"),
+        ("post_attention_layernorm.weight", "attention_post_norm"),
+        ("pre_feedforward_layernorm.weight", "dense_norm"),
+        ("post_feedforward_layernorm_1.weight", "dense_post_norm"),
+        ("pre_feedforward_layernorm_2.weight", "expert_norm"),
+        ("post_feedforward_layernorm_2.weight", "expert_post_norm"),
+        ("post_feedforward_layernorm.weight", "feed_forward_post_norm"),
+        ("router.scale", "gate_norm"),
+        ("router.per_expert_scale", "expert_scale"),
+    ),
+    scale_stems=("model.encoder.language_model", "model.decoder"),
+    gate="router.proj.weight",
+    experts="experts",
+    fused_gate_up=True,
+    skipped=("model.encoder.vision_tower.", "model.encoder.embed_vision."),
+)
 
 
 def weight_map(names: TensorNames, spec: ModelSpec, *, stacked: bool) -> dict[str, TensorTarget]:
@@ -60,7 +98,9 @@ def weight_map(names: TensorNames, spec: ModelSpec, *, stacked: bool) -> dict[st
     A quantised weight is two tensors. Packed experts are one tensor per layer.
     """
     targets = dict(_outer_targets(names, spec))
+    shapes = weight_shapes(spec)
     for layer in range(spec.layers):
+        targets |= dict(_vector_targets(names, layer, shapes))
         targets |= dict(_attention_targets(names, spec, layer))
         targets |= dict(_feed_forward_targets(names, spec, layer, stacked=stacked))
     form = spec.expert_format
@@ -101,54 +141,73 @@ def is_expert(target: TensorTarget) -> bool:
 
 def _outer_targets(names: TensorNames, spec: ModelSpec) -> TargetPairs:
     yield names.embedding, TensorTarget("embedding", (spec.vocabulary, spec.hidden))
-    yield "model.norm.weight", TensorTarget("norm", (spec.hidden,))
+    yield f"{names.stem}.norm.weight", TensorTarget("norm", (spec.hidden,))
     if not spec.tie_embeddings:
         yield "lm_head.weight", TensorTarget("head", (spec.vocabulary, spec.hidden))
+    if spec.self_conditioning:
+        source, weight = f"{names.stem}.self_conditioning", "self_conditioning"
+        yield f"{source}.pre_norm.weight", TensorTarget(f"{weight}.norm", (spec.hidden,))
+        yield from _mlp_targets(
+            source, f"{weight}.dense", spec.hidden, spec.self_conditioning
+        )
+
+
+def _vector_targets(
+    names: TensorNames, layer: int, shapes: Mapping[str, tuple[int, ...]]
+) -> TargetPairs:
+    """The norms and scales of a layer."""
+    for name, weight in names.vectors:
+        weight = f"layers.{layer}.{weight}"
+        yield f"{names.stem}.layers.{layer}.{name}", TensorTarget(weight, shapes[weight])
+    for index, stem in enumerate(names.scale_stems):
+        target = TensorTarget(f"layers.{layer}.scales", (1,), (slice(index, index + 1),))
+        yield f"{stem}.layers.{layer}.layer_scalar", target
 
 
 def _attention_targets(names: TensorNames, spec: ModelSpec, layer: int) -> TargetPairs:
-    source, weight = f"model.layers.{layer}", f"layers.{layer}"
-    attention = f"{source}.{names.attention}"
-    width, hidden, head = spec.heads * spec.head_dim, (spec.hidden,), (spec.head_dim,)
-    yield f"{source}.input_layernorm.weight", TensorTarget(f"{weight}.attention_norm", hidden)
-    yield (
-        f"{source}.post_attention_layernorm.weight",
-        TensorTarget(f"{weight}.feed_forward_norm", hidden),
-    )
+    weight = f"layers.{layer}"
+    attention = f"{names.stem}.layers.{layer}.{names.attention}"
+    head_dim = spec.attention[layer].head_dim
+    width, head = spec.heads * head_dim, (head_dim,)
     yield f"{attention}.{names.query_norm}.weight", TensorTarget(f"{weight}.query_norm", head)
     yield f"{attention}.{names.key_norm}.weight", TensorTarget(f"{weight}.key_norm", head)
     yield f"{attention}.{names.out}.weight", TensorTarget(f"{weight}.out", (spec.hidden, width))
-    for name, rows in zip(names.qkv, _qkv_rows(names, spec), strict=True):
+    for name, rows in zip(names.qkv, _qkv_rows(names, spec, layer), strict=False):
         shape = (rows.stop - rows.start, spec.hidden)
         yield f"{attention}.{name}.weight", TensorTarget(f"{weight}.qkv", shape, (rows,))
 
 
-def _qkv_rows(names: TensorNames, spec: ModelSpec) -> tuple[slice, ...]:
+def _qkv_rows(names: TensorNames, spec: ModelSpec, layer: int) -> tuple[slice, ...]:
+    """The rows of each projection; none of values if the keys are the values."""
+    attention, stop = spec.attention[layer], spec.qkv_rows(layer)
     if len(names.qkv) == 1:
-        return (slice(0, spec.qkv_rows),)
-    keys = spec.heads * spec.head_dim
-    values = keys + spec.kv_heads * spec.head_dim
-    return slice(0, keys), slice(keys, values), slice(values, spec.qkv_rows)
+        return (slice(0, stop),)
+    keys = spec.heads * attention.head_dim
+    values = keys + attention.kv_heads * attention.head_dim
+    rows = slice(0, keys), slice(keys, values), slice(values, stop)
+    return rows[:2] if attention.keys_are_values else rows
 
 
 def _feed_forward_targets(
     names: TensorNames, spec: ModelSpec, layer: int, *, stacked: bool
 ) -> TargetPairs:
-    source, weight = f"model.layers.{layer}", f"layers.{layer}"
+    source, weight = f"{names.stem}.layers.{layer}", f"layers.{layer}"
     hidden, experts = spec.hidden, spec.router.experts
     if not spec.moe[layer]:
         yield from _mlp_targets(f"{source}.mlp", f"{weight}.dense", hidden, spec.dense_width)
         return
-    yield f"{source}.mlp.gate.weight", TensorTarget(f"{weight}.gate", (experts, hidden))
+    yield f"{source}.{names.gate}", TensorTarget(f"{weight}.gate", (experts, hidden))
     if spec.expert_bias:
         yield f"{source}.{names.gate_bias}", TensorTarget(f"{weight}.gate_bias", (experts,))
     if spec.shared_width:
         shared = f"{source}.{names.shared}"
         yield from _mlp_targets(shared, f"{weight}.shared", hidden, spec.shared_width)
-    experts_source, experts_weight = f"{source}.mlp.experts", f"{weight}.experts"
+    experts_source, experts_weight = f"{source}.{names.experts}", f"{weight}.experts"
     if spec.panels:
         packed = f"{experts_weight}.{PACKED_NAME}"
         yield packed_name(layer), TensorTarget(packed, packed_shape(spec), dtype=torch.uint8)
+    elif names.fused_gate_up:
+        yield from _fused_targets(experts_source, experts_weight, spec)
     elif stacked:
         yield from _stacked_targets(experts_source, experts_weight, spec)
     else:
@@ -166,6 +225,14 @@ def _mlp_targets(
         target = TensorTarget(f"{weight}.gate_up", shape, (*expert_index, rows))
         yield f"{source}.{name}.weight", target
     yield f"{source}.down_proj.weight", TensorTarget(f"{weight}.down", shape[::-1], expert_index)
+
+
+def _fused_targets(source: str, weight: str, spec: ModelSpec) -> TargetPairs:
+    """The two tensors of a layer's stacked experts, if gate and up are one."""
+    experts, hidden, width = spec.router.experts, spec.hidden, spec.expert_width
+    gate_up = TensorTarget(f"{weight}.gate_up", (experts, 2 * width, hidden))
+    yield f"{source}.gate_up_proj", gate_up
+    yield f"{source}.down_proj", TensorTarget(f"{weight}.down", (experts, hidden, width))
 
 
 def _stacked_targets(source: str, weight: str, spec: ModelSpec) -> TargetPairs:

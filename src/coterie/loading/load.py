@@ -9,7 +9,7 @@ import torch
 
 from coterie.checkpoints.source import EMBEDDED, find_folder
 from coterie.errors import ConfigError
-from coterie.families import Family, eos_ids, mask_id
+from coterie.families import Family, FamilyDefaults, eos_ids, mask_id
 from coterie.loading.disk_offload import DiskOffload
 from coterie.loading.expert_memory import ExpertMemoryConfig
 from coterie.loading.gpu_offload import HostOffload
@@ -55,6 +55,12 @@ class Model:
     @property
     def spec(self) -> ModelSpec:
         return self.transformer.spec
+
+    @property
+    def defaults(self) -> FamilyDefaults:
+        """The generation defaults of the family, with the model's own block length."""
+        defaults = self.family.defaults
+        return replace(defaults, block=self.spec.block or defaults.block)
 
     @property
     def memory_config(self) -> ExpertMemoryConfig | None:

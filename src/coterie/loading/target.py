@@ -46,7 +46,7 @@ class ModelFolder:
         config = ModelConfig.of(folder / "config.json")
         family = detect_family(config)
         spec = family.read_spec(config)
-        checkpoint = Checkpoint.of(folder)
+        checkpoint = Checkpoint.of(folder).without(family.tensor_names.skipped)
         targets = weight_map(family.tensor_names, spec, stacked=is_stacked(checkpoint.tensors))
         checkpoint.check(targets)
         return ModelFolder(config, family, spec, checkpoint, targets)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -10,7 +11,7 @@ from torch.nn import functional as F
 
 from coterie import ops
 from coterie.model.cache import KVCache, window_positions
-from coterie.model.spec import ModelSpec
+from coterie.model.spec import AttentionSpec, ModelSpec
 from coterie.values import LayerKV, Matrix, PackedMatrix, QueryPositions, Window
 
 
@@ -31,7 +32,7 @@ class AttentionMetadata:
 
     @staticmethod
     def of(
-        window: Window, cache: KVCache | None, spec: ModelSpec, device: torch.device
+        window: Window, cache: KVCache | None, spec: AttentionSpec, device: torch.device
     ) -> AttentionMetadata:
         """The metadata of a window; ``kv_length`` is read from the window, which is on the host."""
         position_ids = window_positions(window, device)
@@ -44,7 +45,10 @@ class AttentionMetadata:
         queries = QueryPositions(
             position_ids, limits, kv_length, cos=angles.cos(), sin=angles.sin()
         )
-        return AttentionMetadata(queries, _attention_mask(window, limits, kv_length))
+        mask = _attention_mask(window, limits, kv_length)
+        if spec.window:
+            mask = _sliding_mask(window, queries, spec.window, mask)
+        return AttentionMetadata(queries, mask)
 
 
 @dataclass(frozen=True)
@@ -53,10 +57,14 @@ class Attention:
 
     spec: ModelSpec
     layer: int
-    qkv: Matrix  # [qkv_rows, H]: query heads, then keys, then values
+    qkv: Matrix  # [qkv_rows, H]: query heads, then keys, then values if they have a projection
     out: Matrix  # [H, heads * head_dim]
     query_norm: Tensor  # [head_dim]
     key_norm: Tensor  # [head_dim]
+
+    @cached_property
+    def kind(self) -> AttentionSpec:
+        return self.spec.attention[self.layer]
 
     def __call__(
         self,
@@ -70,10 +78,10 @@ class Attention:
 
         Received attention is the mean over heads and the window's queries, [B, W] fp32.
         """
-        fuse = not return_received
+        fuse = self.kind.fits_kernels and not return_received
         if fuse and (output := self._fused_layer(x, metadata, cache)) is not None:
             return output, None
-        heads = ops.linear(x, self.qkv).unflatten(-1, (-1, self.spec.head_dim))
+        heads = ops.linear(x, self.qkv).unflatten(-1, (-1, self.kind.head_dim))
         if fuse and (attn_output := self._fused_attention(heads, metadata, cache)) is not None:
             return ops.linear(attn_output.flatten(2), self.out), None
         query, key, value = self._split_heads(heads, metadata)
@@ -83,9 +91,10 @@ class Attention:
             cache.write(self.layer, metadata.positions, key, value)
             keys, values = cache.read(self.layer, metadata.kv_length)
         keys, values = keys[:, :, : metadata.kv_length], values[:, :, : metadata.kv_length]
-        attn_output = _sdpa(query, keys, values, metadata.mask)
-        received_attention = _received_attention(query, keys, metadata) if return_received else None
-        return ops.linear(attn_output.flatten(2), self.out), received_attention
+        scale = self.kind.scale
+        attn_output = _sdpa(query, keys, values, metadata.mask, scale)
+        output = ops.linear(attn_output.flatten(2), self.out)
+        return output, _received(query, keys, metadata, scale) if return_received else None
 
     def _fused_layer(
         self, x: Tensor, metadata: AttentionMetadata, cache: KVCache | None
@@ -112,17 +121,21 @@ class Attention:
         if cache is not None:
             return cache.layer_kv(self.layer, len(x))
         rows, width = x.shape[:2]
-        keys, values = x.new_zeros(2, rows, self.spec.kv_heads, width, self.spec.head_dim)
+        keys, values = x.new_zeros(2, rows, self.kind.kv_heads, width, self.kind.head_dim)
         return LayerKV(keys, values, torch.arange(rows, device=x.device))
 
     def _split_heads(
         self, heads: Tensor, metadata: AttentionMetadata
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Query [B, W, heads, D], key and value [B, W, kv_heads, D], normed and rotated."""
-        spec, queries = self.spec, metadata.queries
-        query, key, value = heads.split([spec.heads, spec.kv_heads, spec.kv_heads], dim=2)
-        query = ops.rms_norm(query, self.query_norm, spec.norm_epsilon)
-        key = ops.rms_norm(key, self.key_norm, spec.norm_epsilon)
+        kind, queries, epsilon = self.kind, metadata.queries, self.spec.norm_epsilon
+        num_heads = self.spec.heads
+        query, key, value = heads.tensor_split([num_heads, num_heads + kind.kv_heads], dim=2)
+        value = key if kind.keys_are_values else value
+        if kind.norms_values:
+            value = ops.rms_norm(value, torch.ones_like(self.key_norm), epsilon)
+        query = ops.rms_norm(query, self.query_norm, epsilon)
+        key = ops.rms_norm(key, self.key_norm, epsilon)
         # PyTorch's attention gives 0 where all scores are NaN; NaN values it passes on.
         value = value + 0 * (key + query.mean(dim=2, keepdim=True))
         rotation = (queries.cos, queries.sin)
@@ -137,9 +150,12 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return torch.cat((first * cos - second * sin, second * cos + first * sin, rest), dim=-1)
 
 
-def _inverse_frequencies(spec: ModelSpec, device: torch.device) -> Tensor:
+def _inverse_frequencies(spec: AttentionSpec, device: torch.device) -> Tensor:
     steps = torch.arange(0, spec.rotary_dim, 2, dtype=torch.float32, device=device)
-    return 1.0 / spec.rope_theta ** (steps / spec.rotary_dim)
+    frequencies = 1.0 / spec.rope_theta ** (steps / spec.rotary_dim)
+    if spec.rope_angles:
+        frequencies[spec.rope_angles :] = 0.0
+    return frequencies
 
 
 def _causal_limits(window: Window, position_ids: Tensor) -> Tensor:
@@ -158,7 +174,21 @@ def _attention_mask(window: Window, limits: Tensor, kv_length: int) -> Tensor | 
     return torch.arange(kv_length, device=limits.device) < limits[:, :, None]
 
 
-def _sdpa(query: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None) -> Tensor:
+def _sliding_mask(window: Window, queries: QueryPositions, width: int, mask: Tensor | None) -> Tensor:
+    """The mask without keys further back than ``width`` - 1 before the query's block.
+
+    All positions of a causal block see the same first key; without blocks the window is the block.
+    """
+    positions, block = queries.positions, window.block
+    first = positions // block * block if block else positions[:, :1]
+    keys = torch.arange(queries.kv_length, device=positions.device)
+    inside = keys > (first - width)[:, :, None]
+    return (inside if mask is None else mask & inside).expand(*positions.shape, -1)
+
+
+def _sdpa(
+    query: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None, scale: float | None
+) -> Tensor:
     """Attention output [B, W, heads, D].
 
     Query heads that share a KV head are treated as further queries, which avoids copies of keys.
@@ -168,7 +198,9 @@ def _sdpa(query: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None) -> T
     query = _group_by_kv_head(query, keys.shape[1])
     if mask is not None:
         mask = mask[:, None].repeat(1, 1, queries_per_kv_head, 1)
-    attn_output = F.scaled_dot_product_attention(query, keys, values, attn_mask=mask)
+    attn_output = F.scaled_dot_product_attention(
+        query, keys, values, attn_mask=mask, scale=scale
+    )
     attn_output = attn_output.reshape(batch, heads, width, dim)
     return attn_output.transpose(1, 2)
 
@@ -178,11 +210,13 @@ def _group_by_kv_head(query: Tensor, kv_heads: int) -> Tensor:
     return query.transpose(1, 2).unflatten(1, (kv_heads, -1)).flatten(2, 3)
 
 
-def _received_attention(query: Tensor, keys: Tensor, metadata: AttentionMetadata) -> Tensor:
+def _received(
+    query: Tensor, keys: Tensor, metadata: AttentionMetadata, scale: float | None
+) -> Tensor:
     """Mean attention that each of the window's positions receives, [B, W] fp32."""
     batch, width, heads, dim = query.shape
     scores = _group_by_kv_head(query.float(), keys.shape[1]) @ keys.float().transpose(2, 3)
-    scores = scores.reshape(batch, heads, width, -1) * dim**-0.5
+    scores = scores.reshape(batch, heads, width, -1) * (dim**-0.5 if scale is None else scale)
     if metadata.mask is not None:
         scores = scores.masked_fill(~metadata.mask[:, None], float("-inf"))
     share = scores.softmax(dim=-1).mean(dim=(1, 2))  # [B, kv_length]

@@ -35,9 +35,9 @@ class KVCache:
         device: torch.device | str = "cpu",
     ) -> KVCache:
         """An empty cache of ``rows`` rows with ``length`` positions each."""
-        shape = (rows, spec.kv_heads, length, spec.head_dim)
-        keys = tuple(torch.zeros(shape, dtype=dtype, device=device) for _ in range(spec.layers))
-        values = tuple(torch.zeros(shape, dtype=dtype, device=device) for _ in range(spec.layers))
+        shapes = [(rows, kind.kv_heads, length, kind.head_dim) for kind in spec.attention]
+        keys = tuple(torch.zeros(shape, dtype=dtype, device=device) for shape in shapes)
+        values = tuple(torch.zeros(shape, dtype=dtype, device=device) for shape in shapes)
         return KVCache(keys, values)
 
     @property

@@ -37,6 +37,14 @@ class Checkpoint:
             return Checkpoint(folder, {single_file: read_header(single_file)})
         raise _no_weights_error(folder)
 
+    def without(self, prefixes: tuple[str, ...]) -> Checkpoint:
+        """The same without the tensors whose names start so; files with no other are left out."""
+        kept = {
+            file: {name: e for name, e in entries.items() if not name.startswith(prefixes)}
+            for file, entries in self.files.items()
+        }
+        return Checkpoint(self.folder, {file: entries for file, entries in kept.items() if entries})
+
     @property
     def tensors(self) -> set[str]:
         return {name for entries in self.files.values() for name in entries}

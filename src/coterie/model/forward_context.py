@@ -52,3 +52,5 @@ class ForwardContext:
     forward: tuple[int, ...] = ()  # decode-forward number of each row
     coresets: CoresetState | None = None  # for policies that reuse coresets between steps
     embeddings: Tensor | None = None  # [B, width, H], replaces the tokens' embeddings
+    expected: Tensor | None = None  # [B, width, H], expected embedding of the last step's logits
+    encodes: bool = False  # the pass writes the keys of final tokens; its logits are not read

@@ -12,7 +12,7 @@ from coterie import ops
 from coterie.model.forward_context import ForwardContext
 from coterie.model.spec import ModelSpec
 from coterie.routing import route
-from coterie.values import ExpertRequest, ExpertStore, Matrix, Routing, Scores
+from coterie.values import Activation, ExpertRequest, ExpertStore, Matrix, Routing, Scores
 
 
 class FeedForward(Protocol):
@@ -23,10 +23,11 @@ class FeedForward(Protocol):
 
 @dataclass(frozen=True)
 class Dense:
-    """A SwiGLU network: down(silu(gate(x)) * up(x))."""
+    """A gated network: down(activation(gate(x)) * up(x))."""
 
     gate_up: Matrix  # [2 I, H], gate rows first
     down: Matrix  # [H, I]
+    activation: Activation = "silu"
 
     def __call__(self, x: Tensor, context: ForwardContext, importance: Tensor | None) -> Tensor:
         del context, importance
@@ -34,12 +35,18 @@ class Dense:
 
     def apply(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         """x [..., H] -> [..., H], plus ``residual`` (fp32, same number of elements)."""
-        return ops.swiglu(x, self.gate_up, self.down, residual)
+        return ops.gated_mlp(
+            x, self.gate_up, self.down, residual, activation=self.activation
+        )
 
 
 @dataclass(frozen=True)
 class MoE:
-    """A router, experts served by a store, and optionally a shared expert."""
+    """A router, experts served by a store, and optionally a shared expert.
+
+    A layer with ``norms`` gets the residual stream: the router and the experts each read it through
+    a norm of their own. Without ``norms`` both read the layer's input.
+    """
 
     spec: ModelSpec
     layer: int
@@ -47,9 +54,14 @@ class MoE:
     bias: Tensor | None  # [E] fp32, for selection
     shared: Dense | None
     store: ExpertStore
+    norms: tuple[Tensor, Tensor] | None = None  # of the router (fp32) and of the experts, [H] each
+    expert_scale: Tensor | None = None  # [E] fp32, multiplied into the weights
 
     def __call__(self, x: Tensor, context: ForwardContext, importance: Tensor | None) -> Tensor:
-        scores = self._router_scores(x, context, importance)
+        router_input = x
+        if self.norms is not None:
+            router_input, x = self._normed_inputs(x, *self.norms)
+        scores = self._router_scores(router_input, context, importance)
         routing = route(scores, context.policy)
         if context.coresets is not None and routing.coreset_reuse is not None:
             context.coresets.set_current(scores.moe_index, routing.coreset_reuse)
@@ -65,13 +77,21 @@ class MoE:
         flat = x.flatten(0, 1)
         out: Tensor | None = None
         for slab in self.store.serve(self.layer, ExpertRequest(routing.used, routing, scores)):
-            part = ops.run_experts(flat, routing, slab)
+            part = ops.run_experts(flat, routing, slab, self.spec.activation)
             out = part if out is None else out.add_(part)
         if out is None:  # no expert is used
             out = torch.zeros(flat.shape, dtype=torch.float32, device=x.device)
         if self.shared is None:
             return out.to(x.dtype).view_as(x)
         return self.shared.apply(x, out)
+
+    def _normed_inputs(
+        self, x: Tensor, router_norm: Tensor, expert_norm: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """The input of the router, in fp32, and that of the experts."""
+        epsilon = self.spec.norm_epsilon
+        router_input = ops.rms_norm(x.float(), router_norm, epsilon)
+        return router_input, ops.rms_norm(x, expert_norm, epsilon)
 
     def _router_scores(
         self, x: Tensor, context: ForwardContext, importance: Tensor | None
@@ -81,6 +101,7 @@ class MoE:
             logits=ops.linear(x, self.gate, dtype=torch.float32),
             router=self.spec.router,
             bias=self.bias,
+            expert_scale=self.expert_scale,
             voters=context.voters,
             progress=context.progress,
             importance=importance,

@@ -37,7 +37,7 @@ def model_size(spec: ModelSpec, dtype: torch.dtype) -> ModelSize:
         bytes=weight_bytes(spec, dtype),
         expert_bytes=one_expert_bytes,
         layer_expert_bytes=spec.router.experts * one_expert_bytes,
-        kv_bytes_per_token=2 * spec.layers * spec.kv_heads * spec.head_dim * dtype.itemsize,
+        kv_bytes_per_token=spec.kv_features * dtype.itemsize,
     )
 
 

@@ -1,9 +1,10 @@
-"""The transformer of all families: norm, attention, norm, feed-forward; then the head."""
+"""The transformer of all families: layers of attention and feed-forward; then the head."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
@@ -16,6 +17,7 @@ from coterie.model.moe import Dense, FeedForward, MoE
 from coterie.model.size import model_size
 from coterie.model.spec import ModelSpec
 from coterie.ops.threads import limited_threads
+from coterie.model.weights import PARALLEL_VECTORS
 from coterie.routing import needs_importance
 from coterie.values import ExpertStore, Matrix
 
@@ -47,14 +49,73 @@ class TransformerLayer:
 
 
 @dataclass(frozen=True)
+class ParallelLayer:
+    """Attention, then a dense network and experts side by side; each part has a norm after it.
+
+    The whole output is scaled, by one number in passes that encode and by another in the rest.
+    """
+
+    spec: ModelSpec
+    attention_norm: Tensor  # [H]; all norms are
+    attention: Attention
+    attention_post_norm: Tensor
+    dense_norm: Tensor
+    dense: Dense
+    dense_post_norm: Tensor
+    feed_forward: FeedForward  # of the residual stream
+    expert_post_norm: Tensor
+    feed_forward_post_norm: Tensor
+    scales: Tensor  # [2]: of passes that encode, and of others
+
+    def __call__(self, x: Tensor, metadata: AttentionMetadata, context: ForwardContext) -> Tensor:
+        """x [B, W, H] -> [B, W, H]."""
+        attn_output, received_attention = self.attention(
+            self._norm(x, self.attention_norm),
+            metadata,
+            context.cache,
+            return_received=needs_importance(context.policy),
+        )
+        importance = None
+        if received_attention is not None:
+            importance = received_attention * x.float().abs().sum(-1)
+        x = x + self._norm(attn_output, self.attention_post_norm)
+        dense = self._norm(self.dense.apply(self._norm(x, self.dense_norm)), self.dense_post_norm)
+        routed = self._norm(self.feed_forward(x, context, importance), self.expert_post_norm)
+        x = x + self._norm(dense + routed, self.feed_forward_post_norm)
+        return x * self.scales[0 if context.encodes else 1]
+
+    def _norm(self, x: Tensor, weight: Tensor) -> Tensor:
+        return ops.rms_norm(x, weight, self.spec.norm_epsilon)
+
+
+Layer: TypeAlias = TransformerLayer | ParallelLayer
+
+
+@dataclass(frozen=True)
+class SelfConditioning:
+    """Adds a projection of the expected embeddings of the last step's logits to the input."""
+
+    norm: Tensor  # [H]
+    projection: Dense
+    epsilon: float
+
+    def __call__(self, x: Tensor, expected: Tensor | None) -> Tensor:
+        """x [B, W, H] -> [B, W, H], normed even without ``expected``, in a block's first step."""
+        if expected is not None:
+            x = x + self.projection.apply(ops.rms_norm(expected, self.norm, self.epsilon))
+        return ops.rms_norm(x, torch.ones_like(self.norm), self.epsilon)
+
+
+@dataclass(frozen=True)
 class Transformer:
     """Maps tokens to logits; all inputs that vary between calls are in the ForwardContext."""
 
     spec: ModelSpec
     embedding: Tensor  # [vocabulary, H]
-    layers: tuple[TransformerLayer, ...]
+    layers: tuple[Layer, ...]
     norm: Tensor  # [H]
     head: Matrix  # [vocabulary, H]
+    self_conditioning: SelfConditioning | None = None
 
     def __call__(self, tokens: Tensor, context: ForwardContext) -> Tensor:
         """Logits [P, vocabulary] fp32 of tokens [B, W] int64 at ``context.logits_indices``.
@@ -66,22 +127,38 @@ class Transformer:
             return self._forward(tokens, context)
 
     def _forward(self, tokens: Tensor, context: ForwardContext) -> Tensor:
-        metadata = AttentionMetadata.of(context.window, context.cache, self.spec, self.device)
+        metadata = {
+            kind: AttentionMetadata.of(context.window, context.cache, kind, self.device)
+            for kind in dict.fromkeys(self.spec.attention)
+        }
         x = self.embed(tokens) if context.embeddings is None else context.embeddings
+        if self.self_conditioning is not None and not context.encodes:
+            x = self.self_conditioning(x, context.expected)
         context.recorder.on_layer_output(-1, x)
         for index, layer in enumerate(self.layers):
-            x = layer(x, metadata, context)
+            x = layer(x, metadata[self.spec.attention[index]], context)
             context.recorder.on_layer_output(index, x)
         x = x.flatten(0, 1)
         if context.logits_indices is not None:
             x = x[context.logits_indices]
         x = ops.rms_norm(x, self.norm, self.spec.norm_epsilon)
         context.recorder.on_layer_output(self.spec.layers, x)
-        return ops.linear(x, self.head, dtype=torch.float32)
+        logits = ops.linear(x, self.head, dtype=torch.float32)
+        cap = self.spec.logit_cap
+        return cap * torch.tanh(logits / cap) if cap else logits
 
     def embed(self, tokens: Tensor) -> Tensor:
         """[B, W] int64 -> [B, W, H]."""
-        return F.embedding(tokens, self.embedding)
+        return self._scaled(F.embedding(tokens, self.embedding))
+
+    def expected_embedding(self, logits: Tensor) -> Tensor:
+        """[n, V] -> [n, H]: the mean of all embeddings, weighted by their probability."""
+        probabilities = torch.softmax(logits, dim=-1).to(self.dtype)
+        return self._scaled(probabilities @ self.embedding)
+
+    def _scaled(self, x: Tensor) -> Tensor:
+        scale = self.spec.embedding_scale
+        return x if scale == 1.0 else x * scale
 
     @cached_property
     def _multiplications(self) -> int:
@@ -105,12 +182,19 @@ def build(spec: ModelSpec, weights: dict[str, Tensor], store: ExpertStore) -> Tr
     layers = tuple(_layer(spec, layer, weights, store) for layer in range(spec.layers))
     embedding = weights["embedding"]
     head = embedding if spec.tie_embeddings else _prepared_matrix(weights, "head")
-    return Transformer(spec, embedding, layers, weights["norm"], head)
+    conditioning = _self_conditioning(spec, weights) if spec.self_conditioning else None
+    return Transformer(spec, embedding, layers, weights["norm"], head, conditioning)
+
+
+def _self_conditioning(spec: ModelSpec, weights: dict[str, Tensor]) -> SelfConditioning:
+    name = "self_conditioning"
+    projection = _dense(spec, weights, f"{name}.dense")
+    return SelfConditioning(weights[f"{name}.norm"], projection, spec.norm_epsilon)
 
 
 def _layer(
     spec: ModelSpec, layer: int, weights: dict[str, Tensor], store: ExpertStore
-) -> TransformerLayer:
+) -> Layer:
     name = f"layers.{layer}"
     attention = Attention(
         spec,
@@ -120,6 +204,14 @@ def _layer(
         query_norm=weights[f"{name}.query_norm"],
         key_norm=weights[f"{name}.key_norm"],
     )
+    if spec.parallel_dense:
+        return ParallelLayer(
+            spec,
+            attention=attention,
+            dense=_dense(spec, weights, f"{name}.shared"),
+            feed_forward=_feed_forward(spec, layer, weights, store),
+            **{part: weights[f"{name}.{part}"] for part in PARALLEL_VECTORS},
+        )
     return TransformerLayer(
         spec,
         attention_norm=weights[f"{name}.attention_norm"],
@@ -134,16 +226,19 @@ def _feed_forward(
 ) -> FeedForward:
     name = f"layers.{layer}"
     if not spec.moe[layer]:
-        return _dense(weights, f"{name}.dense")
-    shared = _dense(weights, f"{name}.shared") if spec.shared_width else None
+        return _dense(spec, weights, f"{name}.dense")
     gate, bias = _prepared_matrix(weights, f"{name}.gate"), weights.get(f"{name}.gate_bias")
+    if spec.parallel_dense:
+        norms = weights[f"{name}.gate_norm"] * spec.hidden**-0.5, weights[f"{name}.expert_norm"]
+        scale = weights[f"{name}.expert_scale"]
+        return MoE(spec, layer, gate, bias, None, store, norms, scale)
+    shared = _dense(spec, weights, f"{name}.shared") if spec.shared_width else None
     return MoE(spec, layer, gate, bias, shared, store)
 
 
-def _dense(weights: dict[str, Tensor], name: str) -> Dense:
-    return Dense(
-        _prepared_matrix(weights, f"{name}.gate_up"), _prepared_matrix(weights, f"{name}.down")
-    )
+def _dense(spec: ModelSpec, weights: dict[str, Tensor], name: str) -> Dense:
+    gate_up, down = (_prepared_matrix(weights, f"{name}.{part}") for part in ("gate_up", "down"))
+    return Dense(gate_up, down, spec.activation)
 
 
 def _prepared_matrix(weights: dict[str, Tensor], name: str) -> Matrix:

@@ -15,6 +15,11 @@ from coterie.quantization import QTensor, QuantFormat
 from coterie.values import Slab
 
 PACKED_NAME = "packed"
+PARALLEL_VECTORS = (
+    *("attention_norm", "attention_post_norm", "dense_norm", "dense_post_norm"),
+    *("expert_post_norm", "feed_forward_post_norm", "scales"),
+)
+"""The vectors of a layer with a dense network beside its experts, besides those of its parts."""
 
 
 @dataclass(frozen=True)
@@ -35,15 +40,20 @@ def weight_shapes(spec: ModelSpec) -> dict[str, tuple[int, ...]]:
     shapes = {"embedding": (spec.vocabulary, spec.hidden), "norm": (spec.hidden,)}
     if not spec.tie_embeddings:
         shapes["head"] = (spec.vocabulary, spec.hidden)
+    if spec.self_conditioning:
+        shapes["self_conditioning.norm"] = (spec.hidden,)
+        shapes |= _mlp_shapes("self_conditioning.dense", spec.hidden, spec.self_conditioning)
     for layer in range(spec.layers):
-        for name, shape in (_attention_shapes(spec) | _feed_forward_shapes(spec, layer)).items():
+        for name, shape in (
+            _attention_shapes(spec, layer) | _feed_forward_shapes(spec, layer)
+        ).items():
             shapes[f"layers.{layer}.{name}"] = shape
     return shapes
 
 
 def is_always_fp32(name: str) -> bool:
     """Whether a weight is fp32 in every dtype: the router decides on small differences."""
-    return name.endswith((".gate", ".gate_bias"))
+    return name.endswith((".gate", ".gate_bias", ".gate_norm", ".expert_scale"))
 
 
 def weight_bytes(spec: ModelSpec, dtype: torch.dtype) -> int:
@@ -144,15 +154,18 @@ def _take_weight(
     return QTensor(weights.pop(f"{name}.q"), weights.pop(f"{name}.scales"), form, k)
 
 
-def _attention_shapes(spec: ModelSpec) -> dict[str, tuple[int, ...]]:
-    return {
-        "attention_norm": (spec.hidden,),
-        "qkv": (spec.qkv_rows, spec.hidden),
-        "query_norm": (spec.head_dim,),
-        "key_norm": (spec.head_dim,),
-        "out": (spec.hidden, spec.heads * spec.head_dim),
-        "feed_forward_norm": (spec.hidden,),
+def _attention_shapes(spec: ModelSpec, layer: int) -> dict[str, tuple[int, ...]]:
+    hidden, head_dim = spec.hidden, spec.attention[layer].head_dim
+    shapes: dict[str, tuple[int, ...]] = {
+        "attention_norm": (hidden,),
+        "qkv": (spec.qkv_rows(layer), hidden),
+        "query_norm": (head_dim,),
+        "key_norm": (head_dim,),
+        "out": (hidden, spec.heads * head_dim),
     }
+    if not spec.parallel_dense:
+        return shapes | {"feed_forward_norm": (hidden,)}
+    return shapes | {name: (2 if name == "scales" else hidden,) for name in PARALLEL_VECTORS}
 
 
 def _feed_forward_shapes(spec: ModelSpec, layer: int) -> dict[str, tuple[int, ...]]:
@@ -162,6 +175,9 @@ def _feed_forward_shapes(spec: ModelSpec, layer: int) -> dict[str, tuple[int, ..
     shapes: dict[str, tuple[int, ...]] = {"gate": (experts, spec.hidden)}
     if spec.expert_bias:
         shapes["gate_bias"] = (experts,)
+    if spec.parallel_dense:
+        shapes |= {"gate_norm": (spec.hidden,), "expert_norm": (spec.hidden,)}
+        shapes["expert_scale"] = (experts,)
     shapes["experts.gate_up"] = (experts, 2 * width, spec.hidden)
     shapes["experts.down"] = (experts, spec.hidden, width)
     if spec.shared_width:

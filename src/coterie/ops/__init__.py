@@ -18,6 +18,7 @@ from coterie.ops.reference import top_ids, top_mask
 from coterie.ops.triton_ops import kernels_for
 from coterie.quantization import FORMATS, QTensor
 from coterie.values import (
+    Activation,
     CoresetRule,
     LayerKV,
     LogitsSummary,
@@ -41,9 +42,10 @@ __all__ = [
     "rms_norm",
     "route",
     "run_experts",
+    "activate_and_mul",
     "silu_and_mul",
     "summarize_logits",
-    "swiglu",
+    "gated_mlp",
     "top_ids",
     "top_mask",
     "unpack",
@@ -83,8 +85,10 @@ def vote_weights(
     return reference.vote_weights(voters, voter_filter, invert_filter=invert_filter)
 
 
-def run_experts(x: Tensor, routing: Routing, slab: Slab) -> Tensor:
-    """Weighted sum of the SwiGLU experts in ``slab``: x [T, H] -> [T, H], always fp32.
+def run_experts(
+    x: Tensor, routing: Routing, slab: Slab, activation: Activation = "silu"
+) -> Tensor:
+    """Weighted sum of the gated experts in ``slab``: x [T, H] -> [T, H], always fp32.
 
     Ids of -1 and experts absent from the slab contribute nothing, so the results of a layer's slabs
     add up. A slab on another device is computed there; inputs and output are copied.
@@ -92,14 +96,15 @@ def run_experts(x: Tensor, routing: Routing, slab: Slab) -> Tensor:
     if (slab_device := slab.gate_up.device) != x.device:
         ids, weights = routing.topk_ids.to(slab_device), routing.topk_weights.to(slab_device)
         slab_routing = Routing(ids, weights, routing.used.to(slab_device), ids)
-        return run_experts(x.to(slab_device), slab_routing, slab).to(x.device)
+        return run_experts(x.to(slab_device), slab_routing, slab, activation).to(x.device)
     if isinstance(slab.gate_up, PackedExperts):
-        return cpu.run_experts(x, routing, slab)
+        return cpu.run_experts(x, routing, slab, activation)
     if x.device.type == "cpu" and grouped_gemm.supports(x, slab):
-        return grouped_gemm.run_experts(x, routing, slab)
-    if (gpu := kernels_for(x)) is not None and gpu.supports_experts(x, slab):
+        return grouped_gemm.run_experts(x, routing, slab, activation)
+    gpu = kernels_for(x)
+    if gpu is not None and activation == "silu" and gpu.supports_experts(x, slab):
         return gpu.run_experts(x, routing, slab)
-    return reference.run_experts(x, routing, slab)
+    return reference.run_experts(x, routing, slab, activation)
 
 
 def linear(x: Tensor, weight: Matrix, *, dtype: torch.dtype | None = None) -> Tensor:
@@ -176,18 +181,32 @@ def silu_and_mul(gate_up: Tensor) -> Tensor:
     """silu(first half) * second half of [..., 2 I] -> [..., I]."""
     if (gpu := kernels_for(gate_up)) is not None:
         return gpu.silu_and_mul(gate_up)
-    return reference.silu_and_mul(gate_up)
+    return reference.activate_and_mul(gate_up, "silu")
 
 
-def swiglu(x: Tensor, gate_up: Matrix, down: Matrix, residual: Tensor | None = None) -> Tensor:
-    """A SwiGLU network, x [..., H] -> [..., H], plus ``residual`` (fp32, same number of elements).
+def activate_and_mul(gate_up: Tensor, activation: Activation) -> Tensor:
+    """activation(first half) * second half of [..., 2 I] -> [..., I]."""
+    if activation == "silu":
+        return silu_and_mul(gate_up)
+    return reference.activate_and_mul(gate_up, activation)
+
+
+def gated_mlp(
+    x: Tensor,
+    gate_up: Matrix,
+    down: Matrix,
+    residual: Tensor | None = None,
+    *,
+    activation: Activation = "silu",
+) -> Tensor:
+    """A gated network, x [..., H] -> [..., H], plus ``residual`` (fp32, same number of elements).
 
     Adding the residual may round once or twice, depending on the implementation.
     """
-    is_bf16 = x.dtype == torch.bfloat16
-    if is_bf16 and isinstance(gate_up, PackedMatrix) and isinstance(down, PackedMatrix):
+    fits_kernel = x.dtype == torch.bfloat16 and activation == "silu"
+    if fits_kernel and isinstance(gate_up, PackedMatrix) and isinstance(down, PackedMatrix):
         return cpu.swiglu(x, gate_up, down, residual)
-    out = linear(silu_and_mul(linear(x, gate_up)), down)
+    out = linear(activate_and_mul(linear(x, gate_up), activation), down)
     return out if residual is None else residual.to(x.dtype).view_as(out) + out
 
 

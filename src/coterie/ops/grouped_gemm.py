@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from coterie.values import Routing, Slab
+from coterie.ops.reference import activate_and_mul
+from coterie.values import Activation, Routing, Slab
 
 ROW_ALIGNMENT = 16  # bytes; every row must be a multiple
 
@@ -20,7 +21,9 @@ def supports(x: Tensor, slab: Slab) -> bool:
     return aligned and len(slab.gate_up) > 0 and x.dtype in (torch.float32, torch.bfloat16)
 
 
-def run_experts(x: Tensor, routing: Routing, slab: Slab) -> Tensor:
+def run_experts(
+    x: Tensor, routing: Routing, slab: Slab, activation: Activation = "silu"
+) -> Tensor:
     """See ``ops.run_experts``. Does not synchronise with the host."""
     gate_up, down = slab.gate_up, slab.down
     assert isinstance(gate_up, Tensor)  # checked by ``supports``
@@ -32,8 +35,8 @@ def run_experts(x: Tensor, routing: Routing, slab: Slab) -> Tensor:
     order = slots.argsort(stable=True)
     token = order // ids.shape[-1]
     ends = F.one_hot(slots, experts + 1).sum(0)[:experts].cumsum(0).to(torch.int32)
-    gate, up = F.grouped_mm(x[token], gate_up.mT, offs=ends).chunk(2, dim=-1)
-    y = F.grouped_mm(F.silu(gate) * up, down.mT, offs=ends)
+    hidden = activate_and_mul(F.grouped_mm(x[token], gate_up.mT, offs=ends), activation)
+    y = F.grouped_mm(hidden, down.mT, offs=ends)
     # Rows past the last group are uninitialised.
     valid = (torch.arange(len(token), device=x.device) < ends[-1]).unsqueeze(-1)
     y = y.float().where(valid, 0.0) * routing.topk_weights.flatten()[order].unsqueeze(-1)

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from coterie.quantization import QTensor, dequantize
-from coterie.values import LogitsSummary, PackedExperts, Routing, Slab, expert_mask
+from coterie.values import Activation, LogitsSummary, PackedExperts, Routing, Slab, expert_mask
 
 
 @dataclass(frozen=True)
@@ -55,10 +57,16 @@ def rms_norm(x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
     return weight * x_fp32.to(x.dtype)
 
 
-def silu_and_mul(gate_up: Tensor) -> Tensor:
-    """See ``ops.silu_and_mul``."""
+ACTIVATIONS: Mapping[Activation, Callable[[Tensor], Tensor]] = {
+    "silu": F.silu,
+    "gelu-tanh": partial(F.gelu, approximate="tanh"),
+}
+
+
+def activate_and_mul(gate_up: Tensor, activation: Activation) -> Tensor:
+    """See ``ops.activate_and_mul``."""
     gate, up = gate_up.chunk(2, dim=-1)
-    return F.silu(gate) * up
+    return ACTIVATIONS[activation](gate) * up
 
 
 def summarize_logits(logits: Tensor, mask_id: int) -> LogitsSummary:
@@ -76,7 +84,9 @@ def linear(x: Tensor, weight: Tensor, dtype: torch.dtype) -> Tensor:
     return F.linear(x.to(weight.dtype), weight).to(dtype)
 
 
-def run_experts(x: Tensor, routing: Routing, slab: Slab) -> Tensor:
+def run_experts(
+    x: Tensor, routing: Routing, slab: Slab, activation: Activation = "silu"
+) -> Tensor:
     """See ``ops.run_experts``. One expert at a time; synchronises with the host.
 
     Quantised experts are dequantised and computed in fp32.
@@ -92,7 +102,8 @@ def run_experts(x: Tensor, routing: Routing, slab: Slab) -> Tensor:
     slots = slab.slot_of[ids.clamp(min=0)].masked_fill(ids < 0, -1)  # [T, k]
     for slot in slots[slots >= 0].unique().tolist():
         token, choice = torch.nonzero(slots == slot, as_tuple=True)
-        y = _swiglu_mlp(x[token], _dequantise(gate_up[slot]), _dequantise(down[slot]))
+        hidden = F.linear(x[token], _dequantise(gate_up[slot]))
+        y = F.linear(activate_and_mul(hidden, activation), _dequantise(down[slot]))
         out.index_add_(0, token, y.float() * routing.topk_weights[token, choice, None])
     return out
 
@@ -138,11 +149,6 @@ def dispatch(routing: Routing, slot_of: Tensor, slots: int) -> Dispatch:
 
 def _fallback_where_no_voter(weights: Tensor, fallback: Tensor) -> Tensor:
     return weights.where((weights > 0).any(dim=1, keepdim=True), fallback)
-
-
-def _swiglu_mlp(x: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
-    gate, up = F.linear(x, gate_up).chunk(2, dim=-1)
-    return F.linear(F.silu(gate) * up, down)
 
 
 def _dequantise(weight: Tensor | QTensor) -> Tensor:

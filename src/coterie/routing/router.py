@@ -148,7 +148,15 @@ def combine_weights(scores: Scores, ids: Tensor) -> Tensor:
         # One by one, as the kernels add: the order decides the last bit.
         total = reduce(torch.add, weights.unbind(-1)).unsqueeze(-1) + router.epsilon
         weights = (weights / total).where(total != 0, _logit_weights(scores, ids))
-    return weights if router.scale == 1.0 else weights * router.scale
+    weights = weights if router.scale == 1.0 else weights * router.scale
+    return scale_experts(scores, ids, weights)
+
+
+def scale_experts(scores: Scores, ids: Tensor, weights: Tensor) -> Tensor:
+    """The weights of ``ids``, times the model's scale of each expert if it has one."""
+    if scores.expert_scale is None:
+        return weights
+    return weights * scores.expert_scale[ids.clamp(min=0)]
 
 
 def _logit_weights(scores: Scores, ids: Tensor) -> Tensor:
@@ -181,7 +189,11 @@ def _route_by_kernel(scores: Scores, policy: Policy) -> Routing | None:
     kernel_routing = policy.kernel_rule(scores, scores.router.k)
     if kernel_routing is None:
         return None
-    return ops.route(kernel_routing.scores, kernel_routing.rule, kernel_routing.vote_weight)
+    routing = ops.route(kernel_routing.scores, kernel_routing.rule, kernel_routing.vote_weight)
+    if routing is None or scores.expert_scale is None:
+        return routing
+    weights = scale_experts(scores, routing.topk_ids, routing.topk_weights)
+    return replace(routing, topk_weights=weights)
 
 
 def _is_kernel_policy(policy: Policy) -> TypeGuard[KernelPolicy]:

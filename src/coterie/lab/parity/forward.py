@@ -83,7 +83,7 @@ def _window(tokens: Tensor, block: int) -> Window:
 def _check_mask(arrays: ReferenceArrays, model: Model, window: Window, tokens: Tensor) -> None:
     batch, length = tokens.shape
     reference_mask = arrays.booleans("attention_mask_bool", batch, 1, length, length)
-    mask = AttentionMetadata.of(window, None, model.spec, torch.device("cpu")).mask
+    mask = AttentionMetadata.of(window, None, model.spec.attention[0], torch.device("cpu")).mask
     ours = torch.ones_like(reference_mask) if mask is None else mask[:, None]
     if not torch.equal(ours, reference_mask):
         raise CheckpointError(

@@ -4,7 +4,7 @@
 #include <stddef.h>
 #include <stdint.h>
 
-#define COTERIE_ABI 6
+#define COTERIE_ABI 7
 #define COTERIE_LAYOUT 1  // version of the packed layout; described in `ops/packed_layout.py`
 #define COTERIE_API extern "C" __attribute__((visibility("default")))
 
@@ -20,6 +20,7 @@ struct ExpertsArgs {
   const uint8_t* panels;   // packed experts by slot, `stride` bytes apart
   size_t stride;
   int32_t tokens, k, experts, slots, hidden, width, threads, format, x_is_bf16;
+  int32_t activation;  // of the gate: 0 silu, 1 gelu in its tanh form
 };
 
 // Reads the bytes of some experts and computes nothing: the memory bandwidth limit of the expert

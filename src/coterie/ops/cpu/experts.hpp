@@ -5,6 +5,8 @@
 
 namespace COTERIE_ISA {
 
+constexpr int32_t GELU_TANH = 1;
+
 // Calls body.run<count>(first): turns a runtime tile size of at most M into a template argument.
 template <int M, class Body>
 static void tile(int count, int first, const Body& body) {
@@ -44,7 +46,7 @@ struct PanelPair {
   }
 };
 
-// Computes sixteen columns of h = silu(gate) * up.
+// Computes sixteen columns of h = activation(gate) * up.
 template <class Format>
 struct GateUp {
   PanelPair<Format> panel_pair;
@@ -52,13 +54,14 @@ struct GateUp {
   template <int M>
   void run(int first) const {
     const Workspace<Format>& d = panel_pair.walk.d;
+    bool gelu = panel_pair.walk.c.activation == GELU_TANH;
     int pair = panel_pair.begin + first;
     const uint8_t* rows[M];
     for (int m = 0; m < M; m++) rows[m] = d.x + d.token[pair + m] * d.x_row;
     F sum[2][M];
     panel_pair.template dot<Format::OF_X>(first, rows, sum);
     for (int m = 0; m < M; m++) {
-      F y[1] = {silu_times(sum[0][m], sum[1][m])};
+      F y[1] = {gelu ? gelu_times(sum[0][m], sum[1][m]) : silu_times(sum[0][m], sum[1][m])};
       Format::template encode<Format::OF_H>(y, panel_pair.pair_index * LANES, d.h + (pair + m) * d.h_row);
     }
   }

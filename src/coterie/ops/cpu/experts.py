@@ -12,6 +12,7 @@ from torch import Tensor
 
 from coterie.checks import address, describe
 from coterie.ops.cpu.library import (
+    ACTIVATIONS,
     ERROR_MESSAGES,
     FORMAT_IDS,
     ExpertsArgs,
@@ -26,7 +27,7 @@ from coterie.ops.packed_layout import (
 )
 from coterie.ops.threads import busy_threads
 from coterie.quantization import QTensor
-from coterie.values import PackedExperts, PackedFormat, Routing, Slab
+from coterie.values import Activation, PackedExperts, PackedFormat, Routing, Slab
 
 
 def packed_format(slab: Slab) -> PackedFormat | None:
@@ -61,7 +62,9 @@ def pack(slab: Slab, *, release_source: bool = False) -> Slab:
     return slab_of_packed(packed, format_, slab.slot_of, hidden=hidden, width=width)
 
 
-def run_experts(x: Tensor, routing: Routing, slab: Slab) -> Tensor:
+def run_experts(
+    x: Tensor, routing: Routing, slab: Slab, activation: Activation = "silu"
+) -> Tensor:
     """See ``ops.run_experts``. The result is bit-identical for any number of threads."""
     packed, (tokens, hidden) = slab.gate_up, x.shape
     assert isinstance(packed, PackedExperts)
@@ -94,6 +97,7 @@ def run_experts(x: Tensor, routing: Routing, slab: Slab) -> Tensor:
         threads=busy_threads(3 * tokens * k * hidden * width),
         format=FORMAT_IDS[packed.format],
         x_is_bf16=x.dtype == torch.bfloat16,
+        activation=ACTIVATIONS.index(activation),
     )
     if status := kernels.handle.coterie_run_experts(kernels.isa(), ctypes.byref(args)):
         raise RuntimeError(f"run_experts failed: {ERROR_MESSAGES[status]}")

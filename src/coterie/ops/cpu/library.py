@@ -25,8 +25,9 @@ from coterie.errors import ConfigError
 from coterie.ops.cpu.build import LIBRARY_PATH
 from coterie.ops.packed_layout import LAYOUT_VERSION
 
-ABI_VERSION = 6
+ABI_VERSION = 7
 FORMAT_IDS: Mapping[str, int] = {"bf16": 0, "int8": 1, "int4": 2}
+ACTIVATIONS = ("silu", "gelu-tanh")  # in the order of their ids
 ISA_VARIABLE = "COTERIE_ISA"
 ERROR_MESSAGES = {
     1: "the CPU does not support this instruction set",
@@ -58,7 +59,7 @@ class ExpertsArgs(Structure):
     _fields_ = _fields(
         pointers="x ids slot_of weights out panels",
         sizes="stride",
-        ints="tokens k experts slots hidden width threads format x_is_bf16",
+        ints="tokens k experts slots hidden width threads format x_is_bf16 activation",
     )
 
 

@@ -58,7 +58,7 @@ def linear(x: Tensor, weight: PackedMatrix, dtype: torch.dtype) -> Tensor:
 
 
 def swiglu(x: Tensor, gate_up: PackedMatrix, down: PackedMatrix, residual: Tensor | None) -> Tensor:
-    """See ``ops.swiglu``."""
+    """See ``ops.gated_mlp``: with silu."""
     x = x.detach().contiguous()
     gate_up_out, width = empty_product(x, gate_up, x.dtype), down.shape[1]
     if x.dtype is not torch.bfloat16:

@@ -103,6 +103,12 @@ static inline F exponential(F x) {
 
 static inline F silu_times(F gate, F up) { return gate * up / (exponential(-gate) + 1.0f); }
 
+// gelu(gate) * up in the tanh form: 0.5 (1 + tanh z) is the sigmoid of 2 z.
+static inline F gelu_times(F gate, F up) {
+  F twice = 1.5957691216f * (gate + 0.044715f * gate * gate * gate);  // 2 sqrt(2 / pi)
+  return gate * up / (exponential(-twice) + 1.0f);
+}
+
 // The largest of sixteen magnitudes, compared as bits: NaN is greater than infinity, so it is not
 // lost.
 static inline float max_of_bits(U v) {
