@@ -235,7 +235,9 @@ def forced(
     torch.set_num_threads(threads)
     os.environ["COTERIE_ISA"] = isa
     try:
-        return attention(x, AttentionMetadata.of(window, cache, attention.spec.attention[0], x.device), cache)[0]
+        return attention(
+            x, AttentionMetadata.of(window, cache, attention.spec.attention[0], x.device), cache
+        )[0]
     finally:
         torch.set_num_threads(before)
         os.environ.pop("COTERIE_ISA")

@@ -67,7 +67,9 @@ def test_masked_keys_have_no_effect() -> None:
     window = Window(torch.tensor([10, 90]), 8, torch.tensor([18, 98]))
     cache = filled(attention, 2, 130, torch.float32, draw)
     qkv = torch.randn(2, 8, 8, dim, generator=draw).to(DEVICE)
-    sight = AttentionMetadata.of(window, cache, attention.spec.attention[0], torch.device(DEVICE)).queries
+    sight = AttentionMetadata.of(
+        window, cache, attention.spec.attention[0], torch.device(DEVICE)
+    ).queries
     both = []
     for hidden in (0.0, 1e30):
         for held in (*cache.keys, *cache.values):
@@ -182,7 +184,9 @@ def random_attention(kv_heads: int, shared: int, dim: int, draw: torch.Generator
         return (torch.randn(shape, generator=draw) * 0.3).to(DEVICE)
 
     norms = {name: 1 + some(dim) for name in ("query_norm", "key_norm")}
-    return Attention(spec, 0, qkv=some(spec.qkv_rows(0), 24), out=some(24, spec.heads * dim), **norms)
+    return Attention(
+        spec, 0, qkv=some(spec.qkv_rows(0), 24), out=some(24, spec.heads * dim), **norms
+    )
 
 
 def filled(

@@ -63,6 +63,7 @@ class SchemeTraits:
     aligned: bool = False  # block borders are multiples of the width, not counted from the prompt
     whole_blocks: bool = False  # the last block is not cut off at the last new token
     writes_kv: bool = False  # the prompt and finished blocks are computed once for their keys
+    encodes: bool = False  # these passes are causal from token to token: those of an encoder
 
 
 class CachingScheme(Protocol):
@@ -152,6 +153,22 @@ class BlockCausalCache:
 
 
 @dataclass(frozen=True)
+class EncoderCache:
+    """A causal encoder writes the keys of the prompt and of finished blocks (DiffusionGemma).
+
+    The decoder computes a block that attends to all of itself and to these keys. The encoder
+    replaces the keys that the decoder writes.
+    """
+
+    @property
+    def traits(self) -> SchemeTraits:
+        return SchemeTraits(whole_blocks=True, writes_kv=True, encodes=True)
+
+    def next_pass(self, block: Block, length: int, steps: StepCounter) -> ForwardPass:
+        return ForwardPass(block.start, block.stop, block.stop, voters=(block.start, block.stop))
+
+
+@dataclass(frozen=True)
 class BlockCausalNoCache:
     """Block-causal attention; a forward computes everything up to the block (official LLaDA2)."""
 
@@ -210,7 +227,8 @@ class DecodePlan:
         if not self.scheme.traits.writes_kv or first.start == 0:
             return ()
         span = (0, first.start)
-        return (ForwardPass(*span, first.start, "prefill", span, causal_block=first.width),)
+        causal_block = 1 if self.scheme.traits.encodes else first.width
+        return (ForwardPass(*span, first.start, "prefill", span, causal_block),)
 
     def next_pass(self, block: Block, length: int, steps: StepCounter) -> ForwardPass:
         """The next denoising forward of a block on a canvas of this length."""
@@ -235,7 +253,8 @@ class DecodePlan:
         if not self.scheme.traits.writes_kv:
             return ()
         span = (block.start, block.stop)
-        return (ForwardPass(*span, block.stop, "commit", span),)
+        causal_block = 1 if self.scheme.traits.encodes else 0
+        return (ForwardPass(*span, block.stop, "commit", span, causal_block),)
 
     def __str__(self) -> str:
         text = format_spec(self.scheme, PLANS)
@@ -268,5 +287,6 @@ PLANS: dict[str, type[CachingScheme]] = {
     "dual": DualCache,
     "block-causal": BlockCausalCache,
     "block-causal-uncached": BlockCausalNoCache,
+    "encoder": EncoderCache,
 }
 PLAN_ADDITIONS = {"unroll": Unroll}

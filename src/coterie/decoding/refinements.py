@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from coterie.decoding.unmask import RULES, BlockState, UnmaskRule
+from coterie.decoding.unmask import RULES, BlockState, RenoiseRule, UnmaskRule
 from coterie.errors import SpecError
 from coterie.specs import NonNegativeInt, UnitFraction, check_options, format_spec, parse_spec
 
@@ -94,6 +94,11 @@ class UnmaskStrategy:
     credit: Credit | None = None
     smooth: Smooth | None = None
 
+    @property
+    def renoises(self) -> bool:
+        """Whether blocks are noise at first, and not masks."""
+        return isinstance(self.rule, RenoiseRule)
+
     def __str__(self) -> str:
         refinements = (part for part in (self.edit, self.credit, self.smooth) if part is not None)
         specs = (format_spec(part, REFINEMENTS) for part in refinements)
@@ -110,7 +115,10 @@ def parse_unmask(text: str) -> UnmaskStrategy:
         if name in parts:
             raise SpecError(f"{name} is given twice in {text!r}")
         parts[name] = part
-    return UnmaskStrategy(parse_spec(first, RULES, "unmasking rule"), **parts)  # pyright: ignore[reportArgumentType]
+    rule = parse_spec(first, RULES, "unmasking rule")
+    if parts and isinstance(rule, RenoiseRule):
+        raise SpecError(f"renoise takes no additions, and {text!r} has some")
+    return UnmaskStrategy(rule, **parts)  # pyright: ignore[reportArgumentType]
 
 
 REFINEMENTS: dict[str, type[Edit | Credit | Smooth]] = {

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -13,7 +13,13 @@ from coterie.decoding.canvas import Block, Canvas
 from coterie.decoding.kv_schemes import DecodePlan, ForwardPass, StepCounter
 from coterie.decoding.refinements import UnmaskStrategy
 from coterie.decoding.sampling import Proposal, Sampling, propose
-from coterie.decoding.unmask import NEG_INF, BlockState, EntropyRule, top_positions
+from coterie.decoding.unmask import (
+    NEG_INF,
+    BlockState,
+    EntropyRule,
+    RenoiseRule,
+    top_positions,
+)
 from coterie.values import LogitsSummary
 
 EarlyStop = Literal["off", "block", "token"]
@@ -33,6 +39,7 @@ class DecodeRequest:
     early_stop: EarlyStop
     eos_ids: tuple[int, ...]
     mask_id: int
+    vocabulary: int = 0  # for rules that draw random tokens
 
 
 @dataclass(frozen=True)
@@ -105,6 +112,21 @@ class SequenceState:
             return torch.arange(block.width)
         return masked.nonzero()[:, 0]
 
+    def input_tokens(self, window: ForwardPass) -> Tensor:
+        """The tokens [width] that a pass computes: noise in place of masks if the rule wants it."""
+        tokens = self.canvas.tokens[window.start : window.stop]
+        if self._noise is None or not window.is_denoising:
+            return tokens
+        return self._noise.where(tokens == self.request.mask_id, tokens)
+
+    @property
+    def temperature(self) -> float:
+        """The temperature of the next draw; a request's own replaces the schedule of a rule."""
+        rule, temperature = self.request.unmask.rule, self.request.sampling.temperature
+        if temperature or not isinstance(rule, RenoiseRule):
+            return temperature
+        return rule.temperature(self.steps.in_block)
+
     def receive(
         self,
         logits: Tensor | None,
@@ -126,6 +148,8 @@ class SequenceState:
     ) -> BlockUpdate:
         unmask, block = self.request.unmask, self.block
         masked = self.canvas.is_masked(block.start, block.stop)
+        if isinstance(unmask.rule, RenoiseRule):
+            return self._renoise(unmask.rule, masked, logits, summary)
         memory = self._credit_memory
         if unmask.credit is not None:
             logits, memory = unmask.credit.add_credit(logits, masked, memory)
@@ -145,6 +169,28 @@ class SequenceState:
         self._credit_memory = memory
         self._write(state, ids, commit | edit)
         return self._block_update(state, ids, commit, edit)
+
+    def _renoise(
+        self, rule: RenoiseRule, masked: Tensor, logits: Tensor, summary: LogitsSummary | None
+    ) -> BlockUpdate:
+        """Keeps some drawn tokens for the next step, or ends the block with the most probable."""
+        mask_id, sampling = self.request.mask_id, self.request.sampling
+        at_temperature = replace(sampling, temperature=self.temperature)
+        drawn = propose(logits, at_temperature, mask_id, self._generator, entropy=True)
+        best = propose(logits, Sampling(), mask_id, self._generator, summary=summary)
+        assert drawn.entropy is not None
+        kept = rule.choose(self._block_state(drawn, masked))
+        self._noise = drawn.ids.where(kept, self._random_tokens())
+        self._best.append(best.ids)
+        is_final = rule.is_final(self.steps.in_block, self._best, drawn.entropy)
+        commit = masked if is_final else torch.zeros_like(masked)
+        state = self._block_state(best, masked)
+        self._write(state, best.ids, commit)
+        return self._block_update(state, best.ids, commit, torch.zeros_like(masked))
+
+    def _random_tokens(self) -> Tensor:
+        size = (self.block.width,)
+        return torch.randint(self.request.vocabulary, size, generator=self._generator)
 
     def _block_state(self, proposal: Proposal, masked: Tensor) -> BlockState:
         block, smooth = self.block, self.request.unmask.smooth
@@ -218,6 +264,8 @@ class SequenceState:
         self._edit_forwards = 0  # forwards that started without a mask
         self._edits_converged = False  # whether the last of them edited nothing
         self.stopped_early = False
+        self._noise = self._random_tokens() if self.request.unmask.renoises else None
+        self._best: list[Tensor] = []  # the most probable tokens of each step
 
     def _is_block_done(self) -> bool:
         """Whether the block needs no further forward."""

@@ -5,14 +5,16 @@ Each published rule is a frozen dataclass. Editing, credit and smoothing are in 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Annotated, Protocol
 
 import torch
 from torch import Tensor
 
-from coterie.decoding.sampling import Proposal
+from coterie.decoding.sampling import MIN_TEMPERATURE, Proposal
 from coterie.specs import (
+    Bounds,
     NonNegativeFloat,
     NonNegativeInt,
     PositiveFraction,
@@ -22,6 +24,7 @@ from coterie.specs import (
 )
 
 NEG_INF = float("-inf")
+Temperature = Annotated[float, Bounds(ge=MIN_TEMPERATURE)]
 
 
 @dataclass(frozen=True)
@@ -163,6 +166,46 @@ class EntropyRule:
 
 
 @dataclass(frozen=True)
+class RenoiseRule:
+    """Keeps drawn tokens of least entropy, up to ``bound`` nats before each (DiffusionGemma).
+
+    A block starts as random tokens, and each step replaces those it does not keep by new ones. The
+    temperature falls from ``hot`` towards ``cold`` over ``steps``. The last step writes the most
+    probable tokens. The block ends earlier if these were the same in ``stable`` steps before and
+    the mean entropy is below ``certain``.
+    """
+
+    bound: NonNegativeFloat = 0.1
+    steps: PositiveInt = 48
+    hot: Temperature = 0.8
+    cold: Temperature = 0.4
+    stable: NonNegativeInt = 1
+    certain: NonNegativeFloat = 0.005
+
+    __post_init__ = check_options
+
+    def choose(self, state: BlockState) -> Tensor:
+        if state.proposal.entropy is None:
+            raise RuntimeError("the renoise rule needs proposals with `entropy`")
+        entropy = state.proposal.entropy.masked_fill(~state.masked, float("inf")).sort(stable=True)
+        before = entropy.values.cumsum(dim=0) - entropy.values
+        kept = torch.zeros_like(state.masked)
+        kept[entropy.indices] = before <= self.bound
+        return kept & state.masked
+
+    def temperature(self, step: int) -> float:
+        """Of the draws in ``step``, counted from 0."""
+        return self.cold + (self.hot - self.cold) * (self.steps - step) / self.steps
+
+    def is_final(self, step: int, best: Sequence[Tensor], entropy: Tensor) -> bool:
+        """Whether ``step`` is the last; ``best`` are the most probable tokens of all steps."""
+        same = len(best) > self.stable and all(
+            torch.equal(tokens, best[-1]) for tokens in best[-1 - self.stable : -1]
+        )
+        return step + 1 >= self.steps or (same and float(entropy.mean()) < self.certain)
+
+
+@dataclass(frozen=True)
 class HierarchyRule:
     """Writes positions with confidence above ``p``, and the best of each run of masks (dInfer).
 
@@ -204,5 +247,6 @@ RULES: dict[str, type[UnmaskRule]] = {
     "static": StaticRule,
     "sequential": SequentialRule,
     "entropy": EntropyRule,
+    "renoise": RenoiseRule,
     "hierarchy": HierarchyRule,
 }

@@ -29,6 +29,7 @@ class ActiveSequence:
     policy: Policy
     generation: GenerationConfig
     embeddings: Tensor | None = None  # [length, H], the input under a ``smooth`` unmask strategy
+    expected: tuple[int, Tensor] | None = None  # block index, expected embeddings [width, H]
     streamed_text: str = ""  # the part of the answer that events carried
     coresets: tuple[int, Tensor] | None = None  # block index, its coresets [L, E] of the last step
     prefills: int = 0
@@ -67,6 +68,11 @@ class ActiveSequence:
     def reuse_tolerance(self) -> float | None:
         """The share of votes that a reused coreset may lose; None if every forward elects anew."""
         return self.generation.reuse_tolerance if self.next_pass.kind == "decode" else None
+
+    def previous_expected(self) -> Tensor | None:
+        """[width, H]: of the last step's logits in the same block; None in its first step."""
+        block, expected = self.expected or (None, None)
+        return expected if block == self.sequence.block.index else None
 
     def previous_coresets(self) -> Tensor | None:
         """[L, E]: the coresets of the last step in the same block; None in a block's first step."""

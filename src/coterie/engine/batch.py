@@ -51,8 +51,10 @@ class ForwardBatch:
             forward=tuple(active.sequence.steps.total for active in group),
             coresets=_coresets(group, transformer),
             embeddings=_embeddings(group),
+            expected=_expected(group),
+            encodes=not group[0].next_pass.is_denoising,
         )
-        tokens = torch.stack([active.sequence.canvas.tokens[active.span] for active in group])
+        tokens = torch.stack([active.sequence.input_tokens(active.next_pass) for active in group])
         return ForwardBatch(group, tokens, context, positions)
 
     @property
@@ -156,6 +158,17 @@ def _coresets(group: Sequence[ActiveSequence], transformer: Transformer) -> Core
     previous = [active.previous_coresets() for active in group]
     stacked = torch.stack([empty if part is None else part for part in previous], dim=1)
     return CoresetState.of(reuse_tolerance, stacked)
+
+
+def _expected(group: Sequence[ActiveSequence]) -> Tensor | None:
+    """[B, W, H] on the device, zero in a block's first step; None if that is all of them."""
+    if not group[0].next_pass.is_denoising:
+        return None
+    expected = [active.previous_expected() for active in group]
+    given = next((part for part in expected if part is not None), None)
+    if given is None:
+        return None
+    return torch.stack([torch.zeros_like(given) if part is None else part for part in expected])
 
 
 def _embeddings(group: Sequence[ActiveSequence]) -> Tensor | None:

@@ -40,7 +40,7 @@ def run_forward(
     # A captured forward needs constant shapes, and a recorder expects whole blocks.
     skip_unused = transformer.device.type == "cpu" and graphs is None and not is_recorded
     batch = ForwardBatch.of(group, transformer, skip_unused=skip_unused)
-    if graphs is not None and not is_recorded and _can_replay(graphs, batch):
+    if graphs is not None and not is_recorded and _can_replay(transformer, graphs, batch):
         logits, forward_counter = _replay(graphs, pool, batch)
     else:
         forward_counter = ExpertCounter()
@@ -58,8 +58,9 @@ def run_forward(
     return updates
 
 
-def _can_replay(graphs: CudaGraphs, batch: ForwardBatch) -> bool:
-    return batch.is_decode and batch.context.embeddings is None and graphs.can_run(batch.context)
+def _can_replay(transformer: Transformer, graphs: CudaGraphs, batch: ForwardBatch) -> bool:
+    own_input = batch.context.embeddings is not None or transformer.self_conditioning is not None
+    return batch.is_decode and not own_input and graphs.can_run(batch.context)
 
 
 def _replay(
@@ -113,6 +114,11 @@ def _advance_sequence(
         active.prefills += next_pass.kind == "prefill"
         active.commits += next_pass.kind == "commit"
         return sequence.receive(None)
+    if transformer.self_conditioning is not None:
+        logits_at_temperature = logits / (sequence.temperature or 1.0)
+        block, update = sequence.block.index, sequence.receive(logits, summary)
+        active.expected = block, transformer.expected_embedding(logits_at_temperature)
+        return update
     if sequence.request.unmask.smooth is None or active.embeddings is None:
         return sequence.receive(logits, summary, positions - sequence.block.start)
     step, block, span = sequence.steps.total, sequence.block, active.span
@@ -131,7 +137,7 @@ def _smooth_embeddings(
     assert embeddings is not None
     tokens = active.sequence.canvas.tokens[span]
     embedded = transformer.embed(tokens.to(logits.device)[None])[0]
-    expected = torch.softmax(logits, dim=-1).to(embedded.dtype) @ transformer.embedding
+    expected = transformer.expected_embedding(logits)
     embeddings[span] = request.unmask.smooth.mix_embeddings(
         embedded, expected, tokens == request.mask_id, step
     )

@@ -7,7 +7,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Annotated, Any, Literal
 
-from coterie.decoding import DecodeRequest, Sampling, parse_plan, parse_unmask
+from coterie.decoding import (
+    DecodePlan,
+    DecodeRequest,
+    Sampling,
+    UnmaskStrategy,
+    parse_plan,
+    parse_unmask,
+)
 from coterie.decoding.sequence import EarlyStop
 from coterie.errors import ConfigError, GenerationError
 from coterie.families import FamilyDefaults
@@ -20,6 +27,7 @@ from coterie.specs import (
     PositiveInt,
     spec_options,
 )
+from coterie.values import NO_MASK
 
 RoutingMode = Literal["vanilla", "policy"]
 ReuseTolerance = Annotated[float, Bounds(ge=0, lt=1)]
@@ -112,7 +120,8 @@ def make_request(
     Raises GenerationError for an invalid prompt, or one that exceeds ``max_length`` positions.
     """
     check_prompt(prompt, mask_id, vocabulary)
-    plan = parse_plan(config.plan)
+    plan, unmask = parse_plan(config.plan), parse_unmask(config.unmask)
+    _check_denoising(plan, unmask, mask_id)
     length = len(prompt) + config.max_new_tokens
     # A larger request is refused below; its list of blocks could exceed memory.
     if length <= max_length:
@@ -127,13 +136,26 @@ def make_request(
         max_new_tokens=config.max_new_tokens,
         block_length=config.block,
         plan=plan,
-        unmask=parse_unmask(config.unmask),
+        unmask=unmask,
         sampling=config.sampling,
         seed=config.seed,
         early_stop=config.early_stop,
         eos_ids=stop_ids,
         mask_id=mask_id,
+        vocabulary=vocabulary,
     )
+
+
+def _check_denoising(plan: DecodePlan, unmask: UnmaskStrategy, mask_id: int) -> None:
+    """Raises ConfigError unless model, plan and rule all denoise masks, or all random tokens."""
+    if (mask_id == NO_MASK) == unmask.renoises == plan.scheme.traits.encodes:
+        return
+    if mask_id == NO_MASK:
+        raise ConfigError(
+            f"the model has no mask token: it needs a plan with an encoder, not {plan}, and an "
+            f"unmasking rule that renoises, not {unmask}"
+        )
+    raise ConfigError(f"the model denoises masks: plan {plan} and rule {unmask} do not fit")
 
 
 def check_prompt(prompt: Sequence[int], mask_id: int, vocabulary: int) -> None:

@@ -82,6 +82,6 @@ def _token_ids(config: ModelConfig, key: str, vocabulary: int) -> tuple[int, ...
     return read_token_ids(config.values, key, file=config.file, vocab_size=vocabulary)
 
 
-FAMILIES = {family.architecture: family for family in (
-        LLADA_MOE, LLADA2, SDAR_MOE, DIFFUSION_GEMMA
-    )}
+FAMILIES = {
+    family.architecture: family for family in (LLADA_MOE, LLADA2, SDAR_MOE, DIFFUSION_GEMMA)
+}

@@ -147,17 +147,15 @@ def _outer_targets(names: TensorNames, spec: ModelSpec) -> TargetPairs:
     if spec.self_conditioning:
         source, weight = f"{names.stem}.self_conditioning", "self_conditioning"
         yield f"{source}.pre_norm.weight", TensorTarget(f"{weight}.norm", (spec.hidden,))
-        yield from _mlp_targets(
-            source, f"{weight}.dense", spec.hidden, spec.self_conditioning
-        )
+        yield from _mlp_targets(source, f"{weight}.dense", spec.hidden, spec.self_conditioning)
 
 
 def _vector_targets(
     names: TensorNames, layer: int, shapes: Mapping[str, tuple[int, ...]]
 ) -> TargetPairs:
     """The norms and scales of a layer."""
-    for name, weight in names.vectors:
-        weight = f"layers.{layer}.{weight}"
+    for name, vector in names.vectors:
+        weight = f"layers.{layer}.{vector}"
         yield f"{names.stem}.layers.{layer}.{name}", TensorTarget(weight, shapes[weight])
     for index, stem in enumerate(names.scale_stems):
         target = TensorTarget(f"layers.{layer}.scales", (1,), (slice(index, index + 1),))

@@ -24,6 +24,7 @@ from coterie.offload.store import TrackedExpertStore
 from coterie.ops import cpu
 from coterie.quantization import QuantFormat, parse_format
 from coterie.tokenizer import MASK_TOKEN, TextTokenizer, load_tokenizer
+from coterie.values import NO_MASK
 
 DTYPES = {
     "float32": torch.float32,
@@ -192,7 +193,7 @@ def _token_ids(model: ModelFolder, tokenizer: TextTokenizer) -> tuple[int, tuple
     """
     config, vocabulary = model.config, model.spec.vocabulary
     mask = mask_id(config, model.family, vocabulary)
-    if tokenizer.mask_id is not None:
+    if tokenizer.mask_id is not None and mask != NO_MASK:
         if config.values.get("mask_token_id") is not None and mask != tokenizer.mask_id:
             raise config.error(
                 "mask_token_id", f"is {mask}, but tokenizer.json has {tokenizer.mask_id}"

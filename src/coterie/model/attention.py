@@ -174,7 +174,9 @@ def _attention_mask(window: Window, limits: Tensor, kv_length: int) -> Tensor | 
     return torch.arange(kv_length, device=limits.device) < limits[:, :, None]
 
 
-def _sliding_mask(window: Window, queries: QueryPositions, width: int, mask: Tensor | None) -> Tensor:
+def _sliding_mask(
+    window: Window, queries: QueryPositions, width: int, mask: Tensor | None
+) -> Tensor:
     """The mask without keys further back than ``width`` - 1 before the query's block.
 
     All positions of a causal block see the same first key; without blocks the window is the block.
@@ -198,9 +200,7 @@ def _sdpa(
     query = _group_by_kv_head(query, keys.shape[1])
     if mask is not None:
         mask = mask[:, None].repeat(1, 1, queries_per_kv_head, 1)
-    attn_output = F.scaled_dot_product_attention(
-        query, keys, values, attn_mask=mask, scale=scale
-    )
+    attn_output = F.scaled_dot_product_attention(query, keys, values, attn_mask=mask, scale=scale)
     attn_output = attn_output.reshape(batch, heads, width, dim)
     return attn_output.transpose(1, 2)
 

@@ -35,9 +35,7 @@ class Dense:
 
     def apply(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         """x [..., H] -> [..., H], plus ``residual`` (fp32, same number of elements)."""
-        return ops.gated_mlp(
-            x, self.gate_up, self.down, residual, activation=self.activation
-        )
+        return ops.gated_mlp(x, self.gate_up, self.down, residual, activation=self.activation)
 
 
 @dataclass(frozen=True)

@@ -16,8 +16,8 @@ from coterie.model.forward_context import ForwardContext
 from coterie.model.moe import Dense, FeedForward, MoE
 from coterie.model.size import model_size
 from coterie.model.spec import ModelSpec
-from coterie.ops.threads import limited_threads
 from coterie.model.weights import PARALLEL_VECTORS
+from coterie.ops.threads import limited_threads
 from coterie.routing import needs_importance
 from coterie.values import ExpertStore, Matrix
 
@@ -192,9 +192,7 @@ def _self_conditioning(spec: ModelSpec, weights: dict[str, Tensor]) -> SelfCondi
     return SelfConditioning(weights[f"{name}.norm"], projection, spec.norm_epsilon)
 
 
-def _layer(
-    spec: ModelSpec, layer: int, weights: dict[str, Tensor], store: ExpertStore
-) -> Layer:
+def _layer(spec: ModelSpec, layer: int, weights: dict[str, Tensor], store: ExpertStore) -> Layer:
     name = f"layers.{layer}"
     attention = Attention(
         spec,

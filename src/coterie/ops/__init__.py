@@ -32,9 +32,11 @@ from coterie.values import (
 )
 
 __all__ = [
+    "activate_and_mul",
     "add_rms_norm",
     "fused_attention",
     "fused_attention_layer",
+    "gated_mlp",
     "linear",
     "pack",
     "prepare",
@@ -42,10 +44,8 @@ __all__ = [
     "rms_norm",
     "route",
     "run_experts",
-    "activate_and_mul",
     "silu_and_mul",
     "summarize_logits",
-    "gated_mlp",
     "top_ids",
     "top_mask",
     "unpack",
@@ -85,9 +85,7 @@ def vote_weights(
     return reference.vote_weights(voters, voter_filter, invert_filter=invert_filter)
 
 
-def run_experts(
-    x: Tensor, routing: Routing, slab: Slab, activation: Activation = "silu"
-) -> Tensor:
+def run_experts(x: Tensor, routing: Routing, slab: Slab, activation: Activation = "silu") -> Tensor:
     """Weighted sum of the gated experts in ``slab``: x [T, H] -> [T, H], always fp32.
 
     Ids of -1 and experts absent from the slab contribute nothing, so the results of a layer's slabs
@@ -211,7 +209,7 @@ def gated_mlp(
 
 
 def summarize_logits(logits: Tensor, mask_id: int) -> LogitsSummary:
-    """Argmax, argmax without ``mask_id`` and logsumexp of each row of logits [w, V]."""
+    """Argmax, argmax without ``mask_id`` (NO_MASK: none) and logsumexp of each row of logits."""
     if cpu.supports_logits_summary(logits):
         return cpu.summarize_logits(logits, mask_id)
     if logits.dtype == torch.float32 and (gpu := kernels_for(logits)) is not None:

@@ -21,9 +21,7 @@ def supports(x: Tensor, slab: Slab) -> bool:
     return aligned and len(slab.gate_up) > 0 and x.dtype in (torch.float32, torch.bfloat16)
 
 
-def run_experts(
-    x: Tensor, routing: Routing, slab: Slab, activation: Activation = "silu"
-) -> Tensor:
+def run_experts(x: Tensor, routing: Routing, slab: Slab, activation: Activation = "silu") -> Tensor:
     """See ``ops.run_experts``. Does not synchronise with the host."""
     gate_up, down = slab.gate_up, slab.down
     assert isinstance(gate_up, Tensor)  # checked by ``supports``

@@ -73,7 +73,8 @@ def summarize_logits(logits: Tensor, mask_id: int) -> LogitsSummary:
     """See ``ops.summarize_logits``."""
     best = logits.argmax(dim=-1)
     unmasked_logits = logits.clone()
-    unmasked_logits[:, mask_id] = float("-inf")
+    if mask_id >= 0:
+        unmasked_logits[:, mask_id] = float("-inf")
     return LogitsSummary.from_logits(
         logits, best, unmasked_logits.argmax(dim=-1), logits.logsumexp(dim=-1)
     )
@@ -84,9 +85,7 @@ def linear(x: Tensor, weight: Tensor, dtype: torch.dtype) -> Tensor:
     return F.linear(x.to(weight.dtype), weight).to(dtype)
 
 
-def run_experts(
-    x: Tensor, routing: Routing, slab: Slab, activation: Activation = "silu"
-) -> Tensor:
+def run_experts(x: Tensor, routing: Routing, slab: Slab, activation: Activation = "silu") -> Tensor:
     """See ``ops.run_experts``. One expert at a time; synchronises with the host.
 
     Quantised experts are dequantised and computed in fp32.

@@ -17,7 +17,7 @@ from coterie.ops.cpu.library import (
 )
 from coterie.ops.cpu.op_chain import run_ops
 from coterie.ops.threads import busy_threads
-from coterie.values import LogitsSummary
+from coterie.values import NO_MASK, LogitsSummary
 
 LOGIT_COST = 8  # of a logit's exponential, in multiplications
 
@@ -71,7 +71,7 @@ def summarize_logits(logits: Tensor, mask_id: int) -> LogitsSummary:
     """See ``ops.summarize_logits``."""
     logits = logits.detach().contiguous()
     rows, width = logits.shape
-    if not 0 <= mask_id < width:
+    if not NO_MASK <= mask_id < width:
         raise ValueError(f"mask id {mask_id} is no column of {describe(logits)}")
     best, unmasked = torch.empty(2, rows, dtype=torch.int64)
     logsumexp = torch.empty(rows)

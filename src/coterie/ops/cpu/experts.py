@@ -62,9 +62,7 @@ def pack(slab: Slab, *, release_source: bool = False) -> Slab:
     return slab_of_packed(packed, format_, slab.slot_of, hidden=hidden, width=width)
 
 
-def run_experts(
-    x: Tensor, routing: Routing, slab: Slab, activation: Activation = "silu"
-) -> Tensor:
+def run_experts(x: Tensor, routing: Routing, slab: Slab, activation: Activation = "silu") -> Tensor:
     """See ``ops.run_experts``. The result is bit-identical for any number of threads."""
     packed, (tokens, hidden) = slab.gate_up, x.shape
     assert isinstance(packed, PackedExperts)
