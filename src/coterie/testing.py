@@ -18,7 +18,7 @@ from coterie.model.transformer import Transformer, build
 from coterie.model.weights import allocate, slabs
 from coterie.offload.resident_store import ResidentExpertStore
 
-Json = bool | int | float | str | None | list[int] | list[str]
+Json = bool | int | float | str | None | list[int] | list[str] | Mapping[str, "Json"]
 
 COMMON_CONFIG: dict[str, Json] = {
     "hidden_act": "silu",
@@ -73,15 +73,58 @@ FAMILY_CONFIGS: dict[str, dict[str, Json]] = {
         "mlp_only_layers": [],
         "decoder_sparse_step": 1,
     },
+    "diffusion-gemma": {
+        "architectures": ["DiffusionGemmaForBlockDiffusion"],
+        "model_type": "diffusion_gemma",
+        "dtype": "float32",
+        "canvas_length": 8,
+        "tie_word_embeddings": True,
+        "eos_token_id": 94,
+        "text_config": {
+            "model_type": "diffusion_gemma_text",
+            "hidden_activation": "gelu_pytorch_tanh",
+            "final_logit_softcapping": 30.0,
+            "vocab_size": 96,
+            "hidden_size": 32,
+            "intermediate_size": 24,
+            "moe_intermediate_size": 16,
+            "num_hidden_layers": 3,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "head_dim": 8,
+            "per_layer_config": {"2": {"head_dim": 16, "num_key_value_heads": 1}},
+            "layer_types": ["sliding_attention", "sliding_attention", "full_attention"],
+            "sliding_window": 6,
+            "num_experts": 16,
+            "top_k_experts": 4,
+            "max_position_embeddings": 512,
+            "rms_norm_eps": 1e-6,
+            "rope_parameters": {
+                "sliding_attention": {"rope_type": "default", "rope_theta": 10000.0},
+                "full_attention": {
+                    "rope_type": "proportional",
+                    "rope_theta": 1000000.0,
+                    "partial_rotary_factor": 0.25,
+                },
+            },
+        },
+    },
 }
 
 
 def tiny_config(family: str, **overrides: Json) -> dict[str, Json]:
-    """A small config of "llada2", "llada-moe" or "sdar-moe", with some keys overridden.
+    """A small config of a family in ``FAMILY_CONFIGS``, with some keys overridden.
 
-    The mask token is the last of the vocabulary.
+    The mask token, if there is one, is the last of the vocabulary. Keys of a ``text_config`` are
+    overridden there.
     """
-    config = COMMON_CONFIG | FAMILY_CONFIGS[family] | overrides
+    family_config = FAMILY_CONFIGS[family]
+    text = family_config.get("text_config")
+    if isinstance(text, Mapping):
+        inner = {key: value for key, value in overrides.items() if key in text}
+        outer = {key: value for key, value in overrides.items() if key not in text}
+        return {**family_config, "text_config": {**text, **inner}, **outer}
+    config = COMMON_CONFIG | family_config | overrides
     vocabulary = config["vocab_size"]
     return {"mask_token_id": vocabulary - 1 if isinstance(vocabulary, int) else None} | config
 
@@ -142,7 +185,7 @@ def random_tensors(
         name: _random_tensor(name, target.shape, generator).to(dtype)
         for name, target in weight_map(family.tensor_names, spec, stacked=False).items()
     }
-    return _stack_experts(tensors, spec) if stacked else tensors
+    return _stack_experts(tensors, spec) if stacked and not _are_stacked(tensors) else tensors
 
 
 def random_transformer(
@@ -166,6 +209,11 @@ def _random_tensor(name: str, shape: tuple[int, ...], generator: torch.Generator
     if "embed" in name:
         return noise
     return noise * shape[-1] ** -0.5 * (2.0 if name.endswith((".gate", ".gate.weight")) else 1.0)
+
+
+def _are_stacked(tensors: Mapping[str, Tensor]) -> bool:
+    """Whether the family has no other layout than stacked experts."""
+    return any(name.endswith(".experts.gate_up_proj") for name in tensors)
 
 
 def _stack_experts(tensors: dict[str, Tensor], spec: ModelSpec) -> dict[str, Tensor]:

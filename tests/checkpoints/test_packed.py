@@ -36,7 +36,7 @@ from coterie.quantization import FORMATS, QTensor, dequantize, quantize
 from coterie.testing import write_checkpoint
 from coterie.values import PACKED_FORMATS, PackedExperts, Slab
 
-FAMILIES = ("llada2", "llada-moe", "sdar-moe")
+FAMILIES = ("llada2", "llada-moe", "sdar-moe", "diffusion-gemma")
 ODD = {"hidden_size": 33, "moe_intermediate_size": 19}
 LAYER = "packed-experts-of-layer-1.safetensors"
 PACKED = "model.layers.1.mlp.experts.packed"

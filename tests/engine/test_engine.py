@@ -23,7 +23,7 @@ from coterie.loading.load import Model
 from coterie.routing import Vanilla, parse_policy
 from coterie.testing import random_transformer, read_spec, tiny_config
 from coterie.tokenizer import IdTokenizer
-from coterie.values import Scores
+from coterie.values import NO_MASK, Scores
 
 VOCABULARY, MASK = 96, 95
 PROMPT = [5, 17, 33, 2, 9]
@@ -37,7 +37,7 @@ def tiny(family: str = "llada2", ends: tuple[int, ...] = (94,)) -> Model:
         family=kind,
         transformer=random_transformer(spec, seed=1),
         tokenizer=IdTokenizer(VOCABULARY),
-        mask_id=MASK,
+        mask_id=NO_MASK if kind.defaults.mask_id == NO_MASK else MASK,
         eos_ids=ends,
     )
 
@@ -382,7 +382,7 @@ def test_invalid_options_raise(options: dict[str, object], told: str) -> None:
     assert host.rows == ()
 
 
-@pytest.mark.parametrize("family", ["llada2", "llada-moe", "sdar-moe"])
+@pytest.mark.parametrize("family", ["llada2", "llada-moe", "sdar-moe", "diffusion-gemma"])
 def test_every_family_runs_with_its_defaults(family: str) -> None:
     model = tiny(family)
     result = Engine(model).generate(PROMPT, max_new_tokens=40)

@@ -20,6 +20,7 @@ from coterie.model.size import experts_that_fit, model_size
 from coterie.model.spec import ModelSpec
 from coterie.model.weights import weight_shapes
 from coterie.testing import FAMILY_CONFIGS, random_tensors, read_spec, tiny_config
+from coterie.values import NO_MASK
 
 BF16 = torch.bfloat16
 FILE = Path("config.json")
@@ -32,7 +33,7 @@ def spec_of(values: dict) -> ModelSpec:
 
 def refusal(family: str, without: str = "", **keys: object) -> str:
     """What a config with these keys is refused with."""
-    values = {k: v for k, v in (tiny_config(family) | keys).items() if k != without}
+    values = {k: v for k, v in tiny_config(family, **keys).items() if k != without}
     with pytest.raises(CoterieError) as raised:
         spec_of(values)
     message = str(raised.value)
@@ -94,7 +95,9 @@ def test_mask_and_end_ids_follow_config_then_family() -> None:
 
 @pytest.mark.parametrize("family", FAMILY_CONFIGS)
 def test_no_id_is_guessed_to_be_the_mask(family: str) -> None:
-    assert token_ids(tiny_config(family, mask_token_id=None), 96)[0] is None
+    default = read_spec(tiny_config(family))[0].defaults.mask_id
+    expected = NO_MASK if default == NO_MASK else None
+    assert token_ids(tiny_config(family) | {"mask_token_id": None}, 96)[0] == expected
 
 
 @pytest.mark.parametrize("key", ["mask_token_id", "eos_token_id"])
@@ -161,20 +164,19 @@ def test_an_unknown_key_is_an_error_that_names_it(family: str, key: str) -> None
     assert f"unknown key '{key}'" in refusal(family, **{key: 1})
 
 
-@pytest.mark.parametrize("family", FAMILY_CONFIGS)
+def keys_of(family: str) -> list[str]:
+    """Keys of sizes and numbers that the family requires."""
+    keys = "vocab_size hidden_size num_hidden_layers num_attention_heads num_experts"
+    keys += " num_experts_per_tok top_k_experts canvas_length"
+    keys += " rms_norm_eps rope_theta max_position_embeddings"
+    config = tiny_config(family)
+    text = config.get("text_config", {})
+    assert isinstance(text, dict)
+    return [key for key in keys.split() if key in config or key in text]
+
+
 @pytest.mark.parametrize(
-    "key",
-    [
-        "vocab_size",
-        "hidden_size",
-        "num_hidden_layers",
-        "num_attention_heads",
-        "num_experts",
-        "num_experts_per_tok",
-        "rms_norm_eps",
-        "rope_theta",
-        "max_position_embeddings",
-    ],
+    ("family", "key"), [(family, key) for family in FAMILY_CONFIGS for key in keys_of(family)]
 )
 @pytest.mark.parametrize("value", [0, -1, True, "8", None, float("nan"), [3]])
 def test_sizes_and_numbers_must_be_what_they_are(family: str, key: str, value: object) -> None:

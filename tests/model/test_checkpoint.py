@@ -67,7 +67,7 @@ def weights(model: Model | Transformer, dtype: torch.dtype | None = None) -> lis
     found = [transformer.embedding, held(transformer.head, dtype), transformer.norm]
     for layer in transformer.layers:
         attention, forward = layer.attention, layer.feed_forward
-        found += [layer.attention_norm, layer.feed_forward_norm]
+        found += [tensor for tensor in vars(layer).values() if isinstance(tensor, Tensor)]
         found += [held(attention.qkv, dtype), held(attention.out, dtype)]
         found += [attention.query_norm, attention.key_norm]
         wide = torch.float32 if dtype and isinstance(forward, MoE) else dtype

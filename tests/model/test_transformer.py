@@ -267,4 +267,4 @@ def test_half_precision_stays_near_full_precision(family: str) -> None:
     full = run(transformer, ids, view)
     half = run(random_transformer(transformer.spec, 7, dtype=torch.bfloat16), ids, view)
     assert half.dtype == torch.float32
-    assert float((half - full).norm() / full.norm()) < 0.1
+    assert float((half - full).norm() / full.norm()) < 0.15

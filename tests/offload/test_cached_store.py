@@ -266,7 +266,7 @@ def test_a_file_that_ends_inside_an_expert_is_an_error_in_pages_too(
 
 @needs_kernels
 @pytest.mark.parametrize("kind", ["bf16", "int8", "int4"])
-@pytest.mark.parametrize("family", ["llada2", "llada-moe", "sdar-moe"])
+@pytest.mark.parametrize("family", ["llada2", "llada-moe", "sdar-moe", "diffusion-gemma"])
 def test_a_model_answers_the_same_with_few_experts_in_memory(
     tmp_path: Path, family: str, kind: str
 ) -> None:

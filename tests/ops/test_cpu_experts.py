@@ -20,8 +20,9 @@ from coterie.errors import CoterieError
 from coterie.ops import cpu
 from coterie.ops.cpu import build, library
 from coterie.ops.packed_layout import expert_bytes
+from coterie.ops.reference import ACTIVATIONS
 from coterie.quantization import FORMATS, QTensor, QuantFormat, dequantize, quantize
-from coterie.values import PackedExperts, Routing, Slab
+from coterie.values import Activation, PackedExperts, Routing, Slab
 
 HERE = Path(__file__).parent
 KINDS = ("bf16", "int8", "int4")
@@ -47,12 +48,21 @@ ISAS = cpu.available_isas()
     hidden=st.integers(1, 200),
     width=st.integers(1, 150),
     threads=st.integers(1, 3),
+    activation=st.sampled_from(sorted(ACTIVATIONS)),
 )
 @law(150)
 def test_kernels_equal_plain_arithmetic(
-    *, seed: int, kind: str, isa: str, tokens: int, hidden: int, width: int, threads: int
+    *,
+    seed: int,
+    kind: str,
+    isa: str,
+    tokens: int,
+    hidden: int,
+    width: int,
+    threads: int,
+    activation: Activation,
 ):
-    case = Case(kind, tokens=tokens, hidden=hidden, width=width, seed=seed)
+    case = Case(kind, activation, tokens=tokens, hidden=hidden, width=width, seed=seed)
     rounds = kind != "bf16" or isa == "avx512bf16"
     assert case.error(isa, threads=threads) < (CLOSE if rounds else EXACT)
 
@@ -256,6 +266,7 @@ class Case:
     def __init__(
         self,
         kind: str,
+        activation: Activation = "silu",
         *,
         tokens: int,
         hidden: int,
@@ -265,7 +276,7 @@ class Case:
         seed: int = 0,
     ) -> None:
         draw = torch.Generator().manual_seed(seed)
-        self.kind = kind
+        self.kind, self.activation = kind, activation
         self.x = torch.randn(tokens, hidden, generator=draw)
         gate_up = torch.randn(experts, 2 * width, hidden, generator=draw) * hidden**-0.5
         down = torch.randn(experts, hidden, width, generator=draw) * width**-0.5
@@ -285,7 +296,8 @@ class Case:
         torch.set_num_threads(threads)
         os.environ["COTERIE_ISA"] = isa
         try:
-            return ops.run_experts(self.x if x is None else x, self.routing, self.packed)
+            x = self.x if x is None else x
+            return ops.run_experts(x, self.routing, self.packed, self.activation)
         finally:
             torch.set_num_threads(before)
             os.environ.pop("COTERIE_ISA")
@@ -303,7 +315,7 @@ class Case:
         for token, choice in (self.routing.topk_ids >= 0).nonzero().tolist():
             slot = self.plain.slot_of[self.routing.topk_ids[token, choice]]
             gate, up = (gate_up[slot].double() @ x[token].double()).chunk(2)
-            h = _rounded((F.silu(gate) * up).float(), self.kind, isa, OF_H)
+            h = _rounded((ACTIVATIONS[self.activation](gate) * up).float(), self.kind, isa, OF_H)
             parts = down[slot].double() * h.double() * self.routing.topk_weights[token, choice]
             expected[token] += parts.sum(dim=1)
             size[token] += parts.abs().sum(dim=1)

@@ -12,7 +12,7 @@ from torch import Tensor
 from coterie import ops
 from coterie.ops import grouped_gemm, reference
 from coterie.routing import parse_policy, route
-from coterie.values import RouterSpec, Routing, Scores, Slab, expert_mask
+from coterie.values import Activation, RouterSpec, Routing, Scores, Slab, expert_mask
 
 POLICIES = ("vanilla", "des-vote:beta=0.1", "topk:k=1", "naee:beta=0.5", "random:beta=0.2")
 
@@ -64,18 +64,23 @@ def test_experts_weigh_and_add(policy: str):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@given(seed=st.integers(0, 2**31), parts=st.integers(1, 5), policy=st.sampled_from(POLICIES))
+@given(
+    seed=st.integers(0, 2**31),
+    parts=st.integers(1, 5),
+    policy=st.sampled_from(POLICIES),
+    activation=st.sampled_from(sorted(reference.ACTIVATIONS)),
+)
 @law(40)
 def test_the_grouped_product_equals_the_loop(
-    dtype: torch.dtype, seed: int, parts: int, policy: str
+    dtype: torch.dtype, seed: int, parts: int, policy: str, activation: Activation
 ):
     x, routing, whole = layer(policy, seed, hidden=8, width=16)
     whole = Slab(whole.gate_up.to(dtype), whole.down.to(dtype), whole.slot_of)
     for slab in split(whole, parts):
         assert grouped_gemm.supports(x.to(dtype), slab)
         torch.testing.assert_close(
-            grouped_gemm.run_experts(x.to(dtype), routing, slab),
-            reference.run_experts(x.to(dtype), routing, slab),
+            grouped_gemm.run_experts(x.to(dtype), routing, slab, activation),
+            reference.run_experts(x.to(dtype), routing, slab, activation),
         )
 
 

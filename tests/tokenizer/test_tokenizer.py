@@ -310,3 +310,22 @@ def test_an_empty_template_is_an_error(tmp_path: Path, source: str) -> None:
     write_json(write_tokenizer(tmp_path) / "tokenizer_config.json", {"chat_template": source})
     with pytest.raises(TokenizerError, match="template is empty"):
         subword_tokenizer(tmp_path)
+
+
+@given(st.lists(st.sampled_from(["a", "b", "<role>", "</role>"]), max_size=12))
+def test_hidden_spans_are_no_part_of_decoded_text(tmp_path_factory, pieces: list[str]) -> None:
+    folder = write_tokenizer(tmp_path_factory.mktemp("tokenizer"))
+    marks = ("<role>", "</role>")
+    tokenizer = load_tokenizer(folder, template=LLADA2, vocab_size=300, hidden_span=marks)
+    text, is_hidden = "", False
+    for piece in pieces:
+        is_hidden = piece == "<role>" or (is_hidden and piece != "</role>")
+        text += piece if piece in "ab" and not is_hidden else ""
+    assert tokenizer.decode(tokenizer.encode("".join(pieces), raw=True)) == text
+
+
+def test_marks_outside_the_vocabulary_hide_nothing(tmp_path: Path) -> None:
+    folder = write_tokenizer(tmp_path)
+    marks = ("<|absent|>", "</role>")
+    tokenizer = load_tokenizer(folder, template=LLADA2, vocab_size=300, hidden_span=marks)
+    assert tokenizer.decode(tokenizer.encode("a</role>b", raw=True)) == "ab"

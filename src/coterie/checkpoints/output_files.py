@@ -172,7 +172,8 @@ class PackedLayer:
             checksums.append(f"{zlib.crc32(content):08x}")
             sink.write(content)
             if is_lossy:
-                error = quantization_error(self._expert_slab(expert, sources, None), slab)
+                original = self._expert_slab(expert, sources, None)
+                error = quantization_error(original, slab, self.converted_spec.activation)
                 errors.append(float(f"{error:.4g}"))
             on_bytes(self.source_bytes // self.converted_spec.router.experts)
         return {self.tensor: {"crc32": checksums, **({ERROR_KEY: errors} if is_lossy else {})}}

@@ -15,7 +15,7 @@ from coterie.model.checkpoint import Checkpoint
 from coterie.model.spec import ModelSpec
 from coterie.model.weights import TensorTarget, is_packed
 from coterie.quantization import QTensor, dequantize
-from coterie.values import PackedExperts, Slab
+from coterie.values import Activation, PackedExperts, Slab
 
 ERROR_KEY = "error"
 INPUT_VALUES = 1 << 16  # values of the random input; smaller experts get more tokens
@@ -24,20 +24,20 @@ SEED = 2718  # unlike the seeds of random weights, which would equal the input
 FloatArray = NDArray[np.float64]
 
 
-def quantization_error(reference: Slab, quantized: Slab) -> float:
+def quantization_error(reference: Slab, quantized: Slab, activation: Activation = "silu") -> float:
     """The relative error of an expert's output for unit Gaussian tokens; slabs of one expert."""
     generator = torch.Generator().manual_seed(SEED)
     hidden = reference.down.shape[1]
     x = torch.randn(-(-INPUT_VALUES // hidden), hidden, generator=generator)
-    expected, actual = expert_output(reference, x), expert_output(quantized, x)
+    expected, actual = (expert_output(slab, x, activation) for slab in (reference, quantized))
     norm = float(expected.norm())
     return float((actual - expected).norm()) / norm if norm else 0.0
 
 
-def expert_output(slab: Slab, x: Tensor) -> Tensor:
+def expert_output(slab: Slab, x: Tensor, activation: Activation) -> Tensor:
     """The output for x [T, H] of the only expert in a slab, in fp32."""
     gate_up, down = (_to_float(weight)[0] for weight in (slab.gate_up, slab.down))
-    return ops.linear(ops.silu_and_mul(ops.linear(x, gate_up)), down)
+    return ops.linear(ops.activate_and_mul(ops.linear(x, gate_up), activation), down)
 
 
 def quantization_errors(

@@ -95,8 +95,10 @@ def load_model(
     family, vocab_size = model.family, model.spec.vocabulary
     target = choose_target(model, experts=experts, dtype=dtype, device=choose_device(device))
     placement = choose_placement(target, expert_memory)
-    template = family.defaults.chat_template
-    tokenizer = load_tokenizer(model.path, template=template, vocab_size=vocab_size)
+    template, hidden_span = family.defaults.chat_template, family.defaults.hidden_span
+    tokenizer = load_tokenizer(
+        model.path, template=template, vocab_size=vocab_size, hidden_span=hidden_span
+    )
     mask, stop_ids = _token_ids(model, tokenizer)
     loaded = placement.load(target, on_progress)
     return Model(

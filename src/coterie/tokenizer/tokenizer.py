@@ -61,6 +61,7 @@ class SubwordTokenizer:
     template: ChatTemplate
     mask_id: int | None
     eos_ids: tuple[int, ...]
+    hidden_span: tuple[int, int] | None = None  # marks around ids that are no part of an answer
 
     def encode(self, prompt: str, *, raw: bool = False) -> list[int]:
         _encode_utf8(prompt)
@@ -70,7 +71,8 @@ class SubwordTokenizer:
         return _call(self.file, lambda: encode(text, add_special_tokens=raw).ids)
 
     def decode(self, ids: Sequence[int]) -> str:
-        return _call(self.file, lambda: self.tokenizer.decode(list(ids), skip_special_tokens=True))
+        shown = list(ids) if self.hidden_span is None else _without_spans(ids, *self.hidden_span)
+        return _call(self.file, lambda: self.tokenizer.decode(shown, skip_special_tokens=True))
 
     def decode_token(self, token: int) -> str:
         return _call(self.file, lambda: self.tokenizer.decode([token], skip_special_tokens=False))
@@ -110,10 +112,13 @@ class IdTokenizer:
         return "this model has no tokenizer: the prompt's UTF-8 bytes serve as token ids"
 
 
-def load_tokenizer(folder: Path, *, template: str, vocab_size: int) -> TextTokenizer:
+def load_tokenizer(
+    folder: Path, *, template: str, vocab_size: int, hidden_span: tuple[str, str] | None = None
+) -> TextTokenizer:
     """The tokenizer of a checkpoint folder: its ``tokenizer.json``, else ids as text.
 
-    ``template`` (jinja) is used if the folder has none. Raises TokenizerError that names the file
+    ``template`` (jinja) is used if the folder has none. ``hidden_span`` are the marks around text
+    that is no part of an answer. Raises TokenizerError that names the file
     if the tokenizer is damaged or has ids outside the vocabulary.
     """
     path = folder / "tokenizer.json"
@@ -126,7 +131,24 @@ def load_tokenizer(folder: Path, *, template: str, vocab_size: int) -> TextToken
         template=read_template(folder, template),
         mask_id=tokenizer.token_to_id(MASK_TOKEN),
         eos_ids=_read_eos_ids(folder, tokenizer, vocab_size),
+        hidden_span=None if hidden_span is None else _span_ids(tokenizer, *hidden_span),
     )
+
+
+def _span_ids(tokenizer: Tokenizer, first: str, last: str) -> tuple[int, int] | None:
+    """The ids of two marks; None if the vocabulary lacks one."""
+    ids = tokenizer.token_to_id(first), tokenizer.token_to_id(last)
+    return None if ids[0] is None or ids[1] is None else (ids[0], ids[1])
+
+
+def _without_spans(ids: Sequence[int], first: int, last: int) -> list[int]:
+    """The ids outside every span from ``first`` to ``last``; an open span lasts to the end."""
+    shown, is_hidden = [], False
+    for token in ids:
+        is_hidden = (is_hidden or token == first) and token != last
+        if not is_hidden and token != last:
+            shown.append(token)
+    return shown
 
 
 def _call(file: Path, use: Callable[[], T]) -> T:
