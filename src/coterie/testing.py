@@ -81,8 +81,8 @@ FAMILY_CONFIGS: dict[str, dict[str, Json]] = {
         "tie_word_embeddings": True,
         "eos_token_id": 94,
         "text_config": {
-            "model_type": "diffusion_gemma_text",
             "hidden_activation": "gelu_pytorch_tanh",
+            "use_bidirectional_attention": None,
             "final_logit_softcapping": 30.0,
             "vocab_size": 96,
             "hidden_size": 32,
