@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
-from coterie.checkpoints.journal import atomic_write
 from coterie.checkpoints.model_info import inspect
 from coterie.cli import engine_options as engines
 from coterie.cli import options as o
@@ -17,6 +16,7 @@ from coterie.cli.eval_output import EvalProgress, accuracy_document, accuracy_ta
 from coterie.cli.output import print_note
 from coterie.engine.engine import Engine
 from coterie.errors import ConfigError, CoterieError
+from coterie.files import atomic_write
 from coterie.lab.evals.report import PolicySummary, summarize
 from coterie.lab.evals.run import Answer, Variant, run_eval, run_identity
 from coterie.lab.evals.stats import unchanged_bound

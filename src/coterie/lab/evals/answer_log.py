@@ -12,9 +12,9 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any
 
-from coterie.checkpoints.journal import atomic_write
 from coterie.engine.generation_config import GenerationConfig
 from coterie.errors import TaskError
+from coterie.files import atomic_write
 from coterie.keys import Key, from_json, keys_of, names_of, to_json
 from coterie.lab.evals.traffic import AnswerTraffic
 from coterie.routing import update_policy_text
