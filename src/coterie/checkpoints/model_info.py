@@ -12,6 +12,7 @@ from coterie.families import Family, ModelConfig, detect_family, eos_ids, mask_i
 from coterie.keys import to_json
 from coterie.model.size import ModelSize, experts_that_fit, model_size
 from coterie.model.spec import ModelSpec
+from coterie.values import NO_MASK
 
 GIB = 1 << 30
 DEVICE_MEMORY_GIB = (8, 12, 16, 24, 32, 48, 80, 141)  # of common GPUs
@@ -34,7 +35,7 @@ class ModelInfo:
     spec: ModelSpec
     size: ModelSize
     dtype: torch.dtype
-    mask_id: int | None  # None: neither the config nor the family has one in the vocabulary
+    mask_id: int | None  # None: the model has none, or no file names one in the vocabulary
     eos_ids: tuple[int, ...]
     kv_length: int  # positions of the KV cache that ``fits`` includes, for one sequence
     fits: tuple[MemoryFit, ...]
@@ -81,13 +82,14 @@ def inspect(
     family = detect_family(config)
     spec = family.read_spec(config)
     kv_length = min(kv_length, spec.max_length)
+    mask = mask_id(config, family, spec.vocabulary)
     return ModelInfo(
         name=EMBEDDED if name is None else str(name),
         family=family,
         spec=spec,
         size=model_size(spec, dtype),
         dtype=dtype,
-        mask_id=mask_id(config, family, spec.vocabulary),
+        mask_id=None if mask == NO_MASK else mask,
         eos_ids=eos_ids(config, family, spec.vocabulary),
         kv_length=kv_length,
         fits=tuple(

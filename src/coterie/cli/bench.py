@@ -284,7 +284,7 @@ def generate_command(
         dtype = engine_options.expert_dtype or engine_options.dtype or "bf16"
         dtypes = [] if dtype == "bf16" else [dtype]
         engine = _random_engine(workload.shape, dtype, workload.layers, engine_options.device)
-        prompts = answers.random_prompts(count, workload.length or 64, engine.model.mask_id)
+        prompts = answers.random_prompts(count, workload.length or 64, engine.model.plain_ids)
     layers = None if workload.layers is None else f"{workload.layers} layers"
     model, device = engine.model, str(engine.model.transformer.device)
     parts = ("generate", Path(model.name).name, device.partition(":")[0], *dtypes, layers)

@@ -75,6 +75,7 @@ def model_rows(info: ModelInfo) -> list[tuple[str, str]]:
     spec, size, router = info.spec, info.size, info.spec.router
     dtype = str(info.dtype).removeprefix("torch.")
     mask = "none" if info.mask_id is None else info.mask_id
+    kinds = dict.fromkeys((layer.head_dim, layer.kv_heads) for layer in spec.attention)
     quantised = spec.expert_storage != UNQUANTISED
     return [
         ("model", info.name),
@@ -83,7 +84,7 @@ def model_rows(info: ModelInfo) -> list[tuple[str, str]]:
         ("layers", f"{spec.layers}, of which {len(spec.moe_layers)} have experts"),
         ("experts", f"{router.experts} a layer, {router.k} a token"),
         ("hidden, expert, shared", f"{spec.hidden}, {spec.expert_width}, {spec.shared_width}"),
-        ("heads", f"{spec.heads} of {spec.head_dim}, {spec.kv_heads} for keys and values"),
+        *(("heads", f"{spec.heads} of {dim}, {kv} for keys and values") for dim, kv in kinds),
         ("vocabulary", f"{spec.vocabulary:,}"),
         ("mask id, end ids", f"{mask}, {' '.join(map(str, info.eos_ids)) or 'none'}"),
         *([("experts stored in", spec.expert_storage)] if quantised else []),

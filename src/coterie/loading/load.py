@@ -64,6 +64,11 @@ class Model:
         return replace(defaults, block=self.spec.block or defaults.block)
 
     @property
+    def plain_ids(self) -> int:
+        """Ids below this are tokens, and none is the mask."""
+        return self.spec.vocabulary if self.mask_id == NO_MASK else self.mask_id
+
+    @property
     def memory_config(self) -> ExpertMemoryConfig | None:
         """The requested expert memory."""
         return None if self.placement.plan is None else self.placement.plan.config

@@ -15,7 +15,7 @@ from coterie.lab.bench.bandwidth import AnyWeight, read_rows, readable_rows, wei
 from coterie.lab.bench.timing import time_once
 from coterie.model.cache import KVCache
 from coterie.model.moe import Dense, MoE
-from coterie.model.transformer import Transformer
+from coterie.model.transformer import ParallelLayer, Transformer
 from coterie.quantization import QTensor
 from coterie.values import ExpertRequest, PackedExperts, Routing, Slab, Window
 
@@ -142,8 +142,9 @@ def forward_cost(transformer: Transformer, blocks: RandomBlocks) -> ForwardCost:
             slabs[layer_index] = readable_rows(buffers)
             expert_bytes[layer_index] = sum(buffer.nbytes // len(buffer) for buffer in buffers)
             parts["router"].append(feed_forward.gate)
-            if feed_forward.shared is not None:
-                parts["shared"] += [feed_forward.shared.gate_up, feed_forward.shared.down]
+            shared = layer.dense if isinstance(layer, ParallelLayer) else feed_forward.shared
+            if shared is not None:
+                parts["shared"] += [shared.gate_up, shared.down]
         elif isinstance(feed_forward, Dense):
             parts["dense"] += [feed_forward.gate_up, feed_forward.down]
     parts["head"] = [transformer.head]
@@ -174,15 +175,15 @@ def _part_flops(transformer: Transformer, blocks: RandomBlocks) -> dict[ForwardP
     spec, tokens = transformer.spec, blocks.window.width
     num_moe_layers = len(spec.moe_layers)
     flops_per_column = 2 * tokens * spec.hidden
-    query_width = spec.heads * spec.head_dim
-    projected = query_width + 2 * spec.kv_heads * spec.head_dim + query_width
+    query_width = sum(spec.heads * layer.head_dim for layer in spec.attention)  # of all layers
+    projected = sum(spec.qkv_rows(layer) for layer in range(spec.layers)) + query_width
     visible_length = int(blocks.window.visible.max())
     return {
-        "attention": flops_per_column * projected * spec.layers,
+        "attention": flops_per_column * projected,
         "shared": flops_per_column * 3 * spec.shared_width * num_moe_layers,
         "dense": flops_per_column * 3 * spec.dense_width * (spec.layers - num_moe_layers),
         "router": flops_per_column * spec.router.experts * num_moe_layers,
-        "keys and values": 4 * tokens * query_width * visible_length * spec.layers,
+        "keys and values": 4 * tokens * query_width * visible_length,
     }
 
 

@@ -209,7 +209,7 @@ def random_blocks(model: Model, tokens: int, context: int | None, seed: int) -> 
     cache = KVCache.allocate(spec, 1, start + tokens, dtype=dtype, device=device)
     for kv in (*cache.keys, *cache.values):
         kv[:, :, :start] = torch.randn(kv[:, :, :start].shape, generator=generator).to(kv)
-    ids = torch.randint(0, model.mask_id, (NUM_BLOCKS, 1, tokens), generator=generator)
+    ids = torch.randint(0, model.plain_ids, (NUM_BLOCKS, 1, tokens), generator=generator)
     window_block = causal_block if tokens > causal_block else 0
     window = Window(torch.tensor([start]), tokens, torch.tensor([start + tokens]), window_block)
     return RandomBlocks([block_ids.to(device) for block_ids in ids], window, cache)

@@ -166,6 +166,8 @@ def _random_weights(
             )
         elif name.endswith(".gate"):
             weight.copy_(skewed_gate(weight.cpu(), shared, skew, generator))
+        elif name.endswith(".gate_norm"):
+            weight.fill_(spec.hidden**0.5)  # the router's input then has unit size
         weights[name] = weight
     return weights
 

@@ -8,11 +8,12 @@ import torch
 from torch import Tensor
 
 from coterie.errors import ConfigError
+from coterie.families.diffusion_gemma import FAMILY as DIFFUSION_GEMMA
 from coterie.families.family import Family
 from coterie.families.llada2 import FAMILY as LLADA2
 from coterie.families.llada_moe import FAMILY as LLADA_MOE
 from coterie.families.sdar_moe import FAMILY as SDAR_MOE
-from coterie.model.spec import ModelSpec
+from coterie.model.spec import AttentionSpec, ModelSpec
 from coterie.values import RouterSpec, Slab
 
 DISTINCT_EXPERTS = 8  # random experts that are repeated to fill a layer
@@ -69,7 +70,9 @@ class ModelShape:
             raise ConfigError(
                 f"`layers` is {layers} for {self.title}; must be {min_layers} to {max_layers}"
             )
-        return replace(self, spec=replace(self.spec, layers=layers, moe=self.spec.moe[:layers]))
+        moe, attention = self.spec.moe[:layers], self.spec.layer_attention[:layers]
+        spec = replace(self.spec, layers=layers, moe=moe, layer_attention=attention)
+        return replace(self, spec=spec)
 
 
 def find_shape(name: str) -> ModelShape:
@@ -153,6 +156,33 @@ _SDAR = replace(
     router=RouterSpec(128, 8, "softmax", True),
     max_length=40_960,
 )
+_GEMMA_SLIDING = AttentionSpec(8, 256, 256, 1e4, window=1024, scale=1.0, norms_values=True)
+_GEMMA_FULL = AttentionSpec(
+    2, 512, 512, 1e6, rope_angles=64, scale=1.0, norms_values=True, keys_are_values=True
+)
+_GEMMA = replace(
+    _SDAR,
+    vocabulary=262_144,
+    hidden=2816,
+    layers=30,
+    heads=16,
+    kv_heads=8,
+    head_dim=256,
+    rotary_dim=256,
+    rope_theta=1e4,
+    expert_width=704,
+    shared_width=2112,
+    moe=(True,) * 30,
+    tie_embeddings=True,
+    max_length=262_144,
+    layer_attention=((_GEMMA_SLIDING,) * 5 + (_GEMMA_FULL,)) * 5,
+    activation="gelu-tanh",
+    embedding_scale=2816**0.5,
+    logit_cap=30.0,
+    parallel_dense=True,
+    self_conditioning=2112,
+    block=256,
+)
 _TINY = replace(
     _LLADA2_MINI,
     vocabulary=160,
@@ -170,13 +200,14 @@ _TINY = replace(
     max_length=512,
 )
 
-# The paper counts unique experts of LLaDA2.0-mini and LLaDA-MoE. The routers of flash and SDAR are
-# assumed to be as skewed as LLaDA2.0-mini's.
+# The paper counts unique experts of LLaDA2.0-mini and LLaDA-MoE. Other routers are assumed to be
+# as skewed as LLaDA2.0-mini's.
 SHAPES = {
     "llada2-mini": ModelShape("LLaDA2.0-mini", LLADA2, _LLADA2_MINI, unique_experts=84),
     "llada2-flash": ModelShape("LLaDA2.0-flash", LLADA2, _LLADA2_FLASH, unique_experts=84),
     "llada-moe": ModelShape("LLaDA-MoE", LLADA_MOE, _LLADA_MOE, 59, betas=(0.6, 0.4)),
     "sdar-moe": ModelShape("SDAR-MoE", SDAR_MOE, _SDAR, unique_experts=63),
+    "diffusion-gemma": ModelShape("DiffusionGemma", DIFFUSION_GEMMA, _GEMMA, unique_experts=63),
     "tiny": ModelShape("Tiny", LLADA2, _TINY, unique_experts=18, betas=(0.25,)),  # for tests
 }
 PAPER_LAYERS = (SHAPES["llada2-mini"].layer, SHAPES["llada-moe"].layer)
