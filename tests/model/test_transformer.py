@@ -268,3 +268,37 @@ def test_half_precision_stays_near_full_precision(family: str) -> None:
     half = run(random_transformer(transformer.spec, 7, dtype=torch.bfloat16), ids, view)
     assert half.dtype == torch.float32
     assert float((half - full).norm() / full.norm()) < 0.15
+
+
+@given(prompt=st.integers(1, 12), width=st.integers(1, 8))
+def test_an_encoder_replaces_the_keys_that_a_decoder_wrote(prompt: int, width: int) -> None:
+    transformer, ids = MODELS["diffusion-gemma"], tokens(1)[:, : prompt + width]
+    caches = [cache_for(transformer, 1, prompt + width) for _ in range(2)]
+    spans = [[(0, prompt + width)], [(0, prompt), (prompt, prompt + width)]]
+    decoded = window(prompt, width=width, visible=prompt + width)
+    with torch.inference_mode():
+        transformer(ids[:, prompt:], ForwardContext(decoded, caches[1], Vanilla(), NullRecorder()))
+        for cache, parts in zip(caches, spans, strict=True):
+            for start, stop in parts:
+                view = window(start, width=stop - start, visible=stop, block=1)
+                context = ForwardContext(view, cache, Vanilla(), NullRecorder(), encodes=True)
+                transformer(ids[:, start:stop], context)
+    for kept in ("keys", "values"):
+        for left, right in zip(*(getattr(cache, kept) for cache in caches), strict=True):
+            same(left, right)
+
+
+@given(first=st.integers(1, 16), width=st.integers(1, 8))
+def test_a_sliding_window_ends_before_the_block(first: int, width: int) -> None:
+    transformer = MODELS["diffusion-gemma"]
+    kind, length = transformer.spec.attention[0], first + width
+    assert kind.window
+    cache = cache_for(transformer, 1, length)
+    for view, starts in (
+        (window(first, width=width, visible=length), [first] * width),
+        (window(first, width=width, visible=length, block=1), range(first, length)),
+    ):
+        mask = AttentionMetadata.of(view, cache, kind, torch.device("cpu")).mask
+        assert mask is not None
+        oldest = [int(row.int().argmax()) for row in mask[0]]
+        assert oldest == [max(0, start - kind.window + 1) for start in starts]

@@ -292,3 +292,15 @@ def test_other_strides_and_dtypes_have_no_kernel():
 def test_route_uses_the_kernel_only(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(router, "route_by_mask", None)
     assert route(SCORES, VANILLA).topk_ids.shape == (12, 4)
+
+
+@needs_kernels
+@pytest.mark.parametrize("text", ["vanilla", "des-vote:beta=0.3", "des-seq:k=2", "topk:k=2"])
+def test_a_scale_of_each_expert_multiplies_its_weights_and_changes_no_choice(text: str) -> None:
+    scale = torch.rand(32, generator=torch.Generator().manual_seed(3)) + 0.5
+    plain = route(SCORES, parse_policy(text))
+    scaled = replace(SCORES, expert_scale=scale)
+    for routing in (route(scaled, parse_policy(text)), route_by_mask(scaled, parse_policy(text))):
+        assert torch.equal(routing.topk_ids, plain.topk_ids)
+        expected = plain.topk_weights * scale[plain.topk_ids.clamp(min=0)]
+        torch.testing.assert_close(routing.topk_weights, expected)

@@ -150,12 +150,8 @@ def _check_denoising(plan: DecodePlan, unmask: UnmaskStrategy, mask_id: int) -> 
     """Raises ConfigError unless model, plan and rule all denoise masks, or all random tokens."""
     if (mask_id == NO_MASK) == unmask.renoises == plan.scheme.traits.encodes:
         return
-    if mask_id == NO_MASK:
-        raise ConfigError(
-            f"the model has no mask token: it needs a plan with an encoder, not {plan}, and an "
-            f"unmasking rule that renoises, not {unmask}"
-        )
-    raise ConfigError(f"the model denoises masks: plan {plan} and rule {unmask} do not fit")
+    denoised = "random tokens" if mask_id == NO_MASK else "masks"
+    raise ConfigError(f"the model denoises {denoised}: plan {plan} and rule {unmask} do not fit")
 
 
 def check_prompt(prompt: Sequence[int], mask_id: int, vocabulary: int) -> None:
