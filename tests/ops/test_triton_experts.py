@@ -14,7 +14,7 @@ from torch import Tensor
 
 from coterie.ops import reference
 from coterie.quantization import FORMATS, QTensor, QuantFormat, quantize
-from coterie.values import Routing, Slab, expert_mask
+from coterie.values import Activation, Routing, Slab, expert_mask
 
 pytest.importorskip("triton", reason="NOT TESTED: kernels for a GPU (triton is not installed)")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -57,17 +57,20 @@ def inputs(tokens: int, hidden: int, dtype: torch.dtype, seed: int) -> Tensor:
     return torch.randn(tokens, hidden, generator=draw).to(DEVICE, dtype)
 
 
-def agree(x: Tensor, routing: Routing, slab: Slab, **how: object) -> None:
+def agree(
+    x: Tensor, routing: Routing, slab: Slab, activation: Activation = "silu", **how: object
+) -> None:
     """The kernels' sum, against the reference's in fp32 on the same numbers."""
     from coterie.ops.triton import experts
 
     assert experts.supports_experts(x, slab)
-    found = experts.run_experts(x, routing, slab, **how)
+    found = experts.run_experts(x, routing, slab, activation, **how)
     gate_up, down = (
         weight.float() if isinstance(weight, Tensor) else weight
         for weight in (slab.gate_up, slab.down)
     )
-    expected = reference.run_experts(x.float(), routing, Slab(gate_up, down, slab.slot_of))
+    wide = Slab(gate_up, down, slab.slot_of)
+    expected = reference.run_experts(x.float(), routing, wide, activation)
     assert found.dtype == torch.float32
     assert bool(torch.isfinite(found).all())
     distance = (found - expected).norm() / expected.norm().clamp(min=1e-30)
@@ -84,17 +87,20 @@ def agree(x: Tensor, routing: Routing, slab: Slab, **how: object) -> None:
     form=st.sampled_from((None, None, FORMATS["int8"], FORMATS["int4"], QuantFormat(4, 16))),
     k_of_used=st.sampled_from(((1, 1), (1, 12), (2, 3), (4, 12), (3, 3))),
     seed=st.integers(0, 2**31),
+    activation=st.sampled_from(sorted(reference.ACTIVATIONS)),
 )
 def test_kernels_equal_the_reference(
+    *,
     size: tuple[int, tuple[int, int]],
     dtype: torch.dtype,
     form: QuantFormat | None,
     k_of_used: tuple[int, int],
     seed: int,
+    activation: Activation,
 ) -> None:
     (tokens, sizes), (k, used) = size, k_of_used
-    slab = layer(12, sizes, dtype, form, seed)
-    agree(inputs(tokens, sizes[0], dtype, seed), routed(tokens, k, 12, used, seed), slab)
+    slab, x = layer(12, sizes, dtype, form, seed), inputs(tokens, sizes[0], dtype, seed)
+    agree(x, routed(tokens, k, 12, used, seed), slab, activation)
 
 
 @pytest.mark.parametrize("turned", [False, True])

@@ -99,9 +99,8 @@ def run_experts(x: Tensor, routing: Routing, slab: Slab, activation: Activation 
         return cpu.run_experts(x, routing, slab, activation)
     if x.device.type == "cpu" and grouped_gemm.supports(x, slab):
         return grouped_gemm.run_experts(x, routing, slab, activation)
-    gpu = kernels_for(x)
-    if gpu is not None and activation == "silu" and gpu.supports_experts(x, slab):
-        return gpu.run_experts(x, routing, slab)
+    if (gpu := kernels_for(x)) is not None and gpu.supports_experts(x, slab):
+        return gpu.run_experts(x, routing, slab, activation)
     return reference.run_experts(x, routing, slab, activation)
 
 

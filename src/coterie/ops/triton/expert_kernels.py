@@ -34,8 +34,9 @@ def gate_up_kernel(
     STEP: tl.constexpr,
     TRANSPOSED: tl.constexpr,
     UPCAST: tl.constexpr,
+    GELU: tl.constexpr,
 ):
-    """COLUMNS of silu(gate) * up, for the pairs of one expert."""
+    """COLUMNS of silu(gate) * up, for the pairs of one expert; with GELU, of gelu in tanh form."""
     tiles: tl.constexpr = (WIDTH + COLUMNS - 1) // COLUMNS
     active_index = tl.program_id(0) // tiles
     first_column = (tl.program_id(0) % tiles) * COLUMNS
@@ -72,7 +73,10 @@ def gate_up_kernel(
                 UPCAST,
             )
             gate, up = tl.split(tl.reshape(total, (TOKENS, COLUMNS, 2)))
-            hidden = gate / (1.0 + tl.exp(-gate)) * up
+            inner = gate
+            if GELU:  # 0.5 (1 + tanh z) is the sigmoid of 2 z
+                inner = 1.5957691216 * (gate + 0.044715 * gate * gate * gate)
+            hidden = gate / (1.0 + tl.exp(-inner)) * up
             tl.store(
                 h + pair_index[:, None] * WIDTH + column[None, :],
                 hidden.to(h.dtype.element_ty),

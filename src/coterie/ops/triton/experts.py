@@ -18,7 +18,7 @@ from coterie.ops.triton.dispatch import dispatch
 from coterie.ops.triton.launch import ceil_div, launch
 from coterie.ops.triton.tuning import GemmShape, TileConfig, best_config
 from coterie.quantization import QTensor
-from coterie.values import Routing, Slab
+from coterie.values import Activation, Routing, Slab
 
 FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 GROUP_SIZES = (16, 32, 64, 128, 256)
@@ -38,7 +38,11 @@ def supports_experts(x: Tensor, slab: Slab) -> bool:
 
 
 def run_experts(
-    x: Tensor, routing: Routing, slab: Slab, configs: tuple[TileConfig, TileConfig] | None = None
+    x: Tensor,
+    routing: Routing,
+    slab: Slab,
+    activation: Activation = "silu",
+    configs: tuple[TileConfig, TileConfig] | None = None,
 ) -> Tensor:
     """See ``ops.run_experts``. Does not synchronise with the host.
 
@@ -67,6 +71,7 @@ def run_experts(
         pairs.active_slots,
         h,
         **constants,
+        GELU=activation == "gelu-tanh",
         **_layout_constants(*gate_up_tensors, slab.gate_up),
         **gate_up_config.launch_options(),
     )
