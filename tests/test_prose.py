@@ -68,10 +68,11 @@ def comment_words(text: str) -> Iterator[tuple[int, str]]:
 
 
 def string_words(tree: ast.Module) -> Iterator[tuple[int, str]]:
-    """Words of docstrings and all other string literals."""
+    """Words of docstrings and all other string literals, without a chat format's channel names."""
     for node in ast.walk(tree):
         if isinstance(node, ast.Constant) and isinstance(node.value, str):
-            yield from ((node.lineno, word) for word in words(node.value))
+            text = re.sub(r"<\|channel>\w+", "", node.value)
+            yield from ((node.lineno, word) for word in words(text))
 
 
 def identifier_words(tree: ast.Module) -> Iterator[tuple[int, str]]:

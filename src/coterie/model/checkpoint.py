@@ -38,7 +38,7 @@ class Checkpoint:
         raise _no_weights_error(folder)
 
     def without(self, prefixes: tuple[str, ...]) -> Checkpoint:
-        """The same without the tensors whose names start so; files with no other are left out."""
+        """The same without tensors of names that start so; files of no others are left out."""
         kept = {
             file: {name: e for name, e in entries.items() if not name.startswith(prefixes)}
             for file, entries in self.files.items()
