@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from coterie.decoding import DecodeRequest, Sampling, SequenceState, parse_plan, parse_unmask
-from coterie.decoding.sampling import Proposal
+from coterie.decoding.sampling import Proposal, propose
 from coterie.decoding.unmask import BlockState, RenoiseRule
 from coterie.values import NO_MASK
 
@@ -147,3 +147,15 @@ def test_an_end_of_text_ends_the_answer_after_its_block() -> None:
 def test_a_temperature_of_the_request_replaces_the_schedule() -> None:
     assert sequence().temperature == 0.8
     assert sequence(sampling=Sampling(0.3)).temperature == 0.3
+
+
+@given(st.integers(2, 30), st.integers(0, 999))
+def test_unsorted_draws_follow_the_probabilities(vocabulary: int, seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    logits = torch.randn(1, vocabulary, generator=generator).mul(2).expand(4000, -1)
+    sampling = Sampling(temperature=0.7)
+    drawn = propose(logits, sampling, NO_MASK, generator, sort=False)
+    share = torch.bincount(drawn.ids, minlength=vocabulary) / len(logits)
+    probabilities = torch.softmax(logits[0] / 0.7, dim=-1)
+    assert float((share - probabilities).abs().max()) < 0.05
+    torch.testing.assert_close(drawn.confidence, probabilities[drawn.ids])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -66,12 +67,14 @@ def propose(
     *,
     entropy: bool = False,
     summary: LogitsSummary | None = None,
+    sort: bool = True,
 ) -> Proposal:
     """The proposal from logits [w, V]; of equal logits the lower id wins.
 
     ``summary`` is that of the logits, on the host, if it is known. Confidence is the probability at
     the sampling temperature before the top-k and top-p cut. A generator on the host draws w uniform
-    numbers, so they depend neither on the device nor on the batch. Raises NonFiniteLogitsError and
+    numbers, so they depend neither on the device nor on the batch. Without ``sort`` a draw that no
+    cut limits goes through the ids in their order, which is faster. Raises NonFiniteLogitsError and
     leaves the generator as it was.
     """
     if summary is not None and sampling.temperature == 0:
@@ -86,7 +89,10 @@ def propose(
         ids = logits.argmax(dim=-1)
     else:
         uniform = torch.rand(logits.shape[0], generator=generator).to(logits.device)
-        ids = _sample(torch.softmax(scaled, dim=-1), sampling, uniform)
+        probabilities = torch.softmax(scaled, dim=-1)
+        uncut = not sort and not sampling.top_k and sampling.top_p == 1
+        draw = _sample_by_id if uncut else partial(_sample, sampling)
+        ids = draw(probabilities, uniform)
     unmasked_ids = _replace_mask(mask_id, ids, logits)
     candidate_logits = scaled.gather(-1, torch.stack([ids, unmasked_ids], dim=-1))  # [w, 2]
     probabilities = (candidate_logits - logsumexp[:, None]).exp()
@@ -127,7 +133,14 @@ def _is_on_device(tensor: Tensor) -> bool:
     return tensor.device.type != "cpu"
 
 
-def _sample(probabilities: Tensor, sampling: Sampling, uniform: Tensor) -> Tensor:
+def _sample_by_id(probabilities: Tensor, uniform: Tensor) -> Tensor:
+    """Ids [w] by inverse transform sampling, from draws [w]."""
+    cumulative = probabilities.cumsum(dim=-1)
+    index = torch.searchsorted(cumulative, uniform[:, None] * cumulative[:, -1:], right=True)[:, 0]
+    return index.where(index < probabilities.shape[-1], probabilities.argmax(dim=-1))
+
+
+def _sample(sampling: Sampling, probabilities: Tensor, uniform: Tensor) -> Tensor:
     """Ids [w] by inverse transform sampling of what top-k and top-p keep, from draws [w]."""
     sorted_probs = probabilities.sort(dim=-1, descending=True, stable=True)
     retained = sorted_probs.values

@@ -176,7 +176,7 @@ class SequenceState:
         """Keeps some drawn tokens for the next step, or ends the block with the most probable."""
         mask_id, sampling = self.request.mask_id, self.request.sampling
         at_temperature = replace(sampling, temperature=self.temperature)
-        drawn = propose(logits, at_temperature, mask_id, self._generator, entropy=True)
+        drawn = propose(logits, at_temperature, mask_id, self._generator, entropy=True, sort=False)
         best = propose(logits, Sampling(), mask_id, self._generator, summary=summary)
         assert drawn.entropy is not None
         kept = rule.choose(self._block_state(drawn, masked))
