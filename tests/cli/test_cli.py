@@ -110,7 +110,7 @@ def test_counted_experts_stay_inside_the_budget(
     assert result["expert_bytes"] < result["expert_bytes_vanilla"]
 
 
-@pytest.mark.parametrize("policy", ["des-vote:beta=1", "des-seq:k=4", "topk:k=4", "des-seq:k=4"])
+@pytest.mark.parametrize("policy", ["des-vote:beta=1", "des-seq:k=4", "topk:k=4"])
 def test_a_full_share_is_vanilla(capsys: Capture, model: str, policy: str) -> None:
     vanilla = document(capsys, "generate", "5 17 33", "-m", model, "-n", "20")
     result = document(capsys, "generate", "5 17 33", "-m", model, "-n", "20", "-p", policy)

@@ -110,7 +110,7 @@ class EngineOptions:
             )  # fmt: skip
         if count_vanilla and (log := engine.model.store.traffic_log) is not None:
             log.track_vanilla()
-        for note in engine.model.placement.describe():
+        for note in (*engine.model.notes, *engine.model.placement.describe()):
             print_note(note)
         return engine
 

@@ -23,7 +23,7 @@ from coterie.offload.resident_store import ResidentExpertStore
 from coterie.offload.store import TrackedExpertStore
 from coterie.ops import cpu
 from coterie.quantization import QuantFormat, parse_format
-from coterie.tokenizer import MASK_TOKEN, TextTokenizer, load_tokenizer
+from coterie.tokenizer import MASK_TOKEN, IdTokenizer, TextTokenizer, load_tokenizer
 
 DTYPES = {
     "float32": torch.float32,
@@ -51,6 +51,7 @@ class Model:
     # The transformer's expert store. The default suits a model made in memory: nothing is fetched.
     store: TrackedExpertStore = field(default_factory=lambda: ResidentExpertStore({}))
     placement: Placement = field(default_factory=Resident)
+    notes: tuple[str, ...] = ()  # for the user, one line each
 
     @property
     def spec(self) -> ModelSpec:
@@ -91,6 +92,7 @@ def load_model(
     template = family.defaults.chat_template
     tokenizer = load_tokenizer(model.path, template=template, vocab_size=vocab_size)
     mask, stop_ids = _token_ids(model, tokenizer)
+    guessed = mask_id(model.config, family, vocab_size) is None and tokenizer.mask_id is None
     loaded = placement.load(target, on_progress)
     return Model(
         name=EMBEDDED if name_or_path is None else str(name_or_path),
@@ -102,6 +104,7 @@ def load_model(
         folder=model.path,
         store=loaded.store,
         placement=loaded.placement,
+        notes=(f"no file names the mask token: the last id, {mask}, is taken",) if guessed else (),
     )
 
 
@@ -182,7 +185,8 @@ def choose_dtype(
 def _token_ids(model: ModelFolder, tokenizer: TextTokenizer) -> tuple[int, tuple[int, ...]]:
     """The mask token and the end-of-text tokens, on which all files must agree.
 
-    The family's mask token is used if the vocabulary has it and no file names one.
+    The family's mask token is used if the vocabulary has it and no file names one. Without it, a
+    folder without a tokenizer (token ids as text) uses the last id; with one, that is an error.
     """
     config, vocabulary = model.config, model.spec.vocabulary
     mask = mask_id(config, model.family, vocabulary)
@@ -192,6 +196,8 @@ def _token_ids(model: ModelFolder, tokenizer: TextTokenizer) -> tuple[int, tuple
                 "mask_token_id", f"is {mask}, but tokenizer.json has {tokenizer.mask_id}"
             )
         mask = tokenizer.mask_id
+    if mask is None and isinstance(tokenizer, IdTokenizer):
+        mask = vocabulary - 1
     if mask is None:
         raise config.error(
             "mask_token_id", f"is missing, and tokenizer.json has no {MASK_TOKEN} either"
