@@ -172,14 +172,6 @@ def test_inspect_reads_the_config_alone(capsys: Capture, model: str, tmp_path: P
     assert "16 a layer, 4 a token" in capsys.readouterr().out
 
 
-def test_inspect_names_the_policy_of_a_model_trained_by_block(
-    capsys: Capture, tmp_path: Path
-) -> None:
-    write_checkpoint(tmp_path, "llada2", expert_capacity=12)
-    assert run(["inspect", str(tmp_path)]) == 0
-    assert "trained with 12 a block (--policy racing:m=12)" in capsys.readouterr().out
-
-
 def test_policies_lists_every_policy(capsys: Capture) -> None:
     assert [entry["name"] for entry in document(capsys, "policies")] == list(POLICIES)  # type: ignore[index]
     assert run(["policies"]) == 0
@@ -307,12 +299,12 @@ UP = "model.layers.2.mlp.experts.7.up_proj.weight"
         (change_config(architectures=["LlamaForCausalLM"]), "LlamaForCausalLM"),
         (change_config(num_experts_per_tok=99), "num_experts_per_tok"),
         (change_config(hidden_size=64), "model.safetensors"),
-        (change_config(rope_theta=10**400), "rope_theta is a number too large"),
+        (change_config(rope_theta=10**400), "config.json: a number in it has more than 100"),
         (change_config(num_experts=16384, num_hidden_layers=4096), "num_experts is 16384 in 4095"),
         (change_tensors(lambda t: t[GATE][0].fill_(math.nan)), f"{GATE} holds NaN"),
         (change_tensors(lambda t: t[BIAS][:1].fill_(math.nan)), f"{BIAS} holds NaN"),
-        (change_tensors(lambda t: t[UP][0].fill_(math.nan)), "layer 2 .*NaN"),
-        (change_tensors(lambda t: t["lm_head.weight"].fill_(math.inf)), "the head returned NaN"),
+        (change_tensors(lambda t: t[UP][0].fill_(math.nan)), f"{UP} holds NaN"),
+        (change_tensors(lambda t: t["lm_head.weight"].fill_(math.inf)), "lm_head.weight holds NaN"),
         (loop("config.json"), "config.json: cannot be read"),
         (loop("model.safetensors"), "model.safetensors: cannot be read"),
         (loop("model.safetensors.index.json"), "index.json: cannot be read"),
@@ -350,7 +342,7 @@ def test_a_prompt_may_come_from_standard_input(
 
 
 def test_text_without_a_tokenizer_is_bytes_with_one_remark(capsys: Capture, tmp_path: Path) -> None:
-    model = str(write_checkpoint(tmp_path, "llada2", vocab_size=300, eos_token_id=299))
+    model = str(write_checkpoint(tmp_path, "llada2", vocab_size=300, eos_token_id=298))
     assert run(["generate", "Hi!", "-m", model, "-n", "4", "--json"]) == 0
     printed = capsys.readouterr()
     assert json.loads(printed.out)["prompt_tokens"] == 3
@@ -372,7 +364,7 @@ def test_a_full_disk_is_one_line(
 def test_a_closed_stderr_does_not_lose_the_answer(
     capsys: Capture, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    model = str(write_checkpoint(tmp_path, "llada2", vocab_size=300, eos_token_id=299))
+    model = str(write_checkpoint(tmp_path, "llada2", vocab_size=300, eos_token_id=298))
     monkeypatch.setattr(sys, "stderr", None)
     assert run(["generate", "Hi!", "-m", model, "-n", "4"]) == 0
     assert re.fullmatch(r"(\d+ )*\d+\n", capsys.readouterr().out)  # the remark is not on stdout

@@ -231,7 +231,7 @@ def test_too_small_a_disk_is_told_before_anything_is_written(
     source = write_checkpoint(tmp_path / "whole", "llada2")
     free = os.statvfs_result((4096, 4096, 9, 1, 1, 0, 0, 0, 0, 255))
     monkeypatch.setattr(os, "statvfs", lambda _: free)
-    with pytest.raises(CoterieError, match=r"needs .* GiB, .* GiB are free"):
+    with pytest.raises(CoterieError, match=r"needs .* bytes on the disk, .* are free"):
         convert(source, tmp_path / "small", INT8)
     assert list((tmp_path / "small").glob("*.safetensors*")) == []
 

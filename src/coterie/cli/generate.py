@@ -81,7 +81,7 @@ def print_stream(events: Iterable[Event]) -> Iterator[Event]:
     try:
         for event in events:
             if isinstance(event, Denoised) and event.text:
-                print(event.text, end="", flush=True)
+                output.print_text(event.text, end="")
                 unfinished_line = True
             yield event
     except CoterieError:

@@ -74,20 +74,18 @@ def describe_verification(verification: manifests.VerifyResult) -> str:
 def model_rows(info: ModelInfo) -> list[tuple[str, str]]:
     spec, size, router = info.spec, info.size, info.spec.router
     dtype = str(info.dtype).removeprefix("torch.")
-    # A model trained to route by block (LLaDA2.2) names its own policy.
-    racing = f", trained with {spec.capacity} a block (--policy racing:m={spec.capacity})"
-    racing = racing if spec.capacity else ""
+    mask = "none" if info.mask_id is None else info.mask_id
     quantised = spec.expert_storage != UNQUANTISED
     return [
         ("model", info.name),
         ("family", f"{info.family.title} ({info.family.architecture})"),
         ("parameters", f"{size.parameters:,}, of which a token uses {size.active_parameters:,}"),
         ("layers", f"{spec.layers}, of which {len(spec.moe_layers)} have experts"),
-        ("experts", f"{router.experts} a layer, {router.k} a token{racing}"),
+        ("experts", f"{router.experts} a layer, {router.k} a token"),
         ("hidden, expert, shared", f"{spec.hidden}, {spec.expert_width}, {spec.shared_width}"),
         ("heads", f"{spec.heads} of {spec.head_dim}, {spec.kv_heads} for keys and values"),
         ("vocabulary", f"{spec.vocabulary:,}"),
-        ("mask id, end ids", f"{info.mask_id}, {' '.join(map(str, info.eos_ids)) or 'none'}"),
+        ("mask id, end ids", f"{mask}, {' '.join(map(str, info.eos_ids)) or 'none'}"),
         *([("experts stored in", spec.expert_storage)] if quantised else []),
         (f"weights in {dtype}", f"{format_bytes(size.bytes)} ({size.bytes:,} bytes)"),
         ("one expert", f"{format_bytes(size.expert_bytes)} ({size.expert_bytes:,} bytes)"),

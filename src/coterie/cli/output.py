@@ -15,7 +15,7 @@ from rich.console import Console, RenderableType
 from rich.progress import BarColumn, Progress, ProgressColumn, TextColumn
 from rich.table import Table
 
-from coterie.errors import ConfigError
+from coterie.errors import ConfigError, printable
 from coterie.lab.journal import Journal
 from coterie.lab.records import Measurement, make_record, write_record
 
@@ -75,15 +75,18 @@ def plain_table(
     return table
 
 
-def print_text(text: str) -> None:
-    """Plain text on standard output, flushed, so that a full disk or a closed pipe is noticed."""
-    print(text, flush=True)
+def print_text(text: str, end: str = "\n") -> None:
+    """Plain text on standard output, flushed, so that a full disk or a closed pipe is noticed.
+
+    A terminal gets no control characters: they are a model's, or a file's.
+    """
+    print(printable(text) if sys.stdout.isatty() else text, end=end, flush=True)
 
 
 def print_note(note: str) -> None:
     """One line on stderr, unless the shell closed it."""
     if sys.stderr is not None:
-        print(f"coterie: {note}", file=sys.stderr, flush=True)
+        print(printable(f"coterie: {note}"), file=sys.stderr, flush=True)
 
 
 def print_document(document: Document | Sequence[object]) -> None:
@@ -187,5 +190,6 @@ def require_extra(module: str, purpose: str, extra: str = "lab") -> ModuleType:
         return import_module(module)
     except ModuleNotFoundError as error:
         raise ConfigError(
-            f"{purpose} needs {error.name}, which is not installed: pip install 'coterie[{extra}]'"
+            f"{purpose} needs {error.name}, which is not installed: "
+            f"pip install '.[{extra}]' in a clone of Coterie"
         ) from None

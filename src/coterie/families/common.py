@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from coterie.errors import ConfigError, CoterieError
+from coterie.errors import ConfigError, CoterieError, quote
 from coterie.families.config import ModelConfig
 from coterie.model.spec import ModelSpec
 from coterie.ops.packed_layout import LAYOUT_VERSION
@@ -33,7 +33,6 @@ def model_spec(
     expert_bias: bool = False,
     has_head_dim_key: bool = True,
     rotary_fraction: float | None = 1.0,
-    capacity: int = 0,
 ) -> ModelSpec:
     """Reads the keys that every family has, then rejects unknown keys.
 
@@ -66,7 +65,6 @@ def model_spec(
         expert_bias=expert_bias,
         tie_embeddings=config.flag("tie_word_embeddings", False),
         max_length=config.size("max_position_embeddings"),
-        capacity=capacity,
         expert_format=form,
         panels=has_packed_experts(config, form),
     )
@@ -80,14 +78,14 @@ def expert_format(config: ModelConfig) -> QuantFormat | None:
     if value is None:
         return None
     if not isinstance(value, dict) or set(value) != {"format", "group"}:
-        raise config.error(EXPERT_FORMAT_KEY, f"is {value!r}, not a format and a group")
+        raise config.error(EXPERT_FORMAT_KEY, f"is {quote(value)}, not a format and a group")
     name, group = value["format"], value["group"]
     if not isinstance(name, str) or type(group) is not int:
-        raise config.error(EXPERT_FORMAT_KEY, f"is {value!r}, not a name and a whole number")
+        raise config.error(EXPERT_FORMAT_KEY, f"is {quote(value)}, not a name and a whole number")
     try:
         return parse_format(name, group)
     except CoterieError as error:
-        raise config.error(EXPERT_FORMAT_KEY, f"is {value!r}: {error}") from None
+        raise config.error(EXPERT_FORMAT_KEY, f"is {quote(value)}: {error}") from None
 
 
 def has_packed_experts(config: ModelConfig, form: QuantFormat | None) -> bool:
@@ -96,14 +94,14 @@ def has_packed_experts(config: ModelConfig, form: QuantFormat | None) -> bool:
     if value is None:
         return False
     if not isinstance(value, dict) or set(value) != {"name", "version"}:
-        raise config.error(EXPERT_LAYOUT_KEY, f"is {value!r}, not a name and a version")
+        raise config.error(EXPERT_LAYOUT_KEY, f"is {quote(value)}, not a name and a version")
     name, version = value["name"], value["version"]
     if name != PANEL_LAYOUT or type(version) is not int or version > LAYOUT_VERSION:
         raise config.error(
             EXPERT_LAYOUT_KEY,
-            f"is {value!r}, which this version of Coterie does not know (it reads {PANEL_LAYOUT!r} "
-            f"up to version {LAYOUT_VERSION}): use a newer version, or pack the original again "
-            "with `coterie quantize`",
+            f"is {quote(value)}, which this version of Coterie does not know (it reads "
+            f"{PANEL_LAYOUT!r} up to version {LAYOUT_VERSION}): use a newer version, or pack the "
+            "original again with `coterie quantize`",
         )
     if version < LAYOUT_VERSION:
         raise config.error(
@@ -122,7 +120,8 @@ def check_supported(config: ModelConfig) -> None:
     """Rejects what no family supports, such as RoPE scaling, biases and local attention."""
     dtypes = [config.values.get(key) for key in ("dtype", "torch_dtype")]
     if None not in dtypes and dtypes[0] != dtypes[1]:
-        raise config.error("dtype", f"is {dtypes[0]!r}, but torch_dtype is {dtypes[1]!r}")
+        pair = f"is {quote(dtypes[0])}, but torch_dtype is {quote(dtypes[1])}"
+        raise config.error("dtype", pair)
     for key in ("dtype", "torch_dtype"):
         config.allow_only(key, "float32", "bfloat16", "float16", None)
     config.allow_only("hidden_act", "silu")

@@ -45,7 +45,6 @@ def read_spec(config: ModelConfig) -> ModelSpec:
         shared_width=_shared_width(config),
         expert_bias=config.flag("moe_router_enable_expert_bias", True),
         rotary_fraction=None,
-        capacity=config.optional_size("expert_capacity") or 0,
     )
 
 
@@ -60,6 +59,8 @@ def _check_supported(config: ModelConfig) -> None:
     config.allow_only("score_function", "sigmoid")
     config.allow_only("router_dtype", "fp32", "float32", None)
     config.allow_only("num_nextn_predict_layers", 0, None)
+    # LLaDA2.2 selects so many experts for a block before its tokens choose theirs.
+    config.allow_only("expert_capacity", 0, None)
 
 
 def _shared_width(config: ModelConfig) -> int:

@@ -15,7 +15,7 @@ from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
 
-from coterie.checkpoints.journal import atomic_write
+from coterie.files import atomic_write
 
 PACKAGES = ("coterie", "torch", "triton", "numpy", "safetensors", "tokenizers")
 
@@ -103,8 +103,7 @@ def write_record(folder: Path, content: Mapping[str, object]) -> Path:
 
 def write_json(path: Path, content: Mapping[str, object]) -> None:
     """Writes a JSON file atomically."""
-    text = json.dumps(content, indent=1, allow_nan=False) + "\n"
-    atomic_write(path, text.encode())
+    atomic_write(path, json.dumps(content, indent=1, allow_nan=False).encode() + b"\n")
 
 
 def git_commit(folder: Path | None = None) -> str:

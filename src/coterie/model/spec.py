@@ -32,7 +32,6 @@ class ModelSpec:
     expert_bias: bool
     tie_embeddings: bool  # the output head is the embedding
     max_length: int
-    capacity: int = 0  # most experts per block in training; 0 = all
     expert_format: QuantFormat | None = None  # of the routed experts; None = not quantised
     panels: bool = False  # the routed experts are in the packed layout
 

@@ -20,7 +20,7 @@ INSTALLED = find_spec("lm_eval") is not None
 POLICY = "des-vote:beta=0.5"
 
 needs_harness = pytest.mark.skipif(
-    not INSTALLED, reason="lm-evaluation-harness is not installed: pip install 'coterie[harness]'"
+    not INSTALLED, reason="lm-evaluation-harness is not installed: pip install '.[harness]'"
 )
 
 
@@ -142,4 +142,4 @@ def test_without_the_harness_the_command_names_the_extra(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     assert run(["lm-eval", "--model", "coterie"]) == 2
-    assert "pip install 'coterie[harness]'" in capsys.readouterr().err
+    assert "pip install '.[harness]'" in capsys.readouterr().err

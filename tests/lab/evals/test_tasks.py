@@ -167,7 +167,7 @@ def test_a_verifier_that_does_not_start_raises(monkeypatch, tmp_path):
     with pytest.raises(CoterieError, match=r"does not start.*no grammar"):
         open_tasks(["math500"], TaskOptions("llada2"))
     monkeypatch.setattr(verify, "find_spec", lambda _name: None)
-    with pytest.raises(CoterieError, match=r"pip install 'coterie\[lab\]'"):
+    with pytest.raises(CoterieError, match=r"pip install '\.\[lab\]'"):
         open_tasks(["math500"], TaskOptions("llada2"))
 
 
@@ -294,7 +294,7 @@ def test_parquet_needs_pyarrow(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "pyarrow.parquet", library)
     assert source.read_benchmark(gsm8k.TEST, path).rows == tuple(ROWS)
     monkeypatch.setitem(sys.modules, "pyarrow.parquet", None)
-    with pytest.raises(CoterieError, match=r"pip install 'coterie\[harness\]'"):
+    with pytest.raises(CoterieError, match=r"pip install '\.\[harness\]'"):
         source.read_benchmark(gsm8k.TEST, path)
 
 

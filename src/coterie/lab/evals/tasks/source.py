@@ -15,6 +15,7 @@ from pathlib import Path
 
 from huggingface_hub import hf_hub_download
 
+from coterie.checkpoints.hub import hub_requests
 from coterie.errors import TaskError
 
 DATA_ENV_VAR = "COTERIE_DATA"  # names the default data folder
@@ -102,7 +103,8 @@ def _read_from_hub(benchmark: BenchmarkFile) -> BenchmarkData:
 
 def _download(benchmark: BenchmarkFile, file: str) -> Path:
     try:
-        return Path(hf_hub_download(benchmark.repository, file, repo_type="dataset"))
+        with hub_requests(benchmark.repository):
+            return Path(hf_hub_download(benchmark.repository, file, repo_type="dataset"))
     # The library raises its own errors, the network library's and the system's.
     except Exception as error:
         reason = " ".join(str(error).split("\n")[0].split()).split(". ")[0][:120]
@@ -213,7 +215,7 @@ def _parquet_rows(path: Path, content: bytes) -> Iterator[tuple[str, object]]:
         parquet = import_module("pyarrow.parquet")
     except ImportError:
         raise TaskError(
-            f"{path}: Parquet needs pyarrow: pip install 'coterie[harness]', or set `data` to JSONL"
+            f"{path}: Parquet needs pyarrow: pip install '.[harness]', or set `data` to JSONL"
         ) from None
     try:
         rows = parquet.read_table(BytesIO(content)).to_pylist()

@@ -42,7 +42,7 @@ def is_equivalent_latex(gold: str, answer: str) -> bool:
 def require_math_verify() -> None:
     """Starts one process; raises TaskError if math-verify is not installed or does not start."""
     if find_spec("math_verify") is None:
-        raise TaskError("math500 needs math-verify: pip install 'coterie[lab]'")
+        raise TaskError("math500 needs math-verify: pip install '.[lab]' in a clone of Coterie")
     _idle_verifiers.append(_acquire())
 
 
@@ -62,7 +62,7 @@ class _VerifierProcess:
         if self.process.stdout.readline() != "ready\n":
             message = self.process.communicate()[1].strip().split("\n")[-1]
             raise TaskError(
-                f"math-verify does not start ({message}); try pip install 'coterie[lab]'"
+                f"math-verify does not start ({message}); try pip install '.[lab]' in a clone"
             )
         self.owner_pid = os.getpid()
 
