@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import stat
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from io import BufferedWriter
@@ -14,6 +14,9 @@ from pathlib import Path
 from coterie.errors import CheckpointError, CoterieError
 
 MIB = 1 << 20
+
+ProgressCallback = Callable[[int, int], None]
+"""Called with (bytes read, bytes in total)."""
 
 
 @dataclass(frozen=True)
@@ -123,3 +126,16 @@ def remove_partial(path: Path) -> None:
 
 def _partial_path(path: Path) -> Path:
     return path.with_name(path.name + ".part")
+
+
+def running_total(total: int, on_progress: ProgressCallback | None) -> Callable[[int], None]:
+    """A callback for the size of each part that was read, which reports the sum so far."""
+    done = 0
+
+    def on_bytes(size: int) -> None:
+        nonlocal done
+        done += size
+        if on_progress is not None:
+            on_progress(done, total)
+
+    return on_bytes

@@ -7,15 +7,17 @@ from pathlib import Path
 
 import torch
 
+from coterie.checkpoints.model_folder import ModelFolder
 from coterie.checkpoints.source import EMBEDDED, find_folder
 from coterie.errors import ConfigError
 from coterie.families import Family, eos_ids, mask_id
+from coterie.files import ProgressCallback
 from coterie.loading.disk_offload import DiskOffload
 from coterie.loading.expert_memory import ExpertMemoryConfig
 from coterie.loading.gpu_offload import HostOffload
 from coterie.loading.mixed_precision import MixedPrecision
 from coterie.loading.placement import Placement, Resident, Simulated
-from coterie.loading.target import LoadTarget, ModelFolder, ProgressCallback
+from coterie.loading.target import LoadTarget
 from coterie.model.spec import ModelSpec
 from coterie.model.transformer import Transformer, build
 from coterie.model.weights import weight_bytes

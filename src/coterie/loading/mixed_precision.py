@@ -9,16 +9,18 @@ from pathlib import Path
 import numpy as np
 
 from coterie.checkpoints.manifest import MANIFEST
+from coterie.checkpoints.model_folder import ModelFolder
 from coterie.checkpoints.quantization_error import quantization_errors
 from coterie.checkpoints.source import find_folder
 from coterie.checkpoints.verification import manifest_checksums
 from coterie.errors import CheckpointError, OffloadError, quote
 from coterie.families.common import EXPERT_FORMAT_KEY, EXPERT_LAYOUT_KEY
+from coterie.files import ProgressCallback
 from coterie.loading.disk_offload import disk_store, plan_disk_offload
 from coterie.loading.expert_memory import ExpertMemoryConfig, ExpertMemoryPlan
 from coterie.loading.low_precision import LowPrecisionExperts, PrecisionSplit
 from coterie.loading.placement import LoadedModel
-from coterie.loading.target import LoadTarget, ModelFolder, ProgressCallback
+from coterie.loading.target import LoadTarget
 from coterie.offload.capacity import format_bytes
 from coterie.offload.eviction import ByVotes, FloatArray
 from coterie.offload.mixed_precision_store import MixedPrecisionStore
@@ -124,9 +126,7 @@ def open_packed(folder: Path) -> ModelFolder:
 
 def precision_errors(high: ModelFolder, low: ModelFolder) -> dict[int, PrecisionErrors]:
     """Quantization errors by layer; empty if a manifest has none."""
-    high_errors, low_errors = (
-        quantization_errors(model.checkpoint, model.targets, model.spec) for model in (high, low)
-    )
+    high_errors, low_errors = (quantization_errors(model) for model in (high, low))
     if high_errors is None or low_errors is None:
         return {}
     return {layer: PrecisionErrors(high_errors[layer], low_errors[layer]) for layer in high_errors}

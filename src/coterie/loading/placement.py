@@ -9,13 +9,14 @@ from torch import Tensor
 
 from coterie import ops
 from coterie.errors import OffloadError
+from coterie.files import ProgressCallback
 from coterie.loading.expert_memory import (
     AUTO,
     ExpertMemoryConfig,
     ExpertMemoryPlan,
     plan_expert_memory,
 )
-from coterie.loading.target import LoadTarget, ProgressCallback
+from coterie.loading.target import LoadTarget
 from coterie.model.weights import expert_bytes, take_slab
 from coterie.offload.resident_store import ResidentExpertStore
 from coterie.offload.simulated_store import SimulatedCacheStore
