@@ -8,10 +8,10 @@ import typer
 from rich.progress import MofNCompleteColumn, Progress, TimeElapsedColumn
 from rich.table import Table
 
-from coterie.checkpoints.journal import atomic_write_json
 from coterie.cli import options as o
 from coterie.cli import output
 from coterie.cli.engine_options import DecodeOptions, EngineOptions, check_engine
+from coterie.files import atomic_write_json
 from coterie.lab import calibration as lab
 from coterie.lab.calibration.calibration import check_target
 from coterie.lab.calibration.measurement import PolicyRun, PromptProgressCallback

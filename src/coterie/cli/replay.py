@@ -11,11 +11,11 @@ import typer
 from rich.progress import MofNCompleteColumn, TimeElapsedColumn
 from rich.table import Table
 
-from coterie.checkpoints.journal import atomic_write
 from coterie.cli import options as o
 from coterie.cli import output
 from coterie.cli.engine_options import VANILLA, check_reuse, distinct_policies, load_votes
 from coterie.errors import ConfigError
+from coterie.files import atomic_write
 from coterie.lab.replay.cache_simulation import ReplayPolicy, VoteArray
 from coterie.lab.replay.hardware_model import HardwareModel, expert_sizes, parse_bandwidth
 from coterie.lab.replay.overlap import StepOverlap

@@ -20,7 +20,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.rcsetup import cycler
 
-from coterie.checkpoints.journal import atomic_write
+from coterie.files import atomic_write
 
 ColourScheme = Literal["light", "dark"]
 

@@ -7,8 +7,8 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file, save
 
-from coterie.checkpoints.journal import atomic_write, atomic_write_json
 from coterie.errors import CheckpointError
+from coterie.files import atomic_write, atomic_write_json
 from coterie.lab.training.network import NetworkShape, TrainingNetwork
 
 

@@ -23,8 +23,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from coterie.checkpoints.journal import atomic_write
 from coterie.errors import CheckpointError, ConfigError
+from coterie.files import atomic_write
 from coterie.keys import Key, to_json
 from coterie.lab.journal import LockedFile
 from coterie.lab.training.batch import TrainingBatch

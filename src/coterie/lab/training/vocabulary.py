@@ -11,7 +11,7 @@ from tokenizers.decoders import ByteLevel as ByteLevelDecoder
 from tokenizers.models import Unigram
 from tokenizers.pre_tokenizers import ByteLevel, Sequence, Split
 
-from coterie.checkpoints.journal import atomic_write, atomic_write_json
+from coterie.files import atomic_write, atomic_write_json
 from coterie.lab.problems import MAX_NUMBER, TRAINING_MAKERS, draw_equation
 
 END_OF_TEXT = "<|endoftext|>"
