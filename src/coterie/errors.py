@@ -1,4 +1,8 @@
-"""The errors of the package. A message says what is wrong, where, and what would work."""
+"""The errors of the package. A message says what is wrong, where, and what would work.
+
+Only ``NonFiniteLogitsError`` belongs to a request: the model has no answer to it. Any other error
+of a forward, an ``OSError`` included, says nothing about the requests, and they can be repeated.
+"""
 
 from __future__ import annotations
 
@@ -40,7 +44,7 @@ class GenerationError(CoterieError):
 
 
 class NonFiniteLogitsError(GenerationError):
-    """A forward returned NaN or infinite logits.
+    """A forward returned NaN or infinite logits, or router logits.
 
     ``rows`` are the requests that shared the forward, if the engine raises: at least one of them is
     the cause.

@@ -33,8 +33,8 @@ from coterie.loading.free_memory import CGROUP_V1, CGROUP_V2, cgroup_free_memory
 from coterie.loading.saved_votes import SavedVotes, read_votes, router_checksum, write_votes
 from coterie.offload.capacity import parse_bytes
 from coterie.offload.eviction import ByVotes, Lfu, Lru
-from coterie.ops.packed_layout import PackedFormat
 from coterie.testing import read_spec, tiny_config, write_checkpoint
+from coterie.values import PackedFormat
 
 WORDS = ["generate", "5 17 33", "-n", "8", "--block", "8"]
 

@@ -24,7 +24,7 @@ OTHER_FIELDS = {  # from field of the library to option
     "commit": "commit_routing", "prefill": "prefill_routing", "reuse_tolerance": "coreset_reuse",
     "drift": "coreset_reuse", "items": "num_problems", "count": "num_problems",
     "prompts": "prompt_file", "precision": "expert_dtype", "baselines": "baseline",
-    "python": "baseline_python",
+    "python": "baseline_python", "reset_every": "reset_cache_every",
 }  # fmt: skip
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Annotated, Any, Literal
@@ -76,6 +77,17 @@ class GenerationConfig:
             raise ConfigError(f"unknown option {unknown[0]!r}; known: {known_names}")
         return replace(self, **by_attribute(GenerationConfig, options))
 
+    def fit(self, prompt_tokens: int, max_length: int) -> GenerationConfig | None:
+        """The options with as many new tokens as fit beside a prompt; None if none fits."""
+
+        def length(new_tokens: int) -> int:
+            return plan.blocks(prompt_tokens, new_tokens, self.block)[-1].stop
+
+        # More tokens than positions never fit; their list of blocks could exceed memory.
+        plan, most = parse_plan(self.plan), min(self.max_new_tokens, max_length - prompt_tokens)
+        count = bisect_right(range(1, most + 1), max_length, key=length)
+        return replace(self, max_new_tokens=count) if count else None
+
     def document(self) -> dict[str, Any]:
         """All options by their keys on disk; ``replace`` accepts them."""
         return to_json(self)
@@ -99,7 +111,7 @@ def make_request(
 
     Raises GenerationError for an invalid prompt, or one that exceeds ``max_length`` positions.
     """
-    _check_prompt(prompt, mask_id, vocabulary)
+    check_prompt(prompt, mask_id, vocabulary)
     plan = parse_plan(config.plan)
     length = len(prompt) + config.max_new_tokens
     # A larger request is refused below; its list of blocks could exceed memory.
@@ -124,7 +136,8 @@ def make_request(
     )
 
 
-def _check_prompt(prompt: Sequence[int], mask_id: int, vocabulary: int) -> None:
+def check_prompt(prompt: Sequence[int], mask_id: int, vocabulary: int) -> None:
+    """Raises GenerationError for a prompt that no request can have."""
     if not prompt:
         raise GenerationError("the prompt is empty")
     for token in prompt:

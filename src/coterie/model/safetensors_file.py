@@ -7,7 +7,7 @@ header length, a JSON header, then the tensors' bytes.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from math import prod
 from pathlib import Path
@@ -92,12 +92,13 @@ def read_rows(
     descriptor: int, entry: TensorEntry
 ) -> Iterator[tuple[tuple[int | slice, ...], Tensor]]:
     """The rows of a float tensor in fp32, a few megabytes at a time, each with its index."""
-    if len(entry.shape) > 2:
-        for outer in range(entry.shape[0]):
+    shape: Sequence[int] = entry.shape
+    if len(shape) > 2:
+        for outer in range(shape[0]):
             for index, rows in read_rows(descriptor, entry.part(entry.shape[1:], outer)):
                 yield (outer, *index), rows
         return
-    count, k = entry.shape[0], entry.shape[-1]
+    count, k = shape[0], shape[-1]
     step = max(1, CHUNK_BYTES // 4 // k)
     for first in range(0, count, step):
         rows = torch.empty(min(step, count - first), k)

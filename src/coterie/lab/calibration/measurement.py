@@ -66,7 +66,7 @@ class PolicyRun:
     def drop_estimate(self, vanilla: PolicyRun) -> Estimate:
         """The accuracy lost against ``vanilla`` on the same prompts."""
         change = paired_difference(vanilla.correct, self.correct)
-        low, high = change.score_interval
+        low, high = change.interval
         drop, interval = (change.lost - change.gained) / change.n, (0.0 - high, 0.0 - low)
         return Estimate(drop, interval, change.n, self.experts_estimate().value)
 
