@@ -31,11 +31,6 @@ class DiskOffload:
 
     plan: ExpertMemoryPlan
 
-    @staticmethod
-    def of(config: ExpertMemoryConfig, target: LoadTarget) -> DiskOffload:
-        """Raises OffloadError for a checkpoint that is not packed, and for less than one expert."""
-        return DiskOffload(plan_disk_offload(config, target))
-
     def load(self, target: LoadTarget, on_progress: ProgressCallback | None) -> LoadedModel:
         plan, model = self.plan, target.model
         weights = target.load_weights(on_progress, experts=False, absent_bytes=plan.absent_bytes)

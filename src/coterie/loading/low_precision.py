@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Protocol
+from typing import Annotated
 
 from coterie.errors import OffloadError
 from coterie.specs import (
@@ -17,25 +17,6 @@ from coterie.specs import (
 )
 
 OpenShare = Annotated[float, Bounds(ge=0.01, le=0.99)]  # neither nothing nor all
-
-
-class PrecisionPolicy(Protocol):
-    """Which experts are served in high precision; the others are served in low precision."""
-
-    @property
-    def share(self) -> float:
-        """Share of the expert memory for high precision; more if low precision needs less."""
-        ...
-
-    @property
-    def most(self) -> int:
-        """Experts promoted to high precision after each forward of a layer, at most."""
-        ...
-
-    @property
-    def mass(self) -> float:
-        """Share of a forward's votes: the experts that hold it are promoted before the forward."""
-        ...
 
 
 @dataclass(frozen=True)
@@ -73,6 +54,14 @@ class StaticVotes:
     mass = 0.0
     __post_init__ = check_options
 
+
+PrecisionPolicy = PromoteUsed | VoteMassPrecision | StaticVotes
+"""Which experts are served in high precision; the others are served in low precision.
+
+``share`` is the part of the expert memory for high precision; more if low precision needs less. At
+most ``most`` experts are promoted after each forward of a layer. Before it, those are promoted that
+hold the share ``mass`` of its votes.
+"""
 
 PRECISION_POLICIES: dict[str, type[PrecisionPolicy]] = {
     "promote": PromoteUsed,

@@ -24,11 +24,7 @@ from coterie.offload.store import TrackedExpertStore
 
 
 class Placement(Protocol):
-    """Where the experts of one model are kept.
-
-    A placement is made by its static method ``of``, which plans it and raises OffloadError for
-    options that have no effect or cannot be met.
-    """
+    """Where the experts of one model are kept."""
 
     @property
     def plan(self) -> ExpertMemoryPlan | None:
