@@ -55,7 +55,7 @@ from coterie.model.moe import MoE
 from coterie.offload.capacity import Capacity
 from coterie.offload.eviction import Lru
 from coterie.offload.resident_store import ResidentExpertStore
-from coterie.offload.simulated_store import SimulatedCacheStore
+from coterie.offload.simulated_store import CacheSimulator, SimulatedCacheStore
 from coterie.offload.traffic import Traffic
 from coterie.routing import parse_policy
 from coterie.routing.reuse import reuse_masks
@@ -254,7 +254,9 @@ def imagined(
     """A run under an imagined memory, and its trace."""
     own = engine("llada2", unmask="fixed:steps=3", **options)
     transformer = own.model.transformer
-    store = SimulatedCacheStore(ResidentExpertStore({}), own.model.spec.router.experts, capacity)
+    store = SimulatedCacheStore(
+        ResidentExpertStore({}), CacheSimulator(own.model.spec.router.experts, capacity)
+    )
     layers = []
     for layer in transformer.layers:
         network = layer.feed_forward
