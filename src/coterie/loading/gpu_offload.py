@@ -30,7 +30,7 @@ from coterie.offload.capacity import format_bytes
 from coterie.offload.cpu_experts import CpuExperts, CpuSelection
 from coterie.offload.fetchers import ExpertFetcher
 from coterie.offload.gpu_fetchers import CopyStream, GpuFetcher
-from coterie.offload.host_cache import HostCache, host_cache_slots
+from coterie.offload.host_cache import HostCache
 from coterie.offload.pinned_memory import allocate_pinned
 from coterie.offload.tiers import DiskTier, HostTier, Tier
 from coterie.ops.cpu.experts import allocate as allocate_panels
@@ -122,12 +122,9 @@ class HostOffload:
         stream = CopyStream(target.device)
         if self._host_holds_all:
             return GpuFetcher(HostTier(blobs), stream)
-        plan, size = self.plan, self.layout.size
+        size = self.layout.size
         disk = UnpackingTier(DiskTier(expert_file_spans(target.model)), target.model, self.layout)
-        slots = host_cache_slots(
-            plan.host_bytes or 0, layers=plan.layers, experts=plan.experts, expert_bytes=size
-        )
-        memory = allocate_pinned(slots, size, target.device)
+        memory = allocate_pinned((self.plan.host_bytes or 0) // size, size, target.device)
         return GpuFetcher(HostCache(disk, memory), stream)
 
     def _cpu_experts(
@@ -166,6 +163,10 @@ def _plan_host_bytes(plan: ExpertMemoryPlan, *, packed: bool) -> int:
     if budget == AUTO:
         budget = total_bytes if free_bytes is None else int((1 - HOST_SPARE_SHARE) * free_bytes)
     budget = total_bytes if budget is None else min(total_bytes, budget)
+    if budget < plan.expert_bytes:
+        raise OffloadError(
+            f"`host_memory`: {budget:,} bytes are less than one expert of {plan.expert_bytes:,}"
+        )
     if budget < total_bytes and not packed:
         raise OffloadError(
             f"all experts together need {total_bytes:,} bytes, more than the {budget:,} of "

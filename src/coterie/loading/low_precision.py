@@ -94,33 +94,25 @@ class LowPrecisionExperts:
         return {"coarse": str(self.folder), "placement": f"{SAVED_NAMES[name]}{colon}{options}"}
 
 
-@dataclass(frozen=True)
-class PrecisionSplit:
-    """Slots per layer of each precision."""
+def split_slots(
+    layer_bytes: int, share: float, *, experts: int, high_bytes: int, low_bytes: int
+) -> tuple[int, int]:
+    """The high-precision and the low-precision slots of a layer with ``layer_bytes``.
 
-    high_slots: int
-    low_slots: int
-
-    @staticmethod
-    def of(
-        layer_bytes: int, share: float, *, experts: int, high_bytes: int, low_bytes: int
-    ) -> PrecisionSplit:
-        """Split ``layer_bytes`` into slots for experts of two sizes.
-
-        If all experts fit in one precision or the other, spare bytes turn low-precision slots into
-        high-precision ones. Raises OffloadError unless each precision has a slot.
-        """
-        if layer_bytes >= experts * high_bytes:
-            raise OffloadError("`fallback_model` has no effect: all experts fit into memory")
-        high_slots = int(share * layer_bytes) // high_bytes
-        low_slots = (layer_bytes - high_slots * high_bytes) // low_bytes
-        if high_slots + low_slots > experts:
-            high_slots = (layer_bytes - experts * low_bytes) // (high_bytes - low_bytes)
-            low_slots = experts - high_slots
-        if high_slots < 1 or low_slots < 1:
-            raise OffloadError(
-                f"`expert_memory`: {layer_bytes:,} bytes per layer, {share:.0%} of them for "
-                f"experts of {high_bytes:,} bytes and the rest for experts of {low_bytes:,}, are "
-                "less than one of each"
-            )
-        return PrecisionSplit(high_slots, low_slots)
+    If all experts fit in one precision or the other, spare bytes turn low-precision slots into
+    high-precision ones. Raises OffloadError unless each precision has a slot.
+    """
+    if layer_bytes >= experts * high_bytes:
+        raise OffloadError("`fallback_model` has no effect: all experts fit into memory")
+    high_slots = int(share * layer_bytes) // high_bytes
+    low_slots = (layer_bytes - high_slots * high_bytes) // low_bytes
+    if high_slots + low_slots > experts:
+        high_slots = (layer_bytes - experts * low_bytes) // (high_bytes - low_bytes)
+        low_slots = experts - high_slots
+    if high_slots < 1 or low_slots < 1:
+        raise OffloadError(
+            f"`expert_memory`: {layer_bytes:,} bytes per layer, {share:.0%} of them for experts of "
+            f"{high_bytes:,} bytes and the rest for experts of {low_bytes:,}, are less than one of "
+            "each"
+        )
+    return high_slots, low_slots
