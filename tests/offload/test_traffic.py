@@ -22,7 +22,7 @@ from coterie.values import ExpertRequest, Routing, Slab, expert_mask
 
 LAYERS = (1, 2, 4)
 SIZE = 100
-NOTHING = Slab(torch.empty(0), torch.empty(0), torch.empty(0))
+NOTHING = Slab(torch.empty(0), torch.empty(0), torch.empty(0, dtype=torch.int64))
 
 
 @dataclass(frozen=True)
