@@ -20,7 +20,7 @@ from torch import Tensor
 from coterie.engine.engine import Engine
 from coterie.engine.events import Finished
 from coterie.engine.generation_config import GenerationConfig
-from coterie.errors import CoterieError, NonFiniteLogitsError
+from coterie.errors import CoterieError
 from coterie.loading.load import Model
 from coterie.model.moe import MoE
 from coterie.offload.cached_store import CachedExpertStore
@@ -168,7 +168,7 @@ def answers(model: Model, requests: Sequence[dict[str, object]]) -> list[tuple[i
         for _ in range(200):
             try:
                 told = engine.step()
-            except (NonFiniteLogitsError, KeyboardInterrupt):
+            except (CoterieError, KeyboardInterrupt):
                 continue
             found |= {one.row: one.result.tokens for one in told if isinstance(one, Finished)}
             if not engine.rows:
