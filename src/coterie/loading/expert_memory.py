@@ -101,7 +101,7 @@ class ExpertMemoryConfig:
 class ExpertMemoryPlan:
     """The slots per layer that a config leads to.
 
-    ``auto_note`` tells of the memory that "auto" found. On a GPU, ``host_bytes`` of the host hold
+    ``auto_note`` is about the memory that "auto" found. On a GPU, ``host_bytes`` of the host hold
     experts; 0 if the slots hold all of them.
     """
 
