@@ -7,15 +7,17 @@ from pathlib import Path
 
 import torch
 
+from coterie.checkpoints.model_folder import ModelFolder
 from coterie.checkpoints.source import EMBEDDED, find_folder
 from coterie.errors import ConfigError
 from coterie.families import Family, eos_ids, mask_id
-from coterie.loading.disk_offload import DiskOffload
+from coterie.files import ProgressCallback
+from coterie.loading.disk_offload import DiskOffload, plan_disk_offload
 from coterie.loading.expert_memory import ExpertMemoryConfig
 from coterie.loading.gpu_offload import HostOffload
 from coterie.loading.mixed_precision import MixedPrecision
 from coterie.loading.placement import Placement, Resident, Simulated
-from coterie.loading.target import LoadTarget, ModelFolder, ProgressCallback
+from coterie.loading.target import LoadTarget
 from coterie.model.spec import ModelSpec
 from coterie.model.transformer import Transformer, build
 from coterie.model.weights import weight_bytes
@@ -126,7 +128,7 @@ def choose_placement(
     elif config.fallback_model is not None:
         placement = MixedPrecision.of(config, config.fallback_model, target)
     else:
-        placement = DiskOffload.of(config, target)
+        placement = DiskOffload(plan_disk_offload(config, target))
     return Resident(placement.plan) if placement.plan.holds_all else placement
 
 

@@ -37,21 +37,6 @@ class Traffic:
     seconds: float = 0.0  # of the forwards, where they were timed
     on_cpu: int = 0  # used experts computed in host memory: neither hits nor moved
 
-    @staticmethod
-    def from_counts(
-        forwards: int,
-        expert_bytes: int,
-        *,
-        experts_used: int,
-        misses: int,
-        vanilla_misses: int | None = None,
-    ) -> Traffic:
-        """From the misses of a replay, all from one tier."""
-        transfers = {"elsewhere": Transfer(misses, misses * expert_bytes)}
-        return Traffic(
-            forwards, expert_bytes, experts_used, experts_used - misses, transfers, vanilla_misses
-        )
-
     @property
     def experts_moved(self) -> int:
         """Experts fetched from all tiers."""
@@ -130,17 +115,17 @@ class Traffic:
             )
             for tier in dict.fromkeys([*self.transfers, *other.transfers])
         }
-        tracked = self.vanilla_misses is not None and other.vanilla_misses is not None
+        vanilla_misses = None
+        if self.vanilla_misses is not None and other.vanilla_misses is not None:
+            vanilla_misses = self.vanilla_misses + sign * other.vanilla_misses
         return Traffic(
-            forwards=self.forwards + sign * other.forwards,
-            expert_bytes=self.expert_bytes,
-            experts_used=self.experts_used + sign * other.experts_used,
-            hits=self.hits + sign * other.hits,
-            transfers={tier: one for tier, one in transfers.items() if one != Transfer()},
-            vanilla_misses=(self.vanilla_misses or 0) + sign * (other.vanilla_misses or 0)
-            if tracked
-            else None,
-            stall_seconds=self.stall_seconds + sign * other.stall_seconds,
-            seconds=self.seconds + sign * other.seconds,
-            on_cpu=self.on_cpu + sign * other.on_cpu,
+            self.forwards + sign * other.forwards,
+            self.expert_bytes,
+            self.experts_used + sign * other.experts_used,
+            self.hits + sign * other.hits,
+            {tier: one for tier, one in transfers.items() if one != Transfer()},
+            vanilla_misses,
+            self.stall_seconds + sign * other.stall_seconds,
+            self.seconds + sign * other.seconds,
+            self.on_cpu + sign * other.on_cpu,
         )

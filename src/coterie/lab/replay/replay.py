@@ -26,7 +26,7 @@ from coterie.lab.replay.policies import Fidelity, fidelity
 from coterie.lab.replay.trace import Trace
 from coterie.offload.capacity import Capacity
 from coterie.offload.eviction import EVICTIONS, Eviction, parse_eviction
-from coterie.offload.traffic import Traffic
+from coterie.offload.traffic import Traffic, Transfer
 from coterie.routing import Vanilla
 
 BELADY = "belady"
@@ -206,7 +206,7 @@ def _replay_case(
     is_decode, selected = trace_votes.is_decode, run.selected
     count, size = int(is_decode.sum()), grid.expert_bytes[case.precision]
     used, misses, baseline = (int(x.sum()) for x in (run.used, run.loads, vanilla.loads))
-    counts = {"experts_used": used, "misses": misses, "vanilla_misses": baseline}
+    transfers = {"elsewhere": Transfer(misses, misses * size)}
     hardware = grid.links[case.link]
     point = ReplayPoint(
         case,
@@ -214,7 +214,7 @@ def _replay_case(
         slots,
         experts=float(run.used[is_decode].mean()),
         loads=float(run.loads[is_decode].mean()),
-        traffic=Traffic.from_counts(count, size, **counts),
+        traffic=Traffic(count, size, used, used - misses, transfers, baseline),
         predicted_time=predict_time(hardware, run.used, run.loads, size, decode_forwards=count),
         vote_share=vote_share(trace_votes, selected),
         coresets_reused=selected.reused / selected.reusable if selected.reusable else None,

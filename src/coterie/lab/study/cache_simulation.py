@@ -205,7 +205,8 @@ def _generate_entries(
     model, batch_size = engine.model, BATCH_SIZE
     spec, device = model.spec, model.transformer.device
     if request.slots is not None:
-        store = SimulatedCacheStore(model.store, spec.router.experts, request.slots, device=device)
+        cache = CacheSimulator(spec.router.experts, request.slots)
+        store = SimulatedCacheStore(model.store, cache, device=device)
         for entry in answered:
             entry.count_loads(store.cache, spec.moe_layers)
         model, batch_size = with_store(model, store), 1
