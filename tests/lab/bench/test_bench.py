@@ -56,7 +56,7 @@ def fake_baseline(behaviour: str, *, required: bool = False) -> ResolvedBaseline
 
 def test_our_kernel_and_the_read_are_timed_with_their_bytes() -> None:
     result = time_layer(bench_config("int8"), [], budget=0)
-    slab = make_slab(TINY.layer, bench_config("int8"))
+    slab = make_slab(bench_config("int8"))
     total_bytes = sum(each.nbytes for each in weight_buffers([slab.gate_up, slab.down]))
     for timing in result.timings:
         assert {workload: len(taken) for workload, taken in timing.samples.items()} == {
@@ -166,7 +166,10 @@ def test_the_gates_for_llama_cpp_select_the_experts_of_a_case() -> None:
     cases = draw_cases(bench_config())
     workload = worker.LayerWorkload(32, 4, 64, 32, "bf16", 1, 1)
     some = [
-        worker.TimedCase(x.float().numpy(), routing.topk_ids.numpy(), routing.topk_weights.numpy())
+        worker.TimedCase(
+            *(x.float().numpy(), routing.topk_ids.numpy(), routing.topk_weights.numpy()),
+            expected=np.zeros(0),
+        )
         for x, routing in cases["vanilla"][:2]
     ]
     rows = llama.make_embeddings(workload, 18)

@@ -104,35 +104,19 @@ def repeat_experts(slab: Slab, num_experts: int) -> Slab:
     """A slab of ``num_experts`` copies of the experts of ``slab``, each in its own memory."""
     gate_up, down = slab.gate_up, slab.down
     slots = torch.arange(num_experts, device=slab.slot_of.device)
+    copied = slots % len(slab.slot_of)
     if isinstance(gate_up, PackedExperts) and isinstance(down, PackedExperts):
         # Gate, up and down share one buffer.
         packed = cpu.allocate(num_experts, gate_up.packed.shape[1])
-        _fill_repeating(packed, gate_up.packed)
+        torch.index_select(gate_up.packed, 0, copied, out=packed)
         return Slab(_with_packed(gate_up, packed), _with_packed(down, packed), slots)
-    return Slab(_repeat_weight(gate_up, num_experts), _repeat_weight(down, num_experts), slots)
-
-
-def _repeat_weight(weight: Tensor | QTensor | PackedExperts, num_experts: int) -> Tensor | QTensor:
-    assert not isinstance(weight, PackedExperts)  # packed weights come in pairs
-    if isinstance(weight, QTensor):
-        q, scales = (_repeat_weight(part, num_experts) for part in (weight.q, weight.scales))
-        assert isinstance(q, Tensor)
-        assert isinstance(scales, Tensor)
-        return replace(weight, q=q, scales=scales)
-    output = weight.new_empty(num_experts, *weight.shape[1:])
-    _fill_repeating(output, weight)
-    return output
+    assert not isinstance(gate_up, PackedExperts)  # packed weights come in pairs
+    assert not isinstance(down, PackedExperts)
+    return Slab(gate_up[copied], down[copied], slots)
 
 
 def _with_packed(weight: PackedExperts, packed: Tensor) -> PackedExperts:
     return replace(weight, packed=packed, shape=(len(packed), *weight.shape[1:]))
-
-
-def _fill_repeating(target: Tensor, source: Tensor) -> None:
-    """Repeats ``source`` along the first axis of ``target``."""
-    for start in range(0, len(target), len(source)):
-        part = target[start : start + len(source)]
-        part.copy_(source[: len(part)])
 
 
 def _to_device(weight: QTensor, device: torch.device) -> QTensor:
