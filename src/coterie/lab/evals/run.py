@@ -220,8 +220,7 @@ class _Scheduler:
     ) -> Iterator[list[Answer]]:
         """Generates and grades; yields answers in order of completion."""
         pending: list[tuple[GenerationOutcome, Future[Grade]]] = []
-        # On a CPU, grading during generation would compete for its cores.
-        in_background = self.engine.model.transformer.device.type != "cpu"
+        in_background = _grades_in_background(self.engine)
         own_requests = [request.replace(variant.generation) for request in requests]
         for outcomes in generate_outcomes(
             self.engine, own_requests, variant.policy, batch_size=self.batch_size
@@ -247,6 +246,11 @@ def _check_unchanged(answer: Answer, stored: Answer | None) -> bool:
             "state cannot be restored; use another folder"
         )
     return stored is not None
+
+
+def _grades_in_background(engine: Engine) -> bool:
+    """Whether to grade during generation; on a CPU both would compete for cores."""
+    return engine.model.transformer.device.type != "cpu"
 
 
 def _grade(outcome: GenerationOutcome) -> Grade:
