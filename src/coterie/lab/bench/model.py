@@ -36,7 +36,6 @@ SHARED_FRACTION = (
 )
 RESIDUAL_SCALE = 0.02  # scale of a layer's output, so that random layers do not hide the tokens
 POOL_SIZE = (1 << 24) + 43  # random numbers that all weights are cut from; no width divides it
-CHUNK_SIZE = 1 << 24
 
 
 def random_model(
@@ -184,7 +183,7 @@ def _fill_from_pool(weight: Tensor, pool: Tensor, start: int, *, scale: float) -
     filled = 0
     while filled < len(flat):
         offset = (start + filled) % len(pool)
-        size = min(len(flat) - filled, len(pool) - offset, CHUNK_SIZE)
+        size = min(len(flat) - filled, len(pool) - offset)
         flat[filled : filled + size].copy_(pool[offset : offset + size])
         filled += size
     flat.mul_(scale)
