@@ -92,7 +92,7 @@ def make_experts_slab(
 
     def convert(weight: Tensor) -> Tensor | QTensor:
         if expert_dtype in FORMATS:
-            return _to_device(quantize(weight, FORMATS[expert_dtype]), device)
+            return quantize(weight.to(device), FORMATS[expert_dtype])
         return weight.to(device, torch.float32 if expert_dtype == "fp32" else torch.bfloat16)
 
     slots = torch.arange(len(gate_up), device=device)
@@ -116,10 +116,6 @@ def repeat_experts(slab: Slab, num_experts: int) -> Slab:
 
 def _with_packed(weight: PackedExperts, packed: Tensor) -> PackedExperts:
     return replace(weight, packed=packed, shape=(len(packed), *weight.shape[1:]))
-
-
-def _to_device(weight: QTensor, device: torch.device) -> QTensor:
-    return replace(weight, q=weight.q.to(device), scales=weight.scales.to(device))
 
 
 def _random_weights(
