@@ -70,9 +70,9 @@ class CalibratedPolicy:
             )
         current = generation.document()
         changes = [
-            f"{key}={stored} (now {current[key]})"
+            f"{key}={value} (now {current[key]})"
             for key in DECODING_FIELDS
-            if (stored := self.generation.get(key, current[key])) != current[key]
+            if (value := self.generation.get(key, current[key])) != current[key]
         ]
         differences = []
         if stored.fingerprint != actual.fingerprint:

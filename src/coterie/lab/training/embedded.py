@@ -79,7 +79,7 @@ def train_embedded(out: Path, config: TrainingConfig, **callbacks: Callable[...,
     network = train(curriculum, config, out / RUN, **callbacks)
     folder = out / "model"
     names = {"pad_token_id": vocabulary.END_OF_TEXT, "mask_token_id": vocabulary.MASK_TOKEN}
-    token_ids = {key: tokenizer.token_to_id(name) for key, name in names.items()}
+    token_ids = {key: tokenizer.get_vocab()[name] for key, name in names.items()}
     export.save_network(network, folder, **token_ids)
     vocabulary.save_tokenizer(tokenizer, folder)
     write_training_record(out, config)
