@@ -116,6 +116,14 @@ def test_a_failing_baseline_is_skipped_with_its_reason(
             time_layer(bench_config(), [fake_baseline(behaviour, required=True)], budget=0)
 
 
+def test_an_output_of_another_shape_or_with_nan_is_infinitely_wrong() -> None:
+    expected = np.ones((3, 4), dtype=np.float32)
+    assert worker.output_error(expected, expected) == 0
+    assert worker.output_error(expected * 1.5, expected) == pytest.approx(0.5)
+    assert worker.output_error(expected[:1], expected) == float("inf")
+    assert worker.output_error(expected * np.nan, expected) == float("inf")
+
+
 def test_baselines_share_a_session_if_they_fit_in_memory() -> None:
     torch_, hf, zen, llama = (
         ResolvedBaseline(baseline, Path(), False) for baseline in BASELINES.values()
