@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Annotated
 
 from coterie.errors import ConfigError, CoterieError
+from coterie.keys import Key, to_json
 from coterie.lab.calibration.measurement import (
     POLICIES_PER_PASS,
     VANILLA,
@@ -31,17 +33,17 @@ class MeasuredPolicy:
     estimate: Estimate
 
     def to_dict(self) -> dict[str, object]:
-        return {"policy": self.policy, **self.estimate.to_dict()}
+        return {"policy": self.policy, **to_json(self.estimate)}
 
 
 @dataclass(frozen=True)
 class FrontierPoint:
     """One policy of the frontier, measured on the forwards of vanilla routing."""
 
-    policy: str
     protect: float
-    experts: Estimate
-    loss: Estimate
+    policy: Annotated[str, Key("policy")]
+    experts: Annotated[Estimate, Key("experts")]
+    loss: Annotated[Estimate, Key("loss")]
 
 
 @dataclass(frozen=True)
@@ -156,7 +158,7 @@ def find_frontier(
         raise last_error
     estimates = evaluator.estimate_on_trace(list(policy_of.values()), with_loss=True)
     return [
-        FrontierPoint(policy, protect, estimate["experts"], estimate["loss"])
+        FrontierPoint(protect, policy, estimate["experts"], estimate["loss"])
         for (protect, policy), estimate in zip(policy_of.items(), estimates, strict=True)
     ]
 

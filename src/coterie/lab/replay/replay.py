@@ -15,8 +15,6 @@ from coterie.lab.replay.cache_simulation import (
     SelectedExperts,
     TraceVotes,
     VoteArray,
-    depends_on_residents,
-    depends_on_slots,
     replay_cache,
     select_experts,
 )
@@ -49,14 +47,8 @@ class ReplayGrid:
 
     def cases(self) -> list[ReplayCase]:
         """Every combination; the link changes fastest."""
-        axes = (
-            self.replay_policies,
-            self.evictions,
-            self.capacities,
-            self.expert_bytes,
-            self.links,
-        )
-        return [ReplayCase(*case) for case in product(*axes)]
+        axes = (self.replay_policies, self.evictions, self.capacities)
+        return [ReplayCase(*case) for case in product(*axes, self.expert_bytes, self.links)]
 
 
 @dataclass(frozen=True)
@@ -127,11 +119,11 @@ def replay(
 
     Raises CoterieError before the first case for what a trace cannot replay.
     """
-    if BELADY in grid.evictions and any(map(depends_on_residents, grid.replay_policies)):
-        names = ", ".join(str(p) for p in grid.replay_policies if depends_on_residents(p))
+    by_residents = [str(policy) for policy in grid.replay_policies if policy.depends_on_residents]
+    if BELADY in grid.evictions and by_residents:
         raise ConfigError(
-            f"{names}: the policy depends on the cached experts, so its uses are not known "
-            f"beforehand; leave out {BELADY} or the policy"
+            f"{', '.join(by_residents)}: the policy depends on the cached experts, so its uses are "
+            f"not known beforehand; leave out {BELADY} or the policy"
         )
     for rule in grid.evictions:
         if (name := rule.partition(":")[0]) not in EVICTION_NAMES:
@@ -190,8 +182,8 @@ def _cache_runs(
 
     @cache
     def run(replay_policy: ReplayPolicy, eviction: str, slots: int) -> CacheReplay:
-        limit = slots if depends_on_slots(replay_policy) else None
-        selected = None if depends_on_residents(replay_policy) else select(replay_policy, limit)
+        limit = slots if replay_policy.depends_on_slots else None
+        selected = None if replay_policy.depends_on_residents else select(replay_policy, limit)
         config = CacheConfig(evictions[eviction], slots, warm)
         return replay_cache(trace_votes, replay_policy, selected, config)
 
