@@ -10,10 +10,10 @@ import typer
 from typer.core import TyperOption
 
 from coterie.cli.app import app
-from coterie.cli.memory_errors import is_out_of_memory, out_of_memory_message
 from coterie.cli.old_names import with_new_names
 from coterie.cli.output import print_note
 from coterie.errors import ConfigError
+from coterie.loading.memory_errors import is_out_of_memory, out_of_memory_message
 
 BAD_INPUT, BROKEN_PIPE, INTERRUPTED = 2, 1, 130
 RESUMABLE = {"study", "quantize"}  # `eval` says itself what it has kept

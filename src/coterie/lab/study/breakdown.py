@@ -13,6 +13,16 @@ from matplotlib.figure import Figure
 from coterie.engine.engine import Engine
 from coterie.engine.events import Denoised
 from coterie.lab.bench import timing
+from coterie.lab.bench.profiler import (
+    ELECTION,
+    EXPERTS,
+    GATE,
+    OTHER,
+    PARTS,
+    SHARED,
+    Stopwatch,
+    timed_model,
+)
 from coterie.lab.plotting import SERIES_COLOURS, new_axes
 from coterie.lab.study.charts import milliseconds, quartiles_text
 from coterie.lab.study.context import StudyContext
@@ -23,16 +33,6 @@ from coterie.lab.study.experiment import (
     ExperimentText,
     Finding,
     Table,
-)
-from coterie.lab.study.profiler import (
-    ELECTION,
-    EXPERTS,
-    GATE,
-    OTHER,
-    PARTS,
-    SHARED,
-    Stopwatch,
-    timed_model,
 )
 
 POLICIES = ("vanilla", "des-seq:k=3", "des-vote:beta=0.3")
