@@ -22,6 +22,11 @@ class Estimate:
     n: int
     experts: float | None = None  # unique experts a layer in the same run
 
+    def format(self) -> tuple[str, str]:
+        """The value and its interval, as text."""
+        low, high = self.interval
+        return f"{self.value:.4g}", f"{low:.4g} to {high:.4g}"
+
     def to_dict(self) -> dict[str, object]:
         interval = list(self.interval)
         return {"value": self.value, "interval": interval, "n": self.n, "experts": self.experts}
