@@ -26,14 +26,7 @@ from coterie.lab.bench.profiler import (
 from coterie.lab.plotting import SERIES_COLOURS, new_axes
 from coterie.lab.study.charts import milliseconds, quartiles_text
 from coterie.lab.study.context import StudyContext
-from coterie.lab.study.experiment import (
-    Drawing,
-    Entry,
-    Experiment,
-    ExperimentText,
-    Finding,
-    Table,
-)
+from coterie.lab.study.experiment import Drawing, Entry, Experiment, ExperimentText, Finding, Table
 
 POLICIES = ("vanilla", "des-seq:k=3", "des-vote:beta=0.3")
 ROUNDS = 5
