@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
-from itertools import chain, zip_longest
 from pathlib import Path
 
 import numpy as np
@@ -24,7 +23,7 @@ from coterie.lab.evals.generation import EvalRequest, generate_outcomes
 from coterie.lab.evals.results import Variant
 from coterie.lab.evals.run import MAX_GRADERS, grade_outcome, make_answer
 from coterie.lab.evals.task import Task
-from coterie.lab.study.context import BATCH_SIZE
+from coterie.lab.study.context import BATCH_SIZE, interleave
 from coterie.loading.load import Model
 from coterie.model.moe import MoE
 from coterie.offload.eviction import Mask
@@ -85,8 +84,7 @@ def interleave_questions(tasks: Sequence[Task], items: int, engine: Engine) -> l
         for task in tasks
         for generation in [engine.generation.replace(**task.generation())]
     ]
-    interleaved = chain.from_iterable(zip_longest(*by_task))
-    return [question for question in interleaved if question is not None][:items]
+    return interleave(by_task)[:items]
 
 
 def answer_questions(
