@@ -19,11 +19,11 @@ from safetensors.torch import load_file, save_file
 
 from coterie.cli.entry import run
 from coterie.cli.live_view import CONFIDENCE_COLOURS, END_GLYPH, MASK_GLYPH, LiveView
-from coterie.cli.policies import split_source
 from coterie.decoding import Token
 from coterie.engine.events import Denoised
 from coterie.offload.capacity import format_bytes
 from coterie.routing import POLICIES
+from coterie.routing.descriptions import split_source
 from coterie.testing import write_checkpoint
 
 FIELDS = [

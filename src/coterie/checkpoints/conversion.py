@@ -43,6 +43,7 @@ from coterie.files import (
 from coterie.model.checkpoint import INDEX_FILE
 from coterie.model.safetensors_file import TensorEntry
 from coterie.model.weights import TensorTarget
+from coterie.offload.capacity import format_bytes
 from coterie.ops.packed_layout import LAYOUT_VERSION
 from coterie.quantization import FORMATS, QuantFormat, parse_format
 from coterie.strict_json import SMALL_FILE
@@ -115,6 +116,12 @@ class ConversionResult:
     bytes_after: int
     files: int
     files_resumed: int  # finished by an earlier run
+
+    def describe(self) -> str:
+        before, after = format_bytes(self.bytes_before), format_bytes(self.bytes_after)
+        resumed = f", {self.files_resumed} of them finished before" if self.files_resumed else ""
+        sizes = f"{before} became {after} in {self.files} files{resumed}"
+        return f"{self.folder}: experts in {self.target}; {sizes}"
 
     def to_dict(self) -> dict[str, object]:
         """As JSON."""

@@ -14,6 +14,7 @@ from coterie.files import ProgressCallback, opened, running_total
 from coterie.keys import Key
 from coterie.model.checkpoint import Checkpoint
 from coterie.model.safetensors_file import TensorEntry, read_chunks
+from coterie.offload.capacity import format_bytes
 from coterie.ops import cpu
 
 
@@ -24,6 +25,11 @@ class VerifyResult:
     tensors: Annotated[int, Key("tensors")]
     experts: Annotated[int, Key("experts")]  # packed experts, which have a checksum each
     bytes: Annotated[int, Key("bytes")]
+
+    def describe(self) -> str:
+        experts = f", among them {self.experts} packed experts" if self.experts else ""
+        size = format_bytes(self.bytes)
+        return f"verified: {self.tensors} tensors{experts} ({size}) are what was written"
 
 
 def verify(folder: Path, on_progress: ProgressCallback | None = None) -> VerifyResult:

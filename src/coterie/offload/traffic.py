@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+from coterie.offload.capacity import format_bytes
+
 
 @dataclass(frozen=True)
 class Transfer:
@@ -99,6 +101,22 @@ class Traffic:
             "stall_seconds": self.stall_seconds,
             "stalled": self.stall_fraction,
         }
+
+    def describe(self) -> str:
+        """The hit rate, the bytes from each tier, and the time without computation."""
+        sizes = {tier: format_bytes(moved.bytes) for tier, moved in self.transfers.items()}
+        moved = " and ".join(f"{size} from {tier}" for tier, size in sizes.items())
+        stall = f", {self.stall_seconds:.2f} s waited" if self.stall_seconds else ""
+        return f"{self.hit_rate:.1%} cache hits, {moved or 'nothing moved'}{stall}"
+
+    def describe_savings(self) -> str:
+        """Bytes moved, without a cache, and by the unmodified model."""
+        moved, without_cache = map(format_bytes, (self.bytes_moved, self.bytes_without_cache))
+        summary = f"{moved} moved, without a cache {without_cache}"
+        if self.vanilla_bytes is None or self.fraction_saved is None:
+            return summary
+        vanilla = format_bytes(self.vanilla_bytes)
+        return f"{summary}; vanilla with LRU {vanilla} ({self.fraction_saved:.0%} saved)"
 
     def __add__(self, other: Traffic) -> Traffic:
         """The sum, for experts of one size."""

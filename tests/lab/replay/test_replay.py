@@ -21,7 +21,6 @@ from test_observation import PROMPTS, engine
 from test_trace import made as traced
 
 from coterie.cli.entry import run
-from coterie.cli.replay import hardware_models
 from coterie.engine.events import Result
 from coterie.errors import CoterieError
 from coterie.lab.replay.cache_simulation import (
@@ -34,6 +33,7 @@ from coterie.lab.replay.cache_simulation import (
 from coterie.lab.replay.hardware_model import (
     HardwareModel,
     expert_sizes,
+    hardware_models,
     parse_bandwidth,
     parse_bytes,
     predict_time,
@@ -425,7 +425,7 @@ def test_the_command_replays_a_grid(file: str, tmp_path: Path, capsys: Capture) 
 
 
 def test_the_machine_is_as_typed() -> None:
-    made = hardware_models("1KB/s,2KB/s", "9KB/s", 3.0, latency_ms=5.0, overlap=0.5)
+    made = hardware_models(("1KB/s", "2KB/s"), "9KB/s", 3.0, latency_ms=5.0, overlap=0.5)
     assert made == {
         text: HardwareModel(link, 9000.0, 0.003, overlap=0.5, transfer_latency=0.005)
         for text, link in (("1KB/s", 1000.0), ("2KB/s", 2000.0))

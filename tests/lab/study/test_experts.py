@@ -20,11 +20,10 @@ from coterie.engine.engine import Engine
 from coterie.errors import CoterieError
 from coterie.keys import to_json
 from coterie.lab import plotting
+from coterie.lab.evals.expert_log import AnswerEntry, AnswerTraceLog
 from coterie.lab.evals.run import Answer, Variant
 from coterie.lab.study import cache_simulation
 from coterie.lab.study.cache_simulation import (
-    AnswerEntry,
-    AnswerTraceLog,
     ReplayRequest,
     answer_questions,
     interleave_questions,

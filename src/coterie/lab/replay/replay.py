@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 from itertools import product
+from pathlib import Path
 
 from coterie.errors import ConfigError
 from coterie.lab.replay.cache_simulation import (
@@ -110,6 +111,19 @@ class ReplayResult:
     points: tuple[ReplayPoint, ...]
     overlaps: Mapping[str, StepOverlap]
     steps_per_block: float
+
+    def to_dict(self, trace: Trace, path: Path) -> dict[str, object]:
+        """As JSON, with the recorded run."""
+        header = trace.header
+        return {
+            "trace": str(path), "torn": trace.truncated, "model": header.model,
+            "traced_under": header.policy, "plan": header.plan, "unmask": header.unmask,
+            "layers": list(header.layers), "experts": header.experts,
+            "prompts": dict(header.prompts), "made": dict(header.provenance),
+            "forwards": trace.kinds, "steps_per_block": self.steps_per_block,
+            "points": [point.to_dict() for point in self.points],
+            "overlap": {name: overlap.to_dict() for name, overlap in self.overlaps.items()},
+        }  # fmt: skip
 
 
 def replay(
