@@ -179,8 +179,8 @@ def test_packed_weights_check_themselves():
     with pytest.raises(ValueError, match="too small"):
         ops.run_experts(torch.ones(6, 64), routing(), wide)
     for wrong in ({"shape": (4, 64, 16)}, {"format": "int4"}, {"packed": experts.packed.clone()}):
+        other = replace(slab, down=replace(slab.down, **wrong))
         with pytest.raises(ValueError, match="same experts"):
-            other = replace(slab, down=replace(slab.down, **wrong))
             ops.run_experts(torch.ones(6, 64), routing(), other)
     with pytest.raises(ValueError, match="packed matrix"):
         PackedMatrix(matrix.packed[:-1], HALF, (5, 7))

@@ -146,7 +146,9 @@ def _packed_experts(slab: Slab) -> PackedExperts:
     size = expert_bytes(packed.format, hidden=hidden, width=width)
     is_same = packed.format == down.format and packed.packed.data_ptr() == down.packed.data_ptr()
     if not is_same or packed.shape != (slots, 2 * width, hidden):
-        raise ValueError(f"gate_up {packed.shape} and down {down.shape} are not of the same experts")
+        raise ValueError(
+            f"gate_up {packed.shape} and down {down.shape} are not of the same experts"
+        )
     if packed.packed.shape[1] < size:
         raise ValueError(f"packed experts {packed.shape}: {describe(packed.packed)} is too small")
     return packed
