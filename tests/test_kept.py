@@ -120,7 +120,7 @@ def test_a_study_draws_its_record_again(tmp_path: Path) -> None:
 def test_a_calibrated_policy_is_read() -> None:
     kept = read_calibrated_policy(KEPT / "calibrated.json")
     assert kept.policy == "des-vote:beta=0.1328125,voters=before-eos"
-    assert (kept.layers, kept.experts, kept.model_name) == (4, 128, "embedded")
+    assert (kept.model.layers, kept.model.experts, kept.model.name) == (4, 128, "embedded")
     assert kept.generation["plan"] == "block-causal"
 
 
