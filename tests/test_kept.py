@@ -138,7 +138,7 @@ def test_a_trace_and_saved_votes_are_read(tmp_path: Path) -> None:
 
 
 def test_a_packed_checkpoint_is_what_its_manifest_says(tmp_path: Path, capsys: Capture) -> None:
-    tiny = write_checkpoint(tmp_path / "tiny", "llada2", seed=3)
+    tiny = write_checkpoint(tmp_path / "tiny", "llada2", seed=3, mask_token_id=None)
     assert run(["quantize", str(tiny), str(tmp_path / "packed"), "--experts", "int8"]) == 0
     for name in ("config.json", "manifest.json"):
         places = tmp_path / "packed", KEPT / "packed"

@@ -13,9 +13,9 @@ import pytest
 
 from coterie.cli import bench_output
 from coterie.cli.entry import run
+from coterie.files import LockedFile
 from coterie.lab.bench import forward
 from coterie.lab.bench.plots import make_chart
-from coterie.lab.journal import LockedFile
 
 
 def test_the_layer_command_writes_a_record_and_figures(

@@ -56,20 +56,23 @@ class StepCounter:
         return self.total - self.in_block
 
 
-@dataclass(frozen=True)
-class SchemeTraits:
-    """Properties of a scheme that decide blocks, prefill and commits."""
-
-    aligned: bool = False  # block borders are multiples of the width, not counted from the prompt
-    whole_blocks: bool = False  # the last block is not cut off at the last new token
-    writes_kv: bool = False  # the prompt and finished blocks are computed once for their keys
-
-
 class CachingScheme(Protocol):
     """A KV-caching scheme; a frozen dataclass of options."""
 
     @property
-    def traits(self) -> SchemeTraits: ...
+    def aligned(self) -> bool:
+        """Whether block borders are multiples of the width, not counted from the prompt."""
+        ...
+
+    @property
+    def whole_blocks(self) -> bool:
+        """Whether the last block is not cut off at the last new token."""
+        ...
+
+    @property
+    def writes_kv(self) -> bool:
+        """Whether the prompt and finished blocks are computed once for their keys."""
+        ...
 
     def next_pass(self, block: Block, length: int, steps: StepCounter) -> ForwardPass:
         """The next denoising forward of a block on a canvas of this length."""
@@ -82,9 +85,7 @@ class NoCache:
 
     aligned: bool = False
 
-    @property
-    def traits(self) -> SchemeTraits:
-        return SchemeTraits(self.aligned)
+    whole_blocks = writes_kv = False
 
     def next_pass(self, block: Block, length: int, steps: StepCounter) -> ForwardPass:
         return ForwardPass(0, length, length, voters=(block.start, block.stop), use_cache=False)
@@ -96,9 +97,7 @@ class PrefixCache:
 
     aligned: bool = False
 
-    @property
-    def traits(self) -> SchemeTraits:
-        return SchemeTraits(self.aligned)
+    whole_blocks = writes_kv = False
 
     def next_pass(self, block: Block, length: int, steps: StepCounter) -> ForwardPass:
         if steps.in_block == 0:
@@ -120,11 +119,8 @@ class DualCache:
     warmup: NonNegativeInt = 0
     aligned: bool = False
 
+    whole_blocks = writes_kv = False
     __post_init__ = check_options
-
-    @property
-    def traits(self) -> SchemeTraits:
-        return SchemeTraits(self.aligned)
 
     def next_pass(self, block: Block, length: int, steps: StepCounter) -> ForwardPass:
         if steps.total < self.warmup:
@@ -143,9 +139,7 @@ class BlockCausalCache:
     masks (a commit, counted separately) to store its final keys.
     """
 
-    @property
-    def traits(self) -> SchemeTraits:
-        return SchemeTraits(aligned=True, whole_blocks=True, writes_kv=True)
+    aligned = whole_blocks = writes_kv = True
 
     def next_pass(self, block: Block, length: int, steps: StepCounter) -> ForwardPass:
         return ForwardPass(block.start, block.stop, block.stop, voters=(block.start, block.stop))
@@ -155,9 +149,8 @@ class BlockCausalCache:
 class BlockCausalNoCache:
     """Block-causal attention; a forward computes everything up to the block (official LLaDA2)."""
 
-    @property
-    def traits(self) -> SchemeTraits:
-        return SchemeTraits(aligned=True, whole_blocks=True)
+    aligned = whole_blocks = True
+    writes_kv = False
 
     def next_pass(self, block: Block, length: int, steps: StepCounter) -> ForwardPass:
         span = (block.start, block.stop)
@@ -196,18 +189,17 @@ class DecodePlan:
         self, prompt_length: int, max_new_tokens: int, block_length: int
     ) -> tuple[Block, ...]:
         """The blocks to fill, in order; the ``stop`` of the last is the length of the canvas."""
-        traits = self.scheme.traits
         return split_into_blocks(
             prompt_length,
             max_new_tokens,
             block_length,
-            aligned=traits.aligned,
-            whole_blocks=traits.whole_blocks,
+            aligned=self.scheme.aligned,
+            whole_blocks=self.scheme.whole_blocks,
         )
 
     def prefill_passes(self, first: Block) -> tuple[ForwardPass, ...]:
         """The passes before the first block."""
-        if not self.scheme.traits.writes_kv or first.start == 0:
+        if not self.scheme.writes_kv or first.start == 0:
             return ()
         span = (0, first.start)
         return (ForwardPass(*span, first.start, "prefill", span, causal_block=first.width),)
@@ -232,7 +224,7 @@ class DecodePlan:
 
     def commit_passes(self, block: Block) -> tuple[ForwardPass, ...]:
         """The passes between a finished block and the next one."""
-        if not self.scheme.traits.writes_kv:
+        if not self.scheme.writes_kv:
             return ()
         span = (block.start, block.stop)
         return (ForwardPass(*span, block.stop, "commit", span),)

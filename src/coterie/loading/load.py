@@ -7,15 +7,17 @@ from pathlib import Path
 
 import torch
 
+from coterie.checkpoints.model_folder import ModelFolder
 from coterie.checkpoints.source import EMBEDDED, find_folder
 from coterie.errors import ConfigError
 from coterie.families import Family, eos_ids, mask_id
-from coterie.loading.disk_offload import DiskOffload
+from coterie.files import ProgressCallback
+from coterie.loading.disk_offload import DiskOffload, plan_disk_offload
 from coterie.loading.expert_memory import ExpertMemoryConfig
 from coterie.loading.gpu_offload import HostOffload
 from coterie.loading.mixed_precision import MixedPrecision
 from coterie.loading.placement import Placement, Resident, Simulated
-from coterie.loading.target import LoadTarget, ModelFolder, ProgressCallback
+from coterie.loading.target import LoadTarget
 from coterie.model.spec import ModelSpec
 from coterie.model.transformer import Transformer, build
 from coterie.model.weights import weight_bytes
@@ -23,7 +25,7 @@ from coterie.offload.resident_store import ResidentExpertStore
 from coterie.offload.store import TrackedExpertStore
 from coterie.ops import cpu
 from coterie.quantization import QuantFormat, parse_format
-from coterie.tokenizer import MASK_TOKEN, TextTokenizer, load_tokenizer
+from coterie.tokenizer import MASK_TOKEN, IdTokenizer, TextTokenizer, load_tokenizer
 
 DTYPES = {
     "float32": torch.float32,
@@ -51,6 +53,7 @@ class Model:
     # The transformer's expert store. The default suits a model made in memory: nothing is fetched.
     store: TrackedExpertStore = field(default_factory=lambda: ResidentExpertStore({}))
     placement: Placement = field(default_factory=Resident)
+    notes: tuple[str, ...] = ()  # for the user, one line each
 
     @property
     def spec(self) -> ModelSpec:
@@ -91,6 +94,7 @@ def load_model(
     template = family.defaults.chat_template
     tokenizer = load_tokenizer(model.path, template=template, vocab_size=vocab_size)
     mask, stop_ids = _token_ids(model, tokenizer)
+    guessed = mask_id(model.config, family, vocab_size) is None and tokenizer.mask_id is None
     loaded = placement.load(target, on_progress)
     return Model(
         name=EMBEDDED if name_or_path is None else str(name_or_path),
@@ -102,6 +106,7 @@ def load_model(
         folder=model.path,
         store=loaded.store,
         placement=loaded.placement,
+        notes=(f"no file names the mask token: the last id, {mask}, is taken",) if guessed else (),
     )
 
 
@@ -123,7 +128,7 @@ def choose_placement(
     elif config.fallback_model is not None:
         placement = MixedPrecision.of(config, config.fallback_model, target)
     else:
-        placement = DiskOffload.of(config, target)
+        placement = DiskOffload(plan_disk_offload(config, target))
     return Resident(placement.plan) if placement.plan.holds_all else placement
 
 
@@ -182,7 +187,8 @@ def choose_dtype(
 def _token_ids(model: ModelFolder, tokenizer: TextTokenizer) -> tuple[int, tuple[int, ...]]:
     """The mask token and the end-of-text tokens, on which all files must agree.
 
-    The family's mask token is used if the vocabulary has it and no file names one.
+    The family's mask token is used if the vocabulary has it and no file names one. Without it, a
+    folder without a tokenizer (token ids as text) uses the last id; with one, that is an error.
     """
     config, vocabulary = model.config, model.spec.vocabulary
     mask = mask_id(config, model.family, vocabulary)
@@ -192,6 +198,8 @@ def _token_ids(model: ModelFolder, tokenizer: TextTokenizer) -> tuple[int, tuple
                 "mask_token_id", f"is {mask}, but tokenizer.json has {tokenizer.mask_id}"
             )
         mask = tokenizer.mask_id
+    if mask is None and isinstance(tokenizer, IdTokenizer):
+        mask = vocabulary - 1
     if mask is None:
         raise config.error(
             "mask_token_id", f"is missing, and tokenizer.json has no {MASK_TOKEN} either"

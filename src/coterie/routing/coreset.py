@@ -291,16 +291,12 @@ def flatten_batch(scores: Scores) -> Scores:
     def flatten(tensor: Tensor | None) -> Tensor | None:
         return None if tensor is None else tensor.flatten(0, 1).unsqueeze(0)
 
-    progress = scores.progress or DecodeProgress()
+    progress = vars(scores.progress or DecodeProgress())
     return replace(
         scores,
         logits=scores.logits.flatten(0, 1).unsqueeze(0),
         voters=flatten(scores.voters),
-        progress=DecodeProgress(
-            masked=flatten(progress.masked),
-            after_eos=flatten(progress.after_eos),
-            uncertainty=flatten(progress.uncertainty),
-        ),
+        progress=DecodeProgress(**{name: flatten(tensor) for name, tensor in progress.items()}),
         importance=flatten(scores.importance),
         vanilla_ids=flatten(scores.vanilla_ids),
         forward_indices=scores.forward_indices[:1],

@@ -72,7 +72,7 @@ def policy_mask(policy: Policy, scores: Scores) -> Tensor:
     name = f"layer {scores.layer}: policy {type(policy).__name__}"
     try:
         mask = policy.eligible(scores, scores.router.k)
-    except CoterieError:
+    except (CoterieError, OSError, MemoryError, torch.OutOfMemoryError):
         raise
     except Exception as error:
         raise ConfigError(f"{name} failed: {type(error).__name__}: {error}") from error

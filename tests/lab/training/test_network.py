@@ -18,7 +18,7 @@ from shared_data import golden
 from torch import Tensor
 
 from coterie.errors import CoterieError
-from coterie.lab.journal import LockedFile
+from coterie.files import LockedFile
 from coterie.lab.training import export
 from coterie.lab.training.attend import masked_attention
 from coterie.lab.training.batch import TrainingBatch

@@ -8,15 +8,17 @@ from __future__ import annotations
 
 from dataclasses import replace
 from math import prod
-from typing import Literal, TypeAlias
+from typing import Literal, TypeAlias, get_args
 
 import torch
 from torch import Tensor
 
 from coterie import ops
+from coterie.engine.engine import Engine
+from coterie.engine.generation_config import GenerationConfig
 from coterie.errors import ConfigError
 from coterie.lab.bench.routings import find_skew
-from coterie.lab.bench.shapes import ModelShape
+from coterie.lab.bench.shapes import ModelShape, find_shape
 from coterie.loading.free_memory import free_memory
 from coterie.loading.load import Model
 from coterie.model.spec import ModelSpec
@@ -30,6 +32,7 @@ from coterie.values import PackedExperts, Slab
 
 ExpertDtype: TypeAlias = Literal["fp32", "bf16", "int8", "int4"]
 
+RANDOM_DTYPES: tuple[ExpertDtype, ...] = get_args(ExpertDtype)
 DISTINCT_EXPERTS = 2  # random experts of a slab
 SHARED_FRACTION = (
     0.5  # weight of the direction that all embeddings share; gates read popularity from it
@@ -192,3 +195,13 @@ def _check_memory(shape: ModelShape, required: int, device: torch.device) -> Non
             f"{shape.title} with {shape.spec.layers} layers needs {required / 2**30:.1f} GiB, "
             f"{free / 2**30:.1f} GiB are free; reduce `layers` or use `dtype` int8"
         )
+
+
+def random_engine(shape: str, dtype: str, layers: int | None, device: str) -> Engine:
+    if dtype not in RANDOM_DTYPES:
+        raise ConfigError(f"`expert_dtype={dtype}` with `shape`; known: {', '.join(RANDOM_DTYPES)}")
+    if device not in ("auto", "cpu"):
+        raise ConfigError(f"`device={device}` with `shape`: random models run on a CPU")
+    model = random_model(find_shape(shape), dtype, layers=layers)
+    generation = GenerationConfig.for_family(model.family.defaults).replace(early_stop="off")
+    return Engine(model, generation=generation)

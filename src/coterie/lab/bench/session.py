@@ -20,8 +20,10 @@ from coterie.lab.bench.baselines import BaselineError, BaselineProcess, Resolved
 from coterie.lab.bench.interleaved import ProgressCallback, Repeat, Sample
 from coterie.lab.bench.shapes import ModelShape
 from coterie.lab.records import Measurement, measurements_ms, median_ratio
+from coterie.loading.free_memory import free_memory
 from coterie.values import Routing, Slab
 
+RESERVED_BYTES = 2 << 30  # bytes left free by default
 NUM_ROUTINGS = 4  # routings in rotation
 FLUSH_BYTES = 128 << 20  # read before each kernel, to flush the processor cache
 MIN_REPEATS, MAX_SECONDS = 3, 4.0  # a slow kernel stops after both
@@ -202,3 +204,10 @@ def has_enough(kernel: str, policy: str, done: Sequence[Repeat]) -> bool:
     """Whether a slow kernel has taken its share of the time."""
     seconds = [repeat[policy][kernel] for repeat in done if kernel in repeat[policy]]
     return len(seconds) >= MIN_REPEATS and sum(seconds) > MAX_SECONDS
+
+
+def free_budget(shape: ModelShape) -> float:
+    """Bytes of this machine that are free next to a layer of this shape."""
+    free = free_memory(torch.device("cpu"))
+    reserved = RESERVED_BYTES + shape.layer.bytes
+    return 4.0 * 2**30 if free is None else float(free - reserved)

@@ -65,6 +65,19 @@ class Calibration:
     run: PolicyRun  # of the selected policy, on the same prompts as ``vanilla``
     vanilla: PolicyRun
 
+    def describe(self) -> list[str]:
+        """The policy, its cost, and a warning where the search was not monotonic."""
+        value, interval = self.achieved.format()
+        noun, n = self.target.spec.description, self.achieved.n
+        lines = [
+            f"{self.policy} meets {self.target}: {noun} {value} ({interval}) "
+            f"on {n} prompt{'s' * (n != 1)}",
+            f"its decoding: {self.run.describe()}; vanilla: {self.vanilla.describe()}",
+        ]
+        if not self.is_monotonic:
+            lines.append(f"{noun} is not monotonic in this search: another policy may do as well")
+        return lines
+
 
 def calibrate(
     evaluator: PolicyEvaluator,

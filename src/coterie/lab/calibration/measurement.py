@@ -55,6 +55,11 @@ class PolicyRun:
             forwards_per_block=sum(r.forwards for r in results) / sum(r.blocks for r in results),
         )
 
+    def describe(self) -> str:
+        score = f", {sum(self.correct)} of {len(self.correct)} correct" if self.correct else ""
+        experts, forwards = self.experts_estimate().value, self.forwards_per_block
+        return f"{experts:.1f} experts a layer, {forwards:.2f} forwards a block{score}"
+
     def experts_estimate(self) -> Estimate:
         mean = sum(self.experts) / max(1, sum(self.forwards))
         return Estimate(mean, ratio_interval(self.experts, self.forwards), len(self.experts), mean)

@@ -23,6 +23,11 @@ class Estimate:
     # Unique experts a layer in the same run.
     experts: Annotated[float | None, Key("experts")] = None
 
+    def format(self) -> tuple[str, str]:
+        """The value and its interval, as text."""
+        low, high = self.interval
+        return f"{self.value:.4g}", f"{low:.4g} to {high:.4g}"
+
 
 @dataclass(frozen=True)
 class TargetKindSpec:

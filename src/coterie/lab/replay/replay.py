@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 from itertools import product
+from pathlib import Path
 
 from coterie.errors import ConfigError
 from coterie.lab.replay.cache_simulation import (
@@ -24,7 +25,7 @@ from coterie.lab.replay.policies import Fidelity, fidelity
 from coterie.lab.replay.trace import Trace
 from coterie.offload.capacity import Capacity
 from coterie.offload.eviction import EVICTIONS, Eviction, parse_eviction
-from coterie.offload.traffic import Traffic
+from coterie.offload.traffic import Traffic, Transfer
 from coterie.routing import Vanilla
 
 BELADY = "belady"
@@ -110,6 +111,19 @@ class ReplayResult:
     points: tuple[ReplayPoint, ...]
     overlaps: Mapping[str, StepOverlap]
     steps_per_block: float
+
+    def to_dict(self, trace: Trace, path: Path) -> dict[str, object]:
+        """As JSON, with the recorded run."""
+        header = trace.header
+        return {
+            "trace": str(path), "torn": trace.truncated, "model": header.model,
+            "traced_under": header.policy, "plan": header.plan, "unmask": header.unmask,
+            "layers": list(header.layers), "experts": header.experts,
+            "prompts": dict(header.prompts), "made": dict(header.provenance),
+            "forwards": trace.kinds, "steps_per_block": self.steps_per_block,
+            "points": [point.to_dict() for point in self.points],
+            "overlap": {name: overlap.to_dict() for name, overlap in self.overlaps.items()},
+        }  # fmt: skip
 
 
 def replay(
@@ -198,7 +212,7 @@ def _replay_case(
     is_decode, selected = trace_votes.is_decode, run.selected
     count, size = int(is_decode.sum()), grid.expert_bytes[case.precision]
     used, misses, baseline = (int(x.sum()) for x in (run.used, run.loads, vanilla.loads))
-    counts = {"experts_used": used, "misses": misses, "vanilla_misses": baseline}
+    transfers = {"elsewhere": Transfer(misses, misses * size)}
     hardware = grid.links[case.link]
     point = ReplayPoint(
         case,
@@ -206,7 +220,7 @@ def _replay_case(
         slots,
         experts=float(run.used[is_decode].mean()),
         loads=float(run.loads[is_decode].mean()),
-        traffic=Traffic.from_counts(count, size, **counts),
+        traffic=Traffic(count, size, used, used - misses, transfers, baseline),
         predicted_time=predict_time(hardware, run.used, run.loads, size, decode_forwards=count),
         vote_share=vote_share(trace_votes, selected),
         coresets_reused=selected.reused / selected.reusable if selected.reusable else None,

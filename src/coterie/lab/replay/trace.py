@@ -119,6 +119,11 @@ class Trace:
         """Indices of the forwards that decode."""
         return [i for i, forward in enumerate(self.forwards) if forward.kind == "decode"]
 
+    @property
+    def kinds(self) -> dict[str, int]:
+        """The number of forwards of each kind."""
+        return {kind: sum(each.kind == kind for each in self.forwards) for kind in KINDS}
+
 
 def encode_forward(forward: TraceForward, experts: int) -> bytes:
     """The content of a record, without its size and checksum."""

@@ -64,7 +64,9 @@ class VariantResult:
             "by_task": {task: _share_to_json(self.accuracy_share(task)) for task in self.right},
             "change": {
                 "value": change.difference,
-                **{"gained": change.gained, "lost": change.lost, "n": change.n},
+                "gained": change.gained,
+                "lost": change.lost,
+                "n": change.n,
                 "interval": list(change.interval),
                 "p": change.p_value,
             },

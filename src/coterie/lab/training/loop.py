@@ -24,9 +24,8 @@ from safetensors.torch import save
 from torch import Tensor
 
 from coterie.errors import CheckpointError, ConfigError
-from coterie.files import atomic_write
+from coterie.files import LockedFile, atomic_write
 from coterie.keys import Key, to_json
-from coterie.lab.journal import LockedFile
 from coterie.lab.training.batch import TrainingBatch
 from coterie.lab.training.feed import FORK_CONTEXT, BatchFunction, BatchLoader, start_process
 from coterie.lab.training.network import NetworkShape, TrainingNetwork, additive_mask
