@@ -9,6 +9,7 @@ BOX = re.compile(r"\\(?:boxed|fbox)\s*")
 UNBRACED = re.compile(r"[^\s{}$\\,;]+")  # the content of "\boxed 5"
 # End marks of chat models, as published tokenizers spell them.
 END_OF_TEXT = re.compile(r"</s>|<\|(?:im_end|endoftext|eot_id|end|role_end)\|>")
+MAX_CUT_BOX = 200  # characters
 BRACE_OR_ESCAPE = re.compile(r"\\.|[{}]", re.DOTALL)  # an escaped brace is no brace
 
 
@@ -36,13 +37,16 @@ def strip_end_marks(output: str) -> str:
 
 
 def find_boxes(text: str) -> list[Box]:
-    """All closed, non-empty boxes in order of their start, nested ones included."""
+    """All non-empty boxes in order of their start, nested ones included.
+
+    A box that is never closed counts if the text ends on its line: the output was cut there.
+    """
     boxes: list[Box] = []
     closing_braces = _match_braces(text)
     for opening in BOX.finditer(text):
         start = opening.end()
         if text.startswith("{", start):
-            stop = closing_braces.get(start)
+            stop = closing_braces.get(start, _end_of_cut_box(text, start))
             content = "" if stop is None else text[start + 1 : stop]
         else:
             unbraced = UNBRACED.match(text, start)
@@ -51,6 +55,14 @@ def find_boxes(text: str) -> list[Box]:
         if stop is not None and content.strip():
             boxes.append(Box(opening.start(), stop + 1, content.strip()))
     return boxes
+
+
+def _end_of_cut_box(text: str, start: int) -> int | None:
+    """The end of a box that is open at the end of the text; None if another line follows."""
+    content = text[start:].rstrip().rstrip("$").rstrip(".")
+    if "\n" in content or len(content) > MAX_CUT_BOX or r"\boxed" in content:
+        return None
+    return start + len(content)
 
 
 def _match_braces(text: str) -> dict[int, int]:

@@ -47,6 +47,8 @@ NORMALIZATIONS = [
     (re.compile(r"\\langle(?![a-zA-Z])"), "("),
     (re.compile(r"\\rangle(?![a-zA-Z])"), ")"),
     (re.compile(r"\\sqrt\s*(\d+)"), r"\\sqrt{\1}"),
+    (re.compile(r"\\sqrt\s*\(([^()]*)\)"), r"\\sqrt{\1}"),
+    (re.compile(r"\+\s*\(?\s*-\s*(\d*\.?\d*)\s*\)?\s*(?=i\b)"), r"-\1"),  # 3 + (-2)i
     (re.compile(r"(?:\\text\s*)?\{,\}|(?<!\\),\\!\s*"), ","),
     (re.compile(r"(?<!\\)\\!"), ""),
     (re.compile(r"(?<=\d)\\[,;: ](?=\d{3}(?!\d))"), ""),
