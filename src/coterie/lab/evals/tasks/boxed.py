@@ -39,14 +39,15 @@ def strip_end_marks(output: str) -> str:
 def find_boxes(text: str) -> list[Box]:
     """All non-empty boxes in order of their start, nested ones included.
 
-    A box that is never closed counts if the text ends on its line: the output was cut there.
+    If there is none, the last box counts that is never closed because the output was cut.
     """
     boxes: list[Box] = []
+    cut: list[Box] = []
     closing_braces = _match_braces(text)
     for opening in BOX.finditer(text):
         start = opening.end()
         if text.startswith("{", start):
-            stop = closing_braces.get(start, _end_of_cut_box(text, start))
+            stop = closing_braces.get(start)
             content = "" if stop is None else text[start + 1 : stop]
         else:
             unbraced = UNBRACED.match(text, start)
@@ -54,15 +55,18 @@ def find_boxes(text: str) -> list[Box]:
             content = "" if unbraced is None else unbraced[0].rstrip(".")
         if stop is not None and content.strip():
             boxes.append(Box(opening.start(), stop + 1, content.strip()))
-    return boxes
+        elif stop is None and (end := _end_of_cut_box(text, start)) is not None:
+            cut = [Box(opening.start(), end, text[start + 1 : end].strip())]
+    return boxes or cut
 
 
 def _end_of_cut_box(text: str, start: int) -> int | None:
     """The end of a box that is open at the end of the text; None if another line follows."""
-    content = text[start:].rstrip().rstrip("$").rstrip(".")
-    if "\n" in content or len(content) > MAX_CUT_BOX or r"\boxed" in content:
+    if len(text) - start > MAX_CUT_BOX:
         return None
-    return start + len(content)
+    content = text[start:].rstrip().rstrip("$").rstrip(".")
+    is_content = content[:1] == "{" and content[1:].strip() and "\n" not in content
+    return start + len(content) if is_content else None
 
 
 def _match_braces(text: str) -> dict[int, int]:
