@@ -16,6 +16,8 @@ from typing import Self
 from coterie.errors import CheckpointError, ConfigError, CoterieError
 
 MIB = 1 << 20
+LFS_START = b"version https://git-lfs.github.com/spec/"
+MAX_LFS_BYTES = 1024
 
 ProgressCallback = Callable[[int, int], None]
 """Called with (bytes read, bytes in total)."""
@@ -46,10 +48,23 @@ def open_file(file: Path) -> int:
     Raises OSError or CheckpointError, without the name, for anything else.
     """
     descriptor = os.open(file, os.O_RDONLY | os.O_NONBLOCK)
-    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+    try:
+        _check_content(descriptor)
+    except BaseException:
         os.close(descriptor)
-        raise CheckpointError("cannot be read (not a regular file)")
+        raise
     return descriptor
+
+
+def _check_content(descriptor: int) -> None:
+    status = os.fstat(descriptor)
+    if not stat.S_ISREG(status.st_mode):
+        raise CheckpointError("cannot be read (not a regular file)")
+    is_small = status.st_size < MAX_LFS_BYTES
+    if is_small and os.pread(descriptor, len(LFS_START), 0) == LFS_START:
+        raise CheckpointError(
+            "is a Git LFS pointer, not the file itself: run `git lfs pull`, or download it again"
+        )
 
 
 @contextmanager
@@ -85,10 +100,10 @@ def read_file(file: Path, limit: int) -> bytes:
 
 
 def read_text(file: Path, limit: int) -> str:
-    """The content as UTF-8 text."""
+    """The content as UTF-8 text, without a byte order mark."""
     content = read_file(file, limit)
     try:
-        return content.decode("utf-8")
+        return content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise CheckpointError(f"{file}: not UTF-8 text ({error.reason})") from None
 

@@ -145,7 +145,7 @@ def test_dense_llada_shares_the_model_type_and_is_refused_by_architecture() -> N
     assert "LLaDAModelLM, a dense model" in message
 
 
-@pytest.mark.parametrize("listed", [None, [], ["A", "B"], "LLaDA2MoeModelLM", ["Qwen3"], [7]])
+@pytest.mark.parametrize("listed", [[], ["A", "B"], "LLaDA2MoeModelLM", ["Qwen3"], [7]])
 def test_unknown_architectures_are_refused_with_the_known_ones(listed: object) -> None:
     assert ", ".join(FAMILIES) in refusal("llada2", architectures=listed)
 
@@ -214,8 +214,9 @@ def test_sizes_and_numbers_must_be_what_they_are(family: str, key: str, value: o
         ("llada2", {"num_hidden_layers": 10**9}, "between 1 and 4096"),
         ("llada2", {"vocab_size": 10**12}, "vocab_size is 1000000000000; it must lie between"),
         ("llada2", {"torch_dtype": "bfloat16"}, "'float32', but torch_dtype is 'bfloat16'"),
+        ("llada2", {"use_regular_causal": True}, "use_regular_causal is true"),
         ("llada2", {"dtype": "int4"}, "dtype is"),
-        ("llada2", {"quantization_config": {"bits": 4}}, "checkpoints quantised by other tools"),
+        ("llada2", {"quantization_config": {"bits": 4}}, "quantization_config says that"),
         ("llada-moe", {"moe_layer_freq": [1, 1]}, "lists 2 of 3 layers"),
         ("llada-moe", {"moe_layer_freq": [1, 2, 1]}, "not a list of 0 and 1"),
         ("llada-moe", {"moe_layer_freq": 1}, "not a list of 0 and 1"),

@@ -34,3 +34,5 @@ class Family:
     read_spec: Callable[[ModelConfig], ModelSpec]
     tensor_names: TensorNames
     defaults: FamilyDefaults
+    # The defaults of one checkpoint; None: those of the family.
+    read_defaults: Callable[[ModelConfig, FamilyDefaults], FamilyDefaults] | None = None

@@ -57,7 +57,7 @@ def _check_supported(config: ModelConfig) -> None:
     config.allow_only("use_rmsnorm", True)
     config.allow_only("norm_topk_prob", True)
     config.allow_only("score_function", "sigmoid")
-    config.allow_only("router_dtype", "fp32", "float32", None)
+    config.allow_only("router_dtype", "fp32", "float32", "torch.float32", None)
     config.allow_only("num_nextn_predict_layers", 0, None)
     # LLaDA2.2 selects so many experts for a block before its tokens choose theirs.
     config.allow_only("expert_capacity", 0, None)
@@ -77,7 +77,7 @@ def _shared_width(config: ModelConfig) -> int:
 def _router(config: ModelConfig) -> RouterSpec:
     experts = expert_count(config)
     k = experts_per_token(config, experts)
-    groups, kept_groups = config.size("n_group"), config.size("topk_group")
+    groups, kept_groups = _group_counts(config)
     if experts % groups:
         raise config.error("n_group", f"is {groups}, no divisor of num_experts {experts}")
     if kept_groups > groups:
@@ -101,6 +101,14 @@ def _router(config: ModelConfig) -> RouterSpec:
         topk_groups=kept_groups,
         epsilon=1e-20,
     )
+
+
+def _group_counts(config: ModelConfig) -> tuple[int, int]:
+    """The number of expert groups, and of those that a token keeps; 0 or absent: no groups."""
+    counts = [config.optional_size(key, minimum=0) for key in ("n_group", "topk_group")]
+    if counts[0] == 0 or all(count in (None, 0, 1) for count in counts):
+        return 1, 1
+    return config.size("n_group"), config.size("topk_group")
 
 
 FAMILY = Family(

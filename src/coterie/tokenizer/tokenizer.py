@@ -17,6 +17,14 @@ from coterie.tokenizer.token_ids import read_token_ids
 from coterie.tokenizer.tokenizer_file import read_tokenizer_json
 
 MASK_TOKEN = "<|mask|>"
+OTHER_TOKENIZERS = (
+    "tokenizer.model",
+    "vocab.json",
+    "merges.txt",
+    "vocab.txt",
+    "spiece.model",
+    "sentencepiece.bpe.model",
+)
 MAX_CHARACTERS = 4_000_000  # of a prompt; on lack of memory, the library ends the process
 
 T = TypeVar("T")
@@ -118,6 +126,7 @@ def load_tokenizer(folder: Path, *, template: str, vocab_size: int) -> TextToken
     """
     path = folder / "tokenizer.json"
     if not os.path.lexists(path):
+        _check_no_other_tokenizer(folder)
         return IdTokenizer(vocab_size)
     tokenizer = _read_tokenizer(path, vocab_size)
     return SubwordTokenizer(
@@ -127,6 +136,17 @@ def load_tokenizer(folder: Path, *, template: str, vocab_size: int) -> TextToken
         mask_id=tokenizer.token_to_id(MASK_TOKEN),
         eos_ids=_read_eos_ids(folder, tokenizer, vocab_size),
     )
+
+
+def _check_no_other_tokenizer(folder: Path) -> None:
+    """Raises TokenizerError if the folder has a tokenizer of another kind: ids would be wrong."""
+    names = [name for name in OTHER_TOKENIZERS if os.path.lexists(folder / name)]
+    names += sorted(path.name for path in folder.glob("*.tiktoken"))
+    if names:
+        raise TokenizerError(
+            f"{folder}: has {names[0]} but no tokenizer.json, which is the only tokenizer that is "
+            "read; transformers' AutoTokenizer writes one with save_pretrained"
+        )
 
 
 def _call(file: Path, use: Callable[[], T]) -> T:

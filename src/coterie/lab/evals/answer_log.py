@@ -27,7 +27,9 @@ FIELDS = {  # of options, by key of ``run.json``
     "memory": "expert_memory", "lasts": "reset_every", "coarse": "fallback_model",
     "warm": "warm_start", "imagined": "simulated",
 }  # fmt: skip
-NON_FINITE = re.compile(r"\b(?:NaN|infinite|not finite)\b")
+ITEM_ERROR = re.compile(
+    r"\b(?:NaN|infinite|not finite)\b|^the (?:prompt cannot be read|answer has no text): "
+)
 
 
 @dataclass(frozen=True)
@@ -67,8 +69,8 @@ class Answer:
 
     @property
     def is_final(self) -> bool:
-        """False for an error of an earlier version that says nothing about the model."""
-        return self.error is None or bool(NON_FINITE.search(self.error))
+        """False for an error of an earlier version that says nothing about the item."""
+        return self.error is None or bool(ITEM_ERROR.search(self.error))
 
 
 class AnswerLog:
