@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from coterie.families import FAMILIES, Family, ModelConfig
+from coterie.families import Family, ModelConfig, detect_family
 from coterie.families.names import weight_map
 from coterie.model.checkpoint import INDEX_FILE, SINGLE_FILE
 from coterie.model.spec import ModelSpec
@@ -83,13 +83,9 @@ def tiny_config(family: str, **overrides: Json) -> dict[str, Json]:
 
 def read_spec(config: Mapping[str, Json]) -> tuple[Family, ModelSpec]:
     """The family and spec of a config in memory."""
-    architectures = config["architectures"]
-    family = FAMILIES[
-        architectures[0]
-        if isinstance(architectures, list) and isinstance(architectures[0], str)
-        else ""
-    ]
-    return family, family.read_spec(ModelConfig(Path("config.json"), config))
+    source = ModelConfig(Path("config.json"), config)
+    family = detect_family(source)
+    return family, family.read_spec(source)
 
 
 def write_checkpoint(

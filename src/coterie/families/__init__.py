@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from coterie.errors import ConfigError
 from coterie.families.config import ModelConfig, token_ids
 from coterie.families.family import Family, FamilyDefaults
@@ -24,7 +26,9 @@ DENSE_ARCHITECTURES = ("LLaDAModelLM", "LLaDAModel", "SDARForCausalLM", "DreamMo
 
 
 def detect_family(config: ModelConfig) -> Family:
-    """The family of ``architectures``; ``model_type`` is not unique.
+    """The family of ``architectures``, with the defaults of this checkpoint.
+
+    ``model_type`` is not unique.
 
     Raises ConfigError for a model that is dense, unknown or inconsistent.
     """
@@ -45,7 +49,9 @@ def detect_family(config: ModelConfig) -> Family:
     if model_type not in family.model_types:
         known = " or ".join(family.model_types)
         raise config.error("model_type", f"is {model_type!r}, but {name} is {known}")
-    return family
+    if family.read_defaults is None:
+        return family
+    return replace(family, defaults=family.read_defaults(config, family.defaults))
 
 
 def mask_id(config: ModelConfig, family: Family, vocabulary: int) -> int:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from coterie.errors import ConfigError, CoterieError
 from coterie.families.config import ModelConfig
 from coterie.model.spec import ModelSpec
@@ -33,7 +35,6 @@ def model_spec(
     expert_bias: bool = False,
     has_head_dim_key: bool = True,
     rotary_fraction: float | None = 1.0,
-    capacity: int = 0,
 ) -> ModelSpec:
     """Reads the keys that every family has, then rejects unknown keys.
 
@@ -41,6 +42,7 @@ def model_spec(
     of a head that RoPE rotates (None: the config must have it). ``has_head_dim_key``: the family
     has the key ``head_dim``.
     """
+    config = with_rope_parameters(config)
     if not any(moe):
         raise ConfigError(f"{config.file}: no layer has experts")
     if sum(moe) * router.experts > MAX_TOTAL_EXPERTS:
@@ -66,7 +68,6 @@ def model_spec(
         expert_bias=expert_bias,
         tie_embeddings=config.flag("tie_word_embeddings", False),
         max_length=config.size("max_position_embeddings"),
-        capacity=capacity,
         expert_format=form,
         panels=has_packed_experts(config, form),
     )
@@ -171,6 +172,28 @@ def rotary_dim(config: ModelConfig, dim: int, *, default: float | None) -> int:
         name = "partial_rotary_factor" if configured is None else "rotary_dim"
         raise config.error(name, f"rotates {rotated} of {dim} features; the number must be even")
     return rotated
+
+
+def with_rope_parameters(config: ModelConfig) -> ModelConfig:
+    """The config with the keys of ``rope_parameters``, which must agree with those beside it."""
+    parameters = config.get("rope_parameters")
+    if parameters is None:
+        return config
+    if not isinstance(parameters, dict):
+        raise config.error("rope_parameters", f"is {parameters!r}, not an object")
+    nested = ModelConfig(config.file, parameters)
+    nested.allow_only("rope_type", "default")
+    values = dict(config.values)
+    for key in ("rope_theta", "partial_rotary_factor"):
+        value = nested.get(key)
+        if value is None:
+            continue
+        if values.get(key) not in (None, value):
+            raise config.error(key, f"is {values[key]!r}, but rope_parameters has {value!r}")
+        values[key] = value
+    if unknown := sorted(set(parameters) - nested.read_keys):
+        raise config.error("rope_parameters", f"has an unknown key {unknown[0]!r}")
+    return replace(config, values=values)
 
 
 def kv_head_count(config: ModelConfig, heads: int) -> int:

@@ -32,13 +32,17 @@ class ModelSpec:
     expert_bias: bool
     tie_embeddings: bool  # the output head is the embedding
     max_length: int
-    capacity: int = 0  # most experts per block in training; 0 = all
     expert_format: QuantFormat | None = None  # of the routed experts; None = not quantised
     panels: bool = False  # the routed experts are in the packed layout
 
     @property
     def moe_layers(self) -> tuple[int, ...]:
         return tuple(layer for layer, has_experts in enumerate(self.moe) if has_experts)
+
+    @property
+    def capacity(self) -> int:
+        """The experts that a block admits; 0 = all."""
+        return self.router.capacity
 
     @property
     def expert_storage(self) -> str:
