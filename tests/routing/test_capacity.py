@@ -26,7 +26,7 @@ ALL_EXPERTS = ("des-vote:beta=1", "xshare:beta=1", "proportional-vote:beta=1", "
 def block_routed(draw: st.DrawFn, *, one_block: bool = False) -> Scores:
     """Scores of a router with a capacity; its blocks start anywhere in the window."""
     scores = draw(blocks(groups=False))
-    rows, tokens, experts = scores.logits.shape
+    rows, _, experts = scores.logits.shape
     block = draw(st.sampled_from((4, 8, 32)))
     capacity = draw(st.integers(scores.router.k, experts - 1)) if scores.router.k < experts else 0
     starts = torch.tensor([draw(st.integers(0, 70)) for _ in range(rows)])
@@ -132,7 +132,7 @@ def _admitted(scores: Scores) -> list[list[list[bool]]]:
         masks = {}
         for block in set(blocks_of):
             own = [r for r, b in zip(row, blocks_of, strict=True) if b == block]
-            order = sorted(experts, key=lambda e: (-max(r[e] for r in own), e))  # noqa: B023
+            order = sorted(experts, key=lambda e: (-max(r[e] for r in own), e))
             masks[block] = [e in order[: scores.router.capacity] for e in experts]
         result.append([masks[block] for block in blocks_of])
     return result
@@ -143,7 +143,7 @@ def _expected_ids(scores: Scores) -> list[list[int]]:
     every = [[[True] * len(experts)] * scores.logits.shape[1]] * len(scores.logits)
     admitted = _admitted(scores) if scores.router.capacity else every
     return [
-        sorted((e for e in experts if mask[e]), key=lambda e: (-rank[e], e))[:k]  # noqa: B023
+        sorted((e for e in experts if mask[e]), key=lambda e: (-rank[e], e))[:k]
         for row, masks in zip(scores.selection_scores.tolist(), admitted, strict=True)
         for rank, mask in zip(row, masks, strict=True)
     ]

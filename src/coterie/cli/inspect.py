@@ -74,16 +74,17 @@ def describe_verification(verification: manifests.VerifyResult) -> str:
 def model_rows(info: ModelInfo) -> list[tuple[str, str]]:
     spec, size, router = info.spec, info.size, info.spec.router
     dtype = str(info.dtype).removeprefix("torch.")
-    # A model trained to route by block (LLaDA2.2) names its own policy.
-    racing = f", trained with {spec.capacity} a block (--policy racing:m={spec.capacity})"
-    racing = racing if spec.capacity else ""
+    # A model that routes by block (LLaDA2.2).
+    by_block = (
+        f", of {spec.capacity} that a block of {router.block} admits" if spec.capacity else ""
+    )
     quantised = spec.expert_storage != UNQUANTISED
     return [
         ("model", info.name),
         ("family", f"{info.family.title} ({info.family.architecture})"),
         ("parameters", f"{size.parameters:,}, of which a token uses {size.active_parameters:,}"),
         ("layers", f"{spec.layers}, of which {len(spec.moe_layers)} have experts"),
-        ("experts", f"{router.experts} a layer, {router.k} a token{racing}"),
+        ("experts", f"{router.experts} a layer, {router.k} a token{by_block}"),
         ("hidden, expert, shared", f"{spec.hidden}, {spec.expert_width}, {spec.shared_width}"),
         ("heads", f"{spec.heads} of {spec.head_dim}, {spec.kv_heads} for keys and values"),
         ("vocabulary", f"{spec.vocabulary:,}"),

@@ -16,7 +16,7 @@ from coterie.checkpoints import model_info
 from coterie.checkpoints.source import EMBEDDED
 from coterie.cli.output import print_note
 from coterie.decoding.kv_schemes import PLANS
-from coterie.decoding.unmask import RULES
+from coterie.decoding.refinements import RULES
 from coterie.errors import ConfigError
 from coterie.lab.calibration import PromptSet, prompts_from_file, prompts_from_tasks
 from coterie.lab.evals.task import TaskOptions
